@@ -1,0 +1,219 @@
+"""What a run is made of: frozen dataclasses without defaults.
+
+`configs/*.py` hold every value as a nested `ml_collections.ConfigDict`; `from_dict` turns one into a
+`RunConfig` here and nowhere else, so a key that is unknown, missing or of the wrong type dies at start.
+The sizes of the model are not in a config: they come from the checkpoint (`weights.read_config`).
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+  """A config that can't be run; the message says which key and what to write instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """Sizes of the UMT-L tower (FACTS.md 7)."""
+
+  image_size: int  # pixels, square
+  patch_size: int  # pixels
+  width: int
+  layers: int  # blocks that are built: one fewer than the official depth
+  heads: int  # also the heads that token merging averages its metric over (FACTS.md 8)
+  mlp_width: int
+  table: Literal["umt", "umt-hd"]  # how the fixed position table is resized
+
+  @property
+  def patches(self) -> int:
+    """Patches per frame."""
+    return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMConfig:
+  """Sizes of the Qwen2 decoder."""
+
+  vocab_size: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp_width: int
+  rope_theta: float
+  norm_eps: float
+  tied: bool  # the embedding table is the output head
+
+
+Keep = Literal["suffix", "uniform", "avgpool", "none", "attention"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LPCompConfig:
+  """LP-Comp (paper 3.2): how many tokens of a group each layer sees, and which ones stay."""
+
+  schedule: str | tuple[int, ...]  # "cosine", "cosine_ceil", or tokens per group for every layer
+  keep: Keep
+  group: int  # consecutive visual tokens in a group; 16 in the release
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """What a run decides about the model, beside its checkpoint."""
+
+  clip_frames: int | Literal["checkpoint"]  # frames the tower sees together; "checkpoint": config.json's own (quirk Q1)
+  dtype: Literal["bfloat16", "float32"]  # of the computation
+  param_dtype: Literal["bfloat16", "float32"]  # of trained parameters and optimizer state
+  clips_per_chunk: int  # clips of a sample in the tower at once; bounds peak memory
+  attention: Literal["auto", "einsum", "xla_chunked"]
+  remat: bool  # recompute each layer's activations in the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMConfig:
+  """A model that can be built: sizes from the checkpoint, choices from the run."""
+
+  vision: VisionConfig
+  llm: LLMConfig
+  lp_comp: LPCompConfig
+  clip_frames: int
+  tokens_per_frame: int  # after merging: 16
+  dtype: str
+  clips_per_chunk: int
+  attention: str
+  remat: bool
+
+  @property
+  def clip_tokens(self) -> int:
+    """Visual tokens of one clip after merging."""
+    return self.clip_frames * self.tokens_per_frame
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is read, and the finite set of shapes it is padded to."""
+
+  train: str  # folder written by predecode
+  heldout: str | None  # likewise; None: no evaluation while training
+  frame_buckets: tuple[int, ...]  # a sample is padded to the first that holds its frames; 1 is the image path, 0 text only
+  text_buckets: tuple[int, ...]  # likewise for tokens after the visual slot
+  prefix_length: int  # tokens before the visual slot, padded
+  frames_per_device: int  # a micro-batch holds as many samples of a bucket as this many frames allow, at least one
+  mask: Literal["official", "assistant"]  # which tokens are supervised (FACTS.md 3)
+  group_by_text_length: bool  # batches of similar text length, as in the release
+  threads: int  # of the reader
+  prefetch: int  # micro-batches read ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW with warm-up and cosine decay to zero."""
+
+  learning_rate: float
+  warmup: float  # share of all steps
+  weight_decay: float
+  clip_norm: float
+  b1: float
+  b2: float
+  eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop."""
+
+  batch_size: int  # samples per optimizer step, over all devices
+  epochs: int
+  steps: int | None  # stop earlier than the epochs say
+  vision: bool  # train the tower (SCT freezes it)
+  projector: bool
+  llm: bool
+  projector_max_frames: int | None  # samples of this many frames give the projector no gradient (512 in the release, quirk Q17)
+  log_every: int  # steps, as all below
+  eval_every: int
+  save_every: int
+  keep_last: int  # checkpoints
+  keep_every: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices per axis; one of them may be -1: what is left."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """All of a training run."""
+
+  seed: int
+  workdir: str  # checkpoints, logs, and the resolved config
+  init_from: str  # checkpoint directory, hub id, or Orbax export
+  model: ModelConfig
+  lp_comp: LPCompConfig
+  data: DataConfig
+  optim: OptimConfig
+  train: TrainConfig
+  mesh: MeshConfig
+
+
+def from_dict(cls: type, values: Mapping[str, Any], where: str = "config"):
+  """Builds dataclass `cls` from nested mappings.
+
+  Raises:
+    ConfigError: unknown or missing keys (all of them, with the nearest known name) or a value of another type.
+  """
+  hints = typing.get_type_hints(cls)
+  values = dict(values)
+  problems = []
+  for key in values.keys() - hints.keys():
+    near = difflib.get_close_matches(key, hints, 1)
+    problems.append(f"{where}.{key} is unknown" + (f"; did you mean {where}.{near[0]}?" if near else f"; known: {', '.join(hints)}"))
+  for key in hints.keys() - values.keys():
+    problems.append(f"{where}.{key} is missing")
+  if problems:
+    raise ConfigError("; ".join(sorted(problems)))
+  return cls(**{key: _convert(hint, values[key], f"{where}.{key}") for key, hint in hints.items()})
+
+
+def to_dict(config) -> dict[str, Any]:
+  """The nested plain dict (tuples as lists) that `from_dict` reads back."""
+  plain = lambda v: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
+  return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _convert(hint, value, where: str):
+  if dataclasses.is_dataclass(hint):
+    if not isinstance(value, Mapping):
+      raise ConfigError(f"{where} must be a group of keys, not {value!r}")
+    return from_dict(hint, value, where)
+  options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+  for option in options:
+    origin = typing.get_origin(option)
+    if origin is Literal and value in typing.get_args(option):
+      return value
+    if option is type(None) and value is None:
+      return None
+    if origin is tuple and isinstance(value, (list, tuple)):
+      item = typing.get_args(option)[0]
+      if all(isinstance(v, item) and not isinstance(v, bool) for v in value):
+        return tuple(value)
+    if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+      return float(value)
+    if option in (int, str, bool) and type(value) is option:
+      return value
+  wanted = " or ".join(
+    " or ".join(repr(a) for a in typing.get_args(o)) if typing.get_origin(o) is Literal
+    else "None" if o is type(None) else str(o) if typing.get_origin(o) else o.__name__
+    for o in options
+  )
+  raise ConfigError(f"{where} = {value!r}: expected {wanted}")
