@@ -51,7 +51,7 @@ class LLMConfig:
   tied: bool  # the embedding table is the output head
 
 
-Keep = Literal["suffix", "uniform", "avgpool", "none", "attention"]
+Keep = Literal["suffix", "uniform", "stride", "avgpool", "none", "attention"]
 
 
 @dataclasses.dataclass(frozen=True)

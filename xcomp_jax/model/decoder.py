@@ -1,0 +1,236 @@
+"""Qwen2 with LP-Comp between its layers: every layer sees its own, shorter sequence.
+
+The sequence of a sample is [prefix | visual | text], each part right-padded; slots keep that order at every
+layer, so causality is the order of slots and padding is masked. Positions count valid tokens and are
+renumbered after every reduction, per layer (FACTS.md 2).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xcomp_jax.config import LPCompConfig, VLMConfig
+from xcomp_jax.model import lp_comp
+from xcomp_jax.model.attention import attend, attention_weights
+from xcomp_jax.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """Valid tokens of each sample: int32[B] each; `groups` counts groups of visual tokens."""
+
+  prefix: jax.Array
+  groups: jax.Array
+  text: jax.Array
+
+  def valid(self, prefix: int, groups: int, text: int, count: int) -> jax.Array:
+    """bool[B, S] over the slots of a layer that holds `count` tokens per group."""
+    part = lambda n, slots: jnp.arange(slots) < n[:, None]
+    return jnp.concatenate(
+      [part(self.prefix, prefix), part(self.groups * count, groups * count), part(self.text, text)], axis=1
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+  """Keys (rotated at this layer's own positions) and values [B, S, K, h]; valid bool[B, S]."""
+
+  key: jax.Array
+  value: jax.Array
+  valid: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+  """What a pass over whole sequences gives.
+
+  x: [B, S', D] after the last layer, before the final norm; S' = P + groups * last count + L.
+  caches: one LayerCache per layer, if asked for.
+  entering: the states [B, S_l, D] that enter each layer, if asked for.
+  """
+
+  x: jax.Array
+  caches: tuple[LayerCache, ...]
+  entering: tuple[jax.Array, ...]
+
+
+def rotate(x, positions, theta: float):
+  """Rotary embedding, half-split; x [B, L, H, h], positions int32[B, L]; angles in float32."""
+  half = x.shape[-1] // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[:, :, None, None] * frequency
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm in float32, cast back before the weight is applied (FACTS.md 2)."""
+
+  def __init__(self, width: int, eps: float, dtype, param_dtype):
+    self.scale = nnx.Param(jnp.ones(width, param_dtype))
+    self.eps, self.dtype = eps, dtype
+
+  def __call__(self, x):
+    """[..., D] -> [..., D]."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+    return y.astype(self.dtype) * self.scale[...].astype(self.dtype)
+
+
+class Layer(nnx.Module):
+  """One Qwen2 layer."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype):
+    llm, dtype = cfg.llm, jnp.dtype(cfg.dtype)
+    self.cfg = cfg
+    norm = lambda: RMSNorm(llm.width, llm.norm_eps, dtype, param_dtype)
+    linear = lambda i, o, bias=False: nnx.Linear(i, o, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.input_norm = norm()
+    self.q = linear(llm.width, llm.heads * llm.head_dim, bias=True)
+    self.k = linear(llm.width, llm.kv_heads * llm.head_dim, bias=True)
+    self.v = linear(llm.width, llm.kv_heads * llm.head_dim, bias=True)
+    self.o = linear(llm.heads * llm.head_dim, llm.width)
+    self.post_norm = norm()
+    self.gate = linear(llm.width, llm.mlp_width)
+    self.up = linear(llm.width, llm.mlp_width)
+    self.down = linear(llm.mlp_width, llm.width)
+
+  def qkv(self, x, positions):
+    """x [B, L, D] -> q [B, L, H, h], k, v [B, L, K, h]; q and k rotated."""
+    llm = self.cfg.llm
+    y = self.input_norm(x)
+    heads = lambda z: constrain(z.reshape(*z.shape[:2], -1, llm.head_dim), "batch", None, "heads", None)
+    q, k, v = heads(self.q(y)), heads(self.k(y)), heads(self.v(y))
+    return rotate(q, positions, llm.rope_theta), rotate(k, positions, llm.rope_theta), v
+
+  def finish(self, x, attended):
+    """Output projection, residuals and MLP; x [B, L, D], attended [B, L, H, h]."""
+    x = x + self.o(attended.reshape(*attended.shape[:2], -1))
+    y = self.post_norm(x)
+    y = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", None, "mlp")
+    return constrain(x + self.down(y), "batch", None, None)
+
+  def __call__(self, x, positions, valid):
+    """A whole sequence; returns x and the keys and values it made."""
+    q, k, v = self.qkv(x, positions)
+    x = self.finish(x, attend(q, k, v, causal=True, key_valid=valid, implementation=self.cfg.attention))
+    return x, k, v
+
+  def step(self, x, positions, cache: LayerCache, slot):
+    """One new token: x [B, 1, D], positions int32[B, 1], cache slot `slot`; returns x and the cache with it."""
+    q, k, v = self.qkv(x, positions)
+    put = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), slot, axis=1)
+    cache = LayerCache(put(cache.key, k), put(cache.value, v), put(cache.valid, jnp.ones((len(x), 1), bool)))
+    attended = attend(q, cache.key, cache.value, causal=False, key_valid=cache.valid, implementation="einsum")
+    return self.finish(x, attended), cache
+
+
+class Decoder(nnx.Module):
+  """The LLM's parameters: embedding, layers/0.., norm and, if untied, the head."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    llm, dtype = cfg.llm, jnp.dtype(cfg.dtype)
+    self.cfg = cfg
+    self.embed = nnx.Embed(llm.vocab_size, llm.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.layers = nnx.List([Layer(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(llm.layers)])
+    self.norm = RMSNorm(llm.width, llm.norm_eps, dtype, param_dtype)
+    if not llm.tied:
+      self.lm_head = nnx.Linear(
+        llm.width, llm.vocab_size, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+      )
+
+  def logits(self, x):
+    """Final norm and output head: [..., D] -> float32[..., V]."""
+    head = self.embed.embedding[...].T if self.cfg.llm.tied else self.lm_head.kernel[...]
+    return jnp.matmul(self.norm(x), head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def run(
+  decoder: Decoder, x, lengths: Lengths, *, prefix: int, text: int, query=None, caches: bool = False, entering: bool = False
+) -> Decoded:
+  """All layers over whole sequences, with LP-Comp between them.
+
+  Args:
+    decoder: the parameters.
+    x: [B, P + G * group + L, D] embedded sequences.
+    lengths: valid tokens per sample.
+    prefix: P, slots before the visual tokens; static, as is
+    text: L, slots after them.
+    query: bool[B, L], text rows whose attention decides what stays; only for keep="attention".
+    caches: return every layer's keys and values.
+    entering: return the states entering every layer.
+  """
+  cfg = decoder.cfg
+  lp = cfg.lp_comp
+  kept = lp_comp.survivors(lp, cfg.llm.layers)
+  groups, rest = divmod(x.shape[1] - prefix - text, lp.group)
+  if rest:
+    raise ValueError(f"{x.shape[1] - prefix - text} visual slots are no multiple of the group of {lp.group} tokens")
+  if lp.keep == "attention" and query is None:
+    raise ValueError('lp_comp.keep = "attention" needs the query rows whose attention ranks the visual tokens')
+  all_caches, all_entering = [], []
+  before = tuple(range(lp.group))
+  valid = lengths.valid(prefix, groups, text, len(before))
+  positions = jnp.cumsum(valid, axis=1) - 1
+  for layer, after in zip(decoder.layers, kept, strict=True):
+    if len(after) != len(before):
+      score = _attention_paid(layer, x, positions, valid, query, text) if lp.keep == "attention" else None
+      x = _thin(x, lp, before, after, prefix, text, lengths, score)
+      valid = lengths.valid(prefix, groups, text, len(after))
+      positions = jnp.cumsum(valid, axis=1) - 1
+      before = after
+    if entering:
+      all_entering.append(x)
+    x, k, v = (jax.checkpoint(layer.__call__) if cfg.remat else layer)(x, positions, valid)
+    if caches:
+      all_caches.append(LayerCache(k, v, valid))
+  return Decoded(x, tuple(all_caches), tuple(all_entering))
+
+
+def _thin(x, lp: LPCompConfig, before, after, prefix: int, text: int, lengths: Lengths, score):
+  """Reduces the visual part of x."""
+  end = x.shape[1] - text
+  visual = x[:, prefix:end]
+  if lp.keep == "attention":
+    slots = visual.shape[1] // len(before) * len(after)
+    valid = jnp.arange(visual.shape[1]) < (lengths.groups * len(before))[:, None]
+    visual = lp_comp.keep_attended(visual, score[:, prefix:end], valid, lengths.groups * len(after), slots)
+  else:
+    visual = lp_comp.reduce(visual, lp, before, after)
+  return jnp.concatenate([x[:, :prefix], visual, x[:, end:]], axis=1)
+
+
+def _attention_paid(layer: Layer, x, positions, valid, query, text: int):
+  """float32[B, S]: mean over heads and query rows of the attention this layer would pay (FACTS.md 13)."""
+  q, k, _ = layer.qkv(x, positions)
+  start = x.shape[1] - text
+  weights = attention_weights(q[:, start:], k, causal=True, key_valid=valid, offset=start)
+  share = query / jnp.maximum(query.sum(1, keepdims=True), 1)
+  return jnp.einsum("bkgls,bl->bs", weights, share) / (q.shape[2])
+
+
+def step(decoder: Decoder, x, caches: tuple[LayerCache, ...], room: jax.Array | int):
+  """One new token through all layers.
+
+  Args:
+    decoder: the parameters.
+    x: [B, 1, D] embedded token.
+    caches: one per layer, with free slots at their end.
+    room: free slots left; the token takes the first of them.
+
+  Returns:
+    x [B, 1, D] before the final norm, and the caches with the token. Its position in a layer is the number of
+    valid entries of that layer's own cache (FACTS.md 2).
+  """
+  out = []
+  for layer, cache in zip(decoder.layers, caches, strict=True):
+    positions = jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
+    x, cache = layer.step(x, positions, cache, cache.key.shape[1] - room)
+    out.append(cache)
+  return x, tuple(out)

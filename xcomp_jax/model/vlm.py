@@ -1,0 +1,156 @@
+"""The whole model: encode(frames) -> place(visual, text) -> decoder -> logits; and the loss.
+
+Training, asking and evaluation call these same functions.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from xcomp_jax.config import VLMConfig
+from xcomp_jax.data.batch import IGNORE, Batch
+from xcomp_jax.model import decoder
+from xcomp_jax.model.decoder import Decoder, Lengths
+from xcomp_jax.model.merge import Projector, merge
+from xcomp_jax.model.vision import Vision
+from xcomp_jax.sharding import constrain
+
+
+class VLM(nnx.Module):
+  """Parameters of tower, projector and LLM; everything it does is a function below."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    self.cfg = cfg
+    self.vision = Vision(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.projector = Projector(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.llm = Decoder(cfg, rngs=rngs, param_dtype=param_dtype)
+
+
+def encode(model: VLM, frames):
+  """Tower and token merging, in chunks of clips so that peak memory does not grow with the number of frames.
+
+  Args:
+    model: the parameters.
+    frames: uint8[B, C, F, S, S, 3]; F = 1 is the single-image path.
+
+  Returns:
+    [B, C, F * 16, D], merged features before the projector.
+  """
+  cfg = model.cfg
+  B, C, F = frames.shape[:3]
+  target = F * cfg.tokens_per_frame
+  if C == 0:
+    return jnp.zeros((B, 0, target, cfg.vision.width), cfg.dtype)
+
+  def chunk(frames):  # uint8[B, c, F, S, S, 3]
+    flat = constrain(frames.reshape(-1, *frames.shape[2:]), "batch", None, None, None, None)
+    merged = merge(model.vision(flat), target, cfg.vision.heads)
+    return merged.reshape(B, -1, *merged.shape[1:])
+
+  size = min(cfg.clips_per_chunk, C)
+  whole = C // size * size
+  split = frames[:, :whole].reshape(B, -1, size, *frames.shape[2:])
+  out = jax.lax.map(chunk, jnp.moveaxis(split, 1, 0))
+  out = jnp.moveaxis(out, 0, 1).reshape(B, whole, *out.shape[3:])
+  return out if whole == C else jnp.concatenate([out, chunk(frames[:, whole:])], axis=1)
+
+
+def place(model: VLM, features, prefix, text):
+  """Projects features and puts them between the two parts of the text.
+
+  Args:
+    model: the parameters.
+    features: [B, C, N, D] merged tower features.
+    prefix: int32[B, P].
+    text: int32[B, L].
+
+  Returns:
+    [B, P + C * N + L, D] in the compute dtype.
+  """
+  visual = model.projector(features)
+  visual = visual.reshape(len(visual), -1, visual.shape[-1])
+  embed = model.llm.embed
+  return constrain(jnp.concatenate([embed(prefix), visual, embed(text)], axis=1), "batch", None, None)
+
+
+def lengths(model: VLM, batch: Batch) -> Lengths:
+  """Valid lengths of a batch's samples."""
+  tokens = features_shape(model.cfg, batch.visual)[2]
+  group = model.cfg.lp_comp.group
+  if tokens % group:
+    raise ValueError(f"a clip of {tokens} visual tokens can't be cut into groups of {group}")
+  return Lengths(batch.prefix_length, batch.clips * (tokens // group), batch.text_length)
+
+
+def features_shape(cfg: VLMConfig, visual) -> tuple[int, int, int]:
+  """(B, C, N) of the merged features that frames or features `visual` give."""
+  B, C, F = visual.shape[:3]
+  return (B, C, F * cfg.tokens_per_frame) if visual.ndim == 6 else (B, C, F)
+
+
+def forward(model: VLM, batch: Batch, *, projector_max_frames: int | None = None, caches: bool = False):
+  """Walk 1 and 2 up to the last layer: Decoded states of a batch.
+
+  Args:
+    model: the parameters.
+    batch: frames or features, and text.
+    projector_max_frames: samples of at least this many frames give the projector no gradient (quirk Q17).
+    caches: return every layer's keys and values.
+  """
+  cfg = model.cfg
+  features = encode(model, batch.visual) if batch.visual.ndim == 6 else batch.visual.astype(cfg.dtype)
+  P, L = batch.prefix.shape[1], batch.text.shape[1]
+  x = place(model, features, batch.prefix, batch.text)
+  if projector_max_frames is not None:
+    frames = batch.clips * (features.shape[2] // cfg.tokens_per_frame)
+    visual = x[:, P : x.shape[1] - L]
+    visual = jnp.where((frames >= projector_max_frames)[:, None, None], jax.lax.stop_gradient(visual), visual)
+    x = jnp.concatenate([x[:, :P], visual, x[:, x.shape[1] - L :]], axis=1)
+  return decoder.run(model.llm, x, lengths(model, batch), prefix=P, text=L, query=batch.query, caches=caches)
+
+
+def supervised_rows(model: VLM, x, batch: Batch):
+  """The rows of x [B, S', D] that can have a target: prefix, last visual token, text -> [B, P + 1 + L, D].
+
+  Never a row per visual token: at 1,024 frames those are nearly all rows (FACTS.md 3).
+  """
+  P, L = batch.prefix.shape[1], batch.text.shape[1]
+  end = x.shape[1] - L
+  slots = features_shape(model.cfg, batch.visual)
+  visual = end - P
+  if visual:
+    last = P + batch.clips * (visual // slots[1]) - 1
+    last = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)
+  else:
+    last = jnp.zeros_like(x[:, :1])
+  return jnp.concatenate([x[:, :P], last, x[:, end:]], axis=1)
+
+
+def cross_entropy(logits, targets):
+  """float32[B]: each sample's mean over its supervised rows; 0 where there is none.
+
+  logits: float32[B, R, V]; targets: int32[B, R], IGNORE where not supervised.
+  """
+  supervised = targets != IGNORE
+  picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)[..., 0]
+  loss = jnp.where(supervised, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
+  return loss.sum(1) / jnp.maximum(supervised.sum(1), 1)
+
+
+def loss(model: VLM, batch: Batch, *, projector_max_frames: int | None = None):
+  """float32[B]: next-token loss of each sample, as trained officially (FACTS.md 3); not weighted by batch.weight."""
+  x = forward(model, batch, projector_max_frames=projector_max_frames).x
+  return cross_entropy(model.llm.logits(supervised_rows(model, x, batch)), batch.targets)
+
+
+def evaluate(model: VLM, batch: Batch):
+  """Held-out measures of each sample: loss float32[B], and correct float32[B].
+
+  `correct` is the share of answers whose first token is the most probable one: for an answer of a single letter,
+  greedy decoding's accuracy.
+  """
+  logits = model.llm.logits(supervised_rows(model, forward(model, batch).x, batch))
+  rows = jnp.concatenate([jnp.zeros((len(batch.query), batch.prefix.shape[1] + 1), bool), batch.query], axis=1)
+  rows = rows & (batch.targets != IGNORE)
+  hit = (jnp.argmax(logits, -1) == batch.targets) & rows
+  return cross_entropy(logits, batch.targets), hit.sum(1) / jnp.maximum(rows.sum(1), 1)
