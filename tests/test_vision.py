@@ -1,0 +1,116 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xcomp_jax.config import LLMConfig, LPCompConfig, VisionConfig, VLMConfig
+from xcomp_jax.model.vision import PIXEL_MEAN, PIXEL_STD, Vision, position_table
+
+OFFICIAL = VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd")
+
+
+def tiny(**changes) -> VLMConfig:
+  vision = VisionConfig(image_size=48, patch_size=16, width=24, layers=2, heads=4, mlp_width=48, table="umt-hd")
+  cfg = VLMConfig(
+    vision=vision,
+    llm=LLMConfig(64, 32, 2, 4, 2, 8, 64, 1e6, 1e-6, True),
+    lp_comp=LPCompConfig("cosine", "suffix", 16),
+    clip_frames=8,
+    tokens_per_frame=16,
+    dtype="float32",
+    clips_per_chunk=1,
+    attention="einsum",
+    remat=False,
+  )
+  return dataclasses.replace(cfg, **changes)
+
+
+def clips(n, frames, size=48):
+  return jnp.asarray(np.random.default_rng(0).integers(0, 256, (n, frames, size, size, 3)).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return Vision(tiny(), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name, image_size, frames", [
+  ("hd_8f", 448, 8), ("hd_4f", 448, 4), ("hd_img", 448, 1), ("s224_8f", 224, 8), ("s224_4f", 224, 4), ("s224_img", 224, 1),
+])  # fmt: skip
+def test_position_table_is_the_official_one(reference, name, image_size, frames):
+  official = np.load(reference / "pos_embed.npz")
+  for prefix, width in (("", 32), ("wide_", 1024)):
+    if prefix + name not in official:
+      continue
+    cfg = dataclasses.replace(OFFICIAL, width=width, image_size=image_size, table="umt-hd" if image_size == 448 else "umt")
+    table = position_table(cfg, frames)
+    assert table.shape == (frames * cfg.patches, width)
+    np.testing.assert_allclose(table[official[f"{prefix}{name}_rows"]], official[prefix + name], rtol=0, atol=1e-5)
+
+
+def test_position_table_at_224_needs_no_bicubic():
+  small = dataclasses.replace(OFFICIAL, image_size=224, width=32)
+  np.testing.assert_array_equal(
+    position_table(small, 8), position_table(dataclasses.replace(small, table="umt"), 8)
+  )
+
+
+def test_patch_embedding_is_the_official_convolution(model):
+  frames = clips(2, 3)
+  kernel = np.asarray(model.patch_embed.kernel[...]).reshape(1, 16, 16, 3, 24)  # frame, row, column, colour
+  pixels = (np.asarray(frames) / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
+  conv = jax.lax.conv_general_dilated(
+    jnp.asarray(pixels, jnp.float32), jnp.asarray(kernel), (1, 16, 16), "VALID",
+    dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+  )  # fmt: skip
+  np.testing.assert_allclose(model.patch_embed(frames), conv.reshape(2, -1, 24), rtol=0, atol=1e-5)
+
+
+def test_frames_of_a_clip_see_each_other_and_clips_do_not(model):
+  frames = clips(2, 4)
+  out = model(frames)
+  assert out.shape == (2, 4 * 9, 24)
+  changed = model(frames.at[1, 3].set(0))
+  np.testing.assert_array_equal(out[0], changed[0])
+  assert np.abs(out[1, :9] - changed[1, :9]).max() > 1e-3
+  np.testing.assert_allclose(model(frames[1:]), out[1:], rtol=0, atol=1e-5)
+
+
+def test_single_image_has_the_table_of_a_first_frame(model):
+  frame = clips(1, 1)
+  assert model(frame).shape == (1, 9, 24)
+  np.testing.assert_array_equal(position_table(tiny().vision, 1), position_table(tiny().vision, 4)[:9])
+
+
+def test_keys_have_no_bias(model):
+  assert {"q_bias", "v_bias"} <= set(vars(model.blocks[0].attn))
+  assert model.blocks[0].attn.qkv.bias is None
+
+
+def test_remat_changes_no_gradient():
+  grads = []
+  for remat in (False, True):
+    model = Vision(tiny(remat=remat), rngs=nnx.Rngs(0))
+    grads.append(nnx.grad(lambda m: jnp.square(m(clips(1, 2))).mean())(model))
+  first, second = map(jax.tree.leaves, grads)
+  assert len(first) == len(second) == 2 + 2 * 13 + 2
+  for a, b in zip(first, second, strict=True):
+    assert np.abs(a).max() > 0
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max())
+
+
+def test_bfloat16_follows_float32(model):
+  exact = model(clips(1, 4))
+  half = Vision(tiny(dtype="bfloat16"), rngs=nnx.Rngs(0))(clips(1, 4))  # masters stay float32
+  assert half.dtype == jnp.bfloat16
+  assert np.abs(exact - half.astype(jnp.float32)).mean() < 0.02
+
+
+def test_sizes_that_do_not_divide_are_named():
+  with pytest.raises(ValueError, match="patch size 16"):
+    Vision(tiny(vision=dataclasses.replace(tiny().vision, image_size=50)), rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="5 heads"):
+    Vision(tiny(vision=dataclasses.replace(tiny().vision, heads=5)), rngs=nnx.Rngs(0))
