@@ -83,12 +83,16 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
 
 
 def param_shardings(state: Any, mesh: Mesh) -> Any:
-  """A NamedSharding per leaf of `state` (arrays or ShapeDtypeStructs, nested by path: `nnx.State`, dicts).
+  """A NamedSharding per leaf of `state` (arrays or ShapeDtypeStructs), a tree whose paths end as parameters' do:
+  `nnx.State`, optimizer state, or both together. Scalars are on every device.
 
   Raises:
     ValueError: see `parameter_spec`.
   """
-  one = lambda path, leaf: NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, mesh))
+
+  def one(path, leaf):
+    return NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, mesh) if leaf.shape else PartitionSpec())
+
   return jax.tree_util.tree_map_with_path(one, state)
 
 

@@ -1,0 +1,215 @@
+"""Checkpoints of a run: Orbax `CheckpointManager` under workdir/checkpoints, saved in the background.
+
+Every step folder stands alone and has four items:
+  params   all parameters, trained and frozen, as nested dicts by path (xcomp_jax model tree). The frozen tower is a
+           few percent of what optimizer state takes, and so a checkpoint needs nothing beside it.
+  opt      optimizer state, nested by path
+  data     position of the data iterator, one file per process: a run resumes with as many processes
+  config   JSON of `describe`
+Arrays restore onto any mesh; the data position only where data x fsdp is the same.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, from_dict, to_dict
+from xcomp_jax.sharding import path_name
+
+# What may differ when a run continues: places, pace and reports. All else would make it another run.
+FREE = (
+  "run.workdir", "run.init_from", "run.mesh", "run.data.train", "run.data.heldout", "run.data.threads",
+  "run.data.prefetch", "run.model.clips_per_chunk", "run.model.attention", "run.model.remat", "run.train.log_every",
+  "run.train.eval_every", "run.train.save_every", "run.train.keep_last", "run.train.keep_every",
+  "vlm.clips_per_chunk", "vlm.attention", "vlm.remat",
+)  # fmt: skip
+
+
+def nest(state: Any) -> dict:
+  """Leaves of any pytree as nested dicts by path, e.g. {"llm": {"layers": {"0": {"q": {"kernel": ...}}}}}."""
+  tree: dict = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    *parents, last = path_name(path).split("/")
+    node = tree
+    for name in parents:
+      node = node.setdefault(name, {})
+    node[last] = leaf
+  return tree
+
+
+def unnest(tree: Mapping, like: Any) -> Any:
+  """The inverse of `nest`: a pytree like `like` with the leaves of `tree`; leaves of `tree` not in it are ignored."""
+
+  def leaf(path, _):
+    node: Any = tree
+    for name in path_name(path).split("/"):
+      node = node[name]
+    return node
+
+  return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def folder(workdir: str) -> epath.Path:
+  """Where a run keeps its checkpoints."""
+  return epath.Path(workdir).absolute() / "checkpoints"
+
+
+def claim(workdir: str) -> None:
+  """Makes the work directory, and checks that it can be written, before anything expensive happens.
+
+  Raises:
+    ConfigError: it can't.
+  """
+  path = epath.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".write-test-{jax.process_index()}"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise ConfigError(
+      f"workdir {workdir} can't be written ({error.strerror or error}); set config.workdir to a folder that can"
+    ) from error
+
+
+def manager(workdir: str, train: TrainConfig) -> ocp.CheckpointManager:
+  """Opens a run's checkpoints for saving and restoring; `close()` it at the end, which waits for a running save."""
+  logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates every save
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=train.keep_last, keep_period=train.keep_every, cleanup_tmp_directories=True
+  )
+  return ocp.CheckpointManager(folder(workdir), options=options)
+
+
+def save(
+  checkpoints: ocp.CheckpointManager, step: int, params: Sequence[Any], opt: Any, data: Any, config: Mapping
+) -> None:
+  """Begins saving; returns as soon as the arrays are copied. Does nothing if `step` is already saved.
+
+  Args:
+    checkpoints: of `manager`.
+    step: optimizer steps done.
+    params: `nnx.State`s that together are the model, such as trained and frozen.
+    opt: optimizer state.
+    data: the Grain iterator, between two steps.
+    config: of `describe`.
+  """
+  if checkpoints.latest_step() == step:
+    return
+  checkpoints.save(
+    step,
+    args=ocp.args.Composite(
+      params=ocp.args.StandardSave(nest(_whole(params))),
+      opt=ocp.args.StandardSave(nest(opt)),
+      data=grain.checkpoint.CheckpointSave(data),
+      config=ocp.args.JsonSave(dict(config)),
+    ),
+    force=True,
+  )
+
+
+def restore(
+  checkpoints: ocp.CheckpointManager, step: int, params: Sequence[Any], opt: Any, data: Any, config: Mapping
+) -> tuple[tuple[Any, ...], Any]:
+  """(params, opt) of a step, in the shardings and dtypes of the given ShapeDtypeStructs; moves `data` in place.
+
+  Arguments as of `save`.
+
+  Raises:
+    ConfigError: the run was started with a config that this one can't continue, or with another number of processes.
+  """
+  saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+  old, new = _flat(saved), _flat(config)
+  changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)]
+  if changed:
+    shown = lambda key: "mesh data x fsdp" if key == "rows" else key.replace("run.", "config.", 1)
+    listed = "; ".join(f"{shown(key)} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+    raise ConfigError(
+      f"{checkpoints.directory} holds step {step} of a run that this config can't continue: {listed}. Set "
+      "config.workdir to another folder to start afresh, or undo the change"
+    )
+  position = checkpoints.directory / str(step) / "data" / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+  if not position.exists():
+    raise ConfigError(
+      f"{position} does not exist: the run was saved by another number of processes; resume with as many as before"
+    )
+  out = checkpoints.restore(
+    step,
+    args=ocp.args.Composite(
+      params=ocp.args.StandardRestore(nest(_whole(params))),
+      opt=ocp.args.StandardRestore(nest(opt)),
+      data=grain.checkpoint.CheckpointRestore(data),
+    ),
+  )
+  return tuple(unnest(out.params, part) for part in params), unnest(out.opt, opt)
+
+
+def describe(run: RunConfig, vlm: VLMConfig, rows: int) -> dict:
+  """What a checkpoint says about its run; plain JSON.
+
+  rows: shards of the batch, on which the cut into micro-batches and so the data position depend.
+  """
+  return json.loads(json.dumps({"run": to_dict(run), "vlm": to_dict(vlm), "rows": rows}))
+
+
+def read_config(workdir: str, step: int | None = None) -> tuple[RunConfig, VLMConfig, int]:
+  """The configs that a checkpoint (default: the latest) was saved with, and its step.
+
+  Raises:
+    FileNotFoundError: there is no such checkpoint.
+  """
+  with _reader(workdir) as checkpoints:
+    step = _step(checkpoints, step)
+    saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+  return from_dict(RunConfig, saved["run"]), from_dict(VLMConfig, saved["vlm"], "vlm"), step
+
+
+def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
+  """All parameters of a checkpoint (default: the latest), without optimizer state.
+
+  like: `nnx.State` of the whole model, of ShapeDtypeStructs; their dtypes and, if given, shardings are what comes.
+
+  Raises:
+    FileNotFoundError: there is no such checkpoint.
+  """
+  with _reader(workdir) as checkpoints:
+    step = _step(checkpoints, step)
+    out = checkpoints.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(nest(like))))
+  return unnest(out.params, like)
+
+
+def _reader(workdir: str) -> ocp.CheckpointManager:
+  path = folder(workdir)
+  if not path.is_dir():
+    raise FileNotFoundError(f"no checkpoints in {workdir}: expected {path}")
+  return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _step(checkpoints: ocp.CheckpointManager, step: int | None) -> int:
+  steps = sorted(checkpoints.all_steps())
+  if not steps or step not in (None, *steps):
+    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+    raise FileNotFoundError(f"no {wanted} in {checkpoints.directory}; there are {steps or 'none'}")
+  return steps[-1] if step is None else step
+
+
+def _whole(params: Sequence[Any]) -> dict:
+  """Disjoint states as one pytree with the paths of the model."""
+  return {name: part[name] for part in params for name in part}
+
+
+def _free(key: str) -> bool:
+  return any(key == name or key.startswith(name + ".") for name in FREE)
+
+
+def _flat(tree: Mapping, where: str = "") -> dict[str, Any]:
+  out = {}
+  for key, value in tree.items():
+    out |= _flat(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value}
+  return out

@@ -1,0 +1,172 @@
+"""What a run says about itself: floating-point work, the step clock, compilations, the terminal line, TensorBoard."""
+
+import pathlib
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from xcomp_jax.config import TrainConfig, VLMConfig
+from xcomp_jax.data.batch import Batch
+from xcomp_jax.model import lp_comp
+
+# Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets. The first name that occurs in
+# `jax.Device.device_kind` counts.
+PEAK_TFLOPS = (
+  ("TPU v6 lite", 918.0),
+  ("TPU v5 lite", 197.0),
+  ("TPU v5", 459.0),  # v5p
+  ("TPU v4", 275.0),
+  ("TPU7x", 2307.0),
+  ("B200", 2250.0),
+  ("H200", 989.0),
+  ("H100 PCIe", 756.0),
+  ("H100", 989.0),
+  ("A100", 312.0),
+  ("L40S", 362.0),
+  ("L4", 121.0),
+)
+
+
+def peak_flops(kind: str) -> float | None:
+  """FLOP/s of a device of this kind; None if the table does not know it (CPUs)."""
+  return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if name in kind), None)
+
+
+def forward_flops(cfg: VLMConfig, batch: Batch) -> dict[str, float]:
+  """Floating-point operations of one forward pass over the valid tokens of a batch of numpy arrays.
+
+  A multiply-add is 2, causal attention counts half its square, the tower's attention all of it; token merging,
+  norms and softmax are left out, padding too. Given features instead of frames, the tower costs nothing.
+
+  Returns:
+    {"vision", "projector", "llm"}.
+  """
+  frames = batch.visual.ndim == 6
+  rows = np.asarray(batch.weight) > 0
+  clips = np.where(rows, batch.clips, 0).astype(np.float64)
+  tokens = batch.visual.shape[2] * cfg.tokens_per_frame if frames else batch.visual.shape[2]
+
+  v = cfg.vision
+  patches = float(batch.visual.shape[2] * v.patches) if frames else 0.0  # of a clip
+  block = 2 * patches * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 4 * patches**2 * v.width
+  tower = clips.sum() * (2 * patches * v.patch_size**2 * 3 * v.width + v.layers * block)
+
+  m = cfg.llm
+  projector = clips.sum() * tokens * 2 * (v.width * m.width + m.width**2)
+
+  text = np.where(rows, batch.prefix_length + batch.text_length, 0).astype(np.float64)
+  heads = m.heads * m.head_dim
+  weights = m.width * (2 * heads + 2 * m.kv_heads * m.head_dim) + 3 * m.width * m.mlp_width
+  llm = 2 * m.width * m.vocab_size * (text + (clips > 0)).sum()
+  for count in lp_comp.counts(cfg.lp_comp, m.layers):
+    n = text + clips * tokens * count / cfg.lp_comp.group
+    llm += (2 * n * weights + 2 * n**2 * heads).sum()
+  return {"vision": float(tower), "projector": float(projector), "llm": float(llm)}
+
+
+def training_flops(cfg: VLMConfig, train: TrainConfig, batch: Batch) -> float:
+  """Forward and backward of `batch`: as much again for gradients of activations, and for those of weights, where
+  the config asks for them. Recomputation (remat) is no useful work and not counted.
+  """
+  total, upstream = 0.0, False  # upstream: something before this part is trained
+  for part, flops in forward_flops(cfg, batch).items():
+    trains = getattr(train, part)
+    total += flops * (1 + trains + (upstream or trains))
+    upstream = upstream or trains
+  return total
+
+
+def count_frames(cfg: VLMConfig, batch: Batch):
+  """float32[]: valid frames of a batch (numpy or jax)."""
+  tokens = batch.visual.shape[2]
+  per_clip = tokens if batch.visual.ndim == 6 else tokens // cfg.tokens_per_frame
+  return (batch.clips * batch.weight).sum() * per_clip
+
+
+class Clock:
+  """Where the wall time since the last report went: waiting for data, or anything else."""
+
+  def __init__(self):
+    self.reset()
+
+  def reset(self):
+    """Starts a new interval."""
+    self.start, self.waited = time.perf_counter(), 0.0
+    self.samples = self.frames = self.flops = 0.0
+
+  def wait(self, iterator):
+    """next(iterator), timed."""
+    start = time.perf_counter()
+    try:
+      return next(iterator)
+    finally:
+      self.waited += time.perf_counter() - start
+
+  def report(self) -> dict[str, float]:
+    """Rates of the interval; mfu is the share of the peak that this process's devices reached, nan if unknown."""
+    seconds = time.perf_counter() - self.start
+    devices = jax.local_devices()
+    peak = peak_flops(devices[0].device_kind)
+    return {
+      "samples_per_s": self.samples / seconds,
+      "frames_per_s": self.frames / seconds,
+      "data_wait": self.waited / seconds,
+      "mfu": self.flops / seconds / (peak * len(devices)) if peak else float("nan"),
+    }
+
+
+class Compilations:
+  """Counts XLA compilations of the named jitted functions, from JAX's own events; a context manager."""
+
+  def __init__(self, *names: str):
+    self.names, self.new, self.count = names, [], dict.fromkeys(names, 0)
+
+  def __enter__(self):
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    return self
+
+  def __exit__(self, *_):
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+
+  def _listen(self, event: str, seconds: float, fun_name: str = "", **_):
+    name = fun_name.removeprefix("jit(").removeprefix("jit_").removesuffix(")")
+    if event == "/jax/core/compile/backend_compile_duration" and name in self.count:
+      self.count[name] += 1
+      self.new.append((name, seconds))
+
+  def take(self) -> list[tuple[str, float]]:
+    """(function, seconds) of what was compiled since the last call."""
+    new, self.new = self.new, []
+    return new
+
+
+def line(step: int, steps: int, values: Mapping[str, float]) -> str:
+  """One readable line of a training step."""
+  mfu = values["mfu"]
+  return (
+    f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.3g}  "
+    f"{values['samples_per_s']:.2f} samples/s  {values['frames_per_s']:.0f} frames/s  "
+    f"data wait {values['data_wait']:.0%}  MFU {'-' if np.isnan(mfu) else f'{mfu:.1%}'}"
+  )
+
+
+class Writer:
+  """TensorBoard files under `folder`, written by the first process only."""
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    from tensorboardX import SummaryWriter
+
+    first = jax.process_index() == 0
+    self.writer = SummaryWriter(str(folder), purge_step=step, write_to_disk=first)
+
+  def write(self, step: int, group: str, values: Mapping[str, float]):
+    """Scalars group/name at a step; values that are not numbers are left out."""
+    for name, value in values.items():
+      if np.isfinite(value):
+        self.writer.add_scalar(f"{group}/{name}", float(value), step)
+
+  def close(self):
+    """Writes what is left."""
+    self.writer.close()
