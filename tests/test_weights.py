@@ -1,0 +1,404 @@
+"""The table against the official parameter lists, loading and saving, and what a broken checkpoint is told."""
+
+import ast
+import dataclasses
+import gzip
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from xcomp_jax import sharding, weights
+from xcomp_jax.config import LPCompConfig, MeshConfig, ModelConfig
+from xcomp_jax.model.vlm import VLM
+from xcomp_jax.weights import CheckpointError
+
+MODEL = ModelConfig(
+  clip_frames=8, dtype="bfloat16", param_dtype="float32", clips_per_chunk=1, attention="auto", remat=False
+)
+LP_COMP = LPCompConfig(schedule="cosine", keep="suffix", group=16)
+# The official file (FACTS.md 11) of the 2B model: only what decides sizes.
+CONFIG = {
+  "hidden_act": "silu", "hidden_size": 1536, "intermediate_size": 8960, "mm_hidden_size": 1024, "mm_local_num_frames": 4,
+  "mm_projector_type": "tome16_mlp_hd64", "mm_vision_select_layer": -2, "mm_vision_tower": "umt-hd-large",
+  "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+  "rope_scaling": None, "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+  "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+SEVEN = {
+  "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
+  "tie_word_embeddings": False, "vocab_size": 152064,
+}  # fmt: skip
+TINY = {
+  "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 600,
+  "num_hidden_layers": 2, "mm_hidden_size": 32,
+  "tiny_vision": {"image_size": 64, "embed_dim": 32, "depth": 3, "heads": 2, "patch_size": 16, "mlp_ratio": 4.0},
+}  # fmt: skip
+# Dimensions of the real 2B model -> of the tiny one; 600 rows are several blocks of reading and an uneven rest.
+SHRINK = {151936: 600, 1536: 24, 256: 8, 8960: 40, 1024: 32, 3072: 96, 4096: 128}
+
+
+def table(reference: pathlib.Path, model: str) -> dict[str, tuple[int, ...]]:
+  """Official name -> shape."""
+  lines = gzip.open(reference / f"params_{model}.tsv.gz", "rt").read().splitlines()
+  return {name: tuple(ast.literal_eval(shape)) for name, shape, _ in (line.split("\t") for line in lines)}
+
+
+def configured(directory: pathlib.Path, **changes) -> pathlib.Path:
+  """A directory with a config.json; `...` as a value drops the key."""
+  directory.mkdir(parents=True, exist_ok=True)
+  config = {k: v for k, v in (CONFIG | changes).items() if v is not ...}
+  (directory / "config.json").write_text(json.dumps(config))
+  return directory
+
+
+def tiny_tensors(reference: pathlib.Path, dtype=np.float32, tied=True) -> dict[str, np.ndarray]:
+  """Random tensors with the official names of a two-layer model, from the official list and not from our table."""
+  rng = np.random.default_rng(0)
+  tensors = {}
+  for name, shape in table(reference, "2b_448").items():
+    parts = name.split(".")
+    number = next((int(p) for p in parts if p.isdigit()), 0)
+    if number < 2 or "mm_projector" in name:
+      tensors[name] = rng.normal(size=[SHRINK.get(n, n) for n in shape]).astype(dtype)
+  if not tied:
+    tensors["lm_head.weight"] = rng.normal(size=(600, 24)).astype(dtype)
+  return tensors
+
+
+def tiny(directory: pathlib.Path, tensors: dict[str, np.ndarray], **changes) -> pathlib.Path:
+  """A torch directory with those tensors and a tokenizer file."""
+  configured(directory, **(TINY | {"tie_word_embeddings": "lm_head.weight" not in tensors} | changes))
+  (directory / "vocab.json").write_text("{}")
+  save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+  return directory
+
+
+def read_config(directory, **changes):
+  return weights.read_config(directory, dataclasses.replace(MODEL, **changes), LP_COMP)
+
+
+def equal(a: dict, b: dict):
+  """Same names, dtypes and bits."""
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
+    assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
+
+
+@pytest.mark.parametrize(
+  "model, changes",
+  [("2b_448", {}), ("7b_448", SEVEN), ("7b_224", SEVEN | {"mm_vision_tower": "umt-large"})],
+)
+def test_official_tables_map_one_to_one(reference, tmp_path, model, changes):
+  cfg = read_config(configured(tmp_path, **changes))
+  entries = weights.names(cfg)
+  assert {e.name: e.shape for e in entries} == table(reference, model)
+  paths = {path: leaf.shape for path, leaf in weights.parameters(weights.abstract(cfg)).items()}
+  assert {e.path: e.ours for e in entries} == paths
+  assert len(entries) == len(paths)
+  assert cfg.vision.image_size == (224 if model == "7b_224" else 448)
+  assert cfg.vision.table == ("umt" if model == "7b_224" else "umt-hd")
+
+
+def test_abstract_model_is_the_model(reference, tmp_path):
+  cfg = read_config(configured(tmp_path, **TINY))
+  graph, state = nnx.split(nnx.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0))))
+  assert nnx.split(weights.abstract(cfg))[0] == graph
+  like = lambda s: {path: (leaf.shape, leaf.dtype) for path, leaf in weights.parameters(s).items()}
+  assert like(weights.abstract(cfg)) == like(state)
+
+
+def test_internvideo2_table_maps_llm_and_projector(reference, tmp_path):
+  changes = SEVEN | {"mm_hidden_size": 1408, "mm_vision_tower": "internvideo2"}
+  with pytest.raises(CheckpointError, match="InternVideo2 tower is not supported yet"):
+    read_config(configured(tmp_path, **changes))
+  cfg = read_config(configured(tmp_path, **SEVEN))
+  cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, width=1408))
+  rest = lambda shapes: {n: s for n, s in shapes.items() if not n.startswith("model.vision_tower.")}
+  assert rest({e.name: e.shape for e in weights.names(cfg)}) == rest(table(reference, "7b_internvideo2"))
+
+
+def test_config_of_the_official_2b(tmp_path):
+  cfg = read_config(configured(tmp_path))
+  v, m = cfg.vision, cfg.llm
+  assert (v.patch_size, v.width, v.layers, v.heads, v.mlp_width, v.patches) == (16, 1024, 23, 16, 4096, 784)
+  assert (m.head_dim, m.rope_theta, m.norm_eps, m.tied) == (128, 1e6, 1e-6, True)
+  assert (cfg.tokens_per_frame, cfg.dtype, cfg.lp_comp) == (16, "bfloat16", LP_COMP)
+
+
+def test_quirk_q1_clip_length_of_config_json_only_on_request(tmp_path, capsys):
+  directory = configured(tmp_path)
+  assert read_config(directory).clip_frames == 8
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and "clips of 8 frames, not the 4" in said
+  assert read_config(directory, clip_frames="checkpoint").clip_frames == 4
+  assert read_config(directory, clip_frames=4).clip_frames == 4
+  assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"rope_theta": ..., "vocab_size": ...}, r"config\.json lacks vocab_size, rope_theta"),
+    ({"rope_scaling": {"type": "yarn"}}, "rope_scaling .* is not supported"),
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type 'mlp2x_gelu'"),
+    ({"mm_vision_tower": "siglip"}, "mm_vision_tower 'siglip'"),
+    ({"mm_hidden_size": 1152}, "mm_hidden_size is 1152"),
+    ({"tiny_vision": {"depth": 3}}, "tiny_vision lacks image_size"),
+    ({"num_attention_heads": 11}, "num_attention_heads does not divide"),
+    ({"mm_vision_select_layer": 2}, "mm_vision_select_layer"),
+  ],
+)
+def test_config_that_cannot_be_used(tmp_path, changes, message):
+  with pytest.raises(CheckpointError, match=message):
+    read_config(configured(tmp_path, **changes))
+
+
+def test_no_or_broken_config_json(tmp_path):
+  with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    read_config(tmp_path)
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(CheckpointError, match="not valid JSON"):
+    read_config(tmp_path)
+
+
+def test_every_tensor_arrives_in_its_place(reference, tmp_path):
+  tensors = tiny_tensors(reference, tied=False)
+  directory = tiny(tmp_path, tensors)
+  model = weights.load(directory, read_config(directory))
+  value = lambda v: np.asarray(v[...])
+  name = "model.layers.1.self_attn.k_proj"
+  np.testing.assert_array_equal(value(model.llm.layers[1].k.kernel), tensors[f"{name}.weight"].T)
+  np.testing.assert_array_equal(value(model.llm.layers[1].k.bias), tensors[f"{name}.bias"])
+  np.testing.assert_array_equal(value(model.llm.embed.embedding), tensors["model.embed_tokens.weight"])
+  np.testing.assert_array_equal(value(model.llm.lm_head.kernel), tensors["lm_head.weight"].T)
+  encoder = "model.vision_tower.vision_tower.encoder"
+  patch = tensors[f"{encoder}.patch_embed.proj.weight"]
+  row, column, rgb = 3, 11, 2
+  np.testing.assert_array_equal(value(model.vision.patch_embed.kernel)[(row * 16 + column) * 3 + rgb], patch[:, rgb, 0, row, column])
+  np.testing.assert_array_equal(value(model.vision.blocks[1].attn.qkv.kernel), tensors[f"{encoder}.blocks.1.attn.qkv.weight"].T)
+  np.testing.assert_array_equal(value(model.vision.norm.scale), tensors[f"{encoder}.vision_layernorm.weight"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip_is_exact(reference, tmp_path, dtype, tied):
+  tensors = tiny_tensors(reference, dtype, tied)
+  source = tiny(tmp_path / "in", tensors)
+  cfg = read_config(source)
+  model = weights.load(source, cfg, dtype="float32")  # as masters of a training run
+  assert {leaf.dtype for leaf in weights.parameters(model).values()} == {np.dtype(np.float32)}
+  weights.save_torch(tmp_path / "out", model, cfg, source)
+  equal(load_file(tmp_path / "out" / "model.safetensors"), tensors)
+  with safe_open(tmp_path / "out" / "model.safetensors", "numpy") as f:
+    assert f.metadata() == {"format": "pt"}
+  assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "vocab.json", "xcomp.json"]
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config == json.loads((source / "config.json").read_text()) | {"mm_local_num_frames": 8}
+  assert weights.read_lp_comp(tmp_path / "out") == LP_COMP
+  assert weights.read_lp_comp(source) is None
+
+
+def test_round_trip_through_several_files(reference, tmp_path):
+  tensors = tiny_tensors(reference, ml_dtypes.bfloat16)
+  source = tiny(tmp_path / "in", tensors)
+  cfg = read_config(source)
+  weights.save_torch(tmp_path / "out", weights.load(source, cfg), cfg, source, shard_bytes=50_000)
+  index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+  files = sorted((tmp_path / "out").glob("*.safetensors"))
+  assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+  assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+  both = {}
+  for file in files:
+    part = load_file(file)
+    assert all(index["weight_map"][name] == file.name for name in part)
+    both |= part
+  equal(both, tensors)
+  again = weights.load(tmp_path / "out", cfg)
+  equal(weights.parameters(again), weights.parameters(weights.load(source, cfg)))
+
+  files[1].unlink()
+  with pytest.raises(CheckpointError, match=rf"names {files[1].name}, which is not there"):
+    weights.load(tmp_path / "out", cfg)
+
+
+def test_dtype_of_a_saved_directory_can_be_chosen(reference, tmp_path):
+  source = tiny(tmp_path / "in", tiny_tensors(reference))
+  cfg = read_config(source)
+  weights.save_torch(tmp_path / "out", weights.load(source, cfg), cfg, source, dtype="bfloat16")
+  assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {np.dtype(ml_dtypes.bfloat16)}
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("layout", ["torch", "orbax"])
+def test_load_into_shardings_and_dtypes(reference, tmp_path, layout):
+  tensors = tiny_tensors(reference, tied=False)
+  directory = tiny(tmp_path / "in", tensors)
+  cfg = read_config(directory)
+  whole = weights.load(directory, cfg)
+  if layout == "orbax":
+    weights.save_orbax(tmp_path / "out", whole, cfg, directory)
+    directory = tmp_path / "out"
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  shardings = sharding.param_shardings(nnx.state(whole), mesh)
+  dtype = lambda path: jnp.bfloat16 if path.startswith("vision/") else jnp.float32
+  split = weights.load(directory, cfg, shardings=shardings, dtype=dtype)
+  assert split.llm.layers[0].gate.kernel[...].sharding.spec == PartitionSpec("fsdp", "tensor")
+  assert split.llm.layers[0].gate.kernel[...].addressable_shards[0].data.shape == (12, 20)
+  one, many = weights.parameters(whole), weights.parameters(split)
+  placed = weights.parameters(shardings)
+  for path, leaf in many.items():
+    assert leaf.sharding == placed[path], path
+    assert leaf.dtype == dtype(path), path
+    np.testing.assert_array_equal(np.asarray(leaf), np.asarray(one[path].astype(leaf.dtype)), path)
+
+
+def test_orbax_export_is_read_by_init_from_and_by_plain_orbax(reference, tmp_path):
+  import orbax.checkpoint as ocp
+
+  source = tiny(tmp_path / "in", tiny_tensors(reference, ml_dtypes.bfloat16))
+  cfg = read_config(source)
+  model = weights.load(source, cfg, dtype="float32")
+  weights.save_orbax(tmp_path / "out", model, cfg, source)
+  assert read_config(tmp_path / "out") == cfg and weights.read_lp_comp(tmp_path / "out") == LP_COMP
+  equal(weights.parameters(weights.load(tmp_path / "out", cfg)), weights.parameters(weights.load(source, cfg)))
+  with ocp.StandardCheckpointer() as reader:
+    plain = reader.restore(tmp_path / "out" / "params")
+  assert plain["llm"]["layers"]["1"]["o"]["kernel"].dtype == jnp.bfloat16
+  weights.save_torch(tmp_path / "back", weights.load(tmp_path / "out", cfg), cfg, tmp_path / "out")
+  equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(source / "model.safetensors"))
+
+
+def test_tied_head_and_rotary_buffers_are_accepted(reference, tmp_path):
+  tensors = tiny_tensors(reference)
+  extra = {"lm_head.weight": tensors["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+  directory = tiny(tmp_path, tensors | extra, tie_word_embeddings=True)
+  assert "llm/lm_head/kernel" not in weights.parameters(weights.load(directory, read_config(directory)))
+
+
+def test_all_differences_are_in_one_error(reference, tmp_path):
+  tensors = tiny_tensors(reference)
+  del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+  tensors["model.condenser.weight"] = np.ones(3, np.float32)
+  tensors["model.mm_projector.mlp.0.weight"] = tensors["model.mm_projector.mlp.0.weight"].T.copy()
+  tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(24, np.int32)
+  directory = tiny(tmp_path, tensors)
+  with pytest.raises(CheckpointError) as raised:
+    weights.load(directory, read_config(directory))
+  lines = str(raised.value).splitlines()
+  assert lines[1:] == [
+    "  2 missing: model.layers.1.mlp.up_proj.weight; model.norm.weight",
+    "  1 unexpected: model.condenser.weight",
+    "  1 of another shape: model.mm_projector.mlp.0.weight is [32, 24], must be [24, 32]",
+    "  1 unreadable: model.layers.0.self_attn.q_proj.bias is I32, not one of BF16, F16, F32",
+  ]
+
+
+def test_orbax_export_of_another_model(reference, tmp_path):
+  source = tiny(tmp_path / "in", tiny_tensors(reference))
+  cfg = read_config(source)
+  weights.save_orbax(tmp_path / "out", weights.load(source, cfg), cfg, source)
+  other = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tied=False, mlp_width=48))
+  with pytest.raises(CheckpointError, match=r"1 missing: llm/lm_head/kernel\n.*6 of another shape: llm/layers/0/gate/kernel is \[24, 40\]"):
+    weights.load(tmp_path / "out", other)
+  for file in (tmp_path / "out" / "params").iterdir():
+    if file.is_file():
+      file.unlink()
+  with pytest.raises(CheckpointError, match="params is not an Orbax checkpoint"):
+    weights.load(tmp_path / "out", cfg)
+
+
+def test_truncated_empty_and_absent_files(reference, tmp_path):
+  directory = tiny(tmp_path, tiny_tensors(reference))
+  cfg = read_config(directory)
+  file = directory / "model.safetensors"
+  file.write_bytes(file.read_bytes()[:-10])
+  with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+    weights.load(directory, cfg)
+  file.write_bytes(b"")
+  with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+    weights.load(directory, cfg)
+  file.unlink()
+  with pytest.raises(CheckpointError, match=r"has neither \*\.safetensors nor params/"):
+    weights.load(directory, cfg)
+
+
+def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
+  source = tiny(tmp_path / "in", tiny_tensors(reference))
+  cfg = read_config(source)
+  model = weights.load(source, cfg)
+  out = tmp_path / "out"
+  weights.save_torch(out, model, cfg, source)
+  with pytest.raises(CheckpointError, match="out is not empty"):
+    weights.save_torch(out, model, cfg, source)
+  with pytest.raises(CheckpointError, match="out is not empty"):
+    weights.save_orbax(out, model, cfg, source)
+  weights.save_orbax(out, model, cfg, source, overwrite=True)
+  assert not (out / "model.safetensors").exists()
+
+  def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(weights, "write_safetensors", full_disk)
+  with pytest.raises(CheckpointError, match=r"other can't be written: .*No space left"):
+    weights.save_torch(tmp_path / "other", model, cfg, source)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+  (tmp_path / "file").write_text("")
+  with pytest.raises(CheckpointError, match="file is a file"):
+    weights.save_torch(tmp_path / "file", model, cfg, source)
+  with pytest.raises(CheckpointError, match="can't be written"):
+    weights.save_torch(tmp_path / "file" / "below", model, cfg, source)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+  """An empty hub cache, and no network."""
+  from huggingface_hub import constants
+
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+  return tmp_path / "hub"
+
+
+def test_hub_id_from_the_local_cache(reference, tmp_path, hub):
+  commit = "0123456789abcdef0123456789abcdef01234567"
+  repo = hub / "models--org--name"
+  snapshot = tiny(repo / "snapshots" / commit, tiny_tensors(reference))
+  (repo / "refs").mkdir()
+  (repo / "refs" / "main").write_text(commit)
+  found = weights.resolve("org/name")
+  assert found == snapshot
+  weights.load(found, read_config(found))
+  (snapshot / "model.safetensors").unlink()  # a download that broke off
+  with pytest.raises(CheckpointError, match=r"org/name, and as a hub id it can't be fetched: .*only a part of it is there"):
+    weights.resolve("org/name")
+
+
+def test_init_from_that_is_nowhere(tmp_path, hub):
+  with pytest.raises(CheckpointError, match=r"there is no directory org/other, and as a hub id it can't be fetched"):
+    weights.resolve("org/other")
+  with pytest.raises(CheckpointError, match=r"there is no directory .*absent$"):
+    weights.resolve(str(tmp_path / "absent"))
+  (tmp_path / "file").write_text("")
+  with pytest.raises(CheckpointError, match="is a file; give the directory"):
+    weights.resolve(str(tmp_path / "file"))
+  assert weights.resolve(str(tmp_path)) == tmp_path
+
+
+def test_loaded_parameters_can_be_donated(reference, tmp_path):
+  """Loading on CPU takes over host memory; a donated update must not disturb it."""
+  directory = tiny(tmp_path, tensors := tiny_tensors(reference))
+  state = nnx.state(weights.load(directory, read_config(directory)))
+  step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+  after = weights.parameters(step(step(state)))
+  np.testing.assert_array_equal(np.asarray(after["llm/embed/embedding"]), tensors["model.embed_tokens.weight"] + 1 + 1)
