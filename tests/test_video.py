@@ -1,0 +1,307 @@
+"""Frame sampling, decoding and resizing against the official code's outputs, and the ways a file can be bad."""
+
+import json
+import random
+
+import av
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from xcomp_jax.data import prompt, video
+
+LIMITS = dict(max_frames=32, min_frames=16, fps=4.0, clip_frames=8)  # a small recipe for small files
+
+
+def frame(i: int) -> np.ndarray:
+  """RGB; eight light or dark columns spell the frame number, and blue is half of red."""
+  bits = (i >> np.arange(8)) & 1
+  image = np.broadcast_to(np.repeat(40 + 180 * bits, 8)[None, :, None], (48, 64, 3)).astype(np.uint8)
+  image[..., 2] //= 2
+  return image
+
+
+def numbers(frames) -> list[int]:
+  """The frame numbers that are spelt in frames of any size."""
+  red, blue = (frames[..., c].astype(float).mean(1).reshape(len(frames), 8, -1).mean(2) for c in (0, 2))
+  assert (np.abs(red - 130) > 50).all() and (red - blue > 10).all(), (
+    "neither light nor dark, or red and blue swapped"
+  )
+  return ((red > 130) << np.arange(8)).sum(1).tolist()
+
+
+def write(path, n: int, rate: int = 8, codec: str = "libx264", options=None, **container):
+  with av.open(str(path), "w", options=container) as output:
+    stream = output.add_stream(codec, rate=rate, options=options or {})
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    for i in range(n):
+      output.mux(stream.encode(av.VideoFrame.from_ndarray(frame(i), format="rgb24")))
+    output.mux(stream.encode())
+  return path
+
+
+def test_frame_indices_equal_the_official_180_cases(reference):
+  cases = json.loads((reference / "frame_sampling.json").read_text())
+  assert len(cases) == 180
+  for case in cases:
+    limits = dict(
+      max_frames=case["max"],
+      min_frames=case["min"],
+      target_fps=case["env_fps"],
+      clip_frames=case["local_num_frames"],
+    )
+    train = case["eval"] if case["train"] == "same" else case["train"]
+    for style, expected in (("ask", case["eval"]), ("train", train)):
+      got = video.frame_indices(case["vlen"], case["fps"], style=style, **limits)
+      assert got.tolist() == expected, (case["vlen"], case["fps"], case["min"], style)
+
+
+def test_asking_repeats_frames_of_a_short_video_like_load_video(reference):
+  for case in json.loads((reference / "load_video.json").read_text()):
+    vlen, fps = case["vlen"], case["fps"]
+    limits = dict(max_frames=1024, min_frames=128, target_fps=8, clip_frames=8)
+    got = video.stretch(video.frame_indices(vlen, fps, style="ask", **limits), 128)
+    assert got.tolist() == case["frame_ids"]
+    assert prompt.time_message(vlen / fps, len(got)) == case["msg"]
+
+
+def test_frame_indices_obey_any_limits():
+  rng = random.Random(0)
+  for _ in range(500):
+    clip = rng.choice([4, 8])
+    low = clip * rng.randint(1, 4)
+    high = low + clip * rng.randint(0, 8)
+    vlen, fps, target = rng.randint(1, 400), rng.choice([1.0, 10.0, 29.97]), rng.choice([0.5, 2.0, 8.0])
+    got = video.frame_indices(
+      vlen, fps, max_frames=high, min_frames=low, target_fps=target, clip_frames=clip, style="train"
+    )
+    assert len(got) % clip == 0 and len(got) <= high and len(got) >= min(low, vlen // clip * clip)
+    assert (np.diff(got) > 0).all() and (got >= 0).all() and (got < vlen).all()
+
+
+@pytest.mark.parametrize("low,high", [(12, 16), (8, 20), (16, 8), (0, 8)])
+def test_frame_indices_refuse_limits_that_are_no_whole_clips(low, high):
+  with pytest.raises(ValueError, match="multiples of clip_frames=8"):
+    video.frame_indices(
+      100, 25.0, max_frames=high, min_frames=low, target_fps=8, clip_frames=8, style="train"
+    )
+
+
+def test_resize_equals_the_official_preprocessing(reference):
+  data = np.load(reference / "preprocess.npz")
+  mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+  for i in range(6):
+    small = video.resize(data[f"in{i}"][None], int(data[f"size{i}"]))
+    assert small.dtype == np.uint8
+    pixels = (small[0] * np.float32(1 / 255) - mean) / std
+    step = int(data[f"stride{i}"])
+    np.testing.assert_allclose(
+      pixels.transpose(2, 0, 1)[:, ::step, ::step], data[f"out{i}"], rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+  "suffix,codec", [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")]
+)
+def test_load_decodes_the_sampled_frames_only_and_in_order(tmp_path, suffix, codec):
+  # 10 s at 8 fps: every second frame would be 40, the limit is 32
+  path = write(tmp_path / f"a.{suffix}", 80, codec=codec)
+  got = video.load(path, size=32, style="train", **LIMITS)
+  assert got.frames.shape == (32, 32, 32, 3) and got.frames.dtype == np.uint8 and got.seconds == 10.0
+  expected = video.frame_indices(
+    80, 8.0, max_frames=32, min_frames=16, target_fps=4.0, clip_frames=8, style="train"
+  )
+  assert got.indices.tolist() == expected.tolist()
+  assert numbers(got.frames) == expected.tolist()
+
+
+def test_load_gives_the_pixels_of_another_decoder(tmp_path):
+  path = write(tmp_path / "a.mp4", 40)
+  got = video.load(path, size=48, style="train", **LIMITS)
+  with av.open(str(path)) as file:
+    pictures = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
+  expected = video.resize(np.stack([pictures[i] for i in got.indices]), 48)
+  assert (
+    np.abs(got.frames.astype(int) - expected).max() <= 2
+  )  # two builds of the colour conversion may round apart
+
+
+def test_load_reads_what_opencv_writes(tmp_path):
+  path = tmp_path / "a.mp4"
+  writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 8, (64, 48))
+  for i in range(24):
+    writer.write(frame(i)[..., ::-1])
+  writer.release()
+  got = video.load(path, size=16, style="train", **LIMITS)
+  assert got.seconds == 3.0 and len(got.frames) == 16
+  assert numbers(got.frames) == got.indices.tolist()
+
+
+def test_load_cuts_from_start_to_end(tmp_path):
+  path = write(tmp_path / "a.mp4", 80)
+  got = video.load(path, size=16, style="train", start=2.0, end=5.0, **LIMITS)
+  assert got.seconds == 3.0 and len(got.frames) == 16  # 4 fps * 3 s = 12, raised to min_frames
+  assert got.indices[0] == 16 and got.indices[-1] == 38
+  tail = video.load(path, size=16, style="train", start=8.0, end=99.0, **LIMITS)
+  assert tail.seconds == 2.0 and tail.indices.tolist() == list(range(64, 80))
+  for bounds in (dict(start=5.0, end=5.0), dict(start=10.5), dict(end=-1.0)):
+    with pytest.raises(video.VideoError, match=r"lasts 10\.00 seconds; nothing lies between"):
+      video.load(path, size=16, style="train", **bounds, **LIMITS)
+
+
+def test_fewer_frames_than_a_clip_are_refused_in_training_and_repeated_when_asking(tmp_path):
+  path = write(tmp_path / "a.mp4", 5)
+  with pytest.raises(video.VideoError, match=r"a\.mp4 has 5 frames .* at least one clip of 8"):
+    video.load(path, size=16, style="train", **LIMITS)
+  got = video.load(path, size=16, style="ask", **LIMITS)
+  assert got.indices.tolist() == [[0, 0, 1, 1, 2, 3, 3, 4][i // 2] for i in range(16)]
+  assert len(got.frames) == 16 and got.seconds == 5 / 8
+  assert numbers(got.frames) == got.indices.tolist()
+
+
+def test_a_missing_path_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"nowhere\.mp4 does not exist"):
+    video.load(tmp_path / "nowhere.mp4", size=16, style="train", **LIMITS)
+
+
+@pytest.mark.parametrize("style", ["train", "ask"])
+@pytest.mark.parametrize(
+  "content,message", [(b"", "is empty"), (b"not a video " * 99, "can't be read as a video")]
+)
+def test_an_empty_or_unreadable_file_is_refused(tmp_path, style, content, message):
+  path = tmp_path / "bad.mp4"
+  path.write_bytes(content)
+  with pytest.raises(video.VideoError, match=rf"bad\.mp4 {message}"):
+    video.load(path, size=16, style=style, **LIMITS)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.85])
+def test_a_truncated_file_is_refused_with_both_counts(tmp_path, suffix, share):
+  path = write(
+    tmp_path / f"cut.{suffix}", 80, options={"g": "8", "x264-params": "qp=1"}, movflags="faststart"
+  )
+  whole = path.read_bytes()
+  video.load(path, size=16, style="train", **LIMITS)
+  path.write_bytes(whole[: int(len(whole) * share)])
+  with pytest.raises(
+    video.VideoError, match=rf"cut\.{suffix} is truncated: it announces 80 frames and has the data of \d"
+  ):
+    video.load(path, size=16, style="train", **LIMITS)
+
+
+def test_an_mp4_that_lacks_its_last_frame_is_refused(tmp_path):
+  path = write(tmp_path / "cut.mp4", 80, movflags="faststart")
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(video.VideoError, match=r"cut\.mp4 .* 80 frames"):
+    video.load(path, size=16, style="train", **LIMITS)
+
+
+def test_frames_that_do_not_decode_are_refused_with_both_counts(tmp_path):
+  """A file cut without encoding it again keeps packets that show nothing, hidden by an edit list."""
+  source = write(tmp_path / "whole.mp4", 80, options={"g": "20"})
+  path = tmp_path / "edited.mp4"
+  hidden = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
+  with av.open(str(source)) as read, av.open(str(path), "w", options=hidden) as output:
+    stream = output.add_stream_from_template(read.streams.video[0])
+    for packet in read.demux(video=0):
+      if packet.dts is None:
+        continue
+      shift = int(5 / 8 / packet.time_base)
+      packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+      output.mux(packet)
+  with pytest.raises(
+    video.VideoError, match=r"edited\.mp4 announces 80 frames, but only 75 could be decoded"
+  ):
+    video.load(path, size=16, style="train", **LIMITS)
+
+
+def test_sound_that_outlasts_the_pictures_is_no_truncation(tmp_path):
+  path = tmp_path / "sound.mkv"
+  with av.open(str(path), "w") as output:
+    stream = output.add_stream("libx264", rate=8)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    sound = output.add_stream("pcm_s16le", rate=8000, layout="mono")
+    for i in range(80):
+      output.mux(stream.encode(av.VideoFrame.from_ndarray(frame(i), format="rgb24")))
+    output.mux(stream.encode())
+    for i in range(105):  # 10.5 s
+      block = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+      block.sample_rate, block.pts = 8000, i * 800
+      output.mux(sound.encode(block))
+    output.mux(sound.encode())
+  assert video.load(path, size=16, style="train", **LIMITS).seconds == 10.0  # of the pictures
+
+
+def test_a_gif_runs_at_one_frame_per_second(tmp_path):
+  path = tmp_path / "a.gif"
+  pictures = [Image.fromarray(frame(i)) for i in range(20)]
+  pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
+  got = video.load(path, size=16, style="train", read_type="gif", **LIMITS)
+  assert got.seconds == 20.0 and len(got.frames) == 16
+  assert numbers(got.frames) == got.indices.tolist()
+  path.write_bytes(path.read_bytes()[:40])
+  with pytest.raises(video.VideoError, match=r"a\.gif"):
+    video.load(path, size=16, style="train", read_type="gif", **LIMITS)
+
+
+def test_a_folder_is_read_in_natural_order_at_one_frame_per_second(tmp_path):
+  folder = tmp_path / "clip"
+  folder.mkdir()
+  for i in range(20):
+    Image.fromarray(frame(i)).save(folder / f"img_{i}.png")
+  (folder / "notes.txt").write_text("no image")
+  for read_type in ("frames", "img"):  # annotations say img
+    got = video.load(folder, size=16, style="train", read_type=read_type, **LIMITS)
+    assert got.seconds == 20.0 and len(got.frames) == 16
+    assert numbers(got.frames) == got.indices.tolist()
+  (folder / "img_12.png").write_bytes((folder / "img_12.png").read_bytes()[:60])
+  with pytest.raises(video.VideoError, match=r"img_12\.png can't be read as an image"):
+    video.load(folder, size=16, style="train", read_type="frames", **LIMITS)
+
+
+def test_a_folder_with_a_stated_duration_is_sampled_by_it_only_when_asking(tmp_path):
+  folder = tmp_path / "clip.1"
+  folder.mkdir()
+  for i in range(64):
+    Image.fromarray(frame(i)).save(folder / f"{i}.png")
+  (tmp_path / "clip.1.json").write_text('{"duration": 4.0}')
+  ask = video.load(folder, size=16, style="ask", read_type="frames", **LIMITS)
+  train = video.load(folder, size=16, style="train", read_type="frames", **LIMITS)
+  assert ask.seconds == train.seconds == 4.0
+  assert (len(ask.frames), len(train.frames)) == (16, 32)  # 4 s at 4 fps; 64 s at 4 fps, at most 32
+  (tmp_path / "clip.1.json").write_text('{"length": 4.0}')
+  with pytest.raises(video.VideoError, match=r"clip\.1\.json must be"):
+    video.load(folder, size=16, style="ask", read_type="frames", **LIMITS)
+
+
+def test_wrong_kinds_of_path_are_refused(tmp_path):
+  with pytest.raises(video.VideoError, match="holds no images"):
+    video.load(tmp_path, size=16, style="train", read_type="img", **LIMITS)
+  with pytest.raises(video.VideoError, match="is a folder"):
+    video.load(tmp_path, size=16, style="train", **LIMITS)
+  (tmp_path / "a.png").write_bytes(b"no image")
+  with pytest.raises(video.VideoError, match=r"a\.png is a file"):
+    video.load(tmp_path / "a.png", size=16, style="train", read_type="frames", **LIMITS)
+  with pytest.raises(video.VideoError, match=r"a\.png can't be read as an image"):
+    video.load(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
+
+
+def test_a_still_image_is_one_frame(tmp_path):
+  Image.fromarray(frame(3)).convert("L").save(tmp_path / "a.png")  # grey files become RGB
+  got = video.load(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
+  assert got.frames.shape == (1, 16, 16, 3) and got.seconds == 0.0
+
+
+def test_a_rotation_tag_is_applied(tmp_path):
+  """Phones store upright videos lying down."""
+  path = write(tmp_path / "a.mp4", 16)
+  data = bytearray(path.read_bytes())
+  head = data.index(b"tkhd") + 4 + 40  # the track's 3x3 matrix, 16.16 fixed point
+  data[head : head + 36] = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
+  path.write_bytes(data)
+  capture = cv2.VideoCapture(str(path))
+  assert capture.read()[1].shape == (64, 48, 3)
+  capture.release()
+  assert video.load(path, size=16, style="train", **LIMITS).frames.shape == (16, 16, 16, 3)
