@@ -353,6 +353,9 @@ def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
   with pytest.raises(CheckpointError, match=r"other can't be written: .*No space left"):
     weights.save_torch(tmp_path / "other", model, cfg, source)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+  (tmp_path / "in" / "config.json").unlink()
+  with pytest.raises(CheckpointError, match="in is not empty and holds no checkpoint"):
+    weights.check_free(tmp_path / "in", overwrite=True)
   (tmp_path / "file").write_text("")
   with pytest.raises(CheckpointError, match="file is a file"):
     weights.save_torch(tmp_path / "file", model, cfg, source)

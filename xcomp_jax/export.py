@@ -9,6 +9,7 @@ precision of trained parameters.
 
 import argparse
 import dataclasses
+import logging
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -80,10 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--step", type=int, help="of a run; default: its latest checkpoint")
   parser.add_argument("--init-from", help="of a run: where its starting checkpoint is, if that has moved")
   parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of all tensors; default: as in the starting checkpoint")
-  parser.add_argument("--overwrite", action="store_true", help="replace a directory that is not empty")
+  parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
   args = parser.parse_args(argv)
   save = weights.save_torch if args.format == "torch" else weights.save_orbax
+  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what a reader of checkpoints always does
   try:
+    weights.check_free(pathlib.Path(args.out), args.overwrite)
     source = read(args.checkpoint, step=args.step, init_from=args.init_from)
     save(pathlib.Path(args.out), source.state, source.cfg, source.directory, dtype=args.dtype, overwrite=args.overwrite)
   except (ValueError, FileNotFoundError) as error:

@@ -528,11 +528,11 @@ def save_torch(
     cfg: of the model; config.json gets its clip length (quirk Q1), xcomp.json its LP-Comp.
     source: the checkpoint that the model was made from: gives config.json, tokenizer files and dtypes.
     dtype: of all tensors; None: each as in `source`, so a parameter that was not trained is equal bit by bit.
-    overwrite: replace a directory that is not empty.
+    overwrite: replace a checkpoint that is there.
     shard_bytes: largest size of one file (a larger single tensor gets a file of its own).
 
   Raises:
-    CheckpointError: a directory that is not empty or can't be written, or a broken source.
+    CheckpointError: see `check_free`; a directory that can't be written; a broken source.
   """
   entries, arrays = names(cfg), parameters(model)
   own = stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
@@ -540,7 +540,7 @@ def save_torch(
     Tensor(e.name, e.shape, own[e.path], lambda e=e: _official(e, arrays[e.path], own[e.path]))
     for e in sorted(entries, key=lambda e: e.name)
   ]
-  with _appearing(directory, overwrite) as temporary:
+  with appearing(directory, overwrite) as temporary:
     write_safetensors(temporary, tensors, shard_bytes)
     _copy_rest(temporary, source, cfg, dtype)
     written = _open(temporary, entries)
@@ -568,7 +568,7 @@ def save_orbax(
   arrays = parameters(model)
   own = stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
   _report(pathlib.Path(directory), names(cfg), {path: a.shape for path, a in arrays.items()}, True)
-  with _appearing(directory, overwrite) as temporary:
+  with appearing(directory, overwrite) as temporary:
     settings = _nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
       writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(_nest(arrays), save_args=settings))
@@ -637,22 +637,35 @@ def _write_json(file: pathlib.Path, values: Any) -> None:
   file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-@contextlib.contextmanager
-def _appearing(directory: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-  """A temporary directory that takes the place of `directory` if all goes well, else vanishes."""
-  directory = pathlib.Path(directory).absolute()
+def check_free(directory: pathlib.Path, overwrite: bool) -> None:
+  """Checks that a checkpoint may be written to `directory`; worth doing before weights are read.
+
+  Raises:
+    CheckpointError: a file; or not empty, unless `overwrite` and it holds a checkpoint.
+  """
+  directory = pathlib.Path(directory)
   if directory.exists() and not directory.is_dir():
     raise CheckpointError(f"{directory} is a file; give a directory")
-  old = directory.exists() and any(directory.iterdir())
-  if old and not overwrite:
-    raise CheckpointError(f"{directory} is not empty; choose another directory, or say that it may be overwritten")
+  if not directory.exists() or not any(directory.iterdir()):
+    return
+  if not overwrite:
+    raise CheckpointError(f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)")
+  if not (directory / "config.json").exists():
+    raise CheckpointError(f"{directory} is not empty and holds no checkpoint (no config.json), so it is not replaced")
+
+
+@contextlib.contextmanager
+def appearing(directory: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+  """A temporary directory that takes the place of `directory` if all goes well, else vanishes."""
+  check_free(directory, overwrite)
+  directory = pathlib.Path(directory).absolute()
   temporary = None
   try:
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     yield temporary
     temporary.chmod(0o755)
-    if old:
+    if directory.exists():
       shutil.rmtree(directory)
     temporary.replace(directory)
   except OSError as error:

@@ -1,0 +1,122 @@
+"""The export command: from a run's workdir and from a plain checkpoint, in both layouts."""
+
+import json
+import pathlib
+
+import grain
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import test_weights as w
+from flax import nnx
+from safetensors.numpy import load_file
+
+from xcomp_jax import checkpoint, export, weights
+from xcomp_jax.config import RunConfig, from_dict, to_dict
+
+TRAINED = ("llm/", "projector/")
+
+
+@pytest.fixture
+def base(reference, tmp_path) -> pathlib.Path:
+  """A checkpoint to start from; its tower is float32, which bfloat16 can't hold."""
+  return w.tiny(tmp_path / "base", w.tiny_tensors(reference))
+
+
+@pytest.fixture
+def run(base, tmp_path) -> pathlib.Path:
+  """A workdir with checkpoints of steps 1 and 2; each step adds 1 to every trained parameter."""
+  config = from_dict(RunConfig, {
+    "seed": 0, "workdir": str(tmp_path / "run"), "init_from": str(base),
+    "model": w.MODEL.__dict__, "lp_comp": {"schedule": [16, 4], "keep": "suffix", "group": 16},
+    "data": {
+      "train": "data", "heldout": None, "frame_buckets": [8], "text_buckets": [64], "prefix_length": 16,
+      "frames_per_device": 8, "mask": "official", "group_by_text_length": False, "threads": 1, "prefetch": 1,
+    },
+    "optim": {
+      "learning_rate": 1e-5, "warmup": 0.03, "weight_decay": 0, "clip_norm": 1, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
+    },
+    "train": {
+      "batch_size": 1, "epochs": 1, "steps": None, "vision": False, "projector": True, "llm": True,
+      "projector_max_frames": None, "log_every": 1, "eval_every": 1, "save_every": 1, "keep_last": 2, "keep_every": None,
+    },
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+  })  # fmt: skip
+  cfg = weights.read_config(base, config.model, config.lp_comp)
+  is_trained = lambda path: path.startswith(TRAINED)
+  dtype = lambda path: config.model.param_dtype if is_trained(path) else config.model.dtype
+  state = nnx.state(weights.load(base, cfg, dtype=dtype))
+  data = iter(grain.MapDataset.range(4).to_iter_dataset())
+  manager = checkpoint.manager(config.workdir, config.train)
+  for step in (1, 2):
+    add = lambda path, x: x + 1 if is_trained(checkpoint.path_name(path)) else x
+    state = jax.tree_util.tree_map_with_path(add, state)
+    checkpoint.save(manager, step, (state,), {"count": np.int32(step)}, data, {"run": to_dict(config), "vlm": to_dict(cfg)})
+  manager.close()
+  return tmp_path / "run"
+
+
+def expected(base: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
+  """The base's tensors after that many steps of `run`."""
+  tensors = load_file(base / "model.safetensors")
+  for _ in range(steps):
+    tensors = {name: t if "vision_tower" in name else t + np.float32(1) for name, t in tensors.items()}
+  return tensors
+
+
+def test_run_to_torch_keeps_what_was_not_trained_bit_by_bit(base, run, tmp_path, capsys):
+  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  assert "60 tensors" in capsys.readouterr().out
+  w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_local_num_frames"] == 8
+  assert weights.read_lp_comp(tmp_path / "out").schedule == (16, 4)
+  assert (tmp_path / "out" / "vocab.json").exists()
+  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "one"), "--step=1"])
+  w.equal(load_file(tmp_path / "one" / "model.safetensors"), expected(base, 1))
+
+
+def test_run_to_orbax_to_torch(base, run, tmp_path):
+  export.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
+  assert not list((tmp_path / "orbax").glob("*.safetensors"))
+  export.main(["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")])
+  w.equal(load_file(tmp_path / "torch" / "model.safetensors"), expected(base, 2))
+  assert weights.read_lp_comp(tmp_path / "torch").schedule == (16, 4)
+
+
+def test_plain_checkpoint_keeps_its_clip_length_and_is_marked_as_not_tuned(base, tmp_path):
+  export.main(["--checkpoint", str(base), "--format=orbax", "--out", str(tmp_path / "out"), "--dtype=bfloat16"])
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_local_num_frames"] == 4
+  assert weights.read_lp_comp(tmp_path / "out").keep == "none"
+  cfg = w.read_config(tmp_path / "out")
+  assert set(weights.stored(tmp_path / "out", cfg).values()) == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_starting_checkpoint_that_has_moved(base, run, tmp_path, capsys):
+  base.rename(tmp_path / "moved")
+  arguments = ["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")]
+  with pytest.raises(SystemExit) as left:
+    export.main(arguments)
+  assert left.value.code == 1 and f"error: there is no directory {base}" in capsys.readouterr().err
+  export.main([*arguments, "--init-from", str(tmp_path / "moved")])
+  w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(tmp_path / "moved", 2))
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--checkpoint=absent/too/deep", "--format=torch"], "error: there is no directory absent/too/deep\n"),
+    (["--checkpoint=base", "--format=torch", "--step=3"], "error: base is not the workdir of a run"),
+    (["--checkpoint=run", "--format=orbax", "--step=3"], "error: no checkpoint of step 3 in "),
+    (["--checkpoint=base", "--format=orbax", "--out=base"], "base is not empty"),
+  ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(base, run, tmp_path, monkeypatch, capsys, arguments, message):
+  monkeypatch.chdir(tmp_path)
+  before = sorted(tmp_path.iterdir())
+  with pytest.raises(SystemExit) as left:
+    export.main(["--out=out", *arguments])
+  said = capsys.readouterr().err
+  assert left.value.code == 1
+  assert message in said and said.count("error:") == 1 and "Traceback" not in said
+  assert sorted(tmp_path.iterdir()) == before
