@@ -9,8 +9,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
+import jaxtyping
 import pytest
 from absl import flags
+
+jaxtyping.install_import_hook("xcomp_jax", "beartype.beartype")  # shapes and types of public functions are checked
 
 flags.FLAGS.mark_as_parsed()  # grain's readers look at absl flags
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -22,3 +25,133 @@ REFERENCE = pathlib.Path(__file__).parent / "reference"
 def reference() -> pathlib.Path:
   """Small copies of the official code's outputs."""
   return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """tiny(**changes) -> a VLMConfig with the full structure that runs in milliseconds."""
+  import dataclasses
+
+  from xcomp_jax.config import LLMConfig, LPCompConfig, VisionConfig, VLMConfig
+
+  base = VLMConfig(
+    vision=VisionConfig(image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd"),
+    llm=LLMConfig(
+      vocab_size=64, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64,
+      rope_theta=1e6, norm_eps=1e-6, tied=True,
+    ),
+    lp_comp=LPCompConfig("cosine", "suffix", 16),
+    clip_frames=8, tokens_per_frame=16, dtype="float32", clips_per_chunk=2, attention="auto", remat=True,
+  )  # fmt: skip
+  return lambda **changes: dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="session")
+def sample():
+  """sample(clips, before, after, seed) -> a random Example with that many clips and tokens around its visual slot."""
+  import numpy as np
+
+  from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Example
+
+  def make(clips, before, after, seed=0, clip_frames=8, size=48, vocab=64):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, before + (clips > 0) + after).astype(np.int32)
+    if clips:
+      tokens[before] = IMAGE_TOKEN
+    labels = np.where((rng.random(len(tokens)) < 0.5) & (tokens != IMAGE_TOKEN), tokens, IGNORE).astype(np.int32)
+    labels[-1] = tokens[-1]
+    query = np.zeros(len(tokens), bool)
+    query[-2] = True
+    visual = rng.integers(0, 256, (clips, clip_frames, size, size, 3)).astype(np.uint8)
+    return Example(visual, tokens, labels, query, seed)
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, reference):
+  """tiny_run(workdir, **{"train.steps": 2, ...}) -> RunConfig of a random two-layer model on 12 samples of 0 to 3 clips."""
+  import json
+
+  import jax.numpy as jnp
+  import numpy as np
+  from flax import nnx
+
+  from xcomp_jax import weights
+  from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig, from_dict
+  from xcomp_jax.data import prompt
+  from xcomp_jax.data.store import Sample, write_store
+  from xcomp_jax.model.vlm import VLM
+
+  root = tmp_path_factory.mktemp("tiny_run")
+  init = root / "init"
+  init.mkdir()
+  vocabulary = (reference / "qwen_subset" / "vocab.json").read_text()
+  (init / "vocab.json").write_text(vocabulary)
+  (init / "merges.txt").write_text((reference / "qwen_subset" / "merges.txt").read_text())
+  tokenizer = json.loads((reference / "qwen_subset" / "tokenizer_config.json").read_text())
+  first = max(json.loads(vocabulary).values()) + 1  # the special tokens next to the others: a small table
+  special = tokenizer["added_tokens_decoder"].values()
+  tokenizer["added_tokens_decoder"] = {str(first + i): token for i, token in enumerate(special)}
+  (init / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+  values = {
+    "hidden_size": 32, "intermediate_size": 64, "mm_hidden_size": 32, "mm_local_num_frames": 4,
+    "mm_projector_type": "tome16_mlp_hd64", "mm_vision_select_layer": -2, "mm_vision_tower": "umt-hd-large",
+    "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "tie_word_embeddings": True, "torch_dtype": "float32",
+    "vocab_size": prompt.load_tokenizer(init).vocab_size,
+    "tiny_vision": {"image_size": 48, "embed_dim": 32, "depth": 3, "heads": 4, "patch_size": 8, "mlp_ratio": 2},
+  }  # fmt: skip
+  (init / "config.json").write_text(json.dumps(values))
+  model = ModelConfig(
+    clip_frames=4, dtype="float32", param_dtype="float32", clips_per_chunk=2, attention="auto", remat=True
+  )
+  lp = LPCompConfig((8, 1), "suffix", 16)
+  cfg = weights.read_config(init, model, lp)
+  weights.save_torch(root / "base", VLM(cfg, rngs=nnx.Rngs(0)), cfg, init, dtype=jnp.float32)
+
+  def items(count, seed):
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+      clips = (3, 1, 2, 0)[i % 4]
+      slot = "<image>\n" if clips else ""
+      talk = ({"from": "human", "value": f"{slot}Which {i}?"}, {"from": "gpt", "value": "AB"[i % 2] * (1 + 9 * (i % 3))})
+      message = prompt.time_message(clips / 2, clips * 4) if clips else ""
+      visual = rng.integers(0, 256, (clips, 4, 48, 48, 3)).astype(np.uint8) if clips else None
+      yield Sample(f"s{i}", f"{i}.mp4", "a.json", i, talk, message), visual
+
+  write_store(root / "train", items(12, 0), image_size=48, clip_frames=4)
+  write_store(root / "heldout", items(5, 1), image_size=48, clip_frames=4)
+  base = {
+    "seed": 0, "workdir": "", "init_from": str(root / "base"),
+    "model": {
+      "clip_frames": 4, "dtype": "float32", "param_dtype": "float32", "clips_per_chunk": 2, "attention": "auto",
+      "remat": True,
+    },
+    "lp_comp": {"schedule": (8, 1), "keep": "suffix", "group": 16},
+    "data": {
+      "train": str(root / "train"), "heldout": None, "frame_buckets": (0, 8, 16), "text_buckets": (128,),
+      "prefix_length": 80, "frames_per_device": 16, "mask": "assistant", "group_by_text_length": False, "threads": 1,
+      "prefetch": 1,
+    },
+    "optim": {
+      "learning_rate": 1e-2, "warmup": 0.0, "weight_decay": 0.0, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
+    },
+    "train": {
+      "batch_size": 3, "epochs": 1, "steps": None, "vision": False, "projector": True, "llm": True,
+      "projector_max_frames": None, "log_every": 1, "eval_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None,
+    },
+    "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+  }  # fmt: skip
+
+  def make(workdir, **changes):
+    values = json.loads(json.dumps(base | {"workdir": str(workdir)}))
+    for key, value in changes.items():
+      group, _, name = key.partition(".")
+      if name:
+        values[group][name] = value
+      else:
+        values[group] = value
+    return from_dict(RunConfig, values)
+
+  return make

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xcomp_jax.data.batch import Batch
+from xcomp_jax.data.batch import Batch, Leaf
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.decoder import LayerCache
 
@@ -30,14 +30,18 @@ class Sampling:
 class Prefill:
   """What a prompt leaves: logits float32[B, V] of its last token, and one cache per layer with room for new ones."""
 
-  logits: jax.Array
+  logits: Leaf
   caches: tuple[LayerCache, ...]
 
 
 def prefill(model: vlm.VLM, batch: Batch, room: int) -> Prefill:
   """Runs a batch of prompts (frames or features) and keeps every layer's own, shorter cache."""
-  out = vlm.forward(model, batch, caches=True)
-  last = out.x.shape[1] - batch.text.shape[1] + batch.text_length - 1
+  return start(model, vlm.forward(model, batch, caches=True), batch.text.shape[1], batch.text_length, room)
+
+
+def start(model: vlm.VLM, out: decoder.Decoded, text: int, text_length, room: int) -> Prefill:
+  """Makes a pass with caches ready for `room` new tokens; `text`: slots of the last part, int32[B] of them valid."""
+  last = out.x.shape[1] - text + text_length - 1
   logits = model.llm.logits(jnp.take_along_axis(out.x, last[:, None, None], axis=1))[:, 0]
   widen = lambda a: jnp.pad(a, [(0, 0), (0, room)] + [(0, 0)] * (a.ndim - 2))
   return Prefill(logits, jax.tree.map(widen, out.caches))

@@ -7,12 +7,14 @@ length, and no result depends on the padding. `prefix` is the text before the vi
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 IMAGE_TOKEN = -200  # stands in `Example.tokens` where the visual tokens go (FACTS.md 3)
 IGNORE = -100  # a label or target that is not supervised
+Leaf = Any  # an array of numpy or jax, or whatever a tree_map puts in its place (specs, shardings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +66,16 @@ class Batch:
   index: int32[B], Example.index, -1 for padding.
   """
 
-  visual: jax.Array
-  clips: jax.Array
-  prefix: jax.Array
-  prefix_length: jax.Array
-  text: jax.Array
-  text_length: jax.Array
-  targets: jax.Array
-  query: jax.Array
-  weight: jax.Array
-  index: jax.Array
+  visual: Leaf
+  clips: Leaf
+  prefix: Leaf
+  prefix_length: Leaf
+  text: Leaf
+  text_length: Leaf
+  targets: Leaf
+  query: Leaf
+  weight: Leaf
+  index: Leaf
 
 
 def collate(examples: Sequence[Example], bucket: Bucket, size: int | None = None) -> Batch:

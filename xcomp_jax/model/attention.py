@@ -2,11 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 
 
-def attend(q, k, v, *, causal: bool, key_valid=None, implementation: str = "auto"):
+def attend(
+  q: Float[Array, "B L H h"],
+  k: Float[Array, "B S K h"],
+  v: Float[Array, "B S K h"],
+  *,
+  causal: bool,
+  key_valid: Bool[Array, "B S"] | None = None,
+  implementation: str = "auto",
+) -> Float[Array, "B L H h"]:
   """Softmax attention with grouped key/value heads; scores and softmax in float32, scale h**-0.5.
 
   Args:
@@ -47,7 +56,14 @@ def _einsum(q, k, v, causal, key_valid):
   return out.reshape(q.shape).astype(q.dtype)
 
 
-def attention_weights(q, k, *, causal: bool, key_valid=None, offset: int = 0):
+def attention_weights(
+  q: Float[Array, "B L H h"],
+  k: Float[Array, "B S K h"],
+  *,
+  causal: bool,
+  key_valid: Bool[Array, "B S"] | None = None,
+  offset: int = 0,
+) -> Float[Array, "B K G L S"]:
   """The softmax weights themselves, float32[B, K, H // K, L, S]; row i is slot i + offset of the sequence."""
   B, L, H, h = q.shape
   S, K = k.shape[1:3]

@@ -10,8 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from xcomp_jax.config import LPCompConfig, VLMConfig
+from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import lp_comp
 from xcomp_jax.model.attention import attend, attention_weights
 from xcomp_jax.sharding import constrain
@@ -22,9 +24,9 @@ from xcomp_jax.sharding import constrain
 class Lengths:
   """Valid tokens of each sample: int32[B] each; `groups` counts groups of visual tokens."""
 
-  prefix: jax.Array
-  groups: jax.Array
-  text: jax.Array
+  prefix: Leaf
+  groups: Leaf
+  text: Leaf
 
   def valid(self, prefix: int, groups: int, text: int, count: int) -> jax.Array:
     """bool[B, S] over the slots of a layer that holds `count` tokens per group."""
@@ -39,9 +41,9 @@ class Lengths:
 class LayerCache:
   """Keys (rotated at this layer's own positions) and values [B, S, K, h]; valid bool[B, S]."""
 
-  key: jax.Array
-  value: jax.Array
-  valid: jax.Array
+  key: Leaf
+  value: Leaf
+  valid: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -54,12 +56,12 @@ class Decoded:
   entering: the states [B, S_l, D] that enter each layer, if asked for.
   """
 
-  x: jax.Array
+  x: Leaf
   caches: tuple[LayerCache, ...]
   entering: tuple[jax.Array, ...]
 
 
-def rotate(x, positions, theta: float):
+def rotate(x: Float[Array, "B L H h"], positions: Int[Array, "B L"], theta: float) -> Float[Array, "B L H h"]:
   """Rotary embedding, half-split; x [B, L, H, h], positions int32[B, L]; angles in float32."""
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -152,7 +154,15 @@ class Decoder(nnx.Module):
 
 
 def run(
-  decoder: Decoder, x, lengths: Lengths, *, prefix: int, text: int, query=None, caches: bool = False, entering: bool = False
+  decoder: Decoder,
+  x: Float[Array, "B S D"],
+  lengths: Lengths,
+  *,
+  prefix: int,
+  text: int,
+  query: Bool[Array, "B L"] | None = None,
+  caches: bool = False,
+  entering: bool = False,
 ) -> Decoded:
   """All layers over whole sequences, with LP-Comp between them.
 
@@ -215,7 +225,9 @@ def _attention_paid(layer: Layer, x, positions, valid, query, text: int):
   return jnp.einsum("bkgls,bl->bs", weights, share) / (q.shape[2])
 
 
-def step(decoder: Decoder, x, caches: tuple[LayerCache, ...], room: jax.Array | int):
+def step(
+  decoder: Decoder, x: Float[Array, "B 1 D"], caches: tuple[LayerCache, ...], room: Int[Array, ""] | int
+) -> tuple[Float[Array, "B 1 D"], tuple[LayerCache, ...]]:
   """One new token through all layers.
 
   Args:

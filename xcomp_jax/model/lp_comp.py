@@ -8,9 +8,9 @@ layer l - 1 to its own; positions are renumbered by the decoder.
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from xcomp_jax.config import ConfigError, LPCompConfig
 
@@ -70,7 +70,9 @@ def _thin_evenly(kept: tuple[int, ...], n: int, group: int) -> tuple[int, ...]:
   return kept
 
 
-def reduce(x: jax.Array, cfg: LPCompConfig, before: Sequence[int], after: Sequence[int]) -> jax.Array:
+def reduce(
+  x: Float[Array, "B N D"], cfg: LPCompConfig, before: Sequence[int], after: Sequence[int]
+) -> Float[Array, "B M D"]:
   """Thins every group of visual tokens.
 
   Args:
@@ -103,7 +105,13 @@ def _windows(n: int, m: int) -> np.ndarray:
   return inside / inside.sum(1, keepdims=True)
 
 
-def keep_attended(x: jax.Array, score: jax.Array, valid: jax.Array, keep: jax.Array, slots: int) -> jax.Array:
+def keep_attended(
+  x: Float[Array, "B N D"],
+  score: Float[Array, "B N"],
+  valid: Bool[Array, "B N"],
+  keep: Int[Array, " B"],
+  slots: int,
+) -> Float[Array, "B slots D"]:
   """VideoChat-Flash's own drop, the paper's heuristic baseline (FACTS.md 13): the most attended tokens stay, in order.
 
   Args:

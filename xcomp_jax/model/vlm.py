@@ -6,6 +6,7 @@ Training, asking and evaluation call these same functions.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
 
 from xcomp_jax.config import VLMConfig
 from xcomp_jax.data.batch import IGNORE, Batch
@@ -26,7 +27,7 @@ class VLM(nnx.Module):
     self.llm = Decoder(cfg, rngs=rngs, param_dtype=param_dtype)
 
 
-def encode(model: VLM, frames):
+def encode(model: VLM, frames: UInt8[Array, "B C F S S 3"]) -> Float[Array, "B C N D"]:
   """Tower and token merging, in chunks of clips so that peak memory does not grow with the number of frames.
 
   Args:
@@ -55,7 +56,9 @@ def encode(model: VLM, frames):
   return out if whole == C else jnp.concatenate([out, chunk(frames[:, whole:])], axis=1)
 
 
-def place(model: VLM, features, prefix, text):
+def place(
+  model: VLM, features: Float[Array, "B C N D"], prefix: Int[Array, "B P"], text: Int[Array, "B L"]
+) -> Float[Array, "B S E"]:
   """Projects features and puts them between the two parts of the text.
 
   Args:
@@ -109,7 +112,7 @@ def forward(model: VLM, batch: Batch, *, projector_max_frames: int | None = None
   return decoder.run(model.llm, x, lengths(model, batch), prefix=P, text=L, query=batch.query, caches=caches)
 
 
-def supervised_rows(model: VLM, x, batch: Batch):
+def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B R D"]:
   """The rows of x [B, S', D] that can have a target: prefix, last visual token, text -> [B, P + 1 + L, D].
 
   Never a row per visual token: at 1,024 frames those are nearly all rows (FACTS.md 3).
@@ -126,7 +129,7 @@ def supervised_rows(model: VLM, x, batch: Batch):
   return jnp.concatenate([x[:, :P], last, x[:, end:]], axis=1)
 
 
-def cross_entropy(logits, targets):
+def cross_entropy(logits: Float[Array, "B R V"], targets: Int[Array, "B R"]) -> Float[Array, " B"]:
   """float32[B]: each sample's mean over its supervised rows; 0 where there is none.
 
   logits: float32[B, R, V]; targets: int32[B, R], IGNORE where not supervised.
@@ -137,13 +140,13 @@ def cross_entropy(logits, targets):
   return loss.sum(1) / jnp.maximum(supervised.sum(1), 1)
 
 
-def loss(model: VLM, batch: Batch, *, projector_max_frames: int | None = None):
+def loss(model: VLM, batch: Batch, *, projector_max_frames: int | None = None) -> Float[Array, " B"]:
   """float32[B]: next-token loss of each sample, as trained officially (FACTS.md 3); not weighted by batch.weight."""
   x = forward(model, batch, projector_max_frames=projector_max_frames).x
   return cross_entropy(model.llm.logits(supervised_rows(model, x, batch)), batch.targets)
 
 
-def evaluate(model: VLM, batch: Batch):
+def evaluate(model: VLM, batch: Batch) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
   """Held-out measures of each sample: loss float32[B], and correct float32[B].
 
   `correct` is the share of answers whose first token is the most probable one: for an answer of a single letter,

@@ -1,0 +1,37 @@
+# Two commands on a fresh machine with Python 3.11 or newer: `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# Versions that are known to work together, per Python version; another Python resolves its own.
+CONSTRAINTS = $(shell $(PYTHON) -c 'import sys, os; f = "constraints/py%d%d.txt" % sys.version_info[:2]; print("-c " + f if os.path.exists(f) else "")')
+
+.PHONY: help env demo base test test-slow lint
+
+help:
+	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
+	@echo 'make test       lint and test suite'
+	@echo 'make test-slow  what takes minutes: processes killed, whole commands, big shapes'
+	@echo 'make base       train the embedded base model again (about an hour)'
+
+env: .venv/ready
+
+.venv/ready: pyproject.toml $(wildcard constraints/*.txt)
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("xcomp_jax needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test]'
+	touch $@
+
+demo: env
+	$(BIN)/python -m xcomp_jax.demo --out demo
+
+base: env
+	$(BIN)/python -m xcomp_jax.demo --base --out demo/base
+
+lint: env
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
