@@ -30,20 +30,24 @@ def merge_steps(tokens: int, target: int) -> list[int]:
   return steps
 
 
+def metric(x: Float[Array, "C N D"], heads: int) -> Float[Array, "C N d"]:
+  """What tokens are compared by: float32, the mean over heads; no gradient flows through it."""
+  return jax.lax.stop_gradient(x).astype(jnp.float32).reshape(*x.shape[:2], heads, -1).mean(2)
+
+
 def match(
   x: Float[Array, "C N D"], heads: int
 ) -> tuple[Float[Array, "C A"], Int[Array, "C A"], Int[Array, "C A"]]:
-  """The best partner of each even token (A) among the odd ones (B); no gradient flows through it.
+  """The best partner of each even token (A) among the odd ones (B).
 
   Returns:
-    score: float32[C, A], cosine similarity to the best partner; a token is compared by its mean over heads.
+    score: float32[C, A], cosine similarity to the best partner.
     partner: int32[C, A], which B token that is.
     order: int32[C, A], A tokens by descending score; the first ones get merged.
   """
-  c, n, d = x.shape
-  metric = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(c, n, heads, d // heads).mean(2)
-  metric = metric / jnp.linalg.norm(metric, axis=-1, keepdims=True)
-  scores = jnp.einsum("cad,cbd->cab", metric[:, ::2], metric[:, 1::2], precision=EXACT)
+  y = metric(x, heads)
+  y = y / jnp.linalg.norm(y, axis=-1, keepdims=True)
+  scores = jnp.einsum("cad,cbd->cab", y[:, ::2], y[:, 1::2], precision=EXACT)
   score = scores.max(-1)
   return score, scores.argmax(-1), jnp.argsort(-score, axis=-1, stable=True)
 

@@ -61,6 +61,11 @@ def _cubic_resize(n: int, m: int) -> np.ndarray:
   return matrix
 
 
+def normalise(frames: UInt8[Array, "*B 3"]) -> Float[Array, "*B 3"]:
+  """Pixels as the tower was trained on (FACTS.md 6), float32."""
+  return (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+
+
 class Attention(nnx.Module):
   """Self-attention over all patches of a clip; queries and values have a bias, keys have none."""
 
@@ -112,8 +117,7 @@ class PatchEmbed(nnx.Module):
   def __call__(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C N D"]:
     c, f, s, _, _ = frames.shape
     p, g = self.patch_size, s // self.patch_size
-    x = (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
-    x = x.astype(self.dtype).reshape(c, f, g, p, g, p, 3).transpose(0, 1, 2, 4, 3, 5, 6).reshape(c, f * g * g, -1)
+    x = normalise(frames).astype(self.dtype).reshape(c, f, g, p, g, p, 3).transpose(0, 1, 2, 4, 3, 5, 6).reshape(c, f * g * g, -1)
     return x @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
 
 
