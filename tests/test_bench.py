@@ -9,7 +9,7 @@ from xcomp_jax import bench, weights
 
 
 def test_random_checkpoint_loads_with_little_memory_above_it(tmp_path, capsys):
-  like = w.configured(tmp_path / "like", **(w.TINY | {"vocab_size": 200_000, "hidden_size": 96}))
+  like = w.configured(tmp_path / "like", **(w.TINY | {"vocab_size": 50_000, "hidden_size": 96}))
   bench.main(["random", "--like", str(like), "--out", str(tmp_path / "out")])
   tensors = load_file(tmp_path / "out" / "model.safetensors")
   assert {name: t.shape for name, t in tensors.items()} == {e.name: e.shape for e in weights.names(w.read_config(like))}

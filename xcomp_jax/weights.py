@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 import tempfile
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -283,9 +282,18 @@ def read_lp_comp(directory: pathlib.Path) -> LPCompConfig | None:
 
 def abstract(cfg: VLMConfig) -> VLM:
   """The model with ShapeDtypeStructs for parameters: no memory, no random numbers."""
-  # A counter of keys inside the trace makes each layer's construction slower than the one before.
-  key = jax.random.key(0)
-  return nnx.eval_shape(lambda: VLM(cfg, rngs=types.SimpleNamespace(params=lambda: key)))
+  return nnx.eval_shape(lambda: VLM(cfg, rngs=_OneKey()))
+
+
+class _OneKey(nnx.Rngs):
+  """The same key for every parameter: a counter of keys, traced, makes each layer slower to build than the one before."""
+
+  def __init__(self):
+    pass
+
+  def params(self) -> jax.Array:
+    """The key."""
+    return jax.random.key(0)
 
 
 def stored(directory: pathlib.Path, cfg: VLMConfig) -> dict[str, np.dtype]:
