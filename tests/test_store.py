@@ -1,0 +1,164 @@
+"""data/store.py: what was written comes back, in order, whole, or not at all."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from xcomp_jax.data import store as store_lib
+from xcomp_jax.data.store import (
+  Sample,
+  StoreError,
+  finish,
+  fresh_folder,
+  open_store,
+  write_shard,
+  write_store,
+)
+
+SIZE = 16
+TALK = ({"from": "human", "value": "<image>\nWas läuft?"}, {"from": "gpt", "value": "Ein Hund 🐕."})
+
+
+def sample(name: str, time_message: str = "") -> Sample:
+  return Sample(f"id-{name}", f"{name}.mp4", "a.json", int(name), TALK, time_message)
+
+
+def frames(seed: int, clips: int, per_clip: int) -> np.ndarray:
+  return np.random.default_rng(seed).integers(0, 256, (clips, per_clip, SIZE, SIZE, 3), np.uint8)
+
+
+ITEMS = [(0, 5, 4), (1, 1, 1), (2, None, None), (3, 2, 4), (4, 1, 1)]
+
+
+def items():
+  return [(sample(str(i), "\nmsg " if f == 4 else ""), frames(i, c, f) if c else None) for i, c, f in ITEMS]
+
+
+def test_round_trip_with_videos_images_and_text(tmp_path, monkeypatch):
+  monkeypatch.setattr(store_lib, "RECORD_BYTES", 2 * 4 * SIZE * SIZE * 3)  # two clips a record
+  write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  store = open_store(tmp_path / "s")
+  assert len(store) == 5 and store.image_size == SIZE and store.clip_frames == 4
+  for i, (meta, visual) in enumerate(items()):
+    got = store.samples[i]
+    assert (got.id, got.source, got.annotation, got.position) == (meta.id, meta.source, meta.annotation, meta.position)
+    assert got.conversations == meta.conversations and got.time_message == meta.time_message
+    out = store.visual(i)
+    assert out.dtype == np.uint8
+    np.testing.assert_array_equal(out, np.zeros((0, 1, SIZE, SIZE, 3)) if visual is None else visual)
+  assert [s.records for s in store.samples] == [3, 1, 0, 1, 1]
+  assert [s.first_record for s in store.samples] == [0, 3, 4, 4, 5]
+  assert [s.frames for s in store.samples] == [20, 1, 0, 8, 1]
+
+
+def test_is_a_pair_of_tfds_datasets(tmp_path):
+  write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  rows = tfds.builder_from_directory(tmp_path / "s" / "samples").as_data_source(split="train")
+  assert [r["id"].decode() for r in rows] == [f"id-{i}" for i in range(5)]  # written order, not shuffled
+  assert json.loads(rows[0]["conversations"])[1]["value"] == "Ein Hund 🐕."
+  clips = tfds.builder_from_directory(tmp_path / "s" / "clips").as_data_source(split="train")
+  np.testing.assert_array_equal(clips[0]["frames"].reshape(5, 4, SIZE, SIZE, 3), items()[0][1])
+  feature = clips.dataset_info.features["frames"]
+  assert feature.np_dtype == np.uint8 and feature._encoded_to_bytes  # else every pixel is a 64-bit integer
+
+
+def test_many_shards_keep_their_order_and_empty_ones_vanish(tmp_path):
+  with fresh_folder(tmp_path / "s") as folder:
+    shards = []
+    for s in range(12):  # more than ten: the order of names is not that of strings without zeros
+      empty = s in (0, 7)
+      part = [(sample(str(s * 10 + i)), None if empty else frames(s * 10 + i, 1, 4)) for i in range(3)]
+      shards.append(write_shard(folder / f"shard-{s}", part))
+      assert (folder / f"shard-{s}").exists() != empty
+    finish(folder, shards, {"image_size": SIZE, "clip_frames": 4})
+  store = open_store(tmp_path / "s")
+  assert len(list((tmp_path / "s" / "clips").glob("*.array_record-*-of-00010"))) == 10
+  assert len(store) == 36
+  for i, meta in enumerate(store.samples):
+    assert meta.position == i // 3 * 10 + i % 3
+    if meta.frames:
+      np.testing.assert_array_equal(store.visual(i), frames(meta.position, 1, 4))
+  assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["clips", "samples", "store.json"]
+
+
+def test_store_of_text_alone(tmp_path):
+  write_store(tmp_path / "s", [(sample("7"), None)], image_size=SIZE, clip_frames=4)
+  store = open_store(tmp_path / "s")
+  assert store.visual(0).shape == (0, 1, SIZE, SIZE, 3) and not (tmp_path / "s" / "clips").exists()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+  def broken():
+    yield items()[0]
+    raise RuntimeError("decoder")
+
+  with pytest.raises(RuntimeError, match="decoder"):
+    write_store(tmp_path / "s", broken(), image_size=SIZE, clip_frames=4)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_write_is_swept_up_by_the_next(tmp_path):
+  code = (
+    "import sys, time; sys.path[:0] = sys.argv[2:]; import test_store as t\n"
+    "def slow():\n  yield t.items()[0]\n  print('half', flush=True); time.sleep(60)\n"
+    "t.write_store(sys.argv[1], slow(), image_size=t.SIZE, clip_frames=4)"
+  )
+  here = pathlib.Path(__file__).parent
+  process = subprocess.Popen(
+    [sys.executable, "-c", code, str(tmp_path / "s"), str(here), str(here.parent)], stdout=subprocess.PIPE
+  )
+  assert process.stdout.readline() == b"half\n"
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  process.stdout.close()
+  assert [p.name for p in tmp_path.iterdir()] == ["s.incomplete"]
+  with pytest.raises(StoreError, match="predecode"):
+    open_store(tmp_path / "s")
+  write_store(tmp_path / "s", items()[:2], image_size=SIZE, clip_frames=4)
+  assert [p.name for p in tmp_path.iterdir()] == ["s"] and len(open_store(tmp_path / "s")) == 2
+
+
+def test_nothing_is_overwritten(tmp_path):
+  write_store(tmp_path / "s", items()[:2], image_size=SIZE, clip_frames=4)
+  with pytest.raises(StoreError, match="already exists"):
+    write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  assert len(open_store(tmp_path / "s")) == 2
+
+
+def test_clear_errors_for_folders_that_are_no_store(tmp_path):
+  with pytest.raises(StoreError, match=r"no data at .*nowhere.*predecode --mixture"):
+    open_store(tmp_path / "nowhere")
+  (tmp_path / "foreign").mkdir()
+  with pytest.raises(StoreError, match=r"not a store.*predecode"):
+    open_store(tmp_path / "foreign")
+  write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  info = json.loads((tmp_path / "s" / "store.json").read_text())
+  (tmp_path / "s" / "store.json").write_text(json.dumps(info | {"format": 99}))
+  with pytest.raises(StoreError, match="format 99"):
+    open_store(tmp_path / "s")
+  (tmp_path / "s" / "store.json").write_text(json.dumps(info | {"samples": 6}))
+  with pytest.raises(StoreError, match="damaged"):
+    open_store(tmp_path / "s")
+  (tmp_path / "s" / "store.json").write_text(json.dumps(info))
+  os.remove(next((tmp_path / "s" / "samples").glob("*array_record*")))
+  with pytest.raises(StoreError, match="can't be read"):
+    open_store(tmp_path / "s")
+
+
+def test_writer_refuses_other_arrays_and_empty_stores(tmp_path):
+  for bad in (frames(0, 1, 4).astype(np.float32), frames(0, 1, 4)[0], frames(0, 1, 4)[:, :, :8], frames(0, 1, 4)[:0]):
+    with pytest.raises(ValueError, match=r"0\.mp4: expected uint8"):
+      write_store(tmp_path / "s", [(sample("0"), bad)], image_size=SIZE, clip_frames=4)
+  with pytest.raises(StoreError, match="no samples"):
+    write_store(tmp_path / "s", [], image_size=SIZE, clip_frames=4)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(StoreError, match="can't be written"):
+    write_store(tmp_path / "file" / "s", items(), image_size=SIZE, clip_frames=4)
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
