@@ -12,8 +12,10 @@ import jax
 import jaxtyping
 import pytest
 from absl import flags
+from beartype import BeartypeConf, beartype
 
-jaxtyping.install_import_hook("xcomp_jax", "beartype.beartype")  # shapes and types of public functions are checked
+typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int serves as a float
+jaxtyping.install_import_hook("xcomp_jax", "conftest.typechecker")  # shapes and types of annotations are checked
 
 flags.FLAGS.mark_as_parsed()  # grain's readers look at absl flags
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -70,7 +72,7 @@ def sample():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, reference):
-  """tiny_run(workdir, **{"train.steps": 2, ...}) -> RunConfig of a random two-layer model on 12 samples of 0 to 3 clips."""
+  """A function (workdir, **{"train.steps": 2, ...}) -> RunConfig: a random two-layer model, 12 samples of 0 to 3 clips."""
   import json
 
   import jax.numpy as jnp
@@ -108,7 +110,7 @@ def tiny_run(tmp_path_factory, reference):
   )
   lp = LPCompConfig((8, 1), "suffix", 16)
   cfg = weights.read_config(init, model, lp)
-  weights.save_torch(root / "base", VLM(cfg, rngs=nnx.Rngs(0)), cfg, init, dtype=jnp.float32)
+  weights.save_torch(root / "base", nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32)
 
   def items(count, seed):
     rng = np.random.default_rng(seed)

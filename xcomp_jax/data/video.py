@@ -152,7 +152,7 @@ def load(
   elif read_type == "gif":
     images = _decode_gif(path, picked, size)
   else:
-    images = {i: resize(_read_still(names[i])[None], size)[0] for i in np.unique(picked)}
+    images = {i: resize(_read_still(names[i])[None], size)[0] for i in np.unique(picked).tolist()}
   if style == "ask":
     picked = stretch(picked, min_frames)
   return Video(np.stack([images[i] for i in picked]), seconds, picked)
@@ -238,7 +238,7 @@ def _count_gif(path) -> int:
 def _decode_gif(path, wanted, size: int) -> dict[int, np.ndarray]:
   images = {}
   with Image.open(path) as image:
-    for i in np.unique(wanted):
+    for i in np.unique(wanted).tolist():
       try:
         image.seek(i)
         images[i] = resize(np.asarray(image.convert("RGB"))[None], size)[0]
