@@ -8,6 +8,8 @@ xcomp.json beside them, if there is one, says which LP-Comp the weights were tun
 
 import contextlib
 import dataclasses
+import functools
+import io
 import itertools
 import json
 import math
@@ -306,7 +308,7 @@ def stored(directory: pathlib.Path, cfg: VLMConfig) -> dict[str, np.dtype]:
   if _is_orbax(directory):
     return _orbax_dtypes(directory, names(cfg))
   tensors = _open(directory, names(cfg))
-  return {e.path: DTYPES[tensors[e.name].get_dtype()] for e in names(cfg)}
+  return {e.path: DTYPES[tensors[e.name].dtype] for e in names(cfg)}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -368,8 +370,18 @@ def _report(directory: pathlib.Path, entries: Iterable[Entry], found: Mapping[st
     raise CheckpointError(f"{directory} does not hold the model that its config.json describes:{text}")
 
 
-def _open(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, Any]:
-  """Official name -> safetensors slice of a directory, checked against the table; reads headers only."""
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """A tensor in a safetensors file: dtype as a safetensors code, and its first byte."""
+
+  file: pathlib.Path
+  offset: int
+  dtype: str
+  shape: tuple[int, ...]
+
+
+def _open(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, _Stored]:
+  """Official name -> tensor of a torch directory, checked against the table; reads headers only."""
   from safetensors import SafetensorError, safe_open
 
   index = directory / INDEX
@@ -385,58 +397,79 @@ def _open(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, Any]:
   tensors, problems = {}, []
   for file in files:
     try:
-      opened = safe_open(file, "numpy")
-      for name in opened.keys():
-        if name in tensors:
-          problems.append(f"{name} is in more than one file")
-        tensors[name] = opened.get_slice(name)
+      with safe_open(file, "numpy"):  # checks the header against itself and against the file's size
+        pass
+      with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
     except (SafetensorError, OSError) as error:
       raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    problems += [f"{name} is in more than one file" for name in header if name in tensors]
+    for name, it in header.items():
+      tensors[name] = _Stored(file, 8 + length + it["data_offsets"][0], it["dtype"], tuple(it["shape"]))
   # Rotary tables are buffers that some writers keep; a tied head is the embedding once more (FACTS.md 11).
   expected = {e.name for e in entries}
-  ignored = [n for n in tensors if n.endswith("rotary_emb.inv_freq") or (n == "lm_head.weight" and n not in expected)]
-  for name in ignored:
-    del tensors[name]
-  problems += [f"{n} is {s.get_dtype()}, not one of {', '.join(DTYPES)}" for n, s in tensors.items() if s.get_dtype() not in DTYPES]
-  _report(directory, entries, {n: tuple(s.get_shape()) for n, s in tensors.items()}, False, problems)
+  for name in list(tensors):
+    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
+      del tensors[name]
+  problems += [f"{name} is {it.dtype}, not one of {', '.join(DTYPES)}" for name, it in tensors.items() if it.dtype not in DTYPES]
+  _report(directory, entries, {name: it.shape for name, it in tensors.items()}, False, problems)
   return tensors
 
 
 def _read_torch(directory: pathlib.Path, entries: Sequence[Entry], target: Target) -> dict[str, jax.Array]:
   tensors = _open(directory, entries)
+  # In the order of the file and by read(), not through a memory map: what lies on a disk or a network comes at its
+  # full rate only in sequence.
+  entries = sorted(entries, key=lambda e: (tensors[e.name].file, tensors[e.name].offset))
   arrays = {}
-  with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+  with contextlib.ExitStack() as stack:
+    pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
+    opened = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in {it.file for it in tensors.values()}}
     for e in entries:
-      source = tensors[e.name]
-      sharding, dtype = target(e.path, DTYPES[source.get_dtype()])
-      part = lambda index, e=e, source=source, dtype=dtype: _read_slice(source, e, index, dtype, pool)
+      it = tensors[e.name]
+      sharding, dtype = target(e.path, DTYPES[it.dtype])
+      rows = functools.partial(_read_rows, opened[it.file], it)
+      part = functools.partial(_read_slice, rows, e, dtype, pool)
       arrays[e.path] = jax.make_array_from_callback(e.ours, sharding, part, dtype=dtype)
       arrays[e.path].block_until_ready()  # else transfers queue up, and host memory with them
   return arrays
 
 
-def _read_slice(source, entry: Entry, index: tuple[slice, ...], dtype: np.dtype, pool: ThreadPoolExecutor) -> np.ndarray:
+def _read_rows(opened: io.FileIO, it: _Stored, start: int, stop: int) -> np.ndarray:
+  """it[start:stop]."""
+  row = math.prod(it.shape[1:]) * DTYPES[it.dtype].itemsize
+  data = os.pread(opened.fileno(), (stop - start) * row, it.offset + start * row)
+  if len(data) != (stop - start) * row:
+    raise CheckpointError(f"{it.file} ended while it was read")
+  return np.frombuffer(data, DTYPES[it.dtype]).reshape(stop - start, *it.shape[1:])
+
+
+def _read_slice(
+  rows: Callable[[int, int], np.ndarray], entry: Entry, dtype: np.dtype, pool: ThreadPoolExecutor, index: tuple[slice, ...]
+) -> np.ndarray:
   """Our parameter's [index] from its file, read in blocks of rows so that only the result is in memory."""
   if entry.form == "patch":
-    kernel = source[:][:, :, 0].transpose(2, 3, 1, 0).reshape(entry.ours)
+    kernel = rows(0, entry.shape[0])[:, :, 0].transpose(2, 3, 1, 0).reshape(entry.ours)
     return np.ascontiguousarray(kernel[index], dtype)
   bounds = [s.indices(n)[:2] for s, n in zip(index, entry.ours)]
   result = _aligned([stop - start for start, stop in bounds], dtype)
   turned = entry.form == "transpose"
-  rows, *columns = bounds[::-1] if turned else bounds
+  (first, last), *columns = bounds[::-1] if turned else bounds
   columns = tuple(slice(*c) for c in columns)
   into = result.T if turned else result
 
   def copy(start):
-    stop = min(start + ROWS, rows[1])
-    block = source[(slice(start, stop), *columns)]
+    stop = min(start + ROWS, last)
+    block = rows(start, stop)[:, *columns]
     if block.dtype == dtype:  # plain integers copy faster than ml_dtypes
       plain = f"u{dtype.itemsize}"
-      into.view(plain)[start - rows[0] : stop - rows[0]] = block.view(plain)
+      into.view(plain)[start - first : stop - first] = block.view(plain)
     else:
-      into[start - rows[0] : stop - rows[0]] = block.astype(dtype)
+      into[start - first : stop - first] = block.astype(dtype)
 
-  list(pool.map(copy, range(*rows, ROWS)))
+  list(pool.map(copy, range(first, last, ROWS)))
   return result
 
 
@@ -552,7 +585,7 @@ def save_torch(
     write_safetensors(temporary, tensors, shard_bytes)
     _copy_rest(temporary, source, cfg, dtype)
     written = _open(temporary, entries)
-    wrong = [f"{e.name} is {written[e.name].get_dtype()}" for e in entries if DTYPES[written[e.name].get_dtype()] != own[e.path]]
+    wrong = [f"{e.name} is {written[e.name].dtype}" for e in entries if DTYPES[written[e.name].dtype] != own[e.path]]
     if wrong:
       raise CheckpointError(f"{directory} would not be as {source}: {'; '.join(wrong)}")
 
