@@ -6,8 +6,8 @@ Training and asking share `_build`; they differ only in the text of a turn that 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, SupportsInt
 
 import numpy as np
 import tokenizers
@@ -62,7 +62,7 @@ class Tokenizer:
     encoding = self._core.encode(text, add_special_tokens=False)
     return encoding.ids, encoding.offsets
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Iterable[SupportsInt]) -> str:
     """Text without the special tokens."""
     return self._core.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -112,7 +112,7 @@ def time_message(seconds: float, frames: int) -> str:
 
 def train(
   tokenizer: Tokenizer,
-  conversations: Sequence[Mapping[str, str]],
+  conversations: Any,
   message: str | None,
   *,
   mask: Literal["official", "assistant"],
