@@ -128,7 +128,8 @@ def restore(
   old, new = _flat(saved), _flat(config)
   changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)]
   if changed:
-    shown = lambda key: "mesh data x fsdp" if key == "rows" else key.replace("run.", "config.", 1)
+    names = {"rows": "mesh data x fsdp", "samples": "samples in config.data.train"}
+    shown = lambda key: names.get(key, key.replace("run.", "config.", 1))
     listed = "; ".join(f"{shown(key)} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
     raise ConfigError(
       f"{checkpoints.directory} holds step {step} of a run that this config can't continue: {listed}. Set "
@@ -150,12 +151,12 @@ def restore(
   return tuple(unnest(out.params, part) for part in params), unnest(out.opt, opt)
 
 
-def describe(run: RunConfig, vlm: VLMConfig, rows: int) -> dict:
+def describe(run: RunConfig, vlm: VLMConfig, *, rows: int, samples: int) -> dict:
   """What a checkpoint says about its run; plain JSON.
 
-  rows: shards of the batch, on which the cut into micro-batches and so the data position depend.
+  rows: shards of the batch; samples: of the data. Both decide the cut into micro-batches, and so the data position.
   """
-  return json.loads(json.dumps({"run": to_dict(run), "vlm": to_dict(vlm), "rows": rows}))
+  return json.loads(json.dumps({"run": to_dict(run), "vlm": to_dict(vlm), "rows": rows, "samples": samples}))
 
 
 def read_config(workdir: str, step: int | None = None) -> tuple[RunConfig, VLMConfig, int]:

@@ -1,11 +1,11 @@
 """What a run says about itself: floating-point work, the step clock, compilations, the terminal line, TensorBoard."""
 
-import pathlib
 import time
 from collections.abc import Mapping
 
 import jax
 import numpy as np
+from etils import epath
 
 from xcomp_jax.config import TrainConfig, VLMConfig
 from xcomp_jax.data.batch import Batch
@@ -121,7 +121,9 @@ class Compilations:
   """Counts XLA compilations of the named jitted functions, from JAX's own events; a context manager."""
 
   def __init__(self, *names: str):
-    self.names, self.new, self.count = names, [], dict.fromkeys(names, 0)
+    self.count = dict.fromkeys(names, 0)
+    self.seen: set = set()  # batch shapes, kept by the loop
+    self.new: list[tuple[str, float]] = []
 
   def __enter__(self):
     jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -142,6 +144,13 @@ class Compilations:
     return new
 
 
+def shape_of(batch: Batch) -> str:
+  """A batch's bucket, in words."""
+  clips, tokens = batch.visual.shape[1], batch.prefix.shape[1]
+  what = "frames" if batch.visual.ndim == 6 else "tokens"
+  return f"{len(batch.clips)} x ({clips} clips of {batch.visual.shape[2]} {what}, {tokens} + {batch.text.shape[1]} text tokens)"
+
+
 def line(step: int, steps: int, values: Mapping[str, float]) -> str:
   """One readable line of a training step."""
   mfu = values["mfu"]
@@ -155,11 +164,11 @@ def line(step: int, steps: int, values: Mapping[str, float]) -> str:
 class Writer:
   """TensorBoard files under `folder`, written by the first process only."""
 
-  def __init__(self, folder: pathlib.Path, step: int):
+  def __init__(self, folder: epath.PathLike, purge_step: int):
     from tensorboardX import SummaryWriter
 
-    first = jax.process_index() == 0
-    self.writer = SummaryWriter(str(folder), purge_step=step, write_to_disk=first)
+    # Points after purge_step are of steps that the run now takes again.
+    self.writer = SummaryWriter(str(folder), purge_step=purge_step + 1, write_to_disk=jax.process_index() == 0)
 
   def write(self, step: int, group: str, values: Mapping[str, float]):
     """Scalars group/name at a step; values that are not numbers are left out."""

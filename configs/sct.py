@@ -1,0 +1,121 @@
+"""Supervised compression tuning: every value of a run, with its unit and where it comes from.
+
+  python -m xcomp_jax.train --config=configs/sct.py --config.data.train=DIR --config.workdir=runs/sct
+
+DIR is written by `python -m xcomp_jax.predecode`. Without suffix this is the paper's 2B recipe (Table A, train.sh of
+the release, FACTS.md 3):
+  hardware  8 x H100, about 24 h in the paper, 71,927 samples
+  steps     2,247 of 32 samples
+  loss      0.63 at the first step, 0.69 on average (released log)
+Variants, as in `configs/sct.py:tiny`:
+  tiny      the model that comes with the package, on its synthetic videos; minutes on a laptop's CPU
+  7b        the 7B model, same recipe; the paper has no numbers for it
+Override any value: `--config.optim.learning_rate=2e-5`, `--config.train.steps=100`, `--config.mesh.fsdp=4`.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  """The values of a variant.
+
+  Raises:
+    ValueError: there is no such variant.
+  """
+  variants = {"": _paper, "tiny": _tiny, "7b": _7b}
+  if variant not in variants:
+    raise ValueError(f"configs/sct.py has no variant {variant!r}; known: {', '.join(v for v in variants if v)}")
+  return variants[variant]()
+
+
+def _open(value) -> FieldReference:
+  """A value that may be overridden with another type, such as None."""
+  return FieldReference(value, field_type=object)
+
+
+def _paper() -> ConfigDict:
+  c = ConfigDict()
+  c.seed = 42  # of the data order; the release's trainer default
+  c.workdir = "runs/sct"  # checkpoints, logs, the resolved config
+  c.init_from = "OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"  # directory, hub id, or Orbax export
+
+  c.model = ConfigDict()
+  c.model.clip_frames = _open(8)  # frames; "checkpoint": what its config.json says (quirk Q1)
+  c.model.dtype = "bfloat16"  # of the computation
+  c.model.param_dtype = "float32"  # of trained parameters and optimizer state
+  c.model.clips_per_chunk = 4  # clips of a sample in the tower at once; more is faster until memory ends
+  c.model.attention = "auto"  # the fastest that the device has
+  c.model.remat = True  # recompute activations in the backward pass (gradient checkpointing in train.sh)
+
+  c.lp_comp = ConfigDict()
+  c.lp_comp.schedule = _open("cosine")  # as the release rounds it; "cosine_ceil" is the paper's Eq. 1
+  c.lp_comp.keep = "suffix"  # the last tokens of every group (paper 3.2)
+  c.lp_comp.group = 16  # consecutive visual tokens
+
+  c.data = ConfigDict()
+  c.data.train = "data/sct"  # folder written by predecode
+  c.data.heldout = _open(None)  # likewise; None: no evaluation
+  c.data.frame_buckets = (1, 128, 256, 512, 1024)  # frames; 1 is an image. Every pair of buckets compiles once
+  c.data.text_buckets = (512, 2048, 8192)  # tokens after the visual slot
+  c.data.prefix_length = 16  # tokens before it; the chat header has 14
+  c.data.frames_per_device = 1024  # frames in a micro-batch, per device
+  c.data.mask = "official"  # every newline, <|im_start|> and <|im_end|> is supervised too (quirk Q16)
+  c.data.group_by_text_length = True  # --group_by_modality_length of train.sh
+  c.data.threads = 4  # readers per process
+  c.data.prefetch = 4  # micro-batches; one of 1,024 frames takes 0.6 GB
+
+  c.optim = ConfigDict()
+  c.optim.learning_rate = 1e-5  # peak (Table A); then a cosine to 0
+  c.optim.warmup = 0.03  # share of all steps (Table A)
+  c.optim.weight_decay = 0.0  # Table A
+  c.optim.clip_norm = 1.0  # the release's trainer default
+  c.optim.b1 = 0.9  # AdamW, likewise
+  c.optim.b2 = 0.999
+  c.optim.eps = 1e-8
+
+  c.train = ConfigDict()
+  c.train.batch_size = 32  # samples per step: 8 devices x 4 accumulated
+  c.train.epochs = 1
+  c.train.steps = _open(None)  # None: as many as the epochs have
+  c.train.vision = False  # frozen
+  c.train.projector = True  # as in train.sh; the paper's Table A lists the LLM only
+  c.train.llm = True
+  c.train.projector_max_frames = _open(512)  # frames from which a sample gives the projector no gradient (quirk Q17); None: never
+  c.train.log_every = 1  # steps
+  c.train.eval_every = 500  # steps
+  c.train.save_every = 250  # steps
+  c.train.keep_last = 2  # checkpoints
+  c.train.keep_every = _open(None)  # steps; None: only the last ones
+
+  c.mesh = ConfigDict()
+  c.mesh.data = 1  # devices
+  c.mesh.fsdp = -1  # all that are left: batch, parameters and optimizer state are split over them
+  c.mesh.tensor = 1
+  return c
+
+
+def _tiny() -> ConfigDict:
+  c = _paper()
+  c.workdir = "runs/tiny"
+  c.init_from = "assets/tiny"
+  c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
+  c.data.train = "demo/data/train"
+  c.data.heldout = _open("demo/data/heldout")
+  c.data.frame_buckets = (16, 32, 64)
+  c.data.text_buckets = (64, 128, 256)
+  c.data.frames_per_device = 256
+  c.data.threads = 2
+  c.optim.learning_rate = 1e-3
+  c.train.epochs = 3
+  c.train.log_every = 10
+  c.train.eval_every = 100
+  c.train.save_every = 100
+  return c
+
+
+def _7b() -> ConfigDict:
+  c = _paper()
+  c.workdir = "runs/sct_7b"
+  c.init_from = "OpenGVLab/VideoChat-Flash-Qwen2-7B_res448"
+  c.model.clips_per_chunk = 2
+  return c

@@ -1,0 +1,85 @@
+"""config.py and the command line: what is unknown, missing or of another type is named, with the nearest known key."""
+
+import pathlib
+
+import pytest
+
+from xcomp_jax.config import ConfigError, RunConfig, from_dict, to_dict
+from xcomp_jax.train import from_command_line
+
+SCT = str(pathlib.Path(__file__).parents[1] / "configs" / "sct.py")
+
+
+def parse(*flags):
+  return from_command_line(["train", *flags])
+
+
+@pytest.mark.parametrize("variant", ["", ":tiny", ":7b"])
+def test_every_variant_holds_every_value(variant):
+  config = parse(f"--config={SCT}{variant}")
+  assert from_dict(RunConfig, to_dict(config)) == config
+
+
+def test_the_plain_config_is_the_papers_recipe():
+  config = parse(f"--config={SCT}")
+  assert (config.optim.learning_rate, config.optim.warmup, config.optim.weight_decay) == (1e-5, 0.03, 0.0)
+  assert (config.optim.clip_norm, config.train.batch_size, config.train.epochs) == (1.0, 32, 1)
+  assert (config.lp_comp.schedule, config.lp_comp.keep, config.lp_comp.group) == ("cosine", "suffix", 16)
+  assert (config.model.clip_frames, max(config.data.frame_buckets)) == (8, 1024)
+  assert (config.train.vision, config.train.projector, config.train.llm) == (False, True, True)
+  assert config.train.projector_max_frames == 512
+  assert "2B_res448" in config.init_from
+
+
+def test_values_are_overridden_from_the_command_line():
+  config = parse(
+    f"--config={SCT}", "--config.optim.learning_rate=2e-4", "--config.train.steps=7",
+    "--config.train.projector_max_frames=None", "--config.lp_comp.schedule=(16,8,1)", "--config.data.text_buckets=(8,9)",
+    "--config.data.heldout=runs/a-1", "--config.model.clip_frames=checkpoint", "--config.train.projector=False",
+  )  # fmt: skip
+  assert config.optim.learning_rate == 2e-4 and config.train.steps == 7 and config.train.projector_max_frames is None
+  assert config.lp_comp.schedule == (16, 8, 1) and config.data.text_buckets == (8, 9)
+  assert config.data.heldout == "runs/a-1" and config.model.clip_frames == "checkpoint" and not config.train.projector
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--config.optim.learning_rat=1"], "config.optim.learning_rat is unknown; did you mean config.optim.learning_rate?"),
+    (["--config.optim.lr=1"], "config.optim.lr is unknown; known: learning_rate, warmup"),
+    (["--config.trian.steps=1"], "trian"),
+    (["--config.optim.b1=x"], "config.optim.b1=x"),
+    (["--config.train.steps=1.5"], "config.train.steps = 1.5: expected int or None"),
+    (["--config.lp_comp.keep=last"], "config.lp_comp.keep = 'last': expected 'suffix' or 'uniform'"),
+    (["--config.data.text_buckets=(8,1.5)"], "text_buckets"),
+    (["--confg.seed=1"], "confg"),
+    (["stray"], "stray"),
+  ],
+)
+def test_a_bad_override_is_named(flags, words):
+  with pytest.raises(ConfigError) as error:
+    parse(f"--config={SCT}", *flags)
+  assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    ([], "--config=configs/sct.py"),
+    (["--config=/nowhere/sct.py"], "No such file or directory: '/nowhere/sct.py'"),
+    ([f"--config={SCT}:8b"], "no variant '8b'; known: tiny, 7b"),
+  ],
+)
+def test_a_config_that_is_not_there_is_named(flags, words):
+  with pytest.raises(ConfigError) as error:
+    parse(*flags)
+  assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_key_is_named():
+  values = to_dict(parse(f"--config={SCT}"))
+  del values["train"]["save_every"], values["train"]["epochs"]
+  with pytest.raises(ConfigError, match=r"config\.train\.epochs is missing; config\.train\.save_every is missing"):
+    from_dict(RunConfig, values)
+  with pytest.raises(ConfigError, match=r"config\.mesh must be a group of keys, not 3"):
+    from_dict(RunConfig, values | {"mesh": 3, "train": to_dict(parse(f"--config={SCT}").train)})

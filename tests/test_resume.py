@@ -1,0 +1,156 @@
+"""checkpoint.py and the loop: a run that was interrupted is the same run, and another run is refused."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from xcomp_jax import checkpoint, metrics, train
+from xcomp_jax.config import ConfigError
+from xcomp_jax.sharding import make_mesh
+
+
+@pytest.fixture(autouse=True)
+def few_devices(monkeypatch):
+  """No more devices than the config names: one compiles in a fraction of the time."""
+  devices = lambda config: jax.devices()[: config.data * config.fsdp * config.tensor]
+  monkeypatch.setattr(train, "make_mesh", lambda config: make_mesh(config, devices(config)))
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_run, tmp_path_factory):
+  """Four steps in one go: config, result, samples in the order of reading, items of the last checkpoint."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    order = record(patch)
+    config = make(tiny_run, tmp_path_factory.mktemp("straight") / "w")
+    return config, train.run(config), order, items(config)
+
+
+def make(tiny_run, workdir, **changes):
+  return tiny_run(workdir, **({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "train.log_every": 1} | changes))
+
+
+def record(patch):
+  """Notes the samples of every micro-batch that training takes."""
+  order, original = [], train.place
+  patch.setattr(train, "place", lambda batch, mesh: (order.append(batch.index.tolist()), original(batch, mesh))[1])
+  return order
+
+
+def items(config):
+  """The arrays of the latest checkpoint, by path."""
+  import orbax.checkpoint as ocp
+
+  with checkpoint.manager(config.workdir, config.train) as checkpoints:
+    step = checkpoints.latest_step()
+    out = checkpoints.restore(
+      step, args=ocp.args.Composite(params=ocp.args.StandardRestore(), opt=ocp.args.StandardRestore())
+    )
+    data = json.loads((checkpoints.directory / str(step) / "data" / "process_0-of-1.json").read_text())
+  leaves = jax.tree_util.tree_leaves_with_path({"params": out.params, "opt": out.opt})
+  return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}, data
+
+
+def interrupt(patch, step, number):
+  """Sends this process a signal when the line of that step is written."""
+  original = metrics.line
+
+  def line(done, *rest):
+    if done == step:
+      os.kill(os.getpid(), number)
+    return original(done, *rest)
+
+  patch.setattr(metrics, "line", line)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_steps_then_resumed_to_four_equal_four_straight_bit_by_bit(
+  tiny_run, straight, tmp_path, monkeypatch, capsys, number
+):
+  config = make(tiny_run, tmp_path / "w", **{"train.save_every": 100})
+  order = record(monkeypatch)
+  with monkeypatch.context() as patch:
+    interrupt(patch, 2, number)
+    assert train.run(config)["step"] == 2
+  assert "stopped by a signal: step 2 of 4" in capsys.readouterr().out
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert train.run(config)["step"] == 4
+  assert order == straight[2]
+  assert items(config) == straight[3]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run, straight, tmp_path, monkeypatch):
+  config = make(tiny_run, tmp_path / "w")  # saves after step 2
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics, "line", lambda done, *_: exec("raise KeyboardInterrupt") if done == 3 else "")
+    with pytest.raises(KeyboardInterrupt):
+      train.run(config)
+  order = record(monkeypatch)
+  assert train.run(config)["step"] == 4
+  assert order == straight[2][-len(order) :] and 0 < len(order) < len(straight[2])
+  assert items(config) == straight[3]
+
+
+def test_a_finished_run_has_nothing_left_to_do(straight):
+  assert train.run(straight[0])["step"] == 4
+
+
+def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
+  import shutil
+
+  shutil.copytree(straight[0].workdir, tmp_path / "moved")
+  changes = {"model.remat": False, "data.threads": 2, "data.prefetch": 3, "train.log_every": 7, "train.save_every": 3}
+  assert train.run(make(tiny_run, tmp_path / "moved", **changes))["step"] == 4
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"optim.learning_rate": 0.5}, r"config\.optim\.learning_rate was 0\.01, is 0\.5"),
+    ({"lp_comp.schedule": [4, 1]}, r"config\.lp_comp\.schedule was \[8, 1\], is \[4, 1\]"),
+    ({"train.projector": False}, r"config\.train\.projector was True, is False"),
+    ({"train.batch_size": 2}, r"config\.train\.batch_size was 3, is 2"),
+    ({"seed": 1}, r"config\.seed was 0, is 1"),
+  ],
+)
+def test_another_run_is_refused(tiny_run, straight, changes, words):
+  before = items(straight[0])
+  with pytest.raises(ConfigError, match=words + r".*Set config\.workdir to another folder"):
+    train.run(make(tiny_run, straight[0].workdir, **changes))
+  assert items(straight[0]) == before
+
+
+def test_another_model_is_refused(tiny_run, straight, tmp_path):
+  import pathlib
+  import shutil
+
+  base = pathlib.Path(straight[0].init_from)
+  shutil.copytree(base, tmp_path / "base")
+  values = json.loads((base / "config.json").read_text())
+  (tmp_path / "base" / "config.json").write_text(json.dumps(values | {"intermediate_size": 128}))
+  with pytest.raises(ConfigError, match=r"vlm\.llm\.mlp_width was 64, is 128"):
+    train.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))
+
+
+def test_another_split_of_the_batch_is_refused(tiny_run, straight):
+  with pytest.raises(ConfigError, match="mesh data x fsdp was 1, is 2"):
+    train.run(make(tiny_run, straight[0].workdir, mesh={"data": 1, "fsdp": 2, "tensor": 1}))
+
+
+def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys):
+  config = make(tiny_run, straight[0].workdir, mesh={"data": 1, "fsdp": 1, "tensor": 2})
+  assert train.run(config)["step"] == 4
+  row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("llm/layers/0..1/gate/kernel"))
+  assert row.split()[5] == "tensor"
+
+
+def test_checkpoints_of_a_missing_step_are_named(straight, tmp_path):
+  assert checkpoint.read_config(straight[0].workdir)[2] == 4
+  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*there are \[2, 4\]"):
+    checkpoint.read_config(straight[0].workdir, 3)
+  with pytest.raises(FileNotFoundError, match="no checkpoints in"):
+    checkpoint.read_config(str(tmp_path))

@@ -1,0 +1,127 @@
+"""sharding.py: the mesh, the table from paths to axes, and what the compiler is told about activations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from xcomp_jax.config import ConfigError, MeshConfig
+from xcomp_jax.model.vlm import VLM
+from xcomp_jax.sharding import (
+  batch_devices,
+  batch_sharding,
+  constrain,
+  make_mesh,
+  param_shardings,
+  parameter_spec,
+  parameter_table,
+  path_name,
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return make_mesh(MeshConfig(2, 2, 2))
+
+
+def test_the_mesh_has_what_was_asked_and_minus_one_is_the_rest():
+  assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert dict(make_mesh(MeshConfig(1, 1, -1), jax.devices()[:3]).shape) == {"data": 1, "fsdp": 1, "tensor": 3}
+  assert batch_devices(make_mesh(MeshConfig(2, -1, 2))) == 4
+
+
+@pytest.mark.parametrize(
+  "sizes, words",
+  [
+    ((3, 1, 1), r"mesh data=3 x fsdp=1 x tensor=1 = 3 devices, but there are 8; .*config\.mesh"),
+    ((4, 4, 1), "= 16 devices, but there are 8"),
+    ((3, -1, 1), "3 does not divide the 8 devices"),
+    ((-1, -1, 1), "at most one may be -1"),
+    ((0, 8, 1), "must be positive"),
+  ],
+)
+def test_a_mesh_that_does_not_match_the_devices_is_refused(sizes, words):
+  with pytest.raises(ConfigError, match=words):
+    make_mesh(MeshConfig(*sizes))
+
+
+@pytest.mark.parametrize(
+  "path, shape, spec",
+  [
+    ("llm/layers/3/q/kernel", (8, 8), P("fsdp", "tensor")),
+    ("llm/layers/3/o/kernel", (8, 8), P("tensor", "fsdp")),
+    ("llm/layers/3/down/kernel", (8, 8), P("tensor", "fsdp")),
+    ("vision/blocks/0/attn/qkv/kernel", (8, 24), P("fsdp", "tensor")),
+    ("vision/blocks/0/attn/q_bias", (8,), P("tensor")),
+    ("vision/blocks/0/attn/proj/kernel", (8, 8), P("tensor", "fsdp")),
+    ("vision/blocks/0/attn/proj/bias", (8,), P()),
+    ("llm/embed/embedding", (6, 4), P("tensor", "fsdp")),
+    ("llm/norm/scale", (8,), P()),
+    ("opt/1/0/mu/llm/lm_head/kernel", (8, 8), P("fsdp", "tensor")),
+    ("llm/layers/0/q/kernel", (7, 8), P(None, "tensor")),  # 2 does not divide 7
+    ("llm/layers/0/q/kernel", (7, 9), P(None, None)),
+  ],
+)
+def test_the_table_of_parameters(mesh, path, shape, spec):
+  assert parameter_spec(path, shape, mesh) == spec
+
+
+def test_a_parameter_without_a_rule_is_an_error(mesh):
+  with pytest.raises(ValueError, match=r"llm/gate_new/weight has no rule in sharding\.PARAMETERS"):
+    parameter_spec("llm/gate_new/weight", (8, 8), mesh)
+  with pytest.raises(ValueError, match="llm/layers/0/q/kernel has shape"):
+    parameter_spec("llm/layers/0/q/kernel", (8,), mesh)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_of_the_model_has_a_rule_and_every_kernel_is_split(tiny, mesh, tied):
+  import dataclasses
+
+  cfg = tiny()
+  cfg = tiny(llm=dataclasses.replace(cfg.llm, tied=tied))
+  state = nnx.split(nnx.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0))))[1]
+  shardings = param_shardings(state, mesh)
+  for (path, leaf), sharding in zip(
+    jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings), strict=True
+  ):
+    if len(leaf.shape) > 1:
+      assert np.prod(sharding.shard_shape(leaf.shape)) == np.prod(leaf.shape) / 4, path_name(path)
+
+
+def test_the_printed_table_collapses_layers_and_adds_up(tiny, mesh):
+  cfg = tiny()
+  state = nnx.split(nnx.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0))))[1]
+  lines = parameter_table(state, param_shardings(state, mesh)).splitlines()
+  row = next(line.split() for line in lines if line.startswith("llm/layers/0..3/gate/kernel"))
+  assert row[1:] == ["32", "x", "64", "float32", "fsdp,", "tensor", "0.01"]  # 4 layers x 2,048 numbers / 4, in MiB
+  leaves = jax.tree.leaves(state)
+  assert f"{len(leaves)} arrays" in lines[-1] and f"{sum(x.size for x in leaves):,} numbers" in lines[-1]
+  assert not any(line.startswith("llm/layers/0/") for line in lines)
+
+
+def test_constrain_splits_what_divides_and_is_nothing_without_a_mesh(mesh):
+  x = jnp.zeros((4, 6, 8))
+  assert constrain(x, "batch", None, "mlp") is x
+  with jax.set_mesh(mesh):
+    spec = lambda shape, *axes: jax.jit(lambda x: constrain(x, *axes))(jnp.zeros(shape)).sharding.spec
+    assert spec((4, 6, 8), "batch", None, "mlp") == P(("data", "fsdp"), None, "tensor")
+    assert spec((2, 6, 8), "batch", None, "mlp") == P("data", None, "tensor")  # one of the two axes
+    assert spec((4, 6, 7), "batch", None, "mlp") == P(("data", "fsdp"))
+    with pytest.raises(KeyError):
+      constrain(x, "rows")
+
+
+def test_constrain_is_nothing_inside_shard_map(mesh):
+  @jax.jit
+  @lambda f: jax.shard_map(f, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+  def f(x):
+    return constrain(x, "batch") + 1
+
+  with jax.set_mesh(mesh):
+    np.testing.assert_array_equal(f(jnp.zeros(4)), 1)
+
+
+def test_a_batch_is_split_over_data_and_fsdp(mesh):
+  assert batch_sharding(mesh).shard_shape((8, 5)) == (2, 5)

@@ -1,0 +1,262 @@
+"""train.py: a step is the ungrouped batch's mean; what is frozen stays; what can't work is said."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from xcomp_jax import metrics, optim, train, weights
+from xcomp_jax.config import ConfigError, MeshConfig
+from xcomp_jax.data.batch import Bucket, collate
+from xcomp_jax.model import vlm
+from xcomp_jax.sharding import make_mesh
+
+ONE = MeshConfig(1, 1, 1)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """Runs on the first device: compiles in a fraction of the time."""
+  monkeypatch.setattr(train, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+def close(got, want):
+  """Within 1e-5 of the largest absolute value."""
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+class Prepared:
+  """A model's state on a mesh and the compiled steps."""
+
+  def __init__(self, config, devices):
+    self.mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    self.cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
+    self.config, self.tx = config, optim.optimizer(config.optim, 10)
+    with jax.set_mesh(self.mesh):
+      self.graph, _ = train.abstract_state(config, self.cfg, self.tx, self.mesh)
+      self.state = train.init_state(config, self.cfg, self.tx, self.mesh)
+      self.sums = train.zero_sums(self.state.trained, self.mesh)
+      self.steps = train.compiled_steps(self.state, self.sums, self.mesh)
+
+  def add(self, batch):
+    with jax.set_mesh(self.mesh):
+      self.sums, losses = self.steps.grad(
+        self.graph, self.state, self.sums, train.place(batch, self.mesh),
+        projector_max_frames=self.config.train.projector_max_frames,
+      )  # fmt: skip
+    return losses
+
+  def apply(self):
+    with jax.set_mesh(self.mesh):
+      self.state, self.sums, out = self.steps.apply(self.tx, self.state, self.sums)
+    return out
+
+
+@pytest.fixture(scope="module")
+def examples(sample):
+  """Mixed: 2, 3, 1 and no clips, text of different lengths."""
+  make = lambda clips, before, after, seed: sample(clips, before, after, seed, clip_frames=4, vocab=99)
+  return [make(2, 3, 9, 0), make(3, 6, 4, 1), make(1, 1, 12, 2), make(0, 0, 12, 3), make(3, 4, 16, 4)]
+
+
+def test_accumulated_gradients_of_mixed_buckets_equal_the_ungrouped_batch(tiny_run, examples, tmp_path):
+  config = tiny_run(tmp_path)
+  config = dataclasses.replace(config, mesh=ONE)
+  whole, parts = Prepared(config, 1), Prepared(config, 1)
+  whole.add(collate(examples, Bucket(3, 4, 8, 16)))
+  parts.add(collate(examples[1:2], Bucket(3, 4, 6, 4)))
+  parts.add(collate([examples[0], examples[2]], Bucket(2, 4, 4, 16), 4))  # two rows of padding
+  parts.add(collate(examples[3:4], Bucket(0, 4, 8, 16), 2))
+  parts.add(collate(examples[4:], Bucket(4, 4, 8, 32)))
+  jax.tree.map(close, parts.sums, whole.sums)
+  assert float(parts.sums.samples) == 5 and float(parts.sums.frames) == 4 * 9
+
+  # and that is the mean over samples of each sample's mean over its supervised tokens
+  model = nnx.merge(whole.graph, whole.state.trained, whole.state.frozen)
+  alone = nnx.jit(vlm.loss)(model, collate(examples, Bucket(3, 4, 8, 16)))
+  mean = jax.tree.map(lambda g: g / 5, whole.sums.grads)
+  norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(jax.device_get(mean))))
+  out = whole.apply()
+  np.testing.assert_allclose(out["loss"], np.mean(alone), rtol=1e-5)
+  np.testing.assert_allclose(out["grad_norm"], norm, rtol=1e-5)
+  assert not any(np.any(g) for g in jax.tree.leaves(jax.device_get(whole.sums)))
+
+
+def test_a_step_over_eight_devices_equals_one_device(tiny_run, examples, tmp_path):
+  config = tiny_run(tmp_path)
+  results = []
+  for devices, mesh in ((1, ONE), (8, MeshConfig(2, 2, 2))):
+    it = Prepared(dataclasses.replace(config, mesh=mesh), devices)
+    losses = it.add(collate(examples, Bucket(3, 4, 8, 16), 8))
+    gradients = jax.device_get(it.sums.grads)
+    out = it.apply()
+    results.append(jax.device_get((losses[:5], gradients, out["grad_norm"])))
+    kernel = it.state.trained["llm"]["layers"][0]["gate"]["kernel"][...]
+    moment = it.state.opt[1][0].mu["llm"]["layers"][0]["gate"]["kernel"][...]
+    assert kernel.sharding.spec == moment.sharding.spec
+    assert kernel.addressable_shards[0].data.size == kernel.size // (4 if devices == 8 else 1)
+  jax.tree.map(close, results[1], results[0])
+
+
+def test_quirk_q17_long_samples_give_the_projector_no_gradient(tiny_run, examples, tmp_path):
+  batch = collate(examples[:2], Bucket(3, 4, 8, 16))  # 8 and 12 frames
+  norms = {}
+  for limit in (None, 12, 8):
+    it = Prepared(tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"train.projector_max_frames": limit}), 1)
+    it.add(batch)
+    norms[limit] = {
+      part: np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(jax.device_get(it.sums.grads[part]))))
+      for part in ("projector", "llm")
+    }
+  assert norms[8]["projector"] == 0 < norms[12]["projector"] != norms[None]["projector"]
+  np.testing.assert_allclose(norms[8]["llm"], norms[None]["llm"], rtol=1e-5)
+
+
+def test_warm_up_and_cosine_are_those_of_the_release(tiny_run, tmp_path):
+  config = dataclasses.replace(tiny_run(tmp_path).optim, learning_rate=1e-5, warmup=0.03)
+  rate = optim.schedule(config, 2247)  # 68 steps of warm-up
+  np.testing.assert_allclose([rate(0), rate(1), rate(67), rate(68)], [0, 1e-5 / 68, 67e-5 / 68, 1e-5], rtol=1e-6)
+  np.testing.assert_allclose(rate(68 + 2179 / 2), 0.5e-5, rtol=1e-5)
+  assert 0 < rate(2246) < 1e-10 and rate(2247) == 0
+
+
+def test_weight_decay_leaves_norms_and_biases_alone(tiny_run, tmp_path):
+  config = dataclasses.replace(tiny_run(tmp_path).optim, weight_decay=0.5)
+  tx = optim.optimizer(config, 10)
+  params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  np.testing.assert_allclose(updates["kernel"], -0.5 * config.learning_rate)
+  np.testing.assert_array_equal(updates["scale"], 0)
+
+
+def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp_path, capsys, one_device):
+  from xcomp_jax import checkpoint
+
+  config = tiny_run(tmp_path / "w", **{"train.epochs": 3})
+  config = dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, heldout=config.data.train.removesuffix("train") + "heldout"),
+    model=dataclasses.replace(config.model, dtype="bfloat16"),
+  )
+  result = train.run(config)
+  text = capsys.readouterr().out
+  assert result["step"] == 12 and result["heldout_loss"] > 0 and 0 <= result["heldout_accuracy"] <= 1
+  lines = [line for line in text.splitlines() if line.startswith("step ")]
+  first, last = (float(line.split("loss ")[1].split()[0]) for line in (lines[0], lines[-1]))
+  assert len(lines) == 12 and last < first - 0.5
+  for word in ("MFU -", "data wait", "samples/s", "held-out after step 12", "vision/blocks/0..1/fc1/kernel", "done: step 12 of 12"):
+    assert word in text
+  assert "warning" not in text
+  assert sum(line.startswith("compiled grad_step") for line in text.splitlines()) == 3  # 0, 8 and 16 frames
+
+  run, cfg, step = checkpoint.read_config(config.workdir)
+  assert run == config and step == 12
+  model = weights.load(config.init_from, cfg, dtype=lambda path: jnp.bfloat16 if path.startswith("vision") else None)
+  before = nnx.state(model)
+  after = checkpoint.read_params(config.workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), before))
+  before, after = weights.parameters(before), weights.parameters(after)
+  for path in before:
+    same = np.asarray(before[path]).tobytes() == np.asarray(after[path]).tobytes()
+    assert same == path.startswith("vision"), path
+  assert list((tmp_path / "w" / "tensorboard").iterdir())
+
+
+def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run, tmp_path, monkeypatch, one_device):
+  from xcomp_jax.data import pipeline
+
+  config = tiny_run(tmp_path / "w", **{"train.save_every": 1})
+  original = pipeline.collate
+
+  def poisoned(examples, bucket, size=None):
+    batch = original(examples, bucket, size)
+    return dataclasses.replace(batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32))
+
+  tokenizer = train.prompt.load_tokenizer(config.init_from)
+  entries = pipeline.batches(
+    train.open_store(config.data.train), tokenizer, config.data, batch_size=3, rows=1, seed=0, epochs=1
+  )
+  third = [i for micro in entries if micro.step == 2 for i in micro.batch.index.tolist() if i >= 0]
+  bad = third[1]
+  monkeypatch.setattr(pipeline, "collate", poisoned)
+  with pytest.raises(train.NotFiniteError, match=r"step 3: .*step_3\.json"):
+    train.run(config)
+  report = json.loads((tmp_path / "w" / "nan" / "step_3.json").read_text())
+  assert report["step"] == 3 and report["loss"] == "nan"
+  assert sorted(s["index"] for s in report["samples"]) == sorted(third)
+  assert {s["id"] for s in report["samples"]} == {f"s{i}" for i in third}
+  assert sorted(int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()) == [1, 2]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tiny_run, examples, tmp_path):
+  it = Prepared(tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}), 1)
+  batch = collate(examples[:2], Bucket(3, 4, 8, 16))
+  it.add(dataclasses.replace(batch, weight=np.array([1, np.inf], np.float32)))
+  before = jax.device_get(it.state)
+  out = it.apply()
+  assert not out["finite"]
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(it.state), before)
+
+
+def test_flops_of_a_batch(tiny):
+  cfg = tiny()
+  from xcomp_jax.data.batch import batch_spec, fake_batch
+
+  batch = fake_batch(batch_spec(Bucket(2, 8, 4, 8), 1, ((8, 48, 48, 3), np.uint8)), 64)
+  flops = metrics.forward_flops(cfg, batch)
+  patches, text = 8 * 36, 12
+  block = 2 * patches * (4 * 32 * 32 + 2 * 32 * 64) + 4 * patches**2 * 32
+  assert flops["vision"] == 2 * (2 * patches * 192 * 32 + 2 * block)
+  assert flops["projector"] == 2 * 256 * (2 * 32 * 32)
+  n = [text + 256 * c // 16 for c in train.lp_comp.counts(cfg.lp_comp, 4)]
+  layer = [2 * s * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64) + 2 * s * s * 32 for s in n]
+  assert flops["llm"] == sum(layer) + 2 * 32 * 64 * (text + 1)
+  half = dataclasses.replace(batch, clips=np.array([1], np.int32))
+  assert metrics.forward_flops(cfg, half)["vision"] == flops["vision"] / 2
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"mesh": {"data": 3, "fsdp": 1, "tensor": 1}}, "data=3 x fsdp=1 x tensor=1 = 3 devices, but there are 8"),
+    ({"train.batch_size": 13}, "batch_size = 13"),
+    ({"train.batch_size": 0}, "config.train.batch_size = 0"),
+    ({"train.projector": False, "train.llm": False}, "trains nothing"),
+    ({"data.train": "/nowhere"}, "/nowhere"),
+    ({"init_from": "/nowhere"}, "/nowhere"),
+    ({"model.clip_frames": 8}, "clip_frames 4"),
+    ({"lp_comp.schedule": [4, 8]}, "lp_comp.schedule"),
+  ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(tiny_run, tmp_path, changes, words):
+  if "model.clip_frames" in changes:
+    changes = changes | {"model.clip_frames": 8}
+  with pytest.raises((ValueError, FileNotFoundError), match=words):
+    train.run(tiny_run(tmp_path / "w", **changes))
+  assert not (tmp_path / "w").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(tiny_run, tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  monkeypatch.setattr(weights, "load", lambda *a, **k: pytest.fail("weights were read"))
+  with pytest.raises(ConfigError, match=r"workdir .*file/w can't be written .*config\.workdir"):
+    train.run(tiny_run(tmp_path / "file" / "w"))
+
+
+def test_the_command_says_errors_in_one_line_and_exits_with_1(tmp_path):
+  root = pathlib.Path(__file__).parents[1]
+  command = [
+    sys.executable, "-m", "xcomp_jax.train", "--config=configs/sct.py:tiny", f"--config.workdir={tmp_path}/w",
+    "--config.optim.learning_rat=1",
+  ]  # fmt: skip
+  done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+  assert done.returncode == 1 and not (tmp_path / "w").exists()
+  assert done.stderr.strip().splitlines()[-1] == (
+    "error: config.optim.learning_rat is unknown; did you mean config.optim.learning_rate?"
+  )

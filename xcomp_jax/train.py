@@ -1,0 +1,493 @@
+"""Supervised compression tuning: from a config to checkpoints.
+
+  python -m xcomp_jax.train --config=configs/sct.py --config.workdir=runs/sct --config.data.train=DIR
+
+A step adds up the gradients of its micro-batches (`grad_step`, one compilation per bucket) and applies them once
+(`apply_step`). The same command continues a run from its latest checkpoint; SIGINT or SIGTERM saves and leaves.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from xcomp_jax import checkpoint, metrics, optim, weights
+from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict, to_dict
+from xcomp_jax.data import pipeline, prompt
+from xcomp_jax.data.batch import Batch
+from xcomp_jax.data.store import Store, open_store
+from xcomp_jax.model import lp_comp, vlm
+from xcomp_jax.sharding import (
+  batch_devices,
+  batch_sharding,
+  make_mesh,
+  param_shardings,
+  parameter_table,
+  path_name,
+  replicated,
+)
+
+
+class NotFiniteError(ValueError):
+  """A loss or gradient that is no number; the parameters are as they were before that step."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """step: int32[], optimizer steps done. trained, frozen: `nnx.State`s of parameters. opt: optimizer state.
+
+  Leaves are arrays, ShapeDtypeStructs or shardings, as in `Sums`.
+  """
+
+  step: Any
+  trained: Any
+  frozen: Any
+  opt: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+  """Over the samples of a step so far; all float32. grads: like the trained parameters; the others are scalars."""
+
+  grads: Any
+  loss: Any
+  samples: Any
+  frames: Any
+
+
+def abstract_state(
+  config: RunConfig, cfg: VLMConfig, tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+  """The model's graph and its TrainState as ShapeDtypeStructs with dtypes and shardings; allocates nothing.
+
+  Trained parameters and optimizer state have `model.param_dtype`, frozen ones the compute dtype.
+  """
+  model = nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0)))
+  graph, trained, frozen = nnx.split(model, optim.trained(config.train), ...)
+  cast = lambda state, dtype: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)), state)
+  trained, frozen = cast(trained, config.model.param_dtype), cast(frozen, config.model.dtype)
+  step = jax.ShapeDtypeStruct((), np.int32)
+  state = TrainState(step, trained, frozen, jax.eval_shape(tx.init, trained))
+  placed = lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding)
+  return graph, jax.tree.map(placed, state, param_shardings(state, mesh))
+
+
+def init_state(config: RunConfig, cfg: VLMConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """The state of step 0: `init_from`'s parameters, read straight into their shards, and fresh optimizer state.
+
+  Raises:
+    CheckpointError: see `weights.load`.
+  """
+  _, wanted = abstract_state(config, cfg, tx, mesh)
+  shardings = param_shardings(wanted, mesh)
+  leaves = jax.tree_util.tree_leaves_with_path((wanted.trained, wanted.frozen))
+  dtypes = {path_name(path[1:]): leaf.dtype for path, leaf in leaves}
+  model = weights.load(
+    weights.resolve(config.init_from), cfg,
+    shardings=nnx.merge_state(shardings.trained, shardings.frozen), dtype=dtypes.__getitem__,
+  )  # fmt: skip
+  _, trained, frozen = nnx.split(model, optim.trained(config.train), ...)
+  opt = jax.jit(tx.init, out_shardings=shardings.opt)(trained)
+  return TrainState(jax.device_put(np.int32(0), shardings.step), trained, frozen, opt)
+
+
+def zero_sums(trained: nnx.State, mesh: Mesh) -> Sums:
+  """Sums of nothing, sharded as the parameters."""
+
+  def zeros():
+    grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
+    return Sums(grads, *jnp.zeros((3,), jnp.float32))
+
+  return jax.jit(zeros, out_shardings=param_shardings(jax.eval_shape(zeros), mesh))()
+
+
+def grad_step(
+  graph: nnx.GraphDef, state: TrainState, sums: Sums, batch: Batch, projector_max_frames: int | None
+) -> tuple[Sums, jax.Array]:
+  """Adds a micro-batch's gradients and losses.
+
+  Losses are summed over samples, each the mean over its supervised tokens, so that after any cut into
+  micro-batches `apply_step` has the loss and gradient of the ungrouped batch.
+
+  Returns:
+    the new sums, and the samples' losses float32[B].
+  """
+
+  def total(trained):
+    model = nnx.merge(graph, trained, state.frozen)
+    losses = vlm.loss(model, batch, projector_max_frames=projector_max_frames)
+    return jnp.sum(losses * batch.weight), (losses, metrics.count_frames(model.cfg, batch))
+
+  (loss, (losses, frames)), grads = jax.value_and_grad(total, has_aux=True)(state.trained)
+  sums = Sums(
+    jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums.grads, grads),
+    sums.loss + loss,
+    sums.samples + batch.weight.sum(),
+    sums.frames + frames,
+  )
+  return sums, losses
+
+
+def apply_step(
+  tx: optax.GradientTransformation, state: TrainState, sums: Sums
+) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
+  """One optimizer step on the mean over the summed samples; if that is not finite, the state stays as it is.
+
+  Returns:
+    the new state, sums of nothing, and scalars: loss, grad_norm (before clipping), samples, frames, finite.
+  """
+  grads = jax.tree.map(lambda g: g / sums.samples, sums.grads)
+  norm, loss = optax.global_norm(grads), sums.loss / sums.samples
+  finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+  grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.trained)
+  updates, opt = tx.update(grads, state.opt, state.trained)
+  kept = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+  trained = kept(optax.apply_updates(state.trained, updates), state.trained)
+  new = TrainState(state.step + finite, trained, state.frozen, kept(opt, state.opt))
+  out = {"loss": loss, "grad_norm": norm, "samples": sums.samples, "frames": sums.frames, "finite": finite}
+  return new, jax.tree.map(jnp.zeros_like, sums), out
+
+
+def eval_step(graph: nnx.GraphDef, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+  """Sums over a batch's samples: loss, correct (vlm.evaluate), samples."""
+  losses, correct = vlm.evaluate(nnx.merge(graph, state.trained, state.frozen), batch)
+  total = lambda x: jnp.sum(x * batch.weight)
+  return {"loss": total(losses), "correct": total(correct), "samples": batch.weight.sum()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """The three functions above, compiled for a mesh: grad and apply reuse the memory of what they replace."""
+
+  grad: Any
+  apply: Any
+  evaluate: Any
+
+
+def compiled_steps(state: TrainState, sums: Sums, mesh: Mesh) -> Steps:
+  """`Steps` for a state and sums with these shapes, arrays or ShapeDtypeStructs."""
+  one = replicated(mesh)
+  state_at, sums_at = param_shardings(state, mesh), param_shardings(sums, mesh)
+  return Steps(
+    grad=jax.jit(
+      grad_step, static_argnames=("graph", "projector_max_frames"), donate_argnames="sums", out_shardings=(sums_at, None)
+    ),
+    apply=jax.jit(
+      apply_step, static_argnames="tx", donate_argnames=("state", "sums"), out_shardings=(state_at, sums_at, one)
+    ),
+    evaluate=jax.jit(eval_step, static_argnames="graph", out_shardings=one),
+  )
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+  """The rows that this process has, as global arrays."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def run(config: RunConfig) -> dict[str, float]:
+  """Trains, from the latest checkpoint in the workdir if there is one.
+
+  Returns:
+    what the last line says: step, loss (mean over the steps done here), and heldout_loss, heldout_accuracy if
+    there are held-out data.
+
+  Raises:
+    ConfigError, StoreError, CheckpointError, ...: whatever can't work, before weights are read.
+    NotFiniteError: a loss or gradient became inf or nan; workdir/nan/ says in which samples.
+  """
+  check(config)
+  mesh = make_mesh(config.mesh)
+  directory = weights.resolve(config.init_from)
+  cfg = weights.read_config(directory, config.model, config.lp_comp)
+  schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
+  tokenizer = prompt.load_tokenizer(directory)
+  store = open_data(config.data.train, cfg)
+  steps = config.train.epochs * pipeline.steps_per_epoch(len(store), config.train.batch_size)
+  steps = min(steps, config.train.steps or steps)
+  here = {"rows": batch_devices(mesh), "process_index": jax.process_index(), "process_count": jax.process_count()}
+  data = pipeline.batches(
+    store, tokenizer, config.data,
+    batch_size=config.train.batch_size, seed=config.seed, epochs=config.train.epochs, **here,
+  )  # fmt: skip
+  heldout = None
+  if config.data.heldout is not None:
+    heldout = pipeline.evaluation(open_data(config.data.heldout, cfg), tokenizer, config.data, **here)
+  checkpoint.claim(config.workdir)
+
+  tx = optim.optimizer(config.optim, steps)
+  description = checkpoint.describe(config, cfg, rows=here["rows"], samples=len(store))
+  precision = "highest" if config.model.dtype == "float32" else None
+  first = jax.process_index() == 0
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(jax.default_matmul_precision(precision))
+    checkpoints = stack.enter_context(contextlib.closing(checkpoint.manager(config.workdir, config.train)))
+    graph, wanted = abstract_state(config, cfg, tx, mesh)
+    start = checkpoints.latest_step()
+    if start is None:
+      state, start = init_state(config, cfg, tx, mesh), 0
+    else:
+      (trained, frozen), opt = checkpoint.restore(
+        checkpoints, start, (wanted.trained, wanted.frozen), wanted.opt, data, description
+      )
+      state = TrainState(jax.device_put(np.int32(start), replicated(mesh)), trained, frozen, opt)
+    sums = zero_sums(state.trained, mesh)
+    step_functions = compiled_steps(state, sums, mesh)
+    if first:
+      print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+      for name, part in (("trained", state.trained), ("frozen", state.frozen)):
+        print(f"{name} parameters\n{parameter_table(part, param_shardings(part, mesh))}")
+      print(f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {' '.join(map(str, schedule))}")
+      print(f"{len(store)} samples, steps {start} to {steps} of {config.train.batch_size}", flush=True)
+      (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    writer = stack.enter_context(
+      contextlib.closing(metrics.Writer(epath.Path(config.workdir) / "tensorboard", purge_step=start))
+    )
+    compilations = stack.enter_context(metrics.Compilations("grad_step", "apply_step", "eval_step"))
+    stopping = stack.enter_context(stop_signal())
+    bar = stack.enter_context(tqdm(total=steps, initial=start, disable=None if first else True, unit="step"))
+    say = bar.write if first else lambda _: None
+
+    def evaluate() -> dict[str, float]:
+      total = dict.fromkeys(("loss", "correct", "samples"), 0.0)
+      for micro in heldout:
+        out = step_functions.evaluate(graph, state, place(micro.batch, mesh))
+        report_compilations(compilations, micro.batch, say)
+        total = {key: total[key] + float(value) for key, value in out.items()}
+      out = {"loss": total["loss"] / total["samples"], "accuracy": total["correct"] / total["samples"]}
+      say(f"held-out after step {done}: loss {out['loss']:.4f}  accuracy {out['accuracy']:.1%} of {total['samples']:.0f}")
+      writer.write(done, "heldout", out)
+      return out
+
+    rate = optim.schedule(config.optim, steps)
+    clock, begun, done = metrics.Clock(), time.perf_counter(), start
+    losses, evaluated = [], None  # of each step; (step, result)
+    while done < steps and not stopping():
+      seen = []
+      last = False
+      while not last:
+        micro = clock.wait(data)
+        sums, sample_losses = step_functions.grad(
+          graph, state, sums, place(micro.batch, mesh), projector_max_frames=config.train.projector_max_frames
+        )
+        report_compilations(compilations, micro.batch, say)
+        seen.append((micro.batch.index, sample_losses))
+        clock.flops += metrics.training_flops(cfg, config.train, micro.batch)
+        last = micro.last
+      state, sums, out = step_functions.apply(tx, state, sums)
+      report_compilations(compilations, None, say)
+      out = {key: value.item() for key, value in jax.device_get(out).items()}
+      if not out["finite"]:
+        raise not_finite(config, done, out, seen, store)
+      done += 1
+      losses.append(out["loss"])
+      clock.samples += out["samples"]
+      clock.frames += out["frames"]
+      bar.update()
+      if done % config.train.log_every == 0 or done == steps:
+        recent = losses[-min(config.train.log_every, len(losses)) :]
+        values = {
+          "loss": float(np.mean(recent)), "lr": float(rate(done - 1)), "grad_norm": out["grad_norm"], **clock.report()
+        }  # fmt: skip
+        say(metrics.line(done, steps, values))
+        writer.write(done, "train", values)
+        clock.reset()
+      if heldout is not None and (done % config.train.eval_every == 0 or done == steps):
+        evaluated = (done, evaluate())
+        clock.reset()
+      if done % config.train.save_every == 0:
+        save(checkpoints, done, state, data, description)
+    stopped = done < steps
+    save(checkpoints, done, state, data, description)
+    if heldout is not None and not stopped and evaluated is None:  # nothing was left to do
+      evaluated = (done, evaluate())
+    seconds = time.perf_counter() - begun
+    bar.close()
+    checkpoints.wait_until_finished()
+  result = {"step": done, "loss": float(np.mean(losses)) if losses else float("nan")}
+  if evaluated:
+    result |= {"heldout_loss": evaluated[1]["loss"], "heldout_accuracy": evaluated[1]["accuracy"]}
+  if first:
+    print(
+      f"{'stopped by a signal' if stopped else 'done'}: step {done} of {steps}, {seconds:.0f} s, "
+      f"mean loss {result['loss']:.4f}"
+      + (f", held-out loss {result['heldout_loss']:.4f}, accuracy {result['heldout_accuracy']:.1%}" if evaluated else "")
+      + f"; checkpoint {checkpoint.folder(config.workdir) / str(done)}"
+      + ("; the same command continues" if stopped else "")
+    )
+  return result
+
+
+def save(checkpoints, step: int, state: TrainState, data: grain.DatasetIterator, description: dict) -> None:
+  """Saves the state after `step` steps; see `checkpoint.save`."""
+  checkpoint.save(checkpoints, step, (state.trained, state.frozen), state.opt, data, description)
+
+
+def check(config: RunConfig) -> None:
+  """Values that no run can have.
+
+  Raises:
+    ConfigError: all of them.
+  """
+  t, problems = config.train, []
+  for name in ("batch_size", "epochs", "log_every", "eval_every", "save_every", "keep_last"):
+    if getattr(t, name) < 1:
+      problems.append(f"config.train.{name} = {getattr(t, name)}: must be at least 1")
+  for name in ("steps", "keep_every", "projector_max_frames"):
+    if getattr(t, name) is not None and getattr(t, name) < 1:
+      problems.append(f"config.train.{name} = {getattr(t, name)}: must be at least 1, or None")
+  if not (t.vision or t.projector or t.llm):
+    problems.append("config.train trains nothing: set one of vision, projector, llm to True")
+  if not 0 <= config.optim.warmup <= 1:
+    problems.append(f"config.optim.warmup = {config.optim.warmup}: is a share of all steps, from 0 to 1")
+  if problems:
+    raise ConfigError("; ".join(problems))
+
+
+def open_data(path: str, cfg: VLMConfig) -> Store:
+  """A store that the model can read.
+
+  Raises:
+    StoreError: see `open_store`.
+    ConfigError: its frames have another size or its clips another length.
+  """
+  store = open_store(path)
+  wanted = {"image_size": cfg.vision.image_size, "clip_frames": cfg.clip_frames}
+  for name, value in wanted.items():
+    if getattr(store, name) != value:
+      raise ConfigError(
+        f"{path} was written with {name} {getattr(store, name)}, but the model takes {value}; run predecode again"
+      )
+  return store
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Any]:
+  """Gives a function that says whether any process was told to stop; a second signal acts at once."""
+  got = []
+
+  def note(number, _):
+    got.append(number)
+    signal.signal(number, old[number])
+
+  old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+  def stopping() -> bool:
+    if jax.process_count() == 1:
+      return bool(got)
+    return bool(multihost_utils.process_allgather(np.array(bool(got))).any())
+
+  try:
+    yield stopping
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+def report_compilations(compilations: metrics.Compilations, batch: Batch | None, say) -> None:
+  """Says what was just compiled, for which bucket, and whether that is more than the buckets explain."""
+  key = None if batch is None else tuple(x.shape for x in jax.tree.leaves(batch))
+  compilations.seen.add(key)
+  for name, seconds in compilations.take():
+    shape = "" if batch is None else f" for {metrics.shape_of(batch)}"
+    say(f"compiled {name}{shape} in {seconds:.1f} s")
+    if compilations.count[name] > len(compilations.seen) + 1:
+      say(
+        f"warning: {name} was compiled {compilations.count[name]} times for {len(compilations.seen)} batch shapes; "
+        "something else changes from step to step"
+      )
+
+
+def not_finite(config: RunConfig, step: int, out: dict[str, float], seen, store: Store) -> NotFiniteError:
+  """Writes workdir/nan/step_N.json, with every sample of the step and its loss; returns the error to raise."""
+  gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+  samples = []
+  for index, losses in seen:
+    rows = zip(gather(index).tolist(), gather(losses).tolist(), strict=True)
+    samples += [
+      {"index": i, "id": store.samples[i].id, "source": store.samples[i].source, "loss": _number(loss)}
+      for i, loss in rows
+      if i >= 0
+    ]
+  file = epath.Path(config.workdir) / "nan" / f"step_{step + 1}.json"
+  if jax.process_index() == 0:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = {"step": step + 1, "loss": _number(out["loss"]), "grad_norm": _number(out["grad_norm"]), "samples": samples}
+    file.write_text(json.dumps(values, indent=2))
+  return NotFiniteError(
+    f"step {step + 1}: loss {out['loss']}, gradient norm {out['grad_norm']}. The step was not applied and nothing was "
+    f"saved after it; its samples and their losses are in {file}"
+  )
+
+
+def _number(value: float) -> float | str:
+  return value if np.isfinite(value) else str(value)  # JSON has no nan
+
+
+def from_command_line(argv: list[str]) -> RunConfig:
+  """The RunConfig of `--config=FILE[:VARIANT]` and overrides such as `--config.optim.learning_rate=1e-4`.
+
+  Raises:
+    ConfigError: flags or keys that do not exist, values of the wrong type, a file that is not there.
+  """
+  from absl import flags
+  from ml_collections import config_flags
+
+  values = flags.FlagValues()
+  # New keys are let through here, so that `from_dict` can name the nearest known one.
+  holder = config_flags.DEFINE_config_file(
+    "config", lock_config=False, accept_new_attributes=True, flag_values=values, sys_argv=argv
+  )
+  try:
+    rest = values(argv)
+    if len(rest) > 1:
+      raise ConfigError(f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10")
+    if holder.value is None:
+      raise ConfigError("no config; add --config=configs/sct.py")
+    return from_dict(RunConfig, holder.value.to_dict())
+  except ConfigError:
+    raise
+  except (flags.Error, OSError, AttributeError, KeyError) as error:
+    text = str(error.args[0] if error.args else error).strip()
+    if "Traceback" in text:  # from inside the config file
+      text = text.splitlines()[-1].partition(": ")[2]
+    elif isinstance(error, OSError):
+      text = f"the config file can't be read: {text[text.find('[Errno') :]}"
+    elif isinstance(error, KeyError):
+      text = f"an override names a group of keys that is unknown: {text}"
+    raise ConfigError(" ".join(text.split())) from error
+
+
+def main() -> None:
+  """The command."""
+  from absl import flags
+
+  flags.FLAGS.mark_as_parsed()  # Grain's readers look at absl flags
+  try:
+    run(from_command_line(sys.argv))
+  except (ValueError, FileNotFoundError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  main()
