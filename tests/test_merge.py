@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_vision import tiny
 
 from xcomp_jax.model.merge import Projector, match, merge, merge_step, merge_steps
 
@@ -92,9 +91,9 @@ def test_gradient_is_the_weighted_mean_s():
   np.testing.assert_allclose(grad, np.ones_like(grad), rtol=0, atol=1e-5)
 
 
-def test_projector_uses_the_exact_gelu():
+def test_projector_uses_the_exact_gelu(tiny):
   model = Projector(tiny(), rngs=nnx.Rngs(0))
-  x = features(2, 5, 24)
+  x = features(2, 5, 32)
   hidden = np.asarray(model.fc1(x))
   erf = np.asarray(jax.scipy.special.erf(hidden / np.sqrt(2)))
   np.testing.assert_allclose(model(x), model.fc2(jnp.asarray(hidden * (1 + erf) / 2)), rtol=0, atol=1e-6)

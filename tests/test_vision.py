@@ -6,26 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax.config import LLMConfig, LPCompConfig, VisionConfig, VLMConfig
+from xcomp_jax.config import VisionConfig
 from xcomp_jax.model.vision import PIXEL_MEAN, PIXEL_STD, Vision, position_table
 
 OFFICIAL = VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd")
-
-
-def tiny(**changes) -> VLMConfig:
-  vision = VisionConfig(image_size=48, patch_size=16, width=24, layers=2, heads=4, mlp_width=48, table="umt-hd")
-  cfg = VLMConfig(
-    vision=vision,
-    llm=LLMConfig(64, 32, 2, 4, 2, 8, 64, 1e6, 1e-6, True),
-    lp_comp=LPCompConfig("cosine", "suffix", 16),
-    clip_frames=8,
-    tokens_per_frame=16,
-    dtype="float32",
-    clips_per_chunk=1,
-    attention="einsum",
-    remat=False,
-  )
-  return dataclasses.replace(cfg, **changes)
 
 
 def clips(n, frames, size=48):
@@ -33,7 +17,7 @@ def clips(n, frames, size=48):
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(tiny):
   return Vision(tiny(), rngs=nnx.Rngs(0))
 
 
@@ -60,29 +44,29 @@ def test_position_table_at_224_needs_no_bicubic():
 
 def test_patch_embedding_is_the_official_convolution(model):
   frames = clips(2, 3)
-  kernel = np.asarray(model.patch_embed.kernel[...]).reshape(1, 16, 16, 3, 24)  # frame, row, column, colour
+  kernel = np.asarray(model.patch_embed.kernel[...]).reshape(1, 8, 8, 3, 32)  # frame, row, column, colour
   pixels = (np.asarray(frames) / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
   conv = jax.lax.conv_general_dilated(
-    jnp.asarray(pixels, jnp.float32), jnp.asarray(kernel), (1, 16, 16), "VALID",
+    jnp.asarray(pixels, jnp.float32), jnp.asarray(kernel), (1, 8, 8), "VALID",
     dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
   )  # fmt: skip
-  np.testing.assert_allclose(model.patch_embed(frames), conv.reshape(2, -1, 24), rtol=0, atol=1e-5)
+  np.testing.assert_allclose(model.patch_embed(frames), conv.reshape(2, -1, 32), rtol=0, atol=1e-5)
 
 
 def test_frames_of_a_clip_see_each_other_and_clips_do_not(model):
   frames = clips(2, 4)
   out = model(frames)
-  assert out.shape == (2, 4 * 9, 24)
+  assert out.shape == (2, 4 * 36, 32)
   changed = model(frames.at[1, 3].set(0))
   np.testing.assert_array_equal(out[0], changed[0])
-  assert np.abs(out[1, :9] - changed[1, :9]).max() > 1e-3
+  assert np.abs(out[1, :36] - changed[1, :36]).max() > 1e-3
   np.testing.assert_allclose(model(frames[1:]), out[1:], rtol=0, atol=1e-5)
 
 
-def test_single_image_has_the_table_of_a_first_frame(model):
+def test_single_image_has_the_table_of_a_first_frame(model, tiny):
   frame = clips(1, 1)
-  assert model(frame).shape == (1, 9, 24)
-  np.testing.assert_array_equal(position_table(tiny().vision, 1), position_table(tiny().vision, 4)[:9])
+  assert model(frame).shape == (1, 36, 32)
+  np.testing.assert_array_equal(position_table(tiny().vision, 1), position_table(tiny().vision, 4)[:36])
 
 
 def test_keys_have_no_bias(model):
@@ -90,7 +74,7 @@ def test_keys_have_no_bias(model):
   assert model.blocks[0].attn.qkv.bias is None
 
 
-def test_remat_changes_no_gradient():
+def test_remat_changes_no_gradient(tiny):
   grads = []
   for remat in (False, True):
     model = Vision(tiny(remat=remat), rngs=nnx.Rngs(0))
@@ -102,15 +86,15 @@ def test_remat_changes_no_gradient():
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
-def test_bfloat16_follows_float32(model):
+def test_bfloat16_follows_float32(model, tiny):
   exact = model(clips(1, 4))
   half = Vision(tiny(dtype="bfloat16"), rngs=nnx.Rngs(0))(clips(1, 4))  # masters stay float32
   assert half.dtype == jnp.bfloat16
   assert np.abs(exact - half.astype(jnp.float32)).mean() < 0.02
 
 
-def test_sizes_that_do_not_divide_are_named():
-  with pytest.raises(ValueError, match="patch size 16"):
+def test_sizes_that_do_not_divide_are_named(tiny):
+  with pytest.raises(ValueError, match="patch size 8"):
     Vision(tiny(vision=dataclasses.replace(tiny().vision, image_size=50)), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="5 heads"):
     Vision(tiny(vision=dataclasses.replace(tiny().vision, heads=5)), rngs=nnx.Rngs(0))

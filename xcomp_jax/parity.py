@@ -80,8 +80,8 @@ def compare(stage: str, ours: Mapping, recorded: Arrays, absolute: float = 0.0, 
 # --- the stages ------------------------------------------------------------------------------------------------
 
 
-def tables(cfg: VisionConfig, recorded: Arrays) -> list[Row]:
-  """Position tables of the real geometries, at any width: whole (1, N, D), or the rows named by NAME_rows."""
+def tables(cfg: VisionConfig, recorded: Arrays, stage: str) -> Row:
+  """Position tables of the real geometries, at any width: whole (1, N, D), or the rows in NAME_rows."""
   ours = {}
   for name, array in recorded.items():
     if found := re.fullmatch(r"(hd|s224)_(8f|4f|img)", name):
@@ -90,7 +90,7 @@ def tables(cfg: VisionConfig, recorded: Arrays) -> list[Row]:
       real = dataclasses.replace(cfg, image_size=image_size, patch_size=16, width=array.shape[-1], table=kind)
       table = position_table(real, {"8f": 8, "4f": 4, "img": 1}[frames])
       ours[name] = table[recorded[f"{name}_rows"]] if f"{name}_rows" in recorded else table[None]
-  return [compare("position tables, real sizes", ours, recorded, VISION)]
+  return compare(stage, ours, recorded, VISION)
 
 
 def frames_of(recorded: Arrays) -> np.ndarray:
@@ -189,7 +189,7 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
   prefix, text = slot_of(recorded["input_ids"])
   rows, x = [], recorded.get("inputs_embeds")
   if features is not None:
-    placed = vlm.place(model, features[None], prefix[None], text[None])[0]
+    placed = vlm.place(model, features[None], jnp.asarray(prefix[None]), jnp.asarray(text[None]))[0]
     rows.append(compare("inserted sequence", {"inputs_embeds": placed}, recorded, LLM))
     x = placed if x is None else x
   if x is None:
@@ -265,15 +265,18 @@ def training(model: VLM, recorded: Arrays) -> list[Row]:
   clips = frames.reshape(-1, min(8, len(frames)), *frames.shape[1:])  # the release trains with clips of 8 frames
   example = Example(clips, ids.astype(np.int32), labels.astype(np.int32), np.zeros(len(ids), bool), 0)
   batch = collate([example], Bucket(len(clips), clips.shape[1], len(prefix), len(text)))
-  logits = nnx.jit(lambda model, batch: model.llm.logits(vlm.forward(model, batch).x)[0])(model, batch)
   graph, tuned, frozen = nnx.split(model, nnx.Any(nnx.PathContains("llm"), nnx.PathContains("projector")), ...)
 
   @jax.jit
-  def value_and_grad(tuned, frozen):
-    whole = lambda tuned: nnx.merge(graph, tuned, frozen)
-    return jax.value_and_grad(lambda tuned: vlm.loss(whole(tuned), batch, projector_max_frames=512).sum())(tuned)
+  def run(tuned, frozen, batch):
+    def loss_and_logits(tuned):
+      model = nnx.merge(graph, tuned, frozen)
+      loss = vlm.loss(model, batch, projector_max_frames=512).sum()  # quirk Q17
+      return loss, model.llm.logits(vlm.forward(model, batch).x)[0]
 
-  loss, grads = value_and_grad(tuned, frozen)
+    return jax.value_and_grad(loss_and_logits, has_aux=True)(tuned)
+
+  (loss, logits), grads = run(tuned, frozen, batch)
   rows = [compare("training loss", {"loss": loss, "loss_fp64": loss}, recorded, relative=LOSS)]
   rows.append(compare("training logits", {"logits": logits}, recorded, LLM))
   # Row by row the next token's label; the very first token has none that predicts it.
@@ -326,7 +329,7 @@ def check(directory: pathlib.Path) -> list[Row]:
     rows = []
     for name in ("pos_embed_tables.npz", "pos_embed_1024_rows.npz"):
       found = read(directory / name) or read(directory.parent / name)
-      rows += tables(cfg.vision, found) if found else [absent(name)]
+      rows.append(tables(cfg.vision, found, name) if found else absent(name))
     main = read(directory / "vision.npz")
     features = None
     if main:
