@@ -88,13 +88,13 @@ def tiny_run(tmp_path_factory, reference):
   root = tmp_path_factory.mktemp("tiny_run")
   init = root / "init"
   init.mkdir()
-  vocabulary = (reference / "qwen_subset" / "vocab.json").read_text()
-  (init / "vocab.json").write_text(vocabulary)
+  vocabulary = json.loads((reference / "qwen_subset" / "vocab.json").read_text())
+  vocabulary = {token: i for i, token in enumerate(sorted(vocabulary, key=vocabulary.get))}  # a small table
+  (init / "vocab.json").write_text(json.dumps(vocabulary))
   (init / "merges.txt").write_text((reference / "qwen_subset" / "merges.txt").read_text())
   tokenizer = json.loads((reference / "qwen_subset" / "tokenizer_config.json").read_text())
-  first = max(json.loads(vocabulary).values()) + 1  # the special tokens next to the others: a small table
   special = tokenizer["added_tokens_decoder"].values()
-  tokenizer["added_tokens_decoder"] = {str(first + i): token for i, token in enumerate(special)}
+  tokenizer["added_tokens_decoder"] = {str(len(vocabulary) + i): token for i, token in enumerate(special)}
   (init / "tokenizer_config.json").write_text(json.dumps(tokenizer))
   values = {
     "hidden_size": 32, "intermediate_size": 64, "mm_hidden_size": 32, "mm_local_num_frames": 4,

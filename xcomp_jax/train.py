@@ -155,7 +155,7 @@ def apply_step(
     the new state, sums of nothing, and scalars: loss, grad_norm (before clipping), samples, frames, finite.
   """
   grads = jax.tree.map(lambda g: g / sums.samples, sums.grads)
-  norm, loss = optax.global_norm(grads), sums.loss / sums.samples
+  norm, loss = optax.tree.norm(grads), sums.loss / sums.samples
   finite = jnp.isfinite(norm) & jnp.isfinite(loss)
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.trained)
   updates, opt = tx.update(grads, state.opt, state.trained)
@@ -203,7 +203,7 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def run(config: RunConfig) -> dict[str, float]:
+def run(config: RunConfig) -> dict[str, float | int]:
   """Trains, from the latest checkpoint in the workdir if there is one.
 
   Returns:
@@ -253,7 +253,7 @@ def run(config: RunConfig) -> dict[str, float]:
     sums = zero_sums(state.trained, mesh)
     step_functions = compiled_steps(state, sums, mesh)
     if first:
-      print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+      print(f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
       for name, part in (("trained", state.trained), ("frozen", state.frozen)):
         print(f"{name} parameters\n{parameter_table(part, param_shardings(part, mesh))}")
       print(f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {' '.join(map(str, schedule))}")
@@ -417,7 +417,7 @@ def report_compilations(compilations: metrics.Compilations, batch: Batch | None,
       )
 
 
-def not_finite(config: RunConfig, step: int, out: dict[str, float], seen, store: Store) -> NotFiniteError:
+def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, store: Store) -> NotFiniteError:
   """Writes workdir/nan/step_N.json, with every sample of the step and its loss; returns the error to raise."""
   gather = functools.partial(multihost_utils.process_allgather, tiled=True)
   samples = []
