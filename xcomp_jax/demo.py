@@ -1,0 +1,128 @@
+"""All of it on the embedded default, with nothing but the project's own commands.
+
+  python -m xcomp_jax.demo --out demo          what SCT recovers of the accuracy that LP-Comp costs; minutes
+  python -m xcomp_jax.demo --base --out demo/base   trains the base model of assets/tiny again; about an hour
+
+Run it where configs/ and assets/ are. `make demo` and `make base` do.
+"""
+
+import argparse
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from xcomp_jax import ask, export, predecode, train, weights, world
+from xcomp_jax.config import LPCompConfig, RunConfig
+from xcomp_jax.data import pipeline, prompt
+from xcomp_jax.model import vlm
+
+BASE = "assets/tiny"
+STAGES = {  # of the base's training: the worlds of configs/base.py's variants
+  "one": world.Split("train", 5000, 1, 1, 4),
+  "many": world.Split("train", 3000, 2, 6, 4),
+}
+HELDOUT = world.Split("heldout", 200, 4, 6, 1)
+
+
+def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
+  """The 95% interval of a share of n."""
+  share = correct / n
+  middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+  half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+  return middle - half, middle + half
+
+
+def accuracy(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> tuple[int, int]:
+  """Held-out questions of config.data.heldout that a checkpoint answers rightly, and how many there are."""
+  directory = weights.resolve(checkpoint)
+  cfg = weights.read_config(directory, config.model, lp_comp)
+  graph, state = jax.tree.flatten(weights.load(directory, cfg))
+  evaluate = jax.jit(lambda state, batch: vlm.evaluate(jax.tree.unflatten(graph, state), batch)[1])
+  store = train.open_data(config.data.heldout, cfg)
+  correct = 0.0
+  for micro in pipeline.evaluation(store, prompt.load_tokenizer(directory), config.data, rows=1):
+    correct += float(np.sum(evaluate(state, micro.batch) * micro.batch.weight))
+  return round(correct), len(store)
+
+
+def decode(source: pathlib.Path, out: pathlib.Path, split: str) -> None:
+  """Pre-decodes a world's split at the base's input size."""
+  settings = predecode.Settings(
+    image_size=world.MODEL["tiny_vision"]["image_size"], max_frames=1024, min_frames=8, fps=world.FPS, clip_frames=world.FRAMES
+  )
+  predecode.predecode(source / f"{split}.yaml", out, settings, root=source, workers=2)
+
+
+def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
+  """The demo."""
+  begun = time.perf_counter()
+  say = lambda text: print(f"\n[{time.perf_counter() - begun:4.0f} s] {text}", flush=True)
+  say("making videos")
+  world.write_world(out / "world", [world.Split("train", videos, 4, 6, 4), HELDOUT], seed=1, workers=2)
+  for split in ("train", "heldout"):
+    decode(out / "world", out / "data" / split, split)
+  say("converting the base model")
+  export.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "base")])
+  overrides = {
+    "init_from": out / "base", "workdir": out / "run", "data.train": out / "data/train", "data.heldout": out / "data/heldout",
+    **({} if steps is None else {"train.steps": steps}),
+  }  # fmt: skip
+  config = train.from_command_line(["demo", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in overrides.items())])
+  table = []
+
+  def measure(name: str, checkpoint: pathlib.Path, lp_comp: LPCompConfig) -> None:
+    right, n = accuracy(str(checkpoint), lp_comp, config)
+    low, high = wilson(right, n)
+    table.append(f"  {name:34} {right / n:6.1%}   95% interval {low:.1%} to {high:.1%}, {n} questions of four options")
+    say(table[-1].strip())
+
+  measure("no compression", out / "base", LPCompConfig(config.lp_comp.schedule, "none", config.lp_comp.group))
+  measure("LP-Comp, not trained", out / "base", config.lp_comp)
+  say("supervised compression tuning")
+  train.run(config)
+  export.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export")])
+  measure("LP-Comp after SCT", out / "export", config.lp_comp)
+  sample = world.read_annotations(out / "world", "heldout")[0]
+  question, truth = (turn["value"].removeprefix("<image>\n") for turn in sample["conversations"])
+  video = out / "world" / "heldout" / sample["video"]
+  say(f"asking {video} (true answer: {truth})\n{question}")
+  ask.main(["--checkpoint", str(out / "export"), "--video", str(video), "--min-frames=8", "--question", question])
+  say("accuracy\n" + "\n".join(table))
+
+
+def train_base(out: pathlib.Path) -> None:
+  """The base's stages; the result is out/many/model."""
+  before = out / "init"
+  world.write_untrained(before, seed=0)
+  for number, (name, split) in enumerate(STAGES.items()):
+    stage = out / name
+    world.write_world(stage / "world", [split], seed=100 + number, workers=2)
+    decode(stage / "world", stage / "train", "train")
+    paths = {"init_from": before, "workdir": stage / "run", "data.train": stage / "train"}
+    train.run(train.from_command_line(["demo", f"--config=configs/base.py:{name}", *(f"--config.{k}={v}" for k, v in paths.items())]))
+    before = stage / "model"
+    export.main(["--checkpoint", str(stage / "run"), "--format=torch", "--out", str(before)])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.demo", description=__doc__.splitlines()[0])
+  parser.add_argument("--out", required=True, help="folder of everything that is made; a demo that is there is replaced")
+  parser.add_argument("--base", action="store_true", help="train the base model instead")
+  parser.add_argument("--videos", type=int, default=600, help="to tune on")
+  parser.add_argument("--steps", type=int, help="of tuning; default: as many as configs/sct.py:tiny says")
+  f = parser.parse_args(argv)
+  out = pathlib.Path(f.out)
+  try:
+    (train_base(out) if f.base else show(out, f.videos, f.steps))
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  main()
