@@ -27,7 +27,7 @@ FREE = (
   "run.workdir", "run.init_from", "run.mesh", "run.data.train", "run.data.heldout", "run.data.threads",
   "run.data.prefetch", "run.model.clips_per_chunk", "run.model.attention", "run.model.remat", "run.train.log_every",
   "run.train.eval_every", "run.train.save_every", "run.train.keep_last", "run.train.keep_every",
-  "vlm.clips_per_chunk", "vlm.attention", "vlm.remat",
+  "vlm.clips_per_chunk", "vlm.attention", "vlm.remat", "vlm.lp_comp", "vlm.dtype",  # run has these too
 )  # fmt: skip
 
 

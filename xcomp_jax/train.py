@@ -257,7 +257,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
       for name, part in (("trained", state.trained), ("frozen", state.frozen)):
         print(f"{name} parameters\n{parameter_table(part, param_shardings(part, mesh))}")
       print(f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {' '.join(map(str, schedule))}")
-      print(f"{len(store)} samples, steps {start} to {steps} of {config.train.batch_size}", flush=True)
+      print(f"{len(store)} samples; steps {start + 1} to {steps}, {config.train.batch_size} samples each", flush=True)
       (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     writer = stack.enter_context(
       contextlib.closing(metrics.Writer(epath.Path(config.workdir) / "tensorboard", purge_step=start))
