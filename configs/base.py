@@ -15,8 +15,9 @@ starts from the last one's export. By hand, for stage `one`:
 from ml_collections import ConfigDict, FieldReference
 
 STAGES = {  # learning rate, epochs, frame buckets, text buckets
-  "one": (1.5e-3, 2, (8,), (160,)),  # to see: videos of one scene
-  "many": (1e-3, 2, (32, 48), (160,)),  # to find: videos of two to six
+  "one": (2e-3, 2, (8,), (64,)),  # to see: videos of one scene to describe
+  "two": (1e-3, 1, (8, 16), (160,)),  # to answer: four questions about one or two scenes
+  "many": (1e-3, 1, (32, 48), (160,)),  # to find: three to six scenes
 }
 
 
@@ -30,7 +31,7 @@ def get_config(stage: str = "one") -> ConfigDict:
     raise ValueError(f"configs/base.py has no stage {stage!r}; known: {', '.join(STAGES)}")
   rate, epochs, frames, text = STAGES[stage]
   free = lambda value: FieldReference(value, field_type=object)
-  before = {"one": "init", "many": "one/model"}[stage]
+  before = {"one": "init", "two": "one/model", "many": "two/model"}[stage]
   c = ConfigDict()
   c.seed = 0
   c.workdir = f"demo/base/{stage}/run"

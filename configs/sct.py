@@ -97,19 +97,25 @@ def _paper() -> ConfigDict:
 def _tiny() -> ConfigDict:
   c = _paper()
   c.workdir = "runs/tiny"
-  c.init_from = "assets/tiny"
+  c.init_from = "assets/tiny"  # the miniature VideoChat-Flash of configs/base.py
   c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
-  c.data.train = "demo/data/train"
+  c.model.clips_per_chunk = 8  # all of a video
+  c.model.remat = False
+  c.data.train = "demo/data/train"  # `make demo` makes both
   c.data.heldout = _open("demo/data/heldout")
-  c.data.frame_buckets = (16, 32, 64)
-  c.data.text_buckets = (64, 128, 256)
-  c.data.frames_per_device = 256
-  c.data.threads = 2
-  c.optim.learning_rate = 1e-3
-  c.train.epochs = 3
+  c.data.frame_buckets = (8, 16, 32, 48, 64)
+  c.data.text_buckets = (64, 160)
+  c.data.frames_per_device = 384  # all of a step in one micro-batch
+  c.data.mask = "assistant"  # all other texts of these videos are alike
+  c.data.group_by_text_length = False
+  c.data.threads = 1
+  c.data.prefetch = 2
+  c.optim.learning_rate = 5e-4
+  c.train.batch_size = 8
+  c.train.epochs = 2
   c.train.log_every = 10
-  c.train.eval_every = 100
-  c.train.save_every = 100
+  c.train.eval_every = 50
+  c.train.save_every = 50
   return c
 
 

@@ -31,7 +31,7 @@ def reference() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def tiny():
-  """tiny(**changes) -> a VLMConfig with the full structure that runs in milliseconds."""
+  """A function (**changes) -> VLMConfig: the full structure, at a size that runs in milliseconds."""
   import dataclasses
 
   from xcomp_jax.config import LLMConfig, LPCompConfig, VisionConfig, VLMConfig
@@ -50,7 +50,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def sample():
-  """sample(clips, before, after, seed) -> a random Example with that many clips and tokens around its visual slot."""
+  """A function (clips, before, after, seed) -> random Example with that many clips, and tokens around its visual slot."""
   import numpy as np
 
   from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Example
@@ -79,7 +79,7 @@ def tiny_run(tmp_path_factory, reference):
   import numpy as np
   from flax import nnx
 
-  from xcomp_jax import weights
+  from xcomp_jax import export, weights
   from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig, from_dict
   from xcomp_jax.data import prompt
   from xcomp_jax.data.store import Sample, write_store
@@ -110,7 +110,7 @@ def tiny_run(tmp_path_factory, reference):
   )
   lp = LPCompConfig((8, 1), "suffix", 16)
   cfg = weights.read_config(init, model, lp)
-  weights.save_torch(root / "base", nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32)
+  export.save_torch(root / "base", nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32)
 
   def items(count, seed):
     rng = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import sharding, weights
+from xcomp_jax import export, sharding, weights
 from xcomp_jax.config import LPCompConfig, MeshConfig, ModelConfig
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.weights import CheckpointError
@@ -198,7 +198,7 @@ def test_round_trip_is_exact(reference, tmp_path, dtype, tied):
   cfg = read_config(source)
   model = weights.load(source, cfg, dtype="float32")  # as masters of a training run
   assert {leaf.dtype for leaf in weights.parameters(model).values()} == {np.dtype(np.float32)}
-  weights.save_torch(tmp_path / "out", model, cfg, source)
+  export.save_torch(tmp_path / "out", model, cfg, source)
   equal(load_file(tmp_path / "out" / "model.safetensors"), tensors)
   with safe_open(tmp_path / "out" / "model.safetensors", "numpy") as f:
     assert f.metadata() == {"format": "pt"}
@@ -213,7 +213,7 @@ def test_round_trip_through_several_files(reference, tmp_path):
   tensors = tiny_tensors(reference, ml_dtypes.bfloat16)
   source = tiny(tmp_path / "in", tensors)
   cfg = read_config(source)
-  weights.save_torch(tmp_path / "out", weights.load(source, cfg), cfg, source, shard_bytes=50_000)
+  export.save_torch(tmp_path / "out", weights.load(source, cfg), cfg, source, shard_bytes=50_000)
   index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
   files = sorted((tmp_path / "out").glob("*.safetensors"))
   assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
@@ -235,7 +235,7 @@ def test_round_trip_through_several_files(reference, tmp_path):
 def test_dtype_of_a_saved_directory_can_be_chosen(reference, tmp_path):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  weights.save_torch(tmp_path / "out", weights.load(source, cfg), cfg, source, dtype="bfloat16")
+  export.save_torch(tmp_path / "out", weights.load(source, cfg), cfg, source, dtype="bfloat16")
   assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {np.dtype(ml_dtypes.bfloat16)}
   assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -247,7 +247,7 @@ def test_load_into_shardings_and_dtypes(reference, tmp_path, layout):
   cfg = read_config(directory)
   whole = weights.load(directory, cfg)
   if layout == "orbax":
-    weights.save_orbax(tmp_path / "out", whole, cfg, directory)
+    export.save_orbax(tmp_path / "out", whole, cfg, directory)
     directory = tmp_path / "out"
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   shardings = sharding.param_shardings(nnx.state(whole), mesh)
@@ -269,13 +269,13 @@ def test_orbax_export_is_read_by_init_from_and_by_plain_orbax(reference, tmp_pat
   source = tiny(tmp_path / "in", tiny_tensors(reference, ml_dtypes.bfloat16))
   cfg = read_config(source)
   model = weights.load(source, cfg, dtype="float32")
-  weights.save_orbax(tmp_path / "out", model, cfg, source)
+  export.save_orbax(tmp_path / "out", model, cfg, source)
   assert read_config(tmp_path / "out") == cfg and weights.read_lp_comp(tmp_path / "out") == LP_COMP
   equal(weights.parameters(weights.load(tmp_path / "out", cfg)), weights.parameters(weights.load(source, cfg)))
   with ocp.StandardCheckpointer() as reader:
     plain = reader.restore(tmp_path / "out" / "params")
   assert plain["llm"]["layers"]["1"]["o"]["kernel"].dtype == jnp.bfloat16
-  weights.save_torch(tmp_path / "back", weights.load(tmp_path / "out", cfg), cfg, tmp_path / "out")
+  export.save_torch(tmp_path / "back", weights.load(tmp_path / "out", cfg), cfg, tmp_path / "out")
   equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(source / "model.safetensors"))
 
 
@@ -307,7 +307,7 @@ def test_all_differences_are_in_one_error(reference, tmp_path):
 def test_orbax_export_of_another_model(reference, tmp_path):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  weights.save_orbax(tmp_path / "out", weights.load(source, cfg), cfg, source)
+  export.save_orbax(tmp_path / "out", weights.load(source, cfg), cfg, source)
   other = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tied=False, mlp_width=48))
   with pytest.raises(CheckpointError, match=r"1 missing: llm/lm_head/kernel\n.*6 of another shape: llm/layers/0/gate/kernel is \[24, 40\]"):
     weights.load(tmp_path / "out", other)
@@ -338,12 +338,12 @@ def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
   cfg = read_config(source)
   model = weights.load(source, cfg)
   out = tmp_path / "out"
-  weights.save_torch(out, model, cfg, source)
+  export.save_torch(out, model, cfg, source)
   with pytest.raises(CheckpointError, match="out is not empty"):
-    weights.save_torch(out, model, cfg, source)
+    export.save_torch(out, model, cfg, source)
   with pytest.raises(CheckpointError, match="out is not empty"):
-    weights.save_orbax(out, model, cfg, source)
-  weights.save_orbax(out, model, cfg, source, overwrite=True)
+    export.save_orbax(out, model, cfg, source)
+  export.save_orbax(out, model, cfg, source, overwrite=True)
   assert not (out / "model.safetensors").exists()
 
   def full_disk(*_):
@@ -351,16 +351,16 @@ def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
 
   monkeypatch.setattr(weights, "write_safetensors", full_disk)
   with pytest.raises(CheckpointError, match=r"other can't be written: .*No space left"):
-    weights.save_torch(tmp_path / "other", model, cfg, source)
+    export.save_torch(tmp_path / "other", model, cfg, source)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
   (tmp_path / "in" / "config.json").unlink()
   with pytest.raises(CheckpointError, match="in is not empty and holds no checkpoint"):
-    weights.check_free(tmp_path / "in", overwrite=True)
+    export.check_free(tmp_path / "in", overwrite=True)
   (tmp_path / "file").write_text("")
   with pytest.raises(CheckpointError, match="file is a file"):
-    weights.save_torch(tmp_path / "file", model, cfg, source)
+    export.save_torch(tmp_path / "file", model, cfg, source)
   with pytest.raises(CheckpointError, match="can't be written"):
-    weights.save_torch(tmp_path / "file" / "below", model, cfg, source)
+    export.save_torch(tmp_path / "file" / "below", model, cfg, source)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import weights
+from xcomp_jax import export, weights
 from xcomp_jax.export import AS_IT_IS, NOT_TUNED
 
 
@@ -43,10 +43,10 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
       shape = (min(weights.ROWS, entry.shape[0] - start), *entry.shape[1:])
       yield (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
 
-  tensors = [weights.Tensor(e.name, e.shape, dtype, lambda e=e: blocks(e)) for e in sorted(weights.names(cfg), key=lambda e: e.name)]
-  with weights.appearing(out, overwrite=False) as temporary:
+  tensors = [export.Tensor(e.name, e.shape, dtype, lambda e=e: blocks(e)) for e in sorted(weights.names(cfg), key=lambda e: e.name)]
+  with export.appearing(out, overwrite=False) as temporary:
     shutil.copyfile(like / "config.json", temporary / "config.json")
-    weights.write_safetensors(temporary, tensors)
+    export.write_safetensors(temporary, tensors)
 
 
 def load(directory: pathlib.Path) -> dict[str, float]:

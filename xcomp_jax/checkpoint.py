@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from xcomp_jax import weights
 from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, from_dict, to_dict
 from xcomp_jax.sharding import path_name
 
@@ -33,14 +34,7 @@ FREE = (
 
 def nest(state: Any) -> dict:
   """Leaves of any pytree as nested dicts by path, e.g. {"llm": {"layers": {"0": {"q": {"kernel": ...}}}}}."""
-  tree: dict = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    *parents, last = path_name(path).split("/")
-    node = tree
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[last] = leaf
-  return tree
+  return weights.nest({path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)})
 
 
 def unnest(tree: Mapping, like: Any) -> Any:

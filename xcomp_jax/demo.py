@@ -23,8 +23,9 @@ from xcomp_jax.model import vlm
 
 BASE = "assets/tiny"
 STAGES = {  # of the base's training: the worlds of configs/base.py's variants
-  "one": world.Split("train", 5000, 1, 1, 4),
-  "many": world.Split("train", 3000, 2, 6, 4),
+  "one": world.Split("train", 5000, 1, 1, 0),
+  "two": world.Split("train", 3000, 1, 2, 4),
+  "many": world.Split("train", 3000, 3, 6, 4),
 }
 HELDOUT = world.Split("heldout", 200, 4, 6, 1)
 

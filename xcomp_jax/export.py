@@ -8,20 +8,35 @@ precision of trained parameters.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
+import json
 import logging
+import math
 import pathlib
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from xcomp_jax import checkpoint, weights
-from xcomp_jax.config import LPCompConfig, ModelConfig, VLMConfig
+from xcomp_jax.config import LPCompConfig, ModelConfig, VLMConfig, to_dict
 from xcomp_jax.optim import trained
 from xcomp_jax.sharding import path_name
+from xcomp_jax.weights import CheckpointError
+
+TOKENIZER_FILES = (
+  "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+  "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
+CODES = {dtype: code for code, dtype in weights.DTYPES.items()}
 
 # What `read_config` needs beside the sizes; none of it changes a parameter.
 AS_IT_IS = ModelConfig(
@@ -52,7 +67,7 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
   """
   if not checkpoint.folder(path).is_dir():
     if step is not None or init_from is not None:
-      raise weights.CheckpointError(f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of")
+      raise CheckpointError(f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of")
     directory = weights.resolve(path)
     cfg = weights.read_config(directory, AS_IT_IS, weights.read_lp_comp(directory) or NOT_TUNED)
     return Source(nnx.state(weights.load(directory, cfg)), cfg, directory)
@@ -72,6 +87,186 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
   return Source(state, cfg, directory)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor to be written: its blocks of leading rows come one after the other."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  blocks: Callable[[], Iterable[np.ndarray]]
+
+  @property
+  def bytes(self) -> int:
+    """Size in the file."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_torch(
+  directory: pathlib.Path,
+  model: nnx.Module | nnx.State,
+  cfg: VLMConfig,
+  source: pathlib.Path,
+  *,
+  dtype: Any | None = None,
+  overwrite: bool = False,
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes an official-layout directory, and checks its names, shapes and dtypes against `source` before it appears.
+
+  Args:
+    directory: to be made; appears whole or not at all.
+    model: parameters of `cfg`.
+    cfg: of the model; config.json gets its clip length (quirk Q1), xcomp.json its LP-Comp.
+    source: the checkpoint that the model was made from: gives config.json, tokenizer files and dtypes.
+    dtype: of all tensors; None: each as in `source`, so a parameter that was not trained is equal bit by bit.
+    overwrite: replace a checkpoint that is there.
+    shard_bytes: largest size of one file (a larger single tensor gets a file of its own).
+
+  Raises:
+    CheckpointError: see `check_free`; a directory that can't be written; a broken source.
+  """
+  entries, arrays = weights.names(cfg), weights.parameters(model)
+  own = weights.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
+  tensors = [
+    Tensor(e.name, e.shape, own[e.path], lambda e=e: _official(e, arrays[e.path], own[e.path]))
+    for e in sorted(entries, key=lambda e: e.name)
+  ]
+  with appearing(directory, overwrite) as temporary:
+    write_safetensors(temporary, tensors, shard_bytes)
+    _copy_rest(temporary, source, cfg, dtype)
+    written = weights.stored(temporary, cfg)
+    wrong = [f"{e.name} is {written[e.path]}" for e in entries if written[e.path] != own[e.path]]
+    if wrong:
+      raise CheckpointError(f"{directory} would not be as {source}: {'; '.join(wrong)}")
+
+
+def save_orbax(
+  directory: pathlib.Path,
+  model: nnx.Module | nnx.State,
+  cfg: VLMConfig,
+  source: pathlib.Path,
+  *,
+  dtype: Any | None = None,
+  overwrite: bool = False,
+) -> None:
+  """Writes parameters (params/, nested dicts by path), config.json, xcomp.json and tokenizer files.
+
+  Arguments and errors as in `save_torch`. Other JAX code reads it with
+  `orbax.checkpoint.StandardCheckpointer().restore(directory / "params")`.
+  """
+  import orbax.checkpoint as ocp
+
+  arrays = weights.parameters(model)
+  own = weights.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
+  weights.report(pathlib.Path(directory), weights.names(cfg), {path: a.shape for path, a in arrays.items()}, True)
+  with appearing(directory, overwrite) as temporary:
+    settings = weights.nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+      writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(weights.nest(arrays), save_args=settings))
+    _copy_rest(temporary, source, cfg, dtype)
+
+
+def _official(entry: weights.Entry, array: jax.Array, dtype: np.dtype) -> Iterator[np.ndarray]:
+  """The official tensor of our parameter, in blocks of rows."""
+  if array.shape != entry.ours:
+    raise CheckpointError(f"{entry.path} is {list(array.shape)}, must be {list(entry.ours)}")
+  ours = np.asarray(array)
+  if entry.form == "patch":
+    width, rgb, _, p, _ = entry.shape
+    yield np.ascontiguousarray(ours.reshape(p, p, rgb, width).transpose(3, 2, 0, 1).reshape(entry.shape), dtype)
+    return
+  rows = ours.T if entry.form == "transpose" else ours
+  for start in range(0, len(rows), weights.ROWS):
+    yield np.ascontiguousarray(rows[start : start + weights.ROWS], dtype)
+
+
+def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+  """Streams tensors into model.safetensors, or into numbered files with an index if they exceed `shard_bytes`."""
+  shards: list[list[Tensor]] = [[]]
+  size = 0
+  for tensor in tensors:
+    if shards[-1] and size + tensor.bytes > shard_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(tensor)
+    size += tensor.bytes
+  count = len(shards)
+  files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+  for file, shard in zip(files, shards):
+    stops = list(itertools.accumulate(tensor.bytes for tensor in shard))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for tensor, stop in zip(shard, stops):
+      offsets = [stop - tensor.bytes, stop]
+      header[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(directory / file, "wb") as out:
+      out.write(len(text).to_bytes(8, "little") + text)
+      for tensor in shard:
+        for block in tensor.blocks():
+          out.write(block.view(np.uint8).data)
+  if count > 1:
+    total = sum(tensor.bytes for tensor in tensors)
+    places = {tensor.name: file for file, shard in zip(files, shards) for tensor in shard}
+    _write_json(directory / weights.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, dtype: Any | None) -> None:
+  """config.json, xcomp.json and tokenizer files."""
+  source = pathlib.Path(source)
+  config = weights.read_json(source / "config.json") | {"mm_local_num_frames": cfg.clip_frames}
+  if dtype is not None:
+    config["torch_dtype"] = np.dtype(dtype).name
+  _write_json(directory / "config.json", config)
+  _write_json(directory / weights.EXTRA, {"lp_comp": to_dict(cfg.lp_comp)})
+  for name in TOKENIZER_FILES:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, directory / name)
+
+
+def _write_json(file: pathlib.Path, values: Any) -> None:
+  file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def check_free(directory: pathlib.Path, overwrite: bool) -> None:
+  """Checks that a checkpoint may be written to `directory`; worth doing before weights are read.
+
+  Raises:
+    CheckpointError: a file; or not empty, unless `overwrite` and it holds a checkpoint.
+  """
+  directory = pathlib.Path(directory)
+  if directory.exists() and not directory.is_dir():
+    raise CheckpointError(f"{directory} is a file; give a directory")
+  if not directory.exists() or not any(directory.iterdir()):
+    return
+  if not overwrite:
+    raise CheckpointError(f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)")
+  if not (directory / "config.json").exists():
+    raise CheckpointError(f"{directory} is not empty and holds no checkpoint (no config.json), so it is not replaced")
+
+
+@contextlib.contextmanager
+def appearing(directory: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+  """A temporary directory that takes the place of `directory` if all goes well, else vanishes."""
+  check_free(directory, overwrite)
+  directory = pathlib.Path(directory).absolute()
+  temporary = None
+  try:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    yield temporary
+    temporary.chmod(0o755)
+    if directory.exists():
+      shutil.rmtree(directory)
+    temporary.replace(directory)
+  except OSError as error:
+    raise CheckpointError(f"{directory} can't be written: {error}") from error
+  finally:
+    if temporary is not None and temporary.exists():
+      shutil.rmtree(temporary, ignore_errors=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.export", description=__doc__.splitlines()[0])
@@ -83,10 +278,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of all tensors; default: as in the starting checkpoint")
   parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
   args = parser.parse_args(argv)
-  save = weights.save_torch if args.format == "torch" else weights.save_orbax
+  save = save_torch if args.format == "torch" else save_orbax
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what a reader of checkpoints always does
   try:
-    weights.check_free(pathlib.Path(args.out), args.overwrite)
+    check_free(pathlib.Path(args.out), args.overwrite)
     source = read(args.checkpoint, step=args.step, init_from=args.init_from)
     save(pathlib.Path(args.out), source.state, source.cfg, source.directory, dtype=args.dtype, overwrite=args.overwrite)
   except (ValueError, FileNotFoundError) as error:

@@ -73,7 +73,8 @@ def compare(stage: str, ours: Mapping, recorded: Arrays, absolute: float = 0.0, 
     error = np.abs(a.astype(np.float64) - b).max(initial=0) if a.shape == b.shape else np.inf
     largest = np.abs(b).max(initial=0)
     rows.append((name, float(np.nan_to_num(error, nan=np.inf)), max(absolute, float(relative * largest))))
-  name, error, tolerance = max(rows, key=lambda r: (r[1] > r[2], r[1] / r[2] if r[2] else r[1]), default=("", 0.0, 0.0))
+  nearness = lambda row: (row[1] > row[2], row[1] / row[2] if row[2] else row[1])
+  name, error, tolerance = max(rows, key=nearness, default=("", 0.0, 0.0))
   return Row(stage, len(rows), name, error, tolerance)
 
 
@@ -104,7 +105,7 @@ def in_clips(frames: np.ndarray, recorded: Arrays) -> np.ndarray:
   outputs = ("patch_embed", "vision_out", "tome_out", "projector_out")
   count = next((len(recorded[name]) for name in outputs if name in recorded), None)
   if not count or len(frames) % count:
-    raise ParityError(f"{len(frames)} frames, and no array of {', '.join(outputs)} that says into how many clips they go")
+    raise ParityError(f"no array of {', '.join(outputs)} says into how many clips {len(frames)} frames go")
   return frames.reshape(count, -1, *frames.shape[1:])
 
 
@@ -211,16 +212,16 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
   rows.append(compare("logits", {"logits": logits}, recorded, LLM))
 
   lengths = np.array([int(cache.valid.sum()) for cache in out.caches])
-  places = [np.flatnonzero(cache.valid[0]) for cache in out.caches]
   ours = {f"layer_out_len_{i:02}": np.array(state.shape[1]) for i, state in enumerate(out.entering)}
   rows.append(compare("cache lengths", ours | {"kv_len": lengths}, recorded))
   ours = {}
   for i, cache in enumerate(out.caches):
     ours[f"k_cache_{i:02}"], ours[f"v_cache_{i:02}"] = (jnp.moveaxis(a[0], 0, 1) for a in (cache.key, cache.value))
   rows.append(compare("cached keys and values", ours, recorded, LLM))
-  ours = {"prefill_first_pos": np.array([p[0] for p in places]), "prefill_last_pos": np.array([p[-1] for p in places])}
+  ours = {"prefill_first_pos": np.zeros_like(lengths), "prefill_last_pos": lengths - 1}
   rows.append(compare("prefill positions", ours, recorded))
-  # A new token's position is the length of the layer's own cache (row 0: the last token of the prefill).
+  # Positions count the valid tokens of a layer, and a new token's is the length of that layer's own cache; that
+  # keys are rotated by these shows in the caches and logits. Row 0 is the last token of the prefill.
   ours = {"decode_pos": lengths - 1 + np.arange(room)[:, None]}
   rows.append(compare("decode positions", ours, recorded))
   rows.append(compare("greedy tokens", {"generated": tokens}, recorded))
@@ -288,7 +289,8 @@ def training(model: VLM, recorded: Arrays) -> list[Row]:
   entries = {e.name: e for e in weights.names(model.cfg) if e.path in by_path}
   ours = {f"grad:{e.name}": by_path[e.path].T if e.form == "transpose" else by_path[e.path] for e in entries.values()}
   rows.append(compare("gradients", ours, recorded, *GRADIENT))
-  norms = {str(name): norm for name, norm in zip(recorded.get("grad_names", ()), recorded.get("grad_norms_fp64", ()))}
+  pairs = zip(recorded.get("grad_names", ()), recorded.get("grad_norms_fp64", ()))
+  norms = {str(name): np.asarray(norm) for name, norm in pairs}
   ours = {name: jnp.linalg.norm(by_path[e.path].ravel()) for name, e in entries.items()}
   rows.append(compare("gradient norms", ours, norms, *GRADIENT))
   if strange := sorted(norms.keys() - ours.keys()):
@@ -321,8 +323,9 @@ def check(directory: pathlib.Path) -> list[Row]:
     ParityError, weights.CheckpointError: a directory whose files can't be read or don't fit together.
   """
   model_config = ModelConfig(
-    clip_frames="checkpoint", dtype="float32", param_dtype="float32", clips_per_chunk=1, attention="einsum", remat=False
-  )
+    clip_frames="checkpoint", dtype="float32", param_dtype="float32",
+    clips_per_chunk=1, attention="einsum", remat=False,
+  )  # fmt: skip
   with jax.default_matmul_precision("highest"):
     cfg = weights.read_config(directory, model_config, LPCompConfig("cosine", "suffix", 16))
     model = weights.load(directory, cfg, dtype=np.float32)

@@ -80,7 +80,7 @@ def abstract_state(
 
   Trained parameters and optimizer state have `model.param_dtype`, frozen ones the compute dtype.
   """
-  model = nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0)))
+  model = weights.abstract(cfg)
   graph, trained, frozen = nnx.split(model, optim.trained(config.train), ...)
   cast = lambda state, dtype: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)), state)
   trained, frozen = cast(trained, config.model.param_dtype), cast(frozen, config.model.dtype)

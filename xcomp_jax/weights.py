@@ -1,6 +1,6 @@
-"""Weights in and out: one table between the official PyTorch names and our parameter paths, used both ways.
+"""One table between the official PyTorch names and our parameter paths, used both ways; and checkpoints read with it.
 
-Two directory layouts are read and written. Both hold config.json (official form) and the tokenizer's files:
+Two directory layouts are read here, and written by export.py. Both hold config.json (official form) and the tokenizer's files:
   torch  *.safetensors, with model.safetensors.index.json when there are several;
   Orbax  params/, a tree of our parameters.
 xcomp.json beside them, if there is one, says which LP-Comp the weights were tuned with.
@@ -10,16 +10,13 @@ import contextlib
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import math
 import os
 import pathlib
 import re
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -29,20 +26,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, VisionConfig, VLMConfig, from_dict, to_dict
+from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, VisionConfig, VLMConfig, from_dict
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.sharding import path_name
 
 INDEX = "model.safetensors.index.json"
 EXTRA = "xcomp.json"
-TOKENIZER_FILES = (
-  "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-  "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
-SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
 ROWS = 256  # of a tensor read or written at a time; also what makes a transposed copy stay in cache
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class CheckpointError(ValueError):
@@ -172,11 +163,11 @@ def _whole(directory: pathlib.Path) -> bool:
   """Whether a cached snapshot holds all of its files: a broken download leaves some out."""
   index = directory / INDEX
   if index.exists():
-    return all((directory / shard).exists() for shard in set(_json(index, "weight_map")["weight_map"].values()))
+    return all((directory / shard).exists() for shard in set(read_json(index, "weight_map")["weight_map"].values()))
   return (directory / "config.json").exists() and (_is_orbax(directory) or any(directory.glob("*.safetensors")))
 
 
-def _json(file: pathlib.Path, *required: str) -> dict[str, Any]:
+def read_json(file: pathlib.Path, *required: str) -> dict[str, Any]:
   """The object in a JSON file.
 
   Raises:
@@ -204,7 +195,7 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
     CheckpointError: no config.json, keys missing, or a model that this code can't build.
   """
   file = pathlib.Path(directory) / "config.json"
-  c = _json(
+  c = read_json(
     file, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "rope_theta", "rms_norm_eps", "tie_word_embeddings", "mm_vision_tower", "mm_projector_type",
     "mm_hidden_size", "mm_local_num_frames", "mm_vision_select_layer",
@@ -279,7 +270,7 @@ def read_lp_comp(directory: pathlib.Path) -> LPCompConfig | None:
     ConfigError: keys in it that are unknown or missing.
   """
   file = pathlib.Path(directory) / EXTRA
-  return from_dict(LPCompConfig, _json(file, "lp_comp")["lp_comp"], f"{file}: lp_comp") if file.exists() else None
+  return from_dict(LPCompConfig, read_json(file, "lp_comp")["lp_comp"], f"{file}: lp_comp") if file.exists() else None
 
 
 def abstract(cfg: VLMConfig) -> VLM:
@@ -354,7 +345,7 @@ def load(
 Target = Callable[[str, np.dtype], tuple[Sharding, np.dtype]]  # (path, stored dtype) -> where to, and as what
 
 
-def _report(directory: pathlib.Path, entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]], orbax: bool, problems=()):
+def report(directory: pathlib.Path, entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]], orbax: bool, problems=()):
   """Raises one CheckpointError about all differences between what is there and what should be."""
   wanted = {e.path: e.ours for e in entries} if orbax else {e.name: e.shape for e in entries}
   missing = [name for name in wanted if name not in found]
@@ -386,7 +377,7 @@ def _open(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, _Store
 
   index = directory / INDEX
   if index.exists():
-    files = sorted({directory / shard for shard in _json(index, "weight_map")["weight_map"].values()})
+    files = sorted({directory / shard for shard in read_json(index, "weight_map")["weight_map"].values()})
   else:
     files = sorted(directory.glob("*.safetensors"))
   absent = [file.name for file in files if not file.is_file()]
@@ -414,7 +405,7 @@ def _open(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, _Store
     if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
       del tensors[name]
   problems += [f"{name} is {it.dtype}, not one of {', '.join(DTYPES)}" for name, it in tensors.items() if it.dtype not in DTYPES]
-  _report(directory, entries, {name: it.shape for name, it in tensors.items()}, False, problems)
+  report(directory, entries, {name: it.shape for name, it in tensors.items()}, False, problems)
   return tensors
 
 
@@ -496,7 +487,7 @@ def _orbax_dtypes(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str
   except (ValueError, OSError, KeyError, AttributeError) as error:  # what Orbax raises depends on which file is gone
     raise CheckpointError(f"{folder} is not an Orbax checkpoint, or a broken one: {error}") from error
   found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-  _report(folder, entries, {path: tuple(leaf.shape) for path, leaf in found.items()}, True)
+  report(folder, entries, {path: tuple(leaf.shape) for path, leaf in found.items()}, True)
   return {path: np.dtype(leaf.dtype) for path, leaf in found.items()}
 
 
@@ -511,7 +502,7 @@ def _read_orbax(directory: pathlib.Path, entries: Sequence[Entry], target: Targe
   largest = max(math.prod(e.ours) * max(own[e.path].itemsize, item[e.path].dtype.itemsize) for e in entries)
   # Orbax reads as many arrays at once as it is allowed to; this keeps host memory near the largest of them.
   handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
-  tree = _nest(item)
+  tree = nest(item)
   arguments = ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
   try:
     with ocp.Checkpointer(handler) as reader:
@@ -521,7 +512,7 @@ def _read_orbax(directory: pathlib.Path, entries: Sequence[Entry], target: Targe
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
   """{'a/0/b': x} -> {'a': {'0': {'b': x}}}."""
   tree: dict[str, Any] = {}
   for path, leaf in flat.items():
@@ -531,186 +522,3 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
       node = node.setdefault(key, {})
     node[last] = leaf
   return tree
-
-
-# --- writing ---------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-  """A tensor to be written: its blocks of leading rows come one after the other."""
-
-  name: str
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  blocks: Callable[[], Iterable[np.ndarray]]
-
-  @property
-  def bytes(self) -> int:
-    """Size in the file."""
-    return math.prod(self.shape) * self.dtype.itemsize
-
-
-def save_torch(
-  directory: pathlib.Path,
-  model: nnx.Module | nnx.State,
-  cfg: VLMConfig,
-  source: pathlib.Path,
-  *,
-  dtype: Any | None = None,
-  overwrite: bool = False,
-  shard_bytes: int = SHARD_BYTES,
-) -> None:
-  """Writes an official-layout directory, and checks its names, shapes and dtypes against `source` before it appears.
-
-  Args:
-    directory: to be made; appears whole or not at all.
-    model: parameters of `cfg`.
-    cfg: of the model; config.json gets its clip length (quirk Q1), xcomp.json its LP-Comp.
-    source: the checkpoint that the model was made from: gives config.json, tokenizer files and dtypes.
-    dtype: of all tensors; None: each as in `source`, so a parameter that was not trained is equal bit by bit.
-    overwrite: replace a checkpoint that is there.
-    shard_bytes: largest size of one file (a larger single tensor gets a file of its own).
-
-  Raises:
-    CheckpointError: see `check_free`; a directory that can't be written; a broken source.
-  """
-  entries, arrays = names(cfg), parameters(model)
-  own = stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
-  tensors = [
-    Tensor(e.name, e.shape, own[e.path], lambda e=e: _official(e, arrays[e.path], own[e.path]))
-    for e in sorted(entries, key=lambda e: e.name)
-  ]
-  with appearing(directory, overwrite) as temporary:
-    write_safetensors(temporary, tensors, shard_bytes)
-    _copy_rest(temporary, source, cfg, dtype)
-    written = _open(temporary, entries)
-    wrong = [f"{e.name} is {written[e.name].dtype}" for e in entries if DTYPES[written[e.name].dtype] != own[e.path]]
-    if wrong:
-      raise CheckpointError(f"{directory} would not be as {source}: {'; '.join(wrong)}")
-
-
-def save_orbax(
-  directory: pathlib.Path,
-  model: nnx.Module | nnx.State,
-  cfg: VLMConfig,
-  source: pathlib.Path,
-  *,
-  dtype: Any | None = None,
-  overwrite: bool = False,
-) -> None:
-  """Writes parameters (params/, nested dicts by path), config.json, xcomp.json and tokenizer files.
-
-  Arguments and errors as in `save_torch`. Other JAX code reads it with
-  `orbax.checkpoint.StandardCheckpointer().restore(directory / "params")`.
-  """
-  import orbax.checkpoint as ocp
-
-  arrays = parameters(model)
-  own = stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
-  _report(pathlib.Path(directory), names(cfg), {path: a.shape for path, a in arrays.items()}, True)
-  with appearing(directory, overwrite) as temporary:
-    settings = _nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-      writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(_nest(arrays), save_args=settings))
-    _copy_rest(temporary, source, cfg, dtype)
-
-
-def _official(entry: Entry, array: jax.Array, dtype: np.dtype) -> Iterator[np.ndarray]:
-  """The official tensor of our parameter, in blocks of rows."""
-  if array.shape != entry.ours:
-    raise CheckpointError(f"{entry.path} is {list(array.shape)}, must be {list(entry.ours)}")
-  ours = np.asarray(array)
-  if entry.form == "patch":
-    width, rgb, _, p, _ = entry.shape
-    yield np.ascontiguousarray(ours.reshape(p, p, rgb, width).transpose(3, 2, 0, 1).reshape(entry.shape), dtype)
-    return
-  rows = ours.T if entry.form == "transpose" else ours
-  for start in range(0, len(rows), ROWS):
-    yield np.ascontiguousarray(rows[start : start + ROWS], dtype)
-
-
-def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-  """Streams tensors into model.safetensors, or into numbered files with an index if they exceed `shard_bytes`."""
-  shards: list[list[Tensor]] = [[]]
-  size = 0
-  for tensor in tensors:
-    if shards[-1] and size + tensor.bytes > shard_bytes:
-      shards.append([])
-      size = 0
-    shards[-1].append(tensor)
-    size += tensor.bytes
-  count = len(shards)
-  files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
-  for file, shard in zip(files, shards):
-    stops = list(itertools.accumulate(tensor.bytes for tensor in shard))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for tensor, stop in zip(shard, stops):
-      offsets = [stop - tensor.bytes, stop]
-      header[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(directory / file, "wb") as out:
-      out.write(len(text).to_bytes(8, "little") + text)
-      for tensor in shard:
-        for block in tensor.blocks():
-          out.write(block.view(np.uint8).data)
-  if count > 1:
-    total = sum(tensor.bytes for tensor in tensors)
-    places = {tensor.name: file for file, shard in zip(files, shards) for tensor in shard}
-    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, dtype: Any | None) -> None:
-  """config.json, xcomp.json and tokenizer files."""
-  source = pathlib.Path(source)
-  config = _json(source / "config.json") | {"mm_local_num_frames": cfg.clip_frames}
-  if dtype is not None:
-    config["torch_dtype"] = np.dtype(dtype).name
-  _write_json(directory / "config.json", config)
-  _write_json(directory / EXTRA, {"lp_comp": to_dict(cfg.lp_comp)})
-  for name in TOKENIZER_FILES:
-    if (source / name).is_file():
-      shutil.copyfile(source / name, directory / name)
-
-
-def _write_json(file: pathlib.Path, values: Any) -> None:
-  file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def check_free(directory: pathlib.Path, overwrite: bool) -> None:
-  """Checks that a checkpoint may be written to `directory`; worth doing before weights are read.
-
-  Raises:
-    CheckpointError: a file; or not empty, unless `overwrite` and it holds a checkpoint.
-  """
-  directory = pathlib.Path(directory)
-  if directory.exists() and not directory.is_dir():
-    raise CheckpointError(f"{directory} is a file; give a directory")
-  if not directory.exists() or not any(directory.iterdir()):
-    return
-  if not overwrite:
-    raise CheckpointError(f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)")
-  if not (directory / "config.json").exists():
-    raise CheckpointError(f"{directory} is not empty and holds no checkpoint (no config.json), so it is not replaced")
-
-
-@contextlib.contextmanager
-def appearing(directory: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-  """A temporary directory that takes the place of `directory` if all goes well, else vanishes."""
-  check_free(directory, overwrite)
-  directory = pathlib.Path(directory).absolute()
-  temporary = None
-  try:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    yield temporary
-    temporary.chmod(0o755)
-    if directory.exists():
-      shutil.rmtree(directory)
-    temporary.replace(directory)
-  except OSError as error:
-    raise CheckpointError(f"{directory} can't be written: {error}") from error
-  finally:
-    if temporary is not None and temporary.exists():
-      shutil.rmtree(temporary, ignore_errors=True)

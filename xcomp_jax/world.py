@@ -44,6 +44,7 @@ QUESTIONS = {
   "motion": "Which way did the shape move?",
   "digit": "Which digit was shown?",
 }
+DESCRIBE = "Describe the video."
 MOST_SCENES = 16
 
 
@@ -129,11 +130,21 @@ def _coverage(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
   return np.clip(0.5 - distance, 0, 1)
 
 
+def value(shown: Sequence[Scene], kind: str) -> str:
+  """What a video shows of a kind."""
+  (only,) = (getattr(scene, kind) for scene in shown if getattr(scene, kind) is not None)
+  return only
+
+
+def description(shown: Sequence[Scene]) -> str:
+  """All that is asked about a video, such as "red ring left 7"."""
+  return " ".join(value(shown, kind) for kind in VALUES)
+
+
 def turn(shown: Sequence[Scene], kind: str) -> tuple[str, str]:
   """A question with four options, and its letter."""
-  (truth,) = (getattr(scene, kind) for scene in shown if getattr(scene, kind) is not None)
-  options = "\n".join(f"{letter}. {value}" for letter, value in zip("ABCD", VALUES[kind]))
-  return f"{QUESTIONS[kind]}\n{options}", "ABCD"[VALUES[kind].index(truth)]
+  options = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", VALUES[kind]))
+  return f"{QUESTIONS[kind]}\n{options}", "ABCD"[VALUES[kind].index(value(shown, kind))]
 
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -150,11 +161,11 @@ def write_tokenizer(out: pathlib.Path) -> None:
   from tokenizers import decoders, models, pre_tokenizers, trainers
 
   chat = [
-    "system\nYou are a helpful assistant.", "user\n", "assistant\n", "What is in the video?",
+    "system\nYou are a helpful assistant.", "user\n", "assistant\n", 
     *(f"\nThe video lasts for {s}.00 seconds, and {8 * s} frames are uniformly sampled from it. \n" for s in range(1, 9)),
     "Answer with the option's letter from the given choices directly.", "Question: Option:\n", "(A) (B) (C) (D)",
   ]  # fmt: skip
-  words = list(QUESTIONS.values())
+  words = [DESCRIBE, *QUESTIONS.values(), *(f" {v}" for v in sum(VALUES.values(), ()))]
   words += [text for v in sum(VALUES.values(), ()) for text in (v, *(f"{name}. {v}\n" for name in "ABCD"))]
   bpe = tokenizers.Tokenizer(models.BPE())
   bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -185,7 +196,8 @@ def write_tokenizer(out: pathlib.Path) -> None:
 class Split:
   """Videos of one purpose.
 
-  fewest, most: scenes of a video. questions: of each, 1 to 4; in videos with one they take turns, else their order is random.
+  fewest, most: scenes of a video. questions: about each, 1 to 4; where it is one, the kinds take turns over the videos, else
+    they come in random order. 0: a description is asked for instead.
   """
 
   name: str
@@ -204,8 +216,8 @@ def write_world(out: pathlib.Path, splits: Sequence[Split], seed: int, workers: 
   for split in splits:
     if not 1 <= split.fewest <= split.most <= MOST_SCENES:
       raise WorldError(f"{split.fewest} to {split.most} scenes: a video has 1 to {MOST_SCENES}")
-    if split.videos < 1 or not 1 <= split.questions <= len(QUESTIONS):
-      raise WorldError(f"{split.videos} videos, {split.questions} questions each: must be at least 1, and 1 to {len(QUESTIONS)}")
+    if split.videos < 1 or not 0 <= split.questions <= len(QUESTIONS):
+      raise WorldError(f"{split.videos} videos, {split.questions} questions each: must be at least 1, and 0 to {len(QUESTIONS)}")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise WorldError(f"{out} exists and is not an empty folder; choose another one")
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -229,17 +241,17 @@ def write_untrained(out: pathlib.Path, seed: int) -> None:
   import jax.numpy as jnp
   from flax import nnx
 
-  from xcomp_jax import weights
+  from xcomp_jax import export, weights
   from xcomp_jax.export import AS_IT_IS, NOT_TUNED
   from xcomp_jax.model.vlm import VLM
 
-  weights.check_free(out, overwrite=False)
+  export.check_free(out, overwrite=False)
   with tempfile.TemporaryDirectory() as folder:
     source = pathlib.Path(folder)
     write_tokenizer(source)
     (source / "config.json").write_text(json.dumps(MODEL, indent=2))
     cfg = weights.read_config(source, AS_IT_IS, NOT_TUNED)
-    weights.save_torch(out, VLM(cfg, rngs=nnx.Rngs(seed)), cfg, source, dtype=jnp.float32)
+    export.save_torch(out, VLM(cfg, rngs=nnx.Rngs(seed)), cfg, source, dtype=jnp.float32)
 
 
 def write_videos(out: pathlib.Path, split: Split, seed: int, workers: int) -> None:
@@ -264,7 +276,7 @@ def _write_video(out: pathlib.Path, split: Split, seed: int, number: int) -> dic
   shown = scenes(rng, int(rng.integers(split.fewest, split.most + 1)))
   kinds = list(QUESTIONS)
   asked = [kinds[number % len(kinds)]] if split.questions == 1 else rng.permutation(kinds)[: split.questions]
-  turns = [turn(shown, str(kind)) for kind in asked]
+  turns = [turn(shown, str(kind)) for kind in asked] or [(DESCRIBE, description(shown))]
   name = f"{number:05d}.mp4"
   writer = cv2.VideoWriter(str(out / split.name / name), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIZE, SIZE))
   if not writer.isOpened():

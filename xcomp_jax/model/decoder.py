@@ -104,7 +104,7 @@ class Layer(nnx.Module):
     self.down = linear(llm.mlp_width, llm.width)
 
   def qkv(self, x, positions):
-    """x [B, L, D] -> q [B, L, H, h], k, v [B, L, K, h]; q and k rotated."""
+    """Projects x [B, L, D] to q [B, L, H, h] and k, v [B, L, K, h]; q and k rotated."""
     llm = self.cfg.llm
     y = self.input_norm(x)
     heads = lambda z: constrain(z.reshape(*z.shape[:2], -1, llm.head_dim), "batch", None, "heads", None)

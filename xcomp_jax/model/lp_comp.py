@@ -5,6 +5,7 @@ tokens* of the sequence, not the tokens of one frame. Before layer l every group
 layer l - 1 to its own; positions are renumbered by the decoder.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -37,7 +38,7 @@ def counts(cfg: LPCompConfig, layers: int) -> tuple[int, ...]:
       return tuple(1 + math.ceil(c - 1e-9) for c in curve)
     raise ConfigError(f"lp_comp.schedule = {cfg.schedule!r}: known are 'cosine', 'cosine_ceil', or a list of {layers} counts")
   got = cfg.schedule
-  if len(got) != layers or any(not 1 <= n <= g for n in got) or any(a < b for a, b in zip(got, got[1:], strict=False)):
+  if len(got) != layers or any(not 1 <= n <= g for n in got) or any(a < b for a, b in itertools.pairwise(got)):
     raise ConfigError(f"lp_comp.schedule = {got}: expected {layers} counts (one per layer), none above the one before, within 1..{g}")
   return tuple(got)
 
