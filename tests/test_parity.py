@@ -93,7 +93,7 @@ def test_bad_directories_are_named(directory, tmp_path, capsys):
   code, said = run(path, capsys)
   assert code == 1 and "vision.npz can't be read" in said.err
   path, _ = directory(frames_lowres_u8=np.zeros((7, 12, 12, 3), np.uint8), patch_embed=np.zeros((2, 1, 1)))
-  assert "into how many clips" in run(path, capsys)[1].err
+  assert "into how many clips 7 frames go" in run(path, capsys)[1].err
 
 
 def test_compare_takes_the_array_nearest_to_failing():
