@@ -43,7 +43,10 @@ def attend(
   if implementation not in backends:
     raise ValueError(f"attention implementation {implementation!r}: known are auto, einsum, {', '.join(backends)}")
   import tokamax
+  from absl import flags
 
+  if not flags.FLAGS.is_parsed():  # tokamax reads them, and would parse a command line that is not absl's
+    flags.FLAGS.mark_as_parsed()
   mask = None if key_valid is None else key_valid[:, None, None, :]
   return tokamax.dot_product_attention(
     q, k, v, mask=mask, is_causal=causal, implementation=backends[implementation]
