@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-import jax
 import numpy as np
+from flax import nnx
 
 from xcomp_jax import ask, export, predecode, train, weights, world
 from xcomp_jax.config import LPCompConfig, RunConfig
@@ -42,12 +42,11 @@ def accuracy(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> tuple
   """Held-out questions of config.data.heldout that a checkpoint answers rightly, and how many there are."""
   directory = weights.resolve(checkpoint)
   cfg = weights.read_config(directory, config.model, lp_comp)
-  graph, state = jax.tree.flatten(weights.load(directory, cfg))
-  evaluate = jax.jit(lambda state, batch: vlm.evaluate(jax.tree.unflatten(graph, state), batch)[1])
+  model, evaluate = weights.load(directory, cfg), nnx.jit(vlm.evaluate)
   store = train.open_data(config.data.heldout, cfg)
   correct = 0.0
   for micro in pipeline.evaluation(store, prompt.load_tokenizer(directory), config.data, rows=1):
-    correct += float(np.sum(evaluate(state, micro.batch) * micro.batch.weight))
+    correct += float(np.sum(evaluate(model, micro.batch)[1] * micro.batch.weight))
   return round(correct), len(store)
 
 
