@@ -10,7 +10,7 @@ help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
 	@echo 'make test       lint and test suite'
 	@echo 'make test-slow  what takes minutes: processes killed, whole commands, big shapes'
-	@echo 'make base       train the embedded base model again (about an hour)'
+	@echo 'make base       train the embedded base model again (about half an hour)'
 
 env: .venv/ready
 

@@ -1,7 +1,7 @@
 """All of it on the embedded default, with nothing but the project's own commands.
 
   python -m xcomp_jax.demo --out demo          what SCT recovers of the accuracy that LP-Comp costs; minutes
-  python -m xcomp_jax.demo --base --out demo/base   trains the base model of assets/tiny again; about an hour
+  python -m xcomp_jax.demo --base --out demo/base   trains the base model of assets/tiny again; about half an hour
 
 Run it where configs/ and assets/ are. `make demo` and `make base` do.
 """
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.demo", description=__doc__.splitlines()[0])
   parser.add_argument("--out", required=True, help="folder of everything that is made; a demo that is there is replaced")
   parser.add_argument("--base", action="store_true", help="train the base model instead")
-  parser.add_argument("--videos", type=int, default=600, help="to tune on")
+  parser.add_argument("--videos", type=int, default=800, help="to tune on")
   parser.add_argument("--steps", type=int, help="of tuning; default: as many as configs/sct.py:tiny says")
   f = parser.parse_args(argv)
   out = pathlib.Path(f.out)
