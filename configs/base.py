@@ -3,11 +3,13 @@
   make base
 
 makes the synthetic videos (`xcomp_jax.world`), decodes them, and runs three stages, tower included; every stage
-starts from the last one's export. By hand, for stage `one`:
+starts from the last one's export. About half an hour on 2 CPU cores; the last step of each stage had loss 0.006 (one),
+0.37 (two) and 0.22 (many). By hand, for stage `one`:
 
   python -m xcomp_jax.world --init demo/base/init
-  python -m xcomp_jax.world --out demo/base/one/world --train 4000 --heldout 0 --scenes 1 1 --turns 1
-  python -m xcomp_jax.predecode --root demo/base/one/world --mixture demo/base/one/world/train.yaml --out demo/base/one/train --image_size 48
+  python -m xcomp_jax.world --out demo/base/one/world --train 5000 --heldout 0 --scenes 1 1 --questions 0 --seed 100
+  python -m xcomp_jax.predecode --root demo/base/one/world --mixture demo/base/one/world/train.yaml
+      --out demo/base/one/train --image_size 48 --min_frames 8
   python -m xcomp_jax.train --config=configs/base.py:one
   python -m xcomp_jax.export --checkpoint demo/base/one/run --format=torch --out demo/base/one/model
 """

@@ -349,7 +349,7 @@ def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
   def full_disk(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(weights, "write_safetensors", full_disk)
+  monkeypatch.setattr(export, "write_safetensors", full_disk)
   with pytest.raises(CheckpointError, match=r"other can't be written: .*No space left"):
     export.save_torch(tmp_path / "other", model, cfg, source)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
