@@ -113,10 +113,10 @@ def _tiny() -> ConfigDict:
   c.data.group_by_text_length = False
   c.data.threads = 1
   c.data.prefetch = 2
-  c.optim.learning_rate = 1.5e-3
+  c.optim.learning_rate = 1e-3
   c.optim.b2 = 0.98
   c.train.batch_size = 8
-  c.train.epochs = 4
+  c.train.epochs = 2
   c.train.log_every = 10
   c.train.eval_every = 200
   c.train.save_every = 100

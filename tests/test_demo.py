@@ -18,7 +18,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path, capsys):
   out = tmp_path / "demo"
   printed = capsys.readouterr().out
   for name in ("no compression", "LP-Comp, not trained", "LP-Comp after SCT"):
-    assert printed.count(name) >= 2 and "200 questions" in printed
+    assert printed.count(name) >= 2 and "400 questions" in printed
   assert (out / "run" / "checkpoints" / "2").is_dir()
   assert (out / "export" / "model.safetensors").exists()
   assert json.loads((out / "export" / "xcomp.json").read_text())["lp_comp"]["keep"] == "suffix"

@@ -27,7 +27,7 @@ STAGES = {  # of the base's training: the worlds of configs/base.py's variants
   "two": world.Split("train", 3000, 1, 2, 4),
   "many": world.Split("train", 3000, 3, 6, 4),
 }
-HELDOUT = world.Split("heldout", 200, 4, 6, 1)
+HELDOUT = world.Split("heldout", 400, 4, 6, 1)
 
 
 def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.demo", description=__doc__.splitlines()[0])
   parser.add_argument("--out", required=True, help="folder of everything that is made; a demo that is there is replaced")
   parser.add_argument("--base", action="store_true", help="train the base model instead")
-  parser.add_argument("--videos", type=int, default=800, help="to tune on")
+  parser.add_argument("--videos", type=int, default=1600, help="to tune on")
   parser.add_argument("--steps", type=int, help="of tuning; default: as many as configs/sct.py:tiny says")
   f = parser.parse_args(argv)
   out = pathlib.Path(f.out)
