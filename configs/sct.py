@@ -118,7 +118,7 @@ def _tiny() -> ConfigDict:
   c.train.batch_size = 8
   c.train.epochs = 2
   c.train.log_every = 10
-  c.train.eval_every = 200
+  c.train.eval_every = 400
   c.train.save_every = 100
   return c
 
