@@ -101,8 +101,7 @@ def _tiny() -> ConfigDict:
   c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
   c.model.clips_per_chunk = 8  # all of a video
   c.model.remat = False
-  # Its six layers read the frames in the first three, where the cosine still has most tokens and costs nothing, tuned
-  # or not (docs/LOG.md); halving at every layer is what they have to learn.
+  # The cosine costs this six-layer model nothing even untuned (docs/LOG.md); halving at every layer does.
   c.lp_comp.schedule = _open((8, 4, 2, 1, 1, 1))
   c.data.train = "demo/data/train"  # `make demo` makes both
   c.data.heldout = _open("demo/data/heldout")

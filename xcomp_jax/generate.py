@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from xcomp_jax.data.batch import Batch, Leaf
 from xcomp_jax.model import decoder, vlm
@@ -73,8 +74,6 @@ def decode(model: vlm.VLM, start: Prefill, sampling: Sampling):
 
 def generate(model: vlm.VLM, batch: Batch, sampling: Sampling) -> list[np.ndarray]:
   """New tokens of each prompt, up to and without its eos."""
-  from flax import nnx
-
   @nnx.jit
   def run(model, batch):
     return decode(model, prefill(model, batch, sampling.max_new_tokens), sampling)[0]

@@ -161,7 +161,7 @@ def write_tokenizer(out: pathlib.Path) -> None:
   from tokenizers import decoders, models, pre_tokenizers, trainers
 
   chat = [
-    "system\nYou are a helpful assistant.", "user\n", "assistant\n", 
+    "system\nYou are a helpful assistant.", "user\n", "assistant\n",
     *(f"\nThe video lasts for {s}.00 seconds, and {8 * s} frames are uniformly sampled from it. \n" for s in range(1, 9)),
     "Answer with the option's letter from the given choices directly.", "Question: Option:\n", "(A) (B) (C) (D)",
   ]  # fmt: skip
