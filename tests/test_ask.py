@@ -1,13 +1,16 @@
 """Asking a video from the command line."""
 
+import io
+import json
 import pathlib
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax import ask, weights
+from xcomp_jax import ask, encode, generate, weights
 from xcomp_jax.config import ModelConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model import vlm
@@ -51,7 +54,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
       np.append(question.tokens, np.array(tokens, np.int32)), *(np.zeros(len(question.tokens) + len(tokens), t) for t in (np.int32, bool)),
       question=question.question,
     )  # fmt: skip
-    batch = ask.as_batch(longer, frames, 4)
+    batch = generate.as_batch(longer, frames.reshape(-1, 4, 48, 48, 3), 4)
     row = int(batch.text_length[0]) - 1 - batch.text.shape[1]
     tokens.append(int(forward(model, batch)[0, row].argmax()))
     if tokens[-1] in tokenizer.eos:
@@ -60,10 +63,96 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   assert printed.out.strip() == tokenizer.decode(tokens).strip()
 
 
-def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys):
+def test_frames_are_sampled_in_clips_of_eight_whatever_the_tower_takes(checkpoint, film, capsys):  # FACTS.md 5
+  run(checkpoint, film, "--max-frames=16")  # 12 frames: one clip of 8, where clips of 4 would take all
+  assert "8 frames of 1.50 s" in capsys.readouterr().err
+
+
+def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys, monkeypatch):
+  texts, build = [], prompt.ask
+  monkeypatch.setattr(prompt, "ask", lambda t, q, m, *h: texts.append(m) or build(t, q, m, *h))
   cv2.imwrite(str(tmp_path / "still.png"), np.zeros((20, 30, 3), np.uint8))
-  run(checkpoint, tmp_path / "still.png")
-  assert "1 frames" in capsys.readouterr().err
+  run(checkpoint, tmp_path / "still.png", "--mode=aligned", "--select=1")
+  assert "still.png: 1 frames\n" in capsys.readouterr().err and set(texts) == {""}
+
+
+LONG = ("--min-frames=64", "--max-frames=64", "--select=8")
+
+
+def answers(capsys):
+  return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_several_questions_encode_once_and_select_their_own_frames(checkpoint, film, tmp_path, capsys, monkeypatch):
+  count, whole = [], encode.encode
+  monkeypatch.setattr(encode, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
+  (tmp_path / "q.txt").write_text("What colour?\n\nAnd who?\n")
+  run(checkpoint, film, *LONG, "--questions", str(tmp_path / "q.txt"), "--json", "--report", str(tmp_path / "r.html"))
+  first, second, third = answers(capsys)
+  assert [a["question"] for a in (first, second, third)] == ["Which?", "What colour?", "And who?"] and len(count) == 1
+  for got in (first, second, third):
+    assert len(got["frames"]) == 8 and got["sampled_frames"] == 64 and len(got["clip_scores"]) == 16
+    best = np.sort(np.argsort(-np.array(got["clip_scores"]), kind="stable")[:2])
+    np.testing.assert_array_equal(got["frames"], (best[:, None] * 4 + np.arange(4)).ravel())
+    assert all(0 <= a < b <= 1.5 + 1e-6 for a, b in got["ranges"])
+  assert first["clip_scores"] != second["clip_scores"]
+  assert (tmp_path / "r.html").read_text().count("And who?") >= 1
+  run(checkpoint, film, *LONG, "--json", "--forget-rounds", "--question", "And who?")
+  again = answers(capsys)[1]
+  assert (again["clip_scores"], again["answer"]) == (third["clip_scores"], third["answer"])  # as if asked alone
+
+
+def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkeypatch):
+  texts, build = [], prompt.ask
+  monkeypatch.setattr(prompt, "ask", lambda t, q, m, h=(): texts.append((q, list(h))) or build(t, q, m, h))
+  monkeypatch.setattr("sys.stdin", io.StringIO("What colour?\n\nAnd who?\n"))
+  ask.main(["--checkpoint", str(checkpoint), "--video", str(film), "--clip-frames=4", *LONG, "--max-new-tokens=3"])
+  (first, none), (second, history) = texts
+  printed = capsys.readouterr().out
+  assert (first, second, none) == ("What colour?", "And who?", [])
+  assert history == [("What colour?", printed.splitlines()[0].strip())]
+
+
+def test_an_encoded_video_is_used_again(checkpoint, film, tmp_path, capsys):
+  file = tmp_path / "film.npz"
+  run(checkpoint, film, *LONG, "--json", "--encoded", str(file))
+  (before,) = answers(capsys)
+  more = ("--clip-frames=4", *LONG, "--max-new-tokens=3", "--json", "--question", "Which?", "--encoded", str(file))
+  ask.main(["--checkpoint", str(checkpoint), *more])
+  (after,) = answers(capsys)
+  same = ("answer", "frames", "clip_scores", "ranges", "seconds", "video")
+  assert [before[k] for k in same] == [after[k] for k in same] and "tower" in before["spent"]
+  assert list(tmp_path.iterdir()) == [file]
+  for change, words in (
+    (["--video", str(film), "--max-frames=128"], "holds film.mp4"), (["--clip-frames=8"], "another tower or with other settings"),
+  ):
+    with pytest.raises(SystemExit):
+      ask.main(["--checkpoint", str(checkpoint), *more, *change])
+    assert words in capsys.readouterr().err
+  file.write_bytes(file.read_bytes()[:999])
+  with pytest.raises(SystemExit):
+    ask.main(["--checkpoint", str(checkpoint), *more])
+  assert "is no encoded video" in capsys.readouterr().err
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+  file = tmp_path / "page.html"
+  file.write_text("old")
+  with pytest.raises(KeyboardInterrupt), encode.replacing(file) as out:
+    out.write(b"half")
+    raise KeyboardInterrupt
+  assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_question_too_long_for_the_context_is_refused(checkpoint, film, tmp_path, capsys):
+  short = tmp_path / "short"
+  shutil.copytree(checkpoint, short)
+  values = json.loads((short / "config.json").read_text())
+  (short / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 300}))
+  run(short, film)  # 8 frames are 128 tokens
+  with pytest.raises(SystemExit):
+    run(short, film, "--question", "Which? " * 60)
+  assert "the model's context has 300" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -73,6 +162,14 @@ def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys):
     (["--checkpoint", "nowhere"], "nowhere"),
     (["--question", " "], "question is empty"),
     (["--start", "5"], "1.5"),
+    (["--report", "nowhere/r.html"], "there is no folder nowhere"),
+    (["--encoded", "nowhere/e.npz"], "there is no folder nowhere"),
+    (["--questions", "nowhere.txt"], "nowhere.txt"),
+    (["--clip-frames", "3"], "a divisor"),
+    (["--clips-per-chunk", "0"], "at least 1"),
+    (["--temperature", "-1"], "temperature = -1.0"),
+    (["--top-p", "0"], "top_p = 0.0"),
+    (["--repeat", "0"], "at least 1"),
   ],
 )
 def test_bad_arguments_end_in_one_line(checkpoint, film, capsys, change, words):

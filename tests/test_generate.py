@@ -1,9 +1,11 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from xcomp_jax import generate
+from xcomp_jax.config import ConfigError
 from xcomp_jax.data.batch import Bucket, Example, collate
 from xcomp_jax.generate import Sampling
 from xcomp_jax.model import vlm
@@ -44,3 +46,59 @@ def test_repetition_penalty_counts_new_tokens_only(model, sample):  # quirk Q20
   (strict,) = generate.generate(model, batch, Sampling(8, (), 1e6))
   assert strict[0] == free[0]  # nothing is new yet
   assert len(set(strict.tolist())) == len(strict)
+
+
+def test_batches_of_other_lengths_and_ends_stop_together(model, sample):
+  prompts = [sample(2, 3, 9, 0), sample(4, 6, 4, 1)]
+  alone = [generate.generate(model, collate([p], BUCKET), Sampling(20, ()))[0] for p in prompts]
+  eos = int(alone[0][2])
+  got = generate.generate(model, collate(prompts, BUCKET), Sampling(20, (eos,)))
+  for row, free in zip(got, alone, strict=True):
+    np.testing.assert_array_equal(row, free[: list(free).index(eos)] if eos in free else free)
+  pieces = list(generate.stream(model, collate(prompts[:1], BUCKET), Sampling(20, (eos,))))
+  assert len(pieces) == 1  # what comes after the end is not computed
+
+
+def test_another_prompt_of_the_same_bucket_compiles_nothing(model, sample):
+  generate.generate(model, collate([sample(2, 3, 9, 0)], BUCKET), Sampling(9, ()))
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name) if "compile" in name else None)
+  generate.generate(model, collate([sample(3, 5, 7, 2)], BUCKET), Sampling(12, (), seed=3))
+  jax.monitoring.clear_event_listeners()
+  assert not [name for name in compiled if "backend_compile" in name]
+
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+
+
+def drawn(count=400, logits=LOGITS, seen=None, **how):
+  seen = jnp.zeros(logits.shape, bool) if seen is None else seen
+  sampling = Sampling(1, (), **how)
+  one = lambda key: generate.choose(logits, seen, sampling, key)[0]
+  return np.bincount(jax.vmap(one)(jax.random.split(jax.random.key(0), count)), minlength=4) / count
+
+
+def test_draws_follow_the_probabilities():
+  np.testing.assert_allclose(drawn(4000, temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+
+
+def test_temperature_sharpens():
+  np.testing.assert_allclose(drawn(4000, temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.03)
+
+
+def test_top_k_and_top_p_leave_out_the_tail():
+  np.testing.assert_allclose(drawn(4000, temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
+  np.testing.assert_allclose(drawn(4000, temperature=1.0, top_p=0.6), [0.625, 0.375, 0, 0], atol=0.03)  # the second one crosses 0.6
+  assert drawn(temperature=1.0, top_p=0.01)[0] == 1  # never none
+
+
+def test_a_penalty_divides_positive_and_multiplies_negative_logits():
+  logits = jnp.array([[2.0, 1.5, -1.0, -3.0]])
+  seen = jnp.array([[True, False, True, False]])
+  np.testing.assert_array_equal(generate.choose(logits, seen, Sampling(1, (), repetition_penalty=2.0), None), [1])
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"repetition_penalty": 0.0}])
+def test_sampling_that_means_nothing_is_refused(bad):
+  with pytest.raises(ConfigError, match=next(iter(bad))):
+    Sampling(1, (), **bad)

@@ -12,7 +12,7 @@ ORDER = """
 config sharding
 data.batch data.video data.prompt data.store data.pipeline
 model.attention model.vision model.merge model.lp_comp model.decoder model.vlm
-generate weights optim checkpoint metrics
+qc_comp encode generate report weights optim checkpoint metrics
 train predecode ask export parity bench world demo
 """.split()
 FILES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py") if f.name != "__init__.py"}
@@ -45,5 +45,5 @@ def test_imports_point_upwards(name):
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("model.")])
 def test_the_model_needs_only_jax_flax_and_numpy(name):
-  allowed = {"jax", "flax", "numpy", "jaxtyping", "xcomp_jax", "dataclasses", "math", "functools", "collections", "itertools"}
+  allowed = {"jax", "flax", "numpy", "jaxtyping", "xcomp_jax", "dataclasses", "math", "functools", "collections", "itertools", "typing"}
   assert {m.split(".")[0] for m in imported(FILES[name], everywhere=False)} <= allowed

@@ -140,19 +140,27 @@ def test_a_spec_and_its_fake_have_the_shapes_of_a_batch(mixed):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
-def test_chunked_attention_equals_the_oracle(causal, masked):
-  q, k, v = (jax.random.normal(jax.random.key(i), (2, 40, heads, 8)) for i, heads in enumerate((4, 2, 2)))
-  valid = jnp.arange(40) < jnp.array([[40], [17]]) if masked else None
+@pytest.mark.parametrize("implementation", ["xla_chunked", "tiled", "auto"])
+def test_attention_in_pieces_equals_the_oracle(causal, implementation):
+  slots = 1100 if implementation == "auto" else 600  # more than a tile, no multiple of one; auto is in pieces from 1,024
+  q, k, v = (jax.random.normal(jax.random.key(i), (2, slots, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+  valid = jnp.arange(slots) < jnp.array([[slots], [317]])
   run = lambda how: lambda q, k, v: attend(q, k, v, causal=causal, key_valid=valid, implementation=how)
-  close(run("xla_chunked")(q, k, v), run("einsum")(q, k, v))
+  close(run(implementation)(q, k, v), run("einsum")(q, k, v))
   grads = lambda how: jax.grad(lambda *a: jnp.sin(run(how)(*a)).sum(), (0, 1, 2))(q, k, v)
-  jax.tree.map(close, grads("xla_chunked"), grads("einsum"))
+  jax.tree.map(close, grads(implementation), grads("einsum"))
 
 
-def test_causal_attention_over_other_lengths_is_refused():
-  q, k = jnp.zeros((1, 3, 2, 8)), jnp.zeros((1, 4, 2, 8))
-  with pytest.raises(ValueError, match="as many"):
+@pytest.mark.parametrize("implementation", ["einsum", "tiled", "xla_chunked"])
+def test_rows_after_a_sequence_attend_as_within_it(implementation):
+  q, k, v = (jax.random.normal(jax.random.key(i), (1, 700, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+  whole = attend(q, k, v, causal=True, implementation="einsum")
+  close(attend(q[:, 400:], k, v, causal=True, implementation=implementation), whole[:, 400:])
+
+
+def test_causal_attention_of_more_rows_than_keys_is_refused():
+  q, k = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 3, 2, 8))
+  with pytest.raises(ValueError, match="more queries"):
     attend(q, k, k, causal=True)
 
 

@@ -1,73 +1,219 @@
-"""Asks a video (or an image) a question and prints the answer.
+"""Asks a video (or an image) questions; the video is encoded once, and every question picks the frames it needs.
 
   python -m xcomp_jax.ask --checkpoint exports/sct --video film.mp4 --question "What happens first?"
 
-The answer goes to stdout, everything else to stderr. Frames are sampled as in FACTS.md 5, a short video's are
-repeated up to --min-frames. Decoding is greedy.
+Several questions: repeat --question, or --questions FILE (one per line); without either, they are read from the
+terminal as one conversation. Answers go to stdout, everything else to stderr. Frames are sampled as in
+FACTS.md 5; a short video's are repeated up to --min-frames.
 """
 
 import argparse
+import contextlib
+import json
+import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
-from xcomp_jax import generate, weights
-from xcomp_jax.config import LPCompConfig, ModelConfig
+from xcomp_jax import encode, generate, qc_comp, report, weights
+from xcomp_jax.config import ConfigError, LPCompConfig, ModelConfig, SelectConfig, VLMConfig
 from xcomp_jax.data import prompt, video
-from xcomp_jax.data.batch import Batch, Bucket, Example, collate
-from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.model.vlm import VLM
 
 RELEASED = LPCompConfig(schedule="cosine", keep="suffix", group=16)
-TEXT_STEP = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SAMPLED_CLIP = 8  # the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
 
 
-def as_batch(question: Prompt, frames: np.ndarray, clip_frames: int) -> Batch:
-  """One prompt about frames uint8[T, S, S, 3] as a Batch of one row; T is a multiple of clip_frames, or 1."""
-  clips = frames.reshape(-1, min(clip_frames, len(frames)), *frames.shape[1:])
-  example = Example(clips, question.tokens, question.labels, question.query, index=0)
-  slot = int(np.flatnonzero(question.tokens < 0)[0])
-  text = -(-(len(question.tokens) - slot - 1) // TEXT_STEP) * TEXT_STEP
-  return collate([example], Bucket(len(clips), clips.shape[1], slot, text))
+def say(text: str) -> None:
+  """Prints to stderr."""
+  print(text, file=sys.stderr, flush=True)
 
 
-def answer(args: argparse.Namespace) -> str:
-  """What the command prints.
+def sampled(args: argparse.Namespace, cfg: VLMConfig) -> video.Sample | None:
+  """Which frames to decode; None if --encoded is there to be read.
 
   Raises:
-    CheckpointError, VideoError, AnnotationError, ConfigError, FileNotFoundError: bad arguments, by name.
+    VideoError, FileNotFoundError, ConfigError: what is wrong with the video or the arguments.
   """
-  say = lambda text: print(text, file=sys.stderr, flush=True)
+  file = pathlib.Path(args.encoded) if args.encoded else None
+  if file and file.exists():
+    return None
+  if not args.video:
+    raise FileNotFoundError("no --video" + (f", and {file} does not exist" if file else ""))
+  if file and not file.parent.is_dir():
+    raise FileNotFoundError(f"--encoded {file}: there is no folder {file.parent}")
+  if SAMPLED_CLIP % cfg.clip_frames:
+    raise ConfigError(f"--clip-frames {cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that")
+  still = pathlib.Path(args.video).suffix.lower() in video.STILLS
+  return video.sample(
+    args.video, size=cfg.vision.image_size, max_frames=args.max_frames, min_frames=args.min_frames, fps=args.fps,
+    clip_frames=SAMPLED_CLIP, style="ask", start=args.start, end=args.end, read_type="img" if still else "video",
+  )
+
+
+def encoded(
+  args: argparse.Namespace, model: VLM, sample: video.Sample | None, select: SelectConfig | None, spent: dict[str, float]
+) -> encode.EncodedVideo:
+  """The video, read from --encoded, or decoded and encoded, and then written there if wanted.
+
+  Raises:
+    VideoError, EncodedVideoError, OSError: what is wrong with the video or the file.
+  """
+  begun = time.perf_counter()
+  if sample is None:
+    film = encode.load(args.encoded, model)
+    if args.video and source(args) != film.source:
+      raise encode.EncodedVideoError(
+        f"{args.encoded} holds {film.source}, not {source(args)}; leave --video out, or name another file"
+      )
+    if len(generate.phases(len(film.times), film.clip_frames, select)) > 1:
+      raise encode.EncodedVideoError(
+        f"--mode official encodes selected frames again, which {args.encoded} does not hold; give --video alone"
+      )
+    spent["reading"] = time.perf_counter() - begun
+    return film
+  T = len(sample.indices)
+  say(f"{args.video}: {T} frames" + ("" if sample.read_type == "img" else f" of {sample.seconds:.2f} s"))
+  F = min(model.cfg.clip_frames, T)
+  phases = generate.phases(T, F, select)
+  decoding = 0.0
+
+  def frames() -> Iterator[np.ndarray]:
+    nonlocal decoding
+    decoder = video.frames(sample)
+    while True:
+      begun = time.perf_counter()
+      frame = next(decoder, None)
+      decoding += time.perf_counter() - begun
+      if frame is None:
+        return
+      yield frame
+
+  with tqdm(total=T // F * len(phases), desc="encoding", unit="clip", leave=False, disable=None) as bar:
+    film = encode.encode(model, frames(), sample.times, sample.seconds, source(args), phases=phases, report=bar.update)
+  spent["decoding"], spent["tower"] = decoding, time.perf_counter() - begun - decoding
+  if args.encoded:
+    encode.save(film, args.encoded)
+    say(f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features")
+  return film
+
+
+def source(args: argparse.Namespace) -> str:
+  """Which video, sampled how."""
+  part = "" if args.start is None and args.end is None else f" from {args.start or 0} s to {args.end or 'the end'}"
+  return f"{pathlib.Path(args.video).name}{part}, {args.min_frames} to {args.max_frames} frames at up to {args.fps:g} per second"
+
+
+def listed(args: argparse.Namespace) -> list[str]:
+  """The questions of the command line.
+
+  Raises:
+    FileNotFoundError: there is no --questions file. AnnotationError: it is empty.
+  """
+  found = list(args.question or ())
+  if args.questions:
+    found += [line.strip() for line in pathlib.Path(args.questions).read_text().splitlines() if line.strip()]
+    if not found:
+      raise prompt.AnnotationError(f"{args.questions} holds no question")
+  return found
+
+
+def typed() -> Iterator[str]:
+  """Lines from stdin until it ends."""
+  while True:
+    if sys.stdin.isatty():
+      print("? ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+      return
+    if line.strip():
+      yield line.strip()
+
+
+def together(video: dict[str, float], question: dict[str, float]) -> dict[str, float]:
+  """Seconds spent on the video and on a question."""
+  return {name: video.get(name, 0) + question.get(name, 0) for name in video | question}
+
+
+def as_json(question: str, answer: generate.Answer, film: encode.EncodedVideo, spent: dict[str, float]) -> str:
+  """One line of --json."""
+  kept = answer.selection
+  scores = None if kept.scores is None else kept.scores[:: film.clip_frames].tolist()
+  return json.dumps({
+    "question": question, "answer": answer.text, "video": film.source, "seconds": film.seconds, "sampled_frames": len(film.times),
+    "frames": kept.frames.tolist(), "ranges": report.ranges(kept.frames, film.times, film.seconds), "note": kept.note,
+    "clip_scores": scores, "spent": together(spent, answer.spent),
+  })  # fmt: skip
+
+
+def answer(args: argparse.Namespace) -> None:
+  """Answers all questions.
+
+  Raises:
+    CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad arguments, by name.
+  """
   directory = weights.resolve(args.checkpoint)
   tuned = weights.read_lp_comp(directory) or RELEASED
   lp_comp = LPCompConfig(args.schedule or tuned.schedule, args.keep or tuned.keep, tuned.group)
   dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   clip_frames = args.clip_frames if args.clip_frames == "checkpoint" else int(args.clip_frames)
-  model = ModelConfig(clip_frames, dtype, dtype, args.clips_per_chunk, "auto", remat=False)
-  cfg = weights.read_config(directory, model, lp_comp)
+  if args.clips_per_chunk < 1 or (clip_frames != "checkpoint" and clip_frames < 1):
+    raise ConfigError("--clips-per-chunk and --clip-frames must be at least 1")
+  cfg = weights.read_config(directory, ModelConfig(clip_frames, dtype, dtype, args.clips_per_chunk, "auto", remat=False), lp_comp)
   tokenizer = prompt.load_tokenizer(directory)
+  select = qc_comp.setting(args.mode, args.select, args.repeat) if args.select else None
+  sampling = generate.Sampling(
+    args.max_new_tokens, tokenizer.eos, args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed
+  )
+  page = pathlib.Path(args.report) if args.report else None
+  if page and not page.parent.is_dir():
+    raise FileNotFoundError(f"--report {page}: there is no folder {page.parent}")
 
-  still = args.video.lower().endswith(IMAGES)
-  film = video.load(
-    args.video, size=cfg.vision.image_size, max_frames=args.max_frames, min_frames=args.min_frames, fps=args.fps,
-    clip_frames=cfg.clip_frames, style="ask", start=args.start, end=args.end, read_type="img" if still else "video",
-  )  # fmt: skip
-  message = "" if still else prompt.time_message(film.seconds, len(film.frames))
-  batch = as_batch(prompt.ask(tokenizer, args.question, message), film.frames, cfg.clip_frames)
-  say(f"{args.video}: {len(film.frames)} frames" + ("" if still else f" of {film.seconds:.2f} s"))
+  fixed = listed(args)
+  for question in fixed:
+    prompt.ask(tokenizer, question, "")  # what is wrong with it shows before any work
+  sample = sampled(args, cfg)
 
+  spent, done = {}, []
   begun = time.perf_counter()
   vlm = weights.load(directory, cfg, dtype=dtype)
-  say(f"{args.checkpoint}: loaded in {time.perf_counter() - begun:.1f} s; LP-Comp {lp_comp.keep}, {jax.devices()[0].device_kind}")
-  begun = time.perf_counter()
-  sampling = generate.Sampling(args.max_new_tokens, tokenizer.eos, args.repetition_penalty)
-  with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-    (tokens,) = generate.generate(vlm, batch, sampling)
-  say(f"{len(tokens)} tokens in {time.perf_counter() - begun:.1f} s")
-  return tokenizer.decode(tokens.tolist()).strip()
+  spent["loading"] = time.perf_counter() - begun
+  say(f"{args.checkpoint}: loaded in {spent['loading']:.1f} s; LP-Comp {lp_comp.keep}, {jax.devices()[0].device_kind}")
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.default_matmul_precision("highest" if dtype == "float32" else None))
+    film = encoded(args, vlm, sample, select, spent)
+    chat = generate.Chat(vlm, tokenizer, film, select=select, sampling=sampling, keep_rounds=not args.forget_rounds)
+    for question in fixed or typed():
+      if fixed and not args.follow_up:
+        chat.forget()
+      with tqdm(total=0, desc="scoring", unit="round", leave=False, disable=None) as bar:
+
+        def progress(rounds, total, bar=bar):
+          bar.total = total
+          bar.update(rounds - bar.n)
+
+        def write(text, bar=bar):
+          bar.close()
+          if not args.json:
+            print(text, end="", flush=True)
+
+        got = chat.ask(question, write=write, report=progress)
+      print(as_json(question, got, film, spent) if args.json else "", flush=True)
+      done.append((question, got))
+      kept, clock = got.selection, lambda t: report.clock(t, film.seconds)
+      if kept.note and select:
+        say(kept.note)
+      elif kept.scores is not None:
+        spans = report.ranges(kept.frames, film.times, film.seconds)
+        say(f"looked at {len(kept.frames)} of {len(film.times)} frames: " + ", ".join(f"{clock(a)} to {clock(b)}" for a, b in spans))
+      say("spent " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in together(spent, got.spent).items()))
+      if page:
+        with encode.replacing(page) as file:
+          file.write(report.page(film, done, cfg, spent).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,11 +221,20 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.ask", description=__doc__.splitlines()[0])
   add = parser.add_argument
   add("--checkpoint", required=True, help="directory, hub id, or export")
-  add("--video", required=True, help="a video file, or an image")
-  add("--question", required=True)
+  add("--video", help="a video file, or an image")
+  add("--encoded", help="file of the encoded video: read if it is there, else written")
+  add("--question", action="append", help="may be repeated")
+  add("--questions", help="file of questions, one per line")
+  add("--follow-up", action="store_true", help="each question continues the conversation; always so at the terminal")
+  add("--json", action="store_true", help="one JSON object per question instead of text")
+  add("--report", help="HTML page to be written: relevance over time, thumbnails, cost")
+  add("--select", type=int, default=512, help="frames that QC-Comp keeps for a question; 0: all")
+  add("--mode", choices=("aligned", "local", "official", "global"), default="aligned", help="how QC-Comp scores them")
+  add("--repeat", type=int, help="times a frame is scored; default: 2 in official mode, 1 in the others")
+  add("--forget-rounds", action="store_true", help="run scoring rounds again for every question; saves memory")
   add("--start", type=float, help="second from which the video is looked at")
   add("--end", type=float, help="and until which")
-  add("--max-frames", type=int, default=512, help="frames, at most")
+  add("--max-frames", type=int, default=1024, help="frames, at most")
   add("--min-frames", type=int, default=128, help="frames, at least; a short video's are repeated")
   add("--fps", type=float, default=8.0, help="frames per second, at most")
   add("--clip-frames", default="8", help='frames the tower sees together; "checkpoint": what config.json says (quirk Q1)')
@@ -89,12 +244,19 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
   add("--max-new-tokens", type=int, default=64)
   add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
+  add("--temperature", type=float, default=0.0, help="0: the most probable token each time")
+  add("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all")
+  add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
+  add("--seed", type=int, default=0, help="of the draws")
   args = parser.parse_args(argv)
   try:
-    print(answer(args))
+    answer(args)
   except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

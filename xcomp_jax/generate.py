@@ -1,83 +1,401 @@
-"""From an encoded video and a prompt to new tokens: prefill once, then one token at a time, greedily."""
+"""From questions to answers: select frames, prefill, decode.
+
+The pieces are functions; `Chat` puts them together for one video and any number of questions.
+"""
 
 import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax.data.batch import Batch, Leaf
+from xcomp_jax import qc_comp
+from xcomp_jax.config import ConfigError, SelectConfig
+from xcomp_jax.data import prompt
+from xcomp_jax.data.batch import Batch, Bucket, Example, Leaf, collate
+from xcomp_jax.data.prompt import Prompt, Tokenizer
+from xcomp_jax.encode import EncodedVideo, encode_clips
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.decoder import LayerCache
+
+TEXT_STEP = 64  # prompts are padded to a multiple of this many tokens, so that few lengths are compiled
+CLIP_STEP = 8  # and videos to a multiple of this many clips
+STREAM = 8  # tokens between two looks at what was generated
+
+# --- tokens ----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are chosen: greedily.
+  """How tokens are chosen.
 
-  max_new_tokens: room made in every layer's cache.
+  max_new_tokens: of an answer, at most; room is made for them in every layer's cache.
   eos: token ids that end an answer.
   repetition_penalty: 1.0 is none; the release's generation_config has 1.1, applied to new tokens only (quirk Q20).
+  temperature: 0 takes the most probable token; the others then don't matter.
+  top_k: draw from the k most probable tokens; 0: from all.
+  top_p: draw from the fewest tokens that together have this probability; 1.0: from all.
+  seed: of the draws.
   """
 
   max_new_tokens: int
   eos: tuple[int, ...]
-  repetition_penalty: float
+  repetition_penalty: float = 1.0
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+
+  def __post_init__(self):
+    """Refuses values that mean nothing.
+
+    Raises:
+      ConfigError: which one, and its range.
+    """
+    ranges = {
+      "max_new_tokens": self.max_new_tokens >= 1, "repetition_penalty": self.repetition_penalty > 0,
+      "temperature": self.temperature >= 0, "top_k": self.top_k >= 0, "top_p": 0 < self.top_p <= 1,
+    }  # fmt: skip
+    bad = [f"{name} = {getattr(self, name)}" for name, good in ranges.items() if not good]
+    if bad:
+      raise ConfigError(f"sampling: {', '.join(bad)} makes no sense: max_new_tokens >= 1, repetition_penalty > 0, temperature and top_k >= 0, 0 < top_p <= 1")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefill:
-  """What a prompt leaves: logits float32[B, V] of its last token, and one cache per layer with room for new ones."""
+class State:
+  """Between two tokens.
+
+  logits: float32[B, V] of the next one. caches: one per layer, with free slots at their end. free: int32[], how
+  many. seen: bool[B, V], tokens generated so far. done: bool[B], answers that have ended.
+  """
 
   logits: Leaf
   caches: tuple[LayerCache, ...]
+  free: Leaf
+  seen: Leaf
+  done: Leaf
 
 
-def prefill(model: vlm.VLM, batch: Batch, room: int) -> Prefill:
+def prefill(model: vlm.VLM, batch: Batch, room: int) -> State:
   """Runs a batch of prompts (frames or features) and keeps every layer's own, shorter cache."""
   return start(model, vlm.forward(model, batch, caches=True), batch.text.shape[1], batch.text_length, room)
 
 
-def start(model: vlm.VLM, out: decoder.Decoded, text: int, text_length, room: int) -> Prefill:
+def start(model: vlm.VLM, out: decoder.Decoded, text: int, text_length, room: int) -> State:
   """Makes a pass with caches ready for `room` new tokens; `text`: slots of the last part, int32[B] of them valid."""
   last = out.x.shape[1] - text + text_length - 1
   logits = model.llm.logits(jnp.take_along_axis(out.x, last[:, None, None], axis=1))[:, 0]
   widen = lambda a: jnp.pad(a, [(0, 0), (0, room)] + [(0, 0)] * (a.ndim - 2))
-  return Prefill(logits, jax.tree.map(widen, out.caches))
+  return State(
+    logits, jax.tree.map(widen, out.caches), jnp.int32(room), jnp.zeros(logits.shape, bool), jnp.zeros(len(logits), bool)
+  )
 
 
-def decode(model: vlm.VLM, start: Prefill, sampling: Sampling):
-  """Greedy tokens int32[B, max_new_tokens] (eos and what follows it: the first eos id), and their logits float32[B, n, V].
+def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Array | None) -> jax.Array:
+  """The next tokens int32[B] from float32[B, V]; penalty, temperature, top_k and top_p in this order, as Hugging Face's generate does."""
+  penalised = jnp.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+  logits = jnp.where(seen, penalised, logits)
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, -1).astype(jnp.int32)
+  logits = logits / sampling.temperature
+  ranked = jnp.flip(jnp.sort(logits, axis=-1), -1)
+  if sampling.top_k:
+    ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
+  before = jnp.cumsum(jax.nn.softmax(ranked, -1), -1) - jax.nn.softmax(ranked, -1)
+  ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)  # never none: nothing is before the first
+  least = jnp.min(jnp.where(jnp.isinf(ranked), jnp.inf, ranked), -1, keepdims=True)
+  return jax.random.categorical(key, jnp.where(logits < least, -jnp.inf, logits)).astype(jnp.int32)
 
-  `start.caches` must have room for max_new_tokens.
+
+def decode(model: vlm.VLM, state: State, sampling: Sampling, steps: int, key: jax.Array | None = None):
+  """`steps` more tokens of every answer, int32[B, steps], and the state behind them.
+
+  After its end an answer goes on with the first eos id. The state must have room for `steps` tokens.
   """
-  n = sampling.max_new_tokens
-  B, V = start.logits.shape
   eos = jnp.array(sampling.eos, jnp.int32)
+  keys = None if key is None else jax.random.split(key, steps)
 
-  def one(carry, t):
-    logits, caches, seen, done = carry
-    penalised = jnp.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-    token = jnp.argmax(jnp.where(seen, penalised, logits), -1).astype(jnp.int32)
-    token = jnp.where(done, eos[0], token) if sampling.eos else token
-    done = done | jnp.isin(token, eos)
-    seen = seen.at[jnp.arange(B), token].set(True)
-    x, caches = decoder.step(model.llm, model.llm.embed(token[:, None]), caches, n - t)
-    return (model.llm.logits(x)[:, 0], caches, seen, done), (token, logits)
+  def one(state, key):
+    token = choose(state.logits, state.seen, sampling, key)
+    token = jnp.where(state.done, eos[0], token) if sampling.eos else token
+    x, caches = decoder.step(model.llm, model.llm.embed(token[:, None]), state.caches, state.free)
+    seen = state.seen.at[jnp.arange(len(token)), token].set(True)
+    done = state.done | jnp.isin(token, eos)
+    return State(model.llm.logits(x)[:, 0], caches, state.free - 1, seen, done), token
 
-  carry = (start.logits, start.caches, jnp.zeros((B, V), bool), jnp.zeros(B, bool))
-  _, (tokens, logits) = jax.lax.scan(one, carry, jnp.arange(n))
-  return tokens.T, jnp.moveaxis(logits, 0, 1)
+  state, tokens = jax.lax.scan(one, state, keys, length=steps)
+  return tokens.T, state
+
+
+_prefill = nnx.jit(prefill, static_argnames="room")
+_decode = nnx.jit(decode, static_argnames=("sampling", "steps"), donate_argnames="state")
+
+
+def stream(model: vlm.VLM, batch: Batch, sampling: Sampling) -> Iterator[np.ndarray]:
+  """New tokens of every prompt, int32[B, n] at a time, until all have ended."""
+  total = -(-sampling.max_new_tokens // STREAM) * STREAM
+  state = _prefill(model, batch, room=total)
+  once = dataclasses.replace(sampling, max_new_tokens=1, seed=0)  # neither changes the program
+  for done in range(0, sampling.max_new_tokens, STREAM):
+    key = jax.random.fold_in(jax.random.key(sampling.seed), done) if sampling.temperature else None
+    tokens, state = _decode(model, state, once, steps=STREAM, key=key)
+    yield np.asarray(tokens)[:, : sampling.max_new_tokens - done]
+    if np.asarray(state.done).all():
+      return
+
+
+def ended(tokens: np.ndarray, eos: Sequence[int]) -> np.ndarray:
+  """The tokens before the first eos."""
+  end = np.flatnonzero(np.isin(tokens, eos))
+  return tokens[: end[0]] if len(end) else tokens
 
 
 def generate(model: vlm.VLM, batch: Batch, sampling: Sampling) -> list[np.ndarray]:
   """New tokens of each prompt, up to and without its eos."""
-  @nnx.jit
-  def run(model, batch):
-    return decode(model, prefill(model, batch, sampling.max_new_tokens), sampling)[0]
+  return [ended(row, sampling.eos) for row in np.concatenate(list(stream(model, batch, sampling)), axis=1)]
 
-  rows = np.asarray(run(model, batch))
-  ends = [np.flatnonzero(np.isin(row, sampling.eos)) for row in rows]
-  return [row[: end[0]] if len(end) else row for row, end in zip(rows, ends, strict=True)]
+
+def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int) -> Batch:
+  """One prompt as a Batch of one row, padded to few shapes.
+
+  visual: uint8[C, F, S, S, 3] clips of frames, or [C, N, D] merged features.
+  """
+  example = Example(visual, question.tokens, question.labels, question.query, index=0)
+  slot = int(np.flatnonzero(question.tokens < 0)[0])
+  text = up(len(question.tokens) - slot - 1, TEXT_STEP)
+  clips = len(visual) if len(visual) == 1 else up(len(visual), CLIP_STEP)
+  return collate([example], Bucket(clips, clip_frames, slot, text))
+
+
+def up(n: int, step: int) -> int:
+  """The next multiple of `step`."""
+  return -(-n // step) * step
+
+
+# --- questions -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """Which sampled frames a question keeps.
+
+  frames: int[K], ascending. scores: float64[T], of all; None where nothing was selected. note: why not, in words.
+  """
+
+  frames: np.ndarray
+  scores: np.ndarray | None
+  note: str
+
+
+_watch = nnx.jit(qc_comp.watch, static_argnames="last")
+_score = nnx.jit(qc_comp.score, static_argnames=("layers", "causal", "prefix", "units"))
+
+
+def phases(frames: int, clip_frames: int, cfg: SelectConfig | None) -> tuple[int, ...]:
+  """Which phases of a video `select` will need encoded."""
+  if cfg is None or cfg.mode != "official" or why_not(frames, cfg):
+    return (0,)
+  return tuple(sorted({0} | {int(s) % clip_frames for s in qc_comp.plan(frames, clip_frames, cfg).starts}))
+
+
+def why_not(frames: int, cfg: SelectConfig | None) -> str:
+  """Why nothing is selected from so many frames, or ''."""
+  if cfg is None:
+    return "no selection asked for"
+  if cfg.frames >= frames:
+    return f"{cfg.frames} frames may be kept and there are {frames}, so nothing is selected"
+  if cfg.mode == "official" and frames < qc_comp.OFFICIAL_LEAST:
+    return f"the release selects from {qc_comp.OFFICIAL_LEAST} frames or more, and there are {frames} (quirk Q13)"
+  return ""
+
+
+def select(
+  model: vlm.VLM,
+  video: EncodedVideo,
+  question: Prompt,
+  cfg: SelectConfig | None,
+  *,
+  rounds: dict | None = None,
+  report: Callable[[int, int], None] = lambda done, total: None,
+) -> Selection:
+  """The frames that a question attends to.
+
+  Args:
+    model: the parameters.
+    video: with the `phases` that the mode needs.
+    question: its prompt about all frames.
+    cfg: the mode; None keeps all frames.
+    rounds: see `score_rounds`.
+    report: likewise.
+
+  Raises:
+    ConfigError: numbers that don't fit together, by name.
+  """
+  T, F = len(video.times), video.clip_frames
+  note = why_not(T, cfg)
+  if note:
+    return Selection(np.arange(T), None, note)
+  if cfg.mode == "official" and cfg.frames % F:
+    raise ConfigError(f"QC-Comp (official) cuts the selected frames into clips of {F}, which {cfg.frames} are no multiple of")
+  plan = qc_comp.plan(T, F, cfg)
+  score = qc_comp.aggregate(plan, score_rounds(model, video, question, plan, cfg, rounds=rounds, report=report), T)
+  return Selection(qc_comp.top(score, cfg.frames, 1 if cfg.mode == "official" else F), score, "")
+
+
+def score_rounds(
+  model: vlm.VLM,
+  video: EncodedVideo,
+  question: Prompt,
+  plan: qc_comp.Plan,
+  cfg: SelectConfig,
+  *,
+  rounds: dict | None = None,
+  report: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+  """The attention a question pays, float32[R, M, W, w]: rounds, scored layers, windows, units of a window.
+
+  Args:
+    model: the parameters.
+    video: the features.
+    question: its prompt.
+    plan: of the video's frames under cfg.
+    cfg: the mode.
+    rounds: what the visual tokens of each round left in the LLM is kept here, and used again for the next
+      question; None: run them again for every question.
+    report: called with the number of rounds done, and of all.
+  """
+  F = video.clip_frames
+  slot = int(np.flatnonzero(question.tokens < 0)[0])
+  asked = qc_comp.from_prompt(question, up(len(question.tokens) - slot - 1, TEXT_STEP), cfg)
+  layers = qc_comp.scored_layers(cfg, model.cfg.llm.layers)
+  size = plan.frames // F
+  padded = up(size, CLIP_STEP)
+  windows = plan.windows
+  if padded != size and cfg.window:  # as many windows as a padded round would have, so that its program serves
+    more = qc_comp.windows(padded * F // plan.unit, cfg.window // plan.unit, cfg.stride // plan.unit, cover=True)
+    windows = np.concatenate([windows, windows[-1:].repeat(max(0, len(more) - len(windows)), 0)])
+  rows = min(max(1, cfg.round // plan.frames), len(plan.starts))
+  scores = []
+  for first in range(0, len(plan.starts), rows):
+    starts = plan.starts[first : first + rows]
+    key = (cfg.mode, cfg.repeat, first, question.tokens[:slot].tobytes())
+    caches = None if rounds is None else rounds.get(key)
+    if caches is None:
+      features = np.zeros((rows, padded, *video.features[0].shape[1:]), video.features[0].dtype)
+      for row, begin in enumerate(starts):
+        features[row, :size] = video.features[begin % F][(begin // F + np.arange(size)) % video.clips]
+      caches = _watch(model, features, np.full(rows, size, np.int32), question.tokens[:slot], last=layers[-1])
+      if rounds is not None:
+        rounds[key] = caches
+    paid = _score(
+      model, caches, asked, windows, layers=layers, causal=cfg.causal, prefix=slot, units=padded * F // plan.unit
+    )
+    scores.append(np.asarray(paid)[: len(starts), :, : len(plan.windows)])
+    report(first + len(starts), len(plan.starts))
+  return np.concatenate(scores)
+
+
+def selected(model: vlm.VLM, video: EncodedVideo, frames: np.ndarray) -> np.ndarray:
+  """Merged features [C, N, D] of selected frames: those there are, or, where a clip was torn apart, encoded again."""
+  F = video.clip_frames
+  clips = frames.reshape(-1, F)
+  if (clips == clips[:, :1] + np.arange(F)).all() and not (clips[:, 0] % F).any():
+    return video.features[0][clips[:, 0] // F]
+  return np.stack(list(encode_clips(model, video.frames[clips])))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """text: of the answer. selection: what it looked at. spent: seconds by what they went into. prompt: its tokens."""
+
+  text: str
+  selection: Selection
+  spent: dict[str, float]
+  prompt: Prompt
+
+
+class Chat:
+  """Questions and answers about one video; every question sees those before it and gets its own selection.
+
+  history: the (question, answer) pairs so far.
+  """
+
+  def __init__(
+    self,
+    model: vlm.VLM,
+    tokenizer: Tokenizer,
+    video: EncodedVideo,
+    *,
+    select: SelectConfig | None,
+    sampling: Sampling,
+    keep_rounds: bool = True,
+  ):
+    """keep_rounds: hold what scoring rounds left in the LLM for later questions (0.24 GB per 1,024 frames at 2B)."""
+    self.model, self.tokenizer, self.video = model, tokenizer, video
+    self.config, self.sampling = select, sampling
+    self.history: list[tuple[str, str]] = []
+    self._rounds = {} if keep_rounds else None
+
+  def forget(self) -> None:
+    """Starts a new conversation about the same video."""
+    self.history = []
+
+  def ask(
+    self,
+    question: str,
+    *,
+    write: Callable[[str], None] = lambda text: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+  ) -> Answer:
+    """Answers a question.
+
+    Args:
+      question: the text.
+      write: called with the answer's text as it comes.
+      report: called with scoring rounds done, and of all.
+
+    Raises:
+      AnnotationError, ConfigError: an empty question, or one too long for the model.
+    """
+    video, model = self.video, self.model
+    still = video.clip_frames == 1
+    message = "" if still else prompt.time_message(video.seconds, len(video.times))
+    asked = prompt.ask(self.tokenizer, question, message, self.history)
+    begun = time.perf_counter()
+    spent = {}
+
+    def note(name):
+      nonlocal begun
+      spent[name], begun = time.perf_counter() - begun, time.perf_counter()
+
+    context = model.cfg.llm.context
+    kept = len(video.times) if self.config is None else min(self.config.frames, len(video.times))
+    needed = len(asked.tokens) - 1 + kept * model.cfg.tokens_per_frame + self.sampling.max_new_tokens
+    if context and needed > context:
+      raise ConfigError(
+        f"{len(asked.tokens) - 1} tokens of text, {kept} frames of {model.cfg.tokens_per_frame} tokens and an answer of up to "
+        f"{self.sampling.max_new_tokens} make {needed} tokens, and the model's context has {context}: shorten the question "
+        "or keep fewer frames"
+      )
+    selection = select(model, video, asked, None if still else self.config, rounds=self._rounds, report=report)
+    note("scoring")
+    batch = as_batch(asked, selected(model, video, selection.frames), video.clip_frames)
+    note("tower")
+    tokens, text = [], ""
+    for new in stream(model, batch, self.sampling):
+      if not tokens:
+        note("prefill and first tokens")
+      tokens += new[0].tolist()
+      whole = self.tokenizer.decode(ended(np.array(tokens), self.sampling.eos)).strip()
+      if whole.startswith(text) and not whole.endswith("\ufffd"):  # a character may need the next token
+        write(whole[len(text) :])
+        text = whole
+    note("generation")
+    whole = self.tokenizer.decode(ended(np.array(tokens), self.sampling.eos)).strip()
+    write(whole[len(text) :])
+    self.history.append((question, whole))
+    return Answer(whole, selection, spent, asked)

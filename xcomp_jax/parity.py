@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import generate, weights
-from xcomp_jax.config import LPCompConfig, ModelConfig, VisionConfig
+from xcomp_jax import encode, generate, qc_comp, weights
+from xcomp_jax.config import LPCompConfig, ModelConfig, VisionConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, Example, collate
+from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.decoder import Lengths
 from xcomp_jax.model.merge import match, merge_step, merge_steps, metric
@@ -39,6 +40,7 @@ VISION = 5e-5  # absolute
 LLM = 1e-4  # absolute
 LOSS = 1e-5  # of the loss
 GRADIENT = (2e-5, 1e-4)  # absolute, or of an array's largest value
+QC_SCORES, QC_CHAT = 1e-5, 1e-3  # of each score
 TIE = 1e-6  # similarities closer than float32 noise are a tie, whose order is unspecified (FACTS.md 8)
 
 
@@ -169,9 +171,13 @@ def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int):
   one = lambda n: jnp.full(1, n, jnp.int32)
   lengths = Lengths(one(prefix), one((len(x) - prefix - text) // model.cfg.lp_comp.group), one(text))
   out = decoder.run(model.llm, x[None], lengths, prefix=prefix, text=text, caches=True, entering=True)
-  start = generate.start(model, out, text, one(text), room)
-  tokens, logits = generate.decode(model, start, generate.Sampling(room, (), 1.0))
-  return out, model.llm.logits(out.x)[0], tokens[0], logits[0]
+  state, tokens, logits = generate.start(model, out, text, one(text), room), [], []
+  for _ in range(room):
+    logits.append(state.logits[0])
+    token, state = generate.decode(model, state, generate.Sampling(room, ()), 1)
+    tokens.append(token[0, 0])
+  stack = lambda rows, like: jnp.stack(rows) if rows else like
+  return out, model.llm.logits(out.x)[0], stack(tokens, jnp.zeros(0, int)), stack(logits, state.logits[:0])
 
 
 def slot_of(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -301,6 +307,69 @@ def training(model: VLM, recorded: Arrays) -> list[Row]:
 # --- the command -----------------------------------------------------------------------------------------------
 
 
+def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
+  """QC-Comp's scores of every layer in one prefill of given visual tokens, for each recorded cut into windows."""
+  prefix, text = slot_of(recorded["input_ids"])
+  layers, units = model.cfg.llm.layers, int(recorded["n_clips"])
+  header = int(recorded["first_conv_length"]) - len(prefix) - 1
+  x = jnp.concatenate([model.llm.embed(jnp.asarray(prefix)), jnp.asarray(recorded["visual_tokens"])])
+  one = lambda n: jnp.full(1, n, jnp.int32)
+  lengths = Lengths(one(len(prefix)), one((len(x) - len(prefix)) // model.cfg.lp_comp.group), one(0))
+  caches = nnx.jit(
+    lambda llm, x: decoder.run(llm, x, lengths, prefix=len(prefix), text=0, caches=True, rotated=False, stop=layers - 1).caches
+  )(model.llm, x[None])
+  rows = []
+  for name in sorted(recorded):
+    if not (found := re.fullmatch(r"scores_(?:default|segments_(\d+)_(\d+))", name)):
+      continue
+    window, stride = (int(n or 0) for n in found.groups())
+    cfg = dataclasses.replace(qc_comp.setting("official", 1), window=window, bias=int(recorded["query_bias"]))
+    inside = qc_comp.windows(units, window, stride or 1, cover=False)
+    times = np.bincount(inside.ravel(), minlength=units)
+    plan = qc_comp.Plan(np.zeros(1, int), units, 1, inside, times == times.max())
+    asked = qc_comp.asked(text, 0, header, len(text), cfg)
+    score = functools.partial(qc_comp.score, layers=range(layers), causal=False, prefix=len(prefix), units=units)
+    ours = qc_comp.unit_scores(plan, np.asarray(nnx.jit(score)(model, caches, asked, inside)))[0]
+    rows.append(scores_row(f"QC-Comp: {name}", ours, plan, recorded[name], QC_SCORES))
+  return rows
+
+
+def scores_row(stage: str, ours: np.ndarray, plan: qc_comp.Plan, recorded: np.ndarray, tolerance: float) -> Row:
+  """Scores [..., units] relative to the recorded ones, which are 1e9 exactly where a unit does not count (quirk Q3)."""
+  if ours.shape != recorded.shape:
+    return Row(stage, 1, "shape", np.inf, tolerance)
+  ours = np.where(plan.counted, ours, 1e9)
+  return Row(stage, 1, stage.rpartition(" ")[2], float(np.nan_to_num(np.abs(ours / recorded - 1), nan=np.inf).max()), tolerance)
+
+
+def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[Row]:
+  """The whole of the official chat(): rounds, scores, selected frames, and the answer about them."""
+  small = dataclasses.replace(cfg.vision, image_size=int(recorded["image_size"]))
+  cfg = dataclasses.replace(
+    cfg, vision=small, clip_frames=int(recorded["mm_local_num_frames"]), clips_per_chunk=16, attention="auto"
+  )
+  model = weights.load(directory, cfg, dtype=np.float32)
+  frames, ids = frames_of(recorded), recorded["input_ids"].astype(np.int32)
+  T, header = len(frames), int(recorded["first_conv_length"])
+  rounds = len(recorded["round_starts"])
+  mode = qc_comp.setting("official", int(recorded["select"]), repeat=rounds // -(-T // 512))
+  plan = qc_comp.plan(T, cfg.clip_frames, mode)
+  rows = [compare("QC-Comp: rounds", {"round_starts": plan.starts}, recorded)]
+  none = np.zeros(len(ids), bool)
+  question = Prompt(ids, np.full_like(ids, IGNORE), none, (0, header - 2))  # a user's turn ends in two tokens
+  film = encode.encode(model, iter(frames), np.arange(T) / 8, T / 8, "", phases=generate.phases(T, cfg.clip_frames, mode))
+  scores = generate.score_rounds(model, film, question, plan, mode)
+  layers = qc_comp.scored_layers(mode, cfg.llm.layers)
+  mine = qc_comp.unit_scores(plan, scores)
+  rows.append(scores_row("QC-Comp: round_scores", mine, plan, recorded["round_scores"][:, layers[0] : layers[-1] + 1], QC_CHAT))
+  kept = qc_comp.top(qc_comp.aggregate(plan, scores, T), mode.frames)
+  rows.append(compare("QC-Comp: selected frames", {"selected_idx": kept}, recorded))
+  wanted = recorded["final_generated"]
+  batch = generate.as_batch(question, generate.selected(model, film, kept), cfg.clip_frames)
+  (tokens,) = generate.generate(model, batch, generate.Sampling(len(wanted), ()))
+  return [*rows, compare("QC-Comp: answer", {"final_generated": tokens}, recorded)]
+
+
 def read(file: pathlib.Path) -> Arrays:
   """All arrays of an npz file; none if it is not there.
 
@@ -347,6 +416,9 @@ def check(directory: pathlib.Path) -> list[Row]:
     prompts, samples = read(directory / "llm.npz"), read(directory / "train.npz")
     rows += llm(model, features, prompts, read(directory / "llm_variants.npz")) if prompts else [absent("llm.npz")]
     rows += training(model, samples) if samples else [absent("train.npz")]
+    scores, chat = read(directory / "qc_scores.npz"), read(directory / "qc_chat.npz")
+    rows += qc_scores(model, scores) if scores else [absent("qc_scores.npz")]
+    rows += qc_chat(directory, cfg, chat) if chat else [absent("qc_chat.npz")]
   return rows
 
 

@@ -9,11 +9,12 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 cv2.setNumThreads(1)  # readers run side by side; the pool would only oversubscribe the cores
@@ -21,7 +22,7 @@ cv2.setNumThreads(1)  # readers run side by side; the pool would only oversubscr
 Style = Literal["train", "ask"]
 ReadType = Literal["video", "gif", "img", "frames"]
 
-_STILLS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+STILLS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # any of them may open an MP4 or MOV file
 
 
@@ -90,7 +91,26 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], size: int) -> UInt8[np.ndarray,
   )
 
 
-def load(
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """Frames that were chosen, not decoded yet.
+
+  indices: int[T], as in `Video`. times: float64[T], seconds from the start of the file at which they are shown.
+  seconds: as in `Video`. size: pixels, square. The rest says how to decode them.
+  """
+
+  path: pathlib.Path
+  read_type: ReadType
+  indices: Int[np.ndarray, " T"]
+  times: Float[np.ndarray, " T"]
+  seconds: float
+  size: int
+  vlen: int
+  stop: int
+  names: tuple[pathlib.Path, ...]
+
+
+def sample(
   path: str | os.PathLike,
   *,
   size: int,
@@ -102,8 +122,8 @@ def load(
   start: float | None = None,
   end: float | None = None,
   read_type: ReadType = "video",
-) -> Video:
-  """Decodes the frames that `frame_indices` picks, at `size` pixels square.
+) -> Sample:
+  """Looks at a file and picks frames by `frame_indices`, to be decoded at `size` pixels square.
 
   `read_type` has the words of the annotations: "video" is any file that FFmpeg reads, "gif" an animation at
   one frame per second, "frames" or "img" a folder of images in natural order of their names, "img" also one
@@ -113,14 +133,13 @@ def load(
 
   Raises:
     FileNotFoundError: nothing at `path`.
-    VideoError: it can't be read, ends before the frames it announces, is cut to nothing, or has less than a
-      clip to train on. No frames come back in such a case, not even the good ones.
+    VideoError: it can't be read, is cut to nothing, or has less than a clip to train on.
   """
   path = pathlib.Path(path)
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; check the path in the annotation and the data root")
   if read_type == "img" and not path.is_dir():
-    return Video(resize(_read_still(path)[None], size), 0.0, np.zeros(1, int))
+    return Sample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 1, 1, ())
 
   names: list[pathlib.Path] = []
   if read_type == "video":
@@ -128,7 +147,7 @@ def load(
   elif read_type == "gif":
     vlen, rate = _count_gif(path), 1.0
   else:
-    names = _folder(path)
+    read_type, names = "frames", _folder(path)
     vlen, rate = len(names), _folder_rate(path, len(names))
 
   first, count, seconds = _cut(path, vlen, rate, start, end)
@@ -146,16 +165,41 @@ def load(
     raise VideoError(
       f"{path} has {count} frames to sample from; training needs at least one clip of {clip_frames}"
     )
-  picked += first
-  if read_type == "video":
-    images = _decode(path, vlen, picked, first + count, size)
-  elif read_type == "gif":
-    images = _decode_gif(path, picked, size)
+  picked = (stretch(picked, min_frames) if style == "ask" else picked) + first
+  return Sample(path, read_type, picked, picked / rate, seconds, size, vlen, first + count, tuple(names))
+
+
+def frames(chosen: Sample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
+  """Decodes a sample's frames one by one, in order.
+
+  Raises:
+    VideoError: the file ends before the frames it announces, even if only behind the last chosen one.
+  """
+  wanted, times = np.unique(chosen.indices, return_counts=True)
+  if chosen.read_type == "video":
+    decoded = _decode(chosen.path, chosen.vlen, wanted, chosen.stop)
+  elif chosen.read_type == "gif":
+    decoded = _decode_gif(chosen.path, wanted)
   else:
-    images = {i: resize(_read_still(names[i])[None], size)[0] for i in np.unique(picked).tolist()}
-  if style == "ask":
-    picked = stretch(picked, min_frames)
-  return Video(np.stack([images[i] for i in picked]), seconds, picked)
+    decoded = (_read_still(chosen.names[i] if chosen.names else chosen.path) for i in wanted.tolist())
+  for i, image in enumerate(decoded):
+    image = resize(image[None], chosen.size)[0]
+    for _ in range(times[i]):
+      yield image
+
+
+def load(path: str | os.PathLike, *, size: int, **settings) -> Video:
+  """All frames of a `sample` with these settings.
+
+  Raises:
+    FileNotFoundError, VideoError: see `sample` and `frames`. No frames come back in such a case, not even the
+      good ones.
+  """
+  chosen = sample(path, size=size, **settings)
+  images = np.empty((len(chosen.indices), size, size, 3), np.uint8)
+  for i, image in enumerate(frames(chosen)):
+    images[i] = image
+  return Video(images, chosen.seconds, chosen.indices)
 
 
 def _cut(path, vlen: int, rate: float, start: float | None, end: float | None) -> tuple[int, int, float]:
@@ -206,9 +250,9 @@ def _probe(path) -> tuple[int, float]:
   return packets, rate
 
 
-def _decode(path, vlen: int, wanted, stop: int, size: int) -> dict[int, np.ndarray]:
-  """The wanted frames; every frame before `stop` has to decode. Seeking would be slower."""
-  wanted, images = set(wanted.tolist()), {}
+def _decode(path, vlen: int, wanted, stop: int) -> Iterator[np.ndarray]:
+  """The wanted frames, ascending; every frame before `stop` has to decode. Seeking would be slower."""
+  wanted = set(wanted.tolist())
   capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
   try:
     for i in range(stop):
@@ -221,10 +265,9 @@ def _decode(path, vlen: int, wanted, stop: int, size: int) -> dict[int, np.ndarr
           "cut without encoding it again (then do that)"
         )
       if image is not None:
-        images[i] = resize(cv2.cvtColor(image, cv2.COLOR_BGR2RGB)[None], size)[0]
+        yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
   finally:
     capture.release()
-  return images
 
 
 def _count_gif(path) -> int:
@@ -235,27 +278,25 @@ def _count_gif(path) -> int:
     raise VideoError(f"{path} can't be read as a GIF: {error}") from error
 
 
-def _decode_gif(path, wanted, size: int) -> dict[int, np.ndarray]:
-  images = {}
+def _decode_gif(path, wanted) -> Iterator[np.ndarray]:
   with Image.open(path) as image:
-    for i in np.unique(wanted).tolist():
+    for i in wanted.tolist():
       try:
         image.seek(i)
-        images[i] = resize(np.asarray(image.convert("RGB"))[None], size)[0]
+        yield np.asarray(image.convert("RGB"))
       except (OSError, EOFError, SyntaxError) as error:
         raise VideoError(
           f"{path} announces {image.n_frames} frames, but frame {i} can't be decoded: {error}"
         ) from error
-  return images
 
 
 def _folder(path) -> list[pathlib.Path]:
   if not path.is_dir():
     raise VideoError(f"{path} is a file; a folder of images was expected")
   natural = lambda p: [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", p.name))]
-  names = sorted((p for p in path.iterdir() if p.suffix.lower() in _STILLS), key=natural)
+  names = sorted((p for p in path.iterdir() if p.suffix.lower() in STILLS), key=natural)
   if not names:
-    raise VideoError(f"{path} holds no images ({', '.join(_STILLS)})")
+    raise VideoError(f"{path} holds no images ({', '.join(STILLS)})")
   return names
 
 

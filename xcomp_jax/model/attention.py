@@ -1,10 +1,13 @@
 """Attention: one function, a reference in plain einsum, and memory-linear implementations of the same numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
+TILE = 256  # queries and keys at once; of 256, 512 and 1024 the fastest on a CPU (docs/LOG.md)
 
 
 def attend(
@@ -22,26 +25,41 @@ def attend(
     q: [B, L, H, h].
     k: [B, S, K, h], H a multiple of K.
     v: [B, S, K, h].
-    causal: row i sees keys 0..i of its sample (L == S, slots in sequence order).
+    causal: rows are the last L of the S slots, and see those up to their own.
     key_valid: bool[B, S], False for padding keys; None: all valid. A row that may see no key returns garbage.
-    implementation: "einsum" (the oracle, memory L*S), "xla_chunked" (memory linear, any backend), or "auto".
+    implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (the accelerator's kernel),
+      "xla_chunked" (any backend), "tiled" (any backend, and a causal half is left out, which makes it the fastest on
+      CPUs); or "auto".
 
   Returns:
     [B, L, H, h] in q's dtype.
 
   Raises:
-    ValueError: causal attention of L != S, or an unknown implementation.
+    ValueError: causal attention of more queries than keys, or an unknown implementation.
   """
-  if causal and q.shape[1] != k.shape[1]:
-    raise ValueError(f"causal attention of {q.shape[1]} queries over {k.shape[1]} keys: they must be as many")
+  L, S = q.shape[1], k.shape[1]
+  if causal and L > S:
+    raise ValueError(f"causal attention of {L} queries over {S} keys: there can't be more queries")
   if implementation == "auto":
-    # Below this size the score matrix is small and plain XLA is the fastest to compile and to run.
-    implementation = "einsum" if q.shape[1] * k.shape[1] <= 1024 * 1024 else "flash"
+    # With few rows the score matrix is small, and plain XLA the fastest to compile and to run.
+    small = L * S <= 1024 * 1024 or L <= TILE
+    implementation = "einsum" if small else "tiled" if jax.default_backend() == "cpu" else "flash"
+  if causal and L != S and implementation in KERNELS:
+    implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
     return _einsum(q, k, v, causal, key_valid)
-  backends = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
-  if implementation not in backends:
-    raise ValueError(f"attention implementation {implementation!r}: known are auto, einsum, {', '.join(backends)}")
+  if implementation == "tiled":
+    valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
+    return _tiled(q, k, v, valid, causal)
+  if implementation not in KERNELS:
+    raise ValueError(f"attention implementation {implementation!r}: known are auto, einsum, tiled, {', '.join(KERNELS)}")
+  return _kernel(q, k, v, key_valid, causal, implementation)
+
+
+KERNELS = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
+
+
+def _kernel(q, k, v, key_valid, causal, implementation):
   import tokamax
   from absl import flags
 
@@ -49,12 +67,68 @@ def attend(
     flags.FLAGS.mark_as_parsed()
   mask = None if key_valid is None else key_valid[:, None, None, :]
   return tokamax.dot_product_attention(
-    q, k, v, mask=mask, is_causal=causal, implementation=backends[implementation]
+    q, k, v, mask=mask, is_causal=causal, implementation=KERNELS[implementation]
   ).astype(q.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tiled(q, k, v, key_valid, causal):
+  """Softmax from tile to tile (Milakov and Gimelshein, "Online normalizer calculation for softmax").
+
+  One loop over those pairs of a query tile and a key tile that see each other.
+  """
+  B, L, H, h = q.shape
+  S, K = k.shape[1:3]
+  G, offset = H // K, S - L
+
+  def tiles(x):  # [B, n, ...] -> [n / TILE, B, TILE, ...]
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % TILE)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, -1, TILE, *x.shape[2:]), 1, 0)
+
+  # A key/value head's queries are rows of one matrix: [n, B, K, G * TILE, h] against [n, B, K, TILE, h].
+  q = tiles(q.reshape(B, L, K, G, h)).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, G * TILE, h)
+  k, v, valid = jnp.swapaxes(tiles(k), 2, 3), jnp.swapaxes(tiles(v), 2, 3), tiles(key_valid)
+  n, m = len(q), len(k)
+  seen = [(i, j) for i in range(n) for j in range(m) if not causal or j * TILE < (i + 1) * TILE + offset]
+  row = jnp.tile(jnp.arange(TILE), G)[:, None] + offset
+
+  def one(carry, pair):
+    i, j = pair
+    largest, total, out = (part[i] for part in carry)
+    scores = jnp.einsum("bkrh,bkth->bkrt", q[i], k[j], preferred_element_type=jnp.float32) * h**-0.5
+    allowed = valid[j][:, None, None]
+    if causal:
+      allowed = allowed & (j * TILE + jnp.arange(TILE) <= i * TILE + row)
+    scores = jnp.where(allowed, scores, MASKED)
+    new = jnp.maximum(largest, scores.max(-1))
+    weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(largest - new)
+    more = jnp.einsum("bkrt,bkth->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+    parts = new, total * shrink + weights.sum(-1), out * shrink[..., None] + more
+    return tuple(old.at[i].set(part) for old, part in zip(carry, parts, strict=True)), None
+
+  start = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
+  (_, total, out), _ = jax.lax.scan(one, start, jnp.array(seen))
+  out = (out / total[..., None]).reshape(n, B, K, G, TILE, h).transpose(1, 0, 4, 2, 3, 5)
+  return out.reshape(B, n * TILE, H, h)[:, :L].astype(v.dtype)
+
+
+def _tiled_forward(q, k, v, key_valid, causal):
+  return _tiled(q, k, v, key_valid, causal), (q, k, v, key_valid)
+
+
+def _tiled_backward(causal, saved, gradient):
+  # The loop above would keep its carry for every pair; this one does not.
+  q, k, v, key_valid = saved
+  square = q.shape[1] == k.shape[1] or not causal
+  how = lambda *qkv: _kernel(*qkv, key_valid, causal, "xla_chunked") if square else _einsum(*qkv, causal, key_valid)
+  return *jax.vjp(how, q, k, v)[1](gradient), None
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
 def _einsum(q, k, v, causal, key_valid):
-  weights = attention_weights(q, k, causal=causal, key_valid=key_valid)
+  weights = attention_weights(q, k, causal=causal, key_valid=key_valid, offset=k.shape[1] - q.shape[1])
   out = jnp.einsum("bkgls,bskh->blkgh", weights.astype(v.dtype), v)
   return out.reshape(q.shape).astype(q.dtype)
 
@@ -76,3 +150,25 @@ def attention_weights(
   if causal:
     allowed = allowed & (jnp.arange(S) <= jnp.arange(L)[:, None] + offset)
   return jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
+
+
+def question_scores(
+  q: Float[Array, "B L H h"], k: Float[Array, "B S K h"], asked: Bool[Array, "B L"], allowed: Bool[Array, "B L S"]
+) -> Float[Array, "B S"]:
+  """The attention that question rows pay to each key (paper 3.3): softmax weights, mean over heads and rows.
+
+  Args:
+    q: [B, L, H, h].
+    k: [B, S, K, h], H a multiple of K.
+    asked: bool[B, L], the rows of the question; at least one per sample.
+    allowed: bool[B, L, S], which keys a row may see.
+
+  Returns:
+    float32[B, S].
+  """
+  B, L, H, h = q.shape
+  K = k.shape[2]
+  scores = jnp.einsum("blkgh,bskh->bkgls", q.reshape(B, L, K, H // K, h), k, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores * h**-0.5, MASKED), axis=-1)
+  share = asked / (H * asked.sum(1, keepdims=True))
+  return jnp.einsum("bkgls,bl->bs", weights, share)

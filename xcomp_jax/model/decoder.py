@@ -6,6 +6,8 @@ renumbered after every reduction, per layer (FACTS.md 2).
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ class Lengths:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-  """Keys (rotated at this layer's own positions) and values [B, S, K, h]; valid bool[B, S]."""
+  """Keys (rotated at this layer's own positions, unless said otherwise) and values [B, S, K, h]; valid bool[B, S]."""
 
   key: Leaf
   value: Leaf
@@ -61,8 +63,8 @@ class Decoded:
   entering: tuple[jax.Array, ...]
 
 
-def rotate(x: Float[Array, "B L H h"], positions: Int[Array, "B L"], theta: float) -> Float[Array, "B L H h"]:
-  """Rotary embedding, half-split; x [B, L, H, h], positions int32[B, L]; angles in float32."""
+def rotate(x: Float[Array, "B L H h"], positions: Int[Array, "#B L"], theta: float) -> Float[Array, "B L H h"]:
+  """Rotary embedding, half-split; x [B, L, H, h], positions int32[B or 1, L]; angles in float32."""
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[:, :, None, None] * frequency
@@ -103,13 +105,21 @@ class Layer(nnx.Module):
     self.up = linear(llm.width, llm.mlp_width)
     self.down = linear(llm.mlp_width, llm.width)
 
-  def qkv(self, x, positions):
-    """Projects x [B, L, D] to q [B, L, H, h] and k, v [B, L, K, h]; q and k rotated."""
-    llm = self.cfg.llm
+  def project(self, x):
+    """Queries, keys and values of x [B, L, D]: q [B, L, H, h] and k, v [B, L, K, h], not rotated yet."""
     y = self.input_norm(x)
-    heads = lambda z: constrain(z.reshape(*z.shape[:2], -1, llm.head_dim), "batch", None, "heads", None)
-    q, k, v = heads(self.q(y)), heads(self.k(y)), heads(self.v(y))
-    return rotate(q, positions, llm.rope_theta), rotate(k, positions, llm.rope_theta), v
+    return self._heads(self.q(y)), self._heads(self.k(y)), self._heads(self.v(y))
+
+  def keys(self, x):
+    """The k of `project` alone."""
+    return self._heads(self.k(self.input_norm(x)))
+
+  def _heads(self, z):
+    return constrain(z.reshape(*z.shape[:2], -1, self.cfg.llm.head_dim), "batch", None, "heads", None)
+
+  def rotate(self, x, positions):
+    """Rotary embedding of x [B, L, H, h] at positions int32[B, L]."""
+    return rotate(x, positions, self.cfg.llm.rope_theta)
 
   def finish(self, x, attended):
     """Output projection, residuals and MLP; x [B, L, D], attended [B, L, H, h]."""
@@ -119,14 +129,26 @@ class Layer(nnx.Module):
     return constrain(x + self.down(y), "batch", None, None)
 
   def __call__(self, x, positions, valid):
-    """A whole sequence; returns x and the keys and values it made."""
-    q, k, v = self.qkv(x, positions)
-    x = self.finish(x, attend(q, k, v, causal=True, key_valid=valid, implementation=self.cfg.attention))
+    """A whole sequence; returns x, and the keys (not rotated) and values it made."""
+    q, k, v = self.project(x)
+    q, rotated = self.rotate(q, positions), self.rotate(k, positions)
+    x = self.finish(x, attend(q, rotated, v, causal=True, key_valid=valid, implementation=self.cfg.attention))
     return x, k, v
+
+  def extend(self, x, valid, cache: LayerCache, projected):
+    """Rows x [B, L, D] after a cached sequence with keys not rotated yet; projected: q, k, v of x; returns x."""
+    q, k, v = projected
+    valid = jnp.concatenate([cache.valid, valid], axis=1)
+    positions = jnp.cumsum(valid, axis=1) - 1
+    keys = self.rotate(jnp.concatenate([cache.key, k], axis=1), positions)
+    q = self.rotate(q, positions[:, cache.key.shape[1] :])
+    values = jnp.concatenate([cache.value, v], axis=1)
+    return self.finish(x, attend(q, keys, values, causal=True, key_valid=valid, implementation=self.cfg.attention))
 
   def step(self, x, positions, cache: LayerCache, slot):
     """One new token: x [B, 1, D], positions int32[B, 1], cache slot `slot`; returns x and the cache with it."""
-    q, k, v = self.qkv(x, positions)
+    q, k, v = self.project(x)
+    q, k = self.rotate(q, positions), self.rotate(k, positions)
     put = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), slot, axis=1)
     cache = LayerCache(put(cache.key, k), put(cache.value, v), put(cache.valid, jnp.ones((len(x), 1), bool)))
     attended = attend(q, cache.key, cache.value, causal=False, key_valid=cache.valid, implementation="einsum")
@@ -162,7 +184,9 @@ def run(
   text: int,
   query: Bool[Array, "B L"] | None = None,
   caches: bool = False,
+  rotated: bool = True,
   entering: bool = False,
+  stop: int | None = None,
 ) -> Decoded:
   """All layers over whole sequences, with LP-Comp between them.
 
@@ -174,7 +198,9 @@ def run(
     text: L, slots after them.
     query: bool[B, L], text rows whose attention decides what stays; only for keep="attention".
     caches: return every layer's keys and values.
+    rotated: return keys rotated at this layer's positions, ready for `step`; False: as projected, for `extend`.
     entering: return the states entering every layer.
+    stop: a layer that is not run any more; the last cache then has its keys, and None for values.
   """
   cfg = decoder.cfg
   lp = cfg.lp_comp
@@ -188,7 +214,7 @@ def run(
   before = tuple(range(lp.group))
   valid = lengths.valid(prefix, groups, text, len(before))
   positions = jnp.cumsum(valid, axis=1) - 1
-  for layer, after in zip(decoder.layers, kept, strict=True):
+  for index, (layer, after) in enumerate(zip(decoder.layers, kept, strict=True)):
     if len(after) != len(before):
       score = _attention_paid(layer, x, positions, valid, query, text) if lp.keep == "attention" else None
       x = _thin(x, lp, before, after, prefix, text, lengths, score)
@@ -197,9 +223,13 @@ def run(
       before = after
     if entering:
       all_entering.append(x)
+    if index == stop:
+      k = layer.keys(x)
+      all_caches.append(LayerCache(layer.rotate(k, positions) if rotated else k, None, valid))
+      break
     x, k, v = (jax.checkpoint(layer.__call__) if cfg.remat else layer)(x, positions, valid)
     if caches:
-      all_caches.append(LayerCache(k, v, valid))
+      all_caches.append(LayerCache(layer.rotate(k, positions) if rotated else k, v, valid))
   return Decoded(x, tuple(all_caches), tuple(all_entering))
 
 
@@ -218,11 +248,40 @@ def _thin(x, lp: LPCompConfig, before, after, prefix: int, text: int, lengths: L
 
 def _attention_paid(layer: Layer, x, positions, valid, query, text: int):
   """float32[B, S]: mean over heads and query rows of the attention this layer would pay (FACTS.md 13)."""
-  q, k, _ = layer.qkv(x, positions)
+  q, k, _ = layer.project(x)
+  q, k = layer.rotate(q, positions), layer.rotate(k, positions)
   start = x.shape[1] - text
   weights = attention_weights(q[:, start:], k, causal=True, key_valid=valid, offset=start)
   share = query / jnp.maximum(query.sum(1, keepdims=True), 1)
   return jnp.einsum("bkgls,bl->bs", weights, share) / (q.shape[2])
+
+
+def extend(
+  decoder: Decoder,
+  x: Float[Array, "B L D"],
+  valid: Bool[Array, "B L"],
+  caches: tuple[LayerCache, ...],
+  look: Callable[[int, Layer, LayerCache, jax.Array, jax.Array], Any],
+) -> list:
+  """Runs rows that follow cached sequences, to look at them on their way; the caches stay as they are.
+
+  Args:
+    decoder: the parameters.
+    x: [B, L, D] embedded rows.
+    valid: bool[B, L].
+    caches: of the first layers, as `run` gives them with rotated=False.
+    look: called with a layer's index, the layer, its cache, and the q and k of the rows (not rotated).
+
+  Returns:
+    what `look` returned for every cached layer. A layer whose cache has no values is looked at, but not run.
+  """
+  seen = []
+  for index, (layer, cache) in enumerate(zip(decoder.layers, caches, strict=False)):
+    q, k, v = layer.project(x)
+    seen.append(look(index, layer, cache, q, k))
+    if cache.value is not None:
+      x = layer.extend(x, valid, cache, (q, k, v))
+  return seen
 
 
 def step(
