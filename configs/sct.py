@@ -38,6 +38,7 @@ def _paper() -> ConfigDict:
   c.seed = 42  # of the data order; the release's trainer default
   c.workdir = "runs/sct"  # checkpoints, logs, the resolved config
   c.init_from = "OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"  # directory, hub id, or Orbax export
+  c.compilation_cache = _open("runs/compiled")  # folder: a stopped run goes on without compiling again; None: none
 
   c.model = ConfigDict()
   c.model.clip_frames = _open(8)  # frames; "checkpoint": what its config.json says (quirk Q1)
@@ -98,6 +99,7 @@ def _tiny() -> ConfigDict:
   c = _paper()
   c.workdir = "runs/tiny"
   c.init_from = "assets/tiny"  # the miniature VideoChat-Flash of configs/base.py
+  c.compilation_cache = None  # too small to need it
   c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
   c.model.clips_per_chunk = 8  # all of a video
   c.model.remat = False

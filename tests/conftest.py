@@ -40,11 +40,11 @@ def tiny():
     vision=VisionConfig(image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd"),
     llm=LLMConfig(
       vocab_size=64, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64,
-      rope_theta=1e6, norm_eps=1e-6, tied=True,
+      rope_theta=1e6, norm_eps=1e-6, tied=True, context=None,
     ),
     lp_comp=LPCompConfig("cosine", "suffix", 16),
     clip_frames=8, tokens_per_frame=16, dtype="float32", clips_per_chunk=2, attention="auto", remat=True,
-  )  # fmt: skip
+  )
   return lambda **changes: dataclasses.replace(base, **changes)
 
 
@@ -103,7 +103,7 @@ def tiny_run(tmp_path_factory, reference):
     "rope_theta": 1e6, "tie_word_embeddings": True, "torch_dtype": "float32",
     "vocab_size": prompt.load_tokenizer(init).vocab_size,
     "tiny_vision": {"image_size": 48, "embed_dim": 32, "depth": 3, "heads": 4, "patch_size": 8, "mlp_ratio": 2},
-  }  # fmt: skip
+  }
   (init / "config.json").write_text(json.dumps(values))
   model = ModelConfig(
     clip_frames=4, dtype="float32", param_dtype="float32", clips_per_chunk=2, attention="auto", remat=True
@@ -125,7 +125,7 @@ def tiny_run(tmp_path_factory, reference):
   write_store(root / "train", items(12, 0), image_size=48, clip_frames=4)
   write_store(root / "heldout", items(5, 1), image_size=48, clip_frames=4)
   base = {
-    "seed": 0, "workdir": "", "init_from": str(root / "base"),
+    "seed": 0, "workdir": "", "init_from": str(root / "base"), "compilation_cache": None,
     "model": {
       "clip_frames": 4, "dtype": "float32", "param_dtype": "float32", "clips_per_chunk": 2, "attention": "auto",
       "remat": True,
@@ -144,7 +144,7 @@ def tiny_run(tmp_path_factory, reference):
       "projector_max_frames": None, "log_every": 1, "eval_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None,
     },
     "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-  }  # fmt: skip
+  }
 
   def make(workdir, **changes):
     values = json.loads(json.dumps(base | {"workdir": str(workdir)}))

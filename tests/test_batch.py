@@ -86,7 +86,7 @@ def test_features_in_place_of_frames():
     (Example(example().visual, *(getattr(example(clips=0), k) for k in ("tokens", "labels", "query")), 7), "slots"),
     (example(dtype=np.float32), "beside uint8"),
   ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(bad, message):
   with pytest.raises(ValueError, match=message):
     collate([example(index=1), bad], BUCKET)

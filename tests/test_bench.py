@@ -1,16 +1,22 @@
 """The measurements run, and measure what they say."""
 
+import shutil
+
 import numpy as np
 import pytest
 import test_weights as w
 from safetensors.numpy import load_file
 
 from xcomp_jax import bench, weights
+from xcomp_jax.data import prompt
 
 
-def test_random_checkpoint_loads_with_little_memory_above_it(tmp_path, capsys):
+def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path, capsys):
   like = w.configured(tmp_path / "like", **(w.TINY | {"vocab_size": 50_000, "hidden_size": 96}))
+  for file in (reference / "qwen_subset").iterdir():
+    shutil.copy(file, like)
   bench.main(["random", "--like", str(like), "--out", str(tmp_path / "out")])
+  assert prompt.load_tokenizer(tmp_path / "out").vocab_size == prompt.load_tokenizer(like).vocab_size  # `ask` takes it
   tensors = load_file(tmp_path / "out" / "model.safetensors")
   assert {name: t.shape for name, t in tensors.items()} == {e.name: e.shape for e in weights.names(w.read_config(like))}
   embedding = tensors["model.embed_tokens.weight"].astype(np.float32)

@@ -36,7 +36,7 @@ def test_values_are_overridden_from_the_command_line():
     f"--config={SCT}", "--config.optim.learning_rate=2e-4", "--config.train.steps=7",
     "--config.train.projector_max_frames=None", "--config.lp_comp.schedule=(16,8,1)", "--config.data.text_buckets=(8,9)",
     "--config.data.heldout=runs/a-1", "--config.model.clip_frames=checkpoint", "--config.train.projector=False",
-  )  # fmt: skip
+  )
   assert config.optim.learning_rate == 2e-4 and config.train.steps == 7 and config.train.projector_max_frames is None
   assert config.lp_comp.schedule == (16, 8, 1) and config.data.text_buckets == (8, 9)
   assert config.data.heldout == "runs/a-1" and config.model.clip_frames == "checkpoint" and not config.train.projector

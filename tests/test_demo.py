@@ -12,6 +12,22 @@ def test_wilson_interval():  # the textbook example: 10 of 20
   assert low == pytest.approx(0.2993, abs=1e-4) and high == pytest.approx(0.7007, abs=1e-4)
 
 
+def test_only_what_an_earlier_demo_made_is_cleared(tmp_path):
+  theirs = {"notes.txt", "base/many/model/weights", "run.txt"}
+  for name in ("data/train/mine", *theirs):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  files = lambda: {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+  demo.clear(tmp_path / "absent", demo.MADE)
+  demo.clear(tmp_path, demo.MADE)
+  assert files() == {"data/train/mine", *theirs}  # without videos it is no demo's folder
+  for name in demo.MADE:
+    (tmp_path / name / "of").mkdir(parents=True)
+    (tmp_path / name / "of" / "demo").touch()
+  demo.clear(tmp_path, demo.MADE)
+  assert files() == theirs and not any((tmp_path / name).exists() for name in demo.MADE)
+
+
 @pytest.mark.slow
 def test_the_demo_leaves_what_it_promises(tmp_path, capsys):
   demo.main(["--out", str(tmp_path / "demo"), "--videos", "16", "--steps", "2"])

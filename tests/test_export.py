@@ -28,7 +28,7 @@ def base(reference, tmp_path) -> pathlib.Path:
 def run(base, tmp_path) -> pathlib.Path:
   """A workdir with checkpoints of steps 1 and 2; each step adds 1 to every trained parameter."""
   config = from_dict(RunConfig, {
-    "seed": 0, "workdir": str(tmp_path / "run"), "init_from": str(base),
+    "seed": 0, "workdir": str(tmp_path / "run"), "init_from": str(base), "compilation_cache": None,
     "model": w.MODEL.__dict__, "lp_comp": {"schedule": [16, 4], "keep": "suffix", "group": 16},
     "data": {
       "train": "data", "heldout": None, "frame_buckets": [8], "text_buckets": [64], "prefix_length": 16,
@@ -42,7 +42,7 @@ def run(base, tmp_path) -> pathlib.Path:
       "projector_max_frames": None, "log_every": 1, "eval_every": 1, "save_every": 1, "keep_last": 2, "keep_every": None,
     },
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-  })  # fmt: skip
+  })
   cfg = weights.read_config(base, config.model, config.lp_comp)
   is_trained = lambda path: path.startswith(TRAINED)
   dtype = lambda path: config.model.param_dtype if is_trained(path) else config.model.dtype
@@ -74,6 +74,18 @@ def test_run_to_torch_keeps_what_was_not_trained_bit_by_bit(base, run, tmp_path,
   assert (tmp_path / "out" / "vocab.json").exists()
   export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "one"), "--step=1"])
   w.equal(load_file(tmp_path / "one" / "model.safetensors"), expected(base, 1))
+
+
+def test_run_of_another_version_of_the_config(base, run, tmp_path, monkeypatch):
+  original = checkpoint.read_config
+
+  def other(*arguments):
+    saved, step = original(*arguments)
+    return saved | {"run": saved["run"] | {"optim": {}, "new": 1}, "vlm": saved["vlm"] | {"new": 1}}, step
+
+  monkeypatch.setattr(checkpoint, "read_config", other)
+  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
 
 
 def test_run_to_orbax_to_torch(base, run, tmp_path):

@@ -56,13 +56,20 @@ def test_reduce_selects_places_without_arithmetic(keep):
   np.testing.assert_array_equal(y, x[:, 15::16])
 
 
-@pytest.mark.parametrize("n,m", [(16, 4), (16, 15), (5, 3)])
-def test_avgpool_averages_windows_that_cover_the_group(n, m):
-  x = jnp.arange(n, dtype=jnp.float32).reshape(1, n, 1)
-  got = lp_comp.reduce(x, rule("avgpool"), range(n), range(m))[0, :, 0]
-  windows = [np.arange(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
-  np.testing.assert_allclose(got, [w.mean() for w in windows], rtol=1e-6)
-  assert set(np.concatenate(windows)) == set(range(n))
+@pytest.mark.parametrize(
+  "n,windows",
+  [
+    (16, [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15)]),
+    (5, [(0, 1), (1, 2, 3), (3, 4)]),  # 3 does not divide 5: neighbours share tokens
+    (7, [(0, 1), (1, 2, 3), (3, 4, 5), (5, 6)]),
+    (4, [(0, 1), (1, 2), (2, 3)]),
+  ],
+)
+def test_avgpool_averages_windows_that_cover_the_group(n, windows):
+  x = jnp.eye(n)[None]  # the mean of a window's rows names its tokens
+  got = lp_comp.reduce(x, rule("avgpool"), range(n), range(len(windows)))[0]
+  wanted = [[(token in window) / len(window) for token in range(n)] for window in windows]
+  np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
 def test_keep_attended_keeps_order_and_breaks_ties_by_place():

@@ -17,7 +17,7 @@ def features(*shape, seed=0):
   (1568, 128, [784, 392, 196, 68]),
   (784, 16, [392, 196, 98, 49, 24, 9]),
   (128, 128, []),
-])  # fmt: skip
+])
 def test_steps_are_the_official_ones(tokens, target, steps):
   assert merge_steps(tokens, target) == steps
 

@@ -18,7 +18,7 @@ STAGES = (
   "decode logits", "cosine_nosuffix: states, logits", "cosine_nosuffix: tokens, cache lengths",
   "nexthalf_10_20_stride4: states, logits", "avgpool_10_20_stride4: states, logits", "none: states, logits",
   "training loss", "training labels", "gradients", "gradient norms",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def world(tmp_path):
   mixture(
     root, {"json_path": "videos.json", "sampling_strategy": "all"}, {"json_path": "part.jsonl"}, {"json_path": "images.json"},
     {"json_path": "gifs.json", "video_read_type": "gif"}, {"json_path": "folders.json", "video_read_type": "img"},
-  )  # fmt: skip
+  )
   return root
 
 
@@ -105,7 +105,7 @@ def by_the_book(items, strategy, subset):
 @pytest.mark.parametrize("subset", [0.25, 1.0])
 @pytest.mark.parametrize(
   "strategy", ["all", "first:25%", "first:7", "first2:10%", "first2:2.5%", "first2:1%", "first3:4", "first6:10%", "end:9", "end:30%"]
-)  # fmt: skip
+)
 def test_selection_of_sct(strategy, subset):
   for n in (0, 1, 9, 173):
     items = [{"n": i, "video": f"{i}.mp4"} for i in range(n)]
@@ -164,14 +164,14 @@ def test_same_store_for_any_number_of_processes(world, capfd):
 
 
 BAD = {
-  "no conversations": ({"video": "v0.mp4"}, "no conversations"),
-  "empty conversations": ({"video": "v0.mp4", "conversations": []}, "no conversations"),
-  "a text": ({"video": "v0.mp4", "conversations": "talk"}, "no conversations"),
+  "no conversations": ({"video": "v0.mp4"}, "needs conversations"),
+  "empty conversations": ({"video": "v0.mp4", "conversations": []}, "needs conversations"),
+  "a text": ({"video": "v0.mp4", "conversations": "talk"}, "needs conversations"),
   "two slots": ({"video": "v0.mp4", "conversations": talk("<image><image>What?")}, "2 <image>"),
   "slot in the answer": ({"video": "v0.mp4", "conversations": [talk("What?")[0], {"from": "gpt", "value": "<image>"}]}, "in a question"),
   "no slot": ({"video": "v0.mp4", "conversations": talk("What?")}, "0 <image>"),
-  "no answer": ({"video": "v0.mp4", "conversations": talk()[:1]}, "end with gpt's answer"),
-  "unknown role": ({"video": "v0.mp4", "conversations": [{"from": "bot", "value": "<image>"}]}, '"human" or "gpt"'),
+  "no answer": ({"video": "v0.mp4", "conversations": talk()[:1]}, "ends without an answer"),
+  "unknown role": ({"video": "v0.mp4", "conversations": [{"from": "bot", "value": "<image>"}]}, "known: human, gpt"),
   "no such video": ({"video": "v7.mp4", "conversations": talk()}, r"v7\.mp4 does not exist"),
   "no such image": ({"image": "v7.png", "conversations": talk()}, r"v7\.png does not exist"),
   "folder": ({"video": "steps", "conversations": talk()}, "steps is a folder"),
@@ -290,7 +290,7 @@ def command(world, *more, start=subprocess.run, **how):
   line = [
     sys.executable, "-m", "xcomp_jax.predecode", "--mixture", str(world / "mixture.yaml"), "--root", str(world), "--image_size=16",
     "--min_frames=8", "--max_frames=16", "--out", str(world.parent / "out"), *more,
-  ]  # fmt: skip
+  ]
   where = pathlib.Path(predecode_lib.__file__).parents[1]
   return start(line, env=os.environ | {"PYTHONPATH": str(where)}, **(how or {"capture_output": True, "text": True}))
 
@@ -318,7 +318,7 @@ def test_a_killed_run_leaves_no_processes_and_the_next_one_finishes(world):
   process = command(
     world, "--workers=2", "--samples_per_shard=2", start=subprocess.Popen,
     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-  )  # fmt: skip
+  )
   incomplete = world.parent / "out.incomplete"
   wait_for(lambda: incomplete.exists() and list(incomplete.glob("shard-*")))
   assert process.poll() is None

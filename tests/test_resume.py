@@ -1,5 +1,6 @@
 """checkpoint.py and the loop: a run that was interrupted is the same run, and another run is refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 
 from xcomp_jax import checkpoint, metrics, train
 from xcomp_jax.config import ConfigError
+from xcomp_jax.data.store import open_store, write_store
 from xcomp_jax.sharding import make_mesh
 
 
@@ -51,8 +53,12 @@ def items(config):
       step, args=ocp.args.Composite(params=ocp.args.StandardRestore(), opt=ocp.args.StandardRestore())
     )
     data = json.loads((checkpoints.directory / str(step) / "data" / "process_0-of-1.json").read_text())
-  leaves = jax.tree_util.tree_leaves_with_path({"params": out.params, "opt": out.opt})
-  return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}, data
+  return as_bytes(out.params, out.opt), data
+
+
+def as_bytes(params, opt):
+  leaves = jax.tree_util.tree_leaves_with_path({"params": params, "opt": opt})
+  return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
 def interrupt(patch, step, number):
@@ -141,15 +147,43 @@ def test_another_split_of_the_batch_is_refused(tiny_run, straight):
     train.run(make(tiny_run, straight[0].workdir, mesh={"data": 1, "fsdp": 2, "tensor": 1}))
 
 
-def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys):
+def test_other_data_is_refused(tiny_run, straight, tmp_path):
+  first = open_store(straight[0].data.train)
+  items = [(s, first.visual(i) if s.frames else None) for i, s in enumerate(first.samples)]
+  write_store(tmp_path / "same", items, image_size=48, clip_frames=4)
+  assert train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / "same")}))["step"] == 4
+  talk = (items[5][0].conversations[0], {"from": "gpt", "value": "C"})
+  for number, change in enumerate(({"id": "other"}, {"conversations": talk})):
+    items[5] = dataclasses.replace(first.samples[5], **change), items[5][1]
+    write_store(tmp_path / f"{number}", items, image_size=48, clip_frames=4)
+    with pytest.raises(ConfigError, match=r"checksum of the samples in config\.data\.train was \d+, is \d+\. Set"):
+      train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / f"{number}")}))
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(tiny_run, straight, tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, "FORMAT", 0)
+  with pytest.raises(ConfigError, match=r"checkpoints holds step 4 in format 1, this version .* up to 0"):
+    train.run(straight[0])
+  with pytest.raises(ConfigError, match="format 1"):
+    checkpoint.read_config(straight[0].workdir)
+
+
+def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys, monkeypatch):
+  restored, restore = [], checkpoint.restore
+  monkeypatch.setattr(checkpoint, "restore", lambda *a: (restored.append(restore(*a)), restored[0])[1])
   config = make(tiny_run, straight[0].workdir, mesh={"data": 1, "fsdp": 1, "tensor": 2})
   assert train.run(config)["step"] == 4
+  ((parts, opt),) = restored
+  params = checkpoint.nest({name: part[name] for part in parts for name in part})
+  assert as_bytes(params, checkpoint.nest(opt)) == straight[3][0]
+  kernel = params["llm"]["layers"]["0"]["gate"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // 2
   row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("llm/layers/0..1/gate/kernel"))
   assert row.split()[5:7] == ["-,", "tensor"]
 
 
 def test_checkpoints_of_a_missing_step_are_named(straight, tmp_path):
-  assert checkpoint.read_config(straight[0].workdir)[2] == 4
+  assert checkpoint.read_config(straight[0].workdir)[1] == 4
   with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*there are \[2, 4\]"):
     checkpoint.read_config(straight[0].workdir, 3)
   with pytest.raises(FileNotFoundError, match="no checkpoints in"):

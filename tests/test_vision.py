@@ -23,7 +23,7 @@ def model(tiny):
 
 @pytest.mark.parametrize("name, image_size, frames", [
   ("hd_8f", 448, 8), ("hd_4f", 448, 4), ("hd_img", 448, 1), ("s224_8f", 224, 8), ("s224_4f", 224, 4), ("s224_img", 224, 1),
-])  # fmt: skip
+])
 def test_position_table_is_the_official_one(reference, name, image_size, frames):
   official = np.load(reference / "pos_embed.npz")
   for prefix, width in (("", 32), ("wide_", 1024)):
@@ -49,7 +49,7 @@ def test_patch_embedding_is_the_official_convolution(model):
   conv = jax.lax.conv_general_dilated(
     jnp.asarray(pixels, jnp.float32), jnp.asarray(kernel), (1, 8, 8), "VALID",
     dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-  )  # fmt: skip
+  )
   np.testing.assert_allclose(model.patch_embed(frames), conv.reshape(2, -1, 32), rtol=0, atol=1e-5)
 
 

@@ -32,16 +32,16 @@ CONFIG = {
   "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
   "rope_scaling": None, "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
   "use_sliding_window": False, "vocab_size": 151936,
-}  # fmt: skip
+}
 SEVEN = {
   "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
   "tie_word_embeddings": False, "vocab_size": 152064,
-}  # fmt: skip
+}
 TINY = {
   "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 600,
   "num_hidden_layers": 2, "mm_hidden_size": 32,
   "tiny_vision": {"image_size": 64, "embed_dim": 32, "depth": 3, "heads": 2, "patch_size": 16, "mlp_ratio": 4.0},
-}  # fmt: skip
+}
 # Dimensions of the real 2B model -> of the tiny one; 600 rows are several blocks of reading and an uneven rest.
 SHRINK = {151936: 600, 1536: 24, 256: 8, 8960: 40, 1024: 32, 3072: 96, 4096: 128}
 

@@ -3,8 +3,8 @@
   python -m xcomp_jax.bench random --like DIR --out DIR
   python -m xcomp_jax.bench load --checkpoint DIR
 
-`random` writes an official-layout checkpoint of random bfloat16 weights, of the sizes in `--like`'s config.json;
-`load` reports time, rate and memory of `weights.load`.
+`random` writes an official-layout checkpoint of random bfloat16 weights, of the sizes in `--like`'s config.json
+and with the tokenizer that lies there; `load` reports time, rate and memory of `weights.load`.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
   tensors = [export.Tensor(e.name, e.shape, dtype, lambda e=e: blocks(e)) for e in sorted(weights.names(cfg), key=lambda e: e.name)]
   with export.appearing(out, overwrite=False) as temporary:
     shutil.copyfile(like / "config.json", temporary / "config.json")
+    export.copy_tokenizer(temporary, like)
     export.write_safetensors(temporary, tensors)
 
 
@@ -81,7 +82,7 @@ def load(directory: pathlib.Path) -> dict[str, float]:
     "read_s": reading, "read_GB/s": size / reading / 1e9, "read_cpu_s": reading_cpu,
     "load_s": loading, "load_GB/s": size / loading / 1e9, "load_cpu_s": loading_cpu,
     "parameters_GB": resident / 1e9, "peak_above_parameters_GB": (peak.bytes - before - resident) / 1e9,
-  }  # fmt: skip
+  }
 
 
 class _Peak:

@@ -1,12 +1,13 @@
 """Checkpoints of a run: Orbax `CheckpointManager` under workdir/checkpoints, saved in the background.
 
-Every step folder stands alone and has four items:
-  params   all parameters, trained and frozen, as nested dicts by path (xcomp_jax model tree). The frozen tower is a
-           few percent of what optimizer state takes, and so a checkpoint needs nothing beside it.
+Every step folder has four items:
+  params   all parameters, trained and frozen, as nested dicts by path (xcomp_jax model tree)
   opt      optimizer state, nested by path
   data     position of the data iterator, one file per process: a run resumes with as many processes
   config   JSON of `describe`
-Arrays restore onto any mesh; the data position only where data x fsdp is the same.
+Arrays restore onto any mesh; the data position only where data x fsdp is the same. What does not change stays in
+`init_from`, which a resumed run and an export read again: config.json and the tokenizer, and for an export the
+parameters that were not trained, in the dtype in which they came.
 """
 
 import json
@@ -20,16 +21,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from xcomp_jax import weights
-from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, from_dict, to_dict
+from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, to_dict
+from xcomp_jax.data.store import Store
 from xcomp_jax.sharding import path_name
+
+FORMAT = 1  # of a checkpoint; raised when an older reader would misread it
 
 # What may differ when a run continues: places, pace and reports. All else would make it another run.
 FREE = (
-  "run.workdir", "run.init_from", "run.mesh", "run.data.train", "run.data.heldout", "run.data.threads",
-  "run.data.prefetch", "run.model.clips_per_chunk", "run.model.attention", "run.model.remat", "run.train.log_every",
-  "run.train.eval_every", "run.train.save_every", "run.train.keep_last", "run.train.keep_every",
+  "format", "run.workdir", "run.init_from", "run.compilation_cache", "run.mesh", "run.data.train", "run.data.heldout",
+  "run.data.threads", "run.data.prefetch", "run.model.clips_per_chunk", "run.model.attention", "run.model.remat",
+  "run.train.log_every", "run.train.eval_every", "run.train.save_every", "run.train.keep_last", "run.train.keep_every",
   "vlm.clips_per_chunk", "vlm.attention", "vlm.remat", "vlm.lp_comp", "vlm.dtype",  # run has these too
-)  # fmt: skip
+)
 
 
 def nest(state: Any) -> dict:
@@ -116,13 +120,17 @@ def restore(
   Arguments as of `save`.
 
   Raises:
-    ConfigError: the run was started with a config that this one can't continue, or with another number of processes.
+    ConfigError: the run was started with a config or data that this one can't continue, with another number of
+      processes, or by a later version with another format.
   """
-  saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+  saved = _config(checkpoints, step)
   old, new = _flat(saved), _flat(config)
   changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)]
   if changed:
-    names = {"rows": "mesh data x fsdp", "samples": "samples in config.data.train"}
+    names = {
+      "rows": "mesh data x fsdp", "samples": "samples in config.data.train",
+      "data": "checksum of the samples in config.data.train",
+    }
     shown = lambda key: names.get(key, key.replace("run.", "config.", 1))
     listed = "; ".join(f"{shown(key)} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
     raise ConfigError(
@@ -145,24 +153,31 @@ def restore(
   return tuple(unnest(out.params, part) for part in params), unnest(out.opt, opt)
 
 
-def describe(run: RunConfig, vlm: VLMConfig, *, rows: int, samples: int) -> dict:
+def describe(run: RunConfig, vlm: VLMConfig, store: Store, *, rows: int) -> dict:
   """What a checkpoint says about its run; plain JSON.
 
-  rows: shards of the batch; samples: of the data. Both decide the cut into micro-batches, and so the data position.
+  store: the training data. rows: shards of the batch. Both decide the cut into micro-batches, and so the data
+    position.
   """
-  return json.loads(json.dumps({"run": to_dict(run), "vlm": to_dict(vlm), "rows": rows, "samples": samples}))
+  values = {
+    "format": FORMAT, "run": to_dict(run), "vlm": to_dict(vlm), "rows": rows, "samples": len(store),
+    "data": store.checksum(),
+  }
+  return json.loads(json.dumps(values))
 
 
-def read_config(workdir: str, step: int | None = None) -> tuple[RunConfig, VLMConfig, int]:
-  """The configs that a checkpoint (default: the latest) was saved with, and its step.
+def read_config(workdir: str, step: int | None = None) -> tuple[dict[str, Any], int]:
+  """What `describe` said when a checkpoint (default: the latest) was saved, and its step.
+
+  As it was saved: a later version may have more keys.
 
   Raises:
     FileNotFoundError: there is no such checkpoint.
+    ConfigError: a later version wrote it, with another format.
   """
   with _reader(workdir) as checkpoints:
     step = _step(checkpoints, step)
-    saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-  return from_dict(RunConfig, saved["run"]), from_dict(VLMConfig, saved["vlm"], "vlm"), step
+    return _config(checkpoints, step), step
 
 
 def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
@@ -184,6 +199,18 @@ def _reader(workdir: str) -> ocp.CheckpointManager:
   if not path.is_dir():
     raise FileNotFoundError(f"no checkpoints in {workdir}: expected {path}")
   return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _config(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """What `describe` said; a ConfigError if this version can't read the checkpoint."""
+  saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+  version = saved.get("format", 1)  # the first ones did not say
+  if version > FORMAT:
+    raise ConfigError(
+      f"{checkpoints.directory} holds step {step} in format {version}, this version of xcomp_jax reads up to {FORMAT}; "
+      "install a later one"
+    )
+  return saved
 
 
 def _step(checkpoints: ocp.CheckpointManager, step: int | None) -> int:

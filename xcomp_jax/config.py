@@ -49,6 +49,7 @@ class LLMConfig:
   rope_theta: float
   norm_eps: float
   tied: bool  # the embedding table is the output head
+  context: int | None  # tokens of a prompt, visual ones before compression included; None: not known
 
 
 Keep = Literal["suffix", "uniform", "stride", "avgpool", "none", "attention"]
@@ -71,7 +72,7 @@ class ModelConfig:
   dtype: Literal["bfloat16", "float32"]  # of the computation
   param_dtype: Literal["bfloat16", "float32"]  # of trained parameters and optimizer state
   clips_per_chunk: int  # clips of a sample in the tower at once; bounds peak memory
-  attention: Literal["auto", "einsum", "xla_chunked"]
+  attention: Literal["auto", "einsum", "flash", "xla_chunked", "tiled"]
   remat: bool  # recompute each layer's activations in the backward pass
 
 
@@ -93,6 +94,24 @@ class VLMConfig:
   def clip_tokens(self) -> int:
     """Visual tokens of one clip after merging."""
     return self.clip_frames * self.tokens_per_frame
+
+
+Mode = Literal["official", "aligned", "local", "global"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+  """QC-Comp (paper 3.3): which frames a question keeps. `qc_comp.setting` has the values of each mode."""
+
+  mode: Mode
+  frames: int  # to keep
+  repeat: int  # times that a frame is scored, in rounds that start elsewhere
+  round: int  # frames scored together, without the overlap
+  window: int  # frames that share a softmax; 0: a whole round
+  stride: int  # frames from one window to the next
+  layers: tuple[int, int]  # first and last layer whose attention counts, of 28; other depths in proportion
+  causal: bool  # a question's row sees the text up to itself; False: all of it (quirk Q2)
+  bias: int | None  # text tokens before the question; None: as many as there are (quirk Q11)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +177,7 @@ class RunConfig:
   seed: int
   workdir: str  # checkpoints, logs, and the resolved config
   init_from: str  # checkpoint directory, hub id, or Orbax export
+  compilation_cache: str | None  # folder where compiled programs are kept for later runs; None: as JAX is set up
   model: ModelConfig
   lp_comp: LPCompConfig
   data: DataConfig

@@ -9,6 +9,7 @@ Run it where configs/ and assets/ are. `make demo` and `make base` do.
 import argparse
 import math
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -23,11 +24,25 @@ from xcomp_jax.model import vlm
 
 BASE = "assets/tiny"
 STAGES = {  # of the base's training: the worlds of configs/base.py's variants
-  "one": world.Split("train", 5000, 1, 1, 0),
-  "two": world.Split("train", 3000, 1, 2, 4),
-  "many": world.Split("train", 3000, 3, 6, 4),
+  "see": world.Split("train", 5000, 1, 1, 0),
+  "answer": world.Split("train", 8000, 1, 1, 4),
+  "find": world.Split("train", 4800, 2, 6, 4),
 }
 HELDOUT = world.Split("heldout", 400, 4, 6, 1)
+MADE = ("world", "data", "start", "run", "export")  # folders of the demo, in the order of making
+STAGE_MADE = ("world", "train", "run", "model")  # likewise of a stage of the base's training
+
+
+def clear(folder: pathlib.Path, made: Sequence[str]) -> None:
+  """Removes what an earlier run made in `folder`, and nothing else.
+
+  made: names in the order of making. Where the first is missing none is a run's; it goes last, so that a clearing
+    that was interrupted is taken up again.
+  """
+  if (folder / made[0]).is_dir():
+    for name in reversed(made):
+      if (folder / name).exists():
+        shutil.rmtree(folder / name)
 
 
 def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -62,16 +77,17 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   """The demo."""
   begun = time.perf_counter()
   say = lambda text: print(f"\n[{time.perf_counter() - begun:4.0f} s] {text}", flush=True)
+  clear(out, MADE)
   say("making videos")
   world.write_world(out / "world", [world.Split("train", videos, 4, 6, 4), HELDOUT], seed=1, workers=2)
   for split in ("train", "heldout"):
     decode(out / "world", out / "data" / split, split)
   say("converting the base model")
-  export.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "base")])
+  export.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "start")])
   overrides = {
-    "init_from": out / "base", "workdir": out / "run", "data.train": out / "data/train", "data.heldout": out / "data/heldout",
+    "init_from": out / "start", "workdir": out / "run", "data.train": out / "data/train", "data.heldout": out / "data/heldout",
     **({} if steps is None else {"train.steps": steps}),
-  }  # fmt: skip
+  }
   config = train.from_command_line(["demo", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in overrides.items())])
   table = []
 
@@ -81,8 +97,8 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
     table.append(f"  {name:34} {right / n:6.1%}   95% interval {low:.1%} to {high:.1%}, {n} questions of four options")
     say(table[-1].strip())
 
-  measure("no compression", out / "base", LPCompConfig(config.lp_comp.schedule, "none", config.lp_comp.group))
-  measure("LP-Comp, not trained", out / "base", config.lp_comp)
+  measure("no compression", out / "start", LPCompConfig(config.lp_comp.schedule, "none", config.lp_comp.group))
+  measure("LP-Comp, not trained", out / "start", config.lp_comp)
   say("supervised compression tuning")
   train.run(config)
   export.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export")])
@@ -96,11 +112,13 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
 
 
 def train_base(out: pathlib.Path) -> None:
-  """The base's stages; the result is out/many/model."""
+  """The base's stages; the result is out/find/model."""
   before = out / "init"
+  clear(out, ("init",))
   world.write_untrained(before, seed=0)
   for number, (name, split) in enumerate(STAGES.items()):
     stage = out / name
+    clear(stage, STAGE_MADE)
     world.write_world(stage / "world", [split], seed=100 + number, workers=2)
     decode(stage / "world", stage / "train", "train")
     paths = {"init_from": before, "workdir": stage / "run", "data.train": stage / "train"}

@@ -17,7 +17,6 @@ import math
 import pathlib
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,15 +25,15 @@ import numpy as np
 from flax import nnx
 
 from xcomp_jax import checkpoint, weights
-from xcomp_jax.config import LPCompConfig, ModelConfig, VLMConfig, to_dict
-from xcomp_jax.optim import trained
+from xcomp_jax.config import LPCompConfig, ModelConfig, VLMConfig, from_dict, to_dict
+from xcomp_jax.data.store import StoreError, fresh_folder
 from xcomp_jax.sharding import path_name
 from xcomp_jax.weights import CheckpointError
 
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
   "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
+)
 SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
 CODES = {dtype: code for code, dtype in weights.DTYPES.items()}
 
@@ -71,15 +70,18 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
     directory = weights.resolve(path)
     cfg = weights.read_config(directory, AS_IT_IS, weights.read_lp_comp(directory) or NOT_TUNED)
     return Source(nnx.state(weights.load(directory, cfg)), cfg, directory)
-  run, cfg, step = checkpoint.read_config(path, step)
-  directory = weights.resolve(init_from or run.init_from)
+  saved, step = checkpoint.read_config(path, step)
+  run = saved["run"]
+  directory = weights.resolve(init_from or run["init_from"])
+  cfg = weights.read_config(directory, AS_IT_IS, from_dict(LPCompConfig, run["lp_comp"], "lp_comp"))
+  cfg = dataclasses.replace(cfg, clip_frames=saved["vlm"]["clip_frames"])
   # A run may keep what it does not train in a shorter dtype, so that comes from where the run started.
   state = nnx.state(weights.load(directory, cfg))
-  is_trained = lambda path: trained(run.train)(path_name(path).split("/"), None)
+  is_trained = lambda path: run["train"][path_name(path).split("/")[0]]
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def like(path, leaf):
-    dtype = run.model.param_dtype if is_trained(path) else run.model.dtype
+    dtype = run["model"]["param_dtype" if is_trained(path) else "dtype"]
     return jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=device)
 
   tuned = checkpoint.read_params(path, jax.tree_util.tree_map_with_path(like, state), step)
@@ -220,6 +222,11 @@ def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, dt
     config["torch_dtype"] = np.dtype(dtype).name
   _write_json(directory / "config.json", config)
   _write_json(directory / weights.EXTRA, {"lp_comp": to_dict(cfg.lp_comp)})
+  copy_tokenizer(directory, source)
+
+
+def copy_tokenizer(directory: pathlib.Path, source: pathlib.Path) -> None:
+  """Copies those of TOKENIZER_FILES that lie in `source`."""
   for name in TOKENIZER_FILES:
     if (source / name).is_file():
       shutil.copyfile(source / name, directory / name)
@@ -248,23 +255,15 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def appearing(directory: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-  """A temporary directory that takes the place of `directory` if all goes well, else vanishes."""
+  """`fresh_folder` where `check_free` lets it be; what goes wrong is a CheckpointError."""
   check_free(directory, overwrite)
-  directory = pathlib.Path(directory).absolute()
-  temporary = None
   try:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    yield temporary
-    temporary.chmod(0o755)
-    if directory.exists():
-      shutil.rmtree(directory)
-    temporary.replace(directory)
+    with fresh_folder(directory, replace=overwrite) as temporary:
+      yield temporary
+  except StoreError as error:
+    raise CheckpointError(str(error)) from error
   except OSError as error:
     raise CheckpointError(f"{directory} can't be written: {error}") from error
-  finally:
-    if temporary is not None and temporary.exists():
-      shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

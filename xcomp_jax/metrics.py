@@ -1,5 +1,6 @@
 """What a run says about itself: floating-point work, the step clock, compilations, the terminal line, TensorBoard."""
 
+import re
 import time
 from collections.abc import Mapping
 
@@ -12,14 +13,17 @@ from xcomp_jax.data.batch import Batch
 from xcomp_jax.model import lp_comp
 
 # Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets. The first name that occurs in
-# `jax.Device.device_kind` counts.
+# `jax.Device.device_kind` as whole words counts.
 PEAK_TFLOPS = (
   ("TPU v6 lite", 918.0),
   ("TPU v5 lite", 197.0),
-  ("TPU v5", 459.0),  # v5p
+  ("TPU v5p", 459.0),
+  ("TPU v5", 459.0),  # v5p under its older name
   ("TPU v4", 275.0),
   ("TPU7x", 2307.0),
+  ("GB200", 2500.0),
   ("B200", 2250.0),
+  ("GH200", 989.0),
   ("H200", 989.0),
   ("H100 PCIe", 756.0),
   ("H100", 989.0),
@@ -31,7 +35,7 @@ PEAK_TFLOPS = (
 
 def peak_flops(kind: str) -> float | None:
   """FLOP/s of a device of this kind; None if the table does not know it (CPUs)."""
-  return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if name in kind), None)
+  return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if re.search(rf"\b{name}\b", kind)), None)
 
 
 def forward_flops(cfg: VLMConfig, batch: Batch) -> dict[str, float]:
@@ -78,8 +82,8 @@ def training_flops(cfg: VLMConfig, train: TrainConfig, batch: Batch) -> float:
   return total
 
 
-def count_frames(cfg: VLMConfig, batch: Batch):
-  """float32[]: valid frames of a batch (numpy or jax)."""
+def count_frames(cfg: VLMConfig, batch: Batch) -> jax.typing.ArrayLike:
+  """Valid frames of a batch of numpy or jax arrays; a floating scalar [] of the same kind."""
   tokens = batch.visual.shape[2]
   per_clip = tokens if batch.visual.ndim == 6 else tokens // cfg.tokens_per_frame
   return (batch.clips * batch.weight).sum() * per_clip
@@ -122,8 +126,8 @@ class Compilations:
 
   def __init__(self, *names: str):
     self.count = dict.fromkeys(names, 0)
-    self.seen: set = set()  # batch shapes, kept by the loop
-    self.new: list[tuple[str, float]] = []
+    self.seen: dict[str, set] = {name: set() for name in names}  # shapes of each one's batches, kept by the loop
+    self.new: dict[str, list[float]] = {name: [] for name in names}
 
   def __enter__(self):
     jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -136,11 +140,11 @@ class Compilations:
     name = fun_name.removeprefix("jit(").removeprefix("jit_").removesuffix(")")
     if event == "/jax/core/compile/backend_compile_duration" and name in self.count:
       self.count[name] += 1
-      self.new.append((name, seconds))
+      self.new[name].append(seconds)
 
-  def take(self) -> list[tuple[str, float]]:
-    """(function, seconds) of what was compiled since the last call."""
-    new, self.new = self.new, []
+  def take(self, name: str) -> list[float]:
+    """Seconds of each compilation of a function since the last call."""
+    new, self.new[name] = self.new[name], []
     return new
 
 

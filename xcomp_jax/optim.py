@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from xcomp_jax.config import OptimConfig, TrainConfig
@@ -17,13 +16,8 @@ def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array
   trainer's cosine schedule).
   """
   warm = math.ceil(steps * config.warmup)
-
-  def rate(step):
-    rising = step / max(1, warm)
-    falling = 0.5 * (1 + jnp.cos(math.pi * (step - warm) / max(1, steps - warm)))
-    return config.learning_rate * jnp.where(step < warm, rising, jnp.where(step < steps, falling, 0.0))
-
-  return rate
+  # optax wants a step of decay even where all are warm-up.
+  return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warm, max(steps, warm + 1))
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
@@ -38,7 +32,7 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
       schedule(config, steps), config.b1, config.b2, config.eps, weight_decay=config.weight_decay,
       mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     ),
-  )  # fmt: skip
+  )
 
 
 def trained(train: TrainConfig) -> Callable[..., bool]:

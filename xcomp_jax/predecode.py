@@ -220,16 +220,10 @@ def _job(item: Mapping[str, Any], position: int, annotation: str, folder: pathli
   elif path.is_dir() != (reader == "frames"):
     faults.append(f"{path} is {'a folder' if path.is_dir() else 'a file'}; video_read_type img means folders of frames, all others files")
   talk = item.get("conversations")
-  if not isinstance(talk, list) or not talk:
-    faults.append("no conversations")
-  elif not all(isinstance(t, dict) and t.get("from") in ("human", "gpt") and isinstance(t.get("value"), str) for t in talk):
-    faults.append('conversations must be a list of {"from": "human" or "gpt", "value": text}')
-  elif [t["from"] for t in talk] != ["human", "gpt"] * (len(talk) // 2):
-    faults.append("conversations must alternate, human, gpt, ..., and end with gpt's answer")
-  else:
-    slots = [t["value"].count(prompt.IMAGE) for t in talk]
-    if sum(slots[::2]) != 1 or any(slots[1::2]):
-      faults.append(f"{sum(slots)} {prompt.IMAGE} in its conversations; expected one, in a question")
+  try:
+    prompt.check(talk, visual=True)
+  except AnnotationError as error:
+    faults.append(str(error))
   times = [item.get("start"), item.get("end")]
   if not all(t is None or (isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t)) for t in times):
     faults.append(f"start {times[0]!r} and end {times[1]!r} must be seconds")
@@ -254,7 +248,7 @@ def _sampling(settings: Settings) -> dict[str, Any]:
   return {
     "max_frames": settings.max_frames, "min_frames": settings.min_frames, "target_fps": settings.fps,
     "clip_frames": settings.clip_frames, "style": "train",
-  }  # fmt: skip
+  }
 
 
 def _decode(job: Job, settings: Settings) -> tuple[store.Sample, np.ndarray]:
@@ -262,7 +256,7 @@ def _decode(job: Job, settings: Settings) -> tuple[store.Sample, np.ndarray]:
   loaded = video.load(
     job.sample.source, size=size, max_frames=settings.max_frames, min_frames=settings.min_frames, fps=settings.fps,
     clip_frames=settings.clip_frames, style="train", start=job.start, end=job.end, read_type=job.reader,
-  )  # fmt: skip
+  )
   message = "" if job.reader == "img" else prompt.time_message(loaded.seconds, len(loaded.frames))
   return dataclasses.replace(job.sample, time_message=message), loaded.frames.reshape(-1, clip_frames, size, size, 3)
 
@@ -357,7 +351,7 @@ def main(argv: Sequence[str]) -> None:
     info = predecode(
       f.mixture, f.out, settings, root=f.root, subset=f.subset, workers=f.workers,
       samples_per_shard=f.samples_per_shard, skip_bad=f.skip_bad,
-    )  # fmt: skip
+    )
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   print(f"{f.out}: {info['samples']} samples, {info['frames']} frames, {len(info['skipped'])} skipped")

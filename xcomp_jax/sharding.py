@@ -34,7 +34,6 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
   "batch": BATCH,
   "heads": ("tensor",),
   "mlp": ("tensor",),
-  "vocab": ("tensor",),
 }
 
 

@@ -51,12 +51,11 @@ class NotFiniteError(ValueError):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """step: int32[], optimizer steps done. trained, frozen: `nnx.State`s of parameters. opt: optimizer state.
+  """trained, frozen: `nnx.State`s of parameters. opt: optimizer state.
 
   Leaves are arrays, ShapeDtypeStructs or shardings, as in `Sums`.
   """
 
-  step: Any
   trained: Any
   frozen: Any
   opt: Any
@@ -84,8 +83,7 @@ def abstract_state(
   graph, trained, frozen = nnx.split(model, optim.trained(config.train), ...)
   cast = lambda state, dtype: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)), state)
   trained, frozen = cast(trained, config.model.param_dtype), cast(frozen, config.model.dtype)
-  step = jax.ShapeDtypeStruct((), np.int32)
-  state = TrainState(step, trained, frozen, jax.eval_shape(tx.init, trained))
+  state = TrainState(trained, frozen, jax.eval_shape(tx.init, trained))
   placed = lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding)
   return graph, jax.tree.map(placed, state, param_shardings(state, mesh))
 
@@ -103,10 +101,10 @@ def init_state(config: RunConfig, cfg: VLMConfig, tx: optax.GradientTransformati
   model = weights.load(
     weights.resolve(config.init_from), cfg,
     shardings=nnx.merge_state(shardings.trained, shardings.frozen), dtype=dtypes.__getitem__,
-  )  # fmt: skip
+  )
   _, trained, frozen = nnx.split(model, optim.trained(config.train), ...)
   opt = jax.jit(tx.init, out_shardings=shardings.opt)(trained)
-  return TrainState(jax.device_put(np.int32(0), shardings.step), trained, frozen, opt)
+  return TrainState(trained, frozen, opt)
 
 
 def zero_sums(trained: nnx.State, mesh: Mesh) -> Sums:
@@ -161,7 +159,7 @@ def apply_step(
   updates, opt = tx.update(grads, state.opt, state.trained)
   kept = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
   trained = kept(optax.apply_updates(state.trained, updates), state.trained)
-  new = TrainState(state.step + finite, trained, state.frozen, kept(opt, state.opt))
+  new = TrainState(trained, state.frozen, kept(opt, state.opt))
   out = {"loss": loss, "grad_norm": norm, "samples": sums.samples, "frames": sums.frames, "finite": finite}
   return new, jax.tree.map(jnp.zeros_like, sums), out
 
@@ -215,6 +213,8 @@ def run(config: RunConfig) -> dict[str, float | int]:
     NotFiniteError: a loss or gradient became inf or nan; workdir/nan/ says in which samples.
   """
   check(config)
+  if config.compilation_cache is not None:
+    jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
   mesh = make_mesh(config.mesh)
   directory = weights.resolve(config.init_from)
   cfg = weights.read_config(directory, config.model, config.lp_comp)
@@ -227,14 +227,14 @@ def run(config: RunConfig) -> dict[str, float | int]:
   data = pipeline.batches(
     store, tokenizer, config.data,
     batch_size=config.train.batch_size, seed=config.seed, epochs=config.train.epochs, **here,
-  )  # fmt: skip
+  )
   heldout = None
   if config.data.heldout is not None:
     heldout = pipeline.evaluation(open_data(config.data.heldout, cfg), tokenizer, config.data, **here)
   checkpoint.claim(config.workdir)
 
   tx = optim.optimizer(config.optim, steps)
-  description = checkpoint.describe(config, cfg, rows=here["rows"], samples=len(store))
+  description = checkpoint.describe(config, cfg, store, rows=here["rows"])
   precision = "highest" if config.model.dtype == "float32" else None
   first = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
@@ -249,7 +249,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
       (trained, frozen), opt = checkpoint.restore(
         checkpoints, start, (wanted.trained, wanted.frozen), wanted.opt, data, description
       )
-      state = TrainState(jax.device_put(np.int32(start), replicated(mesh)), trained, frozen, opt)
+      state = TrainState(trained, frozen, opt)
     sums = zero_sums(state.trained, mesh)
     step_functions = compiled_steps(state, sums, mesh)
     if first:
@@ -271,7 +271,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
       total = dict.fromkeys(("loss", "correct", "samples"), 0.0)
       for micro in heldout:
         out = step_functions.evaluate(graph, state, place(micro.batch, mesh))
-        report_compilations(compilations, micro.batch, say)
+        report_compilations(compilations, "eval_step", micro.batch, say)
         total = {key: total[key] + float(value) for key, value in out.items()}
       out = {"loss": total["loss"] / total["samples"], "accuracy": total["correct"] / total["samples"]}
       say(f"held-out after step {done}: loss {out['loss']:.4f}  accuracy {out['accuracy']:.1%} of {total['samples']:.0f}")
@@ -286,15 +286,17 @@ def run(config: RunConfig) -> dict[str, float | int]:
       last = False
       while not last:
         micro = clock.wait(data)
+        if len(seen) > 1:  # one may compute while the next is copied; more would pile up in the device's memory
+          jax.block_until_ready(seen[-2][1])
         sums, sample_losses = step_functions.grad(
           graph, state, sums, place(micro.batch, mesh), projector_max_frames=config.train.projector_max_frames
         )
-        report_compilations(compilations, micro.batch, say)
+        report_compilations(compilations, "grad_step", micro.batch, say)
         seen.append((micro.batch.index, sample_losses))
         clock.flops += metrics.training_flops(cfg, config.train, micro.batch)
         last = micro.last
       state, sums, out = step_functions.apply(tx, state, sums)
-      report_compilations(compilations, None, say)
+      report_compilations(compilations, "apply_step", None, say)
       out = {key: value.item() for key, value in jax.device_get(out).items()}
       if not out["finite"]:
         raise not_finite(config, done, out, seen, store)
@@ -307,7 +309,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
         recent = losses[-min(config.train.log_every, len(losses)) :]
         values = {
           "loss": float(np.mean(recent)), "lr": float(rate(done - 1)), "grad_norm": out["grad_norm"], **clock.report()
-        }  # fmt: skip
+        }
         say(metrics.line(done, steps, values))
         writer.write(done, "train", values)
         clock.reset()
@@ -403,16 +405,16 @@ def stop_signal() -> Iterator[Any]:
       signal.signal(number, handler)
 
 
-def report_compilations(compilations: metrics.Compilations, batch: Batch | None, say) -> None:
-  """Says what was just compiled, for which bucket, and whether that is more than the buckets explain."""
-  key = None if batch is None else tuple(x.shape for x in jax.tree.leaves(batch))
-  compilations.seen.add(key)
-  for name, seconds in compilations.take():
+def report_compilations(compilations: metrics.Compilations, name: str, batch: Batch | None, say) -> None:
+  """Says what calling `name` just compiled, for which bucket, and whether that is more than the buckets explain."""
+  shapes = compilations.seen[name]
+  shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
+  for seconds in compilations.take(name):
     shape = "" if batch is None else f" for {metrics.shape_of(batch)}"
     say(f"compiled {name}{shape} in {seconds:.1f} s")
-    if compilations.count[name] > len(compilations.seen) + 1:
+    if compilations.count[name] > len(shapes):
       say(
-        f"warning: {name} was compiled {compilations.count[name]} times for {len(compilations.seen)} batch shapes; "
+        f"warning: {name} was compiled {compilations.count[name]} times for {len(shapes)} batch shapes; "
         "something else changes from step to step"
       )
 

@@ -199,7 +199,7 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
     file, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "rope_theta", "rms_norm_eps", "tie_word_embeddings", "mm_vision_tower", "mm_projector_type",
     "mm_hidden_size", "mm_local_num_frames", "mm_vision_select_layer",
-  )  # fmt: skip
+  )
   tower = c["mm_vision_tower"]
   if "internvideo2" in tower.lower():
     raise CheckpointError(f"{file}: mm_vision_tower {tower}: the InternVideo2 tower is not supported yet")
@@ -251,6 +251,7 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
       rope_theta=float(c["rope_theta"]),
       norm_eps=float(c["rms_norm_eps"]),
       tied=c["tie_word_embeddings"],
+      context=c.get("tokenizer_model_max_length") or c.get("max_position_embeddings"),
     ),
     lp_comp=lp_comp,
     clip_frames=clip_frames,

@@ -18,12 +18,13 @@ import json
 import multiprocessing
 import os
 import pathlib
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 
 import numpy as np
+
+from xcomp_jax.data.store import fresh_folder
 
 SIZE = 96  # pixels of a video, square
 FRAMES = 8  # of a scene: one clip
@@ -36,7 +37,7 @@ MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 DIGITS = {
   "0": "01110 10001 10011 10101 11001 10001 01110", "1": "00100 01100 00100 00100 00100 00100 01110",
   "4": "00010 00110 01010 10010 11111 00010 00010", "7": "11111 00001 00010 00100 01000 01000 01000",
-}  # fmt: skip
+}
 VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": tuple(MOTIONS), "digit": tuple(DIGITS)}
 QUESTIONS = {
   "colour": "Which colour was the shape?",
@@ -57,7 +58,7 @@ MODEL = {
   "mm_vision_select_layer": -2, "mm_projector_type": "tome16_mlp_hd64", "mm_local_num_frames": 8,
   "mm_patch_merge_type": "spatial_nopad", "mm_newline_position": "nothing", "torch_dtype": "float32",
   "tiny_vision": {"image_size": 48, "embed_dim": 64, "depth": 3, "heads": 2, "patch_size": 8, "mlp_ratio": 4.0},
-}  # fmt: skip
+}
 
 
 class WorldError(ValueError):
@@ -149,10 +150,6 @@ def turn(shown: Sequence[Scene], kind: str) -> tuple[str, str]:
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 512
-# How Qwen cuts text before merging; digits stand alone.
-PRE_TOKENS = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def write_tokenizer(out: pathlib.Path) -> None:
@@ -160,16 +157,18 @@ def write_tokenizer(out: pathlib.Path) -> None:
   import tokenizers
   from tokenizers import decoders, models, pre_tokenizers, trainers
 
+  from xcomp_jax.data import prompt
+
   chat = [
     "system\nYou are a helpful assistant.", "user\n", "assistant\n",
     *(f"\nThe video lasts for {s}.00 seconds, and {8 * s} frames are uniformly sampled from it. \n" for s in range(1, 9)),
     "Answer with the option's letter from the given choices directly.", "Question: Option:\n", "(A) (B) (C) (D)",
-  ]  # fmt: skip
+  ]
   words = [DESCRIBE, *QUESTIONS.values(), *(f" {v}" for v in sum(VALUES.values(), ()))]
   words += [text for v in sum(VALUES.values(), ()) for text in (v, *(f"{name}. {v}\n" for name in "ABCD"))]
   bpe = tokenizers.Tokenizer(models.BPE())
   bpe.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENS), "isolated"),
+    pre_tokenizers.Split(tokenizers.Regex(prompt.WORDS), "isolated"),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
   ])
   bpe.decoder = decoders.ByteLevel()
@@ -188,7 +187,7 @@ def write_tokenizer(out: pathlib.Path) -> None:
     "additional_special_tokens": list(SPECIAL[1:]), "bos_token": None, "clean_up_tokenization_spaces": False,
     "eos_token": SPECIAL[2], "errors": "replace", "model_max_length": 32768, "pad_token": SPECIAL[0],
     "padding_side": "right", "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
-  }  # fmt: skip
+  }
   (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -211,24 +210,17 @@ def write_world(out: pathlib.Path, splits: Sequence[Split], seed: int, workers: 
   """Videos, annotations and mixtures of all splits; `out` appears whole or not at all.
 
   Raises:
-    WorldError: numbers of scenes or videos that can't be, a folder that is not empty or can't be written.
+    WorldError: numbers of scenes or videos that can't be.
+    StoreError: a folder that is there and not empty, or can't be written.
   """
   for split in splits:
     if not 1 <= split.fewest <= split.most <= MOST_SCENES:
       raise WorldError(f"{split.fewest} to {split.most} scenes: a video has 1 to {MOST_SCENES}")
     if split.videos < 1 or not 0 <= split.questions <= len(QUESTIONS):
       raise WorldError(f"{split.videos} videos, {split.questions} questions each: must be at least 1, and 0 to {len(QUESTIONS)}")
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise WorldError(f"{out} exists and is not an empty folder; choose another one")
-  out.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-  try:
+  with fresh_folder(out) as temporary:
     for split in splits:
       write_videos(temporary, split, seed, workers)
-    temporary.chmod(0o755)
-    temporary.replace(out)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_annotations(out: pathlib.Path, name: str) -> list[dict]:

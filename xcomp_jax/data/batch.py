@@ -131,7 +131,7 @@ def batch_spec(bucket: Bucket, size: int, visual: tuple[tuple[int, ...], np.dtyp
     targets=i32(bucket.prefix + 1 + bucket.text),
     query=jax.ShapeDtypeStruct((size, bucket.text), bool),
     weight=jax.ShapeDtypeStruct((size,), np.float32), index=i32(),
-  )  # fmt: skip
+  )
 
 
 def fake_batch(spec: Batch, vocab_size: int, seed: int = 0) -> Batch:
@@ -150,4 +150,4 @@ def fake_batch(spec: Batch, vocab_size: int, seed: int = 0) -> Batch:
     visual=visual.astype(spec.visual.dtype), clips=full(spec.visual.shape[1]), prefix=ids(spec.prefix),
     prefix_length=full(p), text=text, text_length=full(text.shape[1]), targets=targets, query=query,
     weight=np.ones(size, np.float32), index=np.arange(size, dtype=np.int32),
-  )  # fmt: skip
+  )

@@ -36,23 +36,14 @@ class Entry(NamedTuple):
   bucket: Bucket
   rows: int  # over all processes; the same for every micro-batch of a bucket
   samples: tuple[int, ...]  # at most rows
-  step: int
-  last: bool
+  last: bool  # of its optimizer step; for evaluation, of all
 
 
 class MicroBatch(NamedTuple):
-  """What the training loop is given.
+  """What the training loop is given."""
 
-  batch: this process's rows.
-  step: optimizer step it belongs to, 0-based over the whole run; for evaluation, its own number.
-  last: it is the last of its step; for evaluation, of all.
-  samples: valid rows over all processes.
-  """
-
-  batch: Batch
-  step: int
-  last: bool
-  samples: int
+  batch: Batch  # this process's rows
+  last: bool  # as in Entry
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
@@ -105,12 +96,10 @@ def plan(
   Raises:
     ConfigError: samples that fit no bucket (all are listed), or fewer samples than a batch.
   """
-  per_epoch = steps_per_epoch(len(lengths), batch_size)
+  steps_per_epoch(len(lengths), batch_size)  # refuses too few samples
   buckets = _buckets(lengths, cfg)
-  entries = []
-  for n, batch in enumerate(order(lengths, batch_size, seed, epoch, cfg.group_by_text_length)):
-    entries += _parts(batch, buckets, samples_per_micro_batch, epoch * per_epoch + n)
-  return entries
+  whole = order(lengths, batch_size, seed, epoch, cfg.group_by_text_length)
+  return [entry for batch in whole for entry in _parts(batch, buckets, samples_per_micro_batch)]
 
 
 def example(store: Store, tokenizer, mask: str, index: int) -> Example:
@@ -167,8 +156,7 @@ def evaluation(
 ) -> grain.IterDataset[MicroBatch]:
   """Every sample once, bucket by bucket, in order; begin again with each `iter()`. Arguments and errors as `batches`."""
   lengths, size = measure(store, tokenizer, cfg.mask), _rows(cfg, rows, len(store))
-  entries = _parts(range(len(store)), _buckets(lengths, cfg), size, 0)
-  entries = [e._replace(step=n, last=n == len(entries) - 1) for n, e in enumerate(entries)]
+  entries = _parts(range(len(store)), _buckets(lengths, cfg), size)
   return _dataset(store, tokenizer, cfg, entries, rows, process_index, process_count)
 
 
@@ -188,14 +176,14 @@ def _rows(cfg: DataConfig, rows: int, samples: int) -> Callable[[Bucket], int]:
   return lambda bucket: rows * max(1, min(most, cfg.frames_per_device // max(1, bucket.frames)))
 
 
-def _parts(batch: Sequence[int], buckets: Sequence[Bucket], size: Callable[[Bucket], int], step: int) -> list[Entry]:
+def _parts(batch: Sequence[int], buckets: Sequence[Bucket], size: Callable[[Bucket], int]) -> list[Entry]:
   groups: dict[Bucket, list[int]] = {}
   for i in batch:
     groups.setdefault(buckets[i], []).append(i)
   entries = []
   for bucket in sorted(groups):
     ids, n = groups[bucket], size(bucket)
-    entries += [Entry(bucket, n, tuple(ids[k : k + n]), step, False) for k in range(0, len(ids), n)]
+    entries += [Entry(bucket, n, tuple(ids[k : k + n]), False) for k in range(0, len(ids), n)]
   return [*entries[:-1], entries[-1]._replace(last=True)]
 
 
@@ -245,7 +233,7 @@ def _dataset(
       batch = collate([example(store, tokenizer, cfg.mask, i) for i in mine], entry.bucket, n)
     else:
       batch = _padding(entry.bucket, n, store.image_size)
-    return MicroBatch(batch, entry.step, entry.last, len(entry.samples))
+    return MicroBatch(batch, entry.last)
 
   options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.prefetch)
   return grain.MapDataset.source(entries).map(load).to_iter_dataset(options)

@@ -19,7 +19,7 @@ from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 IMAGE = "<image>"  # where the frames go, in annotations
 SYSTEM = "You are a helpful assistant."
 _ROLES = {"human": "user", "gpt": "assistant"}  # the annotations' names
-_WORDS = (  # Qwen2's split, before the merges
+WORDS = (  # Qwen2's split, before the merges
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -110,23 +110,12 @@ def time_message(seconds: float, frames: int) -> str:
   return f"\nThe video lasts for {seconds:.2f} seconds, and {frames} frames are uniformly sampled from it. "
 
 
-def train(
-  tokenizer: Tokenizer,
-  conversations: Any,
-  message: str | None,
-  *,
-  mask: Literal["official", "assistant"],
-) -> Prompt:
-  """An annotation's conversation with its answers supervised (FACTS.md 3, 4).
-
-  conversations: turns `{"from": "human" | "gpt", "value": text}`, questions and answers in turn.
-  message: the time message of a video, "" with a still image, None for text alone.
-  mask: "official" supervises the assistant's turns with their template, and every newline, `<|im_start|>` and
-    `<|im_end|>` elsewhere (quirk Q16); "assistant" the answers and the `<|im_end|>` after them.
+def check(conversations: Any, visual: bool) -> list[tuple[str, str]]:
+  """An annotation's turns `{"from": "human" | "gpt", "value": text}`, as (role, text).
 
   Raises:
-    AnnotationError: no turns, roles out of order or unknown, or not exactly one `<image>` (none, for text
-      alone), in a question.
+    AnnotationError: no turns, roles out of order or unknown, or not exactly one `<image>` (none, unless
+      `visual`), in a question.
   """
   if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
     raise AnnotationError(f"an annotation needs conversations, a list of turns, not {_quote(conversations)}")
@@ -148,12 +137,33 @@ def train(
     raise AnnotationError(f"the conversation ends without an answer: {_quote(turns[-1][1])}")
 
   images = sum(value.count(IMAGE) for _, value in turns)
-  wanted = 0 if message is None else 1
+  wanted = int(visual)
   if images != wanted or any(IMAGE in value for role, value in turns if role == "assistant"):
     text = " / ".join(value for _, value in turns)
     raise AnnotationError(
       f"{images} {IMAGE} in a conversation that needs {wanted}, in a question: {_quote(text)}"
     )
+  return turns
+
+
+def train(
+  tokenizer: Tokenizer,
+  conversations: Any,
+  message: str | None,
+  *,
+  mask: Literal["official", "assistant"],
+) -> Prompt:
+  """An annotation's conversation with its answers supervised (FACTS.md 3, 4).
+
+  conversations: turns `{"from": "human" | "gpt", "value": text}`, questions and answers in turn.
+  message: the time message of a video, "" with a still image, None for text alone.
+  mask: "official" supervises the assistant's turns with their template, and every newline, `<|im_start|>` and
+    `<|im_end|>` elsewhere (quirk Q16); "assistant" the answers and the `<|im_end|>` after them.
+
+  Raises:
+    AnnotationError: see `check`.
+  """
+  turns = check(conversations, visual=message is not None)
   question = ""
   for i, (role, value) in enumerate(turns):
     if role == "user":
@@ -252,9 +262,9 @@ def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path)
   core = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
   core.normalizer = normalizers.NFC()
   core.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated"),
+    pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  ])  # fmt: skip
+  ])
   core.decoder = decoders.ByteLevel()
   tokens = [token for _, token in added.values()]
   core.add_special_tokens([token for token in tokens if token.special])

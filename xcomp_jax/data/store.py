@@ -25,6 +25,7 @@ import json
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,13 @@ class Store:
     """Frames per clip of the videos."""
     return self.info["clip_frames"]
 
+  def checksum(self) -> int:
+    """CRC-32 of the samples' ids, frame counts and texts, in order: another value means other data."""
+    crc = 0
+    for s in self.samples:  # ids alone may be mere positions in an annotation file
+      crc = zlib.crc32(repr((s.id, s.frames, s.conversations)).encode(), crc)
+    return crc
+
   def visual(self, index: int) -> np.ndarray:
     """uint8[C, F, S, S, 3] of sample `index`; C = 0 for text alone."""
     sample, size = self.samples[index], self.image_size
@@ -127,16 +135,20 @@ def open_store(path: str | os.PathLike) -> Store:
 
 
 @contextlib.contextmanager
-def fresh_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
+def fresh_folder(target: str | os.PathLike, replace: bool = False) -> Iterator[pathlib.Path]:
   """An empty folder to write into, which becomes `target` by one rename when the block ends well.
 
   When the block fails the folder is removed; what a killed process left is removed by the next one.
+
+  Args:
+    target: folder to be, whole or not at all.
+    replace: a folder that is there goes when the new one is whole.
 
   Raises:
     StoreError: target is already there, or can't be made.
   """
   target = pathlib.Path(target).absolute()
-  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+  if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
     raise StoreError(f"{target} already exists; remove it or choose another folder")
   temporary = target.with_name(target.name + ".incomplete")
   try:
@@ -146,6 +158,8 @@ def fresh_folder(target: str | os.PathLike) -> Iterator[pathlib.Path]:
     raise StoreError(f"{target} can't be written: {error.strerror or error}") from error
   try:
     yield temporary
+    if replace and target.exists():
+      shutil.rmtree(target)
     os.rename(temporary, target)
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -255,7 +269,7 @@ def _sample(row: Mapping[str, Any]) -> Sample:
     conversations=tuple(json.loads(text("conversations"))), time_message=text("time_message"),
     frames=number("frames"), clip_frames=number("clip_frames"),
     first_record=number("first_record"), records=number("records"),
-  )  # fmt: skip
+  )
 
 
 def _clip_features(size: int):
