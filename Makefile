@@ -9,8 +9,8 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys, os; f = "constraints/py%d%d.txt"
 help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
 	@echo 'make test       lint and test suite'
-	@echo 'make test-slow  what takes minutes: processes killed, whole commands, big shapes'
-	@echo 'make base       train the embedded base model again (about half an hour)'
+	@echo 'make test-slow  what takes minutes: the whole demo, runs that are killed, the recorded chat'
+	@echo 'make base       train the embedded base model again (about three quarters of an hour)'
 
 env: .venv/ready
 

@@ -2,8 +2,9 @@
 
   make base
 
-makes the synthetic videos (`xcomp_jax.world`), decodes them, and runs three stages, tower included; every stage
-starts from the last one's export. XXX. By hand, for stage `see`:
+makes the synthetic videos (`xcomp_jax.world`), decodes them, and runs three stages, the first two with the tower; every one
+starts from the last one's export. About three quarters of an hour on 2 CPU cores; the last steps of the
+stages had loss 0.006 (see), 0.044 (answer) and 0.126 (find). By hand, for stage `see`:
 
   python -m xcomp_jax.world --init demo/base/init
   python -m xcomp_jax.world --out demo/base/see/world --train 5000 --heldout 0 --scenes 1 1 --questions 0 --seed 100
@@ -59,6 +60,7 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.data.text_buckets = text
   c.data.prefix_length = 16
   c.data.frames_per_device = 192
+  c.data.text_per_device = 8192
   c.data.mask = "assistant"  # nothing but answers: everything else in these texts is the same each time
   c.data.group_by_text_length = False
   c.data.threads = 1

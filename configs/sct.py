@@ -2,8 +2,9 @@
 
   python -m xcomp_jax.train --config=configs/sct.py --config.data.train=DIR --config.workdir=runs/sct
 
-DIR is written by `python -m xcomp_jax.predecode`. Without suffix this is the paper's 2B recipe (Table A, train.sh of
-the release, FACTS.md 3):
+DIR is written by `python -m xcomp_jax.predecode`; the recipe is that command's defaults (128 to 1,024 frames, at most
+8 a second) and --subset=0.25, and training prints what DIR was written with. Without suffix this is the paper's 2B
+recipe (Table A, train.sh of the release, FACTS.md 3):
   hardware  8 x H100, about 24 h in the paper, 71,927 samples
   steps     2,247 of 32 samples
   loss      0.63 at the first step, 0.69 on average (released log)
@@ -60,6 +61,7 @@ def _paper() -> ConfigDict:
   c.data.text_buckets = (512, 2048, 8192)  # tokens after the visual slot
   c.data.prefix_length = 16  # tokens before it; the chat header has 14
   c.data.frames_per_device = 1024  # frames in a micro-batch, per device
+  c.data.text_per_device = 8192  # likewise tokens after the visual slot: float32 logits of so many take 5 GB
   c.data.mask = "official"  # every newline, <|im_start|> and <|im_end|> is supervised too (quirk Q16)
   c.data.group_by_text_length = True  # --group_by_modality_length of train.sh
   c.data.threads = 4  # readers per process

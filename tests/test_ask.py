@@ -177,4 +177,4 @@ def test_bad_arguments_end_in_one_line(checkpoint, film, capsys, change, words):
     run(checkpoint, film, *change)
   printed = capsys.readouterr()
   assert stop.value.code == 1 and not printed.out
-  assert printed.err.startswith("error: ") and words in printed.err
+  assert printed.err.splitlines()[-1].startswith("error: ") and words in printed.err

@@ -12,7 +12,7 @@ from xcomp_jax.data import prompt
 
 
 def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path, capsys):
-  like = w.configured(tmp_path / "like", **(w.TINY | {"vocab_size": 50_000, "hidden_size": 96}))
+  like = w.configured(tmp_path / "like", **(w.TINY | {"vocab_size": 400_000, "hidden_size": 96}))  # one large tensor
   for file in (reference / "qwen_subset").iterdir():
     shutil.copy(file, like)
   bench.main(["random", "--like", str(like), "--out", str(tmp_path / "out")])
@@ -24,7 +24,7 @@ def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path
   assert tensors["model.norm.weight"].all() and not tensors["model.layers.0.self_attn.q_proj.bias"].any()
   measured = bench.load(tmp_path / "out")
   assert measured["parameters_GB"] == pytest.approx(sum(t.nbytes for t in tensors.values()) / 1e9)
-  assert measured["peak_above_parameters_GB"] < 1
+  assert measured["peak_above_parameters_GB"] < 0.5 * measured["parameters_GB"]  # no second copy of it
   assert measured["load_s"] > 0 and measured["read_GB/s"] > 0
   capsys.readouterr()
   bench.main(["load", "--checkpoint", str(tmp_path / "out")])

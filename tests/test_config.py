@@ -26,6 +26,7 @@ def test_the_plain_config_is_the_papers_recipe():
   assert (config.optim.clip_norm, config.train.batch_size, config.train.epochs) == (1.0, 32, 1)
   assert (config.lp_comp.schedule, config.lp_comp.keep, config.lp_comp.group) == ("cosine", "suffix", 16)
   assert (config.model.clip_frames, max(config.data.frame_buckets)) == (8, 1024)
+  assert config.data.text_per_device == max(config.data.text_buckets) == 8192  # one row of the longest texts
   assert (config.train.vision, config.train.projector, config.train.llm) == (False, True, True)
   assert config.train.projector_max_frames == 512
   assert "2B_res448" in config.init_from
@@ -47,7 +48,9 @@ def test_values_are_overridden_from_the_command_line():
   [
     (["--config.optim.learning_rat=1"], "config.optim.learning_rat is unknown; did you mean config.optim.learning_rate?"),
     (["--config.optim.lr=1"], "config.optim.lr is unknown; known: learning_rate, warmup"),
-    (["--config.trian.steps=1"], "trian"),
+    (["--config.trian.epochs=3"], "config.trian.epochs is unknown; did you mean config.train.epochs?"),
+    (["--config.train.epochs.x=3"], "config.train.epochs.x is unknown; did you mean config.train.epochs?"),
+    (["--config.trian=3"], "config.trian is unknown; did you mean config.train?"),
     (["--config.optim.b1=x"], "config.optim.b1=x"),
     (["--config.train.steps=1.5"], "config.train.steps = 1.5: expected int or None"),
     (["--config.lp_comp.keep=last"], "config.lp_comp.keep = 'last': expected 'suffix' or 'uniform'"),
@@ -68,6 +71,7 @@ def test_a_bad_override_is_named(flags, words):
     ([], "--config=configs/sct.py"),
     (["--config=/nowhere/sct.py"], "No such file or directory: '/nowhere/sct.py'"),
     ([f"--config={SCT}:8b"], "no variant '8b'; known: tiny, 7b"),
+    (["--config=README.md"], "the config file is no working Python: SyntaxError: "),
   ],
 )
 def test_a_config_that_is_not_there_is_named(flags, words):

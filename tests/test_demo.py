@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from xcomp_jax import demo
@@ -10,6 +11,13 @@ from xcomp_jax import demo
 def test_wilson_interval():  # the textbook example: 10 of 20
   low, high = demo.wilson(10, 20)
   assert low == pytest.approx(0.2993, abs=1e-4) and high == pytest.approx(0.7007, abs=1e-4)
+
+
+def test_a_gain_is_paired():
+  before, after = np.array([True, False, False, True] * 25), np.array([True, True, False, True] * 25)
+  mean, low, high = demo.gain(before, after)
+  half = 1.96 * np.sqrt(0.25 * 0.75 / 99)  # a quarter of the answers changed for the better, none for the worse
+  assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half))
 
 
 def test_only_what_an_earlier_demo_made_is_cleared(tmp_path):
@@ -34,7 +42,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path, capsys):
   out = tmp_path / "demo"
   printed = capsys.readouterr().out
   for name in ("no compression", "LP-Comp, not trained", "LP-Comp after SCT"):
-    assert printed.count(name) >= 2 and "400 questions" in printed
+    assert printed.count(name) >= 2 and "over 400 held-out questions" in printed and "gain by SCT" in printed
   assert (out / "run" / "checkpoints" / "2").is_dir()
   assert (out / "export" / "model.safetensors").exists()
   assert json.loads((out / "export" / "xcomp.json").read_text())["lp_comp"]["keep"] == "suffix"

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import grain
 import jax
@@ -32,7 +33,7 @@ def run(base, tmp_path) -> pathlib.Path:
     "model": w.MODEL.__dict__, "lp_comp": {"schedule": [16, 4], "keep": "suffix", "group": 16},
     "data": {
       "train": "data", "heldout": None, "frame_buckets": [8], "text_buckets": [64], "prefix_length": 16,
-      "frames_per_device": 8, "mask": "official", "group_by_text_length": False, "threads": 1, "prefetch": 1,
+      "frames_per_device": 8, "text_per_device": 64, "mask": "official", "group_by_text_length": False, "threads": 1, "prefetch": 1,
     },
     "optim": {
       "learning_rate": 1e-5, "warmup": 0.03, "weight_decay": 0, "clip_norm": 1, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
@@ -96,12 +97,45 @@ def test_run_to_orbax_to_torch(base, run, tmp_path):
   assert weights.read_lp_comp(tmp_path / "torch").schedule == (16, 4)
 
 
-def test_plain_checkpoint_keeps_its_clip_length_and_is_marked_as_not_tuned(base, tmp_path):
+def test_plain_checkpoint_keeps_its_clip_length(base, tmp_path):
   export.main(["--checkpoint", str(base), "--format=orbax", "--out", str(tmp_path / "out"), "--dtype=bfloat16"])
   assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_local_num_frames"] == 4
-  assert weights.read_lp_comp(tmp_path / "out").keep == "none"
   cfg = w.read_config(tmp_path / "out")
   assert set(weights.stored(tmp_path / "out", cfg).values()) == {np.dtype(ml_dtypes.bfloat16)}
+
+
+@pytest.mark.parametrize("layout", ["orbax", "torch"])
+@pytest.mark.parametrize("keep", [None, "none", "suffix"])
+def test_conversion_changes_nothing_of_what_is_known_of_lp_comp(base, tmp_path, layout, keep):
+  if keep:
+    (base / "xcomp.json").write_text(json.dumps({"lp_comp": {"schedule": [16, 4], "keep": keep, "group": 16}}))
+  before = weights.read_lp_comp(base)
+  export.main(["--checkpoint", str(base), f"--format={layout}", "--out", str(tmp_path / "out")])
+  assert weights.read_lp_comp(tmp_path / "out") == before and (before is None) == (keep is None)
+
+
+@pytest.mark.parametrize("name, refused", [("model.vision_tower.vision_tower.encoder.blocks.1.mlp.fc1.bias", True), ("model.norm.weight", False)])
+def test_another_start_is_refused_if_what_was_not_trained_differs(base, run, tmp_path, capsys, name, refused):
+  tensors = load_file(base / "model.safetensors")
+  tensors[name][3] *= 1.01
+  other = w.tiny(tmp_path / "other", tensors)
+  arguments = ["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out"), "--init-from", str(other)]
+  if not refused:  # it was trained: the run has its own
+    export.main(arguments)
+    w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
+    return
+  with pytest.raises(SystemExit):
+    export.main(arguments)
+  said = capsys.readouterr().err
+  assert "other is not what " in said and "vision/blocks/1/fc1/bias, which was not trained, differs" in said
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_its_parameters_is_said(run, tmp_path, capsys):
+  shutil.rmtree(run / "checkpoints" / "2" / "params")
+  with pytest.raises(SystemExit):
+    export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  assert "2 is damaged: it lacks params; remove it" in capsys.readouterr().err
 
 
 def test_starting_checkpoint_that_has_moved(base, run, tmp_path, capsys):

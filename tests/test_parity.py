@@ -17,13 +17,30 @@ STAGES = (
   "cache lengths", "cached keys and values", "prefill positions", "decode positions", "greedy tokens",
   "decode logits", "cosine_nosuffix: states, logits", "cosine_nosuffix: tokens, cache lengths",
   "nexthalf_10_20_stride4: states, logits", "avgpool_10_20_stride4: states, logits", "none: states, logits",
-  "training loss", "training labels", "gradients", "gradient norms",
+  "training loss", "training labels", "gradients", "gradient norms", "QC-Comp: scores_default",
+  "QC-Comp: scores_segments_8_4", "QC-Comp: scores_segments_4_2",
 )
 
 
+def linked(source, target, *without):
+  """`target` with links to the files of `source`."""
+  for file in source.iterdir():
+    if file.name not in without:
+      (target / file.name).symlink_to(file)
+  return target
+
+
 @pytest.fixture(scope="module")
-def rows(reference):
-  return {row.stage: row for row in parity.check(reference / "dev")}
+def rows(reference, tmp_path_factory):
+  return {row.stage: row for row in parity.check(linked(reference / "dev", tmp_path_factory.mktemp("dev"), "qc_chat.npz"))}
+
+
+@pytest.mark.slow
+def test_the_official_chat_selects_the_same_frames_and_answers_the_same(reference, tmp_path):
+  others = {f.name for f in (reference / "dev").glob("*.npz")} - {"qc_chat.npz"}
+  rows = [row for row in parity.check(linked(reference / "dev", tmp_path, *others)) if row.arrays]
+  assert [row.stage for row in rows] == [f"QC-Comp: {n}" for n in ("rounds", "round_scores", "selected frames", "answer")]
+  assert all(row.result == "pass" for row in rows), rows
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -27,7 +27,7 @@ from xcomp_jax.data.store import Sample, open_store, write_store
 SIZE, CLIP = 8, 4
 CONFIG = DataConfig(
   train="", heldout=None, frame_buckets=(0, 1, 8, 16), text_buckets=(32, 64), prefix_length=16, frames_per_device=16,
-  mask="official", group_by_text_length=False, threads=2, prefetch=2,
+  text_per_device=448, mask="official", group_by_text_length=False, threads=2, prefetch=2,
 )
 FRAMES = (8, 1, 16, 0, 8, 12, 1, 4, 16, 8, 0, 1, 8)  # 13 samples: videos, images (1), text alone (0)
 
@@ -183,6 +183,15 @@ def test_same_batches_for_any_number_of_threads(store, tokenizer, threads, prefe
   cfg = dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch)
   for a, b in zip(run(store, tokenizer), run(store, tokenizer, cfg), strict=True):
     assert a.last == b.last and equal(a.batch, b.batch)
+
+
+def test_long_texts_bound_the_rows(store, tokenizer):
+  rows = {}
+  for cap in (64, 100, 448):  # tokens a device; its longest bucket has 64
+    cfg = dataclasses.replace(CONFIG, text_per_device=cap)
+    for m in run(store, tokenizer, cfg, batch_size=13):
+      rows[cap, m.batch.text.shape[1]] = max(rows.get((cap, m.batch.text.shape[1]), 0), m.batch.text.shape[0])
+  assert rows == {(64, 32): 4, (64, 64): 2, (100, 32): 6, (100, 64): 2, (448, 32): 14, (448, 64): 14}
 
 
 def test_two_processes_read_the_two_halves_of_every_micro_batch(store, tokenizer):

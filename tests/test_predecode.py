@@ -130,6 +130,7 @@ def test_unknown_strategy(strategy):
 def test_mixture_becomes_a_store(world):
   info = make(world)
   store = open_store(world.parent / "out")
+  assert store.made_with() == "fps 8.0, min_frames 8, max_frames 16, subset 1.0"
   # one shuffle by seed 12345, one by 42; three items
   order = [i["id"] for i in by_the_book(json.loads((world / "videos.json").read_text()), "all", 1.0)]
   assert [s.id for s in store.samples] == [*map(str, order), "0", "i", "0", "0"]

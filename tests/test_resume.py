@@ -3,16 +3,23 @@
 import dataclasses
 import json
 import os
+import pathlib
+import re
+import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from xcomp_jax import checkpoint, metrics, train
-from xcomp_jax.config import ConfigError
+from xcomp_jax.config import ConfigError, to_dict
 from xcomp_jax.data.store import open_store, write_store
 from xcomp_jax.sharding import make_mesh
+from xcomp_jax.weights import CheckpointError
 
 
 @pytest.fixture(autouse=True)
@@ -101,13 +108,82 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run, straight, tmp_p
   assert items(config) == straight[3]
 
 
-def test_a_finished_run_has_nothing_left_to_do(straight):
-  assert train.run(straight[0])["step"] == 4
+def test_a_finished_run_has_nothing_left_to_do(straight, capsys):
+  assert train.run(straight[0]) == {"step": 4}
+  said = capsys.readouterr().out
+  assert "no step was left to do" in said and "loss" not in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("item", ["params", "opt"])
+def test_a_checkpoint_that_lacks_a_part_is_said(tiny_run, straight, tmp_path, item):
+  shutil.copytree(straight[0].workdir, tmp_path / "w")
+  shutil.rmtree(tmp_path / "w" / "checkpoints" / "4" / item)
+  with pytest.raises(CheckpointError, match=rf"checkpoints/4 is damaged: it lacks {item}; remove it to go on"):
+    train.run(make(tiny_run, tmp_path / "w"))
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(tiny_run, straight, tmp_path):
+  shutil.copytree(straight[0].init_from, tmp_path / "base")
+  (tmp_path / "base" / "model.safetensors").unlink()
+  assert train.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))["step"] == 4
+
+
+class Command:
+  """`python -m xcomp_jax.train` as a process of its own, on one device."""
+
+  def __init__(self, config):
+    file = pathlib.Path(f"{config.workdir}.py")
+    values = json.dumps(to_dict(config))
+    file.write_text(f"import json\nfrom ml_collections import ConfigDict\nget_config = lambda: ConfigDict(json.loads({values!r}))\n")
+    self.config, self.workdir = config, pathlib.Path(config.workdir)
+    self.arguments = [sys.executable, "-m", "xcomp_jax.train", f"--config={file}"]
+    self.environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+
+  def start(self):
+    return subprocess.Popen(
+      self.arguments, cwd=pathlib.Path(__file__).parents[1], env=self.environment, text=True, stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+    )
+
+  def finish(self):
+    """Runs to the end; step -> its loss, as said."""
+    process = self.start()
+    said, _ = process.communicate()
+    assert process.returncode == 0 and "done: step 24 of 24" in said
+    return {int(line.split()[1].split("/")[0]): line.split("loss ")[1].split()[0] for line in said.splitlines() if line.startswith("step ")}
+
+  def saving(self):
+    """Whether a checkpoint after the first is there, or about to be."""
+    names = [path.name for path in (self.workdir / "checkpoints").glob("*")]
+    return any(int(re.match(r"\d*", name)[0] or 0) > 2 for name in names)
+
+
+@pytest.fixture
+def command(tiny_run):
+  """A function workdir -> Command for 24 steps, saved every second one."""
+  return lambda workdir: Command(make(tiny_run, workdir, **{"train.epochs": 6}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_got_a_signal_goes_on_as_if_nothing_had_been(command, tmp_path, number):
+  whole, parts = command(tmp_path / "whole"), command(tmp_path / "parts")
+  losses = whole.finish()
+  process = parts.start()
+  while process.poll() is None and not parts.saving():
+    time.sleep(0.001)
+  process.send_signal(number)
+  said, _ = process.communicate()
+  if number == signal.SIGTERM:
+    assert process.returncode == 0 and "the same command continues" in said
+  else:
+    assert process.returncode == -number and "done: step" not in said
+  rest = parts.finish()
+  assert 0 < len(rest) < 24 and rest.items() <= losses.items()
+  assert items(parts.config) == items(whole.config)
 
 
 def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
-  import shutil
-
   shutil.copytree(straight[0].workdir, tmp_path / "moved")
   changes = {"model.remat": False, "data.threads": 2, "data.prefetch": 3, "train.log_every": 7, "train.save_every": 3}
   assert train.run(make(tiny_run, tmp_path / "moved", **changes))["step"] == 4
@@ -131,9 +207,6 @@ def test_another_run_is_refused(tiny_run, straight, changes, words):
 
 
 def test_another_model_is_refused(tiny_run, straight, tmp_path):
-  import pathlib
-  import shutil
-
   base = pathlib.Path(straight[0].init_from)
   shutil.copytree(base, tmp_path / "base")
   values = json.loads((base / "config.json").read_text())

@@ -46,6 +46,7 @@ def test_round_trip_with_videos_images_and_text(tmp_path, monkeypatch):
   write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
   store = open_store(tmp_path / "s")
   assert len(store) == 5 and store.image_size == SIZE and store.clip_frames == 4
+  assert store.made_with() == "sampling not recorded"
   for i, (meta, visual) in enumerate(items()):
     got = store.samples[i]
     assert (got.id, got.source, got.annotation, got.position) == (meta.id, meta.source, meta.annotation, meta.position)

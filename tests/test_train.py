@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from xcomp_jax import metrics, optim, train, weights
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, TrainConfig, VLMConfig, from_dict
+from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import make_mesh
@@ -150,7 +154,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
   lines = [line for line in text.splitlines() if line.startswith("step ")]
   first, last = (float(line.split("loss ")[1].split()[0]) for line in (lines[0], lines[-1]))
   assert len(lines) == 12 and last < first - 0.5
-  for word in ("MFU -", "data wait", "samples/s", "held-out after step 12", "vision/blocks/0..1/fc1/kernel", "done: step 12 of 12"):
+  for word in ("MFU -", "data wait", "samples/s", "held-out after step 12", "vision/blocks/0..1/fc1/kernel", "done: step 12 of 12", "train: sampling not recorded"):
     assert word in text
   assert "warning" not in text
   assert sum(line.startswith("compiled grad_step") for line in text.splitlines()) == 3  # 0, 8 and 16 frames
@@ -177,7 +181,7 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run,
     batch = original(examples, bucket, size)
     return dataclasses.replace(batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32))
 
-  tokenizer = train.prompt.load_tokenizer(config.init_from)
+  tokenizer = prompt.load_tokenizer(config.init_from)
   entries = pipeline.batches(
     train.open_store(config.data.train), tokenizer, config.data, batch_size=3, rows=1, seed=0, epochs=1
   )
@@ -203,6 +207,16 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_run, examples, tmp_path)
   before = jax.device_get(it.state)
   out = it.apply()
   assert not out["finite"]
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(it.state), before)
+
+
+def test_an_update_that_is_not_finite_is_not_applied(tiny_run, examples, tmp_path):
+  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1})
+  it = Prepared(dataclasses.replace(config, optim=dataclasses.replace(config.optim, b1=1.0)), 1)  # corrects by 1 - b1: 0 / 0
+  it.add(collate(examples[:2], Bucket(3, 4, 8, 16)))
+  before = jax.device_get(it.state)
+  out = it.apply()
+  assert np.isfinite(out["grad_norm"]) and np.isnan(out["update_norm"]) and not out["finite"]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(it.state), before)
 
 
@@ -295,6 +309,20 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
     ({"init_from": "/nowhere"}, "/nowhere"),
     ({"model.clip_frames": 8}, "clip_frames 4"),
     ({"lp_comp.schedule": [4, 8]}, "lp_comp.schedule"),
+    ({"lp_comp.group": 24, "lp_comp.schedule": "cosine"}, "lp_comp.group = 24: .* 4 frames, whose 64 tokens can't be cut"),
+    ({"lp_comp.group": 0}, "config.lp_comp.group = 0: must be at least 1"),
+    ({"model.clips_per_chunk": 0}, "config.model.clips_per_chunk = 0: must be at least 1"),
+    ({"data.text_per_device": 0}, "config.data.text_per_device = 0: must be at least 1"),
+    ({"data.frame_buckets": [-8, 8]}, "config.data.frame_buckets = .* from 0 on, ascending"),
+    ({"data.text_buckets": [0, 8]}, "config.data.text_buckets = .* from 1 on, ascending"),
+    ({"data.text_buckets": [64, 8]}, "config.data.text_buckets = .* ascending"),
+    ({"data.text_buckets": []}, "config.data.text_buckets = .* one or more"),
+    ({"optim.learning_rate": math.nan}, "config.optim.learning_rate = nan: must be a number above 0"),
+    ({"optim.learning_rate": 0.0}, "config.optim.learning_rate = 0.0"),
+    ({"optim.weight_decay": -0.1}, "config.optim.weight_decay = -0.1"),
+    ({"optim.clip_norm": 0.0}, "config.optim.clip_norm = 0.0: .* 1e9 clips nothing"),
+    ({"optim.b1": 1.0, "optim.b2": -0.1}, "config.optim.b1 = 1.0: .*; config.optim.b2 = -0.1: "),
+    ({"optim.eps": 0.0}, "config.optim.eps = 0.0"),
   ],
 )
 def test_what_cannot_work_is_said_before_anything_is_written(tiny_run, tmp_path, changes, words):
@@ -303,11 +331,45 @@ def test_what_cannot_work_is_said_before_anything_is_written(tiny_run, tmp_path,
   assert not (tmp_path / "w").exists()
 
 
+def cut(base):
+  file = base / "model.safetensors"
+  file.write_bytes(file.read_bytes()[:-10])
+
+
+def lose(base):
+  tensors = load_file(base / "model.safetensors")
+  del tensors["model.norm.weight"]
+  save_file(tensors, base / "model.safetensors")
+
+
+def shrink(base):
+  values = json.loads((base / "config.json").read_text())
+  (base / "config.json").write_text(json.dumps(values | {"vocab_size": 100}))
+
+
+@pytest.mark.parametrize(
+  "damage, words",
+  [(cut, "truncated"), (lose, r"1 missing: model\.norm\.weight"), (shrink, "embedding table has only 100 rows")],
+)
+def test_a_damaged_start_is_said_before_anything_is_written(tiny_run, tmp_path, damage, words):
+  shutil.copytree(tiny_run(tmp_path).init_from, tmp_path / "base")
+  damage(tmp_path / "base")
+  with pytest.raises(weights.CheckpointError, match=words):
+    train.run(tiny_run(tmp_path / "w", init_from=str(tmp_path / "base")))
+  assert not (tmp_path / "w").exists()
+
+
 def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(tiny_run, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setattr(weights, "load", lambda *a, **k: pytest.fail("weights were read"))
   with pytest.raises(ConfigError, match=r"workdir .*file/w can't be written .*config\.workdir"):
     train.run(tiny_run(tmp_path / "file" / "w"))
+  for name in ("checkpoints", "tensorboard"):
+    (tmp_path / "w").mkdir(exist_ok=True)
+    (tmp_path / "w" / name).write_text("")
+    with pytest.raises(ConfigError, match=rf"workdir .*w can't be written .*w/{name}'\); set config\.workdir"):
+      train.run(tiny_run(tmp_path / "w"))
+    (tmp_path / "w" / name).unlink()
 
 
 def test_the_command_says_errors_in_one_line_and_exits_with_1(tmp_path):
@@ -321,3 +383,10 @@ def test_the_command_says_errors_in_one_line_and_exits_with_1(tmp_path):
   assert done.stderr.strip().splitlines()[-1] == (
     "error: config.optim.learning_rat is unknown; did you mean config.optim.learning_rate?"
   )
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_command_explains_itself(monkeypatch, capsys, flag):
+  monkeypatch.setattr(sys, "argv", ["train", flag])
+  train.main()
+  assert "python -m xcomp_jax.train --config=configs/sct.py" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from xcomp_jax.config import VisionConfig
+from xcomp_jax.model import vlm
 from xcomp_jax.model.vision import PIXEL_MEAN, PIXEL_STD, Vision, position_table
 
 OFFICIAL = VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd")
@@ -91,6 +92,14 @@ def test_bfloat16_follows_float32(model, tiny):
   half = Vision(tiny(dtype="bfloat16"), rngs=nnx.Rngs(0))(clips(1, 4))  # masters stay float32
   assert half.dtype == jnp.bfloat16
   assert np.abs(exact - half.astype(jnp.float32)).mean() < 0.02
+
+
+def test_memory_of_encoding_does_not_grow_with_the_frames(tiny):
+  model = nnx.eval_shape(lambda: vlm.VLM(tiny(), rngs=nnx.Rngs(0)))  # two clips a chunk
+  frames = lambda n: jax.ShapeDtypeStruct((1, n, 8, 48, 48, 3), np.uint8)
+  compiled = [jax.jit(vlm.encode).lower(model, frames(n)).compile().memory_analysis() for n in (4, 16)]
+  assert compiled[1].output_size_in_bytes == 4 * compiled[0].output_size_in_bytes
+  assert compiled[0].temp_size_in_bytes == compiled[1].temp_size_in_bytes > 0
 
 
 def test_sizes_that_do_not_divide_are_named(tiny):

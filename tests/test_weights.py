@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from xcomp_jax import export, sharding, weights
-from xcomp_jax.config import LPCompConfig, MeshConfig, ModelConfig
+from xcomp_jax.config import ConfigError, LPCompConfig, MeshConfig, ModelConfig
+from xcomp_jax.data import prompt
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.weights import CheckpointError
 
@@ -155,6 +156,16 @@ def test_quirk_q1_clip_length_of_config_json_only_on_request(tmp_path, capsys):
     ({"mm_vision_tower": "siglip"}, "mm_vision_tower 'siglip'"),
     ({"mm_hidden_size": 1152}, "mm_hidden_size is 1152"),
     ({"tiny_vision": {"depth": 3}}, "tiny_vision lacks image_size"),
+    ({"tiny_vision": 5}, "tiny_vision = 5: must be an object"),
+    ({"tiny_vision": TINY["tiny_vision"] | {"heads": 0}}, "tiny_vision: heads = 0: must be an integer above 0"),
+    ({"hidden_size": "96"}, "hidden_size = '96': must be an integer above 0"),
+    ({"hidden_size": None, "rope_theta": True}, "hidden_size = None: must be .*; rope_theta = True: must be a number above 0"),
+    ({"num_attention_heads": 0}, "num_attention_heads = 0: must be an integer above 0"),
+    ({"mm_vision_tower": None}, "mm_vision_tower = None: must be text"),
+    ({"mm_vision_select_layer": None}, "mm_vision_select_layer = None: must be an integer"),
+    ({"mm_local_num_frames": "x"}, "mm_local_num_frames = 'x': must be an integer above 0"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no': must be true or false"),
+    ({"head_dim": "128"}, "head_dim = '128'"),
     ({"num_attention_heads": 11}, "num_attention_heads does not divide"),
     ({"mm_vision_select_layer": 2}, "mm_vision_select_layer"),
   ],
@@ -170,6 +181,26 @@ def test_no_or_broken_config_json(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(CheckpointError, match="not valid JSON"):
     read_config(tmp_path)
+  (tmp_path / "config.json").write_text("[]")
+  with pytest.raises(CheckpointError, match="does not hold a JSON object"):
+    read_config(tmp_path)
+  (tmp_path / "xcomp.json").write_text('{"lp_comp": 3}')
+  with pytest.raises(ConfigError, match=r"xcomp\.json: lp_comp must be a group of keys, not 3"):
+    weights.read_lp_comp(tmp_path)
+
+
+def test_a_run_is_told_to_be_exported_first(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"seed": 0, "workdir": "w", "init_from": "i"}))
+  with pytest.raises(CheckpointError, match=r"is a run; export it first: python -m xcomp_jax\.export --checkpoint /"):
+    read_config(tmp_path)
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(reference, tmp_path):
+  own = prompt.load_tokenizer(reference / "qwen_subset").vocab_size
+  cfg = lambda size: read_config(configured(tmp_path, vocab_size=size))
+  assert weights.read_tokenizer(reference / "qwen_subset", cfg(own)).vocab_size == own
+  with pytest.raises(CheckpointError, match=rf"ids go up to {own - 1}, but the embedding table has only {own - 1} rows"):
+    weights.read_tokenizer(reference / "qwen_subset", cfg(own - 1))
 
 
 def test_every_tensor_arrives_in_its_place(reference, tmp_path):
@@ -229,6 +260,9 @@ def test_round_trip_through_several_files(reference, tmp_path):
 
   files[1].unlink()
   with pytest.raises(CheckpointError, match=rf"names {files[1].name}, which is not there"):
+    weights.load(tmp_path / "out", cfg)
+  (tmp_path / "out" / weights.INDEX).write_text('{"weight_map": 3}')
+  with pytest.raises(CheckpointError, match=r"index\.json: weight_map must be an object of tensor names and file names"):
     weights.load(tmp_path / "out", cfg)
 
 

@@ -76,7 +76,7 @@ def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("split", [Split("train", 0, 1, 1, 4), Split("train", 1, 0, 1, 4), Split("train", 1, 1, 99, 4), Split("train", 1, 1, 1, 5)])
+@pytest.mark.parametrize("split", [Split("train", 0, 1, 1, 4), Split("train", 1, 0, 1, 4), Split("train", 1, 1, 4097, 4), Split("train", 1, 1, 1, 5)])
 def test_impossible_worlds_are_refused_and_leave_nothing(split, tmp_path):
   with pytest.raises(world.WorldError):
     world.write_world(tmp_path / "out", [split], seed=0, workers=1)

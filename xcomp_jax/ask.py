@@ -164,7 +164,7 @@ def answer(args: argparse.Namespace) -> None:
   if args.clips_per_chunk < 1 or (clip_frames != "checkpoint" and clip_frames < 1):
     raise ConfigError("--clips-per-chunk and --clip-frames must be at least 1")
   cfg = weights.read_config(directory, ModelConfig(clip_frames, dtype, dtype, args.clips_per_chunk, "auto", remat=False), lp_comp)
-  tokenizer = prompt.load_tokenizer(directory)
+  tokenizer = weights.read_tokenizer(directory, cfg)
   select = qc_comp.setting(args.mode, args.select, args.repeat) if args.select else None
   sampling = generate.Sampling(
     args.max_new_tokens, tokenizer.eos, args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed

@@ -58,6 +58,12 @@ def folder(workdir: str) -> epath.Path:
   return epath.Path(workdir).absolute() / "checkpoints"
 
 
+def begun(workdir: str) -> bool:
+  """Whether there is a checkpoint to go on from."""
+  path = folder(workdir)
+  return path.is_dir() and any(step.name.isdigit() for step in path.iterdir())
+
+
 def claim(workdir: str) -> None:
   """Makes the work directory, and checks that it can be written, before anything expensive happens.
 
@@ -66,13 +72,14 @@ def claim(workdir: str) -> None:
   """
   path = epath.Path(workdir)
   try:
-    path.mkdir(parents=True, exist_ok=True)
+    for part in (path, path / "checkpoints", path / "tensorboard"):
+      part.mkdir(parents=True, exist_ok=True)
     probe = path / f".write-test-{jax.process_index()}"
     probe.write_text("")
     probe.unlink()
   except OSError as error:
     raise ConfigError(
-      f"workdir {workdir} can't be written ({error.strerror or error}); set config.workdir to a folder that can"
+      f"workdir {workdir} can't be written ({error}); set config.workdir to a folder that can"
     ) from error
 
 
@@ -122,8 +129,9 @@ def restore(
   Raises:
     ConfigError: the run was started with a config or data that this one can't continue, with another number of
       processes, or by a later version with another format.
+    CheckpointError: a part of the checkpoint is missing.
   """
-  saved = _config(checkpoints, step)
+  saved = _config(checkpoints, step, "params", "opt")
   old, new = _flat(saved), _flat(config)
   changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)]
   if changed:
@@ -173,11 +181,12 @@ def read_config(workdir: str, step: int | None = None) -> tuple[dict[str, Any], 
 
   Raises:
     FileNotFoundError: there is no such checkpoint.
+    CheckpointError: a part of it is missing.
     ConfigError: a later version wrote it, with another format.
   """
   with _reader(workdir) as checkpoints:
     step = _step(checkpoints, step)
-    return _config(checkpoints, step), step
+    return _config(checkpoints, step, "params"), step
 
 
 def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
@@ -201,8 +210,12 @@ def _reader(workdir: str) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
 
 
-def _config(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-  """What `describe` said; a ConfigError if this version can't read the checkpoint."""
+def _config(checkpoints: ocp.CheckpointManager, step: int, *needed: str) -> dict[str, Any]:
+  """What `describe` said; an error if the checkpoint lacks that or what else is needed, or is of a later format."""
+  place = checkpoints.directory / str(step)
+  missing = [item for item in ("config", *needed) if not (place / item).is_dir()]
+  if missing:
+    raise weights.CheckpointError(f"{place} is damaged: it lacks {', '.join(missing)}; remove it to go on from the one before")
   saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
   version = saved.get("format", 1)  # the first ones did not say
   if version > FORMAT:

@@ -124,6 +124,7 @@ class DataConfig:
   text_buckets: tuple[int, ...]  # likewise for tokens after the visual slot
   prefix_length: int  # tokens before the visual slot, padded
   frames_per_device: int  # a micro-batch holds as many samples of a bucket as this many frames allow, at least one
+  text_per_device: int  # likewise for tokens after the visual slot, whose logits take the memory
   mask: Literal["official", "assistant"]  # which tokens are supervised (FACTS.md 3)
   group_by_text_length: bool  # batches of similar text length, as in the release
   threads: int  # of the reader
@@ -186,14 +187,15 @@ class RunConfig:
   mesh: MeshConfig
 
 
-def from_dict(cls: type, values: Mapping[str, Any], where: str = "config"):
+def from_dict(cls: type, values: Any, where: str = "config"):
   """Builds dataclass `cls` from nested mappings.
 
   Raises:
     ConfigError: unknown or missing keys (all of them, with the nearest known name) or a value of another type.
   """
+  if not isinstance(values, Mapping):
+    raise ConfigError(f"{where} must be a group of keys, not {values!r}")
   hints = typing.get_type_hints(cls)
-  values = dict(values)
   problems = []
   for key in values.keys() - hints.keys():
     near = difflib.get_close_matches(key, hints, 1)
@@ -205,6 +207,14 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str = "config"):
   return cls(**{key: _convert(hint, values[key], f"{where}.{key}") for key, hint in hints.items()})
 
 
+def keys(cls: type, where: str = "config") -> list[str]:
+  """Full names of a dataclass's values, those of its groups included."""
+  names = []
+  for key, hint in typing.get_type_hints(cls).items():
+    names += keys(hint, f"{where}.{key}") if dataclasses.is_dataclass(hint) else [f"{where}.{key}"]
+  return names
+
+
 def to_dict(config) -> dict[str, Any]:
   """The nested plain dict (tuples as lists) that `from_dict` reads back."""
   plain = lambda v: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
@@ -213,8 +223,6 @@ def to_dict(config) -> dict[str, Any]:
 
 def _convert(hint, value, where: str):
   if dataclasses.is_dataclass(hint):
-    if not isinstance(value, Mapping):
-      raise ConfigError(f"{where} must be a group of keys, not {value!r}")
     return from_dict(hint, value, where)
   options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
   for option in options:

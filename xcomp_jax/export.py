@@ -51,6 +51,7 @@ class Source:
   state: nnx.State
   cfg: VLMConfig
   directory: pathlib.Path
+  tuned: bool  # cfg.lp_comp is known to be what the parameters were tuned with
 
 
 def read(path: str, *, step: int | None = None, init_from: str | None = None) -> Source:
@@ -62,14 +63,15 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
     init_from: of a run, if what it started from has moved.
 
   Raises:
-    CheckpointError, FileNotFoundError: no such checkpoint, or a broken one.
+    CheckpointError, FileNotFoundError: no such checkpoint, a broken one, or not what the run started from.
   """
   if not checkpoint.folder(path).is_dir():
     if step is not None or init_from is not None:
       raise CheckpointError(f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of")
     directory = weights.resolve(path)
-    cfg = weights.read_config(directory, AS_IT_IS, weights.read_lp_comp(directory) or NOT_TUNED)
-    return Source(nnx.state(weights.load(directory, cfg)), cfg, directory)
+    lp_comp = weights.read_lp_comp(directory)
+    cfg = weights.read_config(directory, AS_IT_IS, lp_comp or NOT_TUNED)
+    return Source(nnx.state(weights.load(directory, cfg)), cfg, directory, lp_comp is not None)
   saved, step = checkpoint.read_config(path, step)
   run = saved["run"]
   directory = weights.resolve(init_from or run["init_from"])
@@ -84,9 +86,18 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
     dtype = run["model"]["param_dtype" if is_trained(path) else "dtype"]
     return jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=device)
 
-  tuned = checkpoint.read_params(path, jax.tree_util.tree_map_with_path(like, state), step)
-  state = jax.tree_util.tree_map_with_path(lambda path, old, new: new if is_trained(path) else old, state, tuned)
-  return Source(state, cfg, directory)
+  def choose(name, started, saved):
+    if is_trained(name):
+      return saved
+    if np.asarray(started).astype(saved.dtype).tobytes() != np.asarray(saved).tobytes():
+      raise CheckpointError(
+        f"{directory} is not what {path} started from: {path_name(name)}, which was not trained, differs; "
+        "give the checkpoint that it did start from (--init-from)"
+      )
+    return started
+
+  saved = checkpoint.read_params(path, jax.tree_util.tree_map_with_path(like, state), step)
+  return Source(jax.tree_util.tree_map_with_path(choose, state, saved), cfg, directory, tuned=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +121,7 @@ def save_torch(
   cfg: VLMConfig,
   source: pathlib.Path,
   *,
+  tuned: bool = True,
   dtype: Any | None = None,
   overwrite: bool = False,
   shard_bytes: int = SHARD_BYTES,
@@ -121,6 +133,7 @@ def save_torch(
     model: parameters of `cfg`.
     cfg: of the model; config.json gets its clip length (quirk Q1), xcomp.json its LP-Comp.
     source: the checkpoint that the model was made from: gives config.json, tokenizer files and dtypes.
+    tuned: False leaves xcomp.json out, as in official checkpoints: which LP-Comp they take is for their user to say.
     dtype: of all tensors; None: each as in `source`, so a parameter that was not trained is equal bit by bit.
     overwrite: replace a checkpoint that is there.
     shard_bytes: largest size of one file (a larger single tensor gets a file of its own).
@@ -136,7 +149,7 @@ def save_torch(
   ]
   with appearing(directory, overwrite) as temporary:
     write_safetensors(temporary, tensors, shard_bytes)
-    _copy_rest(temporary, source, cfg, dtype)
+    _copy_rest(temporary, source, cfg, tuned, dtype)
     written = weights.stored(temporary, cfg)
     wrong = [f"{e.name} is {written[e.path]}" for e in entries if written[e.path] != own[e.path]]
     if wrong:
@@ -149,6 +162,7 @@ def save_orbax(
   cfg: VLMConfig,
   source: pathlib.Path,
   *,
+  tuned: bool = True,
   dtype: Any | None = None,
   overwrite: bool = False,
 ) -> None:
@@ -166,7 +180,7 @@ def save_orbax(
     settings = weights.nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
       writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(weights.nest(arrays), save_args=settings))
-    _copy_rest(temporary, source, cfg, dtype)
+    _copy_rest(temporary, source, cfg, tuned, dtype)
 
 
 def _official(entry: weights.Entry, array: jax.Array, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -214,14 +228,15 @@ def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_
     _write_json(directory / weights.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, dtype: Any | None) -> None:
-  """config.json, xcomp.json and tokenizer files."""
+def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tuned: bool, dtype: Any | None) -> None:
+  """config.json, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
   config = weights.read_json(source / "config.json") | {"mm_local_num_frames": cfg.clip_frames}
   if dtype is not None:
     config["torch_dtype"] = np.dtype(dtype).name
   _write_json(directory / "config.json", config)
-  _write_json(directory / weights.EXTRA, {"lp_comp": to_dict(cfg.lp_comp)})
+  if tuned:
+    _write_json(directory / weights.EXTRA, {"lp_comp": to_dict(cfg.lp_comp)})
   copy_tokenizer(directory, source)
 
 
@@ -282,8 +297,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   try:
     check_free(pathlib.Path(args.out), args.overwrite)
     source = read(args.checkpoint, step=args.step, init_from=args.init_from)
-    save(pathlib.Path(args.out), source.state, source.cfg, source.directory, dtype=args.dtype, overwrite=args.overwrite)
-  except (ValueError, FileNotFoundError) as error:
+    save(
+      pathlib.Path(args.out), source.state, source.cfg, source.directory, tuned=source.tuned, dtype=args.dtype,
+      overwrite=args.overwrite,
+    )
+  except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
   leaves = jax.tree.leaves(source.state)

@@ -8,7 +8,9 @@ A step adds up the gradients of its micro-batches (`grad_step`, one compilation 
 
 import contextlib
 import dataclasses
+import difflib
 import functools
+import itertools
 import json
 import signal
 import sys
@@ -28,8 +30,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from xcomp_jax import checkpoint, metrics, optim, weights
-from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict, to_dict
-from xcomp_jax.data import pipeline, prompt
+from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict, keys, to_dict
+from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch
 from xcomp_jax.data.store import Store, open_store
 from xcomp_jax.model import lp_comp, vlm
@@ -45,7 +47,7 @@ from xcomp_jax.sharding import (
 
 
 class NotFiniteError(ValueError):
-  """A loss or gradient that is no number; the parameters are as they were before that step."""
+  """A loss, gradient or update that is no number; the parameters are as they were before that step."""
 
 
 @jax.tree_util.register_dataclass
@@ -147,20 +149,23 @@ def grad_step(
 def apply_step(
   tx: optax.GradientTransformation, state: TrainState, sums: Sums
 ) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
-  """One optimizer step on the mean over the summed samples; if that is not finite, the state stays as it is.
+  """One optimizer step on the mean over the summed samples; if that or the step is not finite, the state stays.
 
   Returns:
-    the new state, sums of nothing, and scalars: loss, grad_norm (before clipping), samples, frames, finite.
+    the new state, sums of nothing, and scalars: loss, grad_norm (before clipping), update_norm, samples, frames,
+    finite.
   """
   grads = jax.tree.map(lambda g: g / sums.samples, sums.grads)
   norm, loss = optax.tree.norm(grads), sums.loss / sums.samples
-  finite = jnp.isfinite(norm) & jnp.isfinite(loss)
   grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.trained)
   updates, opt = tx.update(grads, state.opt, state.trained)
+  change = optax.tree.norm(updates)
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(change)
   kept = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
   trained = kept(optax.apply_updates(state.trained, updates), state.trained)
   new = TrainState(trained, state.frozen, kept(opt, state.opt))
-  out = {"loss": loss, "grad_norm": norm, "samples": sums.samples, "frames": sums.frames, "finite": finite}
+  out = {"loss": loss, "grad_norm": norm, "update_norm": change, "finite": finite}
+  out |= {"samples": sums.samples, "frames": sums.frames}
   return new, jax.tree.map(jnp.zeros_like, sums), out
 
 
@@ -205,12 +210,12 @@ def run(config: RunConfig) -> dict[str, float | int]:
   """Trains, from the latest checkpoint in the workdir if there is one.
 
   Returns:
-    what the last line says: step, loss (mean over the steps done here), and heldout_loss, heldout_accuracy if
-    there are held-out data.
+    what the last line says: step, loss (mean over the steps done here, if any), and heldout_loss,
+    heldout_accuracy if there are held-out data.
 
   Raises:
     ConfigError, StoreError, CheckpointError, ...: whatever can't work, before weights are read.
-    NotFiniteError: a loss or gradient became inf or nan; workdir/nan/ says in which samples.
+    NotFiniteError: a loss, gradient or update became inf or nan; workdir/nan/ says in which samples.
   """
   check(config)
   if config.compilation_cache is not None:
@@ -219,7 +224,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
   directory = weights.resolve(config.init_from)
   cfg = weights.read_config(directory, config.model, config.lp_comp)
   schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
-  tokenizer = prompt.load_tokenizer(directory)
+  tokenizer = weights.read_tokenizer(directory, cfg)
   store = open_data(config.data.train, cfg)
   steps = config.train.epochs * pipeline.steps_per_epoch(len(store), config.train.batch_size)
   steps = min(steps, config.train.steps or steps)
@@ -231,6 +236,8 @@ def run(config: RunConfig) -> dict[str, float | int]:
   heldout = None
   if config.data.heldout is not None:
     heldout = pipeline.evaluation(open_data(config.data.heldout, cfg), tokenizer, config.data, **here)
+  if not checkpoint.begun(config.workdir):
+    weights.stored(directory, cfg)  # what is missing or broken is said before anything is written
   checkpoint.claim(config.workdir)
 
   tx = optim.optimizer(config.optim, steps)
@@ -257,6 +264,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
       for name, part in (("trained", state.trained), ("frozen", state.frozen)):
         print(f"{name} parameters\n{parameter_table(part, param_shardings(part, mesh))}")
       print(f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {' '.join(map(str, schedule))}")
+      print(f"{config.data.train}: {store.made_with()}")
       print(f"{len(store)} samples; steps {start + 1} to {steps}, {config.train.batch_size} samples each", flush=True)
       (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     writer = stack.enter_context(
@@ -325,13 +333,15 @@ def run(config: RunConfig) -> dict[str, float | int]:
     seconds = time.perf_counter() - begun
     bar.close()
     checkpoints.wait_until_finished()
-  result = {"step": done, "loss": float(np.mean(losses)) if losses else float("nan")}
+  result = {"step": done}
+  if losses:
+    result["loss"] = float(np.mean(losses))
   if evaluated:
     result |= {"heldout_loss": evaluated[1]["loss"], "heldout_accuracy": evaluated[1]["accuracy"]}
   if first:
     print(
       f"{'stopped by a signal' if stopped else 'done'}: step {done} of {steps}, {seconds:.0f} s, "
-      f"mean loss {result['loss']:.4f}"
+      + (f"mean loss {result['loss']:.4f}" if losses else "no step was left to do" if done == steps else "no step done")
       + (f", held-out loss {result['heldout_loss']:.4f}, accuracy {result['heldout_accuracy']:.1%}" if evaluated else "")
       + f"; checkpoint {checkpoint.folder(config.workdir) / str(done)}"
       + ("; the same command continues" if stopped else "")
@@ -359,10 +369,32 @@ def check(config: RunConfig) -> None:
       problems.append(f"config.train.{name} = {getattr(t, name)}: must be at least 1, or None")
   if not (t.vision or t.projector or t.llm):
     problems.append("config.train trains nothing: set one of vision, projector, llm to True")
-  if not 0 <= config.optim.warmup <= 1:
-    problems.append(f"config.optim.warmup = {config.optim.warmup}: is a share of all steps, from 0 to 1")
+  o, d = config.optim, config.data
+  rules = [
+    ("model.clips_per_chunk", config.model.clips_per_chunk >= 1, "must be at least 1"),
+    ("lp_comp.group", config.lp_comp.group >= 1, "must be at least 1"),
+    ("data.frames_per_device", d.frames_per_device >= 1, "must be at least 1"),
+    ("data.text_per_device", d.text_per_device >= 1, "must be at least 1"),
+    ("data.frame_buckets", _ascending(d.frame_buckets, 0), "must be one or more numbers from 0 on, ascending"),
+    ("data.text_buckets", _ascending(d.text_buckets, 1), "must be one or more numbers from 1 on, ascending"),
+    ("optim.learning_rate", 0 < o.learning_rate < np.inf, "must be a number above 0"),
+    ("optim.warmup", 0 <= o.warmup <= 1, "is a share of all steps, from 0 to 1"),
+    ("optim.weight_decay", 0 <= o.weight_decay < np.inf, "must be a number from 0 on"),
+    ("optim.clip_norm", 0 < o.clip_norm < np.inf, "must be a number above 0; a large one such as 1e9 clips nothing"),
+    ("optim.b1", 0 <= o.b1 < 1, "must be from 0 to below 1"),
+    ("optim.b2", 0 <= o.b2 < 1, "must be from 0 to below 1"),
+    ("optim.eps", 0 < o.eps < np.inf, "must be a number above 0"),
+  ]
+  for key, holds, words in rules:
+    if not holds:
+      group, name = key.split(".")
+      problems.append(f"config.{key} = {getattr(getattr(config, group), name)}: {words}")
   if problems:
     raise ConfigError("; ".join(problems))
+
+
+def _ascending(values: tuple[int, ...], first: int) -> bool:
+  return bool(values) and values[0] >= first and all(a < b for a, b in itertools.pairwise(values))
 
 
 def open_data(path: str, cfg: VLMConfig) -> Store:
@@ -370,7 +402,7 @@ def open_data(path: str, cfg: VLMConfig) -> Store:
 
   Raises:
     StoreError: see `open_store`.
-    ConfigError: its frames have another size or its clips another length.
+    ConfigError: its frames have another size, its clips another length, or groups of LP-Comp don't fill a clip.
   """
   store = open_store(path)
   wanted = {"image_size": cfg.vision.image_size, "clip_frames": cfg.clip_frames}
@@ -378,6 +410,12 @@ def open_data(path: str, cfg: VLMConfig) -> Store:
     if getattr(store, name) != value:
       raise ConfigError(
         f"{path} was written with {name} {getattr(store, name)}, but the model takes {value}; run predecode again"
+      )
+  group = cfg.lp_comp.group
+  for frames in sorted({sample.clip_frames for sample in store.samples if sample.frames}):
+    if (tokens := frames * cfg.tokens_per_frame) % group:
+      raise ConfigError(
+        f"lp_comp.group = {group}: {path} has clips of {frames} frames, whose {tokens} tokens can't be cut into groups of {group}"
       )
   return store
 
@@ -433,11 +471,11 @@ def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, store: S
   file = epath.Path(config.workdir) / "nan" / f"step_{step + 1}.json"
   if jax.process_index() == 0:
     file.parent.mkdir(parents=True, exist_ok=True)
-    values = {"step": step + 1, "loss": _number(out["loss"]), "grad_norm": _number(out["grad_norm"]), "samples": samples}
-    file.write_text(json.dumps(values, indent=2))
+    numbers = {name: _number(out[name]) for name in ("loss", "grad_norm", "update_norm")}
+    file.write_text(json.dumps({"step": step + 1, **numbers, "samples": samples}, indent=2))
   return NotFiniteError(
-    f"step {step + 1}: loss {out['loss']}, gradient norm {out['grad_norm']}. The step was not applied and nothing was "
-    f"saved after it; its samples and their losses are in {file}"
+    f"step {step + 1}: loss {out['loss']}, norm of the gradient {out['grad_norm']}, of the update {out['update_norm']}. "
+    f"The step was not applied and nothing was saved after it; its samples and their losses are in {file}"
   )
 
 
@@ -468,14 +506,20 @@ def from_command_line(argv: list[str]) -> RunConfig:
     return from_dict(RunConfig, holder.value.to_dict())
   except ConfigError:
     raise
-  except (flags.Error, OSError, AttributeError, KeyError) as error:
+  except (flags.Error, OSError, AttributeError, KeyError, SyntaxError, NameError, ImportError) as error:
     text = str(error.args[0] if error.args else error).strip()
     if "Traceback" in text:  # from inside the config file
       text = text.splitlines()[-1].partition(": ")[2]
     elif isinstance(error, OSError):
       text = f"the config file can't be read: {text[text.find('[Errno') :]}"
-    elif isinstance(error, KeyError):
-      text = f"an override names a group of keys that is unknown: {text}"
+    elif isinstance(error, (SyntaxError, NameError, ImportError)):
+      text = f"the config file is no working Python: {type(error).__name__}: {error}"
+    elif isinstance(error, KeyError):  # an override in a group that is unknown
+      known = keys(RunConfig)
+      given = [name for name in (arg.lstrip("-").partition("=")[0] for arg in argv) if name.startswith("config.")]
+      wrong = next((name for name in given if name not in known), text)
+      near = difflib.get_close_matches(wrong, known, 1)
+      text = f"{wrong} is unknown" + (f"; did you mean {near[0]}?" if near else "")
     raise ConfigError(" ".join(text.split())) from error
 
 
@@ -483,10 +527,13 @@ def main() -> None:
   """The command."""
   from absl import flags
 
+  if {"-h", "--help"} & set(sys.argv):
+    print(__doc__.strip())
+    return
   flags.FLAGS.mark_as_parsed()  # Grain's readers look at absl flags
   try:
     run(from_command_line(sys.argv))
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
 

@@ -27,6 +27,7 @@ from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, VisionConfig, VLMConfig, from_dict
+from xcomp_jax.data import prompt
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.sharding import path_name
 
@@ -161,17 +162,24 @@ def resolve(init_from: str) -> pathlib.Path:
 
 def _whole(directory: pathlib.Path) -> bool:
   """Whether a cached snapshot holds all of its files: a broken download leaves some out."""
-  index = directory / INDEX
-  if index.exists():
-    return all((directory / shard).exists() for shard in set(read_json(index, "weight_map")["weight_map"].values()))
+  if (directory / INDEX).exists():
+    return all(file.exists() for file in _shards(directory))
   return (directory / "config.json").exists() and (_is_orbax(directory) or any(directory.glob("*.safetensors")))
+
+
+def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
+  """The files that the index names."""
+  places = read_json(directory / INDEX, "weight_map")["weight_map"]
+  if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+    raise CheckpointError(f"{directory / INDEX}: weight_map must be an object of tensor names and file names")
+  return sorted({directory / shard for shard in places.values()})
 
 
 def read_json(file: pathlib.Path, *required: str) -> dict[str, Any]:
   """The object in a JSON file.
 
   Raises:
-    CheckpointError: no such file, not JSON, or keys missing.
+    CheckpointError: no such file, not a JSON object, or keys missing.
   """
   if not file.is_file():
     raise CheckpointError(f"{file.parent} has no {file.name}")
@@ -179,10 +187,41 @@ def read_json(file: pathlib.Path, *required: str) -> dict[str, Any]:
     values = json.loads(file.read_text())
   except ValueError as error:
     raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-  missing = [key for key in required if not isinstance(values, dict) or key not in values]
+  if not isinstance(values, dict):
+    raise CheckpointError(f"{file} does not hold a JSON object")
+  missing = [key for key in required if key not in values]
   if missing:
     raise CheckpointError(f"{file} lacks {', '.join(missing)}")
   return values
+
+
+COUNT = "an integer above 0"
+KINDS = {
+  COUNT: lambda v: type(v) is int and v > 0,
+  "an integer": lambda v: type(v) is int,
+  "a number above 0": lambda v: type(v) in (int, float) and 0 < v < math.inf,
+  "true or false": lambda v: type(v) is bool,
+  "text": lambda v: type(v) is str,
+}
+SIZES = {  # what config.json must have
+  "hidden_size": COUNT, "intermediate_size": COUNT, "num_hidden_layers": COUNT, "num_attention_heads": COUNT,
+  "num_key_value_heads": COUNT, "vocab_size": COUNT, "rope_theta": "a number above 0", "rms_norm_eps": "a number above 0",
+  "tie_word_embeddings": "true or false", "mm_vision_tower": "text", "mm_projector_type": "text", "mm_hidden_size": COUNT,
+  "mm_local_num_frames": COUNT, "mm_vision_select_layer": "an integer",
+}
+OPTIONAL = ("head_dim", "tokenizer_model_max_length", "max_position_embeddings")
+TINY_VISION = dict.fromkeys(("image_size", "embed_dim", "depth", "heads", "patch_size"), COUNT) | {"mlp_ratio": "a number above 0"}
+
+
+def _check(where: Any, values: Any, kinds: Mapping[str, str]) -> None:
+  """Raises a CheckpointError unless `values` is an object with all keys of `kinds`, of these kinds."""
+  if not isinstance(values, dict):
+    raise CheckpointError(f"{where} = {values!r}: must be an object")
+  if missing := [key for key in kinds if key not in values]:
+    raise CheckpointError(f"{where} lacks {', '.join(missing)}")
+  wrong = [f"{key} = {values[key]!r}: must be {kind}" for key, kind in kinds.items() if not KINDS[kind](values[key])]
+  if wrong:
+    raise CheckpointError(f"{where}: {'; '.join(wrong)}")
 
 
 def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConfig) -> VLMConfig:
@@ -192,14 +231,17 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
   other ones. Prints one line if clips get another length than config.json says (quirk Q1).
 
   Raises:
-    CheckpointError: no config.json, keys missing, or a model that this code can't build.
+    CheckpointError: no config.json, keys missing, values of the wrong kind, a run's config, or a model that this
+      code can't build.
   """
   file = pathlib.Path(directory) / "config.json"
-  c = read_json(
-    file, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "vocab_size", "rope_theta", "rms_norm_eps", "tie_word_embeddings", "mm_vision_tower", "mm_projector_type",
-    "mm_hidden_size", "mm_local_num_frames", "mm_vision_select_layer",
-  )
+  c = read_json(file)
+  if c.keys() >= {"init_from", "workdir"}:
+    raise CheckpointError(
+      f"{directory} is a run; export it first: "
+      f"python -m xcomp_jax.export --checkpoint {directory} --format=torch --out DIR"
+    )
+  _check(file, c, SIZES | {key: COUNT for key in OPTIONAL if c.get(key) is not None})
   tower = c["mm_vision_tower"]
   if "internvideo2" in tower.lower():
     raise CheckpointError(f"{file}: mm_vision_tower {tower}: the InternVideo2 tower is not supported yet")
@@ -210,9 +252,7 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
     raise CheckpointError(f"{file}: mm_projector_type {c['mm_projector_type']!r} is not supported; tome16_mlp_hd64 is")
   if "tiny_vision" in c:
     t = c["tiny_vision"]
-    missing = [k for k in ("image_size", "embed_dim", "depth", "heads", "patch_size", "mlp_ratio") if k not in t]
-    if missing:
-      raise CheckpointError(f"{file}: tiny_vision lacks {', '.join(missing)}")
+    _check(f"{file}: tiny_vision", t, TINY_VISION)
   elif tower in ("umt-hd-large", "umt-large"):
     t = {"image_size": 448 if "hd" in tower else 224, "embed_dim": 1024, "depth": 24, "heads": 16, "patch_size": 16, "mlp_ratio": 4}
   else:
@@ -272,6 +312,22 @@ def read_lp_comp(directory: pathlib.Path) -> LPCompConfig | None:
   """
   file = pathlib.Path(directory) / EXTRA
   return from_dict(LPCompConfig, read_json(file, "lp_comp")["lp_comp"], f"{file}: lp_comp") if file.exists() else None
+
+
+def read_tokenizer(directory: pathlib.Path, cfg: VLMConfig) -> prompt.Tokenizer:
+  """The tokenizer that lies with a checkpoint.
+
+  Raises:
+    FileNotFoundError, ValueError: see `prompt.load_tokenizer`.
+    CheckpointError: it has ids beyond the model's embedding table, of which there is no embedding.
+  """
+  tokenizer = prompt.load_tokenizer(directory)
+  if tokenizer.vocab_size > cfg.llm.vocab_size:
+    raise CheckpointError(
+      f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but the embedding table has only "
+      f"{cfg.llm.vocab_size} rows (vocab_size in config.json): they are not of the same model"
+    )
+  return tokenizer
 
 
 def abstract(cfg: VLMConfig) -> VLM:
@@ -377,10 +433,7 @@ def _open(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, _Store
   from safetensors import SafetensorError, safe_open
 
   index = directory / INDEX
-  if index.exists():
-    files = sorted({directory / shard for shard in read_json(index, "weight_map")["weight_map"].values()})
-  else:
-    files = sorted(directory.glob("*.safetensors"))
+  files = _shards(directory) if index.exists() else sorted(directory.glob("*.safetensors"))
   absent = [file.name for file in files if not file.is_file()]
   if absent:
     raise CheckpointError(f"{index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")

@@ -46,7 +46,7 @@ QUESTIONS = {
   "digit": "Which digit was shown?",
 }
 DESCRIBE = "Describe the video."
-MOST_SCENES = 16
+MOST_SCENES = 4096
 
 
 # The base's sizes, in the form of an official config.json (`tiny_vision` is no official key).
@@ -260,7 +260,7 @@ def write_videos(out: pathlib.Path, split: Split, seed: int, workers: int) -> No
 
 
 def _write_video(out: pathlib.Path, split: Split, seed: int, number: int) -> dict:
-  """Writes a video and returns its annotation."""
+  """Writes a video and returns its annotation; its `scenes` say where the answer to each question is shown."""
   import cv2
 
   source = (seed, split.name == "heldout", number)
@@ -269,6 +269,7 @@ def _write_video(out: pathlib.Path, split: Split, seed: int, number: int) -> dic
   kinds = list(QUESTIONS)
   asked = [kinds[number % len(kinds)]] if split.questions == 1 else rng.permutation(kinds)[: split.questions]
   turns = [turn(shown, str(kind)) for kind in asked] or [(DESCRIBE, description(shown))]
+  where = [next(i for i, scene in enumerate(shown) if getattr(scene, kind) is not None) for kind in asked]
   name = f"{number:05d}.mp4"
   writer = cv2.VideoWriter(str(out / split.name / name), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIZE, SIZE))
   if not writer.isOpened():
@@ -280,7 +281,7 @@ def _write_video(out: pathlib.Path, split: Split, seed: int, number: int) -> dic
   texts = [text for pair in turns for text in pair]
   texts[0] = f"<image>\n{texts[0]}"
   talk = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-  return {"id": f"{split.name}/{number:05d}", "video": name, "conversations": talk}
+  return {"id": f"{split.name}/{number:05d}", "video": name, "conversations": talk, "scenes": where}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

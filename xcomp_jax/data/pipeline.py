@@ -173,7 +173,8 @@ def _tokens(store: Store, tokenizer, mask: str, index: int) -> tuple[np.ndarray,
 
 def _rows(cfg: DataConfig, rows: int, samples: int) -> Callable[[Bucket], int]:
   most = math.ceil(samples / rows)  # more could only be padding
-  return lambda bucket: rows * max(1, min(most, cfg.frames_per_device // max(1, bucket.frames)))
+  budget = lambda bucket: min(most, cfg.frames_per_device // max(1, bucket.frames), cfg.text_per_device // bucket.text)
+  return lambda bucket: rows * max(1, budget(bucket))
 
 
 def _parts(batch: Sequence[int], buckets: Sequence[Bucket], size: Callable[[Bucket], int]) -> list[Entry]:

@@ -84,6 +84,11 @@ class Store:
     """Frames per clip of the videos."""
     return self.info["clip_frames"]
 
+  def made_with(self) -> str:
+    """How its frames were chosen, as far as it says: "fps 8.0, min_frames 128, max_frames 1024, subset 0.25"."""
+    names = ("fps", "min_frames", "max_frames", "subset")
+    return ", ".join(f"{name} {self.info[name]}" for name in names if name in self.info) or "sampling not recorded"
+
   def checksum(self) -> int:
     """CRC-32 of the samples' ids, frame counts and texts, in order: another value means other data."""
     crc = 0
