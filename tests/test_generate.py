@@ -20,16 +20,17 @@ def model(tiny):
   return model
 
 
-def test_cached_decoding_equals_a_full_pass_per_token(model, sample):
-  prompts = [sample(2, 3, 9, 0), sample(4, 6, 4, 1)]
-  answers = generate.generate(model, collate(prompts, BUCKET), Sampling(5, (), 1.0))
-  run = nnx.jit(lambda m, b: generate.prefill(m, b, 0).logits)
-  for prompt, answer in zip(prompts, answers, strict=True):
-    tokens = prompt.tokens
-    for token in answer:
-      more = Example(prompt.visual, tokens, np.full_like(tokens, -100), np.zeros(len(tokens), bool), 0)
-      assert int(run(model, collate([more], BUCKET)).argmax()) == token
-      tokens = np.append(tokens, token).astype(np.int32)
+def test_cached_decoding_equals_a_full_pass_at_every_step(model, sample):
+  prompts = [sample(2, 3, 9, 0), sample(4, 6, 4, 1)]  # other lengths of every part
+  state = generate._prefill(model, collate(prompts, BUCKET), room=5)
+  for _ in range(5):
+    whole = [generate._prefill(model, collate([p], BUCKET), room=5).logits[0] for p in prompts]
+    np.testing.assert_allclose(state.logits, np.stack(whole), atol=1e-5 * np.abs(whole).max())
+    tokens, state = generate._decode(model, state, Sampling(1, ()), steps=1)
+    for i, (p, token) in enumerate(zip(prompts, np.asarray(tokens)[:, 0], strict=True)):
+      assert token == whole[i].argmax()
+      longer = np.append(p.tokens, token).astype(np.int32)
+      prompts[i] = Example(p.visual, longer, np.full_like(longer, -100), np.zeros(len(longer), bool), 0)
 
 
 def test_an_answer_ends_before_its_eos(model, sample):
