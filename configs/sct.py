@@ -104,6 +104,7 @@ def _tiny() -> ConfigDict:
   c.compilation_cache = None  # too small to need it
   c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
   c.model.clips_per_chunk = 8  # all of a video
+  c.model.attention = "einsum"  # the fastest to train with on a CPU as long as the score matrix is small
   c.model.remat = False
   # Half of the tokens at every layer: faster than the cosine, costs more, and gains more by tuning (docs/LOG.md).
   c.lp_comp.schedule = _open((8, 4, 2, 1, 1, 1))

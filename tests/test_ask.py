@@ -164,6 +164,7 @@ def test_a_question_too_long_for_the_context_is_refused(checkpoint, film, tmp_pa
     (["--start", "5"], "1.5"),
     (["--report", "nowhere/r.html"], "there is no folder nowhere"),
     (["--encoded", "nowhere/e.npz"], "there is no folder nowhere"),
+    (["--report", "."], "this is a folder"),
     (["--questions", "nowhere.txt"], "nowhere.txt"),
     (["--clip-frames", "3"], "a divisor"),
     (["--clips-per-chunk", "0"], "at least 1"),

@@ -1,14 +1,19 @@
 """The measurements run, and measure what they say."""
 
+import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_weights as w
 from safetensors.numpy import load_file
 
-from xcomp_jax import bench, weights
+from xcomp_jax import bench, weights, world
 from xcomp_jax.data import prompt
+
+BASE = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 
 
 def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path, capsys):
@@ -36,3 +41,28 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     bench.main(["random", "--like", str(tmp_path), "--out", str(tmp_path / "out")])
   assert left.value.code == 1 and "has no config.json" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
+
+
+def test_operations_are_those_of_matrix_products_and_loops():
+  x = jnp.ones((8, 4))
+  product = lambda x: jax.lax.scan(lambda c, _: (c @ c.T @ c, None), x, None, length=3)[0]
+  assert bench.flops(product, x) == 3 * (2 * 8 * 8 * 4 + 2 * 8 * 4 * 8)
+  assert bench.flops(jax.jit(lambda x: x.T @ x), x) == 2 * 4 * 4 * 8
+
+
+def test_a_later_question_leaves_out_the_tower_and_the_visual_rounds():
+  for mode in ("aligned", "local"):
+    got = bench.questions(BASE, mode, 128, 64, 8)
+    parts = [got[f"{name}, TFLOP"] for name in ("tower", "visual rounds", "question's rows", "answer")]
+    assert min(parts) > 0
+    assert got["first, TFLOP"] == pytest.approx(sum(parts)) and got["later, TFLOP"] == pytest.approx(sum(parts[2:]))
+
+
+def test_needles_count_the_clips_that_were_kept(tmp_path):
+  world.write_world(tmp_path / "w", [world.Split("heldout", 1, 16, 16, 4)], seed=0, workers=1)
+  asked = bench.needles(BASE, tmp_path / "w", ("local",), kept=64)
+  assert set(asked) == {"local", "uniform"} and all(n == 4 for _, n in asked.values())
+  (annotation,) = world.read_annotations(tmp_path / "w", "heldout")
+  even = np.linspace(0, 15, 8).round()
+  assert asked["uniform"][0] == sum(scene in even for scene in annotation["scenes"])
+  assert bench.needles(BASE, tmp_path / "w", ("local",), kept=128)["local"] == (4, 4)

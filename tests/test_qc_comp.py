@@ -1,6 +1,7 @@
 """QC-Comp: plans, scores and selection."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +129,13 @@ def question(length=12, start=6, seed=0):
   return Prompt(tokens, np.full_like(tokens, -100), np.zeros(len(tokens), bool), (6 + start, 6 + length - 2))
 
 
+@functools.partial(nnx.jit, static_argnums=(2, 3, 4))
+def entering(llm, x, P, G, L):
+  """States entering each layer."""
+  one = lambda n: jnp.full(1, n)
+  return decoder.run(llm, x, Lengths(one(P), one(G), one(L)), prefix=P, text=L, entering=True).entering
+
+
 def oracle(model, features, asked, layer, clips, header=False, causal=True, first=6):
   """Clip scores of one window by the definition: hidden states of the whole round, a full attention map of the window."""
   llm, cfg = model.llm, model.cfg
@@ -135,9 +143,7 @@ def oracle(model, features, asked, layer, clips, header=False, causal=True, firs
   after = tokens[P + 1 :]
   visual = model.projector(jnp.asarray(features)).reshape(-1, 32)
   x = jnp.concatenate([llm.embed(tokens[:P]), visual, llm.embed(after)])[None]
-  one = lambda n: jnp.full(1, n)
-  out = decoder.run(llm, x, Lengths(one(P), one(len(visual) // 16), one(len(after))), prefix=P, text=len(after), entering=True)
-  state = out.entering[layer][0]
+  state = entering(llm, x, P, len(visual) // 16, len(after))[layer][0]
   per = (len(state) - P - len(after)) // len(features)  # visual tokens of a clip at this layer
   end = len(after) if header else len(after) - 3
   places = np.concatenate([
@@ -212,7 +218,7 @@ def test_padding_of_text_and_clips_changes_no_score(model):
   got = generate.score_rounds(model, video, asked, plan, cfg)
   layers = qc_comp.scored_layers(cfg, 4)
   caches = generate._watch(model, jnp.asarray(video.features[0][None]), jnp.array([10]), jnp.asarray(asked.tokens[:5]), last=layers[-1])
-  text = qc_comp.from_prompt(asked, len(asked.tokens) - 6, cfg)
+  text = qc_comp.from_prompt(asked, cfg)
   exact = generate._score(model, caches, text, jnp.asarray(plan.windows), layers=layers, causal=True, prefix=5, units=10)
   np.testing.assert_allclose(got, exact, rtol=1e-5)
 
@@ -229,14 +235,14 @@ def test_local_windows_do_not_depend_on_the_rest_of_the_video(model):
 
 def test_the_newest_question_scores_from_its_first_token():
   cfg = setting("aligned")
-  asked = qc_comp.from_prompt(question(length=12, start=6), 16, cfg)
+  asked = qc_comp.from_prompt(question(length=12, start=6), cfg, step=16)
   assert np.flatnonzero(asked.asked).tolist() == list(range(6, 12))
-  assert np.flatnonzero(asked.shown).tolist() == list(range(12))
-  assert np.flatnonzero(asked.valid).tolist() == list(range(15))
-  biased = qc_comp.from_prompt(question(length=12, start=6), 16, setting("aligned", bias=3))
+  assert np.flatnonzero(asked.valid).tolist() == list(range(12)) and len(asked.text) == 16
+  assert np.flatnonzero(qc_comp.from_prompt(question(length=12), setting("global")).valid).tolist() == list(range(15))
+  biased = qc_comp.from_prompt(question(length=12, start=6), setting("aligned", bias=3))
   assert np.flatnonzero(biased.asked).tolist() == list(range(3, 12))
   with pytest.raises(ConfigError, match="no question token"):
-    qc_comp.from_prompt(question(length=12), 16, setting("official"))  # 27 tokens are skipped, there are 12
+    qc_comp.from_prompt(question(length=12), setting("official"))  # 27 tokens are skipped, there are 12
 
 
 def test_nothing_is_selected_where_all_frames_may_stay(model):

@@ -10,6 +10,7 @@ FACTS.md 5; a short video's are repeated up to --min-frames.
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import sys
 import time
@@ -33,6 +34,21 @@ def say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
+def check_target(option: str, path: str | None) -> None:
+  """Sees to it before any work that a file can be written.
+
+  Raises:
+    OSError: it can't.
+  """
+  if path is None:
+    return
+  file = pathlib.Path(path)
+  if not file.parent.is_dir():
+    raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
+  if file.is_dir() or not os.access(file.parent, os.W_OK):
+    raise PermissionError(f"{option} {file}: " + ("this is a folder" if file.is_dir() else f"{file.parent} can't be written to"))
+
+
 def sampled(args: argparse.Namespace, cfg: VLMConfig) -> video.Sample | None:
   """Which frames to decode; None if --encoded is there to be read.
 
@@ -44,8 +60,6 @@ def sampled(args: argparse.Namespace, cfg: VLMConfig) -> video.Sample | None:
     return None
   if not args.video:
     raise FileNotFoundError("no --video" + (f", and {file} does not exist" if file else ""))
-  if file and not file.parent.is_dir():
-    raise FileNotFoundError(f"--encoded {file}: there is no folder {file.parent}")
   if SAMPLED_CLIP % cfg.clip_frames:
     raise ConfigError(f"--clip-frames {cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that")
   still = pathlib.Path(args.video).suffix.lower() in video.STILLS
@@ -170,8 +184,8 @@ def answer(args: argparse.Namespace) -> None:
     args.max_new_tokens, tokenizer.eos, args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed
   )
   page = pathlib.Path(args.report) if args.report else None
-  if page and not page.parent.is_dir():
-    raise FileNotFoundError(f"--report {page}: there is no folder {page.parent}")
+  for name in ("report", "encoded"):
+    check_target(f"--{name}", getattr(args, name))
 
   fixed = listed(args)
   for question in fixed:

@@ -172,7 +172,7 @@ def asked_tokens() -> Prompt:
 def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting: SelectConfig, rows: int):
   """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
   question, clips = asked_tokens(), plan.frames // 8
-  asked = qc_comp.from_prompt(question, TEXT, setting)
+  asked = qc_comp.from_prompt(question, setting)
 
   def watch(state, features):
     model = nnx.merge(graph, state)

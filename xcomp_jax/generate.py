@@ -270,7 +270,7 @@ def score_rounds(
   """
   F = video.clip_frames
   slot = int(np.flatnonzero(question.tokens < 0)[0])
-  asked = qc_comp.from_prompt(question, up(len(question.tokens) - slot - 1, TEXT_STEP), cfg)
+  asked = qc_comp.from_prompt(question, cfg, TEXT_STEP)
   layers = qc_comp.scored_layers(cfg, model.cfg.llm.layers)
   size = plan.frames // F
   padded = up(size, CLIP_STEP)

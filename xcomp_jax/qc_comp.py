@@ -179,46 +179,45 @@ def watch(
 class Asked:
   """The text of a prompt that scores; arrays of numpy or jax.
 
-  text: int32[L], tokens after the visual slot, padded.
-  valid: bool[L]. asked: bool[L], the question's rows. shown: bool[L], text that a window holds.
+  text: int32[L], the tokens after the visual slot that a window holds, padded.
+  valid: bool[L]. asked: bool[L], the question's rows.
   """
 
   text: Leaf
   valid: Leaf
   asked: Leaf
-  shown: Leaf
 
 
-def asked(tokens: np.ndarray, question: int, header: int, slots: int, cfg: SelectConfig) -> Asked:
+def asked(tokens: np.ndarray, question: int, header: int, cfg: SelectConfig, step: int = 1) -> Asked:
   """Which text rows score.
 
   Args:
     tokens: int32[L], the prompt after the visual slot.
     question: place in it of the question's first token; used unless cfg.bias says otherwise.
     header: place of the assistant's `<|im_start|>`; the rows that score end before it.
-    slots: static length to pad to.
-    cfg: a mode's values. One window per round also shows the assistant's header, as released (FACTS.md 9).
+    cfg: a mode's values. A window that is a whole round also shows the assistant's header, as released (FACTS.md 9);
+      the others need no row from there on.
+    step: pad to a multiple of this.
 
   Raises:
     ConfigError: no row is left to score.
   """
-  i = np.arange(slots)
   first = question if cfg.bias is None else cfg.bias
   if not 0 <= first < header:
     raise ConfigError(f"QC-Comp: no question token is left between text token {first} and the answer at {header}")
-  valid = i < len(tokens)
-  return Asked(
-    np.pad(tokens, (0, slots - len(tokens))).astype(np.int32), valid, (i >= first) & (i < header),
-    valid if cfg.window == 0 else i < header,
-  )  # fmt: skip
+  shown = len(tokens) if cfg.window == 0 else header
+  i = np.arange(-(-shown // step) * step)
+  text = np.zeros(len(i), np.int32)
+  text[:shown] = tokens[:shown]
+  return Asked(text, i < shown, (i >= first) & (i < header))
 
 
-def from_prompt(prompt: Prompt, slots: int, cfg: SelectConfig) -> Asked:
+def from_prompt(prompt: Prompt, cfg: SelectConfig, step: int = 1) -> Asked:
   """`asked` for a prompt that ends in the assistant's header; its newest question scores."""
   slot = int(np.flatnonzero(prompt.tokens < 0)[0])
   start, end = prompt.question
   # A user's turn ends in two tokens, <|im_end|> and a newline.
-  return asked(prompt.tokens[slot + 1 :], start - slot - 1, end - slot - 1 + 2, slots, cfg)
+  return asked(prompt.tokens[slot + 1 :], start - slot - 1, end - slot - 1 + 2, cfg, step)
 
 
 def score(
@@ -266,12 +265,11 @@ def _look(index, layer, cache, q, k, *, asked, windows, layers, causal, prefix, 
   visual = visual.reshape(B, units, tokens, *visual.shape[2:])[:, windows]  # [B, W, w, tokens, K, h]
   each = lambda a: jnp.broadcast_to(a[:, None], (B, W, *a.shape[1:])).reshape(B * W, *a.shape[1:])
   inside = visual.reshape(B * W, w * tokens, *visual.shape[4:])
-  # In a window everything is there but the text that it does not show, which stands at the end.
   before = prefix + w * tokens
   place = before + jnp.cumsum(asked.valid) - 1
   positions = jnp.concatenate([jnp.arange(before), place])[None]
   keys = layer.rotate(jnp.concatenate([each(head), inside, each(k)], axis=1), positions)
-  see_text = asked.shown & ((place <= place[:, None]) | (not causal))
+  see_text = asked.valid & ((place <= place[:, None]) | (not causal))
   allowed = jnp.concatenate([jnp.ones((L, before), bool), see_text], axis=1)
   every = lambda a: jnp.broadcast_to(a, (B * W, *a.shape))
   paid = question_scores(layer.rotate(each(q), place[None]), keys, every(asked.asked), every(allowed))

@@ -41,9 +41,10 @@ def attend(
   if causal and L > S:
     raise ValueError(f"causal attention of {L} queries over {S} keys: there can't be more queries")
   if implementation == "auto":
-    # With few rows the score matrix is small, and plain XLA the fastest to compile and to run.
-    small = L * S <= 1024 * 1024 or L <= TILE
-    implementation = "einsum" if small else "tiled" if jax.default_backend() == "cpu" else "flash"
+    # A small score matrix is the fastest to compile and to run, but half of a causal one is for nothing.
+    cpu = jax.default_backend() == "cpu"
+    small = L <= TILE or (L * S <= 1024 * 1024 and not (causal and cpu))
+    implementation = "einsum" if small else "tiled" if cpu else "flash"
   if causal and L != S and implementation in KERNELS:
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
@@ -80,17 +81,19 @@ def _tiled(q, k, v, key_valid, causal):
   B, L, H, h = q.shape
   S, K = k.shape[1:3]
   G, offset = H // K, S - L
+  # As few tiles as fit, then as small as they may be: less padding.
+  rows, keys = (-(-n // -(-n // TILE) // 2) * 2 for n in (L, S))
 
-  def tiles(x):  # [B, n, ...] -> [n / TILE, B, TILE, ...]
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % TILE)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(B, -1, TILE, *x.shape[2:]), 1, 0)
+  def tiles(x, size):  # [B, n, ...] -> [n / size, B, size, ...]
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
 
-  # A key/value head's queries are rows of one matrix: [n, B, K, G * TILE, h] against [n, B, K, TILE, h].
-  q = tiles(q.reshape(B, L, K, G, h)).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, G * TILE, h)
-  k, v, valid = jnp.swapaxes(tiles(k), 2, 3), jnp.swapaxes(tiles(v), 2, 3), tiles(key_valid)
+  # A key/value head's queries are rows of one matrix: [n, B, K, G * rows, h] against [n, B, K, keys, h].
+  q = tiles(q.reshape(B, L, K, G, h), rows).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, G * rows, h)
+  k, v, valid = jnp.swapaxes(tiles(k, keys), 2, 3), jnp.swapaxes(tiles(v, keys), 2, 3), tiles(key_valid, keys)
   n, m = len(q), len(k)
-  seen = [(i, j) for i in range(n) for j in range(m) if not causal or j * TILE < (i + 1) * TILE + offset]
-  row = jnp.tile(jnp.arange(TILE), G)[:, None] + offset
+  seen = [(i, j) for i in range(n) for j in range(m) if not causal or j * keys < (i + 1) * rows + offset]
+  row = jnp.tile(jnp.arange(rows), G)[:, None] + offset
 
   def one(carry, pair):
     i, j = pair
@@ -98,7 +101,7 @@ def _tiled(q, k, v, key_valid, causal):
     scores = jnp.einsum("bkrh,bkth->bkrt", q[i], k[j], preferred_element_type=jnp.float32) * h**-0.5
     allowed = valid[j][:, None, None]
     if causal:
-      allowed = allowed & (j * TILE + jnp.arange(TILE) <= i * TILE + row)
+      allowed = allowed & (j * keys + jnp.arange(keys) <= i * rows + row)
     scores = jnp.where(allowed, scores, MASKED)
     new = jnp.maximum(largest, scores.max(-1))
     weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(largest - new)
@@ -108,8 +111,8 @@ def _tiled(q, k, v, key_valid, causal):
 
   start = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
   (_, total, out), _ = jax.lax.scan(one, start, jnp.array(seen))
-  out = (out / total[..., None]).reshape(n, B, K, G, TILE, h).transpose(1, 0, 4, 2, 3, 5)
-  return out.reshape(B, n * TILE, H, h)[:, :L].astype(v.dtype)
+  out = (out / total[..., None]).reshape(n, B, K, G, rows, h).transpose(1, 0, 4, 2, 3, 5)
+  return out.reshape(B, n * rows, H, h)[:, :L].astype(v.dtype)
 
 
 def _tiled_forward(q, k, v, key_valid, causal):
