@@ -171,13 +171,12 @@ def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int):
   one = lambda n: jnp.full(1, n, jnp.int32)
   lengths = Lengths(one(prefix), one((len(x) - prefix - text) // model.cfg.lp_comp.group), one(text))
   out = decoder.run(model.llm, x[None], lengths, prefix=prefix, text=text, caches=True, entering=True)
-  state, tokens, logits = generate.start(model, out, text, one(text), room), [], []
-  for _ in range(room):
-    logits.append(state.logits[0])
-    token, state = generate.decode(model, state, generate.Sampling(room, ()), 1)
-    tokens.append(token[0, 0])
-  stack = lambda rows, like: jnp.stack(rows) if rows else like
-  return out, model.llm.logits(out.x)[0], stack(tokens, jnp.zeros(0, int)), stack(logits, state.logits[:0])
+  def step(state, _):
+    tokens, after = generate.decode(model, state, generate.Sampling(room, ()), 1)
+    return after, (tokens[0, 0], state.logits[0])
+
+  _, (tokens, new_logits) = jax.lax.scan(step, generate.start(model, out, text, one(text), room), length=room)
+  return out, model.llm.logits(out.x)[0], tokens, new_logits
 
 
 def slot_of(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -289,9 +289,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.world", description=__doc__.splitlines()[0])
   parser.add_argument("--out", help="folder of videos to be made")
   parser.add_argument("--train", type=int, default=600, help="videos to train on")
-  parser.add_argument("--heldout", type=int, default=200, help="videos, with one multiple-choice question each")
+  parser.add_argument("--heldout", type=int, default=200, help="videos to ask about")
   parser.add_argument("--scenes", type=int, nargs=2, default=(4, 6), metavar=("MIN", "MAX"), help=f"of a video, at most {MOST_SCENES}")
   parser.add_argument("--questions", type=int, default=4, help="about each training video, 1 to 4; 0: a description instead")
+  parser.add_argument("--heldout-questions", type=int, default=1, help="about each held-out video")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--workers", type=int, default=os.cpu_count())
   parser.add_argument("--init", help="folder of an untrained model to be made")
@@ -303,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       write_untrained(pathlib.Path(f.init), f.seed)
     if f.out:
       train = [Split("train", f.train, *f.scenes, f.questions)] if f.train else []
-      heldout = [Split("heldout", f.heldout, *f.scenes, 1)] if f.heldout else []
+      heldout = [Split("heldout", f.heldout, *f.scenes, f.heldout_questions)] if f.heldout else []
       write_world(pathlib.Path(f.out), train + heldout, f.seed, f.workers)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
