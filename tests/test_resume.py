@@ -85,12 +85,12 @@ def test_two_steps_then_resumed_to_four_equal_four_straight_bit_by_bit(
   tiny_run, straight, tmp_path, monkeypatch, capsys, number
 ):
   config = make(tiny_run, tmp_path / "w", **{"train.save_every": 100})
-  order = record(monkeypatch)
+  order, handler = record(monkeypatch), signal.getsignal(number)
   with monkeypatch.context() as patch:
     interrupt(patch, 2, number)
     assert train.run(config)["step"] == 2
   assert "stopped by a signal: step 2 of 4" in capsys.readouterr().out
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert signal.getsignal(number) is handler
   assert train.run(config)["step"] == 4
   assert order == straight[2]
   assert items(config) == straight[3]
