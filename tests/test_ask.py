@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax import ask, encode, generate, weights
+from xcomp_jax import ask, encode, generate, qc_comp, weights
 from xcomp_jax.config import ModelConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model import vlm
@@ -165,6 +165,8 @@ def test_a_question_too_long_for_the_context_is_refused(checkpoint, film, tmp_pa
     (["--report", "nowhere/r.html"], "there is no folder nowhere"),
     (["--encoded", "nowhere/e.npz"], "there is no folder nowhere"),
     (["--report", "."], "this is a folder"),
+    (["--keep", "attention"], "--select 0"),
+    (["--start", "inf"], ""),
     (["--questions", "nowhere.txt"], "nowhere.txt"),
     (["--clip-frames", "3"], "a divisor"),
     (["--clips-per-chunk", "0"], "at least 1"),
@@ -179,3 +181,21 @@ def test_bad_arguments_end_in_one_line(checkpoint, film, capsys, change, words):
   printed = capsys.readouterr()
   assert stop.value.code == 1 and not printed.out
   assert printed.err.splitlines()[-1].startswith("error: ") and words in printed.err
+
+
+def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch):
+  """The official bias counts from the first question's message, so it is for the first question only."""
+  asked = []
+  video = encode.EncodedVideo({0: np.zeros((256, 64, 32))}, np.arange(1024) / 8, 128.0, np.zeros((256, 96, 96, 3)), None, "", "")
+  cfg = weights.read_config(checkpoint, ModelConfig(4, "float32", "float32", 4, "einsum", remat=False), weights.read_lp_comp(checkpoint))
+  model = weights.load(checkpoint, cfg)
+  monkeypatch.setattr(generate, "select", lambda m, v, q, c, **k: asked.append((q, c)) or generate.Selection(np.arange(8), None, ""))
+  monkeypatch.setattr(generate, "stream", lambda *a: iter([np.array([[5, 6]])]))
+  chat = generate.Chat(model, prompt.load_tokenizer(checkpoint), video, select=qc_comp.setting("official", 8), sampling=generate.Sampling(2, ()))
+  for question in ("Which colour is it, and where does it go?", "And then?"):
+    chat.ask(question)
+  (_, first), (later, second) = asked
+  assert (first.bias, second.bias) == (27, None)
+  rows = qc_comp.from_prompt(later, second)
+  tokens = chat.tokenizer.decode(rows.text[rows.asked])
+  assert tokens.strip() == "And then?"

@@ -204,10 +204,10 @@ def test_attention_ranked_keeping_is_refused(tiny):
 def test_a_later_question_scores_as_a_fresh_one(model, mode):
   video, cfg, rounds = film(96), setting(mode), {}
   generate.select(model, video, question(seed=1), cfg, rounds=rounds)
-  kept = len(rounds)
+  kept = dict(rounds)
   later = generate.select(model, video, question(length=20, seed=2), cfg, rounds=rounds)
   fresh = generate.select(model, video, question(length=20, seed=2), cfg)
-  assert len(rounds) == kept > 0
+  assert kept and rounds.keys() == kept.keys() and all(rounds[key] is kept[key] for key in kept)  # none was run again
   np.testing.assert_array_equal(later.scores, fresh.scores)
   np.testing.assert_array_equal(later.frames, fresh.frames)
 

@@ -184,12 +184,15 @@ def answer(args: argparse.Namespace) -> None:
     args.max_new_tokens, tokenizer.eos, args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.seed
   )
   page = pathlib.Path(args.report) if args.report else None
-  for name in ("report", "encoded"):
-    check_target(f"--{name}", getattr(args, name))
+  check_target("--report", args.report)
+  if args.encoded and not pathlib.Path(args.encoded).exists():
+    check_target("--encoded", args.encoded)
 
   fixed = listed(args)
   for question in fixed:
     prompt.ask(tokenizer, question, "")  # what is wrong with it shows before any work
+  if select and lp_comp.keep == "attention":
+    raise ConfigError('--keep attention can\'t be scored by QC-Comp: add --select 0')
   sample = sampled(args, cfg)
 
   spent, done = {}, []
@@ -200,7 +203,7 @@ def answer(args: argparse.Namespace) -> None:
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.default_matmul_precision("highest" if dtype == "float32" else None))
     film = encoded(args, vlm, sample, select, spent)
-    chat = generate.Chat(vlm, tokenizer, film, select=select, sampling=sampling, keep_rounds=not args.forget_rounds)
+    chat = generate.Chat(vlm, tokenizer, film, select=select, sampling=sampling, keep_rounds=len(fixed) != 1 and not args.forget_rounds)
     for question in fixed or typed():
       if fixed and not args.follow_up:
         chat.forget()
@@ -265,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parser.parse_args(argv)
   try:
     answer(args)
-  except (ValueError, OSError) as error:
+  except (ValueError, OverflowError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
   except KeyboardInterrupt:

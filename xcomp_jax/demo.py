@@ -103,7 +103,7 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
 
   def measure(name: str, checkpoint: pathlib.Path, lp_comp: LPCompConfig) -> np.ndarray:
     right = answers(str(checkpoint), lp_comp, config)
-    low, high = wilson(right.sum(), len(right))
+    low, high = wilson(int(right.sum()), len(right))
     table.append(f"  {name:34} {right.mean():6.1%}   95% interval {low:.1%} to {high:.1%}")
     say(table[-1].strip())
     return right

@@ -113,7 +113,7 @@ def encode(
     ConfigError: frames that make no whole clips.
   """
   T = len(times)
-  F = min(model.cfg.clip_frames, T)
+  F = 1 if T == 1 else model.cfg.clip_frames
   if not T or T % F:
     raise ConfigError(f"{T} frames are no whole clips of {F}")
   keep = len(phases) > 1
@@ -177,7 +177,7 @@ def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
     typed = lambda a: a.view(ml_dtypes.bfloat16) if about["dtype"] == "bfloat16" else a
     features = {int(name.removeprefix("features_")): typed(a) for name, a in arrays.items()}
     video = EncodedVideo(features, times, about["seconds"], thumbnails, None, about["identity"], about["source"])
-  except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
     raise EncodedVideoError(f"{path} is no encoded video: {error}") from error
   mine = identity(model)
   if video.identity != mine:

@@ -265,7 +265,7 @@ def score_rounds(
     plan: of the video's frames under cfg.
     cfg: the mode.
     rounds: what the visual tokens of each round left in the LLM is kept here, and used again for the next
-      question; None: run them again for every question.
+      question about this video with this model; None: run them again for every question.
     report: called with the number of rounds done, and of all.
   """
   F = video.clip_frames
@@ -282,7 +282,7 @@ def score_rounds(
   scores = []
   for first in range(0, len(plan.starts), rows):
     starts = plan.starts[first : first + rows]
-    key = (cfg.mode, cfg.repeat, first, question.tokens[:slot].tobytes())
+    key = (starts.tobytes(), plan.frames, layers[-1], question.tokens[:slot].tobytes())
     caches = None if rounds is None else rounds.get(key)
     if caches is None:
       features = np.zeros((rows, padded, *video.features[0].shape[1:]), video.features[0].dtype)
@@ -362,7 +362,7 @@ class Chat:
       AnnotationError, ConfigError: an empty question, or one too long for the model.
     """
     video, model = self.video, self.model
-    still = video.clip_frames == 1
+    still = len(video.times) == 1
     message = "" if still else prompt.time_message(video.seconds, len(video.times))
     asked = prompt.ask(self.tokenizer, question, message, self.history)
     begun = time.perf_counter()
@@ -373,7 +373,10 @@ class Chat:
       spent[name], begun = time.perf_counter() - begun, time.perf_counter()
 
     context = model.cfg.llm.context
-    kept = len(video.times) if self.config is None else min(self.config.frames, len(video.times))
+    T = len(video.times)
+    # The bias counts from the first question's message; a later question has none before it (quirk Q11).
+    cfg = dataclasses.replace(self.config, bias=None) if self.config and self.history else self.config
+    kept = T if still or why_not(T, cfg) else up(cfg.frames, video.clip_frames)
     needed = len(asked.tokens) - 1 + kept * model.cfg.tokens_per_frame + self.sampling.max_new_tokens
     if context and needed > context:
       raise ConfigError(
@@ -381,7 +384,7 @@ class Chat:
         f"{self.sampling.max_new_tokens} make {needed} tokens, and the model's context has {context}: shorten the question "
         "or keep fewer frames"
       )
-    selection = select(model, video, asked, None if still else self.config, rounds=self._rounds, report=report)
+    selection = select(model, video, asked, None if still else cfg, rounds=self._rounds, report=report)
     note("scoring")
     batch = as_batch(asked, selected(model, video, selection.frames), video.clip_frames)
     note("tower")
