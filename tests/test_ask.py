@@ -105,10 +105,11 @@ def test_several_questions_encode_once_and_select_their_own_frames(checkpoint, f
 def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkeypatch):
   texts, build = [], prompt.ask
   monkeypatch.setattr(prompt, "ask", lambda t, q, m, h=(): texts.append((q, list(h))) or build(t, q, m, h))
-  monkeypatch.setattr("sys.stdin", io.StringIO("What colour?\n\nAnd who?\n"))
+  monkeypatch.setattr("sys.stdin", io.StringIO("What colour?\n\n<image>?\nAnd who?\n"))
   ask.main(["--checkpoint", str(checkpoint), "--video", str(film), "--clip-frames=4", *LONG, "--max-new-tokens=3"])
-  (first, none), (second, history) = texts
-  printed = capsys.readouterr().out
+  (first, none), _, (second, history) = texts
+  printed, said = capsys.readouterr()
+  assert "error: <image> must not be written" in said
   assert (first, second, none) == ("What colour?", "And who?", [])
   assert history == [("What colour?", printed.splitlines()[0].strip())]
 
@@ -124,7 +125,7 @@ def test_an_encoded_video_is_used_again(checkpoint, film, tmp_path, capsys):
   assert [before[k] for k in same] == [after[k] for k in same] and "tower" in before["spent"]
   assert list(tmp_path.iterdir()) == [file]
   for change, words in (
-    (["--video", str(film), "--max-frames=128"], "holds film.mp4"), (["--clip-frames=8"], "another tower or with other settings"),
+    (["--video", str(film), "--max-frames=128"], "holds film.mp4 ("), (["--clip-frames=8"], "another tower or with other settings"),
   ):
     with pytest.raises(SystemExit):
       ask.main(["--checkpoint", str(checkpoint), *more, *change])

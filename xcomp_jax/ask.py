@@ -117,9 +117,10 @@ def encoded(
 
 
 def source(args: argparse.Namespace) -> str:
-  """Which video, sampled how."""
+  """Which video, sampled how; its size tells it from another one of its name."""
+  file = pathlib.Path(args.video)
   part = "" if args.start is None and args.end is None else f" from {args.start or 0} s to {args.end or 'the end'}"
-  return f"{pathlib.Path(args.video).name}{part}, {args.min_frames} to {args.max_frames} frames at up to {args.fps:g} per second"
+  return f"{file.name} ({file.stat().st_size:,} bytes){part}, {args.min_frames} to {args.max_frames} frames at up to {args.fps:g} per second"
 
 
 def listed(args: argparse.Namespace) -> list[str]:
@@ -218,7 +219,13 @@ def answer(args: argparse.Namespace) -> None:
           if not args.json:
             print(text, end="", flush=True)
 
-        got = chat.ask(question, write=write, report=progress)
+        try:
+          got = chat.ask(question, write=write, report=progress)
+        except ValueError as error:
+          if fixed:
+            raise
+          say(f"error: {error}")  # at the terminal the conversation goes on
+          continue
       print(as_json(question, got, film, spent) if args.json else "", flush=True)
       done.append((question, got))
       kept, clock = got.selection, lambda t: report.clock(t, film.seconds)
