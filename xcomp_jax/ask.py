@@ -157,7 +157,7 @@ def together(video: dict[str, float], question: dict[str, float]) -> dict[str, f
 def as_json(question: str, answer: generate.Answer, film: encode.EncodedVideo, spent: dict[str, float]) -> str:
   """One line of --json."""
   kept = answer.selection
-  scores = None if kept.scores is None else kept.scores[:: film.clip_frames].tolist()
+  scores = None if kept.scores is None else kept.scores.reshape(-1, film.clip_frames).mean(1).tolist()
   return json.dumps({
     "question": question, "answer": answer.text, "video": film.source, "seconds": film.seconds, "sampled_frames": len(film.times),
     "frames": kept.frames.tolist(), "ranges": report.ranges(kept.frames, film.times, film.seconds), "note": kept.note,

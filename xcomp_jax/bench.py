@@ -239,12 +239,16 @@ def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
     model = nnx.merge(graph, state)
     return generate.decode(model, generate.prefill(model, batch, tokens), generate.Sampling(tokens, ()), tokens)[0]
 
-  tower = flops(
+  encode_clip = flops(
     lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, jax.ShapeDtypeStruct((1, 1, 8, size, size, 3), np.uint8)
-  ) * (frames // 8)
+  )
+  phases = len(generate.phases(frames, 8, setting))
+  tower = encode_clip * (frames // 8) * phases
   visual = flops(watch, state, features) * calls
   asking = flops(score, state, jax.eval_shape(watch, state, features)) * calls
   final = flops(answer, state, batch)
+  if phases > 1:  # selected frames are cut into clips anew
+    final += encode_clip * (kept // 8)
   first, later = tower + visual + asking + final, asking + final
   parts = {"tower": tower, "visual rounds": visual, "question's rows": asking, "answer": final, "first": first, "later": later}
   return {f"{name}, TFLOP": value / 1e12 for name, value in parts.items()} | {"later / first": later / first}

@@ -105,8 +105,8 @@ def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Arra
   ranked = jnp.flip(jnp.sort(logits, axis=-1), -1)
   if sampling.top_k:
     ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
-  before = jnp.cumsum(jax.nn.softmax(ranked, -1), -1) - jax.nn.softmax(ranked, -1)
-  ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)  # never none: nothing is before the first
+  share = jax.nn.softmax(ranked, -1)
+  ranked = jnp.where(jnp.cumsum(share, -1) - share < sampling.top_p, ranked, -jnp.inf)  # never none: nothing is before the first
   least = jnp.min(jnp.where(jnp.isinf(ranked), jnp.inf, ranked), -1, keepdims=True)
   return jax.random.categorical(key, jnp.where(logits < least, -jnp.inf, logits)).astype(jnp.int32)
 
