@@ -192,6 +192,8 @@ def answer(args: argparse.Namespace) -> None:
   Raises:
     CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad arguments, by name.
   """
+  if args.compiled and jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(args.compiled).expanduser()))
   directory = weights.resolve(args.checkpoint)
   tuned = weights.read_lp_comp(directory) or RELEASED
   lp_comp = LPCompConfig(args.schedule or tuned.schedule, args.keep or tuned.keep, tuned.group)
@@ -289,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--clips-per-chunk", type=int, default=4, help="clips in the tower at once; bounds memory")
   add("--keep", choices=("suffix", "uniform", "stride", "avgpool", "none", "attention"), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
+  add("--compiled", default="~/.cache/xcomp_jax", help="folder that keeps compiled programs for the next time; '': none")
   add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
   add("--max-new-tokens", type=int, default=64)
   add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
