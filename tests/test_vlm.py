@@ -174,3 +174,28 @@ def test_lengths_mark_valid_slots():
   lengths = Lengths(jnp.array([2, 3]), jnp.array([1, 2]), jnp.array([1, 0]))
   got = lengths.valid(prefix=3, groups=2, text=2, count=2)
   np.testing.assert_array_equal(got.astype(int), [[1, 1, 0, 1, 1, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 40])
+def test_losses_in_chunks_are_those_of_all_logits(tiny, sample, monkeypatch, rows):
+  model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
+  batch = collate([sample(2, 3, 9, 0), sample(1, 6, 14, 1)], Bucket(2, 8, 8, 16))  # 25 rows of each
+  graph, state = nnx.split(model)
+
+  def run(state, batch):
+    total = lambda state: (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([1.0, 2.0])).sum()
+    return jax.value_and_grad(total)(state), vlm.evaluate(nnx.merge(graph, state), batch)
+
+  whole = run(state, batch)
+  monkeypatch.setattr(vlm, "LOGIT_ROWS", rows)
+  for a, b in zip(jax.tree.leaves(run(state, batch)), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
+
+
+def test_logits_of_a_large_vocabulary_never_exist_at_once(tiny):
+  cfg = tiny(llm=dataclasses.replace(tiny().llm, vocab_size=50_000))
+  graph, state = nnx.split(nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0))))
+  batch = batch_spec(Bucket(1, 8, 16, 8192), 1, ((128, 32), np.dtype(np.float32)))
+  loss = lambda state, batch: vlm.loss(nnx.merge(graph, state), batch).sum()
+  memory = jax.jit(jax.grad(loss)).lower(state, batch).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 0.6 * 8192 * 50_000 * 4  # and three times as much with all of them

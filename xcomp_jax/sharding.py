@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xcomp_jax.config import ConfigError, MeshConfig
 
@@ -100,9 +100,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def batch_devices(mesh: Mesh) -> int:
+def batch_devices(mesh: Mesh | AbstractMesh) -> int:
   """Parts a batch is split into: its rows must be a multiple of this."""
   return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def batch_parts() -> int:
+  """Parts that the mesh of `jax.set_mesh` splits a batch into; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else batch_devices(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

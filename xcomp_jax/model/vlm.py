@@ -6,7 +6,7 @@ Training, asking and evaluation call these same functions.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from xcomp_jax.config import VLMConfig
 from xcomp_jax.data.batch import IGNORE, Batch
@@ -14,7 +14,9 @@ from xcomp_jax.model import decoder
 from xcomp_jax.model.decoder import Decoder, Lengths
 from xcomp_jax.model.merge import Projector, merge
 from xcomp_jax.model.vision import Vision
-from xcomp_jax.sharding import constrain
+from xcomp_jax.sharding import batch_parts, constrain
+
+LOGIT_ROWS = 1024  # rows of a device whose float32 logits exist at once: 0.6 GB at 152k words
 
 
 class VLM(nnx.Module):
@@ -129,21 +131,51 @@ def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float
   return jnp.concatenate([x[:, :P], last, x[:, end:]], axis=1)
 
 
-def cross_entropy(logits: Float[Array, "B R V"], targets: Int[Array, "B R"]) -> Float[Array, " B"]:
-  """float32[B]: each sample's mean over its supervised rows; 0 where there is none.
+def predictions(
+  model: VLM, rows: Float[Array, "B R D"], targets: Int[Array, "B R"]
+) -> tuple[Float[Array, "B R"], Bool[Array, "B R"]]:
+  """Next-token losses float32[B, R], 0 where not supervised, and whether the most probable token is the target.
 
-  logits: float32[B, R, V]; targets: int32[B, R], IGNORE where not supervised.
+  Logits exist for LOGIT_ROWS rows of a device at once, and are made again for the gradient: all of 8,192 rows of 152k
+  words would take 5 GB.
+
+  Args:
+    model: the parameters.
+    rows: [B, R, D], of `supervised_rows`.
+    targets: int32[B, R], IGNORE where not supervised.
   """
-  supervised = targets != IGNORE
-  picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)[..., 0]
-  loss = jnp.where(supervised, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
-  return loss.sum(1) / jnp.maximum(supervised.sum(1), 1)
+
+  def one(part):
+    rows, targets = part
+    logits, supervised = model.llm.logits(rows), targets != IGNORE
+    picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)[..., 0]
+    loss = jnp.where(supervised, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
+    return loss, (jnp.argmax(logits, -1) == targets) & supervised
+
+  B, R, D = rows.shape
+  size = max(1, LOGIT_ROWS // -(-B // batch_parts()))
+  if R <= size:
+    return one((rows, targets))
+  pad = -R % size
+  rows = jnp.pad(rows, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, size, D)
+  targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE).reshape(B, -1, size)
+  out = jax.lax.map(jax.checkpoint(one), (jnp.moveaxis(rows, 1, 0), jnp.moveaxis(targets, 1, 0)))
+  return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :R], out)
+
+
+def _mean(values: jax.Array, where: jax.Array) -> jax.Array:
+  """float32[B]: mean of values [B, R] over a sample's rows `where`; 0 where there is none."""
+  return jnp.where(where, values, 0).sum(1) / jnp.maximum(where.sum(1), 1)
 
 
 def loss(model: VLM, batch: Batch, *, projector_max_frames: int | None = None) -> Float[Array, " B"]:
-  """float32[B]: next-token loss of each sample, as trained officially (FACTS.md 3); not weighted by batch.weight."""
+  """float32[B]: next-token loss of each sample, its mean over supervised rows, as trained officially (FACTS.md 3).
+
+  Not weighted by batch.weight; 0 where nothing is supervised.
+  """
   x = forward(model, batch, projector_max_frames=projector_max_frames).x
-  return cross_entropy(model.llm.logits(supervised_rows(model, x, batch)), batch.targets)
+  losses, _ = predictions(model, supervised_rows(model, x, batch), batch.targets)
+  return _mean(losses, batch.targets != IGNORE)
 
 
 def evaluate(model: VLM, batch: Batch) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
@@ -152,8 +184,7 @@ def evaluate(model: VLM, batch: Batch) -> tuple[Float[Array, " B"], Float[Array,
   `correct` is the share of answers whose first token is the most probable one: for an answer of a single letter,
   greedy decoding's accuracy.
   """
-  logits = model.llm.logits(supervised_rows(model, forward(model, batch).x, batch))
+  losses, hit = predictions(model, supervised_rows(model, forward(model, batch).x, batch), batch.targets)
+  supervised = batch.targets != IGNORE
   rows = jnp.concatenate([jnp.zeros((len(batch.query), batch.prefix.shape[1] + 1), bool), batch.query], axis=1)
-  rows = rows & (batch.targets != IGNORE)
-  hit = (jnp.argmax(logits, -1) == batch.targets) & rows
-  return cross_entropy(logits, batch.targets), hit.sum(1) / jnp.maximum(rows.sum(1), 1)
+  return _mean(losses, supervised), _mean(hit, rows & supervised)
