@@ -176,19 +176,21 @@ def test_lengths_mark_valid_slots():
   np.testing.assert_array_equal(got.astype(int), [[1, 1, 0, 1, 1, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
 
 
-@pytest.mark.parametrize("rows", [1, 7, 16, 40])
+@pytest.mark.parametrize("rows", [14, 32])  # of two samples: chunks of 7 and 16
 def test_losses_in_chunks_are_those_of_all_logits(tiny, sample, monkeypatch, rows):
-  model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
+  model = vlm.VLM(tiny(remat=False), rngs=nnx.Rngs(0))
   batch = collate([sample(2, 3, 9, 0), sample(1, 6, 14, 1)], Bucket(2, 8, 8, 16))  # 25 rows of each
+  batch = dataclasses.replace(batch, visual=np.random.default_rng(0).normal(size=(2, 2, 128, 32)).astype(np.float32))
   graph, state = nnx.split(model)
 
   def run(state, batch):
     total = lambda state: (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([1.0, 2.0])).sum()
     return jax.value_and_grad(total)(state), vlm.evaluate(nnx.merge(graph, state), batch)
 
-  whole = run(state, batch)
+  whole = jax.jit(run)(state, batch)
   monkeypatch.setattr(vlm, "LOGIT_ROWS", rows)
-  for a, b in zip(jax.tree.leaves(run(state, batch)), jax.tree.leaves(whole), strict=True):
+  chunks = jax.jit(lambda *a: run(*a))(state, batch)  # not the program of before
+  for a, b in zip(jax.tree.leaves(chunks), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
 
