@@ -2,14 +2,18 @@
 
   python -m xcomp_jax.bench random --like DIR --out DIR
   python -m xcomp_jax.bench load --checkpoint DIR
+  python -m xcomp_jax.bench prefill [--like DIR] [--frames 1024 2048]
+  python -m xcomp_jax.bench tower [--like DIR] [--clips 4]
+  python -m xcomp_jax.bench step [--like DIR] [--frames 1024] [--pixels]
   python -m xcomp_jax.bench select [--frames 1024] [--mode aligned]
   python -m xcomp_jax.bench questions --like DIR
   python -m xcomp_jax.bench needles --checkpoint DIR --world DIR
 
 `random` writes an official-layout checkpoint of random bfloat16 weights, of the sizes in `--like`'s config.json
-and with the tokenizer that lies there; `load` reports time, rate and memory of `weights.load`; `select` time,
-operations and memory of QC-Comp's scoring in each mode, on random weights of the sizes at which the official code was
-measured; `questions` counts the operations of a first and a later question at the sizes of `--like`; `needles` how often the clip with the answer is selected.
+and with the tokenizer that lies there; `load` reports time, rate and memory of `weights.load`; `prefill`, `tower` and
+`step` time the model on random weights, beside the rate of a plain matrix product in the same run; `select` time,
+operations and memory of QC-Comp's scoring in each mode. Without `--like` sizes are those at which the official code was
+measured on a CPU; `questions` counts the operations of a first and a later question at the sizes of `--like`; `needles` how often the clip with the answer is selected.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import shutil
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -31,13 +36,13 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from xcomp_jax import encode, export, generate, qc_comp, weights, world
+from xcomp_jax import encode, export, generate, metrics, qc_comp, weights, world
 from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, SelectConfig, VisionConfig, VLMConfig
 from xcomp_jax.data import prompt, video
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, batch_spec
+from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, batch_spec, fake_batch
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.export import AS_IT_IS, NOT_TUNED
-from xcomp_jax.model import vlm
+from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.vlm import VLM
 
 
@@ -131,6 +136,129 @@ def _forget(files: Sequence[pathlib.Path]) -> None:
     with open(file, "rb") as opened:
       os.fsync(opened.fileno())
       os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# --- the model's speed -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """One program, measured.
+
+  seconds: of the fastest of several runs. compile_seconds. useful, counted: operations that the numbers asked for
+  need, and those of all matrix products in the program (0 where it has kernels, whose loops are not counted).
+  matmul: operations per second of a plain matrix product, in the same run. memory: bytes of arguments, temporaries and
+  results.
+  """
+
+  seconds: float
+  compile_seconds: float
+  useful: float
+  counted: float
+  matmul: float
+  memory: int
+
+  def lines(self) -> dict[str, float]:
+    """What is printed."""
+    rate = lambda n: n / self.seconds
+    return {
+      "seconds": self.seconds, "compile_s": self.compile_seconds, "memory_GB": self.memory / 1e9, "matmul_TFLOP/s": self.matmul / 1e12,
+      "useful_TFLOP": self.useful / 1e12, "useful_TFLOP/s": rate(self.useful) / 1e12, "useful/matmul": rate(self.useful) / self.matmul,
+      "counted_TFLOP": self.counted / 1e12, "counted/matmul": rate(self.counted) / self.matmul,
+    }  # fmt: skip
+
+
+def measure(function, useful: float, dtype: str, *args, repeats: int = 3) -> Cost:
+  """Compiles and times a function of arrays; products of matrices of 4,096 are timed before and after each run."""
+  begun = time.perf_counter()
+  program = jax.jit(function).lower(*args).compile()
+  compiling = time.perf_counter() - begun
+  used = program.memory_analysis()
+  side = jnp.ones((4096, 4096), dtype)
+  product = jax.jit(lambda a: a @ a).lower(side).compile()
+
+  def timed(call, times):
+    begun = time.perf_counter()
+    jax.block_until_ready([call() for _ in range(times)])
+    return (time.perf_counter() - begun) / times
+
+  many = 3 if jax.default_backend() == "cpu" else 50
+  runs, products = [], []
+  timed(lambda: program(*args), 1), timed(lambda: product(side), 1)
+  for _ in range(repeats):
+    products.append(timed(lambda: product(side), many))
+    runs.append(timed(lambda: program(*args), 1))
+  products.append(timed(lambda: product(side), many))
+  counted = flops(function, *args) if jax.default_backend() == "cpu" else 0.0
+  memory = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
+  return Cost(min(runs), compiling, useful, counted, 2 * 4096**3 / min(products), memory)
+
+
+def sized(like: str | None, dtype: str, **model) -> VLMConfig:
+  """Sizes of `like`'s config.json with the released cosine, or those of the official code's benchmark."""
+  values = {"clip_frames": 8, "param_dtype": dtype, "clips_per_chunk": 4, "attention": "auto", "remat": False} | model
+  lp_comp = LPCompConfig("cosine", "suffix", 16)
+  if like:
+    return weights.read_config(pathlib.Path(like), ModelConfig(dtype=dtype, **values), lp_comp)
+  tower = VisionConfig(image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd")
+  return VLMConfig(tower, MEASURED, lp_comp, 8, 16, dtype, values["clips_per_chunk"], values["attention"], values["remat"])
+
+
+def _random(cfg: VLMConfig, part: str) -> tuple[nnx.GraphDef, nnx.State]:
+  """One part of a model, "vision", "projector" or "llm", with random weights in the compute dtype."""
+  make = lambda: getattr(VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype)), part)
+  return nnx.split(nnx.jit(make)())
+
+
+def prefill(like: str | None, frames: int, text: int, dtype: str) -> Cost:
+  """LP-Comp prefill of given visual tokens and `text` tokens, with caches and the next token's logits."""
+  cfg = sized(like, dtype)
+  graph, state = _random(cfg, "llm")
+  after, groups = text - PREFIX, frames * cfg.tokens_per_frame // cfg.lp_comp.group
+
+  def run(state, x):
+    llm, one = nnx.merge(graph, state), lambda n: jnp.full(1, n)
+    lengths = decoder.Lengths(one(PREFIX), one(groups), one(after))
+    out = decoder.run(llm, x, lengths, prefix=PREFIX, text=after, caches=True)
+    return generate.start(vlm_of(llm), out, after, one(after), 16)
+
+  vlm_of = lambda llm: types.SimpleNamespace(llm=llm)
+  tokens = frames * cfg.tokens_per_frame
+  x = jax.random.normal(jax.random.key(0), (1, text + tokens, cfg.llm.width), cfg.dtype)
+  spec = batch_spec(Bucket(frames // 8, 8, PREFIX, after), 1, ((8 * cfg.tokens_per_frame, 1), np.dtype(np.float32)))
+  useful = metrics.forward_flops(cfg, fake_batch(spec, 8))["llm"] - 2.0 * cfg.llm.width * cfg.llm.vocab_size * text
+  return measure(run, useful, dtype, state, x)
+
+
+def tower(like: str | None, clips: int, dtype: str) -> Cost:
+  """The tower with merging on `clips` clips of 8 frames."""
+  cfg = sized(like, dtype, clips_per_chunk=clips)
+  graph, state = _random(cfg, "vision")
+  size = cfg.vision.image_size
+  frames = jax.random.bits(jax.random.key(0), (1, clips, 8, size, size, 3), np.uint8)
+  run = lambda state, frames: vlm.encode(types.SimpleNamespace(cfg=cfg, vision=nnx.merge(graph, state)), frames)
+  spec = batch_spec(Bucket(clips, 8, 1, 1), 1, ((8, size, size, 3), np.dtype(np.uint8)))
+  return measure(run, metrics.forward_flops(cfg, fake_batch(spec, 8))["vision"], dtype, state, frames)
+
+
+def step(like: str | None, frames: int, text: int, dtype: str, pixels: bool, clips_per_chunk: int) -> Cost:
+  """Loss and gradient of SCT's projector and LLM on one sample, of features or of pixels.
+
+  Useful are forward and twice as much backward of what is trained, and the frozen tower's forward.
+  """
+  cfg = sized(like, dtype, remat=True, clips_per_chunk=clips_per_chunk)
+  graph, state = nnx.split(nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype)))())
+  size = cfg.vision.image_size
+  row = ((8, size, size, 3), np.dtype(np.uint8)) if pixels else ((8 * cfg.tokens_per_frame, cfg.vision.width), np.dtype(dtype))
+  batch = fake_batch(batch_spec(Bucket(frames // 8, 8, PREFIX, text - PREFIX), 1, row), cfg.llm.vocab_size)
+  frozen, trained = {"vision": state["vision"]}, {name: state[name] for name in ("projector", "llm")}
+
+  def run(trained, frozen, batch):
+    loss = lambda trained: vlm.loss(nnx.merge(graph, nnx.State(trained | frozen)), batch).sum()
+    return jax.value_and_grad(loss)(trained)
+
+  cost = metrics.forward_flops(cfg, batch)
+  return measure(run, cost["vision"] + 3 * (cost["projector"] + cost["llm"]), dtype, trained, frozen, jax.tree.map(jnp.asarray, batch))
 
 
 # --- QC-Comp ---------------------------------------------------------------------------------------------------
@@ -294,6 +422,21 @@ def main(argv: Sequence[str] | None = None) -> None:
   random.add_argument("--out", required=True, help="directory to be made")
   loading = commands.add_parser("load", help="measure loading")
   loading.add_argument("--checkpoint", required=True, help="a directory with config.json and weights")
+  speed = {
+    "prefill": commands.add_parser("prefill", help="time LP-Comp prefill"),
+    "tower": commands.add_parser("tower", help="time the tower"),
+    "step": commands.add_parser("step", help="time the gradient of a tuning step"),
+  }
+  for name, command in speed.items():
+    command.add_argument("--like", help="a directory with config.json; default: the sizes of the official benchmark")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if name == "tower":
+      command.add_argument("--clips", type=int, nargs="+", default=[1])
+    else:
+      command.add_argument("--frames", type=int, nargs="+", default=[1024])
+      command.add_argument("--text", type=int, default=PREFIX + TEXT, help="tokens")
+  speed["step"].add_argument("--pixels", action="store_true", help="from frames, through the tower")
+  speed["step"].add_argument("--clips-per-chunk", type=int, default=4)
   scoring = commands.add_parser("select", help="measure QC-Comp's scoring")
   asking = commands.add_parser("questions", help="count the operations of a first and a later question")
   asking.add_argument("--like", required=True, help="a directory with config.json")
@@ -309,7 +452,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--mode", action="append", choices=("official", "aligned", "local", "global"))
   args = parser.parse_args(argv)
   try:
-    if args.command in ("select", "questions"):
+    if args.command in speed:
+      for n in args.clips if args.command == "tower" else args.frames:
+        if args.command == "tower":
+          what, cost = f"tower, {n} clips", tower(args.like, n, args.dtype)
+        elif args.command == "prefill":
+          what, cost = f"prefill, {n} frames", prefill(args.like, n, args.text, args.dtype)
+        else:
+          cost = step(args.like, n, args.text, args.dtype, args.pixels, args.clips_per_chunk)
+          what = f"step, {n} frames of {'pixels' if args.pixels else 'features'}"
+        print(f"{what}, {args.dtype}, {jax.devices()[0].device_kind}")
+        print("\n".join(f"{name:>26} {value:10.3f}" for name, value in cost.lines().items()), flush=True)
+    elif args.command in ("select", "questions"):
       like = args.command == "questions" and pathlib.Path(args.like)
       for mode in args.mode or ("official", "aligned", "local", "global"):
         out = questions(like, mode, args.frames, args.keep, args.tokens) if like else select(mode, args.frames)
