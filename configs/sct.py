@@ -55,7 +55,8 @@ def _paper() -> ConfigDict:
   c.lp_comp.group = 16  # consecutive visual tokens
 
   c.data = ConfigDict()
-  c.data.train = "data/sct"  # folder written by predecode
+  c.data.train = _open("data/sct")  # folder written by predecode, or several: ("data/a", "data/b")
+  c.data.weights = _open(None)  # how often an epoch reads a sample of each, e.g. (1.0, 0.25); None: once
   c.data.heldout = _open(None)  # likewise; None: no evaluation
   c.data.frame_buckets = (1, 128, 256, 512, 1024)  # frames; 1 is an image. Every pair of buckets compiles once
   c.data.text_buckets = (512, 2048, 8192)  # tokens after the visual slot

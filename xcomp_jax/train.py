@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +32,8 @@ from xcomp_jax import checkpoint, metrics, optim, weights
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict, keys, to_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch
-from xcomp_jax.data.store import Store, open_store
+from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.store import open_store
 from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.sharding import (
   batch_devices,
@@ -225,26 +225,27 @@ def run(config: RunConfig) -> dict[str, float | int]:
   cfg = weights.read_config(directory, config.model, config.lp_comp)
   schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
   tokenizer = weights.read_tokenizer(directory, cfg)
-  store = open_data(config.data.train, cfg)
-  steps = config.train.epochs * pipeline.steps_per_epoch(len(store), config.train.batch_size)
+  blend = open_data(config.data.train, cfg, config.data.weights)
+  held = None if config.data.heldout is None else open_data(config.data.heldout, cfg)
+  description = checkpoint.describe(config, cfg, blend, held)
+  checkpoint.agree(description)
+  steps = config.train.epochs * pipeline.steps_per_epoch(blend.per_epoch, config.train.batch_size)
   steps = min(steps, config.train.steps or steps)
   here = {"rows": batch_devices(mesh), "process_index": jax.process_index(), "process_count": jax.process_count()}
   data = pipeline.batches(
-    store, tokenizer, config.data,
+    blend, tokenizer, config.data,
     batch_size=config.train.batch_size, seed=config.seed, epochs=config.train.epochs, **here,
   )
-  heldout = None
-  if config.data.heldout is not None:
-    heldout = pipeline.evaluation(open_data(config.data.heldout, cfg), tokenizer, config.data, **here)
+  heldout = None if held is None else pipeline.evaluation(held, tokenizer, config.data, **here)
   if not checkpoint.begun(config.workdir):
     weights.stored(directory, cfg)  # what is missing or broken is said before anything is written
   checkpoint.claim(config.workdir)
 
   tx = optim.optimizer(config.optim, steps)
-  description = checkpoint.describe(config, cfg, store, rows=here["rows"])
   precision = "highest" if config.model.dtype == "float32" else None
   first = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.closing(data))
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(jax.default_matmul_precision(precision))
     checkpoints = stack.enter_context(contextlib.closing(checkpoint.manager(config.workdir, config.train)))
@@ -264,8 +265,8 @@ def run(config: RunConfig) -> dict[str, float | int]:
       for name, part in (("trained", state.trained), ("frozen", state.frozen)):
         print(f"{name} parameters\n{parameter_table(part, param_shardings(part, mesh))}")
       print(f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {' '.join(map(str, schedule))}")
-      print(f"{config.data.train}: {store.made_with()}")
-      print(f"{len(store)} samples; steps {start + 1} to {steps}, {config.train.batch_size} samples each", flush=True)
+      print("\n".join(blend.made_with()))
+      print(f"steps {start + 1} to {steps}, {config.train.batch_size} samples each", flush=True)
       (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     writer = stack.enter_context(
       contextlib.closing(metrics.Writer(epath.Path(config.workdir) / "tensorboard", purge_step=start))
@@ -307,7 +308,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
       report_compilations(compilations, "apply_step", None, say)
       out = {key: value.item() for key, value in jax.device_get(out).items()}
       if not out["finite"]:
-        raise not_finite(config, done, out, seen, store)
+        raise not_finite(config, done, out, seen, blend)
       done += 1
       losses.append(out["loss"])
       clock.samples += out["samples"]
@@ -349,7 +350,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
   return result
 
 
-def save(checkpoints, step: int, state: TrainState, data: grain.DatasetIterator, description: dict) -> None:
+def save(checkpoints, step: int, state: TrainState, data: pipeline.Reader, description: dict) -> None:
   """Saves the state after `step` steps; see `checkpoint.save`."""
   checkpoint.save(checkpoints, step, (state.trained, state.frozen), state.opt, data, description)
 
@@ -375,6 +376,8 @@ def check(config: RunConfig) -> None:
     ("lp_comp.group", config.lp_comp.group >= 1, "must be at least 1"),
     ("data.frames_per_device", d.frames_per_device >= 1, "must be at least 1"),
     ("data.text_per_device", d.text_per_device >= 1, "must be at least 1"),
+    ("data.threads", d.threads >= 0, "must be 0 or more; 0 reads while training waits"),
+    ("data.prefetch", d.prefetch >= 0, "must be 0 or more"),
     ("data.frame_buckets", _ascending(d.frame_buckets, 0), "must be one or more numbers from 0 on, ascending"),
     ("data.text_buckets", _ascending(d.text_buckets, 1), "must be one or more numbers from 1 on, ascending"),
     ("optim.learning_rate", 0 < o.learning_rate < np.inf, "must be a number above 0"),
@@ -397,27 +400,28 @@ def _ascending(values: tuple[int, ...], first: int) -> bool:
   return bool(values) and values[0] >= first and all(a < b for a, b in itertools.pairwise(values))
 
 
-def open_data(path: str, cfg: VLMConfig) -> Store:
-  """A store that the model can read.
+def open_data(folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[float, ...] | None = None) -> Blend:
+  """Stores that the model can read; whether features are of its tower only its weights can say (`check_tower`).
 
   Raises:
     StoreError: see `open_store`.
-    ConfigError: its frames have another size, its clips another length, or groups of LP-Comp don't fill a clip.
+    ConfigError: frames have another size, clips another length, groups of LP-Comp don't fill a clip, or see `Blend`.
   """
-  store = open_store(path)
-  wanted = {"image_size": cfg.vision.image_size, "clip_frames": cfg.clip_frames}
-  for name, value in wanted.items():
-    if getattr(store, name) != value:
-      raise ConfigError(
-        f"{path} was written with {name} {getattr(store, name)}, but the model takes {value}; run predecode again"
-      )
   group = cfg.lp_comp.group
-  for frames in sorted({sample.clip_frames for sample in store.samples if sample.frames}):
-    if (tokens := frames * cfg.tokens_per_frame) % group:
-      raise ConfigError(
-        f"lp_comp.group = {group}: {path} has clips of {frames} frames, whose {tokens} tokens can't be cut into groups of {group}"
-      )
-  return store
+  stores = [open_store(folder) for folder in ((folders,) if isinstance(folders, str) else folders)]
+  for store in stores:
+    for name, value in (("image_size", cfg.vision.image_size), ("clip_frames", cfg.clip_frames)):
+      if getattr(store, name) != value:
+        raise ConfigError(
+          f"{store.path} was written with {name} {getattr(store, name)}, but the model takes {value}; run predecode again"
+        )
+    for frames in sorted({sample.clip_frames for sample in store.samples if sample.frames}):
+      if (tokens := frames * cfg.tokens_per_frame) % group:
+        raise ConfigError(
+          f"lp_comp.group = {group}: {store.path} has clips of {frames} frames, whose {tokens} tokens can't be cut "
+          f"into groups of {group}"
+        )
+  return Blend(stores, weights)
 
 
 @contextlib.contextmanager
@@ -457,17 +461,17 @@ def report_compilations(compilations: metrics.Compilations, name: str, batch: Ba
       )
 
 
-def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, store: Store) -> NotFiniteError:
+def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, data: Blend) -> NotFiniteError:
   """Writes workdir/nan/step_N.json, with every sample of the step and its loss; returns the error to raise."""
   gather = functools.partial(multihost_utils.process_allgather, tiled=True)
   samples = []
   for index, losses in seen:
-    rows = zip(gather(index).tolist(), gather(losses).tolist(), strict=True)
-    samples += [
-      {"index": i, "id": store.samples[i].id, "source": store.samples[i].source, "loss": _number(loss)}
-      for i, loss in rows
-      if i >= 0
-    ]
+    for i, loss in zip(gather(index).tolist(), gather(losses).tolist(), strict=True):
+      if i >= 0:
+        store, place = data.find(i)
+        sample = store.samples[place]
+        about = {"data": str(store.path), "index": place, "id": sample.id, "source": sample.source}
+        samples.append({**about, "loss": _number(loss)})
   file = epath.Path(config.workdir) / "nan" / f"step_{step + 1}.json"
   if jax.process_index() == 0:
     file.parent.mkdir(parents=True, exist_ok=True)
