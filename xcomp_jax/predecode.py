@@ -196,7 +196,7 @@ def predecode(
     shards = [shard for shard, _ in results]
     skipped += [problem for _, problems in results for problem in problems]
     info = dataclasses.asdict(settings) | {"subset": subset, "annotation_files": files, "skipped": skipped}
-    store.finish(folder, shards, info)
+    store.finish(folder, shards, _layout(settings), info)
     text = (folder / "store.json").read_text(encoding="utf-8")
   return json.loads(text)
 
@@ -251,6 +251,10 @@ def _sampling(settings: Settings) -> dict[str, Any]:
   }
 
 
+def _layout(settings: Settings) -> store.Layout:
+  return store.Layout(settings.image_size, settings.clip_frames, None, None)
+
+
 def _decode(job: Job, settings: Settings) -> tuple[store.Sample, np.ndarray]:
   size, clip_frames = settings.image_size, 1 if job.reader == "img" else settings.clip_frames
   loaded = video.load(
@@ -281,7 +285,7 @@ def _shard(
         yield item
       tick()
 
-  return store.write_shard(path, items()), problems
+  return store.write_shard(path, items(), _layout(settings)), problems
 
 
 _worker: list = []  # in a decoding process: the counter of finished samples, and the sign to stop
