@@ -132,7 +132,7 @@ def tiny_run(tmp_path_factory, reference):
     },
     "lp_comp": {"schedule": (8, 1), "keep": "suffix", "group": 16},
     "data": {
-      "train": str(root / "train"), "heldout": None, "frame_buckets": (0, 8, 16), "text_buckets": (128,),
+      "train": str(root / "train"), "weights": None, "heldout": None, "frame_buckets": (0, 8, 16), "text_buckets": (128,),
       "prefix_length": 80, "frames_per_device": 16, "text_per_device": 1024, "mask": "assistant", "group_by_text_length": False, "threads": 1,
       "prefetch": 1,
     },

@@ -182,8 +182,9 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run,
     return dataclasses.replace(batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32))
 
   tokenizer = prompt.load_tokenizer(config.init_from)
+  cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
   entries = pipeline.batches(
-    train.open_store(config.data.train), tokenizer, config.data, batch_size=3, rows=1, seed=0, epochs=1
+    train.open_data(config.data.train, cfg), tokenizer, config.data, batch_size=3, rows=1, seed=0, epochs=1
   )
   done, third = 0, []
   for micro in entries:
@@ -316,6 +317,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
     ({"data.frame_buckets": [-8, 8]}, "config.data.frame_buckets = .* from 0 on, ascending"),
     ({"data.text_buckets": [0, 8]}, "config.data.text_buckets = .* from 1 on, ascending"),
     ({"data.text_buckets": [64, 8]}, "config.data.text_buckets = .* ascending"),
+    ({"data.threads": -1, "data.prefetch": -2}, "config.data.threads = -1: .*; config.data.prefetch = -2: must be 0 or more"),
     ({"data.text_buckets": []}, "config.data.text_buckets = .* one or more"),
     ({"optim.learning_rate": math.nan}, "config.optim.learning_rate = nan: must be a number above 0"),
     ({"optim.learning_rate": 0.0}, "config.optim.learning_rate = 0.0"),

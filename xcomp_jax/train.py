@@ -15,7 +15,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from xcomp_jax import checkpoint, metrics, optim, weights
+from xcomp_jax import checkpoint, encode, metrics, optim, weights
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict, keys, to_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch
@@ -227,6 +227,13 @@ def run(config: RunConfig) -> dict[str, float | int]:
   tokenizer = weights.read_tokenizer(directory, cfg)
   blend = open_data(config.data.train, cfg, config.data.weights)
   held = None if config.data.heldout is None else open_data(config.data.heldout, cfg)
+  opened = [blend] if held is None else [blend, held]
+  for data in opened:
+    if data.features is not None and config.train.vision:
+      raise ConfigError(
+        f"config.train.vision = True, but {data.stores[0].path} holds features, which a tower that learns would not "
+        "make again; set it to False, or train on frames"
+      )
   description = checkpoint.describe(config, cfg, blend, held)
   checkpoint.agree(description)
   steps = config.train.epochs * pipeline.steps_per_epoch(blend.per_epoch, config.train.batch_size)
@@ -258,6 +265,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
         checkpoints, start, (wanted.trained, wanted.frozen), wanted.opt, data, description
       )
       state = TrainState(trained, frozen, opt)
+    check_tower(nnx.merge(graph, state.trained, state.frozen), config.init_from, opened)
     sums = zero_sums(state.trained, mesh)
     step_functions = compiled_steps(state, sums, mesh)
     if first:
@@ -401,7 +409,7 @@ def _ascending(values: tuple[int, ...], first: int) -> bool:
 
 
 def open_data(folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[float, ...] | None = None) -> Blend:
-  """Stores that the model can read; whether features are of its tower only its weights can say (`check_tower`).
+  """Stores that the model can read; whether features are its own tower's only the weights can say (`check_tower`).
 
   Raises:
     StoreError: see `open_store`.
@@ -410,10 +418,13 @@ def open_data(folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[flo
   group = cfg.lp_comp.group
   stores = [open_store(folder) for folder in ((folders,) if isinstance(folders, str) else folders)]
   for store in stores:
-    for name, value in (("image_size", cfg.vision.image_size), ("clip_frames", cfg.clip_frames)):
-      if getattr(store, name) != value:
+    wanted = [(store, "image_size", cfg.vision.image_size), (store, "clip_frames", cfg.clip_frames)]
+    if store.features is not None:
+      wanted += [(store.features, "tokens_per_frame", cfg.tokens_per_frame), (store.features, "width", cfg.vision.width)]
+    for has, name, value in wanted:
+      if getattr(has, name) != value:
         raise ConfigError(
-          f"{store.path} was written with {name} {getattr(store, name)}, but the model takes {value}; run predecode again"
+          f"{store.path} was written with {name} {getattr(has, name)}, but the model takes {value}; run predecode again"
         )
     for frames in sorted({sample.clip_frames for sample in store.samples if sample.frames}):
       if (tokens := frames * cfg.tokens_per_frame) % group:
@@ -422,6 +433,24 @@ def open_data(folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[flo
           f"into groups of {group}"
         )
   return Blend(stores, weights)
+
+
+def check_tower(model: vlm.VLM, name: str, data: Sequence[Blend]) -> None:
+  """Makes sure that features are of this model's tower. Where several processes share it, all of them must call this.
+
+  name: of the model, for the message.
+
+  Raises:
+    ConfigError: they are of other weights or settings.
+  """
+  stores = [store for blend in data for store in blend.stores if store.features is not None]
+  identity = encode.tower_identity(model) if stores else None
+  for store in stores:
+    if store.features.identity != identity:
+      raise ConfigError(
+        f"{store.path} holds features by another tower: its identity is {store.features.identity}, that of the tower in "
+        f"{name} {identity}. Make the features again with this checkpoint, or train on frames"
+      )
 
 
 @contextlib.contextmanager

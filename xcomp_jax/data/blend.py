@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xcomp_jax.config import ConfigError
-from xcomp_jax.data.store import Sample, Store
+from xcomp_jax.data.store import Features, Sample, Store
 
 
 def permutation(n: int, *key: int) -> list[int]:
@@ -84,6 +84,11 @@ class Blend:
     """Frames or features of a sample, as `Store.visual`."""
     store, i = self.find(index)
     return store.visual(i)
+
+  @property
+  def features(self) -> Features | None:
+    """Whose features `visual` gives; None: it gives frames."""
+    return self.stores[0].features
 
   def clip_spec(self, clip_frames: int) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of a clip of so many frames, in any of the stores."""
