@@ -10,15 +10,17 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import metrics, optim, train, weights
+from xcomp_jax import encode, metrics, optim, train, weights
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, TrainConfig, VLMConfig, from_dict
-from xcomp_jax.data import prompt
+from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
+from xcomp_jax.data.store import Features, open_store, write_store
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import make_mesh
 
@@ -171,9 +173,118 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
   assert list((tmp_path / "w" / "tensorboard").iterdir())
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run, tmp_path, monkeypatch, one_device):
-  from xcomp_jax.data import pipeline
+def write_features(config, folder):
+  """Writes the training data of a run as merged features of its tower, encoded in the run's dtype and kept in bfloat16."""
+  cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
+  model = weights.load(weights.resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype))
+  frames = open_store(config.data.train)
 
+  def items():
+    for i, sample in enumerate(frames.samples):
+      clips = list(encode.encode_clips(model, frames.visual(i))) if sample.frames else None
+      yield sample, clips and np.stack(clips).astype(ml_dtypes.bfloat16)
+
+  made = Features(encode.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)
+  write_store(folder, items(), image_size=48, clip_frames=4, features=made)
+
+
+@pytest.fixture(scope="module")
+def features(tiny_run, tmp_path_factory):
+  """A folder of `write_features`, encoded in float32."""
+  folder = tmp_path_factory.mktemp("features") / "train"
+  write_features(tiny_run(folder), folder)
+  return str(folder)
+
+
+def losses(patch, config):
+  """Those of every step of a run."""
+  out, original = [], metrics.line
+  patch.setattr(metrics, "line", lambda done, steps, values: (out.append(values["loss"]), original(done, steps, values))[1])
+  train.run(config)
+  return np.array(out)
+
+
+def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path, monkeypatch, one_device):
+  want = losses(monkeypatch, tiny_run(tmp_path / "frames"))
+  got = losses(monkeypatch, tiny_run(tmp_path / "features", **{"data.train": features}))
+  assert len(want) == 4 and np.ptp(want) > 1
+  np.testing.assert_allclose(got, want, rtol=1e-2)  # bfloat16 has 8 bits, and every step grows the difference
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # compiles slowly
+def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, tmp_path, dtype):
+  one = {"data.frame_buckets": [0, 12], "data.frames_per_device": 144, "data.text_per_device": 2048}
+  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **one, **{"model.remat": False, "model.dtype": dtype})
+  write_features(config, tmp_path / "features")
+  tokenizer, out = prompt.load_tokenizer(config.init_from), []
+  for folder in (config.data.train, str(tmp_path / "features")):
+    it = Prepared(config, 1)
+    data = train.open_data(folder, it.cfg)
+    _, videos = pipeline.batches(data, tokenizer, config.data, batch_size=12, rows=1, seed=0, epochs=1)
+    losses = it.add(videos.batch)
+    assert float(it.sums.samples) == 9 and float(it.sums.frames) == 4 * 18
+    out.append(jax.device_get((losses, it.sums.grads)))
+  (want, wanted), (got, gradients) = out
+  norm = lambda tree: np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
+  loss, gradient = (2e-3, 4e-3) if dtype == "float32" else (2e-2, 1e-1)  # a tower in bfloat16 differs with the batch's shape
+  np.testing.assert_allclose(got, want, rtol=loss)
+  assert norm(jax.tree.map(np.subtract, gradients, wanted)) < gradient * norm(wanted)
+
+
+@pytest.mark.parametrize("devices, mesh", [(1, ONE), (8, MeshConfig(2, 2, 2))])
+def test_features_are_known_by_their_tower_wherever_it_lies(tiny_run, features, tmp_path, devices, mesh):
+  for dtype in ("float32", "bfloat16"):
+    it = Prepared(dataclasses.replace(tiny_run(tmp_path, **{"model.dtype": dtype}), mesh=mesh), devices)
+    model = nnx.merge(it.graph, it.state.trained, it.state.frozen)
+    train.check_tower(model, "m", [train.open_data(features, it.cfg)])
+    kernel = model.vision.blocks[0].fc1.kernel
+    kernel[...] = kernel[...].at[0, 0].add(1)
+    with pytest.raises(ConfigError, match=r"train holds features by another tower: its identity is [0-9a-f]+, .* in m [0-9a-f]+"):
+      train.check_tower(model, "m", [train.open_data(features, it.cfg)])
+
+
+def test_features_of_another_tower_are_refused_before_a_step(tiny_run, features, tmp_path, one_device):
+  config = tiny_run(tmp_path / "w", **{"data.train": features})
+  shutil.copytree(config.init_from, tmp_path / "base")
+  tensors = load_file(tmp_path / "base" / "model.safetensors")
+  name = next(name for name in tensors if "vision" in name and tensors[name].ndim > 1)
+  save_file(tensors | {name: tensors[name] * 1.5}, tmp_path / "base" / "model.safetensors")
+  with pytest.raises(ConfigError, match=r"holds features by another tower: .* Make the features again"):
+    train.run(dataclasses.replace(config, init_from=str(tmp_path / "base")))
+  assert not list((tmp_path / "w" / "checkpoints").iterdir()) and not (tmp_path / "w" / "config.json").exists()
+
+
+def test_features_that_cannot_be_used_are_refused_before_anything_is_written(tiny_run, features, tmp_path):
+  run = lambda **changes: train.run(tiny_run(tmp_path / "w", **{"data.train": features} | changes))
+  with pytest.raises(ConfigError, match=r"config\.train\.vision = True, but .*train holds features"):
+    run(**{"train.vision": True})
+  with pytest.raises(ConfigError, match=r"holds frames .* holds features"):
+    run(**{"data.train": [tiny_run(tmp_path).data.train, features]})
+  file = tmp_path / "narrow" / "store.json"
+  shutil.copytree(features, file.parent)
+  file.write_text(file.read_text().replace('"width": 32', '"width": 16'))
+  with pytest.raises(ConfigError, match="written with width 16, but the model takes 32"):
+    run(**{"data.train": str(file.parent)})
+  assert not (tmp_path / "w").exists()
+
+
+def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, one_device, capsys):
+  data = tiny_run(tmp_path).data.train
+  both = {"data.train": [data, data.removesuffix("train") + "heldout"], "data.weights": [0.5, 1.0]}
+  config = tiny_run(tmp_path / "w", **both, **{"train.steps": 1})
+  assert train.run(config)["step"] == 1
+  said = capsys.readouterr().out
+  assert "train: sampling not recorded; an epoch reads 6 of 12 samples" in said
+  assert "heldout: sampling not recorded; an epoch reads 5 of 5 samples" in said
+  for changes, words in (
+    ({"data.weights": [1.0, 1.0]}, r"config\.data\.weights was \[0\.5, 1\.0\], is \[1\.0, 1\.0\]"),
+    ({"data.train": both["data.train"][::-1], "data.weights": [0.5, 1.0]}, r"identity .* was '\w{16}, \w{16}', is '\w{16}, \w{16}'"),
+  ):
+    with pytest.raises(ConfigError, match=words):
+      train.run(tiny_run(tmp_path / "w", **both | changes, **{"train.steps": 1}))
+
+
+def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run, tmp_path, monkeypatch, one_device):
   config = tiny_run(tmp_path / "w", **{"train.save_every": 1})
   original = pipeline.collate
 
