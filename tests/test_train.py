@@ -10,17 +10,15 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import encode, metrics, optim, train, weights
+from xcomp_jax import metrics, optim, train, weights
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, TrainConfig, VLMConfig, from_dict
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
-from xcomp_jax.data.store import Features, open_store, write_store
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import make_mesh
 
@@ -173,29 +171,6 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
   assert list((tmp_path / "w" / "tensorboard").iterdir())
 
 
-def write_features(config, folder):
-  """Writes the training data of a run as merged features of its tower, encoded in the run's dtype and kept in bfloat16."""
-  cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
-  model = weights.load(weights.resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype))
-  frames = open_store(config.data.train)
-
-  def items():
-    for i, sample in enumerate(frames.samples):
-      clips = list(encode.encode_clips(model, frames.visual(i))) if sample.frames else None
-      yield sample, clips and np.stack(clips).astype(ml_dtypes.bfloat16)
-
-  made = Features(encode.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)
-  write_store(folder, items(), image_size=48, clip_frames=4, features=made)
-
-
-@pytest.fixture(scope="module")
-def features(tiny_run, tmp_path_factory):
-  """A folder of `write_features`, encoded in float32."""
-  folder = tmp_path_factory.mktemp("features") / "train"
-  write_features(tiny_run(folder), folder)
-  return str(folder)
-
-
 def losses(patch, config):
   """Those of every step of a run."""
   out, original = [], metrics.line
@@ -212,7 +187,7 @@ def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # compiles slowly
-def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, tmp_path, dtype):
+def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, write_features, tmp_path, dtype):
   one = {"data.frame_buckets": [0, 12], "data.frames_per_device": 144, "data.text_per_device": 2048}
   config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **one, **{"model.remat": False, "model.dtype": dtype})
   write_features(config, tmp_path / "features")

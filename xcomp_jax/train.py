@@ -15,7 +15,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -174,6 +174,20 @@ def eval_step(graph: nnx.GraphDef, state: TrainState, batch: Batch) -> dict[str,
   losses, correct = vlm.evaluate(nnx.merge(graph, state.trained, state.frozen), batch)
   total = lambda x: jnp.sum(x * batch.weight)
   return {"loss": total(losses), "correct": total(correct), "samples": batch.weight.sum()}
+
+
+def abstract_step(config: RunConfig, cfg: VLMConfig, batch: Batch) -> tuple[Callable, tuple]:
+  """A function and the ShapeDtypeStructs to trace it with: `grad_step` on a `batch_spec`. Nothing is allocated or run."""
+  graph, trained, frozen = nnx.split(weights.abstract(cfg), optim.trained(config.train), ...)
+  cast = lambda tree, dtype: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)), tree)
+  state = TrainState(cast(trained, config.model.param_dtype), cast(frozen, config.model.dtype), None)
+  scalar = jax.ShapeDtypeStruct((), np.float32)
+  sums = Sums(cast(trained, np.float32), scalar, scalar, scalar)
+
+  def step(state, sums, batch):
+    return grad_step(graph, state, sums, batch, config.train.projector_max_frames)
+
+  return step, (state, sums, batch)
 
 
 @dataclasses.dataclass(frozen=True)
