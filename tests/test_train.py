@@ -10,13 +10,24 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import metrics, optim, train, weights
-from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, TrainConfig, VLMConfig, from_dict
+from xcomp_jax import bench, metrics, optim, train, weights
+from xcomp_jax.config import (
+  ConfigError,
+  LLMConfig,
+  LPCompConfig,
+  MeshConfig,
+  RunConfig,
+  TrainConfig,
+  VisionConfig,
+  VLMConfig,
+  from_dict,
+)
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
 from xcomp_jax.model import vlm
@@ -343,6 +354,29 @@ def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
   everything = TrainConfig(1, 1, None, False, True, True, None, 1, 1, 1, 1, None)
   trained = metrics.training_flops(cfg, everything, fake_batch(features, 64))
   assert trained == near(counted(jax.grad(loss), features))
+
+
+@pytest.mark.slow
+def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_run, tmp_path):
+  # Counted over the traced program, recomputation included: 1,024 frames and 512 text tokens.
+  config = tiny_run(tmp_path, **{"train.projector_max_frames": 512, "model.dtype": "bfloat16"})
+  cfg = VLMConfig(
+    vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
+    llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, 1e-6, True, None),
+    lp_comp=LPCompConfig("cosine", "suffix", 16),
+    clip_frames=8, tokens_per_frame=16, dtype="bfloat16", clips_per_chunk=4, attention="einsum", remat=True,
+  )
+  bucket, counted = Bucket(128, 8, 16, 512), {}
+  visuals = {"frames": ((8, 448, 448, 3), np.dtype(np.uint8)), "features": ((128, 1024), np.dtype(ml_dtypes.bfloat16))}
+  for name, visual in visuals.items():
+    step, arguments = train.abstract_step(config, cfg, batch_spec(bucket, 1, visual))
+    counted[name] = bench.flops(step, *arguments)
+  tower = counted["frames"] - counted["features"]
+  batch = fake_batch(batch_spec(bucket, 1, visuals["features"]), 100)
+  frames = dataclasses.replace(batch, visual=np.broadcast_to(np.uint8(0), (1, 128, *visuals["frames"][0])))
+  assert tower == pytest.approx(metrics.forward_flops(cfg, frames)["vision"], rel=0.02)
+  assert counted["features"] < counted["frames"] / 6
+  assert metrics.training_flops(cfg, config.train, frames) - metrics.training_flops(cfg, config.train, batch) == pytest.approx(tower, rel=0.02)
 
 
 def test_the_peak_is_that_of_the_whole_name():
