@@ -199,8 +199,6 @@ def test_features_resume(world):
 
 
 def test_features_of_a_checkpoint(world):
-  from xcomp_jax import encode
-
   assets = pathlib.Path(predecode_lib.__file__).parents[1] / "assets" / "tiny"
   settings = Settings(48, 16, 8, 8.0, 8)
   make(world, "pixels", settings=settings)
@@ -209,10 +207,9 @@ def test_features_of_a_checkpoint(world):
   store, pixels = open_store(world.parent / "out"), open_store(world.parent / "pixels")
   assert len(store.features.identity) == 32 and store.features.tokens_per_frame == 16 and store.features.width == 64
   assert store.visual(0).shape == (2, 128, 64) and store.visual(4).shape == (1, 16, 64)
-  direct = np.stack(list(tower.encode(pixels.visual(0))))
+  direct = np.stack(list(tower.encode(iter(pixels.visual(0)))))
   assert np.ptp(direct.astype(np.float32)) > 0.1
   np.testing.assert_array_equal(store.visual(0).view(np.uint16), direct.view(np.uint16))
-  assert encode  # the identity's source
   with pytest.raises(ValueError, match="takes 48 pixels, not 16; give --image_size 48"):
     predecode_lib.load_tower(str(assets), SETTINGS, 4)
 
@@ -284,12 +281,12 @@ def go(out, last):
       return step
     for kind in kinds:
       setattr(os, kind, wrap(kind))
-    decoding.make(root, out, samples_per_shard=3)
+    decoding.make(root, out, samples_per_shard=2)
     os._exit(0)
   return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 assert go("whole", None) == 0
-for n in itertools.count():
+for n in itertools.count(0, int(sys.argv[2])):
   code = go(f"out{n}", n)
   assert code in (0, 7), code
   assert go(f"out{n}", None) == 0, n
@@ -299,14 +296,17 @@ print(n)
 """
 
 
-def test_killed_before_any_change_of_the_file_system(world):
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_a_change_of_the_file_system(world, stride):
+  mixture(world, {"json_path": "images.json"}, {"json_path": "part.jsonl"}, {"json_path": "gifs.json", "video_read_type": "gif"})
   here = str(pathlib.Path(__file__).parent)
-  done = decoding.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {here!r})\n{KILLER}", str(world)])
+  code = f"import sys; sys.path.insert(0, {here!r})\n{KILLER}"
+  done = decoding.run([sys.executable, "-c", code, str(world), str(stride)])
   assert done.returncode == 0, done.stderr
   steps = int(done.stdout.split()[-1])
-  assert steps > 40
+  assert steps > 20
   whole = contents(world.parent / "whole")
-  for n in range(steps + 1):
+  for n in range(0, steps + 1, stride):
     assert contents(world.parent / f"out{n}") == whole, n
   assert not list(world.parent.glob("*.incomplete"))
 
@@ -360,15 +360,15 @@ def test_interrupt(world):
   spool = world.parent / "out.incomplete" / "spool"
   wait_for(lambda: spool.exists() and list(spool.glob("*.json")))
   os.killpg(process.pid, signal.SIGINT)  # to the processes as well, as a terminal does
-  out, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=60)
   assert process.returncode == 130 and "the same command continues" in err and "Traceback" not in err
-  assert not group_lives(process.pid)
+  wait_for(lambda: not group_lives(process.pid), 20)
 
 
 # What can happen in a decoding process.
 
 
-@pytest.mark.parametrize(("deed", "message"), [("sleep", r"took more than 3 seconds"), ("abort", r"died twice \(SIGABRT\)")])
+@pytest.mark.parametrize(("deed", "message"), [("sleep", r"took more than 3 seconds"), ("abort", r"process died.*tried again alone")])
 def test_a_decoder_that_hangs_or_dies_costs_one_sample(world, deed, message):
   jobs, _ = predecode_lib.mixtures.read_mixture(world / "mixture.yaml", world, 1.0)
   fields = {f.name: getattr(jobs[1].sample, f.name) for f in predecode_lib.dataclasses.fields(jobs[1].sample)}
@@ -474,7 +474,7 @@ def test_verify_finds_what_has_changed(world, capsys):
   with pytest.raises(StoreError, match=r"sample [345] .*can't be read|its clips are not|can't be read"):
     check.verify(out)
   (out / "manifest.jsonl").unlink()
-  with pytest.raises(StoreError, match="manifest.jsonl is missing"):
+  with pytest.raises(StoreError, match=r"manifest\.jsonl is missing"):
     check.verify(out)
 
 
@@ -492,7 +492,7 @@ def test_inspect(world, capsys):
   image = cv2.imread(str(sheet))
   assert image.shape == (7 * (check.THUMBNAIL + 18), 8 * check.THUMBNAIL, 3)
   top = image[18 + 20, 20]  # inside the first frame of the first row
-  frame = check.video.resize(open_store(world.parent / "out").visual(0)[0, :1], check.THUMBNAIL - 2)[0]
+  frame = check.video.resize(open_store(world.parent / "out").visual(0)[0, 1:2], check.THUMBNAIL - 2)[0]
   np.testing.assert_array_equal(top[::-1], frame[20, 19])
 
 

@@ -120,6 +120,10 @@ def assemble(work_shard: str, targets: Sequence[str]) -> None:
   Raises:
     StoreError: a spool that is shorter than its entry says. OSError: the files can't be written.
   """
+  if os.path.exists(f"{work_shard}.json"):  # by a process that died before it had removed all spools
+    for target in targets:
+      remove(target)
+    return
   entries = [json.loads(pathlib.Path(f"{target}.json").read_text()) for target in targets]
   size, count, writer = 0, 0, None
   temporary = f"{work_shard}.array_record.{os.getpid()}.tmp"
@@ -290,13 +294,18 @@ def run(
   """
   missing = {n: set(work.members(n)) for n in shards if not work.shard(n, ".json").exists()}
   waiting = collections.deque(job for n in missing for job in work.members(n))
-  spoiled, running, died = set(), {}, set()
+  suspects, died = collections.deque(), set()  # jobs in whose company a process died; they run once more, alone
+  spoiled, running = set(), {}
   pool = _pool(workers) if workers else _Here()
   target = lambda job: str(work.spool(job, ".pixels" if encode else ""))
 
   def start(job: int) -> None:
     args = (work.jobs[job], work.settings, dataclasses.replace(work.layout, features=None), target(job))
-    running[pool.schedule(decode, args=args, timeout=timeout)] = job
+    running[pool.schedule(decode, args=args, timeout=timeout)] = "job", job
+
+  def join(n: int) -> None:
+    targets = [str(work.spool(member, "")) for member in work.members(n)]
+    running[pool.schedule(assemble, args=(str(work.shard(n, "")), targets))] = "shard", n
 
   def settle(job: int) -> None:
     """Goes on with a job that is decoded, and with its shard if it was the last."""
@@ -307,12 +316,21 @@ def run(
       spoiled.add(n)
     missing[n].remove(job)
     if not missing[n] and (skip_bad or n not in spoiled):
-      targets = [str(work.spool(member, "")) for member in work.members(n)]
-      running[pool.schedule(assemble, args=(str(work.shard(n, "")), targets))] = None
+      join(n)
+
+  def give_up(job: int, reason: str) -> None:
+    for file in work.spool(job, "").parent.glob(f"{job:07d}.*.tmp"):
+      file.unlink()
+    source = work.jobs[job].sample.source
+    write_bad(target(job), f"{source}: {reason}", stamp(source))
+    settle(job)
+    report()
 
   try:
-    while waiting or running:
-      while waiting and len(running) < max(1, 2 * workers):
+    while waiting or running or suspects:
+      if suspects and not running:
+        start(suspects.popleft())
+      while waiting and not suspects and not died & {n for kind, n in running.values() if kind == "job"} and len(running) < max(1, 2 * workers):
         job = waiting.popleft()
         if work.spool(job, ".json").exists():
           settle(job)
@@ -326,23 +344,46 @@ def run(
         else:
           start(job)
       finished, _ = concurrent.futures.wait(running, 0.5, concurrent.futures.FIRST_COMPLETED)
+      broken = ""
       for future in finished:
-        job = running.pop(future)
-        lost, again = _lost(future, timeout)
-        if lost and job is None:
-          raise store.StoreError(f"writing a shard failed: {lost}; run the same command again")
-        if lost and again and job not in died:
-          died.add(job)  # killed from outside perhaps
-          start(job)
+        kind, n = running[future]
+        try:
+          future.result()
+        except concurrent.futures.BrokenExecutor as error:
+          broken = str(error)  # this future and all others: below
           continue
-        if lost:
-          for file in work.spool(job, "").parent.glob(f"{job:07d}.*.tmp"):
-            file.unlink()
-          source = work.jobs[job].sample.source
-          write_bad(target(job), f"{source}: {lost}", stamp(source))
-        if job is not None:
-          settle(job)
+        except pebble.ProcessExpired as error:  # an OSError, too
+          lost, again = _how(error.exitcode), n not in died
+        except TimeoutError:
+          lost, again = f"decoding took more than {timeout:g} seconds (--timeout)", False
+        else:
+          lost, again = "", False
+        del running[future]
+        if kind == "shard":
+          if lost:
+            raise store.StoreError(f"writing a shard failed: {lost}; run the same command again")
+        elif again:
+          died.add(n)
+          suspects.append(n)
+        elif lost:
+          give_up(n, lost)
+        else:
+          settle(n)
           report()
+      if broken:
+        pool.stop()
+        pool.join()
+        pool = _pool(workers)
+        tasks = list(running.values())
+        running.clear()
+        for kind, n in tasks:
+          if kind == "shard":
+            join(n)
+          elif n in died:
+            give_up(n, _how(None))
+          else:
+            died.add(n)
+            suspects.append(n)
   finally:
     pool.stop()
     pool.join()
@@ -360,17 +401,9 @@ def entries(work: Work) -> list[dict[str, Any]]:
   return found
 
 
-def _lost(future: concurrent.futures.Future, timeout: float | None) -> tuple[str, bool]:
-  """How the process of a task was lost, and whether to try again; "" if it was not; other errors are raised."""
-  try:
-    future.result()
-  except pebble.ProcessExpired as error:  # an OSError, too
-    code = error.exitcode
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"its process died twice ({how}): a damaged file, or too little memory (use fewer --workers)", True
-  except TimeoutError:
-    return f"decoding took more than {timeout:g} seconds (--timeout)", False
-  return "", False
+def _how(exit_code: int | None) -> str:
+  by = f" ({signal.Signals(-exit_code).name})" if exit_code and exit_code < 0 else ""
+  return f"its process died{by}, also when tried again alone: a damaged file, or too little memory"
 
 
 def _encode(work: Work, job: int, encode: Callable[[int], None]) -> None:

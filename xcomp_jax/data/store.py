@@ -342,6 +342,8 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
   Raises:
     StoreError: no samples at all.
   """
+  from tensorflow_datasets.proto import tf_example_pb2
+
   samples, base = [], 0
   for shard in shards:
     samples += [dataclasses.replace(s, first_record=s.first_record + base) for s in shard.samples]
@@ -360,7 +362,8 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
   writer = array_record(folder / "samples" / "samples-train.array_record-00000-of-00001")
   for sample in samples:
     row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
-    record = features.serialize_example(row)
+    example = tf_example_pb2.Example.FromString(features.serialize_example(row))
+    record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
     writer.write(record)
     size += len(record)
   writer.close()
