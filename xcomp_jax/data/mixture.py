@@ -203,7 +203,7 @@ def _path_faults(path: pathlib.Path, reader: str) -> list[str]:
     if path.is_dir() != (reader == "frames"):
       kind = "a folder" if path.is_dir() else "a file"
       return [f"{path} is {kind}; video_read_type img means folders of frames, all others files"]
-    if not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
       return [f"{path} can't be read: no permission"]
   except OSError as error:
     return [f"{path} can't be read: {error.strerror}"]

@@ -457,6 +457,7 @@ def _begin() -> None:
   """In a decoding process: imports before any clock runs, and no life beyond its parent's."""
   import tensorflow_datasets  # noqa: F401
 
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg complains at length; the reason comes back as an exception
   signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder that hangs runs no Python handler
   parent = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
