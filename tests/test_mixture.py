@@ -1,13 +1,15 @@
 """data/mixture.py: which annotations are read, and what can't be."""
 
+import json
 import math
 import random
 
 import decoding
 import pytest
+import yaml
 from decoding import mixture
 
-from xcomp_jax.data.mixture import read_annotations, read_mixture, select
+from xcomp_jax.data.mixture import draw, read_annotations, read_mixture, select
 from xcomp_jax.data.prompt import AnnotationError
 
 
@@ -47,6 +49,39 @@ def test_selection_of_sct(strategy, subset):
     for i in range(0, n, 11):
       items[i] = ({"n": i, "image": ["a", "b"]}, {"n": i, "image": "a", "video": "b"}, {"n": i}, {"n": i, "image": "a"})[i // 11 % 4]
     assert [items[i] for i in select(items, strategy, subset)] == by_the_book(items, strategy, subset)
+
+
+def test_the_papers_mixture_reads_what_the_release_reads(tmp_path, reference):
+  """The 84 files of the paper's mixture, with other annotations in them; subset 0.25 as in the release."""
+  listed = json.loads((reference / "sct_mixture.json").read_text())
+  assert len(listed) == 84 and sum(name.endswith(".jsonl") for name, *_ in listed) == 52
+  rng = random.Random(7)
+  datasets, wanted = [], []
+  for name, strategy, *kind in listed:
+    items = []
+    for i in range(rng.randint(0, 900)):
+      visual = rng.choice([{"video": f"{i}.mp4"}] * 8 + [{"image": f"{i}.png"}, {"image": ["a", "b"]}, {"video": "v", "image": "i"}, {}])
+      items.append({"id": f"{name} {i}", **visual, "conversations": []})
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    decoding.write(file, items)
+    datasets.append({"json_path": name, "sampling_strategy": strategy, "data_root": "data/"} | ({"video_read_type": kind[0]} if kind else {}))
+    wanted += [item["id"] for item in by_the_book(items, strategy, 0.25)]
+  (tmp_path / "paper.yaml").write_text(yaml.safe_dump({"datasets": datasets}))
+  jobs, files = read_mixture(tmp_path / "paper.yaml", tmp_path, 0.25)
+  assert [job.sample.id for job in jobs] == wanted and len(wanted) > 500
+  assert [file.annotation for file in files] == [name for name, *_ in listed]
+  assert sum(file.drawn for file in files) > sum(file.selected for file in files) == len(jobs)
+  kinds = {name: {None: "video", "img": "frames", "gif": "gif"}[kind[0] if kind else None] for name, _, *kind in listed}
+  for job in jobs:
+    assert job.reader == ("img" if job.sample.source.endswith(".png") else kinds[job.sample.annotation])
+
+
+def test_the_amounts_of_a_strategy():
+  """Worked out by hand: ceil(173 * 10%) = 18, of which int(18 * 0.25) = 4 are kept; the second tenth has other members than the first."""
+  second, first = draw(173, "first2:10%", 0.25), draw(173, "first:10%", 1.0)
+  assert len(second) == 4 and len(first) == 18 and not set(first) & set(draw(173, "first2:10%"))
+  assert len(draw(173, "first2:2.5%")) == 5 and len(draw(173, "end:9")) == 9 and len(draw(10, "first6:20%")) == 0
 
 
 def test_selection_leaves_the_random_state_alone(monkeypatch):
@@ -94,6 +129,8 @@ def test_not_a_mixture(world, text):
     ("a.jsonl", b"3\n", "expected a list of objects"),
     ("a.json", b'["\xff"]', "can't be read: .*utf-8"),
     ("a.json", b"", "line 1: not JSON"),
+    ("a.json", b"[" * 100000, "inside each other without end"),
+    ("a.jsonl", "[]".encode("utf-16"), "can't be read: .*utf-8"),
   ],
 )
 def test_annotation_files_that_are_not(tmp_path, name, content, message):
@@ -105,6 +142,11 @@ def test_annotation_files_that_are_not(tmp_path, name, content, message):
 def test_lines_of_jsonl_end_with_newlines_only(tmp_path):
   (tmp_path / "a.jsonl").write_text('{"a": "x\u2028y"}\r\n{"a": "z"}', encoding="utf-8")
   assert read_annotations(tmp_path / "a.jsonl") == [{"a": "x\u2028y"}, {"a": "z"}]
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+  (tmp_path / "a.json").write_text('[{"a": 1}]', encoding="utf-8-sig")
+  assert read_annotations(tmp_path / "a.json") == [{"a": 1}]
 
 
 def test_relative_paths_start_from_root(world, monkeypatch):
