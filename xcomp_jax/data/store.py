@@ -273,7 +273,7 @@ def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> It
     ValueError: a clip of another shape or dtype.
   """
   shape, dtype = layout.clip_spec(clip_frames)
-  coder = _record_features(layout)
+  coder = record_features(layout)
   step = max(1, RECORD_BYTES // (int(np.prod(shape)) * dtype.itemsize))
   clips = iter(clips)
   while part := list(itertools.islice(clips, step)):
@@ -342,6 +342,8 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
   Raises:
     StoreError: no samples at all.
   """
+  from tensorflow_datasets.proto import tf_example_pb2
+
   samples, base = [], 0
   for shard in shards:
     samples += [dataclasses.replace(s, first_record=s.first_record + base) for s in shard.samples]
@@ -354,13 +356,14 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
     for shard, target in zip(files, shard_files(folder, layout, len(files)), strict=True):
       if not target.exists():
         os.rename(shard.path, target)
-    _metadata(folder / layout.folder, _record_features(layout), [s.records for s in files], sum(s.bytes for s in files))
+    _metadata(folder / layout.folder, record_features(layout), [s.records for s in files], sum(s.bytes for s in files))
   (folder / "samples").mkdir(exist_ok=True)
   features, size = _sample_features(), 0
   writer = array_record(folder / "samples" / "samples-train.array_record-00000-of-00001")
   for sample in samples:
     row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
-    record = features.serialize_example(row)
+    example = tf_example_pb2.Example.FromString(features.serialize_example(row))
+    record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
     writer.write(record)
     size += len(record)
   writer.close()
@@ -426,7 +429,8 @@ def _sample(row: Mapping[str, Any]) -> Sample:
   )
 
 
-def _record_features(layout: Layout):
+def record_features(layout: Layout):
+  """The TFDS features of a record."""
   import tensorflow_datasets as tfds
 
   # encoding="bytes": without it every number becomes a 64-bit integer of a list.
