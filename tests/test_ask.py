@@ -4,11 +4,16 @@ import io
 import json
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import wave
 
 import cv2
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from xcomp_jax import ask, encode, generate, qc_comp, weights
 from xcomp_jax.config import ModelConfig
@@ -73,7 +78,7 @@ def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys, 
   monkeypatch.setattr(prompt, "ask", lambda t, q, m, *h: texts.append(m) or build(t, q, m, *h))
   cv2.imwrite(str(tmp_path / "still.png"), np.zeros((20, 30, 3), np.uint8))
   run(checkpoint, tmp_path / "still.png", "--mode=aligned", "--select=1")
-  assert "still.png: 1 frames\n" in capsys.readouterr().err and set(texts) == {""}
+  assert "still.png: 1 frame\n" in capsys.readouterr().err and set(texts) == {""}
 
 
 LONG = ("--min-frames=64", "--max-frames=64", "--select=8")
@@ -136,6 +141,67 @@ def test_an_encoded_video_is_used_again(checkpoint, film, tmp_path, capsys):
   assert "is no encoded video" in capsys.readouterr().err
 
 
+OFFICIAL = ("--mode=official", "--min-frames=1024", "--max-frames=1024", "--select=512", "--json")
+
+
+def test_official_mode_answers_from_torn_clips_and_from_its_file(checkpoint, film, tmp_path, capsys, monkeypatch):
+  file, again = tmp_path / "film.npz", []
+  encode_clips = encode.encode_clips
+  count = lambda model, clips: (again.append(1) or clip for clip in encode_clips(model, clips))
+  monkeypatch.setattr(generate, "encode_clips", count)
+  text = "Which colour does it have, and where does it go after that, up or down?"  # longer than the bias of 27
+  run(checkpoint, film, *OFFICIAL, "--repeat=8", "--question", text, "--encoded", str(file))
+  answered = answers(capsys)
+  for got in answered:
+    assert len(got["frames"]) == 512 and got["sampled_frames"] == 1024 and not got["note"]
+  assert sorted(encode.load(file, load(checkpoint)).features) == [0, 1, 2, 3]
+  clips = np.array([got["frames"] for got in answered]).reshape(-1, 4)
+  assert len(again) == (clips[:, 3] - clips[:, 0] > 3).sum()  # the others were there
+  ask.main(["--checkpoint", str(checkpoint), "--clip-frames=4", "--max-new-tokens=3", *OFFICIAL, "--repeat=8", "--encoded", str(file), "--question", "Which?", "--question", text])  # fmt: skip
+  for before, after in zip(answered, answers(capsys), strict=True):
+    assert [before[k] for k in ("answer", "frames", "clip_scores")] == [after[k] for k in ("answer", "frames", "clip_scores")]
+
+
+def test_a_file_without_the_phases_of_official_mode_is_refused(checkpoint, film, tmp_path, capsys):
+  file = tmp_path / "film.npz"
+  run(checkpoint, film, "--min-frames=1024", "--max-frames=1024", "--select=8", "--encoded", str(file))
+  with pytest.raises(SystemExit):
+    run(checkpoint, film, *OFFICIAL, "--repeat=4", "--encoded", str(file))
+  assert "at frame 2 too" in capsys.readouterr().err
+
+
+def load(checkpoint):
+  cfg = weights.read_config(checkpoint, ModelConfig(4, "float32", "float32", 4, "einsum", remat=False), weights.read_lp_comp(checkpoint))
+  return weights.load(checkpoint, cfg)
+
+
+def test_a_gif_and_a_folder_of_frames_are_videos_too(checkpoint, film, tmp_path, capsys):
+  pictures = [Image.fromarray(np.full((20, 30, 3), 20 * i, np.uint8)) for i in range(9)]
+  pictures[0].save(tmp_path / "film.gif", save_all=True, append_images=pictures[1:])
+  (tmp_path / "frames").mkdir()
+  for i, picture in enumerate(pictures):
+    picture.save(tmp_path / "frames" / f"{i}.png")
+  for name in ("film.gif", "frames"):
+    run(checkpoint, tmp_path / name)
+    assert f"{name}: 8 frames of 9.00 s" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_no_half_written_file(checkpoint, film, tmp_path):
+  # A shell in the background would have it ignore the signal.
+  program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from xcomp_jax import ask; ask.main()"
+  command = [
+    sys.executable, "-c", program, "--checkpoint", str(checkpoint), "--video", str(film), "--question", "Which?", "--clip-frames=4",
+    "--min-frames=8192", "--max-frames=8192", "--encoded", str(tmp_path / "film.npz"), "--report", str(tmp_path / "page.html"),
+  ]  # fmt: skip
+  process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+  for line in process.stderr:
+    if "8192 frames" in line:
+      break
+  process.send_signal(signal.SIGINT)
+  assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
+  assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
   file = tmp_path / "page.html"
   file.write_text("old")
@@ -154,6 +220,20 @@ def test_a_question_too_long_for_the_context_is_refused(checkpoint, film, tmp_pa
   with pytest.raises(SystemExit):
     run(short, film, "--question", "Which? " * 60)
   assert "the model's context has 300" in capsys.readouterr().err
+  with pytest.raises(SystemExit):  # 8 frames would do, but 32 are scored together
+    run(short, film, "--min-frames=64", "--max-frames=64", "--select=8", "--mode=local")
+  assert "64 frames scored together" in capsys.readouterr().err
+
+
+def test_a_file_without_pictures_is_refused(checkpoint, tmp_path, capsys):
+  with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+    sound.setnchannels(1)
+    sound.setsampwidth(2)
+    sound.setframerate(8000)
+    sound.writeframes(bytes(16000))
+  with pytest.raises(SystemExit):
+    run(checkpoint, tmp_path / "sound.wav")
+  assert "can't be read as a video" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,6 +254,7 @@ def test_a_question_too_long_for_the_context_is_refused(checkpoint, film, tmp_pa
     (["--temperature", "-1"], "temperature = -1.0"),
     (["--top-p", "0"], "top_p = 0.0"),
     (["--repeat", "0"], "at least 1"),
+    (["--mode=official", "--select=510", "--min-frames=1024", "--max-frames=1024"], "which 510 are no multiple"),
   ],
 )
 def test_bad_arguments_end_in_one_line(checkpoint, film, capsys, change, words):

@@ -1,5 +1,6 @@
 """The measurements run, and measure what they say."""
 
+import dataclasses
 import pathlib
 import shutil
 
@@ -66,3 +67,15 @@ def test_needles_count_the_clips_that_were_kept(tmp_path):
   even = np.linspace(0, 15, 8).round()
   assert asked["uniform"][0] == sum(scene in even for scene in annotation["scenes"])
   assert bench.needles(BASE, tmp_path / "w", ("local",), kept=128)["local"] == (4, 4)
+
+
+def test_the_cost_of_scoring_is_measured_and_counted(monkeypatch, capsys):
+  small = dataclasses.replace(bench.MEASURED, vocab_size=128, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
+  monkeypatch.setattr(bench, "MEASURED", small)
+  got = {mode: bench.select(mode, 128) for mode in ("aligned", "local", "global")}
+  for out in got.values():
+    assert min(out[name] for name in ("visual_s", "question_s", "TFLOP", "memory_GB")) > 0
+    assert out["official_TFLOP_ratio"] == pytest.approx(bench.OFFICIAL_FLOPS / 8 / out["TFLOP"] / 1e12)
+  assert got["local"]["calls"] == 1 and got["local"]["memory_GB"] < got["aligned"]["memory_GB"] * 2
+  bench.main(["select", "--frames=64", "--mode=local"])
+  assert "official_TFLOP_ratio" in capsys.readouterr().out

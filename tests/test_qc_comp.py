@@ -12,6 +12,7 @@ from xcomp_jax import generate, qc_comp
 from xcomp_jax.config import ConfigError, LPCompConfig
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.encode import EncodedVideo
+from xcomp_jax.metrics import Compilations
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.decoder import Lengths, rotate
 
@@ -178,6 +179,49 @@ def test_scores_are_the_attention_of_a_full_map(model, mode):
       np.testing.assert_allclose(got[r, m, w], expected, rtol=2e-5)
 
 
+def test_official_rounds_go_on_at_the_first_frame(model):
+  """Clips of 4 frames in units of 8, and rounds that wrap around: scores are those of a full map over just these clips."""
+  cfg, asked = dataclasses.replace(qc_comp.setting("official", 8), **SETTING), question(length=40)
+  video = film(1024)
+  plan = qc_comp.plan(1024, 4, cfg)
+  got = generate.score_rounds(model, video, asked, plan, cfg)
+  last = int(np.flatnonzero(plan.starts + plan.frames > 1024)[0])
+  layers = qc_comp.scored_layers(cfg, 4)
+  clips = (plan.starts[last] // 4 + np.arange(plan.frames // 4)) % 256
+  assert len(plan.starts) == 32 and 0 in clips[1:]
+  for w in (0, len(plan.windows) - 1):
+    inside = (plan.windows[w][:, None] * 2 + np.arange(2)).ravel()  # the clips of 8-frame units
+    for m, layer in enumerate(layers):
+      paid = oracle(model, video.features[0][clips], asked, layer, inside, causal=False, first=27)
+      np.testing.assert_allclose(got[last, m, w], paid.reshape(-1, 2).mean(1), rtol=2e-5)
+
+
+def test_questions_and_videos_of_few_lengths_compile_few_programs(tiny):
+  model = vlm.VLM(tiny(clip_frames=4, attention="einsum"), rngs=nnx.Rngs(0))  # nothing of which is compiled yet
+  cfg = setting("aligned")
+  with Compilations("watch", "score") as compilations:
+    for frames, length in ((84, 9), (88, 12), (96, 14)):  # 21 to 24 clips, texts of up to 16
+      generate.select(model, film(frames), question(length=length), cfg)
+    assert compilations.count == {"watch": 1, "score": 1}
+    generate.select(model, film(500), question(length=30), cfg)
+  assert compilations.count == {"watch": 1, "score": 2}
+
+
+@pytest.mark.parametrize("mode", ["official", "aligned", "local", "global"])
+def test_a_follow_up_is_scored_by_its_own_question_after_all_that_was_said(model, mode):
+  """The conversation so far is text that the rows see, but only the rows of the newest question score."""
+  official = mode == "official"
+  cfg = dataclasses.replace(qc_comp.setting("official", 8), **SETTING, bias=None) if official else setting(mode)
+  video, asked = film(1024 if official else 64), question(length=60, start=45)
+  plan = qc_comp.plan(len(video.times), 4, cfg)
+  got = generate.score_rounds(model, video, asked, plan, cfg)
+  clips = plan.frames // 4
+  inside = (plan.windows[0][:, None] * (plan.unit // 4) + np.arange(plan.unit // 4)).ravel()
+  layer = qc_comp.scored_layers(cfg, 4)[-1]
+  paid = oracle(model, video.features[0][:clips], asked, layer, inside, mode == "global", not official, first=45)
+  np.testing.assert_allclose(got[0, -1, 0], paid.reshape(len(plan.windows[0]), -1).mean(1), rtol=2e-5)
+
+
 def test_without_a_causal_mask_all_shown_text_is_seen(model):
   video, asked = film(32), question()
   cfg = setting("aligned", causal=False)
@@ -283,6 +327,10 @@ def test_selected_clips_are_taken_and_torn_ones_encoded_again(model):
   frames = rng.integers(0, 256, (16, 48, 48, 3)).astype(np.uint8)
   video = dataclasses.replace(film(16), frames=frames)
   np.testing.assert_array_equal(generate.selected(model, video, np.arange(4, 12)), video.features[0][1:3])
-  torn = np.array([0, 1, 2, 5, 6, 7, 8, 9])
+  torn, done = np.array([0, 1, 2, 5, 6, 7, 8, 9]), []
   expected = vlm.encode(model, jnp.asarray(frames[torn].reshape(1, 2, 4, 48, 48, 3)))[0]
-  np.testing.assert_allclose(generate.selected(model, video, torn), expected, atol=2e-5)
+  got = generate.selected(model, video, torn, lambda *a: done.append(a))
+  np.testing.assert_allclose(got, expected, atol=2e-5)
+  assert done == [(1, 2), (2, 2)]
+  video.features[2] = video.features[0] + 1
+  np.testing.assert_array_equal(generate.selected(model, video, np.array([0, 1, 2, 3, 6, 7, 8, 9]))[1], video.features[2][1])

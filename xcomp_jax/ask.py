@@ -9,6 +9,7 @@ FACTS.md 5; a short video's are repeated up to --min-frames.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -62,11 +63,23 @@ def sampled(args: argparse.Namespace, cfg: VLMConfig) -> video.Sample | None:
     raise FileNotFoundError("no --video" + (f", and {file} does not exist" if file else ""))
   if SAMPLED_CLIP % cfg.clip_frames:
     raise ConfigError(f"--clip-frames {cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that")
-  still = pathlib.Path(args.video).suffix.lower() in video.STILLS
+  file = pathlib.Path(args.video)
+  kinds = {".gif": "gif"} | dict.fromkeys(video.STILLS, "img")
+  read_type = "frames" if file.is_dir() else kinds.get(file.suffix.lower(), "video")
   return video.sample(
     args.video, size=cfg.vision.image_size, max_frames=args.max_frames, min_frames=args.min_frames, fps=args.fps,
-    clip_frames=SAMPLED_CLIP, style="ask", start=args.start, end=args.end, read_type="img" if still else "video",
+    clip_frames=SAMPLED_CLIP, style="ask", start=args.start, end=args.end, read_type=read_type,
   )
+
+
+def check(select: SelectConfig | None, frames: int, clip_frames: int) -> None:
+  """Sees to it before any frame is decoded that so many can be selected from.
+
+  Raises:
+    ConfigError: see `qc_comp.plan`.
+  """
+  if not generate.why_not(frames, select):
+    qc_comp.plan(frames, clip_frames, select)
 
 
 def encoded(
@@ -84,14 +97,17 @@ def encoded(
       raise encode.EncodedVideoError(
         f"{args.encoded} holds {film.source}, not {source(args)}; leave --video out, or name another file"
       )
-    if len(generate.phases(len(film.times), film.clip_frames, select)) > 1:
+    T = len(film.times)
+    check(select, T, film.clip_frames)
+    if lacking := set(generate.phases(T, film.clip_frames, select)) - set(film.features):
       raise encode.EncodedVideoError(
-        f"--mode official encodes selected frames again, which {args.encoded} does not hold; give --video alone"
+        f"--mode {args.mode} needs clips that start at frame {', '.join(map(str, sorted(lacking)))} too, which {args.encoded} "
+        "does not hold; give --video and another --encoded file"
       )
     spent["reading"] = time.perf_counter() - begun
     return film
   T = len(sample.indices)
-  say(f"{args.video}: {T} frames" + ("" if sample.read_type == "img" else f" of {sample.seconds:.2f} s"))
+  say(f"{args.video}: {T} frame{'s' if T > 1 else ''}" + (f" of {sample.seconds:.2f} s" if sample.seconds else ""))
   F = min(model.cfg.clip_frames, T)
   phases = generate.phases(T, F, select)
   decoding = 0.0
@@ -117,10 +133,15 @@ def encoded(
 
 
 def source(args: argparse.Namespace) -> str:
-  """Which video, sampled how; its size tells it from another one of its name."""
+  """Which video, sampled how; its size and beginning tell it from another one of its name."""
   file = pathlib.Path(args.video)
+  size = sum(f.stat().st_size for f in file.iterdir()) if file.is_dir() else file.stat().st_size
+  digest = hashlib.blake2b(digest_size=4)
+  if not file.is_dir():
+    with open(file, "rb") as opened:
+      digest.update(opened.read(1 << 20))
   part = "" if args.start is None and args.end is None else f" from {args.start or 0} s to {args.end or 'the end'}"
-  return f"{file.name} ({file.stat().st_size:,} bytes){part}, {args.min_frames} to {args.max_frames} frames at up to {args.fps:g} per second"
+  return f"{file.name} ({size:,} bytes, {digest.hexdigest()}){part}, {args.min_frames} to {args.max_frames} frames at up to {args.fps:g} per second"
 
 
 def listed(args: argparse.Namespace) -> list[str]:
@@ -171,6 +192,8 @@ def answer(args: argparse.Namespace) -> None:
   Raises:
     CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad arguments, by name.
   """
+  if args.compiled and jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(args.compiled).expanduser()))
   directory = weights.resolve(args.checkpoint)
   tuned = weights.read_lp_comp(directory) or RELEASED
   lp_comp = LPCompConfig(args.schedule or tuned.schedule, args.keep or tuned.keep, tuned.group)
@@ -195,6 +218,8 @@ def answer(args: argparse.Namespace) -> None:
   if select and lp_comp.keep == "attention":
     raise ConfigError('--keep attention can\'t be scored by QC-Comp: add --select 0')
   sample = sampled(args, cfg)
+  if sample is not None:
+    check(select, len(sample.indices), cfg.clip_frames)
 
   spent, done = {}, []
   begun = time.perf_counter()
@@ -208,11 +233,12 @@ def answer(args: argparse.Namespace) -> None:
     for question in fixed or typed():
       if fixed and not args.follow_up:
         chat.forget()
-      with tqdm(total=0, desc="scoring", unit="round", leave=False, disable=None) as bar:
+      with tqdm(total=0, desc="scoring", leave=False, disable=None) as bar:
 
-        def progress(rounds, total, bar=bar):
+        def progress(what, done, total, bar=bar):
+          bar.set_description(what, refresh=False)
           bar.total = total
-          bar.update(rounds - bar.n)
+          bar.update(done - bar.n)
 
         def write(text, bar=bar):
           bar.close()
@@ -229,7 +255,7 @@ def answer(args: argparse.Namespace) -> None:
       print(as_json(question, got, film, spent) if args.json else "", flush=True)
       done.append((question, got))
       kept, clock = got.selection, lambda t: report.clock(t, film.seconds)
-      if kept.note and select:
+      if kept.note and select and len(film.times) > 1:
         say(kept.note)
       elif kept.scores is not None:
         spans = report.ranges(kept.frames, film.times, film.seconds)
@@ -265,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--clips-per-chunk", type=int, default=4, help="clips in the tower at once; bounds memory")
   add("--keep", choices=("suffix", "uniform", "stride", "avgpool", "none", "attention"), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
+  add("--compiled", default="~/.cache/xcomp_jax", help="folder that keeps compiled programs for the next time; '': none")
   add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
   add("--max-new-tokens", type=int, default=64)
   add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")

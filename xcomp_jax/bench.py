@@ -172,7 +172,7 @@ def asked_tokens() -> Prompt:
 def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting: SelectConfig, rows: int):
   """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
   question, clips = asked_tokens(), plan.frames // 8
-  asked = qc_comp.from_prompt(question, setting)
+  asked = qc_comp.from_prompt(question, setting, generate.SCORE_STEP)
 
   def watch(state, features):
     model = nnx.merge(graph, state)
@@ -233,7 +233,7 @@ def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
   calls = -(-len(plan.starts) // rows)
   watch, score = scoring(graph, plan, setting, rows)
   features = jax.ShapeDtypeStruct((rows, clips, 128, D), np.dtype(cfg.dtype))
-  batch = batch_spec(Bucket(kept // 8, 8, PREFIX, TEXT), 1, ((128, D), np.dtype(cfg.dtype)))
+  batch = batch_spec(Bucket(kept // 8, 8, PREFIX, generate.up(TEXT, generate.TEXT_STEP)), 1, ((128, D), np.dtype(cfg.dtype)))
 
   def answer(state, batch):
     model = nnx.merge(graph, state)

@@ -35,7 +35,7 @@ class EncodedVideo:
     after the last). Phase 0 serves everything but the "official" selection, whose rounds need others.
   times: float64[T], seconds at which the sampled frames are shown; seconds: of the whole, as prompts state it.
   thumbnails: uint8[C, 96, 96, 3], a frame from the middle of each clip.
-  frames: uint8[T, S, S, 3], only where the "official" selection will encode selected frames again.
+  frames: uint8[T, S, S, 3], only where the "official" selection will encode selected frames again; else None.
   identity: of the tower's weights and settings; see `identity`.
   source: which file, sampled how; in words.
   """
@@ -126,17 +126,18 @@ def encode(
   F = 1 if T == 1 else model.cfg.clip_frames
   if not T or T % F:
     raise ConfigError(f"{T} frames are no whole clips of {F}")
-  keep = len(phases) > 1
-  kept, thumbnails = [], []
+  size = model.cfg.vision.image_size
+  kept = np.empty((T, size, size, 3), np.uint8) if len(phases) > 1 else None
+  thumbnails = []
 
   def clips():
     clip = []
-    for frame in frames:
+    for i, frame in enumerate(frames):
       clip.append(frame)
+      if kept is not None:
+        kept[i] = frame
       if len(clip) == F:
         thumbnails.append(resize(clip[F // 2][None], THUMBNAIL)[0])
-        if keep:
-          kept.extend(clip)
         yield np.stack(clip)
         clip = []
 
@@ -148,15 +149,15 @@ def encode(
     return np.stack(done)
 
   features = {0: run(clips())}
-  whole = np.stack(kept) if keep else None
   for phase in phases:
     if phase not in features:
-      features[phase] = run(np.roll(whole, -phase, axis=0).reshape(-1, F, *whole.shape[1:]))
-  return EncodedVideo(features, np.asarray(times, np.float64), seconds, np.stack(thumbnails), whole, identity(model), source)
+      features[phase] = run(kept[(phase + start + np.arange(F)) % T] for start in range(0, T, F))
+  return EncodedVideo(features, np.asarray(times, np.float64), seconds, np.stack(thumbnails), kept, identity(model), source)
 
 
 def save(video: EncodedVideo, path: str | os.PathLike) -> None:
-  """Writes an .npz file: `about` (json: seconds, identity, source, dtype), times, thumbnails, features_PHASE (bfloat16 as uint16).
+  """Writes an .npz file: `about` (json: seconds, identity, source, dtype), times, thumbnails, features_PHASE (bfloat16
+  as uint16), and frames if there are any.
 
   Nothing is left behind if it is interrupted.
 
@@ -168,6 +169,7 @@ def save(video: EncodedVideo, path: str | os.PathLike) -> None:
   raw = lambda a: a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
   arrays = {f"features_{phase}": raw(a) for phase, a in video.features.items()}
   arrays |= {"times": video.times, "thumbnails": video.thumbnails, "about": np.array(json.dumps(about))}
+  arrays |= {} if video.frames is None else {"frames": video.frames}
   with replacing(path) as file:
     np.savez(file, **arrays)
 
@@ -183,10 +185,10 @@ def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
     with np.load(path, allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files}
     about = json.loads(str(arrays.pop("about")))
-    times, thumbnails = arrays.pop("times"), arrays.pop("thumbnails")
+    times, thumbnails, frames = arrays.pop("times"), arrays.pop("thumbnails"), arrays.pop("frames", None)
     typed = lambda a: a.view(ml_dtypes.bfloat16) if about["dtype"] == "bfloat16" else a
     features = {int(name.removeprefix("features_")): typed(a) for name, a in arrays.items()}
-    video = EncodedVideo(features, times, about["seconds"], thumbnails, None, about["identity"], about["source"])
+    video = EncodedVideo(features, times, about["seconds"], thumbnails, frames, about["identity"], about["source"])
   except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
     raise EncodedVideoError(f"{path} is no encoded video: {error}") from error
   mine = identity(model)

@@ -4,6 +4,7 @@ The pieces are functions; `Chat` puts them together for one video and any number
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,6 +23,7 @@ from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.decoder import LayerCache
 
 TEXT_STEP = 64  # prompts are padded to a multiple of this many tokens, so that few lengths are compiled
+SCORE_STEP = 16  # and those that score, whose rows run in every round, to a multiple of this many
 CLIP_STEP = 8  # and videos to a multiple of this many clips
 STREAM = 8  # tokens between two looks at what was generated
 
@@ -239,8 +241,6 @@ def select(
   note = why_not(T, cfg)
   if note:
     return Selection(np.arange(T), None, note)
-  if cfg.mode == "official" and cfg.frames % F:
-    raise ConfigError(f"QC-Comp (official) cuts the selected frames into clips of {F}, which {cfg.frames} are no multiple of")
   plan = qc_comp.plan(T, F, cfg)
   score = qc_comp.aggregate(plan, score_rounds(model, video, question, plan, cfg, rounds=rounds, report=report), T)
   return Selection(qc_comp.top(score, cfg.frames, 1 if cfg.mode == "official" else F), score, "")
@@ -270,7 +270,7 @@ def score_rounds(
   """
   F = video.clip_frames
   slot = int(np.flatnonzero(question.tokens < 0)[0])
-  asked = qc_comp.from_prompt(question, cfg, TEXT_STEP)
+  asked = qc_comp.from_prompt(question, cfg, SCORE_STEP)
   layers = qc_comp.scored_layers(cfg, model.cfg.llm.layers)
   size = plan.frames // F
   padded = up(size, CLIP_STEP)
@@ -299,13 +299,29 @@ def score_rounds(
   return np.concatenate(scores)
 
 
-def selected(model: vlm.VLM, video: EncodedVideo, frames: np.ndarray) -> np.ndarray:
-  """Merged features [C, N, D] of selected frames: those there are, or, where a clip was torn apart, encoded again."""
+def selected(
+  model: vlm.VLM,
+  video: EncodedVideo,
+  frames: np.ndarray,
+  report: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+  """Merged features [K / F, N, D] of K selected frames, cut into clips of F.
+
+  Clips that the video has, at whatever phase, are taken from there; those that the selection tore apart, which only
+  "official" does, are encoded again. report: called with the number of those done, and of all.
+  """
   F = video.clip_frames
   clips = frames.reshape(-1, F)
-  if (clips == clips[:, :1] + np.arange(F)).all() and not (clips[:, 0] % F).any():
-    return video.features[0][clips[:, 0] // F]
-  return np.stack(list(encode_clips(model, video.frames[clips])))
+  start = clips[:, 0]
+  known = (clips == start[:, None] + np.arange(F)).all(1) & np.isin(start % F, list(video.features))
+  out = np.empty((len(clips), *video.features[0].shape[1:]), video.features[0].dtype)
+  for i in np.flatnonzero(known):
+    out[i] = video.features[start[i] % F][start[i] // F]
+  torn = np.flatnonzero(~known)
+  for done, (i, features) in enumerate(zip(torn, encode_clips(model, (video.frames[clips[i]] for i in torn)), strict=True)):
+    out[i] = features
+    report(done + 1, len(torn))
+  return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,21 +365,20 @@ class Chat:
     question: str,
     *,
     write: Callable[[str], None] = lambda text: None,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
   ) -> Answer:
     """Answers a question.
 
     Args:
       question: the text.
       write: called with the answer's text as it comes.
-      report: called with scoring rounds done, and of all.
+      report: called with "scoring" and the number of rounds done, and of all; or "encoding" and of torn clips.
 
     Raises:
       AnnotationError, ConfigError: an empty question, or one too long for the model.
     """
     video, model = self.video, self.model
-    still = len(video.times) == 1
-    message = "" if still else prompt.time_message(video.seconds, len(video.times))
+    message = "" if len(video.times) == 1 else prompt.time_message(video.seconds, len(video.times))
     asked = prompt.ask(self.tokenizer, question, message, self.history)
     begun = time.perf_counter()
     spent = {}
@@ -372,21 +387,12 @@ class Chat:
       nonlocal begun
       spent[name], begun = time.perf_counter() - begun, time.perf_counter()
 
-    context = model.cfg.llm.context
-    T = len(video.times)
     # The bias counts from the first question's message; a later question has none before it (quirk Q11).
     cfg = dataclasses.replace(self.config, bias=None) if self.config and self.history else self.config
-    kept = T if still or why_not(T, cfg) else up(cfg.frames, video.clip_frames)
-    needed = len(asked.tokens) - 1 + kept * model.cfg.tokens_per_frame + self.sampling.max_new_tokens
-    if context and needed > context:
-      raise ConfigError(
-        f"{len(asked.tokens) - 1} tokens of text, {kept} frames of {model.cfg.tokens_per_frame} tokens and an answer of up to "
-        f"{self.sampling.max_new_tokens} make {needed} tokens, and the model's context has {context}: shorten the question "
-        "or keep fewer frames"
-      )
-    selection = select(model, video, asked, None if still else cfg, rounds=self._rounds, report=report)
+    self._check_length(asked, cfg)
+    selection = select(model, video, asked, cfg, rounds=self._rounds, report=functools.partial(report, "scoring"))
     note("scoring")
-    batch = as_batch(asked, selected(model, video, selection.frames), video.clip_frames)
+    batch = as_batch(asked, selected(model, video, selection.frames, functools.partial(report, "encoding")), video.clip_frames)
     note("tower")
     tokens, text = [], ""
     for new in stream(model, batch, self.sampling):
@@ -402,3 +408,18 @@ class Chat:
     write(whole[len(text) :])
     self.history.append((question, whole))
     return Answer(whole, selection, spent, asked)
+
+  def _check_length(self, asked: Prompt, cfg: SelectConfig | None) -> None:
+    """Refuses what the model's context does not hold: the final prompt with its answer, or a round that scores."""
+    T, F, context = len(self.video.times), self.video.clip_frames, self.model.cfg.llm.context
+    text = len(asked.tokens) - 1
+    parts = [(T, self.sampling.max_new_tokens, "kept")]
+    if not why_not(T, cfg):
+      parts = [(up(cfg.frames, F), self.sampling.max_new_tokens, "kept"), (qc_comp.plan(T, F, cfg).frames, 0, "scored together")]
+    for frames, answer, what in parts:
+      needed = text + frames * self.model.cfg.tokens_per_frame + answer
+      if context and needed > context:
+        raise ConfigError(
+          f"{text} tokens of text, {frames} frames {what}, of {self.model.cfg.tokens_per_frame} tokens each, and an answer of up "
+          f"to {answer} make {needed} tokens, and the model's context has {context}: shorten the question or keep fewer frames"
+        )

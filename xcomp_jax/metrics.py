@@ -62,11 +62,14 @@ def forward_flops(cfg: VLMConfig, batch: Batch) -> dict[str, float]:
 
   text = np.where(rows, batch.prefix_length + batch.text_length, 0).astype(np.float64)
   heads = m.heads * m.head_dim
-  weights = m.width * (2 * heads + 2 * m.kv_heads * m.head_dim) + 3 * m.width * m.mlp_width
+  first = m.width * (heads + 2 * m.kv_heads * m.head_dim)  # projections before the attention,
+  rest = m.width * heads + 3 * m.width * m.mlp_width  # and what only those tokens need that the next layer sees
   llm = 2 * m.width * m.vocab_size * (text + (clips > 0)).sum()
-  for count in lp_comp.counts(cfg.lp_comp, m.layers):
-    n = text + clips * tokens * count / cfg.lp_comp.group
-    llm += (2 * n * weights + 2 * n**2 * heads).sum()
+  counts = lp_comp.counts(cfg.lp_comp, m.layers)
+  ahead = counts[1:] + counts[-1:] if lp_comp.only_selects(cfg.lp_comp) else counts
+  for count, after in zip(counts, ahead, strict=True):
+    n, left = (text + clips * tokens * c / cfg.lp_comp.group for c in (count, after))
+    llm += (2 * n * first + 2 * left * rest + 2 * n**2 * heads).sum()
   return {"vision": float(tower), "projector": float(projector), "llm": float(llm)}
 
 

@@ -125,6 +125,10 @@ def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
   """FACTS.md 9: rounds wrap around, and only units in as many windows as any other count (quirk Q3)."""
   if frames < OFFICIAL_LEAST:
     raise ConfigError(f"QC-Comp (official) selects from {OFFICIAL_LEAST} frames or more, not from {frames} (quirk Q13)")
+  if cfg.frames % clip_frames:
+    raise ConfigError(
+      f"QC-Comp (official) cuts the selected frames into clips of {clip_frames}, which {cfg.frames} are no multiple of"
+    )
   if OFFICIAL_CLIP % clip_frames:
     raise ConfigError(f"QC-Comp (official) scores {OFFICIAL_CLIP} frames at a time, which clips of {clip_frames} don't divide")
   rounds = -(-frames // cfg.round)

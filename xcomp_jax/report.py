@@ -83,7 +83,7 @@ def page(
     cfg: of the model that answered.
     spent: seconds that went into the video itself, by what for.
   """
-  title = html.escape(video.source)
+  title, _, how = (html.escape(part) for part in video.source.partition(" ("))
   facts = {"Sampled frames": f"{len(video.times):,}"}
   if video.seconds:  # a still image has none
     facts = {"Duration": _when(video.seconds, video.seconds)} | facts
@@ -104,6 +104,7 @@ def page(
 <main>
 <header>
 <h1>{title}</h1>
+{f'<p class="note">({how}</p>' if how else ""}
 <dl class="facts">{"".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts.items())}</dl>
 {_costs(columns)}
 </header>

@@ -174,4 +174,4 @@ def question_scores(
   scores = jnp.einsum("blkgh,bskh->bkgls", q.reshape(B, L, K, H // K, h), k, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores * h**-0.5, MASKED), axis=-1)
   share = asked / (H * asked.sum(1, keepdims=True))
-  return jnp.einsum("bkgls,bl->bs", weights, share)
+  return jnp.einsum("bkgls,bl->bs", weights, share, precision="highest")  # weights of bfloat16 would tie clips

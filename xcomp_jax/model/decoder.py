@@ -6,6 +6,7 @@ renumbered after every reduction, per layer (FACTS.md 2).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -128,12 +129,12 @@ class Layer(nnx.Module):
     y = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", None, "mlp")
     return constrain(x + self.down(y), "batch", None, None)
 
-  def __call__(self, x, positions, valid):
-    """A whole sequence; returns x, and the keys (not rotated) and values it made."""
+  def __call__(self, x, positions, valid, pick=lambda x: x):
+    """A whole sequence; returns x of the slots that `pick` takes out, and the keys (not rotated) and values of all."""
     q, k, v = self.project(x)
     q, rotated = self.rotate(q, positions), self.rotate(k, positions)
-    x = self.finish(x, attend(q, rotated, v, causal=True, key_valid=valid, implementation=self.cfg.attention))
-    return x, k, v
+    attended = attend(q, rotated, v, causal=True, key_valid=valid, implementation=self.cfg.attention)
+    return self.finish(pick(x), pick(attended)), k, v
 
   def extend(self, x, valid, cache: LayerCache, projected):
     """Rows x [B, L, D] after a cached sequence with keys not rotated yet; projected: q, k, v of x; returns x."""
@@ -211,30 +212,40 @@ def run(
   if lp.keep == "attention" and query is None:
     raise ValueError('lp_comp.keep = "attention" needs the query rows whose attention ranks the visual tokens')
   all_caches, all_entering = [], []
-  before = tuple(range(lp.group))
+  held = before = tuple(range(lp.group))  # what x holds of every group, and what the layer before has seen
   valid = lengths.valid(prefix, groups, text, len(before))
   positions = jnp.cumsum(valid, axis=1) - 1
   for index, (layer, after) in enumerate(zip(decoder.layers, kept, strict=True)):
-    if len(after) != len(before):
+    if len(after) != len(held):
       score = _attention_paid(layer, x, positions, valid, query, text) if lp.keep == "attention" else None
-      x = _thin(x, lp, before, after, prefix, text, lengths, score)
+      x = _thin(x, lp, held, after, prefix, text, lengths, score)
+    if len(after) != len(before):
       valid = lengths.valid(prefix, groups, text, len(after))
       positions = jnp.cumsum(valid, axis=1) - 1
-      before = after
+    held = before = after
     if entering:
       all_entering.append(x)
     if index == stop:
       k = layer.keys(x)
       all_caches.append(LayerCache(layer.rotate(k, positions) if rotated else k, None, valid))
       break
-    x, k, v = (jax.checkpoint(layer.__call__) if cfg.remat else layer)(x, positions, valid)
+    if lp_comp.only_selects(lp):
+      # What the next layer drops is needed as keys and values here, and no further.
+      held = kept[min(index + 1, len(kept) - 1)]
+    pick = functools.partial(
+      _thin, lp=lp, before=after, after=held, prefix=prefix, text=text, lengths=lengths, score=None
+    )
+    call = functools.partial(layer.__call__, pick=pick)
+    x, k, v = (jax.checkpoint(call) if cfg.remat else call)(x, positions, valid)
     if caches:
       all_caches.append(LayerCache(layer.rotate(k, positions) if rotated else k, v, valid))
   return Decoded(x, tuple(all_caches), tuple(all_entering))
 
 
 def _thin(x, lp: LPCompConfig, before, after, prefix: int, text: int, lengths: Lengths, score):
-  """Reduces the visual part of x."""
+  """Reduces the visual part of x [B, S, ...]."""
+  if len(before) == len(after):
+    return x
   end = x.shape[1] - text
   visual = x[:, prefix:end]
   if lp.keep == "attention":

@@ -61,6 +61,11 @@ def survivors(cfg: LPCompConfig, layers: int) -> tuple[tuple[int, ...], ...]:
   return tuple(out)
 
 
+def only_selects(cfg: LPCompConfig) -> bool:
+  """Whether what stays is known before a layer has run, and stays as it is: what goes need not be finished."""
+  return cfg.keep not in ("avgpool", "attention")
+
+
 def _thin_evenly(kept: tuple[int, ...], n: int, group: int) -> tuple[int, ...]:
   """Greedy removal of the released lists: each time the token whose loss leaves the most even spacing."""
   while len(kept) > n:
@@ -72,31 +77,31 @@ def _thin_evenly(kept: tuple[int, ...], n: int, group: int) -> tuple[int, ...]:
 
 
 def reduce(
-  x: Float[Array, "B N D"], cfg: LPCompConfig, before: Sequence[int], after: Sequence[int]
-) -> Float[Array, "B M D"]:
+  x: Float[Array, "B N *D"], cfg: LPCompConfig, before: Sequence[int], after: Sequence[int]
+) -> Float[Array, "B M *D"]:
   """Thins every group of visual tokens.
 
   Args:
-    x: [B, G * len(before), D], groups of the tokens `before`.
+    x: [B, G * len(before), ...], groups of the tokens `before`.
     cfg: keep is one of the rules on static places; "attention" has a function of its own below.
     before: `survivors` of the layer that has run.
     after: `survivors` of the layer that comes.
 
   Returns:
-    [B, G * len(after), D]; nothing is computed on kept states except by "avgpool", which averages windows.
+    [B, G * len(after), ...]; nothing is computed on kept states except by "avgpool", which averages windows.
   """
   n, m = len(before), len(after)
   if n == m:
     return x
-  B, _, D = x.shape
-  x = x.reshape(B, -1, n, D)
+  B, _, *D = x.shape
+  x = x.reshape(B, -1, n, *D)
   if cfg.keep == "suffix":
     x = x[:, :, n - m :]
   elif cfg.keep == "avgpool":
-    x = jnp.einsum("bgnd,mn->bgmd", x, jnp.asarray(_windows(n, m), x.dtype))
+    x = jnp.einsum("bgn...,mn->bgm...", x, jnp.asarray(_windows(n, m), x.dtype))
   else:
     x = x[:, :, np.searchsorted(before, after)]
-  return x.reshape(B, -1, D)
+  return x.reshape(B, -1, *D)
 
 
 def _windows(n: int, m: int) -> np.ndarray:
