@@ -11,6 +11,8 @@ recipe (Table A, train.sh of the release, FACTS.md 3):
 Variants, as in `configs/sct.py:tiny`:
   tiny      the model that comes with the package, on its synthetic videos; minutes on a laptop's CPU
   7b        the 7B model, same recipe; the paper has no numbers for it
+Of `predecode --features` with this checkpoint DIR holds what the frozen tower makes of the frames; training on it is the same
+without the tower, at 1,024 frames a sixth of the work (docs/LOG.md).
 Override any value: `--config.optim.learning_rate=2e-5`, `--config.train.steps=100`, `--config.mesh.fsdp=4`.
 """
 

@@ -36,13 +36,14 @@ def note_batches(place, out):
 def one_of_two(port, number, config, out):
   """A process of two: trains, and writes what it read and how it ended."""
   jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
-  noted, result, said = [], None, None
-  train.place = note_batches(train.place, noted)
+  noted, local, result, said = [], [], None, None
+  place = note_batches(train.place, noted)
+  train.place = lambda batch, mesh: (local.append(len(batch.index)), place(batch, mesh))[1]
   try:
     result = train.run(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
   except ValueError as error:
     said = str(error)
-  pathlib.Path(out).write_text(json.dumps({"noted": noted, "result": result, "said": said}))
+  pathlib.Path(out).write_text(json.dumps({"noted": noted, "local": local, "result": result, "said": said}))
 
 
 def two(tmp_path, *configs):
@@ -66,10 +67,10 @@ def two(tmp_path, *configs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["frames", "features"])
-def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("kind, axis", [("frames", "tensor"), ("features", "fsdp")])  # the same rows in both; half in each
+def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, monkeypatch, kind, axis):
   data = {"data.train": features} if kind == "features" else {}
-  config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 2, "tensor": 1}, **data)
+  config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 1, "tensor": 1} | {axis: 2}, **data)
   noted, losses, original = [], [], train.metrics.line
   monkeypatch.setattr(train, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:2]))
   monkeypatch.setattr(train, "place", note_batches(train.place, noted))
@@ -82,6 +83,7 @@ def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, mon
     assert way["said"] is None and way["result"]["step"] == 4
     batches = [(samples, digest) for samples, digest in way["noted"]]
     assert 0 < len(batches) < len(noted) and batches == noted[-len(batches) :]  # the same global batches, bit by bit
+    assert way["local"] == [len(samples) // (2 if axis == "fsdp" else 1) for samples, _ in batches]
     assert sum(i >= 0 for samples, _ in batches for i in samples) == 2 * 3
     np.testing.assert_allclose(way["result"]["loss"], np.mean(losses[2:]), rtol=1e-5)
 

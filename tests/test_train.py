@@ -117,6 +117,29 @@ def test_a_step_over_eight_devices_equals_one_device(tiny_run, examples, tmp_pat
   jax.tree.map(close, results[1], results[0])
 
 
+def test_every_process_reads_the_rows_of_its_devices():
+  class Two:  # of a batch of 8 rows: the devices of one process
+
+    def __init__(self, *rows):
+      self.rows = rows
+
+    def addressable_devices_indices_map(self, shape):
+      assert shape == (8,)
+      return {i: (slice(*rows),) for i, rows in enumerate(self.rows)}
+
+  mesh = make_mesh(MeshConfig(2, 4, 1))
+  assert train.row_share(mesh) == (0, 1)
+  for rows, share in ((((0, 4), (4, 8)), (0, 1)), (((4, 6), (6, 8)), (1, 2)), (((6, 8), (6, 8)), (3, 4)), (((None, None),), (0, 1))):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
+      assert train.row_share(mesh) == share
+  for rows in (((0, 2), (4, 6)), ((1, 3),), ((0, 3),)):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
+      with pytest.raises(ConfigError, match=r"the devices of process 0 hold rows .* of every 8"):
+        train.row_share(mesh)
+
+
 def test_quirk_q17_long_samples_give_the_projector_no_gradient(tiny_run, examples, tmp_path):
   batch = collate(examples[:2], Bucket(3, 4, 8, 16))  # 8 and 12 frames
   config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"train.projector_max_frames": 12})

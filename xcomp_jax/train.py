@@ -3,7 +3,12 @@
   python -m xcomp_jax.train --config=configs/sct.py --config.workdir=runs/sct --config.data.train=DIR
 
 A step adds up the gradients of its micro-batches (`grad_step`, one compilation per bucket) and applies them once
-(`apply_step`). The same command continues a run from its latest checkpoint; SIGINT or SIGTERM saves and leaves.
+(`apply_step`). The same command continues a run from its latest checkpoint, on as many or other devices and hosts;
+SIGINT or SIGTERM saves and leaves.
+
+Several folders, a quarter of the second in each epoch (any of them of frames, or all of features of this tower):
+
+  --config.data.train="('data/a','data/b')" --config.data.weights="(1.0,0.25)"
 """
 
 import contextlib
@@ -214,6 +219,25 @@ def compiled_steps(state: TrainState, sums: Sums, mesh: Mesh) -> Steps:
   )
 
 
+def row_share(mesh: Mesh) -> tuple[int, int]:
+  """(i, n): this process reads the i-th of n equal parts of every micro-batch's rows.
+
+  Processes whose devices hold the same rows (a `tensor` axis over several) all read those.
+
+  Raises:
+    ConfigError: the rows of this process's devices are no such part.
+  """
+  rows = batch_devices(mesh)
+  places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+  mine = sorted({row for (place,) in places for row in range(rows)[place]})
+  if mine != list(range(mine[0], mine[0] + len(mine))) or rows % len(mine) or mine[0] % len(mine):
+    raise ConfigError(
+      f"mesh {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows {mine} of every {rows}, which is not "
+      "one of several equal parts; choose config.mesh so that data x fsdp is a multiple of the processes"
+    )
+  return mine[0] // len(mine), rows // len(mine)
+
+
 def place(batch: Batch, mesh: Mesh) -> Batch:
   """The rows that this process has, as global arrays."""
   sharding = batch_sharding(mesh)
@@ -252,7 +276,8 @@ def run(config: RunConfig) -> dict[str, float | int]:
   checkpoint.agree(description)
   steps = config.train.epochs * pipeline.steps_per_epoch(blend.per_epoch, config.train.batch_size)
   steps = min(steps, config.train.steps or steps)
-  here = {"rows": batch_devices(mesh), "process_index": jax.process_index(), "process_count": jax.process_count()}
+  share, shares = row_share(mesh)
+  here = {"rows": batch_devices(mesh), "process_index": share, "process_count": shares}
   data = pipeline.batches(
     blend, tokenizer, config.data,
     batch_size=config.train.batch_size, seed=config.seed, epochs=config.train.epochs, **here,
@@ -319,12 +344,13 @@ def run(config: RunConfig) -> dict[str, float | int]:
         micro = clock.wait(data)
         if len(seen) > 1:  # one may compute while the next is copied; more would pile up in the device's memory
           jax.block_until_ready(seen[-2][1])
+        batch = place(micro.batch, mesh)
         sums, sample_losses = step_functions.grad(
-          graph, state, sums, place(micro.batch, mesh), projector_max_frames=config.train.projector_max_frames
+          graph, state, sums, batch, projector_max_frames=config.train.projector_max_frames
         )
         report_compilations(compilations, "grad_step", micro.batch, say)
-        seen.append((micro.batch.index, sample_losses))
-        clock.flops += metrics.training_flops(cfg, config.train, micro.batch)
+        seen.append((batch.index, sample_losses))
+        clock.flops += metrics.training_flops(cfg, config.train, micro.batch) * shares / jax.process_count()
         last = micro.last
       state, sums, out = step_functions.apply(tx, state, sums)
       report_compilations(compilations, "apply_step", None, say)
