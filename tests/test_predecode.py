@@ -441,6 +441,12 @@ def test_flags_that_do_not_go_together(tmp_path, monkeypatch, flags, message):
   assert not list(tmp_path.iterdir())
 
 
+def test_without_beam_the_message_says_what_to_install(world, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  with pytest.raises(ValueError, match=r"pip install 'xcomp_jax\[beam\]'"):
+    make(world, beam=[])
+
+
 # Looking at a store.
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
@@ -366,6 +366,7 @@ def _make(f) -> None:
 def main(argv: Sequence[str]) -> None:
   """The command; an error is one line on stderr (and a list of what is bad), exit code 1."""
   f = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)  # TFDS tells which files it opens
   try:
     if argv[1:]:
       raise ValueError(f"unexpected argument {argv[1]!r}; everything is given by flags, see --help")
