@@ -380,6 +380,8 @@ def run(
         pool.join()
         pool = _pool(workers)
         tasks = list(running.values())
+        if all(kind == "shard" for kind, _ in tasks):
+          raise store.StoreError(f"writing shards failed: {broken}; run the same command again")
         running.clear()
         for kind, n in tasks:
           if kind == "shard":
