@@ -15,7 +15,9 @@ from xcomp_jax.data.prompt import AnnotationError
 
 @pytest.fixture
 def world(tmp_path):
-  return decoding.make_world(tmp_path / "data")
+  """An annotation file, and a mixture to be overwritten."""
+  decoding.write(tmp_path / "videos.json", [{"video": "v0.mp4", "conversations": decoding.talk()}])
+  return tmp_path
 
 
 def by_the_book(items, strategy, subset):
@@ -149,8 +151,8 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
   assert read_annotations(tmp_path / "a.json") == [{"a": 1}]
 
 
-def test_relative_paths_start_from_root(world, monkeypatch):
-  monkeypatch.chdir(world)
+def test_relative_paths_start_from_root(tmp_path, monkeypatch):
+  monkeypatch.chdir(decoding.make_world(tmp_path / "data"))
   jobs, files = read_mixture("mixture.yaml", ".", 1.0)
   assert len(jobs) == 7 and not any(job.faults for job in jobs) and len(files) == 5
 

@@ -137,6 +137,14 @@ def test_nothing_left(world):
     make(world, skip_bad=True)
 
 
+def test_nothing_selected(world):
+  write(world / "videos.json", [{"conversations": talk("What?")}])
+  mixture(world, {"json_path": "videos.json"})
+  with pytest.raises(StoreError, match="selects no annotation with exactly one"):
+    make(world)
+  assert list(world.parent.iterdir()) == [world]
+
+
 def test_contradicting_limits(world):
   with pytest.raises(ValueError, match="multiples of clip_frames=8"):
     make(world, settings=Settings(16, 12, 8, 8.0, 8))
@@ -315,7 +323,7 @@ def test_killed_before_a_change_of_the_file_system(world, stride):
 def test_killed_at_random_instants(world, kills):
   """SIGKILL to the command; its processes die with it, and the result is that of a run in peace."""
   make_video(world / "videos" / "long.mp4", 600)
-  write(world / "videos.json", [{"id": i, "video": "long.mp4", "start": i, "end": i + 30, "conversations": talk()} for i in range(40)])
+  write(world / "videos.json", [{"id": i, "video": "long.mp4", "start": i, "end": i + 30, "conversations": talk()} for i in range(24)])
   make(world, "whole", workers=2, samples_per_shard=5)
   rng = random.Random(kills)
   begun = time.monotonic()
@@ -366,6 +374,11 @@ def test_interrupt(world):
 
 
 # What can happen in a decoding process.
+
+
+def test_decoding_processes_do_not_load_jax():
+  code = "import sys, xcomp_jax.predecode, xcomp_jax.data.shards as s; s.store.record_features(s.store.Layout(8, 1, None, None)); print('jax' in sys.modules)"
+  assert decoding.run([sys.executable, "-c", code]).stdout == "False\n"
 
 
 @pytest.mark.parametrize(("deed", "message"), [("sleep", r"took more than 3 seconds"), ("abort", r"process died.*tried again alone")])
@@ -439,6 +452,12 @@ def test_flags_that_do_not_go_together(tmp_path, monkeypatch, flags, message):
   with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
     predecode_lib.main(values(["predecode", *flags]))
   assert not list(tmp_path.iterdir())
+
+
+def test_without_beam_the_message_says_what_to_install(world, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  with pytest.raises(ValueError, match=r"pip install 'xcomp_jax\[beam\]'"):
+    make(world, beam=[])
 
 
 # Looking at a store.

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
@@ -104,6 +104,8 @@ def predecode(
     bad = [(job, fault) for job in jobs for fault in job.faults]
     if bad and not skip_bad:
       raise _annotation_error(f"{len(bad)} bad annotations (--skip_bad leaves them out)", [f"{j.where()}: {f}" for j, f in bad])
+    if not jobs:
+      raise store.StoreError(f"no samples to write: {mixture} selects no annotation with exactly one image or video")
     _agree(folder, plan, restart)
     work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), samples_per_shard)
     _undo_finish(work)
@@ -122,7 +124,7 @@ def predecode(
       kept = f"everything else is kept in {folder}: the same command tries these again, with --skip_bad it leaves them out"
       raise video.VideoError(_listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost))
     if len(lost) == len(jobs):
-      raise store.StoreError("no samples to write" + (_listed("; all are bad", lost) if lost else ""))
+      raise store.StoreError(_listed("no samples to write, all are bad", lost))
     info = dataclasses.asdict(settings) | {"subset": subset, "plan": _digest(plan)}
     return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
 
@@ -191,8 +193,10 @@ def _claimed(out: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
       mine = os.fstat(lock.fileno()).st_ino == os.stat(folder / "lock").st_ino
-    except OSError:
+    except (BlockingIOError, FileNotFoundError):  # or it has just finished, and removed the folder
       mine = False
+    except OSError as error:
+      raise store.StoreError(f"{out} can't be written: its file system can't lock {folder / 'lock'}: {error.strerror}") from error
     if not mine:
       raise store.StoreError(f"another process is writing {out}; wait for it, or choose another folder")
     try:
@@ -366,6 +370,7 @@ def _make(f) -> None:
 def main(argv: Sequence[str]) -> None:
   """The command; an error is one line on stderr (and a list of what is bad), exit code 1."""
   f = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)  # TFDS tells which files it opens
   try:
     if argv[1:]:
       raise ValueError(f"unexpected argument {argv[1]!r}; everything is given by flags, see --help")

@@ -22,6 +22,7 @@ import os
 import pathlib
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -126,7 +127,7 @@ def assemble(work_shard: str, targets: Sequence[str]) -> None:
     return
   entries = [json.loads(pathlib.Path(f"{target}.json").read_text()) for target in targets]
   size, count, writer = 0, 0, None
-  temporary = f"{work_shard}.array_record.{os.getpid()}.tmp"
+  temporary = _temporary(f"{work_shard}.array_record")
   try:
     for target, entry in zip(targets, entries, strict=True):
       if "reason" in entry:
@@ -174,7 +175,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Any]:
   """A binary file that takes its name, and reaches the disk, when the block ends well."""
-  temporary = f"{path}.{os.getpid()}.tmp"
+  temporary = _temporary(path)
   try:
     with open(temporary, "wb") as file:
       yield file
@@ -182,6 +183,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Any]:
   except BaseException:
     pathlib.Path(temporary).unlink(missing_ok=True)
     raise
+
+
+def _temporary(path: str | os.PathLike) -> str:
+  return f"{path}.{uuid.uuid4().hex}.tmp"  # machines that share the folder may have processes of the same number
 
 
 def _settle(temporary: str, path: str | os.PathLike) -> None:
@@ -375,6 +380,8 @@ def run(
         pool.join()
         pool = _pool(workers)
         tasks = list(running.values())
+        if all(kind == "shard" for kind, _ in tasks):
+          raise store.StoreError(f"writing shards failed: {broken}; run the same command again")
         running.clear()
         for kind, n in tasks:
           if kind == "shard":

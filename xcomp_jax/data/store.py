@@ -280,12 +280,13 @@ def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> It
     for clip in part:
       if clip.shape != shape or clip.dtype != dtype:
         raise ValueError(f"expected clips of {dtype}{shape}, got {clip.dtype}{clip.shape}")
-    content = np.concatenate(part)
+    count, content = len(part), np.concatenate(part)
+    part.clear()  # memory
     if layout.features:
       content = content.view(np.uint16)
     elif layout.quality is not None:
       content = [_jpeg(frame, layout.quality) for frame in content]
-    yield coder.serialize_example({"tokens" if layout.features else "frames": content}), len(part), content
+    yield coder.serialize_example({"tokens" if layout.features else "frames": content}), count, content
 
 
 def write_shard(path: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarray | None]], layout: Layout) -> Shard:
