@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
-TILE = 256  # queries and keys at once; of 256, 512 and 1024 the fastest on a CPU (docs/LOG.md)
+TILE = 384  # queries and keys at once; larger ones are hardly faster on a CPU, and compute more for nothing (docs/LOG.md)
 
 
 def attend(
@@ -76,7 +76,9 @@ def _kernel(q, k, v, key_valid, causal, implementation):
 def _tiled(q, k, v, key_valid, causal):
   """Softmax from tile to tile (Milakov and Gimelshein, "Online normalizer calculation for softmax").
 
-  One loop over those pairs of a query tile and a key tile that see each other.
+  A loop over those pairs of a query tile and a key tile that see each other wholly, and one over those on the edge of
+  what is seen. On a CPU a sum along rows costs as much as an eighth of a matrix product: one more column of the keys adds
+  what masks padding, and one more of the values, all ones, adds up the weights.
   """
   B, L, H, h = q.shape
   S, K = k.shape[1:3]
@@ -88,30 +90,39 @@ def _tiled(q, k, v, key_valid, causal):
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
 
+  wider = lambda x, column: jnp.concatenate([x, jnp.broadcast_to(column, (*x.shape[:3], 1)).astype(x.dtype)], -1)
+  masked = jnp.where(key_valid, 0, MASKED)[:, :, None, None]
+  q, k, v = wider(q * h**-0.5, 1), wider(k, masked), wider(v, 1)
   # A key/value head's queries are rows of one matrix: [n, B, K, G * rows, h] against [n, B, K, keys, h].
-  q = tiles(q.reshape(B, L, K, G, h), rows).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, G * rows, h)
-  k, v, valid = jnp.swapaxes(tiles(k, keys), 2, 3), jnp.swapaxes(tiles(v, keys), 2, 3), tiles(key_valid, keys)
+  q = tiles(q.reshape(B, L, K, G, h + 1), rows).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, G * rows, h + 1)
+  padding = jnp.where(jnp.arange(-(-S // keys) * keys) < S, 0, MASKED).reshape(-1, keys)  # of the last tile
+  k, v = jnp.swapaxes(tiles(k, keys), 2, 3), jnp.swapaxes(tiles(v, keys), 2, 3)
   n, m = len(q), len(k)
-  seen = [(i, j) for i in range(n) for j in range(m) if not causal or j * keys < (i + 1) * rows + offset]
   row = jnp.tile(jnp.arange(rows), G)[:, None] + offset
+  last = lambda i: i * rows + offset if causal else S  # the last key that all rows of tile i see, if there are so many
+  seen = [(i, j) for i in range(n) for j in range(m) if not causal or j * keys < (i + 1) * rows + offset]
+  whole = [(i, j) for i, j in seen if (j + 1) * keys <= min(last(i) + 1, S)]
 
-  def one(carry, pair):
+  def one(edge, carry, pair):
     i, j = pair
-    largest, total, out = (part[i] for part in carry)
-    scores = jnp.einsum("bkrh,bkth->bkrt", q[i], k[j], preferred_element_type=jnp.float32) * h**-0.5
-    allowed = valid[j][:, None, None]
-    if causal:
-      allowed = allowed & (j * keys + jnp.arange(keys) <= i * rows + row)
-    scores = jnp.where(allowed, scores, MASKED)
+    largest, out = (part[i] for part in carry)
+    scores = jnp.einsum("bkrh,bkth->bkrt", q[i], k[j], preferred_element_type=jnp.float32)
+    if edge:
+      scores = scores + padding[j]
+      if causal:
+        scores = jnp.where(j * keys + jnp.arange(keys) <= i * rows + row, scores, MASKED)
     new = jnp.maximum(largest, scores.max(-1))
     weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(largest - new)
     more = jnp.einsum("bkrt,bkth->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
-    parts = new, total * shrink + weights.sum(-1), out * shrink[..., None] + more
+    parts = new, out * shrink[..., None] + more
     return tuple(old.at[i].set(part) for old, part in zip(carry, parts, strict=True)), None
 
-  start = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
-  (_, total, out), _ = jax.lax.scan(one, start, jnp.array(seen))
-  out = (out / total[..., None]).reshape(n, B, K, G, rows, h).transpose(1, 0, 4, 2, 3, 5)
+  carry = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape)
+  for edge, pairs in ((False, whole), (True, sorted(set(seen) - set(whole)))):
+    if pairs:
+      carry, _ = jax.lax.scan(functools.partial(one, edge), carry, jnp.array(pairs))
+  out = carry[1][..., :h] / carry[1][..., h:]
+  out = out.reshape(n, B, K, G, rows, h).transpose(1, 0, 4, 2, 3, 5)
   return out.reshape(B, n * rows, H, h)[:, :L].astype(v.dtype)
 
 
