@@ -4,12 +4,13 @@ BIN := .venv/bin
 # Versions that are known to work together, per Python version; another Python resolves its own.
 CONSTRAINTS = $(shell $(PYTHON) -c 'import sys, os; f = "constraints/py%d%d.txt" % sys.version_info[:2]; print("-c " + f if os.path.exists(f) else "")')
 
-.PHONY: help env demo base test test-slow lint
+.PHONY: help env demo base test test-slow test-beam lint
 
 help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
 	@echo 'make test       lint and test suite'
 	@echo 'make test-slow  what takes minutes: the whole demo, runs that are killed, the recorded chat'
+	@echo 'make test-beam  pre-decoding through Apache Beam, in an environment of its own (it wants older libraries)'
 	@echo 'make base       train the embedded base model again (about three quarters of an hour)'
 
 env: .venv/ready
@@ -35,3 +36,12 @@ test: lint
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+test-beam: .venv-beam/ready
+	.venv-beam/bin/python -m pytest tests/test_beam.py
+
+.venv-beam/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-beam
+	.venv-beam/bin/python -m pip install -q --upgrade pip
+	.venv-beam/bin/python -m pip install -q -e '.[beam,test]'
+	touch $@

@@ -54,7 +54,8 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.lp_comp.group = 16
 
   c.data = ConfigDict()
-  c.data.train = f"demo/base/{stage}/train"
+  c.data.train = free(f"demo/base/{stage}/train")
+  c.data.weights = free(None)
   c.data.heldout = free(None)
   c.data.frame_buckets = frames
   c.data.text_buckets = text

@@ -11,6 +11,8 @@ recipe (Table A, train.sh of the release, FACTS.md 3):
 Variants, as in `configs/sct.py:tiny`:
   tiny      the model that comes with the package, on its synthetic videos; minutes on a laptop's CPU
   7b        the 7B model, same recipe; the paper has no numbers for it
+Of `predecode --features` with this checkpoint DIR holds what the frozen tower makes of the frames; training on it is the same
+without the tower, at 1,024 frames a sixth of the work (docs/LOG.md).
 Override any value: `--config.optim.learning_rate=2e-5`, `--config.train.steps=100`, `--config.mesh.fsdp=4`.
 """
 
@@ -55,7 +57,8 @@ def _paper() -> ConfigDict:
   c.lp_comp.group = 16  # consecutive visual tokens
 
   c.data = ConfigDict()
-  c.data.train = "data/sct"  # folder written by predecode
+  c.data.train = _open("data/sct")  # folder written by predecode, or several: ("data/a", "data/b")
+  c.data.weights = _open(None)  # how often an epoch reads a sample of each, e.g. (1.0, 0.25); None: once
   c.data.heldout = _open(None)  # likewise; None: no evaluation
   c.data.frame_buckets = (1, 128, 256, 512, 1024)  # frames; 1 is an image. Every pair of buckets compiles once
   c.data.text_buckets = (512, 2048, 8192)  # tokens after the visual slot

@@ -132,7 +132,7 @@ def tiny_run(tmp_path_factory, reference):
     },
     "lp_comp": {"schedule": (8, 1), "keep": "suffix", "group": 16},
     "data": {
-      "train": str(root / "train"), "heldout": None, "frame_buckets": (0, 8, 16), "text_buckets": (128,),
+      "train": str(root / "train"), "weights": None, "heldout": None, "frame_buckets": (0, 8, 16), "text_buckets": (128,),
       "prefix_length": 80, "frames_per_device": 16, "text_per_device": 1024, "mask": "assistant", "group_by_text_length": False, "threads": 1,
       "prefetch": 1,
     },
@@ -157,3 +157,39 @@ def tiny_run(tmp_path_factory, reference):
     return from_dict(RunConfig, values)
 
   return make
+
+
+@pytest.fixture(scope="session")
+def write_features():
+  """A function (config, folder): writes a run's training data as merged features of its tower.
+
+  They are encoded in the run's dtype and kept in bfloat16.
+  """
+  import ml_dtypes
+  import numpy as np
+
+  from xcomp_jax import encode, weights
+  from xcomp_jax.data.store import Features, open_store, write_store
+
+  def write(config, folder):
+    cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
+    model = weights.load(weights.resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype))
+    frames = open_store(config.data.train)
+
+    def items():
+      for i, sample in enumerate(frames.samples):
+        clips = list(encode.encode_clips(model, frames.visual(i))) if sample.frames else None
+        yield sample, clips and np.stack(clips).astype(ml_dtypes.bfloat16)
+
+    made = Features(encode.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)
+    write_store(folder, items(), image_size=frames.image_size, clip_frames=frames.clip_frames, features=made)
+
+  return write
+
+
+@pytest.fixture(scope="session")
+def features(tiny_run, write_features, tmp_path_factory) -> str:
+  """The training data of `tiny_run` as features, encoded in float32: a folder."""
+  folder = tmp_path_factory.mktemp("features") / "train"
+  write_features(tiny_run(folder), folder)
+  return str(folder)

@@ -43,9 +43,20 @@ def test_values_are_overridden_from_the_command_line():
   assert config.data.heldout == "runs/a-1" and config.model.clip_frames == "checkpoint" and not config.train.projector
 
 
+@pytest.mark.parametrize("file", [SCT, SCT.replace("sct.py", "base.py")])
+def test_one_folder_or_several_with_weights_from_the_command_line(file):
+  one = parse(f"--config={file}", "--config.data.train=data/a-1").data
+  assert (one.train, one.weights) == ("data/a-1", None)
+  two = parse(f"--config={file}", "--config.data.train=('data/a','b')", "--config.data.weights=(1,0.25)").data
+  assert (two.train, two.weights) == (("data/a", "b"), (1.0, 0.25)) and type(two.weights[0]) is float
+
+
 @pytest.mark.parametrize(
   "flags, words",
   [
+    (["--config.data.train=(1,2)"], "config.data.train = (1, 2): expected str or tuple[str, ...]"),
+    (["--config.data.weights=0.5"], "config.data.weights = 0.5: expected tuple[float, ...] or None"),
+    (["--config.data.weights=(True,1)"], "config.data.weights = (True, 1)"),
     (["--config.optim.learning_rat=1"], "config.optim.learning_rat is unknown; did you mean config.optim.learning_rate?"),
     (["--config.optim.lr=1"], "config.optim.lr is unknown; known: learning_rate, warmup"),
     (["--config.trian.epochs=3"], "config.trian.epochs is unknown; did you mean config.train.epochs?"),

@@ -1,17 +1,20 @@
-"""data/pipeline.py: the order is a function of seed and epoch, whatever reads it."""
+"""data/pipeline.py: the order is a function of seed and step, whatever reads it."""
 
 import collections
+import contextlib
 import dataclasses
+import json
+import threading
+import time
 
-import grain
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from xcomp_jax.config import ConfigError, DataConfig
-from xcomp_jax.data import prompt
+from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import IGNORE, Bucket, collate
+from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import (
   Length,
   batches,
@@ -26,7 +29,7 @@ from xcomp_jax.data.store import Sample, open_store, write_store
 
 SIZE, CLIP = 8, 4
 CONFIG = DataConfig(
-  train="", heldout=None, frame_buckets=(0, 1, 8, 16), text_buckets=(32, 64), prefix_length=16, frames_per_device=16,
+  train="", weights=None, heldout=None, frame_buckets=(0, 1, 8, 16), text_buckets=(32, 64), prefix_length=16, frames_per_device=16,
   text_per_device=448, mask="official", group_by_text_length=False, threads=2, prefetch=2,
 )
 FRAMES = (8, 1, 16, 0, 8, 12, 1, 4, 16, 8, 0, 1, 8)  # 13 samples: videos, images (1), text alone (0)
@@ -51,7 +54,7 @@ def store(tmp_path_factory):
       yield Sample(f"s{i}", "", "a.json", i, talk, message), visual
 
   write_store(path, items(), image_size=SIZE, clip_frames=CLIP)
-  return open_store(path)
+  return Blend([open_store(path)])
 
 
 def lengths(n: int) -> list[Length]:
@@ -78,25 +81,25 @@ def run(store, tokenizer, cfg=CONFIG, **changes):
 
 @pytest.mark.parametrize("group", [False, True])
 def test_every_sample_once_per_epoch(group):
-  seen = [collections.Counter(i for b in order(lengths(103), 10, 7, e, group) for i in b) for e in range(3)]
+  seen = [collections.Counter(i for b in order(lengths(103), range(103), 10, 7, e, group) for i in b) for e in range(3)]
   for counter in seen:
     assert len(counter) == 100 and set(counter.values()) == {1} and set(counter) <= set(range(103))
-  assert order(lengths(103), 10, 7, 0, group) == order(lengths(103), 10, 7, 0, group)
-  assert order(lengths(103), 10, 7, 0, group) != order(lengths(103), 10, 7, 1, group)
-  assert order(lengths(103), 10, 7, 0, group) != order(lengths(103), 10, 8, 0, group)
+  assert order(lengths(103), range(103), 10, 7, 0, group) == order(lengths(103), range(103), 10, 7, 0, group)
+  assert order(lengths(103), range(103), 10, 7, 0, group) != order(lengths(103), range(103), 10, 7, 1, group)
+  assert order(lengths(103), range(103), 10, 7, 0, group) != order(lengths(103), range(103), 10, 8, 0, group)
 
 
 def test_order_is_pinned():
   # A resumed run must see the same order after an upgrade of anything: these numbers may never change.
-  assert order(lengths(12), 4, 0, 0, False) == [[11, 3, 2, 1], [8, 6, 0, 7], [4, 10, 5, 9]]
-  assert order(lengths(12), 4, 0, 0, True) == [[0, 7, 5, 9], [11, 1, 8, 6], [3, 2, 4, 10]]
+  assert order(lengths(12), range(12), 4, 0, 0, False) == [[11, 3, 2, 1], [8, 6, 0, 7], [4, 10, 5, 9]]
+  assert order(lengths(12), range(12), 4, 0, 0, True) == [[0, 7, 5, 9], [11, 1, 8, 6], [3, 2, 4, 10]]
 
 
 def test_grouping_by_text_length():
   several = lengths(4000)
   spread = lambda batch: np.ptp([several[i].text for i in batch])
-  grouped = order(several, 8, 1, 0, True)
-  plain = order(several, 8, 1, 0, False)
+  grouped = order(several, range(4000), 8, 1, 0, True)
+  plain = order(several, range(4000), 8, 1, 0, False)
   assert np.mean([spread(b) for b in grouped]) < 0.15 * np.mean([spread(b) for b in plain])
   mixed = [b for b in grouped if len({several[i].clip_frames > 1 for i in b}) == 2]
   assert len(mixed) <= 1  # only of what is left over
@@ -106,8 +109,8 @@ def test_grouping_by_text_length():
 
 def test_plan_parts_global_batches_by_bucket():
   several, size = lengths(64), lambda bucket: 2 if bucket.frames > 8 else 3
-  entries = plan(several, CONFIG, 10, size, seed=5, epoch=2)
-  for part, wanted in zip(steps(entries), order(several, 10, 5, 2, False), strict=True):
+  entries = plan(several, range(64), CONFIG, 10, size, seed=5, epoch=2)
+  for part, wanted in zip(steps(entries), order(several, range(64), 10, 5, 2, False), strict=True):
     assert sorted(i for e in part for i in e.samples) == sorted(wanted)
     for bucket in {e.bucket for e in part}:  # all but a bucket's last micro-batch are full
       assert all(len(e.samples) == e.rows for e in [e for e in part if e.bucket == bucket][:-1])
@@ -135,11 +138,11 @@ def test_a_sample_that_fits_no_bucket_is_named(length, changes, message):
   fine = Length(8, 4, 14, 9)
   cfg = dataclasses.replace(CONFIG, **changes)
   with pytest.raises(ConfigError, match=message):
-    plan([fine, fine, length], cfg, 2, lambda b: 1, 0, 0)
+    plan([fine, fine, length], range(3), cfg, 2, lambda b: 1, 0, 0)
 
 
 def test_less_than_a_batch():
-  with pytest.raises(ConfigError, match=r"train\.batch_size = 4, but the data has only 3 samples"):
+  with pytest.raises(ConfigError, match=r"train\.batch_size = 4, but an epoch reads only 3 samples"):
     steps_per_epoch(3, 4)
   assert steps_per_epoch(9, 4) == 2
 
@@ -158,7 +161,7 @@ def test_batches_hold_the_samples_of_the_plan(store, tokenizer):
   micro = list(run(store, tokenizer))
   size = lambda bucket: 2 * max(1, min(3, 16 // max(1, bucket.frames)))
   n = measure(store, tokenizer, CONFIG.mask)
-  entries = [e for epoch in range(2) for e in plan(n, CONFIG, 5, size, 3, epoch)]
+  entries = [e for epoch in range(2) for e in plan(n, range(13), CONFIG, 5, size, 3, epoch)]
   assert len(micro) == len(entries)
   for m, e in zip(micro, entries, strict=True):
     assert m.last == e.last
@@ -178,11 +181,35 @@ def test_shapes_are_finite_and_rows_fill_the_device(store, tokenizer):
   assert rows == {0: 14, 1: 14, 8: 4, 16: 2}  # 16 frames a device, 2 devices; never more rows than a batch has samples
 
 
-@pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 1), (4, 8)])
-def test_same_batches_for_any_number_of_threads(store, tokenizer, threads, prefetch):
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (0, 3), (1, 1), (4, 8)])
+def test_same_batches_for_any_number_of_threads_and_processes(store, tokenizer, threads, prefetch, processes):
   cfg = dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch)
-  for a, b in zip(run(store, tokenizer), run(store, tokenizer, cfg), strict=True):
-    assert a.last == b.last and equal(a.batch, b.batch)
+  shares = [run(store, tokenizer, cfg, process_index=i, process_count=processes) for i in range(processes)]
+  for whole, *parts in zip(run(store, tokenizer), *shares, strict=True):
+    assert all(part.last == whole.last for part in parts)
+    assert equal(whole.batch, jax.tree.map(lambda *x: np.concatenate(x), *(part.batch for part in parts)))
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 3), (4, 4)])
+def test_no_more_is_read_ahead_than_the_config_says(store, tokenizer, monkeypatch, threads, prefetch):
+  taken, read, lock = 0, 0, threading.Lock()
+  original = pipeline.collate
+
+  def counting(*arguments):
+    nonlocal read
+    with lock:
+      read += 1
+      assert read - taken <= prefetch + 1  # the one that is waited for
+    return original(*arguments)
+
+  monkeypatch.setattr(pipeline, "collate", counting)
+  with contextlib.closing(run(store, tokenizer, dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch))) as reader:
+    for _ in reader:
+      if prefetch:
+        time.sleep(0.002)  # for threads that read more than they should
+      taken += 1
+  assert read == taken > 10
 
 
 def test_long_texts_bound_the_rows(store, tokenizer):
@@ -210,19 +237,47 @@ def test_two_processes_read_the_two_halves_of_every_micro_batch(store, tokenizer
     run(store, tokenizer, process_count=3)
 
 
-def test_resume_in_mid_epoch_gives_the_identical_rest(store, tokenizer, tmp_path):
-  whole = list(run(store, tokenizer))
-  for stop in (0, 1, len(whole) // 2 + 1, len(whole) - 1):
+def test_from_its_state_a_reader_gives_the_identical_rest(store, tokenizer):
+  whole = steps(list(run(store, tokenizer)))
+  for done in range(len(whole) + 1):
     first = run(store, tokenizer)
-    for _ in range(stop):
+    for _ in range(sum(map(len, whole[:done]))):
       next(first)
-    with ocp.CheckpointManager(tmp_path / str(stop)) as manager:
-      manager.save(stop, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(first)))
-      manager.wait_until_finished()
-      second = run(store, tokenizer, dataclasses.replace(CONFIG, threads=4, prefetch=5))
-      manager.restore(stop, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(second)))
-    for a, b in zip(whole[stop:], second, strict=True):
+    state = first.get_state()
+    assert state == {"step": done}
+    if done < len(whole):
+      next(first)
+      assert first.get_state() == {"step": done + (len(whole[done]) == 1)}  # a step read in part does not count
+    first.close()
+    second = run(store, tokenizer, dataclasses.replace(CONFIG, threads=4, prefetch=5))
+    next(second)
+    second.set_state(json.loads(json.dumps(state)))
+    for a, b in zip([micro for part in whole[done:] for micro in part], second, strict=True):
       assert a.last == b.last and equal(a.batch, b.batch)
+  with pytest.raises(ConfigError, match="up to step 5, but the run has 4 steps"):
+    second.set_state({"step": 5})
+
+
+def samples(micro) -> list[list[int]]:
+  """Of each step, in order."""
+  return [sorted(i for m in part for i in m.batch.index.tolist() if i >= 0) for part in steps(micro)]
+
+
+def test_the_samples_of_a_step_are_the_same_for_any_number_of_devices_and_processes(store, tokenizer):
+  cfg = dataclasses.replace(CONFIG, frames_per_device=8)
+  read = lambda rows, **changes: run(store, tokenizer, cfg, batch_size=13, epochs=3, rows=rows, **changes)
+  four, eight = (list(read(rows)) for rows in (4, 8))
+  assert len(four) != len(eight)  # cut otherwise
+  assert samples(four) == samples(eight)
+  reader = read(4)
+  while reader.get_state() != {"step": 1}:
+    next(reader)
+  rest = []
+  for process in range(2):
+    other = read(8, process_index=process, process_count=2)
+    other.set_state(reader.get_state())
+    rest.append(list(other))
+  assert [sorted(a + b) for a, b in zip(*map(samples, rest), strict=True)] == samples(four)[1:]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

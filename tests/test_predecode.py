@@ -1,138 +1,52 @@
-"""predecode.py: which annotations are read, what is refused, and the command as a whole."""
+"""predecode.py: the command as a whole, and that nothing which happens to it changes the result."""
 
 import json
-import math
 import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import cv2
+import decoding
+import ml_dtypes
 import numpy as np
 import pytest
-import yaml
-from PIL import Image
+from decoding import (
+  SAMPLING,
+  SETTINGS,
+  command,
+  contents,
+  group_lives,
+  make,
+  make_video,
+  manifest,
+  mixture,
+  talk,
+  wait_for,
+  write,
+)
 
 from xcomp_jax import predecode as predecode_lib
-from xcomp_jax.data import prompt, video
-from xcomp_jax.data.prompt import AnnotationError
-from xcomp_jax.data.store import StoreError, open_store
-from xcomp_jax.predecode import Settings, predecode, read_annotations, read_mixture, select
-
-SETTINGS = Settings(image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
-SAMPLING = {"max_frames": 16, "min_frames": 8, "fps": 8.0, "clip_frames": 8, "style": "train", "size": 16}
-
-
-def talk(question: str = "<image>\nWhat?") -> list[dict]:
-  return [{"from": "human", "value": question}, {"from": "gpt", "value": "That."}]
-
-
-def make_video(path: pathlib.Path, frames: int, seed: int = 0) -> pathlib.Path:
-  rng = np.random.default_rng(seed)
-  writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 8, (48, 32))
-  for _ in range(frames):
-    writer.write(np.kron(rng.integers(0, 256, (4, 6, 3), np.uint8), np.ones((8, 8, 1), np.uint8)))
-  writer.release()
-  return path
+from xcomp_jax.data import check, prompt, shards, video
+from xcomp_jax.data.store import Features, StoreError, open_store
+from xcomp_jax.predecode import Settings, Tower
 
 
 @pytest.fixture
 def world(tmp_path):
-  """A folder with videos, an image, a gif, a folder of frames, and a mixture of all of them."""
-  root = tmp_path / "data"
-  (root / "videos" / "steps").mkdir(parents=True)
-  for i, frames in enumerate((40, 8, 19)):
-    make_video(root / "videos" / f"v{i}.mp4", frames, i)
-  colours = np.random.default_rng(9).integers(0, 256, (11, 20, 30, 3), np.uint8)
-  images = [Image.fromarray(c) for c in colours]
-  images[0].save(root / "videos" / "still ü.png")
-  images[0].save(root / "videos" / "move.gif", save_all=True, append_images=images[1:])
-  for i, image in enumerate(images):
-    image.save(root / "videos" / "steps" / f"{i}.png")
-
-  write(root / "videos.json", [{"id": i, "video": f"v{i}.mp4", "conversations": talk()} for i in range(3)])
-  write(root / "part.jsonl", [{"video": "v0.mp4", "start": 1, "end": 2.5, "conversations": talk()}])
-  write(root / "images.json", [{"id": "i", "image": "still ü.png", "conversations": talk("Was?\n<image>")}])
-  write(root / "gifs.json", [{"video": "move.gif", "conversations": talk()}])
-  write(root / "folders.json", [{"video": "steps", "conversations": talk()}])
-  mixture(
-    root, {"json_path": "videos.json", "sampling_strategy": "all"}, {"json_path": "part.jsonl"}, {"json_path": "images.json"},
-    {"json_path": "gifs.json", "video_read_type": "gif"}, {"json_path": "folders.json", "video_read_type": "img"},
-  )
-  return root
-
-
-def write(path: pathlib.Path, items: list) -> None:
-  if path.suffix == ".jsonl":
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-  else:
-    path.write_text(json.dumps(items))
-
-
-def mixture(root: pathlib.Path, *datasets: dict) -> None:
-  (root / "mixture.yaml").write_text(yaml.safe_dump({"datasets": [{"data_root": "videos"} | d for d in datasets]}))
-
-
-def make(root, out="out", **changes):
-  return predecode(root / "mixture.yaml", root.parent / out, SETTINGS, root=root, **changes)
-
-
-def by_the_book(items, strategy, subset):
-  """FACTS.md 14, sentence by sentence."""
-  items = list(items)
-  random.seed(12345)
-  random.shuffle(items)
-  if strategy != "all":
-    kind, amount = strategy.split(":")
-    n = math.ceil(float(amount.rstrip("%")) * len(items) / 100) if "%" in amount else int(amount)
-    if kind == "first":
-      items = items[0:n]
-    elif kind == "end":
-      items = items[-n:]
-    else:
-      k = int(kind.removeprefix("first"))
-      items = items[(k - 1) * n : k * n]
-  random.seed(42)
-  random.shuffle(items)
-  items = items[int(len(items) * 0) : int(len(items) * subset)]
-  return [i for i in items if ("image" in i) != ("video" in i) and not isinstance(i.get("image", i.get("video")), list)]
-
-
-@pytest.mark.parametrize("subset", [0.25, 1.0])
-@pytest.mark.parametrize(
-  "strategy", ["all", "first:25%", "first:7", "first2:10%", "first2:2.5%", "first2:1%", "first3:4", "first6:10%", "end:9", "end:30%"]
-)
-def test_selection_of_sct(strategy, subset):
-  for n in (0, 1, 9, 173):
-    items = [{"n": i, "video": f"{i}.mp4"} for i in range(n)]
-    for i in range(0, n, 11):
-      items[i] = ({"n": i, "image": ["a", "b"]}, {"n": i, "image": "a", "video": "b"}, {"n": i}, {"n": i, "image": "a"})[i // 11 % 4]
-    assert [items[i] for i in select(items, strategy, subset)] == by_the_book(items, strategy, subset)
-
-
-def test_selection_leaves_the_random_state_alone(monkeypatch):
-  # not by comparing states: the checker of types draws from the same generator
-  for name in ("seed", "shuffle"):
-    monkeypatch.setattr(random, name, lambda *a: pytest.fail("the process's own generator was used"))
-  assert len(select([{"video": "a"}] * 9, "first:3")) == 3
-
-
-@pytest.mark.parametrize("strategy", ["some", "first", "first:", "first:a", "first0:10%", "end2:10%", "first:-3", "last:3", "first:1.5"])
-def test_unknown_strategy(strategy):
-  with pytest.raises(AnnotationError, match="write all, first:100"):
-    select([{"video": "a"}] * 9, strategy)
+  return decoding.make_world(tmp_path / "data")
 
 
 def test_mixture_becomes_a_store(world):
   info = make(world)
   store = open_store(world.parent / "out")
   assert store.made_with() == "fps 8.0, min_frames 8, max_frames 16, subset 1.0"
-  # one shuffle by seed 12345, one by 42; three items
-  order = [i["id"] for i in by_the_book(json.loads((world / "videos.json").read_text()), "all", 1.0)]
+  order = [0, 2, 1]  # of three: a shuffle by seed 12345, one by 42
   assert [s.id for s in store.samples] == [*map(str, order), "0", "i", "0", "0"]
   assert [s.annotation for s in store.samples] == ["videos.json"] * 3 + ["part.jsonl", "images.json", "gifs.json", "folders.json"]
   names = [*(f"v{i}.mp4" for i in order), "v0.mp4", "still ü.png", "move.gif", "steps"]
@@ -146,154 +60,360 @@ def test_mixture_becomes_a_store(world):
     message = "" if kind == "img" else prompt.time_message(loaded.seconds, len(loaded.frames))
     assert store.samples[i].time_message == message
     assert store.samples[i].source == str(world / "videos" / name)
-  assert [s.frames for s in store.samples] == [{40: 16, 8: 8, 19: 16}[(40, 8, 19)[i]] for i in order] + [8, 1, 8, 8]
+  assert [s.frames for s in store.samples] == [(16, 8, 16)[i] for i in order] + [8, 1, 8, 8]
   assert list(store.samples[4].conversations) == talk("Was?\n<image>")
-  assert info == store.info and info["skipped"] == [] and info["samples"] == 7 and info["clip_frames"] == 8
-  assert info["annotation_files"][0] == {"annotation": "videos.json", "annotations": 3, "selected": 3}
+  assert info == store.info and info["skipped"] == 0 and info["samples"] == 7 and info["clip_frames"] == 8
+  counts = {"annotations": 3, "drawn": 3, "selected": 3, "written": 3, "skipped": 0}
+  assert counts.items() <= info["annotation_files"][0].items()
+  lines = manifest(world.parent / "out")
+  assert [line["sample"] for line in lines] == list(range(7))
+  assert [(line["annotation"], line["position"], line["source"], line["frames"]) for line in lines] == [
+    (s.annotation, s.position, s.source, s.frames) for s in store.samples
+  ]
+  assert not (world.parent / "out.incomplete").exists()
 
 
 def test_same_store_for_any_number_of_processes(world, capfd):
-  for workers in (0, 2):
-    make(world, f"out{workers}", workers=workers, samples_per_shard=2)
-  assert "7/7" in capfd.readouterr().err  # the bar reaches its end
-  files = [sorted(p for p in (world.parent / f"out{w}").rglob("*") if p.is_file()) for w in (0, 2)]
-  assert len(files[0]) > 8
-  for a, b in zip(*files, strict=True):
-    assert a.relative_to(world.parent / "out0") == b.relative_to(world.parent / "out2")
-    if "array_record" in a.name or a.name == "store.json":
-      assert a.read_bytes() == b.read_bytes()
-
-
-BAD = {
-  "no conversations": ({"video": "v0.mp4"}, "needs conversations"),
-  "empty conversations": ({"video": "v0.mp4", "conversations": []}, "needs conversations"),
-  "a text": ({"video": "v0.mp4", "conversations": "talk"}, "needs conversations"),
-  "two slots": ({"video": "v0.mp4", "conversations": talk("<image><image>What?")}, "2 <image>"),
-  "slot in the answer": ({"video": "v0.mp4", "conversations": [talk("What?")[0], {"from": "gpt", "value": "<image>"}]}, "in a question"),
-  "no slot": ({"video": "v0.mp4", "conversations": talk("What?")}, "0 <image>"),
-  "no answer": ({"video": "v0.mp4", "conversations": talk()[:1]}, "ends without an answer"),
-  "unknown role": ({"video": "v0.mp4", "conversations": [{"from": "bot", "value": "<image>"}]}, "known: human, gpt"),
-  "no such video": ({"video": "v7.mp4", "conversations": talk()}, r"v7\.mp4 does not exist"),
-  "no such image": ({"image": "v7.png", "conversations": talk()}, r"v7\.png does not exist"),
-  "folder": ({"video": "steps", "conversations": talk()}, "steps is a folder"),
-  "no path": ({"video": "", "conversations": talk()}, "video must be a path, not ''"),
-  "path of another kind": ({"image": None, "conversations": talk()}, "image must be a path, not None"),
-  "negative start": ({"video": "v0.mp4", "start": -1, "conversations": talk()}, "start -1 and end None"),
-  "inverted": ({"video": "v0.mp4", "start": 2, "end": 1, "conversations": talk()}, "0 <= start < end"),
-  "words": ({"video": "v0.mp4", "start": "1:00", "conversations": talk()}, "must be seconds"),
-}
-
-
-def test_bad_annotations_are_all_listed_before_anything_is_decoded(world, monkeypatch):
-  monkeypatch.setattr(predecode_lib.video, "load", lambda *a, **k: pytest.fail("decoded"))
-  write(world / "bad.json", [item for item, _ in BAD.values()])
-  mixture(world, {"json_path": "bad.json"}, {"json_path": "videos.json"})
-  with pytest.raises(AnnotationError, match=f"{len(BAD)} bad annotations") as error:
-    make(world)
-  lines = str(error.value).splitlines()[1:]
-  assert len(lines) == len(BAD) and list(world.parent.iterdir()) == [world]
-  for i, (_, message) in enumerate(BAD.values()):
-    (line,) = [line for line in lines if line.startswith(f"  bad.json, annotation {i}: ")]
-    assert re.search(message, line)
-
-
-def test_skip_bad_lists_what_is_left_out(world):
-  (world / "videos" / "empty.mp4").touch()
-  make_video(world / "videos" / "short.mp4", 7)
-  whole = (world / "videos" / "v0.mp4").read_bytes()
-  (world / "videos" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-  broken = [{"video": f"{name}.mp4", "conversations": talk()} for name in ("empty", "short", "cut")]
-  write(world / "bad.json", [item for item, _ in BAD.values()] + broken)
-  mixture(world, {"json_path": "bad.json"}, {"json_path": "videos.json"})
-  info = make(world, skip_bad=True)
-  assert info["samples"] == 3 and len(info["skipped"]) == len(BAD) + 3
-  skipped = {p["position"]: p for p in info["skipped"]}
-  assert sorted(skipped) == list(range(len(BAD) + 3)) and {p["annotation"] for p in info["skipped"]} == {"bad.json"}
-  assert "empty" in skipped[len(BAD)]["reason"] and "clip of 8" in skipped[len(BAD) + 1]["reason"]
-  assert skipped[len(BAD) + 2]["source"] == str(world / "videos" / "cut.mp4")
-  assert len(open_store(world.parent / "out")) == 3
+  write(world / "images.json", [{"image": "v7.png", "conversations": talk()}, {"id": "i", "image": "still ü.png", "conversations": talk()}])
+  for workers in (0, 1, 4):
+    make(world, f"out{workers}", workers=workers, samples_per_shard=2, skip_bad=True)
+  assert "8/8" in capfd.readouterr().err  # the bar reaches its end
+  first = contents(world.parent / "out0")
+  assert {"store.json", "manifest.jsonl"} < first.keys() and sum("clips-train" in name for name in first) == 4
+  for workers in (1, 4):
+    assert contents(world.parent / f"out{workers}") == first
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_video_stops_the_run_and_leaves_nothing(world, workers):
+def test_bad_videos_are_listed_at_the_end_and_the_rest_is_kept(world, workers):
+  make(world, "whole")
+  good = (world / "videos" / "v1.mp4").read_bytes()
   make_video(world / "videos" / "v1.mp4", 7)
-  with pytest.raises(video.VideoError, match=r"videos\.json, annotation 1: .*v1\.mp4.*7 frames.*--skip_bad"):
-    make(world, workers=workers, samples_per_shard=1)
-  assert list(world.parent.iterdir()) == [world]
+  with pytest.raises(video.VideoError, match=r"1 of 7 samples.*--skip_bad.*\n  videos\.json, annotation 1: .*v1\.mp4.*7 frames"):
+    make(world, workers=workers, samples_per_shard=2)
+  spool = world.parent / "out.incomplete" / "spool"
+  kept = {p.name: p.stat().st_mtime_ns for p in spool.iterdir()}
+  assert len(kept) == 3  # of the one shard that could not be assembled
+  with pytest.raises(video.VideoError, match="1 of 7 samples"):  # looked at again, the others not
+    make(world, samples_per_shard=2)
+  again = {p.name: p.stat().st_mtime_ns for p in spool.iterdir()}
+  assert [name for name in kept if kept[name] != again[name]] == ["0000002.json"]
+  (world / "videos" / "v1.mp4").write_bytes(good)
+  make(world, samples_per_shard=2)
+  assert contents(world.parent / "out")["samples/samples-train.array_record-00000-of-00001"] == (
+    contents(world.parent / "whole")["samples/samples-train.array_record-00000-of-00001"]
+  )
+
+
+def test_skip_bad_after_a_run_without_decodes_nothing_again(world, monkeypatch):
+  make_video(world / "videos" / "v1.mp4", 7)
+  with pytest.raises(video.VideoError):
+    make(world, samples_per_shard=2)
+  monkeypatch.setattr(shards, "decode", lambda *a: pytest.fail("decoded"))
+  info = make(world, samples_per_shard=2, skip_bad=True)
+  assert info["samples"] == 6 and info["skipped"] == 1
+  assert info["annotation_files"][0]["written"] == 2 and info["annotation_files"][0]["skipped"] == 1
+  (line,) = [line for line in manifest(world.parent / "out") if "reason" in line]
+  assert line["source"].endswith("v1.mp4") and "7 frames" in line["reason"] and "sample" not in line
+
+
+def test_a_skipped_file_that_has_changed_is_tried_again(world, monkeypatch):
+  good = (world / "videos" / "v1.mp4").read_bytes()
+  make_video(world / "videos" / "v1.mp4", 7)
+  finish = predecode_lib._finish
+  monkeypatch.setattr(predecode_lib, "_finish", lambda *a: (_ for _ in ()).throw(OSError("no space")))
+  with pytest.raises(OSError, match="no space"):
+    make(world, samples_per_shard=2, skip_bad=True)
+  monkeypatch.setattr(predecode_lib, "_finish", finish)
+  (world / "videos" / "v1.mp4").write_bytes(good)
+  assert make(world, samples_per_shard=2, skip_bad=True)["skipped"] == 0
+  assert len(open_store(world.parent / "out")) == 7
 
 
 def test_nothing_left(world):
   write(world / "videos.json", [{"video": "v7.mp4", "conversations": talk()}])
   mixture(world, {"json_path": "videos.json"})
-  with pytest.raises(StoreError, match="no samples"):
+  with pytest.raises(StoreError, match=r"no samples(.|\n)*v7\.mp4 does not exist"):
     make(world, skip_bad=True)
 
 
-@pytest.mark.parametrize(
-  ("entry", "message"),
-  [
-    ({"json_path": "none.json"}, r"none\.json can't be read"),
-    ({"json-path": "videos.json"}, "json-path is unknown; did you mean json_path"),
-    ({"sampling_strategy": "all"}, "dataset 0: json_path is missing"),
-    ({"json_path": "videos.json", "video_read_type": "webm"}, "'webm' is unknown; known: decord, gif, img"),
-    ({"json_path": "videos.json", "sampling_strategy": "first:x"}, "dataset 0: sampling_strategy 'first:x'"),
-  ],
-)
-def test_mixture_errors(world, entry, message):
-  mixture(world, entry)
-  with pytest.raises(AnnotationError, match=message):
+def test_nothing_selected(world):
+  write(world / "videos.json", [{"conversations": talk("What?")}])
+  mixture(world, {"json_path": "videos.json"})
+  with pytest.raises(StoreError, match="selects no annotation with exactly one"):
     make(world)
   assert list(world.parent.iterdir()) == [world]
-
-
-@pytest.mark.parametrize("text", ["", "- a", "datasets:", "datasets: [3]", "a: [", "datasets: {}"])
-def test_not_a_mixture(world, text):
-  (world / "mixture.yaml").write_text(text)
-  with pytest.raises(AnnotationError, match=r"mixture .*mixture\.yaml"):
-    make(world)
-
-
-@pytest.mark.parametrize(
-  ("name", "content", "message"),
-  [
-    ("a.json", b'[{"a": 1},\n{"b" 2}]', r"a\.json, line 2: not JSON"),
-    ("a.jsonl", b'{"a": 1}\n\n{"b" 2}\n', r"a\.jsonl, line 3: not JSON"),
-    ("a.json", b'{"a": 1}', "expected a list of objects"),
-    ("a.jsonl", b"3\n", "expected a list of objects"),
-    ("a.json", b'["\xff"]', "can't be read: .*utf-8"),
-    ("a.json", b"", "line 1: not JSON"),
-  ],
-)
-def test_annotation_files_that_are_not(tmp_path, name, content, message):
-  (tmp_path / name).write_bytes(content)
-  with pytest.raises(AnnotationError, match=message):
-    read_annotations(tmp_path / name)
-
-
-def test_lines_of_jsonl_end_with_newlines_only(tmp_path):
-  (tmp_path / "a.jsonl").write_text('{"a": "x\u2028y"}\r\n{"a": "z"}', encoding="utf-8")
-  assert read_annotations(tmp_path / "a.jsonl") == [{"a": "x\u2028y"}, {"a": "z"}]
 
 
 def test_contradicting_limits(world):
   with pytest.raises(ValueError, match="multiples of clip_frames=8"):
-    predecode(world / "mixture.yaml", world.parent / "out", Settings(16, 12, 8, 8.0, 8), root=world)
+    make(world, settings=Settings(16, 12, 8, 8.0, 8))
   assert list(world.parent.iterdir()) == [world]
 
 
-def test_relative_paths_start_from_root(world, monkeypatch):
-  monkeypatch.chdir(world)
-  jobs, problems, _ = read_mixture("mixture.yaml", ".", 1.0)
-  assert len(jobs) == 7 and not problems
+def test_jpeg(world):
+  make(world, "raw")
+  make(world, "jpeg", quality=95)
+  raw, jpeg = (open_store(world.parent / name) for name in ("raw", "jpeg"))
+  assert raw.identity() != jpeg.identity() and raw.checksum() == jpeg.checksum()
+  for i in range(7):
+    frame = raw.visual(i).reshape(-1, 16, 16, 3)[-1]
+    file = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    np.testing.assert_array_equal(jpeg.visual(i).reshape(-1, 16, 16, 3)[-1], cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1])
+  check.verify(world.parent / "jpeg")
 
 
-def command(world, *more, start=subprocess.run, **how):
-  line = [
-    sys.executable, "-m", "xcomp_jax.predecode", "--mixture", str(world / "mixture.yaml"), "--root", str(world), "--image_size=16",
-    "--min_frames=8", "--max_frames=16", "--out", str(world.parent / "out"), *more,
-  ]
-  where = pathlib.Path(predecode_lib.__file__).parents[1]
-  return start(line, env=os.environ | {"PYTHONPATH": str(where)}, **(how or {"capture_output": True, "text": True}))
+def summing_tower(width=4):
+  """Features that tell clips, places and frame sizes apart."""
+
+  def encode(clips):
+    for clip in clips:
+      sums = clip.reshape(len(clip), 2, -1).mean(-1).reshape(-1, 1)
+      yield (sums + np.arange(width)).astype(ml_dtypes.bfloat16)
+
+  return Tower(Features("sums", 2, width), {"computed_in": "float32"}, encode)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features(world, workers):
+  make(world, "pixels")
+  make(world, "out", tower=summing_tower(), workers=workers, samples_per_shard=3)
+  pixels, store = open_store(world.parent / "pixels"), open_store(world.parent / "out")
+  assert store.features == Features("sums", 2, 4)
+  for i in range(7):
+    wanted = np.stack(list(summing_tower().encode(pixels.visual(i))))
+    np.testing.assert_array_equal(store.visual(i).view(np.uint16), wanted.view(np.uint16))
+    assert store.samples[i].time_message == pixels.samples[i].time_message
+  check.verify(world.parent / "out")
+
+
+def test_features_resume(world):
+  make(world, "whole", tower=summing_tower())
+  tower, left = summing_tower(), [3]
+
+  def failing(clips):
+    if not left[0]:
+      raise KeyboardInterrupt
+    left[0] -= 1
+    yield from tower.encode(clips)
+
+  with pytest.raises(KeyboardInterrupt):
+    make(world, tower=Tower(tower.features, tower.settings, failing))
+  assert len(list((world.parent / "out.incomplete" / "spool").glob("*.json"))) >= 4
+  with pytest.raises(StoreError, match="tower: sums there, others now"):
+    make(world, tower=Tower(Features("others", 2, 4), tower.settings, tower.encode))
+  make(world, tower=tower)
+  assert contents(world.parent / "out") == contents(world.parent / "whole")
+
+
+def test_features_of_a_checkpoint(world):
+  assets = pathlib.Path(predecode_lib.__file__).parents[1] / "assets" / "tiny"
+  settings = Settings(48, 16, 8, 8.0, 8)
+  make(world, "pixels", settings=settings)
+  tower = predecode_lib.load_tower(str(assets), settings, 4)
+  make(world, tower=tower, settings=settings)
+  store, pixels = open_store(world.parent / "out"), open_store(world.parent / "pixels")
+  assert len(store.features.identity) == 32 and store.features.tokens_per_frame == 16 and store.features.width == 64
+  assert store.visual(0).shape == (2, 128, 64) and store.visual(4).shape == (1, 16, 64)
+  direct = np.stack(list(tower.encode(iter(pixels.visual(0)))))
+  assert np.ptp(direct.astype(np.float32)) > 0.1
+  np.testing.assert_array_equal(store.visual(0).view(np.uint16), direct.view(np.uint16))
+  with pytest.raises(ValueError, match="takes 48 pixels, not 16; give --image_size 48"):
+    predecode_lib.load_tower(str(assets), SETTINGS, 4)
+
+
+# Interrupted runs.
+
+
+def test_other_work_is_not_continued(world):
+  make_video(world / "videos" / "v1.mp4", 7)
+  with pytest.raises(video.VideoError):
+    make(world)
+  before = contents(world.parent / "out.incomplete")
+  with pytest.raises(StoreError, match=r"frames: raw there, jpeg 90 now.*--restart"):
+    make(world, quality=90)
+  write(world / "part.jsonl", [{"video": "v0.mp4", "conversations": talk()}])
+  with pytest.raises(StoreError, match=r"annotations 1, part\.jsonl: [0-9a-f]{16} there, [0-9a-f]{16} now"):
+    make(world)
+  assert contents(world.parent / "out.incomplete") == before
+  make_video(world / "videos" / "v1.mp4", 8)
+  assert make(world, quality=90, restart=True)["quality"] == 90
+
+
+def test_a_folder_of_another_program_is_left_alone(world):
+  folder = world.parent / "out.incomplete"
+  folder.mkdir()
+  (folder / "thesis.txt").write_text("all of it")
+  with pytest.raises(StoreError, match="not of this command"):
+    make(world)
+  assert (folder / "thesis.txt").read_text() == "all of it"
+
+
+def test_one_run_at_a_time(world):
+  with predecode_lib._claimed(world.parent / "out"), pytest.raises(StoreError, match="another process is writing"):
+    make(world)
+  make(world)
+
+
+def test_done_work_is_not_done_again(world, monkeypatch):
+  info = make(world)
+  monkeypatch.setattr(shards, "run", lambda *a, **k: pytest.fail("ran"))
+  assert make(world) == info
+  with pytest.raises(StoreError, match="already exists, made from other data"):
+    make(world, subset=0.5)
+  assert sorted(p.name for p in world.parent.iterdir()) == ["data", "out"]
+  shutil.rmtree(world.parent / "out")
+  (world.parent / "out").mkdir()
+  (world.parent / "out" / "notes.txt").touch()
+  with pytest.raises(StoreError, match="already exists; remove it"):
+    make(world)
+
+
+KILLER = """
+import itertools, os, pathlib, sys
+import decoding
+from xcomp_jax.data import prompt  # before the forks: jax would come with threads
+root, kinds = pathlib.Path(sys.argv[1]), ("rename", "replace", "unlink", "rmdir", "mkdir")
+real = {kind: getattr(os, kind) for kind in kinds}
+
+def go(out, last):
+  pid = os.fork()
+  if not pid:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    count = itertools.count()
+    def wrap(kind):
+      def step(*a, **k):
+        if next(count) == last:
+          os._exit(7)  # as if killed: nothing is cleaned up
+        return real[kind](*a, **k)
+      return step
+    for kind in kinds:
+      setattr(os, kind, wrap(kind))
+    decoding.make(root, out, samples_per_shard=2)
+    os._exit(0)
+  return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+assert go("whole", None) == 0
+for n in itertools.count(0, int(sys.argv[2])):
+  code = go(f"out{n}", n)
+  assert code in (0, 7), code
+  assert go(f"out{n}", None) == 0, n
+  if code == 0:
+    break
+print(n)
+"""
+
+
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_a_change_of_the_file_system(world, stride):
+  mixture(world, {"json_path": "images.json"}, {"json_path": "part.jsonl"}, {"json_path": "gifs.json", "video_read_type": "gif"})
+  here = str(pathlib.Path(__file__).parent)
+  code = f"import sys; sys.path.insert(0, {here!r})\n{KILLER}"
+  done = decoding.run([sys.executable, "-c", code, str(world), str(stride)])
+  assert done.returncode == 0, done.stderr
+  steps = int(done.stdout.split()[-1])
+  assert steps > 20
+  whole = contents(world.parent / "whole")
+  for n in range(0, steps + 1, stride):
+    assert contents(world.parent / f"out{n}") == whole, n
+  assert not list(world.parent.glob("*.incomplete"))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_instants(world, kills):
+  """SIGKILL to the command; its processes die with it, and the result is that of a run in peace."""
+  make_video(world / "videos" / "long.mp4", 600)
+  write(world / "videos.json", [{"id": i, "video": "long.mp4", "start": i, "end": i + 30, "conversations": talk()} for i in range(24)])
+  make(world, "whole", workers=2, samples_per_shard=5)
+  rng = random.Random(kills)
+  begun = time.monotonic()
+  assert command(world, "--workers=2", "--samples_per_shard=5").returncode == 0
+  took = time.monotonic() - begun
+  assert contents(world.parent / "out") == contents(world.parent / "whole")
+  progress = set()
+  for kill in range(kills):
+    if (world.parent / "out").exists():
+      shutil.rmtree(world.parent / "out")
+    process = command(
+      world, "--workers=2", "--samples_per_shard=5", start=subprocess.Popen,
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )
+    time.sleep(rng.uniform(0.2, took))
+    process.kill()
+    process.wait()
+    try:
+      wait_for(lambda process=process: not group_lives(process.pid), 20)
+    finally:
+      if group_lives(process.pid):  # the group of its own session: what this test started, nothing else
+        os.killpg(process.pid, signal.SIGKILL)
+    folder = world.parent / "out.incomplete"
+    progress.add(len(list(folder.rglob("*.json"))) if folder.exists() else -1)
+    if kill % 2:  # every other time the next kill hits a run that continues
+      assert command(world, "--workers=2", "--samples_per_shard=5").returncode == 0
+      assert contents(world.parent / "out") == contents(world.parent / "whole")
+      assert not folder.exists()
+  done = command(world, "--workers=2", "--samples_per_shard=5")
+  assert done.returncode == 0, done.stderr
+  assert contents(world.parent / "out") == contents(world.parent / "whole")
+  assert len(progress) > 1, progress
+
+
+def test_interrupt(world):
+  make_video(world / "videos" / "long.mp4", 3000)
+  write(world / "videos.json", [{"video": "long.mp4", "conversations": talk()}] * 200)
+  process = command(
+    world, "--workers=1", start=subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    start_new_session=True,
+  )
+  spool = world.parent / "out.incomplete" / "spool"
+  wait_for(lambda: spool.exists() and list(spool.glob("*.json")))
+  os.killpg(process.pid, signal.SIGINT)  # to the processes as well, as a terminal does
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 130 and "the same command continues" in err and "Traceback" not in err
+  wait_for(lambda: not group_lives(process.pid), 20)
+
+
+# What can happen in a decoding process.
+
+
+def test_decoding_processes_do_not_load_jax():
+  code = "import sys, xcomp_jax.predecode, xcomp_jax.data.shards as s; s.store.record_features(s.store.Layout(8, 1, None, None)); print('jax' in sys.modules)"
+  assert decoding.run([sys.executable, "-c", code]).stdout == "False\n"
+
+
+@pytest.mark.parametrize(("deed", "message"), [("sleep", r"took more than 3 seconds"), ("abort", r"process died.*tried again alone")])
+def test_a_decoder_that_hangs_or_dies_costs_one_sample(world, deed, message):
+  jobs, _ = predecode_lib.mixtures.read_mixture(world / "mixture.yaml", world, 1.0)
+  fields = {f.name: getattr(jobs[1].sample, f.name) for f in predecode_lib.dataclasses.fields(jobs[1].sample)}
+  jobs[1] = predecode_lib.dataclasses.replace(jobs[1], sample=decoding.Trap(**fields, deed=deed))
+  layout = predecode_lib.store.Layout(16, 8, None, None)
+  work = shards.Work(world.parent / "work", SETTINGS, layout, dict(enumerate(jobs)), len(jobs), 4)
+  work.folder.mkdir()
+  assert shards.prepare(work, True) == 0
+  shards.run(work, work.shards, workers=2, timeout=3.0, skip_bad=True)
+  entries = shards.entries(work)
+  assert [i for i, entry in enumerate(entries) if "reason" in entry] == [1]
+  assert re.search(message, entries[1]["reason"]) and entries[1]["reason"].startswith(str(world / "videos"))
+  assert not list(work.folder.rglob("*.tmp")) and not list((work.folder / "spool").iterdir())
+
+
+def test_a_full_disk_is_no_fault_of_a_video(world, monkeypatch):
+  real, left = os.fsync, [9]
+
+  def fsync(handle):
+    left[0] -= 1
+    if left[0] < 0:
+      raise OSError(28, "No space left on device")
+    real(handle)
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  with pytest.raises(OSError, match="No space left"):
+    make(world, skip_bad=True)
+  monkeypatch.setattr(os, "fsync", real)
+  assert make(world)["samples"] == 7
+
+
+# The command.
 
 
 def test_command(world):
@@ -301,7 +421,7 @@ def test_command(world):
   assert done.returncode == 0, done.stderr
   assert done.stdout.endswith("out: 7 samples, 65 frames, 0 skipped\n") and "sample/s" in done.stderr
   assert len(open_store(world.parent / "out")) == 7
-  again = command(world, "--workers=0")
+  again = command(world, "--workers=0", "--fps=4")
   assert again.returncode == 1 and again.stderr.startswith("error: ") and "already exists" in again.stderr
 
 
@@ -313,39 +433,90 @@ def test_command_with_a_bad_annotation(world):
   assert list(world.parent.iterdir()) == [world]
 
 
-def test_a_killed_run_leaves_no_processes_and_the_next_one_finishes(world):
-  make_video(world / "videos" / "long.mp4", 3000)
-  write(world / "videos.json", [{"video": "long.mp4", "conversations": talk()}] * 200)
-  process = command(
-    world, "--workers=2", "--samples_per_shard=2", start=subprocess.Popen,
-    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-  )
-  incomplete = world.parent / "out.incomplete"
-  wait_for(lambda: incomplete.exists() and list(incomplete.glob("shard-*")))
-  assert process.poll() is None
-  process.kill()
-  process.wait()
-  try:
-    wait_for(lambda: not group_lives(process.pid), 20)
-  finally:
-    if group_lives(process.pid):  # the group of its own session: what this test started, nothing else
-      os.killpg(process.pid, signal.SIGKILL)
-  assert sorted(p.name for p in world.parent.iterdir()) == ["data", "out.incomplete"]
-  mixture(world, {"json_path": "gifs.json", "video_read_type": "gif"})
-  assert make(world)["samples"] == 1
-  assert sorted(p.name for p in world.parent.iterdir()) == ["data", "out"]
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--mixture=m.yaml"], "--out is missing"), (["--out=o"], "--mixture is missing"), ([], "--mixture is missing"),
+    (["--verify=a", "--inspect=b"], "exclude each other"), (["--verify=nowhere"], "no data at nowhere"),
+    (["--mixture=m.yaml", "--out=o", "--features"], "--features needs --checkpoint"), (["word"], "unexpected argument 'word'"),
+  ],
+)
+def test_flags_that_do_not_go_together(tmp_path, monkeypatch, flags, message):
+  values = predecode_lib.flags.FlagValues()
+  monkeypatch.setattr(predecode_lib.flags, "FLAGS", values)
+  for kind in ("string", "float", "integer", "enum", "bool"):
+    define = getattr(predecode_lib.flags, f"DEFINE_{kind}")
+    monkeypatch.setattr(predecode_lib.flags, f"DEFINE_{kind}", lambda *a, define=define, **k: define(*a, flag_values=values, **k))
+  predecode_lib._define_flags()
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
+    predecode_lib.main(values(["predecode", *flags]))
+  assert not list(tmp_path.iterdir())
 
 
-def wait_for(condition, seconds=60.0):
-  end = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < end, "waited in vain"
-    time.sleep(0.05)
+def test_without_beam_the_message_says_what_to_install(world, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  with pytest.raises(ValueError, match=r"pip install 'xcomp_jax\[beam\]'"):
+    make(world, beam=[])
 
 
-def group_lives(group: int) -> bool:
-  try:
-    os.killpg(group, 0)
-  except ProcessLookupError:
-    return False
-  return True
+# Looking at a store.
+
+
+def test_verify_finds_what_has_changed(world, capsys):
+  out = world.parent / "out"
+  write(world / "images.json", [{"image": "v7.png", "conversations": talk()}, {"id": "i", "image": "still ü.png", "conversations": talk()}])
+  make(world, samples_per_shard=3, skip_bad=True)
+  check.verify(out)
+  assert capsys.readouterr().out == f"{out}: 7 samples, 65 frames, 1 skipped; all as the manifest says\n"
+  lines = (out / "manifest.jsonl").read_text()
+  for old, new, message in [
+    (r'"crc32": \d+', '"crc32": 5', r"sample 0 .*v0\.mp4\): its clips are not those"),
+    (r'"frames": 16', '"frames": 8', "sample 0: frames is 16, written was 8"),
+    (r'"sample": 0', '"sample": 9', "sample 0 is not in"),
+    (r'"reason"', '"sample"', "counts of images.json are not those"),
+  ]:
+    (out / "manifest.jsonl").write_text(re.sub(old, new, lines, count=1))
+    with pytest.raises(StoreError, match=f"differs from its manifest:\n(.|\n)*{message}"):
+      check.verify(out)
+  (out / "manifest.jsonl").write_text(lines)
+  info = json.loads((out / "store.json").read_text())
+  (out / "store.json").write_text(json.dumps(info | {"checksum": 1}))
+  with pytest.raises(StoreError, match="ids, frame counts or texts"):
+    check.verify(out)
+  (out / "store.json").write_text(json.dumps(info))
+  clips = next((out / "clips").glob("*-00001-of-*"))
+  damaged = bytearray(clips.read_bytes())
+  middle = len(damaged) // 2
+  damaged[middle : middle + 64] = bytes(64)
+  clips.write_bytes(damaged)
+  with pytest.raises(StoreError, match=r"sample [345] .*can't be read|its clips are not|can't be read"):
+    check.verify(out)
+  (out / "manifest.jsonl").unlink()
+  with pytest.raises(StoreError, match=r"manifest\.jsonl is missing"):
+    check.verify(out)
+
+
+def test_inspect(world, capsys):
+  write(world / "images.json", [{"image": "v7.png", "conversations": talk()}, {"id": "i", "image": "still ü.png", "conversations": talk()}])
+  make(world, skip_bad=True)
+  sheet = world.parent / "sheet.png"
+  check.inspect(world.parent / "out", sheet, 1, "assistant", None)
+  text = capsys.readouterr().out
+  assert "raw frames of 16 x 16 in clips of 8" in text and "7 samples (6 videos, 1 image), 65 frames" in text
+  assert re.search(r"\n +1 +1  #+\n +8 to 15 +4  #+\n +16 to 31 +2  #+\n", text)
+  assert "images.json: annotations 2, drawn 2, selected 2, written 1, skipped 1" in text and "v7.png does not exist" in text
+  assert "<|im_start|>user\n<8 frames>\nThe video lasts for 1.50 seconds, and 8 frames" in text
+  assert "<|im_start|>assistant\n⟦That.<|im_end|>⟧" in text
+  image = cv2.imread(str(sheet))
+  assert image.shape == (7 * (check.THUMBNAIL + 18), 8 * check.THUMBNAIL, 3)
+  top = image[18 + 20, 20]  # inside the first frame of the first row
+  frame = check.video.resize(open_store(world.parent / "out").visual(0)[0, 1:2], check.THUMBNAIL - 2)[0]
+  np.testing.assert_array_equal(top[::-1], frame[20, 19])
+
+
+def test_the_bytes_tokenizer_shows_every_text(world):
+  tokenizer = check.bytes_tokenizer()
+  text = "Wie heißt 'das'? 🐕\n<|im_end|>"
+  assert tokenizer.decode(tokenizer.encode(text), keep_special=True) == text
+  assert tokenizer.decode(tokenizer.encode(text)) == text.removesuffix("<|im_end|>")

@@ -57,10 +57,12 @@ def items(config):
   with checkpoint.manager(config.workdir, config.train) as checkpoints:
     step = checkpoints.latest_step()
     out = checkpoints.restore(
-      step, args=ocp.args.Composite(params=ocp.args.StandardRestore(), opt=ocp.args.StandardRestore())
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(), opt=ocp.args.StandardRestore(), data=ocp.args.JsonRestore()
+      ),
     )
-    data = json.loads((checkpoints.directory / str(step) / "data" / "process_0-of-1.json").read_text())
-  return as_bytes(out.params, out.opt), data
+  return as_bytes(out.params, out.opt), out.data
 
 
 def as_bytes(params, opt):
@@ -114,7 +116,7 @@ def test_a_finished_run_has_nothing_left_to_do(straight, capsys):
   assert "no step was left to do" in said and "loss" not in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("item", ["params", "opt"])
+@pytest.mark.parametrize("item", ["params", "opt", "data"])
 def test_a_checkpoint_that_lacks_a_part_is_said(tiny_run, straight, tmp_path, item):
   shutil.copytree(straight[0].workdir, tmp_path / "w")
   shutil.rmtree(tmp_path / "w" / "checkpoints" / "4" / item)
@@ -215,9 +217,26 @@ def test_another_model_is_refused(tiny_run, straight, tmp_path):
     train.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))
 
 
-def test_another_split_of_the_batch_is_refused(tiny_run, straight):
-  with pytest.raises(ConfigError, match="mesh data x fsdp was 1, is 2"):
-    train.run(make(tiny_run, straight[0].workdir, mesh={"data": 1, "fsdp": 2, "tensor": 1}))
+def by_step(order):
+  """The samples of each step of three."""
+  samples = [i for rows in order for i in rows if i >= 0]
+  return [sorted(samples[n : n + 3]) for n in range(0, len(samples), 3)]
+
+
+def test_on_other_devices_a_run_goes_on_with_the_same_samples(tiny_run, straight, tmp_path, monkeypatch):
+  losses, orders = [], []
+  for devices, frames in ((1, 16), (2, 8)):
+    workdir = tmp_path / str(devices)
+    shutil.copytree(straight[0].workdir, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    with monkeypatch.context() as patch:
+      orders.append(record(patch))
+      mesh = {"data": 1, "fsdp": devices, "tensor": 1}
+      out = train.run(make(tiny_run, workdir, mesh=mesh, **{"data.frames_per_device": frames}))
+    assert out["step"] == 4
+    losses.append(out["loss"])
+  assert orders[0] != orders[1] and by_step(orders[0]) == by_step(orders[1]) == by_step(straight[2])[2:]
+  np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_other_data_is_refused(tiny_run, straight, tmp_path):
@@ -229,16 +248,44 @@ def test_other_data_is_refused(tiny_run, straight, tmp_path):
   for number, change in enumerate(({"id": "other"}, {"conversations": talk})):
     items[5] = dataclasses.replace(first.samples[5], **change), items[5][1]
     write_store(tmp_path / f"{number}", items, image_size=48, clip_frames=4)
-    with pytest.raises(ConfigError, match=r"checksum of the samples in config\.data\.train was \d+, is \d+\. Set"):
+    with pytest.raises(ConfigError, match=r"identity of the data in config\.data\.train was '[0-9a-f]{16}', is '[0-9a-f]{16}'\. Set"):
       train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / f"{number}")}))
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(tiny_run, straight, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "FORMAT", 0)
-  with pytest.raises(ConfigError, match=r"checkpoints holds step 4 in format 1, this version .* up to 0"):
+  with pytest.raises(ConfigError, match=r"checkpoints holds step 4 in format 2, this version .* up to 0"):
     train.run(straight[0])
-  with pytest.raises(ConfigError, match="format 1"):
+  with pytest.raises(ConfigError, match="format 2"):
     checkpoint.read_config(straight[0].workdir)
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused(straight, monkeypatch):
+  monkeypatch.setattr(checkpoint, "FORMAT", 3)
+  with pytest.raises(ConfigError, match=r"checkpoints holds step 4 in format 2, .* version .* that began the run"):
+    train.run(straight[0])
+
+
+def test_processes_that_would_run_something_else_are_refused(monkeypatch):
+  def others(array):  # what a second process with this config would add
+    values = texts if array.ndim else sizes
+    return np.stack([np.asarray(value) for value in values])
+
+  for changes, words in (
+    ({"data": "b"}, "identity of the data in config.data.train in process 0 is 'a', in process 1 'b'"),
+    ({"run": {"seed": 2, "workdir": "w"}}, "config.seed in process 0 is 1, in process 1 2"),
+    ({"run": {"seed": 1, "workdir": "other"}}, None),
+  ):
+    first = {"data": "a", "run": {"seed": 1, "workdir": "w"}}
+    encoded = [np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (first, first | changes)]
+    sizes = [len(text) for text in encoded]
+    texts = [np.pad(text, (0, max(sizes) - len(text))) for text in encoded]
+    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", others)
+    if words is None:
+      checkpoint.agree(first)
+    else:
+      with pytest.raises(ConfigError, match=words):
+        checkpoint.agree(first)
 
 
 def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys, monkeypatch):

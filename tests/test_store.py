@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 
+import cv2
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from xcomp_jax.data import store as store_lib
 from xcomp_jax.data.store import (
+  Features,
+  Layout,
   Sample,
   StoreError,
   finish,
@@ -23,6 +27,8 @@ from xcomp_jax.data.store import (
 )
 
 SIZE = 16
+RAW = Layout(SIZE, 4, None, None)
+TOWER = Features("tower", tokens_per_frame=2, width=6)
 TALK = ({"from": "human", "value": "<image>\nWas läuft?"}, {"from": "gpt", "value": "Ein Hund 🐕."})
 
 
@@ -76,9 +82,9 @@ def test_many_shards_keep_their_order_and_empty_ones_vanish(tmp_path):
     for s in range(12):  # more than ten: the order of names is not that of strings without zeros
       empty = s in (0, 7)
       part = [(sample(str(s * 10 + i)), None if empty else frames(s * 10 + i, 1, 4)) for i in range(3)]
-      shards.append(write_shard(folder / f"shard-{s}", part))
+      shards.append(write_shard(folder / f"shard-{s}", part, RAW))
       assert (folder / f"shard-{s}").exists() != empty
-    finish(folder, shards, {"image_size": SIZE, "clip_frames": 4})
+    finish(folder, shards, RAW, {})
   store = open_store(tmp_path / "s")
   assert len(list((tmp_path / "s" / "clips").glob("*.array_record-*-of-00010"))) == 10
   assert len(store) == 36
@@ -87,6 +93,67 @@ def test_many_shards_keep_their_order_and_empty_ones_vanish(tmp_path):
     if meta.frames:
       np.testing.assert_array_equal(store.visual(i), frames(meta.position, 1, 4))
   assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["clips", "samples", "store.json"]
+
+
+def smooth(clips: int, per_clip: int) -> np.ndarray:
+  x = np.arange(SIZE, dtype=np.uint8) * 8
+  channels = np.stack([x[:, None] + 0 * x, x + 0 * x[:, None], (x[:, None] + x) // 2], -1)
+  return np.stack([channels + np.uint8(i) for i in range(clips * per_clip)]).reshape(clips, per_clip, SIZE, SIZE, 3)
+
+
+def test_frames_as_jpeg(tmp_path, monkeypatch):
+  monkeypatch.setattr(store_lib, "RECORD_BYTES", 2 * 4 * SIZE * SIZE * 3)
+  items = [(sample("0"), smooth(5, 4)), (sample("1"), smooth(1, 1)), (sample("2"), None)]
+  write_store(tmp_path / "s", items, image_size=SIZE, clip_frames=4, quality=95)
+  store = open_store(tmp_path / "s")
+  assert store.features is None and store.clip_spec(4) == ((4, SIZE, SIZE, 3), np.uint8)
+  assert [s.records for s in store.samples] == [3, 1, 0]
+  for i, (_, visual) in enumerate(items[:2]):
+    got = store.visual(i)
+    assert got.dtype == np.uint8 and got.shape == visual.shape
+    # a swap of red and blue, or of rows and columns, is an error of up to 120
+    assert 0 < np.abs(got.astype(int) - visual).max() < 12
+  assert store.visual(2).shape == (0, 1, SIZE, SIZE, 3)
+  row = tfds.builder_from_directory(tmp_path / "s" / "clips").as_data_source(split="train")[0]
+  assert len(row["frames"]) == 8 and all(file.startswith(b"\xff\xd8") for file in row["frames"])
+  monkeypatch.setattr(cv2, "imdecode", lambda *a: None)
+  with pytest.raises(StoreError, match="frame 0 of sample 1 is damaged"):
+    store.visual(1)
+
+
+def test_features(tmp_path, monkeypatch):
+  monkeypatch.setattr(store_lib, "RECORD_BYTES", 2 * 8 * 6 * 2)
+  tokens = lambda seed, *shape: np.random.default_rng(seed).normal(size=shape).astype(ml_dtypes.bfloat16)
+  items = [(sample("0"), tokens(0, 5, 8, 6)), (sample("1"), tokens(1, 1, 2, 6)), (sample("2"), None)]
+  write_store(tmp_path / "s", items, image_size=SIZE, clip_frames=4, features=TOWER)
+  store = open_store(tmp_path / "s")
+  assert store.features == TOWER and store.clip_spec(4) == ((8, 6), ml_dtypes.bfloat16)
+  assert [(s.frames, s.clip_frames, s.records) for s in store.samples] == [(20, 4, 3), (1, 1, 1), (0, 1, 0)]
+  for i, (_, visual) in enumerate(items[:2]):
+    got = store.visual(i)
+    assert got.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(got.view(np.uint16), visual.view(np.uint16))
+  assert store.visual(2).shape == (0, 2, 6) and store.visual(2).dtype == ml_dtypes.bfloat16
+  rows = tfds.builder_from_directory(tmp_path / "s" / "features").as_data_source(split="train")
+  np.testing.assert_array_equal(rows[0]["tokens"], items[0][1][:2].reshape(-1, 6).view(np.uint16))
+  with pytest.raises(ValueError, match=r"expected bfloat16 \[clips, 8, 6\], got float32"):
+    write_store(tmp_path / "t", [(sample("0"), np.zeros((1, 8, 6), np.float32))], image_size=SIZE, clip_frames=4, features=TOWER)
+
+
+def test_identity_tells_stores_apart(tmp_path):
+  def made(name, *, talk=TALK, visual=None, message="", **kind):
+    item = (store_lib.dataclasses.replace(sample("0", message), conversations=talk), smooth(1, 4) if visual is None else visual)
+    write_store(tmp_path / name, [item], image_size=SIZE, clip_frames=4, **kind)
+    return open_store(tmp_path / name).identity()
+
+  features = np.zeros((1, 8, 6), ml_dtypes.bfloat16)
+  other = Features("another", 2, 6)
+  found = [
+    made("a"), made("b", talk=TALK[::-1]), made("c", message="m"), made("d", visual=smooth(2, 4)), made("e", quality=95),
+    made("f", quality=90), made("g", visual=features, features=TOWER), made("h", visual=features, features=other),
+  ]
+  assert len(set(found)) == len(found) and all(len(i) == 16 and int(i, 16) for i in found)
+  assert made("same") == found[0]
 
 
 def test_store_of_text_alone(tmp_path):

@@ -10,14 +10,25 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import metrics, optim, train, weights
-from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, TrainConfig, VLMConfig, from_dict
-from xcomp_jax.data import prompt
+from xcomp_jax import bench, metrics, optim, train, weights
+from xcomp_jax.config import (
+  ConfigError,
+  LLMConfig,
+  LPCompConfig,
+  MeshConfig,
+  RunConfig,
+  TrainConfig,
+  VisionConfig,
+  VLMConfig,
+  from_dict,
+)
+from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import make_mesh
@@ -106,6 +117,29 @@ def test_a_step_over_eight_devices_equals_one_device(tiny_run, examples, tmp_pat
   jax.tree.map(close, results[1], results[0])
 
 
+def test_every_process_reads_the_rows_of_its_devices():
+  class Two:  # of a batch of 8 rows: the devices of one process
+
+    def __init__(self, *rows):
+      self.rows = rows
+
+    def addressable_devices_indices_map(self, shape):
+      assert shape == (8,)
+      return {i: (slice(*rows),) for i, rows in enumerate(self.rows)}
+
+  mesh = make_mesh(MeshConfig(2, 4, 1))
+  assert train.row_share(mesh) == (0, 1)
+  for rows, share in ((((0, 4), (4, 8)), (0, 1)), (((4, 6), (6, 8)), (1, 2)), (((6, 8), (6, 8)), (3, 4)), (((None, None),), (0, 1))):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
+      assert train.row_share(mesh) == share
+  for rows in (((0, 2), (4, 6)), ((1, 3),), ((0, 3),)):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
+      with pytest.raises(ConfigError, match=r"the devices of process 0 hold rows .* of every 8"):
+        train.row_share(mesh)
+
+
 def test_quirk_q17_long_samples_give_the_projector_no_gradient(tiny_run, examples, tmp_path):
   batch = collate(examples[:2], Bucket(3, 4, 8, 16))  # 8 and 12 frames
   config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"train.projector_max_frames": 12})
@@ -171,9 +205,95 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
   assert list((tmp_path / "w" / "tensorboard").iterdir())
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run, tmp_path, monkeypatch, one_device):
-  from xcomp_jax.data import pipeline
+def losses(patch, config):
+  """Those of every step of a run."""
+  out, original = [], metrics.line
+  patch.setattr(metrics, "line", lambda done, steps, values: (out.append(values["loss"]), original(done, steps, values))[1])
+  train.run(config)
+  return np.array(out)
 
+
+def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path, monkeypatch, one_device):
+  want = losses(monkeypatch, tiny_run(tmp_path / "frames"))
+  got = losses(monkeypatch, tiny_run(tmp_path / "features", **{"data.train": features}))
+  assert len(want) == 4 and np.ptp(want) > 1
+  np.testing.assert_allclose(got, want, rtol=1e-2)  # bfloat16 has 8 bits, and every step grows the difference
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # compiles slowly
+def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, write_features, tmp_path, dtype):
+  one = {"data.frame_buckets": [0, 12], "data.frames_per_device": 144, "data.text_per_device": 2048}
+  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **one, **{"model.remat": False, "model.dtype": dtype})
+  write_features(config, tmp_path / "features")
+  tokenizer, out = prompt.load_tokenizer(config.init_from), []
+  for folder in (config.data.train, str(tmp_path / "features")):
+    it = Prepared(config, 1)
+    data = train.open_data(folder, it.cfg)
+    _, videos = pipeline.batches(data, tokenizer, config.data, batch_size=12, rows=1, seed=0, epochs=1)
+    losses = it.add(videos.batch)
+    assert float(it.sums.samples) == 9 and float(it.sums.frames) == 4 * 18
+    out.append(jax.device_get((losses, it.sums.grads)))
+  (want, wanted), (got, gradients) = out
+  norm = lambda tree: np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
+  loss, gradient = (2e-3, 4e-3) if dtype == "float32" else (2e-2, 1e-1)  # a tower in bfloat16 differs with the batch's shape
+  np.testing.assert_allclose(got, want, rtol=loss)
+  assert norm(jax.tree.map(np.subtract, gradients, wanted)) < gradient * norm(wanted)
+
+
+@pytest.mark.parametrize("devices, mesh", [(1, ONE), (8, MeshConfig(2, 2, 2))])
+def test_features_are_known_by_their_tower_wherever_it_lies(tiny_run, features, tmp_path, devices, mesh):
+  for dtype in ("float32", "bfloat16"):
+    it = Prepared(dataclasses.replace(tiny_run(tmp_path, **{"model.dtype": dtype}), mesh=mesh), devices)
+    model = nnx.merge(it.graph, it.state.trained, it.state.frozen)
+    train.check_tower(model, "m", [train.open_data(features, it.cfg)])
+    kernel = model.vision.blocks[0].fc1.kernel
+    kernel[...] = kernel[...].at[0, 0].add(1)
+    with pytest.raises(ConfigError, match=r"train holds features by another tower: its identity is [0-9a-f]+, .* in m [0-9a-f]+"):
+      train.check_tower(model, "m", [train.open_data(features, it.cfg)])
+
+
+def test_features_of_another_tower_are_refused_before_a_step(tiny_run, features, tmp_path, one_device):
+  config = tiny_run(tmp_path / "w", **{"data.train": features})
+  shutil.copytree(config.init_from, tmp_path / "base")
+  tensors = load_file(tmp_path / "base" / "model.safetensors")
+  name = next(name for name in tensors if "vision" in name and tensors[name].ndim > 1)
+  save_file(tensors | {name: tensors[name] * 1.5}, tmp_path / "base" / "model.safetensors")
+  with pytest.raises(ConfigError, match=r"holds features by another tower: .* Make the features again"):
+    train.run(dataclasses.replace(config, init_from=str(tmp_path / "base")))
+  assert not list((tmp_path / "w" / "checkpoints").iterdir()) and not (tmp_path / "w" / "config.json").exists()
+
+
+def test_features_that_cannot_be_used_are_refused_before_anything_is_written(tiny_run, features, tmp_path):
+  run = lambda **changes: train.run(tiny_run(tmp_path / "w", **{"data.train": features} | changes))
+  with pytest.raises(ConfigError, match=r"config\.train\.vision = True, but .*train holds features"):
+    run(**{"train.vision": True})
+  with pytest.raises(ConfigError, match=r"holds frames .* holds features"):
+    run(**{"data.train": [tiny_run(tmp_path).data.train, features]})
+  file = tmp_path / "narrow" / "store.json"
+  shutil.copytree(features, file.parent)
+  file.write_text(file.read_text().replace('"width": 32', '"width": 16'))
+  with pytest.raises(ConfigError, match="written with width 16, but the model takes 32"):
+    run(**{"data.train": str(file.parent)})
+  assert not (tmp_path / "w").exists()
+
+
+def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, one_device, capsys):
+  data = tiny_run(tmp_path).data.train
+  both = {"data.train": [data, data.removesuffix("train") + "heldout"], "data.weights": [0.5, 1.0]}
+  config = tiny_run(tmp_path / "w", **both, **{"train.steps": 1})
+  assert train.run(config)["step"] == 1
+  said = capsys.readouterr().out
+  assert "train: sampling not recorded; an epoch reads 6 of 12 samples" in said
+  assert "heldout: sampling not recorded; an epoch reads 5 of 5 samples" in said
+  for changes, words in (
+    ({"data.weights": [1.0, 1.0]}, r"config\.data\.weights was \[0\.5, 1\.0\], is \[1\.0, 1\.0\]"),
+    ({"data.train": both["data.train"][::-1], "data.weights": [0.5, 1.0]}, r"identity .* was '\w{16}, \w{16}', is '\w{16}, \w{16}'"),
+  ):
+    with pytest.raises(ConfigError, match=words):
+      train.run(tiny_run(tmp_path / "w", **both | changes, **{"train.steps": 1}))
+
+
+def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run, tmp_path, monkeypatch, one_device):
   config = tiny_run(tmp_path / "w", **{"train.save_every": 1})
   original = pipeline.collate
 
@@ -182,8 +302,9 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run,
     return dataclasses.replace(batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32))
 
   tokenizer = prompt.load_tokenizer(config.init_from)
+  cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
   entries = pipeline.batches(
-    train.open_store(config.data.train), tokenizer, config.data, batch_size=3, rows=1, seed=0, epochs=1
+    train.open_data(config.data.train, cfg), tokenizer, config.data, batch_size=3, rows=1, seed=0, epochs=1
   )
   done, third = 0, []
   for micro in entries:
@@ -258,6 +379,29 @@ def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
   assert trained == near(counted(jax.grad(loss), features))
 
 
+@pytest.mark.slow
+def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_run, tmp_path):
+  # Counted over the traced program, recomputation included: 1,024 frames and 512 text tokens.
+  config = tiny_run(tmp_path, **{"train.projector_max_frames": 512, "model.dtype": "bfloat16"})
+  cfg = VLMConfig(
+    vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
+    llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, 1e-6, True, None),
+    lp_comp=LPCompConfig("cosine", "suffix", 16),
+    clip_frames=8, tokens_per_frame=16, dtype="bfloat16", clips_per_chunk=4, attention="einsum", remat=True,
+  )
+  bucket, counted = Bucket(128, 8, 16, 512), {}
+  visuals = {"frames": ((8, 448, 448, 3), np.dtype(np.uint8)), "features": ((128, 1024), np.dtype(ml_dtypes.bfloat16))}
+  for name, visual in visuals.items():
+    step, arguments = train.abstract_step(config, cfg, batch_spec(bucket, 1, visual))
+    counted[name] = bench.flops(step, *arguments)
+  tower = counted["frames"] - counted["features"]
+  batch = fake_batch(batch_spec(bucket, 1, visuals["features"]), 100)
+  frames = dataclasses.replace(batch, visual=np.broadcast_to(np.uint8(0), (1, 128, *visuals["frames"][0])))
+  assert tower == pytest.approx(metrics.forward_flops(cfg, frames)["vision"], rel=0.02)
+  assert counted["features"] < counted["frames"] / 6
+  assert metrics.training_flops(cfg, config.train, frames) - metrics.training_flops(cfg, config.train, batch) == pytest.approx(tower, rel=0.02)
+
+
 def test_the_peak_is_that_of_the_whole_name():
   peak = lambda kind: (metrics.peak_flops(kind) or 0) / 1e12
   kinds = ("L4", "L40S", "L40", "A100-SXM4-80GB", "H100 PCIe", "H100 80GB HBM3")
@@ -316,6 +460,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
     ({"data.frame_buckets": [-8, 8]}, "config.data.frame_buckets = .* from 0 on, ascending"),
     ({"data.text_buckets": [0, 8]}, "config.data.text_buckets = .* from 1 on, ascending"),
     ({"data.text_buckets": [64, 8]}, "config.data.text_buckets = .* ascending"),
+    ({"data.threads": -1, "data.prefetch": -2}, "config.data.threads = -1: .*; config.data.prefetch = -2: must be 0 or more"),
     ({"data.text_buckets": []}, "config.data.text_buckets = .* one or more"),
     ({"optim.learning_rate": math.nan}, "config.optim.learning_rate = nan: must be a number above 0"),
     ({"optim.learning_rate": 0.0}, "config.optim.learning_rate = 0.0"),

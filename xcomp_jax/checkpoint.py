@@ -3,9 +3,10 @@
 Every step folder has four items:
   params   all parameters, trained and frozen, as nested dicts by path (xcomp_jax model tree)
   opt      optimizer state, nested by path
-  data     position of the data iterator, one file per process: a run resumes with as many processes
+  data     JSON of `pipeline.Reader.get_state`: how many steps of the data were read
   config   JSON of `describe`
-Arrays restore onto any mesh; the data position only where data x fsdp is the same. What does not change stays in
+All of it restores onto any mesh and any number of processes. Every later step then has the samples that it would have
+had; its sums are taken in another order, so equal bits need the same mesh. What does not change stays in
 `init_from`, which a resumed run and an export read again: config.json and the tokenizer, and for an export the
 parameters that were not trained, in the dtype in which they came.
 """
@@ -15,25 +16,35 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from xcomp_jax import weights
 from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, to_dict
-from xcomp_jax.data.store import Store
+from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.pipeline import Reader
 from xcomp_jax.sharding import path_name
 
-FORMAT = 1  # of a checkpoint; raised when an older reader would misread it
+FORMAT = 2  # of a checkpoint; raised when an older reader would misread it
 
+PLACES = (  # what may differ between the processes of a run
+  "run.workdir", "run.init_from", "run.compilation_cache", "run.data.train", "run.data.heldout", "run.data.threads",
+  "run.data.prefetch",
+)
 # What may differ when a run continues: places, pace and reports. All else would make it another run.
 FREE = (
-  "format", "run.workdir", "run.init_from", "run.compilation_cache", "run.mesh", "run.data.train", "run.data.heldout",
-  "run.data.threads", "run.data.prefetch", "run.model.clips_per_chunk", "run.model.attention", "run.model.remat",
+  *PLACES, "format", "heldout", "run.mesh", "run.data.frames_per_device", "run.data.text_per_device",
+  "run.model.clips_per_chunk", "run.model.attention", "run.model.remat",
   "run.train.log_every", "run.train.eval_every", "run.train.save_every", "run.train.keep_last", "run.train.keep_every",
   "vlm.clips_per_chunk", "vlm.attention", "vlm.remat", "vlm.lp_comp", "vlm.dtype",  # run has these too
 )
+NAMES = {
+  "samples": "samples in config.data.train", "data": "identity of the data in config.data.train",
+  "heldout": "identity of the data in config.data.heldout",
+}
 
 
 def nest(state: Any) -> dict:
@@ -93,7 +104,7 @@ def manager(workdir: str, train: TrainConfig) -> ocp.CheckpointManager:
 
 
 def save(
-  checkpoints: ocp.CheckpointManager, step: int, params: Sequence[Any], opt: Any, data: Any, config: Mapping
+  checkpoints: ocp.CheckpointManager, step: int, params: Sequence[Any], opt: Any, data: Reader, config: Mapping
 ) -> None:
   """Begins saving; returns as soon as the arrays are copied. Does nothing if `step` is already saved.
 
@@ -102,7 +113,7 @@ def save(
     step: optimizer steps done.
     params: `nnx.State`s that together are the model, such as trained and frozen.
     opt: optimizer state.
-    data: the Grain iterator, between two steps.
+    data: what training reads, between two steps.
     config: of `describe`.
   """
   if checkpoints.latest_step() == step:
@@ -112,7 +123,7 @@ def save(
     args=ocp.args.Composite(
       params=ocp.args.StandardSave(nest(_whole(params))),
       opt=ocp.args.StandardSave(nest(opt)),
-      data=grain.checkpoint.CheckpointSave(data),
+      data=ocp.args.JsonSave(data.get_state()),
       config=ocp.args.JsonSave(dict(config)),
     ),
     force=True,
@@ -120,58 +131,63 @@ def save(
 
 
 def restore(
-  checkpoints: ocp.CheckpointManager, step: int, params: Sequence[Any], opt: Any, data: Any, config: Mapping
+  checkpoints: ocp.CheckpointManager, step: int, params: Sequence[Any], opt: Any, data: Reader, config: Mapping
 ) -> tuple[tuple[Any, ...], Any]:
   """(params, opt) of a step, in the shardings and dtypes of the given ShapeDtypeStructs; moves `data` in place.
 
   Arguments as of `save`.
 
   Raises:
-    ConfigError: the run was started with a config or data that this one can't continue, with another number of
-      processes, or by a later version with another format.
+    ConfigError: the run was started with a config or data that this one can't continue, or by a version with
+      another format.
     CheckpointError: a part of the checkpoint is missing.
   """
-  saved = _config(checkpoints, step, "params", "opt")
-  old, new = _flat(saved), _flat(config)
-  changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)]
-  if changed:
-    names = {
-      "rows": "mesh data x fsdp", "samples": "samples in config.data.train",
-      "data": "checksum of the samples in config.data.train",
-    }
-    shown = lambda key: names.get(key, key.replace("run.", "config.", 1))
-    listed = "; ".join(f"{shown(key)} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+  saved = _config(checkpoints, step, "params", "opt", "data")
+  if (version := saved.get("format", 1)) < FORMAT:
     raise ConfigError(
-      f"{checkpoints.directory} holds step {step} of a run that this config can't continue: {listed}. Set "
-      "config.workdir to another folder to start afresh, or undo the change"
+      f"{checkpoints.directory} holds step {step} in format {version}, which says the position in the data otherwise. Go "
+      "on with the version of xcomp_jax that began the run, or set config.workdir to another folder and config.init_from "
+      "to an export of this one"
     )
-  position = checkpoints.directory / str(step) / "data" / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-  if not position.exists():
+  if changed := _changes(saved, config, FREE, "was", "is"):
     raise ConfigError(
-      f"{position} does not exist: the run was saved by another number of processes; resume with as many as before"
+      f"{checkpoints.directory} holds step {step} of a run that this config can't continue: {changed}. Set "
+      "config.workdir to another folder to start afresh, or undo the change"
     )
   out = checkpoints.restore(
     step,
     args=ocp.args.Composite(
       params=ocp.args.StandardRestore(nest(_whole(params))),
       opt=ocp.args.StandardRestore(nest(opt)),
-      data=grain.checkpoint.CheckpointRestore(data),
+      data=ocp.args.JsonRestore(),
     ),
   )
+  data.set_state(out.data)
   return tuple(unnest(out.params, part) for part in params), unnest(out.opt, opt)
 
 
-def describe(run: RunConfig, vlm: VLMConfig, store: Store, *, rows: int) -> dict:
-  """What a checkpoint says about its run; plain JSON.
-
-  store: the training data. rows: shards of the batch. Both decide the cut into micro-batches, and so the data
-    position.
-  """
+def describe(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | None) -> dict:
+  """What a checkpoint says about its run; plain JSON. data: what it trains on."""
   values = {
-    "format": FORMAT, "run": to_dict(run), "vlm": to_dict(vlm), "rows": rows, "samples": len(store),
-    "data": store.checksum(),
+    "format": FORMAT, "run": to_dict(run), "vlm": to_dict(vlm), "samples": len(data), "data": data.identity(),
+    "heldout": None if heldout is None else heldout.identity(),
   }
   return json.loads(json.dumps(values))
+
+
+def agree(config: Mapping) -> None:
+  """Makes sure that all processes run the same: else they would wait for each other for ever.
+
+  Raises:
+    ConfigError: in every process, if the `describe` of one differs from the first's in more than PLACES.
+  """
+  text = np.frombuffer(json.dumps(config).encode(), np.uint8)
+  sizes = np.atleast_1d(multihost_utils.process_allgather(np.array(len(text))))
+  texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text)))).reshape(len(sizes), -1)
+  first, *others = (json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True))
+  for number, other in enumerate(others, 1):
+    if changed := _changes(first, other, PLACES, "in process 0 is", f"in process {number}"):
+      raise ConfigError(f"the processes of this run differ: {changed}. Give all of them the same config and data")
 
 
 def read_config(workdir: str, step: int | None = None) -> tuple[dict[str, Any], int]:
@@ -239,8 +255,13 @@ def _whole(params: Sequence[Any]) -> dict:
   return {name: part[name] for part in params for name in part}
 
 
-def _free(key: str) -> bool:
-  return any(key == name or key.startswith(name + ".") for name in FREE)
+def _changes(old: Mapping, new: Mapping, free: Sequence[str], was: str, now: str) -> str:
+  """What differs between two of `describe`, in words with both values; keys and groups in `free` may."""
+  old, new = _flat(old), _flat(new)
+  may = lambda key: any(key == name or key.startswith(name + ".") for name in free)
+  changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not may(key)]
+  shown = lambda key: NAMES.get(key, key.replace("run.", "config.", 1))
+  return "; ".join(f"{shown(key)} {was} {old.get(key)!r}, {now} {new.get(key)!r}" for key in changed)
 
 
 def _flat(tree: Mapping, where: str = "") -> dict[str, Any]:

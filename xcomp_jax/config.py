@@ -118,7 +118,8 @@ class SelectConfig:
 class DataConfig:
   """What is read, and the finite set of shapes it is padded to."""
 
-  train: str  # folder written by predecode
+  train: str | tuple[str, ...]  # folder written by predecode, or several
+  weights: tuple[float, ...] | None  # how often an epoch reads a sample of each folder; None: once
   heldout: str | None  # likewise; None: no evaluation while training
   frame_buckets: tuple[int, ...]  # a sample is padded to the first that holds its frames; 1 is the image path, 0 text only
   text_buckets: tuple[int, ...]  # likewise for tokens after the visual slot
@@ -233,8 +234,8 @@ def _convert(hint, value, where: str):
       return None
     if origin is tuple and isinstance(value, (list, tuple)):
       item = typing.get_args(option)[0]
-      if all(isinstance(v, item) and not isinstance(v, bool) for v in value):
-        return tuple(value)
+      if all(isinstance(v, (int, float) if item is float else item) and not isinstance(v, bool) for v in value):
+        return tuple(map(item, value))
     if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
       return float(value)
     if option in (int, str, bool) and type(value) is option:

@@ -67,9 +67,9 @@ def answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.nda
   directory = weights.resolve(checkpoint)
   cfg = weights.read_config(directory, config.model, lp_comp)
   model, evaluate = weights.load(directory, cfg), nnx.jit(vlm.evaluate)
-  store = train.open_data(config.data.heldout, cfg)
-  right = np.zeros(len(store), bool)
-  for micro in pipeline.evaluation(store, prompt.load_tokenizer(directory), config.data, rows=1):
+  data = train.open_data(config.data.heldout, cfg)
+  right = np.zeros(len(data), bool)
+  for micro in pipeline.evaluation(data, prompt.load_tokenizer(directory), config.data, rows=1):
     real = micro.batch.weight > 0
     right[micro.batch.index[real]] = np.asarray(evaluate(model, micro.batch)[1])[real] > 0.5
   return right

@@ -14,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.video import resize
@@ -59,12 +60,16 @@ class EncodedVideo:
 
 
 def tower_identity(model: vlm.VLM) -> str:
-  """A hash of the tower's sizes, settings and weights (as bfloat16), whatever it computes in; the projector comes later."""
+  """A hash of the tower's sizes, settings and weights (as bfloat16), whatever it computes in; the projector comes later.
+
+  Where several processes share the parameters, all of them must call this; each holds one whole array at a time.
+  """
   cfg = model.cfg
   digest = hashlib.blake2b(repr((cfg.vision, cfg.clip_frames, cfg.tokens_per_frame)).encode(), digest_size=16)
   for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(nnx.state(model.vision)), key=lambda item: str(item[0])):
     digest.update(str(path).encode())
-    digest.update(np.ascontiguousarray(leaf).astype(ml_dtypes.bfloat16).view(np.uint8))
+    whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    digest.update(np.ascontiguousarray(whole).astype(ml_dtypes.bfloat16).view(np.uint8))
   return digest.hexdigest()
 
 

@@ -164,7 +164,7 @@ def line(step: int, steps: int, values: Mapping[str, float]) -> str:
   return (
     f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.3g}  "
     f"{values['samples_per_s']:.2f} samples/s  {values['frames_per_s']:.0f} frames/s  "
-    f"data wait {values['data_wait']:.0%}  MFU {'-' if np.isnan(mfu) else f'{mfu:.1%}'}"
+    f"data wait {values['data_wait']:.1%}  MFU {'-' if np.isnan(mfu) else f'{mfu:.1%}'}"
   )
 
 

@@ -1,155 +1,47 @@
-"""Decodes the videos and images of a mixture once, into a store that training reads (data/store.py).
+"""Decodes the videos and images of a mixture once, into a store that training reads (docs/DATA.md).
 
-    python -m xcomp_jax.predecode --mixture M.yaml --out DIR
+    python -m xcomp_jax.predecode --mixture M.yaml --out DIR                     frames, raw (or --frames jpeg)
+    python -m xcomp_jax.predecode --mixture M.yaml --out DIR --features --checkpoint DIR    what the frozen tower makes of them
+    python -m xcomp_jax.predecode --verify DIR
+    python -m xcomp_jax.predecode --inspect DIR
 
 A mixture is VideoChat-Flash's YAML: `datasets`, a list of json_path (json or jsonl), sampling_strategy, data_root and
-video_read_type. Relative paths start from --root. All annotations are checked before the first frame is decoded.
+video_read_type. Relative paths start from --root. All annotations are checked before the first frame is decoded. The same
+command continues a run that was stopped or killed, and its result is the same.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
-import difflib
-import functools
+import fcntl
+import hashlib
+import importlib.metadata
 import json
-import math
-import multiprocessing
 import os
 import pathlib
-import random
-import re
-import signal
+import shlex
+import shutil
 import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 
-from xcomp_jax.data import prompt, store, video
-from xcomp_jax.data.prompt import AnnotationError
+from xcomp_jax.data import mixture as mixtures
+from xcomp_jax.data import shards, store, video
+from xcomp_jax.data.shards import Settings, Work
 
-READERS = {"decord": "video", "gif": "gif", "img": "frames"}  # video_read_type, and what `video.load` calls it
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How frames are chosen and stored (FACTS.md 5 and 6)."""
-
-  image_size: int  # pixels, square
-  max_frames: int
-  min_frames: int
-  fps: float  # frames per second, at most
-  clip_frames: int  # frames of a clip
+SHOWN = 50  # of a list of problems
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-  """A checked annotation that waits for its pixels."""
+class Tower:
+  """What turns frames into features."""
 
-  sample: store.Sample
-  reader: video.ReadType
-  start: float | None  # seconds
-  end: float | None
-
-
-def select(items: Sequence[Mapping[str, Any]], strategy: str = "all", subset: float = 1.0) -> list[int]:
-  """Which annotations of a file are read, as indices in the order of reading (FACTS.md 14).
-
-  Args:
-    items: all annotations of the file.
-    strategy: "all", or first, first2, ..., end, a colon, and a count or a percentage: "first2:2.5%".
-    subset: share that is kept after that; 0.25 in the release.
-
-  Raises:
-    AnnotationError: a strategy that does not exist.
-  """
-  match = re.fullmatch(r"all|(first|end)(\d*):(\d+|\d+(?:\.\d+)?%)", strategy.strip())
-  if not match or (match[1] == "end" and match[2]) or match[2] == "0":
-    raise AnnotationError(
-      f"sampling_strategy {strategy!r} is unknown; write all, first:100, first:2.5%, first2:10% (the second tenth) or end:100"
-    )
-  chosen = list(range(len(items)))
-  random.Random(12345).shuffle(chosen)
-  if match[1]:
-    n = math.ceil(float(match[3][:-1]) * len(items) / 100) if match[3].endswith("%") else int(match[3])
-    k = int(match[2] or 1)
-    chosen = chosen[(k - 1) * n : k * n] if match[1] == "first" else chosen[max(len(chosen) - n, 0) :]
-  random.Random(42).shuffle(chosen)
-  return [i for i in chosen[: int(len(chosen) * subset)] if _has_one_visual(items[i])]
-
-
-def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float) -> tuple[list[Job], list[dict], list[dict]]:
-  """Reads a mixture and checks all its selected annotations.
-
-  Returns:
-    jobs in the order of reading; problems, each {"annotation", "position", "source", "reason"};
-    and per annotation file {"annotation", "annotations", "selected"}.
-
-  Raises:
-    AnnotationError: the mixture or an annotation file as a whole can't be read.
-  """
-  import yaml
-
-  path, root = pathlib.Path(path), pathlib.Path(root)
-  try:
-    mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-    raise AnnotationError(f"mixture {path} can't be read: {_line(error)}") from error
-  datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
-  if not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets:
-    raise AnnotationError(f"mixture {path}: expected a list under `datasets`, each with json_path and data_root")
-  known = ("json_path", "sampling_strategy", "data_root", "video_read_type")
-  jobs, problems, files = [], [], []
-  for n, entry in enumerate(datasets):
-    where = f"mixture {path}, dataset {n}"
-    for key in entry.keys() - set(known):
-      near = difflib.get_close_matches(str(key), known, 1)
-      raise AnnotationError(f"{where}: {key} is unknown; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
-    if not isinstance(entry.get("json_path"), str):
-      raise AnnotationError(f"{where}: json_path is missing")
-    reader = entry.get("video_read_type") or "decord"
-    if reader not in READERS:
-      raise AnnotationError(f"{where}: video_read_type {reader!r} is unknown; known: {', '.join(READERS)}")
-    items = read_annotations(root / entry["json_path"])
-    try:
-      chosen = select(items, str(entry.get("sampling_strategy", "all")), subset)
-    except AnnotationError as error:
-      raise AnnotationError(f"{where}: {error}") from error
-    files.append({"annotation": entry["json_path"], "annotations": len(items), "selected": len(chosen)})
-    for position in chosen:
-      job, faults = _job(items[position], position, entry["json_path"], root / (entry.get("data_root") or ""), READERS[reader])
-      source = job.sample.source
-      problems += [_problem(entry["json_path"], position, source, fault) for fault in faults]
-      jobs += [] if faults else [job]
-  return jobs, problems, files
-
-
-def read_annotations(path: str | os.PathLike) -> list[dict]:
-  """The annotations of a json (a list) or jsonl file.
-
-  Raises:
-    AnnotationError: no such file, not UTF-8, not JSON (with the line), or not a list of objects.
-  """
-  path = pathlib.Path(path)
-  try:
-    text = path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise AnnotationError(f"annotations {path} can't be read: {_line(error)}") from error
-  # In jsonl every line is a document; split at "\n" only, as text may hold other separators that splitlines() knows.
-  documents = [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()] if path.suffix == ".jsonl" else [(1, text)]
-  items = []
-  for n, document in documents:
-    try:
-      items.append(json.loads(document))
-    except json.JSONDecodeError as error:
-      raise AnnotationError(f"annotations {path}, line {n + error.lineno - 1}: not JSON: {error.msg}") from error
-  if path.suffix != ".jsonl":
-    items = items[0]
-  if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-    raise AnnotationError(f"annotations {path}: expected a list of objects")
-  return items
+  features: store.Features
+  settings: dict[str, Any]  # what else decides their last bits
+  encode: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]  # clips to bfloat16[N, D]
 
 
 def predecode(
@@ -162,173 +54,280 @@ def predecode(
   workers: int = 0,
   samples_per_shard: int = 64,
   skip_bad: bool = False,
+  quality: int | None = None,
+  tower: Tower | None = None,
+  timeout: float = 600.0,
+  restart: bool = False,
+  beam: Sequence[str] | None = None,
 ) -> dict[str, Any]:
   """Writes the store `out` and returns what its store.json says.
 
-  The result is the same for every number of workers. If anything fails, nothing is left behind.
+  The result is the same for every number of workers, and however often the work was interrupted. Until it is whole
+  everything is in `<out>.incomplete`, where the next call with the same arguments goes on; if `out` is already there and
+  was made by the same arguments nothing is done.
 
   Args:
     mixture: YAML file.
-    out: folder to be; must not exist.
+    out: folder to be.
     settings: frames and pixels.
     root: where relative paths of the mixture start.
     subset: share of each annotation file's selection (0.25 in the release).
-    workers: decoding processes; 0 decodes in this one.
-    samples_per_shard: annotations that one process takes at once, and one file of clips holds.
-    skip_bad: leave out annotations and videos that can't be used, and say so in store.json, instead of stopping.
+    workers: decoding processes; 0 decodes in this one, without time limit.
+    samples_per_shard: annotations in one file of clips.
+    skip_bad: leave out annotations and videos that can't be used, and say so in the manifest, instead of stopping.
+    quality: of JPEG, 1 to 100; None: raw frames.
+    tower: store what it makes of the frames.
+    timeout: seconds for decoding one annotation.
+    restart: begin anew if another work, or the same, has been left half done.
+    beam: options of an Apache Beam pipeline that decodes instead of processes here.
 
   Raises:
     AnnotationError: problems with the mixture or its annotations, all listed, before anything is decoded.
-    VideoError: a video can't be used; names the annotation.
+    VideoError: videos that can't be used, all listed, after everything else was decoded and kept for the next call.
     ValueError: frame limits that contradict each other.
-    StoreError: `out` exists or can't be written, or no sample is left.
+    StoreError: `out` is there and is something else, another run is at work or left other work, or no sample is left.
   """
-  video.frame_indices(0, 1.0, **_sampling(settings))  # refuses limits that contradict each other
-  with store.fresh_folder(out) as folder:  # first, so that a target that can't be written costs no time
-    jobs, skipped, files = read_mixture(mixture, root, subset)
-    if skipped and not skip_bad:
-      shown = [f"{p['annotation']}, annotation {p['position']}: {p['reason']}" for p in skipped]
-      more = [f"... and {len(shown) - 50} more"] if len(shown) > 50 else []
-      raise AnnotationError(f"{len(shown)} bad annotations (--skip_bad leaves them out):\n  " + "\n  ".join(shown[:50] + more))
-    parts = [jobs[i : i + samples_per_shard] for i in range(0, len(jobs), samples_per_shard)]
-    tasks = [(str(folder / f"shard-{n:06d}"), part) for n, part in enumerate(parts)]
-    results = _run(functools.partial(_shard, settings, skip_bad), tasks, workers, len(jobs))
-    shards = [shard for shard, _ in results]
-    skipped += [problem for _, problems in results for problem in problems]
-    info = dataclasses.asdict(settings) | {"subset": subset, "annotation_files": files, "skipped": skipped}
-    store.finish(folder, shards, info)
-    text = (folder / "store.json").read_text(encoding="utf-8")
-  return json.loads(text)
+  video.frame_indices(0, 1.0, **shards.sampling(settings))  # refuses limits that contradict each other
+  if tower and (quality is not None or beam is not None):
+    raise ValueError("features are neither stored as JPEG nor computed through Beam")
+  out = pathlib.Path(out)
+  made = _made(out)
+  with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
+    jobs, files = mixtures.read_mixture(mixture, root, subset)
+    layout = store.Layout(settings.image_size, settings.clip_frames, quality, tower.features if tower else None)
+    plan = _plan(mixture, root, subset, samples_per_shard, settings, layout, files, tower)
+    if made is not None:
+      if made["plan"] == _digest(plan):
+        shutil.rmtree(folder)
+        return made
+      raise store.StoreError(f"{out} already exists, made from other data or with other settings; remove it or choose another folder")
+    bad = [(job, fault) for job in jobs for fault in job.faults]
+    if bad and not skip_bad:
+      raise _annotation_error(f"{len(bad)} bad annotations (--skip_bad leaves them out)", [f"{j.where()}: {f}" for j, f in bad])
+    if not jobs:
+      raise store.StoreError(f"no samples to write: {mixture} selects no annotation with exactly one image or video")
+    _agree(folder, plan, restart)
+    work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), samples_per_shard)
+    _undo_finish(work)
+    done = shards.prepare(work, skip_bad)
+    if beam is not None:
+      _run_beam(work, beam, timeout, skip_bad)
+    else:
+      encode = (lambda job: _spool_features(work, job, tower)) if tower else None
+      with tqdm.tqdm(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
+        shards.run(
+          work, work.shards, workers=workers, timeout=timeout, skip_bad=skip_bad, encode=encode, report=lambda: bar.update()
+        )
+    entries = shards.entries(work)
+    lost = [f"{work.jobs[i].where()}: {entry['reason']}" for i, entry in enumerate(entries) if "reason" in entry]
+    if lost and not skip_bad:
+      kept = f"everything else is kept in {folder}: the same command tries these again, with --skip_bad it leaves them out"
+      raise video.VideoError(_listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost))
+    if len(lost) == len(jobs):
+      raise store.StoreError(_listed("no samples to write, all are bad", lost))
+    info = dataclasses.asdict(settings) | {"subset": subset, "plan": _digest(plan)}
+    return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
 
 
-def _has_one_visual(item: Mapping[str, Any]) -> bool:
-  visuals = [item[key] for key in ("image", "video") if key in item]
-  return len(visuals) == 1 and not isinstance(visuals[0], list)
+def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int) -> Tower:
+  """The tower of a checkpoint (directory, hub id, or export), whose merged tokens are taken before the projector.
+
+  Raises:
+    CheckpointError, ConfigError, OSError: what is wrong with it.
+    ValueError: it takes frames of another size.
+  """
+  import jax
+  import ml_dtypes
+
+  from xcomp_jax import encode, weights
+  from xcomp_jax.config import LPCompConfig, ModelConfig
+
+  directory = weights.resolve(checkpoint)
+  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  lp_comp = LPCompConfig(schedule="cosine", keep="suffix", group=16)  # of the LLM, which is not run
+  model = ModelConfig(settings.clip_frames, dtype, dtype, clips_per_chunk, "auto", remat=False)
+  cfg = weights.read_config(directory, model, lp_comp)
+  if cfg.vision.image_size != settings.image_size:
+    size = cfg.vision.image_size
+    raise ValueError(f"the tower of {checkpoint} takes {size} pixels, not {settings.image_size}; give --image_size {size}")
+  vlm = weights.load(directory, cfg, dtype=dtype)
+  features = store.Features(encode.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
+  how = {"computed_in": dtype, "clips_per_chunk": clips_per_chunk, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+  def run(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+      for one in encode.encode_clips(vlm, clips):
+        yield one.astype(ml_dtypes.bfloat16)
+
+  return Tower(features, how, run)
 
 
-def _job(item: Mapping[str, Any], position: int, annotation: str, folder: pathlib.Path, reader: str) -> tuple[Job, list[str]]:
-  """The job of an annotation that `select` has let through, and what is wrong with it."""
-  faults = []
-  key = "image" if "image" in item else "video"
-  reader = "img" if key == "image" else reader
-  name = item[key]
-  path = folder / name if isinstance(name, str) else folder
-  if not isinstance(name, str) or not name:
-    faults.append(f"{key} must be a path, not {name!r}")
-  elif not path.exists():
-    faults.append(f"{path} does not exist")
-  elif path.is_dir() != (reader == "frames"):
-    faults.append(f"{path} is {'a folder' if path.is_dir() else 'a file'}; video_read_type img means folders of frames, all others files")
-  talk = item.get("conversations")
+def _spool_features(work: Work, job: int, tower: Tower) -> None:
+  entry, clips = shards.spooled_frames(work, job)
+  shards.spool(tower.encode(clips), entry["clip_frames"], work.layout, str(work.spool(job, "")), entry["seconds"])
+
+
+def _made(out: pathlib.Path) -> dict[str, Any] | None:
+  """store.json of a store that this command has made at `out`; None if nothing is there."""
+  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    return None
   try:
-    prompt.check(talk, visual=True)
-  except AnnotationError as error:
-    faults.append(str(error))
-  times = [item.get("start"), item.get("end")]
-  if not all(t is None or (isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t)) for t in times):
-    faults.append(f"start {times[0]!r} and end {times[1]!r} must be seconds")
-    times = [None, None]
-  start, end = (t if t is None else float(t) for t in times)
-  if (start or 0) < 0 or (end is not None and end <= (start or 0)):
-    faults.append(f"start {times[0]} and end {times[1]}: expected 0 <= start < end")
-  turns = () if faults else tuple({"from": t["from"], "value": t["value"]} for t in talk)
-  sample = store.Sample(str(item.get("id", position)), str(path), annotation, position, turns, "")
-  return Job(sample, reader, start, end), faults
+    info = json.loads((out / "store.json").read_text(encoding="utf-8"))
+    if isinstance(info["plan"], str):
+      return info
+  except (OSError, ValueError, KeyError, TypeError):
+    pass
+  raise store.StoreError(f"{out} already exists; remove it or choose another folder")
 
 
-def _problem(annotation: str, position: int, source: str, reason: str) -> dict[str, Any]:
-  return {"annotation": annotation, "position": position, "source": source, "reason": reason}
+@contextlib.contextmanager
+def _claimed(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  """The folder `<out>.incomplete`, for this process alone; it goes again if nothing but the lock was put into it."""
+  folder = out.absolute().with_name(out.absolute().name + ".incomplete")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+  except OSError as error:
+    raise store.StoreError(f"{out} can't be written: {error.strerror or error}") from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      mine = os.fstat(lock.fileno()).st_ino == os.stat(folder / "lock").st_ino
+    except (BlockingIOError, FileNotFoundError):  # or it has just finished, and removed the folder
+      mine = False
+    except OSError as error:
+      raise store.StoreError(f"{out} can't be written: its file system can't lock {folder / 'lock'}: {error.strerror}") from error
+    if not mine:
+      raise store.StoreError(f"another process is writing {out}; wait for it, or choose another folder")
+    try:
+      yield folder
+    finally:
+      if folder.exists() and [p.name for p in folder.iterdir()] == ["lock"]:
+        shutil.rmtree(folder)
 
 
-def _line(error: BaseException) -> str:
-  return " ".join(str(error).split())
+def _plan(mixture, root, subset: float, per_shard: int, settings: Settings, layout: store.Layout, files, tower) -> dict[str, Any]:
+  """What two runs must have in common for the second to continue the first; names are for people."""
+  plan = {"format": store.FORMAT, "mixture": hashlib.blake2b(pathlib.Path(mixture).read_bytes(), digest_size=8).hexdigest()}
+  plan |= {"root": str(root), "subset": float(subset), "samples_per_shard": per_shard} | dataclasses.asdict(settings)
+  plan |= {"fps": float(settings.fps), "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}"}
+  if tower:
+    plan |= {"frames": "features", "tower": tower.features.identity} | tower.settings
+  plan |= {name: importlib.metadata.version(name) for name in ("opencv-python-headless", "pillow")}  # they make the pixels
+  return plan | {f"annotations {n}, {file.annotation}": file.digest for n, file in enumerate(files)}
 
 
-def _sampling(settings: Settings) -> dict[str, Any]:
-  return {
-    "max_frames": settings.max_frames, "min_frames": settings.min_frames, "target_fps": settings.fps,
-    "clip_frames": settings.clip_frames, "style": "train",
-  }
+def _digest(plan: dict[str, Any]) -> str:
+  return hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _decode(job: Job, settings: Settings) -> tuple[store.Sample, np.ndarray]:
-  size, clip_frames = settings.image_size, 1 if job.reader == "img" else settings.clip_frames
-  loaded = video.load(
-    job.sample.source, size=size, max_frames=settings.max_frames, min_frames=settings.min_frames, fps=settings.fps,
-    clip_frames=settings.clip_frames, style="train", start=job.start, end=job.end, read_type=job.reader,
-  )
-  message = "" if job.reader == "img" else prompt.time_message(loaded.seconds, len(loaded.frames))
-  return dataclasses.replace(job.sample, time_message=message), loaded.frames.reshape(-1, clip_frames, size, size, 3)
+def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
+  """Writes the plan, or sees that it is the one of the work in `folder`."""
+  advice = f"remove {folder}, or add --restart to begin anew"
+  if restart:
+    for path in folder.iterdir():
+      if path.is_dir():
+        shutil.rmtree(path)
+      elif path.name != "lock":
+        path.unlink()
+  file = folder / "plan.json"
+  if not file.exists():
+    if any(path.name != "lock" and not path.name.endswith(".tmp") for path in folder.iterdir()):
+      raise store.StoreError(f"{folder} is not of this command, or of another version of it; {advice}")
+    shards.write_json(file, plan)
+    return
+  there = json.loads(file.read_text())
+  if there != plan:
+    keys = [key for key in dict.fromkeys([*there, *plan]) if there.get(key) != plan.get(key)]
+    shown = [f"{key}: {there.get(key, 'nothing')} there, {plan.get(key, 'nothing')} now" for key in keys[:5]]
+    raise store.StoreError(f"{folder} has unfinished work of another kind ({'; '.join(shown)}); {advice}")
 
 
-def _shard(
-  settings: Settings, skip_bad: bool, path: str, jobs: Sequence[Job], tick: Callable[[], None] | None = None
-) -> tuple[store.Shard, list[dict]]:
-  """Decodes jobs into one file of clips; returns what was written, and the problems that were skipped."""
-  tick, problems = tick or _tick, []
+def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Sequence[mixtures.File], info: dict) -> dict[str, Any]:
+  """Makes the store from whole shards, and gives it its name; may be killed and done again at any point."""
+  from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
 
-  def items():
-    for job in jobs:
-      sample = job.sample
-      try:
-        item = _decode(job, settings)
-      except (video.VideoError, OSError) as error:
-        if not skip_bad:
-          text = f"{sample.annotation}, annotation {sample.position}: {_line(error)} (--skip_bad leaves such out)"
-          raise video.VideoError(text) from error
-        problems.append(_problem(sample.annotation, sample.position, sample.source, _line(error)))
-      else:
-        yield item
-      tick()
+  folder = work.folder / "store"
+  folder.mkdir(exist_ok=True)
+  parts, lines, written = [], [], 0
+  for n in work.shards:
+    about, samples, first = json.loads(work.shard(n, ".json").read_text()), [], 0
+    for i in work.members(n):
+      job, entry = work.jobs[i], entries[i]
+      line = {"annotation": job.sample.annotation, "position": job.sample.position, "source": job.sample.source}
+      if "reason" in entry:
+        lines.append(line | {"reason": entry["reason"]})
+        continue
+      lines.append(line | {"sample": written, "frames": entry["frames"], "crc32": entry["crc32"]})
+      message = "" if entry["seconds"] is None else prompt.time_message(entry["seconds"], entry["frames"])
+      records = len(entry["lengths"])
+      samples.append(dataclasses.replace(
+        job.sample, time_message=message, frames=entry["frames"], clip_frames=entry["clip_frames"], first_record=first,
+        records=records,
+      ))  # fmt: skip
+      first, written = first + records, written + 1
+    parts.append(store.Shard(str(work.shard(n, ".array_record")), tuple(samples), about["records"], about["bytes"]))
+  text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+  (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
+  counts, position = [], 0
+  for file in files:
+    mine = entries[position : position + file.selected]
+    position += file.selected
+    skipped = sum("reason" in entry for entry in mine)
+    counts.append(dataclasses.asdict(file) | {"written": len(mine) - skipped, "skipped": skipped})
+  info = info | {"annotation_files": counts, "skipped": sum(c["skipped"] for c in counts)}
+  info = store.finish(folder, parts, work.layout, info)
+  if out.exists():
+    out.rmdir()  # an empty folder
+  os.rename(folder, out)
+  shutil.rmtree(work.folder)
+  return info
 
-  return store.write_shard(path, items()), problems
+
+def _undo_finish(work: Work) -> None:
+  """Puts back what a killed `_finish` had moved: a shard that is there may have to be made again."""
+  folder = work.folder / "store"
+  if not folder.exists():
+    return
+  whole = [n for n in work.shards if work.shard(n, ".json").exists() and json.loads(work.shard(n, ".json").read_text())["records"]]
+  for n, file in zip(whole, store.shard_files(folder, work.layout, len(whole)), strict=True):
+    if file.exists():
+      os.rename(file, work.shard(n, ".array_record"))
+  shutil.rmtree(folder)
 
 
-_worker: list = []  # in a decoding process: the counter of finished samples, and the sign to stop
+def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool) -> None:
+  """The same shards, decoded by the workers of a Beam pipeline; `work.folder` and all paths must be theirs too."""
+  try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+  except ImportError as error:
+    raise ValueError("--beam needs Apache Beam: pip install 'xcomp_jax[beam]'") from error
+
+  parts = [n for n in work.shards if not work.shard(n, ".json").exists()]
+  print(f"{len(parts)} of {len(work.shards)} shards to decode through Beam", file=sys.stderr)
+  part = lambda n: dataclasses.replace(work, jobs={i: work.jobs[i] for i in work.members(n)})
+  with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+    tasks = pipeline | beam.Create([(part(n), n, timeout, skip_bad) for n in parts])
+    _ = tasks | beam.Reshuffle() | beam.Map(shards.run_one)
 
 
-def _start(done, stop) -> None:
-  _worker[:] = done, stop
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
-  parent = multiprocessing.parent_process()
-  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphans of a killed run
+def _annotation_error(text: str, lines: Sequence[str]) -> ValueError:
+  from xcomp_jax.data import prompt  # see `_finish`
+
+  return prompt.AnnotationError(_listed(text, lines))
 
 
-def _tick() -> None:
-  done, stop = _worker
-  with done.get_lock():
-    done.value += 1
-  if stop.is_set():
-    raise InterruptedError("another process has failed")
-
-
-def _run(work: Callable, tasks: Sequence[tuple], workers: int, total: int) -> list:
-  """work(*task) of every task, in order, with a progress bar over all samples."""
-  with tqdm.tqdm(total=total, unit="sample", desc="predecode") as bar:
-    if not workers:
-      return [work(*task, bar.update) for task in tasks]
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
-    done, stop = spawn.Value("q", 0), spawn.Event()
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start, (done, stop)) as pool:
-      futures = [pool.submit(work, *task) for task in tasks]
-      waiting = set(futures)
-      try:
-        while waiting:
-          finished, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_EXCEPTION)
-          bar.update(done.value - bar.n)
-          for future in finished:
-            future.result()
-      except concurrent.futures.process.BrokenProcessPool as error:
-        raise store.StoreError("a decoding process died, perhaps for want of memory; use fewer --workers") from error
-      finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-    return [future.result() for future in futures]
+def _listed(text: str, lines: Sequence[str]) -> str:
+  more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+  return f"{text}:\n  " + "\n  ".join([*lines[:SHOWN], *more])
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string("mixture", None, "YAML with the datasets to read", required=True)
-  flags.DEFINE_string("out", None, "folder to write; must not exist", required=True)
+  flags.DEFINE_string("mixture", None, "YAML with the datasets to read")
+  flags.DEFINE_string("out", None, "folder to write; the same command continues one that is incomplete")
+  flags.DEFINE_string("verify", None, "instead: read everything in this folder again, and compare it with its manifest")
+  flags.DEFINE_string("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
   flags.DEFINE_string("root", ".", "where relative paths of the mixture start")
   flags.DEFINE_float("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
   flags.DEFINE_integer("image_size", 448, "pixels, square: of the checkpoint's tower", 1)
@@ -336,25 +335,62 @@ def _define_flags() -> None:
   flags.DEFINE_integer("min_frames", 128, "frames of a video, if it has as many", 1)
   flags.DEFINE_float("fps", 8.0, "frames per second, at most", 0.001)
   flags.DEFINE_integer("clip_frames", 8, "frames that the tower sees together", 1)
-  flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one", 0)
-  flags.DEFINE_integer("samples_per_shard", 64, "samples that a process takes at once", 1)
-  flags.DEFINE_bool("skip_bad", False, "leave out what can't be used, and list it in store.json")
+  flags.DEFINE_enum("frames", "raw", ["raw", "jpeg"], "how frames are stored")
+  flags.DEFINE_integer("quality", 95, "of JPEG", 1, 100)
+  flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
+  flags.DEFINE_string("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
+  flags.DEFINE_integer("clips_per_chunk", 4, "with --features: clips in the tower at once; bounds memory", 1)
+  flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
+  flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)
+  flags.DEFINE_integer("samples_per_shard", 64, "annotations in one file of clips", 1)
+  flags.DEFINE_bool("skip_bad", False, "leave out what can't be used, and list it in manifest.jsonl")
+  flags.DEFINE_bool("restart", False, "throw away what a run that was stopped has done")
+  flags.DEFINE_string("beam", None, 'options of a Beam pipeline that decodes: "--runner=DirectRunner --direct_num_workers=2"')
+  flags.DEFINE_string("sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png")
+  flags.DEFINE_integer("prompts", 3, "with --inspect: prompts to show", 0)
+  flags.DEFINE_enum("mask", "official", ["official", "assistant"], "with --inspect: which tokens are supervised")
+
+
+def _make(f) -> None:
+  missing = [name for name in ("mixture", "out") if getattr(f, name) is None]
+  if missing:
+    raise ValueError(f"--{missing[0]} is missing; give --mixture M.yaml --out DIR, or --verify DIR, or --inspect DIR")
+  if f.features and (f.checkpoint is None or f.frames != "raw" or f.beam is not None):
+    raise ValueError("--features needs --checkpoint DIR, and goes neither with --frames jpeg nor with --beam")
+  settings = Settings(f.image_size, f.max_frames, f.min_frames, f.fps, f.clip_frames)
+  tower = load_tower(f.checkpoint, settings, f.clips_per_chunk) if f.features else None
+  info = predecode(
+    f.mixture, f.out, settings, root=f.root, subset=f.subset, workers=f.workers, samples_per_shard=f.samples_per_shard,
+    skip_bad=f.skip_bad, quality=f.quality if f.frames == "jpeg" else None, tower=tower, timeout=f.timeout,
+    restart=f.restart, beam=None if f.beam is None else shlex.split(f.beam),
+  )  # fmt: skip
+  print(f"{f.out}: {info['samples']} samples, {info['frames']} frames, {info['skipped']} skipped")
 
 
 def main(argv: Sequence[str]) -> None:
-  """The command; an error is one line on stderr, exit code 1, and nothing written."""
+  """The command; an error is one line on stderr (and a list of what is bad), exit code 1."""
   f = flags.FLAGS
-  if argv[1:]:
-    sys.exit(f"error: unexpected argument {argv[1]!r}; everything is given by flags, see --help")
-  settings = Settings(f.image_size, f.max_frames, f.min_frames, f.fps, f.clip_frames)
+  logging.set_verbosity(logging.WARNING)  # TFDS tells which files it opens
   try:
-    info = predecode(
-      f.mixture, f.out, settings, root=f.root, subset=f.subset, workers=f.workers,
-      samples_per_shard=f.samples_per_shard, skip_bad=f.skip_bad,
-    )
+    if argv[1:]:
+      raise ValueError(f"unexpected argument {argv[1]!r}; everything is given by flags, see --help")
+    modes = [name for name in ("out", "verify", "inspect") if getattr(f, name) is not None]
+    if len(modes) > 1:
+      raise ValueError(f"--{modes[0]} and --{modes[1]} exclude each other")
+    if f.verify is None and f.inspect is None:
+      _make(f)
+      return
+    from xcomp_jax.data import check  # brings jax
+
+    if f.verify is not None:
+      check.verify(f.verify)
+    else:
+      check.inspect(f.inspect, f.sheet or f"{f.inspect.rstrip('/')}.png", f.prompts, f.mask, f.checkpoint)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
-  print(f"{f.out}: {info['samples']} samples, {info['frames']} frames, {len(info['skipped'])} skipped")
+  except KeyboardInterrupt:
+    print("\ninterrupted" + ("" if f.out is None else "; the same command continues"), file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

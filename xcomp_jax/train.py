@@ -3,7 +3,12 @@
   python -m xcomp_jax.train --config=configs/sct.py --config.workdir=runs/sct --config.data.train=DIR
 
 A step adds up the gradients of its micro-batches (`grad_step`, one compilation per bucket) and applies them once
-(`apply_step`). The same command continues a run from its latest checkpoint; SIGINT or SIGTERM saves and leaves.
+(`apply_step`). The same command continues a run from its latest checkpoint, on as many or other devices and hosts;
+SIGINT or SIGTERM saves and leaves.
+
+Several folders, a quarter of the second in each epoch (any of them of frames, or all of features of this tower):
+
+  --config.data.train="('data/a','data/b')" --config.data.weights="(1.0,0.25)"
 """
 
 import contextlib
@@ -15,10 +20,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +33,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from xcomp_jax import checkpoint, metrics, optim, weights
+from xcomp_jax import checkpoint, encode, metrics, optim, weights
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict, keys, to_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch
-from xcomp_jax.data.store import Store, open_store
+from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.store import open_store
 from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.sharding import (
   batch_devices,
@@ -176,6 +181,20 @@ def eval_step(graph: nnx.GraphDef, state: TrainState, batch: Batch) -> dict[str,
   return {"loss": total(losses), "correct": total(correct), "samples": batch.weight.sum()}
 
 
+def abstract_step(config: RunConfig, cfg: VLMConfig, batch: Batch) -> tuple[Callable, tuple]:
+  """A function and the ShapeDtypeStructs to trace it with: `grad_step` on a `batch_spec`. Nothing is allocated or run."""
+  graph, trained, frozen = nnx.split(weights.abstract(cfg), optim.trained(config.train), ...)
+  cast = lambda tree, dtype: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)), tree)
+  state = TrainState(cast(trained, config.model.param_dtype), cast(frozen, config.model.dtype), None)
+  scalar = jax.ShapeDtypeStruct((), np.float32)
+  sums = Sums(cast(trained, np.float32), scalar, scalar, scalar)
+
+  def step(state, sums, batch):
+    return grad_step(graph, state, sums, batch, config.train.projector_max_frames)
+
+  return step, (state, sums, batch)
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
   """The three functions above, compiled for a mesh: grad and apply reuse the memory of what they replace."""
@@ -198,6 +217,25 @@ def compiled_steps(state: TrainState, sums: Sums, mesh: Mesh) -> Steps:
     ),
     evaluate=jax.jit(eval_step, static_argnames="graph", out_shardings=one),
   )
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+  """(i, n): this process reads the i-th of n equal parts of every micro-batch's rows.
+
+  Processes whose devices hold the same rows (a `tensor` axis over several) all read those.
+
+  Raises:
+    ConfigError: the rows of this process's devices are no such part.
+  """
+  rows = batch_devices(mesh)
+  places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+  mine = sorted({row for (place,) in places for row in range(rows)[place]})
+  if mine != list(range(mine[0], mine[0] + len(mine))) or rows % len(mine) or mine[0] % len(mine):
+    raise ConfigError(
+      f"mesh {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows {mine} of every {rows}, which is not "
+      "one of several equal parts; choose config.mesh so that data x fsdp is a multiple of the processes"
+    )
+  return mine[0] // len(mine), rows // len(mine)
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
@@ -225,26 +263,35 @@ def run(config: RunConfig) -> dict[str, float | int]:
   cfg = weights.read_config(directory, config.model, config.lp_comp)
   schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
   tokenizer = weights.read_tokenizer(directory, cfg)
-  store = open_data(config.data.train, cfg)
-  steps = config.train.epochs * pipeline.steps_per_epoch(len(store), config.train.batch_size)
+  blend = open_data(config.data.train, cfg, config.data.weights)
+  held = None if config.data.heldout is None else open_data(config.data.heldout, cfg)
+  opened = [blend] if held is None else [blend, held]
+  for data in opened:
+    if data.features is not None and config.train.vision:
+      raise ConfigError(
+        f"config.train.vision = True, but {data.stores[0].path} holds features, which a tower that learns would not "
+        "make again; set it to False, or train on frames"
+      )
+  description = checkpoint.describe(config, cfg, blend, held)
+  checkpoint.agree(description)
+  steps = config.train.epochs * pipeline.steps_per_epoch(blend.per_epoch, config.train.batch_size)
   steps = min(steps, config.train.steps or steps)
-  here = {"rows": batch_devices(mesh), "process_index": jax.process_index(), "process_count": jax.process_count()}
+  share, shares = row_share(mesh)
+  here = {"rows": batch_devices(mesh), "process_index": share, "process_count": shares}
   data = pipeline.batches(
-    store, tokenizer, config.data,
+    blend, tokenizer, config.data,
     batch_size=config.train.batch_size, seed=config.seed, epochs=config.train.epochs, **here,
   )
-  heldout = None
-  if config.data.heldout is not None:
-    heldout = pipeline.evaluation(open_data(config.data.heldout, cfg), tokenizer, config.data, **here)
+  heldout = None if held is None else pipeline.evaluation(held, tokenizer, config.data, **here)
   if not checkpoint.begun(config.workdir):
     weights.stored(directory, cfg)  # what is missing or broken is said before anything is written
   checkpoint.claim(config.workdir)
 
   tx = optim.optimizer(config.optim, steps)
-  description = checkpoint.describe(config, cfg, store, rows=here["rows"])
   precision = "highest" if config.model.dtype == "float32" else None
   first = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.closing(data))
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(jax.default_matmul_precision(precision))
     checkpoints = stack.enter_context(contextlib.closing(checkpoint.manager(config.workdir, config.train)))
@@ -257,6 +304,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
         checkpoints, start, (wanted.trained, wanted.frozen), wanted.opt, data, description
       )
       state = TrainState(trained, frozen, opt)
+    check_tower(nnx.merge(graph, state.trained, state.frozen), config.init_from, opened)
     sums = zero_sums(state.trained, mesh)
     step_functions = compiled_steps(state, sums, mesh)
     if first:
@@ -264,8 +312,8 @@ def run(config: RunConfig) -> dict[str, float | int]:
       for name, part in (("trained", state.trained), ("frozen", state.frozen)):
         print(f"{name} parameters\n{parameter_table(part, param_shardings(part, mesh))}")
       print(f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {' '.join(map(str, schedule))}")
-      print(f"{config.data.train}: {store.made_with()}")
-      print(f"{len(store)} samples; steps {start + 1} to {steps}, {config.train.batch_size} samples each", flush=True)
+      print("\n".join(blend.made_with()))
+      print(f"steps {start + 1} to {steps}, {config.train.batch_size} samples each", flush=True)
       (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     writer = stack.enter_context(
       contextlib.closing(metrics.Writer(epath.Path(config.workdir) / "tensorboard", purge_step=start))
@@ -296,18 +344,19 @@ def run(config: RunConfig) -> dict[str, float | int]:
         micro = clock.wait(data)
         if len(seen) > 1:  # one may compute while the next is copied; more would pile up in the device's memory
           jax.block_until_ready(seen[-2][1])
+        batch = place(micro.batch, mesh)
         sums, sample_losses = step_functions.grad(
-          graph, state, sums, place(micro.batch, mesh), projector_max_frames=config.train.projector_max_frames
+          graph, state, sums, batch, projector_max_frames=config.train.projector_max_frames
         )
         report_compilations(compilations, "grad_step", micro.batch, say)
-        seen.append((micro.batch.index, sample_losses))
-        clock.flops += metrics.training_flops(cfg, config.train, micro.batch)
+        seen.append((batch.index, sample_losses))
+        clock.flops += metrics.training_flops(cfg, config.train, micro.batch) * shares / jax.process_count()
         last = micro.last
       state, sums, out = step_functions.apply(tx, state, sums)
       report_compilations(compilations, "apply_step", None, say)
       out = {key: value.item() for key, value in jax.device_get(out).items()}
       if not out["finite"]:
-        raise not_finite(config, done, out, seen, store)
+        raise not_finite(config, done, out, seen, blend)
       done += 1
       losses.append(out["loss"])
       clock.samples += out["samples"]
@@ -349,7 +398,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
   return result
 
 
-def save(checkpoints, step: int, state: TrainState, data: grain.DatasetIterator, description: dict) -> None:
+def save(checkpoints, step: int, state: TrainState, data: pipeline.Reader, description: dict) -> None:
   """Saves the state after `step` steps; see `checkpoint.save`."""
   checkpoint.save(checkpoints, step, (state.trained, state.frozen), state.opt, data, description)
 
@@ -375,6 +424,8 @@ def check(config: RunConfig) -> None:
     ("lp_comp.group", config.lp_comp.group >= 1, "must be at least 1"),
     ("data.frames_per_device", d.frames_per_device >= 1, "must be at least 1"),
     ("data.text_per_device", d.text_per_device >= 1, "must be at least 1"),
+    ("data.threads", d.threads >= 0, "must be 0 or more; 0 reads while training waits"),
+    ("data.prefetch", d.prefetch >= 0, "must be 0 or more"),
     ("data.frame_buckets", _ascending(d.frame_buckets, 0), "must be one or more numbers from 0 on, ascending"),
     ("data.text_buckets", _ascending(d.text_buckets, 1), "must be one or more numbers from 1 on, ascending"),
     ("optim.learning_rate", 0 < o.learning_rate < np.inf, "must be a number above 0"),
@@ -397,27 +448,49 @@ def _ascending(values: tuple[int, ...], first: int) -> bool:
   return bool(values) and values[0] >= first and all(a < b for a, b in itertools.pairwise(values))
 
 
-def open_data(path: str, cfg: VLMConfig) -> Store:
-  """A store that the model can read.
+def open_data(folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[float, ...] | None = None) -> Blend:
+  """Stores that the model can read; whether features are its own tower's only the weights can say (`check_tower`).
 
   Raises:
     StoreError: see `open_store`.
-    ConfigError: its frames have another size, its clips another length, or groups of LP-Comp don't fill a clip.
+    ConfigError: frames have another size, clips another length, groups of LP-Comp don't fill a clip, or see `Blend`.
   """
-  store = open_store(path)
-  wanted = {"image_size": cfg.vision.image_size, "clip_frames": cfg.clip_frames}
-  for name, value in wanted.items():
-    if getattr(store, name) != value:
-      raise ConfigError(
-        f"{path} was written with {name} {getattr(store, name)}, but the model takes {value}; run predecode again"
-      )
   group = cfg.lp_comp.group
-  for frames in sorted({sample.clip_frames for sample in store.samples if sample.frames}):
-    if (tokens := frames * cfg.tokens_per_frame) % group:
+  stores = [open_store(folder) for folder in ((folders,) if isinstance(folders, str) else folders)]
+  for store in stores:
+    wanted = [(store, "image_size", cfg.vision.image_size), (store, "clip_frames", cfg.clip_frames)]
+    if store.features is not None:
+      wanted += [(store.features, "tokens_per_frame", cfg.tokens_per_frame), (store.features, "width", cfg.vision.width)]
+    for has, name, value in wanted:
+      if getattr(has, name) != value:
+        raise ConfigError(
+          f"{store.path} was written with {name} {getattr(has, name)}, but the model takes {value}; run predecode again"
+        )
+    for frames in sorted({sample.clip_frames for sample in store.samples if sample.frames}):
+      if (tokens := frames * cfg.tokens_per_frame) % group:
+        raise ConfigError(
+          f"lp_comp.group = {group}: {store.path} has clips of {frames} frames, whose {tokens} tokens can't be cut "
+          f"into groups of {group}"
+        )
+  return Blend(stores, weights)
+
+
+def check_tower(model: vlm.VLM, name: str, data: Sequence[Blend]) -> None:
+  """Makes sure that features are of this model's tower. Where several processes share it, all of them must call this.
+
+  name: of the model, for the message.
+
+  Raises:
+    ConfigError: they are of other weights or settings.
+  """
+  stores = [store for blend in data for store in blend.stores if store.features is not None]
+  identity = encode.tower_identity(model) if stores else None
+  for store in stores:
+    if store.features.identity != identity:
       raise ConfigError(
-        f"lp_comp.group = {group}: {path} has clips of {frames} frames, whose {tokens} tokens can't be cut into groups of {group}"
+        f"{store.path} holds features by another tower: its identity is {store.features.identity}, that of the tower in "
+        f"{name} {identity}. Make the features again with this checkpoint, or train on frames"
       )
-  return store
 
 
 @contextlib.contextmanager
@@ -457,17 +530,17 @@ def report_compilations(compilations: metrics.Compilations, name: str, batch: Ba
       )
 
 
-def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, store: Store) -> NotFiniteError:
+def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, data: Blend) -> NotFiniteError:
   """Writes workdir/nan/step_N.json, with every sample of the step and its loss; returns the error to raise."""
   gather = functools.partial(multihost_utils.process_allgather, tiled=True)
   samples = []
   for index, losses in seen:
-    rows = zip(gather(index).tolist(), gather(losses).tolist(), strict=True)
-    samples += [
-      {"index": i, "id": store.samples[i].id, "source": store.samples[i].source, "loss": _number(loss)}
-      for i, loss in rows
-      if i >= 0
-    ]
+    for i, loss in zip(gather(index).tolist(), gather(losses).tolist(), strict=True):
+      if i >= 0:
+        store, place = data.find(i)
+        sample = store.samples[place]
+        about = {"data": str(store.path), "index": place, "id": sample.id, "source": sample.source}
+        samples.append({**about, "loss": _number(loss)})
   file = epath.Path(config.workdir) / "nan" / f"step_{step + 1}.json"
   if jax.process_index() == 0:
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,15 @@
-"""From a store to batches: which samples, in which order, in which shapes.
+"""From stores to batches: which samples, in which order, in which shapes.
 
-The order is a function of (seed, epoch) and the store alone. A plan of every micro-batch is made at start, so each one
-can be read by itself: threads and processes change nothing, and an iterator's state is one number.
+Which samples a step has is a function of (seed, step) and the data alone. Devices decide only into how many
+micro-batches a step is cut. A plan of all of them is made at start, so each one can be read by itself: threads and
+processes change nothing, and a reader's state is one number, the steps that it has read.
 """
 
+import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -16,7 +18,7 @@ import numpy as np
 from xcomp_jax.config import ConfigError, DataConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Batch, Bucket, Example, batch_spec, collate
-from xcomp_jax.data.store import Store
+from xcomp_jax.data.blend import Blend, permutation
 
 POOL = 50  # global batches that are sorted together by text length: similar lengths, and still a random order
 
@@ -53,19 +55,19 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
     ConfigError: not even one batch.
   """
   if samples < batch_size:
-    raise ConfigError(f"train.batch_size = {batch_size}, but the data has only {samples} samples; make it smaller")
+    raise ConfigError(f"train.batch_size = {batch_size}, but an epoch reads only {samples} samples; make it smaller")
   return samples // batch_size
 
 
 def order(
-  lengths: Sequence[Length], batch_size: int, seed: int, epoch: int, group_by_text_length: bool
+  lengths: Sequence[Length], samples: Sequence[int], batch_size: int, seed: int, epoch: int, group_by_text_length: bool
 ) -> list[list[int]]:
-  """Global batches of one epoch: every sample at most once, each batch full.
+  """Global batches of one epoch: every one of `samples` at most once, each batch full.
 
   With `group_by_text_length` a batch has samples of similar text length, either videos or images and text alone (except
   in the batches of leftovers); which batch comes when stays random. The release does so by its length-grouped sampler.
   """
-  shuffled = _permutation(len(lengths), seed, epoch, 0)
+  shuffled = [samples[i] for i in permutation(len(samples), seed, epoch, 0)]
   cut = lambda ids: [ids[i : i + batch_size] for i in range(0, len(ids) - batch_size + 1, batch_size)]
   if not group_by_text_length:
     return cut(shuffled)
@@ -78,48 +80,94 @@ def order(
       batches += cut(sorted(pool, key=lambda i: lengths[i].text))
     rest += kind[whole:]
   batches += cut(rest)
-  return [batches[i] for i in _permutation(len(batches), seed, epoch, 1)]
+  return [batches[i] for i in permutation(len(batches), seed, epoch, 1)]
 
 
 def plan(
   lengths: Sequence[Length],
+  samples: Sequence[int],
   cfg: DataConfig,
   batch_size: int,
   samples_per_micro_batch: Callable[[Bucket], int],
   seed: int,
   epoch: int,
 ) -> list[Entry]:
-  """The micro-batches of one epoch, in order.
+  """The micro-batches of one epoch of `samples`, in order; `lengths` are those of all samples there are.
 
   A global batch is parted by bucket, and each part cut into micro-batches of as many rows as the bucket has.
 
   Raises:
     ConfigError: samples that fit no bucket (all are listed), or fewer samples than a batch.
   """
-  steps_per_epoch(len(lengths), batch_size)  # refuses too few samples
+  steps_per_epoch(len(samples), batch_size)  # refuses too few
   buckets = _buckets(lengths, cfg)
-  whole = order(lengths, batch_size, seed, epoch, cfg.group_by_text_length)
+  whole = order(lengths, samples, batch_size, seed, epoch, cfg.group_by_text_length)
   return [entry for batch in whole for entry in _parts(batch, buckets, samples_per_micro_batch)]
 
 
-def example(store: Store, tokenizer, mask: str, index: int) -> Example:
+def example(data: Blend, tokenizer, mask: str, index: int) -> Example:
   """Reads one sample; `mask` says which tokens are supervised (FACTS.md 3)."""
-  return Example(store.visual(index), *_tokens(store, tokenizer, mask, index), index=index)
+  return Example(data.visual(index), *_tokens(data, tokenizer, mask, index), index=index)
 
 
-def measure(store: Store, tokenizer, mask: str) -> list[Length]:
+def measure(data: Blend, tokenizer, mask: str) -> list[Length]:
   """Lengths of every sample under this tokenizer."""
   lengths = []
-  for i, sample in enumerate(store.samples):
-    tokens, _, _ = _tokens(store, tokenizer, mask, i)
+  for i, sample in enumerate(data.samples):
+    tokens, _, _ = _tokens(data, tokenizer, mask, i)
     slots = np.flatnonzero(tokens == IMAGE_TOKEN)
     before = int(slots[0]) + 1 if len(slots) else 0
     lengths.append(Length(sample.frames, sample.clip_frames, max(before - 1, 0), len(tokens) - before))
   return lengths
 
 
+class Reader:
+  """An iterator of a run's micro-batches. Its state is the number of steps that it has read.
+
+  The state says nothing of devices, processes or threads: a reader for others goes on with the samples of the same
+  steps. With as many devices the micro-batches are the same too, bit by bit, however many processes share them.
+  """
+
+  def __init__(self, entries: Sequence[Entry], open_from: Callable[[int], grain.IterDataset[MicroBatch]]):
+    """entries: of the whole run. open_from: reads them from one on."""
+    self._ends = [0, *(i for i, entry in enumerate(entries, 1) if entry.last)]  # micro-batches in so many steps
+    self._open, self._micro, self._iterator = open_from, 0, None
+
+  def __iter__(self) -> Iterator[MicroBatch]:
+    return self
+
+  def __next__(self) -> MicroBatch:
+    if self._iterator is None:
+      self._iterator = iter(self._open(self._micro))
+    batch = next(self._iterator)
+    self._micro += 1
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """{"step": steps read}; one that was read in part does not count, and is read again from the state."""
+    return {"step": bisect.bisect_right(self._ends, self._micro) - 1}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Goes to where a reader of the same run had that state.
+
+    Raises:
+      ConfigError: the run has no such step.
+    """
+    step = state["step"]
+    if not 0 <= step < len(self._ends):
+      raise ConfigError(f"the data was read up to step {step}, but the run has {len(self._ends) - 1} steps")
+    self.close()
+    self._micro = self._ends[step]
+
+  def close(self) -> None:
+    """Ends the reading threads; what they read ahead is dropped."""
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator, self._micro = None, self._ends[self.get_state()["step"]]
+
+
 def batches(
-  store: Store,
+  data: Blend,
   tokenizer,
   cfg: DataConfig,
   *,
@@ -129,44 +177,42 @@ def batches(
   epochs: int,
   process_index: int = 0,
   process_count: int = 1,
-) -> grain.DatasetIterator[MicroBatch]:
-  """The whole run's micro-batches, as an iterator that Orbax can save and restore exactly.
+) -> Reader:
+  """The whole run's micro-batches.
+
+  At any time at most cfg.prefetch of them are read or being read ahead.
 
   Args:
-    store: what to train on.
+    data: what to train on.
     tokenizer: of the checkpoint.
-    cfg: buckets, masks, reader.
+    cfg: buckets, masks, threads.
     batch_size: samples per optimizer step, over all processes.
     rows: what a micro-batch's rows must be a multiple of: the shards of its row axis, over all processes.
     seed: of the order, with the epoch.
-    epochs: how often every sample is read.
+    epochs: how many.
     process_index: which slice of each micro-batch's rows is read here.
     process_count: into how many.
 
   Raises:
     ConfigError: a sample fits no bucket, or numbers that do not go together.
   """
-  lengths, size = measure(store, tokenizer, cfg.mask), _rows(cfg, rows, batch_size)
-  entries = [e for epoch in range(epochs) for e in plan(lengths, cfg, batch_size, size, seed, epoch)]
-  return iter(_dataset(store, tokenizer, cfg, entries, rows, process_index, process_count))
+  lengths, size = measure(data, tokenizer, cfg.mask), _rows(cfg, rows, batch_size)
+  entries = [e for n in range(epochs) for e in plan(lengths, data.epoch(seed, n), cfg, batch_size, size, seed, n)]
+  share = _share(rows, process_index, process_count)
+  return Reader(entries, lambda first: _dataset(data, tokenizer, cfg, entries[first:], share))
 
 
 def evaluation(
-  store: Store, tokenizer, cfg: DataConfig, *, rows: int, process_index: int = 0, process_count: int = 1
+  data: Blend, tokenizer, cfg: DataConfig, *, rows: int, process_index: int = 0, process_count: int = 1
 ) -> grain.IterDataset[MicroBatch]:
   """Every sample once, bucket by bucket, in order; begin again with each `iter()`. Arguments and errors as `batches`."""
-  lengths, size = measure(store, tokenizer, cfg.mask), _rows(cfg, rows, len(store))
-  entries = _parts(range(len(store)), _buckets(lengths, cfg), size)
-  return _dataset(store, tokenizer, cfg, entries, rows, process_index, process_count)
+  lengths, size = measure(data, tokenizer, cfg.mask), _rows(cfg, rows, len(data))
+  entries = _parts(range(len(data)), _buckets(lengths, cfg), size)
+  return _dataset(data, tokenizer, cfg, entries, _share(rows, process_index, process_count))
 
 
-def _permutation(n: int, *key: int) -> list[int]:
-  # Raw bits of a bit generator stay the same over numpy's versions; its permutation() need not.
-  return np.argsort(np.random.PCG64(key).random_raw(n), kind="stable").tolist()
-
-
-def _tokens(store: Store, tokenizer, mask: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  sample = store.samples[index]
+def _tokens(data: Blend, tokenizer, mask: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  sample = data.samples[index]
   built = prompt.train(tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask)
   return built.tokens, built.labels, built.query
 
@@ -221,29 +267,33 @@ def _buckets(lengths: Sequence[Length], cfg: DataConfig) -> list[Bucket]:
   return out
 
 
-def _dataset(
-  store: Store, tokenizer, cfg: DataConfig, entries: Sequence[Entry], rows: int, process_index: int, process_count: int
-) -> grain.IterDataset[MicroBatch]:
+def _share(rows: int, process_index: int, process_count: int) -> Callable[[int], slice]:
+  """Which of a micro-batch's rows this process reads."""
   if rows % process_count:
     raise ConfigError(f"{rows} rows can't be split evenly over {process_count} processes")
+  return lambda n: slice(process_index * n // process_count, (process_index + 1) * n // process_count)
+
+
+def _dataset(
+  data: Blend, tokenizer, cfg: DataConfig, entries: Sequence[Entry], share: Callable[[int], slice]
+) -> grain.IterDataset[MicroBatch]:
 
   def load(entry: Entry) -> MicroBatch:
-    n = entry.rows // process_count
-    mine = entry.samples[process_index * n : (process_index + 1) * n]
+    here = share(entry.rows)
+    n, mine = here.stop - here.start, entry.samples[here]
     if mine:
-      batch = collate([example(store, tokenizer, cfg.mask, i) for i in mine], entry.bucket, n)
+      batch = collate([example(data, tokenizer, cfg.mask, i) for i in mine], entry.bucket, n)
     else:
-      batch = _padding(entry.bucket, n, store.image_size)
+      batch = _padding(entry.bucket, n, data.clip_spec(entry.bucket.clip_frames))
     return MicroBatch(batch, entry.last)
 
   options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.prefetch)
   return grain.MapDataset.source(entries).map(load).to_iter_dataset(options)
 
 
-def _padding(bucket: Bucket, rows: int, size: int) -> Batch:
-  """A batch without samples: another process has the micro-batch's few."""
-  spec = batch_spec(bucket, rows, ((bucket.clip_frames, size, size, 3), np.dtype(np.uint8)))
-  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), spec)
+def _padding(bucket: Bucket, rows: int, visual: tuple[tuple[int, ...], np.dtype]) -> Batch:
+  """A batch without samples: another process has the micro-batch's few. visual: shape of a clip, dtype."""
+  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch_spec(bucket, rows, visual))
   return dataclasses.replace(
     zeros, targets=np.full_like(zeros.targets, IGNORE), index=np.full_like(zeros.index, -1)
   )

@@ -62,9 +62,9 @@ class Tokenizer:
     encoding = self._core.encode(text, add_special_tokens=False)
     return encoding.ids, encoding.offsets
 
-  def decode(self, ids: Iterable[SupportsInt]) -> str:
-    """Text without the special tokens."""
-    return self._core.decode([int(i) for i in ids], skip_special_tokens=True)
+  def decode(self, ids: Iterable[SupportsInt], keep_special: bool = False) -> str:
+    """Text, without the special tokens unless they are to be seen."""
+    return self._core.decode([int(i) for i in ids], skip_special_tokens=not keep_special)
 
 
 @dataclasses.dataclass(frozen=True)

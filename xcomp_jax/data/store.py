@@ -1,26 +1,25 @@
-"""Pre-decoded samples on disk: pixels are decoded once, training only reads arrays.
+"""Pre-decoded samples on disk: a video is decoded once, training only reads arrays.
 
-A store is a folder:
+A store is a folder (docs/DATA.md has it field by field):
 
-    store.json            what it was made with; written last of all inside a temporary folder, so its presence means whole
-    samples/              TFDS dataset (ArrayRecord, split "train"), one record per sample, in order
-      id, source            bytes: the annotation's own id; the decoded file, "" for text alone
-      annotation, position  bytes, int64: annotation file, place in it (0-based, as in the file)
-      conversations         bytes: JSON, a list of {"from": "human" | "gpt", "value": text}
-      time_message          bytes: the sentence after the visual slot (FACTS.md 4), "" for images and text alone
-      frames, clip_frames   int64: all frames, and how many of them the tower sees together; an image is 1, 1; text alone 0, 1
-      first_record, records int64: its records in clips/
-    clips/                TFDS dataset, several shards; absent if no sample has frames
-      frames                uint8[k * clip_frames, S, S, 3]: whole clips of one sample, a record of at most 64 MB
+    store.json            what it was made with, and counts
+    manifest.jsonl        of predecode only: a line per selected annotation, what became of it
+    samples/              TFDS dataset (ArrayRecord, split "train"), one record per sample, in order: the fields of `Sample`
+    clips/ or features/   TFDS dataset, several shards; absent if no sample has frames. A record holds whole clips of one
+                          sample, at most 64 MB of them once they are arrays:
+      frames                uint8[k * clip_frames, S, S, 3], or as many JPEG files
+      tokens                uint16[k * clip_frames * tokens_per_frame, D]: bfloat16 by its bits, the tower's merged tokens
 
-Both open with `tfds.builder_from_directory(folder).as_data_source(split="train")`, without TensorFlow. Records keep
+All open with `tfds.builder_from_directory(folder).as_data_source(split="train")`, without TensorFlow. Records keep
 the order in which they were written. Lengths in tokens are not here: they depend on the tokenizer.
 
-A store appears by one rename. Until then everything is in `<name>.incomplete` beside it, which a later run removes.
+A store appears by one rename. Until then everything is in `<name>.incomplete` beside it.
 """
 
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -29,14 +28,49 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import cv2
+import ml_dtypes
 import numpy as np
 
-FORMAT = 1  # of the folder; raised when an older reader would misread it
-RECORD_BYTES = 64 << 20  # of pixels in one record: a protobuf holds at most 2 GB, and a reader holds a whole record
+cv2.setNumThreads(1)  # readers run side by side
+
+FORMAT = 2  # of the folder; raised when an older reader would misread it
+RECORD_BYTES = 64 << 20  # of arrays in one record: a protobuf holds at most 2 GB, and a reader holds a whole record
+SAMPLING = ("image_size", "clip_frames", "fps", "min_frames", "max_frames", "subset")  # how frames and samples were chosen
 
 
 class StoreError(ValueError):
   """A folder that is not a store, or can't become one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+  """Which tower's features a store holds."""
+
+  identity: str  # of the tower's weights: `encode.tower_identity`
+  tokens_per_frame: int
+  width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """What the records hold: raw frames, JPEG frames, or features."""
+
+  image_size: int  # pixels, square
+  clip_frames: int  # of the videos
+  quality: int | None  # of JPEG, 1 to 100; None: raw
+  features: Features | None
+
+  def clip_spec(self, clip_frames: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of one clip of so many frames."""
+    if self.features:
+      return (clip_frames * self.features.tokens_per_frame, self.features.width), np.dtype(ml_dtypes.bfloat16)
+    return (clip_frames, self.image_size, self.image_size, 3), np.dtype(np.uint8)
+
+  @property
+  def folder(self) -> str:
+    """Name of the dataset that has the records."""
+    return "features" if self.features else "clips"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +102,8 @@ class Shard:
 class Store:
   """A readable store; safe to share between threads."""
 
-  def __init__(self, path: pathlib.Path, info: dict[str, Any], samples: Sequence[Sample], clips):
-    self.path, self.info, self.samples, self._clips = path, info, tuple(samples), clips
+  def __init__(self, path: pathlib.Path, info: dict[str, Any], layout: Layout, samples: Sequence[Sample], rows):
+    self.path, self.info, self.layout, self.samples, self._rows = path, info, layout, tuple(samples), rows
 
   def __len__(self) -> int:
     return len(self.samples)
@@ -77,34 +111,86 @@ class Store:
   @property
   def image_size(self) -> int:
     """Pixels, square."""
-    return self.info["image_size"]
+    return self.layout.image_size
 
   @property
   def clip_frames(self) -> int:
     """Frames per clip of the videos."""
-    return self.info["clip_frames"]
+    return self.layout.clip_frames
+
+  @property
+  def features(self) -> Features | None:
+    """Whose features `visual` gives; None: it gives frames."""
+    return self.layout.features
 
   def made_with(self) -> str:
     """How its frames were chosen, as far as it says: "fps 8.0, min_frames 128, max_frames 1024, subset 0.25"."""
-    names = ("fps", "min_frames", "max_frames", "subset")
-    return ", ".join(f"{name} {self.info[name]}" for name in names if name in self.info) or "sampling not recorded"
+    names = [name for name in SAMPLING[2:] if name in self.info]
+    return ", ".join(f"{name} {self.info[name]}" for name in names) or "sampling not recorded"
 
   def checksum(self) -> int:
     """CRC-32 of the samples' ids, frame counts and texts, in order: another value means other data."""
-    crc = 0
-    for s in self.samples:  # ids alone may be mere positions in an annotation file
-      crc = zlib.crc32(repr((s.id, s.frames, s.conversations)).encode(), crc)
-    return crc
+    return checksum(self.samples)
+
+  def identity(self) -> str:
+    """16 hex digits that change with the format, what is stored and how it was sampled, and the samples' ids, frames and texts."""
+    sampling = [(name, self.info.get(name)) for name in SAMPLING]
+    what = (FORMAT, self.layout, sampling, [(s.id, s.frames, s.conversations, s.time_message) for s in self.samples])
+    return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
+
+  def clip_spec(self, clip_frames: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of one clip of so many frames: what `visual` gives, without its first axis."""
+    return self.layout.clip_spec(clip_frames)
 
   def visual(self, index: int) -> np.ndarray:
-    """uint8[C, F, S, S, 3] of sample `index`; C = 0 for text alone."""
-    sample, size = self.samples[index], self.image_size
-    shape = (-1, sample.clip_frames, size, size, 3)
-    if not sample.records:
-      return np.zeros((0, *shape[1:]), np.uint8)
-    keys = range(sample.first_record, sample.first_record + sample.records)
-    parts = [self._clips[key]["frames"] for key in keys]
-    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(shape)
+    """uint8[C, F, S, S, 3] of sample `index`, or bfloat16[C, N, D] if the store holds features; C = 0 for text alone.
+
+    N is clip_frames * tokens_per_frame; an image is one clip of one frame.
+
+    Raises:
+      StoreError: a JPEG that can't be decoded.
+    """
+    sample = self.samples[index]
+    shape, dtype = self.clip_spec(sample.clip_frames)
+    parts = list(self.stored(index))
+    if not parts:
+      return np.zeros((0, *shape), dtype)
+    if self.layout.quality is not None:
+      parts = [self._decode(index, parts)]
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return whole.view(dtype).reshape(-1, *shape)
+
+  def stored(self, index: int) -> Iterator[Any]:
+    """What the records of a sample hold, one after the other: uint8 or uint16 arrays, or lists of JPEG files."""
+    sample = self.samples[index]
+    for key in range(sample.first_record, sample.first_record + sample.records):
+      (content,) = self._rows[key].values()
+      yield content
+
+  def _decode(self, index: int, parts: Sequence[Any]) -> np.ndarray:
+    out = np.empty((self.samples[index].frames, self.image_size, self.image_size, 3), np.uint8)
+    files = list(itertools.chain.from_iterable(parts))
+    for i, file in enumerate(files):
+      image = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
+      if image is None or image.shape != out.shape[1:] or len(files) != len(out):
+        raise StoreError(f"{self.path}: frame {i} of sample {index} is damaged; find all damage with --verify, and predecode again")
+      cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out[i])
+    return out
+
+
+def checksum(samples: Iterable[Sample]) -> int:
+  """See `Store.checksum`."""
+  crc = 0
+  for s in samples:  # ids alone may be mere positions in an annotation file
+    crc = zlib.crc32(repr((s.id, s.frames, s.conversations)).encode(), crc)
+  return crc
+
+
+def content_crc(content: Any, crc: int = 0) -> int:
+  """CRC-32 of what one record holds (see `Store.stored`), going on from `crc`."""
+  for part in [content] if isinstance(content, np.ndarray) and content.dtype != object else content:
+    crc = zlib.crc32(part, crc)
+  return crc
 
 
 def open_store(path: str | os.PathLike) -> Store:
@@ -125,18 +211,19 @@ def open_store(path: str | os.PathLike) -> Store:
   if version != FORMAT:
     raise StoreError(f"{path} has format {version}, this version reads {FORMAT}; {advice}")
   try:
-    rows = _source(path / "samples")
-    samples = [_sample(rows[i]) for i in range(len(rows))]
-    clips = _source(path / "clips") if any(s.records for s in samples) else ()
-  except (OSError, ValueError, KeyError, RuntimeError) as error:
+    layout = _layout(info)
+    table = _source(path / "samples")
+    samples = [_sample(table[i]) for i in range(len(table))]
+    rows = _source(path / layout.folder) if any(s.records for s in samples) else ()
+  except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
     raise StoreError(f"{path} can't be read: {' '.join(str(error).split())}; {advice}") from error
   wanted = max((s.first_record + s.records for s in samples), default=0)
-  if len(samples) != info["samples"] or len(clips) != wanted:
+  if len(samples) != info.get("samples") or len(rows) != wanted:
     raise StoreError(
-      f"{path} is damaged: {len(samples)} samples and {len(clips)} clip records where "
-      f"{info['samples']} and {wanted} were written; {advice}"
+      f"{path} is damaged: {len(samples)} samples and {len(rows)} records of clips where "
+      f"{info.get('samples')} and {wanted} were written; {advice}"
     )
-  return Store(path, info, samples, clips)
+  return Store(path, info, layout, samples, rows)
 
 
 @contextlib.contextmanager
@@ -171,59 +258,92 @@ def fresh_folder(target: str | os.PathLike, replace: bool = False) -> Iterator[p
     raise
 
 
-def write_shard(path: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarray | None]]) -> Shard:
-  """Writes the pixels of some samples into one ArrayRecord file at `path`.
+def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> Iterator[tuple[bytes, int, Any]]:
+  """Packs the clips of one sample, which may come one by one; memory is bounded by one record.
+
+  Args:
+    layout: what the records hold.
+    clips: each as `layout.clip_spec` says.
+    clip_frames: frames of each.
+
+  Yields:
+    a record; the number of its clips; and what it holds, as `Store.stored` will give it.
+
+  Raises:
+    ValueError: a clip of another shape or dtype.
+  """
+  shape, dtype = layout.clip_spec(clip_frames)
+  coder = record_features(layout)
+  step = max(1, RECORD_BYTES // (int(np.prod(shape)) * dtype.itemsize))
+  clips = iter(clips)
+  while part := list(itertools.islice(clips, step)):
+    for clip in part:
+      if clip.shape != shape or clip.dtype != dtype:
+        raise ValueError(f"expected clips of {dtype}{shape}, got {clip.dtype}{clip.shape}")
+    count, content = len(part), np.concatenate(part)
+    part.clear()  # memory
+    if layout.features:
+      content = content.view(np.uint16)
+    elif layout.quality is not None:
+      content = [_jpeg(frame, layout.quality) for frame in content]
+    yield coder.serialize_example({"tokens" if layout.features else "frames": content}), count, content
+
+
+def write_shard(path: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarray | None]], layout: Layout) -> Shard:
+  """Writes the visual part of some samples into one ArrayRecord file at `path`.
 
   Args:
     path: file to be; none is left if no item has frames.
-    items: samples and their uint8[C, F, S, S, 3], None for text alone. The sample's frames and records are set here.
+    items: samples and their uint8[C, F, S, S, 3] or bfloat16[C, N, D], None for text alone. The sample's frames and
+      records are set here.
+    layout: what the records hold.
 
   Raises:
     ValueError: visual of another shape or dtype.
   """
-  from array_record.python.array_record_module import ArrayRecordWriter
-
-  writer, features, samples, first, written = None, None, [], 0, 0
+  writer, samples, first, written = None, [], 0, 0
   try:
     for sample, visual in items:
       if visual is None:
         samples.append(dataclasses.replace(sample, frames=0, clip_frames=1, first_record=first, records=0))
         continue
-      if visual.dtype != np.uint8 or visual.ndim != 5 or not visual.size or visual.shape[2] != visual.shape[3]:
-        raise ValueError(f"{sample.source}: expected uint8 [clips, frames, size, size, 3], got {visual.dtype}{visual.shape}")
-      if writer is None:
-        features = _clip_features(visual.shape[2])
-        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")  # readers want random access to every record
-      clips, per_clip = visual.shape[:2]
-      step = max(1, RECORD_BYTES // visual[0].nbytes)
-      for start in range(0, clips, step):
-        part = visual[start : start + step]
-        record = features.serialize_example({"frames": part.reshape(-1, *part.shape[2:])})
+      per_clip = layout.features.tokens_per_frame if layout.features else 1
+      per_clip = visual.shape[1] // per_clip if visual.ndim > 1 else 0
+      shape, dtype = layout.clip_spec(per_clip)
+      if visual.dtype != dtype or visual.shape[1:] != shape or not visual.size:
+        raise ValueError(f"{sample.source}: expected {dtype} [clips, {', '.join(map(str, shape))}], got {visual.dtype}{visual.shape}")
+      writer = writer or array_record(path)
+      before = first
+      for record, _, _ in records(layout, visual, per_clip):
         writer.write(record)
         written += len(record)
-      records = -(-clips // step)
+        first += 1
       samples.append(
-        dataclasses.replace(sample, frames=clips * per_clip, clip_frames=per_clip, first_record=first, records=records)
+        dataclasses.replace(
+          sample, frames=len(visual) * per_clip, clip_frames=per_clip, first_record=before, records=first - before
+        )
       )
-      first += records
   finally:
     if writer is not None:
       writer.close()
   return Shard(os.fspath(path) if first else "", tuple(samples), first, written)
 
 
-def finish(folder: pathlib.Path, shards: Sequence[Shard], info: Mapping[str, Any]) -> None:
-  """Turns a folder with written shards, in this order, into a store.
+def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: Mapping[str, Any]) -> dict[str, Any]:
+  """Turns a folder with written shards, in this order, into a store; returns what its store.json says.
+
+  Every name follows from the shards alone, so that what a killed process left half done is simply done again.
 
   Args:
-    folder: of `fresh_folder`; the shards' files lie inside.
+    folder: to be; on the file system of the shards' files, which move into it.
     shards: their samples become the store's, in order.
-    info: of store.json; needs image_size and clip_frames, the rest is for people.
+    layout: what the records hold.
+    info: more for store.json.
 
   Raises:
     StoreError: no samples at all.
   """
-  from array_record.python.array_record_module import ArrayRecordWriter
+  from tensorflow_datasets.proto import tf_example_pb2
 
   samples, base = [], 0
   for shard in shards:
@@ -233,31 +353,64 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], info: Mapping[str, Any
     raise StoreError("no samples to write")
   files = [shard for shard in shards if shard.records]
   if files:
-    (folder / "clips").mkdir()
-    for i, shard in enumerate(files):
-      os.rename(shard.path, folder / "clips" / f"clips-train.array_record-{i:05d}-of-{len(files):05d}")
-    features = _clip_features(info["image_size"])
-    _metadata(folder / "clips", features, [s.records for s in files], sum(s.bytes for s in files))
-  (folder / "samples").mkdir()
+    (folder / layout.folder).mkdir(exist_ok=True)
+    for shard, target in zip(files, shard_files(folder, layout, len(files)), strict=True):
+      if not target.exists():
+        os.rename(shard.path, target)
+    _metadata(folder / layout.folder, record_features(layout), [s.records for s in files], sum(s.bytes for s in files))
+  (folder / "samples").mkdir(exist_ok=True)
   features, size = _sample_features(), 0
-  writer = ArrayRecordWriter(os.fspath(folder / "samples" / "samples-train.array_record-00000-of-00001"), "group_size:1")
+  writer = array_record(folder / "samples" / "samples-train.array_record-00000-of-00001")
   for sample in samples:
     row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
-    record = features.serialize_example(row)
+    example = tf_example_pb2.Example.FromString(features.serialize_example(row))
+    record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
     writer.write(record)
     size += len(record)
   writer.close()
   _metadata(folder / "samples", features, [len(samples)], size)
-  text = {"format": FORMAT, **info, "samples": len(samples), "frames": sum(s.frames for s in samples), "clip_records": base}
+  counts = {"samples": len(samples), "frames": sum(s.frames for s in samples), "records": base, "checksum": checksum(samples)}
+  kept = {"quality": layout.quality, "features": layout.features and dataclasses.asdict(layout.features)}
+  text = {"format": FORMAT, "image_size": layout.image_size, "clip_frames": layout.clip_frames, **kept, **info, **counts}
   (folder / "store.json").write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+  return text
+
+
+def shard_files(folder: pathlib.Path, layout: Layout, count: int) -> list[pathlib.Path]:
+  """What `finish` calls the shards that have records."""
+  name = layout.folder
+  return [folder / name / f"{name}-train.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
 
 
 def write_store(
-  target: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarray | None]], *, image_size: int, clip_frames: int
+  target: str | os.PathLike,
+  items: Iterable[tuple[Sample, np.ndarray | None]],
+  *,
+  image_size: int,
+  clip_frames: int,
+  features: Features | None = None,
+  quality: int | None = None,
 ) -> None:
-  """Writes a whole store from samples in memory, in one shard (see `write_shard`)."""
+  """Writes a whole store from samples in memory, in one shard (see `write_shard`); `quality` makes it JPEG."""
+  layout = Layout(image_size, clip_frames, quality, features)
   with fresh_folder(target) as folder:
-    finish(folder, [write_shard(folder / "shard", items)], {"image_size": image_size, "clip_frames": clip_frames})
+    finish(folder, [write_shard(folder / "shard", items, layout)], layout, {})
+
+
+def array_record(path: str | os.PathLike):
+  """A writer of one record per group: readers want random access to every record."""
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  return ArrayRecordWriter(os.fspath(path), "group_size:1")
+
+
+def _jpeg(frame: np.ndarray, quality: int) -> bytes:
+  return cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def _layout(info: Mapping[str, Any]) -> Layout:
+  features = info["features"]
+  return Layout(info["image_size"], info["clip_frames"], info["quality"], features and Features(**features))
 
 
 def _source(folder: pathlib.Path):
@@ -277,12 +430,17 @@ def _sample(row: Mapping[str, Any]) -> Sample:
   )
 
 
-def _clip_features(size: int):
+def record_features(layout: Layout):
+  """The TFDS features of a record."""
   import tensorflow_datasets as tfds
 
-  # encoding="bytes": without it every pixel becomes a 64-bit integer of a list.
-  frames = tfds.features.Tensor(shape=(None, size, size, 3), dtype=np.uint8, encoding="bytes")
-  return tfds.features.FeaturesDict({"frames": frames})
+  # encoding="bytes": without it every number becomes a 64-bit integer of a list.
+  tensor = lambda shape, dtype: tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+  if layout.features:
+    return tfds.features.FeaturesDict({"tokens": tensor((None, layout.features.width), np.uint16)})
+  if layout.quality is not None:
+    return tfds.features.FeaturesDict({"frames": tfds.features.Sequence(tfds.features.Text())})
+  return tfds.features.FeaturesDict({"frames": tensor((None, layout.image_size, layout.image_size, 3), np.uint8)})
 
 
 def _sample_features():

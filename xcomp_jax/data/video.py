@@ -223,8 +223,8 @@ def _probe(path) -> tuple[int, float]:
   if not path.stat().st_size:
     raise VideoError(f"{path} is empty (0 bytes)")
   capture = cv2.VideoCapture(
-    str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1]
-  )  # -1: packets instead of images
+    os.path.abspath(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1]
+  )  # an absolute path: "12:30.mp4" would be read by protocol "12"; -1: packets instead of images
   try:
     rate = capture.get(cv2.CAP_PROP_FPS)
     if not capture.isOpened() or not 0 < rate < np.inf:
@@ -253,7 +253,7 @@ def _probe(path) -> tuple[int, float]:
 def _decode(path, vlen: int, wanted, stop: int) -> Iterator[np.ndarray]:
   """The wanted frames, ascending; every frame before `stop` has to decode. Seeking would be slower."""
   wanted = set(wanted.tolist())
-  capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+  capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
   try:
     for i in range(stop):
       good, image = capture.grab(), None
@@ -317,6 +317,8 @@ def _folder_rate(path, vlen: int) -> float:
 def _read_still(path) -> np.ndarray:
   try:
     with Image.open(path) as image:
+      if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would make almost all of it white
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
       return np.asarray(image.convert("RGB"))
   except (OSError, SyntaxError) as error:
     raise VideoError(f"{path} can't be read as an image: {error}") from error

@@ -1,0 +1,159 @@
+"""data/mixture.py: which annotations are read, and what can't be."""
+
+import json
+import math
+import random
+
+import decoding
+import pytest
+import yaml
+from decoding import mixture
+
+from xcomp_jax.data.mixture import draw, read_annotations, read_mixture, select
+from xcomp_jax.data.prompt import AnnotationError
+
+
+@pytest.fixture
+def world(tmp_path):
+  """An annotation file, and a mixture to be overwritten."""
+  decoding.write(tmp_path / "videos.json", [{"video": "v0.mp4", "conversations": decoding.talk()}])
+  return tmp_path
+
+
+def by_the_book(items, strategy, subset):
+  """FACTS.md 14, sentence by sentence."""
+  items = list(items)
+  random.seed(12345)
+  random.shuffle(items)
+  if strategy != "all":
+    kind, amount = strategy.split(":")
+    n = math.ceil(float(amount.rstrip("%")) * len(items) / 100) if "%" in amount else int(amount)
+    if kind == "first":
+      items = items[0:n]
+    elif kind == "end":
+      items = items[-n:]
+    else:
+      k = int(kind.removeprefix("first"))
+      items = items[(k - 1) * n : k * n]
+  random.seed(42)
+  random.shuffle(items)
+  items = items[int(len(items) * 0) : int(len(items) * subset)]
+  return [i for i in items if ("image" in i) != ("video" in i) and not isinstance(i.get("image", i.get("video")), list)]
+
+
+@pytest.mark.parametrize("subset", [0.25, 1.0])
+@pytest.mark.parametrize(
+  "strategy", ["all", "first:25%", "first:7", "first2:10%", "first2:2.5%", "first2:1%", "first3:4", "first6:10%", "end:9", "end:30%"]
+)
+def test_selection_of_sct(strategy, subset):
+  for n in (0, 1, 9, 173):
+    items = [{"n": i, "video": f"{i}.mp4"} for i in range(n)]
+    for i in range(0, n, 11):
+      items[i] = ({"n": i, "image": ["a", "b"]}, {"n": i, "image": "a", "video": "b"}, {"n": i}, {"n": i, "image": "a"})[i // 11 % 4]
+    assert [items[i] for i in select(items, strategy, subset)] == by_the_book(items, strategy, subset)
+
+
+def test_the_papers_mixture_reads_what_the_release_reads(tmp_path, reference):
+  """The 84 files of the paper's mixture, with other annotations in them; subset 0.25 as in the release."""
+  listed = json.loads((reference / "sct_mixture.json").read_text())
+  assert len(listed) == 84 and sum(name.endswith(".jsonl") for name, *_ in listed) == 52
+  rng = random.Random(7)
+  datasets, wanted = [], []
+  for name, strategy, *kind in listed:
+    items = []
+    for i in range(rng.randint(0, 900)):
+      visual = rng.choice([{"video": f"{i}.mp4"}] * 8 + [{"image": f"{i}.png"}, {"image": ["a", "b"]}, {"video": "v", "image": "i"}, {}])
+      items.append({"id": f"{name} {i}", **visual, "conversations": []})
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    decoding.write(file, items)
+    datasets.append({"json_path": name, "sampling_strategy": strategy, "data_root": "data/"} | ({"video_read_type": kind[0]} if kind else {}))
+    wanted += [item["id"] for item in by_the_book(items, strategy, 0.25)]
+  (tmp_path / "paper.yaml").write_text(yaml.safe_dump({"datasets": datasets}))
+  jobs, files = read_mixture(tmp_path / "paper.yaml", tmp_path, 0.25)
+  assert [job.sample.id for job in jobs] == wanted and len(wanted) > 500
+  assert [file.annotation for file in files] == [name for name, *_ in listed]
+  assert sum(file.drawn for file in files) > sum(file.selected for file in files) == len(jobs)
+  kinds = {name: {None: "video", "img": "frames", "gif": "gif"}[kind[0] if kind else None] for name, _, *kind in listed}
+  for job in jobs:
+    assert job.reader == ("img" if job.sample.source.endswith(".png") else kinds[job.sample.annotation])
+
+
+def test_the_amounts_of_a_strategy():
+  """Worked out by hand: ceil(173 * 10%) = 18, of which int(18 * 0.25) = 4 are kept; the second tenth has other members than the first."""
+  second, first = draw(173, "first2:10%", 0.25), draw(173, "first:10%", 1.0)
+  assert len(second) == 4 and len(first) == 18 and not set(first) & set(draw(173, "first2:10%"))
+  assert len(draw(173, "first2:2.5%")) == 5 and len(draw(173, "end:9")) == 9 and len(draw(10, "first6:20%")) == 0
+
+
+def test_selection_leaves_the_random_state_alone(monkeypatch):
+  # not by comparing states: the checker of types draws from the same generator
+  for name in ("seed", "shuffle"):
+    monkeypatch.setattr(random, name, lambda *a: pytest.fail("the process's own generator was used"))
+  assert len(select([{"video": "a"}] * 9, "first:3")) == 3
+
+
+@pytest.mark.parametrize("strategy", ["some", "first", "first:", "first:a", "first0:10%", "end2:10%", "first:-3", "last:3", "first:1.5"])
+def test_unknown_strategy(strategy):
+  with pytest.raises(AnnotationError, match="write all, first:100"):
+    select([{"video": "a"}] * 9, strategy)
+
+
+@pytest.mark.parametrize(
+  ("entry", "message"),
+  [
+    ({"json_path": "none.json"}, r"none\.json can't be read"),
+    ({"json-path": "videos.json"}, "json-path is unknown; did you mean json_path"),
+    ({"sampling_strategy": "all"}, "dataset 0: json_path is missing"),
+    ({"json_path": "videos.json", "video_read_type": "webm"}, "'webm' is unknown; known: decord, gif, img"),
+    ({"json_path": "videos.json", "sampling_strategy": "first:x"}, "dataset 0: sampling_strategy 'first:x'"),
+  ],
+)
+def test_mixture_errors(world, entry, message):
+  mixture(world, entry)
+  with pytest.raises(AnnotationError, match=message):
+    read_mixture(world / "mixture.yaml", world, 1.0)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "datasets:", "datasets: [3]", "a: [", "datasets: {}"])
+def test_not_a_mixture(world, text):
+  (world / "mixture.yaml").write_text(text)
+  with pytest.raises(AnnotationError, match=r"mixture .*mixture\.yaml"):
+    read_mixture(world / "mixture.yaml", world, 1.0)
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("a.json", b'[{"a": 1},\n{"b" 2}]', r"a\.json, line 2: not JSON"),
+    ("a.jsonl", b'{"a": 1}\n\n{"b" 2}\n', r"a\.jsonl, line 3: not JSON"),
+    ("a.json", b'{"a": 1}', "expected a list of objects"),
+    ("a.jsonl", b"3\n", "expected a list of objects"),
+    ("a.json", b'["\xff"]', "can't be read: .*utf-8"),
+    ("a.json", b"", "line 1: not JSON"),
+    ("a.json", b"[" * 100000, "inside each other without end"),
+    ("a.jsonl", "[]".encode("utf-16"), "can't be read: .*utf-8"),
+  ],
+)
+def test_annotation_files_that_are_not(tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(AnnotationError, match=message):
+    read_annotations(tmp_path / name)
+
+
+def test_lines_of_jsonl_end_with_newlines_only(tmp_path):
+  (tmp_path / "a.jsonl").write_text('{"a": "x\u2028y"}\r\n{"a": "z"}', encoding="utf-8")
+  assert read_annotations(tmp_path / "a.jsonl") == [{"a": "x\u2028y"}, {"a": "z"}]
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+  (tmp_path / "a.json").write_text('[{"a": 1}]', encoding="utf-8-sig")
+  assert read_annotations(tmp_path / "a.json") == [{"a": 1}]
+
+
+def test_relative_paths_start_from_root(tmp_path, monkeypatch):
+  monkeypatch.chdir(decoding.make_world(tmp_path / "data"))
+  jobs, files = read_mixture("mixture.yaml", ".", 1.0)
+  assert len(jobs) == 7 and not any(job.faults for job in jobs) and len(files) == 5
+
+

@@ -1,0 +1,101 @@
+"""Two processes of one run, connected on this machine: they read and train what one process would."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from xcomp_jax import train
+from xcomp_jax.config import RunConfig, from_dict, to_dict
+from xcomp_jax.sharding import make_mesh
+
+
+def note_batches(place, out):
+  """train.place that also adds to `out` the samples of every global batch, and a hash of all its arrays."""
+
+  def placing(batch, mesh):
+    placed = place(batch, mesh)
+    whole = [np.asarray(multihost_utils.process_allgather(leaf, tiled=True)) for leaf in jax.tree.leaves(placed)]
+    digest = hashlib.sha256(b"".join(f"{x.dtype}{x.shape}".encode() + x.tobytes() for x in whole)).hexdigest()
+    out.append((whole[-1].tolist(), digest))
+    return placed
+
+  return placing
+
+
+def one_of_two(port, number, config, out):
+  """A process of two: trains, and writes what it read and how it ended."""
+  jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
+  noted, local, result, said = [], [], None, None
+  place = note_batches(train.place, noted)
+  train.place = lambda batch, mesh: (local.append(len(batch.index)), place(batch, mesh))[1]
+  try:
+    result = train.run(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
+  except ValueError as error:
+    said = str(error)
+  pathlib.Path(out).write_text(json.dumps({"noted": noted, "local": local, "result": result, "said": said}))
+
+
+def two(tmp_path, *configs):
+  """Runs both processes; what each wrote."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  root = pathlib.Path(__file__).parents[1]
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(root)}
+  processes = []
+  for number, config in enumerate(configs):
+    (tmp_path / f"config{number}").write_text(json.dumps(to_dict(config)))
+    arguments = [str(port), str(number), str(tmp_path / f"config{number}"), str(tmp_path / f"out{number}")]
+    processes.append(subprocess.Popen([sys.executable, __file__, *arguments], cwd=root, env=environment))
+  try:
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+  finally:
+    for process in processes:
+      process.kill()
+  return [json.loads((tmp_path / f"out{number}").read_text()) for number in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, axis", [("frames", "tensor"), ("features", "fsdp")])  # the same rows in both; half in each
+def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, monkeypatch, kind, axis):
+  data = {"data.train": features} if kind == "features" else {}
+  config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 1, "tensor": 1} | {axis: 2}, **data)
+  noted, losses, original = [], [], train.metrics.line
+  monkeypatch.setattr(train, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:2]))
+  monkeypatch.setattr(train, "place", note_batches(train.place, noted))
+  monkeypatch.setattr(train.metrics, "line", lambda step, *rest: (losses.append(rest[1]["loss"]), original(step, *rest))[1])
+  assert train.run(config)["step"] == 4
+  shutil.copytree(tmp_path / "one", tmp_path / "two")
+  shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
+  ways = two(tmp_path, *(dataclasses.replace(config, workdir=str(tmp_path / "two")) for _ in range(2)))
+  for way in ways:
+    assert way["said"] is None and way["result"]["step"] == 4
+    batches = [(samples, digest) for samples, digest in way["noted"]]
+    assert 0 < len(batches) < len(noted) and batches == noted[-len(batches) :]  # the same global batches, bit by bit
+    assert way["local"] == [len(samples) // (2 if axis == "fsdp" else 1) for samples, _ in batches]
+    assert sum(i >= 0 for samples, _ in batches for i in samples) == 2 * 3
+    np.testing.assert_allclose(way["result"]["loss"], np.mean(losses[2:]), rtol=1e-5)
+
+
+def test_two_processes_that_differ_are_refused_by_both(tiny_run, features, tmp_path):
+  config = tiny_run(tmp_path / "w", mesh={"data": 1, "fsdp": 2, "tensor": 1})
+  other = dataclasses.replace(config, seed=1, data=dataclasses.replace(config.data, train=features))
+  for way in two(tmp_path, config, other):
+    assert "the processes of this run differ: identity of the data in config.data.train in process 0" in way["said"]
+    assert "; config.seed in process 0 is 0, in process 1 1. Give all of them" in way["said"]
+  assert not (tmp_path / "w").exists()
+
+
+if __name__ == "__main__":
+  one_of_two(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

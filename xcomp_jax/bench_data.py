@@ -1,0 +1,160 @@
+"""Measures pre-decoding: decoding, writing, reading, memory.
+
+  python -m xcomp_jax.bench_data make hour.mp4 --seconds 3600        a synthetic video, 30 frames per second
+  python -m xcomp_jax.bench_data run hour.mp4
+
+`run` pre-decodes the file by the command itself and prints the peak of its resident memory. Then it takes the frames of one
+training sample from the video (FACTS.md 5) and prints two tables: how fast they are decoded, beside converting every frame of
+the file; and sizes and rates of a store that holds them raw, as JPEG, or as features. Times are the best of several.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import cv2
+import ml_dtypes
+import numpy as np
+
+from xcomp_jax.data import store, video
+
+SAMPLING = {"max_frames": 1024, "min_frames": 128, "fps": 8.0, "clip_frames": 8, "style": "train"}
+TOWER = store.Features("random", tokens_per_frame=16, width=1024)  # of the released models
+
+
+def make_video(path: str, seconds: int, width: int, height: int) -> None:
+  """A disc that wanders over a gradient, at 30 frames per second (MPEG-4)."""
+  writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 30, (width, height))
+  if not writer.isOpened():
+    raise OSError(f"{path} can't be written")
+  x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+  ground = np.stack([x, y, (x + y) / 2], -1).astype(np.uint8)
+  for i in range(30 * seconds):
+    image = ground.copy()
+    centre = (int(width * (0.5 + 0.4 * np.sin(i / 97))), int(height * (0.5 + 0.4 * np.cos(i / 61))))
+    cv2.circle(image, centre, height // 8, (i % 256, 80, 255 - i % 256), -1)
+    writer.write(image)
+  writer.release()
+
+
+def timed(work: Callable[[], object], repeat: int = 1) -> tuple[float, float]:
+  """Seconds and CPU seconds, the best of `repeat` each."""
+  wall, cpu = [], []
+  for _ in range(repeat):
+    begun = time.perf_counter(), time.process_time()
+    work()
+    wall.append(time.perf_counter() - begun[0])
+    cpu.append(time.process_time() - begun[1])
+  return min(wall), min(cpu)
+
+
+def decoding(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
+  """Frames uint8[T, S, S, 3] of a training sample, and a table of what they cost."""
+  chosen = video.sample(path, size=size, **SAMPLING)
+  frames = np.stack(list(video.frames(chosen)))
+
+  def converted():
+    capture, wanted = cv2.VideoCapture(path, cv2.CAP_FFMPEG), set(chosen.indices.tolist())
+    for i in range(chosen.stop):
+      image = cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB)
+      if i in wanted:
+        video.resize(image[None], size)
+    capture.release()
+
+  def sampled():
+    for _ in video.frames(chosen):
+      pass
+
+  spent = {
+    "looking at the packets": timed(lambda: video.sample(path, size=size, **SAMPLING), repeat),
+    "decoding, only what is sampled converted": timed(sampled, repeat),
+    "decoding, every frame converted": timed(converted, repeat),
+  }
+  files, taken = chosen.vlen, len(frames)
+  lines = [f"decoding {files:,} frames, {taken:,} of them sampled and resized to {size}: seconds, CPU-s, frames of the file and samples per second"]
+  lines += [f"  {name:41}{s:8.2f}{cpu:8.2f}{files / s:10,.0f}{taken / s:10,.1f}" for name, (s, cpu) in spent.items()]
+  return frames, "\n".join(lines)
+
+
+def storing(frames: np.ndarray, samples: int, repeat: int) -> str:
+  """A table of stores with `samples` copies of frames uint8[T, S, S, 3]: size, and rates of writing and reading."""
+  F, size = SAMPLING["clip_frames"], frames.shape[1]
+  clips = frames.reshape(-1, F, *frames.shape[1:])
+  tokens = np.random.default_rng(0).normal(size=(len(clips), F * TOWER.tokens_per_frame, TOWER.width)).astype(ml_dtypes.bfloat16)
+  kinds = {"raw": (clips, {}), "JPEG 95": (clips, {"quality": 95}), "features": (tokens, {"features": TOWER})}
+  total = samples * len(frames)
+  lines = [f"storing {samples} x {len(frames):,} frames: kB per frame; frames per second written, read by one thread, by two"]
+  with tempfile.TemporaryDirectory() as place:
+    for name, (visual, how) in kinds.items():
+      folders = (pathlib.Path(place) / f"{name} {n}" for n in range(repeat))
+      talk = ({"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""})
+      items = [(store.Sample(str(i), "", "", i, talk, ""), visual) for i in range(samples)]
+      write = lambda items=items, how=how, folders=folders: store.write_store(next(folders), items, image_size=size, clip_frames=F, **how)
+      written, _ = timed(write, repeat)
+      folder = pathlib.Path(place) / f"{name} 0"
+      opened, rates = store.open_store(folder), []
+      for threads in (1, 2):
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+          read = lambda pool=pool, opened=opened: [v.shape for v in pool.map(opened.visual, range(samples))]
+          rates.append(total / timed(read, repeat)[0])
+      size_kb = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / total / 1e3
+      lines.append(f"  {name:10}{size_kb:10,.1f} kB{total / written:10,.0f}{rates[0]:10,.0f}{rates[1]:10,.0f}")
+  return "\n".join(lines)
+
+
+def memory(path: str, size: int, more: Sequence[str] = ()) -> str:
+  """Pre-decodes the file by the command, in one process; its peak resident memory, and time."""
+  with tempfile.TemporaryDirectory() as place:
+    at = pathlib.Path(place)
+    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A disc."}]
+    (at / "a.json").write_text(json.dumps([{"video": str(pathlib.Path(path).absolute()), "conversations": talk}]))
+    (at / "m.yaml").write_text("datasets: [{json_path: a.json}]")
+    line = [sys.executable, "-m", "xcomp_jax.predecode", "--mixture", str(at / "m.yaml"), "--root", str(at), "--out", str(at / "out")]
+    line += ["--workers=0", f"--image_size={size}", *more]
+    took, _ = timed(lambda: subprocess.run(line, check=True, stdout=subprocess.DEVNULL))
+  peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kB on Linux
+  return f"predecode {' '.join(['--workers=0', *more])}: {took:.1f} s, peak resident memory {peak:.2f} GB"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command; an error is one line on stderr and exit code 1."""
+  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench_data", description=__doc__.splitlines()[0])
+  commands = parser.add_subparsers(dest="command", required=True)
+  make = commands.add_parser("make", help="write a synthetic video")
+  make.add_argument("path")
+  make.add_argument("--seconds", type=int, default=3600)
+  make.add_argument("--width", type=int, default=320)
+  make.add_argument("--height", type=int, default=180)
+  run = commands.add_parser("run", help="measure with a video")
+  run.add_argument("path")
+  run.add_argument("--image-size", type=int, default=448)
+  run.add_argument("--samples", type=int, default=2, help="copies in the stores that are measured")
+  run.add_argument("--repeat", type=int, default=3, help="the best of so many counts")
+  args = parser.parse_args(argv)
+  try:
+    if args.command == "make":
+      make_video(args.path, args.seconds, args.width, args.height)
+      return
+    if not pathlib.Path(args.path).is_file():
+      raise FileNotFoundError(f"there is no file {args.path}")
+    print(memory(args.path, args.image_size), flush=True)  # first: a process counts what its parent had when it was made
+    frames, table = decoding(args.path, args.image_size, args.repeat)
+    print(table, flush=True)
+    print(storing(frames, args.samples, args.repeat), flush=True)
+  except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+  main()

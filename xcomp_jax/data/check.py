@@ -1,0 +1,183 @@
+"""Looks at a store: is everything as its manifest says, and what is in it."""
+
+import collections
+import concurrent.futures
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import tokenizers
+import tqdm
+from PIL import Image, ImageDraw
+
+from xcomp_jax.data import prompt, video
+from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
+from xcomp_jax.data.store import Store, StoreError, content_crc, open_store
+
+THUMBNAIL = 112  # pixels
+SHOWN = 50  # of a list of differences
+
+
+def verify(path: str | os.PathLike) -> None:
+  """Reads every record again, compares all with manifest and counts, and prints that it is so.
+
+  Raises:
+    StoreError: it is no store or has no manifest; or all differences, listed.
+  """
+  store = open_store(path)
+  lines = _manifest(store)
+  wrong = list(_count_differences(store, lines))
+  wanted = {line["sample"]: line for line in lines if "sample" in line}
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    found = pool.map(lambda i: _difference(store, i, wanted.get(i)), range(len(store)))
+    wrong += [text for text in tqdm.tqdm(found, total=len(store), unit="sample", desc="verify") if text]
+  if wrong:
+    more = [f"... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+    raise StoreError(f"{path} differs from its manifest:\n  " + "\n  ".join([*wrong[:SHOWN], *more]))
+  frames = sum(s.frames for s in store.samples)
+  print(f"{path}: {len(store)} samples, {frames} frames, {len(lines) - len(wanted)} skipped; all as the manifest says")
+
+
+def inspect(path: str | os.PathLike, sheet: str | os.PathLike, prompts: int, mask: Literal["official", "assistant"], checkpoint: str | None) -> None:
+  """Prints what is in a store, and draws a contact sheet.
+
+  Args:
+    path: the store.
+    sheet: PNG file to write; none is written for features.
+    prompts: how many prompts to print, with what is supervised in brackets.
+    mask: which tokens those are.
+    checkpoint: whose tokenizer splits them; None: into bytes.
+
+  Raises:
+    StoreError: it is no store. OSError, ValueError: no such tokenizer, or the sheet can't be written.
+  """
+  store = open_store(path)
+  tokenizer = prompt.load_tokenizer(checkpoint) if checkpoint else bytes_tokenizer()
+  print("\n".join(describe(store)))
+  for i in _spread(len(store), prompts):
+    print(f"\nprompt of sample {i}; supervised by the {mask} mask: ⟦ ⟧\n{show_prompt(store, tokenizer, mask, i)}")
+  if store.features:
+    print("\nno contact sheet: features can't be looked at")
+  elif any(s.frames for s in store.samples):
+    contact_sheet(store).save(sheet, "PNG")
+    print(f"\ncontact sheet: {sheet}")
+
+
+def describe(store: Store) -> Iterator[str]:
+  """Kind, sizes, counts and histogram, line by line."""
+  layout = store.layout
+  kind = f"JPEG {layout.quality}" if layout.quality else "raw"
+  if store.features:
+    kind = f"features of tower {store.features.identity[:12]}: {store.features.tokens_per_frame} tokens of {store.features.width} per frame, from"
+  size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+  frames = sum(s.frames for s in store.samples)
+  kinds = collections.Counter("text" if not s.frames else "image" if s.clip_frames == 1 else "video" for s in store.samples)
+  yield f"{store.path}: {kind} frames of {store.image_size} x {store.image_size} in clips of {store.clip_frames}; {store.made_with()}"
+  named = ", ".join(f"{count} {name}{'s' if count != 1 and name != 'text' else ''}" for name, count in kinds.most_common())
+  yield f"{len(store)} samples ({named}), {frames} frames, {size / 1e6:.1f} MB, {size / max(1, frames) / 1e3:.1f} kB per frame"
+  yield f"identity {store.identity()}"
+  yield "\nframes      samples"
+  bins = collections.Counter(s.frames.bit_length() for s in store.samples)
+  for b in sorted(bins):
+    low, high = (1 << b) >> 1, (1 << b) - 1
+    span = f"{low}" if low >= high else f"{low} to {high}"
+    yield f"{span:>12}{bins[b]:8}  {'#' * -(-40 * bins[b] // max(bins.values()))}"
+  for file in store.info.get("annotation_files", ()):
+    counts = ", ".join(f"{name} {file[name]}" for name in ("annotations", "drawn", "selected", "written", "skipped"))
+    yield f"{file['annotation']}: {counts}"
+  reasons = [line["reason"] for line in _manifest(store) if "reason" in line] if store.info.get("skipped") else []
+  yield from (f"  skipped: {reason}" for reason in reasons[:10])
+  if len(reasons) > 10:
+    yield f"  ... and {len(reasons) - 10} more in {store.path / 'manifest.jsonl'}"
+
+
+def show_prompt(store: Store, tokenizer: prompt.Tokenizer, mask: Literal["official", "assistant"], index: int) -> str:
+  """A sample's prompt as training sees it, with ⟦ ⟧ around what is supervised."""
+  sample = store.samples[index]
+  built = prompt.train(tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask)
+  parts = []
+  for supervised, group in itertools.groupby(zip(built.tokens.tolist(), built.labels.tolist()), lambda pair: pair[1] != IGNORE):
+    text = ""
+    for slot, ids in itertools.groupby((token for token, _ in group), lambda token: token == IMAGE_TOKEN):
+      text += f"<{sample.frames} frames>" if slot else tokenizer.decode(ids, keep_special=True)
+    parts.append(f"⟦{text}⟧" if supervised else text)
+  return "".join(parts)
+
+
+def contact_sheet(store: Store, rows: int = 10, columns: int = 8) -> Image.Image:
+  """Frames of samples all over the store, a row each, with a line about them above it."""
+  visible = [i for i, s in enumerate(store.samples) if s.frames]
+  chosen = [visible[k] for k in _spread(len(visible), rows)]
+  line = 18
+  sheet = Image.new("RGB", (columns * THUMBNAIL, len(chosen) * (THUMBNAIL + line)), "white")
+  draw = ImageDraw.Draw(sheet)
+  for row, index in enumerate(chosen):
+    sample, top = store.samples[index], row * (THUMBNAIL + line)
+    question = " ".join(sample.conversations[0]["value"].replace(prompt.IMAGE, "").split()) if sample.conversations else ""
+    count = f"{sample.frames} frames" if sample.frames > 1 else "an image"
+    draw.text((3, top + 3), f"{index}: {count}, {pathlib.Path(sample.source).name}: {question}", fill="black")
+    visual = store.visual(index)
+    frames = visual.reshape(-1, *visual.shape[2:])
+    for column, frame in enumerate(frames[_spread(len(frames), columns)]):
+      thumbnail = Image.fromarray(video.resize(frame[None], THUMBNAIL - 2)[0])
+      sheet.paste(thumbnail, (column * THUMBNAIL + 1, top + line))
+  return sheet
+
+
+def bytes_tokenizer() -> prompt.Tokenizer:
+  """A token per byte, for texts to be looked at without a checkpoint."""
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+  core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  core.decoder = tokenizers.decoders.ByteLevel()
+  core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+  return prompt.Tokenizer(core, "bytes")
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+  """At most `wanted` of 0 to count - 1, evenly."""
+  return sorted({(2 * k + 1) * count // (2 * wanted) for k in range(wanted)}) if count else []
+
+
+def _manifest(store: Store) -> list[dict[str, Any]]:
+  try:
+    return [json.loads(line) for line in (store.path / "manifest.jsonl").read_text(encoding="utf-8").split("\n") if line]
+  except (OSError, ValueError) as error:
+    raise StoreError(f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes one") from error
+
+
+def _count_differences(store: Store, lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+  if store.checksum() != store.info.get("checksum"):
+    yield "samples/: ids, frame counts or texts are not those that were written"
+  numbers = [line["sample"] for line in lines if "sample" in line]
+  if numbers != list(range(len(store))):
+    yield f"manifest.jsonl names {len(numbers)} samples, not 0 to {len(store) - 1} in order"
+  begin = 0
+  for file in store.info.get("annotation_files", ()):
+    mine = lines[begin : begin + file["selected"]]
+    begin += file["selected"]
+    written = sum("sample" in line for line in mine)
+    if {line["annotation"] for line in mine} - {file["annotation"]} or (written, len(mine) - written) != (file["written"], file["skipped"]):
+      yield f"store.json: the counts of {file['annotation']} are not those of manifest.jsonl"
+  if begin != len(lines):
+    yield f"store.json: {begin} selected annotations, manifest.jsonl has {len(lines)}"
+
+
+def _difference(store: Store, index: int, line: dict[str, Any] | None) -> str:
+  """How a sample differs from its line of the manifest; "" if it does not."""
+  sample = store.samples[index]
+  if line is None:
+    return f"sample {index} is not in manifest.jsonl"
+  for name in ("annotation", "position", "source", "frames"):
+    if getattr(sample, name) != line[name]:
+      return f"sample {index}: {name} is {getattr(sample, name)!r}, written was {line[name]!r}"
+  try:
+    crc = 0
+    for content in store.stored(index):
+      crc = content_crc(content, crc)
+  except Exception as error:  # damaged records make the readers raise anything
+    return f"sample {index} ({sample.source}) can't be read: {' '.join(str(error).split())}"
+  return "" if crc == line["crc32"] else f"sample {index} ({sample.source}): its {store.layout.folder} are not those that were written"

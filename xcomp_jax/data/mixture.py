@@ -1,0 +1,220 @@
+"""VideoChat-Flash's mixtures: which annotations are read, and what is wrong with them.
+
+A mixture is a YAML file with `datasets`, a list of json_path (json or jsonl), sampling_strategy, data_root and
+video_read_type. An annotation is an object with "conversations", one of "image" and "video", and perhaps "id", "start" and "end".
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import pathlib
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xcomp_jax.data import store, video
+
+READERS = {"decord": "video", "gif": "gif", "img": "frames"}  # video_read_type, and what `video.sample` calls it
+KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A selected annotation that waits for its pixels."""
+
+  sample: store.Sample  # without time message, frames and records
+  reader: video.ReadType
+  start: float | None  # seconds
+  end: float | None
+  faults: tuple[str, ...]  # why it can't be used; () if it looks good
+
+  def where(self) -> str:
+    """What people look for."""
+    return f"{self.sample.annotation}, annotation {self.sample.position}"
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """What was read of an annotation file."""
+
+  annotation: str  # json_path
+  digest: str  # of its bytes
+  annotations: int
+  drawn: int  # by strategy and subset
+  selected: int  # of these: with exactly one image or video, as the release wants them
+
+
+def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
+  """Which of a file's `count` annotations are drawn, in the order of reading (FACTS.md 14).
+
+  Args:
+    count: annotations of the file.
+    strategy: "all", or first, first2, ..., end, a colon, and a count or a percentage: "first2:2.5%".
+    subset: share that is kept after that; 0.25 in the release.
+
+  Raises:
+    AnnotationError: a strategy that does not exist.
+  """
+  match = re.fullmatch(r"all|(first|end)(\d*):(\d+|\d+(?:\.\d+)?%)", strategy.strip())
+  if not match or (match[1] == "end" and match[2]) or match[2] == "0":
+    raise _error(
+      f"sampling_strategy {strategy!r} is unknown; write all, first:100, first:2.5%, first2:10% (the second tenth) or end:100"
+    )
+  chosen = list(range(count))
+  random.Random(12345).shuffle(chosen)
+  if match[1]:
+    n = math.ceil(float(match[3][:-1]) * count / 100) if match[3].endswith("%") else int(match[3])
+    k = int(match[2] or 1)
+    chosen = chosen[(k - 1) * n : k * n] if match[1] == "first" else chosen[max(count - n, 0) :]
+  random.Random(42).shuffle(chosen)
+  return chosen[: int(len(chosen) * subset)]
+
+
+def select(items: Sequence[Mapping[str, Any]], strategy: str = "all", subset: float = 1.0) -> list[int]:
+  """Those that `draw` gives of all annotations of a file, and that have exactly one image or video (FACTS.md 14)."""
+  return [i for i in draw(len(items), strategy, subset) if _has_one_visual(items[i])]
+
+
+def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float) -> tuple[list[Job], list[File]]:
+  """Reads a mixture and checks all its selected annotations; paths start from `root`.
+
+  Returns:
+    jobs in the order of reading, with what is wrong with them; what was read of each annotation file.
+
+  Raises:
+    AnnotationError: the mixture or an annotation file as a whole can't be read.
+  """
+  import yaml
+
+  path, root = pathlib.Path(path), pathlib.Path(root)
+  try:
+    mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
+  except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    raise _error(f"mixture {path} can't be read: {_line(error)}") from error
+  datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
+  if not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets:
+    raise _error(f"mixture {path}: expected a list under `datasets`, each with json_path and data_root")
+  jobs, files = [], []
+  for n, entry in enumerate(datasets):
+    where = f"mixture {path}, dataset {n}"
+    for key in entry.keys() - set(KEYS):
+      near = difflib.get_close_matches(str(key), KEYS, 1)
+      raise _error(f"{where}: {key} is unknown; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}"))
+    if not isinstance(entry.get("json_path"), str):
+      raise _error(f"{where}: json_path is missing")
+    if not isinstance(entry.get("data_root") or "", str):
+      raise _error(f"{where}: data_root must be a path, not {entry['data_root']!r}")
+    reader = entry.get("video_read_type") or "decord"
+    if reader not in READERS:
+      raise _error(f"{where}: video_read_type {reader!r} is unknown; known: {', '.join(READERS)}")
+    file = root / entry["json_path"]
+    items = read_annotations(file)
+    try:
+      drawn = draw(len(items), str(entry.get("sampling_strategy", "all")), subset)
+    except ValueError as error:
+      raise _error(f"{where}: {error}") from error
+    chosen = [i for i in drawn if _has_one_visual(items[i])]
+    digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+    files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen)))
+    folder = root / (entry.get("data_root") or "")
+    jobs += [_job(items[i], i, entry["json_path"], folder, READERS[reader]) for i in chosen]
+  return jobs, files
+
+
+def read_annotations(path: str | os.PathLike) -> list[dict]:
+  """The annotations of a json (a list) or jsonl file.
+
+  Raises:
+    AnnotationError: no such file, not UTF-8, not JSON (with the line), or not a list of objects.
+  """
+  path = pathlib.Path(path)
+  try:
+    text = path.read_text(encoding="utf-8-sig")  # some editors write a mark at the start
+  except (OSError, UnicodeDecodeError) as error:
+    raise _error(f"annotations {path} can't be read: {_line(error)}") from error
+  # In jsonl every line is a document; split at "\n" only, as text may hold other separators that splitlines() knows.
+  documents = [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()] if path.suffix == ".jsonl" else [(1, text)]
+  items = []
+  for n, document in documents:
+    try:
+      items.append(json.loads(document))
+    except json.JSONDecodeError as error:
+      raise _error(f"annotations {path}, line {n + error.lineno - 1}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+      raise _error(f"annotations {path}, line {n}: lists or objects inside each other without end") from error
+  if path.suffix != ".jsonl":
+    items = items[0]
+  if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+    raise _error(f"annotations {path}: expected a list of objects")
+  return items
+
+
+def _has_one_visual(item: Mapping[str, Any]) -> bool:
+  visuals = [item[key] for key in ("image", "video") if key in item]
+  return len(visuals) == 1 and not isinstance(visuals[0], list)
+
+
+def _job(item: Mapping[str, Any], position: int, annotation: str, folder: pathlib.Path, reader: str) -> Job:
+  """The job of an annotation that `select` has let through."""
+  from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
+
+  faults = []
+  key = "image" if "image" in item else "video"
+  reader = "img" if key == "image" else reader
+  name = item[key]
+  path = folder / name if isinstance(name, str) else folder
+  if not isinstance(name, str) or not name:
+    faults.append(f"{key} must be a path, not {name!r}")
+  else:
+    faults += _path_faults(path, reader)
+  talk = item.get("conversations")
+  turns = ()
+  try:
+    prompt.check(talk, visual=True)
+    turns = tuple({"from": t["from"], "value": t["value"]} for t in talk)
+  except ValueError as error:
+    faults.append(str(error))
+  times = [item.get("start"), item.get("end")]
+  if not all(t is None or (isinstance(t, (int, float)) and not isinstance(t, bool) and abs(t) < 1e9) for t in times):
+    faults.append(f"start {times[0]!r} and end {times[1]!r} must be seconds")
+    times = [None, None]
+  start, end = (t if t is None else float(t) for t in times)
+  if (start or 0) < 0 or (end is not None and end <= (start or 0)):
+    faults.append(f"start {times[0]} and end {times[1]}: expected 0 <= start < end")
+  sample = store.Sample(str(item.get("id", position)), str(path), annotation, position, turns, "")
+  try:
+    json.dumps(dataclasses.asdict(sample), ensure_ascii=False).encode()
+  except UnicodeEncodeError:  # JSON can spell half of a character that takes two
+    faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
+    sample = store.Sample(str(position), ascii(str(path)), annotation, position, (), "")
+  return Job(sample, reader, start, end, tuple(ascii(f) if not f.isprintable() else f for f in faults))
+
+
+def _path_faults(path: pathlib.Path, reader: str) -> list[str]:
+  try:
+    if not path.exists():
+      return [f"{path} does not exist"]
+    if not path.is_dir() and not path.is_file():
+      return [f"{path} is neither a file nor a folder"]  # reading a pipe would wait for ever
+    if path.is_dir() != (reader == "frames"):
+      kind = "a folder" if path.is_dir() else "a file"
+      return [f"{path} is {kind}; video_read_type img means folders of frames, all others files"]
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+      return [f"{path} can't be read: no permission"]
+  except OSError as error:
+    return [f"{path} can't be read: {error.strerror}"]
+  return []
+
+
+def _error(text: str) -> ValueError:
+  from xcomp_jax.data import prompt  # see `_job`
+
+  return prompt.AnnotationError(text)
+
+
+def _line(error: BaseException) -> str:
+  return " ".join(str(error).split())
