@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -24,7 +23,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
+import PIL
 import tqdm
 from absl import app, flags, logging
 
@@ -213,7 +214,7 @@ def _plan(mixture, root, subset: float, per_shard: int, settings: Settings, layo
   plan |= {"fps": float(settings.fps), "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}"}
   if tower:
     plan |= {"frames": "features", "tower": tower.features.identity} | tower.settings
-  plan |= {name: importlib.metadata.version(name) for name in ("opencv-python-headless", "pillow")}  # they make the pixels
+  plan |= {"opencv": cv2.__version__, "pillow": PIL.__version__}  # they make the pixels
   return plan | {f"annotations {n}, {file.annotation}": file.digest for n, file in enumerate(files)}
 
 
