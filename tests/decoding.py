@@ -9,12 +9,14 @@ import sys
 import time
 
 import cv2
+import ml_dtypes
 import numpy as np
 import yaml
 from PIL import Image
 
 from xcomp_jax import predecode as predecode_lib
-from xcomp_jax.predecode import Settings, predecode
+from xcomp_jax.data.store import Features
+from xcomp_jax.predecode import Settings, Tower, predecode
 
 SETTINGS = Settings(image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
 SAMPLING = {"max_frames": 16, "min_frames": 8, "fps": 8.0, "clip_frames": 8, "style": "train", "size": 16}
@@ -70,6 +72,17 @@ def mixture(root: pathlib.Path, *datasets: dict) -> None:
 
 def make(root, out="out", *, settings=SETTINGS, **changes):
   return predecode(root / "mixture.yaml", root.parent / out, settings, root=root, **changes)
+
+
+def summing_tower(width: int = 4) -> Tower:
+  """Features that tell clips, places and frame sizes apart."""
+
+  def encode(clips):
+    for clip in clips:
+      sums = clip.reshape(len(clip), 2, -1).mean(-1).reshape(-1, 1)
+      yield (sums + np.arange(width)).astype(ml_dtypes.bfloat16)
+
+  return Tower(Features("sums", 2, width), {"computed_in": "float32"}, encode)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

@@ -13,7 +13,6 @@ import time
 
 import cv2
 import decoding
-import ml_dtypes
 import numpy as np
 import pytest
 from decoding import (
@@ -163,33 +162,22 @@ def test_jpeg(world):
   check.verify(world.parent / "jpeg")
 
 
-def summing_tower(width=4):
-  """Features that tell clips, places and frame sizes apart."""
-
-  def encode(clips):
-    for clip in clips:
-      sums = clip.reshape(len(clip), 2, -1).mean(-1).reshape(-1, 1)
-      yield (sums + np.arange(width)).astype(ml_dtypes.bfloat16)
-
-  return Tower(Features("sums", 2, width), {"computed_in": "float32"}, encode)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_features(world, workers):
   make(world, "pixels")
-  make(world, "out", tower=summing_tower(), workers=workers, samples_per_shard=3)
+  make(world, "out", tower=decoding.summing_tower(), workers=workers, samples_per_shard=3)
   pixels, store = open_store(world.parent / "pixels"), open_store(world.parent / "out")
   assert store.features == Features("sums", 2, 4)
   for i in range(7):
-    wanted = np.stack(list(summing_tower().encode(pixels.visual(i))))
+    wanted = np.stack(list(decoding.summing_tower().encode(pixels.visual(i))))
     np.testing.assert_array_equal(store.visual(i).view(np.uint16), wanted.view(np.uint16))
     assert store.samples[i].time_message == pixels.samples[i].time_message
   check.verify(world.parent / "out")
 
 
 def test_features_resume(world):
-  make(world, "whole", tower=summing_tower())
-  tower, left = summing_tower(), [3]
+  make(world, "whole", tower=decoding.summing_tower())
+  tower, left = decoding.summing_tower(), [3]
 
   def failing(clips):
     if not left[0]:
@@ -244,8 +232,9 @@ def test_a_folder_of_another_program_is_left_alone(world):
   folder = world.parent / "out.incomplete"
   folder.mkdir()
   (folder / "thesis.txt").write_text("all of it")
-  with pytest.raises(StoreError, match="not of this command"):
-    make(world)
+  for restart in (False, True):
+    with pytest.raises(StoreError, match="something else"):
+      make(world, restart=restart)
   assert (folder / "thesis.txt").read_text() == "all of it"
 
 
@@ -289,7 +278,7 @@ def go(out, last):
       return step
     for kind in kinds:
       setattr(os, kind, wrap(kind))
-    decoding.make(root, out, samples_per_shard=2)
+    decoding.make(root, out, samples_per_shard=2, tower=decoding.summing_tower() if sys.argv[3] == "features" else None)
     os._exit(0)
   return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -304,12 +293,13 @@ print(n)
 """
 
 
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_before_a_change_of_the_file_system(world, stride):
+@pytest.mark.parametrize("kind", ["frames", "features"])
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_a_change_of_the_file_system(world, stride, kind):
   mixture(world, {"json_path": "images.json"}, {"json_path": "part.jsonl"}, {"json_path": "gifs.json", "video_read_type": "gif"})
   here = str(pathlib.Path(__file__).parent)
   code = f"import sys; sys.path.insert(0, {here!r})\n{KILLER}"
-  done = decoding.run([sys.executable, "-c", code, str(world), str(stride)])
+  done = decoding.run([sys.executable, "-c", code, str(world), str(stride), kind])
   assert done.returncode == 0, done.stderr
   steps = int(done.stdout.split()[-1])
   assert steps > 20
@@ -326,11 +316,14 @@ def test_killed_at_random_instants(world, kills):
   write(world / "videos.json", [{"id": i, "video": "long.mp4", "start": i, "end": i + 30, "conversations": talk()} for i in range(24)])
   make(world, "whole", workers=2, samples_per_shard=5)
   rng = random.Random(kills)
-  begun = time.monotonic()
-  assert command(world, "--workers=2", "--samples_per_shard=5").returncode == 0
-  took = time.monotonic() - begun
-  assert contents(world.parent / "out") == contents(world.parent / "whole")
-  progress = set()
+  folder, codes = world.parent / "out.incomplete", []
+
+  def done() -> int:
+    try:
+      return 5 * len(list(folder.glob("shards/*.json"))) + len(list(folder.glob("spool/*.json")))
+    except FileNotFoundError:  # the folder goes while it is read
+      return 99
+
   for kill in range(kills):
     if (world.parent / "out").exists():
       shutil.rmtree(world.parent / "out")
@@ -338,24 +331,24 @@ def test_killed_at_random_instants(world, kills):
       world, "--workers=2", "--samples_per_shard=5", start=subprocess.Popen,
       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )
-    time.sleep(rng.uniform(0.2, took))
+    enough = rng.randrange(0, 30)
+    wait_for(lambda process=process, enough=enough: done() >= enough or process.poll() is not None)
+    time.sleep(rng.uniform(0, 0.1 if enough else 3))  # what comes before the first sample takes longest
     process.kill()
-    process.wait()
+    codes.append(process.wait())
     try:
       wait_for(lambda process=process: not group_lives(process.pid), 20)
     finally:
       if group_lives(process.pid):  # the group of its own session: what this test started, nothing else
         os.killpg(process.pid, signal.SIGKILL)
-    folder = world.parent / "out.incomplete"
-    progress.add(len(list(folder.rglob("*.json"))) if folder.exists() else -1)
     if kill % 2:  # every other time the next kill hits a run that continues
       assert command(world, "--workers=2", "--samples_per_shard=5").returncode == 0
       assert contents(world.parent / "out") == contents(world.parent / "whole")
       assert not folder.exists()
-  done = command(world, "--workers=2", "--samples_per_shard=5")
-  assert done.returncode == 0, done.stderr
+  last = command(world, "--workers=2", "--samples_per_shard=5")
+  assert last.returncode == 0, last.stderr
   assert contents(world.parent / "out") == contents(world.parent / "whole")
-  assert len(progress) > 1, progress
+  assert -signal.SIGKILL in codes
 
 
 def test_interrupt(world):

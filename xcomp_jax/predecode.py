@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -24,7 +23,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
+import PIL
 import tqdm
 from absl import app, flags, logging
 
@@ -213,7 +214,7 @@ def _plan(mixture, root, subset: float, per_shard: int, settings: Settings, layo
   plan |= {"fps": float(settings.fps), "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}"}
   if tower:
     plan |= {"frames": "features", "tower": tower.features.identity} | tower.settings
-  plan |= {name: importlib.metadata.version(name) for name in ("opencv-python-headless", "pillow")}  # they make the pixels
+  plan |= {"opencv": cv2.__version__, "pillow": PIL.__version__}  # they make the pixels
   return plan | {f"annotations {n}, {file.annotation}": file.digest for n, file in enumerate(files)}
 
 
@@ -223,24 +224,28 @@ def _digest(plan: dict[str, Any]) -> str:
 
 def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
   """Writes the plan, or sees that it is the one of the work in `folder`."""
-  advice = f"remove {folder}, or add --restart to begin anew"
-  if restart:
-    for path in folder.iterdir():
-      if path.is_dir():
-        shutil.rmtree(path)
-      elif path.name != "lock":
-        path.unlink()
+  for path in folder.glob("*.tmp"):
+    if path.is_dir():
+      shutil.rmtree(path)
+    else:
+      path.unlink()
   file = folder / "plan.json"
+  if restart:
+    for name in ("shards", "store", "spool"):  # in this order what is left at any instant is whole
+      if (folder / name).exists():
+        (folder / name).rename(folder / f"{name}.tmp")
+        shutil.rmtree(folder / f"{name}.tmp")
+    file.unlink(missing_ok=True)
   if not file.exists():
-    if any(path.name != "lock" and not path.name.endswith(".tmp") for path in folder.iterdir()):
-      raise store.StoreError(f"{folder} is not of this command, or of another version of it; {advice}")
+    if any(path.name != "lock" for path in folder.iterdir()):
+      raise store.StoreError(f"{folder} holds something else than work of this command; move it away, or choose another --out")
     shards.write_json(file, plan)
     return
   there = json.loads(file.read_text())
   if there != plan:
     keys = [key for key in dict.fromkeys([*there, *plan]) if there.get(key) != plan.get(key)]
     shown = [f"{key}: {there.get(key, 'nothing')} there, {plan.get(key, 'nothing')} now" for key in keys[:5]]
-    raise store.StoreError(f"{folder} has unfinished work of another kind ({'; '.join(shown)}); {advice}")
+    raise store.StoreError(f"{folder} has unfinished work of another kind ({'; '.join(shown)}); remove it, or add --restart to begin anew")
 
 
 def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Sequence[mixtures.File], info: dict) -> dict[str, Any]:
