@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax.config import LPCompConfig
+from xcomp_jax.config import LPCompConfig, MeshConfig
 from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
-from xcomp_jax.model import vlm
+from xcomp_jax.model import attention, vlm
 from xcomp_jax.model.attention import attend
 from xcomp_jax.model.decoder import Lengths
 from xcomp_jax.sharding import make_mesh
@@ -149,6 +149,31 @@ def test_attention_in_pieces_equals_the_oracle(causal, implementation):
   close(run(implementation)(q, k, v), run("einsum")(q, k, v))
   grads = lambda how: jax.grad(lambda *a: jnp.sin(run(how)(*a)).sum(), (0, 1, 2))(q, k, v)
   jax.tree.map(close, grads(implementation), grads("einsum"))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_tpu_kernel_equals_the_oracle(causal):
+  slots = 600  # in two blocks of 384
+  q, k, v = (jax.random.normal(jax.random.key(i), (2, slots, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+  valid = jnp.arange(slots) < jnp.array([[slots], [317]])
+  kernel = lambda q, k, v: attention._splash(q, k, v, valid, causal, interpret=True)
+  oracle = lambda q, k, v: attend(q, k, v, causal=causal, key_valid=valid, implementation="einsum")
+  shown = lambda out: jnp.where(valid[:, :, None, None], out, 0)  # rows of padding are garbage
+  close(shown(kernel(q, k, v)), shown(oracle(q, k, v)))
+  grads = lambda how: jax.grad(lambda *a: jnp.sin(shown(how(*a))).sum(), (0, 1, 2))(q, k, v)
+  jax.tree.map(close, grads(kernel), grads(oracle))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])  # of which a tensor axis of two splits one
+def test_kernels_run_on_every_device_of_a_mesh(kv_heads):
+  q, k, v = (jax.random.normal(jax.random.key(i), (4, 500, heads, 8)) for i, heads in enumerate((4, kv_heads, kv_heads)))
+  valid = jnp.arange(500) < jnp.array([[500], [317], [500], [1]])
+  run = jax.jit(lambda how: attend(q, k, v, causal=True, key_valid=valid, implementation=how), static_argnums=0)
+  alone = run("einsum")
+  with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+    program = jax.jit(lambda q, k, v: attend(q, k, v, causal=True, key_valid=valid, implementation="xla_chunked"))
+    close(program(q, k, v), alone)
+    assert "4,500,4,8" not in program.lower(q, k, v).compile().as_text().split("ENTRY")[0]  # no device has it all
 
 
 @pytest.mark.parametrize("implementation", ["einsum", "tiled", "xla_chunked"])

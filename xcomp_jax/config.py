@@ -72,7 +72,7 @@ class ModelConfig:
   dtype: Literal["bfloat16", "float32"]  # of the computation
   param_dtype: Literal["bfloat16", "float32"]  # of trained parameters and optimizer state
   clips_per_chunk: int  # clips of a sample in the tower at once; bounds peak memory
-  attention: Literal["auto", "einsum", "flash", "xla_chunked", "tiled"]
+  attention: Literal["auto", "einsum", "flash", "splash", "xla_chunked", "tiled"]
   remat: bool  # recompute each layer's activations in the backward pass
 
 

@@ -116,16 +116,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def split(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+  """How an activation is split over the mesh of `jax.set_mesh`; axes: a name of ACTIVATIONS or None per dimension."""
+  wanted = [ACTIVATIONS[axis] if axis else () for axis in axes]
+  return _fit(wanted, shape, jax.sharding.get_abstract_mesh())
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins activation `x` to the mesh of `jax.set_mesh`; without one (or inside `shard_map`) returns `x`.
 
-  axes: a name of ACTIVATIONS or None per leading dimension; dimensions beyond them are not split.
+  axes: as of `split`, for the leading dimensions; those beyond them are not split.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return x
-  wanted = [ACTIVATIONS[axis] if axis else () for axis in axes]
-  return jax.lax.with_sharding_constraint(x, _fit(wanted, x.shape, mesh))
+  return jax.lax.with_sharding_constraint(x, split(axes, x.shape))
 
 
 def parameter_table(state: Any, shardings: Any) -> str:

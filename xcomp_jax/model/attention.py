@@ -4,7 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
+
+from xcomp_jax.sharding import split
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 TILE = 384  # queries and keys at once; larger ones are hardly faster on a CPU, and compute more for nothing (docs/LOG.md)
@@ -27,7 +30,7 @@ def attend(
     v: [B, S, K, h].
     causal: rows are the last L of the S slots, and see those up to their own.
     key_valid: bool[B, S], False for padding keys; None: all valid. A row that may see no key returns garbage.
-    implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (the accelerator's kernel),
+    implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs), "splash" (TPUs),
       "xla_chunked" (any backend), "tiled" (any backend, and a causal half is left out, which makes it the fastest on
       CPUs); or "auto".
 
@@ -42,19 +45,62 @@ def attend(
     raise ValueError(f"causal attention of {L} queries over {S} keys: there can't be more queries")
   if implementation == "auto":
     # A small score matrix is the fastest to compile and to run, but half of a causal one is for nothing.
-    cpu = jax.default_backend() == "cpu"
-    small = L <= TILE or (L * S <= 1024 * 1024 and not (causal and cpu))
-    implementation = "einsum" if small else "tiled" if cpu else "flash"
-  if causal and L != S and implementation in KERNELS:
+    backend = jax.default_backend()
+    small = L <= TILE or (L * S <= 1024 * 1024 and not (causal and backend == "cpu"))
+    implementation = "einsum" if small else {"cpu": "tiled", "tpu": "splash"}.get(backend, "flash")
+  if L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled"):
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
     return _einsum(q, k, v, causal, key_valid)
   if implementation == "tiled":
     valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
     return _tiled(q, k, v, valid, causal)
+  if implementation == "splash":
+    return _on_each_device(functools.partial(_splash, causal=causal), q, k, v, key_valid)
   if implementation not in KERNELS:
-    raise ValueError(f"attention implementation {implementation!r}: known are auto, einsum, tiled, {', '.join(KERNELS)}")
-  return _kernel(q, k, v, key_valid, causal, implementation)
+    raise ValueError(f"attention implementation {implementation!r}: known are auto, einsum, tiled, splash, {', '.join(KERNELS)}")
+  kernel = functools.partial(_kernel, causal=causal, implementation=implementation)
+  return _on_each_device(kernel, q, k, v, key_valid)
+
+
+def _on_each_device(kernel, q, k, v, key_valid):
+  """Runs a kernel on every device's own samples and heads: the compiler can't split one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    return kernel(q, k, v, key_valid)
+  part = split(("batch", None, "heads", None), k.shape)  # the fewer heads decide
+  valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
+  specs = part, part, part, PartitionSpec(*part[:1])
+  return jax.shard_map(kernel, in_specs=specs, out_specs=part, check_vma=False)(q, k, v, valid)
+
+
+def _splash(q, k, v, key_valid, causal, interpret=False):
+  """JAX's own TPU kernel, in float32 or bfloat16. Padding keys are another segment than all else.
+
+  Rows of padding, too, so they see each other; what they return is garbage like that of the others.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  (B, L, H, h), scale = q.shape, q.shape[-1] ** -0.5
+  # Blocks are multiples of 128 that divide the length: of the largest ones the one that needs least padding.
+  sizes = range(1024, 384, -128) if L > 512 else (-(-L // 128) * 128,)
+  block = min(sizes, key=lambda size: -(-L // size) * size)
+  length = -(-L // block) * block
+  valid = jnp.ones((B, L), bool) if key_valid is None else key_valid
+  segments = jnp.pad(valid, ((0, 0), (0, length - L))).astype(jnp.int32)
+  heads = lambda x: jnp.swapaxes(jnp.pad(x, ((0, 0), (0, length - L), (0, 0), (0, 0))), 1, 2)
+  mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+  blocks = splash.BlockSizes(
+    block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+    block_q_dq=block, block_kv_dq=block,
+  )  # fmt: skip
+  kernel = splash.make_splash_mha(
+    masks.MultiHeadMask([mask] * H), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+  )
+  one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids))
+  out = jax.vmap(one)(heads(q * scale), heads(k), heads(v), segments)
+  return jnp.swapaxes(out, 1, 2)[:, :L].astype(q.dtype)
 
 
 KERNELS = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
