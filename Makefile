@@ -32,7 +32,7 @@ lint: env
 	$(BIN)/ruff check .
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow

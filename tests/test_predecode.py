@@ -354,10 +354,12 @@ def test_killed_at_random_instants(world, kills):
 def test_interrupt(world):
   make_video(world / "videos" / "long.mp4", 3000)
   write(world / "videos.json", [{"video": "long.mp4", "conversations": talk()}] * 200)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, also by children
   process = command(
     world, "--workers=1", start=subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     start_new_session=True,
   )
+  signal.signal(signal.SIGINT, before)
   spool = world.parent / "out.incomplete" / "spool"
   wait_for(lambda: spool.exists() and list(spool.glob("*.json")))
   os.killpg(process.pid, signal.SIGINT)  # to the processes as well, as a terminal does

@@ -82,7 +82,7 @@ def _splash(q, k, v, key_valid, causal, interpret=False):
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-  (B, L, H, h), scale = q.shape, q.shape[-1] ** -0.5
+  (B, L, H, _), scale = q.shape, q.shape[-1] ** -0.5
   # Blocks are multiples of 128 that divide the length: of the largest ones the one that needs least padding.
   sizes = range(1024, 384, -128) if L > 512 else (-(-L // 128) * 128,)
   block = min(sizes, key=lambda size: -(-L // size) * size)
