@@ -1,7 +1,7 @@
 """The measurements run, and measure what they say."""
 
 import dataclasses
-import pathlib
+import json
 import shutil
 
 import jax
@@ -11,10 +11,9 @@ import pytest
 import test_weights as w
 from safetensors.numpy import load_file
 
-from xcomp_jax import bench, weights, world
+from xcomp_jax import bench, weights
+from xcomp_jax.config import VisionConfig
 from xcomp_jax.data import prompt
-
-BASE = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 
 
 def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path, capsys):
@@ -51,31 +50,33 @@ def test_operations_are_those_of_matrix_products_and_loops():
   assert bench.flops(jax.jit(lambda x: x.T @ x), x) == 2 * 4 * 4 * 8
 
 
-def test_a_later_question_leaves_out_the_tower_and_the_visual_rounds():
-  for mode in ("aligned", "local"):
-    got = bench.questions(BASE, mode, 128, 64, 8)
-    parts = [got[f"{name}, TFLOP"] for name in ("tower", "visual rounds", "question's rows", "answer")]
-    assert min(parts) > 0
-    assert got["first, TFLOP"] == pytest.approx(sum(parts)) and got["later, TFLOP"] == pytest.approx(sum(parts[2:]))
+SMALL = {"vocab_size": 128, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 64}
 
 
-def test_needles_count_the_clips_that_were_kept(tmp_path):
-  world.write_world(tmp_path / "w", [world.Split("heldout", 1, 16, 16, 4)], seed=0, workers=1)
-  asked = bench.needles(BASE, tmp_path / "w", ("local",), kept=64)
-  assert set(asked) == {"local", "uniform"} and all(n == 4 for _, n in asked.values())
-  (annotation,) = world.read_annotations(tmp_path / "w", "heldout")
-  even = np.linspace(0, 15, 8).round()
-  assert asked["uniform"][0] == sum(scene in even for scene in annotation["scenes"])
-  assert bench.needles(BASE, tmp_path / "w", ("local",), kept=128)["local"] == (4, 4)
+@pytest.fixture
+def small(monkeypatch):
+  """Sizes that run in milliseconds."""
+  tower = VisionConfig(image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd")
+  monkeypatch.setattr(bench, "MEASURED", dataclasses.replace(bench.MEASURED, **SMALL))
+  monkeypatch.setattr(bench, "TOWER", tower)
+  monkeypatch.setattr(bench, "SIDE", 128)
 
 
-def test_the_cost_of_scoring_is_measured_and_counted(monkeypatch, capsys):
-  small = dataclasses.replace(bench.MEASURED, vocab_size=128, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
-  monkeypatch.setattr(bench, "MEASURED", small)
-  got = {mode: bench.select(mode, 128) for mode in ("aligned", "local", "global")}
-  for out in got.values():
-    assert min(out[name] for name in ("visual_s", "question_s", "TFLOP", "memory_GB")) > 0
-    assert out["official_TFLOP_ratio"] == pytest.approx(bench.OFFICIAL_FLOPS / 8 / out["TFLOP"] / 1e12)
-  assert got["local"]["calls"] == 1 and got["local"]["memory_GB"] < got["aligned"]["memory_GB"] * 2
-  bench.main(["select", "--frames=64", "--mode=local"])
-  assert "official_TFLOP_ratio" in capsys.readouterr().out
+@pytest.mark.parametrize("command", [["prefill", "--frames", "16"], ["tower"], ["step", "--frames=16", "--pixels"]])
+def test_speed_is_printed_beside_that_of_a_product(small, capsys, command):
+  bench.main(command)
+  printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+  printed = {name.strip(): value for name, value in printed.items()}
+  assert 0 < float(printed["seconds"]) and 0 < float(printed["matmul_TFLOP/s"]) and 0 < float(printed["compile_s"])
+
+
+def test_useful_operations_are_at_most_those_counted(small):
+  for cost in (bench.prefill(None, 64, 20, "float32", 0), bench.tower(None, 2, "float32", 1, 0)):
+    assert 0.5 * cost.counted < cost.useful < cost.counted and np.isnan(cost.seconds)
+
+
+def test_scaling_is_drawn(small, tmp_path):
+  bench.scaling(None, (8, 16), (20,), 8, "float32", tmp_path / "scaling")
+  rows = json.loads((tmp_path / "scaling.json").read_text())
+  assert [row["x"] for row in rows["frames"]] == [8, 16] and rows["frames"][1]["seconds"] is None
+  assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -2,22 +2,20 @@
 
   python -m xcomp_jax.bench random --like DIR --out DIR
   python -m xcomp_jax.bench load --checkpoint DIR
-  python -m xcomp_jax.bench prefill [--like DIR] [--frames 1024 2048]
+  python -m xcomp_jax.bench prefill [--like DIR] [--frames 1024 2048] [--torch]
   python -m xcomp_jax.bench tower [--like DIR] [--clips 4]
   python -m xcomp_jax.bench step [--like DIR] [--frames 1024] [--pixels]
-  python -m xcomp_jax.bench select [--frames 1024] [--mode aligned]
-  python -m xcomp_jax.bench questions --like DIR
-  python -m xcomp_jax.bench needles --checkpoint DIR --world DIR
+  python -m xcomp_jax.bench scaling --out docs/scaling
 
 `random` writes an official-layout checkpoint of random bfloat16 weights, of the sizes in `--like`'s config.json
-and with the tokenizer that lies there; `load` reports time, rate and memory of `weights.load`; `prefill`, `tower` and
-`step` time the model on random weights, beside the rate of a plain matrix product in the same run; `select` time,
-operations and memory of QC-Comp's scoring in each mode. Without `--like` sizes are those at which the official code was
-measured on a CPU; `questions` counts the operations of a first and a later question at the sizes of `--like`; `needles` how often the clip with the answer is selected.
+and with the tokenizer that lies there; `load` reports time, rate and memory of `weights.load`. `prefill`, `tower` and
+`step` time the model on random weights, beside the rate of a plain matrix product in the same run, and `scaling` plots
+time and memory; without `--like` sizes are those at which the official code was measured on a CPU.
 """
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -25,8 +23,7 @@ import shutil
 import sys
 import threading
 import time
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.extend.core
@@ -34,13 +31,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
-from xcomp_jax import encode, export, generate, metrics, qc_comp, weights, world
-from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, SelectConfig, VisionConfig, VLMConfig
-from xcomp_jax.data import prompt, video
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, batch_spec, fake_batch
-from xcomp_jax.data.prompt import Prompt
+from xcomp_jax import export, generate, metrics, weights
+from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, VisionConfig, VLMConfig
+from xcomp_jax.data.batch import Bucket, batch_spec, fake_batch
 from xcomp_jax.export import AS_IT_IS, NOT_TUNED
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.vlm import VLM
@@ -140,136 +134,13 @@ def _forget(files: Sequence[pathlib.Path]) -> None:
 
 # --- the model's speed -----------------------------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-  """One program, measured.
-
-  seconds: of the fastest of several runs. compile_seconds. useful, counted: operations that the numbers asked for
-  need, and those of all matrix products in the program (0 where it has kernels, whose loops are not counted).
-  matmul: operations per second of a plain matrix product, in the same run. memory: bytes of arguments, temporaries and
-  results.
-  """
-
-  seconds: float
-  compile_seconds: float
-  useful: float
-  counted: float
-  matmul: float
-  memory: int
-
-  def lines(self) -> dict[str, float]:
-    """What is printed."""
-    rate = lambda n: n / self.seconds
-    return {
-      "seconds": self.seconds, "compile_s": self.compile_seconds, "memory_GB": self.memory / 1e9, "matmul_TFLOP/s": self.matmul / 1e12,
-      "useful_TFLOP": self.useful / 1e12, "useful_TFLOP/s": rate(self.useful) / 1e12, "useful/matmul": rate(self.useful) / self.matmul,
-      "counted_TFLOP": self.counted / 1e12, "counted/matmul": rate(self.counted) / self.matmul,
-    }  # fmt: skip
-
-
-def measure(function, useful: float, dtype: str, *args, repeats: int = 3) -> Cost:
-  """Compiles and times a function of arrays; products of matrices of 4,096 are timed before and after each run."""
-  begun = time.perf_counter()
-  program = jax.jit(function).lower(*args).compile()
-  compiling = time.perf_counter() - begun
-  used = program.memory_analysis()
-  side = jnp.ones((4096, 4096), dtype)
-  product = jax.jit(lambda a: a @ a).lower(side).compile()
-
-  def timed(call, times):
-    begun = time.perf_counter()
-    jax.block_until_ready([call() for _ in range(times)])
-    return (time.perf_counter() - begun) / times
-
-  many = 3 if jax.default_backend() == "cpu" else 50
-  runs, products = [], []
-  timed(lambda: program(*args), 1), timed(lambda: product(side), 1)
-  for _ in range(repeats):
-    products.append(timed(lambda: product(side), many))
-    runs.append(timed(lambda: program(*args), 1))
-  products.append(timed(lambda: product(side), many))
-  counted = flops(function, *args) if jax.default_backend() == "cpu" else 0.0
-  memory = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
-  return Cost(min(runs), compiling, useful, counted, 2 * 4096**3 / min(products), memory)
-
-
-def sized(like: str | None, dtype: str, **model) -> VLMConfig:
-  """Sizes of `like`'s config.json with the released cosine, or those of the official code's benchmark."""
-  values = {"clip_frames": 8, "param_dtype": dtype, "clips_per_chunk": 4, "attention": "auto", "remat": False} | model
-  lp_comp = LPCompConfig("cosine", "suffix", 16)
-  if like:
-    return weights.read_config(pathlib.Path(like), ModelConfig(dtype=dtype, **values), lp_comp)
-  tower = VisionConfig(image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd")
-  return VLMConfig(tower, MEASURED, lp_comp, 8, 16, dtype, values["clips_per_chunk"], values["attention"], values["remat"])
-
-
-def _random(cfg: VLMConfig, part: str) -> tuple[nnx.GraphDef, nnx.State]:
-  """One part of a model, "vision", "projector" or "llm", with random weights in the compute dtype."""
-  make = lambda: getattr(VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype)), part)
-  return nnx.split(nnx.jit(make)())
-
-
-def prefill(like: str | None, frames: int, text: int, dtype: str) -> Cost:
-  """LP-Comp prefill of given visual tokens and `text` tokens, with caches and the next token's logits."""
-  cfg = sized(like, dtype)
-  graph, state = _random(cfg, "llm")
-  after, groups = text - PREFIX, frames * cfg.tokens_per_frame // cfg.lp_comp.group
-
-  def run(state, x):
-    llm, one = nnx.merge(graph, state), lambda n: jnp.full(1, n)
-    lengths = decoder.Lengths(one(PREFIX), one(groups), one(after))
-    out = decoder.run(llm, x, lengths, prefix=PREFIX, text=after, caches=True)
-    return generate.start(vlm_of(llm), out, after, one(after), 16)
-
-  vlm_of = lambda llm: types.SimpleNamespace(llm=llm)
-  tokens = frames * cfg.tokens_per_frame
-  x = jax.random.normal(jax.random.key(0), (1, text + tokens, cfg.llm.width), cfg.dtype)
-  spec = batch_spec(Bucket(frames // 8, 8, PREFIX, after), 1, ((8 * cfg.tokens_per_frame, 1), np.dtype(np.float32)))
-  useful = metrics.forward_flops(cfg, fake_batch(spec, 8))["llm"] - 2.0 * cfg.llm.width * cfg.llm.vocab_size * text
-  return measure(run, useful, dtype, state, x)
-
-
-def tower(like: str | None, clips: int, dtype: str) -> Cost:
-  """The tower with merging on `clips` clips of 8 frames."""
-  cfg = sized(like, dtype, clips_per_chunk=clips)
-  graph, state = _random(cfg, "vision")
-  size = cfg.vision.image_size
-  frames = jax.random.bits(jax.random.key(0), (1, clips, 8, size, size, 3), np.uint8)
-  run = lambda state, frames: vlm.encode(types.SimpleNamespace(cfg=cfg, vision=nnx.merge(graph, state)), frames)
-  spec = batch_spec(Bucket(clips, 8, 1, 1), 1, ((8, size, size, 3), np.dtype(np.uint8)))
-  return measure(run, metrics.forward_flops(cfg, fake_batch(spec, 8))["vision"], dtype, state, frames)
-
-
-def step(like: str | None, frames: int, text: int, dtype: str, pixels: bool, clips_per_chunk: int) -> Cost:
-  """Loss and gradient of SCT's projector and LLM on one sample, of features or of pixels.
-
-  Useful are forward and twice as much backward of what is trained, and the frozen tower's forward.
-  """
-  cfg = sized(like, dtype, remat=True, clips_per_chunk=clips_per_chunk)
-  graph, state = nnx.split(nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype)))())
-  size = cfg.vision.image_size
-  row = ((8, size, size, 3), np.dtype(np.uint8)) if pixels else ((8 * cfg.tokens_per_frame, cfg.vision.width), np.dtype(dtype))
-  batch = fake_batch(batch_spec(Bucket(frames // 8, 8, PREFIX, text - PREFIX), 1, row), cfg.llm.vocab_size)
-  frozen, trained = {"vision": state["vision"]}, {name: state[name] for name in ("projector", "llm")}
-
-  def run(trained, frozen, batch):
-    loss = lambda trained: vlm.loss(nnx.merge(graph, nnx.State(trained | frozen)), batch).sum()
-    return jax.value_and_grad(loss)(trained)
-
-  cost = metrics.forward_flops(cfg, batch)
-  return measure(run, cost["vision"] + 3 * (cost["projector"] + cost["llm"]), dtype, trained, frozen, jax.tree.map(jnp.asarray, batch))
-
-
-# --- QC-Comp ---------------------------------------------------------------------------------------------------
-
-MEASURED = LLMConfig(  # the official code's own benchmark; 15.3e12 operations for its rounds over 1,024 frames
+MEASURED = LLMConfig(  # the official code's own benchmark on a CPU
   vocab_size=4096, width=512, layers=28, heads=8, kv_heads=2, head_dim=64, mlp_width=1408, rope_theta=1e6, norm_eps=1e-6,
   tied=True, context=None,
 )
-OFFICIAL_FLOPS = 15.3e12
+TOWER = VisionConfig(image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd")
+SIDE = 4096  # of the plain matrix product
 PREFIX, TEXT = 14, 72  # tokens before and behind the visual ones
-QUESTION = (27, TEXT - 5)  # its place in the text
 
 
 def flops(function, *args) -> float:
@@ -289,128 +160,249 @@ def _flops(jaxpr) -> float:
   return total
 
 
-def asked_tokens() -> Prompt:
-  """A prompt of the benchmark's length."""
-  tokens = np.arange(PREFIX + 1 + TEXT, dtype=np.int32)
-  tokens[PREFIX] = IMAGE_TOKEN
-  none = np.zeros(len(tokens), bool)
-  return Prompt(tokens, np.full_like(tokens, IGNORE), none, tuple(PREFIX + 1 + place for place in QUESTION))
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """One program, measured.
 
-
-def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting: SelectConfig, rows: int):
-  """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
-  question, clips = asked_tokens(), plan.frames // 8
-  asked = qc_comp.from_prompt(question, setting, generate.SCORE_STEP)
-
-  def watch(state, features):
-    model = nnx.merge(graph, state)
-    last = qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1]
-    return qc_comp.watch(model, features, jnp.full(rows, clips), jnp.asarray(question.tokens[:PREFIX]), last=last)
-
-  def score(state, caches):
-    model = nnx.merge(graph, state)
-    layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
-    windows = jnp.asarray(plan.windows)
-    return qc_comp.score(model, caches, asked, windows, layers=layers, causal=setting.causal, prefix=PREFIX, units=clips)
-
-  return watch, score
-
-
-def select(mode: str, frames: int) -> dict[str, float]:
-  """Scores a video of given visual tokens by a random model of the official benchmark's sizes.
-
-  Returns:
-    seconds of the visual rounds and of the question's rows; operations, and how many times as many the official
-    code counts for 1,024 frames; the largest arguments plus temporaries of one call.
+  seconds: of the fastest of several runs. compile_seconds. useful, counted: operations that the numbers asked for
+  need, and those of all matrix products in the program (0 where it has kernels, whose loops are not counted).
+  matmul: operations per second of a plain matrix product, in the same run. memory: bytes of arguments, temporaries and
+  results; temporary: of temporaries alone.
   """
-  vision = VisionConfig(image_size=48, patch_size=8, width=64, layers=1, heads=2, mlp_width=64, table="umt-hd")
-  cfg = VLMConfig(vision, MEASURED, LPCompConfig("cosine", "suffix", 16), 8, 16, "float32", 1, "auto", remat=False)
-  model = nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))()
-  graph, state = nnx.split(model)
-  setting = qc_comp.setting(mode, 8)
-  plan = qc_comp.plan(frames, 8, setting)
-  rows, clips = max(1, setting.round // plan.frames), plan.frames // 8
-  calls = -(-len(plan.starts) // rows)
-  watch, score = scoring(graph, plan, setting, rows)
-  features = jnp.asarray(np.random.default_rng(0).standard_normal((rows, clips, 128, 64), np.float32))
-  caches = jax.eval_shape(watch, state, features)
-  work = calls * (flops(watch, state, features) + flops(score, state, caches))
-  first, second = (jax.jit(f).lower(state, x).compile() for f, x in ((watch, features), (score, caches)))
-  memory = [program.memory_analysis() for program in (first, second)]
-  out = {"calls": calls}
-  for name, program, argument in (("visual_s", first, features), ("question_s", second, None)):
-    argument = first(state, features) if argument is None else argument
-    jax.block_until_ready(program(state, argument))
+
+  seconds: float
+  compile_seconds: float
+  useful: float
+  counted: float
+  matmul: float
+  memory: int
+  temporary: int
+
+  def lines(self) -> dict[str, float]:
+    """What is printed."""
+    rate = lambda n: n / self.seconds
+    return {
+      "seconds": self.seconds, "compile_s": self.compile_seconds, "memory_GB": self.memory / 1e9,
+      "temporary_GB": self.temporary / 1e9, "matmul_TFLOP/s": self.matmul / 1e12,
+      "useful_TFLOP": self.useful / 1e12, "useful_TFLOP/s": rate(self.useful) / 1e12, "useful/matmul": rate(self.useful) / self.matmul,
+      "counted_TFLOP": self.counted / 1e12, "counted/matmul": rate(self.counted) / self.matmul,
+    }  # fmt: skip
+
+
+def measure(function, useful: float, dtype: str, *args, repeats: int = 3) -> Cost:
+  """Compiles and times a function of arrays; products of matrices of SIDE are timed before and after each run.
+
+  With repeats=0 nothing is run, args may be ShapeDtypeStructs, and times are nan.
+  """
+  begun = time.perf_counter()
+  program = jax.jit(function).lower(*args).compile()
+  compiling = time.perf_counter() - begun
+  used = program.memory_analysis()
+  counted = flops(function, *args) if jax.default_backend() == "cpu" else 0.0
+  memory = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
+  if not repeats:
+    return Cost(math.nan, compiling, useful, counted, math.nan, memory, used.temp_size_in_bytes)
+  side = jnp.ones((SIDE, SIDE), dtype)
+  product = jax.jit(lambda a: a @ a).lower(side).compile()
+
+  def timed(call, times):
     begun = time.perf_counter()
-    for _ in range(calls):
-      jax.block_until_ready(program(state, argument))
-    out[name] = time.perf_counter() - begun
-  return out | {
-    "total_s": out["visual_s"] + out["question_s"], "TFLOP": work / 1e12, "official_TFLOP_ratio": OFFICIAL_FLOPS * frames / 1024 / work,
-    "memory_GB": max(m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes for m in memory) / 1e9,
-  }
+    jax.block_until_ready([call() for _ in range(times)])
+    return (time.perf_counter() - begun) / times
+
+  many = 3 if jax.default_backend() == "cpu" else 50
+  runs, products = [], []
+  timed(lambda: program(*args), 1), timed(lambda: product(side), 1)
+  for _ in range(repeats):
+    products.append(timed(lambda: product(side), many))
+    runs.append(timed(lambda: program(*args), 1))
+  products.append(timed(lambda: product(side), many))
+  return Cost(min(runs), compiling, useful, counted, 2 * SIDE**3 / min(products), memory, used.temp_size_in_bytes)
 
 
-def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int) -> dict[str, float]:
-  """Operations of a first and a later question about an encoded video, of the model that `like` describes; none are run."""
-  cfg = dataclasses.replace(weights.read_config(like, AS_IT_IS, LPCompConfig("cosine", "suffix", 16)), clip_frames=8)
-  graph, state = nnx.split(weights.abstract(cfg))
-  setting, D = qc_comp.setting(mode, kept), cfg.vision.width
-  plan = qc_comp.plan(frames, 8, setting)
-  rows, clips, size = max(1, setting.round // plan.frames), plan.frames // 8, cfg.vision.image_size
-  calls = -(-len(plan.starts) // rows)
-  watch, score = scoring(graph, plan, setting, rows)
-  features = jax.ShapeDtypeStruct((rows, clips, 128, D), np.dtype(cfg.dtype))
-  batch = batch_spec(Bucket(kept // 8, 8, PREFIX, generate.up(TEXT, generate.TEXT_STEP)), 1, ((128, D), np.dtype(cfg.dtype)))
-
-  def answer(state, batch):
-    model = nnx.merge(graph, state)
-    return generate.decode(model, generate.prefill(model, batch, tokens), generate.Sampling(tokens, ()), tokens)[0]
-
-  encode_clip = flops(
-    lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, jax.ShapeDtypeStruct((1, 1, 8, size, size, 3), np.uint8)
-  )
-  phases = len(generate.phases(frames, 8, setting))
-  tower = encode_clip * (frames // 8) * phases
-  visual = flops(watch, state, features) * calls
-  asking = flops(score, state, jax.eval_shape(watch, state, features)) * calls
-  final = flops(answer, state, batch)
-  if phases > 1:  # selected frames are cut into clips anew
-    final += encode_clip * (kept // 8)
-  first, later = tower + visual + asking + final, asking + final
-  parts = {"tower": tower, "visual rounds": visual, "question's rows": asking, "answer": final, "first": first, "later": later}
-  return {f"{name}, TFLOP": value / 1e12 for name, value in parts.items()} | {"later / first": later / first}
+def sized(like: str | None, dtype: str, **model) -> VLMConfig:
+  """Sizes of `like`'s config.json with the released cosine, or those of the official code's benchmark."""
+  values = {"clip_frames": 8, "param_dtype": dtype, "clips_per_chunk": 4, "attention": "auto", "remat": False} | model
+  lp_comp = LPCompConfig("cosine", "suffix", 16)
+  if like:
+    return weights.read_config(pathlib.Path(like), ModelConfig(dtype=dtype, **values), lp_comp)
+  return VLMConfig(TOWER, MEASURED, lp_comp, 8, 16, dtype, values["clips_per_chunk"], values["attention"], values["remat"])
 
 
-def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str], kept: int) -> dict[str, tuple[int, int]]:
-  """How often the clip that shows the answer is among `kept` frames: {mode: (hits, questions)} over a world's held-out videos.
+def _random(cfg: VLMConfig) -> tuple[nnx.GraphDef, nnx.State]:
+  """A model with random weights in the compute dtype."""
+  return nnx.split(nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype)))())
 
-  A hit is any frame of that clip. "uniform" takes clips at equal distances, whatever the question.
+
+def prefill(like: str | None, frames: int, text: int, dtype: str, repeats: int = 3) -> Cost:
+  """LP-Comp prefill of given visual tokens and `text` tokens, with caches and the next token's logits."""
+  cfg = sized(like, dtype)
+  cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, width=64, layers=1, mlp_width=64))  # not used
+  graph, state = _random(cfg)
+  after, groups = text - PREFIX, frames * cfg.tokens_per_frame // cfg.lp_comp.group
+
+  def run(state, x):
+    model, one = nnx.merge(graph, state), lambda n: jnp.full(1, n)
+    lengths = decoder.Lengths(one(PREFIX), one(groups), one(after))
+    out = decoder.run(model.llm, x, lengths, prefix=PREFIX, text=after, caches=True)
+    return generate.start(model, out, after, one(after), 16)
+
+  x = jax.random.normal(jax.random.key(0), (1, text + frames * cfg.tokens_per_frame, cfg.llm.width), cfg.dtype)
+  spec = batch_spec(Bucket(frames // 8, 8, PREFIX, after), 1, ((8 * cfg.tokens_per_frame, 1), np.dtype(np.float32)))
+  useful = metrics.forward_flops(cfg, fake_batch(spec, 8))["llm"] - 2.0 * cfg.llm.width * cfg.llm.vocab_size * text
+  return measure(run, useful, dtype, state, x, repeats=repeats)
+
+
+def plain(like: str | None, frames: int, text: int) -> float:
+  """Seconds of a plain Qwen2 in PyTorch over the same tokens: fused attention, no compression, float32, no caches.
+
+  Raises:
+    ImportError: there is no PyTorch.
   """
-  lp_comp = weights.read_lp_comp(checkpoint)
-  model_config = ModelConfig(world.FRAMES, "float32", "float32", 16, "auto", remat=False)
-  cfg = weights.read_config(checkpoint, model_config, lp_comp)
-  model, tokenizer = weights.load(checkpoint, cfg), prompt.load_tokenizer(checkpoint)
-  settings = {mode: qc_comp.setting(mode, kept) for mode in modes}
-  hits, asked = dict.fromkeys([*modes, "uniform"], 0), 0
-  for annotation in tqdm(world.read_annotations(folder, "heldout"), unit="video"):
-    sample = video.sample(
-      folder / "heldout" / annotation["video"], size=cfg.vision.image_size, max_frames=1 << 20, min_frames=8, fps=world.FPS,
-      clip_frames=world.FRAMES, style="ask",
-    )
-    T = len(sample.indices)
-    phases = sorted({phase for setting in settings.values() for phase in generate.phases(T, world.FRAMES, setting)})
-    film = encode.encode(model, video.frames(sample), sample.times, sample.seconds, "", phases=phases)
-    even = np.linspace(0, film.clips - 1, kept // world.FRAMES).round().astype(int)
-    rounds = {}
-    for turn, scene in zip(annotation["conversations"][::2], annotation["scenes"], strict=True):
-      question = prompt.ask(tokenizer, turn["value"].removeprefix("<image>\n"), prompt.time_message(film.seconds, T))
-      asked += 1
-      hits["uniform"] += scene in even
-      for mode, setting in settings.items():
-        frames = generate.select(model, film, question, setting, rounds=rounds).frames
-        hits[mode] += scene in frames // world.FRAMES
-  return {mode: (int(n), asked) for mode, n in hits.items()}
+  import torch
+  from torch.nn import functional as F
+
+  m = sized(like, "float32").llm
+  random = lambda *shape: torch.randn(*shape) * 0.02
+  heads = {"q": m.heads, "k": m.kv_heads, "v": m.kv_heads}
+  layer = lambda: {
+    **{name: random(n * m.head_dim, m.width) for name, n in heads.items()}, "o": random(m.width, m.heads * m.head_dim),
+    "gate": random(m.mlp_width, m.width), "up": random(m.mlp_width, m.width), "down": random(m.width, m.mlp_width),
+  }  # fmt: skip
+  layers, one = [layer() for _ in range(m.layers)], torch.ones(m.width)
+  length = text + frames * 16
+  angle = torch.arange(length)[:, None] * m.rope_theta ** -(torch.arange(m.head_dim // 2) / (m.head_dim // 2))
+  cos, sin = angle.cos(), angle.sin()
+
+  def rotated(x):
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+  @torch.inference_mode()
+  def run(x):
+    for w in layers:
+      y = F.rms_norm(x, (m.width,), one, m.norm_eps)
+      q, k, v = (F.linear(y, w[name]).view(length, n, m.head_dim).transpose(0, 1)[None] for name, n in heads.items())
+      out = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True, enable_gqa=True)
+      x = x + F.linear(out[0].transpose(0, 1).reshape(length, -1), w["o"])
+      y = F.rms_norm(x, (m.width,), one, m.norm_eps)
+      x = x + F.linear(F.silu(F.linear(y, w["gate"])) * F.linear(y, w["up"]), w["down"])
+    return x
+
+  x, seconds = torch.randn(length, m.width), []
+  for _ in range(2):
+    begun = time.perf_counter()
+    run(x)
+    seconds.append(time.perf_counter() - begun)
+  return min(seconds)
+
+
+def tower(like: str | None, clips: int, dtype: str, clips_per_chunk: int, repeats: int = 3) -> Cost:
+  """The tower with merging on `clips` clips of 8 frames, so many at a time."""
+  cfg = sized(like, dtype, clips_per_chunk=clips_per_chunk)
+  cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=1, vocab_size=8))  # not used
+  graph, state = _random(cfg)
+  size = cfg.vision.image_size
+  frames = jax.random.bits(jax.random.key(0), (1, clips, 8, size, size, 3), np.uint8)
+  run = lambda state, frames: vlm.encode(nnx.merge(graph, state), frames)
+  spec = batch_spec(Bucket(clips, 8, 1, 1), 1, ((8, size, size, 3), np.dtype(np.uint8)))
+  useful = metrics.forward_flops(cfg, fake_batch(spec, 8))["vision"]
+  return measure(run, useful, dtype, state, frames, repeats=repeats)
+
+
+def scaling(like: str | None, frames: Sequence[int], texts: Sequence[int], most: int, dtype: str, out: pathlib.Path) -> None:
+  """Time and memory against frames and against text, as <out>.json and <out>.png; more than `most` frames are not run.
+
+  Raises:
+    ImportError: there is no matplotlib.
+  """
+  import matplotlib
+  from matplotlib import pyplot
+
+  matplotlib.use("Agg")
+  rows: dict[str, list[dict[str, float]]] = {"frames": [], "text": [], "encoding": []}
+  for n in frames:
+    rows["frames"].append({"x": n, **prefill(like, n, PREFIX + TEXT, dtype, 3 if n <= most else 0).lines()})
+    print(json.dumps(rows["frames"][-1]), flush=True)
+  for n in texts:
+    rows["text"].append({"x": n, **prefill(like, min(frames), n, dtype).lines()})
+    print(json.dumps(rows["text"][-1]), flush=True)
+  for n in frames:
+    rows["encoding"].append({"x": n, **tower(like, n // 8, dtype, 1, 0).lines()})
+    print(json.dumps(rows["encoding"][-1]), flush=True)
+  out.with_suffix(".json").write_text(json.dumps(rows, indent=1).replace("NaN", "null"))
+  figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+  panels = (
+    ("frames", "seconds", "Prefill: seconds"), ("frames", "counted_TFLOP", "Prefill: TFLOP, counted"),
+    ("text", "seconds", f"Prefill of {min(frames)} frames: seconds"), ("frames", "temporary_GB", "Temporaries, GB"),
+  )  # fmt: skip
+  for axis, (group, name, title) in zip(axes.flat, panels, strict=True):
+    axis.plot(*zip(*[(row["x"], row[name]) for row in rows[group]]), "o-", label="prefill")
+    if name == "temporary_GB":
+      axis.plot(*zip(*[(row["x"], row[name]) for row in rows["encoding"]]), "s-", label="encoding, a clip at a time")
+      axis.legend(frameon=False)
+    axis.set(title=title, xlabel="text tokens" if group == "text" else "frames", ylim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+  figure.savefig(out.with_suffix(".png"), dpi=120)
+
+
+def step(like: str | None, frames: int, text: int, dtype: str, pixels: bool, clips_per_chunk: int) -> Cost:
+  """Loss and gradient of SCT's projector and LLM on one sample, of features or of pixels.
+
+  Useful are forward and twice as much backward of what is trained, and the frozen tower's forward.
+  """
+  cfg = sized(like, dtype, remat=True, clips_per_chunk=clips_per_chunk)
+  graph, state = _random(cfg)
+  size = cfg.vision.image_size
+  row = ((8, size, size, 3), np.dtype(np.uint8)) if pixels else ((8 * cfg.tokens_per_frame, cfg.vision.width), np.dtype(dtype))
+  batch = fake_batch(batch_spec(Bucket(frames // 8, 8, PREFIX, text - PREFIX), 1, row), cfg.llm.vocab_size)
+  frozen, trained = {"vision": state["vision"]}, {name: state[name] for name in ("projector", "llm")}
+
+  def run(trained, frozen, batch):
+    loss = lambda trained: vlm.loss(nnx.merge(graph, nnx.State(trained | frozen)), batch).sum()
+    return jax.value_and_grad(loss)(trained)
+
+  cost = metrics.forward_flops(cfg, batch)
+  return measure(run, cost["vision"] + 3 * (cost["projector"] + cost["llm"]), dtype, trained, frozen, jax.tree.map(jnp.asarray, batch))
+
+
+def table(title: str, values: Mapping[str, float]) -> None:
+  """Prints numbers, one a line."""
+  print(title + "\n" + "\n".join(f"{name:>26} {value:10.3f}" for name, value in values.items()), flush=True)
+
+
+def command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> None:
+  """Parses and runs; an error is one line on stderr and exit code 1."""
+  args = parser.parse_args(argv)
+  try:
+    run(args)
+  except (ValueError, FileNotFoundError, ImportError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _run(args: argparse.Namespace) -> None:
+  device = jax.devices()[0].device_kind
+  if args.command == "random":
+    random_checkpoint(pathlib.Path(args.like), pathlib.Path(args.out))
+  elif args.command == "load":
+    table(args.checkpoint, load(weights.resolve(args.checkpoint)))
+  elif args.command == "scaling":
+    scaling(args.like, args.frames, args.text, args.run_up_to, args.dtype, pathlib.Path(args.out))
+  elif args.command == "tower":
+    for n in args.clips:
+      table(f"tower, {n} clips, {args.dtype}, {device}", tower(args.like, n, args.dtype, args.clips_per_chunk).lines())
+  elif args.command == "step":
+    for n in args.frames:
+      kind = "pixels" if args.pixels else "features"
+      cost = step(args.like, n, args.text, args.dtype, args.pixels, args.clips_per_chunk)
+      table(f"step, {n} frames of {kind}, {args.dtype}, {device}", cost.lines())
+  else:
+    for n in args.frames:
+      lines = prefill(args.like, n, args.text, args.dtype).lines()
+      if args.torch:
+        lines["plain PyTorch, seconds"] = plain(args.like, n, args.text)
+      table(f"prefill, {n} frames, {args.dtype}, {device}", lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -422,63 +414,26 @@ def main(argv: Sequence[str] | None = None) -> None:
   random.add_argument("--out", required=True, help="directory to be made")
   loading = commands.add_parser("load", help="measure loading")
   loading.add_argument("--checkpoint", required=True, help="a directory with config.json and weights")
-  speed = {
-    "prefill": commands.add_parser("prefill", help="time LP-Comp prefill"),
-    "tower": commands.add_parser("tower", help="time the tower"),
-    "step": commands.add_parser("step", help="time the gradient of a tuning step"),
-  }
-  for name, command in speed.items():
-    command.add_argument("--like", help="a directory with config.json; default: the sizes of the official benchmark")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if name == "tower":
-      command.add_argument("--clips", type=int, nargs="+", default=[1])
-    else:
-      command.add_argument("--frames", type=int, nargs="+", default=[1024])
-      command.add_argument("--text", type=int, default=PREFIX + TEXT, help="tokens")
-  speed["step"].add_argument("--pixels", action="store_true", help="from frames, through the tower")
-  speed["step"].add_argument("--clips-per-chunk", type=int, default=4)
-  scoring = commands.add_parser("select", help="measure QC-Comp's scoring")
-  asking = commands.add_parser("questions", help="count the operations of a first and a later question")
-  asking.add_argument("--like", required=True, help="a directory with config.json")
-  asking.add_argument("--keep", type=int, default=512, help="frames kept for the answer")
-  asking.add_argument("--tokens", type=int, default=16, help="of the answer")
-  finding = commands.add_parser("needles", help="count how often QC-Comp keeps the clip that shows the answer")
-  finding.add_argument("--checkpoint", required=True, help="a tuned model of the synthetic world")
-  finding.add_argument("--world", required=True, help="folder of `xcomp_jax.world`, whose heldout split is asked")
-  finding.add_argument("--keep", type=int, default=64, help="frames")
-  finding.add_argument("--mode", action="append", choices=("official", "aligned", "local", "global"))
-  for command in (scoring, asking):
-    command.add_argument("--frames", type=int, default=1024)
-    command.add_argument("--mode", action="append", choices=("official", "aligned", "local", "global"))
-  args = parser.parse_args(argv)
-  try:
-    if args.command in speed:
-      for n in args.clips if args.command == "tower" else args.frames:
-        if args.command == "tower":
-          what, cost = f"tower, {n} clips", tower(args.like, n, args.dtype)
-        elif args.command == "prefill":
-          what, cost = f"prefill, {n} frames", prefill(args.like, n, args.text, args.dtype)
-        else:
-          cost = step(args.like, n, args.text, args.dtype, args.pixels, args.clips_per_chunk)
-          what = f"step, {n} frames of {'pixels' if args.pixels else 'features'}"
-        print(f"{what}, {args.dtype}, {jax.devices()[0].device_kind}")
-        print("\n".join(f"{name:>26} {value:10.3f}" for name, value in cost.lines().items()), flush=True)
-    elif args.command in ("select", "questions"):
-      like = args.command == "questions" and pathlib.Path(args.like)
-      for mode in args.mode or ("official", "aligned", "local", "global"):
-        out = questions(like, mode, args.frames, args.keep, args.tokens) if like else select(mode, args.frames)
-        print(f"{mode}, {args.frames} frames\n" + "\n".join(f"{name:>26} {value:10.3f}" for name, value in out.items()), flush=True)
-    elif args.command == "needles":
-      modes = args.mode or ("official", "aligned", "local", "global")
-      found = needles(weights.resolve(args.checkpoint), pathlib.Path(args.world), modes, args.keep)
-      print("\n".join(f"{mode:>10} {n:5} of {asked} questions  {n / asked:6.1%}" for mode, (n, asked) in found.items()))
-    elif args.command == "random":
-      random_checkpoint(pathlib.Path(args.like), pathlib.Path(args.out))
-    else:
-      print("\n".join(f"{name:>26} {value:8.3f}" for name, value in load(weights.resolve(args.checkpoint)).items()))
-  except (ValueError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
+  cpu = jax.default_backend() == "cpu"
+  add = lambda name, help: commands.add_parser(name, help=help)
+  prefilling, towering = add("prefill", "time LP-Comp prefill"), add("tower", "time the tower")
+  stepping, plotting = add("step", "time the gradient of a tuning step"), add("scaling", "plot time and memory")
+  for one in (prefilling, towering, stepping, plotting):
+    one.add_argument("--like", help="a directory with config.json; default: the sizes of the official benchmark")
+    one.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if cpu else "bfloat16")
+  for one in (prefilling, stepping):
+    one.add_argument("--frames", type=int, nargs="+", default=[1024])
+    one.add_argument("--text", type=int, default=PREFIX + TEXT, help="tokens")
+  for one in (towering, stepping):
+    one.add_argument("--clips-per-chunk", type=int, default=1 if cpu else 4, help="in the tower at once")
+  prefilling.add_argument("--torch", action="store_true", help="and a plain PyTorch Qwen2 without compression")
+  towering.add_argument("--clips", type=int, nargs="+", default=[1])
+  stepping.add_argument("--pixels", action="store_true", help="from frames, through the tower")
+  plotting.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
+  plotting.add_argument("--text", type=int, nargs="+", default=[86, 512, 1024, 2048], help="tokens")
+  plotting.add_argument("--run-up-to", type=int, default=2048, help="frames; what is longer is compiled and counted")
+  plotting.add_argument("--out", required=True, help="name of the .json and the .png")
+  command(parser, _run, argv)
 
 
 if __name__ == "__main__":

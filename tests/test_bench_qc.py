@@ -1,0 +1,41 @@
+"""What QC-Comp costs and finds is measured, and counted."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from xcomp_jax import bench_qc, world
+
+BASE = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
+
+
+def test_a_later_question_leaves_out_the_tower_and_the_visual_rounds():
+  for mode in ("aligned", "local"):
+    got = bench_qc.questions(BASE, mode, 128, 64, 8)
+    parts = [got[f"{name}, TFLOP"] for name in ("tower", "visual rounds", "question's rows", "answer")]
+    assert min(parts) > 0
+    assert got["first, TFLOP"] == pytest.approx(sum(parts)) and got["later, TFLOP"] == pytest.approx(sum(parts[2:]))
+
+
+def test_needles_count_the_clips_that_were_kept(tmp_path):
+  world.write_world(tmp_path / "w", [world.Split("heldout", 1, 16, 16, 4)], seed=0, workers=1)
+  asked = bench_qc.needles(BASE, tmp_path / "w", ("local",), kept=64)
+  assert set(asked) == {"local", "uniform"} and all(n == 4 for _, n in asked.values())
+  (annotation,) = world.read_annotations(tmp_path / "w", "heldout")
+  even = np.linspace(0, 15, 8).round()
+  assert asked["uniform"][0] == sum(scene in even for scene in annotation["scenes"])
+  assert bench_qc.needles(BASE, tmp_path / "w", ("local",), kept=128)["local"] == (4, 4)
+
+
+def test_the_cost_of_scoring_is_measured_and_counted(monkeypatch, capsys):
+  small = dataclasses.replace(bench_qc.MEASURED, vocab_size=128, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
+  monkeypatch.setattr(bench_qc, "MEASURED", small)
+  got = {mode: bench_qc.select(mode, 128) for mode in ("aligned", "local", "global")}
+  for out in got.values():
+    assert min(out[name] for name in ("visual_s", "question_s", "TFLOP", "memory_GB")) > 0
+    assert out["official_TFLOP_ratio"] == pytest.approx(bench_qc.OFFICIAL_FLOPS / 8 / out["TFLOP"] / 1e12)
+  assert got["local"]["calls"] == 1 and got["local"]["memory_GB"] < got["aligned"]["memory_GB"] * 2
+  bench_qc.main(["select", "--frames=64", "--mode=local"])
+  assert "official_TFLOP_ratio" in capsys.readouterr().out

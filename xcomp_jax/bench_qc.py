@@ -1,0 +1,198 @@
+"""Measures QC-Comp: what it costs, and what it finds.
+
+  python -m xcomp_jax.bench_qc select [--frames 1024] [--mode aligned]
+  python -m xcomp_jax.bench_qc questions --like DIR
+  python -m xcomp_jax.bench_qc needles --checkpoint DIR --world DIR
+
+`select` reports time, operations and memory of scoring in each mode, on random weights of the sizes at which the
+official code was measured; `questions` counts the operations of a first and a later question at the sizes of `--like`;
+`needles` how often the clip with the answer is selected.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from xcomp_jax import encode, generate, qc_comp, weights, world
+from xcomp_jax.bench import MEASURED, PREFIX, TEXT, command, flops, table
+from xcomp_jax.config import LPCompConfig, ModelConfig, SelectConfig, VisionConfig, VLMConfig
+from xcomp_jax.data import prompt, video
+from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, batch_spec
+from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.export import AS_IT_IS
+from xcomp_jax.model import vlm
+from xcomp_jax.model.vlm import VLM
+
+MODES = ("official", "aligned", "local", "global")
+OFFICIAL_FLOPS = 15.3e12  # that the official code counts for its rounds over 1,024 frames
+QUESTION = (27, TEXT - 5)  # its place in the text
+
+
+def asked_tokens() -> Prompt:
+  """A prompt of the benchmark's length."""
+  tokens = np.arange(PREFIX + 1 + TEXT, dtype=np.int32)
+  tokens[PREFIX] = IMAGE_TOKEN
+  none = np.zeros(len(tokens), bool)
+  return Prompt(tokens, np.full_like(tokens, IGNORE), none, tuple(PREFIX + 1 + place for place in QUESTION))
+
+
+def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting: SelectConfig, rows: int):
+  """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
+  question, clips = asked_tokens(), plan.frames // 8
+  asked = qc_comp.from_prompt(question, setting, generate.SCORE_STEP)
+
+  def watch(state, features):
+    model = nnx.merge(graph, state)
+    last = qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1]
+    return qc_comp.watch(model, features, jnp.full(rows, clips), jnp.asarray(question.tokens[:PREFIX]), last=last)
+
+  def score(state, caches):
+    model = nnx.merge(graph, state)
+    layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
+    windows = jnp.asarray(plan.windows)
+    return qc_comp.score(model, caches, asked, windows, layers=layers, causal=setting.causal, prefix=PREFIX, units=clips)
+
+  return watch, score
+
+
+def select(mode: str, frames: int) -> dict[str, float]:
+  """Scores a video of given visual tokens by a random model of the official benchmark's sizes.
+
+  Returns:
+    seconds of the visual rounds and of the question's rows; operations, and how many times as many the official
+    code counts for 1,024 frames; the largest arguments plus temporaries of one call.
+  """
+  vision = VisionConfig(image_size=48, patch_size=8, width=64, layers=1, heads=2, mlp_width=64, table="umt-hd")
+  cfg = VLMConfig(vision, MEASURED, LPCompConfig("cosine", "suffix", 16), 8, 16, "float32", 1, "auto", remat=False)
+  model = nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))()
+  graph, state = nnx.split(model)
+  setting = qc_comp.setting(mode, 8)
+  plan = qc_comp.plan(frames, 8, setting)
+  rows, clips = max(1, setting.round // plan.frames), plan.frames // 8
+  calls = -(-len(plan.starts) // rows)
+  watch, score = scoring(graph, plan, setting, rows)
+  features = jnp.asarray(np.random.default_rng(0).standard_normal((rows, clips, 128, 64), np.float32))
+  caches = jax.eval_shape(watch, state, features)
+  work = calls * (flops(watch, state, features) + flops(score, state, caches))
+  first, second = (jax.jit(f).lower(state, x).compile() for f, x in ((watch, features), (score, caches)))
+  memory = [program.memory_analysis() for program in (first, second)]
+  out = {"calls": calls}
+  for name, program, argument in (("visual_s", first, features), ("question_s", second, None)):
+    argument = first(state, features) if argument is None else argument
+    jax.block_until_ready(program(state, argument))
+    begun = time.perf_counter()
+    for _ in range(calls):
+      jax.block_until_ready(program(state, argument))
+    out[name] = time.perf_counter() - begun
+  return out | {
+    "total_s": out["visual_s"] + out["question_s"], "TFLOP": work / 1e12, "official_TFLOP_ratio": OFFICIAL_FLOPS * frames / 1024 / work,
+    "memory_GB": max(m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes for m in memory) / 1e9,
+  }
+
+
+def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int) -> dict[str, float]:
+  """Operations of a first and a later question about an encoded video, of the model that `like` describes; none are run."""
+  cfg = dataclasses.replace(weights.read_config(like, AS_IT_IS, LPCompConfig("cosine", "suffix", 16)), clip_frames=8)
+  graph, state = nnx.split(weights.abstract(cfg))
+  setting, D = qc_comp.setting(mode, kept), cfg.vision.width
+  plan = qc_comp.plan(frames, 8, setting)
+  rows, clips, size = max(1, setting.round // plan.frames), plan.frames // 8, cfg.vision.image_size
+  calls = -(-len(plan.starts) // rows)
+  watch, score = scoring(graph, plan, setting, rows)
+  features = jax.ShapeDtypeStruct((rows, clips, 128, D), np.dtype(cfg.dtype))
+  batch = batch_spec(Bucket(kept // 8, 8, PREFIX, generate.up(TEXT, generate.TEXT_STEP)), 1, ((128, D), np.dtype(cfg.dtype)))
+
+  def answer(state, batch):
+    model = nnx.merge(graph, state)
+    return generate.decode(model, generate.prefill(model, batch, tokens), generate.Sampling(tokens, ()), tokens)[0]
+
+  encode_clip = flops(
+    lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, jax.ShapeDtypeStruct((1, 1, 8, size, size, 3), np.uint8)
+  )
+  phases = len(generate.phases(frames, 8, setting))
+  tower = encode_clip * (frames // 8) * phases
+  visual = flops(watch, state, features) * calls
+  asking = flops(score, state, jax.eval_shape(watch, state, features)) * calls
+  final = flops(answer, state, batch)
+  if phases > 1:  # selected frames are cut into clips anew
+    final += encode_clip * (kept // 8)
+  first, later = tower + visual + asking + final, asking + final
+  parts = {"tower": tower, "visual rounds": visual, "question's rows": asking, "answer": final, "first": first, "later": later}
+  return {f"{name}, TFLOP": value / 1e12 for name, value in parts.items()} | {"later / first": later / first}
+
+
+def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str], kept: int) -> dict[str, tuple[int, int]]:
+  """How often the clip that shows the answer is among `kept` frames: {mode: (hits, questions)} over a world's held-out videos.
+
+  A hit is any frame of that clip. "uniform" takes clips at equal distances, whatever the question.
+  """
+  lp_comp = weights.read_lp_comp(checkpoint)
+  model_config = ModelConfig(world.FRAMES, "float32", "float32", 16, "auto", remat=False)
+  cfg = weights.read_config(checkpoint, model_config, lp_comp)
+  model, tokenizer = weights.load(checkpoint, cfg), prompt.load_tokenizer(checkpoint)
+  settings = {mode: qc_comp.setting(mode, kept) for mode in modes}
+  hits, asked = dict.fromkeys([*modes, "uniform"], 0), 0
+  for annotation in tqdm(world.read_annotations(folder, "heldout"), unit="video"):
+    sample = video.sample(
+      folder / "heldout" / annotation["video"], size=cfg.vision.image_size, max_frames=1 << 20, min_frames=8, fps=world.FPS,
+      clip_frames=world.FRAMES, style="ask",
+    )
+    T = len(sample.indices)
+    phases = sorted({phase for setting in settings.values() for phase in generate.phases(T, world.FRAMES, setting)})
+    film = encode.encode(model, video.frames(sample), sample.times, sample.seconds, "", phases=phases)
+    even = np.linspace(0, film.clips - 1, kept // world.FRAMES).round().astype(int)
+    rounds = {}
+    for turn, scene in zip(annotation["conversations"][::2], annotation["scenes"], strict=True):
+      question = prompt.ask(tokenizer, turn["value"].removeprefix("<image>\n"), prompt.time_message(film.seconds, T))
+      asked += 1
+      hits["uniform"] += scene in even
+      for mode, setting in settings.items():
+        frames = generate.select(model, film, question, setting, rounds=rounds).frames
+        hits[mode] += scene in frames // world.FRAMES
+  return {mode: (int(n), asked) for mode, n in hits.items()}
+
+
+def _run(args: argparse.Namespace) -> None:
+  modes = args.mode or MODES
+  if args.command == "needles":
+    found = needles(weights.resolve(args.checkpoint), pathlib.Path(args.world), modes, args.keep)
+    print("\n".join(f"{mode:>10} {n:5} of {asked} questions  {n / asked:6.1%}" for mode, (n, asked) in found.items()))
+    return
+  for mode in modes:
+    if args.command == "select":
+      out = select(mode, args.frames)
+    else:
+      out = questions(pathlib.Path(args.like), mode, args.frames, args.keep, args.tokens)
+    table(f"{mode}, {args.frames} frames", out)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench_qc", description=__doc__.splitlines()[0])
+  commands = parser.add_subparsers(dest="command", required=True)
+  scoring = commands.add_parser("select", help="measure scoring")
+  asking = commands.add_parser("questions", help="count the operations of a first and a later question")
+  asking.add_argument("--like", required=True, help="a directory with config.json")
+  asking.add_argument("--keep", type=int, default=512, help="frames kept for the answer")
+  asking.add_argument("--tokens", type=int, default=16, help="of the answer")
+  finding = commands.add_parser("needles", help="count how often the clip that shows the answer is kept")
+  finding.add_argument("--checkpoint", required=True, help="a tuned model of the synthetic world")
+  finding.add_argument("--world", required=True, help="folder of `xcomp_jax.world`, whose heldout split is asked")
+  finding.add_argument("--keep", type=int, default=64, help="frames")
+  for one in (scoring, asking):
+    one.add_argument("--frames", type=int, default=1024)
+  for one in (scoring, asking, finding):
+    one.add_argument("--mode", action="append", choices=MODES)
+  command(parser, _run, argv)
+
+
+if __name__ == "__main__":
+  main()
