@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float
 from xcomp_jax.sharding import split
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
-TILE = 384  # queries and keys at once; larger ones are hardly faster on a CPU, and compute more for nothing (docs/LOG.md)
+TILE = 384  # queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for nothing
+TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
 
 
 def attend(
@@ -120,6 +121,16 @@ def _kernel(q, k, v, key_valid, causal, implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _tiled(q, k, v, key_valid, causal):
+  if causal:
+    return _over_tiles(q, k, v, key_valid, True, TILE, TILE)
+  # All queries of one head against a few keys: of a tower's 6,272 a CPU's cache holds the scores of these.
+  K = k.shape[2]
+  heads = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, x.shape[-1]), 2, 0)  # [K, B, L, H / K, h]
+  one = lambda qkv: _over_tiles(*qkv, key_valid, False, TALL, WIDE)
+  return jnp.moveaxis(jax.lax.map(one, (heads(q), heads(k), heads(v))), 0, 2).reshape(q.shape)
+
+
+def _over_tiles(q, k, v, key_valid, causal, most_rows, most_keys):
   """Softmax from tile to tile (Milakov and Gimelshein, "Online normalizer calculation for softmax").
 
   A loop over those pairs of a query tile and a key tile that see each other wholly, and one over those on the edge of
@@ -130,7 +141,7 @@ def _tiled(q, k, v, key_valid, causal):
   S, K = k.shape[1:3]
   G, offset = H // K, S - L
   # As few tiles as fit, then as small as they may be: less padding.
-  rows, keys = (-(-n // -(-n // TILE) // 2) * 2 for n in (L, S))
+  rows, keys = (-(-n // -(-n // most) // 2) * 2 for n, most in ((L, most_rows), (S, most_keys)))
 
   def tiles(x, size):  # [B, n, ...] -> [n / size, B, size, ...]
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
