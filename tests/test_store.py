@@ -151,6 +151,7 @@ def test_identity_tells_stores_apart(tmp_path):
   found = [
     made("a"), made("b", talk=TALK[::-1]), made("c", message="m"), made("d", visual=smooth(2, 4)), made("e", quality=95),
     made("f", quality=90), made("g", visual=features, features=TOWER), made("h", visual=features, features=other),
+    made("i", visual=smooth(1, 4) + np.uint8(1)), made("j", visual=features + 1, features=TOWER),
   ]
   assert len(set(found)) == len(found) and all(len(i) == 16 and int(i, 16) for i in found)
   assert made("same") == found[0]

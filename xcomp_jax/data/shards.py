@@ -111,6 +111,7 @@ def spool(clips: Iterator[np.ndarray], clip_frames: int, layout: store.Layout, t
 
 def write_bad(target: str, reason: str, at: Any) -> None:
   """Writes the entry of a job that can't be used; `at` is the `stamp` of its file."""
+  reason = reason.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
   write_json(f"{target}.json", {"reason": " ".join(reason.split()), "stamp": at})
   pathlib.Path(f"{target}.bin").unlink(missing_ok=True)
 
@@ -295,7 +296,7 @@ def run(
     report: called after each annotation.
 
   Raises:
-    OSError, StoreError: what keeps the files from being written, for want of space perhaps.
+    OSError, StoreError: what keeps processes from starting, or the files from being written, for want of space perhaps.
   """
   missing = {n: set(work.members(n)) for n in shards if not work.shard(n, ".json").exists()}
   waiting = collections.deque(job for n in missing for job in work.members(n))
@@ -456,8 +457,25 @@ class _Here:
 
 
 def _pool(workers: int) -> pebble.ProcessPool:
+  """Processes of which one has begun to work.
+
+  Raises:
+    StoreError: they die before they take any work, which must not be blamed on that.
+  """
   spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
-  return pebble.ProcessPool(workers, max_tasks=TASKS_PER_PROCESS, initializer=_begin, context=spawn)
+  pool = pebble.ProcessPool(workers, max_tasks=TASKS_PER_PROCESS, initializer=_begin, context=spawn)
+  try:
+    pool.schedule(int).result()
+  except (concurrent.futures.BrokenExecutor, pebble.ProcessExpired) as error:
+    pool.stop()
+    pool.join()
+    advice = 'a script that calls this has to do so under `if __name__ == "__main__":`; with workers=0 none are needed'
+    raise store.StoreError(f"processes for decoding die as they start ({_line(error)}; what they said is above): {advice}") from error
+  return pool
+
+
+def _line(error: BaseException) -> str:
+  return " ".join(str(error).split())
 
 
 def _begin() -> None:
