@@ -437,6 +437,26 @@ def test_a_full_disk_is_no_fault_of_a_video(world, monkeypatch):
   assert make(world)["samples"] == 7
 
 
+class Full:
+  """A writer of records on a full disk, which says so when it is closed."""
+
+  def write(self, record):
+    pass
+
+  def close(self):
+    raise RuntimeError("close() failed: No space left on device")
+
+
+@pytest.mark.parametrize("file", ["shards", "samples"])
+def test_a_disk_that_is_full_of_records(world, monkeypatch, file):
+  real = predecode_lib.store.array_record
+  monkeypatch.setattr(predecode_lib.store, "array_record", lambda path: Full() if file in str(path) else real(path))
+  with pytest.raises(OSError, match=rf"{file}/.* can't be written: close\(\) failed: No space left on device"):
+    make(world)
+  monkeypatch.undo()
+  assert make(world)["samples"] == 7
+
+
 # The command.
 
 

@@ -129,21 +129,22 @@ def assemble(work_shard: str, targets: Sequence[str]) -> None:
   entries = [json.loads(pathlib.Path(f"{target}.json").read_text()) for target in targets]
   size, count, writer = 0, 0, None
   temporary = _temporary(f"{work_shard}.array_record")
-  try:
-    for target, entry in zip(targets, entries, strict=True):
-      if "reason" in entry:
-        continue
-      with open(f"{target}.bin", "rb") as file:
-        for length in entry["lengths"]:
-          record = file.read(length)
-          if len(record) != length:
-            raise store.StoreError(f"{target}.bin is damaged; start from the beginning with --restart")
-          writer = writer or store.array_record(temporary)
-          writer.write(record)
-          size, count = size + length, count + 1
-  finally:
-    if writer is not None:
-      writer.close()
+  with store.writing(temporary):
+    try:
+      for target, entry in zip(targets, entries, strict=True):
+        if "reason" in entry:
+          continue
+        with open(f"{target}.bin", "rb") as file:
+          for length in entry["lengths"]:
+            record = file.read(length)
+            if len(record) != length:
+              raise store.StoreError(f"{target}.bin is damaged; start from the beginning with --restart")
+            writer = writer or store.array_record(temporary)
+            writer.write(record)
+            size, count = size + length, count + 1
+    finally:
+      if writer is not None:
+        writer.close()
   if count:
     _settle(temporary, f"{work_shard}.array_record")
   write_json(f"{work_shard}.json", {"entries": entries, "records": count, "bytes": size})

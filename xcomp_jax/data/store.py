@@ -350,7 +350,7 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
     info: more for store.json.
 
   Raises:
-    StoreError: no samples at all.
+    StoreError: no samples at all. OSError: it can't be written.
   """
   from tensorflow_datasets.proto import tf_example_pb2
 
@@ -369,15 +369,16 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
         os.rename(shard.path, target)
     _metadata(folder / layout.folder, record_features(layout), [s.records for s in files], sum(s.bytes for s in files))
   (folder / "samples").mkdir(exist_ok=True)
-  features, size = _sample_features(), 0
-  writer = array_record(folder / "samples" / "samples-train.array_record-00000-of-00001")
-  for sample in samples:
-    row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
-    example = tf_example_pb2.Example.FromString(features.serialize_example(row))
-    record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
-    writer.write(record)
-    size += len(record)
-  writer.close()
+  features, size, file = _sample_features(), 0, folder / "samples" / "samples-train.array_record-00000-of-00001"
+  with writing(file):
+    writer = array_record(file)
+    for sample in samples:
+      row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
+      example = tf_example_pb2.Example.FromString(features.serialize_example(row))
+      record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
+      writer.write(record)
+      size += len(record)
+    writer.close()
   _metadata(folder / "samples", features, [len(samples)], size)
   counts = {"samples": len(samples), "frames": sum(s.frames for s in samples), "records": base}
   counts |= {"checksum": checksum(samples), "content": content_checksum(crcs)}
@@ -413,6 +414,15 @@ def array_record(path: str | os.PathLike):
   from array_record.python.array_record_module import ArrayRecordWriter
 
   return ArrayRecordWriter(os.fspath(path), "group_size:1")
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+  """What goes wrong with the writer at `path`, a full disk perhaps, is an OSError: ArrayRecord raises a RuntimeError."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(f"{os.fspath(path)} can't be written: {' '.join(str(error).split())}") from error
 
 
 def _jpeg(frame: np.ndarray, quality: int) -> bytes:
