@@ -437,6 +437,17 @@ def test_a_full_disk_is_no_fault_of_a_video(world, monkeypatch):
   assert make(world)["samples"] == 7
 
 
+def test_the_store_takes_its_name_when_all_of_it_is_on_the_disk(world, monkeypatch):
+  synced, named = [], []
+  sync, rename = os.fsync, os.rename
+  monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), sync(handle))[1])
+  monkeypatch.setattr(os, "rename", lambda *a: (named.append((a[1], list(synced))), rename(*a))[1])
+  make(world)
+  last, before = named[-1]
+  files = [p for p in (world.parent / "out").rglob("*") if p.is_file()]
+  assert last == world.parent / "out" and len(files) == 8 and {p.stat().st_ino for p in files} <= set(before)
+
+
 class Full:
   """A writer of records on a full disk, which says so when it is closed."""
 

@@ -288,6 +288,9 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
     counts.append(dataclasses.asdict(file) | {"written": len(mine) - skipped, "skipped": skipped})
   info = info | {"annotation_files": counts, "skipped": sum(c["skipped"] for c in counts)}
   info = store.finish(folder, parts, work.layout, info)
+  for file in folder.rglob("*"):
+    if file.is_file():
+      shards.sync(file)
   if out.exists():
     out.rmdir()  # an empty folder
   os.rename(folder, out)

@@ -191,12 +191,17 @@ def _temporary(path: str | os.PathLike) -> str:
   return f"{path}.{uuid.uuid4().hex}.tmp"  # machines that share the folder may have processes of the same number
 
 
-def _settle(temporary: str, path: str | os.PathLike) -> None:
-  handle = os.open(temporary, os.O_RDONLY)
+def sync(path: str | os.PathLike) -> None:
+  """Waits until a file has reached the disk: no name may be older than what it stands for, should the machine stop."""
+  handle = os.open(path, os.O_RDONLY)
   try:
-    os.fsync(handle)  # a name must not be older than what it stands for, should the machine stop
+    os.fsync(handle)
   finally:
     os.close(handle)
+
+
+def _settle(temporary: str, path: str | os.PathLike) -> None:
+  sync(temporary)
   os.replace(temporary, path)
 
 
