@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,22 @@ def test_features(tmp_path, monkeypatch):
   np.testing.assert_array_equal(rows[0]["tokens"], items[0][1][:2].reshape(-1, 6).view(np.uint16))
   with pytest.raises(ValueError, match=r"expected bfloat16 \[clips, 8, 6\], got float32"):
     write_store(tmp_path / "t", [(sample("0"), np.zeros((1, 8, 6), np.float32))], image_size=SIZE, clip_frames=4, features=TOWER)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+  write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  (file,) = (tmp_path / "s" / "clips").glob("*array_record*")
+  data = bytearray(file.read_bytes())
+  middle = len(data) // 2
+  data[middle : middle + 64] = bytes(64)
+  file.write_bytes(data)
+  store, said = open_store(tmp_path / "s"), []
+  for i in range(5):
+    try:
+      store.visual(i)
+    except StoreError as error:
+      said.append(str(error))
+  assert said and all(re.search(r"s: sample \d can't be read \(.*--verify", text) for text in said)
 
 
 def test_identity_tells_stores_apart(tmp_path):

@@ -305,6 +305,8 @@ def run(
     OSError, StoreError: what keeps processes from starting, or the files from being written, for want of space perhaps.
   """
   missing = {n: set(work.members(n)) for n in shards if not work.shard(n, ".json").exists()}
+  if not missing:
+    return
   waiting = collections.deque(job for n in missing for job in work.members(n))
   suspects, died = collections.deque(), set()  # jobs in whose company a process died; they run once more, alone
   spoiled, running = set(), {}

@@ -149,11 +149,15 @@ class Store:
     N is clip_frames * tokens_per_frame; an image is one clip of one frame.
 
     Raises:
-      StoreError: a JPEG that can't be decoded.
+      StoreError: damaged records, or a JPEG that can't be decoded.
     """
     sample = self.samples[index]
     shape, dtype = self.clip_spec(sample.clip_frames)
-    parts = list(self.stored(index))
+    try:
+      parts = list(self.stored(index))
+    except Exception as error:  # damaged records make the readers raise anything
+      text = f"sample {index} can't be read ({' '.join(str(error).split())})"
+      raise StoreError(f"{self.path}: {text}; find all damage with --verify, and predecode again") from error
     if not parts:
       return np.zeros((0, *shape), dtype)
     if self.layout.quality is not None:
