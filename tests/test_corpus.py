@@ -178,11 +178,13 @@ def bad_files(at: pathlib.Path) -> dict[str, list[tuple[dict, str]]]:
   found["images"] = [({"image": name, "conversations": talk()}, reason) for name, reason in images.items()]
 
   (folder(at / "corrupt", 12, 200) / "7.jpg").write_bytes((at / "corrupt" / "8.jpg").read_bytes()[:300])
+  folder(at / "no letters", 12)
+  pathlib.Path(os.fsdecode(os.fsencode(at / "no letters") + b"/5\xff.jpg")).write_text("no image, and a name that is no UTF-8")
   folder(at / "nothing inside", 0)
   folder(at / "too few", 3)
   folder(at / "bad length", 12)
   (at / "bad length.json").write_text('{"duration": "long"}')
-  folders = {"corrupt": r"7\.jpg can't be read", "nothing inside": "holds no images", "too few": "3 frames", "bad length": "must be .*duration"}
+  folders = {"corrupt": r"7\.jpg can't be read", "no letters": r"5\\udcff\.jpg can't be read", "nothing inside": "holds no images", "too few": "3 frames", "bad length": "must be .*duration"}
   found["img"] = [({"video": name, "conversations": talk()}, reason) for name, reason in folders.items()]
 
   pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)) for i in range(12)]

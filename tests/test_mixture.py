@@ -106,6 +106,8 @@ def test_unknown_strategy(strategy):
     ({"json-path": "videos.json"}, "json-path is unknown; did you mean json_path"),
     ({"sampling_strategy": "all"}, "dataset 0: json_path is missing"),
     ({"json_path": "videos.json", "video_read_type": "webm"}, "'webm' is unknown; known: decord, gif, img"),
+    ({"json_path": "videos.json", "video_read_type": ["img"]}, r"video_read_type \['img'\] is unknown"),
+    ({"json_path": "a\0.json"}, "annotations .* can't be read: embedded null"),
     ({"json_path": "videos.json", "sampling_strategy": "first:x"}, "dataset 0: sampling_strategy 'first:x'"),
   ],
 )
@@ -115,7 +117,7 @@ def test_mixture_errors(world, entry, message):
     read_mixture(world / "mixture.yaml", world, 1.0)
 
 
-@pytest.mark.parametrize("text", ["", "- a", "datasets:", "datasets: [3]", "a: [", "datasets: {}"])
+@pytest.mark.parametrize("text", ["", "- a", "\0", "[" * 5000, "datasets:", "datasets: [3]", "a: [", "datasets: {}"])
 def test_not_a_mixture(world, text):
   (world / "mixture.yaml").write_text(text)
   with pytest.raises(AnnotationError, match=r"mixture .*mixture\.yaml"):
@@ -132,6 +134,7 @@ def test_not_a_mixture(world, text):
     ("a.json", b'["\xff"]', "can't be read: .*utf-8"),
     ("a.json", b"", "line 1: not JSON"),
     ("a.json", b"[" * 100000, "inside each other without end"),
+    ("a.json", b'[{"id": ' + b"9" * 5000 + b"}]", r"a\.json, line 1: .*digits"),
     ("a.jsonl", "[]".encode("utf-16"), "can't be read: .*utf-8"),
   ],
 )

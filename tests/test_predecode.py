@@ -139,9 +139,30 @@ def test_nothing_left(world):
 def test_nothing_selected(world):
   write(world / "videos.json", [{"conversations": talk("What?")}])
   mixture(world, {"json_path": "videos.json"})
-  with pytest.raises(StoreError, match="selects no annotation with exactly one"):
+  with pytest.raises(StoreError, match=r"of 1 annotations 1 are drawn .* none of these has exactly one"):
     make(world)
+  with pytest.raises(StoreError, match="of 1 annotations 0 are drawn by sampling_strategy and --subset"):
+    make(world, subset=0.25)
   assert list(world.parent.iterdir()) == [world]
+
+
+def test_a_store_behind_a_link(world):
+  disk = world.parent / "disk"
+  for name in ("empty", "to be"):
+    (world.parent / name).symlink_to(disk / name)
+  (disk / "empty").mkdir(parents=True)
+  for name in ("empty", "to be"):
+    make(world, name)
+    assert len(open_store(world.parent / name)) == 7 and (world.parent / name).is_symlink()
+  assert sorted(p.name for p in disk.iterdir()) == ["empty", "to be"]
+
+
+def test_a_folder_that_no_rename_can_replace_is_refused_at_once(world, monkeypatch):
+  (world.parent / "out").mkdir()
+  monkeypatch.setattr(os.path, "ismount", lambda path: path == world.parent / "out")
+  with pytest.raises(StoreError, match="file system is mounted; choose a folder inside it"):
+    make(world)
+  assert sorted(p.name for p in world.parent.iterdir()) == ["data", "out"]
 
 
 def test_contradicting_limits(world):
@@ -392,6 +413,14 @@ def test_a_decoder_that_hangs_or_dies_costs_one_sample(world, deed, message):
   assert not list(work.folder.rglob("*.tmp")) and not list((work.folder / "spool").iterdir())
 
 
+def test_processes_that_can_not_start_are_no_fault_of_the_videos(world):
+  here, script = str(pathlib.Path(__file__).parent), world.parent / "script.py"
+  script.write_text(f"import pathlib, sys\nsys.path.insert(0, {here!r})\nimport decoding\ndecoding.make(pathlib.Path({str(world)!r}), workers=1)\n")
+  done = decoding.run([sys.executable, str(script)])  # its processes run it again, for want of `if __name__ == "__main__"`
+  assert done.returncode == 1 and "StoreError: processes for decoding die as they start" in done.stderr
+  assert not list((world.parent / "out.incomplete" / "spool").iterdir())
+
+
 def test_a_full_disk_is_no_fault_of_a_video(world, monkeypatch):
   real, left = os.fsync, [9]
 
@@ -405,6 +434,37 @@ def test_a_full_disk_is_no_fault_of_a_video(world, monkeypatch):
   with pytest.raises(OSError, match="No space left"):
     make(world, skip_bad=True)
   monkeypatch.setattr(os, "fsync", real)
+  assert make(world)["samples"] == 7
+
+
+def test_the_store_takes_its_name_when_all_of_it_is_on_the_disk(world, monkeypatch):
+  synced, named = [], []
+  sync, rename = os.fsync, os.rename
+  monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), sync(handle))[1])
+  monkeypatch.setattr(os, "rename", lambda *a: (named.append((a[1], list(synced))), rename(*a))[1])
+  make(world)
+  last, before = named[-1]
+  files = [p for p in (world.parent / "out").rglob("*") if p.is_file()]
+  assert last == world.parent / "out" and len(files) == 8 and {p.stat().st_ino for p in files} <= set(before)
+
+
+class Full:
+  """A writer of records on a full disk, which says so when it is closed."""
+
+  def write(self, record):
+    pass
+
+  def close(self):
+    raise RuntimeError("close() failed: No space left on device")
+
+
+@pytest.mark.parametrize("file", ["shards", "samples"])
+def test_a_disk_that_is_full_of_records(world, monkeypatch, file):
+  real = predecode_lib.store.array_record
+  monkeypatch.setattr(predecode_lib.store, "array_record", lambda path: Full() if file in str(path) else real(path))
+  with pytest.raises(OSError, match=rf"{file}/.* can't be written: close\(\) failed: No space left on device"):
+    make(world)
+  monkeypatch.undo()
   assert make(world)["samples"] == 7
 
 
@@ -449,6 +509,11 @@ def test_flags_that_do_not_go_together(tmp_path, monkeypatch, flags, message):
   assert not list(tmp_path.iterdir())
 
 
+def test_beam_needs_paths_that_all_workers_have(world):
+  with pytest.raises(ValueError, match=r"--beam needs a --root .* absolute path, not \."):
+    predecode_lib.predecode(world / "mixture.yaml", world.parent / "out", SETTINGS, beam=[])
+
+
 def test_without_beam_the_message_says_what_to_install(world, monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
   with pytest.raises(ValueError, match=r"pip install 'xcomp_jax\[beam\]'"):
@@ -469,10 +534,15 @@ def test_verify_finds_what_has_changed(world, capsys):
     (r'"crc32": \d+', '"crc32": 5', r"sample 0 .*v0\.mp4\): its clips are not those"),
     (r'"frames": 16', '"frames": 8', "sample 0: frames is 16, written was 8"),
     (r'"sample": 0', '"sample": 9', "sample 0 is not in"),
-    (r'"reason"', '"sample"', "counts of images.json are not those"),
+    (r'"crc32": \d+', '"crc32": 5', "its content is not that of manifest.jsonl"),
+    (r'\{.*"reason".*\n', "", "counts of images.json are not those"),
   ]:
     (out / "manifest.jsonl").write_text(re.sub(old, new, lines, count=1))
     with pytest.raises(StoreError, match=f"differs from its manifest:\n(.|\n)*{message}"):
+      check.verify(out)
+  for line in ("{}", "3", '{"annotation": "a", "position": 1, "source": ""}'):
+    (out / "manifest.jsonl").write_text(lines + line)
+    with pytest.raises(StoreError, match=r"line 9 of its manifest\.jsonl is not"):
       check.verify(out)
   (out / "manifest.jsonl").write_text(lines)
   info = json.loads((out / "store.json").read_text())

@@ -244,9 +244,9 @@ def test_other_data_is_refused(tiny_run, straight, tmp_path):
   items = [(s, first.visual(i) if s.frames else None) for i, s in enumerate(first.samples)]
   write_store(tmp_path / "same", items, image_size=48, clip_frames=4)
   assert train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / "same")}))["step"] == 4
-  talk = (items[5][0].conversations[0], {"from": "gpt", "value": "C"})
-  for number, change in enumerate(({"id": "other"}, {"conversations": talk})):
-    items[5] = dataclasses.replace(first.samples[5], **change), items[5][1]
+  talk, visual = (items[5][0].conversations[0], {"from": "gpt", "value": "C"}), items[5][1]
+  for number, change in enumerate(({"id": "other"}, {"conversations": talk}, {})):
+    items[5] = dataclasses.replace(first.samples[5], **change), visual if change else 255 - visual
     write_store(tmp_path / f"{number}", items, image_size=48, clip_frames=4)
     with pytest.raises(ConfigError, match=r"identity of the data in config\.data\.train was '[0-9a-f]{16}', is '[0-9a-f]{16}'\. Set"):
       train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / f"{number}")}))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -140,6 +141,22 @@ def test_features(tmp_path, monkeypatch):
     write_store(tmp_path / "t", [(sample("0"), np.zeros((1, 8, 6), np.float32))], image_size=SIZE, clip_frames=4, features=TOWER)
 
 
+def test_a_damaged_record_is_named(tmp_path):
+  write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  (file,) = (tmp_path / "s" / "clips").glob("*array_record*")
+  data = bytearray(file.read_bytes())
+  middle = len(data) // 2
+  data[middle : middle + 64] = bytes(64)
+  file.write_bytes(data)
+  store, said = open_store(tmp_path / "s"), []
+  for i in range(5):
+    try:
+      store.visual(i)
+    except StoreError as error:
+      said.append(str(error))
+  assert said and all(re.search(r"s: sample \d can't be read \(.*--verify", text) for text in said)
+
+
 def test_identity_tells_stores_apart(tmp_path):
   def made(name, *, talk=TALK, visual=None, message="", **kind):
     item = (store_lib.dataclasses.replace(sample("0", message), conversations=talk), smooth(1, 4) if visual is None else visual)
@@ -151,6 +168,7 @@ def test_identity_tells_stores_apart(tmp_path):
   found = [
     made("a"), made("b", talk=TALK[::-1]), made("c", message="m"), made("d", visual=smooth(2, 4)), made("e", quality=95),
     made("f", quality=90), made("g", visual=features, features=TOWER), made("h", visual=features, features=other),
+    made("i", visual=smooth(1, 4) + np.uint8(1)), made("j", visual=features + 1, features=TOWER),
   ]
   assert len(set(found)) == len(found) and all(len(i) == 16 and int(i, 16) for i in found)
   assert made("same") == found[0]

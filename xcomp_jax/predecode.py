@@ -85,13 +85,15 @@ def predecode(
   Raises:
     AnnotationError: problems with the mixture or its annotations, all listed, before anything is decoded.
     VideoError: videos that can't be used, all listed, after everything else was decoded and kept for the next call.
-    ValueError: frame limits that contradict each other.
+    ValueError: frame limits that contradict each other, or a relative root for Beam.
     StoreError: `out` is there and is something else, another run is at work or left other work, or no sample is left.
   """
   video.frame_indices(0, 1.0, **shards.sampling(settings))  # refuses limits that contradict each other
   if tower and (quality is not None or beam is not None):
     raise ValueError("features are neither stored as JPEG nor computed through Beam")
-  out = pathlib.Path(out)
+  if beam is not None and not pathlib.Path(root).is_absolute():
+    raise ValueError(f"--beam needs a --root that is the same for all workers: an absolute path, not {root}")
+  out = pathlib.Path(os.path.realpath(out))  # a rename can't take the place of what a link points to
   made = _made(out)
   with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
     jobs, files = mixtures.read_mixture(mixture, root, subset)
@@ -106,7 +108,8 @@ def predecode(
     if bad and not skip_bad:
       raise _annotation_error(f"{len(bad)} bad annotations (--skip_bad leaves them out)", [f"{j.where()}: {f}" for j, f in bad])
     if not jobs:
-      raise store.StoreError(f"no samples to write: {mixture} selects no annotation with exactly one image or video")
+      counts = f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} are drawn by sampling_strategy and --subset"
+      raise store.StoreError(f"no samples to write: {counts}, and none of these has exactly one image or video")
     _agree(folder, plan, restart)
     work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), samples_per_shard)
     _undo_finish(work)
@@ -171,6 +174,8 @@ def _spool_features(work: Work, job: int, tower: Tower) -> None:
 def _made(out: pathlib.Path) -> dict[str, Any] | None:
   """store.json of a store that this command has made at `out`; None if nothing is there."""
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if os.path.ismount(out):  # a rename can't replace it, which would be found at the very end
+      raise store.StoreError(f"{out} is where a file system is mounted; choose a folder inside it")
     return None
   try:
     info = json.loads((out / "store.json").read_text(encoding="utf-8"))
@@ -184,7 +189,7 @@ def _made(out: pathlib.Path) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def _claimed(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """The folder `<out>.incomplete`, for this process alone; it goes again if nothing but the lock was put into it."""
-  folder = out.absolute().with_name(out.absolute().name + ".incomplete")
+  folder = out.with_name(out.name + ".incomplete")
   try:
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
@@ -257,6 +262,7 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
   parts, lines, written = [], [], 0
   for n in work.shards:
     about, samples, first = json.loads(work.shard(n, ".json").read_text()), [], 0
+    crcs = tuple(entries[i]["crc32"] for i in work.members(n) if "crc32" in entries[i])
     for i in work.members(n):
       job, entry = work.jobs[i], entries[i]
       line = {"annotation": job.sample.annotation, "position": job.sample.position, "source": job.sample.source}
@@ -271,7 +277,7 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
         records=records,
       ))  # fmt: skip
       first, written = first + records, written + 1
-    parts.append(store.Shard(str(work.shard(n, ".array_record")), tuple(samples), about["records"], about["bytes"]))
+    parts.append(store.Shard(str(work.shard(n, ".array_record")), tuple(samples), about["records"], about["bytes"], crcs))
   text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
   (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
   counts, position = [], 0
@@ -282,6 +288,9 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
     counts.append(dataclasses.asdict(file) | {"written": len(mine) - skipped, "skipped": skipped})
   info = info | {"annotation_files": counts, "skipped": sum(c["skipped"] for c in counts)}
   info = store.finish(folder, parts, work.layout, info)
+  for file in folder.rglob("*"):
+    if file.is_file():
+      shards.sync(file)
   if out.exists():
     out.rmdir()  # an empty folder
   os.rename(folder, out)

@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw
 
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
-from xcomp_jax.data.store import Store, StoreError, content_crc, open_store
+from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
 
 THUMBNAIL = 112  # pixels
 SHOWN = 50  # of a list of differences
+COMMON = {"annotation", "position", "source"}  # of all lines of a manifest
 
 
 def verify(path: str | os.PathLike) -> None:
@@ -116,9 +117,10 @@ def contact_sheet(store: Store, rows: int = 10, columns: int = 8) -> Image.Image
   draw = ImageDraw.Draw(sheet)
   for row, index in enumerate(chosen):
     sample, top = store.samples[index], row * (THUMBNAIL + line)
-    question = " ".join(sample.conversations[0]["value"].replace(prompt.IMAGE, "").split()) if sample.conversations else ""
+    question = sample.conversations[0]["value"].replace(prompt.IMAGE, "") if sample.conversations else ""
     count = f"{sample.frames} frames" if sample.frames > 1 else "an image"
-    draw.text((3, top + 3), f"{index}: {count}, {pathlib.Path(sample.source).name}: {question}", fill="black")
+    text = " ".join(f"{index}: {count}, {pathlib.Path(sample.source).name}: {question}".split())
+    draw.text((3, top + 3), text[: columns * THUMBNAIL // 3], fill="black")  # no letter is narrower
     visual = store.visual(index)
     frames = visual.reshape(-1, *visual.shape[2:])
     for column, frame in enumerate(frames[_spread(len(frames), columns)]):
@@ -144,9 +146,14 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 def _manifest(store: Store) -> list[dict[str, Any]]:
   try:
-    return [json.loads(line) for line in (store.path / "manifest.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    lines = [json.loads(line) for line in (store.path / "manifest.jsonl").read_text(encoding="utf-8").split("\n") if line]
   except (OSError, ValueError) as error:
     raise StoreError(f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes one") from error
+  for n, line in enumerate(lines, 1):
+    keys = line.keys() if isinstance(line, dict) else set()
+    if not any(COMMON | more == keys for more in ({"reason"}, {"sample", "frames", "crc32"})):
+      raise StoreError(f"{store.path}: line {n} of its manifest.jsonl is not one of `predecode`: {json.dumps(line)[:200]}")
+  return lines
 
 
 def _count_differences(store: Store, lines: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -155,6 +162,8 @@ def _count_differences(store: Store, lines: Sequence[dict[str, Any]]) -> Iterato
   numbers = [line["sample"] for line in lines if "sample" in line]
   if numbers != list(range(len(store))):
     yield f"manifest.jsonl names {len(numbers)} samples, not 0 to {len(store) - 1} in order"
+  if content_checksum(line["crc32"] for line in lines if "sample" in line) != store.info.get("content"):
+    yield "store.json: its content is not that of manifest.jsonl"
   begin = 0
   for file in store.info.get("annotation_files", ()):
     mine = lines[begin : begin + file["selected"]]

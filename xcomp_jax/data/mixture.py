@@ -16,6 +16,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tqdm
+
 from xcomp_jax.data import store, video
 
 READERS = {"decord": "video", "gif": "gif", "img": "frames"}  # video_read_type, and what `video.sample` calls it
@@ -93,13 +95,13 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
   path, root = pathlib.Path(path), pathlib.Path(root)
   try:
     mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+  except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
     raise _error(f"mixture {path} can't be read: {_line(error)}") from error
   datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
   if not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets:
     raise _error(f"mixture {path}: expected a list under `datasets`, each with json_path and data_root")
   jobs, files = [], []
-  for n, entry in enumerate(datasets):
+  for n, entry in enumerate(tqdm.tqdm(datasets, unit="file", desc="check", delay=5.0, leave=False)):
     where = f"mixture {path}, dataset {n}"
     for key in entry.keys() - set(KEYS):
       near = difflib.get_close_matches(str(key), KEYS, 1)
@@ -109,7 +111,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     if not isinstance(entry.get("data_root") or "", str):
       raise _error(f"{where}: data_root must be a path, not {entry['data_root']!r}")
     reader = entry.get("video_read_type") or "decord"
-    if reader not in READERS:
+    if not isinstance(reader, str) or reader not in READERS:
       raise _error(f"{where}: video_read_type {reader!r} is unknown; known: {', '.join(READERS)}")
     file = root / entry["json_path"]
     items = read_annotations(file)
@@ -134,7 +136,7 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   path = pathlib.Path(path)
   try:
     text = path.read_text(encoding="utf-8-sig")  # some editors write a mark at the start
-  except (OSError, UnicodeDecodeError) as error:
+  except (OSError, ValueError) as error:  # not UTF-8, or no path at all
     raise _error(f"annotations {path} can't be read: {_line(error)}") from error
   # In jsonl every line is a document; split at "\n" only, as text may hold other separators that splitlines() knows.
   documents = [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()] if path.suffix == ".jsonl" else [(1, text)]
@@ -146,10 +148,14 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
       raise _error(f"annotations {path}, line {n + error.lineno - 1}: not JSON: {error.msg}") from error
     except RecursionError as error:
       raise _error(f"annotations {path}, line {n}: lists or objects inside each other without end") from error
+    except ValueError as error:  # a number of thousands of digits
+      raise _error(f"annotations {path}, line {n}: {_line(error)}") from error
   if path.suffix != ".jsonl":
     items = items[0]
-  if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-    raise _error(f"annotations {path}: expected a list of objects")
+  wrong = next((i for i, item in enumerate(items) if not isinstance(item, dict)), None) if isinstance(items, list) else "whole"
+  if wrong is not None:
+    found = "" if wrong == "whole" else f"; annotation {wrong} is {json.dumps(items[wrong])[:100]}"
+    raise _error(f"annotations {path}: expected a list of objects{found}")
   return items
 
 

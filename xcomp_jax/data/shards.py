@@ -111,6 +111,7 @@ def spool(clips: Iterator[np.ndarray], clip_frames: int, layout: store.Layout, t
 
 def write_bad(target: str, reason: str, at: Any) -> None:
   """Writes the entry of a job that can't be used; `at` is the `stamp` of its file."""
+  reason = reason.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
   write_json(f"{target}.json", {"reason": " ".join(reason.split()), "stamp": at})
   pathlib.Path(f"{target}.bin").unlink(missing_ok=True)
 
@@ -128,21 +129,22 @@ def assemble(work_shard: str, targets: Sequence[str]) -> None:
   entries = [json.loads(pathlib.Path(f"{target}.json").read_text()) for target in targets]
   size, count, writer = 0, 0, None
   temporary = _temporary(f"{work_shard}.array_record")
-  try:
-    for target, entry in zip(targets, entries, strict=True):
-      if "reason" in entry:
-        continue
-      with open(f"{target}.bin", "rb") as file:
-        for length in entry["lengths"]:
-          record = file.read(length)
-          if len(record) != length:
-            raise store.StoreError(f"{target}.bin is damaged; start from the beginning with --restart")
-          writer = writer or store.array_record(temporary)
-          writer.write(record)
-          size, count = size + length, count + 1
-  finally:
-    if writer is not None:
-      writer.close()
+  with store.writing(temporary):
+    try:
+      for target, entry in zip(targets, entries, strict=True):
+        if "reason" in entry:
+          continue
+        with open(f"{target}.bin", "rb") as file:
+          for length in entry["lengths"]:
+            record = file.read(length)
+            if len(record) != length:
+              raise store.StoreError(f"{target}.bin is damaged; start from the beginning with --restart")
+            writer = writer or store.array_record(temporary)
+            writer.write(record)
+            size, count = size + length, count + 1
+    finally:
+      if writer is not None:
+        writer.close()
   if count:
     _settle(temporary, f"{work_shard}.array_record")
   write_json(f"{work_shard}.json", {"entries": entries, "records": count, "bytes": size})
@@ -189,12 +191,17 @@ def _temporary(path: str | os.PathLike) -> str:
   return f"{path}.{uuid.uuid4().hex}.tmp"  # machines that share the folder may have processes of the same number
 
 
-def _settle(temporary: str, path: str | os.PathLike) -> None:
-  handle = os.open(temporary, os.O_RDONLY)
+def sync(path: str | os.PathLike) -> None:
+  """Waits until a file has reached the disk: no name may be older than what it stands for, should the machine stop."""
+  handle = os.open(path, os.O_RDONLY)
   try:
-    os.fsync(handle)  # a name must not be older than what it stands for, should the machine stop
+    os.fsync(handle)
   finally:
     os.close(handle)
+
+
+def _settle(temporary: str, path: str | os.PathLike) -> None:
+  sync(temporary)
   os.replace(temporary, path)
 
 
@@ -295,9 +302,11 @@ def run(
     report: called after each annotation.
 
   Raises:
-    OSError, StoreError: what keeps the files from being written, for want of space perhaps.
+    OSError, StoreError: what keeps processes from starting, or the files from being written, for want of space perhaps.
   """
   missing = {n: set(work.members(n)) for n in shards if not work.shard(n, ".json").exists()}
+  if not missing:
+    return
   waiting = collections.deque(job for n in missing for job in work.members(n))
   suspects, died = collections.deque(), set()  # jobs in whose company a process died; they run once more, alone
   spoiled, running = set(), {}
@@ -456,8 +465,25 @@ class _Here:
 
 
 def _pool(workers: int) -> pebble.ProcessPool:
+  """Processes of which one has begun to work.
+
+  Raises:
+    StoreError: they die before they take any work, which must not be blamed on that.
+  """
   spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
-  return pebble.ProcessPool(workers, max_tasks=TASKS_PER_PROCESS, initializer=_begin, context=spawn)
+  pool = pebble.ProcessPool(workers, max_tasks=TASKS_PER_PROCESS, initializer=_begin, context=spawn)
+  try:
+    pool.schedule(int).result()
+  except (concurrent.futures.BrokenExecutor, pebble.ProcessExpired) as error:
+    pool.stop()
+    pool.join()
+    advice = 'a script that calls this has to do so under `if __name__ == "__main__":`; with workers=0 none are needed'
+    raise store.StoreError(f"processes for decoding die as they start ({_line(error)}; what they said is above): {advice}") from error
+  return pool
+
+
+def _line(error: BaseException) -> str:
+  return " ".join(str(error).split())
 
 
 def _begin() -> None:

@@ -97,6 +97,7 @@ class Shard:
   samples: tuple[Sample, ...]
   records: int
   bytes: int
+  crcs: tuple[int, ...]  # of each sample: `content_crc` of its records, one after the other
 
 
 class Store:
@@ -133,9 +134,9 @@ class Store:
     return checksum(self.samples)
 
   def identity(self) -> str:
-    """16 hex digits that change with the format, what is stored and how it was sampled, and the samples' ids, frames and texts."""
+    """16 hex digits that change with the format, how it was sampled, and the samples' ids, texts, and frames or features."""
     sampling = [(name, self.info.get(name)) for name in SAMPLING]
-    what = (FORMAT, self.layout, sampling, [(s.id, s.frames, s.conversations, s.time_message) for s in self.samples])
+    what = (FORMAT, self.layout, sampling, self.info.get("content"), [(s.id, s.frames, s.conversations, s.time_message) for s in self.samples])
     return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
 
   def clip_spec(self, clip_frames: int) -> tuple[tuple[int, ...], np.dtype]:
@@ -148,11 +149,15 @@ class Store:
     N is clip_frames * tokens_per_frame; an image is one clip of one frame.
 
     Raises:
-      StoreError: a JPEG that can't be decoded.
+      StoreError: damaged records, or a JPEG that can't be decoded.
     """
     sample = self.samples[index]
     shape, dtype = self.clip_spec(sample.clip_frames)
-    parts = list(self.stored(index))
+    try:
+      parts = list(self.stored(index))
+    except Exception as error:  # damaged records make the readers raise anything
+      text = f"sample {index} can't be read ({' '.join(str(error).split())})"
+      raise StoreError(f"{self.path}: {text}; find all damage with --verify, and predecode again") from error
     if not parts:
       return np.zeros((0, *shape), dtype)
     if self.layout.quality is not None:
@@ -191,6 +196,11 @@ def content_crc(content: Any, crc: int = 0) -> int:
   for part in [content] if isinstance(content, np.ndarray) and content.dtype != object else content:
     crc = zlib.crc32(part, crc)
   return crc
+
+
+def content_checksum(crcs: Iterable[int]) -> int:
+  """CRC-32 of what all records hold, from those of the samples, in order."""
+  return zlib.crc32(" ".join(map(str, crcs)).encode())
 
 
 def open_store(path: str | os.PathLike) -> Store:
@@ -301,11 +311,12 @@ def write_shard(path: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarra
   Raises:
     ValueError: visual of another shape or dtype.
   """
-  writer, samples, first, written = None, [], 0, 0
+  writer, samples, crcs, first, written = None, [], [], 0, 0
   try:
     for sample, visual in items:
       if visual is None:
         samples.append(dataclasses.replace(sample, frames=0, clip_frames=1, first_record=first, records=0))
+        crcs.append(0)
         continue
       per_clip = layout.features.tokens_per_frame if layout.features else 1
       per_clip = visual.shape[1] // per_clip if visual.ndim > 1 else 0
@@ -313,11 +324,13 @@ def write_shard(path: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarra
       if visual.dtype != dtype or visual.shape[1:] != shape or not visual.size:
         raise ValueError(f"{sample.source}: expected {dtype} [clips, {', '.join(map(str, shape))}], got {visual.dtype}{visual.shape}")
       writer = writer or array_record(path)
-      before = first
-      for record, _, _ in records(layout, visual, per_clip):
+      before, crc = first, 0
+      for record, _, content in records(layout, visual, per_clip):
         writer.write(record)
+        crc = content_crc(content, crc)
         written += len(record)
         first += 1
+      crcs.append(crc)
       samples.append(
         dataclasses.replace(
           sample, frames=len(visual) * per_clip, clip_frames=per_clip, first_record=before, records=first - before
@@ -326,7 +339,7 @@ def write_shard(path: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarra
   finally:
     if writer is not None:
       writer.close()
-  return Shard(os.fspath(path) if first else "", tuple(samples), first, written)
+  return Shard(os.fspath(path) if first else "", tuple(samples), first, written, tuple(crcs))
 
 
 def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,12 +354,13 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
     info: more for store.json.
 
   Raises:
-    StoreError: no samples at all.
+    StoreError: no samples at all. OSError: it can't be written.
   """
   from tensorflow_datasets.proto import tf_example_pb2
 
-  samples, base = [], 0
+  samples, crcs, base = [], [], 0
   for shard in shards:
+    crcs += shard.crcs
     samples += [dataclasses.replace(s, first_record=s.first_record + base) for s in shard.samples]
     base += shard.records
   if not samples:
@@ -359,17 +373,19 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
         os.rename(shard.path, target)
     _metadata(folder / layout.folder, record_features(layout), [s.records for s in files], sum(s.bytes for s in files))
   (folder / "samples").mkdir(exist_ok=True)
-  features, size = _sample_features(), 0
-  writer = array_record(folder / "samples" / "samples-train.array_record-00000-of-00001")
-  for sample in samples:
-    row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
-    example = tf_example_pb2.Example.FromString(features.serialize_example(row))
-    record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
-    writer.write(record)
-    size += len(record)
-  writer.close()
+  features, size, file = _sample_features(), 0, folder / "samples" / "samples-train.array_record-00000-of-00001"
+  with writing(file):
+    writer = array_record(file)
+    for sample in samples:
+      row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
+      example = tf_example_pb2.Example.FromString(features.serialize_example(row))
+      record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
+      writer.write(record)
+      size += len(record)
+    writer.close()
   _metadata(folder / "samples", features, [len(samples)], size)
-  counts = {"samples": len(samples), "frames": sum(s.frames for s in samples), "records": base, "checksum": checksum(samples)}
+  counts = {"samples": len(samples), "frames": sum(s.frames for s in samples), "records": base}
+  counts |= {"checksum": checksum(samples), "content": content_checksum(crcs)}
   kept = {"quality": layout.quality, "features": layout.features and dataclasses.asdict(layout.features)}
   text = {"format": FORMAT, "image_size": layout.image_size, "clip_frames": layout.clip_frames, **kept, **info, **counts}
   (folder / "store.json").write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -402,6 +418,15 @@ def array_record(path: str | os.PathLike):
   from array_record.python.array_record_module import ArrayRecordWriter
 
   return ArrayRecordWriter(os.fspath(path), "group_size:1")
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+  """What goes wrong with the writer at `path`, a full disk perhaps, is an OSError: ArrayRecord raises a RuntimeError."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(f"{os.fspath(path)} can't be written: {' '.join(str(error).split())}") from error
 
 
 def _jpeg(frame: np.ndarray, quality: int) -> bytes:
