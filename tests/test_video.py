@@ -288,6 +288,13 @@ def test_wrong_kinds_of_path_are_refused(tmp_path):
     video.load(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
 
 
+def test_a_picture_that_needs_another_program_is_refused(tmp_path):
+  path = tmp_path / "drawing.jpg"
+  path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")  # Pillow would ask Ghostscript
+  with pytest.raises(video.VideoError, match="can't be read as an image"):
+    video.load(path, size=8, style="train", read_type="img", **LIMITS)
+
+
 def test_a_still_image_is_one_frame(tmp_path):
   Image.fromarray(frame(3)).convert("L").save(tmp_path / "a.png")  # grey files become RGB
   got = video.load(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)

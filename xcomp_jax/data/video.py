@@ -22,6 +22,7 @@ cv2.setNumThreads(1)  # readers run side by side; the pool would only oversubscr
 Style = Literal["train", "ask"]
 ReadType = Literal["video", "gif", "img", "frames"]
 
+PICTURES = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would start other programs for some others
 STILLS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # any of them may open an MP4 or MOV file
 
@@ -316,7 +317,7 @@ def _folder_rate(path, vlen: int) -> float:
 
 def _read_still(path) -> np.ndarray:
   try:
-    with Image.open(path) as image:
+    with Image.open(path, formats=PICTURES) as image:
       if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would make almost all of it white
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
       return np.asarray(image.convert("RGB"))
