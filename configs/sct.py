@@ -64,7 +64,7 @@ def _paper() -> ConfigDict:
   c.data.text_buckets = (512, 2048, 8192)  # tokens after the visual slot
   c.data.prefix_length = 16  # tokens before it; the chat header has 14
   c.data.frames_per_device = 1024  # frames in a micro-batch, per device
-  c.data.text_per_device = 8192  # likewise tokens after the visual slot: float32 logits of so many take 5 GB
+  c.data.text_per_device = 8192  # likewise tokens after the visual slot
   c.data.mask = "official"  # every newline, <|im_start|> and <|im_end|> is supervised too (quirk Q16)
   c.data.group_by_text_length = True  # --group_by_modality_length of train.sh
   c.data.threads = 4  # readers per process

@@ -1,12 +1,15 @@
 """What a run is made of: frozen dataclasses without defaults.
 
-`configs/*.py` hold every value as a nested `ml_collections.ConfigDict`; `from_dict` turns one into a
-`RunConfig` here and nowhere else, so a key that is unknown, missing or of the wrong type dies at start.
+`configs/*.py` hold every value as a nested `ml_collections.ConfigDict`; `from_command_line` and `from_dict` turn one into
+a `RunConfig` here and nowhere else, so a key that is unknown, missing or of the wrong type dies at start, and so does a
+value that no run can have (`check`).
 The sizes of the model are not in a config: they come from the checkpoint (`weights.read_config`).
 """
 
 import dataclasses
 import difflib
+import itertools
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -220,6 +223,91 @@ def to_dict(config) -> dict[str, Any]:
   """The nested plain dict (tuples as lists) that `from_dict` reads back."""
   plain = lambda v: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
   return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def check(config: RunConfig) -> None:
+  """Values that no run can have.
+
+  Raises:
+    ConfigError: all of them.
+  """
+  t, problems = config.train, []
+  for name in ("batch_size", "epochs", "log_every", "eval_every", "save_every", "keep_last"):
+    if getattr(t, name) < 1:
+      problems.append(f"config.train.{name} = {getattr(t, name)}: must be at least 1")
+  for name in ("steps", "keep_every", "projector_max_frames"):
+    if getattr(t, name) is not None and getattr(t, name) < 1:
+      problems.append(f"config.train.{name} = {getattr(t, name)}: must be at least 1, or None")
+  if not (t.vision or t.projector or t.llm):
+    problems.append("config.train trains nothing: set one of vision, projector, llm to True")
+  o, d = config.optim, config.data
+  rules = [
+    ("model.clips_per_chunk", config.model.clips_per_chunk >= 1, "must be at least 1"),
+    ("lp_comp.group", config.lp_comp.group >= 1, "must be at least 1"),
+    ("data.frames_per_device", d.frames_per_device >= 1, "must be at least 1"),
+    ("data.text_per_device", d.text_per_device >= 1, "must be at least 1"),
+    ("data.threads", d.threads >= 0, "must be 0 or more; 0 reads while training waits"),
+    ("data.prefetch", d.prefetch >= 0, "must be 0 or more"),
+    ("data.frame_buckets", _ascending(d.frame_buckets, 0), "must be one or more numbers from 0 on, ascending"),
+    ("data.text_buckets", _ascending(d.text_buckets, 1), "must be one or more numbers from 1 on, ascending"),
+    ("optim.learning_rate", 0 < o.learning_rate < math.inf, "must be a number above 0"),
+    ("optim.warmup", 0 <= o.warmup <= 1, "is a share of all steps, from 0 to 1"),
+    ("optim.weight_decay", 0 <= o.weight_decay < math.inf, "must be a number from 0 on"),
+    ("optim.clip_norm", 0 < o.clip_norm < math.inf, "must be a number above 0; a large one such as 1e9 clips nothing"),
+    ("optim.b1", 0 <= o.b1 < 1, "must be from 0 to below 1"),
+    ("optim.b2", 0 <= o.b2 < 1, "must be from 0 to below 1"),
+    ("optim.eps", 0 < o.eps < math.inf, "must be a number above 0"),
+  ]
+  for key, holds, words in rules:
+    if not holds:
+      group, name = key.split(".")
+      problems.append(f"config.{key} = {getattr(getattr(config, group), name)}: {words}")
+  if problems:
+    raise ConfigError("; ".join(problems))
+
+
+def from_command_line(argv: list[str]) -> RunConfig:
+  """The RunConfig of `--config=FILE[:VARIANT]` and overrides such as `--config.optim.learning_rate=1e-4`.
+
+  Raises:
+    ConfigError: flags or keys that do not exist, values of the wrong type, a file that is not there.
+  """
+  from absl import flags
+  from ml_collections import config_flags
+
+  values = flags.FlagValues()
+  # New keys are let through here, so that `from_dict` can name the nearest known one.
+  holder = config_flags.DEFINE_config_file(
+    "config", lock_config=False, accept_new_attributes=True, flag_values=values, sys_argv=argv
+  )
+  try:
+    rest = values(argv)
+    if len(rest) > 1:
+      raise ConfigError(f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10")
+    if holder.value is None:
+      raise ConfigError("no config; add --config=configs/sct.py")
+    return from_dict(RunConfig, holder.value.to_dict())
+  except ConfigError:
+    raise
+  except (flags.Error, OSError, AttributeError, KeyError, SyntaxError, NameError, ImportError) as error:
+    text = str(error.args[0] if error.args else error).strip()
+    if "Traceback" in text:  # from inside the config file
+      text = text.splitlines()[-1].partition(": ")[2]
+    elif isinstance(error, OSError):
+      text = f"the config file can't be read: {text[text.find('[Errno') :]}"
+    elif isinstance(error, (SyntaxError, NameError, ImportError)):
+      text = f"the config file is no working Python: {type(error).__name__}: {error}"
+    elif isinstance(error, KeyError):  # an override in a group that is unknown
+      known = keys(RunConfig)
+      given = [name for name in (arg.lstrip("-").partition("=")[0] for arg in argv) if name.startswith("config.")]
+      wrong = next((name for name in given if name not in known), text)
+      near = difflib.get_close_matches(wrong, known, 1)
+      text = f"{wrong} is unknown" + (f"; did you mean {near[0]}?" if near else "")
+    raise ConfigError(" ".join(text.split())) from error
+
+
+def _ascending(values: tuple[int, ...], first: int) -> bool:
+  return bool(values) and values[0] >= first and all(a < b for a, b in itertools.pairwise(values))
 
 
 def _convert(hint, value, where: str):

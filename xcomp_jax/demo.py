@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from xcomp_jax import ask, export, predecode, train, weights, world
-from xcomp_jax.config import LPCompConfig, RunConfig
+from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.model import vlm
 
@@ -98,7 +98,7 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
     "init_from": out / "start", "workdir": out / "run", "data.train": out / "data/train", "data.heldout": out / "data/heldout",
     **({} if steps is None else {"train.steps": steps}),
   }
-  config = train.from_command_line(["demo", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in overrides.items())])
+  config = from_command_line(["demo", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in overrides.items())])
   table = []
 
   def measure(name: str, checkpoint: pathlib.Path, lp_comp: LPCompConfig) -> np.ndarray:
@@ -135,7 +135,7 @@ def train_base(out: pathlib.Path) -> None:
     world.write_world(stage / "world", [split], seed=100 + number, workers=2)
     decode(stage / "world", stage / "train", "train")
     paths = {"init_from": before, "workdir": stage / "run", "data.train": stage / "train"}
-    train.run(train.from_command_line(["demo", f"--config=configs/base.py:{name}", *(f"--config.{k}={v}" for k, v in paths.items())]))
+    train.run(from_command_line(["demo", f"--config=configs/base.py:{name}", *(f"--config.{k}={v}" for k, v in paths.items())]))
     before = stage / "model"
     export.main(["--checkpoint", str(stage / "run"), "--format=torch", "--out", str(before)])
 
