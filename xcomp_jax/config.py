@@ -128,7 +128,7 @@ class DataConfig:
   text_buckets: tuple[int, ...]  # likewise for tokens after the visual slot
   prefix_length: int  # tokens before the visual slot, padded
   frames_per_device: int  # a micro-batch holds as many samples of a bucket as this many frames allow, at least one
-  text_per_device: int  # likewise for tokens after the visual slot, whose logits take the memory
+  text_per_device: int  # likewise for tokens after the visual slot
   mask: Literal["official", "assistant"]  # which tokens are supervised (FACTS.md 3)
   group_by_text_length: bool  # batches of similar text length, as in the release
   threads: int  # of the reader
