@@ -322,10 +322,10 @@ def scaling(like: str | None, frames: Sequence[int], texts: Sequence[int], most:
   matplotlib.use("Agg")
   rows: dict[str, list[dict[str, float]]] = {"frames": [], "text": [], "encoding": []}
   for n in frames:
-    rows["frames"].append({"x": n, **prefill(like, n, PREFIX + TEXT, dtype, 3 if n <= most else 0).lines()})
+    rows["frames"].append({"x": n, **prefill(like, n, PREFIX + TEXT, dtype, 2 if n <= most else 0).lines()})
     print(json.dumps(rows["frames"][-1]), flush=True)
   for n in texts:
-    rows["text"].append({"x": n, **prefill(like, min(frames), n, dtype).lines()})
+    rows["text"].append({"x": n, **prefill(like, min(frames), n, dtype, 2).lines()})
     print(json.dumps(rows["text"][-1]), flush=True)
   for n in frames:
     rows["encoding"].append({"x": n, **tower(like, n // 8, dtype, 1, 0).lines()})
