@@ -59,7 +59,7 @@ def _paper() -> ConfigDict:
   c.data = ConfigDict()
   c.data.train = _open("data/sct")  # folder written by predecode, or several: ("data/a", "data/b")
   c.data.weights = _open(None)  # how often an epoch reads a sample of each, e.g. (1.0, 0.25); None: once
-  c.data.heldout = _open(None)  # likewise; None: no evaluation
+  c.data.heldout = _open(None)  # folder written by predecode; None: no evaluation
   c.data.frame_buckets = (1, 128, 256, 512, 1024)  # frames; 1 is an image. Every pair of buckets compiles once
   c.data.text_buckets = (512, 2048, 8192)  # tokens after the visual slot
   c.data.prefix_length = 16  # tokens before it; the chat header has 14

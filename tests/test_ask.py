@@ -202,15 +202,6 @@ def test_ctrl_c_leaves_no_half_written_file(checkpoint, film, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-  file = tmp_path / "page.html"
-  file.write_text("old")
-  with pytest.raises(KeyboardInterrupt), encode.replacing(file) as out:
-    out.write(b"half")
-    raise KeyboardInterrupt
-  assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
-
-
 def test_a_question_too_long_for_the_context_is_refused(checkpoint, film, tmp_path, capsys):
   short = tmp_path / "short"
   shutil.copytree(checkpoint, short)

@@ -9,7 +9,7 @@ import xcomp_jax
 
 ROOT = pathlib.Path(xcomp_jax.__file__).parent
 ORDER = """
-config sharding
+config files sharding
 data.batch data.video data.prompt data.store data.mixture data.shards data.check data.blend data.pipeline
 model.attention model.vision model.merge model.lp_comp model.decoder model.vlm
 qc_comp encode generate report weights optim checkpoint metrics

@@ -21,11 +21,11 @@ from xcomp_jax.data.store import (
   Sample,
   StoreError,
   finish,
-  fresh_folder,
   open_store,
   write_shard,
   write_store,
 )
+from xcomp_jax.files import fresh_folder
 
 SIZE = 16
 RAW = Layout(SIZE, 4, None, None)
@@ -213,7 +213,7 @@ def test_a_killed_write_is_swept_up_by_the_next(tmp_path):
 
 def test_nothing_is_overwritten(tmp_path):
   write_store(tmp_path / "s", items()[:2], image_size=SIZE, clip_frames=4)
-  with pytest.raises(StoreError, match="already exists"):
+  with pytest.raises(FileExistsError, match="already exists"):
     write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
   assert len(open_store(tmp_path / "s")) == 2
 
@@ -245,6 +245,6 @@ def test_writer_refuses_other_arrays_and_empty_stores(tmp_path):
   with pytest.raises(StoreError, match="no samples"):
     write_store(tmp_path / "s", [], image_size=SIZE, clip_frames=4)
   (tmp_path / "file").write_text("")
-  with pytest.raises(StoreError, match="can't be written"):
+  with pytest.raises(OSError, match="can't be written"):
     write_store(tmp_path / "file" / "s", items(), image_size=SIZE, clip_frames=4)
   assert [p.name for p in tmp_path.iterdir()] == ["file"]

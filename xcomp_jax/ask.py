@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from xcomp_jax import encode, generate, qc_comp, report, weights
+from xcomp_jax import encode, files, generate, qc_comp, report, weights
 from xcomp_jax.config import ConfigError, LPCompConfig, ModelConfig, SelectConfig, VLMConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
@@ -192,8 +192,8 @@ def answer(args: argparse.Namespace) -> None:
   Raises:
     CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad arguments, by name.
   """
-  if args.compiled and jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(args.compiled).expanduser()))
+  if args.compilation_cache and jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(args.compilation_cache).expanduser()))
   directory = weights.resolve(args.checkpoint)
   tuned = weights.read_lp_comp(directory) or RELEASED
   lp_comp = LPCompConfig(args.schedule or tuned.schedule, args.keep or tuned.keep, tuned.group)
@@ -262,8 +262,7 @@ def answer(args: argparse.Namespace) -> None:
         say(f"looked at {len(kept.frames)} of {len(film.times)} frames: " + ", ".join(f"{clock(a)} to {clock(b)}" for a, b in spans))
       say("spent " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in together(spent, got.spent).items()))
       if page:
-        with encode.replacing(page) as file:
-          file.write(report.page(film, done, cfg, spent).encode())
+        files.write(page, report.page(film, done, cfg, spent))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -291,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--clips-per-chunk", type=int, default=4, help="clips in the tower at once; bounds memory")
   add("--keep", choices=("suffix", "uniform", "stride", "avgpool", "none", "attention"), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
-  add("--compiled", default="~/.cache/xcomp_jax", help="folder that keeps compiled programs for the next time; '': none")
+  add("--compilation-cache", default="~/.cache/xcomp_jax", help="folder that keeps compiled programs for the next time; '': none")
   add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
   add("--max-new-tokens", type=int, default=64)
   add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
@@ -300,14 +299,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
   add("--seed", type=int, default=0, help="of the draws")
   args = parser.parse_args(argv)
-  try:
+  with files.command(OverflowError):
     answer(args)
-  except (ValueError, OverflowError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,9 @@ import math
 import os
 import pathlib
 import shutil
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.extend.core
@@ -36,6 +35,7 @@ from xcomp_jax import export, generate, metrics, weights
 from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, VisionConfig, VLMConfig
 from xcomp_jax.data.batch import Bucket, batch_spec, fake_batch
 from xcomp_jax.export import AS_IT_IS, NOT_TUNED
+from xcomp_jax.files import command
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.vlm import VLM
 
@@ -371,16 +371,6 @@ def table(title: str, values: Mapping[str, float]) -> None:
   print(title + "\n" + "\n".join(f"{name:>26} {value:10.3f}" for name, value in values.items()), flush=True)
 
 
-def command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> None:
-  """Parses and runs; an error is one line on stderr and exit code 1."""
-  args = parser.parse_args(argv)
-  try:
-    run(args)
-  except (ValueError, FileNotFoundError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
-
-
 def _run(args: argparse.Namespace) -> None:
   device = jax.devices()[0].device_kind
   if args.command == "random":
@@ -433,7 +423,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   plotting.add_argument("--text", type=int, nargs="+", default=[86, 512, 1024, 2048], help="tokens")
   plotting.add_argument("--run-up-to", type=int, default=2048, help="frames; what is longer is compiled and counted")
   plotting.add_argument("--out", required=True, help="name of the .json and the .png")
-  command(parser, _run, argv)
+  args = parser.parse_args(argv)
+  with command(ImportError):
+    _run(args)
 
 
 if __name__ == "__main__":

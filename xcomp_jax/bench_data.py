@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from xcomp_jax.data import store, video
+from xcomp_jax.files import command
 
 SAMPLING = {"max_frames": 1024, "min_frames": 128, "fps": 8.0, "clip_frames": 8, "style": "train"}
 TOWER = store.Features("random", tokens_per_frame=16, width=1024)  # of the released models
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   run.add_argument("--samples", type=int, default=2, help="copies in the stores that are measured")
   run.add_argument("--repeat", type=int, default=3, help="the best of so many counts")
   args = parser.parse_args(argv)
-  try:
+  with command(subprocess.CalledProcessError):
     if args.command == "make":
       make_video(args.path, args.seconds, args.width, args.height)
       return
@@ -148,12 +149,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     frames, table = decoding(args.path, args.image_size, args.repeat)
     print(table, flush=True)
     print(storing(frames, args.samples, args.repeat), flush=True)
-  except (ValueError, OSError, subprocess.CalledProcessError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ from flax import nnx
 from tqdm import tqdm
 
 from xcomp_jax import encode, generate, qc_comp, weights, world
-from xcomp_jax.bench import MEASURED, PREFIX, TEXT, command, flops, table
+from xcomp_jax.bench import MEASURED, PREFIX, TEXT, flops, table
 from xcomp_jax.config import LPCompConfig, ModelConfig, SelectConfig, VisionConfig, VLMConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, batch_spec
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.export import AS_IT_IS
+from xcomp_jax.files import command
 from xcomp_jax.model import vlm
 from xcomp_jax.model.vlm import VLM
 
@@ -191,7 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     one.add_argument("--frames", type=int, default=1024)
   for one in (scoring, asking, finding):
     one.add_argument("--mode", action="append", choices=MODES)
-  command(parser, _run, argv)
+  args = parser.parse_args(argv)
+  with command():
+    _run(args)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class DataConfig:
 
   train: str | tuple[str, ...]  # folder written by predecode, or several
   weights: tuple[float, ...] | None  # how often an epoch reads a sample of each folder; None: once
-  heldout: str | None  # likewise; None: no evaluation while training
+  heldout: str | None  # folder written by predecode; None: no evaluation while training
   frame_buckets: tuple[int, ...]  # a sample is padded to the first that holds its frames; 1 is the image path, 0 text only
   text_buckets: tuple[int, ...]  # likewise for tokens after the visual slot
   prefix_length: int  # tokens before the visual slot, padded

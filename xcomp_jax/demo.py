@@ -11,7 +11,6 @@ import dataclasses
 import math
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 
@@ -21,6 +20,7 @@ from flax import nnx
 from xcomp_jax import ask, export, predecode, train, weights, world
 from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
 from xcomp_jax.data import pipeline, prompt
+from xcomp_jax.files import command
 from xcomp_jax.model import vlm
 
 BASE = "assets/tiny"
@@ -149,10 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--steps", type=int, help="of tuning; default: as many as configs/sct.py:tiny says")
   f = parser.parse_args(argv)
   out = pathlib.Path(f.out)
-  try:
+  with command():
     (train_base(out) if f.base else show(out, f.videos, f.steps))
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """What the tower makes of a video, apart from any question: encode once, ask many."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -18,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.video import resize
+from xcomp_jax.files import replacing
 from xcomp_jax.model import vlm
 
 THUMBNAIL = 96  # pixels
@@ -170,7 +169,7 @@ def save(video: EncodedVideo, path: str | os.PathLike) -> None:
   arrays = {f"features_{phase}": raw(a) for phase, a in video.features.items()}
   arrays |= {"times": video.times, "thumbnails": video.thumbnails, "about": np.array(json.dumps(about))}
   arrays |= {} if video.frames is None else {"frames": video.frames}
-  with replacing(path) as file:
+  with replacing(path) as temporary, open(temporary, "wb") as file:
     np.savez(file, **arrays)
 
 
@@ -198,17 +197,3 @@ def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
       f"checkpoint's {mine[:12]}); encode the video again"
     )
   return video
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path):
-  """A binary file that takes the place of `path` once it is complete, or leaves no trace."""
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  try:
-    with os.fdopen(handle, "wb") as file:
-      yield file
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise

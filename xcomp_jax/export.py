@@ -16,7 +16,6 @@ import logging
 import math
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,9 +23,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import checkpoint, weights
+from xcomp_jax import checkpoint, files, weights
 from xcomp_jax.config import LPCompConfig, ModelConfig, VLMConfig, from_dict, to_dict
-from xcomp_jax.data.store import StoreError, fresh_folder
 from xcomp_jax.sharding import path_name
 from xcomp_jax.weights import CheckpointError
 
@@ -225,7 +223,7 @@ def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_
   if count > 1:
     total = sum(tensor.bytes for tensor in tensors)
     places = {tensor.name: file for file, shard in zip(files, shards) for tensor in shard}
-    _write_json(directory / weights.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    files.write_json(directory / weights.INDEX, {"metadata": {"total_size": total}, "weight_map": places}, indent=2)
 
 
 def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tuned: bool, dtype: Any | None) -> None:
@@ -234,9 +232,9 @@ def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tu
   config = weights.read_json(source / "config.json") | {"mm_local_num_frames": cfg.clip_frames}
   if dtype is not None:
     config["torch_dtype"] = np.dtype(dtype).name
-  _write_json(directory / "config.json", config)
+  files.write_json(directory / "config.json", config, indent=2)
   if tuned:
-    _write_json(directory / weights.EXTRA, {"lp_comp": to_dict(cfg.lp_comp)})
+    files.write_json(directory / weights.EXTRA, {"lp_comp": to_dict(cfg.lp_comp)}, indent=2)
   copy_tokenizer(directory, source)
 
 
@@ -245,10 +243,6 @@ def copy_tokenizer(directory: pathlib.Path, source: pathlib.Path) -> None:
   for name in TOKENIZER_FILES:
     if (source / name).is_file():
       shutil.copyfile(source / name, directory / name)
-
-
-def _write_json(file: pathlib.Path, values: Any) -> None:
-  file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def check_free(directory: pathlib.Path, overwrite: bool) -> None:
@@ -270,13 +264,11 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def appearing(directory: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-  """`fresh_folder` where `check_free` lets it be; what goes wrong is a CheckpointError."""
+  """`files.fresh_folder` where `check_free` lets it be; what goes wrong is a CheckpointError."""
   check_free(directory, overwrite)
   try:
-    with fresh_folder(directory, replace=overwrite) as temporary:
+    with files.fresh_folder(directory, replace=overwrite) as temporary:
       yield temporary
-  except StoreError as error:
-    raise CheckpointError(str(error)) from error
   except OSError as error:
     raise CheckpointError(f"{directory} can't be written: {error}") from error
 
@@ -294,16 +286,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parser.parse_args(argv)
   save = save_torch if args.format == "torch" else save_orbax
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what a reader of checkpoints always does
-  try:
+  with files.command():
     check_free(pathlib.Path(args.out), args.overwrite)
     source = read(args.checkpoint, step=args.step, init_from=args.init_from)
     save(
       pathlib.Path(args.out), source.state, source.cfg, source.directory, tuned=source.tuned, dtype=args.dtype,
       overwrite=args.overwrite,
     )
-  except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
   leaves = jax.tree.leaves(source.state)
   print(f"{args.out}: {len(leaves)} tensors, {sum(leaf.size for leaf in leaves):,} parameters, {args.format} layout")
 

@@ -28,6 +28,7 @@ from xcomp_jax import encode, generate, qc_comp, weights
 from xcomp_jax.config import LPCompConfig, ModelConfig, VisionConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, Example, collate
 from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.files import command
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.decoder import Lengths
 from xcomp_jax.model.merge import match, merge_step, merge_steps, metric
@@ -442,11 +443,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.parity", description=__doc__.splitlines()[0])
   parser.add_argument("directory", type=pathlib.Path, help="config.json, weights and recorded arrays (VECTORS.md)")
   args = parser.parse_args(argv)
-  try:
+  with command():
     rows = check(args.directory)
-  except (ValueError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
   print(show(rows))
   results = {row.result for row in rows}
   if "pass" not in results:

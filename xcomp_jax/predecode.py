@@ -32,6 +32,7 @@ from absl import app, flags, logging
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
+from xcomp_jax.files import command, sync, write_json
 
 SHOWN = 50  # of a list of problems
 
@@ -106,7 +107,7 @@ def predecode(
       raise store.StoreError(f"{out} already exists, made from other data or with other settings; remove it or choose another folder")
     bad = [(job, fault) for job in jobs for fault in job.faults]
     if bad and not skip_bad:
-      raise _annotation_error(f"{len(bad)} bad annotations (--skip_bad leaves them out)", [f"{j.where()}: {f}" for j, f in bad])
+      raise _annotation_error(f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", [f"{j.where()}: {f}" for j, f in bad])
     if not jobs:
       counts = f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} are drawn by sampling_strategy and --subset"
       raise store.StoreError(f"no samples to write: {counts}, and none of these has exactly one image or video")
@@ -244,7 +245,7 @@ def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
   if not file.exists():
     if any(path.name != "lock" for path in folder.iterdir()):
       raise store.StoreError(f"{folder} holds something else than work of this command; move it away, or choose another --out")
-    shards.write_json(file, plan)
+    write_json(file, plan)
     return
   there = json.loads(file.read_text())
   if there != plan:
@@ -290,7 +291,7 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
   info = store.finish(folder, parts, work.layout, info)
   for file in folder.rglob("*"):
     if file.is_file():
-      shards.sync(file)
+      sync(file)
   if out.exists():
     out.rmdir()  # an empty folder
   os.rename(folder, out)
@@ -385,7 +386,8 @@ def main(argv: Sequence[str]) -> None:
   """The command; an error is one line on stderr (and a list of what is bad), exit code 1."""
   f = flags.FLAGS
   logging.set_verbosity(logging.WARNING)  # TFDS tells which files it opens
-  try:
+  again = "interrupted" + ("" if f.out is None else "; the same command continues")
+  with command(interrupted=again):
     if argv[1:]:
       raise ValueError(f"unexpected argument {argv[1]!r}; everything is given by flags, see --help")
     modes = [name for name in ("out", "verify", "inspect") if getattr(f, name) is not None]
@@ -400,11 +402,6 @@ def main(argv: Sequence[str]) -> None:
       check.verify(f.verify)
     else:
       check.inspect(f.inspect, f.sheet or f"{f.inspect.rstrip('/')}.png", f.prompts, f.mask, f.checkpoint)
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
-  except KeyboardInterrupt:
-    print("\ninterrupted" + ("" if f.out is None else "; the same command continues"), file=sys.stderr)
-    sys.exit(130)
 
 
 if __name__ == "__main__":

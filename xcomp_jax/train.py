@@ -37,6 +37,7 @@ from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.store import open_store
+from xcomp_jax.files import command
 from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.sharding import (
   batch_devices,
@@ -517,11 +518,8 @@ def main() -> None:
     print(__doc__.strip())
     return
   flags.FLAGS.mark_as_parsed()  # Grain's readers look at absl flags
-  try:
+  with command():
     run(from_command_line(sys.argv))
-  except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,12 @@ import json
 import multiprocessing
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 
-from xcomp_jax.data.store import fresh_folder
+from xcomp_jax.files import command, fresh_folder
 
 SIZE = 96  # pixels of a video, square
 FRAMES = 8  # of a scene: one clip
@@ -297,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--workers", type=int, default=os.cpu_count())
   parser.add_argument("--init", help="folder of an untrained model to be made")
   f = parser.parse_args(argv)
-  try:
+  with command():
     if not f.out and not f.init:
       raise WorldError("nothing to write; give --out for videos or --init for an untrained model")
     if f.init:
@@ -306,8 +305,6 @@ def main(argv: Sequence[str] | None = None) -> None:
       train = [Split("train", f.train, *f.scenes, f.questions)] if f.train else []
       heldout = [Split("heldout", f.heldout, *f.scenes, f.heldout_questions)] if f.heldout else []
       write_world(pathlib.Path(f.out), train + heldout, f.seed, f.workers)
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
+from xcomp_jax.files import one_line
 
 THUMBNAIL = 112  # pixels
 SHOWN = 50  # of a list of differences
@@ -119,7 +120,7 @@ def contact_sheet(store: Store, rows: int = 10, columns: int = 8) -> Image.Image
     sample, top = store.samples[index], row * (THUMBNAIL + line)
     question = sample.conversations[0]["value"].replace(prompt.IMAGE, "") if sample.conversations else ""
     count = f"{sample.frames} frames" if sample.frames > 1 else "an image"
-    text = " ".join(f"{index}: {count}, {pathlib.Path(sample.source).name}: {question}".split())
+    text = one_line(f"{index}: {count}, {pathlib.Path(sample.source).name}: {question}")
     draw.text((3, top + 3), text[: columns * THUMBNAIL // 3], fill="black")  # no letter is narrower
     visual = store.visual(index)
     frames = visual.reshape(-1, *visual.shape[2:])
@@ -188,5 +189,5 @@ def _difference(store: Store, index: int, line: dict[str, Any] | None) -> str:
     for content in store.stored(index):
       crc = content_crc(content, crc)
   except Exception as error:  # damaged records make the readers raise anything
-    return f"sample {index} ({sample.source}) can't be read: {' '.join(str(error).split())}"
+    return f"sample {index} ({sample.source}) can't be read: {one_line(error)}"
   return "" if crc == line["crc32"] else f"sample {index} ({sample.source}): its {store.layout.folder} are not those that were written"

@@ -19,6 +19,7 @@ from typing import Any
 import tqdm
 
 from xcomp_jax.data import store, video
+from xcomp_jax.files import one_line
 
 READERS = {"decord": "video", "gif": "gif", "img": "frames"}  # video_read_type, and what `video.sample` calls it
 KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type")
@@ -76,9 +77,10 @@ def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
   return chosen[: int(len(chosen) * subset)]
 
 
-def select(items: Sequence[Mapping[str, Any]], strategy: str = "all", subset: float = 1.0) -> list[int]:
-  """Those that `draw` gives of all annotations of a file, and that have exactly one image or video (FACTS.md 14)."""
-  return [i for i in draw(len(items), strategy, subset) if _has_one_visual(items[i])]
+def select(items: Sequence[Mapping[str, Any]], strategy: str = "all", subset: float = 1.0) -> tuple[list[int], list[int]]:
+  """What `draw` gives of all annotations of a file, and which of those have exactly one image or video (FACTS.md 14)."""
+  drawn = draw(len(items), strategy, subset)
+  return drawn, [i for i in drawn if _has_one_visual(items[i])]
 
 
 def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float) -> tuple[list[Job], list[File]]:
@@ -96,7 +98,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
   try:
     mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-    raise _error(f"mixture {path} can't be read: {_line(error)}") from error
+    raise _error(f"mixture {path} can't be read: {one_line(error)}") from error
   datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
   if not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets:
     raise _error(f"mixture {path}: expected a list under `datasets`, each with json_path and data_root")
@@ -116,10 +118,9 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     file = root / entry["json_path"]
     items = read_annotations(file)
     try:
-      drawn = draw(len(items), str(entry.get("sampling_strategy", "all")), subset)
+      drawn, chosen = select(items, str(entry.get("sampling_strategy", "all")), subset)
     except ValueError as error:
       raise _error(f"{where}: {error}") from error
-    chosen = [i for i in drawn if _has_one_visual(items[i])]
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen)))
     folder = root / (entry.get("data_root") or "")
@@ -137,7 +138,7 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   try:
     text = path.read_text(encoding="utf-8-sig")  # some editors write a mark at the start
   except (OSError, ValueError) as error:  # not UTF-8, or no path at all
-    raise _error(f"annotations {path} can't be read: {_line(error)}") from error
+    raise _error(f"annotations {path} can't be read: {one_line(error)}") from error
   # In jsonl every line is a document; split at "\n" only, as text may hold other separators that splitlines() knows.
   documents = [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()] if path.suffix == ".jsonl" else [(1, text)]
   items = []
@@ -149,7 +150,7 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
     except RecursionError as error:
       raise _error(f"annotations {path}, line {n}: lists or objects inside each other without end") from error
     except ValueError as error:  # a number of thousands of digits
-      raise _error(f"annotations {path}, line {n}: {_line(error)}") from error
+      raise _error(f"annotations {path}, line {n}: {one_line(error)}") from error
   if path.suffix != ".jsonl":
     items = items[0]
   wrong = next((i for i, item in enumerate(items) if not isinstance(item, dict)), None) if isinstance(items, list) else "whole"
@@ -220,7 +221,3 @@ def _error(text: str) -> ValueError:
   from xcomp_jax.data import prompt  # see `_job`
 
   return prompt.AnnotationError(text)
-
-
-def _line(error: BaseException) -> str:
-  return " ".join(str(error).split())

@@ -22,7 +22,6 @@ import os
 import pathlib
 import signal
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ import pebble
 
 from xcomp_jax.data import store, video
 from xcomp_jax.data.mixture import Job
+from xcomp_jax.files import one_line, replacing, write_json
 
 TASKS_PER_PROCESS = 256  # then a fresh one takes its place: decoders leak
 
@@ -99,7 +99,7 @@ def decode(job: Job, settings: Settings, layout: store.Layout, target: str) -> N
 def spool(clips: Iterator[np.ndarray], clip_frames: int, layout: store.Layout, target: str, seconds: float | None) -> None:
   """Writes clips into `target`.bin, and the entry into .json."""
   count, lengths, crc = 0, [], 0
-  with replacing(f"{target}.bin") as file:
+  with replacing(f"{target}.bin") as temporary, open(temporary, "wb") as file:
     for record, n, content in store.records(layout, clips, clip_frames):
       file.write(record)
       lengths.append(len(record))
@@ -112,7 +112,7 @@ def spool(clips: Iterator[np.ndarray], clip_frames: int, layout: store.Layout, t
 def write_bad(target: str, reason: str, at: Any) -> None:
   """Writes the entry of a job that can't be used; `at` is the `stamp` of its file."""
   reason = reason.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
-  write_json(f"{target}.json", {"reason": " ".join(reason.split()), "stamp": at})
+  write_json(f"{target}.json", {"reason": one_line(reason), "stamp": at})
   pathlib.Path(f"{target}.bin").unlink(missing_ok=True)
 
 
@@ -128,8 +128,7 @@ def assemble(work_shard: str, targets: Sequence[str]) -> None:
     return
   entries = [json.loads(pathlib.Path(f"{target}.json").read_text()) for target in targets]
   size, count, writer = 0, 0, None
-  temporary = _temporary(f"{work_shard}.array_record")
-  with store.writing(temporary):
+  with replacing(f"{work_shard}.array_record") as temporary, store.writing(temporary):
     try:
       for target, entry in zip(targets, entries, strict=True):
         if "reason" in entry:
@@ -145,8 +144,6 @@ def assemble(work_shard: str, targets: Sequence[str]) -> None:
     finally:
       if writer is not None:
         writer.close()
-  if count:
-    _settle(temporary, f"{work_shard}.array_record")
   write_json(f"{work_shard}.json", {"entries": entries, "records": count, "bytes": size})
   for target in targets:
     remove(target)
@@ -166,43 +163,6 @@ def stamp(path: str | os.PathLike) -> list[int] | None:
     return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
   except (OSError, ValueError):
     return None
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes a file that is there whole or not at all."""
-  with replacing(path) as file:
-    file.write(json.dumps(value).encode())
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Any]:
-  """A binary file that takes its name, and reaches the disk, when the block ends well."""
-  temporary = _temporary(path)
-  try:
-    with open(temporary, "wb") as file:
-      yield file
-    _settle(temporary, path)
-  except BaseException:
-    pathlib.Path(temporary).unlink(missing_ok=True)
-    raise
-
-
-def _temporary(path: str | os.PathLike) -> str:
-  return f"{path}.{uuid.uuid4().hex}.tmp"  # machines that share the folder may have processes of the same number
-
-
-def sync(path: str | os.PathLike) -> None:
-  """Waits until a file has reached the disk: no name may be older than what it stands for, should the machine stop."""
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
-
-
-def _settle(temporary: str, path: str | os.PathLike) -> None:
-  sync(temporary)
-  os.replace(temporary, path)
 
 
 def _clips(job: Job, settings: Settings) -> tuple[float | None, Iterator[np.ndarray]]:
@@ -478,12 +438,8 @@ def _pool(workers: int) -> pebble.ProcessPool:
     pool.stop()
     pool.join()
     advice = 'a script that calls this has to do so under `if __name__ == "__main__":`; with workers=0 none are needed'
-    raise store.StoreError(f"processes for decoding die as they start ({_line(error)}; what they said is above): {advice}") from error
+    raise store.StoreError(f"processes for decoding die as they start ({one_line(error)}; what they said is above): {advice}") from error
   return pool
-
-
-def _line(error: BaseException) -> str:
-  return " ".join(str(error).split())
 
 
 def _begin() -> None:

@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,6 +30,8 @@ from typing import Any
 import cv2
 import ml_dtypes
 import numpy as np
+
+from xcomp_jax.files import fresh_folder, one_line
 
 cv2.setNumThreads(1)  # readers run side by side
 
@@ -156,7 +157,7 @@ class Store:
     try:
       parts = list(self.stored(index))
     except Exception as error:  # damaged records make the readers raise anything
-      text = f"sample {index} can't be read ({' '.join(str(error).split())})"
+      text = f"sample {index} can't be read ({one_line(error)})"
       raise StoreError(f"{self.path}: {text}; find all damage with --verify, and predecode again") from error
     if not parts:
       return np.zeros((0, *shape), dtype)
@@ -226,7 +227,7 @@ def open_store(path: str | os.PathLike) -> Store:
     samples = [_sample(table[i]) for i in range(len(table))]
     rows = _source(path / layout.folder) if any(s.records for s in samples) else ()
   except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-    raise StoreError(f"{path} can't be read: {' '.join(str(error).split())}; {advice}") from error
+    raise StoreError(f"{path} can't be read: {one_line(error)}; {advice}") from error
   wanted = max((s.first_record + s.records for s in samples), default=0)
   if len(samples) != info.get("samples") or len(rows) != wanted:
     raise StoreError(
@@ -234,38 +235,6 @@ def open_store(path: str | os.PathLike) -> Store:
       f"{info.get('samples')} and {wanted} were written; {advice}"
     )
   return Store(path, info, layout, samples, rows)
-
-
-@contextlib.contextmanager
-def fresh_folder(target: str | os.PathLike, replace: bool = False) -> Iterator[pathlib.Path]:
-  """An empty folder to write into, which becomes `target` by one rename when the block ends well.
-
-  When the block fails the folder is removed; what a killed process left is removed by the next one.
-
-  Args:
-    target: folder to be, whole or not at all.
-    replace: a folder that is there goes when the new one is whole.
-
-  Raises:
-    StoreError: target is already there, or can't be made.
-  """
-  target = pathlib.Path(target).absolute()
-  if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-    raise StoreError(f"{target} already exists; remove it or choose another folder")
-  temporary = target.with_name(target.name + ".incomplete")
-  try:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-  except OSError as error:
-    raise StoreError(f"{target} can't be written: {error.strerror or error}") from error
-  try:
-    yield temporary
-    if replace and target.exists():
-      shutil.rmtree(target)
-    os.rename(temporary, target)
-  except BaseException:
-    shutil.rmtree(temporary, ignore_errors=True)
-    raise
 
 
 def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> Iterator[tuple[bytes, int, Any]]:
@@ -426,7 +395,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
   try:
     yield
   except RuntimeError as error:
-    raise OSError(f"{os.fspath(path)} can't be written: {' '.join(str(error).split())}") from error
+    raise OSError(f"{os.fspath(path)} can't be written: {one_line(error)}") from error
 
 
 def _jpeg(frame: np.ndarray, quality: int) -> bytes:

@@ -1,0 +1,70 @@
+"""Files and folders appear whole or not at all; commands end with a line and a code."""
+
+import json
+import pathlib
+
+import pytest
+
+from xcomp_jax import files
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+  file = tmp_path / "page.html"
+  file.write_text("old")
+  with pytest.raises(KeyboardInterrupt), files.replacing(file) as out:
+    out.write_bytes(b"half")
+    raise KeyboardInterrupt
+  assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+  files.write(file, "new \u00e4")
+  assert file.read_bytes() == "new \u00e4".encode() and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_was_never_begun_is_not_missed(tmp_path):
+  with files.replacing(tmp_path / "records"):
+    pass
+  assert not list(tmp_path.iterdir())
+
+
+def test_json_for_people_has_lines_and_an_order(tmp_path):
+  files.write_json(tmp_path / "a", {"b": 1, "a": 2}, indent=2)
+  files.write_json(tmp_path / "b", {"b": 1, "a": 2})
+  assert (tmp_path / "a").read_text() == '{\n  "a": 2,\n  "b": 1\n}\n'
+  assert json.loads((tmp_path / "b").read_text()) == {"b": 1, "a": 2}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_appears_by_its_last_step(tmp_path, replace):
+  target = tmp_path / "out"
+  for content in ("first", "second"):
+    if content == "second" and not replace:
+      with pytest.raises(FileExistsError, match="already exists"), files.fresh_folder(target):
+        raise AssertionError("not reached")
+      break
+    with files.fresh_folder(target, replace) as folder:
+      (folder / "file").write_text(content)
+      assert not (target / "file").exists() or (target / "file").read_text() == "first"
+  with pytest.raises(ZeroDivisionError), files.fresh_folder(target, replace=True) as folder:
+    (folder / "file").write_text("third")
+    raise ZeroDivisionError
+  assert (target / "file").read_text() == ("second" if replace else "first")
+  assert [p.name for p in pathlib.Path(tmp_path).iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+  "error, kinds, code, said",
+  [
+    (ValueError("no"), (), 1, "error: no\n"),
+    (FileNotFoundError("gone"), (), 1, "error: gone\n"),
+    (ImportError("missing"), (ImportError,), 1, "error: missing\n"),
+    (KeyboardInterrupt(), (), 130, "interrupted\n"),
+  ],
+)
+def test_a_command_ends_with_one_line(capsys, error, kinds, code, said):
+  with pytest.raises(SystemExit) as stop, files.command(*kinds):
+    raise error
+  assert stop.value.code == code and capsys.readouterr().err == said
+
+
+def test_a_fault_of_the_program_keeps_its_trace():
+  with pytest.raises(ImportError), files.command():
+    raise ImportError("a bug")

@@ -1,0 +1,106 @@
+"""Files and folders that are there whole or not at all, and what commands say when something goes wrong."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(target: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends well.
+
+  When the block fails the file is removed; one that is not there in the end is not missed.
+  """
+  target = pathlib.Path(target)
+  # Machines that share the folder may have processes of the same number.
+  temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+  try:
+    yield temporary
+    if temporary.exists():
+      sync(temporary)
+      os.replace(temporary, target)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def write(target: str | os.PathLike, content: str | bytes) -> None:
+  """Writes a file (text as UTF-8) that is there whole or not at all."""
+  with replacing(target) as temporary:
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(target: str | os.PathLike, value: Any, indent: int | None = None) -> None:
+  """Writes a value as JSON, whole or not at all; with `indent` for people: lines, sorted keys."""
+  write(target, json.dumps(value, indent=indent, sort_keys=indent is not None) + ("" if indent is None else "\n"))
+
+
+def sync(path: str | os.PathLike) -> None:
+  """Waits until a file has reached the disk: no name may be older than what it stands for, should the machine stop."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+@contextlib.contextmanager
+def fresh_folder(target: str | os.PathLike, replace: bool = False) -> Iterator[pathlib.Path]:
+  """An empty folder to write into, which becomes `target` by one rename when the block ends well.
+
+  When the block fails the folder is removed; what a killed process left is removed by the next one.
+
+  Args:
+    target: folder to be, whole or not at all.
+    replace: a folder that is there goes when the new one is whole.
+
+  Raises:
+    FileExistsError: target is already there.
+    OSError: it can't be made.
+  """
+  target = pathlib.Path(target).absolute()
+  if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    raise FileExistsError(f"{target} already exists; remove it or choose another folder")
+  temporary = target.with_name(target.name + ".incomplete")
+  try:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+  except OSError as error:
+    raise OSError(f"{target} can't be written: {error.strerror or error}") from error
+  try:
+    yield temporary
+    if replace and target.exists():
+      shutil.rmtree(target)
+    os.rename(temporary, target)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+def one_line(error: BaseException | str) -> str:
+  """What an error says, on one line."""
+  return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def command(*errors: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+  """The body of a command: an error of the user's is one line on stderr and exit code 1, Ctrl-C ends with 130.
+
+  Args:
+    errors: kinds that are the user's, beside ValueError and OSError.
+    interrupted: what is said after Ctrl-C.
+  """
+  try:
+    yield
+  except (ValueError, OSError, *errors) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+  except KeyboardInterrupt:
+    print(interrupted, file=sys.stderr)
+    sys.exit(130)
