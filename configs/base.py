@@ -94,4 +94,5 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.mesh.data = 1
   c.mesh.fsdp = -1
   c.mesh.tensor = 1
+  c.mesh.context = 1
   return c

@@ -95,8 +95,9 @@ def _paper() -> ConfigDict:
 
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices
-  c.mesh.fsdp = -1  # all that are left: batch, parameters and optimizer state are split over them
-  c.mesh.tensor = 1
+  c.mesh.fsdp = -1  # as many as the samples of a step can be split over: they, parameters and optimizer state are
+  c.mesh.tensor = 1  # heads, MLP channels and the vocabulary; within a host
+  c.mesh.context = -1  # all that are left: each sample's own sequence is split over them
   return c
 
 

@@ -143,7 +143,7 @@ def tiny_run(tmp_path_factory, reference):
       "batch_size": 3, "epochs": 1, "steps": None, "vision": False, "projector": True, "llm": True,
       "projector_max_frames": None, "log_every": 1, "eval_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None,
     },
-    "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "context": 1},
   }
 
   def make(workdir, **changes):
@@ -153,7 +153,7 @@ def tiny_run(tmp_path_factory, reference):
       if name:
         values[group][name] = value
       else:
-        values[group] = value
+        values[group] = values[group] | value if isinstance(value, dict) else value
     return from_dict(RunConfig, values)
 
   return make

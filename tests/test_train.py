@@ -33,7 +33,7 @@ from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import make_mesh
 
-ONE = MeshConfig(1, 1, 1)
+ONE = MeshConfig(1, 1, 1, 1)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_accumulated_gradients_of_mixed_buckets_equal_the_ungrouped_batch(tiny_r
 def test_a_step_over_eight_devices_equals_one_device(tiny_run, examples, tmp_path):
   config = tiny_run(tmp_path)
   results = []
-  for devices, mesh in ((1, ONE), (8, MeshConfig(2, 2, 2))):
+  for devices, mesh in ((1, ONE), (8, MeshConfig(2, 2, 2, 1))):
     it = Prepared(dataclasses.replace(config, mesh=mesh), devices)
     losses = it.add(collate(examples, Bucket(3, 4, 8, 16), 8))
     gradients = jax.device_get(it.sums.grads)
@@ -127,7 +127,7 @@ def test_every_process_reads_the_rows_of_its_devices():
       assert shape == (8,)
       return {i: (slice(*rows),) for i, rows in enumerate(self.rows)}
 
-  mesh = make_mesh(MeshConfig(2, 4, 1))
+  mesh = make_mesh(MeshConfig(2, 4, 1, 1))
   assert train.row_share(mesh) == (0, 1)
   for rows, share in ((((0, 4), (4, 8)), (0, 1)), (((4, 6), (6, 8)), (1, 2)), (((6, 8), (6, 8)), (3, 4)), (((None, None),), (0, 1))):
     with pytest.MonkeyPatch.context() as patch:
@@ -240,7 +240,7 @@ def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, write_fe
   assert norm(jax.tree.map(np.subtract, gradients, wanted)) < gradient * norm(wanted)
 
 
-@pytest.mark.parametrize("devices, mesh", [(1, ONE), (8, MeshConfig(2, 2, 2))])
+@pytest.mark.parametrize("devices, mesh", [(1, ONE), (8, MeshConfig(2, 2, 2, 1))])
 def test_features_are_known_by_their_tower_wherever_it_lies(tiny_run, features, tmp_path, devices, mesh):
   for dtype in ("float32", "bfloat16"):
     it = Prepared(dataclasses.replace(tiny_run(tmp_path, **{"model.dtype": dtype}), mesh=mesh), devices)
@@ -445,7 +445,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
 @pytest.mark.parametrize(
   "changes, words",
   [
-    ({"mesh": {"data": 3, "fsdp": 1, "tensor": 1}}, "data=3 x fsdp=1 x tensor=1 = 3 devices, but there are 8"),
+    ({"mesh": {"data": 3, "fsdp": 1, "tensor": 1}}, "data=3 x fsdp=1 x tensor=1 x context=1 = 3 devices, but there are 8"),
     ({"train.batch_size": 13}, "batch_size = 13"),
     ({"train.batch_size": 0}, "config.train.batch_size = 0"),
     ({"train.projector": False, "train.llm": False}, "trains nothing"),

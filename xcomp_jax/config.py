@@ -168,11 +168,12 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices per axis; one of them may be -1: what is left."""
+  """Devices per axis; one of them, or fsdp and context, may be -1: what is left (`sharding.mesh_sizes`)."""
 
-  data: int
-  fsdp: int
-  tensor: int
+  data: int  # splits samples
+  fsdp: int  # splits samples, parameters and optimizer state
+  tensor: int  # splits heads, MLP channels and the vocabulary
+  context: int  # splits every sample's own sequence, parameters and optimizer state
 
 
 @dataclasses.dataclass(frozen=True)
