@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import bench, metrics, optim, train, weights
+from xcomp_jax import bench, metrics, optim, steps, train, weights
 from xcomp_jax.config import (
   ConfigError,
   LLMConfig,
@@ -39,7 +39,7 @@ ONE = MeshConfig(1, 1, 1, 1)
 @pytest.fixture
 def one_device(monkeypatch):
   """Runs on the first device: compiles in a fraction of the time."""
-  monkeypatch.setattr(train, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+  monkeypatch.setattr(train, "make_mesh", lambda config, **_: make_mesh(config, jax.devices()[:1]))
 
 
 def close(got, want):
@@ -131,11 +131,11 @@ def test_every_process_reads_the_rows_of_its_devices():
   assert train.row_share(mesh) == (0, 1)
   for rows, share in ((((0, 4), (4, 8)), (0, 1)), (((4, 6), (6, 8)), (1, 2)), (((6, 8), (6, 8)), (3, 4)), (((None, None),), (0, 1))):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(train, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
+      patch.setattr(steps, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
       assert train.row_share(mesh) == share
   for rows in (((0, 2), (4, 6)), ((1, 3),), ((0, 3),)):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(train, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
+      patch.setattr(steps, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
       with pytest.raises(ConfigError, match=r"the devices of process 0 hold rows .* of every 8"):
         train.row_share(mesh)
 
@@ -392,7 +392,7 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   bucket, counted = Bucket(128, 8, 16, 512), {}
   visuals = {"frames": ((8, 448, 448, 3), np.dtype(np.uint8)), "features": ((128, 1024), np.dtype(ml_dtypes.bfloat16))}
   for name, visual in visuals.items():
-    step, arguments = train.abstract_step(config, cfg, batch_spec(bucket, 1, visual))
+    step, arguments = steps.abstract_step(config, cfg, batch_spec(bucket, 1, visual))
     counted[name] = bench.flops(step, *arguments)
   tower = counted["frames"] - counted["features"]
   batch = fake_batch(batch_spec(bucket, 1, visuals["features"]), 100)
