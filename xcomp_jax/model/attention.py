@@ -4,14 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from xcomp_jax.sharding import split
+from xcomp_jax.sharding import constrain, split
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 TILE = 384  # queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for nothing
 LARGE = 1e30  # sum of weights that float32 holds with room to spare
+ROWS = 2048  # of queries of a split sequence that see their keys through one mask
 TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
 
 
@@ -25,6 +27,9 @@ def attend(
   implementation: str = "auto",
 ) -> Float[Array, "B L H h"]:
   """Softmax attention with grouped key/value heads; scores and softmax in float32, scale h**-0.5.
+
+  Causal attention is over samples, whose queries stay split over the mesh where their sequence is, while the fewer keys
+  and values are gathered; other attention is over the clips of a tower, each of them whole.
 
   Args:
     q: [B, L, H, h].
@@ -53,27 +58,34 @@ def attend(
   if L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled"):
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
+    if causal:
+      k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
     return _einsum(q, k, v, causal, key_valid)
+  if implementation == "tiled" and causal and split((None, "sequence"), q.shape)[1]:
+    implementation = "xla_chunked"  # tiles are laid out for a whole sequence
   if implementation == "tiled":
     valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
     return _tiled(q, k, v, valid, causal)
   if implementation == "splash":
-    return _on_each_device(functools.partial(_splash, causal=causal), q, k, v, key_valid)
+    return _splash(q, k, v, key_valid, causal)
   if implementation not in KERNELS:
     raise ValueError(f"attention implementation {implementation!r}: known are auto, einsum, tiled, splash, {', '.join(KERNELS)}")
-  kernel = functools.partial(_kernel, causal=causal, implementation=implementation)
-  return _on_each_device(kernel, q, k, v, key_valid)
+  return _flash(q, k, v, key_valid, causal, implementation)
 
 
-def _on_each_device(kernel, q, k, v, key_valid):
-  """Runs a kernel on every device's own samples and heads: the compiler can't split one."""
+def _parts(q, k, causal):
+  """How kernels, which the compiler can't split, are run on every device's own samples (or clips), heads and queries.
+
+  Returns:
+    the mesh of `jax.set_mesh`, and the PartitionSpecs of queries [B, L, H, h] and of keys [B, S, K, h]; (None, None, None)
+    where arrays are not split, or already are.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
-    return kernel(q, k, v, key_valid)
-  part = split(("batch", None, "heads", None), k.shape)  # the fewer heads decide
-  valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
-  specs = part, part, part, PartitionSpec(*part[:1])
-  return jax.shard_map(kernel, in_specs=specs, out_specs=part, check_vma=False)(q, k, v, valid)
+    return None, None, None
+  keys = split(("batch" if causal else "clips", None, "heads", None), k.shape)  # the fewer heads decide
+  rows = split((None, "sequence"), q.shape)[1] if causal else None
+  return mesh, PartitionSpec(keys[0], rows, *keys[2:]), keys
 
 
 def _splash(q, k, v, key_valid, causal, interpret=False):
@@ -84,37 +96,87 @@ def _splash(q, k, v, key_valid, causal, interpret=False):
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-  (B, L, H, _), scale = q.shape, q.shape[-1] ** -0.5
-  # Blocks are multiples of 128 that divide the length: of the largest ones the one that needs least padding.
-  sizes = range(1024, 384, -128) if L > 512 else (-(-L // 128) * 128,)
-  block = min(sizes, key=lambda size: -(-L // size) * size)
-  length = -(-L // block) * block
-  valid = jnp.ones((B, L), bool) if key_valid is None else key_valid
-  segments = jnp.pad(valid, ((0, 0), (0, length - L))).astype(jnp.int32)
-  heads = lambda x: jnp.swapaxes(jnp.pad(x, ((0, 0), (0, length - L), (0, 0), (0, 0))), 1, 2)
-  mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+  mesh, queries, keys = _parts(q, k, causal)
+  S, scale = k.shape[1], q.shape[-1] ** -0.5
+  L, H = q.shape[1:3] if mesh is None else NamedSharding(mesh, queries).shard_shape(q.shape)[1:3]  # of a device
+  (q_block, q_length), (k_block, k_length) = _blocks(L), _blocks(S)
+  parts = q.shape[1] // L  # of the queries; each is padded
+  mask = (masks.CausalMask if causal else masks.FullMask)((parts * q_length, k_length))
+  if causal:
+    mask.q_sequence = (np.arange(parts)[:, None] * L + np.arange(q_length)).reshape(-1).astype(np.int32)  # their slots
   blocks = splash.BlockSizes(
-    block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-    block_q_dq=block, block_kv_dq=block,
+    block_q=q_block, block_kv=k_block, block_kv_compute=k_block, block_q_dkv=q_block, block_kv_dkv=k_block,
+    block_kv_dkv_compute=k_block, block_q_dq=q_block, block_kv_dq=k_block,
   )  # fmt: skip
   kernel = splash.make_splash_mha(
-    masks.MultiHeadMask([mask] * H), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+    masks.MultiHeadMask([mask] * H), block_sizes=blocks, head_shards=1, q_seq_shards=parts, interpret=interpret
   )
-  one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids))
-  out = jax.vmap(one)(heads(q * scale), heads(k), heads(v), segments)
-  return jnp.swapaxes(out, 1, 2)[:, :L].astype(q.dtype)
+
+  def one(kernel, q, k, v, q_valid, k_valid):
+    pad = lambda x, length: jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    heads = lambda x, length: jnp.swapaxes(pad(x, length), 1, 2)
+    ids = splash.SegmentIds(pad(q_valid, q_length).astype(jnp.int32), pad(k_valid, k_length).astype(jnp.int32))
+    run = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))
+    out = run(heads(q * scale, q_length), heads(k, k_length), heads(v, k_length), ids)
+    return jnp.swapaxes(out, 1, 2)[:, :L].astype(q.dtype)
+
+  valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
+  if mesh is None:
+    return one(kernel, q, k, v, valid, valid)
+  spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries[1])))
+  specs = spec, queries, keys, keys, PartitionSpec(*queries[:2]), PartitionSpec(*keys[:1])
+  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(kernel, q, k, v, valid, valid)
+
+
+def _blocks(length: int) -> tuple[int, int]:
+  """(size of a block, length in whole ones): a multiple of 128, of the largest ones that which needs least padding."""
+  sizes = range(1024, 384, -128) if length > 512 else (-(-length // 128) * 128,)
+  block = min(sizes, key=lambda size: -(-length // size) * size)
+  return block, -(-length // block) * block
 
 
 KERNELS = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
 
 
-def _kernel(q, k, v, key_valid, causal, implementation):
+def _flash(q, k, v, key_valid, causal, implementation):
+  mesh, queries, keys = _parts(q, k, causal)
+  if mesh is None:
+    return _kernel(q, k, v, key_valid, causal, implementation)
+  if queries[1] is None:
+    one = lambda q, k, v, valid: _kernel(q, k, v, valid, causal, implementation)
+  else:
+    one = lambda q, k, v, valid: _rows(q, k, v, valid, jax.lax.axis_index(queries[1]) * q.shape[1], implementation)
+  valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
+  specs = queries, keys, keys, PartitionSpec(*keys[:1])
+  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, valid)
+
+
+def _rows(q, k, v, key_valid, first, implementation):
+  """Causal attention of rows from slot `first` on. The kernels know no such rows: a mask says what some of them see."""
+  B, L = q.shape[:2]
+  count = -(-L // ROWS)
+  size = -(-L // count)
+
+  @jax.checkpoint  # masks are not kept for the gradient
+  def one(part):
+    q, first = part
+    seen = jnp.arange(k.shape[1]) <= first + jnp.arange(size)[:, None]
+    return _kernel(q, k, v, key_valid, False, implementation, seen)
+
+  q = jnp.pad(q, ((0, 0), (0, count * size - L), (0, 0), (0, 0))).reshape(B, count, size, *q.shape[2:])
+  out = jax.lax.map(one, (jnp.moveaxis(q, 1, 0), first + jnp.arange(count) * size))
+  return jnp.moveaxis(out, 0, 1).reshape(B, count * size, *out.shape[3:])[:, :L]
+
+
+def _kernel(q, k, v, key_valid, causal, implementation, seen=None):
   import tokamax
   from absl import flags
 
   if not flags.FLAGS.is_parsed():  # tokamax reads them, and would parse a command line that is not absl's
     flags.FLAGS.mark_as_parsed()
   mask = None if key_valid is None else key_valid[:, None, None, :]
+  if seen is not None:
+    mask = seen if mask is None else mask & seen
   return tokamax.dot_product_attention(
     q, k, v, mask=mask, is_causal=causal, implementation=KERNELS[implementation]
   ).astype(q.dtype)
