@@ -65,10 +65,11 @@ def test_rows_are_timed_beside_a_product_and_drawn(tmp_path, capsys):
 
 
 def test_a_training_step_is_timed_as_often_as_wanted():
-  gradient, apply = parts.training(SMALL, 8, 2, 16, False, "float32")
+  gradient, _ = parts.training(SMALL, 8, 2, 16, False, "float32")
   call, _, _ = bench.calling(gradient)
-  before = [float(call()[0]) for _ in range(2)]  # the sums of the first call are the arguments of the second
-  assert before[0] == before[1] > 0
+  losses = [float(call()[0]) for _ in range(2)]  # the sums of the first call are an argument of the second
+  assert losses[0] == losses[1] > 0
+  _, apply = parts.training(SMALL, 8, 2, 16, False, "float32")
   call, _, _ = bench.calling(apply)
   assert [bool(call()["finite"]) for _ in range(2)] == [True, True]
 
@@ -104,11 +105,12 @@ def test_bad_sizes_are_one_line(capsys):
   assert left.value.code == 1 and "multiples of 8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scaling_is_measured_and_drawn(tmp_path):
   out = tmp_path / "scaling"
-  bench_scaling.main(["--preset=smoke", "--frames", "16", "8", "--text", "30", "--run-up-to", "8", "--out", str(out)])
+  bench_scaling.main(["--preset=smoke", "--frames", "64", "32", "--text", "30", "--run-up-to", "32", "--out", str(out)])
   rows = json.loads(out.with_suffix(".json").read_text())
-  assert [row["x"] for row in rows["frames"]] == [8, 16] and rows["frames"][0]["seconds"] > 0
+  assert [row["x"] for row in rows["frames"]] == [32, 64] and rows["frames"][0]["seconds"] > 0
   assert rows["frames"][1]["seconds"] is None and rows["frames"][1]["TFLOP"] > rows["frames"][0]["TFLOP"]
   assert rows["encoding"][0]["temporary_GB"] == rows["encoding"][1]["temporary_GB"]  # a clip at a time, however many
   assert out.with_suffix(".png").stat().st_size > 10_000
