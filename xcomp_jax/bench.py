@@ -119,13 +119,14 @@ def measure(part: Part, preset: Preset, peaks: Peaks | None = None) -> dict[str,
     runs.append(seconds_of(call))
   products.append(seconds_of(product, many))
   used = program.memory_analysis()
-  moved = float(used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes)
+  held = float(used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes)
+  moved = part.bytes or held
   middle, matmul = statistics.median(runs), 2.0 * preset.side**3 / min(products)
   row = {
     "seconds": middle, "fastest_s": min(runs), "slowest_s": max(runs), "compile_s": compiling, "flops": part.flops, "bytes": moved,
     "flops/s": part.flops / middle, "bytes/s": moved / middle, part.unit + "/s": part.amount / middle, "matmul_flops/s": matmul,
     "of_matmul": part.flops / middle / matmul, "temporary_bytes": used.temp_size_in_bytes,
-    "memory_bytes": used.temp_size_in_bytes + moved,
+    "memory_bytes": used.temp_size_in_bytes + held,
   }  # fmt: skip
   if peaks is not None:
     by = {"operations": part.flops / matmul, "bytes": moved / peaks.copy}

@@ -50,7 +50,8 @@ class Part:
 
   run: function of `args`. args: arrays, or ShapeDtypeStructs where nothing will be run. flops: operations that its
   results need, a multiply-add as two, half of causal attention; padding, recomputation and softmax are not counted.
-  amount: of what `unit` says, in one call. donated: which arguments it uses up and returns, by their place in both.
+  amount: of what `unit` says, in one call. donated: which arguments it uses up and returns, by their place in both. bytes: that
+  must be moved; None: arguments and results once.
   """
 
   run: Callable
@@ -59,6 +60,7 @@ class Part:
   amount: float
   unit: str
   donated: tuple[int, ...] = ()
+  bytes: float | None = None
 
 
 def flops(function, *args) -> float:
@@ -180,7 +182,8 @@ def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int) -> Part:
   heads = (m.heads + 2 * m.kv_heads) * m.head_dim + m.heads * m.head_dim
   keys = sum(cache.key.shape[1] for cache in state.caches)
   useful = 2.0 * m.layers * m.width * (heads + 3 * m.mlp_width) + 2.0 * m.width * m.vocab_size + 4.0 * keys * m.heads * m.head_dim
-  return Part(run, (begun.args[0], state), tokens * useful, tokens, "tokens")
+  held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))  # all of it for every token
+  return Part(run, (begun.args[0], state), tokens * useful, tokens, "tokens", bytes=float(tokens * held))
 
 
 def asked_tokens() -> Prompt:
