@@ -271,6 +271,8 @@ def show(name: str, row: Mapping[str, Any]) -> str:
 def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
   """Draws the roofline: operations per second against operations per byte, under what plain programs reach.
 
+  Rates are scaled by that of the plain product around each row, which a busy machine changes.
+
   Raises:
     ImportError: there is no matplotlib.
   """
@@ -280,7 +282,7 @@ def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
   matplotlib.use("Agg")
   table = {name: row for name, row in result["rows"].items() if row.get("flops") and row.get("bytes")}
   matmul, copy = result["matmul_flops/s"], result["copy_bytes/s"]
-  places = {name: (row["flops"] / row["bytes"], row["flops/s"]) for name, row in table.items()}
+  places = {name: (row["flops"] / row["bytes"], row["of_matmul"] * matmul) for name, row in table.items()}
   low, high = min(x for x, _ in places.values()) / 3, max(x for x, _ in places.values()) * 3
   figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
   roof = [low * (high / low) ** (i / 200) for i in range(201)]
