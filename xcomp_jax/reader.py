@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -113,15 +113,23 @@ class Reader:
       VideoError, FileNotFoundError: what is wrong with it.
       ConfigError: clips that sampling can't fill.
     """
+    self.check_clips()
     s, file = self.settings, pathlib.Path(path)
-    if SAMPLED_CLIP % self.cfg.clip_frames:
-      raise ConfigError(f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that")
     kinds = {".gif": "gif"} | dict.fromkeys(video.STILLS, "img")
     read_type = "frames" if file.is_dir() else kinds.get(file.suffix.lower(), "video")
     return video.sample(
       path, size=self.cfg.vision.image_size, max_frames=s.max_frames, min_frames=s.min_frames, fps=s.fps,
       clip_frames=SAMPLED_CLIP, style="ask", start=start, end=end, read_type=read_type,
     )  # fmt: skip
+
+  def check_clips(self) -> None:
+    """Sees to it that sampled clips are whole clips of the tower.
+
+    Raises:
+      ConfigError: they are not.
+    """
+    if SAMPLED_CLIP % self.cfg.clip_frames:
+      raise ConfigError(f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that")
 
   def check(self, frames: int) -> None:
     """Sees to it before any frame is decoded that so many can be selected from.
@@ -133,19 +141,25 @@ class Reader:
       qc_comp.plan(frames, self.cfg.clip_frames, self.select)
 
   def encode(
-    self, model: VLM, sample: video.Sample, source: str, *, identity: str | None = None, report: Callable[[int], None] = lambda clips: None
+    self,
+    model: VLM,
+    sample: video.Sample,
+    source: str,
+    *,
+    decoded: Iterable[np.ndarray] | None = None,
+    identity: str | None = None,
+    report: Callable[[int], None] = lambda clips: None,
   ) -> tuple[encode.EncodedVideo, dict[str, float]]:
-    """Decodes and encodes a video, and says how many seconds went into "decoding" and "tower".
+    """Decodes (unless `decoded` has the frames) and encodes a video; seconds went into "decoding" and "tower".
 
     Raises:
       VideoError: it ends before the frames it announces.
     """
-    T = len(sample.indices)
     begun, decoding = time.perf_counter(), 0.0
 
     def frames() -> Iterator[np.ndarray]:
       nonlocal decoding
-      decoder = video.frames(sample)
+      decoder = iter(video.frames(sample) if decoded is None else decoded)
       while True:
         begun = time.perf_counter()
         frame = next(decoder, None)
@@ -154,7 +168,7 @@ class Reader:
           return
         yield frame
 
-    phases = self.phases(T)
+    phases = self.phases(len(sample.indices))
     film = encode.encode(model, frames(), sample.times, sample.seconds, source, phases=phases, tower=identity, report=report)
     return film, {"decoding": decoding, "tower": time.perf_counter() - begun - decoding}
 

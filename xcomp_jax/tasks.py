@@ -246,6 +246,11 @@ def _longvideobench(item, stem, subtitles):
   return Question("", names, prompt, tuple(options), LETTERS[item["correct_choice"]], groups)
 
 
+def _letters(item, stem, _):
+  options = tuple(re.findall(r"^[A-E]\. (.*)$", item["question"], re.MULTILINE))
+  return Question("", (item["video"],), item["question"], options, item["answer"], {"file": stem}, item.get("start"), item.get("end"))
+
+
 def _right(item, options) -> str:
   """The letter of the first option that is the answer; "" if none is, as in two questions of MLVU: no answer is right then."""
   return LETTERS[options.index(item["answer"])] if item["answer"] in options else ""
@@ -259,6 +264,7 @@ TASKS = {
     Task("videomme_long", _videomme_long, first_capital, "task", False, (900,)),
     Task("longvideobench", _longvideobench, bracketed_letter, "duration", False, (1337,)),
     Task("mvbench", _mvbench, any_letter, "task", True, (4000,)),
+    Task("letters", _letters, any_letter, "file", True, ()),  # any VideoChat-Flash annotations whose answers are letters
   )
 }
 
@@ -289,13 +295,23 @@ def read(task: Task, annotations: pathlib.Path, subtitles: pathlib.Path | None =
   return found
 
 
-def _items(file: pathlib.Path) -> list[Mapping[str, Any]]:
+def _items(file: pathlib.Path) -> list[Any]:
   text = file.read_text(encoding="utf-8")
   try:
     items = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
   except ValueError as error:
     raise TaskError(f"{file} is no JSON: {error}") from error
-  return [one for item in items for one in (_published(item) if isinstance(item, dict) and "qa" in item else [item])]
+  return [one for item in items for one in _each(item)]
+
+
+def _each(item: Any) -> Iterable[Any]:
+  """The questions that an annotation holds: itself, LVBench's own lines, or those of a conversation."""
+  if isinstance(item, dict) and "qa" in item:
+    return _published(item)
+  if isinstance(item, dict) and "conversations" in item:
+    texts = [turn["value"].removeprefix("<image>\n") for turn in item["conversations"]]
+    return [item | {"question": question, "answer": answer} for question, answer in zip(texts[::2], texts[1::2])]
+  return [item]
 
 
 def _published(video: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
@@ -329,7 +345,7 @@ def score(task: Task, answered: Iterable[tuple[Question, str | None]]) -> dict[s
     counts["questions"] += 1
     counts["failed"] += answer is None
     counts["empty"] += answer == ""
-    counts["unparsed"] += bool(answer) and letter not in LETTERS[: len(question.options)]
+    counts["unparsed"] += bool(answer) and letter not in tuple(LETTERS[: len(question.options)])
     if answer == "" and task.skip_empty:
       continue
     right = answer is not None and question.answer != "" and letter == question.answer
