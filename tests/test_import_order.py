@@ -13,7 +13,7 @@ config files sharding
 data.batch data.video data.prompt data.store data.mixture data.shards data.check data.blend data.pipeline
 model.attention model.vision model.merge model.lp_comp model.decoder model.vlm
 qc_comp encode generate report weights reader answers tasks optim checkpoint metrics
-train predecode ask evaluate lmms_tasks lmms_plugin export parity world bench bench_qc bench_data demo
+train predecode ask evaluate lmms_tasks lmms_plugin export parity world needles bench bench_qc bench_data demo
 """.split()
 FILES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py") if f.name != "__init__.py"}
 

@@ -18,7 +18,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,8 +91,10 @@ class Answers:
   lines: {key: the last line about it}. settings: what `settings.json` holds.
   """
 
-  def __init__(self, folder: str | os.PathLike, reader: Reader, share: tuple[int, int]):
+  def __init__(self, folder: str | os.PathLike, reader: Reader, share: tuple[int, int], about: Mapping[str, Any] | None = None):
     """Makes the folder, or goes on in it.
+
+    about: what else the answers depend on.
 
     Raises:
       AnswersError: it holds answers under other settings or of another checkpoint.
@@ -103,7 +105,7 @@ class Answers:
     selects = reader.select and dataclasses.asdict(reader.select)
     self.settings = {
       "checkpoint": reader.settings.checkpoint, "identity": checkpoint_identity(reader.directory),
-      "settings": dataclasses.asdict(reader.settings), "dtype": reader.dtype, "clip_frames": reader.cfg.clip_frames,
+      "settings": dataclasses.asdict(reader.settings) | dict(about or {}), "dtype": reader.dtype, "clip_frames": reader.cfg.clip_frames,
       "lp_comp": dataclasses.asdict(reader.cfg.lp_comp), "qc_comp": selects,
     }  # fmt: skip
     self.settings = json.loads(json.dumps(self.settings))
