@@ -65,10 +65,10 @@ def text(doc: Mapping[str, Any]) -> str:
 
 def scored(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:
   """One answer, for both averages."""
-  question, task = _question(doc), TASKS[doc["task"]]
-  answer = None if results[0] == FAILED else results[0]
-  letter = None if answer is None else task.letter(answer, question.options)
-  line = {"letter": letter, "truth": question.answer, "right": letter == question.answer != "", "answer": answer, "doc": dict(doc)}
+  task, answer = TASKS[doc["task"]], None if results[0] == FAILED else results[0]
+  letter = None if answer is None else task.letter(answer, doc["options"])
+  line = {key: doc[key] for key in ("id", "task", "path", "options", "groups")}
+  line |= {"answer": answer, "letter": letter, "truth": doc["answer"], "right": letter == doc["answer"] != ""}
   return {"micro": line, "macro": line}
 
 
@@ -83,12 +83,8 @@ def macro(lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _score(lines) -> dict[str, Any]:
-  return tasks.score(TASKS[lines[0]["doc"]["task"]], [(_question(line["doc"]), line["answer"]) for line in lines])
-
-
-def _question(doc) -> Question:
-  known = {field.name: doc[field.name] for field in dataclasses.fields(Question)}
-  return Question(**known | {"videos": tuple(doc["videos"]), "options": tuple(doc["options"])})
+  pairs = [(Question(line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"]), line["answer"]) for line in lines]
+  return tasks.score(TASKS[lines[0]["task"]], pairs)
 
 
 def write(out: pathlib.Path, task: tasks.Task, annotations: pathlib.Path, videos: pathlib.Path, subtitles: pathlib.Path | None) -> pathlib.Path:
