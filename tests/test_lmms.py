@@ -39,10 +39,9 @@ def harness(root, out, processes=1):
   if processes > 1:
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29517", "-m", "lmms_eval"]
   args = ",".join(f"{key}={value}" for key, value in ({"checkpoint": CHECKPOINT, "out": out / "answers", "preset": "none"} | SETTINGS).items())
-  more = ["--distributed_executor_backend", "torchrun"] if processes > 1 else []
   return [
     *start, "--model", "xcomp_jax", "--model_args", args, "--tasks", "xcomp_letters", "--include_path", str(root / "tasks"),
-    "--log_samples", "--output_path", str(out), *more,
+    "--log_samples", "--output_path", str(out),
   ]  # fmt: skip
 
 
