@@ -132,7 +132,7 @@ def haystack(reader: Reader, model: VLM, file: str | None, frames: int, seed: in
     return per_frame(reader, model, (clip for clip in clips if bar.update() or True))
 
 
-def ask(reader: Reader, model: VLM, film: encode.EncodedVideo, text: str, message: str, rounds: dict) -> tuple[str, np.ndarray]:
+def ask(reader: Reader, model: VLM, film: encode.EncodedVideo, text: str, message: str, rounds: dict | None) -> tuple[str, np.ndarray]:
   """The answer, and which frames gave it."""
   question = prompt.ask(reader.tokenizer, text, message)
   select = reader.select and dataclasses.replace(reader.select, bias=None)  # the official bias counts a message that may be missing
@@ -154,14 +154,15 @@ def search(
   with reader.precision(), tqdm(total=len(cells), initial=len(cells) - len(todo), unit="needle", disable=None) as bar:
     model = reader.load()
     hay = haystack(reader, model, args.haystack, max(args.frames), args.seed)
-    hidden = {i: per_frame(reader, model, iter(needles[i].clips)).reshape(-1, F, *hay.shape[1:]) for i in sorted({i for *_, i in todo})}
+    hidden = {i: list(per_frame(reader, model, iter(needles[i].clips)).reshape(-1, F, *hay.shape[1:])) for i in sorted({i for *_, i in todo})}
     for n, depth, i in todo:
       starts = places(n, len(needles[i].clips), F, depth)
       rate = world.FPS if args.synthetic else args.fps
       times = np.arange(n) / rate
       features = hide(hay, hidden[i], n, starts)
       film = encode.EncodedVideo({0: features}, times, n / rate, np.zeros((n, 1, 1, 3), np.uint8), None, "", "")
-      message, rounds = prompt.time_message(n / rate, n) if args.synthetic else "", {}
+      message = prompt.time_message(n / rate, n) if args.synthetic else ""
+      rounds = {} if args.synthetic else None  # of a large model and many rounds they would not fit into a device
       for kind, (text, letter) in needles[i].questions.items():
         if key(n, depth, i, kind) in answers.lines:
           continue
