@@ -49,7 +49,7 @@ def go(checkpoint, bench):
   def run(out, *more, annotations=bench / "q.json", videos=bench / "videos"):
     evaluate.main([
       "--task=lvbench", "--annotations", str(annotations), "--videos", str(videos), "--checkpoint", str(checkpoint), "--preset=none",
-      *OPTIONS, "--out", str(out), "--compilation-cache=", *more,
+      "--devices=1", *OPTIONS, "--out", str(out), "--compilation-cache=", *more,
     ])  # fmt: skip
 
   return run
@@ -122,6 +122,13 @@ def test_two_shares_make_the_whole(go, tmp_path, capsys):
   assert not (tmp_path / "out" / "results.json").exists() and "3 of 6 questions are left" in capsys.readouterr().err
   go(tmp_path / "out", "--share=0/2")
   assert results(tmp_path / "out")["score"] == results(tmp_path / "whole")["score"]
+
+
+def test_two_devices_give_the_same(go, tmp_path):
+  go(tmp_path / "one")
+  go(tmp_path / "two", "--devices=2")
+  assert [line["answer"] for line in lines(tmp_path / "two")] == [line["answer"] for line in lines(tmp_path / "one")]
+  assert results(tmp_path / "two")["score"] == results(tmp_path / "one")["score"]
 
 
 def test_every_question_alone_gives_the_same(go, tmp_path, monkeypatch):

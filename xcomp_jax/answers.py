@@ -6,23 +6,27 @@ videos: a line per answer, and per question whose video could not be read.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
 import platform
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from xcomp_jax import encode, generate, report
@@ -212,7 +216,14 @@ def parse_share(text: str | None) -> tuple[int, int]:
 
 
 def run(
-  reader: Reader, wanted: Sequence[Wanted], answers: Answers, *, share: tuple[int, int] = (0, 1), ahead: int = 1, once: bool = True
+  reader: Reader,
+  wanted: Sequence[Wanted],
+  answers: Answers,
+  *,
+  share: tuple[int, int] = (0, 1),
+  devices: int | None = 1,
+  ahead: int = 1,
+  once: bool = True,
 ) -> None:
   """Answers what has no answer yet, and tries again what failed.
 
@@ -221,7 +232,8 @@ def run(
     wanted: all questions, of all shares; the same ones for all of them.
     answers: where they go.
     share: every n-th video from the i-th on is for this process.
-    ahead: videos to decode while another one is worked on; 0.6 GB each at 1,024 frames of 448 pixels.
+    devices: of this process, each with the whole model and with videos of its own; None: all.
+    ahead: videos to decode while others are worked on; 0.6 GB each at 1,024 frames of 448 pixels.
     once: False encodes a video again for every question, to measure what encoding once saves.
 
   Raises:
@@ -238,30 +250,62 @@ def run(
   if not todo:
     return
   reader.check_clips()
-  with reader.precision(), tqdm(total=total, initial=total - sum(map(len, todo)), unit="question", disable=None, file=sys.stderr) as bar:
+  with tqdm(total=total, initial=total - sum(map(len, todo)), unit="question", disable=None, file=sys.stderr) as bar:
     bar.set_description("loading")
-    model = reader.load()
-    identity = encode.identity(model)
-    for group, sample, decoded, seconds in _decoded(reader, todo, ahead):
-      first = group[0]
-      bar.set_description(pathlib.Path(first.video).name[-30:])
-      try:
-        if isinstance(decoded, Exception):
-          raise decoded
-        source = reader.source(str(first.video), first.start, first.end)
-        film, spent = reader.encode(model, sample, source, decoded=decoded, identity=identity)
-        spent["decoding"] = seconds
-      except (VideoError, ConfigError, OSError) as error:
-        bar.write(f"{first.video}: {one_line(error)}", file=sys.stderr)
-        for w in group:
-          answers.add({"key": w.key, "video": str(w.video), "prompt": w.prompt, "error": one_line(error)})
-        bar.update(len(group))
-        continue
-      chat = generate.Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=len(group) > 1)
-      for i, w in enumerate(group):
-        chat.forget()
-        answers.add({"key": w.key, "video": str(w.video), "prompt": w.prompt} | _ask(chat, w, film, spent if i == 0 else {}))
-        bar.update(1)
+    first = reader.load()
+    identity = encode.identity(first)
+    graph, state = nnx.split(first)
+    used = jax.local_devices()[:devices][: len(todo)]
+    decoded, lock, stopped = _decoded(reader, todo, ahead), threading.Lock(), threading.Event()
+
+    def work(device):
+      model = first if device == jax.local_devices()[0] else nnx.merge(graph, jax.device_put(state, device))
+      with reader.precision():  # of this thread
+        while not stopped.is_set():
+          with lock:
+            group, sample, found, seconds = next(decoded, (None, None, None, 0.0))
+          if group is None:
+            return
+          bar.set_description(pathlib.Path(group[0].video).name[-30:])
+          for line in _group(reader, model, identity, group, sample, found, seconds):
+            with lock:
+              answers.add(line)
+            if "error" in line:
+              bar.write(f"{line['video']}: {line['error']}", file=sys.stderr)
+            bar.update(1)
+            if stopped.is_set():
+              return
+
+    with contextlib.closing(decoded):
+      if len(used) == 1:
+        work(used[0])
+      else:
+        with concurrent.futures.ThreadPoolExecutor(len(used)) as pool:
+          try:
+            for done in concurrent.futures.as_completed([pool.submit(work, device) for device in used]):
+              done.result()
+          finally:
+            stopped.set()
+
+
+def _group(reader, model, identity, group, sample, decoded, seconds) -> Iterator[dict[str, Any]]:
+  """The lines of the questions about one video."""
+  first = group[0]
+  about = [{"key": w.key, "video": str(w.video), "prompt": w.prompt} for w in group]
+  try:
+    if isinstance(decoded, Exception):
+      raise decoded
+    source = reader.source(str(first.video), first.start, first.end)
+    film, spent = reader.encode(model, sample, source, decoded=decoded, identity=identity)
+    spent["decoding"] = seconds
+  except (VideoError, ConfigError, OSError) as error:
+    yield from (line | {"error": one_line(error)} for line in about)
+    return
+  chat = generate.Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=len(group) > 1)
+  for w, line in zip(group, about, strict=True):
+    chat.forget()
+    yield line | _ask(chat, w, film, spent)
+    spent = {}
 
 
 def _ask(chat: generate.Chat, w: Wanted, film: encode.EncodedVideo, spent: dict[str, float]) -> dict[str, Any]:
@@ -281,13 +325,14 @@ def _decoded(
   reader: Reader, todo: Sequence[list[Wanted]], ahead: int
 ) -> Iterator[tuple[list[Wanted], Sample | None, list[np.ndarray] | Exception, float]]:
   """Each group with its sample, the frames (or why there are none), and the seconds that decoding took."""
+  stopped = threading.Event()
 
   def decode(group):
     begun, sample = time.perf_counter(), None
     try:
       sample = reader.sample(str(group[0].video), group[0].start, group[0].end)
       reader.check(len(sample.indices))
-      found = list(frames(sample))
+      found = list(itertools.takewhile(lambda _: not stopped.is_set(), frames(sample)))
     except (VideoError, ConfigError, OSError) as error:
       found = error
     return group, sample, found, time.perf_counter() - begun
@@ -305,5 +350,6 @@ def _decoded(
       while waiting:
         yield waiting.popleft().result()
     finally:
+      stopped.set()
       for future in waiting:
         future.cancel()

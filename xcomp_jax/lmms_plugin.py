@@ -38,12 +38,12 @@ class XComp(lmms):
   """A checkpoint that answers lmms-eval's requests."""
 
   def __init__(
-    self, checkpoint: str, out: str, preset: str = "paper", ahead: int = 1, batch_size: int = 1, device: str | None = None,
+    self, checkpoint: str, out: str, preset: str = "paper", ahead: int = 1, devices: int | None = None, batch_size: int = 1, device: str | None = None,
     max_batch_size: int | None = None, **more: Any,
   ):  # fmt: skip
     """model_args; `more` are the options of `reader.options`. batch_size, device: the harness's own, without effect here."""
     super().__init__()
-    self.out, self.preset, self.ahead = pathlib.Path(out), preset, int(ahead)
+    self.out, self.preset, self.ahead, self.devices = pathlib.Path(out), preset, int(ahead), devices
     self.options = [f"--{key.replace('_', '-')}={value}" for key, value in ({"checkpoint": checkpoint} | more).items()]
     self.device = "cpu"  # where the harness puts the counts that its processes exchange
     self._settings("", {})  # what is wrong with the options shows at once
@@ -88,7 +88,7 @@ class XComp(lmms):
     everything = sorted({w.key: w for w in everything}.values(), key=lambda w: (str(w.video), w.key))
     folder = Answers(self.out / task, reader, share)
     with folder:
-      run(reader, everything, folder, share=share, ahead=self.ahead)
+      run(reader, everything, folder, share=share, devices=self.devices, ahead=self.ahead)
     for lines in _gathered(folder.lines, self.world_size):
       folder.lines |= {key: line for key, line in lines.items() if "answer" in line or key not in folder.lines}
     failed = folder.failed(everything)
