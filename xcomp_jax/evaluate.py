@@ -37,6 +37,7 @@ def preset(name: str, task: str) -> dict[str, Any]:
   Raises:
     TaskError: the release has no log of this task.
   """
+  task = task.removesuffix("_best_option")
   same = {
     "mode": "official", "min_frames": 128, "fps": 8.0, "keep": "suffix", "schedule": "cosine", "max_new_tokens": 16, "temperature": 0.0,
   }

@@ -65,7 +65,8 @@ def read_needles(file: pathlib.Path, images: pathlib.Path, clip_frames: int, siz
         questions, names = {"question": (item["question"], item["answer"])}, [item["image"]]
     except (KeyError, TypeError) as error:
       raise NeedleError(f"{file}, needle {i}: {error!r}; expected image, question, answer, or images, question1, ...") from error
-    out.append(Needle(tuple(video.load(images / name, **how).frames.repeat(clip_frames, 0) for name in names), questions))
+    pictures = (video.load(images / name, **how).frames for name in names)
+    out.append(Needle(tuple(np.broadcast_to(picture, (clip_frames, *picture.shape[1:])) for picture in pictures), questions))
   return out
 
 

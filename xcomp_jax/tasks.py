@@ -205,12 +205,16 @@ def _lvbench(item, stem, _):
   return Question("", (item["video"],), lvbench_prompt(item["question"], options), tuple(options), _right(item, options), groups)
 
 
-def _mlvu(item, stem, _):
+def _mlvu(item, stem, _, closing=CLOSING):
   options = item["candidates"]
   return Question(
-    "", (f"{stem}/{item['video']}", item["video"]), mlvu_prompt(item["question"], options), tuple(options),
+    "", (f"{stem}/{item['video']}", item["video"]), mlvu_prompt(item["question"], options, closing), tuple(options),
     _right(item, options), {"task": item["question_type"]},
   )  # fmt: skip
+
+
+def _mlvu_best_option(item, stem, subtitles):
+  return _mlvu(item, stem, subtitles, BEST_OPTION)
 
 
 def _mvbench(item, stem, _):
@@ -261,6 +265,7 @@ TASKS = {
   for task in (
     Task("lvbench", _lvbench, any_letter, "type", True, (1519, 1549)),
     Task("mlvu", _mlvu, any_letter, "task", True, (2175,)),
+    Task("mlvu_best_option", _mlvu_best_option, any_letter, "task", True, (2175,)),  # VideoChat-Flash's own closing words
     Task("videomme_long", _videomme_long, first_capital, "task", False, (900,)),
     Task("longvideobench", _longvideobench, bracketed_letter, "duration", False, (1337,)),
     Task("mvbench", _mvbench, any_letter, "task", True, (4000,)),
