@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("lmms_eval")
 
@@ -33,14 +34,14 @@ def task(tmp_path_factory):
   return root
 
 
-def harness(root, out, processes=1):
+def harness(root, out, processes=1, tasks="xcomp_letters", folder=None):
   """lmms-eval's command line."""
   start = [sys.executable, "-m", "lmms_eval"]
   if processes > 1:
     start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29517", "-m", "lmms_eval"]
   args = ",".join(f"{key}={value}" for key, value in ({"checkpoint": CHECKPOINT, "out": out / "answers", "preset": "none"} | SETTINGS).items())
   return [
-    *start, "--model", "xcomp_jax", "--model_args", args, "--tasks", "xcomp_letters", "--include_path", str(root / "tasks"),
+    *start, "--model", "xcomp_jax", "--model_args", args, "--tasks", tasks, "--include_path", str(folder or root / "tasks"),
     "--log_samples", "--output_path", str(out),
   ]  # fmt: skip
 
@@ -102,3 +103,52 @@ def test_two_processes_share_the_videos(task, env, tmp_path):
   assert len(mine[0]) == len(mine[1]) == VIDEOS // 2 and not mine[0] & mine[1]  # no video was encoded twice
   own = json.loads((task / "own" / "results.json").read_text())
   assert found(tmp_path)[0]["micro,none"] == own["score"]["micro"]
+
+
+PICTURE = """\
+task: picture
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {docs}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.visual
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs:
+  until: ["\\n"]
+  max_new_tokens: 4
+process_results: !function utils.scored
+metric_list:
+  - metric: exact
+    aggregation: mean
+    higher_is_better: true
+"""
+UTILS = """\
+from PIL import Image
+
+
+def visual(doc):
+  return [Image.open(doc["file"])]
+
+
+def scored(doc, results):
+  return {"exact": float(results[0] == doc["answer"])}
+"""
+
+
+def test_a_task_of_others_with_pictures_in_memory(task, env, tmp_path, capsys):
+  picture, question = tmp_path / "one.png", "Which shape was shown?\nA. square\nB. triangle\nC. cross\nD. ring"
+  Image.fromarray(world.render(world.Scene("red", "ring", "up", None, 3))[4]).save(picture)
+  ask.main(["--checkpoint", str(CHECKPOINT), "--video", str(picture), "--json", "--max-new-tokens=4", f"--question={question}"])
+  answer = json.loads(capsys.readouterr().out)["answer"].split("\n")[0]
+  docs = tmp_path / "tasks" / "docs.jsonl"
+  docs.parent.mkdir()
+  docs.write_text(json.dumps({"file": str(picture), "question": question, "answer": answer}) + "\n")
+  (docs.parent / "utils.py").write_text(UTILS)
+  (docs.parent / "picture.yaml").write_text(PICTURE.format(docs=docs))
+  command = harness(task, tmp_path / "out", tasks="picture", folder=docs.parent)
+  subprocess.run(command, env=env, check=True, timeout=900, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  (file,) = (tmp_path / "out").rglob("*_results.json")
+  assert answer and json.loads(file.read_text())["results"]["picture"]["exact,none"] == 1.0

@@ -38,9 +38,7 @@ def preset(name: str, task: str) -> dict[str, Any]:
     TaskError: the release has no log of this task.
   """
   task = task.removesuffix("_best_option")
-  same = {
-    "mode": "official", "min_frames": 128, "fps": 8.0, "keep": "suffix", "schedule": "cosine", "max_new_tokens": 16, "temperature": 0.0,
-  }
+  same = {"mode": "official", "min_frames": 128, "fps": 8.0, "max_new_tokens": 16, "temperature": 0.0}
   if name == "paper":
     select = PAPER_FRAMES.get(task, 512)
     own = {"select": select, "repeat": 2, "max_frames": max(1024, 2 * select), "clip_frames": "8", "repetition_penalty": 1.0}
@@ -110,11 +108,8 @@ def read_questions(args: argparse.Namespace, task: Task) -> tuple[list[Question]
   digest = hashlib.blake2b("".join(map(repr, questions)).encode(), digest_size=16).hexdigest()
   about = {"preset": args.preset, "annotations": source.name, "questions": len(questions), "questions_identity": digest, "limit": args.limit}
   questions = questions[: args.limit]
-  lost = {q.videos[0] for q in questions if not tasks.find(videos, q).exists()}
-  if len(lost) == len({q.videos[0] for q in questions}):
-    raise FileNotFoundError(f"--videos {videos} has none of the {len(lost)} videos, such as {tasks.find(videos, questions[0])}")
-  if lost:
-    print(f"{len(lost)} videos are missing in {videos}, such as {min(lost)}; their questions will count as wrong", file=sys.stderr)
+  if note := tasks.missing(videos, questions):
+    print(note, file=sys.stderr)
   return questions, about
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,6 +95,8 @@ def write(out: pathlib.Path, task: tasks.Task, annotations: pathlib.Path, videos
     FileNotFoundError, TaskError: see `tasks.read`.
   """
   questions = tasks.read(task, annotations, subtitles)
+  if note := tasks.missing(videos, questions):
+    print(note, file=sys.stderr)
   out.mkdir(parents=True, exist_ok=True)
   listed, yaml = out / f"{task.name}.jsonl", out / f"{PREFIX}{task.name}.yaml"
   docs = [dataclasses.asdict(q) | {"task": task.name, "path": os.path.abspath(tasks.find(videos, q))} for q in questions]

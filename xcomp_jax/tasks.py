@@ -333,6 +333,21 @@ def find(videos: pathlib.Path, question: Question) -> pathlib.Path:
   return next((name for name in names if name.exists()), names[0])
 
 
+def missing(videos: pathlib.Path, questions: Sequence[Question]) -> str:
+  """How many videos are not there, in words; "" if all are.
+
+  Raises:
+    FileNotFoundError: not one of them is.
+  """
+  every = {q.videos[0] for q in questions}
+  lost = {q.videos[0]: find(videos, q) for q in questions if not find(videos, q).exists()}
+  if len(lost) == len(every):
+    raise FileNotFoundError(f"--videos {videos} has none of the {len(lost)} videos, such as {min(lost.values())}")
+  if not lost:
+    return ""
+  return f"{len(lost)} of {len(every)} videos are missing, such as {min(lost.values())}: their questions will count as wrong"
+
+
 # --- averages --------------------------------------------------------------------------------------------------
 
 
