@@ -85,7 +85,7 @@ def session() -> dict[str, Any]:
   device = jax.local_devices()[0]
   return {
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "python": platform.python_version(),
-    "versions": versions, "device": device.device_kind, "platform": device.platform, "processes": jax.process_count(),
+    "device": device.device_kind, "platform": device.platform, "processes": jax.process_count(), "versions": versions,
   }  # fmt: skip
 
 
@@ -109,8 +109,8 @@ class Answers:
     selects = reader.select and dataclasses.asdict(reader.select)
     self.settings = {
       "checkpoint": reader.settings.checkpoint, "identity": checkpoint_identity(reader.directory),
-      "settings": dataclasses.asdict(reader.settings) | dict(about or {}), "dtype": reader.dtype, "clip_frames": reader.cfg.clip_frames,
-      "lp_comp": dataclasses.asdict(reader.cfg.lp_comp), "qc_comp": selects,
+      "settings": dataclasses.asdict(reader.settings) | dict(about or {}), "dtype": reader.dtype,
+      "clip_frames": reader.cfg.clip_frames, "lp_comp": dataclasses.asdict(reader.cfg.lp_comp), "qc_comp": selects,
     }  # fmt: skip
     self.settings = json.loads(json.dumps(self.settings))
     self._agree(self.folder / "settings.json")
@@ -126,13 +126,15 @@ class Answers:
     try:
       before = json.loads(file.read_text())
       pairs = [("checkpoint", before["identity"], self.settings["identity"])]
-      pairs += [(key, before["settings"].get(key), value) for key, value in self.settings["settings"].items() if key not in FREE]
+      chosen = {key: value for key, value in self.settings["settings"].items() if key not in FREE}
+      pairs += [(key, before["settings"].get(key), value) for key, value in chosen.items()]
       resolved = [(key, before[key], self.settings[key]) for key in ("dtype", "clip_frames", "lp_comp", "qc_comp")]
     except (ValueError, KeyError, TypeError) as error:
       raise AnswersError(f"{file} is not what an evaluation writes: {error!r}; choose another folder") from error
     differ = lambda pairs: [f"{key} was {old}, now {new}" for key, old, new in pairs if old != new]
     if other := differ(pairs) or differ(resolved):
-      raise AnswersError(f"{self.folder} holds answers made otherwise ({'; '.join(other)}): choose another folder, or remove it")
+      what = "; ".join(other)
+      raise AnswersError(f"{self.folder} holds answers made otherwise ({what}): choose another folder, or remove it")
 
   def read(self) -> None:
     """Takes in what is on disk, other shares' answers too; half a line, left by a kill, is no answer."""
@@ -194,8 +196,9 @@ class Answers:
 
   def sessions(self) -> list[dict[str, Any]]:
     """Versions and devices of all processes that have answered here."""
-    texts = [text for file in sorted(self.folder.glob("answers-*.jsonl")) for text in file.read_text(encoding="utf-8").splitlines()]
-    return [json.loads(text)["session"] for text in texts if text.startswith('{"session"') and text.endswith("}")]
+    files = sorted(self.folder.glob("answers-*.jsonl"))
+    texts = [text for file in files for text in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return [json.loads(text)["session"] for text in texts if text.startswith('{"session"') and text.endswith("}}")]
 
 
 def parse_share(text: str | None) -> tuple[int, int]:
@@ -301,7 +304,8 @@ def _group(reader, model, identity, group, sample, decoded, seconds) -> Iterator
   except (VideoError, ConfigError, OSError) as error:
     yield from (line | {"error": one_line(error)} for line in about)
     return
-  chat = generate.Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=len(group) > 1)
+  several = len(group) > 1
+  chat = generate.Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=several)
   for w, line in zip(group, about, strict=True):
     chat.forget()
     yield line | _ask(chat, w, film, spent)

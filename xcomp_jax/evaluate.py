@@ -28,9 +28,9 @@ LOGS = {"mlvu": {"select": 256, "repeat": 2}, "videomme_long": {"select": 512, "
 def preset(name: str, task: str) -> dict[str, Any]:
   """The options that a preset fixes.
 
-  "paper": clips of 8 frames as trained, official QC-Comp, frames and repetitions of Table B (MVBench, which has none: 512, its rule
-  of thumb). The paper does not say how many frames it selects from; here twice as many, at least the 1,024 from which the
-  release selects at all.
+  "paper": clips of 8 frames as trained, official QC-Comp, frames and repetitions of Table B (MVBench, which has none: 512,
+  its rule of thumb). The paper does not say how many frames it selects from; here twice as many, at least the 1,024 from
+  which the release selects at all.
   "released-logs": what the two logs of the release were made with, as far as can be told: config.json's own clips (quirk Q1),
   and the repetition penalty of generation_config.json (quirk Q20).
 
@@ -56,16 +56,18 @@ def wanted(questions: Sequence[Question], videos: pathlib.Path) -> list[Wanted]:
   return [Wanted(tasks.find(videos, q), q.prompt, q.start, q.end) for q in questions]
 
 
-def results(task: Task, questions: Sequence[Question], asked: Sequence[Wanted], answers: Answers, more: dict[str, Any]) -> dict[str, Any]:
-  """All that results.json holds."""
+def results(
+  task: Task, questions: Sequence[Question], asked: Sequence[Wanted], answers: Answers, about: dict[str, Any]
+) -> dict[str, Any]:
+  """All that results.json holds; about: where the questions come from."""
   spent: dict[str, float] = {}
   for w in asked:
     for name, seconds in answers.lines[w.key].get("seconds", {}).items():
       spent[name] = spent.get(name, 0.0) + seconds
   pairs = ((q, answers.answer(w)) for q, w in zip(questions, asked, strict=True))
   return {
-    "task": task.name, **more, "score": tasks.score(task, pairs), "failed": answers.failed(asked), "made_with": answers.settings,
-    "sessions": answers.sessions(), "seconds": {name: round(s, 2) for name, s in spent.items()},
+    "task": task.name, **about, "score": tasks.score(task, pairs), "failed": answers.failed(asked),
+    "made_with": answers.settings, "sessions": answers.sessions(), "seconds": {name: round(s, 2) for name, s in spent.items()},
   }  # fmt: skip
 
 
@@ -86,7 +88,8 @@ def table(found: dict[str, Any]) -> str:
   lines = [f"{found['task']}: micro {score['micro']:.2f}%, macro over {score['macro_over']} {score['macro']:.2f}%"]
   lines.append(", ".join(f"{n} {name}" for name, n in counts.items()))
   for kind, cells in score["groups"].items():
-    lines += [f"  {kind}: {name:40} {cell['accuracy']:6.2f}%  {cell['right']} of {cell['counted']}" for name, cell in cells.items()]
+    for name, cell in cells.items():
+      lines.append(f"  {kind}: {name:40} {cell['accuracy']:6.2f}%  {cell['right']} of {cell['counted']}")
   lines += [f"  failed: {f['video']} ({f['questions']} questions): {f['error']}" for f in found["failed"]]
   return "\n".join(lines)
 
@@ -100,13 +103,13 @@ def read_questions(args: argparse.Namespace, task: Task) -> tuple[list[Question]
   source, videos = pathlib.Path(args.annotations), pathlib.Path(args.videos)
   if not videos.is_dir():
     raise FileNotFoundError(f"--videos {videos} is no folder")
-  subtitles = pathlib.Path(args.subtitles) if args.subtitles else videos.parent / "subtitles"
-  questions = tasks.read(task, source, subtitles if subtitles.is_dir() else None)
+  questions = tasks.read(task, source, tasks.subtitles_of(videos, args.subtitles))
   if task.sizes and len(questions) not in task.sizes:
     sizes = " or ".join(f"{n:,}" for n in task.sizes)
     print(f"{source} holds {len(questions):,} questions; published numbers of {task.name} are over {sizes}", file=sys.stderr)
   digest = hashlib.blake2b("".join(map(repr, questions)).encode(), digest_size=16).hexdigest()
-  about = {"preset": args.preset, "annotations": source.name, "questions": len(questions), "questions_identity": digest, "limit": args.limit}
+  about = {"annotations": source.name, "questions": len(questions), "questions_identity": digest}
+  about |= {"preset": args.preset, "limit": args.limit}
   questions = questions[: args.limit]
   if note := tasks.missing(videos, questions):
     print(note, file=sys.stderr)
@@ -132,7 +135,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     run(reader, asked, answers, share=share, devices=args.devices, ahead=args.ahead, once=not args.each_alone)
   answers.read()
   if left := answers.missing(asked):
-    print(f"{left:,} of {len(asked):,} questions are left for other shares; who finishes last writes {out / 'results.json'}", file=sys.stderr)
+    rest = f"{left:,} of {len(asked):,} questions are left for other shares"
+    print(f"{rest}; the last one writes {out / 'results.json'}", file=sys.stderr)
     return None
   found = results(task, questions, asked, answers, about)
   files.write(out / "samples.jsonl", samples(task, questions, asked, answers))
@@ -153,11 +157,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--videos", required=True, help="folder of videos, or of folders of frames")
   add("--subtitles", help="folder of LongVideoBench's subtitles; default: `subtitles` beside --videos")
   add("--out", required=True, help="folder of answers and results; an evaluation that is there is continued")
-  add("--preset", choices=("paper", "released-logs", "none"), default="paper", help="all settings at once; none: those of `ask`")
+  add("--preset", choices=("paper", "released-logs", "none"), default="paper", help="all settings; none: as `ask`")
   add("--share", help="i/n: every n-th video from the i-th on; default: by JAX's processes")
   add("--limit", type=int, help="only the first questions, for a trial")
   add("--devices", type=int, help="of this process, each with the whole model and videos of its own; default: all")
-  add("--ahead", type=int, default=1, help="videos decoded while another is watched (0.6 GB each at 1,024 frames of 448 pixels)")
+  add("--ahead", type=int, default=1, help="videos decoded while others are watched; 0.6 GB each at 1,024 frames of 448 pixels")
   add("--each-alone", action="store_true", help="encode a video again for every question, to measure what encoding once saves")
   options(parser)
   first, _ = parser.parse_known_args(argv)

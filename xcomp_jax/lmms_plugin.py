@@ -25,6 +25,7 @@ from xcomp_jax.evaluate import preset
 from xcomp_jax.lmms_tasks import FAILED, PREFIX
 from xcomp_jax.reader import Settings, keep_compiled, options, prepare, settings
 
+LOG = logging.getLogger(__name__)
 GIVEN = {"max_new_tokens", "temperature", "top_p", "top_k"}  # by a task, in place of the settings
 IGNORED = {"do_sample", "num_beams", "until", "repetition_penalty"}  # read below, or without meaning for a greedy answer
 
@@ -38,10 +39,10 @@ class XComp(lmms):
   """A checkpoint that answers lmms-eval's requests."""
 
   def __init__(
-    self, checkpoint: str, out: str, preset: str = "paper", ahead: int = 1, devices: int | None = None, batch_size: int = 1, device: str | None = None,
-    max_batch_size: int | None = None, **more: Any,
+    self, checkpoint: str, out: str, preset: str = "paper", ahead: int = 1, devices: int | None = None,
+    batch_size: int = 1, device: str | None = None, max_batch_size: int | None = None, **more: Any,
   ):  # fmt: skip
-    """model_args; `more` are the options of `reader.options`. batch_size, device: the harness's own, without effect here."""
+    """model_args; `more` are those of `reader.options`. The last line's are the harness's own, without effect here."""
     super().__init__()
     self.out, self.preset, self.ahead, self.devices = pathlib.Path(out), preset, int(ahead), devices
     self.options = [f"--{key.replace('_', '-')}={value}" for key, value in ({"checkpoint": checkpoint} | more).items()]
@@ -57,7 +58,7 @@ class XComp(lmms):
     args = parser.parse_args(self.options)
     keep_compiled(args.compilation_cache)
     if unknown := sorted(set(wishes) - GIVEN - IGNORED):
-      logging.getLogger(__name__).warning("xcomp_jax does not know the generation_kwargs %s of task %s", ", ".join(unknown), task)
+      LOG.warning("xcomp_jax does not know the generation_kwargs %s of task %s", ", ".join(unknown), task)
     if int(wishes.get("num_beams") or 1) != 1:
       raise AnswersError(f"task {task} asks for {wishes['num_beams']} beams; xcomp_jax has none: --gen_kwargs num_beams=1")
     given = {key: wishes[key] for key in GIVEN & set(wishes) if wishes[key] is not None}
@@ -95,7 +96,7 @@ class XComp(lmms):
     if self.rank == 0:
       files.write_json(folder.folder / "failed.json", failed, indent=2)
       for video in failed:
-        logging.getLogger(__name__).error("%s (%d questions): %s", video["video"], video["questions"], video["error"])
+        LOG.error("%s (%d questions): %s", video["video"], video["questions"], video["error"])
     stops = wishes.get("until") or []
     stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
     out = []
@@ -111,7 +112,7 @@ class XComp(lmms):
     seen = visual(self.task_dict[task][split][number]) or []
     part = seen[1] if len(seen) == 2 and isinstance(seen[1], dict) else {}
     if len(seen) - bool(part) != 1:
-      raise AnswersError(f"task {task}, document {number}: xcomp_jax answers about one video or image, and here are {len(seen)}")
+      raise AnswersError(f"task {task}, document {number}: xcomp_jax needs one video or image, and here are {len(seen)}")
     return Wanted(self._file(seen[0]), context, part.get("start"), part.get("end"))
 
   def _file(self, seen: Any) -> pathlib.Path:

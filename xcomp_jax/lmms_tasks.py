@@ -84,12 +84,14 @@ def macro(lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _score(lines) -> dict[str, Any]:
-  pairs = [(Question(line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"]), line["answer"]) for line in lines]
-  return tasks.score(TASKS[lines[0]["task"]], pairs)
+  question = lambda line: Question(line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"])
+  return tasks.score(TASKS[lines[0]["task"]], [(question(line), line["answer"]) for line in lines])
 
 
-def write(out: pathlib.Path, task: tasks.Task, annotations: pathlib.Path, videos: pathlib.Path, subtitles: pathlib.Path | None) -> pathlib.Path:
-  """The YAML's path.
+def write(
+  out: pathlib.Path, task: tasks.Task, annotations: pathlib.Path, videos: pathlib.Path, subtitles: pathlib.Path | None
+) -> pathlib.Path:
+  """Writes the questions and the YAML, whose path comes back.
 
   Raises:
     FileNotFoundError, TaskError: see `tasks.read`.
@@ -101,8 +103,8 @@ def write(out: pathlib.Path, task: tasks.Task, annotations: pathlib.Path, videos
   listed, yaml = out / f"{task.name}.jsonl", out / f"{PREFIX}{task.name}.yaml"
   docs = [dataclasses.asdict(q) | {"task": task.name, "path": os.path.abspath(tasks.find(videos, q))} for q in questions]
   files.write(listed, "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
-  where = json.dumps(os.path.abspath(listed))
-  files.write(yaml, YAML.format(count=f"{len(docs):,}", source=annotations.name, prefix=PREFIX, name=task.name, questions=where))
+  where, count = json.dumps(os.path.abspath(listed)), f"{len(docs):,}"
+  files.write(yaml, YAML.format(count=count, source=annotations.name, prefix=PREFIX, name=task.name, questions=where))
   return yaml
 
 
@@ -118,9 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parser.parse_args(argv)
   with files.command():
     videos = pathlib.Path(args.videos)
-    subtitles = pathlib.Path(args.subtitles) if args.subtitles else videos.parent / "subtitles"
-    yaml = write(pathlib.Path(args.out), TASKS[args.task], pathlib.Path(args.annotations), videos, subtitles if subtitles.is_dir() else None)
-    print(yaml)
+    subtitles = tasks.subtitles_of(videos, args.subtitles)
+    print(write(pathlib.Path(args.out), TASKS[args.task], pathlib.Path(args.annotations), videos, subtitles))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Needle in a haystack: pictures hidden in a long video, frames against depth, as a heat map.
 
-  python -m xcomp_jax.needles --checkpoint exports/sct --out DIR --needles niah-coco-singlehop_20.json --images DIR --haystack film.mkv
+  python -m xcomp_jax.needles --checkpoint exports/sct --out DIR --needles niah-coco-singlehop_20.json --images DIR
+      --haystack video_haystack.mkv
   python -m xcomp_jax.needles --checkpoint demo/export --out DIR --synthetic 8 --frames 1024 2048 4096
 
 The first is VideoChat-Flash's protocol: one picture per question, or (its multi-hop file) a chain of pictures spread over the
@@ -13,6 +14,7 @@ the haystack is encoded once. By default one frame is selected, every frame bein
 import argparse
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +66,8 @@ def read_needles(file: pathlib.Path, images: pathlib.Path, clip_frames: int, siz
       else:
         questions, names = {"question": (item["question"], item["answer"])}, [item["image"]]
     except (KeyError, TypeError) as error:
-      raise NeedleError(f"{file}, needle {i}: {error!r}; expected image, question, answer, or images, question1, ...") from error
+      wanted = "image, question, answer, or images, question1, answer1, question2, answer2"
+      raise NeedleError(f"{file}, needle {i}: {error!r}; expected {wanted}") from error
     pictures = (video.load(images / name, **how).frames for name in names)
     out.append(Needle(tuple(np.broadcast_to(picture, (clip_frames, *picture.shape[1:])) for picture in pictures), questions))
   return out
@@ -89,7 +92,7 @@ def synthetic_hay(clips: int, seed: int) -> Iterator[np.ndarray]:
 def places(frames: int, hops: int, clip_frames: int, depth: float) -> list[int]:
   """First frames of the needles in a video of `frames`, needles included.
 
-  One needle lies at `depth`, from 0 (the beginning) to 1 (the end); a chain of several is spread from the first frame to the last.
+  One needle lies at `depth`, from 0 (the beginning) to 1 (the end); several are spread from the first frame to the last.
   """
   free = frames - hops * clip_frames
   gaps = [int(depth * free)] if hops == 1 else [int(j * free / (hops - 1)) for j in range(hops)]
@@ -133,52 +136,79 @@ def haystack(reader: Reader, model: VLM, file: str | None, frames: int, seed: in
     return per_frame(reader, model, (clip for clip in clips if bar.update() or True))
 
 
-def ask(reader: Reader, model: VLM, film: encode.EncodedVideo, text: str, message: str, rounds: dict | None) -> tuple[str, np.ndarray]:
+def ask(
+  reader: Reader, model: VLM, film: encode.EncodedVideo, text: str, message: str, rounds: dict | None
+) -> tuple[str, np.ndarray]:
   """The answer, and which frames gave it."""
   question = prompt.ask(reader.tokenizer, text, message)
-  select = reader.select and dataclasses.replace(reader.select, bias=None)  # the official bias counts a message that may be missing
+  # The official bias counts the tokens of a message that may be missing here.
+  select = reader.select and dataclasses.replace(reader.select, bias=None)
   kept = generate.select(model, film, question, select, rounds=rounds).frames
   (tokens,) = generate.generate(model, generate.as_batch(question, film.features[0][kept], 1), reader.sampling)
   return reader.tokenizer.decode(tokens).strip(), kept
 
 
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One needle in one haystack. frames: of the whole. depth: 0 to 1. needle: its number."""
+
+  frames: int
+  depth: float
+  needle: int
+
+  def key(self, kind: str) -> str:
+    """Names a question's answer."""
+    return f"{self.frames}/{self.depth:g}/{self.needle}/{kind}"
+
+
 def search(
-  reader: Reader, needles: Sequence[Needle], answers: Answers, args: argparse.Namespace, share: tuple[int, int], depths: Sequence[float]
+  reader: Reader, needles: Sequence[Needle], cells: Sequence[Cell], answers: Answers, film: str | None, seed: int
 ) -> None:
-  """Asks what has no answer yet. See `main` for the arguments."""
-  F = reader.cfg.clip_frames
-  cells = [(n, depth, i) for n in args.frames for depth in depths for i in range(len(needles))][share[0] :: share[1]]
-  key = lambda n, depth, i, kind: f"{n}/{depth:g}/{i}/{kind}"
-  todo = [(n, d, i) for n, d, i in cells if any(key(n, d, i, kind) not in answers.lines for kind in needles[i].questions)]
+  """Asks what has no answer yet.
+
+  Args:
+    reader: the checkpoint.
+    needles: all of them.
+    cells: to be asked about.
+    answers: where they go.
+    film: the haystack; None: a synthetic one.
+    seed: of that.
+
+  Raises:
+    VideoError, FileNotFoundError, CheckpointError: what stops everything.
+  """
+  todo = [c for c in cells if any(c.key(kind) not in answers.lines for kind in needles[c.needle].questions)]
   if not todo:
     return
+  F, rate = reader.cfg.clip_frames, reader.settings.fps if film else world.FPS
   with reader.precision(), tqdm(total=len(cells), initial=len(cells) - len(todo), unit="needle", disable=None) as bar:
     model = reader.load()
-    hay = haystack(reader, model, args.haystack, max(args.frames), args.seed)
-    hidden = {i: list(per_frame(reader, model, iter(needles[i].clips)).reshape(-1, F, *hay.shape[1:])) for i in sorted({i for *_, i in todo})}
-    for n, depth, i in todo:
-      starts = places(n, len(needles[i].clips), F, depth)
-      rate = world.FPS if args.synthetic else args.fps
-      times = np.arange(n) / rate
-      features = hide(hay, hidden[i], n, starts)
-      film = encode.EncodedVideo({0: features}, times, n / rate, np.zeros((n, 1, 1, 3), np.uint8), None, "", "")
-      message = prompt.time_message(n / rate, n) if args.synthetic else ""
-      rounds = {} if args.synthetic else None  # of a large model and many rounds they would not fit into a device
-      for kind, (text, letter) in needles[i].questions.items():
-        if key(n, depth, i, kind) in answers.lines:
+    hay = haystack(reader, model, film, max(c.frames for c in cells), seed)
+    hops = lambda needle: np.split(per_frame(reader, model, iter(needle.clips)), len(needle.clips))
+    hidden = {i: hops(needles[i]) for i in {c.needle for c in todo}}
+    for c in todo:
+      starts = places(c.frames, len(hidden[c.needle]), F, c.depth)
+      features = hide(hay, hidden[c.needle], c.frames, starts)
+      seconds, none = c.frames / rate, np.zeros((c.frames, 1, 1, 3), np.uint8)
+      watched = encode.EncodedVideo({0: features}, np.arange(c.frames) / rate, seconds, none, None, "", "")
+      message = "" if film else prompt.time_message(seconds, c.frames)
+      rounds = None if film else {}  # of a large model and many rounds they would not fit into a device
+      for kind, (text, letter) in needles[c.needle].questions.items():
+        if c.key(kind) in answers.lines:
           continue
-        answer, kept = ask(reader, model, film, text, message, rounds)
-        given = tasks.any_letter(answer) if args.synthetic else answer.replace("(", "").replace(")", "").upper()
+        answer, kept = ask(reader, model, watched, text, message, rounds)
+        given = answer.replace("(", "").replace(")", "").upper() if film else tasks.any_letter(answer)
         found = bool(((kept >= starts[-1]) & (kept < starts[-1] + F)).any())
-        answers.add({
-          "key": key(n, depth, i, kind), "frames": n, "depth": depth, "needle": i, "kind": kind, "answer": answer, "right": given == letter,
-          "found": found, "kept": len(kept),
-        })  # fmt: skip
+        line = {"key": c.key(kind), **dataclasses.asdict(c), "kind": kind, "answer": answer}
+        answers.add(line | {"right": given == letter, "found": found, "kept": len(kept)})
       bar.update()
 
 
 def summary(lines: Sequence[Mapping[str, Any]], row: str) -> dict[str, Any]:
-  """Cells of the heat map: percent right, and how often a frame of the (last) needle was among those kept; row: "depth" or "kind"."""
+  """Cells of the heat map: percent right, and how often a frame of the (last) needle was among those kept.
+
+  lines: of `search`. row: what goes downwards, "depth" or "kind".
+  """
   cells = []
   for n, at in sorted({(line["frames"], line[row]) for line in lines}):
     here = [line for line in lines if (line["frames"], line[row]) == (n, at)]
@@ -189,7 +219,7 @@ def summary(lines: Sequence[Mapping[str, Any]], row: str) -> dict[str, Any]:
 
 
 def plot(found: Mapping[str, Any], title: str, file: pathlib.Path) -> None:
-  """The heat map, as PNG: frames to the right, depth (or the kind of question) downwards; answers at the left, selections at the right."""
+  """The heat map, as PNG: frames to the right, depth (or the kind of question) downwards; answers left, selections right."""
   from matplotlib.figure import Figure
 
   frames = sorted({cell["frames"] for cell in found["cells"]})
@@ -197,7 +227,8 @@ def plot(found: Mapping[str, Any], title: str, file: pathlib.Path) -> None:
   label = lambda at: f"{at:.0%}" if found["row"] == "depth" else at
   figure = Figure(figsize=(2.2 + 1.1 * max(4, 2 * len(frames)), 1.6 + 0.5 * max(3, len(rows))), layout="constrained")
   figure.suptitle(title, fontsize=11)
-  for axes, name, words in zip(figure.subplots(1, 2, sharey=True), ("right", "found"), ("answered rightly", "needle among kept frames")):
+  shown = {"right": "answered rightly", "found": "needle among kept frames"}
+  for axes, (name, words) in zip(figure.subplots(1, 2, sharey=True), shown.items()):
     values = np.full((len(rows), len(frames)), np.nan)
     for cell in found["cells"]:
       values[rows.index(cell[found["row"]]), frames.index(cell["frames"])] = cell[name]
@@ -215,55 +246,77 @@ def plot(found: Mapping[str, Any], title: str, file: pathlib.Path) -> None:
     figure.savefig(temporary, dpi=130, format="png")
 
 
+def hidden_things(args: argparse.Namespace, reader: Reader) -> list[Needle]:
+  """The needles that the arguments ask for.
+
+  Raises:
+    NeedleError, ConfigError, VideoError, OSError: arguments that don't go together, by name; files that can't be read.
+  """
+  F = reader.cfg.clip_frames
+  if args.synthetic is None:
+    size = reader.cfg.vision.image_size
+    return read_needles(pathlib.Path(args.needles), pathlib.Path(args.images), F, size)[: args.limit]
+  if args.synthetic < 1:
+    raise NeedleError(f"--synthetic {args.synthetic}: must be at least 1")
+  if world.FRAMES != F:
+    raise ConfigError(f"--clip-frames {F}: a synthetic scene is a clip of {world.FRAMES} frames")
+  return synthetic(args.synthetic, args.seed)
+
+
+def check(args: argparse.Namespace) -> None:
+  """Arguments that can be judged by themselves.
+
+  Raises:
+    NeedleError: which one is wrong.
+  """
+  if (args.synthetic is None) == (args.needles is None) or (args.needles and not (args.images and args.haystack)):
+    raise NeedleError("give --synthetic COUNT, or --needles FILE with --images DIR and --haystack VIDEO")
+  if not all(0 <= depth <= 1 for depth in args.depths):
+    raise NeedleError(f"--depths {' '.join(map(str, args.depths))}: from 0, the beginning, to 1, the end")
+  if importlib.util.find_spec("matplotlib") is None:
+    raise NeedleError("the heat map needs matplotlib: pip install 'xcomp_jax[plot]'")
+
+
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
   """The command's work; None where other shares are not done yet.
 
   Raises:
     NeedleError, VideoError, CheckpointError, ConfigError, AnswersError, OSError: bad arguments, by name.
   """
+  check(args)
   keep_compiled(args.compilation_cache)
-  if bool(args.synthetic) == bool(args.needles) or (args.needles and not (args.images and args.haystack)):
-    raise NeedleError("give --synthetic COUNT, or --needles FILE with --images DIR and --haystack VIDEO")
-  if args.synthetic and args.synthetic < 1:
-    raise NeedleError(f"--synthetic {args.synthetic}: must be at least 1")
-  try:
-    from matplotlib import figure  # noqa: F401
-  except ImportError as error:
-    raise NeedleError("the heat map needs matplotlib: pip install 'xcomp_jax[plot]'") from error
-  share, reader = parse_share(args.share), prepare(settings(args))
+  share, reader, out = parse_share(args.share), prepare(settings(args)), pathlib.Path(args.out)
   reader.check_clips()
-  F = reader.cfg.clip_frames
-  if args.synthetic:
-    if world.FRAMES != F:
-      raise ConfigError(f"--clip-frames {F}: a synthetic scene is a clip of {world.FRAMES} frames")
-    needles = synthetic(args.synthetic, args.seed)
-  else:
-    needles = read_needles(pathlib.Path(args.needles), pathlib.Path(args.images), F, reader.cfg.vision.image_size)[: args.limit]
-  hops = {len(needle.clips) for needle in needles}
-  depths = sorted(set(args.depths)) if hops == {1} else [0.0]
-  if not all(0 <= depth <= 1 for depth in depths):
-    raise NeedleError(f"--depths {' '.join(map(str, args.depths))}: from 0, the beginning, to 1, the end")
-  if bad := [n for n in args.frames if n % 8 or n < max(hops) * F]:
-    raise NeedleError(f"--frames {bad[0]}: a multiple of 8, and at least the {max(hops) * F} of the needles")
+  needles = hidden_things(args, reader)
+  most = max(len(needle.clips) for needle in needles)
+  if bad := [n for n in args.frames if n % 8 or n < most * reader.cfg.clip_frames]:
+    raise NeedleError(f"--frames {bad[0]}: a multiple of 8, and at least the {most * reader.cfg.clip_frames} of the needles")
+  depths, row = (sorted(set(args.depths)), "depth") if most == 1 else ([0.0], "kind")
+  cells = [Cell(n, depth, i) for n in args.frames for depth in depths for i in range(len(needles))]
   digest = hashlib.blake2b(digest_size=8)
   for needle in needles:
     digest.update(repr(needle.questions).encode() + b"".join(clip.tobytes() for clip in needle.clips))
-  hay = f"synthetic, seed {args.seed}" if args.synthetic else reader.source(args.haystack)
-  answers = Answers(args.out, reader, share, {"haystack": hay, "needles": digest.hexdigest()})
+  source = reader.source(args.haystack) if args.haystack else f"synthetic, seed {args.seed}"
+  answers = Answers(out, reader, share, {"haystack": source, "needles": digest.hexdigest()})
   with answers:
-    search(reader, needles, answers, args, share, depths)
+    search(reader, needles, cells[share[0] :: share[1]], answers, args.haystack, args.seed)
   answers.read()
-  keys = {f"{n}/{d:g}/{i}/{kind}" for n in args.frames for d in depths for i, needle in enumerate(needles) for kind in needle.questions}
-  if left := keys - answers.lines.keys():
-    print(f"{len(left)} of {len(keys)} questions are left for other shares")
+  keys = [c.key(kind) for c in cells for kind in needles[c.needle].questions]
+  if left := sum(key not in answers.lines for key in keys):
+    print(f"{left} of {len(keys)} questions are left for other shares")
     return None
-  found = summary([answers.lines[key] for key in sorted(keys)], "depth" if hops == {1} else "kind")
-  out = pathlib.Path(args.out)
+  found = summary([answers.lines[key] for key in keys], row)
   files.write_json(out / "results.json", found | {"made_with": answers.settings, "sessions": answers.sessions()}, indent=2)
-  s, kept = reader.settings, f"{args.select} frame{'s' * (args.select != 1)} selected" if args.select else "no selection"
-  how = f"{kept}, {s.mode}, each scored {reader.select.repeat} times" if reader.select else kept
-  plot(found, f"{pathlib.Path(s.checkpoint).name}: LP-Comp {reader.cfg.lp_comp.keep}, {how}; {found['questions']} questions", out / "heatmap.png")
+  plot(found, title(reader, found["questions"]), out / "heatmap.png")
   return found
+
+
+def title(reader: Reader, questions: int) -> str:
+  """What a heat map is of."""
+  select = reader.select
+  how = "all frames" if select is None else f"{select.frames} frame{'s' * (select.frames != 1)} selected, {select.mode}"
+  how += "" if select is None else f", each scored {select.repeat} times" if select.repeat > 1 else ""
+  return f"{pathlib.Path(reader.settings.checkpoint).name}: LP-Comp {reader.cfg.lp_comp.keep}, {how}; {questions} questions"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -282,12 +335,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   options(parser)
   parser.set_defaults(select=1, repeat=8, mode="official", fps=1.0, max_frames=10000, max_new_tokens=1)
   args = parser.parse_args(argv)
-  if args.synthetic:
-    args.max_new_tokens = max(args.max_new_tokens, 2)
   with files.command(interrupted="interrupted; the same command continues"):
     found = run(args)
     if found:
-      print(f"right {found['right']:.1f}%, needle among the kept frames {found['found']:.1f}% ({found['questions']} questions): {args.out}/heatmap.png")
+      shares = f"right {found['right']:.1f}%, needle among the kept frames {found['found']:.1f}%"
+      print(f"{shares} ({found['questions']} questions): {args.out}/heatmap.png")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all")
   add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
   add("--seed", type=int, default=0, help="of the draws")
-  add("--compilation-cache", default="~/.cache/xcomp_jax", help="folder that keeps compiled programs for the next time; '': none")
+  add("--compilation-cache", default="~/.cache/xcomp_jax", help="folder of compiled programs, for the next time; '': none")
 
 
 def settings(args: argparse.Namespace) -> Settings:
@@ -129,7 +129,9 @@ class Reader:
       ConfigError: they are not.
     """
     if SAMPLED_CLIP % self.cfg.clip_frames:
-      raise ConfigError(f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that")
+      raise ConfigError(
+        f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that"
+      )
 
   def check(self, frames: int) -> None:
     """Sees to it before any frame is decoded that so many can be selected from.

@@ -19,12 +19,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".MP4")  # tried in turn behind a video's name
 SUBTITLE_FRAMES = 512  # LongVideoBench: moments at which a subtitle has to be seen
 MVBENCH_FOLDERS = {  # of MVBench's own archive, below its video folder
-  "action_sequence": "star/Charades_v1_480", "action_prediction": "star/Charades_v1_480", "object_interaction": "star/Charades_v1_480",
-  "action_antonym": "ssv2_video", "fine_grained_action": "Moments_in_Time_Raw/videos", "unexpected_action": "FunQA_test/test",
+  "action_sequence": "star/Charades_v1_480", "action_prediction": "star/Charades_v1_480",
+  "object_interaction": "star/Charades_v1_480", "action_antonym": "ssv2_video",
+  "fine_grained_action": "Moments_in_Time_Raw/videos", "unexpected_action": "FunQA_test/test",
   "object_existence": "clevrer/video_validation", "moving_direction": "clevrer/video_validation",
   "moving_count": "clevrer/video_validation", "moving_attribute": "clevrer/video_validation",
-  "counterfactual_inference": "clevrer/video_validation", "object_shuffle": "perception/videos", "action_count": "perception/videos",
-  "state_change": "perception/videos", "character_order": "perception/videos", "action_localization": "sta/sta_video",
+  "counterfactual_inference": "clevrer/video_validation", "object_shuffle": "perception/videos",
+  "action_count": "perception/videos", "state_change": "perception/videos",
+  "character_order": "perception/videos", "action_localization": "sta/sta_video",
   "scene_transition": "scene_qa/video", "fine_grained_pose": "nturgbd", "egocentric_navigation": "vlnqa",
   "episodic_reasoning": "tvqa/frames_fps3_hq",
 }  # fmt: skip
@@ -79,7 +81,7 @@ _MARKS = ";/[]\"{}()=+\\_-><@`,?!"
 
 
 def any_letter(answer: str, options: Sequence[str] = ()) -> str:
-  """LVBench, MLVU, MVBench: "X. text" is X; else the first letter A to E (or a to e) that stands alone; else the text (FACTS.md 12).
+  """LVBench, MLVU, MVBench: "X. text" is X; else the first A to E (or a to e) that stands alone; else the text (FACTS.md 12).
 
   So "A man" counts as A, and so does "a man". Marks go away where a blank is at their side (or a number has a comma),
   and become blanks elsewhere, as released.
@@ -156,9 +158,9 @@ def longvideobench_prompt(question: str, options: Sequence[str], subtitles: str)
   """LongVideoBench with its subtitles, one per line."""
   listed = "\n".join(f"({letter}). {option}" for letter, option in zip(LETTERS, options))
   return (
-    f" This video's subtitles are listed below: \n{subtitles}.\n Select the best answer to the following multiple-choice question "
-    f"based on the video and the subtitles. Respond with only the letter of the correct option.\nQuestion: {question}\n{listed}\n"
-    f"{CLOSING}\n"
+    f" This video's subtitles are listed below: \n{subtitles}.\n Select the best answer to the following multiple-choice "
+    "question based on the video and the subtitles. Respond with only the letter of the correct option.\n"
+    f"Question: {question}\n{listed}\n{CLOSING}\n"
   )
 
 
@@ -202,7 +204,8 @@ def _seconds(clock: str) -> float:
 def _lvbench(item, stem, _):
   options = item["candidates"]
   groups = {"type": item.get("type", ""), "question type": "; ".join(item.get("question_type", ()))}
-  return Question("", (item["video"],), lvbench_prompt(item["question"], options), tuple(options), _right(item, options), groups)
+  prompt = lvbench_prompt(item["question"], options)
+  return Question("", (item["video"],), prompt, tuple(options), _right(item, options), groups)
 
 
 def _mlvu(item, stem, _, closing=CLOSING):
@@ -241,9 +244,10 @@ def _longvideobench(item, stem, subtitles):
   name = item["subtitle_path"]
   file = subtitles / (name if "_en.json" in name else name.replace(".json", "_en.json"))
   try:
-    listed = seen_subtitles(json.loads(file.read_text(encoding="utf-8")), item["duration"], item["starting_timestamp_for_subtitles"])
+    spoken = json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise TaskError(f"{file} does not exist; --subtitles is the folder of LongVideoBench's subtitles") from None
+  listed = seen_subtitles(spoken, item["duration"], item["starting_timestamp_for_subtitles"])
   groups = {"duration": str(item["duration_group"]), "question category": item["question_category"]}
   names = (item["video_path"], f"videos/{item['video_path']}")
   prompt = longvideobench_prompt(item["question"], options, listed)
@@ -252,7 +256,8 @@ def _longvideobench(item, stem, subtitles):
 
 def _letters(item, stem, _):
   options = tuple(re.findall(r"^[A-E]\. (.*)$", item["question"], re.MULTILINE))
-  return Question("", (item["video"],), item["question"], options, item["answer"], {"file": stem}, item.get("start"), item.get("end"))
+  part = item.get("start"), item.get("end")
+  return Question("", (item["video"],), item["question"], options, item["answer"], {"file": stem}, *part)
 
 
 def _right(item, options) -> str:
@@ -303,7 +308,8 @@ def read(task: Task, annotations: pathlib.Path, subtitles: pathlib.Path | None =
 def _items(file: pathlib.Path) -> list[Any]:
   text = file.read_text(encoding="utf-8")
   try:
-    items = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    whole = text.lstrip().startswith("[")
+    items = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
   except ValueError as error:
     raise TaskError(f"{file} is no JSON: {error}") from error
   return [one for item in items for one in _each(item)]
@@ -324,7 +330,14 @@ def _published(video: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
   for item in video["qa"]:
     question, *options = re.split(r"\n(?=\([A-Z]\) )", item["question"])
     answer = next((option for option in options if option.startswith(f"({item['answer']})")), item["answer"])
-    yield item | {"video": video["key"], "type": video.get("type", ""), "question": question, "candidates": options, "answer": answer}
+    about = {"video": video["key"], "type": video.get("type", "")}
+    yield item | about | {"question": question, "candidates": options, "answer": answer}
+
+
+def subtitles_of(videos: pathlib.Path, given: str | None) -> pathlib.Path | None:
+  """The folder of subtitles: the one given, or `subtitles` beside the videos if it is there."""
+  folder = pathlib.Path(given) if given else videos.parent / "subtitles"
+  return folder if folder.is_dir() else None
 
 
 def find(videos: pathlib.Path, question: Question) -> pathlib.Path:
