@@ -138,14 +138,17 @@ class Answers:
 
   def read(self) -> None:
     """Takes in what is on disk, other shares' answers too; half a line, left by a kill, is no answer."""
+    for line in self._all():
+      if "key" in line and ("answer" in line or line["key"] not in self.lines):
+        self.lines[line["key"]] = line
+
+  def _all(self) -> Iterator[dict[str, Any]]:
     for file in sorted(self.folder.glob("answers-*.jsonl")):
-      for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+      for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines would split at U+2028 too
+        with contextlib.suppress(ValueError):
           line = json.loads(text)
-          if "key" in line and ("answer" in line or line["key"] not in self.lines):
-            self.lines[line["key"]] = line
-        except (ValueError, TypeError):
-          continue
+          if isinstance(line, dict):
+            yield line
 
   def __enter__(self) -> "Answers":
     """Takes the share's file.
@@ -196,9 +199,7 @@ class Answers:
 
   def sessions(self) -> list[dict[str, Any]]:
     """Versions and devices of all processes that have answered here."""
-    files = sorted(self.folder.glob("answers-*.jsonl"))
-    texts = [text for file in files for text in file.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return [json.loads(text)["session"] for text in texts if text.startswith('{"session"') and text.endswith("}}")]
+    return [line["session"] for line in self._all() if "session" in line]
 
 
 def parse_share(text: str | None) -> tuple[int, int]:

@@ -288,6 +288,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
   share, reader, out = parse_share(args.share), prepare(settings(args)), pathlib.Path(args.out)
   reader.check_clips()
   needles = hidden_things(args, reader)
+  if not needles:
+    raise NeedleError(f"{args.needles} holds no needle, or --limit {args.limit} leaves none")
   most = max(len(needle.clips) for needle in needles)
   if bad := [n for n in args.frames if n % 8 or n < most * reader.cfg.clip_frames]:
     raise NeedleError(f"--frames {bad[0]}: a multiple of 8, and at least the {most * reader.cfg.clip_frames} of the needles")

@@ -309,7 +309,7 @@ def _items(file: pathlib.Path) -> list[Any]:
   text = file.read_text(encoding="utf-8")
   try:
     whole = text.lstrip().startswith("[")
-    items = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+    items = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
   except ValueError as error:
     raise TaskError(f"{file} is no JSON: {error}") from error
   return [one for item in items for one in _each(item)]
