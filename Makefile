@@ -4,13 +4,14 @@ BIN := .venv/bin
 # Versions that are known to work together, per Python version; another Python resolves its own.
 CONSTRAINTS = $(shell $(PYTHON) -c 'import sys, os; f = "constraints/py%d%d.txt" % sys.version_info[:2]; print("-c " + f if os.path.exists(f) else "")')
 
-.PHONY: help env demo base test test-slow test-beam lint
+.PHONY: help env demo base test test-slow test-beam test-lmms lint
 
 help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
 	@echo 'make test       lint and test suite'
 	@echo 'make test-slow  what takes minutes: the whole demo, runs that are killed, the recorded chat'
 	@echo 'make test-beam  pre-decoding through Apache Beam, in an environment of its own (it wants older libraries)'
+	@echo 'make test-lmms  the lmms-eval plugin, in an environment of its own (it wants PyTorch and much else)'
 	@echo 'make base       train the embedded base model again (about three quarters of an hour)'
 
 env: .venv/ready
@@ -44,4 +45,13 @@ test-beam: .venv-beam/ready
 	$(PYTHON) -m venv .venv-beam
 	.venv-beam/bin/python -m pip install -q --upgrade pip
 	.venv-beam/bin/python -m pip install -q -e '.[beam,test]'
+	touch $@
+
+test-lmms: .venv-lmms/ready
+	.venv-lmms/bin/python -m pytest tests/test_lmms.py
+
+.venv-lmms/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install -q --upgrade pip
+	.venv-lmms/bin/python -m pip install -q -e '.[lmms,test]'
 	touch $@

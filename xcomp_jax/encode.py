@@ -104,6 +104,7 @@ def encode(
   source: str,
   *,
   phases: Sequence[int] = (0,),
+  tower: str | None = None,
   report: Callable[[int], None] = lambda clips: None,
 ) -> EncodedVideo:
   """Encodes a video, whose frames may come one by one from a decoder.
@@ -115,6 +116,7 @@ def encode(
     seconds: of the whole.
     source: what this is, in words; kept.
     phases: starts of clips to encode; others than 0 keep the frames in memory.
+    tower: `identity(model)`, where many videos are encoded; None: find it out, which reads all of the tower's weights.
     report: called with the number of clips done since the last call.
 
   Raises:
@@ -152,7 +154,7 @@ def encode(
   for phase in phases:
     if phase not in features:
       features[phase] = run(kept[(phase + start + np.arange(F)) % T] for start in range(0, T, F))
-  return EncodedVideo(features, np.asarray(times, np.float64), seconds, np.stack(thumbnails), kept, identity(model), source)
+  return EncodedVideo(features, np.asarray(times, np.float64), seconds, np.stack(thumbnails), kept, tower or identity(model), source)
 
 
 def save(video: EncodedVideo, path: str | os.PathLike) -> None:

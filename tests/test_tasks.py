@@ -1,0 +1,150 @@
+"""Benchmarks: `reference/benchmarks` has real annotations, and what the release's own code makes of them and of answers."""
+
+import json
+import pathlib
+
+import pytest
+
+from xcomp_jax import tasks
+from xcomp_jax.tasks import CLOSING, TASKS, Question
+
+
+@pytest.fixture(scope="module")
+def benchmarks(reference):
+  return reference / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def prompts(benchmarks):
+  return json.loads((benchmarks / "prompts.json").read_text())
+
+
+@pytest.mark.parametrize("name,source", [("lvbench", "lvbench.json"), ("mlvu", "mlvu")])
+def test_prompts_of_50_real_questions_are_the_release_s(benchmarks, prompts, name, source):
+  questions = tasks.read(TASKS[name], benchmarks / source)
+  assert [q.prompt for q in questions] == prompts[name] and len(questions) == 50
+  assert len({q.id for q in questions}) == 50
+
+
+def test_prompts_letter_by_letter(benchmarks):  # FACTS.md 12, written out
+  first = tasks.read(TASKS["lvbench"], benchmarks / "lvbench.json")[0]
+  assert first.prompt == (
+    "What year appears in the opening caption of the video?\nA. (A) 1636\nB. (B) 1366\nC. (C) 1363\nD. (D) 1633\n"
+    "Answer with the option's letter from the given choices directly."
+  )
+  assert (first.answer, first.videos, first.groups["type"]) == ("D", ("00000000",), "cartoon")
+  first = tasks.read(TASKS["mlvu"], benchmarks / "mlvu" / "4_count.json")[0]
+  item = json.loads((benchmarks / "mlvu" / "4_count.json").read_text())[0]
+  options = "".join(f"({letter}) {text}\n" for letter, text in zip("ABCD", item["candidates"]))
+  assert first.prompt == f"Question:{item['question']}\nOption:\n{options}{CLOSING}"
+  assert first.videos == (f"4_count/{item['video']}", item["video"])
+  other = tasks.read(TASKS["mlvu_best_option"], benchmarks / "mlvu" / "4_count.json")[0]
+  assert other.prompt == f"Question:{item['question']}\nOption:\n{options}\nOnly give the best option."
+
+
+def test_prompts_of_the_other_benchmarks(benchmarks, prompts, tmp_path):
+  made = json.loads((benchmarks / "others.json").read_text())
+  for name in ("mvbench", "videomme_long"):
+    (tmp_path / f"{name}.json").write_text(json.dumps([made[name]]))
+    (question,) = tasks.read(TASKS[name], tmp_path / f"{name}.json")
+    assert question.prompt == prompts[name][0]
+  (tmp_path / "y_en.json").write_text(json.dumps(made["subtitles"]))
+  for duration, wanted in zip((20.4, 2000.0), prompts["longvideobench"], strict=True):
+    (tmp_path / "lvb.json").write_text(json.dumps([made["longvideobench"] | {"duration": duration}]))
+    (question,) = tasks.read(TASKS["longvideobench"], tmp_path / "lvb.json", tmp_path)
+    assert question.prompt == wanted and question.answer == "C" and len(question.options) == 5
+  with pytest.raises(tasks.TaskError, match=r"question 0: .*--subtitles"):
+    tasks.read(TASKS["longvideobench"], tmp_path / "lvb.json")
+
+
+def test_answers_of_many_shapes_count_as_the_release_counts_them(benchmarks):
+  recorded = json.loads((benchmarks / "parsed.json").read_text())
+  for answer, any_letter, capital, bracketed in recorded["answers"]:
+    assert tasks.any_letter(answer) == any_letter, answer
+    assert tasks.first_capital(answer) == capital, answer
+    assert tasks.bracketed_letter(answer, recorded["options"]) == bracketed, answer
+
+
+@pytest.mark.parametrize(
+  "answer,letter", [("(B)", "B"), ("B.", "B"), ("The answer is B", "B"), ("b", "B"), ("", ""), ("A and B", "A"), ("B. a dog", "B")]
+)
+def test_answers_by_hand(answer, letter):
+  assert tasks.any_letter(answer) == letter
+
+
+def question(i, answer="A", **groups):
+  return Question(str(i), ("v",), "?", ("x", "y", "z", "w"), answer, groups or {"task": "one"})
+
+
+def test_averages_are_those_of_the_released_log():
+  """The released log of MLVU: 66.6667 over all questions; the mean over its tasks is another number."""
+  log = {
+    "anomaly_reco": (200, 76.5), "count": (206, 40.7767), "ego": (352, 62.5), "needle": (355, 79.7183), "order": (259, 28.5714),
+    "plotqa": (539, 77.9221), "topic_reasoning": (264, 81.8182),
+  }  # fmt: skip
+  pairs = []
+  for name, (n, accuracy) in log.items():
+    right = round(n * accuracy / 100)
+    pairs += [(question(i, task=name), "A" if i < right else "B") for i in range(n)]
+  found = tasks.score(TASKS["mlvu"], pairs)
+  assert found["micro"] == pytest.approx(66.6667, abs=1e-4) and found["macro"] == pytest.approx(63.972, abs=1e-3)
+  assert found["counts"]["questions"] == 2175
+  for name, (_, accuracy) in log.items():
+    assert found["groups"]["task"][name]["accuracy"] == pytest.approx(accuracy, abs=1e-4)
+
+
+def test_empty_answers_and_videos_that_failed():
+  pairs = [(question(0), "A"), (question(1), ""), (question(2), None), (question(3), "pear"), (question(4, ""), ".")]
+  found = tasks.score(TASKS["lvbench"], pairs)
+  assert found["counts"] == {"questions": 5, "counted": 4, "right": 1, "empty": 1, "unparsed": 2, "failed": 1}
+  assert found["micro"] == 25.0  # the empty one left the denominator; the video that failed did not
+  assert tasks.score(TASKS["videomme_long"], pairs)["counts"]["counted"] == 5
+
+
+def test_a_question_without_a_right_option_is_always_wrong(benchmarks):
+  without = [q for q in tasks.read(TASKS["mlvu"], benchmarks / "mlvu") if not q.answer]
+  assert len(without) == 1
+  for answer in ("A", "B", "C", "D", ".", without[0].options[0]):
+    assert tasks.score(TASKS["mlvu"], [(without[0], answer)])["counts"]["right"] == 0
+
+
+def test_several_groups_of_a_question():
+  pairs = [(question(0, kind="a; b"), "A"), (question(1, kind="b"), "B")]
+  groups = tasks.score(TASKS["lvbench"], pairs)["groups"]["kind"]
+  assert {name: (cell["right"], cell["counted"]) for name, cell in groups.items()} == {"a": (1, 1), "b": (1, 2)}
+
+
+def test_the_1549_questions_as_lvbench_publishes_them(benchmarks, tmp_path):
+  item = json.loads((benchmarks / "lvbench.json").read_text())[0]
+  text = item["question"] + "\n" + "\n".join(item["candidates"])
+  line = {"key": "Cm73ma6Ibcs", "type": "cartoon", "qa": [{"uid": "0", "question": text, "answer": "D", "question_type": ["a", "b"]}] * 2}
+  (tmp_path / "meta.jsonl").write_text(json.dumps(line) + "\n")
+  first, _ = tasks.read(TASKS["lvbench"], tmp_path / "meta.jsonl")
+  assert first.prompt == tasks.read(TASKS["lvbench"], benchmarks / "lvbench.json")[0].prompt
+  assert (first.answer, first.videos) == ("D", ("Cm73ma6Ibcs",))
+
+
+def test_only_long_videos_of_videomme(benchmarks, tmp_path):
+  made = json.loads((benchmarks / "others.json").read_text())["videomme_long"]
+  (tmp_path / "v.json").write_text(json.dumps([made | {"duration": "short"}, made, made | {"duration": "medium"}]))
+  assert len(tasks.read(TASKS["videomme_long"], tmp_path / "v.json")) == 1
+  (tmp_path / "v.json").write_text(json.dumps([made | {"duration": "short"}]))
+  with pytest.raises(tasks.TaskError, match="holds no question"):
+    tasks.read(TASKS["videomme_long"], tmp_path / "v.json")
+
+
+@pytest.mark.parametrize("text,words", [("[{}]", "question 0"), ("[3]", "question 0"), ("{", "is no JSON"), ("[]", "no question")])
+def test_annotations_of_another_kind_are_refused(tmp_path, text, words):
+  (tmp_path / "x.json").write_text(text)
+  with pytest.raises(tasks.TaskError, match=words):
+    tasks.read(TASKS["lvbench"], tmp_path / "x.json")
+
+
+def test_videos_are_found_with_and_without_their_suffix(tmp_path):
+  asked = Question("0", ("a/film", "film"), "", (), "A", {})
+  assert tasks.find(tmp_path, asked) == tmp_path / "a" / "film"  # nowhere: the likeliest
+  (tmp_path / "film.mkv").touch()
+  assert tasks.find(tmp_path, asked) == tmp_path / "film.mkv"
+  (tmp_path / "a" / "film").mkdir(parents=True)  # a folder of frames
+  assert tasks.find(tmp_path, asked) == tmp_path / "a" / "film"
+  assert isinstance(tasks.find(tmp_path, asked), pathlib.Path)

@@ -1,0 +1,213 @@
+"""A checkpoint that is ready to watch videos and answer: what `ask`, `evaluate` and `needles` have in common."""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from xcomp_jax import encode, generate, qc_comp, weights
+from xcomp_jax.config import ConfigError, LPCompConfig, ModelConfig, SelectConfig, VLMConfig
+from xcomp_jax.data import prompt, video
+from xcomp_jax.model.vlm import VLM
+
+RELEASED = LPCompConfig(schedule="cosine", keep="suffix", group=16)
+SAMPLED_CLIP = 8  # the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How videos are watched and questions answered; `options` explains each."""
+
+  checkpoint: str
+  select: int
+  mode: str
+  repeat: int | None
+  max_frames: int
+  min_frames: int
+  fps: float
+  clip_frames: str
+  clips_per_chunk: int
+  keep: str | None
+  schedule: str | None
+  dtype: str | None
+  max_new_tokens: int
+  repetition_penalty: float
+  temperature: float
+  top_k: int
+  top_p: float
+  seed: int
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+  """Adds an option for every setting; their defaults are those of `ask`."""
+  add = parser.add_argument
+  add("--checkpoint", required=True, help="directory, hub id, or export")
+  add("--select", type=int, default=512, help="frames that QC-Comp keeps for a question; 0: all")
+  add("--mode", choices=("aligned", "local", "official", "global"), default="aligned", help="how QC-Comp scores them")
+  add("--repeat", type=int, help="times a frame is scored; default: 2 in official mode, 1 in the others")
+  add("--max-frames", type=int, default=1024, help="frames, at most")
+  add("--min-frames", type=int, default=128, help="frames, at least; a short video's are repeated")
+  add("--fps", type=float, default=8.0, help="frames per second, at most")
+  add("--clip-frames", default="8", help='frames the tower sees together; "checkpoint": what config.json says (quirk Q1)')
+  add("--clips-per-chunk", type=int, default=4, help="clips in the tower at once; bounds memory")
+  add("--keep", choices=("suffix", "uniform", "stride", "avgpool", "none", "attention"), help="default: as tuned, else suffix")
+  add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
+  add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
+  add("--max-new-tokens", type=int, default=64)
+  add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
+  add("--temperature", type=float, default=0.0, help="0: the most probable token each time")
+  add("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all")
+  add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
+  add("--seed", type=int, default=0, help="of the draws")
+  add("--compilation-cache", default="~/.cache/xcomp_jax", help="folder of compiled programs, for the next time; '': none")
+
+
+def settings(args: argparse.Namespace) -> Settings:
+  """The settings among a command's arguments."""
+  return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+
+
+def keep_compiled(folder: str | None) -> None:
+  """Has JAX keep compiled programs in a folder, unless another one is set already."""
+  if folder and jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """A checkpoint and its settings, understood and checked; `load` reads the parameters.
+
+  select: None where all frames are kept. dtype: of computation and parameters.
+  """
+
+  settings: Settings
+  directory: pathlib.Path
+  cfg: VLMConfig
+  tokenizer: prompt.Tokenizer
+  select: SelectConfig | None
+  sampling: generate.Sampling
+  dtype: str
+
+  def load(self) -> VLM:
+    """The model, on the first device of this process.
+
+    Raises:
+      CheckpointError: see `weights.load`.
+    """
+    return weights.load(self.directory, self.cfg, dtype=self.dtype)
+
+  def precision(self) -> contextlib.AbstractContextManager:
+    """In which to compute."""
+    return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
+
+  def sample(self, path: str, start: float | None = None, end: float | None = None) -> video.Sample:
+    """Which frames of a video, folder of frames, GIF or image to decode.
+
+    Raises:
+      VideoError, FileNotFoundError: what is wrong with it.
+      ConfigError: clips that sampling can't fill.
+    """
+    self.check_clips()
+    s, file = self.settings, pathlib.Path(path)
+    kinds = {".gif": "gif"} | dict.fromkeys(video.STILLS, "img")
+    read_type = "frames" if file.is_dir() else kinds.get(file.suffix.lower(), "video")
+    return video.sample(
+      path, size=self.cfg.vision.image_size, max_frames=s.max_frames, min_frames=s.min_frames, fps=s.fps,
+      clip_frames=SAMPLED_CLIP, style="ask", start=start, end=end, read_type=read_type,
+    )  # fmt: skip
+
+  def check_clips(self) -> None:
+    """Sees to it that sampled clips are whole clips of the tower.
+
+    Raises:
+      ConfigError: they are not.
+    """
+    if SAMPLED_CLIP % self.cfg.clip_frames:
+      raise ConfigError(
+        f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that"
+      )
+
+  def check(self, frames: int) -> None:
+    """Sees to it before any frame is decoded that so many can be selected from.
+
+    Raises:
+      ConfigError: see `qc_comp.plan`.
+    """
+    if not generate.why_not(frames, self.select):
+      qc_comp.plan(frames, self.cfg.clip_frames, self.select)
+
+  def encode(
+    self,
+    model: VLM,
+    sample: video.Sample,
+    source: str,
+    *,
+    decoded: Iterable[np.ndarray] | None = None,
+    identity: str | None = None,
+    report: Callable[[int], None] = lambda clips: None,
+  ) -> tuple[encode.EncodedVideo, dict[str, float]]:
+    """Decodes (unless `decoded` has the frames) and encodes a video; seconds went into "decoding" and "tower".
+
+    Raises:
+      VideoError: it ends before the frames it announces.
+    """
+    begun, decoding = time.perf_counter(), 0.0
+
+    def frames() -> Iterator[np.ndarray]:
+      nonlocal decoding
+      decoder = iter(video.frames(sample) if decoded is None else decoded)
+      while True:
+        begun = time.perf_counter()
+        frame = next(decoder, None)
+        decoding += time.perf_counter() - begun
+        if frame is None:
+          return
+        yield frame
+
+    phases = self.phases(len(sample.indices))
+    film = encode.encode(model, frames(), sample.times, sample.seconds, source, phases=phases, tower=identity, report=report)
+    return film, {"decoding": decoding, "tower": time.perf_counter() - begun - decoding}
+
+  def phases(self, frames: int) -> Sequence[int]:
+    """Which phases of so many frames selecting needs."""
+    return generate.phases(frames, min(self.cfg.clip_frames, frames), self.select)
+
+  def source(self, path: str, start: float | None = None, end: float | None = None) -> str:
+    """Which video, sampled how; its size and beginning tell it from another one of its name."""
+    s, file = self.settings, pathlib.Path(path)
+    size = sum(f.stat().st_size for f in file.iterdir()) if file.is_dir() else file.stat().st_size
+    digest = hashlib.blake2b(digest_size=4)
+    if not file.is_dir():
+      with open(file, "rb") as opened:
+        digest.update(opened.read(1 << 20))
+    part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'}"
+    sampled = f"{s.min_frames} to {s.max_frames} frames at up to {s.fps:g} per second"
+    return f"{file.name} ({size:,} bytes, {digest.hexdigest()}){part}, {sampled}"
+
+
+def prepare(s: Settings) -> Reader:
+  """Reads what a checkpoint says about itself, and checks the settings against it.
+
+  Raises:
+    CheckpointError, ConfigError, OSError: bad settings, by name.
+  """
+  directory = weights.resolve(s.checkpoint)
+  tuned = weights.read_lp_comp(directory) or RELEASED
+  lp_comp = LPCompConfig(s.schedule or tuned.schedule, s.keep or tuned.keep, tuned.group)
+  dtype = s.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  clip_frames = s.clip_frames if s.clip_frames == "checkpoint" else int(s.clip_frames)
+  if s.clips_per_chunk < 1 or (clip_frames != "checkpoint" and clip_frames < 1):
+    raise ConfigError("--clips-per-chunk and --clip-frames must be at least 1")
+  cfg = weights.read_config(directory, ModelConfig(clip_frames, dtype, dtype, s.clips_per_chunk, "auto", remat=False), lp_comp)
+  tokenizer = weights.read_tokenizer(directory, cfg)
+  select = qc_comp.setting(s.mode, s.select, s.repeat) if s.select else None
+  if select and lp_comp.keep == "attention":
+    raise ConfigError("--keep attention can't be scored by QC-Comp: add --select 0")
+  sampling = generate.Sampling(s.max_new_tokens, tokenizer.eos, s.repetition_penalty, s.temperature, s.top_k, s.top_p, s.seed)
+  return Reader(s, directory, cfg, tokenizer, select, sampling, dtype)

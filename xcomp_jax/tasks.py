@@ -1,0 +1,401 @@
+"""Benchmarks as the release asks and scores them: annotations to questions, answers to letters, letters to averages.
+
+All of it is pure text (FACTS.md 12): nothing here knows of models. `evaluate` and the lmms-eval task files share it, so
+both have the same prompts and the same numbers.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+CLOSING = "Answer with the option's letter from the given choices directly."
+BEST_OPTION = "\nOnly give the best option."
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".MP4")  # tried in turn behind a video's name
+SUBTITLE_FRAMES = 512  # LongVideoBench: moments at which a subtitle has to be seen
+MVBENCH_FOLDERS = {  # of MVBench's own archive, below its video folder
+  "action_sequence": "star/Charades_v1_480", "action_prediction": "star/Charades_v1_480",
+  "object_interaction": "star/Charades_v1_480", "action_antonym": "ssv2_video",
+  "fine_grained_action": "Moments_in_Time_Raw/videos", "unexpected_action": "FunQA_test/test",
+  "object_existence": "clevrer/video_validation", "moving_direction": "clevrer/video_validation",
+  "moving_count": "clevrer/video_validation", "moving_attribute": "clevrer/video_validation",
+  "counterfactual_inference": "clevrer/video_validation", "object_shuffle": "perception/videos",
+  "action_count": "perception/videos", "state_change": "perception/videos",
+  "character_order": "perception/videos", "action_localization": "sta/sta_video",
+  "scene_transition": "scene_qa/video", "fine_grained_pose": "nturgbd", "egocentric_navigation": "vlnqa",
+  "episodic_reasoning": "tvqa/frames_fps3_hq",
+}  # fmt: skip
+
+
+class TaskError(ValueError):
+  """Annotations that can't be used; the message says where and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A question of a benchmark, ready to be asked.
+
+  id: unique within the task. videos: names relative to the folder of videos, the likeliest first, suffix or not.
+  start, end: seconds of the part to be watched. prompt: all that is said after the frames and the time message.
+  options: their texts. answer: letter of the right one, "" where the annotation has none. groups: {kind of group: its name};
+  several names are joined by "; ".
+  """
+
+  id: str
+  videos: tuple[str, ...]
+  prompt: str
+  options: tuple[str, ...]
+  answer: str
+  groups: dict[str, str]
+  start: float | None = None
+  end: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """How a benchmark is read and scored.
+
+  question: (annotation, stem of its file, folder of subtitles) to Question, or None for what is not asked.
+  letter: (answer, options) to the letter that counts as answered, or to something that is no letter.
+  macro: the kind of group whose accuracies the macro average is over.
+  skip_empty: empty answers leave the denominator.
+  sizes: numbers of questions that published results are over.
+  """
+
+  name: str
+  question: Callable[[Mapping[str, Any], str, pathlib.Path | None], Question | None]
+  letter: Callable[[str, Sequence[str]], str]
+  macro: str
+  skip_empty: bool
+  sizes: tuple[int, ...]
+
+
+# --- answers ---------------------------------------------------------------------------------------------------
+
+_MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+
+
+def any_letter(answer: str, options: Sequence[str] = ()) -> str:
+  """LVBench, MLVU, MVBench: "X. text" is X; else the first A to E (or a to e) that stands alone; else the text (FACTS.md 12).
+
+  So "A man" counts as A, and so does "a man". Marks go away where a blank is at their side (or a number has a comma),
+  and become blanks elsewhere, as released.
+  """
+  stated = re.fullmatch(r"([A-E])\.\s*(.+)", answer.strip(), re.IGNORECASE)
+  if stated:
+    return stated[1].upper()
+  text = answer.replace("\n", " ").replace("\t", " ").strip()
+  number, out = re.search(r"\d,\d", text), text
+  for mark in _MARKS:
+    beside = f"{mark} " in text or f" {mark}" in text or number
+    out = out.replace(mark, "" if beside else " ")
+  out = re.sub(r"\.(?!\d)", "", out, count=32)  # the release passes re.UNICODE, which is 32, as the count
+  out = out.strip("'").strip('"').strip().lower()
+  alone = re.search(r"\b[a-e]\b", out)
+  return alone[0].upper() if alone else out
+
+
+def first_capital(answer: str, options: Sequence[str] = ()) -> str:
+  """VideoMME: the first capital A to D, wherever it stands, once some openings are cut; else nothing.
+
+  So "b" counts as no answer, and "Best answer: C" as B: the release means to cut that opening, but lacks a comma.
+  """
+  for opening in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
+    answer = answer.replace(opening, "")
+  found = re.search("[ABCD]", answer)
+  return found[0] if found else ""
+
+
+def bracketed_letter(answer: str, options: Sequence[str]) -> str:
+  """LongVideoBench: the last "(X)", else the last "X ", else the last "X.", else the last option that is quoted; else nothing.
+
+  Where the release finds nothing it draws a letter; here that is a wrong answer, so that numbers can be repeated.
+  """
+  for mark in ",.!?;:'":
+    answer = answer.strip(mark)
+  answer, letters = f" {answer} ", LETTERS[: len(options)]
+  for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
+    found = [letter for letter in letters if form.format(letter) in answer]
+    if found:
+      return found[int(np.argmax([answer.rfind(place.format(letter)) for letter in found]))]
+  places = [answer.lower().rfind(option.lower()) for option in options]
+  return letters[int(np.argmax(places))] if len(answer.split()) > 5 and max(places) >= 0 else ""
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------
+
+
+def lvbench_prompt(question: str, options: Sequence[str]) -> str:
+  """LVBench; the options carry letters of their own, hence "A. (A) ..."."""
+  return f"{question}\n" + "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options)) + CLOSING
+
+
+def mlvu_prompt(question: str, options: Sequence[str], closing: str = CLOSING) -> str:
+  """MLVU, multiple choice. closing: the release's default; VideoChat-Flash's own configuration has BEST_OPTION."""
+  return f"Question:{question}\nOption:\n{_bracketed(options)}{closing}"
+
+
+def mvbench_prompt(question: str, options: Sequence[str]) -> str:
+  """MVBench."""
+  return f"Question: {question}\nOption:\n{_bracketed(options)}{BEST_OPTION}"
+
+
+def videomme_prompt(question: str, options: Sequence[str]) -> str:
+  """VideoMME without subtitles; the options carry "A. "."""
+  opening = (
+    "These are the frames of a video. Select the best answer to the following multiple-choice question based on the video. "
+    "Respond with only the letter (A, B, C, or D) of the correct option."
+  )
+  return f"{opening}\nQuestion: {question}\nOption:\n" + "\n".join(options) + f"\n{CLOSING}"
+
+
+def longvideobench_prompt(question: str, options: Sequence[str], subtitles: str) -> str:
+  """LongVideoBench with its subtitles, one per line."""
+  listed = "\n".join(f"({letter}). {option}" for letter, option in zip(LETTERS, options))
+  return (
+    f" This video's subtitles are listed below: \n{subtitles}.\n Select the best answer to the following multiple-choice "
+    "question based on the video and the subtitles. Respond with only the letter of the correct option.\n"
+    f"Question: {question}\n{listed}\n{CLOSING}\n"
+  )
+
+
+def _bracketed(options: Sequence[str]) -> str:
+  return "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options))
+
+
+def seen_subtitles(subtitles: Iterable[Mapping[str, Any]], duration: float, offset: float) -> str:
+  """The subtitles that one of up to 512 evenly spaced moments falls into, one per line (FACTS.md 12).
+
+  Args:
+    subtitles: {"timestamp": [start, end], "text"} in seconds, or {"start", "end", "line"} as "H:M:S.s".
+    duration: of the video, seconds; also where an end that is no fraction is taken to be, as released.
+    offset: what the subtitles' times start from.
+  """
+  count = SUBTITLE_FRAMES if duration > SUBTITLE_FRAMES else int(duration)
+  moments = np.arange(count) * (duration / SUBTITLE_FRAMES if duration > SUBTITLE_FRAMES else 1.0)
+  lines = []
+  for subtitle in subtitles:
+    if "timestamp" in subtitle:
+      start, end = subtitle["timestamp"]
+      end, text = end if isinstance(end, float) else duration, subtitle["text"]
+    else:
+      start, end, text = _seconds(subtitle["start"]), _seconds(subtitle["end"]), subtitle["line"]
+    start, end = start - offset, end - offset
+    if end - start < 1:
+      start, end = (start + end) / 2 - 0.5, (start + end) / 2 + 0.5
+    if ((start < moments) & (moments < end)).any():
+      lines.append(text)
+  return "\n".join(lines)
+
+
+def _seconds(clock: str) -> float:
+  hours, minutes, seconds = clock.split(":")
+  return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+
+
+# --- annotations -----------------------------------------------------------------------------------------------
+
+
+def _lvbench(item, stem, _):
+  options = item["candidates"]
+  groups = {"type": item.get("type", ""), "question type": "; ".join(item.get("question_type", ()))}
+  prompt = lvbench_prompt(item["question"], options)
+  return Question("", (item["video"],), prompt, tuple(options), _right(item, options), groups)
+
+
+def _mlvu(item, stem, _, closing=CLOSING):
+  options = item["candidates"]
+  return Question(
+    "", (f"{stem}/{item['video']}", item["video"]), mlvu_prompt(item["question"], options, closing), tuple(options),
+    _right(item, options), {"task": item["question_type"]},
+  )  # fmt: skip
+
+
+def _mlvu_best_option(item, stem, subtitles):
+  return _mlvu(item, stem, subtitles, BEST_OPTION)
+
+
+def _mvbench(item, stem, _):
+  options, folder = item["candidates"], MVBENCH_FOLDERS.get(stem, stem)
+  return Question(
+    "", (f"{folder}/{item['video']}", f"{stem}/{item['video']}", item["video"]), mvbench_prompt(item["question"], options),
+    tuple(options), _right(item, options), {"task": stem}, item.get("start"), item.get("end"),
+  )  # fmt: skip
+
+
+def _videomme_long(item, stem, _):
+  if item["duration"] != "long":
+    return None
+  groups = {"task": item.get("task_type", ""), "domain": item.get("domain", ""), "category": item.get("sub_category", "")}
+  options = tuple(item["options"])
+  names = (item["videoID"], f"videos/{item['videoID']}", f"data/{item['videoID']}")
+  return Question("", names, videomme_prompt(item["question"], options), options, item["answer"], groups)
+
+
+def _longvideobench(item, stem, subtitles):
+  options = item.get("candidates") or [item[f"option{i}"] for i in range(5) if item.get(f"option{i}", "N/A") != "N/A"]
+  if subtitles is None:
+    raise TaskError("LongVideoBench is asked with subtitles: give the folder that has them, --subtitles")
+  name = item["subtitle_path"]
+  file = subtitles / (name if "_en.json" in name else name.replace(".json", "_en.json"))
+  try:
+    spoken = json.loads(file.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise TaskError(f"{file} does not exist; --subtitles is the folder of LongVideoBench's subtitles") from None
+  listed = seen_subtitles(spoken, item["duration"], item["starting_timestamp_for_subtitles"])
+  groups = {"duration": str(item["duration_group"]), "question category": item["question_category"]}
+  names = (item["video_path"], f"videos/{item['video_path']}")
+  prompt = longvideobench_prompt(item["question"], options, listed)
+  return Question("", names, prompt, tuple(options), LETTERS[item["correct_choice"]], groups)
+
+
+def _letters(item, stem, _):
+  options = tuple(re.findall(r"^[A-E]\. (.*)$", item["question"], re.MULTILINE))
+  part = item.get("start"), item.get("end")
+  return Question("", (item["video"],), item["question"], options, item["answer"], {"file": stem}, *part)
+
+
+def _right(item, options) -> str:
+  """The letter of the first option that is the answer; "" if none is, as in two questions of MLVU: no answer is right then."""
+  return LETTERS[options.index(item["answer"])] if item["answer"] in options else ""
+
+
+TASKS = {
+  task.name: task
+  for task in (
+    Task("lvbench", _lvbench, any_letter, "type", True, (1519, 1549)),
+    Task("mlvu", _mlvu, any_letter, "task", True, (2175,)),
+    Task("mlvu_best_option", _mlvu_best_option, any_letter, "task", True, (2175,)),  # VideoChat-Flash's own closing words
+    Task("videomme_long", _videomme_long, first_capital, "task", False, (900,)),
+    Task("longvideobench", _longvideobench, bracketed_letter, "duration", False, (1337,)),
+    Task("mvbench", _mvbench, any_letter, "task", True, (4000,)),
+    Task("letters", _letters, any_letter, "file", True, ()),  # any VideoChat-Flash annotations whose answers are letters
+  )
+}
+
+
+def read(task: Task, annotations: pathlib.Path, subtitles: pathlib.Path | None = None) -> list[Question]:
+  """The questions of a file (a JSON list, or JSON lines), or of all such files in a folder, in the order of their names.
+
+  LVBench may also be the lines that its authors publish (1,549 questions), with the options inside the question.
+
+  Raises:
+    FileNotFoundError: there is no such file or folder.
+    TaskError: no annotations of this task; the message says where.
+  """
+  files = sorted(f for f in annotations.iterdir() if f.suffix in (".json", ".jsonl")) if annotations.is_dir() else [annotations]
+  found = []
+  for file in files:
+    for i, item in enumerate(_items(file)):
+      try:
+        question = task.question(item, file.stem, subtitles)
+      except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise TaskError(f"{file}, question {i}: no annotation of {task.name}: {type(error).__name__}: {error}") from error
+      except TaskError as error:
+        raise TaskError(f"{file}, question {i}: {error}") from None
+      if question is not None:
+        found.append(dataclasses.replace(question, id=f"{file.stem}/{i}"))
+  if not found:
+    raise TaskError(f"{annotations} holds no question of {task.name}")
+  return found
+
+
+def _items(file: pathlib.Path) -> list[Any]:
+  text = file.read_text(encoding="utf-8")
+  try:
+    whole = text.lstrip().startswith("[")
+    items = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+  except ValueError as error:
+    raise TaskError(f"{file} is no JSON: {error}") from error
+  return [one for item in items for one in _each(item)]
+
+
+def _each(item: Any) -> Iterable[Any]:
+  """The questions that an annotation holds: itself, LVBench's own lines, or those of a conversation."""
+  if isinstance(item, dict) and "qa" in item:
+    return _published(item)
+  if isinstance(item, dict) and "conversations" in item:
+    texts = [turn["value"].removeprefix("<image>\n") for turn in item["conversations"]]
+    return [item | {"question": question, "answer": answer} for question, answer in zip(texts[::2], texts[1::2])]
+  return [item]
+
+
+def _published(video: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+  """LVBench's own lines: {"key", "type", "qa": [{"question": text and options, "answer": letter, ...}]}."""
+  for item in video["qa"]:
+    question, *options = re.split(r"\n(?=\([A-Z]\) )", item["question"])
+    answer = next((option for option in options if option.startswith(f"({item['answer']})")), item["answer"])
+    about = {"video": video["key"], "type": video.get("type", "")}
+    yield item | about | {"question": question, "candidates": options, "answer": answer}
+
+
+def subtitles_of(videos: pathlib.Path, given: str | None) -> pathlib.Path | None:
+  """The folder of subtitles: the one given, or `subtitles` beside the videos if it is there."""
+  folder = pathlib.Path(given) if given else videos.parent / "subtitles"
+  return folder if folder.is_dir() else None
+
+
+def find(videos: pathlib.Path, question: Question) -> pathlib.Path:
+  """The video file, or folder of frames, of a question; where none is there, the likeliest name."""
+  names = [videos / f"{name}{suffix}" for name in question.videos for suffix in SUFFIXES]
+  return next((name for name in names if name.exists()), names[0])
+
+
+def missing(videos: pathlib.Path, questions: Sequence[Question]) -> str:
+  """How many videos are not there, in words; "" if all are.
+
+  Raises:
+    FileNotFoundError: not one of them is.
+  """
+  every = {q.videos[0] for q in questions}
+  lost = {q.videos[0]: find(videos, q) for q in questions if not find(videos, q).exists()}
+  if len(lost) == len(every):
+    raise FileNotFoundError(f"--videos {videos} has none of the {len(lost)} videos, such as {min(lost.values())}")
+  if not lost:
+    return ""
+  return f"{len(lost)} of {len(every)} videos are missing, such as {min(lost.values())}: their questions will count as wrong"
+
+
+# --- averages --------------------------------------------------------------------------------------------------
+
+
+def score(task: Task, answered: Iterable[tuple[Question, str | None]]) -> dict[str, Any]:
+  """Accuracies of questions with their answers (None: its video could not be read, which counts as wrong).
+
+  Returns:
+    `micro`, per question, as the release reports groups; `macro`, the mean over the groups of `task.macro`, as upstream
+    lmms-eval reports MLVU; both in percent. `counts`; `groups`, {kind: {name: {"accuracy", "right", "counted"}}}.
+  """
+  counts = dict.fromkeys(("questions", "counted", "right", "empty", "unparsed", "failed"), 0)
+  tally: dict[str, dict[str, list[int]]] = {}
+  for question, answer in answered:
+    letter = "" if answer is None else task.letter(answer, question.options)
+    counts["questions"] += 1
+    counts["failed"] += answer is None
+    counts["empty"] += answer == ""
+    counts["unparsed"] += bool(answer) and letter not in tuple(LETTERS[: len(question.options)])
+    if answer == "" and task.skip_empty:
+      continue
+    right = answer is not None and question.answer != "" and letter == question.answer
+    counts["counted"] += 1
+    counts["right"] += right
+    for kind, names in question.groups.items():
+      for name in names.split("; "):
+        cell = tally.setdefault(kind, {}).setdefault(name, [0, 0])
+        cell[0] += right
+        cell[1] += 1
+  share = lambda right, counted: 100 * right / counted if counted else 0.0
+  groups = {
+    kind: {name: {"accuracy": share(*cell), "right": cell[0], "counted": cell[1]} for name, cell in sorted(cells.items())}
+    for kind, cells in sorted(tally.items())
+  }
+  macro = [cell["accuracy"] for cell in groups.get(task.macro, {}).values()]
+  return {
+    "micro": share(counts["right"], counts["counted"]), "macro": sum(macro) / len(macro) if macro else 0.0,
+    "macro_over": task.macro, "counts": counts, "groups": groups,
+  }  # fmt: skip
