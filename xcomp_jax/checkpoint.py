@@ -72,7 +72,8 @@ def unnest(tree: Mapping, like: Any) -> Any:
 
 def folder(workdir: str) -> epath.Path:
   """Where a run keeps its checkpoints."""
-  return epath.Path(workdir).absolute() / "checkpoints"
+  path = epath.Path(workdir)
+  return (path if "://" in workdir else path.absolute()) / "checkpoints"  # a bucket has no working directory
 
 
 def begun(workdir: str) -> bool:
