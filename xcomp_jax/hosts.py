@@ -143,15 +143,15 @@ class Roll:
     if self._server:
       self._server.close()
 
-  def end(self, reason: str, seconds: float = GRACE) -> None:
-    """Tells the others why, and ends this process with one line and exit code 1, unless it ends by itself before."""
+  def end(self, reason: str, seconds: float | None = None) -> None:
+    """Tells the others why, and ends this process with one line and exit code 1, unless it ends by itself before (GRACE)."""
     if self._well or not self._ending.acquire(blocking=False):
       return
     if self.process == 0:
       for line in list(self._lines.values()):
         with contextlib.suppress(OSError):
           line.sendall(f"{reason}\n".encode())
-    time.sleep(seconds)
+    time.sleep(GRACE if seconds is None else seconds)
     if not self._well:
       _end(f"process {self.process}: {reason}")
 
@@ -198,22 +198,31 @@ class Roll:
     except OSError:
       said = ""
     if said != "bye":
-      self.end(said or f"process 0 at {address} is gone; its own output says why. {AGAIN}", GRACE if said else 2 * GRACE)
+      self.end(said or f"process 0 at {address} is gone; its own output says why. {AGAIN}")
 
 
 def _first_calls() -> Roll:
   """The roll of processes that JAX has already connected: the first one tells its address to all."""
   roll = Roll(jax.process_index(), jax.process_count())
-  name = socket.gethostname()
   port = roll.open("", 0) if roll.process == 0 else 0
   text = np.zeros(256, np.uint8)
-  mine = f"{port} {name}".encode()[:256]
+  mine = f"{port} {_own_address()}".encode()[:256]
   text[: len(mine)] = np.frombuffer(mine, np.uint8)
   said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode()
   port, _, address = said.partition(" ")
   if roll.process:
     roll.open(address, int(port))
   return roll
+
+
+def _own_address() -> str:
+  """Where other hosts reach this one: the address that its traffic to them comes from. Nothing is sent."""
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+    try:
+      line.connect(("10.255.255.255", 1))
+      return line.getsockname()[0]
+    except OSError:
+      return socket.gethostname()
 
 
 def _late(roll: Roll | None, config: DistributedConfig) -> None:
