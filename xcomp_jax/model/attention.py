@@ -12,6 +12,7 @@ from xcomp_jax.sharding import constrain, split
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 TILE = 384  # queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for nothing
+LARGE = 1e30  # sum of weights that float32 holds with room to spare
 ROWS = 2048  # of queries of a split sequence that see their keys through one mask
 TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
 
@@ -181,29 +182,50 @@ def _kernel(q, k, v, key_valid, causal, implementation, seen=None):
   ).astype(q.dtype)
 
 
+def tile_sizes(L: int, S: int, causal: bool) -> tuple[int, int]:
+  """Queries and keys of a tile: as few tiles as the largest size allows, then as small as they may be: less padding."""
+  return tuple(-(-n // -(-n // most) // 2) * 2 for n, most in ((L, TILE if causal else TALL), (S, TILE if causal else WIDE)))
+
+
+def tiled_scores(L: int, S: int, causal: bool) -> int:
+  """How many scores of a head the tiled `attend` computes: what lies in tiles of which something is seen."""
+  rows, keys = tile_sizes(L, S, causal)
+  ends = [min((i + 1) * rows + S - L, S) if causal else S for i in range(-(-L // rows))]
+  return sum(rows * keys * -(-end // keys) for end in ends)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _tiled(q, k, v, key_valid, causal):
-  if causal:
-    return _over_tiles(q, k, v, key_valid, True, TILE, TILE)
-  # All queries of one head against a few keys: of a tower's 6,272 a CPU's cache holds the scores of these.
+  return (causal_attention if causal else full_attention)(q, k, v, key_valid)
+
+
+@jax.jit
+def causal_attention(q, k, v, key_valid):
+  """The tiled `attend`; jitted for a name in programs and profiles, by which `bench.flops` knows it."""
+  return _over_tiles(q, k, v, key_valid, True)
+
+
+@jax.jit
+def full_attention(q, k, v, key_valid):
+  """Likewise where rows see all keys: all queries of a head against a few keys, whose scores a CPU's cache holds."""
   K = k.shape[2]
   heads = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, x.shape[-1]), 2, 0)  # [K, B, L, H / K, h]
-  one = lambda qkv: _over_tiles(*qkv, key_valid, False, TALL, WIDE)
+  one = lambda qkv: _over_tiles(*qkv, key_valid, False)
   return jnp.moveaxis(jax.lax.map(one, (heads(q), heads(k), heads(v))), 0, 2).reshape(q.shape)
 
 
-def _over_tiles(q, k, v, key_valid, causal, most_rows, most_keys):
+def _over_tiles(q, k, v, key_valid, causal):
   """Softmax from tile to tile (Milakov and Gimelshein, "Online normalizer calculation for softmax").
 
-  A loop over those pairs of a query tile and a key tile that see each other wholly, and one over those on the edge of
-  what is seen. On a CPU a sum along rows costs as much as an eighth of a matrix product: one more column of the keys adds
-  what masks padding, and one more of the values, all ones, adds up the weights.
+  For each tile of queries a loop over the tiles of keys on the edge of what is seen, and one over those that all of them
+  see. On a CPU going along rows costs as much as an eighth of a matrix product: one more column of the keys adds what
+  masks padding, one more of the values, all ones, adds up the weights, and the maximum is that of the edge: any number
+  near it would do. Where weights grow too large for float32 the tile of queries is done again with all maxima.
   """
   B, L, H, h = q.shape
   S, K = k.shape[1:3]
   G, offset = H // K, S - L
-  # As few tiles as fit, then as small as they may be: less padding.
-  rows, keys = (-(-n // -(-n // most) // 2) * 2 for n, most in ((L, most_rows), (S, most_keys)))
+  rows, keys = tile_sizes(L, S, causal)
 
   def tiles(x, size):  # [B, n, ...] -> [n / size, B, size, ...]
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
@@ -212,37 +234,42 @@ def _over_tiles(q, k, v, key_valid, causal, most_rows, most_keys):
   wider = lambda x, column: jnp.concatenate([x, jnp.broadcast_to(column, (*x.shape[:3], 1)).astype(x.dtype)], -1)
   masked = jnp.where(key_valid, 0, MASKED)[:, :, None, None]
   q, k, v = wider(q * h**-0.5, 1), wider(k, masked), wider(v, 1)
+  reference = jnp.take_along_axis(k, jnp.argmax(key_valid, 1)[:, None, None, None], axis=1)[:, 0]  # a key that counts
   # A key/value head's queries are rows of one matrix: [n, B, K, G * rows, h] against [n, B, K, keys, h].
   q = tiles(q.reshape(B, L, K, G, h + 1), rows).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, G * rows, h + 1)
   padding = jnp.where(jnp.arange(-(-S // keys) * keys) < S, 0, MASKED).reshape(-1, keys)  # of the last tile
   k, v = jnp.swapaxes(tiles(k, keys), 2, 3), jnp.swapaxes(tiles(v, keys), 2, 3)
-  n, m = len(q), len(k)
   row = jnp.tile(jnp.arange(rows), G)[:, None] + offset
-  last = lambda i: i * rows + offset if causal else S  # the last key that all rows of tile i see, if there are so many
-  seen = [(i, j) for i in range(n) for j in range(m) if not causal or j * keys < (i + 1) * rows + offset]
-  whole = [(i, j) for i, j in seen if (j + 1) * keys <= min(last(i) + 1, S)]
 
-  def one(edge, carry, pair):
-    i, j = pair
-    largest, out = (part[i] for part in carry)
-    scores = jnp.einsum("bkrh,bkth->bkrt", q[i], k[j], preferred_element_type=jnp.float32)
-    if edge:
-      scores = scores + padding[j]
-      if causal:
-        scores = jnp.where(j * keys + jnp.arange(keys) <= i * rows + row, scores, MASKED)
-    new = jnp.maximum(largest, scores.max(-1))
-    weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(largest - new)
-    more = jnp.einsum("bkrt,bkth->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
-    parts = new, out * shrink[..., None] + more
-    return tuple(old.at[i].set(part) for old, part in zip(carry, parts, strict=True)), None
+  def one(tile):
+    i, q = tile
+    first, last = (i * rows + offset, (i + 1) * rows + offset) if causal else (S, S)  # rows see up to their own key
+    whole, seen = jnp.minimum(first + 1, S - 1) // keys, -(-jnp.minimum(last, S) // keys)
+    scores = lambda j: jnp.einsum("bkrh,bkth->bkrt", q, k[j], preferred_element_type=jnp.float32)
+    weigh = lambda weights, j: jnp.einsum(
+      "bkrt,bkth->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32
+    )
 
-  carry = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape)
-  for edge, pairs in ((False, whole), (True, sorted(set(seen) - set(whole)))):
-    if pairs:
-      carry, _ = jax.lax.scan(functools.partial(one, edge), carry, jnp.array(pairs))
-  out = carry[1][..., :h] / carry[1][..., h:]
-  out = out.reshape(n, B, K, G, rows, h).transpose(1, 0, 4, 2, 3, 5)
-  return out.reshape(B, n * rows, H, h)[:, :L].astype(v.dtype)
+    def edge(j, carry):
+      shown = scores(j) + padding[j]
+      return exact(jnp.where(j * keys + jnp.arange(keys) <= i * rows + row, shown, MASKED) if causal else shown, j, carry)
+
+    def exact(scores, j, carry):
+      largest, out = carry
+      new = jnp.maximum(largest, scores.max(-1))
+      shrink = jnp.exp(largest - new)
+      return new, out * shrink[..., None] + weigh(jnp.exp(scores - new[..., None]), j)
+
+    begun = jnp.einsum("bkrh,bkh->bkr", q, reference, preferred_element_type=jnp.float32), jnp.zeros(q.shape)
+    largest, out = begun = jax.lax.fori_loop(whole, seen, edge, begun)
+    out = jax.lax.fori_loop(0, whole, lambda j, out: out + weigh(jnp.exp(scores(j) - largest[..., None]), j), out)
+    again = lambda: jax.lax.fori_loop(0, whole, lambda j, carry: exact(scores(j), j, carry), begun)[1]
+    out = jax.lax.cond(out[..., h].max() < LARGE, lambda: out, again)
+    return out[..., :h] / out[..., h:]
+
+  out = jax.lax.map(one, (jnp.arange(len(q)), q))
+  out = out.reshape(-1, B, K, G, rows, h).transpose(1, 0, 4, 2, 3, 5)
+  return out.reshape(B, -1, H, h)[:, :L].astype(v.dtype)
 
 
 def _tiled_forward(q, k, v, key_valid, causal):
