@@ -35,22 +35,43 @@ def until(holds, seconds=10):
     time.sleep(0.01)
 
 
-def test_a_process_that_is_gone_is_named_by_all_others(ended):
+def test_a_process_that_ends_with_an_error_is_named_by_all_others(ended):
   first, second, third = rolls(3)
   second.close(well=False)
   until(lambda: len(ended) == 2)
   name = socket.gethostname()
-  assert sorted(ended) == [f"process {i}: process 1 ({name}) is gone; its own output says why. {hosts.AGAIN}" for i in (0, 2)]
+  assert sorted(ended) == [f"process {i}: process 1 ({name}) ended with an error; its own output says why. {hosts.AGAIN}" for i in (0, 2)]
   first.close(well=True)
   third.close(well=True)
 
 
 def test_the_first_process_is_missed_too(ended):
   first, second = rolls(2)
-  first.close(well=False)
+  for line in first._lines.values():  # as the end of a process closes it
+    line.shutdown(socket.SHUT_RDWR)
   until(lambda: ended)
-  assert ended[0].startswith("process 1: process 0 at localhost is gone; its own output says why. Start all of them again")
+  assert any(line.startswith("process 1: process 0 at localhost is gone; its own output says why. Start all of") for line in ended)
   second.close(well=True)
+  first.close(well=True)
+
+
+def test_the_first_process_tells_of_its_error_and_waits_for_the_others(ended):
+  first, second, third = rolls(3)
+  first.close(well=False)
+  until(lambda: len(ended) == 2)
+  assert sorted(line[:19] for line in ended) == ["process 1: process ", "process 2: process "]
+  assert all(f"process 0 ({socket.gethostname()}) ended with an error; its own output says why." in line for line in ended)
+  second.close(well=True)
+  third.close(well=True)
+
+
+def test_a_process_that_is_gone_without_a_word_is_named_by_all_others(ended):
+  first, second, third = rolls(3)
+  second._lines[0].shutdown(socket.SHUT_RDWR)  # as the end of a process closes it
+  until(lambda: len(ended) > 1)
+  assert any(line.startswith(f"process 2: process 1 ({socket.gethostname()}) is gone;") for line in ended)
+  for roll in (first, second, third):
+    roll.close(well=True)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])

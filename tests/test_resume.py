@@ -186,6 +186,28 @@ def test_a_process_that_got_a_signal_goes_on_as_if_nothing_had_been(command, tmp
   assert items(parts.config) == items(whole.config)
 
 
+def test_a_folder_that_is_lost_while_training_stops_the_run_and_the_last_good_one_stays(tiny_run, straight, tmp_path, monkeypatch):
+  shutil.copytree(straight[0].workdir, tmp_path / "w")
+  steps, away = tmp_path / "w" / "checkpoints", tmp_path / "away"
+  shutil.rmtree(steps / "4")
+  config = make(tiny_run, tmp_path / "w", **{"train.save_every": 1})
+
+  def lose(done, *_):
+    if done == 3:
+      steps.rename(away)
+      steps.write_text("")
+    return ""
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics, "line", lose)
+    with pytest.raises(checkpoint.SaveError, match=rf"could not be saved in {steps}: .*bring the folder back; then the same command"):
+      train.run(config)
+  steps.unlink()
+  away.rename(steps)
+  assert train.run(config)["step"] == 4
+  assert items(config) == straight[3]
+
+
 def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
   shutil.copytree(straight[0].workdir, tmp_path / "moved")
   changes = {"model.remat": False, "data.threads": 2, "data.prefetch": 3, "train.log_every": 7, "train.save_every": 3}

@@ -104,7 +104,9 @@ def manager(workdir: str, train: TrainConfig) -> ocp.CheckpointManager:
   """Opens a run's checkpoints for saving and restoring; `close()` it at the end, which waits for a running save."""
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates every save
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=train.keep_last, keep_period=train.keep_every, cleanup_tmp_directories=True
+    max_to_keep=train.keep_last, keep_period=train.keep_every, cleanup_tmp_directories=True,
+    # What can't be made is then an error at once, and no thread waits minutes for it.
+    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
   )
   return ocp.CheckpointManager(folder(workdir), options=options)
 

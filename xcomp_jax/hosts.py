@@ -133,13 +133,16 @@ class Roll:
     return sorted(set(range(self.processes)) - self.names.keys())
 
   def close(self, well: bool) -> None:
-    """Leaves; unless all went well the others end too."""
+    """Leaves. Unless all went well the others end too, and process 0 waits for them: JAX aborts whoever survives it."""
     self._well = True  # whatever the others do now
+    reason = f"process {self.process} ({self.names[self.process]}) ended with an error; its own output says why. {AGAIN}"
     for line in list(self._lines.values()):
       with contextlib.suppress(OSError):
-        if well:
-          line.sendall(b"bye\n")
-        line.shutdown(socket.SHUT_RDWR)
+        line.sendall(b"bye\n" if well else f"{reason}\n".encode())
+        line.shutdown(socket.SHUT_WR)
+    deadline = time.monotonic() + 2 * GRACE
+    while self.process == 0 and not well and self._lines and time.monotonic() < deadline:
+      time.sleep(0.05)
     if self._server:
       self._server.close()
 
@@ -168,17 +171,19 @@ class Roll:
 
   def _hear(self, line: socket.socket) -> None:
     said = line.makefile("r", errors="replace")
+    process = 0
     try:
       process, _, name = said.readline().strip().partition(" ")
       if not process.isdigit() or not 0 < int(process) < self.processes:  # somebody else at this port
         return line.close()
       process = int(process)
       self.names[process], self._lines[process] = name, line
-      left = said.readline().strip() == "bye"
+      last = said.readline().strip()
     except OSError:
-      left = False
-    if not left:
-      self.end(f"process {process} ({self.names.get(process, '?')}) is gone; its own output says why. {AGAIN}")
+      last = ""
+    self._lines.pop(process, None)
+    if last != "bye":
+      self.end(last or f"process {process} ({self.names.get(process, '?')}) is gone; its own output says why. {AGAIN}")
 
   def _call(self, address: str, port: int) -> None:
     while not self._well:
@@ -197,8 +202,8 @@ class Roll:
       said = line.makefile("r", errors="replace").readline().strip()
     except OSError:
       said = ""
-    if said != "bye":
-      self.end(said or f"process 0 at {address} is gone; its own output says why. {AGAIN}")
+    if said != "bye":  # without process 0 JAX aborts the others at once: no time for grace
+      self.end(said or f"process 0 at {address} is gone; its own output says why. {AGAIN}", GRACE if said else 0.0)
 
 
 def _first_calls() -> Roll:
