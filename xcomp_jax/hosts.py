@@ -34,48 +34,11 @@ def joined(config: DistributedConfig) -> Iterator[None]:
   Raises:
     ConfigError: the processes can't be counted, or JAX looked for devices before.
   """
-  if config.coordinator is None or jax.distributed.is_initialized():
-    yield
-    return
-  # SIGTERM is ours (`stop_signal`): JAX's service would swallow it even while nobody asks for it yet.
-  jax.config.update("jax_enable_preemption_service", False)
-  times = {
-    "heartbeat_timeout_seconds": config.heartbeat_seconds, "initialization_timeout": config.start_seconds + 60,
-    "shutdown_timeout_seconds": config.heartbeat_seconds,
-  }
   roll = None
-  if config.coordinator != "auto":
-    address, port = _address(config.coordinator)
-    if config.processes is None or config.process is None or not 0 <= config.process < config.processes:
-      raise ConfigError(
-        f"config.distributed.coordinator = {config.coordinator!r} with process {config.process} of {config.processes}: "
-        "set config.distributed.processes to their number, and config.distributed.process from 0 on in each"
-      )
-    roll = Roll(config.process, config.processes)
-    roll.open(address, port + 1)
-  late = threading.Timer(config.start_seconds, _late, (roll, config))
-  late.daemon = True
-  late.start()
-  try:
-    if roll is None:
-      jax.distributed.initialize(**times)
-    else:
-      jax.distributed.initialize(config.coordinator, config.processes, config.process, **times)
-  except ValueError as error:
-    if roll is None and "coordinator_address" in str(error):  # no cluster: one process
-      late.cancel()
-      yield
-      return
-    raise ConfigError(f"the processes of this run can't be connected: {error}") from error
-  except RuntimeError as error:
-    raise ConfigError(
-      f"the processes of this run can't be connected: {error}; config.distributed.coordinator = None is a run of one process"
-    ) from error
-  finally:
-    late.cancel()
-  if roll is None and jax.process_count() > 1:
-    roll = _first_calls()
-  print(banner(), flush=True)
+  if config.coordinator is not None and not jax.distributed.is_initialized():
+    roll = _connect(config)
+    if jax.distributed.is_initialized():
+      print(banner(), flush=True)
   try:
     yield
   except BaseException as error:
@@ -86,6 +49,45 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     raise
   if roll:
     roll.close(well=True)
+
+
+def _connect(config: DistributedConfig) -> "Roll | None":
+  """Waits until all processes are there, or says who is not; None if there is only this one."""
+  # SIGTERM is ours (`stop_signal`): JAX's service would swallow it even while nobody asks for it yet.
+  jax.config.update("jax_enable_preemption_service", False)
+  options: dict[str, Any] = {
+    "heartbeat_timeout_seconds": config.heartbeat_seconds, "shutdown_timeout_seconds": config.heartbeat_seconds,
+    "initialization_timeout": config.start_seconds + 60,  # `_late` is before it, and says more
+  }
+  roll = None
+  if config.coordinator != "auto":
+    address, port = _address(config.coordinator)
+    if config.processes is None or config.process is None or not 0 <= config.process < config.processes:
+      raise ConfigError(
+        f"config.distributed.coordinator = {config.coordinator!r} with process {config.process} of {config.processes}: "
+        "set config.distributed.processes to their number, and config.distributed.process from 0 on in each"
+      )
+    options |= {
+      "coordinator_address": config.coordinator, "num_processes": config.processes, "process_id": config.process
+    }
+    roll = Roll(config.process, config.processes)
+    roll.open(address, port + 1)
+  late = threading.Timer(config.start_seconds, _late, (roll, config))
+  late.daemon = True
+  late.start()
+  try:
+    jax.distributed.initialize(**options)
+  except (ValueError, RuntimeError) as error:
+    if roll:
+      roll.close(well=False)
+    elif "coordinator_address" in str(error):  # no cluster: one process
+      return None
+    raise ConfigError(
+      f"the processes of this run can't be connected: {error} (config.distributed.coordinator = None is a run of one process)"
+    ) from error
+  finally:
+    late.cancel()
+  return _first_calls() if roll is None and jax.process_count() > 1 else roll
 
 
 def banner() -> str:
