@@ -142,6 +142,20 @@ def test_killed_at_random_moments_it_is_the_same_run_bit_by_bit(make, request):
 
 
 @pytest.mark.slow
+def test_processes_agree_to_skip_what_one_of_them_cannot_read(make):
+  mesh = {"data": 1, "fsdp": 2, "tensor": 1, "context": 1}
+  cluster = make("torn", mesh, **{"train.steps": 6, "train.save_every": 3})
+  assert cluster.run(2, 1)[0] == 0
+  want = dict(cluster.trace()[0])
+  shutil.rmtree(cluster.folder / "w" / "checkpoints" / "6" / "opt" / "ocdbt.process_1")
+  code, said = cluster.run(2, 1)
+  assert code == 0 and "checkpoints/6 is damaged and is skipped: " in said and "steps 4 to 6" in said, said
+  losses, _ = cluster.trace()
+  assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6, 4, 5, 6] and all(loss == want[step] for step, loss in losses)
+  assert (cluster.folder / "w" / "damaged" / "6").is_dir()
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_host_saves_on_all_and_the_run_goes_on(make, alone):
   cluster = make("term", SPLIT | {"data": 1, "tensor": 1}, **{"train.save_every": 1000})
   launched = cluster.start(2, 1)
