@@ -218,7 +218,9 @@ def restore(
 
 def _restore(place: epath.Path, step: int, params, opt, data: Reader, config: Mapping) -> tuple[tuple[Any, ...], Any]:
   """(params, opt) of a step; waits for no other process."""
-  saved = _config(place, "params", "opt", "data")
+  if missing := _lacks(place, "config", "params", "opt", "data"):
+    raise ValueError(f"it lacks {missing}")
+  saved = _config(place)
   if (version := saved.get("format", 1)) < FORMAT:
     raise ConfigError(
       f"{place.parent} holds step {step} in format {version}, which says the position in the data otherwise. Go "
@@ -316,11 +318,15 @@ def _reader(workdir: str) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
 
 
+def _lacks(place: epath.Path, *items: str) -> str:
+  """Which of a step's items are not there, in words."""
+  return ", ".join(item for item in items if not (place / item).is_dir())
+
+
 def _config(place: epath.Path, *needed: str) -> dict[str, Any]:
   """What `describe` said; an error if a step's folder lacks that or what else is needed, or is of a later format."""
-  missing = [item for item in ("config", *needed) if not (place / item).is_dir()]
-  if missing:
-    raise weights.CheckpointError(f"{place} is damaged: it lacks {', '.join(missing)}")
+  if missing := _lacks(place, "config", *needed):
+    raise weights.CheckpointError(f"{place} is damaged: it lacks {missing}; remove it to go on from the one before")
   saved = ocp.JsonCheckpointHandler().restore(place / "config")
   version = saved.get("format", 1)  # the first ones did not say
   if version > FORMAT:
