@@ -178,14 +178,14 @@ def test_sigterm_to_one_host_saves_on_all_and_the_run_goes_on(make, alone):
 
 @pytest.mark.parametrize("here", [0, 1])
 def test_a_process_that_does_not_come_up_is_named(make, here):
-  cluster = make(f"missing{here}", {"data": 1, "fsdp": 2, "tensor": 1, "context": 1}, **{"distributed.start_seconds": 4})
+  cluster = make(f"missing{here}", {"data": 1, "fsdp": 2, "tensor": 1, "context": 1}, **{"distributed.start_seconds": 3})
   program = [sys.executable, "-m", "xcomp_jax.train"]
   line = local_cluster.commands([f"--config={cluster.folder / 'config.py'}"], 2, local_cluster.free_port(), program)[here]
   environment, begun = local_cluster.environment(1) | {"PYTHONPATH": str(ROOT)}, time.monotonic()
   done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=100, env=environment)
   assert done.returncode == 1 and time.monotonic() - begun < 60
   words = (
-    "error: process 0: did not come up within config.distributed.start_seconds = 4 s: process 1 of 2; there are 0 ("
+    "error: process 0: did not come up within config.distributed.start_seconds = 3 s: process 1 of 2; there are 0 ("
     if here == 0 else "error: process 1: process 0 does not answer at localhost:"
   )
   assert words in done.stderr and not (cluster.folder / "w").exists()

@@ -245,7 +245,7 @@ def _late(roll: Roll | None, config: DistributedConfig) -> None:
       f"output, and whether they reach {config.coordinator} and the port after it. {AGAIN}", 1.0,
     )
   else:
-    time.sleep(5)  # the first one knows more
+    time.sleep(GRACE)  # the first one knows more
     roll.end(f"process 0 does not answer at {config.coordinator} {within}; is it running there, and may this host reach it? {AGAIN}", 0)
 
 
