@@ -6,6 +6,10 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
 from xcomp_jax import checkpoint
 from xcomp_jax.config import to_dict
 
@@ -63,14 +67,11 @@ class Cluster:
 
 
 def arrays(config):
-  """The bytes of everything in the newest checkpoint, by path, and its step."""
-  import jax
-  import numpy as np
-  import orbax.checkpoint as ocp
-
-  with checkpoint.manager(config.workdir, config.train) as checkpoints:
-    step = checkpoints.latest_step()
-    restore = ocp.args.StandardRestore()
-    out = checkpoints.restore(step, args=ocp.args.Composite(params=restore, opt=restore))
-  leaves = jax.tree_util.tree_leaves_with_path({"params": out.params, "opt": out.opt})
-  return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}, step
+  """The bytes of everything in the newest checkpoint, by path, whatever processes wrote it; and its step."""
+  place = max((path for path in checkpoint.folder(config.workdir).iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+  handler, out = ocp.PyTreeCheckpointHandler(), {}
+  for item in ("params", "opt"):
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(place / item).tree)
+    out[item] = handler.restore(place / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+  leaves = jax.tree_util.tree_leaves_with_path(out)
+  return {jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, leaf.tobytes()) for path, leaf in leaves}, int(place.name)

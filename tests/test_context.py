@@ -51,6 +51,14 @@ def test_queries_are_split_and_see_what_they_should(implementation, monkeypatch)
       assert re.search(r"f32\[\d+,1,\d+,2,8\]", text) and not re.search(r"\b1,300,[24],8\b", text)  # queries of half a sequence
 
 
+def test_the_tpu_kernel_lowers_for_split_queries():
+  q, k = (jax.ShapeDtypeStruct((2, 1552, heads, 128), jnp.bfloat16) for heads in (12, 2))
+  loss = lambda q, k, v: attend(q, k, v, causal=True, implementation="splash").astype(jnp.float32).sum()
+  with jax.set_mesh(make_mesh(MeshConfig(1, 2, 1, 4))):
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
+  assert program.count("tpu_custom_call") == 3  # forward, and backward for queries and for keys
+
+
 @pytest.mark.parametrize("kind", ["frames", "features"])
 def test_a_sample_over_two_devices_gives_the_loss_and_gradient_of_one(tiny, sample, kind):
   cfg = tiny(remat=False, clips_per_chunk=1)

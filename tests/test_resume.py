@@ -19,7 +19,6 @@ from xcomp_jax import checkpoint, metrics, train
 from xcomp_jax.config import ConfigError, to_dict
 from xcomp_jax.data.store import open_store, write_store
 from xcomp_jax.sharding import make_mesh
-from xcomp_jax.weights import CheckpointError
 
 
 @pytest.fixture(autouse=True)
@@ -116,12 +115,14 @@ def test_a_finished_run_has_nothing_left_to_do(straight, capsys):
   assert "no step was left to do" in said and "loss" not in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("item", ["params", "opt", "data"])
-def test_a_checkpoint_that_lacks_a_part_is_said(tiny_run, straight, tmp_path, item):
+def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_ends_the_same(tiny_run, straight, tmp_path, capsys):
   shutil.copytree(straight[0].workdir, tmp_path / "w")
-  shutil.rmtree(tmp_path / "w" / "checkpoints" / "4" / item)
-  with pytest.raises(CheckpointError, match=rf"checkpoints/4 is damaged: it lacks {item}; remove it to go on"):
-    train.run(make(tiny_run, tmp_path / "w"))
+  shutil.rmtree(tmp_path / "w" / "checkpoints" / "4" / "opt")
+  config = make(tiny_run, tmp_path / "w")
+  assert train.run(config)["step"] == 4
+  said = capsys.readouterr().out
+  assert "checkpoints/4 is damaged and is skipped: " in said and "steps 3 to 4" in said
+  assert items(config) == straight[3]
 
 
 def test_a_run_goes_on_without_the_weights_that_it_started_from(tiny_run, straight, tmp_path):
@@ -183,6 +184,28 @@ def test_a_process_that_got_a_signal_goes_on_as_if_nothing_had_been(command, tmp
   rest = parts.finish()
   assert 0 < len(rest) < 24 and rest.items() <= losses.items()
   assert items(parts.config) == items(whole.config)
+
+
+def test_a_folder_that_is_lost_while_training_stops_the_run_and_the_last_good_one_stays(tiny_run, straight, tmp_path, monkeypatch):
+  shutil.copytree(straight[0].workdir, tmp_path / "w")
+  steps, away = tmp_path / "w" / "checkpoints", tmp_path / "away"
+  shutil.rmtree(steps / "4")
+  config = make(tiny_run, tmp_path / "w", **{"train.save_every": 1})
+
+  def lose(done, *_):
+    if done == 3:
+      steps.rename(away)
+      steps.write_text("")
+    return ""
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics, "line", lose)
+    with pytest.raises(checkpoint.SaveError, match=rf"could not be saved in {steps}: .*bring the folder back; then the same command"):
+      train.run(config)
+  steps.unlink()
+  away.rename(steps)
+  assert train.run(config)["step"] == 4
+  assert items(config) == straight[3]
 
 
 def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
@@ -290,7 +313,7 @@ def test_processes_that_would_run_something_else_are_refused(monkeypatch):
 
 def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys, monkeypatch):
   restored, restore = [], checkpoint.restore
-  monkeypatch.setattr(checkpoint, "restore", lambda *a: (restored.append(restore(*a)), restored[0])[1])
+  monkeypatch.setattr(checkpoint, "restore", lambda *a: (restored.append(restore(*a)[1:]), (4, *restored[0]))[1])
   config = make(tiny_run, straight[0].workdir, mesh={"data": 1, "fsdp": 1, "tensor": 2})
   assert train.run(config)["step"] == 4
   ((parts, opt),) = restored

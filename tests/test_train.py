@@ -188,7 +188,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
   lines = [line for line in text.splitlines() if line.startswith("step ")]
   first, last = (float(line.split("loss ")[1].split()[0]) for line in (lines[0], lines[-1]))
   assert len(lines) == 12 and last < first - 0.5
-  for word in ("MFU -", "data wait", "samples/s", "held-out after step 12", "vision/blocks/0..1/fc1/kernel", "done: step 12 of 12", "train: sampling not recorded"):
+  for word in ("MFU -", "data wait", "samples/s", "held-out after step 12", "vision/blocks/0..1/fc1/kernel", "done: step 12 of 12", "train: sampling not recorded", "  compile "):
     assert word in text
   assert "warning" not in text
   assert sum(line.startswith("compiled grad_step") for line in text.splitlines()) == 3  # 0, 8 and 16 frames
@@ -429,6 +429,23 @@ def test_a_compilation_that_no_new_shape_explains_is_said():
   assert said[-1].startswith("warning: grad_step was compiled 3 times for 2 batch shapes")
   call("apply_step", None, 1)
   assert said[-1].startswith("warning: apply_step was compiled 2 times for 1 batch shapes")
+
+
+def test_where_the_time_went_adds_up(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  goodput = metrics.Goodput()
+  with goodput.part("start"):
+    now[0] += 10
+  with goodput.part("evaluate"):
+    now[0] += 20
+    goodput.seconds["compile"] += 15  # of these 20
+  now[0] += 60  # steps, a third of which compiles
+  goodput.seconds["compile"] += 20
+  with goodput.part("save"):
+    now[0] += 10
+  assert goodput.shares() == {"start": 0.1, "restore": 0, "compile": 0.35, "data": 0, "step": 0.4, "evaluate": 0.05, "save": 0.1}
+  assert goodput.line() == "of 100 s: start 10.0%  restore 0.0%  compile 35.0%  data 0.0%  step 40.0%  evaluate 5.0%  save 10.0%"
 
 
 def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):

@@ -72,7 +72,8 @@ def unnest(tree: Mapping, like: Any) -> Any:
 
 def folder(workdir: str) -> epath.Path:
   """Where a run keeps its checkpoints."""
-  return epath.Path(workdir).absolute() / "checkpoints"
+  path = epath.Path(workdir)
+  return (path if "://" in workdir else path.absolute()) / "checkpoints"  # a bucket has no working directory
 
 
 def begun(workdir: str) -> bool:
@@ -103,7 +104,9 @@ def manager(workdir: str, train: TrainConfig) -> ocp.CheckpointManager:
   """Opens a run's checkpoints for saving and restoring; `close()` it at the end, which waits for a running save."""
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates every save
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=train.keep_last, keep_period=train.keep_every, cleanup_tmp_directories=True
+    max_to_keep=train.keep_last, keep_period=train.keep_every, cleanup_tmp_directories=True,
+    # What can't be made is then an error at once, and no thread waits minutes for it.
+    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
   )
   return ocp.CheckpointManager(folder(workdir), options=options)
 
@@ -215,7 +218,9 @@ def restore(
 
 def _restore(place: epath.Path, step: int, params, opt, data: Reader, config: Mapping) -> tuple[tuple[Any, ...], Any]:
   """(params, opt) of a step; waits for no other process."""
-  saved = _config(place, "params", "opt", "data")
+  if missing := _lacks(place, "config", "params", "opt", "data"):
+    raise ValueError(f"it lacks {missing}")
+  saved = _config(place)
   if (version := saved.get("format", 1)) < FORMAT:
     raise ConfigError(
       f"{place.parent} holds step {step} in format {version}, which says the position in the data otherwise. Go "
@@ -313,11 +318,15 @@ def _reader(workdir: str) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
 
 
+def _lacks(place: epath.Path, *items: str) -> str:
+  """Which of a step's items are not there, in words."""
+  return ", ".join(item for item in items if not (place / item).is_dir())
+
+
 def _config(place: epath.Path, *needed: str) -> dict[str, Any]:
   """What `describe` said; an error if a step's folder lacks that or what else is needed, or is of a later format."""
-  missing = [item for item in ("config", *needed) if not (place / item).is_dir()]
-  if missing:
-    raise weights.CheckpointError(f"{place} is damaged: it lacks {', '.join(missing)}")
+  if missing := _lacks(place, "config", *needed):
+    raise weights.CheckpointError(f"{place} is damaged: it lacks {missing}; remove it to go on from the one before")
   saved = ocp.JsonCheckpointHandler().restore(place / "config")
   version = saved.get("format", 1)  # the first ones did not say
   if version > FORMAT:

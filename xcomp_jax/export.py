@@ -206,8 +206,8 @@ def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_
     shards[-1].append(tensor)
     size += tensor.bytes
   count = len(shards)
-  files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
-  for file, shard in zip(files, shards):
+  names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+  for file, shard in zip(names, shards):
     stops = list(itertools.accumulate(tensor.bytes for tensor in shard))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for tensor, stop in zip(shard, stops):
@@ -222,7 +222,7 @@ def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_
           out.write(block.view(np.uint8).data)
   if count > 1:
     total = sum(tensor.bytes for tensor in tensors)
-    places = {tensor.name: file for file, shard in zip(files, shards) for tensor in shard}
+    places = {tensor.name: file for file, shard in zip(names, shards) for tensor in shard}
     files.write_json(directory / weights.INDEX, {"metadata": {"total_size": total}, "weight_map": places}, indent=2)
 
 

@@ -34,48 +34,11 @@ def joined(config: DistributedConfig) -> Iterator[None]:
   Raises:
     ConfigError: the processes can't be counted, or JAX looked for devices before.
   """
-  if config.coordinator is None or jax.distributed.is_initialized():
-    yield
-    return
-  # SIGTERM is ours (`stop_signal`): JAX's service would swallow it even while nobody asks for it yet.
-  jax.config.update("jax_enable_preemption_service", False)
-  times = {
-    "heartbeat_timeout_seconds": config.heartbeat_seconds, "initialization_timeout": config.start_seconds + 60,
-    "shutdown_timeout_seconds": config.heartbeat_seconds,
-  }
   roll = None
-  if config.coordinator != "auto":
-    address, port = _address(config.coordinator)
-    if config.processes is None or config.process is None or not 0 <= config.process < config.processes:
-      raise ConfigError(
-        f"config.distributed.coordinator = {config.coordinator!r} with process {config.process} of {config.processes}: "
-        "set config.distributed.processes to their number, and config.distributed.process from 0 on in each"
-      )
-    roll = Roll(config.process, config.processes)
-    roll.open(address, port + 1)
-  late = threading.Timer(config.start_seconds, _late, (roll, config))
-  late.daemon = True
-  late.start()
-  try:
-    if roll is None:
-      jax.distributed.initialize(**times)
-    else:
-      jax.distributed.initialize(config.coordinator, config.processes, config.process, **times)
-  except ValueError as error:
-    if roll is None and "coordinator_address" in str(error):  # no cluster: one process
-      late.cancel()
-      yield
-      return
-    raise ConfigError(f"the processes of this run can't be connected: {error}") from error
-  except RuntimeError as error:
-    raise ConfigError(
-      f"the processes of this run can't be connected: {error}; config.distributed.coordinator = None is a run of one process"
-    ) from error
-  finally:
-    late.cancel()
-  if roll is None and jax.process_count() > 1:
-    roll = _first_calls()
-  print(banner(), flush=True)
+  if config.coordinator is not None and not jax.distributed.is_initialized():
+    roll = _connect(config)
+    if jax.distributed.is_initialized():
+      print(banner(), flush=True)
   try:
     yield
   except BaseException as error:
@@ -86,6 +49,45 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     raise
   if roll:
     roll.close(well=True)
+
+
+def _connect(config: DistributedConfig) -> "Roll | None":
+  """Waits until all processes are there, or says who is not; None if there is only this one."""
+  # SIGTERM is ours (`stop_signal`): JAX's service would swallow it even while nobody asks for it yet.
+  jax.config.update("jax_enable_preemption_service", False)
+  options: dict[str, Any] = {
+    "heartbeat_timeout_seconds": config.heartbeat_seconds, "shutdown_timeout_seconds": config.heartbeat_seconds,
+    "initialization_timeout": config.start_seconds + 60,  # `_late` is before it, and says more
+  }
+  roll = None
+  if config.coordinator != "auto":
+    address, port = _address(config.coordinator)
+    if config.processes is None or config.process is None or not 0 <= config.process < config.processes:
+      raise ConfigError(
+        f"config.distributed.coordinator = {config.coordinator!r} with process {config.process} of {config.processes}: "
+        "set config.distributed.processes to their number, and config.distributed.process from 0 on in each"
+      )
+    options |= {
+      "coordinator_address": config.coordinator, "num_processes": config.processes, "process_id": config.process
+    }
+    roll = Roll(config.process, config.processes)
+    roll.open(address, port + 1)
+  late = threading.Timer(config.start_seconds, _late, (roll, config))
+  late.daemon = True
+  late.start()
+  try:
+    jax.distributed.initialize(**options)
+  except (ValueError, RuntimeError) as error:
+    if roll:
+      roll.close(well=False)
+    elif "coordinator_address" in str(error):  # no cluster: one process
+      return None
+    raise ConfigError(
+      f"the processes of this run can't be connected: {error} (config.distributed.coordinator = None is a run of one process)"
+    ) from error
+  finally:
+    late.cancel()
+  return _first_calls() if roll is None and jax.process_count() > 1 else roll
 
 
 def banner() -> str:
@@ -133,25 +135,28 @@ class Roll:
     return sorted(set(range(self.processes)) - self.names.keys())
 
   def close(self, well: bool) -> None:
-    """Leaves; unless all went well the others end too."""
+    """Leaves. Unless all went well the others end too, and process 0 waits for them: JAX aborts whoever survives it."""
     self._well = True  # whatever the others do now
+    reason = f"process {self.process} ({self.names[self.process]}) ended with an error; its own output says why. {AGAIN}"
     for line in list(self._lines.values()):
       with contextlib.suppress(OSError):
-        if well:
-          line.sendall(b"bye\n")
-        line.shutdown(socket.SHUT_RDWR)
+        line.sendall(b"bye\n" if well else f"{reason}\n".encode())
+        line.shutdown(socket.SHUT_WR)
+    deadline = time.monotonic() + 2 * GRACE
+    while self.process == 0 and not well and self._lines and time.monotonic() < deadline:
+      time.sleep(0.05)
     if self._server:
       self._server.close()
 
-  def end(self, reason: str, seconds: float = GRACE) -> None:
-    """Tells the others why, and ends this process with one line and exit code 1, unless it ends by itself before."""
+  def end(self, reason: str, seconds: float | None = None) -> None:
+    """Tells the others why, and ends this process with one line and exit code 1, unless it ends by itself before (GRACE)."""
     if self._well or not self._ending.acquire(blocking=False):
       return
     if self.process == 0:
       for line in list(self._lines.values()):
         with contextlib.suppress(OSError):
           line.sendall(f"{reason}\n".encode())
-    time.sleep(seconds)
+    time.sleep(GRACE if seconds is None else seconds)
     if not self._well:
       _end(f"process {self.process}: {reason}")
 
@@ -168,17 +173,19 @@ class Roll:
 
   def _hear(self, line: socket.socket) -> None:
     said = line.makefile("r", errors="replace")
+    process = 0
     try:
       process, _, name = said.readline().strip().partition(" ")
       if not process.isdigit() or not 0 < int(process) < self.processes:  # somebody else at this port
         return line.close()
       process = int(process)
       self.names[process], self._lines[process] = name, line
-      left = said.readline().strip() == "bye"
+      last = said.readline().strip()
     except OSError:
-      left = False
-    if not left:
-      self.end(f"process {process} ({self.names.get(process, '?')}) is gone; its own output says why. {AGAIN}")
+      last = ""
+    self._lines.pop(process, None)
+    if last != "bye":
+      self.end(last or f"process {process} ({self.names.get(process, '?')}) is gone; its own output says why. {AGAIN}")
 
   def _call(self, address: str, port: int) -> None:
     while not self._well:
@@ -197,23 +204,32 @@ class Roll:
       said = line.makefile("r", errors="replace").readline().strip()
     except OSError:
       said = ""
-    if said != "bye":
-      self.end(said or f"process 0 at {address} is gone; its own output says why. {AGAIN}", GRACE if said else 2 * GRACE)
+    if said != "bye":  # without process 0 JAX aborts the others at once: no time for grace
+      self.end(said or f"process 0 at {address} is gone; its own output says why. {AGAIN}", GRACE if said else 0.0)
 
 
 def _first_calls() -> Roll:
   """The roll of processes that JAX has already connected: the first one tells its address to all."""
   roll = Roll(jax.process_index(), jax.process_count())
-  name = socket.gethostname()
   port = roll.open("", 0) if roll.process == 0 else 0
   text = np.zeros(256, np.uint8)
-  mine = f"{port} {name}".encode()[:256]
+  mine = f"{port} {_own_address()}".encode()[:256]
   text[: len(mine)] = np.frombuffer(mine, np.uint8)
   said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode()
   port, _, address = said.partition(" ")
   if roll.process:
     roll.open(address, int(port))
   return roll
+
+
+def _own_address() -> str:
+  """Where other hosts reach this one: the address that its traffic to them comes from. Nothing is sent."""
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+    try:
+      line.connect(("10.255.255.255", 1))
+      return line.getsockname()[0]
+    except OSError:
+      return socket.gethostname()
 
 
 def _late(roll: Roll | None, config: DistributedConfig) -> None:
@@ -229,7 +245,7 @@ def _late(roll: Roll | None, config: DistributedConfig) -> None:
       f"output, and whether they reach {config.coordinator} and the port after it. {AGAIN}", 1.0,
     )
   else:
-    time.sleep(5)  # the first one knows more
+    time.sleep(GRACE)  # the first one knows more
     roll.end(f"process 0 does not answer at {config.coordinator} {within}; is it running there, and may this host reach it? {AGAIN}", 0)
 
 

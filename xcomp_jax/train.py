@@ -363,12 +363,14 @@ def main() -> None:
     with command():
       run(from_command_line(sys.argv))
   except BaseException as error:
-    if not jax.distributed.is_initialized() or (isinstance(error, SystemExit) and not error.code):
+    if isinstance(error, SystemExit) and not error.code:
       raise
     if not isinstance(error, SystemExit):
       traceback.print_exc()
     sys.stdout.flush()
-    os._exit(error.code if isinstance(error, SystemExit) else 1)  # at exit JAX would wait for the other processes
+    sys.stderr.flush()
+    # At exit JAX would wait for the other processes, and Orbax for the threads of a save that failed.
+    os._exit(error.code if isinstance(error, SystemExit) else 1)
 
 
 if __name__ == "__main__":

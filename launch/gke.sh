@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# A TPU slice on GKE as a JobSet: one pod per host, all restarted together when one fails or is preempted.
+#
+#   launch/gke.sh [--dry-run] [ARGS]      ARGS go to xcomp_jax.train; --dry-run prints the JobSet instead of applying it
+#
+# Settings, all needed but those with a default:
+#   NAME  IMAGE (built from this repository with `pip install '.[tpu,gcs]'`, the repository as working directory)
+#   ACCELERATOR (tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice)  TOPOLOGY (4x4)  HOSTS (4)  CHIPS (4, of each host)
+#   WORKDIR (gs://bucket/runs/sct)  RESTARTS (100)
+# The cluster needs JobSet (https://jobset.sigs.k8s.io). The same image runs under XPK, which makes cluster and JobSet:
+#   xpk workload create --cluster CLUSTER --workload NAME --tpu-type v5litepod-16 --docker-image IMAGE \
+#     --command "python -u -m xcomp_jax.train --config=configs/sct.py --config.workdir=gs://bucket/runs/sct"
+set -euo pipefail
+
+apply=(kubectl apply -f -)
+if [[ "${1:-}" == --dry-run ]]; then
+  apply=(cat)
+  shift
+fi
+
+for setting in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS WORKDIR; do
+  if [[ -z "${!setting:-}" ]]; then
+    echo "error: set $setting (see the head of launch/gke.sh)" >&2
+    exit 1
+  fi
+done
+
+command='"python", "-u", "-m", "xcomp_jax.train"'
+for argument in --config=configs/sct.py --config.workdir="$WORKDIR" "$@"; do
+  escaped=${argument//\\/\\\\}
+  command+=", \"${escaped//\"/\\\"}\""
+done
+
+# JobSet gives the pods names that find each other; GKE tells them who they are (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES), from
+# which JAX takes coordinator and process. 120 s of grace: SIGTERM saves the step at hand.
+"${apply[@]}" << YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+spec:
+  failurePolicy:
+    maxRestarts: ${RESTARTS:-100}
+  replicatedJobs:
+    - name: train
+      replicas: 1
+      template:
+        spec:
+          parallelism: $HOSTS
+          completions: $HOSTS
+          backoffLimit: 0
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 120
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+              containers:
+                - name: train
+                  image: $IMAGE
+                  command: [$command]
+                  ports:
+                    - containerPort: 8471
+                    - containerPort: 8080
+                  resources:
+                    limits:
+                      google.com/tpu: $CHIPS
+YAML

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# A TPU VM pod slice, by gcloud: request it, set it up, train, look, take it down. All workers do the same;
+# `--config.distributed.coordinator=auto` (the default) lets them find each other.
+#
+#   launch/tpu_pod.sh create              queue the request, and wait until the slice is there
+#   launch/tpu_pod.sh install             clone and install on all workers
+#   launch/tpu_pod.sh train [ARGS]        start training on all workers, in the background; ARGS go to xcomp_jax.train
+#   launch/tpu_pod.sh logs                follow worker 0
+#   launch/tpu_pod.sh stop                SIGTERM to all workers: the run saves and leaves; `train` goes on
+#   launch/tpu_pod.sh delete              give everything back
+#
+# --dry-run as first argument prints the gcloud commands instead. Settings, all needed but those with a default:
+#   NAME ZONE PROJECT TYPE (v5litepod-16, v5p-32, v6e-16, ...) RUNTIME (v2-alpha-tpuv5-lite, ...) REPO (git address)
+#   REF (main)  SPOT (0; 1: cheaper, may be preempted)  WORKDIR (gs://bucket/runs/sct: where all workers can write)
+set -euo pipefail
+
+dry=0
+if [[ "${1:-}" == --dry-run ]]; then
+  dry=1
+  shift
+fi
+action="${1:-}"
+shift || true
+
+fail() {
+  echo "error: $1" >&2
+  exit 1
+}
+
+for setting in NAME ZONE PROJECT TYPE RUNTIME REPO WORKDIR; do
+  [[ -n "${!setting:-}" ]] || fail "set $setting (see the head of launch/tpu_pod.sh)"
+done
+[[ "$WORKDIR" == gs://* ]] || fail "WORKDIR=$WORKDIR: every worker must reach it; use gs://BUCKET/FOLDER"
+REF="${REF:-main}"
+SPOT="${SPOT:-0}"
+
+run() {
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
+  [[ $dry == 1 ]] || "$@"
+}
+
+tpu() {
+  run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"
+}
+
+everywhere() {
+  tpu tpu-vm ssh "$NAME" --worker=all --command="$1"
+}
+
+case "$action" in
+  create)
+    spot=()
+    [[ $SPOT == 0 ]] || spot=(--spot)
+    tpu queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${spot[@]}"
+    until [[ $dry == 1 ]]; do
+      state=$(gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" --format='value(state.state)')
+      echo "$(date +%T) $state"
+      case "$state" in
+        ACTIVE) break ;;
+        FAILED | SUSPENDED) fail "the request is $state; see: gcloud compute tpus queued-resources describe $NAME" ;;
+      esac
+      sleep 30
+    done
+    ;;
+  install)
+    everywhere "rm -rf xcomp && git clone -q $(printf %q "$REPO") xcomp && cd xcomp && git checkout -q $(printf %q "$REF") && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
+    ;;
+  train)
+    arguments=$(printf ' %q' --config=configs/sct.py --config.workdir="$WORKDIR" "$@")
+    # A worker may have a running one: two on the same chips would both fail.
+    everywhere "cd xcomp && if kill -0 \$(cat train.pid) 2> /dev/null; then echo 'already training' >&2; exit 1; fi; nohup .venv/bin/python -u -m xcomp_jax.train$arguments > train.log 2>&1 & echo \$! > xcomp/train.pid; sleep 5; tail -n 3 xcomp/train.log"
+    ;;
+  logs)
+    tpu tpu-vm ssh "$NAME" --worker=0 --command="tail -n 50 -f xcomp/train.log"
+    ;;
+  stop)
+    everywhere "kill -TERM \$(cat xcomp/train.pid)"
+    ;;
+  delete)
+    tpu queued-resources delete "$NAME" --force --quiet
+    ;;
+  *)
+    fail "what to do? create, install, train, logs, stop or delete, not '$action'"
+    ;;
+esac

@@ -1,0 +1,135 @@
+"""hosts.py: who is there and who is gone; tests/test_pods.py has whole runs."""
+
+import socket
+import time
+
+import pytest
+
+from xcomp_jax import hosts
+from xcomp_jax.config import ConfigError, DistributedConfig
+
+
+@pytest.fixture
+def ended(monkeypatch):
+  """What would have ended a process."""
+  said = []
+  monkeypatch.setattr(hosts, "GRACE", 0.05)
+  monkeypatch.setattr(hosts, "_end", said.append)
+  return said
+
+
+def rolls(count, missing=()):
+  first = hosts.Roll(0, count)
+  port = first.open("", 0)
+  all_ = [first] + [hosts.Roll(i, count) for i in range(1, count) if i not in missing]
+  for roll in all_[1:]:
+    roll.open("localhost", port)
+  until(lambda: len(first.names) == count - len(missing))
+  return all_
+
+
+def until(holds, seconds=10):
+  end = time.monotonic() + seconds
+  while not holds():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def test_a_process_that_ends_with_an_error_is_named_by_all_others(ended):
+  first, second, third = rolls(3)
+  second.close(well=False)
+  until(lambda: len(ended) == 2)
+  name = socket.gethostname()
+  assert sorted(ended) == [f"process {i}: process 1 ({name}) ended with an error; its own output says why. {hosts.AGAIN}" for i in (0, 2)]
+  first.close(well=True)
+  third.close(well=True)
+
+
+def test_the_first_process_is_missed_too(ended):
+  first, second = rolls(2)
+  for line in first._lines.values():  # as the end of a process closes it
+    line.shutdown(socket.SHUT_RDWR)
+  until(lambda: ended)
+  assert any(line.startswith("process 1: process 0 at localhost is gone; its own output says why. Start all of") for line in ended)
+  second.close(well=True)
+  first.close(well=True)
+
+
+def test_the_first_process_tells_of_its_error_and_waits_for_the_others(ended):
+  first, second, third = rolls(3)
+  first.close(well=False)
+  until(lambda: len(ended) == 2)
+  assert sorted(line[:19] for line in ended) == ["process 1: process ", "process 2: process "]
+  assert all(f"process 0 ({socket.gethostname()}) ended with an error; its own output says why." in line for line in ended)
+  second.close(well=True)
+  third.close(well=True)
+
+
+def test_a_process_that_is_gone_without_a_word_is_named_by_all_others(ended):
+  first, second, third = rolls(3)
+  second._lines[0].shutdown(socket.SHUT_RDWR)  # as the end of a process closes it
+  until(lambda: len(ended) > 1)
+  assert any(line.startswith(f"process 2: process 1 ({socket.gethostname()}) is gone;") for line in ended)
+  for roll in (first, second, third):
+    roll.close(well=True)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_who_leaves_well_is_not_missed(ended, order):
+  all_ = rolls(3)
+  for i in order:
+    all_[i].close(well=True)
+    time.sleep(0.1)
+  time.sleep(0.3)
+  assert not ended
+
+
+def test_who_never_came_is_known_to_the_first_and_told_to_the_others(ended):
+  first, third = rolls(4, missing=(1, 3))
+  assert first.missing() == [1, 3]
+  hosts._late(first, DistributedConfig("localhost:1234", 4, 0, 7, 100))
+  until(lambda: len(ended) == 2)
+  name = socket.gethostname()
+  for i in (0, 2):
+    assert any(
+      line.startswith(f"process {i}: did not come up within config.distributed.start_seconds = 7 s: process 1, 3 of 4; there are "
+                      f"0 ({name}), 2 ({name}). Look at the missing ones' own output, and whether they reach localhost:1234")
+      for line in ended
+    ), ended
+  first.close(well=True)
+  third.close(well=True)
+
+
+def test_a_stranger_at_the_port_is_no_process(ended):
+  first = hosts.Roll(0, 2)
+  port = first.open("", 0)
+  for text in (b"GET / HTTP/1.1\r\n\r\n", b"7 host\n", b""):
+    with socket.create_connection(("localhost", port)) as line:
+      line.sendall(text)
+  time.sleep(0.3)
+  assert first.missing() == [1] and not ended
+  first.close(well=True)
+
+
+@pytest.mark.parametrize(
+  "values, words",
+  [
+    (("localhost", 2, 0), r"config\.distributed\.coordinator = 'localhost': expected HOST:PORT"),
+    (("localhost:http", 2, 0), "expected HOST:PORT"),
+    (("localhost:1234", None, 0), r"with process 0 of None: set config\.distributed\.processes"),
+    (("localhost:1234", 2, 2), "with process 2 of 2: .* from 0 on in each"),
+  ],
+)
+def test_processes_that_cannot_be_counted_are_refused(values, words):
+  with pytest.raises(ConfigError, match=words), hosts.joined(DistributedConfig(*values, 10, 100)):
+    pass
+
+
+def test_a_port_that_is_taken_is_said():
+  with socket.create_server(("", 0)) as taken, pytest.raises(ConfigError, match=r"can't listen on port \d+ \(Address already in use"):
+    hosts.Roll(0, 2).open("", taken.getsockname()[1])
+
+
+def test_one_process_has_nothing_to_connect():
+  with hosts.joined(DistributedConfig(None, None, None, 10, 100)):
+    pass
