@@ -94,11 +94,12 @@ def device_of(devices: Sequence[Any]) -> Device:
 class Flops:
   """Operations of a program on all devices, a multiply-add as two: of matrix products outside and inside of kernels.
 
-  unknown: names of kernels that are not counted.
+  once: those outside whose matrices have a side of the size that was asked for. unknown: kernels that are not counted.
   """
 
   products: float = 0.0
   kernels: float = 0.0
+  once: float = 0.0
   unknown: set[str] = dataclasses.field(default_factory=set)
 
   @property
@@ -112,25 +113,28 @@ class Flops:
 SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
-def count_flops(jaxpr: Any, causal: Callable[[tuple[int, ...]], bool]) -> Flops:
+def count_flops(jaxpr: Any, causal: Callable[[tuple[int, ...]], bool], side: int = 0) -> Flops:
   """Counts a jaxpr's matrix products, padding and recomputation included; loops by their length.
 
   Args:
     jaxpr: as traced, for the whole mesh.
     causal: whether an attention kernel on queries of this shape [..., H, L, h] is.
+    side: products with a matrix of this side are counted apart, too.
   """
   total = Flops()
-  _count(getattr(jaxpr, "jaxpr", jaxpr), 1.0, causal, total)
+  _count(getattr(jaxpr, "jaxpr", jaxpr), 1.0, causal, side, total)
   return total
 
 
-def _count(jaxpr, times: float, causal, total: Flops) -> None:
+def _count(jaxpr, times: float, causal, side: int, total: Flops) -> None:
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
       (contracted, _), _ = params["dimension_numbers"]
-      shape = equation.invars[0].aval.shape
-      total.products += times * 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+      shape, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+      flops = times * 2 * math.prod(out) * math.prod(shape[i] for i in contracted)
+      total.products += flops
+      total.once += flops if side in (*shape, *out) else 0.0
     elif name == "pallas_call":
       flops = _splash(equation, causal)
       total.kernels += times * (flops or 0)
@@ -138,7 +142,7 @@ def _count(jaxpr, times: float, causal, total: Flops) -> None:
     else:
       inside = times * params.get("length", 1) * (params["mesh"].size if name == "shard_map" else 1)
       for sub in jax.extend.core.jaxprs_in_params(params):
-        _count(getattr(sub, "jaxpr", sub), inside, causal, total)
+        _count(getattr(sub, "jaxpr", sub), inside, causal, side, total)
 
 
 def _splash(equation, causal) -> float | None:
@@ -147,7 +151,7 @@ def _splash(equation, causal) -> float | None:
   if not found:
     return None
   # Queries and keys are the first two operands of [..., heads, length, size]; the ones before are tables of blocks.
-  q, k = [v.aval.shape for v in equation.invars if len(v.aval.shape) >= 3 and np.issubdtype(v.aval.dtype, np.floating)][:2]
+  q, k = [v.aval.shape for v in equation.invars if len(v.aval.shape) >= 3 and jax.dtypes.issubdtype(v.aval.dtype, np.floating)][:2]
   blocks = equation.params["grid_mapping"].grid[-1]
   seen = (blocks + 1) / (2 * blocks) if causal(q) else 1.0
   return SPLASH[found[1]] * 2.0 * math.prod(q) * k[-2] * seen
@@ -166,10 +170,15 @@ class Traffic:
   hbm: float
   collectives: dict[str, tuple[float, float]]
 
-  @property
-  def sent(self) -> float:
-    """Bytes of all collectives."""
-    return sum(size for _, size in self.collectives.values())
+  def times(self, factor: float) -> "Traffic":
+    """So many times as much."""
+    return Traffic(self.hbm * factor, {kind: (n * factor, size * factor) for kind, (n, size) in self.collectives.items()})
+
+  def plus(self, other: "Traffic") -> "Traffic":
+    """Both."""
+    kinds = sorted(self.collectives.keys() | other.collectives.keys())
+    both = lambda kind: zip(self.collectives.get(kind, (0.0, 0.0)), other.collectives.get(kind, (0.0, 0.0)))
+    return Traffic(self.hbm + other.hbm, {kind: tuple(a + b for a, b in both(kind)) for kind in kinds})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,39 +205,46 @@ NO_TRAFFIC = {
   "partition-id", "replica-id", "opt-barrier", "async-update",
 }  # fmt: skip
 SLICES = {"slice", "dynamic-slice", "gather"}
-PASSED_ON = {"tuple", "get-tuple-element", "bitcast", "custom-call", *COLLECTIVES}  # of a buffer, inside of a fusion
+PASSED_ON = {"tuple", "get-tuple-element", "custom-call", *COLLECTIVES}  # of a buffer, inside of a fusion
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _BITS = re.compile(r"(\d+)")
 
 
-def read_program(text: str) -> Traffic:
+def read_program(text: str, side: int = 0) -> tuple[Traffic, Traffic]:
   """Reads the text of a compiled program (`compiled.as_text()`): traffic of HBM and collectives, loops by their length.
 
   What lies in a TPU's vector memory is no traffic of HBM, slices count by what they take, and a collective that the compiler
-  has cut into pieces (one channel) once. A kernel reads each operand once.
+  has cut into pieces (one channel), maybe over a loop that it goes on beside, as often as its first piece. A kernel reads
+  each operand once.
+
+  Returns:
+    what touches no array with a side of this size, and what does.
   """
   computations, entry = _parse(text)
-  hbm, sent = 0.0, {}
+  hbm, sent = [0.0, 0.0], {}
   for name, (times, fused) in _multiplicity(computations, entry).items():
     ops = computations[name]
+    first = any("AsyncCollectiveStart" in op.rest for op in ops.values())
     for op in ops.values():
+      types = [op.type, *(ops[o].type for o in op.operands if o in ops)]
+      touches = bool(side) and any(re.search(rf"[\[,]{side}[\],]", kind) for kind in types)
       kind = op.code.removesuffix("-start")
-      if kind in COLLECTIVES and not op.code.endswith("-done"):
+      if kind in COLLECTIVES:
         channel = re.search(r"channel_id=(\d+)", op.rest)
-        key = (kind, channel[1]) if channel else (kind, name, op.name)
-        held = sum(_bytes(ops[o].type) for o in op.operands if o in ops)
+        key = (touches, kind, channel[1]) if channel else (touches, kind, name, op.name)
+        held = sum(map(_bytes, types[1:]))
         if op.code == "all-reduce":  # a conversion may be part of it
           held = min(held, _bytes(op.type))
         size = COLLECTIVES[kind](held, _group(op.rest))
-        if size and times >= sent.get(key, (0, 0))[0]:
-          sent[key] = (times, size)
+        if size:
+          sent[key] = max(sent.get(key, (False, 0.0, 0.0)), (first, times, size))
       if not fused:
-        hbm += times * _traffic(op, ops, computations)
-  collectives: dict[str, tuple[float, float]] = {}
-  for (kind, *_), (times, size) in sent.items():
-    count, total = collectives.get(kind, (0.0, 0.0))
-    collectives[kind] = (count + times, total + times * size)
-  return Traffic(hbm, dict(sorted(collectives.items())))
+        hbm[touches] += times * _traffic(op, ops, computations)
+  collectives: tuple[dict[str, tuple[float, float]], ...] = ({}, {})
+  for (touches, kind, *_), (_, times, size) in sorted(sent.items()):
+    count, total = collectives[touches].get(kind, (0.0, 0.0))
+    collectives[touches][kind] = (count + times, total + times * size)
+  return Traffic(hbm[0], collectives[0]), Traffic(hbm[1], collectives[1])
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:
@@ -313,9 +329,9 @@ def _fusion(op: _Op, ops, inner: dict[str, _Op]) -> float:
   """What a fusion reads of each operand, and writes."""
   total = 0.0
   users: dict[str, list[_Op]] = {}
-  for one in inner.values():
+  for one in reversed(inner.values()):  # users come after what they use
     for name in one.operands:
-      users.setdefault(name, []).append(one)
+      users.setdefault(name, []).extend(users.get(one.name, []) if one.code == "bitcast" else [one])
   for one in inner.values():
     if one.code == "parameter":
       outer = op.operands[int(one.rest.split(")")[0])]
@@ -332,13 +348,16 @@ def _fusion(op: _Op, ops, inner: dict[str, _Op]) -> float:
   if len(parts) == 1:
     while parts[0].code == "bitcast":
       parts = [inner[parts[0].operands[0]]]
-    return total + (_bytes(inner[parts[0].operands[1]].type) if parts[0].code == "dynamic-update-slice" else whole)
-  written = [_bytes(m.group(), hbm=True) for m in _ARRAY.finditer(op.type)]
-  for part, size in zip(parts, written, strict=False):
-    if part.code == "dynamic-update-slice":
-      size = _bytes(inner[part.operands[1]].type)
-    total += 0.0 if part.code in (*PASSED_ON, "parameter") else size
-  return total
+    return total + _written(parts[0], inner, whole)
+  sizes = [_bytes(m.group(), hbm=True) for m in _ARRAY.finditer(op.type)]
+  return total + sum(_written(part, inner, size) for part, size in zip(parts, sizes, strict=False))
+
+
+def _written(part: _Op, inner: dict[str, _Op], size: float) -> float:
+  """What a fusion writes of a result of `size` bytes."""
+  if part.code == "dynamic-update-slice":
+    return _bytes(inner[part.operands[1]].type)
+  return 0.0 if part.code in (*PASSED_ON, "parameter") else size
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -355,7 +374,7 @@ def _bytes(kind: str, hbm: bool = False) -> float:
 
 def _group(rest: str) -> int:
   """Devices that take part in one collective."""
-  if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{('[^}]*)\}", rest):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):

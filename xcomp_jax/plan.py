@@ -55,20 +55,24 @@ def unsplit(state: Any, mesh: Mesh) -> list[str]:
     could = [axis for axis in sorted(axes - used) if any(n % mesh.shape[axis] == 0 for n, names in zip(here, spec) if names is None)]
     if size >= LARGE and could:
       found.append(
-        f"{sharding.path_name(path)} {list(leaf.shape)} takes {size / GB:.3f} GB on every device, and {size / GB / mesh.shape[could[0]]:.3f} "
-        f"if {could[0]} = {mesh.shape[could[0]]} split it; give it a rule in sharding.PARAMETERS"
+        f"{sharding.path_name(path)} {list(leaf.shape)} takes {_size(size)} on every device, and would take "
+        f"{_size(size / mesh.shape[could[0]])} if {could[0]} = {mesh.shape[could[0]]} split it; give it a rule in sharding.PARAMETERS"
       )
   return found
 
 
-def needed(row: Mapping[str, Any]) -> float:
-  """Bytes per device while a program runs, what the runtime keeps for itself included."""
-  return sum(row["memory"].values())
+def needed(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> float:
+  """Bytes per device while a program runs, what the runtime keeps for itself included.
+
+  rows: other programs; of training's, the optimizer's step and a gradient step stay loaded together.
+  """
+  beside = [r["memory"]["program"] for r in rows if r["name"] in TRAINING and (r["name"] == "apply") != (row["name"] == "apply")]
+  return sum(row["memory"].values()) + (max(beside, default=0.0) if row["name"] in TRAINING else 0.0)
 
 
-def remedies(plan: Plan, row: Mapping[str, Any]) -> list[str]:
-  """What would make a program smaller, with the bytes that would then be needed; estimates say so."""
-  config, memory, total = plan.config, row["memory"], needed(row)
+def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
+  """What would make a program that needs `total` bytes smaller, with what would then be needed; estimates say so."""
+  config, memory = plan.config, row["memory"]
   state = sum(memory.get(kind, 0.0) for kind in ("parameters", "optimizer state", "gradients"))
   parts, mesh = sharding.batch_devices(plan.mesh), plan.mesh.shape
   out: list[tuple[str, float]] = []
@@ -101,7 +105,7 @@ def remedies(plan: Plan, row: Mapping[str, Any]) -> list[str]:
     out.append(("--config.model.clips_per_chunk=1: less in the tower; plan it", math.nan))
   out.append((f"{2 * plan.device.count} devices of this kind: the state alone", total - state / 2))
   limit = plan.device.hbm or math.inf
-  verdict = lambda size: "" if math.isnan(size) else f": {size / GB:.2f} GB, {'fits' if size <= limit else 'not enough alone'}"
+  verdict = lambda size: "" if math.isnan(size) else f": {_size(size)}, {'fits' if size <= limit else 'not enough alone'}"
   return [text + verdict(size) for text, size in out]
 
 
@@ -119,18 +123,18 @@ def describe(plan: Plan, row: Mapping[str, Any]) -> str:
     f"\n  EXTRAPOLATED to {row['of']} layers from {row['layers']}: temporaries, program, traffic, collectives; the rest is exact"
   )  # fmt: skip
   lines = [f"{TITLES[row['name']]}{shape}; compiled in {row['compile_s']:.0f} s{layers}"]
-  kinds = "  ".join(f"{kind} {size / GB:.2f}" for kind, size in row["memory"].items())
-  of = f" of {plan.device.hbm / GB:.2f}" if plan.device.hbm else ""
-  lines.append(f"  GB per device    {kinds}  = {needed(row) / GB:.2f}{of}")
+  kinds = "  ".join(f"{kind} {_size(size)}" for kind, size in row["memory"].items())
+  of = f" of {_size(plan.device.hbm)}" if plan.device.hbm else ""
+  lines.append(f"  per device       {kinds}  = {_size(needed(row))}{of}")
   if row["problem"]:
     return "\n".join([*lines, f"  the compiler     {row['problem']}"])
   flops = row["flops"]
   lines.append(
-    f"  operations       {flops['executed'] / count / 1e12:.1f} TFLOP per device ({flops['kernels'] / count / 1e12:.1f} in kernels), "
-    f"{flops['model'] / count / 1e12:.1f} of the model; HBM traffic {row['hbm'] / GB:.1f} GB"
+    f"  operations       {flops['executed'] / count / 1e12:.4g} TFLOP per device ({flops['kernels'] / count / 1e12:.4g} in kernels), "
+    f"{flops['model'] / count / 1e12:.4g} of the model; HBM traffic {_size(row['hbm'])}"
     + (f"; not counted: {', '.join(row['not counted'])}" if row["not counted"] else "")
   )
-  sent = "  ".join(f"{kind} {count:.0f} x, {size / GB:.3f} GB" for kind, (count, size) in row["collectives"].items())
+  sent = "  ".join(f"{kind} {count:.0f} x, {_size(size)}" for kind, (count, size) in row["collectives"].items())
   lines.append(f"  collectives      {sent or 'none'}")
   if row["seconds"]:
     bound = max(row["seconds"], key=row["seconds"].get)
@@ -141,6 +145,11 @@ def describe(plan: Plan, row: Mapping[str, Any]) -> str:
   if row["estimate"]:
     lines.append(f"  the compiler     estimates {row['estimate']:.3f} s (kernels and loops counted in its own way)")
   return "\n".join(lines)
+
+
+def _size(size: float) -> str:
+  """Bytes, for people: decimal GB, or MB where they are few."""
+  return f"{size / GB:.2f} GB" if size >= 0.1 * GB else f"{size / 1e6:.1f} MB"
 
 
 TITLES = {
@@ -161,15 +170,15 @@ def step_line(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def problems(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """What does not fit, with remedies, and what is not split."""
+  """What does not fit, with remedies."""
   out = []
   limit = plan.device.hbm or math.inf
   for row in rows:
-    if row["problem"] or needed(row) > limit:
-      over = f"needs {needed(row) / GB:.2f} GB per device, {plan.device.kind} has {limit / GB:.2f}"
-      out.append("\n  ".join([f"{TITLES[row['name']]} does not fit: {over}; what would help:", *remedies(plan, row)]))
-  _, _, state, sums = programs.training(plan, plan.full)
-  return out + unsplit(state, plan.mesh) + unsplit(sums, plan.mesh)
+    total = needed(row, rows)
+    if row["problem"] or total > limit:
+      over = f"needs {_size(total)} per device, {plan.device.kind} has {_size(limit)}"
+      out.append("\n  ".join([f"{TITLES[row['name']]} does not fit: {over}; what would help:", *remedies(plan, row, total)]))
+  return out
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -186,9 +195,9 @@ def run(plan: Plan, names: Sequence[str], say: Callable[[str], None] = print) ->
     f"{plan.device.count} x {plan.device.kind}, mesh {dict(plan.mesh.shape)}; {plan.config.init_from}: {cfg.llm.layers} layers of width "
     f"{cfg.llm.width}, tower of {cfg.vision.layers}"
   )
-  _, _, state, _ = programs.training(plan, cfg)
-  for name, part in (("trained", state.trained), ("frozen", state.frozen)):
-    say(f"{name}: {held(part) / GB:.2f} GB per device")
+  _, _, state, sums = programs.training(plan, cfg)
+  if found := unsplit(state, plan.mesh) + unsplit(sums, plan.mesh):
+    raise PlanError("; ".join(found))
   rows = []
   for name in names:
     rows.append(programs.account(plan, name))
@@ -198,7 +207,7 @@ def run(plan: Plan, names: Sequence[str], say: Callable[[str], None] = print) ->
   buckets = len(plan.config.data.frame_buckets) * len(plan.config.data.text_buckets)
   code = max((row["memory"]["program"] for row in rows if row["name"] in GRADIENTS), default=0.0)
   if buckets > 1 and code:
-    say(f"each of the {buckets} buckets that the data has keeps a program of its own: up to {code / GB:.2f} GB each")
+    say(f"every bucket that occurs in the data, of {buckets}, keeps a program of its own: up to {_size(code)} each")
   if found := problems(plan, rows):
     raise PlanError("\n".join(found))
   if plan.device.hbm:
@@ -224,7 +233,7 @@ def table(folder: pathlib.Path, layers: int | None, say: Callable[[str], None] =
     ConfigError: see `programs.make`.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  libtpu = importlib.metadata.version("libtpu")
+  libtpu = next((d.version for d in importlib.metadata.distributions(name="libtpu")), None)
   lines = [
     "| | topology | frames | data | GB per device | of | TFLOP per device | at least | bound by | compiled in |",
     "|---|---|---|---|---|---|---|---|---|---|",
@@ -244,7 +253,7 @@ def table(folder: pathlib.Path, layers: int | None, say: Callable[[str], None] =
       known = {"asked": asked, "hbm": plan.device.hbm, "devices": plan.device.count, "programs": rows}
       write_json(file, known, indent=1)
     row = known["programs"][0]
-    size, limit = max(map(needed, known["programs"])), known["hbm"]
+    size, limit = max(needed(row, known["programs"]) for row in known["programs"]), known["hbm"]
     bound = max(row["seconds"], key=row["seconds"].get, default="-")
     seconds = f"{row['seconds'][bound]:.2f} s" if row["seconds"] else "-"
     lines.append(

@@ -234,7 +234,7 @@ def executed_flops(cfg: VLMConfig, jaxpr: Any) -> cost.Flops:
   """What a traced program computes on all devices; the kernels on the tower's tokens are the ones that are not causal."""
   v = cfg.vision
   tower = lambda shape: shape[-1] == v.width // v.heads and shape[-2] >= cfg.clip_frames * v.patches
-  return cost.count_flops(jaxpr, lambda shape: not tower(shape))
+  return cost.count_flops(jaxpr, lambda shape: not tower(shape), cfg.llm.vocab_size)
 
 
 @contextlib.contextmanager
@@ -271,40 +271,39 @@ def account(plan: Plan, name: str) -> dict[str, Any]:
   """Compiles one program and says what it takes: a dict for JSON. Bytes and seconds are a device's, operations those of all.
 
   With fewer layers than there are, the numbers are those of the whole model: memory of the state and operations exactly,
-  the rest extrapolated ("layers" says from how many).
+  the rest extrapolated ("layers" says from how many). What touches the vocabulary is there once, whatever the layers.
   """
+  cfg, full, vocabulary = plan.cfg, plan.full, plan.full.llm.vocab_size
   with inside(plan):
-    program, memory = traced(plan, plan.cfg, name)
-    flops = executed_flops(plan.cfg, program.jaxpr)
+    program, memory = traced(plan, cfg, name)
+    flops = here = executed_flops(cfg, program.jaxpr)
     out, spent = compiled(program.lower(), name)
-    whole = plan.cfg if plan.cfg == plan.full else plan.full
-    if whole is plan.full and plan.cfg != plan.full:
-      complete, memory = traced(plan, plan.full, name)
-      flops_full = executed_flops(plan.full, complete.jaxpr)
-    else:
-      flops_full = flops
-  row: dict[str, Any] = {"name": name, "compile_s": spent, "layers": plan.cfg.llm.layers, "of": plan.full.llm.layers}
-  row["flops"] = {"model": model_flops(plan, plan.full, name), "executed": flops_full.total, "kernels": flops_full.kernels}
-  row["not counted"] = sorted(flops_full.unknown)
+    if cfg != full:
+      complete, memory = traced(plan, full, name)
+      flops = executed_flops(full, complete.jaxpr)
+  row: dict[str, Any] = {"name": name, "compile_s": spent, "layers": cfg.llm.layers, "of": full.llm.layers}
+  row["flops"] = {"model": model_flops(plan, full, name), "executed": flops.total, "kernels": flops.kernels}
+  row["not counted"] = sorted(flops.unknown)
   if isinstance(out, jax.errors.JaxRuntimeError):
-    row |= {"problem": one_line(out)[:400], "memory": memory | {"temporaries": _refused(str(out), sum(memory.values()))}}
-    row["memory"] |= {"program": 0.0, "reserve": plan.device.reserve}
-    return row | {"hbm": 0.0, "collectives": {}, "seconds": {}, "estimate": None, "problem": one_line(out)[:400]}
-  used, traffic = out.memory_analysis(), cost.read_program(out.as_text())
+    memory |= {"temporaries": _refused(str(out), sum(memory.values())), "program": 0.0, "reserve": plan.device.reserve}
+    refused = {"hbm": 0.0, "collectives": {}, "seconds": {}, "estimate": None}
+    return row | refused | {"memory": memory, "problem": one_line(out)[:400]}
+  used = out.memory_analysis()
   temporary = float(used.temp_size_in_bytes + max(0, used.output_size_in_bytes - used.alias_size_in_bytes))
-  code, hbm, collectives = float(used.generated_code_size_in_bytes), traffic.hbm, traffic.collectives
-  if plan.cfg != plan.full:
-    temporary += kept_between(plan, plan.full) - kept_between(plan, plan.cfg) if name in ("features", "frames") else 0.0
-    more, bigger = flops_full.total / max(1.0, flops.total), size_of(plan.full) / size_of(plan.cfg)
-    code *= plan.full.llm.layers / plan.cfg.llm.layers
-    hbm *= more if flops.total else bigger
-    collectives = {kind: (count * bigger, size * bigger) for kind, (count, size) in collectives.items()}
+  code = float(used.generated_code_size_in_bytes)
+  layers, once = cost.read_program(out.as_text(), vocabulary)
+  sent, estimate = layers.plus(once).collectives, (out.cost_analysis() or {}).get("optimal_seconds", 0.0)
+  hbm = layers.hbm + once.hbm
+  if cfg != full:
+    grows = _numbers(full, name) / _numbers(cfg, name)
+    hbm = once.hbm + layers.hbm * ((flops.total - flops.once) / (here.total - here.once) if flops.total else grows)
+    sent, estimate = layers.times(grows).plus(once).collectives, 0.0
+    code *= full.llm.layers / cfg.llm.layers
+    temporary += kept_between(plan, full) - kept_between(plan, cfg) if name in GRADIENTS else 0.0
   row["memory"] = memory | {"temporaries": temporary, "program": code, "reserve": plan.device.reserve}
-  sent = sum(size for _, size in collectives.values())
-  row |= {"hbm": hbm, "collectives": collectives, "problem": None}
-  row["seconds"] = cost.seconds(plan.device, flops_full.total / plan.device.count, hbm, sent)
-  estimate = (out.cost_analysis() or {}).get("optimal_seconds", 0.0)
-  return row | {"estimate": estimate if estimate > 0 and plan.cfg == plan.full else None}
+  seconds = cost.seconds(plan.device, flops.total / plan.device.count, hbm, sum(size for _, size in sent.values()))
+  row |= {"hbm": hbm, "collectives": sent, "seconds": seconds, "problem": None}
+  return row | {"estimate": estimate if estimate > 0 else None}
 
 
 def kept_between(plan: Plan, cfg: VLMConfig) -> float:
@@ -313,9 +312,12 @@ def kept_between(plan: Plan, cfg: VLMConfig) -> float:
   return float(rows * sum(slots(cfg, plan.bucket)) * cfg.llm.width * np.dtype(cfg.dtype).itemsize)
 
 
-def size_of(cfg: VLMConfig) -> int:
-  """Numbers in the LLM and the projector."""
-  return sum(math.prod(e.shape) for e in weights.names(cfg) if not e.path.startswith("vision/"))
+def _numbers(cfg: VLMConfig, name: str) -> int:
+  """Parameters that a program computes with, those of the vocabulary aside."""
+  parts = {"frames": ("vision", "projector", "llm"), "tower": ("vision",)}.get(name, ("projector", "llm"))
+  return sum(
+    math.prod(e.shape) for e in weights.names(cfg) if e.path.split("/")[0] in parts and cfg.llm.vocab_size not in e.shape
+  )
 
 
 def _refused(message: str, arguments: float) -> float:
