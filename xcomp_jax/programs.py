@@ -133,7 +133,8 @@ def largest(config: RunConfig, cfg: VLMConfig, mesh: Mesh, frames: int | None, t
   for f in data.frame_buckets if frames is None else (frames,):
     clip = cfg.clip_frames if f > 1 else 1
     found += [Bucket(f // clip, clip, data.prefix_length, t) for t in (data.text_buckets if text is None else (text,))]
-  bucket = max(found, key=lambda b: rows(b) * sum(slots(cfg, b)))
+  tokens = lambda b: rows(b) * (sum(slots(cfg, b)) - cfg.llm.layers * b.prefix)
+  bucket = max(found, key=lambda b: (tokens(b), b))  # of as many tokens the longest sequences, whose attention takes most
   return bucket, rows(bucket)
 
 
