@@ -28,7 +28,7 @@ def small(tiny_run, tmp_path_factory):
 
 
 def test_every_program_is_accounted_for_and_said(small):
-  made, rows, said = small
+  _, rows, said = small
   assert [row["name"] for row in rows] == list(programs.NAMES)
   assert all(f"\n{title}" in said for title in plan.TITLES.values())
   assert "8 x cpu, mesh {'data': 1, 'fsdp': 8" in said and "8 x (16 frames, 80 + 128 text tokens)" in said
