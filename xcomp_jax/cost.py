@@ -42,7 +42,7 @@ CHIPS: tuple[tuple[str, Chip], ...] = (
   ("TPU v5 lite", Chip(16 * GIB, 0.25 * GIB, 819e9, 50e9, 16)),
   ("TPU v5p", Chip(96 * GIB, 0.26 * GIB, 2765e9, 100e9, 4)),
   ("TPU v5", Chip(96 * GIB, 0.26 * GIB, 2765e9, 100e9, 4)),  # v5p under its older name
-  ("TPU v4", Chip(32 * GIB, 0.5 * GIB, 1228e9, 50e9, 4)),
+  ("TPU v4", Chip(32 * GIB, 1.5 * GIB, 1228e9, 50e9, 4)),
   ("B200", Chip(180e9, 0, 8000e9, 900e9, 0)),
   ("H200", Chip(141e9, 0, 4800e9, 450e9, 0)),
   ("H100", Chip(80e9, 0, 3350e9, 450e9, 0)),

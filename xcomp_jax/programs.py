@@ -286,7 +286,9 @@ def account(plan: Plan, name: str) -> dict[str, Any]:
   row["flops"] = {"model": model_flops(plan, full, name), "executed": flops.total, "kernels": flops.kernels}
   row["not counted"] = sorted(flops.unknown)
   if isinstance(out, jax.errors.JaxRuntimeError):
-    memory |= {"temporaries": _refused(str(out), sum(memory.values())), "program": 0.0, "reserve": plan.device.reserve}
+    unseen = memory["optimizer state"] + memory["batch"] / 2 if name in GRADIENTS else 0.0
+    temporary = _refused(str(out), sum(memory.values()) - unseen)
+    memory |= {"temporaries": temporary, "program": 0.0, "reserve": plan.device.reserve}
     refused = {"hbm": 0.0, "collectives": {}, "seconds": {}, "estimate": None}
     return row | refused | {"memory": memory, "problem": one_line(out)[:400]}
   used = out.memory_analysis()
@@ -322,8 +324,6 @@ def _numbers(cfg: VLMConfig, name: str) -> int:
 
 
 def _refused(message: str, arguments: float) -> float:
-  """Bytes of temporaries of a program that the compiler would not make, as far as it says."""
-  if found := re.search(r"temporaries \(([\d.]+)G\)", message):
-    return float(found[1]) * cost.GIB
-  found = re.search(r"Used ([\d.]+)G of", message)
-  return max(0.0, float(found[1]) * cost.GIB - arguments) if found else 0.0
+  """Bytes of temporaries and results of a program that the compiler would not make; what it calls temporaries is all."""
+  found = re.search(r"temporaries \(([\d.]+)G\)|Used ([\d.]+)G of", message)
+  return max(0.0, float(found[1] or found[2]) * cost.GIB - arguments) if found else 0.0
