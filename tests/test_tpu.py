@@ -43,11 +43,11 @@ def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_a_layer_of_the_tower_with_merging_compiles(name):
-  config = from_command_line(["plan", "--config=configs/sct.py", "--config.model.clips_per_chunk=1"])
+  config = from_command_line(["plan", "--config=configs/sct.py", "--config.model.clips_per_chunk=1", "--config.train.batch_size=4"])
   made = programs.make(config, name, layers=1, frames=16, text=512)
   row = programs.account(dataclasses.replace(made, full=made.cfg), "tower")
   assert row["problem"] is None and not row["not counted"]
-  # One kernel for each of two clips of each of four devices: scores and values of 16 heads of 64, all against all.
+  # A kernel for each of two clips on each of four devices: scores and values of 16 heads of 64, all against all.
   assert row["flops"]["kernels"] == 8 * 2 * 2 * 16 * 6272**2 * 64
   assert row["flops"]["model"] < row["flops"]["executed"] < 1.5 * row["flops"]["model"]
   assert row["memory"]["temporaries"] < 1e9 and max(row["seconds"].values()) > 0
@@ -71,9 +71,9 @@ def test_two_layers_of_a_training_step_compile_and_are_accounted_for(name, tmp_p
   # Per layer a kernel forward, one again in the backward pass, and two for gradients: 2 + 2 + 3 + 4 products of blocks.
   pairs = sum(n * n * (b + 1) / (2 * b) for n, b in ((2688, 3), (1792, 2)))
   assert gradient["flops"]["kernels"] == 4 * 11 * 2 * 4 * 128 * pairs
-  assert gradient["collectives"] and gradient["hbm"] > gradient["memory"]["parameters"]
+  assert gradient["collectives"] and gradient["hbm"] > 2 * gradient["memory"]["gradients"]  # read and written
   assert set(gradient["seconds"]) == {"compute", "memory", "links"}
-  assert apply["flops"]["model"] == 0 and apply["hbm"] >= 2 * apply["memory"]["optimizer state"]  # read and written
+  assert apply["flops"]["model"] == 0 and apply["hbm"] >= 2 * apply["memory"]["optimizer state"]  # likewise
 
 
 @pytest.mark.parametrize("name", ("v4:2x2x1", "v5e:1x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"))

@@ -12,6 +12,7 @@ extrapolates. Ends with exit code 1 if something does not fit, and says what wou
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -31,6 +32,9 @@ from xcomp_jax.programs import GRADIENTS, NAMES, TRAINING, Plan, held
 
 GB = 1e9
 LARGE = 4 * 2**20  # bytes on every device from which on an array should be split
+
+
+_say = functools.partial(print, flush=True)
 
 
 class PlanError(ValueError):
@@ -184,7 +188,7 @@ def problems(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, names: Sequence[str], say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def run(plan: Plan, names: Sequence[str], say: Callable[[str], None] = _say) -> list[dict[str, Any]]:
   """Accounts for each program, and says so.
 
   Raises:
@@ -226,7 +230,7 @@ CELLS: tuple[tuple[str, str, int, str, tuple[str, ...]], ...] = (
 TEXT = 512  # tokens behind the frames, in the table
 
 
-def table(folder: pathlib.Path, layers: int | None, say: Callable[[str], None] = print) -> str:
+def table(folder: pathlib.Path, layers: int | None, say: Callable[[str], None] = _say) -> str:
   """The README's table; a cell that is done lies in the folder and is not compiled again by the same versions.
 
   Raises:
