@@ -94,4 +94,12 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.mesh.data = 1
   c.mesh.fsdp = -1
   c.mesh.tensor = 1
+  c.mesh.context = 1
+
+  c.distributed = ConfigDict()
+  c.distributed.coordinator = free(None)
+  c.distributed.processes = free(None)
+  c.distributed.process = free(None)
+  c.distributed.start_seconds = 600
+  c.distributed.heartbeat_seconds = 100
   return c

@@ -95,8 +95,16 @@ def _paper() -> ConfigDict:
 
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices
-  c.mesh.fsdp = -1  # all that are left: batch, parameters and optimizer state are split over them
-  c.mesh.tensor = 1
+  c.mesh.fsdp = -1  # as many as the samples of a step can be split over: they, parameters and optimizer state are
+  c.mesh.tensor = 1  # heads, MLP channels and the vocabulary; within a host
+  c.mesh.context = -1  # all that are left: each sample's own sequence is split over them
+
+  c.distributed = ConfigDict()
+  c.distributed.coordinator = _open("auto")  # as TPU pods, GKE and SLURM say; HOST:PORT of process 0; None: one process
+  c.distributed.processes = _open(None)  # with HOST:PORT: how many,
+  c.distributed.process = _open(None)  # and which of them this is
+  c.distributed.start_seconds = 600  # in which all must have come up
+  c.distributed.heartbeat_seconds = 100  # a process that gives no sign for so long is gone
   return c
 
 
@@ -105,6 +113,7 @@ def _tiny() -> ConfigDict:
   c.workdir = "runs/tiny"
   c.init_from = "assets/tiny"  # the miniature VideoChat-Flash of configs/base.py
   c.compilation_cache = None  # too small to need it
+  c.distributed.coordinator = None  # one process
   c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
   c.model.clips_per_chunk = 8  # all of a video
   c.model.attention = "einsum"  # the fastest to train with on a CPU as long as the score matrix is small

@@ -20,6 +20,12 @@ jaxtyping.install_import_hook("xcomp_jax", "conftest.typechecker")  # shapes and
 flags.FLAGS.mark_as_parsed()  # grain's readers look at absl flags
 jax.config.update("jax_default_matmul_precision", "highest")
 
+
+def pytest_addoption(parser):
+  parser.addoption("--kills", type=int, default=3, help="how often tests/test_pods.py kills a run (default: 3)")
+  parser.addoption("--kills-seed", type=int, default=0, help="of the moments when it does")
+
+
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 
@@ -143,7 +149,8 @@ def tiny_run(tmp_path_factory, reference):
       "batch_size": 3, "epochs": 1, "steps": None, "vision": False, "projector": True, "llm": True,
       "projector_max_frames": None, "log_every": 1, "eval_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None,
     },
-    "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "context": 1},
+    "distributed": {"coordinator": None, "processes": None, "process": None, "start_seconds": 60, "heartbeat_seconds": 100},
   }
 
   def make(workdir, **changes):
@@ -153,7 +160,7 @@ def tiny_run(tmp_path_factory, reference):
       if name:
         values[group][name] = value
       else:
-        values[group] = value
+        values[group] = values[group] | value if isinstance(value, dict) else value
     return from_dict(RunConfig, values)
 
   return make

@@ -42,7 +42,8 @@ def run(base, tmp_path) -> pathlib.Path:
       "batch_size": 1, "epochs": 1, "steps": None, "vision": False, "projector": True, "llm": True,
       "projector_max_frames": None, "log_every": 1, "eval_every": 1, "save_every": 1, "keep_last": 2, "keep_every": None,
     },
-    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1},
+    "distributed": {"coordinator": None, "processes": None, "process": None, "start_seconds": 60, "heartbeat_seconds": 100},
   })
   cfg = weights.read_config(base, config.model, config.lp_comp)
   is_trained = lambda path: path.startswith(TRAINED)

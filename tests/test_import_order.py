@@ -9,11 +9,11 @@ import xcomp_jax
 
 ROOT = pathlib.Path(xcomp_jax.__file__).parent
 ORDER = """
-config files sharding
+config files sharding hosts
 data.batch data.video data.prompt data.store data.mixture data.shards data.check data.blend data.pipeline
 model.attention model.vision model.merge model.lp_comp model.decoder model.vlm
 qc_comp encode generate report weights optim checkpoint metrics cost
-train predecode ask export parity world bench bench_qc bench_data demo programs plan
+steps programs train predecode ask export parity world bench bench_qc bench_data demo plan
 """.split()
 FILES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py") if f.name != "__init__.py"}
 

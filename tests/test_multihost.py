@@ -72,7 +72,7 @@ def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, mon
   data = {"data.train": features} if kind == "features" else {}
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 1, "tensor": 1} | {axis: 2}, **data)
   noted, losses, original = [], [], train.metrics.line
-  monkeypatch.setattr(train, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:2]))
+  monkeypatch.setattr(train, "make_mesh", lambda mesh, **_: make_mesh(mesh, jax.devices()[:2]))
   monkeypatch.setattr(train, "place", note_batches(train.place, noted))
   monkeypatch.setattr(train.metrics, "line", lambda step, *rest: (losses.append(rest[1]["loss"]), original(step, *rest))[1])
   assert train.run(config)["step"] == 4

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from xcomp_jax import bench, optim, plan, programs, sharding, train, weights
+from xcomp_jax import bench, optim, plan, programs, sharding, steps, weights
 from xcomp_jax.config import ConfigError, from_command_line
 from xcomp_jax.data.batch import fake_batch
 
@@ -42,11 +42,11 @@ def test_memory_of_the_state_is_what_a_run_allocates(small):
   made, rows, _ = small
   tx = optim.optimizer(made.config.optim, 1000)
   with jax.set_mesh(made.mesh):
-    state = train.init_state(made.config, made.full, tx, made.mesh)
-    sums = train.zero_sums(state.trained, made.mesh)
+    state = steps.init_state(made.config, made.full, tx, made.mesh)
+    sums = steps.zero_sums(state.trained, made.mesh)
   here = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
   spec = programs.batch_of(made, made.full, "frames")
-  batch = train.place(fake_batch(spec, made.full.llm.vocab_size), made.mesh)
+  batch = steps.place(fake_batch(spec, made.full.llm.vocab_size), made.mesh)
   memory = next(row for row in rows if row["name"] == "frames")["memory"]
   assert memory["parameters"] == here((state.trained, state.frozen))
   assert memory["optimizer state"] == here(state.opt) and memory["gradients"] == here(sums)
@@ -55,7 +55,7 @@ def test_memory_of_the_state_is_what_a_run_allocates(small):
 
 def test_operations_are_those_of_the_step_that_runs(small):
   made, rows, _ = small
-  step, arguments = train.abstract_step(made.config, made.full, programs.batch_of(made, made.full, "frames"))
+  step, arguments = steps.abstract_step(made.config, made.full, programs.batch_of(made, made.full, "frames"))
   row = next(row for row in rows if row["name"] == "frames")
   with programs.inside(made):
     assert row["flops"]["executed"] == bench.flops(step, *arguments)

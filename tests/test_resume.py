@@ -26,14 +26,14 @@ from xcomp_jax.weights import CheckpointError
 def few_devices(monkeypatch):
   """No more devices than the config names: one compiles in a fraction of the time."""
   devices = lambda config: jax.devices()[: config.data * config.fsdp * config.tensor]
-  monkeypatch.setattr(train, "make_mesh", lambda config: make_mesh(config, devices(config)))
+  monkeypatch.setattr(train, "make_mesh", lambda config, **_: make_mesh(config, devices(config)))
 
 
 @pytest.fixture(scope="module")
 def straight(tiny_run, tmp_path_factory):
   """Four steps in one go: config, result, samples in the order of reading, items of the last checkpoint."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    patch.setattr(train, "make_mesh", lambda config, **_: make_mesh(config, jax.devices()[:1]))
     order = record(patch)
     config = make(tiny_run, tmp_path_factory.mktemp("straight") / "w")
     return config, train.run(config), order, items(config)

@@ -18,24 +18,26 @@ from xcomp_jax.sharding import (
   parameter_spec,
   parameter_table,
   path_name,
+  split,
+  visual_sharding,
 )
 
 
 @pytest.fixture(scope="module")
 def mesh():
-  return make_mesh(MeshConfig(2, 2, 2))
+  return make_mesh(MeshConfig(2, 2, 2, 1))
 
 
 def test_the_mesh_has_what_was_asked_and_minus_one_is_the_rest():
-  assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-  assert dict(make_mesh(MeshConfig(1, 1, -1), jax.devices()[:3]).shape) == {"data": 1, "fsdp": 1, "tensor": 3}
-  assert batch_devices(make_mesh(MeshConfig(2, -1, 2))) == 4
+  assert dict(make_mesh(MeshConfig(2, -1, 2, 1)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+  assert dict(make_mesh(MeshConfig(1, 1, -1, 1), jax.devices()[:3]).shape) == {"data": 1, "fsdp": 1, "tensor": 3, "context": 1}
+  assert batch_devices(make_mesh(MeshConfig(2, -1, 2, 1))) == 4
 
 
 @pytest.mark.parametrize(
   "sizes, words",
   [
-    ((3, 1, 1), r"mesh data=3 x fsdp=1 x tensor=1 = 3 devices, but there are 8; .*config\.mesh"),
+    ((3, 1, 1), r"mesh data=3 x fsdp=1 x tensor=1 x context=1 = 3 devices, but there are 8; .*config\.mesh"),
     ((4, 4, 1), "= 16 devices, but there are 8"),
     ((3, -1, 1), "3 does not divide the 8 devices"),
     ((-1, -1, 1), "at most one may be -1"),
@@ -44,7 +46,7 @@ def test_the_mesh_has_what_was_asked_and_minus_one_is_the_rest():
 )
 def test_a_mesh_that_does_not_match_the_devices_is_refused(sizes, words):
   with pytest.raises(ConfigError, match=words):
-    make_mesh(MeshConfig(*sizes))
+    make_mesh(MeshConfig(*sizes, 1))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,20 @@ def test_constrain_splits_what_divides_and_is_nothing_without_a_mesh(mesh):
     assert spec((4, 6, 7), "batch", None, "mlp") == P(("data", "fsdp"))
     with pytest.raises(KeyError):
       constrain(x, "rows")
+
+
+def test_two_axes_on_the_same_mesh_axis_are_refused_by_name(mesh):
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match="heads and mlp would both be split over mesh axis tensor"):
+    split((None, "heads", "mlp"), (1, 8, 8))
+  with pytest.raises(ValueError, match="batch and embed would both be split over mesh axis fsdp"):
+    with jax.set_mesh(mesh):
+      jax.jit(lambda x: constrain(x, "batch", "embed"))(jnp.zeros((8, 8)))
+
+
+def test_parameters_are_split_over_context_too():
+  mesh = make_mesh(MeshConfig(1, 2, 2, 2))
+  assert parameter_spec("llm/layers/0/q/kernel", (8, 8), mesh) == P(("fsdp", "context"), "tensor")
+  assert visual_sharding(mesh, (2, 4, 128, 8)).spec == P("fsdp", "context")
 
 
 def test_constrain_is_nothing_inside_shard_map(mesh):

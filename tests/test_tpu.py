@@ -23,7 +23,7 @@ def compiler():
 
 
 def mesh_on(name):
-  return programs.mesh_of(MeshConfig(1, -1, 1), programs.topology(name))
+  return programs.mesh_of(MeshConfig(1, -1, 1, 1), programs.topology(name), 32)
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

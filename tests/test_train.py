@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import bench, metrics, optim, train, weights
+from xcomp_jax import bench, metrics, optim, steps, train, weights
 from xcomp_jax.config import (
   ConfigError,
   LLMConfig,
@@ -33,13 +33,13 @@ from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import make_mesh
 
-ONE = MeshConfig(1, 1, 1)
+ONE = MeshConfig(1, 1, 1, 1)
 
 
 @pytest.fixture
 def one_device(monkeypatch):
   """Runs on the first device: compiles in a fraction of the time."""
-  monkeypatch.setattr(train, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+  monkeypatch.setattr(train, "make_mesh", lambda config, **_: make_mesh(config, jax.devices()[:1]))
 
 
 def close(got, want):
@@ -104,7 +104,7 @@ def test_accumulated_gradients_of_mixed_buckets_equal_the_ungrouped_batch(tiny_r
 def test_a_step_over_eight_devices_equals_one_device(tiny_run, examples, tmp_path):
   config = tiny_run(tmp_path)
   results = []
-  for devices, mesh in ((1, ONE), (8, MeshConfig(2, 2, 2))):
+  for devices, mesh in ((1, ONE), (8, MeshConfig(2, 2, 2, 1))):
     it = Prepared(dataclasses.replace(config, mesh=mesh), devices)
     losses = it.add(collate(examples, Bucket(3, 4, 8, 16), 8))
     gradients = jax.device_get(it.sums.grads)
@@ -127,15 +127,15 @@ def test_every_process_reads_the_rows_of_its_devices():
       assert shape == (8,)
       return {i: (slice(*rows),) for i, rows in enumerate(self.rows)}
 
-  mesh = make_mesh(MeshConfig(2, 4, 1))
+  mesh = make_mesh(MeshConfig(2, 4, 1, 1))
   assert train.row_share(mesh) == (0, 1)
   for rows, share in ((((0, 4), (4, 8)), (0, 1)), (((4, 6), (6, 8)), (1, 2)), (((6, 8), (6, 8)), (3, 4)), (((None, None),), (0, 1))):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(train, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
+      patch.setattr(steps, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
       assert train.row_share(mesh) == share
   for rows in (((0, 2), (4, 6)), ((1, 3),), ((0, 3),)):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(train, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
+      patch.setattr(steps, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
       with pytest.raises(ConfigError, match=r"the devices of process 0 hold rows .* of every 8"):
         train.row_share(mesh)
 
@@ -240,7 +240,7 @@ def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, write_fe
   assert norm(jax.tree.map(np.subtract, gradients, wanted)) < gradient * norm(wanted)
 
 
-@pytest.mark.parametrize("devices, mesh", [(1, ONE), (8, MeshConfig(2, 2, 2))])
+@pytest.mark.parametrize("devices, mesh", [(1, ONE), (8, MeshConfig(2, 2, 2, 1))])
 def test_features_are_known_by_their_tower_wherever_it_lies(tiny_run, features, tmp_path, devices, mesh):
   for dtype in ("float32", "bfloat16"):
     it = Prepared(dataclasses.replace(tiny_run(tmp_path, **{"model.dtype": dtype}), mesh=mesh), devices)
@@ -392,7 +392,7 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   bucket, counted = Bucket(128, 8, 16, 512), {}
   visuals = {"frames": ((8, 448, 448, 3), np.dtype(np.uint8)), "features": ((128, 1024), np.dtype(ml_dtypes.bfloat16))}
   for name, visual in visuals.items():
-    step, arguments = train.abstract_step(config, cfg, batch_spec(bucket, 1, visual))
+    step, arguments = steps.abstract_step(config, cfg, batch_spec(bucket, 1, visual))
     counted[name] = bench.flops(step, *arguments)
   tower = counted["frames"] - counted["features"]
   batch = fake_batch(batch_spec(bucket, 1, visuals["features"]), 100)
@@ -445,7 +445,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
 @pytest.mark.parametrize(
   "changes, words",
   [
-    ({"mesh": {"data": 3, "fsdp": 1, "tensor": 1}}, "data=3 x fsdp=1 x tensor=1 = 3 devices, but there are 8"),
+    ({"mesh": {"data": 3, "fsdp": 1, "tensor": 1}}, "data=3 x fsdp=1 x tensor=1 x context=1 = 3 devices, but there are 8"),
     ({"train.batch_size": 13}, "batch_size = 13"),
     ({"train.batch_size": 0}, "config.train.batch_size = 0"),
     ({"train.projector": False, "train.llm": False}, "trains nothing"),

@@ -283,7 +283,7 @@ def test_load_into_shardings_and_dtypes(reference, tmp_path, layout):
   if layout == "orbax":
     export.save_orbax(tmp_path / "out", whole, cfg, directory)
     directory = tmp_path / "out"
-  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, context=1))
   shardings = sharding.param_shardings(nnx.state(whole), mesh)
   dtype = lambda path: jnp.bfloat16 if path.startswith("vision/") else jnp.float32
   split = weights.load(directory, cfg, shardings=shardings, dtype=dtype)

@@ -36,7 +36,7 @@ from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, VisionConfig,
 from xcomp_jax.data.batch import Bucket, batch_spec, fake_batch
 from xcomp_jax.export import AS_IT_IS, NOT_TUNED
 from xcomp_jax.files import command
-from xcomp_jax.model import decoder, vlm
+from xcomp_jax.model import attention, decoder, vlm
 from xcomp_jax.model.vlm import VLM
 
 
@@ -144,13 +144,21 @@ PREFIX, TEXT = 14, 72  # tokens before and behind the visual ones
 
 
 def flops(function, *args) -> float:
-  """Floating-point operations of all matrix products of a function, a multiply-add as two; loops by their length."""
+  """Floating-point operations of all matrix products of a function, a multiply-add as two; loops by their length.
+
+  Attention in tiles, whose loops have no length, by the scores it computes.
+  """
   return _flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _flops(jaxpr) -> float:
   total = 0.0
   for equation in jaxpr.eqns:
+    if equation.params.get("name") in ("causal_attention", "full_attention"):
+      (B, L, H, h), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+      causal = equation.params["name"] == "causal_attention"
+      total += 4.0 * B * H * h * attention.tiled_scores(L, S, causal)
+      continue
     if equation.primitive.name == "dot_general":
       (contracted, _), _ = equation.params["dimension_numbers"]
       shape = equation.invars[0].aval.shape

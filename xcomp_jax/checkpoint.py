@@ -11,9 +11,10 @@ had; its sums are taken in another order, so equal bits need the same mesh. What
 parameters that were not trained, in the dtype in which they came.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,13 +27,14 @@ from xcomp_jax import weights
 from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, to_dict
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import Reader
+from xcomp_jax.files import one_line
 from xcomp_jax.sharding import path_name
 
 FORMAT = 2  # of a checkpoint; raised when an older reader would misread it
 
 PLACES = (  # what may differ between the processes of a run
   "run.workdir", "run.init_from", "run.compilation_cache", "run.data.train", "run.data.heldout", "run.data.threads",
-  "run.data.prefetch",
+  "run.data.prefetch", "run.distributed",
 )
 # What may differ when a run continues: places, pace and reports. All else would make it another run.
 FREE = (
@@ -45,6 +47,10 @@ NAMES = {
   "samples": "samples in config.data.train", "data": "identity of the data in config.data.train",
   "heldout": "identity of the data in config.data.heldout",
 }
+
+
+class SaveError(OSError):
+  """A checkpoint could not be written; those before it are whole."""
 
 
 def nest(state: Any) -> dict:
@@ -71,8 +77,7 @@ def folder(workdir: str) -> epath.Path:
 
 def begun(workdir: str) -> bool:
   """Whether there is a checkpoint to go on from."""
-  path = folder(workdir)
-  return path.is_dir() and any(step.name.isdigit() for step in path.iterdir())
+  return bool(_finished(folder(workdir)))
 
 
 def claim(workdir: str) -> None:
@@ -118,52 +123,134 @@ def save(
   """
   if checkpoints.latest_step() == step:
     return
-  checkpoints.save(
-    step,
-    args=ocp.args.Composite(
-      params=ocp.args.StandardSave(nest(_whole(params))),
-      opt=ocp.args.StandardSave(nest(opt)),
-      data=ocp.args.JsonSave(data.get_state()),
-      config=ocp.args.JsonSave(dict(config)),
-    ),
-    force=True,
-  )
+  with saving(checkpoints):
+    checkpoints.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(nest(_whole(params))),
+        opt=ocp.args.StandardSave(nest(opt)),
+        data=ocp.args.JsonSave(data.get_state()),
+        config=ocp.args.JsonSave(dict(config)),
+      ),
+      force=True,
+    )
+
+
+@contextlib.contextmanager
+def saving(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+  """Around what may hear of a save that failed, now or in the background.
+
+  Raises:
+    SaveError: it did.
+  """
+  try:
+    yield
+  except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
+    steps = _finished(checkpoints.directory)
+    last = f"the last good one is of step {steps[-1]}" if steps else "there is none yet"
+    raise SaveError(
+      f"a checkpoint could not be saved in {checkpoints.directory}: {one_line(error)[:500]}; {last}. Make room there (or set "
+      "config.train.keep_last lower), or bring the folder back; then the same command goes on from the last good one"
+    ) from error
+
+
+def finish(checkpoints: ocp.CheckpointManager) -> None:
+  """Waits until all is saved.
+
+  Raises:
+    SaveError: it can't be.
+  """
+  with saving(checkpoints):
+    checkpoints.wait_until_finished()
+    checkpoints.check_for_errors()
+
+
+@contextlib.contextmanager
+def closing(checkpoints: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
+  """Closes at the end; an error that ends the block is not hidden behind that of an unfinished save."""
+  try:
+    yield checkpoints
+  except BaseException:
+    with contextlib.suppress(Exception):
+      checkpoints.close()
+    raise
+  checkpoints.close()
 
 
 def restore(
-  checkpoints: ocp.CheckpointManager, step: int, params: Sequence[Any], opt: Any, data: Reader, config: Mapping
-) -> tuple[tuple[Any, ...], Any]:
-  """(params, opt) of a step, in the shardings and dtypes of the given ShapeDtypeStructs; moves `data` in place.
+  checkpoints: ocp.CheckpointManager, params: Sequence[Any], opt: Any, data: Reader, config: Mapping,
+  say: Callable[[str], Any] = print,
+) -> tuple[int, tuple[Any, ...], Any] | None:
+  """(step, params, opt) of the newest checkpoint that can be read; None if there is none. Moves `data` in place.
 
-  Arguments as of `save`.
+  Those that can't be read are said, and moved to workdir/damaged, where a later save is not in their way. All processes
+  take the same step. Arrays come in the shardings and dtypes of the given ShapeDtypeStructs; arguments as of `save`.
 
   Raises:
     ConfigError: the run was started with a config or data that this one can't continue, or by a version with
       another format.
-    CheckpointError: a part of the checkpoint is missing.
+    CheckpointError: there are checkpoints, and none can be read.
   """
-  saved = _config(checkpoints, step, "params", "opt", "data")
+  damaged: dict[int, str] = {}
+  for step in sorted(checkpoints.all_steps(), reverse=True):
+    place, found, reason = checkpoints.directory / str(step), None, ""
+    try:
+      found = _restore(place, step, params, opt, data, config)
+    except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:  # whatever Orbax, TensorStore and JSON make of files that are not as they were
+      reason = one_line(error)[:300] or type(error).__name__
+    if np.all(multihost_utils.process_allgather(np.array(found is not None))):
+      _put_aside(checkpoints, damaged, say)
+      return step, *found
+    damaged[step] = reason or "another process can't read it"
+    say(f"warning: checkpoint {place} is damaged and is skipped: {damaged[step]}")
+  if damaged:
+    raise weights.CheckpointError(
+      f"none of the checkpoints in {checkpoints.directory} can be read ({', '.join(map(str, damaged))}; see above). Bring "
+      "one back from a copy, or set config.workdir to another folder to start afresh"
+    )
+  return None
+
+
+def _restore(place: epath.Path, step: int, params, opt, data: Reader, config: Mapping) -> tuple[tuple[Any, ...], Any]:
+  """(params, opt) of a step; waits for no other process."""
+  saved = _config(place, "params", "opt", "data")
   if (version := saved.get("format", 1)) < FORMAT:
     raise ConfigError(
-      f"{checkpoints.directory} holds step {step} in format {version}, which says the position in the data otherwise. Go "
+      f"{place.parent} holds step {step} in format {version}, which says the position in the data otherwise. Go "
       "on with the version of xcomp_jax that began the run, or set config.workdir to another folder and config.init_from "
       "to an export of this one"
     )
   if changed := _changes(saved, config, FREE, "was", "is"):
     raise ConfigError(
-      f"{checkpoints.directory} holds step {step} of a run that this config can't continue: {changed}. Set "
+      f"{place.parent} holds step {step} of a run that this config can't continue: {changed}. Set "
       "config.workdir to another folder to start afresh, or undo the change"
     )
-  out = checkpoints.restore(
-    step,
-    args=ocp.args.Composite(
-      params=ocp.args.StandardRestore(nest(_whole(params))),
-      opt=ocp.args.StandardRestore(nest(opt)),
-      data=ocp.args.JsonRestore(),
-    ),
-  )
-  data.set_state(out.data)
-  return tuple(unnest(out.params, part) for part in params), unnest(out.opt, opt)
+  position = ocp.JsonCheckpointHandler().restore(place / "data")
+  if position["step"] != step:
+    raise ValueError(f"its data was read up to step {position['step']}")
+  read = lambda name, like: ocp.StandardCheckpointHandler().restore(place / name, args=ocp.args.StandardRestore(like))
+  restored, state = read("params", nest(_whole(params))), read("opt", nest(opt))
+  data.set_state(position)
+  return tuple(unnest(restored, part) for part in params), unnest(state, opt)
+
+
+def _put_aside(checkpoints: ocp.CheckpointManager, steps: Mapping[int, str], say: Callable[[str], Any]) -> None:
+  """Moves checkpoints that can't be read to workdir/damaged; loses nothing."""
+  if not steps:
+    return
+  aside = checkpoints.directory.parent / "damaged"
+  if jax.process_index() == 0:
+    aside.mkdir(exist_ok=True)
+    for step in steps:
+      target = aside / str(step)
+      if target.exists():
+        target.rmtree()  # of an earlier time
+      (checkpoints.directory / str(step)).rename(target)
+    say(f"moved to {aside}: {', '.join(map(str, sorted(steps)))}")
+  multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+  checkpoints.reload()
 
 
 def describe(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | None) -> dict:
@@ -202,7 +289,7 @@ def read_config(workdir: str, step: int | None = None) -> tuple[dict[str, Any], 
   """
   with _reader(workdir) as checkpoints:
     step = _step(checkpoints, step)
-    return _config(checkpoints, step, "params"), step
+    return _config(checkpoints.directory / str(step), "params"), step
 
 
 def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
@@ -226,20 +313,27 @@ def _reader(workdir: str) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
 
 
-def _config(checkpoints: ocp.CheckpointManager, step: int, *needed: str) -> dict[str, Any]:
-  """What `describe` said; an error if the checkpoint lacks that or what else is needed, or is of a later format."""
-  place = checkpoints.directory / str(step)
+def _config(place: epath.Path, *needed: str) -> dict[str, Any]:
+  """What `describe` said; an error if a step's folder lacks that or what else is needed, or is of a later format."""
   missing = [item for item in ("config", *needed) if not (place / item).is_dir()]
   if missing:
-    raise weights.CheckpointError(f"{place} is damaged: it lacks {', '.join(missing)}; remove it to go on from the one before")
-  saved = checkpoints.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+    raise weights.CheckpointError(f"{place} is damaged: it lacks {', '.join(missing)}")
+  saved = ocp.JsonCheckpointHandler().restore(place / "config")
   version = saved.get("format", 1)  # the first ones did not say
   if version > FORMAT:
     raise ConfigError(
-      f"{checkpoints.directory} holds step {step} in format {version}, this version of xcomp_jax reads up to {FORMAT}; "
+      f"{place.parent} holds step {place.name} in format {version}, this version of xcomp_jax reads up to {FORMAT}; "
       "install a later one"
     )
   return saved
+
+
+def _finished(path: epath.Path) -> list[int]:
+  """Steps whose checkpoints are whole, as far as names say."""
+  try:
+    return sorted(int(step.name) for step in path.iterdir() if step.name.isdigit())
+  except OSError:
+    return []
 
 
 def _step(checkpoints: ocp.CheckpointManager, step: int | None) -> int:

@@ -168,11 +168,23 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices per axis; one of them may be -1: what is left."""
+  """Devices per axis; one of them, or fsdp and context, may be -1: what is left (`sharding.mesh_sizes`)."""
 
-  data: int
-  fsdp: int
-  tensor: int
+  data: int  # splits samples
+  fsdp: int  # splits samples, parameters and optimizer state
+  tensor: int  # splits heads, MLP channels and the vocabulary
+  context: int  # splits every sample's own sequence, parameters and optimizer state
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+  """How the processes of a run find each other (`hosts.joined`)."""
+
+  coordinator: str | None  # HOST:PORT of process 0, reached by all; "auto": as the cluster says; None: one process
+  processes: int | None  # with HOST:PORT: how many,
+  process: int | None  # and which of them this is
+  start_seconds: int  # in which all must have come up
+  heartbeat_seconds: int  # a process that gives no sign for so long is gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +201,7 @@ class RunConfig:
   optim: OptimConfig
   train: TrainConfig
   mesh: MeshConfig
+  distributed: DistributedConfig
 
 
 def from_dict(cls: type, values: Any, where: str = "config"):
@@ -257,6 +270,8 @@ def check(config: RunConfig) -> None:
     ("optim.b1", 0 <= o.b1 < 1, "must be from 0 to below 1"),
     ("optim.b2", 0 <= o.b2 < 1, "must be from 0 to below 1"),
     ("optim.eps", 0 < o.eps < math.inf, "must be a number above 0"),
+    ("distributed.start_seconds", config.distributed.start_seconds >= 1, "must be at least 1"),
+    ("distributed.heartbeat_seconds", config.distributed.heartbeat_seconds >= 5, "must be at least 5"),
   ]
   for key, holds, words in rules:
     if not holds:

@@ -1,5 +1,6 @@
 """What a run says about itself: floating-point work, the step clock, compilations, the terminal line, TensorBoard."""
 
+import contextlib
 import re
 import time
 from collections.abc import Mapping
@@ -122,6 +123,37 @@ class Clock:
       "data_wait": self.waited / seconds,
       "mfu": self.flops / seconds / (peak * len(devices)) if peak else float("nan"),
     }
+
+
+class Goodput:
+  """Where the wall time of a run goes. What nothing else takes is steps; what is compiled within a part counts as that."""
+
+  PARTS = ("start", "restore", "compile", "data", "step", "evaluate", "save")
+
+  def __init__(self):
+    self.begun = time.perf_counter()
+    self.seconds = dict.fromkeys(self.PARTS, 0.0)
+
+  @contextlib.contextmanager
+  def part(self, name: str):
+    """What the block takes belongs to `name`, except for parts within."""
+    start, before = time.perf_counter(), sum(self.seconds.values())
+    try:
+      yield
+    finally:
+      within = sum(self.seconds.values()) - before
+      self.seconds[name] += max(0.0, time.perf_counter() - start - within)
+
+  def shares(self) -> dict[str, float]:
+    """Of each part, up to now; their sum is 1."""
+    total = time.perf_counter() - self.begun
+    seconds = self.seconds | {"step": max(0.0, total - sum(self.seconds.values()))}
+    return {name: value / total for name, value in seconds.items()}
+
+  def line(self) -> str:
+    """All of it for people."""
+    shares = "  ".join(f"{name} {share:.1%}" for name, share in self.shares().items())
+    return f"of {time.perf_counter() - self.begun:.0f} s: {shares}"
 
 
 class Compilations:

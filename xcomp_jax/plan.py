@@ -49,14 +49,12 @@ def unsplit(state: Any, mesh: Mesh) -> list[str]:
 
   state: ShapeDtypeStructs with shardings.
   """
-  axes = {axis for _, names in sharding.PARAMETERS for axis in names if axis and mesh.shape.get(axis, 1) > 1}
+  axes = {axis for _, names in sharding.PARAMETERS for name in names if name for axis in sharding.LOGICAL[name]}
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    spec = (*leaf.sharding.spec, *[None] * (len(leaf.shape) - len(leaf.sharding.spec)))
-    used = {name for names in spec for name in np.atleast_1d(names) if name}
-    here = leaf.sharding.shard_shape(leaf.shape)
-    size = held(leaf)
-    could = [axis for axis in sorted(axes - used) if any(n % mesh.shape[axis] == 0 for n, names in zip(here, spec) if names is None)]
+    used = {name for names in leaf.sharding.spec for name in np.atleast_1d(names) if name}
+    here, size = leaf.sharding.shard_shape(leaf.shape), held(leaf)
+    could = [axis for axis in sorted(axes - used) if (n := mesh.shape[axis]) > 1 and any(side % n == 0 for side in here)]
     if size >= LARGE and could:
       found.append(
         f"{sharding.path_name(path)} {list(leaf.shape)} takes {_size(size)} on every device, and would take "
@@ -82,7 +80,7 @@ def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
   out: list[tuple[str, float]] = []
   if row["name"] in TRAINING and mesh.get("data", 1) > 1:
     whole = dataclasses.replace(config.mesh, data=1, fsdp=-1)
-    other = dataclasses.replace(plan, mesh=programs.mesh_of(whole, list(plan.mesh.devices.flat)))
+    other = dataclasses.replace(plan, mesh=programs.mesh_of(whole, list(plan.mesh.devices.flat), config.train.batch_size))
     _, _, new, sums = programs.training(other, plan.full)
     out.append(("--config.mesh.data=1 --config.mesh.fsdp=-1 splits the state further", total - state + held(new) + held(sums)))
   if row["name"] in GRADIENTS:
@@ -225,7 +223,7 @@ CELLS: tuple[tuple[str, str, int, str, tuple[str, ...]], ...] = (
   *((v, t, 1024, d, ()) for v, t in (("", "v5e:2x2"), ("", "v5e:4x4"), ("", "v5p:2x2x1"), ("", "v6e:2x2")) for d in GRADIENTS),
   *(("7b", t, 1024, d, ()) for t in ("v5e:4x4", "v5p:2x2x2") for d in GRADIENTS),
   ("", "v5e:4x4", 4096, "features", CONTEXT),
-  ("", "v5e:16x16", 1024, "features", ("--config.train.batch_size=256",)),
+  ("", "v5e:16x16", 1024, "features", ()),
 )  # fmt: skip
 TEXT = 512  # tokens behind the frames, in the table
 

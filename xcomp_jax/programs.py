@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
-from xcomp_jax import cost, generate, metrics, optim, sharding, train, weights
+from xcomp_jax import cost, generate, metrics, optim, sharding, steps, weights
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch, Bucket, batch_spec
@@ -75,15 +75,13 @@ def topology(name: str) -> list[Any]:
     ) from error
 
 
-def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
+def mesh_of(config: MeshConfig, devices: Sequence[Any], batch_size: int) -> Mesh:
   """`sharding.make_mesh`; of a TPU v4, whose topologies list a chip as two devices, in the order of the list."""
   try:
-    return sharding.make_mesh(config, devices)
+    return sharding.make_mesh(config, devices, batch_size)
   except AssertionError:  # JAX arranges only whole chips
-    axes = dataclasses.asdict(config)
-    rest = len(devices) // math.prod(size for size in axes.values() if size != -1)
-    shape = tuple(rest if size == -1 else size for size in axes.values())
-    return Mesh(np.array(devices, object).reshape(shape), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    shape = sharding.mesh_sizes(config, len(devices), batch_size)
+    return Mesh(np.array(devices, object).reshape(shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def sizes(config: RunConfig) -> VLMConfig:
@@ -149,8 +147,9 @@ def make(
   """
   check(config)
   devices = jax.devices() if where is None else topology(where)
-  mesh = mesh_of(config.mesh, devices)
+  mesh = mesh_of(config.mesh, devices, config.train.batch_size)
   full = sizes(config)
+  sharding.check_mesh(mesh, full, config.data)
   if where is not None and full.attention == "auto":  # which looks at the devices that are here
     full = dataclasses.replace(full, attention="splash")
   bucket, rows = largest(config, full, mesh, frames, text)
@@ -167,17 +166,18 @@ def batch_of(plan: Plan, cfg: VLMConfig, visual: str) -> Batch:
     "frames": ((plan.bucket.clip_frames, side, side, 3), np.dtype(np.uint8)),
     "features": ((plan.bucket.clip_frames * cfg.tokens_per_frame, cfg.vision.width), np.dtype("bfloat16")),
   }[visual]
-  at = sharding.batch_sharding(plan.mesh)
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), batch_spec(plan.bucket, plan.rows, row))
+  spec = batch_spec(plan.bucket, plan.rows, row)
+  place = lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at)
+  return jax.tree.map(place, spec, steps.batch_shardings(spec, plan.mesh))
 
 
-def training(plan: Plan, cfg: VLMConfig) -> tuple[Any, nnx.GraphDef, train.TrainState, train.Sums]:
+def training(plan: Plan, cfg: VLMConfig) -> tuple[Any, nnx.GraphDef, steps.TrainState, steps.Sums]:
   """The optimizer, the model's graph, and state and sums as ShapeDtypeStructs with shardings."""
   tx = optim.optimizer(plan.config.optim, 1000)
-  graph, state = train.abstract_state(plan.config, cfg, tx, plan.mesh)
+  graph, state = steps.abstract_state(plan.config, cfg, tx, plan.mesh)
   number = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(plan.mesh))
   grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding), state.trained)
-  return tx, graph, state, train.Sums(grads, number, number, number)
+  return tx, graph, state, steps.Sums(grads, number, number, number)
 
 
 def traced(plan: Plan, cfg: VLMConfig, name: str) -> tuple[Any, dict[str, float]]:
@@ -187,15 +187,15 @@ def traced(plan: Plan, cfg: VLMConfig, name: str) -> tuple[Any, dict[str, float]
   """
   if name in TRAINING:
     tx, graph, state, sums = training(plan, cfg)
-    steps = train.compiled_steps(state, sums, plan.mesh)
+    compiled = steps.compiled_steps(state, sums, plan.mesh)
     memory = {
       "parameters": held(state.trained) + held(state.frozen), "optimizer state": held(state.opt), "gradients": held(sums)
     }  # fmt: skip
     if name == "apply":
-      return steps.apply.trace(tx, state, sums), memory | {"batch": 0.0}
+      return compiled.apply.trace(tx, state, sums), memory | {"batch": 0.0}
     batch = batch_of(plan, cfg, name)
     frames = plan.config.train.projector_max_frames
-    return steps.grad.trace(graph, state, sums, batch, projector_max_frames=frames), memory | {"batch": 2 * held(batch)}
+    return compiled.grad.trace(graph, state, sums, batch, projector_max_frames=frames), memory | {"batch": 2 * held(batch)}
   graph, params = nnx.split(weights.abstract(cfg))
   place = lambda p, at: jax.ShapeDtypeStruct(p.shape, np.dtype(cfg.dtype), sharding=at)
   params = jax.tree.map(place, params, sharding.param_shardings(params, plan.mesh))

@@ -1,8 +1,10 @@
-"""Where arrays live: the device mesh, one table from parameter path to mesh axes, and `constrain` for activations.
+"""Where arrays live: the device mesh, and one table from an array's logical axes to mesh axes.
 
-The mesh has three axes: `data` and `fsdp` both split the batch, `fsdp` also splits parameters and optimizer state,
-`tensor` splits heads, MLP channels and the vocabulary. The compiler adds the collectives (Auto axes). An axis that
-does not divide a dimension is left out for that dimension, so every mesh runs every model.
+The mesh has four axes: `data` and `fsdp` both split the batch, `fsdp` also splits parameters and optimizer state,
+`tensor` splits heads, MLP channels and the vocabulary, and `context` a sample's own sequence (and, as `fsdp` does,
+parameters): clips in the tower, queries in the LLM, whose few keys and values are gathered. The compiler adds the
+collectives (Auto axes). An axis that does not divide a dimension is left out for that dimension, so every mesh runs
+every model; what would be wasted that way `check_mesh` refuses where a run begins.
 """
 
 import math
@@ -14,51 +16,95 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xcomp_jax.config import ConfigError, MeshConfig
+from xcomp_jax.config import ConfigError, DataConfig, MeshConfig, VLMConfig
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the axes that split samples
+AXES = ("data", "fsdp", "tensor", "context")
 
-# Path of a parameter -> mesh axis per dimension; the first match counts. Kernels are [in, out]: what widens puts its
+# Logical axis of a parameter or an activation -> mesh axes that split it.
+LOGICAL: dict[str, tuple[str, ...]] = {
+  "batch": ("data", "fsdp"),  # samples
+  "sequence": ("context",),  # slots or clips of a sample
+  "clips": ("data", "fsdp", "context"),  # of all samples
+  "embed": ("fsdp", "context"),  # a parameter's side of the width of the residual stream
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
+  "vocab": ("tensor",),
+}
+
+# Path of a parameter -> logical axis per dimension; the first match counts. Kernels are [in, out]: what widens puts its
 # outputs on `tensor`, what narrows its inputs, so a block needs one sum over `tensor`.
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  (r"(q|k|v|qkv|gate|up|fc1|patch_embed|lm_head)/kernel", ("fsdp", "tensor")),
-  (r"(o|down|fc2|proj)/kernel", ("tensor", "fsdp")),
-  (r"embed/embedding", ("tensor", "fsdp")),  # [V, D]
-  (r"((q|k|v|fc1)/bias|q_bias|v_bias)", ("tensor",)),
+  (r"(q|k|v|qkv)/kernel", ("embed", "heads")),
+  (r"(gate|up|fc1|patch_embed)/kernel", ("embed", "mlp")),
+  (r"lm_head/kernel", ("embed", "vocab")),
+  (r"(o|proj)/kernel", ("heads", "embed")),
+  (r"(down|fc2)/kernel", ("mlp", "embed")),
+  (r"embed/embedding", ("vocab", "embed")),  # [V, D]
+  (r"((q|k|v)/bias|q_bias|v_bias)", ("heads",)),
+  (r"fc1/bias", ("mlp",)),
   (r"(bias|scale)", ()),
 )
 
-# Logical axis of an activation -> mesh axes.
-ACTIVATIONS: dict[str, tuple[str, ...]] = {
-  "batch": BATCH,
-  "heads": ("tensor",),
-  "mlp": ("tensor",),
-}
 
+def mesh_sizes(config: MeshConfig, devices: int, batch_size: int | None = None) -> tuple[int, ...]:
+  """Devices along each of AXES.
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh of all devices (or of `devices`), with Auto axes data, fsdp, tensor.
+  One size may be -1: what is left. Both `fsdp` and `context` may: then fsdp takes as many of the devices left as a
+  step's samples can be split over evenly, and context the others.
 
   Raises:
-    ConfigError: sizes that are not positive (one may be -1: what is left), or whose product is not the device count.
+    ConfigError: sizes that are not positive, or whose product is not the device count.
   """
-  devices = jax.devices() if devices is None else list(devices)
-  sizes = [config.data, config.fsdp, config.tensor]
-  shown = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise ConfigError(f"mesh {shown}: sizes must be positive, and at most one may be -1 (what is left)")
-  if -1 in sizes:
-    rest = math.prod(size for size in sizes if size != -1)
-    if len(devices) % rest:
-      raise ConfigError(f"mesh {shown}: {rest} does not divide the {len(devices)} devices there are; set config.mesh")
-    sizes[sizes.index(-1)] = len(devices) // rest
-  if math.prod(sizes) != len(devices):
+  sizes = {axis: getattr(config, axis) for axis in AXES}
+  shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if (len(free) > 1 and set(free) != {"fsdp", "context"}) or any(size < 1 and size != -1 for size in sizes.values()):
     raise ConfigError(
-      f"mesh {shown} = {math.prod(sizes)} devices, but there are {len(devices)}; set config.mesh so that the "
-      f"product is {len(devices)}, or one axis to -1 for what is left"
+      f"mesh {shown}: sizes must be positive, and at most one may be -1 (what is left), or fsdp and context together"
     )
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  if free:
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if devices % taken:
+      raise ConfigError(f"mesh {shown}: {taken} does not divide the {devices} devices there are; set config.mesh")
+    left = devices // taken
+    sizes |= dict.fromkeys(free, left)
+    if len(free) > 1:
+      most = left if batch_size is None else math.gcd(left, max(1, batch_size // math.gcd(batch_size, sizes["data"])))
+      sizes |= {"fsdp": most, "context": left // most}
+  if math.prod(sizes.values()) != devices:
+    raise ConfigError(
+      f"mesh {shown} = {math.prod(sizes.values())} devices, but there are {devices}; set config.mesh so that the "
+      f"product is {devices}, or one axis to -1 for what is left"
+    )
+  return tuple(sizes.values())
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, batch_size: int | None = None) -> Mesh:
+  """The mesh of all devices (or of `devices`), with Auto axes data, fsdp, tensor, context; sizes and errors as `mesh_sizes`."""
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = mesh_sizes(config, len(devices), batch_size)
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_mesh(mesh: Mesh | AbstractMesh, cfg: VLMConfig, data: DataConfig) -> None:
+  """Refuses axes that could not split what they are for.
+
+  Raises:
+    ConfigError: tensor does not divide the LLM's heads, or context the sequence of the longest videos.
+  """
+  tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+  if cfg.llm.heads % tensor:
+    raise ConfigError(f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} heads of this LLM")
+  frames = max(data.frame_buckets)
+  # At every layer a group has one token or more; all layers' sequences are split if one token of each is.
+  groups = frames * cfg.tokens_per_frame // cfg.lp_comp.group
+  around = [data.prefix_length + text for text in data.text_buckets]
+  if groups % context or (wrong := [slots for slots in around if slots % context]):
+    number = f"{groups} groups of a video of {frames} frames" if groups % context else f"{wrong[0]} slots around a video"
+    raise ConfigError(
+      f"config.mesh.context = {context} does not divide the {number}; make config.data.prefix_length plus each of "
+      "config.data.text_buckets, and the last of config.data.frame_buckets, multiples of it"
+    )
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -71,13 +117,13 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
   """How the parameter at `path` is split over `mesh`.
 
   Raises:
-    ValueError: no rule for this path, or a rule for another number of dimensions.
+    ValueError: no rule for this path, or one that does not fit its shape.
   """
   for pattern, axes in PARAMETERS:
     if re.search(rf"(^|/){pattern}$", path):
       if len(axes) > len(shape):
         raise ValueError(f"parameter {path} has shape {tuple(shape)}, but its sharding rule {axes} has {len(axes)} axes")
-      return _fit([(axis,) for axis in axes], shape, mesh)
+      return _fit(axes, shape, mesh)
   raise ValueError(f"parameter {path} has no rule in sharding.PARAMETERS; add one")
 
 
@@ -96,19 +142,24 @@ def param_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of every array of a Batch: rows over data and fsdp."""
-  return NamedSharding(mesh, PartitionSpec(BATCH))
+  """Of an array with a row per sample: rows over data and fsdp."""
+  return NamedSharding(mesh, PartitionSpec(LOGICAL["batch"]))
+
+
+def visual_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+  """Of a batch's frames or features [B, C, ...]: rows over data and fsdp, clips over context."""
+  return NamedSharding(mesh, _fit(("batch", "sequence"), shape, mesh))
 
 
 def batch_devices(mesh: Mesh | AbstractMesh) -> int:
   """Parts a batch is split into: its rows must be a multiple of this."""
-  return math.prod(mesh.shape[axis] for axis in BATCH)
+  return math.prod(mesh.shape[axis] for axis in LOGICAL["batch"])
 
 
-def batch_parts() -> int:
-  """Parts that the mesh of `jax.set_mesh` splits a batch into; 1 without one."""
+def parts(axis: str) -> int:
+  """Parts that the mesh of `jax.set_mesh` splits a logical axis into; 1 without one."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else batch_devices(mesh)
+  return 1 if mesh.empty else math.prod(mesh.shape[name] for name in LOGICAL[axis])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -117,9 +168,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-  """How an activation is split over the mesh of `jax.set_mesh`; axes: a name of ACTIVATIONS or None per dimension."""
-  wanted = [ACTIVATIONS[axis] if axis else () for axis in axes]
-  return _fit(wanted, shape, jax.sharding.get_abstract_mesh())
+  """How an activation is split over the mesh of `jax.set_mesh`; axes: a name of LOGICAL or None per dimension.
+
+  Raises:
+    ValueError: two of the axes lie on the same mesh axis.
+  """
+  return _fit(axes, shape, jax.sharding.get_abstract_mesh())
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -161,11 +215,17 @@ def parameter_table(state: Any, shardings: Any) -> str:
   )
 
 
-def _fit(axes: Sequence[tuple[str, ...]], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
   """Keeps of each dimension's mesh axes those, from the first on, whose product divides it."""
+  taken: dict[str, str] = {}
   spec = []
-  for dim, names in zip(shape, axes):
+  for dim, axis in zip(shape, axes):
     kept, parts = [], 1
+    names = LOGICAL[axis] if axis else ()
+    for name in names:
+      if name in taken:
+        raise ValueError(f"an array of {tuple(axes)}: {taken[name]} and {axis} would both be split over mesh axis {name}")
+      taken[name] = axis
     for name in names:
       size = mesh.shape.get(name, 1)
       if size == 1:

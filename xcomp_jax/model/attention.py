@@ -4,13 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from xcomp_jax.sharding import split
+from xcomp_jax.sharding import constrain, split
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 TILE = 384  # queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for nothing
+LARGE = 1e30  # sum of weights that float32 holds with room to spare
+ROWS = 2048  # of queries of a split sequence that see their keys through one mask
 TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
 
 
@@ -24,6 +27,9 @@ def attend(
   implementation: str = "auto",
 ) -> Float[Array, "B L H h"]:
   """Softmax attention with grouped key/value heads; scores and softmax in float32, scale h**-0.5.
+
+  Causal attention is over samples, whose queries stay split over the mesh where their sequence is, while the fewer keys
+  and values are gathered; other attention is over the clips of a tower, each of them whole.
 
   Args:
     q: [B, L, H, h].
@@ -52,27 +58,34 @@ def attend(
   if L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled"):
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
+    if causal:
+      k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
     return _einsum(q, k, v, causal, key_valid)
+  if implementation == "tiled" and causal and split((None, "sequence"), q.shape)[1]:
+    implementation = "xla_chunked"  # tiles are laid out for a whole sequence
   if implementation == "tiled":
     valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
     return _tiled(q, k, v, valid, causal)
   if implementation == "splash":
-    return _on_each_device(functools.partial(_splash, causal=causal), q, k, v, key_valid)
+    return _splash(q, k, v, key_valid, causal)
   if implementation not in KERNELS:
     raise ValueError(f"attention implementation {implementation!r}: known are auto, einsum, tiled, splash, {', '.join(KERNELS)}")
-  kernel = functools.partial(_kernel, causal=causal, implementation=implementation)
-  return _on_each_device(kernel, q, k, v, key_valid)
+  return _flash(q, k, v, key_valid, causal, implementation)
 
 
-def _on_each_device(kernel, q, k, v, key_valid):
-  """Runs a kernel on every device's own samples and heads: the compiler can't split one."""
+def _parts(q, k, causal):
+  """How kernels, which the compiler can't split, are run on every device's own samples (or clips), heads and queries.
+
+  Returns:
+    the mesh of `jax.set_mesh`, and the PartitionSpecs of queries [B, L, H, h] and of keys [B, S, K, h]; (None, None, None)
+    where arrays are not split, or already are.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
-    return kernel(q, k, v, key_valid)
-  part = split(("batch", None, "heads", None), k.shape)  # the fewer heads decide
-  valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
-  specs = part, part, part, PartitionSpec(*part[:1])
-  return jax.shard_map(kernel, in_specs=specs, out_specs=part, check_vma=False)(q, k, v, valid)
+    return None, None, None
+  keys = split(("batch" if causal else "clips", None, "heads", None), k.shape)  # the fewer heads decide
+  rows = split((None, "sequence"), q.shape)[1] if causal else None
+  return mesh, PartitionSpec(keys[0], rows, *keys[2:]), keys
 
 
 def _splash(q, k, v, key_valid, causal, interpret=False):
@@ -83,65 +96,136 @@ def _splash(q, k, v, key_valid, causal, interpret=False):
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-  (B, L, H, _), scale = q.shape, q.shape[-1] ** -0.5
-  # Blocks are multiples of 128 that divide the length: of the largest ones the one that needs least padding.
-  sizes = range(1024, 384, -128) if L > 512 else (-(-L // 128) * 128,)
-  block = min(sizes, key=lambda size: -(-L // size) * size)
-  length = -(-L // block) * block
-  valid = jnp.ones((B, L), bool) if key_valid is None else key_valid
-  segments = jnp.pad(valid, ((0, 0), (0, length - L))).astype(jnp.int32)
-  heads = lambda x: jnp.swapaxes(jnp.pad(x, ((0, 0), (0, length - L), (0, 0), (0, 0))), 1, 2)
-  mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+  mesh, queries, keys = _parts(q, k, causal)
+  S, scale = k.shape[1], q.shape[-1] ** -0.5
+  L, H = q.shape[1:3] if mesh is None else NamedSharding(mesh, queries).shard_shape(q.shape)[1:3]  # of a device
+  (q_block, q_length), (k_block, k_length) = _blocks(L), _blocks(S)
+  parts = q.shape[1] // L  # of the queries; each is padded
+  mask = (masks.CausalMask if causal else masks.FullMask)((parts * q_length, k_length))
+  if causal:
+    mask.q_sequence = (np.arange(parts)[:, None] * L + np.arange(q_length)).reshape(-1).astype(np.int32)  # their slots
   blocks = splash.BlockSizes(
-    block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-    block_q_dq=block, block_kv_dq=block,
+    block_q=q_block, block_kv=k_block, block_kv_compute=k_block, block_q_dkv=q_block, block_kv_dkv=k_block,
+    block_kv_dkv_compute=k_block, block_q_dq=q_block, block_kv_dq=k_block,
   )  # fmt: skip
   kernel = splash.make_splash_mha(
-    masks.MultiHeadMask([mask] * H), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+    masks.MultiHeadMask([mask] * H), block_sizes=blocks, head_shards=1, q_seq_shards=parts, interpret=interpret
   )
-  one = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids))
-  out = jax.vmap(one)(heads(q * scale), heads(k), heads(v), segments)
-  return jnp.swapaxes(out, 1, 2)[:, :L].astype(q.dtype)
+
+  def one(kernel, q, k, v, q_valid, k_valid):
+    pad = lambda x, length: jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    heads = lambda x, length: jnp.swapaxes(pad(x, length), 1, 2)
+    ids = splash.SegmentIds(pad(q_valid, q_length).astype(jnp.int32), pad(k_valid, k_length).astype(jnp.int32))
+    run = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))
+    out = run(heads(q * scale, q_length), heads(k, k_length), heads(v, k_length), ids)
+    return jnp.swapaxes(out, 1, 2)[:, :L].astype(q.dtype)
+
+  valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
+  if mesh is None:
+    return one(kernel, q, k, v, valid, valid)
+  spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries[1])))
+  specs = spec, queries, keys, keys, PartitionSpec(*queries[:2]), PartitionSpec(*keys[:1])
+  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(kernel, q, k, v, valid, valid)
+
+
+def _blocks(length: int) -> tuple[int, int]:
+  """(size of a block, length in whole ones): a multiple of 128, of the largest ones that which needs least padding."""
+  sizes = range(1024, 384, -128) if length > 512 else (-(-length // 128) * 128,)
+  block = min(sizes, key=lambda size: -(-length // size) * size)
+  return block, -(-length // block) * block
 
 
 KERNELS = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
 
 
-def _kernel(q, k, v, key_valid, causal, implementation):
+def _flash(q, k, v, key_valid, causal, implementation):
+  mesh, queries, keys = _parts(q, k, causal)
+  if mesh is None:
+    return _kernel(q, k, v, key_valid, causal, implementation)
+  if queries[1] is None:
+    one = lambda q, k, v, valid: _kernel(q, k, v, valid, causal, implementation)
+  else:
+    one = lambda q, k, v, valid: _rows(q, k, v, valid, jax.lax.axis_index(queries[1]) * q.shape[1], implementation)
+  valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
+  specs = queries, keys, keys, PartitionSpec(*keys[:1])
+  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, valid)
+
+
+def _rows(q, k, v, key_valid, first, implementation):
+  """Causal attention of rows from slot `first` on. The kernels know no such rows: a mask says what some of them see."""
+  B, L = q.shape[:2]
+  count = -(-L // ROWS)
+  size = -(-L // count)
+
+  @jax.checkpoint  # masks are not kept for the gradient
+  def one(part):
+    q, first = part
+    seen = jnp.arange(k.shape[1]) <= first + jnp.arange(size)[:, None]
+    return _kernel(q, k, v, key_valid, False, implementation, seen)
+
+  q = jnp.pad(q, ((0, 0), (0, count * size - L), (0, 0), (0, 0))).reshape(B, count, size, *q.shape[2:])
+  out = jax.lax.map(one, (jnp.moveaxis(q, 1, 0), first + jnp.arange(count) * size))
+  return jnp.moveaxis(out, 0, 1).reshape(B, count * size, *out.shape[3:])[:, :L]
+
+
+def _kernel(q, k, v, key_valid, causal, implementation, seen=None):
   import tokamax
   from absl import flags
 
   if not flags.FLAGS.is_parsed():  # tokamax reads them, and would parse a command line that is not absl's
     flags.FLAGS.mark_as_parsed()
   mask = None if key_valid is None else key_valid[:, None, None, :]
+  if seen is not None:
+    mask = seen if mask is None else mask & seen
   return tokamax.dot_product_attention(
     q, k, v, mask=mask, is_causal=causal, implementation=KERNELS[implementation]
   ).astype(q.dtype)
 
 
+def tile_sizes(L: int, S: int, causal: bool) -> tuple[int, int]:
+  """Queries and keys of a tile: as few tiles as the largest size allows, then as small as they may be: less padding."""
+  return tuple(-(-n // -(-n // most) // 2) * 2 for n, most in ((L, TILE if causal else TALL), (S, TILE if causal else WIDE)))
+
+
+def tiled_scores(L: int, S: int, causal: bool) -> int:
+  """How many scores of a head the tiled `attend` computes: what lies in tiles of which something is seen."""
+  rows, keys = tile_sizes(L, S, causal)
+  ends = [min((i + 1) * rows + S - L, S) if causal else S for i in range(-(-L // rows))]
+  return sum(rows * keys * -(-end // keys) for end in ends)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _tiled(q, k, v, key_valid, causal):
-  if causal:
-    return _over_tiles(q, k, v, key_valid, True, TILE, TILE)
-  # All queries of one head against a few keys: of a tower's 6,272 a CPU's cache holds the scores of these.
+  return (causal_attention if causal else full_attention)(q, k, v, key_valid)
+
+
+@jax.jit
+def causal_attention(q, k, v, key_valid):
+  """The tiled `attend`; jitted for a name in programs and profiles, by which `bench.flops` knows it."""
+  return _over_tiles(q, k, v, key_valid, True)
+
+
+@jax.jit
+def full_attention(q, k, v, key_valid):
+  """Likewise where rows see all keys: all queries of a head against a few keys, whose scores a CPU's cache holds."""
   K = k.shape[2]
   heads = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, x.shape[-1]), 2, 0)  # [K, B, L, H / K, h]
-  one = lambda qkv: _over_tiles(*qkv, key_valid, False, TALL, WIDE)
+  one = lambda qkv: _over_tiles(*qkv, key_valid, False)
   return jnp.moveaxis(jax.lax.map(one, (heads(q), heads(k), heads(v))), 0, 2).reshape(q.shape)
 
 
-def _over_tiles(q, k, v, key_valid, causal, most_rows, most_keys):
+def _over_tiles(q, k, v, key_valid, causal):
   """Softmax from tile to tile (Milakov and Gimelshein, "Online normalizer calculation for softmax").
 
-  A loop over those pairs of a query tile and a key tile that see each other wholly, and one over those on the edge of
-  what is seen. On a CPU a sum along rows costs as much as an eighth of a matrix product: one more column of the keys adds
-  what masks padding, and one more of the values, all ones, adds up the weights.
+  For each tile of queries a loop over the tiles of keys on the edge of what is seen, and one over those that all of them
+  see. On a CPU going along rows costs as much as an eighth of a matrix product: one more column of the keys adds what
+  masks padding, one more of the values, all ones, adds up the weights, and the maximum is that of the edge: any number
+  near it would do. Where weights grow too large for float32 the tile of queries is done again with all maxima.
   """
   B, L, H, h = q.shape
   S, K = k.shape[1:3]
   G, offset = H // K, S - L
-  # As few tiles as fit, then as small as they may be: less padding.
-  rows, keys = (-(-n // -(-n // most) // 2) * 2 for n, most in ((L, most_rows), (S, most_keys)))
+  rows, keys = tile_sizes(L, S, causal)
 
   def tiles(x, size):  # [B, n, ...] -> [n / size, B, size, ...]
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
@@ -150,37 +234,42 @@ def _over_tiles(q, k, v, key_valid, causal, most_rows, most_keys):
   wider = lambda x, column: jnp.concatenate([x, jnp.broadcast_to(column, (*x.shape[:3], 1)).astype(x.dtype)], -1)
   masked = jnp.where(key_valid, 0, MASKED)[:, :, None, None]
   q, k, v = wider(q * h**-0.5, 1), wider(k, masked), wider(v, 1)
+  reference = jnp.take_along_axis(k, jnp.argmax(key_valid, 1)[:, None, None, None], axis=1)[:, 0]  # a key that counts
   # A key/value head's queries are rows of one matrix: [n, B, K, G * rows, h] against [n, B, K, keys, h].
   q = tiles(q.reshape(B, L, K, G, h + 1), rows).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, G * rows, h + 1)
   padding = jnp.where(jnp.arange(-(-S // keys) * keys) < S, 0, MASKED).reshape(-1, keys)  # of the last tile
   k, v = jnp.swapaxes(tiles(k, keys), 2, 3), jnp.swapaxes(tiles(v, keys), 2, 3)
-  n, m = len(q), len(k)
   row = jnp.tile(jnp.arange(rows), G)[:, None] + offset
-  last = lambda i: i * rows + offset if causal else S  # the last key that all rows of tile i see, if there are so many
-  seen = [(i, j) for i in range(n) for j in range(m) if not causal or j * keys < (i + 1) * rows + offset]
-  whole = [(i, j) for i, j in seen if (j + 1) * keys <= min(last(i) + 1, S)]
 
-  def one(edge, carry, pair):
-    i, j = pair
-    largest, out = (part[i] for part in carry)
-    scores = jnp.einsum("bkrh,bkth->bkrt", q[i], k[j], preferred_element_type=jnp.float32)
-    if edge:
-      scores = scores + padding[j]
-      if causal:
-        scores = jnp.where(j * keys + jnp.arange(keys) <= i * rows + row, scores, MASKED)
-    new = jnp.maximum(largest, scores.max(-1))
-    weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(largest - new)
-    more = jnp.einsum("bkrt,bkth->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
-    parts = new, out * shrink[..., None] + more
-    return tuple(old.at[i].set(part) for old, part in zip(carry, parts, strict=True)), None
+  def one(tile):
+    i, q = tile
+    first, last = (i * rows + offset, (i + 1) * rows + offset) if causal else (S, S)  # rows see up to their own key
+    whole, seen = jnp.minimum(first + 1, S - 1) // keys, -(-jnp.minimum(last, S) // keys)
+    scores = lambda j: jnp.einsum("bkrh,bkth->bkrt", q, k[j], preferred_element_type=jnp.float32)
+    weigh = lambda weights, j: jnp.einsum(
+      "bkrt,bkth->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32
+    )
 
-  carry = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape)
-  for edge, pairs in ((False, whole), (True, sorted(set(seen) - set(whole)))):
-    if pairs:
-      carry, _ = jax.lax.scan(functools.partial(one, edge), carry, jnp.array(pairs))
-  out = carry[1][..., :h] / carry[1][..., h:]
-  out = out.reshape(n, B, K, G, rows, h).transpose(1, 0, 4, 2, 3, 5)
-  return out.reshape(B, n * rows, H, h)[:, :L].astype(v.dtype)
+    def edge(j, carry):
+      shown = scores(j) + padding[j]
+      return exact(jnp.where(j * keys + jnp.arange(keys) <= i * rows + row, shown, MASKED) if causal else shown, j, carry)
+
+    def exact(scores, j, carry):
+      largest, out = carry
+      new = jnp.maximum(largest, scores.max(-1))
+      shrink = jnp.exp(largest - new)
+      return new, out * shrink[..., None] + weigh(jnp.exp(scores - new[..., None]), j)
+
+    begun = jnp.einsum("bkrh,bkh->bkr", q, reference, preferred_element_type=jnp.float32), jnp.zeros(q.shape)
+    largest, out = begun = jax.lax.fori_loop(whole, seen, edge, begun)
+    out = jax.lax.fori_loop(0, whole, lambda j, out: out + weigh(jnp.exp(scores(j) - largest[..., None]), j), out)
+    again = lambda: jax.lax.fori_loop(0, whole, lambda j, carry: exact(scores(j), j, carry), begun)[1]
+    out = jax.lax.cond(out[..., h].max() < LARGE, lambda: out, again)
+    return out[..., :h] / out[..., h:]
+
+  out = jax.lax.map(one, (jnp.arange(len(q)), q))
+  out = out.reshape(-1, B, K, G, rows, h).transpose(1, 0, 4, 2, 3, 5)
+  return out.reshape(B, -1, H, h)[:, :L].astype(v.dtype)
 
 
 def _tiled_forward(q, k, v, key_valid, causal):

@@ -116,7 +116,7 @@ class Layer(nnx.Module):
     return self._heads(self.k(self.input_norm(x)))
 
   def _heads(self, z):
-    return constrain(z.reshape(*z.shape[:2], -1, self.cfg.llm.head_dim), "batch", None, "heads", None)
+    return constrain(z.reshape(*z.shape[:2], -1, self.cfg.llm.head_dim), "batch", "sequence", "heads", None)
 
   def rotate(self, x, positions):
     """Rotary embedding of x [B, L, H, h] at positions int32[B, L]."""
@@ -126,8 +126,8 @@ class Layer(nnx.Module):
     """Output projection, residuals and MLP; x [B, L, D], attended [B, L, H, h]."""
     x = x + self.o(attended.reshape(*attended.shape[:2], -1))
     y = self.post_norm(x)
-    y = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", None, "mlp")
-    return constrain(x + self.down(y), "batch", None, None)
+    y = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", "sequence", "mlp")
+    return constrain(x + self.down(y), "batch", "sequence", None)
 
   def __call__(self, x, positions, valid, pick=lambda x: x):
     """A whole sequence; returns x of the slots that `pick` takes out, and the keys (not rotated) and values of all."""

@@ -14,7 +14,7 @@ from xcomp_jax.model import decoder
 from xcomp_jax.model.decoder import Decoder, Lengths
 from xcomp_jax.model.merge import Projector, merge
 from xcomp_jax.model.vision import Vision
-from xcomp_jax.sharding import batch_parts, constrain
+from xcomp_jax.sharding import constrain, parts
 
 LOGIT_ROWS = 1024  # rows of a device whose float32 logits exist at once: 0.6 GB at 152k words
 
@@ -45,17 +45,21 @@ def encode(model: VLM, frames: UInt8[Array, "B C F S S 3"]) -> Float[Array, "B C
   if C == 0:
     return jnp.zeros((B, 0, target, cfg.vision.width), cfg.dtype)
 
-  def chunk(frames):  # uint8[B, c, F, S, S, 3]
-    flat = constrain(frames.reshape(-1, *frames.shape[2:]), "batch", None, None, None, None)
+  def chunk(frames):  # uint8[B, X, c, F, S, S, 3]
+    flat = constrain(frames.reshape(-1, *frames.shape[3:]), "clips")
     merged = merge(model.vision(flat), target, cfg.vision.heads)
-    return merged.reshape(B, -1, *merged.shape[1:])
+    return merged.reshape(*frames.shape[:3], *merged.shape[1:])
 
-  size = min(cfg.clips_per_chunk, C)
-  whole = C // size * size
-  split = frames[:, :whole].reshape(B, -1, size, *frames.shape[2:])
-  out = jax.lax.map(chunk, jnp.moveaxis(split, 1, 0))
-  out = jnp.moveaxis(out, 0, 1).reshape(B, whole, *out.shape[3:])
-  return out if whole == C else jnp.concatenate([out, chunk(frames[:, whole:])], axis=1)
+  X = parts("sequence") if C % parts("sequence") == 0 else 1  # every part of a split sequence has clips in each chunk
+  frames = frames.reshape(B, X, C // X, *frames.shape[2:])
+  size = min(cfg.clips_per_chunk, C // X)
+  whole = C // X // size * size
+  split = frames[:, :, :whole].reshape(B, X, -1, size, *frames.shape[3:])
+  out = jax.lax.map(chunk, jnp.moveaxis(split, 2, 0))
+  out = jnp.moveaxis(out, 0, 2).reshape(B, X, whole, *out.shape[4:])
+  if whole < C // X:
+    out = jnp.concatenate([out, chunk(frames[:, :, whole:])], axis=2)
+  return constrain(out.reshape(B, C, *out.shape[3:]), "batch", "sequence")
 
 
 def place(
@@ -74,8 +78,9 @@ def place(
   """
   visual = model.projector(features)
   visual = visual.reshape(len(visual), -1, visual.shape[-1])
-  embed = model.llm.embed
-  return constrain(jnp.concatenate([embed(prefix), visual, embed(text)], axis=1), "batch", None, None)
+  # Text is little: it stays in one piece until it is part of a sequence.
+  embed = lambda tokens: constrain(model.llm.embed(tokens), "batch", None, None)
+  return constrain(jnp.concatenate([embed(prefix), visual, embed(text)], axis=1), "batch", "sequence", None)
 
 
 def lengths(model: VLM, batch: Batch) -> Lengths:
@@ -122,6 +127,9 @@ def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float
   P, L = batch.prefix.shape[1], batch.text.shape[1]
   end = x.shape[1] - L
   slots = features_shape(model.cfg, batch.visual)
+  # In one piece: it is one token per group by now, and XLA (of jax 0.10) gets the gradient of slices of split rows wrong
+  # on a mesh of tensor and context (tests/test_context.py).
+  x = constrain(x, "batch", None, None)
   visual = end - P
   if visual:
     last = P + batch.clips * (visual // slots[1]) - 1
@@ -147,13 +155,14 @@ def predictions(
 
   def one(part):
     rows, targets = part
+    rows = constrain(rows, "batch", "sequence", None)
     logits, supervised = model.llm.logits(rows), targets != IGNORE
     picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)[..., 0]
     loss = jnp.where(supervised, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
     return loss, (jnp.argmax(logits, -1) == targets) & supervised
 
   B, R, D = rows.shape
-  size = max(1, LOGIT_ROWS // -(-B // batch_parts()))
+  size = max(1, LOGIT_ROWS // -(-B // parts("batch"))) * parts("sequence")
   if R <= size:
     return one((rows, targets))
   pad = -R % size

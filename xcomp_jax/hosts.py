@@ -1,0 +1,273 @@
+"""The processes of a run: how they find each other, who is missing, who is gone, and when all stop.
+
+Every process keeps a connection to the first one (`Roll`) beside JAX's own. A process that does not come up, or ends before
+its time, is thereby named to all others at once, and they end too: in a collective they would wait for it for ever.
+What gives no sign at all, such as a host without power, JAX's heartbeats find.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from xcomp_jax.config import ConfigError, DistributedConfig
+
+GRACE = 3.0  # seconds in which a process may end by itself, with a message of its own, when another is gone
+AGAIN = "Start all of them again with the same command: the run goes on from its last checkpoint"
+
+
+@contextlib.contextmanager
+def joined(config: DistributedConfig) -> Iterator[None]:
+  """Connects this process with the others of its run, before JAX looks for devices; what is already connected stays.
+
+  A run of one process (config.coordinator None, or "auto" where there is no cluster) has nothing to connect.
+
+  Raises:
+    ConfigError: the processes can't be counted, or JAX looked for devices before.
+  """
+  if config.coordinator is None or jax.distributed.is_initialized():
+    yield
+    return
+  # SIGTERM is ours (`stop_signal`): JAX's service would swallow it even while nobody asks for it yet.
+  jax.config.update("jax_enable_preemption_service", False)
+  times = {
+    "heartbeat_timeout_seconds": config.heartbeat_seconds, "initialization_timeout": config.start_seconds + 60,
+    "shutdown_timeout_seconds": config.heartbeat_seconds,
+  }
+  roll = None
+  if config.coordinator != "auto":
+    address, port = _address(config.coordinator)
+    if config.processes is None or config.process is None or not 0 <= config.process < config.processes:
+      raise ConfigError(
+        f"config.distributed.coordinator = {config.coordinator!r} with process {config.process} of {config.processes}: "
+        "set config.distributed.processes to their number, and config.distributed.process from 0 on in each"
+      )
+    roll = Roll(config.process, config.processes)
+    roll.open(address, port + 1)
+  late = threading.Timer(config.start_seconds, _late, (roll, config))
+  late.daemon = True
+  late.start()
+  try:
+    if roll is None:
+      jax.distributed.initialize(**times)
+    else:
+      jax.distributed.initialize(config.coordinator, config.processes, config.process, **times)
+  except ValueError as error:
+    if roll is None and "coordinator_address" in str(error):  # no cluster: one process
+      late.cancel()
+      yield
+      return
+    raise ConfigError(f"the processes of this run can't be connected: {error}") from error
+  except RuntimeError as error:
+    raise ConfigError(
+      f"the processes of this run can't be connected: {error}; config.distributed.coordinator = None is a run of one process"
+    ) from error
+  finally:
+    late.cancel()
+  if roll is None and jax.process_count() > 1:
+    roll = _first_calls()
+  print(banner(), flush=True)
+  try:
+    yield
+  except BaseException as error:
+    if roll:
+      if isinstance(error, jax.errors.JaxRuntimeError):
+        time.sleep(3 * GRACE)  # in a collective: most likely another is gone, and the roll says so and ends this one
+      roll.close(well=False)
+    raise
+  if roll:
+    roll.close(well=True)
+
+
+def banner() -> str:
+  """Which process this is, where, and what it has."""
+  devices = jax.local_devices()
+  numbers = sorted(device.id for device in devices)
+  return (
+    f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {len(devices)} x "
+    f"{devices[0].device_kind}, devices {numbers[0]} to {numbers[-1]} of {jax.device_count()}"
+  )
+
+
+class Roll:
+  """Who is there, heard by process 0 over one connection from each of the others; all methods return at once."""
+
+  def __init__(self, process: int, processes: int):
+    self.process, self.processes = process, processes
+    self.names = {process: socket.gethostname()}  # of those that are there
+    self._lines: dict[int, socket.socket] = {}  # at process 0 to each, elsewhere to 0
+    self._well, self._ending = False, threading.Lock()
+    self._server: socket.socket | None = None
+
+  def open(self, address: str, port: int) -> int:
+    """Listens (process 0), or begins to call `address`; returns the port. Port 0 is any that is free.
+
+    Raises:
+      ConfigError: process 0 can't listen there.
+    """
+    if self.process == 0:
+      try:
+        self._server = socket.create_server(("", port))
+      except OSError as error:
+        raise ConfigError(
+          f"process 0 can't listen on port {port} ({error.strerror}), the one after config.distributed.coordinator's; "
+          "choose another"
+        ) from error
+      port = self._server.getsockname()[1]
+      self._begin(self._accept)
+    else:
+      self._begin(self._call, address, port)
+    return port
+
+  def missing(self) -> list[int]:
+    """Processes that were never heard of; only process 0 knows."""
+    return sorted(set(range(self.processes)) - self.names.keys())
+
+  def close(self, well: bool) -> None:
+    """Leaves; unless all went well the others end too."""
+    self._well = True  # whatever the others do now
+    for line in list(self._lines.values()):
+      with contextlib.suppress(OSError):
+        if well:
+          line.sendall(b"bye\n")
+        line.shutdown(socket.SHUT_RDWR)
+    if self._server:
+      self._server.close()
+
+  def end(self, reason: str, seconds: float = GRACE) -> None:
+    """Tells the others why, and ends this process with one line and exit code 1, unless it ends by itself before."""
+    if self._well or not self._ending.acquire(blocking=False):
+      return
+    if self.process == 0:
+      for line in list(self._lines.values()):
+        with contextlib.suppress(OSError):
+          line.sendall(f"{reason}\n".encode())
+    time.sleep(seconds)
+    if not self._well:
+      _end(f"process {self.process}: {reason}")
+
+  def _begin(self, target, *arguments) -> None:
+    threading.Thread(target=target, args=arguments, daemon=True).start()
+
+  def _accept(self) -> None:
+    while True:
+      try:
+        line, _ = self._server.accept()
+      except OSError:  # closed
+        return
+      self._begin(self._hear, line)
+
+  def _hear(self, line: socket.socket) -> None:
+    said = line.makefile("r", errors="replace")
+    try:
+      process, _, name = said.readline().strip().partition(" ")
+      if not process.isdigit() or not 0 < int(process) < self.processes:  # somebody else at this port
+        return line.close()
+      process = int(process)
+      self.names[process], self._lines[process] = name, line
+      left = said.readline().strip() == "bye"
+    except OSError:
+      left = False
+    if not left:
+      self.end(f"process {process} ({self.names.get(process, '?')}) is gone; its own output says why. {AGAIN}")
+
+  def _call(self, address: str, port: int) -> None:
+    while not self._well:
+      try:
+        line = socket.create_connection((address, port), timeout=10)
+        break
+      except OSError:  # not there yet
+        time.sleep(0.2)
+    else:
+      return
+    line.settimeout(None)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    self._lines[0] = line
+    try:
+      line.sendall(f"{self.process} {self.names[self.process]}\n".encode())
+      said = line.makefile("r", errors="replace").readline().strip()
+    except OSError:
+      said = ""
+    if said != "bye":
+      self.end(said or f"process 0 at {address} is gone; its own output says why. {AGAIN}", GRACE if said else 2 * GRACE)
+
+
+def _first_calls() -> Roll:
+  """The roll of processes that JAX has already connected: the first one tells its address to all."""
+  roll = Roll(jax.process_index(), jax.process_count())
+  name = socket.gethostname()
+  port = roll.open("", 0) if roll.process == 0 else 0
+  text = np.zeros(256, np.uint8)
+  mine = f"{port} {name}".encode()[:256]
+  text[: len(mine)] = np.frombuffer(mine, np.uint8)
+  said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode()
+  port, _, address = said.partition(" ")
+  if roll.process:
+    roll.open(address, int(port))
+  return roll
+
+
+def _late(roll: Roll | None, config: DistributedConfig) -> None:
+  """Not all came up in time."""
+  within = f"within config.distributed.start_seconds = {config.start_seconds} s"
+  if roll is None:
+    _end(f"not all processes came up {within}; your scheduler says which (squeue, kubectl get pods, gcloud). {AGAIN}")
+  if roll.process == 0:
+    missing = ", ".join(map(str, roll.missing())) or "none"
+    there = ", ".join(f"{process} ({name})" for process, name in sorted(roll.names.items()))
+    roll.end(
+      f"did not come up {within}: process {missing} of {roll.processes}; there are {there}. Look at the missing ones' own "
+      f"output, and whether they reach {config.coordinator} and the port after it. {AGAIN}", 1.0,
+    )
+  else:
+    time.sleep(5)  # the first one knows more
+    roll.end(f"process 0 does not answer at {config.coordinator} {within}; is it running there, and may this host reach it? {AGAIN}", 0)
+
+
+def _end(reason: str) -> None:
+  print(f"error: {reason}", file=sys.stderr, flush=True)
+  os._exit(1)  # the main thread may be waiting for what never comes
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+  address, _, port = coordinator.rpartition(":")
+  if not address or not port.isdigit() or not 0 < int(port) < 65535:
+    raise ConfigError(
+      f"config.distributed.coordinator = {coordinator!r}: expected HOST:PORT of process 0, \"auto\", or None for one process"
+    )
+  return address, int(port)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Any]:
+  """Gives a function that says whether any process was told to stop; a second signal acts at once.
+
+  All processes hear the same answer at the same step: it is one more small sum over them.
+  """
+  got = []
+
+  def note(number, _):
+    got.append(number)
+    signal.signal(number, old[number])
+
+  old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+  def stopping() -> bool:
+    if jax.process_count() == 1:
+      return bool(got)
+    return bool(multihost_utils.process_allgather(np.array(bool(got))).any())
+
+  try:
+    yield stopping
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
