@@ -207,7 +207,6 @@ NO_TRAFFIC = {
 SLICES = {"slice", "dynamic-slice", "gather"}
 PASSED_ON = {"tuple", "get-tuple-element", "custom-call", *COLLECTIVES}  # of a buffer, inside of a fusion
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
-_BITS = re.compile(r"(\d+)")
 
 
 def read_program(text: str, side: int = 0) -> tuple[Traffic, Traffic]:
@@ -264,6 +263,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:
 
 
 def _split_type(text: str) -> tuple[str, str, str]:
+  """Type, space, and the rest."""
   if not text.startswith("("):
     return text.partition(" ")
   depth = 0
@@ -312,9 +312,8 @@ def _traffic(op: _Op, ops, computations) -> float:
   if code.endswith("-done"):
     return _bytes(op.type, hbm=True)
   if code.endswith("-start"):
-    if "slice" in op.name:  # a slice on its way into vector memory
-      return min(sum(map(read, op.operands)), *(_bytes(part[0]) for part in [(op.type,)]))
-    return sum(map(read, op.operands))
+    whole = sum(map(read, op.operands))
+    return min(whole, _bytes(op.type)) if "slice" in op.name else whole  # a slice on its way into vector memory
   if code in SLICES:
     return _bytes(op.type) + _bytes(op.type, hbm=True)
   if code == "dynamic-update-slice":
@@ -367,7 +366,7 @@ def _bytes(kind: str, hbm: bool = False) -> float:
   for name, dims, layout in _ARRAY.findall(kind):
     if hbm and re.search(r"S\([1-9]", layout):
       continue
-    bits = 8 if name == "pred" else int(_BITS.search(name)[1]) if _BITS.search(name) else 0
+    bits = 8 if name == "pred" else int((re.findall(r"\d+", name) or [0])[0])
     total += bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
   return total
 
