@@ -1,82 +1,121 @@
 """The measurements run, and measure what they say."""
 
-import dataclasses
 import json
-import shutil
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_weights as w
-from safetensors.numpy import load_file
 
-from xcomp_jax import bench, weights
-from xcomp_jax.config import VisionConfig
-from xcomp_jax.data import prompt
+from xcomp_jax import bench, bench_scaling
+from xcomp_jax import bench_parts as parts
 
-
-def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path, capsys):
-  like = w.configured(tmp_path / "like", **(w.TINY | {"vocab_size": 400_000, "hidden_size": 96}))  # one large tensor
-  for file in (reference / "qwen_subset").iterdir():
-    shutil.copy(file, like)
-  bench.main(["random", "--like", str(like), "--out", str(tmp_path / "out")])
-  assert prompt.load_tokenizer(tmp_path / "out").vocab_size == prompt.load_tokenizer(like).vocab_size  # `ask` takes it
-  tensors = load_file(tmp_path / "out" / "model.safetensors")
-  assert {name: t.shape for name, t in tensors.items()} == {e.name: e.shape for e in weights.names(w.read_config(like))}
-  embedding = tensors["model.embed_tokens.weight"].astype(np.float32)
-  assert abs(embedding.std() - 0.02) < 1e-3 and len(np.unique(embedding[:, 0])) > 1000
-  assert tensors["model.norm.weight"].all() and not tensors["model.layers.0.self_attn.q_proj.bias"].any()
-  measured = bench.load(tmp_path / "out")
-  assert measured["parameters_GB"] == pytest.approx(sum(t.nbytes for t in tensors.values()) / 1e9)
-  assert measured["peak_above_parameters_GB"] < 0.5 * measured["parameters_GB"]  # no second copy of it
-  assert measured["load_s"] > 0 and measured["read_GB/s"] > 0
-  capsys.readouterr()
-  bench.main(["load", "--checkpoint", str(tmp_path / "out")])
-  assert "load_GB/s" in capsys.readouterr().out
-
-
-def test_bad_input_is_one_line(tmp_path, capsys):
-  with pytest.raises(SystemExit) as left:
-    bench.main(["random", "--like", str(tmp_path), "--out", str(tmp_path / "out")])
-  assert left.value.code == 1 and "has no config.json" in capsys.readouterr().err
-  assert not (tmp_path / "out").exists()
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = parts.sized("small", "float32", clips_per_chunk=1)
 
 
 def test_operations_are_those_of_matrix_products_and_loops():
   x = jnp.ones((8, 4))
   product = lambda x: jax.lax.scan(lambda c, _: (c @ c.T @ c, None), x, None, length=3)[0]
-  assert bench.flops(product, x) == 3 * (2 * 8 * 8 * 4 + 2 * 8 * 4 * 8)
-  assert bench.flops(jax.jit(lambda x: x.T @ x), x) == 2 * 4 * 4 * 8
+  assert parts.flops(product, x) == 3 * (2 * 8 * 8 * 4 + 2 * 8 * 4 * 8)
+  assert parts.flops(jax.jit(lambda x: x.T @ x), x) == 2 * 4 * 4 * 8
 
 
-SMALL = {"vocab_size": 128, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 64}
+@pytest.mark.parametrize("causal", [True, False])
+def test_operations_of_attention_in_tiles(causal):
+  from xcomp_jax.model.attention import attend
+
+  q, k = jnp.ones((2, 1300, 8, 16)), jnp.ones((2, 1300, 2, 16))
+  run = lambda q, k: attend(q, k, k, causal=causal, implementation="tiled")
+  needed = 4 * 2 * 8 * 16 * 1300**2 * (0.5 if causal else 1.0)
+  counted = parts.flops(run, q, k)
+  assert needed < counted < needed * (1.3 if causal else 1.02)  # tiles on the diagonal are computed whole
+  backward = parts.flops(jax.grad(lambda q, k: run(q, k).sum()), q, k) - counted
+  assert backward > 2.4 * counted  # five products, some more than once, instead of two
 
 
-@pytest.fixture
-def small(monkeypatch):
-  """Sizes that run in milliseconds."""
-  tower = VisionConfig(image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd")
-  monkeypatch.setattr(bench, "MEASURED", dataclasses.replace(bench.MEASURED, **SMALL))
-  monkeypatch.setattr(bench, "TOWER", tower)
-  monkeypatch.setattr(bench, "SIDE", 128)
+def test_useful_operations_are_at_most_those_counted():
+  for part in (parts.prefill(SMALL, 64, 30, real=False), parts.prefill(SMALL, 64, 30, False, real=False), parts.tower(SMALL, 2, real=False)):
+    counted = parts.flops(part.run, *part.args)
+    assert 0.4 * counted < part.flops < counted
+  plain, ours = parts.prefill(SMALL, 64, 30, False, real=False).flops, parts.prefill(SMALL, 64, 30, real=False).flops
+  assert plain > 1.5 * ours
 
 
-@pytest.mark.parametrize("command", [["prefill", "--frames", "16"], ["tower"], ["step", "--frames=16", "--pixels"]])
-def test_speed_is_printed_beside_that_of_a_product(small, capsys, command):
-  bench.main(command)
-  printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
-  printed = {name.strip(): value for name, value in printed.items()}
-  assert 0 < float(printed["seconds"]) and 0 < float(printed["matmul_TFLOP/s"]) and 0 < float(printed["compile_s"])
+def test_rows_are_timed_beside_a_product_and_drawn(tmp_path, capsys):
+  out = tmp_path / "bench.json"
+  bench.main(["--preset=smoke", "--only", "tower", "merge", "prefill", "decode", "data", "--runs=1", "--out", str(out)])
+  result = json.loads(out.read_text())
+  rows = result["rows"]
+  assert [name.split(",")[0] for name in rows][2:6] == ["tower", "merge", "prefill", "decode"]
+  assert result["matmul_flops/s"] > 0 and result["copy_bytes/s"] > 0
+  for name in ("tower, 16 frames", "merge, 8 frames", "prefill, 16 frames", "decode, 4 tokens"):
+    row = rows[name]
+    assert row["fastest_s"] <= row["seconds"] <= row["slowest_s"] and row["compile_s"] > 0
+    assert row["flops/s"] == pytest.approx(row["flops"] / row["seconds"])
+    assert row["least_s"] == pytest.approx(max(row["flops"] / row["matmul_flops/s"], row["bytes"] / result["copy_bytes/s"]))
+  assert rows["tower, 16 frames"]["frames/s"] == pytest.approx(16 / rows["tower, 16 frames"]["seconds"])
+  assert all(rows[f"data, {kind}, read by one thread"]["frames/s"] > 0 for kind in ("raw", "JPEG 95", "features"))
+  assert len(capsys.readouterr().out.splitlines()) == len(rows)
+  assert out.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_useful_operations_are_at_most_those_counted(small):
-  for cost in (bench.prefill(None, 64, 20, "float32", 0), bench.tower(None, 2, "float32", 1, 0)):
-    assert 0.5 * cost.counted < cost.useful < cost.counted and np.isnan(cost.seconds)
+def test_a_training_step_is_timed_as_often_as_wanted():
+  gradient, _ = parts.training(SMALL, 8, 2, 16, False, "float32")
+  call, _, _ = bench.calling(gradient)
+  losses = [float(call()[0]) for _ in range(2)]  # the sums of the first call are an argument of the second
+  assert losses[0] == losses[1] > 0
+  _, apply = parts.training(SMALL, 8, 2, 16, False, "float32")
+  call, _, _ = bench.calling(apply)
+  assert [bool(call()["finite"]) for _ in range(2)] == [True, True]
 
 
-def test_scaling_is_drawn(small, tmp_path):
-  bench.scaling(None, (8, 16), (20,), 8, "float32", tmp_path / "scaling")
-  rows = json.loads((tmp_path / "scaling.json").read_text())
-  assert [row["x"] for row in rows["frames"]] == [8, 16] and rows["frames"][1]["seconds"] is None
-  assert (tmp_path / "scaling.png").stat().st_size > 10_000
+@pytest.mark.slow
+def test_all_rows_without_the_libraries_of_data(tmp_path):
+  """As on a machine that has only jax, flax, optax, orbax, numpy and jaxtyping."""
+  absent = ("cv2", "grain", "tensorflow_datasets", "array_record", "ml_collections", "tokenizers", "safetensors")
+  absent += ("huggingface_hub", "tokamax", "tensorboardX", "pebble", "PIL", "tqdm", "matplotlib", "tensorstore_")
+  script = f"""
+import sys
+class Absent:
+  def find_spec(self, name, path=None, target=None):
+    if name.split(".")[0] in {absent!r}: raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+from xcomp_jax import bench
+bench.main(["--preset=smoke", "--runs=1", "--out", {str(tmp_path / "out.json")!r}])
+"""
+  done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+  assert {"SCT on features, mix", "SCT on frames, mix", "select local, the question's rows"} <= set(rows)
+  assert "is not installed" in rows["data"]["not run"] and "no PNG" in done.stderr
+  mix = rows["SCT on features, mix"]
+  gradients = [row for name, row in rows.items() if name.startswith("gradient") and name.endswith("features")]
+  spent = sum(share * row["seconds"] / n for (share, n), row in zip(bench.PRESETS["smoke"].mix.values(), gradients, strict=True))
+  assert mix["seconds"] == pytest.approx(spent + rows["optimizer's step, features"]["seconds"] / 8)
+
+
+def test_bad_sizes_are_one_line(capsys):
+  with pytest.raises(SystemExit) as left:
+    bench.main(["--preset=smoke", "--frames", "12"])
+  assert left.value.code == 1 and "multiples of 8" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_scaling_is_measured_and_drawn(tmp_path):
+  out = tmp_path / "scaling"
+  bench_scaling.main(["--preset=smoke", "--frames", "64", "32", "--text", "30", "--run-up-to", "32", "--out", str(out)])
+  rows = json.loads(out.with_suffix(".json").read_text())
+  assert [row["x"] for row in rows["frames"]] == [32, 64] and rows["frames"][0]["seconds"] > 0
+  assert rows["frames"][1]["seconds"] is None and rows["frames"][1]["TFLOP"] > rows["frames"][0]["TFLOP"]
+  assert rows["encoding"][0]["temporary_GB"] == rows["encoding"][1]["temporary_GB"]  # a clip at a time, however many
+  assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_mix_is_the_stated_one():
+  shares = {frames: share for frames, (share, _) in bench.PRESETS["gpu"].mix.items()}
+  assert shares == {1: 0.2, 128: 0.4, 256: 0.2, 512: 0.1, 1024: 0.1} and np.isclose(sum(shares.values()), 1)

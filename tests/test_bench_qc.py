@@ -1,12 +1,11 @@
 """What QC-Comp costs and finds is measured, and counted."""
 
-import dataclasses
 import pathlib
 
 import numpy as np
 import pytest
 
-from xcomp_jax import bench_qc, world
+from xcomp_jax import bench_parts, bench_qc, world
 
 BASE = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 
@@ -30,8 +29,8 @@ def test_needles_count_the_clips_that_were_kept(tmp_path):
 
 
 def test_the_cost_of_scoring_is_measured_and_counted(monkeypatch, capsys):
-  small = dataclasses.replace(bench_qc.MEASURED, vocab_size=128, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
-  monkeypatch.setattr(bench_qc, "MEASURED", small)
+  monkeypatch.setattr(bench_parts, "MEASURED", bench_parts.SMALL_LLM)
+  monkeypatch.setattr(bench_parts, "TOWER", bench_parts.SMALL_TOWER)
   got = {mode: bench_qc.select(mode, 128) for mode in ("aligned", "local", "global")}
   for out in got.values():
     assert min(out[name] for name in ("visual_s", "question_s", "TFLOP", "memory_GB")) > 0

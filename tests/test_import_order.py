@@ -13,7 +13,7 @@ config files sharding hosts
 data.batch data.video data.prompt data.store data.mixture data.shards data.check data.blend data.pipeline
 model.attention model.vision model.merge model.lp_comp model.decoder model.vlm
 qc_comp encode generate report weights optim checkpoint metrics cost
-steps programs train predecode ask export parity world bench bench_qc bench_data demo plan
+steps programs train predecode ask export parity world bench_load bench_data bench_parts bench bench_scaling bench_qc demo plan
 """.split()
 FILES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py") if f.name != "__init__.py"}
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from xcomp_jax import bench, optim, plan, programs, sharding, steps, weights
+from xcomp_jax import bench_parts, optim, plan, programs, sharding, steps, weights
 from xcomp_jax.config import ConfigError, from_command_line
 from xcomp_jax.data.batch import fake_batch
 
@@ -61,7 +61,7 @@ def test_operations_are_those_of_the_step_that_runs(small):
   step, arguments = steps.abstract_step(made.config, made.full, programs.batch_of(made, made.full, "frames"))
   row = next(row for row in rows if row["name"] == "frames")
   with programs.inside(made):
-    assert row["flops"]["executed"] == bench.flops(step, *arguments)
+    assert row["flops"]["executed"] == bench_parts.flops(step, *arguments)
   assert 0 < row["flops"]["model"] < row["flops"]["executed"]  # padding, masked halves and recomputation
 
 

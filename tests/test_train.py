@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import bench, metrics, optim, steps, train, weights
+from xcomp_jax import bench_parts, metrics, optim, steps, train, weights
 from xcomp_jax.config import (
   ConfigError,
   LLMConfig,
@@ -393,7 +393,7 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   visuals = {"frames": ((8, 448, 448, 3), np.dtype(np.uint8)), "features": ((128, 1024), np.dtype(ml_dtypes.bfloat16))}
   for name, visual in visuals.items():
     step, arguments = steps.abstract_step(config, cfg, batch_spec(bucket, 1, visual))
-    counted[name] = bench.flops(step, *arguments)
+    counted[name] = bench_parts.flops(step, *arguments)
   tower = counted["frames"] - counted["features"]
   batch = fake_batch(batch_spec(bucket, 1, visuals["features"]), 100)
   frames = dataclasses.replace(batch, visual=np.broadcast_to(np.uint8(0), (1, 128, *visuals["frames"][0])))

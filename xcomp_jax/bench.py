@@ -1,268 +1,218 @@
-"""Measures what it costs to use the model.
+"""How fast every part is on the device that is here, beside what that device could do.
 
-  python -m xcomp_jax.bench random --like DIR --out DIR
-  python -m xcomp_jax.bench load --checkpoint DIR
-  python -m xcomp_jax.bench prefill [--like DIR] [--frames 1024 2048] [--torch]
-  python -m xcomp_jax.bench tower [--like DIR] [--clips 4]
-  python -m xcomp_jax.bench step [--like DIR] [--frames 1024] [--pixels]
-  python -m xcomp_jax.bench scaling --out docs/scaling
+python -m xcomp_jax.bench --preset=cpu --out bench.json [--only tower prefill] [--like DIR] [--torch]
 
-`random` writes an official-layout checkpoint of random bfloat16 weights, of the sizes in `--like`'s config.json
-and with the tokenizer that lies there; `load` reports time, rate and memory of `weights.load`. `prefill`, `tower` and
-`step` time the model on random weights, beside the rate of a plain matrix product in the same run, and `scaling` plots
-time and memory; without `--like` sizes are those at which the official code was measured on a CPU.
+Every row is timed with plain matrix products before and after each run, so that shares hold on a busy machine. Beside the
+JSON a PNG shows the roofline (with matplotlib; `--plot bench.json` draws it later). Needs jax, flax, optax, orbax-checkpoint,
+numpy and jaxtyping alone; rows that want more (`data`) say so and are left out.
 """
 
 import argparse
 import dataclasses
+import gc
 import json
-import math
-import os
 import pathlib
-import shutil
-import threading
+import statistics
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.extend.core
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from flax import nnx
 
-from xcomp_jax import export, generate, metrics, weights
-from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, VisionConfig, VLMConfig
-from xcomp_jax.data.batch import Bucket, batch_spec, fake_batch
-from xcomp_jax.export import AS_IT_IS, NOT_TUNED
-from xcomp_jax.files import command
-from xcomp_jax.model import attention, decoder, vlm
-from xcomp_jax.model.vlm import VLM
+from xcomp_jax import bench_parts as parts
+from xcomp_jax import files
+from xcomp_jax.bench_parts import PREFIX, Part
 
-
-def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
-  """Streams random bfloat16 weights of the model that config.json in `like` describes into directory `out`.
-
-  Raises:
-    CheckpointError: a config that can't be used, or a directory that is not free.
-  """
-  cfg = weights.read_config(like, AS_IT_IS, NOT_TUNED)
-  rng = np.random.default_rng(0)
-  dtype = np.dtype(ml_dtypes.bfloat16)
-
-  def blocks(entry: weights.Entry) -> Iterator[np.ndarray]:
-    if len(entry.shape) == 1:  # norms near one, so that a forward pass stays finite
-      yield np.full(entry.shape, float("norm" in entry.name and entry.name.endswith("weight")), dtype)
-      return
-    for start in range(0, entry.shape[0], weights.ROWS):
-      shape = (min(weights.ROWS, entry.shape[0] - start), *entry.shape[1:])
-      yield (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
-
-  tensors = [export.Tensor(e.name, e.shape, dtype, lambda e=e: blocks(e)) for e in sorted(weights.names(cfg), key=lambda e: e.name)]
-  with export.appearing(out, overwrite=False) as temporary:
-    shutil.copyfile(like / "config.json", temporary / "config.json")
-    export.copy_tokenizer(temporary, like)
-    export.write_safetensors(temporary, tensors)
-
-
-def load(directory: pathlib.Path) -> dict[str, float]:
-  """Loads a checkpoint as stored, after merely reading its files; both from a cold page cache where that can be had.
-
-  Returns:
-    seconds, GB/s and processor seconds of both; gigabytes of parameters, and of anonymous memory above them at its peak.
-
-  Raises:
-    CheckpointError: see `weights.load`.
-  """
-  cfg = weights.read_config(directory, AS_IT_IS, NOT_TUNED)
-  files = sorted(directory.rglob("*.safetensors")) or [f for f in sorted((directory / "params").rglob("*")) if f.is_file()]
-  size = sum(file.stat().st_size for file in files)
-  _forget(files)
-  began, cpu = time.perf_counter(), time.process_time()
-  buffer = memoryview(bytearray(1 << 24))
-  for file in files:
-    with open(file, "rb", buffering=0) as opened:
-      while opened.readinto(buffer):
-        pass
-  reading, reading_cpu = time.perf_counter() - began, time.process_time() - cpu
-  _forget(files)
-  del buffer
-  before = _anonymous()
-  with _Peak() as peak:
-    began, cpu = time.perf_counter(), time.process_time()
-    model = weights.load(directory, cfg)
-    loading, loading_cpu = time.perf_counter() - began, time.process_time() - cpu
-  resident = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-  return {
-    "read_s": reading, "read_GB/s": size / reading / 1e9, "read_cpu_s": reading_cpu,
-    "load_s": loading, "load_GB/s": size / loading / 1e9, "load_cpu_s": loading_cpu,
-    "parameters_GB": resident / 1e9, "peak_above_parameters_GB": (peak.bytes - before - resident) / 1e9,
-  }
-
-
-class _Peak:
-  """Largest anonymous memory of this process within a `with` block."""
-
-  def __enter__(self) -> "_Peak":
-    self.bytes, self._over = 0, threading.Event()
-    self._thread = threading.Thread(target=self._watch)
-    self._thread.start()
-    return self
-
-  def _watch(self) -> None:
-    while not self._over.wait(0.005):
-      self.bytes = max(self.bytes, _anonymous())
-
-  def __exit__(self, *_) -> None:
-    self._over.set()
-    self._thread.join()
-
-
-def _anonymous() -> int:
-  """Bytes of anonymous memory now: not of mapped files, whose pages the system can drop."""
-  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-def _forget(files: Sequence[pathlib.Path]) -> None:
-  """Drops files from the page cache, so that they are read from where they lie."""
-  for file in files:
-    with open(file, "rb") as opened:
-      os.fsync(opened.fileno())
-      os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-# --- the model's speed -----------------------------------------------------------------------------------------
-
-MEASURED = LLMConfig(  # the official code's own benchmark on a CPU
-  vocab_size=4096, width=512, layers=28, heads=8, kv_heads=2, head_dim=64, mlp_width=1408, rope_theta=1e6, norm_eps=1e-6,
-  tied=True, context=None,
-)
-TOWER = VisionConfig(image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd")
-SIDE = 4096  # of the plain matrix product
-PREFIX, TEXT = 14, 72  # tokens before and behind the visual ones
-
-
-def flops(function, *args) -> float:
-  """Floating-point operations of all matrix products of a function, a multiply-add as two; loops by their length.
-
-  Attention in tiles, whose loops have no length, by the scores it computes.
-  """
-  return _flops(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _flops(jaxpr) -> float:
-  total = 0.0
-  for equation in jaxpr.eqns:
-    if equation.params.get("name") in ("causal_attention", "full_attention"):
-      (B, L, H, h), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-      causal = equation.params["name"] == "causal_attention"
-      total += 4.0 * B * H * h * attention.tiled_scores(L, S, causal)
-      continue
-    if equation.primitive.name == "dot_general":
-      (contracted, _), _ = equation.params["dimension_numbers"]
-      shape = equation.invars[0].aval.shape
-      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-    inner = sum(_flops(getattr(sub, "jaxpr", sub)) for sub in jax.extend.core.jaxprs_in_params(equation.params))
-    total += inner * equation.params.get("length", 1)
-  return total
+PAPER = {1024: 0.12, 2048: 0.25, 4096: 0.66}  # seconds of LP-Comp prefill on one H200, 863 text tokens
+WANTED = {"prefill, 1024 frames": 0.075, "prefill, 2048 frames": 0.16, "prefill, 4096 frames": 0.45}  # seconds, likewise
+GROUPS = ("tower", "merge", "prefill", "plain", "select", "decode", "features", "frames", "data")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-  """One program, measured.
+class Preset:
+  """Sizes of all rows.
 
-  seconds: of the fastest of several runs. compile_seconds. useful, counted: operations that the numbers asked for
-  need, and those of all matrix products in the program (0 where it has kernels, whose loops are not counted).
-  matmul: operations per second of a plain matrix product, in the same run. memory: bytes of arguments, temporaries and
-  results; temporary: of temporaries alone.
+  like: a directory with config.json, None for the official CPU benchmark's sizes, "small" for tiny ones. side: of the
+  plain matrix product. copied: bytes of the plain copy. frames, text: of prefills; plain: of those without compression.
+  clips: in the tower, `chunk` at once. tokens: of an answer. scored: frames that QC-Comp scores. mix: frames of a training
+  sample -> (share of the samples, samples in a micro-batch); step_text: text tokens of each. batch: samples per optimizer step.
   """
 
-  seconds: float
-  compile_seconds: float
-  useful: float
-  counted: float
+  like: str | None
+  dtype: str
+  side: int
+  copied: int
+  runs: int
+  frames: tuple[int, ...]
+  plain: tuple[int, ...]
+  text: int
+  clips: int
+  chunk: int
+  tokens: int
+  scored: int
+  mix: Mapping[int, tuple[float, int]]
+  step_text: int
+  batch: int
+
+
+SHARES = (0.2, 0.4, 0.2, 0.1, 0.1)  # of images, and of samples of 128, 256, 512 and 1,024 frames
+mixed = lambda frames, rows: {f: (share, n) for f, share, n in zip((1, *frames), SHARES, rows, strict=True)}
+PRESETS = {
+  "smoke": Preset("small", "float32", 256, 1 << 20, 2, (16,), (16,), 86, 2, 1, 4, 64, mixed((8, 16, 24, 32), (2, 2, 1, 1, 1)), 32, 8),
+  "cpu": Preset(
+    None, "float32", 4096, 1 << 28, 3, (256, 1024), (256,), PREFIX + parts.TEXT, 1, 1, 16, 1024,
+    mixed((16, 32, 64, 128), (8, 8, 4, 2, 1)), 128, 256,
+  ),
+  "gpu": Preset(
+    "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448", "bfloat16", 8192, 1 << 32, 5, (1024, 2048, 4096), (1024, 2048, 4096), 863,
+    32, 8, 64, 1024, mixed((128, 256, 512, 1024), (16, 8, 4, 2, 1)), 512, 256,
+  ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+  """What the device reached in this run, by plain programs: operations and bytes per second."""
+
   matmul: float
-  memory: int
-  temporary: int
-
-  def lines(self) -> dict[str, float]:
-    """What is printed."""
-    rate = lambda n: n / self.seconds
-    return {
-      "seconds": self.seconds, "compile_s": self.compile_seconds, "memory_GB": self.memory / 1e9,
-      "temporary_GB": self.temporary / 1e9, "matmul_TFLOP/s": self.matmul / 1e12,
-      "useful_TFLOP": self.useful / 1e12, "useful_TFLOP/s": rate(self.useful) / 1e12, "useful/matmul": rate(self.useful) / self.matmul,
-      "counted_TFLOP": self.counted / 1e12, "counted/matmul": rate(self.counted) / self.matmul,
-    }  # fmt: skip
+  copy: float
 
 
-def measure(function, useful: float, dtype: str, *args, repeats: int = 3) -> Cost:
-  """Compiles and times a function of arrays; products of matrices of SIDE are timed before and after each run.
-
-  With repeats=0 nothing is run, args may be ShapeDtypeStructs, and times are nan.
-  """
+def seconds_of(call: Callable[[], Any], times: int = 1) -> float:
+  """Wall time of a call, of `times` in a row."""
   begun = time.perf_counter()
-  program = jax.jit(function).lower(*args).compile()
-  compiling = time.perf_counter() - begun
-  used = program.memory_analysis()
-  counted = flops(function, *args) if jax.default_backend() == "cpu" else 0.0
-  memory = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
-  if not repeats:
-    return Cost(math.nan, compiling, useful, counted, math.nan, memory, used.temp_size_in_bytes)
-  side = jnp.ones((SIDE, SIDE), dtype)
-  product = jax.jit(lambda a: a @ a).lower(side).compile()
+  jax.block_until_ready([call() for _ in range(times)])
+  return (time.perf_counter() - begun) / times
 
-  def timed(call, times):
-    begun = time.perf_counter()
-    jax.block_until_ready([call() for _ in range(times)])
-    return (time.perf_counter() - begun) / times
 
-  many = 3 if jax.default_backend() == "cpu" else 50
+def calling(part: Part) -> tuple[Callable[[], Any], Any, float]:
+  """A call that runs the compiled part again and again, the compiled program, and the seconds of compiling."""
+  begun = time.perf_counter()
+  program = jax.jit(part.run, donate_argnums=part.donated).lower(*part.args).compile()
+  spent = time.perf_counter() - begun
+  args = list(part.args)
+
+  def call():
+    out = program(*args)
+    for place in part.donated:  # the call has used these up, and returned what takes their place
+      args[place] = out[place]
+    return out if not part.donated else out[-1]
+
+  return call, program, spent
+
+
+def measure(part: Part, preset: Preset, peaks: Peaks | None = None) -> dict[str, Any]:
+  """A row: seconds (median, fastest, slowest), operations, bytes and their rates, shares of the plain programs' rates.
+
+  bytes are those that a call must move at least once: arguments and results; `least_s` is what operations and bytes take at
+  the plain programs' rates, `bound` says which of both takes longer.
+  """
+  call, program, compiling = calling(part)
+  product, _, _ = calling(parts.product(preset.side, preset.dtype))
+  many = 3 if jax.default_backend() == "cpu" else 20
   runs, products = [], []
-  timed(lambda: program(*args), 1), timed(lambda: product(side), 1)
-  for _ in range(repeats):
-    products.append(timed(lambda: product(side), many))
-    runs.append(timed(lambda: program(*args), 1))
-  products.append(timed(lambda: product(side), many))
-  return Cost(min(runs), compiling, useful, counted, 2 * SIDE**3 / min(products), memory, used.temp_size_in_bytes)
+  seconds_of(call), seconds_of(product)
+  for _ in range(preset.runs):
+    products.append(seconds_of(product, many))
+    runs.append(seconds_of(call))
+  products.append(seconds_of(product, many))
+  used = program.memory_analysis()
+  held = float(used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes)
+  moved = part.bytes or held
+  middle, matmul = statistics.median(runs), 2.0 * preset.side**3 / min(products)
+  row = {
+    "seconds": middle, "fastest_s": min(runs), "slowest_s": max(runs), "compile_s": compiling, "flops": part.flops, "bytes": moved,
+    "flops/s": part.flops / middle, "bytes/s": moved / middle, part.unit + "/s": part.amount / middle, "matmul_flops/s": matmul,
+    "of_matmul": part.flops / middle / matmul, "temporary_bytes": used.temp_size_in_bytes,
+    "memory_bytes": used.temp_size_in_bytes + held,
+  }  # fmt: skip
+  if peaks is not None:
+    by = {"operations": part.flops / matmul, "bytes": moved / peaks.copy}
+    row |= {"of_copy": moved / middle / peaks.copy, "least_s": max(by.values()), "bound": max(by, key=by.get)}
+  return row
 
 
-def sized(like: str | None, dtype: str, **model) -> VLMConfig:
-  """Sizes of `like`'s config.json with the released cosine, or those of the official code's benchmark."""
-  values = {"clip_frames": 8, "param_dtype": dtype, "clips_per_chunk": 4, "attention": "auto", "remat": False} | model
-  lp_comp = LPCompConfig("cosine", "suffix", 16)
-  if like:
-    return weights.read_config(pathlib.Path(like), ModelConfig(dtype=dtype, **values), lp_comp)
-  return VLMConfig(TOWER, MEASURED, lp_comp, 8, 16, dtype, values["clips_per_chunk"], values["attention"], values["remat"])
+def rows(preset: Preset, groups: Sequence[str], torch: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Measures group after group; yields the name and the values of each row."""
+  copied = measure(parts.copying(preset.copied), preset)
+  product = measure(parts.product(preset.side, preset.dtype), preset)
+  peaks = Peaks(product["flops/s"], copied["bytes/s"])
+  yield f"matrix product of {preset.side}", product
+  yield "copy", copied
+  one = lambda part: measure(part, preset, peaks)
+  cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)
+  if "tower" in groups:
+    yield f"tower, {8 * preset.clips} frames", one(parts.tower(cfg, preset.clips))
+  if "merge" in groups:
+    yield f"merge, {8 * preset.chunk} frames", one(parts.merging(cfg, preset.chunk))
+  for group, frames, compressed in (("prefill", preset.frames, True), ("plain", preset.plain, False)):
+    for n in frames if group in groups else ():
+      row = one(parts.prefill(cfg, n, preset.text, compressed))
+      name = f"{group}, {n} frames"
+      if preset.like and preset.like != "small" and compressed:
+        row |= {"paper_s": PAPER.get(n), "wanted_s": WANTED.get(name)}
+      yield name, row
+  if torch:
+    for n in preset.frames:
+      yield f"PyTorch without compression, {n} frames", torch_prefill(cfg, n, preset.text)
+  if "select" in groups:
+    for mode in ("official", "aligned", "local", "global"):
+      if mode == "official" and preset.scored < 1024:
+        continue  # has no rounds that short (quirk Q13)
+      seen, asked, calls = parts.selecting(cfg, mode, preset.scored)
+      yield f"select {mode}, {calls} visual rounds", one(seen) | {"calls": calls}
+      yield f"select {mode}, the question's rows", one(asked) | {"calls": calls}
+  if "decode" in groups:
+    yield f"decode, {preset.tokens} tokens", one(parts.decoding(cfg, preset.frames[0], preset.text, preset.tokens))
+  for group in ("features", "frames"):
+    if group in groups:
+      yield from training(preset, peaks, pixels=group == "frames")
+  if "data" in groups:
+    yield from data(preset)
 
 
-def _random(cfg: VLMConfig) -> tuple[nnx.GraphDef, nnx.State]:
-  """A model with random weights in the compute dtype."""
-  return nnx.split(nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype)))())
+def training(preset: Preset, peaks: Peaks, pixels: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+  """SCT's micro-batches of each length, the optimizer's step, and samples per second of the mix that they make."""
+  kind = "frames" if pixels else "features"
+  cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
+  param_dtype = "float32"
+  spent = work = matmul = 0.0
+  for frames, (share, n) in preset.mix.items():
+    gradient, apply = parts.training(cfg, frames, n, preset.step_text, pixels, param_dtype)
+    if not spent:
+      optimizer = measure(apply, preset, peaks)
+      del apply
+      gradient, _ = parts.training(cfg, frames, n, preset.step_text, pixels, param_dtype)  # the step used up its arguments
+      yield f"optimizer's step, {kind}", optimizer
+      spent += optimizer["seconds"] / preset.batch
+    row = measure(gradient, preset, peaks)
+    yield f"gradient, {n} x {frames} {kind}", row
+    spent, work = spent + share * row["seconds"] / n, work + share * row["flops"] / n
+    matmul = max(matmul, row["matmul_flops/s"])
+    del gradient
+    gc.collect()
+  yield f"SCT on {kind}, mix", {
+    "seconds": spent, "samples/s": 1 / spent, "flops": work, "flops/s": work / spent, "of_matmul": work / spent / matmul
+  }  # fmt: skip
 
 
-def prefill(like: str | None, frames: int, text: int, dtype: str, repeats: int = 3) -> Cost:
-  """LP-Comp prefill of given visual tokens and `text` tokens, with caches and the next token's logits."""
-  cfg = sized(like, dtype)
-  cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, width=64, layers=1, mlp_width=64))  # not used
-  graph, state = _random(cfg)
-  after, groups = text - PREFIX, frames * cfg.tokens_per_frame // cfg.lp_comp.group
-
-  def run(state, x):
-    model, one = nnx.merge(graph, state), lambda n: jnp.full(1, n)
-    lengths = decoder.Lengths(one(PREFIX), one(groups), one(after))
-    out = decoder.run(model.llm, x, lengths, prefix=PREFIX, text=after, caches=True)
-    return generate.start(model, out, after, one(after), 16)
-
-  x = jax.random.normal(jax.random.key(0), (1, text + frames * cfg.tokens_per_frame, cfg.llm.width), cfg.dtype)
-  spec = batch_spec(Bucket(frames // 8, 8, PREFIX, after), 1, ((8 * cfg.tokens_per_frame, 1), np.dtype(np.float32)))
-  useful = metrics.forward_flops(cfg, fake_batch(spec, 8))["llm"] - 2.0 * cfg.llm.width * cfg.llm.vocab_size * text
-  return measure(run, useful, dtype, state, x, repeats=repeats)
+def data(preset: Preset) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Batches per second that the reader makes of stored frames."""
+  try:
+    from xcomp_jax import bench_data
+  except ImportError as error:
+    yield "data", {"not run": f"{error.name} is not installed"}
+    return
+  size = 48 if preset.like == "small" else 448
+  frames = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
+  for kind, row in bench_data.storing(frames, 4, preset.runs).items():
+    yield f"data, {kind}, read by one thread", row
 
 
-def plain(like: str | None, frames: int, text: int) -> float:
-  """Seconds of a plain Qwen2 in PyTorch over the same tokens: fused attention, no compression, float32, no caches.
+def torch_prefill(cfg, frames: int, text: int) -> dict[str, Any]:
+  """A plain Qwen2 in PyTorch over the same tokens: fused attention, no compression, float32, no caches.
 
   Raises:
     ImportError: there is no PyTorch.
@@ -270,7 +220,7 @@ def plain(like: str | None, frames: int, text: int) -> float:
   import torch
   from torch.nn import functional as F
 
-  m = sized(like, "float32").llm
+  m = cfg.llm
   random = lambda *shape: torch.randn(*shape) * 0.02
   heads = {"q": m.heads, "k": m.kv_heads, "v": m.kv_heads}
   layer = lambda: {
@@ -278,7 +228,7 @@ def plain(like: str | None, frames: int, text: int) -> float:
     "gate": random(m.mlp_width, m.width), "up": random(m.mlp_width, m.width), "down": random(m.width, m.mlp_width),
   }  # fmt: skip
   layers, one = [layer() for _ in range(m.layers)], torch.ones(m.width)
-  length = text + frames * 16
+  length = text + frames * cfg.tokens_per_frame
   angle = torch.arange(length)[:, None] * m.rope_theta ** -(torch.arange(m.head_dim // 2) / (m.head_dim // 2))
   cos, sin = angle.cos(), angle.sin()
 
@@ -297,29 +247,31 @@ def plain(like: str | None, frames: int, text: int) -> float:
       x = x + F.linear(F.silu(F.linear(y, w["gate"])) * F.linear(y, w["up"]), w["down"])
     return x
 
-  x, seconds = torch.randn(length, m.width), []
-  for _ in range(2):
+  x, spent = torch.randn(length, m.width), []
+  for _ in range(3):
     begun = time.perf_counter()
     run(x)
-    seconds.append(time.perf_counter() - begun)
-  return min(seconds)
+    spent.append(time.perf_counter() - begun)
+  return {"seconds": statistics.median(spent), "fastest_s": min(spent), "slowest_s": max(spent)}
 
 
-def tower(like: str | None, clips: int, dtype: str, clips_per_chunk: int, repeats: int = 3) -> Cost:
-  """The tower with merging on `clips` clips of 8 frames, so many at a time."""
-  cfg = sized(like, dtype, clips_per_chunk=clips_per_chunk)
-  cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=1, vocab_size=8))  # not used
-  graph, state = _random(cfg)
-  size = cfg.vision.image_size
-  frames = jax.random.bits(jax.random.key(0), (1, clips, 8, size, size, 3), np.uint8)
-  run = lambda state, frames: vlm.encode(nnx.merge(graph, state), frames)
-  spec = batch_spec(Bucket(clips, 8, 1, 1), 1, ((8, size, size, 3), np.dtype(np.uint8)))
-  useful = metrics.forward_flops(cfg, fake_batch(spec, 8))["vision"]
-  return measure(run, useful, dtype, state, frames, repeats=repeats)
+def show(name: str, row: Mapping[str, Any]) -> str:
+  """A row as one line."""
+  if "not run" in row:
+    return f"{name:42} not run: {row['not run']}"
+  rate = next((key for key in row if key.endswith("/s") and key not in ("flops/s", "bytes/s", "matmul_flops/s")), None)
+  shown = f"{name:42} {row['seconds']:10.4f} s"
+  shown += f" {row[rate]:12,.1f} {rate}" if rate else " " * 13
+  shown += f"  {row['of_matmul']:6.1%} of matmul" if row.get("of_matmul") else ""
+  shown += f"  {row['of_copy']:6.1%} of copy" if row.get("bound") == "bytes" else ""
+  shown += f"  paper {row['paper_s']} s" if row.get("paper_s") else ""
+  return shown + (f"  compiled in {row['compile_s']:.1f} s" if "compile_s" in row else "")
 
 
-def scaling(like: str | None, frames: Sequence[int], texts: Sequence[int], most: int, dtype: str, out: pathlib.Path) -> None:
-  """Time and memory against frames and against text, as <out>.json and <out>.png; more than `most` frames are not run.
+def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
+  """Draws the roofline: operations per second against operations per byte, under what plain programs reach.
+
+  Rates are scaled by that of the plain product around each row, which a busy machine changes.
 
   Raises:
     ImportError: there is no matplotlib.
@@ -328,112 +280,70 @@ def scaling(like: str | None, frames: Sequence[int], texts: Sequence[int], most:
   from matplotlib import pyplot
 
   matplotlib.use("Agg")
-  rows: dict[str, list[dict[str, float]]] = {"frames": [], "text": [], "encoding": []}
-  for n in frames:
-    rows["frames"].append({"x": n, **prefill(like, n, PREFIX + TEXT, dtype, 2 if n <= most else 0).lines()})
-    print(json.dumps(rows["frames"][-1]), flush=True)
-  for n in texts:
-    rows["text"].append({"x": n, **prefill(like, min(frames), n, dtype, 2).lines()})
-    print(json.dumps(rows["text"][-1]), flush=True)
-  for n in frames:
-    rows["encoding"].append({"x": n, **tower(like, n // 8, dtype, 1, 0).lines()})
-    print(json.dumps(rows["encoding"][-1]), flush=True)
-  out.with_suffix(".json").write_text(json.dumps(rows, indent=1).replace("NaN", "null"))
-  figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
-  panels = (
-    ("frames", "seconds", "Prefill: seconds"), ("frames", "counted_TFLOP", "Prefill: TFLOP, counted"),
-    ("text", "seconds", f"Prefill of {min(frames)} frames: seconds"), ("frames", "temporary_GB", "Temporaries, GB"),
+  table = {name: row for name, row in result["rows"].items() if row.get("flops") and row.get("bytes")}
+  matmul, copy = result["matmul_flops/s"], result["copy_bytes/s"]
+  places = {name: (row["flops"] / row["bytes"], row["of_matmul"] * matmul) for name, row in table.items()}
+  low, high = min(x for x, _ in places.values()) / 3, max(x for x, _ in places.values()) * 3
+  figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+  roof = [low * (high / low) ** (i / 200) for i in range(201)]
+  axis.plot(roof, [min(matmul, copy * x) for x in roof], color="black", linewidth=1)
+  axis.annotate("plain matrix product", (high, matmul), (0, 4), textcoords="offset points", ha="right", fontsize=8)
+  for number, (name, (x, y)) in enumerate(sorted(places.items(), key=lambda place: place[1]), 1):
+    axis.plot(x, y, "o", markersize=5, label=f"{number}  {name}")
+    axis.annotate(str(number), (x, y), (4, -9 if number % 2 else 4), textcoords="offset points", fontsize=8)
+  axis.set(
+    xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte that must be moved", ylabel="operations per second",
+    title=f"{result['device']}, {result['dtype']}",
   )  # fmt: skip
-  for axis, (group, name, title) in zip(axes.flat, panels, strict=True):
-    axis.plot(*zip(*[(row["x"], row[name]) for row in rows[group]]), "o-", label="prefill")
-    if name == "temporary_GB":
-      axis.plot(*zip(*[(row["x"], row[name]) for row in rows["encoding"]]), "s-", label="encoding, a clip at a time")
-      axis.legend(frameon=False)
-    axis.set(title=title, xlabel="text tokens" if group == "text" else "frames", ylim=(0, None))
-    axis.spines[["top", "right"]].set_visible(False)
-  figure.savefig(out.with_suffix(".png"), dpi=120)
+  axis.spines[["top", "right"]].set_visible(False)
+  axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+  figure.savefig(file, dpi=130)
+  pyplot.close(figure)
 
 
-def step(like: str | None, frames: int, text: int, dtype: str, pixels: bool, clips_per_chunk: int) -> Cost:
-  """Loss and gradient of SCT's projector and LLM on one sample, of features or of pixels.
-
-  Useful are forward and twice as much backward of what is trained, and the frozen tower's forward.
-  """
-  cfg = sized(like, dtype, remat=True, clips_per_chunk=clips_per_chunk)
-  graph, state = _random(cfg)
-  size = cfg.vision.image_size
-  row = ((8, size, size, 3), np.dtype(np.uint8)) if pixels else ((8 * cfg.tokens_per_frame, cfg.vision.width), np.dtype(dtype))
-  batch = fake_batch(batch_spec(Bucket(frames // 8, 8, PREFIX, text - PREFIX), 1, row), cfg.llm.vocab_size)
-  frozen, trained = {"vision": state["vision"]}, {name: state[name] for name in ("projector", "llm")}
-
-  def run(trained, frozen, batch):
-    loss = lambda trained: vlm.loss(nnx.merge(graph, nnx.State(trained | frozen)), batch).sum()
-    return jax.value_and_grad(loss)(trained)
-
-  cost = metrics.forward_flops(cfg, batch)
-  return measure(run, cost["vision"] + 3 * (cost["projector"] + cost["llm"]), dtype, trained, frozen, jax.tree.map(jnp.asarray, batch))
-
-
-def table(title: str, values: Mapping[str, float]) -> None:
-  """Prints numbers, one a line."""
-  print(title + "\n" + "\n".join(f"{name:>26} {value:10.3f}" for name, value in values.items()), flush=True)
-
-
-def _run(args: argparse.Namespace) -> None:
-  device = jax.devices()[0].device_kind
-  if args.command == "random":
-    random_checkpoint(pathlib.Path(args.like), pathlib.Path(args.out))
-  elif args.command == "load":
-    table(args.checkpoint, load(weights.resolve(args.checkpoint)))
-  elif args.command == "scaling":
-    scaling(args.like, args.frames, args.text, args.run_up_to, args.dtype, pathlib.Path(args.out))
-  elif args.command == "tower":
-    for n in args.clips:
-      table(f"tower, {n} clips, {args.dtype}, {device}", tower(args.like, n, args.dtype, args.clips_per_chunk).lines())
-  elif args.command == "step":
-    for n in args.frames:
-      kind = "pixels" if args.pixels else "features"
-      cost = step(args.like, n, args.text, args.dtype, args.pixels, args.clips_per_chunk)
-      table(f"step, {n} frames of {kind}, {args.dtype}, {device}", cost.lines())
-  else:
-    for n in args.frames:
-      lines = prefill(args.like, n, args.text, args.dtype).lines()
-      if args.torch:
-        lines["plain PyTorch, seconds"] = plain(args.like, n, args.text)
-      table(f"prefill, {n} frames, {args.dtype}, {device}", lines)
+def run(preset: Preset, name: str, groups: Sequence[str], torch: bool, out: pathlib.Path | None) -> dict[str, Any]:
+  """Measures, prints, and writes after every row what there is so far."""
+  device = jax.devices()[0]
+  result: dict[str, Any] = {"preset": name, "device": device.device_kind, "jax": jax.__version__, "dtype": preset.dtype, "rows": {}}
+  for title, row in rows(preset, groups, torch):
+    result["rows"][title] = parts.nothing_else(row)
+    if "copy_bytes/s" not in result and title == "copy":
+      result |= {"matmul_flops/s": next(iter(result["rows"].values()))["flops/s"], "copy_bytes/s": row["bytes/s"]}
+    print(show(title, row), flush=True)
+    if out is not None:
+      files.write(out, json.dumps(result, indent=1) + "\n")
+    gc.collect()
+  return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench", description=__doc__.splitlines()[0])
-  commands = parser.add_subparsers(dest="command", required=True)
-  random = commands.add_parser("random", help="write a checkpoint of random weights")
-  random.add_argument("--like", required=True, help="a directory with config.json")
-  random.add_argument("--out", required=True, help="directory to be made")
-  loading = commands.add_parser("load", help="measure loading")
-  loading.add_argument("--checkpoint", required=True, help="a directory with config.json and weights")
-  cpu = jax.default_backend() == "cpu"
-  add = lambda name, help: commands.add_parser(name, help=help)
-  prefilling, towering = add("prefill", "time LP-Comp prefill"), add("tower", "time the tower")
-  stepping, plotting = add("step", "time the gradient of a tuning step"), add("scaling", "plot time and memory")
-  for one in (prefilling, towering, stepping, plotting):
-    one.add_argument("--like", help="a directory with config.json; default: the sizes of the official benchmark")
-    one.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32" if cpu else "bfloat16")
-  for one in (prefilling, stepping):
-    one.add_argument("--frames", type=int, nargs="+", default=[1024])
-    one.add_argument("--text", type=int, default=PREFIX + TEXT, help="tokens")
-  for one in (towering, stepping):
-    one.add_argument("--clips-per-chunk", type=int, default=1 if cpu else 4, help="in the tower at once")
-  prefilling.add_argument("--torch", action="store_true", help="and a plain PyTorch Qwen2 without compression")
-  towering.add_argument("--clips", type=int, nargs="+", default=[1])
-  stepping.add_argument("--pixels", action="store_true", help="from frames, through the tower")
-  plotting.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
-  plotting.add_argument("--text", type=int, nargs="+", default=[86, 512, 1024, 2048], help="tokens")
-  plotting.add_argument("--run-up-to", type=int, default=2048, help="frames; what is longer is compiled and counted")
-  plotting.add_argument("--out", required=True, help="name of the .json and the .png")
+  default = "cpu" if jax.default_backend() == "cpu" else "gpu"
+  parser.add_argument("--preset", choices=tuple(PRESETS), default=default, help="sizes; default: those for the device that is here")
+  parser.add_argument("--out", type=pathlib.Path, help="JSON to be written, and a PNG beside it")
+  parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows")
+  parser.add_argument("--like", help="a directory with config.json, for other sizes than the preset's")
+  parser.add_argument("--frames", type=int, nargs="+", help="of the prefills, instead of the preset's")
+  parser.add_argument("--text", type=int, help="tokens of the prefills")
+  parser.add_argument("--runs", type=int, help="of each row")
+  parser.add_argument("--torch", action="store_true", help="and a plain PyTorch Qwen2 without compression")
+  parser.add_argument("--plot", type=pathlib.Path, help="draw this JSON instead")
   args = parser.parse_args(argv)
-  with command(ImportError):
-    _run(args)
+  with files.command(ImportError):
+    if args.plot:
+      plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
+      return
+    given = {"like": args.like, "text": args.text, "runs": args.runs, "frames": tuple(args.frames or ()) or None}
+    preset = dataclasses.replace(PRESETS[args.preset], **{key: value for key, value in given.items() if value is not None})
+    if any(n % 8 or n < 8 for n in preset.frames) or preset.text <= PREFIX or preset.runs < 1:
+      raise ValueError(f"--frames must be multiples of 8, --text more than {PREFIX} and --runs at least 1")
+    result = run(preset, args.preset, args.only, args.torch, args.out)
+    if args.out is not None:
+      try:
+        plot(result, args.out.with_suffix(".png"))
+      except ImportError as error:
+        print(f"no PNG: {error.name} is not installed; draw it elsewhere with --plot {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

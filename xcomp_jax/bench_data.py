@@ -84,14 +84,17 @@ def decoding(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
   return frames, "\n".join(lines)
 
 
-def storing(frames: np.ndarray, samples: int, repeat: int) -> str:
-  """A table of stores with `samples` copies of frames uint8[T, S, S, 3]: size, and rates of writing and reading."""
+def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str, float]]:
+  """Stores with `samples` copies of frames uint8[T, S, S, 3]: for each kind size, seconds of reading all, and rates.
+
+  Frames per second are those written, and read by one thread and by two.
+  """
   F, size = SAMPLING["clip_frames"], frames.shape[1]
   clips = frames.reshape(-1, F, *frames.shape[1:])
   tokens = np.random.default_rng(0).normal(size=(len(clips), F * TOWER.tokens_per_frame, TOWER.width)).astype(ml_dtypes.bfloat16)
   kinds = {"raw": (clips, {}), "JPEG 95": (clips, {"quality": 95}), "features": (tokens, {"features": TOWER})}
   total = samples * len(frames)
-  lines = [f"storing {samples} x {len(frames):,} frames: kB per frame; frames per second written, read by one thread, by two"]
+  out = {}
   with tempfile.TemporaryDirectory() as place:
     for name, (visual, how) in kinds.items():
       folders = (pathlib.Path(place) / f"{name} {n}" for n in range(repeat))
@@ -100,14 +103,16 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> str:
       write = lambda items=items, how=how, folders=folders: store.write_store(next(folders), items, image_size=size, clip_frames=F, **how)
       written, _ = timed(write, repeat)
       folder = pathlib.Path(place) / f"{name} 0"
-      opened, rates = store.open_store(folder), []
+      opened, spent = store.open_store(folder), []
       for threads in (1, 2):
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
           read = lambda pool=pool, opened=opened: [v.shape for v in pool.map(opened.visual, range(samples))]
-          rates.append(total / timed(read, repeat)[0])
+          spent.append(timed(read, repeat)[0])
       size_kb = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / total / 1e3
-      lines.append(f"  {name:10}{size_kb:10,.1f} kB{total / written:10,.0f}{rates[0]:10,.0f}{rates[1]:10,.0f}")
-  return "\n".join(lines)
+      out[name] = {
+        "seconds": spent[0], "frames/s": total / spent[0], "by two threads": total / spent[1], "written": total / written, "kB": size_kb
+      }  # fmt: skip
+  return out
 
 
 def memory(path: str, size: int, more: Sequence[str] = ()) -> str:
@@ -148,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(memory(args.path, args.image_size), flush=True)  # first: a process counts what its parent had when it was made
     frames, table = decoding(args.path, args.image_size, args.repeat)
     print(table, flush=True)
-    print(storing(frames, args.samples, args.repeat), flush=True)
+    print(f"storing {args.samples} x {len(frames):,} frames: kB per frame; frames per second written, read by one thread, by two")
+    for name, row in storing(frames, args.samples, args.repeat).items():
+      print(f"  {name:10}{row['kB']:10,.1f} kB{row['written']:10,.0f}{row['frames/s']:10,.0f}{row['by two threads']:10,.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,52 +16,22 @@ import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from xcomp_jax import bench_parts as parts
 from xcomp_jax import encode, generate, qc_comp, weights, world
-from xcomp_jax.bench import MEASURED, PREFIX, TEXT, flops, table
-from xcomp_jax.config import LPCompConfig, ModelConfig, SelectConfig, VisionConfig, VLMConfig
+from xcomp_jax.bench_parts import PREFIX, TEXT, flops
+from xcomp_jax.config import LPCompConfig, ModelConfig
 from xcomp_jax.data import prompt, video
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, batch_spec
-from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.data.batch import Bucket, batch_spec
 from xcomp_jax.export import AS_IT_IS
 from xcomp_jax.files import command
 from xcomp_jax.model import vlm
-from xcomp_jax.model.vlm import VLM
 
 MODES = ("official", "aligned", "local", "global")
 OFFICIAL_FLOPS = 15.3e12  # that the official code counts for its rounds over 1,024 frames
-QUESTION = (27, TEXT - 5)  # its place in the text
-
-
-def asked_tokens() -> Prompt:
-  """A prompt of the benchmark's length."""
-  tokens = np.arange(PREFIX + 1 + TEXT, dtype=np.int32)
-  tokens[PREFIX] = IMAGE_TOKEN
-  none = np.zeros(len(tokens), bool)
-  return Prompt(tokens, np.full_like(tokens, IGNORE), none, tuple(PREFIX + 1 + place for place in QUESTION))
-
-
-def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting: SelectConfig, rows: int):
-  """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
-  question, clips = asked_tokens(), plan.frames // 8
-  asked = qc_comp.from_prompt(question, setting, generate.SCORE_STEP)
-
-  def watch(state, features):
-    model = nnx.merge(graph, state)
-    last = qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1]
-    return qc_comp.watch(model, features, jnp.full(rows, clips), jnp.asarray(question.tokens[:PREFIX]), last=last)
-
-  def score(state, caches):
-    model = nnx.merge(graph, state)
-    layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
-    windows = jnp.asarray(plan.windows)
-    return qc_comp.score(model, caches, asked, windows, layers=layers, causal=setting.causal, prefix=PREFIX, units=clips)
-
-  return watch, score
 
 
 def select(mode: str, frames: int) -> dict[str, float]:
@@ -71,31 +41,21 @@ def select(mode: str, frames: int) -> dict[str, float]:
     seconds of the visual rounds and of the question's rows; operations, and how many times as many the official
     code counts for 1,024 frames; the largest arguments plus temporaries of one call.
   """
-  vision = VisionConfig(image_size=48, patch_size=8, width=64, layers=1, heads=2, mlp_width=64, table="umt-hd")
-  cfg = VLMConfig(vision, MEASURED, LPCompConfig("cosine", "suffix", 16), 8, 16, "float32", 1, "auto", remat=False)
-  model = nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))()
-  graph, state = nnx.split(model)
-  setting = qc_comp.setting(mode, 8)
-  plan = qc_comp.plan(frames, 8, setting)
-  rows, clips = max(1, setting.round // plan.frames), plan.frames // 8
-  calls = -(-len(plan.starts) // rows)
-  watch, score = scoring(graph, plan, setting, rows)
-  features = jnp.asarray(np.random.default_rng(0).standard_normal((rows, clips, 128, 64), np.float32))
-  caches = jax.eval_shape(watch, state, features)
-  work = calls * (flops(watch, state, features) + flops(score, state, caches))
-  first, second = (jax.jit(f).lower(state, x).compile() for f, x in ((watch, features), (score, caches)))
-  memory = [program.memory_analysis() for program in (first, second)]
-  out = {"calls": calls}
-  for name, program, argument in (("visual_s", first, features), ("question_s", second, None)):
-    argument = first(state, features) if argument is None else argument
-    jax.block_until_ready(program(state, argument))
+  *both, calls = parts.selecting(parts.sized(None, "float32"), mode, frames)
+  out, memory = {"calls": calls}, []
+  for name, part in zip(("visual_s", "question_s"), both, strict=True):
+    program = jax.jit(part.run).lower(*part.args).compile()
+    jax.block_until_ready(program(*part.args))
     begun = time.perf_counter()
     for _ in range(calls):
-      jax.block_until_ready(program(state, argument))
+      jax.block_until_ready(program(*part.args))
     out[name] = time.perf_counter() - begun
+    used = program.memory_analysis()
+    memory.append(used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes)
+  work = calls * sum(part.flops for part in both)
   return out | {
     "total_s": out["visual_s"] + out["question_s"], "TFLOP": work / 1e12, "official_TFLOP_ratio": OFFICIAL_FLOPS * frames / 1024 / work,
-    "memory_GB": max(m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes for m in memory) / 1e9,
+    "memory_GB": max(memory) / 1e9,
   }
 
 
@@ -107,7 +67,7 @@ def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
   plan = qc_comp.plan(frames, 8, setting)
   rows, clips, size = max(1, setting.round // plan.frames), plan.frames // 8, cfg.vision.image_size
   calls = -(-len(plan.starts) // rows)
-  watch, score = scoring(graph, plan, setting, rows)
+  watch, score = parts.scoring(graph, plan, setting, rows)
   features = jax.ShapeDtypeStruct((rows, clips, 128, D), np.dtype(cfg.dtype))
   batch = batch_spec(Bucket(kept // 8, 8, PREFIX, generate.up(TEXT, generate.TEXT_STEP)), 1, ((128, D), np.dtype(cfg.dtype)))
 
@@ -126,8 +86,8 @@ def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
   if phases > 1:  # selected frames are cut into clips anew
     final += encode_clip * (kept // 8)
   first, later = tower + visual + asking + final, asking + final
-  parts = {"tower": tower, "visual rounds": visual, "question's rows": asking, "answer": final, "first": first, "later": later}
-  return {f"{name}, TFLOP": value / 1e12 for name, value in parts.items()} | {"later / first": later / first}
+  spent = {"tower": tower, "visual rounds": visual, "question's rows": asking, "answer": final, "first": first, "later": later}
+  return {f"{name}, TFLOP": value / 1e12 for name, value in spent.items()} | {"later / first": later / first}
 
 
 def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str], kept: int) -> dict[str, tuple[int, int]]:
@@ -172,7 +132,7 @@ def _run(args: argparse.Namespace) -> None:
       out = select(mode, args.frames)
     else:
       out = questions(pathlib.Path(args.like), mode, args.frames, args.keep, args.tokens)
-    table(f"{mode}, {args.frames} frames", out)
+    print(f"{mode}, {args.frames} frames\n" + "\n".join(f"{name:>26} {value:10.3f}" for name, value in out.items()), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

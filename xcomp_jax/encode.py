@@ -15,7 +15,6 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from xcomp_jax.config import ConfigError
-from xcomp_jax.data.video import resize
 from xcomp_jax.files import replacing
 from xcomp_jax.model import vlm
 
@@ -125,6 +124,8 @@ def encode(
   F = 1 if T == 1 else model.cfg.clip_frames
   if not T or T % F:
     raise ConfigError(f"{T} frames are no whole clips of {F}")
+  from xcomp_jax.data.video import resize  # brings OpenCV, which a given encoded video does not need
+
   size = model.cfg.vision.image_size
   kept = np.empty((T, size, size, 3), np.uint8) if len(phases) > 1 else None
   thumbnails = []

@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, SupportsInt
 
 import numpy as np
-import tokenizers
 from jaxtyping import Bool, Int
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 
@@ -36,7 +34,7 @@ class Tokenizer:
   are below it (a model's table is often larger).
   """
 
-  def __init__(self, core: tokenizers.Tokenizer, source: str):
+  def __init__(self, core: Any, source: str):  # a tokenizers.Tokenizer
     core.no_truncation()
     core.no_padding()
     self._core = core
@@ -98,6 +96,8 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     raise FileNotFoundError(
       f"no tokenizer in {directory}: {', '.join(missing)} missing, and no tokenizer.json instead"
     )
+  import tokenizers  # not at the top: a model runs without
+
   try:
     core = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else _read_parts(*parts)
   except Exception as error:  # the library raises bare Exception
@@ -251,7 +251,10 @@ def _encode_turn(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple
   return ids, spans
 
 
-def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path) -> tokenizers.Tokenizer:
+def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path):
+  import tokenizers
+  from tokenizers import decoders, models, normalizers, pre_tokenizers
+
   added = {
     token["content"]: (int(i), tokenizers.AddedToken(**{k: v for k, v in token.items() if k != "__type"}))
     for i, token in json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"].items()

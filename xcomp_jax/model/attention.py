@@ -201,7 +201,7 @@ def _tiled(q, k, v, key_valid, causal):
 
 @jax.jit
 def causal_attention(q, k, v, key_valid):
-  """The tiled `attend`; jitted for a name in programs and profiles, by which `bench.flops` knows it."""
+  """The tiled `attend`; jitted for a name in programs and profiles, by which `bench_parts.flops` knows it."""
   return _over_tiles(q, k, v, key_valid, True)
 
 

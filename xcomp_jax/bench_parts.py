@@ -1,0 +1,271 @@
+"""The parts of the model that benchmarks time: each a function with its arguments, operations and bytes.
+
+Parameters are random, in the compute dtype; nothing is read from disk.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xcomp_jax import generate, metrics, optim, qc_comp, steps, weights
+from xcomp_jax.config import (
+  LLMConfig,
+  LPCompConfig,
+  MeshConfig,
+  ModelConfig,
+  OptimConfig,
+  VisionConfig,
+  VLMConfig,
+)
+from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, batch_spec, fake_batch
+from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.model import attention, decoder, merge, vlm
+from xcomp_jax.model.vlm import VLM
+from xcomp_jax.sharding import make_mesh
+
+# The official code's own benchmark on a CPU, and its text: 14 tokens before the visual ones and 72 behind.
+MEASURED = LLMConfig(
+  vocab_size=4096, width=512, layers=28, heads=8, kv_heads=2, head_dim=64, mlp_width=1408, rope_theta=1e6, norm_eps=1e-6,
+  tied=True, context=None,
+)  # fmt: skip
+TOWER = VisionConfig(image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd")
+PREFIX, TEXT = 14, 72
+SMALL_LLM = dataclasses.replace(MEASURED, vocab_size=128, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
+SMALL_TOWER = VisionConfig(image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd")
+COSINE = LPCompConfig("cosine", "suffix", 16)
+OPTIM = OptimConfig(learning_rate=1e-5, warmup=0.0, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One program.
+
+  run: function of `args`. args: arrays, or ShapeDtypeStructs where nothing will be run. flops: operations that its
+  results need, a multiply-add as two, half of causal attention; padding, recomputation and softmax are not counted.
+  amount: of what `unit` says, in one call. donated: which arguments it uses up and returns, by their place in both. bytes: that
+  must be moved; None: arguments and results once.
+  """
+
+  run: Callable
+  args: tuple
+  flops: float
+  amount: float
+  unit: str
+  donated: tuple[int, ...] = ()
+  bytes: float | None = None
+
+
+def flops(function, *args) -> float:
+  """Floating-point operations of all matrix products of a function, a multiply-add as two; loops by their length.
+
+  Attention in tiles, whose loops have no length, by the scores it computes.
+  """
+  return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _flops(jaxpr) -> float:
+  total = 0.0
+  for equation in jaxpr.eqns:
+    name = equation.params.get("name")
+    if name in ("causal_attention", "full_attention"):
+      (B, L, H, h), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+      total += 4.0 * B * H * h * attention.tiled_scores(L, S, name == "causal_attention")
+      continue
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    inner = sum(_flops(getattr(sub, "jaxpr", sub)) for sub in jax.extend.core.jaxprs_in_params(equation.params))
+    total += inner * equation.params.get("length", 1)
+  return total
+
+
+def sized(like: str | None, dtype: str, **model) -> VLMConfig:
+  """Sizes of `like`'s config.json with the released cosine, those of the official benchmark (None), or tiny ones ("small").
+
+  Raises:
+    CheckpointError: a config.json that is missing or can't be used.
+  """
+  values = {"clip_frames": 8, "param_dtype": dtype, "clips_per_chunk": 4, "attention": "auto", "remat": False} | model
+  if like not in (None, "small"):
+    return weights.read_config(pathlib.Path(like), ModelConfig(dtype=dtype, **values), COSINE)
+  vision, llm = (SMALL_TOWER, SMALL_LLM) if like else (TOWER, MEASURED)
+  return VLMConfig(vision, llm, COSINE, 8, 16, dtype, values["clips_per_chunk"], values["attention"], values["remat"])
+
+
+def without_tower(cfg: VLMConfig) -> VLMConfig:
+  """The model with next to no tower, for parts that don't use it."""
+  return dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, width=64, layers=1, heads=2, mlp_width=64))
+
+
+def without_llm(cfg: VLMConfig) -> VLMConfig:
+  """Likewise the LLM."""
+  return dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=1, vocab_size=8))
+
+
+def _random(cfg: VLMConfig, real: bool) -> tuple[nnx.GraphDef, nnx.State]:
+  make = lambda: VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype))
+  return nnx.split(nnx.jit(make)() if real else nnx.eval_shape(make))
+
+
+def _array(real: bool, shape: tuple[int, ...], dtype: Any) -> Any:
+  """Random numbers, or their shape alone: 8,192 frames are 5 GB."""
+  if not real:
+    return jax.ShapeDtypeStruct(shape, dtype)
+  if np.dtype(dtype) == np.uint8:
+    return jax.jit(lambda: jax.random.bits(jax.random.key(0), shape, np.uint8))()
+  return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype))()
+
+
+def _ones(function: Callable, *args) -> Any:
+  """Arrays such as a function gives, without running it."""
+  return jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), jax.eval_shape(function, *args))
+
+
+def _useful(cfg: VLMConfig, clips: int, text: int, row: tuple) -> dict[str, float]:
+  spec = batch_spec(Bucket(clips, 8, PREFIX, text - PREFIX), 1, row)
+  return metrics.forward_flops(cfg, fake_batch(spec, 8))
+
+
+def tower(cfg: VLMConfig, clips: int, real: bool = True) -> Part:
+  """The tower with merging on so many clips of 8 frames, `cfg.clips_per_chunk` at a time."""
+  cfg, size = without_llm(cfg), cfg.vision.image_size
+  graph, state = _random(cfg, real)
+  frames = _array(real, (1, clips, 8, size, size, 3), np.uint8)
+  run = lambda state, frames: vlm.encode(nnx.merge(graph, state), frames)
+  useful = _useful(cfg, clips, PREFIX + 1, ((8, size, size, 3), np.dtype(np.uint8)))["vision"]
+  return Part(run, (state, frames), useful, 8 * clips, "frames")
+
+
+def merging(cfg: VLMConfig, clips: int) -> Part:
+  """Token merging alone; its operations are all those of its matrix products."""
+  x = _array(True, (clips, 8 * cfg.vision.patches, cfg.vision.width), cfg.dtype)
+  run = lambda x: merge.merge(x, 8 * cfg.tokens_per_frame, cfg.vision.heads)
+  return Part(run, (x,), flops(run, x), 8 * clips, "frames")
+
+
+def prefill(cfg: VLMConfig, frames: int, text: int, compressed: bool = True, real: bool = True, room: int = 16) -> Part:
+  """Prefill of given visual tokens and `text` tokens: every layer's cache, and the next token's logits."""
+  cfg = without_tower(cfg)
+  cfg = cfg if compressed else dataclasses.replace(cfg, lp_comp=dataclasses.replace(COSINE, keep="none"))
+  graph, state = _random(cfg, real)
+  after, groups, clip = text - PREFIX, frames * cfg.tokens_per_frame // cfg.lp_comp.group, 8 * cfg.tokens_per_frame
+
+  def run(state, x):
+    model, one = nnx.merge(graph, state), lambda n: jnp.full(1, n)
+    lengths = decoder.Lengths(one(PREFIX), one(groups), one(after))
+    out = decoder.run(model.llm, x, lengths, prefix=PREFIX, text=after, caches=True)
+    return generate.start(model, out, after, one(after), room)
+
+  x = _array(real, (1, text + frames * cfg.tokens_per_frame, cfg.llm.width), cfg.dtype)
+  useful = _useful(cfg, frames // 8, text, ((clip, 1), np.dtype(np.float32)))["llm"]
+  useful -= 2.0 * cfg.llm.width * cfg.llm.vocab_size * text  # of logits the last row's alone are made
+  return Part(run, (state, x), useful, frames, "frames")
+
+
+def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int) -> Part:
+  """So many tokens of an answer, one after the other, behind so many frames; a token is a product with every parameter."""
+  begun = prefill(cfg, frames, text, room=tokens)
+  graph, _ = _random(without_tower(cfg), False)
+  state = dataclasses.replace(_ones(begun.run, *begun.args), free=jnp.int32(tokens))
+  sampling = generate.Sampling(tokens, ())
+  run = lambda params, state: generate.decode(nnx.merge(graph, params), state, sampling, tokens)[0]
+  m = cfg.llm
+  heads = (m.heads + 2 * m.kv_heads) * m.head_dim + m.heads * m.head_dim
+  keys = sum(cache.key.shape[1] for cache in state.caches)
+  useful = 2.0 * m.layers * m.width * (heads + 3 * m.mlp_width) + 2.0 * m.width * m.vocab_size + 4.0 * keys * m.heads * m.head_dim
+  held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))  # all of it for every token
+  return Part(run, (begun.args[0], state), tokens * useful, tokens, "tokens", bytes=float(tokens * held))
+
+
+def asked_tokens() -> Prompt:
+  """A prompt of PREFIX and TEXT tokens, with a question in it."""
+  tokens = np.arange(PREFIX + 1 + TEXT, dtype=np.int32)
+  tokens[PREFIX] = IMAGE_TOKEN
+  none = np.zeros(len(tokens), bool)
+  return Prompt(tokens, np.full_like(tokens, IGNORE), none, tuple(PREFIX + 1 + place for place in (27, TEXT - 5)))
+
+
+def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting, rows: int) -> tuple[Callable, Callable]:
+  """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
+  question, clips = asked_tokens(), plan.frames // 8
+  asked = qc_comp.from_prompt(question, setting, generate.SCORE_STEP)
+
+  def watch(state, features):
+    model = nnx.merge(graph, state)
+    last = qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1]
+    return qc_comp.watch(model, features, jnp.full(rows, clips), jnp.asarray(question.tokens[:PREFIX]), last=last)
+
+  def score(state, caches):
+    model = nnx.merge(graph, state)
+    layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
+    windows = jnp.asarray(plan.windows)
+    return qc_comp.score(model, caches, asked, windows, layers=layers, causal=setting.causal, prefix=PREFIX, units=clips)
+
+  return watch, score
+
+
+def selecting(cfg: VLMConfig, mode: str, frames: int) -> tuple[Part, Part, int]:
+  """QC-Comp of a video of given visual tokens: the visual rounds, the question's rows, and how many calls of each."""
+  cfg, setting = without_tower(cfg), qc_comp.setting(mode, 8)
+  graph, state = _random(cfg, True)
+  plan = qc_comp.plan(frames, 8, setting)
+  rows, clips = max(1, setting.round // plan.frames), plan.frames // 8
+  calls = -(-len(plan.starts) // rows)
+  watch, score = scoring(graph, plan, setting, rows)
+  features = _array(True, (rows, clips, 8 * cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)
+  caches = _ones(watch, state, features)
+  seen = Part(watch, (state, features), flops(watch, state, features), frames / calls, "frames")
+  return seen, Part(score, (state, caches), flops(score, state, caches), frames / calls, "frames"), calls
+
+
+def training(cfg: VLMConfig, frames: int, rows: int, text: int, pixels: bool, param_dtype: str) -> tuple[Part, Part]:
+  """SCT's two programs, as `train` compiles them: gradients of a micro-batch of `rows` samples, and the optimizer's step.
+
+  frames: of each sample; 1 is an image. pixels: through the frozen tower, else from its features.
+  """
+  clip, size, D = min(frames, 8), cfg.vision.image_size, cfg.vision.width
+  row = ((clip, size, size, 3), np.dtype(np.uint8)) if pixels else ((clip * cfg.tokens_per_frame, D), np.dtype(cfg.dtype))
+  cfg = cfg if pixels else dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, layers=1))
+  batch = fake_batch(batch_spec(Bucket(frames // clip, clip, 16, text), rows, row), cfg.llm.vocab_size)
+  mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  graph, params = _random(cfg, True)
+  trained = nnx.State({name: jax.tree.map(lambda p: p.astype(param_dtype), params[name]) for name in ("projector", "llm")})
+  tx = optim.optimizer(OPTIM, 1000)
+  state = steps.TrainState(trained, nnx.State({"vision": params["vision"]}), jax.jit(tx.init)(trained))
+  sums = steps.zero_sums(trained, mesh)
+  cost = metrics.forward_flops(cfg, batch)
+  useful = (cost["vision"] if pixels else 0.0) + 3 * (cost["projector"] + cost["llm"])
+  on_device = jax.tree.map(jnp.asarray, batch)
+  gradient = lambda sums, state, batch: steps.grad_step(graph, state, sums, batch, None)
+  apply = lambda state, sums: steps.apply_step(tx, state, dataclasses.replace(sums, samples=jnp.ones(())))
+  size = float(sum(p.size for p in jax.tree.leaves(trained)))
+  return (
+    Part(gradient, (sums, state, on_device), useful, rows, "samples", donated=(0,)),
+    Part(apply, (state, sums), 0.0, size, "parameters", donated=(0, 1)),
+  )
+
+
+def product(side: int, dtype: str) -> Part:
+  """A plain matrix product, what all others are compared with."""
+  a = jnp.ones((side, side), dtype)
+  return Part(lambda a: a @ a, (a,), 2.0 * side**3, 1, "products")
+
+
+def copying(size: int) -> Part:
+  """A plain copy of so many bytes, read and written."""
+  x = jnp.ones(size // 4, jnp.float32)
+  return Part(lambda x: x + 1, (x,), 0.0, 2.0 * size, "bytes")
+
+
+def nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Values as JSON takes them: numbers that are none become null."""
+  return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
