@@ -9,7 +9,7 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys, os; f = "constraints/py%d%d.txt"
 help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
 	@echo 'make test       lint and test suite'
-	@echo 'make test-slow  what takes minutes: the whole demo, runs that are killed, the recorded chat'
+	@echo 'make test-slow  what takes minutes: the whole demo, runs that are killed, the recorded chat, programs for TPUs'
 	@echo 'make test-beam  pre-decoding through Apache Beam, in an environment of its own (it wants older libraries)'
 	@echo 'make test-lmms  the lmms-eval plugin, in an environment of its own (it wants PyTorch and much else)'
 	@echo 'make base       train the embedded base model again (about three quarters of an hour)'
@@ -35,8 +35,12 @@ lint: env
 test: lint
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
-test-slow: env
+test-slow: .venv/ready-tpu
 	$(BIN)/python -m pytest -m slow
+
+.venv/ready-tpu: .venv/ready
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[plan,test]'
+	touch $@
 
 test-beam: .venv-beam/ready
 	.venv-beam/bin/python -m pytest tests/test_beam.py

@@ -197,7 +197,7 @@ def batches(
   Raises:
     ConfigError: a sample fits no bucket, or numbers that do not go together.
   """
-  lengths, size = measure(data, tokenizer, cfg.mask), _rows(cfg, rows, batch_size)
+  lengths, size = measure(data, tokenizer, cfg.mask), rows_of(cfg, rows, batch_size)
   entries = [e for n in range(epochs) for e in plan(lengths, data.epoch(seed, n), cfg, batch_size, size, seed, n)]
   share = _share(rows, process_index, process_count)
   return Reader(entries, lambda first: _dataset(data, tokenizer, cfg, entries[first:], share))
@@ -207,7 +207,7 @@ def evaluation(
   data: Blend, tokenizer, cfg: DataConfig, *, rows: int, process_index: int = 0, process_count: int = 1
 ) -> grain.IterDataset[MicroBatch]:
   """Every sample once, bucket by bucket, in order; begin again with each `iter()`. Arguments and errors as `batches`."""
-  lengths, size = measure(data, tokenizer, cfg.mask), _rows(cfg, rows, len(data))
+  lengths, size = measure(data, tokenizer, cfg.mask), rows_of(cfg, rows, len(data))
   entries = _parts(range(len(data)), _buckets(lengths, cfg), size)
   return _dataset(data, tokenizer, cfg, entries, _share(rows, process_index, process_count))
 
@@ -218,7 +218,7 @@ def _tokens(data: Blend, tokenizer, mask: str, index: int) -> tuple[np.ndarray, 
   return built.tokens, built.labels, built.query
 
 
-def _rows(cfg: DataConfig, rows: int, samples: int) -> Callable[[Bucket], int]:
+def rows_of(cfg: DataConfig, rows: int, samples: int) -> Callable[[Bucket], int]:
   most = math.ceil(samples / rows)  # more could only be padding
   budget = lambda bucket: min(most, cfg.frames_per_device // max(1, bucket.frames), cfg.text_per_device // bucket.text)
   return lambda bucket: rows * max(1, budget(bucket))

@@ -1,0 +1,93 @@
+"""Programs for TPUs, compiled by the TPU compiler itself, without a TPU. `make test-slow` installs it (libtpu)."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xcomp_jax import cost, plan, programs, sharding
+from xcomp_jax.config import MeshConfig, from_command_line
+from xcomp_jax.model.attention import attend
+
+pytestmark = pytest.mark.slow
+TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
+KERNEL = 'custom_call_target="tpu_custom_call"'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+  pytest.importorskip("libtpu")
+
+
+def mesh_on(name):
+  return programs.mesh_of(MeshConfig(1, -1, 1, 1), programs.topology(name), 32)
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("length, heads, kv_heads, size, causal", [(2576, 12, 2, 128, True), (6272, 16, 16, 64, False)])
+def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads, size, causal):
+  mesh = mesh_on(name)
+  array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((4, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+  q, kv = array(length, heads, size), array(length, kv_heads, size)
+  run = lambda q, k, v, valid: attend(q, k, v, causal=causal, key_valid=valid, implementation="splash").astype(jnp.float32).sum()
+  with jax.set_mesh(mesh), jax.default_matmul_precision(None):
+    for function, kernels in ((run, 1), (jax.grad(run, (0, 1, 2)), 3)):
+      compiled = jax.jit(function).lower(q, kv, kv, array(length, dtype=bool)).compile()
+      assert compiled.as_text().count(KERNEL) == kernels
+  one = length * heads * size * 2
+  assert compiled.memory_analysis().temp_size_in_bytes < 40 * one  # linear in the length: scores would take 100 times as much
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_a_layer_of_the_tower_with_merging_compiles(name):
+  config = from_command_line(["plan", "--config=configs/sct.py", "--config.model.clips_per_chunk=1", "--config.train.batch_size=4"])
+  made = programs.make(config, name, layers=1, frames=16, text=512)
+  row = programs.account(dataclasses.replace(made, full=made.cfg), "tower")
+  assert row["problem"] is None and not row["not counted"]
+  # A kernel for each of two clips on each of four devices: scores and values of 16 heads of 64, all against all.
+  assert row["flops"]["kernels"] == 8 * 2 * 2 * 16 * 6272**2 * 64
+  assert row["flops"]["model"] < row["flops"]["executed"] < 1.5 * row["flops"]["model"]
+  assert row["memory"]["temporaries"] < 1e9 and max(row["seconds"].values()) > 0
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_two_layers_of_a_training_step_compile_and_are_accounted_for(name, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({  # real head sizes; the rest small, which compiles sooner
+    "hidden_size": 512, "intermediate_size": 1024, "mm_hidden_size": 1024, "mm_local_num_frames": 8, "vocab_size": 2048,
+    "mm_projector_type": "tome16_mlp_hd64", "mm_vision_select_layer": -2, "mm_vision_tower": "umt-hd-large", "rms_norm_eps": 1e-6,
+    "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rope_theta": 1e6, "tie_word_embeddings": True,
+  }))  # fmt: skip
+  config = from_command_line(["plan", "--config=configs/sct.py", f"--config.init_from={tmp_path}"])
+  config = dataclasses.replace(config, lp_comp=dataclasses.replace(config.lp_comp, schedule=(16, 9)))
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4))
+  made, said = programs.make(config, name, frames=128, text=512), []
+  rows = plan.run(made, ("features", "apply"), said.append)
+  words = "\n".join(said)
+  assert "all of it fits" in words and "bound by" in words and f"4 x {made.device.kind}" in words
+  gradient, apply = rows
+  # Per layer a kernel forward, one again in the backward pass, and two for gradients: 2 + 2 + 3 + 4 products of blocks.
+  pairs = sum(n * n * (b + 1) / (2 * b) for n, b in ((2688, 3), (1792, 2)))
+  assert gradient["flops"]["kernels"] == 4 * 11 * 2 * 4 * 128 * pairs
+  assert gradient["collectives"] and gradient["hbm"] > 2 * gradient["memory"]["gradients"]  # read and written
+  assert set(gradient["seconds"]) == {"compute", "memory", "links"}
+  assert apply["flops"]["model"] == 0 and apply["hbm"] >= 2 * apply["memory"]["optimizer state"]  # likewise
+
+
+@pytest.mark.parametrize("name", ("v4:2x2x1", "v5e:1x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
+def test_the_compiler_has_as_much_memory_as_the_table_of_chips_says(name):
+  mesh = mesh_on(name)
+  x = jax.ShapeDtypeStruct((120 * 2**11, 1024, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))  # 120 GiB
+  with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refused:
+    jax.jit(lambda x: x + 1).lower(x).compile()
+  device = cost.device_of(list(mesh.devices.flat))
+  assert f"available HBM ({(device.hbm - device.reserve) / cost.GIB:.2f}G)" in str(refused.value)
+  assert programs._refused(str(refused.value), 120 * cost.GIB) == 120 * cost.GIB  # the result
+
+
+@pytest.mark.parametrize("name, words", [("v5e:3x5", "not divisible"), ("v9:2x2", "v9"), ("nonsense", "v5e:2x2")])
+def test_a_topology_that_is_none_is_refused(name, words):
+  with pytest.raises(programs.ConfigError, match=f"--topology={name}.*{words}"):
+    programs.topology(name)

@@ -1,0 +1,404 @@
+"""What a compiled program asks of a device: operations, memory traffic, collectives, and the least time these take.
+
+Operations are counted in the jaxpr and traffic in the compiler's text, loops by their length: XLA's own
+`cost_analysis` counts a loop's body once, and a kernel as nothing.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core
+import numpy as np
+
+from xcomp_jax.metrics import peak_flops
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Of one chip. hbm, reserve: bytes, and how many of them the compiler leaves to the runtime. bandwidth: bytes/s of HBM.
+
+  link: bytes/s of one link, one way. ring: chips along an axis of the torus from which on it is closed to a ring.
+  """
+
+  hbm: float
+  reserve: float
+  bandwidth: float
+  link: float
+  ring: int
+
+
+# TPUs: "System architecture" of each version in the Cloud TPU documentation; a link is the bandwidth of all ports (400
+# GB/s of v5e count both directions) over ports and directions. v4: Jouppi et al. 2023, Table 4. reserve: what libtpu
+# 0.0.42 says is available when a program is too large. GPUs: NVIDIA's data sheets (SXM); links are NVLink, all together.
+CHIPS: tuple[tuple[str, Chip], ...] = (
+  ("TPU v6 lite", Chip(32 * GIB, 0.75 * GIB, 1638e9, 100e9, 16)),
+  ("TPU v5 lite", Chip(16 * GIB, 0.25 * GIB, 819e9, 50e9, 16)),
+  ("TPU v5p", Chip(96 * GIB, 0.26 * GIB, 2765e9, 100e9, 4)),
+  ("TPU v5", Chip(96 * GIB, 0.26 * GIB, 2765e9, 100e9, 4)),  # v5p under its older name
+  ("TPU v4", Chip(32 * GIB, 1.5 * GIB, 1228e9, 50e9, 4)),
+  ("B200", Chip(180e9, 0, 8000e9, 900e9, 0)),
+  ("H200", Chip(141e9, 0, 4800e9, 450e9, 0)),
+  ("H100", Chip(80e9, 0, 3350e9, 450e9, 0)),
+  ("A100", Chip(80e9, 0, 2039e9, 300e9, 0)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """One device of a mesh; rates are per second, None where unknown. links: bytes/s that it sends over all its links."""
+
+  kind: str
+  count: int
+  hbm: float | None
+  reserve: float
+  flops: float | None
+  bandwidth: float | None
+  links: float | None
+
+
+def device_of(devices: Sequence[Any]) -> Device:
+  """What the tables say of these devices, all of one kind; of a chip with two devices each has half.
+
+  A chip's links are those of its torus that there are: along an axis of n chips none for n = 1, two where it is closed to a
+  ring, else one, since the chips at its ends have no more.
+  """
+  kind, count = devices[0].device_kind, len(devices)
+  chip = next((chip for name, chip in CHIPS if re.search(rf"\b{name}\b", kind)), None)
+  peak = peak_flops(kind)
+  if chip is None:
+    return Device(kind, count, None, 0.0, peak, None, None)
+  if not chip.ring:
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return Device(kind, count, limit or chip.hbm, 0.0, peak, chip.bandwidth, chip.link)
+  coords = {tuple(device.coords) for device in devices}
+  sizes = [1 + max(axis) - min(axis) for axis in zip(*coords)]
+  closed = all(size % chip.ring == 0 for size in sizes) if chip.ring == 4 else None
+  links = sum((2 if (size >= chip.ring if closed is None else closed) else 1) for size in sizes if size > 1)
+  share = len(coords) / count
+  return Device(
+    kind, count, chip.hbm * share, chip.reserve * share, peak * share, chip.bandwidth * share, chip.link * links * share
+  )
+
+
+# --- operations, from the jaxpr --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Flops:
+  """Operations of a program on all devices, a multiply-add as two: of matrix products outside and inside of kernels.
+
+  once: those outside whose matrices have a side of the size that was asked for. unknown: kernels that are not counted.
+  """
+
+  products: float = 0.0
+  kernels: float = 0.0
+  once: float = 0.0
+  unknown: set[str] = dataclasses.field(default_factory=set)
+
+  @property
+  def total(self) -> float:
+    """All that could be counted."""
+    return self.products + self.kernels
+
+
+# Matrix products per pair of a query and a key, of splash attention's three kernels: scores and values; scores and the
+# gradients of weights and queries; scores and the gradients of values, weights and keys.
+SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def count_flops(jaxpr: Any, causal: Callable[[tuple[int, ...]], bool], side: int = 0) -> Flops:
+  """Counts a jaxpr's matrix products, padding and recomputation included; loops by their length.
+
+  Args:
+    jaxpr: as traced, for the whole mesh.
+    causal: whether an attention kernel on queries of this shape [..., H, L, h] is.
+    side: products with a matrix of this side are counted apart, too.
+  """
+  total = Flops()
+  _count(getattr(jaxpr, "jaxpr", jaxpr), 1.0, causal, side, total)
+  return total
+
+
+def _count(jaxpr, times: float, causal, side: int, total: Flops) -> None:
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      shape, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+      flops = times * 2 * math.prod(out) * math.prod(shape[i] for i in contracted)
+      total.products += flops
+      total.once += flops if side in (*shape, *out) else 0.0
+    elif name == "pallas_call":
+      flops = _splash(equation, causal)
+      total.kernels += times * (flops or 0)
+      total.unknown |= set() if flops else {str(params["name"])}
+    else:
+      inside = times * params.get("length", 1) * (params["mesh"].size if name == "shard_map" else 1)
+      for sub in jax.extend.core.jaxprs_in_params(params):
+        _count(getattr(sub, "jaxpr", sub), inside, causal, side, total)
+
+
+def _splash(equation, causal) -> float | None:
+  """Operations of a kernel of splash attention; of a causal one those blocks that it visits. None: another kernel."""
+  found = re.match(r"splash_\w+?_(fwd|dq|dkv)_", str(equation.params["name"]))
+  if not found:
+    return None
+  # Queries and keys are the first two operands of [..., heads, length, size]; the ones before are tables of blocks.
+  q, k = [v.aval.shape for v in equation.invars if len(v.aval.shape) >= 3 and jax.dtypes.issubdtype(v.aval.dtype, np.floating)][:2]
+  blocks = equation.params["grid_mapping"].grid[-1]
+  seen = (blocks + 1) / (2 * blocks) if causal(q) else 1.0
+  return SPLASH[found[1]] * 2.0 * math.prod(q) * k[-2] * seen
+
+
+# --- memory traffic and collectives, from the compiler's text ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """Of one run of a program on one device, in bytes. hbm: read and written.
+
+  collectives: kind -> (how many, bytes that a device sends).
+  """
+
+  hbm: float
+  collectives: dict[str, tuple[float, float]]
+
+  def times(self, factor: float) -> "Traffic":
+    """So many times as much."""
+    return Traffic(self.hbm * factor, {kind: (n * factor, size * factor) for kind, (n, size) in self.collectives.items()})
+
+  def plus(self, other: "Traffic") -> "Traffic":
+    """Both."""
+    kinds = sorted(self.collectives.keys() | other.collectives.keys())
+    both = lambda kind: zip(self.collectives.get(kind, (0.0, 0.0)), other.collectives.get(kind, (0.0, 0.0)))
+    return Traffic(self.hbm + other.hbm, {kind: tuple(a + b for a, b in both(kind)) for kind in kinds})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Op:
+  name: str
+  type: str
+  code: str
+  operands: tuple[str, ...]
+  rest: str
+  root: bool
+
+
+# Of what a device holds, the part that it sends in a ring of n devices.
+COLLECTIVES: Mapping[str, Callable[[float, int], float]] = {
+  "all-gather": lambda size, n: size * (n - 1),
+  "reduce-scatter": lambda size, n: size * (n - 1) / n,
+  "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
+  "all-to-all": lambda size, n: size * (n - 1) / n,
+  "ragged-all-to-all": lambda size, n: size * (n - 1) / n,
+  "collective-permute": lambda size, n: size,
+}
+NO_TRAFFIC = {
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota",
+  "partition-id", "replica-id", "opt-barrier", "async-update",
+}  # fmt: skip
+SLICES = {"slice", "dynamic-slice", "gather"}
+PASSED_ON = {"tuple", "get-tuple-element", "custom-call", *COLLECTIVES}  # of a buffer, inside of a fusion
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+def read_program(text: str, side: int = 0) -> tuple[Traffic, Traffic]:
+  """Reads the text of a compiled program (`compiled.as_text()`): traffic of HBM and collectives, loops by their length.
+
+  What lies in a TPU's vector memory is no traffic of HBM, slices count by what they take, and a collective that the compiler
+  has cut into pieces (one channel), maybe over a loop that it goes on beside, as often as its first piece. A kernel reads
+  each operand once.
+
+  Returns:
+    what touches no array with a side of this size, and what does.
+  """
+  computations, entry = _parse(text)
+  hbm, sent = [0.0, 0.0], {}
+  for name, (times, fused) in _multiplicity(computations, entry).items():
+    ops = computations[name]
+    first = any("AsyncCollectiveStart" in op.rest for op in ops.values())
+    for op in ops.values():
+      types = [op.type, *(ops[o].type for o in op.operands if o in ops)]
+      touches = bool(side) and any(re.search(rf"[\[,]{side}[\],]", kind) for kind in types)
+      kind = op.code.removesuffix("-start")
+      if kind in COLLECTIVES:
+        channel = re.search(r"channel_id=(\d+)", op.rest)
+        key = (touches, kind, channel[1]) if channel else (touches, kind, name, op.name)
+        held = sum(map(_bytes, types[1:]))
+        if op.code == "all-reduce":  # a conversion may be part of it
+          held = min(held, _bytes(op.type))
+        size = COLLECTIVES[kind](held, _group(op.rest))
+        if size:
+          sent[key] = max(sent.get(key, (False, 0.0, 0.0)), (first, times, size))
+      if not fused:
+        hbm[touches] += times * _traffic(op, ops, computations)
+  collectives: tuple[dict[str, tuple[float, float]], ...] = ({}, {})
+  for (touches, kind, *_), (_, times, size) in sorted(sent.items()):
+    count, total = collectives[touches].get(kind, (0.0, 0.0))
+    collectives[touches][kind] = (count + times, total + times * size)
+  return Traffic(hbm[0], collectives[0]), Traffic(hbm[1], collectives[1])
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:
+  computations, entry, current = {}, "", {}
+  for line in text.splitlines():
+    if not line.startswith(" "):
+      header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+      if header:
+        current = computations[header[2]] = {}
+        entry = header[2] if header[1] else entry
+    elif found := re.match(r" +(ROOT )?%?([\w.\-]+) = (.*)", line):
+      kind, _, rest = _split_type(found[3])
+      code, _, rest = rest.partition("(")
+      inside, _, rest = rest.partition(")")
+      current[found[2]] = _Op(found[2], kind, code, tuple(re.findall(r"%([\w.\-]+)", inside)), inside + ")" + rest, bool(found[1]))
+  return computations, entry
+
+
+def _split_type(text: str) -> tuple[str, str, str]:
+  """Type, space, and the rest."""
+  if not text.startswith("("):
+    return text.partition(" ")
+  depth = 0
+  for i, letter in enumerate(text):
+    depth += (letter == "(") - (letter == ")")
+    if not depth:
+      return text[: i + 1], " ", text[i + 2 :]
+  raise ValueError(f"no type: {text[:80]}")
+
+
+def _multiplicity(computations, entry: str) -> dict[str, tuple[float, bool]]:
+  """How often each computation runs, and whether it is part of a fusion, whose inside is no traffic."""
+  runs: dict[str, tuple[float, bool]] = {}
+
+  def visit(name: str, times: float, fused: bool):
+    before = runs.get(name, (0.0, fused))
+    runs[name] = (before[0] + times, before[1] and fused)
+    for op in computations[name].values():
+      loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", op.rest) if op.code == "while" else None
+      if loop:
+        visit(loop[2], times * _trips(op.rest, loop[1], computations), fused)
+        continue
+      called = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", op.rest)
+      called += [c for group in re.findall(r"branch_computations=\{([^}]*)\}", op.rest) for c in re.findall(r"%?([\w.\-]+)", group)]
+      for inner in called:
+        if inner in computations and op.code not in ("reduce", "scatter", "sort", "all-reduce", "reduce-scatter", "reduce-window", "map"):
+          visit(inner, times, fused or op.code not in ("call", "conditional"))
+
+  visit(entry, 1.0, False)
+  return runs
+
+
+def _trips(rest: str, condition: str, computations) -> int:
+  """A loop's length: as the compiler notes it, or the number that its counter is compared with."""
+  if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
+    return int(known[1])
+  numbers = [int(n[1]) for op in computations[condition].values() if op.code == "constant" and (n := re.match(r"(\d+)\)", op.rest))]
+  return max(numbers, default=1)
+
+
+def _traffic(op: _Op, ops, computations) -> float:
+  code = op.code
+  if code in NO_TRAFFIC or re.search(r'custom_call_target="(ConcatBitcast|Assume\w+|Async\w+|Sharding)"', op.rest):
+    return 0.0
+  read = lambda name: _bytes(ops[name].type, hbm=True) if name in ops else 0.0
+  if code.endswith("-done"):
+    return _bytes(op.type, hbm=True)
+  if code.endswith("-start"):
+    whole = sum(map(read, op.operands))
+    return min(whole, _bytes(op.type)) if "slice" in op.name else whole  # a slice on its way into vector memory
+  if code in SLICES:
+    return _bytes(op.type) + _bytes(op.type, hbm=True)
+  if code == "dynamic-update-slice":
+    return 2 * read(op.operands[1])
+  called = re.search(r"calls=%?([\w.\-]+)", op.rest)
+  if code == "fusion" and called and called[1] in computations:
+    return _fusion(op, ops, computations[called[1]])
+  return sum(map(read, op.operands)) + _bytes(op.type, hbm=True)
+
+
+def _fusion(op: _Op, ops, inner: dict[str, _Op]) -> float:
+  """What a fusion reads of each operand, and writes."""
+  total = 0.0
+  users: dict[str, list[_Op]] = {}
+  for one in reversed(inner.values()):  # users come after what they use
+    for name in one.operands:
+      users.setdefault(name, []).extend(users.get(one.name, []) if one.code == "bitcast" else [one])
+  for one in inner.values():
+    if one.code == "parameter":
+      outer = op.operands[int(one.rest.split(")")[0])]
+      size = _bytes(ops[outer].type, hbm=True) if outer in ops else 0.0
+      uses = users.get(one.name, [])
+      if all(u.code in SLICES or (u.code == "dynamic-update-slice" and u.operands[0] == one.name) for u in uses):
+        size = min(size, sum(_bytes(u.type) for u in uses if u.code in SLICES))
+      elif all(u.code in PASSED_ON for u in uses):
+        size = 0.0
+      total += size
+  root = next(one for one in inner.values() if one.root)
+  parts = [inner[name] for name in root.operands] if root.code == "tuple" else [root]
+  whole = _bytes(op.type, hbm=True)
+  if len(parts) == 1:
+    while parts[0].code == "bitcast":
+      parts = [inner[parts[0].operands[0]]]
+    return total + _written(parts[0], inner, whole)
+  sizes = [_bytes(m.group(), hbm=True) for m in _ARRAY.finditer(op.type)]
+  return total + sum(_written(part, inner, size) for part, size in zip(parts, sizes, strict=False))
+
+
+def _written(part: _Op, inner: dict[str, _Op], size: float) -> float:
+  """What a fusion writes of a result of `size` bytes."""
+  if part.code == "dynamic-update-slice":
+    return _bytes(inner[part.operands[1]].type)
+  return 0.0 if part.code in (*PASSED_ON, "parameter") else size
+
+
+@functools.lru_cache(maxsize=100_000)
+def _bytes(kind: str, hbm: bool = False) -> float:
+  """Bytes of a type, all of a tuple's; with `hbm` only what lies there."""
+  total = 0.0
+  for name, dims, layout in _ARRAY.findall(kind):
+    if hbm and re.search(r"S\([1-9]", layout):
+      continue
+    bits = 8 if name == "pred" else int((re.findall(r"\d+", name) or [0])[0])
+    total += bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
+  return total
+
+
+def _group(rest: str) -> int:
+  """Devices that take part in one collective."""
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{('[^}]*)\}", rest):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+  if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+    return listed[1].count(",") + 1
+  if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+    return int(iota[2])
+  return 2
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def seconds(device: Device, flops: float, hbm: float, sent: float) -> dict[str, float]:
+  """The least time of each kind, by what a device can do at best: {"compute", "memory", "links"}; unknown ones left out.
+
+  They may overlap, so the program takes at least the largest. Collectives count as if all links of a device were busy in one
+  direction each, which a mesh axis that is a ring over the torus comes near to, and others do not.
+
+  Args:
+    device: from `device_of`.
+    flops: of one device.
+    hbm: bytes, likewise.
+    sent: bytes of collectives, likewise.
+  """
+  pairs = {"compute": (flops, device.flops), "memory": (hbm, device.bandwidth), "links": (sent, device.links)}
+  return {kind: amount / rate for kind, (amount, rate) in pairs.items() if rate} | (
+    {"links": 0.0} if device.links == 0 else {}
+  )
