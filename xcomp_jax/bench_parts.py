@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import generate, metrics, optim, qc_comp, steps, weights
+from xcomp_jax import cost, generate, metrics, optim, qc_comp, steps, weights
 from xcomp_jax.config import (
   LLMConfig,
   LPCompConfig,
@@ -27,7 +26,7 @@ from xcomp_jax.config import (
 )
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, batch_spec, fake_batch
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.model import attention, decoder, merge, vlm
+from xcomp_jax.model import decoder, merge, vlm
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.sharding import make_mesh
 
@@ -64,28 +63,8 @@ class Part:
 
 
 def flops(function, *args) -> float:
-  """Floating-point operations of all matrix products of a function, a multiply-add as two; loops by their length.
-
-  Attention in tiles, whose loops have no length, by the scores it computes.
-  """
-  return _flops(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _flops(jaxpr) -> float:
-  total = 0.0
-  for equation in jaxpr.eqns:
-    name = equation.params.get("name")
-    if name in ("causal_attention", "full_attention"):
-      (B, L, H, h), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-      total += 4.0 * B * H * h * attention.tiled_scores(L, S, name == "causal_attention")
-      continue
-    if equation.primitive.name == "dot_general":
-      (contracted, _), _ = equation.params["dimension_numbers"]
-      shape = equation.invars[0].aval.shape
-      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-    inner = sum(_flops(getattr(sub, "jaxpr", sub)) for sub in jax.extend.core.jaxprs_in_params(equation.params))
-    total += inner * equation.params.get("length", 1)
-  return total
+  """Floating-point operations of all matrix products of a function (`cost.count_flops`)."""
+  return cost.count_flops(jax.make_jaxpr(function)(*args), lambda shape: True).total
 
 
 def sized(like: str | None, dtype: str, **model) -> VLMConfig:
@@ -242,8 +221,8 @@ def training(cfg: VLMConfig, frames: int, rows: int, text: int, pixels: bool, pa
   tx = optim.optimizer(OPTIM, 1000)
   state = steps.TrainState(trained, nnx.State({"vision": params["vision"]}), jax.jit(tx.init)(trained))
   sums = steps.zero_sums(trained, mesh)
-  cost = metrics.forward_flops(cfg, batch)
-  useful = (cost["vision"] if pixels else 0.0) + 3 * (cost["projector"] + cost["llm"])
+  forward = metrics.forward_flops(cfg, batch)
+  useful = (forward["vision"] if pixels else 0.0) + 3 * (forward["projector"] + forward["llm"])
   on_device = jax.tree.map(jnp.asarray, batch)
   gradient = lambda sums, state, batch: steps.grad_step(graph, state, sums, batch, None)
   apply = lambda state, sums: steps.apply_step(tx, state, dataclasses.replace(sums, samples=jnp.ones(())))

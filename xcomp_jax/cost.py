@@ -16,6 +16,7 @@ import jax.extend.core
 import numpy as np
 
 from xcomp_jax.metrics import peak_flops
+from xcomp_jax.model import attention
 
 GIB = 2**30
 
@@ -116,6 +117,8 @@ SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 def count_flops(jaxpr: Any, causal: Callable[[tuple[int, ...]], bool], side: int = 0) -> Flops:
   """Counts a jaxpr's matrix products, padding and recomputation included; loops by their length.
 
+  Attention in tiles, whose loops have no length of their own, counts by the scores that it computes.
+
   Args:
     jaxpr: as traced, for the whole mesh.
     causal: whether an attention kernel on queries of this shape [..., H, L, h] is.
@@ -135,6 +138,9 @@ def _count(jaxpr, times: float, causal, side: int, total: Flops) -> None:
       flops = times * 2 * math.prod(out) * math.prod(shape[i] for i in contracted)
       total.products += flops
       total.once += flops if side in (*shape, *out) else 0.0
+    elif params.get("name") in ("causal_attention", "full_attention"):
+      (B, L, H, h), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+      total.products += times * 4.0 * B * H * h * attention.tiled_scores(L, S, params["name"] == "causal_attention")
     elif name == "pallas_call":
       flops = _splash(equation, causal)
       total.kernels += times * (flops or 0)

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from xcomp_jax.sharding import constrain, split
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 TILE = 384  # queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for nothing
 LARGE = 1e30  # sum of weights that float32 holds with room to spare
+BLOCK = 128  # queries whose scores with all keys exist at once, in gradients on a CPU
 ROWS = 2048  # of queries of a split sequence that see their keys through one mask
 TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
 
@@ -201,7 +202,7 @@ def _tiled(q, k, v, key_valid, causal):
 
 @jax.jit
 def causal_attention(q, k, v, key_valid):
-  """The tiled `attend`; jitted for a name in programs and profiles, by which `bench_parts.flops` knows it."""
+  """The tiled `attend`; jitted for a name in programs and profiles, by which `cost.count_flops` knows it."""
   return _over_tiles(q, k, v, key_valid, True)
 
 
@@ -277,14 +278,28 @@ def _tiled_forward(q, k, v, key_valid, causal):
 
 
 def _tiled_backward(causal, saved, gradient):
-  # The loop above would keep its carry for every pair; this one does not.
-  q, k, v, key_valid = saved
-  square = q.shape[1] == k.shape[1] or not causal
-  how = lambda *qkv: _kernel(*qkv, key_valid, causal, "xla_chunked") if square else _einsum(*qkv, causal, key_valid)
-  return *jax.vjp(how, q, k, v)[1](gradient), None
+  *qkv, key_valid = saved
+  return *jax.vjp(lambda q, k, v: _blocked(q, k, v, key_valid, causal), *qkv)[1](gradient), None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+def _blocked(q, k, v, key_valid, causal):
+  """The same block of queries after block, each with all keys; for gradients, which compute it again."""
+  (B, L), S = q.shape[:2], k.shape[1]
+  count = -(-L // BLOCK)
+  size = -(-L // count)
+
+  @jax.checkpoint
+  def one(part):
+    q, offset = part
+    weights = attention_weights(q, k, causal=causal, key_valid=key_valid, offset=offset)
+    return jnp.einsum("bkgls,bskh->blkgh", weights.astype(v.dtype), v).reshape(q.shape)
+
+  q = jnp.pad(q, ((0, 0), (0, count * size - L), (0, 0), (0, 0))).reshape(B, count, size, *q.shape[2:])
+  out = jax.lax.map(one, (jnp.moveaxis(q, 1, 0), jnp.arange(count) * size + S - L))
+  return jnp.moveaxis(out, 0, 1).reshape(B, count * size, *out.shape[3:])[:, :L].astype(v.dtype)
 
 
 def _einsum(q, k, v, causal, key_valid):
@@ -299,7 +314,7 @@ def attention_weights(
   *,
   causal: bool,
   key_valid: Bool[Array, "B S"] | None = None,
-  offset: int = 0,
+  offset: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B K G L S"]:
   """The softmax weights themselves, float32[B, K, H // K, L, S]; row i is slot i + offset of the sequence."""
   B, L, H, h = q.shape
