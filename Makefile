@@ -45,17 +45,12 @@ test-slow: .venv/ready-tpu
 test-beam: .venv-beam/ready
 	.venv-beam/bin/python -m pytest tests/test_beam.py
 
-.venv-beam/ready: pyproject.toml
-	$(PYTHON) -m venv .venv-beam
-	.venv-beam/bin/python -m pip install -q --upgrade pip
-	.venv-beam/bin/python -m pip install -q -e '.[beam,test]'
-	touch $@
-
 test-lmms: .venv-lmms/ready
 	.venv-lmms/bin/python -m pytest tests/test_lmms.py
 
-.venv-lmms/ready: pyproject.toml
-	$(PYTHON) -m venv .venv-lmms
-	.venv-lmms/bin/python -m pip install -q --upgrade pip
-	.venv-lmms/bin/python -m pip install -q -e '.[lmms,test]'
+# An environment of its own for an extra that the others can't live with.
+.venv-%/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q --upgrade pip
+	.venv-$*/bin/python -m pip install -q -e '.[$*,test]'
 	touch $@

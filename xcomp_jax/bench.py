@@ -26,7 +26,8 @@ from xcomp_jax import files
 from xcomp_jax.bench_parts import PREFIX, Part
 
 PAPER = {1024: 0.12, 2048: 0.25, 4096: 0.66}  # seconds of LP-Comp prefill on one H200, 863 text tokens
-WANTED = {"prefill, 1024 frames": 0.075, "prefill, 2048 frames": 0.16, "prefill, 4096 frames": 0.45}  # seconds, likewise
+WANTED = {1024: 0.075, 2048: 0.16, 4096: 0.45}  # likewise
+RELEASED = pathlib.Path(__file__).parents[1] / "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"  # its sizes
 GROUPS = ("tower", "merge", "prefill", "plain", "select", "decode", "features", "frames", "data")
 
 
@@ -66,18 +67,10 @@ PRESETS = {
     mixed((16, 32, 64, 128), (8, 8, 4, 2, 1)), 128, 256,
   ),
   "gpu": Preset(
-    "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448", "bfloat16", 8192, 1 << 32, 5, (1024, 2048, 4096), (1024, 2048, 4096), 863,
+    str(RELEASED), "bfloat16", 8192, 1 << 32, 5, (1024, 2048, 4096), (1024, 2048, 4096), 863,
     32, 8, 64, 1024, mixed((128, 256, 512, 1024), (16, 8, 4, 2, 1)), 512, 256,
   ),
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Peaks:
-  """What the device reached in this run, by plain programs: operations and bytes per second."""
-
-  matmul: float
-  copy: float
 
 
 def seconds_of(call: Callable[[], Any], times: int = 1) -> float:
@@ -103,10 +96,10 @@ def calling(part: Part) -> tuple[Callable[[], Any], Any, float]:
   return call, program, spent
 
 
-def measure(part: Part, preset: Preset, peaks: Peaks | None = None) -> dict[str, Any]:
+def measure(part: Part, preset: Preset, copy: float | None = None) -> dict[str, Any]:
   """A row: seconds (median, fastest, slowest), operations, bytes and their rates, shares of the plain programs' rates.
 
-  bytes are those that a call must move at least once: arguments and results; `least_s` is what operations and bytes take at
+  copy: bytes per second of a plain copy. bytes are those that a call must move: arguments and results once; `least_s` is what operations and bytes take at
   the plain programs' rates, `bound` says which of both takes longer.
   """
   call, program, compiling = calling(part)
@@ -128,9 +121,9 @@ def measure(part: Part, preset: Preset, peaks: Peaks | None = None) -> dict[str,
     "of_matmul": part.flops / middle / matmul, "temporary_bytes": used.temp_size_in_bytes,
     "memory_bytes": used.temp_size_in_bytes + held,
   }  # fmt: skip
-  if peaks is not None:
-    by = {"operations": part.flops / matmul, "bytes": moved / peaks.copy}
-    row |= {"of_copy": moved / middle / peaks.copy, "least_s": max(by.values()), "bound": max(by, key=by.get)}
+  if copy is not None:
+    by = {"operations": part.flops / matmul, "bytes": moved / copy}
+    row |= {"of_copy": moved / middle / copy, "least_s": max(by.values()), "bound": max(by, key=by.get)}
   return row
 
 
@@ -138,10 +131,9 @@ def rows(preset: Preset, groups: Sequence[str], torch: bool) -> Iterator[tuple[s
   """Measures group after group; yields the name and the values of each row."""
   copied = measure(parts.copying(preset.copied), preset)
   product = measure(parts.product(preset.side, preset.dtype), preset)
-  peaks = Peaks(product["flops/s"], copied["bytes/s"])
   yield f"matrix product of {preset.side}", product
   yield "copy", copied
-  one = lambda part: measure(part, preset, peaks)
+  one = lambda part: measure(part, preset, copied["bytes/s"])
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)
   if "tower" in groups:
     yield f"tower, {8 * preset.clips} frames", one(parts.tower(cfg, preset.clips))
@@ -150,10 +142,9 @@ def rows(preset: Preset, groups: Sequence[str], torch: bool) -> Iterator[tuple[s
   for group, frames, compressed in (("prefill", preset.frames, True), ("plain", preset.plain, False)):
     for n in frames if group in groups else ():
       row = one(parts.prefill(cfg, n, preset.text, compressed))
-      name = f"{group}, {n} frames"
       if preset.like and preset.like != "small" and compressed:
-        row |= {"paper_s": PAPER.get(n), "wanted_s": WANTED.get(name)}
-      yield name, row
+        row |= {"paper_s": PAPER.get(n), "wanted_s": WANTED.get(n)}
+      yield f"{group}, {n} frames", row
   if torch:
     for n in preset.frames:
       yield f"PyTorch without compression, {n} frames", torch_prefill(cfg, n, preset.text)
@@ -168,12 +159,12 @@ def rows(preset: Preset, groups: Sequence[str], torch: bool) -> Iterator[tuple[s
     yield f"decode, {preset.tokens} tokens", one(parts.decoding(cfg, preset.frames[0], preset.text, preset.tokens))
   for group in ("features", "frames"):
     if group in groups:
-      yield from training(preset, peaks, pixels=group == "frames")
+      yield from training(preset, copied["bytes/s"], pixels=group == "frames")
   if "data" in groups:
     yield from data(preset)
 
 
-def training(preset: Preset, peaks: Peaks, pixels: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def training(preset: Preset, copy: float, pixels: bool) -> Iterator[tuple[str, dict[str, Any]]]:
   """SCT's micro-batches of each length, the optimizer's step, and samples per second of the mix that they make."""
   kind = "frames" if pixels else "features"
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
@@ -182,12 +173,12 @@ def training(preset: Preset, peaks: Peaks, pixels: bool) -> Iterator[tuple[str, 
   for frames, (share, n) in preset.mix.items():
     gradient, apply = parts.training(cfg, frames, n, preset.step_text, pixels, param_dtype)
     if not spent:
-      optimizer = measure(apply, preset, peaks)
+      optimizer = measure(apply, preset, copy)
       del apply
       gradient, _ = parts.training(cfg, frames, n, preset.step_text, pixels, param_dtype)  # the step used up its arguments
       yield f"optimizer's step, {kind}", optimizer
       spent += optimizer["seconds"] / preset.batch
-    row = measure(gradient, preset, peaks)
+    row = measure(gradient, preset, copy)
     yield f"gradient, {n} x {frames} {kind}", row
     spent, work = spent + share * row["seconds"] / n, work + share * row["flops"] / n
     matmul = max(matmul, row["matmul_flops/s"])
@@ -306,7 +297,7 @@ def run(preset: Preset, name: str, groups: Sequence[str], torch: bool, out: path
   device = jax.devices()[0]
   result: dict[str, Any] = {"preset": name, "device": device.device_kind, "jax": jax.__version__, "dtype": preset.dtype, "rows": {}}
   for title, row in rows(preset, groups, torch):
-    result["rows"][title] = parts.nothing_else(row)
+    result["rows"][title] = parts.as_json(row)
     if "copy_bytes/s" not in result and title == "copy":
       result |= {"matmul_flops/s": next(iter(result["rows"].values()))["flops/s"], "copy_bytes/s": row["bytes/s"]}
     print(show(title, row), flush=True)

@@ -245,6 +245,6 @@ def copying(size: int) -> Part:
   return Part(lambda x: x + 1, (x,), 0.0, 2.0 * size, "bytes")
 
 
-def nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
   """Values as JSON takes them: numbers that are none become null."""
   return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}

@@ -152,10 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.evaluate", description=__doc__.splitlines()[0])
   add = parser.add_argument
-  add("--task", required=True, choices=TASKS)
-  add("--annotations", required=True, help="file, or folder of files (MLVU, MVBench)")
-  add("--videos", required=True, help="folder of videos, or of folders of frames")
-  add("--subtitles", help="folder of LongVideoBench's subtitles; default: `subtitles` beside --videos")
+  tasks.options(parser)
   add("--out", required=True, help="folder of answers and results; an evaluation that is there is continued")
   add("--preset", choices=("paper", "released-logs", "none"), default="paper", help="all settings; none: as `ask`")
   add("--share", help="i/n: every n-th video from the i-th on; default: by JAX's processes")

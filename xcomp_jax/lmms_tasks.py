@@ -111,12 +111,8 @@ def write(
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.lmms_tasks", description=__doc__.splitlines()[0])
-  add = parser.add_argument
-  add("--task", required=True, choices=TASKS)
-  add("--annotations", required=True, help="file, or folder of files (MLVU, MVBench)")
-  add("--videos", required=True, help="folder of videos, or of folders of frames")
-  add("--subtitles", help="folder of LongVideoBench's subtitles; default: `subtitles` beside --videos")
-  add("--out", required=True, help="folder of task files, for lmms-eval's --include_path")
+  tasks.options(parser)
+  parser.add_argument("--out", required=True, help="folder of task files, for lmms-eval's --include_path")
   args = parser.parse_args(argv)
   with files.command():
     videos = pathlib.Path(args.videos)

@@ -4,6 +4,7 @@ All of it is pure text (FACTS.md 12): nothing here knows of models. `evaluate` a
 both have the same prompts and the same numbers.
 """
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -399,3 +400,12 @@ def score(task: Task, answered: Iterable[tuple[Question, str | None]]) -> dict[s
     "micro": share(counts["right"], counts["counted"]), "macro": sum(macro) / len(macro) if macro else 0.0,
     "macro_over": task.macro, "counts": counts, "groups": groups,
   }  # fmt: skip
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+  """Adds the options that say which questions: --task, --annotations, --videos and --subtitles."""
+  add = parser.add_argument
+  add("--task", required=True, choices=TASKS)
+  add("--annotations", required=True, help="file, or folder of files (MLVU, MVBench)")
+  add("--videos", required=True, help="folder of videos, or of folders of frames")
+  add("--subtitles", help="folder of LongVideoBench's subtitles; default: `subtitles` beside --videos")
