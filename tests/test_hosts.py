@@ -47,9 +47,9 @@ def test_a_process_that_ends_with_an_error_is_named_by_all_others(ended):
 
 def test_the_first_process_is_missed_too(ended):
   first, second = rolls(2)
-  for line in first._lines.values():  # as the end of a process closes it
+  for line in list(first._lines.values()):  # as the end of a process closes it
     line.shutdown(socket.SHUT_RDWR)
-  until(lambda: ended)
+  until(lambda: len(ended) == 2)  # the first one's own end is the loss of its line to the second
   assert any(line.startswith("process 1: process 0 at localhost is gone; its own output says why. Start all of") for line in ended)
   second.close(well=True)
   first.close(well=True)
@@ -68,7 +68,7 @@ def test_the_first_process_tells_of_its_error_and_waits_for_the_others(ended):
 def test_a_process_that_is_gone_without_a_word_is_named_by_all_others(ended):
   first, second, third = rolls(3)
   second._lines[0].shutdown(socket.SHUT_RDWR)  # as the end of a process closes it
-  until(lambda: len(ended) > 1)
+  until(lambda: len(ended) == 3)  # the second one's own end is the loss of its line to the first
   assert any(line.startswith(f"process 2: process 1 ({socket.gethostname()}) is gone;") for line in ended)
   for roll in (first, second, third):
     roll.close(well=True)

@@ -179,7 +179,7 @@ class Roll:
       if not process.isdigit() or not 0 < int(process) < self.processes:  # somebody else at this port
         return line.close()
       process = int(process)
-      self.names[process], self._lines[process] = name, line
+      self._lines[process], self.names[process] = line, name  # in this order: who is named can be told
       last = said.readline().strip()
     except OSError:
       last = ""
