@@ -83,7 +83,7 @@ def test_fewer_layers_give_state_and_operations_of_all_and_say_that_the_rest_is_
   assert a["flops"] == b["flops"] and (b["layers"], b["of"]) == (1, 2)
   assert b["memory"]["temporaries"] == pytest.approx(a["memory"]["temporaries"], rel=0.5)
   sent = lambda row: sum(size for _, size in row["collectives"].values())
-  assert sent(b) == pytest.approx(sent(a), rel=0.5)
+  assert 0.5 * sent(a) < sent(b) < 2 * sent(a)  # what is sent once, the rows of the loss, is taken for a layer's
   assert "EXTRAPOLATED to 2 layers from 1" in plan.describe(part, b) and "EXTRAPOLATED" not in plan.describe(whole, a)
 
 
@@ -149,7 +149,7 @@ def test_a_program_that_the_compiler_refuses_is_accounted_for(small, monkeypatch
   refusal = jax.errors.JaxRuntimeError(
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50G) exceeds available HBM (1.75G)."
   )
-  monkeypatch.setattr(programs, "compiled", lambda lowered, what: (refusal, 1.0))
+  monkeypatch.setattr(programs, "compiled", lambda lowered, what, effort: (refusal, 1.0))
   row = programs.account(made, "features")
   assert row["memory"]["temporaries"] == pytest.approx(2.5 * 2**30, rel=1e-3) and "exceeds available HBM" in plan.describe(made, row)
   assert "does not fit" in plan.problems(made, [row])[0]
@@ -201,18 +201,20 @@ def test_a_table_keeps_every_finished_cell_and_goes_on_where_it_was(small, monke
   monkeypatch.setattr(programs, "make", lambda *_, **__: dataclasses.replace(made, device=device))
   monkeypatch.setattr(programs, "account", account)
   with pytest.raises(KeyboardInterrupt):
-    plan.table(tmp_path, None, lambda _: None)
-  made_first = plan.table(tmp_path, None, lambda _: None)
+    plan.table(tmp_path, None, 0.0, lambda _: None)
+  made_first = plan.table(tmp_path, None, 0.0, lambda _: None)
   assert asked == ["frames", "apply", "frames", "frames", "apply"]  # the first cell was not compiled again
-  assert plan.table(tmp_path, None, lambda _: None) == made_first and len(asked) == 5
+  assert plan.table(tmp_path, None, 0.0, lambda _: None) == made_first and len(asked) == 5
   lines = made_first.splitlines()
   assert len(lines) == 4 and lines[2].startswith("| 2B | v5e:2x2 | 8 | frames |") and "| 2.00 s | compute |" in lines[2]
   file = next(tmp_path.glob("2B*.json"))
   kept = json.loads(file.read_text())
   kept["asked"]["jax"] = "0.0.1"  # made by another version: again
   file.write_text(json.dumps(kept))
-  plan.table(tmp_path, None, lambda _: None)
+  plan.table(tmp_path, None, 0.0, lambda _: None)
   assert asked[5:] == ["frames", "apply"]
+  assert "--quick" not in made_first and "--quick" in plan.table(tmp_path, None, -1.0, lambda _: None)
+  assert asked[7:] == 2 * ["frames", "apply"]  # with another effort: again
 
 
 def test_a_checkpoint_directory_is_taken_before_what_is_known(tiny_run, tmp_path):

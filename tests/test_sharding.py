@@ -59,9 +59,11 @@ def test_a_mesh_that_does_not_match_the_devices_is_refused(sizes, words):
     ("vision/blocks/0/attn/q_bias", (8,), P("tensor")),
     ("vision/blocks/0/attn/proj/kernel", (8, 8), P("tensor", "fsdp")),
     ("vision/blocks/0/attn/proj/bias", (8,), P()),
-    ("llm/embed/embedding", (6, 4), P("tensor", "fsdp")),
+    ("llm/embed/embedding", (8, 4), P(("tensor", "fsdp"), None)),
+    ("llm/embed/embedding", (7, 4), P(None, "fsdp")),  # 2 does not divide 7: the width is split
     ("llm/norm/scale", (8,), P()),
-    ("opt/1/0/mu/llm/lm_head/kernel", (8, 8), P("fsdp", "tensor")),
+    ("opt/1/0/mu/llm/lm_head/kernel", (8, 8), P(None, ("tensor", "fsdp"))),
+    ("opt/1/0/mu/llm/lm_head/kernel", (8, 7), P("fsdp", None)),
     ("llm/layers/0/q/kernel", (7, 8), P(None, "tensor")),  # 2 does not divide 7
     ("llm/layers/0/q/kernel", (7, 9), P(None, None)),
   ],

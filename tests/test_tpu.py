@@ -44,7 +44,7 @@ def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_a_layer_of_the_tower_with_merging_compiles(name):
   config = from_command_line(["plan", "--config=configs/sct.py", "--config.model.clips_per_chunk=1", "--config.train.batch_size=4"])
-  made = programs.make(config, name, layers=1, frames=16, text=512)
+  made = programs.make(config, name, layers=1, frames=16, text=512, effort=-1.0)
   row = programs.account(dataclasses.replace(made, full=made.cfg), "tower")
   assert row["problem"] is None and not row["not counted"]
   # A kernel for each of two clips on each of four devices: scores and values of 16 heads of 64, all against all.
@@ -63,7 +63,7 @@ def test_two_layers_of_a_training_step_compile_and_are_accounted_for(name, tmp_p
   config = from_command_line(["plan", "--config=configs/sct.py", f"--config.init_from={tmp_path}"])
   config = dataclasses.replace(config, lp_comp=dataclasses.replace(config.lp_comp, schedule=(16, 9)))
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4))
-  made, said = programs.make(config, name, frames=128, text=512), []
+  made, said = programs.make(config, name, frames=128, text=512, effort=-1.0), []
   rows = plan.run(made, ("features", "apply"), said.append)
   words = "\n".join(said)
   assert "all of it fits" in words and "bound by" in words and f"4 x {made.device.kind}" in words

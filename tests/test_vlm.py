@@ -36,14 +36,15 @@ def alone(example):
 def test_each_sample_of_a_mixed_batch_equals_it_alone(tiny, mixed, keep):
   model = vlm.VLM(tiny(lp_comp=LPCompConfig((16, 8, 4, 1), keep, 16)), rngs=nnx.Rngs(0))
   together = losses(model, collate(mixed, Bucket(6, 8, 8, 16), 4))
-  close(together[:3], np.concatenate([losses(model, collate([e], alone(e))) for e in mixed]))
+  rows = slice(3) if keep in ("suffix", "attention") else slice(1, 2)  # each is a program to compile
+  close(together[rows], np.concatenate([losses(model, collate([e], alone(e))) for e in mixed[rows]]))
 
 
 def test_gradients_of_a_mixed_batch_are_the_sum_of_those_alone(tiny, mixed):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   grad = nnx.jit(nnx.grad(lambda m, b: (vlm.loss(m, b) * b.weight).sum()))
   together = grad(model, collate(mixed, Bucket(6, 8, 8, 16), 4))
-  parts = [grad(model, collate([e], Bucket(len(e.visual), 8, 8, 16))) for e in mixed]
+  parts = [grad(model, collate([e], Bucket(5, 8, 8, 16))) for e in mixed]
   jax.tree.map(lambda a, *b: close(a, sum(b)), together, *parts)
 
 
@@ -106,12 +107,13 @@ def test_projector_gets_no_gradient_from_long_samples_on_request(tiny, mixed):  
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   batch = jax.device_put(collate(mixed, Bucket(6, 8, 8, 16)))
 
-  def gradient(row, limit):
-    graph, projector, rest = nnx.split(model, nnx.PathContains("projector"), ...)
-    f = lambda p: vlm.loss(nnx.merge(graph, p, rest), batch, projector_max_frames=limit)[row]
-    return sum(np.abs(g).max() for g in jax.tree.leaves(jax.jit(jax.grad(f))(projector)))
+  graph, projector, rest = nnx.split(model, nnx.PathContains("projector"), ...)
 
-  assert gradient(1, 40) == 0 and gradient(0, 40) > 0 and gradient(1, 41) > 0 and gradient(1, None) > 0
+  loss = lambda p, row, limit: vlm.loss(nnx.merge(graph, p, rest), batch, projector_max_frames=limit)[row]
+  of = jax.jit(jax.grad(loss), static_argnums=2)
+  gradient = lambda row, limit: sum(np.abs(g).max() for g in jax.tree.leaves(of(projector, row, limit)))
+
+  assert gradient(1, 40) == 0 and gradient(0, 40) > 0 and gradient(1, 41) > 0
 
 
 def test_evaluate_counts_greedy_first_tokens(tiny, mixed):

@@ -2,12 +2,13 @@
 
   python -m xcomp_jax.plan --config=configs/sct.py --topology=v5e:4x4
   python -m xcomp_jax.plan --config=configs/sct.py:7b --topology=v5p:2x2x2 --programs features apply --text 512
-  python -m xcomp_jax.plan --table docs/plan
+  python -m xcomp_jax.plan --table docs/plan --quick
 
 The TPU compiler itself does it (libtpu; pip install 'xcomp_jax[plan]'), no TPU is needed; without --topology the programs are
 compiled for the devices that are here. Programs are the gradient step on frames and on features, the optimizer's step, prefill and
-the tower, each on the bucket that takes most. With all 28 layers one takes minutes; --layers 2 compiles two and
-extrapolates. Ends with exit code 1 if something does not fit, and says what would help.
+the tower, each on the bucket that takes most. With all 28 layers one takes many minutes; --quick has the compiler try less
+hard, --layers 2 compiles two layers and extrapolates. Ends with exit code 1 if something does not fit, and says what would
+help.
 """
 
 import argparse
@@ -124,7 +125,8 @@ def describe(plan: Plan, row: Mapping[str, Any]) -> str:
   layers = "" if row["layers"] == row["of"] else (
     f"\n  EXTRAPOLATED to {row['of']} layers from {row['layers']}: temporaries, program, traffic, collectives; the rest is exact"
   )  # fmt: skip
-  lines = [f"{TITLES[row['name']]}{shape}; compiled in {row['compile_s']:.0f} s{layers}"]
+  quick = ", with --quick: temporaries may be a tenth larger than in training, the program is smaller" if row["effort"] else ""
+  lines = [f"{TITLES[row['name']]}{shape}; compiled in {row['compile_s']:.0f} s{quick}{layers}"]
   kinds = "  ".join(f"{kind} {_size(size)}" for kind, size in row["memory"].items())
   of = f" of {_size(plan.device.hbm)}" if plan.device.hbm else ""
   lines.append(f"  per device       {kinds}  = {_size(needed(row))}{of}")
@@ -228,7 +230,7 @@ CELLS: tuple[tuple[str, str, int, str, tuple[str, ...]], ...] = (
 TEXT = 512  # tokens behind the frames, in the table
 
 
-def table(folder: pathlib.Path, layers: int | None, say: Callable[[str], None] = _say) -> str:
+def table(folder: pathlib.Path, layers: int | None, effort: float, say: Callable[[str], None] = _say) -> str:
   """The README's table; a cell that is done lies in the folder and is not compiled again by the same versions.
 
   Raises:
@@ -242,13 +244,14 @@ def table(folder: pathlib.Path, layers: int | None, say: Callable[[str], None] =
   ]
   for i, (variant, where, frames, data, extra) in enumerate(CELLS, 1):
     model = "7B" if variant else "2B"
-    asked = {"cell": [variant, where, frames, data, *extra], "layers": layers, "text": TEXT, "jax": jax.__version__, "libtpu": libtpu}
+    asked = {"cell": [variant, where, frames, data, *extra], "layers": layers, "text": TEXT, "effort": effort}
+    asked |= {"jax": jax.__version__, "libtpu": libtpu}
     file = folder / f"{model}_{where}_{frames}_{data}{'' if layers is None else f'_{layers}'}.json".replace(":", "_")
     known = json.loads(file.read_text()) if file.is_file() else {}
     if known.get("asked") != asked:
       say(f"cell {i} of {len(CELLS)}: {model}, {where}, {frames} frames, {data}")
       config = from_command_line(["plan", f"--config=configs/sct.py:{variant}".rstrip(":"), *extra])
-      plan = programs.make(config, where, layers=layers, frames=frames, text=TEXT)
+      plan = programs.make(config, where, layers=layers, frames=frames, text=TEXT, effort=effort)
       rows = [programs.account(plan, name) for name in (data, "apply")]
       for row in rows:
         say(describe(plan, row))
@@ -262,6 +265,8 @@ def table(folder: pathlib.Path, layers: int | None, say: Callable[[str], None] =
       f"| {model} | {where} | {frames:,} | {data} | {size / GB:.2f}{'' if size <= limit else ' (**does not fit**)'} | {limit / GB:.1f} | "
       f"{row['flops']['executed'] / known['devices'] / 1e12:.0f} | {seconds} | {bound} | {row['compile_s']:.0f} s |"
     )
+  if effort:
+    lines.append("\nCompiled with --quick: the compiler's least effort, whose programs take a little more memory than those of training.")
   if layers is not None:
     lines.append(f"\nExtrapolated from {layers} layers, except for state, operations and their time.")
   return "\n".join(lines)
@@ -277,18 +282,21 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--topology", help="a TPU version and shape, such as v5e:4x4; default: the devices that are here")
   add("--programs", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=f"default: all of {' '.join(NAMES)}")
   add("--layers", type=int, help="compile so many layers only, and extrapolate")
+  add("--quick", action="store_true", help="the compiler's least effort: an eighth of the time, a tenth more of temporaries")
   add("--frames", type=int, help="of a sample; default: those of the bucket that takes most")
   add("--text", type=int, help="tokens behind the frames, likewise")
   add("--table", type=pathlib.Path, metavar="FOLDER", help="make the README's table, keeping every cell there")
   args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+  effort = -1.0 if args.quick else 0.0
   with command(interrupted="interrupted; what was finished stays"):
     if args.topology or args.table:
       jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     if args.table:
-      print(table(args.table, args.layers))
+      print(table(args.table, args.layers, effort))
       return
     config = from_command_line(["plan", *rest])
-    run(programs.make(config, args.topology, layers=args.layers, frames=args.frames, text=args.text), args.programs)
+    plan = programs.make(config, args.topology, layers=args.layers, frames=args.frames, text=args.text, effort=effort)
+    run(plan, args.programs)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ RELEASED = pathlib.Path(__file__).parents[1] / "configs"  # has the config.json 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is planned. cfg: the model as compiled; full: with all of its layers. bucket: the largest, `rows` samples of it."""
+  """What is planned.
+
+  cfg: the model as compiled. full: with all of its layers. bucket: the largest, `rows` samples of it. effort: of the
+  compiler, from -1 (an eighth of the time, a tenth more of temporaries) to 0 (as it is for training).
+  """
 
   config: RunConfig
   cfg: VLMConfig
@@ -45,6 +49,7 @@ class Plan:
   device: cost.Device
   bucket: Bucket
   rows: int
+  effort: float
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -137,7 +142,13 @@ def largest(config: RunConfig, cfg: VLMConfig, mesh: Mesh, frames: int | None, t
 
 
 def make(
-  config: RunConfig, where: str | None, *, layers: int | None = None, frames: int | None = None, text: int | None = None
+  config: RunConfig,
+  where: str | None,
+  *,
+  layers: int | None = None,
+  frames: int | None = None,
+  text: int | None = None,
+  effort: float = 0.0,
 ) -> Plan:
   """A plan for a topology, or for the devices that are here.
 
@@ -153,7 +164,7 @@ def make(
   if where is not None and full.attention == "auto":  # which looks at the devices that are here
     full = dataclasses.replace(full, attention="splash")
   bucket, rows = largest(config, full, mesh, frames, text)
-  return Plan(config, cut(full, layers), full, mesh, cost.device_of(devices), bucket, rows)
+  return Plan(config, cut(full, layers), full, mesh, cost.device_of(devices), bucket, rows, effort)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -245,13 +256,13 @@ def inside(plan: Plan) -> Iterator[None]:
     yield
 
 
-def compiled(lowered: Any, what: str) -> tuple[Any, float]:
+def compiled(lowered: Any, what: str, effort: float) -> tuple[Any, float]:
   """Compiles with the seconds on show, and can be interrupted; returns the program, or the compiler's refusal, and seconds."""
   result: list[Any] = []
 
   def run():
     try:
-      result.append(lowered.compile())
+      result.append(lowered.compile({"exec_time_optimization_effort": effort} if effort else None))
     except BaseException as error:
       result.append(error)
 
@@ -278,11 +289,11 @@ def account(plan: Plan, name: str) -> dict[str, Any]:
   with inside(plan):
     program, memory = traced(plan, cfg, name)
     flops = here = executed_flops(cfg, program.jaxpr)
-    out, spent = compiled(program.lower(), name)
+    out, spent = compiled(program.lower(), name, plan.effort)
     if cfg != full:
       complete, memory = traced(plan, full, name)
       flops = executed_flops(full, complete.jaxpr)
-  row: dict[str, Any] = {"name": name, "compile_s": spent, "layers": cfg.llm.layers, "of": full.llm.layers}
+  row: dict[str, Any] = {"name": name, "compile_s": spent, "layers": cfg.llm.layers, "of": full.llm.layers, "effort": plan.effort}
   row["flops"] = {"model": model_flops(plan, full, name), "executed": flops.total, "kernels": flops.kernels}
   row["not counted"] = sorted(flops.unknown)
   if isinstance(out, jax.errors.JaxRuntimeError):

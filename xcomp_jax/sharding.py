@@ -1,9 +1,10 @@
 """Where arrays live: the device mesh, and one table from an array's logical axes to mesh axes.
 
 The mesh has four axes: `data` and `fsdp` both split the batch, `fsdp` also splits parameters and optimizer state,
-`tensor` splits heads, MLP channels and the vocabulary, and `context` a sample's own sequence (and, as `fsdp` does,
-parameters): clips in the tower, queries in the LLM, whose few keys and values are gathered. The compiler adds the
-collectives (Auto axes). An axis that does not divide a dimension is left out for that dimension, so every mesh runs
+`tensor` splits heads and MLP channels, and `context` a sample's own sequence (and, as `fsdp` does, parameters): clips in
+the tower, queries in the LLM, whose few keys and values are gathered. The last three split the vocabulary: a device has
+some words' logits of all rows that a loss is taken of, which are few, and no word's parameters are sent. The compiler adds
+the collectives (Auto axes). An axis that does not divide a dimension is left out for that dimension, so every mesh runs
 every model; what would be wasted that way `check_mesh` refuses where a run begins.
 """
 
@@ -23,23 +24,27 @@ AXES = ("data", "fsdp", "tensor", "context")
 # Logical axis of a parameter or an activation -> mesh axes that split it.
 LOGICAL: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),  # samples
+  "replica": ("data",),  # samples, of arrays that the axes of parameters split otherwise
   "sequence": ("context",),  # slots or clips of a sample
   "clips": ("data", "fsdp", "context"),  # of all samples
   "embed": ("fsdp", "context"),  # a parameter's side of the width of the residual stream
   "heads": ("tensor",),
   "mlp": ("tensor",),
-  "vocab": ("tensor",),
+  "vocab": ("tensor", "fsdp", "context"),
 }
 
-# Path of a parameter -> logical axis per dimension; the first match counts. Kernels are [in, out]: what widens puts its
-# outputs on `tensor`, what narrows its inputs, so a block needs one sum over `tensor`.
+# Path of a parameter -> logical axis per dimension; of several matches the one that splits into most parts counts, then the
+# first. Kernels are [in, out]: what widens puts its outputs on `tensor`, what narrows its inputs, so a block needs one sum
+# over `tensor`.
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(q|k|v|qkv)/kernel", ("embed", "heads")),
   (r"(gate|up|fc1|patch_embed)/kernel", ("embed", "mlp")),
-  (r"lm_head/kernel", ("embed", "vocab")),
+  (r"lm_head/kernel", (None, "vocab")),
+  (r"lm_head/kernel", ("embed", None)),  # where the devices don't divide the vocabulary
   (r"(o|proj)/kernel", ("heads", "embed")),
   (r"(down|fc2)/kernel", ("mlp", "embed")),
-  (r"embed/embedding", ("vocab", "embed")),  # [V, D]
+  (r"embed/embedding", ("vocab", None)),  # [V, D]
+  (r"embed/embedding", (None, "embed")),
   (r"((q|k|v)/bias|q_bias|v_bias)", ("heads",)),
   (r"fc1/bias", ("mlp",)),
   (r"(bias|scale)", ()),
@@ -119,12 +124,15 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
   Raises:
     ValueError: no rule for this path, or one that does not fit its shape.
   """
+  found = []
   for pattern, axes in PARAMETERS:
     if re.search(rf"(^|/){pattern}$", path):
       if len(axes) > len(shape):
         raise ValueError(f"parameter {path} has shape {tuple(shape)}, but its sharding rule {axes} has {len(axes)} axes")
-      return _fit(axes, shape, mesh)
-  raise ValueError(f"parameter {path} has no rule in sharding.PARAMETERS; add one")
+      found.append(_fit(axes, shape, mesh))
+  if not found:
+    raise ValueError(f"parameter {path} has no rule in sharding.PARAMETERS; add one")
+  return max(found, key=lambda spec: math.prod(mesh.shape[name] for names in spec if names for name in np.atleast_1d(names)))
 
 
 def param_shardings(state: Any, mesh: Mesh) -> Any:
@@ -160,6 +168,11 @@ def parts(axis: str) -> int:
   """Parts that the mesh of `jax.set_mesh` splits a logical axis into; 1 without one."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[name] for name in LOGICAL[axis])
+
+
+def divides(axis: str, size: int) -> bool:
+  """Whether the mesh of `jax.set_mesh` splits a dimension of `size` over all of a logical axis."""
+  return size % parts(axis) == 0
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -14,9 +14,10 @@ from xcomp_jax.model import decoder
 from xcomp_jax.model.decoder import Decoder, Lengths
 from xcomp_jax.model.merge import Projector, merge
 from xcomp_jax.model.vision import Vision
-from xcomp_jax.sharding import constrain, parts
+from xcomp_jax.sharding import constrain, divides, parts
 
-LOGIT_ROWS = 1024  # rows of a device whose float32 logits exist at once: 0.6 GB at 152k words
+LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
+GATHERED_ROWS = 16 * LOGIT_ROWS  # and at most in all, since every device that has some of the words has all rows
 
 
 class VLM(nnx.Module):
@@ -78,9 +79,18 @@ def place(
   """
   visual = model.projector(features)
   visual = visual.reshape(len(visual), -1, visual.shape[-1])
-  # Text is little: it stays in one piece until it is part of a sequence.
-  embed = lambda tokens: constrain(model.llm.embed(tokens), "batch", None, None)
+
+  def embed(tokens):
+    # Text is little: it stays in one piece until it is part of a sequence, and every device looks up the words it has.
+    samples = _samples(model)
+    return constrain(constrain(model.llm.embed(constrain(tokens, samples)), samples), "batch")
+
   return constrain(jnp.concatenate([embed(prefix), visual, embed(text)], axis=1), "batch", "sequence", None)
+
+
+def _samples(model: VLM) -> str:
+  """Logical axis of the samples beside the vocabulary, which is split as its parameters are, if it can be."""
+  return "replica" if divides("vocab", model.cfg.llm.vocab_size) else "batch"
 
 
 def lengths(model: VLM, batch: Batch) -> Lengths:
@@ -144,8 +154,8 @@ def predictions(
 ) -> tuple[Float[Array, "B R"], Bool[Array, "B R"]]:
   """Next-token losses float32[B, R], 0 where not supervised, and whether the most probable token is the target.
 
-  Logits exist for LOGIT_ROWS rows of a device at once, and are made again for the gradient: all of 8,192 rows of 152k
-  words would take 5 GB.
+  Logits exist for LOGIT_ROWS rows per device at once, and are made again for the gradient: all of 8,192 rows of 152k
+  words would take 5 GB. A device has its share of the words, and all rows; if the words can't be split, its own rows.
 
   Args:
     model: the parameters.
@@ -155,14 +165,16 @@ def predictions(
 
   def one(part):
     rows, targets = part
-    rows = constrain(rows, "batch", "sequence", None)
+    rows, targets = (constrain(x, *where) for x in (rows, targets))
     logits, supervised = model.llm.logits(rows), targets != IGNORE
     picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)[..., 0]
     loss = jnp.where(supervised, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
     return loss, (jnp.argmax(logits, -1) == targets) & supervised
 
   B, R, D = rows.shape
+  where = ("batch", "sequence") if _samples(model) == "batch" else ("replica",)
   size = max(1, LOGIT_ROWS // -(-B // parts("batch"))) * parts("sequence")
+  size = size if _samples(model) == "batch" else max(1, min(size, GATHERED_ROWS // -(-B // parts("replica"))))
   if R <= size:
     return one((rows, targets))
   pad = -R % size
