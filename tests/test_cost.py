@@ -4,11 +4,15 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from xcomp_jax import cost
 from xcomp_jax.cost import GIB, count_flops, device_of, read_program
+from xcomp_jax.data.batch import Bucket, batch_spec
+from xcomp_jax.model import attention, decoder, lp_comp, vlm
 from xcomp_jax.model.attention import attend
 
 P = PartitionSpec
@@ -172,3 +176,19 @@ def test_time_is_the_largest_and_unknown_devices_have_none():
   device = device_of(chips("TPU v5 lite", 2, 2, 1))
   assert cost.seconds(device, 197e12, 819e9 / 2, 1e9) == {"compute": 1.0, "memory": 0.5, "links": 0.01}
   assert cost.seconds(device_of(jax.devices()), 1e12, 1e9, 0) == {}
+
+
+def test_what_attention_gave_is_not_computed_again_for_the_gradient(tiny, monkeypatch):
+  cfg = tiny(attention="tiled", remat=True)
+  graph, state = nnx.split(nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0))))
+  batch = batch_spec(Bucket(4, 8, 16, 48), 1, ((128, cfg.vision.width), np.dtype(np.float32)))
+
+  def products():
+    loss = lambda state, batch: vlm.loss(nnx.merge(graph, state), batch).sum()
+    return cost.count_flops(jax.make_jaxpr(jax.grad(loss))(state, batch), lambda shape: True).products
+
+  kept = products()
+  monkeypatch.setattr(decoder, "remat", jax.checkpoint)
+  per_score = 4 * cfg.llm.heads * cfg.llm.head_dim
+  lengths = [16 + 32 * count + 48 for count in lp_comp.counts(cfg.lp_comp, cfg.llm.layers)]
+  assert products() - kept == per_score * sum(attention.tiled_scores(n, n, True) for n in lengths)

@@ -1,10 +1,13 @@
 """Attention: one function, a reference in plain einsum, and memory-linear implementations of the same numbers."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -16,6 +19,16 @@ LARGE = 1e30  # sum of weights that float32 holds with room to spare
 BLOCK = 128  # queries whose scores with all keys exist at once, in gradients on a CPU
 ROWS = 2048  # of queries of a split sequence that see their keys through one mask
 TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
+ATTENDED = "attended"  # name of what attention gives, for `remat`
+
+
+def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
+  """The layer, computed again in the backward pass from its input and from what attention gave.
+
+  Which is as large as the input, while attention is a third of a long sequence's work. "flash" is computed again all the
+  same: its kernels do not name the sums that their gradient needs.
+  """
+  return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
 
 
 def attend(
@@ -66,7 +79,7 @@ def attend(
     implementation = "xla_chunked"  # tiles are laid out for a whole sequence
   if implementation == "tiled":
     valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
-    return _tiled(q, k, v, valid, causal)
+    return checkpoint_name(_tiled(q, k, v, valid, causal), ATTENDED)
   if implementation == "splash":
     return _splash(q, k, v, key_valid, causal)
   if implementation not in KERNELS:
@@ -110,7 +123,8 @@ def _splash(q, k, v, key_valid, causal, interpret=False):
     block_kv_dkv_compute=k_block, block_q_dq=q_block, block_kv_dq=k_block,
   )  # fmt: skip
   kernel = splash.make_splash_mha(
-    masks.MultiHeadMask([mask] * H), block_sizes=blocks, head_shards=1, q_seq_shards=parts, interpret=interpret
+    masks.MultiHeadMask([mask] * H), block_sizes=blocks, head_shards=1, q_seq_shards=parts, interpret=interpret,
+    residual_checkpoint_name=ATTENDED,
   )
 
   def one(kernel, q, k, v, q_valid, k_valid):

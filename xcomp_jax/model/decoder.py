@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from xcomp_jax.config import LPCompConfig, VLMConfig
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import lp_comp
-from xcomp_jax.model.attention import attend, attention_weights
+from xcomp_jax.model.attention import attend, attention_weights, remat
 from xcomp_jax.sharding import constrain
 
 
@@ -236,7 +236,7 @@ def run(
       _thin, lp=lp, before=after, after=held, prefix=prefix, text=text, lengths=lengths, score=None
     )
     call = functools.partial(layer.__call__, pick=pick)
-    x, k, v = (jax.checkpoint(call) if cfg.remat else call)(x, positions, valid)
+    x, k, v = (remat(call) if cfg.remat else call)(x, positions, valid)
     if caches:
       all_caches.append(LayerCache(layer.rotate(k, positions) if rotated else k, v, valid))
   return Decoded(x, tuple(all_caches), tuple(all_entering))

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.config import VisionConfig, VLMConfig
-from xcomp_jax.model.attention import attend
+from xcomp_jax.model.attention import attend, remat
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # FACTS.md 6
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -147,7 +147,7 @@ class Vision(nnx.Module):
     """
     x = self.embed(frames)
     for block in self.blocks:
-      x = jax.checkpoint(block.__call__)(x) if self.cfg.remat else block(x)
+      x = remat(block.__call__)(x) if self.cfg.remat else block(x)
     return self.norm(x)
 
 
