@@ -86,8 +86,17 @@ class _Stored:
   shape: tuple[int, ...]
 
 
-def open_torch(directory: pathlib.Path, entries: Sequence[Entry], by: str = "config.json") -> dict[str, _Stored]:
-  """Official name -> tensor of a torch directory, checked against the table; reads headers only."""
+def shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Official name -> shape of what lies in a torch directory, whatever it is.
+
+  Raises:
+    CheckpointError: nothing there, or files that can't be read.
+  """
+  return {name: it.shape for name, it in _headers(directory)[0].items()}
+
+
+def _headers(directory: pathlib.Path) -> tuple[dict[str, _Stored], list[str]]:
+  """Official name -> tensor of a torch directory, and which are there twice."""
   from safetensors import SafetensorError, safe_open
 
   index = directory / INDEX
@@ -111,6 +120,12 @@ def open_torch(directory: pathlib.Path, entries: Sequence[Entry], by: str = "con
     problems += [f"{name} is in more than one file" for name in header if name in tensors]
     for name, it in header.items():
       tensors[name] = _Stored(file, 8 + length + it["data_offsets"][0], it["dtype"], tuple(it["shape"]))
+  return tensors, problems
+
+
+def open_torch(directory: pathlib.Path, entries: Sequence[Entry], by: str = "config.json") -> dict[str, _Stored]:
+  """Official name -> tensor of a torch directory, checked against the table; reads headers only. by: the file that says sizes."""
+  tensors, problems = _headers(directory)
   # Rotary tables are buffers that some writers keep; a tied head is the embedding once more (FACTS.md 11).
   expected = {e.name for e in entries}
   for name in list(tensors):
