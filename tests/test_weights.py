@@ -125,6 +125,11 @@ def test_every_released_variant_maps_one_to_one_by_init_from_alone(reference, tm
   text = jax.ShapeDtypeStruct((1, 16), np.int32)
   placed = jax.eval_shape(vlm.place, weights.abstract(cfg), features, text, text)
   assert placed.shape == (1, 32 + 2 * cfg.clip_tokens, cfg.llm.width)
+  known = pathlib.Path(__file__).parents[1] / "configs/OpenGVLab" / f"VideoChat-Flash-{variant}"
+  if variant != "XComp":  # the sizes that `plan` has without a network
+    alike = read_config(known, clip_frames="auto")
+    like = lambda cfg: dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, context=None))
+    assert like(alike) == like(cfg)
 
 
 def test_rope_fields_come_from_config_json(tmp_path):
