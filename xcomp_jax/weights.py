@@ -168,12 +168,12 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
 
 def _tower(file: pathlib.Path, c: Mapping[str, Any]) -> TowerConfig:
   name = c["mm_vision_tower"]
-  new = "internvideo2" in name.lower()  # whatever else a path of weights says
+  internvideo2 = "internvideo2" in name.lower()  # whatever else a path of weights says
   if "tiny_vision" in c:
     t = c["tiny_vision"]
     _check(f"{file}: tiny_vision", t, TINY_VISION)
-  elif new or name in TOWERS:
-    t = TOWERS["internvideo2" if new else name]
+  elif internvideo2 or name in TOWERS:
+    t = TOWERS["internvideo2" if internvideo2 else name]
   else:
     known = ", ".join(f"{tower} ({sizes['image_size']} px)" for tower, sizes in TOWERS.items())
     raise CheckpointError(f"{file}: mm_vision_tower {name!r} is not known; these are: {known}")
@@ -189,7 +189,7 @@ def _tower(file: pathlib.Path, c: Mapping[str, Any]) -> TowerConfig:
     heads=t["heads"],
     mlp_width=int(t["embed_dim"] * t["mlp_ratio"]),
   )
-  if new:
+  if internvideo2:
     return InternVideo2Config(**sizes, frames=INTERNVIDEO2_FRAMES)
   return VisionConfig(**sizes, table="umt" if t["image_size"] == 224 else "umt-hd")
 
