@@ -232,7 +232,7 @@ def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tu
   """config.json, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
   config = layouts.read_json(source / "config.json") | {"mm_local_num_frames": cfg.clip_frames}
-  if weights.read_yarn("", config.get("rope_scaling")) != cfg.llm.rope_scaling:
+  if weights.read_yarn(f"{source}/config.json: rope_scaling", config.get("rope_scaling")) != cfg.llm.rope_scaling:
     config["rope_scaling"] = weights.rope_scaling(cfg.llm.rope_scaling)
   if dtype is not None:
     config["torch_dtype"] = np.dtype(dtype).name
