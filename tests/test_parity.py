@@ -69,7 +69,7 @@ def internvideo2(reference, target, name="dev", **changes):
   return target
 
 
-@pytest.mark.parametrize("name", ["dev", "other", ""])
+@pytest.mark.parametrize("name", ["other", ""])
 def test_internvideo2_equals_the_official_tower(reference, tmp_path, name):
   rows = {row.stage: row for row in parity.check(internvideo2(reference, tmp_path / "some", name)) if row.arrays}
   assert list(rows) == [f"some {name}".rstrip() + f": {stage}" for stage in TOWER]
