@@ -42,6 +42,7 @@ def get_config(stage: str = "see") -> ConfigDict:
 
   c.model = ConfigDict()
   c.model.clip_frames = free(8)
+  c.model.yarn = free(None)  # positions as trained
   c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
   c.model.param_dtype = "float32"
   c.model.clips_per_chunk = 8  # all of a video: a chunk costs little memory at 48 pixels

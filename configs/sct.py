@@ -44,7 +44,8 @@ def _paper() -> ConfigDict:
   c.compilation_cache = _open("runs/compiled")  # folder: a stopped run goes on without compiling again; None: none
 
   c.model = ConfigDict()
-  c.model.clip_frames = _open(8)  # frames; "checkpoint": what its config.json says (quirk Q1)
+  c.model.clip_frames = _open("auto")  # frames: 8, 4 for InternVideo2; or a number, or "checkpoint": what config.json says (quirk Q1)
+  c.model.yarn = _open("checkpoint")  # what config.json's rope_scaling says; None; or (4.0, 32768), Qwen2.5's factor and positions
   c.model.dtype = "bfloat16"  # of the computation
   c.model.param_dtype = "float32"  # of trained parameters and optimizer state
   c.model.clips_per_chunk = 4  # clips of a sample in the tower at once; more is faster until memory ends

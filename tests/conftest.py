@@ -46,7 +46,7 @@ def tiny():
     vision=VisionConfig(image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd"),
     llm=LLMConfig(
       vocab_size=64, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64,
-      rope_theta=1e6, norm_eps=1e-6, tied=True, context=None,
+      rope_theta=1e6, rope_scaling=None, norm_eps=1e-6, tied=True, context=None,
     ),
     lp_comp=LPCompConfig("cosine", "suffix", 16),
     clip_frames=8, tokens_per_frame=16, dtype="float32", clips_per_chunk=2, attention="auto", remat=True,
@@ -112,7 +112,7 @@ def tiny_run(tmp_path_factory, reference):
   }
   (init / "config.json").write_text(json.dumps(values))
   model = ModelConfig(
-    clip_frames=4, dtype="float32", param_dtype="float32", clips_per_chunk=2, attention="auto", remat=True
+    clip_frames=4, yarn="checkpoint", dtype="float32", param_dtype="float32", clips_per_chunk=2, attention="auto", remat=True
   )
   lp = LPCompConfig((8, 1), "suffix", 16)
   cfg = weights.read_config(init, model, lp)
@@ -133,7 +133,7 @@ def tiny_run(tmp_path_factory, reference):
   base = {
     "seed": 0, "workdir": "", "init_from": str(root / "base"), "compilation_cache": None,
     "model": {
-      "clip_frames": 4, "dtype": "float32", "param_dtype": "float32", "clips_per_chunk": 2, "attention": "auto",
+      "clip_frames": 4, "yarn": "checkpoint", "dtype": "float32", "param_dtype": "float32", "clips_per_chunk": 2, "attention": "auto",
       "remat": True,
     },
     "lp_comp": {"schedule": (8, 1), "keep": "suffix", "group": 16},

@@ -49,7 +49,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   printed = capsys.readouterr()
   assert "8 frames of 1.50 s" in printed.err
   tuned = weights.read_lp_comp(checkpoint)
-  cfg = weights.read_config(checkpoint, ModelConfig(4, "float32", "float32", 4, "einsum", remat=False), tuned)
+  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), tuned)
   frames = video.load(film, size=48, max_frames=8, min_frames=8, fps=8, clip_frames=4, style="ask").frames
   tokenizer, model = prompt.load_tokenizer(checkpoint), weights.load(checkpoint, cfg)
   question, tokens = prompt.ask(tokenizer, "Which?", prompt.time_message(1.5, 8)), []
@@ -171,7 +171,7 @@ def test_a_file_without_the_phases_of_official_mode_is_refused(checkpoint, film,
 
 
 def load(checkpoint):
-  cfg = weights.read_config(checkpoint, ModelConfig(4, "float32", "float32", 4, "einsum", remat=False), weights.read_lp_comp(checkpoint))
+  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), weights.read_lp_comp(checkpoint))
   return weights.load(checkpoint, cfg)
 
 
@@ -260,7 +260,7 @@ def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch
   """The official bias counts from the first question's message, so it is for the first question only."""
   asked = []
   video = encode.EncodedVideo({0: np.zeros((256, 64, 32))}, np.arange(1024) / 8, 128.0, np.zeros((256, 96, 96, 3)), None, "", "")
-  cfg = weights.read_config(checkpoint, ModelConfig(4, "float32", "float32", 4, "einsum", remat=False), weights.read_lp_comp(checkpoint))
+  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), weights.read_lp_comp(checkpoint))
   model = weights.load(checkpoint, cfg)
   monkeypatch.setattr(generate, "select", lambda m, v, q, c, **k: asked.append((q, c)) or generate.Selection(np.arange(8), None, ""))
   monkeypatch.setattr(generate, "stream", lambda *a: iter([np.array([[5, 6]])]))

@@ -25,7 +25,7 @@ def test_the_plain_config_is_the_papers_recipe():
   assert (config.optim.learning_rate, config.optim.warmup, config.optim.weight_decay) == (1e-5, 0.03, 0.0)
   assert (config.optim.clip_norm, config.train.batch_size, config.train.epochs) == (1.0, 32, 1)
   assert (config.lp_comp.schedule, config.lp_comp.keep, config.lp_comp.group) == ("cosine", "suffix", 16)
-  assert (config.model.clip_frames, max(config.data.frame_buckets)) == (8, 1024)
+  assert (config.model.clip_frames, max(config.data.frame_buckets)) == ("auto", 1024)  # 8 with the UMT tower
   assert config.data.text_per_device == max(config.data.text_buckets) == 8192  # one row of the longest texts
   assert (config.train.vision, config.train.projector, config.train.llm) == (False, True, True)
   assert config.train.projector_max_frames == 512

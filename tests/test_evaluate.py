@@ -192,7 +192,7 @@ def test_a_second_process_on_the_same_share_is_refused(go, checkpoint, tmp_path,
 @pytest.mark.parametrize(
   "name,task,wanted",
   [
-    ("paper", "lvbench", {"select": 2048, "repeat": 2, "max_frames": 4096, "clip_frames": "8", "mode": "official"}),
+    ("paper", "lvbench", {"select": 2048, "repeat": 2, "max_frames": 4096, "clip_frames": "auto", "mode": "official"}),
     ("paper", "mlvu", {"select": 1024, "max_frames": 2048, "repetition_penalty": 1.0}),
     ("paper", "videomme_long", {"select": 512, "max_frames": 1024}),
     ("paper", "longvideobench", {"select": 256, "max_frames": 1024, "max_new_tokens": 16}),

@@ -90,6 +90,20 @@ def test_run_of_another_version_of_the_config(base, run, tmp_path, monkeypatch):
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
 
 
+def test_run_with_stretched_positions_says_so_in_config_json(base, run, tmp_path, monkeypatch):
+  original, yarn = checkpoint.read_config, weights.yarn_of(4.0, 32768)
+
+  def stretched(*arguments):
+    saved, step = original(*arguments)
+    assert saved["vlm"]["llm"]["rope_scaling"] is None
+    return saved | {"vlm": saved["vlm"] | {"llm": {"rope_scaling": to_dict(yarn)}}}, step
+
+  monkeypatch.setattr(checkpoint, "read_config", stretched)
+  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  assert w.read_config(tmp_path / "out").llm.rope_scaling == yarn
+  assert w.read_config(base).llm.rope_scaling is None
+
+
 def test_run_to_orbax_to_torch(base, run, tmp_path):
   export.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
   assert not list((tmp_path / "orbax").glob("*.safetensors"))

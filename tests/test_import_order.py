@@ -11,9 +11,9 @@ ROOT = pathlib.Path(xcomp_jax.__file__).parent
 ORDER = """
 config files sharding hosts
 data.batch data.video data.prompt data.store data.mixture data.shards data.check data.blend data.pipeline
-model.attention model.vision model.merge model.lp_comp model.decoder model.vlm
-qc_comp encode generate report weights reader answers tasks optim checkpoint metrics cost
-steps programs train predecode ask evaluate lmms_tasks lmms_plugin export parity world needles plan
+model.attention model.norm model.rope model.vision model.internvideo2 model.merge model.lp_comp model.decoder model.vlm
+qc_comp encode generate report official layouts weights reader answers tasks optim checkpoint metrics cost
+steps programs train predecode ask evaluate lmms_tasks lmms_plugin export comparison parity_tower parity world needles plan
 bench_load bench_data bench_parts bench bench_scaling bench_qc demo
 """.split()
 FILES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py") if f.name != "__init__.py"}

@@ -4,10 +4,13 @@ import re
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import parity
+from xcomp_jax import parity, parity_tower
+from xcomp_jax.comparison import ParityError, compare, show
 from xcomp_jax.config import LPCompConfig
 
+TENSORS = "model.vision_tower.vision_tower"
 # Every stage of the command; `python -m xcomp_jax.parity` on the whole directory compares more arrays of each.
 STAGES = (
   "vision: position tables", "vision: patch embedding", "vision: block 1", "vision: tower", "vision: merge steps",
@@ -51,7 +54,59 @@ def test_stage_equals_the_official_code(rows, stage):
 def test_nothing_fails_and_all_gradient_norms_are_compared(rows):
   assert not [row for row in rows.values() if row.result == "FAIL"]
   assert rows["gradient norms"].arrays == 342
-  assert "0 fail" in parity.show(list(rows.values()))
+  assert "0 fail" in show(list(rows.values()))
+
+
+TOWER = ("first positions", "tower", "tower, image")
+
+
+def internvideo2(reference, target, name="dev", **changes):
+  """A directory with the recorded InternVideo2 tower, its arrays named after a set `name`; "" leaves the prefix out."""
+  target.mkdir(exist_ok=True)
+  (target / f"{name or 'any'}.safetensors").symlink_to(reference / "internvideo2_tiny" / "dev.safetensors")
+  recorded = {key.removeprefix("dev:"): array for key, array in np.load(reference / "internvideo2_tiny" / "vectors.npz").items()}
+  np.savez(target / "vectors.npz", **{f"{name}:{key}".lstrip(":"): array for key, array in (recorded | changes).items()})
+  return target
+
+
+@pytest.mark.parametrize("name", ["other", ""])
+def test_internvideo2_equals_the_official_tower(reference, tmp_path, name):
+  rows = {row.stage: row for row in parity.check(internvideo2(reference, tmp_path / "some", name)) if row.arrays}
+  assert list(rows) == [f"some {name}".rstrip() + f": {stage}" for stage in TOWER]
+  assert all(row.result == "pass" for row in rows.values()), rows
+
+
+def test_internvideo2_beside_a_whole_model(reference, tmp_path, capsys):
+  for name in ("config.json", "model.safetensors"):
+    (tmp_path / name).symlink_to(reference / "dev" / name)
+  recorded = np.load(reference / "internvideo2_tiny" / "vectors.npz")["dev:tower_out_image"] + np.float32(2e-4)
+  internvideo2(reference, tmp_path / "internvideo2_tiny", tower_out_image=recorded)
+  code, said = run(tmp_path, capsys)
+  assert code == 1 and "2 stages pass, 1 fail" in said.out
+  assert re.search(r"internvideo2_tiny dev: tower, image .* 1\.0e-04  FAIL", said.out)
+  assert re.search(r"vision\.npz .*absent", said.out)
+
+
+def test_bad_directories_of_a_tower_are_named(reference, tmp_path, capsys):
+  def error(place):
+    code, said = run(place, capsys)
+    assert code == 1 and said.err.startswith("error: "), said
+    return said.err
+
+  two = internvideo2(reference, tmp_path / "two")
+  (two / "b.safetensors").symlink_to(reference / "internvideo2_tiny" / "dev.safetensors")
+  assert "two has vectors.npz and 2 *.safetensors; there must be one" in error(two)
+  lacking = internvideo2(reference, tmp_path / "lacking")
+  tensors = load_file(lacking / "dev.safetensors")
+  (lacking / "dev.safetensors").unlink()
+  del tensors[f"{TENSORS}.blocks.1.ls2.weight"]
+  save_file(tensors, lacking / "dev.safetensors")
+  assert f"does not hold the model that its vectors.npz describes:\n  1 missing: {TENSORS}.blocks.1.ls2.weight" in error(lacking)
+  del tensors[f"{TENSORS}.pos_embed"]
+  save_file(tensors, lacking / "dev.safetensors")
+  assert f"lacks {TENSORS}.pos_embed: no InternVideo2 tower" in error(lacking)
+  np.savez(two / "vectors.npz", **{"dev:heads": 4})
+  assert "vectors.npz lacks dev:image_size, dev:lowres_u8" in error(two)
 
 
 @pytest.fixture
@@ -115,28 +170,28 @@ def test_bad_directories_are_named(directory, tmp_path, capsys):
 
 def test_compare_takes_the_array_nearest_to_failing():
   recorded = {"a": np.zeros(3), "b": np.full(3, 100.0), "other": np.ones(1)}
-  row = parity.compare("s", {"a": np.full(3, 4e-5), "b": np.full(3, 100 + 3e-5), "mine": 0}, recorded, 5e-5)
+  row = compare("s", {"a": np.full(3, 4e-5), "b": np.full(3, 100 + 3e-5), "mine": 0}, recorded, 5e-5)
   assert (row.arrays, row.worst, row.result) == (2, "a", "pass")
-  row = parity.compare("s", {"a": np.full(3, 6e-5), "b": np.full(3, 100 + 6e-3)}, recorded, 5e-5, 1e-4)
+  row = compare("s", {"a": np.full(3, 6e-5), "b": np.full(3, 100 + 6e-3)}, recorded, 5e-5, 1e-4)
   assert (row.worst, row.result) == ("a", "FAIL")
 
 
 @pytest.mark.parametrize("ours", [np.zeros(4), np.full(3, np.nan), np.array([0, 0, 1])])
 def test_compare_fails_on_shape_nan_and_integers(ours):
-  assert parity.compare("s", {"a": ours}, {"a": np.zeros(3, int)}).result == "FAIL"
+  assert compare("s", {"a": ours}, {"a": np.zeros(3, int)}).result == "FAIL"
 
 
 def test_only_ties_may_be_ordered_differently():
   score = np.array([[0.5, 0.9, 0.5 + 1e-7, 0.1]])
   ours, official = np.array([[1, 2, 0, 3]]), np.array([[1, 0, 2, 3]])
-  np.testing.assert_array_equal(parity.same_ties(ours, official, score), official)
+  np.testing.assert_array_equal(parity_tower.same_ties(ours, official, score), official)
   wrong = np.array([[0, 1, 2, 3]])
-  assert (parity.same_ties(wrong, official, score) != official).any()
+  assert (parity_tower.same_ties(wrong, official, score) != official).any()
 
 
 def test_variant_names_give_their_schedules():
   assert parity.lp_comp_of("cosine_nosuffix", 28) == LPCompConfig("cosine", "uniform", 16)
   assert parity.lp_comp_of("nexthalf_10_20_stride4", 28) == LPCompConfig((16,) * 10 + (4,) * 10 + (1,) * 8, "stride", 16)
   assert parity.lp_comp_of("avgpool_6_stride2", 8) == LPCompConfig((16,) * 6 + (8,) * 2, "avgpool", 16)
-  with pytest.raises(parity.ParityError, match="'mystery'"):
+  with pytest.raises(ParityError, match="'mystery'"):
     parity.lp_comp_of("mystery", 28)

@@ -14,7 +14,8 @@ from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.encode import EncodedVideo
 from xcomp_jax.metrics import Compilations
 from xcomp_jax.model import decoder, vlm
-from xcomp_jax.model.decoder import Lengths, rotate
+from xcomp_jax.model.decoder import Lengths
+from xcomp_jax.model.rope import rotate
 
 SETTING = {"round": 64, "window": 32, "stride": 16, "layers": (6, 23)}  # small ones, of clips of 4 frames
 
@@ -152,7 +153,7 @@ def oracle(model, features, asked, layer, clips, header=False, causal=True, firs
   ])
   window = state[places]
   q, k, _ = llm.layers[layer].project(window[None])
-  q, k = (np.asarray(rotate(a, jnp.arange(len(window))[None], cfg.llm.rope_theta))[0] for a in (q, k))
+  q, k = (np.asarray(rotate(a, jnp.arange(len(window))[None], cfg.llm))[0] for a in (q, k))
   k = k.repeat(q.shape[1] // k.shape[1], axis=1)
   scores = np.einsum("lhd,shd->hls", q, k) / np.sqrt(q.shape[-1])
   if causal:

@@ -27,7 +27,9 @@ def mesh_on(name):
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
-@pytest.mark.parametrize("length, heads, kv_heads, size, causal", [(2576, 12, 2, 128, True), (6272, 16, 16, 64, False)])
+@pytest.mark.parametrize("length, heads, kv_heads, size, causal", [
+  (2576, 12, 2, 128, True), (6272, 16, 16, 64, False), (1025, 16, 16, 88, False),  # LLM, UMT, InternVideo2
+])
 def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads, size, causal):
   mesh = mesh_on(name)
   array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((4, *shape), dtype, sharding=sharding.batch_sharding(mesh))

@@ -385,7 +385,7 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   config = tiny_run(tmp_path, **{"train.projector_max_frames": 512, "model.dtype": "bfloat16"})
   cfg = VLMConfig(
     vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
-    llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, 1e-6, True, None),
+    llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, None, 1e-6, True, None),
     lp_comp=LPCompConfig("cosine", "suffix", 16),
     clip_frames=8, tokens_per_frame=16, dtype="bfloat16", clips_per_chunk=4, attention="einsum", remat=True,
   )

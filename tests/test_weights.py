@@ -17,13 +17,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from xcomp_jax import export, sharding, weights
-from xcomp_jax.config import ConfigError, LPCompConfig, MeshConfig, ModelConfig
+from xcomp_jax.config import ConfigError, InternVideo2Config, LPCompConfig, MeshConfig, ModelConfig
 from xcomp_jax.data import prompt
+from xcomp_jax.model import vlm
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.weights import CheckpointError
 
 MODEL = ModelConfig(
-  clip_frames=8, dtype="bfloat16", param_dtype="float32", clips_per_chunk=1, attention="auto", remat=False
+  clip_frames=8, yarn="checkpoint", dtype="bfloat16", param_dtype="float32", clips_per_chunk=1, attention="auto", remat=False
 )
 LP_COMP = LPCompConfig(schedule="cosine", keep="suffix", group=16)
 # The official file (FACTS.md 11) of the 2B model: only what decides sizes.
@@ -38,6 +39,7 @@ SEVEN = {
   "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
   "tie_word_embeddings": False, "vocab_size": 152064,
 }
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 TINY = {
   "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 600,
   "num_hidden_layers": 2, "mm_hidden_size": 32,
@@ -95,19 +97,57 @@ def equal(a: dict, b: dict):
     assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
 
 
-@pytest.mark.parametrize(
-  "model, changes",
-  [("2b_448", {}), ("7b_448", SEVEN), ("7b_224", SEVEN | {"mm_vision_tower": "umt-large"})],
-)
-def test_official_tables_map_one_to_one(reference, tmp_path, model, changes):
-  cfg = read_config(configured(tmp_path, **changes))
+HIGH = {"rope_scaling": None, "max_position_embeddings": 1010000, "rope_theta": 1e7, "rms_norm_eps": 1e-5}  # Qwen2.5-7B-Instruct-1M
+RELEASED = {  # variant -> official table, config.json beside CONFIG, image size
+  "Qwen2_5-2B_res448": ("2b_448", {}, 448),
+  "Qwen2-7B_res448": ("7b_448", SEVEN, 448),
+  "Qwen2-7B_res224": ("7b_224", SEVEN | {"mm_vision_tower": "umt-large"}, 224),
+  "Qwen2_5-7B-1M_res224": ("7b_224", SEVEN | HIGH | {"mm_vision_tower": "umt-large"}, 224),
+  "Qwen2_5-7B_InternVideo2-1B": ("7b_internvideo2", SEVEN | {"mm_vision_tower": "internvideo2", "mm_hidden_size": 1408}, 224),
+  "XComp": ("2b_448", {"tokenizer_model_max_length": 131072, "max_position_embeddings": 131072}, 448),
+}
+
+
+@pytest.mark.parametrize("variant", RELEASED)
+def test_every_released_variant_maps_one_to_one_by_init_from_alone(reference, tmp_path, variant):
+  official, changes, size = RELEASED[variant]
+  cfg = read_config(configured(tmp_path, **changes), clip_frames="auto")
   entries = weights.names(cfg)
-  assert {e.name: e.shape for e in entries} == table(reference, model)
-  paths = {path: leaf.shape for path, leaf in weights.parameters(weights.abstract(cfg)).items()}
-  assert {e.path: e.ours for e in entries} == paths
-  assert len(entries) == len(paths)
-  assert cfg.vision.image_size == (224 if model == "7b_224" else 448)
-  assert cfg.vision.table == ("umt" if model == "7b_224" else "umt-hd")
+  assert len({e.name for e in entries}) == len({e.path for e in entries}) == len(entries)
+  assert {e.name: e.shape for e in entries} == table(reference, official)
+  leaves = weights.parameters(weights.abstract(cfg))
+  assert {e.path: e.ours for e in entries} == {path: leaf.shape for path, leaf in leaves.items()}
+  assert cfg.vision.image_size == size
+  assert cfg.clip_frames == (4 if "InternVideo2" in variant else 8)
+  frames = jax.ShapeDtypeStruct((1, 2, cfg.clip_frames, size, size, 3), np.uint8)
+  features = jax.eval_shape(vlm.encode, weights.abstract(cfg), frames)
+  assert features.shape == (1, 2, cfg.clip_tokens, changes.get("mm_hidden_size", 1024))
+  text = jax.ShapeDtypeStruct((1, 16), np.int32)
+  placed = jax.eval_shape(vlm.place, weights.abstract(cfg), features, text, text)
+  assert placed.shape == (1, 32 + 2 * cfg.clip_tokens, cfg.llm.width)
+  known = pathlib.Path(__file__).parents[1] / "configs/OpenGVLab" / f"VideoChat-Flash-{variant}"
+  if variant != "XComp":  # the sizes that `plan` has without a network
+    alike = read_config(known, clip_frames="auto")
+    like = lambda cfg: dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, context=None))
+    assert like(alike) == like(cfg)
+
+
+def test_rope_fields_come_from_config_json(tmp_path):
+  llm = read_config(configured(tmp_path, **SEVEN, **HIGH)).llm
+  assert (llm.rope_theta, llm.norm_eps, llm.context, llm.rope_scaling) == (1e7, 1e-5, 1010000, None)
+
+
+def test_the_internvideo2_tower_has_the_official_sizes(tmp_path):
+  v = read_config(configured(tmp_path, **RELEASED["Qwen2_5-7B_InternVideo2-1B"][1]), clip_frames=4).vision
+  assert v == InternVideo2Config(image_size=224, patch_size=14, width=1408, layers=39, heads=16, mlp_width=6144, frames=4)
+  assert (v.patches, v.tokens(4), v.tokens(1)) == (256, 1025, 257)
+
+
+@pytest.mark.parametrize("wanted", [8, "checkpoint"])
+def test_clips_that_the_internvideo2_tower_does_not_take_are_refused(tmp_path, wanted):
+  changes = RELEASED["Qwen2_5-7B_InternVideo2-1B"][1] | {"mm_local_num_frames": 8}
+  with pytest.raises(ConfigError, match=r"has positions for clips of 4 frames, not of 8: set model\.clip_frames to 4 or auto"):
+    read_config(configured(tmp_path, **changes), clip_frames=wanted)
 
 
 def test_abstract_model_is_the_model(reference, tmp_path):
@@ -116,16 +156,6 @@ def test_abstract_model_is_the_model(reference, tmp_path):
   assert nnx.split(weights.abstract(cfg))[0] == graph
   like = lambda s: {path: (leaf.shape, leaf.dtype) for path, leaf in weights.parameters(s).items()}
   assert like(weights.abstract(cfg)) == like(state)
-
-
-def test_internvideo2_table_maps_llm_and_projector(reference, tmp_path):
-  changes = SEVEN | {"mm_hidden_size": 1408, "mm_vision_tower": "internvideo2"}
-  with pytest.raises(CheckpointError, match="InternVideo2 tower is not supported yet"):
-    read_config(configured(tmp_path, **changes))
-  cfg = read_config(configured(tmp_path, **SEVEN))
-  cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, width=1408))
-  rest = lambda shapes: {n: s for n, s in shapes.items() if not n.startswith("model.vision_tower.")}
-  assert rest({e.name: e.shape for e in weights.names(cfg)}) == rest(table(reference, "7b_internvideo2"))
 
 
 def test_config_of_the_official_2b(tmp_path):
@@ -150,7 +180,11 @@ def test_quirk_q1_clip_length_of_config_json_only_on_request(tmp_path, capsys):
   "changes, message",
   [
     ({"rope_theta": ..., "vocab_size": ...}, r"config\.json lacks vocab_size, rope_theta"),
-    ({"rope_scaling": {"type": "yarn"}}, "rope_scaling .* is not supported"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: type 'linear' is not supported; yarn is"),
+    ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn': must be an object"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling lacks original_max_position_embeddings"),
+    ({"rope_scaling": YARN | {"factor": 0.5}}, r"rope_scaling: factor = 0\.5: must be at least 1"),
+    ({"rope_scaling": YARN | {"mscale": 0.7}}, "rope_scaling: mscale of YaRN not supported"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type 'mlp2x_gelu'"),
     ({"mm_vision_tower": "siglip"}, "mm_vision_tower 'siglip'"),

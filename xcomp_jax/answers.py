@@ -36,7 +36,8 @@ from xcomp_jax.data.video import Sample, VideoError, frames
 from xcomp_jax.files import one_line, write_json
 from xcomp_jax.reader import Reader
 
-FREE = ("checkpoint", "clips_per_chunk")  # settings that may differ when a run goes on; the checkpoint's identity may not
+# Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that "auto" stands for.
+FREE = ("checkpoint", "clips_per_chunk", "clip_frames")
 PACKAGES = ("xcomp_jax", "jax", "jaxlib", "flax", "numpy", "opencv-python-headless", "pillow", "tokenizers")
 
 

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import export, weights
+from xcomp_jax import export, layouts, official, weights
 from xcomp_jax.export import AS_IT_IS, NOT_TUNED
 from xcomp_jax.files import command
 
@@ -32,15 +32,15 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
   rng = np.random.default_rng(0)
   dtype = np.dtype(ml_dtypes.bfloat16)
 
-  def blocks(entry: weights.Entry) -> Iterator[np.ndarray]:
+  def blocks(entry: official.Entry) -> Iterator[np.ndarray]:
     if len(entry.shape) == 1:  # norms near one, so that a forward pass stays finite
       yield np.full(entry.shape, float("norm" in entry.name and entry.name.endswith("weight")), dtype)
       return
-    for start in range(0, entry.shape[0], weights.ROWS):
-      shape = (min(weights.ROWS, entry.shape[0] - start), *entry.shape[1:])
+    for start in range(0, entry.shape[0], layouts.ROWS):
+      shape = (min(layouts.ROWS, entry.shape[0] - start), *entry.shape[1:])
       yield (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
 
-  tensors = [export.Tensor(e.name, e.shape, dtype, lambda e=e: blocks(e)) for e in sorted(weights.names(cfg), key=lambda e: e.name)]
+  tensors = [export.Tensor(e.name, e.shape, dtype, lambda e=e: blocks(e)) for e in sorted(official.names(cfg), key=lambda e: e.name)]
   with export.appearing(out, overwrite=False) as temporary:
     shutil.copyfile(like / "config.json", temporary / "config.json")
     export.copy_tokenizer(temporary, like)

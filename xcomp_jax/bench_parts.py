@@ -32,8 +32,8 @@ from xcomp_jax.sharding import make_mesh
 
 # The official code's own benchmark on a CPU, and its text: 14 tokens before the visual ones and 72 behind.
 MEASURED = LLMConfig(
-  vocab_size=4096, width=512, layers=28, heads=8, kv_heads=2, head_dim=64, mlp_width=1408, rope_theta=1e6, norm_eps=1e-6,
-  tied=True, context=None,
+  vocab_size=4096, width=512, layers=28, heads=8, kv_heads=2, head_dim=64, mlp_width=1408, rope_theta=1e6,
+  rope_scaling=None, norm_eps=1e-6, tied=True, context=None,
 )  # fmt: skip
 TOWER = VisionConfig(image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd")
 PREFIX, TEXT = 14, 72
@@ -73,7 +73,8 @@ def sized(like: str | None, dtype: str, **model) -> VLMConfig:
   Raises:
     CheckpointError: a config.json that is missing or can't be used.
   """
-  values = {"clip_frames": 8, "param_dtype": dtype, "clips_per_chunk": 4, "attention": "auto", "remat": False} | model
+  values = {"clip_frames": 8, "param_dtype": dtype, "clips_per_chunk": 4, "attention": "auto", "remat": False}
+  values |= {"yarn": "checkpoint"} | model
   if like not in (None, "small"):
     return weights.read_config(pathlib.Path(like), ModelConfig(dtype=dtype, **values), COSINE)
   vision, llm = (SMALL_TOWER, SMALL_LLM) if like else (TOWER, MEASURED)

@@ -96,7 +96,7 @@ def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str]
   A hit is any frame of that clip. "uniform" takes clips at equal distances, whatever the question.
   """
   lp_comp = weights.read_lp_comp(checkpoint)
-  model_config = ModelConfig(world.FRAMES, "float32", "float32", 16, "auto", remat=False)
+  model_config = ModelConfig(world.FRAMES, "checkpoint", "float32", "float32", 16, "auto", remat=False)
   cfg = weights.read_config(checkpoint, model_config, lp_comp)
   model, tokenizer = weights.load(checkpoint, cfg), prompt.load_tokenizer(checkpoint)
   settings = {mode: qc_comp.setting(mode, kept) for mode in modes}

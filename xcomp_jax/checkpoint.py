@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xcomp_jax import weights
+from xcomp_jax import layouts
 from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, to_dict
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import Reader
@@ -39,6 +39,7 @@ PLACES = (  # what may differ between the processes of a run
 # What may differ when a run continues: places, pace and reports. All else would make it another run.
 FREE = (
   *PLACES, "format", "heldout", "run.mesh", "run.data.frames_per_device", "run.data.text_per_device",
+  "run.model.clip_frames", "run.model.yarn",  # as resolved they are in vlm
   "run.model.clips_per_chunk", "run.model.attention", "run.model.remat",
   "run.train.log_every", "run.train.eval_every", "run.train.save_every", "run.train.keep_last", "run.train.keep_every",
   "vlm.clips_per_chunk", "vlm.attention", "vlm.remat", "vlm.lp_comp", "vlm.dtype",  # run has these too
@@ -55,7 +56,7 @@ class SaveError(OSError):
 
 def nest(state: Any) -> dict:
   """Leaves of any pytree as nested dicts by path, e.g. {"llm": {"layers": {"0": {"q": {"kernel": ...}}}}}."""
-  return weights.nest({path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)})
+  return layouts.nest({path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)})
 
 
 def unnest(tree: Mapping, like: Any) -> Any:
@@ -209,7 +210,7 @@ def restore(
     damaged[step] = reason or "another process can't read it"
     say(f"warning: checkpoint {place} is damaged and is skipped: {damaged[step]}")
   if damaged:
-    raise weights.CheckpointError(
+    raise layouts.CheckpointError(
       f"none of the checkpoints in {checkpoints.directory} can be read ({', '.join(map(str, damaged))}; see above). Bring "
       "one back from a copy, or set config.workdir to another folder to start afresh"
     )
@@ -326,7 +327,7 @@ def _lacks(place: epath.Path, *items: str) -> str:
 def _config(place: epath.Path, *needed: str) -> dict[str, Any]:
   """What `describe` said; an error if a step's folder lacks that or what else is needed, or is of a later format."""
   if missing := _lacks(place, "config", *needed):
-    raise weights.CheckpointError(f"{place} is damaged: it lacks {missing}; remove it to go on from the one before")
+    raise layouts.CheckpointError(f"{place} is damaged: it lacks {missing}; remove it to go on from the one before")
   saved = ocp.JsonCheckpointHandler().restore(place / "config")
   version = saved.get("format", 1)  # the first ones did not say
   if version > FORMAT:

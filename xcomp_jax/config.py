@@ -21,8 +21,8 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
-  """Sizes of the UMT-L tower (FACTS.md 7)."""
+class TowerConfig:
+  """Sizes that every tower has."""
 
   image_size: int  # pixels, square
   patch_size: int  # pixels
@@ -30,12 +30,44 @@ class VisionConfig:
   layers: int  # blocks that are built: one fewer than the official depth
   heads: int  # also the heads that token merging averages its metric over (FACTS.md 8)
   mlp_width: int
-  table: Literal["umt", "umt-hd"]  # how the fixed position table is resized
 
   @property
   def patches(self) -> int:
     """Patches per frame."""
     return (self.image_size // self.patch_size) ** 2
+
+  def tokens(self, frames: int) -> int:
+    """What a clip's blocks work on."""
+    return frames * self.patches
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+  """The UMT-L tower (FACTS.md 7)."""
+
+  table: Literal["umt", "umt-hd"]  # how the fixed position table is resized
+
+
+@dataclasses.dataclass(frozen=True)
+class InternVideo2Config(TowerConfig):
+  """The InternVideo2 tower (FACTS.md 7)."""
+
+  frames: int  # of a clip: its learned positions are those of so many frames, and of a single image
+
+  def tokens(self, frames: int) -> int:
+    """What a clip's blocks work on: the class token, too."""
+    return 1 + frames * self.patches
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+  """YaRN's stretched rotary positions (`model.rope`); Qwen2.5's rule is factor 4 over 32,768 positions."""
+
+  factor: float
+  positions: int  # that the model was trained on
+  beta_fast: float  # turns within those from which on a frequency stays as it is,
+  beta_slow: float  # and up to which it is divided by the factor
+  attention: float  # what rotated queries and keys are multiplied by ("mscale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +82,7 @@ class LLMConfig:
   head_dim: int
   mlp_width: int
   rope_theta: float
+  rope_scaling: Yarn | None
   norm_eps: float
   tied: bool  # the embedding table is the output head
   context: int | None  # tokens of a prompt, visual ones before compression included; None: not known
@@ -71,7 +104,11 @@ class LPCompConfig:
 class ModelConfig:
   """What a run decides about the model, beside its checkpoint."""
 
-  clip_frames: int | Literal["checkpoint"]  # frames the tower sees together; "checkpoint": config.json's own (quirk Q1)
+  # Frames the tower sees together. "auto": 8 as XComp was trained, or what a tower for clips of one length takes;
+  # "checkpoint": config.json's own (quirk Q1).
+  clip_frames: int | Literal["auto", "checkpoint"]
+  # Stretched positions: (factor, positions trained on); "checkpoint": config.json's own; None: none.
+  yarn: tuple[float, ...] | Literal["checkpoint"] | None
   dtype: Literal["bfloat16", "float32"]  # of the computation
   param_dtype: Literal["bfloat16", "float32"]  # of trained parameters and optimizer state
   clips_per_chunk: int  # clips of a sample in the tower at once; bounds peak memory
@@ -83,7 +120,7 @@ class ModelConfig:
 class VLMConfig:
   """A model that can be built: sizes from the checkpoint, choices from the run."""
 
-  vision: VisionConfig
+  vision: TowerConfig
   llm: LLMConfig
   lp_comp: LPCompConfig
   clip_frames: int
@@ -238,6 +275,9 @@ def to_dict(config) -> dict[str, Any]:
   return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
+YARN = 'must be (factor, positions trained on), both at least 1, as (4.0, 32768); "checkpoint"; or None'
+
+
 def check(config: RunConfig) -> None:
   """Values that no run can have.
 
@@ -253,8 +293,9 @@ def check(config: RunConfig) -> None:
       problems.append(f"config.train.{name} = {getattr(t, name)}: must be at least 1, or None")
   if not (t.vision or t.projector or t.llm):
     problems.append("config.train trains nothing: set one of vision, projector, llm to True")
-  o, d = config.optim, config.data
+  o, d, yarn = config.optim, config.data, config.model.yarn
   rules = [
+    ("model.yarn", yarn in (None, "checkpoint") or (len(yarn) == 2 and min(yarn) >= 1), YARN),
     ("model.clips_per_chunk", config.model.clips_per_chunk >= 1, "must be at least 1"),
     ("lp_comp.group", config.lp_comp.group >= 1, "must be at least 1"),
     ("data.frames_per_device", d.frames_per_device >= 1, "must be at least 1"),

@@ -28,7 +28,7 @@ LOGS = {"mlvu": {"select": 256, "repeat": 2}, "videomme_long": {"select": 512, "
 def preset(name: str, task: str) -> dict[str, Any]:
   """The options that a preset fixes.
 
-  "paper": clips of 8 frames as trained, official QC-Comp, frames and repetitions of Table B (MVBench, which has none: 512,
+  "paper": clips of 8 frames as trained (InternVideo2: 4), official QC-Comp, frames and repetitions of Table B (MVBench, which has none: 512,
   its rule of thumb). The paper does not say how many frames it selects from; here twice as many, at least the 1,024 from
   which the release selects at all.
   "released-logs": what the two logs of the release were made with, as far as can be told: config.json's own clips (quirk Q1),
@@ -41,7 +41,7 @@ def preset(name: str, task: str) -> dict[str, Any]:
   same = {"mode": "official", "min_frames": 128, "fps": 8.0, "max_new_tokens": 16, "temperature": 0.0}
   if name == "paper":
     select = PAPER_FRAMES.get(task, 512)
-    own = {"select": select, "repeat": 2, "max_frames": max(1024, 2 * select), "clip_frames": "8", "repetition_penalty": 1.0}
+    own = {"select": select, "repeat": 2, "max_frames": max(1024, 2 * select), "clip_frames": "auto", "repetition_penalty": 1.0}
   elif name == "released-logs":
     if task not in LOGS:
       raise TaskError(f"the release has no log of {task}, only of {' and '.join(LOGS)}; take --preset paper")

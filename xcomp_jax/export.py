@@ -23,21 +23,21 @@ import jax
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import checkpoint, files, weights
-from xcomp_jax.config import LPCompConfig, ModelConfig, VLMConfig, from_dict, to_dict
+from xcomp_jax import checkpoint, files, layouts, official, weights
+from xcomp_jax.config import LPCompConfig, ModelConfig, VLMConfig, Yarn, from_dict, to_dict
+from xcomp_jax.layouts import CheckpointError
 from xcomp_jax.sharding import path_name
-from xcomp_jax.weights import CheckpointError
 
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
   "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )
 SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
-CODES = {dtype: code for code, dtype in weights.DTYPES.items()}
+CODES = {dtype: code for code, dtype in layouts.DTYPES.items()}
 
 # What `read_config` needs beside the sizes; none of it changes a parameter.
 AS_IT_IS = ModelConfig(
-  clip_frames="checkpoint", dtype="float32", param_dtype="float32", clips_per_chunk=1, attention="auto", remat=False
+  clip_frames="checkpoint", yarn="checkpoint", dtype="float32", param_dtype="float32", clips_per_chunk=1, attention="auto", remat=False
 )
 NOT_TUNED = LPCompConfig(schedule="cosine", keep="none", group=16)
 
@@ -74,7 +74,9 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
   run = saved["run"]
   directory = weights.resolve(init_from or run["init_from"])
   cfg = weights.read_config(directory, AS_IT_IS, from_dict(LPCompConfig, run["lp_comp"], "lp_comp"))
-  cfg = dataclasses.replace(cfg, clip_frames=saved["vlm"]["clip_frames"])
+  yarn = saved["vlm"]["llm"].get("rope_scaling")
+  llm = dataclasses.replace(cfg.llm, rope_scaling=yarn and from_dict(Yarn, yarn, "rope_scaling"))
+  cfg = dataclasses.replace(cfg, llm=llm, clip_frames=saved["vlm"]["clip_frames"])
   # A run may keep what it does not train in a shorter dtype, so that comes from where the run started.
   state = nnx.state(weights.load(directory, cfg))
   is_trained = lambda path: run["train"][path_name(path).split("/")[0]]
@@ -139,7 +141,7 @@ def save_torch(
   Raises:
     CheckpointError: see `check_free`; a directory that can't be written; a broken source.
   """
-  entries, arrays = weights.names(cfg), weights.parameters(model)
+  entries, arrays = official.names(cfg), weights.parameters(model)
   own = weights.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
   tensors = [
     Tensor(e.name, e.shape, own[e.path], lambda e=e: _official(e, arrays[e.path], own[e.path]))
@@ -173,15 +175,15 @@ def save_orbax(
 
   arrays = weights.parameters(model)
   own = weights.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
-  weights.report(pathlib.Path(directory), weights.names(cfg), {path: a.shape for path, a in arrays.items()}, True)
+  layouts.report(pathlib.Path(directory), official.names(cfg), {path: a.shape for path, a in arrays.items()}, True)
   with appearing(directory, overwrite) as temporary:
-    settings = weights.nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
+    settings = layouts.nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-      writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(weights.nest(arrays), save_args=settings))
+      writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(layouts.nest(arrays), save_args=settings))
     _copy_rest(temporary, source, cfg, tuned, dtype)
 
 
-def _official(entry: weights.Entry, array: jax.Array, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _official(entry: official.Entry, array: jax.Array, dtype: np.dtype) -> Iterator[np.ndarray]:
   """The official tensor of our parameter, in blocks of rows."""
   if array.shape != entry.ours:
     raise CheckpointError(f"{entry.path} is {list(array.shape)}, must be {list(entry.ours)}")
@@ -191,8 +193,8 @@ def _official(entry: weights.Entry, array: jax.Array, dtype: np.dtype) -> Iterat
     yield np.ascontiguousarray(ours.reshape(p, p, rgb, width).transpose(3, 2, 0, 1).reshape(entry.shape), dtype)
     return
   rows = ours.T if entry.form == "transpose" else ours
-  for start in range(0, len(rows), weights.ROWS):
-    yield np.ascontiguousarray(rows[start : start + weights.ROWS], dtype)
+  for start in range(0, len(rows), layouts.ROWS):
+    yield np.ascontiguousarray(rows[start : start + layouts.ROWS], dtype)
 
 
 def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES) -> None:
@@ -223,13 +225,15 @@ def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_
   if count > 1:
     total = sum(tensor.bytes for tensor in tensors)
     places = {tensor.name: file for file, shard in zip(names, shards) for tensor in shard}
-    files.write_json(directory / weights.INDEX, {"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+    files.write_json(directory / layouts.INDEX, {"metadata": {"total_size": total}, "weight_map": places}, indent=2)
 
 
 def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tuned: bool, dtype: Any | None) -> None:
   """config.json, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
-  config = weights.read_json(source / "config.json") | {"mm_local_num_frames": cfg.clip_frames}
+  config = layouts.read_json(source / "config.json") | {"mm_local_num_frames": cfg.clip_frames}
+  if weights.read_yarn(f"{source}/config.json: rope_scaling", config.get("rope_scaling")) != cfg.llm.rope_scaling:
+    config["rope_scaling"] = weights.rope_scaling(cfg.llm.rope_scaling)
   if dtype is not None:
     config["torch_dtype"] = np.dtype(dtype).name
   files.write_json(directory / "config.json", config, indent=2)

@@ -54,8 +54,9 @@ def forward_flops(cfg: VLMConfig, batch: Batch) -> dict[str, float]:
   tokens = batch.visual.shape[2] * cfg.tokens_per_frame if frames else batch.visual.shape[2]
 
   v = cfg.vision
-  patches = float(batch.visual.shape[2] * v.patches) if frames else 0.0  # of a clip
-  block = 2 * patches * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 4 * patches**2 * v.width
+  F = batch.visual.shape[2]  # of a clip, as are these:
+  patches, n = (float(F * v.patches), float(v.tokens(F))) if frames else (0.0, 0.0)
+  block = 2 * n * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 4 * n**2 * v.width
   tower = clips.sum() * (2 * patches * v.patch_size**2 * 3 * v.width + v.layers * block)
 
   m = cfg.llm

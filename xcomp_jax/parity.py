@@ -2,7 +2,8 @@
 
   python -m xcomp_jax.parity DIR
 
-DIR has the form that VECTORS.md describes: config.json, weights, and npz files of arrays. Prints a table of
+DIR has the form that VECTORS.md describes: config.json, weights, and npz files of arrays; or vectors.npz and one
+*.safetensors, of an InternVideo2 tower alone; or both, that in a folder internvideo2_tiny. Prints a table of
 stages; exit status 0 only if everything that is there passes. A stage whose arrays are not there is listed as
 absent. Runs in float32 at highest matmul precision; tolerances are those of VECTORS.md.
 
@@ -16,8 +17,7 @@ import functools
 import pathlib
 import re
 import sys
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,145 +25,20 @@ import numpy as np
 from flax import nnx
 
 from xcomp_jax import encode, generate, qc_comp, weights
-from xcomp_jax.config import LPCompConfig, ModelConfig, VisionConfig, VLMConfig
+from xcomp_jax.comparison import Arrays, ParityError, Row, absent, compare, read, show
+from xcomp_jax.config import InternVideo2Config, LPCompConfig, ModelConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, Example, collate
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.files import command
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.decoder import Lengths
-from xcomp_jax.model.merge import match, merge_step, merge_steps, metric
-from xcomp_jax.model.vision import normalise, position_table
 from xcomp_jax.model.vlm import VLM
+from xcomp_jax.parity_tower import frames_of, in_clips, internvideo2, tables, vision
 
-Arrays = Mapping[str, np.ndarray]
-
-VISION = 5e-5  # absolute
 LLM = 1e-4  # absolute
 LOSS = 1e-5  # of the loss
 GRADIENT = (2e-5, 1e-4)  # absolute, or of an array's largest value
 QC_SCORES, QC_CHAT = 1e-5, 1e-3  # of each score
-TIE = 1e-6  # similarities closer than float32 noise are a tie, whose order is unspecified (FACTS.md 8)
-
-
-class ParityError(ValueError):
-  """A directory that can't be compared; the message says which file and why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A line of the table; error and tolerance are those of the array that is nearest to failing."""
-
-  stage: str
-  arrays: int
-  worst: str
-  error: float
-  tolerance: float
-
-  @property
-  def result(self) -> str:
-    """'pass', 'FAIL' or 'absent'."""
-    return "absent" if not self.arrays else "pass" if self.error <= self.tolerance else "FAIL"
-
-
-def compare(stage: str, ours: Mapping, recorded: Arrays, absolute: float = 0.0, relative: float = 0.0) -> Row:
-  """Compares each of our arrays that is recorded under the same name; tolerance 0 means exactly.
-
-  `absolute` or `relative` to an array's largest value, whichever is larger.
-  """
-  rows = []
-  for name in ours.keys() & recorded.keys():
-    a, b = np.asarray(ours[name]), np.asarray(recorded[name])
-    error = np.abs(a.astype(np.float64) - b).max(initial=0) if a.shape == b.shape else np.inf
-    largest = np.abs(b).max(initial=0)
-    rows.append((name, float(np.nan_to_num(error, nan=np.inf)), max(absolute, float(relative * largest))))
-  nearness = lambda row: (row[1] > row[2], row[1] / row[2] if row[2] else row[1])
-  name, error, tolerance = max(rows, key=nearness, default=("", 0.0, 0.0))
-  return Row(stage, len(rows), name, error, tolerance)
-
-
-# --- the stages ------------------------------------------------------------------------------------------------
-
-
-def tables(cfg: VisionConfig, recorded: Arrays, stage: str) -> Row:
-  """Position tables of the real geometries, at any width: whole (1, N, D), or the rows in NAME_rows."""
-  ours = {}
-  for name, array in recorded.items():
-    if found := re.fullmatch(r"(hd|s224)_(8f|4f|img)", name):
-      size, frames = found.groups()
-      image_size, kind = (448, "umt-hd") if size == "hd" else (224, "umt")
-      real = dataclasses.replace(cfg, image_size=image_size, patch_size=16, width=array.shape[-1], table=kind)
-      table = position_table(real, {"8f": 8, "4f": 4, "img": 1}[frames])
-      ours[name] = table[recorded[f"{name}_rows"]] if f"{name}_rows" in recorded else table[None]
-  return compare(stage, ours, recorded, VISION)
-
-
-def frames_of(recorded: Arrays) -> np.ndarray:
-  """uint8[T, S, S, 3]; the files hold them without their enlargement."""
-  n = int(recorded["upsample"])
-  return recorded["frames_lowres_u8"].repeat(n, axis=1).repeat(n, axis=2)
-
-
-def in_clips(frames: np.ndarray, recorded: Arrays) -> np.ndarray:
-  """Cuts frames [T, ...] into clips [C, F, ...] as the recorded outputs were."""
-  outputs = ("patch_embed", "vision_out", "tome_out", "projector_out")
-  count = next((len(recorded[name]) for name in outputs if name in recorded), None)
-  if not count or len(frames) % count:
-    raise ParityError(f"no array of {', '.join(outputs)} says into how many clips {len(frames)} frames go")
-  return frames.reshape(count, -1, *frames.shape[1:])
-
-
-def vision(model: VLM, clips: np.ndarray, recorded: Arrays, label: str) -> tuple[list[Row], jax.Array]:
-  """Position table to projector, for clips [C, F, S, S, 3]; also returns the merged tokens [C, N, D]."""
-  cfg, tower = model.cfg.vision, model.vision
-  frames = clips.shape[1]
-  table = position_table(cfg, frames)
-  ours = {"pos_embed": table[None], "img_pos_embed": position_table(cfg, 1)[None]}
-  rows = [compare(f"{label}: position tables", ours, recorded, VISION)]
-
-  # One clip at a time, as attention matrices of many clips may not fit.
-  each = nnx.jit(lambda module, x: jax.lax.map(lambda clip: module(clip[None])[0], x))
-  embedded = each(tower.patch_embed, clips)
-  pixels = np.moveaxis(normalise(jnp.asarray(clips[0, :1])), -1, 1)
-  ours = {"pixel_values_frame0": pixels, "patch_embed": embedded}
-  rows.append(compare(f"{label}: patch embedding", ours, recorded, VISION))
-
-  x = recorded.get("patch_embed", embedded) + table
-  for i, block in enumerate(tower.blocks):
-    y = each(block, x)
-    rows.append(compare(f"{label}: block {i}", {f"block{i}": y}, recorded, VISION))
-    x = recorded.get(f"block{i}", y)
-
-  ours = {"vision_out": each(tower, clips), "vision_out_image": tower(jnp.asarray(clips[:1, :1]))}
-  rows.append(compare(f"{label}: tower", ours, recorded, VISION))
-
-  x, size = recorded.get("vision_out", ours["vision_out"]), jnp.ones((*ours["vision_out"].shape[:2], 1))
-  steps = merge_steps(x.shape[1], frames * model.cfg.tokens_per_frame)
-  rows.append(compare(f"{label}: merge steps", {"tome_r": np.array(steps)}, recorded))
-  for i, r in enumerate(steps):
-    name, stage = f"tome{i}_", f"{label}: merge {i}"
-    x = jnp.asarray(x)
-    score, partner, order = map(np.asarray, match(x, cfg.heads))
-    merged, merged_size = merge_step(x, jnp.asarray(size), r, cfg.heads)
-    ours = {f"{name}metric": metric(x, cfg.heads), f"{name}node_max": score, f"{name}x": merged}
-    rows.append(compare(f"{stage}, x", ours, recorded, VISION))
-    exact = {f"{name}node_idx": partner, f"{name}size": merged_size}
-    if r < order.shape[1]:  # if all are merged, then their order changes nothing (VECTORS.md)
-      exact[f"{name}order"] = same_ties(order, recorded.get(f"{name}order", order), score)
-    rows.append(compare(f"{stage}, partner, order, size", exact, recorded))
-    x, size = recorded.get(f"{name}x", merged), recorded.get(f"{name}size", merged_size)
-
-  features = nnx.jit(vlm.encode)(model, clips[None])[0]
-  rows.append(compare(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION))
-  rows.append(compare(f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION))
-  return rows, features
-
-
-def same_ties(order: np.ndarray, recorded: np.ndarray, score: np.ndarray) -> np.ndarray:
-  """`order` with the recorded choice wherever that has the same score."""
-  if order.shape != recorded.shape:
-    return order
-  take = lambda o: np.take_along_axis(score, o, axis=-1)
-  return np.where(np.abs(take(order) - take(recorded)) < TIE, recorded, order)
 
 
 @functools.partial(nnx.jit, static_argnames=("prefix", "text", "room"))
@@ -304,9 +179,6 @@ def training(model: VLM, recorded: Arrays) -> list[Row]:
   return rows
 
 
-# --- the command -----------------------------------------------------------------------------------------------
-
-
 def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
   """QC-Comp's scores of every layer in one prefill of given visual tokens, for each recorded cut into windows."""
   prefix, text = slot_of(recorded["input_ids"])
@@ -370,72 +242,50 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
   return [*rows, compare("QC-Comp: answer", {"final_generated": tokens}, recorded)]
 
 
-def read(file: pathlib.Path) -> Arrays:
-  """All arrays of an npz file; none if it is not there.
-
-  Raises:
-    ParityError: a file that can't be read.
-  """
-  if not file.exists():
-    return {}
-  try:
-    with np.load(file) as arrays:
-      return dict(arrays)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise ParityError(f"{file} can't be read: {error}") from error
-
-
 def check(directory: pathlib.Path) -> list[Row]:
   """Every stage of a directory.
 
   Raises:
     ParityError, weights.CheckpointError: a directory whose files can't be read or don't fit together.
   """
-  model_config = ModelConfig(
-    clip_frames="checkpoint", dtype="float32", param_dtype="float32",
-    clips_per_chunk=1, attention="einsum", remat=False,
-  )  # fmt: skip
+  towers = [place for place in (directory, directory / "internvideo2_tiny") if (place / "vectors.npz").exists()]
   with jax.default_matmul_precision("highest"):
-    cfg = weights.read_config(directory, model_config, LPCompConfig("cosine", "suffix", 16))
-    model = weights.load(directory, cfg, dtype=np.float32)
     rows = []
     for name in ("pos_embed_tables.npz", "pos_embed_1024_rows.npz"):
       found = read(directory / name) or read(directory.parent / name)
-      rows.append(tables(cfg.vision, found, name) if found else absent(name))
-    main = read(directory / "vision.npz")
-    features = None
-    if main:
-      frames = frames_of(main)
-      main_rows, features = vision(model, in_clips(frames, main), main, "vision")
-      rows += main_rows
-      for file in sorted(directory.glob("vision_local*.npz")):
-        other = read(file)
-        rows += vision(model, in_clips(frames, other), other, file.stem)[0]
-    else:
-      rows.append(absent("vision.npz"))
-    prompts, samples = read(directory / "llm.npz"), read(directory / "train.npz")
-    rows += llm(model, features, prompts, read(directory / "llm_variants.npz")) if prompts else [absent("llm.npz")]
-    rows += training(model, samples) if samples else [absent("train.npz")]
-    scores, chat = read(directory / "qc_scores.npz"), read(directory / "qc_chat.npz")
-    rows += qc_scores(model, scores) if scores else [absent("qc_scores.npz")]
-    rows += qc_chat(directory, cfg, chat) if chat else [absent("qc_chat.npz")]
-  return rows
+      rows.append(tables(found, name) if found else absent(name))
+    if (directory / "config.json").exists() or not towers:
+      rows += whole_model(directory)
+    for place in towers:
+      rows += internvideo2(place)
+  return rows if towers else [*rows, absent("internvideo2_tiny/vectors.npz")]
 
 
-def absent(file: str) -> Row:
-  """A line for a file that is not there."""
-  return Row(file, 0, "", 0.0, 0.0)
-
-
-def show(rows: Sequence[Row]) -> str:
-  """The table."""
-  width = max(len(row.stage) for row in rows)
-  lines = [f"{'stage':{width}}  arrays  max error  tolerance  result  worst array"]
-  for row in rows:
-    numbers = f"{row.error:9.1e}  {row.tolerance:9.1e}" if row.arrays else f"{'':20}"
-    lines.append(f"{row.stage:{width}}  {row.arrays:6}  {numbers}  {row.result:6}  {row.worst}".rstrip())
-  count = {result: sum(row.result == result for row in rows) for result in ("pass", "FAIL", "absent")}
-  return "\n".join([*lines, f"{count['pass']} stages pass, {count['FAIL']} fail, {count['absent']} absent"])
+def whole_model(directory: pathlib.Path) -> list[Row]:
+  """Every stage of a checkpoint and what is recorded beside it; errors as of `check`."""
+  model_config = ModelConfig(
+    clip_frames="checkpoint", yarn="checkpoint", dtype="float32", param_dtype="float32",
+    clips_per_chunk=1, attention="einsum", remat=False,
+  )  # fmt: skip
+  cfg = weights.read_config(directory, model_config, LPCompConfig("cosine", "suffix", 16))
+  model = weights.load(directory, cfg, dtype=np.float32)
+  rows, features = [], None
+  if main := read(directory / "vision.npz"):
+    if isinstance(cfg.vision, InternVideo2Config):
+      raise ParityError(f"{directory}: vision.npz is recorded of a UMT tower, and config.json names {cfg.vision}")
+    frames = frames_of(main)
+    rows, features = vision(model, in_clips(frames, main), main, "vision")
+    for file in sorted(directory.glob("vision_local*.npz")):
+      other = read(file)
+      rows += vision(model, in_clips(frames, other), other, file.stem)[0]
+  else:
+    rows.append(absent("vision.npz"))
+  prompts, samples = read(directory / "llm.npz"), read(directory / "train.npz")
+  rows += llm(model, features, prompts, read(directory / "llm_variants.npz")) if prompts else [absent("llm.npz")]
+  rows += training(model, samples) if samples else [absent("train.npz")]
+  scores, chat = read(directory / "qc_scores.npz"), read(directory / "qc_chat.npz")
+  rows += qc_scores(model, scores) if scores else [absent("qc_scores.npz")]
+  return rows + (qc_chat(directory, cfg, chat) if chat else [absent("qc_chat.npz")])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

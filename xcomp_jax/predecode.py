@@ -150,7 +150,7 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int) -> Tow
   directory = weights.resolve(checkpoint)
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   lp_comp = LPCompConfig(schedule="cosine", keep="suffix", group=16)  # of the LLM, which is not run
-  model = ModelConfig(settings.clip_frames, dtype, dtype, clips_per_chunk, "auto", remat=False)
+  model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk, "auto", remat=False)
   cfg = weights.read_config(directory, model, lp_comp)
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size

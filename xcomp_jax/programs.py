@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
-from xcomp_jax import cost, generate, metrics, optim, sharding, steps, weights
+from xcomp_jax import cost, generate, metrics, official, optim, sharding, steps, weights
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch, Bucket, batch_spec
@@ -330,7 +330,7 @@ def _numbers(cfg: VLMConfig, name: str) -> int:
   """Parameters that a program computes with, those of the vocabulary aside."""
   parts = {"frames": ("vision", "projector", "llm"), "tower": ("vision",)}.get(name, ("projector", "llm"))
   return sum(
-    math.prod(e.shape) for e in weights.names(cfg) if e.path.split("/")[0] in parts and cfg.llm.vocab_size not in e.shape
+    math.prod(e.shape) for e in official.names(cfg) if e.path.split("/")[0] in parts and cfg.llm.vocab_size not in e.shape
   )
 
 

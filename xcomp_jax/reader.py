@@ -17,6 +17,7 @@ from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
 
 RELEASED = LPCompConfig(schedule="cosine", keep="suffix", group=16)
+TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stretched
 SAMPLED_CLIP = 8  # the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
 
 
@@ -32,6 +33,7 @@ class Settings:
   min_frames: int
   fps: float
   clip_frames: str
+  yarn: float | None
   clips_per_chunk: int
   keep: str | None
   schedule: str | None
@@ -54,7 +56,10 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--max-frames", type=int, default=1024, help="frames, at most")
   add("--min-frames", type=int, default=128, help="frames, at least; a short video's are repeated")
   add("--fps", type=float, default=8.0, help="frames per second, at most")
-  add("--clip-frames", default="8", help='frames the tower sees together; "checkpoint": what config.json says (quirk Q1)')
+  add("--clip-frames", default="auto", help='frames the tower sees together; "auto": 8 as XComp was trained, 4 for InternVideo2; '
+    '"checkpoint": what config.json says (quirk Q1)')
+  add("--yarn", type=float, help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without compression); "
+    "1: not at all; default: as config.json says")
   add("--clips-per-chunk", type=int, default=4, help="clips in the tower at once; bounds memory")
   add("--keep", choices=("suffix", "uniform", "stride", "avgpool", "none", "attention"), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
@@ -201,10 +206,11 @@ def prepare(s: Settings) -> Reader:
   tuned = weights.read_lp_comp(directory) or RELEASED
   lp_comp = LPCompConfig(s.schedule or tuned.schedule, s.keep or tuned.keep, tuned.group)
   dtype = s.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-  clip_frames = s.clip_frames if s.clip_frames == "checkpoint" else int(s.clip_frames)
-  if s.clips_per_chunk < 1 or (clip_frames != "checkpoint" and clip_frames < 1):
-    raise ConfigError("--clips-per-chunk and --clip-frames must be at least 1")
-  cfg = weights.read_config(directory, ModelConfig(clip_frames, dtype, dtype, s.clips_per_chunk, "auto", remat=False), lp_comp)
+  clip_frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
+  if s.clips_per_chunk < 1 or (type(clip_frames) is int and clip_frames < 1) or (s.yarn is not None and s.yarn < 1):
+    raise ConfigError("--clips-per-chunk, --clip-frames and --yarn must be at least 1")
+  yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
+  cfg = weights.read_config(directory, ModelConfig(clip_frames, yarn, dtype, dtype, s.clips_per_chunk, "auto", remat=False), lp_comp)
   tokenizer = weights.read_tokenizer(directory, cfg)
   select = qc_comp.setting(s.mode, s.select, s.repeat) if s.select else None
   if select and lp_comp.keep == "attention":

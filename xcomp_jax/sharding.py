@@ -47,7 +47,9 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"embed/embedding", (None, "embed")),
   (r"((q|k|v)/bias|q_bias|v_bias)", ("heads",)),
   (r"fc1/bias", ("mlp",)),
-  (r"(bias|scale)", ()),
+  (r"(img_)?pos_embed", (None, None, "embed")),  # [1, N, D]
+  (r"cls_token", (None, None, "embed")),
+  (r"(bias|scale|ls1|ls2)", ()),
 )
 
 

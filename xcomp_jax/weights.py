@@ -1,4 +1,4 @@
-"""One table between the official PyTorch names and our parameter paths, used both ways; and checkpoints read with it.
+"""Checkpoints: found, described by their config.json, and loaded.
 
 Two directory layouts are read here, and written by export.py. Both hold config.json (official form) and the tokenizer's files:
   torch  *.safetensors, with model.safetensors.index.json when there are several;
@@ -7,125 +7,48 @@ xcomp.json beside them, if there is one, says which LP-Comp the weights were tun
 """
 
 import contextlib
-import dataclasses
-import functools
-import io
-import json
 import math
-import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
-from xcomp_jax.config import LLMConfig, LPCompConfig, ModelConfig, VisionConfig, VLMConfig, from_dict
+from xcomp_jax.config import (
+  ConfigError,
+  InternVideo2Config,
+  LLMConfig,
+  LPCompConfig,
+  ModelConfig,
+  TowerConfig,
+  VisionConfig,
+  VLMConfig,
+  Yarn,
+  from_dict,
+)
 from xcomp_jax.data import prompt
+from xcomp_jax.layouts import (
+  DTYPES,
+  INDEX,
+  CheckpointError,
+  is_orbax,
+  open_torch,
+  orbax_dtypes,
+  read_json,
+  read_orbax,
+  read_torch,
+  shards,
+)
 from xcomp_jax.model.vlm import VLM
+from xcomp_jax.official import names
 from xcomp_jax.sharding import path_name
 
-INDEX = "model.safetensors.index.json"
 EXTRA = "xcomp.json"
-ROWS = 256  # of a tensor read or written at a time; also what makes a transposed copy stay in cache
-DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-
-
-class CheckpointError(ValueError):
-  """A checkpoint that can't be found, read or written; the message says which file, key or tensor."""
-
-
-# --- the table -------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """One parameter under both names.
-
-  name: the official one. shape: the official one; ours is `ours`.
-  path: ours, as `sharding.path_name` writes it ('llm/layers/0/q/kernel').
-  form: how official becomes ours: 'copy'; 'transpose' [out, in] -> [in, out]; 'patch' [D, 3, 1, p, p] -> [p*p*3, D].
-  """
-
-  name: str
-  path: str
-  form: Literal["copy", "transpose", "patch"]
-  shape: tuple[int, ...]
-
-  @property
-  def ours(self) -> tuple[int, ...]:
-    """Shape of our parameter."""
-    if self.form == "patch":
-      return math.prod(self.shape[1:]), self.shape[0]
-    return self.shape[::-1] if self.form == "transpose" else self.shape
-
-
-def names(cfg: VLMConfig) -> tuple[Entry, ...]:
-  """Every parameter of the model, once (FACTS.md 11)."""
-  v, m = cfg.vision, cfg.llm
-  d, q, kv = m.width, m.heads * m.head_dim, m.kv_heads * m.head_dim
-  rows: list[Entry] = []
-
-  def add(name, path, *shape, form="copy"):
-    rows.append(Entry(name, path, form, shape))
-
-  def linear(name, path, inputs, outputs, bias=True):
-    add(f"{name}.weight", f"{path}/kernel", outputs, inputs, form="transpose")
-    if bias:
-      add(f"{name}.bias", f"{path}/bias", outputs)
-
-  def layer_norm(name, path):
-    add(f"{name}.weight", f"{path}/scale", v.width)
-    add(f"{name}.bias", f"{path}/bias", v.width)
-
-  encoder = "model.vision_tower.vision_tower.encoder"
-  patch = (v.width, 3, 1, v.patch_size, v.patch_size)
-  add(f"{encoder}.patch_embed.proj.weight", "vision/patch_embed/kernel", *patch, form="patch")
-  add(f"{encoder}.patch_embed.proj.bias", "vision/patch_embed/bias", v.width)
-  for i in range(v.layers):
-    name, path = f"{encoder}.blocks.{i}", f"vision/blocks/{i}"
-    layer_norm(f"{name}.norm1", f"{path}/norm1")
-    layer_norm(f"{name}.norm2", f"{path}/norm2")
-    linear(f"{name}.attn.qkv", f"{path}/attn/qkv", v.width, 3 * v.width, bias=False)
-    add(f"{name}.attn.q_bias", f"{path}/attn/q_bias", v.width)
-    add(f"{name}.attn.v_bias", f"{path}/attn/v_bias", v.width)
-    linear(f"{name}.attn.proj", f"{path}/attn/proj", v.width, v.width)
-    linear(f"{name}.mlp.fc1", f"{path}/fc1", v.width, v.mlp_width)
-    linear(f"{name}.mlp.fc2", f"{path}/fc2", v.mlp_width, v.width)
-  layer_norm(f"{encoder}.vision_layernorm", "vision/norm")
-  linear("model.mm_projector.mlp.0", "projector/fc1", v.width, d)
-  linear("model.mm_projector.mlp.2", "projector/fc2", d, d)
-  add("model.embed_tokens.weight", "llm/embed/embedding", m.vocab_size, d)
-  for i in range(m.layers):
-    name, path = f"model.layers.{i}", f"llm/layers/{i}"
-    add(f"{name}.input_layernorm.weight", f"{path}/input_norm/scale", d)
-    add(f"{name}.post_attention_layernorm.weight", f"{path}/post_norm/scale", d)
-    linear(f"{name}.self_attn.q_proj", f"{path}/q", d, q)
-    linear(f"{name}.self_attn.k_proj", f"{path}/k", d, kv)
-    linear(f"{name}.self_attn.v_proj", f"{path}/v", d, kv)
-    linear(f"{name}.self_attn.o_proj", f"{path}/o", q, d, bias=False)
-    linear(f"{name}.mlp.gate_proj", f"{path}/gate", d, m.mlp_width, bias=False)
-    linear(f"{name}.mlp.up_proj", f"{path}/up", d, m.mlp_width, bias=False)
-    linear(f"{name}.mlp.down_proj", f"{path}/down", m.mlp_width, d, bias=False)
-  add("model.norm.weight", "llm/norm/scale", d)
-  if not m.tied:
-    linear("lm_head", "llm/lm_head", d, m.vocab_size, bias=False)
-  return tuple(rows)
-
-
-def parameters(model: nnx.Module | nnx.State) -> dict[str, Any]:
-  """Leaves of a model or its state by path, as in `Entry.path`."""
-  state = model if isinstance(model, nnx.State) else nnx.state(model)
-  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-
-
-# --- finding and describing a checkpoint -----------------------------------------------------------------------
 
 
 def resolve(init_from: str) -> pathlib.Path:
@@ -163,54 +86,35 @@ def resolve(init_from: str) -> pathlib.Path:
 def _whole(directory: pathlib.Path) -> bool:
   """Whether a cached snapshot holds all of its files: a broken download leaves some out."""
   if (directory / INDEX).exists():
-    return all(file.exists() for file in _shards(directory))
-  return (directory / "config.json").exists() and (_is_orbax(directory) or any(directory.glob("*.safetensors")))
+    return all(file.exists() for file in shards(directory))
+  return (directory / "config.json").exists() and (is_orbax(directory) or any(directory.glob("*.safetensors")))
 
 
-def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
-  """The files that the index names."""
-  places = read_json(directory / INDEX, "weight_map")["weight_map"]
-  if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-    raise CheckpointError(f"{directory / INDEX}: weight_map must be an object of tensor names and file names")
-  return sorted({directory / shard for shard in places.values()})
-
-
-def read_json(file: pathlib.Path, *required: str) -> dict[str, Any]:
-  """The object in a JSON file.
-
-  Raises:
-    CheckpointError: no such file, not a JSON object, or keys missing.
-  """
-  if not file.is_file():
-    raise CheckpointError(f"{file.parent} has no {file.name}")
-  try:
-    values = json.loads(file.read_text())
-  except ValueError as error:
-    raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-  if not isinstance(values, dict):
-    raise CheckpointError(f"{file} does not hold a JSON object")
-  missing = [key for key in required if key not in values]
-  if missing:
-    raise CheckpointError(f"{file} lacks {', '.join(missing)}")
-  return values
-
-
-COUNT = "an integer above 0"
+COUNT, ABOVE_0 = "an integer above 0", "a number above 0"
 KINDS = {
   COUNT: lambda v: type(v) is int and v > 0,
   "an integer": lambda v: type(v) is int,
-  "a number above 0": lambda v: type(v) in (int, float) and 0 < v < math.inf,
+  ABOVE_0: lambda v: type(v) in (int, float) and 0 < v < math.inf,
   "true or false": lambda v: type(v) is bool,
   "text": lambda v: type(v) is str,
 }
 SIZES = {  # what config.json must have
   "hidden_size": COUNT, "intermediate_size": COUNT, "num_hidden_layers": COUNT, "num_attention_heads": COUNT,
-  "num_key_value_heads": COUNT, "vocab_size": COUNT, "rope_theta": "a number above 0", "rms_norm_eps": "a number above 0",
+  "num_key_value_heads": COUNT, "vocab_size": COUNT, "rope_theta": ABOVE_0, "rms_norm_eps": ABOVE_0,
   "tie_word_embeddings": "true or false", "mm_vision_tower": "text", "mm_projector_type": "text", "mm_hidden_size": COUNT,
   "mm_local_num_frames": COUNT, "mm_vision_select_layer": "an integer",
 }
 OPTIONAL = ("head_dim", "tokenizer_model_max_length", "max_position_embeddings")
-TINY_VISION = dict.fromkeys(("image_size", "embed_dim", "depth", "heads", "patch_size"), COUNT) | {"mlp_ratio": "a number above 0"}
+TINY_VISION = dict.fromkeys(("image_size", "embed_dim", "depth", "heads", "patch_size"), COUNT) | {"mlp_ratio": ABOVE_0}
+UMT = {"embed_dim": 1024, "depth": 24, "heads": 16, "patch_size": 16, "mlp_ratio": 4}
+TOWERS = {  # the official config.json names a tower; its sizes are in the official code (FACTS.md 7)
+  "umt-hd-large": {"image_size": 448, **UMT},
+  "umt-large": {"image_size": 224, **UMT},
+  "internvideo2": {"image_size": 224, "embed_dim": 1408, "depth": 40, "heads": 16, "patch_size": 14, "mlp_ratio": 48 / 11},
+}
+INTERNVIDEO2_FRAMES = 4  # that its learned positions are for
+CLIP_FRAMES = 8  # that XComp was trained with
+BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, where nothing else is said
 
 
 def _check(where: Any, values: Any, kinds: Mapping[str, str]) -> None:
@@ -233,6 +137,7 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
   Raises:
     CheckpointError: no config.json, keys missing, values of the wrong kind, a run's config, or a model that this
       code can't build.
+    ConfigError: clips of a length that the tower does not take.
   """
   file = pathlib.Path(directory) / "config.json"
   c = read_json(file)
@@ -242,65 +147,129 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
       f"python -m xcomp_jax.export --checkpoint {directory} --format=torch --out DIR"
     )
   _check(file, c, SIZES | {key: COUNT for key in OPTIONAL if c.get(key) is not None})
-  tower = c["mm_vision_tower"]
-  if "internvideo2" in tower.lower():
-    raise CheckpointError(f"{file}: mm_vision_tower {tower}: the InternVideo2 tower is not supported yet")
-  for key, wanted in (("rope_scaling", None), ("use_sliding_window", False), ("hidden_act", "silu")):
+  for key, wanted in (("use_sliding_window", False), ("hidden_act", "silu")):
     if c.get(key, wanted) != wanted:
       raise CheckpointError(f"{file}: {key} = {c[key]!r} is not supported; only {wanted!r} is")
   if c["mm_projector_type"] != "tome16_mlp_hd64":
     raise CheckpointError(f"{file}: mm_projector_type {c['mm_projector_type']!r} is not supported; tome16_mlp_hd64 is")
-  if "tiny_vision" in c:
-    t = c["tiny_vision"]
-    _check(f"{file}: tiny_vision", t, TINY_VISION)
-  elif tower in ("umt-hd-large", "umt-large"):
-    t = {"image_size": 448 if "hd" in tower else 224, "embed_dim": 1024, "depth": 24, "heads": 16, "patch_size": 16, "mlp_ratio": 4}
-  else:
-    raise CheckpointError(f"{file}: mm_vision_tower {tower!r} is not known; umt-hd-large (448 px) and umt-large (224 px) are")
-  if c["mm_hidden_size"] != t["embed_dim"]:
-    raise CheckpointError(f"{file}: mm_hidden_size is {c['mm_hidden_size']}, but tower {tower} is {t['embed_dim']} wide")
-  if not -t["depth"] <= c["mm_vision_select_layer"] < 0:
-    raise CheckpointError(f"{file}: mm_vision_select_layer = {c['mm_vision_select_layer']} must count from the end, as -2 does")
-  if not c.get("head_dim") and c["hidden_size"] % c["num_attention_heads"]:
-    raise CheckpointError(f"{file}: num_attention_heads does not divide hidden_size, and there is no head_dim")
-  own = c["mm_local_num_frames"]
-  clip_frames = own if model.clip_frames == "checkpoint" else model.clip_frames
-  if clip_frames != own:
-    print(
-      f"clips of {clip_frames} frames, not the {own} of {file}; model.clip_frames=checkpoint takes those (quirk Q1)",
-      file=sys.stderr,
-    )
+  tower = _tower(file, c)
   return VLMConfig(
-    vision=VisionConfig(
-      image_size=t["image_size"],
-      patch_size=t["patch_size"],
-      width=t["embed_dim"],
-      layers=t["depth"] + c["mm_vision_select_layer"] + 1,  # blocks behind the selected one are never built
-      heads=t["heads"],
-      mlp_width=int(t["embed_dim"] * t["mlp_ratio"]),
-      table="umt" if t["image_size"] == 224 else "umt-hd",
-    ),
-    llm=LLMConfig(
-      vocab_size=c["vocab_size"],
-      width=c["hidden_size"],
-      layers=c["num_hidden_layers"],
-      heads=c["num_attention_heads"],
-      kv_heads=c["num_key_value_heads"],
-      head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-      mlp_width=c["intermediate_size"],
-      rope_theta=float(c["rope_theta"]),
-      norm_eps=float(c["rms_norm_eps"]),
-      tied=c["tie_word_embeddings"],
-      context=c.get("tokenizer_model_max_length") or c.get("max_position_embeddings"),
-    ),
+    vision=tower,
+    llm=_llm(file, c, model.yarn),
     lp_comp=lp_comp,
-    clip_frames=clip_frames,
+    clip_frames=_clip_frames(file, tower, model.clip_frames, c["mm_local_num_frames"]),
     tokens_per_frame=16,
     dtype=model.dtype,
     clips_per_chunk=model.clips_per_chunk,
     attention=model.attention,
     remat=model.remat,
   )
+
+
+def _tower(file: pathlib.Path, c: Mapping[str, Any]) -> TowerConfig:
+  name = c["mm_vision_tower"]
+  internvideo2 = "internvideo2" in name.lower()  # whatever else a path of weights says
+  if "tiny_vision" in c:
+    t = c["tiny_vision"]
+    _check(f"{file}: tiny_vision", t, TINY_VISION)
+  elif internvideo2 or name in TOWERS:
+    t = TOWERS["internvideo2" if internvideo2 else name]
+  else:
+    known = ", ".join(f"{tower} ({sizes['image_size']} px)" for tower, sizes in TOWERS.items())
+    raise CheckpointError(f"{file}: mm_vision_tower {name!r} is not known; these are: {known}")
+  if c["mm_hidden_size"] != t["embed_dim"]:
+    raise CheckpointError(f"{file}: mm_hidden_size is {c['mm_hidden_size']}, but tower {name} is {t['embed_dim']} wide")
+  if not -t["depth"] <= c["mm_vision_select_layer"] < 0:
+    raise CheckpointError(f"{file}: mm_vision_select_layer = {c['mm_vision_select_layer']} must count from the end, as -2 does")
+  sizes = dict(
+    image_size=t["image_size"],
+    patch_size=t["patch_size"],
+    width=t["embed_dim"],
+    layers=t["depth"] + c["mm_vision_select_layer"] + 1,  # blocks behind the selected one are never built
+    heads=t["heads"],
+    mlp_width=int(t["embed_dim"] * t["mlp_ratio"]),
+  )
+  if internvideo2:
+    return InternVideo2Config(**sizes, frames=INTERNVIDEO2_FRAMES)
+  return VisionConfig(**sizes, table="umt" if t["image_size"] == 224 else "umt-hd")
+
+
+def _clip_frames(file: pathlib.Path, tower: TowerConfig, wanted: int | str, own: int) -> int:
+  """The length of clips, if the tower takes it; own: of config.json."""
+  takes = tower.frames if isinstance(tower, InternVideo2Config) else None
+  frames = own if wanted == "checkpoint" else takes or CLIP_FRAMES if wanted == "auto" else wanted
+  if takes not in (None, frames):
+    raise ConfigError(
+      f"{file}: the InternVideo2 tower has positions for clips of {takes} frames, not of {frames}: set model.clip_frames to "
+      f"{takes} or auto (--clip-frames {takes}; --clip_frames {takes} of predecode, so that the data has such clips)"
+    )
+  if frames != own:
+    print(
+      f"clips of {frames} frames, not the {own} of {file}; model.clip_frames=checkpoint takes those (quirk Q1)", file=sys.stderr
+    )
+  return frames
+
+
+def _llm(file: pathlib.Path, c: Mapping[str, Any], yarn: tuple[float, ...] | str | None) -> LLMConfig:
+  if not c.get("head_dim") and c["hidden_size"] % c["num_attention_heads"]:
+    raise CheckpointError(f"{file}: num_attention_heads does not divide hidden_size, and there is no head_dim")
+  scaling = read_yarn(f"{file}: rope_scaling", c.get("rope_scaling")) if yarn == "checkpoint" else yarn and yarn_of(*yarn)
+  context = c.get("tokenizer_model_max_length") or c.get("max_position_embeddings")
+  return LLMConfig(
+    vocab_size=c["vocab_size"],
+    width=c["hidden_size"],
+    layers=c["num_hidden_layers"],
+    heads=c["num_attention_heads"],
+    kv_heads=c["num_key_value_heads"],
+    head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+    mlp_width=c["intermediate_size"],
+    rope_theta=float(c["rope_theta"]),
+    rope_scaling=scaling,
+    norm_eps=float(c["rms_norm_eps"]),
+    tied=c["tie_word_embeddings"],
+    context=max(context, int(scaling.factor * scaling.positions)) if scaling and context else context,
+  )
+
+
+def yarn_of(factor: float, positions: float, attention: float | None = None, **betas: float) -> Yarn:
+  """YaRN as Qwen2.5 has it; attention None: the square root of what scores gain, 0.1 ln(factor) + 1 (Peng et al. 2023, 3.4)."""
+  gain = 0.1 * math.log(factor) + 1 if attention is None else attention
+  return Yarn(float(factor), int(positions), **{key: float(v) for key, v in (BETAS | betas).items()}, attention=float(gain))
+
+
+def read_yarn(where: str, values: Any) -> Yarn | None:
+  """What `rope_scaling` of a config.json says, in the form of the transformers library.
+
+  Raises:
+    CheckpointError: another kind of scaling, keys missing or unknown, or values of the wrong kind.
+  """
+  if values is None:
+    return None
+  _check(where, values, {})
+  kind = values.get("rope_type", values.get("type"))
+  if kind == "default":
+    return None
+  if kind != "yarn":
+    raise CheckpointError(f"{where}: type {kind!r} is not supported; yarn is, and none at all (null)")
+  optional = [key for key in ("attention_factor", *BETAS) if values.get(key) is not None]
+  _check(where, values, {"factor": ABOVE_0, "original_max_position_embeddings": COUNT} | dict.fromkeys(optional, ABOVE_0))
+  known = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", *BETAS}
+  if other := [key for key in sorted(values.keys() - known) if values[key] is not None]:
+    raise CheckpointError(f"{where}: {', '.join(other)} of YaRN not supported; {', '.join(sorted(known - {'type'}))} are")
+  if values["factor"] < 1:
+    raise CheckpointError(f"{where}: factor = {values['factor']}: must be at least 1")
+  betas = {key: values[key] for key in BETAS if key in optional}
+  return yarn_of(values["factor"], values["original_max_position_embeddings"], values.get("attention_factor"), **betas)
+
+
+def rope_scaling(yarn: Yarn | None) -> dict[str, Any] | None:
+  """The inverse of `read_yarn`."""
+  if yarn is None:
+    return None
+  values = {"type": "yarn", "rope_type": "yarn", "factor": yarn.factor, "original_max_position_embeddings": yarn.positions}
+  if yarn == yarn_of(yarn.factor, yarn.positions):
+    return values
+  return values | {"attention_factor": yarn.attention, "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow}
 
 
 def read_lp_comp(directory: pathlib.Path) -> LPCompConfig | None:
@@ -353,13 +322,16 @@ def stored(directory: pathlib.Path, cfg: VLMConfig) -> dict[str, np.dtype]:
     CheckpointError: a checkpoint that is not this model's (see `load`).
   """
   directory = pathlib.Path(directory)
-  if _is_orbax(directory):
-    return _orbax_dtypes(directory, names(cfg))
-  tensors = _open(directory, names(cfg))
+  if is_orbax(directory):
+    return orbax_dtypes(directory, names(cfg))
+  tensors = open_torch(directory, names(cfg))
   return {e.path: DTYPES[tensors[e.name].dtype] for e in names(cfg)}
 
 
-# --- reading ---------------------------------------------------------------------------------------------------
+def parameters(model: nnx.Module | nnx.State) -> dict[str, Any]:
+  """Leaves of a model or its state by path, as in `Entry.path`."""
+  state = model if isinstance(model, nnx.State) else nnx.state(model)
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def load(
@@ -394,185 +366,8 @@ def load(
   first = SingleDeviceSharding(jax.local_devices()[0])
   wanted = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
   target = lambda path, own: (place.get(path, first), np.dtype(own if wanted(path) is None else wanted(path)))
-  read = _read_orbax if _is_orbax(directory) else _read_torch
+  read = read_orbax if is_orbax(directory) else read_torch
   arrays = read(directory, entries, target)
   return nnx.merge(graph, jax.tree_util.tree_unflatten(tree, [arrays[path] for path in paths]))
 
 
-Target = Callable[[str, np.dtype], tuple[Sharding, np.dtype]]  # (path, stored dtype) -> where to, and as what
-
-
-def report(directory: pathlib.Path, entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]], orbax: bool, problems=()):
-  """Raises one CheckpointError about all differences between what is there and what should be."""
-  wanted = {e.path: e.ours for e in entries} if orbax else {e.name: e.shape for e in entries}
-  missing = [name for name in wanted if name not in found]
-  extra = sorted(found.keys() - wanted.keys())
-  shaped = [
-    f"{name} is {list(found[name])}, must be {list(shape)}"
-    for name, shape in wanted.items()
-    if name in found and tuple(found[name]) != tuple(shape)
-  ]
-  groups = (("missing", missing), ("unexpected", extra), ("of another shape", shaped), ("unreadable", list(problems)))
-  text = "".join(f"\n  {len(group)} {what}: {'; '.join(group)}" for what, group in groups if group)
-  if text:
-    raise CheckpointError(f"{directory} does not hold the model that its config.json describes:{text}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-  """A tensor in a safetensors file: dtype as a safetensors code, and its first byte."""
-
-  file: pathlib.Path
-  offset: int
-  dtype: str
-  shape: tuple[int, ...]
-
-
-def _open(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, _Stored]:
-  """Official name -> tensor of a torch directory, checked against the table; reads headers only."""
-  from safetensors import SafetensorError, safe_open
-
-  index = directory / INDEX
-  files = _shards(directory) if index.exists() else sorted(directory.glob("*.safetensors"))
-  absent = [file.name for file in files if not file.is_file()]
-  if absent:
-    raise CheckpointError(f"{index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")
-  if not files:
-    raise CheckpointError(f"{directory} has neither *.safetensors nor params/ (an Orbax export)")
-  tensors, problems = {}, []
-  for file in files:
-    try:
-      with safe_open(file, "numpy"):  # checks the header against itself and against the file's size
-        pass
-      with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    except (SafetensorError, OSError) as error:
-      raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    problems += [f"{name} is in more than one file" for name in header if name in tensors]
-    for name, it in header.items():
-      tensors[name] = _Stored(file, 8 + length + it["data_offsets"][0], it["dtype"], tuple(it["shape"]))
-  # Rotary tables are buffers that some writers keep; a tied head is the embedding once more (FACTS.md 11).
-  expected = {e.name for e in entries}
-  for name in list(tensors):
-    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
-      del tensors[name]
-  problems += [f"{name} is {it.dtype}, not one of {', '.join(DTYPES)}" for name, it in tensors.items() if it.dtype not in DTYPES]
-  report(directory, entries, {name: it.shape for name, it in tensors.items()}, False, problems)
-  return tensors
-
-
-def _read_torch(directory: pathlib.Path, entries: Sequence[Entry], target: Target) -> dict[str, jax.Array]:
-  tensors = _open(directory, entries)
-  # In the order of the file and by read(), not through a memory map: what lies on a disk or a network comes at its
-  # full rate only in sequence.
-  entries = sorted(entries, key=lambda e: (tensors[e.name].file, tensors[e.name].offset))
-  arrays = {}
-  with contextlib.ExitStack() as stack:
-    pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
-    opened = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in {it.file for it in tensors.values()}}
-    for e in entries:
-      it = tensors[e.name]
-      sharding, dtype = target(e.path, DTYPES[it.dtype])
-      rows = functools.partial(_read_rows, opened[it.file], it)
-      part = functools.partial(_read_slice, rows, e, dtype, pool)
-      arrays[e.path] = jax.make_array_from_callback(e.ours, sharding, part, dtype=dtype)
-      arrays[e.path].block_until_ready()  # else transfers queue up, and host memory with them
-  return arrays
-
-
-def _read_rows(opened: io.FileIO, it: _Stored, start: int, stop: int) -> np.ndarray:
-  """it[start:stop]."""
-  row = math.prod(it.shape[1:]) * DTYPES[it.dtype].itemsize
-  data = os.pread(opened.fileno(), (stop - start) * row, it.offset + start * row)
-  if len(data) != (stop - start) * row:
-    raise CheckpointError(f"{it.file} ended while it was read")
-  return np.frombuffer(data, DTYPES[it.dtype]).reshape(stop - start, *it.shape[1:])
-
-
-def _read_slice(
-  rows: Callable[[int, int], np.ndarray], entry: Entry, dtype: np.dtype, pool: ThreadPoolExecutor, index: tuple[slice, ...]
-) -> np.ndarray:
-  """Our parameter's [index] from its file, read in blocks of rows so that only the result is in memory."""
-  if entry.form == "patch":
-    kernel = rows(0, entry.shape[0])[:, :, 0].transpose(2, 3, 1, 0).reshape(entry.ours)
-    return np.ascontiguousarray(kernel[index], dtype)
-  bounds = [s.indices(n)[:2] for s, n in zip(index, entry.ours)]
-  result = _aligned([stop - start for start, stop in bounds], dtype)
-  turned = entry.form == "transpose"
-  (first, last), *columns = bounds[::-1] if turned else bounds
-  columns = tuple(slice(*c) for c in columns)
-  into = result.T if turned else result
-
-  def copy(start):
-    stop = min(start + ROWS, last)
-    block = rows(start, stop)[:, *columns]
-    if block.dtype == dtype:  # plain integers copy faster than ml_dtypes
-      plain = f"u{dtype.itemsize}"
-      into.view(plain)[start - first : stop - first] = block.view(plain)
-    else:
-      into[start - first : stop - first] = block.astype(dtype)
-
-  list(pool.map(copy, range(first, last, ROWS)))
-  return result
-
-
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-  """An empty array on a 64-byte boundary, which the CPU backend takes over without a copy."""
-  size = math.prod(shape) * dtype.itemsize
-  memory = np.empty(size + 64, np.uint8)
-  start = -memory.ctypes.data % 64
-  return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _is_orbax(directory: pathlib.Path) -> bool:
-  return (directory / "params").is_dir()
-
-
-def _orbax_dtypes(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, np.dtype]:
-  """Path -> stored dtype, checked against the table."""
-  import orbax.checkpoint as ocp
-
-  folder = directory / "params"
-  try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      tree = reader.metadata(folder.absolute()).item_metadata.tree
-  except (ValueError, OSError, KeyError, AttributeError) as error:  # what Orbax raises depends on which file is gone
-    raise CheckpointError(f"{folder} is not an Orbax checkpoint, or a broken one: {error}") from error
-  found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-  report(folder, entries, {path: tuple(leaf.shape) for path, leaf in found.items()}, True)
-  return {path: np.dtype(leaf.dtype) for path, leaf in found.items()}
-
-
-def _read_orbax(directory: pathlib.Path, entries: Sequence[Entry], target: Target) -> dict[str, jax.Array]:
-  import orbax.checkpoint as ocp
-
-  own = _orbax_dtypes(directory, entries)
-  item = {}
-  for e in entries:
-    sharding, dtype = target(e.path, own[e.path])
-    item[e.path] = jax.ShapeDtypeStruct(e.ours, dtype, sharding=sharding)
-  largest = max(math.prod(e.ours) * max(own[e.path].itemsize, item[e.path].dtype.itemsize) for e in entries)
-  # Orbax reads as many arrays at once as it is allowed to; this keeps host memory near the largest of them.
-  handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
-  tree = nest(item)
-  arguments = ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-  try:
-    with ocp.Checkpointer(handler) as reader:
-      tree = reader.restore((directory / "params").absolute(), args=arguments)
-  except (ValueError, OSError, KeyError) as error:
-    raise CheckpointError(f"{directory / 'params'} is a broken Orbax checkpoint: {error}") from error
-  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """{'a/0/b': x} -> {'a': {'0': {'b': x}}}."""
-  tree: dict[str, Any] = {}
-  for path, leaf in flat.items():
-    *parents, last = path.split("/")
-    node = tree
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[last] = leaf
-  return tree

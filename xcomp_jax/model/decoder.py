@@ -19,6 +19,8 @@ from xcomp_jax.config import LPCompConfig, VLMConfig
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import lp_comp
 from xcomp_jax.model.attention import attend, attention_weights, remat
+from xcomp_jax.model.norm import RMSNorm
+from xcomp_jax.model.rope import rotate
 from xcomp_jax.sharding import constrain, parts
 
 MLP_ROWS = 4096  # whose six times as wide middle exists at once in training: 0.07 GB at the 2B sizes
@@ -66,30 +68,6 @@ class Decoded:
   entering: tuple[jax.Array, ...]
 
 
-def rotate(x: Float[Array, "B L H h"], positions: Int[Array, "#B L"], theta: float) -> Float[Array, "B L H h"]:
-  """Rotary embedding, half-split; x [B, L, H, h], positions int32[B or 1, L]; angles in float32."""
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[:, :, None, None] * frequency
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
-class RMSNorm(nnx.Module):
-  """Root-mean-square norm in float32, cast back before the weight is applied (FACTS.md 2)."""
-
-  def __init__(self, width: int, eps: float, dtype, param_dtype):
-    self.scale = nnx.Param(jnp.ones(width, param_dtype))
-    self.eps, self.dtype = eps, dtype
-
-  def __call__(self, x):
-    """[..., D] -> [..., D]."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-    return y.astype(self.dtype) * self.scale[...].astype(self.dtype)
-
-
 class Layer(nnx.Module):
   """One Qwen2 layer."""
 
@@ -122,7 +100,7 @@ class Layer(nnx.Module):
 
   def rotate(self, x, positions):
     """Rotary embedding of x [B, L, H, h] at positions int32[B, L]."""
-    return rotate(x, positions, self.cfg.llm.rope_theta)
+    return rotate(x, positions, self.cfg.llm)
 
   def finish(self, x, attended):
     """Output projection, residuals and MLP; x [B, L, D], attended [B, L, H, h]."""

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from xcomp_jax.config import VisionConfig, VLMConfig
+from xcomp_jax.config import TowerConfig, VisionConfig, VLMConfig
 from xcomp_jax.model.attention import attend, remat
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # FACTS.md 6
@@ -64,6 +64,14 @@ def _cubic_resize(n: int, m: int) -> np.ndarray:
 def normalise(frames: UInt8[Array, "*B 3"]) -> Float[Array, "*B 3"]:
   """Pixels as the tower was trained on (FACTS.md 6), float32."""
   return (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+
+
+def check_sizes(v: TowerConfig) -> None:
+  """Raises a ValueError if frames can't be cut into patches, or the width into heads."""
+  if v.image_size % v.patch_size:
+    raise ValueError(f"image size {v.image_size} is not a multiple of the patch size {v.patch_size}")
+  if v.width % v.heads:
+    raise ValueError(f"tower width {v.width} is not a multiple of its {v.heads} heads")
 
 
 class Attention(nnx.Module):
@@ -126,10 +134,7 @@ class Vision(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     v = cfg.vision
-    if v.image_size % v.patch_size:
-      raise ValueError(f"image size {v.image_size} is not a multiple of the patch size {v.patch_size}")
-    if v.width % v.heads:
-      raise ValueError(f"tower width {v.width} is not a multiple of its {v.heads} heads")
+    check_sizes(v)
     self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
     self.blocks = nnx.List([Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)])
     self.norm = _norm(cfg, 1e-12, rngs, param_dtype)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from xcomp_jax.config import VLMConfig
+from xcomp_jax.config import InternVideo2Config, VLMConfig
 from xcomp_jax.data.batch import IGNORE, Batch
 from xcomp_jax.model import decoder
 from xcomp_jax.model.decoder import Decoder, Lengths
+from xcomp_jax.model.internvideo2 import InternVideo2
 from xcomp_jax.model.merge import Projector, merge
 from xcomp_jax.model.vision import Vision
 from xcomp_jax.sharding import constrain, divides, parts
@@ -25,7 +26,8 @@ class VLM(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     self.cfg = cfg
-    self.vision = Vision(cfg, rngs=rngs, param_dtype=param_dtype)
+    tower = InternVideo2 if isinstance(cfg.vision, InternVideo2Config) else Vision
+    self.vision = tower(cfg, rngs=rngs, param_dtype=param_dtype)
     self.projector = Projector(cfg, rngs=rngs, param_dtype=param_dtype)
     self.llm = Decoder(cfg, rngs=rngs, param_dtype=param_dtype)
 

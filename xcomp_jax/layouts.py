@@ -1,0 +1,254 @@
+"""Tensors of a checkpoint straight from their files into shardings, strictly: safetensors under official names, Orbax under ours."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Sharding
+
+from xcomp_jax.official import Entry
+from xcomp_jax.sharding import path_name
+
+INDEX = "model.safetensors.index.json"
+ROWS = 256  # of a tensor read or written at a time; also what makes a transposed copy stay in cache
+DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that can't be found, read or written; the message says which file, key or tensor."""
+
+
+def shards(directory: pathlib.Path) -> list[pathlib.Path]:
+  """The files that the index names."""
+  places = read_json(directory / INDEX, "weight_map")["weight_map"]
+  if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+    raise CheckpointError(f"{directory / INDEX}: weight_map must be an object of tensor names and file names")
+  return sorted({directory / shard for shard in places.values()})
+
+
+def read_json(file: pathlib.Path, *required: str) -> dict[str, Any]:
+  """The object in a JSON file.
+
+  Raises:
+    CheckpointError: no such file, not a JSON object, or keys missing.
+  """
+  if not file.is_file():
+    raise CheckpointError(f"{file.parent} has no {file.name}")
+  try:
+    values = json.loads(file.read_text())
+  except ValueError as error:
+    raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+  if not isinstance(values, dict):
+    raise CheckpointError(f"{file} does not hold a JSON object")
+  missing = [key for key in required if key not in values]
+  if missing:
+    raise CheckpointError(f"{file} lacks {', '.join(missing)}")
+  return values
+
+
+Target = Callable[[str, np.dtype], tuple[Sharding, np.dtype]]  # (path, stored dtype) -> where to, and as what
+
+
+def report(directory: pathlib.Path, entries: Iterable[Entry], found: Mapping[str, tuple[int, ...]], orbax: bool, problems=(), by="config.json"):
+  """Raises one CheckpointError about all differences between what is there and what should be; by: the file that says so."""
+  wanted = {e.path: e.ours for e in entries} if orbax else {e.name: e.shape for e in entries}
+  missing = [name for name in wanted if name not in found]
+  extra = sorted(found.keys() - wanted.keys())
+  shaped = [
+    f"{name} is {list(found[name])}, must be {list(shape)}"
+    for name, shape in wanted.items()
+    if name in found and tuple(found[name]) != tuple(shape)
+  ]
+  groups = (("missing", missing), ("unexpected", extra), ("of another shape", shaped), ("unreadable", list(problems)))
+  text = "".join(f"\n  {len(group)} {what}: {'; '.join(group)}" for what, group in groups if group)
+  if text:
+    raise CheckpointError(f"{directory} does not hold the model that its {by} describes:{text}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """A tensor in a safetensors file: dtype as a safetensors code, and its first byte."""
+
+  file: pathlib.Path
+  offset: int
+  dtype: str
+  shape: tuple[int, ...]
+
+
+def shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Official name -> shape of what lies in a torch directory, whatever it is.
+
+  Raises:
+    CheckpointError: nothing there, or files that can't be read.
+  """
+  return {name: it.shape for name, it in _headers(directory)[0].items()}
+
+
+def _headers(directory: pathlib.Path) -> tuple[dict[str, _Stored], list[str]]:
+  """Official name -> tensor of a torch directory, and which are there twice."""
+  from safetensors import SafetensorError, safe_open
+
+  index = directory / INDEX
+  files = shards(directory) if index.exists() else sorted(directory.glob("*.safetensors"))
+  absent = [file.name for file in files if not file.is_file()]
+  if absent:
+    raise CheckpointError(f"{index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")
+  if not files:
+    raise CheckpointError(f"{directory} has neither *.safetensors nor params/ (an Orbax export)")
+  tensors, problems = {}, []
+  for file in files:
+    try:
+      with safe_open(file, "numpy"):  # checks the header against itself and against the file's size
+        pass
+      with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    except (SafetensorError, OSError) as error:
+      raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    problems += [f"{name} is in more than one file" for name in header if name in tensors]
+    for name, it in header.items():
+      tensors[name] = _Stored(file, 8 + length + it["data_offsets"][0], it["dtype"], tuple(it["shape"]))
+  return tensors, problems
+
+
+def open_torch(directory: pathlib.Path, entries: Sequence[Entry], by: str = "config.json") -> dict[str, _Stored]:
+  """Official name -> tensor of a torch directory, checked against the table; reads headers only. by: the file that says sizes."""
+  tensors, problems = _headers(directory)
+  # Rotary tables are buffers that some writers keep; a tied head is the embedding once more (FACTS.md 11).
+  expected = {e.name for e in entries}
+  for name in list(tensors):
+    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
+      del tensors[name]
+  problems += [f"{name} is {it.dtype}, not one of {', '.join(DTYPES)}" for name, it in tensors.items() if it.dtype not in DTYPES]
+  report(directory, entries, {name: it.shape for name, it in tensors.items()}, False, problems, by)
+  return tensors
+
+
+def read_torch(directory: pathlib.Path, entries: Sequence[Entry], target: Target, by: str = "config.json") -> dict[str, jax.Array]:
+  """Our parameters by path; arguments of `open_torch`, and where each goes."""
+  tensors = open_torch(directory, entries, by)
+  # In the order of the file and by read(), not through a memory map: what lies on a disk or a network comes at its
+  # full rate only in sequence.
+  entries = sorted(entries, key=lambda e: (tensors[e.name].file, tensors[e.name].offset))
+  arrays = {}
+  with contextlib.ExitStack() as stack:
+    pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
+    opened = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in {it.file for it in tensors.values()}}
+    for e in entries:
+      it = tensors[e.name]
+      sharding, dtype = target(e.path, DTYPES[it.dtype])
+      rows = functools.partial(_read_rows, opened[it.file], it)
+      part = functools.partial(_read_slice, rows, e, dtype, pool)
+      arrays[e.path] = jax.make_array_from_callback(e.ours, sharding, part, dtype=dtype)
+      arrays[e.path].block_until_ready()  # else transfers queue up, and host memory with them
+  return arrays
+
+
+def _read_rows(opened: io.FileIO, it: _Stored, start: int, stop: int) -> np.ndarray:
+  """it[start:stop]."""
+  row = math.prod(it.shape[1:]) * DTYPES[it.dtype].itemsize
+  data = os.pread(opened.fileno(), (stop - start) * row, it.offset + start * row)
+  if len(data) != (stop - start) * row:
+    raise CheckpointError(f"{it.file} ended while it was read")
+  return np.frombuffer(data, DTYPES[it.dtype]).reshape(stop - start, *it.shape[1:])
+
+
+def _read_slice(
+  rows: Callable[[int, int], np.ndarray], entry: Entry, dtype: np.dtype, pool: ThreadPoolExecutor, index: tuple[slice, ...]
+) -> np.ndarray:
+  """Our parameter's [index] from its file, read in blocks of rows so that only the result is in memory."""
+  if entry.form == "patch":
+    kernel = rows(0, entry.shape[0])[:, :, 0].transpose(2, 3, 1, 0).reshape(entry.ours)
+    return np.ascontiguousarray(kernel[index], dtype)
+  bounds = [s.indices(n)[:2] for s, n in zip(index, entry.ours)]
+  result = _aligned([stop - start for start, stop in bounds], dtype)
+  turned = entry.form == "transpose"
+  (first, last), *columns = bounds[::-1] if turned else bounds
+  columns = tuple(slice(*c) for c in columns)
+  into = result.T if turned else result
+
+  def copy(start):
+    stop = min(start + ROWS, last)
+    block = rows(start, stop)[:, *columns]
+    if block.dtype == dtype:  # plain integers copy faster than ml_dtypes
+      plain = f"u{dtype.itemsize}"
+      into.view(plain)[start - first : stop - first] = block.view(plain)
+    else:
+      into[start - first : stop - first] = block.astype(dtype)
+
+  list(pool.map(copy, range(first, last, ROWS)))
+  return result
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """An empty array on a 64-byte boundary, which the CPU backend takes over without a copy."""
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def is_orbax(directory: pathlib.Path) -> bool:
+  """Whether a checkpoint has the Orbax layout."""
+  return (directory / "params").is_dir()
+
+
+def orbax_dtypes(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, np.dtype]:
+  """Path -> stored dtype, checked against the table."""
+  import orbax.checkpoint as ocp
+
+  folder = directory / "params"
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      tree = reader.metadata(folder.absolute()).item_metadata.tree
+  except (ValueError, OSError, KeyError, AttributeError) as error:  # what Orbax raises depends on which file is gone
+    raise CheckpointError(f"{folder} is not an Orbax checkpoint, or a broken one: {error}") from error
+  found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  report(folder, entries, {path: tuple(leaf.shape) for path, leaf in found.items()}, True)
+  return {path: np.dtype(leaf.dtype) for path, leaf in found.items()}
+
+
+def read_orbax(directory: pathlib.Path, entries: Sequence[Entry], target: Target) -> dict[str, jax.Array]:
+  """Likewise of an Orbax directory."""
+  import orbax.checkpoint as ocp
+
+  own = orbax_dtypes(directory, entries)
+  item = {}
+  for e in entries:
+    sharding, dtype = target(e.path, own[e.path])
+    item[e.path] = jax.ShapeDtypeStruct(e.ours, dtype, sharding=sharding)
+  largest = max(math.prod(e.ours) * max(own[e.path].itemsize, item[e.path].dtype.itemsize) for e in entries)
+  # Orbax reads as many arrays at once as it is allowed to; this keeps host memory near the largest of them.
+  handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
+  tree = nest(item)
+  arguments = ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+  try:
+    with ocp.Checkpointer(handler) as reader:
+      tree = reader.restore((directory / "params").absolute(), args=arguments)
+  except (ValueError, OSError, KeyError) as error:
+    raise CheckpointError(f"{directory / 'params'} is a broken Orbax checkpoint: {error}") from error
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """{'a/0/b': x} -> {'a': {'0': {'b': x}}}."""
+  tree: dict[str, Any] = {}
+  for path, leaf in flat.items():
+    *parents, last = path.split("/")
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = leaf
+  return tree

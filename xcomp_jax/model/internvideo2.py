@@ -1,0 +1,112 @@
+"""The InternVideo2 clip encoder (FACTS.md 7): learned positions, a class token, and norms that are RMS."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from xcomp_jax.config import VLMConfig
+from xcomp_jax.model.attention import attend, remat
+from xcomp_jax.model.norm import RMSNorm
+from xcomp_jax.model.vision import PatchEmbed, check_sizes
+
+EPS = 1e-6  # of all norms
+LAYER_SCALE = 1e-5  # that a tower begins with
+
+
+def position_start(width: int, frames: int, grid: int) -> np.ndarray:
+  """What learned positions begin with: float32[1, 1 + F*P, D], order (class token, frame, row, column).
+
+  A quarter of the channels tells the frame, the rest column and row; each sines, then cosines. The class token has zeros.
+  """
+
+  def wave(index, channels):
+    angle = index.reshape(-1, 1) / 10000.0 ** (np.arange(channels // 2) / (channels // 2))
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+  time, row, column = np.indices((frames, grid, grid))
+  space = width // 4 * 3 // 2
+  table = np.concatenate([wave(time, width // 4), wave(column, space), wave(row, space)], axis=1)
+  return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
+
+
+class Attention(nnx.Module):
+  """Self-attention over all tokens of a clip; queries and keys are normalised before they are cut into heads."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    width, dtype = cfg.vision.width, jnp.dtype(cfg.dtype)
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.qkv = nnx.Linear(width, 3 * width, use_bias=False, **kinds)
+    self.q_norm, self.k_norm = (RMSNorm(width, EPS, dtype, param_dtype) for _ in range(2))
+    self.proj = nnx.Linear(width, width, **kinds)
+    self.heads = cfg.vision.heads
+    self.implementation = cfg.attention
+
+  def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
+    q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+    split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
+    q, k = split(self.q_norm(q)), split(self.k_norm(k))
+    return self.proj(attend(q, k, split(v), causal=False, implementation=self.implementation).reshape(x.shape))
+
+
+class Block(nnx.Module):
+  """A pre-norm transformer block; what it adds is scaled per channel."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    v, dtype = cfg.vision, jnp.dtype(cfg.dtype)
+    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    self.norm1, self.norm2 = (RMSNorm(v.width, EPS, dtype, param_dtype) for _ in range(2))
+    self.attn = Attention(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.fc1 = nnx.Linear(v.width, v.mlp_width, **kinds)
+    self.fc2 = nnx.Linear(v.mlp_width, v.width, **kinds)
+    self.ls1, self.ls2 = (nnx.Param(jnp.full(v.width, LAYER_SCALE, param_dtype)) for _ in range(2))
+
+  def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
+    scaled = lambda y, scale: (y.astype(jnp.float32) * scale[...].astype(jnp.float32)).astype(y.dtype)
+    x = x + scaled(self.attn(self.norm1(x)), self.ls1)
+    y = self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
+    return x + scaled(y, self.ls2)
+
+
+class InternVideo2(nnx.Module):
+  """The tower, for clips of `cfg.vision.frames` frames and for single images."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    v = cfg.vision
+    check_sizes(v)
+    start = lambda frames: position_start(v.width, frames, v.image_size // v.patch_size).astype(param_dtype)
+    self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.cls_token = nnx.Param(jnp.zeros((1, 1, v.width), param_dtype))
+    self.pos_embed = nnx.Param(jnp.asarray(start(v.frames)))
+    self.img_pos_embed = nnx.Param(jnp.asarray(start(1)))
+    self.blocks = nnx.List([Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)])
+    self.cfg = cfg
+
+  def embed(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C M D"]:
+    """The class token and patch features, with their positions, in the compute dtype; M = 1 + F*P.
+
+    Raises:
+      ValueError: clips of another length than the positions are for.
+    """
+    length = frames.shape[1]
+    if length not in (1, self.cfg.vision.frames):
+      raise ValueError(f"the InternVideo2 tower takes clips of {self.cfg.vision.frames} frames, or single images, not clips of {length}")
+    x = self.patch_embed(frames)
+    first = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+    positions = self.img_pos_embed if length == 1 else self.pos_embed
+    return jnp.concatenate([first, x], axis=1) + positions[...].astype(x.dtype)
+
+  def with_class_token(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C M D"]:
+    """What the last block gives, M = 1 + F*P; there is no norm behind it."""
+    x = self.embed(frames)
+    for block in self.blocks:
+      x = remat(block.__call__)(x) if self.cfg.remat else block(x)
+    return x
+
+  def __call__(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C N D"]:
+    """Clips of frames to features of their patches in the compute dtype, tokens in order (frame, row, column).
+
+    Frames of a clip see each other, clips don't. F = 1 is the single-image path.
+    """
+    return self.with_class_token(frames)[:, 1:]
