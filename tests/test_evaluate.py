@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from xcomp_jax import answers, ask, encode, evaluate, generate, tasks
+from xcomp_jax import answers, ask, encode, evaluate, tasks
+from xcomp_jax.chat import Chat
 from xcomp_jax.reader import prepare, settings
 from xcomp_jax.tasks import TASKS
 
@@ -92,22 +93,22 @@ def test_answers_are_those_of_ask_and_every_video_is_encoded_once(go, checkpoint
 
 def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, monkeypatch, capsys):
   go(tmp_path / "whole")
-  asked, whole = [], generate.Chat.ask
+  asked, whole = [], Chat.ask_apart
 
-  def stop(self, question, **k):
+  def stop(self, questions):
     if len(asked) == 2:
       raise KeyboardInterrupt
-    asked.append(question)
-    return whole(self, question, **k)
+    asked.extend(questions)
+    return whole(self, questions)
 
-  monkeypatch.setattr(generate.Chat, "ask", stop)
+  monkeypatch.setattr(Chat, "ask_apart", stop)
   with pytest.raises(SystemExit) as stopped:
     go(tmp_path / "out")
   assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err
   file = tmp_path / "out" / "answers-0-of-1.jsonl"
   file.write_text(file.read_text() + '{"key": "half a li')  # as a kill leaves it
   assert not (tmp_path / "out" / "results.json").exists()
-  monkeypatch.setattr(generate.Chat, "ask", lambda self, q, **k: asked.append(q) or whole(self, q, **k))
+  monkeypatch.setattr(Chat, "ask_apart", lambda self, q: asked.extend(q) or whole(self, q))
   go(tmp_path / "out")
   assert len(asked) == 6
   key = lambda out: [(line["id"], line["answer"], line["ranges"]) for line in lines(out)]

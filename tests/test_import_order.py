@@ -12,7 +12,7 @@ ORDER = """
 config files sharding hosts
 data.batch data.video data.prompt data.store data.mixture data.shards data.check data.blend data.pipeline
 model.attention model.vision model.merge model.lp_comp model.decoder model.vlm
-qc_comp encode generate report weights reader answers tasks optim checkpoint metrics cost
+qc_comp encode generate chat report weights reader answers tasks optim checkpoint metrics cost
 steps programs train predecode ask evaluate lmms_tasks lmms_plugin export parity world needles plan
 bench_load bench_data bench_parts bench bench_scaling bench_qc demo
 """.split()

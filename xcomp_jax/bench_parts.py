@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import cost, generate, metrics, optim, qc_comp, steps, weights
+from xcomp_jax import chat, cost, generate, metrics, optim, qc_comp, steps, weights
 from xcomp_jax.config import (
   LLMConfig,
   LPCompConfig,
@@ -176,7 +176,7 @@ def asked_tokens() -> Prompt:
 def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting, rows: int) -> tuple[Callable, Callable]:
   """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
   question, clips = asked_tokens(), plan.frames // 8
-  asked = qc_comp.from_prompt(question, setting, generate.SCORE_STEP)
+  asked = qc_comp.together([qc_comp.from_prompt(question, setting, chat.SCORE_STEP)])
 
   def watch(state, features):
     model = nnx.merge(graph, state)
