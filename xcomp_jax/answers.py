@@ -176,12 +176,17 @@ class Answers:
 
   def __exit__(self, *_) -> None:
     """Gives the file back."""
-    self._opened.close()
+    with contextlib.suppress(OSError):  # of a disk that is full, which `add` has told
+      self._opened.close()
 
   def _write(self, line: dict[str, Any]) -> None:
-    self._opened.write(json.dumps(line, ensure_ascii=False) + "\n")
-    self._opened.flush()
-    os.fsync(self._opened.fileno())
+    try:
+      self._opened.write(json.dumps(line, ensure_ascii=False) + "\n")
+      self._opened.flush()
+      os.fsync(self._opened.fileno())
+    except OSError as error:
+      why = error.strerror or error
+      raise OSError(f"{self._file} can't be written: {why}; what is in it stays, and the same command continues") from error
 
   def add(self, line: dict[str, Any]) -> None:
     """Puts a line on disk."""
@@ -282,8 +287,9 @@ def run(
             for line in lines:
               with lock:
                 answers.add(line)
-              if "error" in line:
-                bar.write(f"{line['video']}: {line['error']}", file=sys.stderr)
+            errors = collections.Counter(line["error"] for line in lines if "error" in line)
+            for error, n in errors.items():
+              bar.write(f"{lines[0]['video']}: {n} question{'s' * (n > 1)} failed: {error}", file=sys.stderr)
             bar.update(len(lines))
             if stopped.is_set():
               return
