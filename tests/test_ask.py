@@ -16,6 +16,7 @@ from flax import nnx
 from PIL import Image
 
 from xcomp_jax import ask, encode, generate, qc_comp, weights
+from xcomp_jax import chat as chats
 from xcomp_jax.config import ModelConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model import vlm
@@ -148,7 +149,7 @@ def test_official_mode_answers_from_torn_clips_and_from_its_file(checkpoint, fil
   file, again = tmp_path / "film.npz", []
   encode_clips = encode.encode_clips
   count = lambda model, clips: (again.append(1) or clip for clip in encode_clips(model, clips))
-  monkeypatch.setattr(generate, "encode_clips", count)
+  monkeypatch.setattr(chats, "encode_clips", count)
   text = "Which colour does it have, and where does it go after that, up or down?"  # longer than the bias of 27
   run(checkpoint, film, *OFFICIAL, "--repeat=8", "--question", text, "--encoded", str(file))
   answered = answers(capsys)
@@ -262,9 +263,9 @@ def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch
   video = encode.EncodedVideo({0: np.zeros((256, 64, 32))}, np.arange(1024) / 8, 128.0, np.zeros((256, 96, 96, 3)), None, "", "")
   cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), weights.read_lp_comp(checkpoint))
   model = weights.load(checkpoint, cfg)
-  monkeypatch.setattr(generate, "select", lambda m, v, q, c, **k: asked.append((q, c)) or generate.Selection(np.arange(8), None, ""))
-  monkeypatch.setattr(generate, "stream", lambda *a: iter([np.array([[5, 6]])]))
-  chat = generate.Chat(model, prompt.load_tokenizer(checkpoint), video, select=qc_comp.setting("official", 8), sampling=generate.Sampling(2, ()))
+  monkeypatch.setattr(chats, "select", lambda m, v, q, c, **k: asked.append((q[0], c)) or [chats.Selection(np.arange(8), None, "")])
+  monkeypatch.setattr(chats, "stream", lambda *a: iter([np.array([[5, 6]])]))
+  chat = chats.Chat(model, prompt.load_tokenizer(checkpoint), video, select=qc_comp.setting("official", 8), sampling=generate.Sampling(2, ()))
   for question in ("Which colour is it, and where does it go?", "And then?"):
     chat.ask(question)
   (_, first), (later, second) = asked

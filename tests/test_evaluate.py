@@ -10,7 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from xcomp_jax import answers, ask, encode, evaluate, generate, tasks
+from xcomp_jax import answers, ask, encode, evaluate, tasks
+from xcomp_jax.chat import Chat
+from xcomp_jax.config import ConfigError
 from xcomp_jax.reader import prepare, settings
 from xcomp_jax.tasks import TASKS
 
@@ -92,22 +94,22 @@ def test_answers_are_those_of_ask_and_every_video_is_encoded_once(go, checkpoint
 
 def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, monkeypatch, capsys):
   go(tmp_path / "whole")
-  asked, whole = [], generate.Chat.ask
+  asked, whole = [], Chat.ask_apart
 
-  def stop(self, question, **k):
+  def stop(self, questions):
     if len(asked) == 2:
       raise KeyboardInterrupt
-    asked.append(question)
-    return whole(self, question, **k)
+    asked.extend(questions)
+    return whole(self, questions)
 
-  monkeypatch.setattr(generate.Chat, "ask", stop)
+  monkeypatch.setattr(Chat, "ask_apart", stop)
   with pytest.raises(SystemExit) as stopped:
     go(tmp_path / "out")
   assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err
   file = tmp_path / "out" / "answers-0-of-1.jsonl"
   file.write_text(file.read_text() + '{"key": "half a li')  # as a kill leaves it
   assert not (tmp_path / "out" / "results.json").exists()
-  monkeypatch.setattr(generate.Chat, "ask", lambda self, q, **k: asked.append(q) or whole(self, q, **k))
+  monkeypatch.setattr(Chat, "ask_apart", lambda self, q: asked.extend(q) or whole(self, q))
   go(tmp_path / "out")
   assert len(asked) == 6
   key = lambda out: [(line["id"], line["answer"], line["ranges"]) for line in lines(out)]
@@ -171,6 +173,50 @@ def test_a_folder_of_other_answers_is_refused(go, tmp_path, capsys):
   refused(capsys, "is not what an evaluation writes", lambda: go(tmp_path / "out"))
 
 
+def test_a_full_disk_is_named_and_loses_nothing(go, tmp_path, capsys, monkeypatch):
+  add, out = answers.Answers.add, tmp_path / "out"
+
+  def full(self, line):
+    if len(self.lines) == 2:
+      self._opened.close()
+      self._opened = open("/dev/full", "a")
+    add(self, line)
+
+  monkeypatch.setattr(answers.Answers, "add", full)
+  refused(capsys, "No space left on device; what is in it stays", lambda: go(out))
+  assert (out / "answers-0-of-1.jsonl").read_text().count('"answer"') == 2 and not (out / "results.json").exists()
+  monkeypatch.setattr(answers.Answers, "add", add)
+  go(out)
+  assert results(out)["score"]["counts"]["questions"] == 6 and (out / "answers-0-of-1.jsonl").read_text().count('"answer"') == 6
+
+
+@pytest.mark.slow
+def test_batches_give_the_same_and_are_on_record(go, tmp_path, monkeypatch):
+  go(tmp_path / "one")
+  sizes, whole = [], Chat.ask_apart
+  monkeypatch.setattr(Chat, "ask_apart", lambda self, q: sizes.append(len(q)) or whole(self, q))
+  go(tmp_path / "two", "--batch=2")
+  assert sizes == [2, 1, 2, 1]
+  assert [line["answer"] for line in lines(tmp_path / "two")] == [line["answer"] for line in lines(tmp_path / "one")]
+  assert results(tmp_path / "two")["score"] == results(tmp_path / "one")["score"]
+  assert results(tmp_path / "two")["sessions"][0]["batch"] == 2
+  go(tmp_path / "two", "--batch=3")  # a batch is no setting that answers depend on
+
+
+def test_a_question_that_is_too_long_costs_itself_alone(go, tmp_path, capsys, monkeypatch):
+  whole, seen = Chat.check, []
+
+  def check(self, question):
+    seen.append(question)
+    if len(seen) == 2:
+      raise ConfigError("too long for the model")
+    whole(self, question)
+
+  monkeypatch.setattr(Chat, "check", check)
+  go(tmp_path / "out", "--batch=2")
+  assert results(tmp_path / "out")["score"]["counts"]["failed"] == 1 and "1 question failed" in capsys.readouterr().err
+
+
 def test_bad_arguments_end_in_one_line(go, tmp_path, capsys):
   refused(capsys, "--share 2/2", lambda: go(tmp_path / "a", "--share=2/2"))
   refused(capsys, "is no folder", lambda: go(tmp_path / "a", videos=tmp_path / "nowhere"))
@@ -179,6 +225,7 @@ def test_bad_arguments_end_in_one_line(go, tmp_path, capsys):
   refused(capsys, "a divisor", lambda: go(tmp_path / "b", "--clip-frames=3"))
   refused(capsys, "no log of lvbench", lambda: go(tmp_path / "a", "--preset=released-logs"))
   refused(capsys, "--limit 0", lambda: go(tmp_path / "a", "--limit=0"))
+  refused(capsys, "--batch 0", lambda: go(tmp_path / "a", "--batch=0"))
 
 
 def test_a_second_process_on_the_same_share_is_refused(go, checkpoint, tmp_path, capsys):

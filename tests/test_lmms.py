@@ -42,7 +42,7 @@ def harness(root, out, processes=1, tasks="xcomp_letters", folder=None):
   args = ",".join(f"{key}={value}" for key, value in ({"checkpoint": CHECKPOINT, "out": out / "answers", "preset": "none"} | SETTINGS).items())
   return [
     *start, "--model", "xcomp_jax", "--model_args", args, "--tasks", tasks, "--include_path", str(folder or root / "tasks"),
-    "--log_samples", "--output_path", str(out),
+    "--log_samples", "--output_path", str(out), "--batch_size", "2",
   ]  # fmt: skip
 
 
@@ -80,8 +80,10 @@ def test_killed_in_the_middle_and_continued_it_has_the_answers_of_evaluate_and_a
   assert own["score"]["counts"]["failed"] == QUESTIONS  # of the damaged video, which stopped nothing
   mine = [json.loads(line) for line in (task / "own" / "samples.jsonl").read_text().splitlines()]
   assert given == {line["id"]: line.get("answer", lmms_tasks.FAILED) for line in mine}
-  failed = json.loads((tmp_path / "answers" / "xcomp_letters" / "failed.json").read_text())
-  assert [(pathlib.Path(f["video"]).name, f["questions"]) for f in failed] == [("00003.mp4", QUESTIONS)]
+  made = json.loads((tmp_path / "answers" / "xcomp_letters" / "run.json").read_text())
+  assert [(pathlib.Path(f["video"]).name, f["questions"]) for f in made["failed"]] == [("00003.mp4", QUESTIONS)]
+  assert made["made_with"]["identity"] == own["made_with"]["identity"] and made["made_with"]["settings"] == own["made_with"]["settings"]
+  assert len(made["sessions"]) == 2 and made["sessions"][1]["versions"]["jax"] and made["sessions"][1]["batch"] == 2
   first = [line for line in lines if line["micro"]["path"] == lines[0]["micro"]["path"]]
   capsys.readouterr()
   ask.main([
@@ -90,8 +92,6 @@ def test_killed_in_the_middle_and_continued_it_has_the_answers_of_evaluate_and_a
   ])  # fmt: skip
   asked = [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
   assert asked == [line["filtered_resps"] for line in first]
-  made = json.loads((tmp_path / "answers" / "xcomp_letters" / "settings.json").read_text())
-  assert made["identity"] == own["made_with"]["identity"] and made["settings"] == own["made_with"]["settings"]
 
 
 def test_two_processes_share_the_videos(task, env, tmp_path):

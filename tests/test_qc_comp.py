@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax import generate, qc_comp
+from xcomp_jax import chat, qc_comp
 from xcomp_jax.config import ConfigError, LPCompConfig
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.encode import EncodedVideo
@@ -169,7 +169,7 @@ def oracle(model, features, asked, layer, clips, header=False, causal=True, firs
 def test_scores_are_the_attention_of_a_full_map(model, mode):
   video, asked, cfg = film(80), question(), setting(mode)
   plan = qc_comp.plan(80, 4, cfg)
-  got = generate.score_rounds(model, video, asked, plan, cfg)
+  got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
   layers = qc_comp.scored_layers(cfg, 4)
   assert got.shape == (len(plan.starts), len(layers), *plan.windows.shape)
   for r, w in {(0, 0), (len(plan.starts) - 1, len(plan.windows) - 1)}:
@@ -185,7 +185,7 @@ def test_official_rounds_go_on_at_the_first_frame(model):
   cfg, asked = dataclasses.replace(qc_comp.setting("official", 8), **SETTING), question(length=40)
   video = film(1024)
   plan = qc_comp.plan(1024, 4, cfg)
-  got = generate.score_rounds(model, video, asked, plan, cfg)
+  got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
   last = int(np.flatnonzero(plan.starts + plan.frames > 1024)[0])
   layers = qc_comp.scored_layers(cfg, 4)
   clips = (plan.starts[last] // 4 + np.arange(plan.frames // 4)) % 256
@@ -202,9 +202,9 @@ def test_questions_and_videos_of_few_lengths_compile_few_programs(tiny):
   cfg = setting("aligned")
   with Compilations("watch", "score") as compilations:
     for frames, length in ((84, 9), (88, 12), (96, 14)):  # 21 to 24 clips, texts of up to 16
-      generate.select(model, film(frames), question(length=length), cfg)
+      chat.select(model, film(frames), [question(length=length)], cfg)
     assert compilations.count == {"watch": 1, "score": 1}
-    generate.select(model, film(500), question(length=30), cfg)
+    chat.select(model, film(500), [question(length=30)], cfg)
   assert compilations.count == {"watch": 1, "score": 2}
 
 
@@ -215,7 +215,7 @@ def test_a_follow_up_is_scored_by_its_own_question_after_all_that_was_said(model
   cfg = dataclasses.replace(qc_comp.setting("official", 8), **SETTING, bias=None) if official else setting(mode)
   video, asked = film(1024 if official else 64), question(length=60, start=45)
   plan = qc_comp.plan(len(video.times), 4, cfg)
-  got = generate.score_rounds(model, video, asked, plan, cfg)
+  got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
   clips = plan.frames // 4
   inside = (plan.windows[0][:, None] * (plan.unit // 4) + np.arange(plan.unit // 4)).ravel()
   layer = qc_comp.scored_layers(cfg, 4)[-1]
@@ -226,7 +226,7 @@ def test_a_follow_up_is_scored_by_its_own_question_after_all_that_was_said(model
 def test_without_a_causal_mask_all_shown_text_is_seen(model):
   video, asked = film(32), question()
   cfg = setting("aligned", causal=False)
-  got = generate.score_rounds(model, video, asked, qc_comp.plan(32, 4, cfg), cfg)
+  got = chat.score_rounds(model, video, [asked], qc_comp.plan(32, 4, cfg), cfg)[0]
   expected = oracle(model, video.features[0], asked, 3, range(8), causal=False)
   np.testing.assert_allclose(got[0, -1, 0], expected, rtol=2e-5)
 
@@ -235,23 +235,23 @@ def test_without_a_causal_mask_all_shown_text_is_seen(model):
 def test_other_rules_of_keeping_are_scored_too(tiny, keep):
   model = vlm.VLM(tiny(clip_frames=4, lp_comp=LPCompConfig((8, 4, 2, 1), keep, 16)), rngs=nnx.Rngs(0))
   video, asked, cfg = film(32), question(), setting("aligned")
-  got = generate.score_rounds(model, video, asked, qc_comp.plan(32, 4, cfg), cfg)
+  got = chat.score_rounds(model, video, [asked], qc_comp.plan(32, 4, cfg), cfg)[0]
   np.testing.assert_allclose(got[0, -1, 0], oracle(model, video.features[0], asked, 3, range(8)), rtol=2e-5)
 
 
 def test_attention_ranked_keeping_is_refused(tiny):
   model = vlm.VLM(tiny(clip_frames=4, lp_comp=LPCompConfig("cosine", "attention", 16)), rngs=nnx.Rngs(0))
   with pytest.raises(ConfigError, match="attention"):
-    generate.select(model, film(32), question(), setting("aligned"))
+    chat.select(model, film(32), [question()], setting("aligned"))
 
 
 @pytest.mark.parametrize("mode", ["aligned", "local", "global"])
 def test_a_later_question_scores_as_a_fresh_one(model, mode):
   video, cfg, rounds = film(96), setting(mode), {}
-  generate.select(model, video, question(seed=1), cfg, rounds=rounds)
+  chat.select(model, video, [question(seed=1)], cfg, rounds=rounds)
   kept = dict(rounds)
-  later = generate.select(model, video, question(length=20, seed=2), cfg, rounds=rounds)
-  fresh = generate.select(model, video, question(length=20, seed=2), cfg)
+  later = chat.select(model, video, [question(length=20, seed=2)], cfg, rounds=rounds)[0]
+  fresh = chat.select(model, video, [question(length=20, seed=2)], cfg)[0]
   assert kept and rounds.keys() == kept.keys() and all(rounds[key] is kept[key] for key in kept)  # none was run again
   np.testing.assert_array_equal(later.scores, fresh.scores)
   np.testing.assert_array_equal(later.frames, fresh.frames)
@@ -260,11 +260,11 @@ def test_a_later_question_scores_as_a_fresh_one(model, mode):
 def test_padding_of_text_and_clips_changes_no_score(model):
   video, asked, cfg = film(40), question(), setting("aligned")  # 10 clips, padded to 16
   plan = qc_comp.plan(40, 4, cfg)
-  got = generate.score_rounds(model, video, asked, plan, cfg)
+  got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
   layers = qc_comp.scored_layers(cfg, 4)
-  caches = generate._watch(model, jnp.asarray(video.features[0][None]), jnp.array([10]), jnp.asarray(asked.tokens[:5]), last=layers[-1])
+  caches = chat._watch(model, jnp.asarray(video.features[0][None]), jnp.array([10]), jnp.asarray(asked.tokens[:5]), last=layers[-1])
   text = qc_comp.from_prompt(asked, cfg)
-  exact = generate._score(model, caches, text, jnp.asarray(plan.windows), layers=layers, causal=True, prefix=5, units=10)
+  exact = chat._score(model, caches, qc_comp.together([text]), jnp.asarray(plan.windows), layers=layers, causal=True, prefix=5, units=10)[0]
   np.testing.assert_allclose(got, exact, rtol=1e-5)
 
 
@@ -273,7 +273,7 @@ def test_local_windows_do_not_depend_on_the_rest_of_the_video(model):
   video, asked = film(96), question()
   other = dataclasses.replace(video, features={0: video.features[0].copy()})
   other.features[0][16:] += 1
-  a, b = (generate.score_rounds(model, v, asked, qc_comp.plan(96, 4, cfg), cfg) for v in (video, other))
+  a, b = (chat.score_rounds(model, v, [asked], qc_comp.plan(96, 4, cfg), cfg)[0] for v in (video, other))
   np.testing.assert_array_equal(a[:3], b[:3])  # frames 0 to 64
   assert np.abs(a[3:] - b[3:]).max() > 0
 
@@ -291,15 +291,15 @@ def test_the_newest_question_scores_from_its_first_token():
 
 
 def test_nothing_is_selected_where_all_frames_may_stay(model):
-  got = generate.select(model, film(32), question(), setting("aligned", frames=32))
+  got = chat.select(model, film(32), [question()], setting("aligned", frames=32))[0]
   assert got.scores is None and got.frames.tolist() == list(range(32)) and "nothing is selected" in got.note
-  assert generate.select(model, film(32), question(), None).frames.tolist() == list(range(32))
-  assert "1024 frames or more" in generate.select(model, film(32), question(), qc_comp.setting("official", 8)).note
+  assert chat.select(model, film(32), [question()], None)[0].frames.tolist() == list(range(32))
+  assert "1024 frames or more" in chat.select(model, film(32), [question()], qc_comp.setting("official", 8))[0].note
 
 
 def test_a_count_that_is_no_multiple_of_a_clip_keeps_whole_clips(model):
   for mode in ("aligned", "local"):
-    got = generate.select(model, film(96), question(), setting(mode, frames=1))
+    got = chat.select(model, film(96), [question()], setting(mode, frames=1))[0]
     assert len(got.frames) == 4 and got.frames[0] % 4 == 0
     best = got.scores.argmax()
     assert best in got.frames
@@ -307,18 +307,18 @@ def test_a_count_that_is_no_multiple_of_a_clip_keeps_whole_clips(model):
 
 def test_official_selection_names_what_its_tower_takes(model):
   with pytest.raises(ConfigError, match="clips of 4, which 2 are no multiple"):
-    generate.select(model, film(1024), question(length=40), qc_comp.setting("official", 2))
+    chat.select(model, film(1024), [question(length=40)], qc_comp.setting("official", 2))
 
 
 def test_official_rounds_read_the_phase_they_start_in(model):
   """Clips that start at another frame have other features; with repeat 4 rounds start at frames 0, 2, 4, 6 of a clip."""
   cfg = dataclasses.replace(qc_comp.setting("official", 8, repeat=4))
-  assert generate.phases(1024, 4, cfg) == (0, 2)
+  assert chat.phases(1024, 4, cfg) == (0, 2)
   video = film(1024, phases=(0, 2))
   other = dataclasses.replace(video, features={0: video.features[0], 2: video.features[2] + 1})
   asked = question(length=40)
   plan = qc_comp.plan(1024, 4, cfg)
-  a, b = (generate.score_rounds(model, v, asked, plan, cfg) for v in (video, other))
+  a, b = (chat.score_rounds(model, v, [asked], plan, cfg)[0] for v in (video, other))
   changed = [bool(np.abs(x - y).max() > 0) for x, y in zip(a, b, strict=True)]
   assert changed == [bool(start % 4) for start in plan.starts]
 
@@ -327,11 +327,11 @@ def test_selected_clips_are_taken_and_torn_ones_encoded_again(model):
   rng = np.random.default_rng(0)
   frames = rng.integers(0, 256, (16, 48, 48, 3)).astype(np.uint8)
   video = dataclasses.replace(film(16), frames=frames)
-  np.testing.assert_array_equal(generate.selected(model, video, np.arange(4, 12)), video.features[0][1:3])
+  np.testing.assert_array_equal(chat.selected(model, video, np.arange(4, 12)), video.features[0][1:3])
   torn, done = np.array([0, 1, 2, 5, 6, 7, 8, 9]), []
   expected = vlm.encode(model, jnp.asarray(frames[torn].reshape(1, 2, 4, 48, 48, 3)))[0]
-  got = generate.selected(model, video, torn, lambda *a: done.append(a))
+  got = chat.selected(model, video, torn, lambda *a: done.append(a))
   np.testing.assert_allclose(got, expected, atol=2e-5)
   assert done == [(1, 2), (2, 2)]
   video.features[2] = video.features[0] + 1
-  np.testing.assert_array_equal(generate.selected(model, video, np.array([0, 1, 2, 3, 6, 7, 8, 9]))[1], video.features[2][1])
+  np.testing.assert_array_equal(chat.selected(model, video, np.array([0, 1, 2, 3, 6, 7, 8, 9]))[1], video.features[2][1])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from xcomp_jax import report
+from xcomp_jax.chat import Answer, Selection
 from xcomp_jax.config import LPCompConfig
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.encode import EncodedVideo
-from xcomp_jax.generate import Answer, Selection
 
 VOID = {"meta", "img", "br"}
 

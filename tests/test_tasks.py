@@ -140,6 +140,12 @@ def test_annotations_of_another_kind_are_refused(tmp_path, text, words):
     tasks.read(TASKS["lvbench"], tmp_path / "x.json")
 
 
+def test_annotations_that_are_no_utf8_are_named(tmp_path):
+  (tmp_path / "x.json").write_bytes('[{"question": "é"}]'.encode("latin1"))
+  with pytest.raises(tasks.TaskError, match="is no JSON"):
+    tasks.read(TASKS["lvbench"], tmp_path / "x.json")
+
+
 def test_videos_are_found_with_and_without_their_suffix(tmp_path):
   asked = Question("0", ("a/film", "film"), "", (), "A", {})
   assert tasks.find(tmp_path, asked) == tmp_path / "a" / "film"  # nowhere: the likeliest

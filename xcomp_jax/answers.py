@@ -29,7 +29,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from xcomp_jax import encode, generate, report
+from xcomp_jax import encode, report
+from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.data.video import Sample, VideoError, frames
@@ -76,7 +77,7 @@ def checkpoint_identity(directory: pathlib.Path) -> str:
 
 
 def session() -> dict[str, Any]:
-  """Versions and device of this process."""
+  """Versions and device of this process, and when it began."""
   versions = {}
   for package in PACKAGES:
     try:
@@ -96,10 +97,13 @@ class Answers:
   lines: {key: the last line about it}. settings: what `settings.json` holds.
   """
 
-  def __init__(self, folder: str | os.PathLike, reader: Reader, share: tuple[int, int], about: Mapping[str, Any] | None = None):
+  def __init__(
+    self, folder: str | os.PathLike, reader: Reader, share: tuple[int, int], *,
+    about: Mapping[str, Any] | None = None, how: Mapping[str, Any] | None = None,
+  ):  # fmt: skip
     """Makes the folder, or goes on in it.
 
-    about: what else the answers depend on.
+    about: what else the answers depend on. how: what they don't, for the record of this process.
 
     Raises:
       AnswersError: it holds answers under other settings or of another checkpoint.
@@ -115,6 +119,7 @@ class Answers:
     }  # fmt: skip
     self.settings = json.loads(json.dumps(self.settings))
     self._agree(self.folder / "settings.json")
+    self._session = session() | dict(how or {})
     self._file = self.folder / f"answers-{share[0]}-of-{share[1]}.jsonl"
     self._opened = None
     self.lines: dict[str, dict[str, Any]] = {}
@@ -167,17 +172,22 @@ class Answers:
       self._opened.seek(self._opened.tell() - 1)
       if self._opened.read(1) != "\n":
         self._opened.write("\n")  # ends the half line of a killed process
-    self._write({"session": session()})
+    self._write({"session": self._session})
     return self
 
   def __exit__(self, *_) -> None:
     """Gives the file back."""
-    self._opened.close()
+    with contextlib.suppress(OSError):  # of a disk that is full, which `add` has told
+      self._opened.close()
 
   def _write(self, line: dict[str, Any]) -> None:
-    self._opened.write(json.dumps(line, ensure_ascii=False) + "\n")
-    self._opened.flush()
-    os.fsync(self._opened.fileno())
+    try:
+      self._opened.write(json.dumps(line, ensure_ascii=False) + "\n")
+      self._opened.flush()
+      os.fsync(self._opened.fileno())
+    except OSError as error:
+      why = error.strerror or error
+      raise OSError(f"{self._file} can't be written: {why}; what is in it stays, and the same command continues") from error
 
   def add(self, line: dict[str, Any]) -> None:
     """Puts a line on disk."""
@@ -228,6 +238,7 @@ def run(
   share: tuple[int, int] = (0, 1),
   devices: int | None = 1,
   ahead: int = 1,
+  batch: int = 1,
   once: bool = True,
 ) -> None:
   """Answers what has no answer yet, and tries again what failed.
@@ -239,6 +250,7 @@ def run(
     share: every n-th video from the i-th on is for this process.
     devices: of this process, each with the whole model and with videos of its own; None: all.
     ahead: videos to decode while others are worked on; 0.6 GB each at 1,024 frames of 448 pixels.
+    batch: questions about a video that are answered together; the caches of all of them are in memory.
     once: False encodes a video again for every question, to measure what encoding once saves.
 
   Raises:
@@ -272,12 +284,14 @@ def run(
           if group is None:
             return
           bar.set_description(pathlib.Path(group[0].video).name[-30:])
-          for line in _group(reader, model, identity, group, sample, found, seconds):
-            with lock:
-              answers.add(line)
-            if "error" in line:
-              bar.write(f"{line['video']}: {line['error']}", file=sys.stderr)
-            bar.update(1)
+          for lines in _group(reader, model, identity, group, sample, found, seconds, batch):
+            for line in lines:
+              with lock:
+                answers.add(line)
+            errors = collections.Counter(line["error"] for line in lines if "error" in line)
+            for error, n in errors.items():
+              bar.write(f"{lines[0]['video']}: {n} question{'s' * (n > 1)} failed: {error}", file=sys.stderr)
+            bar.update(len(lines))
             if stopped.is_set():
               return
 
@@ -293,10 +307,11 @@ def run(
             stopped.set()
 
 
-def _group(reader, model, identity, group, sample, decoded, seconds) -> Iterator[dict[str, Any]]:
-  """The lines of the questions about one video."""
+def _group(reader, model, identity, group, sample, decoded, seconds, batch) -> Iterator[list[dict[str, Any]]]:
+  """The lines of the questions about one video, of a batch at a time."""
   first = group[0]
-  about = [{"key": w.key, "video": str(w.video), "prompt": w.prompt} for w in group]
+  line = lambda w: {"key": w.key, "video": str(w.video), "prompt": w.prompt}
+  failed = lambda w, error: line(w) | {"error": one_line(error)}
   try:
     if isinstance(decoded, Exception):
       raise decoded
@@ -304,21 +319,35 @@ def _group(reader, model, identity, group, sample, decoded, seconds) -> Iterator
     film, spent = reader.encode(model, sample, source, decoded=decoded, identity=identity)
     spent["decoding"] = seconds
   except (VideoError, ConfigError, OSError) as error:
-    yield from (line | {"error": one_line(error)} for line in about)
+    yield [failed(w, error) for w in group]
     return
-  several = len(group) > 1
-  chat = generate.Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=several)
-  for w, line in zip(group, about, strict=True):
-    chat.forget()
-    yield line | _ask(chat, w, film, spent)
-    spent = {}
+  several = len(group) > batch
+  chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=several)
+  fit = []
+  for w in group:
+    try:
+      chat.check(w.prompt)
+      fit.append(w)
+    except (AnnotationError, ConfigError) as error:  # too long for the model, or nothing to ask
+      yield [failed(w, error)]
+  for part in batches(fit, batch):
+    try:
+      answers = chat.ask_apart([w.prompt for w in part])
+    except ConfigError as error:  # frames that can't be selected from
+      yield [failed(w, error) for w in part]
+      continue
+    yield [line(w) | _answered(answer, film, spent if w is fit[0] else {}) for w, answer in zip(part, answers, strict=True)]
 
 
-def _ask(chat: generate.Chat, w: Wanted, film: encode.EncodedVideo, spent: dict[str, float]) -> dict[str, Any]:
-  try:
-    got = chat.ask(w.prompt)
-  except (AnnotationError, ConfigError) as error:  # too long for the model, or nothing to ask
-    return {"error": one_line(error)}
+def batches(things: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+  """Runs of `size`, and of powers of two of what is left: a few sizes to compile, and no row for nothing."""
+  while things:
+    n = size if len(things) >= size else 1 << len(things).bit_length() - 1
+    yield things[:n]
+    things = things[n:]
+
+
+def _answered(got: Answer, film: encode.EncodedVideo, spent: dict[str, float]) -> dict[str, Any]:
   kept = got.selection
   return {
     "answer": got.text, "sampled": len(film.times), "kept": len(kept.frames), "note": kept.note,

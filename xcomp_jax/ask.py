@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 import jax
 from tqdm import tqdm
 
-from xcomp_jax import encode, files, generate, report
+from xcomp_jax import encode, files, report
+from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.reader import Reader, keep_compiled, options, prepare, settings
@@ -124,7 +125,7 @@ def together(video: dict[str, float], question: dict[str, float]) -> dict[str, f
   return {name: video.get(name, 0) + question.get(name, 0) for name in video | question}
 
 
-def as_json(question: str, answer: generate.Answer, film: encode.EncodedVideo, spent: dict[str, float]) -> str:
+def as_json(question: str, answer: Answer, film: encode.EncodedVideo, spent: dict[str, float]) -> str:
   """One line of --json."""
   kept = answer.selection
   scores = None if kept.scores is None else kept.scores.reshape(-1, film.clip_frames).mean(1).tolist()
@@ -163,7 +164,7 @@ def answer(args: argparse.Namespace) -> None:
   with reader.precision():
     film = encoded(args, reader, model, sample, spent)
     kept_rounds = len(fixed) != 1 and not args.forget_rounds
-    chat = generate.Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=kept_rounds)
+    chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=kept_rounds)
     for question in fixed or typed():
       if fixed and not args.follow_up:
         chat.forget()

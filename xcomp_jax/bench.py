@@ -156,7 +156,9 @@ def rows(preset: Preset, groups: Sequence[str], torch: bool) -> Iterator[tuple[s
       yield f"select {mode}, {calls} visual rounds", one(seen) | {"calls": calls}
       yield f"select {mode}, the question's rows", one(asked) | {"calls": calls}
   if "decode" in groups:
-    yield f"decode, {preset.tokens} tokens", one(parts.decoding(cfg, preset.frames[0], preset.text, preset.tokens))
+    for answers in (1, 5, 10):
+      part = parts.decoding(cfg, preset.frames[0], preset.text, preset.tokens, answers)
+      yield f"decode, {preset.tokens} tokens" + (f" of {answers} answers" if answers > 1 else ""), one(part)
   for group in ("features", "frames"):
     if group in groups:
       yield from training(preset, copied["bytes/s"], pixels=group == "frames")

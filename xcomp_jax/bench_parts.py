@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import cost, generate, metrics, optim, qc_comp, steps, weights
+from xcomp_jax import chat, cost, generate, metrics, optim, qc_comp, steps, weights
 from xcomp_jax.config import (
   LLMConfig,
   LPCompConfig,
@@ -151,11 +151,12 @@ def prefill(cfg: VLMConfig, frames: int, text: int, compressed: bool = True, rea
   return Part(run, (state, x), useful, frames, "frames")
 
 
-def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int) -> Part:
-  """So many tokens of an answer, one after the other, behind so many frames; a token is a product with every parameter."""
+def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: int = 1) -> Part:
+  """So many tokens of answers, one after the other, behind so many frames each; a token is a product with every parameter."""
   begun = prefill(cfg, frames, text, room=tokens)
   graph, _ = _random(without_tower(cfg), False)
   state = dataclasses.replace(_ones(begun.run, *begun.args), free=jnp.int32(tokens))
+  state = jax.tree.map(lambda a: a.repeat(answers, 0) if a.ndim else a, state)
   sampling = generate.Sampling(tokens, ())
   run = lambda params, state: generate.decode(nnx.merge(graph, params), state, sampling, tokens)[0]
   m = cfg.llm
@@ -163,7 +164,8 @@ def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int) -> Part:
   keys = sum(cache.key.shape[1] for cache in state.caches)
   useful = 2.0 * m.layers * m.width * (heads + 3 * m.mlp_width) + 2.0 * m.width * m.vocab_size + 4.0 * keys * m.heads * m.head_dim
   held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))  # all of it for every token
-  return Part(run, (begun.args[0], state), tokens * useful, tokens, "tokens", bytes=float(tokens * held))
+  tokens_of_all = tokens * answers
+  return Part(run, (begun.args[0], state), tokens_of_all * useful, tokens_of_all, "tokens", bytes=float(tokens * held))
 
 
 def asked_tokens() -> Prompt:
@@ -177,7 +179,7 @@ def asked_tokens() -> Prompt:
 def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting, rows: int) -> tuple[Callable, Callable]:
   """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
   question, clips = asked_tokens(), plan.frames // 8
-  asked = qc_comp.from_prompt(question, setting, generate.SCORE_STEP)
+  asked = qc_comp.together([qc_comp.from_prompt(question, setting, chat.SCORE_STEP)])
 
   def watch(state, features):
     model = nnx.merge(graph, state)

@@ -21,7 +21,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from xcomp_jax import bench_parts as parts
-from xcomp_jax import encode, generate, qc_comp, weights, world
+from xcomp_jax import chat, encode, generate, qc_comp, weights, world
 from xcomp_jax.bench_parts import PREFIX, TEXT, flops
 from xcomp_jax.config import LPCompConfig, ModelConfig
 from xcomp_jax.data import prompt, video
@@ -78,7 +78,7 @@ def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
   encode_clip = flops(
     lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, jax.ShapeDtypeStruct((1, 1, 8, size, size, 3), np.uint8)
   )
-  phases = len(generate.phases(frames, 8, setting))
+  phases = len(chat.phases(frames, 8, setting))
   tower = encode_clip * (frames // 8) * phases
   visual = flops(watch, state, features) * calls
   asking = flops(score, state, jax.eval_shape(watch, state, features)) * calls
@@ -107,7 +107,7 @@ def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str]
       clip_frames=world.FRAMES, style="ask",
     )
     T = len(sample.indices)
-    phases = sorted({phase for setting in settings.values() for phase in generate.phases(T, world.FRAMES, setting)})
+    phases = sorted({phase for setting in settings.values() for phase in chat.phases(T, world.FRAMES, setting)})
     film = encode.encode(model, video.frames(sample), sample.times, sample.seconds, "", phases=phases)
     even = np.linspace(0, film.clips - 1, kept // world.FRAMES).round().astype(int)
     rounds = {}
@@ -116,7 +116,7 @@ def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str]
       asked += 1
       hits["uniform"] += scene in even
       for mode, setting in settings.items():
-        frames = generate.select(model, film, question, setting, rounds=rounds).frames
+        frames = chat.select(model, film, [question], setting, rounds=rounds)[0].frames
         hits[mode] += scene in frames // world.FRAMES
   return {mode: (int(n), asked) for mode, n in hits.items()}
 

@@ -123,16 +123,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     CheckpointError, ConfigError, TaskError, AnswersError, OSError: bad arguments, by name.
   """
   keep_compiled(args.compilation_cache)
-  for name in ("limit", "devices"):
+  for name in ("limit", "devices", "batch"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       raise AnswersError(f"--{name} {getattr(args, name)}: must be at least 1")
   task, share, out = TASKS[args.task], parse_share(args.share), pathlib.Path(args.out)
   questions, about = read_questions(args, task)
   asked = wanted(questions, pathlib.Path(args.videos))
   reader = prepare(settings(args))
-  answers = Answers(out, reader, share)
+  how = {name: getattr(args, name) for name in ("batch", "devices", "each_alone")}
+  answers = Answers(out, reader, share, how=how)
   with answers:
-    run(reader, asked, answers, share=share, devices=args.devices, ahead=args.ahead, once=not args.each_alone)
+    run(reader, asked, answers, share=share, devices=args.devices, ahead=args.ahead, batch=args.batch, once=not args.each_alone)
   answers.read()
   if left := answers.missing(asked):
     rest = f"{left:,} of {len(asked):,} questions are left for other shares"
@@ -158,6 +159,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--share", help="i/n: every n-th video from the i-th on; default: by JAX's processes")
   add("--limit", type=int, help="only the first questions, for a trial")
   add("--devices", type=int, help="of this process, each with the whole model and videos of its own; default: all")
+  add("--batch", type=int, default=1, help="questions about a video that are answered together; memory for the caches of all")
   add("--ahead", type=int, default=1, help="videos decoded while others are watched; 0.6 GB each at 1,024 frames of 448 pixels")
   add("--each-alone", action="store_true", help="encode a video again for every question, to measure what encoding once saves")
   options(parser)

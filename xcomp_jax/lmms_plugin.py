@@ -40,11 +40,16 @@ class XComp(lmms):
 
   def __init__(
     self, checkpoint: str, out: str, preset: str = "paper", ahead: int = 1, devices: int | None = None,
-    batch_size: int = 1, device: str | None = None, max_batch_size: int | None = None, **more: Any,
+    batch_size: int | str = 1, device: str | None = None, max_batch_size: int | None = None, **more: Any,
   ):  # fmt: skip
-    """model_args; `more` are those of `reader.options`. The last line's are the harness's own, without effect here."""
+    """model_args; `more` are those of `reader.options`. The last line's are the harness's own, only --batch_size has an effect:
+    the questions about a video that are answered together.
+    """
     super().__init__()
     self.out, self.preset, self.ahead, self.devices = pathlib.Path(out), preset, int(ahead), devices
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+      raise AnswersError(f"--batch_size {batch_size}: must be a number from 1 on, of questions about a video answered together")
+    self.batch = int(batch_size)
     self.options = [f"--{key.replace('_', '-')}={value}" for key, value in ({"checkpoint": checkpoint} | more).items()]
     self.device = "cpu"  # where the harness puts the counts that its processes exchange
     self._settings("", {})  # what is wrong with the options shows at once
@@ -87,14 +92,15 @@ class XComp(lmms):
     share = (self.rank, self.world_size)
     everything = [w for part in _gathered(wanted, self.world_size) for w in part]
     everything = sorted({w.key: w for w in everything}.values(), key=lambda w: (str(w.video), w.key))
-    folder = Answers(self.out / task, reader, share)
+    folder = Answers(self.out / task, reader, share, how={"batch": self.batch, "preset": self.preset})
     with folder:
-      run(reader, everything, folder, share=share, devices=self.devices, ahead=self.ahead)
+      run(reader, everything, folder, share=share, devices=self.devices, ahead=self.ahead, batch=self.batch)
     for lines in _gathered(folder.lines, self.world_size):
       folder.lines |= {key: line for key, line in lines.items() if "answer" in line or key not in folder.lines}
     failed = folder.failed(everything)
     if self.rank == 0:
-      files.write_json(folder.folder / "failed.json", failed, indent=2)
+      made = {"made_with": folder.settings, "sessions": folder.sessions(), "failed": failed}
+      files.write_json(folder.folder / "run.json", made, indent=2)
       for video in failed:
         LOG.error("%s (%d questions): %s", video["video"], video["questions"], video["error"])
     stops = wishes.get("until") or []

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from xcomp_jax import encode, files, generate, tasks, world
+from xcomp_jax import chat, encode, files, generate, tasks, world
 from xcomp_jax.answers import Answers, parse_share
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt, video
@@ -143,9 +143,10 @@ def ask(
   question = prompt.ask(reader.tokenizer, text, message)
   # The official bias counts the tokens of a message that may be missing here.
   select = reader.select and dataclasses.replace(reader.select, bias=None)
-  kept = generate.select(model, film, question, select, rounds=rounds).frames
-  (tokens,) = generate.generate(model, generate.as_batch(question, film.features[0][kept], 1), reader.sampling)
-  return reader.tokenizer.decode(tokens).strip(), kept
+  (selection,) = chat.select(model, film, [question], select, rounds=rounds)
+  visual = film.features[0][selection.frames]
+  (tokens,) = generate.generate(model, generate.as_batch(question, visual, 1), reader.sampling)
+  return reader.tokenizer.decode(tokens).strip(), selection.frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +300,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
   for needle in needles:
     digest.update(repr(needle.questions).encode() + b"".join(clip.tobytes() for clip in needle.clips))
   source = reader.source(args.haystack) if args.haystack else f"synthetic, seed {args.seed}"
-  answers = Answers(out, reader, share, {"haystack": source, "needles": digest.hexdigest()})
+  answers = Answers(out, reader, share, about={"haystack": source, "needles": digest.hexdigest()})
   with answers:
     search(reader, needles, cells[share[0] :: share[1]], answers, args.haystack, args.seed)
   answers.read()

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import encode, generate, qc_comp, weights
+from xcomp_jax import chat, encode, generate, qc_comp, weights
 from xcomp_jax.comparison import Arrays, ParityError, Row, absent, compare, read, show
 from xcomp_jax.config import InternVideo2Config, LPCompConfig, ModelConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, Example, collate
@@ -199,9 +199,9 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
     inside = qc_comp.windows(units, window, stride or 1, cover=False)
     times = np.bincount(inside.ravel(), minlength=units)
     plan = qc_comp.Plan(np.zeros(1, int), units, 1, inside, times == times.max())
-    asked = qc_comp.asked(text, 0, header, cfg)
+    asked = qc_comp.together([qc_comp.asked(text, 0, header, cfg)])
     score = functools.partial(qc_comp.score, layers=range(layers), causal=False, prefix=len(prefix), units=units)
-    ours = qc_comp.unit_scores(plan, np.asarray(nnx.jit(score)(model, caches, asked, inside)))[0]
+    ours = qc_comp.unit_scores(plan, np.asarray(nnx.jit(score)(model, caches, asked, inside)[0]))[0]
     rows.append(scores_row(f"QC-Comp: {name}", ours, plan, recorded[name], QC_SCORES))
   return rows
 
@@ -229,15 +229,15 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
   rows = [compare("QC-Comp: rounds", {"round_starts": plan.starts}, recorded)]
   none = np.zeros(len(ids), bool)
   question = Prompt(ids, np.full_like(ids, IGNORE), none, (0, header - 2))  # a user's turn ends in two tokens
-  film = encode.encode(model, iter(frames), np.arange(T) / 8, T / 8, "", phases=generate.phases(T, cfg.clip_frames, mode))
-  scores = generate.score_rounds(model, film, question, plan, mode)
+  film = encode.encode(model, iter(frames), np.arange(T) / 8, T / 8, "", phases=chat.phases(T, cfg.clip_frames, mode))
+  scores = chat.score_rounds(model, film, [question], plan, mode)[0]
   layers = qc_comp.scored_layers(mode, cfg.llm.layers)
   mine = qc_comp.unit_scores(plan, scores)
   rows.append(scores_row("QC-Comp: round_scores", mine, plan, recorded["round_scores"][:, layers[0] : layers[-1] + 1], QC_CHAT))
   kept = qc_comp.top(qc_comp.aggregate(plan, scores, T), mode.frames)
   rows.append(compare("QC-Comp: selected frames", {"selected_idx": kept}, recorded))
   wanted = recorded["final_generated"]
-  batch = generate.as_batch(question, generate.selected(model, film, kept), cfg.clip_frames)
+  batch = generate.as_batch(question, chat.selected(model, film, kept), cfg.clip_frames)
   (tokens,) = generate.generate(model, batch, generate.Sampling(len(wanted), ()))
   return [*rows, compare("QC-Comp: answer", {"final_generated": tokens}, recorded)]
 

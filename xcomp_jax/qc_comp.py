@@ -19,6 +19,7 @@ Modes (`setting`):
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +182,7 @@ def watch(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """The text of a prompt that scores; arrays of numpy or jax.
+  """The text of a prompt that scores, or with a leading Q those of several; arrays of numpy or jax.
 
   text: int32[L], the tokens after the visual slot that a window holds, padded.
   valid: bool[L]. asked: bool[L], the question's rows.
@@ -224,6 +225,12 @@ def from_prompt(prompt: Prompt, cfg: SelectConfig, step: int = 1) -> Asked:
   return asked(prompt.tokens[slot + 1 :], start - slot - 1, end - slot - 1 + 2, cfg, step)
 
 
+def together(questions: Sequence[Asked]) -> Asked:
+  """Several questions as one Asked of arrays [Q, L], padded to the longest."""
+  L = max(len(q.text) for q in questions)
+  return jax.tree.map(lambda *rows: np.stack([np.pad(row, (0, L - len(row))) for row in rows]), *questions)
+
+
 def score(
   model: vlm.VLM,
   caches: tuple[LayerCache, ...],
@@ -234,13 +241,13 @@ def score(
   causal: bool,
   prefix: int,
   units: int,
-) -> Float[Array, "B M W w"]:
-  """The attention of a question to every unit of every window, per scored layer.
+) -> Float[Array, "Q B M W w"]:
+  """The attention of questions to every unit of every window, per scored layer.
 
   Args:
     model: the parameters.
     caches: of B rounds, from `watch`.
-    asked: the question.
+    asked: Q questions, which share the caches and know nothing of each other.
     windows: int[W, w], units of a round.
     layers: whose attention counts; static, as all below.
     causal: a row sees the text up to itself; False: all that is shown (quirk Q2).
@@ -248,14 +255,18 @@ def score(
     units: of a round, padding included.
 
   Returns:
-    float32[B, M, W, w], mean over heads, question rows and the unit's tokens; M as in `layers`.
+    float32[Q, B, M, W, w], mean over heads, question rows and the unit's tokens; M as in `layers`.
   """
   B = len(caches[0].key)
   rows = lambda a: jnp.broadcast_to(a, (B, *a.shape))
-  look = functools.partial(_look, asked=asked, windows=windows, layers=layers, causal=causal, prefix=prefix, units=units)
-  x = model.llm.embed(rows(asked.text))
-  seen = decoder.extend(model.llm, x, rows(asked.valid), caches, look)
-  return jnp.stack([s for s in seen if s is not None], axis=1)
+
+  def one(asked):
+    look = functools.partial(_look, asked=asked, windows=windows, layers=layers, causal=causal, prefix=prefix, units=units)
+    x = model.llm.embed(rows(asked.text))
+    seen = decoder.extend(model.llm, x, rows(asked.valid), caches, look)
+    return jnp.stack([s for s in seen if s is not None], axis=1)
+
+  return jax.vmap(one)(asked)
 
 
 def _look(index, layer, cache, q, k, *, asked, windows, layers, causal, prefix, units):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from xcomp_jax import encode, generate, qc_comp, weights
+from xcomp_jax import chat, encode, generate, qc_comp, weights
 from xcomp_jax.config import ConfigError, LPCompConfig, ModelConfig, SelectConfig, VLMConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
@@ -144,7 +144,7 @@ class Reader:
     Raises:
       ConfigError: see `qc_comp.plan`.
     """
-    if not generate.why_not(frames, self.select):
+    if not chat.why_not(frames, self.select):
       qc_comp.plan(frames, self.cfg.clip_frames, self.select)
 
   def encode(
@@ -181,7 +181,7 @@ class Reader:
 
   def phases(self, frames: int) -> Sequence[int]:
     """Which phases of so many frames selecting needs."""
-    return generate.phases(frames, min(self.cfg.clip_frames, frames), self.select)
+    return chat.phases(frames, min(self.cfg.clip_frames, frames), self.select)
 
   def source(self, path: str, start: float | None = None, end: float | None = None) -> str:
     """Which video, sampled how; its size and beginning tell it from another one of its name."""

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from xcomp_jax.chat import Answer, Selection
 from xcomp_jax.config import VLMConfig
 from xcomp_jax.encode import EncodedVideo
-from xcomp_jax.generate import Answer, Selection
 from xcomp_jax.model.lp_comp import counts
 
 THUMBNAILS = 24  # of a question, at most

@@ -307,8 +307,8 @@ def read(task: Task, annotations: pathlib.Path, subtitles: pathlib.Path | None =
 
 
 def _items(file: pathlib.Path) -> list[Any]:
-  text = file.read_text(encoding="utf-8")
   try:
+    text = file.read_text(encoding="utf-8")
     whole = text.lstrip().startswith("[")
     items = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
   except ValueError as error:

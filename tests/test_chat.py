@@ -1,0 +1,134 @@
+"""Questions asked together get the answers that each gets alone (the embedded model, float32)."""
+
+import argparse
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from xcomp_jax import answers, encode, world
+from xcomp_jax.chat import Chat
+from xcomp_jax.config import ConfigError
+from xcomp_jax.data import video
+from xcomp_jax.metrics import Compilations
+from xcomp_jax.reader import options, prepare, settings
+
+TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
+QUESTIONS = [  # of two to sixty tokens: texts of two padded lengths, when alone
+  "Which digit was shown?\nA. 1\nB. 4\nC. 7\nD. 9",
+  "Where did the red ring move, and what was shown before it moved there?\nA. up\nB. down\nC. left\nD. right\n" * 3,
+  "Colour?",
+  "Which shape was shown?\nA. square\nB. triangle\nC. cross\nD. ring",
+  "What is it?",
+]
+
+
+@pytest.fixture(scope="module")
+def reader():
+  parser = argparse.ArgumentParser()
+  options(parser)
+  reader = prepare(settings(parser.parse_args([f"--checkpoint={TINY}", "--select=16", "--clips-per-chunk=8"])))
+  assert reader.dtype == "float32"
+  return reader
+
+
+@pytest.fixture(scope="module")
+def model(reader):
+  return reader.load()
+
+
+@pytest.fixture(scope="module")
+def film(model):
+  rng = np.random.default_rng(1)
+  drawn = lambda kind: str(rng.choice(world.VALUES[kind]))
+  moving = lambda: (drawn("colour"), drawn("shape"), drawn("motion"), None)
+  scenes = [world.Scene(*(moving() if i % 2 else (None, None, None, drawn("digit"))), i) for i in range(12)]
+  size = model.cfg.vision.image_size
+  frames = (frame for scene in scenes for frame in video.resize(world.render(scene), size))
+  return encode.encode(model, frames, np.arange(96) / 8, 12.0, "")
+
+
+@pytest.fixture
+def chat(reader, model, film):
+  """A function (select, **sampling) -> Chat that knows nothing yet."""
+
+  def make(select=True, **how):
+    sampling = dataclasses.replace(reader.sampling, **({"max_new_tokens": 20} | how))
+    return Chat(model, reader.tokenizer, film, select=reader.select if select else None, sampling=sampling)
+
+  return make
+
+
+def alone(make, **how):
+  one = make(**how)
+  out = []
+  for question in QUESTIONS:
+    one.forget()
+    out.append(one.ask(question))
+  return out
+
+
+def same(together, alone):
+  assert [a.text for a in together] == [a.text for a in alone]
+  for a, b in zip(together, alone, strict=True):
+    np.testing.assert_array_equal(a.selection.frames, b.selection.frames)
+    if b.selection.scores is not None:
+      np.testing.assert_allclose(a.selection.scores, b.selection.scores, rtol=1e-4)
+
+
+LETTER = 34  # "C", which ends some of the answers below, while others go on to the last token
+
+
+@pytest.mark.parametrize(
+  "how,different",
+  [
+    ({"repetition_penalty": 3.0, "eos": (LETTER,)}, 4),
+    pytest.param({"temperature": 2.0, "seed": 3, "eos": ()}, 3, marks=pytest.mark.slow),
+    pytest.param({}, 1, marks=pytest.mark.slow),
+    pytest.param({"select": False}, 1, marks=pytest.mark.slow),
+  ],
+)
+def test_answers_of_a_batch_are_those_of_each_question_alone(chat, how, different):
+  """Other lengths of questions and answers, other frames, other ends."""
+  wanted = alone(chat, **how)
+  assert len({a.text for a in wanted}) >= different
+  if how.get("select", True):
+    assert len({tuple(a.selection.frames) for a in wanted}) > 1
+  same(chat(**how).ask_apart(QUESTIONS), wanted)
+
+
+@pytest.mark.slow
+def test_a_conversation_is_neither_seen_nor_changed(chat):
+  talk = chat()
+  talk.ask(QUESTIONS[0])
+  same(talk.ask_apart(QUESTIONS[1:3]), alone(chat)[1:3])
+  assert [question for question, _ in talk.history] == QUESTIONS[:1]
+
+
+@pytest.mark.slow
+def test_prompts_of_a_batch_are_filled_by_the_program_of_one(chat):
+  talk = chat(max_new_tokens=9)
+  talk.ask_apart(QUESTIONS[:4])
+  with Compilations("prefill", "decode", "score") as compilations:
+    talk.ask_apart([QUESTIONS[1], QUESTIONS[0], QUESTIONS[4], QUESTIONS[2]])
+    assert not any(compilations.count.values())
+    talk.ask(QUESTIONS[1])
+  assert compilations.count["prefill"] == 0
+
+
+def test_questions_are_cut_into_few_sizes_and_none_is_asked_twice():
+  for n in range(1, 40):
+    for size in (1, 4, 5, 8):
+      parts = list(answers.batches(range(n), size))
+      assert [i for part in parts for i in part] == list(range(n))
+      assert all(len(part) == size or len(part) in (1, 2, 4) for part in parts)
+  assert [len(part) for part in answers.batches("abcdefghijk", 8)] == [8, 2, 1]
+
+
+def test_what_can_not_be_asked_is_named_before_the_others_are_run(chat):
+  with pytest.raises(ConfigError, match="tokens"):
+    chat().check("word " * 100_000)
+  with pytest.raises(ValueError):
+    chat().check("  ")
+  assert chat().check(QUESTIONS[2]) is None

@@ -1,0 +1,307 @@
+"""From questions about an encoded video to answers: select frames, prefill, decode.
+
+The pieces are functions; `Chat` puts them together for one video and any number of questions.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from flax import nnx
+
+from xcomp_jax import qc_comp
+from xcomp_jax.config import ConfigError, SelectConfig
+from xcomp_jax.data import prompt
+from xcomp_jax.data.prompt import Prompt, Tokenizer
+from xcomp_jax.encode import EncodedVideo, encode_clips
+from xcomp_jax.generate import CLIP_STEP, Sampling, as_batch, ended, stream, up
+from xcomp_jax.model import vlm
+
+SCORE_STEP = 16  # texts that score, whose rows run in every round, are padded to a multiple of this many tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """Which sampled frames a question keeps.
+
+  frames: int[K], ascending. scores: float64[T], of all; None where nothing was selected. note: why not, in words.
+  """
+
+  frames: np.ndarray
+  scores: np.ndarray | None
+  note: str
+
+
+_watch = nnx.jit(qc_comp.watch, static_argnames="last")
+_score = nnx.jit(qc_comp.score, static_argnames=("layers", "causal", "prefix", "units"))
+
+
+def phases(frames: int, clip_frames: int, cfg: SelectConfig | None) -> tuple[int, ...]:
+  """Which phases of a video `select` will need encoded."""
+  if cfg is None or cfg.mode != "official" or why_not(frames, cfg):
+    return (0,)
+  return tuple(sorted({0} | {int(s) % clip_frames for s in qc_comp.plan(frames, clip_frames, cfg).starts}))
+
+
+def why_not(frames: int, cfg: SelectConfig | None) -> str:
+  """Why nothing is selected from so many frames, or ''."""
+  if cfg is None:
+    return "no selection asked for"
+  if cfg.frames >= frames:
+    return f"{cfg.frames} frames may be kept and there are {frames}, so nothing is selected"
+  if cfg.mode == "official" and frames < qc_comp.OFFICIAL_LEAST:
+    return f"the release selects from {qc_comp.OFFICIAL_LEAST} frames or more, and there are {frames} (quirk Q13)"
+  return ""
+
+
+def select(
+  model: vlm.VLM,
+  video: EncodedVideo,
+  questions: Sequence[Prompt],
+  cfg: SelectConfig | None,
+  *,
+  rounds: dict | None = None,
+  report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Selection]:
+  """The frames that each question attends to.
+
+  Args:
+    model: the parameters.
+    video: with the `phases` that the mode needs.
+    questions: their prompts about all frames.
+    cfg: the mode; None keeps all frames.
+    rounds: see `score_rounds`.
+    report: likewise.
+
+  Raises:
+    ConfigError: numbers that don't fit together, by name.
+  """
+  T, F = len(video.times), video.clip_frames
+  note = why_not(T, cfg)
+  if note:
+    return [Selection(np.arange(T), None, note) for _ in questions]
+  plan = qc_comp.plan(T, F, cfg)
+  paid = score_rounds(model, video, questions, plan, cfg, rounds=rounds, report=report)
+  scores = [qc_comp.aggregate(plan, one, T) for one in paid]
+  return [Selection(qc_comp.top(score, cfg.frames, 1 if cfg.mode == "official" else F), score, "") for score in scores]
+
+
+def score_rounds(
+  model: vlm.VLM,
+  video: EncodedVideo,
+  questions: Sequence[Prompt],
+  plan: qc_comp.Plan,
+  cfg: SelectConfig,
+  *,
+  rounds: dict | None = None,
+  report: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+  """The attention that questions pay, float32[Q, R, M, W, w]: rounds, scored layers, windows, units of a window.
+
+  Args:
+    model: the parameters.
+    video: the features.
+    questions: their prompts, which share what comes before the frames.
+    plan: of the video's frames under cfg.
+    cfg: the mode.
+    rounds: what the visual tokens of each round left in the LLM is kept here, and used again for the next
+      questions about this video with this model; None: run them again every time.
+    report: called with the number of rounds done, and of all.
+  """
+  F = video.clip_frames
+  slot = int(np.flatnonzero(questions[0].tokens < 0)[0])
+  prefix = questions[0].tokens[:slot]
+  asked = qc_comp.together([qc_comp.from_prompt(question, cfg, SCORE_STEP) for question in questions])
+  layers = qc_comp.scored_layers(cfg, model.cfg.llm.layers)
+  size = plan.frames // F
+  padded = up(size, CLIP_STEP)
+  windows = plan.windows
+  if padded != size and cfg.window:  # as many windows as a padded round would have, so that its program serves
+    more = qc_comp.windows(padded * F // plan.unit, cfg.window // plan.unit, cfg.stride // plan.unit, cover=True)
+    windows = np.concatenate([windows, windows[-1:].repeat(max(0, len(more) - len(windows)), 0)])
+  rows = min(max(1, cfg.round // plan.frames), len(plan.starts))
+  scores = []
+  for first in range(0, len(plan.starts), rows):
+    starts = plan.starts[first : first + rows]
+    key = (starts.tobytes(), plan.frames, layers[-1], prefix.tobytes())
+    caches = None if rounds is None else rounds.get(key)
+    if caches is None:
+      features = np.zeros((rows, padded, *video.features[0].shape[1:]), video.features[0].dtype)
+      for row, begin in enumerate(starts):
+        features[row, :size] = video.features[begin % F][(begin // F + np.arange(size)) % video.clips]
+      caches = _watch(model, features, np.full(rows, size, np.int32), prefix, last=layers[-1])
+      if rounds is not None:
+        rounds[key] = caches
+    paid = _score(
+      model, caches, asked, windows, layers=layers, causal=cfg.causal, prefix=slot, units=padded * F // plan.unit
+    )
+    scores.append(np.asarray(paid)[:, : len(starts), :, : len(plan.windows)])
+    report(first + len(starts), len(plan.starts))
+  return np.concatenate(scores, axis=1)
+
+
+def selected(
+  model: vlm.VLM,
+  video: EncodedVideo,
+  frames: np.ndarray,
+  report: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+  """Merged features [K / F, N, D] of K selected frames, cut into clips of F.
+
+  Clips that the video has, at whatever phase, are taken from there; those that the selection tore apart, which only
+  "official" does, are encoded again. report: called with the number of those done, and of all.
+  """
+  F = video.clip_frames
+  clips = frames.reshape(-1, F)
+  start = clips[:, 0]
+  known = (clips == start[:, None] + np.arange(F)).all(1) & np.isin(start % F, list(video.features))
+  out = np.empty((len(clips), *video.features[0].shape[1:]), video.features[0].dtype)
+  for i in np.flatnonzero(known):
+    out[i] = video.features[start[i] % F][start[i] // F]
+  torn = np.flatnonzero(~known)
+  for done, (i, features) in enumerate(zip(torn, encode_clips(model, (video.frames[clips[i]] for i in torn)), strict=True)):
+    out[i] = features
+    report(done + 1, len(torn))
+  return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """text: of the answer. selection: what it looked at. spent: seconds by what they went into. prompt: its tokens."""
+
+  text: str
+  selection: Selection
+  spent: dict[str, float]
+  prompt: Prompt
+
+
+class Chat:
+  """Questions and answers about one video; every question sees those before it and gets its own selection.
+
+  history: the (question, answer) pairs so far.
+  """
+
+  def __init__(
+    self,
+    model: vlm.VLM,
+    tokenizer: Tokenizer,
+    video: EncodedVideo,
+    *,
+    select: SelectConfig | None,
+    sampling: Sampling,
+    keep_rounds: bool = True,
+  ):
+    """keep_rounds: hold what scoring rounds left in the LLM for later questions (0.24 GB per 1,024 frames at 2B)."""
+    self.model, self.tokenizer, self.video = model, tokenizer, video
+    self.config, self.sampling = select, sampling
+    self.history: list[tuple[str, str]] = []
+    self._rounds = {} if keep_rounds else None
+
+  def forget(self) -> None:
+    """Starts a new conversation about the same video."""
+    self.history = []
+
+  def ask(
+    self,
+    question: str,
+    *,
+    write: Callable[[str], None] = lambda text: None,
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+  ) -> Answer:
+    """Answers a question.
+
+    Args:
+      question: the text.
+      write: called with the answer's text as it comes.
+      report: called with "scoring" and the number of rounds done, and of all; or "encoding" and of torn clips.
+
+    Raises:
+      AnnotationError, ConfigError: an empty question, or one too long for the model.
+    """
+    # The bias counts from the first question's message; a later question has none before it (quirk Q11).
+    cfg = dataclasses.replace(self.config, bias=None) if self.config and self.history else self.config
+    (got,) = self._answer([self._prompt(question, self.history, cfg)], cfg, write, report)
+    self.history.append((question, got.text))
+    return got
+
+  def check(self, question: str) -> None:
+    """Refuses a question that `ask_apart` would.
+
+    Raises:
+      AnnotationError, ConfigError: an empty question, or one too long for the model.
+    """
+    self._prompt(question, [], self.config)
+
+  def ask_apart(self, questions: Sequence[str]) -> list[Answer]:
+    """Answers several questions at once, each as the first of a conversation of its own.
+
+    They are scored and decoded together, with the caches of all of them in memory; the answers, but for rounding, are
+    those that each gets alone. What it took is divided evenly among them.
+
+    Raises:
+      AnnotationError, ConfigError: see `check`.
+    """
+    return self._answer([self._prompt(question, [], self.config) for question in questions], self.config)
+
+  def _prompt(self, question: str, history: Sequence[tuple[str, str]], cfg: SelectConfig | None) -> Prompt:
+    video = self.video
+    message = "" if len(video.times) == 1 else prompt.time_message(video.seconds, len(video.times))
+    asked = prompt.ask(self.tokenizer, question, message, history)
+    self._check_length(asked, cfg)
+    if not why_not(len(video.times), cfg):
+      qc_comp.from_prompt(asked, cfg)  # has rows that score
+    return asked
+
+  def _answer(
+    self,
+    asked: Sequence[Prompt],
+    cfg: SelectConfig | None,
+    write: Callable[[str], None] = lambda text: None,
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+  ) -> list[Answer]:
+    """Answers prompts; `write` gets the text of the first."""
+    begun, spent = time.perf_counter(), {}
+
+    def note(name):
+      nonlocal begun
+      spent[name], begun = (time.perf_counter() - begun) / len(asked), time.perf_counter()
+
+    model, video = self.model, self.video
+    kept = select(model, video, asked, cfg, rounds=self._rounds, report=functools.partial(report, "scoring"))
+    note("scoring")
+    encoding = functools.partial(report, "encoding")
+    visual = [selected(model, video, one.frames, encoding) for one in kept]
+    note("tower")
+    longest = max(len(one.tokens) - int(np.flatnonzero(one.tokens < 0)[0]) - 1 for one in asked)
+    prompts = [as_batch(one, seen, video.clip_frames, longest) for one, seen in zip(asked, visual, strict=True)]
+    tokens, written = np.zeros((len(asked), 0), np.int32), ""
+    text = lambda row: self.tokenizer.decode(ended(row, self.sampling.eos)).strip()
+    for new in stream(model, prompts, self.sampling):
+      if not tokens.size:
+        note("prefill and first tokens")
+      tokens = np.concatenate([tokens, new], axis=1)
+      whole = text(tokens[0])
+      if whole.startswith(written) and not whole.endswith("\ufffd"):  # a character may need the next token
+        write(whole[len(written) :])
+        written = whole
+    note("generation")
+    texts = [text(row) for row in tokens]
+    write(texts[0][len(written) :])
+    return [Answer(*each, dict(spent), one) for *each, one in zip(texts, kept, asked, strict=True)]
+
+  def _check_length(self, asked: Prompt, cfg: SelectConfig | None) -> None:
+    """Refuses what the model's context does not hold: the final prompt with its answer, or a round that scores."""
+    T, F, context = len(self.video.times), self.video.clip_frames, self.model.cfg.llm.context
+    text = len(asked.tokens) - 1
+    parts = [(T, self.sampling.max_new_tokens, "kept")]
+    if not why_not(T, cfg):
+      parts = [(up(cfg.frames, F), self.sampling.max_new_tokens, "kept"), (qc_comp.plan(T, F, cfg).frames, 0, "scored together")]
+    for frames, answer, what in parts:
+      needed = text + frames * self.model.cfg.tokens_per_frame + answer
+      if context and needed > context:
+        raise ConfigError(
+          f"{text} tokens of text, {frames} frames {what}, of {self.model.cfg.tokens_per_frame} tokens each, and an answer of up "
+          f"to {answer} make {needed} tokens, and the model's context has {context}: shorten the question or keep fewer frames"
+        )
