@@ -46,6 +46,7 @@ def test_useful_operations_are_at_most_those_counted():
   assert plain > 1.5 * ours
 
 
+@pytest.mark.slow
 def test_rows_are_timed_beside_a_product_and_drawn(tmp_path, capsys):
   out = tmp_path / "bench.json"
   bench.main(["--preset=smoke", "--only", "tower", "merge", "prefill", "decode", "data", "--runs=1", "--out", str(out)])

@@ -229,6 +229,7 @@ def test_losses_in_chunks_are_those_of_all_logits(tiny, sample, monkeypatch, row
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_logits_of_a_large_vocabulary_never_exist_at_once(tiny):
   cfg = tiny(llm=dataclasses.replace(tiny().llm, vocab_size=50_000))
   graph, state = nnx.split(nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0))))
