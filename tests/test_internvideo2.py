@@ -25,7 +25,16 @@ from xcomp_jax import (
   weights,
   world,
 )
-from xcomp_jax.config import ConfigError, InternVideo2Config, MeshConfig, from_command_line
+from xcomp_jax.config import (
+  ConfigError,
+  InternVideo2Config,
+  MeshConfig,
+  VLMConfig,
+  Yarn,
+  from_command_line,
+  from_dict,
+  to_dict,
+)
 from xcomp_jax.data import store
 from xcomp_jax.model import vlm
 from xcomp_jax.model.internvideo2 import InternVideo2
@@ -42,6 +51,12 @@ def clips(n, frames=4, size=70):
 def cfg(tiny):
   """A whole model with such a tower."""
   return tiny(vision=SIZES, clip_frames=4)
+
+
+def test_sizes_are_read_back_as_those_of_their_tower(tiny, cfg):
+  stretched = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, rope_scaling=Yarn(4.0, 32768, 32.0, 1.0, 1.1)))
+  for sizes in (tiny(), cfg, stretched):
+    assert from_dict(VLMConfig, json.loads(json.dumps(to_dict(sizes)))) == sizes
 
 
 def built(cfg):

@@ -120,7 +120,7 @@ class ModelConfig:
 class VLMConfig:
   """A model that can be built: sizes from the checkpoint, choices from the run."""
 
-  vision: TowerConfig
+  vision: VisionConfig | InternVideo2Config
   llm: LLMConfig
   lp_comp: LPCompConfig
   clip_frames: int
@@ -372,6 +372,8 @@ def _convert(hint, value, where: str):
   options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
   for option in options:
     origin = typing.get_origin(option)
+    if dataclasses.is_dataclass(option) and isinstance(value, Mapping) and value.keys() == typing.get_type_hints(option).keys():
+      return from_dict(option, value, where)
     if origin is Literal and value in typing.get_args(option):
       return value
     if option is type(None) and value is None:
