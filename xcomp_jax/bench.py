@@ -38,7 +38,8 @@ class Preset:
   like: a directory with config.json, None for the official CPU benchmark's sizes, "small" for tiny ones. side: of the
   plain matrix product. copied: bytes of the plain copy. frames, text: of prefills; plain: of those without compression.
   clips: in the tower, `chunk` at once. tokens: of an answer. scored: frames that QC-Comp scores. mix: frames of a training
-  sample -> (share of the samples, samples in a micro-batch); step_text: text tokens of each. batch: samples per optimizer step.
+  sample -> (share of the samples, samples in a micro-batch), on features; watched: on frames. step_text: text tokens of each.
+  batch: samples per optimizer step.
   """
 
   like: str | None
@@ -54,21 +55,23 @@ class Preset:
   tokens: int
   scored: int
   mix: Mapping[int, tuple[float, int]]
+  watched: Mapping[int, tuple[float, int]]
   step_text: int
   batch: int
 
 
 SHARES = (0.2, 0.4, 0.2, 0.1, 0.1)  # of images, and of samples of 128, 256, 512 and 1,024 frames
 mixed = lambda frames, rows: {f: (share, n) for f, share, n in zip((1, *frames), SHARES, rows, strict=True)}
+SMALL, LONG = mixed((8, 16, 24, 32), (2, 2, 1, 1, 1)), mixed((128, 256, 512, 1024), (16, 8, 4, 2, 1))
 PRESETS = {
-  "smoke": Preset("small", "float32", 256, 1 << 20, 2, (16,), (16,), 86, 2, 1, 4, 64, mixed((8, 16, 24, 32), (2, 2, 1, 1, 1)), 32, 8),
+  "smoke": Preset("small", "float32", 256, 1 << 20, 2, (16,), (16,), 86, 2, 1, 4, 64, SMALL, SMALL, 32, 8),
   "cpu": Preset(
     None, "float32", 4096, 1 << 28, 3, (256, 1024), (256,), PREFIX + parts.TEXT, 1, 1, 16, 1024,
-    mixed((16, 32, 64, 128), (8, 8, 4, 2, 1)), 128, 256,
+    mixed((16, 32, 64, 128), (8, 8, 4, 2, 1)), {1: (0.5, 1), 8: (0.5, 1)}, 128, 256,  # a clip takes the tower 40 s
   ),
   "gpu": Preset(
     str(RELEASED), "bfloat16", 8192, 1 << 32, 5, (1024, 2048, 4096), (1024, 2048, 4096), 863,
-    32, 8, 64, 1024, mixed((128, 256, 512, 1024), (16, 8, 4, 2, 1)), 512, 256,
+    32, 8, 64, 1024, LONG, LONG, 512, 256,
   ),
 }  # fmt: skip
 
@@ -172,7 +175,7 @@ def training(preset: Preset, copy: float, pixels: bool) -> Iterator[tuple[str, d
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
   param_dtype = "float32"
   spent = work = matmul = 0.0
-  for frames, (share, n) in preset.mix.items():
+  for frames, (share, n) in (preset.watched if pixels else preset.mix).items():
     gradient, apply = parts.training(cfg, frames, n, preset.step_text, pixels, param_dtype)
     if not spent:
       optimizer = measure(apply, preset, copy)
