@@ -50,7 +50,7 @@ test-lmms: .venv-lmms/ready
 	.venv-lmms/bin/python -m pytest tests/test_lmms.py
 
 docs: .venv-docs/ready
-	.venv-docs/bin/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q --strict
 
 # An environment of its own for an extra that the others can't live with.
 .venv-%/ready: pyproject.toml

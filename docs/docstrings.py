@@ -1,4 +1,4 @@
-"""What `mkdocs build` does beside its plugins: docstrings as they are meant."""
+"""How the site shows docstrings: a griffe extension, named in mkdocs.yml."""
 
 import re
 
@@ -32,10 +32,3 @@ def fence(text: str) -> str:
       inside = False
     out.append(line)
   return "\n".join([*out, "```"] if inside else out)
-
-
-def on_config(config):
-  """Adds `Blocks` to what mkdocstrings reads docstrings with."""
-  options = config.plugins["mkdocstrings"].config.handlers["python"]["options"]
-  options["extensions"] = [Blocks()]
-  return config
