@@ -4,31 +4,37 @@ import re
 
 import griffe
 
+SECTION = re.compile(r"(Args|Returns|Raises|Yields):$")  # of Google's style, which mkdocstrings reads itself
+FIELD = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.+)")  # "starts: int[R], first frame of each round"
+
 
 class Blocks(griffe.Extension):
-  """Indented parts of a docstring (commands, tables) stay as they are written: Markdown would fold them into a paragraph."""
+  """Lists of fields and indented parts (commands, tables) stay as they are written: Markdown would fold them together."""
 
   def on_instance(self, *, obj: griffe.Object, **_) -> None:
     """Called by griffe for every module, class and function."""
     if obj.docstring:
-      obj.docstring.value = fence(obj.docstring.value)
+      obj.docstring.value = as_markdown(obj.docstring.value)
 
 
-SECTION = re.compile(r"(Args|Returns|Raises|Yields):$")
-
-
-def fence(text: str) -> str:
-  """`text` with a fence of code around each indented part that is in no section of Google's style."""
-  out, inside, section = [], False, False
-  for line in text.splitlines():
+def as_markdown(text: str) -> str:
+  """A docstring whose fields are a list and whose indented parts are code; sections are left alone."""
+  out: list[str] = []
+  inside = ""  # what an indented line belongs to: a section, a field, or code
+  for number, line in enumerate(text.splitlines()):
     indented = line.startswith("  ")
-    if line and not indented:
-      section = bool(SECTION.match(line))
-    if indented and not inside and not section:
+    if indented and not inside:
       out += ["", "```text"]
-      inside = True
-    elif inside and line and not indented:
-      out += ["```", ""]
-      inside = False
+      inside = "code"
+    elif line and not indented:
+      if inside == "code":
+        out += ["```", ""]
+      field = FIELD.fullmatch(line) if number else None
+      if field and inside != "field":
+        out.append("")
+      if inside == "field" and not field:
+        out.append("")
+      inside = "section" if SECTION.match(line) else "field" if field else ""
+      line = f"- `{field[1]}`: {field[2]}" if field else line
     out.append(line)
-  return "\n".join([*out, "```"] if inside else out)
+  return "\n".join([*out, "```"] if inside == "code" else out)
