@@ -1,5 +1,6 @@
 """How the site shows docstrings: a griffe extension, named in mkdocs.yml."""
 
+import itertools
 import re
 
 import griffe
@@ -21,18 +22,17 @@ def as_markdown(text: str) -> str:
   """A docstring whose fields are a list and whose indented parts are code; sections are left alone."""
   out: list[str] = []
   inside = ""  # what an indented line belongs to: a section, a field, or code
-  for number, line in enumerate(text.splitlines()):
+  for above, line in itertools.pairwise(["-", *text.splitlines()]):
     indented = line.startswith("  ")
     if indented and not inside:
       out += ["", "```text"]
       inside = "code"
     elif line and not indented:
+      # A list of fields begins a paragraph; elsewhere such a line is part of a sentence.
+      field = FIELD.fullmatch(line) if inside == "field" or not above else None
       if inside == "code":
         out += ["```", ""]
-      field = FIELD.fullmatch(line) if number else None
-      if field and inside != "field":
-        out.append("")
-      if inside == "field" and not field:
+      elif (inside == "field") != bool(field):
         out.append("")
       inside = "section" if SECTION.match(line) else "field" if field else ""
       line = f"- `{field[1]}`: {field[2]}" if field else line
