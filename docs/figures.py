@@ -1,0 +1,162 @@
+"""Draws the figures of "How it works", from the package's own functions: PYTHONPATH=. .venv/bin/python docs/figures.py
+
+The figures are committed; draw them again when what they show has changed. The same code draws the same bytes.
+"""
+
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import FancyBboxPatch
+
+from xcomp_jax import qc_comp
+from xcomp_jax.config import LPCompConfig, VisionConfig
+from xcomp_jax.demo import wilson
+from xcomp_jax.model import lp_comp
+
+OUT = pathlib.Path(__file__).parent / "figures"
+LAYERS = qc_comp.DEPTH  # of the released LLMs
+CLIP, GROUP, PER_FRAME = 8, 16, 16  # frames of a clip, tokens of a group, tokens of a frame after merging
+BLUE, ORANGE, GREY, LIGHT = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea"
+STYLE = {
+  "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "svg.hashsalt": "xcomp_jax",
+}
+
+
+def save(figure, name: str) -> None:
+  """Writes figures/name.svg, without a date."""
+  OUT.mkdir(exist_ok=True)
+  figure.savefig(OUT / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight", facecolor="white", dpi=160)
+  plt.close(figure)
+
+
+def schedule(name: str = "cosine", keep: str = "suffix") -> tuple[int, ...]:
+  """Tokens per group in each layer."""
+  return lp_comp.counts(LPCompConfig(name, keep, GROUP), LAYERS)
+
+
+def overview() -> None:
+  """A clip on its way: what every stage makes of its tokens."""
+  tower = VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd")  # FACTS.md 7
+  tokens, merged, counts = tower.tokens(CLIP), CLIP * PER_FRAME, schedule()
+  figure, axes = plt.subplots(figsize=(10, 2.9))
+  axes.set(xlim=(0, 100), ylim=(0, 30))
+  axes.axis("off")
+  stages = [
+    ("a clip", f"{CLIP} frames of\n448 x 448", "1,024 frames are\n128 clips"),
+    ("tower (frozen)", f"UMT-L\n{tokens:,} tokens", f"{CLIP} x {tower.patches} patches"),
+    ("merge", f"ToMe\n{merged} tokens", "the most similar\npairs become one"),
+    ("project", f"MLP\n{merged} tokens", f"{merged // GROUP} groups of {GROUP}"),
+  ]
+  for i, (title, inside, below) in enumerate(stages):
+    x = i * 14.5
+    axes.add_patch(FancyBboxPatch((x + 0.5, 11), 11, 9, boxstyle="round,pad=0,rounding_size=1", fc=LIGHT, ec=GREY))
+    axes.text(x + 6, 15.5, inside, ha="center", va="center", fontsize=8.5)
+    axes.text(x + 6, 22, title, ha="center", weight="bold")
+    axes.text(x + 6, 9.5, below, ha="center", va="top", fontsize=8, color="#555b63")
+    axes.annotate("", (x + 14.7, 15.5), (x + 11.8, 15.5), arrowprops={"arrowstyle": "->", "color": GREY})
+  first, width = 59.5, 30 / LAYERS
+  for i, n in enumerate(counts):
+    axes.add_patch(plt.Rectangle((first + i * width, 15.5 - n * 0.28), width * 0.75, n * 0.56, color=BLUE))
+  axes.text(first + 15, 22, f"LLM: {LAYERS} layers with LP-Comp", ha="center", weight="bold")
+  axes.text(
+    first + 15, 9.5, f"{merged} tokens of the clip in the first layers,\n{merged // GROUP * counts[-1]} in the last: one per frame",
+    ha="center", va="top", fontsize=8, color="#555b63",
+  )
+  axes.annotate("answer", (90, 15.5), (93.5, 15.5), arrowprops={"arrowstyle": "<-", "color": GREY}, va="center", fontsize=9)
+  save(figure, "overview")
+
+
+def schedules() -> None:
+  """Tokens per group and layer: as released, and by the paper's formula."""
+  figure, axes = plt.subplots(figsize=(8, 3.1))
+  layers = np.arange(LAYERS)
+  released, ceil = schedule(), schedule("cosine_ceil")
+  axes.bar(layers, released, color=BLUE, width=0.8, label=f"cosine, as released: mean {np.mean(released):.2f}")
+  axes.step(
+    np.append(layers - 0.5, LAYERS - 0.5), np.append(ceil, ceil[-1]), where="post", color=ORANGE, lw=1.8,
+    label=f"cosine_ceil, the paper's Eq. 1: mean {np.mean(ceil):.2f}",
+  )
+  for layer, n in zip(layers, released, strict=True):
+    axes.text(layer, n - 0.25, n, ha="center", va="top", color="white", fontsize=7.5, weight="bold")
+  axes.set(xlabel="layer", ylabel=f"tokens of a group of {GROUP}", xticks=layers[::3], yticks=range(0, GROUP + 1, 4))
+  axes.legend(frameon=False, loc="upper right")
+  save(figure, "schedule")
+
+
+def survivors() -> None:
+  """Which tokens of a group each layer works on, by keep rule."""
+  rules = ("suffix", "uniform", "stride")
+  figure, axes = plt.subplots(1, len(rules), figsize=(10, 3.6), sharey=True)
+  for ax, rule in zip(axes, rules, strict=True):
+    alive = np.zeros((LAYERS, GROUP))
+    for layer, kept in enumerate(lp_comp.survivors(LPCompConfig("cosine", rule, GROUP), LAYERS)):
+      alive[layer, list(kept)] = 1
+    ax.pcolormesh(alive, cmap=matplotlib.colors.ListedColormap([LIGHT, BLUE]), edgecolors="white", linewidth=0.6, rasterized=True)
+    ax.invert_yaxis()
+    ax.set(title=f'keep = "{rule}"', xlabel="token of the group", xticks=np.arange(0, GROUP, 5) + 0.5, yticks=np.arange(0, LAYERS, 9) + 0.5)
+    ax.set_xticklabels(range(0, GROUP, 5))
+    ax.set_yticklabels(range(0, LAYERS, 9))
+    ax.spines[:].set_visible(False)
+  axes[0].set_ylabel("layer")
+  save(figure, "survivors")
+
+
+def windows() -> None:
+  """The rounds of 1,024 frames in each mode, and the windows of the first ones."""
+  frames = 1024
+  modes = ("official", "aligned", "local", "global")
+  plans = {mode: qc_comp.plan(frames, CLIP, qc_comp.setting(mode, 512)) for mode in modes}
+  figure, axes = plt.subplots(
+    len(modes), 1, figsize=(9, 6.6), sharex=True,
+    gridspec_kw={"height_ratios": [max(3.0, min(len(plan.starts), 9)) for plan in plans.values()], "hspace": 0.55},
+  )
+  for ax, (mode, plan) in zip(axes, plans.items(), strict=True):
+    shown = min(len(plan.starts), 9)
+    for row, start in enumerate(plan.starts[:shown]):
+      for part, length in wrapped(int(start), plan.frames, frames):
+        ax.broken_barh([(part, length)], (row + 0.1, 0.8), color=LIGHT)
+      for i, units in enumerate(plan.windows):
+        begin = (int(start) + int(units[0]) * plan.unit) % frames
+        for part, length in wrapped(begin, len(units) * plan.unit, frames):
+          # Windows overlap: every other one is drawn higher.
+          low = 0.35 if len(plan.windows) == 1 else 0.16 if i % 2 else 0.52
+          ax.broken_barh([(part, length)], (row + low, 0.3), color=(BLUE, ORANGE)[i % 2], ec="white", lw=0.6)
+    count = f"{len(plan.starts)} rounds of {plan.frames} frames" + (f", the first {shown} shown" if shown < len(plan.starts) else "")
+    each = "1 window each" if len(plan.windows) == 1 else f"{len(plan.windows)} windows of {plan.windows.shape[1] * plan.unit} frames each"
+    ax.set_title(f"{mode}: {count}, {each}", loc="left", fontsize=10)
+    ax.set(ylim=(shown, 0), xlim=(0, frames), yticks=[], xticks=range(0, frames + 1, 128))
+    ax.spines["left"].set_visible(False)
+  axes[-1].set_xlabel("sampled frame")
+  save(figure, "windows")
+
+
+def wrapped(start: int, length: int, frames: int) -> list[tuple[int, int]]:
+  """A run of frames that goes on at the first one past the last: (start, length) of its parts."""
+  first = min(length, frames - start)
+  return [(start, first)] + ([(0, length - first)] if first < length else [])
+
+
+def tuning() -> None:
+  """What SCT gives back, by `make demo` (docs/LOG.md, 2026-11-22): answers that were right, of 400."""
+  right = {"no compression": 356, "LP-Comp,\nnot trained": 268, "LP-Comp\nafter SCT": 313}
+  asked = 400
+  figure, ax = plt.subplots(figsize=(5.2, 3))
+  for i, (n, color) in enumerate(zip(right.values(), (GREY, ORANGE, BLUE), strict=True)):
+    low, high = wilson(n, asked)
+    ax.bar(i, 100 * n / asked, color=color, width=0.6)
+    ax.errorbar(i, 100 * n / asked, yerr=[[100 * (n / asked - low)], [100 * (high - n / asked)]], color="#333333", capsize=4, lw=1.2)
+    ax.text(i + 0.08, 100 * high + 0.8, f"{100 * n / asked:.1f}%", ha="left", fontsize=9)
+  ax.axhline(25, color=GREY, ls=":", lw=1)
+  ax.text(2.36, 25, "chance", va="center", fontsize=8, color="#333333")
+  ax.set(xticks=range(len(right)), xticklabels=list(right), ylabel="right, of 400 (%)", ylim=(0, 100))
+  save(figure, "tuning")
+
+
+if __name__ == "__main__":
+  with plt.rc_context(STYLE):
+    for draw in (overview, schedules, survivors, windows, tuning):
+      draw()
