@@ -95,6 +95,13 @@ def test_what_touches_the_vocabulary_is_told_apart(mesh):
   assert rest.plus(words).collectives["all-gather"][1] == (16 + 24) * 4 * 3
   assert words.collectives["all-gather"] == (1, 24 * 4 * 3) and words.hbm > 0
 
+  def scoped(x):
+    with jax.named_scope("words"):
+      return jax.lax.with_sharding_constraint(x + 1, whole)
+
+  rest, words = read_program(program(scoped, x), scope="words")
+  assert words.collectives["all-gather"] == (1, 16 * 4 * 3) and not rest.collectives
+
 
 TPU = """HloModule jit_step, is_scheduled=true
 

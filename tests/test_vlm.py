@@ -32,19 +32,28 @@ def alone(example):
   return Bucket(len(example.visual), 8, slot, len(example.tokens) - slot - (len(example.visual) > 0))
 
 
-@pytest.mark.parametrize("keep", ["suffix", "uniform", "stride", "avgpool", "none", "attention"])
-def test_each_sample_of_a_mixed_batch_equals_it_alone(tiny, mixed, keep):
+ALL, ONE = slice(3), slice(1, 2)  # samples; each alone is a program to compile
+
+
+@pytest.mark.parametrize(
+  "keep, rows",
+  [
+    ("suffix", ALL), ("attention", ALL), ("uniform", ONE), ("stride", ONE), ("avgpool", ONE), ("none", ONE),
+    *(pytest.param(keep, ALL, marks=pytest.mark.slow) for keep in ("uniform", "stride", "avgpool", "none")),
+  ],
+)  # fmt: skip
+def test_each_sample_of_a_mixed_batch_equals_it_alone(tiny, mixed, keep, rows):
   model = vlm.VLM(tiny(lp_comp=LPCompConfig((16, 8, 4, 1), keep, 16)), rngs=nnx.Rngs(0))
   together = losses(model, collate(mixed, Bucket(6, 8, 8, 16), 4))
-  rows = slice(3) if keep in ("suffix", "attention") else slice(1, 2)  # each is a program to compile
   close(together[rows], np.concatenate([losses(model, collate([e], alone(e))) for e in mixed[rows]]))
 
 
-def test_gradients_of_a_mixed_batch_are_the_sum_of_those_alone(tiny, mixed):
+@pytest.mark.parametrize("clips", [(5, 5, 5), pytest.param((2, 5, 1), marks=pytest.mark.slow)])  # padded, and as they are
+def test_gradients_of_a_mixed_batch_are_the_sum_of_those_alone(tiny, mixed, clips):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   grad = nnx.jit(nnx.grad(lambda m, b: (vlm.loss(m, b) * b.weight).sum()))
   together = grad(model, collate(mixed, Bucket(6, 8, 8, 16), 4))
-  parts = [grad(model, collate([e], Bucket(5, 8, 8, 16))) for e in mixed]
+  parts = [grad(model, collate([e], Bucket(n, 8, 8, 16))) for e, n in zip(mixed, clips, strict=True)]
   jax.tree.map(lambda a, *b: close(a, sum(b)), together, *parts)
 
 
@@ -113,7 +122,7 @@ def test_projector_gets_no_gradient_from_long_samples_on_request(tiny, mixed):  
   of = jax.jit(jax.grad(loss), static_argnums=2)
   gradient = lambda row, limit: sum(np.abs(g).max() for g in jax.tree.leaves(of(projector, row, limit)))
 
-  assert gradient(1, 40) == 0 and gradient(0, 40) > 0 and gradient(1, 41) > 0
+  assert gradient(1, 40) == 0 and gradient(0, 40) > 0 and gradient(1, 41) > 0 and gradient(1, None) > 0
 
 
 def test_evaluate_counts_greedy_first_tokens(tiny, mixed):

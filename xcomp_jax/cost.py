@@ -217,7 +217,7 @@ PASSED_ON = {"tuple", "get-tuple-element", "custom-call", *COLLECTIVES}  # of a 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
 
-def read_program(text: str, side: int = 0) -> tuple[Traffic, Traffic]:
+def read_program(text: str, side: int = 0, scope: str | None = None) -> tuple[Traffic, Traffic]:
   """Reads the text of a compiled program (`compiled.as_text()`): traffic of HBM and collectives, loops by their length.
 
   What lies in a TPU's vector memory is no traffic of HBM, slices count by what they take, and a collective that the compiler
@@ -225,7 +225,7 @@ def read_program(text: str, side: int = 0) -> tuple[Traffic, Traffic]:
   each operand once.
 
   Returns:
-    what touches no array with a side of this size, and what does.
+    what touches no array with a side of this size and is not of this `jax.named_scope`, and what does, or is.
   """
   computations, entry = _parse(text)
   hbm, sent = [0.0, 0.0], {}
@@ -235,6 +235,7 @@ def read_program(text: str, side: int = 0) -> tuple[Traffic, Traffic]:
     for op in ops.values():
       types = [op.type, *(ops[o].type for o in op.operands if o in ops)]
       touches = bool(side) and any(re.search(rf"[\[,]{side}[\],]", kind) for kind in types)
+      touches |= scope is not None and re.search(rf'op_name="[^"]*\b{scope}\b', op.rest) is not None
       kind = op.code.removesuffix("-start")
       if kind in COLLECTIVES:
         channel = re.search(r"channel_id=(\d+)", op.rest)

@@ -19,6 +19,7 @@ TEXT_STEP = 64  # prompts are padded to a multiple of this many tokens, so that 
 CLIP_STEP = 8  # and videos to a multiple of this many clips
 STREAM = 8  # tokens between two looks at what was generated
 
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How tokens are chosen.

@@ -266,13 +266,19 @@ def compiled(lowered: Any, what: str, effort: float) -> tuple[Any, float]:
     except BaseException as error:
       result.append(error)
 
+  key = "jax_compilation_cache_include_metadata_in_key"  # else one from a cache could have other names (`vlm.VOCABULARY`)
+  before = getattr(jax.config, key)
+  jax.config.update(key, True)
   begun = time.perf_counter()
   thread = threading.Thread(target=run, daemon=True)
-  with tqdm(desc=f"compiling {what}", bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
-    thread.start()
-    while thread.is_alive():
-      thread.join(1.0)
-      bar.update()
+  try:
+    with tqdm(desc=f"compiling {what}", bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
+      thread.start()
+      while thread.is_alive():
+        thread.join(1.0)
+        bar.update()
+  finally:
+    jax.config.update(key, before)
   out = result[0]
   if isinstance(out, BaseException) and not (isinstance(out, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(out)):
     raise out
@@ -305,7 +311,7 @@ def account(plan: Plan, name: str) -> dict[str, Any]:
   used = out.memory_analysis()
   temporary = float(used.temp_size_in_bytes + max(0, used.output_size_in_bytes - used.alias_size_in_bytes))
   code = float(used.generated_code_size_in_bytes)
-  layers, once = cost.read_program(out.as_text(), vocabulary)
+  layers, once = cost.read_program(out.as_text(), vocabulary, vlm.VOCABULARY)
   sent, estimate = layers.plus(once).collectives, (out.cost_analysis() or {}).get("optimal_seconds", 0.0)
   hbm = layers.hbm + once.hbm
   if cfg != full:
@@ -321,9 +327,9 @@ def account(plan: Plan, name: str) -> dict[str, Any]:
 
 
 def kept_between(plan: Plan, cfg: VLMConfig) -> float:
-  """Bytes per device of the states that enter each layer, which the backward pass needs whatever is computed again."""
-  rows = plan.rows // sharding.batch_devices(plan.mesh)
-  return float(rows * sum(slots(cfg, plan.bucket)) * cfg.llm.width * np.dtype(cfg.dtype).itemsize)
+  """Bytes per device of the states that enter each layer and what its attention gave: `attention.remat` keeps these."""
+  rows, m = plan.rows // sharding.batch_devices(plan.mesh), cfg.llm
+  return float(rows * sum(slots(cfg, plan.bucket)) * (m.width + m.heads * m.head_dim) * np.dtype(cfg.dtype).itemsize)
 
 
 def _numbers(cfg: VLMConfig, name: str) -> int:

@@ -17,6 +17,7 @@ from xcomp_jax.model.merge import Projector, merge
 from xcomp_jax.model.vision import Vision
 from xcomp_jax.sharding import constrain, divides, parts
 
+VOCABULARY = "vocabulary"  # name in compiled programs of what is there once, whatever the layers
 LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
 GATHERED_ROWS = 16 * LOGIT_ROWS  # and at most in all, since every device that has some of the words has all rows
 
@@ -82,17 +83,18 @@ def place(
   visual = model.projector(features)
   visual = visual.reshape(len(visual), -1, visual.shape[-1])
 
+  @jax.named_scope(VOCABULARY)
   def embed(tokens):
     # Text is little: it stays in one piece until it is part of a sequence, and every device looks up the words it has.
-    samples = _samples(model)
+    samples, _ = _beside_words(model)
     return constrain(constrain(model.llm.embed(constrain(tokens, samples)), samples), "batch")
 
   return constrain(jnp.concatenate([embed(prefix), visual, embed(text)], axis=1), "batch", "sequence", None)
 
 
-def _samples(model: VLM) -> str:
-  """Logical axis of the samples beside the vocabulary, which is split as its parameters are, if it can be."""
-  return "replica" if divides("vocab", model.cfg.llm.vocab_size) else "batch"
+def _beside_words(model: VLM) -> tuple[str, str | None]:
+  """Logical axes of samples and rows beside the vocabulary, which is split as its parameters are, if it can be."""
+  return ("replica", None) if divides("vocab", model.cfg.llm.vocab_size) else ("batch", "sequence")
 
 
 def lengths(model: VLM, batch: Batch) -> Lengths:
@@ -165,18 +167,20 @@ def predictions(
     targets: int32[B, R], IGNORE where not supervised.
   """
 
+  @jax.named_scope(VOCABULARY)
   def one(part):
     rows, targets = part
-    rows, targets = (constrain(x, *where) for x in (rows, targets))
+    rows, targets = (constrain(x, samples, slots) for x in (rows, targets))
     logits, supervised = model.llm.logits(rows), targets != IGNORE
     picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)[..., 0]
     loss = jnp.where(supervised, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
     return loss, (jnp.argmax(logits, -1) == targets) & supervised
 
   B, R, D = rows.shape
-  where = ("batch", "sequence") if _samples(model) == "batch" else ("replica",)
+  samples, slots = _beside_words(model)
   size = max(1, LOGIT_ROWS // -(-B // parts("batch"))) * parts("sequence")
-  size = size if _samples(model) == "batch" else max(1, min(size, GATHERED_ROWS // -(-B // parts("replica"))))
+  if slots is None:
+    size = max(1, min(size, GATHERED_ROWS // -(-B // parts(samples))))
   if R <= size:
     return one((rows, targets))
   pad = -R % size
