@@ -1,4 +1,4 @@
-"""train.py: a step is the ungrouped batch's mean; what is frozen stays; what can't work is said."""
+"""train.py: runs train, what is frozen stays, and what can't work is said (test_steps.py has the steps)."""
 
 import dataclasses
 import json
@@ -9,168 +9,22 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import bench_parts, metrics, optim, steps, train, weights
-from xcomp_jax.config import (
-  ConfigError,
-  LLMConfig,
-  LPCompConfig,
-  MeshConfig,
-  RunConfig,
-  TrainConfig,
-  VisionConfig,
-  VLMConfig,
-  from_dict,
-)
+from xcomp_jax import metrics, train, weights
+from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict
 from xcomp_jax.data import pipeline, prompt
-from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
-from xcomp_jax.model import vlm
+from xcomp_jax.data.batch import Bucket, batch_spec
 from xcomp_jax.sharding import make_mesh
-
-ONE = MeshConfig(1, 1, 1, 1)
 
 
 @pytest.fixture
 def one_device(monkeypatch):
   """Runs on the first device: compiles in a fraction of the time."""
   monkeypatch.setattr(train, "make_mesh", lambda config, **_: make_mesh(config, jax.devices()[:1]))
-
-
-def close(got, want):
-  """Within 1e-5 of the largest absolute value."""
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
-
-
-class Prepared:
-  """A model's state on a mesh and the compiled steps."""
-
-  def __init__(self, config, devices):
-    self.mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    self.cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
-    self.config, self.tx = config, optim.optimizer(config.optim, 10)
-    with jax.set_mesh(self.mesh):
-      self.graph, _ = train.abstract_state(config, self.cfg, self.tx, self.mesh)
-      self.state = train.init_state(config, self.cfg, self.tx, self.mesh)
-      self.sums = train.zero_sums(self.state.trained, self.mesh)
-      self.steps = train.compiled_steps(self.state, self.sums, self.mesh)
-
-  def add(self, batch):
-    with jax.set_mesh(self.mesh):
-      self.sums, losses = self.steps.grad(
-        self.graph, self.state, self.sums, train.place(batch, self.mesh),
-        projector_max_frames=self.config.train.projector_max_frames,
-      )
-    return losses
-
-  def apply(self):
-    with jax.set_mesh(self.mesh):
-      self.state, self.sums, out = self.steps.apply(self.tx, self.state, self.sums)
-    return out
-
-
-@pytest.fixture(scope="module")
-def examples(sample):
-  """Mixed: 2, 3, 1 and no clips, text of different lengths."""
-  make = lambda clips, before, after, seed: sample(clips, before, after, seed, clip_frames=4, vocab=99)
-  return [make(2, 3, 9, 0), make(3, 6, 4, 1), make(1, 1, 12, 2), make(0, 0, 12, 3), make(3, 4, 16, 4)]
-
-
-def test_accumulated_gradients_of_mixed_buckets_equal_the_ungrouped_batch(tiny_run, examples, tmp_path):
-  config = tiny_run(tmp_path)
-  config = dataclasses.replace(config, mesh=ONE)
-  whole, parts = Prepared(config, 1), Prepared(config, 1)
-  whole.add(collate(examples, Bucket(3, 4, 8, 16)))
-  losses = [parts.add(collate([examples[i] for i in (1, 4)], Bucket(4, 4, 6, 32)))]
-  losses += [parts.add(collate([examples[i] for i in (0, 2)], Bucket(2, 4, 4, 16), 4))[:2]]  # two rows of padding
-  losses += [parts.add(collate(examples[3:4], Bucket(0, 4, 8, 16), 2))[:1]]
-  jax.tree.map(close, parts.sums, whole.sums)
-  assert float(parts.sums.samples) == 5 and float(parts.sums.frames) == 4 * 9
-
-  # and that is the mean over samples of each sample's mean over its supervised tokens
-  mean = jax.tree.map(lambda g: g / 5, whole.sums.grads)
-  norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(jax.device_get(mean))))
-  out = whole.apply()
-  np.testing.assert_allclose(out["loss"], np.mean(np.concatenate(losses)), rtol=1e-5)
-  np.testing.assert_allclose(out["grad_norm"], norm, rtol=1e-5)
-  assert not any(np.any(g) for g in jax.tree.leaves(jax.device_get(whole.sums)))
-
-
-def test_a_step_over_eight_devices_equals_one_device(tiny_run, examples, tmp_path):
-  config = tiny_run(tmp_path)
-  results = []
-  for devices, mesh in ((1, ONE), (8, MeshConfig(2, 2, 2, 1))):
-    it = Prepared(dataclasses.replace(config, mesh=mesh), devices)
-    losses = it.add(collate(examples, Bucket(3, 4, 8, 16), 8))
-    gradients = jax.device_get(it.sums.grads)
-    out = it.apply()
-    results.append(jax.device_get((losses[:5], gradients, out["grad_norm"])))
-    kernel = it.state.trained["llm"]["layers"][0]["gate"]["kernel"][...]
-    moment = it.state.opt[1][0].mu["llm"]["layers"][0]["gate"]["kernel"][...]
-    assert kernel.sharding.spec == moment.sharding.spec
-    assert kernel.addressable_shards[0].data.size == kernel.size // (4 if devices == 8 else 1)
-  jax.tree.map(close, results[1], results[0])
-
-
-def test_every_process_reads_the_rows_of_its_devices():
-  class Two:  # of a batch of 8 rows: the devices of one process
-
-    def __init__(self, *rows):
-      self.rows = rows
-
-    def addressable_devices_indices_map(self, shape):
-      assert shape == (8,)
-      return {i: (slice(*rows),) for i, rows in enumerate(self.rows)}
-
-  mesh = make_mesh(MeshConfig(2, 4, 1, 1))
-  assert train.row_share(mesh) == (0, 1)
-  for rows, share in ((((0, 4), (4, 8)), (0, 1)), (((4, 6), (6, 8)), (1, 2)), (((6, 8), (6, 8)), (3, 4)), (((None, None),), (0, 1))):
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(steps, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
-      assert train.row_share(mesh) == share
-  for rows in (((0, 2), (4, 6)), ((1, 3),), ((0, 3),)):
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(steps, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
-      with pytest.raises(ConfigError, match=r"the devices of process 0 hold rows .* of every 8"):
-        train.row_share(mesh)
-
-
-def test_quirk_q17_long_samples_give_the_projector_no_gradient(tiny_run, examples, tmp_path):
-  batch = collate(examples[:2], Bucket(3, 4, 8, 16))  # 8 and 12 frames
-  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"train.projector_max_frames": 12})
-  grads = {}
-  for weight in ((1, 1), (1, 0), (0, 1)):
-    it = Prepared(config, 1)
-    it.add(dataclasses.replace(batch, weight=np.array(weight, np.float32)))
-    grads[weight] = jax.device_get(it.sums.grads)
-  jax.tree.map(close, grads[1, 1]["projector"], grads[1, 0]["projector"])
-  assert all(np.any(g) for g in jax.tree.leaves(grads[1, 0]["projector"]))
-  assert not any(np.any(g) for g in jax.tree.leaves(grads[0, 1]["projector"]))
-  assert np.any(grads[0, 1]["llm"]["layers"][0]["q"]["kernel"][...])
-
-
-def test_warm_up_and_cosine_are_those_of_the_release(tiny_run, tmp_path):
-  config = dataclasses.replace(tiny_run(tmp_path).optim, learning_rate=1e-5, warmup=0.03)
-  rate = optim.schedule(config, 2247)  # 68 steps of warm-up
-  np.testing.assert_allclose([rate(0), rate(1), rate(67), rate(68)], [0, 1e-5 / 68, 67e-5 / 68, 1e-5], rtol=1e-6)
-  np.testing.assert_allclose(rate(68 + 2179 / 2), 0.5e-5, rtol=1e-5)
-  assert 0 < rate(2246) < 1e-10 and rate(2247) == 0
-  whole = optim.schedule(dataclasses.replace(config, warmup=1.0), 4)  # nothing but warm-up
-  np.testing.assert_allclose([whole(step) for step in range(4)], [0, 0.25e-5, 0.5e-5, 0.75e-5], rtol=1e-6)
-
-
-def test_weight_decay_leaves_norms_and_biases_alone(tiny_run, tmp_path):
-  config = dataclasses.replace(tiny_run(tmp_path).optim, weight_decay=0.5)
-  tx = optim.optimizer(config, 10)
-  params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}
-  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-  np.testing.assert_allclose(updates["kernel"], -0.5 * config.learning_rate)
-  np.testing.assert_array_equal(updates["scale"], 0)
 
 
 def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp_path, capsys, one_device):
@@ -218,38 +72,6 @@ def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path
   got = losses(monkeypatch, tiny_run(tmp_path / "features", **{"data.train": features}))
   assert len(want) == 4 and np.ptp(want) > 1
   np.testing.assert_allclose(got, want, rtol=1e-2)  # bfloat16 has 8 bits, and every step grows the difference
-
-
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # compiles slowly
-def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, write_features, tmp_path, dtype):
-  one = {"data.frame_buckets": [0, 12], "data.frames_per_device": 144, "data.text_per_device": 2048}
-  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **one, **{"model.remat": False, "model.dtype": dtype})
-  write_features(config, tmp_path / "features")
-  tokenizer, out = prompt.load_tokenizer(config.init_from), []
-  for folder in (config.data.train, str(tmp_path / "features")):
-    it = Prepared(config, 1)
-    data = train.open_data(folder, it.cfg)
-    _, videos = pipeline.batches(data, tokenizer, config.data, batch_size=12, rows=1, seed=0, epochs=1)
-    losses = it.add(videos.batch)
-    assert float(it.sums.samples) == 9 and float(it.sums.frames) == 4 * 18
-    out.append(jax.device_get((losses, it.sums.grads)))
-  (want, wanted), (got, gradients) = out
-  norm = lambda tree: np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
-  loss, gradient = (2e-3, 4e-3) if dtype == "float32" else (2e-2, 1e-1)  # a tower in bfloat16 differs with the batch's shape
-  np.testing.assert_allclose(got, want, rtol=loss)
-  assert norm(jax.tree.map(np.subtract, gradients, wanted)) < gradient * norm(wanted)
-
-
-@pytest.mark.parametrize("devices, mesh", [(1, ONE), (8, MeshConfig(2, 2, 2, 1))])
-def test_features_are_known_by_their_tower_wherever_it_lies(tiny_run, features, tmp_path, devices, mesh):
-  for dtype in ("float32", "bfloat16"):
-    it = Prepared(dataclasses.replace(tiny_run(tmp_path, **{"model.dtype": dtype}), mesh=mesh), devices)
-    model = nnx.merge(it.graph, it.state.trained, it.state.frozen)
-    train.check_tower(model, "m", [train.open_data(features, it.cfg)])
-    kernel = model.vision.blocks[0].fc1.kernel
-    kernel[...] = kernel[...].at[0, 0].add(1)
-    with pytest.raises(ConfigError, match=r"train holds features by another tower: its identity is [0-9a-f]+, .* in m [0-9a-f]+"):
-      train.check_tower(model, "m", [train.open_data(features, it.cfg)])
 
 
 def test_features_of_another_tower_are_refused_before_a_step(tiny_run, features, tmp_path, one_device):
@@ -319,94 +141,6 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run,
   assert sorted(s["index"] for s in report["samples"]) == sorted(third)
   assert {s["id"] for s in report["samples"]} == {f"s{i}" for i in third}
   assert sorted(int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()) == [1, 2]
-
-
-def test_a_step_that_is_not_finite_changes_nothing(tiny_run, examples, tmp_path):
-  it = Prepared(tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}), 1)
-  batch = collate(examples[:2], Bucket(3, 4, 8, 16))
-  it.add(dataclasses.replace(batch, weight=np.array([1, np.inf], np.float32)))
-  before = jax.device_get(it.state)
-  out = it.apply()
-  assert not out["finite"]
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(it.state), before)
-
-
-def test_an_update_that_is_not_finite_is_not_applied(tiny_run, examples, tmp_path):
-  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1})
-  it = Prepared(dataclasses.replace(config, optim=dataclasses.replace(config.optim, b1=1.0)), 1)  # corrects by 1 - b1: 0 / 0
-  it.add(collate(examples[:2], Bucket(3, 4, 8, 16)))
-  before = jax.device_get(it.state)
-  out = it.apply()
-  assert np.isfinite(out["grad_norm"]) and np.isnan(out["update_norm"]) and not out["finite"]
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(it.state), before)
-
-
-def test_masters_are_float32_and_what_is_frozen_has_the_compute_dtype(tiny_run, tmp_path):
-  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"model.dtype": "bfloat16"})
-  state = Prepared(config, 1).state
-  dtypes = lambda tree: {leaf.dtype.name for leaf in jax.tree.leaves(tree) if leaf.ndim}
-  assert dtypes(state.trained) == dtypes(state.opt) == {"float32"} and dtypes(state.frozen) == {"bfloat16"}
-  assert set(state.trained) == {"projector", "llm"} and set(state.frozen) == {"vision"}
-
-
-def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
-  # Wide enough that what is left out (merging, norms, softmax, the masked half of attention) is little.
-  cfg = tiny(attention="einsum", remat=False)
-  cfg = dataclasses.replace(
-    cfg,
-    vision=dataclasses.replace(cfg.vision, width=256, mlp_width=1024),
-    llm=dataclasses.replace(cfg.llm, width=256, head_dim=64, mlp_width=1024),
-  )
-  graph, state = nnx.split(weights.abstract(cfg))
-  loss = lambda state, batch: vlm.loss(nnx.merge(graph, state), batch).sum()
-  # Of the program as traced: after optimizing, which takes ten times as long, XLA counts the same.
-  counted = lambda f, spec: jax.jit(f).lower(state, spec).cost_analysis()["flops"]
-  near = lambda flops: pytest.approx(flops, rel=0.1)
-  bucket = Bucket(2, 8, 4, 8)
-  frames = batch_spec(bucket, 1, ((8, 48, 48, 3), np.dtype(np.uint8)))
-  features = batch_spec(bucket, 1, ((128, 256), np.dtype(np.float32)))
-
-  batch = fake_batch(frames, 64)
-  flops = metrics.forward_flops(cfg, batch)
-  rest = counted(loss, features)
-  assert flops["projector"] + flops["llm"] == near(rest)
-  assert flops["vision"] == near(counted(loss, frames) - rest)
-  one = metrics.forward_flops(cfg, dataclasses.replace(batch, clips=np.array([1], np.int32)))
-  assert one["vision"] == flops["vision"] / 2  # padding does not count
-
-  everything = TrainConfig(1, 1, None, False, True, True, None, 1, 1, 1, 1, None)
-  trained = metrics.training_flops(cfg, everything, fake_batch(features, 64))
-  assert trained == near(counted(jax.grad(loss), features))
-
-
-@pytest.mark.slow
-def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_run, tmp_path):
-  # Counted over the traced program, recomputation included: 1,024 frames and 512 text tokens.
-  config = tiny_run(tmp_path, **{"train.projector_max_frames": 512, "model.dtype": "bfloat16"})
-  cfg = VLMConfig(
-    vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
-    llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, None, 1e-6, True, None),
-    lp_comp=LPCompConfig("cosine", "suffix", 16),
-    clip_frames=8, tokens_per_frame=16, dtype="bfloat16", clips_per_chunk=4, attention="einsum", remat=True,
-  )
-  bucket, counted = Bucket(128, 8, 16, 512), {}
-  visuals = {"frames": ((8, 448, 448, 3), np.dtype(np.uint8)), "features": ((128, 1024), np.dtype(ml_dtypes.bfloat16))}
-  for name, visual in visuals.items():
-    step, arguments = steps.abstract_step(config, cfg, batch_spec(bucket, 1, visual))
-    counted[name] = bench_parts.flops(step, *arguments)
-  tower = counted["frames"] - counted["features"]
-  batch = fake_batch(batch_spec(bucket, 1, visuals["features"]), 100)
-  frames = dataclasses.replace(batch, visual=np.broadcast_to(np.uint8(0), (1, 128, *visuals["frames"][0])))
-  assert tower == pytest.approx(metrics.forward_flops(cfg, frames)["vision"], rel=0.02)
-  assert counted["features"] < counted["frames"] / 6
-  assert metrics.training_flops(cfg, config.train, frames) - metrics.training_flops(cfg, config.train, batch) == pytest.approx(tower, rel=0.02)
-
-
-def test_the_peak_is_that_of_the_whole_name():
-  peak = lambda kind: (metrics.peak_flops(kind) or 0) / 1e12
-  kinds = ("L4", "L40S", "L40", "A100-SXM4-80GB", "H100 PCIe", "H100 80GB HBM3")
-  assert [peak(f"NVIDIA {kind}") for kind in kinds] == [121, 362, 0, 312, 756, 989] and not peak("cpu")
-  assert [peak(f"TPU {kind}") for kind in ("v4", "v5 lite", "v5", "v5p", "v6 lite")] == [275, 197, 459, 459, 918]
 
 
 def test_a_compilation_that_no_new_shape_explains_is_said():
