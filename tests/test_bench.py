@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xcomp_jax import bench, bench_scaling
+from xcomp_jax import bench, bench_profile, bench_scaling
 from xcomp_jax import bench_parts as parts
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,6 +50,9 @@ def test_useful_operations_are_at_most_those_counted():
 def test_rows_are_timed_beside_a_product_and_drawn(tmp_path, capsys):
   out = tmp_path / "bench.json"
   bench.main(["--preset=smoke", "--only", "tower", "merge", "prefill", "decode", "data", "--runs=1", "--out", str(out)])
+  assert len(capsys.readouterr().out.splitlines()) == len(json.loads(out.read_text())["rows"])
+  bench.main(["--preset=smoke", "--only", "merge", "--runs=1", "--profile", str(tmp_path / "traces")])
+  assert "match: " in capsys.readouterr().out  # where merging spends its time
   result = json.loads(out.read_text())
   rows = result["rows"]
   assert [name.split(",")[0] for name in rows][2:6] == ["tower", "merge", "prefill", "decode"]
@@ -61,8 +64,23 @@ def test_rows_are_timed_beside_a_product_and_drawn(tmp_path, capsys):
     assert row["least_s"] == pytest.approx(max(row["flops"] / row["matmul_flops/s"], row["bytes"] / result["copy_bytes/s"]))
   assert rows["tower, 16 frames"]["frames/s"] == pytest.approx(16 / rows["tower, 16 frames"]["seconds"])
   assert all(rows[f"data, {kind}, read by one thread"]["frames/s"] > 0 for kind in ("raw", "JPEG 95", "features"))
-  assert len(capsys.readouterr().out.splitlines()) == len(rows)
   assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_profile_names_the_functions_that_take_time(tmp_path):
+  part = parts.prefill(SMALL, 64, 86)
+  call, program, _ = bench.calling(part)
+  bench.seconds_of(call)
+  shares = bench_profile.shares(bench_profile.traced(call, tmp_path), program.as_text())
+  assert sum(shares.values()) == pytest.approx(1) and list(shares.values()) == sorted(shares.values(), reverse=True)
+  functions = {name.split(":")[0] for name in shares if ":" in name}
+  assert {"Layer._mlp", "Layer.project", "_over_tiles"} <= functions  # the innermost of the package, not flax's Linear.__call__
+  assert sum(share for name, share in shares.items() if ":" in name) > 0.5
+
+
+def test_time_inside_a_loop_is_not_the_loops():
+  spent = dict(bench_profile._own([(2.0, 5.0, "a"), (0.0, 10.0, "while"), (5.0, 9.0, "b"), (11.0, 12.0, "a")]))
+  assert spent == {"while": 3.0, "a": 4.0, "b": 4.0}
 
 
 def test_a_training_step_is_timed_as_often_as_wanted():

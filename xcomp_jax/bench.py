@@ -1,6 +1,6 @@
 """How fast every part is on the device that is here, beside what that device could do.
 
-python -m xcomp_jax.bench --preset=cpu --out bench.json [--only tower prefill] [--like DIR] [--torch]
+python -m xcomp_jax.bench --preset=cpu --out bench.json [--only tower prefill] [--like DIR] [--torch] [--profile DIR]
 
 Every row is timed with plain matrix products before and after each run, so that shares hold on a busy machine. Beside the
 JSON a PNG shows the roofline (with matplotlib; `--plot bench.json` draws it later). Needs jax, flax, optax, orbax-checkpoint,
@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import json
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 
 from xcomp_jax import bench_parts as parts
-from xcomp_jax import files
+from xcomp_jax import bench_profile, files
 from xcomp_jax.bench_parts import PREFIX, Part
 
 PAPER = {1024: 0.12, 2048: 0.25, 4096: 0.66}  # seconds of LP-Comp prefill on one H200, 863 text tokens
@@ -99,10 +100,11 @@ def calling(part: Part) -> tuple[Callable[[], Any], Any, float]:
   return call, program, spent
 
 
-def measure(part: Part, preset: Preset, copy: float | None = None) -> dict[str, Any]:
+def measure(part: Part, preset: Preset, copy: float | None = None, traces: pathlib.Path | None = None) -> dict[str, Any]:
   """A row: seconds (median, fastest, slowest), operations, bytes and their rates, shares of the plain programs' rates.
 
-  copy: bytes per second of a plain copy. bytes are those that a call must move: arguments and results once; `least_s` is what operations and bytes take at
+  copy: bytes per second of a plain copy. traces: folder for a trace of one more call; `profile` is where its time went
+  (`bench_profile.shares`), what has a hundredth or more. bytes are those that a call must move: arguments and results once; `least_s` is what operations and bytes take at
   the plain programs' rates, `bound` says which of both takes longer.
   """
   call, program, compiling = calling(part)
@@ -127,27 +129,33 @@ def measure(part: Part, preset: Preset, copy: float | None = None) -> dict[str, 
   if copy is not None:
     by = {"operations": part.flops / matmul, "bytes": moved / copy}
     row |= {"of_copy": moved / middle / copy, "least_s": max(by.values()), "bound": max(by, key=by.get)}
+  if traces is not None:
+    shares = bench_profile.shares(bench_profile.traced(call, traces), program.as_text())
+    row["profile"] = {name: share for name, share in shares.items() if share >= 0.01}
   return row
 
 
-def rows(preset: Preset, groups: Sequence[str], torch: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Measures group after group; yields the name and the values of each row."""
+def rows(preset: Preset, groups: Sequence[str], torch: bool, profile: pathlib.Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Measures group after group; yields the name and the values of each row. profile: folder of traces, None for none."""
   copied = measure(parts.copying(preset.copied), preset)
   product = measure(parts.product(preset.side, preset.dtype), preset)
   yield f"matrix product of {preset.side}", product
   yield "copy", copied
-  one = lambda part: measure(part, preset, copied["bytes/s"])
+
+  def one(name: str, part: Part, **more) -> tuple[str, dict[str, Any]]:
+    folder = None if profile is None else profile / re.sub("[^a-z0-9]+", "-", name)
+    return name, measure(part, preset, copied["bytes/s"], folder) | more
+
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)
   if "tower" in groups:
-    yield f"tower, {8 * preset.clips} frames", one(parts.tower(cfg, preset.clips))
+    yield one(f"tower, {8 * preset.clips} frames", parts.tower(cfg, preset.clips))
   if "merge" in groups:
-    yield f"merge, {8 * preset.chunk} frames", one(parts.merging(cfg, preset.chunk))
+    yield one(f"merge, {8 * preset.chunk} frames", parts.merging(cfg, preset.chunk))
   for group, frames, compressed in (("prefill", preset.frames, True), ("plain", preset.plain, False)):
+    published = compressed and preset.like not in (None, "small")
     for n in frames if group in groups else ():
-      row = one(parts.prefill(cfg, n, preset.text, compressed))
-      if preset.like and preset.like != "small" and compressed:
-        row |= {"paper_s": PAPER.get(n), "wanted_s": WANTED.get(n)}
-      yield f"{group}, {n} frames", row
+      beside = {"paper_s": PAPER.get(n), "wanted_s": WANTED.get(n)} if published else {}
+      yield one(f"{group}, {n} frames", parts.prefill(cfg, n, preset.text, compressed), **beside)
   if torch:
     for n in preset.frames:
       yield f"PyTorch without compression, {n} frames", torch_prefill(cfg, n, preset.text)
@@ -156,21 +164,24 @@ def rows(preset: Preset, groups: Sequence[str], torch: bool) -> Iterator[tuple[s
       if mode == "official" and preset.scored < 1024:
         continue  # has no rounds that short (quirk Q13)
       seen, asked, calls = parts.selecting(cfg, mode, preset.scored)
-      yield f"select {mode}, {calls} visual rounds", one(seen) | {"calls": calls}
-      yield f"select {mode}, the question's rows", one(asked) | {"calls": calls}
+      yield one(f"select {mode}, {calls} visual rounds", seen, calls=calls)
+      yield one(f"select {mode}, the question's rows", asked, calls=calls)
   if "decode" in groups:
     for answers in (1, 5, 10):
       part = parts.decoding(cfg, preset.frames[0], preset.text, preset.tokens, answers)
-      yield f"decode, {preset.tokens} tokens" + (f" of {answers} answers" if answers > 1 else ""), one(part)
+      yield one(f"decode, {preset.tokens} tokens" + (f" of {answers} answers" if answers > 1 else ""), part)
   for group in ("features", "frames"):
     if group in groups:
-      yield from training(preset, copied["bytes/s"], pixels=group == "frames")
+      yield from training(preset, one, pixels=group == "frames")
   if "data" in groups:
     yield from data(preset)
 
 
-def training(preset: Preset, copy: float, pixels: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-  """SCT's micro-batches of each length, the optimizer's step, and samples per second of the mix that they make."""
+def training(preset: Preset, one: Callable[[str, Part], tuple[str, dict]], pixels: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+  """SCT's micro-batches of each length, the optimizer's step, and samples per second of the mix that they make.
+
+  one: measures a part, returns the row's name and its values.
+  """
   kind = "frames" if pixels else "features"
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
   param_dtype = "float32"
@@ -178,13 +189,13 @@ def training(preset: Preset, copy: float, pixels: bool) -> Iterator[tuple[str, d
   for frames, (share, n) in (preset.watched if pixels else preset.mix).items():
     gradient, apply = parts.training(cfg, frames, n, preset.step_text, pixels, param_dtype)
     if not spent:
-      optimizer = measure(apply, preset, copy)
+      optimizer = one(f"optimizer's step, {kind}", apply)
       del apply
       gradient, _ = parts.training(cfg, frames, n, preset.step_text, pixels, param_dtype)  # the step used up its arguments
-      yield f"optimizer's step, {kind}", optimizer
-      spent += optimizer["seconds"] / preset.batch
-    row = measure(gradient, preset, copy)
-    yield f"gradient, {n} x {frames} {kind}", row
+      yield optimizer
+      spent += optimizer[1]["seconds"] / preset.batch
+    name, row = one(f"gradient, {n} x {frames} {kind}", gradient)
+    yield name, row
     spent, work = spent + share * row["seconds"] / n, work + share * row["flops"] / n
     matmul = max(matmul, row["matmul_flops/s"])
     del gradient
@@ -261,7 +272,8 @@ def show(name: str, row: Mapping[str, Any]) -> str:
   shown += f"  {row['of_matmul']:6.1%} of matmul" if row.get("of_matmul") else ""
   shown += f"  {row['of_copy']:6.1%} of copy" if row.get("bound") == "bytes" else ""
   shown += f"  paper {row['paper_s']} s" if row.get("paper_s") else ""
-  return shown + (f"  compiled in {row['compile_s']:.1f} s" if "compile_s" in row else "")
+  shown += f"  compiled in {row['compile_s']:.1f} s" if "compile_s" in row else ""
+  return shown + "".join(f"\n    {share:6.1%} {what}" for what, share in list(row.get("profile", {}).items())[:8])
 
 
 def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
@@ -297,11 +309,13 @@ def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
   pyplot.close(figure)
 
 
-def run(preset: Preset, name: str, groups: Sequence[str], torch: bool, out: pathlib.Path | None) -> dict[str, Any]:
+def run(
+  preset: Preset, name: str, groups: Sequence[str], torch: bool, out: pathlib.Path | None, profile: pathlib.Path | None
+) -> dict[str, Any]:
   """Measures, prints, and writes after every row what there is so far."""
   device = jax.devices()[0]
   result: dict[str, Any] = {"preset": name, "device": device.device_kind, "jax": jax.__version__, "dtype": preset.dtype, "rows": {}}
-  for title, row in rows(preset, groups, torch):
+  for title, row in rows(preset, groups, torch, profile):
     result["rows"][title] = parts.as_json(row)
     if "copy_bytes/s" not in result and title == "copy":
       result |= {"matmul_flops/s": next(iter(result["rows"].values()))["flops/s"], "copy_bytes/s": row["bytes/s"]}
@@ -324,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--text", type=int, help="tokens of the prefills")
   parser.add_argument("--runs", type=int, help="of each row")
   parser.add_argument("--torch", action="store_true", help="and a plain PyTorch Qwen2 without compression")
+  parser.add_argument("--profile", type=pathlib.Path, help="folder of traces, one more call of every row; prints where its time went")
   parser.add_argument("--plot", type=pathlib.Path, help="draw this JSON instead")
   args = parser.parse_args(argv)
   with files.command(ImportError):
@@ -334,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     preset = dataclasses.replace(PRESETS[args.preset], **{key: value for key, value in given.items() if value is not None})
     if any(n % 8 or n < 8 for n in preset.frames) or preset.text <= PREFIX or preset.runs < 1:
       raise ValueError(f"--frames must be multiples of 8, --text more than {PREFIX} and --runs at least 1")
-    result = run(preset, args.preset, args.only, args.torch, args.out)
+    result = run(preset, args.preset, args.only, args.torch, args.out, args.profile)
     if args.out is not None:
       try:
         plot(result, args.out.with_suffix(".png"))
