@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,16 @@ def test_kernels_run_on_every_device_of_a_mesh(kv_heads):
     program = jax.jit(lambda q, k, v: attend(q, k, v, causal=True, key_valid=valid, implementation="xla_chunked"))
     close(program(q, k, v), alone)
     assert "4,500,4,8" not in program.lower(q, k, v).compile().as_text().split("ENTRY")[0]  # no device has it all
+
+
+def test_a_gpu_without_the_kernel_library_still_attends(monkeypatch):
+  q, k = jax.random.normal(jax.random.key(0), (1, 1100, 2, 8)), jax.random.normal(jax.random.key(1), (1, 1100, 1, 8))
+  oracle = attend(q, k, k, causal=True, implementation="einsum")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setitem(sys.modules, "tokamax", None)
+  monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+  with pytest.warns(UserWarning, match="pip install tokamax"):
+    close(attend(q, k, k, causal=True), oracle)
 
 
 @pytest.mark.parametrize("implementation", ["einsum", "tiled", "xla_chunked"])

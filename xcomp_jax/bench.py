@@ -298,7 +298,8 @@ def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
   axis.annotate("plain matrix product", (high, matmul), (0, 4), textcoords="offset points", ha="right", fontsize=8)
   for number, (name, (x, y)) in enumerate(sorted(places.items(), key=lambda place: place[1]), 1):
     axis.plot(x, y, "o", markersize=5, label=f"{number}  {name}")
-    axis.annotate(str(number), (x, y), (4, -9 if number % 2 else 4), textcoords="offset points", fontsize=8)
+    place = ((4, 4), (4, -10), (-12, 4), (-12, -10))[number % 4]  # neighbours in rate are often neighbours here
+    axis.annotate(str(number), (x, y), place, textcoords="offset points", fontsize=8)
   axis.set(
     xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte that must be moved", ylabel="operations per second",
     title=f"{result['device']}, {result['dtype']}",

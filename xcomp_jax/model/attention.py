@@ -1,6 +1,8 @@
 """Attention: one function, a reference in plain einsum, and memory-linear implementations of the same numbers."""
 
 import functools
+import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +55,7 @@ def attend(
     key_valid: bool[B, S], False for padding keys; None: all valid. A row that may see no key returns garbage.
     implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs), "splash" (TPUs),
       "xla_chunked" (any backend), "tiled" (any backend, and a causal half is left out, which makes it the fastest on
-      CPUs); or "auto".
+      CPUs); or "auto", which takes "tiled" on GPUs too where tokamax is not installed.
 
   Returns:
     [B, L, H, h] in q's dtype.
@@ -68,7 +70,11 @@ def attend(
     # A small score matrix is the fastest to compile and to run, but half of a causal one is for nothing.
     backend = jax.default_backend()
     small = L <= TILE or (L * S <= 1024 * 1024 and not (causal and backend == "cpu"))
-    implementation = "einsum" if small else {"cpu": "tiled", "tpu": "splash"}.get(backend, "flash")
+    kernels = {"cpu": "tiled", "tpu": "splash"}.get(backend, "flash")
+    if kernels == "flash" and importlib.util.find_spec("tokamax") is None:
+      warnings.warn("no tokamax, so attention runs without kernels, slowly; `pip install tokamax`", stacklevel=2)
+      kernels = "tiled"
+    implementation = "einsum" if small else kernels
   if L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled"):
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
