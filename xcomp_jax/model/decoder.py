@@ -222,7 +222,11 @@ def run(
   held = before = tuple(range(lp.group))  # what x holds of every group, and what the layer before has seen
   valid = lengths.valid(prefix, groups, text, len(before))
   positions = jnp.cumsum(valid, axis=1) - 1
-  for index, (layer, after) in enumerate(zip(decoder.layers, kept, strict=True)):
+  layers = list(decoder.layers)
+  for index, after in enumerate(kept):
+    if cfg.remat and index + 1 < len(layers):
+      x, layers[index + 1] = _not_before(x, layers[index + 1])
+    layer = layers[index]
     if len(after) != len(held):
       score = _attention_paid(layer, x, positions, valid, query, text) if lp.keep == "attention" else None
       x = _thin(x, lp, held, after, prefix, text, lengths, score)
@@ -247,6 +251,16 @@ def run(
     if caches:
       all_caches.append(LayerCache(layer.rotate(k, positions) if rotated else k, v, valid))
   return Decoded(x, tuple(all_caches), tuple(all_entering))
+
+
+def _not_before(x: jax.Array, layer: Layer) -> tuple[jax.Array, Layer]:
+  """The same; but the layer's weights are not gathered before x is there.
+
+  Given free memory the compiler gathers most of a sharded model ahead of the first layer. One layer ahead hides as much.
+  """
+  graph, weights = nnx.split(layer)
+  x, weights = jax.lax.optimization_barrier((x, weights))
+  return x, nnx.merge(graph, weights)
 
 
 def _thin(x, lp: LPCompConfig, before, after, prefix: int, text: int, lengths: Lengths, score):
