@@ -26,7 +26,7 @@ from flax import nnx
 
 from xcomp_jax import chat, encode, generate, qc_comp, weights
 from xcomp_jax.comparison import Arrays, ParityError, Row, absent, compare, read, show
-from xcomp_jax.config import InternVideo2Config, LPCompConfig, ModelConfig, VLMConfig
+from xcomp_jax.config import InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, Example, collate
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.files import command
@@ -129,7 +129,7 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
 
 def lp_comp_of(name: str, layers: int) -> LPCompConfig:
   """The LP-Comp setting that a name in llm_variants.npz stands for (VECTORS.md)."""
-  known = {"cosine_suffix": "suffix", "cosine_nosuffix": "uniform", "none": "none"}
+  known: dict[str, Keep] = {"cosine_suffix": "suffix", "cosine_nosuffix": "uniform", "none": "none"}
   if name in known:
     return LPCompConfig("cosine", known[name], 16)
   if found := re.fullmatch(r"(nexthalf|avgpool)_(\d+(?:_\d+)*)_stride(\d+)", name):
