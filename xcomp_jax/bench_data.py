@@ -95,7 +95,9 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
   size = frames.shape[1]
   clips = frames.reshape(-1, CLIP, *frames.shape[1:])
   tokens = np.random.default_rng(0).normal(size=(len(clips), CLIP * TOWER.tokens_per_frame, TOWER.width)).astype(ml_dtypes.bfloat16)
-  kinds: dict[str, tuple[np.ndarray, dict[str, Any]]] = {"raw": (clips, {}), "JPEG 95": (clips, {"quality": 95}), "features": (tokens, {"features": TOWER})}
+  kinds: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+    "raw": (clips, {}), "JPEG 95": (clips, {"quality": 95}), "features": (tokens, {"features": TOWER}),
+  }  # fmt: skip
   total = samples * len(frames)
   out = {}
   with tempfile.TemporaryDirectory() as place:
@@ -103,7 +105,9 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
       folders = (pathlib.Path(place) / f"{name} {n}" for n in range(repeat))
       talk = ({"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""})
       items = [(store.Sample(str(i), "", "", i, talk, ""), visual) for i in range(samples)]
-      write = lambda items=items, how=how, folders=folders: store.write_store(next(folders), items, image_size=size, clip_frames=CLIP, **how)
+      write = lambda items=items, how=how, folders=folders: store.write_store(
+        next(folders), items, image_size=size, clip_frames=CLIP, **how
+      )
       written, _ = timed(write, repeat)
       folder = pathlib.Path(place) / f"{name} 0"
       opened, spent = store.open_store(folder), []

@@ -42,7 +42,8 @@ def select(mode: str, frames: int) -> dict[str, float]:
     code counts for 1,024 frames; the largest arguments plus temporaries of one call.
   """
   *both, calls = parts.selecting(parts.sized(None, "float32"), mode, frames)
-  out, memory = {"calls": float(calls)}, []
+  out: dict[str, float] = {"calls": calls}
+  memory = []
   for name, part in zip(("visual_s", "question_s"), both, strict=True):
     program = jax.jit(part.run).lower(*part.args).compile()
     jax.block_until_ready(program(*part.args))

@@ -270,7 +270,9 @@ def open_data(folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[flo
   group = cfg.lp_comp.group
   stores = [open_store(folder) for folder in ((folders,) if isinstance(folders, str) else folders)]
   for store in stores:
-    wanted: list[tuple[Store | Features, str, int]] = [(store, "image_size", cfg.vision.image_size), (store, "clip_frames", cfg.clip_frames)]
+    wanted: list[tuple[Store | Features, str, int]] = [
+      (store, "image_size", cfg.vision.image_size), (store, "clip_frames", cfg.clip_frames)
+    ]  # fmt: skip
     if store.features is not None:
       wanted += [(store.features, "tokens_per_frame", cfg.tokens_per_frame), (store.features, "width", cfg.vision.width)]
     for has, name, value in wanted:

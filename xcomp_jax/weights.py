@@ -107,7 +107,8 @@ SIZES = {  # what config.json must have
 OPTIONAL = ("head_dim", "tokenizer_model_max_length", "max_position_embeddings")
 TINY_VISION = dict.fromkeys(("image_size", "embed_dim", "depth", "heads", "patch_size"), COUNT) | {"mlp_ratio": ABOVE_0}
 UMT = {"embed_dim": 1024, "depth": 24, "heads": 16, "patch_size": 16, "mlp_ratio": 4}
-TOWERS: dict[str, dict[str, Any]] = {  # the official config.json names a tower; its sizes are in the official code (FACTS.md 7)
+# The official config.json names a tower; its sizes are in the official code (FACTS.md 7).
+TOWERS: dict[str, dict[str, Any]] = {
   "umt-hd-large": {"image_size": 448, **UMT},
   "umt-large": {"image_size": 224, **UMT},
   "internvideo2": {"image_size": 224, "embed_dim": 1408, "depth": 40, "heads": 16, "patch_size": 14, "mlp_ratio": 48 / 11},

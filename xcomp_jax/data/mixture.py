@@ -21,7 +21,8 @@ import tqdm
 from xcomp_jax.data import store, video
 from xcomp_jax.files import one_line
 
-READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}  # video_read_type, and what `video.sample` calls it
+# video_read_type, and what `video.sample` calls it
+READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
 KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type")
 
 

@@ -347,7 +347,8 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
     writer = array_record(file)
     for sample in samples:
       row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
-      example = tf_example_pb2.Example.FromString(features.serialize_example(row))  # ty: ignore[missing-attribute]  (made at run time)
+      serialized = features.serialize_example(row)
+      example = tf_example_pb2.Example.FromString(serialized)  # ty: ignore[missing-attribute]  (made at run time)
       record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
       writer.write(record)
       size += len(record)

@@ -157,7 +157,8 @@ def _blocks(length: int) -> tuple[int, int]:
   return block, -(-length // block) * block
 
 
-KERNELS: dict[str, tuple[Literal["mosaic", "triton", "xla_chunked"], ...]] = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
+Kernel = Literal["mosaic", "triton", "xla_chunked"]
+KERNELS: dict[str, tuple[Kernel, ...]] = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
 
 
 def _flash(q, k, v, key_valid, causal, implementation):
