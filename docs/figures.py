@@ -77,7 +77,7 @@ def schedules() -> None:
     np.append(layers - 0.5, LAYERS - 0.5), np.append(ceil, ceil[-1]), where="post", color=ORANGE, lw=1.8,
     label=f"cosine_ceil, the paper's Eq. 1: mean {np.mean(ceil):.2f}",
   )
-  for layer, n in zip(layers, released, strict=True):
+  for layer, n in enumerate(released):
     axes.text(layer, n - 0.25, str(n), ha="center", va="top", color="white", fontsize=7.5, weight="bold")
   axes.set(xlabel="layer", ylabel=f"tokens of a group of {GROUP}", xticks=layers[::3], yticks=range(0, GROUP + 1, 4))
   axes.legend(frameon=False, loc="upper right")

@@ -198,7 +198,7 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
     cfg = dataclasses.replace(qc_comp.setting("official", 1), window=window, bias=int(recorded["query_bias"]))
     inside = qc_comp.windows(units, window, stride or 1, cover=False)
     times = np.bincount(inside.ravel(), minlength=units)
-    plan = qc_comp.Plan(np.zeros(1, int), units, 1, inside, times == times.max())
+    plan = qc_comp.Plan(np.zeros(1, int), units, 1, inside, times == np.max(times))
     asked = qc_comp.together([qc_comp.asked(text, 0, header, cfg)])
     score = functools.partial(qc_comp.score, layers=range(layers), causal=False, prefix=len(prefix), units=units)
     ours = qc_comp.unit_scores(plan, np.asarray(nnx.jit(score)(model, caches, asked, inside)[0]))[0]

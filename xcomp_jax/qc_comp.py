@@ -137,7 +137,7 @@ def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
   size = cfg.round + cfg.window
   inside = windows(size // OFFICIAL_CLIP, cfg.window // OFFICIAL_CLIP, cfg.stride // OFFICIAL_CLIP, cover=False)
   times = np.bincount(inside.ravel(), minlength=size // OFFICIAL_CLIP)
-  return Plan(starts, size, OFFICIAL_CLIP, inside, times == times.max())
+  return Plan(starts, size, OFFICIAL_CLIP, inside, times == np.max(times))
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def aggregate(plan: Plan, scores: Float[np.ndarray, "R M W w"], frames: int) -> 
     total[:, where] += values.repeat(plan.unit, axis=1)[:, used]
   if not times.all():
     raise ConfigError(
-      f"QC-Comp: {int((times == 0).sum())} of {frames} frames are in no window, first frame {int(times.argmin())}; "
+      f"QC-Comp: {int((times == 0).sum())} of {frames} frames are in no window, first frame {int(np.argmin(times))}; "
       "sample a multiple of the round, or use a mode that covers the tail (quirk Q4)"
     )
   return (total / times).sum(0)

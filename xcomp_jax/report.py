@@ -196,7 +196,7 @@ def _curve(video: EncodedVideo, scores: np.ndarray, spans: Sequence[tuple[float,
       f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="126" y2="130"/>'
       f'<text x="{x:.2f}%" y="144" text-anchor="{anchor}">{clock(n * step, end)}</text>'
     )
-  peak = _when(end, video.times[scores.argmax()])
+  peak = _when(end, video.times[np.argmax(scores)])
   return f"""<figure>
 <figcaption>Relevance to the question, highest at {peak}. Shaded: chosen frames.</figcaption>
 <svg class="plot" width="100%" height="150" role="img"
