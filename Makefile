@@ -32,6 +32,7 @@ base: env
 
 lint: env
 	$(BIN)/ruff check .
+	$(BIN)/ty check
 
 test: lint
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.patches import FancyBboxPatch
 
 from xcomp_jax import qc_comp
-from xcomp_jax.config import LPCompConfig, VisionConfig
+from xcomp_jax.config import Keep, LPCompConfig, VisionConfig
 from xcomp_jax.demo import wilson
 from xcomp_jax.model import lp_comp
 
@@ -21,9 +21,6 @@ OUT = pathlib.Path(__file__).parent / "figures"
 LAYERS = qc_comp.DEPTH  # of the released LLMs
 CLIP, GROUP, PER_FRAME = 8, 16, 16  # frames of a clip, tokens of a group, tokens of a frame after merging
 BLUE, ORANGE, GREY, LIGHT = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea"
-STYLE = {
-  "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "svg.hashsalt": "xcomp_jax",
-}
 
 
 def save(figure, name: str) -> None:
@@ -33,7 +30,7 @@ def save(figure, name: str) -> None:
   plt.close(figure)
 
 
-def schedule(name: str = "cosine", keep: str = "suffix") -> tuple[int, ...]:
+def schedule(name: str = "cosine", keep: Keep = "suffix") -> tuple[int, ...]:
   """Tokens per group in each layer."""
   return lp_comp.counts(LPCompConfig(name, keep, GROUP), LAYERS)
 
@@ -80,8 +77,8 @@ def schedules() -> None:
     np.append(layers - 0.5, LAYERS - 0.5), np.append(ceil, ceil[-1]), where="post", color=ORANGE, lw=1.8,
     label=f"cosine_ceil, the paper's Eq. 1: mean {np.mean(ceil):.2f}",
   )
-  for layer, n in zip(layers, released, strict=True):
-    axes.text(layer, n - 0.25, n, ha="center", va="top", color="white", fontsize=7.5, weight="bold")
+  for layer, n in enumerate(released):
+    axes.text(layer, n - 0.25, str(n), ha="center", va="top", color="white", fontsize=7.5, weight="bold")
   axes.set(xlabel="layer", ylabel=f"tokens of a group of {GROUP}", xticks=layers[::3], yticks=range(0, GROUP + 1, 4))
   axes.legend(frameon=False, loc="upper right")
   save(figure, "schedule")
@@ -157,6 +154,8 @@ def tuning() -> None:
 
 
 if __name__ == "__main__":
-  with plt.rc_context(STYLE):
+  with plt.rc_context({
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "svg.hashsalt": "xcomp_jax",
+  }):
     for draw in (overview, schedules, survivors, windows, tuning):
       draw()

@@ -36,6 +36,8 @@ def test_phases_start_at_their_frame_and_wrap_around(model):
   rolled = np.concatenate([video[4:], video[:4]]).reshape(1, 3, 8, 48, 48, 3)
   np.testing.assert_allclose(got.features[4], vlm.encode(model, jnp.asarray(rolled))[0], atol=1e-5)
   np.testing.assert_array_equal(got.frames, video)
+  alone = encode.encode(model, iter(video), np.arange(24) / 8, 3.0, "it", phases=(4,))
+  np.testing.assert_array_equal(alone.features[4], got.features[4])
 
 
 def test_an_image_is_one_clip_of_one_frame(model):

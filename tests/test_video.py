@@ -245,6 +245,10 @@ def test_a_gif_runs_at_one_frame_per_second(tmp_path):
   path.write_bytes(path.read_bytes()[:40])
   with pytest.raises(video.VideoError, match=r"a\.gif"):
     video.load(path, size=16, style="train", read_type="gif", **LIMITS)
+  pictures[0].save(path, "JPEG")  # no GIF at all, and cut
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(video.VideoError, match=r"a\.gif announces 1 frames, but frame 0 can't be decoded"):
+    video.load(path, size=16, style="ask", read_type="gif", **LIMITS)
 
 
 def test_a_folder_is_read_in_natural_order_at_one_frame_per_second(tmp_path):

@@ -21,8 +21,8 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -112,7 +112,7 @@ class Answers:
     self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
     selects = reader.select and dataclasses.asdict(reader.select)
-    self.settings = {
+    self.settings: dict[str, Any] = {
       "checkpoint": reader.settings.checkpoint, "identity": checkpoint_identity(reader.directory),
       "settings": dataclasses.asdict(reader.settings) | dict(about or {}), "dtype": reader.dtype,
       "clip_frames": reader.cfg.clip_frames, "lp_comp": dataclasses.asdict(reader.cfg.lp_comp), "qc_comp": selects,
@@ -121,7 +121,7 @@ class Answers:
     self._agree(self.folder / "settings.json")
     self._session = session() | dict(how or {})
     self._file = self.folder / f"answers-{share[0]}-of-{share[1]}.jsonl"
-    self._opened = None
+    self._opened: TextIO  # from `__enter__` on
     self.lines: dict[str, dict[str, Any]] = {}
     self.read()
 
@@ -358,7 +358,7 @@ def _answered(got: Answer, film: encode.EncodedVideo, spent: dict[str, float]) -
 
 def _decoded(
   reader: Reader, todo: Sequence[list[Wanted]], ahead: int
-) -> Iterator[tuple[list[Wanted], Sample | None, list[np.ndarray] | Exception, float]]:
+) -> Generator[tuple[list[Wanted], Sample | None, list[np.ndarray] | Exception, float]]:
   """Each group with its sample, the frames (or why there are none), and the seconds that decoding took."""
   stopped = threading.Event()
 

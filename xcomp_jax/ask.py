@@ -100,7 +100,7 @@ def listed(args: argparse.Namespace) -> list[str]:
   Raises:
     FileNotFoundError: there is no --questions file. AnnotationError: it is empty.
   """
-  found = list(args.question or ())
+  found: list[str] = list(args.question or ())
   if args.questions:
     found += [line.strip() for line in pathlib.Path(args.questions).read_text().splitlines() if line.strip()]
     if not found:

@@ -25,6 +25,7 @@ import numpy as np
 from xcomp_jax import bench_parts as parts
 from xcomp_jax import bench_profile, files
 from xcomp_jax.bench_parts import PREFIX, Part
+from xcomp_jax.config import Dtype
 
 PAPER = {1024: 0.12, 2048: 0.25, 4096: 0.66}  # seconds of LP-Comp prefill on one H200, 863 text tokens
 WANTED = {1024: 0.075, 2048: 0.16, 4096: 0.45}  # likewise
@@ -44,7 +45,7 @@ class Preset:
   """
 
   like: str | None
-  dtype: str
+  dtype: Dtype
   side: int
   copied: int
   runs: int
@@ -128,7 +129,7 @@ def measure(part: Part, preset: Preset, copy: float | None = None, traces: pathl
   }  # fmt: skip
   if copy is not None:
     by = {"operations": part.flops / matmul, "bytes": moved / copy}
-    row |= {"of_copy": moved / middle / copy, "least_s": max(by.values()), "bound": max(by, key=by.get)}
+    row |= {"of_copy": moved / middle / copy, "least_s": max(by.values()), "bound": max(by, key=by.__getitem__)}
   if traces is not None:
     shares = bench_profile.shares(bench_profile.traced(call, traces), program.as_text())
     row["profile"] = {name: share for name, share in shares.items() if share >= 0.01}

@@ -10,6 +10,7 @@ the file; and sizes and rates of a store that holds them raw, as JPEG, or as fea
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import pathlib
 import resource
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import cv2
 import ml_dtypes
@@ -26,13 +28,14 @@ import numpy as np
 from xcomp_jax.data import store, video
 from xcomp_jax.files import command
 
-SAMPLING = {"max_frames": 1024, "min_frames": 128, "fps": 8.0, "clip_frames": 8, "style": "train"}
+CLIP = 8  # frames
+sample = functools.partial(video.sample, max_frames=1024, min_frames=128, fps=8.0, clip_frames=CLIP, style="train")
 TOWER = store.Features("random", tokens_per_frame=16, width=1024)  # of the released models
 
 
 def make_video(path: str, seconds: int, width: int, height: int) -> None:
   """A disc that wanders over a gradient, at 30 frames per second (MPEG-4)."""
-  writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 30, (width, height))
+  writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), 30, (width, height))
   if not writer.isOpened():
     raise OSError(f"{path} can't be written")
   x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
@@ -58,7 +61,7 @@ def timed(work: Callable[[], object], repeat: int = 1) -> tuple[float, float]:
 
 def decoding(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
   """Frames uint8[T, S, S, 3] of a training sample, and a table of what they cost."""
-  chosen = video.sample(path, size=size, **SAMPLING)
+  chosen = sample(path, size=size)
   frames = np.stack(list(video.frames(chosen)))
 
   def converted():
@@ -74,7 +77,7 @@ def decoding(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
       pass
 
   spent = {
-    "looking at the packets": timed(lambda: video.sample(path, size=size, **SAMPLING), repeat),
+    "looking at the packets": timed(lambda: sample(path, size=size), repeat),
     "decoding, only what is sampled converted": timed(sampled, repeat),
     "decoding, every frame converted": timed(converted, repeat),
   }
@@ -89,10 +92,12 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
 
   Frames per second are those written, and read by one thread and by two.
   """
-  F, size = SAMPLING["clip_frames"], frames.shape[1]
-  clips = frames.reshape(-1, F, *frames.shape[1:])
-  tokens = np.random.default_rng(0).normal(size=(len(clips), F * TOWER.tokens_per_frame, TOWER.width)).astype(ml_dtypes.bfloat16)
-  kinds = {"raw": (clips, {}), "JPEG 95": (clips, {"quality": 95}), "features": (tokens, {"features": TOWER})}
+  size = frames.shape[1]
+  clips = frames.reshape(-1, CLIP, *frames.shape[1:])
+  tokens = np.random.default_rng(0).normal(size=(len(clips), CLIP * TOWER.tokens_per_frame, TOWER.width)).astype(ml_dtypes.bfloat16)
+  kinds: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+    "raw": (clips, {}), "JPEG 95": (clips, {"quality": 95}), "features": (tokens, {"features": TOWER}),
+  }  # fmt: skip
   total = samples * len(frames)
   out = {}
   with tempfile.TemporaryDirectory() as place:
@@ -100,7 +105,9 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
       folders = (pathlib.Path(place) / f"{name} {n}" for n in range(repeat))
       talk = ({"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""})
       items = [(store.Sample(str(i), "", "", i, talk, ""), visual) for i in range(samples)]
-      write = lambda items=items, how=how, folders=folders: store.write_store(next(folders), items, image_size=size, clip_frames=F, **how)
+      write = lambda items=items, how=how, folders=folders: store.write_store(
+        next(folders), items, image_size=size, clip_frames=CLIP, **how
+      )
       written, _ = timed(write, repeat)
       folder = pathlib.Path(place) / f"{name} 0"
       opened, spent = store.open_store(folder), []

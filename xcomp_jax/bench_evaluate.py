@@ -62,9 +62,9 @@ def once(processes: Sequence[Sequence[str]], options: Sequence[str], out: pathli
   command = [sys.executable, "-m", "xcomp_jax.evaluate", f"--out={out}", *options]
   running = [subprocess.Popen([*command, *own], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for own in processes]
   ends = [process.communicate()[1] for process in running]
-  for process, end in zip(running, ends, strict=True):
+  for process, own, end in zip(running, processes, ends, strict=True):
     if process.returncode:
-      raise BenchError(f"{' '.join(process.args)}: {end.strip().splitlines()[-1] if end.strip() else process.returncode}")
+      raise BenchError(f"{' '.join([*command, *own])}: {end.strip().splitlines()[-1] if end.strip() else process.returncode}")
   return time.perf_counter() - begun, used() - before, json.loads((out / "results.json").read_text())
 
 

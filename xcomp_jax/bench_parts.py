@@ -16,6 +16,7 @@ from flax import nnx
 
 from xcomp_jax import chat, cost, generate, metrics, optim, qc_comp, steps, weights
 from xcomp_jax.config import (
+  Dtype,
   LLMConfig,
   LPCompConfig,
   MeshConfig,
@@ -67,18 +68,17 @@ def flops(function, *args) -> float:
   return cost.count_flops(jax.make_jaxpr(function)(*args), lambda shape: True).total
 
 
-def sized(like: str | None, dtype: str, **model) -> VLMConfig:
+def sized(like: str | None, dtype: Dtype, **model) -> VLMConfig:
   """Sizes of `like`'s config.json with the released cosine, those of the official benchmark (None), or tiny ones ("small").
 
   Raises:
     CheckpointError: a config.json that is missing or can't be used.
   """
-  values = {"clip_frames": 8, "param_dtype": dtype, "clips_per_chunk": 4, "attention": "auto", "remat": False}
-  values |= {"yarn": "checkpoint"} | model
+  m = dataclasses.replace(ModelConfig(8, "checkpoint", dtype, dtype, 4, "auto", remat=False), **model)
   if like not in (None, "small"):
-    return weights.read_config(pathlib.Path(like), ModelConfig(dtype=dtype, **values), COSINE)
+    return weights.read_config(pathlib.Path(like), m, COSINE)
   vision, llm = (SMALL_TOWER, SMALL_LLM) if like else (TOWER, MEASURED)
-  return VLMConfig(vision, llm, COSINE, 8, 16, dtype, values["clips_per_chunk"], values["attention"], values["remat"])
+  return VLMConfig(vision, llm, COSINE, 8, 16, dtype, m.clips_per_chunk, m.attention, m.remat)
 
 
 def without_tower(cfg: VLMConfig) -> VLMConfig:
@@ -174,7 +174,7 @@ def asked_tokens() -> Prompt:
   tokens = np.arange(PREFIX + 1 + TEXT, dtype=np.int32)
   tokens[PREFIX] = IMAGE_TOKEN
   none = np.zeros(len(tokens), bool)
-  return Prompt(tokens, np.full_like(tokens, IGNORE), none, tuple(PREFIX + 1 + place for place in (27, TEXT - 5)))
+  return Prompt(tokens, np.full_like(tokens, IGNORE), none, (PREFIX + 1 + 27, PREFIX + 1 + TEXT - 5))
 
 
 def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting, rows: int) -> tuple[Callable, Callable]:

@@ -26,14 +26,14 @@ def shares(trace: pathlib.Path, text: str) -> dict[str, float]:
   name where it says none. Time inside a loop's or a call's operations is theirs alone; work of threads beside each other counts
   for each.
   """
-  names, spent = written_by(text), collections.Counter()
+  names, spent = written_by(text), collections.defaultdict[str, float](float)
   for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
     for line in plane.lines:
       if line.name not in NOT_OPERATIONS:
         for op, seconds in _own(_operations(plane.name, line.events)):
           spent[names.get(op) or re.sub(r"[.\d]+$", "", op)] += seconds
   total = sum(spent.values())
-  return {name: seconds / total for name, seconds in spent.most_common()} if total else {}
+  return {name: seconds / total for name, seconds in sorted(spent.items(), key=lambda s: -s[1])} if total else {}
 
 
 def _operations(plane: str, events: Iterable[Any]) -> list[tuple[float, float, str]]:
@@ -50,7 +50,7 @@ def _operations(plane: str, events: Iterable[Any]) -> list[tuple[float, float, s
 def _own(operations: Sequence[tuple[float, float, str]]) -> Iterable[tuple[str, float]]:
   """Every operation's time without that of operations inside it."""
   around: list[tuple[float, str]] = []
-  spent: collections.Counter[str] = collections.Counter()
+  spent = collections.defaultdict[str, float](float)
   for start, end, name in sorted(operations, key=lambda o: (o[0], -o[1])):
     while around and around[-1][0] <= start:
       around.pop()

@@ -42,7 +42,8 @@ def select(mode: str, frames: int) -> dict[str, float]:
     code counts for 1,024 frames; the largest arguments plus temporaries of one call.
   """
   *both, calls = parts.selecting(parts.sized(None, "float32"), mode, frames)
-  out, memory = {"calls": calls}, []
+  out: dict[str, float] = {"calls": calls}
+  memory = []
   for name, part in zip(("visual_s", "question_s"), both, strict=True):
     program = jax.jit(part.run).lower(*part.args).compile()
     jax.block_until_ready(program(*part.args))
@@ -51,6 +52,7 @@ def select(mode: str, frames: int) -> dict[str, float]:
       jax.block_until_ready(program(*part.args))
     out[name] = time.perf_counter() - begun
     used = program.memory_analysis()
+    assert used is not None  # every backend has it
     memory.append(used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes)
   work = calls * sum(part.flops for part in both)
   return out | {
@@ -95,7 +97,7 @@ def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str]
 
   A hit is any frame of that clip. "uniform" takes clips at equal distances, whatever the question.
   """
-  lp_comp = weights.read_lp_comp(checkpoint)
+  lp_comp = weights.read_lp_comp(checkpoint) or parts.COSINE
   model_config = ModelConfig(world.FRAMES, "checkpoint", "float32", "float32", 16, "auto", remat=False)
   cfg = weights.read_config(checkpoint, model_config, lp_comp)
   model, tokenizer = weights.load(checkpoint, cfg), prompt.load_tokenizer(checkpoint)

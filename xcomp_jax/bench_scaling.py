@@ -24,6 +24,7 @@ def row(part: Part, x: int, preset: bench.Preset | None) -> dict[str, Any]:
   out = {"x": x, "seconds": None, "TFLOP": counted / 1e12, "of_matmul": None}
   if preset is None:
     used = jax.jit(part.run).lower(*part.args).compile().memory_analysis()
+    assert used is not None  # every backend has it
     return out | {"temporary_GB": used.temp_size_in_bytes / 1e9}
   got = bench.measure(part, preset)
   share = counted / got["fastest_s"] / got["matmul_flops/s"]

@@ -80,7 +80,7 @@ def select(
   """
   T, F = len(video.times), video.clip_frames
   note = why_not(T, cfg)
-  if note:
+  if cfg is None or note:
     return [Selection(np.arange(T), None, note) for _ in questions]
   plan = qc_comp.plan(T, F, cfg)
   paid = score_rounds(model, video, questions, plan, cfg, rounds=rounds, report=report)
@@ -161,6 +161,9 @@ def selected(
   for i in np.flatnonzero(known):
     out[i] = video.features[start[i] % F][start[i] // F]
   torn = np.flatnonzero(~known)
+  if not len(torn):
+    return out
+  assert video.frames is not None  # where `phases` are such that clips may be torn, they were kept
   for done, (i, features) in enumerate(zip(torn, encode_clips(model, (video.frames[clips[i]] for i in torn)), strict=True)):
     out[i] = features
     report(done + 1, len(torn))
@@ -250,7 +253,7 @@ class Chat:
     message = "" if len(video.times) == 1 else prompt.time_message(video.seconds, len(video.times))
     asked = prompt.ask(self.tokenizer, question, message, history)
     self._check_length(asked, cfg)
-    if not why_not(len(video.times), cfg):
+    if cfg and not why_not(len(video.times), cfg):
       qc_comp.from_prompt(asked, cfg)  # has rows that score
     return asked
 
@@ -289,14 +292,14 @@ class Chat:
     note("generation")
     texts = [text(row) for row in tokens]
     write(texts[0][len(written) :])
-    return [Answer(*each, dict(spent), one) for *each, one in zip(texts, kept, asked, strict=True)]
+    return [Answer(said, seen, dict(spent), one) for said, seen, one in zip(texts, kept, asked, strict=True)]
 
   def _check_length(self, asked: Prompt, cfg: SelectConfig | None) -> None:
     """Refuses what the model's context does not hold: the final prompt with its answer, or a round that scores."""
     T, F, context = len(self.video.times), self.video.clip_frames, self.model.cfg.llm.context
     text = len(asked.tokens) - 1
     parts = [(T, self.sampling.max_new_tokens, "kept")]
-    if not why_not(T, cfg):
+    if cfg and not why_not(T, cfg):
       parts = [(up(cfg.frames, F), self.sampling.max_new_tokens, "kept"), (qc_comp.plan(T, F, cfg).frames, 0, "scored together")]
     for frames, answer, what in parts:
       needed = text + frames * self.model.cfg.tokens_per_frame + answer

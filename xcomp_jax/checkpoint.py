@@ -14,7 +14,7 @@ parameters that were not trained, in the dtype in which they came.
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -141,7 +141,7 @@ def save(
 
 
 @contextlib.contextmanager
-def saving(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+def saving(checkpoints: ocp.CheckpointManager) -> Generator[None]:
   """Around what may hear of a save that failed, now or in the background.
 
   Raises:
@@ -170,7 +170,7 @@ def finish(checkpoints: ocp.CheckpointManager) -> None:
 
 
 @contextlib.contextmanager
-def closing(checkpoints: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
+def closing(checkpoints: ocp.CheckpointManager) -> Generator[ocp.CheckpointManager]:
   """Closes at the end; an error that ends the block is not hidden behind that of an unfinished save."""
   try:
     yield checkpoints
@@ -204,7 +204,8 @@ def restore(
       raise
     except Exception as error:  # whatever Orbax, TensorStore and JSON make of files that are not as they were
       reason = one_line(error)[:300] or type(error).__name__
-    if np.all(multihost_utils.process_allgather(np.array(found is not None))):
+    everywhere = np.all(multihost_utils.process_allgather(np.array(found is not None)))
+    if found is not None and everywhere:
       _put_aside(checkpoints, damaged, say)
       return step, *found
     damaged[step] = reason or "another process can't read it"
@@ -283,7 +284,7 @@ def agree(config: Mapping) -> None:
       raise ConfigError(f"the processes of this run differ: {changed}. Give all of them the same config and data")
 
 
-def read_config(workdir: str, step: int | None = None) -> tuple[dict[str, Any], int]:
+def read_config(workdir: str, step: int | None = None) -> tuple[Mapping[str, Any], int]:
   """What `describe` said when a checkpoint (default: the latest) was saved, and its step.
 
   As it was saved: a later version may have more keys.
@@ -324,7 +325,7 @@ def _lacks(place: epath.Path, *items: str) -> str:
   return ", ".join(item for item in items if not (place / item).is_dir())
 
 
-def _config(place: epath.Path, *needed: str) -> dict[str, Any]:
+def _config(place: epath.Path, *needed: str) -> Mapping[str, Any]:
   """What `describe` said; an error if a step's folder lacks that or what else is needed, or is of a later format."""
   if missing := _lacks(place, "config", *needed):
     raise layouts.CheckpointError(f"{place} is damaged: it lacks {missing}; remove it to go on from the one before")

@@ -88,6 +88,7 @@ class LLMConfig:
   context: int | None  # tokens of a prompt, visual ones before compression included; None: not known
 
 
+Dtype = Literal["bfloat16", "float32"]
 Keep = Literal["suffix", "uniform", "stride", "avgpool", "none", "attention"]
 
 
@@ -109,8 +110,8 @@ class ModelConfig:
   clip_frames: int | Literal["auto", "checkpoint"]
   # Stretched positions: (factor, positions trained on); "checkpoint": config.json's own; None: none.
   yarn: tuple[float, ...] | Literal["checkpoint"] | None
-  dtype: Literal["bfloat16", "float32"]  # of the computation
-  param_dtype: Literal["bfloat16", "float32"]  # of trained parameters and optimizer state
+  dtype: Dtype  # of the computation
+  param_dtype: Dtype  # of trained parameters and optimizer state
   clips_per_chunk: int  # clips of a sample in the tower at once; bounds peak memory
   attention: Literal["auto", "einsum", "flash", "splash", "xla_chunked", "tiled"]
   remat: bool  # recompute each layer's activations in the backward pass
@@ -137,6 +138,7 @@ class VLMConfig:
 
 
 Mode = Literal["official", "aligned", "local", "global"]
+Mask = Literal["official", "assistant"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,7 @@ class DataConfig:
   prefix_length: int  # tokens before the visual slot, padded
   frames_per_device: int  # a micro-batch holds as many samples of a bucket as this many frames allow, at least one
   text_per_device: int  # likewise for tokens after the visual slot
-  mask: Literal["official", "assistant"]  # which tokens are supervised (FACTS.md 3)
+  mask: Mask  # which tokens are supervised (FACTS.md 3)
   group_by_text_length: bool  # batches of similar text length, as in the release
   threads: int  # of the reader
   prefetch: int  # micro-batches read ahead

@@ -85,7 +85,7 @@ def device_of(devices: Sequence[Any]) -> Device:
   links = sum((2 if (size >= chip.ring if closed is None else closed) else 1) for size in sizes if size > 1)
   share = len(coords) / count
   return Device(
-    kind, count, chip.hbm * share, chip.reserve * share, peak * share, chip.bandwidth * share, chip.link * links * share
+    kind, count, chip.hbm * share, chip.reserve * share, peak and peak * share, chip.bandwidth * share, chip.link * links * share
   )
 
 
@@ -185,8 +185,8 @@ class Traffic:
   def plus(self, other: "Traffic") -> "Traffic":
     """Both."""
     kinds = sorted(self.collectives.keys() | other.collectives.keys())
-    both = lambda kind: zip(self.collectives.get(kind, (0.0, 0.0)), other.collectives.get(kind, (0.0, 0.0)))
-    return Traffic(self.hbm + other.hbm, {kind: tuple(a + b for a, b in both(kind)) for kind in kinds})
+    both = lambda kind: (self.collectives.get(kind, (0.0, 0.0)), other.collectives.get(kind, (0.0, 0.0)))
+    return Traffic(self.hbm + other.hbm, {kind: (n + m, a + b) for kind in kinds for (n, a), (m, b) in [both(kind)]})
 
 
 @dataclasses.dataclass(frozen=True)

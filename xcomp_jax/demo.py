@@ -67,6 +67,7 @@ def answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.nda
   directory = weights.resolve(checkpoint)
   cfg = weights.read_config(directory, config.model, lp_comp)
   model, evaluate = weights.load(directory, cfg), nnx.jit(vlm.evaluate)
+  assert config.data.heldout is not None  # `show` says where they are
   data = train.open_data(config.data.heldout, cfg)
   right = np.zeros(len(data), bool)
   for micro in pipeline.evaluation(data, prompt.load_tokenizer(directory), config.data, rows=1):

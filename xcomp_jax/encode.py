@@ -67,7 +67,7 @@ def tower_identity(model: vlm.VLM) -> str:
   for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(nnx.state(model.vision)), key=lambda item: str(item[0])):
     digest.update(str(path).encode())
     whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-    digest.update(np.ascontiguousarray(whole).astype(ml_dtypes.bfloat16).view(np.uint8))
+    digest.update(np.ascontiguousarray(whole).astype(ml_dtypes.bfloat16).view(np.uint8).data)
   return digest.hexdigest()
 
 
@@ -129,7 +129,8 @@ def encode(
   from xcomp_jax.data.video import resize  # brings OpenCV, which a given encoded video does not need
 
   size = model.cfg.vision.image_size
-  kept = np.empty((T, size, size, 3), np.uint8) if len(phases) > 1 else None
+  later = sorted(set(phases) - {0})
+  kept = np.empty((T, size, size, 3), np.uint8) if later else None
   thumbnails = []
 
   def clips():
@@ -151,8 +152,8 @@ def encode(
     return np.stack(done)
 
   features = {0: run(clips())}
-  for phase in phases:
-    if phase not in features:
+  if kept is not None:
+    for phase in later:
       features[phase] = run(kept[(phase + start + np.arange(F)) % T] for start in range(0, T, F))
   return EncodedVideo(features, np.asarray(times, np.float64), seconds, np.stack(thumbnails), kept, tower or identity(model), source)
 

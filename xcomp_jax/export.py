@@ -16,7 +16,7 @@ import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -267,7 +267,7 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def appearing(directory: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+def appearing(directory: pathlib.Path, overwrite: bool) -> Generator[pathlib.Path]:
   """`files.fresh_folder` where `check_free` lets it be; what goes wrong is a CheckpointError."""
   check_free(directory, overwrite)
   try:

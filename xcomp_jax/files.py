@@ -7,12 +7,12 @@ import pathlib
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 
 @contextlib.contextmanager
-def replacing(target: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
   """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends well.
 
   When the block fails the file is removed; one that is not there in the end is not missed.
@@ -51,7 +51,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def fresh_folder(target: str | os.PathLike, replace: bool = False) -> Iterator[pathlib.Path]:
+def fresh_folder(target: str | os.PathLike, replace: bool = False) -> Generator[pathlib.Path]:
   """An empty folder to write into, which becomes `target` by one rename when the block ends well.
 
   When the block fails the folder is removed; what a killed process left is removed by the next one.
@@ -89,7 +89,7 @@ def one_line(error: BaseException | str) -> str:
 
 
 @contextlib.contextmanager
-def command(*errors: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+def command(*errors: type[Exception], interrupted: str = "interrupted") -> Generator[None]:
   """The body of a command: an error of the user's is one line on stderr and exit code 1, Ctrl-C ends with 130.
 
   Args:

@@ -100,6 +100,7 @@ def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Arra
   share = jax.nn.softmax(ranked, -1)
   ranked = jnp.where(jnp.cumsum(share, -1) - share < sampling.top_p, ranked, -jnp.inf)  # never none: nothing is before the first
   least = jnp.min(jnp.where(jnp.isinf(ranked), jnp.inf, ranked), -1, keepdims=True)
+  assert key is not None  # only temperature 0 does without
   # The same noise for all rows, so that none depends on which others there are.
   draw = jax.vmap(lambda logits: jax.random.categorical(key, logits))
   return draw(jnp.where(logits < least, -jnp.inf, logits)).astype(jnp.int32)
@@ -154,8 +155,7 @@ def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
 def stream(model: vlm.VLM, prompts: Batch | Sequence[Batch], sampling: Sampling) -> Iterator[np.ndarray]:
   """New tokens of every prompt, int32[B, n] at a time, until all have ended; prompts as one Batch, or see `prefill_each`."""
   total = up(sampling.max_new_tokens, STREAM)
-  fill = _prefill if isinstance(prompts, Batch) else prefill_each
-  state = fill(model, prompts, room=total)
+  state = _prefill(model, prompts, room=total) if isinstance(prompts, Batch) else prefill_each(model, prompts, room=total)
   once = dataclasses.replace(sampling, max_new_tokens=1, seed=0)  # neither changes the program
   for done in range(0, sampling.max_new_tokens, STREAM):
     key = jax.random.fold_in(jax.random.key(sampling.seed), done) if sampling.temperature else None

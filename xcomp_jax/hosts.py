@@ -12,8 +12,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ AGAIN = "Start all of them again with the same command: the run goes on from its
 
 
 @contextlib.contextmanager
-def joined(config: DistributedConfig) -> Iterator[None]:
+def joined(config: DistributedConfig) -> Generator[None]:
   """Connects this process with the others of its run, before JAX looks for devices; what is already connected stays.
 
   A run of one process (config.coordinator None, or "auto" where there is no cluster) has nothing to connect.
@@ -36,7 +36,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
   """
   roll = None
   if config.coordinator is not None and not jax.distributed.is_initialized():
-    roll = _connect(config)
+    roll = _connect(config.coordinator, config)
     if jax.distributed.is_initialized():
       print(banner(), flush=True)
   try:
@@ -51,7 +51,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     roll.close(well=True)
 
 
-def _connect(config: DistributedConfig) -> "Roll | None":
+def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
   """Waits until all processes are there, or says who is not; None if there is only this one."""
   # SIGTERM is ours (`stop_signal`): JAX's service would swallow it even while nobody asks for it yet.
   jax.config.update("jax_enable_preemption_service", False)
@@ -60,15 +60,15 @@ def _connect(config: DistributedConfig) -> "Roll | None":
     "initialization_timeout": config.start_seconds + 60,  # `_late` is before it, and says more
   }
   roll = None
-  if config.coordinator != "auto":
-    address, port = _address(config.coordinator)
+  if coordinator != "auto":
+    address, port = _address(coordinator)
     if config.processes is None or config.process is None or not 0 <= config.process < config.processes:
       raise ConfigError(
-        f"config.distributed.coordinator = {config.coordinator!r} with process {config.process} of {config.processes}: "
+        f"config.distributed.coordinator = {coordinator!r} with process {config.process} of {config.processes}: "
         "set config.distributed.processes to their number, and config.distributed.process from 0 on in each"
       )
     options |= {
-      "coordinator_address": config.coordinator, "num_processes": config.processes, "process_id": config.process
+      "coordinator_address": coordinator, "num_processes": config.processes, "process_id": config.process
     }
     roll = Roll(config.process, config.processes)
     roll.open(address, port + 1)
@@ -125,7 +125,7 @@ class Roll:
           "choose another"
         ) from error
       port = self._server.getsockname()[1]
-      self._begin(self._accept)
+      self._begin(self._accept, self._server)
     else:
       self._begin(self._call, address, port)
     return port
@@ -163,10 +163,10 @@ class Roll:
   def _begin(self, target, *arguments) -> None:
     threading.Thread(target=target, args=arguments, daemon=True).start()
 
-  def _accept(self) -> None:
+  def _accept(self, server: socket.socket) -> None:
     while True:
       try:
-        line, _ = self._server.accept()
+        line, _ = server.accept()
       except OSError:  # closed
         return
       self._begin(self._hear, line)
@@ -249,7 +249,7 @@ def _late(roll: Roll | None, config: DistributedConfig) -> None:
     roll.end(f"process 0 does not answer at {config.coordinator} {within}; is it running there, and may this host reach it? {AGAIN}", 0)
 
 
-def _end(reason: str) -> None:
+def _end(reason: str) -> NoReturn:
   print(f"error: {reason}", file=sys.stderr, flush=True)
   os._exit(1)  # the main thread may be waiting for what never comes
 
@@ -264,7 +264,7 @@ def _address(coordinator: str) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Any]:
+def stop_signal() -> Generator[Any]:
   """Gives a function that says whether any process was told to stop; a second signal acts at once.
 
   All processes hear the same answer at the same step: it is one more small sum over them.

@@ -151,7 +151,8 @@ def read_torch(directory: pathlib.Path, entries: Sequence[Entry], target: Target
       sharding, dtype = target(e.path, DTYPES[it.dtype])
       rows = functools.partial(_read_rows, opened[it.file], it)
       part = functools.partial(_read_slice, rows, e, dtype, pool)
-      arrays[e.path] = jax.make_array_from_callback(e.ours, sharding, part, dtype=dtype)
+      # The types of JAX allow an index of None, with which it never calls.
+      arrays[e.path] = jax.make_array_from_callback(e.ours, sharding, part, dtype=dtype)  # ty: ignore[invalid-argument-type]
       arrays[e.path].block_until_ready()  # else transfers queue up, and host memory with them
   return arrays
 

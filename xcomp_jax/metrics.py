@@ -172,11 +172,11 @@ class Compilations:
   def __exit__(self, *_):
     jax.monitoring.unregister_event_duration_listener(self._listen)
 
-  def _listen(self, event: str, seconds: float, fun_name: str = "", **_):
-    name = fun_name.removeprefix("jit(").removeprefix("jit_").removesuffix(")")
+  def _listen(self, event: str, duration_secs: float, **about: str | int):
+    name = str(about.get("fun_name", "")).removeprefix("jit(").removeprefix("jit_").removesuffix(")")
     if event == "/jax/core/compile/backend_compile_duration" and name in self.count:
       self.count[name] += 1
-      self.new[name].append(seconds)
+      self.new[name].append(duration_secs)
 
   def take(self, name: str) -> list[float]:
     """Seconds of each compilation of a function since the last call."""

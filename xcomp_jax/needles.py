@@ -13,6 +13,7 @@ the haystack is encoded once. By default one frame is selected, every frame bein
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -56,7 +57,9 @@ def read_needles(file: pathlib.Path, images: pathlib.Path, clip_frames: int, siz
   Raises:
     NeedleError: another kind of file. VideoError, FileNotFoundError: pictures that can't be read.
   """
-  how = {"size": size, "max_frames": 8, "min_frames": 8, "fps": 1.0, "clip_frames": 8, "style": "ask", "read_type": "img"}
+  load = functools.partial(
+    video.load, size=size, max_frames=8, min_frames=8, fps=1.0, clip_frames=8, style="ask", read_type="img"
+  )
   out = []
   for i, item in enumerate(json.loads(file.read_text(encoding="utf-8"))):
     try:
@@ -68,7 +71,7 @@ def read_needles(file: pathlib.Path, images: pathlib.Path, clip_frames: int, siz
     except (KeyError, TypeError) as error:
       wanted = "image, question, answer, or images, question1, answer1, question2, answer2"
       raise NeedleError(f"{file}, needle {i}: {error!r}; expected {wanted}") from error
-    pictures = (video.load(images / name, **how).frames for name in names)
+    pictures = (load(images / name).frames for name in names)
     out.append(Needle(tuple(np.broadcast_to(picture, (clip_frames, *picture.shape[1:])) for picture in pictures), questions))
   return out
 

@@ -9,7 +9,7 @@ import optax
 from xcomp_jax.config import OptimConfig, TrainConfig
 
 
-def schedule(config: OptimConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
   """Learning rate at a step, counted from 0: rises linearly from 0, then falls as a cosine to 0 at `steps`.
 
   The warm-up is ceil(steps * warmup) steps, and the very first step has rate 0, as in the release (train.sh; its

@@ -26,7 +26,7 @@ from flax import nnx
 
 from xcomp_jax import chat, encode, generate, qc_comp, weights
 from xcomp_jax.comparison import Arrays, ParityError, Row, absent, compare, read, show
-from xcomp_jax.config import InternVideo2Config, LPCompConfig, ModelConfig, VLMConfig
+from xcomp_jax.config import InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, Example, collate
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.files import command
@@ -129,7 +129,7 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
 
 def lp_comp_of(name: str, layers: int) -> LPCompConfig:
   """The LP-Comp setting that a name in llm_variants.npz stands for (VECTORS.md)."""
-  known = {"cosine_suffix": "suffix", "cosine_nosuffix": "uniform", "none": "none"}
+  known: dict[str, Keep] = {"cosine_suffix": "suffix", "cosine_nosuffix": "uniform", "none": "none"}
   if name in known:
     return LPCompConfig("cosine", known[name], 16)
   if found := re.fullmatch(r"(nexthalf|avgpool)_(\d+(?:_\d+)*)_stride(\d+)", name):
@@ -198,7 +198,7 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
     cfg = dataclasses.replace(qc_comp.setting("official", 1), window=window, bias=int(recorded["query_bias"]))
     inside = qc_comp.windows(units, window, stride or 1, cover=False)
     times = np.bincount(inside.ravel(), minlength=units)
-    plan = qc_comp.Plan(np.zeros(1, int), units, 1, inside, times == times.max())
+    plan = qc_comp.Plan(np.zeros(1, int), units, 1, inside, times == np.max(times))
     asked = qc_comp.together([qc_comp.asked(text, 0, header, cfg)])
     score = functools.partial(qc_comp.score, layers=range(layers), causal=False, prefix=len(prefix), units=units)
     ours = qc_comp.unit_scores(plan, np.asarray(nnx.jit(score)(model, caches, asked, inside)[0]))[0]

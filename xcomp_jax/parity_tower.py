@@ -62,7 +62,7 @@ def vision(model: VLM, clips: np.ndarray, recorded: Arrays, label: str) -> tuple
   # One clip at a time, as attention matrices of many clips may not fit.
   each = nnx.jit(lambda module, x: jax.lax.map(lambda clip: module(clip[None])[0], x))
   embedded = each(tower.patch_embed, clips)
-  pixels = np.moveaxis(normalise(jnp.asarray(clips[0, :1])), -1, 1)
+  pixels = jnp.moveaxis(normalise(jnp.asarray(clips[0, :1])), -1, 1)
   ours = {"pixel_values_frame0": pixels, "patch_embed": embedded}
   rows.append(compare(f"{label}: patch embedding", ours, recorded, VISION))
 

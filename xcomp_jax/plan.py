@@ -244,10 +244,10 @@ def table(folder: pathlib.Path, layers: int | None, effort: float, say: Callable
   ]
   for i, (variant, where, frames, data, extra) in enumerate(CELLS, 1):
     model = "7B" if variant else "2B"
-    asked = {"cell": [variant, where, frames, data, *extra], "layers": layers, "text": TEXT, "effort": effort}
+    asked: dict[str, Any] = {"cell": [variant, where, frames, data, *extra], "layers": layers, "text": TEXT, "effort": effort}
     asked |= {"jax": jax.__version__, "libtpu": libtpu}
     file = folder / f"{model}_{where}_{frames}_{data}{'' if layers is None else f'_{layers}'}.json".replace(":", "_")
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if known.get("asked") != asked:
       say(f"cell {i} of {len(CELLS)}: {model}, {where}, {frames} frames, {data}")
       config = from_command_line(["plan", f"--config=configs/sct.py:{variant}".rstrip(":"), *extra])
@@ -259,6 +259,7 @@ def table(folder: pathlib.Path, layers: int | None, effort: float, say: Callable
       write_json(file, known, indent=1)
     row = known["programs"][0]
     size, limit = max(needed(row, known["programs"]) for row in known["programs"]), known["hbm"]
+    assert limit is not None  # of every chip in CELLS
     bound = max(row["seconds"], key=row["seconds"].get, default="-")
     seconds = f"{row['seconds'][bound]:.2f} s" if row["seconds"] else "-"
     lines.append(

@@ -20,7 +20,7 @@ import pathlib
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -188,7 +188,7 @@ def _made(out: pathlib.Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _claimed(out: pathlib.Path) -> Iterator[pathlib.Path]:
+def _claimed(out: pathlib.Path) -> Generator[pathlib.Path]:
   """The folder `<out>.incomplete`, for this process alone; it goes again if nothing but the lock was put into it."""
   folder = out.with_name(out.name + ".incomplete")
   try:
@@ -215,7 +215,7 @@ def _claimed(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _plan(mixture, root, subset: float, per_shard: int, settings: Settings, layout: store.Layout, files, tower) -> dict[str, Any]:
   """What two runs must have in common for the second to continue the first; names are for people."""
-  plan = {"format": store.FORMAT, "mixture": hashlib.blake2b(pathlib.Path(mixture).read_bytes(), digest_size=8).hexdigest()}
+  plan: dict[str, Any] = {"format": store.FORMAT, "mixture": hashlib.blake2b(pathlib.Path(mixture).read_bytes(), digest_size=8).hexdigest()}
   plan |= {"root": str(root), "subset": float(subset), "samples_per_shard": per_shard} | dataclasses.asdict(settings)
   plan |= {"fps": float(settings.fps), "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}"}
   if tower:

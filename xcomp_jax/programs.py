@@ -11,7 +11,7 @@ import pathlib
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -250,7 +250,7 @@ def executed_flops(cfg: VLMConfig, jaxpr: Any) -> cost.Flops:
 
 
 @contextlib.contextmanager
-def inside(plan: Plan) -> Iterator[None]:
+def inside(plan: Plan) -> Generator[None]:
   """The mesh and the precision that training has."""
   with jax.set_mesh(plan.mesh), jax.default_matmul_precision("highest" if plan.cfg.dtype == "float32" else None):
     yield

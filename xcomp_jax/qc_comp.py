@@ -44,16 +44,14 @@ def setting(mode: str, frames: int, repeat: int | None = None) -> SelectConfig:
   Raises:
     ConfigError: an unknown mode, or less than one frame or repetition.
   """
-  common = {"mode": mode, "frames": frames, "round": 512, "window": 64, "stride": 32, "layers": (6, 23)}
-  own = {
-    "official": {"repeat": 2, "causal": False, "bias": 27},
-    "aligned": {"repeat": 1, "causal": True, "bias": None},
-    "local": {"repeat": 1, "causal": True, "bias": None},
-    "global": {"repeat": 1, "causal": True, "bias": None, "window": 0},
-  }
-  if mode not in own:
-    raise ConfigError(f"select.mode = {mode!r}: known are {', '.join(own)}")
-  cfg = SelectConfig(**(common | own[mode] | ({} if repeat is None else {"repeat": repeat})))
+  if mode not in ("official", "aligned", "local", "global"):
+    raise ConfigError(f"select.mode = {mode!r}: known are official, aligned, local, global")
+  official = mode == "official"
+  cfg = SelectConfig(
+    mode, frames, repeat=repeat if repeat is not None else 2 if official else 1,
+    round=512, window=0 if mode == "global" else 64, stride=32, layers=(6, 23),
+    causal=not official, bias=27 if official else None,
+  )  # fmt: skip
   if cfg.frames < 1 or cfg.repeat < 1:
     raise ConfigError(f"select.frames = {cfg.frames}, select.repeat = {cfg.repeat}: both must be at least 1")
   return cfg
@@ -139,7 +137,7 @@ def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
   size = cfg.round + cfg.window
   inside = windows(size // OFFICIAL_CLIP, cfg.window // OFFICIAL_CLIP, cfg.stride // OFFICIAL_CLIP, cover=False)
   times = np.bincount(inside.ravel(), minlength=size // OFFICIAL_CLIP)
-  return Plan(starts, size, OFFICIAL_CLIP, inside, times == times.max())
+  return Plan(starts, size, OFFICIAL_CLIP, inside, times == np.max(times))
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------
@@ -152,7 +150,11 @@ def scored_layers(cfg: SelectConfig, layers: int) -> range:
 
 
 def watch(
-  model: vlm.VLM, features: Float[Array, "B C N D"], clips: Int[Array, " B"], prefix: Int[Array, " P"], last: int
+  model: vlm.VLM,
+  features: Float[Array | np.ndarray, "B C N D"],
+  clips: Int[Array | np.ndarray, " B"],
+  prefix: Int[Array | np.ndarray, " P"],
+  last: int,
 ) -> tuple[LayerCache, ...]:
   """Runs the visual tokens of rounds, which don't depend on a question.
 
@@ -174,7 +176,7 @@ def watch(
   B, _, N, _ = features.shape
   P = len(prefix)
   none = jnp.zeros(B, jnp.int32)
-  x = vlm.place(model, features.astype(model.cfg.dtype), jnp.broadcast_to(prefix, (B, P)), none[:, None][:, :0])
+  x = vlm.place(model, jnp.asarray(features, model.cfg.dtype), jnp.broadcast_to(prefix, (B, P)), none[:, None][:, :0])
   lengths = Lengths(none + P, clips * (N // model.cfg.lp_comp.group), none)
   return decoder.run(model.llm, x, lengths, prefix=P, text=0, caches=True, rotated=False, stop=last).caches
 
@@ -235,7 +237,7 @@ def score(
   model: vlm.VLM,
   caches: tuple[LayerCache, ...],
   asked: Asked,
-  windows: Int[Array, "W w"],
+  windows: Int[Array | np.ndarray, "W w"],
   *,
   layers: range,
   causal: bool,
@@ -317,7 +319,7 @@ def aggregate(plan: Plan, scores: Float[np.ndarray, "R M W w"], frames: int) -> 
     total[:, where] += values.repeat(plan.unit, axis=1)[:, used]
   if not times.all():
     raise ConfigError(
-      f"QC-Comp: {int((times == 0).sum())} of {frames} frames are in no window, first frame {int(times.argmin())}; "
+      f"QC-Comp: {int((times == 0).sum())} of {frames} frames are in no window, first frame {int(np.argmin(times))}; "
       "sample a multiple of the round, or use a mode that covers the tail (quirk Q4)"
     )
   return (total / times).sum(0)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from xcomp_jax import chat, encode, generate, qc_comp, weights
-from xcomp_jax.config import ConfigError, LPCompConfig, ModelConfig, SelectConfig, VLMConfig
+from xcomp_jax.config import ConfigError, Dtype, Keep, LPCompConfig, ModelConfig, SelectConfig, VLMConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
 
@@ -35,9 +35,9 @@ class Settings:
   clip_frames: str
   yarn: float | None
   clips_per_chunk: int
-  keep: str | None
+  keep: Keep | None
   schedule: str | None
-  dtype: str | None
+  dtype: Dtype | None
   max_new_tokens: int
   repetition_penalty: float
   temperature: float
@@ -80,7 +80,7 @@ def settings(args: argparse.Namespace) -> Settings:
 
 def keep_compiled(folder: str | None) -> None:
   """Has JAX keep compiled programs in a folder, unless another one is set already."""
-  if folder and jax.config.jax_compilation_cache_dir is None:
+  if folder and jax.config.jax_compilation_cache_dir is None:  # ty: ignore[missing-attribute]  (made at run time)
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
 
 
@@ -120,8 +120,8 @@ class Reader:
     """
     self.check_clips()
     s, file = self.settings, pathlib.Path(path)
-    kinds = {".gif": "gif"} | dict.fromkeys(video.STILLS, "img")
-    read_type = "frames" if file.is_dir() else kinds.get(file.suffix.lower(), "video")
+    suffix = file.suffix.lower()
+    read_type = "frames" if file.is_dir() else "gif" if suffix == ".gif" else "img" if suffix in video.STILLS else "video"
     return video.sample(
       path, size=self.cfg.vision.image_size, max_frames=s.max_frames, min_frames=s.min_frames, fps=s.fps,
       clip_frames=SAMPLED_CLIP, style="ask", start=start, end=end, read_type=read_type,
@@ -144,7 +144,7 @@ class Reader:
     Raises:
       ConfigError: see `qc_comp.plan`.
     """
-    if not chat.why_not(frames, self.select):
+    if self.select and not chat.why_not(frames, self.select):
       qc_comp.plan(frames, self.cfg.clip_frames, self.select)
 
   def encode(

@@ -156,7 +156,7 @@ def _question(video: EncodedVideo, cfg: VLMConfig, number: int, question: str, a
     looked = f"<p>{'All ' * (sampled > 1)}{_many(sampled, 'sampled frame')}.</p>"
   if selection.note:
     looked += f'<p class="note">{html.escape(selection.note[0].upper() + selection.note[1:])}.</p>'
-  curve = "" if selection.scores is None else _curve(video, selection, spans)
+  curve = "" if selection.scores is None else _curve(video, selection.scores, spans)
   return f"""<section aria-labelledby="q{number}">
 <p class="label">Question {number}</p>
 <h2 id="q{number}">{html.escape(question)}</h2>
@@ -171,11 +171,11 @@ def _question(video: EncodedVideo, cfg: VLMConfig, number: int, question: str, a
 """
 
 
-def _curve(video: EncodedVideo, selection: Selection, spans: Sequence[tuple[float, float]]) -> str:
+def _curve(video: EncodedVideo, scores: np.ndarray, spans: Sequence[tuple[float, float]]) -> str:
   """Relevance over time, a step per score, the chosen ranges shaded."""
   begin, end = _extent(video)
   place = lambda t: np.round((t - begin) / ((end - begin) or 1) * 1000, 1)
-  scores, low = selection.scores, selection.scores.min()
+  low = scores.min()
   height = np.round(100 - 100 * (scores - low) / ((scores.max() - low) or 1), 1)
   steps = np.flatnonzero(np.append(True, np.diff(height) != 0))
   line = "".join(f"H{x:g}V{y:g}" for x, y in zip(place(video.times[steps]), height[steps], strict=True))
@@ -196,7 +196,7 @@ def _curve(video: EncodedVideo, selection: Selection, spans: Sequence[tuple[floa
       f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="126" y2="130"/>'
       f'<text x="{x:.2f}%" y="144" text-anchor="{anchor}">{clock(n * step, end)}</text>'
     )
-  peak = _when(end, video.times[scores.argmax()])
+  peak = _when(end, video.times[np.argmax(scores)])
   return f"""<figure>
 <figcaption>Relevance to the question, highest at {peak}. Shaded: chosen frames.</figcaption>
 <svg class="plot" width="100%" height="150" role="img"

@@ -232,7 +232,7 @@ def parameter_table(state: Any, shardings: Any) -> str:
 
 def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
   """Keeps of each dimension's mesh axes those, from the first on, whose product divides it."""
-  taken: dict[str, str] = {}
+  taken: dict[str, str | None] = {}
   spec = []
   for dim, axis in zip(shape, axes):
     kept, parts = [], 1

@@ -203,7 +203,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
   """
   rows = batch_devices(mesh)
   places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-  mine = sorted({row for (place,) in places for row in range(rows)[place]})
+  mine = sorted({row for index in places if index for row in range(rows)[index[0]]})
   if mine != list(range(mine[0], mine[0] + len(mine))) or rows % len(mine) or mine[0] % len(mine):
     raise ConfigError(
       f"mesh {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows {mine} of every {rows}, which is not "

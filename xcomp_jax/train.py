@@ -33,7 +33,7 @@ from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check, from_comm
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch
 from xcomp_jax.data.blend import Blend
-from xcomp_jax.data.store import open_store
+from xcomp_jax.data.store import Features, Store, open_store
 from xcomp_jax.files import command
 from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.sharding import batch_devices, check_mesh, make_mesh, param_shardings, parameter_table
@@ -205,7 +205,7 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput) -> d
       if done % config.train.log_every == 0 or done == steps:
         recent = losses[-min(config.train.log_every, len(losses)) :]
         values = {
-          "loss": float(np.mean(recent)), "lr": float(rate(done - 1)), "grad_norm": out["grad_norm"], **clock.report()
+          "loss": float(np.mean(recent)), "lr": np.asarray(rate(done - 1)).item(), "grad_norm": out["grad_norm"], **clock.report()
         }
         say(metrics.line(done, steps, values))
         writer.write(done, "train", values)
@@ -270,7 +270,9 @@ def open_data(folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[flo
   group = cfg.lp_comp.group
   stores = [open_store(folder) for folder in ((folders,) if isinstance(folders, str) else folders)]
   for store in stores:
-    wanted = [(store, "image_size", cfg.vision.image_size), (store, "clip_frames", cfg.clip_frames)]
+    wanted: list[tuple[Store | Features, str, int]] = [
+      (store, "image_size", cfg.vision.image_size), (store, "clip_frames", cfg.clip_frames)
+    ]  # fmt: skip
     if store.features is not None:
       wanted += [(store.features, "tokens_per_frame", cfg.tokens_per_frame), (store.features, "width", cfg.vision.width)]
     for has, name, value in wanted:
@@ -295,12 +297,12 @@ def check_tower(model: vlm.VLM, name: str, data: Sequence[Blend]) -> None:
   Raises:
     ConfigError: they are of other weights or settings.
   """
-  stores = [store for blend in data for store in blend.stores if store.features is not None]
-  identity = encode.tower_identity(model) if stores else None
-  for store in stores:
-    if store.features.identity != identity:
+  made = [(store.path, store.features.identity) for blend in data for store in blend.stores if store.features is not None]
+  identity = encode.tower_identity(model) if made else None
+  for path, other in made:
+    if other != identity:
       raise ConfigError(
-        f"{store.path} holds features by another tower: its identity is {store.features.identity}, that of the tower in "
+        f"{path} holds features by another tower: its identity is {other}, that of the tower in "
         f"{name} {identity}. Make the features again with this checkpoint, or train on frames"
       )
 
@@ -370,7 +372,7 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # At exit JAX would wait for the other processes, and Orbax for the threads of a save that failed.
-    os._exit(error.code if isinstance(error, SystemExit) else 1)
+    os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -107,7 +107,8 @@ SIZES = {  # what config.json must have
 OPTIONAL = ("head_dim", "tokenizer_model_max_length", "max_position_embeddings")
 TINY_VISION = dict.fromkeys(("image_size", "embed_dim", "depth", "heads", "patch_size"), COUNT) | {"mlp_ratio": ABOVE_0}
 UMT = {"embed_dim": 1024, "depth": 24, "heads": 16, "patch_size": 16, "mlp_ratio": 4}
-TOWERS = {  # the official config.json names a tower; its sizes are in the official code (FACTS.md 7)
+# The official config.json names a tower; its sizes are in the official code (FACTS.md 7).
+TOWERS: dict[str, dict[str, Any]] = {
   "umt-hd-large": {"image_size": 448, **UMT},
   "umt-large": {"image_size": 224, **UMT},
   "internvideo2": {"image_size": 224, "embed_dim": 1408, "depth": 40, "heads": 16, "patch_size": 14, "mlp_ratio": 48 / 11},
@@ -166,7 +167,7 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
   )
 
 
-def _tower(file: pathlib.Path, c: Mapping[str, Any]) -> TowerConfig:
+def _tower(file: pathlib.Path, c: Mapping[str, Any]) -> VisionConfig | InternVideo2Config:
   name = c["mm_vision_tower"]
   internvideo2 = "internvideo2" in name.lower()  # whatever else a path of weights says
   if "tiny_vision" in c:
@@ -194,7 +195,7 @@ def _tower(file: pathlib.Path, c: Mapping[str, Any]) -> TowerConfig:
   return VisionConfig(**sizes, table="umt" if t["image_size"] == 224 else "umt-hd")
 
 
-def _clip_frames(file: pathlib.Path, tower: TowerConfig, wanted: int | str, own: int) -> int:
+def _clip_frames(file: pathlib.Path, tower: TowerConfig, wanted: int | Literal["auto", "checkpoint"], own: int) -> int:
   """The length of clips, if the tower takes it; own: of config.json."""
   takes = tower.frames if isinstance(tower, InternVideo2Config) else None
   frames = own if wanted == "checkpoint" else takes or CLIP_FRAMES if wanted == "auto" else wanted
@@ -210,10 +211,10 @@ def _clip_frames(file: pathlib.Path, tower: TowerConfig, wanted: int | str, own:
   return frames
 
 
-def _llm(file: pathlib.Path, c: Mapping[str, Any], yarn: tuple[float, ...] | str | None) -> LLMConfig:
+def _llm(file: pathlib.Path, c: Mapping[str, Any], yarn: tuple[float, ...] | Literal["checkpoint"] | None) -> LLMConfig:
   if not c.get("head_dim") and c["hidden_size"] % c["num_attention_heads"]:
     raise CheckpointError(f"{file}: num_attention_heads does not divide hidden_size, and there is no head_dim")
-  scaling = read_yarn(f"{file}: rope_scaling", c.get("rope_scaling")) if yarn == "checkpoint" else yarn and yarn_of(*yarn)
+  scaling = read_yarn(f"{file}: rope_scaling", c.get("rope_scaling")) if yarn == "checkpoint" else yarn_of(*yarn) if yarn else None
   context = c.get("tokenizer_model_max_length") or c.get("max_position_embeddings")
   return LLMConfig(
     vocab_size=c["vocab_size"],

@@ -20,6 +20,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ MOST_SCENES = 4096
 
 
 # The base's sizes, in the form of an official config.json (`tiny_vision` is no official key).
-MODEL = {
+MODEL: dict[str, Any] = {
   "architectures": ["VideoChatFlashQwenForCausalLM"], "model_type": "videochat_flash_qwen", "hidden_act": "silu",
   "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1,
   "vocab_size": 512, "rope_theta": 10000.0, "rope_scaling": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
@@ -100,6 +101,7 @@ def render(scene: Scene) -> np.ndarray:
   start = SIZE / 2 - 0.5 + rng.uniform(-4, 4, 2)
   corner = rng.integers(2, size=2) * (SIZE - LABEL)
   if scene.shape is not None:
+    assert scene.colour and scene.motion  # of the shape: `scenes` gives all three or none
     dx, dy = MOTIONS[scene.motion]
     u = x - (start[0] + dx * step)[:, None, None].astype(np.float32)  # [F, 96, 96], pixels from the centre
     v = y - (start[1] + dy * step)[:, None, None].astype(np.float32)
@@ -270,7 +272,7 @@ def _write_video(out: pathlib.Path, split: Split, seed: int, number: int) -> dic
   turns = [turn(shown, str(kind)) for kind in asked] or [(DESCRIBE, description(shown))]
   where = [next(i for i, scene in enumerate(shown) if getattr(scene, kind) is not None) for kind in asked]
   name = f"{number:05d}.mp4"
-  writer = cv2.VideoWriter(str(out / split.name / name), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (SIZE, SIZE))
+  writer = cv2.VideoWriter(str(out / split.name / name), cv2.VideoWriter.fourcc(*"mp4v"), FPS, (SIZE, SIZE))
   if not writer.isOpened():
     raise WorldError(f"{out / split.name / name} can't be written: this OpenCV has no mp4 encoder, or the disk is full")
   for scene in shown:

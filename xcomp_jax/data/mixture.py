@@ -21,7 +21,8 @@ import tqdm
 from xcomp_jax.data import store, video
 from xcomp_jax.files import one_line
 
-READERS = {"decord": "video", "gif": "gif", "img": "frames"}  # video_read_type, and what `video.sample` calls it
+# video_read_type, and what `video.sample` calls it
+READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
 KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type")
 
 
@@ -151,13 +152,12 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
       raise _error(f"annotations {path}, line {n}: lists or objects inside each other without end") from error
     except ValueError as error:  # a number of thousands of digits
       raise _error(f"annotations {path}, line {n}: {one_line(error)}") from error
-  if path.suffix != ".jsonl":
-    items = items[0]
-  wrong = next((i for i, item in enumerate(items) if not isinstance(item, dict)), None) if isinstance(items, list) else "whole"
+  whole: Any = items if path.suffix == ".jsonl" else items[0]
+  wrong = next((i for i, item in enumerate(whole) if not isinstance(item, dict)), None) if isinstance(whole, list) else "whole"
   if wrong is not None:
-    found = "" if wrong == "whole" else f"; annotation {wrong} is {json.dumps(items[wrong])[:100]}"
+    found = "" if wrong == "whole" else f"; annotation {wrong} is {json.dumps(whole[wrong])[:100]}"
     raise _error(f"annotations {path}: expected a list of objects{found}")
-  return items
+  return whole
 
 
 def _has_one_visual(item: Mapping[str, Any]) -> bool:
@@ -165,7 +165,7 @@ def _has_one_visual(item: Mapping[str, Any]) -> bool:
   return len(visuals) == 1 and not isinstance(visuals[0], list)
 
 
-def _job(item: Mapping[str, Any], position: int, annotation: str, folder: pathlib.Path, reader: str) -> Job:
+def _job(item: Mapping[str, Any], position: int, annotation: str, folder: pathlib.Path, reader: video.ReadType) -> Job:
   """The job of an annotation that `select` has let through."""
   from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
 
@@ -178,7 +178,7 @@ def _job(item: Mapping[str, Any], position: int, annotation: str, folder: pathli
     faults.append(f"{key} must be a path, not {name!r}")
   else:
     faults += _path_faults(path, reader)
-  talk = item.get("conversations")
+  talk: Any = item.get("conversations")  # checked below
   turns = ()
   try:
     prompt.check(talk, visual=True)

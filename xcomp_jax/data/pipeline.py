@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import tqdm
 
-from xcomp_jax.config import ConfigError, DataConfig
+from xcomp_jax.config import ConfigError, DataConfig, Mask
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Batch, Bucket, Example, batch_spec, collate
 from xcomp_jax.data.blend import Blend, permutation
@@ -106,12 +106,12 @@ def plan(
   return [entry for batch in whole for entry in _parts(batch, buckets, samples_per_micro_batch)]
 
 
-def example(data: Blend, tokenizer, mask: str, index: int) -> Example:
+def example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
   """Reads one sample; `mask` says which tokens are supervised (FACTS.md 3)."""
   return Example(data.visual(index), *_tokens(data, tokenizer, mask, index), index=index)
 
 
-def measure(data: Blend, tokenizer, mask: str) -> list[Length]:
+def measure(data: Blend, tokenizer, mask: Mask) -> list[Length]:
   """Lengths of every sample under this tokenizer; a minute's work for the paper's 71,927, so there is a bar."""
   lengths = []
   for i, sample in enumerate(tqdm.tqdm(data.samples, unit="sample", desc="tokens", delay=5.0, leave=False)):
@@ -212,7 +212,7 @@ def evaluation(
   return _dataset(data, tokenizer, cfg, entries, _share(rows, process_index, process_count))
 
 
-def _tokens(data: Blend, tokenizer, mask: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tokens(data: Blend, tokenizer, mask: Mask, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   sample = data.samples[index]
   built = prompt.train(tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask)
   return built.tokens, built.labels, built.query
@@ -259,7 +259,7 @@ def _buckets(lengths: Sequence[Length], cfg: DataConfig) -> list[Bucket]:
     if length.prefix > cfg.prefix_length:
       faults.append(f"has {length.prefix} tokens before the visual slot, and data.prefix_length is {cfg.prefix_length}")
     problems += [f"sample {i} {fault}" for fault in faults]
-    if not faults:
+    if f is not None and t is not None and not faults:
       out.append(Bucket(f // length.clip_frames, length.clip_frames, cfg.prefix_length, t))
   if problems:
     problems = list(dict.fromkeys(problems))

@@ -7,11 +7,12 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, SupportsInt
+from typing import Any, SupportsInt
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from xcomp_jax.config import Mask
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 
 IMAGE = "<image>"  # where the frames go, in annotations
@@ -151,7 +152,7 @@ def train(
   conversations: Any,
   message: str | None,
   *,
-  mask: Literal["official", "assistant"],
+  mask: Mask,
 ) -> Prompt:
   """An annotation's conversation with its answers supervised (FACTS.md 3, 4).
 
@@ -201,7 +202,7 @@ def ask(
   return _build(tokenizer, turns, question, None)
 
 
-def _build(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str, mask: str | None) -> Prompt:
+def _build(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str, mask: Mask | None) -> Prompt:
   """The chat template. With `mask` None a header for the answer ends the prompt and nothing is supervised.
 
   turns: (role, content); at most one content has IMAGE, at its start.

@@ -22,7 +22,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -188,7 +188,7 @@ def _clips(job: Job, settings: Settings) -> tuple[float | None, Iterator[np.ndar
 
 
 @contextlib.contextmanager
-def _blaming(job: Job) -> Iterator[None]:
+def _blaming(job: Job) -> Generator[None]:
   """Damaged files make libraries raise anything."""
   try:
     yield
@@ -449,6 +449,7 @@ def _begin() -> None:
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg complains at length; the reason comes back as an exception
   signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder that hangs runs no Python handler
   parent = multiprocessing.parent_process()
+  assert parent is not None  # this one was started by it
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 

@@ -24,7 +24,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -347,7 +347,8 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
     writer = array_record(file)
     for sample in samples:
       row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
-      example = tf_example_pb2.Example.FromString(features.serialize_example(row))
+      serialized = features.serialize_example(row)
+      example = tf_example_pb2.Example.FromString(serialized)  # ty: ignore[missing-attribute]  (made at run time)
       record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
       writer.write(record)
       size += len(record)
@@ -390,7 +391,7 @@ def array_record(path: str | os.PathLike):
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: str | os.PathLike) -> Generator[None]:
   """What goes wrong with the writer at `path`, a full disk perhaps, is an OSError: ArrayRecord raises a RuntimeError."""
   try:
     yield
@@ -410,7 +411,7 @@ def _layout(info: Mapping[str, Any]) -> Layout:
 def _source(folder: pathlib.Path):
   import tensorflow_datasets as tfds
 
-  return tfds.builder_from_directory(folder).as_data_source(split="train")
+  return tfds.builder_from_directory(folder).as_data_source(split="train")  # ty: ignore[missing-argument]  (an untyped decorator)
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:

@@ -287,7 +287,7 @@ def _decode_gif(path, wanted) -> Iterator[np.ndarray]:
         yield np.asarray(image.convert("RGB"))
       except (OSError, EOFError, SyntaxError) as error:
         raise VideoError(
-          f"{path} announces {image.n_frames} frames, but frame {i} can't be decoded: {error}"
+          f"{path} announces {getattr(image, 'n_frames', 1)} frames, but frame {i} can't be decoded: {error}"
         ) from error
 
 

@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -121,8 +121,9 @@ def _splash(q, k, v, key_valid, causal, interpret=False):
   L, H = q.shape[1:3] if mesh is None else NamedSharding(mesh, queries).shard_shape(q.shape)[1:3]  # of a device
   (q_block, q_length), (k_block, k_length) = _blocks(L), _blocks(S)
   parts = q.shape[1] // L  # of the queries; each is padded
-  mask = (masks.CausalMask if causal else masks.FullMask)((parts * q_length, k_length))
+  mask = masks.FullMask((parts * q_length, k_length))
   if causal:
+    mask = masks.CausalMask((parts * q_length, k_length))
     mask.q_sequence = (np.arange(parts)[:, None] * L + np.arange(q_length)).reshape(-1).astype(np.int32)  # their slots
   blocks = splash.BlockSizes(
     block_q=q_block, block_kv=k_block, block_kv_compute=k_block, block_q_dkv=q_block, block_kv_dkv=k_block,
@@ -156,7 +157,8 @@ def _blocks(length: int) -> tuple[int, int]:
   return block, -(-length // block) * block
 
 
-KERNELS = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
+Kernel = Literal["mosaic", "triton", "xla_chunked"]
+KERNELS: dict[str, tuple[Kernel, ...]] = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
 
 
 def _flash(q, k, v, key_valid, causal, implementation):
@@ -205,7 +207,8 @@ def _kernel(q, k, v, key_valid, causal, implementation, seen=None):
 
 def tile_sizes(L: int, S: int, causal: bool) -> tuple[int, int]:
   """Queries and keys of a tile: as few tiles as the largest size allows, then as small as they may be: less padding."""
-  return tuple(-(-n // -(-n // most) // 2) * 2 for n, most in ((L, TILE if causal else TALL), (S, TILE if causal else WIDE)))
+  even = lambda n, most: -(-n // -(-n // most) // 2) * 2
+  return even(L, TILE if causal else TALL), even(S, TILE if causal else WIDE)
 
 
 def tiled_scores(L: int, S: int, causal: bool) -> int:

@@ -1,12 +1,14 @@
 """The InternVideo2 clip encoder (FACTS.md 7): learned positions, a class token, and norms that are RMS."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from xcomp_jax.config import VLMConfig
+from xcomp_jax.config import InternVideo2Config, VLMConfig
 from xcomp_jax.model.attention import attend, remat
 from xcomp_jax.model.norm import RMSNorm
 from xcomp_jax.model.vision import PatchEmbed, check_sizes
@@ -36,10 +38,10 @@ class Attention(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     width, dtype = cfg.vision.width, jnp.dtype(cfg.dtype)
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    self.qkv = nnx.Linear(width, 3 * width, use_bias=False, **kinds)
+    linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.qkv = linear(width, 3 * width, use_bias=False)
     self.q_norm, self.k_norm = (RMSNorm(width, EPS, dtype, param_dtype) for _ in range(2))
-    self.proj = nnx.Linear(width, width, **kinds)
+    self.proj = linear(width, width)
     self.heads = cfg.vision.heads
     self.implementation = cfg.attention
 
@@ -55,11 +57,11 @@ class Block(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     v, dtype = cfg.vision, jnp.dtype(cfg.dtype)
-    kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.norm1, self.norm2 = (RMSNorm(v.width, EPS, dtype, param_dtype) for _ in range(2))
     self.attn = Attention(cfg, rngs=rngs, param_dtype=param_dtype)
-    self.fc1 = nnx.Linear(v.width, v.mlp_width, **kinds)
-    self.fc2 = nnx.Linear(v.mlp_width, v.width, **kinds)
+    self.fc1 = linear(v.width, v.mlp_width)
+    self.fc2 = linear(v.mlp_width, v.width)
     self.ls1, self.ls2 = (nnx.Param(jnp.full(v.width, LAYER_SCALE, param_dtype)) for _ in range(2))
 
   def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
@@ -74,6 +76,7 @@ class InternVideo2(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     v = cfg.vision
+    assert isinstance(v, InternVideo2Config)  # by which `vlm` chooses this tower
     check_sizes(v)
     start = lambda frames: position_start(v.width, frames, v.image_size // v.patch_size).astype(param_dtype)
     self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
@@ -81,7 +84,7 @@ class InternVideo2(nnx.Module):
     self.pos_embed = nnx.Param(jnp.asarray(start(v.frames)))
     self.img_pos_embed = nnx.Param(jnp.asarray(start(1)))
     self.blocks = nnx.List([Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)])
-    self.cfg = cfg
+    self.cfg, self.frames = cfg, v.frames
 
   def embed(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C M D"]:
     """The class token and patch features, with their positions, in the compute dtype; M = 1 + F*P.
@@ -90,8 +93,8 @@ class InternVideo2(nnx.Module):
       ValueError: clips of another length than the positions are for.
     """
     length = frames.shape[1]
-    if length not in (1, self.cfg.vision.frames):
-      raise ValueError(f"the InternVideo2 tower takes clips of {self.cfg.vision.frames} frames, or single images, not clips of {length}")
+    if length not in (1, self.frames):
+      raise ValueError(f"the InternVideo2 tower takes clips of {self.frames} frames, or single images, not clips of {length}")
     x = self.patch_embed(frames)
     first = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
     positions = self.img_pos_embed if length == 1 else self.pos_embed

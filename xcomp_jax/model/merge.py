@@ -5,6 +5,8 @@ scatter, and ties have a rule: the lowest position wins, as partner and in the r
 of ties is unspecified, so only there may results differ.)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -90,9 +92,9 @@ class Projector(nnx.Module):
   """Merged tower features to embeddings of the LLM."""
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-    kinds = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": param_dtype, "rngs": rngs}
-    self.fc1 = nnx.Linear(cfg.vision.width, cfg.llm.width, **kinds)
-    self.fc2 = nnx.Linear(cfg.llm.width, cfg.llm.width, **kinds)
+    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs)
+    self.fc1 = linear(cfg.vision.width, cfg.llm.width)
+    self.fc2 = linear(cfg.llm.width, cfg.llm.width)
 
   def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N H"]:
     return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))

@@ -79,11 +79,11 @@ class Attention(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     width = cfg.vision.width
-    kinds = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": param_dtype, "rngs": rngs}
-    self.qkv = nnx.Linear(width, 3 * width, use_bias=False, **kinds)
+    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs)
+    self.qkv = linear(width, 3 * width, use_bias=False)
     self.q_bias = nnx.Param(jnp.zeros(width, param_dtype))
     self.v_bias = nnx.Param(jnp.zeros(width, param_dtype))
-    self.proj = nnx.Linear(width, width, **kinds)
+    self.proj = linear(width, width)
     self.heads = cfg.vision.heads
     self.implementation = cfg.attention
 
@@ -100,12 +100,12 @@ class Block(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     v = cfg.vision
-    kinds = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": param_dtype, "rngs": rngs}
+    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs)
     self.norm1 = _norm(cfg, 1e-6, rngs, param_dtype)
     self.attn = Attention(cfg, rngs=rngs, param_dtype=param_dtype)
     self.norm2 = _norm(cfg, 1e-6, rngs, param_dtype)
-    self.fc1 = nnx.Linear(v.width, v.mlp_width, **kinds)
-    self.fc2 = nnx.Linear(v.mlp_width, v.width, **kinds)
+    self.fc1 = linear(v.width, v.mlp_width)
+    self.fc2 = linear(v.mlp_width, v.width)
 
   def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
     x = x + self.attn(self.norm1(x))
@@ -158,5 +158,6 @@ class Vision(nnx.Module):
 
 def _norm(cfg: VLMConfig, epsilon: float, rngs: nnx.Rngs, param_dtype) -> nnx.LayerNorm:
   # The fast variance E[x^2] - E[x]^2 loses digits, so not that one.
-  kinds = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": param_dtype, "rngs": rngs}
-  return nnx.LayerNorm(cfg.vision.width, epsilon=epsilon, use_fast_variance=False, **kinds)
+  return nnx.LayerNorm(
+    cfg.vision.width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
+  )

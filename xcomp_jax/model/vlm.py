@@ -5,6 +5,7 @@ Training, asking and evaluation call these same functions.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -33,7 +34,7 @@ class VLM(nnx.Module):
     self.llm = Decoder(cfg, rngs=rngs, param_dtype=param_dtype)
 
 
-def encode(model: VLM, frames: UInt8[Array, "B C F S S 3"]) -> Float[Array, "B C N D"]:
+def encode(model: VLM, frames: UInt8[Array | np.ndarray, "B C F S S 3"]) -> Float[Array, "B C N D"]:
   """Tower and token merging, in chunks of clips so that peak memory does not grow with the number of frames.
 
   Args:
