@@ -24,7 +24,6 @@ from xcomp_jax.model.rope import rotate
 from xcomp_jax.sharding import constrain, parts
 
 MLP_ROWS = 4096  # whose six times as wide middle exists at once in training: 0.07 GB at the 2B sizes
-MLP_PARTS = 8  # and more rows than that where a sequence would have more parts: each makes the program longer
 
 
 @jax.tree_util.register_dataclass
@@ -142,25 +141,17 @@ class Layer(nnx.Module):
 
 
 def _in_parts(mlp: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-  """mlp(x) of x [B, L, D], MLP_ROWS rows of a device's share of L at once, computed again part by part for the gradient.
-
-  Not in a loop, whose sums of the weights' gradients the compiler keeps from the program's first instruction on.
-  """
+  """mlp(x) of x [B, L, D], MLP_ROWS rows of a device's share of L at once, computed again part by part for the gradient."""
   B, L, D = x.shape
   X = parts("sequence") if L % parts("sequence") == 0 else 1
-  count = min(-(-L // X // MLP_ROWS), MLP_PARTS)
+  count = -(-L // X // MLP_ROWS)
   if count == 1:
     return mlp(x)
   size = -(-L // X // count)
-  x = jnp.pad(x.reshape(B, X, L // X, D), ((0, 0), (0, 0), (0, count * size - L // X), (0, 0))).reshape(B, X, count, size, D)
-  one = jax.checkpoint(lambda part: mlp(constrain(part.reshape(B, X * size, D), "batch", "sequence")).reshape(part.shape))
-  y: list[jax.Array] = []
-  for i in range(count):
-    part = x[:, :, i]
-    if y:  # one after the other, backwards too
-      part, y[-1] = jax.lax.optimization_barrier((part, y[-1]))
-    y.append(one(part))
-  return jnp.stack(y, axis=2).reshape(B, X, count * size, D)[:, :, : L // X].reshape(B, L, D)
+  x = jnp.pad(x.reshape(B, X, L // X, D), ((0, 0), (0, 0), (0, count * size - L // X), (0, 0)))
+  one = lambda part: mlp(constrain(part.reshape(B, X * size, D), "batch", "sequence")).reshape(part.shape)
+  y = jax.lax.map(jax.checkpoint(one), jnp.moveaxis(x.reshape(B, X, count, size, D), 2, 0))
+  return jnp.moveaxis(y, 0, 2).reshape(B, X, count * size, D)[:, :, : L // X].reshape(B, L, D)
 
 
 class Decoder(nnx.Module):
