@@ -56,7 +56,7 @@ def test_rows_are_timed_beside_a_product_and_drawn(tmp_path, capsys):
   result = json.loads(out.read_text())
   rows = result["rows"]
   assert [name.split(",")[0] for name in rows][2:6] == ["tower", "merge", "prefill", "decode"]
-  assert result["matmul_flops/s"] > 0 and result["copy_bytes/s"] > 0
+  assert result["attention"] == "tiled" and result["matmul_flops/s"] > 0 and result["copy_bytes/s"] > 0
   for name in ("tower, 16 frames", "merge, 8 frames", "prefill, 16 frames", "decode, 4 tokens"):
     row = rows[name]
     assert row["fastest_s"] <= row["seconds"] <= row["slowest_s"] and row["compile_s"] > 0
@@ -121,6 +121,9 @@ bench.main(["--preset=smoke", "--runs=1", "--out", {str(tmp_path / "out.json")!r
 def test_bad_sizes_are_one_line(capsys):
   with pytest.raises(SystemExit) as left:
     bench.main(["--preset=smoke", "--frames", "12"])
+  assert left.value.code == 1 and "multiples of 8" in capsys.readouterr().err
+  with pytest.raises(SystemExit) as left:
+    bench_scaling.main(["--preset=smoke", "--frames", "12", "--out", "scaling"])
   assert left.value.code == 1 and "multiples of 8" in capsys.readouterr().err
 
 

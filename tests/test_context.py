@@ -96,7 +96,8 @@ def test_devices_that_samples_cannot_fill_split_their_sequences(devices, batch_s
 @pytest.mark.parametrize(
   "sizes, changes, words",
   [
-    ((1, 1, 8, 1), {}, r"config\.mesh\.tensor = 8 does not divide the 4 heads"),
+    ((1, 1, 8, 1), {}, r"config\.mesh\.tensor = 8 does not divide the 4 query and 2 key heads"),
+    ((1, 2, 4, 1), {}, r"config\.mesh\.tensor = 4 .* the most that does is 2"),
     ((1, 2, 1, 4), {"prefix_length": 14}, r"config\.mesh\.context = 4 does not divide the 78 slots around a video; .*prefix_length"),
     ((1, 1, 1, 8), {"frame_buckets": (0, 12)}, r"config\.mesh\.context = 8 does not divide the 12 groups of a video of 12 frames"),
     ((1, 2, 1, 4), {}, None),

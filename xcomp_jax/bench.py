@@ -4,7 +4,8 @@ python -m xcomp_jax.bench --preset=cpu --out bench.json [--only tower prefill] [
 
 Every row is timed with plain matrix products before and after each run, so that shares hold on a busy machine. Beside the
 JSON a PNG shows the roofline (with matplotlib; `--plot bench.json` draws it later). Needs jax, flax, optax, orbax-checkpoint,
-numpy and jaxtyping alone; rows that want more (`data`) say so and are left out.
+numpy and jaxtyping alone, on GPUs tokamax too for attention at speed ("attention" in the JSON says what ran); rows that want
+more (`data`) say so and are left out.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from xcomp_jax import bench_parts as parts
 from xcomp_jax import bench_profile, files
 from xcomp_jax.bench_parts import PREFIX, Part
 from xcomp_jax.config import Dtype
+from xcomp_jax.model import attention
 
 PAPER = {1024: 0.12, 2048: 0.25, 4096: 0.66}  # seconds of LP-Comp prefill on one H200, 863 text tokens
 WANTED = {1024: 0.075, 2048: 0.16, 4096: 0.45}  # likewise
@@ -316,7 +318,8 @@ def run(
 ) -> dict[str, Any]:
   """Measures, prints, and writes after every row what there is so far."""
   device = jax.devices()[0]
-  result: dict[str, Any] = {"preset": name, "device": device.device_kind, "jax": jax.__version__, "dtype": preset.dtype, "rows": {}}
+  result: dict[str, Any] = {"preset": name, "device": device.device_kind, "jax": jax.__version__, "dtype": preset.dtype}
+  result |= {"attention": attention.fastest(), "rows": {}}
   for title, row in rows(preset, groups, torch, profile):
     result["rows"][title] = parts.as_json(row)
     if "copy_bytes/s" not in result and title == "copy":
@@ -351,6 +354,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     preset = dataclasses.replace(PRESETS[args.preset], **{key: value for key, value in given.items() if value is not None})
     if any(n % 8 or n < 8 for n in preset.frames) or preset.text <= PREFIX or preset.runs < 1:
       raise ValueError(f"--frames must be multiples of 8, --text more than {PREFIX} and --runs at least 1")
+    for folder in (args.out and args.out.parent, args.profile):
+      if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     result = run(preset, args.preset, args.only, args.torch, args.out, args.profile)
     if args.out is not None:
       try:

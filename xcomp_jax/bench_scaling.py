@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--out", type=pathlib.Path, required=True, help="name of the .json and the .png")
   args = parser.parse_args(argv)
   with files.command(ImportError):
+    if any(n % 8 or n < 8 for n in args.frames) or min(args.text) <= PREFIX:
+      raise ValueError(f"--frames must be multiples of 8, and --text more than {PREFIX}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = measure(bench.PRESETS[args.preset], sorted(args.frames), args.text, args.run_up_to)
     files.write(args.out.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
     draw(rows, args.out.with_suffix(".png"))

@@ -97,11 +97,15 @@ def check_mesh(mesh: Mesh | AbstractMesh, cfg: VLMConfig, data: DataConfig) -> N
   """Refuses axes that could not split what they are for.
 
   Raises:
-    ConfigError: tensor does not divide the LLM's heads, or context the sequence of the longest videos.
+    ConfigError: tensor does not divide the LLM's heads for queries and those for keys, or context the sequence of the
+      longest videos.
   """
   tensor, context = mesh.shape["tensor"], mesh.shape["context"]
-  if cfg.llm.heads % tensor:
-    raise ConfigError(f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} heads of this LLM")
+  if cfg.llm.heads % tensor or cfg.llm.kv_heads % tensor:  # attention would be computed whole by several devices
+    raise ConfigError(
+      f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and {cfg.llm.kv_heads} key heads of this LLM; "
+      f"the most that does is {math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}"
+    )
   frames = max(data.frame_buckets)
   # At every layer a group has one token or more; all layers' sequences are split if one token of each is.
   groups = frames * cfg.tokens_per_frame // cfg.lp_comp.group

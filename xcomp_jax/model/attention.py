@@ -70,11 +70,7 @@ def attend(
     # A small score matrix is the fastest to compile and to run, but half of a causal one is for nothing.
     backend = jax.default_backend()
     small = L <= TILE or (L * S <= 1024 * 1024 and not (causal and backend == "cpu"))
-    kernels = {"cpu": "tiled", "tpu": "splash"}.get(backend, "flash")
-    if kernels == "flash" and importlib.util.find_spec("tokamax") is None:
-      warnings.warn("no tokamax, so attention runs without kernels, slowly; `pip install tokamax`", stacklevel=2)
-      kernels = "tiled"
-    implementation = "einsum" if small else kernels
+    implementation = "einsum" if small else fastest()
   if L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled"):
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
@@ -91,6 +87,15 @@ def attend(
   if implementation not in KERNELS:
     raise ValueError(f"attention implementation {implementation!r}: known are auto, einsum, tiled, splash, {', '.join(KERNELS)}")
   return _flash(q, k, v, key_valid, causal, implementation)
+
+
+def fastest() -> str:
+  """The implementation that "auto" takes for long sequences on this process's devices."""
+  kernels = {"cpu": "tiled", "tpu": "splash"}.get(jax.default_backend(), "flash")
+  if kernels == "flash" and importlib.util.find_spec("tokamax") is None:
+    warnings.warn("no tokamax, so attention runs without kernels, slowly; `pip install tokamax`", stacklevel=2)
+    return "tiled"
+  return kernels
 
 
 def _parts(q, k, causal):
