@@ -105,13 +105,9 @@ class Layer(nnx.Module):
   def finish(self, x, attended):
     """Output projection, residuals and MLP; x [B, L, D], attended [B, L, H, h]."""
     x = x + self.o(attended.reshape(*attended.shape[:2], -1))
-    y = _in_parts(self._mlp, x) if self.cfg.remat else self._mlp(x)
+    modules = self.post_norm, self.gate, self.up, self.down
+    y = _in_parts(*nnx.split(modules), x) if self.cfg.remat else _mlp(modules, x)
     return constrain(x + y, "batch", "sequence", None)
-
-  def _mlp(self, x):
-    y = self.post_norm(x)
-    y = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", "sequence", "mlp")
-    return self.down(y)
 
   def __call__(self, x, positions, valid, pick=lambda x: x):
     """A whole sequence; returns x of the slots that `pick` takes out, and the keys (not rotated) and values of all."""
@@ -140,18 +136,59 @@ class Layer(nnx.Module):
     return self.finish(x, attended), cache
 
 
-def _in_parts(mlp: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-  """mlp(x) of x [B, L, D], MLP_ROWS rows of a device's share of L at once, computed again part by part for the gradient."""
+def _mlp(modules, x):
+  """The gated MLP of x [B, L, D]; modules: norm, gate, up and down."""
+  norm, gate, up, down = modules
+  y = norm(x)
+  return down(constrain(jax.nn.silu(gate(y)) * up(y), "batch", "sequence", "mlp"))
+
+
+def _in_parts(graph: nnx.GraphDef, weights: nnx.State, x: jax.Array) -> jax.Array:
+  """`_mlp` of x [B, L, D], MLP_ROWS rows of a device's share of L at once, computed again part by part for the gradient."""
   B, L, D = x.shape
   X = parts("sequence") if L % parts("sequence") == 0 else 1
   count = -(-L // X // MLP_ROWS)
   if count == 1:
-    return mlp(x)
+    return _mlp(nnx.merge(graph, weights), x)
   size = -(-L // X // count)
   x = jnp.pad(x.reshape(B, X, L // X, D), ((0, 0), (0, 0), (0, count * size - L // X), (0, 0)))
-  one = lambda part: mlp(constrain(part.reshape(B, X * size, D), "batch", "sequence")).reshape(part.shape)
-  y = jax.lax.map(jax.checkpoint(one), jnp.moveaxis(x.reshape(B, X, count, size, D), 2, 0))
+  y = _each_part(graph, weights, jnp.moveaxis(x.reshape(B, X, count, size, D), 2, 0))
   return jnp.moveaxis(y, 0, 2).reshape(B, X, count * size, D)[:, :, : L // X].reshape(B, L, D)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _each_part(graph: nnx.GraphDef, weights: nnx.State, x: jax.Array) -> jax.Array:
+  """`_mlp` of every part of x [parts, B, X, rows, D], one after the other.
+
+  The gradient is our own for its sums over the parts: those of a loop of JAX's begin as zeros, which the compiler keeps for
+  all layers from the program's first instruction on.
+  """
+  return jax.lax.map(lambda part: _one_part(graph, weights, part), x)
+
+
+def _one_part(graph, weights, part):
+  B, X, rows, D = part.shape
+  return _mlp(nnx.merge(graph, weights), constrain(part.reshape(B, X * rows, D), "batch", "sequence")).reshape(part.shape)
+
+
+def _each_part_forward(graph, weights, x):
+  return _each_part(graph, weights, x), (weights, x)
+
+
+def _each_part_backward(graph, kept, dy):
+  weights, x = kept
+  one = lambda x, dy: jax.vjp(functools.partial(_one_part, graph), weights, x)[1](dy)
+
+  def more(sums, part):
+    new, dx = one(*part)
+    return jax.tree.map(jnp.add, sums, new), dx
+
+  first, begun = one(x[0], dy[0])
+  sums, dx = jax.lax.scan(more, first, (x[1:], dy[1:]))
+  return sums, jnp.concatenate([begun[None], dx])
+
+
+_each_part.defvjp(_each_part_forward, _each_part_backward)
 
 
 class Decoder(nnx.Module):
