@@ -32,7 +32,7 @@ from xcomp_jax.files import one_line
 from xcomp_jax.sharding import path_name
 
 # Other processes, and TensorStore in this one, change a bucket's folders: what a listing said must not be remembered.
-fsspec.config.conf["gs"] = {"use_listings_cache": False}
+fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 
 FORMAT = 2  # of a checkpoint; raised when an older reader would misread it
 
@@ -259,7 +259,7 @@ def _restore(place: epath.Path, step: int, params, opt, data: Reader, config: Ma
 
 
 def _put_aside(checkpoints: ocp.CheckpointManager, steps: Mapping[int, str], say: Callable[[str], Any]) -> None:
-  """Moves checkpoints that can't be read to workdir/damaged; loses nothing."""
+  """Moves checkpoints that can't be read to workdir/damaged, a file with the reason beside each; loses nothing."""
   if not steps:
     return
   aside = checkpoints.directory.parent / "damaged"
@@ -357,7 +357,8 @@ def _config(place: epath.Path, *needed: str) -> dict[str, Any]:
 def _finished(path: epath.Path) -> list[int]:
   """Steps whose checkpoints are whole, as far as names say, or in a bucket the file that is written last."""
   try:
-    return sorted(int(step.name) for step in path.iterdir() if step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step))
+    steps = [step for step in path.iterdir() if step.name.isdigit()]
+    return sorted(int(step.name) for step in steps if ocp.utils.is_checkpoint_finalized(step))
   except Exception:  # no such folder; `claim` says what is wrong with it
     return []
 
