@@ -17,10 +17,14 @@ from cluster import Cluster, arrays
 from etils import epath
 
 from xcomp_jax import checkpoint, export, files, weights
+from xcomp_jax.answers import Answers
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.mixture import read_mixture
+from xcomp_jax.data.shards import Settings
 from xcomp_jax.data.store import open_store, write_store
 from xcomp_jax.data.video import sample
+from xcomp_jax.predecode import predecode
+from xcomp_jax.reader import Reader
 
 
 def emulator() -> str | None:
@@ -141,6 +145,8 @@ def test_what_others_do_to_a_bucket_is_seen(bucket):
 def test_a_bucket_that_is_not_there_is_said(bucket):
   with pytest.raises(ConfigError, match=r"workdir gs://another/run can't be written \(.*\); set config\.workdir"):
     checkpoint.claim("gs://another/run")
+  with pytest.raises(weights.CheckpointError, match=r"^gs://another/run has no checkpoints/"):
+    export.read("gs://another/run")
 
 
 def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
@@ -170,9 +176,14 @@ def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
       "videos are read as files. Copy",
     ),
     (lambda path: write_store(path, (), image_size=48, clip_frames=8), "a folder .* by a rename. Give a folder of"),
+    (
+      lambda path: predecode("mixture.yaml", path, Settings(48, 8, 8, 1.0, 8)),
+      "a store appears by a rename. Give a folder of this machine, and copy it when it is done",
+    ),
+    (lambda path: Answers(path, object.__new__(Reader), (0, 1)), "answers are written line by line. Give a folder of"),
     (lambda path: files.local(pathlib.Path(path), "so it is"), "so it is. Copy"),
   ],
-  ids=["data", "checkpoint", "mixture", "video", "store to be", "a path that lost a slash"],
+  ids=["data", "checkpoint", "mixture", "video", "store to be", "store of a mixture", "answers", "a path that lost a slash"],
 )
 def test_what_has_to_be_files_is_refused_in_a_bucket(tmp_path, monkeypatch, use, why):
   monkeypatch.chdir(tmp_path)

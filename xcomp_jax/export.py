@@ -66,6 +66,8 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
   if not checkpoint.there(path):
     if step is not None or init_from is not None:
       raise CheckpointError(f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of")
+    if "://" in path:
+      raise CheckpointError(f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; copy it here")
     directory = weights.resolve(path)
     lp_comp = weights.read_lp_comp(directory)
     cfg = weights.read_config(directory, AS_IT_IS, lp_comp or NOT_TUNED)
