@@ -4,13 +4,14 @@ BIN := .venv/bin
 # Versions that are known to work together, per Python version; another Python resolves its own.
 CONSTRAINTS = $(shell $(PYTHON) -c 'import sys, os; f = "constraints/py%d%d.txt" % sys.version_info[:2]; print("-c " + f if os.path.exists(f) else "")')
 
-.PHONY: help env demo base test test-slow test-beam test-lmms lint docs
+.PHONY: help env demo base test test-slow test-beam test-buckets test-lmms lint docs
 
 help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
 	@echo 'make test       lint and test suite'
 	@echo 'make test-slow  what takes minutes: the whole demo, runs that are killed, the recorded chat, programs for TPUs'
 	@echo 'make test-beam  pre-decoding through Apache Beam, in an environment of its own (it wants older libraries)'
+	@echo 'make test-buckets  a run in a bucket, by an emulator of Google Cloud Storage, in an environment of its own'
 	@echo 'make test-lmms  the lmms-eval plugin, in an environment of its own (it wants PyTorch and much else)'
 	@echo 'make docs       the documentation as web pages, in site/'
 	@echo 'make base       train the embedded base model again (about three quarters of an hour)'
@@ -46,6 +47,9 @@ test-slow: .venv/ready-tpu
 
 test-beam: .venv-beam/ready
 	.venv-beam/bin/python -m pytest tests/test_beam.py
+
+test-buckets: .venv-buckets/ready
+	.venv-buckets/bin/python -m pytest tests/test_buckets.py
 
 test-lmms: .venv-lmms/ready
 	.venv-lmms/bin/python -m pytest tests/test_lmms.py

@@ -34,7 +34,7 @@ from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.data.video import Sample, VideoError, frames
-from xcomp_jax.files import one_line, write_json
+from xcomp_jax.files import local, one_line, write_json
 from xcomp_jax.reader import Reader
 
 # Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that "auto" stands for.
@@ -108,8 +108,9 @@ class Answers:
     Raises:
       AnswersError: it holds answers under other settings or of another checkpoint.
       OSError: it can't be written.
+      ValueError: it is in a bucket.
     """
-    self.folder = pathlib.Path(folder)
+    self.folder = local(folder, "answers are written line by line", written=True)
     self.folder.mkdir(parents=True, exist_ok=True)
     selects = reader.select and dataclasses.asdict(reader.select)
     self.settings: dict[str, Any] = {

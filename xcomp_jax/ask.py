@@ -38,7 +38,7 @@ def check_target(option: str, path: str | None) -> None:
   """
   if path is None:
     return
-  file = pathlib.Path(path)
+  file = files.local(path, f"{option} names a file", written=True)
   if not file.parent.is_dir():
     raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
   if file.is_dir() or not os.access(file.parent, os.W_OK):

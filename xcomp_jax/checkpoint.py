@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+import fsspec.config
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -29,6 +30,9 @@ from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import Reader
 from xcomp_jax.files import one_line
 from xcomp_jax.sharding import path_name
+
+# Other processes, and TensorStore in this one, change a bucket's folders: what a listing said must not be remembered.
+fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 
 FORMAT = 2  # of a checkpoint; raised when an older reader would misread it
 
@@ -77,6 +81,18 @@ def folder(workdir: str) -> epath.Path:
   return (path if "://" in workdir else path.absolute()) / "checkpoints"  # a bucket has no working directory
 
 
+def there(workdir: str) -> bool:
+  """Whether a workdir has a folder of checkpoints.
+
+  Raises:
+    OSError: it is in a bucket that can't be reached.
+  """
+  try:
+    return folder(workdir).is_dir()
+  except Exception as error:  # those of a bucket's clients have no common base
+    raise OSError(f"{workdir} can't be read: {one_line(error)}") from error
+
+
 def begun(workdir: str) -> bool:
   """Whether there is a checkpoint to go on from."""
   return bool(_finished(folder(workdir)))
@@ -95,9 +111,9 @@ def claim(workdir: str) -> None:
     probe = path / f".write-test-{jax.process_index()}"
     probe.write_text("")
     probe.unlink()
-  except OSError as error:
+  except Exception as error:  # see `there`
     raise ConfigError(
-      f"workdir {workdir} can't be written ({error}); set config.workdir to a folder that can"
+      f"workdir {workdir} can't be written ({one_line(error)}); set config.workdir to a folder that can"
     ) from error
 
 
@@ -149,7 +165,7 @@ def saving(checkpoints: ocp.CheckpointManager) -> Generator[None]:
   """
   try:
     yield
-  except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
+  except Exception as error:  # an OSError, TensorStore's ValueError, what a bucket's client raises
     steps = _finished(checkpoints.directory)
     last = f"the last good one is of step {steps[-1]}" if steps else "there is none yet"
     raise SaveError(
@@ -244,16 +260,17 @@ def _restore(place: epath.Path, step: int, params, opt, data: Reader, config: Ma
 
 
 def _put_aside(checkpoints: ocp.CheckpointManager, steps: Mapping[int, str], say: Callable[[str], Any]) -> None:
-  """Moves checkpoints that can't be read to workdir/damaged; loses nothing."""
+  """Moves checkpoints that can't be read to workdir/damaged, a file with the reason beside each; loses nothing."""
   if not steps:
     return
   aside = checkpoints.directory.parent / "damaged"
   if jax.process_index() == 0:
     aside.mkdir(exist_ok=True)
-    for step in steps:
+    for step, reason in steps.items():
       target = aside / str(step)
       if target.exists():
         target.rmtree()  # of an earlier time
+      (aside / f"{step}.txt").write_text(f"{reason}\n")  # also what makes the folder be there: a bucket has no empty ones
       (checkpoints.directory / str(step)).rename(target)
     say(f"moved to {aside}: {', '.join(map(str, sorted(steps)))}")
   multihost_utils.sync_global_devices("damaged checkpoints are put aside")
@@ -314,10 +331,9 @@ def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
 
 
 def _reader(workdir: str) -> ocp.CheckpointManager:
-  path = folder(workdir)
-  if not path.is_dir():
-    raise FileNotFoundError(f"no checkpoints in {workdir}: expected {path}")
-  return ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
+  if not there(workdir):
+    raise FileNotFoundError(f"no checkpoints in {workdir}: expected {folder(workdir)}")
+  return ocp.CheckpointManager(folder(workdir), options=ocp.CheckpointManagerOptions(read_only=True))
 
 
 def _lacks(place: epath.Path, *items: str) -> str:
@@ -340,10 +356,11 @@ def _config(place: epath.Path, *needed: str) -> Mapping[str, Any]:
 
 
 def _finished(path: epath.Path) -> list[int]:
-  """Steps whose checkpoints are whole, as far as names say."""
+  """Steps whose checkpoints are whole, as far as names say, or in a bucket the file that is written last."""
   try:
-    return sorted(int(step.name) for step in path.iterdir() if step.name.isdigit())
-  except OSError:
+    steps = [step for step in path.iterdir() if step.name.isdigit()]
+    return sorted(int(step.name) for step in steps if ocp.utils.is_checkpoint_finalized(step))
+  except Exception:  # no such folder; `claim` says what is wrong with it
     return []
 
 

@@ -100,7 +100,7 @@ def read_questions(args: argparse.Namespace, task: Task) -> tuple[list[Question]
   Raises:
     FileNotFoundError, TaskError: see `tasks.read`.
   """
-  source, videos = pathlib.Path(args.annotations), pathlib.Path(args.videos)
+  source, videos = (files.local(path, "questions and videos are read as files") for path in (args.annotations, args.videos))
   if not videos.is_dir():
     raise FileNotFoundError(f"--videos {videos} is no folder")
   questions = tasks.read(task, source, tasks.subtitles_of(videos, args.subtitles))

@@ -63,9 +63,11 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
   Raises:
     CheckpointError, FileNotFoundError: no such checkpoint, a broken one, or not what the run started from.
   """
-  if not checkpoint.folder(path).is_dir():
+  if not checkpoint.there(path):
     if step is not None or init_from is not None:
       raise CheckpointError(f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of")
+    if "://" in path:
+      raise CheckpointError(f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; copy it here")
     directory = weights.resolve(path)
     lp_comp = weights.read_lp_comp(directory)
     cfg = weights.read_config(directory, AS_IT_IS, lp_comp or NOT_TUNED)
@@ -291,10 +293,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   save = save_torch if args.format == "torch" else save_orbax
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what a reader of checkpoints always does
   with files.command():
-    check_free(pathlib.Path(args.out), args.overwrite)
+    out = files.local(args.out, "an export appears by a rename", written=True)
+    check_free(out, args.overwrite)
     source = read(args.checkpoint, step=args.step, init_from=args.init_from)
     save(
-      pathlib.Path(args.out), source.state, source.cfg, source.directory, tuned=source.tuned, dtype=args.dtype,
+      out, source.state, source.cfg, source.directory, tuned=source.tuned, dtype=args.dtype,
       overwrite=args.overwrite,
     )
   leaves = jax.tree.leaves(source.state)

@@ -4,11 +4,32 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import uuid
 from collections.abc import Generator
 from typing import Any
+
+
+def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.Path:
+  """A path of this machine.
+
+  Args:
+    path: with or without a scheme.
+    why: it has to be one, for the message.
+    written: it is a result, not what is read.
+
+  Raises:
+    ValueError: it is in a bucket.
+  """
+  if found := re.match("(gs|s3|az):/+(.*)", os.fspath(path)):  # a pathlib.Path has one slash left
+    advice = (
+      "Give a folder of this machine, and copy it when it is done (`gcloud storage cp -r`)" if written
+      else "Copy it to this machine (`gcloud storage cp -r`) or mount the bucket (`gcsfuse`), and give that path"
+    )  # fmt: skip
+    raise ValueError(f"{found[1]}://{found[2]} is in a bucket, but {why}. {advice}")
+  return pathlib.Path(path)
 
 
 @contextlib.contextmanager
@@ -63,8 +84,9 @@ def fresh_folder(target: str | os.PathLike, replace: bool = False) -> Generator[
   Raises:
     FileExistsError: target is already there.
     OSError: it can't be made.
+    ValueError: it is in a bucket, where no folder can be renamed.
   """
-  target = pathlib.Path(target).absolute()
+  target = local(target, "a folder that is whole or not at all appears by a rename", written=True).absolute()
   if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
     raise FileExistsError(f"{target} already exists; remove it or choose another folder")
   temporary = target.with_name(target.name + ".incomplete")

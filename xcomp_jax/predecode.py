@@ -32,7 +32,7 @@ from absl import app, flags, logging
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
-from xcomp_jax.files import command, sync, write_json
+from xcomp_jax.files import command, local, sync, write_json
 
 SHOWN = 50  # of a list of problems
 
@@ -94,6 +94,7 @@ def predecode(
     raise ValueError("features are neither stored as JPEG nor computed through Beam")
   if beam is not None and not pathlib.Path(root).is_absolute():
     raise ValueError(f"--beam needs a --root that is the same for all workers: an absolute path, not {root}")
+  out = local(out, "a store appears by a rename", written=True)
   out = pathlib.Path(os.path.realpath(out))  # a rename can't take the place of what a link points to
   made = _made(out)
   with _claimed(out) as folder:  # first, so that a target that can't be written costs no time

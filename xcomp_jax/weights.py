@@ -32,6 +32,7 @@ from xcomp_jax.config import (
   from_dict,
 )
 from xcomp_jax.data import prompt
+from xcomp_jax.files import local
 from xcomp_jax.layouts import (
   DTYPES,
   INDEX,
@@ -56,8 +57,9 @@ def resolve(init_from: str) -> pathlib.Path:
 
   Raises:
     CheckpointError: neither.
+    ValueError: it is in a bucket.
   """
-  path = pathlib.Path(init_from).expanduser()
+  path = local(init_from, "a checkpoint is read from files (`export` makes one of a run's workdir there)").expanduser()
   if path.is_dir():
     return path
   if path.exists():

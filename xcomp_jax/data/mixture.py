@@ -19,7 +19,7 @@ from typing import Any
 import tqdm
 
 from xcomp_jax.data import store, video
-from xcomp_jax.files import one_line
+from xcomp_jax.files import local, one_line
 
 # video_read_type, and what `video.sample` calls it
 READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
@@ -95,7 +95,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
   """
   import yaml
 
-  path, root = pathlib.Path(path), pathlib.Path(root)
+  path, root = (local(each, "annotations and videos are read as files") for each in (path, root))
   try:
     mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:

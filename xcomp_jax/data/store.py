@@ -31,7 +31,7 @@ import cv2
 import ml_dtypes
 import numpy as np
 
-from xcomp_jax.files import fresh_folder, one_line
+from xcomp_jax.files import fresh_folder, local, one_line
 
 cv2.setNumThreads(1)  # readers run side by side
 
@@ -209,8 +209,9 @@ def open_store(path: str | os.PathLike) -> Store:
 
   Raises:
     StoreError: nothing there, something else there, or written by another format.
+    ValueError: it is in a bucket.
   """
-  path = pathlib.Path(path)
+  path = local(path, "data is read as files")
   advice = "make one with `python -m xcomp_jax.predecode --mixture M.yaml --out DIR`"
   if not path.is_dir():
     raise StoreError(f"no data at {path}: not a folder; {advice}")

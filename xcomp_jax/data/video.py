@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from xcomp_jax.files import local
+
 cv2.setNumThreads(1)  # readers run side by side; the pool would only oversubscribe the cores
 
 Style = Literal["train", "ask"]
@@ -136,7 +138,7 @@ def sample(
     FileNotFoundError: nothing at `path`.
     VideoError: it can't be read, is cut to nothing, or has less than a clip to train on.
   """
-  path = pathlib.Path(path)
+  path = local(path, "videos are read as files")
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; check the path in the annotation and the data root")
   if read_type == "img" and not path.is_dir():
