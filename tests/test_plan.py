@@ -191,7 +191,9 @@ def test_a_table_keeps_every_finished_cell_and_goes_on_where_it_was(small, monke
   by_name = {row["name"]: row | {"seconds": {"compute": 2.0, "memory": 1.0}} for row in rows}
   asked = []
 
-  def account(planned, name):
+  def account(planned, name, known):
+    if known:
+      return known
     asked.append(name)
     if len(asked) == 3:
       raise KeyboardInterrupt
@@ -215,6 +217,16 @@ def test_a_table_keeps_every_finished_cell_and_goes_on_where_it_was(small, monke
   assert asked[5:] == ["frames", "apply"]
   assert "--quick" not in made_first and "--quick" in plan.table(tmp_path, None, -1.0, lambda _: None)
   assert asked[7:] == 2 * ["frames", "apply"]  # with another effort: again
+
+
+def test_a_program_that_changed_is_compiled_again(small, monkeypatch):
+  made, rows, _ = small
+  known = next(row for row in rows if row["name"] == "apply")
+  monkeypatch.setattr(programs, "compiled", lambda lowered, what, effort: pytest.fail("compiled"))
+  assert programs.account(made, "apply", known) == known
+  slower = dataclasses.replace(made.config, optim=dataclasses.replace(made.config.optim, b1=0.5))
+  with pytest.raises(pytest.fail.Exception, match="compiled"):
+    programs.account(dataclasses.replace(made, config=slower), "apply", known)
 
 
 def test_a_checkpoint_directory_is_taken_before_what_is_known(tiny_run, tmp_path):

@@ -231,7 +231,7 @@ TEXT = 512  # tokens behind the frames, in the table
 
 
 def table(folder: pathlib.Path, layers: int | None, effort: float, say: Callable[[str], None] = _say) -> str:
-  """The README's table; a cell that is done lies in the folder and is not compiled again by the same versions.
+  """The README's table; a cell that is done lies in the folder, and the same program is not compiled again by the same versions.
 
   Raises:
     ConfigError: see `programs.make`.
@@ -248,15 +248,15 @@ def table(folder: pathlib.Path, layers: int | None, effort: float, say: Callable
     asked |= {"jax": jax.__version__, "libtpu": libtpu}
     file = folder / f"{model}_{where}_{frames}_{data}{'' if layers is None else f'_{layers}'}.json".replace(":", "_")
     known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    if known.get("asked") != asked:
-      say(f"cell {i} of {len(CELLS)}: {model}, {where}, {frames} frames, {data}")
-      config = from_command_line(["plan", f"--config=configs/sct.py:{variant}".rstrip(":"), *extra])
-      plan = programs.make(config, where, layers=layers, frames=frames, text=TEXT, effort=effort)
-      rows = [programs.account(plan, name) for name in (data, "apply")]
-      for row in rows:
-        say(describe(plan, row))
-      known = {"asked": asked, "hbm": plan.device.hbm, "devices": plan.device.count, "programs": rows}
-      write_json(file, known, indent=1)
+    before = {row["name"]: row for row in known["programs"]} if known.get("asked") == asked else {}
+    say(f"cell {i} of {len(CELLS)}: {model}, {where}, {frames} frames, {data}")
+    config = from_command_line(["plan", f"--config=configs/sct.py:{variant}".rstrip(":"), *extra])
+    plan = programs.make(config, where, layers=layers, frames=frames, text=TEXT, effort=effort)
+    rows = [programs.account(plan, name, before.get(name)) for name in (data, "apply")]
+    for row in rows:
+      say(describe(plan, row))
+    known = {"asked": asked, "hbm": plan.device.hbm, "devices": plan.device.count, "programs": rows}
+    write_json(file, known, indent=1)
     row = known["programs"][0]
     size, limit = max(needed(row, known["programs"]) for row in known["programs"]), known["hbm"]
     assert limit is not None  # of every chip in CELLS
