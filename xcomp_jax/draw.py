@@ -229,7 +229,7 @@ def relevance(
     first, *rest = question.splitlines()
     told = next((line for line in rest if line.startswith(f"{answer.text}.")), answer.text)
     ax.set_title(f"{first}  {told}", loc="left", fontsize=10)
-    ax.set(yticks=[0], ylabel="relevance", xlim=(min(video.times[0], 0), None))
+    ax.set(yticks=[0], ylabel="relevance", xlim=(min(video.times[0], 0), max(video.seconds, video.times[-1])))
   axes[-1, 0].set_xlabel("time, " + ("seconds" if video.seconds < 60 else "minutes:seconds"))
   axes[-1, 0].xaxis.set_major_formatter(lambda t, _: report.clock(t, video.seconds))
   return figure
@@ -273,14 +273,32 @@ def spent(columns: Mapping[str, Mapping[str, float]]) -> Figure:
 # --- training and checking ---------------------------------------------------------------------------------------
 
 
-def losses(steps: Sequence[int], values: Sequence[float], window: int = 20) -> Figure:
-  """The loss of every step, and its mean over so many steps."""
-  figure, ax = plt.subplots(figsize=(8, 3))
-  ax.plot(steps, values, color=GREY, lw=0.8, label="of a step")
+def learning(
+  losses: Sequence[tuple[int, float]], right: Sequence[tuple[int, float]], asked: int, chance: float, window: int = 20
+) -> Figure:
+  """A run: the loss of every step with its mean over so many, and the share of held-out questions answered rightly.
+
+  Args:
+    losses: (step, loss).
+    right: (step, share of `asked` questions); shown with 95% intervals.
+    asked: how many questions.
+    chance: the share that guessing has.
+    window: steps.
+  """
+  figure, (left, ax) = plt.subplots(1, 2, figsize=(10, 3.1), layout="constrained")
+  steps, values = np.array(losses).T
   window = min(window, max(1, len(values) // 4))
   mean = np.convolve(values, np.ones(window) / window, "valid")
-  ax.plot(steps[window - 1 :], mean, color=BLUE, lw=2, label=f"mean of {window} steps")
-  ax.set(xlabel="step", ylabel="loss", ylim=(0, None))
+  left.plot(steps, values, color=GREY, lw=0.8, label="of a step")
+  left.plot(steps[window - 1 :], mean, color=BLUE, lw=2, label=f"mean of {window} steps")
+  left.set(xlabel="step", ylabel="loss", ylim=(0, None))
+  left.legend(frameon=False)
+  steps, share = np.array(right).T
+  low, high = np.array([wilson(one * asked, asked) for one in share]).T
+  ax.errorbar(steps, share, yerr=[share - low, high - share], fmt="o-", color=BLUE, capsize=4, ms=5)
+  ax.axhline(chance, color=GREY, ls=":", lw=1, label="chance")
+  ax.set(xlabel="step", ylabel=f"right, of {asked} held-out questions", ylim=(0, 1), xlim=(-0.05 * steps[-1], None))
+  ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
   ax.legend(frameon=False)
   return figure
 
