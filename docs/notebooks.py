@@ -79,6 +79,12 @@ def pictures(notebook: nbformat.NotebookNode) -> dict[str, Image.Image]:
   return found
 
 
+def keep(name: str, label: str, picture: Image.Image) -> None:
+  """Writes a picture to the documentation's figures, small."""
+  flat = picture.convert("RGB").quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+  flat.save(ROOT / "docs" / "figures" / f"notebook_{name}_{label}.png", optimize=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       continue
     begun = time.perf_counter()
     for label, picture in pictures(execute(name, {})).items():
-      flat = picture.convert("RGB").quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-      flat.save(ROOT / "docs" / "figures" / f"notebook_{name}_{label}.png", optimize=True)
+      keep(name, label, picture)
     print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
 
 

@@ -88,7 +88,7 @@ batches, truths = [], []
 with watching.precision():
   for annotation in world.read_annotations(made, "heldout"):
     path = str(made / "heldout" / annotation["video"])
-    film, _ = watching.encode(model, watching.sample(path), path, identity="")
+    film, _ = watching.encode(model, watching.sample(path), path, identity="not kept")
     message = prompt.time_message(film.seconds, len(film.times))
     for text, truth, _ in world.asked(annotation):
       batches.append(generate.as_batch(prompt.ask(watching.tokenizer, text, message), film.features[0], film.clip_frames))
@@ -98,11 +98,12 @@ print(f"{', '.join(models)}; {len(batches)} questions; looking at {looked}")
 # %% [markdown]
 # ## The schedule
 #
-# How many tokens of every group each layer works on: `looked` is what the tuned checkpoint was tuned with, beside the two cosines.
+# How many tokens of every group each layer works on, as the checkpoint was tuned and by the two cosines.
 
 # %% tags=["picture-schedule"]
 cosine, paper = reader.RELEASED, LPCompConfig("cosine_ceil", "suffix", looked.group)
-draw.schedule({"looked at": looked, "cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers);
+tuning = {} if looked == cosine else {"as tuned": looked}
+draw.schedule(tuning | {"cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers);
 
 # %% [markdown]
 # ## Which tokens survive, and where they are on the frames
@@ -113,11 +114,14 @@ draw.schedule({"looked at": looked, "cosine, as released": cosine, "cosine_ceil,
 # %% tags=["picture-places"]
 first = world.read_annotations(made, "heldout")[0]
 path = str(made / "heldout" / first["video"])
-scene = world.asked(first)[[text.startswith(world.QUESTIONS["shape"]) for text, _, _ in world.asked(first)].index(True)][2]
+scene = next(where for text, _, where in world.asked(first) if text.startswith(world.QUESTIONS["shape"]))
 clip = np.stack(list(movies.frames(watching.sample(path))))[scene * 8 : scene * 8 + watching.cfg.clip_frames]
-into = nnx.jit(lambda model, clip: merge.sources(model.vision(clip), watching.cfg.clip_tokens, watching.cfg.vision.heads))(model, clip[None])
-steps = [layer for layer in range(layers) if not layer or lp_comp.counts(looked, layers)[layer] < lp_comp.counts(looked, layers)[layer - 1]]
-draw.places(clip, np.asarray(into[0]), looked, layers, steps[:: max(1, len(steps) // 5)]);
+sources = nnx.jit(lambda model, clips: merge.sources(model.vision(clips), watching.cfg.clip_tokens, watching.cfg.vision.heads))
+with watching.precision():
+  into = sources(model, clip[None])
+counts = lp_comp.counts(looked, layers)
+steps = [layer for layer in range(layers) if layer == 0 or counts[layer] < counts[layer - 1]]
+draw.places(clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(steps) // 5)][::-1]);
 
 # %% [markdown]
 # ## Where attention goes
@@ -144,20 +148,21 @@ draw.kept_share(shares, dict.fromkeys(shares, looked));
 # ## How far the answers move
 #
 # The logits of an answer's first token under milder and harder schedules, against those of the model before tuning without compression: how often
-# the most probable token is the same, and the KL divergence. 95% intervals over the questions.
+# the most probable token is the same, and the KL divergence. 95% intervals over the questions. `0.9` and `0.7` leave that share of the tokens at
+# every layer; `one` leaves one per frame from the first layer on.
 
 # %%
 geometric = lambda rate: tuple(max(1, round(looked.group * rate ** (layer + 1))) for layer in range(layers))
 schedules = {"none": geometric(1.0), "0.9": geometric(0.9), "cosine": lp_comp.counts(cosine, layers), "0.7": geometric(0.7)}
-schedules |= {"looked at": lp_comp.counts(looked, layers), "one": geometric(0.0)}
+schedules |= {name: lp_comp.counts(one, layers) for name, one in tuning.items()} | {"one": geometric(0.0)}
 logits = nnx.jit(lambda model, batch: generate.prefill(model, batch, 0).logits[0])
 given = {}
 with watching.precision():
   for name, one in models.items():
-    for schedule, counts in schedules.items():
-      squeezed = weights.with_lp_comp(one, LPCompConfig(counts, "suffix", looked.group))
+    for schedule, left in schedules.items():
+      squeezed = weights.with_lp_comp(one, LPCompConfig(left, "suffix", looked.group))
       given[name, schedule] = np.stack([np.asarray(logits(squeezed, batch)) for batch in batches])
-work = {schedule: float(np.mean(counts)) / looked.group for schedule, counts in schedules.items()}
+work = {schedule: float(np.mean(left)) / looked.group for schedule, left in schedules.items()}
 against = {key: [np.asarray(a) for a in inside.agreement(one, given["not tuned", "none"])] for key, one in given.items()}
 for (name, schedule), (same, apart) in against.items():
   said = [watching.tokenizer.decode([token]).strip() for token in given[name, schedule].argmax(-1)]

@@ -44,10 +44,10 @@ print(jax.devices())
 
 # %% tags=["parameters"]
 # @title { display-mode: "form" }
-videos = 1600  # @param {type: "integer"}
-heldout = 400  # @param {type: "integer"}
-steps = 200  # @param {type: "integer"}
-looks = 4  # @param {type: "integer"}
+videos = 800  # @param {type: "integer"}
+heldout = 200  # @param {type: "integer"}
+steps = 100  # @param {type: "integer"}
+looks = 2  # @param {type: "integer"}
 out = "runs/notebooks/tune"  # @param {type: "string"}
 
 # %% [markdown]

@@ -93,7 +93,7 @@ def places(
     picture = np.where(enlarge(alive)[..., None], large, faded)
     if layer == shown[-1]:
       tint = np.array(_COLOURS)[enlarge(group) % len(_COLOURS)]
-      picture = np.where(enlarge(alive)[..., None], 0.45 * picture + 0.55 * tint, picture)
+      picture = np.where(enlarge(alive)[..., None], 0.25 * picture + 0.75 * tint, picture)
     token = enlarge(np.where(alive, into, -1))
     edge = np.zeros(token.shape, bool)  # where one token's patches end and another's begin
     edge[:, 1:] |= token[:, 1:] != token[:, :-1]
@@ -135,7 +135,7 @@ def flow(shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str
       step = max(1, len(share) // 7)
       ax.set(xticks=np.arange(group + 2) + 0.5, yticks=np.arange(0, len(share), step) + 0.5, facecolor=LIGHT)
       ax.set_xticklabels(["prefix", *range(group), "text"], fontsize=7.5)
-      for label in (ax.get_xticklabels()[0], ax.get_xticklabels()[-1]):
+      for label in ax.get_xticklabels()[:1] + ax.get_xticklabels()[-1:]:  # of the lower panel alone
         label.set_rotation(60)
       ax.set_yticklabels(range(0, len(share), step))
       ax.invert_yaxis()
@@ -162,7 +162,7 @@ def kept_share(shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mappi
     ax.plot(even, ":", color=GREY, lw=1.3, label="all visual tokens alike" if i == len(shares) - 1 else None)
   ax.set(xlabel="layer", ylabel="of the attention\nto visual tokens", ylim=(0, 1.03), xticks=range(0, len(share), max(1, len(share) // 7)))
   ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-  ax.legend(frameon=False)
+  ax.legend(frameon=False, loc="lower right")
   return figure
 
 
