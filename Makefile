@@ -13,7 +13,7 @@ help:
 	@echo 'make test-beam  pre-decoding through Apache Beam, in an environment of its own (it wants older libraries)'
 	@echo 'make test-lmms  the lmms-eval plugin, in an environment of its own (it wants PyTorch and much else)'
 	@echo 'make docs       the documentation as web pages, in site/'
-	@echo 'make notebooks  notebooks/*.ipynb from notebooks/*.py, run, with their pictures for docs/ (about MINUTES minutes)'
+	@echo 'make notebooks  notebooks/*.ipynb from notebooks/*.py, run, with their pictures for docs/ (minutes)'
 	@echo 'make base       train the embedded base model again (about three quarters of an hour)'
 
 env: .venv/ready

@@ -19,7 +19,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = ("tune", "ask", "inside", "convert")  # in this order: what `tune` makes, `inside` looks at
-COLOURS = 128  # of a picture that is kept
+LARGEST = 150_000  # bytes of a picture that is kept
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -81,8 +81,12 @@ def pictures(notebook: nbformat.NotebookNode) -> dict[str, Image.Image]:
 
 def keep(name: str, label: str, picture: Image.Image) -> None:
   """Writes a picture to the documentation's figures, small."""
-  flat = picture.convert("RGB").quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-  flat.save(ROOT / "docs" / "figures" / f"notebook_{name}_{label}.png", optimize=True)
+  file = ROOT / "docs" / "figures" / f"notebook_{name}_{label}.png"
+  for colours in (128, 64, 32, 16):
+    flat = picture.convert("RGB").quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    flat.save(file, optimize=True)
+    if file.stat().st_size <= LARGEST:
+      return
 
 
 def main(argv: Sequence[str] | None = None) -> None:
