@@ -83,7 +83,7 @@ def keep(name: str, label: str, picture: Image.Image) -> None:
   """Writes a picture to the documentation's figures, small."""
   file = ROOT / "docs" / "figures" / f"notebook_{name}_{label}.png"
   for colours in (128, 64, 32, 16):
-    flat = picture.convert("RGB").quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    flat = picture.convert("RGB").quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     flat.save(file, optimize=True)
     if file.stat().st_size <= LARGEST:
       return
