@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Versions that are known to work together, per Python version; another Python resolves its own.
 CONSTRAINTS = $(shell $(PYTHON) -c 'import sys, os; f = "constraints/py%d%d.txt" % sys.version_info[:2]; print("-c " + f if os.path.exists(f) else "")')
 
-.PHONY: help env demo base test test-slow test-beam test-buckets test-lmms lint docs
+.PHONY: help env demo base test test-slow test-beam test-buckets test-lmms lint docs notebooks
 
 help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-buckets  a run in a bucket, by an emulator of Google Cloud Storage, in an environment of its own'
 	@echo 'make test-lmms  the lmms-eval plugin, in an environment of its own (it wants PyTorch and much else)'
 	@echo 'make docs       the documentation as web pages, in site/'
+	@echo 'make notebooks  notebooks/*.ipynb from notebooks/*.py, run, with their pictures for docs/ (minutes)'
 	@echo 'make base       train the embedded base model again (about three quarters of an hour)'
 
 env: .venv/ready
@@ -56,6 +57,9 @@ test-lmms: .venv-lmms/ready
 
 docs: .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q --strict
+
+notebooks: env
+	$(BIN)/python docs/notebooks.py
 
 # An environment of its own for an extra that the others can't live with.
 .venv-%/ready: pyproject.toml

@@ -9,18 +9,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.patches import FancyBboxPatch
 
-from xcomp_jax import qc_comp
+from xcomp_jax import draw, qc_comp
 from xcomp_jax.config import Keep, LPCompConfig, VisionConfig
-from xcomp_jax.demo import wilson
+from xcomp_jax.draw import BLUE, GREY, LIGHT, ORANGE, STYLE
 from xcomp_jax.model import lp_comp
 
 OUT = pathlib.Path(__file__).parent / "figures"
 LAYERS = qc_comp.DEPTH  # of the released LLMs
 CLIP, GROUP, PER_FRAME = 8, 16, 16  # frames of a clip, tokens of a group, tokens of a frame after merging
-BLUE, ORANGE, GREY, LIGHT = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea"
 
 
 def save(figure, name: str) -> None:
@@ -69,37 +67,13 @@ def overview() -> None:
 
 def schedules() -> None:
   """Tokens per group and layer: as released, and by the paper's formula."""
-  figure, axes = plt.subplots(figsize=(8, 3.1))
-  layers = np.arange(LAYERS)
-  released, ceil = schedule(), schedule("cosine_ceil")
-  axes.bar(layers, released, color=BLUE, width=0.8, label=f"cosine, as released: mean {np.mean(released):.2f}")
-  axes.step(
-    np.append(layers - 0.5, LAYERS - 0.5), np.append(ceil, ceil[-1]), where="post", color=ORANGE, lw=1.8,
-    label=f"cosine_ceil, the paper's Eq. 1: mean {np.mean(ceil):.2f}",
-  )
-  for layer, n in enumerate(released):
-    axes.text(layer, n - 0.25, str(n), ha="center", va="top", color="white", fontsize=7.5, weight="bold")
-  axes.set(xlabel="layer", ylabel=f"tokens of a group of {GROUP}", xticks=layers[::3], yticks=range(0, GROUP + 1, 4))
-  axes.legend(frameon=False, loc="upper right")
-  save(figure, "schedule")
+  names = {"cosine, as released": "cosine", "cosine_ceil, the paper's Eq. 1": "cosine_ceil"}
+  save(draw.schedule({name: LPCompConfig(kind, "suffix", GROUP) for name, kind in names.items()}, LAYERS), "schedule")
 
 
 def survivors() -> None:
   """Which tokens of a group each layer works on, by keep rule."""
-  rules = ("suffix", "uniform", "stride")
-  figure, axes = plt.subplots(1, len(rules), figsize=(10, 3.6), sharey=True)
-  for ax, rule in zip(axes, rules, strict=True):
-    alive = np.zeros((LAYERS, GROUP))
-    for layer, kept in enumerate(lp_comp.survivors(LPCompConfig("cosine", rule, GROUP), LAYERS)):
-      alive[layer, list(kept)] = 1
-    ax.pcolormesh(alive, cmap=matplotlib.colors.ListedColormap([LIGHT, BLUE]), edgecolors="white", linewidth=0.6, rasterized=True)
-    ax.invert_yaxis()
-    ax.set(title=f'keep = "{rule}"', xlabel="token of the group", xticks=np.arange(0, GROUP, 5) + 0.5, yticks=np.arange(0, LAYERS, 9) + 0.5)
-    ax.set_xticklabels(range(0, GROUP, 5))
-    ax.set_yticklabels(range(0, LAYERS, 9))
-    ax.spines[:].set_visible(False)
-  axes[0].set_ylabel("layer")
-  save(figure, "survivors")
+  save(draw.survivors([LPCompConfig("cosine", rule, GROUP) for rule in ("suffix", "uniform", "stride")], LAYERS), "survivors")
 
 
 def windows() -> None:
@@ -140,22 +114,10 @@ def wrapped(start: int, length: int, frames: int) -> list[tuple[int, int]]:
 def tuning() -> None:
   """What SCT gives back, by `make demo` (docs/LOG.md, 2026-11-22): answers that were right, of 400."""
   right = {"no compression": 356, "LP-Comp,\nnot trained": 268, "LP-Comp\nafter SCT": 313}
-  asked = 400
-  figure, ax = plt.subplots(figsize=(5.2, 3))
-  for i, (n, color) in enumerate(zip(right.values(), (GREY, ORANGE, BLUE), strict=True)):
-    low, high = wilson(n, asked)
-    ax.bar(i, 100 * n / asked, color=color, width=0.6)
-    ax.errorbar(i, 100 * n / asked, yerr=[[100 * (n / asked - low)], [100 * (high - n / asked)]], color="#333333", capsize=4, lw=1.2)
-    ax.text(i + 0.08, 100 * high + 0.8, f"{100 * n / asked:.1f}%", ha="left", fontsize=9)
-  ax.axhline(25, color=GREY, ls=":", lw=1)
-  ax.text(2.36, 25, "chance", va="center", fontsize=8, color="#333333")
-  ax.set(xticks=range(len(right)), xticklabels=list(right), ylabel="right, of 400 (%)", ylim=(0, 100))
-  save(figure, "tuning")
+  save(draw.bars(right, 400, 0.25), "tuning")
 
 
 if __name__ == "__main__":
-  with plt.rc_context({
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "svg.hashsalt": "xcomp_jax",
-  }):
-    for draw in (overview, schedules, survivors, windows, tuning):
-      draw()
+  with plt.rc_context(STYLE), plt.rc_context({"svg.hashsalt": "xcomp_jax"}):
+    for one in (overview, schedules, survivors, windows, tuning):
+      one()

@@ -12,7 +12,7 @@ from xcomp_jax.chat import Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import video
 from xcomp_jax.metrics import Compilations
-from xcomp_jax.reader import options, prepare, settings
+from xcomp_jax.reader import default, options, prepare, settings
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 QUESTIONS = [  # of two to sixty tokens: texts of two padded lengths, when alone
@@ -28,7 +28,9 @@ QUESTIONS = [  # of two to sixty tokens: texts of two padded lengths, when alone
 def reader():
   parser = argparse.ArgumentParser()
   options(parser)
-  reader = prepare(settings(parser.parse_args([f"--checkpoint={TINY}", "--select=16", "--clips-per-chunk=8"])))
+  chosen = settings(parser.parse_args([f"--checkpoint={TINY}", "--select=16", "--clips-per-chunk=8"]))
+  assert chosen == default(str(TINY), select=16, clips_per_chunk=8)
+  reader = prepare(chosen)
   assert reader.dtype == "float32"
   return reader
 

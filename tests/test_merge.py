@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax.model.merge import Projector, match, merge, merge_step, merge_steps
+from xcomp_jax.model.merge import Projector, match, merge, merge_step, merge_steps, sources
 
 
 def features(*shape, seed=0):
@@ -61,6 +61,16 @@ def test_merging_keeps_the_weighted_mean():
     merged, size = merge_step(merged, size, r, 4)
   np.testing.assert_array_equal(size.sum(1), np.full((3, 1), 72))
   np.testing.assert_allclose((merged * size).sum(1), x.sum(1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n, target", [(72, 16), (75, 16), (16, 16)])
+def test_a_merged_token_is_the_mean_of_its_sources(n, target):
+  x = features(3, n, 24)
+  into = np.asarray(sources(x, target, 4))
+  assert into.shape == (3, n) and all(set(clip) == set(range(target)) for clip in into)
+  for clip, found, merged in zip(np.asarray(x), into, np.asarray(merge(x, target, 4)), strict=True):
+    means = [clip[found == token].mean(0) for token in range(target)]
+    np.testing.assert_allclose(merged, means, rtol=0, atol=1e-5)
 
 
 def test_ties_go_to_the_lowest_position():

@@ -36,8 +36,11 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
     config,
     data=dataclasses.replace(config.data, heldout=config.data.train.removesuffix("train") + "heldout"),
   )
-  result = train.run(config)
+  told = []
+  result = train.run(config, watch=lambda *what: told.append(what))
   text = capsys.readouterr().out
+  assert [step for step, group, _ in told if group == "train"] == list(range(1, 13))
+  assert [values["loss"] for _, group, values in told if group == "heldout"][-1] == result["heldout_loss"]
   assert result["step"] == 12 and result["heldout_loss"] > 0 and 0 <= result["heldout_accuracy"] <= 1
   lines = [line for line in text.splitlines() if line.startswith("step ")]
   first, last = (float(line.split("loss ")[1].split()[0]) for line in (lines[0], lines[-1]))
@@ -59,17 +62,16 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
   assert list((tmp_path / "w" / "tensorboard").iterdir())
 
 
-def losses(patch, config):
+def losses(config):
   """Those of every step of a run."""
-  out, original = [], metrics.line
-  patch.setattr(metrics, "line", lambda done, steps, values: (out.append(values["loss"]), original(done, steps, values))[1])
-  train.run(config)
+  out = []
+  train.run(config, watch=lambda step, group, values: out.append(values["loss"]) if group == "train" else None)
   return np.array(out)
 
 
-def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path, monkeypatch, one_device):
-  want = losses(monkeypatch, tiny_run(tmp_path / "frames"))
-  got = losses(monkeypatch, tiny_run(tmp_path / "features", **{"data.train": features}))
+def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path, one_device):
+  want = losses(tiny_run(tmp_path / "frames"))
+  got = losses(tiny_run(tmp_path / "features", **{"data.train": features}))
   assert len(want) == 4 and np.ptp(want) > 1
   np.testing.assert_allclose(got, want, rtol=1e-2)  # bfloat16 has 8 bits, and every step grows the difference
 

@@ -21,6 +21,7 @@ from xcomp_jax.config import ConfigError, InternVideo2Config, LPCompConfig, Mesh
 from xcomp_jax.data import prompt
 from xcomp_jax.model import vlm
 from xcomp_jax.model.vlm import VLM
+from xcomp_jax.official import families
 from xcomp_jax.weights import CheckpointError
 
 MODEL = ModelConfig(
@@ -117,6 +118,9 @@ def test_every_released_variant_maps_one_to_one_by_init_from_alone(reference, tm
   assert {e.name: e.shape for e in entries} == table(reference, official)
   leaves = weights.parameters(weights.abstract(cfg))
   assert {e.path: e.ours for e in entries} == {path: leaf.shape for path, leaf in leaves.items()}
+  shown = families(entries)  # counts, and one entry for all layers
+  assert sum(count for count, _ in shown) == len(entries) and len({e.name for _, e in shown}) == len(shown) < 50
+  assert (cfg.llm.layers, "llm/layers/*/q/kernel") in [(count, e.path) for count, e in shown]
   assert cfg.vision.image_size == size
   assert cfg.clip_frames == (4 if "InternVideo2" in variant else 8)
   frames = jax.ShapeDtypeStruct((1, 2, cfg.clip_frames, size, size, 3), np.uint8)

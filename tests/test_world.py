@@ -54,6 +54,14 @@ def test_files_are_videos_with_annotations_of_both_kinds(made):
   assert (made / "train.yaml").exists()
 
 
+def test_what_is_asked_is_answered_by_the_scene_that_shows_it(made):
+  for annotation in world.read_annotations(made, "train"):
+    asked = world.asked(annotation)
+    assert sorted(text.splitlines()[0] for text, _, _ in asked) == sorted(QUESTIONS.values())
+    assert len({scene for text, _, scene in asked if "shape" in text}) == 1  # one scene shows all of it
+    assert all(letter in "ABCD" for _, letter, _ in asked)
+
+
 def test_the_same_seed_makes_the_same_videos(made, tmp_path):
   world.write_world(tmp_path / "again", [Split("train", 3, 2, 4, 4)], seed=3, workers=1)
   for file in (made / "train").iterdir():

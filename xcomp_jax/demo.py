@@ -118,7 +118,7 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   more, low, high = gain(untrained, tuned)
   table.append(f"  {'gain by SCT, question by question':34} {more:+6.1%}   95% interval {low:+.1%} to {high:+.1%}")
   sample = world.read_annotations(out / "world", "heldout")[0]
-  question, truth = (turn["value"].removeprefix("<image>\n") for turn in sample["conversations"])
+  ((question, truth, _),) = world.asked(sample)
   video = out / "world" / "heldout" / sample["video"]
   say(f"asking {video} (true answer: {truth})\n{question}")
   ask.main(["--checkpoint", str(out / "export"), "--video", str(video), "--min-frames=8", "--question", question])

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from xcomp_jax.config import InternVideo2Config, LLMConfig, TowerConfig, VLMConfig
 
 TOWER = "model.vision_tower.vision_tower"
+_NUMBER = re.compile(r"(?<=(?:blocks|layers)[./])\d+")  # of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,15 @@ class Entry:
     if self.form == "patch":
       return math.prod(self.shape[1:]), self.shape[0]
     return self.shape[::-1] if self.form == "transpose" else self.shape
+
+
+def families(entries: Sequence[Entry]) -> list[tuple[int, Entry]]:
+  """The table in short: how many entries differ in the numbers of layers alone, and their first with these as `*`."""
+  found: dict[str, list[Entry]] = {}
+  for entry in entries:
+    found.setdefault(_NUMBER.sub("*", entry.path), []).append(entry)
+  general = lambda e: dataclasses.replace(e, name=_NUMBER.sub("*", e.name), path=_NUMBER.sub("*", e.path))
+  return [(len(alike), general(alike[0])) for alike in found.values()]
 
 
 def names(cfg: VLMConfig) -> tuple[Entry, ...]:

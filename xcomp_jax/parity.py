@@ -110,8 +110,7 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
 
   for name in sorted({key.partition(":")[0] for key in variants if ":" in key} - {"untied"}):
     mine = {key.partition(":")[2]: value for key, value in variants.items() if key.startswith(f"{name}:")}
-    setting = dataclasses.replace(model.cfg, lp_comp=lp_comp_of(name, model.cfg.llm.layers))
-    other = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda c=setting: VLM(c, rngs=nnx.Rngs(0)))), nnx.state(model))
+    other = weights.with_lp_comp(model, lp_comp_of(name, model.cfg.llm.layers))
     varied, all_logits, tokens, new_logits = go(other, len(mine.get("generated", ())))
     ours = {f"hidden_in_{i:02}": state[0] for i, state in enumerate(varied.entering)}
     ours |= {"logits": all_logits, "gen_logits": new_logits}

@@ -78,6 +78,13 @@ def settings(args: argparse.Namespace) -> Settings:
   return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
 
 
+def default(checkpoint: str, **changes) -> Settings:
+  """The settings that `ask` has without options, but for `changes`."""
+  parser = argparse.ArgumentParser()
+  options(parser)
+  return dataclasses.replace(settings(parser.parse_args(["--checkpoint", checkpoint])), **changes)
+
+
 def keep_compiled(folder: str | None) -> None:
   """Has JAX keep compiled programs in a folder, unless another one is set already."""
   if folder and jax.config.jax_compilation_cache_dir is None:  # ty: ignore[missing-attribute]  (made at run time)

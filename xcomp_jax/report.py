@@ -54,6 +54,18 @@ def ranges(
   return out
 
 
+def best_clips(video: EncodedVideo, selection: Selection, most: int) -> Int[np.ndarray, " n"]:
+  """Chosen clips to be shown, in order of time: the best by score, at most so many; without scores, evenly spaced."""
+  clips = np.unique(selection.frames // video.clip_frames)
+  count = min(len(clips), most)
+  if selection.scores is None:
+    return clips[np.arange(count) * len(clips) // count]
+  chosen = np.full(len(selection.scores), -np.inf)
+  chosen[selection.frames] = selection.scores[selection.frames]
+  best = chosen.reshape(-1, video.clip_frames).max(1)[clips]
+  return np.sort(clips[np.argsort(-best, kind="stable")[:count]])
+
+
 def _ends(times, seconds: float) -> np.ndarray:
   """float64[T]: when each frame's time is over."""
   moments = np.unique(times)
@@ -214,16 +226,12 @@ def _thumbnails(video: EncodedVideo, selection: Selection, end: float) -> str:
   """Pictures of the chosen clips: the best by score, in order of time; without scores, evenly spaced."""
   F = video.clip_frames
   clips = np.unique(selection.frames // F)
-  count = min(len(clips), THUMBNAILS)
+  shown = best_clips(video, selection, THUMBNAILS)
+  count = len(shown)
   if selection.scores is None:
     rest = f"{count} of {len(clips):,} clips, evenly spaced"
-    shown = clips[np.arange(count) * len(clips) // count]
   else:
-    chosen = np.full(len(selection.scores), -np.inf)
-    chosen[selection.frames] = selection.scores[selection.frames]
-    best = chosen.reshape(-1, F).max(1)[clips]
     rest = f"The {count} most relevant of {len(clips):,} chosen clips"
-    shown = np.sort(clips[np.argsort(-best, kind="stable")[:count]])
   items = []
   for clip in shown.tolist():
     when = _when(end, video.times[clip * F + F // 2])

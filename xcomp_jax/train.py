@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,8 +64,15 @@ class Prepared(NamedTuple):
   description: dict  # of `checkpoint.describe`
 
 
-def run(config: RunConfig) -> dict[str, float | int]:
+Watch = Callable[[int, str, Mapping[str, float]], None]  # (step, group, values)
+
+
+def run(config: RunConfig, watch: Watch = lambda step, group, values: None) -> dict[str, float | int]:
   """Trains, from the latest checkpoint in the workdir if there is one, together with the other processes of the run.
+
+  Args:
+    config: of the run.
+    watch: called with what goes to TensorBoard, as it comes: "train" and "goodput" every `log_every` steps, "heldout".
 
   Returns:
     what the last line says: step, loss (mean over the steps done here, if any), and heldout_loss,
@@ -81,7 +88,7 @@ def run(config: RunConfig) -> dict[str, float | int]:
   with hosts.joined(config.distributed):
     with goodput.part("start"):
       prepared = prepare(config)
-    return _train(config, prepared, goodput)
+    return _train(config, prepared, goodput, watch)
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -120,7 +127,7 @@ def prepare(config: RunConfig) -> Prepared:
   return Prepared(cfg, mesh, opened, data, heldout, steps, description)
 
 
-def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput) -> dict[str, float | int]:
+def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watch: Watch) -> dict[str, float | int]:
   cfg, mesh, opened, data, heldout, steps, description = prepared
   tx = optim.optimizer(config.optim, steps)
   precision = "highest" if config.model.dtype == "float32" else None
@@ -154,6 +161,10 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput) -> d
     bar = stack.enter_context(tqdm(total=steps, initial=start, disable=None if first else True, unit="step"))
     say = bar.write if first else lambda _: None
 
+    def tell(step: int, group: str, values: Mapping[str, float]) -> None:
+      writer.write(step, group, values)
+      watch(step, group, values)
+
     def compiled(name: str, batch: Batch | None) -> None:
       goodput.seconds["compile"] += report_compilations(compilations, name, batch, say)
 
@@ -165,7 +176,7 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput) -> d
         total = {key: total[key] + float(value) for key, value in out.items()}
       out = {"loss": total["loss"] / total["samples"], "accuracy": total["correct"] / total["samples"]}
       say(f"held-out after step {done}: loss {out['loss']:.4f}  accuracy {out['accuracy']:.1%} of {total['samples']:.0f}")
-      writer.write(done, "heldout", out)
+      tell(done, "heldout", out)
       return out
 
     def save() -> None:
@@ -208,8 +219,8 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput) -> d
           "loss": float(np.mean(recent)), "lr": np.asarray(rate(done - 1)).item(), "grad_norm": out["grad_norm"], **clock.report()
         }
         say(metrics.line(done, steps, values))
-        writer.write(done, "train", values)
-        writer.write(done, "goodput", goodput.shares())
+        tell(done, "train", values)
+        tell(done, "goodput", goodput.shares())
         clock.reset()
       if heldout is not None and (done % config.train.eval_every == 0 or done == steps):
         with goodput.part("evaluate"):

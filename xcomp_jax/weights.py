@@ -7,6 +7,7 @@ xcomp.json beside them, if there is one, says which LP-Comp the weights were tun
 """
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import re
@@ -316,6 +317,12 @@ class _OneKey(nnx.Rngs):
   def params(self) -> jax.Array:
     """The key."""
     return jax.random.key(0)
+
+
+def with_lp_comp(model: VLM, lp_comp: LPCompConfig) -> VLM:
+  """A model of the same parameters (shared, not copied) under another LP-Comp."""
+  cfg = dataclasses.replace(model.cfg, lp_comp=lp_comp)
+  return nnx.merge(nnx.graphdef(abstract(cfg)), nnx.state(model))
 
 
 def stored(directory: pathlib.Path, cfg: VLMConfig) -> dict[str, np.dtype]:

@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -227,6 +227,12 @@ def write_world(out: pathlib.Path, splits: Sequence[Split], seed: int, workers: 
 def read_annotations(out: pathlib.Path, name: str) -> list[dict]:
   """The annotations of a split."""
   return json.loads((out / f"{name}.json").read_text())
+
+
+def asked(annotation: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+  """The questions of an annotation, each with its right answer and the scene that shows it."""
+  texts = [turn["value"].removeprefix("<image>\n") for turn in annotation["conversations"]]
+  return list(zip(texts[::2], texts[1::2], annotation["scenes"], strict=True))
 
 
 def write_untrained(out: pathlib.Path, seed: int) -> None:

@@ -88,6 +88,25 @@ def merge(x: Float[Array, "C N D"], target: int, heads: int) -> Float[Array, "C 
   return merged.astype(x.dtype)
 
 
+def sources(x: Float[Array, "C N D"], target: int, heads: int) -> Int[Array, "C N"]:
+  """Which of the `target` tokens of `merge` each of the N features went into: int32[C, N].
+
+  Raises:
+    ValueError: fewer features than the target.
+  """
+  merged, size = x, jnp.ones((*x.shape[:2], 1), jnp.float32)
+  into = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+  for r in merge_steps(x.shape[1], target):
+    _, partner, order = match(merged, heads)
+    rank, staying = jnp.argsort(order, axis=-1), order.shape[1] - r
+    place = jnp.zeros(merged.shape[:2], jnp.int32)  # in the order that `merge_step` gives
+    place = place.at[:, ::2].set(jnp.where(rank < r, staying + partner, rank - r))
+    place = place.at[:, 1::2].set(staying + jnp.arange(merged.shape[1] // 2))
+    into = jnp.take_along_axis(place, into, axis=1)
+    merged, size = merge_step(merged, size, r, heads)
+  return into
+
+
 class Projector(nnx.Module):
   """Merged tower features to embeddings of the LLM."""
 

@@ -113,7 +113,9 @@ def features_shape(cfg: VLMConfig, visual) -> tuple[int, int, int]:
   return (B, C, F * cfg.tokens_per_frame) if visual.ndim == 6 else (B, C, F)
 
 
-def forward(model: VLM, batch: Batch, *, projector_max_frames: int | None = None, caches: bool = False):
+def forward(
+  model: VLM, batch: Batch, *, projector_max_frames: int | None = None, caches: bool = False, entering: bool = False
+):
   """Walk 1 and 2 up to the last layer: Decoded states of a batch.
 
   Args:
@@ -121,6 +123,7 @@ def forward(model: VLM, batch: Batch, *, projector_max_frames: int | None = None
     batch: frames or features, and text.
     projector_max_frames: samples of at least this many frames give the projector no gradient (quirk Q17).
     caches: return every layer's keys and values.
+    entering: return the states entering every layer.
   """
   cfg = model.cfg
   features = encode(model, batch.visual) if batch.visual.ndim == 6 else batch.visual.astype(cfg.dtype)
@@ -131,7 +134,9 @@ def forward(model: VLM, batch: Batch, *, projector_max_frames: int | None = None
     visual = x[:, P : x.shape[1] - L]
     visual = jnp.where((frames >= projector_max_frames)[:, None, None], jax.lax.stop_gradient(visual), visual)
     x = jnp.concatenate([x[:, :P], visual, x[:, x.shape[1] - L :]], axis=1)
-  return decoder.run(model.llm, x, lengths(model, batch), prefix=P, text=L, query=batch.query, caches=caches)
+  return decoder.run(
+    model.llm, x, lengths(model, batch), prefix=P, text=L, query=batch.query, caches=caches, entering=entering
+  )
 
 
 def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B R D"]:

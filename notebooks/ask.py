@@ -1,0 +1,142 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     provenance: []
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Ask a video
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/xcomp_jax/blob/main/notebooks/ask.ipynb)
+#
+# A video is encoded once; every question then picks the frames that it needs (QC-Comp), and a tuned model answers from one token per
+# frame in its last layers (LP-Comp). By default the video is a synthetic one of many one-second scenes, of which one shows a moving shape
+# and one a digit, and the model is the miniature that comes with the package. It was trained on videos of up to six scenes.
+
+# %% tags=["install"]
+# Install, where the package is not there yet: in Colab on a TPU, a GPU or a CPU.
+import glob
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+REPOSITORY = "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
+
+if importlib.util.find_spec("xcomp_jax") is None:
+  extra = "tpu," if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
+  if not os.path.isdir("xcomp"):  # a clone, whose assets/ and configs/ the notebook reads
+    subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, "xcomp"], check=True)
+  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"./xcomp[{extra}plot]"], check=True)
+  sys.path.insert(0, os.path.abspath("xcomp"))
+
+import jax
+
+import xcomp_jax
+
+os.chdir(pathlib.Path(xcomp_jax.__file__).parents[1])
+print(jax.devices())
+
+# %% [markdown]
+# ## What to ask
+#
+# `checkpoint` is a directory or a hub id, such as `OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448` (an accelerator is needed for that). Empty: the
+# miniature, as the notebook `tune` has tuned it, or before that untuned and without LP-Comp. With a `video` of your own, also write a `question`.
+
+# %% tags=["parameters"]
+# @title { display-mode: "form" }
+checkpoint = ""  # @param {type: "string"}
+video = ""  # @param {type: "string"}
+question = ""  # @param {type: "string"}
+mode = "aligned"  # @param ["aligned", "local", "official", "global"]
+frames = 64  # @param {type: "integer"}
+scenes = 128  # @param {type: "integer"}
+out = "runs/notebooks/ask"  # @param {type: "string"}
+
+# %% [markdown]
+# ## The video
+#
+# Questions about the synthetic one have four options, as the tiny model was taught; `scene` is the second that shows the answer.
+
+# %%
+from matplotlib import pyplot as plt
+
+from xcomp_jax import draw, files, reader, report, world
+from xcomp_jax.chat import Chat
+
+plt.rcParams.update(draw.STYLE | {"figure.dpi": 110})
+out = pathlib.Path(out)
+checkpoint = checkpoint or next(c for c in ("runs/notebooks/tune/export", "assets/tiny") if os.path.exists(c))
+path, questions, shown = video, [question], None
+if not video:
+  made = out / f"world_{scenes}"
+  if not made.exists():
+    world.write_world(made, [world.Split("heldout", 1, scenes, scenes, 4)], seed=5, workers=1)
+  (annotation,) = world.read_annotations(made, "heldout")
+  path = str(made / "heldout" / annotation["video"])
+  questions, truths, shown = zip(*world.asked(annotation), strict=True)
+  for text, truth, scene in zip(questions, truths, shown, strict=True):
+    print(f"scene {scene:4}  {text.splitlines()[0]}  {truth}")
+
+# %% [markdown]
+# ## Encode it once
+
+# %%
+watching = reader.prepare(reader.default(checkpoint, select=frames, mode=mode, min_frames=8))
+model = watching.load()
+with watching.precision():
+  film, encoding = watching.encode(model, watching.sample(path), watching.source(path))
+print(f"{checkpoint}: LP-Comp {watching.cfg.lp_comp}")
+print(f"{len(film.times)} frames of {film.seconds:.0f} s, {film.clips} clips, {film.features[0].nbytes / 1e6:.1f} MB of features")
+
+# %% [markdown]
+# ## Ask
+
+# %%
+answers = []
+with watching.precision():
+  chat = Chat(model, watching.tokenizer, film, select=watching.select, sampling=watching.sampling)
+  for text in questions:
+    chat.forget()  # each question by itself; without this line it is a conversation
+    answers.append((text, chat.ask(text)))
+for text, answer in answers:
+  print(text, "->", answer.text, end="\n\n")
+if shown:
+  right = [answer.text == truth for (_, answer), truth in zip(answers, truths, strict=True)]
+  print(f"{sum(right)} of {len(right)} right; guessing has 1 of 4")
+
+# %% [markdown]
+# ## Where it looked
+#
+# Relevance of every clip to each question, selected frames in blue. Where the truth is known, a triangle marks the scene that shows the
+# answer: a selection that misses it leaves the model to guess.
+
+# %% tags=["picture-relevance"]
+draw.relevance(film, answers, shown and [(scene, scene + 1) for scene in shown]);
+
+# %% [markdown]
+# The best clips of the first question, with their score as a share of the highest:
+
+# %% tags=["picture-thumbnails"]
+draw.thumbnails(film, answers[0][1]);
+
+# %% [markdown]
+# ## What was spent
+#
+# The first question waits for programs to be compiled. Later ones find them, and what the visual tokens left in the LLM.
+
+# %% tags=["picture-spent"]
+draw.spent({"video": encoding} | {f"question {i}": answer.spent for i, (_, answer) in enumerate(answers, 1)});
+
+# %% [markdown]
+# The same as a page that needs nothing else:
+
+# %%
+files.write(out / "report.html", report.page(film, answers, watching.cfg, encoding))
+print(out / "report.html")
