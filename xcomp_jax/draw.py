@@ -1,6 +1,7 @@
 """Pictures of what the package computes, for notebooks and the documentation; every function returns a figure of matplotlib."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -19,7 +20,9 @@ from xcomp_jax.encode import EncodedVideo
 from xcomp_jax.model import lp_comp
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea", "#333333"
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+STYLE: Any = {  # the types of matplotlib want every key by name
+  "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY
+}  # fmt: skip
 FRAME = 168  # pixels of a frame with its patches, about
 _COLOURS = matplotlib.color_sequences["tab10"]
 
