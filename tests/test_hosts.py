@@ -1,6 +1,7 @@
 """hosts.py: who is there and who is gone; tests/test_pods.py has whole runs."""
 
 import socket
+import struct
 import time
 
 import pytest
@@ -103,8 +104,12 @@ def test_who_never_came_is_known_to_the_first_and_told_to_the_others(ended):
 def test_a_stranger_at_the_port_is_no_process(ended):
   first = hosts.Roll(0, 2)
   port = first.open("", 0)
-  for text in (b"GET / HTTP/1.1\r\n\r\n", b"7 host\n", b""):
+  for text in (b"GET / HTTP/1.1\r\n\r\n", b"7 host\n", "² host\n".encode(), b"1", b""):
     with socket.create_connection(("localhost", port)) as line:
+      line.sendall(text)
+  for text in (b"", b"1"):  # closed by a reset, as port scanners and health checks do
+    with socket.create_connection(("localhost", port)) as line:
+      line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
       line.sendall(text)
   time.sleep(0.3)
   assert first.missing() == [1] and not ended

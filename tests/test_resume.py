@@ -112,7 +112,41 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run, straight, tmp_p
 def test_a_finished_run_has_nothing_left_to_do(straight, capsys):
   assert train.run(straight[0]) == {"step": 4}
   said = capsys.readouterr().out
+  assert "\nall 4 steps are done\n" in said and "steps 5 to 4" not in said
   assert "no step was left to do" in said and "loss" not in said.splitlines()[-1]
+
+
+def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_of_it_once(
+  tiny_run, tmp_path, monkeypatch, capsys
+):
+  heldout = tiny_run(tmp_path).data.train.removesuffix("train") + "heldout"
+  config = make(tiny_run, tmp_path / "w", **{"data.heldout": heldout, "train.steps": 2, "train.eval_every": 1})
+  evaluated, original = [], train.report_compilations
+
+  def report(compilations, name, *rest):
+    if name == "eval_step":
+      evaluated.append(name)
+      if len(evaluated) == stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(compilations, name, *rest)
+
+  monkeypatch.setattr(train, "report_compilations", report)
+  logged = lambda said: [int(step) for step in re.findall(r"held-out after step (\d+):", said)]
+
+  stop = 4  # at the last batch of the first evaluation
+  assert "heldout_loss" not in train.run(config) and len(evaluated) == 4
+  said = capsys.readouterr().out
+  assert "stopped by a signal: step 1 of 2" in said and not logged(said)
+
+  stop = 4 + 4 + 1  # after all of that, and a batch of the one after the last step
+  assert train.run(config)["step"] == 2 and len(evaluated) == stop
+  said = capsys.readouterr().out
+  assert "stopped by a signal: step 2 of 2" in said and "the same command continues" in said and logged(said) == [1]
+
+  stop = None
+  assert train.run(config)["heldout_loss"] > 0
+  said = capsys.readouterr().out
+  assert "\nall 2 steps are done\n" in said and "done: step 2 of 2" in said and logged(said) == [2]
 
 
 def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_ends_the_same(tiny_run, straight, tmp_path, capsys):

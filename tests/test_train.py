@@ -1,12 +1,16 @@
 """train.py: runs train, what is frozen stays, and what can't work is said (test_steps.py has the steps)."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -49,6 +53,8 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
     assert word in text
   assert "warning" not in text
   assert sum(line.startswith("compiled grad_step") for line in text.splitlines()) == 3  # 0, 8 and 16 frames
+  shares = {name: float(share) for name, share in re.findall(r"(\w+) +([\d.]+)%", text.splitlines()[-2].split("s:")[1])}
+  assert sum(shares.values()) == pytest.approx(100, abs=0.5) and shares["compile"] > shares["step"] > 0
 
   saved, step = checkpoint.read_config(config.workdir)
   assert from_dict(RunConfig, saved["run"]) == config and step == 12
@@ -167,21 +173,82 @@ def test_a_compilation_that_no_new_shape_explains_is_said():
   assert said[-1].startswith("warning: apply_step was compiled 2 times for 1 batch shapes")
 
 
-def test_where_the_time_went_adds_up(monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+  """The seconds that the program's clock shows, in a list: a test sets them."""
   now = [0.0]
   monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-  goodput = metrics.Goodput()
-  with goodput.part("start"):
-    now[0] += 10
-  with goodput.part("evaluate"):
-    now[0] += 20
-    goodput.seconds["compile"] += 15  # of these 20
-  now[0] += 60  # steps, a third of which compiles
-  goodput.seconds["compile"] += 20
-  with goodput.part("save"):
-    now[0] += 10
-  assert goodput.shares() == {"start": 0.1, "restore": 0, "compile": 0.35, "data": 0, "step": 0.4, "evaluate": 0.05, "save": 0.1}
-  assert goodput.line() == "of 100 s: start 10.0%  restore 0.0%  compile 35.0%  data 0.0%  step 40.0%  evaluate 5.0%  save 10.0%"
+  return now
+
+
+def test_where_the_time_went_adds_up(clock):
+  def compiles(seconds, kind="backend_compile"):
+    jax.monitoring.record_event_duration_secs(f"/jax/core/compile/{kind}_duration", seconds, fun_name="f")
+
+  with metrics.Goodput() as goodput:
+    clock[0] = 10  # start
+    compiles(2)  # of these
+    with goodput.part("evaluate"):
+      clock[0] = 20
+      compiles(3, "jaxpr_trace")
+      clock[0] = 25
+      compiles(4, "jaxpr_to_mlir_module")
+      compiles(9, "jaxpr_trace")  # of a function that calls these two
+      clock[0] = 30
+    goodput.enter("step")
+    clock[0] = 60
+    compiles(10)
+    compiles(10, "pgle_profile")  # JAX has other events too
+    other = threading.Thread(target=compiles, args=(20,))  # nobody waits for it
+    other.start()
+    other.join()
+    clock[0] = 80
+    with goodput.part("save"):
+      clock[0] = 95
+      compiles(5)
+      clock[0] = 100
+    assert goodput.shares() == {
+      "connect": 0, "start": 0.08, "restore": 0, "compile": 0.26, "data": 0, "step": 0.4, "evaluate": 0.11, "save": 0.15
+    }
+    assert goodput.line() == (
+      "of 100 s: connect 0.0%  start 8.0%  restore 0.0%  compile 26.0%  data 0.0%  step 40.0%  evaluate 11.0%  save 15.0%"
+    )
+  compiles(50)
+  assert goodput.shares()["compile"] == 0.26  # nothing is heard after the end
+
+
+def test_what_jax_traces_lowers_and_compiles_is_no_step():
+  inner = jax.jit(lambda x: (time.sleep(0.2), x @ x)[1])  # sleeps when it is traced
+  outer = jax.jit(lambda x: inner(x) + jax.grad(lambda y: inner(y).sum())(x))
+  x = np.ones((4, 4), np.float32)
+  with metrics.Goodput() as goodput:
+    begun = time.perf_counter()
+    goodput.enter("step")
+    outer(x)
+    once = goodput.shares()
+    time.sleep(0.2)
+    outer(x)
+    shares = goodput.shares()
+    total = time.perf_counter() - begun
+  assert 0.2 < once["compile"] * total and once["step"] < 0.5 < once["compile"]
+  assert sum(once.values()) == pytest.approx(1) == sum(shares.values())
+  assert 0.2 / total < shares["step"] <= 1 - shares["compile"]
+
+
+def test_waiting_for_other_hosts_is_neither_start_nor_step(tiny_run, tmp_path, clock, monkeypatch):
+  def passes(seconds):
+    clock[0] += seconds
+
+  @contextlib.contextmanager
+  def joined(config):
+    passes(15)
+    yield
+
+  monkeypatch.setattr(train.hosts, "joined", joined)
+  monkeypatch.setattr(train, "prepare", lambda config: passes(5))
+  monkeypatch.setattr(train, "_train", lambda config, prepared, goodput: goodput.shares())
+  shares = train.run(tiny_run(tmp_path))
+  assert shares == dict.fromkeys(metrics.Goodput.PARTS, 0) | {"connect": 0.75, "start": 0.25}
 
 
 def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):

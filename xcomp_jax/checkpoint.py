@@ -42,7 +42,7 @@ PLACES = (  # what may differ between the processes of a run
 )
 # What may differ when a run continues: places, pace and reports. All else would make it another run.
 FREE = (
-  *PLACES, "format", "heldout", "run.mesh", "run.data.frames_per_device", "run.data.text_per_device",
+  *PLACES, "format", "heldout", "evaluation_due", "run.mesh", "run.data.frames_per_device", "run.data.text_per_device",
   "run.model.clip_frames", "run.model.yarn",  # as resolved they are in vlm
   "run.model.clips_per_chunk", "run.model.attention", "run.model.remat",
   "run.train.log_every", "run.train.eval_every", "run.train.save_every", "run.train.keep_last", "run.train.keep_every",
@@ -314,6 +314,11 @@ def read_config(workdir: str, step: int | None = None) -> tuple[Mapping[str, Any
   with _reader(workdir) as checkpoints:
     step = _step(checkpoints, step)
     return _config(checkpoints.directory / str(step), "params"), step
+
+
+def evaluation_due(workdir: str, step: int) -> bool:
+  """Whether the run was stopped before it had done the evaluation after that step, of which there is a checkpoint."""
+  return _config(folder(workdir) / str(step)).get("evaluation_due", False)
 
 
 def read_params(workdir: str, like: Any, step: int | None = None) -> Any:

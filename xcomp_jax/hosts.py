@@ -173,13 +173,15 @@ class Roll:
 
   def _hear(self, line: socket.socket) -> None:
     said = line.makefile("r", errors="replace")
-    process = 0
     try:
       process, _, name = said.readline().strip().partition(" ")
-      if not process.isdigit() or not 0 < int(process) < self.processes:  # somebody else at this port
-        return line.close()
-      process = int(process)
-      self._lines[process], self.names[process] = line, name  # in this order: who is named can be told
+    except OSError:  # a port scanner or a health check that resets what it opened
+      process, name = "", ""
+    if not name or not process.isdecimal() or not 0 < int(process) < self.processes:  # somebody else at this port
+      return line.close()
+    process = int(process)
+    self._lines[process], self.names[process] = line, name  # in this order: who is named can be told
+    try:
       last = said.readline().strip()
     except OSError:
       last = ""

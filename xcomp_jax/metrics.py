@@ -2,8 +2,9 @@
 
 import contextlib
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 
 import jax
 import numpy as np
@@ -31,6 +32,12 @@ PEAK_TFLOPS = (
   ("A100", 312.0),
   ("L40S", 362.0),
   ("L4", 121.0),
+)
+
+# JAX's events of what a call takes that finds no compiled function; with a warm compilation cache most is the first two.
+BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+COMPILE_EVENTS = (
+  "/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration", BACKEND_COMPILE
 )
 
 
@@ -127,34 +134,72 @@ class Clock:
 
 
 class Goodput:
-  """Where the wall time of a run goes. What nothing else takes is steps; what is compiled within a part counts as that."""
+  """Where the wall time of a run goes: at every moment one part, so that they add up to all of it. A context manager.
 
-  PARTS = ("start", "restore", "compile", "data", "step", "evaluate", "save")
+  It is "start" first, and from `enter` on what that says. What JAX traces, lowers and compiles on this thread is
+  "compile", wherever it happens.
+  """
+
+  PARTS = ("connect", "start", "restore", "compile", "data", "step", "evaluate", "save")
 
   def __init__(self):
-    self.begun = time.perf_counter()
-    self.seconds = dict.fromkeys(self.PARTS, 0.0)
+    self.begun = self._charged = time.perf_counter()  # what is before `_charged` has its part
+    self._seconds = dict.fromkeys(self.PARTS, 0.0)
+    self._now, self._thread = "start", threading.get_ident()
+    self._compiled: list[tuple[float, float]] = []  # from, to: apart, ascending
+
+  def __enter__(self):
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    return self
+
+  def __exit__(self, *_):
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+
+  def enter(self, name: str) -> None:
+    """From now on time belongs to `name`."""
+    self._charge()
+    self._now = name
 
   @contextlib.contextmanager
-  def part(self, name: str):
+  def part(self, name: str) -> Generator[None]:
     """What the block takes belongs to `name`, except for parts within."""
-    start, before = time.perf_counter(), sum(self.seconds.values())
+    before = self._now
+    self.enter(name)
     try:
       yield
     finally:
-      within = sum(self.seconds.values()) - before
-      self.seconds[name] += max(0.0, time.perf_counter() - start - within)
+      self.enter(before)
 
   def shares(self) -> dict[str, float]:
     """Of each part, up to now; their sum is 1."""
-    total = time.perf_counter() - self.begun
-    seconds = self.seconds | {"step": max(0.0, total - sum(self.seconds.values()))}
-    return {name: value / total for name, value in seconds.items()}
+    total = self._charge() - self.begun
+    return {name: value / total for name, value in self._seconds.items()}
 
   def line(self) -> str:
     """All of it for people."""
     shares = "  ".join(f"{name} {share:.1%}" for name, share in self.shares().items())
-    return f"of {time.perf_counter() - self.begun:.0f} s: {shares}"
+    return f"of {self._charged - self.begun:.0f} s: {shares}"
+
+  def _charge(self) -> float:
+    now = time.perf_counter()
+    self._seconds[self._now] += now - self._charged
+    self._charged = now
+    return now
+
+  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+    """Takes the time of an event that just ended from the part at hand; what ended within it was taken before."""
+    if event not in COMPILE_EVENTS or threading.get_ident() != self._thread:
+      return
+    end = self._charge()
+    begin, known = end - duration_secs, 0.0
+    while self._compiled and self._compiled[-1][1] > begin:
+      first, last = self._compiled.pop()
+      known += last - max(first, begin)
+      begin = min(first, begin)
+    self._compiled.append((begin, end))
+    seconds = min(max(0.0, duration_secs - known), self._seconds[self._now])
+    self._seconds[self._now] -= seconds
+    self._seconds["compile"] += seconds
 
 
 class Compilations:
@@ -174,7 +219,7 @@ class Compilations:
 
   def _listen(self, event: str, duration_secs: float, **about: str | int):
     name = str(about.get("fun_name", "")).removeprefix("jit(").removeprefix("jit_").removesuffix(")")
-    if event == "/jax/core/compile/backend_compile_duration" and name in self.count:
+    if event == BACKEND_COMPILE and name in self.count:
       self.count[name] += 1
       self.new[name].append(duration_secs)
 

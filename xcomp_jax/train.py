@@ -83,12 +83,11 @@ def run(config: RunConfig, watch: Watch = lambda step, group, values: None) -> d
     SaveError: a checkpoint could not be saved; the last one is good.
     NotFiniteError: a loss, gradient or update became inf or nan; workdir/nan/ says in which samples.
   """
-  goodput = metrics.Goodput()
-  check(config)
-  with hosts.joined(config.distributed):
-    with goodput.part("start"):
-      prepared = prepare(config)
-    return _train(config, prepared, goodput, watch)
+  with metrics.Goodput() as goodput, contextlib.ExitStack() as stack:
+    check(config)
+    with goodput.part("connect"):
+      stack.enter_context(hosts.joined(config.distributed))
+    return _train(config, prepare(config), goodput, watch)
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -142,14 +141,14 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
       found = checkpoint.restore(
         checkpoints, (wanted.trained, wanted.frozen), wanted.opt, data, description, print if first else lambda _: None
       )
-    with goodput.part("start"):
-      if found is None:
-        start, state = 0, init_state(config, cfg, tx, mesh)
-      else:
-        start, (trained, frozen), opt = found
-        state = TrainState(trained, frozen, opt)
-      check_tower(nnx.merge(graph, state.trained, state.frozen), config.init_from, opened)
-      sums = zero_sums(state.trained, mesh)
+    if found is None:
+      start, state = 0, init_state(config, cfg, tx, mesh)
+    else:
+      start, (trained, frozen), opt = found
+      state = TrainState(trained, frozen, opt)
+    owed = found is not None and checkpoint.evaluation_due(config.workdir, start)
+    check_tower(nnx.merge(graph, state.trained, state.frozen), config.init_from, opened)
+    sums = zero_sums(state.trained, mesh)
     step_functions = compiled_steps(state, sums, mesh)
     if first:
       introduce(config, prepared, state, start)
@@ -165,28 +164,41 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
       writer.write(step, group, values)
       watch(step, group, values)
 
-    def compiled(name: str, batch: Batch | None) -> None:
-      goodput.seconds["compile"] += report_compilations(compilations, name, batch, say)
+    compiled = lambda name, batch: report_compilations(compilations, name, batch, say)
+    evaluates = lambda: heldout is not None and (done % config.train.eval_every == 0 or done == steps)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float] | None:
       total = dict.fromkeys(("loss", "correct", "samples"), 0.0)
-      for micro in heldout:
-        out = step_functions.evaluate(graph, state, place(micro.batch, mesh))
-        compiled("eval_step", micro.batch)
-        total = {key: total[key] + float(value) for key, value in out.items()}
-      out = {"loss": total["loss"] / total["samples"], "accuracy": total["correct"] / total["samples"]}
-      say(f"held-out after step {done}: loss {out['loss']:.4f}  accuracy {out['accuracy']:.1%} of {total['samples']:.0f}")
-      tell(done, "heldout", out)
-      return out
+      with contextlib.closing(iter(heldout)) as entries:
+        while not stopping():
+          if (micro := next(entries, None)) is None:
+            out = {"loss": total["loss"] / total["samples"], "accuracy": total["correct"] / total["samples"]}
+            samples = f"{out['accuracy']:.1%} of {total['samples']:.0f}"
+            say(f"held-out after step {done}: loss {out['loss']:.4f}  accuracy {samples}")
+            tell(done, "heldout", out)
+            return out
+          out = step_functions.evaluate(graph, state, place(micro.batch, mesh))
+          compiled("eval_step", micro.batch)
+          total = {key: total[key] + float(value) for key, value in out.items()}
+      say(f"the evaluation after step {done} is left to the run that continues this one")
+      return None
 
     def save() -> None:
+      about = description | ({"evaluation_due": True} if owed else {})
       with goodput.part("save"):
-        checkpoint.save(checkpoints, done, (state.trained, state.frozen), state.opt, data, description)
+        checkpoint.save(checkpoints, done, (state.trained, state.frozen), state.opt, data, about)
 
     rate = optim.schedule(config.optim, steps)
     mine = row_share(mesh)[1] / jax.process_count()  # this process's part of the work on the rows that it reads
     clock, done = metrics.Clock(), start
-    losses, evaluated = [], None  # of each step; (step, result)
+    losses, evaluated = [], None  # of each step; the last evaluation, None if it was not done or dropped
+    owed = evaluates() and (owed or done == steps)  # stopped within an evaluation, or nothing else is left to do
+    if owed:
+      with goodput.part("evaluate"):
+        evaluated = evaluate()
+      owed = evaluated is None
+      clock.reset()
+    goodput.enter("step")
     while done < steps and not stopping():
       seen = []
       last = False
@@ -222,27 +234,25 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
         tell(done, "train", values)
         tell(done, "goodput", goodput.shares())
         clock.reset()
-      if heldout is not None and (done % config.train.eval_every == 0 or done == steps):
+      if evaluates():
         with goodput.part("evaluate"):
-          evaluated = (done, evaluate())
+          evaluated = evaluate()
+        owed = evaluated is None  # what was done of it is dropped
         clock.reset()
       with checkpoint.saving(checkpoints):
         checkpoints.check_for_errors()  # of a save in the background
       if done % config.train.save_every == 0:
         save()
-    stopped = done < steps
+    goodput.enter("save")
+    stopped = done < steps or owed
     save()
-    if heldout is not None and not stopped and evaluated is None:  # nothing was left to do
-      with goodput.part("evaluate"):
-        evaluated = (done, evaluate())
     bar.close()
-    with goodput.part("save"):
-      checkpoint.finish(checkpoints)
+    checkpoint.finish(checkpoints)
   result = {"step": done}
   if losses:
     result["loss"] = float(np.mean(losses))
   if evaluated:
-    result |= {"heldout_loss": evaluated[1]["loss"], "heldout_accuracy": evaluated[1]["accuracy"]}
+    result |= {"heldout_loss": evaluated["loss"], "heldout_accuracy": evaluated["accuracy"]}
   if first:
     print(goodput.line())
     print(
@@ -267,7 +277,8 @@ def introduce(config: RunConfig, prepared: Prepared, state: TrainState, start: i
   schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
   print(f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {' '.join(map(str, schedule))}")
   print("\n".join(prepared.opened[0].made_with()))
-  print(f"steps {start + 1} to {prepared.steps}, {config.train.batch_size} samples each", flush=True)
+  todo = f"steps {start + 1} to {prepared.steps}, {config.train.batch_size} samples each"
+  print(todo if start < prepared.steps else f"all {prepared.steps} steps are done", flush=True)
   (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
 
 
@@ -318,16 +329,11 @@ def check_tower(model: vlm.VLM, name: str, data: Sequence[Blend]) -> None:
       )
 
 
-def report_compilations(compilations: metrics.Compilations, name: str, batch: Batch | None, say) -> float:
-  """Says what calling `name` just compiled, for which bucket, and whether that is more than the buckets explain.
-
-  Returns:
-    the seconds that it took.
-  """
-  total, shapes = 0.0, compilations.seen[name]
+def report_compilations(compilations: metrics.Compilations, name: str, batch: Batch | None, say) -> None:
+  """Says what calling `name` just compiled, for which bucket, and whether that is more than the buckets explain."""
+  shapes = compilations.seen[name]
   shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
   for seconds in compilations.take(name):
-    total += seconds
     shape = "" if batch is None else f" for {metrics.shape_of(batch)}"
     say(f"compiled {name}{shape} in {seconds:.1f} s")
     if compilations.count[name] > len(shapes):
@@ -335,7 +341,6 @@ def report_compilations(compilations: metrics.Compilations, name: str, batch: Ba
         f"warning: {name} was compiled {compilations.count[name]} times for {len(shapes)} batch shapes; "
         "something else changes from step to step"
       )
-  return total
 
 
 def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, data: Blend) -> NotFiniteError:
