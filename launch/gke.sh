@@ -7,9 +7,13 @@
 #   NAME  IMAGE (built from this repository with `pip install '.[tpu,gcs]'`, the repository as working directory)
 #   ACCELERATOR (tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice)  TOPOLOGY (4x4)  HOSTS (4)  CHIPS (4, of each host)
 #   WORKDIR (gs://bucket/runs/sct)  RESTARTS (100)
-# The cluster needs JobSet (https://jobset.sigs.k8s.io). The same image runs under XPK, which makes cluster and JobSet:
-#   xpk workload create --cluster CLUSTER --workload NAME --tpu-type v5litepod-16 --docker-image IMAGE \
-#     --command "python -u -m xcomp_jax.train --config=configs/sct.py --config.workdir=gs://bucket/runs/sct"
+#   DATA (gs://bucket, or the name of a PersistentVolumeClaim that many pods may read: at /mnt/data, read-only)
+#   ACCOUNT (default: the Kubernetes service account of the pods)
+# The cluster needs JobSet (https://jobset.sigs.k8s.io), for DATA=gs://bucket also the add-on GcsFuseCsiDriver. By Workload Identity
+# ACCOUNT may read DATA's bucket (roles/storage.objectViewer) and write WORKDIR's (roles/storage.objectUser).
+# The same image runs under XPK, which makes cluster and JobSet, and mounts what `xpk storage attach` was told:
+#   xpk workload create --cluster CLUSTER --workload NAME --tpu-type v5litepod-16 --docker-image IMAGE --max-restarts 100 \
+#     --command "sh launch/pod.sh python -u -m xcomp_jax.train --config=configs/sct.py --config.workdir=gs://bucket/runs/sct"
 set -euo pipefail
 
 apply=(kubectl apply -f -)
@@ -18,21 +22,39 @@ if [[ "${1:-}" == --dry-run ]]; then
   shift
 fi
 
-for setting in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS WORKDIR; do
+for setting in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS WORKDIR DATA; do
   if [[ -z "${!setting:-}" ]]; then
     echo "error: set $setting (see the head of launch/gke.sh)" >&2
     exit 1
   fi
 done
 
-command='"python", "-u", "-m", "xcomp_jax.train"'
+case "$DATA" in
+  gs://*/?* | gs:// | gs:///*)
+    echo "error: DATA=$DATA: expected gs://BUCKET; it is at /mnt/data whole, and --config.data.train=/mnt/data/FOLDER" >&2
+    exit 1
+    ;;
+  gs://*)
+    bucket=${DATA#gs://}
+    # implicit-dirs: folders are there that no object stands for, as after `gcloud storage cp`.
+    volume="csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, volumeAttributes: {bucketName: ${bucket%/}, mountOptions: implicit-dirs}}"
+    sidecar=true # runs gcsfuse in the pod
+    ;;
+  *)
+    volume="persistentVolumeClaim: {claimName: $DATA, readOnly: true}"
+    sidecar=false
+    ;;
+esac
+
+command='"sh", "launch/pod.sh", "python", "-u", "-m", "xcomp_jax.train"'
 for argument in --config=configs/sct.py --config.workdir="$WORKDIR" "$@"; do
   escaped=${argument//\\/\\\\}
   command+=", \"${escaped//\"/\\\"}\""
 done
 
 # JobSet gives the pods names that find each other; GKE tells them who they are (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES), from
-# which JAX takes coordinator and process. 120 s of grace: SIGTERM saves the step at hand.
+# which JAX takes coordinator and process. 120 s of grace: SIGTERM saves the step at hand, and launch/pod.sh ends with 75, not 0, so that
+# the policy below starts all pods again.
 "${apply[@]}" << YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -50,7 +72,11 @@ spec:
           completions: $HOSTS
           backoffLimit: 0
           template:
+            metadata:
+              annotations:
+                gke-gcsfuse/volumes: "$sidecar"
             spec:
+              serviceAccountName: ${ACCOUNT:-default}
               restartPolicy: Never
               terminationGracePeriodSeconds: 120
               nodeSelector:
@@ -66,4 +92,9 @@ spec:
                   resources:
                     limits:
                       google.com/tpu: $CHIPS
+                  volumeMounts:
+                    - {name: data, mountPath: /mnt/data, readOnly: true}
+              volumes:
+                - name: data
+                  $volume
 YAML

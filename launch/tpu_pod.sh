@@ -4,6 +4,7 @@
 #
 #   launch/tpu_pod.sh create              queue the request, and wait until the slice is there
 #   launch/tpu_pod.sh install             clone and install on all workers
+#   launch/tpu_pod.sh each COMMAND        on all workers, such as one that brings the data (launch/README.md)
 #   launch/tpu_pod.sh train [ARGS]        start training on all workers, in the background; ARGS go to xcomp_jax.train
 #   launch/tpu_pod.sh logs                follow worker 0
 #   launch/tpu_pod.sh stop                SIGTERM to all workers: the run saves and leaves; `train` goes on
@@ -67,10 +68,14 @@ case "$action" in
   install)
     everywhere "rm -rf xcomp && git clone -q $(printf %q "$REPO") xcomp && cd xcomp && git checkout -q $(printf %q "$REF") && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
     ;;
+  each)
+    [[ $# == 1 ]] || fail "each needs one argument, the command in quotes"
+    everywhere "$1"
+    ;;
   train)
     arguments=$(printf ' %q' --config=configs/sct.py --config.workdir="$WORKDIR" "$@")
     # A worker may have a running one: two on the same chips would both fail.
-    everywhere "cd xcomp && if kill -0 \$(cat train.pid) 2> /dev/null; then echo 'already training' >&2; exit 1; fi; nohup .venv/bin/python -u -m xcomp_jax.train$arguments > train.log 2>&1 & echo \$! > xcomp/train.pid; sleep 5; tail -n 3 xcomp/train.log"
+    everywhere "set -e; cd xcomp; if kill -0 \$(cat train.pid 2> /dev/null) 2> /dev/null; then echo 'already training' >&2; exit 1; fi; nohup .venv/bin/python -u -m xcomp_jax.train$arguments > train.log 2>&1 & echo \$! > train.pid; sleep 5; tail -n 3 train.log; kill -0 \$(cat train.pid)"
     ;;
   logs)
     tpu tpu-vm ssh "$NAME" --worker=0 --command="tail -n 50 -f xcomp/train.log"
@@ -82,6 +87,6 @@ case "$action" in
     tpu queued-resources delete "$NAME" --force --quiet
     ;;
   *)
-    fail "what to do? create, install, train, logs, stop or delete, not '$action'"
+    fail "what to do? create, install, each, train, logs, stop or delete, not '$action'"
     ;;
 esac

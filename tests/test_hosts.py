@@ -1,9 +1,13 @@
 """hosts.py: who is there and who is gone; tests/test_pods.py has whole runs."""
 
+import os
 import socket
 import struct
+import subprocess
+import sys
 import time
 
+import jax
 import pytest
 
 from xcomp_jax import hosts
@@ -138,3 +142,66 @@ def test_a_port_that_is_taken_is_said():
 def test_one_process_has_nothing_to_connect():
   with hosts.joined(DistributedConfig(None, None, None, 10, 100)):
     pass
+
+
+@pytest.mark.parametrize(
+  "processes, nodes, local, gpus, visible, mine",
+  [
+    (16, 2, 3, 8, None, [3]),  # a process per GPU
+    (2, 2, 0, 8, "0,1,2,3,4,5,6,7", [0, 1, 2, 3, 4, 5, 6, 7]),  # a process per node
+    (2, 1, 1, 8, None, [4, 5, 6, 7]),
+    (8, 1, 3, 8, "3", [0]),  # --gpus-per-task=1: the only one that it sees
+    (2, 2, 0, None, None, None),  # no GPUs
+  ],
+)
+def test_every_gpu_of_a_slurm_node_has_a_process(monkeypatch, processes, nodes, local, gpus, visible, mine):
+  names = ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "SLURM_LOCALID", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES")
+  for name, value in zip(names, (processes, nodes, local, gpus, visible), strict=True):
+    monkeypatch.delenv(name, raising=False)
+    if value is not None:
+      monkeypatch.setenv(name, str(value))
+  assert hosts._slurm_gpus() == mine
+  if gpus and not visible:
+    monkeypatch.setenv("SLURM_NTASKS", str(3 * nodes))
+    with pytest.raises(ConfigError, match=f"{3 * nodes} processes on {nodes} nodes, and 8 GPUs on this one, .*--ntasks-per-node=8"):
+      hosts._slurm_gpus()
+
+
+def test_jax_is_told_of_all_gpus_of_a_slurm_node(monkeypatch):
+  names = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "4"}
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  for name, value in names.items():
+    monkeypatch.setenv(name, value)
+  told = {}
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **options: told.update(options))
+  with hosts.joined(DistributedConfig("auto", None, None, 10, 100)):
+    assert told["local_device_ids"] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow  # 8 s: two processes that import JAX
+def test_slurms_variables_are_enough():
+  with socket.create_server(("", 0)) as server:
+    port = server.getsockname()[1]
+  code = (
+    "import jax\nfrom xcomp_jax import hosts\nfrom xcomp_jax.config import DistributedConfig\n"
+    "with hosts.joined(DistributedConfig('auto', None, None, 60, 10)):\n"
+    "  print('gpus', jax.config.read('jax_cuda_visible_devices'))\n"
+  )
+  common = {
+    "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_GPUS_ON_NODE": "8", "JAX_COORDINATOR_PORT": str(port), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4",
+  }  # fmt: skip
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", code], env=os.environ | common | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    for i in (0, 1)
+  ]  # fmt: skip
+  try:
+    said = [process.communicate(timeout=60)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  for i, gpus in enumerate(("0,1,2,3", "4,5,6,7")):
+    assert processes[i].returncode == 0 and f"process {i} of 2" in said[i] and f"gpus {gpus}\n" in said[i], said[i]

@@ -1,5 +1,6 @@
 """launch/: what would be run, and a local cluster that passes on signals and ends when a process does."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ LAUNCH = ROOT / "launch"
 SETTINGS = {
   "NAME": "run", "ZONE": "us-east5-a", "PROJECT": "p", "TYPE": "v5litepod-16", "RUNTIME": "v2-alpha-tpuv5-lite",
   "REPO": "https://example.org/xcomp.git", "WORKDIR": "gs://bucket/runs/sct", "IMAGE": "image", "TOPOLOGY": "4x4", "HOSTS": "4",
-  "ACCELERATOR": "tpu-v5-lite-podslice", "CHIPS": "4",
+  "ACCELERATOR": "tpu-v5-lite-podslice", "CHIPS": "4", "DATA": "gs://bucket",
 }  # fmt: skip
 
 
@@ -49,23 +50,27 @@ def test_the_shell_is_clean():
     ("create", ["queued-resources create run", "--accelerator-type=v5litepod-16", "--zone=us-east5-a"]),
     ("install", ["tpu-vm ssh run --worker=all", "https://example.org/xcomp.git"]),
     ("train", ["--worker=all", "--config.workdir=gs://bucket/runs/sct", "train.pid"]),
+    ("each uptime", ["--worker=all", "--command=uptime"]),
     ("stop", ["--worker=all", "-TERM"]),
     ("logs", ["--worker=0"]),
     ("delete", ["queued-resources delete run"]),
   ],
 )
 def test_a_tpu_pod_is_asked_for_what_was_said(action, words):
-  done = sh("tpu_pod.sh", "--dry-run", action)
+  done = sh("tpu_pod.sh", "--dry-run", *action.split())
   assert done.returncode == 0 and all(word in done.stdout.replace("\\", "") for word in words), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
   "script, arguments, settings, words",
   [
-    ("tpu_pod.sh", ["--dry-run", "fly"], {}, "error: what to do? create, install, train, logs, stop or delete, not 'fly'"),
+    ("tpu_pod.sh", ["--dry-run", "fly"], {}, "error: what to do? create, install, each, train, logs, stop or delete, not 'fly'"),
     ("tpu_pod.sh", ["--dry-run", "create"], {"ZONE": None}, "error: set ZONE"),
     ("tpu_pod.sh", ["--dry-run", "create"], {"WORKDIR": "/tmp/x"}, "error: WORKDIR=/tmp/x: every worker must reach it"),
+    ("tpu_pod.sh", ["--dry-run", "each", "two", "words"], {}, "error: each needs one argument, the command in quotes"),
     ("gke.sh", ["--dry-run"], {"IMAGE": None}, "error: set IMAGE"),
+    ("gke.sh", ["--dry-run"], {"DATA": None}, "error: set DATA"),
+    ("gke.sh", ["--dry-run"], {"DATA": "gs://bucket/sct"}, "error: DATA=gs://bucket/sct: expected gs://BUCKET; it is at /mnt/data whole"),
   ],
 )
 def test_what_is_missing_is_named(script, arguments, settings, words):
@@ -79,16 +84,128 @@ def test_the_jobset_has_a_pod_per_host_and_the_command_as_given():
   pod = job["template"]["spec"]
   assert job["parallelism"] == job["completions"] == 4 and pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
   assert pod["containers"][0]["command"] == [
-    "python", "-u", "-m", "xcomp_jax.train", "--config=configs/sct.py", "--config.workdir=gs://bucket/runs/sct",
+    "sh", "launch/pod.sh", "python", "-u", "-m", "xcomp_jax.train", "--config=configs/sct.py",
+    "--config.workdir=gs://bucket/runs/sct",
     '--config.data.train=("a","b")', "--config.x=a\\b",
   ]  # fmt: skip
 
 
-def test_slurm_runs_a_process_per_node():
-  done = sh("slurm.sh", "--config.workdir=/shared/run", DRY_RUN="1", SLURM_SUBMIT_DIR=str(ROOT))
-  assert done.stdout.startswith("srun --label --kill-on-bad-exit=1 .venv/bin/python -u -m xcomp_jax.train --config=configs/sct.py")
-  assert done.stdout.endswith("--config.workdir=/shared/run\n")
-  assert "#SBATCH --ntasks-per-node=1" in (LAUNCH / "slurm.sh").read_text()
+@pytest.mark.parametrize(
+  "data, sidecar, volume",
+  [
+    ("gs://bucket/", "true", {
+      "csi": {
+        "driver": "gcsfuse.csi.storage.gke.io", "readOnly": True,
+        "volumeAttributes": {"bucketName": "bucket", "mountOptions": "implicit-dirs"},
+      }
+    }),
+    ("claim", "false", {"persistentVolumeClaim": {"claimName": "claim", "readOnly": True}}),
+  ],
+)  # fmt: skip
+def test_the_jobset_has_the_data(data, sidecar, volume):
+  done = sh("gke.sh", "--dry-run", DATA=data, ACCOUNT="trainer")
+  pod = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+  assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": sidecar} and pod["spec"]["serviceAccountName"] == "trainer"
+  assert pod["spec"]["volumes"] == [{"name": "data"} | volume]
+  assert pod["spec"]["containers"][0]["volumeMounts"] == [{"name": "data", "mountPath": "/mnt/data", "readOnly": True}]
+
+
+@pytest.fixture(params=["sh", "bash"])
+def pod(request):
+  """Starts a line of Python as the pods of launch/gke.sh start training."""
+  tool = shutil.which(request.param)
+  line = [tool, str(LAUNCH / "pod.sh"), sys.executable, "-u", "-c"]
+  return lambda code: subprocess.Popen([*line, code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+STOPPED = "stopped by a signal: step 3 of 9; checkpoint 3; the same command continues"
+
+
+def test_a_pod_that_was_told_to_stop_has_not_succeeded(pod):
+  save = f"lambda *_: (time.sleep(0.3), print({STOPPED!r}), sys.exit(0))"
+  process = pod(f"import signal, sys, time; signal.signal(15, {save}); print('up'); time.sleep(50)")
+  assert process.stdout.readline() == "up\n"
+  process.send_signal(signal.SIGTERM)  # to the shell alone, as Kubernetes does
+  said, _ = process.communicate(timeout=30)
+  assert (process.returncode, said) == (75, STOPPED + "\n")
+
+
+@pytest.mark.parametrize(
+  "code, expected, words",
+  [
+    ("print('done: step 9 of 9')", 0, "done: step 9 of 9\n"),
+    ("import sys; sys.exit('error: no data')", 1, "error: no data\n"),
+    (f"import sys; print({STOPPED!r}); sys.exit(3)", 3, f"{STOPPED}\n"),
+  ],
+)
+def test_a_pod_ends_otherwise_as_training_does(pod, code, expected, words):
+  process = pod(code)
+  said, _ = process.communicate(timeout=30)
+  assert (process.returncode, said) == (expected, words)
+
+
+def test_a_pod_that_dies_of_the_signal_has_not_succeeded(pod):
+  process = pod("import time; print('up'); time.sleep(50)")
+  assert process.stdout.readline() == "up\n"
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=30)
+  assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.fixture
+def worker(tmp_path):
+  """A TPU worker's home, with a stand-in for Python, and a gcloud that does what ssh to it does; gives actions."""
+  home, tools = tmp_path / "home", tmp_path / "bin"
+  files = {
+    tools / "gcloud": """for a; do case "$a" in --command=*) cd "$HOME"; exec bash -c "${a#--command=}" < /dev/null;; esac; done""",
+    tools / "sleep": "exec /bin/sleep 0.2",
+    home / "xcomp/.venv/bin/python": """echo "trains $*"; trap 'echo saved; exit' TERM; while :; do /bin/sleep 0.05; done""",
+  }
+  for file, text in files.items():
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/bash\n{text}\n")
+    file.chmod(0o755)
+  yield lambda *action: sh("tpu_pod.sh", *action, HOME=str(home), PATH=f"{tools}:{os.environ['PATH']}"), home / "xcomp"
+  with contextlib.suppress(OSError, ValueError):
+    os.kill(int((home / "xcomp/train.pid").read_text()), signal.SIGKILL)
+
+
+def test_a_worker_trains_once_stops_and_goes_on(worker):
+  act, folder = worker
+  done = act("train", "--config.x=(1, 2)")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.endswith("trains -u -m xcomp_jax.train --config=configs/sct.py --config.workdir=gs://bucket/runs/sct --config.x=(1, 2)\n")
+  assert not done.stderr
+  pid = int((folder / "train.pid").read_text())
+  done = act("train")
+  assert done.returncode == 1 and done.stderr == "already training\n" and int((folder / "train.pid").read_text()) == pid
+  assert act("stop").returncode == 0
+  end = time.monotonic() + 10
+  while "saved" not in (folder / "train.log").read_text():
+    assert time.monotonic() < end
+    time.sleep(0.02)
+  while os.path.exists(f"/proc/{pid}"):
+    assert time.monotonic() < end
+    time.sleep(0.02)
+  assert act("train").returncode == 0 and int((folder / "train.pid").read_text()) != pid
+  assert act("stop").returncode == 0
+
+
+def test_training_that_ends_at_once_is_no_success(worker):
+  act, folder = worker
+  (folder / ".venv/bin/python").write_text("#!/bin/bash\necho 'error: no data'; exit 1\n")
+  done = act("train")
+  assert done.returncode == 1 and "error: no data\n" in done.stdout
+
+
+def test_slurm_runs_a_process_per_gpu():
+  done = sh("slurm.sh", "--config.workdir=/shared/run", DRY_RUN="1", SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="6")
+  assert done.stdout.startswith(
+    "srun --label --kill-on-bad-exit=1 --cpus-per-task=6 .venv/bin/python -u -m xcomp_jax.train --config=configs/sct.py"
+  )
+  assert done.stdout.endswith("--config.workdir=/shared/run \n")
+  asked = (LAUNCH / "slurm.sh").read_text()
+  assert all(f"#SBATCH --{what}-per-node=8\n" in asked for what in ("gpus", "ntasks"))
 
 
 def test_a_dry_run_of_the_local_cluster_shows_every_process():

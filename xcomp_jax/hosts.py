@@ -58,6 +58,7 @@ def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
   options: dict[str, Any] = {
     "heartbeat_timeout_seconds": config.heartbeat_seconds, "shutdown_timeout_seconds": config.heartbeat_seconds,
     "initialization_timeout": config.start_seconds + 60,  # `_late` is before it, and says more
+    "local_device_ids": _slurm_gpus(),
   }
   roll = None
   if coordinator != "auto":
@@ -88,6 +89,30 @@ def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
   finally:
     late.cancel()
   return _first_calls() if roll is None and jax.process_count() > 1 else roll
+
+
+def _slurm_gpus() -> list[int] | None:
+  """The equal part of a SLURM node's GPUs that is this process's, numbered as it sees them; None: JAX chooses.
+
+  JAX alone takes one GPU, numbered as the process on its node: right only with a process per GPU that all see all of them.
+
+  Raises:
+    ConfigError: a node's GPUs can't be split evenly over its processes.
+  """
+  names = ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "SLURM_LOCALID", "SLURM_GPUS_ON_NODE")
+  if not all(name in os.environ for name in names):
+    return None
+  processes, nodes, local, gpus = (int(os.environ[name]) for name in names)
+  seen = len(os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(","))
+  if seen < gpus:  # SLURM has split them itself (--gpus-per-task)
+    return list(range(seen))
+  if processes % nodes or gpus % (processes // nodes):
+    raise ConfigError(
+      f"{processes} processes on {nodes} nodes, and {gpus} GPUs on this one, can't be split evenly; "
+      f"start a process per GPU (--ntasks-per-node={gpus}), or per node (--ntasks-per-node=1)"
+    )
+  each = gpus // (processes // nodes)
+  return list(range(local * each, (local + 1) * each))
 
 
 def banner() -> str:
