@@ -46,5 +46,5 @@ def test_imports_point_upwards(name):
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("model.")])
 def test_the_model_needs_only_jax_flax_and_numpy(name):
-  allowed = {"jax", "flax", "numpy", "jaxtyping", "xcomp_jax", "dataclasses", "math", "functools", "collections", "itertools", "typing"}
+  allowed = {"jax", "flax", "numpy", "jaxtyping", "xcomp_jax", "dataclasses", "math", "functools", "collections", "itertools", "typing", "warnings"}
   assert {m.split(".")[0] for m in imported(FILES[name], everywhere=False)} <= allowed
