@@ -9,8 +9,8 @@
 #   WORKDIR (gs://bucket/runs/sct)  RESTARTS (100)
 #   DATA (gs://bucket, or the name of a PersistentVolumeClaim that many pods may read: at /mnt/data, read-only)
 #   ACCOUNT (default: the Kubernetes service account of the pods)
-# The cluster needs JobSet (https://jobset.sigs.k8s.io), for DATA=gs://bucket also the add-on GcsFuseCsiDriver. By Workload Identity
-# ACCOUNT may read DATA's bucket (roles/storage.objectViewer) and write WORKDIR's (roles/storage.objectUser).
+# The cluster needs JobSet (https://jobset.sigs.k8s.io), and for DATA=gs://bucket the add-on GcsFuseCsiDriver. By Workload
+# Identity ACCOUNT may read DATA's bucket (roles/storage.objectViewer) and write WORKDIR's (roles/storage.objectUser).
 # The same image runs under XPK, which makes cluster and JobSet, and mounts what `xpk storage attach` was told:
 #   xpk workload create --cluster CLUSTER --workload NAME --tpu-type v5litepod-16 --docker-image IMAGE --max-restarts 100 \
 #     --command "sh launch/pod.sh python -u -m xcomp_jax.train --config=configs/sct.py --config.workdir=gs://bucket/runs/sct"
@@ -37,7 +37,8 @@ case "$DATA" in
   gs://*)
     bucket=${DATA#gs://}
     # implicit-dirs: folders are there that no object stands for, as after `gcloud storage cp`.
-    volume="csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, volumeAttributes: {bucketName: ${bucket%/}, mountOptions: implicit-dirs}}"
+    attributes="{bucketName: ${bucket%/}, mountOptions: implicit-dirs}"
+    volume="csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, volumeAttributes: $attributes}"
     sidecar=true # runs gcsfuse in the pod
     ;;
   *)
@@ -53,8 +54,8 @@ for argument in --config=configs/sct.py --config.workdir="$WORKDIR" "$@"; do
 done
 
 # JobSet gives the pods names that find each other; GKE tells them who they are (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES), from
-# which JAX takes coordinator and process. 120 s of grace: SIGTERM saves the step at hand, and launch/pod.sh ends with 75, not 0, so that
-# the policy below starts all pods again.
+# which JAX takes coordinator and process. 120 s of grace: SIGTERM saves the step at hand, and launch/pod.sh ends with 75,
+# not 0, so that the policy below starts all pods again.
 "${apply[@]}" << YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet

@@ -3,8 +3,8 @@
 #
 #   sh launch/pod.sh python -u -m xcomp_jax.train ARGS
 #
-# To Kubernetes exit code 0 means done, also of a pod that it has just evicted: the job would be complete and never start again.
-# POSIX: images have no bash for sure.
+# To Kubernetes exit code 0 means done, also of a pod that it has just evicted: the job would be complete, and never start
+# again. POSIX: an image need not have bash.
 said=/tmp/said.$$ log=/tmp/log.$$
 mkfifo "$said" || exit 1
 tee "$log" < "$said" &
@@ -13,6 +13,7 @@ copy=$!
 run=$!
 trap 'kill -TERM "$run"' TERM # Kubernetes tells this shell only
 
+# A signal in the last moment may make it 143 of a run that is done: started again, that has nothing left to do.
 wait "$run"
 status=$?
 while kill -0 "$run" 2> /dev/null; do # it was the signal that ended the wait

@@ -75,7 +75,9 @@ case "$action" in
   train)
     arguments=$(printf ' %q' --config=configs/sct.py --config.workdir="$WORKDIR" "$@")
     # A worker may have a running one: two on the same chips would both fail.
-    everywhere "set -e; cd xcomp; if kill -0 \$(cat train.pid 2> /dev/null) 2> /dev/null; then echo 'already training' >&2; exit 1; fi; nohup .venv/bin/python -u -m xcomp_jax.train$arguments > train.log 2>&1 & echo \$! > train.pid; sleep 5; tail -n 3 train.log; kill -0 \$(cat train.pid)"
+    refuse="if kill -0 \$(cat train.pid 2> /dev/null) 2> /dev/null; then echo 'already training' >&2; exit 1; fi"
+    start="nohup .venv/bin/python -u -m xcomp_jax.train$arguments > train.log 2>&1 & echo \$! > train.pid"
+    everywhere "set -e; cd xcomp; $refuse; $start; sleep 5; tail -n 3 train.log; kill -0 \$(cat train.pid)"
     ;;
   logs)
     tpu tpu-vm ssh "$NAME" --worker=0 --command="tail -n 50 -f xcomp/train.log"

@@ -90,7 +90,8 @@ def test_two_steps_then_resumed_to_four_equal_four_straight_bit_by_bit(
   with monkeypatch.context() as patch:
     interrupt(patch, 2, number)
     assert train.run(config)["step"] == 2
-  assert "stopped by a signal: step 2 of 4" in capsys.readouterr().out
+  said = capsys.readouterr().out  # launch/slurm.sh and pod.sh look for the last words
+  assert "stopped by a signal: step 2 of 4" in said and "; the same command continues\n" in said
   assert signal.getsignal(number) is handler
   assert train.run(config)["step"] == 4
   assert order == straight[2]

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from xcomp_jax import bench_parts as parts
-from xcomp_jax import bench_profile, files
+from xcomp_jax import bench_profile, cost, files
 from xcomp_jax.bench_parts import PREFIX, Part
 from xcomp_jax.config import Dtype
 from xcomp_jax.model import attention
@@ -90,7 +90,8 @@ def seconds_of(call: Callable[[], Any], times: int = 1) -> float:
 def calling(part: Part) -> tuple[Callable[[], Any], Any, float]:
   """A call that runs the compiled part again and again, the compiled program, and the seconds of compiling."""
   begun = time.perf_counter()
-  program = jax.jit(part.run, donate_argnums=part.donated).lower(*part.args).compile()
+  with cost.own_names():  # for profiles
+    program = jax.jit(part.run, donate_argnums=part.donated).lower(*part.args).compile()
   spent = time.perf_counter() - begun
   args = list(part.args)
 

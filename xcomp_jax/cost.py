@@ -4,11 +4,12 @@ Operations are counted in the jaxpr and traffic in the compiler's text, loops by
 `cost_analysis` counts a loop's body once, and a kernel as nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -215,6 +216,18 @@ NO_TRAFFIC = {
 SLICES = {"slice", "dynamic-slice", "gather"}
 PASSED_ON = {"tuple", "get-tuple-element", "custom-call", *COLLECTIVES}  # of a buffer, inside of a fusion
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+@contextlib.contextmanager
+def own_names() -> Generator[None]:
+  """What is compiled within has the names that its code says; one from a compilation cache could have those of older code."""
+  key = "jax_compilation_cache_include_metadata_in_key"
+  before = getattr(jax.config, key)
+  jax.config.update(key, True)
+  try:
+    yield
+  finally:
+    jax.config.update(key, before)
 
 
 def read_program(text: str, side: int = 0, scope: str | None = None) -> tuple[Traffic, Traffic]:

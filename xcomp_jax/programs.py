@@ -267,19 +267,13 @@ def compiled(lowered: Any, what: str, effort: float) -> tuple[Any, float]:
     except BaseException as error:
       result.append(error)
 
-  key = "jax_compilation_cache_include_metadata_in_key"  # else one from a cache could have other names (`vlm.VOCABULARY`)
-  before = getattr(jax.config, key)
-  jax.config.update(key, True)
   begun = time.perf_counter()
   thread = threading.Thread(target=run, daemon=True)
-  try:
-    with tqdm(desc=f"compiling {what}", bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
-      thread.start()
-      while thread.is_alive():
-        thread.join(1.0)
-        bar.update()
-  finally:
-    jax.config.update(key, before)
+  with cost.own_names(), tqdm(desc=f"compiling {what}", bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
+    thread.start()
+    while thread.is_alive():
+      thread.join(1.0)
+      bar.update()
   out = result[0]
   if isinstance(out, BaseException) and not (isinstance(out, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(out)):
     raise out
