@@ -117,6 +117,7 @@ def test_a_finished_run_has_nothing_left_to_do(straight, capsys):
   assert "no step was left to do" in said and "loss" not in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_of_it_once(
   tiny_run, tmp_path, monkeypatch, capsys
 ):
