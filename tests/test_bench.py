@@ -75,7 +75,6 @@ def test_a_profile_names_the_functions_that_take_time(tmp_path):
   assert sum(shares.values()) == pytest.approx(1) and list(shares.values()) == sorted(shares.values(), reverse=True)
   functions = {name.split(":")[0] for name in shares if ":" in name}
   assert {"_mlp", "Layer.project", "_over_tiles"} <= functions  # the innermost of the package, not flax's Linear.__call__
-  assert sum(share for name, share in shares.items() if ":" in name) > 0.5
 
 
 def test_time_inside_a_loop_is_not_the_loops():

@@ -246,7 +246,7 @@ def test_waiting_for_other_hosts_is_neither_start_nor_step(tiny_run, tmp_path, c
 
   monkeypatch.setattr(train.hosts, "joined", joined)
   monkeypatch.setattr(train, "prepare", lambda config: passes(5))
-  monkeypatch.setattr(train, "_train", lambda config, prepared, goodput: goodput.shares())
+  monkeypatch.setattr(train, "_train", lambda config, prepared, goodput, watch: goodput.shares())
   shares = train.run(tiny_run(tmp_path))
   assert shares == dict.fromkeys(metrics.Goodput.PARTS, 0) | {"connect": 0.75, "start": 0.25}
 
