@@ -43,7 +43,7 @@ def schedule(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
       continue
     ax.bar(x, n, color=BLUE, width=0.8, label=label)
     for layer, count in zip(x, n, strict=True):
-      ax.text(layer, count - 0.25, str(count), ha="center", va="top", color="white", fontsize=7.5, weight="bold")
+      ax.text(float(layer), count - 0.25, str(count), ha="center", va="top", color="white", fontsize=7.5, weight="bold")
   ax.set(xlabel="layer", ylabel=f"tokens of a group of {group}", xticks=x[:: max(1, layers // 9)], yticks=range(0, group + 1, 4))
   ax.legend(frameon=False, loc="upper right")
   return figure
