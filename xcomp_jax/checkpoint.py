@@ -165,6 +165,8 @@ def saving(checkpoints: ocp.CheckpointManager) -> Generator[None]:
   """
   try:
     yield
+  except jax.errors.JaxRuntimeError:  # a process that is gone, whom `hosts` names
+    raise
   except Exception as error:  # an OSError, TensorStore's ValueError, what a bucket's client raises
     steps = _finished(checkpoints.directory)
     last = f"the last good one is of step {steps[-1]}" if steps else "there is none yet"
