@@ -205,3 +205,15 @@ def test_slurms_variables_are_enough():
       process.kill()
   for i, gpus in enumerate(("0,1,2,3", "4,5,6,7")):
     assert processes[i].returncode == 0 and f"process {i} of 2" in said[i] and f"gpus {gpus}\n" in said[i], said[i]
+
+
+def test_a_lost_process_is_seen_behind_a_failed_save():
+  def saved(reason):
+    try:
+      raise OSError("no room") from reason
+    except OSError as error:
+      return error
+
+  assert hosts._in_collective(saved(ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")))
+  assert hosts._in_collective(jax.errors.JaxRuntimeError("INTERNAL: peer"))
+  assert not hosts._in_collective(saved(ValueError("no such folder"))) and not hosts._in_collective(saved(None))

@@ -7,6 +7,7 @@ What gives no sign at all, such as a host without power, JAX's heartbeats find.
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -43,12 +44,22 @@ def joined(config: DistributedConfig) -> Generator[None]:
     yield
   except BaseException as error:
     if roll:
-      if isinstance(error, jax.errors.JaxRuntimeError):
-        time.sleep(3 * GRACE)  # in a collective: most likely another is gone, and the roll says so and ends this one
+      if _in_collective(error):
+        time.sleep(3 * GRACE)  # most likely another is gone, and the roll says so and ends this one
       roll.close(well=False)
     raise
   if roll:
     roll.close(well=True)
+
+
+def _in_collective(error: BaseException | None) -> bool:
+  """Whether an error, or one behind it, is what processes that talk to each other meet."""
+  while error is not None:
+    # Orbax hands those of its threads on as ValueErrors.
+    if isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ", str(error)):
+      return True
+    error = error.__cause__
+  return False
 
 
 def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
