@@ -176,6 +176,25 @@ def test_sigterm_to_one_host_saves_on_all_and_the_run_goes_on(make, alone):
   same_run((losses, samples), alone[1:])
 
 
+@pytest.mark.slow
+def test_sigterm_to_one_host_within_an_evaluation_leaves_it_to_the_continued_run_on_all(make, tiny_run, tmp_path):
+  changes = {"data.heldout": tiny_run(tmp_path).data.train, "train.steps": 12, "train.eval_every": 1, "train.save_every": 1000}
+  cluster = make("evaluated", SPLIT | {"data": 1, "tensor": 1}, **changes)
+  launched = cluster.start(2, 1)
+  while launched.poll() is None and len(cluster.trace()[0]) < 5:  # noted just before the step's evaluation
+    time.sleep(0.02)
+  children = [int(p) for p in open(f"/proc/{launched.pid}/task/{launched.pid}/children").read().split()]
+  os.kill(children[1], signal.SIGTERM)
+  said, _ = launched.communicate(timeout=120)
+  assert launched.returncode == 0 and "the same command continues" in said, said
+  assert "evaluation after step 5 is left to the run that continues" in said, said
+  code, more = cluster.run(2, 1)
+  assert code == 0, more
+  steps = lambda text: [int(line.split("step ")[1].split(":")[0]) for line in text.splitlines() if "held-out after step" in line]
+  assert steps(said) == [1, 2, 3, 4] and steps(more) == list(range(5, 13))
+  assert [step for step, _ in cluster.trace()[0]] == list(range(1, 13))
+
+
 @pytest.mark.parametrize("here", [0, 1])
 def test_a_process_that_does_not_come_up_is_named(make, here):
   cluster = make(f"missing{here}", {"data": 1, "fsdp": 2, "tensor": 1, "context": 1}, **{"distributed.start_seconds": 3})
