@@ -97,7 +97,7 @@ def _paper() -> ConfigDict:
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices
   c.mesh.fsdp = -1  # as many as the samples of a step can be split over: they, parameters and optimizer state are
-  c.mesh.tensor = 1  # heads, MLP channels and the vocabulary; within a host
+  c.mesh.tensor = 1  # heads (must divide those of keys), MLP channels and the vocabulary; within a host
   c.mesh.context = -1  # all that are left: each sample's own sequence is split over them
 
   c.distributed = ConfigDict()

@@ -66,7 +66,7 @@ from flax import nnx
 from matplotlib import pyplot as plt
 
 from xcomp_jax import draw, generate, inside, reader, weights, world
-from xcomp_jax.config import LPCompConfig
+from xcomp_jax.config import COSINE, LPCompConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
 from xcomp_jax.model import lp_comp, merge
@@ -75,7 +75,7 @@ plt.rcParams.update(draw.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
 watching = reader.prepare(reader.default(checkpoint, select=0, min_frames=8, max_frames=64))
 models = {"not tuned": watching.load()}
-looked = reader.RELEASED
+looked = COSINE
 if tuned and pathlib.Path(tuned).exists():
   models["tuned"] = weights.load(weights.resolve(tuned), watching.cfg, dtype=watching.dtype)
   looked = weights.read_lp_comp(weights.resolve(tuned)) or looked
@@ -101,7 +101,7 @@ print(f"{', '.join(models)}; {len(batches)} questions; looking at {looked}")
 # How many tokens of every group each layer works on, as the checkpoint was tuned and by the two cosines.
 
 # %% tags=["picture-schedule"]
-cosine, paper = reader.RELEASED, LPCompConfig("cosine_ceil", "suffix", looked.group)
+cosine, paper = COSINE, LPCompConfig("cosine_ceil", "suffix", looked.group)
 tuning = {} if looked == cosine else {"as tuned": looked}
 draw.schedule(tuning | {"cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers);
 

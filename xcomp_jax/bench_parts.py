@@ -16,9 +16,9 @@ from flax import nnx
 
 from xcomp_jax import chat, cost, generate, metrics, optim, qc_comp, steps, weights
 from xcomp_jax.config import (
+  COSINE,
   Dtype,
   LLMConfig,
-  LPCompConfig,
   MeshConfig,
   ModelConfig,
   OptimConfig,
@@ -40,7 +40,6 @@ TOWER = VisionConfig(image_size=448, patch_size=16, width=1024, layers=23, heads
 PREFIX, TEXT = 14, 72
 SMALL_LLM = dataclasses.replace(MEASURED, vocab_size=128, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
 SMALL_TOWER = VisionConfig(image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd")
-COSINE = LPCompConfig("cosine", "suffix", 16)
 OPTIM = OptimConfig(learning_rate=1e-5, warmup=0.0, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8)
 
 

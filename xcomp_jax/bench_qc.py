@@ -23,7 +23,7 @@ from tqdm import tqdm
 from xcomp_jax import bench_parts as parts
 from xcomp_jax import chat, encode, generate, qc_comp, weights, world
 from xcomp_jax.bench_parts import PREFIX, TEXT, flops
-from xcomp_jax.config import LPCompConfig, ModelConfig
+from xcomp_jax.config import COSINE, ModelConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import Bucket, batch_spec
 from xcomp_jax.export import AS_IT_IS
@@ -63,7 +63,7 @@ def select(mode: str, frames: int) -> dict[str, float]:
 
 def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int) -> dict[str, float]:
   """Operations of a first and a later question about an encoded video, of the model that `like` describes; none are run."""
-  cfg = dataclasses.replace(weights.read_config(like, AS_IT_IS, LPCompConfig("cosine", "suffix", 16)), clip_frames=8)
+  cfg = dataclasses.replace(weights.read_config(like, AS_IT_IS, COSINE), clip_frames=8)
   graph, state = nnx.split(weights.abstract(cfg))
   setting, D = qc_comp.setting(mode, kept), cfg.vision.width
   plan = qc_comp.plan(frames, 8, setting)
@@ -97,7 +97,7 @@ def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str]
 
   A hit is any frame of that clip. "uniform" takes clips at equal distances, whatever the question.
   """
-  lp_comp = weights.read_lp_comp(checkpoint) or parts.COSINE
+  lp_comp = weights.read_lp_comp(checkpoint) or COSINE
   model_config = ModelConfig(world.FRAMES, "checkpoint", "float32", "float32", 16, "auto", remat=False)
   cfg = weights.read_config(checkpoint, model_config, lp_comp)
   model, tokenizer = weights.load(checkpoint, cfg), prompt.load_tokenizer(checkpoint)

@@ -101,6 +101,9 @@ class LPCompConfig:
   group: int  # consecutive visual tokens in a group; 16 in the release
 
 
+COSINE = LPCompConfig(schedule="cosine", keep="suffix", group=16)  # as released
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """What a run decides about the model, beside its checkpoint."""

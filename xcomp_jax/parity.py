@@ -26,7 +26,7 @@ from flax import nnx
 
 from xcomp_jax import chat, encode, generate, qc_comp, weights
 from xcomp_jax.comparison import Arrays, ParityError, Row, absent, compare, read, show
-from xcomp_jax.config import InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
+from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, Example, collate
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.files import command
@@ -266,7 +266,7 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
     clip_frames="checkpoint", yarn="checkpoint", dtype="float32", param_dtype="float32",
     clips_per_chunk=1, attention="einsum", remat=False,
   )  # fmt: skip
-  cfg = weights.read_config(directory, model_config, LPCompConfig("cosine", "suffix", 16))
+  cfg = weights.read_config(directory, model_config, COSINE)
   model = weights.load(directory, cfg, dtype=np.float32)
   rows, features = [], None
   if main := read(directory / "vision.npz"):

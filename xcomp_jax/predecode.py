@@ -146,13 +146,12 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int) -> Tow
   import ml_dtypes
 
   from xcomp_jax import encode, weights
-  from xcomp_jax.config import LPCompConfig, ModelConfig
+  from xcomp_jax.config import COSINE, ModelConfig
 
   directory = weights.resolve(checkpoint)
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  lp_comp = LPCompConfig(schedule="cosine", keep="suffix", group=16)  # of the LLM, which is not run
   model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk, "auto", remat=False)
-  cfg = weights.read_config(directory, model, lp_comp)
+  cfg = weights.read_config(directory, model, COSINE)  # of the LLM, which is not run
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size
     raise ValueError(f"the tower of {checkpoint} takes {size} pixels, not {settings.image_size}; give --image_size {size}")

@@ -294,7 +294,7 @@ def account(plan: Plan, name: str, known: Mapping[str, Any] | None = None) -> di
     flops = here = executed_flops(cfg, program.jaxpr)
     lowered = program.lower()
     digest = hashlib.blake2b(lowered.as_text().encode(), digest_size=8).hexdigest()
-    if known and known["program"] == digest:
+    if known and known.get("program") == digest:
       return dict(known)
     out, spent = compiled(lowered, name, plan.effort)
     if cfg != full:

@@ -7,16 +7,25 @@ import hashlib
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import get_args
 
 import jax
 import numpy as np
 
 from xcomp_jax import chat, encode, generate, qc_comp, weights
-from xcomp_jax.config import ConfigError, Dtype, Keep, LPCompConfig, ModelConfig, SelectConfig, VLMConfig
+from xcomp_jax.config import (
+  COSINE,
+  ConfigError,
+  Dtype,
+  Keep,
+  LPCompConfig,
+  ModelConfig,
+  SelectConfig,
+  VLMConfig,
+)
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
 
-RELEASED = LPCompConfig(schedule="cosine", keep="suffix", group=16)
 TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stretched
 SAMPLED_CLIP = 8  # the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
 
@@ -61,7 +70,7 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--yarn", type=float, help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without compression); "
     "1: not at all; default: as config.json says")
   add("--clips-per-chunk", type=int, default=4, help="clips in the tower at once; bounds memory")
-  add("--keep", choices=("suffix", "uniform", "stride", "avgpool", "none", "attention"), help="default: as tuned, else suffix")
+  add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
   add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
   add("--max-new-tokens", type=int, default=64)
@@ -210,7 +219,7 @@ def prepare(s: Settings) -> Reader:
     CheckpointError, ConfigError, OSError: bad settings, by name.
   """
   directory = weights.resolve(s.checkpoint)
-  tuned = weights.read_lp_comp(directory) or RELEASED
+  tuned = weights.read_lp_comp(directory) or COSINE
   lp_comp = LPCompConfig(s.schedule or tuned.schedule, s.keep or tuned.keep, tuned.group)
   dtype = s.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   clip_frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
