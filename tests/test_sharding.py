@@ -13,6 +13,7 @@ from xcomp_jax.sharding import (
   batch_devices,
   batch_sharding,
   constrain,
+  gathered,
   make_mesh,
   param_shardings,
   parameter_spec,
@@ -115,6 +116,19 @@ def test_constrain_splits_what_divides_and_is_nothing_without_a_mesh(mesh):
     assert spec((4, 6, 7), "batch", None, "mlp") == P(("data", "fsdp"))
     with pytest.raises(KeyError):
       constrain(x, "rows")
+
+
+def test_a_gathered_layer_is_whole_along_the_width_and_the_same(mesh):
+  mlp = lambda: nnx.Dict(up=nnx.Linear(8, 16, rngs=nnx.Rngs(0)), down=nnx.Linear(16, 8, rngs=nnx.Rngs(1)))
+  one = mlp()
+  assert gathered(one, jnp.bfloat16) is one  # no mesh
+  with jax.set_mesh(mesh):
+    two = nnx.jit(lambda m: gathered(m, jnp.bfloat16))(jax.device_put(mlp(), param_shardings(mlp(), mesh)))
+  for name, before, after in (("up", P("fsdp", "tensor"), P(None, "tensor")), ("down", P("tensor", "fsdp"), P("tensor"))):
+    kernel, was = two[name].kernel[...], one[name].kernel[...]
+    assert kernel.sharding.spec == after and parameter_spec(f"{name}/kernel", was.shape, mesh) == before
+    np.testing.assert_array_equal(kernel, was.astype(jnp.bfloat16))
+    assert two[name].bias[...].dtype == jnp.float32  # nothing to gather
 
 
 def test_two_axes_on_the_same_mesh_axis_are_refused_by_name(mesh):

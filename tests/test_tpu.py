@@ -78,6 +78,17 @@ def test_two_layers_of_a_training_step_compile_and_are_accounted_for(name, tmp_p
   assert apply["flops"]["model"] == 0 and apply["hbm"] >= 2 * apply["memory"]["optimizer state"]  # likewise
 
 
+def test_on_many_devices_kernels_are_gathered_and_not_multiplied_piece_by_piece():
+  config = lambda samples: from_command_line(["plan", "--config=configs/sct.py", f"--config.train.batch_size={samples}"])
+  few, many = (
+    programs.account(programs.make(config(samples), name, layers=2, frames=256, text=512, effort=-1.0), "frames")
+    for name, samples in (("v5e:2x2", 4), ("v5e:4x4", 16))
+  )
+  # A device of either has the same work, a sample; of more devices it holds a smaller part of the parameters.
+  assert many["flops"]["executed"] == pytest.approx(4 * few["flops"]["executed"], rel=0.01)
+  assert many["hbm"] < 1.1 * few["hbm"]
+
+
 @pytest.mark.parametrize("name", ("v4:2x2x1", "v5e:1x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
 def test_the_compiler_has_as_much_memory_as_the_table_of_chips_says(name):
   mesh = mesh_on(name)

@@ -11,10 +11,11 @@ every model; what would be wasted that way `check_mesh` refuses where a run begi
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xcomp_jax.config import ConfigError, DataConfig, MeshConfig, VLMConfig
@@ -130,15 +131,18 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
   Raises:
     ValueError: no rule for this path, or one that does not fit its shape.
   """
-  found = []
-  for pattern, axes in PARAMETERS:
-    if re.search(rf"(^|/){pattern}$", path):
-      if len(axes) > len(shape):
-        raise ValueError(f"parameter {path} has shape {tuple(shape)}, but its sharding rule {axes} has {len(axes)} axes")
-      found.append(_fit(axes, shape, mesh))
+  found = [_fit(axes, shape, mesh) for axes in _rules(path, shape)]
+  return max(found, key=lambda spec: math.prod(mesh.shape[name] for names in spec if names for name in np.atleast_1d(names)))
+
+
+def _rules(path: str, shape: Sequence[int]) -> list[tuple[str | None, ...]]:
+  found = [axes for pattern, axes in PARAMETERS if re.search(rf"(^|/){pattern}$", path)]
   if not found:
     raise ValueError(f"parameter {path} has no rule in sharding.PARAMETERS; add one")
-  return max(found, key=lambda spec: math.prod(mesh.shape[name] for names in spec if names for name in np.atleast_1d(names)))
+  for axes in found:
+    if len(axes) > len(shape):
+      raise ValueError(f"parameter {path} has shape {tuple(shape)}, but its sharding rule {axes} has {len(axes)} axes")
+  return found
 
 
 def param_shardings(state: Any, mesh: Mesh) -> Any:
@@ -204,6 +208,27 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return x
   return jax.lax.with_sharding_constraint(x, split(axes, x.shape))
+
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def gathered(module: Module, dtype: Any) -> Module:
+  """A layer with its kernels as it computes with them: in `dtype`, and whole along the residual stream's width.
+
+  Left to itself the compiler may multiply by a sharded kernel piece by piece as it comes around the devices, reading and
+  writing all results once per piece: of 16 devices, with 96 rows of a kernel at once, memory then takes longer than
+  multiplying. Inside of `remat` kernels are gathered again for the gradient, not kept.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return module
+  graph, weights = nnx.split(module)
+
+  def one(path, leaf):
+    axes = _rules(path_name(path), leaf.shape)[0]
+    return constrain(leaf.astype(dtype), *(None if axis == "embed" else axis for axis in axes)) if "embed" in axes else leaf
+
+  return nnx.merge(graph, jax.tree_util.tree_map_with_path(one, weights))
 
 
 def parameter_table(state: Any, shardings: Any) -> str:

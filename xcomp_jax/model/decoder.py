@@ -21,7 +21,7 @@ from xcomp_jax.model import lp_comp
 from xcomp_jax.model.attention import attend, attention_weights, remat
 from xcomp_jax.model.norm import RMSNorm
 from xcomp_jax.model.rope import rotate
-from xcomp_jax.sharding import constrain, parts
+from xcomp_jax.sharding import constrain, gathered, parts
 
 MLP_ROWS = 4096  # whose six times as wide middle exists at once in training: 0.07 GB at the 2B sizes
 
@@ -111,10 +111,11 @@ class Layer(nnx.Module):
 
   def __call__(self, x, positions, valid, pick=lambda x: x):
     """A whole sequence; returns x of the slots that `pick` takes out, and the keys (not rotated) and values of all."""
-    q, k, v = self.project(x)
+    layer = gathered(self, x.dtype)
+    q, k, v = layer.project(x)
     q, rotated = self.rotate(q, positions), self.rotate(k, positions)
     attended = attend(q, rotated, v, causal=True, key_valid=valid, implementation=self.cfg.attention)
-    return self.finish(pick(x), pick(attended)), k, v
+    return layer.finish(pick(x), pick(attended)), k, v
 
   def extend(self, x, valid, cache: LayerCache, projected):
     """Rows x [B, L, D] after a cached sequence with keys not rotated yet; projected: q, k, v of x; returns x."""

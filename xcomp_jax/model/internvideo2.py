@@ -12,6 +12,7 @@ from xcomp_jax.config import InternVideo2Config, VLMConfig
 from xcomp_jax.model.attention import attend, remat
 from xcomp_jax.model.norm import RMSNorm
 from xcomp_jax.model.vision import PatchEmbed, check_sizes
+from xcomp_jax.sharding import gathered
 
 EPS = 1e-6  # of all norms
 LAYER_SCALE = 1e-5  # that a tower begins with
@@ -66,9 +67,10 @@ class Block(nnx.Module):
 
   def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
     scaled = lambda y, scale: (y.astype(jnp.float32) * scale[...].astype(jnp.float32)).astype(y.dtype)
-    x = x + scaled(self.attn(self.norm1(x)), self.ls1)
-    y = self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
-    return x + scaled(y, self.ls2)
+    block = gathered(self, x.dtype)
+    x = x + scaled(block.attn(block.norm1(x)), block.ls1)
+    y = block.fc2(jax.nn.gelu(block.fc1(block.norm2(x)), approximate=False))
+    return x + scaled(y, block.ls2)
 
 
 class InternVideo2(nnx.Module):

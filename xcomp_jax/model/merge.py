@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from xcomp_jax.config import VLMConfig
+from xcomp_jax.sharding import gathered
 
 EXACT = jax.lax.Precision.HIGHEST  # merging costs 2% of the tower, and its choices hang on small gaps
 
@@ -116,4 +117,5 @@ class Projector(nnx.Module):
     self.fc2 = linear(cfg.llm.width, cfg.llm.width)
 
   def __call__(self, x: Float[Array, "*B N D"]) -> Float[Array, "*B N H"]:
-    return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+    whole = gathered(self, self.fc1.dtype)
+    return whole.fc2(jax.nn.gelu(whole.fc1(x), approximate=False))

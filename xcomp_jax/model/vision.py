@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.config import TowerConfig, VisionConfig, VLMConfig
 from xcomp_jax.model.attention import attend, remat
+from xcomp_jax.sharding import constrain, gathered
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # FACTS.md 6
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -108,8 +109,9 @@ class Block(nnx.Module):
     self.fc2 = linear(v.mlp_width, v.width)
 
   def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
-    x = x + self.attn(self.norm1(x))
-    return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
+    block = gathered(self, x.dtype)
+    x = x + block.attn(block.norm1(x))
+    return x + block.fc2(jax.nn.gelu(block.fc1(block.norm2(x)), approximate=False))
 
 
 class PatchEmbed(nnx.Module):
@@ -126,7 +128,8 @@ class PatchEmbed(nnx.Module):
     c, f, s, _, _ = frames.shape
     p, g = self.patch_size, s // self.patch_size
     x = normalise(frames).astype(self.dtype).reshape(c, f, g, p, g, p, 3).transpose(0, 1, 2, 4, 3, 5, 6).reshape(c, f * g * g, -1)
-    return x @ self.kernel[...].astype(self.dtype) + self.bias[...].astype(self.dtype)
+    kernel = constrain(self.kernel[...].astype(self.dtype), None, "mlp")  # as `gathered` has it
+    return x @ kernel + self.bias[...].astype(self.dtype)
 
 
 class Vision(nnx.Module):
