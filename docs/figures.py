@@ -37,8 +37,8 @@ def overview() -> None:
   """A clip on its way: what every stage makes of its tokens."""
   tower = VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd")  # FACTS.md 7
   tokens, merged, counts = tower.tokens(CLIP), CLIP * PER_FRAME, schedule()
-  figure, axes = plt.subplots(figsize=(10, 2.9))
-  axes.set(xlim=(0, 100), ylim=(0, 30))
+  figure, axes = plt.subplots(figsize=(10, 1.9))
+  axes.set(xlim=(0, 100), ylim=(5.5, 25))
   axes.axis("off")
   stages = [
     ("a clip", f"{CLIP} frames of\n448 x 448", "1,024 frames are\n128 clips"),

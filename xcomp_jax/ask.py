@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.ask", description=__doc__.splitlines()[0])
   options(parser)
   add = parser.add_argument
-  add("--video", help="a video file, or an image")
+  add("--video", help="a video file, a GIF, a folder of frames, or an image")
   add("--encoded", help="file of the encoded video: read if it is there, else written")
   add("--question", action="append", help="may be repeated")
   add("--questions", help="file of questions, one per line")

@@ -116,7 +116,7 @@ def features_shape(cfg: VLMConfig, visual) -> tuple[int, int, int]:
 def forward(
   model: VLM, batch: Batch, *, projector_max_frames: int | None = None, caches: bool = False, entering: bool = False
 ):
-  """Walk 1 and 2 up to the last layer: Decoded states of a batch.
+  """Decoded states of a batch, up to the last layer; training and asking begin with this.
 
   Args:
     model: the parameters.
