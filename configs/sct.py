@@ -144,5 +144,5 @@ def _7b() -> ConfigDict:
   c = _paper()
   c.workdir = "runs/sct_7b"
   c.init_from = "OpenGVLab/VideoChat-Flash-Qwen2-7B_res448"
-  c.model.clips_per_chunk = 2
+  c.model.clips_per_chunk = 1  # two would not fit 16 chips of 16 GB on frames
   return c
