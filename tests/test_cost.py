@@ -95,12 +95,13 @@ def test_what_touches_the_vocabulary_is_told_apart(mesh):
   assert rest.plus(words).collectives["all-gather"][1] == (16 + 24) * 4 * 3
   assert words.collectives["all-gather"] == (1, 24 * 4 * 3) and words.hbm > 0
 
-  def scoped(x):
+  def scoped(x, w):
     with jax.named_scope("words"):
-      return jax.lax.with_sharding_constraint(x + 1, whole)
+      return x @ w
 
-  rest, words = read_program(program(scoped, x), scope="words")
-  assert words.collectives["all-gather"] == (1, 16 * 4 * 3) and not rest.collectives
+  w = jax.ShapeDtypeStruct((4, 16), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, P("fsdp")))
+  rest, words = read_program(program(scoped, x, w, out_shardings=whole), scope="words")
+  assert words.collectives["all-reduce"] == (1, 2 * 16 * 16 * 4 * 3 / 4) and not rest.collectives
 
 
 TPU = """HloModule jit_step, is_scheduled=true
