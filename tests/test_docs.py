@@ -71,8 +71,8 @@ def take(program, arguments, monkeypatch):
       module._define_flags()
     assert own(["predecode", *arguments]) == ["predecode"]
   else:
-    _, more = parser(program, monkeypatch).parse_known_args(arguments)
-    if program == "plan":
+    known, more = parser(program, monkeypatch).parse_known_args(arguments)
+    if program == "plan" and not known.table:
       from_command_line(["plan", *more])
     elif program != "bench_evaluate":  # whose other options are those of `evaluate`
       assert not more

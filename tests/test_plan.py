@@ -170,6 +170,7 @@ def test_the_command_ends_with_1_and_one_error_if_something_is_wrong(monkeypatch
     (["--config=configs/sct.py", "--config.mesh.tensor=3"], "does not divide the 8 devices"),
     (["--config=configs/sct.py", "--config.model.remta=True"], "did you mean config.model.remat"),
     (["--config=configs/sct.py", "--topolgy=v5e:4x4"], "topolgy"),
+    (["--table", "nowhere", "--config=configs/sct.py"], "--table has cells of its own, so it takes no --config"),
   ],
 )
 def test_errors_are_one_line(argv, words, capsys):

@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xcomp_jax import programs, sharding
-from xcomp_jax.config import from_command_line
+from xcomp_jax.config import ConfigError, from_command_line
 from xcomp_jax.files import command, write_json
 from xcomp_jax.programs import GRADIENTS, NAMES, TRAINING, Plan, held
 
@@ -293,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.topology or args.table:
       jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     if args.table:
+      if rest:
+        raise ConfigError(f"--table has cells of its own, so it takes no {rest[0]}")
       print(table(args.table, args.layers, effort))
       return
     config = from_command_line(["plan", *rest])
