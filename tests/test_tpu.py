@@ -89,6 +89,14 @@ def test_on_many_devices_kernels_are_gathered_and_not_multiplied_piece_by_piece(
   assert many["hbm"] < 1.1 * few["hbm"]
 
 
+def test_kernels_are_gathered_as_they_are_computed_with():
+  made = programs.make(from_command_line(["plan", "--config=configs/sct.py"]), "v5e:4x4", layers=2, frames=256, text=512, effort=-1.0)
+  llm, size = made.full.llm, 2  # bytes of bfloat16
+  kernels = llm.layers * llm.width * (2 * (llm.heads + llm.kv_heads) * llm.head_dim + 3 * llm.mlp_width)
+  _, gathered = programs.account(made, "features")["collectives"]["all-gather"]
+  assert 1 < gathered / (2 * kernels * size * 15 / 16) < 1.5  # forth and back; the rest is projector and embeddings
+
+
 @pytest.mark.parametrize("name", ("v4:2x2x1", "v5e:1x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
 def test_the_compiler_has_as_much_memory_as_the_table_of_chips_says(name):
   mesh = mesh_on(name)

@@ -4,8 +4,9 @@ The mesh has four axes: `data` and `fsdp` both split the batch, `fsdp` also spli
 `tensor` splits heads and MLP channels, and `context` a sample's own sequence (and, as `fsdp` does, parameters): clips in
 the tower, queries in the LLM, whose few keys and values are gathered. The last three split the vocabulary: a device has
 some words' logits of all rows that a loss is taken of, which are few, and no word's parameters are sent. The compiler adds
-the collectives (Auto axes). An axis that does not divide a dimension is left out for that dimension, so every mesh runs
-every model; what would be wasted that way `check_mesh` refuses where a run begins.
+the collectives (Auto axes), but for those of a layer's kernels, which are `gathered`. An axis that does not divide a
+dimension is left out for that dimension, so every mesh runs every model; what would be wasted that way `check_mesh` refuses
+where a run begins.
 """
 
 import math
@@ -219,6 +220,9 @@ def gathered(module: Module, dtype: Any) -> Module:
   Left to itself the compiler may multiply by a sharded kernel piece by piece as it comes around the devices, reading and
   writing all results once per piece: of 16 devices, with 96 rows of a kernel at once, memory then takes longer than
   multiplying. Inside of `remat` kernels are gathered again for the gradient, not kept.
+
+  Raises:
+    ValueError: a parameter without a rule in PARAMETERS.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return module
@@ -226,7 +230,10 @@ def gathered(module: Module, dtype: Any) -> Module:
 
   def one(path, leaf):
     axes = _rules(path_name(path), leaf.shape)[0]
-    return constrain(leaf.astype(dtype), *(None if axis == "embed" else axis for axis in axes)) if "embed" in axes else leaf
+    if "embed" not in axes:
+      return leaf
+    leaf = constrain(leaf.astype(dtype), *axes)  # or the compiler gathers before it rounds, twice as many bytes
+    return constrain(leaf, *(None if axis == "embed" else axis for axis in axes))
 
   return nnx.merge(graph, jax.tree_util.tree_map_with_path(one, weights))
 

@@ -185,7 +185,8 @@ def _each_part_backward(graph, kept, dy):
     return jax.tree.map(jnp.add, sums, new), dx
 
   first, begun = one(x[0], dy[0])
-  sums, dx = jax.lax.scan(more, first, (x[1:], dy[1:]))
+  first, rest = jax.lax.optimization_barrier((first, (x[1:], dy[1:])))  # or the compiler works at both at once
+  sums, dx = jax.lax.scan(more, first, rest)
   return sums, jnp.concatenate([begun[None], dx])
 
 
@@ -208,8 +209,11 @@ class Decoder(nnx.Module):
 
   def logits(self, x):
     """Final norm and output head: [..., D] -> float32[..., V]."""
-    head = self.embed.embedding[...].T if self.cfg.llm.tied else self.lm_head.kernel[...]
-    return jnp.matmul(self.norm(x), head.astype(x.dtype), preferred_element_type=jnp.float32)
+    tied = self.cfg.llm.tied
+    x, head = self.norm(x), (self.embed.embedding if tied else self.lm_head.kernel)[...].astype(x.dtype)
+    if self.cfg.remat:  # its gradient comes before that of the layers: or the compiler keeps the logits for when it has time
+      x, head = jax.lax.optimization_barrier((x, head))
+    return jnp.matmul(x, head.T if tied else head, preferred_element_type=jnp.float32)
 
 
 def run(
