@@ -251,6 +251,7 @@ def table(folder: pathlib.Path, layers: int | None, effort: float, say: Callable
     before = {row["name"]: row for row in known["programs"]} if known.get("asked") == asked else {}
     say(f"cell {i} of {len(CELLS)}: {model}, {where}, {frames} frames, {data}")
     config = from_command_line(["plan", f"--config=configs/sct.py:{variant}".rstrip(":"), *extra])
+    jax.clear_caches()  # of the cells before: ten of them and a compilation of 7B are more than 24 GB
     plan = programs.make(config, where, layers=layers, frames=frames, text=TEXT, effort=effort)
     rows = [programs.account(plan, name, before.get(name)) for name in (data, "apply")]
     for row in rows:
