@@ -157,7 +157,7 @@ def checkpoint(tmp_path, monkeypatch):
   own = {"mm_vision_tower": "internvideo2", "mm_local_num_frames": 4, "tiny_vision": tower}
   monkeypatch.setattr(world, "MODEL", world.MODEL | own)
   monkeypatch.setattr("xcomp_jax.model.internvideo2.LAYER_SCALE", 0.5)
-  world.write_untrained(tmp_path / "init", 0)
+  world.write_untrained(tmp_path / "init", 0, world.MODEL, world.words())
   return tmp_path / "init"
 
 

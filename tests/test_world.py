@@ -74,7 +74,7 @@ def test_train_and_heldout_share_no_video(made):
 
 
 def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
-  world.write_tokenizer(tmp_path)
+  world.write_tokenizer(tmp_path, world.words())
   tokenizer = prompt.load_tokenizer(tmp_path)
   assert len({tokenizer.im_start, tokenizer.im_end, tokenizer.pad, tokenizer.newline}) == 4
   assert tokenizer.vocab_size <= world.VOCABULARY

@@ -129,7 +129,7 @@ def train_base(out: pathlib.Path) -> None:
   """The base's stages; the result is out/find/model."""
   before = out / "init"
   clear(out, ("init",))
-  world.write_untrained(before, seed=0)
+  world.write_untrained(before, 0, world.MODEL, world.words())
   for number, (name, split) in enumerate(STAGES.items()):
     stage = out / name
     clear(stage, STAGE_MADE)

@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,19 @@ FRAMES = 8  # of a scene: one clip
 FPS = 8
 LABEL = 32  # pixels of the corner that shows a digit
 
-COLOURS = {"red": (220, 50, 45), "green": (60, 180, 65), "blue": (70, 110, 245), "yellow": (235, 220, 50)}
+COLOURS = {
+  "red": (220, 50, 45), "green": (60, 180, 65), "blue": (70, 110, 245), "yellow": (235, 220, 50),
+  "white": (245, 245, 245), "pink": (245, 120, 210),
+}
 SHAPES = ("square", "triangle", "cross", "ring")
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 DIGITS = {
   "0": "01110 10001 10011 10101 11001 10001 01110", "1": "00100 01100 00100 00100 00100 00100 01110",
   "4": "00010 00110 01010 10010 11111 00010 00010", "7": "11111 00001 00010 00100 01000 01000 01000",
+  "2": "01110 10001 00001 00010 00100 01000 11111", "3": "11110 00001 00001 01110 00001 00001 11110",
 }
-VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": tuple(MOTIONS), "digit": tuple(DIGITS)}
+# What this world shows; `films` shows all.
+VALUES = {"colour": tuple(COLOURS)[:4], "shape": SHAPES, "motion": tuple(MOTIONS), "digit": tuple(DIGITS)[:4]}
 QUESTIONS = {
   "colour": "Which colour was the shape?",
   "shape": "Which shape was shown?",
@@ -85,8 +90,8 @@ def scenes(rng: np.random.Generator, count: int) -> list[Scene]:
   return [Scene(*(kept(i, kind) for kind in VALUES), int(seed)) for i, seed in enumerate(seeds)]
 
 
-def render(scene: Scene) -> np.ndarray:
-  """One scene: uint8[F, 96, 96, 3] RGB."""
+def render(scene: Scene, count: int = FRAMES) -> np.ndarray:
+  """One scene of `count` frames: uint8[F, 96, 96, 3] RGB."""
   rng = np.random.default_rng(scene.seed)
   y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
   low, high = rng.uniform(25, 115, (2, 3)).astype(np.float32)
@@ -95,9 +100,9 @@ def render(scene: Scene) -> np.ndarray:
     mix = (np.cos(angle) * (x / SIZE - 0.5) + np.sin(angle) * (y / SIZE - 0.5)) / 1.5 + 0.5
   else:
     mix = rng.random((SIZE // 12, SIZE // 12), np.float32).repeat(12, 0).repeat(12, 1)
-  frames = np.repeat((low + (high - low) * mix[..., None])[None], FRAMES, axis=0)
+  frames = np.repeat((low + (high - low) * mix[..., None])[None], count, axis=0)
   # The path is centred on the frame, apart from some jitter, so that no single frame tells the motion.
-  step = np.linspace(-1, 1, FRAMES, dtype=np.float32) * rng.uniform(13, 17)
+  step = np.linspace(-1, 1, count, dtype=np.float32) * rng.uniform(13, 17)
   start = SIZE / 2 - 0.5 + rng.uniform(-4, 4, 2)
   corner = rng.integers(2, size=2) * (SIZE - LABEL)
   if scene.shape is not None:
@@ -153,8 +158,15 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 512
 
 
-def write_tokenizer(out: pathlib.Path) -> None:
-  """A byte-level BPE learned from the world's own text: vocab.json, merges.txt, tokenizer_config.json."""
+def words() -> list[str]:
+  """The texts of this world, for its tokenizer."""
+  values = sum(VALUES.values(), ())
+  texts = [text for v in values for text in (v, *(f"{name}. {v}\n" for name in "ABCD"))]
+  return [DESCRIBE, *QUESTIONS.values(), *(f" {v}" for v in values), *texts]
+
+
+def write_tokenizer(out: pathlib.Path, texts: Sequence[str]) -> None:
+  """A byte-level BPE learned from a world's own text: vocab.json, merges.txt, tokenizer_config.json."""
   import tokenizers
   from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -165,8 +177,6 @@ def write_tokenizer(out: pathlib.Path) -> None:
     *(f"\nThe video lasts for {s}.00 seconds, and {8 * s} frames are uniformly sampled from it. \n" for s in range(1, 9)),
     "Answer with the option's letter from the given choices directly.", "Question: Option:\n", "(A) (B) (C) (D)",
   ]
-  words = [DESCRIBE, *QUESTIONS.values(), *(f" {v}" for v in sum(VALUES.values(), ()))]
-  words += [text for v in sum(VALUES.values(), ()) for text in (v, *(f"{name}. {v}\n" for name in "ABCD"))]
   bpe = tokenizers.Tokenizer(models.BPE())
   bpe.pre_tokenizer = pre_tokenizers.Sequence([
     pre_tokenizers.Split(tokenizers.Regex(prompt.WORDS), "isolated"),
@@ -175,7 +185,7 @@ def write_tokenizer(out: pathlib.Path) -> None:
   bpe.decoder = decoders.ByteLevel()
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   bpe.train_from_iterator(
-    (chat + words) * 2,
+    [*chat, *texts] * 2,
     trainers.BpeTrainer(vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=sorted(alphabet), show_progress=False),
   )
   out.mkdir(parents=True, exist_ok=True)
@@ -235,8 +245,8 @@ def asked(annotation: Mapping[str, Any]) -> list[tuple[str, str, int]]:
   return list(zip(texts[::2], texts[1::2], annotation["scenes"], strict=True))
 
 
-def write_untrained(out: pathlib.Path, seed: int) -> None:
-  """A checkpoint of random weights in official layout, with tokenizer and config.json: where the base starts."""
+def write_untrained(out: pathlib.Path, seed: int, sizes: Mapping[str, Any], texts: Sequence[str]) -> None:
+  """A checkpoint of random weights in official layout, with a tokenizer of `texts` and config.json: where a base starts."""
   import jax.numpy as jnp
   from flax import nnx
 
@@ -247,29 +257,19 @@ def write_untrained(out: pathlib.Path, seed: int) -> None:
   export.check_free(out, overwrite=False)
   with tempfile.TemporaryDirectory() as folder:
     source = pathlib.Path(folder)
-    write_tokenizer(source)
-    (source / "config.json").write_text(json.dumps(MODEL, indent=2))
+    write_tokenizer(source, texts)
+    (source / "config.json").write_text(json.dumps(sizes, indent=2))
     cfg = weights.read_config(source, AS_IT_IS, NOT_TUNED)
     export.save_torch(out, VLM(cfg, rngs=nnx.Rngs(seed)), cfg, source, dtype=jnp.float32)
 
 
 def write_videos(out: pathlib.Path, split: Split, seed: int, workers: int) -> None:
   """out/NAME/*.mp4, out/NAME.json and out/NAME.yaml."""
-  import yaml
-
-  (out / split.name).mkdir()
-  work = functools.partial(_write_video, out, split, seed)
-  with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-    annotations = list(pool.map(work, range(split.videos), chunksize=16))
-  (out / f"{split.name}.json").write_text(json.dumps(annotations, indent=1) + "\n")
-  entry = {"json_path": f"{split.name}.json", "sampling_strategy": "all", "data_root": split.name}
-  (out / f"{split.name}.yaml").write_text(yaml.safe_dump({"datasets": [entry]}, sort_keys=False))
+  write_split(out, split.name, split.videos, functools.partial(_annotated, split, seed), FRAMES, workers)
 
 
-def _write_video(out: pathlib.Path, split: Split, seed: int, number: int) -> dict:
-  """Writes a video and returns its annotation; its `scenes` say where the answer to each question is shown."""
-  import cv2
-
+def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], list[dict]]:
+  """A video's scenes and its annotation; whose `scenes` say where the answer to each question is shown."""
   source = (seed, split.name == "heldout", number)
   rng = np.random.default_rng(source)
   shown = scenes(rng, int(rng.integers(split.fewest, split.most + 1)))
@@ -277,18 +277,47 @@ def _write_video(out: pathlib.Path, split: Split, seed: int, number: int) -> dic
   asked = [kinds[number % len(kinds)]] if split.questions == 1 else rng.permutation(kinds)[: split.questions]
   turns = [turn(shown, str(kind)) for kind in asked] or [(DESCRIBE, description(shown))]
   where = [next(i for i, scene in enumerate(shown) if getattr(scene, kind) is not None) for kind in asked]
-  name = f"{number:05d}.mp4"
-  writer = cv2.VideoWriter(str(out / split.name / name), cv2.VideoWriter.fourcc(*"mp4v"), FPS, (SIZE, SIZE))
-  if not writer.isOpened():
-    raise WorldError(f"{out / split.name / name} can't be written: this OpenCV has no mp4 encoder, or the disk is full")
-  for scene in shown:
-    for frame in render(scene):
-      writer.write(frame[..., ::-1])
-  writer.release()
+  return shown, [{"conversations": conversation(turns), "scenes": where}]
+
+
+def conversation(turns: Sequence[tuple[str, str]]) -> list[dict]:
+  """Questions and answers about a video as an annotation has them."""
   texts = [text for pair in turns for text in pair]
   texts[0] = f"<image>\n{texts[0]}"
-  talk = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-  return {"id": f"{split.name}/{number:05d}", "video": name, "conversations": talk, "scenes": where}
+  return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+Film = Callable[[int], tuple[list[Scene], list[dict]]]  # a video's scenes and annotations, by its number
+
+
+def write_split(out: pathlib.Path, name: str, count: int, film: Film, frames: int, workers: int) -> None:
+  """out/NAME/*.mp4 of scenes of so many frames, out/NAME.json of all annotations, and out/NAME.yaml."""
+  import yaml
+
+  (out / name).mkdir()
+  work = functools.partial(_write_video, out, name, film, frames)
+  with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    annotations = [one for several in pool.map(work, range(count), chunksize=16) for one in several]
+  (out / f"{name}.json").write_text(json.dumps(annotations, indent=1) + "\n")
+  entry = {"json_path": f"{name}.json", "sampling_strategy": "all", "data_root": name}
+  (out / f"{name}.yaml").write_text(yaml.safe_dump({"datasets": [entry]}, sort_keys=False))
+
+
+def _write_video(out: pathlib.Path, name: str, film: Film, frames: int, number: int) -> list[dict]:
+  """Writes a video and returns its annotations."""
+  import cv2
+
+  shown, annotations = film(number)
+  file = f"{number:05d}.mp4"
+  writer = cv2.VideoWriter(str(out / name / file), cv2.VideoWriter.fourcc(*"mp4v"), FPS, (SIZE, SIZE))
+  if not writer.isOpened():
+    raise WorldError(f"{out / name / file} can't be written: this OpenCV has no mp4 encoder, or the disk is full")
+  for scene in shown:
+    for frame in render(scene, frames):
+      writer.write(frame[..., ::-1])
+  writer.release()
+  parts = [""] if len(annotations) == 1 else [f"/{i}" for i in range(len(annotations))]
+  return [{"id": f"{name}/{number:05d}{part}", "video": file, **one} for part, one in zip(parts, annotations, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -308,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not f.out and not f.init:
       raise WorldError("nothing to write; give --out for videos or --init for an untrained model")
     if f.init:
-      write_untrained(pathlib.Path(f.init), f.seed)
+      write_untrained(pathlib.Path(f.init), f.seed, MODEL, words())
     if f.out:
       train = [Split("train", f.train, *f.scenes, f.questions)] if f.train else []
       heldout = [Split("heldout", f.heldout, *f.scenes, f.heldout_questions)] if f.heldout else []

@@ -1,0 +1,101 @@
+"""The study of the paper in miniature (docs/STUDY.md): its base model, and its tunings.
+
+  python -m xcomp_jax.study --base --out study/base
+  python -m xcomp_jax.study --out study
+
+The base is a miniature VideoChat-Flash of ten layers, trained from nothing and without compression on films of `xcomp_jax.films`:
+stages `see`, `tell`, `ask`, the first two with the tower; every one starts from the last one's export. `tune` is what every row
+of the study's tables is tuned with; the command sets its keep rule, schedule and seed.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+STAGES = {  # learning rate, epochs, tower trained, frame buckets, text buckets
+  "see": (2e-3, 1, True, (2,), (64,)),  # one shot to describe
+  "tell": (1.5e-3, 1, True, (4, 8, 12), (64, 224)),  # up to three shots among others
+  "ask": (1e-3, 1, False, (12, 18, 24), (96, 224)),  # up to five in up to 12 scenes
+  "tune": (5e-4, 2, False, (24,), (224,)),
+}
+
+
+def get_config(stage: str = "see") -> ConfigDict:
+  """The values of a stage.
+
+  Raises:
+    ValueError: there is no such stage.
+  """
+  if stage not in STAGES:
+    raise ValueError(f"configs/study.py has no stage {stage!r}; known: {', '.join(STAGES)}")
+  rate, epochs, vision, frames, text = STAGES[stage]
+  free = lambda value: FieldReference(value, field_type=object)
+  before = {"see": "init", "tell": "see/model", "ask": "tell/model"}[stage]
+  c = ConfigDict()
+  c.seed = 0
+  c.workdir = f"study/base/{stage}/run"
+  c.init_from = f"study/base/{before}"
+  c.compilation_cache = free(None)
+
+  c.model = ConfigDict()
+  c.model.clip_frames = free(2)
+  c.model.yarn = free(None)  # positions as trained
+  c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
+  c.model.param_dtype = "float32"
+  c.model.clips_per_chunk = 16  # all of a video: a chunk costs little memory at 48 pixels
+  c.model.attention = "einsum"
+  c.model.remat = False
+
+  c.lp_comp = ConfigDict()
+  c.lp_comp.schedule = free("cosine")
+  c.lp_comp.keep = "none"  # the base is trained without compression
+  c.lp_comp.group = 16
+
+  c.data = ConfigDict()
+  c.data.train = free(f"study/base/{stage}/train")
+  c.data.weights = free(None)
+  c.data.heldout = free(None)
+  c.data.frame_buckets = frames
+  c.data.text_buckets = text
+  c.data.prefix_length = 16
+  c.data.frames_per_device = 1024
+  c.data.text_per_device = 8192
+  c.data.mask = "assistant"  # nothing but answers: everything else in these texts is the same each time
+  c.data.group_by_text_length = False
+  c.data.threads = 1
+  c.data.prefetch = 2
+
+  c.optim = ConfigDict()
+  c.optim.learning_rate = rate
+  c.optim.warmup = 0.05
+  c.optim.weight_decay = 0.0
+  c.optim.clip_norm = 1.0
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.98
+  c.optim.eps = 1e-8
+
+  c.train = ConfigDict()
+  c.train.batch_size = 16
+  c.train.epochs = epochs
+  c.train.steps = free(None)
+  c.train.vision = vision
+  c.train.projector = True
+  c.train.llm = True
+  c.train.projector_max_frames = free(None)
+  c.train.log_every = 50
+  c.train.eval_every = 250
+  c.train.save_every = 1000
+  c.train.keep_last = 1
+  c.train.keep_every = free(None)
+
+  c.mesh = ConfigDict()
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
+  c.mesh.tensor = 1
+  c.mesh.context = 1
+
+  c.distributed = ConfigDict()
+  c.distributed.coordinator = free(None)
+  c.distributed.processes = free(None)
+  c.distributed.process = free(None)
+  c.distributed.start_seconds = 600
+  c.distributed.heartbeat_seconds = 100
+  return c

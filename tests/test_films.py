@@ -1,0 +1,113 @@
+"""The study's films: what is asked follows from what is shown, and the real path shows it."""
+
+import collections
+import re
+
+import numpy as np
+import pytest
+
+from xcomp_jax import films, findings, predecode, world
+from xcomp_jax.data import prompt
+from xcomp_jax.data.store import open_store
+from xcomp_jax.films import FRAMES, KINDS, Split
+
+HELDOUT = Split("heldout", 4, (12, 12), (3, 5), 0)
+
+
+def solve(shots, text):
+  """The answer by the scene list alone, read from the question's words."""
+  words = text.rstrip("?").split()
+  order = [s.colour for s in shots]
+  of = {s.colour: s for s in shots}
+  match words:
+    case ["Which", "digit", "was", "with", colour]:
+      return of[colour].digit
+    case ["Which", "colour", "was", "with", digit]:
+      return next(s.colour for s in shots if s.digit == digit)
+    case ["Which", "shape", "was", "shown", "most"]:
+      return max(films.VALUES["shape"], key=[s.shape for s in shots].count)
+    case ["Which", "shape", "was", colour]:
+      return of[colour].shape
+    case ["Which", "way", "did", colour, "move"]:
+      return of[colour].motion
+    case ["Which", "colour", "came", "after", colour]:
+      return order[order.index(colour) + 1]
+    case ["Which", "colour", "came", "before", colour]:
+      return order[order.index(colour) - 1]
+    case ["How", "many", *_]:
+      return ["none", "one", "two", "three", "four", "five"][len(shots)]
+  raise AssertionError(text)
+
+
+def conversations(split, numbers, seed=0):
+  for number in numbers:
+    film, annotations = films._annotated(split, seed, number)
+    for one in annotations:
+      texts = [turn["value"].removeprefix("<image>\n") for turn in one["conversations"]]
+      yield film, one, list(zip(texts[::2], texts[1::2], strict=True))
+
+
+@pytest.mark.parametrize("split", [HELDOUT, Split("train", 1, (4, 12), (1, 5), 8)], ids=lambda s: s.name)
+def test_every_answer_follows_from_the_scenes(split):
+  seen = collections.Counter()
+  for film, _, turns in conversations(split, range(150)):
+    shots = [scene for scene in film if scene.colour]
+    for text, answer in turns:
+      assert solve(shots, text) == answer
+      seen[re.sub(r"\b(" + "|".join(sum(films.VALUES.values(), ())) + r")\b", "X", text)] += 1
+  assert len(seen) == 8 and min(seen.values()) > 20
+
+
+def test_no_two_shots_share_a_colour_or_a_digit():
+  for seed in range(50):
+    shots = [s for s in films.draw(np.random.default_rng(seed), 12, 5) if s.colour]
+    assert len(shots) == len({s.colour for s in shots}) == len({s.digit for s in shots}) == 5
+
+
+def test_no_answer_of_a_conversation_tells_another():
+  for _, _, turns in conversations(Split("train", 1, (8, 8), (4, 5), 99), range(60)):
+    pairs = collections.Counter(frozenset((t.rstrip("?").split()[-1], a)) for t, a in turns if "with" in t or "came" in t)
+    assert max(pairs.values()) == 1
+
+
+def test_each_film_that_measures_is_asked_one_question_of_each_kind():
+  asked = [one for _, one, turns in conversations(HELDOUT, range(40)) if len(turns) == 1]
+  assert [one["kind"] for one in asked] == list(KINDS) * 40
+  needed = {kind: {len(one["scenes"]) for one in asked if one["kind"] == kind} for kind in KINDS}
+  assert needed["needle"] == needed["attribute"] == needed["motion"] == {1} and needed["order"] == {2} and needed["count"] <= {3, 4, 5}
+
+
+def test_chance_is_what_the_best_constant_answer_gets():
+  answers = collections.defaultdict(collections.Counter)
+  for _, one, turns in conversations(HELDOUT, range(1500)):
+    answers[one["kind"]][turns[0][1]] += 1
+  for kind, counts in answers.items():
+    if kind == "needle":  # a digit or a colour, which the question tells
+      counts = collections.Counter({k: n for k, n in counts.items() if k.isdigit()})
+    assert counts.most_common(1)[0][1] / counts.total() == pytest.approx(findings.CHANCE[kind], abs=0.05), kind
+
+
+def test_splits_share_no_scene():
+  seeds = [{s.seed for i in range(30) for s in films._annotated(Split(name, 1, (12, 12), (3, 5), 8), 0, i)[0]} for name in ("a", "b")]
+  assert not seeds[0] & seeds[1]
+
+
+def test_answers_are_single_tokens(tmp_path):
+  world.write_tokenizer(tmp_path, films.words())
+  tokenizer = prompt.load_tokenizer(tmp_path)
+  for word in [*sum(films.VALUES.values(), ()), *films.COUNTS.values()]:
+    assert len(tokenizer.encode_spans(word)[0]) == 1, word
+
+
+def test_the_real_path_shows_a_scene_in_each_clip(tmp_path):
+  films.write(tmp_path / "films", Split("heldout", 1, (5, 5), (3, 3), 0), seed=2, workers=1)
+  settings = predecode.Settings(image_size=96, max_frames=1024, min_frames=FRAMES, fps=world.FPS, clip_frames=FRAMES)
+  predecode.predecode(tmp_path / "films" / "heldout.yaml", tmp_path / "frames", settings, root=tmp_path / "films")
+  store = open_store(str(tmp_path / "frames"))
+  film, _ = films._annotated(Split("heldout", 1, (5, 5), (3, 3), 0), 2, 0)
+  assert len(store.samples) == len(KINDS)
+  for clip, scene in zip(store.visual(0), film, strict=True):
+    shown = world.render(scene, FRAMES)
+    assert np.abs(clip.astype(float) - shown).mean() < 12  # mp4 blurs
+    others = [np.abs(clip.astype(float) - world.render(other, FRAMES)).mean() for other in film if other is not scene]
+    assert np.abs(clip.astype(float) - shown).mean() < min(others) / 2

@@ -1,0 +1,71 @@
+"""Intervals and tables of the study."""
+
+import json
+
+import numpy as np
+import pytest
+
+from xcomp_jax import demo, findings
+from xcomp_jax.films import KINDS
+
+
+def drawn(seed, films, share=0.7):
+  return np.random.default_rng(seed).random((films, len(KINDS))) < share
+
+
+def bits(rows):
+  return "".join("01"[int(v)] for v in rows.ravel())
+
+
+def test_an_interval_of_independent_questions_is_that_of_a_share():
+  rows = drawn(0, 400)
+  share = findings.interval([rows])
+  low, high = demo.wilson(int(rows.sum()), rows.size)
+  assert share.mean == rows.mean()
+  assert (share.low, share.high) == pytest.approx((low, high), abs=0.006)
+
+
+def test_questions_about_one_film_are_not_independent():
+  films = np.random.default_rng(1).random((200, 1)) < 0.7
+  together, apart = findings.interval([np.repeat(films, len(KINDS), 1)]), findings.interval([drawn(1, 200)])
+  assert together.high - together.low > 2 * (apart.high - apart.low)
+
+
+def test_seeds_that_differ_widen_the_interval():
+  same = [drawn(seed, 400) for seed in range(3)]
+  differ = [drawn(seed, 400, share) for seed, share in enumerate((0.6, 0.7, 0.8))]
+  wide = lambda rows: findings.interval(rows).high - findings.interval(rows).low
+  assert wide(differ) > 3 * wide(same)
+
+
+def test_a_difference_is_paired_by_film():
+  rows = drawn(0, 200, 0.5)
+  better = rows.copy()
+  better[::4] = True
+  gain = findings.interval([better], [rows])
+  alone = findings.interval([better])
+  assert gain.mean == pytest.approx(better.mean() - rows.mean()) and gain.low > 0
+  assert gain.high - gain.low < alone.high - alone.low
+  nothing = findings.interval([rows], [rows])
+  assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
+
+
+def measure(seed, share=0.7):
+  return {"right": bits(drawn(seed, 20, share)), "tokens": 187.2, "TFLOP": 0.001, "seconds": 0.01}
+
+
+def test_tables_have_what_is_there(tmp_path, capsys):
+  write = lambda name, result: (tmp_path / f"{name}.json").write_text(json.dumps({"result": result}))
+  write("base", {"heldout": {rule: measure(1, 0.5) for rule in ("none", "progressive", "uniform")}})
+  for seed in range(2):
+    write(f"tune_progressive_{seed}", {"heldout": {"progressive": measure(seed, 0.9)}})
+  page = tmp_path / "page.md"
+  page.write_text("before\n<!-- compression -->\nold\n<!-- end -->\nafter\n<!-- kinds -->\n<!-- end -->\n")
+  printed = findings.report(tmp_path, page)
+  assert printed in capsys.readouterr().out
+  lines = {line.split(" | ")[0].strip("| "): [cell.strip("| ") for cell in line.split(" | ")] for line in page.read_text().splitlines()}
+  right = findings.right(measure(1, 0.5)).mean()
+  assert lines["progressive"][1].startswith(f"{100 * right:.1f} (") and lines["progressive"][5] == "2"
+  assert lines["uniform"][2] == "-" and "stepwise" not in lines
+  assert lines["chance"][1:] == ["17", "25", "25", "17", "33", "25"]
+  assert "old" not in page.read_text() and page.read_text().startswith("before") and "after" in page.read_text()

@@ -1,0 +1,180 @@
+"""The study's world: films of many scenes, and questions whose answers are known.
+
+A film is a row of scenes of two frames, one clip each. A few of them are *shots*: a coloured shape that moves, and a digit in a
+corner; no two shots of a film share a colour or a digit. In all other scenes there is nothing to see. Six kinds of questions
+need more than one look:
+
+  needle     which digit was with a colour, or which colour with a digit: one scene, found by what it shows, read elsewhere in it
+  attribute  which shape had a colour; motion: which way it moved
+  order      which colour came right after, or right before, another
+  count      how many shapes there were
+  whole      which shape was the most frequent one
+
+Answers are single words. Everything is a function of a seed; real video files are written, and decoded by the real path.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xcomp_jax import world
+from xcomp_jax.world import Scene
+
+FRAMES = 2  # of a scene: one clip
+KINDS = ("needle", "attribute", "motion", "order", "count", "whole")
+VALUES = {
+  "colour": tuple(world.COLOURS), "shape": world.SHAPES, "motion": tuple(world.MOTIONS), "digit": tuple(world.DIGITS)
+}  # fmt: skip
+COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
+COUNT, WHOLE, DESCRIBE = "How many shapes were shown?", "Which shape was shown most?", "Describe the video."
+
+# The base's sizes. Ten layers, so that a cosine has as many lengths.
+MODEL: dict[str, Any] = world.MODEL | {
+  "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 10, "num_attention_heads": 2, "num_key_value_heads": 1,
+  "mm_local_num_frames": FRAMES,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """kind: of KINDS. scenes: that have to be seen to answer it."""
+
+  kind: str
+  text: str
+  answer: str
+  scenes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Films of one purpose: numbers of scenes and of shots, fewest and most.
+
+  questions: about each film, in one conversation; 0: one annotation for each kind of question instead, to measure with.
+  described: share of the films that are described instead, shot by shot.
+  """
+
+  name: str
+  films: int
+  scenes: tuple[int, int]
+  shots: tuple[int, int]
+  questions: int
+  described: float = 0.0
+
+
+def words() -> list[str]:
+  """The texts of this world, for its tokenizer."""
+  values = [*sum(VALUES.values(), ()), *COUNTS.values()]
+  colours, digits = VALUES["colour"], VALUES["digit"]
+  asked = [COUNT, WHOLE, DESCRIBE]
+  for colour in colours:
+    asked += [_digit_with(colour), _shape_of(colour), _motion_of(colour), _after(colour), _before(colour)]
+  asked += [_colour_with(digit) for digit in digits]
+  return [*asked, *values, *(f" {v}" for v in values), *(f"{v}, " for v in digits)]
+
+
+def shots(film: Sequence[Scene]) -> list[int]:
+  """Scenes that show something."""
+  return [i for i, scene in enumerate(film) if scene.colour is not None]
+
+
+def draw(rng: np.random.Generator, scenes: int, count: int) -> list[Scene]:
+  """A film of so many scenes, `count` of them shots."""
+  seeds = rng.integers(2**31, size=scenes)
+  film = [Scene(None, None, None, None, int(seed)) for seed in seeds]
+  distinct = {name: rng.permutation(VALUES[name])[:count] for name in ("colour", "digit")}
+  free = {name: rng.choice(VALUES[name], count) for name in ("shape", "motion")}
+  for k, place in enumerate(np.sort(rng.choice(scenes, count, replace=False))):
+    one = {name: str(values[k]) for name, values in (distinct | free).items()}
+    film[place] = dataclasses.replace(film[place], **one)
+  return film
+
+
+def questions(film: Sequence[Scene]) -> list[Question]:
+  """All that can be asked about a film."""
+  at = shots(film)
+  seen = [film[i] for i in at]
+  out = []
+  for i, shot in zip(at, seen, strict=True):
+    assert shot.colour and shot.digit and shot.shape and shot.motion  # a shot shows all of them
+    out += [
+      Question("needle", _digit_with(shot.colour), shot.digit, (i,)), Question("needle", _colour_with(shot.digit), shot.colour, (i,)),
+      Question("attribute", _shape_of(shot.colour), shot.shape, (i,)), Question("motion", _motion_of(shot.colour), shot.motion, (i,)),
+    ]  # fmt: skip
+  for (i, first), (k, second) in zip(zip(at, seen), zip(at[1:], seen[1:])):
+    assert first.colour and second.colour
+    out += [Question("order", _after(first.colour), second.colour, (i, k)), Question("order", _before(second.colour), first.colour, (i, k))]
+  out.append(Question("count", COUNT, COUNTS[len(seen)], tuple(at)))
+  shapes = collections.Counter(shot.shape for shot in seen).most_common(2)
+  if len(shapes) == 1 or shapes[0][1] > shapes[1][1]:
+    assert shapes[0][0]
+    out.append(Question("whole", WHOLE, shapes[0][0], tuple(at)))
+  return out
+
+
+def description(film: Sequence[Scene]) -> str:
+  """A film's shots, such as "red ring left 7, blue cross up 0"."""
+  seen = (film[i] for i in shots(film))
+  return ", ".join(f"{s.colour} {s.shape} {s.motion} {s.digit}" for s in seen)
+
+
+def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], list[dict]]:
+  """A film and its annotations."""
+  rng = np.random.default_rng((seed, int.from_bytes(split.name.encode()), number))
+  scenes = int(rng.integers(split.scenes[0], split.scenes[1] + 1))
+  count = int(rng.integers(split.shots[0], min(split.shots[1], scenes) + 1))
+  film = draw(rng, scenes, count)
+  asked = questions(film)
+  if not split.questions:
+    while len({q.kind for q in asked}) < len(KINDS):  # another one, in which each kind can be asked
+      film = draw(rng, scenes, count)
+      asked = questions(film)
+    kinds = [[q for q in asked if q.kind == kind] for kind in KINDS]
+    each = [of[rng.integers(len(of))] for of in kinds]
+    return film, [{"conversations": world.conversation([(q.text, q.answer)]), "kind": q.kind, "scenes": q.scenes} for q in each]
+  if rng.random() < split.described:
+    return film, [{"conversations": world.conversation([(DESCRIBE, description(film))])}]
+  # Kinds in turn, so that there are as many of the rare ones; no answer tells another.
+  kinds = {str(kind): {} for kind in rng.permutation(KINDS)}
+  for i in rng.permutation(len(asked)):
+    kinds[asked[i].kind].setdefault(asked[i].scenes, asked[i])
+  rows = itertools.zip_longest(*(of.values() for of in kinds.values()))
+  turns = [(q.text, q.answer) for row in rows for q in row if q][: split.questions]
+  return film, [{"conversations": world.conversation(turns)}]
+
+
+def write(out: pathlib.Path, split: Split, seed: int, workers: int) -> None:
+  """out/NAME/*.mp4, out/NAME.json and out/NAME.yaml; `out` appears whole or not at all."""
+  from xcomp_jax.files import fresh_folder
+
+  with fresh_folder(out) as temporary:
+    world.write_split(temporary, split.name, split.films, functools.partial(_annotated, split, seed), FRAMES, workers)
+
+
+def _digit_with(colour: str) -> str:
+  return f"Which digit was with {colour}?"
+
+
+def _colour_with(digit: str) -> str:
+  return f"Which colour was with {digit}?"
+
+
+def _shape_of(colour: str) -> str:
+  return f"Which shape was {colour}?"
+
+
+def _motion_of(colour: str) -> str:
+  return f"Which way did {colour} move?"
+
+
+def _after(colour: str) -> str:
+  return f"Which colour came after {colour}?"
+
+
+def _before(colour: str) -> str:
+  return f"Which colour came before {colour}?"

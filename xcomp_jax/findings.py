@@ -1,0 +1,219 @@
+"""What the study's cells say: tables with intervals, and plots. `xcomp_jax.study` makes the cells."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from xcomp_jax.films import KINDS
+
+RESAMPLES = 4000
+CHANCE = {"needle": 1 / 6, "attribute": 1 / 4, "motion": 1 / 4, "order": 1 / 6, "count": 1 / 3, "whole": 1 / 4}  # of what is asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """A share of right answers and its 95% interval."""
+
+  mean: float
+  low: float
+  high: float
+
+  def __str__(self) -> str:
+    return f"{100 * self.mean:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+
+def interval(seeds: Sequence[Bool[np.ndarray, "films kinds"]], against: Sequence[Bool[np.ndarray, "films kinds"]] = ()) -> Share:
+  """The mean over seeds, films and kinds, or its difference to another one over the same films.
+
+  The interval is that of a bootstrap over films, whose questions go together, and over seeds, where there are several.
+  """
+  rng = np.random.default_rng(0)
+
+  def means(rows, films):  # [seeds, films] -> [RESAMPLES]
+    drawn = rng.integers(len(rows), size=(RESAMPLES, len(rows)))
+    return np.stack([rows[:, chosen].mean(1)[seed].mean() for seed, chosen in zip(drawn, films, strict=True)])
+
+  each = lambda rows: np.stack([np.asarray(r, float).mean(1) for r in rows])
+  ours = each(seeds)
+  films = rng.integers(ours.shape[1], size=(RESAMPLES, ours.shape[1]))
+  values, mean = means(ours, films), ours.mean()
+  if against:
+    theirs = each(against)
+    values, mean = values - means(theirs, films), mean - theirs.mean()
+  return Share(float(mean), *map(float, np.percentile(values, (2.5, 97.5))))
+
+
+def right(measure: Mapping[str, Any], key: str = "right") -> Bool[np.ndarray, "films kinds"]:
+  """The bits of a measure, a row for each film and a column for each of KINDS."""
+  return (np.frombuffer(measure[key].encode(), np.uint8) == ord("1")).reshape(-1, len(KINDS))
+
+
+class Cells:
+  """The results of the cells in a folder, by name."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.results = {file.stem: json.loads(file.read_text())["result"] for file in sorted(folder.glob("*.json"))}
+
+  def seeds(self, *path: str) -> list[Mapping[str, Any]]:
+    """The measures at a path, whose first name may have {seed}; of every seed that is there."""
+    pattern = re.compile(re.escape(path[0]).replace(r"\{seed\}", r"\d+") + "$")
+    found = []
+    for name in sorted(self.results):
+      if pattern.match(name):
+        value = self.results[name]
+        for key in path[1:]:
+          value = value.get(key) if value else None
+        if value:
+          found.append(value)
+    return found
+
+
+def rows(names: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+  """A table in Markdown."""
+  return "\n".join(["| " + " | ".join(names) + " |", "|---" * len(names) + "|", *("| " + " | ".join(row) + " |" for row in columns)])
+
+
+def _share(measures: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]] = (), key: str = "right") -> str:
+  if not measures:
+    return "-"
+  return str(interval([right(m, key) for m in measures], [right(m, key) for m in against]))
+
+
+def compression(cells: Cells, rules: Sequence[str]) -> str:
+  """Accuracy of keep rules and schedules, before and after tuning under them (paper, Tables 2 and 3)."""
+  out, none = [], cells.seeds("tune_none_{seed}", "heldout", "none")
+  for rule in rules:
+    free, tuned = cells.seeds("base", "heldout", rule), cells.seeds(f"tune_{rule}_{{seed}}", "heldout", rule)
+    if free:
+      gain = _share(tuned, free) if tuned else "-"
+      lost = _share(tuned, none) if tuned and none and rule != "none" else "-"
+      out.append([
+        rule, _share(free), f"{_share(tuned)}", gain, lost, str(len(tuned)), f"{free[0]['tokens']:.0f}", f"{1000 * free[0]['TFLOP']:.1f}",
+        f"{np.median([m['seconds'] for m in [*free, *tuned]]):.3f}",
+      ])  # fmt: skip
+  names = ["", "not tuned for", "after SCT", "gained", "against no compression tuned", "seeds", "visual tokens per layer", "GFLOP", "s per question"]
+  return rows(names, out)
+
+
+def by_kind(cells: Cells) -> str:
+  """Accuracy by kind of question."""
+  choices = {"no compression": ("base", "heldout", "none"), "no compression, tuned": ("tune_none_{seed}", "heldout", "none")}
+  choices |= {"progressive, not tuned for": ("base", "heldout", "progressive")}
+  choices |= {"tuned without compression, then progressive": ("tune_none_{seed}", "heldout", "progressive")}
+  choices |= {f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in ("progressive", "uniform", "stepwise", "heuristic")}
+  out = [["chance", *(f"{100 * CHANCE[kind]:.0f}" for kind in KINDS)]]
+  for name, path in choices.items():
+    if found := cells.seeds(*path):
+      out.append([name, *(str(interval([right(m)[:, k : k + 1] for m in found])) for k in range(len(KINDS)))])
+  return rows(["", *KINDS], out)
+
+
+def by_frames(cells: Cells) -> str:
+  """Accuracy against frames that are sampled of a longer film (paper, Figure 1)."""
+  out = []
+  for name, path in FRAMES.items():
+    if found := cells.seeds(*path):
+      out.append([name, *(_share([m[frames] for m in found]) for frames in found[0])])
+      out.append(["visual tokens per layer", *(f"{found[0][frames]['tokens']:.0f}" for frames in found[0])])
+  return rows(["", *(f"{n} frames" for n in (6, 12, 24, 36, 48))], out)
+
+
+FRAMES = {
+  "no compression": ("base_frames", "wide", "none"), "no compression, tuned": ("tune_none_{seed}", "wide", "none"),
+  "LP-Comp, not tuned for": ("base_frames", "wide", "progressive"), "LP-Comp after SCT": ("tune_progressive_{seed}", "wide", "progressive"),
+}  # fmt: skip
+
+
+def selection(cells: Cells) -> str:
+  """Accuracy, and how often all that is needed was selected, by mode of QC-Comp (paper, Tables 4 to 6)."""
+  out = []
+  sources = {"128 scenes, no compression": ("base_select", "long"), "128 scenes, LP-Comp after SCT": ("select_{seed}", "long")}
+  for name, path in (sources | {"256 scenes, LP-Comp after SCT": ("official_{seed}", "hour")}).items():
+    found = cells.seeds(*path)
+    for mode in found[0] if found else ():
+      if mode != "place":
+        measures = [m[mode] for m in found]
+        out.append([name, mode, _share(measures), _share(measures, key="hits")])
+  return rows(["", "frames by", "right", "all that is needed selected"], out)
+
+
+TABLES = {
+  "compression": lambda cells: compression(cells, ("none", "heuristic", "stepwise", "progressive", "uniform")),
+  "others": lambda cells: compression(cells, ("progressive", "early", "late", "average")),
+  "kinds": by_kind,
+  "frames": by_frames,
+  "selection": selection,
+}
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def plot_frames(cells: Cells) -> Any:
+  """Figure 1 in miniature: accuracy against visual tokens that a layer works on."""
+  import matplotlib.pyplot as plt
+
+  figure, (left, right_ax) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+  for i, (name, path) in enumerate(FRAMES.items()):
+    if not (found := cells.seeds(*path)):
+      continue
+    frames = list(found[0])
+    shares = [interval([right(m[n]) for m in found]) for n in frames]
+    y = np.array([s.mean for s in shares])
+    error = np.array([[s.mean - s.low, s.high - s.mean] for s in shares]).T
+    for ax, x in ((left, [int(n) for n in frames]), (right_ax, [found[0][n]["tokens"] for n in frames])):
+      ax.errorbar(x, y, error, marker="o", ms=4, capsize=2, label=name, color=f"C{i}")
+  left.set(xlabel="sampled frames", ylabel="right answers")
+  right_ax.set(xlabel="visual tokens per layer, mean", xscale="log")
+  left.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def plot_bias(cells: Cells) -> Any:
+  """The position bias: relevance by place in the film, of scenes with nothing to see and of shots, and hits of the needed scene."""
+  import matplotlib.pyplot as plt
+
+  found = cells.seeds("select_{seed}", "long") or cells.seeds("base_select", "long")
+  modes = [mode for mode in ("global", "local", "aligned") if found and mode in found[0]]
+  figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+  for i, mode in enumerate(modes):
+    profile = np.mean([m[mode]["relevance"] for m in found], axis=0)
+    x = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
+    axes[0].plot(x, profile[0], color=f"C{i}", marker="o", ms=3, label=mode)
+    axes[1].plot(x, profile[1], color=f"C{i}", marker="o", ms=3, label=mode)
+    place = np.array([np.nan if p is None else p for p in found[0]["place"]])
+    bins = np.minimum((place[~np.isnan(place)] * 8).astype(int), 7)
+    hits = np.mean([right(m[mode], "hits").ravel()[~np.isnan(place)] for m in found], axis=0)
+    axes[2].plot((np.arange(8) + 0.5) / 8, [hits[bins == b].mean() for b in range(8)], color=f"C{i}", marker="o", ms=3, label=mode)
+  for ax, title in zip(axes, ("relevance: nothing to see", "relevance: shots", "needed scene selected"), strict=True):
+    ax.set(xlabel="place in the film", title=title)
+  axes[2].set_ylim(0, 1.02)
+  axes[0].legend(frameon=False, fontsize=8)
+  return figure
+
+
+PLOTS = {"study_frames": plot_frames, "study_bias": plot_bias}
+
+
+def report(folder: pathlib.Path, page: pathlib.Path | None = None, figures: pathlib.Path | None = None) -> str:
+  """All tables, printed; with a page also put between its marks, and the plots into a folder."""
+  cells = Cells(folder)
+  made = {name: table(cells) for name, table in TABLES.items()}
+  text = "\n\n".join(f"{name}\n{table}" for name, table in made.items())
+  print(text)
+  if page is not None and page.exists():
+    content = page.read_text()
+    for name, table in made.items():
+      content = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", content, flags=re.DOTALL)
+    page.write_text(content)
+  if figures is not None:
+    for name, plot in PLOTS.items():
+      figure = plot(cells)
+      figure.savefig(figures / f"{name}.png", dpi=110, bbox_inches="tight")
+  return text

@@ -1,0 +1,356 @@
+"""The paper in miniature: its comparisons on films whose answers are known, with several seeds and intervals.
+
+  python -m xcomp_jax.study --out study                 all cells; hours on 2 cores, goes on where it stopped
+  python -m xcomp_jax.study --out study --only tune     those whose names begin so
+  python -m xcomp_jax.study --preset quick --out DIR    one tuning and its measures, minutes
+  python -m xcomp_jax.study --report                    tables of docs/STUDY.md and plots, from the cells that are there
+  python -m xcomp_jax.study --base --out study/base     trains the base of assets/study again
+
+A cell is one tuning or what needs none, with all that is measured of it, in docs/study/NAME.json (quick: in --out). A cell that
+is there is not done again. Run it where configs/, assets/ and docs/ are.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from xcomp_jax import chat, export, films, findings, predecode, qc_comp, train, weights, world
+from xcomp_jax.bench_parts import flops
+from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
+from xcomp_jax.data import prompt
+from xcomp_jax.data.batch import Bucket, Example, batch_spec, collate
+from xcomp_jax.data.store import Store, open_store
+from xcomp_jax.encode import EncodedVideo
+from xcomp_jax.files import command, write_json
+from xcomp_jax.films import FRAMES, KINDS, Split
+from xcomp_jax.model import lp_comp, vlm
+
+BASE = "assets/study"
+CONFIG = "configs/study.py"
+CELLS = "docs/study"
+ROWS = 16  # questions measured at once
+BINS = 16  # of places in a film
+PREFIX, TEXT = 16, 64  # slots for a measured question's tokens before and after the frames
+SELECTED = {"long": 24, "hour": 48}  # frames that QC-Comp keeps of a film
+
+# At every layer so many tokens of 16; of ten layers 7.8 on average each, so that all do the same work (paper, Table 2).
+STEPS = (16, 16, 16, 8, 8, 8, 2, 2, 1, 1)
+RULES = {
+  "none": LPCompConfig("cosine", "none", 16),
+  "heuristic": LPCompConfig(STEPS, "attention", 16),  # VideoChat-Flash's drop of what is attended least (FACTS.md 13)
+  "stepwise": LPCompConfig(STEPS, "suffix", 16),
+  "progressive": LPCompConfig("cosine", "suffix", 16),  # XComp
+  "uniform": LPCompConfig("cosine", "uniform", 16),
+  # Not of the paper:
+  "early": LPCompConfig((12, 11, 10, 9, 9, 8, 7, 6, 5, 1), "suffix", 16),
+  "late": LPCompConfig((16, 16, 16, 16, 6, 3, 2, 1, 1, 1), "suffix", 16),
+  "average": LPCompConfig("cosine", "avgpool", 16),
+}
+MODES = ("uniform", "global", "local", "aligned")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """How much of everything; films are measured by six questions each.
+
+  tuning, heldout: films of 12 scenes. wide: of 24, measured with ever more of their frames. long: of 128, of which
+  QC-Comp selects; hour: of 512, for its official mode. steps, seeds: of every tuning.
+  """
+
+  tuning: int
+  heldout: int
+  wide: int
+  long: int
+  hour: int
+  steps: int | None
+  seeds: tuple[int, ...]
+  rules: tuple[str, ...]
+
+
+PRESETS = {
+  "full": Preset(2400, 120, 90, 90, 90, None, (0, 1, 2), tuple(RULES)),
+  "quick": Preset(640, 40, 0, 8, 0, None, (0,), ("progressive",)),
+}
+SEED = 11  # of the films
+
+
+class Study:
+  """A folder of work: films, their features, tuned models. What is there already is used again."""
+
+  def __init__(self, out: pathlib.Path, preset: Preset):
+    self.out, self.preset = out, preset
+    self.tokenizer = prompt.load_tokenizer(BASE)
+    sizes = {"tuning": (preset.tuning, 12), "heldout": (preset.heldout, 12), "wide": (preset.wide, 24), "long": (preset.long, 128)}
+    sizes["hour"] = preset.hour, 512
+    self.splits = {
+      name: Split(name, films, (scenes, scenes), (3, 5), 8 if name == "tuning" else 0) for name, (films, scenes) in sizes.items()
+    }
+
+  def store(self, name: str) -> Store:
+    """The features of a split's films, made if they are not there."""
+    folder = self.out / name
+    if not (folder / "features").exists():
+      decode(folder, self.splits[name], SEED, tower=BASE)
+    return open_store(str(folder / "features"))
+
+  def annotations(self, name: str) -> list[dict]:
+    """What was asked about a split's films: a question of each kind about each."""
+    return world.read_annotations(self.out / name / "films", name)
+
+  def tuned(self, rule: str, seed: int) -> pathlib.Path:
+    """The base, tuned under a rule; goes on with a tuning that was stopped."""
+    folder = self.out / f"{rule}_{seed}"
+    if not (folder / "model").exists():
+      self.store("tuning")
+      config = configured("tune", BASE, folder / "run", self.out / "tuning" / "features", self.preset.steps)
+      train.run(dataclasses.replace(config, seed=seed, lp_comp=RULES[rule]))
+      export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
+      shutil.rmtree(folder / "run")
+    return folder / "model"
+
+  def measured(self, checkpoint: str | pathlib.Path, rule: LPCompConfig, name: str, clips: int | None = None) -> dict[str, Any]:
+    """Answers to a split's questions from so many clips at equal distances; None: all.
+
+    Returns:
+      right: "1" or "0" for every question, film by film in the order of KINDS; tokens: visual ones a layer works on, on
+      average; TFLOP and seconds: for one question.
+    """
+    model, store = load(checkpoint, rule), self.store(name)
+    scenes = self.splits[name].scenes[0]
+    shown = even(scenes, clips or scenes)
+    begun, got = time.perf_counter(), answers(model, self.tokenizer, store, lambda i: shown)
+    counts = lp_comp.counts(rule, model.cfg.llm.layers)
+    return {
+      "right": bits(got), "tokens": float(np.mean(counts)) * len(shown) * FRAMES, "seconds": (time.perf_counter() - begun) / len(got),
+      "TFLOP": cost(model, len(shown)) / 1e12,
+    }  # fmt: skip
+
+  def selected(self, checkpoint: str | pathlib.Path, rule: LPCompConfig, name: str, modes: Sequence[str]) -> dict[str, Any]:
+    """Answers from what QC-Comp selects of a split's films, and what it found, by mode.
+
+    Returns:
+      {mode: right; hits: "1" where any frame of every scene that is needed was selected; place: of the needed scene, 0 to 1, where it
+      is one, else null; relevance: mean score by place (16 bins) of scenes in which there is nothing to see, and of shots,
+      each relative to its film's mean}.
+    """
+    model, store, asked = load(checkpoint, rule), self.store(name), self.annotations(name)
+    scenes, frames = self.splits[name].scenes[0], SELECTED[name]
+    settings = {mode: None if mode == "uniform" else qc_comp.setting(mode, frames) for mode in modes}
+    kept = {mode: np.zeros((len(asked), frames // FRAMES), int) for mode in modes}
+    sums, counts = {mode: np.zeros(2 * BINS) for mode in modes}, np.zeros(2 * BINS)
+    for first in range(0, len(asked), len(KINDS)):
+      film = as_film(store, first)
+      several = asked[first : first + len(KINDS)]
+      visible = np.zeros(scenes, int)
+      visible[sorted({scene for one in several for scene in one["scenes"]})] = 1
+      where = visible * BINS + np.arange(scenes) * BINS // scenes
+      counts += len(several) * np.bincount(where, minlength=2 * BINS)
+      message = store.samples[first].time_message
+      prompts = [prompt.ask(self.tokenizer, question(one), message) for one in several]
+      for mode, setting in settings.items():
+        if setting is None:
+          kept[mode][first : first + len(KINDS)] = even(scenes, frames // FRAMES)
+          continue
+        for k, got in enumerate(chat.select(model, film, prompts, setting)):
+          assert got.scores is not None  # more frames than are kept
+          kept[mode][first + k] = np.unique(got.frames // FRAMES)
+          score = got.scores.reshape(scenes, FRAMES).mean(1)
+          sums[mode] += np.bincount(where, score / score.mean(), 2 * BINS)
+    single = [one["scenes"][0] if len(one["scenes"]) == 1 else None for one in asked]
+    out: dict[str, Any] = {"place": [None if scene is None else round((scene + 0.5) / scenes, 4) for scene in single]}
+    for mode, clips in kept.items():
+      hits = np.array([set(one["scenes"]) <= set(some) for one, some in zip(asked, clips, strict=True)])
+      out[mode] = {"right": bits(answers(model, self.tokenizer, store, clips.__getitem__)), "hits": bits(hits)}
+      if settings[mode]:
+        out[mode]["relevance"] = np.round(sums[mode] / np.maximum(counts, 1), 4).reshape(2, BINS).tolist()
+    return out
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def answers(
+  model: vlm.VLM, tokenizer: prompt.Tokenizer, store: Store, clips: Callable[[int], np.ndarray]
+) -> np.ndarray:
+  """Which questions of a store are answered rightly, each from the clips int[C] of its film: bool[n].
+
+  The answer is the most probable first token: all answers are single tokens.
+  """
+  evaluate, right = nnx.jit(vlm.evaluate), np.zeros(len(store.samples), bool)
+  for first in range(0, len(right), ROWS):
+    numbers = range(first, min(first + ROWS, len(right)))
+    batch = collate([_example(tokenizer, store, i, clips(i)) for i in numbers], _bucket(len(clips(first))), ROWS)
+    right[numbers] = np.asarray(evaluate(model, batch)[1])[: len(numbers)] > 0.5
+  return right
+
+
+def _example(tokenizer: prompt.Tokenizer, store: Store, i: int, clips: np.ndarray) -> Example:
+  sample = store.samples[i]
+  built = prompt.train(tokenizer, sample.conversations, sample.time_message, mask="assistant")
+  return Example(store.visual(i)[clips], built.tokens, built.labels, built.query, i)
+
+
+def _bucket(clips: int) -> Bucket:
+  return Bucket(clips, FRAMES, PREFIX, TEXT)
+
+
+def cost(model: vlm.VLM, clips: int) -> float:
+  """Operations of the LLM for one question about so many clips of features."""
+  shape = FRAMES * model.cfg.tokens_per_frame, model.cfg.vision.width
+  graph, state = nnx.split(model)
+  return flops(lambda state, batch: vlm.evaluate(nnx.merge(graph, state), batch)[0], state, batch_spec(_bucket(clips), 1, (shape, np.dtype(np.float32))))
+
+
+def load(checkpoint: str | pathlib.Path, rule: LPCompConfig) -> vlm.VLM:
+  """A checkpoint to be measured under a rule, in float32."""
+  directory = weights.resolve(str(checkpoint))
+  model = configured("tune", BASE, pathlib.Path("none"), pathlib.Path("none")).model
+  return weights.load(directory, weights.read_config(directory, model, rule))
+
+
+def as_film(store: Store, i: int) -> EncodedVideo:
+  """A stored film as QC-Comp takes it."""
+  features = store.visual(i).astype(np.float32)
+  times = np.arange(len(features) * FRAMES) / world.FPS
+  return EncodedVideo({0: features}, times, len(times) / world.FPS, np.zeros((len(features), 1, 1, 3), np.uint8), None, "", "")
+
+
+def question(annotation: Mapping[str, Any]) -> str:
+  """The text of an annotation's only question."""
+  return annotation["conversations"][0]["value"].removeprefix("<image>\n")
+
+
+def even(scenes: int, clips: int) -> np.ndarray:
+  """int[clips] of `scenes`, the middles of equal intervals."""
+  return ((np.arange(clips) + 0.5) * scenes / clips).astype(int)
+
+
+def bits(values: np.ndarray) -> str:
+  """bool[n] as a text of 0 and 1."""
+  return "".join("01"[int(v)] for v in values)
+
+
+# --- making -----------------------------------------------------------------------------------------------------------
+
+
+def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> None:
+  """folder/films and folder/features (with a tower's checkpoint) or folder/frames."""
+  if not (folder / "films").exists():
+    films.write(folder / "films", split, seed, workers=2)
+  settings = predecode.Settings(
+    image_size=films.MODEL["tiny_vision"]["image_size"], max_frames=1024, min_frames=FRAMES, fps=world.FPS, clip_frames=FRAMES
+  )
+  made = predecode.load_tower(tower, settings, 16) if tower else None
+  predecode.predecode(
+    folder / "films" / f"{split.name}.yaml", folder / ("features" if tower else "frames"), settings, root=folder / "films",
+    workers=2, tower=made,
+  )
+
+
+def configured(variant: str, init: str | pathlib.Path, run: pathlib.Path, data: pathlib.Path, steps: int | None = None) -> RunConfig:
+  """A variant of configs/study.py."""
+  paths = {"init_from": init, "workdir": run, "data.train": data} | ({} if steps is None else {"train.steps": steps})
+  return from_command_line(["study", f"--config={CONFIG}:{variant}", *(f"--config.{key}={value}" for key, value in paths.items())])
+
+
+STAGES = {  # of the base's training: its films, and whether the tower has learned enough to be frozen
+  "see": (Split("see", 12000, (1, 1), (1, 1), 8, described=1.0), False),
+  "tell": (Split("tell", 16000, (1, 6), (1, 3), 8, described=0.5), False),
+  "ask": (Split("ask", 8000, (4, 12), (2, 5), 8, described=0.3), True),
+}
+
+
+def train_base(out: pathlib.Path) -> None:
+  """The base's stages; the result is out/ask/model. Goes on where it stopped."""
+  before = out / "init"
+  if not before.exists():
+    world.write_untrained(before, 0, films.MODEL, films.words())
+  for stage, (split, frozen) in STAGES.items():
+    folder = out / stage
+    if not (folder / "model").exists():
+      decode(folder, split, SEED, str(before) if frozen else None)
+      train.run(configured(stage, before, folder / "run", folder / ("features" if frozen else "frames")))
+      export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
+    before = folder / "model"
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def cells(study: Study) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+  """Names of all cells, and what does them."""
+  preset, none = study.preset, RULES["none"]
+  yield "base", lambda: {"heldout": {rule: study.measured(BASE, RULES[rule], "heldout") for rule in RULES}}
+  if preset.wide:
+    yield "base_frames", lambda: {"wide": {rule: _by_frames(study, BASE, rule) for rule in ("none", "progressive")}}
+  yield "base_select", lambda: {"long": study.selected(BASE, none, "long", MODES)}
+  for seed in preset.seeds:
+    for rule in preset.rules:
+      yield f"tune_{rule}_{seed}", lambda rule=rule, seed=seed: _tuning(study, rule, seed)
+    yield f"select_{seed}", lambda seed=seed: {
+      "long": study.selected(study.tuned("progressive", seed), RULES["progressive"], "long", MODES)
+    }
+    if preset.hour:
+      yield f"official_{seed}", lambda seed=seed: {
+        "hour": study.selected(study.tuned("progressive", seed), RULES["progressive"], "hour", ("uniform", "local", "official"))
+      }
+
+
+def _tuning(study: Study, rule: str, seed: int) -> dict[str, Any]:
+  begun, model = time.perf_counter(), study.tuned(rule, seed)
+  out: dict[str, Any] = {"tuning_s": time.perf_counter() - begun, "heldout": {rule: study.measured(model, RULES[rule], "heldout")}}
+  if rule == "none":  # the same tuning, and then compression without tuning for it
+    out["heldout"]["progressive"] = study.measured(model, RULES["progressive"], "heldout")
+  if study.preset.wide and rule in ("none", "progressive"):
+    out["wide"] = {rule: _by_frames(study, model, rule)}
+  return out
+
+
+def _by_frames(study: Study, model: str | pathlib.Path, rule: str) -> dict[str, dict[str, Any]]:
+  return {str(clips * FRAMES): study.measured(model, RULES[rule], "wide", clips) for clips in (3, 6, 12, 18, 24)}
+
+
+def run(out: pathlib.Path, name: str, where: pathlib.Path, only: str) -> None:
+  """Does the cells of a preset whose names begin with `only` and that are not in `where` yet."""
+  study = Study(out, PRESETS[name])
+  todo = [(cell, do) for cell, do in cells(study) if cell.startswith(only)]
+  where.mkdir(parents=True, exist_ok=True)
+  for number, (cell, do) in enumerate(todo, 1):
+    file = where / f"{cell}.json"
+    if file.exists():
+      continue
+    print(f"cell {number} of {len(todo)}: {cell}", flush=True)
+    begun = time.perf_counter()
+    write_json(file, {"preset": dataclasses.asdict(study.preset), "result": do(), "seconds": time.perf_counter() - begun})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("study"), help="folder of films, features and models")
+  parser.add_argument("--preset", choices=list(PRESETS), default="full")
+  parser.add_argument("--only", default="", metavar="NAME", help="cells whose names begin so")
+  parser.add_argument("--report", action="store_true", help="only tables and plots, from the cells that are there")
+  parser.add_argument("--base", action="store_true", help="train the base model instead")
+  f = parser.parse_args(argv)
+  with command(interrupted="interrupted; what was finished stays, and the same command goes on"):
+    if f.base:
+      train_base(f.out)
+      return
+    where = pathlib.Path(CELLS) if f.preset == "full" else f.out / "cells"
+    if not f.report:
+      run(f.out, f.preset, where, f.only)
+    findings.report(where)
+
+
+if __name__ == "__main__":
+  main()
