@@ -4,17 +4,19 @@
   python -m xcomp_jax.study --out study
 
 The base is a miniature VideoChat-Flash of ten layers, trained from nothing and without compression on films of `xcomp_jax.films`:
-stages `see`, `tell`, `ask`, the first two with the tower; every one starts from the last one's export. `tune` is what every row
+stages `see`, `tell`, `ask`, the first with the tower; every one starts from the last one's export. `tune` is what every row
 of the study's tables is tuned with; the command sets its keep rule, schedule and seed.
 """
 
+import pathlib
+
 from ml_collections import ConfigDict, FieldReference
 
-STAGES = {  # learning rate, epochs, tower trained, frame buckets, text buckets
+STAGES = {  # learning rate, epochs, tower trained, frames and text of the only bucket: more of them would be filled with padding
   "see": (2e-3, 1, True, (2,), (64,)),  # one shot to describe
-  "tell": (1.5e-3, 1, True, (4, 8, 12), (64, 224)),  # up to three shots among others
-  "ask": (1e-3, 1, False, (12, 18, 24), (96, 224)),  # up to five in up to 12 scenes
-  "tune": (5e-4, 2, False, (24,), (224,)),
+  "tell": (1.5e-3, 1, False, (12,), (160,)),  # up to three shots among others
+  "ask": (1e-3, 2, False, (24,), (160,)),  # up to five in up to 12 scenes
+  "tune": (5e-4, 1, False, (24,), (160,)),
 }
 
 
@@ -28,11 +30,12 @@ def get_config(stage: str = "see") -> ConfigDict:
     raise ValueError(f"configs/study.py has no stage {stage!r}; known: {', '.join(STAGES)}")
   rate, epochs, vision, frames, text = STAGES[stage]
   free = lambda value: FieldReference(value, field_type=object)
-  before = {"see": "init", "tell": "see/model", "ask": "tell/model"}[stage]
+  base, tuned = pathlib.PurePath("study/base"), stage == "tune"
+  before = {"see": base / "init", "tell": base / "see/model", "ask": base / "tell/model", "tune": "assets/study"}[stage]
   c = ConfigDict()
   c.seed = 0
-  c.workdir = f"study/base/{stage}/run"
-  c.init_from = f"study/base/{before}"
+  c.workdir = "study/progressive_0/run" if tuned else str(base / stage / "run")
+  c.init_from = str(before)
   c.compilation_cache = free(None)
 
   c.model = ConfigDict()
@@ -40,17 +43,17 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.model.yarn = free(None)  # positions as trained
   c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
   c.model.param_dtype = "float32"
-  c.model.clips_per_chunk = 16  # all of a video: a chunk costs little memory at 48 pixels
+  c.model.clips_per_chunk = 16  # all of a film: a chunk costs little memory at 48 pixels
   c.model.attention = "einsum"
   c.model.remat = False
 
   c.lp_comp = ConfigDict()
   c.lp_comp.schedule = free("cosine")
-  c.lp_comp.keep = "none"  # the base is trained without compression
+  c.lp_comp.keep = "suffix" if tuned else "none"  # the base is trained without compression
   c.lp_comp.group = 16
 
   c.data = ConfigDict()
-  c.data.train = free(f"study/base/{stage}/train")
+  c.data.train = free("study/tuning/features" if tuned else str(base / stage / ("frames" if vision else "features")))
   c.data.weights = free(None)
   c.data.heldout = free(None)
   c.data.frame_buckets = frames

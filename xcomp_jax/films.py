@@ -55,7 +55,7 @@ class Question:
 class Split:
   """Films of one purpose: numbers of scenes and of shots, fewest and most.
 
-  questions: about each film, in one conversation; 0: one annotation for each kind of question instead, to measure with.
+  questions: about each film, in one conversation; 0: one of each kind, to measure with.
   described: share of the films that are described instead, shot by shot.
   """
 
@@ -124,7 +124,7 @@ def description(film: Sequence[Scene]) -> str:
 
 
 def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], list[dict]]:
-  """A film and its annotations."""
+  """A film and its annotation; of a film to measure with, `scenes` says what each question needs."""
   rng = np.random.default_rng((seed, int.from_bytes(split.name.encode()), number))
   scenes = int(rng.integers(split.scenes[0], split.scenes[1] + 1))
   count = int(rng.integers(split.shots[0], min(split.shots[1], scenes) + 1))
@@ -134,9 +134,8 @@ def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], list[
     while len({q.kind for q in asked}) < len(KINDS):  # another one, in which each kind can be asked
       film = draw(rng, scenes, count)
       asked = questions(film)
-    kinds = [[q for q in asked if q.kind == kind] for kind in KINDS]
-    each = [of[rng.integers(len(of))] for of in kinds]
-    return film, [{"conversations": world.conversation([(q.text, q.answer)]), "kind": q.kind, "scenes": q.scenes} for q in each]
+    each = [of[rng.integers(len(of))] for of in ([q for q in asked if q.kind == kind] for kind in KINDS)]
+    return film, [{"conversations": world.conversation([(q.text, q.answer) for q in each]), "scenes": [q.scenes for q in each]}]
   if rng.random() < split.described:
     return film, [{"conversations": world.conversation([(DESCRIBE, description(film))])}]
   # Kinds in turn, so that there are as many of the rare ones; no answer tells another.

@@ -15,29 +15,29 @@ import dataclasses
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from xcomp_jax import chat, export, films, findings, predecode, qc_comp, train, weights, world
 from xcomp_jax.bench_parts import flops
-from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
+from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig, from_command_line
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import Bucket, Example, batch_spec, collate
 from xcomp_jax.data.store import Store, open_store
 from xcomp_jax.encode import EncodedVideo
 from xcomp_jax.files import command, write_json
-from xcomp_jax.films import FRAMES, KINDS, Split
+from xcomp_jax.films import FRAMES, Split
 from xcomp_jax.model import lp_comp, vlm
 
 BASE = "assets/study"
 CONFIG = "configs/study.py"
-CELLS = "docs/study"
+CELLS, PAGE, FIGURES = "docs/study", pathlib.Path("docs/STUDY.md"), pathlib.Path("docs/figures")
 ROWS = 16  # questions measured at once
 BINS = 16  # of places in a film
-PREFIX, TEXT = 16, 64  # slots for a measured question's tokens before and after the frames
+PREFIX, TEXT = 16, 48  # slots for a measured question's tokens before and after the frames
 SELECTED = {"long": 24, "hour": 48}  # frames that QC-Comp keeps of a film
 
 # At every layer so many tokens of 16; of ten layers 7.8 on average each, so that all do the same work (paper, Table 2).
@@ -75,10 +75,19 @@ class Preset:
 
 
 PRESETS = {
-  "full": Preset(2400, 120, 90, 90, 90, None, (0, 1, 2), tuple(RULES)),
-  "quick": Preset(640, 40, 0, 8, 0, None, (0,), ("progressive",)),
+  "full": Preset(4800, 120, 90, 90, 90, None, (0, 1, 2), tuple(RULES)),
+  "quick": Preset(960, 40, 0, 8, 0, None, (0,), ("progressive",)),
 }
 SEED = 11  # of the films
+
+
+class Asked(NamedTuple):
+  """A question about the film of that number. scenes: that have to be seen to answer it."""
+
+  film: int
+  question: str
+  answer: str
+  scenes: Sequence[int]
 
 
 class Study:
@@ -100,9 +109,10 @@ class Study:
       decode(folder, self.splits[name], SEED, tower=BASE)
     return open_store(str(folder / "features"))
 
-  def annotations(self, name: str) -> list[dict]:
-    """What was asked about a split's films: a question of each kind about each."""
-    return world.read_annotations(self.out / name / "films", name)
+  def asked(self, name: str) -> list[Asked]:
+    """The questions about a split's films, film by film in the order of KINDS."""
+    annotations = world.read_annotations(self.out / name / "films", name)
+    return [Asked(film, *one) for film, annotation in enumerate(annotations) for one in world.asked(annotation)]
 
   def tuned(self, rule: str, seed: int) -> pathlib.Path:
     """The base, tuned under a rule; goes on with a tuning that was stopped."""
@@ -125,7 +135,7 @@ class Study:
     model, store = load(checkpoint, rule), self.store(name)
     scenes = self.splits[name].scenes[0]
     shown = even(scenes, clips or scenes)
-    begun, got = time.perf_counter(), answers(model, self.tokenizer, store, lambda i: shown)
+    begun, got = time.perf_counter(), answers(model, self.tokenizer, store, [(one, shown) for one in self.asked(name)])
     counts = lp_comp.counts(rule, model.cfg.llm.layers)
     return {
       "right": bits(got), "tokens": float(np.mean(counts)) * len(shown) * FRAMES, "seconds": (time.perf_counter() - begun) / len(got),
@@ -140,34 +150,32 @@ class Study:
       is one, else null; relevance: mean score by place (16 bins) of scenes in which there is nothing to see, and of shots,
       each relative to its film's mean}.
     """
-    model, store, asked = load(checkpoint, rule), self.store(name), self.annotations(name)
+    model, store, asked = load(checkpoint, rule), self.store(name), self.asked(name)
     scenes, frames = self.splits[name].scenes[0], SELECTED[name]
     settings = {mode: None if mode == "uniform" else qc_comp.setting(mode, frames) for mode in modes}
-    kept = {mode: np.zeros((len(asked), frames // FRAMES), int) for mode in modes}
+    kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
     sums, counts = {mode: np.zeros(2 * BINS) for mode in modes}, np.zeros(2 * BINS)
-    for first in range(0, len(asked), len(KINDS)):
-      film = as_film(store, first)
-      several = asked[first : first + len(KINDS)]
+    for number in range(len(store.samples)):
+      film, several = as_film(store, number), [one for one in asked if one.film == number]
       visible = np.zeros(scenes, int)
-      visible[sorted({scene for one in several for scene in one["scenes"]})] = 1
+      visible[sorted({scene for one in several for scene in one.scenes})] = 1  # all shots: one question needs them all
       where = visible * BINS + np.arange(scenes) * BINS // scenes
       counts += len(several) * np.bincount(where, minlength=2 * BINS)
-      message = store.samples[first].time_message
-      prompts = [prompt.ask(self.tokenizer, question(one), message) for one in several]
+      prompts = [prompt.ask(self.tokenizer, one.question, store.samples[number].time_message) for one in several]
       for mode, setting in settings.items():
         if setting is None:
-          kept[mode][first : first + len(KINDS)] = even(scenes, frames // FRAMES)
+          kept[mode] += [even(scenes, frames // FRAMES)] * len(several)
           continue
-        for k, got in enumerate(chat.select(model, film, prompts, setting)):
+        for got in chat.select(model, film, prompts, setting):
           assert got.scores is not None  # more frames than are kept
-          kept[mode][first + k] = np.unique(got.frames // FRAMES)
+          kept[mode].append(np.unique(got.frames // FRAMES))
           score = got.scores.reshape(scenes, FRAMES).mean(1)
           sums[mode] += np.bincount(where, score / score.mean(), 2 * BINS)
-    single = [one["scenes"][0] if len(one["scenes"]) == 1 else None for one in asked]
+    single = [one.scenes[0] if len(one.scenes) == 1 else None for one in asked]
     out: dict[str, Any] = {"place": [None if scene is None else round((scene + 0.5) / scenes, 4) for scene in single]}
     for mode, clips in kept.items():
-      hits = np.array([set(one["scenes"]) <= set(some) for one, some in zip(asked, clips, strict=True)])
-      out[mode] = {"right": bits(answers(model, self.tokenizer, store, clips.__getitem__)), "hits": bits(hits)}
+      hits = np.array([set(one.scenes) <= set(some) for one, some in zip(asked, clips, strict=True)])
+      out[mode] = {"right": bits(answers(model, self.tokenizer, store, list(zip(asked, clips, strict=True)))), "hits": bits(hits)}
       if settings[mode]:
         out[mode]["relevance"] = np.round(sums[mode] / np.maximum(counts, 1), 4).reshape(2, BINS).tolist()
     return out
@@ -177,24 +185,23 @@ class Study:
 
 
 def answers(
-  model: vlm.VLM, tokenizer: prompt.Tokenizer, store: Store, clips: Callable[[int], np.ndarray]
+  model: vlm.VLM, tokenizer: prompt.Tokenizer, store: Store, asked: Sequence[tuple[Asked, np.ndarray]]
 ) -> np.ndarray:
-  """Which questions of a store are answered rightly, each from the clips int[C] of its film: bool[n].
+  """Which questions are answered rightly, each from some clips int[C] of its film, as many for all: bool[n].
 
-  The answer is the most probable first token: all answers are single tokens.
+  An answer is the most probable first token: all are single tokens.
   """
-  evaluate, right = nnx.jit(vlm.evaluate), np.zeros(len(store.samples), bool)
-  for first in range(0, len(right), ROWS):
-    numbers = range(first, min(first + ROWS, len(right)))
-    batch = collate([_example(tokenizer, store, i, clips(i)) for i in numbers], _bucket(len(clips(first))), ROWS)
-    right[numbers] = np.asarray(evaluate(model, batch)[1])[: len(numbers)] > 0.5
+  evaluate, right = nnx.jit(vlm.evaluate), np.zeros(len(asked), bool)
+  for first in range(0, len(asked), ROWS):
+    part = [_example(tokenizer, store, one, clips) for one, clips in asked[first : first + ROWS]]
+    right[first : first + ROWS] = np.asarray(evaluate(model, collate(part, _bucket(len(asked[first][1])), ROWS))[1])[: len(part)] > 0.5
   return right
 
 
-def _example(tokenizer: prompt.Tokenizer, store: Store, i: int, clips: np.ndarray) -> Example:
-  sample = store.samples[i]
-  built = prompt.train(tokenizer, sample.conversations, sample.time_message, mask="assistant")
-  return Example(store.visual(i)[clips], built.tokens, built.labels, built.query, i)
+def _example(tokenizer: prompt.Tokenizer, store: Store, one: Asked, clips: np.ndarray) -> Example:
+  turns = world.conversation([(one.question, one.answer)])
+  built = prompt.train(tokenizer, turns, store.samples[one.film].time_message, mask="assistant")
+  return Example(store.visual(one.film)[clips], built.tokens, built.labels, built.query, one.film)
 
 
 def _bucket(clips: int) -> Bucket:
@@ -211,7 +218,7 @@ def cost(model: vlm.VLM, clips: int) -> float:
 def load(checkpoint: str | pathlib.Path, rule: LPCompConfig) -> vlm.VLM:
   """A checkpoint to be measured under a rule, in float32."""
   directory = weights.resolve(str(checkpoint))
-  model = configured("tune", BASE, pathlib.Path("none"), pathlib.Path("none")).model
+  model = ModelConfig(FRAMES, None, "float32", "float32", ROWS, "auto", remat=False)
   return weights.load(directory, weights.read_config(directory, model, rule))
 
 
@@ -220,11 +227,6 @@ def as_film(store: Store, i: int) -> EncodedVideo:
   features = store.visual(i).astype(np.float32)
   times = np.arange(len(features) * FRAMES) / world.FPS
   return EncodedVideo({0: features}, times, len(times) / world.FPS, np.zeros((len(features), 1, 1, 3), np.uint8), None, "", "")
-
-
-def question(annotation: Mapping[str, Any]) -> str:
-  """The text of an annotation's only question."""
-  return annotation["conversations"][0]["value"].removeprefix("<image>\n")
 
 
 def even(scenes: int, clips: int) -> np.ndarray:
@@ -260,9 +262,9 @@ def configured(variant: str, init: str | pathlib.Path, run: pathlib.Path, data: 
   return from_command_line(["study", f"--config={CONFIG}:{variant}", *(f"--config.{key}={value}" for key, value in paths.items())])
 
 
-STAGES = {  # of the base's training: its films, and whether the tower has learned enough to be frozen
+STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
   "see": (Split("see", 12000, (1, 1), (1, 1), 8, described=1.0), False),
-  "tell": (Split("tell", 16000, (1, 6), (1, 3), 8, described=0.5), False),
+  "tell": (Split("tell", 16000, (1, 6), (1, 3), 8, described=0.5), True),
   "ask": (Split("ask", 8000, (4, 12), (2, 5), 8, described=0.3), True),
 }
 
@@ -346,10 +348,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if f.base:
       train_base(f.out)
       return
-    where = pathlib.Path(CELLS) if f.preset == "full" else f.out / "cells"
+    full = f.preset == "full"
+    where = pathlib.Path(CELLS) if full else f.out / "cells"
     if not f.report:
       run(f.out, f.preset, where, f.only)
-    findings.report(where)
+    findings.report(where, *((PAGE, FIGURES) if full else ()))
 
 
 if __name__ == "__main__":

@@ -239,8 +239,8 @@ def read_annotations(out: pathlib.Path, name: str) -> list[dict]:
   return json.loads((out / f"{name}.json").read_text())
 
 
-def asked(annotation: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-  """The questions of an annotation, each with its right answer and the scene that shows it."""
+def asked(annotation: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+  """The questions of an annotation, each with its right answer and the scene that shows it (or in `films`, all of them)."""
   texts = [turn["value"].removeprefix("<image>\n") for turn in annotation["conversations"]]
   return list(zip(texts[::2], texts[1::2], annotation["scenes"], strict=True))
 

