@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def quick(tmp_path_factory):
 UNCOMPRESSED, TUNED, FOUND = 0.0, 0.0, 0.0
 
 
+@pytest.fixture
+def mutated(monkeypatch):
+  """Programs are traced anew with what a test changes, and so are those that come after it."""
+  jax.clear_caches()
+  yield monkeypatch
+  jax.clear_caches()
+
+
 def tuned(quick):
   return findings.right(quick[0].measured(quick[0].tuned("progressive", 0), RULES["progressive"], "heldout")).mean()
 
@@ -74,11 +83,11 @@ def test_quality_holds(quick):
 
 
 @pytest.mark.slow
-def test_prefixes_instead_of_suffixes_fall_through(quick, monkeypatch):
+def test_prefixes_instead_of_suffixes_fall_through(quick, mutated):
   survivors = lp_comp.survivors
   first = lambda cfg, layers: tuple(tuple(cfg.group - 1 - place for place in kept[::-1]) for kept in survivors(cfg, layers))
-  monkeypatch.setattr(lp_comp, "survivors", first)
-  monkeypatch.setattr(lp_comp, "reduce", lambda x, cfg, before, after: _first(x, len(before), len(after)))
+  mutated.setattr(lp_comp, "survivors", first)
+  mutated.setattr(lp_comp, "reduce", lambda x, cfg, before, after: _first(x, len(before), len(after)))
   assert tuned(quick) < TUNED
 
 
@@ -87,7 +96,7 @@ def _first(x, before, after):
 
 
 @pytest.mark.slow
-def test_positions_as_before_compression_fall_through(quick, monkeypatch):
+def test_positions_as_before_compression_fall_through(quick, mutated):
   rotate, groups = decoder.Layer.rotate, 12 * study.FRAMES
 
   def old(layer, x, positions):
@@ -97,12 +106,12 @@ def test_positions_as_before_compression_fall_through(quick, monkeypatch):
     first = positions[:, begin : begin + 1]
     return rotate(layer, x, jnp.concatenate([positions[:, :begin], first + place.ravel(), positions[:, end:] + groups * (16 - kept)], axis=1))
 
-  monkeypatch.setattr(decoder.Layer, "rotate", old)
+  mutated.setattr(decoder.Layer, "rotate", old)
   assert tuned(quick) < TUNED
 
 
 @pytest.mark.slow
-def test_shuffled_scores_fall_through(quick, monkeypatch):
+def test_shuffled_scores_fall_through(quick, mutated):
   rounds, rng = chat.score_rounds, np.random.default_rng(0)
-  monkeypatch.setattr(chat, "score_rounds", lambda *args, **kw: rng.permuted(rounds(*args, **kw), axis=-1))
+  mutated.setattr(chat, "score_rounds", lambda *args, **kw: rng.permuted(rounds(*args, **kw), axis=-1))
   assert found(quick) < FOUND
