@@ -95,12 +95,16 @@ class Study:
 
   def __init__(self, out: pathlib.Path, preset: Preset):
     self.out, self.preset = out, preset
-    self.tokenizer = prompt.load_tokenizer(BASE)
     sizes = {"tuning": (preset.tuning, 12), "heldout": (preset.heldout, 12), "wide": (preset.wide, 24), "long": (preset.long, 128)}
     sizes["hour"] = preset.hour, 512
     self.splits = {
       name: Split(name, films, (scenes, scenes), (3, 5), 8 if name == "tuning" else 0) for name, (films, scenes) in sizes.items()
     }
+
+  @functools.cached_property
+  def tokenizer(self) -> prompt.Tokenizer:
+    """The base's."""
+    return prompt.load_tokenizer(BASE)
 
   def store(self, name: str) -> Store:
     """The features of a split's films, made if they are not there."""
