@@ -12,6 +12,7 @@ is there is not done again. Run it where configs/, assets/ and docs/ are.
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import shutil
 import time
