@@ -31,10 +31,13 @@ REPOSITORY = "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project li
 
 if importlib.util.find_spec("xcomp_jax") is None:
   extra = "tpu," if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
-  if not os.path.isdir("xcomp"):  # a clone, whose assets/ and configs/ the notebook reads
-    subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, "xcomp"], check=True)
-  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"./xcomp[{extra}plot]"], check=True)
-  sys.path.insert(0, os.path.abspath("xcomp"))
+  home = ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"  # the notebook's own clone, or a new one
+  if not os.path.isdir(home):
+    if "/OWNER/" in REPOSITORY:
+      raise SystemExit("put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ from a clone of it")
+    subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, home], check=True)
+  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"], check=True)
+  sys.path.insert(0, os.path.abspath(home))
 
 import jax
 
@@ -42,12 +45,14 @@ import xcomp_jax
 
 os.chdir(pathlib.Path(xcomp_jax.__file__).parents[1])
 print(jax.devices())
+if glob.glob("/dev/nvidia[0-9]*") and jax.default_backend() == "cpu":
+  print("There is an NVIDIA GPU, but JAX does not use it: see `gpu` in docs/troubleshooting.md.")
 
 # %% [markdown]
 # ## What to ask
 #
 # `checkpoint` is a directory or a hub id, such as `OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448` (an accelerator is needed for that). Empty: the
-# miniature, as the notebook `tune` has tuned it, or before that untuned and without LP-Comp. With a `video` of your own, also write a `question`.
+# miniature, as the notebook `tune` has tuned it on this machine (in Colab every notebook has one of its own), or untuned and without LP-Comp. With a `video` of your own, also write a `question`.
 
 # %% tags=["parameters"]
 # @title { display-mode: "form" }
@@ -74,6 +79,8 @@ plt.rcParams.update(draw.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
 checkpoint = checkpoint or next(c for c in ("runs/notebooks/tune/export", "assets/tiny") if os.path.exists(c))
 path, questions, shown = video, [question], None
+if video and not question.strip():
+  raise SystemExit("a video of your own needs a question")
 if not video:
   made = out / f"world_{scenes}"
   if not made.exists():

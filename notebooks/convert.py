@@ -16,7 +16,8 @@
 #
 # From an official checkpoint to JAX and back: which tensor goes where, whether the numbers are those of the official code on this machine's device, and
 # whether what is written is what was read. `checkpoint` is a directory or a hub id, such as
-# `OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448`; the default is the miniature that comes with the package.
+# `OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448`; the default is the miniature that comes with the package. All of it takes about ten minutes on a
+# laptop's CPU, most of them for the recorded outputs.
 
 # %% tags=["install"]
 # Install, where the package is not there yet: in Colab on a TPU, a GPU or a CPU.
@@ -31,10 +32,13 @@ REPOSITORY = "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project li
 
 if importlib.util.find_spec("xcomp_jax") is None:
   extra = "tpu," if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
-  if not os.path.isdir("xcomp"):  # a clone, whose assets/ and configs/ the notebook reads
-    subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, "xcomp"], check=True)
-  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"./xcomp[{extra}plot]"], check=True)
-  sys.path.insert(0, os.path.abspath("xcomp"))
+  home = ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"  # the notebook's own clone, or a new one
+  if not os.path.isdir(home):
+    if "/OWNER/" in REPOSITORY:
+      raise SystemExit("put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ from a clone of it")
+    subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, home], check=True)
+  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"], check=True)
+  sys.path.insert(0, os.path.abspath(home))
 
 import jax
 
@@ -42,6 +46,8 @@ import xcomp_jax
 
 os.chdir(pathlib.Path(xcomp_jax.__file__).parents[1])
 print(jax.devices())
+if glob.glob("/dev/nvidia[0-9]*") and jax.default_backend() == "cpu":
+  print("There is an NVIDIA GPU, but JAX does not use it: see `gpu` in docs/troubleshooting.md.")
 
 # %% tags=["parameters"]
 # @title { display-mode: "form" }
@@ -104,7 +110,8 @@ if beside_cpu:
   cpu, cfg = jax.devices("cpu")[0], dataclasses.replace(watching.cfg, dtype="float32", attention="xla_chunked")
   exact = jax.tree.map(lambda a: jax.device_put(np.asarray(a, np.float32), cpu), nnx.state(model))
   exact = nnx.merge(nnx.graphdef(weights.abstract(cfg)), exact)
-  clips = np.stack(list(movies.frames(watching.sample(path))))[None]
+  frames = np.stack(list(movies.frames(watching.sample(path))))
+  clips = frames.reshape(-1, film.clip_frames, *frames.shape[1:])
   asked = prompt.ask(watching.tokenizer, world.asked(annotation)[0][0], prompt.time_message(film.seconds, len(film.times)))
   batch = generate.as_batch(asked, clips, film.clip_frames)
   logits = lambda model: np.asarray(nnx.jit(lambda model, batch: generate.prefill(model, batch, 0).logits)(model, batch))

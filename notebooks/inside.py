@@ -30,10 +30,13 @@ REPOSITORY = "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project li
 
 if importlib.util.find_spec("xcomp_jax") is None:
   extra = "tpu," if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
-  if not os.path.isdir("xcomp"):  # a clone, whose assets/ and configs/ the notebook reads
-    subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, "xcomp"], check=True)
-  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"./xcomp[{extra}plot]"], check=True)
-  sys.path.insert(0, os.path.abspath("xcomp"))
+  home = ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"  # the notebook's own clone, or a new one
+  if not os.path.isdir(home):
+    if "/OWNER/" in REPOSITORY:
+      raise SystemExit("put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ from a clone of it")
+    subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, home], check=True)
+  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"], check=True)
+  sys.path.insert(0, os.path.abspath(home))
 
 import jax
 
@@ -41,6 +44,8 @@ import xcomp_jax
 
 os.chdir(pathlib.Path(xcomp_jax.__file__).parents[1])
 print(jax.devices())
+if glob.glob("/dev/nvidia[0-9]*") and jax.default_backend() == "cpu":
+  print("There is an NVIDIA GPU, but JAX does not use it: see `gpu` in docs/troubleshooting.md.")
 
 # %% [markdown]
 # ## What to look at

@@ -111,7 +111,7 @@ def test_what_pages_name_is_there():
       assert re.search(rf"def test_\w*{test}", (ROOT / file).read_text()), f"{page}: {file} has no test {test}"
 
 
-OTHERS = ("ensurepip is not available", "Unknown command line flag", "unrecognized arguments", "No space left on device")
+OTHERS = ("ensurepip is not available", "externally-managed", "No module named", "Unknown command line flag", "unrecognized arguments", "No space left on device")
 
 
 def test_troubleshooting_has_the_messages_as_they_are():
