@@ -21,6 +21,11 @@ from xcomp_jax.steps import abstract_state
 from xcomp_jax.weights import CheckpointError
 
 
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch):
+  monkeypatch.setattr(checkpoint, "AGAIN_AFTER", 0.0)
+
+
 class Run:
   """Checkpoints of a run that never trained: every step has other numbers."""
 
@@ -114,6 +119,20 @@ def test_a_damaged_checkpoint_is_skipped_and_kept_aside(run, damage):
   assert not step.exists() and (step.parents[1] / "damaged" / "4").is_dir()
   run.save(4)  # nothing is in its way
   assert run.restore() == 4
+
+
+def test_what_can_be_read_the_second_time_is_not_damaged(run, monkeypatch):
+  original, errors = checkpoint._restore, [OSError("503: try again")]
+
+  def busy(*arguments):
+    if errors:
+      raise errors.pop()
+    return original(*arguments)
+
+  monkeypatch.setattr(checkpoint, "_restore", busy)
+  said = []
+  assert run.restore(said) == 4 and not errors and not said
+  assert not (pathlib.Path(run.config.workdir) / "damaged").exists()
 
 
 def test_a_newest_checkpoint_that_is_gone_is_not_missed(run):

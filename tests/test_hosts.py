@@ -139,9 +139,14 @@ def test_a_port_that_is_taken_is_said():
     hosts.Roll(0, 2).open("", taken.getsockname()[1])
 
 
-def test_one_process_has_nothing_to_connect():
+def test_one_process_has_nothing_to_connect(monkeypatch, capsys):
   with hosts.joined(DistributedConfig(None, None, None, 10, 100)):
     pass
+  assert not capsys.readouterr().out
+  monkeypatch.setattr(hosts, "_connect", lambda *_: None)  # as where there is no cluster
+  with hosts.joined(DistributedConfig("auto", None, None, 10, 100)):
+    pass
+  assert capsys.readouterr().out.startswith("no cluster found: a run of one process, on ")
 
 
 @pytest.mark.parametrize(

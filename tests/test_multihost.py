@@ -97,5 +97,13 @@ def test_two_processes_that_differ_are_refused_by_both(tiny_run, features, tmp_p
   assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow  # two processes that import JAX
+def test_a_workdir_that_is_not_shared_is_refused_by_both(tiny_run, tmp_path, monkeypatch):
+  config = tiny_run(tmp_path / "a", mesh={"data": 1, "fsdp": 2, "tensor": 1})
+  for way in two(tmp_path, config, dataclasses.replace(config, workdir=str(tmp_path / "b"))):
+    assert "is not one folder for all processes: process 1 can't see what process 0 writes there; set it to a shared" in way["said"]
+  assert not list(tmp_path.glob("?/.shared*"))
+
+
 if __name__ == "__main__":
   one_of_two(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

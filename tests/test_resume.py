@@ -161,6 +161,14 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_ends_the_same(tiny_r
   assert items(config) == straight[3]
 
 
+def test_a_second_run_in_a_workdir_is_refused_while_the_first_is_at_work(tiny_run, straight, tmp_path):
+  shutil.copytree(straight[0].workdir, tmp_path / "w")
+  config = make(tiny_run, tmp_path / "w")
+  with checkpoint.held(config.workdir), pytest.raises(ConfigError, match=r"another run is at work in .*; set config\.workdir to another"):
+    train.run(config)
+  train.run(config)
+
+
 def test_a_run_goes_on_without_the_weights_that_it_started_from(tiny_run, straight, tmp_path):
   shutil.copytree(straight[0].init_from, tmp_path / "base")
   (tmp_path / "base" / "model.safetensors").unlink()

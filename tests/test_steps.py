@@ -1,6 +1,8 @@
 """steps.py, metrics.py and optim.py: a step is the ungrouped batch's mean on any mesh, and what is not finite changes nothing."""
 
+import collections
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xcomp_jax import bench_parts, metrics, optim, steps, train, weights
 from xcomp_jax.config import (
@@ -102,27 +105,35 @@ def test_a_step_over_eight_devices_equals_one_device(tiny_run, examples, tmp_pat
   jax.tree.map(close, results[1], results[0])
 
 
-def test_every_process_reads_the_rows_of_its_devices():
-  class Two:  # of a batch of 8 rows: the devices of one process
+def test_every_process_reads_the_rows_of_its_devices(monkeypatch):
+  Device = collections.namedtuple("Device", "process_index number")
 
-    def __init__(self, *rows):
-      self.rows = rows
-
-    def addressable_devices_indices_map(self, shape):
-      assert shape == (8,)
-      return {i: (slice(*rows),) for i, rows in enumerate(self.rows)}
+  def held(*processes):  # rows of a batch of 8 that each process's devices hold
+    indices = {Device(p, n): (slice(*rows),) for p, several in enumerate(processes) for n, rows in enumerate(several)}
+    monkeypatch.setattr(steps, "batch_sharding", lambda mesh: types.SimpleNamespace(devices_indices_map=lambda shape: indices))
 
   mesh = make_mesh(MeshConfig(2, 4, 1, 1))
   assert steps.row_share(mesh) == (0, 1)
-  for rows, share in ((((0, 4), (4, 8)), (0, 1)), (((4, 6), (6, 8)), (1, 2)), (((6, 8), (6, 8)), (3, 4)), (((None, None),), (0, 1))):
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(steps, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
-      assert steps.row_share(mesh) == share
-  for rows in (((0, 2), (4, 6)), ((1, 3),), ((0, 3),)):
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(steps, "batch_sharding", lambda mesh, rows=rows: Two(*rows))
-      with pytest.raises(ConfigError, match=r"the devices of process 0 hold rows .* of every 8"):
-        steps.row_share(mesh)
+  for processes, shares in (
+    ([[(0, 4)], [(4, 6), (6, 8)]], [(0, 2), (1, 2)]),
+    ([[(6, 8)], [(0, 2)], [(2, 4)], [(4, 6)]], [(3, 4), (0, 4), (1, 4), (2, 4)]),
+    ([[(0, 4)], [(0, 4)], [(4, 8)], [(4, 8)]], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor over two processes
+    ([[(0, 1), (1, 2), (6, 7), (7, 8)], [(2, 6)]], [(0, 2), (1, 2)]),  # as a ring lies on a torus
+    ([[(None, None)], [(None, None)]], [(0, 1), (0, 1)]),
+  ):
+    held(*processes)
+    assert list(steps.row_shares(mesh).values()) == shares
+  for processes in ([[(0, 3)], [(3, 8)]], [[(0, 4)], [(2, 6)], [(4, 8)]]):
+    held(*processes)
+    with pytest.raises(ConfigError, match=r"neither apart nor the same, of every 8 \(process: rows\) 0 \[0, "):
+      steps.row_share(mesh)
+
+
+def test_rows_that_lie_scattered_are_placed_where_their_devices_are():
+  mesh = Mesh(np.array(jax.devices())[[0, 1, 6, 7, 2, 3, 4, 5]].reshape(8, 1), ("fsdp", "tensor"))
+  batch = np.arange(8)
+  placed = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("fsdp")), batch, (8,))
+  assert [int(shard.data[0]) for shard in sorted(placed.addressable_shards, key=lambda s: s.device.id)] == [0, 1, 4, 5, 6, 7, 2, 3]
 
 
 def test_quirk_q17_long_samples_give_the_projector_no_gradient(tiny_run, examples, tmp_path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xcomp_jax import cost, plan, programs, sharding
+from xcomp_jax import cost, plan, programs, sharding, steps
 from xcomp_jax.config import MeshConfig, from_command_line
 from xcomp_jax.model.attention import attend
 
@@ -23,7 +23,22 @@ def compiler():
 
 
 def mesh_on(name):
-  return programs.mesh_of(MeshConfig(1, -1, 1, 1), programs.topology(name), 32)
+  return sharding.make_mesh(MeshConfig(1, -1, 1, 1), programs.topology(name), 32)
+
+
+@pytest.mark.parametrize("name", [
+  "v4:2x2x2", "v5e:2x2", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:16x16", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4",
+  "v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:16x16",
+])  # fmt: skip
+def test_training_would_start_on_every_slice_with_the_default_mesh(name):
+  devices, config = programs.topology(name), from_command_line(["plan", "--config=configs/sct.py"])
+  cfg = programs.sizes(config)
+  mesh = sharding.make_mesh(config.mesh, devices, config.train.batch_size, sharding.sequence_parts(cfg, config.data))
+  assert mesh.size == len(devices)
+  sharding.check_mesh(mesh, cfg, config.data)
+  shares = steps.row_shares(mesh)
+  assert shares.keys() == {device.process_index for device in devices}
+  assert {i for i, _ in shares.values()} == set(range(shares[0][1]))
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

@@ -12,8 +12,11 @@ parameters that were not trained, in the dtype in which they came.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
+import secrets
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +37,8 @@ from xcomp_jax.sharding import path_name
 # Other processes, and TensorStore in this one, change a bucket's folders: what a listing said must not be remembered.
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 
+LAGS = 5  # seconds that a shared file system may take to show one host what another wrote
+AGAIN_AFTER = 1.0  # seconds, after which a checkpoint that could not be read is tried once more
 FORMAT = 2  # of a checkpoint; raised when an older reader would misread it
 
 PLACES = (  # what may differ between the processes of a run
@@ -99,10 +104,11 @@ def begun(workdir: str) -> bool:
 
 
 def claim(workdir: str) -> None:
-  """Makes the work directory, and checks that it can be written, before anything expensive happens.
+  """Makes the work directory, and checks that it can be written and is the same for all processes, before anything expensive
+  happens. All of them must call this.
 
   Raises:
-    ConfigError: it can't.
+    ConfigError: it can't, or is not.
   """
   path = epath.Path(workdir)
   try:
@@ -115,6 +121,44 @@ def claim(workdir: str) -> None:
     raise ConfigError(
       f"workdir {workdir} can't be written ({one_line(error)}); set config.workdir to a folder that can"
     ) from error
+  if jax.process_count() == 1:
+    return
+  mark = path / f".shared-{int(multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31))))}"
+  if jax.process_index() == 0:
+    mark.write_text("")
+  multihost_utils.sync_global_devices("the workdir is marked")
+  seen = any(mark.exists() or time.sleep(1) for _ in range(LAGS))
+  blind = np.flatnonzero(~np.atleast_1d(multihost_utils.process_allgather(np.array(seen)))).tolist()
+  if jax.process_index() == 0:
+    mark.unlink()
+  if blind:
+    raise ConfigError(
+      f"config.workdir = {workdir} is not one folder for all processes: process {', '.join(map(str, blind))} can't see what process 0 "
+      "writes there; set it to a shared file system or a bucket (gs://)"
+    )
+
+
+@contextlib.contextmanager
+def held(workdir: str) -> Generator[None]:
+  """Keeps other runs out of a workdir, as far as its file system has locks; a bucket has none.
+
+  Raises:
+    ConfigError: another run is at work in it.
+  """
+  if jax.process_index() or "://" in workdir:
+    yield
+    return
+  with open(epath.Path(workdir) / ".lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ConfigError(
+        f"another run is at work in {workdir}; set config.workdir to another folder, or if these are the processes of one run, see to it "
+        "that they find each other (config.distributed)"
+      ) from error
+    except OSError:  # no locks here
+      pass
+    yield
 
 
 def manager(workdir: str, train: TrainConfig) -> ocp.CheckpointManager:
@@ -214,18 +258,22 @@ def restore(
     CheckpointError: there are checkpoints, and none can be read.
   """
   damaged: dict[int, str] = {}
-  for step in sorted(checkpoints.all_steps(), reverse=True):
-    place, found, reason = checkpoints.directory / str(step), None, ""
-    try:
-      found = _restore(place, step, params, opt, data, config)
-    except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
-      raise
-    except Exception as error:  # whatever Orbax, TensorStore and JSON make of files that are not as they were
-      reason = one_line(error)[:300] or type(error).__name__
-    everywhere = np.all(multihost_utils.process_allgather(np.array(found is not None)))
-    if found is not None and everywhere:
-      _put_aside(checkpoints, damaged, say)
-      return step, *found
+  for step in _steps(checkpoints):
+    place, reason = checkpoints.directory / str(step), ""
+    for attempt in range(2):  # a bucket that was busy, or a file system that lags, is no damage
+      found = None
+      try:
+        found = _restore(place, step, params, opt, data, config)
+      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+      except Exception as error:  # whatever Orbax, TensorStore and JSON make of files that are not as they were
+        reason = one_line(error)[:300] or type(error).__name__
+      everywhere = np.all(multihost_utils.process_allgather(np.array(found is not None)))
+      if found is not None and everywhere:
+        _put_aside(checkpoints, damaged, say)
+        return step, *found
+      if not attempt:
+        time.sleep(AGAIN_AFTER)
     damaged[step] = reason or "another process can't read it"
     say(f"warning: checkpoint {place} is damaged and is skipped: {damaged[step]}")
   if damaged:
@@ -234,6 +282,17 @@ def restore(
       "one back from a copy, or set config.workdir to another folder to start afresh"
     )
   return None
+
+
+def _steps(checkpoints: ocp.CheckpointManager) -> list[int]:
+  """Steps of which process 0 sees checkpoints, newest first: all processes try the same ones, whatever the others see yet."""
+  mine = sorted(checkpoints.all_steps(), reverse=True)
+  if jax.process_count() == 1:
+    return mine
+  count = int(multihost_utils.broadcast_one_to_all(np.array(len(mine))))
+  steps = np.zeros(count, np.int32)
+  steps[: len(mine)] = mine[:count]
+  return multihost_utils.broadcast_one_to_all(steps).tolist() if count else []
 
 
 def _restore(place: epath.Path, step: int, params, opt, data: Reader, config: Mapping) -> tuple[tuple[Any, ...], Any]:

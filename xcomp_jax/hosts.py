@@ -38,8 +38,8 @@ def joined(config: DistributedConfig) -> Generator[None]:
   roll = None
   if config.coordinator is not None and not jax.distributed.is_initialized():
     roll = _connect(config.coordinator, config)
-    if jax.distributed.is_initialized():
-      print(banner(), flush=True)
+    found = jax.distributed.is_initialized()
+    print(banner() if found else f"no cluster found: a run of one process, on {socket.gethostname()}", flush=True)
   try:
     yield
   except BaseException as error:

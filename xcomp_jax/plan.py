@@ -81,7 +81,8 @@ def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
   out: list[tuple[str, float]] = []
   if row["name"] in TRAINING and mesh.get("data", 1) > 1:
     whole = dataclasses.replace(config.mesh, data=1, fsdp=-1)
-    other = dataclasses.replace(plan, mesh=programs.mesh_of(whole, list(plan.mesh.devices.flat), config.train.batch_size))
+    sequence = sharding.sequence_parts(plan.full, config.data)
+    other = dataclasses.replace(plan, mesh=sharding.make_mesh(whole, list(plan.mesh.devices.flat), config.train.batch_size, sequence))
     _, _, new, sums = programs.training(other, plan.full)
     out.append(("--config.mesh.data=1 --config.mesh.fsdp=-1 splits the state further", total - state + held(new) + held(sums)))
   if row["name"] in GRADIENTS:

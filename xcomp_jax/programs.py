@@ -13,17 +13,17 @@ import pathlib
 import re
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from xcomp_jax import cost, generate, metrics, official, optim, sharding, steps, weights
-from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check
+from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch, Bucket, batch_spec
 from xcomp_jax.files import one_line
@@ -80,15 +80,6 @@ def topology(name: str) -> list[Any]:
     raise ConfigError(
       f"--topology={name}: {one_line(error)}. Write the version and the shape, such as v5e:2x2, v5e:16x16, v5p:2x2x2, v6e:4x4"
     ) from error
-
-
-def mesh_of(config: MeshConfig, devices: Sequence[Any], batch_size: int) -> Mesh:
-  """`sharding.make_mesh`; of a TPU v4, whose topologies list a chip as two devices, in the order of the list."""
-  try:
-    return sharding.make_mesh(config, devices, batch_size)
-  except AssertionError:  # JAX arranges only whole chips
-    shape = sharding.mesh_sizes(config, len(devices), batch_size)
-    return Mesh(np.array(devices, object).reshape(shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def sizes(config: RunConfig) -> VLMConfig:
@@ -160,9 +151,10 @@ def make(
   """
   check(config)
   devices = jax.devices() if where is None else topology(where)
-  mesh = mesh_of(config.mesh, devices, config.train.batch_size)
   full = sizes(config)
+  mesh = sharding.make_mesh(config.mesh, devices, config.train.batch_size, sharding.sequence_parts(full, config.data))
   sharding.check_mesh(mesh, full, config.data)
+  steps.row_shares(mesh)  # refuses what training would
   if where is not None and full.attention == "auto":  # which looks at the devices that are here
     full = dataclasses.replace(full, attention="splash")
   bucket, rows = largest(config, full, mesh, frames, text)

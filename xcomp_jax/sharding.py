@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xcomp_jax.config import ConfigError, DataConfig, MeshConfig, VLMConfig
@@ -55,11 +56,12 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def mesh_sizes(config: MeshConfig, devices: int, batch_size: int | None = None) -> tuple[int, ...]:
+def mesh_sizes(config: MeshConfig, devices: int, batch_size: int | None = None, sequence: int = 1) -> tuple[int, ...]:
   """Devices along each of AXES.
 
   One size may be -1: what is left. Both `fsdp` and `context` may: then fsdp takes as many of the devices left as a
-  step's samples can be split over evenly, and context the others.
+  step's samples can be split over evenly, context of the others what divides `sequence` (see `sequence_parts`), and fsdp
+  the rest, whose samples are padding.
 
   Raises:
     ConfigError: sizes that are not positive, or whose product is not the device count.
@@ -79,7 +81,8 @@ def mesh_sizes(config: MeshConfig, devices: int, batch_size: int | None = None) 
     sizes |= dict.fromkeys(free, left)
     if len(free) > 1:
       most = left if batch_size is None else math.gcd(left, max(1, batch_size // math.gcd(batch_size, sizes["data"])))
-      sizes |= {"fsdp": most, "context": left // most}
+      context = math.gcd(left // most, sequence)
+      sizes |= {"fsdp": left // context, "context": context}
   if math.prod(sizes.values()) != devices:
     raise ConfigError(
       f"mesh {shown} = {math.prod(sizes.values())} devices, but there are {devices}; set config.mesh so that the "
@@ -88,11 +91,25 @@ def mesh_sizes(config: MeshConfig, devices: int, batch_size: int | None = None) 
   return tuple(sizes.values())
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, batch_size: int | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, batch_size: int | None = None, sequence: int = 1) -> Mesh:
   """The mesh of all devices (or of `devices`), with Auto axes data, fsdp, tensor, context; sizes and errors as `mesh_sizes`."""
   devices = jax.devices() if devices is None else list(devices)
-  sizes = mesh_sizes(config, len(devices), batch_size)
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  sizes, types = mesh_sizes(config, len(devices), batch_size, sequence), (AxisType.Auto,) * len(AXES)
+  try:
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+  except NotImplementedError:  # an axis that is no product of whole axes of the torus
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  except AssertionError:  # the topologies of a TPU v4 list a chip as two devices, and JAX arranges only whole chips
+    grid = np.array(devices, object).reshape(sizes)
+  return Mesh(grid, AXES, axis_types=types)
+
+
+def sequence_parts(cfg: VLMConfig, data: DataConfig) -> int:
+  """The most parts that every part of a sequence can be split into evenly: the visual tokens of the longest videos at every
+  layer, where one of each group is left, and the slots around them.
+  """
+  groups = max(data.frame_buckets) * cfg.tokens_per_frame // cfg.lp_comp.group
+  return math.gcd(groups, *(data.prefix_length + text for text in data.text_buckets))
 
 
 def check_mesh(mesh: Mesh | AbstractMesh, cfg: VLMConfig, data: DataConfig) -> None:
@@ -108,15 +125,13 @@ def check_mesh(mesh: Mesh | AbstractMesh, cfg: VLMConfig, data: DataConfig) -> N
       f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and {cfg.llm.kv_heads} key heads of this LLM; "
       f"the most that does is {math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}"
     )
-  frames = max(data.frame_buckets)
-  # At every layer a group has one token or more; all layers' sequences are split if one token of each is.
-  groups = frames * cfg.tokens_per_frame // cfg.lp_comp.group
-  around = [data.prefix_length + text for text in data.text_buckets]
-  if groups % context or (wrong := [slots for slots in around if slots % context]):
-    number = f"{groups} groups of a video of {frames} frames" if groups % context else f"{wrong[0]} slots around a video"
+  if (most := sequence_parts(cfg, data)) % context:
+    frames, slots = max(data.frame_buckets), [data.prefix_length + text for text in data.text_buckets]
     raise ConfigError(
-      f"config.mesh.context = {context} does not divide the {number}; make config.data.prefix_length plus each of "
-      "config.data.text_buckets, and the last of config.data.frame_buckets, multiples of it"
+      f"config.mesh.context = {context} does not divide the {frames * cfg.tokens_per_frame // cfg.lp_comp.group} groups of a video of "
+      f"{frames} frames and the {', '.join(map(str, slots))} slots around videos; the most that does is {most}. Leave other devices to "
+      "config.mesh.fsdp, or make config.data.prefix_length plus each of config.data.text_buckets, and the last of "
+      "config.data.frame_buckets, multiples of it"
     )
 
 

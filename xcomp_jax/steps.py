@@ -193,23 +193,32 @@ def compiled_steps(state: TrainState, sums: Sums, mesh: Mesh) -> Steps:
   )
 
 
-def row_share(mesh: Mesh) -> tuple[int, int]:
-  """(i, n): this process reads the i-th of n equal parts of every micro-batch's rows.
+def row_shares(mesh: Mesh) -> dict[int, tuple[int, int]]:
+  """{process: (i, n)}: that process reads the i-th of n equal parts of every micro-batch's rows.
 
-  Processes whose devices hold the same rows (a `tensor` axis over several) all read those.
+  Its devices may hold any rows, as they lie on the torus: the rows of a global batch are in another order than those that were
+  read. Processes whose devices hold the same rows (a `tensor` axis over several) all read those.
 
   Raises:
-    ConfigError: the rows of this process's devices are no such part.
+    ConfigError: the rows of the processes are no such parts.
   """
   rows = batch_devices(mesh)
-  places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-  mine = sorted({row for index in places if index for row in range(rows)[index[0]]})
-  if mine != list(range(mine[0], mine[0] + len(mine))) or rows % len(mine) or mine[0] % len(mine):
+  held: dict[int, set[int]] = {}
+  for device, index in batch_sharding(mesh).devices_indices_map((rows,)).items():
+    held.setdefault(device.process_index, set()).update(range(rows)[index[0]])
+  shares = sorted({tuple(sorted(some)) for some in held.values()})
+  if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != rows:
+    each = "; ".join(f"{process} {sorted(some)}" for process, some in sorted(held.items()))
     raise ConfigError(
-      f"mesh {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows {mine} of every {rows}, which is not "
-      "one of several equal parts; choose config.mesh so that data x fsdp is a multiple of the processes"
+      f"mesh {dict(mesh.shape)}: the devices of the processes hold rows that are neither apart nor the same, of every {rows} "
+      f"(process: rows) {each}; choose config.mesh so that data x fsdp is a multiple of the processes"
     )
-  return mine[0] // len(mine), rows // len(mine)
+  return {process: (shares.index(tuple(sorted(some))), len(shares)) for process, some in held.items()}
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+  """That of `row_shares` for this process; errors likewise."""
+  return row_shares(mesh)[jax.process_index()]
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:

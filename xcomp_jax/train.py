@@ -36,7 +36,14 @@ from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.store import Features, Store, open_store
 from xcomp_jax.files import command
 from xcomp_jax.model import lp_comp, vlm
-from xcomp_jax.sharding import batch_devices, check_mesh, make_mesh, param_shardings, parameter_table
+from xcomp_jax.sharding import (
+  batch_devices,
+  check_mesh,
+  make_mesh,
+  param_shardings,
+  parameter_table,
+  sequence_parts,
+)
 from xcomp_jax.steps import (
   TrainState,
   abstract_state,
@@ -87,17 +94,19 @@ def run(config: RunConfig, watch: Watch = lambda step, group, values: None) -> d
     check(config)
     with goodput.part("connect"):
       stack.enter_context(hosts.joined(config.distributed))
-    return _train(config, prepare(config), goodput, watch)
+    prepared = prepare(config)
+    stack.enter_context(checkpoint.held(config.workdir))
+    return _train(config, prepared, goodput, watch)
 
 
 def prepare(config: RunConfig) -> Prepared:
   """Reads what a config names, and makes sure that it goes together and that the workdir can be written."""
   if config.compilation_cache is not None:
     jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-  mesh = make_mesh(config.mesh, batch_size=config.train.batch_size)
   directory = weights.resolve(config.init_from)
   cfg = weights.read_config(directory, config.model, config.lp_comp)
   lp_comp.counts(cfg.lp_comp, cfg.llm.layers)  # refuses schedules that can't be
+  mesh = make_mesh(config.mesh, batch_size=config.train.batch_size, sequence=sequence_parts(cfg, config.data))
   check_mesh(mesh, cfg, config.data)
   tokenizer = weights.read_tokenizer(directory, cfg)
   blend = open_data(config.data.train, cfg, config.data.weights)
