@@ -9,9 +9,11 @@ said=/tmp/said.$$ log=/tmp/log.$$
 mkfifo "$said" || exit 1
 tee "$log" < "$said" &
 copy=$!
+run='' told=''
+trap 'told=1; [ -z "$run" ] || kill -TERM "$run"' TERM # Kubernetes tells this shell only, perhaps before there is a run
 "$@" > "$said" 2>&1 &
 run=$!
-trap 'kill -TERM "$run"' TERM # Kubernetes tells this shell only
+[ -z "$told" ] || kill -TERM "$run"
 
 # A signal in the last moment may make it 143 of a run that is done: started again, that has nothing left to do.
 wait "$run"

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
 
 from xcomp_jax import train
 from xcomp_jax.config import RunConfig, from_dict, to_dict
-from xcomp_jax.sharding import make_mesh
+from xcomp_jax.sharding import AXES, make_mesh
 
 
 def note_batches(place, out):
@@ -33,11 +34,13 @@ def note_batches(place, out):
   return placing
 
 
-def one_of_two(port, number, config, out):
-  """A process of two: trains, and writes what it read and how it ended."""
+def one_of_two(port, number, config, out, order):
+  """A process of two: trains, its devices in that order in the mesh, and writes what it read and how it ended."""
   jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
   noted, local, result, said = [], [], None, None
   place = note_batches(train.place, noted)
+  if order:
+    train.make_mesh = lambda mesh, **_: Mesh(np.array(jax.devices())[list(map(int, order))].reshape(1, -1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
   train.place = lambda batch, mesh: (local.append(len(batch.index)), place(batch, mesh))[1]
   try:
     result = train.run(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
@@ -46,17 +49,17 @@ def one_of_two(port, number, config, out):
   pathlib.Path(out).write_text(json.dumps({"noted": noted, "local": local, "result": result, "said": said}))
 
 
-def two(tmp_path, *configs):
-  """Runs both processes; what each wrote."""
+def two(tmp_path, *configs, devices=1, order=""):
+  """Runs both processes of so many devices; what each wrote."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   root = pathlib.Path(__file__).parents[1]
-  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(root)}
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(root)}
   processes = []
   for number, config in enumerate(configs):
     (tmp_path / f"config{number}").write_text(json.dumps(to_dict(config)))
-    arguments = [str(port), str(number), str(tmp_path / f"config{number}"), str(tmp_path / f"out{number}")]
+    arguments = [str(port), str(number), str(tmp_path / f"config{number}"), str(tmp_path / f"out{number}"), order]
     processes.append(subprocess.Popen([sys.executable, __file__, *arguments], cwd=root, env=environment))
   try:
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
@@ -86,6 +89,22 @@ def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, mon
     assert way["local"] == [len(samples) // (2 if axis == "fsdp" else 1) for samples, _ in batches]
     assert sum(i >= 0 for samples, _ in batches for i in samples) == 2 * 3
     np.testing.assert_allclose(way["result"]["loss"], np.mean(losses[2:]), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_rows_scattered_over_the_hosts_are_the_same_samples_and_losses(tiny_run, tmp_path, monkeypatch):
+  config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 4, "tensor": 1})
+  noted = []
+  monkeypatch.setattr(train, "make_mesh", lambda mesh, **_: make_mesh(mesh, jax.devices()[:4]))
+  monkeypatch.setattr(train, "place", note_batches(train.place, noted))
+  alone = train.run(config)
+  # As a ring lies on a torus: the first host has the first and the last row, or every other one.
+  for order in ("0231", "0213"):
+    config = dataclasses.replace(config, workdir=str(tmp_path / order))
+    for way in two(tmp_path, config, config, devices=2, order=order):
+      assert way["said"] is None
+      assert [sorted(samples) for samples, _ in way["noted"]] == [sorted(samples) for samples, _ in noted]
+      np.testing.assert_allclose(way["result"]["loss"], alone["loss"], rtol=1e-5)
 
 
 def test_two_processes_that_differ_are_refused_by_both(tiny_run, features, tmp_path):
