@@ -92,7 +92,7 @@ def test_who_leaves_well_is_not_missed(ended, order):
 def test_who_never_came_is_known_to_the_first_and_told_to_the_others(ended):
   first, third = rolls(4, missing=(1, 3))
   assert first.missing() == [1, 3]
-  hosts._late(first, DistributedConfig("localhost:1234", 4, 0, 7, 100))
+  hosts._late(first, DistributedConfig("localhost:1234", 4, 0, 7, 100), "localhost:1234")
   until(lambda: len(ended) == 2)
   name = socket.gethostname()
   for i in (0, 2):
@@ -183,14 +183,15 @@ def test_jax_is_told_of_all_gpus_of_a_slurm_node(monkeypatch):
     assert told["local_device_ids"] == [0, 1, 2, 3]
 
 
-@pytest.mark.slow  # 8 s: two processes that import JAX
-def test_slurms_variables_are_enough():
+def slurm(numbers, seconds):
+  """Processes of a SLURM step of two that join, those of `numbers`; they and what they said."""
   with socket.create_server(("", 0)) as server:
     port = server.getsockname()[1]
   code = (
-    "import jax\nfrom xcomp_jax import hosts\nfrom xcomp_jax.config import DistributedConfig\n"
-    "with hosts.joined(DistributedConfig('auto', None, None, 60, 10)):\n"
-    "  print('gpus', jax.config.read('jax_cuda_visible_devices'))\n"
+    "import os\nimport jax\nfrom xcomp_jax import hosts\nfrom xcomp_jax.config import DistributedConfig\n"
+    f"with hosts.joined(DistributedConfig('auto', None, None, {seconds}, 10)):\n"
+    "  print('gpus', jax.config.read('jax_cuda_visible_devices'), flush=True)\n"
+    "jax.distributed.shutdown()\nos._exit(0)\n"  # Gloo, which CPUs talk by, sometimes waits for ever where Python ends
   )
   common = {
     "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1",
@@ -201,15 +202,27 @@ def test_slurms_variables_are_enough():
       [sys.executable, "-c", code], env=os.environ | common | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
-    for i in (0, 1)
+    for i in numbers
   ]  # fmt: skip
   try:
-    said = [process.communicate(timeout=60)[0] for process in processes]
+    return processes, [process.communicate(timeout=60)[0] for process in processes]
   finally:
     for process in processes:
       process.kill()
+
+
+@pytest.mark.slow  # 8 s: two processes that import JAX
+def test_slurms_variables_are_enough():
+  processes, said = slurm((0, 1), 60)
   for i, gpus in enumerate(("0,1,2,3", "4,5,6,7")):
     assert processes[i].returncode == 0 and f"process {i} of 2" in said[i] and f"gpus {gpus}\n" in said[i], said[i]
+
+
+@pytest.mark.slow
+def test_a_process_that_slurm_did_not_start_is_named():
+  for here, words in ((0, "did not come up within config.distributed.start_seconds = 3 s: process 1 of 2"), (1, "process 0 does not answer at localhost:")):
+    (process,), (said,) = slurm((here,), 3)
+    assert process.returncode == 1 and words in said, said
 
 
 def test_a_lost_process_is_seen_behind_a_failed_save():

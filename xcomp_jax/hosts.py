@@ -84,7 +84,12 @@ def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
     }
     roll = Roll(config.process, config.processes)
     roll.open(address, port + 1)
-  late = threading.Timer(config.start_seconds, _late, (roll, config))
+  elif found := _detected(config.start_seconds):
+    coordinator, processes, process = found
+    address, port = _address(coordinator)
+    roll = Roll(process, processes)
+    roll.open(address, port + 1)
+  late = threading.Timer(config.start_seconds, _late, (roll, config, coordinator))
   late.daemon = True
   late.start()
   try:
@@ -99,7 +104,25 @@ def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
     ) from error
   finally:
     late.cancel()
-  return _first_calls() if roll is None and jax.process_count() > 1 else roll
+  if config.coordinator == "auto" and jax.process_count() > 1:
+    if not np.all(multihost_utils.process_allgather(np.array(roll is not None))):  # one of them found its cluster otherwise
+      if roll:
+        roll.close(well=True)
+      roll = _first_calls()
+  return roll
+
+
+def _detected(seconds: int) -> tuple[str, int, int] | None:
+  """(HOST:PORT of process 0, processes, which of them this is) as JAX will find them in the cluster; None: it will not, or looks
+  in another way by now. Only for the roll: without it a process that does not come up is not named.
+  """
+  try:
+    from jax._src.clusters import ClusterEnv  # no public way to ask before connecting
+
+    address, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, seconds)
+  except Exception:  # whatever a cluster's own clients raise; `initialize` will say it
+    return None
+  return (address, processes, process) if address and process is not None and processes and processes > 1 else None
 
 
 def _slurm_gpus() -> list[int] | None:
@@ -270,7 +293,7 @@ def _own_address() -> str:
       return socket.gethostname()
 
 
-def _late(roll: Roll | None, config: DistributedConfig) -> None:
+def _late(roll: Roll | None, config: DistributedConfig, coordinator: str) -> None:
   """Not all came up in time."""
   within = f"within config.distributed.start_seconds = {config.start_seconds} s"
   if roll is None:
@@ -280,11 +303,11 @@ def _late(roll: Roll | None, config: DistributedConfig) -> None:
     there = ", ".join(f"{process} ({name})" for process, name in sorted(roll.names.items()))
     roll.end(
       f"did not come up {within}: process {missing} of {roll.processes}; there are {there}. Look at the missing ones' own "
-      f"output, and whether they reach {config.coordinator} and the port after it. {AGAIN}", 1.0,
+      f"output, and whether they reach {coordinator} and the port after it. {AGAIN}", 1.0,
     )
   else:
     time.sleep(GRACE)  # the first one knows more
-    roll.end(f"process 0 does not answer at {config.coordinator} {within}; is it running there, and may this host reach it? {AGAIN}", 0)
+    roll.end(f"process 0 does not answer at {coordinator} {within}; is it running there, and may this host reach it? {AGAIN}", 0)
 
 
 def _end(reason: str) -> NoReturn:
