@@ -16,7 +16,7 @@ import pytest
 from cluster import Cluster, arrays
 from etils import epath
 
-from xcomp_jax import checkpoint, export, files, weights
+from xcomp_jax import checkpoint, export, files, weights, workdir
 from xcomp_jax.answers import Answers
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.mixture import read_mixture
@@ -122,8 +122,8 @@ def test_a_run_in_a_bucket_that_was_killed_and_damaged_ends_as_one_on_a_disk(tin
   losses, samples = whole.trace()
   assert run.trace() == (losses[:done] + losses[before:], samples) and before < done
   assert arrays(run.config) == arrays(whole.config)
-  for name, workdir in (("a", bucket / "run"), ("b", tmp_path / "whole" / "w")):
-    export.main(["--checkpoint", str(workdir), "--format=torch", "--out", str(tmp_path / name)])
+  for name, run_in in (("a", bucket / "run"), ("b", tmp_path / "whole" / "w")):
+    export.main(["--checkpoint", str(run_in), "--format=torch", "--out", str(tmp_path / name)])
   assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
@@ -144,7 +144,7 @@ def test_what_others_do_to_a_bucket_is_seen(bucket):
 @needs_emulator
 def test_a_bucket_that_is_not_there_is_said(bucket):
   with pytest.raises(ConfigError, match=r"workdir gs://another/run can't be written \(.*\); set config\.workdir"):
-    checkpoint.claim("gs://another/run")
+    workdir.claim("gs://another/run")
   with pytest.raises(weights.CheckpointError, match=r"^gs://another/run has no checkpoints/"):
     export.read("gs://another/run")
 
@@ -160,7 +160,7 @@ def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
     monkeypatch.setattr(type(epath.Path("gs://bucket")), name, refuse)
   assert not checkpoint.begun("gs://bucket/run")  # `claim` comes after it
   with pytest.raises(ConfigError, match=r"workdir gs://bucket/run can't be written \(401 no credentials\); set config\.workdir"):
-    checkpoint.claim("gs://bucket/run")
+    workdir.claim("gs://bucket/run")
   with pytest.raises(OSError, match=r"^gs://bucket/run can't be read: 401 no credentials$"):
     export.read("gs://bucket/run")
 

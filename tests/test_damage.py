@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from xcomp_jax import checkpoint, optim, weights
+from xcomp_jax import checkpoint, optim, weights, workdir
 from xcomp_jax.config import to_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.sharding import make_mesh
@@ -227,7 +227,7 @@ def test_a_bucket_stays_one_all_the_way_to_the_libraries(tiny_run, monkeypatch):
   backend = type(folder / "x")
   for name in ("mkdir", "write_text", "unlink"):
     monkeypatch.setattr(backend, name, lambda self, *a, name=name, **k: given.append((name, str(self))))
-  checkpoint.claim(config.workdir)
+  workdir.claim(config.workdir)
   made = [path for what, path in given[1:] if what == "mkdir"]
   assert made == [f"gs://bucket/runs/sct{part}" for part in ("", "/checkpoints", "/tensorboard")]
   assert [path for what, path in given[1:] if what == "write_text"] == ["gs://bucket/runs/sct/.write-test-0"]

@@ -9,7 +9,7 @@ import xcomp_jax
 
 ROOT = pathlib.Path(xcomp_jax.__file__).parent
 ORDER = """
-config files sharding hosts
+config files sharding hosts workdir
 data.batch data.video data.prompt data.store data.mixture data.shards data.check data.blend data.pipeline
 model.attention model.norm model.rope model.vision model.internvideo2 model.merge model.lp_comp model.decoder model.vlm
 inside qc_comp encode generate chat report official layouts weights reader answers tasks optim checkpoint metrics cost

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from xcomp_jax import checkpoint, metrics, train
+from xcomp_jax import checkpoint, metrics, train, workdir
 from xcomp_jax.config import ConfigError, to_dict
 from xcomp_jax.data.store import open_store, write_store
 from xcomp_jax.sharding import make_mesh
@@ -164,7 +164,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_ends_the_same(tiny_r
 def test_a_second_run_in_a_workdir_is_refused_while_the_first_is_at_work(tiny_run, straight, tmp_path):
   shutil.copytree(straight[0].workdir, tmp_path / "w")
   config = make(tiny_run, tmp_path / "w")
-  with checkpoint.held(config.workdir), pytest.raises(ConfigError, match=r"another run is at work in .*; set config\.workdir to another"):
+  with workdir.held(config.workdir), pytest.raises(ConfigError, match=r"another run is at work in .*; set config\.workdir to another"):
     train.run(config)
   train.run(config)
 

@@ -240,8 +240,8 @@ def table(folder: pathlib.Path, layers: int | None, effort: float, say: Callable
   folder.mkdir(parents=True, exist_ok=True)
   libtpu = next((d.version for d in importlib.metadata.distributions(name="libtpu")), None)
   lines = [
-    "| | topology | frames | data | GB per device | of | TFLOP per device | at least | bound by | compiled in |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "| | topology | frames | data | GB per device | of | TFLOP per device | at least | bound by |",
+    "|---|---|---|---|---|---|---|---|---|",
   ]
   for i, (variant, where, frames, data, extra) in enumerate(CELLS, 1):
     model = "7B" if variant else "2B"
@@ -266,7 +266,7 @@ def table(folder: pathlib.Path, layers: int | None, effort: float, say: Callable
     seconds = f"{row['seconds'][bound]:.2f} s" if row["seconds"] else "-"
     lines.append(
       f"| {model} | {where} | {frames:,} | {data} | {size / GB:.2f}{'' if size <= limit else ' (**does not fit**)'} | {limit / GB:.1f} | "
-      f"{row['flops']['executed'] / known['devices'] / 1e12:.0f} | {seconds} | {bound} | {row['compile_s']:.0f} s |"
+      f"{row['flops']['executed'] / known['devices'] / 1e12:.0f} | {seconds} | {bound} |"
     )
   if effort:
     lines.append("\nCompiled with --quick: the compiler's least effort, whose programs take a little more memory than those of training.")

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from xcomp_jax import checkpoint, encode, hosts, metrics, optim, weights
+from xcomp_jax import checkpoint, encode, hosts, metrics, optim, weights, workdir
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check, from_command_line, to_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch
@@ -95,7 +95,7 @@ def run(config: RunConfig, watch: Watch = lambda step, group, values: None) -> d
     with goodput.part("connect"):
       stack.enter_context(hosts.joined(config.distributed))
     prepared = prepare(config)
-    stack.enter_context(checkpoint.held(config.workdir))
+    stack.enter_context(workdir.held(config.workdir))
     return _train(config, prepared, goodput, watch)
 
 
@@ -131,7 +131,7 @@ def prepare(config: RunConfig) -> Prepared:
   heldout = None if held is None else pipeline.evaluation(held, tokenizer, config.data, **here)
   if not checkpoint.begun(config.workdir):
     weights.stored(directory, cfg)  # what is missing or broken is said before anything is written
-  checkpoint.claim(config.workdir)
+  workdir.claim(config.workdir)
   return Prepared(cfg, mesh, opened, data, heldout, steps, description)
 
 

@@ -1,0 +1,75 @@
+"""A run's own folder: it can be written, is one for all processes, and one run's at a time."""
+
+import contextlib
+import fcntl
+import secrets
+import time
+from collections.abc import Generator
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from xcomp_jax.config import ConfigError
+from xcomp_jax.files import one_line
+
+LAGS = 5  # seconds that a shared file system may take to show one host what another wrote
+
+
+def claim(workdir: str) -> None:
+  """Makes the work directory, and checks that it can be written and is the same for all processes, before anything expensive
+  happens. All of them must call this.
+
+  Raises:
+    ConfigError: it can't, or is not.
+  """
+  path = epath.Path(workdir)
+  try:
+    for part in (path, path / "checkpoints", path / "tensorboard"):
+      part.mkdir(parents=True, exist_ok=True)
+    probe = path / f".write-test-{jax.process_index()}"
+    probe.write_text("")
+    probe.unlink()
+  except Exception as error:  # those of a bucket's clients have no common base
+    raise ConfigError(
+      f"workdir {workdir} can't be written ({one_line(error)}); set config.workdir to a folder that can"
+    ) from error
+  if jax.process_count() == 1:
+    return
+  mark = path / f".shared-{int(multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31))))}"
+  if jax.process_index() == 0:
+    mark.write_text("")
+  multihost_utils.sync_global_devices("the workdir is marked")
+  seen = any(mark.exists() or time.sleep(1) for _ in range(LAGS))
+  blind = np.flatnonzero(~np.atleast_1d(multihost_utils.process_allgather(np.array(seen)))).tolist()
+  if jax.process_index() == 0:
+    mark.unlink()
+  if blind:
+    raise ConfigError(
+      f"config.workdir = {workdir} is not one folder for all processes: process {', '.join(map(str, blind))} can't see what process 0 "
+      "writes there; set it to a shared file system or a bucket (gs://)"
+    )
+
+
+@contextlib.contextmanager
+def held(workdir: str) -> Generator[None]:
+  """Keeps other runs out of a workdir, as far as its file system has locks; a bucket has none.
+
+  Raises:
+    ConfigError: another run is at work in it.
+  """
+  if jax.process_index() or "://" in workdir:
+    yield
+    return
+  with open(epath.Path(workdir) / ".lock", "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ConfigError(
+        f"another run is at work in {workdir}; set config.workdir to another folder, or if these are the processes of one run, see to it "
+        "that they find each other (config.distributed)"
+      ) from error
+    except OSError:  # no locks here
+      pass
+    yield
