@@ -1,6 +1,8 @@
 """The study's quick preset is a gate on quality: what parity tests can't see, the share of right answers does."""
 
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +31,16 @@ def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
   assert {f"tune_{rule}_{seed}" for rule in RULES for seed in range(3)} <= set(names)
 
 
+def test_a_base_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(study, "BASE", str(tmp_path / "base"))
+  with pytest.raises(SystemExit):
+    study.main(["--preset", "quick", "--out", str(tmp_path / "out")])
+  assert re.match(r"error: \S+/base is not there: train the base \(--base\)", capsys.readouterr().err)
+
+
 def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch):
   done = []
+  monkeypatch.setattr(study, "BASE", str(tmp_path))
   cells = lambda _: iter([(name, lambda name=name: done.append(name) or {"of": name}) for name in ("a", "b_1", "b_2")])
   monkeypatch.setattr(study, "cells", cells)
   study.run(tmp_path / "work", "quick", tmp_path / "cells", "b")
@@ -52,8 +62,9 @@ def quick(tmp_path_factory):
   return Study(out, study.PRESETS["quick"]), findings.Cells(out / "cells")
 
 
-# Shares of right answers, with margins of about four standard errors to what was measured (docs/LOG.md).
-UNCOMPRESSED, TUNED, FOUND = 0.0, 0.0, 0.0
+# Shares of right answers, half way between what was measured with and without the defects below (docs/LOG.md); None until there is a base.
+UNCOMPRESSED, TUNED, FOUND = None, None, None
+gate = pytest.mark.skipif(not pathlib.Path(study.BASE).exists(), reason="the study's base is still in training (docs/STUDY.md)")
 
 
 @pytest.fixture
@@ -74,6 +85,7 @@ def found(quick):
 
 
 @pytest.mark.slow
+@gate
 def test_quality_holds(quick):
   (base,), (after,) = quick[1].seeds("base", "heldout", "none"), quick[1].seeds("tune_progressive_{seed}", "heldout", "progressive")
   (before,), (long,) = quick[1].seeds("base", "heldout", "progressive"), quick[1].seeds("select_{seed}", "long")
@@ -83,6 +95,7 @@ def test_quality_holds(quick):
 
 
 @pytest.mark.slow
+@gate
 def test_prefixes_instead_of_suffixes_fall_through(quick, mutated):
   survivors = lp_comp.survivors
   first = lambda cfg, layers: tuple(tuple(cfg.group - 1 - place for place in kept[::-1]) for kept in survivors(cfg, layers))
@@ -96,6 +109,7 @@ def _first(x, before, after):
 
 
 @pytest.mark.slow
+@gate
 def test_positions_as_before_compression_fall_through(quick, mutated):
   rotate, groups = decoder.Layer.rotate, 12 * study.FRAMES
 
@@ -111,6 +125,7 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
 
 
 @pytest.mark.slow
+@gate
 def test_shuffled_scores_fall_through(quick, mutated):
   rounds, rng = chat.score_rounds, np.random.default_rng(0)
   mutated.setattr(chat, "score_rounds", lambda *args, **kw: rng.permuted(rounds(*args, **kw), axis=-1))

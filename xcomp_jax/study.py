@@ -277,6 +277,7 @@ def configured(variant: str, init: str | pathlib.Path, run: pathlib.Path, data: 
 
 STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
   "see": (Split("see", 12000, (1, 1), (1, 1), 8, described=1.0), False),
+  "answer": (Split("answer", 12000, (1, 3), (1, 2), 8), True),
   "tell": (Split("tell", 16000, (1, 6), (1, 3), 8, described=0.5), True),
   "ask": (Split("ask", 8000, (4, 12), (2, 5), 8, described=0.3), True),
 }
@@ -334,6 +335,8 @@ def _by_frames(study: Study, model: str | pathlib.Path, rule: str) -> dict[str, 
 
 def run(out: pathlib.Path, name: str, where: pathlib.Path, only: str) -> None:
   """Does the cells of a preset whose names begin with `only` and that are not in `where` yet."""
+  if not pathlib.Path(BASE).exists():
+    raise FileNotFoundError(f"{BASE} is not there: train the base (--base), and copy its ask/model to {BASE}")
   study = Study(out, PRESETS[name])
   todo = [(cell, do) for cell, do in cells(study) if cell.startswith(only)]
   where.mkdir(parents=True, exist_ok=True)
