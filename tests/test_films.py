@@ -41,10 +41,9 @@ def solve(shots, text):
 
 def conversations(split, numbers, seed=0):
   for number in numbers:
-    film, annotations = films._annotated(split, seed, number)
-    for one in annotations:
-      texts = [turn["value"].removeprefix("<image>\n") for turn in one["conversations"]]
-      yield film, one, list(zip(texts[::2], texts[1::2], strict=True))
+    film, one = films._annotated(split, seed, number)
+    texts = [turn["value"].removeprefix("<image>\n") for turn in one["conversations"]]
+    yield film, one, list(zip(texts[::2], texts[1::2], strict=True))
 
 
 @pytest.mark.parametrize("split", [HELDOUT, Split("train", 1, (4, 12), (1, 5), 8)], ids=lambda s: s.name)

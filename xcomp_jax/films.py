@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from xcomp_jax import world
+from xcomp_jax.files import fresh_folder
 from xcomp_jax.world import Scene
 
 FRAMES = 2  # of a scene: one clip
@@ -123,7 +124,7 @@ def description(film: Sequence[Scene]) -> str:
   return ", ".join(f"{s.colour} {s.shape} {s.motion} {s.digit}" for s in seen)
 
 
-def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], list[dict]]:
+def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]:
   """A film and its annotation; of a film to measure with, `scenes` says what each question needs."""
   rng = np.random.default_rng((seed, int.from_bytes(split.name.encode()), number))
   scenes = int(rng.integers(split.scenes[0], split.scenes[1] + 1))
@@ -135,22 +136,20 @@ def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], list[
       film = draw(rng, scenes, count)
       asked = questions(film)
     each = [of[rng.integers(len(of))] for of in ([q for q in asked if q.kind == kind] for kind in KINDS)]
-    return film, [{"conversations": world.conversation([(q.text, q.answer) for q in each]), "scenes": [q.scenes for q in each]}]
+    return film, {"conversations": world.conversation([(q.text, q.answer) for q in each]), "scenes": [q.scenes for q in each]}
   if rng.random() < split.described:
-    return film, [{"conversations": world.conversation([(DESCRIBE, description(film))])}]
+    return film, {"conversations": world.conversation([(DESCRIBE, description(film))])}
   # Kinds in turn, so that there are as many of the rare ones; no answer tells another.
   kinds = {str(kind): {} for kind in rng.permutation(KINDS)}
   for i in rng.permutation(len(asked)):
     kinds[asked[i].kind].setdefault(asked[i].scenes, asked[i])
   rows = itertools.zip_longest(*(of.values() for of in kinds.values()))
   turns = [(q.text, q.answer) for row in rows for q in row if q][: split.questions]
-  return film, [{"conversations": world.conversation(turns)}]
+  return film, {"conversations": world.conversation(turns)}
 
 
 def write(out: pathlib.Path, split: Split, seed: int, workers: int) -> None:
   """out/NAME/*.mp4, out/NAME.json and out/NAME.yaml; `out` appears whole or not at all."""
-  from xcomp_jax.files import fresh_folder
-
   with fresh_folder(out) as temporary:
     world.write_split(temporary, split.name, split.films, functools.partial(_annotated, split, seed), FRAMES, workers)
 

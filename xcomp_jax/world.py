@@ -268,8 +268,8 @@ def write_videos(out: pathlib.Path, split: Split, seed: int, workers: int) -> No
   write_split(out, split.name, split.videos, functools.partial(_annotated, split, seed), FRAMES, workers)
 
 
-def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], list[dict]]:
-  """A video's scenes and its annotation; whose `scenes` say where the answer to each question is shown."""
+def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]:
+  """A video's scenes and its annotation, whose `scenes` say where the answer to each question is shown."""
   source = (seed, split.name == "heldout", number)
   rng = np.random.default_rng(source)
   shown = scenes(rng, int(rng.integers(split.fewest, split.most + 1)))
@@ -277,7 +277,7 @@ def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], list[
   asked = [kinds[number % len(kinds)]] if split.questions == 1 else rng.permutation(kinds)[: split.questions]
   turns = [turn(shown, str(kind)) for kind in asked] or [(DESCRIBE, description(shown))]
   where = [next(i for i, scene in enumerate(shown) if getattr(scene, kind) is not None) for kind in asked]
-  return shown, [{"conversations": conversation(turns), "scenes": where}]
+  return shown, {"conversations": conversation(turns), "scenes": where}
 
 
 def conversation(turns: Sequence[tuple[str, str]]) -> list[dict]:
@@ -287,27 +287,27 @@ def conversation(turns: Sequence[tuple[str, str]]) -> list[dict]:
   return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-Film = Callable[[int], tuple[list[Scene], list[dict]]]  # a video's scenes and annotations, by its number
+Film = Callable[[int], tuple[list[Scene], dict]]  # a video's scenes and annotation, by its number
 
 
 def write_split(out: pathlib.Path, name: str, count: int, film: Film, frames: int, workers: int) -> None:
-  """out/NAME/*.mp4 of scenes of so many frames, out/NAME.json of all annotations, and out/NAME.yaml."""
+  """out/NAME/*.mp4 of scenes of so many frames, out/NAME.json of their annotations, and out/NAME.yaml."""
   import yaml
 
   (out / name).mkdir()
   work = functools.partial(_write_video, out, name, film, frames)
   with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-    annotations = [one for several in pool.map(work, range(count), chunksize=16) for one in several]
+    annotations = list(pool.map(work, range(count), chunksize=16))
   (out / f"{name}.json").write_text(json.dumps(annotations, indent=1) + "\n")
   entry = {"json_path": f"{name}.json", "sampling_strategy": "all", "data_root": name}
   (out / f"{name}.yaml").write_text(yaml.safe_dump({"datasets": [entry]}, sort_keys=False))
 
 
-def _write_video(out: pathlib.Path, name: str, film: Film, frames: int, number: int) -> list[dict]:
-  """Writes a video and returns its annotations."""
+def _write_video(out: pathlib.Path, name: str, film: Film, frames: int, number: int) -> dict:
+  """Writes a video and returns its annotation."""
   import cv2
 
-  shown, annotations = film(number)
+  shown, annotation = film(number)
   file = f"{number:05d}.mp4"
   writer = cv2.VideoWriter(str(out / name / file), cv2.VideoWriter.fourcc(*"mp4v"), FPS, (SIZE, SIZE))
   if not writer.isOpened():
@@ -316,8 +316,7 @@ def _write_video(out: pathlib.Path, name: str, film: Film, frames: int, number: 
     for frame in render(scene, frames):
       writer.write(frame[..., ::-1])
   writer.release()
-  parts = [""] if len(annotations) == 1 else [f"/{i}" for i in range(len(annotations))]
-  return [{"id": f"{name}/{number:05d}{part}", "video": file, **one} for part, one in zip(parts, annotations, strict=True)]
+  return {"id": f"{name}/{number:05d}", "video": file, **annotation}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
