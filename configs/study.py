@@ -91,8 +91,8 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.train.keep_every = free(None)
 
   c.mesh = ConfigDict()
-  c.mesh.data = 1
-  c.mesh.fsdp = -1
+  c.mesh.data = -1  # so small a model lies on every device
+  c.mesh.fsdp = 1
   c.mesh.tensor = 1
   c.mesh.context = 1
 

@@ -91,6 +91,15 @@ assert against["not tuned", "one"][1].mean() > against["not tuned", "0.9"][1].me
 
 
 @pytest.mark.slow
+def test_inside_without_a_tuned_model(run):
+  then = """
+assert list(models) == ["not tuned"] and looked == COSINE
+assert against["not tuned", "cosine"][1].mean() > 0
+"""
+  run("inside", then, ["schedule", "places", "flow", "kept", "agreement"], videos=2, tuned="")
+
+
+@pytest.mark.slow
 def test_ask(run):
   then = """
 assert [answer.text in tuple("ABCD") for _, answer in answers] == [True] * 4
