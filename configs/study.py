@@ -4,7 +4,7 @@
   python -m xcomp_jax.study --out study
 
 The base is a miniature VideoChat-Flash of ten layers, trained from nothing and without compression on films of `xcomp_jax.films`:
-stages `see`, `answer`, `tell`, `ask`, the first with the tower; every one starts from the last one's export. `tune` is what every row
+stages `see`, `tell`, `answer`, `ask`, `watch`, the first with the tower; every one starts from the last one's export. `tune` is what every row
 of the study's tables is tuned with; the command sets its keep rule, schedule and seed.
 """
 
@@ -14,9 +14,10 @@ from ml_collections import ConfigDict, FieldReference
 
 STAGES = {  # learning rate, epochs, tower trained, frames and text of the only bucket: more of them would be filled with padding
   "see": (2e-3, 1, True, (2,), (64,)),  # one shot to describe
-  "answer": (1.5e-3, 1, False, (6,), (160,)),  # questions alone, about one or two shots
-  "tell": (1.5e-3, 1, False, (12,), (160,)),  # up to three shots among others
-  "ask": (1e-3, 2, False, (24,), (160,)),  # up to five in up to 12 scenes
+  "tell": (1.5e-3, 1, False, (8,), (96,)),  # two or three shots to describe: what belongs to a colour is looked up
+  "answer": (1.5e-3, 1, False, (8,), (160,)),  # questions about them
+  "ask": (1.5e-3, 2, False, (24,), (160,)),  # up to five in up to 12 scenes
+  "watch": (5e-4, 1, False, (64,), (160,)),  # in up to 32, as many as a window of QC-Comp has
   "tune": (5e-4, 1, False, (24,), (160,)),
 }
 
@@ -32,11 +33,12 @@ def get_config(stage: str = "see") -> ConfigDict:
   rate, epochs, vision, frames, text = STAGES[stage]
   free = lambda value: FieldReference(value, field_type=object)
   base, tuned = pathlib.PurePath("study/base"), stage == "tune"
-  before = {"see": base / "init", "answer": base / "see/model", "tell": base / "answer/model", "ask": base / "tell/model", "tune": "assets/study"}[stage]
+  order = list(STAGES)
+  before = base / "init" if stage == order[0] else base / order[order.index(stage) - 1] / "model"
   c = ConfigDict()
   c.seed = 0
   c.workdir = "study/progressive_0/run" if tuned else str(base / stage / "run")
-  c.init_from = str(before)
+  c.init_from = "assets/study" if tuned else str(before)
   c.compilation_cache = free(None)
 
   c.model = ConfigDict()

@@ -1,7 +1,7 @@
 """The study's world: films of many scenes, and questions whose answers are known.
 
 A film is a row of scenes of two frames, one clip each. A few of them are *shots*: a coloured shape that moves, and a digit in a
-corner; no two shots of a film share a colour or a digit. In all other scenes there is nothing to see. Six kinds of questions
+corner, between bars of the shape's colour; no two shots of a film share a colour or a digit. In all other scenes there is nothing to see. Six kinds of questions
 need more than one look:
 
   needle     which digit was with a colour, or which colour with a digit: one scene, found by what it shows, read elsewhere in it
@@ -92,7 +92,7 @@ def draw(rng: np.random.Generator, scenes: int, count: int) -> list[Scene]:
   free = {name: rng.choice(VALUES[name], count) for name in ("shape", "motion")}
   for k, place in enumerate(np.sort(rng.choice(scenes, count, replace=False))):
     one = {name: str(values[k]) for name, values in (distinct | free).items()}
-    film[place] = dataclasses.replace(film[place], **one)
+    film[place] = dataclasses.replace(film[place], bars=one["colour"], **one)
   return film
 
 
@@ -119,9 +119,12 @@ def questions(film: Sequence[Scene]) -> list[Question]:
 
 
 def description(film: Sequence[Scene]) -> str:
-  """A film's shots, such as "red ring left 7, blue cross up 0"."""
+  """A film's shots, such as "red ring, red left, red 7, blue cross, blue up, blue 0".
+
+  What is to be found comes right after what it is found by: that is the easiest way into looking things up.
+  """
   seen = (film[i] for i in shots(film))
-  return ", ".join(f"{s.colour} {s.shape} {s.motion} {s.digit}" for s in seen)
+  return ", ".join(f"{s.colour} {value}" for s in seen for value in (s.shape, s.motion, s.digit))
 
 
 def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]:

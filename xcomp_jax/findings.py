@@ -134,7 +134,7 @@ def selection(cells: Cells) -> str:
   """Accuracy, and how often all that is needed was selected, by mode of QC-Comp (paper, Tables 4 to 6)."""
   out = []
   sources = {"128 scenes, no compression": ("base_select", "long"), "128 scenes, LP-Comp after SCT": ("select_{seed}", "long")}
-  for name, path in (sources | {"256 scenes, LP-Comp after SCT": ("official_{seed}", "hour")}).items():
+  for name, path in (sources | {"512 scenes, LP-Comp after SCT": ("official_{seed}", "hour")}).items():
     found = cells.seeds(*path)
     for mode in found[0] if found else ():
       if mode != "place":

@@ -277,14 +277,15 @@ def configured(variant: str, init: str | pathlib.Path, run: pathlib.Path, data: 
 
 STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
   "see": (Split("see", 12000, (1, 1), (1, 1), 8, described=1.0), False),
-  "answer": (Split("answer", 12000, (1, 3), (1, 2), 8), True),
-  "tell": (Split("tell", 16000, (1, 6), (1, 3), 8, described=0.5), True),
+  "tell": (Split("tell", 8000, (2, 4), (2, 3), 8, described=1.0), True),
+  "answer": (Split("answer", 8000, (2, 4), (2, 3), 8, described=0.3), True),
   "ask": (Split("ask", 8000, (4, 12), (2, 5), 8, described=0.3), True),
+  "watch": (Split("watch", 4000, (8, 32), (2, 5), 8), True),
 }
 
 
 def train_base(out: pathlib.Path) -> None:
-  """The base's stages; the result is out/ask/model. Goes on where it stopped."""
+  """The base's stages; the result is out/watch/model. Goes on where it stopped."""
   before = out / "init"
   if not before.exists():
     world.write_untrained(before, 0, films.MODEL, films.words())
@@ -336,7 +337,7 @@ def _by_frames(study: Study, model: str | pathlib.Path, rule: str) -> dict[str, 
 def run(out: pathlib.Path, name: str, where: pathlib.Path, only: str) -> None:
   """Does the cells of a preset whose names begin with `only` and that are not in `where` yet."""
   if not pathlib.Path(BASE).exists():
-    raise FileNotFoundError(f"{BASE} is not there: train the base (--base), and copy its ask/model to {BASE}")
+    raise FileNotFoundError(f"{BASE} is not there: train the base (--base), and copy its watch/model to {BASE}")
   study = Study(out, PRESETS[name])
   todo = [(cell, do) for cell, do in cells(study) if cell.startswith(only)]
   where.mkdir(parents=True, exist_ok=True)

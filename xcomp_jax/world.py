@@ -30,6 +30,7 @@ SIZE = 96  # pixels of a video, square
 FRAMES = 8  # of a scene: one clip
 FPS = 8
 LABEL = 32  # pixels of the corner that shows a digit
+BAR = 4  # of its pixels on each side, if in colour
 
 COLOURS = {
   "red": (220, 50, 45), "green": (60, 180, 65), "blue": (70, 110, 245), "yellow": (235, 220, 50),
@@ -72,13 +73,17 @@ class WorldError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What one scene shows, in words (None: nothing of the kind), and the seed of everything that nobody asks about."""
+  """What one scene shows, in words (None: nothing of the kind), and the seed of everything that nobody asks about.
+
+  bars: colour at both sides of the digit; None: black, as all that is around it.
+  """
 
   colour: str | None
   shape: str | None
   motion: str | None
   digit: str | None
   seed: int
+  bars: str | None = None
 
 
 def scenes(rng: np.random.Generator, count: int) -> list[Scene]:
@@ -87,7 +92,7 @@ def scenes(rng: np.random.Generator, count: int) -> list[Scene]:
   moving, labelled = rng.integers(count, size=2)
   kept = lambda i, kind: drawn[kind] if i == (labelled if kind == "digit" else moving) else None
   seeds = rng.integers(2**31, size=count)
-  return [Scene(*(kept(i, kind) for kind in VALUES), int(seed)) for i, seed in enumerate(seeds)]
+  return [Scene(**{kind: kept(i, kind) for kind in VALUES}, seed=int(seed)) for i, seed in enumerate(seeds)]
 
 
 def render(scene: Scene, count: int = FRAMES) -> np.ndarray:
@@ -115,6 +120,9 @@ def render(scene: Scene, count: int = FRAMES) -> np.ndarray:
   if scene.digit is not None:
     top, left = corner
     frames[:, top : top + LABEL, left : left + LABEL] = _label(scene.digit)[..., None]
+    if scene.bars is not None:
+      for side in (left, left + LABEL - BAR):
+        frames[:, top : top + LABEL, side : side + BAR] = COLOURS[scene.bars]
   frames += 3 * rng.standard_normal(frames.shape, np.float32)
   return np.clip(frames, 0, 255).astype(np.uint8)
 
