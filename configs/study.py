@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, FieldReference
 
 STAGES = {  # learning rate, epochs, tower trained, frames and text of the only bucket: more of them would be filled with padding
   "see": (2e-3, 1, True, (2,), (64,)),  # one shot to describe
-  "tell": (1.5e-3, 1, False, (8,), (96,)),  # two or three shots to describe: what belongs to a colour is looked up
+  "tell": (1.5e-3, 1, False, (8,), (96,)),  # two or three shots to describe
   "answer": (1.5e-3, 1, False, (8,), (160,)),  # questions about them
   "ask": (1.5e-3, 2, False, (24,), (160,)),  # up to five in up to 12 scenes
   "watch": (5e-4, 1, False, (64,), (160,)),  # in up to 32, as many as a window of QC-Comp has

@@ -119,10 +119,7 @@ def questions(film: Sequence[Scene]) -> list[Question]:
 
 
 def description(film: Sequence[Scene]) -> str:
-  """A film's shots, such as "red ring, red left, red 7, blue cross, blue up, blue 0".
-
-  What is to be found comes right after what it is found by: that is the easiest way into looking things up.
-  """
+  """A film's shots, such as "red ring, red left, red 7, blue cross, blue up, blue 0": each value right after what it is found by."""
   seen = (film[i] for i in shots(film))
   return ", ".join(f"{s.colour} {value}" for s in seen for value in (s.shape, s.motion, s.digit))
 
