@@ -1,6 +1,7 @@
 """The study's films: what is asked follows from what is shown, and the real path shows it."""
 
 import collections
+import dataclasses
 import re
 
 import numpy as np
@@ -113,3 +114,11 @@ def test_the_real_path_shows_a_scene_in_each_clip(tmp_path):
     assert np.abs(clip.astype(float) - shown).mean() < 12  # mp4 blurs
     others = [np.abs(clip.astype(float) - world.render(other, FRAMES)).mean() for other in film if other is not scene]
     assert np.abs(clip.astype(float) - shown).mean() < min(others) / 2
+
+
+def test_bars_of_the_shots_colour_are_beside_its_digit_and_nowhere_else():
+  shot = world.Scene("red", "ring", "left", "7", 3)
+  changed = np.abs(world.render(dataclasses.replace(shot, bars="red"), FRAMES).astype(int) - world.render(shot, FRAMES)).sum(-1) > 90
+  assert changed.sum() == FRAMES * world.LABEL * 2 * world.BAR
+  film = films.draw(np.random.default_rng(0), 12, 4)
+  assert all(scene.bars == scene.colour for scene in film)
