@@ -3,8 +3,8 @@
   python -m xcomp_jax.study --base --out study/base
   python -m xcomp_jax.study --out study
 
-The base is a miniature VideoChat-Flash of ten layers, trained from nothing and without compression on films of `xcomp_jax.films`:
-stages `see`, `tell`, `answer`, `ask`, `watch`, the first with the tower; every one starts from the last one's export. `tune` is what every row
+The base is a miniature VideoChat-Flash of eight layers, trained from nothing and without compression on films of `xcomp_jax.films`:
+stages `see`, `answer`, `ask`, `watch`, the first with the tower; every one starts from the last one's export. `tune` is what every row
 of the study's tables is tuned with; the command sets its keep rule, schedule and seed.
 """
 
@@ -12,13 +12,12 @@ import pathlib
 
 from ml_collections import ConfigDict, FieldReference
 
-STAGES = {  # learning rate, epochs, tower trained, frames and text of the only bucket: more of them would be filled with padding
-  "see": (2e-3, 1, True, (2,), (64,)),  # one shot to describe
-  "tell": (1.5e-3, 1, False, (8,), (96,)),  # two or three shots to describe
-  "answer": (1.5e-3, 1, False, (8,), (160,)),  # questions about them
-  "ask": (1.5e-3, 2, False, (24,), (160,)),  # up to five in up to 12 scenes
-  "watch": (5e-4, 1, False, (64,), (160,)),  # in up to 32, as many as a window of QC-Comp has
-  "tune": (5e-4, 1, False, (24,), (160,)),
+STAGES = {  # learning rate, films in a batch, epochs, tower trained, frames and text of the only bucket: more of them would be filled with padding
+  "see": (3e-3, 16, 1, True, (2,), (64,)),  # one shot to describe
+  "answer": (2e-3, 8, 4, False, (6,), (160,)),  # questions about up to three, and descriptions, without which motion is forgotten
+  "ask": (1.5e-3, 8, 1, False, (24,), (160,)),  # up to five in up to 12 scenes
+  "watch": (5e-4, 8, 1, False, (64,), (160,)),  # in up to 32, as many as a window of QC-Comp has
+  "tune": (5e-4, 8, 1, False, (24,), (160,)),
 }
 
 
@@ -30,7 +29,7 @@ def get_config(stage: str = "see") -> ConfigDict:
   """
   if stage not in STAGES:
     raise ValueError(f"configs/study.py has no stage {stage!r}; known: {', '.join(STAGES)}")
-  rate, epochs, vision, frames, text = STAGES[stage]
+  rate, batch, epochs, vision, frames, text = STAGES[stage]
   free = lambda value: FieldReference(value, field_type=object)
   base, tuned = pathlib.PurePath("study/base"), stage == "tune"
   order = list(STAGES)
@@ -79,7 +78,7 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.optim.eps = 1e-8
 
   c.train = ConfigDict()
-  c.train.batch_size = 16
+  c.train.batch_size = batch
   c.train.epochs = epochs
   c.train.steps = free(None)
   c.train.vision = vision

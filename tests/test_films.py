@@ -29,7 +29,7 @@ def solve(shots, text):
       return max(films.VALUES["shape"], key=[s.shape for s in shots].count)
     case ["Which", "shape", "was", colour]:
       return of[colour].shape
-    case ["Which", "way", "did", colour, "move"]:
+    case ["Which", "way", "went", colour]:
       return of[colour].motion
     case ["Which", "colour", "came", "after", colour]:
       return order[order.index(colour) + 1]

@@ -35,9 +35,9 @@ VALUES = {
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 COUNT, WHOLE, DESCRIBE = "How many shapes were shown?", "Which shape was shown most?", "Describe the video."
 
-# The base's sizes. Ten layers, so that a cosine has as many lengths.
+# The base's sizes. Eight layers, so that a cosine has as many lengths.
 MODEL: dict[str, Any] = world.MODEL | {
-  "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 10, "num_attention_heads": 2, "num_key_value_heads": 1,
+  "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads": 2,
   "mm_local_num_frames": FRAMES,
 }  # fmt: skip
 
@@ -167,7 +167,7 @@ def _shape_of(colour: str) -> str:
 
 
 def _motion_of(colour: str) -> str:
-  return f"Which way did {colour} move?"
+  return f"Which way went {colour}?"
 
 
 def _after(colour: str) -> str:

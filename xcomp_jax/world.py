@@ -253,8 +253,13 @@ def asked(annotation: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
   return list(zip(texts[::2], texts[1::2], annotation["scenes"], strict=True))
 
 
-def write_untrained(out: pathlib.Path, seed: int, sizes: Mapping[str, Any], texts: Sequence[str]) -> None:
-  """A checkpoint of random weights in official layout, with a tokenizer of `texts` and config.json: where a base starts."""
+def write_untrained(
+  out: pathlib.Path, seed: int, sizes: Mapping[str, Any], texts: Sequence[str], *, silent_layers: bool = False
+) -> None:
+  """A checkpoint of random weights in official layout, with a tokenizer of `texts` and config.json: where a base starts.
+
+  silent_layers: the LLM's layers add nothing to their input yet (their last kernels are zero).
+  """
   import jax.numpy as jnp
   from flax import nnx
 
@@ -268,7 +273,11 @@ def write_untrained(out: pathlib.Path, seed: int, sizes: Mapping[str, Any], text
     write_tokenizer(source, texts)
     (source / "config.json").write_text(json.dumps(sizes, indent=2))
     cfg = weights.read_config(source, AS_IT_IS, NOT_TUNED)
-    export.save_torch(out, VLM(cfg, rngs=nnx.Rngs(seed)), cfg, source, dtype=jnp.float32)
+    model = VLM(cfg, rngs=nnx.Rngs(seed))
+    for layer in model.llm.layers if silent_layers else ():
+      layer.o.kernel[...] = jnp.zeros_like(layer.o.kernel[...])
+      layer.down.kernel[...] = jnp.zeros_like(layer.down.kernel[...])
+    export.save_torch(out, model, cfg, source, dtype=jnp.float32)
 
 
 def write_videos(out: pathlib.Path, split: Split, seed: int, workers: int) -> None:
