@@ -15,9 +15,9 @@ from ml_collections import ConfigDict, FieldReference
 STAGES = {  # learning rate, films in a batch, epochs, tower trained, frames and text of the only bucket: more of them would be filled with padding
   "see": (3e-3, 16, 1, True, (2,), (64,)),  # one shot to describe
   "answer": (2e-3, 8, 4, False, (6,), (160,)),  # questions about up to three, and descriptions, without which motion is forgotten
-  "ask": (1.5e-3, 8, 1, False, (24,), (160,)),  # up to five in up to 12 scenes
-  "watch": (5e-4, 8, 1, False, (64,), (160,)),  # in up to 32, as many as a window of QC-Comp has
-  "tune": (5e-4, 8, 1, False, (24,), (160,)),
+  "ask": (1.5e-3, 8, 2, False, (24,), (160,)),  # up to five in up to 12 scenes
+  "watch": (1e-3, 8, 1, False, (64,), (160,)),  # in up to 32, as many as a window of QC-Comp has
+  "tune": (2e-3, 8, 1, False, (24,), (160,)),
 }
 
 
