@@ -61,7 +61,7 @@ def quick(tmp_path_factory):
   return Study(out, study.PRESETS["quick"]), findings.Cells(out / "cells")
 
 
-# Shares of right answers, half way between what was measured with and without the defects below (docs/LOG.md), and that of the base less 10 points.
+# Shares of right answers: of the base less 12 points; then about half way between what was measured with and without the defects below (docs/LOG.md).
 UNCOMPRESSED, TUNED, FOUND = 0.69, 0.64, 0.45
 
 
