@@ -13,6 +13,7 @@ from xcomp_jax.data.store import open_store
 from xcomp_jax.films import FRAMES, KINDS, Split
 
 HELDOUT = Split("heldout", 4, (12, 12), (3, 5), 0)
+NUMBERS = ["one", "two", "three", "four", "five"]
 
 
 def solve(shots, text):
@@ -23,8 +24,8 @@ def solve(shots, text):
   match words:
     case ["Which", "digit", "was", "with", colour]:
       return of[colour].digit
-    case ["Which", "colour", "was", "with", digit]:
-      return next(s.colour for s in shots if s.digit == digit)
+    case ["Which", "colour", "was", "number", number]:
+      return order[NUMBERS.index(number)]
     case ["Which", "shape", "was", "shown", "most"]:
       return max(films.VALUES["shape"], key=[s.shape for s in shots].count)
     case ["Which", "shape", "was", colour]:
@@ -36,7 +37,7 @@ def solve(shots, text):
     case ["Which", "colour", "came", "before", colour]:
       return order[order.index(colour) - 1]
     case ["How", "many", *_]:
-      return ["none", "one", "two", "three", "four", "five"][len(shots)]
+      return NUMBERS[len(shots) - 1]
   raise AssertionError(text)
 
 
@@ -54,7 +55,7 @@ def test_every_answer_follows_from_the_scenes(split):
     shots = [scene for scene in film if scene.colour]
     for text, answer in turns:
       assert solve(shots, text) == answer
-      seen[re.sub(r"\b(" + "|".join(sum(films.VALUES.values(), ())) + r")\b", "X", text)] += 1
+      seen[re.sub(r"\b(" + "|".join([*sum(films.VALUES.values(), ()), *NUMBERS]) + r")\b", "X", text)] += 1
   assert len(seen) == 8 and min(seen.values()) > 20
 
 
@@ -66,7 +67,7 @@ def test_no_two_shots_share_a_colour_or_a_digit():
 
 def test_no_answer_of_a_conversation_tells_another():
   for _, _, turns in conversations(Split("train", 1, (8, 8), (4, 5), 99), range(60)):
-    pairs = collections.Counter(frozenset((t.rstrip("?").split()[-1], a)) for t, a in turns if "with" in t or "came" in t)
+    pairs = collections.Counter(frozenset((t.rstrip("?").split()[-1], a)) for t, a in turns if "came" in t)
     assert max(pairs.values()) == 1
 
 
@@ -76,8 +77,8 @@ def test_each_film_that_measures_is_asked_one_question_of_each_kind():
     shots = tuple(films.shots(film))
     needed = dict(zip(KINDS, one["scenes"], strict=True))
     assert all(len(needed[kind]) == 1 and needed[kind][0] in shots for kind in ("needle", "attribute", "motion"))
-    first, second = needed["order"]
-    assert shots.index(second) == shots.index(first) + 1 and needed["count"] == needed["whole"] == shots
+    assert needed["order"] in {shots[first : last + 1] for last in range(len(shots)) for first in {0, max(last - 1, 0)}}
+    assert needed["count"] == needed["whole"] == shots
 
 
 def test_chance_is_what_the_best_constant_answer_gets():
@@ -86,8 +87,6 @@ def test_chance_is_what_the_best_constant_answer_gets():
     for kind, (_, answer) in zip(KINDS, turns, strict=True):
       answers[kind][answer] += 1
   for kind, counts in answers.items():
-    if kind == "needle":  # a digit or a colour, which the question tells
-      counts = collections.Counter({k: n for k, n in counts.items() if k.isdigit()})
     assert counts.most_common(1)[0][1] / counts.total() == pytest.approx(findings.CHANCE[kind], abs=0.05), kind
 
 

@@ -4,9 +4,9 @@ A film is a row of scenes of two frames, one clip each. A few of them are *shots
 corner, between bars of the shape's colour; no two shots of a film share a colour or a digit. In all other scenes there is nothing to see. Six kinds of questions
 need more than one look:
 
-  needle     which digit was with a colour, or which colour with a digit: one scene, found by what it shows, read elsewhere in it
+  needle     which digit was with a colour: one scene, found by what it shows, read elsewhere in it
   attribute  which shape had a colour; motion: which way it moved
-  order      which colour came right after, or right before, another
+  order      which colour was number two, or came right after, or right before, another
   count      how many shapes there were
   whole      which shape was the most frequent one
 
@@ -57,6 +57,7 @@ class Split:
   """Films of one purpose: numbers of scenes and of shots, fewest and most.
 
   questions: about each film, in one conversation; 0: one of each kind, to measure with.
+  first: kind of the question that a conversation begins with; None: any.
   described: share of the films that are described instead, shot by shot.
   """
 
@@ -65,18 +66,17 @@ class Split:
   scenes: tuple[int, int]
   shots: tuple[int, int]
   questions: int
+  first: str | None = None
   described: float = 0.0
 
 
 def words() -> list[str]:
   """The texts of this world, for its tokenizer."""
   values = [*sum(VALUES.values(), ()), *COUNTS.values()]
-  colours, digits = VALUES["colour"], VALUES["digit"]
-  asked = [COUNT, WHOLE, DESCRIBE]
-  for colour in colours:
+  asked = [COUNT, WHOLE, DESCRIBE, *(_number(k) for k in COUNTS)]
+  for colour in VALUES["colour"]:
     asked += [_digit_with(colour), _shape_of(colour), _motion_of(colour), _after(colour), _before(colour)]
-  asked += [_colour_with(digit) for digit in digits]
-  return [*asked, *values, *(f" {v}" for v in values), *(f"{v}, " for v in digits)]
+  return [*asked, *values, *(f" {v}" for v in values), *(f"{v}, " for v in VALUES["digit"])]
 
 
 def shots(film: Sequence[Scene]) -> list[int]:
@@ -104,9 +104,10 @@ def questions(film: Sequence[Scene]) -> list[Question]:
   for i, shot in zip(at, seen, strict=True):
     assert shot.colour and shot.digit and shot.shape and shot.motion  # a shot shows all of them
     out += [
-      Question("needle", _digit_with(shot.colour), shot.digit, (i,)), Question("needle", _colour_with(shot.digit), shot.colour, (i,)),
-      Question("attribute", _shape_of(shot.colour), shot.shape, (i,)), Question("motion", _motion_of(shot.colour), shot.motion, (i,)),
+      Question("needle", _digit_with(shot.colour), shot.digit, (i,)), Question("attribute", _shape_of(shot.colour), shot.shape, (i,)),
+      Question("motion", _motion_of(shot.colour), shot.motion, (i,)),
     ]  # fmt: skip
+    out.append(Question("order", _number(at.index(i) + 1), shot.colour, tuple(at[: at.index(i) + 1])))
   for (i, first), (k, second) in zip(zip(at, seen), zip(at[1:], seen[1:])):
     assert first.colour and second.colour
     out += [Question("order", _after(first.colour), second.colour, (i, k)), Question("order", _before(second.colour), first.colour, (i, k))]
@@ -139,13 +140,15 @@ def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]
     return film, {"conversations": world.conversation([(q.text, q.answer) for q in each]), "scenes": [q.scenes for q in each]}
   if rng.random() < split.described:
     return film, {"conversations": world.conversation([(DESCRIBE, description(film))])}
-  # Kinds in turn, so that there are as many of the rare ones; no answer tells another.
-  kinds = {str(kind): {} for kind in rng.permutation(KINDS)}
+  # Kinds in turn, so that there are as many of the rare ones. No answer tells another; of order, whose answers together tell what
+  # others can't be, there is one: with several, they were learned from the text before them and not from the film.
+  turns: dict[str, dict] = {str(kind): {} for kind in sorted(rng.permutation(KINDS), key=lambda kind: kind != split.first)}
   for i in rng.permutation(len(asked)):
-    kinds[asked[i].kind].setdefault(asked[i].scenes, asked[i])
-  rows = itertools.zip_longest(*(of.values() for of in kinds.values()))
-  turns = [(q.text, q.answer) for row in rows for q in row if q][: split.questions]
-  return film, {"conversations": world.conversation(turns)}
+    question = asked[i]
+    turns[question.kind].setdefault("once" if question.kind == "order" else question.scenes, question)
+  rows = itertools.zip_longest(*(of.values() for of in turns.values()))
+  chosen = [(q.text, q.answer) for row in rows for q in row if q]
+  return film, {"conversations": world.conversation(chosen[: split.questions])}
 
 
 def write(out: pathlib.Path, split: Split, seed: int, workers: int) -> None:
@@ -158,8 +161,8 @@ def _digit_with(colour: str) -> str:
   return f"Which digit was with {colour}?"
 
 
-def _colour_with(digit: str) -> str:
-  return f"Which colour was with {digit}?"
+def _number(place: int) -> str:
+  return f"Which colour was number {COUNTS[place]}?"
 
 
 def _shape_of(colour: str) -> str:

@@ -99,7 +99,8 @@ class Study:
     sizes = {"tuning": (preset.tuning, 12), "heldout": (preset.heldout, 12), "wide": (preset.wide, 24), "long": (preset.long, 128)}
     sizes["hour"] = preset.hour, 512
     self.splits = {
-      name: Split(name, films, (scenes, scenes), (3, 5), 8 if name == "tuning" else 0) for name, (films, scenes) in sizes.items()
+      name: Split(name, count, (scenes, scenes), (3, 5), len(films.KINDS) if name == "tuning" else 0)
+      for name, (count, scenes) in sizes.items()
     }
 
   @functools.cached_property
@@ -278,8 +279,9 @@ def configured(variant: str, init: str | pathlib.Path, run: pathlib.Path, data: 
 STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
   "see": (Split("see", 12000, (1, 1), (1, 1), 8, described=1.0), False),
   "answer": (Split("answer", 13000, (1, 3), (1, 3), 8, described=0.2), True),
-  "ask": (Split("ask", 4000, (4, 12), (2, 5), 8), True),
-  "watch": (Split("watch", 2000, (8, 32), (2, 5), 8), True),
+  "order": (Split("order", 13000, (1, 3), (1, 3), 2, first="order"), True),
+  "ask": (Split("ask", 4000, (4, 12), (2, 5), 4, first="order"), True),
+  "watch": (Split("watch", 2000, (8, 32), (2, 5), 4, first="order"), True),
 }
 
 
