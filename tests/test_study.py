@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xcomp_jax import chat, findings, study
+from xcomp_jax import chat, films, findings, study
 from xcomp_jax.model import decoder, lp_comp
 from xcomp_jax.study import RULES, Study
 
@@ -62,7 +62,7 @@ def quick(tmp_path_factory):
 
 
 # Shares of right answers: of the base less 12 points; then about half way between what was measured with and without the defects below (docs/LOG.md).
-UNCOMPRESSED, TUNED, FOUND = 0.69, 0.64, 0.45
+UNCOMPRESSED, TUNED, FAR, FOUND = 0.78, 0.71, 0.60, 0.5
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def mutated(monkeypatch):
   jax.clear_caches()
 
 
-def tuned(quick):
-  return findings.right(quick[0].measured(quick[0].tuned("progressive", 0), RULES["progressive"], "heldout")).mean()
+def tuned(quick, name="heldout"):
+  return findings.right(quick[0].measured(quick[0].tuned("progressive", 0), RULES["progressive"], name)).mean()
 
 
 def found(quick):
@@ -105,9 +105,12 @@ def _first(x, before, after):
 
 
 @pytest.mark.slow
-@pytest.mark.skip(reason="costs the base of today, which does not know order yet, 1.5 points: less than noise (docs/LOG.md)")
 def test_positions_as_before_compression_fall_through(quick, mutated):
-  rotate, groups = decoder.Layer.rotate, 12 * study.FRAMES
+  # Short films hardly need positions; these are four times as long as what the model was tuned on.
+  far = films.Split("far", 30, (48, 48), (3, 5), 0)
+  quick[0].splits["far"] = far
+  assert tuned(quick, "far") > FAR
+  rotate, groups = decoder.Layer.rotate, far.scenes[0] * films.FRAMES
 
   def old(layer, x, positions):
     kept = (x.shape[1] - study.PREFIX - study.TEXT) // groups
@@ -117,7 +120,8 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
     return rotate(layer, x, jnp.concatenate([positions[:, :begin], first + place.ravel(), positions[:, end:] + groups * (16 - kept)], axis=1))
 
   mutated.setattr(decoder.Layer, "rotate", old)
-  assert tuned(quick) < TUNED
+  jax.clear_caches()
+  assert tuned(quick, "far") < FAR
 
 
 @pytest.mark.slow

@@ -171,7 +171,10 @@ def plot_frames(cells: Cells) -> Any:
       ax.errorbar(x, y, error, marker="o", ms=4, capsize=2, label=name, color=f"C{i}")
   left.set(xlabel="sampled frames", ylabel="right answers")
   right_ax.set(xlabel="visual tokens per layer, mean", xscale="log")
-  left.legend(frameon=False, fontsize=8)
+  right_ax.set_xticks([50, 100, 200, 400, 800], labels=["50", "100", "200", "400", "800"])
+  right_ax.minorticks_off()
+  if left.lines:
+    left.legend(frameon=False, fontsize=8)
   return figure
 
 
@@ -194,7 +197,8 @@ def plot_bias(cells: Cells) -> Any:
   for ax, title in zip(axes, ("relevance: nothing to see", "relevance: shots", "needed scene selected"), strict=True):
     ax.set(xlabel="place in the film", title=title)
   axes[2].set_ylim(0, 1.02)
-  axes[0].legend(frameon=False, fontsize=8)
+  if modes:
+    axes[0].legend(frameon=False, fontsize=8)
   return figure
 
 

@@ -77,7 +77,7 @@ class Preset:
 
 PRESETS = {
   "full": Preset(3200, 120, 90, 90, 90, None, (0, 1, 2), tuple(RULES)),
-  "quick": Preset(1920, 80, 0, 8, 0, None, (0,), ("progressive",)),
+  "quick": Preset(1280, 60, 0, 8, 0, None, (0,), ("progressive",)),
 }
 SEED = 11  # of the films
 
