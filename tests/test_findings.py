@@ -69,3 +69,19 @@ def test_tables_have_what_is_there(tmp_path, capsys):
   assert lines["uniform"][2] == "-" and "stepwise" not in lines
   assert lines["chance"][1:] == ["17", "25", "25", "17", "33", "25"]
   assert "old" not in page.read_text() and page.read_text().startswith("before") and "after" in page.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")  # places where nothing was needed
+def test_the_plot_of_bias_tells_where_what_is_needed_is_ranked_first(tmp_path):
+  places = [0.02, 0.03, 0.98, None]
+  modes = {"global": [1, 0, 0, None], "local": [0, 0, 0, None]}
+  relevance = {"global": np.linspace(1, 2, 32).reshape(2, 16), "local": np.ones((2, 16))}
+  result = {mode: {"rank": ranks, "relevance": relevance[mode].tolist()} for mode, ranks in modes.items()}
+  (tmp_path / "select_0.json").write_text(json.dumps({"result": {"long": {"place": places, **result}}}))
+  figure = findings.plot_bias(findings.Cells(tmp_path))
+  empty, shots, first = (
+    {line.get_label(): np.asarray(line.get_ydata(), float) for line in axes.lines} for axes in figure.axes
+  )
+  np.testing.assert_allclose(empty["global"], relevance["global"][0])
+  np.testing.assert_allclose(shots["local"], 1)
+  assert first["global"][0] == 0.5 and first["local"][0] == 1 and first["global"][7] == 1 and np.isnan(first["global"][3])

@@ -179,7 +179,7 @@ def plot_frames(cells: Cells) -> Any:
 
 
 def plot_bias(cells: Cells) -> Any:
-  """The position bias: relevance by place in the film, of scenes with nothing to see and of shots, and hits of the needed scene."""
+  """The position bias by place in the film: relevance of scenes with nothing to see and of shots, and how often what is needed is first."""
   import matplotlib.pyplot as plt
 
   found = cells.seeds("select_{seed}", "long") or cells.seeds("base_select", "long")
@@ -190,12 +190,13 @@ def plot_bias(cells: Cells) -> Any:
     x = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
     axes[0].plot(x, profile[0], color=f"C{i}", marker="o", ms=3, label=mode)
     axes[1].plot(x, profile[1], color=f"C{i}", marker="o", ms=3, label=mode)
-    place = np.array([np.nan if p is None else p for p in found[0]["place"]])
-    bins = np.minimum((place[~np.isnan(place)] * 8).astype(int), 7)
-    hits = np.mean([right(m[mode], "hits").ravel()[~np.isnan(place)] for m in found], axis=0)
-    axes[2].plot((np.arange(8) + 0.5) / 8, [hits[bins == b].mean() for b in range(8)], color=f"C{i}", marker="o", ms=3, label=mode)
-  for ax, title in zip(axes, ("relevance: nothing to see", "relevance: shots", "needed scene selected"), strict=True):
+    place, rank = (np.array(values, float) for values in (found[0]["place"], [m[mode]["rank"] for m in found]))
+    bins = np.floor(place * 8)  # not a number where several scenes are needed
+    first = [(rank[:, bins == b] == 0).mean() for b in range(8)]
+    axes[2].plot((np.arange(8) + 0.5) / 8, first, color=f"C{i}", marker="o", ms=3, label=mode)
+  for ax, title in zip(axes, ("relevance: nothing to see", "relevance: shots", "needed scene ranked first"), strict=True):
     ax.set(xlabel="place in the film", title=title)
+  axes[0].set_ylabel("of the film's mean")
   axes[2].set_ylim(0, 1.02)
   if modes:
     axes[0].legend(frameon=False, fontsize=8)

@@ -155,15 +155,17 @@ class Study:
     """Answers from what QC-Comp selects of a split's films, and what it found, by mode.
 
     Returns:
-      {mode: right; hits: "1" where any frame of every scene that is needed was selected; place: of the needed scene, 0 to 1, where it
-      is one, else null; relevance: mean score by place (16 bins) of scenes in which there is nothing to see, and of shots,
-      each relative to its film's mean}.
+      place: of the needed scene, 0 to 1, where it is one, else null.
+      MODE: right; hits: "1" where any frame of every scene that is needed was selected; rank: how many scenes have a higher
+      score than the one that is needed, or null; relevance: mean score by place (16 bins) of scenes in which there is nothing
+      to see, and of shots, each relative to its film's mean.
     """
     model, store, asked = load(checkpoint, rule), self.store(name), self.asked(name)
     scenes, frames = self.splits[name].scenes[0], SELECTED[name]
     # The official mode counts the tokens before a question for the real tokenizer (quirk Q11).
     settings = {mode: dataclasses.replace(qc_comp.setting(mode, frames), bias=None) for mode in modes if mode != "uniform"}
     kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
+    ranks: dict[str, list[int | None]] = {mode: [] for mode in settings}
     sums, counts = {mode: np.zeros(2 * BINS) for mode in modes}, np.zeros(2 * BINS)
     for number in range(len(store.samples)):
       film, several = as_film(store, number), [one for one in asked if one.film == number]
@@ -175,17 +177,19 @@ class Study:
       if "uniform" in modes:
         kept["uniform"] += [even(scenes, frames // FRAMES)] * len(several)
       for mode, setting in settings.items():
-        for got in chat.select(model, film, prompts, setting):
+        for one, got in zip(several, chat.select(model, film, prompts, setting), strict=True):
           assert got.scores is not None  # more frames than are kept
           kept[mode].append(np.unique(got.frames // FRAMES))
           score = got.scores.reshape(scenes, FRAMES).mean(1)
           sums[mode] += np.bincount(where, score / score.mean(), 2 * BINS)
+          ranks[mode].append(int((score > score[one.scenes[0]]).sum()) if len(one.scenes) == 1 else None)
     single = [one.scenes[0] if len(one.scenes) == 1 else None for one in asked]
     out: dict[str, Any] = {"place": [None if scene is None else round((scene + 0.5) / scenes, 4) for scene in single]}
     for mode, clips in kept.items():
       hits = np.array([set(one.scenes) <= set(some) for one, some in zip(asked, clips, strict=True)])
       out[mode] = {"right": bits(answers(model, self.tokenizer, store, list(zip(asked, clips, strict=True)))), "hits": bits(hits)}
       if mode in settings:
+        out[mode]["rank"] = ranks[mode]
         out[mode]["relevance"] = np.round(sums[mode] / np.maximum(counts, 1), 4).reshape(2, BINS).tolist()
     return out
 
