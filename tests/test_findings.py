@@ -65,7 +65,7 @@ def test_tables_have_what_is_there(tmp_path, capsys):
   assert printed in capsys.readouterr().out
   lines = {line.split(" | ")[0].strip("| "): [cell.strip("| ") for cell in line.split(" | ")] for line in page.read_text().splitlines()}
   right = findings.right(measure(1, 0.5)).mean()
-  assert lines["progressive"][1].startswith(f"{100 * right:.1f} (") and lines["progressive"][5] == "2"
+  assert lines["progressive"][1].startswith(f"{100 * right:.1f} (") and lines["progressive"][6] == "2"
   assert lines["uniform"][2] == "-" and "stepwise" not in lines
   assert lines["chance"][1:] == ["17", "25", "25", "17", "33", "25"]
   assert "old" not in page.read_text() and page.read_text().startswith("before") and "after" in page.read_text()

@@ -87,17 +87,18 @@ def _share(measures: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str,
 
 def compression(cells: Cells, rules: Sequence[str]) -> str:
   """Accuracy of keep rules and schedules, before and after tuning under them (paper, Tables 2 and 3)."""
-  out, none = [], cells.seeds("tune_none_{seed}", "heldout", "none")
+  after = lambda rule: cells.seeds(f"tune_{rule}_{{seed}}", "heldout", rule)
+  out = []
   for rule in rules:
-    free, tuned = cells.seeds("base", "heldout", rule), cells.seeds(f"tune_{rule}_{{seed}}", "heldout", rule)
+    free, tuned = cells.seeds("base", "heldout", rule), after(rule)
     if free:
-      gain = _share(tuned, free) if tuned else "-"
-      lost = _share(tuned, none) if tuned and none and rule != "none" else "-"
+      others = (after(other) if other != rule else [] for other in ("none", "progressive"))
+      against = [_share(tuned, other) if tuned and other else "-" for other in (free, *others)]
       out.append([
-        rule, _share(free), f"{_share(tuned)}", gain, lost, str(len(tuned)), f"{free[0]['tokens']:.0f}", f"{1000 * free[0]['TFLOP']:.1f}",
-        f"{np.median([m['seconds'] for m in [*free, *tuned]]):.3f}",
+        rule, _share(free), _share(tuned), *against, str(len(tuned)), f"{free[0]['tokens']:.0f}", f"{1000 * free[0]['TFLOP']:.2f}",
+        f"{1000 * np.median([m['seconds'] for m in [*free, *tuned]]):.0f}",
       ])  # fmt: skip
-  names = ["", "not tuned for", "after SCT", "gained", "against no compression tuned", "seeds", "visual tokens per layer", "GFLOP", "s per question"]
+  names = ["", "not tuned for", "after SCT", "gained", "against none", "against progressive", "seeds", "visual tokens per layer", "GFLOP", "ms per question"]
   return rows(names, out)
 
 
