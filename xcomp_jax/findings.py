@@ -198,7 +198,7 @@ def plot_bias(cells: Cells) -> Any:
   for ax, title in zip(axes, ("relevance: nothing to see", "relevance: shots", "needed scene ranked first"), strict=True):
     ax.set(xlabel="place in the film", title=title)
   axes[0].set_ylabel("of the film's mean")
-  axes[2].set_ylim(0, 1.02)
+  axes[2].set_ylim(bottom=0)
   if modes:
     axes[0].legend(frameon=False, fontsize=8)
   return figure
