@@ -3,10 +3,6 @@
 import os
 import pathlib
 
-worker = os.environ.get("PYTEST_XDIST_WORKER")  # of `pytest -n`: processes whose threads share cores wait for one another
-if worker and hasattr(os, "sched_setaffinity"):
-  cores = sorted(os.sched_getaffinity(0))
-  os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or cores)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
