@@ -65,10 +65,9 @@ def test_no_two_shots_share_a_colour_or_a_digit():
     assert len(shots) == len({s.colour for s in shots}) == len({s.digit for s in shots}) == 5
 
 
-def test_no_answer_of_a_conversation_tells_another():
+def test_a_conversation_asks_once_for_order_and_nothing_twice():
   for _, _, turns in conversations(Split("train", 1, (8, 8), (4, 5), 99), range(60)):
-    pairs = collections.Counter(frozenset((t.rstrip("?").split()[-1], a)) for t, a in turns if "came" in t)
-    assert max(pairs.values()) == 1
+    assert len(turns) == len(set(turns)) and sum("came" in text or "number" in text for text, _ in turns) == 1
 
 
 def test_each_film_that_measures_is_asked_one_question_of_each_kind():
@@ -121,3 +120,9 @@ def test_bars_of_the_shots_colour_are_beside_its_digit_and_nowhere_else():
   assert changed.sum() == FRAMES * world.LABEL * 2 * world.BAR
   film = films.draw(np.random.default_rng(0), 12, 4)
   assert all(scene.bars == scene.colour for scene in film)
+
+
+def test_a_split_can_begin_each_conversation_with_a_kind():
+  for _, _, turns in conversations(Split("train", 1, (2, 8), (2, 5), 4, first="order"), range(40)):
+    assert "came" in turns[0][0] or "number" in turns[0][0]
+    assert len(turns) == 4
