@@ -101,13 +101,12 @@ def questions(film: Sequence[Scene]) -> list[Question]:
   at = shots(film)
   seen = [film[i] for i in at]
   out = []
-  for i, shot in zip(at, seen, strict=True):
+  for place, (i, shot) in enumerate(zip(at, seen, strict=True), 1):
     assert shot.colour and shot.digit and shot.shape and shot.motion  # a shot shows all of them
     out += [
       Question("needle", _digit_with(shot.colour), shot.digit, (i,)), Question("attribute", _shape_of(shot.colour), shot.shape, (i,)),
-      Question("motion", _motion_of(shot.colour), shot.motion, (i,)),
+      Question("motion", _motion_of(shot.colour), shot.motion, (i,)), Question("order", _number(place), shot.colour, tuple(at[:place])),
     ]  # fmt: skip
-    out.append(Question("order", _number(at.index(i) + 1), shot.colour, tuple(at[: at.index(i) + 1])))
   for (i, first), (k, second) in zip(zip(at, seen), zip(at[1:], seen[1:])):
     assert first.colour and second.colour
     out += [Question("order", _after(first.colour), second.colour, (i, k)), Question("order", _before(second.colour), first.colour, (i, k))]
