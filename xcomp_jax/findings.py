@@ -131,17 +131,21 @@ FRAMES = {
 }  # fmt: skip
 
 
+LONG = {"128 scenes, no compression": ("base_select", "long"), "128 scenes, LP-Comp after SCT": ("select_{seed}", "long")}
+HOUR = {"512 scenes, LP-Comp after SCT": ("official_{seed}", "hour")}
+
+
 def selection(cells: Cells) -> str:
   """Accuracy, and how often all that is needed was selected, by mode of QC-Comp (paper, Tables 4 to 6)."""
   out = []
-  sources = {"128 scenes, no compression": ("base_select", "long"), "128 scenes, LP-Comp after SCT": ("select_{seed}", "long")}
-  for name, path in (sources | {"512 scenes, LP-Comp after SCT": ("official_{seed}", "hour")}).items():
+  for name, path in (LONG | HOUR).items():
     found = cells.seeds(*path)
+    of = lambda mode, found=found: [m[mode] for m in found]
     for mode in found[0] if found else ():
       if mode != "place":
-        measures = [m[mode] for m in found]
-        out.append([name, mode, _share(measures), _share(measures, key="hits")])
-  return rows(["", "frames by", "right", "all that is needed selected"], out)
+        against = _share(of(mode), of("local")) if mode != "local" else "-"
+        out.append([name, mode, _share(of(mode)), against, _share(of(mode), key="hits"), str(len(found))])
+  return rows(["", "frames by", "right", "against local", "all that is needed selected", "seeds"], out)
 
 
 TABLES = {
@@ -180,27 +184,31 @@ def plot_frames(cells: Cells) -> Any:
 
 
 def plot_bias(cells: Cells) -> Any:
-  """The position bias by place in the film: relevance of scenes with nothing to see and of shots, and how often what is needed is first."""
+  """The position bias by place in the film, without compression and after SCT.
+
+  Relevance of scenes with nothing to see and of shots, and how often what is needed is first.
+  """
   import matplotlib.pyplot as plt
 
-  found = cells.seeds("select_{seed}", "long") or cells.seeds("base_select", "long")
-  modes = [mode for mode in ("global", "local", "aligned") if found and mode in found[0]]
-  figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
-  for i, mode in enumerate(modes):
-    profile = np.mean([m[mode]["relevance"] for m in found], axis=0)
-    x = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
-    axes[0].plot(x, profile[0], color=f"C{i}", marker="o", ms=3, label=mode)
-    axes[1].plot(x, profile[1], color=f"C{i}", marker="o", ms=3, label=mode)
-    place, rank = (np.array(values, float) for values in (found[0]["place"], [m[mode]["rank"] for m in found]))
-    bins = np.floor(place * 8)  # not a number where several scenes are needed
-    first = [(rank[:, bins == b] == 0).mean() for b in range(8)]
-    axes[2].plot((np.arange(8) + 0.5) / 8, first, color=f"C{i}", marker="o", ms=3, label=mode)
-  for ax, title in zip(axes, ("relevance: nothing to see", "relevance: shots", "needed scene ranked first"), strict=True):
-    ax.set(xlabel="place in the film", title=title)
-  axes[0].set_ylabel("of the film's mean")
-  axes[2].set_ylim(bottom=0)
-  if modes:
+  sources = {name.split(", ")[1]: cells.seeds(*path) for name, path in LONG.items()}
+  sources = {name: found for name, found in sources.items() if found}
+  figure, grid = plt.subplots(len(sources) or 1, 3, figsize=(11, 3 * (len(sources) or 1)), sharex=True, sharey="col", squeeze=False)
+  for axes, (name, found) in zip(grid, sources.items()):
+    for i, mode in enumerate(mode for mode in ("global", "local", "aligned") if mode in found[0]):
+      profile = np.mean([m[mode]["relevance"] for m in found], axis=0)
+      x = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
+      axes[0].plot(x, profile[0], color=f"C{i}", marker="o", ms=3, label=mode)
+      axes[1].plot(x, profile[1], color=f"C{i}", marker="o", ms=3, label=mode)
+      place, rank = (np.array(values, float) for values in (found[0]["place"], [m[mode]["rank"] for m in found]))
+      bins = np.floor(place * 8)  # not a number where several scenes are needed
+      first = [(rank[:, bins == b] == 0).mean() for b in range(8)]
+      axes[2].plot((np.arange(8) + 0.5) / 8, first, color=f"C{i}", marker="o", ms=3, label=mode)
+    axes[0].set_ylabel(f"{name}\nof the film's mean")
     axes[0].legend(frameon=False, fontsize=8)
+  for ax, title in zip(grid[0], ("relevance: nothing to see", "relevance: shots", "needed scene ranked first"), strict=True):
+    ax.set(title=title, ylim=(0, None))
+  for ax in grid[-1]:
+    ax.set_xlabel("place in the film")
   return figure
 
 
