@@ -67,8 +67,23 @@ def test_tables_have_what_is_there(tmp_path, capsys):
   right = findings.right(measure(1, 0.5)).mean()
   assert lines["progressive"][1].startswith(f"{100 * right:.1f} (") and lines["progressive"][6] == "2"
   assert lines["uniform"][2] == "-" and "stepwise" not in lines
+  assert lines["uniform"][7:] == ["187", "1.00", "10"]
   assert lines["chance"][1:] == ["17", "25", "25", "17", "33", "25"]
   assert "old" not in page.read_text() and page.read_text().startswith("before") and "after" in page.read_text()
+
+
+def test_modes_of_selection_are_paired_with_local_and_tell_what_they_cost(tmp_path):
+  hits = {"hits": bits(np.ones((20, len(KINDS)), bool))}
+  modes = {"uniform": measure(0, 0.2) | hits, "global": measure(1, 0.6) | hits, "local": measure(1, 0.6) | hits}
+  for seed in range(2):
+    (tmp_path / f"select_{seed}.json").write_text(json.dumps({"result": {"long": {"place": [], **modes}}}))
+  lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in findings.selection(findings.Cells(tmp_path)).splitlines()]
+  assert [line[1] for line in lines[2:]] == ["uniform", "global", "local"]
+  uniform, same, local = lines[2:]
+  right = {mode: findings.right(one).mean() for mode, one in modes.items()}
+  assert uniform[3].startswith(f"{100 * (right['uniform'] - right['local']):.1f} (")
+  assert same[3] == "0.0 (0.0 to 0.0)" and local[3] == "-"
+  assert local[4:] == ["100.0 (100.0 to 100.0)", "2", "187", "1.00", "10"]
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")  # places where nothing was needed

@@ -92,6 +92,15 @@ def test_quality_holds(quick):
 
 
 @pytest.mark.slow
+def test_selecting_costs_more_than_answering(quick):
+  (long,) = quick[1].seeds("select_{seed}", "long")
+  uniform = long["uniform"]
+  for mode in ("global", "local", "aligned"):
+    assert long[mode]["tokens"] == uniform["tokens"] and long[mode]["seconds"] > uniform["seconds"]
+    assert long[mode]["TFLOP"] > 3 * uniform["TFLOP"]  # 128 scenes by a sixth for each question, and 12
+
+
+@pytest.mark.slow
 def test_prefixes_instead_of_suffixes_fall_through(quick, mutated):
   survivors = lp_comp.survivors
   first = lambda cfg, layers: tuple(tuple(cfg.group - 1 - place for place in kept[::-1]) for kept in survivors(cfg, layers))

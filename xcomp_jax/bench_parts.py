@@ -22,6 +22,7 @@ from xcomp_jax.config import (
   MeshConfig,
   ModelConfig,
   OptimConfig,
+  SelectConfig,
   VisionConfig,
   VLMConfig,
 )
@@ -176,21 +177,24 @@ def asked_tokens() -> Prompt:
   return Prompt(tokens, np.full_like(tokens, IGNORE), none, (PREFIX + 1 + 27, PREFIX + 1 + TEXT - 5))
 
 
-def scoring(graph: nnx.GraphDef, plan: qc_comp.Plan, setting, rows: int) -> tuple[Callable, Callable]:
+def scoring(
+  graph: nnx.GraphDef, plan: qc_comp.Plan, setting: SelectConfig, rows: int, question: Prompt | None = None, clip_frames: int = 8
+) -> tuple[Callable, Callable]:
   """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
-  question, clips = asked_tokens(), plan.frames // 8
+  question, clips = question or asked_tokens(), plan.frames // clip_frames
+  prefix = int(np.flatnonzero(question.tokens < 0)[0])
   asked = qc_comp.together([qc_comp.from_prompt(question, setting, chat.SCORE_STEP)])
 
   def watch(state, features):
     model = nnx.merge(graph, state)
     last = qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1]
-    return qc_comp.watch(model, features, jnp.full(rows, clips), jnp.asarray(question.tokens[:PREFIX]), last=last)
+    return qc_comp.watch(model, features, jnp.full(rows, clips), jnp.asarray(question.tokens[:prefix]), last=last)
 
   def score(state, caches):
     model = nnx.merge(graph, state)
     layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
     windows = jnp.asarray(plan.windows)
-    return qc_comp.score(model, caches, asked, windows, layers=layers, causal=setting.causal, prefix=PREFIX, units=clips)
+    return qc_comp.score(model, caches, asked, windows, layers=layers, causal=setting.causal, prefix=prefix, units=plan.frames // plan.unit)
 
   return watch, score
 

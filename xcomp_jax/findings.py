@@ -95,11 +95,17 @@ def compression(cells: Cells, rules: Sequence[str]) -> str:
       others = (after(other) if other != rule else [] for other in ("none", "progressive"))
       against = [_share(tuned, other) if tuned and other else "-" for other in (free, *others)]
       out.append([
-        rule, _share(free), _share(tuned), *against, str(len(tuned)), f"{free[0]['tokens']:.0f}", f"{1000 * free[0]['TFLOP']:.2f}",
-        f"{1000 * np.median([m['seconds'] for m in [*free, *tuned]]):.0f}",
+        rule, _share(free), _share(tuned), *against, str(len(tuned)), *_cost([*free, *tuned]),
       ])  # fmt: skip
-  names = ["", "not tuned for", "after SCT", "gained", "against none", "against progressive", "seeds", "visual tokens per layer", "GFLOP", "ms per question"]
-  return rows(names, out)
+  return rows(["", "not tuned for", "after SCT", "gained", "against none", "against progressive", "seeds", *COST], out)
+
+
+COST = ("visual tokens per layer", "GFLOP", "ms per question")
+
+
+def _cost(measures: Sequence[Mapping[str, Any]]) -> list[str]:
+  seconds = np.median([m["seconds"] for m in measures])
+  return [f"{measures[0]['tokens']:.0f}", f"{1000 * measures[0]['TFLOP']:.2f}", f"{1000 * seconds:.0f}"]
 
 
 def by_kind(cells: Cells) -> str:
@@ -121,7 +127,8 @@ def by_frames(cells: Cells) -> str:
   for name, path in FRAMES.items():
     if found := cells.seeds(*path):
       out.append([name, *(_share([m[frames] for m in found]) for frames in found[0])])
-      out.append(["visual tokens per layer", *(f"{found[0][frames]['tokens']:.0f}" for frames in found[0])])
+      spent = zip(*(_cost([m[frames] for m in found]) for frames in found[0]))
+      out += [[f"{name}: {what}", *values] for what, values in zip(COST, spent, strict=True)]
   return rows(["", *(f"{n} frames" for n in (6, 12, 24, 36, 48))], out)
 
 
@@ -144,8 +151,8 @@ def selection(cells: Cells) -> str:
     for mode in found[0] if found else ():
       if mode != "place":
         against = _share(of(mode), of("local")) if mode != "local" else "-"
-        out.append([name, mode, _share(of(mode)), against, _share(of(mode), key="hits"), str(len(found))])
-  return rows(["", "frames by", "right", "against local", "all that is needed selected", "seeds"], out)
+        out.append([name, mode, _share(of(mode)), against, _share(of(mode), key="hits"), str(len(found)), *_cost(of(mode))])
+  return rows(["", "frames by", "right", "against local", "all that is needed selected", "seeds", *COST], out)
 
 
 TABLES = {
