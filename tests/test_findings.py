@@ -73,7 +73,7 @@ def test_tables_have_what_is_there(tmp_path, capsys):
 
 
 def test_modes_of_selection_are_paired_with_local_and_tell_what_they_cost(tmp_path):
-  hits = {"hits": bits(np.ones((20, len(KINDS)), bool))}
+  hits = {"hits": bits(np.ones((20, len(KINDS)), bool)), "rank": [0, 1, 0, None, None, None] * 20}
   modes = {"uniform": measure(0, 0.2) | hits, "global": measure(1, 0.6) | hits, "local": measure(1, 0.6) | hits}
   for seed in range(2):
     (tmp_path / f"select_{seed}.json").write_text(json.dumps({"result": {"long": {"place": [], **modes}}}))
@@ -83,7 +83,8 @@ def test_modes_of_selection_are_paired_with_local_and_tell_what_they_cost(tmp_pa
   right = {mode: findings.right(one).mean() for mode, one in modes.items()}
   assert uniform[3].startswith(f"{100 * (right['uniform'] - right['local']):.1f} (")
   assert same[3] == "0.0 (0.0 to 0.0)" and local[3] == "-"
-  assert local[4:] == ["100.0 (100.0 to 100.0)", "2", "187", "1.00", "10"]
+  assert uniform[5] == "-" and local[5].startswith("66.7 (")
+  assert [local[4], *local[6:]] == ["100.0 (100.0 to 100.0)", "2", "187", "1.00", "10"]
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")  # places where nothing was needed

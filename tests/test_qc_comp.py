@@ -138,7 +138,7 @@ def entering(llm, x, P, G, L):
   return decoder.run(llm, x, Lengths(one(P), one(G), one(L)), prefix=P, text=L, entering=True).entering
 
 
-def oracle(model, features, asked, layer, clips, header=False, causal=True, first=6):
+def oracle(model, features, asked, layer, clips, header=False, causal=True, first=6, rows="question"):
   """Clip scores of one window by the definition: hidden states of the whole round, a full attention map of the window."""
   llm, cfg = model.llm, model.cfg
   tokens, P = asked.tokens, 5
@@ -147,7 +147,7 @@ def oracle(model, features, asked, layer, clips, header=False, causal=True, firs
   x = jnp.concatenate([llm.embed(tokens[:P]), visual, llm.embed(after)])[None]
   state = entering(llm, x, P, len(visual) // 16, len(after))[layer][0]
   per = (len(state) - P - len(after)) // len(features)  # visual tokens of a clip at this layer
-  end = len(after) if header else len(after) - 3
+  end = len(after) if header or rows == "answer" else len(after) - 3
   places = np.concatenate([
     np.arange(P), P + (np.array(clips)[:, None] * per + np.arange(per)).ravel(), len(state) - len(after) + np.arange(end)
   ])
@@ -160,14 +160,14 @@ def oracle(model, features, asked, layer, clips, header=False, causal=True, firs
     scores = np.where(np.tril(np.ones(scores.shape[1:], bool)), scores, -np.inf)
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   weights = (weights / weights.sum(-1, keepdims=True)).mean(0)
-  rows = P + len(clips) * per + np.arange(first, len(after) - 3)
-  paid = weights[rows, P : P + len(clips) * per].mean(0)
+  asking = np.arange(first, len(after) - 3) if rows == "question" else np.array([len(after) - 1])
+  paid = weights[P + len(clips) * per + asking, P : P + len(clips) * per].mean(0)
   return paid.reshape(len(clips), per).mean(1)
 
 
-@pytest.mark.parametrize("mode", ["aligned", "local", "global"])
-def test_scores_are_the_attention_of_a_full_map(model, mode):
-  video, asked, cfg = film(80), question(), setting(mode)
+@pytest.mark.parametrize("mode, rows", [("aligned", "question"), ("local", "question"), ("global", "question"), ("aligned", "answer")])
+def test_scores_are_the_attention_of_a_full_map(model, mode, rows):
+  video, asked, cfg = film(80), question(), setting(mode, rows=rows)
   plan = qc_comp.plan(80, 4, cfg)
   got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
   layers = qc_comp.scored_layers(cfg, 4)
@@ -176,7 +176,7 @@ def test_scores_are_the_attention_of_a_full_map(model, mode):
     start = plan.starts[r] // 4
     features = video.features[0][start : start + plan.frames // 4]
     for m, layer in enumerate(layers):
-      expected = oracle(model, features, asked, layer, plan.windows[w], header=mode == "global")
+      expected = oracle(model, features, asked, layer, plan.windows[w], header=mode == "global", rows=rows)
       np.testing.assert_allclose(got[r, m, w], expected, rtol=2e-5)
 
 
@@ -288,6 +288,14 @@ def test_the_newest_question_scores_from_its_first_token():
   assert np.flatnonzero(biased.asked).tolist() == list(range(3, 12))
   with pytest.raises(ConfigError, match="no question token"):
     qc_comp.from_prompt(question(length=12), setting("official"))  # 27 tokens are skipped, there are 12
+
+
+def test_the_token_before_the_answer_can_score_instead():
+  for cfg in (setting("aligned", rows="answer"), setting("official", rows="answer")):
+    asked = qc_comp.from_prompt(question(length=12), cfg, step=16)  # 12 tokens, and three of the assistant's header
+    assert np.flatnonzero(asked.asked).tolist() == [14] and np.flatnonzero(asked.valid).tolist() == list(range(15))
+  with pytest.raises(ConfigError, match=r"select\.rows = 'all': known are question, answer"):
+    qc_comp.setting("aligned", 8, rows="all")
 
 
 def test_nothing_is_selected_where_all_frames_may_stay(model):

@@ -151,8 +151,16 @@ def selection(cells: Cells) -> str:
     for mode in found[0] if found else ():
       if mode != "place":
         against = _share(of(mode), of("local")) if mode != "local" else "-"
-        out.append([name, mode, _share(of(mode)), against, _share(of(mode), key="hits"), str(len(found)), *_cost(of(mode))])
-  return rows(["", "frames by", "right", "against local", "all that is needed selected", "seeds", *COST], out)
+        first = str(interval([_first(m) for m in of(mode)])) if mode != "uniform" else "-"
+        shown = mode.replace("_answer", ", the answer's row")
+        out.append([name, shown, _share(of(mode)), against, _share(of(mode), key="hits"), first, str(len(found)), *_cost(of(mode))])
+  return rows(["", "frames by", "right", "against local", "all that is needed selected", "needed scene first", "seeds", *COST], out)
+
+
+def _first(measure: Mapping[str, Any]) -> Bool[np.ndarray, "films kinds"]:
+  """Where the one scene that is needed has the highest score; of the kinds that need one."""
+  ranks = np.array(measure["rank"], float).reshape(-1, len(KINDS))
+  return ranks[:, [kind in ("needle", "attribute", "motion") for kind in KINDS]] == 0
 
 
 TABLES = {
@@ -201,17 +209,22 @@ def plot_bias(cells: Cells) -> Any:
   sources = {name: found for name, found in sources.items() if found}
   figure, grid = plt.subplots(len(sources) or 1, 3, figsize=(11, 3 * (len(sources) or 1)), sharex=True, sharey="col", squeeze=False)
   for axes, (name, found) in zip(grid, sources.items()):
-    for i, mode in enumerate(mode for mode in ("global", "local", "aligned") if mode in found[0]):
-      profile = np.mean([m[mode]["relevance"] for m in found], axis=0)
-      x = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
-      axes[0].plot(x, profile[0], color=f"C{i}", marker="o", ms=3, label=mode)
-      axes[1].plot(x, profile[1], color=f"C{i}", marker="o", ms=3, label=mode)
+    for mode in (mode for mode in ("global", "local", "aligned", "global_answer", "local_answer") if mode in found[0]):
+      name_of, _, answer = mode.partition("_")
+      style: dict[str, Any] = {"color": f"C{('global', 'local', 'aligned').index(name_of)}", "marker": "o", "ms": 3, "label": mode}
+      if answer:
+        style |= {"ls": "--", "label": f"{name_of}, the answer's row"}
+      else:
+        profile = np.mean([m[mode]["relevance"] for m in found], axis=0)
+        x = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
+        axes[0].plot(x, profile[0], **style)
+        axes[1].plot(x, profile[1], **style)
       place, rank = (np.array(values, float) for values in (found[0]["place"], [m[mode]["rank"] for m in found]))
       bins = np.floor(place * 8)  # not a number where several scenes are needed
       first = [(rank[:, bins == b] == 0).mean() for b in range(8)]
-      axes[2].plot((np.arange(8) + 0.5) / 8, first, color=f"C{i}", marker="o", ms=3, label=mode)
+      axes[2].plot((np.arange(8) + 0.5) / 8, first, **style)
     axes[0].set_ylabel(f"{name}\nof the film's mean")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[2].legend(frameon=False, fontsize=7)
   for ax, title in zip(grid[0], ("relevance: nothing to see", "relevance: shots", "needed scene ranked first"), strict=True):
     ax.set(title=title, ylim=(0, None))
   for ax in grid[-1]:

@@ -321,6 +321,7 @@ def title(reader: Reader, questions: int) -> str:
   """What a heat map is of."""
   select = reader.select
   how = "all frames" if select is None else f"{select.frames} frame{'s' * (select.frames != 1)} selected, {select.mode}"
+  how += " by the answer's row" if select and select.rows == "answer" else ""
   how += "" if select is None else f", each scored {select.repeat} times" if select.repeat > 1 else ""
   return f"{pathlib.Path(reader.settings.checkpoint).name}: LP-Comp {reader.cfg.lp_comp.keep}, {how}; {questions} questions"
 

@@ -38,19 +38,21 @@ OFFICIAL_LEAST = 1024  # frames from which the release selects at all (quirk Q13
 DEPTH = 28  # layers that SelectConfig.layers refers to
 
 
-def setting(mode: str, frames: int, repeat: int | None = None) -> SelectConfig:
+def setting(mode: str, frames: int, repeat: int | None = None, rows: str = "question") -> SelectConfig:
   """A mode's values; `repeat` is 2 for "official", as in the paper's Table B, and 1 for the others by default.
 
   Raises:
-    ConfigError: an unknown mode, or less than one frame or repetition.
+    ConfigError: an unknown mode or rows, or less than one frame or repetition.
   """
   if mode not in ("official", "aligned", "local", "global"):
     raise ConfigError(f"select.mode = {mode!r}: known are official, aligned, local, global")
+  if rows not in ("question", "answer"):
+    raise ConfigError(f"select.rows = {rows!r}: known are question, answer")
   official = mode == "official"
   cfg = SelectConfig(
     mode, frames, repeat=repeat if repeat is not None else 2 if official else 1,
     round=512, window=0 if mode == "global" else 64, stride=32, layers=(6, 23),
-    causal=not official, bias=27 if official else None,
+    causal=not official, bias=27 if official else None, rows=rows,
   )  # fmt: skip
   if cfg.frames < 1 or cfg.repeat < 1:
     raise ConfigError(f"select.frames = {cfg.frames}, select.repeat = {cfg.repeat}: both must be at least 1")
@@ -203,13 +205,16 @@ def asked(tokens: np.ndarray, question: int, header: int, cfg: SelectConfig, ste
     question: place in it of the question's first token; used unless cfg.bias says otherwise.
     header: place of the assistant's `<|im_start|>`; the rows that score end before it.
     cfg: a mode's values. A window that is a whole round also shows the assistant's header, as released (FACTS.md 9);
-      the others need no row from there on.
+      the others need no row from there on, unless it is the last one that scores (rows="answer").
     step: pad to a multiple of this.
 
   Raises:
     ConfigError: no row is left to score.
   """
-  first = question if cfg.bias is None else cfg.bias
+  if cfg.rows == "answer":
+    first, header = len(tokens) - 1, len(tokens)
+  else:
+    first = question if cfg.bias is None else cfg.bias
   if not 0 <= first < header:
     raise ConfigError(f"QC-Comp: no question token is left between text token {first} and the answer at {header}")
   shown = len(tokens) if cfg.window == 0 else header

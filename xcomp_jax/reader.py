@@ -38,6 +38,7 @@ class Settings:
   select: int
   mode: str
   repeat: int | None
+  rows: str
   max_frames: int
   min_frames: int
   fps: float
@@ -62,6 +63,8 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--select", type=int, default=512, help="frames that QC-Comp keeps for a question; 0: all")
   add("--mode", choices=("aligned", "local", "official", "global"), default="aligned", help="how QC-Comp scores them")
   add("--repeat", type=int, help="times a frame is scored; default: 2 in official mode, 1 in the others")
+  add("--rows", choices=("question", "answer"), default="question", help="tokens whose attention scores frames: the question's, as in the paper, or the "
+    "one that the answer follows")
   add("--max-frames", type=int, default=1024, help="frames, at most")
   add("--min-frames", type=int, default=128, help="frames, at least; a short video's are repeated")
   add("--fps", type=float, default=8.0, help="frames per second, at most")
@@ -228,7 +231,7 @@ def prepare(s: Settings) -> Reader:
   yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
   cfg = weights.read_config(directory, ModelConfig(clip_frames, yarn, dtype, dtype, s.clips_per_chunk, "auto", remat=False), lp_comp)
   tokenizer = weights.read_tokenizer(directory, cfg)
-  select = qc_comp.setting(s.mode, s.select, s.repeat) if s.select else None
+  select = qc_comp.setting(s.mode, s.select, s.repeat, s.rows) if s.select else None
   if select and lp_comp.keep == "attention":
     raise ConfigError("--keep attention can't be scored by QC-Comp: add --select 0")
   sampling = generate.Sampling(s.max_new_tokens, tokenizer.eos, s.repetition_penalty, s.temperature, s.top_k, s.top_p, s.seed)

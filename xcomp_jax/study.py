@@ -55,7 +55,7 @@ RULES = {
   "late": LPCompConfig((16, 16, 16, 8, 2, 1, 1, 1), "suffix", 16),
   "average": LPCompConfig("cosine", "avgpool", 16),
 }
-MODES = ("uniform", "global", "local", "aligned")
+MODES = ("uniform", "global", "local", "aligned", "global_answer", "local_answer")  # of QC-Comp, by the question's rows or the answer's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Preset:
   """How much of everything; films are measured by six questions each.
 
   tuning, heldout: films of 12 scenes. wide: of 24, measured with ever more of their frames. long: of 128, of which
-  QC-Comp selects; hour: of 512, for its official mode. steps, seeds: of every tuning.
+  QC-Comp selects; hour: of 512, for its official mode. steps, seeds: of every tuning. free: rules that are measured, and not
+  tuned under.
   """
 
   tuning: int
@@ -74,10 +75,11 @@ class Preset:
   steps: int | None
   seeds: tuple[int, ...]
   rules: tuple[str, ...]
+  free: tuple[str, ...] = ()
 
 
 PRESETS = {
-  "full": Preset(3200, 120, 90, 90, 90, None, (0, 1, 2), tuple(RULES)),
+  "full": Preset(3200, 120, 90, 90, 90, None, (0, 1, 2), tuple(RULES)[:-2], tuple(RULES)[-2:]),
   "quick": Preset(1280, 60, 0, 8, 0, None, (0,), ("progressive",)),
 }
 SEED = 11  # of the films
@@ -163,8 +165,7 @@ class Study:
     """
     model, store, asked = load(checkpoint, rule), self.store(name), self.asked(name)
     scenes, frames = self.splits[name].scenes[0], SELECTED[name]
-    # The official mode counts the tokens before a question for the real tokenizer (quirk Q11).
-    settings = {mode: dataclasses.replace(qc_comp.setting(mode, frames), bias=None) for mode in modes if mode != "uniform"}
+    settings = {mode: _setting(mode, frames) for mode in modes if mode != "uniform"}
     kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
     ranks: dict[str, list[int | None]] = {mode: [] for mode in settings}
     took: dict[str, list[float]] = {mode: [] for mode in settings}
@@ -231,6 +232,12 @@ def _example(tokenizer: prompt.Tokenizer, store: Store, one: Asked, clips: np.nd
 
 def _bucket(clips: int) -> Bucket:
   return Bucket(clips, FRAMES, PREFIX, TEXT)
+
+
+def _setting(mode: str, frames: int) -> SelectConfig:
+  name, _, rows = mode.partition("_")
+  # The official mode counts the tokens before a question for the real tokenizer (quirk Q11).
+  return dataclasses.replace(qc_comp.setting(name, frames, rows=rows or "question"), bias=None)
 
 
 def cost(model: vlm.VLM, clips: int) -> float:
@@ -330,7 +337,7 @@ def train_base(out: pathlib.Path) -> None:
 def cells(study: Study) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
   """Names of all cells, and what does them."""
   preset, none = study.preset, RULES["none"]
-  rules = dict.fromkeys(("none", *preset.rules))
+  rules = dict.fromkeys(("none", *preset.rules, *preset.free))
   yield "base", lambda: {"heldout": {rule: study.measured(BASE, RULES[rule], "heldout") for rule in rules}}
   if preset.wide:
     yield "base_frames", lambda: {"wide": {rule: _by_frames(study, BASE, rule) for rule in ("none", "progressive")}}
