@@ -127,6 +127,9 @@ def by_frames(cells: Cells) -> str:
   for name, path in FRAMES.items():
     if found := cells.seeds(*path):
       out.append([name, *(_share([m[frames] for m in found]) for frames in found[0])])
+  for name, rule in (("no compression", "none"), ("LP-Comp", "progressive")):  # tuned or not
+    found = cells.seeds("base_frames", "wide", rule) + cells.seeds(f"tune_{rule}_{{seed}}", "wide", rule)
+    if found:
       spent = zip(*(_cost([m[frames] for m in found]) for frames in found[0]))
       out += [[f"{name}: {what}", *values] for what, values in zip(COST, spent, strict=True)]
   return rows(["", *(f"{n} frames" for n in (6, 12, 24, 36, 48))], out)
