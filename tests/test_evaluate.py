@@ -173,6 +173,17 @@ def test_a_folder_of_other_answers_is_refused(go, tmp_path, capsys):
   refused(capsys, "is not what an evaluation writes", lambda: go(tmp_path / "out"))
 
 
+def test_a_folder_from_before_rows_could_be_chosen_goes_on(go, tmp_path, capsys):
+  go(tmp_path / "out", "--limit=1")
+  file = tmp_path / "out" / "settings.json"
+  settings = json.loads(file.read_text())
+  del settings["settings"]["rows"], settings["qc_comp"]["rows"]
+  file.write_text(json.dumps(settings))
+  go(tmp_path / "out")
+  assert results(tmp_path / "out")["score"]["counts"]["questions"] == 6
+  refused(capsys, "rows was question, now answer", lambda: go(tmp_path / "out", "--rows=answer"))
+
+
 def test_a_full_disk_is_named_and_loses_nothing(go, tmp_path, capsys, monkeypatch):
   add, out = answers.Answers.add, tmp_path / "out"
 

@@ -50,6 +50,20 @@ def test_a_difference_is_paired_by_film():
   assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
 
 
+def test_a_difference_between_measures_of_the_same_models_is_paired_by_seed():
+  seeds = [drawn(seed, 200, share) for seed, share in enumerate((0.5, 0.7, 0.9))]
+  nothing = findings.interval(seeds, seeds, same=True)
+  assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
+  apart = findings.interval(seeds, seeds)
+  assert apart.mean == 0 and apart.high - apart.low > 0.3
+
+
+def test_the_bound_is_what_was_shown_and_chance():
+  hits = np.zeros((10, len(KINDS)), bool)
+  hits[:5] = True
+  assert float(findings._bound({"hits": bits(hits)})) == pytest.approx(100 * (0.5 + 0.5 * np.mean(list(findings.CHANCE.values()))), abs=0.1)
+
+
 def measure(seed, share=0.7):
   return {"right": bits(drawn(seed, 20, share)), "tokens": 187.2, "TFLOP": 0.001, "seconds": 0.01}
 
@@ -60,16 +74,19 @@ def test_tables_have_what_is_there(tmp_path, capsys):
   for seed in range(2):
     write(f"tune_progressive_{seed}", {"heldout": {"progressive": measure(seed, 0.9)}})
   page = tmp_path / "page.md"
-  page.write_text("before\n<!-- compression -->\nold\n<!-- end -->\nafter\n<!-- kinds -->\n<!-- end -->\n")
+  page.write_text("before\n<!-- compression -->\nold\n<!-- end -->\nafter\n" + "".join(f"<!-- {name} -->\n<!-- end -->\n" for name in findings.TABLES if name != "compression"))
   printed = findings.report(tmp_path, page)
   assert printed in capsys.readouterr().out
   lines = {line.split(" | ")[0].strip("| "): [cell.strip("| ") for cell in line.split(" | ")] for line in page.read_text().splitlines()}
   right = findings.right(measure(1, 0.5)).mean()
-  assert lines["progressive"][1].startswith(f"{100 * right:.1f} (") and lines["progressive"][6] == "2"
-  assert lines["uniform"][2] == "-" and "stepwise" not in lines
-  assert lines["uniform"][7:] == ["187", "1.00", "10"]
+  assert lines["progressive"][1].startswith(f"{100 * right:.1f} (") and lines["progressive"][7] == "2"
+  assert lines["uniform"][3] == "-" and "stepwise" not in lines
+  assert lines["uniform"][8:] == ["187", "1.000", "10"]
   assert lines["chance"][1:] == ["17", "25", "25", "17", "33", "25"]
   assert "old" not in page.read_text() and page.read_text().startswith("before") and "after" in page.read_text()
+  page.write_text("nothing")
+  with pytest.raises(ValueError, match="has 0 places between <!-- compression -->"):
+    findings.report(tmp_path, page)
 
 
 def test_modes_of_selection_are_paired_with_local_and_tell_what_they_cost(tmp_path):
@@ -83,11 +100,10 @@ def test_modes_of_selection_are_paired_with_local_and_tell_what_they_cost(tmp_pa
   right = {mode: findings.right(one).mean() for mode, one in modes.items()}
   assert uniform[3].startswith(f"{100 * (right['uniform'] - right['local']):.1f} (")
   assert same[3] == "0.0 (0.0 to 0.0)" and local[3] == "-"
-  assert uniform[5] == "-" and local[5].startswith("66.7 (")
-  assert [local[4], *local[6:]] == ["100.0 (100.0 to 100.0)", "2", "187", "1.00", "10"]
+  assert uniform[6] == "-" and local[6].startswith("66.7 (")
+  assert [*local[4:6], *local[7:]] == ["100.0", "100.0 (100.0 to 100.0)", "2", "187", "1.000", "10"]
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")  # places where nothing was needed
 def test_the_plot_of_bias_tells_where_what_is_needed_is_ranked_first(tmp_path):
   places = [0.02, 0.03, 0.98, None]
   modes = {"global": [1, 0, 0, None], "local": [0, 0, 0, None]}
@@ -100,4 +116,4 @@ def test_the_plot_of_bias_tells_where_what_is_needed_is_ranked_first(tmp_path):
   )
   np.testing.assert_allclose(empty["global"], relevance["global"][0])
   np.testing.assert_allclose(shots["local"], 1)
-  assert first["global"][0] == 0.5 and first["local"][0] == 1 and first["global"][7] == 1 and np.isnan(first["global"][3])
+  assert first["global"][0] == 0.5 and first["local"][0] == 1 and first["global"][3] == 1 and np.isnan(first["global"][1])

@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run, straight, tmp_p
 
 
 def test_a_finished_run_has_nothing_left_to_do(straight, capsys):
-  assert train.run(straight[0]) == {"step": 4}
+  assert train.run(straight[0]) == {"step": 4, "steps": 4}
   said = capsys.readouterr().out
   assert "\nall 4 steps are done\n" in said and "steps 5 to 4" not in said
   assert "no step was left to do" in said and "loss" not in said.splitlines()[-1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xcomp_jax import chat, films, findings, study
+from xcomp_jax import chat, films, findings, study, train
 from xcomp_jax.model import decoder, lp_comp
 from xcomp_jax.study import RULES, Study
 
@@ -37,9 +37,17 @@ def test_a_base_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
   assert re.match(r"error: \S+/base is not there: train the base \(--base\)", capsys.readouterr().err)
 
 
-def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch):
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+  """Some file as the base, for tests that measure nothing."""
+  (tmp_path / "base").mkdir()
+  (tmp_path / "base" / "model.safetensors").write_bytes(b"one")
+  monkeypatch.setattr(study, "BASE", str(tmp_path / "base"))
+  return tmp_path / "base" / "model.safetensors"
+
+
+def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch, base):
   done = []
-  monkeypatch.setattr(study, "BASE", str(tmp_path))
   cells = lambda _: iter([(name, lambda name=name: done.append(name) or {"of": name}) for name in ("a", "b_1", "b_2")])
   monkeypatch.setattr(study, "cells", cells)
   study.run(tmp_path / "work", "quick", tmp_path / "cells", "b")
@@ -48,6 +56,28 @@ def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch):
   study.run(tmp_path / "work", "quick", tmp_path / "cells", "")
   assert done == ["b_1", "b_2", "a", "b_2"]
   assert json.loads((tmp_path / "cells" / "a.json").read_text())["result"] == {"of": "a"}
+  with pytest.raises(ValueError, match="--only c: no cell's name begins so; there are a, b_1, b_2"):
+    study.run(tmp_path / "work", "quick", tmp_path / "cells", "c")
+
+
+def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, base):
+  monkeypatch.setattr(study, "cells", lambda _: iter([("a", lambda: {"of": "a"})]))
+  study.run(tmp_path / "work", "quick", tmp_path / "cells", "")
+  with pytest.raises(ValueError, match=r"made\.json was made otherwise \(films\): give --out another folder"):
+    study.run(tmp_path / "work", "full", tmp_path / "cells", "")
+  base.write_bytes(b"another")
+  with pytest.raises(ValueError, match=r"cells/a\.json was made otherwise \(base\): remove it"):
+    study.run(tmp_path / "new", "quick", tmp_path / "cells", "")
+
+
+def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, base, capsys):
+  monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
+  monkeypatch.setattr(study, "cells", lambda its: iter([("a", lambda: its.tuned("progressive", 0))]))
+  monkeypatch.setattr(train, "run", lambda config: {"step": 3, "steps": 160})
+  with pytest.raises(SystemExit):
+    study.main(["--preset", "quick", "--out", str(tmp_path / "work")])
+  assert "the same command goes on" in capsys.readouterr().err
+  assert not (tmp_path / "work" / "progressive_0" / "model").exists() and not list((tmp_path / "work" / "cells").iterdir())
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
@@ -61,8 +91,8 @@ def quick(tmp_path_factory):
   return Study(out, study.PRESETS["quick"]), findings.Cells(out / "cells")
 
 
-# Shares of right answers: of the base less 12 points; then about half way between what was measured with and without the defects below (docs/LOG.md).
-UNCOMPRESSED, TUNED, FAR, FOUND = 0.78, 0.71, 0.60, 0.5
+# Shares of right answers, and of scenes that were found: about half way between what was measured with and without the defects below (docs/LOG.md).
+UNCOMPRESSED, TUNED, NEEDLE, FAR, FOUND, FIRST = 0.78, 0.68, 0.9, 0.60, 0.5, 0.6
 
 
 @pytest.fixture
@@ -73,13 +103,21 @@ def mutated(monkeypatch):
   jax.clear_caches()
 
 
-def tuned(quick, name="heldout"):
-  return findings.right(quick[0].measured(quick[0].tuned("progressive", 0), RULES["progressive"], name)).mean()
+def tuned(quick, name):
+  """Whether questions are answered rightly: bool[films, kinds]."""
+  return findings.right(quick[0].measured(quick[0].tuned("progressive", 0), RULES["progressive"], name))
 
 
-def found(quick):
-  long = quick[0].selected(quick[0].tuned("progressive", 0), RULES["progressive"], "long", ("aligned",))
-  return findings.right(long["aligned"], "hits")[:, :3].mean()  # kinds that need one scene
+def needles(answers):
+  return answers[:, films.KINDS.index("needle")].mean()
+
+
+def found(quick, mode):
+  return quick[0].selected(quick[0].tuned("progressive", 0), RULES["progressive"], "long", (mode,))[mode]
+
+
+def hits(measure):
+  return findings.right(measure, "hits")[:, :3].mean()  # kinds that need one scene
 
 
 @pytest.mark.slow
@@ -87,8 +125,9 @@ def test_quality_holds(quick):
   (base,), (after,) = quick[1].seeds("base", "heldout", "none"), quick[1].seeds("tune_progressive_{seed}", "heldout", "progressive")
   (before,), (long,) = quick[1].seeds("base", "heldout", "progressive"), quick[1].seeds("select_{seed}", "long")
   assert findings.right(base).mean() > UNCOMPRESSED
-  assert findings.right(after).mean() > max(TUNED, findings.right(before).mean())
-  assert findings.right(long["aligned"], "hits")[:, :3].mean() > FOUND > findings.right(long["uniform"], "hits")[:, :3].mean()
+  assert findings.right(after).mean() > TUNED > findings.right(before).mean() and needles(findings.right(after)) > NEEDLE
+  assert hits(long["aligned"]) > FOUND > hits(long["uniform"])
+  assert findings.first(long["local_answer"]).mean() > FIRST
 
 
 @pytest.mark.slow
@@ -106,7 +145,7 @@ def test_prefixes_instead_of_suffixes_fall_through(quick, mutated):
   first = lambda cfg, layers: tuple(tuple(cfg.group - 1 - place for place in kept[::-1]) for kept in survivors(cfg, layers))
   mutated.setattr(lp_comp, "survivors", first)
   mutated.setattr(lp_comp, "reduce", lambda x, cfg, before, after: _first(x, len(before), len(after)))
-  assert tuned(quick) < TUNED
+  assert needles(tuned(quick, "heldout")) < NEEDLE
 
 
 def _first(x, before, after):
@@ -118,7 +157,7 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
   # Short films hardly need positions; these are four times as long as what the model was tuned on.
   far = films.Split("far", 30, (48, 48), (3, 5), 0)
   quick[0].splits["far"] = far
-  assert tuned(quick, "far") > FAR
+  assert tuned(quick, "far").mean() > FAR
   rotate, groups = decoder.Layer.rotate, far.scenes[0] * films.FRAMES
 
   def old(layer, x, positions):
@@ -130,11 +169,18 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
 
   mutated.setattr(decoder.Layer, "rotate", old)
   jax.clear_caches()
-  assert tuned(quick, "far") < FAR
+  assert tuned(quick, "far").mean() < FAR
 
 
 @pytest.mark.slow
 def test_shuffled_scores_fall_through(quick, mutated):
   rounds, rng = chat.score_rounds, np.random.default_rng(0)
   mutated.setattr(chat, "score_rounds", lambda *args, **kw: rng.permuted(rounds(*args, **kw), axis=-1))
-  assert found(quick) < FOUND
+  assert hits(found(quick, "aligned")) < FOUND
+
+
+@pytest.mark.slow
+def test_scores_of_another_question_fall_through(quick, mutated):
+  rounds = chat.score_rounds
+  mutated.setattr(chat, "score_rounds", lambda *args, **kw: np.roll(rounds(*args, **kw), 1, axis=0))
+  assert findings.first(found(quick, "local_answer")).mean() < FIRST

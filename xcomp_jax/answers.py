@@ -39,6 +39,7 @@ from xcomp_jax.reader import Reader
 
 # Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that "auto" stands for.
 FREE = ("checkpoint", "clips_per_chunk", "clip_frames")
+ADDED = {"rows": "question"}  # settings that older folders do not have, and what they were made with
 PACKAGES = ("xcomp_jax", "jax", "jaxlib", "flax", "numpy", "opencv-python-headless", "pillow", "tokenizers")
 
 
@@ -134,6 +135,8 @@ class Answers:
       before = json.loads(file.read_text())
       pairs = [("checkpoint", before["identity"], self.settings["identity"])]
       chosen = {key: value for key, value in self.settings["settings"].items() if key not in FREE}
+      before["settings"] = ADDED | before["settings"]
+      before["qc_comp"] = before["qc_comp"] and ADDED | before["qc_comp"]
       pairs += [(key, before["settings"].get(key), value) for key, value in chosen.items()]
       resolved = [(key, before[key], self.settings[key]) for key in ("dtype", "clip_frames", "lp_comp", "qc_comp")]
     except (ValueError, KeyError, TypeError) as error:

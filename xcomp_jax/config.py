@@ -158,7 +158,7 @@ class SelectConfig:
   layers: tuple[int, int]  # first and last layer whose attention counts, of 28; other depths in proportion
   causal: bool  # a question's row sees the text up to itself; False: all of it (quirk Q2)
   bias: int | None  # text tokens before the question; None: as many as there are (quirk Q11)
-  rows: Rows = "question"  # whose attention counts: its tokens' (paper), or that of the prompt's last one, which the answer follows
+  rows: Rows  # whose attention counts: its tokens' (paper), or that of the prompt's last one, which the answer follows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,7 +112,7 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   measure("no compression", out / "start", LPCompConfig(config.lp_comp.schedule, "none", config.lp_comp.group))
   untrained = measure("LP-Comp, not trained", out / "start", config.lp_comp)
   say("supervised compression tuning")
-  train.run(dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=None)))  # measured below
+  train.run_whole(dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=None)))  # measured below
   export.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export")])
   tuned = measure("LP-Comp after SCT", out / "export", config.lp_comp)
   more, low, high = gain(untrained, tuned)
@@ -136,7 +136,7 @@ def train_base(out: pathlib.Path) -> None:
     world.write_world(stage / "world", [split], seed=100 + number, workers=2)
     decode(stage / "world", stage / "train", "train")
     paths = {"init_from": before, "workdir": stage / "run", "data.train": stage / "train"}
-    train.run(from_command_line(["demo", f"--config=configs/base.py:{name}", *(f"--config.{k}={v}" for k, v in paths.items())]))
+    train.run_whole(from_command_line(["demo", f"--config=configs/base.py:{name}", *(f"--config.{k}={v}" for k, v in paths.items())]))
     before = stage / "model"
     export.main(["--checkpoint", str(stage / "run"), "--format=torch", "--out", str(before)])
 

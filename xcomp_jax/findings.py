@@ -28,24 +28,28 @@ class Share:
     return f"{100 * self.mean:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
-def interval(seeds: Sequence[Bool[np.ndarray, "films kinds"]], against: Sequence[Bool[np.ndarray, "films kinds"]] = ()) -> Share:
+def interval(
+  seeds: Sequence[Bool[np.ndarray, "films kinds"]], against: Sequence[Bool[np.ndarray, "films kinds"]] = (), *, same: bool = False
+) -> Share:
   """The mean over seeds, films and kinds, or its difference to another one over the same films.
 
   The interval is that of a bootstrap over films, whose questions go together, and over seeds, where there are several.
+
+  same: a seed is the same model on both sides; else seeds are drawn apart, as trainings are.
   """
   rng = np.random.default_rng(0)
+  each = lambda rows: np.stack([np.asarray(r, float).mean(1) for r in rows])  # [seeds, films]
+  draw = lambda rows: rng.integers(len(rows), size=(RESAMPLES, len(rows)))
+  ours = each(seeds)
+  films, drawn = rng.integers(ours.shape[1], size=(RESAMPLES, ours.shape[1])), draw(ours)
 
-  def means(rows, films):  # [seeds, films] -> [RESAMPLES]
-    drawn = rng.integers(len(rows), size=(RESAMPLES, len(rows)))
+  def means(rows, drawn):  # [RESAMPLES]
     return np.stack([rows[:, chosen].mean(1)[seed].mean() for seed, chosen in zip(drawn, films, strict=True)])
 
-  each = lambda rows: np.stack([np.asarray(r, float).mean(1) for r in rows])
-  ours = each(seeds)
-  films = rng.integers(ours.shape[1], size=(RESAMPLES, ours.shape[1]))
-  values, mean = means(ours, films), ours.mean()
+  values, mean = means(ours, drawn), ours.mean()
   if against:
     theirs = each(against)
-    values, mean = values - means(theirs, films), mean - theirs.mean()
+    values, mean = values - means(theirs, drawn if same else draw(theirs)), mean - theirs.mean()
   return Share(float(mean), *map(float, np.percentile(values, (2.5, 97.5))))
 
 
@@ -79,10 +83,16 @@ def rows(names: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
   return "\n".join(["| " + " | ".join(names) + " |", "|---" * len(names) + "|", *("| " + " | ".join(row) + " |" for row in columns)])
 
 
-def _share(measures: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]] = (), key: str = "right") -> str:
+def _share(measures: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]] = (), key: str = "right", same: bool = False) -> str:
   if not measures:
     return "-"
-  return str(interval([right(m, key) for m in measures], [right(m, key) for m in against]))
+  return str(interval([right(m, key) for m in measures], [right(m, key) for m in against], same=same))
+
+
+def _bound(measure: Mapping[str, Any]) -> str:
+  """What is right if all questions are answered for which enough was shown, and the others by chance."""
+  hits = right(measure, "hits")
+  return f"{100 * np.where(hits, 1, list(CHANCE.values())).mean():.1f}"
 
 
 def compression(cells: Cells, rules: Sequence[str]) -> str:
@@ -92,12 +102,12 @@ def compression(cells: Cells, rules: Sequence[str]) -> str:
   for rule in rules:
     free, tuned = cells.seeds("base", "heldout", rule), after(rule)
     if free:
+      without = cells.seeds("tune_none_{seed}", "heldout", rule)
       others = (after(other) if other != rule else [] for other in ("none", "progressive"))
       against = [_share(tuned, other) if tuned and other else "-" for other in (free, *others)]
-      out.append([
-        rule, _share(free), _share(tuned), *against, str(len(tuned)), *_cost([*free, *tuned]),
-      ])  # fmt: skip
-  return rows(["", "not tuned for", "after SCT", "gained", "against none", "against progressive", "seeds", *COST], out)
+      out.append([rule, _share(free), _share(without), _share(tuned), *against, str(len(tuned)), *_cost([*free, *tuned])])
+  names = ["", "not tuned for", "tuned without", "after SCT", "gained", "against none", "against progressive", "seeds"]
+  return rows([*names, *COST], out)
 
 
 COST = ("visual tokens per layer", "GFLOP", "ms per question")
@@ -105,7 +115,7 @@ COST = ("visual tokens per layer", "GFLOP", "ms per question")
 
 def _cost(measures: Sequence[Mapping[str, Any]]) -> list[str]:
   seconds = np.median([m["seconds"] for m in measures])
-  return [f"{measures[0]['tokens']:.0f}", f"{1000 * measures[0]['TFLOP']:.2f}", f"{1000 * seconds:.0f}"]
+  return [f"{measures[0]['tokens']:.0f}", f"{1000 * measures[0]['TFLOP']:.3f}", f"{1000 * seconds:.0f}"]
 
 
 def by_kind(cells: Cells) -> str:
@@ -113,7 +123,7 @@ def by_kind(cells: Cells) -> str:
   choices = {"no compression": ("base", "heldout", "none"), "no compression, tuned": ("tune_none_{seed}", "heldout", "none")}
   choices |= {"progressive, not tuned for": ("base", "heldout", "progressive")}
   choices |= {"tuned without compression, then progressive": ("tune_none_{seed}", "heldout", "progressive")}
-  choices |= {f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in ("progressive", "uniform", "stepwise", "heuristic")}
+  choices |= {f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in ("progressive", "uniform", "stepwise", "heuristic", "early")}
   out = [["chance", *(f"{100 * CHANCE[kind]:.0f}" for kind in KINDS)]]
   for name, path in choices.items():
     if found := cells.seeds(*path):
@@ -126,18 +136,23 @@ def by_frames(cells: Cells) -> str:
   out = []
   for name, path in FRAMES.items():
     if found := cells.seeds(*path):
+      if not out:
+        out.append(["chance", *[f"{100 * np.mean(list(CHANCE.values())):.1f}"] * len(found[0])])
+        out.append(["all that was shown answered", *(_bound(one) for one in found[0].values())])
       out.append([name, *(_share([m[frames] for m in found]) for frames in found[0])])
   for name, rule in (("no compression", "none"), ("LP-Comp", "progressive")):  # tuned or not
     found = cells.seeds("base_frames", "wide", rule) + cells.seeds(f"tune_{rule}_{{seed}}", "wide", rule)
     if found:
       spent = zip(*(_cost([m[frames] for m in found]) for frames in found[0]))
       out += [[f"{name}: {what}", *values] for what, values in zip(COST, spent, strict=True)]
-  return rows(["", *(f"{n} frames" for n in (6, 12, 24, 36, 48))], out)
+  shown = next((found[0] for path in FRAMES.values() if (found := cells.seeds(*path))), ())
+  return rows(["", *(f"{n} frames" for n in shown)], out)
 
 
 FRAMES = {
   "no compression": ("base_frames", "wide", "none"), "no compression, tuned": ("tune_none_{seed}", "wide", "none"),
   "LP-Comp, not tuned for": ("base_frames", "wide", "progressive"), "LP-Comp after SCT": ("tune_progressive_{seed}", "wide", "progressive"),
+  "the early schedule after SCT": ("tune_early_{seed}", "wide", "early"),
 }  # fmt: skip
 
 
@@ -152,15 +167,18 @@ def selection(cells: Cells) -> str:
     found = cells.seeds(*path)
     of = lambda mode, found=found: [m[mode] for m in found]
     for mode in found[0] if found else ():
-      if mode != "place":
-        against = _share(of(mode), of("local")) if mode != "local" else "-"
-        first = str(interval([_first(m) for m in of(mode)])) if mode != "uniform" else "-"
+      if mode != "place" and all(mode in one for one in found):
+        against = _share(of(mode), of("local"), same=True) if mode != "local" else "-"
+        # The official mode scores four scenes together.
+        best = str(interval([first(m) for m in of(mode)])) if mode not in ("uniform", "official") else "-"
+        hits, bound = _share(of(mode), key="hits"), _bound(of(mode)[0])
         shown = mode.replace("_answer", ", the answer's row")
-        out.append([name, shown, _share(of(mode)), against, _share(of(mode), key="hits"), first, str(len(found)), *_cost(of(mode))])
-  return rows(["", "frames by", "right", "against local", "all that is needed selected", "needed scene first", "seeds", *COST], out)
+        out.append([name, shown, _share(of(mode)), against, bound, hits, best, str(len(found)), *_cost(of(mode))])
+  names = ["", "frames by", "right", "against local", "all that was selected answered", "all that is needed selected", "needed scene first"]
+  return rows([*names, "seeds", *COST], out)
 
 
-def _first(measure: Mapping[str, Any]) -> Bool[np.ndarray, "films kinds"]:
+def first(measure: Mapping[str, Any]) -> Bool[np.ndarray, "films kinds"]:
   """Where the one scene that is needed has the highest score; of the kinds that need one."""
   ranks = np.array(measure["rank"], float).reshape(-1, len(KINDS))
   return ranks[:, [kind in ("needle", "attribute", "motion") for kind in KINDS]] == 0
@@ -223,9 +241,9 @@ def plot_bias(cells: Cells) -> Any:
         axes[0].plot(x, profile[0], **style)
         axes[1].plot(x, profile[1], **style)
       place, rank = (np.array(values, float) for values in (found[0]["place"], [m[mode]["rank"] for m in found]))
-      bins = np.floor(place * 8)  # not a number where several scenes are needed
-      first = [(rank[:, bins == b] == 0).mean() for b in range(8)]
-      axes[2].plot((np.arange(8) + 0.5) / 8, first, **style)
+      quarters = [rank[:, np.floor(place * 4) == quarter] == 0 for quarter in range(4)]  # where one scene is needed
+      axes[2].plot((np.arange(4) + 0.5) / 4, [one.mean() if one.size else np.nan for one in quarters], **style)
+    axes[2].axhline(np.mean([1 / shots for shots in (3, 4, 5)]), color="grey", lw=1, ls=":")  # one of a film's shots
     axes[0].set_ylabel(f"{name}\nof the film's mean")
     axes[2].legend(frameon=False, fontsize=7)
   for ax, title in zip(grid[0], ("relevance: nothing to see", "relevance: shots", "needed scene ranked first"), strict=True):
@@ -239,7 +257,11 @@ PLOTS = {"study_frames": plot_frames, "study_bias": plot_bias}
 
 
 def report(folder: pathlib.Path, page: pathlib.Path | None = None, figures: pathlib.Path | None = None) -> str:
-  """All tables, printed; with a page also put between its marks, and the plots into a folder."""
+  """All tables, printed; with a page also put between its marks, and the plots into a folder.
+
+  Raises:
+    ValueError: a table's marks are not on the page, or twice.
+  """
   cells = Cells(folder)
   made = {name: table(cells) for name, table in TABLES.items()}
   text = "\n\n".join(f"{name}\n{table}" for name, table in made.items())
@@ -247,7 +269,10 @@ def report(folder: pathlib.Path, page: pathlib.Path | None = None, figures: path
   if page is not None and page.exists():
     content = page.read_text()
     for name, table in made.items():
-      content = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", content, flags=re.DOTALL)
+      place = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+      content, found = re.subn(place, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", content, flags=re.DOTALL)
+      if found != 1:
+        raise ValueError(f"{page} has {found} places between <!-- {name} --> and <!-- end -->; there must be one")
     page.write_text(content)
   if figures is not None:
     for name, plot in PLOTS.items():

@@ -211,17 +211,15 @@ def asked(tokens: np.ndarray, question: int, header: int, cfg: SelectConfig, ste
   Raises:
     ConfigError: no row is left to score.
   """
-  if cfg.rows == "answer":
-    first, header = len(tokens) - 1, len(tokens)
-  else:
-    first = question if cfg.bias is None else cfg.bias
-  if not 0 <= first < header:
+  last = len(tokens) if cfg.rows == "answer" else header
+  first = last - 1 if cfg.rows == "answer" else question if cfg.bias is None else cfg.bias
+  if not 0 <= first < last:
     raise ConfigError(f"QC-Comp: no question token is left between text token {first} and the answer at {header}")
-  shown = len(tokens) if cfg.window == 0 else header
+  shown = len(tokens) if cfg.window == 0 else last
   i = np.arange(-(-shown // step) * step)
   text = np.zeros(len(i), np.int32)
   text[:shown] = tokens[:shown]
-  return Asked(text, i < shown, (i >= first) & (i < header))
+  return Asked(text, i < shown, (i >= first) & (i < last))
 
 
 def from_prompt(prompt: Prompt, cfg: SelectConfig, step: int = 1) -> Asked:

@@ -4,15 +4,18 @@
   python -m xcomp_jax.study --out study --only tune     those whose names begin so
   python -m xcomp_jax.study --preset quick --out DIR    one tuning and its measures, minutes
   python -m xcomp_jax.study --report                    tables of docs/STUDY.md and plots, from the cells that are there
-  python -m xcomp_jax.study --base --out study/base     trains the base of assets/study again
+  python -m xcomp_jax.study --base --out study/base     trains a base by the stages of the one in assets/study
 
 A cell is one tuning or what needs none, with all that is measured of it, in docs/study/NAME.json (quick: in --out). A cell that
-is there is not done again. Run it where configs/, assets/ and docs/ are.
+is there is not done again; one that was made with another base, other films or another tuning is refused, and so is such a folder.
+Run it where configs/, assets/ and docs/ are.
 """
 
 import argparse
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 import shutil
 import time
@@ -25,7 +28,7 @@ from flax import nnx
 
 from xcomp_jax import chat, export, films, findings, predecode, qc_comp, train, weights, world
 from xcomp_jax.bench_parts import flops, scoring
-from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig, SelectConfig, from_command_line
+from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig, SelectConfig, from_command_line, to_dict
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import Bucket, Example, batch_spec, collate
 from xcomp_jax.data.store import Store, open_store
@@ -39,6 +42,7 @@ CONFIG = "configs/study.py"
 CELLS, PAGE, FIGURES = "docs/study", pathlib.Path("docs/STUDY.md"), pathlib.Path("docs/figures")
 ROWS = 16  # questions measured at once
 BINS = 16  # of places in a film
+WIDE = (3, 6, 12, 18, 24)  # clips that are taken of a film of 24
 PREFIX, TEXT = 16, 48  # slots for a measured question's tokens before and after the frames
 SELECTED = {"long": 24, "hour": 48}  # frames that QC-Comp keeps of a film
 
@@ -55,6 +59,7 @@ RULES = {
   "late": LPCompConfig((16, 16, 16, 8, 2, 1, 1, 1), "suffix", 16),
   "average": LPCompConfig("cosine", "avgpool", 16),
 }
+FREE = ("late", "average")  # are not tuned under
 MODES = ("uniform", "global", "local", "aligned", "global_answer", "local_answer")  # of QC-Comp, by the question's rows or the answer's
 
 
@@ -79,7 +84,7 @@ class Preset:
 
 
 PRESETS = {
-  "full": Preset(3200, 120, 90, 90, 90, None, (0, 1, 2), tuple(RULES)[:-2], tuple(RULES)[-2:]),
+  "full": Preset(3200, 120, 90, 90, 90, None, (0, 1, 2), tuple(rule for rule in RULES if rule not in FREE), FREE),
   "quick": Preset(1280, 60, 0, 8, 0, None, (0,), ("progressive",)),
 }
 SEED = 11  # of the films
@@ -106,6 +111,13 @@ class Study:
       for name, (count, scenes) in sizes.items()
     }
 
+  def made(self) -> dict[str, Any]:
+    """What everything in the folder, and every cell, follows from."""
+    base = hashlib.sha256((pathlib.Path(BASE) / "model.safetensors").read_bytes()).hexdigest()
+    tuning = to_dict(configured("tune", BASE, self.out, self.out, self.preset.steps))
+    films = {name: [split.films, split.scenes[0]] for name, split in self.splits.items()}
+    return json.loads(json.dumps({"base": base, "films": films, "seed": SEED, "optim": tuning["optim"], "train": tuning["train"]}))
+
   @functools.cached_property
   def tokenizer(self) -> prompt.Tokenizer:
     """The base's."""
@@ -130,7 +142,7 @@ class Study:
     if not (folder / "model").exists():
       self.store("tuning")
       config = configured("tune", BASE, folder / "run", self.out / "tuning" / "features", self.preset.steps)
-      train.run(dataclasses.replace(config, seed=seed, lp_comp=RULES[rule]))
+      train.run_whole(dataclasses.replace(config, seed=seed, lp_comp=RULES[rule]))
       export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
       shutil.rmtree(folder / "run")
     return folder / "model"
@@ -139,8 +151,8 @@ class Study:
     """Answers to a split's questions from so many clips at equal distances; None: all.
 
     Returns:
-      right: "1" or "0" for every question, film by film in the order of KINDS; tokens: visual ones a layer works on, on
-      average; TFLOP and seconds: for one question.
+      right: "1" or "0" for every question, film by film in the order of KINDS; hits: likewise, "1" where every scene that
+      is needed was shown; tokens: visual ones a layer works on, on average; TFLOP and seconds: of the LLM for one question.
     """
     scenes = self.splits[name].scenes[0]
     shown = even(scenes, clips or scenes)
@@ -151,15 +163,16 @@ class Study:
     begun, right = time.perf_counter(), answers(model, self.tokenizer, store, asked)
     seconds, clips = (time.perf_counter() - begun) / len(asked), len(asked[0][1])
     kept = float(np.mean(lp_comp.counts(model.cfg.lp_comp, model.cfg.llm.layers)))
-    return {"right": bits(right), "tokens": kept * clips * FRAMES, "seconds": seconds, "TFLOP": cost(model, clips) / 1e12}
+    hits = np.array([set(one.scenes) <= set(shown) for one, shown in asked])
+    spent = {"tokens": kept * clips * FRAMES, "seconds": seconds, "TFLOP": cost(model, clips) / 1e12}
+    return {"right": bits(right), "hits": bits(hits)} | spent
 
   def selected(self, checkpoint: str | pathlib.Path, rule: LPCompConfig, name: str, modes: Sequence[str]) -> dict[str, Any]:
     """Answers from what QC-Comp selects of a split's films, and what it found, by mode.
 
     Returns:
       place: of the needed scene, 0 to 1, where it is one, else null.
-      MODE: as of `measured`, cost and time with what a sixth of a film's six questions takes to select; hits: "1" where any
-      frame of every scene that is needed was selected; rank: how many scenes have a higher score than the one that is needed,
+      MODE: as of `measured`, cost and time with what a sixth of a film's six questions takes to select; rank: how many scenes have a higher score than the one that is needed,
       or null; relevance: mean score by place (16 bins) of scenes in which there is nothing to see, and of shots, each
       relative to its film's mean.
     """
@@ -193,8 +206,7 @@ class Study:
     single = [one.scenes[0] if len(one.scenes) == 1 else None for one in asked]
     out: dict[str, Any] = {"place": [None if scene is None else round((scene + 0.5) / scenes, 4) for scene in single]}
     for mode, clips in kept.items():
-      hits = np.array([set(one.scenes) <= set(some) for one, some in zip(asked, clips, strict=True)])
-      out[mode] = self._answered(model, store, list(zip(asked, clips, strict=True))) | {"hits": bits(hits)}
+      out[mode] = self._answered(model, store, list(zip(asked, clips, strict=True)))
       if mode in settings:
         out[mode]["seconds"] += float(np.median(took[mode]))  # of a film: the first one's has compilation in it
         out[mode]["TFLOP"] += work[mode] / 1e12
@@ -326,7 +338,7 @@ def train_base(out: pathlib.Path) -> None:
     folder = out / stage
     if not (folder / "model").exists():
       decode(folder, split, SEED, str(before) if frozen else None)
-      train.run(configured(stage, before, folder / "run", folder / ("features" if frozen else "frames")))
+      train.run_whole(configured(stage, before, folder / "run", folder / ("features" if frozen else "frames")))
       export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
     before = folder / "model"
 
@@ -355,33 +367,50 @@ def cells(study: Study) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 def _tuning(study: Study, rule: str, seed: int) -> dict[str, Any]:
-  begun, model = time.perf_counter(), study.tuned(rule, seed)
-  out: dict[str, Any] = {"tuning_s": time.perf_counter() - begun, "heldout": {rule: study.measured(model, RULES[rule], "heldout")}}
-  if rule == "none":  # the same tuning, and then compression without tuning for it
-    out["heldout"]["progressive"] = study.measured(model, RULES["progressive"], "heldout")
-  if study.preset.wide and rule in ("none", "progressive"):
+  model = study.tuned(rule, seed)
+  under = study.preset.rules if rule == "none" else (rule,)  # the same tuning, and then compression without tuning for it
+  out: dict[str, Any] = {"heldout": {rule: study.measured(model, RULES[rule], "heldout") for rule in under}}
+  if study.preset.wide and rule in ("none", "progressive", "early"):
     out["wide"] = {rule: _by_frames(study, model, rule)}
   return out
 
 
 def _by_frames(study: Study, model: str | pathlib.Path, rule: str) -> dict[str, dict[str, Any]]:
-  return {str(clips * FRAMES): study.measured(model, RULES[rule], "wide", clips) for clips in (3, 6, 12, 18, 24)}
+  return {str(clips * FRAMES): study.measured(model, RULES[rule], "wide", clips) for clips in WIDE}
 
 
 def run(out: pathlib.Path, name: str, where: pathlib.Path, only: str) -> None:
-  """Does the cells of a preset whose names begin with `only` and that are not in `where` yet."""
+  """Does the cells of a preset whose names begin with `only` and that are not in `where` yet.
+
+  Raises:
+    FileNotFoundError: there is no base.
+    ValueError: no cell is called so, or what is in `out` or `where` was made otherwise.
+  """
   if not pathlib.Path(BASE).exists():
     raise FileNotFoundError(f"{BASE} is not there: train the base (--base), and copy its watch/model to {BASE}")
   study = Study(out, PRESETS[name])
-  todo = [(cell, do) for cell, do in cells(study) if cell.startswith(only)]
-  where.mkdir(parents=True, exist_ok=True)
-  for number, (cell, do) in enumerate(todo, 1):
+  made, every = study.made(), dict(cells(study))
+  todo = {cell: do for cell, do in every.items() if cell.startswith(only)}
+  if not todo:
+    raise ValueError(f"--only {only}: no cell's name begins so; there are {', '.join(every)}")
+  for folder in (out, where):
+    folder.mkdir(parents=True, exist_ok=True)
+  if not (out / "made.json").exists():
+    write_json(out / "made.json", made)
+  _agree(out / "made.json", json.loads((out / "made.json").read_text()), made, f"give --out another folder, or remove {out}")
+  for number, (cell, do) in enumerate(todo.items(), 1):
     file = where / f"{cell}.json"
     if file.exists():
+      _agree(file, json.loads(file.read_text()).get("made", {}), made, "remove it to do it again")
       continue
     print(f"cell {number} of {len(todo)}: {cell}", flush=True)
     begun = time.perf_counter()
-    write_json(file, {"preset": dataclasses.asdict(study.preset), "result": do(), "seconds": time.perf_counter() - begun})
+    write_json(file, {"made": made, "result": do(), "seconds": time.perf_counter() - begun})
+
+
+def _agree(file: pathlib.Path, before: dict[str, Any], made: dict[str, Any], advice: str) -> None:
+  if other := [key for key in made if before.get(key) != made[key]]:
+    raise ValueError(f"{file} was made otherwise ({', '.join(other)}): {advice}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -82,8 +82,8 @@ def run(config: RunConfig, watch: Watch = lambda step, group, values: None) -> d
     watch: called with what goes to TensorBoard, as it comes: "train" and "goodput" every `log_every` steps, "heldout".
 
   Returns:
-    what the last line says: step, loss (mean over the steps done here, if any), and heldout_loss,
-    heldout_accuracy if there are held-out data.
+    what the last line says: step, steps (of the whole run), loss (mean over the steps done here, if any), and
+    heldout_loss, heldout_accuracy if there are held-out data.
 
   Raises:
     ConfigError, StoreError, CheckpointError, ...: whatever can't work, before weights are read.
@@ -97,6 +97,17 @@ def run(config: RunConfig, watch: Watch = lambda step, group, values: None) -> d
     prepared = prepare(config)
     stack.enter_context(workdir.held(config.workdir))
     return _train(config, prepared, goodput, watch)
+
+
+def run_whole(config: RunConfig) -> None:
+  """`run` for a program that goes on with what was trained.
+
+  Raises:
+    KeyboardInterrupt: a signal stopped it, after saving; the same call continues.
+  """
+  result = run(config)
+  if result["step"] < result["steps"]:
+    raise KeyboardInterrupt
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -257,7 +268,7 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
     save()
     bar.close()
     checkpoint.finish(checkpoints)
-  result = {"step": done}
+  result = {"step": done, "steps": steps}
   if losses:
     result["loss"] = float(np.mean(losses))
   if evaluated:
