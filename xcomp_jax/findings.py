@@ -245,9 +245,10 @@ def plot_bias(cells: Cells) -> Any:
       axes[2].plot((np.arange(4) + 0.5) / 4, [one.mean() if one.size else np.nan for one in quarters], **style)
     axes[2].axhline(np.mean([1 / shots for shots in (3, 4, 5)]), color="grey", lw=1, ls=":")  # one of a film's shots
     axes[0].set_ylabel(f"{name}\nof the film's mean")
-    axes[2].legend(frameon=False, fontsize=7)
   for ax, title in zip(grid[0], ("relevance: nothing to see", "relevance: shots", "needed scene ranked first"), strict=True):
     ax.set(title=title, ylim=(0, None))
+  if sources:
+    grid[-1][2].legend(frameon=False, fontsize=7)
   for ax in grid[-1]:
     ax.set_xlabel("place in the film")
   return figure
