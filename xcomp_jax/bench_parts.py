@@ -180,7 +180,10 @@ def asked_tokens() -> Prompt:
 def scoring(
   graph: nnx.GraphDef, plan: qc_comp.Plan, setting: SelectConfig, rows: int, question: Prompt | None = None, clip_frames: int = 8
 ) -> tuple[Callable, Callable]:
-  """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`."""
+  """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`.
+
+  question: None: `asked_tokens`. clip_frames: of the C clips.
+  """
   question, clips = question or asked_tokens(), plan.frames // clip_frames
   prefix = int(np.flatnonzero(question.tokens < 0)[0])
   asked = qc_comp.together([qc_comp.from_prompt(question, setting, chat.SCORE_STEP)])

@@ -189,7 +189,7 @@ class Asked:
   """The text of a prompt that scores, or with a leading Q those of several; arrays of numpy or jax.
 
   text: int32[L], the tokens after the visual slot that a window holds, padded.
-  valid: bool[L]. asked: bool[L], the question's rows.
+  valid: bool[L]. asked: bool[L], the rows that score: the question's, or the last one.
   """
 
   text: Leaf

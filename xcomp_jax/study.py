@@ -172,9 +172,9 @@ class Study:
 
     Returns:
       place: of the needed scene, 0 to 1, where it is one, else null.
-      MODE: as of `measured`, cost and time with what a sixth of a film's six questions takes to select; rank: how many scenes have a higher score than the one that is needed,
-      or null; relevance: mean score by place (16 bins) of scenes in which there is nothing to see, and of shots, each
-      relative to its film's mean.
+      MODE: as of `measured`, cost and time with what one of a film's six questions takes to select; rank: how many scenes
+      have a higher score than the one that is needed, or null; relevance: mean score by place (16 bins) of scenes in which
+      there is nothing to see, and of shots, each relative to its film's mean.
     """
     model, store, asked = load(checkpoint, rule), self.store(name), self.asked(name)
     scenes, frames = self.splits[name].scenes[0], SELECTED[name]
