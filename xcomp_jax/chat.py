@@ -8,8 +8,8 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
-from flax import nnx
 
 from xcomp_jax import qc_comp
 from xcomp_jax.config import ConfigError, SelectConfig
@@ -34,8 +34,8 @@ class Selection:
   note: str
 
 
-_watch = nnx.jit(qc_comp.watch, static_argnames="last")
-_score = nnx.jit(qc_comp.score, static_argnames=("layers", "causal", "prefix", "units"))
+_watch = jax.jit(qc_comp.watch, static_argnames="last")
+_score = jax.jit(qc_comp.score, static_argnames=("layers", "causal", "prefix", "units"))
 
 
 def phases(frames: int, clip_frames: int, cfg: SelectConfig | None) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ import shutil
 import time
 from collections.abc import Sequence
 
+import jax
 import numpy as np
-from flax import nnx
 
 from xcomp_jax import ask, export, predecode, train, weights, world
 from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
@@ -66,7 +66,7 @@ def answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.nda
   """Which held-out questions of config.data.heldout a checkpoint answers rightly: bool[n]."""
   directory = weights.resolve(checkpoint)
   cfg = weights.read_config(directory, config.model, lp_comp)
-  model, evaluate = weights.load(directory, cfg), nnx.jit(vlm.evaluate)
+  model, evaluate = weights.load(directory, cfg), jax.jit(vlm.evaluate)
   assert config.data.heldout is not None  # `show` says where they are
   data = train.open_data(config.data.heldout, cfg)
   right = np.zeros(len(data), bool)

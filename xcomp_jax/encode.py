@@ -76,7 +76,7 @@ def identity(model: vlm.VLM) -> str:
   return f"{tower_identity(model)}-{model.cfg.dtype}"
 
 
-_encode = nnx.jit(vlm.encode)
+_encode = jax.jit(vlm.encode)
 
 
 def encode_clips(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

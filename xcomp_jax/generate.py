@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int
 
 from xcomp_jax.config import ConfigError
@@ -131,8 +130,8 @@ def put(whole: State, one: State, row: Int[Array, ""]) -> State:
   return jax.tree.map(lambda a, b: a.at[row].set(b[0]) if a.ndim else b, whole, one)
 
 
-_prefill = nnx.jit(prefill, static_argnames="room")
-_decode = nnx.jit(decode, static_argnames=("sampling", "steps"), donate_argnames="state")
+_prefill = jax.jit(prefill, static_argnames="room")
+_decode = jax.jit(decode, static_argnames=("sampling", "steps"), donate_argnames="state")
 _put = jax.jit(put, donate_argnames="whole")
 
 

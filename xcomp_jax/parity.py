@@ -41,7 +41,7 @@ GRADIENT = (2e-5, 1e-4)  # absolute, or of an array's largest value
 QC_SCORES, QC_CHAT = 1e-5, 1e-3  # of each score
 
 
-@functools.partial(nnx.jit, static_argnames=("prefix", "text", "room"))
+@functools.partial(jax.jit, static_argnames=("prefix", "text", "room"))
 def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int):
   """From an inserted sequence [S, D]: all states of the prefill, its logits, and `room` greedy tokens and logits."""
   one = lambda n: jnp.full(1, n, jnp.int32)
@@ -186,7 +186,7 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
   x = jnp.concatenate([model.llm.embed(jnp.asarray(prefix)), jnp.asarray(recorded["visual_tokens"])])
   one = lambda n: jnp.full(1, n, jnp.int32)
   lengths = Lengths(one(len(prefix)), one((len(x) - len(prefix)) // model.cfg.lp_comp.group), one(0))
-  caches = nnx.jit(
+  caches = jax.jit(
     lambda llm, x: decoder.run(llm, x, lengths, prefix=len(prefix), text=0, caches=True, rotated=False, stop=layers - 1).caches
   )(model.llm, x[None])
   rows = []
@@ -200,7 +200,7 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
     plan = qc_comp.Plan(np.zeros(1, int), units, 1, inside, times == np.max(times))
     asked = qc_comp.together([qc_comp.asked(text, 0, header, cfg)])
     score = functools.partial(qc_comp.score, layers=range(layers), causal=False, prefix=len(prefix), units=units)
-    ours = qc_comp.unit_scores(plan, np.asarray(nnx.jit(score)(model, caches, asked, inside)[0]))[0]
+    ours = qc_comp.unit_scores(plan, np.asarray(jax.jit(score)(model, caches, asked, inside)[0]))[0]
     rows.append(scores_row(f"QC-Comp: {name}", ours, plan, recorded[name], QC_SCORES))
   return rows
 

@@ -60,7 +60,7 @@ def vision(model: VLM, clips: np.ndarray, recorded: Arrays, label: str) -> tuple
   rows = [compare(f"{label}: position tables", ours, recorded, VISION)]
 
   # One clip at a time, as attention matrices of many clips may not fit.
-  each = nnx.jit(lambda module, x: jax.lax.map(lambda clip: module(clip[None])[0], x))
+  each = jax.jit(lambda module, x: jax.lax.map(lambda clip: module(clip[None])[0], x))
   embedded = each(tower.patch_embed, clips)
   pixels = jnp.moveaxis(normalise(jnp.asarray(clips[0, :1])), -1, 1)
   ours = {"pixel_values_frame0": pixels, "patch_embed": embedded}
@@ -91,7 +91,7 @@ def vision(model: VLM, clips: np.ndarray, recorded: Arrays, label: str) -> tuple
     rows.append(compare(f"{stage}, partner, order, size", exact, recorded))
     x, size = recorded.get(f"{name}x", merged), recorded.get(f"{name}size", merged_size)
 
-  features = nnx.jit(vlm.encode)(model, clips[None])[0]
+  features = jax.jit(vlm.encode)(model, clips[None])[0]
   rows.append(compare(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION))
   rows.append(compare(f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION))
   return rows, features
@@ -135,7 +135,7 @@ def _internvideo2(directory: pathlib.Path, recorded: Arrays, label: str) -> list
   ours = {f"{kind}_init_sincos": position_start(v.width, n, grid) for kind, n in (("pos_embed", v.frames), ("img_pos_embed", 1))}
   rows = [compare(f"{label}: first positions", ours, recorded, VISION)]
   frames = _enlarged(recorded["lowres_u8"], v.image_size)
-  run = nnx.jit(lambda tower, frames: tower.with_class_token(frames))
+  run = jax.jit(lambda tower, frames: tower.with_class_token(frames))
   every, image = run(tower, frames), run(tower, frames[:, :1])
   rows.append(compare(f"{label}: tower", {"out_with_cls": every, "tower_out": every[:, 1:]}, recorded, INTERNVIDEO2))
   return [*rows, compare(f"{label}: tower, image", {"tower_out_image": image[:, 1:]}, recorded, INTERNVIDEO2)]
