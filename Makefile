@@ -4,8 +4,10 @@ BIN := .venv/bin
 # Versions that are known to work together, per Python version; another Python resolves its own.
 CONSTRAINTS = $(shell $(PYTHON) -c 'import sys, os; f = "constraints/py%d%d.txt" % sys.version_info[:2]; print("-c " + f if os.path.exists(f) else "")')
 
-# Most of the fast tests' time goes into compiling programs that run for milliseconds.
+# Most of the tests' time goes into compiling programs that run for milliseconds.
 COMPILE_FAST := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false
+# Slow tests that train for minutes, or look at what the compiler makes.
+OPTIMISED := $(patsubst %,tests/test_%.py,demo notebooks steps study tpu)
 
 .PHONY: help env demo base test test-slow test-beam test-buckets test-lmms lint docs notebooks
 
@@ -43,7 +45,8 @@ test: lint
 	XLA_FLAGS="$$XLA_FLAGS $(COMPILE_FAST)" $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: .venv/ready-tpu
-	$(BIN)/python -m pytest -m slow
+	XLA_FLAGS="$$XLA_FLAGS $(COMPILE_FAST)" $(BIN)/python -m pytest -m slow $(OPTIMISED:%=--ignore=%)
+	$(BIN)/python -m pytest -m slow $(OPTIMISED)
 
 .venv/ready-tpu: .venv/ready
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[plan,test]'

@@ -18,9 +18,7 @@ STAGES = (
   "vision: projector", "vision_local4: merge 1, partner, order, size", "vision_local4: merged tokens",
   "inserted sequence", "state entering layer 22", "state entering layer 24", "layer outputs", "final norm", "logits",
   "cache lengths", "cached keys and values", "prefill positions", "decode positions", "greedy tokens",
-  "decode logits", "cosine_nosuffix: states, logits", "cosine_nosuffix: tokens, cache lengths",
-  "nexthalf_10_20_stride4: states, logits", "avgpool_10_20_stride4: states, logits", "none: states, logits",
-  "training loss", "training labels", "gradients", "gradient norms", "QC-Comp: scores_default",
+  "decode logits", "training loss", "training labels", "gradients", "gradient norms", "QC-Comp: scores_default",
   "QC-Comp: scores_segments_8_4", "QC-Comp: scores_segments_4_2",
 )
 
@@ -35,15 +33,28 @@ def linked(source, target, *without):
 
 @pytest.fixture(scope="module")
 def rows(reference, tmp_path_factory):
-  return {row.stage: row for row in parity.check(linked(reference / "dev", tmp_path_factory.mktemp("dev"), "qc_chat.npz"))}
+  return checked(reference, tmp_path_factory.mktemp("dev"), "vision", "vision_local4", "llm", "train", "qc_scores")
+
+
+def checked(reference, target, *recorded):
+  """Rows of the stages that these files of arrays allow, by name."""
+  others = {f.name for f in (reference / "dev").glob("*.npz")} - {f"{name}.npz" for name in recorded}
+  return {row.stage: row for row in parity.check(linked(reference / "dev", target, *others))}
 
 
 @pytest.mark.slow
 def test_the_official_chat_selects_the_same_frames_and_answers_the_same(reference, tmp_path):
-  others = {f.name for f in (reference / "dev").glob("*.npz")} - {"qc_chat.npz"}
-  rows = [row for row in parity.check(linked(reference / "dev", tmp_path, *others)) if row.arrays]
+  rows = [row for row in checked(reference, tmp_path, "qc_chat").values() if row.arrays]
   assert [row.stage for row in rows] == [f"QC-Comp: {n}" for n in ("rounds", "round_scores", "selected frames", "answer")]
   assert all(row.result == "pass" for row in rows), rows
+
+
+@pytest.mark.slow  # four more programs of 28 layers
+def test_other_rules_and_schedules_equal_the_official_code(reference, tmp_path):
+  rows = checked(reference, tmp_path, "llm", "llm_variants")
+  for name in ("cosine_nosuffix", "nexthalf_10_20_stride4", "avgpool_10_20_stride4", "none"):
+    for what in ("states, logits", "tokens, cache lengths"):
+      assert rows[f"{name}: {what}"].result == "pass", rows[f"{name}: {what}"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -25,7 +25,7 @@ def test_clips_at_equal_distances():
 
 
 def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
-  names = [name for name, _ in study.cells(Study(tmp_path, study.PRESETS["full"]))]
+  names = [cell.name for cell in study.cells(Study(tmp_path, study.PRESETS["full"]))]
   assert len(set(names)) == len(names)
   assert {f"tune_{rule}_{seed}" for rule in RULES.keys() - set(study.FREE) for seed in range(3)} <= set(names)
 
@@ -48,7 +48,7 @@ def base(tmp_path, monkeypatch):
 
 def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch, base):
   done = []
-  cells = lambda _: iter([(name, lambda name=name: done.append(name) or {"of": name}) for name in ("a", "b_1", "b_2")])
+  cells = lambda _: iter([study.Cell(name, [], lambda name=name: done.append(name) or {"of": name}) for name in ("a", "b_1", "b_2")])
   monkeypatch.setattr(study, "cells", cells)
   study.run(tmp_path / "work", "quick", tmp_path / "cells", "b")
   assert done == ["b_1", "b_2"]
@@ -60,8 +60,23 @@ def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch, base):
     study.run(tmp_path / "work", "quick", tmp_path / "cells", "c")
 
 
+def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch, base):
+  clock, stored = iter([5.0, 7.0]), []
+  monkeypatch.setattr(study.time, "perf_counter", lambda: stored and next(clock))
+  monkeypatch.setattr(Study, "store", lambda its, name: stored.append(name))
+  monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", ["long", "wide"], lambda: {})]))
+  study.run(tmp_path / "work", "quick", tmp_path / "cells", "")
+  assert stored == ["long", "wide"] and json.loads((tmp_path / "cells" / "a.json").read_text())["seconds"] == 2
+
+
+def test_one_command_at_a_time(tmp_path, base, capsys):
+  with study._alone(tmp_path), pytest.raises(SystemExit):
+    study.main(["--preset", "quick", "--out", str(tmp_path)])
+  assert f"another command is at work in {tmp_path}; wait for it, or give --out another" in capsys.readouterr().err
+
+
 def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, base):
-  monkeypatch.setattr(study, "cells", lambda _: iter([("a", lambda: {"of": "a"})]))
+  monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", [], lambda: {"of": "a"})]))
   study.run(tmp_path / "work", "quick", tmp_path / "cells", "")
   with pytest.raises(ValueError, match=r"made\.json was made otherwise \(films\): give --out another folder"):
     study.run(tmp_path / "work", "full", tmp_path / "cells", "")
@@ -72,7 +87,7 @@ def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, base):
 
 def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, base, capsys):
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
-  monkeypatch.setattr(study, "cells", lambda its: iter([("a", lambda: its.tuned("progressive", 0))]))
+  monkeypatch.setattr(study, "cells", lambda its: iter([study.Cell("a", [], lambda: its.tuned("progressive", 0))]))
   monkeypatch.setattr(train, "run", lambda config: {"step": 3, "steps": 160})
   with pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path / "work")])

@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, and what commands say when something goes wrong."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -103,6 +104,23 @@ def fresh_folder(target: str | os.PathLike, replace: bool = False) -> Generator[
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
     raise
+
+
+@contextlib.contextmanager
+def locked(file: str | os.PathLike, taken: Exception) -> Generator[None]:
+  """Keeps other processes out of what a lock file stands for, as far as its file system has locks.
+
+  Raises:
+    taken: another process holds it.
+  """
+  with open(file, "w") as handle:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise taken from error
+    except OSError:  # no locks here
+      pass
+    yield
 
 
 def one_line(error: BaseException | str) -> str:

@@ -12,6 +12,7 @@ Run it where configs/, assets/ and docs/ are.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,7 +34,7 @@ from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import Bucket, Example, batch_spec, collate
 from xcomp_jax.data.store import Store, open_store
 from xcomp_jax.encode import EncodedVideo
-from xcomp_jax.files import command, write_json
+from xcomp_jax.files import command, locked, write_json
 from xcomp_jax.films import FRAMES, Split
 from xcomp_jax.model import lp_comp, vlm
 
@@ -218,7 +219,7 @@ class Study:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-_evaluate = nnx.jit(vlm.evaluate)
+_evaluate = jax.jit(vlm.evaluate)
 
 
 def answers(
@@ -306,7 +307,8 @@ def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> 
   settings = predecode.Settings(
     image_size=films.MODEL["tiny_vision"]["image_size"], max_frames=1024, min_frames=FRAMES, fps=world.FPS, clip_frames=FRAMES
   )
-  made = predecode.load_tower(tower, settings, 16) if tower else None
+  clips = min(16, 1 << (split.scenes[1] - 1).bit_length())  # at once: a film's, which are filled up to as many
+  made = predecode.load_tower(tower, settings, clips) if tower else None
   predecode.predecode(
     folder / "films" / f"{split.name}.yaml", folder / ("features" if tower else "frames"), settings, root=folder / "films",
     workers=2, tower=made,
@@ -346,24 +348,31 @@ def train_base(out: pathlib.Path) -> None:
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def cells(study: Study) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-  """Names of all cells, and what does them."""
+class Cell(NamedTuple):
+  """name, splits whose films it needs, and what does it."""
+
+  name: str
+  splits: Sequence[str]
+  do: Callable[[], dict[str, Any]]
+
+
+def cells(study: Study) -> Iterator[Cell]:
+  """All cells."""
   preset, none = study.preset, RULES["none"]
-  rules = dict.fromkeys(("none", *preset.rules, *preset.free))
-  yield "base", lambda: {"heldout": {rule: study.measured(BASE, RULES[rule], "heldout") for rule in rules}}
-  if preset.wide:
-    yield "base_frames", lambda: {"wide": {rule: _by_frames(study, BASE, rule) for rule in ("none", "progressive")}}
-  yield "base_select", lambda: {"long": study.selected(BASE, none, "long", MODES)}
+  rules, wide = dict.fromkeys(("none", *preset.rules, *preset.free)), ["wide"] if preset.wide else []
+  yield Cell("base", ["heldout"], lambda: {"heldout": {rule: study.measured(BASE, RULES[rule], "heldout") for rule in rules}})
+  if wide:
+    yield Cell("base_frames", wide, lambda: {"wide": {rule: _by_frames(study, BASE, rule) for rule in ("none", "progressive")}})
+  yield Cell("base_select", ["long"], lambda: {"long": study.selected(BASE, none, "long", MODES)})
   for seed in preset.seeds:
     for rule in preset.rules:
-      yield f"tune_{rule}_{seed}", lambda rule=rule, seed=seed: _tuning(study, rule, seed)
-    yield f"select_{seed}", lambda seed=seed: {
-      "long": study.selected(study.tuned("progressive", seed), RULES["progressive"], "long", MODES)
+      yield Cell(f"tune_{rule}_{seed}", ["tuning", "heldout", *wide], lambda rule=rule, seed=seed: _tuning(study, rule, seed))
+    selecting = lambda name, modes, seed=seed: {
+      name: study.selected(study.tuned("progressive", seed), RULES["progressive"], name, modes)
     }
+    yield Cell(f"select_{seed}", ["tuning", "long"], lambda of=selecting: of("long", MODES))
     if preset.hour and seed == preset.seeds[0]:  # a quarter of an hour: one seed says enough
-      yield f"official_{seed}", lambda seed=seed: {
-        "hour": study.selected(study.tuned("progressive", seed), RULES["progressive"], "hour", ("uniform", "local", "official"))
-      }
+      yield Cell(f"official_{seed}", ["tuning", "hour"], lambda of=selecting: of("hour", ("uniform", "local", "official")))
 
 
 def _tuning(study: Study, rule: str, seed: int) -> dict[str, Any]:
@@ -389,23 +398,25 @@ def run(out: pathlib.Path, name: str, where: pathlib.Path, only: str) -> None:
   if not pathlib.Path(BASE).exists():
     raise FileNotFoundError(f"{BASE} is not there: train the base (--base), and copy its watch/model to {BASE}")
   study = Study(out, PRESETS[name])
-  made, every = study.made(), dict(cells(study))
-  todo = {cell: do for cell, do in every.items() if cell.startswith(only)}
+  made, every = study.made(), list(cells(study))
+  todo = [cell for cell in every if cell.name.startswith(only)]
   if not todo:
-    raise ValueError(f"--only {only}: no cell's name begins so; there are {', '.join(every)}")
+    raise ValueError(f"--only {only}: no cell's name begins so; there are {', '.join(cell.name for cell in every)}")
   for folder in (out, where):
     folder.mkdir(parents=True, exist_ok=True)
   if not (out / "made.json").exists():
     write_json(out / "made.json", made)
   _agree(out / "made.json", json.loads((out / "made.json").read_text()), made, f"give --out another folder, or remove {out}")
-  for number, (cell, do) in enumerate(todo.items(), 1):
-    file = where / f"{cell}.json"
+  for number, cell in enumerate(todo, 1):
+    file = where / f"{cell.name}.json"
     if file.exists():
       _agree(file, json.loads(file.read_text()).get("made", {}), made, "remove it to do it again")
       continue
-    print(f"cell {number} of {len(todo)}: {cell}", flush=True)
+    print(f"cell {number} of {len(todo)}: {cell.name}", flush=True)
+    for split in cell.splits:
+      study.store(split)  # several cells': not part of this one's time
     begun = time.perf_counter()
-    write_json(file, {"made": made, "result": do(), "seconds": time.perf_counter() - begun})
+    write_json(file, {"made": made, "result": cell.do(), "seconds": time.perf_counter() - begun})
 
 
 def _agree(file: pathlib.Path, before: dict[str, Any], made: dict[str, Any], advice: str) -> None:
@@ -425,14 +436,18 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--base", action="store_true", help="train the base model instead")
   f = parser.parse_args(argv)
   with command(interrupted="interrupted; what was finished stays, and the same command goes on"):
-    if f.base:
-      train_base(f.out)
-      return
     full = f.preset == "full"
     where = pathlib.Path(CELLS) if full else f.out / "cells"
-    if not f.report:
-      run(f.out, f.preset, where, f.only)
-    findings.report(where, *((PAGE, FIGURES) if full else ()))
+    if f.base or not f.report:
+      with _alone(f.out):
+        train_base(f.out) if f.base else run(f.out, f.preset, where, f.only)
+    if not f.base:
+      findings.report(where, *((PAGE, FIGURES) if full else ()))
+
+
+def _alone(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  out.mkdir(parents=True, exist_ok=True)
+  return locked(out / ".lock", ValueError(f"another command is at work in {out}; wait for it, or give --out another folder"))
 
 
 if __name__ == "__main__":

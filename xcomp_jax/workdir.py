@@ -1,7 +1,6 @@
 """A run's own folder: it can be written, is one for all processes, and one run's at a time."""
 
 import contextlib
-import fcntl
 import secrets
 import time
 from collections.abc import Generator
@@ -12,7 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from xcomp_jax.config import ConfigError
-from xcomp_jax.files import one_line
+from xcomp_jax.files import locked, one_line
 
 LAGS = 5  # seconds that a shared file system may take to show one host what another wrote
 
@@ -62,14 +61,9 @@ def held(workdir: str) -> Generator[None]:
   if jax.process_index() or "://" in workdir:
     yield
     return
-  with open(epath.Path(workdir) / ".lock", "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise ConfigError(
-        f"another run is at work in {workdir}; set config.workdir to another folder, or if these are the processes of one run, see to it "
-        "that they find each other (config.distributed)"
-      ) from error
-    except OSError:  # no locks here
-      pass
+  taken = ConfigError(
+    f"another run is at work in {workdir}; set config.workdir to another folder, or if these are the processes of one run, see to it "
+    "that they find each other (config.distributed)"
+  )
+  with locked(epath.Path(workdir) / ".lock", taken):
     yield
