@@ -114,7 +114,7 @@ if beside_cpu:
   clips = frames.reshape(-1, film.clip_frames, *frames.shape[1:])
   asked = prompt.ask(watching.tokenizer, world.asked(annotation)[0][0], prompt.time_message(film.seconds, len(film.times)))
   batch = generate.as_batch(asked, clips, film.clip_frames)
-  logits = lambda model: np.asarray(nnx.jit(lambda model, batch: generate.prefill(model, batch, 0).logits)(model, batch))
+  logits = lambda model: np.asarray(jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits)(model, batch))
   with watching.precision():
     ours = logits(model)
   with jax.default_device(cpu), jax.default_matmul_precision("highest"):

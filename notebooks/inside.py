@@ -67,7 +67,6 @@ out = "runs/notebooks/inside"  # @param {type: "string"}
 
 # %%
 import numpy as np
-from flax import nnx
 from matplotlib import pyplot as plt
 
 from xcomp_jax import draw, generate, inside, reader, weights, world
@@ -121,7 +120,7 @@ first = world.read_annotations(made, "heldout")[0]
 path = str(made / "heldout" / first["video"])
 scene = next(where for text, _, where in world.asked(first) if text.startswith(world.QUESTIONS["shape"]))
 clip = np.stack(list(movies.frames(watching.sample(path))))[scene * 8 : scene * 8 + watching.cfg.clip_frames]
-sources = nnx.jit(lambda model, clips: merge.sources(model.vision(clips), watching.cfg.clip_tokens, watching.cfg.vision.heads))
+sources = jax.jit(lambda model, clips: merge.sources(model.vision(clips), watching.cfg.clip_tokens, watching.cfg.vision.heads))
 with watching.precision():
   into = sources(model, clip[None])
 counts = lp_comp.counts(looked, layers)
@@ -136,7 +135,7 @@ draw.places(clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(step
 # know before those go.
 
 # %% tags=["picture-flow"]
-flow = nnx.jit(inside.flow)
+flow = jax.jit(inside.flow)
 under = {name: weights.with_lp_comp(one, looked) for name, one in models.items()}
 with watching.precision():
   shares = {name: np.mean([np.asarray(flow(one, batch)[0]) for batch in batches], axis=0) for name, one in under.items()}
@@ -160,7 +159,7 @@ draw.kept_share(shares, dict.fromkeys(shares, looked));
 geometric = lambda rate: tuple(max(1, round(looked.group * rate ** (layer + 1))) for layer in range(layers))
 schedules = {"none": geometric(1.0), "0.9": geometric(0.9), "cosine": lp_comp.counts(cosine, layers), "0.7": geometric(0.7)}
 schedules |= {name: lp_comp.counts(one, layers) for name, one in tuning.items()} | {"one": geometric(0.0)}
-logits = nnx.jit(lambda model, batch: generate.prefill(model, batch, 0).logits[0])
+logits = jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits[0])
 given = {}
 with watching.precision():
   for name, one in models.items():

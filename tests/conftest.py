@@ -116,7 +116,7 @@ def tiny_run(tmp_path_factory, reference):
   )
   lp = LPCompConfig((8, 1), "suffix", 16)
   cfg = weights.read_config(init, model, lp)
-  export.save_torch(root / "base", nnx.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32)
+  export.save_torch(root / "base", jax.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32)
 
   def items(count, seed):
     rng = np.random.default_rng(seed)

@@ -10,9 +10,9 @@ import sys
 import wave
 
 import cv2
+import jax
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from xcomp_jax import ask, encode, generate, qc_comp, weights
@@ -54,7 +54,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   frames = video.load(film, size=48, max_frames=8, min_frames=8, fps=8, clip_frames=4, style="ask").frames
   tokenizer, model = prompt.load_tokenizer(checkpoint), weights.load(checkpoint, cfg)
   question, tokens = prompt.ask(tokenizer, "Which?", prompt.time_message(1.5, 8)), []
-  forward = nnx.jit(lambda model, batch: model.llm.logits(vlm.forward(model, batch).x))
+  forward = jax.jit(lambda model, batch: model.llm.logits(vlm.forward(model, batch).x))
   while len(tokens) < 3:
     longer = prompt.Prompt(
       np.append(question.tokens, np.array(tokens, np.int32)), *(np.zeros(len(question.tokens) + len(tokens), t) for t in (np.int32, bool)),

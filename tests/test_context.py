@@ -63,7 +63,7 @@ def test_the_tpu_kernel_lowers_for_split_queries():
 def test_a_sample_over_two_devices_gives_the_loss_and_gradient_of_one(tiny, sample, kind, monkeypatch):
   cfg = tiny(remat=False, clips_per_chunk=1)
   cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=2))
-  graph, state = nnx.split(nnx.jit(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0)))())
+  graph, state = nnx.split(jax.jit(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0)))())
   batch = collate([sample(4, 3, 9, 0), sample(3, 6, 14, 1)], Bucket(4, 8, 8, 16))
   if kind == "features":
     batch = dataclasses.replace(batch, visual=np.random.default_rng(0).normal(size=(2, 4, 128, 32)).astype(np.float32))

@@ -30,7 +30,7 @@ def test_even_attention_goes_where_tokens_are(small, sample, keep):
     layer.q.kernel[...] = jnp.zeros_like(layer.q.kernel[...])
     layer.q.bias[...] = jnp.zeros_like(layer.q.bias[...])
   batch = collate([sample(1, 3, 6), sample(2, 2, 4, seed=1)], Bucket(2, 8, 4, 8))
-  shares = np.asarray(nnx.jit(inside.flow)(model, batch))
+  shares = np.asarray(jax.jit(inside.flow)(model, batch))
   assert shares.shape == (2, 2, 2, 18)
   kept = lp_comp.survivors(cfg.lp_comp, 2)
   for row, (clips, prefix, text) in enumerate([(1, 3, 6), (2, 2, 4)]):
@@ -64,4 +64,4 @@ def test_another_lp_comp_shares_the_parameters(small, sample):
   assert all(a is b for a, b in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(whole)), strict=True))
   assert {layer.cfg.lp_comp.keep for layer in (whole, whole.llm, *whole.llm.layers)} == {"none"}
   features = dataclasses.replace(collate([sample(1, 3, 6)], Bucket(1, 8, 4, 8)), visual=jnp.ones((1, 1, 128, 32)))
-  assert nnx.jit(vlm.forward)(whole, features).x.shape == (1, 4 + 128 + 8, 32)
+  assert jax.jit(vlm.forward)(whole, features).x.shape == (1, 4 + 128 + 8, 32)

@@ -61,7 +61,7 @@ def test_sizes_are_read_back_as_those_of_their_tower(tiny, cfg):
 
 def built(cfg):
   """A tower whose blocks count: they are scaled by next to nothing at the start."""
-  tower = nnx.jit(lambda: InternVideo2(cfg, rngs=nnx.Rngs(0)))()
+  tower = jax.jit(lambda: InternVideo2(cfg, rngs=nnx.Rngs(0)))()
   for block in tower.blocks:
     block.ls1[...], block.ls2[...] = jnp.full(32, 0.5), jnp.full(32, 0.5)
   return tower
@@ -72,7 +72,7 @@ def tower(cfg):
   return built(cfg)
 
 
-run = nnx.jit(lambda tower, frames: tower(frames))
+run = jax.jit(lambda tower, frames: tower(frames))
 
 
 def test_frames_of_a_clip_see_each_other_and_clips_do_not(tower):
@@ -84,7 +84,7 @@ def test_frames_of_a_clip_see_each_other_and_clips_do_not(tower):
 
 
 def test_the_class_token_is_the_first_and_has_a_position(tower):
-  embed = nnx.jit(lambda tower, frames: (tower.embed(frames), tower.patch_embed(frames)))
+  embed = jax.jit(lambda tower, frames: (tower.embed(frames), tower.patch_embed(frames)))
   embedded, patches = embed(tower, clips(1))
   np.testing.assert_array_equal(embedded[0, 0], tower.cls_token[...][0, 0] + tower.pos_embed[...][0, 0])
   np.testing.assert_array_equal(embedded[:, 1:], patches + tower.pos_embed[...][:, 1:])
@@ -120,7 +120,7 @@ def test_remat_changes_no_gradient_and_all_but_the_positions_of_images_have_one(
   grads = []
   for remat in (False, True):
     module = built(dataclasses.replace(cfg, vision=dataclasses.replace(SIZES, layers=1), remat=remat, attention="einsum"))
-    grads.append(nnx.jit(nnx.grad(lambda m: jnp.square(m(clips(1))).mean()))(module))
+    grads.append(jax.jit(nnx.grad(lambda m: jnp.square(m(clips(1))).mean()))(module))
   assert not grads[0].pop("img_pos_embed")[...].any() and grads[1].pop("img_pos_embed")
   first, second = map(jax.tree.leaves, grads)
   assert len(first) == 4 + 13

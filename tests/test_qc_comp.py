@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def question(length=12, start=6, seed=0):
   return Prompt(tokens, np.full_like(tokens, -100), np.zeros(len(tokens), bool), (6 + start, 6 + length - 2))
 
 
-@functools.partial(nnx.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def entering(llm, x, P, G, L):
   """States entering each layer."""
   one = lambda n: jnp.full(1, n)

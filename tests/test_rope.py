@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,8 +89,8 @@ def test_a_decoder_with_yarn_is_another_one(tiny):
   def out(scaling):
     llm = dataclasses.replace(tiny().llm, layers=1, rope_theta=100.0, rope_scaling=scaling)
     cfg = tiny(llm=llm, lp_comp=config.LPCompConfig((16,), "suffix", 16), remat=False, attention="einsum")
-    decoder = nnx.jit(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))()
-    return nnx.jit(lambda decoder, x: run(decoder, x, Lengths(one(2), one(1), one(2)), prefix=2, text=2).x)(decoder, x)
+    decoder = jax.jit(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))()
+    return jax.jit(lambda decoder, x: run(decoder, x, Lengths(one(2), one(1), one(2)), prefix=2, text=2).x)(decoder, x)
 
   plain = out(None)
   np.testing.assert_array_equal(plain, out(weights.yarn_of(1.0, 4)))

@@ -123,7 +123,7 @@ def test_a_gathered_layer_is_whole_along_the_width_and_the_same(mesh):
   one = mlp()
   assert gathered(one, jnp.bfloat16) is one  # no mesh
   with jax.set_mesh(mesh):
-    two = nnx.jit(lambda m: gathered(m, jnp.bfloat16))(jax.device_put(mlp(), param_shardings(mlp(), mesh)))
+    two = jax.jit(lambda m: gathered(m, jnp.bfloat16))(jax.device_put(mlp(), param_shardings(mlp(), mesh)))
   for name, before, after in (("up", P("fsdp", "tensor"), P(None, "tensor")), ("down", P("tensor", "fsdp"), P("tensor"))):
     kernel, was = two[name].kernel[...], one[name].kernel[...]
     assert kernel.sharding.spec == after and parameter_spec(f"{name}/kernel", was.shape, mesh) == before

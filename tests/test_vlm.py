@@ -20,7 +20,7 @@ def mixed(sample):
   return [sample(2, 3, 9, 0), sample(5, 6, 4, 1), sample(1, 1, 12, 2)]
 
 
-losses = nnx.jit(vlm.loss)
+losses = jax.jit(vlm.loss)
 
 
 def close(got, want):
@@ -52,7 +52,7 @@ def test_each_sample_of_a_mixed_batch_equals_it_alone(tiny, mixed, keep, rows):
 @pytest.mark.parametrize("clips", [(5, 5, 5), pytest.param((2, 5, 1), marks=pytest.mark.slow)])  # padded, and as they are
 def test_gradients_of_a_mixed_batch_are_the_sum_of_those_alone(tiny, mixed, clips):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
-  grad = nnx.jit(nnx.grad(lambda m, b: (vlm.loss(m, b) * b.weight).sum()))
+  grad = jax.jit(nnx.grad(lambda m, b: (vlm.loss(m, b) * b.weight).sum()))
   together = grad(model, collate(mixed, Bucket(6, 8, 8, 16), 4))
   parts = [grad(model, collate([e], Bucket(n, 8, 8, 16))) for e, n in zip(mixed, clips, strict=True)]
   jax.tree.map(lambda a, *b: close(a, sum(b)), together, *parts)
@@ -78,7 +78,7 @@ def test_a_clip_chunk_of_any_size_gives_the_same_features(tiny):
   features = []
   for size in (1, 2, 8):
     model = vlm.VLM(tiny(clips_per_chunk=size), rngs=nnx.Rngs(0))
-    features.append(nnx.jit(vlm.encode)(model, frames))
+    features.append(jax.jit(vlm.encode)(model, frames))
   close(features[1], features[0])
   close(features[2], features[0])
 
@@ -86,7 +86,7 @@ def test_a_clip_chunk_of_any_size_gives_the_same_features(tiny):
 def test_features_give_what_frames_give(tiny, mixed):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   batch = collate(mixed, Bucket(6, 8, 8, 16))
-  features = dataclasses.replace(batch, visual=nnx.jit(vlm.encode)(model, batch.visual))
+  features = dataclasses.replace(batch, visual=jax.jit(vlm.encode)(model, batch.visual))
   close(losses(model, features), losses(model, batch))
 
 
@@ -103,7 +103,7 @@ def test_images_and_text_alone_run(tiny, sample):
 def test_loss_is_the_mean_over_supervised_tokens_then_over_samples(tiny, mixed):
   model = vlm.VLM(tiny(lp_comp=LPCompConfig("cosine", "none", 16)), rngs=nnx.Rngs(0))
   batch = collate(mixed[:1], alone(mixed[0]))
-  out = nnx.jit(vlm.forward)(model, batch)
+  out = jax.jit(vlm.forward)(model, batch)
   logits = np.asarray(model.llm.logits(out.x))[0]
   example, n = mixed[0], 2 * 128
   labels = np.full(len(logits), -100)
@@ -129,14 +129,14 @@ def test_projector_gets_no_gradient_from_long_samples_on_request(tiny, mixed):  
 def test_evaluate_counts_greedy_first_tokens(tiny, mixed):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   batch = collate(mixed[:1], alone(mixed[0]))
-  _, wrong = nnx.jit(vlm.evaluate)(model, batch)
-  logits = model.llm.logits(nnx.jit(vlm.forward)(model, batch).x)
+  _, wrong = jax.jit(vlm.evaluate)(model, batch)
+  logits = model.llm.logits(jax.jit(vlm.forward)(model, batch).x)
   row = int(np.flatnonzero(batch.query[0])[0])
   best = int(jnp.argmax(logits[0, -batch.text.shape[1] + row]))
   targets = batch.targets.copy()
   assert wrong[0] == (targets[0, 4 + row] == best)
   targets[0, 4 + row] = best
-  assert nnx.jit(vlm.evaluate)(model, dataclasses.replace(batch, targets=targets))[1][0] == 1
+  assert jax.jit(vlm.evaluate)(model, dataclasses.replace(batch, targets=targets))[1][0] == 1
 
 
 def test_parameters_are_a_tree_per_layer(tiny):

@@ -93,7 +93,7 @@ def without_llm(cfg: VLMConfig) -> VLMConfig:
 
 def _random(cfg: VLMConfig, real: bool) -> tuple[nnx.GraphDef, nnx.State]:
   make = lambda: VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype))
-  return nnx.split(nnx.jit(make)() if real else nnx.eval_shape(make))
+  return nnx.split(jax.jit(make)() if real else nnx.eval_shape(make))
 
 
 def _array(real: bool, shape: tuple[int, ...], dtype: Any) -> Any:
