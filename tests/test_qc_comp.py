@@ -327,7 +327,6 @@ def test_official_rounds_read_the_phase_they_start_in(model):
   other = dataclasses.replace(video, features={0: video.features[0], 2: video.features[2] + 1})
   asked = question(length=40)
   plan = qc_comp.plan(1024, 4, cfg)
-  plan = dataclasses.replace(plan, starts=plan.starts[::2])  # one of both halves of the film
   a, b = (chat.score_rounds(model, v, [asked], plan, cfg)[0] for v in (video, other))
   changed = [bool(np.abs(x - y).max() > 0) for x, y in zip(a, b, strict=True)]
   assert changed == [bool(start % 4) for start in plan.starts] and sorted(set(plan.starts % 4)) == [0, 2]

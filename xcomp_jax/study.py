@@ -359,20 +359,19 @@ class Cell(NamedTuple):
 def cells(study: Study) -> Iterator[Cell]:
   """All cells."""
   preset, none = study.preset, RULES["none"]
-  rules, wide = dict.fromkeys(("none", *preset.rules, *preset.free)), ["wide"] if preset.wide else []
+  rules = dict.fromkeys(("none", *preset.rules, *preset.free))
+  wide = ["wide"] if preset.wide else []
   yield Cell("base", ["heldout"], lambda: {"heldout": {rule: study.measured(BASE, RULES[rule], "heldout") for rule in rules}})
   if wide:
     yield Cell("base_frames", wide, lambda: {"wide": {rule: _by_frames(study, BASE, rule) for rule in ("none", "progressive")}})
   yield Cell("base_select", ["long"], lambda: {"long": study.selected(BASE, none, "long", MODES)})
   for seed in preset.seeds:
     for rule in preset.rules:
-      yield Cell(f"tune_{rule}_{seed}", ["tuning", "heldout", *wide], lambda rule=rule, seed=seed: _tuning(study, rule, seed))
-    selecting = lambda name, modes, seed=seed: {
-      name: study.selected(study.tuned("progressive", seed), RULES["progressive"], name, modes)
-    }
-    yield Cell(f"select_{seed}", ["tuning", "long"], lambda of=selecting: of("long", MODES))
+      yield Cell(f"tune_{rule}_{seed}", ["tuning", "heldout", *wide], functools.partial(_tuning, study, rule, seed))
+    yield Cell(f"select_{seed}", ["tuning", "long"], functools.partial(_selection, study, seed, "long", MODES))
     if preset.hour and seed == preset.seeds[0]:  # a quarter of an hour: one seed says enough
-      yield Cell(f"official_{seed}", ["tuning", "hour"], lambda of=selecting: of("hour", ("uniform", "local", "official")))
+      modes = "uniform", "local", "official"
+      yield Cell(f"official_{seed}", ["tuning", "hour"], functools.partial(_selection, study, seed, "hour", modes))
 
 
 def _tuning(study: Study, rule: str, seed: int) -> dict[str, Any]:
@@ -382,6 +381,10 @@ def _tuning(study: Study, rule: str, seed: int) -> dict[str, Any]:
   if study.preset.wide and rule in ("none", "progressive", "early"):
     out["wide"] = {rule: _by_frames(study, model, rule)}
   return out
+
+
+def _selection(study: Study, seed: int, name: str, modes: Sequence[str]) -> dict[str, Any]:
+  return {name: study.selected(study.tuned("progressive", seed), RULES["progressive"], name, modes)}
 
 
 def _by_frames(study: Study, model: str | pathlib.Path, rule: str) -> dict[str, dict[str, Any]]:
@@ -424,6 +427,11 @@ def _agree(file: pathlib.Path, before: dict[str, Any], made: dict[str, Any], adv
     raise ValueError(f"{file} was made otherwise ({', '.join(other)}): {advice}")
 
 
+def _alone(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  out.mkdir(parents=True, exist_ok=True)
+  return locked(out / ".lock", ValueError(f"another command is at work in {out}; wait for it, or give --out another folder"))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(
@@ -443,11 +451,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_base(f.out) if f.base else run(f.out, f.preset, where, f.only)
     if not f.base:
       findings.report(where, *((PAGE, FIGURES) if full else ()))
-
-
-def _alone(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-  out.mkdir(parents=True, exist_ok=True)
-  return locked(out / ".lock", ValueError(f"another command is at work in {out}; wait for it, or give --out another folder"))
 
 
 if __name__ == "__main__":
