@@ -4,7 +4,7 @@
   python -m xcomp_jax.study --out study
 
 The base is a miniature VideoChat-Flash of eight layers, trained from nothing and without compression on films of `xcomp_jax.films`:
-stages `see`, `answer`, `order`, `ask`, `watch`, the first with the tower; every one starts from the last one's export. `tune` is what every row
+stages `see`, `answer`, `tell`, `order`, `ask`, `watch`, the first with the tower; every one starts from the last one's export. `tune` is what every row
 of the study's tables is tuned with; the command sets its keep rule, schedule and seed.
 """
 
@@ -14,8 +14,9 @@ from ml_collections import ConfigDict, FieldReference
 
 STAGES = {  # learning rate, films in a batch, epochs, tower trained, frames and text of the only bucket: more of them would be filled with padding
   "see": (3e-3, 16, 1, True, (2,), (64,)),  # one shot to describe
-  "answer": (2e-3, 8, 4, False, (6,), (160,)),  # questions about up to three, and descriptions, without which motion is forgotten
-  "order": (1.5e-3, 8, 3, False, (6,), (64,)),  # the kind that is learned last
+  "answer": (2e-3, 8, 2, False, (6,), (160,)),  # questions about two or three: which one is asked about has to be found
+  "tell": (2e-3, 8, 2, False, (6,), (160,)),  # the same and descriptions, without which motion is forgotten
+  "order": (1.5e-3, 8, 2, False, (6,), (64,)),  # the kind that is learned last
   "ask": (1.5e-3, 8, 2, False, (24,), (96,)),  # up to five in up to 12 scenes
   "watch": (1e-3, 8, 1, False, (64,), (96,)),  # in up to 32, as many as a window of QC-Comp has
   "tune": (2e-3, 8, 1, False, (24,), (128,)),
