@@ -4,8 +4,8 @@
   python -m xcomp_jax.study --out study
 
 The base is a miniature VideoChat-Flash of eight layers, trained from nothing and without compression on films of `xcomp_jax.films`:
-stages `see`, `answer`, `tell`, `order`, `ask`, `watch`, the first with the tower; every one starts from the last one's export. `tune` is what every row
-of the study's tables is tuned with; the command sets its keep rule, schedule and seed.
+stages `see`, `answer`, `tell`, `order`, `ask`, `watch`, the first with the tower; every one starts from the last one's export. A row of the study's
+tables is tuned by the variant of its rule, as `configs/study.py:progressive`; the command sets seeds.
 """
 
 import pathlib
@@ -19,27 +19,41 @@ STAGES = {  # learning rate, films in a batch, epochs, tower trained, frames and
   "order": (1.5e-3, 8, 2, False, (6,), (64,)),  # the kind that is learned last
   "ask": (1.5e-3, 8, 2, False, (24,), (96,)),  # up to five in up to 12 scenes
   "watch": (1e-3, 8, 1, False, (64,), (96,)),  # in up to 32, as many as a window of QC-Comp has
-  "tune": (2e-3, 8, 1, False, (24,), (128,)),
+}
+TUNING = (2e-3, 8, 1, False, (24,), (128,))  # the same for all rules
+
+# At every layer so many tokens of 16; of eight layers 7.6 on average each, so that all do the same work (paper, Table 2).
+STEPS = (16, 16, 8, 8, 8, 2, 2, 1)
+RULES = {  # schedule and keep
+  "none": ("cosine", "none"),
+  "heuristic": (STEPS, "attention"),  # VideoChat-Flash's drop of what is attended least (FACTS.md 13)
+  "stepwise": (STEPS, "suffix"),
+  "progressive": ("cosine", "suffix"),  # XComp
+  "uniform": ("cosine", "uniform"),
+  # Not of the paper:
+  "early": ((11, 10, 9, 9, 8, 7, 6, 1), "suffix"),
+  "late": ((16, 16, 16, 8, 2, 1, 1, 1), "suffix"),
+  "average": ("cosine", "avgpool"),
 }
 
 
-def get_config(stage: str = "see") -> ConfigDict:
-  """The values of a stage.
+def get_config(variant: str = "see") -> ConfigDict:
+  """The values of a stage of the base, or of a tuning under a rule.
 
   Raises:
-    ValueError: there is no such stage.
+    ValueError: there is no such variant.
   """
-  if stage not in STAGES:
-    raise ValueError(f"configs/study.py has no stage {stage!r}; known: {', '.join(STAGES)}")
-  rate, batch, epochs, vision, frames, text = STAGES[stage]
+  if variant not in STAGES | RULES:
+    raise ValueError(f"configs/study.py has no variant {variant!r}; known: {', '.join(STAGES | RULES)}")
+  tuned = variant in RULES
+  rate, batch, epochs, vision, frames, text = TUNING if tuned else STAGES[variant]
+  schedule, keep = RULES.get(variant, RULES["none"])  # the base is trained without compression
   free = lambda value: FieldReference(value, field_type=object)
-  base, tuned = pathlib.PurePath("study/base"), stage == "tune"
-  order = list(STAGES)
-  before = base / "init" if stage == order[0] else base / order[order.index(stage) - 1] / "model"
+  base, before = pathlib.PurePath("study/base"), dict(zip(STAGES, ["init", *(f"{stage}/model" for stage in STAGES)]))
   c = ConfigDict()
   c.seed = 0
-  c.workdir = "study/progressive_0/run" if tuned else str(base / stage / "run")
-  c.init_from = "assets/study" if tuned else str(before)
+  c.workdir = f"study/{variant}_0/run" if tuned else str(base / variant / "run")
+  c.init_from = "assets/study" if tuned else str(base / before[variant])
   c.compilation_cache = free(None)
 
   c.model = ConfigDict()
@@ -52,12 +66,12 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.model.remat = False
 
   c.lp_comp = ConfigDict()
-  c.lp_comp.schedule = free("cosine")
-  c.lp_comp.keep = "suffix" if tuned else "none"  # the base is trained without compression
+  c.lp_comp.schedule = free(schedule)
+  c.lp_comp.keep = keep
   c.lp_comp.group = 16
 
   c.data = ConfigDict()
-  c.data.train = free("study/tuning/features" if tuned else str(base / stage / ("frames" if vision else "features")))
+  c.data.train = free("study/tuning/features" if tuned else str(base / variant / ("frames" if vision else "features")))
   c.data.weights = free(None)
   c.data.heldout = free(None)
   c.data.frame_buckets = frames

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import itertools
+import pathlib
 import re
 
 import numpy as np
@@ -11,6 +13,7 @@ from xcomp_jax import films, findings, predecode, world
 from xcomp_jax.data import prompt
 from xcomp_jax.data.store import open_store
 from xcomp_jax.films import FRAMES, KINDS, Split
+from xcomp_jax.study import PRESETS, SEED, STAGES, Study
 
 HELDOUT = Split("heldout", 4, (12, 12), (3, 5), 0)
 NUMBERS = ["one", "two", "three", "four", "five"]
@@ -80,18 +83,26 @@ def test_each_film_that_measures_is_asked_one_question_of_each_kind():
     assert needed["count"] == needed["whole"] == shots
 
 
-def test_chance_is_what_the_best_constant_answer_gets():
-  answers = collections.defaultdict(collections.Counter)
-  for _, _, turns in conversations(HELDOUT, range(1500)):
-    for kind, (_, answer) in zip(KINDS, turns, strict=True):
+def test_chance_is_what_is_right_without_looking_it_up():
+  answers, any_shot, films_drawn = collections.defaultdict(collections.Counter), collections.Counter(), 3000
+  fields = {"needle": "digit", "attribute": "shape", "motion": "motion", "order": "colour", "whole": "shape"}
+  for film, _, turns in conversations(HELDOUT, range(films_drawn)):
+    for kind, (text, answer) in zip(KINDS, turns, strict=True):
       answers[kind][answer] += 1
+      if kind in fields:
+        shown = [value for i in films.shots(film) if (value := getattr(film[i], fields[kind])) not in text or kind != "order"]
+        any_shot[kind] += shown.count(answer) / len(shown)
   for kind, counts in answers.items():
-    assert counts.most_common(1)[0][1] / counts.total() == pytest.approx(findings.CHANCE[kind], abs=0.05), kind
+    assert counts.most_common(1)[0][1] / films_drawn == pytest.approx(findings.CHANCE[kind], abs=0.02), kind
+  for kind in fields:
+    assert any_shot[kind] / films_drawn == pytest.approx(findings.ANY_SHOT[kind], abs=0.02), kind
 
 
 def test_splits_share_no_scene():
-  seeds = [{s.seed for i in range(30) for s in films._annotated(Split(name, 1, (12, 12), (3, 5), 8), 0, i)[0]} for name in ("a", "b")]
-  assert not seeds[0] & seeds[1]
+  splits = [*Study(pathlib.Path(), PRESETS["full"]).splits.values(), *(split for split, _ in STAGES.values())]
+  seeds = {split.name: {scene.seed for i in range(30) for scene in films._annotated(split, SEED, i)[0]} for split in splits}
+  assert len(seeds) == 12 and all(seeds.values())
+  assert not any(one & other for one, other in itertools.combinations(seeds.values(), 2))
 
 
 def test_answers_are_single_tokens(tmp_path):

@@ -1,11 +1,12 @@
 """Intervals and tables of the study."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
-from xcomp_jax import demo, findings
+from xcomp_jax import demo, findings, study
 from xcomp_jax.films import KINDS
 
 
@@ -58,10 +59,22 @@ def test_a_difference_between_measures_of_the_same_models_is_paired_by_seed():
   assert apart.mean == 0 and apart.high - apart.low > 0.3
 
 
+def test_questions_that_do_not_count_are_left_out():
+  rows = drawn(0, 300)
+  rows[:, 3:] = False
+  part = np.where(np.arange(len(KINDS)) < 3, rows, np.nan)
+  part[:150] = np.nan
+  share, alone = findings.interval([part, part]), findings.interval([rows[150:, :3]])
+  assert share.mean == pytest.approx(rows[150:, :3].mean()) and share.mean == alone.mean
+  assert (share.low, share.high) == pytest.approx((alone.low, alone.high), abs=0.01)
+
+
 def test_the_bound_is_what_was_shown_and_chance():
-  hits = np.zeros((10, len(KINDS)), bool)
+  hits, chance = np.zeros((10, len(KINDS)), bool), np.mean(list(findings.CHANCE.values()))
   hits[:5] = True
-  assert float(findings._bound({"hits": bits(hits)})) == pytest.approx(100 * (0.5 + 0.5 * np.mean(list(findings.CHANCE.values()))), abs=0.1)
+  none = {"hits": bits(np.zeros_like(hits))}
+  assert findings.bound([{"hits": bits(hits)}]) == pytest.approx(0.5 + 0.5 * chance)
+  assert findings.bound([{"hits": bits(hits)}, none]) == pytest.approx(0.25 + 0.75 * chance)  # of several seeds their mean
 
 
 def measure(seed, share=0.7):
@@ -89,31 +102,56 @@ def test_tables_have_what_is_there(tmp_path, capsys):
     findings.report(tmp_path, page)
 
 
-def test_modes_of_selection_are_paired_with_local_and_tell_what_they_cost(tmp_path):
+def cells_of(table):
+  return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_modes_of_selection_are_paired_and_tell_what_they_cost(tmp_path):
   hits = {"hits": bits(np.ones((20, len(KINDS)), bool)), "rank": [0, 1, 0, None, None, None] * 20}
   modes = {"uniform": measure(0, 0.2) | hits, "global": measure(1, 0.6) | hits, "local": measure(1, 0.6) | hits}
+  modes |= {"global_answer": measure(2, 0.5) | hits, "local_answer": measure(3, 0.9) | hits | {"other": [5, 1, 0, None, None, None] * 20}}
   for seed in range(2):
     (tmp_path / f"select_{seed}.json").write_text(json.dumps({"result": {"long": {"place": [], **modes}}}))
-  lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in findings.selection(findings.Cells(tmp_path)).splitlines()]
-  assert [line[1] for line in lines[2:]] == ["uniform", "global", "local"]
-  uniform, same, local = lines[2:]
+  lines = cells_of(findings.selection(findings.Cells(tmp_path)))
+  assert [line[1] for line in lines] == ["uniform", "global", "local", "global, the answer's row", "local, the answer's row"]
+  uniform, same, local, _, answer = lines
   right = {mode: findings.right(one).mean() for mode, one in modes.items()}
-  assert uniform[3].startswith(f"{100 * (right['uniform'] - right['local']):.1f} (")
-  assert same[3] == "0.0 (0.0 to 0.0)" and local[3] == "-"
-  assert uniform[6] == "-" and local[6].startswith("66.7 (")
-  assert [*local[4:6], *local[7:]] == ["100.0", "100.0 (100.0 to 100.0)", "2", "187", "1.000", "10"]
+  less = lambda mode, other: f"{100 * (right[mode] - right[other]):.1f} ("
+  assert uniform[3].startswith(less("uniform", "global")) and uniform[4].startswith(less("uniform", "local"))
+  assert same[3:5] == ["-", "0.0 (0.0 to 0.0)"] and local[3:5] == ["0.0 (0.0 to 0.0)", "-"]
+  assert answer[3].startswith(less("local_answer", "global_answer")) and answer[4] == "-"  # by the same rows
+  assert uniform[7] == "-" and local[7].startswith("66.7 (")
+  assert local[8] == "-" and answer[8].startswith("33.3 (")
+  assert [*local[5:7], *local[9:]] == ["100.0", "100.0 (100.0 to 100.0)", "2", "187", "1.000", "10"]
+
+
+def test_places_tell_what_happens_in_each_quarter(tmp_path):
+  place, rank = [0.02, 0.3, 0.98, 0.1, None, None] * 10, [1, 0, 0, 0, None, None] * 10  # the fourth kind needs several, or one
+  place[6:8], rank[6:8] = [0.2, 0.6], [0, 0]
+  one = {"rank": rank, "score": [2.0, 3.0, 4.0, 9.0, None, None] * 10, "hits": bits(np.ones((10, len(KINDS)), bool))}
+  (tmp_path / "select_0.json").write_text(json.dumps({"result": {"window": {"place": place, "global": one}}}))
+  (line,) = cells_of(findings.places(findings.Cells(tmp_path)))
+  assert line[:2] == ["32 scenes, LP-Comp after SCT", "global"]
+  assert [cell.split(" (")[0] for cell in line[2:7]] == ["10.0", "100.0", "100.0", "100.0", "90.0"]
+  assert line[7:] == ["100, 100, 100, 100", "2.0, 3.0, 3.0, 4.0"]
 
 
 def test_the_plot_of_bias_tells_where_what_is_needed_is_ranked_first(tmp_path):
-  places = [0.02, 0.03, 0.98, None]
-  modes = {"global": [1, 0, 0, None], "local": [0, 0, 0, None]}
+  place, ranks = [0.02, 0.03, 0.98, None, None, None], {"global": [1, 0, 0, None, None, None], "local": [0, 0, 0, None, None, None]}
   relevance = {"global": np.linspace(1, 2, 32).reshape(2, 16), "local": np.ones((2, 16))}
-  result = {mode: {"rank": ranks, "relevance": relevance[mode].tolist()} for mode, ranks in modes.items()}
-  (tmp_path / "select_0.json").write_text(json.dumps({"result": {"long": {"place": places, **result}}}))
+  result = {mode: {"rank": rank, "relevance": relevance[mode].tolist()} for mode, rank in ranks.items()}
+  (tmp_path / "select_0.json").write_text(json.dumps({"result": {"long": {"place": place, **result}}}))
   figure = findings.plot_bias(findings.Cells(tmp_path))
-  empty, shots, first = (
-    {line.get_label(): np.asarray(line.get_ydata(), float) for line in axes.lines} for axes in figure.axes
-  )
-  np.testing.assert_allclose(empty["global"], relevance["global"][0])
-  np.testing.assert_allclose(shots["local"], 1)
-  assert first["global"][0] == 0.5 and first["local"][0] == 1 and first["global"][3] == 1 and np.isnan(first["global"][1])
+  empty, shots, first = figure.axes
+  of = lambda axes: {text: artist for artist, text in zip(*axes.get_legend_handles_labels())}
+  np.testing.assert_allclose(of(empty)["global"].get_ydata(), relevance["global"][0])
+  np.testing.assert_allclose(of(shots)["local"].get_ydata(), 1)
+  values = {mode: np.asarray(of(first)[mode].lines[0].get_ydata(), float) for mode in ranks}
+  assert values["global"][0] == 0.5 and values["local"][0] == 1 and values["global"][3] == 1 and np.isnan(values["global"][1])
+
+
+def test_the_page_has_what_the_cells_say(tmp_path):
+  page = tmp_path / "STUDY.md"
+  page.write_text(study.PAGE.read_text())
+  findings.report(pathlib.Path(study.CELLS), page)
+  assert page.read_text() == study.PAGE.read_text()

@@ -1,5 +1,6 @@
 """The study's quick preset is a gate on quality: what parity tests can't see, the share of right answers does."""
 
+import dataclasses
 import json
 import re
 
@@ -10,13 +11,15 @@ import pytest
 
 from xcomp_jax import chat, films, findings, study, train
 from xcomp_jax.model import decoder, lp_comp
-from xcomp_jax.study import RULES, Study
+from xcomp_jax.study import Study, rule
+
+FULL = study.PRESETS["full"]
 
 
 def test_all_rules_do_the_same_work():
-  means = {name: np.mean(lp_comp.counts(rule, 8)) for name, rule in RULES.items() if name != "none"}
-  assert set(means.values()) == {7.625}
-  assert all(lp_comp.counts(rule, 8)[-1] == 1 for name, rule in RULES.items() if name != "none")
+  counts = {name: lp_comp.counts(rule(name), 8) for name in (*FULL.rules, *FULL.free)}
+  assert set(counts.pop("none")) == {16} and len(counts) == 7
+  assert {np.mean(one) for one in counts.values()} == {7.625} and {one[-1] for one in counts.values()} == {1}
 
 
 def test_clips_at_equal_distances():
@@ -25,9 +28,9 @@ def test_clips_at_equal_distances():
 
 
 def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
-  names = [cell.name for cell in study.cells(Study(tmp_path, study.PRESETS["full"]))]
+  names = [cell.name for cell in study.cells(Study(tmp_path, FULL))]
   assert len(set(names)) == len(names)
-  assert {f"tune_{rule}_{seed}" for rule in RULES.keys() - set(study.FREE) for seed in range(3)} <= set(names)
+  assert {f"tune_{name}_{seed}" for name in FULL.rules for seed in range(3)} <= set(names)
 
 
 def test_a_base_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
@@ -48,7 +51,7 @@ def base(tmp_path, monkeypatch):
 
 def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch, base):
   done = []
-  cells = lambda _: iter([study.Cell(name, [], lambda name=name: done.append(name) or {"of": name}) for name in ("a", "b_1", "b_2")])
+  cells = lambda _: iter([study.Cell(name, [], [], lambda name=name: done.append(name) or {"of": name}) for name in ("a", "b_1", "b_2")])
   monkeypatch.setattr(study, "cells", cells)
   study.run(tmp_path / "work", "quick", tmp_path / "cells", "b")
   assert done == ["b_1", "b_2"]
@@ -64,7 +67,7 @@ def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch
   clock, stored = iter([5.0, 7.0]), []
   monkeypatch.setattr(study.time, "perf_counter", lambda: stored and next(clock))
   monkeypatch.setattr(Study, "store", lambda its, name: stored.append(name))
-  monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", ["long", "wide"], lambda: {})]))
+  monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", ["long", "wide"], [], lambda: {})]))
   study.run(tmp_path / "work", "quick", tmp_path / "cells", "")
   assert stored == ["long", "wide"] and json.loads((tmp_path / "cells" / "a.json").read_text())["seconds"] == 2
 
@@ -76,18 +79,37 @@ def test_one_command_at_a_time(tmp_path, base, capsys):
 
 
 def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, base):
-  monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", [], lambda: {"of": "a"})]))
-  study.run(tmp_path / "work", "quick", tmp_path / "cells", "")
+  monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", ["heldout"], ["early"], lambda: {"of": "a"})]))
+  monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
+  quick = lambda out: study.run(tmp_path / out, "quick", tmp_path / "cells", "")
+  quick("work")
   with pytest.raises(ValueError, match=r"made\.json was made otherwise \(films\): give --out another folder"):
     study.run(tmp_path / "work", "full", tmp_path / "cells", "")
+  with monkeypatch.context() as patched:
+    patched.setattr(study, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
+    with pytest.raises(ValueError, match=r"cells/a\.json was made otherwise \(rules\): remove it"):
+      quick("work")
   base.write_bytes(b"another")
   with pytest.raises(ValueError, match=r"cells/a\.json was made otherwise \(base\): remove it"):
-    study.run(tmp_path / "new", "quick", tmp_path / "cells", "")
+    quick("new")
+
+
+def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch, base):
+  its = Study(tmp_path, FULL)
+  (tmp_path / "early_1" / "model").mkdir(parents=True)
+  assert its.tuned("early", 1) == tmp_path / "early_1" / "model" and its.tuned("early", 1)
+  monkeypatch.setattr(study, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
+  with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(rules\)"):
+    its.tuned("early", 1)
+  monkeypatch.undo()
+  monkeypatch.setattr(study, "BASE", str(base.parent))
+  with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(train\)"):
+    Study(tmp_path, dataclasses.replace(FULL, steps=7)).tuned("early", 1)
 
 
 def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, base, capsys):
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
-  monkeypatch.setattr(study, "cells", lambda its: iter([study.Cell("a", [], lambda: its.tuned("progressive", 0))]))
+  monkeypatch.setattr(study, "cells", lambda its: iter([study.Cell("a", [], [], lambda: its.tuned("progressive", 0))]))
   monkeypatch.setattr(train, "run", lambda config: {"step": 3, "steps": 160})
   with pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path / "work")])
@@ -120,7 +142,7 @@ def mutated(monkeypatch):
 
 def tuned(quick, name):
   """Whether questions are answered rightly: bool[films, kinds]."""
-  return findings.right(quick[0].measured(quick[0].tuned("progressive", 0), RULES["progressive"], name))
+  return findings.right(quick[0].measured(quick[0].tuned("progressive", 0), rule("progressive"), name))
 
 
 def needles(answers):
@@ -128,7 +150,7 @@ def needles(answers):
 
 
 def found(quick, mode):
-  return quick[0].selected(quick[0].tuned("progressive", 0), RULES["progressive"], "long", (mode,))[mode]
+  return quick[0].selected(quick[0].tuned("progressive", 0), rule("progressive"), "long", (mode,))[mode]
 
 
 def hits(measure):
@@ -142,7 +164,7 @@ def test_quality_holds(quick):
   assert findings.right(base).mean() > UNCOMPRESSED
   assert findings.right(after).mean() > TUNED > findings.right(before).mean() and needles(findings.right(after)) > NEEDLE
   assert hits(long["aligned"]) > FOUND > hits(long["uniform"])
-  assert findings.first(long["local_answer"]).mean() > FIRST
+  assert findings.ranked_first(long["local_answer"]).mean() > FIRST
 
 
 @pytest.mark.slow
@@ -199,4 +221,4 @@ def test_shuffled_scores_fall_through(quick, mutated):
 def test_scores_of_another_question_fall_through(quick, mutated):
   rounds = chat.score_rounds
   mutated.setattr(chat, "score_rounds", lambda *args, **kw: np.roll(rounds(*args, **kw), 1, axis=0))
-  assert findings.first(found(quick, "local_answer")).mean() < FIRST
+  assert findings.ranked_first(found(quick, "local_answer")).mean() < FIRST

@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Shaped
 
 from xcomp_jax.films import KINDS
 
 RESAMPLES = 4000
-CHANCE = {"needle": 1 / 6, "attribute": 1 / 4, "motion": 1 / 4, "order": 1 / 6, "count": 1 / 3, "whole": 1 / 4}  # of what is asked
+# Shares that are right without looking a thing up: of the best constant answer, and of an answer about any shot instead of the one
+# that is asked about, of order one with a colour that the question doesn't have. Who sees the shots can count them.
+CHANCE = {"needle": 1 / 6, "attribute": 1 / 4, "motion": 1 / 4, "order": 1 / 6, "count": 1 / 3, "whole": 1 / 4}
+ANY_SHOT = {"needle": 0.26, "attribute": 0.49, "motion": 0.45, "order": 0.32, "count": 1, "whole": 0.60}
+SINGLE = ("needle", "attribute", "motion")  # kinds that need one scene
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +33,33 @@ class Share:
 
 
 def interval(
-  seeds: Sequence[Bool[np.ndarray, "films kinds"]], against: Sequence[Bool[np.ndarray, "films kinds"]] = (), *, same: bool = False
+  seeds: Sequence[Shaped[np.ndarray, "films kinds"]], against: Sequence[Shaped[np.ndarray, "films kinds"]] = (), *, same: bool = False
 ) -> Share:
-  """The mean over seeds, films and kinds, or its difference to another one over the same films.
+  """The mean over seeds and questions, or its difference to another one over the same films.
 
-  The interval is that of a bootstrap over films, whose questions go together, and over seeds, where there are several.
+  The interval is that of a bootstrap over films, whose questions go together, and over seeds, where there are several: three of
+  them, drawn again, differ less than new ones would.
 
+  seeds, against: bool, or float with nan for questions that don't count.
   same: a seed is the same model on both sides; else seeds are drawn apart, as trainings are.
   """
   rng = np.random.default_rng(0)
-  each = lambda rows: np.stack([np.asarray(r, float).mean(1) for r in rows])  # [seeds, films]
+  films = rng.integers(len(seeds[0]), size=(RESAMPLES, len(seeds[0])))
   draw = lambda rows: rng.integers(len(rows), size=(RESAMPLES, len(rows)))
-  ours = each(seeds)
-  films, drawn = rng.integers(ours.shape[1], size=(RESAMPLES, ours.shape[1])), draw(ours)
 
-  def means(rows, drawn):  # [RESAMPLES]
-    return np.stack([rows[:, chosen].mean(1)[seed].mean() for seed, chosen in zip(drawn, films, strict=True)])
+  def share(rows, drawn):  # of all resamples, and as it is
+    rows = np.stack([np.asarray(r, float) for r in rows])
+    sums, counts = np.nansum(rows, 2), (~np.isnan(rows)).sum(2)
+    again = lambda of: np.take_along_axis(of[:, films].sum(2).T, drawn, 1).sum(1)  # [RESAMPLES]
+    return np.append(again(sums), sums.sum()) / np.append(again(counts), counts.sum())
 
-  values, mean = means(ours, drawn), ours.mean()
-  if against:
-    theirs = each(against)
-    values, mean = values - means(theirs, drawn if same else draw(theirs)), mean - theirs.mean()
-  return Share(float(mean), *map(float, np.percentile(values, (2.5, 97.5))))
+  drawn = draw(seeds)
+  with np.errstate(invalid="ignore"):  # where no question counts
+    values = share(seeds, drawn)
+    if against:
+      values -= share(against, drawn if same else draw(against))
+  *again, mean = values
+  return Share(float(mean), *map(float, np.nanpercentile(again, (2.5, 97.5)) if mean == mean else (mean, mean)))
 
 
 def right(measure: Mapping[str, Any], key: str = "right") -> Bool[np.ndarray, "films kinds"]:
@@ -89,10 +98,9 @@ def _share(measures: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str,
   return str(interval([right(m, key) for m in measures], [right(m, key) for m in against], same=same))
 
 
-def _bound(measure: Mapping[str, Any]) -> str:
-  """What is right if all questions are answered for which enough was shown, and the others by chance."""
-  hits = right(measure, "hits")
-  return f"{100 * np.where(hits, 1, list(CHANCE.values())).mean():.1f}"
+def bound(measures: Sequence[Mapping[str, Any]]) -> float:
+  """What is right if all questions are answered for which enough was shown, and the others by the best constant answer."""
+  return float(np.mean([np.where(right(m, "hits"), 1, [CHANCE[kind] for kind in KINDS]) for m in measures]))
 
 
 def compression(cells: Cells, rules: Sequence[str]) -> str:
@@ -124,7 +132,7 @@ def by_kind(cells: Cells) -> str:
   choices |= {"progressive, not tuned for": ("base", "heldout", "progressive")}
   choices |= {"tuned without compression, then progressive": ("tune_none_{seed}", "heldout", "progressive")}
   choices |= {f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in ("progressive", "uniform", "stepwise", "heuristic", "early")}
-  out = [["chance", *(f"{100 * CHANCE[kind]:.0f}" for kind in KINDS)]]
+  out = [["chance", *(f"{100 * CHANCE[kind]:.0f}" for kind in KINDS)], ["by any shot", *(f"{100 * ANY_SHOT[kind]:.0f}" for kind in KINDS)]]
   for name, path in choices.items():
     if found := cells.seeds(*path):
       out.append([name, *(str(interval([right(m)[:, k : k + 1] for m in found])) for k in range(len(KINDS)))])
@@ -134,54 +142,96 @@ def by_kind(cells: Cells) -> str:
 def by_frames(cells: Cells) -> str:
   """Accuracy against frames that are sampled of a longer film (paper, Figure 1)."""
   out = []
-  for name, path in FRAMES.items():
+  for name, path in CURVES.items():
     if found := cells.seeds(*path):
       if not out:
         out.append(["chance", *[f"{100 * np.mean(list(CHANCE.values())):.1f}"] * len(found[0])])
-        out.append(["all that was shown answered", *(_bound(one) for one in found[0].values())])
+        out.append(["shown, else chance", *(f"{100 * bound([one]):.1f}" for one in found[0].values())])
       out.append([name, *(_share([m[frames] for m in found]) for frames in found[0])])
   for name, rule in (("no compression", "none"), ("LP-Comp", "progressive")):  # tuned or not
     found = cells.seeds("base_frames", "wide", rule) + cells.seeds(f"tune_{rule}_{{seed}}", "wide", rule)
     if found:
       spent = zip(*(_cost([m[frames] for m in found]) for frames in found[0]))
       out += [[f"{name}: {what}", *values] for what, values in zip(COST, spent, strict=True)]
-  shown = next((found[0] for path in FRAMES.values() if (found := cells.seeds(*path))), ())
+  shown = next((found[0] for path in CURVES.values() if (found := cells.seeds(*path))), ())
   return rows(["", *(f"{n} frames" for n in shown)], out)
 
 
-FRAMES = {
+CURVES = {
   "no compression": ("base_frames", "wide", "none"), "no compression, tuned": ("tune_none_{seed}", "wide", "none"),
   "LP-Comp, not tuned for": ("base_frames", "wide", "progressive"), "LP-Comp after SCT": ("tune_progressive_{seed}", "wide", "progressive"),
   "the early schedule after SCT": ("tune_early_{seed}", "wide", "early"),
 }  # fmt: skip
 
 
-LONG = {"128 scenes, no compression": ("base_select", "long"), "128 scenes, LP-Comp after SCT": ("select_{seed}", "long")}
-HOUR = {"512 scenes, LP-Comp after SCT": ("official_{seed}", "hour")}
+MODELS = {"no compression": "base_select", "LP-Comp after SCT": "select_{seed}"}
+SELECTIONS = {f"128 scenes, {name}": (cell, "long") for name, cell in MODELS.items()}
+SELECTIONS |= {f"32 scenes, {name}": (cell, "window") for name, cell in MODELS.items()}
+SELECTIONS |= {"512 scenes, LP-Comp after SCT": ("official_{seed}", "hour")}
 
 
 def selection(cells: Cells) -> str:
   """Accuracy, and how often all that is needed was selected, by mode of QC-Comp (paper, Tables 4 to 6)."""
   out = []
-  for name, path in (LONG | HOUR).items():
+  for name, path in SELECTIONS.items():
     found = cells.seeds(*path)
     of = lambda mode, found=found: [m[mode] for m in found]
-    for mode in found[0] if found else ():
-      if mode != "place" and all(mode in one for one in found):
-        against = _share(of(mode), of("local"), same=True) if mode != "local" else "-"
-        # The official mode scores four scenes together.
-        best = str(interval([first(m) for m in of(mode)])) if mode not in ("uniform", "official") else "-"
-        hits, bound = _share(of(mode), key="hits"), _bound(of(mode)[0])
-        shown = mode.replace("_answer", ", the answer's row")
-        out.append([name, shown, _share(of(mode)), against, bound, hits, best, str(len(found)), *_cost(of(mode))])
-  names = ["", "frames by", "right", "against local", "all that was selected answered", "all that is needed selected", "needed scene first"]
-  return rows([*names, "seeds", *COST], out)
+    for mode in _modes(found):
+      against = []
+      for other in ("global", "local"):
+        other += "_answer" if mode.endswith("_answer") else ""
+        against.append(_share(of(mode), of(other), same=True) if mode != other and other in _modes(found) else "-")
+      # The official mode scores four scenes together.
+      ranked = mode not in ("uniform", "official")
+      best = str(interval([ranked_first(m) for m in of(mode)])) if ranked else "-"
+      other = str(interval([ranked_first(m, "other") for m in of(mode)])) if ranked and "other" in of(mode)[0] else "-"
+      hits, shown = _share(of(mode), key="hits"), mode.replace("_answer", ", the answer's row")
+      out.append([name, shown, _share(of(mode)), *against, f"{100 * bound(of(mode)):.1f}", hits, best, other, str(len(found)), *_cost(of(mode))])
+  names = ["", "frames by", "right", "against global", "against local", "selected, else chance", "all that is needed selected"]
+  return rows([*names, "needed scene first", "by another question's scores", "seeds", *COST], out)
 
 
-def first(measure: Mapping[str, Any]) -> Bool[np.ndarray, "films kinds"]:
-  """Where the one scene that is needed has the highest score; of the kinds that need one."""
-  ranks = np.array(measure["rank"], float).reshape(-1, len(KINDS))
-  return ranks[:, [kind in ("needle", "attribute", "motion") for kind in KINDS]] == 0
+def _modes(found: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Those that all seeds have."""
+  return [mode for mode in (found[0] if found else ()) if mode != "place" and all(mode in one for one in found)]
+
+
+def ranked_first(measure: Mapping[str, Any], key: str = "rank") -> Bool[np.ndarray, "films kinds"]:
+  """Where the one scene that is needed has the highest score; of the kinds that need one. key: by whose scores."""
+  return _single(measure[key]) == 0
+
+
+def _single(values: Sequence[float | None]) -> Float[np.ndarray, "films kinds"]:
+  return np.array(values, float).reshape(-1, len(KINDS))[:, [kind in SINGLE for kind in KINDS]]
+
+
+QUARTERS = ("first", "second", "third", "last")
+
+
+def places(cells: Cells) -> str:
+  """Position bias: what happens to the one scene that is needed, by the quarter of the film that it is in."""
+  out = []
+  for name, path in SELECTIONS.items():
+    found = cells.seeds(*path)
+    for mode in _modes(found):
+      if mode in ("uniform", "official"):
+        continue
+      measures = [m[mode] for m in found]
+      quarters = by_quarter(found, [ranked_first(m) for m in measures])
+      of = [str(interval(one)) for one in quarters]
+      of.append(str(interval(quarters[-1], quarters[0], same=True)))
+      hits = by_quarter(found, [right(m, "hits")[:, [kind in SINGLE for kind in KINDS]] for m in measures])
+      of.append(", ".join(f"{100 * np.nanmean(one):.0f}" for one in hits))
+      scores = by_quarter(found, [_single(m["score"]) for m in measures]) if "score" in measures[0] else []
+      of.append(", ".join(f"{np.nanmean(one):.1f}" for one in scores) or "-")
+      out.append([name, mode.replace("_answer", ", the answer's row"), *of])
+  return rows(["", "frames by", *QUARTERS, "last less first", "selected, by quarter", "score, by quarter"], out)
+
+
+def by_quarter(found: Sequence[Mapping[str, Any]], values: Sequence[np.ndarray]) -> list[list[Float[np.ndarray, "films kinds"]]]:
+  """Values [films, 3] of every seed, for each quarter of the film: nan where the needed scene is elsewhere."""
+  quarter = np.floor(_single(found[0]["place"]) * len(QUARTERS))
+  return [[np.where(quarter == k, value, np.nan) for value in values] for k in range(len(QUARTERS))]
 
 
 TABLES = {
@@ -190,6 +240,7 @@ TABLES = {
   "kinds": by_kind,
   "frames": by_frames,
   "selection": selection,
+  "places": places,
 }
 
 
@@ -197,40 +248,42 @@ TABLES = {
 
 
 def plot_frames(cells: Cells) -> Any:
-  """Figure 1 in miniature: accuracy against visual tokens that a layer works on."""
+  """Figure 1 in miniature: accuracy against frames, and against visual tokens that a layer works on."""
   import matplotlib.pyplot as plt
 
   figure, (left, right_ax) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-  for i, (name, path) in enumerate(FRAMES.items()):
+  for i, (name, path) in enumerate(CURVES.items()):
     if not (found := cells.seeds(*path)):
       continue
     frames = list(found[0])
+    if not left.lines:
+      left.plot([int(n) for n in frames], [bound([found[0][n]]) for n in frames], color="grey", ls=":", label="shown, else chance")
     shares = [interval([right(m[n]) for m in found]) for n in frames]
-    y = np.array([s.mean for s in shares])
-    error = np.array([[s.mean - s.low, s.high - s.mean] for s in shares]).T
     for ax, x in ((left, [int(n) for n in frames]), (right_ax, [found[0][n]["tokens"] for n in frames])):
-      ax.errorbar(x, y, error, marker="o", ms=4, capsize=2, label=name, color=f"C{i}")
+      ax.errorbar(x, [s.mean for s in shares], _error(shares), marker="o", ms=4, capsize=2, label=name, color=f"C{i}")
   left.set(xlabel="sampled frames", ylabel="right answers")
-  right_ax.set(xlabel="visual tokens per layer, mean", xscale="log")
-  right_ax.set_xticks([50, 100, 200, 400, 800], labels=["50", "100", "200", "400", "800"])
-  right_ax.minorticks_off()
+  right_ax.set(xlabel="visual tokens per layer, mean")
   if left.lines:
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=7)
   return figure
+
+
+def _error(shares: Sequence[Share]) -> np.ndarray:
+  return np.array([[s.mean - s.low, s.high - s.mean] for s in shares]).T
 
 
 def plot_bias(cells: Cells) -> Any:
   """The position bias by place in the film, without compression and after SCT.
 
-  Relevance of scenes with nothing to see and of shots, and how often what is needed is first.
+  Relevance of scenes with nothing to see and of shots, and how often the scene that is needed is first.
   """
   import matplotlib.pyplot as plt
 
-  sources = {name.split(", ")[1]: cells.seeds(*path) for name, path in LONG.items()}
-  sources = {name: found for name, found in sources.items() if found}
-  figure, grid = plt.subplots(len(sources) or 1, 3, figsize=(11, 3 * (len(sources) or 1)), sharex=True, sharey="col", squeeze=False)
+  sources = {name: found for name, cell in MODELS.items() if (found := cells.seeds(cell, "long"))}
+  figure, grid = plt.subplots(len(sources) or 1, 3, figsize=(11, 3.2 * (len(sources) or 1)), sharex=True, sharey="col", squeeze=False, layout="constrained")
   for axes, (name, found) in zip(grid, sources.items()):
-    for mode in (mode for mode in ("global", "local", "aligned", "global_answer", "local_answer") if mode in found[0]):
+    modes = [mode for mode in _modes(found) if mode != "uniform"]
+    for k, mode in enumerate(modes):
       name_of, _, answer = mode.partition("_")
       style: dict[str, Any] = {"color": f"C{('global', 'local', 'aligned').index(name_of)}", "marker": "o", "ms": 3, "label": mode}
       if answer:
@@ -240,15 +293,16 @@ def plot_bias(cells: Cells) -> Any:
         x = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
         axes[0].plot(x, profile[0], **style)
         axes[1].plot(x, profile[1], **style)
-      place, rank = (np.array(values, float) for values in (found[0]["place"], [m[mode]["rank"] for m in found]))
-      quarters = [rank[:, np.floor(place * 4) == quarter] == 0 for quarter in range(4)]  # where one scene is needed
-      axes[2].plot((np.arange(4) + 0.5) / 4, [one.mean() if one.size else np.nan for one in quarters], **style)
-    axes[2].axhline(np.mean([1 / shots for shots in (3, 4, 5)]), color="grey", lw=1, ls=":")  # one of a film's shots
-    axes[0].set_ylabel(f"{name}\nof the film's mean")
-  for ax, title in zip(grid[0], ("relevance: nothing to see", "relevance: shots", "needed scene ranked first"), strict=True):
+      shares = [interval(one) for one in by_quarter(found, [ranked_first(m[mode]) for m in found])]
+      x = (np.arange(4) + 0.5) / 4 + 0.012 * (k - len(modes) / 2)  # beside each other
+      axes[2].errorbar(x, [s.mean for s in shares], _error(shares), capsize=2, lw=1, **style)
+    axes[2].axhline(np.mean([1 / shots for shots in (3, 4, 5)]), color="grey", lw=1, ls=":", label="any shot")
+    axes[0].set_ylabel(f"{name}\nscore / the film's mean")
+    axes[2].set_ylabel("share of questions")
+  for ax, title in zip(grid[0], ("scenes with nothing to see", "shots", "needed scene ranked first"), strict=True):
     ax.set(title=title, ylim=(0, None))
   if sources:
-    grid[-1][2].legend(frameon=False, fontsize=7)
+    figure.legend(*grid[0][2].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
   for ax in grid[-1]:
     ax.set_xlabel("place in the film")
   return figure

@@ -45,23 +45,13 @@ ROWS = 16  # questions measured at once
 BINS = 16  # of places in a film
 WIDE = (3, 6, 12, 18, 24)  # clips that are taken of a film of 24
 PREFIX, TEXT = 16, 48  # slots for a measured question's tokens before and after the frames
-SELECTED = {"long": 24, "hour": 48}  # frames that QC-Comp keeps of a film
-
-# At every layer so many tokens of 16; of eight layers 7.6 on average each, so that all do the same work (paper, Table 2).
-STEPS = (16, 16, 8, 8, 8, 2, 2, 1)
-RULES = {
-  "none": LPCompConfig("cosine", "none", 16),
-  "heuristic": LPCompConfig(STEPS, "attention", 16),  # VideoChat-Flash's drop of what is attended least (FACTS.md 13)
-  "stepwise": LPCompConfig(STEPS, "suffix", 16),
-  "progressive": LPCompConfig("cosine", "suffix", 16),  # XComp
-  "uniform": LPCompConfig("cosine", "uniform", 16),
-  # Not of the paper:
-  "early": LPCompConfig((11, 10, 9, 9, 8, 7, 6, 1), "suffix", 16),
-  "late": LPCompConfig((16, 16, 16, 8, 2, 1, 1, 1), "suffix", 16),
-  "average": LPCompConfig("cosine", "avgpool", 16),
+SELECTED = {"window": 24, "long": 24, "hour": 48}  # frames that QC-Comp keeps of a film
+# Modes of QC-Comp that are compared on them, by the question's rows or the answer's.
+MODES = {
+  "window": ("global", "global_answer"),
+  "long": ("uniform", "global", "local", "aligned", "global_answer", "local_answer"),
+  "hour": ("uniform", "local", "official"),
 }
-FREE = ("late", "average")  # are not tuned under
-MODES = ("uniform", "global", "local", "aligned", "global_answer", "local_answer")  # of QC-Comp, by the question's rows or the answer's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +59,14 @@ class Preset:
   """How much of everything; films are measured by six questions each.
 
   tuning, heldout: films of 12 scenes. wide: of 24, measured with ever more of their frames. long: of 128, of which
-  QC-Comp selects; hour: of 512, for its official mode. steps, seeds: of every tuning. free: rules that are measured, and not
-  tuned under.
+  QC-Comp selects; window: of 32, as long as the base has seen; hour: of 512, for the official mode. steps, seeds: of every
+  tuning. rules, free: of configs/study.py, to tune under and to be measured without.
   """
 
   tuning: int
   heldout: int
   wide: int
+  window: int
   long: int
   hour: int
   steps: int | None
@@ -85,8 +76,10 @@ class Preset:
 
 
 PRESETS = {
-  "full": Preset(3200, 120, 90, 90, 90, None, (0, 1, 2), tuple(rule for rule in RULES if rule not in FREE), FREE),
-  "quick": Preset(1280, 60, 0, 8, 0, None, (0,), ("progressive",)),
+  "full": Preset(
+    3200, 120, 90, 90, 90, 90, None, (0, 1, 2), ("none", "heuristic", "stepwise", "progressive", "uniform", "early"), ("late", "average")
+  ),
+  "quick": Preset(1280, 60, 0, 0, 8, 0, None, (0,), ("progressive",)),
 }
 SEED = 11  # of the films
 
@@ -105,19 +98,19 @@ class Study:
 
   def __init__(self, out: pathlib.Path, preset: Preset):
     self.out, self.preset = out, preset
-    sizes = {"tuning": (preset.tuning, 12), "heldout": (preset.heldout, 12), "wide": (preset.wide, 24), "long": (preset.long, 128)}
-    sizes["hour"] = preset.hour, 512
+    sizes = {"tuning": (preset.tuning, 12), "heldout": (preset.heldout, 12), "wide": (preset.wide, 24)}
+    sizes |= {"window": (preset.window, 32), "long": (preset.long, 128), "hour": (preset.hour, 512)}
     self.splits = {
       name: Split(name, count, (scenes, scenes), (3, 5), len(films.KINDS) if name == "tuning" else 0)
       for name, (count, scenes) in sizes.items()
     }
 
-  def made(self) -> dict[str, Any]:
-    """What everything in the folder, and every cell, follows from."""
+  def made(self, splits: Sequence[str], rules: Sequence[str] = ()) -> dict[str, Any]:
+    """What everything follows from that comes from these splits and rules."""
     base = hashlib.sha256((pathlib.Path(BASE) / "model.safetensors").read_bytes()).hexdigest()
-    tuning = to_dict(configured("tune", BASE, self.out, self.out, self.preset.steps))
-    films = {name: [split.films, split.scenes[0]] for name, split in self.splits.items()}
-    return json.loads(json.dumps({"base": base, "films": films, "seed": SEED, "optim": tuning["optim"], "train": tuning["train"]}))
+    films = {name: [self.splits[name].films, self.splits[name].scenes[0], SELECTED.get(name)] for name in splits}
+    made = {"base": base, "films": films, "seed": SEED, "rules": {name: to_dict(rule(name)) for name in rules}}
+    return _plain(made | (_settings("progressive", self.preset.steps) if "tuning" in splits else {}))
 
   @functools.cached_property
   def tokenizer(self) -> prompt.Tokenizer:
@@ -137,13 +130,18 @@ class Study:
     told = (world.asked(annotations[sample.position]) for sample in store.samples)
     return [Asked(film, *one) for film, several in enumerate(told) for one in several]
 
-  def tuned(self, rule: str, seed: int) -> pathlib.Path:
-    """The base, tuned under a rule; goes on with a tuning that was stopped."""
-    folder = self.out / f"{rule}_{seed}"
+  def tuned(self, name: str, seed: int) -> pathlib.Path:
+    """The base, tuned under a rule; goes on with a tuning that was stopped.
+
+    Raises:
+      ValueError: what is there was made otherwise.
+    """
+    folder = self.out / f"{name}_{seed}"
+    _stamp(folder, self.made(["tuning"], [name]))
     if not (folder / "model").exists():
       self.store("tuning")
-      config = configured("tune", BASE, folder / "run", self.out / "tuning" / "features", self.preset.steps)
-      train.run_whole(dataclasses.replace(config, seed=seed, lp_comp=RULES[rule]))
+      data, steps = self.out / "tuning" / "features", self.preset.steps
+      train.run_whole(configured(name, seed=seed, init_from=BASE, workdir=folder / "run", data__train=data, train__steps=steps))
       export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
       shutil.rmtree(folder / "run")
     return folder / "model"
@@ -174,14 +172,15 @@ class Study:
     Returns:
       place: of the needed scene, 0 to 1, where it is one, else null.
       MODE: as of `measured`, cost and time with what one of a film's six questions takes to select; rank: how many scenes
-      have a higher score than the one that is needed, or null; relevance: mean score by place (16 bins) of scenes in which
-      there is nothing to see, and of shots, each relative to its film's mean.
+      have a higher score than the one that is needed, or null; other: the same by the scores of another question on the film;
+      score: of the needed scene, or null; relevance: mean score by place (16 bins) of scenes in which there is nothing to
+      see, and of shots. Scores are relative to their film's mean.
     """
     model, store, asked = load(checkpoint, rule), self.store(name), self.asked(name)
     scenes, frames = self.splits[name].scenes[0], SELECTED[name]
     settings = {mode: _setting(mode, frames) for mode in modes if mode != "uniform"}
     kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
-    ranks: dict[str, list[int | None]] = {mode: [] for mode in settings}
+    needed: dict[str, dict[str, list[float | None]]] = {mode: {"rank": [], "other": [], "score": []} for mode in settings}
     took: dict[str, list[float]] = {mode: [] for mode in settings}
     sums, counts, work = {mode: np.zeros(2 * BINS) for mode in modes}, np.zeros(2 * BINS), {}
     for number in range(len(store.samples)):
@@ -198,12 +197,14 @@ class Study:
         begun = time.perf_counter()
         chosen = chat.select(model, film, prompts, setting)
         took[mode].append((time.perf_counter() - begun) / len(several))
-        for one, got in zip(several, chosen, strict=True):
-          assert got.scores is not None  # more frames than are kept
-          kept[mode].append(np.unique(got.frames // FRAMES))
-          score = got.scores.reshape(scenes, FRAMES).mean(1)
-          sums[mode] += np.bincount(where, score / score.mean(), 2 * BINS)
-          ranks[mode].append(int((score > score[one.scenes[0]]).sum()) if len(one.scenes) == 1 else None)
+        kept[mode] += [np.unique(got.frames // FRAMES) for got in chosen]
+        scores = np.stack([_by_scene(got, scenes) for got in chosen])
+        sums[mode] += np.bincount(where, scores.sum(0), 2 * BINS)
+        for k, one in enumerate(several):
+          scene, own, other = one.scenes[0], scores[k], scores[k - 1]
+          values = int((own > own[scene]).sum()), int((other > other[scene]).sum()), round(float(own[scene]), 3)
+          for name_of, value in zip(("rank", "other", "score"), values, strict=True):
+            needed[mode][name_of].append(value if len(one.scenes) == 1 else None)
     single = [one.scenes[0] if len(one.scenes) == 1 else None for one in asked]
     out: dict[str, Any] = {"place": [None if scene is None else round((scene + 0.5) / scenes, 4) for scene in single]}
     for mode, clips in kept.items():
@@ -211,7 +212,7 @@ class Study:
       if mode in settings:
         out[mode]["seconds"] += float(np.median(took[mode]))  # of a film: the first one's has compilation in it
         out[mode]["TFLOP"] += work[mode] / 1e12
-        out[mode]["rank"] = ranks[mode]
+        out[mode] |= needed[mode]
         out[mode]["relevance"] = np.round(sums[mode] / np.maximum(counts, 1), 4).reshape(2, BINS).tolist()
     return out
 
@@ -280,6 +281,13 @@ def load(checkpoint: str | pathlib.Path, rule: LPCompConfig) -> vlm.VLM:
   return weights.load(directory, weights.read_config(directory, model, rule))
 
 
+def _by_scene(selection: chat.Selection, scenes: int) -> np.ndarray:
+  """Scores by scene, relative to their mean."""
+  assert selection.scores is not None  # more frames than are kept
+  scores = selection.scores.reshape(scenes, FRAMES).mean(1)
+  return scores / scores.mean()
+
+
 def as_film(store: Store, i: int) -> EncodedVideo:
   """A stored film as QC-Comp takes it."""
   features = store.visual(i).astype(np.float32)
@@ -315,10 +323,25 @@ def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> 
   )
 
 
-def configured(variant: str, init: str | pathlib.Path, run: pathlib.Path, data: pathlib.Path, steps: int | None = None) -> RunConfig:
-  """A variant of configs/study.py."""
-  paths = {"init_from": init, "workdir": run, "data.train": data} | ({} if steps is None else {"train.steps": steps})
-  return from_command_line(["study", f"--config={CONFIG}:{variant}", *(f"--config.{key}={value}" for key, value in paths.items())])
+def configured(variant: str, **values: Any) -> RunConfig:
+  """A variant of configs/study.py with other values; `__` in their names stands for a dot, and None leaves one as it is."""
+  changes = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items() if value is not None]
+  return from_command_line(["study", f"--config={CONFIG}:{variant}", *changes])
+
+
+def _settings(variant: str, steps: int | None = None) -> dict[str, Any]:
+  """What a model that is trained by it follows from."""
+  config = to_dict(configured(variant, train__steps=steps))
+  return {part: config[part] for part in ("data", "optim", "train")}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+  return json.loads(json.dumps(values))  # as it is read back
+
+
+def rule(name: str) -> LPCompConfig:
+  """One of configs/study.py."""
+  return configured(name).lp_comp
 
 
 STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
@@ -340,9 +363,11 @@ def train_base(out: pathlib.Path) -> None:
     world.write_untrained(before, 0, films.MODEL, films.words(), silent_layers=True)
   for stage, (split, frozen) in STAGES.items():
     folder = out / stage
+    _stamp(folder, _plain({"films": dataclasses.asdict(split), "seed": SEED} | _settings(stage)))
     if not (folder / "model").exists():
       decode(folder, split, SEED, str(before) if frozen else None)
-      train.run_whole(configured(stage, before, folder / "run", folder / ("features" if frozen else "frames")))
+      data = folder / ("features" if frozen else "frames")
+      train.run_whole(configured(stage, init_from=before, workdir=folder / "run", data__train=data))
       export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
     before = folder / "model"
 
@@ -351,46 +376,53 @@ def train_base(out: pathlib.Path) -> None:
 
 
 class Cell(NamedTuple):
-  """name, splits whose films it needs, and what does it."""
+  """name, splits and rules that it comes from, and what does it."""
 
   name: str
   splits: Sequence[str]
+  rules: Sequence[str]
   do: Callable[[], dict[str, Any]]
 
 
 def cells(study: Study) -> Iterator[Cell]:
   """All cells."""
-  preset, none = study.preset, RULES["none"]
-  rules = dict.fromkeys(("none", *preset.rules, *preset.free))
-  wide = ["wide"] if preset.wide else []
-  yield Cell("base", ["heldout"], lambda: {"heldout": {rule: study.measured(BASE, RULES[rule], "heldout") for rule in rules}})
+  preset = study.preset
+  rules = list(dict.fromkeys(("none", *preset.rules, *preset.free)))
+  wide, window = (["wide"] if preset.wide else []), (["window"] if preset.window else [])
+  yield Cell("base", ["heldout"], rules, lambda: {"heldout": {name: study.measured(BASE, rule(name), "heldout") for name in rules}})
   if wide:
-    yield Cell("base_frames", wide, lambda: {"wide": {rule: _by_frames(study, BASE, rule) for rule in ("none", "progressive")}})
-  yield Cell("base_select", ["long"], lambda: {"long": study.selected(BASE, none, "long", MODES)})
+    both = ["none", "progressive"]
+    yield Cell("base_frames", wide, both, lambda: {"wide": {name: _by_frames(study, BASE, name) for name in both}})
+  yield Cell("base_select", ["long", *window], ["none"], lambda: _selections(study, BASE, "none", ["long", *window]))
   for seed in preset.seeds:
-    for rule in preset.rules:
-      yield Cell(f"tune_{rule}_{seed}", ["tuning", "heldout", *wide], functools.partial(_tuning, study, rule, seed))
-    yield Cell(f"select_{seed}", ["tuning", "long"], functools.partial(_selection, study, seed, "long", MODES))
+    for name in preset.rules:
+      under = preset.rules if name == "none" else (name,)  # the same tuning, and then compression without tuning for it
+      yield Cell(f"tune_{name}_{seed}", ["tuning", "heldout", *wide], under, functools.partial(_tuning, study, name, seed, under))
+    selections = {"select": ["long", *window]}
     if preset.hour and seed == preset.seeds[0]:  # a quarter of an hour: one seed says enough
-      modes = "uniform", "local", "official"
-      yield Cell(f"official_{seed}", ["tuning", "hour"], functools.partial(_selection, study, seed, "hour", modes))
+      selections["official"] = ["hour"]
+    for kind, splits in selections.items():
+      yield Cell(f"{kind}_{seed}", ["tuning", *splits], ["progressive"], functools.partial(_tuned_selections, study, seed, splits))
 
 
-def _tuning(study: Study, rule: str, seed: int) -> dict[str, Any]:
-  model = study.tuned(rule, seed)
-  under = study.preset.rules if rule == "none" else (rule,)  # the same tuning, and then compression without tuning for it
-  out: dict[str, Any] = {"heldout": {rule: study.measured(model, RULES[rule], "heldout") for rule in under}}
-  if study.preset.wide and rule in ("none", "progressive", "early"):
-    out["wide"] = {rule: _by_frames(study, model, rule)}
+def _tuning(study: Study, name: str, seed: int, under: Sequence[str]) -> dict[str, Any]:
+  model = study.tuned(name, seed)
+  out: dict[str, Any] = {"heldout": {other: study.measured(model, rule(other), "heldout") for other in under}}
+  if study.preset.wide and name in ("none", "progressive", "early"):
+    out["wide"] = {name: _by_frames(study, model, name)}
   return out
 
 
-def _selection(study: Study, seed: int, name: str, modes: Sequence[str]) -> dict[str, Any]:
-  return {name: study.selected(study.tuned("progressive", seed), RULES["progressive"], name, modes)}
+def _tuned_selections(study: Study, seed: int, splits: Sequence[str]) -> dict[str, Any]:
+  return _selections(study, study.tuned("progressive", seed), "progressive", splits)
 
 
-def _by_frames(study: Study, model: str | pathlib.Path, rule: str) -> dict[str, dict[str, Any]]:
-  return {str(clips * FRAMES): study.measured(model, RULES[rule], "wide", clips) for clips in WIDE}
+def _selections(study: Study, model: str | pathlib.Path, name: str, splits: Sequence[str]) -> dict[str, Any]:
+  return {split: study.selected(model, rule(name), split, MODES[split]) for split in splits}
+
+
+def _by_frames(study: Study, model: str | pathlib.Path, name: str) -> dict[str, dict[str, Any]]:
+  return {str(clips * FRAMES): study.measured(model, rule(name), "wide", clips) for clips in WIDE}
 
 
 def run(out: pathlib.Path, name: str, where: pathlib.Path, only: str) -> None:
@@ -403,17 +435,14 @@ def run(out: pathlib.Path, name: str, where: pathlib.Path, only: str) -> None:
   if not pathlib.Path(BASE).exists():
     raise FileNotFoundError(f"{BASE} is not there: train the base (--base), and copy its watch/model to {BASE}")
   study = Study(out, PRESETS[name])
-  made, every = study.made(), list(cells(study))
+  every = list(cells(study))
   todo = [cell for cell in every if cell.name.startswith(only)]
   if not todo:
     raise ValueError(f"--only {only}: no cell's name begins so; there are {', '.join(cell.name for cell in every)}")
-  for folder in (out, where):
-    folder.mkdir(parents=True, exist_ok=True)
-  if not (out / "made.json").exists():
-    write_json(out / "made.json", made)
-  _agree(out / "made.json", json.loads((out / "made.json").read_text()), made, f"give --out another folder, or remove {out}")
+  _stamp(out, study.made(list(study.splits)))
+  where.mkdir(parents=True, exist_ok=True)
   for number, cell in enumerate(todo, 1):
-    file = where / f"{cell.name}.json"
+    file, made = where / f"{cell.name}.json", study.made(cell.splits, cell.rules)
     if file.exists():
       _agree(file, json.loads(file.read_text()).get("made", {}), made, "remove it to do it again")
       continue
@@ -422,6 +451,15 @@ def run(out: pathlib.Path, name: str, where: pathlib.Path, only: str) -> None:
       study.store(split)  # several cells': not part of this one's time
     begun = time.perf_counter()
     write_json(file, {"made": made, "result": cell.do(), "seconds": time.perf_counter() - begun})
+
+
+def _stamp(folder: pathlib.Path, made: dict[str, Any]) -> None:
+  """Says in a folder what it comes from, or refuses one that comes from something else."""
+  file = folder / "made.json"
+  if not file.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, made)
+  _agree(file, json.loads(file.read_text()), made, f"give --out another folder, or remove {folder}")
 
 
 def _agree(file: pathlib.Path, before: dict[str, Any], made: dict[str, Any], advice: str) -> None:
