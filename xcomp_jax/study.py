@@ -146,7 +146,7 @@ class Study:
       shutil.rmtree(folder / "run")
     return folder / "model"
 
-  def measured(self, checkpoint: str | pathlib.Path, rule: LPCompConfig, name: str, clips: int | None = None) -> dict[str, Any]:
+  def measured(self, checkpoint: str | pathlib.Path, cfg: LPCompConfig, name: str, clips: int | None = None) -> dict[str, Any]:
     """Answers to a split's questions from so many clips at equal distances; None: all.
 
     Returns:
@@ -155,7 +155,7 @@ class Study:
     """
     scenes = self.splits[name].scenes[0]
     shown = even(scenes, clips or scenes)
-    return self._answered(load(checkpoint, rule), self.store(name), [(one, shown) for one in self.asked(name)])
+    return self._answered(load(checkpoint, cfg), self.store(name), [(one, shown) for one in self.asked(name)])
 
   def _answered(self, model: vlm.VLM, store: Store, asked: Sequence[tuple[Asked, np.ndarray]]) -> dict[str, Any]:
     answers(model, self.tokenizer, store, asked[:ROWS])  # compiles
@@ -166,7 +166,7 @@ class Study:
     spent = {"tokens": kept * clips * FRAMES, "seconds": seconds, "TFLOP": cost(model, clips) / 1e12}
     return {"right": bits(right), "hits": bits(hits)} | spent
 
-  def selected(self, checkpoint: str | pathlib.Path, rule: LPCompConfig, name: str, modes: Sequence[str]) -> dict[str, Any]:
+  def selected(self, checkpoint: str | pathlib.Path, cfg: LPCompConfig, name: str, modes: Sequence[str]) -> dict[str, Any]:
     """Answers from what QC-Comp selects of a split's films, and what it found, by mode.
 
     Returns:
@@ -176,7 +176,7 @@ class Study:
       score: of the needed scene, or null; relevance: mean score by place (16 bins) of scenes in which there is nothing to
       see, and of shots. Scores are relative to their film's mean.
     """
-    model, store, asked = load(checkpoint, rule), self.store(name), self.asked(name)
+    model, store, asked = load(checkpoint, cfg), self.store(name), self.asked(name)
     scenes, frames = self.splits[name].scenes[0], SELECTED[name]
     settings = {mode: _setting(mode, frames) for mode in modes if mode != "uniform"}
     kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
@@ -274,11 +274,11 @@ def scoring_cost(model: vlm.VLM, clips: int, questions: Sequence[prompt.Prompt],
   return -(-len(plan.starts) // rows) * (seen / len(questions) + paid)
 
 
-def load(checkpoint: str | pathlib.Path, rule: LPCompConfig) -> vlm.VLM:
+def load(checkpoint: str | pathlib.Path, cfg: LPCompConfig) -> vlm.VLM:
   """A checkpoint to be measured under a rule, in float32."""
   directory = weights.resolve(str(checkpoint))
   model = ModelConfig(FRAMES, None, "float32", "float32", ROWS, "auto", remat=False)
-  return weights.load(directory, weights.read_config(directory, model, rule))
+  return weights.load(directory, weights.read_config(directory, model, cfg))
 
 
 def _by_scene(selection: chat.Selection, scenes: int) -> np.ndarray:
