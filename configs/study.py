@@ -4,7 +4,7 @@
   python -m xcomp_jax.study --out study
 
 The base is a miniature VideoChat-Flash of eight layers, trained from nothing and without compression on films of `xcomp_jax.films`:
-stages `see`, `answer`, `tell`, `again`, `order`, `ask`, `watch`, the first with the tower; every one starts from the last one's export. A row of the study's
+stages `see`, `answer`, `tell`, `again`, `ask`, `watch`, the first with the tower; every one starts from the last one's export. A row of the study's
 tables is tuned by the variant of its rule, as `configs/study.py:progressive`; the command sets seeds.
 """
 
@@ -16,8 +16,7 @@ STAGES = {  # learning rate, films in a batch, epochs, tower trained, frames and
   "see": (3e-3, 16, 1, True, (2,), (64,)),  # one shot to describe
   "answer": (2e-3, 8, 2, False, (6,), (160,)),  # questions about two or three: which one is asked about has to be found
   "tell": (2e-3, 8, 2, False, (6,), (160,)),  # the same and descriptions, without which motion is forgotten
-  "again": (2e-3, 8, 2, False, (6,), (160,)),  # both, at the full rate: digits and motion are found late
-  "order": (1.5e-3, 8, 2, False, (6,), (64,)),  # the kind that is learned last
+  "again": (2e-3, 8, 2, False, (6,), (160,)),  # both, at the full rate: digits, motion and order are found late
   "ask": (1.5e-3, 8, 2, False, (24,), (96,)),  # up to five in up to 12 scenes
   "watch": (1e-3, 8, 1, False, (64,), (96,)),  # in up to 32, as many as a window of QC-Comp has
 }

@@ -350,7 +350,6 @@ STAGES = {  # of the base's training: its films, and whether the tower is frozen
   "answer": (Split("answer", 8000, (2, 3), (2, 3), 8), True),
   "tell": (Split("tell", 13000, (2, 3), (2, 3), 8, described=0.35), True),
   "again": (Split("again", 13000, (2, 3), (2, 3), 8, described=0.2), True),
-  "order": (Split("order", 13000, (2, 3), (2, 3), 2, first="order"), True),
   "ask": (Split("ask", 4000, (4, 12), (2, 5), 4, first="order"), True),
   "watch": (Split("watch", 2000, (8, 32), (2, 5), 4, first="order"), True),
 }
