@@ -17,7 +17,7 @@ RESAMPLES = 4000
 # that is asked about, of order one with a colour that the question doesn't have. Who sees the shots can count them.
 CHANCE = {"needle": 1 / 6, "attribute": 1 / 4, "motion": 1 / 4, "order": 1 / 6, "count": 1 / 3, "whole": 1 / 4}
 ANY_SHOT = {"needle": 0.26, "attribute": 0.49, "motion": 0.45, "order": 0.32, "count": 1, "whole": 0.60}
-SINGLE = ("needle", "attribute", "motion")  # kinds that need one scene
+SINGLE = np.isin(KINDS, ("needle", "attribute", "motion"))  # kinds that need one scene
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +202,7 @@ def ranked_first(measure: Mapping[str, Any], key: str = "rank") -> Bool[np.ndarr
 
 
 def _single(values: Sequence[float | None]) -> Float[np.ndarray, "films kinds"]:
-  return np.array(values, float).reshape(-1, len(KINDS))[:, [kind in SINGLE for kind in KINDS]]
+  return np.array(values, float).reshape(-1, len(KINDS))[:, SINGLE]
 
 
 QUARTERS = ("first", "second", "third", "last")
@@ -220,7 +220,7 @@ def places(cells: Cells) -> str:
       quarters = by_quarter(found, [ranked_first(m) for m in measures])
       of = [str(interval(one)) for one in quarters]
       of.append(str(interval(quarters[-1], quarters[0], same=True)))
-      hits = by_quarter(found, [right(m, "hits")[:, [kind in SINGLE for kind in KINDS]] for m in measures])
+      hits = by_quarter(found, [right(m, "hits")[:, SINGLE] for m in measures])
       of.append(", ".join(f"{100 * np.nanmean(one):.0f}" for one in hits))
       scores = by_quarter(found, [_single(m["score"]) for m in measures]) if "score" in measures[0] else []
       of.append(", ".join(f"{np.nanmean(one):.1f}" for one in scores) or "-")

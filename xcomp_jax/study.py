@@ -346,7 +346,8 @@ def rule(name: str) -> LPCompConfig:
 
 STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
   "see": (Split("see", 12000, (1, 1), (1, 1), 8, described=1.0), False),
-  # Of a single shot every question can be answered without finding it: films of one teach nothing here, and hide in the loss that.
+  # No stage after `see` has films of a single shot: nothing has to be found to answer about it, and an average with many of them
+  # falls although nothing else is learned.
   "answer": (Split("answer", 8000, (2, 3), (2, 3), 8), True),
   "tell": (Split("tell", 13000, (2, 3), (2, 3), 8, described=0.35), True),
   "again": (Split("again", 13000, (2, 3), (2, 3), 8, described=0.2), True),
