@@ -109,7 +109,7 @@ def cells_of(table):
 def test_modes_of_selection_are_paired_and_tell_what_they_cost(tmp_path):
   hits = {"hits": bits(np.ones((20, len(KINDS)), bool)), "rank": [0, 1, 0, None, None, None] * 20}
   modes = {"uniform": measure(0, 0.2) | hits, "global": measure(1, 0.6) | hits, "local": measure(1, 0.6) | hits}
-  modes |= {"global_answer": measure(2, 0.5) | hits, "local_answer": measure(3, 0.9) | hits | {"other": [5, 1, 0, None, None, None] * 20}}
+  modes |= {"global_answer": measure(2, 0.5) | hits, "local_answer": measure(3, 0.9) | hits | {"few": bits(drawn(4, 20)), "other": [5, 1, 0, None, None, None] * 20}}
   for seed in range(2):
     (tmp_path / f"select_{seed}.json").write_text(json.dumps({"result": {"long": {"place": [], **modes}}}))
   lines = cells_of(findings.selection(findings.Cells(tmp_path)))
@@ -122,7 +122,9 @@ def test_modes_of_selection_are_paired_and_tell_what_they_cost(tmp_path):
   assert answer[3].startswith(less("local_answer", "global_answer")) and answer[4] == "-"  # by the same rows
   assert uniform[7] == "-" and local[7].startswith("66.7 (")
   assert local[8] == "-" and answer[8].startswith("33.3 (")
-  assert [*local[5:7], *local[9:]] == ["100.0", "100.0 (100.0 to 100.0)", "2", "187", "1.000", "10"]
+  few = drawn(4, 20)[:, :3].mean()  # of the kinds that need one scene
+  assert local[9] == "-" and answer[9].startswith(f"{100 * few:.1f} (")
+  assert [*local[5:7], *local[10:]] == ["100.0", "100.0 (100.0 to 100.0)", "2", "187", "1.000", "10"]
 
 
 def test_places_tell_what_happens_in_each_quarter(tmp_path):

@@ -185,10 +185,11 @@ def selection(cells: Cells) -> str:
       ranked = mode not in ("uniform", "official")
       best = str(interval([ranked_first(m) for m in of(mode)])) if ranked else "-"
       other = str(interval([ranked_first(m, "other") for m in of(mode)])) if ranked and "other" in of(mode)[0] else "-"
+      few = str(interval([right(m, "few")[:, SINGLE] for m in of(mode)])) if "few" in of(mode)[0] else "-"
       hits, shown = _share(of(mode), key="hits"), mode.replace("_answer", ", the answer's row")
-      out.append([name, shown, _share(of(mode)), *against, f"{100 * bound(of(mode)):.1f}", hits, best, other, str(len(found)), *_cost(of(mode))])
+      out.append([name, shown, _share(of(mode)), *against, f"{100 * bound(of(mode)):.1f}", hits, best, other, few, str(len(found)), *_cost(of(mode))])
   names = ["", "frames by", "right", "against global", "against local", "selected, else chance", "all that is needed selected"]
-  return rows([*names, "needed scene first", "by another question's scores", "seeds", *COST], out)
+  return rows([*names, "needed scene first", "by another question's scores", "right from two scenes", "seeds", *COST], out)
 
 
 def _modes(found: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -46,6 +46,7 @@ BINS = 16  # of places in a film
 WIDE = (3, 6, 12, 18, 24)  # clips that are taken of a film of 24
 PREFIX, TEXT = 16, 48  # slots for a measured question's tokens before and after the frames
 SELECTED = {"window": 24, "long": 24, "hour": 48}  # frames that QC-Comp keeps of a film
+FEW = 2  # scenes that are kept when there is no room for all shots
 # Modes of QC-Comp that are compared on them, by the question's rows or the answer's.
 MODES = {
   "window": ("global", "global_answer"),
@@ -174,12 +175,13 @@ class Study:
       MODE: as of `measured`, cost and time with what one of a film's six questions takes to select; rank: how many scenes
       have a higher score than the one that is needed, or null; other: the same by the scores of another question on the film;
       score: of the needed scene, or null; relevance: mean score by place (16 bins) of scenes in which there is nothing to
-      see, and of shots. Scores are relative to their film's mean.
+      see, and of shots; few: right, from the two scenes with the highest scores. Scores are relative to their film's mean.
     """
     model, store, asked = load(checkpoint, cfg), self.store(name), self.asked(name)
     scenes, frames = self.splits[name].scenes[0], SELECTED[name]
     settings = {mode: _setting(mode, frames) for mode in modes if mode != "uniform"}
     kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
+    few: dict[str, list[np.ndarray]] = {mode: [] for mode in modes if mode != "official"}  # it scores four scenes together
     needed: dict[str, dict[str, list[float | None]]] = {mode: {"rank": [], "other": [], "score": []} for mode in settings}
     took: dict[str, list[float]] = {mode: [] for mode in settings}
     sums, counts, work = {mode: np.zeros(2 * BINS) for mode in modes}, np.zeros(2 * BINS), {}
@@ -192,6 +194,7 @@ class Study:
       prompts = [prompt.ask(self.tokenizer, one.question, store.samples[number].time_message) for one in several]
       if "uniform" in modes:
         kept["uniform"] += [even(scenes, frames // FRAMES)] * len(several)
+        few["uniform"] += [even(scenes, FEW)] * len(several)
       for mode, setting in settings.items():
         work[mode] = work.get(mode) or scoring_cost(model, scenes, prompts, setting)
         begun = time.perf_counter()
@@ -200,6 +203,8 @@ class Study:
         kept[mode] += [np.unique(got.frames // FRAMES) for got in chosen]
         scores = np.stack([_by_scene(got, scenes) for got in chosen])
         sums[mode] += np.bincount(where, scores.sum(0), 2 * BINS)
+        if mode in few:
+          few[mode] += list(np.sort(np.argsort(-scores, axis=1)[:, :FEW]))
         for k, one in enumerate(several):
           scene, own, other = one.scenes[0], scores[k], scores[k - 1]
           values = int((own > own[scene]).sum()), int((other > other[scene]).sum()), round(float(own[scene]), 3)
@@ -209,6 +214,8 @@ class Study:
     out: dict[str, Any] = {"place": [None if scene is None else round((scene + 0.5) / scenes, 4) for scene in single]}
     for mode, clips in kept.items():
       out[mode] = self._answered(model, store, list(zip(asked, clips, strict=True)))
+      if mode in few:
+        out[mode]["few"] = bits(answers(model, self.tokenizer, store, list(zip(asked, few[mode], strict=True))))
       if mode in settings:
         out[mode]["seconds"] += float(np.median(took[mode]))  # of a film: the first one's has compilation in it
         out[mode]["TFLOP"] += work[mode] / 1e12
