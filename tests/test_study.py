@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import jax
@@ -33,68 +34,76 @@ def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
   assert {f"tune_{name}_{seed}" for name in FULL.rules for seed in range(3)} <= set(names)
 
 
-def test_a_base_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(study, "BASE", str(tmp_path / "base"))
+def test_a_base_that_is_not_there_is_said(tmp_path, capsys):
   with pytest.raises(SystemExit):
-    study.main(["--preset", "quick", "--out", str(tmp_path / "out")])
-  assert re.match(r"error: \S+/base is not there: train the base \(--base\)", capsys.readouterr().err)
+    study.main(["--preset", "quick", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "base")])
+  assert re.match(r"error: \S+/base has no model.safetensors; run it where assets/study is, or train a base \(--base\)", capsys.readouterr().err)
 
 
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-  """Some file as the base, for tests that measure nothing."""
-  (tmp_path / "base").mkdir()
-  (tmp_path / "base" / "model.safetensors").write_bytes(b"one")
-  monkeypatch.setattr(study, "BASE", str(tmp_path / "base"))
-  return tmp_path / "base" / "model.safetensors"
+def quick_in(folder, base=study.BASE):
+  return Study(folder, study.PRESETS["quick"], base)
 
 
-def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch, base):
+def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch):
   done = []
   cells = lambda _: iter([study.Cell(name, [], [], lambda name=name: done.append(name) or {"of": name}) for name in ("a", "b_1", "b_2")])
   monkeypatch.setattr(study, "cells", cells)
-  study.run(tmp_path / "work", "quick", tmp_path / "cells", "b")
+  study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "b")
   assert done == ["b_1", "b_2"]
   (tmp_path / "cells" / "b_2.json").unlink()
-  study.run(tmp_path / "work", "quick", tmp_path / "cells", "")
+  study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "")
   assert done == ["b_1", "b_2", "a", "b_2"]
   assert json.loads((tmp_path / "cells" / "a.json").read_text())["result"] == {"of": "a"}
   with pytest.raises(ValueError, match="--only c: no cell's name begins so; there are a, b_1, b_2"):
-    study.run(tmp_path / "work", "quick", tmp_path / "cells", "c")
+    study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "c")
 
 
-def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch, base):
+def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch):
   clock, stored = iter([5.0, 7.0]), []
   monkeypatch.setattr(study.time, "perf_counter", lambda: stored and next(clock))
   monkeypatch.setattr(Study, "store", lambda its, name: stored.append(name))
   monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", ["long", "wide"], [], lambda: {})]))
-  study.run(tmp_path / "work", "quick", tmp_path / "cells", "")
+  study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "")
   assert stored == ["long", "wide"] and json.loads((tmp_path / "cells" / "a.json").read_text())["seconds"] == 2
 
 
-def test_one_command_at_a_time(tmp_path, base, capsys):
+def test_one_command_at_a_time(tmp_path, capsys):
   with study._alone(tmp_path), pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path)])
   assert f"another command is at work in {tmp_path}; wait for it, or give --out another" in capsys.readouterr().err
 
 
-def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, base):
+@pytest.fixture
+def another(tmp_path):
+  """Some file as a base, for tests that measure nothing."""
+  (tmp_path / "another").mkdir()
+  (tmp_path / "another" / "model.safetensors").write_bytes(b"one")
+  return tmp_path / "another"
+
+
+def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, another):
   monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", ["heldout"], ["early"], lambda: {"of": "a"})]))
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
-  quick = lambda out: study.run(tmp_path / out, "quick", tmp_path / "cells", "")
+  quick = lambda out, base=study.BASE: study.run(quick_in(tmp_path / out, base), tmp_path / "cells", "")
   quick("work")
   with pytest.raises(ValueError, match=r"made\.json was made otherwise \(films\): give --out another folder"):
-    study.run(tmp_path / "work", "full", tmp_path / "cells", "")
+    study.run(Study(tmp_path / "work", FULL), tmp_path / "cells", "")
   with monkeypatch.context() as patched:
     patched.setattr(study, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
     with pytest.raises(ValueError, match=r"cells/a\.json was made otherwise \(rules\): remove it"):
       quick("work")
-  base.write_bytes(b"another")
   with pytest.raises(ValueError, match=r"cells/a\.json was made otherwise \(base\): remove it"):
-    quick("new")
+    quick("new", another)
 
 
-def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch, base):
+def test_cells_of_another_base_stay_out_of_the_docs(tmp_path, monkeypatch, another):
+  monkeypatch.setattr(study, "cells", lambda its: iter([study.Cell("a", [], [], lambda: {"base": its.base.name})]))
+  study.main(["--out", str(tmp_path / "work"), "--model", str(another)])
+  assert json.loads((tmp_path / "work" / "cells" / "a.json").read_text())["result"] == {"base": "another"}
+  assert not (pathlib.Path(study.CELLS) / "a.json").exists()
+
+
+def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch):
   its = Study(tmp_path, FULL)
   (tmp_path / "early_1" / "model").mkdir(parents=True)
   assert its.tuned("early", 1) == tmp_path / "early_1" / "model" and its.tuned("early", 1)
@@ -102,12 +111,11 @@ def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch, base
   with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(rules\)"):
     its.tuned("early", 1)
   monkeypatch.undo()
-  monkeypatch.setattr(study, "BASE", str(base.parent))
   with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(train\)"):
     Study(tmp_path, dataclasses.replace(FULL, steps=7)).tuned("early", 1)
 
 
-def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, base, capsys):
+def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
   monkeypatch.setattr(study, "cells", lambda its: iter([study.Cell("a", [], [], lambda: its.tuned("progressive", 0))]))
   monkeypatch.setattr(train, "run", lambda config: {"step": 3, "steps": 160})

@@ -4,11 +4,12 @@
   python -m xcomp_jax.study --out study --only tune     those whose names begin so
   python -m xcomp_jax.study --preset quick --out DIR    one tuning and its measures, minutes
   python -m xcomp_jax.study --report                    tables of docs/STUDY.md and plots, from the cells that are there
-  python -m xcomp_jax.study --base --out study/base     trains a base by the stages of the one in assets/study
+  python -m xcomp_jax.study --base --out study/base     trains another base
+  python -m xcomp_jax.study --model study/base/watch/model --out DIR      all cells with it
 
-A cell is one tuning or what needs none, with all that is measured of it, in docs/study/NAME.json (quick: in --out). A cell that
-is there is not done again; one that was made with another base, other films or another tuning is refused, and so is such a folder.
-Run it where configs/, assets/ and docs/ are.
+A cell is one tuning or what needs none, with all that is measured of it, in docs/study/NAME.json (quick, or another base: in --out).
+A cell that is there is not done again; one that was made with another base, other films or another tuning is refused, and so is such
+a folder. Run it where configs/, assets/ and docs/ are.
 """
 
 import argparse
@@ -95,10 +96,16 @@ class Asked(NamedTuple):
 
 
 class Study:
-  """A folder of work: films, their features, tuned models. What is there already is used again."""
+  """A folder of work with a base: films, their features, tuned models. What is there already is used again.
 
-  def __init__(self, out: pathlib.Path, preset: Preset):
-    self.out, self.preset = out, preset
+  Raises:
+    FileNotFoundError: there is no such base.
+  """
+
+  def __init__(self, out: pathlib.Path, preset: Preset, base: str | pathlib.Path = BASE):
+    self.out, self.preset, self.base = out, preset, pathlib.Path(base)
+    if not (self.base / "model.safetensors").exists():
+      raise FileNotFoundError(f"{base} has no model.safetensors; run it where {BASE} is, or train a base (--base) and name it by --model")
     sizes = {"tuning": (preset.tuning, 12), "heldout": (preset.heldout, 12), "wide": (preset.wide, 24)}
     sizes |= {"window": (preset.window, 32), "long": (preset.long, 128), "hour": (preset.hour, 512)}
     self.splits = {
@@ -108,7 +115,7 @@ class Study:
 
   def made(self, splits: Sequence[str], rules: Sequence[str] = ()) -> dict[str, Any]:
     """What everything follows from that comes from these splits and rules."""
-    base = hashlib.sha256((pathlib.Path(BASE) / "model.safetensors").read_bytes()).hexdigest()
+    base = hashlib.sha256((self.base / "model.safetensors").read_bytes()).hexdigest()
     films = {name: [self.splits[name].films, self.splits[name].scenes[0], SELECTED.get(name)] for name in splits}
     made = {"base": base, "films": films, "seed": SEED, "rules": {name: to_dict(rule(name)) for name in rules}}
     return _plain(made | (_settings("progressive", self.preset.steps) if "tuning" in splits else {}))
@@ -116,13 +123,13 @@ class Study:
   @functools.cached_property
   def tokenizer(self) -> prompt.Tokenizer:
     """The base's."""
-    return prompt.load_tokenizer(BASE)
+    return prompt.load_tokenizer(str(self.base))
 
   def store(self, name: str) -> Store:
     """The features of a split's films, made if they are not there."""
     folder = self.out / name
     if not (folder / "features").exists():
-      decode(folder, self.splits[name], SEED, tower=BASE)
+      decode(folder, self.splits[name], SEED, tower=str(self.base))
     return open_store(str(folder / "features"))
 
   def asked(self, name: str) -> list[Asked]:
@@ -142,7 +149,7 @@ class Study:
     if not (folder / "model").exists():
       self.store("tuning")
       data, steps = self.out / "tuning" / "features", self.preset.steps
-      train.run_whole(configured(name, seed=seed, init_from=BASE, workdir=folder / "run", data__train=data, train__steps=steps))
+      train.run_whole(configured(name, seed=seed, init_from=self.base, workdir=folder / "run", data__train=data, train__steps=steps))
       export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
       shutil.rmtree(folder / "run")
     return folder / "model"
@@ -378,6 +385,7 @@ def train_base(out: pathlib.Path) -> None:
       train.run_whole(configured(stage, init_from=before, workdir=folder / "run", data__train=data))
       export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
     before = folder / "model"
+  print(f"a base: {before}; to study it: --model {before} --out DIR", flush=True)
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -397,11 +405,11 @@ def cells(study: Study) -> Iterator[Cell]:
   preset = study.preset
   rules = list(dict.fromkeys(("none", *preset.rules, *preset.free)))
   wide, window = (["wide"] if preset.wide else []), (["window"] if preset.window else [])
-  yield Cell("base", ["heldout"], rules, lambda: {"heldout": {name: study.measured(BASE, rule(name), "heldout") for name in rules}})
+  yield Cell("base", ["heldout"], rules, lambda: {"heldout": {name: study.measured(study.base, rule(name), "heldout") for name in rules}})
   if wide:
     both = ["none", "progressive"]
-    yield Cell("base_frames", wide, both, lambda: {"wide": {name: _by_frames(study, BASE, name) for name in both}})
-  yield Cell("base_select", ["long", *window], ["none"], lambda: _selections(study, BASE, "none", ["long", *window]))
+    yield Cell("base_frames", wide, both, lambda: {"wide": {name: _by_frames(study, study.base, name) for name in both}})
+  yield Cell("base_select", ["long", *window], ["none"], lambda: _selections(study, study.base, "none", ["long", *window]))
   for seed in preset.seeds:
     for name in preset.rules:
       under = preset.rules if name == "none" else (name,)  # the same tuning, and then compression without tuning for it
@@ -433,21 +441,17 @@ def _by_frames(study: Study, model: str | pathlib.Path, name: str) -> dict[str, 
   return {str(clips * FRAMES): study.measured(model, rule(name), "wide", clips) for clips in WIDE}
 
 
-def run(out: pathlib.Path, name: str, where: pathlib.Path, only: str) -> None:
-  """Does the cells of a preset whose names begin with `only` and that are not in `where` yet.
+def run(study: Study, where: pathlib.Path, only: str) -> None:
+  """Does the cells whose names begin with `only` and that are not in `where` yet.
 
   Raises:
-    FileNotFoundError: there is no base.
-    ValueError: no cell is called so, or what is in `out` or `where` was made otherwise.
+    ValueError: no cell is called so, or what is in the study's folder or `where` was made otherwise.
   """
-  if not pathlib.Path(BASE).exists():
-    raise FileNotFoundError(f"{BASE} is not there: train the base (--base), and copy its watch/model to {BASE}")
-  study = Study(out, PRESETS[name])
   every = list(cells(study))
   todo = [cell for cell in every if cell.name.startswith(only)]
   if not todo:
     raise ValueError(f"--only {only}: no cell's name begins so; there are {', '.join(cell.name for cell in every)}")
-  _stamp(out, study.made(list(study.splits)))
+  _stamp(study.out, study.made(list(study.splits)))
   where.mkdir(parents=True, exist_ok=True)
   for number, cell in enumerate(todo, 1):
     file, made = where / f"{cell.name}.json", study.made(cell.splits, cell.rules)
@@ -487,16 +491,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("study"), help="folder of films, features and models")
   parser.add_argument("--preset", choices=list(PRESETS), default="full")
+  parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path(BASE), help="the base; a folder with a checkpoint")
   parser.add_argument("--only", default="", metavar="NAME", help="cells whose names begin so")
   parser.add_argument("--report", action="store_true", help="only tables and plots, from the cells that are there")
-  parser.add_argument("--base", action="store_true", help="train the base model instead")
+  parser.add_argument("--base", action="store_true", help="train a base instead")
   f = parser.parse_args(argv)
   with command(interrupted="interrupted; what was finished stays, and the same command goes on"):
-    full = f.preset == "full"
+    full = f.preset == "full" and f.model == pathlib.Path(BASE)  # the one that the page is about
     where = pathlib.Path(CELLS) if full else f.out / "cells"
     if f.base or not f.report:
       with _alone(f.out):
-        train_base(f.out) if f.base else run(f.out, f.preset, where, f.only)
+        train_base(f.out) if f.base else run(Study(f.out, PRESETS[f.preset], f.model), where, f.only)
     if not f.base:
       findings.report(where, *((PAGE, FIGURES) if full else ()))
 
