@@ -13,7 +13,7 @@ from xcomp_jax import films, findings, predecode, world
 from xcomp_jax.data import prompt
 from xcomp_jax.data.store import open_store
 from xcomp_jax.films import FRAMES, KINDS, Split
-from xcomp_jax.study import PRESETS, SEED, STAGES, Study
+from xcomp_jax.miniature import PRESETS, SEED, STAGES, Study
 
 HELDOUT = Split("heldout", 4, (12, 12), (3, 5), 0)
 NUMBERS = ["one", "two", "three", "four", "five"]

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xcomp_jax import chat, films, findings, study, train
+from xcomp_jax import chat, films, findings, measures, miniature, study, train
+from xcomp_jax.miniature import Study, rule
 from xcomp_jax.model import decoder, lp_comp
-from xcomp_jax.study import Study, rule
 
-FULL = study.PRESETS["full"]
+FULL = miniature.PRESETS["full"]
 
 
 def test_all_rules_do_the_same_work():
@@ -24,8 +24,8 @@ def test_all_rules_do_the_same_work():
 
 
 def test_clips_at_equal_distances():
-  np.testing.assert_array_equal(study.even(12, 12), np.arange(12))
-  np.testing.assert_array_equal(study.even(24, 3), [4, 12, 20])
+  np.testing.assert_array_equal(measures.even(12, 12), np.arange(12))
+  np.testing.assert_array_equal(measures.even(24, 3), [4, 12, 20])
 
 
 def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
@@ -40,8 +40,8 @@ def test_a_base_that_is_not_there_is_said(tmp_path, capsys):
   assert re.match(r"error: \S+/base has no model.safetensors; run it where assets/study is, or train a base \(--base\)", capsys.readouterr().err)
 
 
-def quick_in(folder, base=study.BASE):
-  return Study(folder, study.PRESETS["quick"], base)
+def quick_in(folder, base=miniature.BASE):
+  return Study(folder, miniature.PRESETS["quick"], base)
 
 
 def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch):
@@ -84,12 +84,12 @@ def another(tmp_path):
 def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, another):
   monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", ["heldout"], ["early"], lambda: {"of": "a"})]))
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
-  quick = lambda out, base=study.BASE: study.run(quick_in(tmp_path / out, base), tmp_path / "cells", "")
+  quick = lambda out, base=miniature.BASE: study.run(quick_in(tmp_path / out, base), tmp_path / "cells", "")
   quick("work")
   with pytest.raises(ValueError, match=r"made\.json was made otherwise \(films\): give --out another folder"):
     study.run(Study(tmp_path / "work", FULL), tmp_path / "cells", "")
   with monkeypatch.context() as patched:
-    patched.setattr(study, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
+    patched.setattr(miniature, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
     with pytest.raises(ValueError, match=r"cells/a\.json was made otherwise \(rules\): remove it"):
       quick("work")
   with pytest.raises(ValueError, match=r"cells/a\.json was made otherwise \(base\): remove it"):
@@ -107,7 +107,7 @@ def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch):
   its = Study(tmp_path, FULL)
   (tmp_path / "early_1" / "model").mkdir(parents=True)
   assert its.tuned("early", 1) == tmp_path / "early_1" / "model" and its.tuned("early", 1)
-  monkeypatch.setattr(study, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
+  monkeypatch.setattr(miniature, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
   with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(rules\)"):
     its.tuned("early", 1)
   monkeypatch.undo()
@@ -133,7 +133,7 @@ def quick(tmp_path_factory):
   """The quick preset, run by its command."""
   out = tmp_path_factory.mktemp("study")
   study.main(["--preset", "quick", "--out", str(out)])
-  return Study(out, study.PRESETS["quick"]), findings.Cells(out / "cells")
+  return Study(out, miniature.PRESETS["quick"]), findings.Cells(out / "cells")
 
 
 # Shares of right answers, and of scenes that were found: about half way between what was measured with and without the defects below (docs/LOG.md).
@@ -151,7 +151,7 @@ def mutated(monkeypatch):
 
 def tuned(quick, name):
   """Whether questions are answered rightly: bool[films, kinds]."""
-  return findings.right(quick[0].measured(quick[0].tuned("progressive", 0), rule("progressive"), name))
+  return findings.right(measures.measured(quick[0], quick[0].tuned("progressive", 0), rule("progressive"), name))
 
 
 def needles(answers):
@@ -159,7 +159,7 @@ def needles(answers):
 
 
 def found(quick, mode):
-  return quick[0].selected(quick[0].tuned("progressive", 0), rule("progressive"), "long", (mode,))[mode]
+  return measures.selected(quick[0], quick[0].tuned("progressive", 0), rule("progressive"), "long", (mode,))[mode]
 
 
 def hits(measure):
@@ -209,9 +209,9 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
   rotate, groups = decoder.Layer.rotate, far.scenes[0] * films.FRAMES
 
   def old(layer, x, positions):
-    kept = (x.shape[1] - study.PREFIX - study.TEXT) // groups
+    kept = (x.shape[1] - measures.PREFIX - measures.TEXT) // groups
     place = np.arange(groups)[:, None] * 16 + 16 - kept + np.arange(kept)  # of what is left among all visual tokens
-    begin, end = study.PREFIX, study.PREFIX + groups * kept
+    begin, end = measures.PREFIX, measures.PREFIX + groups * kept
     first = positions[:, begin : begin + 1]
     return rotate(layer, x, jnp.concatenate([positions[:, :begin], first + place.ravel(), positions[:, end:] + groups * (16 - kept)], axis=1))
 

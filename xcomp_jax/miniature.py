@@ -1,0 +1,209 @@
+"""The miniature of the paper: its films, its base, and models tuned from it under the rules of configs/study.py."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from xcomp_jax import export, films, predecode, train, world
+from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line, to_dict
+from xcomp_jax.data import prompt
+from xcomp_jax.data.store import Store, open_store
+from xcomp_jax.files import write_json
+from xcomp_jax.films import FRAMES, Split
+
+BASE = "assets/study"
+CONFIG = "configs/study.py"
+SELECTED = {"window": 24, "long": 24, "hour": 48}  # frames that QC-Comp keeps of a film
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """How much of everything; films are measured by six questions each.
+
+  tuning, heldout: films of 12 scenes. wide: of 24, measured with ever more of their frames. long: of 128, of which
+  QC-Comp selects; window: of 32, as long as the base has seen; hour: of 512, for the official mode. steps, seeds: of every
+  tuning. rules, free: of configs/study.py, to tune under and to be measured without.
+  """
+
+  tuning: int
+  heldout: int
+  wide: int
+  window: int
+  long: int
+  hour: int
+  steps: int | None
+  seeds: tuple[int, ...]
+  rules: tuple[str, ...]
+  free: tuple[str, ...] = ()
+
+
+PRESETS = {
+  "full": Preset(
+    3200, 120, 90, 90, 90, 90, None, (0, 1, 2), ("none", "heuristic", "stepwise", "progressive", "uniform", "early"), ("late", "average")
+  ),
+  "quick": Preset(1280, 60, 0, 0, 8, 0, None, (0,), ("progressive",)),
+}
+SEED = 11  # of the films
+
+
+class Asked(NamedTuple):
+  """A question about the stored film of that number. scenes: that have to be seen to answer it."""
+
+  film: int
+  question: str
+  answer: str
+  scenes: Sequence[int]
+
+
+class Study:
+  """A folder of work with a base: films, their features, tuned models. What is there already is used again.
+
+  Raises:
+    FileNotFoundError: there is no such base.
+  """
+
+  def __init__(self, out: pathlib.Path, preset: Preset, base: str | pathlib.Path = BASE):
+    self.out, self.preset, self.base = out, preset, pathlib.Path(base)
+    if not (self.base / "model.safetensors").exists():
+      raise FileNotFoundError(f"{base} has no model.safetensors; run it where {BASE} is, or train a base (--base) and name it by --model")
+    sizes = {"tuning": (preset.tuning, 12), "heldout": (preset.heldout, 12), "wide": (preset.wide, 24)}
+    sizes |= {"window": (preset.window, 32), "long": (preset.long, 128), "hour": (preset.hour, 512)}
+    self.splits = {
+      name: Split(name, count, (scenes, scenes), (3, 5), len(films.KINDS) if name == "tuning" else 0)
+      for name, (count, scenes) in sizes.items()
+    }
+
+  def made(self, splits: Sequence[str], rules: Sequence[str] = ()) -> dict[str, Any]:
+    """What everything follows from that comes from these splits and rules."""
+    base = hashlib.sha256((self.base / "model.safetensors").read_bytes()).hexdigest()
+    films = {name: [self.splits[name].films, self.splits[name].scenes[0], SELECTED.get(name)] for name in splits}
+    made = {"base": base, "films": films, "seed": SEED, "rules": {name: to_dict(rule(name)) for name in rules}}
+    return _plain(made | (_settings("progressive", self.preset.steps) if "tuning" in splits else {}))
+
+  @functools.cached_property
+  def tokenizer(self) -> prompt.Tokenizer:
+    """The base's."""
+    return prompt.load_tokenizer(str(self.base))
+
+  def store(self, name: str) -> Store:
+    """The features of a split's films, made if they are not there."""
+    folder = self.out / name
+    if not (folder / "features").exists():
+      decode(folder, self.splits[name], SEED, tower=str(self.base))
+    return open_store(str(folder / "features"))
+
+  def asked(self, name: str) -> list[Asked]:
+    """The questions about a split's films, film by film as they are stored, each in the order of KINDS."""
+    store, annotations = self.store(name), world.read_annotations(self.out / name / "films", name)
+    told = (world.asked(annotations[sample.position]) for sample in store.samples)
+    return [Asked(film, *one) for film, several in enumerate(told) for one in several]
+
+  def tuned(self, name: str, seed: int) -> pathlib.Path:
+    """The base, tuned under a rule; goes on with a tuning that was stopped.
+
+    Raises:
+      ValueError: what is there was made otherwise.
+    """
+    folder = self.out / f"{name}_{seed}"
+    stamp(folder, self.made(["tuning"], [name]))
+    if not (folder / "model").exists():
+      self.store("tuning")
+      data, steps = self.out / "tuning" / "features", self.preset.steps
+      train.run_whole(configured(name, seed=seed, init_from=self.base, workdir=folder / "run", data__train=data, train__steps=steps))
+      export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
+      shutil.rmtree(folder / "run")
+    return folder / "model"
+
+
+def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> None:
+  """folder/films and folder/features (with a tower's checkpoint) or folder/frames."""
+  if not (folder / "films").exists():
+    films.write(folder / "films", split, seed, workers=2)
+  settings = predecode.Settings(
+    image_size=films.MODEL["tiny_vision"]["image_size"], max_frames=1024, min_frames=FRAMES, fps=world.FPS, clip_frames=FRAMES
+  )
+  clips = min(16, 1 << (split.scenes[1] - 1).bit_length())  # at once: a film's, which are filled up to as many
+  made = predecode.load_tower(tower, settings, clips) if tower else None
+  predecode.predecode(
+    folder / "films" / f"{split.name}.yaml", folder / ("features" if tower else "frames"), settings, root=folder / "films",
+    workers=2, tower=made,
+  )
+
+
+def configured(variant: str, **values: Any) -> RunConfig:
+  """A variant of configs/study.py with other values; `__` in their names stands for a dot, and None leaves one as it is."""
+  changes = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items() if value is not None]
+  return from_command_line(["study", f"--config={CONFIG}:{variant}", *changes])
+
+
+def _settings(variant: str, steps: int | None = None) -> dict[str, Any]:
+  """What a model that is trained by it follows from."""
+  config = to_dict(configured(variant, train__steps=steps))
+  return {part: config[part] for part in ("data", "optim", "train")}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+  return json.loads(json.dumps(values))  # as it is read back
+
+
+def rule(name: str) -> LPCompConfig:
+  """One of configs/study.py."""
+  return configured(name).lp_comp
+
+
+STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
+  "see": (Split("see", 12000, (1, 1), (1, 1), 8, described=1.0), False),
+  # No stage after `see` has films of a single shot: nothing has to be found to answer about it, and an average with many of them
+  # falls although nothing else is learned.
+  "answer": (Split("answer", 8000, (2, 3), (2, 3), 8), True),
+  "tell": (Split("tell", 13000, (2, 3), (2, 3), 8, described=0.35), True),
+  "again": (Split("again", 13000, (2, 3), (2, 3), 8, described=0.2), True),
+  "ask": (Split("ask", 4000, (4, 12), (2, 5), 4, first="order"), True),
+  "watch": (Split("watch", 2000, (8, 32), (2, 5), 4, first="order"), True),
+}
+
+
+def train_base(out: pathlib.Path) -> None:
+  """The base's stages; the result is out/watch/model. Goes on where it stopped."""
+  before = out / "init"
+  if not before.exists():
+    # In random layers embeddings soon drown, and what a question asks about is found much later.
+    world.write_untrained(before, 0, films.MODEL, films.words(), silent_layers=True)
+  for stage, (split, frozen) in STAGES.items():
+    folder = out / stage
+    stamp(folder, _plain({"films": dataclasses.asdict(split), "seed": SEED} | _settings(stage)))
+    if not (folder / "model").exists():
+      decode(folder, split, SEED, str(before) if frozen else None)
+      data = folder / ("features" if frozen else "frames")
+      train.run_whole(configured(stage, init_from=before, workdir=folder / "run", data__train=data))
+      export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
+    before = folder / "model"
+  print(f"a base: {before}; to study it: --model {before} --out DIR", flush=True)
+
+
+def stamp(folder: pathlib.Path, made: dict[str, Any]) -> None:
+  """Says in a folder what it comes from.
+
+  Raises:
+    ValueError: it comes from something else.
+  """
+  file = folder / "made.json"
+  if not file.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, made)
+  agree(file, json.loads(file.read_text()), made, f"give --out another folder, or remove {folder}")
+
+
+def agree(file: pathlib.Path, before: dict[str, Any], made: dict[str, Any], advice: str) -> None:
+  """Compares what a file was made from before with what would be made now.
+
+  Raises:
+    ValueError: something differs.
+  """
+  if other := [key for key in made if before.get(key) != made[key]]:
+    raise ValueError(f"{file} was made otherwise ({', '.join(other)}): {advice}")
