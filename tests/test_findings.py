@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from xcomp_jax import demo, findings, study
+from xcomp_jax import demo, findings, miniature, study
 from xcomp_jax.films import KINDS
 
 
@@ -69,6 +69,13 @@ def test_questions_that_do_not_count_are_left_out():
   assert (share.low, share.high) == pytest.approx((alone.low, alone.high), abs=0.01)
 
 
+def test_a_share_that_no_resample_changes_has_the_exact_interval():
+  every = findings.interval([np.ones((20, 6), bool)] * 3)
+  assert every.mean == every.high == 1 and every.low**20 == pytest.approx(0.025)  # all of 20 films right, by 1 in 40
+  none = findings.interval([np.where(np.arange(40)[:, None] < 20, np.zeros((40, 6)), np.nan)])  # half of the films don't count
+  assert none.mean == none.low == 0 and (1 - none.high) ** 20 == pytest.approx(0.025)
+
+
 def test_the_bound_is_what_was_shown_and_chance():
   hits, chance = np.zeros((10, len(KINDS)), bool), np.mean(list(findings.CHANCE.values()))
   hits[:5] = True
@@ -107,11 +114,12 @@ def cells_of(table):
 
 
 def test_modes_of_selection_are_paired_and_tell_what_they_cost(tmp_path):
-  hits = {"hits": bits(np.ones((20, len(KINDS)), bool)), "rank": [0, 1, 0, None, None, None] * 20}
+  few, ranks = drawn(4, 20), [0, 1, 0, None, None, None] * 20
+  hits = {"hits": bits(np.ones((20, len(KINDS)), bool)), "few": bits(few), "rank": ranks, "other": ranks}
   modes = {"uniform": measure(0, 0.2) | hits, "global": measure(1, 0.6) | hits, "local": measure(1, 0.6) | hits}
-  modes |= {"global_answer": measure(2, 0.5) | hits, "local_answer": measure(3, 0.9) | hits | {"few": bits(drawn(4, 20)), "other": [5, 1, 0, None, None, None] * 20}}
+  modes |= {"global_answer": measure(2, 0.5) | hits, "local_answer": measure(3, 0.9) | hits | {"other": [5, 1, 0, None, None, None] * 20}}
   for seed in range(2):
-    (tmp_path / f"select_{seed}.json").write_text(json.dumps({"result": {"long": {"place": [], **modes}}}))
+    (tmp_path / f"select_progressive_{seed}.json").write_text(json.dumps({"result": {"long": {"place": [], **modes}}}))
   lines = cells_of(findings.selection(findings.Cells(tmp_path)))
   assert [line[1] for line in lines] == ["uniform", "global", "local", "global, the answer's row", "local, the answer's row"]
   uniform, same, local, _, answer = lines
@@ -121,17 +129,30 @@ def test_modes_of_selection_are_paired_and_tell_what_they_cost(tmp_path):
   assert same[3:5] == ["-", "0.0 (0.0 to 0.0)"] and local[3:5] == ["0.0 (0.0 to 0.0)", "-"]
   assert answer[3].startswith(less("local_answer", "global_answer")) and answer[4] == "-"  # by the same rows
   assert uniform[7] == "-" and local[7].startswith("66.7 (")
-  assert local[8] == "-" and answer[8].startswith("33.3 (")
-  few = drawn(4, 20)[:, :3].mean()  # of the kinds that need one scene
-  assert local[9] == "-" and answer[9].startswith(f"{100 * few:.1f} (")
-  assert [*local[5:7], *local[10:]] == ["100.0", "100.0 (100.0 to 100.0)", "2", "187", "1.000", "10"]
+  assert uniform[8] == "-" and local[8].startswith("66.7 (") and answer[8].startswith("33.3 (")
+  assert answer[9].startswith(f"{100 * few[:, :3].mean():.1f} (")  # of the kinds that need one scene
+  assert [*local[5:7], *local[10:]] == ["100.0", "100.0 (83.2 to 100.0)", "2", "187", "1.000", "10"]
+
+
+def test_frames_are_compared_with_half_of_them_too(tmp_path):
+  hits = {"hits": bits(np.ones((20, len(KINDS)), bool))}
+  wide = {"none": {6: 0.3, 12: 0.4}, "progressive": {6: 0.5, 12: 0.9}}
+  rows = {rule: {str(n): measure(n, share) | hits for n, share in of.items()} for rule, of in wide.items()}
+  for rule, of in rows.items():
+    (tmp_path / f"tune_{rule}_0.json").write_text(json.dumps({"result": {"wide": {rule: of}}}))
+  lines = {line[0]: line[1:] for line in cells_of(findings.by_frames(findings.Cells(tmp_path)))}
+  right = {rule: {n: findings.right(one).mean() for n, one in of.items()} for rule, of in rows.items()}
+  less = lambda n, other: f"{100 * (right['progressive'][n] - right['none'][other]):.1f} ("
+  name = "LP-Comp after SCT less no compression, tuned, with {} frames"
+  assert [cell.startswith(less(n, n)) for cell, n in zip(lines[name.format("as many")], ("6", "12"))] == [True, True]
+  assert lines[name.format("half of the")][0] == "-" and lines[name.format("half of the")][1].startswith(less("12", "6"))
 
 
 def test_places_tell_what_happens_in_each_quarter(tmp_path):
   place, rank = [0.02, 0.3, 0.98, 0.1, None, None] * 10, [1, 0, 0, 0, None, None] * 10  # the fourth kind needs several, or one
   place[6:8], rank[6:8] = [0.2, 0.6], [0, 0]
   one = {"rank": rank, "score": [2.0, 3.0, 4.0, 9.0, None, None] * 10, "hits": bits(np.ones((10, len(KINDS)), bool))}
-  (tmp_path / "select_0.json").write_text(json.dumps({"result": {"window": {"place": place, "global": one}}}))
+  (tmp_path / "select_progressive_0.json").write_text(json.dumps({"result": {"window": {"place": place, "global": one}}}))
   (line,) = cells_of(findings.places(findings.Cells(tmp_path)))
   assert line[:2] == ["32 scenes, LP-Comp after SCT", "global"]
   assert [cell.split(" (")[0] for cell in line[2:7]] == ["10.0", "100.0", "100.0", "100.0", "90.0"]
@@ -142,7 +163,7 @@ def test_the_plot_of_bias_tells_where_what_is_needed_is_ranked_first(tmp_path):
   place, ranks = [0.02, 0.03, 0.98, None, None, None], {"global": [1, 0, 0, None, None, None], "local": [0, 0, 0, None, None, None]}
   relevance = {"global": np.linspace(1, 2, 32).reshape(2, 16), "local": np.ones((2, 16))}
   result = {mode: {"rank": rank, "relevance": relevance[mode].tolist()} for mode, rank in ranks.items()}
-  (tmp_path / "select_0.json").write_text(json.dumps({"result": {"long": {"place": place, **result}}}))
+  (tmp_path / "select_progressive_0.json").write_text(json.dumps({"result": {"long": {"place": place, **result}}}))
   figure = findings.plot_bias(findings.Cells(tmp_path))
   empty, shots, first = figure.axes
   of = lambda axes: {text: artist for artist, text in zip(*axes.get_legend_handles_labels())}
@@ -157,3 +178,10 @@ def test_the_page_has_what_the_cells_say(tmp_path):
   page.write_text(study.PAGE.read_text())
   findings.report(pathlib.Path(study.CELLS), page)
   assert page.read_text() == study.PAGE.read_text()
+
+
+def test_the_cells_are_what_would_be_made_now(tmp_path):
+  its, where = miniature.Study(tmp_path, miniature.PRESETS["full"]), pathlib.Path(study.CELLS)
+  cells = list(study.cells(its))
+  study.check(its, where, cells)
+  assert {file.stem for file in where.glob("*.json")} == {cell.name for cell in cells}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from xcomp_jax import chat, films, findings, measures, miniature, study, train
+from xcomp_jax.data.store import Store
 from xcomp_jax.miniature import Study, rule
 from xcomp_jax.model import decoder, lp_comp
 
@@ -32,6 +33,23 @@ def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
   names = [cell.name for cell in study.cells(Study(tmp_path, FULL))]
   assert len(set(names)) == len(names)
   assert {f"tune_{name}_{seed}" for name in FULL.rules for seed in range(3)} <= set(names)
+
+
+@pytest.mark.parametrize("given", [["--preset", "quick"], ["--base"], ["--model", "some"]])
+def test_what_is_not_the_full_study_needs_a_folder_of_its_own(given, capsys):
+  with pytest.raises(SystemExit):
+    study.main(given)
+  assert "--preset quick, --model and --base need a folder of their own: --out DIR" in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+  with pytest.raises(SystemExit):
+    study.main(["--preset", "quick", "--out", str(tmp_path), "--report"])
+  assert "cells has no cells to report; the same command without --report makes them" in capsys.readouterr().err
+  monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(SystemExit):
+    study.main(["--out", str(tmp_path)])
+  assert "the plots need matplotlib: pip install 'xcomp_jax[plot]'" in capsys.readouterr().err
 
 
 def test_a_base_that_is_not_there_is_said(tmp_path, capsys):
@@ -82,22 +100,57 @@ def another(tmp_path):
 
 
 def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, another):
-  monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", ["heldout"], ["early"], lambda: {"of": "a"})]))
+  done = []
+  cells = [study.Cell(name, [split], ["early"], lambda name=name: done.append(name) or {}) for name, split in (("a", "heldout"), ("b", "long"))]
+  monkeypatch.setattr(study, "cells", lambda _: iter(cells))
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
-  quick = lambda out, base=miniature.BASE: study.run(quick_in(tmp_path / out, base), tmp_path / "cells", "")
-  quick("work")
-  with pytest.raises(ValueError, match=r"made\.json was made otherwise \(films\): give --out another folder"):
-    study.run(Study(tmp_path / "work", FULL), tmp_path / "cells", "")
+  run = lambda preset=miniature.PRESETS["quick"], base=miniature.BASE: study.run(Study(tmp_path / "work", preset, base), tmp_path / "cells", "")
+  run()
+  with pytest.raises(ValueError, match=r"made otherwise: \S+/cells/a\.json \(films\); \S+/cells/b\.json \(films\): remove them"):
+    run(FULL)
   with monkeypatch.context() as patched:
     patched.setattr(miniature, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
-    with pytest.raises(ValueError, match=r"cells/a\.json was made otherwise \(rules\): remove it"):
-      quick("work")
-  with pytest.raises(ValueError, match=r"cells/a\.json was made otherwise \(base\): remove it"):
-    quick("new", another)
+    with pytest.raises(ValueError, match=r"a\.json \(rules\); "):
+      run()
+  with monkeypatch.context() as patched:
+    patched.setitem(study.MODES, "long", ("uniform", "global"))
+    (tmp_path / "cells" / "a.json").unlink()
+    with pytest.raises(ValueError, match=r"made otherwise: \S+/b\.json \(measures\): remove"):
+      run()
+  assert done == ["a", "b"]  # refused before anything is done
+  with pytest.raises(ValueError, match=r"b\.json \(base\)"):
+    run(base=another)
+
+
+def test_films_that_were_made_otherwise_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(miniature, "decode", lambda folder, split, seed, tower: (folder / "features").mkdir())
+  monkeypatch.setattr(miniature, "open_store", lambda path: object.__new__(Store))
+  for _ in range(2):
+    quick_in(tmp_path).store("heldout")
+  with pytest.raises(ValueError, match=r"heldout/made\.json was made otherwise \(films\): give --out another folder, or remove \S+/heldout"):
+    Study(tmp_path, FULL).store("heldout")
+
+
+def test_a_stage_that_comes_after_another_model_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(miniature, "decode", lambda *_: None)
+
+  def trained(folder, stage, **values):
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "model.safetensors").write_bytes(b"".join([b"tuned:", *([b"anew"] if again else [])]))
+    return folder / "model"
+
+  monkeypatch.setattr(miniature, "trained", trained)
+  again = False
+  miniature.train_base(tmp_path)
+  miniature.train_base(tmp_path)
+  again = True
+  with pytest.raises(ValueError, match=r"answer/made\.json was made otherwise \(before\)"):
+    miniature.train_base(tmp_path)
 
 
 def test_cells_of_another_base_stay_out_of_the_docs(tmp_path, monkeypatch, another):
   monkeypatch.setattr(study, "cells", lambda its: iter([study.Cell("a", [], [], lambda: {"base": its.base.name})]))
+  monkeypatch.setattr(findings, "report", lambda where: None)
   study.main(["--out", str(tmp_path / "work"), "--model", str(another)])
   assert json.loads((tmp_path / "work" / "cells" / "a.json").read_text())["result"] == {"base": "another"}
   assert not (pathlib.Path(study.CELLS) / "a.json").exists()
@@ -111,8 +164,8 @@ def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(rules\)"):
     its.tuned("early", 1)
   monkeypatch.undo()
-  with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(train\)"):
-    Study(tmp_path, dataclasses.replace(FULL, steps=7)).tuned("early", 1)
+  with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(films\)"):
+    Study(tmp_path, dataclasses.replace(FULL, tuning=7)).tuned("early", 1)
 
 
 def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, capsys):
@@ -122,7 +175,7 @@ def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path / "work")])
   assert "the same command goes on" in capsys.readouterr().err
-  assert not (tmp_path / "work" / "progressive_0" / "model").exists() and not list((tmp_path / "work" / "cells").iterdir())
+  assert not (tmp_path / "work" / "progressive_0" / "model").exists() and not list((tmp_path / "work" / "cells").glob("*.json"))
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
@@ -169,7 +222,7 @@ def hits(measure):
 @pytest.mark.slow
 def test_quality_holds(quick):
   (base,), (after,) = quick[1].seeds("base", "heldout", "none"), quick[1].seeds("tune_progressive_{seed}", "heldout", "progressive")
-  (before,), (long,) = quick[1].seeds("base", "heldout", "progressive"), quick[1].seeds("select_{seed}", "long")
+  (before,), (long,) = quick[1].seeds("base", "heldout", "progressive"), quick[1].seeds("select_progressive_{seed}", "long")
   assert findings.right(base).mean() > UNCOMPRESSED
   assert findings.right(after).mean() > TUNED > findings.right(before).mean() and needles(findings.right(after)) > NEEDLE
   assert hits(long["aligned"]) > FOUND > hits(long["uniform"])
@@ -179,7 +232,7 @@ def test_quality_holds(quick):
 
 @pytest.mark.slow
 def test_selecting_costs_more_than_answering(quick):
-  (long,) = quick[1].seeds("select_{seed}", "long")
+  (long,) = quick[1].seeds("select_progressive_{seed}", "long")
   uniform = long["uniform"]
   for mode in ("global", "local", "aligned"):
     assert long[mode]["tokens"] == uniform["tokens"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from xcomp_jax.files import write
 from xcomp_jax.films import KINDS
 
 RESAMPLES = 4000
@@ -38,7 +39,8 @@ def interval(
   """The mean over seeds and questions, or its difference to another one over the same films.
 
   The interval is that of a bootstrap over films, whose questions go together, and over seeds, where there are several: three of
-  them, drawn again, differ less than new ones would.
+  them, drawn again, differ less than new ones would. Of a share of 0 or 1, which no resample changes, it is the exact one (Clopper and
+  Pearson) of as many independent questions as there are films.
 
   seeds, against: bool, or float with nan for questions that don't count.
   same: a seed is the same model on both sides; else seeds are drawn apart, as trainings are.
@@ -59,7 +61,12 @@ def interval(
     if against:
       values -= share(against, drawn if same else draw(against))
   *again, mean = values
-  return Share(float(mean), *map(float, np.nanpercentile(again, (2.5, 97.5)) if mean == mean else (mean, mean)))
+  if np.isnan(mean):
+    return Share(mean, mean, mean)
+  if not against and mean in (0, 1):
+    far = 0.025 ** (1 / np.any(~np.isnan(np.asarray(seeds, float)), axis=(0, 2)).sum())
+    return Share(mean, far, 1.0) if mean else Share(mean, 0.0, 1 - far)
+  return Share(float(mean), *map(float, np.nanpercentile(again, (2.5, 97.5))))
 
 
 def right(measure: Mapping[str, Any], key: str = "right") -> Bool[np.ndarray, "films kinds"]:
@@ -148,6 +155,11 @@ def by_frames(cells: Cells) -> str:
         out.append(["chance", *[f"{100 * np.mean(list(CHANCE.values())):.1f}"] * len(found[0])])
         out.append(["shown, else chance", *(f"{100 * bound([one]):.1f}" for one in found[0].values())])
       out.append([name, *(_share([m[frames] for m in found]) for frames in found[0])])
+  tuned, without = (cells.seeds(*CURVES[name]) for name in ("LP-Comp after SCT", "no compression, tuned"))
+  for factor, name in ((1, "as many"), (2, "half of the")) if tuned and without else ():  # with half of them the tokens are about the same
+    pairs = {frames: str(int(frames) // factor) for frames in tuned[0]}
+    less = [_share([m[n] for m in tuned], [m[other] for m in without]) if other in without[0] else "-" for n, other in pairs.items()]
+    out.append([f"LP-Comp after SCT less no compression, tuned, with {name} frames", *less])
   for name, rule in (("no compression", "none"), ("LP-Comp", "progressive")):  # tuned or not
     found = cells.seeds("base_frames", "wide", rule) + cells.seeds(f"tune_{rule}_{{seed}}", "wide", rule)
     if found:
@@ -164,7 +176,7 @@ CURVES = {
 }  # fmt: skip
 
 
-MODELS = {"no compression": "base_select", "LP-Comp after SCT": "select_{seed}"}
+MODELS = {"no compression, tuned": "select_none_{seed}", "LP-Comp after SCT": "select_progressive_{seed}"}
 SELECTIONS = {f"128 scenes, {name}": (cell, "long") for name, cell in MODELS.items()}
 SELECTIONS |= {f"32 scenes, {name}": (cell, "window") for name, cell in MODELS.items()}
 SELECTIONS |= {"512 scenes, LP-Comp after SCT": ("official_{seed}", "hour")}
@@ -183,9 +195,8 @@ def selection(cells: Cells) -> str:
         against.append(_share(of(mode), of(other), same=True) if mode != other and other in _modes(found) else "-")
       # The official mode scores four scenes together.
       ranked = mode not in ("uniform", "official")
-      best = str(interval([ranked_first(m) for m in of(mode)])) if ranked else "-"
-      other = str(interval([ranked_first(m, "other") for m in of(mode)])) if ranked and "other" in of(mode)[0] else "-"
-      few = str(interval([right(m, "few")[:, SINGLE] for m in of(mode)])) if "few" in of(mode)[0] else "-"
+      best, other = (str(interval([ranked_first(m, by) for m in of(mode)])) if ranked else "-" for by in ("rank", "other"))
+      few = str(interval([right(m, "few")[:, SINGLE] for m in of(mode)])) if mode != "official" else "-"
       hits, shown = _share(of(mode), key="hits"), mode.replace("_answer", ", the answer's row")
       out.append([name, shown, _share(of(mode)), *against, f"{100 * bound(of(mode)):.1f}", hits, best, other, few, str(len(found)), *_cost(of(mode))])
   names = ["", "frames by", "right", "against global", "against local", "selected, else chance", "all that is needed selected"]
@@ -223,8 +234,8 @@ def places(cells: Cells) -> str:
       of.append(str(interval(quarters[-1], quarters[0], same=True)))
       hits = by_quarter(found, [right(m, "hits")[:, SINGLE] for m in measures])
       of.append(", ".join(f"{100 * np.nanmean(one):.0f}" for one in hits))
-      scores = by_quarter(found, [_single(m["score"]) for m in measures]) if "score" in measures[0] else []
-      of.append(", ".join(f"{np.nanmean(one):.1f}" for one in scores) or "-")
+      scores = by_quarter(found, [_single(m["score"]) for m in measures])
+      of.append(", ".join(f"{np.nanmean(one):.1f}" for one in scores))
       out.append([name, mode.replace("_answer", ", the answer's row"), *of])
   return rows(["", "frames by", *QUARTERS, "last less first", "selected, by quarter", "score, by quarter"], out)
 
@@ -316,9 +327,11 @@ def report(folder: pathlib.Path, page: pathlib.Path | None = None, figures: path
   """All tables, printed; with a page also put between its marks, and the plots into a folder.
 
   Raises:
-    ValueError: a table's marks are not on the page, or twice.
+    ValueError: there are no cells, or a table's marks are not on the page, or twice.
   """
   cells = Cells(folder)
+  if not cells.results:
+    raise ValueError(f"{folder} has no cells to report; the same command without --report makes them")
   made = {name: table(cells) for name, table in TABLES.items()}
   text = "\n\n".join(f"{name}\n{table}" for name, table in made.items())
   print(text)
@@ -329,7 +342,7 @@ def report(folder: pathlib.Path, page: pathlib.Path | None = None, figures: path
       content, found = re.subn(place, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", content, flags=re.DOTALL)
       if found != 1:
         raise ValueError(f"{page} has {found} places between <!-- {name} --> and <!-- end -->; there must be one")
-    page.write_text(content)
+    write(page, content)
   if figures is not None:
     for name, plot in PLOTS.items():
       figure = plot(cells)

@@ -18,11 +18,12 @@ from xcomp_jax.data.batch import Bucket, Example, batch_spec, collate
 from xcomp_jax.data.store import Store
 from xcomp_jax.encode import EncodedVideo
 from xcomp_jax.films import FRAMES
-from xcomp_jax.miniature import SELECTED, Asked, Study
+from xcomp_jax.miniature import Asked, Study
 from xcomp_jax.model import lp_comp, vlm
 
 ROWS = 16  # questions measured at once
 BINS = 16  # of places in a film
+SELECTED = {"window": 24, "long": 24, "hour": 48}  # frames that QC-Comp keeps of a film, by split
 PREFIX, TEXT = 16, 48  # slots for a measured question's tokens before and after the frames
 FEW = 2  # scenes that are kept when there is no room for all shots
 
@@ -36,12 +37,15 @@ def measured(study: Study, checkpoint: str | pathlib.Path, cfg: LPCompConfig, na
   """
   scenes = study.splits[name].scenes[0]
   shown = even(scenes, clips or scenes)
-  return _answered(study, load(checkpoint, cfg), study.store(name), [(one, shown) for one in study.asked(name)])
+  message = prompt.time_message(scenes * FRAMES / world.FPS, len(shown) * FRAMES)
+  return _answered(study, load(checkpoint, cfg), study.store(name), [(one, shown) for one in study.asked(name)], message)
 
 
-def _answered(study: Study, model: vlm.VLM, store: Store, asked: Sequence[tuple[Asked, np.ndarray]]) -> dict[str, Any]:
-  answers(model, study.tokenizer, store, asked[:ROWS])  # compiles
-  begun, right = time.perf_counter(), answers(model, study.tokenizer, store, asked)
+def _answered(
+  study: Study, model: vlm.VLM, store: Store, asked: Sequence[tuple[Asked, np.ndarray]], message: str | None = None
+) -> dict[str, Any]:
+  answers(model, study.tokenizer, store, asked[:ROWS], message)  # compiles
+  begun, right = time.perf_counter(), answers(model, study.tokenizer, store, asked, message)
   seconds, clips = (time.perf_counter() - begun) / len(asked), len(asked[0][1])
   kept = float(np.mean(lp_comp.counts(model.cfg.lp_comp, model.cfg.llm.layers)))
   hits = np.array([set(one.scenes) <= set(shown) for one, shown in asked])
@@ -61,7 +65,7 @@ def selected(study: Study, checkpoint: str | pathlib.Path, cfg: LPCompConfig, na
   """
   model, store, asked = load(checkpoint, cfg), study.store(name), study.asked(name)
   scenes, frames = study.splits[name].scenes[0], SELECTED[name]
-  settings = {mode: _setting(mode, frames) for mode in modes if mode != "uniform"}
+  settings = {mode: setting(mode, frames) for mode in modes if mode != "uniform"}
   kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
   few: dict[str, list[np.ndarray]] = {mode: [] for mode in modes if mode != "official"}  # it scores four scenes together
   needed: dict[str, dict[str, list[float | None]]] = {mode: {"rank": [], "other": [], "score": []} for mode in settings}
@@ -77,16 +81,16 @@ def selected(study: Study, checkpoint: str | pathlib.Path, cfg: LPCompConfig, na
     if "uniform" in modes:
       kept["uniform"] += [even(scenes, frames // FRAMES)] * len(several)
       few["uniform"] += [even(scenes, FEW)] * len(several)
-    for mode, setting in settings.items():
-      work[mode] = work.get(mode) or scoring_cost(model, scenes, prompts, setting)
+    for mode, select in settings.items():
+      work[mode] = work.get(mode) or scoring_cost(model, scenes, prompts, select)
       begun = time.perf_counter()
-      chosen = chat.select(model, film, prompts, setting)
+      chosen = chat.select(model, film, prompts, select)
       took[mode].append((time.perf_counter() - begun) / len(several))
       kept[mode] += [np.unique(got.frames // FRAMES) for got in chosen]
       scores = np.stack([_by_scene(got, scenes) for got in chosen])
-      sums[mode] += np.bincount(where, scores.sum(0), 2 * BINS)
       if mode in few:
         few[mode] += list(np.sort(np.argsort(-scores, axis=1)[:, :FEW]))
+      sums[mode] += np.bincount(where, scores.sum(0), 2 * BINS)
       for k, one in enumerate(several):
         scene, own, other = one.scenes[0], scores[k], scores[k - 1]
         values = int((own > own[scene]).sum()), int((other > other[scene]).sum()), round(float(own[scene]), 3)
@@ -110,23 +114,24 @@ _evaluate = jax.jit(vlm.evaluate)
 
 
 def answers(
-  model: vlm.VLM, tokenizer: prompt.Tokenizer, store: Store, asked: Sequence[tuple[Asked, np.ndarray]]
+  model: vlm.VLM, tokenizer: prompt.Tokenizer, store: Store, asked: Sequence[tuple[Asked, np.ndarray]], message: str | None = None
 ) -> np.ndarray:
   """Which questions are answered rightly, each from some clips int[C] of its film, as many for all: bool[n].
 
-  An answer is the most probable first token: all are single tokens.
+  An answer is the most probable first token: all are single tokens. message: what a prompt says about the video; None: what it
+  says about the whole film, as chat does when frames are selected.
   """
   right = np.zeros(len(asked), bool)
   for first in range(0, len(asked), ROWS):
-    part = [_example(tokenizer, store, one, clips) for one, clips in asked[first : first + ROWS]]
+    part = [_example(tokenizer, store, one, clips, message) for one, clips in asked[first : first + ROWS]]
     batch = collate(part, _bucket(len(asked[first][1])), ROWS)
     right[first : first + ROWS] = np.asarray(_evaluate(model, batch)[1])[: len(part)] > 0.5
   return right
 
 
-def _example(tokenizer: prompt.Tokenizer, store: Store, one: Asked, clips: np.ndarray) -> Example:
+def _example(tokenizer: prompt.Tokenizer, store: Store, one: Asked, clips: np.ndarray, message: str | None) -> Example:
   turns = world.conversation([(one.question, one.answer)])
-  built = prompt.train(tokenizer, turns, store.samples[one.film].time_message, mask="assistant")
+  built = prompt.train(tokenizer, turns, message or store.samples[one.film].time_message, mask="assistant")
   return Example(store.visual(one.film)[clips], built.tokens, built.labels, built.query, one.film)
 
 
@@ -134,7 +139,8 @@ def _bucket(clips: int) -> Bucket:
   return Bucket(clips, FRAMES, PREFIX, TEXT)
 
 
-def _setting(mode: str, frames: int) -> SelectConfig:
+def setting(mode: str, frames: int) -> SelectConfig:
+  """Of a mode of QC-Comp, whose name may end in `_answer`, that keeps so many frames."""
   name, _, rows = mode.partition("_")
   # The official mode counts the tokens before a question for the real tokenizer (quirk Q11).
   return dataclasses.replace(qc_comp.setting(name, frames, rows=rows or "question"), bias=None)
@@ -148,12 +154,12 @@ def cost(model: vlm.VLM, clips: int) -> float:
   return flops(lambda state, batch: vlm.evaluate(nnx.merge(graph, state), batch)[0], state, batch)
 
 
-def scoring_cost(model: vlm.VLM, clips: int, questions: Sequence[prompt.Prompt], setting: SelectConfig) -> float:
+def scoring_cost(model: vlm.VLM, clips: int, questions: Sequence[prompt.Prompt], select: SelectConfig) -> float:
   """Operations of QC-Comp's scores for one of several questions about a film of so many clips, seen once for all of them."""
-  plan = qc_comp.plan(clips * FRAMES, FRAMES, setting)
-  rows = min(max(1, setting.round // plan.frames), len(plan.starts))
+  plan = qc_comp.plan(clips * FRAMES, FRAMES, select)
+  rows = min(max(1, select.round // plan.frames), len(plan.starts))
   graph, state = nnx.split(model)
-  watch, score = scoring(graph, plan, setting, rows, questions[0], FRAMES)
+  watch, score = scoring(graph, plan, select, rows, questions[0], FRAMES)
   shape = rows, plan.frames // FRAMES, FRAMES * model.cfg.tokens_per_frame, model.cfg.vision.width
   features = jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
   seen, paid = flops(watch, state, features), flops(score, state, jax.eval_shape(watch, state, features))

@@ -18,7 +18,7 @@ from xcomp_jax.films import FRAMES, Split
 
 BASE = "assets/study"
 CONFIG = "configs/study.py"
-SELECTED = {"window": 24, "long": 24, "hour": 48}  # frames that QC-Comp keeps of a film
+SEED = 11  # of the films
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Preset:
   """How much of everything; films are measured by six questions each.
 
   tuning, heldout: films of 12 scenes. wide: of 24, measured with ever more of their frames. long: of 128, of which
-  QC-Comp selects; window: of 32, as long as the base has seen; hour: of 512, for the official mode. steps, seeds: of every
-  tuning. rules, free: of configs/study.py, to tune under and to be measured without.
+  QC-Comp selects; window: of 32, as long as the base has seen; hour: of 512, for the official mode. seeds: of every tuning.
+  rules, free: of configs/study.py, to tune under and to be measured without.
   """
 
   tuning: int
@@ -36,7 +36,6 @@ class Preset:
   window: int
   long: int
   hour: int
-  steps: int | None
   seeds: tuple[int, ...]
   rules: tuple[str, ...]
   free: tuple[str, ...] = ()
@@ -44,11 +43,10 @@ class Preset:
 
 PRESETS = {
   "full": Preset(
-    3200, 120, 90, 90, 90, 90, None, (0, 1, 2), ("none", "heuristic", "stepwise", "progressive", "uniform", "early"), ("late", "average")
+    3200, 120, 90, 90, 90, 90, (0, 1, 2), ("none", "heuristic", "stepwise", "progressive", "uniform", "early"), ("late", "average")
   ),
-  "quick": Preset(1280, 60, 0, 0, 8, 0, None, (0,), ("progressive",)),
+  "quick": Preset(1280, 60, 0, 0, 8, 0, (0,), ("progressive",)),
 }
-SEED = 11  # of the films
 
 
 class Asked(NamedTuple):
@@ -79,11 +77,14 @@ class Study:
     }
 
   def made(self, splits: Sequence[str], rules: Sequence[str] = ()) -> dict[str, Any]:
-    """What everything follows from that comes from these splits and rules."""
-    base = hashlib.sha256((self.base / "model.safetensors").read_bytes()).hexdigest()
-    films = {name: [self.splits[name].films, self.splits[name].scenes[0], SELECTED.get(name)] for name in splits}
-    made = {"base": base, "films": films, "seed": SEED, "rules": {name: to_dict(rule(name)) for name in rules}}
-    return _plain(made | (_settings("progressive", self.preset.steps) if "tuning" in splits else {}))
+    """What comes from these splits, under these rules, depends on, to be compared with what it was made from (`differences`)."""
+    films = {name: dataclasses.asdict(self.splits[name]) for name in splits}
+    made = {"base": self._digest, "films": films, "seed": SEED, "rules": {name: to_dict(rule(name)) for name in rules}}
+    return made | (settings("progressive") if "tuning" in splits else {})  # of all rules the same
+
+  @functools.cached_property
+  def _digest(self) -> str:
+    return digest(self.base)
 
   @functools.cached_property
   def tokenizer(self) -> prompt.Tokenizer:
@@ -91,8 +92,13 @@ class Study:
     return prompt.load_tokenizer(str(self.base))
 
   def store(self, name: str) -> Store:
-    """The features of a split's films, made if they are not there."""
+    """The features of a split's films, made if they are not there.
+
+    Raises:
+      ValueError: what is there was made otherwise.
+    """
     folder = self.out / name
+    stamp(folder, self.made([name]))
     if not (folder / "features").exists():
       decode(folder, self.splits[name], SEED, tower=str(self.base))
     return open_store(str(folder / "features"))
@@ -113,11 +119,7 @@ class Study:
     stamp(folder, self.made(["tuning"], [name]))
     if not (folder / "model").exists():
       self.store("tuning")
-      data, steps = self.out / "tuning" / "features", self.preset.steps
-      train.run_whole(configured(name, seed=seed, init_from=self.base, workdir=folder / "run", data__train=data, train__steps=steps))
-      export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
-      shutil.rmtree(folder / "run")
-    return folder / "model"
+    return trained(folder, name, seed=seed, init_from=self.base, data__train=self.out / "tuning" / "features")
 
 
 def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> None:
@@ -136,19 +138,25 @@ def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> 
 
 
 def configured(variant: str, **values: Any) -> RunConfig:
-  """A variant of configs/study.py with other values; `__` in their names stands for a dot, and None leaves one as it is."""
-  changes = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items() if value is not None]
+  """A variant of configs/study.py with other values; `__` in their names stands for a dot."""
+  changes = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
   return from_command_line(["study", f"--config={CONFIG}:{variant}", *changes])
 
 
-def _settings(variant: str, steps: int | None = None) -> dict[str, Any]:
-  """What a model that is trained by it follows from."""
-  config = to_dict(configured(variant, train__steps=steps))
+def settings(variant: str) -> dict[str, Any]:
+  """What a model that is trained by a variant depends on, but for its rule."""
+  config = to_dict(configured(variant))
   return {part: config[part] for part in ("data", "optim", "train")}
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-  return json.loads(json.dumps(values))  # as it is read back
+def trained(folder: pathlib.Path, variant: str, **values: Any) -> pathlib.Path:
+  """folder/model, trained by a variant of configs/study.py with other values if it is not there; goes on with a run that was stopped."""
+  run, model = folder / "run", folder / "model"
+  if not model.exists():
+    train.run_whole(configured(variant, workdir=run, **values))
+    export.main(["--checkpoint", str(run), "--format=torch", "--out", str(model)])
+  shutil.rmtree(run, ignore_errors=True)
+  return model
 
 
 def rule(name: str) -> LPCompConfig:
@@ -169,20 +177,22 @@ STAGES = {  # of the base's training: its films, and whether the tower is frozen
 
 
 def train_base(out: pathlib.Path) -> None:
-  """The base's stages; the result is out/watch/model. Goes on where it stopped."""
-  before = out / "init"
+  """The base's stages; the result is out/watch/model. Goes on where it stopped.
+
+  Raises:
+    ValueError: what is there was made otherwise.
+  """
+  before, words = out / "init", films.words()
+  stamp(out, {"model": films.MODEL, "words": words})
   if not before.exists():
     # In random layers embeddings soon drown, and what a question asks about is found much later.
-    world.write_untrained(before, 0, films.MODEL, films.words(), silent_layers=True)
+    world.write_untrained(before, 0, films.MODEL, words, silent_layers=True)
   for stage, (split, frozen) in STAGES.items():
     folder = out / stage
-    stamp(folder, _plain({"films": dataclasses.asdict(split), "seed": SEED} | _settings(stage)))
+    stamp(folder, {"before": digest(before), "films": dataclasses.asdict(split), "seed": SEED} | settings(stage))
     if not (folder / "model").exists():
       decode(folder, split, SEED, str(before) if frozen else None)
-      data = folder / ("features" if frozen else "frames")
-      train.run_whole(configured(stage, init_from=before, workdir=folder / "run", data__train=data))
-      export.main(["--checkpoint", str(folder / "run"), "--format=torch", "--out", str(folder / "model")])
-    before = folder / "model"
+    before = trained(folder, stage, init_from=before, data__train=folder / ("features" if frozen else "frames"))
   print(f"a base: {before}; to study it: --model {before} --out DIR", flush=True)
 
 
@@ -196,14 +206,17 @@ def stamp(folder: pathlib.Path, made: dict[str, Any]) -> None:
   if not file.exists():
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, made)
-  agree(file, json.loads(file.read_text()), made, f"give --out another folder, or remove {folder}")
+    return
+  if other := differences(json.loads(file.read_text()), made):
+    raise ValueError(f"{file} was made otherwise ({', '.join(other)}): give --out another folder, or remove {folder}")
 
 
-def agree(file: pathlib.Path, before: dict[str, Any], made: dict[str, Any], advice: str) -> None:
-  """Compares what a file was made from before with what would be made now.
+def differences(before: dict[str, Any], made: dict[str, Any]) -> list[str]:
+  """What differs between what something was made from, as it was read back, and what it would be made from now."""
+  now = json.loads(json.dumps(made))
+  return [key for key in now if before.get(key) != now[key]]
 
-  Raises:
-    ValueError: something differs.
-  """
-  if other := [key for key in made if before.get(key) != made[key]]:
-    raise ValueError(f"{file} was made otherwise ({', '.join(other)}): {advice}")
+
+def digest(checkpoint: pathlib.Path) -> str:
+  """SHA-256 of a checkpoint's tensors."""
+  return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()

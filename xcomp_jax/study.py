@@ -7,14 +7,16 @@
   python -m xcomp_jax.study --base --out study/base     trains another base
   python -m xcomp_jax.study --model study/base/watch/model --out DIR      all cells with it
 
-A cell is one tuning or what needs none, with all that is measured of it, in docs/study/NAME.json (quick, or another base: in --out).
-A cell that is there is not done again; one that was made with another base, other films or another tuning is refused, and so is such
-a folder. Run it where configs/, assets/ and docs/ are.
+A cell is one tuning or what needs none, with all that is measured of it, in docs/study/NAME.json (quick, or another base:
+OUT/cells/NAME.json). What is there is not done again, and refused if it was made with another base, other films, another tuning
+or other measures. Run it where configs/, assets/ and docs/ are.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import importlib.util
 import json
 import pathlib
 import time
@@ -24,8 +26,8 @@ from typing import Any, NamedTuple
 from xcomp_jax import findings
 from xcomp_jax.files import command, locked, write_json
 from xcomp_jax.films import FRAMES
-from xcomp_jax.measures import measured, selected
-from xcomp_jax.miniature import BASE, PRESETS, Study, agree, rule, stamp, train_base
+from xcomp_jax.measures import FEW, SELECTED, measured, selected, setting
+from xcomp_jax.miniature import BASE, PRESETS, Study, differences, rule, train_base
 
 CELLS, PAGE, FIGURES = "docs/study", pathlib.Path("docs/STUDY.md"), pathlib.Path("docs/figures")
 WIDE = (3, 6, 12, 18, 24)  # clips that are taken of a film of 24
@@ -55,16 +57,15 @@ def cells(study: Study) -> Iterator[Cell]:
   if wide:
     both = ["none", "progressive"]
     yield Cell("base_frames", wide, both, lambda: {"wide": {name: _by_frames(study, study.base, name) for name in both}})
-  yield Cell("base_select", ["long", *window], ["none"], lambda: _selections(study, study.base, "none", ["long", *window]))
   for seed in preset.seeds:
     for name in preset.rules:
       under = preset.rules if name == "none" else (name,)  # the same tuning, and then compression without tuning for it
       yield Cell(f"tune_{name}_{seed}", ["tuning", "heldout", *wide], under, functools.partial(_tuning, study, name, seed, under))
-    selections = {"select": ["long", *window]}
-    if preset.hour and seed == preset.seeds[0]:  # a quarter of an hour: one seed says enough
-      selections["official"] = ["hour"]
-    for kind, splits in selections.items():
-      yield Cell(f"{kind}_{seed}", ["tuning", *splits], ["progressive"], functools.partial(_tuned_selections, study, seed, splits))
+    for name in (name for name in ("none", "progressive") if name in preset.rules):
+      splits = ["long", *window]
+      yield Cell(f"select_{name}_{seed}", ["tuning", *splits], [name], functools.partial(_selections, study, name, seed, splits))
+  for seed in preset.seeds if preset.hour else ():
+    yield Cell(f"official_{seed}", ["tuning", "hour"], ["progressive"], functools.partial(_selections, study, "progressive", seed, ["hour"]))
 
 
 def _tuning(study: Study, name: str, seed: int, under: Sequence[str]) -> dict[str, Any]:
@@ -75,11 +76,8 @@ def _tuning(study: Study, name: str, seed: int, under: Sequence[str]) -> dict[st
   return out
 
 
-def _tuned_selections(study: Study, seed: int, splits: Sequence[str]) -> dict[str, Any]:
-  return _selections(study, study.tuned("progressive", seed), "progressive", splits)
-
-
-def _selections(study: Study, model: str | pathlib.Path, name: str, splits: Sequence[str]) -> dict[str, Any]:
+def _selections(study: Study, name: str, seed: int, splits: Sequence[str]) -> dict[str, Any]:
+  model = study.tuned(name, seed)
   return {split: selected(study, model, rule(name), split, MODES[split]) for split in splits}
 
 
@@ -87,33 +85,55 @@ def _by_frames(study: Study, model: str | pathlib.Path, name: str) -> dict[str, 
   return {str(clips * FRAMES): measured(study, model, rule(name), "wide", clips) for clips in WIDE}
 
 
+def made(study: Study, cell: Cell) -> dict[str, Any]:
+  """What a cell comes from, to be compared with what it was made from."""
+  how = lambda mode, frames: frames if mode == "uniform" else dataclasses.asdict(setting(mode, frames))
+  measures: dict[str, Any] = {split: [FEW, {mode: how(mode, SELECTED[split]) for mode in MODES[split]}] for split in cell.splits if split in MODES}
+  measures |= {"wide": WIDE} if "wide" in cell.splits else {}
+  return study.made(cell.splits, cell.rules) | {"measures": measures}
+
+
+def check(study: Study, where: pathlib.Path, todo: Sequence[Cell]) -> None:
+  """That the cells that are there are what would be made now.
+
+  Raises:
+    ValueError: which ones are not.
+  """
+  old = []
+  for cell in todo:
+    file = where / f"{cell.name}.json"
+    if file.exists() and (other := differences(json.loads(file.read_text()).get("made", {}), made(study, cell))):
+      old.append(f"{file} ({', '.join(other)})")
+  if old:
+    raise ValueError(f"made otherwise: {'; '.join(old)}: remove them to do them again")
+
+
 def run(study: Study, where: pathlib.Path, only: str) -> None:
   """Does the cells whose names begin with `only` and that are not in `where` yet.
 
   Raises:
-    ValueError: no cell is called so, or what is in the study's folder or `where` was made otherwise.
+    ValueError: no cell is called so, or what is in `where` or the study's folder was made otherwise.
   """
   every = list(cells(study))
   todo = [cell for cell in every if cell.name.startswith(only)]
   if not todo:
     raise ValueError(f"--only {only}: no cell's name begins so; there are {', '.join(cell.name for cell in every)}")
-  stamp(study.out, study.made(list(study.splits)))
+  check(study, where, todo)
   where.mkdir(parents=True, exist_ok=True)
   for number, cell in enumerate(todo, 1):
-    file, made = where / f"{cell.name}.json", study.made(cell.splits, cell.rules)
+    file = where / f"{cell.name}.json"
     if file.exists():
-      agree(file, json.loads(file.read_text()).get("made", {}), made, "remove it to do it again")
       continue
     print(f"cell {number} of {len(todo)}: {cell.name}", flush=True)
     for split in cell.splits:
       study.store(split)  # several cells': not part of this one's time
     begun = time.perf_counter()
-    write_json(file, {"made": made, "result": cell.do(), "seconds": time.perf_counter() - begun})
+    write_json(file, {"made": made(study, cell), "result": cell.do(), "seconds": time.perf_counter() - begun})
 
 
-def _alone(out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-  out.mkdir(parents=True, exist_ok=True)
-  return locked(out / ".lock", ValueError(f"another command is at work in {out}; wait for it, or give --out another folder"))
+def _alone(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  folder.mkdir(parents=True, exist_ok=True)
+  return locked(folder / ".lock", ValueError(f"another command is at work in {folder}; wait for it, or give --out another folder"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,21 +141,29 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="python -m xcomp_jax.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("study"), help="folder of films, features and models")
+  parser.add_argument("--out", type=pathlib.Path, help="folder of films, features and models; `study`, if it is the full study of assets/study")
   parser.add_argument("--preset", choices=list(PRESETS), default="full")
   parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path(BASE), help="the base; a folder with a checkpoint")
   parser.add_argument("--only", default="", metavar="NAME", help="cells whose names begin so")
-  parser.add_argument("--report", action="store_true", help="only tables and plots, from the cells that are there")
-  parser.add_argument("--base", action="store_true", help="train a base instead")
+  instead = parser.add_mutually_exclusive_group()
+  instead.add_argument("--report", action="store_true", help="only tables and plots, from the cells that are there")
+  instead.add_argument("--base", action="store_true", help="train a base instead")
   f = parser.parse_args(argv)
+  full = f.preset == "full" and f.model == pathlib.Path(BASE) and not f.base  # the one that the page is about
+  if f.out is None and not full:
+    parser.error("--preset quick, --model and --base need a folder of their own: --out DIR")
+  out = f.out or pathlib.Path("study")
   with command(interrupted="interrupted; what was finished stays, and the same command goes on"):
-    full = f.preset == "full" and f.model == pathlib.Path(BASE)  # the one that the page is about
-    where = pathlib.Path(CELLS) if full else f.out / "cells"
-    if f.base or not f.report:
-      with _alone(f.out):
-        train_base(f.out) if f.base else run(Study(f.out, PRESETS[f.preset], f.model), where, f.only)
-    if not f.base:
-      findings.report(where, *((PAGE, FIGURES) if full else ()))
+    if f.base:
+      with _alone(out):
+        return train_base(out)
+    where = pathlib.Path(CELLS) if full else out / "cells"
+    if full and importlib.util.find_spec("matplotlib") is None:
+      raise ValueError("the plots need matplotlib: pip install 'xcomp_jax[plot]'")
+    if not f.report:
+      with _alone(out), _alone(where):
+        run(Study(out, PRESETS[f.preset], f.model), where, f.only)
+    findings.report(where, *((PAGE, FIGURES) if full else ()))
 
 
 if __name__ == "__main__":
