@@ -19,7 +19,7 @@ FULL = miniature.PRESETS["full"]
 
 
 def test_all_rules_do_the_same_work():
-  counts = {name: lp_comp.counts(rule(name), 8) for name in (*FULL.rules, *FULL.free)}
+  counts = {name: lp_comp.counts(rule(name), 8) for name in (*FULL.rules, *FULL.others)}
   assert set(counts.pop("none")) == {16} and len(counts) == 7
   assert {np.mean(one) for one in counts.values()} == {7.625} and {one[-1] for one in counts.values()} == {1}
 
@@ -32,7 +32,7 @@ def test_clips_at_equal_distances():
 def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
   names = [cell.name for cell in study.cells(Study(tmp_path, FULL))]
   assert len(set(names)) == len(names)
-  assert {f"tune_{name}_{seed}" for name in FULL.rules for seed in range(3)} <= set(names)
+  assert {f"tune_{name}_{seed}" for name in (*FULL.rules, *FULL.others) for seed in range(3)} <= set(names)
 
 
 @pytest.mark.parametrize("given", [["--preset", "quick"], ["--base"], ["--model", "some"]])

@@ -27,7 +27,7 @@ class Preset:
 
   tuning, heldout: films of 12 scenes. wide: of 24, measured with ever more of their frames. long: of 128, of which
   QC-Comp selects; window: of 32, as long as the base has seen; hour: of 512, for the official mode. seeds: of every tuning.
-  rules, free: of configs/study.py, to tune under and to be measured without.
+  rules, others: of configs/study.py, to tune under; what is tuned without compression is measured under `rules` too.
   """
 
   tuning: int
@@ -38,7 +38,7 @@ class Preset:
   hour: int
   seeds: tuple[int, ...]
   rules: tuple[str, ...]
-  free: tuple[str, ...] = ()
+  others: tuple[str, ...] = ()
 
 
 PRESETS = {

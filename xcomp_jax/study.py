@@ -51,14 +51,14 @@ class Cell(NamedTuple):
 def cells(study: Study) -> Iterator[Cell]:
   """All cells."""
   preset = study.preset
-  rules = list(dict.fromkeys(("none", *preset.rules, *preset.free)))
+  rules = list(dict.fromkeys(("none", *preset.rules, *preset.others)))
   wide, window = (["wide"] if preset.wide else []), (["window"] if preset.window else [])
   yield Cell("base", ["heldout"], rules, lambda: {"heldout": {name: measured(study, study.base, rule(name), "heldout") for name in rules}})
   if wide:
     both = ["none", "progressive"]
     yield Cell("base_frames", wide, both, lambda: {"wide": {name: _by_frames(study, study.base, name) for name in both}})
   for seed in preset.seeds:
-    for name in preset.rules:
+    for name in (*preset.rules, *preset.others):
       under = preset.rules if name == "none" else (name,)  # the same tuning, and then compression without tuning for it
       yield Cell(f"tune_{name}_{seed}", ["tuning", "heldout", *wide], under, functools.partial(_tuning, study, name, seed, under))
     for name in (name for name in ("none", "progressive") if name in preset.rules):
