@@ -18,7 +18,7 @@ from xcomp_jax.model import decoder, lp_comp
 FULL = miniature.PRESETS["full"]
 
 
-def test_all_rules_do_the_same_work():
+def test_all_rules_keep_as_many_tokens_on_average():
   counts = {name: lp_comp.counts(rule(name), 8) for name in (*FULL.rules, *FULL.others)}
   assert set(counts.pop("none")) == {16} and len(counts) == 7
   assert {np.mean(one) for one in counts.values()} == {7.625} and {one[-1] for one in counts.values()} == {1}

@@ -1,8 +1,8 @@
 """The study's world: films of many scenes, and questions whose answers are known.
 
 A film is a row of scenes of two frames, one clip each. A few of them are *shots*: a coloured shape that moves, and a digit in a
-corner, between bars of the shape's colour; no two shots of a film share a colour or a digit. In all other scenes there is nothing to see. Six kinds of questions
-need more than one look:
+corner, between bars of the shape's colour; no two shots of a film share a colour or a digit. In all other scenes there is nothing to see. There are six
+kinds of questions:
 
   needle     which digit was with a colour: one scene, found by what it shows, read elsewhere in it
   attribute  which shape had a colour; motion: which way it moved

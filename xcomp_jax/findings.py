@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ class Share:
   high: float
 
   def __str__(self) -> str:
-    return f"{100 * self.mean:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+    mean, low, high = (round(100 * value, 1) + 0.0 for value in (self.mean, self.low, self.high))  # no -0.0
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 def interval(
@@ -119,11 +120,11 @@ def compression(cells: Cells, rules: Sequence[str]) -> str:
     if free:
       without = cells.seeds("tune_none_{seed}", "heldout", rule)
       others = (after(other) if other != rule else [] for other in ("none", "progressive"))
-      against = [_share(tuned, other) if tuned and other else "-" for other in (free, *others)]
+      less = [_share(tuned, other) if tuned and other else "-" for other in (free, without if rule != "none" else [], *others)]
       # Costs of cells that measured all rules: machines differ, and so does one from hour to hour.
-      out.append([rule, _share(free), _share(without), _share(tuned), *against, str(len(tuned)), *_cost([*free, *without])])
-  names = ["", "not tuned for", "tuned without", "after SCT", "gained", "against none", "against progressive", "seeds"]
-  return rows([*names, *COST], out)
+      out.append([rule, _share(free), _share(without), _share(tuned), *less, str(len(tuned)), *_cost([*free, *without])])
+  names = ["", "not tuned for", "tuned without", "after SCT", "less not tuned for", "less tuned without", "less none, tuned", "less progressive"]
+  return rows([*names, "seeds", *COST], out)
 
 
 COST = ("visual tokens per layer", "GFLOP", "ms per question")
@@ -139,7 +140,8 @@ def by_kind(cells: Cells) -> str:
   choices = {"no compression": ("base", "heldout", "none"), "no compression, tuned": ("tune_none_{seed}", "heldout", "none")}
   choices |= {"progressive, not tuned for": ("base", "heldout", "progressive")}
   choices |= {"tuned without compression, then progressive": ("tune_none_{seed}", "heldout", "progressive")}
-  choices |= {f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in ("progressive", "uniform", "stepwise", "heuristic", "early")}
+  choices |= {f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in ("progressive", "uniform", "stepwise", "heuristic", "early", "late")}
+  choices |= {f"{rule}, tuned for 1,200 steps": (f"longer_{rule}_{{seed}}", "heldout", rule) for rule in ("none", "progressive", "early")}
   out = [["chance", *(f"{100 * CHANCE[kind]:.0f}" for kind in KINDS)], ["by any shot", *(f"{100 * ANY_SHOT[kind]:.0f}" for kind in KINDS)]]
   for name, path in choices.items():
     if found := cells.seeds(*path):
@@ -181,6 +183,21 @@ LESS = (  # curves that are compared, the second one with a part of the frames; 
 )  # fmt: skip
 
 
+def longer(cells: Cells) -> str:
+  """What a tuning three times as long changes, on films of 12 scenes and on all frames of those of 24."""
+  out = []
+  for rule in ("none", "progressive", "early"):
+    short, long, none = cells.seeds(f"tune_{rule}_{{seed}}"), cells.seeds(f"longer_{rule}_{{seed}}"), cells.seeds("longer_none_{seed}")
+    if long:
+      heldout, wide = (lambda of, rule=rule: [m["heldout"][rule] for m in of]), (lambda of, rule=rule: [m["wide"][rule]["48"] for m in of])
+      less = _share(heldout(long), [m["heldout"]["none"] for m in none]) if none and rule != "none" else "-"
+      last = _share(wide(long), [m["wide"]["none"]["48"] for m in none]) if none and rule != "none" else "-"
+      row = [_share(heldout(short)), _share(heldout(long)), _share(heldout(long), heldout(short)), less, _share(wide(short)), _share(wide(long)), last]
+      out.append([rule, *row, f"{len(short)} and {len(long)}"])
+  names = ["400 steps", "1,200 steps", "gained", "less none, as long", "48 frames, 400 steps", "48 frames, 1,200 steps", "less none, as long"]
+  return rows(["", *names, "seeds"], out)
+
+
 MODELS = {"no compression, tuned": "select_none_{seed}", "LP-Comp after SCT": "select_progressive_{seed}"}
 SELECTIONS = {f"128 scenes, {name}": (cell, "long") for name, cell in MODELS.items()}
 SELECTIONS |= {f"32 scenes, {name}": (cell, "window") for name, cell in MODELS.items()}
@@ -188,24 +205,40 @@ SELECTIONS |= {"512 scenes, LP-Comp after SCT": ("official_{seed}", "hour")}
 
 
 def selection(cells: Cells) -> str:
-  """Accuracy, and how often all that is needed was selected, by mode of QC-Comp (paper, Tables 4 to 6)."""
+  """Accuracy and cost by mode of QC-Comp (paper, Tables 4 to 6)."""
   out = []
+  for name, mode, shown, of in _selections(cells):
+    less = []
+    for other in ("global", "local"):
+      other += "_answer" if mode.endswith("_answer") else ""
+      less.append(_share(of(mode), of(other), same=True) if mode != other and of(other) else "-")
+    few = str(interval([right(m, "few")[:, SINGLE] for m in of(mode)])) if mode != "official" else "-"
+    _, *spent = _cost(of(mode))  # tokens are those of answering alone
+    out.append([name, shown, _share(of(mode)), *less, f"{100 * bound(of(mode)):.1f}", few, str(len(of(mode))), *spent])
+  names = ["", "frames by", "right", "less global", "less local", "selected, else chance", "right from two scenes", "seeds"]
+  return rows([*names, *COST[1:]], out)
+
+
+def retrieval(cells: Cells) -> str:
+  """How often QC-Comp selects all that is needed, and how often the one scene that is has the highest score."""
+  out = []
+  for name, mode, shown, of in _selections(cells):
+    # The official mode scores four scenes together.
+    kinds = [[ranked_first(m)[:, k : k + 1] for m in of(mode)] for k in range(SINGLE.sum())] if mode not in ("uniform", "official") else []
+    first = [str(interval([ranked_first(m, by) for m in of(mode)])) if kinds else "-" for by in ("rank", "other")]
+    out.append([name, shown, _share(of(mode), key="hits"), *first, ", ".join(f"{100 * np.mean(one):.0f}" for one in kinds) or "-"])
+  single = ", ".join(kind for kind, one in zip(KINDS, SINGLE) if one)
+  return rows(["", "frames by", "all that is needed selected", "needed scene first", "by another question's scores", f"first, by kind ({single})"], out)
+
+
+def _selections(cells: Cells) -> Iterator[tuple[str, str, str, Callable[[str], list[Mapping[str, Any]]]]]:
+  """Rows of selection: films and model, mode, how it is shown, and the measures of a mode by every seed."""
   for name, path in SELECTIONS.items():
-    found = cells.seeds(*path)
-    of = lambda mode, found=found: [m[mode] for m in found]
-    for mode in _modes(found):
-      against = []
-      for other in ("global", "local"):
-        other += "_answer" if mode.endswith("_answer") else ""
-        against.append(_share(of(mode), of(other), same=True) if mode != other and other in _modes(found) else "-")
-      # The official mode scores four scenes together.
-      ranked = mode not in ("uniform", "official")
-      best, other = (str(interval([ranked_first(m, by) for m in of(mode)])) if ranked else "-" for by in ("rank", "other"))
-      few = str(interval([right(m, "few")[:, SINGLE] for m in of(mode)])) if mode != "official" else "-"
-      hits, shown = _share(of(mode), key="hits"), mode.replace("_answer", ", the answer's row")
-      out.append([name, shown, _share(of(mode)), *against, f"{100 * bound(of(mode)):.1f}", hits, best, other, few, str(len(found)), *_cost(of(mode))])
-  names = ["", "frames by", "right", "against global", "against local", "selected, else chance", "all that is needed selected"]
-  return rows([*names, "needed scene first", "by another question's scores", "right from two scenes", "seeds", *COST], out)
+    seeds = cells.seeds(*path)
+    modes = _modes(seeds)
+    of = lambda mode, seeds=seeds, modes=modes: [m[mode] for m in seeds] if mode in modes else []
+    for mode in modes:
+      yield name, mode, mode.replace("_answer", ", the answer's row"), of
 
 
 def _modes(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -230,9 +263,7 @@ def places(cells: Cells) -> str:
   out = []
   for name, path in SELECTIONS.items():
     found = cells.seeds(*path)
-    for mode in _modes(found):
-      if mode in ("uniform", "official"):
-        continue
+    for mode in (mode for mode in _modes(found) if mode not in ("uniform", "official")):
       measures = [m[mode] for m in found]
       quarters = by_quarter(found, [ranked_first(m) for m in measures])
       of = [str(interval(one)) for one in quarters]
@@ -255,8 +286,10 @@ TABLES = {
   "compression": lambda cells: compression(cells, ("none", "heuristic", "stepwise", "progressive", "uniform")),
   "others": lambda cells: compression(cells, ("progressive", "early", "late", "average")),
   "kinds": by_kind,
+  "longer": longer,
   "frames": by_frames,
   "selection": selection,
+  "retrieval": retrieval,
   "places": places,
 }
 
@@ -290,31 +323,31 @@ def _error(shares: Sequence[Share]) -> np.ndarray:
 
 
 def plot_bias(cells: Cells) -> Any:
-  """The position bias by place in the film, without compression and after SCT.
+  """The position bias by place in films of 128 and 32 scenes, without compression and after SCT.
 
   Relevance of scenes with nothing to see and of shots, and how often the scene that is needed is first.
   """
   import matplotlib.pyplot as plt
 
-  sources = {name: found for name, cell in MODELS.items() if (found := cells.seeds(cell, "long"))}
-  figure, grid = plt.subplots(len(sources) or 1, 3, figsize=(11, 3.2 * (len(sources) or 1)), sharex=True, sharey="col", squeeze=False, layout="constrained")
-  for axes, (name, found) in zip(grid, sources.items()):
-    modes = [mode for mode in _modes(found) if mode != "uniform"]
+  sources = {name: seeds for name, path in SELECTIONS.items() if path[1] != "hour" and (seeds := cells.seeds(*path))}
+  figure, grid = plt.subplots(len(sources) or 1, 3, figsize=(11, 2.8 * (len(sources) or 1)), sharex=True, sharey="col", squeeze=False, layout="constrained")
+  for axes, (name, seeds) in zip(grid, sources.items()):
+    modes = [mode for mode in _modes(seeds) if mode != "uniform"]
     for k, mode in enumerate(modes):
       name_of, _, answer = mode.partition("_")
       style: dict[str, Any] = {"color": f"C{('global', 'local', 'aligned').index(name_of)}", "marker": "o", "ms": 3, "label": mode}
       if answer:
         style |= {"ls": "--", "label": f"{name_of}, the answer's row"}
-      else:
-        profile = np.mean([m[mode]["relevance"] for m in found], axis=0)
-        x = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
-        axes[0].plot(x, profile[0], **style)
-        axes[1].plot(x, profile[1], **style)
-      shares = [interval(one) for one in by_quarter(found, [ranked_first(m[mode]) for m in found])]
+      profile = np.mean([m[mode]["relevance"] for m in seeds], axis=0)
+      x = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
+      axes[0].plot(x, profile[0], **style)
+      axes[1].plot(x, profile[1], **style)
+      shares = [interval(one) for one in by_quarter(seeds, [ranked_first(m[mode]) for m in seeds])]
       x = (np.arange(4) + 0.5) / 4 + 0.012 * (k - len(modes) / 2)  # beside each other
       axes[2].errorbar(x, [s.mean for s in shares], _error(shares), capsize=2, lw=1, **style)
     axes[2].axhline(np.mean([1 / shots for shots in (3, 4, 5)]), color="grey", lw=1, ls=":", label="any shot")
-    axes[0].set_ylabel(f"{name}\nscore / the film's mean")
+    films_of, model = name.split(", ", 1)
+    axes[0].set_ylabel(f"{films_of}\n{model}\nscore / the film's mean")
     axes[2].set_ylabel("share of questions")
   for ax, title in zip(grid[0], ("scenes with nothing to see", "shots", "needed scene ranked first"), strict=True):
     ax.set(title=title, ylim=(0, None))

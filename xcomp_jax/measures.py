@@ -59,7 +59,8 @@ def selected(study: Study, checkpoint: str | pathlib.Path, cfg: LPCompConfig, na
   Returns:
     place: of the needed scene, 0 to 1, where it is one, else null.
     MODE: as of `measured`, cost and time with what one of a film's six questions takes to select; rank: how many scenes
-    have a higher score than the one that is needed, or null; other: the same by the scores of another question on the film;
+    have a higher score than the one that is needed, or null; other: the same by the scores of the question before it on
+    the film, of the first by the last one's;
     score: of the needed scene, or null; relevance: mean score by place (16 bins) of scenes in which there is nothing to
     see, and of shots; few: right, from the two scenes with the highest scores. Scores are relative to their film's mean.
   """

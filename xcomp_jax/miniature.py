@@ -26,7 +26,7 @@ class Preset:
   """How much of everything; films are measured by six questions each.
 
   tuning, heldout: films of 12 scenes. wide: of 24, measured with ever more of their frames. long: of 128, of which
-  QC-Comp selects; window: of 32, as long as the base has seen; hour: of 512, for the official mode. seeds: of every tuning.
+  QC-Comp selects; window: of 32, as long as the base has seen; hour: of 512, for the official mode. seeds: of every tuning. longer: epochs of a longer one, or 0.
   rules, others: of configs/study.py, to tune under; what is tuned without compression is measured under `rules` too.
   """
 
@@ -39,11 +39,12 @@ class Preset:
   seeds: tuple[int, ...]
   rules: tuple[str, ...]
   others: tuple[str, ...] = ()
+  longer: int = 0
 
 
 PRESETS = {
   "full": Preset(
-    3200, 120, 90, 90, 90, 90, (0, 1, 2), ("none", "heuristic", "stepwise", "progressive", "uniform", "early"), ("late", "average")
+    3200, 120, 90, 90, 90, 90, (0, 1, 2), ("none", "heuristic", "stepwise", "progressive", "uniform", "early"), ("late", "average"), 3
   ),
   "quick": Preset(1280, 60, 0, 0, 8, 0, (0,), ("progressive",)),
 }
@@ -76,11 +77,11 @@ class Study:
       for name, (count, scenes) in sizes.items()
     }
 
-  def made(self, splits: Sequence[str], rules: Sequence[str] = ()) -> dict[str, Any]:
+  def made(self, splits: Sequence[str], rules: Sequence[str] = (), epochs: int = 1) -> dict[str, Any]:
     """What comes from these splits, under these rules, depends on, to be compared with what it was made from (`differences`)."""
     films = {name: dataclasses.asdict(self.splits[name]) for name in splits}
     made = {"base": self._digest, "films": films, "seed": SEED, "rules": {name: to_dict(rule(name)) for name in rules}}
-    return made | (settings("progressive") if "tuning" in splits else {})  # of all rules the same
+    return made | (settings("progressive", train__epochs=epochs) if "tuning" in splits else {})  # of all rules the same
 
   @functools.cached_property
   def _digest(self) -> str:
@@ -109,17 +110,18 @@ class Study:
     told = (world.asked(annotations[sample.position]) for sample in store.samples)
     return [Asked(film, *one) for film, several in enumerate(told) for one in several]
 
-  def tuned(self, name: str, seed: int) -> pathlib.Path:
-    """The base, tuned under a rule; goes on with a tuning that was stopped.
+  def tuned(self, name: str, seed: int, epochs: int = 1) -> pathlib.Path:
+    """The base, tuned under a rule on all films so many times; goes on with a tuning that was stopped.
 
     Raises:
       ValueError: what is there was made otherwise.
     """
-    folder = self.out / f"{name}_{seed}"
-    stamp(folder, self.made(["tuning"], [name]))
+    folder = self.out / (f"{name}_{seed}" if epochs == 1 else f"{name}_{seed}_{epochs}_epochs")
+    stamp(folder, self.made(["tuning"], [name], epochs))
     if not (folder / "model").exists():
       self.store("tuning")
-    return trained(folder, name, seed=seed, init_from=self.base, data__train=self.out / "tuning" / "features")
+    films = self.out / "tuning" / "features"
+    return trained(folder, name, seed=seed, init_from=self.base, data__train=films, train__epochs=epochs)
 
 
 def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> None:
@@ -143,9 +145,9 @@ def configured(variant: str, **values: Any) -> RunConfig:
   return from_command_line(["study", f"--config={CONFIG}:{variant}", *changes])
 
 
-def settings(variant: str) -> dict[str, Any]:
+def settings(variant: str, **values: Any) -> dict[str, Any]:
   """What a model that is trained by a variant depends on, but for its rule."""
-  config = to_dict(configured(variant))
+  config = to_dict(configured(variant, **values))
   return {part: config[part] for part in ("data", "optim", "train")}
 
 

@@ -31,6 +31,7 @@ from xcomp_jax.miniature import BASE, PRESETS, Study, differences, rule, train_b
 
 CELLS, PAGE, FIGURES = "docs/study", pathlib.Path("docs/STUDY.md"), pathlib.Path("docs/figures")
 WIDE = (3, 6, 12, 18, 24)  # clips that are taken of a film of 24
+CURVES = ("none", "progressive", "early")  # rules that are measured with ever more clips
 # Modes of QC-Comp that are compared, by the question's rows or the answer's.
 MODES = {
   "window": ("global", "global_answer"),
@@ -40,12 +41,13 @@ MODES = {
 
 
 class Cell(NamedTuple):
-  """name, splits and rules that it comes from, and what does it."""
+  """name, splits and rules that it comes from, what does it, and how often its tuning sees all films."""
 
   name: str
   splits: Sequence[str]
   rules: Sequence[str]
   do: Callable[[], dict[str, Any]]
+  epochs: int = 1
 
 
 def cells(study: Study) -> Iterator[Cell]:
@@ -64,14 +66,18 @@ def cells(study: Study) -> Iterator[Cell]:
     for name in (name for name in ("none", "progressive") if name in preset.rules):
       splits = ["long", *window]
       yield Cell(f"select_{name}_{seed}", ["tuning", *splits], [name], functools.partial(_selections, study, name, seed, splits))
+  for seed in preset.seeds if preset.longer else ():
+    for name in CURVES:
+      do = functools.partial(_tuning, study, name, seed, (name,), preset.longer)
+      yield Cell(f"longer_{name}_{seed}", ["tuning", "heldout", *wide], (name,), do, preset.longer)
   for seed in preset.seeds if preset.hour else ():
     yield Cell(f"official_{seed}", ["tuning", "hour"], ["progressive"], functools.partial(_selections, study, "progressive", seed, ["hour"]))
 
 
-def _tuning(study: Study, name: str, seed: int, under: Sequence[str]) -> dict[str, Any]:
-  model = study.tuned(name, seed)
+def _tuning(study: Study, name: str, seed: int, under: Sequence[str], epochs: int = 1) -> dict[str, Any]:
+  model = study.tuned(name, seed, epochs)
   out: dict[str, Any] = {"heldout": {other: measured(study, model, rule(other), "heldout") for other in under}}
-  if study.preset.wide and name in ("none", "progressive", "early"):
+  if study.preset.wide and name in CURVES:
     out["wide"] = {name: _by_frames(study, model, name)}
   return out
 
@@ -90,17 +96,17 @@ def made(study: Study, cell: Cell) -> dict[str, Any]:
   how = lambda mode, frames: frames if mode == "uniform" else dataclasses.asdict(setting(mode, frames))
   measures: dict[str, Any] = {split: [FEW, {mode: how(mode, SELECTED[split]) for mode in MODES[split]}] for split in cell.splits if split in MODES}
   measures |= {"wide": WIDE} if "wide" in cell.splits else {}
-  return study.made(cell.splits, cell.rules) | {"measures": measures}
+  return study.made(cell.splits, cell.rules, cell.epochs) | {"measures": measures}
 
 
-def check(study: Study, where: pathlib.Path, todo: Sequence[Cell]) -> None:
+def check(study: Study, where: pathlib.Path) -> None:
   """That the cells that are there are what would be made now.
 
   Raises:
     ValueError: which ones are not.
   """
   old = []
-  for cell in todo:
+  for cell in cells(study):
     file = where / f"{cell.name}.json"
     if file.exists() and (other := differences(json.loads(file.read_text()).get("made", {}), made(study, cell))):
       old.append(f"{file} ({', '.join(other)})")
@@ -111,6 +117,8 @@ def check(study: Study, where: pathlib.Path, todo: Sequence[Cell]) -> None:
 def run(study: Study, where: pathlib.Path, only: str) -> None:
   """Does the cells whose names begin with `only` and that are not in `where` yet.
 
+  A cell's `seconds` are those of its last start: of a tuning that was stopped only what came after, of one that is there none.
+
   Raises:
     ValueError: no cell is called so, or what is in `where` or the study's folder was made otherwise.
   """
@@ -118,7 +126,7 @@ def run(study: Study, where: pathlib.Path, only: str) -> None:
   todo = [cell for cell in every if cell.name.startswith(only)]
   if not todo:
     raise ValueError(f"--only {only}: no cell's name begins so; there are {', '.join(cell.name for cell in every)}")
-  check(study, where, todo)
+  check(study, where)  # others too: they are reported beside them
   where.mkdir(parents=True, exist_ok=True)
   for number, cell in enumerate(todo, 1):
     file = where / f"{cell.name}.json"
@@ -160,9 +168,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = pathlib.Path(CELLS) if full else out / "cells"
     if full and importlib.util.find_spec("matplotlib") is None:
       raise ValueError("the plots need matplotlib: pip install 'xcomp_jax[plot]'")
-    if not f.report:
+    study = Study(out, PRESETS[f.preset], f.model)
+    if f.report:
+      check(study, where)
+    else:
       with _alone(out), _alone(where):
-        run(Study(out, PRESETS[f.preset], f.model), where, f.only)
+        run(study, where, f.only)
     findings.report(where, *((PAGE, FIGURES) if full else ()))
 
 
