@@ -156,6 +156,21 @@ def test_frames_are_compared_with_as_many_and_half_of_them(tmp_path):
   assert early[1].startswith(f"{100 * (right['early']['12'] - right['progressive']['12']):.1f} (")
 
 
+def test_longer_tunings_are_compared_with_shorter_ones_and_with_none(tmp_path):
+  shares = {("tune", "none"): 0.8, ("longer", "none"): 0.85, ("tune", "progressive"): 0.6, ("longer", "progressive"): 0.75}
+  right = {}
+  for k, ((cell, rule), share) in enumerate(shares.items()):
+    heldout, wide = measure(k, share), measure(k + 10, share)
+    right[cell, rule] = [findings.right(one).mean() for one in (heldout, wide)]
+    result = {"heldout": {rule: heldout}, "wide": {rule: {"48": wide}}}
+    (tmp_path / f"{cell}_{rule}_0.json").write_text(json.dumps({"result": result}))
+  none, longer = cells_of(findings.longer(findings.Cells(tmp_path)))
+  (short, wide), (long, wider), other = right["tune", "progressive"], right["longer", "progressive"], right["longer", "none"]
+  expected = [short, long, long - short, long - other[0], wide, wider, wider - other[1]]
+  assert [cell.split(" (")[0] for cell in longer[1:8]] == [f"{100 * value:.1f}" for value in expected]
+  assert longer[0] == "progressive" and longer[8] == "1 and 1" and none[4] == none[7] == "-"
+
+
 def test_places_tell_what_happens_in_each_quarter(tmp_path):
   place, rank = [0.02, 0.3, 0.98, 0.1, None, None] * 10, [1, 0, 0, 0, None, None] * 10  # the fourth kind needs several, or one
   place[6:8], rank[6:8] = [0.2, 0.6], [0, 0]

@@ -168,6 +168,17 @@ def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch):
     Study(tmp_path, dataclasses.replace(FULL, tuning=7)).tuned("early", 1)
 
 
+def test_a_longer_tuning_is_another_model(tmp_path, monkeypatch):
+  given = []
+  monkeypatch.setattr(miniature, "trained", lambda folder, name, **values: given.append((folder, values["train__epochs"])) or folder)
+  monkeypatch.setattr(Study, "store", lambda its, name: None)
+  its = Study(tmp_path, FULL)
+  assert its.tuned("early", 1) != its.tuned("early", 1, 3)
+  assert given == [(tmp_path / "early_1", 1), (tmp_path / "early_1_3_epochs", 3)]
+  made = {cell.name: study.made(its, cell)["train"]["epochs"] for cell in study.cells(its) if cell.name in ("tune_early_1", "longer_early_1")}
+  assert made == {"tune_early_1": 1, "longer_early_1": 3}
+
+
 def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
   monkeypatch.setattr(study, "cells", lambda its: iter([study.Cell("a", [], [], lambda: its.tuned("progressive", 0))]))
