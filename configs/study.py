@@ -23,7 +23,7 @@ STAGES = {  # learning rate, films in a batch, epochs, tower trained, frames and
 }
 TUNING = (2e-3, 8, 1, False, (24,), (128,))  # the same for all rules
 
-# At every layer so many tokens of 16; of eight layers 7.6 on average each, so that tokens are the same on average (paper, Table 2); operations differ by up to a seventh.
+# At every layer so many tokens of 16, by all rules 7.6 on average of eight layers (paper, Table 2); operations differ by up to a seventh.
 STEPS = (16, 16, 8, 8, 8, 2, 2, 1)
 RULES = {  # schedule and keep
   "none": ("cosine", "none"),

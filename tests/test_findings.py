@@ -166,9 +166,9 @@ def test_longer_tunings_are_compared_with_shorter_ones_and_with_none(tmp_path):
     (tmp_path / f"{cell}_{rule}_0.json").write_text(json.dumps({"result": result}))
   none, longer = cells_of(findings.longer(findings.Cells(tmp_path)))
   (short, wide), (long, wider), other = right["tune", "progressive"], right["longer", "progressive"], right["longer", "none"]
-  expected = [short, long, long - short, long - other[0], wide, wider, wider - other[1]]
-  assert [cell.split(" (")[0] for cell in longer[1:8]] == [f"{100 * value:.1f}" for value in expected]
-  assert longer[0] == "progressive" and longer[8] == "1 and 1" and none[4] == none[7] == "-"
+  expected = [short, long, long - short, long - other[0], wide, wider, wider - wide, wider - other[1]]
+  assert [cell.split(" (")[0] for cell in longer[1:9]] == [f"{100 * value:.1f}" for value in expected]
+  assert longer[0] == "progressive" and longer[9] == "1 and 1" and none[4] == none[8] == "-"
 
 
 def test_places_tell_what_happens_in_each_quarter(tmp_path):

@@ -187,15 +187,16 @@ def longer(cells: Cells) -> str:
   """What a tuning three times as long changes, on films of 12 scenes and on all frames of those of 24."""
   out = []
   for rule in ("none", "progressive", "early"):
-    short, long, none = cells.seeds(f"tune_{rule}_{{seed}}"), cells.seeds(f"longer_{rule}_{{seed}}"), cells.seeds("longer_none_{seed}")
+    row, seeds = [rule], ""
+    for split, *frames in (("heldout",), ("wide", "48")):
+      short, long = (cells.seeds(f"{cell}_{rule}_{{seed}}", split, rule, *frames) for cell in ("tune", "longer"))
+      none = cells.seeds("longer_none_{seed}", split, "none", *frames) if rule != "none" else []
+      row += [_share(short), _share(long), *(_share(long, other) if long and other else "-" for other in (short, none))]
+      seeds = f"{len(short)} and {len(long)}"
     if long:
-      heldout, wide = (lambda of, rule=rule: [m["heldout"][rule] for m in of]), (lambda of, rule=rule: [m["wide"][rule]["48"] for m in of])
-      less = _share(heldout(long), [m["heldout"]["none"] for m in none]) if none and rule != "none" else "-"
-      last = _share(wide(long), [m["wide"]["none"]["48"] for m in none]) if none and rule != "none" else "-"
-      row = [_share(heldout(short)), _share(heldout(long)), _share(heldout(long), heldout(short)), less, _share(wide(short)), _share(wide(long)), last]
-      out.append([rule, *row, f"{len(short)} and {len(long)}"])
-  names = ["400 steps", "1,200 steps", "gained", "less none, as long", "48 frames, 400 steps", "48 frames, 1,200 steps", "less none, as long"]
-  return rows(["", *names, "seeds"], out)
+      out.append([*row, seeds])
+  names = ["400 steps", "1,200 steps", "gained", "less none, as long"]
+  return rows(["", *names, *(f"48 frames: {name}" for name in names), "seeds"], out)
 
 
 MODELS = {"no compression, tuned": "select_none_{seed}", "LP-Comp after SCT": "select_progressive_{seed}"}

@@ -26,8 +26,9 @@ class Preset:
   """How much of everything; films are measured by six questions each.
 
   tuning, heldout: films of 12 scenes. wide: of 24, measured with ever more of their frames. long: of 128, of which
-  QC-Comp selects; window: of 32, as long as the base has seen; hour: of 512, for the official mode. seeds: of every tuning. longer: epochs of a longer one, or 0.
+  QC-Comp selects; window: of 32, as long as the base has seen; hour: of 512, for the official mode. seeds: of every tuning.
   rules, others: of configs/study.py, to tune under; what is tuned without compression is measured under `rules` too.
+  longer: epochs of longer tunings, or 0.
   """
 
   tuning: int
