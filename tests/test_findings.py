@@ -164,11 +164,13 @@ def test_longer_tunings_are_compared_with_shorter_ones_and_with_none(tmp_path):
     right[cell, rule] = [findings.right(one).mean() for one in (heldout, wide)]
     result = {"heldout": {rule: heldout}, "wide": {rule: {"48": wide}}}
     (tmp_path / f"{cell}_{rule}_0.json").write_text(json.dumps({"result": result}))
-  none, longer = cells_of(findings.longer(findings.Cells(tmp_path)))
-  (short, wide), (long, wider), other = right["tune", "progressive"], right["longer", "progressive"], right["longer", "none"]
-  expected = [short, long, long - short, long - other[0], wide, wider, wider - wide, wider - other[1]]
-  assert [cell.split(" (")[0] for cell in longer[1:9]] == [f"{100 * value:.1f}" for value in expected]
-  assert longer[0] == "progressive" and longer[9] == "1 and 1" and none[4] == none[8] == "-"
+  lines = cells_of(findings.longer(findings.Cells(tmp_path)))
+  assert [line[:2] for line in lines] == [[films_of, rule] for films_of in ("12 scenes", "24 scenes, 48 frames") for rule in ("none", "progressive")]
+  for k, (none, longer) in enumerate((lines[:2], lines[2:])):
+    short, long, other = (right[key][k] for key in (("tune", "progressive"), ("longer", "progressive"), ("longer", "none")))
+    assert [cell.split(" (")[0] for cell in longer[2:6]] == [f"{100 * value:.1f}" for value in (short, long, long - short, long - other)]
+    assert longer[6:] == ["-", "1 and 1"] and none[5] == "-"
+    assert none[6].startswith(f"{100 * (other - long):.1f} (")
 
 
 def test_places_tell_what_happens_in_each_quarter(tmp_path):
@@ -206,4 +208,4 @@ def test_the_page_has_what_the_cells_say(tmp_path):
 def test_the_cells_are_what_would_be_made_now(tmp_path):
   its, where = miniature.Study(tmp_path, miniature.PRESETS["full"]), pathlib.Path(study.CELLS)
   study.check(its, where)
-  assert {file.stem for file in where.glob("*.json")} <= {cell.name for cell in study.cells(its)}
+  assert {file.stem for file in where.glob("*.json")} == {cell.name for cell in study.cells(its)}

@@ -140,7 +140,7 @@ def by_kind(cells: Cells) -> str:
   choices = {"no compression": ("base", "heldout", "none"), "no compression, tuned": ("tune_none_{seed}", "heldout", "none")}
   choices |= {"progressive, not tuned for": ("base", "heldout", "progressive")}
   choices |= {"tuned without compression, then progressive": ("tune_none_{seed}", "heldout", "progressive")}
-  choices |= {f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in ("progressive", "uniform", "stepwise", "heuristic", "early", "late")}
+  choices |= {f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in ("progressive", "uniform", "stepwise", "heuristic", "early", "late", "average")}
   choices |= {f"{rule}, tuned for 1,200 steps": (f"longer_{rule}_{{seed}}", "heldout", rule) for rule in ("none", "progressive", "early")}
   out = [["chance", *(f"{100 * CHANCE[kind]:.0f}" for kind in KINDS)], ["by any shot", *(f"{100 * ANY_SHOT[kind]:.0f}" for kind in KINDS)]]
   for name, path in choices.items():
@@ -186,17 +186,14 @@ LESS = (  # curves that are compared, the second one with a part of the frames; 
 def longer(cells: Cells) -> str:
   """What a tuning three times as long changes, on films of 12 scenes and on all frames of those of 24."""
   out = []
-  for rule in ("none", "progressive", "early"):
-    row, seeds = [rule], ""
-    for split, *frames in (("heldout",), ("wide", "48")):
-      short, long = (cells.seeds(f"{cell}_{rule}_{{seed}}", split, rule, *frames) for cell in ("tune", "longer"))
-      none = cells.seeds("longer_none_{seed}", split, "none", *frames) if rule != "none" else []
-      row += [_share(short), _share(long), *(_share(long, other) if long and other else "-" for other in (short, none))]
-      seeds = f"{len(short)} and {len(long)}"
-    if long:
-      out.append([*row, seeds])
-  names = ["400 steps", "1,200 steps", "gained", "less none, as long"]
-  return rows(["", *names, *(f"48 frames: {name}" for name in names), "seeds"], out)
+  for films_of, split, *frames in (("12 scenes", "heldout"), ("24 scenes, 48 frames", "wide", "48")):
+    of = lambda cell, rule, split=split, frames=frames: cells.seeds(f"{cell}_{rule}_{{seed}}", split, rule, *frames)
+    for rule in ("none", "progressive", "early"):
+      if long := of("longer", rule):
+        others = [of("tune", rule), *(of("longer", other) if other != rule else [] for other in ("none", "progressive"))]
+        less = [_share(long, other) if other else "-" for other in others]
+        out.append([films_of, rule, _share(others[0]), _share(long), *less, f"{len(others[0])} and {len(long)}"])
+  return rows(["films of", "rule", "400 steps", "1,200 steps", "gained", "less none, as long", "less progressive, as long", "seeds"], out)
 
 
 MODELS = {"no compression, tuned": "select_none_{seed}", "LP-Comp after SCT": "select_progressive_{seed}"}
