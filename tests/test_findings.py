@@ -153,24 +153,40 @@ def test_frames_are_compared_with_as_many_and_half_of_them(tmp_path):
   assert [cell.startswith(less(n, n)) for cell, n in zip(lines[name.format("as many")], ("6", "12"))] == [True, True]
   assert lines[name.format("half of the")][0] == "-" and lines[name.format("half of the")][1].startswith(less("12", "6"))
   early = lines["the early schedule after SCT less LP-Comp after SCT, with as many frames"]
+  assert not any("1,200" in name for name in lines)
   assert early[1].startswith(f"{100 * (right['early']['12'] - right['progressive']['12']):.1f} (")
+  for rule in ("none", "progressive"):
+    (tmp_path / f"longer_{rule}_0.json").write_text((tmp_path / f"tune_{rule}_0.json").read_text())
+  lines |= {line[0]: line[1:] for line in cells_of(findings.by_frames(findings.Cells(tmp_path)))}
+  assert lines["LP-Comp, 1,200 steps"] == lines["LP-Comp after SCT"]
+  for frames in ("as many", "half of the"):
+    assert lines[f"LP-Comp, 1,200 steps less no compression, 1,200 steps, with {frames} frames"] == lines[name.format(frames)]
 
 
-def test_longer_tunings_are_compared_with_shorter_ones_and_with_none(tmp_path):
-  shares = {("tune", "none"): 0.8, ("longer", "none"): 0.85, ("tune", "progressive"): 0.6, ("longer", "progressive"): 0.75}
+def test_longer_tunings_are_compared_with_shorter_ones_and_with_other_rules(tmp_path):
+  shares = {"none": (0.8, 0.85), "progressive": (0.6, 0.75), "early": (None, 0.8)}  # of early only the longer one is there
   right = {}
-  for k, ((cell, rule), share) in enumerate(shares.items()):
-    heldout, wide = measure(k, share), measure(k + 10, share)
-    right[cell, rule] = [findings.right(one).mean() for one in (heldout, wide)]
-    result = {"heldout": {rule: heldout}, "wide": {rule: {"48": wide}}}
-    (tmp_path / f"{cell}_{rule}_0.json").write_text(json.dumps({"result": result}))
+  for rule, pair in shares.items():
+    for cell, share in zip(("tune", "longer"), pair):
+      if share is None:
+        continue
+      seeds = range(2 if (cell, rule) == ("tune", "none") else 1)
+      for seed in seeds:
+        measures = [measure(len(right) + 10 * k + seed, share) for k in range(3)]
+        right.setdefault((cell, rule), []).append([findings.right(one).mean() for one in measures])
+        result = {"heldout": {rule: measures[0]}, "wide": {rule: {"48": measures[1], "24": measures[2]}}}
+        (tmp_path / f"{cell}_{rule}_{seed}.json").write_text(json.dumps({"result": result}))
   lines = cells_of(findings.longer(findings.Cells(tmp_path)))
-  assert [line[:2] for line in lines] == [[films_of, rule] for films_of in ("12 scenes", "24 scenes, 48 frames") for rule in ("none", "progressive")]
-  for k, (none, longer) in enumerate((lines[:2], lines[2:])):
-    short, long, other = (right[key][k] for key in (("tune", "progressive"), ("longer", "progressive"), ("longer", "none")))
-    assert [cell.split(" (")[0] for cell in longer[2:6]] == [f"{100 * value:.1f}" for value in (short, long, long - short, long - other)]
-    assert longer[6:] == ["-", "1 and 1"] and none[5] == "-"
-    assert none[6].startswith(f"{100 * (other - long):.1f} (")
+  assert [line[:2] for line in lines] == [[films_of, rule] for films_of in ("12 scenes", "24 scenes, 48 frames") for rule in shares]
+  percent = lambda value: f"{100 * value:.1f}"
+  for k, part in enumerate((lines[:3], lines[3:])):
+    of = {key: np.mean(seeds, 0)[k] for key, seeds in right.items()}
+    none, progressive, early = ([cell.split(" (")[0] for cell in line[2:]] for line in part)
+    long = of["longer", "none"]
+    assert none == [percent(of["tune", "none"]), percent(long), percent(long - of["tune", "none"]), "-", "-", "2 and 1"]
+    short, long, other = of["tune", "progressive"], of["longer", "progressive"], long
+    assert progressive == [percent(short), percent(long), percent(long - short), percent(long - other), "-", "1 and 1"]
+    assert early == ["-", percent(of["longer", "early"]), "-", *(percent(of["longer", "early"] - less) for less in (other, long)), "0 and 1"]
 
 
 def test_places_tell_what_happens_in_each_quarter(tmp_path):

@@ -119,7 +119,7 @@ def compression(cells: Cells, rules: Sequence[str]) -> str:
     free, tuned = cells.seeds("base", "heldout", rule), after(rule)
     if free:
       without = cells.seeds("tune_none_{seed}", "heldout", rule)
-      others = (after(other) if other != rule else [] for other in ("none", "progressive"))
+      others = (after(other) if rule not in ("none", other) else [] for other in ("none", "progressive"))
       less = [_share(tuned, other) if tuned and other else "-" for other in (free, without if rule != "none" else [], *others)]
       # Costs of cells that measured all rules: machines differ, and so does one from hour to hour.
       out.append([rule, _share(free), _share(without), _share(tuned), *less, str(len(tuned)), *_cost([*free, *without])])
@@ -152,14 +152,15 @@ def by_kind(cells: Cells) -> str:
 def by_frames(cells: Cells) -> str:
   """Accuracy against frames that are sampled of a longer film (paper, Figure 1)."""
   out = []
-  for name, path in CURVES.items():
+  curves = CURVES | LONGER_CURVES
+  for name, path in curves.items():
     if found := cells.seeds(*path):
       if not out:
         out.append(["chance", *[f"{100 * np.mean(list(CHANCE.values())):.1f}"] * len(found[0])])
         out.append(["shown, else chance", *(f"{100 * bound([one]):.1f}" for one in found[0].values())])
       out.append([name, *(_share([m[frames] for m in found]) for frames in found[0])])
   for name, other, factor in LESS:
-    some, less = cells.seeds(*CURVES[name]), cells.seeds(*CURVES[other])
+    some, less = cells.seeds(*curves[name]), cells.seeds(*curves[other])
     if some and less:
       pairs = ((n, str(int(n) // factor)) for n in some[0])
       compared = [_share([m[n] for m in some], [m[half] for m in less]) if half in less[0] else "-" for n, half in pairs]
@@ -177,9 +178,14 @@ CURVES = {
   "LP-Comp, not tuned for": ("base_frames", "wide", "progressive"), "LP-Comp after SCT": ("tune_progressive_{seed}", "wide", "progressive"),
   "the early schedule after SCT": ("tune_early_{seed}", "wide", "early"),
 }  # fmt: skip
+LONGER_CURVES = {
+  "no compression, 1,200 steps": ("longer_none_{seed}", "wide", "none"), "LP-Comp, 1,200 steps": ("longer_progressive_{seed}", "wide", "progressive"),
+  "the early schedule, 1,200 steps": ("longer_early_{seed}", "wide", "early"),
+}  # fmt: skip
 LESS = (  # curves that are compared, the second one with a part of the frames; half of them, without compression, are about as many tokens
   ("LP-Comp after SCT", "no compression, tuned", 1), ("LP-Comp after SCT", "no compression, tuned", 2),
   ("the early schedule after SCT", "LP-Comp after SCT", 1),
+  ("LP-Comp, 1,200 steps", "no compression, 1,200 steps", 1), ("LP-Comp, 1,200 steps", "no compression, 1,200 steps", 2),
 )  # fmt: skip
 
 
@@ -190,7 +196,7 @@ def longer(cells: Cells) -> str:
     of = lambda cell, rule, split=split, frames=frames: cells.seeds(f"{cell}_{rule}_{{seed}}", split, rule, *frames)
     for rule in ("none", "progressive", "early"):
       if long := of("longer", rule):
-        others = [of("tune", rule), *(of("longer", other) if other != rule else [] for other in ("none", "progressive"))]
+        others = [of("tune", rule), *(of("longer", other) if rule not in ("none", other) else [] for other in ("none", "progressive"))]
         less = [_share(long, other) if other else "-" for other in others]
         out.append([films_of, rule, _share(others[0]), _share(long), *less, f"{len(others[0])} and {len(long)}"])
   return rows(["films of", "rule", "400 steps", "1,200 steps", "gained", "less none, as long", "less progressive, as long", "seeds"], out)
