@@ -1,9 +1,11 @@
 """Files and folders appear whole or not at all; commands end with a line and a code."""
 
+import io
 import json
 import pathlib
 
 import pytest
+from tqdm import tqdm
 
 from xcomp_jax import files
 
@@ -68,3 +70,16 @@ def test_a_command_ends_with_one_line(capsys, error, kinds, code, said):
 def test_a_fault_of_the_program_keeps_its_trace():
   with pytest.raises(ImportError), files.command():
     raise ImportError("a bug")
+
+
+def test_a_progress_bar_of_a_command_starts_no_thread(monkeypatch):
+  # Ctrl-C while tqdm waits for its thread to start is an error of the thread's to tqdm, which goes on.
+  started = []
+  monkeypatch.setattr("tqdm.std.TMonitor", lambda *args: started.append(args))
+  monkeypatch.setattr(tqdm, "monitor_interval", 10)
+  monkeypatch.setattr(tqdm, "monitor", None)
+  tqdm(total=1, file=io.StringIO()).close()
+  assert len(started) == 1
+  with files.command():
+    tqdm(total=1, file=io.StringIO()).close()
+  assert len(started) == 1
