@@ -92,9 +92,8 @@ def test_a_training_step_is_timed_as_often_as_wanted():
   assert [bool(call()["finite"]) for _ in range(2)] == [True, True]
 
 
-@pytest.mark.slow
-def test_all_rows_without_the_libraries_of_data(tmp_path):
-  """As on a machine that has only jax, flax, optax, orbax, numpy and jaxtyping."""
+def without_the_libraries_of_data(*arguments) -> subprocess.CompletedProcess:
+  """The benchmark as on a machine that has only jax, flax, optax, orbax, numpy and jaxtyping."""
   absent = ("cv2", "grain", "tensorflow_datasets", "array_record", "ml_collections", "tokenizers", "safetensors")
   absent += ("huggingface_hub", "tokamax", "tensorboardX", "pebble", "PIL", "tqdm", "matplotlib", "tensorstore_")
   script = f"""
@@ -104,9 +103,19 @@ class Absent:
     if name.split(".")[0] in {absent!r}: raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Absent())
 from xcomp_jax import bench
-bench.main(["--preset=smoke", "--runs=1", "--out", {str(tmp_path / "out.json")!r}])
+bench.main({["--preset=smoke", *map(str, arguments)]!r})
 """
-  done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=900)
+  return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=900)
+
+
+def test_it_begins_without_the_libraries_of_data():
+  done = without_the_libraries_of_data("--frames=12")
+  assert done.returncode == 1 and "multiples of 8" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_all_rows_without_the_libraries_of_data(tmp_path):
+  done = without_the_libraries_of_data("--runs=1", "--out", tmp_path / "out.json")
   assert done.returncode == 0, done.stderr
   rows = json.loads((tmp_path / "out.json").read_text())["rows"]
   assert {"SCT on features, mix", "SCT on frames, mix", "select local, the question's rows"} <= set(rows)

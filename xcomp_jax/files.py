@@ -12,8 +12,6 @@ import uuid
 from collections.abc import Generator
 from typing import Any
 
-from tqdm import tqdm
-
 
 def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.Path:
   """A path of this machine.
@@ -138,7 +136,10 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     errors: kinds that are the user's, beside ValueError and OSError.
     interrupted: what is said after Ctrl-C.
   """
-  tqdm.monitor_interval = 0  # an interrupt that comes while tqdm starts its thread of this is taken for the thread's error, and lost
+  with contextlib.suppress(ModuleNotFoundError):  # the benchmarks run without it
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # an interrupt that comes while tqdm starts its thread of this is taken for the thread's error, and lost
   try:
     yield
   except (ValueError, OSError, *errors) as error:
