@@ -14,7 +14,7 @@ import pathlib
 from ml_collections import ConfigDict, FieldReference
 
 STAGES = {  # learning rate, films in a batch, epochs, tower trained, frames and text of the only bucket: more of them would be filled with padding
-  "see": (3e-3, 16, 1, True, (2,), (64,)),  # one shot to describe
+  "see": (3e-3, 16, 2, True, (2,), (64,)),  # one shot to describe; the tower is frozen as it is then
   "answer": (2e-3, 8, 2, False, (6,), (160,)),  # questions about two or three: which one is asked about has to be found
   "tell": (2e-3, 8, 2, False, (6,), (160,)),  # the same and descriptions, without which motion is forgotten
   "again": (2e-3, 8, 2, False, (6,), (160,)),  # both, at the full rate: digits, motion and order are found late
