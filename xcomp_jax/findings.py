@@ -18,7 +18,7 @@ RESAMPLES = 4000
 # that is asked about, of order one with a colour that the question doesn't have. Who sees the shots can count them.
 CHANCE = {"needle": 1 / 6, "attribute": 1 / 4, "motion": 1 / 4, "order": 1 / 6, "count": 1 / 3, "whole": 1 / 4}
 ANY_SHOT = {"needle": 0.26, "attribute": 0.49, "motion": 0.45, "order": 0.32, "count": 1, "whole": 0.60}
-LONGER = ("none", "progressive", "early")  # rules that were also tuned for 1,200 steps
+LONGER = ("none", "progressive", "early")  # rules that are also tuned for 1,200 steps, and measured with ever more clips
 SINGLE = np.isin(KINDS, ("needle", "attribute", "motion"))  # kinds that need one scene
 
 

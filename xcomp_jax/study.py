@@ -31,7 +31,6 @@ from xcomp_jax.miniature import BASE, PRESETS, Study, differences, rule, train_b
 
 CELLS, PAGE, FIGURES = "docs/study", pathlib.Path("docs/STUDY.md"), pathlib.Path("docs/figures")
 WIDE = (3, 6, 12, 18, 24)  # clips that are taken of a film of 24
-WIDE_RULES = ("none", "progressive", "early")  # rules that are measured with ever more clips
 # Modes of QC-Comp that are compared, by the question's rows or the answer's.
 MODES = {
   "window": ("global", "global_answer"),
@@ -67,7 +66,7 @@ def cells(study: Study) -> Iterator[Cell]:
       splits = ["long", *window]
       yield Cell(f"select_{name}_{seed}", ["tuning", *splits], [name], functools.partial(_selections, study, name, seed, splits))
   for seed in preset.seeds if preset.longer else ():
-    for name in WIDE_RULES:
+    for name in findings.LONGER:
       do = functools.partial(_tuning, study, name, seed, (name,), preset.longer)
       yield Cell(f"longer_{name}_{seed}", ["tuning", "heldout", *wide], (name,), do, preset.longer)
   for seed in preset.seeds if preset.hour else ():
@@ -77,7 +76,7 @@ def cells(study: Study) -> Iterator[Cell]:
 def _tuning(study: Study, name: str, seed: int, under: Sequence[str], epochs: int = 1) -> dict[str, Any]:
   model = study.tuned(name, seed, epochs)
   out: dict[str, Any] = {"heldout": {other: measured(study, model, rule(other), "heldout") for other in under}}
-  if study.preset.wide and name in WIDE_RULES:
+  if study.preset.wide and name in findings.LONGER:
     out["wide"] = {name: _by_frames(study, model, name)}
   return out
 
