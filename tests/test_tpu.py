@@ -6,11 +6,14 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xcomp_jax import cost, plan, programs, sharding, steps
+from xcomp_jax import absent, bench, cost, plan, programs, qc_comp, sharding, steps, weights
+from xcomp_jax import bench_parts as parts
 from xcomp_jax.config import MeshConfig, from_command_line
-from xcomp_jax.model.attention import attend
+from xcomp_jax.model.attention import Mask, attend
 
 pytestmark = pytest.mark.slow
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
@@ -49,13 +52,48 @@ def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads
   mesh = mesh_on(name)
   array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((4, *shape), dtype, sharding=sharding.batch_sharding(mesh))
   q, kv = array(length, heads, size), array(length, kv_heads, size)
-  run = lambda q, k, v, valid: attend(q, k, v, causal=causal, key_valid=valid, implementation="splash").astype(jnp.float32).sum()
+  run = lambda q, k, v, valid: attend(q, k, v, Mask(causal, valid), implementation="splash").astype(jnp.float32).sum()
   with jax.set_mesh(mesh), jax.default_matmul_precision(None):
     for function, kernels in ((run, 1), (jax.grad(run, (0, 1, 2)), 3)):
       compiled = jax.jit(function).lower(q, kv, kv, array(length, dtype=bool)).compile()
       assert compiled.as_text().count(KERNEL) == kernels
   one = length * heads * size * 2
   assert compiled.memory_analysis().temp_size_in_bytes < 40 * one  # linear in the length: scores would take 100 times as much
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["v5e:1x1", "v6e:1x1"])
+def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(name, dtype, monkeypatch):
+  released = parts.sized(str(bench.RELEASED), dtype)
+  llm = dataclasses.replace(released.llm, layers=2, width=512, mlp_width=1024, heads=4, vocab_size=2048)  # heads of the real size
+  cfg = dataclasses.replace(released, llm=llm, lp_comp=dataclasses.replace(released.lp_comp, schedule=(16, 9)))
+  (device,), handed = programs.topology(name), []
+  make = splash_attention_kernel.make_splash_mha
+  note = lambda mask, **more: handed.append(mask.shape) or make(mask, **more)
+  monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", note)
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), [device])
+  here = lambda tree: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.replicated(mesh)), tree)
+
+  def compiled(run, *args):
+    """Results as shapes, kernels in the compiled program, and the [L, S] of their masks."""
+    handed.clear()
+    traced = jax.jit(run).trace(*map(here, args))
+    return traced.out_info, traced.lower().compile().as_text().count(KERNEL), [shape[-2:] for shape in handed]
+
+  with absent.computing_on([device]), jax.set_mesh(mesh), jax.default_matmul_precision("highest" if dtype == "float32" else None):
+    part = parts.prefill(cfg, 128, 14 + 96, real=False, room=8)
+    state, kernels, masks = compiled(part.run, *part.args)
+    assert kernels == 2 and masks == [(2304, 2304), (1280, 1280)]  # 14 + 128 x 16 + 96 in three blocks, and x 9 in two
+    assert compiled(parts.decode(cfg, 8), part.args[0], state)[1:] == (0, [])  # one row against all keys
+    graph, params = nnx.split(weights.abstract(parts.without_tower(cfg)))
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
+    setting = dataclasses.replace(qc_comp.setting("aligned", 64), layers=(0, 27))
+    plan = qc_comp.plan(128, 8, setting)
+    watch, score = parts.scoring(graph, plan, setting, 1)
+    features = jax.ShapeDtypeStruct((1, plan.frames // 8, 128, cfg.vision.width), dtype)
+    caches, kernels, masks = compiled(watch, params, features)
+    assert kernels == 1 and masks == [(2304, 2304)]  # of the last scored layer the keys are enough
+    assert compiled(score, params, caches)[1:] == (0, [])  # the question's few rows
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

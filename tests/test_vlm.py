@@ -1,5 +1,4 @@
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ from flax import nnx
 
 from xcomp_jax.config import LPCompConfig, MeshConfig
 from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
-from xcomp_jax.model import attention, vlm
-from xcomp_jax.model.attention import attend
+from xcomp_jax.model import vlm
 from xcomp_jax.model.decoder import Lengths
 from xcomp_jax.sharding import make_mesh
 
@@ -59,7 +57,6 @@ def test_gradients_of_a_mixed_batch_are_the_sum_of_those_alone(tiny, mixed, clip
 
 
 def test_sharded_over_eight_devices_equals_one(tiny, mixed):
-  from xcomp_jax.config import MeshConfig
   from xcomp_jax.sharding import batch_sharding, param_shardings
 
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
@@ -149,73 +146,6 @@ def test_a_spec_and_its_fake_have_the_shapes_of_a_batch(mixed):
   spec = batch_spec(bucket, 3, ((8, 48, 48, 3), np.dtype(np.uint8)))
   for made in (collate(mixed, bucket), fake_batch(spec, vocab_size=64)):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(lambda a: (a.shape, a.dtype), spec)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("implementation", ["xla_chunked", "tiled", "auto"])
-def test_attention_in_pieces_equals_the_oracle(causal, implementation):
-  slots = 1100 if implementation == "auto" else 600  # more than a tile, no multiple of one; auto is in pieces from 1,024
-  q, k, v = (jax.random.normal(jax.random.key(i), (2, slots, heads, 8)) for i, heads in enumerate((4, 2, 2)))
-  valid = jnp.arange(slots) < jnp.array([[slots], [317]])
-  run = lambda how: lambda q, k, v: attend(q, k, v, causal=causal, key_valid=valid, implementation=how)
-  close(run(implementation)(q, k, v), run("einsum")(q, k, v))
-  grads = lambda how: jax.grad(lambda *a: jnp.sin(run(how)(*a)).sum(), (0, 1, 2))(q, k, v)
-  jax.tree.map(close, grads(implementation), grads("einsum"))
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_scores_far_above_those_of_the_last_tile(causal):
-  q, k, v = (jax.random.normal(jax.random.key(i), (1, 900, 2, 8)) for i in range(3))
-  k = k.at[:, 5].multiply(300)  # e to the hundreds times the weight of others: no number of float32
-  run = jax.jit(lambda how: attend(q, k, v, causal=causal, implementation=how), static_argnums=0)
-  close(run("tiled"), run("einsum"))
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_tpu_kernel_equals_the_oracle(causal):
-  slots = 1300  # in two blocks of 768
-  q, k, v = (jax.random.normal(jax.random.key(i), (2, slots, heads, 8)) for i, heads in enumerate((4, 2, 2)))
-  valid = jnp.arange(slots) < jnp.array([[slots], [317]])
-  kernel = lambda q, k, v: attention._splash(q, k, v, valid, causal, interpret=True)
-  oracle = lambda q, k, v: attend(q, k, v, causal=causal, key_valid=valid, implementation="einsum")
-  shown = lambda out: jnp.where(valid[:, :, None, None], out, 0)  # rows of padding are garbage
-  close(shown(kernel(q, k, v)), shown(oracle(q, k, v)))
-  grads = lambda how: jax.grad(lambda *a: jnp.sin(shown(how(*a))).sum(), (0, 1, 2))(q, k, v)
-  jax.tree.map(close, grads(kernel), grads(oracle))
-
-
-@pytest.mark.parametrize("kv_heads", [2, 1])  # of which a tensor axis of two splits one
-def test_kernels_run_on_every_device_of_a_mesh(kv_heads):
-  q, k, v = (jax.random.normal(jax.random.key(i), (4, 500, heads, 8)) for i, heads in enumerate((4, kv_heads, kv_heads)))
-  valid = jnp.arange(500) < jnp.array([[500], [317], [500], [1]])
-  run = jax.jit(lambda how: attend(q, k, v, causal=True, key_valid=valid, implementation=how), static_argnums=0)
-  alone = run("einsum")
-  with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2, 1))):
-    program = jax.jit(lambda q, k, v: attend(q, k, v, causal=True, key_valid=valid, implementation="xla_chunked"))
-    close(program(q, k, v), alone)
-    assert "4,500,4,8" not in program.lower(q, k, v).compile().as_text().split("ENTRY")[0]  # no device has it all
-
-
-def test_a_gpu_without_the_kernel_library_still_attends(monkeypatch):
-  q, k = jax.random.normal(jax.random.key(0), (1, 1100, 2, 8)), jax.random.normal(jax.random.key(1), (1, 1100, 1, 8))
-  oracle = attend(q, k, k, causal=True, implementation="einsum")
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setitem(sys.modules, "tokamax", None)
-  with pytest.warns(UserWarning, match="pip install tokamax"):
-    close(attend(q, k, k, causal=True), oracle)
-
-
-@pytest.mark.parametrize("implementation", ["einsum", "tiled", "xla_chunked"])
-def test_rows_after_a_sequence_attend_as_within_it(implementation):
-  q, k, v = (jax.random.normal(jax.random.key(i), (1, 700, heads, 8)) for i, heads in enumerate((4, 2, 2)))
-  whole = attend(q, k, v, causal=True, implementation="einsum")
-  close(attend(q[:, 400:], k, v, causal=True, implementation=implementation), whole[:, 400:])
-
-
-def test_causal_attention_of_more_rows_than_keys_is_refused():
-  q, k = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 3, 2, 8))
-  with pytest.raises(ValueError, match="more queries"):
-    attend(q, k, k, causal=True)
 
 
 def test_a_group_that_does_not_divide_a_clip_is_refused(tiny, mixed):

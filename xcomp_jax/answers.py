@@ -38,7 +38,7 @@ from xcomp_jax.files import local, one_line, write_json
 from xcomp_jax.reader import Reader
 
 # Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that "auto" stands for.
-FREE = ("checkpoint", "clips_per_chunk", "clip_frames")
+FREE = ("checkpoint", "clips_per_chunk", "clip_frames", "attention")
 ADDED = {"rows": "question"}  # settings that older folders do not have, and what they were made with
 PACKAGES = ("xcomp_jax", "jax", "jaxlib", "flax", "numpy", "opencv-python-headless", "pillow", "tokenizers")
 

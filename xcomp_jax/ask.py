@@ -22,7 +22,7 @@ from xcomp_jax import encode, files, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.reader import Reader, keep_compiled, options, prepare, settings
+from xcomp_jax.reader import Reader, options, prepare, settings
 
 
 def say(text: str) -> None:
@@ -142,7 +142,7 @@ def answer(args: argparse.Namespace) -> None:
   Raises:
     CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad arguments, by name.
   """
-  keep_compiled(args.compilation_cache)
+  files.keep_compiled(args.compilation_cache)
   reader = prepare(settings(args))
   page = pathlib.Path(args.report) if args.report else None
   check_target("--report", args.report)
@@ -161,6 +161,7 @@ def answer(args: argparse.Namespace) -> None:
   model = reader.load()
   spent["loading"] = time.perf_counter() - begun
   say(f"{args.checkpoint}: loaded in {spent['loading']:.1f} s; LP-Comp {reader.cfg.lp_comp.keep}, {jax.devices()[0].device_kind}")
+  say(reader.introduce())
   with reader.precision():
     film = encoded(args, reader, model, sample, spent)
     kept_rounds = len(fixed) != 1 and not args.forget_rounds

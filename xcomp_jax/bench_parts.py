@@ -152,21 +152,25 @@ def prefill(cfg: VLMConfig, frames: int, text: int, compressed: bool = True, rea
   return Part(run, (state, x), useful, frames, "frames")
 
 
+def decode(cfg: VLMConfig, tokens: int) -> Callable:
+  """A function (state, what `prefill` leaves) -> so many tokens int32[B, tokens]."""
+  graph, _ = _random(without_tower(cfg), False)
+  sampling = generate.Sampling(tokens, ())
+  return lambda params, state: generate.decode(nnx.merge(graph, params), state, sampling, tokens)[0]
+
+
 def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: int = 1) -> Part:
   """So many tokens of answers, one after the other, behind so many frames each; a token is a product with every parameter."""
   begun = prefill(cfg, frames, text, room=tokens)
-  graph, _ = _random(without_tower(cfg), False)
   state = dataclasses.replace(_ones(begun.run, *begun.args), free=jnp.int32(tokens))
   state = jax.tree.map(lambda a: a.repeat(answers, 0) if a.ndim else a, state)
-  sampling = generate.Sampling(tokens, ())
-  run = lambda params, state: generate.decode(nnx.merge(graph, params), state, sampling, tokens)[0]
   m = cfg.llm
   heads = (m.heads + 2 * m.kv_heads) * m.head_dim + m.heads * m.head_dim
   keys = sum(cache.key.shape[1] for cache in state.caches)
   useful = 2.0 * m.layers * m.width * (heads + 3 * m.mlp_width) + 2.0 * m.width * m.vocab_size + 4.0 * keys * m.heads * m.head_dim
   held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))  # all of it for every token
   tokens_of_all = tokens * answers
-  return Part(run, (begun.args[0], state), tokens_of_all * useful, tokens_of_all, "tokens", bytes=float(tokens * held))
+  return Part(decode(cfg, tokens), (begun.args[0], state), tokens_of_all * useful, tokens_of_all, "tokens", bytes=float(tokens * held))
 
 
 def asked_tokens() -> Prompt:

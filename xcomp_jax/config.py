@@ -89,6 +89,7 @@ class LLMConfig:
 
 
 Dtype = Literal["bfloat16", "float32"]
+Attention = Literal["auto", "einsum", "flash", "mosaic", "triton", "splash", "xla_chunked", "tiled"]  # see `attention.attend`
 Keep = Literal["suffix", "uniform", "stride", "avgpool", "none", "attention"]
 
 
@@ -116,7 +117,7 @@ class ModelConfig:
   dtype: Dtype  # of the computation
   param_dtype: Dtype  # of trained parameters and optimizer state
   clips_per_chunk: int  # clips of a sample in the tower at once; bounds peak memory
-  attention: Literal["auto", "einsum", "flash", "splash", "xla_chunked", "tiled"]
+  attention: Attention
   remat: bool  # recompute each layer's activations in the backward pass
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from xcomp_jax import files, tasks
 from xcomp_jax.answers import Answers, AnswersError, Wanted, parse_share, run
-from xcomp_jax.reader import keep_compiled, options, prepare, settings
+from xcomp_jax.reader import options, prepare, settings
 from xcomp_jax.tasks import TASKS, Question, Task, TaskError
 
 PAPER_FRAMES = {"lvbench": 2048, "mlvu": 1024, "videomme_long": 512, "longvideobench": 256}  # selected; Table B
@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
   Raises:
     CheckpointError, ConfigError, TaskError, AnswersError, OSError: bad arguments, by name.
   """
-  keep_compiled(args.compilation_cache)
+  files.keep_compiled(args.compilation_cache)
   for name in ("limit", "devices", "batch"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       raise AnswersError(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -130,6 +130,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
   questions, about = read_questions(args, task)
   asked = wanted(questions, pathlib.Path(args.videos))
   reader = prepare(settings(args))
+  print(reader.introduce(), file=sys.stderr)
   how = {name: getattr(args, name) for name in ("batch", "devices", "each_alone")}
   answers = Answers(out, reader, share, how=how)
   with answers:

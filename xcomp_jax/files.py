@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Generator
 from typing import Any
@@ -121,6 +122,31 @@ def locked(file: str | os.PathLike, taken: Exception) -> Generator[None]:
     except OSError:  # no locks here
       pass
     yield
+
+
+def keep_compiled(folder: str | None, instead: bool = False) -> None:
+  """Has JAX keep compiled programs in a folder; where that can't be written, it says so in a line and keeps none.
+
+  instead: of one that is set already, by the environment.
+  """
+  import jax
+
+  set_before = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]  (made at run time)
+  wanted = set_before if set_before and not (folder and instead) else folder
+  if not wanted:
+    return
+  if not (bucket := "://" in wanted):
+    wanted = os.path.abspath(os.path.expanduser(wanted))
+  try:
+    if not bucket:
+      os.makedirs(wanted, exist_ok=True)
+      with tempfile.TemporaryFile(dir=wanted):
+        pass
+  except OSError as error:
+    print(f"compiled programs are not kept: {wanted} can't be written: {error.strerror or error}", file=sys.stderr)
+    wanted = None
+  if wanted != set_before:
+    jax.config.update("jax_compilation_cache_dir", wanted)
 
 
 def one_line(error: BaseException | str) -> str:

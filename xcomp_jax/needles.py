@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from xcomp_jax.answers import Answers, parse_share
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.reader import Reader, keep_compiled, options, prepare, settings
+from xcomp_jax.reader import Reader, options, prepare, settings
 
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -288,8 +289,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     NeedleError, VideoError, CheckpointError, ConfigError, AnswersError, OSError: bad arguments, by name.
   """
   check(args)
-  keep_compiled(args.compilation_cache)
+  files.keep_compiled(args.compilation_cache)
   share, reader, out = parse_share(args.share), prepare(settings(args)), pathlib.Path(args.out)
+  print(reader.introduce(), file=sys.stderr)
   reader.check_clips()
   needles = hidden_things(args, reader)
   if not needles:

@@ -21,7 +21,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -29,6 +29,7 @@ import PIL
 import tqdm
 from absl import app, flags, logging
 
+from xcomp_jax.config import Attention
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
@@ -44,6 +45,7 @@ class Tower:
   features: store.Features
   settings: dict[str, Any]  # what else decides their last bits
   encode: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]  # clips to bfloat16[N, D]
+  about: str = ""  # what it computes with, in a line
 
 
 def predecode(
@@ -135,7 +137,7 @@ def predecode(
     return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
 
 
-def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int) -> Tower:
+def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int, attention: Attention = "auto") -> Tower:
   """The tower of a checkpoint (directory, hub id, or export), whose merged tokens are taken before the projector.
 
   Raises:
@@ -147,10 +149,14 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int) -> Tow
 
   from xcomp_jax import encode, weights
   from xcomp_jax.config import COSINE, ModelConfig
+  from xcomp_jax.model import attention as attending
+  from xcomp_jax.model import kernels
 
   directory = weights.resolve(checkpoint)
-  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk, "auto", remat=False)
+  attending.check(attention)
+  card = kernels.here()
+  dtype = kernels.compute_dtype(card)
+  model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk, attention, remat=False)
   cfg = weights.read_config(directory, model, COSINE)  # of the LLM, which is not run
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size
@@ -158,13 +164,15 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int) -> Tow
   vlm = weights.load(directory, cfg, dtype=dtype)
   features = store.Features(encode.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
   how = {"computed_in": dtype, "clips_per_chunk": clips_per_chunk, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+  if card.platform == "gpu":
+    how |= {"attention": attending.describe(cfg)}  # before there was a rule some of its kernels gave other numbers
 
   def run(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
       for one in encode.encode_clips(vlm, clips):
         yield one.astype(ml_dtypes.bfloat16)
 
-  return Tower(features, how, run)
+  return Tower(features, how, run, attending.describe(cfg))
 
 
 def _spool_features(work: Work, job: int, tower: Tower) -> None:
@@ -355,6 +363,7 @@ def _define_flags() -> None:
   flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
   flags.DEFINE_string("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
   flags.DEFINE_integer("clips_per_chunk", 4, "with --features: clips in the tower at once; bounds memory", 1)
+  flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: what is fastest on the device")
   flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
   flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)
   flags.DEFINE_integer("samples_per_shard", 64, "annotations in one file of clips", 1)
@@ -373,7 +382,9 @@ def _make(f) -> None:
   if f.features and (f.checkpoint is None or f.frames != "raw" or f.beam is not None):
     raise ValueError("--features needs --checkpoint DIR, and goes neither with --frames jpeg nor with --beam")
   settings = Settings(f.image_size, f.max_frames, f.min_frames, f.fps, f.clip_frames)
-  tower = load_tower(f.checkpoint, settings, f.clips_per_chunk) if f.features else None
+  tower = load_tower(f.checkpoint, settings, f.clips_per_chunk, f.attention) if f.features else None
+  if tower:
+    print(tower.about, file=sys.stderr)
   info = predecode(
     f.mixture, f.out, settings, root=f.root, subset=f.subset, workers=f.workers, samples_per_shard=f.samples_per_shard,
     skip_bad=f.skip_bad, quality=f.quality if f.frames == "jpeg" else None, tower=tower, timeout=f.timeout,

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from xcomp_jax import cost, generate, metrics, official, optim, sharding, steps, weights
+from xcomp_jax import absent, cost, generate, metrics, official, optim, sharding, steps, weights
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Batch, Bucket, batch_spec
@@ -155,8 +155,6 @@ def make(
   mesh = sharding.make_mesh(config.mesh, devices, config.train.batch_size, sharding.sequence_parts(full, config.data))
   sharding.check_mesh(mesh, full, config.data)
   steps.row_shares(mesh)  # refuses what training would
-  if where is not None and full.attention == "auto":  # which looks at the devices that are here
-    full = dataclasses.replace(full, attention="splash")
   bucket, rows = largest(config, full, mesh, frames, text)
   return Plan(config, cut(full, layers), full, mesh, cost.device_of(devices), bucket, rows, effort)
 
@@ -245,8 +243,9 @@ def executed_flops(cfg: VLMConfig, jaxpr: Any) -> cost.Flops:
 
 @contextlib.contextmanager
 def inside(plan: Plan) -> Generator[None]:
-  """The mesh and the precision that training has."""
-  with jax.set_mesh(plan.mesh), jax.default_matmul_precision("highest" if plan.cfg.dtype == "float32" else None):
+  """The devices, the mesh and the precision that training has."""
+  precision = "highest" if plan.cfg.dtype == "float32" else None
+  with absent.computing_on(list(plan.mesh.devices.flat)), jax.set_mesh(plan.mesh), jax.default_matmul_precision(precision):
     yield
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from xcomp_jax import chat, encode, generate, qc_comp, weights
 from xcomp_jax.config import (
   COSINE,
+  Attention,
   ConfigError,
   Dtype,
   Keep,
@@ -24,6 +25,7 @@ from xcomp_jax.config import (
   VLMConfig,
 )
 from xcomp_jax.data import prompt, video
+from xcomp_jax.model import attention, kernels
 from xcomp_jax.model.vlm import VLM
 
 TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stretched
@@ -48,6 +50,7 @@ class Settings:
   keep: Keep | None
   schedule: str | None
   dtype: Dtype | None
+  attention: Attention
   max_new_tokens: int
   repetition_penalty: float
   temperature: float
@@ -75,7 +78,8 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--clips-per-chunk", type=int, default=4, help="clips in the tower at once; bounds memory")
   add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
-  add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
+  add("--dtype", choices=get_args(Dtype), help="default: bfloat16, but float32 on CPUs and on GPUs older than Ampere, such as a T4")
+  add("--attention", choices=get_args(Attention), default="auto", help="which implementation; auto: what is fastest on the device")
   add("--max-new-tokens", type=int, default=64)
   add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
   add("--temperature", type=float, default=0.0, help="0: the most probable token each time")
@@ -95,12 +99,6 @@ def default(checkpoint: str, **changes) -> Settings:
   parser = argparse.ArgumentParser()
   options(parser)
   return dataclasses.replace(settings(parser.parse_args(["--checkpoint", checkpoint])), **changes)
-
-
-def keep_compiled(folder: str | None) -> None:
-  """Has JAX keep compiled programs in a folder, unless another one is set already."""
-  if folder and jax.config.jax_compilation_cache_dir is None:  # ty: ignore[missing-attribute]  (made at run time)
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +143,10 @@ class Reader:
       path, size=self.cfg.vision.image_size, max_frames=s.max_frames, min_frames=s.min_frames, fps=s.fps,
       clip_frames=SAMPLED_CLIP, style="ask", start=start, end=end, read_type=read_type,
     )  # fmt: skip
+
+  def introduce(self) -> str:
+    """What it computes with, in a line."""
+    return attention.describe(self.cfg)
 
   def check_clips(self) -> None:
     """Sees to it that sampled clips are whole clips of the tower.
@@ -224,12 +226,13 @@ def prepare(s: Settings) -> Reader:
   directory = weights.resolve(s.checkpoint)
   tuned = weights.read_lp_comp(directory) or COSINE
   lp_comp = LPCompConfig(s.schedule or tuned.schedule, s.keep or tuned.keep, tuned.group)
-  dtype = s.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+  attention.check(s.attention)
+  dtype = s.dtype or kernels.compute_dtype(kernels.here())
   clip_frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
   if s.clips_per_chunk < 1 or (type(clip_frames) is int and clip_frames < 1) or (s.yarn is not None and s.yarn < 1):
     raise ConfigError("--clips-per-chunk, --clip-frames and --yarn must be at least 1")
   yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
-  cfg = weights.read_config(directory, ModelConfig(clip_frames, yarn, dtype, dtype, s.clips_per_chunk, "auto", remat=False), lp_comp)
+  cfg = weights.read_config(directory, ModelConfig(clip_frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False), lp_comp)
   tokenizer = weights.read_tokenizer(directory, cfg)
   select = qc_comp.setting(s.mode, s.select, s.repeat, s.rows) if s.select else None
   if select and lp_comp.keep == "attention":

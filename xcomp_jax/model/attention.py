@@ -1,9 +1,10 @@
 """Attention: one function, a reference in plain einsum, and memory-linear implementations of the same numbers."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from xcomp_jax.config import Attention, ConfigError, VLMConfig
+from xcomp_jax.data.batch import Leaf
+from xcomp_jax.model import kernels
 from xcomp_jax.sharding import constrain, split
 
+IMPLEMENTATIONS = get_args(Attention)
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 TILE = 384  # queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for nothing
 LARGE = 1e30  # sum of weights that float32 holds with room to spare
 BLOCK = 128  # queries whose scores with all keys exist at once, in gradients on a CPU
 ROWS = 2048  # of queries of a split sequence that see their keys through one mask
 TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
+LONG = 16384  # slots of the LLM for 1,024 frames without text
 ATTENDED = "attended"  # name of what attention gives, for `remat`
 
 
@@ -32,13 +38,25 @@ def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
   return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+  """Who sees what, of L queries and S keys.
+
+  causal: rows are the last L of the S slots, and see those up to their own. valid: bool[B, S], False for padding keys; None: all
+  count. A row that may see no key returns finite garbage.
+  """
+
+  causal: bool = dataclasses.field(metadata={"static": True})
+  valid: Leaf = None
+
+
 def attend(
   q: Float[Array, "B L H h"],
   k: Float[Array, "B S K h"],
   v: Float[Array, "B S K h"],
+  mask: Mask,
   *,
-  causal: bool,
-  key_valid: Bool[Array, "B S"] | None = None,
   implementation: str = "auto",
 ) -> Float[Array, "B L H h"]:
   """Softmax attention with grouped key/value heads; scores and softmax in float32, scale h**-0.5.
@@ -50,11 +68,10 @@ def attend(
     q: [B, L, H, h].
     k: [B, S, K, h], H a multiple of K.
     v: [B, S, K, h].
-    causal: rows are the last L of the S slots, and see those up to their own.
-    key_valid: bool[B, S], False for padding keys; None: all valid. A row that may see no key returns garbage.
-    implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs), "splash" (TPUs),
-      "xla_chunked" (any backend), "tiled" (any backend, and a causal half is left out, which makes it the fastest on
-      CPUs); or "auto", which takes "tiled" on GPUs too where tokamax is not installed.
+    mask: who sees what.
+    implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs: `kernels.choose` says which kernel),
+      "mosaic", "triton" (that one), "splash" (TPUs), "xla_chunked" (any backend), "tiled" (any backend, and a causal half is left
+      out, which makes it the fastest on CPUs); or "auto": einsum for few queries, else what is fastest on the device.
 
   Returns:
     [B, L, H, h] in q's dtype.
@@ -63,41 +80,77 @@ def attend(
     ValueError: causal attention of more queries than keys, or an unknown implementation.
   """
   L, S = q.shape[1], k.shape[1]
+  causal, valid = mask.causal, mask.valid
   if causal and L > S:
     raise ValueError(f"causal attention of {L} queries over {S} keys: there can't be more queries")
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"attention implementation {implementation!r}: known are {', '.join(IMPLEMENTATIONS)}")
   if implementation == "auto":
-    # A small score matrix is the fastest to compile and to run, but half of a causal one is for nothing.
-    backend = jax.default_backend()
-    small = L <= TILE or (L * S <= 1024 * 1024 and not (causal and backend == "cpu"))
-    implementation = "einsum" if small else fastest()
+    implementation = automatic(L, S, causal, kernels.here())
   if L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled"):
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
     if causal:
       k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
-    return _einsum(q, k, v, causal, key_valid)
+    return _einsum(q, k, v, causal, valid)
   if implementation == "tiled" and causal and split((None, "sequence"), q.shape)[1]:
     implementation = "xla_chunked"  # tiles are laid out for a whole sequence
   if implementation == "tiled":
-    valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
+    valid = jnp.ones(k.shape[:2], bool) if valid is None else valid
     return checkpoint_name(_tiled(q, k, v, valid, causal), ATTENDED)
   if implementation == "splash":
-    return _splash(q, k, v, key_valid, causal)
-  if implementation not in KERNELS:
-    raise ValueError(f"attention implementation {implementation!r}: known are auto, einsum, tiled, splash, {', '.join(KERNELS)}")
-  return _flash(q, k, v, key_valid, causal, implementation)
+    return _splash(q, k, v, valid, causal)
+  return _flash(q, k, v, valid, causal, implementation)
 
 
-def fastest() -> str:
-  """The implementation that "auto" takes for long sequences on this process's devices."""
-  if jax.default_backend() in ("cpu", "tpu"):
-    return {"cpu": "tiled", "tpu": "splash"}[jax.default_backend()]
-  try:
-    import tokamax  # noqa: F401
-  except ImportError:
+def automatic(L: int, S: int, causal: bool, card: kernels.Card) -> str:
+  """The implementation that "auto" takes for L queries and S keys on a device."""
+  # A small score matrix is the fastest to compile and to run, but half of a causal one is for nothing.
+  if L <= TILE or (L * S <= 1024 * 1024 and not (causal and card.platform == "cpu")):
+    return "einsum"
+  if card.platform == "gpu" and kernels.library() is None:
     warnings.warn("no tokamax, so attention runs without kernels, slowly; `pip install tokamax`", stacklevel=2)
     return "tiled"
-  return "flash"
+  return {"tpu": "splash", "gpu": "flash"}.get(card.platform, "tiled")
+
+
+def check(implementation: str) -> None:
+  """Refuses an implementation that this process's device can't run.
+
+  Raises:
+    ConfigError: it can't.
+  """
+  card = kernels.here()
+  if why := kernels.unusable(implementation, card, kernels.library()):
+    raise ConfigError(f"attention {implementation!r} on {card.kind}: {why}; auto takes what is fastest here")
+
+
+def describe(cfg: VLMConfig, gradient: bool = False) -> str:
+  """Says in a line what attention runs as on this process's device.
+
+  gradient: of the LLM's, in training.
+  """
+  card, version, v, llm = kernels.here(), kernels.library(), cfg.vision, cfg.llm
+  clip = v.tokens(cfg.clip_frames)
+  calls = {
+    "tower": kernels.Call(cfg.clips_per_chunk, clip, clip, v.heads, v.heads, v.width // v.heads, cfg.dtype, False, None, False),
+    "LLM": kernels.Call(1, LONG, LONG, llm.heads, llm.kv_heads, llm.head_dim, cfg.dtype, True, "keys", gradient),
+  }
+
+  def name(call: kernels.Call) -> str:
+    how = cfg.attention
+    if how == "auto":
+      how = automatic(call.queries, call.keys, call.causal, card)
+    if how == "flash" and version is not None:
+      how = kernels.rule(card, version, call) or "what compiles"
+    return f"{how} of tokamax {version}" if how in kernels.KERNELS else how
+
+  taken = {part: name(call) for part, call in calls.items()}
+  tower, long = taken["tower"], taken["LLM"]
+  how = tower if tower == long else f"{tower} in the tower, {long} in the LLM"
+  short = f"; einsum for {TILE} queries and fewer" if cfg.attention == "auto" else ""
+  slow = "" if cfg.dtype != "bfloat16" or card.bfloat16 or card.platform == "cpu" else f"; {card.kind} has no bfloat16, float32 is as fast"
+  return f"attention on {card.kind}, {cfg.dtype}: {how}{short}{slow}"
 
 
 def _parts(q, k, causal):
@@ -164,24 +217,38 @@ def _blocks(length: int) -> tuple[int, int]:
   return block, -(-length // block) * block
 
 
-Kernel = Literal["mosaic", "triton", "xla_chunked"]
-KERNELS: dict[str, tuple[Kernel, ...]] = {"flash": ("mosaic", "triton", "xla_chunked"), "xla_chunked": ("xla_chunked",)}
-
-
-def _flash(q, k, v, key_valid, causal, implementation):
+def _flash(q, k, v, valid, causal, implementation):
+  """Kernels of tokamax, on every device's own part of the arrays."""
   mesh, queries, keys = _parts(q, k, causal)
+  masks = () if valid is None else (valid,)
+
+  def one(q, k, v, *masks):
+    if masks:
+      k, v, valid = _valid_key_first(k, v, *masks)
+      masks = (valid[:, None],)
+    if queries is not None and queries[1] is not None:
+      return _rows(q, k, v, *masks, first=jax.lax.axis_index(queries[1]) * q.shape[1], implementation=implementation)
+    return _kernel(q, k, v, *masks or (None,), causal, implementation)
+
   if mesh is None:
-    return _kernel(q, k, v, key_valid, causal, implementation)
-  if queries[1] is None:
-    one = lambda q, k, v, valid: _kernel(q, k, v, valid, causal, implementation)
-  else:
-    one = lambda q, k, v, valid: _rows(q, k, v, valid, jax.lax.axis_index(queries[1]) * q.shape[1], implementation)
-  valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
-  specs = queries, keys, keys, PartitionSpec(*keys[:1])
-  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, valid)
+    return one(q, k, v, *masks)
+  specs = queries, keys, keys, *(PartitionSpec(*keys[:1]) for _ in masks)
+  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, *masks)
 
 
-def _rows(q, k, v, key_valid, first, implementation):
+def _valid_key_first(k, v, valid):
+  """The same keys, but the first valid one of every sample stands in slot 0, where all rows see it.
+
+  A row that sees no key has NaN as gradient in kernels that mask with minus infinity, and through the products with it all
+  parameters have. Such are the rows before the first valid slot, and those of a sample that is all padding, whose slot 0 counts now.
+  """
+  first = jnp.argmax(valid, 1)
+  take = lambda x: x.at[:, 0].set(jnp.take_along_axis(x, first[:, None, None, None], 1)[:, 0])
+  slots = jnp.arange(valid.shape[1])
+  return take(k), take(v), (valid & (slots != first[:, None])) | (slots == 0)
+
+
+def _rows(q, k, v, mask=None, *, first, implementation):
   """Causal attention of rows from slot `first` on. The kernels know no such rows: a mask says what some of them see."""
   B, L = q.shape[:2]
   count = -(-L // ROWS)
@@ -190,26 +257,38 @@ def _rows(q, k, v, key_valid, first, implementation):
   @jax.checkpoint  # masks are not kept for the gradient
   def one(part):
     q, first = part
-    seen = jnp.arange(k.shape[1]) <= first + jnp.arange(size)[:, None]
-    return _kernel(q, k, v, key_valid, False, implementation, seen)
+    seen = (jnp.arange(k.shape[1]) <= first + jnp.arange(size)[:, None])[None]
+    return _kernel(q, k, v, seen if mask is None else mask & seen, False, implementation)
 
   q = jnp.pad(q, ((0, 0), (0, count * size - L), (0, 0), (0, 0))).reshape(B, count, size, *q.shape[2:])
   out = jax.lax.map(one, (jnp.moveaxis(q, 1, 0), first + jnp.arange(count) * size))
   return jnp.moveaxis(out, 0, 1).reshape(B, count * size, *out.shape[3:])[:, :L]
 
 
-def _kernel(q, k, v, key_valid, causal, implementation, seen=None):
-  import tokamax
-  from absl import flags
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _kernel(q, k, v, mask, causal, implementation):
+  """A kernel on what one device has; mask: bool[B or 1, L or 1, S] or None. Which one may hang on whether there is a gradient."""
+  return _chosen(q, k, v, mask, causal, implementation, gradient=False)
 
-  if not flags.FLAGS.is_parsed():  # tokamax reads them, and would parse a command line that is not absl's
-    flags.FLAGS.mark_as_parsed()
-  mask = None if key_valid is None else key_valid[:, None, None, :]
-  if seen is not None:
-    mask = seen if mask is None else mask & seen
-  return tokamax.dot_product_attention(
-    q, k, v, mask=mask, is_causal=causal, implementation=KERNELS[implementation]
-  ).astype(q.dtype)
+
+def _kernel_forward(q, k, v, mask, causal, implementation):
+  return jax.vjp(lambda q, k, v: _chosen(q, k, v, mask, causal, implementation, gradient=True), q, k, v)
+
+
+def _kernel_backward(causal, implementation, vjp, gradient):
+  return *vjp(gradient), None
+
+
+_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _chosen(q, k, v, mask, causal, implementation, gradient):
+  card, version, (B, L, H, h) = kernels.here(), kernels.library(), q.shape
+  assert version is not None  # `fastest` takes none of these without the library
+  kind = None if mask is None else "keys" if mask.shape[1] == 1 else "rows"
+  call = kernels.Call(B, L, k.shape[1], H, k.shape[2], h, str(q.dtype), causal, kind, gradient)
+  kernel = kernels.choose(card, version, call, kernels.compiles) if implementation == "flash" else implementation
+  return kernels.run(kernel, kernels.block(card, version, kernel), q, k, v, mask, causal)
 
 
 def tile_sizes(L: int, S: int, causal: bool) -> tuple[int, int]:

@@ -1,0 +1,278 @@
+"""Attention: implementations against the oracle, and what reaches the kernels of which device."""
+
+import dataclasses
+import sys
+
+import cards
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokamax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+from xcomp_jax import absent
+from xcomp_jax.config import MeshConfig
+from xcomp_jax.model import attention, kernels
+from xcomp_jax.model.attention import Mask, attend
+from xcomp_jax.sharding import make_mesh
+
+LENGTHS = (1, 7, 8, 14, 127, 128, 129, 255, 256, 257, 300)
+CLIPS = (784, 1025, 1568, 3136, 6272)  # tokens of a clip: 224 px with 4 frames, InternVideo2, 224/8, 448/4, 448/8
+FILMS = (14 + 8 * 16 + 96, 14 + 256 * 16 + 96, 14 + 1024 * 16 + 64)  # slots of the LLM after a prefix of 14
+LLM = kernels.Call(1, 16462, 16462, 12, 2, 128, "bfloat16", True, "keys", gradient=False)
+CLIP = kernels.Call(4, 6272, 6272, 16, 16, 64, "bfloat16", False, None, gradient=False)
+
+
+def close(got, want):
+  """Within 1e-5 of the largest absolute value."""
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.fixture
+def library(monkeypatch):
+  """A function (version) that has kernels believe in this tokamax."""
+  return lambda version: monkeypatch.setattr(kernels, "library", lambda: version)
+
+
+# --- which kernel --------------------------------------------------------------------------------------------------
+
+
+def rule(kind, version, call, **changes):
+  return kernels.rule(kernels.card_of(cards.gpu(kind)), version, dataclasses.replace(call, **changes))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("version", cards.VERSIONS)
+def test_the_kernel_of_each_card_is_one_that_compiles_for_it(version, gradient):
+  # docs/LOG.md has the table of what compiled, forward and gradient.
+  for call in (LLM, CLIP, dataclasses.replace(CLIP, size=88)):
+    of = lambda kind, **changes: rule(kind, version, call, gradient=gradient, **changes)  # noqa: B023
+    assert of("h200") == of("h100") == "mosaic"
+    assert of("a100") == of("l4") == "triton"
+    assert of("b200") == ("triton" if version == "0.0.12" and gradient else "mosaic")
+    assert of("t4") == of("t4", dtype="float32") == "xla_chunked"
+    assert of("h100", dtype="float32") == of("a100", dtype="float32") == of("b200", dtype="float32") == "triton"
+
+
+@pytest.mark.parametrize("size, forward, backward", [(64, "triton", "triton"), (88, "xla_chunked", "xla_chunked"), (128, "triton", "xla_chunked")])
+def test_float32_blocks_of_triton_must_fit_into_shared_memory(size, forward, backward):
+  of = lambda gradient: rule("l4", "0.0.12", CLIP, size=size, dtype="float32", gradient=gradient)
+  assert (of(False), of(True)) == (forward, backward)
+
+
+def test_few_rows_on_a_b200_are_not_split_by_their_keys():
+  of = lambda **changes: rule("b200", "0.0.17", CLIP, **changes)
+  assert of(batch=1, heads=8, queries=1025, keys=1025) == "triton" and of(batch=4, heads=8, queries=1025, keys=1025) == "mosaic"
+  assert of(batch=1, heads=1, causal=True) == "mosaic"
+
+
+def test_gpus_that_are_not_nvidias_get_no_kernel():
+  card = kernels.card_of(cards.Device("rocm", "AMD Instinct MI300X", "gfx942"))
+  assert card.platform == "gpu" and card.capability is None and card.bfloat16
+  assert kernels.rule(card, "0.0.12", CLIP) == "xla_chunked"
+
+
+@pytest.mark.parametrize("unknown", [
+  ("h100", "0.0.13", {}), ("h100", "0.1.0", {}), ("a100", "0.0.17", {"size": 96}), ("b200", "0.0.17", {"capability": (10, 3)}),
+  ("b200", "0.0.17", {"capability": (12, 0)}),
+])  # fmt: skip
+def test_what_no_rule_knows_is_tried(unknown):
+  kind, version, changes = unknown
+  call = dataclasses.replace(CLIP, **{key: value for key, value in changes.items() if key == "size"}, gradient=True)
+  card = kernels.card_of(cards.gpu(kind, **{key: value for key, value in changes.items() if key == "capability"}))
+  asked, answers = [], {"mosaic": False, "triton": True}
+
+  def compiles(kernel, call):
+    asked.append((kernel, call))
+    return answers[kernel]
+
+  tried = ["mosaic", "triton"] if card.capability >= (9, 0) else ["triton"]
+  assert kernels.choose(card, version, call, compiles) == "triton" and asked == [(kernel, call) for kernel in tried]
+  answers["triton"] = False
+  assert kernels.choose(card, version, call, compiles) == "xla_chunked"
+  answers["mosaic"] = True
+  assert kernels.choose(card, version, call, compiles) == ("mosaic" if "mosaic" in tried else "xla_chunked")
+  assert kernels.choose(card, version, dataclasses.replace(call, dtype="float32"), compiles) == "xla_chunked"
+
+
+def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_traced(monkeypatch, capsys):
+  forward, backward = dataclasses.replace(CLIP, batch=1, queries=30, keys=30, size=8, mask="keys"), []
+  backward = dataclasses.replace(forward, gradient=True)
+  handed = []
+
+  @jax.custom_vjp
+  def only_forward(q, k, v):
+    return q
+
+  def refuse(*_):
+    raise ValueError("exceeds shared memory\nand so on")
+
+  only_forward.defvjp(refuse, refuse)
+  monkeypatch.setattr(tokamax, "dot_product_attention", lambda q, k, v, **more: handed.append((q.shape, more)) or only_forward(q, k, v))
+
+  @jax.jit
+  def traced(x):
+    assert kernels.compiles("mosaic", forward) and kernels.compiles("mosaic", forward) and not kernels.compiles("mosaic", backward)
+    return x + 1
+
+  assert traced(1) == 2
+  assert [shape for shape, _ in handed] == [(1, 128, 16, 8)] * 2 and handed[0][1]["implementation"] == "mosaic"
+  said = capsys.readouterr().err
+  assert said.count("\n") == 1 and "mosaic does not compile" in said and "exceeds shared memory" in said
+
+
+# --- what reaches it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, version", [*((kind, "0.0.12") for kind in absent.GPUS), ("b200", "0.0.17")])
+def test_no_kernel_sees_a_length_that_is_not_whole_or_padding_without_a_mask(kind, version, library, monkeypatch):
+  handed, dtype = [], jnp.float32 if kind == "t4" else jnp.bfloat16
+  monkeypatch.setattr(tokamax, "dot_product_attention", cards.kernel(handed, computes=False))
+  library(version)
+  calls = [(length, causal) for length in range(1, 301) for causal in (True, False)]
+  calls += [(length, False) for length in CLIPS] + [(length, True) for length in FILMS]
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((16, *shape), dtype)
+  args = [(array(n, 12, 128), array(n, 2, 128), array(n, dtype=bool)) if causal else (array(n, 16, 64),) * 2 for n, causal in calls]
+
+  def every(args):
+    run = lambda q, k, *valid: attend(q, k, k, Mask(bool(valid), *valid), implementation="flash")
+    return [run(*each) for each in args]
+
+  with absent.computing_on([cards.gpu(kind)]):
+    out = jax.eval_shape(every, args)
+  assert [(x.shape, x.dtype) for x in out] == [(q.shape, dtype) for q, *_ in args]
+  wanted = {"a100": "triton", "l4": "triton", "t4": "xla_chunked"}.get(kind, "mosaic")
+  block = {"xla_chunked": 1}.get(wanted, 256 if (kind, version) == ("b200", "0.0.12") else 128)
+  for (length, causal), (kernel, rows, keys, mask, was_causal) in zip(calls, handed, strict=True):
+    whole = -(-length // block) * block
+    assert (kernel, was_causal, rows[1], keys[1]) == (wanted, causal, whole, whole)
+    assert mask == (None if whole == length and not causal else (16 if causal else 1, 1, 1, whole))
+
+
+def test_a_whole_clip_reaches_the_kernel_as_it_is(monkeypatch, library):
+  handed = []
+  monkeypatch.setattr(tokamax, "dot_product_attention", cards.kernel(handed, computes=False))
+  library("0.0.12")
+  x = jax.ShapeDtypeStruct((4, 6272, 16, 64), jnp.bfloat16)
+  with absent.computing_on([cards.gpu("h100")]):
+    program = jax.make_jaxpr(lambda x: attend(x, x, x, Mask(causal=False)))(x)
+  assert handed == [("mosaic", x.shape, x.shape, None, False)] and "pad" not in str(program)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_what_reaches_the_tpu_kernel_is_whole_and_padding_a_segment_of_its_own(dtype, monkeypatch):
+  handed = []
+
+  def make(mask, *, block_sizes, **_):
+    def run(q, k, v, segment_ids):
+      handed.append((mask.shape, q.shape, k.shape, block_sizes, segment_ids.q.shape, segment_ids.kv.shape, q.dtype))
+      return q
+
+    return run
+
+  monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
+  lengths = (*range(1, 301), *CLIPS, *FILMS)
+  args = [(jax.ShapeDtypeStruct((1, n, 4, 64), dtype), jax.ShapeDtypeStruct((1, n, 2, 64), dtype)) for n in lengths]
+  run = lambda q, k: attend(q, k, k, Mask(q.shape[1] not in CLIPS), implementation="splash")
+  with absent.computing_on([cards.V5E]):
+    jax.eval_shape(lambda args: [run(*each) for each in args], args)
+  for length, (mask, q, k, blocks, *segments, computed) in zip(lengths, handed, strict=True):
+    whole = q[1]
+    assert mask == (4, whole, whole) and k[1] == whole and segments == [(whole,), (whole,)] and computed == dtype
+    assert whole % 128 == 0 and 0 <= whole - length < max(128, length / 4)
+    for size in (blocks.block_q, blocks.block_kv, blocks.block_q_dkv, blocks.block_kv_dkv, blocks.block_q_dq, blocks.block_kv_dq):
+      assert size % 128 == 0 and whole % size == 0 and size <= 1024
+
+
+@pytest.mark.parametrize("kind, version, kernel", [
+  ("h100", "0.0.12", "mosaic"), ("b200", "0.0.12", "mosaic"), ("t4", "0.0.12", "xla_chunked"),
+])  # fmt: skip
+def test_numbers_and_gradients_of_any_length_by_exactly_what_is_handed(kind, version, kernel, library, monkeypatch):
+  if kernel != "xla_chunked":  # which is plain XLA, and runs here
+    monkeypatch.setattr(tokamax, "dot_product_attention", cards.kernel([]))
+  library(version)
+
+  def run(how, length, causal):
+    q, k, v = (jax.random.normal(jax.random.key(i), (3, length, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+    # All of it; a hole after the first half, as behind a prefix; nothing valid in the first slots, as where there is no prefix.
+    slots, half = jnp.arange(length), length // 2
+    valid = jnp.stack([slots >= 0, (slots < half - 2) | (slots >= half), slots >= min(5, length - 1)])
+    mask = Mask(causal, valid if causal else None)
+    shown = lambda q, k, v: jnp.where(valid[:, :, None, None] if causal else True, attend(q, k, v, mask, implementation=how), 0)
+    return shown(q, k, v), jax.grad(lambda *args: jnp.sin(shown(*args)).sum(), (0, 1, 2))(q, k, v)
+
+  every = lambda how: [run(how, length, causal) for length in LENGTHS for causal in (True, False)]
+  with absent.computing_on([cards.gpu(kind)]):
+    got = jax.jit(lambda: every(kernel))()
+  jax.tree.map(close, got, jax.jit(lambda: every("einsum"))())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("implementation", ["xla_chunked", "tiled", "auto"])
+def test_attention_in_pieces_equals_the_oracle(causal, implementation):
+  slots = 1100 if implementation == "auto" else 600  # more than a tile, no multiple of one; auto is in pieces from 1,024
+  q, k, v = (jax.random.normal(jax.random.key(i), (2, slots, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+  valid = jnp.arange(slots) < jnp.array([[slots], [317]])
+  run = lambda how: lambda q, k, v: attend(q, k, v, Mask(causal, valid), implementation=how)
+  close(run(implementation)(q, k, v), run("einsum")(q, k, v))
+  grads = lambda how: jax.grad(lambda *a: jnp.sin(run(how)(*a)).sum(), (0, 1, 2))(q, k, v)
+  jax.tree.map(close, grads(implementation), grads("einsum"))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_scores_far_above_those_of_the_last_tile(causal):
+  q, k, v = (jax.random.normal(jax.random.key(i), (1, 900, 2, 8)) for i in range(3))
+  k = k.at[:, 5].multiply(300)  # e to the hundreds times the weight of others: no number of float32
+  run = jax.jit(lambda how: attend(q, k, v, Mask(causal), implementation=how), static_argnums=0)
+  close(run("tiled"), run("einsum"))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_tpu_kernel_equals_the_oracle(causal):
+  slots = 1300  # in two blocks of 768
+  q, k, v = (jax.random.normal(jax.random.key(i), (2, slots, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+  valid = jnp.arange(slots) < jnp.array([[slots], [317]])
+  kernel = lambda q, k, v: attention._splash(q, k, v, valid, causal, interpret=True)
+  oracle = lambda q, k, v: attend(q, k, v, Mask(causal, valid), implementation="einsum")
+  shown = lambda out: jnp.where(valid[:, :, None, None], out, 0)  # rows of padding are garbage
+  close(shown(kernel(q, k, v)), shown(oracle(q, k, v)))
+  grads = lambda how: jax.grad(lambda *a: jnp.sin(shown(how(*a))).sum(), (0, 1, 2))(q, k, v)
+  jax.tree.map(close, grads(kernel), grads(oracle))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])  # of which a tensor axis of two splits one
+def test_kernels_run_on_every_device_of_a_mesh(kv_heads):
+  q, k, v = (jax.random.normal(jax.random.key(i), (4, 500, heads, 8)) for i, heads in enumerate((4, kv_heads, kv_heads)))
+  valid = jnp.arange(500) < jnp.array([[500], [317], [500], [1]])
+  run = jax.jit(lambda how: attend(q, k, v, Mask(True, valid), implementation=how), static_argnums=0)
+  alone = run("einsum")
+  with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2, 1))):
+    program = jax.jit(lambda q, k, v: attend(q, k, v, Mask(True, valid), implementation="xla_chunked"))
+    close(program(q, k, v), alone)
+    assert "4,500,4,8" not in program.lower(q, k, v).compile().as_text().split("ENTRY")[0]  # no device has it all
+
+
+def test_a_gpu_without_the_kernel_library_still_attends(monkeypatch, library):
+  q, k = jax.random.normal(jax.random.key(0), (1, 1100, 2, 8)), jax.random.normal(jax.random.key(1), (1, 1100, 1, 8))
+  oracle = attend(q, k, k, Mask(True), implementation="einsum")
+  library(None)
+  monkeypatch.setitem(sys.modules, "tokamax", None)
+  with absent.computing_on([cards.gpu("h100")]), pytest.warns(UserWarning, match="pip install tokamax"):
+    got = jax.jit(lambda: attend(q, k, k, Mask(True)))()
+  close(got, oracle)
+
+
+@pytest.mark.parametrize("implementation", ["einsum", "tiled", "xla_chunked"])
+def test_rows_after_a_sequence_attend_as_within_it(implementation):
+  q, k, v = (jax.random.normal(jax.random.key(i), (1, 700, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+  whole = attend(q, k, v, Mask(True), implementation="einsum")
+  close(attend(q[:, 400:], k, v, Mask(True), implementation=implementation), whole[:, 400:])
+
+
+def test_causal_attention_of_more_rows_than_keys_is_refused():
+  q, k = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 3, 2, 8))
+  with pytest.raises(ValueError, match="more queries"):
+    attend(q, k, k, Mask(True))
+
+
