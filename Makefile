@@ -7,9 +7,9 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys, os; f = "constraints/py%d%d.txt"
 # Most of the tests' time goes into compiling programs that run for milliseconds.
 COMPILE_FAST := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false
 # Slow tests that train for minutes, or look at what the compiler makes.
-OPTIMISED := $(patsubst %,tests/test_%.py,demo notebooks steps study tpu)
+OPTIMISED := $(patsubst %,tests/test_%.py,demo kernels notebooks steps study tpu)
 
-.PHONY: help env demo base test test-slow test-beam test-buckets test-lmms lint docs notebooks
+.PHONY: help env demo base test test-slow test-beam test-buckets test-lmms test-gpu-compile test-gpu-programs lint docs notebooks
 
 help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
@@ -18,6 +18,8 @@ help:
 	@echo 'make test-beam  pre-decoding through Apache Beam, in an environment of its own (it wants older libraries)'
 	@echo 'make test-buckets  a run in a bucket, by an emulator of Google Cloud Storage, in an environment of its own'
 	@echo 'make test-lmms  the lmms-eval plugin, in an environment of its own (it wants PyTorch and much else)'
+	@echo 'make test-gpu-compile  attention compiled for NVIDIA cards, without one, with both sets of versions (2 x 4.4 GB)'
+	@echo 'make test-gpu-programs  likewise a gradient step, prefill and the tower, two layers of each'
 	@echo 'make docs       the documentation as web pages, in site/'
 	@echo 'make notebooks  notebooks/*.ipynb from notebooks/*.py, run, with their pictures for docs/ (minutes)'
 	@echo 'make base       train the embedded base model again (about three quarters of an hour)'
@@ -60,6 +62,24 @@ test-buckets: .venv-buckets/ready
 
 test-lmms: .venv-lmms/ready
 	.venv-lmms/bin/python -m pytest tests/test_lmms.py
+
+# The GPU compiler needs no GPU, but a process of its own for every architecture, and 4.4 GB for each set of versions.
+PYTHON311 ?= python3.11
+PYTHON313 ?= python3.13
+
+test-gpu-compile: .venv-gpu311/ready .venv-gpu313/ready
+	for env in $(^D); do for card in h100 h200 b200 a100 a10 l4 t4; do \
+	  $$env/bin/python -m pytest tests/test_gpu.py -k "$$card and (attention or rules)" || exit 1; done; done
+
+test-gpu-programs: .venv-gpu311/ready .venv-gpu313/ready
+	for env in $(^D); do for card in h100 h200 a100; do \
+	  $$env/bin/python -m pytest tests/test_gpu.py -k "$$card and programs" || exit 1; done; done
+
+.venv-gpu%/ready: pyproject.toml constraints/py%.txt
+	$(PYTHON$*) -m venv .venv-gpu$*
+	.venv-gpu$*/bin/python -m pip install -q --upgrade pip
+	.venv-gpu$*/bin/python -m pip install -q -c constraints/py$*.txt -e '.[gpu,test]'
+	touch $@
 
 docs: .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q --strict

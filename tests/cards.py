@@ -7,8 +7,6 @@ import jax.numpy as jnp
 
 from xcomp_jax import absent
 
-VERSIONS = ("0.0.12", "0.0.17")  # of tokamax, in constraints/
-
 
 @dataclasses.dataclass(frozen=True)
 class Device:
@@ -29,7 +27,7 @@ def gpu(kind: str, **changes) -> Device:
   return Device("gpu", card.name, ".".join(map(str, card.capability)), card.shared_block)
 
 
-def kernel(handed: list, computes: bool = True):
+def fake_kernel(handed: list, computes: bool = True):
   """A tokamax.dot_product_attention that notes what it is handed, and computes exactly that: zeros that are seen count, and a row
   that sees nothing is NaN, as in kernels that mask with minus infinity.
   """

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokamax
+from absl import logging
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from xcomp_jax import absent
-from xcomp_jax.config import MeshConfig
+from xcomp_jax import absent, bench
+from xcomp_jax import bench_parts as parts
+from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.model import attention, kernels
 from xcomp_jax.model.attention import Mask, attend
 from xcomp_jax.sharding import make_mesh
@@ -43,13 +45,13 @@ def rule(kind, version, call, **changes):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("version", cards.VERSIONS)
+@pytest.mark.parametrize("version", kernels.TRIED)
 def test_the_kernel_of_each_card_is_one_that_compiles_for_it(version, gradient):
   # docs/LOG.md has the table of what compiled, forward and gradient.
   for call in (LLM, CLIP, dataclasses.replace(CLIP, size=88)):
     of = lambda kind, **changes: rule(kind, version, call, gradient=gradient, **changes)  # noqa: B023
     assert of("h200") == of("h100") == "mosaic"
-    assert of("a100") == of("l4") == "triton"
+    assert of("a100") == of("a10") == of("l4") == "triton"
     assert of("b200") == ("triton" if version == "0.0.12" and gradient else "mosaic")
     assert of("t4") == of("t4", dtype="float32") == "xla_chunked"
     assert of("h100", dtype="float32") == of("a100", dtype="float32") == of("b200", dtype="float32") == "triton"
@@ -73,14 +75,13 @@ def test_gpus_that_are_not_nvidias_get_no_kernel():
   assert kernels.rule(card, "0.0.12", CLIP) == "xla_chunked"
 
 
-@pytest.mark.parametrize("unknown", [
-  ("h100", "0.0.13", {}), ("h100", "0.1.0", {}), ("a100", "0.0.17", {"size": 96}), ("b200", "0.0.17", {"capability": (10, 3)}),
-  ("b200", "0.0.17", {"capability": (12, 0)}),
+@pytest.mark.parametrize("kind, version, of_card, of_call", [
+  ("h100", "0.0.13", {}, {}), ("h100", "0.1.0", {}, {}), ("a100", "0.0.17", {}, {"size": 96}), ("b200", "0.0.17", {"capability": (10, 3)}, {}),
+  ("b200", "0.0.17", {"capability": (12, 0)}, {}),
 ])  # fmt: skip
-def test_what_no_rule_knows_is_tried(unknown):
-  kind, version, changes = unknown
-  call = dataclasses.replace(CLIP, **{key: value for key, value in changes.items() if key == "size"}, gradient=True)
-  card = kernels.card_of(cards.gpu(kind, **{key: value for key, value in changes.items() if key == "capability"}))
+def test_what_no_rule_knows_is_tried(kind, version, of_card, of_call):
+  call = dataclasses.replace(CLIP, gradient=True, **of_call)
+  card = kernels.card_of(cards.gpu(kind, **of_card))
   asked, answers = [], {"mosaic": False, "triton": True}
 
   def compiles(kernel, call):
@@ -97,7 +98,7 @@ def test_what_no_rule_knows_is_tried(unknown):
 
 
 def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_traced(monkeypatch, capsys):
-  forward, backward = dataclasses.replace(CLIP, batch=1, queries=30, keys=30, size=8, mask="keys"), []
+  forward = dataclasses.replace(CLIP, batch=1, queries=30, keys=30, size=8, mask="keys")
   backward = dataclasses.replace(forward, gradient=True)
   handed = []
 
@@ -106,7 +107,7 @@ def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_
     return q
 
   def refuse(*_):
-    raise ValueError("exceeds shared memory\nand so on")
+    raise ValueError("exceeds\nshared memory")
 
   only_forward.defvjp(refuse, refuse)
   monkeypatch.setattr(tokamax, "dot_product_attention", lambda q, k, v, **more: handed.append((q.shape, more)) or only_forward(q, k, v))
@@ -119,16 +120,16 @@ def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_
   assert traced(1) == 2
   assert [shape for shape, _ in handed] == [(1, 128, 16, 8)] * 2 and handed[0][1]["implementation"] == "mosaic"
   said = capsys.readouterr().err
-  assert said.count("\n") == 1 and "mosaic does not compile" in said and "exceeds shared memory" in said
+  assert said.count("\n") == 1 and "mosaic does not compile" in said and "ValueError: exceeds shared memory" in said
 
 
 # --- what reaches it -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, version", [*((kind, "0.0.12") for kind in absent.GPUS), ("b200", "0.0.17")])
+@pytest.mark.parametrize("kind, version", [*((kind, "0.0.12") for kind in ("h200", "h100", "b200", "a100", "l4", "t4")), ("b200", "0.0.17")])
 def test_no_kernel_sees_a_length_that_is_not_whole_or_padding_without_a_mask(kind, version, library, monkeypatch):
   handed, dtype = [], jnp.float32 if kind == "t4" else jnp.bfloat16
-  monkeypatch.setattr(tokamax, "dot_product_attention", cards.kernel(handed, computes=False))
+  monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel(handed, computes=False))
   library(version)
   calls = [(length, causal) for length in range(1, 301) for causal in (True, False)]
   calls += [(length, False) for length in CLIPS] + [(length, True) for length in FILMS]
@@ -142,7 +143,7 @@ def test_no_kernel_sees_a_length_that_is_not_whole_or_padding_without_a_mask(kin
   with absent.computing_on([cards.gpu(kind)]):
     out = jax.eval_shape(every, args)
   assert [(x.shape, x.dtype) for x in out] == [(q.shape, dtype) for q, *_ in args]
-  wanted = {"a100": "triton", "l4": "triton", "t4": "xla_chunked"}.get(kind, "mosaic")
+  wanted = {"a100": "triton", "a10": "triton", "l4": "triton", "t4": "xla_chunked"}.get(kind, "mosaic")
   block = {"xla_chunked": 1}.get(wanted, 256 if (kind, version) == ("b200", "0.0.12") else 128)
   for (length, causal), (kernel, rows, keys, mask, was_causal) in zip(calls, handed, strict=True):
     whole = -(-length // block) * block
@@ -152,7 +153,7 @@ def test_no_kernel_sees_a_length_that_is_not_whole_or_padding_without_a_mask(kin
 
 def test_a_whole_clip_reaches_the_kernel_as_it_is(monkeypatch, library):
   handed = []
-  monkeypatch.setattr(tokamax, "dot_product_attention", cards.kernel(handed, computes=False))
+  monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel(handed, computes=False))
   library("0.0.12")
   x = jax.ShapeDtypeStruct((4, 6272, 16, 64), jnp.bfloat16)
   with absent.computing_on([cards.gpu("h100")]):
@@ -190,7 +191,7 @@ def test_what_reaches_the_tpu_kernel_is_whole_and_padding_a_segment_of_its_own(d
 ])  # fmt: skip
 def test_numbers_and_gradients_of_any_length_by_exactly_what_is_handed(kind, version, kernel, library, monkeypatch):
   if kernel != "xla_chunked":  # which is plain XLA, and runs here
-    monkeypatch.setattr(tokamax, "dot_product_attention", cards.kernel([]))
+    monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel([]))
   library(version)
 
   def run(how, length, causal):
@@ -270,9 +271,72 @@ def test_rows_after_a_sequence_attend_as_within_it(implementation):
   close(attend(q[:, 400:], k, v, Mask(True), implementation=implementation), whole[:, 400:])
 
 
+def test_kernels_need_their_library(library):
+  library(None)
+  x = jnp.zeros((1, 4, 2, 8))
+  with pytest.raises(ValueError, match="'xla_chunked' needs tokamax: pip install tokamax"):
+    attend(x, x, x, Mask(causal=True), implementation="xla_chunked")
+
+
 def test_causal_attention_of_more_rows_than_keys_is_refused():
   q, k = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 3, 2, 8))
   with pytest.raises(ValueError, match="more queries"):
     attend(q, k, k, Mask(True))
 
 
+
+
+# --- what is said and refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device, version, changes, said", [
+  (cards.gpu("h100"), "0.0.12", {}, "attention on NVIDIA H100 80GB HBM3, bfloat16: mosaic of tokamax 0.0.12; einsum where there are few queries"),
+  (cards.gpu("l4"), "0.0.17", {"dtype": "float32"}, "float32: triton of tokamax 0.0.17 in the tower, xla_chunked of tokamax 0.0.17 in the LLM; einsum"),
+  (cards.gpu("b200"), "0.0.12", {}, "bfloat16: mosaic of tokamax 0.0.12 in the tower, triton of tokamax 0.0.12 in the LLM"),
+  (cards.gpu("t4"), "0.0.17", {}, "xla_chunked of tokamax 0.0.17; einsum where there are few queries; Tesla T4 has no bfloat16: use float32"),
+  (cards.gpu("h100"), "0.1.0", {}, "bfloat16: the first kernel that compiles; einsum"),
+  (cards.gpu("h100"), "0.0.12", {"attention": "triton"}, "bfloat16: triton of tokamax 0.0.12"),
+  (cards.V5E, None, {}, "attention on TPU v5 lite, bfloat16: splash; einsum"),
+])  # fmt: skip
+def test_what_attention_runs_as_is_said_in_a_line(device, version, changes, said, library):
+  library(version)
+  cfg = dataclasses.replace(parts.sized(str(bench.RELEASED), "bfloat16"), **changes)
+  with absent.computing_on([device]):
+    line = attention.describe(cfg, gradient=True)
+  assert said in line and "\n" not in line and ("einsum" in line) == ("attention" not in changes)
+
+
+@pytest.mark.parametrize("device, version, taken, refused", [
+  (cards.gpu("h100"), "0.0.12", ("auto", "einsum", "flash", "mosaic", "triton", "xla_chunked", "tiled"), ("splash",)),
+  (cards.gpu("a100"), "0.0.17", ("auto", "triton", "flash"), ("mosaic", "splash")),
+  (cards.gpu("t4"), "0.0.12", ("auto", "xla_chunked"), ("mosaic", "triton")),
+  (cards.gpu("h100"), None, ("auto", "einsum", "tiled"), ("flash", "mosaic", "xla_chunked")),
+  (cards.V5E, None, ("auto", "splash", "einsum", "tiled"), ("mosaic", "flash")),
+])  # fmt: skip
+def test_an_implementation_that_a_device_can_not_run_is_refused_before_any_work(device, version, taken, refused, library):
+  library(version)
+  with absent.computing_on([device]):
+    for name in taken:
+      attention.check(name, "bfloat16")
+    for name in refused:
+      with pytest.raises(ConfigError, match=f"attention '{name}' on {device.device_kind}: .*"):
+        attention.check(name, "bfloat16")
+
+
+def test_a_kernel_without_float32_is_refused_in_it(library):
+  library("0.0.17")
+  with absent.computing_on([cards.gpu("h100")]), pytest.raises(ConfigError, match="mosaic kernels have no float32"):
+    attention.check("mosaic", "float32")
+
+
+def test_a_card_without_bfloat16_computes_in_float32():
+  of = lambda device: kernels.compute_dtype(kernels.card_of(device))
+  assert of(cards.gpu("t4")) == of(cards.Device("cpu", "cpu")) == "float32"
+  assert {of(device) for device in (cards.gpu("a100"), cards.gpu("l4"), cards.V5E, cards.Device("rocm", "MI300X", "gfx942"))} == {"bfloat16"}
+
+
+def test_notes_on_missing_measurements_are_left_out_and_others_are_not(caplog):
+  kernels._quiet()
+  logging.warning("Autotuning cache miss for %s on %s with key %s", 1, 2, 3)
+  logging.warning("something else")
+  assert [record.getMessage() for record in caplog.records] == ["something else"]

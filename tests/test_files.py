@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 
+import jax
 import pytest
 from tqdm import tqdm
 
@@ -83,3 +84,28 @@ def test_a_progress_bar_of_a_command_starts_no_thread(monkeypatch):
   with files.command():
     tqdm(total=1, file=io.StringIO()).close()
   assert len(started) == 1
+
+
+def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update("jax_compilation_cache_dir", None)
+    files.keep_compiled(None)
+    assert jax.config.jax_compilation_cache_dir is None
+    files.keep_compiled(str(tmp_path / "a" / "b"))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b") and (tmp_path / "a" / "b").is_dir()
+    files.keep_compiled(str(tmp_path / "c"))  # one that is set stays,
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
+    files.keep_compiled(str(tmp_path / "c"), override=True)  # unless a config says otherwise
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "c")
+    files.keep_compiled("gs://bucket/compiled", override=True)
+    assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled" and capsys.readouterr().err == ""
+    (tmp_path / "file").touch()
+    files.keep_compiled(str(tmp_path / "file"), override=True)
+    said = capsys.readouterr().err
+    assert jax.config.jax_compilation_cache_dir is None and said.count("\n") == 1 and f"{tmp_path / 'file'} can't be written" in said
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "inside"))  # as by an environment variable
+    files.keep_compiled(str(tmp_path / "c"))
+    assert jax.config.jax_compilation_cache_dir is None and "compiled programs are not kept" in capsys.readouterr().err
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)

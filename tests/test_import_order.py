@@ -15,7 +15,7 @@ data.batch data.video data.prompt data.store data.mixture data.shards data.check
 model.kernels model.attention model.norm model.rope model.vision model.internvideo2 model.merge model.lp_comp model.decoder model.vlm
 inside qc_comp encode generate chat report official layouts weights reader answers tasks optim checkpoint metrics cost
 steps absent programs train predecode ask evaluate lmms_tasks lmms_plugin export comparison parity_tower parity world films findings needles plan
-bench_load bench_data bench_parts bench_profile bench bench_scaling bench_qc bench_evaluate miniature measures study demo draw
+bench_load bench_data bench_parts bench_profile bench bench_scaling bench_qc bench_evaluate gpu_check miniature measures study demo draw
 """.split()
 FILES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py") if f.name != "__init__.py"}
 

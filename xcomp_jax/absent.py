@@ -2,6 +2,7 @@
 
   with absent.computing_on(absent.gpus("h100")) as devices: ...  # lower and compile; nothing can be run
 
+A process can compile for GPUs of one architecture only: the compiler of Mosaic's kernels (jaxlib 0.10 to 0.12) remembers the first one.
 The compiler comes with `pip install 'jax[cuda13]'` (4.4 GB), which needs neither a GPU nor a driver for this. Only tests and
 `plan` use this file.
 """
@@ -16,22 +17,24 @@ from typing import Any
 import jax
 import jax.extend.backend
 
+from xcomp_jax.model import kernels
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """What the compiler asks of a GPU. Sizes in bytes, rates per second; l2: its cache. threads: of a multiprocessor."""
+  """What the compiler asks of a GPU; all sizes are in bytes."""
 
   name: str
   capability: tuple[int, int]
   multiprocessors: int
   cores: int  # of a multiprocessor
-  threads: int
+  threads: int  # likewise
   shared: int  # memory of a multiprocessor
   shared_block: int  # and the most that one block of threads can have of it
-  l2: int
-  bandwidth: int
-  ghz: float
-  memory: int
+  l2: int  # cache
+  bandwidth: int  # of memory, bytes per second
+  ghz: float  # clock
+  memory: int  # of the card
 
   @property
   def target(self) -> str:
@@ -57,12 +60,13 @@ class Gpu:
       dnn_version_info {{ major: 9 minor: 10 patch: 0 }} runtime_version {{ major: 12 minor: 8 patch: 0 }}"""
 
 
-# From the specifications that OpenXLA publishes with its compiler (h100, h200, b200, a100) and NVIDIA's data sheets (l4, t4).
+# From the specifications that OpenXLA publishes with its compiler (h100, h200, b200, a100) and NVIDIA's data sheets (a10, l4, t4).
 GPUS = {
   "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 2048, 233472, 232448, 52428800, 4800 * 10**9, 1.98, 151397597184),
   "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 233472, 232448, 52428800, 3352 * 10**9, 1.98, 84942979072),
   "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 2048, 233472, 232448, 132644864, 7672 * 10**9, 1.965, 191514411008),
   "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2048, 167936, 166912, 41943040, 2039 * 10**9, 1.41, 85100000000),
+  "a10": Gpu("NVIDIA A10", (8, 6), 72, 128, 1536, 102400, 101376, 6291456, 600 * 10**9, 1.695, 24 * 10**9),
   "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 102400, 101376, 50331648, 300 * 10**9, 2.04, 23690000000),
   "t4": Gpu("Tesla T4", (7, 5), 40, 64, 1024, 65536, 65536, 4194304, 320 * 10**9, 1.59, 15828320256),
 }
@@ -83,11 +87,12 @@ def gpus(kind: str, count: int = 1) -> list[Any]:
 
 @contextlib.contextmanager
 def computing_on(devices: Sequence[Any]) -> Generator[Sequence[Any]]:
-  """Everybody who looks at the default device sees the first of these: `model.kernels`, tokamax, and JAX's own kernels.
+  """Makes the first of these devices the default one for all code that asks: `model.kernels`, tokamax, and JAX's own kernels.
 
-  What is traced within is for them. A jitted function remembers what it was traced as, so make it within, too.
+  What is traced within is for them. A jitted function remembers what it was traced as, so make it within, too. `jax.devices` gives
+  these devices within, whatever platform it is asked for.
   """
-  platform = {"cuda": "gpu", "rocm": "gpu"}.get(devices[0].platform, devices[0].platform)
+  platform = kernels.card_of(devices[0]).platform
   here = lambda *args, **kwargs: list(devices)
   seen: list[tuple[Any, str, Any]] = [
     (jax, "default_backend", lambda: platform), (jax, "devices", here), (jax, "local_devices", here),

@@ -321,6 +321,7 @@ def run(
   device = jax.devices()[0]
   result: dict[str, Any] = {"preset": name, "device": device.device_kind, "jax": jax.__version__, "dtype": preset.dtype}
   result |= {"attention": attention.describe(parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)), "rows": {}}
+  print(result["attention"], file=sys.stderr)
   for title, row in rows(preset, groups, torch, profile):
     result["rows"][title] = parts.as_json(row)
     if "copy_bytes/s" not in result and title == "copy":

@@ -124,15 +124,15 @@ def locked(file: str | os.PathLike, taken: Exception) -> Generator[None]:
     yield
 
 
-def keep_compiled(folder: str | None, instead: bool = False) -> None:
+def keep_compiled(folder: str | None, override: bool = False) -> None:
   """Has JAX keep compiled programs in a folder; where that can't be written, it says so in a line and keeps none.
 
-  instead: of one that is set already, by the environment.
+  override: replace a folder that is set already, by the environment.
   """
   import jax
 
   set_before = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]  (made at run time)
-  wanted = set_before if set_before and not (folder and instead) else folder
+  wanted = (folder or set_before) if override else (set_before or folder)
   if not wanted:
     return
   if not (bucket := "://" in wanted):

@@ -153,9 +153,9 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int, attent
   from xcomp_jax.model import kernels
 
   directory = weights.resolve(checkpoint)
-  attending.check(attention)
   card = kernels.here()
   dtype = kernels.compute_dtype(card)
+  attending.check(attention, dtype)
   model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk, attention, remat=False)
   cfg = weights.read_config(directory, model, COSINE)  # of the LLM, which is not run
   if cfg.vision.image_size != settings.image_size:
@@ -165,7 +165,7 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int, attent
   features = store.Features(encode.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
   how = {"computed_in": dtype, "clips_per_chunk": clips_per_chunk, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
   if card.platform == "gpu":
-    how |= {"attention": attending.describe(cfg)}  # before there was a rule some of its kernels gave other numbers
+    how |= {"attention": attending.taken(cfg)["tower"]}  # without today's rules some kernels would give wrong numbers
 
   def run(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
@@ -363,7 +363,7 @@ def _define_flags() -> None:
   flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
   flags.DEFINE_string("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
   flags.DEFINE_integer("clips_per_chunk", 4, "with --features: clips in the tower at once; bounds memory", 1)
-  flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: what is fastest on the device")
+  flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: by the device")
   flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
   flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)
   flags.DEFINE_integer("samples_per_shard", 64, "annotations in one file of clips", 1)

@@ -79,7 +79,7 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
   add("--dtype", choices=get_args(Dtype), help="default: bfloat16, but float32 on CPUs and on GPUs older than Ampere, such as a T4")
-  add("--attention", choices=get_args(Attention), default="auto", help="which implementation; auto: what is fastest on the device")
+  add("--attention", choices=get_args(Attention), default="auto", help="which implementation; auto: by the device (docs/gpus.md)")
   add("--max-new-tokens", type=int, default=64)
   add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
   add("--temperature", type=float, default=0.0, help="0: the most probable token each time")
@@ -226,8 +226,8 @@ def prepare(s: Settings) -> Reader:
   directory = weights.resolve(s.checkpoint)
   tuned = weights.read_lp_comp(directory) or COSINE
   lp_comp = LPCompConfig(s.schedule or tuned.schedule, s.keep or tuned.keep, tuned.group)
-  attention.check(s.attention)
   dtype = s.dtype or kernels.compute_dtype(kernels.here())
+  attention.check(s.attention, dtype)
   clip_frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
   if s.clips_per_chunk < 1 or (type(clip_frames) is int and clip_frames < 1) or (s.yarn is not None and s.yarn < 1):
     raise ConfigError("--clips-per-chunk, --clip-frames and --yarn must be at least 1")

@@ -32,8 +32,8 @@ ATTENDED = "attended"  # name of what attention gives, for `remat`
 def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
   """The layer, computed again in the backward pass from its input and from what attention gave.
 
-  Which is as large as the input, while attention is a third of a long sequence's work. "flash" is computed again all the
-  same: its kernels do not name the sums that their gradient needs.
+  What attention gives is as large as the input, and attention is a third of a long sequence's work, so it is kept. "flash" is
+  computed again all the same: its kernels do not name the sums that their gradient needs.
   """
   return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
 
@@ -41,10 +41,10 @@ def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """Who sees what, of L queries and S keys.
+  """Says who sees what, of L queries and S keys.
 
-  causal: rows are the last L of the S slots, and see those up to their own. valid: bool[B, S], False for padding keys; None: all
-  count. A row that may see no key returns finite garbage.
+  causal: rows are the last L of the S slots, and see those up to their own; static. valid: bool[B, S], may be traced, False for
+  padding keys; None: all count. A row that may see no key returns finite garbage.
   """
 
   causal: bool = dataclasses.field(metadata={"static": True})
@@ -71,13 +71,13 @@ def attend(
     mask: who sees what.
     implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs: `kernels.choose` says which kernel),
       "mosaic", "triton" (that one), "splash" (TPUs), "xla_chunked" (any backend), "tiled" (any backend, and a causal half is left
-      out, which makes it the fastest on CPUs); or "auto": einsum for few queries, else what is fastest on the device.
+      out, which makes it the fastest on CPUs); or "auto": einsum for few queries, else by the device.
 
   Returns:
     [B, L, H, h] in q's dtype.
 
   Raises:
-    ValueError: causal attention of more queries than keys, or an unknown implementation.
+    ValueError: causal attention of more queries than keys, or an implementation that is unknown or not installed.
   """
   L, S = q.shape[1], k.shape[1]
   causal, valid = mask.causal, mask.valid
@@ -100,11 +100,13 @@ def attend(
     return checkpoint_name(_tiled(q, k, v, valid, causal), ATTENDED)
   if implementation == "splash":
     return _splash(q, k, v, valid, causal)
+  if kernels.library() is None:
+    raise ValueError(f"attention implementation {implementation!r} needs tokamax: pip install tokamax")
   return _flash(q, k, v, valid, causal, implementation)
 
 
 def automatic(L: int, S: int, causal: bool, card: kernels.Card) -> str:
-  """The implementation that "auto" takes for L queries and S keys on a device."""
+  """Gives the implementation that "auto" takes for L queries and S keys on a device."""
   # A small score matrix is the fastest to compile and to run, but half of a causal one is for nothing.
   if L <= TILE or (L * S <= 1024 * 1024 and not (causal and card.platform == "cpu")):
     return "einsum"
@@ -114,19 +116,19 @@ def automatic(L: int, S: int, causal: bool, card: kernels.Card) -> str:
   return {"tpu": "splash", "gpu": "flash"}.get(card.platform, "tiled")
 
 
-def check(implementation: str) -> None:
-  """Refuses an implementation that this process's device can't run.
+def check(implementation: str, dtype: str) -> None:
+  """Refuses an implementation that this process's device can't run in a dtype.
 
   Raises:
     ConfigError: it can't.
   """
   card = kernels.here()
-  if why := kernels.unusable(implementation, card, kernels.library()):
-    raise ConfigError(f"attention {implementation!r} on {card.kind}: {why}; auto takes what is fastest here")
+  if why := kernels.unusable(implementation, card, kernels.library(), dtype):
+    raise ConfigError(f"attention {implementation!r} on {card.kind}: {why}; leave it to auto")
 
 
-def describe(cfg: VLMConfig, gradient: bool = False) -> str:
-  """Says in a line what attention runs as on this process's device.
+def taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
+  """Says what the attention of the "tower" and long attention of the "LLM" run as on this process's device.
 
   gradient: of the LLM's, in training.
   """
@@ -142,15 +144,21 @@ def describe(cfg: VLMConfig, gradient: bool = False) -> str:
     if how == "auto":
       how = automatic(call.queries, call.keys, call.causal, card)
     if how == "flash" and version is not None:
-      how = kernels.rule(card, version, call) or "what compiles"
+      how = kernels.rule(card, version, call) or "the first kernel that compiles"
     return f"{how} of tokamax {version}" if how in kernels.KERNELS else how
 
-  taken = {part: name(call) for part, call in calls.items()}
-  tower, long = taken["tower"], taken["LLM"]
-  how = tower if tower == long else f"{tower} in the tower, {long} in the LLM"
-  short = f"; einsum for {TILE} queries and fewer" if cfg.attention == "auto" else ""
-  slow = "" if cfg.dtype != "bfloat16" or card.bfloat16 or card.platform == "cpu" else f"; {card.kind} has no bfloat16, float32 is as fast"
-  return f"attention on {card.kind}, {cfg.dtype}: {how}{short}{slow}"
+  return {part: name(call) for part, call in calls.items()}
+
+
+def describe(cfg: VLMConfig, gradient: bool = False) -> str:
+  """Says `taken` in a line, and what it is computed in."""
+  card, how = kernels.here(), taken(cfg, gradient)
+  line = how["tower"] if how["tower"] == how["LLM"] else f"{how['tower']} in the tower, {how['LLM']} in the LLM"
+  if cfg.attention == "auto":
+    line += "; einsum where there are few queries"
+  if cfg.dtype == "bfloat16" and card.platform == "gpu" and not card.bfloat16:
+    line += f"; {card.kind} has no bfloat16: use float32"
+  return f"attention on {card.kind}, {cfg.dtype}: {line}"
 
 
 def _parts(q, k, causal):
@@ -218,29 +226,30 @@ def _blocks(length: int) -> tuple[int, int]:
 
 
 def _flash(q, k, v, valid, causal, implementation):
-  """Kernels of tokamax, on every device's own part of the arrays."""
+  """Runs kernels of tokamax, on every device's own part of the arrays."""
   mesh, queries, keys = _parts(q, k, causal)
-  masks = () if valid is None else (valid,)
+  some = () if valid is None else (valid,)
 
-  def one(q, k, v, *masks):
-    if masks:
-      k, v, valid = _valid_key_first(k, v, *masks)
-      masks = (valid[:, None],)
+  def one(q, k, v, *some):
+    seen = None
+    if some:
+      k, v, valid = _valid_key_first(k, v, *some)
+      seen = valid[:, None]
     if queries is not None and queries[1] is not None:
-      return _rows(q, k, v, *masks, first=jax.lax.axis_index(queries[1]) * q.shape[1], implementation=implementation)
-    return _kernel(q, k, v, *masks or (None,), causal, implementation)
+      return _rows(q, k, v, seen, jax.lax.axis_index(queries[1]) * q.shape[1], implementation)
+    return _kernel(q, k, v, seen, causal, implementation)
 
   if mesh is None:
-    return one(q, k, v, *masks)
-  specs = queries, keys, keys, *(PartitionSpec(*keys[:1]) for _ in masks)
-  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, *masks)
+    return one(q, k, v, *some)
+  specs = queries, keys, keys, *(PartitionSpec(*keys[:1]) for _ in some)
+  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, *some)
 
 
 def _valid_key_first(k, v, valid):
-  """The same keys, but the first valid one of every sample stands in slot 0, where all rows see it.
+  """Moves the first valid key of every sample to slot 0, so that every row sees a key.
 
-  A row that sees no key has NaN as gradient in kernels that mask with minus infinity, and through the products with it all
-  parameters have. Such are the rows before the first valid slot, and those of a sample that is all padding, whose slot 0 counts now.
+  Kernels that mask with minus infinity give a NaN gradient for a row without one, and it spreads to all parameters. Two kinds of
+  rows see none otherwise: those before the first valid slot, and those of a sample that is all padding, whose slot 0 counts now.
   """
   first = jnp.argmax(valid, 1)
   take = lambda x: x.at[:, 0].set(jnp.take_along_axis(x, first[:, None, None, None], 1)[:, 0])
@@ -248,7 +257,7 @@ def _valid_key_first(k, v, valid):
   return take(k), take(v), (valid & (slots != first[:, None])) | (slots == 0)
 
 
-def _rows(q, k, v, mask=None, *, first, implementation):
+def _rows(q, k, v, seen, first, implementation):
   """Causal attention of rows from slot `first` on. The kernels know no such rows: a mask says what some of them see."""
   B, L = q.shape[:2]
   count = -(-L // ROWS)
@@ -257,8 +266,8 @@ def _rows(q, k, v, mask=None, *, first, implementation):
   @jax.checkpoint  # masks are not kept for the gradient
   def one(part):
     q, first = part
-    seen = (jnp.arange(k.shape[1]) <= first + jnp.arange(size)[:, None])[None]
-    return _kernel(q, k, v, seen if mask is None else mask & seen, False, implementation)
+    before = (jnp.arange(k.shape[1]) <= first + jnp.arange(size)[:, None])[None]
+    return _kernel(q, k, v, before if seen is None else seen & before, False, implementation)
 
   q = jnp.pad(q, ((0, 0), (0, count * size - L), (0, 0), (0, 0))).reshape(B, count, size, *q.shape[2:])
   out = jax.lax.map(one, (jnp.moveaxis(q, 1, 0), first + jnp.arange(count) * size))
@@ -266,13 +275,13 @@ def _rows(q, k, v, mask=None, *, first, implementation):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _kernel(q, k, v, mask, causal, implementation):
-  """A kernel on what one device has; mask: bool[B or 1, L or 1, S] or None. Which one may hang on whether there is a gradient."""
-  return _chosen(q, k, v, mask, causal, implementation, gradient=False)
+def _kernel(q, k, v, seen, causal, implementation):
+  """Runs a kernel on what one device has; seen: bool[B or 1, L or 1, S] or None. The choice depends on whether there is a gradient."""
+  return _chosen(q, k, v, seen, causal, implementation, gradient=False)
 
 
-def _kernel_forward(q, k, v, mask, causal, implementation):
-  return jax.vjp(lambda q, k, v: _chosen(q, k, v, mask, causal, implementation, gradient=True), q, k, v)
+def _kernel_forward(q, k, v, seen, causal, implementation):
+  return jax.vjp(lambda q, k, v: _chosen(q, k, v, seen, causal, implementation, gradient=True), q, k, v)
 
 
 def _kernel_backward(causal, implementation, vjp, gradient):
@@ -282,13 +291,12 @@ def _kernel_backward(causal, implementation, vjp, gradient):
 _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 
-def _chosen(q, k, v, mask, causal, implementation, gradient):
-  card, version, (B, L, H, h) = kernels.here(), kernels.library(), q.shape
-  assert version is not None  # `fastest` takes none of these without the library
-  kind = None if mask is None else "keys" if mask.shape[1] == 1 else "rows"
-  call = kernels.Call(B, L, k.shape[1], H, k.shape[2], h, str(q.dtype), causal, kind, gradient)
+def _chosen(q, k, v, seen, causal, implementation, gradient):
+  card, version, (B, L, H, h) = kernels.here(), kernels.library() or "", q.shape
+  masked = None if seen is None else "keys" if seen.shape[1] == 1 else "rows"
+  call = kernels.Call(B, L, k.shape[1], H, k.shape[2], h, str(q.dtype), causal, masked, gradient)
   kernel = kernels.choose(card, version, call, kernels.compiles) if implementation == "flash" else implementation
-  return kernels.run(kernel, kernels.block(card, version, kernel), q, k, v, mask, causal)
+  return kernels.run(kernel, kernels.block(card, version, kernel), q, k, v, seen, causal)
 
 
 def tile_sizes(L: int, S: int, causal: bool) -> tuple[int, int]:

@@ -25,15 +25,19 @@ KERNELS: tuple[Kernel, ...] = ("mosaic", "triton", "xla_chunked")
 TRIED = ("0.0.12", "0.0.17")  # versions of tokamax that the rules are made from; docs/LOG.md has what compiles where
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0))  # likewise
 SIZES = (64, 88, 128)  # of heads, likewise
-SPLITS = 80  # tiles of 128 rows below which Mosaic may split the keys on 10.x: half as many as there are multiprocessors
+LEAST: dict[str, tuple[int, int]] = {"mosaic": (9, 0), "triton": (8, 0)}  # compute capability
+# Triton in float32, where a block of threads has 100 KB of shared memory: (size of heads, with a gradient) that compile.
+SMALL_FLOAT32 = {(64, False), (64, True), (128, False)}
+# Mosaic splits the keys on 10.x if there are fewer tiles of 128 rows than half of the multiprocessors (a B200 has 148).
+SPLITS = 80
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
   """A device, as far as kernels are chosen by it.
 
-  platform: "cpu", "gpu" or "tpu". capability: compute capability of an NVIDIA GPU, (9, 0) of an H100; None of all others.
-  shared_memory: bytes that a block of its threads can have.
+  platform: "cpu", "gpu" or "tpu". kind: its name. capability: compute capability of an NVIDIA GPU, (9, 0) of an H100; None of all
+  others. shared_memory: bytes that a block of its threads can have; 0 where that is not known.
   """
 
   platform: str
@@ -53,7 +57,7 @@ def here() -> Card:
 
 
 def card_of(device: Any) -> Card:
-  """What a device of JAX says about itself."""
+  """Reads what a jax.Device says about itself."""
   platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
   major, dot, minor = str(getattr(device, "compute_capability", "")).partition(".")
   capability = (int(major), int(minor)) if dot and major.isdigit() and minor.isdigit() else None
@@ -61,7 +65,7 @@ def card_of(device: Any) -> Card:
 
 
 def compute_dtype(card: Card) -> Literal["bfloat16", "float32"]:
-  """What to compute in where nobody says: bfloat16 if the device has it."""
+  """Gives the dtype to compute in where nobody says: bfloat16 if the device has it."""
   return "bfloat16" if card.bfloat16 else "float32"
 
 
@@ -69,8 +73,9 @@ def compute_dtype(card: Card) -> Literal["bfloat16", "float32"]:
 class Call:
   """One call of a kernel on one device, before padding.
 
-  batch, queries, keys, heads, kv_heads, size: of q [B, L, H, h] and k [B, S, K, h]. dtype: of both. mask: whether keys are masked
-  for all rows alike ("keys"), for each row ("rows"), or not (None). gradient: whether there will be one.
+  batch, queries, keys, heads, kv_heads, size: B, L, S, H, K and h of q [B, L, H, h] and k [B, S, K, h]. dtype: of both, as NumPy
+  names it. causal: rows see keys up to their own. mask: keys are masked for all rows alike ("keys"), for each row ("rows"), or not
+  (None). gradient: there will be one.
   """
 
   batch: int
@@ -87,7 +92,7 @@ class Call:
 
 @functools.cache
 def library() -> str | None:
-  """The installed version of tokamax; None: there is none."""
+  """Gives the installed version of tokamax; None: there is none."""
   try:
     return importlib.metadata.version("tokamax")
   except importlib.metadata.PackageNotFoundError:
@@ -95,7 +100,7 @@ def library() -> str | None:
 
 
 def block(card: Card, version: str, kernel: Kernel) -> int:
-  """What rows and keys are padded to whole multiples of: no kernel sees a sequence end inside of one of its blocks."""
+  """Gives the size of blocks: rows and keys are padded to multiples of it, so that no sequence ends inside of one."""
   if kernel == "xla_chunked":
     return 1  # plain XLA, which masks what it pads
   # The older Mosaic forward pass for 10.x works on 256 rows at once, later ones on 128 as all others.
@@ -103,7 +108,7 @@ def block(card: Card, version: str, kernel: Kernel) -> int:
 
 
 def rule(card: Card, version: str, call: Call) -> Kernel | None:
-  """The kernel of a call, if it is known which compile and are right; None: it is not.
+  """Gives the kernel of a call where it is known which ones compile; None where it is not.
 
   version: of tokamax.
   """
@@ -113,8 +118,7 @@ def rule(card: Card, version: str, call: Call) -> Kernel | None:
   if version not in TRIED or call.size not in SIZES or card.capability not in CAPABILITIES:
     return None
   if call.dtype == "float32":  # Mosaic has none, and Triton's blocks take twice as much shared memory
-    fits = card.shared_memory >= 160 * 1024 or call.size <= 64 or (call.size == 128 and not call.gradient)
-    return "triton" if fits else "xla_chunked"
+    return "triton" if card.shared_memory >= 160 * 1024 or (call.size, call.gradient) in SMALL_FLOAT32 else "xla_chunked"
   if major == 8:
     return "triton"  # Mosaic has only a forward pass there, and that since 0.0.17
   if major == 9:
@@ -126,19 +130,22 @@ def rule(card: Card, version: str, call: Call) -> Kernel | None:
   return "mosaic"
 
 
-def choose(card: Card, version: str, call: Call, compiles: Callable[[Kernel, Call], bool]) -> Kernel:
-  """The kernel of a call: by rule, else the first one that compiles.
+def choose(card: Card, version: str, call: Call, attempt: Callable[[Kernel, Call], bool]) -> Kernel:
+  """Gives the kernel of a call: by rule, else the first one that compiles.
 
-  compiles: says whether a kernel compiles for a call, with its gradient if one is wanted (see `compiles`).
+  attempt: says whether a kernel compiles for a call, with its gradient if one is wanted; `compiles` outside of tests.
   """
   if known := rule(card, version, call):
     return known
-  wanted = ("mosaic", "triton") if card.capability and card.capability >= (9, 0) and call.dtype != "float32" else ("triton",)
-  return next((kernel for kernel in wanted if compiles(kernel, call)), "xla_chunked")
+  could = (kernel for kernel in KERNELS if unusable(kernel, card, version, call.dtype) is None)
+  return next((kernel for kernel in could if kernel == "xla_chunked" or attempt(kernel, call)), "xla_chunked")
 
 
 def compiles(kernel: Kernel, call: Call) -> bool:
-  """Whether the device compiles a kernel for exactly this call; it is tried once in a process."""
+  """Says whether this process's device compiles a kernel for exactly this call.
+
+  It is tried once in a process. A refusal is a line on stderr.
+  """
   device, precision = jax.extend.backend.get_default_device(), jax.config.jax_default_matmul_precision  # ty: ignore[missing-attribute]
   return _compiles(kernel, call, device, precision)
 
@@ -151,43 +158,46 @@ def _compiles(kernel: Kernel, call: Call, device: Any, precision: str | None) ->
   array = lambda *shape: jax.ShapeDtypeStruct(shape, c.dtype, sharding=place)
   q, k = array(c.batch, c.queries, c.heads, c.size), array(c.batch, c.keys, c.kv_heads, c.size)
   shape = None if c.mask is None else (c.batch, 1 if c.mask == "keys" else c.queries, c.keys)
-  mask = shape and jax.ShapeDtypeStruct(shape, np.bool_, sharding=place)
-  whole = block(card_of(device), library() or "", kernel)
-  forward = lambda q, k, v, mask: run(kernel, whole, q, k, v, mask, c.causal)
+  seen = shape and jax.ShapeDtypeStruct(shape, np.bool_, sharding=place)
+  size = block(card_of(device), library() or "", kernel)
+  forward = lambda q, k, v, seen: run(kernel, size, q, k, v, seen, c.causal)
   total = lambda *args: forward(*args).astype(jnp.float32).sum()
 
   def attempt():
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
-      jax.jit(jax.grad(total, (0, 1, 2)) if c.gradient else forward).lower(q, k, k, mask).compile()
+      jax.jit(jax.grad(total, (0, 1, 2)) if c.gradient else forward).lower(q, k, k, seen).compile()
 
   try:  # in a thread of its own, which knows nothing of what is being traced here
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
       pool.submit(attempt).result()
   except Exception as error:
-    print(f"attention: {kernel} does not compile for {call}: {str(error).strip().splitlines()[0][:200]}", file=sys.stderr)
+    why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    print(f"attention: {kernel} does not compile for {call}: {why}", file=sys.stderr)
     return False
   return True
 
 
 def run(
-  kernel: Kernel, whole: int, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, causal: bool
+  kernel: Kernel, block_size: int, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None, causal: bool
 ) -> jax.Array:
   """Has tokamax compute attention over whole blocks.
 
-  What is padded is masked, whether the kernel would have known or not: zeros that are attended are a wrong number that nobody
-  sees.
+  All padding is masked. A kernel that attended to zeros would give wrong numbers without an error.
 
   Args:
     kernel: which one.
-    whole: size of its blocks.
+    block_size: rows and keys are padded to multiples of it.
     q: [B, L, H, h].
-    k: [B, S, K, h]; S = L where it is causal.
-    v: [B, S, K, h].
-    mask: bool[B or 1, L or 1, S], what is seen; every row sees something. None: all.
+    k: [B, S, K, h] in q's dtype; S = L where it is causal.
+    v: [B, S, K, h], likewise.
+    seen: bool[B or 1, L or 1, S]; every row sees a key. None: all.
     causal: a row sees keys up to its own.
 
   Returns:
     [B, L, H, h] in q's dtype.
+
+  Raises:
+    NotImplementedError: tokamax has no such kernel for this device or dtype.
   """
   import tokamax
   from absl import flags
@@ -196,33 +206,36 @@ def run(
     flags.FLAGS.mark_as_parsed()
   _quiet()
   L, S = q.shape[1], k.shape[1]
-  rows, keys = -L % whole, -S % whole
-  if keys and mask is None:
-    mask = jnp.ones((1, 1, S), bool)
-  if mask is not None:
-    mask = _padded(_padded(mask, 2, keys), 1, rows if mask.shape[1] > 1 else 0, True)  # rows that see nothing have NaN as gradient
-    mask = mask[:, None]
-  q, k, v = _padded(q, 1, rows), _padded(k, 1, keys), _padded(v, 1, keys)
-  out = tokamax.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=kernel)
+  more_rows, more_keys = -L % block_size, -S % block_size
+  if more_keys and seen is None:
+    seen = jnp.ones((1, 1, S), bool)
+  if seen is not None:
+    seen = _padded(seen, 2, more_keys, False)
+    seen = _padded(seen, 1, more_rows if seen.shape[1] > 1 else 0, True)  # rows that see nothing have NaN as gradient
+    seen = seen[:, None]
+  q, k, v = _padded(q, 1, more_rows, 0), _padded(k, 1, more_keys, 0), _padded(v, 1, more_keys, 0)
+  out = tokamax.dot_product_attention(q, k, v, mask=seen, is_causal=causal, implementation=kernel)
   return out[:, :L].astype(q.dtype)
 
 
-def _padded(x: jax.Array, axis: int, count: int, value: bool | float = 0) -> jax.Array:
-  """With so much more at the end of an axis."""
+def _padded(x: jax.Array, axis: int, count: int, value: bool | int) -> jax.Array:
+  """Pads the end of an axis with `count` values."""
   return jax.lax.pad(x, np.array(value, x.dtype), [(0, count * (i == axis), 0) for i in range(x.ndim)]) if count else x
 
 
 @functools.cache
 def _quiet() -> None:
-  """Leaves out what tokamax says at every traced call: that it has no measured settings for this shape, so takes a rule's."""
+  """Drops a warning of tokamax at every traced call: it has no measured settings for this shape, and takes a rule's."""
   logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith("Autotuning cache miss"))
 
 
-def unusable(implementation: str, card: Card, version: str | None) -> str | None:
-  """Why a device can't have an implementation, or None."""
-  nvidia = card.capability is not None and card.capability >= (9 if implementation == "mosaic" else 8, 0)
-  if implementation in ("mosaic", "triton") and not nvidia:
-    return f"{implementation} kernels are for NVIDIA GPUs of compute capability {9 if implementation == 'mosaic' else 8}.0 and more"
+def unusable(implementation: str, card: Card, version: str | None, dtype: str) -> str | None:
+  """Says why a device can't have an implementation in a dtype; None: it can."""
+  least = LEAST.get(implementation)
+  if least and (card.capability is None or card.capability < least):
+    return f"{implementation} kernels are for NVIDIA GPUs of compute capability {least[0]}.{least[1]} and more"
+  if implementation == "mosaic" and dtype == "float32":
+    return "mosaic kernels have no float32"
   if implementation == "splash" and card.platform != "tpu":
     return "splash is for TPUs"
   if implementation in ("flash", *KERNELS) and version is None:

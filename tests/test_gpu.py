@@ -1,0 +1,107 @@
+"""Attention and whole programs compiled by the GPU compiler itself, without a GPU: `make test-gpu-compile`, `make test-gpu-programs`.
+
+Nothing is run: what is asked is whether it compiles, with which kernels, and in how much memory. A process can compile for one
+architecture only: the compiler of Mosaic's kernels goes on with that of its first.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from xcomp_jax import absent, cost, programs, sharding
+from xcomp_jax.config import MeshConfig, from_command_line
+from xcomp_jax.data.batch import Bucket
+from xcomp_jax.model import kernels
+from xcomp_jax.model.attention import Mask, attend
+
+pytest.importorskip("jax_cuda13_plugin", reason="needs the CUDA packages: make test-gpu-compile")
+
+CARDS = ("h100", "h200", "b200", "a100", "a10", "l4", "t4")
+SHAPES = {  # slots, query heads, key heads, head size, causal, padded inside
+  "448 px, 8 frames": (6272, 16, 16, 64, False, False), "448 px, 4 frames": (3136, 16, 16, 64, False, False),
+  "224 px, 8 frames": (1568, 16, 16, 64, False, False), "InternVideo2": (1025, 16, 16, 88, False, False),
+  "prefill": (16512, 12, 2, 128, True, True), "prefill after a prefix of 14": (16462, 12, 2, 128, True, True),
+  "InternVideo2, half of its heads": (1025, 8, 8, 88, False, False), "images": (1039, 12, 2, 128, True, True), "7B": (4224, 28, 4, 128, True, True),
+}  # fmt: skip
+MARKS = {"mosaic": "mosaic_gpu", "triton": "__gpu$xla.gpu.triton"}
+
+
+def kernels_in(program) -> set[str]:
+  """Which kernels a compiled program calls."""
+  return {name for name, mark in MARKS.items() if mark in program.as_text()}
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", CARDS)
+def test_attention_compiles(kind, shape, gradient):
+  (device,) = absent.gpus(kind)
+  S, H, K, h, causal, padded = SHAPES[shape]
+  card = kernels.card_of(device)
+  dtype = jnp.dtype(kernels.compute_dtype(card))
+  mesh = Mesh([device], ("x",), axis_types=(AxisType.Auto,))
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+  forward = lambda q, k, v, m: attend(q, k, v, Mask(causal, m if padded else None))
+  total = lambda *args: forward(*args).astype(jnp.float32).sum()
+  run = jax.grad(total, (0, 1, 2)) if gradient else forward
+  precision = "highest" if dtype == jnp.float32 else None
+  with absent.computing_on([device]), jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+    lowered = jax.jit(run).lower(array(1, S, H, h), array(1, S, K, h), array(1, S, K, h), array(1, S, dtype=bool))
+    program = lowered.compile()
+  call = kernels.Call(1, S, S, H, K, h, str(dtype), causal, "keys" if padded else None, gradient)
+  wanted = kernels.rule(card, kernels.library(), call)
+  assert kernels_in(program) == {wanted} - {"xla_chunked"}
+  # Kernels keep nothing but copies of what they are given; XLA's own keeps more, and its gradient all of a part's scores.
+  most = {"xla_chunked": 60 if gradient else 24}.get(wanted, 12)
+  assert program.memory_analysis().temp_size_in_bytes < most * 4 * S * H * h
+
+
+@pytest.mark.parametrize("size", kernels.SIZES)
+@pytest.mark.parametrize("kind, dtype", [
+  *((kind, jnp.bfloat16) for kind in ("h100", "b200", "a100", "l4")), *((kind, jnp.float32) for kind in ("a100", "l4")),
+])  # fmt: skip
+def test_the_rules_say_what_compiles(kind, dtype, size):
+  """The kernel of `kernels.rule` compiles, and nothing better does, as trying all of them shows."""
+  (device,) = absent.gpus(kind)
+  card = kernels.card_of(device)
+  for gradient in (False, True):
+    call = kernels.Call(4, 1152, 1152, 4, 2, size, jnp.dtype(dtype).name, True, "keys", gradient)
+    with absent.computing_on([device]), jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
+      wanted = kernels.rule(card, kernels.library(), call)
+      assert wanted == "xla_chunked" or kernels.compiles(wanted, call)
+      if (kind, gradient) != ("b200", True):  # where one that compiles, in a minute, is not taken
+        assert kernels.choose(card, "unknown", call, kernels.compiles) == wanted
+
+
+def plan_for(kind: str) -> programs.Plan:
+  """SCT of the 2B model at 448 px, two layers of it: 256 frames and 96 tokens after a prefix of 14."""
+  config = from_command_line(["plan", "--config=configs/sct.py", "--config.train.batch_size=1"])
+  full = programs.sizes(config)
+  mesh = sharding.make_mesh(MeshConfig(1, -1, 1, 1), absent.gpus(kind), 1)
+  device = cost.Device(kind, 1, None, 0.0, None, None, None)
+  return programs.Plan(config, programs.cut(full, 2), full, mesh, device, Bucket(32, 8, 14, 96), 1, 0.0)
+
+
+@pytest.mark.parametrize("name", ["features", "frames", "prefill", "tower"])
+@pytest.mark.parametrize("kind", ["h100", "a100", "h200"])
+def test_programs_of_two_layers_compile(kind, name):
+  plan = plan_for(kind)
+  with programs.inside(plan):
+    traced, _ = programs.traced(plan, plan.cfg, name)
+    program = traced.lower().compile()
+  assert kernels_in(program) == {"triton" if kind == "a100" else "mosaic"}
+  assert program.memory_analysis().temp_size_in_bytes < 3e9
+
+
+@pytest.mark.parametrize("kind", ["h100"])
+@pytest.mark.parametrize("name", ["features", "prefill"])
+def test_programs_of_sequences_that_are_split_over_gpus_compile(name, kind):
+  plan = plan_for(kind)
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 1, 2), absent.gpus(kind, 4), 2)
+  plan = dataclasses.replace(plan, mesh=mesh, rows=2, bucket=Bucket(64, 8, 16, 512))
+  with programs.inside(plan):
+    program = programs.traced(plan, plan.cfg, name)[0].lower().compile()
+  assert kernels_in(program) == {"mosaic"}
