@@ -23,7 +23,9 @@ case "${1:-}" in
     ls .wheels
     ;;
   check)
-    out=${2:?where the results go}
+    [ $# -ge 2 ] || { echo "error: give a folder for results: launch/offline_gpu.sh check OUT" >&2; exit 1; }
+    [ -d .wheels ] || { echo "error: there is no .wheels/; launch/offline_gpu.sh wheels makes it where there is a network" >&2; exit 1; }
+    out=$2
     shift 2
     work=$(mktemp -d)
     trap 'tar -czf "$out/check.tar.gz" -C "$work" --exclude profile --exclude world check; rm -rf "$work"' EXIT

@@ -92,20 +92,21 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
     jax.config.update("jax_compilation_cache_dir", None)
     files.keep_compiled(None)
     assert jax.config.jax_compilation_cache_dir is None
-    files.keep_compiled(str(tmp_path / "a" / "b"))
+    files.keep_compiled(None, str(tmp_path / "a" / "b"))
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b") and (tmp_path / "a" / "b").is_dir()
-    files.keep_compiled(str(tmp_path / "c"))  # one that is set stays,
+    files.keep_compiled(None, str(tmp_path / "c"))  # one that is set stays,
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
-    files.keep_compiled(str(tmp_path / "c"), override=True)  # unless a config says otherwise
+    files.keep_compiled(str(tmp_path / "c"))  # unless another is asked for,
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "c")
-    files.keep_compiled("gs://bucket/compiled", override=True)
-    assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled" and capsys.readouterr().err == ""
+    files.keep_compiled("")  # or none
+    assert jax.config.jax_compilation_cache_dir is None and capsys.readouterr().err == ""
     (tmp_path / "file").touch()
-    files.keep_compiled(str(tmp_path / "file"), override=True)
-    said = capsys.readouterr().err
-    assert jax.config.jax_compilation_cache_dir is None and said.count("\n") == 1 and f"{tmp_path / 'file'} can't be written" in said
+    for bad in (str(tmp_path / "file"), "nothing://bucket/compiled"):
+      files.keep_compiled(bad)
+      said = capsys.readouterr().err
+      assert jax.config.jax_compilation_cache_dir is None and said.count("\n") == 1 and f"{bad} can't be written" in said
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "inside"))  # as by an environment variable
-    files.keep_compiled(str(tmp_path / "c"))
+    files.keep_compiled(None, str(tmp_path / "c"))
     assert jax.config.jax_compilation_cache_dir is None and "compiled programs are not kept" in capsys.readouterr().err
   finally:
     jax.config.update("jax_compilation_cache_dir", before)

@@ -22,7 +22,7 @@ from xcomp_jax import encode, files, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.reader import Reader, options, prepare, settings
+from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
 
 
 def say(text: str) -> None:
@@ -142,7 +142,7 @@ def answer(args: argparse.Namespace) -> None:
   Raises:
     CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad arguments, by name.
   """
-  files.keep_compiled(args.compilation_cache)
+  files.keep_compiled(args.compilation_cache, COMPILED)
   reader = prepare(settings(args))
   page = pathlib.Path(args.report) if args.report else None
   check_target("--report", args.report)

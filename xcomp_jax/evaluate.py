@@ -18,7 +18,7 @@ from typing import Any
 
 from xcomp_jax import files, tasks
 from xcomp_jax.answers import Answers, AnswersError, Wanted, parse_share, run
-from xcomp_jax.reader import options, prepare, settings
+from xcomp_jax.reader import COMPILED, options, prepare, settings
 from xcomp_jax.tasks import TASKS, Question, Task, TaskError
 
 PAPER_FRAMES = {"lvbench": 2048, "mlvu": 1024, "videomme_long": 512, "longvideobench": 256}  # selected; Table B
@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
   Raises:
     CheckpointError, ConfigError, TaskError, AnswersError, OSError: bad arguments, by name.
   """
-  files.keep_compiled(args.compilation_cache)
+  files.keep_compiled(args.compilation_cache, COMPILED)
   for name in ("limit", "devices", "batch"):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       raise AnswersError(f"--{name} {getattr(args, name)}: must be at least 1")

@@ -124,29 +124,30 @@ def locked(file: str | os.PathLike, taken: Exception) -> Generator[None]:
     yield
 
 
-def keep_compiled(folder: str | None, override: bool = False) -> None:
-  """Has JAX keep compiled programs in a folder; where that can't be written, it says so in a line and keeps none.
+def keep_compiled(folder: str | None, default: str | None = None) -> None:
+  """Has JAX keep compiled programs; where that can't be written, it says so in a line and keeps none.
 
-  override: replace a folder that is set already, by the environment.
+  folder: where; "": nowhere; None: as the environment says, else in `default`.
   """
   import jax
 
-  set_before = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]  (made at run time)
-  wanted = (folder or set_before) if override else (set_before or folder)
-  if not wanted:
-    return
-  if not (bucket := "://" in wanted):
-    wanted = os.path.abspath(os.path.expanduser(wanted))
+  before = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]  (made at run time)
+  wanted = (before or default) if folder is None else folder
   try:
-    if not bucket:
+    if wanted and "://" in wanted:
+      from etils import epath
+
+      epath.Path(wanted).mkdir(parents=True, exist_ok=True)
+    elif wanted:
+      wanted = os.path.abspath(os.path.expanduser(wanted))
       os.makedirs(wanted, exist_ok=True)
       with tempfile.TemporaryFile(dir=wanted):
         pass
-  except OSError as error:
-    print(f"compiled programs are not kept: {wanted} can't be written: {error.strerror or error}", file=sys.stderr)
+  except Exception as error:  # a bucket's client has errors of its own
+    print(f"compiled programs are not kept: {wanted} can't be written: {one_line(error)}", file=sys.stderr)
     wanted = None
-  if wanted != set_before:
-    jax.config.update("jax_compilation_cache_dir", wanted)
+  if (wanted or None) != before:
+    jax.config.update("jax_compilation_cache_dir", wanted or None)
 
 
 def one_line(error: BaseException | str) -> str:

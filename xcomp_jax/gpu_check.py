@@ -228,7 +228,7 @@ def stages(out: pathlib.Path, small: bool) -> dict[str, list[list[str]]]:
   )  # fmt: skip
   return {
     "kernels": mine("kernels"),
-    "parity": [run("parity", ROOT / "tests" / "reference" / name) for name in ("dev", "internvideo2_tiny")],
+    "parity": [run("parity", ROOT / "tests" / "reference" / name) for name in ("internvideo2_tiny", "dev")[: 1 if small else 2]],
     "step": mine("step"),
     "ask": [run("world", "--out", world, "--train", 1, "--heldout", 1), ask],
     "bench": [measure(*group) for group in MEASURED],
@@ -244,9 +244,11 @@ def supervise(out: pathlib.Path, minutes: float, small: bool) -> bool:
     Whether all have ended well; a benchmark that is cut short has.
   """
   begun, results = time.monotonic(), {}
+  os.environ["PYTHONUNBUFFERED"] = "1"  # what a part has said is there if it is cut short
   for name, commands in stages(out, small).items():
     left = minutes * 60 - (time.monotonic() - begun)
     limit, status, part = left if name == "bench" else min(left, 0.4 * 60 * minutes), "done", time.monotonic()
+    print(f"=== {name}, at most {limit:.0f} s", flush=True)
     with open(out / f"{name}.txt", "w") as log:
       for command in commands:
         try:
@@ -261,7 +263,10 @@ def supervise(out: pathlib.Path, minutes: float, small: bool) -> bool:
     results[name] = {"status": status, "seconds": round(time.monotonic() - part, 1)}
     files.write_json(out / "summary.json", results, indent=1)
     tail = (out / f"{name}.txt").read_text(errors="replace").splitlines()[-30:]
-    print(f"=== {name}: {status}, {results[name]['seconds']} s", *tail, sep="\n", flush=True)
+    print(*tail, f"=== {name}: {status}, {results[name]['seconds']} s", sep="\n", flush=True)
+    if name == "kernels" and any(line.startswith("error: there is no GPU") for line in tail):
+      return False
+  print(", ".join(f"{name}: {row['status']}" for name, row in results.items()))
   return all(row["status"] == "done" or (name, row["status"]) == ("bench", "cut short") for name, row in results.items())
 
 
@@ -269,11 +274,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.gpu_check", description=__doc__.splitlines()[0])
   parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of results")
-  parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together; the benchmark takes what the others leave")
+  parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (8); the benchmark takes what the others leave")
   parser.add_argument("--small", action="store_true", help="tiny sizes, to try the check itself without a GPU")
-  parser.add_argument("--stage", choices=("kernels", "step"), help="only this part, in this process")
+  parser.add_argument("--stage", choices=("kernels", "step"), help="what the check itself starts: one part, in this process")
   args = parser.parse_args(argv)
   with files.command():
+    if args.minutes <= 0:
+      raise ValueError(f"--minutes {args.minutes:g}: must be more than 0")
+    if not args.stage and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+      raise ValueError(f"--out {args.out} is there and not an empty folder; choose another one")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.stage:
       right = {"kernels": check_kernels, "step": check_step}[args.stage](args.out, args.small)

@@ -23,7 +23,7 @@ from xcomp_jax import files
 from xcomp_jax.answers import Answers, AnswersError, Wanted, run
 from xcomp_jax.evaluate import preset
 from xcomp_jax.lmms_tasks import FAILED, PREFIX
-from xcomp_jax.reader import Settings, options, prepare, settings
+from xcomp_jax.reader import COMPILED, Settings, options, prepare, settings
 
 LOG = logging.getLogger(__name__)
 GIVEN = {"max_new_tokens", "temperature", "top_p", "top_k"}  # by a task, in place of the settings
@@ -61,7 +61,7 @@ class XComp(lmms):
     if self.preset != "none":
       parser.set_defaults(**preset(self.preset, task or "mlvu"))
     args = parser.parse_args(self.options)
-    files.keep_compiled(args.compilation_cache)
+    files.keep_compiled(args.compilation_cache, COMPILED)
     if unknown := sorted(set(wishes) - GIVEN - IGNORED):
       LOG.warning("xcomp_jax does not know the generation_kwargs %s of task %s", ", ".join(unknown), task)
     if int(wishes.get("num_beams") or 1) != 1:

@@ -31,7 +31,7 @@ from xcomp_jax.answers import Answers, parse_share
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.reader import Reader, options, prepare, settings
+from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
 
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -289,7 +289,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     NeedleError, VideoError, CheckpointError, ConfigError, AnswersError, OSError: bad arguments, by name.
   """
   check(args)
-  files.keep_compiled(args.compilation_cache)
+  files.keep_compiled(args.compilation_cache, COMPILED)
   share, reader, out = parse_share(args.share), prepare(settings(args)), pathlib.Path(args.out)
   print(reader.introduce(), file=sys.stderr)
   reader.check_clips()

@@ -164,15 +164,16 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int, attent
   vlm = weights.load(directory, cfg, dtype=dtype)
   features = store.Features(encode.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
   how = {"computed_in": dtype, "clips_per_chunk": clips_per_chunk, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-  if card.platform == "gpu":
-    how |= {"attention": attending.taken(cfg)["tower"]}  # without today's rules some kernels would give wrong numbers
+  kernel = attending.taken(cfg)["tower"]
+  if attention != "auto" or card.platform == "gpu":  # where an earlier version's rules may have given wrong numbers
+    how |= {"attention": kernel}
 
   def run(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
       for one in encode.encode_clips(vlm, clips):
         yield one.astype(ml_dtypes.bfloat16)
 
-  return Tower(features, how, run, attending.describe(cfg))
+  return Tower(features, how, run, f"attention of the tower on {card.kind}, {dtype}: {kernel}")
 
 
 def _spool_features(work: Work, job: int, tower: Tower) -> None:
@@ -381,6 +382,8 @@ def _make(f) -> None:
     raise ValueError(f"--{missing[0]} is missing; give --mixture M.yaml --out DIR, or --verify DIR, or --inspect DIR")
   if f.features and (f.checkpoint is None or f.frames != "raw" or f.beam is not None):
     raise ValueError("--features needs --checkpoint DIR, and goes neither with --frames jpeg nor with --beam")
+  if f.attention != "auto" and not f.features:
+    raise ValueError("--attention goes with --features")
   settings = Settings(f.image_size, f.max_frames, f.min_frames, f.fps, f.clip_frames)
   tower = load_tower(f.checkpoint, settings, f.clips_per_chunk, f.attention) if f.features else None
   if tower:

@@ -29,6 +29,7 @@ from xcomp_jax.model import attention, kernels
 from xcomp_jax.model.vlm import VLM
 
 TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stretched
+COMPILED = "~/.cache/xcomp_jax"  # folder of compiled programs
 SAMPLED_CLIP = 8  # the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
 
 
@@ -79,14 +80,14 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
   add("--dtype", choices=get_args(Dtype), help="default: bfloat16, but float32 on CPUs and on GPUs older than Ampere, such as a T4")
-  add("--attention", choices=get_args(Attention), default="auto", help="which implementation; auto: by the device (docs/gpus.md)")
+  add("--attention", choices=get_args(Attention), default="auto", help="of auto (by the device), einsum and tiled (any), flash (a GPU's), mosaic and triton (NVIDIA's), xla_chunked (any, tokamax), splash (a TPU's)")
   add("--max-new-tokens", type=int, default=64)
   add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
   add("--temperature", type=float, default=0.0, help="0: the most probable token each time")
   add("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all")
   add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
   add("--seed", type=int, default=0, help="of the draws")
-  add("--compilation-cache", default="~/.cache/xcomp_jax", help="folder of compiled programs, for the next time; '': none")
+  add("--compilation-cache", help=f"folder of compiled programs, for the next time; '': none; default: JAX_COMPILATION_CACHE_DIR, else {COMPILED}")
 
 
 def settings(args: argparse.Namespace) -> Settings:

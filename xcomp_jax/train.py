@@ -112,7 +112,7 @@ def run_whole(config: RunConfig) -> None:
 
 def prepare(config: RunConfig) -> Prepared:
   """Reads what a config names, and makes sure that it goes together and that the workdir can be written."""
-  keep_compiled(config.compilation_cache, override=True)
+  keep_compiled(config.compilation_cache)
   attention.check(config.model.attention, config.model.dtype)
   directory = weights.resolve(config.init_from)
   cfg = weights.read_config(directory, config.model, config.lp_comp)

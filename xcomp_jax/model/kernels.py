@@ -25,11 +25,10 @@ KERNELS: tuple[Kernel, ...] = ("mosaic", "triton", "xla_chunked")
 TRIED = ("0.0.12", "0.0.17")  # versions of tokamax that the rules are made from; docs/LOG.md has what compiles where
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0))  # likewise
 SIZES = (64, 88, 128)  # of heads, likewise
-LEAST: dict[str, tuple[int, int]] = {"mosaic": (9, 0), "triton": (8, 0)}  # compute capability
+WITHIN = {"mosaic": ((9, 0), (11, 0)), "triton": ((8, 0), (99, 0))}  # compute capability: from, and below
 # Triton in float32, where a block of threads has 100 KB of shared memory: (size of heads, with a gradient) that compile.
 SMALL_FLOAT32 = {(64, False), (64, True), (128, False)}
-# Mosaic splits the keys on 10.x if there are fewer tiles of 128 rows than half of the multiprocessors (a B200 has 148).
-SPLITS = 80
+SPLITS = 80  # tiles of 128 rows, a little more than half of a B200's 148 multiprocessors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +124,13 @@ def rule(card: Card, version: str, call: Call) -> Kernel | None:
     return "mosaic"
   if version == "0.0.12" and call.gradient:
     return "triton"  # Mosaic's gradient wants more shared memory than there is, or a minute of the compiler for every shape
-  if not call.causal and call.batch * call.heads * -(-call.queries // 128) < SPLITS:
-    return "triton"  # Mosaic splits the keys into parts, whose lengths it may get wrong
-  return "mosaic"
+  return "triton" if _splits(card, call) else "mosaic"
+
+
+def _splits(card: Card, call: Call) -> bool:
+  """Says whether Mosaic may split the keys into parts. It does with few tiles on 10.x, and may get the lengths of parts wrong."""
+  blackwell = card.capability is not None and card.capability[0] == 10
+  return blackwell and not call.causal and call.batch * call.heads * -(-call.queries // 128) < SPLITS
 
 
 def choose(card: Card, version: str, call: Call, attempt: Callable[[Kernel, Call], bool]) -> Kernel:
@@ -137,8 +140,10 @@ def choose(card: Card, version: str, call: Call, attempt: Callable[[Kernel, Call
   """
   if known := rule(card, version, call):
     return known
-  could = (kernel for kernel in KERNELS if unusable(kernel, card, version, call.dtype) is None)
-  return next((kernel for kernel in could if kernel == "xla_chunked" or attempt(kernel, call)), "xla_chunked")
+  could = [kernel for kernel in KERNELS[:2] if unusable(kernel, card, version, call.dtype) is None]
+  if _splits(card, call):
+    could.remove("mosaic")  # a wrong number compiles, too
+  return next((kernel for kernel in could if attempt(kernel, call)), "xla_chunked")
 
 
 def compiles(kernel: Kernel, call: Call) -> bool:
@@ -231,9 +236,11 @@ def _quiet() -> None:
 
 def unusable(implementation: str, card: Card, version: str | None, dtype: str) -> str | None:
   """Says why a device can't have an implementation in a dtype; None: it can."""
-  least = LEAST.get(implementation)
-  if least and (card.capability is None or card.capability < least):
-    return f"{implementation} kernels are for NVIDIA GPUs of compute capability {least[0]}.{least[1]} and more"
+  if implementation in WITHIN:
+    least, below = WITHIN[implementation]
+    if card.capability is None or not least <= card.capability < below:
+      to = " and more" if below[0] == 99 else f" to {below[0] - 1}.x"
+      return f"{implementation} kernels are for NVIDIA GPUs of compute capability {least[0]}.{least[1]}{to}"
   if implementation == "mosaic" and dtype == "float32":
     return "mosaic kernels have no float32"
   if implementation == "splash" and card.platform != "tpu":
