@@ -51,7 +51,7 @@ def go(checkpoint, bench):
   def run(out, *more, annotations=bench / "q.json", videos=bench / "videos"):
     evaluate.main([
       "--task=lvbench", "--annotations", str(annotations), "--videos", str(videos), "--checkpoint", str(checkpoint), "--preset=none",
-      "--devices=1", *OPTIONS, "--out", str(out), "--compilation-cache=", *more,
+      "--devices=1", *OPTIONS, "--out", str(out), *more,
     ])  # fmt: skip
 
   return run

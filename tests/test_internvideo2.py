@@ -193,7 +193,7 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(checkpoin
   assert not np.array_equal(before.llm.layers[0].q.kernel[...], after.llm.layers[0].q.kernel[...])
 
   film = next((tmp_path / "world/heldout").glob("*.mp4"))
-  options = ["--checkpoint", str(tmp_path / "torch"), "--min-frames=8", "--max-frames=16", "--select=8", "--max-new-tokens=3", "--compilation-cache="]
+  options = ["--checkpoint", str(tmp_path / "torch"), "--min-frames=8", "--max-frames=16", "--select=8", "--max-new-tokens=3"]
   capsys.readouterr()
   ask.main([*options, "--video", str(film), "--question", world.QUESTIONS["digit"], "--json"])
   answer = json.loads(capsys.readouterr().out)

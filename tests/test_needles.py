@@ -39,7 +39,7 @@ def test_a_haystack_that_is_too_short_is_taken_again():
   np.testing.assert_array_equal(video[8:], np.arange(92) % 40)
 
 
-SMALL = ["--mode=aligned", "--repeat=1", "--compilation-cache=", "--clips-per-chunk=8"]
+SMALL = ["--mode=aligned", "--repeat=1", "--clips-per-chunk=8"]
 
 
 def go(out, *more):
