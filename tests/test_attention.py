@@ -71,6 +71,7 @@ def test_few_rows_on_a_b200_are_not_split_by_their_keys():
   card = kernels.card_of(cards.gpu("b200"))
   assert kernels.choose(card, "0.0.12", few, lambda *_: True) == kernels.choose(card, "0.0.13", few, lambda *_: True) == "triton"
   assert kernels.choose(card, "0.0.13", dataclasses.replace(few, batch=8), lambda *_: True) == "mosaic"
+  assert kernels.choose(card, "0.0.13", dataclasses.replace(few, dtype="float32"), lambda *_: False) == "xla_chunked"
 
 
 def test_gpus_that_are_not_nvidias_get_no_kernel():

@@ -140,9 +140,8 @@ def choose(card: Card, version: str, call: Call, attempt: Callable[[Kernel, Call
   """
   if known := rule(card, version, call):
     return known
-  could = [kernel for kernel in KERNELS[:2] if unusable(kernel, card, version, call.dtype) is None]
-  if _splits(card, call):
-    could.remove("mosaic")  # a wrong number compiles, too
+  wanted: tuple[Kernel, ...] = ("triton",) if _splits(card, call) else ("mosaic", "triton")  # what is wrong compiles, too
+  could = (kernel for kernel in wanted if unusable(kernel, card, version, call.dtype) is None)
   return next((kernel for kernel in could if attempt(kernel, call)), "xla_chunked")
 
 
