@@ -16,7 +16,7 @@ from xcomp_jax import absent, bench
 from xcomp_jax import bench_parts as parts
 from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.model import attention, kernels
-from xcomp_jax.model.attention import Mask, attend
+from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.sharding import make_mesh
 
 LENGTHS = (1, 7, 8, 14, 127, 128, 129, 255, 256, 257, 300)
@@ -142,7 +142,7 @@ def test_no_kernel_sees_a_length_that_is_not_whole_or_padding_without_a_mask(kin
   args = [(array(n, 12, 128), array(n, 2, 128), array(n, dtype=bool)) if causal else (array(n, 16, 64),) * 2 for n, causal in calls]
 
   def every(args):
-    run = lambda q, k, *valid: attend(q, k, k, Mask(bool(valid), *valid), implementation="flash")
+    run = lambda q, k, *valid: attend(q, k, k, AttentionMask(bool(valid), *valid), implementation="flash")
     return [run(*each) for each in args]
 
   with absent.computing_on([cards.gpu(kind)]):
@@ -162,7 +162,7 @@ def test_a_whole_clip_reaches_the_kernel_as_it_is(monkeypatch, library):
   library("0.0.12")
   x = jax.ShapeDtypeStruct((4, 6272, 16, 64), jnp.bfloat16)
   with absent.computing_on([cards.gpu("h100")]):
-    program = jax.make_jaxpr(lambda x: attend(x, x, x, Mask(causal=False)))(x)
+    program = jax.make_jaxpr(lambda x: attend(x, x, x, AttentionMask(causal=False)))(x)
   assert handed == [("mosaic", x.shape, x.shape, None, False)] and "pad" not in str(program)
 
 
@@ -180,7 +180,7 @@ def test_what_reaches_the_tpu_kernel_is_whole_and_padding_a_segment_of_its_own(d
   monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
   lengths = (*range(1, 301), *CLIPS, *FILMS)
   args = [(jax.ShapeDtypeStruct((1, n, 4, 64), dtype), jax.ShapeDtypeStruct((1, n, 2, 64), dtype)) for n in lengths]
-  run = lambda q, k: attend(q, k, k, Mask(q.shape[1] not in CLIPS), implementation="splash")
+  run = lambda q, k: attend(q, k, k, AttentionMask(q.shape[1] not in CLIPS), implementation="splash")
   with absent.computing_on([cards.V5E]):
     jax.eval_shape(lambda args: [run(*each) for each in args], args)
   for length, (mask, q, k, blocks, *segments, computed) in zip(lengths, handed, strict=True):
@@ -204,7 +204,7 @@ def test_numbers_and_gradients_of_any_length_by_exactly_what_is_handed(kind, ver
     # All of it; a hole after the first half, as behind a prefix; nothing valid in the first slots, as where there is no prefix.
     slots, half = jnp.arange(length), length // 2
     valid = jnp.stack([slots >= 0, (slots < half - 2) | (slots >= half), slots >= min(5, length - 1)])
-    mask = Mask(causal, valid if causal else None)
+    mask = AttentionMask(causal, valid if causal else None)
     shown = lambda q, k, v: jnp.where(valid[:, :, None, None] if causal else True, attend(q, k, v, mask, implementation=how), 0)
     return shown(q, k, v), jax.grad(lambda *args: jnp.sin(shown(*args)).sum(), (0, 1, 2))(q, k, v)
 
@@ -220,7 +220,7 @@ def test_attention_in_pieces_equals_the_oracle(causal, implementation):
   slots = 1100 if implementation == "auto" else 600  # more than a tile, no multiple of one; auto is in pieces from 1,024
   q, k, v = (jax.random.normal(jax.random.key(i), (2, slots, heads, 8)) for i, heads in enumerate((4, 2, 2)))
   valid = jnp.arange(slots) < jnp.array([[slots], [317]])
-  run = lambda how: lambda q, k, v: attend(q, k, v, Mask(causal, valid), implementation=how)
+  run = lambda how: lambda q, k, v: attend(q, k, v, AttentionMask(causal, valid), implementation=how)
   close(run(implementation)(q, k, v), run("einsum")(q, k, v))
   grads = lambda how: jax.grad(lambda *a: jnp.sin(run(how)(*a)).sum(), (0, 1, 2))(q, k, v)
   jax.tree.map(close, grads(implementation), grads("einsum"))
@@ -230,7 +230,7 @@ def test_attention_in_pieces_equals_the_oracle(causal, implementation):
 def test_scores_far_above_those_of_the_last_tile(causal):
   q, k, v = (jax.random.normal(jax.random.key(i), (1, 900, 2, 8)) for i in range(3))
   k = k.at[:, 5].multiply(300)  # e to the hundreds times the weight of others: no number of float32
-  run = jax.jit(lambda how: attend(q, k, v, Mask(causal), implementation=how), static_argnums=0)
+  run = jax.jit(lambda how: attend(q, k, v, AttentionMask(causal), implementation=how), static_argnums=0)
   close(run("tiled"), run("einsum"))
 
 
@@ -240,7 +240,7 @@ def test_the_tpu_kernel_equals_the_oracle(causal):
   q, k, v = (jax.random.normal(jax.random.key(i), (2, slots, heads, 8)) for i, heads in enumerate((4, 2, 2)))
   valid = jnp.arange(slots) < jnp.array([[slots], [317]])
   kernel = lambda q, k, v: attention._splash(q, k, v, valid, causal, interpret=True)
-  oracle = lambda q, k, v: attend(q, k, v, Mask(causal, valid), implementation="einsum")
+  oracle = lambda q, k, v: attend(q, k, v, AttentionMask(causal, valid), implementation="einsum")
   shown = lambda out: jnp.where(valid[:, :, None, None], out, 0)  # rows of padding are garbage
   close(shown(kernel(q, k, v)), shown(oracle(q, k, v)))
   grads = lambda how: jax.grad(lambda *a: jnp.sin(shown(how(*a))).sum(), (0, 1, 2))(q, k, v)
@@ -251,42 +251,42 @@ def test_the_tpu_kernel_equals_the_oracle(causal):
 def test_kernels_run_on_every_device_of_a_mesh(kv_heads):
   q, k, v = (jax.random.normal(jax.random.key(i), (4, 500, heads, 8)) for i, heads in enumerate((4, kv_heads, kv_heads)))
   valid = jnp.arange(500) < jnp.array([[500], [317], [500], [1]])
-  run = jax.jit(lambda how: attend(q, k, v, Mask(True, valid), implementation=how), static_argnums=0)
+  run = jax.jit(lambda how: attend(q, k, v, AttentionMask(True, valid), implementation=how), static_argnums=0)
   alone = run("einsum")
   with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2, 1))):
-    program = jax.jit(lambda q, k, v: attend(q, k, v, Mask(True, valid), implementation="xla_chunked"))
+    program = jax.jit(lambda q, k, v: attend(q, k, v, AttentionMask(True, valid), implementation="xla_chunked"))
     close(program(q, k, v), alone)
     assert "4,500,4,8" not in program.lower(q, k, v).compile().as_text().split("ENTRY")[0]  # no device has it all
 
 
 def test_a_gpu_without_the_kernel_library_still_attends(monkeypatch, library):
   q, k = jax.random.normal(jax.random.key(0), (1, 1100, 2, 8)), jax.random.normal(jax.random.key(1), (1, 1100, 1, 8))
-  oracle = attend(q, k, k, Mask(True), implementation="einsum")
+  oracle = attend(q, k, k, AttentionMask(True), implementation="einsum")
   library(None)
   monkeypatch.setitem(sys.modules, "tokamax", None)
   with absent.computing_on([cards.gpu("h100")]), pytest.warns(UserWarning, match="pip install tokamax"):
-    got = jax.jit(lambda: attend(q, k, k, Mask(True)))()
+    got = jax.jit(lambda: attend(q, k, k, AttentionMask(True)))()
   close(got, oracle)
 
 
 @pytest.mark.parametrize("implementation", ["einsum", "tiled", "xla_chunked"])
 def test_rows_after_a_sequence_attend_as_within_it(implementation):
   q, k, v = (jax.random.normal(jax.random.key(i), (1, 700, heads, 8)) for i, heads in enumerate((4, 2, 2)))
-  whole = attend(q, k, v, Mask(True), implementation="einsum")
-  close(attend(q[:, 400:], k, v, Mask(True), implementation=implementation), whole[:, 400:])
+  whole = attend(q, k, v, AttentionMask(True), implementation="einsum")
+  close(attend(q[:, 400:], k, v, AttentionMask(True), implementation=implementation), whole[:, 400:])
 
 
 def test_kernels_need_their_library(library):
   library(None)
   x = jnp.zeros((1, 4, 2, 8))
   with pytest.raises(ValueError, match="'xla_chunked' needs tokamax: pip install tokamax"):
-    attend(x, x, x, Mask(causal=True), implementation="xla_chunked")
+    attend(x, x, x, AttentionMask(causal=True), implementation="xla_chunked")
 
 
 def test_causal_attention_of_more_rows_than_keys_is_refused():
   q, k = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 3, 2, 8))
   with pytest.raises(ValueError, match="more queries"):
-    attend(q, k, k, Mask(True))
+    attend(q, k, k, AttentionMask(True))
 
 
 

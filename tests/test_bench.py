@@ -27,10 +27,10 @@ def test_operations_are_those_of_matrix_products_and_loops():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_operations_of_attention_in_tiles(causal):
-  from xcomp_jax.model.attention import Mask, attend
+  from xcomp_jax.model.attention import AttentionMask, attend
 
   q, k = jnp.ones((2, 1300, 8, 16)), jnp.ones((2, 1300, 2, 16))
-  run = lambda q, k: attend(q, k, k, Mask(causal), implementation="tiled")
+  run = lambda q, k: attend(q, k, k, AttentionMask(causal), implementation="tiled")
   needed = 4 * 2 * 8 * 16 * 1300**2 * (0.5 if causal else 1.0)
   counted = parts.flops(run, q, k)
   assert needed < counted < needed * (1.3 if causal else 1.02)  # tiles on the diagonal are computed whole

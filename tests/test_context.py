@@ -15,7 +15,7 @@ from flax import nnx
 from xcomp_jax.config import ConfigError, DataConfig, MeshConfig
 from xcomp_jax.data.batch import Bucket, collate
 from xcomp_jax.model import attention, decoder, vlm
-from xcomp_jax.model.attention import Mask, attend
+from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.sharding import (
   batch_sharding,
   check_mesh,
@@ -42,7 +42,7 @@ def test_queries_are_split_and_see_what_they_should(implementation, monkeypatch)
   valid = jnp.arange(300) < jnp.array([[300], [217]])
 
   def run(how):
-    out = lambda q, k, v: attend(q, k, v, Mask(True, valid), implementation=how)
+    out = lambda q, k, v: attend(q, k, v, AttentionMask(True, valid), implementation=how)
     shown = lambda *a: jnp.where(valid[:, :, None, None], out(*a), 0)  # rows of padding are garbage
     return jax.jit(lambda *a: (shown(*a), jax.grad(lambda *a: jnp.sin(shown(*a)).sum(), (0, 1, 2))(*a)))
 
@@ -57,7 +57,7 @@ def test_queries_are_split_and_see_what_they_should(implementation, monkeypatch)
 
 def test_the_tpu_kernel_lowers_for_split_queries():
   q, k = (jax.ShapeDtypeStruct((2, 1552, heads, 128), jnp.bfloat16) for heads in (12, 2))
-  loss = lambda q, k, v: attend(q, k, v, Mask(True), implementation="splash").astype(jnp.float32).sum()
+  loss = lambda q, k, v: attend(q, k, v, AttentionMask(True), implementation="splash").astype(jnp.float32).sum()
   with jax.set_mesh(make_mesh(MeshConfig(1, 2, 1, 4))):
     program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
   assert program.count("tpu_custom_call") == 3  # forward, and backward for queries and for keys

@@ -13,7 +13,7 @@ from xcomp_jax import cost
 from xcomp_jax.cost import GIB, count_flops, device_of, read_program
 from xcomp_jax.data.batch import Bucket, batch_spec
 from xcomp_jax.model import attention, decoder, lp_comp, vlm
-from xcomp_jax.model.attention import Mask, attend
+from xcomp_jax.model.attention import AttentionMask, attend
 
 P = PartitionSpec
 
@@ -43,7 +43,7 @@ def test_products_count_twice_loops_by_their_length_and_a_mesh_by_its_devices(me
 @pytest.mark.parametrize("length, blocks", [(1024, 1), (2048, 2), (2688, 3)])
 def test_kernels_count_by_formula_and_of_causal_ones_the_blocks_that_are_visited(length, blocks):
   q, kv = spec(1, length, 4, 128, dtype=jnp.bfloat16), spec(1, length, 2, 128, dtype=jnp.bfloat16)
-  run = lambda q, k, v: attend(q, k, v, Mask(True), implementation="splash").sum()
+  run = lambda q, k, v: attend(q, k, v, AttentionMask(True), implementation="splash").sum()
   square = 2.0 * 4 * length**2 * 128
   seen = (blocks + 1) / (2 * blocks)
   assert count(run, q, kv, kv).kernels == 2 * square * seen

@@ -15,7 +15,7 @@ from xcomp_jax import absent, cost, programs, sharding
 from xcomp_jax.config import MeshConfig, from_command_line
 from xcomp_jax.data.batch import Bucket
 from xcomp_jax.model import kernels
-from xcomp_jax.model.attention import Mask, attend
+from xcomp_jax.model.attention import AttentionMask, attend
 
 pytest.importorskip("jax_cuda13_plugin", reason="needs the CUDA packages: make test-gpu-compile")
 
@@ -44,7 +44,7 @@ def test_attention_compiles(kind, shape, gradient):
   dtype = jnp.dtype(kernels.compute_dtype(card))
   mesh = Mesh([device], ("x",), axis_types=(AxisType.Auto,))
   array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-  forward = lambda q, k, v, m: attend(q, k, v, Mask(causal, m if padded else None))
+  forward = lambda q, k, v, m: attend(q, k, v, AttentionMask(causal, m if padded else None))
   total = lambda *args: forward(*args).astype(jnp.float32).sum()
   run = jax.grad(total, (0, 1, 2)) if gradient else forward
   precision = "highest" if dtype == jnp.float32 else None

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from xcomp_jax import absent, bench, cost, plan, programs, qc_comp, sharding, steps, weights
 from xcomp_jax import bench_parts as parts
 from xcomp_jax.config import MeshConfig, from_command_line
-from xcomp_jax.model.attention import Mask, attend
+from xcomp_jax.model.attention import AttentionMask, attend
 
 pytestmark = pytest.mark.slow
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
@@ -53,7 +53,7 @@ def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads
   mesh = mesh_on(name)
   array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((4, *shape), dtype, sharding=sharding.batch_sharding(mesh))
   q, kv = array(length, heads, size), array(length, kv_heads, size)
-  run = lambda q, k, v, valid: attend(q, k, v, Mask(causal, valid), implementation="splash").astype(jnp.float32).sum()
+  run = lambda q, k, v, valid: attend(q, k, v, AttentionMask(causal, valid), implementation="splash").astype(jnp.float32).sum()
   with jax.set_mesh(mesh), jax.default_matmul_precision(None):
     for function, kernels in ((run, 1), (jax.grad(run, (0, 1, 2)), 3)):
       compiled = jax.jit(function).lower(q, kv, kv, array(length, dtype=bool)).compile()

@@ -28,7 +28,7 @@ from xcomp_jax import bench, files
 from xcomp_jax import bench_parts as parts
 from xcomp_jax.data.batch import Bucket, batch_spec, fake_batch
 from xcomp_jax.model import kernels, vlm
-from xcomp_jax.model.attention import Mask, attend
+from xcomp_jax.model.attention import AttentionMask, attend
 
 ROOT = pathlib.Path(__file__).parents[1]
 MEASURED = (("prefill", "--frames", "1024"), ("tower",), ("decode",), ("select",), ("features",))  # of the benchmark, in this order
@@ -112,7 +112,7 @@ def prepared(case: Case) -> Prepared:
   inputs = draw(0, case.heads), draw(1, case.kv_heads), draw(2, case.kv_heads)
   slots, length = jnp.arange(S), S - jnp.arange(B)[:, None] * (S // 7)
   valid = ((slots < length) & ((slots < S // 3) | (slots >= S // 3 + 9))).at[-1, :14].set(not case.padded)
-  mask = Mask(case.causal, valid if case.padded else None)
+  mask = AttentionMask(case.causal, valid if case.padded else None)
   counts = valid[:, :, None, None] if case.padded else True
 
   def program(how, precision):

@@ -40,7 +40,7 @@ def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mask:
+class AttentionMask:
   """Says who sees what, of L queries and S keys.
 
   causal: rows are the last L of the S slots, and see those up to their own; static. valid: bool[B, S], may be traced, False for
@@ -55,7 +55,7 @@ def attend(
   q: Float[Array, "B L H h"],
   k: Float[Array, "B S K h"],
   v: Float[Array, "B S K h"],
-  mask: Mask,
+  mask: AttentionMask,
   *,
   implementation: str = "auto",
 ) -> Float[Array, "B L H h"]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from xcomp_jax.config import LPCompConfig, VLMConfig
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import lp_comp
-from xcomp_jax.model.attention import Mask, attend, attention_weights, remat
+from xcomp_jax.model.attention import AttentionMask, attend, attention_weights, remat
 from xcomp_jax.model.norm import RMSNorm
 from xcomp_jax.model.rope import rotate
 from xcomp_jax.sharding import constrain, gathered, parts
@@ -114,7 +114,7 @@ class Layer(nnx.Module):
     layer = gathered(self, x.dtype)
     q, k, v = layer.project(x)
     q, rotated = self.rotate(q, positions), self.rotate(k, positions)
-    attended = attend(q, rotated, v, Mask(causal=True, valid=valid), implementation=self.cfg.attention)
+    attended = attend(q, rotated, v, AttentionMask(causal=True, valid=valid), implementation=self.cfg.attention)
     return layer.finish(pick(x), pick(attended)), k, v
 
   def extend(self, x, valid, cache: LayerCache, projected):
@@ -125,7 +125,7 @@ class Layer(nnx.Module):
     keys = self.rotate(jnp.concatenate([cache.key, k], axis=1), positions)
     q = self.rotate(q, positions[:, cache.key.shape[1] :])
     values = jnp.concatenate([cache.value, v], axis=1)
-    return self.finish(x, attend(q, keys, values, Mask(causal=True, valid=valid), implementation=self.cfg.attention))
+    return self.finish(x, attend(q, keys, values, AttentionMask(causal=True, valid=valid), implementation=self.cfg.attention))
 
   def step(self, x, positions, cache: LayerCache, slot):
     """One new token: x [B, 1, D], positions int32[B, 1], cache slot `slot`; returns x and the cache with it."""
@@ -133,7 +133,7 @@ class Layer(nnx.Module):
     q, k = self.rotate(q, positions), self.rotate(k, positions)
     put = lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), slot, axis=1)
     cache = LayerCache(put(cache.key, k), put(cache.value, v), put(cache.valid, jnp.ones((len(x), 1), bool)))
-    attended = attend(q, cache.key, cache.value, Mask(causal=False, valid=cache.valid), implementation="einsum")
+    attended = attend(q, cache.key, cache.value, AttentionMask(causal=False, valid=cache.valid), implementation="einsum")
     return self.finish(x, attended), cache
 
 

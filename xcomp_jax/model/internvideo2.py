@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.config import InternVideo2Config, VLMConfig
-from xcomp_jax.model.attention import Mask, attend, remat
+from xcomp_jax.model.attention import AttentionMask, attend, remat
 from xcomp_jax.model.norm import RMSNorm
 from xcomp_jax.model.vision import PatchEmbed, check_sizes
 from xcomp_jax.sharding import gathered
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
     q, k = split(self.q_norm(q)), split(self.k_norm(k))
-    return self.proj(attend(q, k, split(v), Mask(causal=False), implementation=self.implementation).reshape(x.shape))
+    return self.proj(attend(q, k, split(v), AttentionMask(causal=False), implementation=self.implementation).reshape(x.shape))
 
 
 class Block(nnx.Module):

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.config import TowerConfig, VisionConfig, VLMConfig
-from xcomp_jax.model.attention import Mask, attend, remat
+from xcomp_jax.model.attention import AttentionMask, attend, remat
 from xcomp_jax.sharding import constrain, gathered
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # FACTS.md 6
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
     q, v = q + self.q_bias[...].astype(q.dtype), v + self.v_bias[...].astype(v.dtype)
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    out = attend(split(q), split(k), split(v), Mask(causal=False), implementation=self.implementation)
+    out = attend(split(q), split(k), split(v), AttentionMask(causal=False), implementation=self.implementation)
     return self.proj(out.reshape(x.shape))
 
 
