@@ -45,6 +45,17 @@ def run(checkpoint, film, *more):
   ])  # fmt: skip
 
 
+def test_attention_is_the_one_that_is_asked_for(checkpoint, film, capsys):
+  said = lambda: capsys.readouterr().err
+  run(checkpoint, film)
+  assert "\nattention on cpu, float32: einsum" in said()
+  run(checkpoint, film, "--attention=xla_chunked")
+  assert "\nattention on cpu, float32: xla_chunked of tokamax" in said()
+  with pytest.raises(SystemExit):
+    run(checkpoint, film, "--attention=mosaic")
+  assert said().startswith("error: attention 'mosaic' on cpu: mosaic kernels")
+
+
 def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, capsys):
   run(checkpoint, film)
   printed = capsys.readouterr()

@@ -493,6 +493,7 @@ def test_command_with_a_bad_annotation(world):
   [
     (["--mixture=m.yaml"], "--out is missing"), (["--out=o"], "--mixture is missing"), ([], "--mixture is missing"),
     (["--verify=a", "--inspect=b"], "exclude each other"), (["--verify=nowhere"], "no data at nowhere"),
+    (["--mixture=m.yaml", "--out=o", "--attention=einsum"], "--attention goes with --features"),
     (["--mixture=m.yaml", "--out=o", "--features"], "--features needs --checkpoint"), (["word"], "unexpected argument 'word'"),
   ],
 )
