@@ -56,7 +56,7 @@ def test_rows_are_timed_beside_a_product_and_drawn(tmp_path, capsys):
   result = json.loads(out.read_text())
   rows = result["rows"]
   assert [name.split(",")[0] for name in rows][2:6] == ["tower", "merge", "prefill", "decode"]
-  assert result["attention"] == "tiled" and result["matmul_flops/s"] > 0 and result["copy_bytes/s"] > 0
+  assert "tiled in the LLM" in result["attention"] and result["matmul_flops/s"] > 0 and result["copy_bytes/s"] > 0
   for name in ("tower, 16 frames", "merge, 8 frames", "prefill, 16 frames", "decode, 4 tokens"):
     row = rows[name]
     assert row["fastest_s"] <= row["seconds"] <= row["slowest_s"] and row["compile_s"] > 0
