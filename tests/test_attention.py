@@ -307,7 +307,7 @@ def test_what_attention_runs_as_is_said_in_a_line(device, version, changes, said
   library(version)
   cfg = dataclasses.replace(parts.sized(str(bench.RELEASED), "bfloat16"), **changes)
   with absent.computing_on([device]):
-    line = attention.describe(cfg, gradient=True)
+    line = kernels.describe(cfg, gradient=True)
   assert said in line and "\n" not in line and ("einsum" in line) == ("attention" not in changes)
 
 
@@ -322,16 +322,16 @@ def test_an_implementation_that_a_device_can_not_run_is_refused_before_any_work(
   library(version)
   with absent.computing_on([device]):
     for name in taken:
-      attention.check(name, "bfloat16")
+      kernels.check(name, "bfloat16")
     for name in refused:
       with pytest.raises(ConfigError, match=f"attention '{name}' on {device.device_kind}: .*"):
-        attention.check(name, "bfloat16")
+        kernels.check(name, "bfloat16")
 
 
 def test_a_kernel_without_float32_is_refused_in_it(library):
   library("0.0.17")
   with absent.computing_on([cards.gpu("h100")]), pytest.raises(ConfigError, match="mosaic kernels have no float32"):
-    attention.check("mosaic", "float32")
+    kernels.check("mosaic", "float32")
 
 
 def test_a_card_without_bfloat16_computes_in_float32():

@@ -27,7 +27,7 @@ from xcomp_jax import bench_parts as parts
 from xcomp_jax import bench_profile, cost, files
 from xcomp_jax.bench_parts import PREFIX, Part
 from xcomp_jax.config import Dtype
-from xcomp_jax.model import attention
+from xcomp_jax.model import kernels
 
 PAPER = {1024: 0.12, 2048: 0.25, 4096: 0.66}  # seconds of LP-Comp prefill on one H200, 863 text tokens
 WANTED = {1024: 0.075, 2048: 0.16, 4096: 0.45}  # likewise
@@ -320,7 +320,7 @@ def run(
   """Measures, prints, and writes after every row what there is so far."""
   device = jax.devices()[0]
   result: dict[str, Any] = {"preset": name, "device": device.device_kind, "jax": jax.__version__, "dtype": preset.dtype}
-  result |= {"attention": attention.describe(parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)), "rows": {}}
+  result |= {"attention": kernels.describe(parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)), "rows": {}}
   print(result["attention"], file=sys.stderr)
   for title, row in rows(preset, groups, torch, profile):
     result["rows"][title] = parts.as_json(row)

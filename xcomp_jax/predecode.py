@@ -149,13 +149,12 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int, attent
 
   from xcomp_jax import encode, weights
   from xcomp_jax.config import COSINE, ModelConfig
-  from xcomp_jax.model import attention as attending
   from xcomp_jax.model import kernels
 
   directory = weights.resolve(checkpoint)
   card = kernels.here()
   dtype = kernels.compute_dtype(card)
-  attending.check(attention, dtype)
+  kernels.check(attention, dtype)
   model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk, attention, remat=False)
   cfg = weights.read_config(directory, model, COSINE)  # of the LLM, which is not run
   if cfg.vision.image_size != settings.image_size:
@@ -164,7 +163,7 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int, attent
   vlm = weights.load(directory, cfg, dtype=dtype)
   features = store.Features(encode.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
   how = {"computed_in": dtype, "clips_per_chunk": clips_per_chunk, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-  kernel = attending.taken(cfg)["tower"]
+  kernel = kernels.taken(cfg)["tower"]
   if attention != "auto" or card.platform == "gpu":  # where an earlier version's rules may have given wrong numbers
     how |= {"attention": kernel}
 

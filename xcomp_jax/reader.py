@@ -25,7 +25,7 @@ from xcomp_jax.config import (
   VLMConfig,
 )
 from xcomp_jax.data import prompt, video
-from xcomp_jax.model import attention, kernels
+from xcomp_jax.model import kernels
 from xcomp_jax.model.vlm import VLM
 
 TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stretched
@@ -147,7 +147,7 @@ class Reader:
 
   def introduce(self) -> str:
     """What it computes with, in a line."""
-    return attention.describe(self.cfg)
+    return kernels.describe(self.cfg)
 
   def check_clips(self) -> None:
     """Sees to it that sampled clips are whole clips of the tower.
@@ -228,7 +228,7 @@ def prepare(s: Settings) -> Reader:
   tuned = weights.read_lp_comp(directory) or COSINE
   lp_comp = LPCompConfig(s.schedule or tuned.schedule, s.keep or tuned.keep, tuned.group)
   dtype = s.dtype or kernels.compute_dtype(kernels.here())
-  attention.check(s.attention, dtype)
+  kernels.check(s.attention, dtype)
   clip_frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
   if s.clips_per_chunk < 1 or (type(clip_frames) is int and clip_frames < 1) or (s.yarn is not None and s.yarn < 1):
     raise ConfigError("--clips-per-chunk, --clip-frames and --yarn must be at least 1")

@@ -35,7 +35,7 @@ from xcomp_jax.data.batch import Batch
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.store import Features, Store, open_store
 from xcomp_jax.files import command, keep_compiled
-from xcomp_jax.model import attention, lp_comp, vlm
+from xcomp_jax.model import kernels, lp_comp, vlm
 from xcomp_jax.sharding import (
   batch_devices,
   check_mesh,
@@ -113,7 +113,7 @@ def run_whole(config: RunConfig) -> None:
 def prepare(config: RunConfig) -> Prepared:
   """Reads what a config names, and makes sure that it goes together and that the workdir can be written."""
   keep_compiled(config.compilation_cache)
-  attention.check(config.model.attention, config.model.dtype)
+  kernels.check(config.model.attention, config.model.dtype)
   directory = weights.resolve(config.init_from)
   cfg = weights.read_config(directory, config.model, config.lp_comp)
   lp_comp.counts(cfg.lp_comp, cfg.llm.layers)  # refuses schedules that can't be
@@ -289,7 +289,7 @@ def introduce(config: RunConfig, prepared: Prepared, state: TrainState, start: i
   """Says what is about to run, where every parameter lies, and writes the resolved config."""
   cfg, mesh = prepared.cfg, prepared.mesh
   print(f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-  print(attention.describe(cfg, gradient=True))
+  print(kernels.describe(cfg, gradient=True))
   if (size := config.train.batch_size) % (rows := batch_devices(mesh)):
     print(f"note: {size} samples of a step over data x fsdp = {rows} parts: some of them have only padding")
   table = lambda part: parameter_table(part, param_shardings(part, mesh))

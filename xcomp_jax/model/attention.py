@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -13,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from xcomp_jax.config import Attention, ConfigError, VLMConfig
+from xcomp_jax.config import Attention
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import kernels
 from xcomp_jax.sharding import constrain, split
@@ -25,7 +24,6 @@ LARGE = 1e30  # sum of weights that float32 holds with room to spare
 BLOCK = 128  # queries whose scores with all keys exist at once, in gradients on a CPU
 ROWS = 2048  # of queries of a split sequence that see their keys through one mask
 TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
-LONG = 16384  # slots of the LLM for 1,024 frames without text
 ATTENDED = "attended"  # name of what attention gives, for `remat`
 
 
@@ -86,7 +84,7 @@ def attend(
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention implementation {implementation!r}: known are {', '.join(IMPLEMENTATIONS)}")
   if implementation == "auto":
-    implementation = automatic(L, S, causal, kernels.here())
+    implementation = kernels.automatic(L, S, causal, kernels.here())
   if L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled"):
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
@@ -103,62 +101,6 @@ def attend(
   if kernels.library() is None:
     raise ValueError(f"attention implementation {implementation!r} needs tokamax: pip install tokamax")
   return _flash(q, k, v, valid, causal, implementation)
-
-
-def automatic(L: int, S: int, causal: bool, card: kernels.Card) -> str:
-  """Gives the implementation that "auto" takes for L queries and S keys on a device."""
-  # A small score matrix is the fastest to compile and to run, but half of a causal one is for nothing.
-  if L <= TILE or (L * S <= 1024 * 1024 and not (causal and card.platform == "cpu")):
-    return "einsum"
-  if card.platform == "gpu" and kernels.library() is None:
-    warnings.warn("no tokamax, so attention runs without kernels, slowly; `pip install tokamax`", stacklevel=2)
-    return "tiled"
-  return {"tpu": "splash", "gpu": "flash"}.get(card.platform, "tiled")
-
-
-def check(implementation: str, dtype: str) -> None:
-  """Refuses an implementation that this process's device can't run in a dtype.
-
-  Raises:
-    ConfigError: it can't.
-  """
-  card = kernels.here()
-  if why := kernels.unusable(implementation, card, kernels.library(), dtype):
-    raise ConfigError(f"attention {implementation!r} on {card.kind}: {why}; leave it to auto")
-
-
-def taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
-  """Says what the attention of the "tower" and long attention of the "LLM" run as on this process's device.
-
-  gradient: of the LLM's, in training.
-  """
-  card, version, v, llm = kernels.here(), kernels.library(), cfg.vision, cfg.llm
-  clip = v.tokens(cfg.clip_frames)
-  calls = {
-    "tower": kernels.Call(cfg.clips_per_chunk, clip, clip, v.heads, v.heads, v.width // v.heads, cfg.dtype, False, None, False),
-    "LLM": kernels.Call(1, LONG, LONG, llm.heads, llm.kv_heads, llm.head_dim, cfg.dtype, True, "keys", gradient),
-  }
-
-  def name(call: kernels.Call) -> str:
-    how = cfg.attention
-    if how == "auto":
-      how = automatic(call.queries, call.keys, call.causal, card)
-    if how == "flash" and version is not None:
-      how = kernels.rule(card, version, call) or "the first kernel that compiles"
-    return f"{how} of tokamax {version}" if how in kernels.KERNELS else how
-
-  return {part: name(call) for part, call in calls.items()}
-
-
-def describe(cfg: VLMConfig, gradient: bool = False) -> str:
-  """Says `taken` in a line, and what it is computed in."""
-  card, how = kernels.here(), taken(cfg, gradient)
-  line = how["tower"] if how["tower"] == how["LLM"] else f"{how['tower']} in the tower, {how['LLM']} in the LLM"
-  if cfg.attention == "auto":
-    line += "; einsum where there are few queries"
-  if cfg.dtype == "bfloat16" and card.platform == "gpu" and not card.bfloat16:
-    line += f"; {card.kind} has no bfloat16: use float32"
-  return f"attention on {card.kind}, {cfg.dtype}: {line}"
 
 
 def _parts(q, k, causal):

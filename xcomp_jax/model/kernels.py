@@ -1,4 +1,4 @@
-"""Which kernel computes attention, on which device.
+"""Which implementation computes attention, on which device.
 
 A kernel that a device can't run raises when the program around it is lowered or compiled, where nothing can catch the error and
 go on. So every call is decided before it is traced, from what is known about the device and the installed library (tokamax).
@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,14 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from xcomp_jax.config import ConfigError, VLMConfig
+
 Kernel = Literal["mosaic", "triton", "xla_chunked"]
 KERNELS: tuple[Kernel, ...] = ("mosaic", "triton", "xla_chunked")
 TRIED = ("0.0.12", "0.0.17")  # versions of tokamax that the rules are made from; docs/LOG.md has what compiles where
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0))  # likewise
 SIZES = (64, 88, 128)  # of heads, likewise
-WITHIN = {"mosaic": ((9, 0), (11, 0)), "triton": ((8, 0), (99, 0))}  # compute capability: from, and below
+MAJORS = {"mosaic": (9, 10), "triton": (8, None)}  # compute capability: first and last major version
 # Triton in float32, where a block of threads has 100 KB of shared memory: (size of heads, with a gradient) that compile.
 SMALL_FLOAT32 = {(64, False), (64, True), (128, False)}
+FEW = 384  # queries, of which einsum computes attention: a tile of `attention`
+LONG = 16384  # slots of the LLM for 1,024 frames without text
 SPLITS = 80  # tiles of 128 rows, a little more than half of a B200's 148 multiprocessors
 
 
@@ -235,11 +240,10 @@ def _quiet() -> None:
 
 def unusable(implementation: str, card: Card, version: str | None, dtype: str) -> str | None:
   """Says why a device can't have an implementation in a dtype; None: it can."""
-  if implementation in WITHIN:
-    least, below = WITHIN[implementation]
-    if card.capability is None or not least <= card.capability < below:
-      to = " and more" if below[0] == 99 else f" to {below[0] - 1}.x"
-      return f"{implementation} kernels are for NVIDIA GPUs of compute capability {least[0]}.{least[1]}{to}"
+  if implementation in MAJORS:
+    (first, last), major = MAJORS[implementation], card.capability[0] if card.capability else 0
+    if major < first or (last is not None and major > last):
+      return f"{implementation} kernels are for NVIDIA GPUs of compute capability {first}.0 {f'to {last}.x' if last else 'and more'}"
   if implementation == "mosaic" and dtype == "float32":
     return "mosaic kernels have no float32"
   if implementation == "splash" and card.platform != "tpu":
@@ -247,3 +251,59 @@ def unusable(implementation: str, card: Card, version: str | None, dtype: str) -
   if implementation in ("flash", *KERNELS) and version is None:
     return f"{implementation} needs tokamax: pip install tokamax"
   return None
+
+
+def automatic(L: int, S: int, causal: bool, card: Card) -> str:
+  """Gives the implementation that "auto" takes for L queries and S keys on a device."""
+  # A small score matrix is the fastest to compile and to run, but half of a causal one is for nothing.
+  if L <= FEW or (L * S <= 1024 * 1024 and not (causal and card.platform == "cpu")):
+    return "einsum"
+  if card.platform == "gpu" and library() is None:
+    warnings.warn("no tokamax, so attention runs without kernels, slowly; `pip install tokamax`", stacklevel=2)
+    return "tiled"
+  return {"tpu": "splash", "gpu": "flash"}.get(card.platform, "tiled")
+
+
+def check(implementation: str, dtype: str) -> None:
+  """Refuses an implementation that this process's device can't run in a dtype.
+
+  Raises:
+    ConfigError: it can't.
+  """
+  card = here()
+  if why := unusable(implementation, card, library(), dtype):
+    raise ConfigError(f"attention {implementation!r} on {card.kind}: {why}; leave it to auto")
+
+
+def taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
+  """Says what the attention of the "tower" and long attention of the "LLM" run as on this process's device.
+
+  gradient: of the LLM's, in training.
+  """
+  card, version, v, llm = here(), library(), cfg.vision, cfg.llm
+  clip = v.tokens(cfg.clip_frames)
+  calls = {
+    "tower": Call(cfg.clips_per_chunk, clip, clip, v.heads, v.heads, v.width // v.heads, cfg.dtype, False, None, False),
+    "LLM": Call(1, LONG, LONG, llm.heads, llm.kv_heads, llm.head_dim, cfg.dtype, True, "keys", gradient),
+  }
+
+  def name(call: Call) -> str:
+    how = cfg.attention
+    if how == "auto":
+      how = automatic(call.queries, call.keys, call.causal, card)
+    if how == "flash" and version is not None:
+      how = rule(card, version, call) or "the first kernel that compiles"
+    return f"{how} of tokamax {version}" if how in KERNELS else how
+
+  return {part: name(call) for part, call in calls.items()}
+
+
+def describe(cfg: VLMConfig, gradient: bool = False) -> str:
+  """Says `taken` in a line, and what it is computed in."""
+  card, how = here(), taken(cfg, gradient)
+  line = how["tower"] if how["tower"] == how["LLM"] else f"{how['tower']} in the tower, {how['LLM']} in the LLM"
+  if cfg.attention == "auto":
+    line += "; einsum where there are few queries"
+  if cfg.dtype == "bfloat16" and card.platform == "gpu" and not card.bfloat16:
+    line += f"; {card.kind} has no bfloat16: use float32"
+  return f"attention on {card.kind}, {cfg.dtype}: {line}"
