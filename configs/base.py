@@ -16,10 +16,10 @@ stages had loss 0.006 (see), 0.044 (answer) and 0.126 (find). By hand, for stage
 
 from ml_collections import ConfigDict, FieldReference
 
-STAGES = {  # learning rate, epochs, tower trained, frame buckets, text buckets
-  "see": (2e-3, 2, True, (8,), (64,)),  # videos of one scene to describe
-  "answer": (1e-3, 1, True, (8,), (160,)),  # four questions about one scene
-  "find": (1e-3, 1, False, (16, 32, 48), (160,)),  # four questions about two to six scenes
+STAGES = {  # learning rate, epochs, tower trained, shapes: rows; samples, frames and tokens of text in a row
+  "see": (2e-3, 2, True, ((8, 1, 8, 64),)),  # videos of one scene to describe
+  "answer": (1e-3, 1, True, ((8, 1, 8, 160),)),  # four questions about one scene
+  "find": (1e-3, 1, False, None),  # four questions about two to six scenes
 }
 
 
@@ -31,7 +31,7 @@ def get_config(stage: str = "see") -> ConfigDict:
   """
   if stage not in STAGES:
     raise ValueError(f"configs/base.py has no stage {stage!r}; known: {', '.join(STAGES)}")
-  rate, epochs, vision, frames, text = STAGES[stage]
+  rate, epochs, vision, shapes = STAGES[stage]
   free = lambda value: FieldReference(value, field_type=object)
   before = {"see": "init", "answer": "see/model", "find": "answer/model"}[stage]
   c = ConfigDict()
@@ -58,13 +58,11 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.data.train = free(f"demo/base/{stage}/train")
   c.data.weights = free(None)
   c.data.heldout = free(None)
-  c.data.frame_buckets = frames
-  c.data.text_buckets = text
+  c.data.shapes = free(shapes)
   c.data.prefix_length = 16
   c.data.frames_per_device = 192
   c.data.text_per_device = 8192
   c.data.mask = "assistant"  # nothing but answers: everything else in these texts is the same each time
-  c.data.group_by_text_length = False
   c.data.threads = 1
   c.data.prefetch = 2
 

@@ -48,7 +48,7 @@ def _paper() -> ConfigDict:
   c.model.yarn = _open("checkpoint")  # what config.json's rope_scaling says; None; or (4.0, 32768), Qwen2.5's factor and positions
   c.model.dtype = "bfloat16"  # of the computation
   c.model.param_dtype = "float32"  # of trained parameters and optimizer state
-  c.model.clips_per_chunk = 4  # clips of a sample in the tower at once; more is faster until memory ends
+  c.model.clips_per_chunk = 4  # clips of a device in the tower at once; more is faster until memory ends
   c.model.attention = "auto"  # the fastest that the device has
   c.model.remat = True  # recompute activations in the backward pass (gradient checkpointing in train.sh)
 
@@ -61,15 +61,15 @@ def _paper() -> ConfigDict:
   c.data.train = _open("data/sct")  # folder written by predecode, or several: ("data/a", "data/b")
   c.data.weights = _open(None)  # how often an epoch reads a sample of each, e.g. (1.0, 0.25); None: once
   c.data.heldout = _open(None)  # folder written by predecode; None: no evaluation
-  c.data.frame_buckets = (1, 128, 256, 512, 1024)  # frames; 1 is an image. Every pair of buckets compiles once
-  c.data.text_buckets = (512, 2048, 8192)  # tokens after the visual slot
+  # Of micro-batches: rows over all devices; samples, frames, and tokens after the visual slots of a row. ((8, 4, 1024, 2048), ...);
+  # each compiles once. None: at most four, chosen from the data's lengths for the devices that there are.
+  c.data.shapes = _open(None)
   c.data.prefix_length = 16  # tokens before it; the chat header has 14
-  c.data.frames_per_device = 1024  # frames in a micro-batch, per device
+  c.data.frames_per_device = 1024  # at most in a micro-batch, if no sample has more: bounds memory
   c.data.text_per_device = 8192  # likewise tokens after the visual slot
   c.data.mask = "official"  # every newline, <|im_start|> and <|im_end|> is supervised too (quirk Q16)
-  c.data.group_by_text_length = True  # --group_by_modality_length of train.sh
   c.data.threads = 4  # readers per process
-  c.data.prefetch = 4  # micro-batches; one of 1,024 frames takes 0.6 GB
+  c.data.prefetch = 4  # micro-batches, and calls of the tower; a clip takes 5 MB
 
   c.optim = ConfigDict()
   c.optim.learning_rate = 1e-5  # peak (Table A); then a cosine to 0
@@ -96,9 +96,9 @@ def _paper() -> ConfigDict:
 
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices
-  c.mesh.fsdp = -1  # as many as the samples of a step can be split over: they, parameters and optimizer state are
+  c.mesh.fsdp = -1  # and context: what is predicted to be fastest. Splits rows, parameters and optimizer state
   c.mesh.tensor = 1  # heads (must divide those of keys), MLP channels and the vocabulary; within a host
-  c.mesh.context = -1  # all that are left: each sample's own sequence is split over them
+  c.mesh.context = -1  # splits each row's sequence, parameters and optimizer state
 
   c.distributed = ConfigDict()
   c.distributed.coordinator = _open("auto")  # as TPU pods, GKE and SLURM say; HOST:PORT of process 0; None: one process
@@ -123,11 +123,8 @@ def _tiny() -> ConfigDict:
   c.lp_comp.schedule = _open((8, 4, 2, 1, 1, 1))
   c.data.train = "demo/data/train"  # `make demo` makes both
   c.data.heldout = _open("demo/data/heldout")
-  c.data.frame_buckets = (8, 16, 32, 48, 64)
-  c.data.text_buckets = (64, 160)
   c.data.frames_per_device = 384  # all of a step in one micro-batch
   c.data.mask = "assistant"  # all other texts of these videos are alike
-  c.data.group_by_text_length = False
   c.data.threads = 1
   c.data.prefetch = 2
   c.optim.learning_rate = 1e-3

@@ -13,15 +13,15 @@ import pathlib
 
 from ml_collections import ConfigDict, FieldReference
 
-STAGES = {  # learning rate, films in a batch, epochs, tower trained, frames and text of the only bucket: more of them would be filled with padding
-  "see": (3e-3, 16, 2, True, (2,), (64,)),  # one shot to describe; the tower is frozen as it is then
-  "answer": (2e-3, 8, 2, False, (6,), (160,)),  # questions about two or three: which one is asked about has to be found
-  "tell": (2e-3, 8, 2, False, (6,), (160,)),  # the same and descriptions, without which motion is forgotten
-  "again": (2e-3, 8, 2, False, (6,), (160,)),  # both, at the full rate: digits, motion and order are found late
-  "ask": (1.5e-3, 8, 2, False, (24,), (96,)),  # up to five in up to 12 scenes
-  "watch": (1e-3, 8, 1, False, (64,), (96,)),  # in up to 32, as many as a window of QC-Comp has
+STAGES = {  # learning rate, films in a batch, epochs, tower trained, frames and text of a row: films are of one length, so each has its own
+  "see": (3e-3, 16, 2, True, 2, 64),  # one shot to describe; the tower is frozen as it is then
+  "answer": (2e-3, 8, 2, False, 6, 160),  # questions about two or three: which one is asked about has to be found
+  "tell": (2e-3, 8, 2, False, 6, 160),  # the same and descriptions, without which motion is forgotten
+  "again": (2e-3, 8, 2, False, 6, 160),  # both, at the full rate: digits, motion and order are found late
+  "ask": (1.5e-3, 8, 2, False, 24, 96),  # up to five in up to 12 scenes
+  "watch": (1e-3, 8, 1, False, 64, 96),  # in up to 32, as many as a window of QC-Comp has
 }
-TUNING = (2e-3, 8, 1, False, (24,), (128,))  # the same for all rules
+TUNING = (2e-3, 8, 1, False, 24, 128)  # the same for all rules
 
 # At every layer so many tokens of 16, by all rules 7.6 on average of eight layers (paper, Table 2); operations differ by up to a seventh.
 STEPS = (16, 16, 8, 8, 8, 2, 2, 1)
@@ -75,13 +75,11 @@ def get_config(variant: str = "see") -> ConfigDict:
   c.data.train = free("study/tuning/features" if tuned else str(base / variant / ("frames" if vision else "features")))
   c.data.weights = free(None)
   c.data.heldout = free(None)
-  c.data.frame_buckets = frames
-  c.data.text_buckets = text
+  c.data.shapes = free(((batch, 1, frames, text),))
   c.data.prefix_length = 16
   c.data.frames_per_device = 1024
   c.data.text_per_device = 8192
   c.data.mask = "assistant"  # nothing but answers: everything else in these texts is the same each time
-  c.data.group_by_text_length = False
   c.data.threads = 1
   c.data.prefetch = 2
 

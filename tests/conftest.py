@@ -56,12 +56,12 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def sample():
-  """A function (clips, before, after, seed) -> random Example with that many clips, and tokens around its visual slot."""
+  """A function (clips, before, after, seed) -> random Example with features of that many clips, and tokens around its visual slot."""
   import numpy as np
 
   from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Example
 
-  def make(clips, before, after, seed=0, clip_frames=8, size=48, vocab=64):
+  def make(clips, before, after, seed=0, clip_frames=8, vocab=64):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab, before + (clips > 0) + after).astype(np.int32)
     if clips:
@@ -70,8 +70,8 @@ def sample():
     labels[-1] = tokens[-1]
     query = np.zeros(len(tokens), bool)
     query[-2] = True
-    visual = rng.integers(0, 256, (clips, clip_frames, size, size, 3)).astype(np.uint8)
-    return Example(visual, tokens, labels, query, seed)
+    visual = rng.normal(size=(clips * clip_frames, 16, 32)).astype(np.float32) if clips else None
+    return Example(clips * clip_frames, visual, tokens, labels, query, seed)
 
   return make
 
@@ -138,9 +138,8 @@ def tiny_run(tmp_path_factory, reference):
     },
     "lp_comp": {"schedule": (8, 1), "keep": "suffix", "group": 16},
     "data": {
-      "train": str(root / "train"), "weights": None, "heldout": None, "frame_buckets": (0, 8, 16), "text_buckets": (128,),
-      "prefix_length": 80, "frames_per_device": 16, "text_per_device": 1024, "mask": "assistant", "group_by_text_length": False, "threads": 1,
-      "prefetch": 1,
+      "train": str(root / "train"), "weights": None, "heldout": None, "shapes": ((8, 2, 16, 160),), "prefix_length": 80,
+      "frames_per_device": 128, "text_per_device": 2048, "mask": "assistant", "threads": 1, "prefetch": 1,
     },
     "optim": {
       "learning_rate": 1e-2, "warmup": 0.0, "weight_decay": 0.0, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8,

@@ -71,8 +71,8 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
       np.append(question.tokens, np.array(tokens, np.int32)), *(np.zeros(len(question.tokens) + len(tokens), t) for t in (np.int32, bool)),
       question=question.question,
     )  # fmt: skip
-    batch = generate.as_batch(longer, frames.reshape(-1, 4, 48, 48, 3), 4)
-    row = int(batch.text_length[0]) - 1 - batch.text.shape[1]
+    batch = generate.as_batch(longer, np.asarray(vlm.encode(model, frames.reshape(-1, 4, 48, 48, 3))), 4)
+    row = int(batch.text_length[0, 0]) - 1 - batch.text.shape[1]
     tokens.append(int(forward(model, batch)[0, row].argmax()))
     if tokens[-1] in tokenizer.eos:
       tokens.pop()

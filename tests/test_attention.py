@@ -1,6 +1,7 @@
 """Attention: implementations against the oracle, and what reaches the kernels of which device."""
 
 import dataclasses
+import functools
 import sys
 
 import cards
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tokamax
 from absl import logging
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from xcomp_jax import absent, bench
 from xcomp_jax import bench_parts as parts
@@ -66,7 +67,7 @@ def test_float32_blocks_of_triton_must_fit_into_shared_memory(size, forward, bac
 def test_few_rows_on_a_b200_are_not_split_by_their_keys():
   of = lambda **changes: rule("b200", "0.0.17", CLIP, **changes)
   assert of(batch=1, heads=8, queries=1025, keys=1025) == "triton" and of(batch=4, heads=8, queries=1025, keys=1025) == "mosaic"
-  assert of(batch=1, heads=1, causal=True) == "mosaic"
+  assert of(batch=1, heads=1, causal=True) == of(batch=1, heads=1, mask="ranges") == "mosaic"
   few = dataclasses.replace(CLIP, batch=1, heads=2, size=96, queries=1792, keys=1792)  # no rule knows heads of 96
   card = kernels.card_of(cards.gpu("b200"))
   assert kernels.choose(card, "0.0.12", few, lambda *_: True) == kernels.choose(card, "0.0.13", few, lambda *_: True) == "triton"
@@ -289,6 +290,179 @@ def test_causal_attention_of_more_rows_than_keys_is_refused():
     attend(q, k, k, AttentionMask(True))
 
 
+# --- several samples in a row --------------------------------------------------------------------------------------
+
+# Prefix, visual tokens and text of the samples of a row; its parts have room for 4 x 8, 150 and 118 slots.
+ROWS = (
+  ((7, 90, 30), (0, 0, 0), (5, 41, 20), (0, 0, 55)),
+  ((8, 150, 118), (0, 0, 0), (0, 0, 0), (0, 0, 0)),
+  ((0, 0, 0),) * 4,
+  ((0, 0, 40), (3, 100, 2), (0, 0, 35), (5, 20, 3)),
+)
+
+
+def slots_of(samples, prefix, visual, text):
+  """Which sample each slot of a row belongs to: prefixes in places of their own, then visual tokens, then texts."""
+  number = np.arange(len(samples), dtype=np.int32)
+  before, tokens, after = np.transpose(samples)
+  own = np.where(np.arange(prefix) < before[:, None], number[:, None], -1).ravel()
+  parts = (
+    np.pad(np.repeat(number, lengths), (0, room - lengths.sum()), constant_values=-1)
+    for lengths, room in ((tokens, visual), (after, text))
+  )
+  return np.concatenate([own, *parts])
+
+
+SAMPLE = np.stack([slots_of(row, 8, 150, 118) for row in ROWS])  # [4, 300]
+
+
+def queries_keys_values():
+  shapes = [(*SAMPLE.shape, heads, 8) for heads in (4, 2, 2)]
+  return [np.array(jax.random.normal(jax.random.key(i), shape)) for i, shape in enumerate(shapes)]
+
+
+def with_gradient(run, shown=SAMPLE >= 0):
+  """A function of q, k and v: what `run` gives, 0 where it is not shown, and the gradient of that."""
+
+  def out(*args):
+    return jnp.where(shown[:, :, None, None], run(*args), 0)
+
+  return jax.jit(lambda *args: (out(*args), jax.grad(lambda *a: jnp.sin(out(*a)).sum(), (0, 1, 2))(*args)))
+
+
+def together(how):
+  return lambda q, k, v: attend(q, k, v, AttentionMask(True, sample=jnp.asarray(SAMPLE)), implementation=how)
+
+
+@functools.cache
+def alone():
+  """Every sample by itself, in an array of its own."""
+
+  def run(q, k, v):
+    out = jnp.zeros(q.shape)
+    for row, ids in enumerate(SAMPLE):
+      for number in set(ids.tolist()) - {-1}:
+        at = np.nonzero(ids == number)[0]
+        one = attend(*(x[None, row, at] for x in (q, k, v)), AttentionMask(True), implementation="einsum")
+        out = out.at[row, at].set(one[0])
+    return out
+
+  return with_gradient(run)(*queries_keys_values())
+
+
+def only_ranges(kernel, q, k, v, seen, causal):
+  """Stands for a kernel: einsum over the keys that it is handed, NaN for a row without any."""
+  slots, (start, end) = jnp.arange(k.shape[1]), seen
+  shown = (slots >= start[..., None]) & (slots <= jnp.arange(q.shape[1])[:, None] if causal else slots < end[..., None])
+  assert kernel == "mosaic" and q.shape[1] % 128 == k.shape[1] % 128 == 0
+  scores = jnp.einsum("blkgh,bskh->bkgls", q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3]), k) * q.shape[3] ** -0.5
+  weights = jax.nn.softmax(jnp.where(shown[:, None, None], scores, -jnp.inf), axis=-1)
+  return jnp.einsum("bkgls,bskh->blkgh", weights, v).reshape(q.shape)
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+  """Tiles, blocks and strips of which a short row has several, and kernels that run here."""
+  monkeypatch.setattr(attention, "TILE", 64)
+  monkeypatch.setattr(attention, "_blocks", lambda length: (128, -(-length // 128) * 128))
+  monkeypatch.setattr(attention, "_splash", functools.partial(attention._splash, interpret=True))
+  monkeypatch.setattr(kernels, "STRIP", 128)
+  run = {"xla_chunked": kernels._ranged, "mosaic": only_ranges}
+  monkeypatch.setattr(kernels, "_ranged", lambda kernel, *args: run[kernel](kernel, *args))
+
+
+@pytest.mark.parametrize("implementation", ["einsum", "tiled", "xla_chunked", "mosaic", "splash"])
+def test_samples_of_a_row_attend_as_if_alone_and_do_not_feel_their_neighbours(implementation, pieces):
+  program, arrays = with_gradient(together(implementation)), queries_keys_values()
+  got = program(*arrays)
+  jax.tree.map(close, got, alone())
+  assert not any(gradient[SAMPLE < 0].any() for gradient in got[1])
+  mine = SAMPLE == 2
+  loud = program(*(np.where(mine[:, :, None, None], x, 1e6 * x) for x in arrays))
+  for quiet, x in zip(jax.tree.leaves(got), jax.tree.leaves(loud), strict=True):
+    np.testing.assert_array_equal(x[mine], quiet[mine])
+    assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("implementation", ["tiled", "splash"])
+def test_blocks_without_a_pair_of_one_sample_are_not_computed(implementation, pieces, monkeypatch):
+  # Whole blocks of two samples and of padding by turns: NaN comes through where it is only masked.
+  monkeypatch.setattr(attention, "TILE", 128)
+  sample = jnp.repeat(jnp.array([[0, 1, -1, 0, 1, -1, 0]]), 128, axis=1)
+  q, k, v = (jax.random.normal(jax.random.key(i), (1, 896, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+  mine = np.array(sample == 0)
+  run = with_gradient(lambda *a: attend(*a, AttentionMask(True, sample=sample), implementation=implementation), mine)
+  want = run(q, k, v)
+  got = run(*(jnp.where(mine[:, :, None, None], x, jnp.nan) for x in (q, k, v)))
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[mine], b[mine]), got, want)
+
+
+@pytest.mark.parametrize("implementation", ["xla_chunked", "mosaic", "splash"])
+def test_samples_of_a_row_that_is_split_attend_as_if_alone(implementation, pieces):
+  with jax.set_mesh(make_mesh(MeshConfig(1, 2, 1, 4))):  # 75 queries a device
+    jax.tree.map(close, with_gradient(together(implementation))(*queries_keys_values()), alone())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla_chunked", "splash"])
+def test_samples_of_a_long_row_attend_as_by_einsum(implementation, monkeypatch):
+  """With tiles, blocks and strips as they are: of 4,500 slots there are several, and keys in windows of three sizes."""
+  monkeypatch.setattr(attention, "_splash", functools.partial(attention._splash, interpret=True))
+  rows = (
+    [(14, 1900, 60), (0, 0, 500), (12, 640, 90), (14, 320, 200)],
+    [(0, 0, 300), (0, 0, 250), (1, 16, 1), (16, 2600, 40)],
+  )
+  sample = np.stack([slots_of(row, 16, 3480, 956) for row in rows])
+  arrays = [jax.random.normal(jax.random.key(i), (*sample.shape, heads, 16)) for i, heads in enumerate((2, 1, 1))]
+
+  def run(how):
+    mask = AttentionMask(True, sample=jnp.asarray(sample))
+    return with_gradient(lambda *args: attend(*args, mask, implementation=how), sample >= 0)(*arrays)
+
+  jax.tree.map(close, run(implementation), run("einsum"))
+
+
+def test_pairs_are_as_many_as_the_tables_of_blocks_say():
+  rng, length, block, ratios = np.random.default_rng(0), 3072, 128, []
+  sizes = splash_attention_kernel.BlockSizes(*[block] * 8)
+  mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))])
+  kernel = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+  @jax.jit
+  def tables(ids):
+    segments = splash_attention_kernel.SegmentIds(ids + 1, ids + 1)
+    made = attention._with_blocks_of_samples(kernel, segments, block, block)
+    infos = made.fwd_mask_info, made.dq_mask_info, made.dkv_mask_info
+    return [(info.block_mask[0], info.data_next[0]) for info in infos], attention._sample_order(ids[None])[2][0]
+
+  for _ in range(20):
+    samples = []
+    while 16 * 15 + sum(map(sum, samples)) < length - 300 and len(samples) < 16:
+      samples.append((rng.integers(15), min(int(rng.exponential(300)) + 16, 900), rng.integers(1, 200)))
+    lengths = np.sum(samples, 1)
+    visual = sum(tokens for _, tokens, _ in samples)
+    ids = slots_of(samples, 15, visual, 10**4)[:length]
+    (forward, dq, dkv), start = jax.device_get(tables(ids))
+    i, j = np.nonzero(forward[0])
+    assert all((info[0] == forward[0]).all() for info in (dq, dkv))
+    assert (forward[1][i, j] == j).all() and (dq[1][i, j] == j).all() and (dkv[1][i, j] == i).all()
+    first = start.reshape(-1, block).min(1) // block  # the first block of keys for each of queries
+    blocks = len(i), (np.arange(len(first)) + 1 - first).sum()
+    estimates = [attention.packed_pairs(lengths, block, edges).sum() for edges in (3.0, 1.5)]
+    ratios.append(np.multiply(blocks, block**2) / estimates)
+  assert attention.packed_pairs(np.ones((2, 3)), block).shape == (2, 3)
+  np.testing.assert_allclose(np.mean(ratios, 0), 1, atol=0.15)
+  assert np.max(ratios) < 1.5 and np.min(ratios) > 0.5
+
+
+@pytest.mark.parametrize("mask", [
+  AttentionMask(False, sample=jnp.zeros((1, 8), int)),
+  AttentionMask(True, jnp.ones((1, 8), bool), jnp.zeros((1, 8), int)),
+])
+def test_samples_of_a_row_are_causal_and_say_what_is_padding_themselves(mask):
+  x = jnp.zeros((1, 8, 2, 8))
+  with pytest.raises(ValueError, match="several samples"):
+    attend(x, x, x, mask)
 
 
 # --- what is said and refused --------------------------------------------------------------------------------------

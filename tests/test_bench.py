@@ -8,11 +8,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from xcomp_jax import bench, bench_profile, bench_scaling
 from xcomp_jax import bench_parts as parts
+from xcomp_jax.data.batch import Shape
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = parts.sized("small", "float32", clips_per_chunk=1)
@@ -83,11 +83,11 @@ def test_time_inside_a_loop_is_not_the_loops():
 
 
 def test_a_training_step_is_timed_as_often_as_wanted():
-  gradient, _ = parts.training(SMALL, 8, 2, 16, False, "float32")
+  gradient, _ = parts.training(SMALL, Shape(1, 2, 8, 16, 32), "float32")
   call, _, _ = bench.calling(gradient)
-  losses = [float(call()[0]) for _ in range(2)]  # the sums of the first call are an argument of the second
+  losses = [float(call()[0].sum()) for _ in range(2)]  # the sums of the first call are an argument of the second
   assert losses[0] == losses[1] > 0
-  _, apply = parts.training(SMALL, 8, 2, 16, False, "float32")
+  _, apply = parts.training(SMALL, Shape(1, 2, 8, 16, 32), "float32")
   call, _, _ = bench.calling(apply)
   assert [bool(call()["finite"]) for _ in range(2)] == [True, True]
 
@@ -118,12 +118,11 @@ def test_all_rows_without_the_libraries_of_data(tmp_path):
   done = without_the_libraries_of_data("--runs=1", "--out", tmp_path / "out.json")
   assert done.returncode == 0, done.stderr
   rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-  assert {"SCT on features, mix", "SCT on frames, mix", "select local, the question's rows"} <= set(rows)
+  assert {"SCT on features", "SCT on frames", "select local, the question's rows"} <= set(rows)
   assert "is not installed" in rows["data"]["not run"] and "no PNG" in done.stderr
-  mix = rows["SCT on features, mix"]
-  gradients = [row for name, row in rows.items() if name.startswith("gradient") and name.endswith("features")]
-  spent = sum(share * row["seconds"] / n for (share, n), row in zip(bench.PRESETS["smoke"].mix.values(), gradients, strict=True))
-  assert mix["seconds"] == pytest.approx(spent + rows["optimizer's step, features"]["seconds"] / 8)
+  (gradient,) = [row["seconds"] for name, row in rows.items() if name.startswith("gradient") and name.endswith("frames")]
+  spent = gradient / 2 + rows["optimizer's step, frames"]["seconds"] / 8 + rows["frozen tower, 2 clips"]["seconds"]
+  assert rows["SCT on frames"]["seconds"] == pytest.approx(spent)
 
 
 def test_bad_sizes_are_one_line(capsys):
@@ -144,8 +143,3 @@ def test_scaling_is_measured_and_drawn(tmp_path):
   assert rows["frames"][1]["seconds"] is None and rows["frames"][1]["TFLOP"] > rows["frames"][0]["TFLOP"]
   assert rows["encoding"][0]["temporary_GB"] == rows["encoding"][1]["temporary_GB"]  # a clip at a time, however many
   assert out.with_suffix(".png").stat().st_size > 10_000
-
-
-def test_the_mix_is_the_stated_one():
-  shares = {frames: share for frames, (share, _) in bench.PRESETS["gpu"].mix.items()}
-  assert shares == {1: 0.2, 128: 0.4, 256: 0.2, 512: 0.1, 1024: 0.1} and np.isclose(sum(shares.values()), 1)

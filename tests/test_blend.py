@@ -9,7 +9,9 @@ import pytest
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import pipeline, prompt
+from xcomp_jax.data.batch import Shape
 from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import Features, Sample, open_store, write_store
 
 SIZE, CLIP = 8, 4
@@ -80,23 +82,24 @@ def test_training_reads_the_blend(stores, reference):
   tokenizer = prompt.load_tokenizer(reference / "qwen_subset")
   blend = Blend(stores, (0.5, 1.0, 2.0))
   cfg = pipeline.DataConfig(
-    train="", weights=None, heldout=None, frame_buckets=(4,), text_buckets=(64,), prefix_length=16, frames_per_device=16,
-    text_per_device=448, mask="official", group_by_text_length=False, threads=2, prefetch=2,
+    train="", weights=None, heldout=None, shapes=None, prefix_length=16, frames_per_device=16, text_per_device=448, mask="official",
+    threads=2, prefetch=2,
   )
-  micro = list(pipeline.batches(blend, tokenizer, cfg, batch_size=6, rows=1, seed=0, epochs=2))
-  assert sum(m.last for m in micro) == 2 * (19 // 6)
+  shape = Shape(6, 1, 16, 4, 64)
+  plan = [[Micro(shape, tuple((i,) for i in step))] for step in pipeline.run_order(blend, 6, 0, 2)]
+  assert len(plan) == 2 * (19 // 6)
   order = []
-  for m in micro:
-    for index, frames in zip(m.batch.index.tolist(), m.batch.visual):
-      if index >= 0:
-        order.append(index)
-        assert (frames == (1 if index < 10 else 2 if index < 18 else 3)).all()
+  share = pipeline.Share((0, 1), 1, (0,), 4, trained=True)
+  for item in pipeline.read(blend, tokenizer, cfg, pipeline.measure(blend, tokenizer, cfg.mask), plan, share):
+    for index, frames in zip(item.batch.index[:, 0].tolist(), item.clips[0].frames):
+      order.append(index)
+      assert (frames == (1 if index < 10 else 2 if index < 18 else 3)).all()
   drawn = [collections.Counter(blend.epoch(0, epoch)) for epoch in range(2)]
   assert not collections.Counter(order[:18]) - drawn[0] and not collections.Counter(order[18:]) - drawn[1]
   lines = blend.made_with()
   assert [line.rsplit("; ", 1)[1] for line in lines] == [f"an epoch reads {n} samples" for n in ("5 of 10", "8 of 8", "6 of 3")]
   with pytest.raises(ConfigError, match="batch_size = 20, but an epoch reads only 19 samples"):
-    pipeline.batches(blend, tokenizer, cfg, batch_size=20, rows=1, seed=0, epochs=1)
+    pipeline.run_order(blend, 20, 0, 1)
 
 
 @pytest.mark.parametrize(

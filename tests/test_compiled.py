@@ -11,7 +11,7 @@ from flax import nnx
 
 from xcomp_jax import bench_parts as parts
 from xcomp_jax import steps
-from xcomp_jax.data.batch import Bucket, batch_spec
+from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.model import vlm
 
 VOCABULARY, ROWS = 211, 16 + 1 + 48  # a number that no other side has; prefix, last visual token, text
@@ -25,9 +25,9 @@ def program(cfg) -> str:
   trained, frozen = nnx.State({k: params[k] for k in ("projector", "llm")}), nnx.State({"vision": params["vision"]})
   number = jax.ShapeDtypeStruct((), np.float32)
   state, sums = steps.TrainState(trained, frozen, None), steps.Sums(trained, number, number, number)
-  batch = batch_spec(Bucket(FRAMES // 8, 8, 16, 48), 1, ((8 * 16, cfg.vision.width), np.dtype(np.float32)))
+  batch = batch_spec(Shape(1, 1, 16, FRAMES, 48), ((16, cfg.vision.width), np.float32))
   step = jax.jit(steps.grad_step, static_argnames=("graph", "projector_max_frames"), donate_argnames="sums")
-  return step.lower(graph, state, sums, batch, projector_max_frames=None).compile().as_text()
+  return step.lower(graph, state, sums, batch, (), projector_max_frames=None).compile().as_text()
 
 
 def shapes(text: str) -> set[tuple[int, ...]]:

@@ -25,8 +25,7 @@ def test_the_plain_config_is_the_papers_recipe():
   assert (config.optim.learning_rate, config.optim.warmup, config.optim.weight_decay) == (1e-5, 0.03, 0.0)
   assert (config.optim.clip_norm, config.train.batch_size, config.train.epochs) == (1.0, 32, 1)
   assert (config.lp_comp.schedule, config.lp_comp.keep, config.lp_comp.group) == ("cosine", "suffix", 16)
-  assert (config.model.clip_frames, max(config.data.frame_buckets)) == ("auto", 1024)  # 8 with the UMT tower
-  assert config.data.text_per_device == max(config.data.text_buckets) == 8192  # one row of the longest texts
+  assert (config.model.clip_frames, config.data.shapes) == ("auto", None)  # 8 with the UMT tower
   assert (config.train.vision, config.train.projector, config.train.llm) == (False, True, True)
   assert config.train.projector_max_frames == 512
   assert "2B_res448" in config.init_from
@@ -35,11 +34,11 @@ def test_the_plain_config_is_the_papers_recipe():
 def test_values_are_overridden_from_the_command_line():
   config = parse(
     f"--config={SCT}", "--config.optim.learning_rate=2e-4", "--config.train.steps=7",
-    "--config.train.projector_max_frames=None", "--config.lp_comp.schedule=(16,8,1)", "--config.data.text_buckets=(8,9)",
+    "--config.train.projector_max_frames=None", "--config.lp_comp.schedule=(16,8,1)", "--config.data.shapes=((8,2,64,512),)",
     "--config.data.heldout=runs/a-1", "--config.model.clip_frames=checkpoint", "--config.train.projector=False",
   )
   assert config.optim.learning_rate == 2e-4 and config.train.steps == 7 and config.train.projector_max_frames is None
-  assert config.lp_comp.schedule == (16, 8, 1) and config.data.text_buckets == (8, 9)
+  assert config.lp_comp.schedule == (16, 8, 1) and config.data.shapes == ((8, 2, 64, 512),)
   assert config.data.heldout == "runs/a-1" and config.model.clip_frames == "checkpoint" and not config.train.projector
 
 
@@ -65,7 +64,7 @@ def test_one_folder_or_several_with_weights_from_the_command_line(file):
     (["--config.optim.b1=x"], "config.optim.b1=x"),
     (["--config.train.steps=1.5"], "config.train.steps = 1.5: expected int or None"),
     (["--config.lp_comp.keep=last"], "config.lp_comp.keep = 'last': expected 'suffix' or 'uniform'"),
-    (["--config.data.text_buckets=(8,1.5)"], "text_buckets"),
+    (["--config.data.shapes=((8,2,64,1.5),)"], "shapes"),
     (["--confg.seed=1"], "confg"),
     (["stray"], "stray"),
   ],

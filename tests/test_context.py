@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 import tokamax
 from flax import nnx
+from packed import one_each
 
-from xcomp_jax.config import ConfigError, DataConfig, MeshConfig
-from xcomp_jax.data.batch import Bucket, collate
+from xcomp_jax import steps
+from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.model import attention, decoder, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.sharding import (
-  batch_sharding,
   check_mesh,
   make_mesh,
-  mesh_sizes,
   param_shardings,
-  visual_sharding,
 )
 
 SPLIT = MeshConfig(1, 2, 2, 2)
@@ -63,60 +61,39 @@ def test_the_tpu_kernel_lowers_for_split_queries():
   assert program.count("tpu_custom_call") == 3  # forward, and backward for queries and for keys
 
 
-@pytest.mark.parametrize("kind", ["frames", "features"])
-def test_a_sample_over_two_devices_gives_the_loss_and_gradient_of_one(tiny, sample, kind, monkeypatch):
-  cfg = tiny(remat=False, clips_per_chunk=1)
+def test_a_sample_over_two_devices_gives_the_loss_and_gradient_of_one(tiny, sample, monkeypatch):
+  cfg = tiny(remat=False)
   cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=2))
   graph, state = nnx.split(jax.jit(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0)))())
-  batch = collate([sample(4, 3, 9, 0), sample(3, 6, 14, 1)], Bucket(4, 8, 8, 16))
-  if kind == "features":
-    batch = dataclasses.replace(batch, visual=np.random.default_rng(0).normal(size=(2, 4, 128, 32)).astype(np.float32))
-  total = lambda state, batch: (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([1.0, 2.0])).sum()
+  batch = one_each([sample(4, 3, 9, 0), sample(3, 6, 14, 1)], 32, 8, 16)
+  total = lambda state, batch: (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([[1.0], [2.0]])).sum()
   both = lambda: jax.jit(jax.value_and_grad(total))
   alone = jax.device_get(both()(state, batch))
-  if kind == "features":  # here with all that saves memory
-    monkeypatch.setattr(decoder, "MLP_ROWS", 20)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: vlm.VLM(dataclasses.replace(cfg, remat=True), rngs=nnx.Rngs(0))))
+  # On the mesh with all that saves memory.
+  monkeypatch.setattr(decoder, "MLP_ROWS", 20)
+  graph = nnx.graphdef(nnx.eval_shape(lambda: vlm.VLM(dataclasses.replace(cfg, remat=True), rngs=nnx.Rngs(0))))
   mesh = make_mesh(SPLIT)
-  placed = jax.device_put(batch, batch_sharding(mesh))
-  visual = jax.device_put(batch.visual, visual_sharding(mesh, batch.visual.shape))
-  assert visual.addressable_shards[0].data.shape[:2] == (1, 2)  # a sample, half of its clips
+  placed = steps.place(batch, mesh)
+  assert placed.visual.addressable_shards[0].data.shape[:2] == (1, 16)  # a row, half of its frames
   with jax.set_mesh(mesh):
-    got = both()(jax.device_put(state, param_shardings(state, mesh)), dataclasses.replace(placed, visual=visual))
+    got = both()(jax.device_put(state, param_shardings(state, mesh)), placed)
   np.testing.assert_allclose(got[0], alone[0], rtol=1e-5)
   jax.tree.map(close, jax.device_get(got[1]), alone[1])
-  if kind == "features":
-    jax.tree.map(close, jax.device_get(both()(state, batch)), alone)
+  jax.tree.map(close, jax.device_get(both()(state, batch)), alone)
 
 
 @pytest.mark.parametrize(
-  "devices, batch_size, sizes",
+  "sizes, words",
   [
-    (1, 32, (1, 1, 1, 1)), (8, 32, (1, 8, 1, 1)), (32, 32, (1, 32, 1, 1)), (256, 32, (1, 32, 1, 8)), (16, None, (1, 16, 1, 1)),
-    # What does not divide the sequence, of which 16 parts can be made here, is left to fsdp.
-    (12, 8, (1, 12, 1, 1)), (48, 32, (1, 48, 1, 1)), (512, 32, (1, 32, 1, 16)), (1024, 32, (1, 64, 1, 16)),
-  ],
-)  # fmt: skip
-def test_devices_that_samples_cannot_fill_split_their_sequences(devices, batch_size, sizes):
-  assert mesh_sizes(MeshConfig(1, -1, 1, -1), devices, batch_size, sequence=16) == sizes
-
-
-@pytest.mark.parametrize(
-  "sizes, changes, words",
-  [
-    ((1, 1, 8, 1), {}, r"config\.mesh\.tensor = 8 does not divide the 4 query and 2 key heads"),
-    ((1, 2, 4, 1), {}, r"config\.mesh\.tensor = 4 .* the most that does is 2"),
-    ((1, 2, 1, 4), {"prefix_length": 14}, r"config\.mesh\.context = 4 does not divide the .* and the 78 slots around videos; the most that does is 2\. .*prefix_length"),
-    ((1, 1, 1, 8), {"frame_buckets": (0, 12)}, r"config\.mesh\.context = 8 does not divide the 12 groups of a video of 12 frames .*the most that does is 4"),
-    ((1, 2, 1, 4), {}, None),
-    ((2, 2, 2, 1), {"prefix_length": 15}, None),
+    ((1, 1, 8, 1), r"config\.mesh\.tensor = 8 does not divide the 4 query and 2 key heads"),
+    ((1, 2, 4, 1), r"config\.mesh\.tensor = 4 .* the most that does is 2"),
+    ((2, 2, 2, 1), None),
   ],
 )
-def test_axes_that_would_split_nothing_are_refused(tiny, sizes, changes, words):
-  data = DataConfig("", None, None, (1, 16), (64,), 16, 16, 64, "official", False, 0, 0)
+def test_heads_that_an_axis_cannot_split_are_refused(tiny, sizes, words):
   mesh = make_mesh(MeshConfig(*sizes))
   if words is None:
-    check_mesh(mesh, tiny(), dataclasses.replace(data, **changes))
+    check_mesh(mesh, tiny())
   else:
     with pytest.raises(ConfigError, match=words):
-      check_mesh(mesh, tiny(), dataclasses.replace(data, **changes))
+      check_mesh(mesh, tiny())

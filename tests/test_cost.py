@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from xcomp_jax import cost
 from xcomp_jax.cost import GIB, count_flops, device_of, read_program
-from xcomp_jax.data.batch import Bucket, batch_spec
+from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.model import attention, decoder, lp_comp, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
 
@@ -189,7 +189,7 @@ def test_time_is_the_largest_and_unknown_devices_have_none():
 def test_what_attention_gave_is_not_computed_again_for_the_gradient(tiny, monkeypatch):
   cfg = tiny(attention="tiled", remat=True)
   graph, state = nnx.split(nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0))))
-  batch = batch_spec(Bucket(4, 8, 16, 48), 1, ((128, cfg.vision.width), np.dtype(np.float32)))
+  batch = batch_spec(Shape(1, 1, 16, 32, 48), ((16, cfg.vision.width), np.float32))
 
   def products():
     loss = lambda state, batch: vlm.loss(nnx.merge(graph, state), batch).sum()

@@ -72,7 +72,7 @@ def take(program, arguments, monkeypatch):
     assert own(["predecode", *arguments]) == ["predecode"]
   else:
     known, more = parser(program, monkeypatch).parse_known_args(arguments)
-    if program == "plan" and not known.table:
+    if program == "plan":
       from_command_line(["plan", *more])
     elif program != "bench_evaluate":  # whose other options are those of `evaluate`
       assert not more

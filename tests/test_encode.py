@@ -25,7 +25,7 @@ def test_chunks_of_clips_give_what_one_pass_gives(model):
   video = frames(40)  # 5 clips, in chunks of 2
   done = []
   got = encode.encode(model, iter(video), np.arange(40) / 8, 5.0, "it", report=done.append)
-  expected = vlm.encode(model, jnp.asarray(video.reshape(1, 5, 8, 48, 48, 3)))[0]
+  expected = vlm.encode(model, jnp.asarray(video.reshape(5, 8, 48, 48, 3)))
   np.testing.assert_allclose(got.features[0], expected, atol=1e-5)
   assert got.thumbnails.shape == (5, 96, 96, 3) and sum(done) == got.clips == 5 and got.frames is None
 
@@ -33,8 +33,8 @@ def test_chunks_of_clips_give_what_one_pass_gives(model):
 def test_phases_start_at_their_frame_and_wrap_around(model):
   video = frames(24)
   got = encode.encode(model, iter(video), np.arange(24) / 8, 3.0, "it", phases=(0, 4))
-  rolled = np.concatenate([video[4:], video[:4]]).reshape(1, 3, 8, 48, 48, 3)
-  np.testing.assert_allclose(got.features[4], vlm.encode(model, jnp.asarray(rolled))[0], atol=1e-5)
+  rolled = np.concatenate([video[4:], video[:4]]).reshape(3, 8, 48, 48, 3)
+  np.testing.assert_allclose(got.features[4], vlm.encode(model, jnp.asarray(rolled)), atol=1e-5)
   np.testing.assert_array_equal(got.frames, video)
   alone = encode.encode(model, iter(video), np.arange(24) / 8, 3.0, "it", phases=(4,))
   np.testing.assert_array_equal(alone.features[4], got.features[4])

@@ -32,8 +32,8 @@ def run(base, tmp_path) -> pathlib.Path:
     "seed": 0, "workdir": str(tmp_path / "run"), "init_from": str(base), "compilation_cache": None,
     "model": w.MODEL.__dict__, "lp_comp": {"schedule": [16, 4], "keep": "suffix", "group": 16},
     "data": {
-      "train": "data", "weights": None, "heldout": None, "frame_buckets": [8], "text_buckets": [64], "prefix_length": 16,
-      "frames_per_device": 8, "text_per_device": 64, "mask": "official", "group_by_text_length": False, "threads": 1, "prefetch": 1,
+      "train": "data", "weights": None, "heldout": None, "shapes": None, "prefix_length": 16,
+      "frames_per_device": 8, "text_per_device": 64, "mask": "official", "threads": 1, "prefetch": 1,
     },
     "optim": {
       "learning_rate": 1e-5, "warmup": 0.03, "weight_decay": 0, "clip_norm": 1, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
@@ -49,7 +49,7 @@ def run(base, tmp_path) -> pathlib.Path:
   is_trained = lambda path: path.startswith(TRAINED)
   dtype = lambda path: config.model.param_dtype if is_trained(path) else config.model.dtype
   state = nnx.state(weights.load(base, cfg, dtype=dtype))
-  data = pipeline.Reader([], lambda _: None)
+  data = pipeline.Reader([0], lambda _: None)
   manager = checkpoint.manager(config.workdir, config.train)
   for step in (1, 2):
     add = lambda path, x: x + 1 if is_trained(checkpoint.path_name(path)) else x

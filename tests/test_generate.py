@@ -3,15 +3,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from packed import one_each
 
 from xcomp_jax import generate
 from xcomp_jax.config import ConfigError
-from xcomp_jax.data.batch import Bucket, Example, collate
+from xcomp_jax.data.batch import Example
 from xcomp_jax.generate import Sampling
 from xcomp_jax.metrics import Compilations
 from xcomp_jax.model import vlm
 
-BUCKET = Bucket(4, 8, 8, 32)
+SHAPE = 32, 8, 32  # frames, prefix, text
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +24,19 @@ def model(tiny):
 
 def test_cached_decoding_equals_a_full_pass_at_every_step(model, sample):
   prompts = [sample(2, 3, 9, 0), sample(4, 6, 4, 1)]  # other lengths of every part
-  state = generate._prefill(model, collate(prompts, BUCKET), room=5)
+  state = generate._prefill(model, one_each(prompts, *SHAPE), room=5)
   for _ in range(5):
-    whole = [generate._prefill(model, collate([p], BUCKET), room=5).logits[0] for p in prompts]
+    whole = [generate._prefill(model, one_each([p], *SHAPE), room=5).logits[0] for p in prompts]
     np.testing.assert_allclose(state.logits, np.stack(whole), atol=1e-5 * np.abs(whole).max())
     tokens, state = generate._decode(model, state, Sampling(1, ()), steps=1)
     for i, (p, token) in enumerate(zip(prompts, np.asarray(tokens)[:, 0], strict=True)):
       assert token == whole[i].argmax()
       longer = np.append(p.tokens, token).astype(np.int32)
-      prompts[i] = Example(p.visual, longer, np.full_like(longer, -100), np.zeros(len(longer), bool), 0)
+      prompts[i] = Example(p.frames, p.visual, longer, np.full_like(longer, -100), np.zeros(len(longer), bool), 0)
 
 
 def test_an_answer_ends_before_its_eos(model, sample):
-  batch = collate([sample(2, 3, 9, 0)], BUCKET)
+  batch = one_each([sample(2, 3, 9, 0)], *SHAPE)
   (free,) = generate.generate(model, batch, Sampling(6, (), 1.0))
   eos = int(free[3])
   (ended,) = generate.generate(model, batch, Sampling(6, (eos,), 1.0))
@@ -43,7 +44,7 @@ def test_an_answer_ends_before_its_eos(model, sample):
 
 
 def test_repetition_penalty_counts_new_tokens_only(model, sample):  # quirk Q20
-  batch = collate([sample(2, 3, 9, 0)], BUCKET)
+  batch = one_each([sample(2, 3, 9, 0)], *SHAPE)
   (free,) = generate.generate(model, batch, Sampling(8, (), 1.0))
   (strict,) = generate.generate(model, batch, Sampling(8, (), 1e6))
   assert strict[0] == free[0]  # nothing is new yet
@@ -52,21 +53,21 @@ def test_repetition_penalty_counts_new_tokens_only(model, sample):  # quirk Q20
 
 def test_batches_of_other_lengths_and_ends_stop_together(model, sample):
   prompts = [sample(2, 3, 9, 0), sample(4, 6, 4, 1)]
-  alone = [generate.generate(model, collate([p], BUCKET), Sampling(20, ()))[0] for p in prompts]
+  alone = [generate.generate(model, one_each([p], *SHAPE), Sampling(20, ()))[0] for p in prompts]
   eos = int(alone[0][2])
-  got = generate.generate(model, collate(prompts, BUCKET), Sampling(20, (eos,)))
+  got = generate.generate(model, one_each(prompts, *SHAPE), Sampling(20, (eos,)))
   for row, free in zip(got, alone, strict=True):
     np.testing.assert_array_equal(row, free[: list(free).index(eos)] if eos in free else free)
-  pieces = list(generate.stream(model, collate(prompts[:1], BUCKET), Sampling(20, (eos,))))
+  pieces = list(generate.stream(model, one_each(prompts[:1], *SHAPE), Sampling(20, (eos,))))
   assert len(pieces) == 1  # what comes after the end is not computed
 
 
-def test_another_prompt_of_the_same_bucket_compiles_nothing(model, sample):
-  bucket = Bucket(4, 8, 8, 72)  # one that no other test has
+def test_another_prompt_of_the_same_shape_compiles_nothing(model, sample):
+  shape = 32, 8, 72  # one that no other test has
   with Compilations("prefill", "decode") as compilations:
-    generate.generate(model, collate([sample(2, 3, 9, 0)], bucket), Sampling(12, ()))
+    generate.generate(model, one_each([sample(2, 3, 9, 0)], *shape), Sampling(12, ()))
     first = dict(compilations.count)
-    generate.generate(model, collate([sample(3, 5, 7, 2)], bucket), Sampling(9, (), seed=3))
+    generate.generate(model, one_each([sample(3, 5, 7, 2)], *shape), Sampling(9, (), seed=3))
   assert all(first.values()) and compilations.count == first
 
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xcomp_jax import absent, cost, programs, sharding
+from xcomp_jax import absent, forecast, programs, sharding
 from xcomp_jax.config import MeshConfig, from_command_line
-from xcomp_jax.data.batch import Bucket
 from xcomp_jax.model import kernels
 from xcomp_jax.model.attention import AttentionMask, attend
 
@@ -59,6 +58,38 @@ def test_attention_compiles(kind, shape, gradient):
   assert program.memory_analysis().temp_size_in_bytes < most * 4 * S * H * h
 
 
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("slots, devices", [(16640, 1), (1039, 1), (4160, 4)])
+@pytest.mark.parametrize("kind", CARDS)
+def test_attention_of_several_samples_in_a_row_compiles(kind, slots, devices, gradient):
+  cards = absent.gpus(kind, devices)
+  card = kernels.card_of(cards[0])
+  dtype = jnp.dtype(kernels.compute_dtype(card))
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, devices), cards)
+
+  def array(*shape, dtype=dtype, split="context"):
+    place = NamedSharding(mesh, PartitionSpec(None, split))
+    return jax.ShapeDtypeStruct((1, slots, *shape), dtype, sharding=place)
+
+  def forward(q, k, v, sample):
+    return attend(q, k, v, AttentionMask(True, sample=sample), implementation="flash")
+
+  def total(*args):
+    return forward(*args).astype(jnp.float32).sum()
+
+  run = jax.grad(total, (0, 1, 2)) if gradient else forward
+  precision = "highest" if dtype == jnp.float32 else None
+  with absent.computing_on(cards), jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+    args = array(12, 128), array(2, 128), array(2, 128), array(dtype=jnp.int32, split=None)
+    program = jax.jit(run).lower(*args).compile()
+  call = kernels.Call(1, slots // devices, slots, 12, 2, 128, str(dtype), devices == 1, "ranges", gradient)
+  wanted = kernels.rule(card, kernels.library(), call)
+  assert kernels_in(program) == {wanted} - {"xla_chunked"}
+  # A mask of all rows and keys would be 277 MB at 16,640 slots; Triton's gradient has one of a strip and all keys.
+  strip = min(slots, kernels.STRIP) * slots * {"mosaic": 0, "triton": 4, "xla_chunked": 12 * 4 * 8}[wanted]
+  assert program.memory_analysis().temp_size_in_bytes < 12 * 4 * slots * 12 * 128 + strip
+
+
 @pytest.mark.parametrize("size", kernels.SIZES)
 @pytest.mark.parametrize("kind, dtype", [
   *((kind, jnp.bfloat16) for kind in ("h100", "b200", "a100", "l4")), *((kind, jnp.float32) for kind in ("a100", "l4")),
@@ -71,37 +102,32 @@ def test_the_rules_say_what_compiles(kind, dtype, size):
     call = kernels.Call(4, 1152, 1152, 4, 2, size, jnp.dtype(dtype).name, True, "keys", gradient)
     with absent.computing_on([device]), jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
       wanted = kernels.rule(card, kernels.library(), call)
-      assert wanted == "xla_chunked" or kernels.compiles(wanted, call)
+      for mask in ("keys", "ranges"):
+        assert wanted == "xla_chunked" or kernels.compiles(wanted, dataclasses.replace(call, mask=mask))
       if (kind, gradient) != ("b200", True):  # where one that compiles, in a minute, is not taken
         assert kernels.choose(card, "unknown", call, kernels.compiles) == wanted
 
 
-def plan_for(kind: str) -> programs.Plan:
-  """SCT of the 2B model at 448 px, two layers of it: 256 frames and 96 tokens after a prefix of 14."""
-  config = from_command_line(["plan", "--config=configs/sct.py", "--config.train.batch_size=1"])
-  full = programs.sizes(config)
-  mesh = sharding.make_mesh(MeshConfig(1, -1, 1, 1), absent.gpus(kind), 1)
-  device = cost.Device(kind, 1, None, 0.0, None, None, None)
-  return programs.Plan(config, programs.cut(full, 2), full, mesh, device, Bucket(32, 8, 14, 96), 1, 0.0)
+def compiled(kind: str, name: str, mesh: MeshConfig, devices: int, frames: int, text: int):
+  """Compiles a program of SCT of the 2B model at 448 px, two layers of it, on samples that fill a row each."""
+  config = from_command_line(["plan", "--config=configs/sct.py", f"--config.train.batch_size={devices}"])
+  config, chips = dataclasses.replace(config, mesh=mesh), forecast.chips(kind, devices)
+  plan = programs.make(config, absent.gpus(kind, devices), layers=2, frames=frames, text=text, chips=chips)
+  ((_, shape),) = programs.asked(plan, (name,))
+  with programs.inside(plan):
+    return programs.traced(plan, plan.cfg, name, shape)[0].lower().compile()
 
 
-@pytest.mark.parametrize("name", ["features", "frames", "prefill", "tower"])
+@pytest.mark.parametrize("name", ["gradient", "prefill", "tower"])
 @pytest.mark.parametrize("kind", ["h100", "a100", "h200"])
 def test_programs_of_two_layers_compile(kind, name):
-  plan = plan_for(kind)
-  with programs.inside(plan):
-    traced, _ = programs.traced(plan, plan.cfg, name)
-    program = traced.lower().compile()
+  program = compiled(kind, name, MeshConfig(1, 1, 1, 1), 1, frames=256, text=96)
   assert kernels_in(program) == {"triton" if kind == "a100" else "mosaic"}
   assert program.memory_analysis().temp_size_in_bytes < 3e9
 
 
 @pytest.mark.parametrize("kind", ["h100"])
-@pytest.mark.parametrize("name", ["features", "prefill"])
+@pytest.mark.parametrize("name", ["gradient", "prefill"])
 def test_programs_of_sequences_that_are_split_over_gpus_compile(name, kind):
-  plan = plan_for(kind)
-  mesh = sharding.make_mesh(MeshConfig(1, 2, 1, 2), absent.gpus(kind, 4), 2)
-  plan = dataclasses.replace(plan, mesh=mesh, rows=2, bucket=Bucket(64, 8, 16, 512))
-  with programs.inside(plan):
-    program = programs.traced(plan, plan.cfg, name)[0].lower().compile()
+  program = compiled(kind, name, MeshConfig(1, 2, 1, 2), 4, frames=512, text=512)
   assert kernels_in(program) == {"mosaic"}

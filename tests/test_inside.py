@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from packed import one_each
 
 from xcomp_jax import inside, weights
 from xcomp_jax.config import ConfigError, LPCompConfig
-from xcomp_jax.data.batch import Bucket, collate
 from xcomp_jax.model import lp_comp, vlm
 
 
@@ -29,7 +29,7 @@ def test_even_attention_goes_where_tokens_are(small, sample, keep):
   for layer in model.llm.layers:
     layer.q.kernel[...] = jnp.zeros_like(layer.q.kernel[...])
     layer.q.bias[...] = jnp.zeros_like(layer.q.bias[...])
-  batch = collate([sample(1, 3, 6), sample(2, 2, 4, seed=1)], Bucket(2, 8, 4, 8))
+  batch = one_each([sample(1, 3, 6), sample(2, 2, 4, seed=1)], 16, 4, 8)
   shares = np.asarray(jax.jit(inside.flow)(model, batch))
   assert shares.shape == (2, 2, 2, 18)
   kept = lp_comp.survivors(cfg.lp_comp, 2)
@@ -45,7 +45,7 @@ def test_even_attention_goes_where_tokens_are(small, sample, keep):
 def test_attention_has_no_place_to_go_where_tokens_are_averaged(small, sample):
   model = vlm.VLM(small("cosine", "avgpool"), rngs=nnx.Rngs(0))
   with pytest.raises(ConfigError, match="avgpool"):
-    inside.flow(model, collate([sample(1, 3, 6)], Bucket(1, 8, 4, 8)))
+    inside.flow(model, one_each([sample(1, 3, 6)], 8, 4, 8))
 
 
 def test_agreement_by_hand():
@@ -63,5 +63,5 @@ def test_another_lp_comp_shares_the_parameters(small, sample):
   whole = weights.with_lp_comp(model, LPCompConfig("cosine", "none", 16))
   assert all(a is b for a, b in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(whole)), strict=True))
   assert {layer.cfg.lp_comp.keep for layer in (whole, whole.llm, *whole.llm.layers)} == {"none"}
-  features = dataclasses.replace(collate([sample(1, 3, 6)], Bucket(1, 8, 4, 8)), visual=jnp.ones((1, 1, 128, 32)))
+  features = dataclasses.replace(one_each([sample(1, 3, 6)], 8, 4, 8), visual=jnp.ones((1, 8, 16, 32)))
   assert jax.jit(vlm.forward)(whole, features).x.shape == (1, 4 + 128 + 8, 32)

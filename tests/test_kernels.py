@@ -13,7 +13,7 @@ from flax import nnx
 from xcomp_jax import absent, bench, generate, qc_comp, weights
 from xcomp_jax import bench_parts as parts
 from xcomp_jax.config import COSINE, ModelConfig
-from xcomp_jax.data.batch import Bucket, batch_spec, fake_batch
+from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
 from xcomp_jax.gpu_check import distance
 from xcomp_jax.model import kernels, vlm
 
@@ -91,8 +91,8 @@ def test_prefill_decoding_scores_and_gradients_are_those_by_einsum(kind, on):
   graph, state = nnx.split(jax.jit(lambda: make(cfg))())
   oracle = nnx.graphdef(nnx.eval_shape(lambda: make(dataclasses.replace(cfg, attention="einsum"))))
   # A video, one of half the length with less text, and a sample without one: its first slots are padding.
-  batch = fake_batch(batch_spec(Bucket(14, 8, 14, 96), 3, ((128, cfg.vision.width), np.dtype(dtype))), cfg.llm.vocab_size)
-  batch = dataclasses.replace(batch, clips=np.int32([14, 7, 0]), prefix_length=np.int32([14, 14, 0]), text_length=np.int32([96, 50, 96]))
+  batch = fake_batch(batch_spec(Shape(3, 1, 14, 112, 96), ((16, cfg.vision.width), dtype)), cfg.llm.vocab_size)
+  batch = dataclasses.replace(batch, frames=np.int32([[112], [56], [0]]), prefix_length=np.int32([[14], [14], [0]]), text_length=np.int32([[96], [50], [96]]))
   batch.targets[1, -46:] = batch.targets[2, :15] = -100
   batch = jax.tree.map(jnp.asarray, batch)
   setting = dataclasses.replace(qc_comp.setting("aligned", 64), layers=(0, 27))
@@ -106,7 +106,7 @@ def test_prefill_decoding_scores_and_gradients_are_those_by_einsum(kind, on):
       begun = generate.prefill(model, batch, room=4)
       _, ended = generate.decode(model, begun, generate.Sampling(4, ()), 4)
       loss, grads = jax.value_and_grad(lambda state: vlm.loss(nnx.merge(graph, state), batch).sum())(state)
-      return begun.logits, ended.logits, score(state, watch(state, batch.visual[:1])), loss, {"llm": grads["llm"]}
+      return begun.logits, ended.logits, score(state, watch(state, batch.visual[:1].reshape(1, 14, 128, -1))), loss, {"llm": grads["llm"]}
 
     return programs
 

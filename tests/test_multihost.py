@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from xcomp_jax import train
 from xcomp_jax.config import RunConfig, from_dict, to_dict
-from xcomp_jax.sharding import AXES, make_mesh
+from xcomp_jax.sharding import AXES
 
 
 def note_batches(place, out):
@@ -28,7 +28,7 @@ def note_batches(place, out):
     placed = place(batch, mesh)
     whole = [np.asarray(multihost_utils.process_allgather(leaf, tiled=True)) for leaf in jax.tree.leaves(placed)]
     digest = hashlib.sha256(b"".join(f"{x.dtype}{x.shape}".encode() + x.tobytes() for x in whole)).hexdigest()
-    out.append((whole[-1].tolist(), digest))
+    out.append((whole[-1].ravel().tolist(), digest))
     return placed
 
   return placing
@@ -40,8 +40,8 @@ def one_of_two(port, number, config, out, order):
   noted, local, result, said = [], [], None, None
   place = note_batches(train.place, noted)
   if order:
-    train.make_mesh = lambda mesh, **_: Mesh(np.array(jax.devices())[list(map(int, order))].reshape(1, -1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
-  train.place = lambda batch, mesh: (local.append(len(batch.index)), place(batch, mesh))[1]
+    train.make_mesh = lambda mesh, _: Mesh(np.array(jax.devices())[list(map(int, order))].reshape(1, -1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+  train.place = lambda batch, mesh: (local.append(batch.index.size), place(batch, mesh))[1]
   try:
     result = train.run(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
   except ValueError as error:
@@ -75,7 +75,7 @@ def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, mon
   data = {"data.train": features} if kind == "features" else {}
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 1, "tensor": 1} | {axis: 2}, **data)
   noted, losses, original = [], [], train.metrics.line
-  monkeypatch.setattr(train, "make_mesh", lambda mesh, **_: make_mesh(mesh, jax.devices()[:2]))
+  monkeypatch.setattr(train, "devices", lambda: jax.devices()[:2])
   monkeypatch.setattr(train, "place", note_batches(train.place, noted))
   monkeypatch.setattr(train.metrics, "line", lambda step, *rest: (losses.append(rest[1]["loss"]), original(step, *rest))[1])
   assert train.run(config)["step"] == 4
@@ -95,7 +95,7 @@ def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, mon
 def test_rows_scattered_over_the_hosts_are_the_same_samples_and_losses(tiny_run, tmp_path, monkeypatch):
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 4, "tensor": 1})
   noted = []
-  monkeypatch.setattr(train, "make_mesh", lambda mesh, **_: make_mesh(mesh, jax.devices()[:4]))
+  monkeypatch.setattr(train, "devices", lambda: jax.devices()[:4])
   monkeypatch.setattr(train, "place", note_batches(train.place, noted))
   alone = train.run(config)
   # As a ring lies on a torus: the first host has the first and the last row, or every other one.

@@ -1,89 +1,127 @@
 """plan.py and programs.py: the account of a run agrees with what the run allocates, and says what is wrong."""
 
 import dataclasses
-import json
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
+from test_packing import mixture
 
-from xcomp_jax import bench_parts, optim, plan, programs, sharding, steps, weights
+from xcomp_jax import bench_parts, forecast, optim, plan, programs, sharding, steps, train, weights
 from xcomp_jax.config import ConfigError, from_command_line
-from xcomp_jax.data.batch import fake_batch
+from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data.batch import Length, Shape, fake_batch
 
 
 def paper(*extra):
   return from_command_line(["plan", "--config=configs/sct.py", *extra])
 
 
-SMALL = ("frames", "apply", "prefill", "tower")
-
-
 @pytest.fixture(scope="module")
 def small(tiny_run, tmp_path_factory):
-  """A plan of the two-layer test model on the 8 devices that are here, and what was said of its programs."""
+  """Gives a plan of the two-layer test model on the 8 devices that are here, and what was said of its programs."""
   config = tiny_run(tmp_path_factory.mktemp("plan"))
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="einsum"))  # soonest compiled
   made = programs.make(config, None)
   said = []
-  return made, plan.run(made, SMALL, said.append), "\n".join(said)
+  return made, plan.run(made, programs.NAMES, said.append), "\n".join(said)
+
+
+def row_of(rows, name):
+  return next(row for row in rows if row["name"] == name)
+
+
+def here(tree):
+  """Bytes of arrays on one device."""
+  return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
 def test_every_program_is_accounted_for_and_said(small):
   _, rows, said = small
-  assert [row["name"] for row in rows] == list(SMALL)
-  assert all(f"\n{plan.TITLES[name]}" in said for name in SMALL)
-  assert "8 x cpu, mesh {'data': 1, 'fsdp': 8" in said and "8 x (16 frames, 80 + 128 text tokens)" in said
+  assert [row["name"] for row in rows] == list(programs.NAMES)
+  assert all(f"\n{plan.TITLES[name]}" in said for name in programs.NAMES)
+  assert "8 x cpu, mesh {'data': 1, 'fsdp': 8" in said and "8 rows of up to 2 samples, 16 frames, 160 tokens" in said
+  assert "tower with merging, 2 clips of 4 frames a device" in said
   assert "not known: no figures for cpu" in said and "fits" not in said  # nothing is known of a CPU's memory
   assert all(row["memory"]["temporaries"] > 0 and row["hbm"] > 0 and not row["not counted"] for row in rows)
-  gradient = rows[0]
-  assert gradient["collectives"]["all-gather"][1] > 0 and gradient["collectives"]["all-reduce"][1] > 0
+  sent = row_of(rows, "gradient")["collectives"]
+  assert sent["all-gather"][1] > 0 and sent["all-reduce"][1] > 0
+  assert row_of(rows, "tower")["collectives"] == {}  # no device waits for another
 
 
-def test_memory_of_the_state_is_what_a_run_allocates(small):
+def test_memory_is_what_a_run_allocates(small):
   made, rows, _ = small
   tx = optim.optimizer(made.config.optim, 1000)
   with jax.set_mesh(made.mesh):
     state = steps.init_state(made.config, made.full, tx, made.mesh)
     sums = steps.zero_sums(state.trained, made.mesh)
-  here = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
-  spec = programs.batch_of(made, made.full, "frames")
+    functions = steps.compiled_steps(made.full, state, sums, made.mesh)
+    tower = functions.tower(state)
+    clips = steps.place_clips(np.zeros((8 * 2, 4, 48, 48, 3), np.uint8), made.mesh)
+  spec = programs.batch_of(made, made.full, made.shapes[0])
   batch = steps.place(fake_batch(spec, made.full.llm.vocab_size), made.mesh)
-  memory = next(row for row in rows if row["name"] == "frames")["memory"]
+  memory = row_of(rows, "gradient")["memory"]
   assert memory["parameters"] == here((state.trained, state.frozen))
   assert memory["optimizer state"] == here(state.opt) and memory["gradients"] == here(sums)
-  assert memory["batch"] == 2 * here(batch)  # one is copied while another is computed on
+  assert memory["batch"] == memory["other batches"] == here(batch)  # one is copied while another is computed on
+  during = row_of(rows, "tower")["memory"]
+  assert {kind: during[kind] for kind in ("parameters", "optimizer state", "gradients")}.items() <= memory.items()
+  assert during["tower"] == here(tower) and during["clips"] == during["next clips"] == here(clips)
+  assert during["features"] == here(batch.visual)  # of the one micro-batch of a step
+
+
+def test_features_of_a_whole_step_wait_for_their_micro_batches(small):
+  made, _, _ = small
+  longer = dataclasses.replace(made, steps=[*made.steps, made.steps[0] * 3])
+  assert programs.waiting(longer, made.full) == 3 * programs.waiting(made, made.full)
+  _, _, beside = programs.traced(longer, made.full, "gradient", made.shapes[0])
+  assert beside["other batches"] == programs.waiting(longer, made.full)
 
 
 def test_operations_are_those_of_the_step_that_runs(small):
   made, rows, _ = small
-  step, arguments = steps.abstract_step(made.config, made.full, programs.batch_of(made, made.full, "frames"))
-  row = next(row for row in rows if row["name"] == "frames")
+  step, arguments = steps.abstract_step(
+    made.config, made.full, programs.batch_of(made, made.full, made.shapes[0])
+  )
+  row = row_of(rows, "gradient")
   with programs.inside(made):
     assert row["flops"]["executed"] == bench_parts.flops(step, *arguments)
-  assert 0 < row["flops"]["model"] < row["flops"]["executed"]  # padding, masked halves and recomputation
+  assert 0 < row["flops"]["model"] < row["flops"]["executed"]  # masked halves and recomputation
 
 
-def test_the_state_that_a_program_is_given_has_the_size_that_the_compiler_sees(small):
+@pytest.mark.parametrize("name", ["apply", "tower"])
+def test_what_a_program_is_given_has_the_size_that_the_compiler_sees(small, name):
   made, _, _ = small
   with programs.inside(made):
-    traced, memory = programs.traced(made, made.full, "apply")
+    traced, given, _ = programs.traced(made, made.full, name, None)
     compiled = traced.lower().compile()
-  assert compiled.memory_analysis().argument_size_in_bytes == sum(memory.values())
+  assert compiled.memory_analysis().argument_size_in_bytes == sum(given.values())
+
+
+def test_a_tower_that_is_trained_is_a_part_of_the_gradient(tiny_run, tmp_path):
+  made = programs.make(tiny_run(tmp_path, train={"vision": True}), None)
+  with programs.inside(made):
+    program, given, beside = programs.traced(made, made.full, "gradient", made.shapes[0])
+    frozen = programs.traced(programs.make(tiny_run(tmp_path), None), made.full, "gradient", made.shapes[0])
+    computed = programs.executed_flops(made.full, program.jaxpr).total
+  assert given["batch"] - frozen[1]["batch"] == 4 * (4 * 48 * 48 * 3 + 4)  # clips of a row, and their places
+  assert computed > programs.executed_flops(made.full, frozen[0].jaxpr).total
+  assert programs.waiting(made, made.full) == 0 and beside["other batches"] == given["batch"]
 
 
 def test_fewer_layers_give_state_and_operations_of_all_and_say_that_the_rest_is_extrapolated(tiny_run, tmp_path):
   config = tiny_run(tmp_path, lp_comp={"schedule": (8, 1), "keep": "suffix", "group": 16})
   whole, part = programs.make(config, None), programs.make(config, None, layers=1)
   assert part.cfg.llm.layers == part.cfg.vision.layers == 1 and part.full == whole.full
-  a, b = programs.account(whole, "features"), programs.account(part, "features")
-  for kind in ("parameters", "optimizer state", "gradients", "batch"):
+  a, b = (programs.account(made, "gradient", made.shapes[0]) for made in (whole, part))
+  for kind in ("parameters", "optimizer state", "gradients", "batch", "other batches"):
     assert a["memory"][kind] == b["memory"][kind]
   assert a["flops"] == b["flops"] and (b["layers"], b["of"]) == (1, 2)
   assert b["memory"]["temporaries"] == pytest.approx(a["memory"]["temporaries"], rel=0.5)
-  sent = lambda row: sum(size for _, size in row["collectives"].values())
-  assert sent(b) == pytest.approx(sent(a), rel=0.5)
+  sent = [sum(size for _, size in row["collectives"].values()) for row in (a, b)]
+  assert sent[1] == pytest.approx(sent[0], rel=0.5)
   assert "EXTRAPOLATED to 2 layers from 1" in plan.describe(part, b) and "EXTRAPOLATED" not in plan.describe(whole, a)
 
 
@@ -95,17 +133,57 @@ def test_released_sizes_are_known_without_a_network(monkeypatch):
     assert round(numbers / 1e9, 3) == billions
 
 
-def test_the_bucket_that_takes_most_is_planned():
-  config = paper()
-  mesh = sharding.make_mesh(config.mesh)
-  cfg = programs.sizes(config)
-  bucket, rows = programs.largest(config, cfg, mesh, None, None)
-  assert (bucket.frames, bucket.text, rows) == (1024, 8192, 8)
-  # Eight samples of 128 frames have more tokens than one of 1,024 as long as texts are short; --config.train.batch_size
-  # of 32 fills four rows of each of the 8 devices.
-  bucket, rows = programs.largest(config, cfg, mesh, None, 512)
-  assert (bucket.frames, rows) == (256, 32)
-  assert programs.largest(config, cfg, mesh, 4096, 512)[0].frames == 4096
+def test_without_data_a_sample_fills_a_row_of_every_row_group():
+  made = programs.make(paper(), None)
+  assert dict(made.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
+  assert made.shapes == (Shape(8, 1, 16, 1024, 512),) and [len(step) for step in made.steps] == [4]
+  made = programs.make(paper("--config.mesh.context=2"), None, frames=4096, text=600)
+  assert made.mesh.shape["fsdp"] == 4 and made.shapes == (Shape(4, 1, 16, 4096, 600),)
+  made = programs.make(paper("--config.data.shapes=((8,4,1024,512),(16,1,8,256))"), None)
+  assert made.shapes == (Shape(8, 4, 16, 1024, 512), Shape(16, 1, 16, 8, 256))
+  assert programs.asked(made, ("gradient", "apply", "prefill")) == [
+    *(("gradient", shape) for shape in made.shapes), ("apply", None), ("prefill", Shape(8, 1, 16, 1024, 512))
+  ]  # fmt: skip
+
+
+def test_lengths_choose_mesh_and_shapes(monkeypatch):
+  monkeypatch.setattr(packing, "SAMPLED", 256)
+  config, lengths = paper("--config.mesh.fsdp=4"), mixture(200)
+  made = programs.make(config, None, lengths=lengths)
+  chosen = forecast.schedule(config, made.full, lengths, jax.devices())
+  assert made.shapes == chosen.shapes and tuple(made.mesh.shape.values()) == chosen.mesh == (1, 4, 1, 2)
+  assert sorted(i for step in made.steps for micro in step for row in micro.rows for i in row) == sorted(
+    i for step in pipeline.order(range(200), 32, config.seed, 0) for i in step
+  )
+  with pytest.raises(ConfigError, match="an epoch reads only 20 samples"):
+    programs.make(config, None, lengths=lengths[:20])
+
+
+def test_seconds_of_a_step_are_those_of_its_programs():
+  config = paper("--config.train.batch_size=6")
+  lengths = np.array([[1024, 8, 14, 500], [64, 8, 14, 100], [1, 1, 14, 50]] * 2)
+  shape = Shape(2, 4, 16, 1024, 1024)
+  named = dataclasses.replace(config, data=dataclasses.replace(config.data, shapes=((2, 4, 1024, 1024),)))
+  chips = forecast.chips("v5e", 2)
+  made = programs.make(named, jax.devices()[:2], lengths=lengths, chips=chips)
+  assert dict(made.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 1, "context": 1} and len(made.steps[0]) == 2
+  kernels = 0.5 * 2 * 197e12  # half a second on each of two devices, if a sample fills each row
+  rows = [
+    {"name": name, "shape": at, "seconds": {"compute": spent, "memory": 0.3}, "flops": {"kernels": 0.0}, "compile_s": 9.0}
+    for name, at, spent in (("gradient", shape, 2.0), ("apply", None, 0.1), ("tower", None, 0.8))
+  ]  # fmt: skip
+  rows[0]["flops"]["kernels"], rows[2]["memory"] = kernels, {"tower": 0.0}
+  words = "\n".join(plan.step_lines(made, rows))
+  attention = sum(
+    max(made.costs.attention[list(row)].sum() for row in micro.rows) for micro in made.steps[0]
+  ) / forecast.PICO  # fmt: skip
+  found = re.search(r"2.00 x 2 rows of .*on features at least ([\d.]+) s.*on frames at least ([\d.]+) s", words, re.S)
+  features, frames = map(float, found.groups())
+  assert features == pytest.approx(2 * (2.0 - 0.5) + attention + 0.3, abs=2e-3)
+  # 272 clips are 136 of a device, 34 calls of four; two images are one, for a device, and take a ninth of a clip or less.
+  assert frames - features == pytest.approx(34 * 0.8, rel=0.02) and "35.0 calls" in words
+  assert words.endswith("compiled in 27 s in all")
+  assert plan.step_lines(made, rows[1:]) == []
 
 
 @pytest.mark.parametrize("replicated, axes", [("llm/embed/embedding", r"embed/embedding"), ("down/kernel", r"(down|fc2)/kernel")])
@@ -116,7 +194,7 @@ def test_a_large_array_that_is_not_split_is_refused(monkeypatch, replicated, axe
   monkeypatch.setattr(sharding, "PARAMETERS", rules)
   monkeypatch.setattr(programs, "account", lambda *_: pytest.fail("compiled before it was refused"))
   with pytest.raises(plan.PlanError, match=rf"{replicated} \[\d+, 1536\] takes .* on every device, and would take .* if fsdp = 4 split it"):
-    plan.run(made, ("features",))
+    plan.run(made, ("gradient",))
 
 
 def test_an_axis_left_out_of_a_rule_is_refused_too_and_nothing_else(monkeypatch):
@@ -133,32 +211,48 @@ def test_what_does_not_fit_is_refused_with_remedies_in_numbers(small, tiny_run, 
   made, rows, _ = small
   config = tiny_run(tmp_path, mesh={"data": 8, "fsdp": 1, "tensor": 1, "context": 1})
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False))
-  row = next(row for row in rows if row["name"] == "frames")
-  size = plan.needed(row, rows)
-  tight = dataclasses.replace(made, config=config, mesh=sharding.make_mesh(config.mesh), device=dataclasses.replace(made.device, hbm=size - 1e4))
-  (words,) = plan.problems(tight, [row])[:1]
-  assert f"does not fit: needs {plan._size(plan.needed(row))} per device, cpu has" in words
-  for remedy in ("mesh.fsdp=-1", "remat=True", "frames, by predecode", "param_dtype=bfloat16", "features instead of frames", "16 devices"):
-    assert remedy in words, remedy
-  assert words.count("fits") + words.count("not enough alone") >= 6 and ": nan" not in words
-  assert plan.problems(dataclasses.replace(tight, device=dataclasses.replace(made.device, hbm=size + 1)), [row]) == []
+  sizes = {row["name"]: plan.needed(row, rows) for row in rows}
+  assert sizes["gradient"] == sum(row_of(rows, "gradient")["memory"].values()) + sum(
+    row_of(rows, name)["memory"]["program"] for name in ("tower", "apply")
+  )
+
+  def words(name, size, **changes):
+    device = dataclasses.replace(made.device, hbm=size)
+    mesh = sharding.make_mesh(config.mesh)
+    return plan.problems(dataclasses.replace(made, config=config, mesh=mesh, device=device, **changes), [row_of(rows, name)])
+
+  row = row_of(rows, "gradient")
+  size = plan.needed(row)
+  (found,) = words("gradient", size - 1e4)
+  assert f"gradient step does not fit: needs {plan._size(size)} per device, cpu has" in found
+  for remedy in ("mesh.fsdp=-1", "remat=True", "at most 8 frames, by predecode", "param_dtype=bfloat16", "16 devices"):
+    assert remedy in found, remedy
+  assert found.count("fits") + found.count("not enough alone") == 5
+  (found,) = words("gradient", size - 1e4, lengths=[Length(8, 4, 14, 9)])
+  assert "--config.data.frames_per_device=8, or such config.data.shapes" in found
+  (found,) = words("tower", 1e4)
+  assert "--config.model.clips_per_chunk=1" in found and "predecode --features" in found
+  assert words("gradient", size + 1) == []
 
 
 def test_a_program_that_the_compiler_refuses_is_accounted_for(small, monkeypatch):
   made, _, _ = small
   refusal = jax.errors.JaxRuntimeError(
-    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50G) exceeds available HBM (1.75G)."
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50G) exceeds "
+    "available HBM (1.75G)."
   )
   monkeypatch.setattr(programs, "compiled", lambda lowered, what, effort: (refusal, 1.0))
-  row = programs.account(made, "features")
-  assert row["memory"]["temporaries"] == pytest.approx(2.5 * 2**30, rel=1e-3) and "exceeds available HBM" in plan.describe(made, row)
-  assert "does not fit" in plan.problems(made, [row])[0]
+  for name, shape in programs.asked(made, ("gradient", "tower")):
+    row = programs.account(made, name, shape)
+    assert row["memory"]["temporaries"] == pytest.approx(2.5 * 2**30, rel=1e-3)
+    assert "exceeds available HBM" in plan.describe(made, row)
+    assert "does not fit" in plan.problems(made, [row])[0]
 
 
 def test_the_command_ends_with_1_and_one_error_if_something_is_wrong(monkeypatch, capsys):
   monkeypatch.setattr(sharding, "PARAMETERS", tuple((p, () if "embedding" in p else a) for p, a in sharding.PARAMETERS))
   with pytest.raises(SystemExit) as ended:
-    plan.main(["--config=configs/sct.py", "--programs", "features"])
+    plan.main(["--config=configs/sct.py", "--programs", "gradient"])
   assert ended.value.code == 1 and "error: trained/llm/embed/embedding" in capsys.readouterr().err
 
 
@@ -170,7 +264,9 @@ def test_the_command_ends_with_1_and_one_error_if_something_is_wrong(monkeypatch
     (["--config=configs/sct.py", "--config.mesh.tensor=3"], "does not divide the 8 devices"),
     (["--config=configs/sct.py", "--config.model.remta=True"], "did you mean config.model.remat"),
     (["--config=configs/sct.py", "--topolgy=v5e:4x4"], "topolgy"),
-    (["--table", "nowhere", "--config=configs/sct.py"], "--table has cells of its own, so it takes no --config"),
+    (["--config=configs/sct.py", "--frames", "8", "--lengths", "x"], "so there can be no --lengths or --data"),
+    (["--config=configs/sct.py", "--topology=v5e:2x2", "--lengths", "none.json"], "none.json can't be read"),
+    (["--config=configs/sct.py", "--data", "none"], "none"),
   ],
 )
 def test_errors_are_one_line(argv, words, capsys):
@@ -186,48 +282,13 @@ def test_a_topology_without_the_compiler_says_what_to_install(monkeypatch):
     programs.topology("v5e:2x2")
 
 
-def test_a_table_keeps_every_finished_cell_and_goes_on_where_it_was(small, monkeypatch, tmp_path):
-  made, rows, _ = small
-  device = dataclasses.replace(made.device, hbm=1e9, flops=1e12, bandwidth=1e11, links=1e10)
-  by_name = {row["name"]: row | {"seconds": {"compute": 2.0, "memory": 1.0}} for row in rows}
-  asked = []
-
-  def account(planned, name, known):
-    if known:
-      return known
-    asked.append(name)
-    if len(asked) == 3:
-      raise KeyboardInterrupt
-    return by_name[name]
-
-  monkeypatch.setattr(plan, "CELLS", (("", "v5e:2x2", 8, "frames", ()), ("7b", "v5e:2x2", 8, "frames", ())))
-  monkeypatch.setattr(programs, "make", lambda *_, **__: dataclasses.replace(made, device=device))
-  monkeypatch.setattr(programs, "account", account)
-  with pytest.raises(KeyboardInterrupt):
-    plan.table(tmp_path, None, 0.0, lambda _: None)
-  made_first = plan.table(tmp_path, None, 0.0, lambda _: None)
-  assert asked == ["frames", "apply", "frames", "frames", "apply"]  # the first cell was not compiled again
-  assert plan.table(tmp_path, None, 0.0, lambda _: None) == made_first and len(asked) == 5
-  lines = made_first.splitlines()
-  assert len(lines) == 4 and lines[2].startswith("| 2B | v5e:2x2 | 8 | frames |") and "| 2.00 s | compute |" in lines[2]
-  file = next(tmp_path.glob("2B*.json"))
-  kept = json.loads(file.read_text())
-  kept["asked"]["jax"] = "0.0.1"  # made by another version: again
-  file.write_text(json.dumps(kept))
-  plan.table(tmp_path, None, 0.0, lambda _: None)
-  assert asked[5:] == ["frames", "apply"]
-  assert "--quick" not in made_first and "--quick" in plan.table(tmp_path, None, -1.0, lambda _: None)
-  assert asked[7:] == 2 * ["frames", "apply"]  # with another effort: again
-
-
-def test_a_program_that_changed_is_compiled_again(small, monkeypatch):
-  made, rows, _ = small
-  known = next(row for row in rows if row["name"] == "apply")
-  monkeypatch.setattr(programs, "compiled", lambda lowered, what, effort: pytest.fail("compiled"))
-  assert programs.account(made, "apply", known) == known
-  slower = dataclasses.replace(made.config, optim=dataclasses.replace(made.config.optim, b1=0.5))
-  with pytest.raises(pytest.fail.Exception, match="compiled"):
-    programs.account(dataclasses.replace(made, config=slower), "apply", known)
+def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
+  config = tiny_run(tmp_path)
+  prepared = train.prepare(config)
+  prepared.data.close()
+  assert plan.stored_lengths(config, prepared.cfg, config.data.train) == prepared.lengths
+  with pytest.raises(ConfigError, match="one of --lengths FILE and --data STORE"):
+    forecast.one_of(prepared.cfg, tmp_path / "x.json", prepared.lengths)
 
 
 def test_a_checkpoint_directory_is_taken_before_what_is_known(tiny_run, tmp_path):

@@ -28,7 +28,7 @@ def make(tiny_run, tmp_path_factory):
   def cluster(name, mesh, **changes):
     values = {
       "mesh": mesh, "optim.learning_rate": 1e-5, "train.epochs": 17, "train.steps": 50, "train.batch_size": 4,
-      "train.save_every": 25, "data.frame_buckets": [0, 16], "distributed": {"start_seconds": 120, "heartbeat_seconds": 10},
+      "train.save_every": 25, "distributed": {"start_seconds": 120, "heartbeat_seconds": 10},
     }
     return Cluster(tiny_run(root / name / "w", **(values | changes)), root / name)
 

@@ -135,7 +135,7 @@ def question(length=12, start=6, seed=0):
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def entering(llm, x, P, G, L):
   """States entering each layer."""
-  one = lambda n: jnp.full(1, n)
+  one = lambda n: jnp.full((1, 1), n)
   return decoder.run(llm, x, Lengths(one(P), one(G), one(L)), prefix=P, text=L, entering=True).entering
 
 
@@ -338,7 +338,7 @@ def test_selected_clips_are_taken_and_torn_ones_encoded_again(model):
   video = dataclasses.replace(film(16), frames=frames)
   np.testing.assert_array_equal(chat.selected(model, video, np.arange(4, 12)), video.features[0][1:3])
   torn, done = np.array([0, 1, 2, 5, 6, 7, 8, 9]), []
-  expected = vlm.encode(model, jnp.asarray(frames[torn].reshape(1, 2, 4, 48, 48, 3)))[0]
+  expected = vlm.encode(model, jnp.asarray(frames[torn].reshape(2, 4, 48, 48, 3)))
   got = chat.selected(model, video, torn, lambda *a: done.append(a))
   np.testing.assert_allclose(got, expected, atol=2e-5)
   assert done == [(1, 2), (2, 2)]

@@ -18,21 +18,26 @@ import pytest
 from xcomp_jax import checkpoint, metrics, train, workdir
 from xcomp_jax.config import ConfigError, to_dict
 from xcomp_jax.data.store import open_store, write_store
-from xcomp_jax.sharding import make_mesh
 
 
 @pytest.fixture(autouse=True)
 def few_devices(monkeypatch):
   """No more devices than the config names: one compiles in a fraction of the time."""
-  devices = lambda config: jax.devices()[: config.data * config.fsdp * config.tensor]
-  monkeypatch.setattr(train, "make_mesh", lambda config, **_: make_mesh(config, devices(config)))
+  several = lambda config: jax.devices()[: config.data * config.fsdp * config.tensor]
+  prepare = train.prepare
+
+  def prepared(config):
+    monkeypatch.setattr(train, "devices", lambda: several(config.mesh))
+    return prepare(config)
+
+  monkeypatch.setattr(train, "prepare", prepared)
 
 
 @pytest.fixture(scope="module")
 def straight(tiny_run, tmp_path_factory):
   """Four steps in one go: config, result, samples in the order of reading, items of the last checkpoint."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "make_mesh", lambda config, **_: make_mesh(config, jax.devices()[:1]))
+    patch.setattr(train, "devices", lambda: jax.devices()[:1])
     order = record(patch)
     config = make(tiny_run, tmp_path_factory.mktemp("straight") / "w")
     return config, train.run(config), order, items(config)
@@ -45,7 +50,7 @@ def make(tiny_run, workdir, **changes):
 def record(patch):
   """Notes the samples of every micro-batch that training takes."""
   order, original = [], train.place
-  patch.setattr(train, "place", lambda batch, mesh: (order.append(batch.index.tolist()), original(batch, mesh))[1])
+  patch.setattr(train, "place", lambda batch, mesh: (order.append(batch.index.ravel().tolist()), original(batch, mesh))[1])
   return order
 
 
@@ -292,14 +297,14 @@ def by_step(order):
 
 def test_on_other_devices_a_run_goes_on_with_the_same_samples(tiny_run, straight, tmp_path, monkeypatch):
   losses, orders = [], []
-  for devices, frames in ((1, 16), (2, 8)):
+  for devices, shape in ((1, (1, 2, 16, 160)), (2, (2, 2, 16, 160))):
     workdir = tmp_path / str(devices)
     shutil.copytree(straight[0].workdir, workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")
     with monkeypatch.context() as patch:
       orders.append(record(patch))
       mesh = {"data": 1, "fsdp": devices, "tensor": 1}
-      out = train.run(make(tiny_run, workdir, mesh=mesh, **{"data.frames_per_device": frames}))
+      out = train.run(make(tiny_run, workdir, mesh=mesh, **{"data.shapes": [shape]}))
     assert out["step"] == 4
     losses.append(out["loss"])
   assert orders[0] != orders[1] and by_step(orders[0]) == by_step(orders[1]) == by_step(straight[2])[2:]
@@ -321,16 +326,21 @@ def test_other_data_is_refused(tiny_run, straight, tmp_path):
 
 def test_a_checkpoint_of_a_later_format_is_refused(tiny_run, straight, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "FORMAT", 0)
-  with pytest.raises(ConfigError, match=r"checkpoints holds step 4 in format 2, this version .* up to 0"):
+  with pytest.raises(ConfigError, match=r"checkpoints holds step 4 in format 3, this version .* up to 0"):
     train.run(straight[0])
-  with pytest.raises(ConfigError, match="format 2"):
+  with pytest.raises(ConfigError, match="format 3"):
     checkpoint.read_config(straight[0].workdir)
 
 
-def test_a_checkpoint_of_an_earlier_format_is_refused(straight, monkeypatch):
-  monkeypatch.setattr(checkpoint, "FORMAT", 3)
-  with pytest.raises(ConfigError, match=r"checkpoints holds step 4 in format 2, .* version .* that began the run"):
-    train.run(straight[0])
+def test_a_checkpoint_of_an_earlier_format_is_refused(tiny_run, straight, tmp_path):
+  shutil.copytree(straight[0].workdir, tmp_path / "w")
+  for file in (tmp_path / "w" / "checkpoints").glob("*/config/*"):
+    if '"format": 3' in (text := file.read_text()):
+      file.write_text(text.replace('"format": 3', '"format": 2'))
+  words = r"step 4 in format 2, .*config\.data\.shapes took the place of config\.data\.frame_buckets and config\.data\.text_buckets.*group_by_text_length"
+  with pytest.raises(ConfigError, match=words + ".*version .* that began the run"):
+    train.run(make(tiny_run, tmp_path / "w"))
+  assert checkpoint.read_config(str(tmp_path / "w"))[1] == 4  # an export goes on reading it
 
 
 def test_processes_that_would_run_something_else_are_refused(monkeypatch):

@@ -84,7 +84,7 @@ def test_scores_are_multiplied_by_the_square_of_the_factor(tiny):
 def test_a_decoder_with_yarn_is_another_one(tiny):
   """All of prefill goes through it; a stretch of 1 changes nothing."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 20, 32)).astype(np.float32))
-  one = lambda n: jnp.full(1, n, jnp.int32)
+  one = lambda n: jnp.full((1, 1), n, jnp.int32)
 
   def out(scaling):
     llm = dataclasses.replace(tiny().llm, layers=1, rope_theta=100.0, rope_scaling=scaling)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from packed import one_each
 
 from xcomp_jax import bench_parts, metrics, optim, steps, train, weights
 from xcomp_jax.config import (
@@ -22,8 +23,8 @@ from xcomp_jax.config import (
   VisionConfig,
   VLMConfig,
 )
-from xcomp_jax.data import pipeline, prompt
-from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
+from xcomp_jax.data import packing, pipeline, prompt
+from xcomp_jax.data.batch import Length, Shape, batch_spec
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import make_mesh
 
@@ -46,15 +47,15 @@ class Prepared:
       self.graph, _ = steps.abstract_state(config, self.cfg, self.tx, self.mesh)
       self.state = steps.init_state(config, self.cfg, self.tx, self.mesh)
       self.sums = steps.zero_sums(self.state.trained, self.mesh)
-      self.steps = steps.compiled_steps(self.state, self.sums, self.mesh)
+      self.steps = steps.compiled_steps(self.cfg, self.state, self.sums, self.mesh)
 
   def add(self, batch):
     with jax.set_mesh(self.mesh):
       self.sums, losses = self.steps.grad(
-        self.graph, self.state, self.sums, steps.place(batch, self.mesh),
+        self.graph, self.state, self.sums, steps.place(batch, self.mesh), (),
         projector_max_frames=self.config.train.projector_max_frames,
       )
-    return losses
+    return losses[:, 0] if losses.shape[1] == 1 else losses
 
   def apply(self):
     with jax.set_mesh(self.mesh):
@@ -73,10 +74,10 @@ def test_accumulated_gradients_of_mixed_buckets_equal_the_ungrouped_batch(tiny_r
   config = tiny_run(tmp_path)
   config = dataclasses.replace(config, mesh=ONE)
   whole, parts = Prepared(config, 1), Prepared(config, 1)
-  whole.add(collate(examples, Bucket(3, 4, 8, 16)))
-  losses = [parts.add(collate([examples[i] for i in (1, 4)], Bucket(4, 4, 6, 32)))]
-  losses += [parts.add(collate([examples[i] for i in (0, 2)], Bucket(2, 4, 4, 16), 4))[:2]]  # two rows of padding
-  losses += [parts.add(collate(examples[3:4], Bucket(0, 4, 8, 16), 2))[:1]]
+  whole.add(one_each(examples, 12, 8, 16))
+  losses = [parts.add(one_each([examples[i] for i in (1, 4)], 16, 6, 32))]
+  losses += [parts.add(one_each([examples[i] for i in (0, 2)], 8, 4, 16, 4))[:2]]  # two rows of padding
+  losses += [parts.add(one_each(examples[3:4], 0, 8, 16, 2))[:1]]
   jax.tree.map(close, parts.sums, whole.sums)
   assert float(parts.sums.samples) == 5 and float(parts.sums.frames) == 4 * 9
 
@@ -94,7 +95,7 @@ def test_a_step_over_eight_devices_equals_one_device(tiny_run, examples, tmp_pat
   results = []
   for devices, mesh in ((1, ONE), (8, MeshConfig(2, 2, 2, 1))):
     it = Prepared(dataclasses.replace(config, mesh=mesh), devices)
-    losses = it.add(collate(examples, Bucket(3, 4, 8, 16), 8))
+    losses = it.add(one_each(examples, 12, 8, 16, 8))
     gradients = jax.device_get(it.sums.grads)
     out = it.apply()
     results.append(jax.device_get((losses[:5], gradients, out["grad_norm"])))
@@ -137,12 +138,12 @@ def test_rows_that_lie_scattered_are_placed_where_their_devices_are():
 
 
 def test_quirk_q17_long_samples_give_the_projector_no_gradient(tiny_run, examples, tmp_path):
-  batch = collate(examples[:2], Bucket(3, 4, 8, 16))  # 8 and 12 frames
+  batch = one_each(examples[:2], 12, 8, 16)  # 8 and 12 frames
   config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"train.projector_max_frames": 12})
   grads = {}
   for weight in ((1, 1), (1, 0), (0, 1)):
     it = Prepared(config, 1)
-    it.add(dataclasses.replace(batch, weight=np.array(weight, np.float32)))
+    it.add(dataclasses.replace(batch, weight=np.array(weight, np.float32)[:, None]))
     grads[weight] = jax.device_get(it.sums.grads)
   jax.tree.map(close, grads[1, 1]["projector"], grads[1, 0]["projector"])
   assert all(np.any(g) for g in jax.tree.leaves(grads[1, 0]["projector"]))
@@ -171,16 +172,23 @@ def test_weight_decay_leaves_norms_and_biases_alone(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # compiles slowly
 def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, write_features, tmp_path, dtype):
-  one = {"data.frame_buckets": [0, 12], "data.frames_per_device": 144, "data.text_per_device": 2048}
+  one = {"data.shapes": [[4, 3, 32, 400]]}
   config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **one, **{"model.remat": False, "model.dtype": dtype})
   write_features(config, tmp_path / "features")
   tokenizer, out = prompt.load_tokenizer(config.init_from), []
   for folder in (config.data.train, str(tmp_path / "features")):
     it = Prepared(config, 1)
     data = train.open_data(folder, it.cfg)
-    _, videos = pipeline.batches(data, tokenizer, config.data, batch_size=12, rows=1, seed=0, epochs=1)
-    losses = it.add(videos.batch)
-    assert float(it.sums.samples) == 9 and float(it.sums.frames) == 4 * 18
+    micro = packing.Micro(Shape(4, 3, 80, 32, 400), tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3)))
+    lengths, encoder = pipeline.measure(data, tokenizer, "assistant"), train.ClipEncoder(it.steps, it.mesh)
+    with jax.set_mesh(it.mesh):
+      for item in pipeline.read(data, tokenizer, config.data, lengths, [[micro]], train.share_of(it.mesh, config)):
+        if isinstance(item, pipeline.TowerCall):
+          encoder.encode(it.state, item)
+        else:
+          batch, clips = encoder.batch(item)
+          it.sums, losses = it.steps.grad(it.graph, it.state, it.sums, batch, clips, projector_max_frames=None)
+    assert float(it.sums.samples) == 12 and float(it.sums.frames) == 4 * 18
     out.append(jax.device_get((losses, it.sums.grads)))
   (want, wanted), (got, gradients) = out
   norm = lambda tree: np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
@@ -203,8 +211,8 @@ def test_features_are_known_by_their_tower_wherever_it_lies(tiny_run, features, 
 
 def test_a_step_that_is_not_finite_changes_nothing(tiny_run, examples, tmp_path):
   it = Prepared(tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}), 1)
-  batch = collate(examples[:2], Bucket(3, 4, 8, 16))
-  it.add(dataclasses.replace(batch, weight=np.array([1, np.inf], np.float32)))
+  batch = one_each(examples[:2], 12, 8, 16)
+  it.add(dataclasses.replace(batch, weight=np.array([[1], [np.inf]], np.float32)))
   before = jax.device_get(it.state)
   out = it.apply()
   assert not out["finite"]
@@ -214,7 +222,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_run, examples, tmp_path)
 def test_an_update_that_is_not_finite_is_not_applied(tiny_run, examples, tmp_path):
   config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1})
   it = Prepared(dataclasses.replace(config, optim=dataclasses.replace(config.optim, b1=1.0)), 1)  # corrects by 1 - b1: 0 / 0
-  it.add(collate(examples[:2], Bucket(3, 4, 8, 16)))
+  it.add(one_each(examples[:2], 12, 8, 16))
   before = jax.device_get(it.state)
   out = it.apply()
   assert np.isfinite(out["grad_norm"]) and np.isnan(out["update_norm"]) and not out["finite"]
@@ -242,20 +250,14 @@ def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
   # Of the program as traced: after optimizing, which takes ten times as long, XLA counts the same.
   counted = lambda f, spec: jax.jit(f).lower(state, spec).cost_analysis()["flops"]
   near = lambda flops: pytest.approx(flops, rel=0.1)
-  bucket = Bucket(2, 8, 4, 8)
-  frames = batch_spec(bucket, 1, ((8, 48, 48, 3), np.dtype(np.uint8)))
-  features = batch_spec(bucket, 1, ((128, 256), np.dtype(np.float32)))
-
-  batch = fake_batch(frames, 64)
-  flops = metrics.forward_flops(cfg, batch)
-  rest = counted(loss, features)
-  assert flops["projector"] + flops["llm"] == near(rest)
-  assert flops["vision"] == near(counted(loss, frames) - rest)
-  one = metrics.forward_flops(cfg, dataclasses.replace(batch, clips=np.array([1], np.int32)))
-  assert one["vision"] == flops["vision"] / 2  # padding does not count
+  features = batch_spec(Shape(1, 1, 4, 16, 8), ((16, 256), np.float32))
+  clips = jax.ShapeDtypeStruct((2, 8, 48, 48, 3), np.uint8)
+  flops = metrics.forward_flops(cfg, [Length(16, 8, 4, 8)], pixels=True)
+  assert flops["projector"] + flops["llm"] == near(counted(loss, features))
+  assert flops["vision"] == near(counted(lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), clips))
 
   everything = TrainConfig(1, 1, None, False, True, True, None, 1, 1, 1, 1, None)
-  trained = metrics.training_flops(cfg, everything, fake_batch(features, 64))
+  trained = metrics.training_flops(cfg, everything, [Length(16, 8, 4, 8)], pixels=False)
   assert trained == near(counted(jax.grad(loss), features))
 
 
@@ -269,17 +271,16 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
     lp_comp=LPCompConfig("cosine", "suffix", 16),
     clip_frames=8, tokens_per_frame=16, dtype="bfloat16", clips_per_chunk=4, attention="einsum", remat=True,
   )
-  bucket, counted = Bucket(128, 8, 16, 512), {}
-  visuals = {"frames": ((8, 448, 448, 3), np.dtype(np.uint8)), "features": ((128, 1024), np.dtype(ml_dtypes.bfloat16))}
-  for name, visual in visuals.items():
-    step, arguments = steps.abstract_step(config, cfg, batch_spec(bucket, 1, visual))
-    counted[name] = bench_parts.flops(step, *arguments)
-  tower = counted["frames"] - counted["features"]
-  batch = fake_batch(batch_spec(bucket, 1, visuals["features"]), 100)
-  frames = dataclasses.replace(batch, visual=np.broadcast_to(np.uint8(0), (1, 128, *visuals["frames"][0])))
-  assert tower == pytest.approx(metrics.forward_flops(cfg, frames)["vision"], rel=0.02)
-  assert counted["features"] < counted["frames"] / 6
-  assert metrics.training_flops(cfg, config.train, frames) - metrics.training_flops(cfg, config.train, batch) == pytest.approx(tower, rel=0.02)
+  step, arguments = steps.abstract_step(config, cfg, batch_spec(Shape(1, 1, 16, 1024, 512), ((16, 1024), ml_dtypes.bfloat16)))
+  features = bench_parts.flops(step, *arguments)
+  graph, state = nnx.split(weights.abstract(cfg))
+  clips = jax.ShapeDtypeStruct((128, 8, 448, 448, 3), np.uint8)
+  tower = bench_parts.flops(lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, clips)
+  length = [Length(1024, 8, 16, 512)]
+  assert tower == pytest.approx(metrics.forward_flops(cfg, length, pixels=True)["vision"].sum(), rel=0.02)
+  assert features < (features + tower) / 6
+  with_tower, without = (metrics.training_flops(cfg, config.train, length, pixels=pixels) for pixels in (True, False))
+  assert with_tower - without == pytest.approx(tower, rel=0.02)
 
 
 def test_the_peak_is_that_of_the_whole_name():

@@ -66,6 +66,29 @@ def test_round_trip_with_videos_images_and_text(tmp_path, monkeypatch):
   assert [s.frames for s in store.samples] == [20, 1, 0, 8, 1]
 
 
+@pytest.mark.parametrize("quality", [None, 95])
+def test_some_clips_are_read_from_the_records_that_hold_them(tmp_path, monkeypatch, quality):
+  monkeypatch.setattr(store_lib, "RECORD_BYTES", 2 * 4 * SIZE * SIZE * 3)  # two clips a record
+  write_store(tmp_path / "s", [(sample("0"), smooth(7, 4)), (sample("1"), smooth(1, 1))], image_size=SIZE, clip_frames=4, quality=quality)
+  store = open_store(tmp_path / "s")
+  whole, read = store.visual(0), []
+
+  class Rows:
+    def __getitem__(self, key, rows=store._rows):
+      read.append(key)
+      return rows[key]
+
+  for first, count, records in ((0, 1, [0]), (1, 2, [0, 1]), (2, 2, [1]), (3, 4, [1, 2, 3]), (6, 1, [3]), (0, 0, [])):
+    other = open_store(tmp_path / "s")
+    monkeypatch.setattr(other, "_rows", Rows())
+    read.clear()
+    np.testing.assert_array_equal(other.clips(0, first, count), whole[first : first + count])
+    assert read == records
+    np.testing.assert_array_equal(other.clips(0, first, count), whole[first : first + count])
+    assert read == records  # the last few are kept
+  np.testing.assert_array_equal(store.clips(1, 0, 1), store.visual(1))
+
+
 def test_is_a_pair_of_tfds_datasets(tmp_path):
   write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
   rows = tfds.builder_from_directory(tmp_path / "s" / "samples").as_data_source(split="train")

@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import NamedSharding, PartitionSpec
+from test_packing import mixture
 
 from xcomp_jax import absent, bench, cost, plan, programs, qc_comp, sharding, steps, weights
 from xcomp_jax import bench_parts as parts
 from xcomp_jax.config import MeshConfig, from_command_line
+from xcomp_jax.data import packing
 from xcomp_jax.model.attention import AttentionMask, attend
 
 pytestmark = pytest.mark.slow
@@ -27,20 +29,20 @@ def compiler():
 
 
 def mesh_on(name):
-  return sharding.make_mesh(MeshConfig(1, -1, 1, 1), programs.topology(name), 32)
+  return sharding.make_mesh(MeshConfig(1, -1, 1, 1), programs.topology(name))
 
 
 @pytest.mark.parametrize("name", [
   "v4:2x2x2", "v5e:2x2", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:16x16", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4",
   "v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:16x16",
 ])  # fmt: skip
-def test_training_would_start_on_every_slice_with_the_default_mesh(name):
-  devices, config = programs.topology(name), from_command_line(["plan", "--config=configs/sct.py"])
-  cfg = programs.sizes(config)
-  mesh = sharding.make_mesh(config.mesh, devices, config.train.batch_size, sharding.sequence_parts(cfg, config.data))
-  assert mesh.size == len(devices)
-  sharding.check_mesh(mesh, cfg, config.data)
-  shares = steps.row_shares(mesh)
+def test_training_would_start_on_every_slice_with_the_default_mesh(name, monkeypatch):
+  monkeypatch.setattr(packing, "SAMPLED", 64)  # chooses shapes sooner
+  made = programs.make(from_command_line(["plan", "--config=configs/sct.py"]), name, lengths=mixture(64))
+  devices = list(made.mesh.devices.flat)
+  assert made.mesh.size == len(programs.topology(name))
+  shares = steps.row_shares(made.mesh)
+  assert all(shape.rows % len(set(shares.values())) == 0 for shape in made.shapes)
   assert shares.keys() == {device.process_index for device in devices}
   assert {i for i, _ in shares.values()} == set(range(shares[0][1]))
 
@@ -60,6 +62,26 @@ def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads
       assert compiled.as_text().count(KERNEL) == kernels
   one = length * heads * size * 2
   assert compiled.memory_analysis().temp_size_in_bytes < 40 * one  # linear in the length: scores would take 100 times as much
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("rows, length, context", [(4, 16640, 1), (8, 2577, 1), (2, 4160, 2)])  # 1, 2 and 1 rows a device
+def test_splash_attention_of_several_samples_in_a_row_compiles(name, rows, length, context):
+  mesh = sharding.make_mesh(MeshConfig(1, -1, 1, context), programs.topology(name))
+
+  def array(*shape, dtype=jnp.bfloat16, split="context"):
+    place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), split))
+    return jax.ShapeDtypeStruct((rows, length, *shape), dtype, sharding=place)
+
+  def run(q, k, v, sample):
+    return attend(q, k, v, AttentionMask(True, sample=sample), implementation="splash").astype(jnp.float32).sum()
+
+  with jax.set_mesh(mesh), jax.default_matmul_precision(None):
+    for function, kernels in ((run, 1), (jax.grad(run, (0, 1, 2)), 3)):
+      args = array(12, 128), array(2, 128), array(2, 128), array(dtype=jnp.int32, split=None)
+      compiled = jax.jit(function).lower(*args).compile()
+      assert compiled.as_text().count(KERNEL) == kernels  # whose tables of blocks are made on the device
+  assert compiled.memory_analysis().temp_size_in_bytes < 40 * length * 12 * 128 * 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -100,7 +122,7 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(nam
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_a_layer_of_the_tower_with_merging_compiles(name):
-  config = from_command_line(["plan", "--config=configs/sct.py", "--config.model.clips_per_chunk=1", "--config.train.batch_size=4"])
+  config = from_command_line(["plan", "--config=configs/sct.py", "--config.model.clips_per_chunk=2", "--config.train.batch_size=4"])
   made = programs.make(config, name, layers=1, frames=16, text=512, effort=-1.0)
   row = programs.account(dataclasses.replace(made, full=made.cfg), "tower")
   assert row["problem"] is None and not row["not counted"]
@@ -121,9 +143,10 @@ def test_two_layers_of_a_training_step_compile_and_are_accounted_for(name, tmp_p
   config = dataclasses.replace(config, lp_comp=dataclasses.replace(config.lp_comp, schedule=(16, 9)))
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4))
   made, said = programs.make(config, name, frames=128, text=512, effort=-1.0), []
-  rows = plan.run(made, ("features", "apply"), said.append)
+  rows = plan.run(made, ("gradient", "apply"), said.append)
   words = "\n".join(said)
   assert "all of it fits" in words and "bound by" in words and f"4 x {made.device.kind}" in words
+  assert "1.00 x 4 rows of up to 1 samples" in words and "on features at least" in words
   gradient, apply = rows
   # Per layer a kernel forward, whose result is kept, and two for gradients: 2 + 3 + 4 products of blocks.
   pairs = sum(n * n * (b + 1) / (2 * b) for n, b in ((2688, 3), (1792, 2)))
@@ -135,10 +158,11 @@ def test_two_layers_of_a_training_step_compile_and_are_accounted_for(name, tmp_p
 
 def test_on_many_devices_kernels_are_gathered_and_not_multiplied_piece_by_piece():
   config = lambda samples: from_command_line(["plan", "--config=configs/sct.py", f"--config.train.batch_size={samples}"])
-  few, many = (
-    programs.account(programs.make(config(samples), name, layers=2, frames=256, text=512, effort=-1.0), "frames")
+  plans = [
+    programs.make(config(samples), name, layers=2, frames=256, text=512, effort=-1.0)
     for name, samples in (("v5e:2x2", 4), ("v5e:4x4", 16))
-  )
+  ]
+  few, many = (programs.account(made, "gradient", made.shapes[0]) for made in plans)
   # A device of either has the same work, a sample; of more devices it holds a smaller part of the parameters.
   assert many["flops"]["executed"] == pytest.approx(4 * few["flops"]["executed"], rel=0.01)
   assert many["hbm"] < 1.1 * few["hbm"]
@@ -148,7 +172,7 @@ def test_kernels_are_gathered_as_they_are_computed_with():
   made = programs.make(from_command_line(["plan", "--config=configs/sct.py"]), "v5e:4x4", layers=2, frames=256, text=512, effort=-1.0)
   llm, size = made.full.llm, 2  # bytes of bfloat16
   kernels = llm.layers * llm.width * (2 * (llm.heads + llm.kv_heads) * llm.head_dim + 3 * llm.mlp_width)
-  _, gathered = programs.account(made, "features")["collectives"]["all-gather"]
+  _, gathered = programs.account(made, "gradient", made.shapes[0])["collectives"]["all-gather"]
   assert 1 < gathered / (2 * kernels * size * 15 / 16) < 1.5  # forth and back; the rest is projector and embeddings
 
 

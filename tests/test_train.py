@@ -20,15 +20,14 @@ from safetensors.numpy import load_file, save_file
 
 from xcomp_jax import metrics, train, weights
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict
-from xcomp_jax.data import pipeline, prompt
-from xcomp_jax.data.batch import Bucket, batch_spec
-from xcomp_jax.sharding import make_mesh
+from xcomp_jax.data import pipeline
+from xcomp_jax.data.batch import Shape
 
 
 @pytest.fixture
 def one_device(monkeypatch):
   """Runs on the first device: compiles in a fraction of the time."""
-  monkeypatch.setattr(train, "make_mesh", lambda config, **_: make_mesh(config, jax.devices()[:1]))
+  monkeypatch.setattr(train, "devices", lambda: jax.devices()[:1])
 
 
 def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp_path, capsys, one_device):
@@ -52,7 +51,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
   for word in ("MFU -", "data wait", "samples/s", "held-out after step 12", "vision/blocks/0..1/fc1/kernel", "done: step 12 of 12", "train: sampling not recorded", "  compile "):
     assert word in text
   assert "warning" not in text
-  assert sum(line.startswith("compiled grad_step") for line in text.splitlines()) == 3  # 0, 8 and 16 frames
+  assert sum(line.startswith("compiled grad_step") for line in text.splitlines()) == 1
   shares = {name: float(share) for name, share in re.findall(r"(\w+) +([\d.]+)%", text.splitlines()[-2].split("s:")[1])}
   assert sum(shares.values()) == pytest.approx(100, abs=0.5) and shares["compile"] > shares["step"] > 0
 
@@ -127,19 +126,12 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run,
   config = tiny_run(tmp_path / "w", **{"train.save_every": 1})
   original = pipeline.collate
 
-  def poisoned(examples, bucket, size=None):
-    batch = original(examples, bucket, size)
+  def poisoned(*arguments):
+    batch = original(*arguments)
     return dataclasses.replace(batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32))
 
-  tokenizer = prompt.load_tokenizer(config.init_from)
   cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
-  entries = pipeline.batches(
-    train.open_data(config.data.train, cfg), tokenizer, config.data, batch_size=3, rows=1, seed=0, epochs=1
-  )
-  done, third = 0, []
-  for micro in entries:
-    third += [i for i in micro.batch.index.tolist() if i >= 0 and done == 2]
-    done += micro.last
+  third = pipeline.run_order(train.open_data(config.data.train, cfg), 3, 0, 1)[2]
   bad = third[1]
   monkeypatch.setattr(pipeline, "collate", poisoned)
   with pytest.raises(train.NotFiniteError, match=r"step 3: .*step_3\.json"):
@@ -154,23 +146,23 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run,
 def test_a_compilation_that_no_new_shape_explains_is_said():
   said = []
   compilations = metrics.Compilations("grad_step", "apply_step", "eval_step")
-  specs = [batch_spec(Bucket(clips, 4, 8, 16), 2, ((4, 48, 48, 3), np.dtype(np.uint8))) for clips in (1, 2)]
+  specs = [train.describe(Shape(rows, 2, 8, 16, 32)) for rows in (1, 2)]
 
-  def call(name, batch, compiles):
+  def call(name, what, compiles):
     for _ in range(compiles):
       compilations._listen("/jax/core/compile/backend_compile_duration", 1.0, fun_name=f"jit({name})")
-    train.report_compilations(compilations, name, batch, said.append)
+    train.report_compilations(compilations, name, what, said.append)
 
   for spec in specs:
     call("grad_step", spec, 1)
     call("eval_step", spec, 1)
-  call("apply_step", None, 1)
+  call("apply_step", "", 1)
   call("grad_step", specs[0], 0)
   assert len(said) == 5 and not any("warning" in line for line in said)
   call("grad_step", specs[1], 1)  # other functions' shapes are no excuse
-  assert said[-1].startswith("warning: grad_step was compiled 3 times for 2 batch shapes")
-  call("apply_step", None, 1)
-  assert said[-1].startswith("warning: apply_step was compiled 2 times for 1 batch shapes")
+  assert said[-1].startswith("warning: grad_step was compiled 3 times for 2 shapes")
+  call("apply_step", "", 1)
+  assert said[-1].startswith("warning: apply_step was compiled 2 times for 1 shapes")
 
 
 @pytest.fixture
@@ -277,11 +269,12 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
     ({"lp_comp.group": 0}, "config.lp_comp.group = 0: must be at least 1"),
     ({"model.clips_per_chunk": 0}, "config.model.clips_per_chunk = 0: must be at least 1"),
     ({"data.text_per_device": 0}, "config.data.text_per_device = 0: must be at least 1"),
-    ({"data.frame_buckets": [-8, 8]}, "config.data.frame_buckets = .* from 0 on, ascending"),
-    ({"data.text_buckets": [0, 8]}, "config.data.text_buckets = .* from 1 on, ascending"),
-    ({"data.text_buckets": [64, 8]}, "config.data.text_buckets = .* ascending"),
+    ({"data.shapes": [[8, 2, 64]]}, "config.data.shapes = .* must be one or more of .rows, samples, frames, text."),
+    ({"data.shapes": [[8, 0, 64, 512]]}, "config.data.shapes = "),
+    ({"data.shapes": [[8, 2, 8, 160]]}, "config.data.shapes"),  # some samples have 12 frames
+    ({"data.prefix_length": 8}, "data.prefix_length"),
     ({"data.threads": -1, "data.prefetch": -2}, "config.data.threads = -1: .*; config.data.prefetch = -2: must be 0 or more"),
-    ({"data.text_buckets": []}, "config.data.text_buckets = .* one or more"),
+    ({"data.shapes": []}, "config.data.shapes = .* one or more"),
     ({"optim.learning_rate": math.nan}, "config.optim.learning_rate = nan: must be a number above 0"),
     ({"optim.learning_rate": 0.0}, "config.optim.learning_rate = 0.0"),
     ({"optim.weight_decay": -0.1}, "config.optim.weight_decay = -0.1"),

@@ -96,7 +96,7 @@ def test_bfloat16_follows_float32(model, tiny):
 
 def test_memory_of_encoding_does_not_grow_with_the_frames(tiny):
   model = nnx.eval_shape(lambda: vlm.VLM(tiny(), rngs=nnx.Rngs(0)))  # two clips a chunk
-  frames = lambda n: jax.ShapeDtypeStruct((1, n, 8, 48, 48, 3), np.uint8)
+  frames = lambda n: jax.ShapeDtypeStruct((n, 8, 48, 48, 3), np.uint8)
   compiled = [jax.jit(vlm.encode).lower(model, frames(n)).compile().memory_analysis() for n in (4, 16)]
   assert compiled[1].output_size_in_bytes == 4 * compiled[0].output_size_in_bytes
   assert compiled[0].temp_size_in_bytes == compiled[1].temp_size_in_bytes > 0

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from packed import one_each
 
 from xcomp_jax.config import LPCompConfig, MeshConfig
-from xcomp_jax.data.batch import Bucket, batch_spec, collate, fake_batch
+from xcomp_jax.data.batch import Batch, Clips, Shape, batch_spec, fake_batch, split
 from xcomp_jax.model import vlm
 from xcomp_jax.model.decoder import Lengths
 from xcomp_jax.sharding import make_mesh
@@ -18,7 +19,7 @@ def mixed(sample):
   return [sample(2, 3, 9, 0), sample(5, 6, 4, 1), sample(1, 1, 12, 2)]
 
 
-losses = jax.jit(vlm.loss)
+losses = jax.jit(lambda *a: vlm.loss(*a)[:, 0])  # of the only sample of each row
 
 
 def close(got, want):
@@ -27,8 +28,8 @@ def close(got, want):
 
 
 def alone(example):
-  slot = int(np.flatnonzero(example.tokens < 0)[0]) if len(example.visual) else 0
-  return Bucket(len(example.visual), 8, slot, len(example.tokens) - slot - (len(example.visual) > 0))
+  """A batch of one sample, without padding."""
+  return one_each([example], example.frames, *split(example))
 
 
 ALL, ONE = slice(3), slice(1, 2)  # samples; each alone is a program to compile
@@ -43,16 +44,16 @@ ALL, ONE = slice(3), slice(1, 2)  # samples; each alone is a program to compile
 )  # fmt: skip
 def test_each_sample_of_a_mixed_batch_equals_it_alone(tiny, mixed, keep, rows):
   model = vlm.VLM(tiny(lp_comp=LPCompConfig((16, 8, 4, 1), keep, 16)), rngs=nnx.Rngs(0))
-  together = losses(model, collate(mixed, Bucket(6, 8, 8, 16), 4))
-  close(together[rows], np.concatenate([losses(model, collate([e], alone(e))) for e in mixed[rows]]))
+  together = losses(model, one_each(mixed, 48, 8, 16, 4))
+  close(together[rows], np.concatenate([losses(model, alone(e)) for e in mixed[rows]]))
 
 
 @pytest.mark.parametrize("clips", [(5, 5, 5), pytest.param((2, 5, 1), marks=pytest.mark.slow)])  # padded, and as they are
 def test_gradients_of_a_mixed_batch_are_the_sum_of_those_alone(tiny, mixed, clips):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   grad = jax.jit(nnx.grad(lambda m, b: (vlm.loss(m, b) * b.weight).sum()))
-  together = grad(model, collate(mixed, Bucket(6, 8, 8, 16), 4))
-  parts = [grad(model, collate([e], Bucket(n, 8, 8, 16))) for e, n in zip(mixed, clips, strict=True)]
+  together = grad(model, one_each(mixed, 48, 8, 16, 4))
+  parts = [grad(model, one_each([e], 8 * n, 8, 16)) for e, n in zip(mixed, clips, strict=True)]
   jax.tree.map(lambda a, *b: close(a, sum(b)), together, *parts)
 
 
@@ -60,18 +61,18 @@ def test_sharded_over_eight_devices_equals_one(tiny, mixed):
   from xcomp_jax.sharding import batch_sharding, param_shardings
 
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
-  batch = collate(mixed, Bucket(6, 8, 8, 16), 4)
+  batch = one_each(mixed, 48, 8, 16, 4)
   one = losses(model, batch)
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, context=1))
   graph, state = nnx.split(model)
   state = jax.device_put(state, param_shardings(state, mesh))
   with jax.set_mesh(mesh):
-    sharded = jax.jit(lambda s, b: vlm.loss(nnx.merge(graph, s), b))(state, jax.device_put(batch, batch_sharding(mesh)))
+    sharded = jax.jit(lambda s, b: vlm.loss(nnx.merge(graph, s), b)[:, 0])(state, jax.device_put(batch, batch_sharding(mesh)))
   close(np.asarray(sharded), np.asarray(one))
 
 
 def test_a_clip_chunk_of_any_size_gives_the_same_features(tiny):
-  frames = np.random.default_rng(0).integers(0, 256, (1, 5, 8, 48, 48, 3)).astype(np.uint8)
+  frames = np.random.default_rng(0).integers(0, 256, (5, 8, 48, 48, 3)).astype(np.uint8)
   features = []
   for size in (1, 2, 8):
     model = vlm.VLM(tiny(clips_per_chunk=size), rngs=nnx.Rngs(0))
@@ -80,26 +81,34 @@ def test_a_clip_chunk_of_any_size_gives_the_same_features(tiny):
   close(features[2], features[0])
 
 
-def test_features_give_what_frames_give(tiny, mixed):
-  model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
-  batch = collate(mixed, Bucket(6, 8, 8, 16))
-  features = dataclasses.replace(batch, visual=jax.jit(vlm.encode)(model, batch.visual))
-  close(losses(model, features), losses(model, batch))
+def test_clips_fill_the_rows_that_they_are_of(tiny):
+  model, rng = vlm.VLM(tiny(), rngs=nnx.Rngs(0)), np.random.default_rng(0)
+  shown = lambda clips, frames: rng.integers(0, 256, (2, clips, frames, 48, 48, 3)).astype(np.uint8)
+  videos = Clips(shown(2, 8), np.array([[9, 0], [0, -1]], np.int32))
+  images = Clips(shown(1, 1), np.array([[8], [-1]], np.int32))
+  batch = Batch(np.zeros((2, 18, 16, 32), np.float32), *[None] * 9)
+  got = jax.jit(vlm.seen)(model, batch, (videos, images)).visual
+  alone = lambda frames: jax.jit(vlm.encode)(model, frames[None])[0].reshape(-1, 16, 32)
+  close(got[0, 9:17], alone(videos.frames[0, 0]))
+  close(got[0, :8], alone(videos.frames[0, 1]))
+  close(got[0, 8:9], alone(images.frames[0, 0]))
+  close(got[1, :8], alone(videos.frames[1, 0]))
+  assert not np.any(got[0, 17:]) and not np.any(got[1, 8:])
 
 
 def test_images_and_text_alone_run(tiny, sample):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   image = sample(1, 3, 6, clip_frames=1)
-  assert np.isfinite(losses(model, collate([image], Bucket(1, 1, 4, 8)))).all()
+  assert np.isfinite(losses(model, one_each([image], 1, 4, 8))).all()
   text = sample(0, 0, 9)
-  short, padded = (losses(model, collate([text], Bucket(0, 8, p, t))) for p, t in ((0, 9), (4, 16)))
+  short, padded = (losses(model, one_each([text], 0, p, t)) for p, t in ((0, 9), (4, 16)))
   close(padded, short)
   assert short[0] > 0
 
 
 def test_loss_is_the_mean_over_supervised_tokens_then_over_samples(tiny, mixed):
   model = vlm.VLM(tiny(lp_comp=LPCompConfig("cosine", "none", 16)), rngs=nnx.Rngs(0))
-  batch = collate(mixed[:1], alone(mixed[0]))
+  batch = alone(mixed[0])
   out = jax.jit(vlm.forward)(model, batch)
   logits = np.asarray(model.llm.logits(out.x))[0]
   example, n = mixed[0], 2 * 128
@@ -112,11 +121,11 @@ def test_loss_is_the_mean_over_supervised_tokens_then_over_samples(tiny, mixed):
 
 def test_projector_gets_no_gradient_from_long_samples_on_request(tiny, mixed):  # quirk Q17
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
-  batch = jax.device_put(collate(mixed, Bucket(6, 8, 8, 16)))
+  batch = jax.device_put(one_each(mixed, 48, 8, 16))
 
   graph, projector, rest = nnx.split(model, nnx.PathContains("projector"), ...)
 
-  loss = lambda p, row, limit: vlm.loss(nnx.merge(graph, p, rest), batch, projector_max_frames=limit)[row]
+  loss = lambda p, row, limit: vlm.loss(nnx.merge(graph, p, rest), batch, projector_max_frames=limit)[row, 0]
   of = jax.jit(jax.grad(loss), static_argnums=2)
   gradient = lambda row, limit: sum(np.abs(g).max() for g in jax.tree.leaves(of(projector, row, limit)))
 
@@ -125,15 +134,15 @@ def test_projector_gets_no_gradient_from_long_samples_on_request(tiny, mixed):  
 
 def test_evaluate_counts_greedy_first_tokens(tiny, mixed):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
-  batch = collate(mixed[:1], alone(mixed[0]))
+  batch = alone(mixed[0])
   _, wrong = jax.jit(vlm.evaluate)(model, batch)
   logits = model.llm.logits(jax.jit(vlm.forward)(model, batch).x)
   row = int(np.flatnonzero(batch.query[0])[0])
   best = int(jnp.argmax(logits[0, -batch.text.shape[1] + row]))
   targets = batch.targets.copy()
-  assert wrong[0] == (targets[0, 4 + row] == best)
+  assert wrong[0, 0] == (targets[0, 4 + row] == best)
   targets[0, 4 + row] = best
-  assert jax.jit(vlm.evaluate)(model, dataclasses.replace(batch, targets=targets))[1][0] == 1
+  assert jax.jit(vlm.evaluate)(model, dataclasses.replace(batch, targets=targets))[1][0, 0] == 1
 
 
 def test_parameters_are_a_tree_per_layer(tiny):
@@ -142,33 +151,34 @@ def test_parameters_are_a_tree_per_layer(tiny):
 
 
 def test_a_spec_and_its_fake_have_the_shapes_of_a_batch(mixed):
-  bucket = Bucket(6, 8, 8, 16)
-  spec = batch_spec(bucket, 3, ((8, 48, 48, 3), np.dtype(np.uint8)))
-  for made in (collate(mixed, bucket), fake_batch(spec, vocab_size=64)):
+  spec = batch_spec(Shape(3, 1, 8, 48, 16), ((16, 32), np.float32))
+  for made in (one_each(mixed, 48, 8, 16), fake_batch(spec, vocab_size=64)):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(lambda a: (a.shape, a.dtype), spec)
 
 
 def test_a_group_that_does_not_divide_a_clip_is_refused(tiny, mixed):
   model = vlm.VLM(tiny(lp_comp=LPCompConfig("cosine", "suffix", 24)), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="groups of 24"):
-    vlm.lengths(model, collate(mixed, Bucket(6, 8, 8, 16)))
+    vlm.lengths(model, one_each(mixed, 48, 8, 16))
 
 
-def test_lengths_mark_valid_slots():
-  lengths = Lengths(jnp.array([2, 3]), jnp.array([1, 2]), jnp.array([1, 0]))
-  got = lengths.valid(prefix=3, groups=2, text=2, count=2)
-  np.testing.assert_array_equal(got.astype(int), [[1, 1, 0, 1, 1, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
+def test_places_say_what_lies_in_a_slot():
+  lengths = Lengths(*(jnp.array(n) for n in ([[2, 1], [3, 0]], [[1, 2], [1, 0]], [[0, 2], [3, 0]])))
+  got = lengths.places(prefix=6, groups=4, text=4, count=2)
+  np.testing.assert_array_equal(got.sample[0], [0, 0, -1, 1, -1, -1, 0, 0, 1, 1, 1, 1, -1, -1, 1, 1, -1, -1])
+  np.testing.assert_array_equal(got.position[0][got.valid[0]], [0, 1, 0, 2, 3, 1, 2, 3, 4, 5, 6])
+  np.testing.assert_array_equal(got.sample[1], [0, 0, 0, -1, -1, -1, 0, 0, -1, -1, -1, -1, -1, -1, 0, 0, 0, -1])
+  np.testing.assert_array_equal(got.position[1][got.valid[1]], np.arange(8))
 
 
 @pytest.mark.parametrize("rows", [14, 32])  # of two samples: chunks of 7 and 16
 def test_losses_in_chunks_are_those_of_all_logits(tiny, sample, monkeypatch, rows):
   model = vlm.VLM(tiny(remat=False), rngs=nnx.Rngs(0))
-  batch = collate([sample(2, 3, 9, 0), sample(1, 6, 14, 1)], Bucket(2, 8, 8, 16))  # 25 rows of each
-  batch = dataclasses.replace(batch, visual=np.random.default_rng(0).normal(size=(2, 2, 128, 32)).astype(np.float32))
+  batch = one_each([sample(2, 3, 9, 0), sample(1, 6, 14, 1)], 16, 8, 16)  # 25 rows of each
   graph, state = nnx.split(model)
 
   def run(state, batch):
-    total = lambda state: (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([1.0, 2.0])).sum()
+    total = lambda state: (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([[1.0], [2.0]])).sum()
     return jax.value_and_grad(total)(state), vlm.evaluate(nnx.merge(graph, state), batch)
 
   whole = jax.jit(run)(state, batch)
@@ -182,7 +192,7 @@ def test_losses_in_chunks_are_those_of_all_logits(tiny, sample, monkeypatch, row
 def test_logits_of_a_large_vocabulary_never_exist_at_once(tiny):
   cfg = tiny(llm=dataclasses.replace(tiny().llm, vocab_size=50_000))
   graph, state = nnx.split(nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0))))
-  batch = batch_spec(Bucket(1, 8, 16, 8192), 1, ((128, 32), np.dtype(np.float32)))
+  batch = batch_spec(Shape(1, 1, 16, 8, 8192), ((16, 32), np.float32))
   loss = lambda state, batch: vlm.loss(nnx.merge(graph, state), batch).sum()
   memory = jax.jit(jax.grad(loss)).lower(state, batch).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 0.6 * 8192 * 50_000 * 4  # and three times as much with all of them

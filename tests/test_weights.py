@@ -123,11 +123,11 @@ def test_every_released_variant_maps_one_to_one_by_init_from_alone(reference, tm
   assert (cfg.llm.layers, "llm/layers/*/q/kernel") in [(count, e.path) for count, e in shown]
   assert cfg.vision.image_size == size
   assert cfg.clip_frames == (4 if "InternVideo2" in variant else 8)
-  frames = jax.ShapeDtypeStruct((1, 2, cfg.clip_frames, size, size, 3), np.uint8)
+  frames = jax.ShapeDtypeStruct((2, cfg.clip_frames, size, size, 3), np.uint8)
   features = jax.eval_shape(vlm.encode, weights.abstract(cfg), frames)
-  assert features.shape == (1, 2, cfg.clip_tokens, changes.get("mm_hidden_size", 1024))
+  assert features.shape == (2, cfg.clip_tokens, changes.get("mm_hidden_size", 1024))
   text = jax.ShapeDtypeStruct((1, 16), np.int32)
-  placed = jax.eval_shape(vlm.place, weights.abstract(cfg), features, text, text)
+  placed = jax.eval_shape(lambda m, f, t: vlm.place(m, f[None], t, t), weights.abstract(cfg), features, text)
   assert placed.shape == (1, 32 + 2 * cfg.clip_tokens, cfg.llm.width)
   known = pathlib.Path(__file__).parents[1] / "configs/OpenGVLab" / f"VideoChat-Flash-{variant}"
   if variant != "XComp":  # the sizes that `plan` has without a network

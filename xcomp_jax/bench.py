@@ -27,6 +27,7 @@ from xcomp_jax import bench_parts as parts
 from xcomp_jax import bench_profile, cost, files
 from xcomp_jax.bench_parts import PREFIX, Part
 from xcomp_jax.config import Dtype
+from xcomp_jax.data.batch import Shape
 from xcomp_jax.model import kernels
 
 PAPER = {1024: 0.12, 2048: 0.25, 4096: 0.66}  # seconds of LP-Comp prefill on one H200, 863 text tokens
@@ -41,9 +42,8 @@ class Preset:
 
   like: a directory with config.json, None for the official CPU benchmark's sizes, "small" for tiny ones. side: of the
   plain matrix product. copied: bytes of the plain copy. frames, text: of prefills; plain: of those without compression.
-  clips: in the tower, `chunk` at once. tokens: of an answer. scored: frames that QC-Comp scores. mix: frames of a training
-  sample -> (share of the samples, samples in a micro-batch), on features; watched: on frames. step_text: text tokens of each.
-  batch: samples per optimizer step.
+  clips: in the tower, `chunk` at once. tokens: of an answer. scored: frames that QC-Comp scores. row: samples, frames and text
+  tokens of a full row of SCT. batch: samples per optimizer step.
   """
 
   like: str | None
@@ -58,24 +58,18 @@ class Preset:
   chunk: int
   tokens: int
   scored: int
-  mix: Mapping[int, tuple[float, int]]
-  watched: Mapping[int, tuple[float, int]]
-  step_text: int
+  row: tuple[int, int, int]
   batch: int
 
 
-SHARES = (0.2, 0.4, 0.2, 0.1, 0.1)  # of images, and of samples of 128, 256, 512 and 1,024 frames
-mixed = lambda frames, rows: {f: (share, n) for f, share, n in zip((1, *frames), SHARES, rows, strict=True)}
-SMALL, LONG = mixed((8, 16, 24, 32), (2, 2, 1, 1, 1)), mixed((128, 256, 512, 1024), (16, 8, 4, 2, 1))
 PRESETS = {
-  "smoke": Preset("small", "float32", 256, 1 << 20, 2, (16,), (16,), 86, 2, 1, 4, 64, SMALL, SMALL, 32, 8),
+  "smoke": Preset("small", "float32", 256, 1 << 20, 2, (16,), (16,), 86, 2, 1, 4, 64, (2, 32, 64), 8),
   "cpu": Preset(
-    None, "float32", 4096, 1 << 28, 3, (256, 1024), (256,), PREFIX + parts.TEXT, 1, 1, 16, 1024,
-    mixed((16, 32, 64, 128), (8, 8, 4, 2, 1)), {1: (0.5, 1), 8: (0.5, 1)}, 128, 256,  # a clip takes the tower 40 s
+    None, "float32", 4096, 1 << 28, 3, (256, 1024), (256,), PREFIX + parts.TEXT, 1, 1, 16, 1024, (4, 128, 512), 256,
   ),
   "gpu": Preset(
     str(RELEASED), "bfloat16", 8192, 1 << 32, 5, (1024, 2048, 4096), (1024, 2048, 4096), 863,
-    32, 8, 64, 1024, LONG, LONG, 512, 256,
+    32, 8, 64, 1024, (4, 1056, 1024), 32,  # about the mean of the paper's mixture
   ),
 }  # fmt: skip
 
@@ -182,30 +176,29 @@ def rows(preset: Preset, groups: Sequence[str], torch: bool, profile: pathlib.Pa
 
 
 def training(preset: Preset, one: Callable[[str, Part], tuple[str, dict]], pixels: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-  """SCT's micro-batches of each length, the optimizer's step, and samples per second of the mix that they make.
+  """Measures SCT's programs on full rows, and says how many samples per second they make.
 
-  one: measures a part, returns the row's name and its values.
+  one: measures a part, returns the row's name and its values. pixels: the frozen tower runs, too.
   """
   kind = "frames" if pixels else "features"
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
-  param_dtype = "float32"
-  spent = work = matmul = 0.0
-  for frames, (share, n) in (preset.watched if pixels else preset.mix).items():
-    gradient, apply = parts.training(cfg, frames, n, preset.step_text, pixels, param_dtype)
-    if not spent:
-      optimizer = one(f"optimizer's step, {kind}", apply)
-      del apply
-      gradient, _ = parts.training(cfg, frames, n, preset.step_text, pixels, param_dtype)  # the step used up its arguments
-      yield optimizer
-      spent += optimizer[1]["seconds"] / preset.batch
-    name, row = one(f"gradient, {n} x {frames} {kind}", gradient)
-    yield name, row
-    spent, work = spent + share * row["seconds"] / n, work + share * row["flops"] / n
-    matmul = max(matmul, row["matmul_flops/s"])
-    del gradient
-    gc.collect()
-  yield f"SCT on {kind}, mix", {
-    "seconds": spent, "samples/s": 1 / spent, "flops": work, "flops/s": work / spent, "of_matmul": work / spent / matmul
+  samples, frames, text = preset.row
+  shape = Shape(1, samples, 16, frames, text)
+  gradient, _ = parts.training(cfg, shape, "float32")
+  rows = [(one(f"gradient, a row of {samples} samples, {frames} frames, {kind}", gradient), 1 / samples)]
+  del gradient
+  gc.collect()
+  _, apply = parts.training(cfg, shape, "float32")
+  rows.append((one(f"optimizer's step, {kind}", apply), 1 / preset.batch))
+  del apply
+  gc.collect()
+  if pixels:
+    rows.append((one(f"frozen tower, {preset.clips} clips", parts.tower(cfg, preset.clips)), frames / samples / (8 * preset.clips)))
+  yield from (row for row, _ in rows)
+  seconds, work = (sum(row[key] * share for (_, row), share in rows) for key in ("seconds", "flops"))
+  matmul = max(row["matmul_flops/s"] for (_, row), _ in rows)
+  yield f"SCT on {kind}", {
+    "seconds": seconds, "samples/s": 1 / seconds, "flops": work, "flops/s": work / seconds, "of_matmul": work / seconds / matmul
   }  # fmt: skip
 
 

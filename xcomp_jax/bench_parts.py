@@ -26,7 +26,7 @@ from xcomp_jax.config import (
   VisionConfig,
   VLMConfig,
 )
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, batch_spec, fake_batch
+from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Length, Shape, batch_spec, fake_batch
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import decoder, merge, vlm
 from xcomp_jax.model.vlm import VLM
@@ -110,19 +110,18 @@ def _ones(function: Callable, *args) -> Any:
   return jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), jax.eval_shape(function, *args))
 
 
-def _useful(cfg: VLMConfig, clips: int, text: int, row: tuple) -> dict[str, float]:
-  of = lambda row: batch_spec(Bucket(clips, 8, PREFIX, text - PREFIX), 1, row)
-  pixels = of(row).visual  # its shape is all that counts, and 8,192 frames would be 5 GB
-  return metrics.forward_flops(cfg, dataclasses.replace(fake_batch(of(((1,), np.dtype(np.float32))), 8), visual=pixels))
+def _useful(cfg: VLMConfig, frames: int, text: int, pixels: bool) -> dict[str, float]:
+  of = metrics.forward_flops(cfg, [Length(frames, 8, PREFIX, text - PREFIX)], pixels)
+  return {part: float(each.sum()) for part, each in of.items()}
 
 
 def tower(cfg: VLMConfig, clips: int, real: bool = True) -> Part:
   """The tower with merging on so many clips of 8 frames, `cfg.clips_per_chunk` at a time."""
   cfg, size = without_llm(cfg), cfg.vision.image_size
   graph, state = _random(cfg, real)
-  frames = _array(real, (1, clips, 8, size, size, 3), np.uint8)
+  frames = _array(real, (clips, 8, size, size, 3), np.uint8)
   run = lambda state, frames: vlm.encode(nnx.merge(graph, state), frames)
-  useful = _useful(cfg, clips, PREFIX + 1, ((8, size, size, 3), np.dtype(np.uint8)))["vision"]
+  useful = _useful(cfg, 8 * clips, PREFIX + 1, True)["vision"]
   return Part(run, (state, frames), useful, 8 * clips, "frames")
 
 
@@ -138,16 +137,16 @@ def prefill(cfg: VLMConfig, frames: int, text: int, compressed: bool = True, rea
   cfg = without_tower(cfg)
   cfg = cfg if compressed else dataclasses.replace(cfg, lp_comp=dataclasses.replace(COSINE, keep="none"))
   graph, state = _random(cfg, real)
-  after, groups, clip = text - PREFIX, frames * cfg.tokens_per_frame // cfg.lp_comp.group, 8 * cfg.tokens_per_frame
+  after, groups = text - PREFIX, frames * cfg.tokens_per_frame // cfg.lp_comp.group
 
   def run(state, x):
-    model, one = nnx.merge(graph, state), lambda n: jnp.full(1, n)
+    model, one = nnx.merge(graph, state), lambda n: jnp.full((1, 1), n)
     lengths = decoder.Lengths(one(PREFIX), one(groups), one(after))
     out = decoder.run(model.llm, x, lengths, prefix=PREFIX, text=after, caches=True)
-    return generate.start(model, out, after, one(after), room)
+    return generate.start(model, out, after, one(after)[0], room)
 
   x = _array(real, (1, text + frames * cfg.tokens_per_frame, cfg.llm.width), cfg.dtype)
-  useful = _useful(cfg, frames // 8, text, ((clip, 1), np.dtype(np.float32)))["llm"]
+  useful = _useful(cfg, frames, text, False)["llm"]
   useful -= 2.0 * cfg.llm.width * cfg.llm.vocab_size * text  # of logits the last row's alone are made
   return Part(run, (state, x), useful, frames, "frames")
 
@@ -220,29 +219,25 @@ def selecting(cfg: VLMConfig, mode: str, frames: int) -> tuple[Part, Part, int]:
   return seen, Part(score, (state, caches), flops(score, state, caches), frames / calls, "frames"), calls
 
 
-def training(cfg: VLMConfig, frames: int, rows: int, text: int, pixels: bool, param_dtype: str) -> tuple[Part, Part]:
-  """SCT's two programs, as `train` compiles them: gradients of a micro-batch of `rows` samples, and the optimizer's step.
-
-  frames: of each sample; 1 is an image. pixels: through the frozen tower, else from its features.
-  """
-  clip, size, D = min(frames, 8), cfg.vision.image_size, cfg.vision.width
-  row = ((clip, size, size, 3), np.dtype(np.uint8)) if pixels else ((clip * cfg.tokens_per_frame, D), np.dtype(cfg.dtype))
-  cfg = cfg if pixels else dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, layers=1))
-  batch = fake_batch(batch_spec(Bucket(frames // clip, clip, 16, text), rows, row), cfg.llm.vocab_size)
+def training(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part, Part]:
+  """SCT's two programs, as `train` compiles them: gradients of a micro-batch of full rows, and the optimizer's step."""
+  cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, layers=1))
+  batch = fake_batch(batch_spec(shape, ((cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)), cfg.llm.vocab_size)
   mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   graph, params = _random(cfg, True)
   trained = nnx.State({name: jax.tree.map(lambda p: p.astype(param_dtype), params[name]) for name in ("projector", "llm")})
   tx = optim.optimizer(OPTIM, 1000)
   state = steps.TrainState(trained, nnx.State({"vision": params["vision"]}), jax.jit(tx.init)(trained))
   sums = steps.zero_sums(trained, mesh)
-  forward = metrics.forward_flops(cfg, batch)
-  useful = (forward["vision"] if pixels else 0.0) + 3 * (forward["projector"] + forward["llm"])
+  held = np.stack([batch.frames, np.ones_like(batch.frames), batch.prefix_length, batch.text_length], axis=-1).reshape(-1, 4)
+  forward = metrics.forward_flops(cfg, held, pixels=False)
+  useful = 3 * float(forward["projector"].sum() + forward["llm"].sum())
   on_device = jax.tree.map(jnp.asarray, batch)
-  gradient = lambda sums, state, batch: steps.grad_step(graph, state, sums, batch, None)
+  gradient = lambda sums, state, batch: steps.grad_step(graph, state, sums, batch, (), None)
   apply = lambda state, sums: steps.apply_step(tx, state, dataclasses.replace(sums, samples=jnp.ones(())))
   size = float(sum(p.size for p in jax.tree.leaves(trained)))
   return (
-    Part(gradient, (sums, state, on_device), useful, rows, "samples", donated=(0,)),
+    Part(gradient, (sums, state, on_device), useful, float(batch.weight.sum()), "samples", donated=(0,)),
     Part(apply, (state, sums), 0.0, size, "parameters", donated=(0, 1)),
   )
 

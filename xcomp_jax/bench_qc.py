@@ -25,7 +25,7 @@ from xcomp_jax import chat, encode, generate, qc_comp, weights, world
 from xcomp_jax.bench_parts import PREFIX, TEXT, flops
 from xcomp_jax.config import COSINE, ModelConfig
 from xcomp_jax.data import prompt, video
-from xcomp_jax.data.batch import Bucket, batch_spec
+from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.export import AS_IT_IS
 from xcomp_jax.files import command
 from xcomp_jax.model import vlm
@@ -71,14 +71,14 @@ def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
   calls = -(-len(plan.starts) // rows)
   watch, score = parts.scoring(graph, plan, setting, rows)
   features = jax.ShapeDtypeStruct((rows, clips, 128, D), np.dtype(cfg.dtype))
-  batch = batch_spec(Bucket(kept // 8, 8, PREFIX, generate.up(TEXT, generate.TEXT_STEP)), 1, ((128, D), np.dtype(cfg.dtype)))
+  batch = batch_spec(Shape(1, 1, PREFIX, kept, generate.up(TEXT, generate.TEXT_STEP)), ((16, D), cfg.dtype))
 
   def answer(state, batch):
     model = nnx.merge(graph, state)
     return generate.decode(model, generate.prefill(model, batch, tokens), generate.Sampling(tokens, ()), tokens)[0]
 
   encode_clip = flops(
-    lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, jax.ShapeDtypeStruct((1, 1, 8, size, size, 3), np.uint8)
+    lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, jax.ShapeDtypeStruct((1, 8, size, size, 3), np.uint8)
   )
   phases = len(chat.phases(frames, 8, setting))
   tower = encode_clip * (frames // 8) * phases

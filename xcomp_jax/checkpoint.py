@@ -36,7 +36,14 @@ from xcomp_jax.sharding import path_name
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 
 AGAIN_AFTER = 1.0  # seconds, after which a checkpoint that could not be read is tried once more
-FORMAT = 2  # of a checkpoint; raised when an older reader would misread it
+FORMAT = 3  # of a checkpoint; raised when an older reader would misread it
+EARLIER = {  # what another format means for a run that goes on
+  1: "which says the position in the data otherwise",
+  2: (
+    "whose steps have other samples and shapes: config.data.shapes took the place of config.data.frame_buckets and "
+    "config.data.text_buckets, and config.data.group_by_text_length is gone, since a step has random samples as in the release"
+  ),
+}
 
 PLACES = (  # what may differ between the processes of a run
   "run.workdir", "run.init_from", "run.compilation_cache", "run.data.train", "run.data.heldout", "run.data.threads",
@@ -44,7 +51,7 @@ PLACES = (  # what may differ between the processes of a run
 )
 # What may differ when a run continues: places, pace and reports. All else would make it another run.
 FREE = (
-  *PLACES, "format", "heldout", "evaluation_due", "run.mesh", "run.data.frames_per_device", "run.data.text_per_device",
+  *PLACES, "format", "heldout", "evaluation_due", "run.mesh", "run.data.shapes", "run.data.frames_per_device", "run.data.text_per_device",
   "run.model.clip_frames", "run.model.yarn",  # as resolved they are in vlm
   "run.model.clips_per_chunk", "run.model.attention", "run.model.remat",
   "run.train.log_every", "run.train.eval_every", "run.train.save_every", "run.train.keep_last", "run.train.keep_every",
@@ -241,7 +248,7 @@ def _restore(place: epath.Path, step: int, params, opt, data: Reader, config: Ma
   saved = _config(place)
   if (version := saved.get("format", 1)) < FORMAT:
     raise ConfigError(
-      f"{place.parent} holds step {step} in format {version}, which says the position in the data otherwise. Go "
+      f"{place.parent} holds step {step} in format {version}, {EARLIER[version]}. Go "
       "on with the version of xcomp_jax that began the run, or set config.workdir to another folder and config.init_from "
       "to an export of this one"
     )

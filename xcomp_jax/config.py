@@ -6,9 +6,9 @@ value that no run can have (`check`).
 The sizes of the model are not in a config: they come from the checkpoint (`weights.read_config`).
 """
 
+import contextlib
 import dataclasses
 import difflib
-import itertools
 import math
 import types
 import typing
@@ -164,20 +164,19 @@ class SelectConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What is read, and the finite set of shapes it is padded to."""
+  """What is read, and the few shapes that it is packed into."""
 
   train: str | tuple[str, ...]  # folder written by predecode, or several
   weights: tuple[float, ...] | None  # how often an epoch reads a sample of each folder; None: once
   heldout: str | None  # folder written by predecode; None: no evaluation while training
-  frame_buckets: tuple[int, ...]  # a sample is padded to the first that holds its frames; 1 is the image path, 0 text only
-  text_buckets: tuple[int, ...]  # likewise for tokens after the visual slot
+  # Of micro-batches: (rows over all devices; samples, frames, and tokens after the visual slots of a row). None: chosen from the data.
+  shapes: tuple[tuple[int, ...], ...] | None
   prefix_length: int  # tokens before the visual slot, padded
-  frames_per_device: int  # a micro-batch holds as many samples of a bucket as this many frames allow, at least one
-  text_per_device: int  # likewise for tokens after the visual slot
+  frames_per_device: int  # at most in a micro-batch, if not a single sample has more; bounds memory
+  text_per_device: int  # likewise tokens after the visual slot
   mask: Mask  # which tokens are supervised (FACTS.md 3)
-  group_by_text_length: bool  # batches of similar text length, as in the release
   threads: int  # of the reader
-  prefetch: int  # micro-batches read ahead
+  prefetch: int  # micro-batches, and calls of the tower, read ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +282,7 @@ def to_dict(config) -> dict[str, Any]:
   return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
+SHAPES = "must be one or more of (rows, samples, frames, text), as ((8, 4, 1024, 2048),), or None: chosen from the data"
 YARN = 'must be (factor, positions trained on), both at least 1, as (4.0, 32768); "checkpoint"; or None'
 
 
@@ -310,8 +310,7 @@ def check(config: RunConfig) -> None:
     ("data.text_per_device", d.text_per_device >= 1, "must be at least 1"),
     ("data.threads", d.threads >= 0, "must be 0 or more; 0 reads while training waits"),
     ("data.prefetch", d.prefetch >= 0, "must be 0 or more"),
-    ("data.frame_buckets", _ascending(d.frame_buckets, 0), "must be one or more numbers from 0 on, ascending"),
-    ("data.text_buckets", _ascending(d.text_buckets, 1), "must be one or more numbers from 1 on, ascending"),
+    ("data.shapes", d.shapes is None or (all(map(_is_shape, d.shapes)) and d.shapes), SHAPES),
     ("optim.learning_rate", 0 < o.learning_rate < math.inf, "must be a number above 0"),
     ("optim.warmup", 0 <= o.warmup <= 1, "is a share of all steps, from 0 to 1"),
     ("optim.weight_decay", 0 <= o.weight_decay < math.inf, "must be a number from 0 on"),
@@ -370,8 +369,8 @@ def from_command_line(argv: list[str]) -> RunConfig:
     raise ConfigError(" ".join(text.split())) from error
 
 
-def _ascending(values: tuple[int, ...], first: int) -> bool:
-  return bool(values) and values[0] >= first and all(a < b for a, b in itertools.pairwise(values))
+def _is_shape(values: tuple[int, ...]) -> bool:
+  return len(values) == 4 and values[0] >= 1 and values[1] >= 1 and values[2] >= 0 and values[3] >= 1
 
 
 def _convert(hint, value, where: str):
@@ -388,8 +387,8 @@ def _convert(hint, value, where: str):
       return None
     if origin is tuple and isinstance(value, (list, tuple)):
       item = typing.get_args(option)[0]
-      if all(isinstance(v, (int, float) if item is float else item) and not isinstance(v, bool) for v in value):
-        return tuple(map(item, value))
+      with contextlib.suppress(ConfigError):
+        return tuple(_convert(item, v, where) for v in value)
     if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
       return float(value)
     if option in (int, str, bool) and type(value) is option:

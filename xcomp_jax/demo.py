@@ -17,13 +17,16 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from xcomp_jax import ask, export, predecode, train, weights, world
+from xcomp_jax import ask, encode, export, predecode, train, weights, world
 from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
 from xcomp_jax.data import pipeline, prompt
+from xcomp_jax.data.batch import Example, Shape, collate
+from xcomp_jax.data.blend import Blend
 from xcomp_jax.files import command
 from xcomp_jax.model import vlm
 
 BASE = "assets/tiny"
+ROWS = 8  # questions that are evaluated at once
 STAGES = {  # of the base's training: the worlds of configs/base.py's variants
   "see": world.Split("train", 5000, 1, 1, 0),
   "answer": world.Split("train", 8000, 1, 1, 4),
@@ -69,11 +72,20 @@ def answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.nda
   model, evaluate = weights.load(directory, cfg), jax.jit(vlm.evaluate)
   assert config.data.heldout is not None  # `show` says where they are
   data = train.open_data(config.data.heldout, cfg)
-  right = np.zeros(len(data), bool)
-  for micro in pipeline.evaluation(data, prompt.load_tokenizer(directory), config.data, rows=1):
-    real = micro.batch.weight > 0
-    right[micro.batch.index[real]] = np.asarray(evaluate(model, micro.batch)[1])[real] > 0.5
+  tokenizer, right = prompt.load_tokenizer(directory), np.zeros(len(data), bool)
+  lengths = pipeline.measure(data, tokenizer, config.data.mask)
+  shape = Shape(ROWS, 1, config.data.prefix_length, max(n.frames for n in lengths), max(n.text for n in lengths))
+  for first in range(0, len(data), ROWS):
+    part = range(first, min(first + ROWS, len(data)))
+    rows = [[watched(model, data, pipeline.example(data, tokenizer, config.data.mask, i))] for i in part]
+    right[part] = np.asarray(evaluate(model, collate(rows, shape))[1])[: len(part), 0] > 0.5
   return right
+
+
+def watched(model: vlm.VLM, data: Blend, example: Example) -> Example:
+  """A sample with what the tower makes of its video."""
+  clips = np.stack(list(encode.encode_clips(model, data.visual(example.index))))
+  return dataclasses.replace(example, visual=clips.reshape(example.frames, -1, clips.shape[-1]))
 
 
 def decode(source: pathlib.Path, out: pathlib.Path, split: str) -> None:

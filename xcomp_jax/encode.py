@@ -85,7 +85,7 @@ def encode_clips(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.nda
 
   def run():
     chunk = np.stack(waiting + [waiting[-1]] * (size - len(waiting)))
-    return np.asarray(_encode(model, chunk[None])[0])[: len(waiting)]
+    return np.asarray(_encode(model, chunk))[: len(waiting)]
 
   for clip in clips:
     waiting.append(clip)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from xcomp_jax.config import ConfigError
-from xcomp_jax.data.batch import Batch, Bucket, Example, Leaf, collate
+from xcomp_jax.data.batch import Batch, Example, Leaf, Shape, collate, split
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.decoder import LayerCache
@@ -72,8 +72,8 @@ class State:
 
 
 def prefill(model: vlm.VLM, batch: Batch, room: int) -> State:
-  """Runs a batch of prompts (frames or features) and keeps every layer's own, shorter cache."""
-  return start(model, vlm.forward(model, batch, caches=True), batch.text.shape[1], batch.text_length, room)
+  """Runs a batch of prompts, one a row, and keeps every layer's own, shorter cache."""
+  return start(model, vlm.forward(model, batch, caches=True), batch.text.shape[1], batch.text_length[:, 0], room)
 
 
 def start(model: vlm.VLM, out: decoder.Decoded, text: int, text_length, room: int) -> State:
@@ -178,13 +178,14 @@ def generate(model: vlm.VLM, batch: Batch, sampling: Sampling) -> list[np.ndarra
 def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int = 1) -> Batch:
   """One prompt as a Batch of one row, padded to few shapes.
 
-  visual: uint8[C, F, S, S, 3] clips of frames, or [C, N, D] merged features. text: slots for it, at least.
+  visual: [C, N, D] merged features of clips of `clip_frames` frames. text: slots for it, at least.
   """
-  example = Example(visual, question.tokens, question.labels, question.query, index=0)
-  slot = int(np.flatnonzero(question.tokens < 0)[0])
-  text = up(max(text, len(question.tokens) - slot - 1), TEXT_STEP)
-  clips = len(visual) if len(visual) == 1 else up(len(visual), CLIP_STEP)
-  return collate([example], Bucket(clips, clip_frames, slot, text))
+  frames = len(visual) * clip_frames
+  visual = visual.reshape(frames, -1, visual.shape[-1])
+  example = Example(frames, visual, question.tokens, question.labels, question.query, index=0)
+  before, after = split(example)
+  slots = frames if len(visual) == clip_frames else up(len(visual), CLIP_STEP * clip_frames)
+  return collate([[example]], Shape(1, 1, before, slots, up(max(text, after), TEXT_STEP)))
 
 
 def up(n: int, step: int) -> int:

@@ -26,7 +26,7 @@ from flax import nnx
 
 from xcomp_jax import bench, files
 from xcomp_jax import bench_parts as parts
-from xcomp_jax.data.batch import Bucket, batch_spec, fake_batch
+from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
 from xcomp_jax.model import kernels, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
 
@@ -190,9 +190,9 @@ def check_step(out: pathlib.Path, small: bool) -> bool:
   cfg = dataclasses.replace(
     cfg, llm=dataclasses.replace(cfg.llm, layers=2), lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(16, 9))
   )  # fmt: skip
-  spec = batch_spec(Bucket(4 if small else 32, 8, 16, 96), 2, ((8 * 16, cfg.vision.width), np.dtype(np.float32)))
+  spec = batch_spec(Shape(2, 1, 16, 32 if small else 256, 96), ((16, cfg.vision.width), np.float32))
   batch = fake_batch(spec, cfg.llm.vocab_size)
-  batch = dataclasses.replace(batch, clips=batch.clips * [1, 0], prefix_length=batch.prefix_length * [1, 0], text_length=batch.text_length - [0, 9])
+  batch = dataclasses.replace(batch, frames=batch.frames * [[1], [0]], prefix_length=batch.prefix_length * [[1], [0]], text_length=batch.text_length - [[0], [9]])
   batch.targets[1, :17] = batch.targets[1, -9:] = -100
   make = lambda cfg: vlm.VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
   state = nnx.split(jax.jit(lambda: make(cfg))())[1]

@@ -18,7 +18,7 @@ def flow(model: vlm.VLM, batch: Batch) -> Float[Array, "B M 2 Q"]:
 
   Args:
     model: the parameters. Its keep rule must be one that only selects.
-    batch: frames or features, and text.
+    batch: features and text, of one sample a row.
 
   Returns:
     float32[B, M, 2, Q]: per layer, from the text after the frames (0) and from the visual tokens that stay to the last
@@ -26,24 +26,27 @@ def flow(model: vlm.VLM, batch: Batch) -> Float[Array, "B M 2 Q"]:
     more), and to the text; mean over heads and rows. Q = 1 + group + 1, and the sum over it is 1.
 
   Raises:
+    ValueError: several samples in a row.
     ConfigError: a keep rule under which a token has no place of its own.
   """
   cfg = model.cfg
   lp = cfg.lp_comp
   if not lp_comp.only_selects(lp):
     raise ConfigError(f'lp_comp.keep = "{lp.keep}": attention has places of a group to go to only where tokens are selected')
-  P, L = batch.prefix.shape[1], batch.text.shape[1]
+  if batch.frames.shape[1] > 1:
+    raise ValueError("several samples in a row: what attention gives to each of them would be one number")
+  P, L = batch.prefix.shape[2], batch.text.shape[1]
   lengths, kept = vlm.lengths(model, batch), lp_comp.survivors(lp, cfg.llm.layers)
   out = []
   for layer, x, places in zip(model.llm.layers, vlm.forward(model, batch, entering=True).entering, kept, strict=True):
     groups = (x.shape[1] - P - L) // len(places)
-    valid = lengths.valid(P, groups, L, len(places))
-    positions = jnp.cumsum(valid, axis=1) - 1
+    at = lengths.places(P, groups, L, len(places))
     q, k, _ = layer.project(x)
-    weights = attention_weights(layer.rotate(q, positions), layer.rotate(k, positions), causal=True, key_valid=valid)
+    q, k = layer.rotate(q, at.position), layer.rotate(k, at.position)
+    weights = attention_weights(q, k, causal=True, key_valid=at.valid)
     slots = np.concatenate([np.zeros(P, int), np.tile(np.array(places) + 1, groups), np.full(L, lp.group + 1)])
     rows = np.stack([slots == lp.group + 1, np.isin(slots, np.array(kept[-1]) + 1)])
-    rows = (valid[:, None] & rows).astype(jnp.float32)  # [B, 2, S]
+    rows = (at.valid[:, None] & rows).astype(jnp.float32)  # [B, 2, S]
     rows = rows / jnp.maximum(rows.sum(-1, keepdims=True), 1)
     to = jax.nn.one_hot(slots, lp.group + 2)
     out.append(jnp.einsum("bkgls,brl,sq->brq", weights, rows, to) / q.shape[2])

@@ -14,7 +14,7 @@ from xcomp_jax import chat, qc_comp, weights, world
 from xcomp_jax.bench_parts import flops, scoring
 from xcomp_jax.config import LPCompConfig, ModelConfig, SelectConfig
 from xcomp_jax.data import prompt
-from xcomp_jax.data.batch import Bucket, Example, batch_spec, collate
+from xcomp_jax.data.batch import Example, Shape, batch_spec, collate
 from xcomp_jax.data.store import Store
 from xcomp_jax.encode import EncodedVideo
 from xcomp_jax.films import FRAMES
@@ -125,19 +125,21 @@ def answers(
   right = np.zeros(len(asked), bool)
   for first in range(0, len(asked), ROWS):
     part = [_example(tokenizer, store, one, clips, message) for one, clips in asked[first : first + ROWS]]
-    batch = collate(part, _bucket(len(asked[first][1])), ROWS)
-    right[first : first + ROWS] = np.asarray(_evaluate(model, batch)[1])[: len(part)] > 0.5
+    batch = collate([[example] for example in part], _shape(ROWS, len(asked[first][1])))
+    right[first : first + ROWS] = np.asarray(_evaluate(model, batch)[1])[: len(part), 0] > 0.5
   return right
 
 
 def _example(tokenizer: prompt.Tokenizer, store: Store, one: Asked, clips: np.ndarray, message: str | None) -> Example:
   turns = world.conversation([(one.question, one.answer)])
   built = prompt.train(tokenizer, turns, message or store.samples[one.film].time_message, mask="assistant")
-  return Example(store.visual(one.film)[clips], built.tokens, built.labels, built.query, one.film)
+  visual = store.visual(one.film)[clips]
+  visual = visual.reshape(len(clips) * FRAMES, -1, visual.shape[-1])
+  return Example(len(visual), visual, built.tokens, built.labels, built.query, one.film)
 
 
-def _bucket(clips: int) -> Bucket:
-  return Bucket(clips, FRAMES, PREFIX, TEXT)
+def _shape(rows: int, clips: int) -> Shape:
+  return Shape(rows, 1, PREFIX, clips * FRAMES, TEXT)
 
 
 def setting(mode: str, frames: int) -> SelectConfig:
@@ -149,9 +151,8 @@ def setting(mode: str, frames: int) -> SelectConfig:
 
 def cost(model: vlm.VLM, clips: int) -> float:
   """Operations of the LLM for one question about so many clips of features."""
-  shape = FRAMES * model.cfg.tokens_per_frame, model.cfg.vision.width
   graph, state = nnx.split(model)
-  batch = batch_spec(_bucket(clips), 1, (shape, np.dtype(np.float32)))
+  batch = batch_spec(_shape(1, clips), ((model.cfg.tokens_per_frame, model.cfg.vision.width), np.float32))
   return flops(lambda state, batch: vlm.evaluate(nnx.merge(graph, state), batch)[0], state, batch)
 
 

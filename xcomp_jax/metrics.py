@@ -4,14 +4,14 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
-from xcomp_jax.config import TrainConfig, VLMConfig
-from xcomp_jax.data.batch import Batch
+from xcomp_jax.config import LLMConfig, TrainConfig, VLMConfig
+from xcomp_jax.data.batch import Length
 from xcomp_jax.model import lp_comp
 
 # Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets. The first name that occurs in
@@ -46,59 +46,79 @@ def peak_flops(kind: str) -> float | None:
   return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if re.search(rf"\b{name}\b", kind)), None)
 
 
-def forward_flops(cfg: VLMConfig, batch: Batch) -> dict[str, float]:
-  """Floating-point operations of one forward pass over the valid tokens of a batch of numpy arrays.
+def forward_flops(cfg: VLMConfig, lengths: Sequence[Length] | np.ndarray, pixels: bool) -> dict[str, np.ndarray]:
+  """Counts the floating-point operations of each sample's forward pass.
 
-  A multiply-add is 2, causal attention counts half its square, the tower's attention all of it; token merging,
-  norms and softmax are left out, padding too. Given features instead of frames, the tower costs nothing.
+  A multiply-add is 2. Causal attention counts half its square, the tower's attention all of it. Token merging, norms and
+  softmax are left out.
+
+  Args:
+    cfg: sizes of the model.
+    lengths: of the samples, or an array [n, 4] with the columns of `Length`.
+    pixels: whether the tower computes too; it costs nothing where features are given.
 
   Returns:
-    {"vision", "projector", "llm"}.
+    {"vision", "projector", "llm"}, each float64[n].
   """
-  frames = batch.visual.ndim == 6
-  rows = np.asarray(batch.weight) > 0
-  clips = np.where(rows, batch.clips, 0).astype(np.float64)
-  tokens = batch.visual.shape[2] * cfg.tokens_per_frame if frames else batch.visual.shape[2]
+  table = np.asarray(lengths, np.float64).reshape(-1, len(Length._fields))
+  frames, per_clip, text = table[:, 0], np.maximum(table[:, 1], 1), table[:, 2] + table[:, 3]
+  tokens = frames * cfg.tokens_per_frame
 
   v = cfg.vision
-  F = batch.visual.shape[2]  # of a clip, as are these:
-  patches, n = (float(F * v.patches), float(v.tokens(F))) if frames else (0.0, 0.0)
+  sizes, kind = np.unique(per_clip, return_inverse=True)
+  n = np.array([v.tokens(int(size)) for size in sizes], np.float64)[kind]  # that a clip's blocks work on
   block = 2 * n * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 4 * n**2 * v.width
-  tower = clips.sum() * (2 * patches * v.patch_size**2 * 3 * v.width + v.layers * block)
+  clip = 2 * per_clip * v.patches * v.patch_size**2 * 3 * v.width + v.layers * block
+  tower = frames / per_clip * clip * pixels
 
   m = cfg.llm
-  projector = clips.sum() * tokens * 2 * (v.width * m.width + m.width**2)
+  projector = tokens * 2 * (v.width * m.width + m.width**2)
 
-  text = np.where(rows, batch.prefix_length + batch.text_length, 0).astype(np.float64)
   heads = m.heads * m.head_dim
-  first = m.width * (heads + 2 * m.kv_heads * m.head_dim)  # projections before the attention,
-  rest = m.width * heads + 3 * m.width * m.mlp_width  # and what only those tokens need that the next layer sees
-  llm = 2 * m.width * m.vocab_size * (text + (clips > 0)).sum()
-  counts = lp_comp.counts(cfg.lp_comp, m.layers)
+  first, rest = layer_products(m)
+  llm = 2.0 * m.width * m.vocab_size * (text + (frames > 0))
+  for count, after in entering_and_leaving(cfg):
+    n, left = (text + tokens * c / cfg.lp_comp.group for c in (count, after))
+    llm = llm + 2 * n * first + 2 * left * rest + 2 * n**2 * heads
+  return {"vision": tower, "projector": projector, "llm": llm}
+
+
+def layer_products(m: LLMConfig) -> tuple[int, int]:
+  """Multiply-adds per token of a layer: those before its attention, and the others."""
+  heads = m.heads * m.head_dim
+  return m.width * (heads + 2 * m.kv_heads * m.head_dim), m.width * heads + 3 * m.width * m.mlp_width
+
+
+def entering_and_leaving(cfg: VLMConfig) -> list[tuple[int, int]]:
+  """Tokens of a group that each layer attends with, and that it has to finish: only those that the next layer sees."""
+  counts = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
   ahead = counts[1:] + counts[-1:] if lp_comp.only_selects(cfg.lp_comp) else counts
-  for count, after in zip(counts, ahead, strict=True):
-    n, left = (text + clips * tokens * c / cfg.lp_comp.group for c in (count, after))
-    llm += (2 * n * first + 2 * left * rest + 2 * n**2 * heads).sum()
-  return {"vision": float(tower), "projector": float(projector), "llm": float(llm)}
+  return list(zip(counts, ahead, strict=True))
 
 
-def training_flops(cfg: VLMConfig, train: TrainConfig, batch: Batch) -> float:
-  """Forward and backward of `batch`: as much again for gradients of activations, and for those of weights, where
-  the config asks for them. Recomputation (remat) is no useful work and not counted.
+def passes(train: TrainConfig) -> dict[str, int]:
+  """How many times the operations of its forward pass each part of the model takes in training.
+
+  There is one more for the gradients of a part's activations, and one more for those of its weights, where the config
+  asks for them. Recomputation (remat) is no useful work and not counted.
   """
-  total, upstream = 0.0, False  # upstream: something before this part is trained
-  for part, flops in forward_flops(cfg, batch).items():
+  found, upstream = {}, False  # upstream: something before this part is trained
+  for part in ("vision", "projector", "llm"):
     trains = getattr(train, part)
-    total += flops * (1 + trains + (upstream or trains))
     upstream = upstream or trains
-  return total
+    found[part] = 1 + trains + upstream
+  return found
 
 
-def count_frames(cfg: VLMConfig, batch: Batch) -> jax.typing.ArrayLike:
-  """Valid frames of a batch of numpy or jax arrays; a floating scalar [] of the same kind."""
-  tokens = batch.visual.shape[2]
-  per_clip = tokens if batch.visual.ndim == 6 else tokens // cfg.tokens_per_frame
-  return (batch.clips * batch.weight).sum() * per_clip
+def training_flops(cfg: VLMConfig, train: TrainConfig, lengths: Sequence[Length] | np.ndarray, pixels: bool) -> float:
+  """Counts the operations of forward and backward passes of these samples, all together; arguments as `forward_flops`."""
+  times = passes(train)
+  return float(sum(times[part] * flops.sum() for part, flops in forward_flops(cfg, lengths, pixels).items()))
+
+
+def count_frames(lengths: Sequence[Length] | np.ndarray) -> int:
+  """Counts the frames of these samples."""
+  return int(np.asarray(lengths, np.int64).reshape(-1, len(Length._fields))[:, 0].sum())
 
 
 class Clock:
@@ -207,7 +227,7 @@ class Compilations:
 
   def __init__(self, *names: str):
     self.count = dict.fromkeys(names, 0)
-    self.seen: dict[str, set] = {name: set() for name in names}  # shapes of each one's batches, kept by the loop
+    self.seen: dict[str, set] = {name: set() for name in names}  # shapes that each one was called on, kept by the loop
     self.new: dict[str, list[float]] = {name: [] for name in names}
 
   def __enter__(self):
@@ -229,20 +249,13 @@ class Compilations:
     return new
 
 
-def shape_of(batch: Batch) -> str:
-  """A batch's bucket, in words."""
-  clips, tokens = batch.visual.shape[1], batch.prefix.shape[1]
-  what = "frames" if batch.visual.ndim == 6 else "tokens"
-  return f"{len(batch.clips)} x ({clips} clips of {batch.visual.shape[2]} {what}, {tokens} + {batch.text.shape[1]} text tokens)"
-
-
 def line(step: int, steps: int, values: Mapping[str, float]) -> str:
   """One readable line of a training step."""
   mfu = values["mfu"]
   return (
     f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.3g}  "
     f"{values['samples_per_s']:.2f} samples/s  {values['frames_per_s']:.0f} frames/s  "
-    f"data wait {values['data_wait']:.1%}  MFU {'-' if np.isnan(mfu) else f'{mfu:.1%}'}"
+    f"data wait {values['data_wait']:.1%}  MFU {'-' if np.isnan(mfu) else f'{mfu:.1%}'}  real {values['real_share']:.0%}"
   )
 
 

@@ -27,11 +27,11 @@ from flax import nnx
 from xcomp_jax import chat, encode, generate, qc_comp, weights
 from xcomp_jax.comparison import Arrays, ParityError, Row, absent, compare, read, show
 from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Bucket, Example, collate
+from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.files import command
 from xcomp_jax.model import decoder, vlm
-from xcomp_jax.model.decoder import Lengths
+from xcomp_jax.model.decoder import Lengths, Places
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.parity_tower import frames_of, in_clips, internvideo2, tables, vision
 
@@ -44,14 +44,14 @@ QC_SCORES, QC_CHAT = 1e-5, 1e-3  # of each score
 @functools.partial(jax.jit, static_argnames=("prefix", "text", "room"))
 def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int):
   """From an inserted sequence [S, D]: all states of the prefill, its logits, and `room` greedy tokens and logits."""
-  one = lambda n: jnp.full(1, n, jnp.int32)
+  one = lambda n: jnp.full((1, 1), n, jnp.int32)
   lengths = Lengths(one(prefix), one((len(x) - prefix - text) // model.cfg.lp_comp.group), one(text))
   out = decoder.run(model.llm, x[None], lengths, prefix=prefix, text=text, caches=True, entering=True)
   def step(state, _):
     tokens, after = generate.decode(model, state, generate.Sampling(room, ()), 1)
     return after, (tokens[0, 0], state.logits[0])
 
-  _, (tokens, new_logits) = jax.lax.scan(step, generate.start(model, out, text, one(text), room), length=room)
+  _, (tokens, new_logits) = jax.lax.scan(step, generate.start(model, out, text, one(text)[0], room), length=room)
   return out, model.llm.logits(out.x)[0], tokens, new_logits
 
 
@@ -86,8 +86,9 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
   for i, (layer, state, cache) in enumerate(zip(model.llm.layers, out.entering, out.caches, strict=True)):
     names = {f"layer_out_pre_drop_{i:02}", f"layer_out_{i:02}"} & recorded.keys()
     if names:
-      positions = jnp.arange(state.shape[1])[None]
-      ours |= dict.fromkeys(names, layer(state, positions, cache.valid[:, : state.shape[1]])[0][0])
+      position = jnp.arange(state.shape[1])[None]
+      places = Places(jnp.where(cache.valid[:, : state.shape[1]], 0, -1), position, several=False)
+      ours |= dict.fromkeys(names, layer(state, places)[0][0])
   rows.append(compare("layer outputs", ours, recorded, LLM))
   rows.append(compare("final norm", {"final_norm": model.llm.norm(out.x)[0]}, recorded, LLM))
   rows.append(compare("logits", {"logits": logits}, recorded, LLM))
@@ -144,20 +145,24 @@ def training(model: VLM, recorded: Arrays) -> list[Row]:
   prefix, text = slot_of(ids)
   frames = frames_of(recorded)
   clips = frames.reshape(-1, min(8, len(frames)), *frames.shape[1:])  # the release trains with clips of 8 frames
-  example = Example(clips, ids.astype(np.int32), labels.astype(np.int32), np.zeros(len(ids), bool), 0)
-  batch = collate([example], Bucket(len(clips), clips.shape[1], len(prefix), len(text)))
+  example = Example(len(frames), None, ids.astype(np.int32), labels.astype(np.int32), np.zeros(len(ids), bool), 0)
+  batch = collate([[example]], Shape(1, 1, len(prefix), len(frames), len(text)))
+  shown = Clips(clips[None], np.arange(0, len(frames), clips.shape[1], dtype=np.int32)[None])
+  none = np.zeros((1, len(frames), model.cfg.tokens_per_frame, model.cfg.vision.width), model.cfg.dtype)
+  batch = dataclasses.replace(batch, visual=none)
   graph, tuned, frozen = nnx.split(model, nnx.Any(nnx.PathContains("llm"), nnx.PathContains("projector")), ...)
 
   @jax.jit
-  def run(tuned, frozen, batch):
+  def run(tuned, frozen, batch, clips):
     def loss_and_logits(tuned):
       model = nnx.merge(graph, tuned, frozen)
-      loss = vlm.loss(model, batch, projector_max_frames=512).sum()  # quirk Q17
-      return loss, model.llm.logits(vlm.forward(model, batch).x)[0]
+      whole = vlm.seen(model, batch, (clips,))
+      loss = vlm.loss(model, whole, projector_max_frames=512).sum()  # quirk Q17
+      return loss, model.llm.logits(vlm.forward(model, whole).x)[0]
 
     return jax.value_and_grad(loss_and_logits, has_aux=True)(tuned)
 
-  (loss, logits), grads = run(tuned, frozen, batch)
+  (loss, logits), grads = run(tuned, frozen, batch, shown)
   rows = [compare("training loss", {"loss": loss, "loss_fp64": loss}, recorded, relative=LOSS)]
   rows.append(compare("training logits", {"logits": logits}, recorded, LLM))
   # Row by row the next token's label; the very first token has none that predicts it.
@@ -184,7 +189,7 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
   layers, units = model.cfg.llm.layers, int(recorded["n_clips"])
   header = int(recorded["first_conv_length"]) - len(prefix) - 1
   x = jnp.concatenate([model.llm.embed(jnp.asarray(prefix)), jnp.asarray(recorded["visual_tokens"])])
-  one = lambda n: jnp.full(1, n, jnp.int32)
+  one = lambda n: jnp.full((1, 1), n, jnp.int32)
   lengths = Lengths(one(len(prefix)), one((len(x) - len(prefix)) // model.cfg.lp_comp.group), one(0))
   caches = jax.jit(
     lambda llm, x: decoder.run(llm, x, lengths, prefix=len(prefix), text=0, caches=True, rotated=False, stop=layers - 1).caches

@@ -91,7 +91,7 @@ def vision(model: VLM, clips: np.ndarray, recorded: Arrays, label: str) -> tuple
     rows.append(compare(f"{stage}, partner, order, size", exact, recorded))
     x, size = recorded.get(f"{name}x", merged), recorded.get(f"{name}size", merged_size)
 
-  features = jax.jit(vlm.encode)(model, clips[None])[0]
+  features = jax.jit(vlm.encode)(model, clips)
   rows.append(compare(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION))
   rows.append(compare(f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION))
   return rows, features

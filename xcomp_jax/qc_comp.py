@@ -177,9 +177,9 @@ def watch(
     raise ConfigError('QC-Comp can\'t score under lp_comp.keep = "attention", where the question decides which tokens stay')
   B, _, N, _ = features.shape
   P = len(prefix)
-  none = jnp.zeros(B, jnp.int32)
-  x = vlm.place(model, jnp.asarray(features, model.cfg.dtype), jnp.broadcast_to(prefix, (B, P)), none[:, None][:, :0])
-  lengths = Lengths(none + P, clips * (N // model.cfg.lp_comp.group), none)
+  none = jnp.zeros((B, 1), jnp.int32)
+  x = vlm.place(model, jnp.asarray(features, model.cfg.dtype), jnp.broadcast_to(prefix, (B, P)), none[:, :0])
+  lengths = Lengths(none + P, clips[:, None] * (N // model.cfg.lp_comp.group), none)
   return decoder.run(model.llm, x, lengths, prefix=P, text=0, caches=True, rotated=False, stop=last).caches
 
 

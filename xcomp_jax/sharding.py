@@ -1,12 +1,12 @@
 """Where arrays live: the device mesh, and one table from an array's logical axes to mesh axes.
 
-The mesh has four axes: `data` and `fsdp` both split the batch, `fsdp` also splits parameters and optimizer state,
-`tensor` splits heads and MLP channels, and `context` a sample's own sequence (and, as `fsdp` does, parameters): clips in
-the tower, queries in the LLM, whose few keys and values are gathered. The last three split the vocabulary: a device has
+The mesh has four axes: `data` and `fsdp` both split the rows of a batch, `fsdp` also splits parameters and optimizer state,
+`tensor` splits heads and MLP channels, and `context` a row's own sequence (and, as `fsdp` does, parameters), whose queries stay
+split while its few keys and values are gathered. A frozen tower's clips are split over all of them. The last three split the vocabulary: a device has
 some words' logits of all rows that a loss is taken of, which are few, and no word's parameters are sent. The compiler adds
 the collectives (Auto axes), but for those of a layer's kernels, which are `gathered`. An axis that does not divide a
-dimension is left out for that dimension, so every mesh runs every model; what would be wasted that way `check_mesh` refuses
-where a run begins.
+dimension is left out for that dimension, so every mesh runs every model; what would be wasted that way is refused where a run
+begins (`check_mesh`, `data.packing`).
 """
 
 import math
@@ -20,7 +20,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xcomp_jax.config import ConfigError, DataConfig, MeshConfig, VLMConfig
+from xcomp_jax.config import ConfigError, MeshConfig, VLMConfig
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -28,7 +28,7 @@ AXES = ("data", "fsdp", "tensor", "context")
 LOGICAL: dict[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),  # samples
   "replica": ("data",),  # samples, of arrays that the axes of parameters split otherwise
-  "sequence": ("context",),  # slots or clips of a sample
+  "sequence": ("context",),  # slots or frames of a row
   "clips": ("data", "fsdp", "context"),  # of all samples
   "embed": ("fsdp", "context"),  # a parameter's side of the width of the residual stream
   "heads": ("tensor",),
@@ -56,12 +56,8 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def mesh_sizes(config: MeshConfig, devices: int, batch_size: int | None = None, sequence: int = 1) -> tuple[int, ...]:
-  """Devices along each of AXES.
-
-  One size may be -1: what is left. Both `fsdp` and `context` may: then fsdp takes as many of the devices left as a
-  step's samples can be split over evenly, context of the others what divides `sequence` (see `sequence_parts`), and fsdp
-  the rest, whose samples are padding.
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+  """Devices along each of AXES; one size may be -1: what is left. (If fsdp and context are, `forecast.schedule` decides.)
 
   Raises:
     ConfigError: sizes that are not positive, or whose product is not the device count.
@@ -69,7 +65,7 @@ def mesh_sizes(config: MeshConfig, devices: int, batch_size: int | None = None, 
   sizes = {axis: getattr(config, axis) for axis in AXES}
   shown = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
   free = [axis for axis, size in sizes.items() if size == -1]
-  if (len(free) > 1 and set(free) != {"fsdp", "context"}) or any(size < 1 and size != -1 for size in sizes.values()):
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise ConfigError(
       f"mesh {shown}: sizes must be positive, and at most one may be -1 (what is left), or fsdp and context together"
     )
@@ -77,12 +73,7 @@ def mesh_sizes(config: MeshConfig, devices: int, batch_size: int | None = None, 
     taken = math.prod(size for size in sizes.values() if size != -1)
     if devices % taken:
       raise ConfigError(f"mesh {shown}: {taken} does not divide the {devices} devices there are; set config.mesh")
-    left = devices // taken
-    sizes |= dict.fromkeys(free, left)
-    if len(free) > 1:
-      most = left if batch_size is None else math.gcd(left, max(1, batch_size // math.gcd(batch_size, sizes["data"])))
-      context = math.gcd(left // most, sequence)
-      sizes |= {"fsdp": left // context, "context": context}
+    sizes[free[0]] = devices // taken
   if math.prod(sizes.values()) != devices:
     raise ConfigError(
       f"mesh {shown} = {math.prod(sizes.values())} devices, but there are {devices}; set config.mesh so that the "
@@ -91,10 +82,10 @@ def mesh_sizes(config: MeshConfig, devices: int, batch_size: int | None = None, 
   return tuple(sizes.values())
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, batch_size: int | None = None, sequence: int = 1) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """The mesh of all devices (or of `devices`), with Auto axes data, fsdp, tensor, context; sizes and errors as `mesh_sizes`."""
   devices = jax.devices() if devices is None else list(devices)
-  sizes, types = mesh_sizes(config, len(devices), batch_size, sequence), (AxisType.Auto,) * len(AXES)
+  sizes, types = mesh_sizes(config, len(devices)), (AxisType.Auto,) * len(AXES)
   try:
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
   except NotImplementedError:  # an axis that is no product of whole axes of the torus
@@ -104,34 +95,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, batch_si
   return Mesh(grid, AXES, axis_types=types)
 
 
-def sequence_parts(cfg: VLMConfig, data: DataConfig) -> int:
-  """The most parts that every part of a sequence can be split into evenly: the visual tokens of the longest videos at every
-  layer, where one of each group is left, and the slots around them.
-  """
-  groups = max(data.frame_buckets) * cfg.tokens_per_frame // cfg.lp_comp.group
-  return math.gcd(groups, *(data.prefix_length + text for text in data.text_buckets))
-
-
-def check_mesh(mesh: Mesh | AbstractMesh, cfg: VLMConfig, data: DataConfig) -> None:
-  """Refuses axes that could not split what they are for.
+def check_mesh(mesh: Mesh | AbstractMesh, cfg: VLMConfig) -> None:
+  """Refuses a tensor axis that could not split what it is for.
 
   Raises:
-    ConfigError: tensor does not divide the LLM's heads for queries and those for keys, or context the sequence of the
-      longest videos.
+    ConfigError: it does not divide the LLM's heads for queries and those for keys.
   """
-  tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+  tensor = mesh.shape["tensor"]
   if cfg.llm.heads % tensor or cfg.llm.kv_heads % tensor:  # attention would be computed whole by several devices
     raise ConfigError(
       f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and {cfg.llm.kv_heads} key heads of this LLM; "
       f"the most that does is {math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}"
-    )
-  if (most := sequence_parts(cfg, data)) % context:
-    frames, slots = max(data.frame_buckets), [data.prefix_length + text for text in data.text_buckets]
-    raise ConfigError(
-      f"config.mesh.context = {context} does not divide the {frames * cfg.tokens_per_frame // cfg.lp_comp.group} groups of a video of "
-      f"{frames} frames and the {', '.join(map(str, slots))} slots around videos; the most that does is {most}. Leave other devices to "
-      "config.mesh.fsdp, or make config.data.prefix_length plus each of config.data.text_buckets, and the last of "
-      "config.data.frame_buckets, multiples of it"
     )
 
 
@@ -180,8 +154,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(LOGICAL["batch"]))
 
 
+def clip_sharding(mesh: Mesh) -> NamedSharding:
+  """Of an array with a clip for the frozen tower in each row: evenly over all devices, whatever they are otherwise for."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
 def visual_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-  """Of a batch's frames or features [B, C, ...]: rows over data and fsdp, clips over context."""
+  """Of a batch's visual tokens [B, T, ...]: rows over data and fsdp, frames over context."""
   return NamedSharding(mesh, _fit(("batch", "sequence"), shape, mesh))
 
 

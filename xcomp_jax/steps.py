@@ -1,10 +1,12 @@
 """A training step as pure functions, and the state they act on.
 
-A step adds up the gradients of its micro-batches (`grad_step`, one compilation per bucket) and applies them once
-(`apply_step`); both are functions of arrays alone, the same for every mesh and any number of processes.
+The frozen tower runs first, over all clips of a step (`encode_step`), wherever they will be needed; `fill_step` brings what it
+gives to the rows of micro-batches. Then a step adds up the gradients of its micro-batches (`grad_step`, one compilation per shape)
+and applies them once (`apply_step`). All are functions of arrays alone, the same for every mesh and any number of processes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from xcomp_jax import metrics, optim, weights
+from xcomp_jax import optim, weights
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig
-from xcomp_jax.data.batch import Batch
+from xcomp_jax.data.batch import Batch, Clips
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import (
+  AXES,
   batch_devices,
   batch_sharding,
+  clip_sharding,
   param_shardings,
   path_name,
   replicated,
@@ -98,29 +102,58 @@ def zero_sums(trained: nnx.State, mesh: Mesh) -> Sums:
   return jax.jit(zeros, out_shardings=param_shardings(jax.eval_shape(zeros), mesh))()
 
 
+def encode_step(graph: nnx.GraphDef, cfg: VLMConfig, mesh: Mesh, tower: nnx.State, frames: jax.Array) -> jax.Array:
+  """Gives the merged tokens [K, N, D] of clips uint8[K, F, S, S, 3], which are split evenly over all devices.
+
+  graph, tower: the tower alone, on every device; so none waits for another.
+  """
+
+  def one(tower, frames):
+    return vlm.encode_clips(nnx.merge(graph, tower), cfg, frames)
+
+  every = PartitionSpec(AXES)
+  return jax.shard_map(one, mesh=mesh, in_specs=(PartitionSpec(), every), out_specs=every, check_vma=False)(tower, frames)
+
+
+def fill_step(mesh: Mesh, visual: jax.Array, features: jax.Array, place: jax.Array) -> jax.Array:
+  """Puts merged clips where they belong in a micro-batch's rows, as `vlm.fill`; every device takes what it has rows for.
+
+  visual: [B, T, n, D], split as `visual_sharding`. features: [K, N, D] of `encode_step`. place: int32[K, 2], in the rows of all.
+  """
+  spec = visual_sharding(mesh, visual.shape).spec
+
+  def one(visual, features, place):
+    features = jax.lax.all_gather(features, AXES, tiled=True)
+    first = [jax.lax.axis_index(axis) * size if axis else 0 for axis, size in zip(spec, visual.shape)]
+    return vlm.fill(visual, features, place - jnp.array(first[:2]))
+
+  specs = spec, PartitionSpec(AXES), PartitionSpec()
+  return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(visual, features, place)
+
+
 def grad_step(
-  graph: nnx.GraphDef, state: TrainState, sums: Sums, batch: Batch, projector_max_frames: int | None
+  graph: nnx.GraphDef, state: TrainState, sums: Sums, batch: Batch, clips: tuple[Clips, ...], projector_max_frames: int | None
 ) -> tuple[Sums, jax.Array]:
   """Adds a micro-batch's gradients and losses.
 
   Losses are summed over samples, each the mean over its supervised tokens, so that after any cut into
-  micro-batches `apply_step` has the loss and gradient of the ungrouped batch.
+  micro-batches `apply_step` has the loss and gradient of the ungrouped batch. clips: of a tower that is trained; else none.
 
   Returns:
-    the new sums, and the samples' losses float32[B].
+    the new sums, and the samples' losses float32[B, M].
   """
 
   def total(trained):
     model = nnx.merge(graph, trained, state.frozen)
-    losses = vlm.loss(model, batch, projector_max_frames=projector_max_frames)
-    return jnp.sum(losses * batch.weight), (losses, metrics.count_frames(model.cfg, batch))
+    losses = vlm.loss(model, vlm.seen(model, batch, clips), projector_max_frames=projector_max_frames)
+    return jnp.sum(losses * batch.weight), losses
 
-  (loss, (losses, frames)), grads = jax.value_and_grad(total, has_aux=True)(state.trained)
+  (loss, losses), grads = jax.value_and_grad(total, has_aux=True)(state.trained)
   sums = Sums(
     jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums.grads, grads),
     sums.loss + loss,
     sums.samples + batch.weight.sum(),
-    sums.frames + frames,
+    sums.frames + jnp.sum(batch.frames * batch.weight),
   )
   return sums, losses
 
@@ -164,25 +197,49 @@ def abstract_step(config: RunConfig, cfg: VLMConfig, batch: Batch) -> tuple[Call
   sums = Sums(cast(trained, np.float32), scalar, scalar, scalar)
 
   def step(state, sums, batch):
-    return grad_step(graph, state, sums, batch, config.train.projector_max_frames)
+    return grad_step(graph, state, sums, batch, (), config.train.projector_max_frames)
 
   return step, (state, sums, batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """The three functions above, compiled for a mesh: grad and apply reuse the memory of what they replace."""
+  """The functions above, compiled for a mesh: fill, grad and apply reuse the memory of what they replace.
 
+  tower: (state) -> the tower's parameters on every device. room: (rows, frames) -> the visual tokens of a micro-batch, all zeros.
+  encode: (tower, frames). fill: (visual, features, place). grad, apply and evaluate: as the functions.
+  """
+
+  tower: Callable
+  room: Callable
+  encode: Any
+  fill: Any
   grad: Any
   apply: Any
   evaluate: Any
 
 
-def compiled_steps(state: TrainState, sums: Sums, mesh: Mesh) -> Steps:
+def compiled_steps(cfg: VLMConfig, state: TrainState, sums: Sums, mesh: Mesh) -> Steps:
   """`Steps` for a state and sums with these shapes, arrays or ShapeDtypeStructs."""
-  one = replicated(mesh)
+  one, every = replicated(mesh), clip_sharding(mesh)
   state_at, sums_at = param_shardings(state, mesh), param_shardings(sums, mesh)
+  graph = nnx.graphdef(weights.abstract(cfg).vision)
+  tokens = cfg.tokens_per_frame, cfg.vision.width
+
+  def tower(state):
+    part = state.frozen if "vision" in state.frozen else state.trained
+    return jax.device_put(part["vision"], one)
+
+  @functools.cache
+  def room(rows, frames):
+    shape = rows, frames, *tokens
+    return jax.jit(lambda: jnp.zeros(shape, cfg.dtype), out_shardings=visual_sharding(mesh, shape))
+
   return Steps(
+    tower=tower,
+    room=lambda rows, frames: room(rows, frames)(),
+    encode=jax.jit(functools.partial(encode_step, graph, cfg, mesh), out_shardings=every),
+    fill=jax.jit(functools.partial(fill_step, mesh), donate_argnums=0),
     grad=jax.jit(
       grad_step, static_argnames=("graph", "projector_max_frames"), donate_argnames="sums", out_shardings=(sums_at, None)
     ),
@@ -221,15 +278,31 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
   return row_shares(mesh)[jax.process_index()]
 
 
-def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-  """Where the arrays of a whole batch (or its ShapeDtypeStructs) lie: a Batch of NamedShardings."""
+def clip_share(mesh: Mesh) -> list[int]:
+  """Which parts of a list of clips, of as many as there are devices, this process's devices take, ascending."""
+  return [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+  """Where the arrays of a whole Batch or Clips (or their ShapeDtypeStructs) lie: the same of NamedShardings."""
   shardings = jax.tree.map(lambda _: batch_sharding(mesh), batch)
-  return dataclasses.replace(shardings, visual=visual_sharding(mesh, batch.visual.shape))
+  if isinstance(batch, Clips):
+    return Clips(visual_sharding(mesh, batch.frames.shape), visual_sharding(mesh, batch.place.shape))
+  if batch.visual is not None:
+    shardings = dataclasses.replace(shardings, visual=visual_sharding(mesh, batch.visual.shape))
+  return shardings
 
 
-def place(batch: Batch, mesh: Mesh) -> Batch:
-  """The rows that this process has (`row_share`), as global arrays."""
+def place(batch: Any, mesh: Mesh) -> Any:
+  """The rows of a Batch or Clips that this process has (`row_share`), as global arrays."""
   _, shares = row_share(mesh)
   whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * shares, *x.shape[1:]), x.dtype), batch)
   put = lambda x, sharding, spec: jax.make_array_from_process_local_data(sharding, x, spec.shape)
   return jax.tree.map(put, batch, batch_shardings(whole, mesh), whole)
+
+
+def place_clips(frames: np.ndarray, mesh: Mesh) -> jax.Array:
+  """The clips uint8[K, F, S, S, 3] that this process has (`clip_share`), as a global array."""
+  parts = len(clip_share(mesh))
+  shape = len(frames) // parts * mesh.size, *frames.shape[1:]
+  return jax.make_array_from_process_local_data(clip_sharding(mesh), frames, shape)

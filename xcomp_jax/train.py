@@ -2,8 +2,8 @@
 
   python -m xcomp_jax.train --config=configs/sct.py --config.workdir=runs/sct --config.data.train=DIR
 
-A step adds up the gradients of its micro-batches (`grad_step`, one compilation per bucket) and applies them once
-(`apply_step`). The same command continues a run from its latest checkpoint, on as many or other devices and hosts;
+A step runs the frozen tower over its clips, adds up the gradients of its micro-batches (`grad_step`, one compilation per shape) and
+applies them once (`apply_step`). What that will compute is said at the start. The same command continues a run from its latest checkpoint, on as many or other devices and hosts;
 SIGINT or SIGTERM saves and leaves.
 
 Several folders, a quarter of the second in each epoch (any of them of frames, or all of features of this tower):
@@ -12,6 +12,7 @@ Several folders, a quarter of the second in each epoch (any of them of frames, o
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -28,28 +29,26 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from xcomp_jax import checkpoint, encode, hosts, metrics, optim, weights, workdir
-from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check, from_command_line, to_dict
-from xcomp_jax.data import pipeline
-from xcomp_jax.data.batch import Batch
+from xcomp_jax import checkpoint, encode, forecast, hosts, metrics, optim, weights, workdir
+from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check, from_command_line, to_dict
+from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data.batch import Batch, Clips, Length, Shape
 from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import Features, Store, open_store
 from xcomp_jax.files import command, keep_compiled
+from xcomp_jax.forecast import Account, Schedule
 from xcomp_jax.model import kernels, lp_comp, vlm
-from xcomp_jax.sharding import (
-  batch_devices,
-  check_mesh,
-  make_mesh,
-  param_shardings,
-  parameter_table,
-  sequence_parts,
-)
+from xcomp_jax.sharding import check_mesh, make_mesh, param_shardings, parameter_table
 from xcomp_jax.steps import (
+  Steps,
   TrainState,
   abstract_state,
+  clip_share,
   compiled_steps,
   init_state,
   place,
+  place_clips,
   row_share,
   zero_sums,
 )
@@ -65,10 +64,26 @@ class Prepared(NamedTuple):
   cfg: VLMConfig
   mesh: Mesh
   opened: list[Blend]  # what it trains on, and if there are, held-out data
+  lengths: list[Length]  # of the samples that it trains on
+  schedule: Schedule
+  plan: list[list[Micro]]  # the micro-batches of each step
   data: pipeline.Reader
-  heldout: Any  # its micro-batches, or None
-  steps: int
+  heldout: Callable[[], pipeline.Reader] | None  # reads all of it, from the beginning
   description: dict  # of `checkpoint.describe`
+
+  @property
+  def steps(self) -> int:
+    """Optimizer steps of the whole run."""
+    return len(self.plan)
+
+  @property
+  def pixels(self) -> bool:
+    """Whether the tower runs, too."""
+    return self.opened[0].features is None
+
+  def account(self, steps: Sequence[Sequence[Micro]]) -> Account:
+    """Says what some of the steps compute and take at least."""
+    return forecast.account(self.schedule, steps, self.lengths, self.pixels)
 
 
 Watch = Callable[[int, str, Mapping[str, float]], None]  # (step, group, values)
@@ -117,8 +132,6 @@ def prepare(config: RunConfig) -> Prepared:
   directory = weights.resolve(config.init_from)
   cfg = weights.read_config(directory, config.model, config.lp_comp)
   lp_comp.counts(cfg.lp_comp, cfg.llm.layers)  # refuses schedules that can't be
-  mesh = make_mesh(config.mesh, batch_size=config.train.batch_size, sequence=sequence_parts(cfg, config.data))
-  check_mesh(mesh, cfg, config.data)
   tokenizer = weights.read_tokenizer(directory, cfg)
   blend = open_data(config.data.train, cfg, config.data.weights)
   held = None if config.data.heldout is None else open_data(config.data.heldout, cfg)
@@ -131,23 +144,78 @@ def prepare(config: RunConfig) -> Prepared:
       )
   description = checkpoint.describe(config, cfg, blend, held)
   checkpoint.agree(description)
-  steps = config.train.epochs * pipeline.steps_per_epoch(blend.per_epoch, config.train.batch_size)
-  steps = min(steps, config.train.steps or steps)
-  share, shares = row_share(mesh)
-  here = {"rows": batch_devices(mesh), "process_index": share, "process_count": shares}
-  data = pipeline.batches(
-    blend, tokenizer, config.data,
-    batch_size=config.train.batch_size, seed=config.seed, epochs=config.train.epochs, **here,
-  )
-  heldout = None if held is None else pipeline.evaluation(held, tokenizer, config.data, **here)
+  order = pipeline.run_order(blend, config.train.batch_size, config.seed, config.train.epochs)[: config.train.steps]
+  lengths = [pipeline.measure(data, tokenizer, config.data.mask) for data in opened]
+  schedule = forecast.schedule(config, cfg, lengths[0], devices())
+  mesh = make_mesh(MeshConfig(*schedule.mesh), devices())
+  check_mesh(mesh, cfg)
+  plan = packing.pack_steps(lengths[0], order, schedule.shapes, schedule.costs)
+  share = share_of(mesh, config)
+  data = pipeline.read(blend, tokenizer, config.data, lengths[0], plan, share)
+  heldout = None
+  if held is not None:
+    size = config.train.batch_size
+    parts = [range(first, min(first + size, len(held))) for first in range(0, len(held), size)]
+    other = forecast.schedule(config, cfg, lengths[1], devices(), schedule)
+    seen = packing.pack_steps(lengths[1], parts, other.shapes, other.costs)
+    whole = dataclasses.replace(share, trained=False)
+    heldout = functools.partial(pipeline.read, held, tokenizer, config.data, lengths[1], seen, whole)
   if not checkpoint.begun(config.workdir):
     weights.stored(directory, cfg)  # what is missing or broken is said before anything is written
   workdir.claim(config.workdir)
-  return Prepared(cfg, mesh, opened, data, heldout, steps, description)
+  return Prepared(cfg, mesh, opened, lengths[0], schedule, plan, data, heldout, description)
+
+
+def devices() -> list[jax.Device]:
+  """What a run computes on: all devices of all its processes."""
+  return jax.devices()
+
+
+def share_of(mesh: Mesh, config: RunConfig) -> pipeline.Share:
+  """What this process reads of a run on a mesh.
+
+  Raises:
+    ConfigError: see `row_share`.
+  """
+  return pipeline.Share(row_share(mesh), mesh.size, tuple(clip_share(mesh)), config.model.clips_per_chunk, config.train.vision)
+
+
+class ClipEncoder:
+  """Brings clips through the frozen tower to the rows of micro-batches, in the order in which a reader gives both."""
+
+  def __init__(self, functions: Steps, mesh: Mesh):
+    self._functions, self._mesh = functions, mesh
+    self._tower: Any = None  # its weights on every device; gathered once a step
+    self._visual: dict[int, jax.Array] = {}  # by number of a micro-batch
+    self._running: list[jax.Array] = []  # results of calls that may still run
+
+  def encode(self, state: TrainState, call: pipeline.TowerCall) -> None:
+    """Encodes clips, by the tower as it is in `state`."""
+    if self._tower is None:
+      self._tower = self._functions.tower(state)
+    if len(self._running) > 1:  # one may compute while the next is copied; more would pile up in the device's memory
+      jax.block_until_ready(self._running.pop(0))
+    features = self._functions.encode(self._tower, place_clips(call.frames, self._mesh))
+    self._running.append(features)
+    for fill in call.fills:
+      visual = self._room(fill.number, fill.shape)
+      self._visual[fill.number] = self._functions.fill(visual, features, fill.place)
+
+  def batch(self, micro: pipeline.MicroBatch) -> tuple[Batch, tuple[Clips, ...]]:
+    """Places a micro-batch on the mesh, with its visual tokens; all calls of its step come before."""
+    self._tower, self._running = None, []  # memory
+    batch, clips = place(micro.batch, self._mesh), tuple(place(some, self._mesh) for some in micro.clips)
+    if batch.visual is None:
+      batch = dataclasses.replace(batch, visual=self._room(micro.number, micro.shape))
+    return batch, clips
+
+  def _room(self, number: int, shape: Shape) -> jax.Array:
+    visual = self._visual.pop(number, None)
+    return self._functions.room(shape.rows, shape.frames) if visual is None else visual
 
 
 def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watch: Watch) -> dict[str, float | int]:
-  cfg, mesh, opened, data, heldout, steps, description = prepared
+  cfg, mesh, opened, data, steps = prepared.cfg, prepared.mesh, prepared.opened, prepared.data, prepared.steps
   tx = optim.optimizer(config.optim, steps)
   precision = "highest" if config.model.dtype == "float32" else None
   first = jax.process_index() == 0
@@ -159,7 +227,7 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
     graph, wanted = abstract_state(config, cfg, tx, mesh)
     with goodput.part("restore"):
       found = checkpoint.restore(
-        checkpoints, (wanted.trained, wanted.frozen), wanted.opt, data, description, print if first else lambda _: None
+        checkpoints, (wanted.trained, wanted.frozen), wanted.opt, data, prepared.description, print if first else lambda _: None
       )
     if found is None:
       start, state = 0, init_state(config, cfg, tx, mesh)
@@ -169,13 +237,14 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
     owed = found is not None and checkpoint.evaluation_due(config.workdir, start)
     check_tower(nnx.merge(graph, state.trained, state.frozen), config.init_from, opened)
     sums = zero_sums(state.trained, mesh)
-    step_functions = compiled_steps(state, sums, mesh)
+    functions = compiled_steps(cfg, state, sums, mesh)
+    encoder = ClipEncoder(functions, mesh)
     if first:
       introduce(config, prepared, state, start)
     writer = stack.enter_context(
       contextlib.closing(metrics.Writer(epath.Path(config.workdir) / "tensorboard", purge_step=start))
     )
-    compilations = stack.enter_context(metrics.Compilations("grad_step", "apply_step", "eval_step"))
+    compilations = stack.enter_context(metrics.Compilations("encode_step", "grad_step", "apply_step", "eval_step"))
     stopping = stack.enter_context(hosts.stop_signal())
     bar = stack.enter_context(tqdm(total=steps, initial=start, disable=None if first else True, unit="step"))
     say = bar.write if first else lambda _: None
@@ -184,32 +253,40 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
       writer.write(step, group, values)
       watch(step, group, values)
 
-    compiled = lambda name, batch: report_compilations(compilations, name, batch, say)
-    evaluates = lambda: heldout is not None and (done % config.train.eval_every == 0 or done == steps)
+    compiled = lambda name, what: report_compilations(compilations, name, what, say)
+    evaluates = lambda: prepared.heldout is not None and (done % config.train.eval_every == 0 or done == steps)
+
+    def encode(call: pipeline.TowerCall) -> None:
+      encoder.encode(state, call)
+      compiled("encode_step", f"{len(call.fills[0].place)} clips of {call.frames.shape[1]} frames")
 
     def evaluate() -> dict[str, float] | None:
+      assert prepared.heldout is not None  # see `evaluates`
       total = dict.fromkeys(("loss", "correct", "samples"), 0.0)
-      with contextlib.closing(iter(heldout)) as entries:
+      with contextlib.closing(prepared.heldout()) as items:
         while not stopping():
-          if (micro := next(entries, None)) is None:
+          if (item := next(items, None)) is None:
             out = {"loss": total["loss"] / total["samples"], "accuracy": total["correct"] / total["samples"]}
             samples = f"{out['accuracy']:.1%} of {total['samples']:.0f}"
             say(f"held-out after step {done}: loss {out['loss']:.4f}  accuracy {samples}")
             tell(done, "heldout", out)
             return out
-          out = step_functions.evaluate(graph, state, place(micro.batch, mesh))
-          compiled("eval_step", micro.batch)
+          if isinstance(item, pipeline.TowerCall):
+            encode(item)
+            continue
+          out = functions.evaluate(graph, state, encoder.batch(item)[0])
+          compiled("eval_step", describe(item.shape))
           total = {key: total[key] + float(value) for key, value in out.items()}
       say(f"the evaluation after step {done} is left to the run that continues this one")
       return None
 
     def save() -> None:
-      about = description | ({"evaluation_due": True} if owed else {})
+      about = prepared.description | ({"evaluation_due": True} if owed else {})
       with goodput.part("save"):
         checkpoint.save(checkpoints, done, (state.trained, state.frozen), state.opt, data, about)
 
     rate = optim.schedule(config.optim, steps)
-    mine = row_share(mesh)[1] / jax.process_count()  # this process's part of the work on the rows that it reads
+    mine = len(mesh.local_devices) / mesh.size  # this process's part of the work
     clock, done = metrics.Clock(), start
     losses, evaluated = [], None  # of each step; the last evaluation, None if it was not done or dropped
     owed = evaluates() and (owed or done == steps)  # stopped within an evaluation, or nothing else is left to do
@@ -224,19 +301,21 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
       last = False
       while not last:
         with goodput.part("data"):
-          micro = clock.wait(data)
+          item = clock.wait(data)
+        if isinstance(item, pipeline.TowerCall):
+          encode(item)
+          continue
         if len(seen) > 1:  # one may compute while the next is copied; more would pile up in the device's memory
           jax.block_until_ready(seen[-2][1])
-        batch = place(micro.batch, mesh)
-        sums, sample_losses = step_functions.grad(
-          graph, state, sums, batch, projector_max_frames=config.train.projector_max_frames
+        batch, clips = encoder.batch(item)
+        sums, sample_losses = functions.grad(
+          graph, state, sums, batch, clips, projector_max_frames=config.train.projector_max_frames
         )
-        compiled("grad_step", micro.batch)
+        compiled("grad_step", describe(item.shape))
         seen.append((batch.index, sample_losses))
-        clock.flops += metrics.training_flops(cfg, config.train, micro.batch) * mine
-        last = micro.last
-      state, sums, out = step_functions.apply(tx, state, sums)
-      compiled("apply_step", None)
+        last = item.last
+      state, sums, out = functions.apply(tx, state, sums)
+      compiled("apply_step", "")
       out = {key: value.item() for key, value in jax.device_get(out).items()}
       if not out["finite"]:
         raise not_finite(config, done, out, seen, opened[0])
@@ -244,11 +323,14 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
       losses.append(out["loss"])
       clock.samples += out["samples"]
       clock.frames += out["frames"]
+      of = [prepared.lengths[i] for micro in prepared.plan[done - 1] for row in micro.rows for i in row]
+      clock.flops += metrics.training_flops(cfg, config.train, of, prepared.pixels) * mine
       bar.update()
       if done % config.train.log_every == 0 or done == steps:
         recent = losses[-min(config.train.log_every, len(losses)) :]
         values = {
-          "loss": float(np.mean(recent)), "lr": np.asarray(rate(done - 1)).item(), "grad_norm": out["grad_norm"], **clock.report()
+          "loss": float(np.mean(recent)), "lr": np.asarray(rate(done - 1)).item(), "grad_norm": out["grad_norm"], **clock.report(),
+          "real_share": prepared.account(prepared.plan[done - len(recent) : done]).all,
         }
         say(metrics.line(done, steps, values))
         tell(done, "train", values)
@@ -290,14 +372,13 @@ def introduce(config: RunConfig, prepared: Prepared, state: TrainState, start: i
   cfg, mesh = prepared.cfg, prepared.mesh
   print(f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
   print(kernels.describe(cfg, gradient=True))
-  if (size := config.train.batch_size) % (rows := batch_devices(mesh)):
-    print(f"note: {size} samples of a step over data x fsdp = {rows} parts: some of them have only padding")
   table = lambda part: parameter_table(part, param_shardings(part, mesh))
   print(f"trained parameters\n{table(state.trained)}\nfrozen parameters\n{table(state.frozen)}")
   print(f"optimizer state, split as the trained parameters: {table(state.opt).splitlines()[-1].split()[-1]} MiB per device")
   schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
   print(f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {' '.join(map(str, schedule))}")
   print("\n".join(prepared.opened[0].made_with()))
+  print(prepared.account(prepared.plan).paragraph())
   todo = f"steps {start + 1} to {prepared.steps}, {config.train.batch_size} samples each"
   print(todo if start < prepared.steps else f"all {prepared.steps} steps are done", flush=True)
   (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
@@ -350,16 +431,21 @@ def check_tower(model: vlm.VLM, name: str, data: Sequence[Blend]) -> None:
       )
 
 
-def report_compilations(compilations: metrics.Compilations, name: str, batch: Batch | None, say) -> None:
-  """Says what calling `name` just compiled, for which bucket, and whether that is more than the buckets explain."""
+def describe(shape: Shape) -> str:
+  """A micro-batch's shape, in words."""
+  rows = f"{shape.rows} rows of up to " if shape.rows > 1 else "a row of up to "
+  return f"{rows}{shape.samples} samples, {shape.frames} frames, {shape.text} tokens of text"
+
+
+def report_compilations(compilations: metrics.Compilations, name: str, what: str, say) -> None:
+  """Says what calling `name` on `what` (a shape, in words) just compiled, and whether that is more than the shapes explain."""
   shapes = compilations.seen[name]
-  shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
+  shapes.add(what)
   for seconds in compilations.take(name):
-    shape = "" if batch is None else f" for {metrics.shape_of(batch)}"
-    say(f"compiled {name}{shape} in {seconds:.1f} s")
+    say(f"compiled {name}{what and f' for {what}'} in {seconds:.1f} s")
     if compilations.count[name] > len(shapes):
       say(
-        f"warning: {name} was compiled {compilations.count[name]} times for {len(shapes)} batch shapes; "
+        f"warning: {name} was compiled {compilations.count[name]} times for {len(shapes)} shapes; "
         "something else changes from step to step"
       )
 
@@ -369,7 +455,7 @@ def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, data: Bl
   gather = functools.partial(multihost_utils.process_allgather, tiled=True)
   samples = []
   for index, losses in seen:
-    for i, loss in zip(gather(index).tolist(), gather(losses).tolist(), strict=True):
+    for i, loss in zip(gather(index).ravel().tolist(), gather(losses).ravel().tolist(), strict=True):
       if i >= 0:
         store, place = data.find(i)
         sample = store.samples[place]

@@ -1,13 +1,13 @@
-"""Between data and model: one sample, one batch, and the finite set of shapes.
+"""Between data and model: one sample, rows of samples, and the few shapes of such rows.
 
-A sequence is laid out as [prefix | visual tokens | text]; each part is padded on its right to the bucket's
-length, and no result depends on the padding. `prefix` is the text before the visual slot (chat header),
-`text` what follows it (question, answers).
+A row holds several samples. It is laid out as [prefixes | visual tokens | texts]: every sample's text before its visual slot (the
+chat header) has a place of its own, padded on its right; then come the visual tokens of all samples one after another, then the
+texts after their visual slots (question, answers) likewise. No result depends on the padding, or on the other samples of a row.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,53 +21,64 @@ Leaf = Any  # an array of numpy or jax, or whatever a tree_map puts in its place
 class Example:
   """One sample on the host.
 
-  visual: uint8[C, F, S, S, 3] frames, or floating [C, N, D] merged tower features; C = 0 for text alone.
-  tokens: int32[L], with one IMAGE_TOKEN (none if C = 0).
+  frames: of its video; 1 is an image, 0 text alone.
+  visual: floating [frames, N, D], N merged tokens of the tower a frame; None where they are not made yet (see `Clips`).
+  tokens: int32[L], with one IMAGE_TOKEN (none without frames).
   labels: int32[L], the token itself where it is supervised, else IGNORE.
   query: bool[L], True at each token whose successor is the first of an answer.
   index: place of the sample in its dataset.
   """
 
-  visual: np.ndarray
+  frames: int
+  visual: np.ndarray | None
   tokens: np.ndarray
   labels: np.ndarray
   query: np.ndarray
   index: int
 
 
+class Length(NamedTuple):
+  """What decides where a sample fits, and what it costs."""
+
+  frames: int  # 0: text alone
+  clip_frames: int  # 1 for images and text alone
+  prefix: int  # tokens before the visual slot; 0 in text alone
+  text: int  # tokens after it; all of them in text alone
+
+
 @dataclasses.dataclass(frozen=True, order=True)
-class Bucket:
-  """A batch shape: clips of clip_frames frames, tokens before and after the visual slot."""
+class Shape:
+  """The arrays of a micro-batch: rows, each of which holds several samples one after the other.
 
-  clips: int
-  clip_frames: int
+  rows: over all devices. samples: places of a row. prefix: token slots of a place, before the visual slot. frames: of a row, all
+  its samples together. text: token slots of a row after the visual slots, likewise.
+  """
+
+  rows: int
+  samples: int
   prefix: int
+  frames: int
   text: int
-
-  @property
-  def frames(self) -> int:
-    """Frames of a sample that fills the bucket."""
-    return self.clips * self.clip_frames
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """What the model takes; arrays of numpy, jax, or ShapeDtypeStruct.
+  """What the LLM takes: B rows of up to M samples. Arrays of numpy, jax, or ShapeDtypeStruct.
 
-  visual: uint8[B, C, F, S, S, 3] frames or floating [B, C, N, D] merged features, right-padded in C.
-  clips: int32[B], valid clips.
-  prefix: int32[B, P]; prefix_length: int32[B].
-  text: int32[B, L]; text_length: int32[B].
-  targets: int32[B, P + 1 + L], what each row must predict next, else IGNORE; rows are the prefix, the last
-    visual token, and the text.
-  query: bool[B, L], text rows whose successor is the first token of an answer.
-  weight: float32[B], 1 for a sample, 0 for a padding row of the batch.
-  index: int32[B], Example.index, -1 for padding.
+  visual: floating [B, T, N, D] merged tokens of T frames, those of a row's samples one after another; None where they come later.
+  frames: int32[B, M], of each sample.
+  prefix: int32[B, M, P]; prefix_length: int32[B, M].
+  text: int32[B, L], of a row's samples one after another; text_length: int32[B, M].
+  targets: int32[B, M * P + M + L], what each row of the output must predict next, else IGNORE: those of the prefixes, of each
+    sample's last visual token, and of the texts.
+  query: bool[B, L], text tokens whose successor is the first token of an answer.
+  weight: float32[B, M], 1 for a sample, 0 for an empty place.
+  index: int32[B, M], Example.index, -1 for an empty place.
   """
 
   visual: Leaf
-  clips: Leaf
+  frames: Leaf
   prefix: Leaf
   prefix_length: Leaf
   text: Leaf
@@ -78,76 +89,116 @@ class Batch:
   index: Leaf
 
 
-def collate(examples: Sequence[Example], bucket: Bucket, size: int | None = None) -> Batch:
-  """Pads examples into one Batch of `size` rows (default: as many as there are); missing rows get weight 0.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Clips:
+  """Clips of the rows of a Batch, for a tower that is trained with the LLM.
+
+  frames: uint8[B, K, F, S, S, 3]; F = 1 is the image path. place: int32[B, K], slot of a clip's first frame in its row of
+  `Batch.visual`; below 0: there is no such clip.
+  """
+
+  frames: Leaf
+  place: Leaf
+
+
+def split(example: Example) -> tuple[int, int]:
+  """Gives (tokens before, tokens after) the visual slot of a sample.
 
   Raises:
-    ValueError: an example that does not fit the bucket, or visual arrays of different kinds.
+    ValueError: not one slot in a sample that has frames, or one in text alone.
   """
-  size = size or len(examples)
-  if not 0 < len(examples) <= size:
-    raise ValueError(f"{len(examples)} examples for a batch of {size} rows")
-  first = examples[0].visual
-  visual = np.zeros((size, bucket.clips, *first.shape[1:]), first.dtype)
-  prefix = np.zeros((size, bucket.prefix), np.int32)
-  text = np.zeros((size, bucket.text), np.int32)
-  targets = np.full((size, bucket.prefix + 1 + bucket.text), IGNORE, np.int32)
-  query = np.zeros((size, bucket.text), bool)
-  clips, prefix_length, text_length = np.zeros((3, size), np.int32)
-  weight = np.zeros(size, np.float32)
-  index = np.full(size, -1, np.int32)
-  for row, example in enumerate(examples):
-    n = len(example.visual)
-    slots = np.flatnonzero(example.tokens == IMAGE_TOKEN)
-    if len(slots) != (n > 0):
-      raise ValueError(f"sample {example.index}: {len(slots)} visual slots for {n} clips; expected one slot, or no clips")
-    slot = int(slots[0]) if n else 0
-    rest = slot + 1 if n else 0
-    p, t = slot, len(example.tokens) - rest
-    if n > bucket.clips or p > bucket.prefix or t > bucket.text:
-      raise ValueError(f"sample {example.index} has {n} clips, {p} tokens before and {t} after the visual slot; it does not fit {bucket}")
-    if example.visual.shape[1:] != first.shape[1:] or example.visual.dtype != first.dtype:
-      raise ValueError(f"sample {example.index}: visual {example.visual.dtype}{example.visual.shape} beside {first.dtype}{first.shape}")
-    visual[row, :n] = example.visual
-    prefix[row, :p], text[row, :t] = example.tokens[:slot], example.tokens[rest:]
-    prefix_length[row], text_length[row], clips[row] = p, t, n
-    query[row, :t] = example.query[rest:]
-    targets[row, : max(p - 1, 0)] = example.labels[1:slot]
-    after = example.labels[rest:]
-    if n:
-      targets[row, bucket.prefix] = after[0]  # the last visual token predicts the first token of the text
-    targets[row, bucket.prefix + 1 :][: t - 1] = after[1:]
-    weight[row], index[row] = 1, example.index
-  return Batch(visual, clips, prefix, prefix_length, text, text_length, targets, query, weight, index)
+  slots = np.flatnonzero(example.tokens == IMAGE_TOKEN)
+  if len(slots) != (example.frames > 0):
+    raise ValueError(
+      f"sample {example.index}: {len(slots)} visual slots for {example.frames} frames; expected one slot, or no frames"
+    )
+  before = int(slots[0]) if len(slots) else 0
+  return before, len(example.tokens) - before - len(slots)
 
 
-def batch_spec(bucket: Bucket, size: int, visual: tuple[tuple[int, ...], np.dtype]) -> Batch:
-  """A Batch of ShapeDtypeStructs; `visual` is (shape of one clip, dtype)."""
-  i32 = lambda *shape: jax.ShapeDtypeStruct((size, *shape), np.int32)
-  shape, dtype = visual
+def collate(
+  rows: Sequence[Sequence[Example]], shape: Shape, visual: tuple[tuple[int, int], Any] | None = None
+) -> Batch:
+  """Packs samples into the rows of a Batch; rows that are missing are empty.
+
+  Args:
+    rows: the samples of each.
+    shape: of the batch.
+    visual: ((N, D), dtype) of a frame's merged tokens; None: as the samples have them, if they do.
+
+  Raises:
+    ValueError: samples that do not fit the shape, or visual arrays of different kinds.
+  """
+  if len(rows) > shape.rows:
+    raise ValueError(f"{len(rows)} rows for a batch of {shape.rows}")
+  B, M, P, L = shape.rows, shape.samples, shape.prefix, shape.text
+  kinds = {(e.visual.shape[1:], e.visual.dtype) for row in rows for e in row if e.visual is not None}
+  kinds |= set() if visual is None else {(visual[0], np.dtype(visual[1]))}
+  if len(kinds) > 1:
+    raise ValueError(f"visual tokens of different kinds in one batch: {sorted(map(str, kinds))}")
+  tokens = None
+  for kind, dtype in kinds:
+    tokens = np.zeros((B, shape.frames, *kind), dtype)
+  prefix, text = np.zeros((B, M, P), np.int32), np.zeros((B, L), np.int32)
+  frames, prefix_length, text_length = np.zeros((3, B, M), np.int32)
+  before, last, after = (np.full((B, n), IGNORE, np.int32) for n in (M * P, M, L))
+  query, weight, index = np.zeros((B, L), bool), np.zeros((B, M), np.float32), np.full((B, M), -1, np.int32)
+  for r, row in enumerate(rows):
+    t = l = 0  # frames and text tokens that the row holds already
+    for m, example in enumerate(row):
+      p, n = split(example)
+      if m >= M or p > P or t + example.frames > shape.frames or l + n > L:
+        raise ValueError(
+          f"sample {example.index} has {example.frames} frames, {p} tokens before and {n} after the visual slot; behind {m} samples "
+          f"of {t} frames and {l} tokens in its row it does not fit {shape}"
+        )
+      first = len(example.tokens) - n  # of the tokens after the slot
+      prefix[r, m, :p], text[r, l : l + n] = example.tokens[:p], example.tokens[first:]
+      before[r, m * P : m * P + max(p - 1, 0)] = example.labels[1:p]
+      if example.frames:
+        last[r, m] = example.labels[first]  # the last visual token predicts the first token of the text
+      after[r, l : l + n - 1] = example.labels[first + 1 :]
+      query[r, l : l + n] = example.query[first:]
+      if tokens is not None and example.visual is not None:
+        tokens[r, t : t + example.frames] = example.visual
+      frames[r, m], prefix_length[r, m], text_length[r, m] = example.frames, p, n
+      weight[r, m], index[r, m] = 1, example.index
+      t, l = t + example.frames, l + n
+  targets = np.concatenate([before, last, after], axis=1)
+  return Batch(tokens, frames, prefix, prefix_length, text, text_length, targets, query, weight, index)
+
+
+def batch_spec(shape: Shape, visual: tuple[tuple[int, int], Any] | None) -> Batch:
+  """Makes a Batch of ShapeDtypeStructs; `visual` is ((N, D), dtype) of a frame's merged tokens."""
+
+  def array(*rest, dtype=np.int32):
+    return jax.ShapeDtypeStruct((shape.rows, *rest), np.dtype(dtype))
+
+  M, P, L = shape.samples, shape.prefix, shape.text
   return Batch(
-    visual=jax.ShapeDtypeStruct((size, bucket.clips, *shape), dtype),
-    clips=i32(), prefix=i32(bucket.prefix), prefix_length=i32(), text=i32(bucket.text), text_length=i32(),
-    targets=i32(bucket.prefix + 1 + bucket.text),
-    query=jax.ShapeDtypeStruct((size, bucket.text), bool),
-    weight=jax.ShapeDtypeStruct((size,), np.float32), index=i32(),
+    visual=visual and array(shape.frames, *visual[0], dtype=visual[1]), frames=array(M), prefix=array(M, P), prefix_length=array(M),
+    text=array(L), text_length=array(M), targets=array(M * P + M + L), query=array(L, dtype=bool),
+    weight=array(M, dtype=np.float32), index=array(M),
   )
 
 
 def fake_batch(spec: Batch, vocab_size: int, seed: int = 0) -> Batch:
-  """A random but valid Batch of that spec: full lengths, every text row supervised."""
+  """Makes a random but valid Batch of that spec: full rows of samples of equal size, every text token supervised."""
   rng = np.random.default_rng(seed)
-  ids = lambda s: rng.integers(0, vocab_size, s.shape).astype(np.int32)
-  size, p = spec.prefix.shape
-  full = lambda n: np.full(size, n, np.int32)
-  visual = rng.integers(0, 256, spec.visual.shape) if spec.visual.dtype == np.uint8 else rng.normal(size=spec.visual.shape)
-  text = ids(spec.text)
+
+  def numbers(s):
+    return rng.integers(0, vocab_size, s.shape).astype(np.int32)
+
+  (B, M, P), L, T = spec.prefix.shape, spec.text.shape[1], spec.visual.shape[1]
+  shared = lambda total: np.broadcast_to(np.diff(np.arange(M + 1) * total // M).astype(np.int32), (B, M)).copy()
+  text, text_length = numbers(spec.text), shared(L)
   targets = np.full(spec.targets.shape, IGNORE, np.int32)
-  targets[:, p : p + text.shape[1]] = text
-  query = np.zeros(spec.query.shape, bool)
-  query[:, -1] = True
+  targets[:, M * P + M :] = text
+  query = np.zeros((B, L), bool)
+  query[:, np.cumsum(text_length[0]) - 1] = True
   return Batch(
-    visual=visual.astype(spec.visual.dtype), clips=full(spec.visual.shape[1]), prefix=ids(spec.prefix),
-    prefix_length=full(p), text=text, text_length=full(text.shape[1]), targets=targets, query=query,
-    weight=np.ones(size, np.float32), index=np.arange(size, dtype=np.int32),
+    visual=rng.normal(size=spec.visual.shape).astype(spec.visual.dtype), frames=shared(T), prefix=numbers(spec.prefix),
+    prefix_length=np.full((B, M), P, np.int32), text=text, text_length=text_length, targets=targets, query=query,
+    weight=np.ones((B, M), np.float32), index=np.arange(B * M, dtype=np.int32).reshape(B, M),
   )

@@ -85,6 +85,11 @@ class Blend:
     store, i = self.find(index)
     return store.visual(i)
 
+  def clips(self, index: int, first: int, count: int) -> np.ndarray:
+    """Some clips of a sample, as `Store.clips`."""
+    store, i = self.find(index)
+    return store.clips(i, first, count)
+
   @property
   def features(self) -> Features | None:
     """Whose features `visual` gives; None: it gives frames."""

@@ -1,52 +1,69 @@
-"""From stores to batches: which samples, in which order, in which shapes.
+"""From stores to what a step computes: which samples, in which order, in which rows.
 
-Which samples a step has is a function of (seed, step) and the data alone. Devices decide only into how many
-micro-batches a step is cut. A plan of all of them is made at start, so each one can be read by itself: threads and
-processes change nothing, and a reader's state is one number, the steps that it has read.
+Which samples a step has is a function of (seed, step) and the data alone. Devices decide only how they are packed into
+micro-batches (`packing`). A plan of all steps is made at start, so each part of it can be read by itself: threads and processes
+change nothing, and a reader's state is one number, the steps that it has read.
 """
 
 import bisect
 import dataclasses
-import math
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
-import jax
 import numpy as np
 import tqdm
 
 from xcomp_jax.config import ConfigError, DataConfig, Mask
 from xcomp_jax.data import prompt
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Batch, Bucket, Example, batch_spec, collate
+from xcomp_jax.data.batch import IMAGE_TOKEN, Batch, Clips, Example, Length, Shape, collate
 from xcomp_jax.data.blend import Blend, permutation
-
-POOL = 50  # global batches that are sorted together by text length: similar lengths, and still a random order
-
-
-class Length(NamedTuple):
-  """What decides a sample's bucket."""
-
-  frames: int  # 0: text alone
-  clip_frames: int  # 1 for images and text alone
-  prefix: int  # tokens before the visual slot
-  text: int  # tokens after it; all of them in text alone
+from xcomp_jax.data.packing import Micro
 
 
-class Entry(NamedTuple):
-  """A planned micro-batch."""
+class Fill(NamedTuple):
+  """Where clips go in the visual tokens of one micro-batch."""
 
-  bucket: Bucket
-  rows: int  # over all processes; the same for every micro-batch of a bucket
-  samples: tuple[int, ...]  # at most rows
-  last: bool  # of its optimizer step; for evaluation, of all
+  number: int  # of the micro-batch within its step
+  shape: Shape
+  place: np.ndarray  # int32[K, 2], row and slot of each clip's first frame; -1 where it goes elsewhere, or is padding
+
+
+class TowerCall(NamedTuple):
+  """Clips that the frozen tower takes at once."""
+
+  frames: np.ndarray  # uint8[k, F, S, S, 3], those of this process's devices
+  fills: tuple[Fill, ...]
 
 
 class MicroBatch(NamedTuple):
-  """What the training loop is given."""
+  """What gradients are computed of at once."""
 
-  batch: Batch  # this process's rows
-  last: bool  # as in Entry
+  batch: Batch  # this process's rows; without visual tokens where the tower is still to make them
+  clips: tuple[Clips, ...]  # likewise; only for a tower that is trained
+  shape: Shape
+  number: int  # within its step
+  last: bool  # of its step
+
+
+Item = TowerCall | MicroBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """What of a run a process reads.
+
+  rows: (i, n), the i-th of n equal parts of the rows. devices: how many there are. mine: which of them are this process's. clips:
+  that a device's tower takes at once. trained: the tower is trained, so it has the same number of clips in every micro-batch.
+  """
+
+  rows: tuple[int, int]
+  devices: int
+  mine: tuple[int, ...]
+  clips: int
+  trained: bool
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
@@ -60,55 +77,28 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
   return samples // batch_size
 
 
-def order(
-  lengths: Sequence[Length], samples: Sequence[int], batch_size: int, seed: int, epoch: int, group_by_text_length: bool
-) -> list[list[int]]:
-  """Global batches of one epoch: every one of `samples` at most once, each batch full.
-
-  With `group_by_text_length` a batch has samples of similar text length, either videos or images and text alone (except
-  in the batches of leftovers); which batch comes when stays random. The release does so by its length-grouped sampler.
-  """
+def order(samples: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+  """The samples of each step of an epoch: random ones, images and videos mixed, as in the release (FACTS.md 14)."""
   shuffled = [samples[i] for i in permutation(len(samples), seed, epoch, 0)]
-  cut = lambda ids: [ids[i : i + batch_size] for i in range(0, len(ids) - batch_size + 1, batch_size)]
-  if not group_by_text_length:
-    return cut(shuffled)
-  batches, rest = [], []
-  for video in (True, False):
-    kind = [i for i in shuffled if (lengths[i].clip_frames > 1) == video]
-    whole = len(kind) // batch_size * batch_size
-    for start in range(0, whole, POOL * batch_size):
-      pool = kind[start : min(start + POOL * batch_size, whole)]
-      batches += cut(sorted(pool, key=lambda i: lengths[i].text))
-    rest += kind[whole:]
-  batches += cut(rest)
-  return [batches[i] for i in permutation(len(batches), seed, epoch, 1)]
+  return [shuffled[i : i + batch_size] for i in range(0, len(shuffled) - batch_size + 1, batch_size)]
 
 
-def plan(
-  lengths: Sequence[Length],
-  samples: Sequence[int],
-  cfg: DataConfig,
-  batch_size: int,
-  samples_per_micro_batch: Callable[[Bucket], int],
-  seed: int,
-  epoch: int,
-) -> list[Entry]:
-  """The micro-batches of one epoch of `samples`, in order; `lengths` are those of all samples there are.
-
-  A global batch is parted by bucket, and each part cut into micro-batches of as many rows as the bucket has.
+def run_order(data: Blend, batch_size: int, seed: int, epochs: int) -> list[list[int]]:
+  """The samples of each step of a run.
 
   Raises:
-    ConfigError: samples that fit no bucket (all are listed), or fewer samples than a batch.
+    ConfigError: not even one batch.
   """
-  steps_per_epoch(len(samples), batch_size)  # refuses too few
-  buckets = _buckets(lengths, cfg)
-  whole = order(lengths, samples, batch_size, seed, epoch, cfg.group_by_text_length)
-  return [entry for batch in whole for entry in _parts(batch, buckets, samples_per_micro_batch)]
+  steps_per_epoch(data.per_epoch, batch_size)  # refuses too few
+  return [step for epoch in range(epochs) for step in order(data.epoch(seed, epoch), batch_size, seed, epoch)]
 
 
 def example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
-  """Reads one sample; `mask` says which tokens are supervised (FACTS.md 3)."""
-  return Example(data.visual(index), *_tokens(data, tokenizer, mask, index), index=index)
+  """Reads one sample, without its visual tokens where the tower makes them; `mask`: which tokens are supervised (FACTS.md 3)."""
+  sample, visual = data.samples[index], None
+  if data.features is not None and sample.frames:
+    visual = data.visual(index).reshape(sample.frames, data.features.tokens_per_frame, data.features.width)
+  return Example(sample.frames, visual, *_tokens(data, tokenizer, mask, index), index=index)
 
 
 def measure(data: Blend, tokenizer, mask: Mask) -> list[Length]:
@@ -123,30 +113,30 @@ def measure(data: Blend, tokenizer, mask: Mask) -> list[Length]:
 
 
 class Reader:
-  """An iterator of a run's micro-batches. Its state is the number of steps that it has read.
+  """An iterator of a run's items: of each step the calls of the tower, then the micro-batches.
 
-  The state says nothing of devices, processes or threads: a reader for others goes on with the samples of the same
-  steps. With as many devices the micro-batches are the same too, bit by bit, however many processes share them.
+  Its state is the number of steps that it has read. The state says nothing of devices, processes or threads: a reader for others
+  goes on with the samples of the same steps. With as many devices the items are the same too, bit by bit, however many processes
+  share them.
   """
 
-  def __init__(self, entries: Sequence[Entry], open_from: Callable[[int], grain.IterDataset[MicroBatch]]):
-    """entries: of the whole run. open_from: reads them from one on."""
-    self._ends = [0, *(i for i, entry in enumerate(entries, 1) if entry.last)]  # micro-batches in so many steps
-    self._open, self._micro, self._iterator = open_from, 0, None
+  def __init__(self, ends: Sequence[int], open_from: Callable[[int], grain.IterDataset[Item]]):
+    """ends: how many items the first 0, 1, 2, ... steps have. open_from: reads from an item on."""
+    self._ends, self._open, self._item, self._iterator = ends, open_from, 0, None
 
-  def __iter__(self) -> Iterator[MicroBatch]:
+  def __iter__(self) -> Iterator[Item]:
     return self
 
-  def __next__(self) -> MicroBatch:
+  def __next__(self) -> Item:
     if self._iterator is None:
-      self._iterator = iter(self._open(self._micro))
-    batch = next(self._iterator)
-    self._micro += 1
-    return batch
+      self._iterator = iter(self._open(self._item))
+    item = next(self._iterator)
+    self._item += 1
+    return item
 
   def get_state(self) -> dict[str, int]:
     """{"step": steps read}; one that was read in part does not count, and is read again from the state."""
-    return {"step": bisect.bisect_right(self._ends, self._micro) - 1}
+    return {"step": bisect.bisect_right(self._ends, self._item) - 1}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
     """Goes to where a reader of the same run had that state.
@@ -158,143 +148,185 @@ class Reader:
     if not 0 <= step < len(self._ends):
       raise ConfigError(f"the data was read up to step {step}, but the run has {len(self._ends) - 1} steps")
     self.close()
-    self._micro = self._ends[step]
+    self._item = self._ends[step]
 
   def close(self) -> None:
     """Ends the reading threads; what they read ahead is dropped."""
     if self._iterator is not None:
       self._iterator.close()
-      self._iterator, self._micro = None, self._ends[self.get_state()["step"]]
+      self._iterator, self._item = None, self._ends[self.get_state()["step"]]
 
 
-def batches(
-  data: Blend,
-  tokenizer,
-  cfg: DataConfig,
-  *,
-  batch_size: int,
-  rows: int,
-  seed: int,
-  epochs: int,
-  process_index: int = 0,
-  process_count: int = 1,
+def read(
+  data: Blend, tokenizer, cfg: DataConfig, lengths: Sequence[Length], steps: Sequence[Sequence[Micro]], share: Share
 ) -> Reader:
-  """The whole run's micro-batches.
-
-  At any time at most cfg.prefetch of them are read or being read ahead.
+  """Reads what some steps compute. At any time at most cfg.prefetch items are read or being read ahead.
 
   Args:
-    data: what to train on.
+    data: what they are of.
     tokenizer: of the checkpoint.
-    cfg: buckets, masks, threads.
-    batch_size: samples per optimizer step, over all processes.
-    rows: what a micro-batch's rows must be a multiple of: the shards of its row axis, over all processes.
-    seed: of the order, with the epoch.
-    epochs: how many.
-    process_index: which slice of each micro-batch's rows is read here.
-    process_count: into how many.
+    cfg: masks, threads.
+    lengths: of all samples.
+    steps: the micro-batches of each, as planned.
+    share: what is read here.
 
   Raises:
-    ConfigError: a sample fits no bucket, or numbers that do not go together.
+    ConfigError: rows that can't be split over the processes.
   """
-  lengths, size = measure(data, tokenizer, cfg.mask), rows_of(cfg, rows, batch_size)
-  entries = [e for n in range(epochs) for e in plan(lengths, data.epoch(seed, n), cfg, batch_size, size, seed, n)]
-  share = _share(rows, process_index, process_count)
-  return Reader(entries, lambda first: _dataset(data, tokenizer, cfg, entries[first:], share))
+  for shape in sorted({micro.shape for step in steps for micro in step}):
+    if shape.rows % share.rows[1]:
+      raise ConfigError(f"{shape.rows} rows can't be split evenly over {share.rows[1]} processes")
+  items = _Items(data, lengths, steps, share)
+  load = functools.partial(_load, data, tokenizer, cfg.mask, {length.clip_frames for length in lengths if length.frames}, share)
+  options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.prefetch)
+
+  def open_from(first: int) -> grain.IterDataset[Item]:
+    return grain.MapDataset.source(items).slice(slice(first, None)).map(load).to_iter_dataset(options)
+
+  return Reader(items.ends, open_from)
 
 
-def evaluation(
-  data: Blend, tokenizer, cfg: DataConfig, *, rows: int, process_index: int = 0, process_count: int = 1
-) -> grain.IterDataset[MicroBatch]:
-  """Every sample once, bucket by bucket, in order; begin again with each `iter()`. Arguments and errors as `batches`."""
-  lengths, size = measure(data, tokenizer, cfg.mask), rows_of(cfg, rows, len(data))
-  entries = _parts(range(len(data)), _buckets(lengths, cfg), size)
-  return _dataset(data, tokenizer, cfg, entries, _share(rows, process_index, process_count))
+class _Planned(NamedTuple):
+  """An item before it is read: a call's clips, as (sample, clip) int32[devices, n, 2], -1 for padding; or a micro-batch."""
+
+  clips: np.ndarray | None
+  clip_frames: int
+  fills: tuple[Fill, ...]
+  micro: Micro | None
+  number: int
+  last: bool
+
+
+class _Items:
+  """A run's items, in order. A step's are made when one of them is wanted: a run has a million."""
+
+  def __init__(self, data: Blend, lengths: Sequence[Length], steps: Sequence[Sequence[Micro]], share: Share):
+    self._lengths, self._steps, self._share = lengths, steps, share
+    self._encodes = data.features is None and not share.trained
+    table = np.array(lengths, np.int64).reshape(-1, len(Length._fields))
+    self._clips = table[:, 0] // table[:, 1]
+    self._clip_frames = table[:, 1]
+    self.ends = [0, *itertools.accumulate(self._count(step) + len(step) for step in steps)]
+    self._step = functools.lru_cache(maxsize=8)(self._make)
+
+  def __len__(self) -> int:
+    return self.ends[-1]
+
+  def __getitem__(self, index: int) -> _Planned:
+    step = bisect.bisect_right(self.ends, index) - 1
+    return self._step(step)[index - self.ends[step]]
+
+  def _kinds(self, step: Sequence[Micro]) -> list[tuple[int, list[int]]]:
+    """(frames of a clip, samples with such clips): images are apart from videos."""
+    samples = [i for micro in step for row in micro.rows for i in row if self._clips[i]]
+    kinds = sorted({int(self._clip_frames[i]) for i in samples}, reverse=True)
+    return [(kind, [i for i in samples if self._clip_frames[i] == kind]) for kind in kinds]
+
+  def _count(self, step: Sequence[Micro]) -> int:
+    """Calls of the tower."""
+    if not self._encodes:
+      return 0
+    each = [-(-int(self._clips[samples].sum()) // self._share.devices) for _, samples in self._kinds(step)]
+    return sum(n // self._share.clips + n % self._share.clips for n in each)
+
+  def _make(self, number: int) -> list[_Planned]:
+    step, items = self._steps[number], []
+    if self._encodes:
+      for kind, _ in self._kinds(step):
+        items += self._calls(step, kind)
+    last = len(step) - 1
+    return [*items, *(_Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
+
+  def _calls(self, step: Sequence[Micro], kind: int) -> list[_Planned]:
+    """The tower's calls on all clips of so many frames: a device has neighbours, so that few records are read for it."""
+    devices, size = self._share.devices, self._share.clips
+    lists: list[list[tuple[int, ...]]] = [[] for _ in range(devices)]  # of each device: sample, clip, micro-batch, row, slot
+    turn = 0  # whose turn it is to take one more than others
+    for number, micro in enumerate(step):
+      found = list(self._clips_of(micro, number, kind))
+      each, more = divmod(len(found), devices)
+      extra = {(turn + i) % devices for i in range(more)}
+      turn = (turn + more) % devices
+      clips = iter(found)
+      for device in range(devices):
+        lists[device] += itertools.islice(clips, each + (device in extra))
+    most = max(map(len, lists))
+    table = np.full((devices, most, 5), -1, np.int32)
+    for device, mine in enumerate(lists):
+      table[device, : len(mine)] = np.array(mine, np.int32).reshape(-1, 5)
+    ends = [0, *itertools.accumulate([size] * (most // size) + [1] * (most % size))]
+    return [_call(step, kind, table[:, a:b]) for a, b in itertools.pairwise(ends)]
+
+  def _clips_of(self, micro: Micro, number: int, kind: int) -> Iterator[tuple[int, ...]]:
+    for row, samples in enumerate(micro.rows):
+      slot = 0
+      for i in samples:
+        if self._clips[i] and self._clip_frames[i] == kind:
+          for clip in range(self._clips[i]):
+            yield i, clip, number, row, slot + clip * kind
+        slot += self._lengths[i].frames
+
+
+def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> _Planned:
+  flat, fills = table.reshape(-1, 5), []
+  for number in np.unique(flat[:, 2]):
+    if number >= 0:
+      place = np.where(flat[:, 2:3] == number, flat[:, 3:], -1).astype(np.int32)
+      fills.append(Fill(int(number), step[number].shape, place))
+  return _Planned(table[..., :2], kind, tuple(fills), None, -1, False)
+
+
+def _load(data: Blend, tokenizer, mask: Mask, kinds: set[int], share: Share, planned: _Planned) -> Item:
+  """Reads an item. kinds: frames of the clips that the data has."""
+  if planned.clips is not None:
+    return TowerCall(_read_clips(data, planned.clips[list(share.mine)].reshape(-1, 2), planned.clip_frames), planned.fills)
+  micro, (part, parts) = planned.micro, share.rows
+  assert micro is not None
+  n = micro.shape.rows // parts
+  shape, rows = dataclasses.replace(micro.shape, rows=n), micro.rows[part * n : (part + 1) * n]
+  held = None
+  if data.features is not None:
+    held = (data.features.tokens_per_frame, data.features.width), data.clip_spec(1)[1]
+  batch = collate([[example(data, tokenizer, mask, i) for i in row] for row in rows], shape, held)
+  clips = ()
+  if share.trained:
+    clips = tuple(_static(data, rows, shape, kind) for kind in sorted(kinds, reverse=True))
+  return MicroBatch(batch, clips, micro.shape, planned.number, planned.last)
+
+
+def _read_clips(data: Blend, wanted: np.ndarray, clip_frames: int) -> np.ndarray:
+  """uint8[k, F, S, S, 3] of clips (sample, clip) int32[k, 2]; zeros for padding."""
+  shape, dtype = data.clip_spec(clip_frames)
+  out = np.zeros((len(wanted), *shape), dtype)
+  begin = 0
+  for end in range(1, len(wanted) + 1):  # neighbours of one sample are read together
+    if end == len(wanted) or wanted[end, 0] != wanted[begin, 0] or wanted[end, 1] != wanted[end - 1, 1] + 1:
+      sample, first = wanted[begin].tolist()
+      if sample >= 0:
+        out[begin:end] = data.clips(sample, first, end - begin)
+      begin = end
+  return out
+
+
+def _static(data: Blend, rows: Sequence[Sequence[int]], shape: Shape, clip_frames: int) -> Clips:
+  """All clips of so many frames of some rows, in lists as long as they can be."""
+  most = shape.frames // clip_frames if clip_frames > 1 else shape.samples
+  kind, dtype = data.clip_spec(clip_frames)
+  frames, place = np.zeros((shape.rows, most, *kind), dtype), np.full((shape.rows, most), -1, np.int32)
+  for r, row in enumerate(rows):
+    slot = held = 0
+    for i in row:
+      sample = data.samples[i]
+      if sample.frames and sample.clip_frames == clip_frames:
+        n = sample.frames // clip_frames
+        frames[r, held : held + n] = data.visual(i)
+        place[r, held : held + n] = slot + np.arange(n) * clip_frames
+        held += n
+      slot += sample.frames
+  return Clips(frames, place)
 
 
 def _tokens(data: Blend, tokenizer, mask: Mask, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   sample = data.samples[index]
   built = prompt.train(tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask)
   return built.tokens, built.labels, built.query
-
-
-def rows_of(cfg: DataConfig, rows: int, samples: int) -> Callable[[Bucket], int]:
-  most = math.ceil(samples / rows)  # more could only be padding
-  budget = lambda bucket: min(most, cfg.frames_per_device // max(1, bucket.frames), cfg.text_per_device // bucket.text)
-  return lambda bucket: rows * max(1, budget(bucket))
-
-
-def _parts(batch: Sequence[int], buckets: Sequence[Bucket], size: Callable[[Bucket], int]) -> list[Entry]:
-  groups: dict[Bucket, list[int]] = {}
-  for i in batch:
-    groups.setdefault(buckets[i], []).append(i)
-  entries = []
-  for bucket in sorted(groups):
-    ids, n = groups[bucket], size(bucket)
-    entries += [Entry(bucket, n, tuple(ids[k : k + n]), False) for k in range(0, len(ids), n)]
-  return [*entries[:-1], entries[-1]._replace(last=True)]
-
-
-def _buckets(lengths: Sequence[Length], cfg: DataConfig) -> list[Bucket]:
-  """The smallest bucket of each sample."""
-  out, problems = [], []
-  texts, frames = sorted(cfg.text_buckets), sorted(f for f in cfg.frame_buckets if f > 1)
-  for i, length in enumerate(lengths):
-    if length.clip_frames > 1:
-      f = next((f for f in frames if f >= length.frames), None)
-      largest = f"the largest of data.frame_buckets is {max(frames, default=0)}"
-      if f is not None and f % length.clip_frames:
-        problems.append(f"data.frame_buckets has {f}, which is not a multiple of the data's clips of {length.clip_frames} frames")
-        continue
-    else:
-      f = length.frames if length.frames in cfg.frame_buckets else None
-      largest = f"data.frame_buckets has no {length.frames} ({'image' if length.frames else 'text alone'})"
-    t = next((t for t in texts if t >= length.text), None)
-    faults = []
-    if f is None:
-      faults.append(f"has {length.frames} frames, and {largest}")
-    if t is None:
-      largest = max(texts, default=0)
-      faults.append(f"has {length.text} tokens after the visual slot, and the largest of data.text_buckets is {largest}")
-    if length.prefix > cfg.prefix_length:
-      faults.append(f"has {length.prefix} tokens before the visual slot, and data.prefix_length is {cfg.prefix_length}")
-    problems += [f"sample {i} {fault}" for fault in faults]
-    if f is not None and t is not None and not faults:
-      out.append(Bucket(f // length.clip_frames, length.clip_frames, cfg.prefix_length, t))
-  if problems:
-    problems = list(dict.fromkeys(problems))
-    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    raise ConfigError("the data does not fit the buckets: " + "; ".join(problems[:5]) + more)
-  return out
-
-
-def _share(rows: int, process_index: int, process_count: int) -> Callable[[int], slice]:
-  """Which of a micro-batch's rows this process reads."""
-  if rows % process_count:
-    raise ConfigError(f"{rows} rows can't be split evenly over {process_count} processes")
-  return lambda n: slice(process_index * n // process_count, (process_index + 1) * n // process_count)
-
-
-def _dataset(
-  data: Blend, tokenizer, cfg: DataConfig, entries: Sequence[Entry], share: Callable[[int], slice]
-) -> grain.IterDataset[MicroBatch]:
-
-  def load(entry: Entry) -> MicroBatch:
-    here = share(entry.rows)
-    n, mine = here.stop - here.start, entry.samples[here]
-    if mine:
-      batch = collate([example(data, tokenizer, cfg.mask, i) for i in mine], entry.bucket, n)
-    else:
-      batch = _padding(entry.bucket, n, data.clip_spec(entry.bucket.clip_frames))
-    return MicroBatch(batch, entry.last)
-
-  options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.prefetch)
-  return grain.MapDataset.source(entries).map(load).to_iter_dataset(options)
-
-
-def _padding(bucket: Bucket, rows: int, visual: tuple[tuple[int, ...], np.dtype]) -> Batch:
-  """A batch without samples: another process has the micro-batch's few. visual: shape of a clip, dtype."""
-  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch_spec(bucket, rows, visual))
-  return dataclasses.replace(
-    zeros, targets=np.full_like(zeros.targets, IGNORE), index=np.full_like(zeros.index, -1)
-  )

@@ -18,9 +18,11 @@ A store appears by one rename. Until then everything is in `<name>.incomplete` b
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import zlib
@@ -37,6 +39,7 @@ cv2.setNumThreads(1)  # readers run side by side
 
 FORMAT = 2  # of the folder; raised when an older reader would misread it
 RECORD_BYTES = 64 << 20  # of arrays in one record: a protobuf holds at most 2 GB, and a reader holds a whole record
+RECENT = 4  # records that are kept in memory, of all stores together
 SAMPLING = ("image_size", "clip_frames", "fps", "min_frames", "max_frames", "subset")  # how frames and samples were chosen
 
 
@@ -153,16 +156,28 @@ class Store:
       StoreError: damaged records, or a JPEG that can't be decoded.
     """
     sample = self.samples[index]
+    return self.clips(index, 0, sample.frames // sample.clip_frames)
+
+  def clips(self, index: int, first: int, count: int) -> np.ndarray:
+    """Reads `count` clips of a sample, from one on; only the records that hold them. Results and errors as `visual`."""
+    sample = self.samples[index]
     shape, dtype = self.clip_spec(sample.clip_frames)
-    try:
-      parts = list(self.stored(index))
-    except Exception as error:  # damaged records make the readers raise anything
-      text = f"sample {index} can't be read ({one_line(error)})"
-      raise StoreError(f"{self.path}: {text}; find all damage with --verify, and predecode again") from error
-    if not parts:
+    if not count:
       return np.zeros((0, *shape), dtype)
-    if self.layout.quality is not None:
-      parts = [self._decode(index, parts)]
+    each = clips_per_record(self.layout, sample.clip_frames)
+    last, parts = first + count, []
+    for record in range(first // each, (last - 1) // each + 1):
+      begin = record * each
+      held = min(each, sample.frames // sample.clip_frames - begin)
+      try:
+        content = _record(self, sample.first_record + record)
+      except Exception as error:  # damaged records make the readers raise anything
+        raise self._damaged(f"sample {index} can't be read ({one_line(error)})") from error
+      unit = shape[0]  # frames or tokens of a clip
+      if len(content) != held * unit:
+        raise self._damaged(f"a record of sample {index} does not hold the {held} clips that it should")
+      part = content[max(0, first - begin) * unit : min(held, last - begin) * unit]
+      parts.append(part if self.layout.quality is None else self._decode(index, begin * unit, part))
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return whole.view(dtype).reshape(-1, *shape)
 
@@ -173,15 +188,30 @@ class Store:
       (content,) = self._rows[key].values()
       yield content
 
-  def _decode(self, index: int, parts: Sequence[Any]) -> np.ndarray:
-    out = np.empty((self.samples[index].frames, self.image_size, self.image_size, 3), np.uint8)
-    files = list(itertools.chain.from_iterable(parts))
+  def _decode(self, index: int, first: int, files: Sequence[Any]) -> np.ndarray:
+    out = np.empty((len(files), self.image_size, self.image_size, 3), np.uint8)
     for i, file in enumerate(files):
       image = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
-      if image is None or image.shape != out.shape[1:] or len(files) != len(out):
-        raise StoreError(f"{self.path}: frame {i} of sample {index} is damaged; find all damage with --verify, and predecode again")
+      if image is None or image.shape != out.shape[1:]:
+        raise self._damaged(f"frame {first + i} of sample {index} is damaged")
       cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out[i])
     return out
+
+  def _damaged(self, what: str) -> StoreError:
+    return StoreError(f"{self.path}: {what}; find all damage with --verify, and predecode again")
+
+
+@functools.lru_cache(maxsize=RECENT)
+def _record(store: Store, key: int) -> Any:
+  """What a record holds; the last ones are kept, for those who read its other clips next."""
+  (content,) = store._rows[key].values()
+  return content
+
+
+def clips_per_record(layout: Layout, clip_frames: int) -> int:
+  """How many clips of a sample a record holds; its last one may hold fewer."""
+  shape, dtype = layout.clip_spec(clip_frames)
+  return max(1, RECORD_BYTES // (math.prod(shape) * dtype.itemsize))
 
 
 def checksum(samples: Iterable[Sample]) -> int:
@@ -254,7 +284,7 @@ def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> It
   """
   shape, dtype = layout.clip_spec(clip_frames)
   coder = record_features(layout)
-  step = max(1, RECORD_BYTES // (int(np.prod(shape)) * dtype.itemsize))
+  step = clips_per_record(layout, clip_frames)
   clips = iter(clips)
   while part := list(itertools.islice(clips, step)):
     for clip in part:

@@ -20,11 +20,13 @@ from xcomp_jax.sharding import constrain, split
 IMPLEMENTATIONS = get_args(Attention)
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 TILE = 384  # queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for nothing
+SMALL = 1e-30  # sum of weights that none has but a row that sees nothing
 LARGE = 1e30  # sum of weights that float32 holds with room to spare
 BLOCK = 128  # queries whose scores with all keys exist at once, in gradients on a CPU
 ROWS = 2048  # of queries of a split sequence that see their keys through one mask
 TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
 ATTENDED = "attended"  # name of what attention gives, for `remat`
+NUMBERS = 256  # of samples that tables of blocks tell apart
 
 
 def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,12 +43,16 @@ def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
 class AttentionMask:
   """Says who sees what, of L queries and S keys.
 
-  causal: rows are the last L of the S slots, and see those up to their own; static. valid: bool[B, S], may be traced, False for
-  padding keys; None: all count. A row that may see no key returns finite garbage.
+  causal: rows are the last L of the S slots, and see those up to their own; static. valid: bool[B,
+  S], may be traced, False for padding keys; None: all count. sample: int32[B, S], of a row that
+  holds several samples which one a slot belongs to, below 0 for padding: slots see their own sample
+  alone (causal, L = S, no `valid`); None: one sample a row. A row that may see no key returns
+  finite garbage.
   """
 
   causal: bool = dataclasses.field(metadata={"static": True})
   valid: Leaf = None
+  sample: Leaf = None
 
 
 def attend(
@@ -75,12 +81,15 @@ def attend(
     [B, L, H, h] in q's dtype.
 
   Raises:
-    ValueError: causal attention of more queries than keys, or an implementation that is unknown or not installed.
+    ValueError: causal attention of more queries than keys, several samples in a row with another
+      mask than theirs, or an implementation that is unknown or not installed.
   """
   L, S = q.shape[1], k.shape[1]
-  causal, valid = mask.causal, mask.valid
+  causal, valid, sample = mask.causal, mask.valid, mask.sample
   if causal and L > S:
     raise ValueError(f"causal attention of {L} queries over {S} keys: there can't be more queries")
+  if sample is not None and (not causal or valid is not None or L != S):
+    raise ValueError(f"several samples in a row: {L} queries of {S} keys must be all, causal, and without `valid`")
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention implementation {implementation!r}: known are {', '.join(IMPLEMENTATIONS)}")
   if implementation == "auto":
@@ -90,17 +99,73 @@ def attend(
   if implementation == "einsum":
     if causal:
       k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
-    return _einsum(q, k, v, causal, valid)
+    return _einsum(q, k, v, causal, valid, sample)
   if implementation == "tiled" and causal and split((None, "sequence"), q.shape)[1]:
     implementation = "xla_chunked"  # tiles are laid out for a whole sequence
+  if implementation == "tiled" and sample is not None:
+    return checkpoint_name(_packed(q, k, v, sample), ATTENDED)
   if implementation == "tiled":
     valid = jnp.ones(k.shape[:2], bool) if valid is None else valid
     return checkpoint_name(_tiled(q, k, v, valid, causal), ATTENDED)
   if implementation == "splash":
-    return _splash(q, k, v, valid, causal)
+    return _splash(q, k, v, valid, causal, sample)
   if kernels.library() is None:
     raise ValueError(f"attention implementation {implementation!r} needs tokamax: pip install tokamax")
+  if sample is not None:
+    return _flash_packed(q, k, v, sample, implementation)
   return _flash(q, k, v, valid, causal, implementation)
+
+
+def packed_pairs(lengths: np.ndarray, block: int, edges: float = 3.0) -> np.ndarray:
+  """Estimates how many pairs of a query and a key are computed for samples that share a full row.
+
+  Kernels compute whole blocks: those below the diagonal of a sample, and those at its edges, which
+  grow with its length. The estimate is for sums over a row: small samples share blocks. No row
+  costs more than one sample as long as the row.
+
+  Args:
+    lengths: [...], tokens of each sample in a layer.
+    block: queries, and keys, of a block.
+    edges: blocks at the edges of a sample per block of its own. 3.0 for "splash", where prefix,
+      visual tokens and text of a sample lie apart; 1.5 where slots are brought into sample order.
+
+  Returns:
+    float64[...].
+  """
+  n = np.asarray(lengths, np.float64)
+  return n * (n + 1) / 2 + edges * n * block
+
+
+def _sample_order(sample: Int[Array, "B S"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Orders the slots of a row so that those of a sample are next to each other, and padding is last.
+
+  Returns:
+    int32[B, S] each: the slot at every place of that order; the place of every slot; and the place
+    where the keys of every place begin, which end with its own. Padding sees itself, because rows
+    without a key have NaN as gradient in some kernels.
+  """
+  order = jnp.argsort(jnp.where(sample < 0, np.iinfo(np.int32).max, sample), axis=1)
+  ordered = jnp.take_along_axis(sample, order, 1)
+  first = (ordered < 0) | (ordered != jnp.roll(ordered, 1, 1)) | (jnp.arange(sample.shape[1]) == 0)
+  start = jax.lax.cummax(jnp.where(first, jnp.arange(sample.shape[1]), 0), axis=1)
+  return order, jnp.argsort(order, axis=1), start
+
+
+@jax.custom_vjp
+def _moved(x, order, back):
+  """Gives x[:, order]; its gradient is moved back, which is faster than the sum that a gather has as gradient."""
+  return jnp.take_along_axis(x, order[:, :, None, None], 1)
+
+
+def _moved_forward(x, order, back):
+  return _moved(x, order, back), (back, order)
+
+
+def _moved_backward(ways, gradient):
+  return _moved(gradient, *ways), None, None
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
 
 
 def _parts(q, k, causal):
@@ -118,10 +183,11 @@ def _parts(q, k, causal):
   return mesh, PartitionSpec(keys[0], rows, *keys[2:]), keys
 
 
-def _splash(q, k, v, key_valid, causal, interpret=False):
+def _splash(q, k, v, key_valid, causal, sample=None, interpret=False):
   """JAX's own TPU kernel, in float32 or bfloat16. Padding keys are another segment than all else.
 
   Rows of padding, too, so they see each other; what they return is garbage like that of the others.
+  Samples that share a row are segments, and blocks without two slots of one sample are left out.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -144,20 +210,64 @@ def _splash(q, k, v, key_valid, causal, interpret=False):
     residual_checkpoint_name=ATTENDED,
   )
 
-  def one(kernel, q, k, v, q_valid, k_valid):
+  def one(kernel, q, k, v, q_segment, k_segment):
     pad = lambda x, length: jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
     heads = lambda x, length: jnp.swapaxes(pad(x, length), 1, 2)
-    ids = splash.SegmentIds(pad(q_valid, q_length).astype(jnp.int32), pad(k_valid, k_length).astype(jnp.int32))
-    run = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))
-    out = run(heads(q * scale, q_length), heads(k, k_length), heads(v, k_length), ids)
+    ids = splash.SegmentIds(pad(q_segment, q_length), pad(k_segment, k_length))
+
+    def row(q, k, v, ids):
+      mine = kernel if sample is None else _with_blocks_of_samples(kernel, ids, q_block, k_block)
+      return mine(q, k, v, segment_ids=ids)
+
+    out = jax.vmap(row)(heads(q * scale, q_length), heads(k, k_length), heads(v, k_length), ids)
     return jnp.swapaxes(out, 1, 2)[:, :L].astype(q.dtype)
 
-  valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
+  segment = jnp.ones(k.shape[:2], jnp.int32)  # and 0 is padding
+  if key_valid is not None:
+    segment = key_valid.astype(jnp.int32)
+  if sample is not None:
+    segment = jnp.maximum(sample + 1, 0)
   if mesh is None:
-    return one(kernel, q, k, v, valid, valid)
+    return one(kernel, q, k, v, segment, segment)
   spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries[1])))
   specs = spec, queries, keys, keys, PartitionSpec(*queries[:2]), PartitionSpec(*keys[:1])
-  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(kernel, q, k, v, valid, valid)
+  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(kernel, q, k, v, segment, segment)
+
+
+def _with_blocks_of_samples(kernel, ids, q_block, k_block):
+  """Switches off the blocks of a splash kernel that hold no pair of slots of one sample.
+
+  Blocks on the diagonal stay, so that every row sees a key: padding sees padding there. Samples
+  whose numbers differ by a multiple of NUMBERS are taken for one here, which leaves more blocks on;
+  the kernel's own mask tells them apart.
+
+  Args:
+    kernel: a causal one.
+    ids: its segments; 0 is padding.
+    q_block: queries of a block.
+    k_block: keys of a block.
+  """
+
+  def present(ids, block):  # [blocks, NUMBERS]
+    ids = ids.reshape(-1, block, 1)
+    return ((ids % NUMBERS == jnp.arange(NUMBERS)) & (ids > 0)).any(1)
+
+  keys = present(ids.kv, k_block)
+  slots = kernel.fwd_mask_info.q_sequence.reshape(-1, q_block, 1)
+  diagonal = (slots // k_block == jnp.arange(len(keys))).any(1)
+  on = (present(ids.q, q_block)[:, None] & keys).any(-1) | diagonal
+
+  def tables(info, by_keys=False):
+    blocks = jnp.where(on, info.block_mask[0], 0)
+    # While a block is left out the kernel fetches the next one that is not, in the order in which it visits them.
+    visited = blocks.T if by_keys else blocks
+    places = jnp.where(visited > 0, jnp.arange(visited.size).reshape(visited.shape), visited.size).reshape(-1)
+    following = (jax.lax.cummin(places, reverse=True) % visited.size % visited.shape[1]).reshape(visited.shape)
+    following = (following.T if by_keys else following).astype(info.data_next.dtype)
+    return info._replace(block_mask=blocks[None], data_next=following[None])
+
+  infos = tables(kernel.fwd_mask_info), tables(kernel.dq_mask_info), tables(kernel.dkv_mask_info, by_keys=True)
+  return type(kernel)(*infos, **kernel.kwargs)
 
 
 def _blocks(length: int) -> tuple[int, int]:
@@ -185,6 +295,33 @@ def _flash(q, k, v, valid, causal, implementation):
     return one(q, k, v, *some)
   specs = queries, keys, keys, *(PartitionSpec(*keys[:1]) for _ in some)
   return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, *some)
+
+
+def _flash_packed(q, k, v, sample, implementation):
+  """Runs kernels of tokamax on several samples in a row.
+
+  In sample order every query sees one range of keys, and kernels leave out what no query of a block
+  sees. A device that has some of the queries brings these into that order, too.
+  """
+  mesh, queries, keys = _parts(q, k, True)
+
+  def one(q, k, v, sample):
+    order, place, start = _sample_order(sample)
+    k, v = _moved(k, order, place), _moved(v, order, place)
+    whole = q.shape[1] == k.shape[1]
+    last = jnp.broadcast_to(jnp.arange(k.shape[1]), place.shape)  # key of each query in order: its own
+    if not whole:
+      mine = jax.lax.dynamic_slice_in_dim(place, jax.lax.axis_index(queries[1]) * q.shape[1], q.shape[1], 1)
+      order = jnp.argsort(mine, axis=1)
+      place, last = jnp.argsort(order, axis=1), jnp.take_along_axis(mine, order, 1)
+      start = jnp.take_along_axis(start, last, 1)
+    out = _kernel(_moved(q, order, place), k, v, kernels.Ranges(start, last + 1), whole, implementation)
+    return _moved(out, place, order)
+
+  if mesh is None:
+    return one(q, k, v, sample)
+  specs = queries, keys, keys, PartitionSpec(*keys[:1])
+  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, sample)
 
 
 def _valid_key_first(k, v, valid):
@@ -218,7 +355,10 @@ def _rows(q, k, v, seen, first, implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _kernel(q, k, v, seen, causal, implementation):
-  """Runs a kernel on what one device has; seen: bool[B or 1, L or 1, S] or None. The choice depends on whether there is a gradient."""
+  """Runs a kernel on what one device has; seen: as of `kernels.run`.
+
+  The choice depends on whether there is a gradient.
+  """
   return _chosen(q, k, v, seen, causal, implementation, gradient=False)
 
 
@@ -235,8 +375,7 @@ _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 def _chosen(q, k, v, seen, causal, implementation, gradient):
   card, version, (B, L, H, h) = kernels.here(), kernels.library() or "", q.shape
-  masked = None if seen is None else "keys" if seen.shape[1] == 1 else "rows"
-  call = kernels.Call(B, L, k.shape[1], H, k.shape[2], h, str(q.dtype), causal, masked, gradient)
+  call = kernels.Call(B, L, k.shape[1], H, k.shape[2], h, str(q.dtype), causal, kernels.mask_kind(seen), gradient)
   kernel = kernels.choose(card, version, call, kernels.compiles) if implementation == "flash" else implementation
   return kernels.run(kernel, kernels.block(card, version, kernel), q, k, v, seen, causal)
 
@@ -260,9 +399,12 @@ def _tiled(q, k, v, key_valid, causal):
 
 
 @jax.jit
-def causal_attention(q, k, v, key_valid):
-  """The tiled `attend`; jitted for a name in programs and profiles, by which `cost.count_flops` knows it."""
-  return _over_tiles(q, k, v, key_valid, True)
+def causal_attention(q, k, v, key_valid, start=None):
+  """The tiled `attend`; jitted for a name in programs and profiles, by which `cost.count_flops` knows it.
+
+  start: int32[B, S], the first key that each row sees; None: key 0.
+  """
+  return _over_tiles(q, k, v, key_valid, True, start)
 
 
 @jax.jit
@@ -274,13 +416,16 @@ def full_attention(q, k, v, key_valid):
   return jnp.moveaxis(jax.lax.map(one, (heads(q), heads(k), heads(v))), 0, 2).reshape(q.shape)
 
 
-def _over_tiles(q, k, v, key_valid, causal):
+def _over_tiles(q, k, v, key_valid, causal, start=None):
   """Softmax from tile to tile (Milakov and Gimelshein, "Online normalizer calculation for softmax").
 
   For each tile of queries a loop over the tiles of keys on the edge of what is seen, and one over those that all of them
   see. On a CPU going along rows costs as much as an eighth of a matrix product: one more column of the keys adds what
   masks padding, one more of the values, all ones, adds up the weights, and the maximum is that of the edge: any number
   near it would do. Where weights grow too large for float32 the tile of queries is done again with all maxima.
+
+  Rows with a `start` see keys from there on: the tiles around these starts are an edge, too, and
+  those before are left out.
   """
   B, L, H, h = q.shape
   S, K = k.shape[1:3]
@@ -300,9 +445,11 @@ def _over_tiles(q, k, v, key_valid, causal):
   padding = jnp.where(jnp.arange(-(-S // keys) * keys) < S, 0, MASKED).reshape(-1, keys)  # of the last tile
   k, v = jnp.swapaxes(tiles(k, keys), 2, 3), jnp.swapaxes(tiles(v, keys), 2, 3)
   row = jnp.tile(jnp.arange(rows), G)[:, None] + offset
+  # What is padded starts as the last row does: a later start would make an edge of all that its tile sees.
+  some = () if start is None else (tiles(jnp.pad(start, ((0, 0), (0, -S % rows)), mode="edge"), rows),)
 
   def one(tile):
-    i, q = tile
+    i, q, *starts = tile
     first, last = (i * rows + offset, (i + 1) * rows + offset) if causal else (S, S)  # rows see up to their own key
     whole, seen = jnp.minimum(first + 1, S - 1) // keys, -(-jnp.minimum(last, S) // keys)
     scores = lambda j: jnp.einsum("bkrh,bkth->bkrt", q, k[j], preferred_element_type=jnp.float32)
@@ -312,7 +459,10 @@ def _over_tiles(q, k, v, key_valid, causal):
 
     def edge(j, carry):
       shown = scores(j) + padding[j]
-      return exact(jnp.where(j * keys + jnp.arange(keys) <= i * rows + row, shown, MASKED) if causal else shown, j, carry)
+      seen = j * keys + jnp.arange(keys) <= i * rows + row
+      if starts:
+        seen &= j * keys + jnp.arange(keys) >= jnp.tile(*starts, G)[:, None, :, None]
+      return exact(jnp.where(seen, shown, MASKED) if causal else shown, j, carry)
 
     def exact(scores, j, carry):
       largest, out = carry
@@ -321,13 +471,19 @@ def _over_tiles(q, k, v, key_valid, causal):
       return new, out * shrink[..., None] + weigh(jnp.exp(scores - new[..., None]), j)
 
     begun = jnp.einsum("bkrh,bkh->bkr", q, reference, preferred_element_type=jnp.float32), jnp.zeros(q.shape)
+    inner = 0
+    if starts:
+      begun = jnp.full_like(begun[0], MASKED), begun[1]  # the reference may be of another sample
     largest, out = begun = jax.lax.fori_loop(whole, seen, edge, begun)
-    out = jax.lax.fori_loop(0, whole, lambda j, out: out + weigh(jnp.exp(scores(j) - largest[..., None]), j), out)
-    again = lambda: jax.lax.fori_loop(0, whole, lambda j, carry: exact(scores(j), j, carry), begun)[1]
+    if starts:
+      inner = jnp.minimum(-(-starts[0].max() // keys), whole)
+      largest, out = begun = jax.lax.fori_loop(starts[0].min() // keys, inner, edge, begun)
+    out = jax.lax.fori_loop(inner, whole, lambda j, out: out + weigh(jnp.exp(scores(j) - largest[..., None]), j), out)
+    again = lambda: jax.lax.fori_loop(inner, whole, lambda j, carry: exact(scores(j), j, carry), begun)[1]
     out = jax.lax.cond(out[..., h].max() < LARGE, lambda: out, again)
-    return out[..., :h] / out[..., h:]
+    return out[..., :h] / jnp.maximum(out[..., h:], SMALL)
 
-  out = jax.lax.map(one, (jnp.arange(len(q)), q))
+  out = jax.lax.map(one, (jnp.arange(len(q)), q, *some))
   out = out.reshape(-1, B, K, G, rows, h).transpose(1, 0, 4, 2, 3, 5)
   return out.reshape(B, -1, H, h)[:, :L].astype(v.dtype)
 
@@ -361,8 +517,88 @@ def _blocked(q, k, v, key_valid, causal):
   return jnp.moveaxis(out, 0, 1).reshape(B, count * size, *out.shape[3:])[:, :L].astype(v.dtype)
 
 
-def _einsum(q, k, v, causal, key_valid):
-  weights = attention_weights(q, k, causal=causal, key_valid=key_valid, offset=k.shape[1] - q.shape[1])
+def _packed(q, k, v, sample):
+  """Attention of several samples in a row, in tiles."""
+  order, place, start = _sample_order(sample)
+  q, k, v = (_moved(x, order, place) for x in (q, k, v))
+  return _moved(_packed_tiled(q, k, v, start), place, order)
+
+
+@jax.custom_vjp
+def _packed_tiled(q, k, v, start):
+  return causal_attention(q, k, v, jnp.ones(k.shape[:2], bool), start)
+
+
+def _packed_forward(q, k, v, start):
+  return _packed_tiled(q, k, v, start), (q, k, v, start)
+
+
+def _packed_backward(saved, gradient):
+  """Goes over tiles of queries, and for each over the tiles of keys that one of them sees, twice.
+
+  The weights of a row, and the mean by them of its weights' gradients, are known only when all of
+  its keys have been seen.
+  """
+  q, k, v, start = saved
+  (B, S, H, h), K = q.shape, k.shape[2]
+  G, (rows, _) = H // K, tile_sizes(S, S, True)
+  scale, count = h**-0.5, -(-S // rows)
+
+  def tiles(x):  # [B, S, K, G, h] -> [n, B, K, G * rows, h]
+    x = jnp.pad(x, [(0, 0), (0, count * rows - S)] + [(0, 0)] * 3).reshape(B, count, rows, K, -1, h)
+    return x.transpose(1, 0, 3, 4, 2, 5).reshape(count, B, K, -1, h)
+
+  def slots(x):  # back
+    x = x.reshape(count, B, K, -1, rows, h).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(B, count * rows, -1, h)[:, :S]
+
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  q, gradient, k, v = (tiles(x.reshape(B, S, K, -1, h)) for x in (q * scale, gradient, k, v))
+  start = jnp.pad(start, ((0, 0), (0, count * rows - S)), mode="edge").reshape(B, count, rows).swapaxes(0, 1)
+  row = jnp.tile(jnp.arange(rows), G)[:, None]
+
+  def one(sums, tile):
+    i, q, start, gradient = tile
+    first = jnp.tile(start, G)[:, None, :, None]
+
+    def scores(j):
+      key = j * rows + jnp.arange(rows)
+      seen = (key <= i * rows + row) & (key >= first) & (key < S)
+      return jnp.where(seen, product("bkrh,bkth->bkrt", q, k[j]), MASKED), product("bkrh,bkth->bkrt", gradient, v[j])
+
+    def sum_up(j, carry):
+      largest, total, mean = carry
+      shown, slope = scores(j)
+      new = jnp.maximum(largest, shown.max(-1))
+      shrink, weights = jnp.exp(largest - new), jnp.exp(shown - new[..., None])
+      return new, total * shrink + weights.sum(-1), mean * shrink + (weights * slope).sum(-1)
+
+    def add(j, carry):
+      dq, dk, dv = carry
+      shown, slope = scores(j)
+      weights = jnp.exp(shown - largest[..., None]) / total[..., None]
+      slope = weights * (slope - (mean / total)[..., None])
+      dv = dv.at[j].add(product("bkrt,bkrh->bkth", weights.astype(v.dtype), gradient))
+      dk = dk.at[j].add(product("bkrt,bkrh->bkth", slope.astype(k.dtype), q))
+      return dq + product("bkrt,bkth->bkrh", slope.astype(k.dtype), k[j]), dk, dv
+
+    begun = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape[:-1])
+    largest, total, mean = jax.lax.fori_loop(start.min() // rows, i + 1, sum_up, begun)
+    dq, *sums = jax.lax.fori_loop(start.min() // rows, i + 1, add, (jnp.zeros(q.shape, jnp.float32), *sums))
+    return tuple(sums), dq * scale
+
+  begun = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+  (dk, dv), dq = jax.lax.scan(one, begun, (jnp.arange(count), q, start, gradient))
+  return slots(dq).astype(q.dtype), slots(dk).astype(k.dtype), slots(dv).astype(v.dtype), None
+
+
+_packed_tiled.defvjp(_packed_forward, _packed_backward)
+
+
+def _einsum(q, k, v, causal, key_valid, sample=None):
+  weights = attention_weights(
+    q, k, causal=causal, key_valid=key_valid, sample=sample, offset=k.shape[1] - q.shape[1]
+  )
   out = jnp.einsum("bkgls,bskh->blkgh", weights.astype(v.dtype), v)
   return out.reshape(q.shape).astype(q.dtype)
 
@@ -373,6 +609,7 @@ def attention_weights(
   *,
   causal: bool,
   key_valid: Bool[Array, "B S"] | None = None,
+  sample: Int[Array, "B S"] | None = None,
   offset: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B K G L S"]:
   """The softmax weights themselves, float32[B, K, H // K, L, S]; row i is slot i + offset of the sequence."""
@@ -383,6 +620,8 @@ def attention_weights(
   allowed = jnp.ones((1, 1, 1, 1, S), bool) if key_valid is None else key_valid[:, None, None, None, :]
   if causal:
     allowed = allowed & (jnp.arange(S) <= jnp.arange(L)[:, None] + offset)
+  if sample is not None:
+    allowed = allowed & (sample[:, :, None] == sample[:, None, :])[:, None, None]
   return jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
 
 

@@ -1,8 +1,8 @@
 """Qwen2 with LP-Comp between its layers: every layer sees its own, shorter sequence.
 
-The sequence of a sample is [prefix | visual | text], each part right-padded; slots keep that order at every
-layer, so causality is the order of slots and padding is masked. Positions count valid tokens and are
-renumbered after every reduction, per layer (FACTS.md 2).
+A row is [prefixes | visual | texts] of its samples (see `data.batch`), each part right-padded. Slots keep that order at every layer,
+so causality is the order of slots. A slot sees its own sample alone. Positions count a sample's valid tokens and are renumbered
+after every reduction, per layer (FACTS.md 2).
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,18 +30,58 @@ MLP_ROWS = 4096  # whose six times as wide middle exists at once in training: 0.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-  """Valid tokens of each sample: int32[B] each; `groups` counts groups of visual tokens."""
+  """Valid tokens of the samples of each row: int32[B, M] each; `groups` counts groups of visual tokens."""
 
   prefix: Leaf
   groups: Leaf
   text: Leaf
 
-  def valid(self, prefix: int, groups: int, text: int, count: int) -> jax.Array:
-    """bool[B, S] over the slots of a layer that holds `count` tokens per group."""
-    part = lambda n, slots: jnp.arange(slots) < n[:, None]
-    return jnp.concatenate(
-      [part(self.prefix, prefix), part(self.groups * count, groups * count), part(self.text, text)], axis=1
-    )
+  def places(self, prefix: int, groups: int, text: int, count: int) -> "Places":
+    """Says what lies where in a layer that holds `count` tokens per group.
+
+    prefix, groups, text: slots of each part of a row; those of the prefixes are shared evenly by the M samples.
+    """
+    M = self.prefix.shape[1]
+    owner, at = np.divmod(np.arange(prefix), max(1, prefix // M))
+    parts = [(jnp.where(at < self.prefix[:, owner], owner, -1), jnp.broadcast_to(at, (len(self.prefix), prefix)))]
+    parts.append(_one_behind_another(self.groups * count, groups * count, self.prefix))
+    parts.append(_one_behind_another(self.text, text, self.prefix + self.groups * count))
+    return Places(*(jnp.concatenate(some, axis=1, dtype=jnp.int32) for some in zip(*parts)), several=M > 1)
+
+
+def _one_behind_another(lengths: jax.Array, slots: int, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Which sample each of so many slots belongs to, -1 for padding, and the position of its token: int32[B, slots] each.
+
+  lengths, before: int32[B, M], tokens of each sample in these slots, and in the parts before.
+  """
+  ends, slot = jnp.cumsum(lengths, axis=1), jnp.arange(slots)
+  owner = (slot[:, None] >= ends[:, None]).sum(-1)  # the samples that end before a slot
+  first = jnp.take_along_axis(before - (ends - lengths), jnp.minimum(owner, lengths.shape[1] - 1), axis=1)
+  return jnp.where(owner < lengths.shape[1], owner, -1), first + slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """What lies in the slots of a layer.
+
+  sample: int32[B, S], which of a row's samples a slot belongs to; -1 is padding. position: int32[B, S], of the token within its
+  sample; anything for padding. several: a row may hold more than one; static.
+  """
+
+  sample: Leaf
+  position: Leaf
+  several: bool = dataclasses.field(metadata={"static": True})
+
+  @property
+  def valid(self) -> jax.Array:
+    """bool[B, S], False for padding."""
+    return self.sample >= 0
+
+  @property
+  def mask(self) -> AttentionMask:
+    """Who sees what."""
+    return AttentionMask(causal=True, sample=self.sample) if self.several else AttentionMask(causal=True, valid=self.valid)
 
 
 @jax.tree_util.register_dataclass
@@ -109,12 +150,12 @@ class Layer(nnx.Module):
     y = _in_parts(*nnx.split(modules), x) if self.cfg.remat else _mlp(modules, x)
     return constrain(x + y, "batch", "sequence", None)
 
-  def __call__(self, x, positions, valid, pick=lambda x: x):
-    """A whole sequence; returns x of the slots that `pick` takes out, and the keys (not rotated) and values of all."""
+  def __call__(self, x, places: Places, pick=lambda x: x):
+    """Runs whole sequences; returns x of the slots that `pick` takes out, and the keys (not rotated) and values of all."""
     layer = gathered(self, x.dtype)
     q, k, v = layer.project(x)
-    q, rotated = self.rotate(q, positions), self.rotate(k, positions)
-    attended = attend(q, rotated, v, AttentionMask(causal=True, valid=valid), implementation=self.cfg.attention)
+    q, rotated = self.rotate(q, places.position), self.rotate(k, places.position)
+    attended = attend(q, rotated, v, places.mask, implementation=self.cfg.attention)
     return layer.finish(pick(x), pick(attended)), k, v
 
   def extend(self, x, valid, cache: LayerCache, projected):
@@ -233,11 +274,11 @@ def run(
 
   Args:
     decoder: the parameters.
-    x: [B, P + G * group + L, D] embedded sequences.
-    lengths: valid tokens per sample.
-    prefix: P, slots before the visual tokens; static, as is
+    x: [B, P + G * group + L, D] embedded rows.
+    lengths: valid tokens of each sample.
+    prefix: P, slots before the visual tokens, of all samples of a row; static, as is
     text: L, slots after them.
-    query: bool[B, L], text rows whose attention decides what stays; only for keep="attention".
+    query: bool[B, L], text tokens whose attention decides what stays; only for keep="attention", which takes one sample a row.
     caches: return every layer's keys and values.
     rotated: return keys rotated at this layer's positions, ready for `step`; False: as projected, for `extend`.
     entering: return the states entering every layer.
@@ -251,27 +292,27 @@ def run(
     raise ValueError(f"{x.shape[1] - prefix - text} visual slots are no multiple of the group of {lp.group} tokens")
   if lp.keep == "attention" and query is None:
     raise ValueError('lp_comp.keep = "attention" needs the query rows whose attention ranks the visual tokens')
+  if lp.keep == "attention" and lengths.prefix.shape[1] > 1:
+    raise ValueError('lp_comp.keep = "attention" keeps other places in every sample, so a row can hold only one')
   all_caches, all_entering = [], []
   held = before = tuple(range(lp.group))  # what x holds of every group, and what the layer before has seen
-  valid = lengths.valid(prefix, groups, text, len(before))
-  positions = jnp.cumsum(valid, axis=1) - 1
+  places = lengths.places(prefix, groups, text, len(before))
   layers = list(decoder.layers)
   for index, after in enumerate(kept):
     if cfg.remat and index + 1 < len(layers):
       x, layers[index + 1] = _not_before(x, layers[index + 1])
     layer = layers[index]
     if len(after) != len(held):
-      score = _attention_paid(layer, x, positions, valid, query, text) if lp.keep == "attention" else None
+      score = _attention_paid(layer, x, places, query, text) if lp.keep == "attention" else None
       x = _thin(x, lp, held, after, prefix, text, lengths, score)
     if len(after) != len(before):
-      valid = lengths.valid(prefix, groups, text, len(after))
-      positions = jnp.cumsum(valid, axis=1) - 1
+      places = lengths.places(prefix, groups, text, len(after))
     held = before = after
     if entering:
       all_entering.append(x)
     if index == stop:
       k = layer.keys(x)
-      all_caches.append(LayerCache(layer.rotate(k, positions) if rotated else k, None, valid))
+      all_caches.append(LayerCache(layer.rotate(k, places.position) if rotated else k, None, places.valid))
       break
     if lp_comp.only_selects(lp):
       # What the next layer drops is needed as keys and values here, and no further.
@@ -280,9 +321,9 @@ def run(
       _thin, lp=lp, before=after, after=held, prefix=prefix, text=text, lengths=lengths, score=None
     )
     call = functools.partial(layer.__call__, pick=pick)
-    x, k, v = (remat(call) if cfg.remat else call)(x, positions, valid)
+    x, k, v = (remat(call) if cfg.remat else call)(x, places)
     if caches:
-      all_caches.append(LayerCache(layer.rotate(k, positions) if rotated else k, v, valid))
+      all_caches.append(LayerCache(layer.rotate(k, places.position) if rotated else k, v, places.valid))
   return Decoded(x, tuple(all_caches), tuple(all_entering))
 
 
@@ -304,19 +345,20 @@ def _thin(x, lp: LPCompConfig, before, after, prefix: int, text: int, lengths: L
   visual = x[:, prefix:end]
   if lp.keep == "attention":
     slots = visual.shape[1] // len(before) * len(after)
-    valid = jnp.arange(visual.shape[1]) < (lengths.groups * len(before))[:, None]
-    visual = lp_comp.keep_attended(visual, score[:, prefix:end], valid, lengths.groups * len(after), slots)
+    groups = lengths.groups[:, 0]  # of the only sample
+    valid = jnp.arange(visual.shape[1]) < (groups * len(before))[:, None]
+    visual = lp_comp.keep_attended(visual, score[:, prefix:end], valid, groups * len(after), slots)
   else:
     visual = lp_comp.reduce(visual, lp, before, after)
   return jnp.concatenate([x[:, :prefix], visual, x[:, end:]], axis=1)
 
 
-def _attention_paid(layer: Layer, x, positions, valid, query, text: int):
+def _attention_paid(layer: Layer, x, places: Places, query, text: int):
   """float32[B, S]: mean over heads and query rows of the attention this layer would pay (FACTS.md 13)."""
   q, k, _ = layer.project(x)
-  q, k = layer.rotate(q, positions), layer.rotate(k, positions)
+  q, k = layer.rotate(q, places.position), layer.rotate(k, places.position)
   start = x.shape[1] - text
-  weights = attention_weights(q[:, start:], k, causal=True, key_valid=valid, offset=start)
+  weights = attention_weights(q[:, start:], k, causal=True, key_valid=places.valid, offset=start)
   share = query / jnp.maximum(query.sum(1, keepdims=True), 1)
   return jnp.einsum("bkgls,bl->bs", weights, share) / (q.shape[2])
 

@@ -13,7 +13,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.extend.backend
@@ -33,6 +33,7 @@ MAJORS = {"mosaic": (9, 10), "triton": (8, None)}  # compute capability: first a
 SMALL_FLOAT32 = {(64, False), (64, True), (128, False)}
 FEW = 384  # queries, of which einsum computes attention: a tile of `attention`
 LONG = 16384  # slots of the LLM for 1,024 frames without text
+STRIP = 2048  # rows whose ranges are made a mask at once
 SPLITS = 80  # tiles of 128 rows, a little more than half of a B200's 148 multiprocessors
 
 
@@ -79,7 +80,7 @@ class Call:
 
   batch, queries, keys, heads, kv_heads, size: B, L, S, H, K and h of q [B, L, H, h] and k [B, S, K, h]. dtype: of both, as NumPy
   names it. causal: rows see keys up to their own. mask: keys are masked for all rows alike ("keys"), for each row ("rows"), or not
-  (None). gradient: there will be one.
+  (None), or rows see a range of keys each ("ranges"). gradient: there will be one.
   """
 
   batch: int
@@ -90,8 +91,28 @@ class Call:
   size: int
   dtype: str
   causal: bool
-  mask: Literal["keys", "rows"] | None
+  mask: Literal["keys", "rows", "ranges"] | None
   gradient: bool
+
+
+class Ranges(NamedTuple):
+  """The keys that rows see: of each those from `start` on, up to the one before `end`. At least one.
+
+  int32[B, L] each. Rows that see neighbouring ranges should be neighbours: what no row of a block sees is left out.
+  """
+
+  start: jax.Array
+  end: jax.Array
+
+
+Seen = jax.Array | Ranges | None  # bool[B or 1, L or 1, S], where every row sees a key; None: all
+
+
+def mask_kind(seen: Seen) -> Literal["keys", "rows", "ranges"] | None:
+  """Gives the `mask` of a Call."""
+  if seen is None or isinstance(seen, Ranges):
+    return None if seen is None else "ranges"
+  return "keys" if seen.shape[1] == 1 else "rows"
 
 
 @functools.cache
@@ -135,7 +156,9 @@ def rule(card: Card, version: str, call: Call) -> Kernel | None:
 def _splits(card: Card, call: Call) -> bool:
   """Says whether Mosaic may split the keys into parts. It does with few tiles on 10.x, and may get the lengths of parts wrong."""
   blackwell = card.capability is not None and card.capability[0] == 10
-  return blackwell and not call.causal and call.batch * call.heads * -(-call.queries // 128) < SPLITS
+  if not blackwell or call.causal or call.mask == "ranges":
+    return False
+  return call.batch * call.heads * -(-call.queries // 128) < SPLITS
 
 
 def choose(card: Card, version: str, call: Call, attempt: Callable[[Kernel, Call], bool]) -> Kernel:
@@ -168,6 +191,9 @@ def _compiles(kernel: Kernel, call: Call, device: Any, precision: str | None) ->
   q, k = array(c.batch, c.queries, c.heads, c.size), array(c.batch, c.keys, c.kv_heads, c.size)
   shape = None if c.mask is None else (c.batch, 1 if c.mask == "keys" else c.queries, c.keys)
   seen = shape and jax.ShapeDtypeStruct(shape, np.bool_, sharding=place)
+  if c.mask == "ranges":
+    bound: Any = jax.ShapeDtypeStruct((c.batch, c.queries), np.int32, sharding=place)
+    seen = Ranges(bound, bound)
   size = block(card_of(device), library() or "", kernel)
   forward = lambda q, k, v, seen: run(kernel, size, q, k, v, seen, c.causal)
   total = lambda *args: forward(*args).astype(jnp.float32).sum()
@@ -187,7 +213,7 @@ def _compiles(kernel: Kernel, call: Call, device: Any, precision: str | None) ->
 
 
 def run(
-  kernel: Kernel, block_size: int, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None, causal: bool
+  kernel: Kernel, block_size: int, q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, causal: bool
 ) -> jax.Array:
   """Has tokamax compute attention over whole blocks.
 
@@ -199,8 +225,8 @@ def run(
     q: [B, L, H, h].
     k: [B, S, K, h] in q's dtype; S = L where it is causal.
     v: [B, S, K, h], likewise.
-    seen: bool[B or 1, L or 1, S]; every row sees a key. None: all.
-    causal: a row sees keys up to its own.
+    seen: which keys a row sees.
+    causal: a row sees keys up to its own, where the ends of ranges are, too.
 
   Returns:
     [B, L, H, h] in q's dtype.
@@ -216,6 +242,14 @@ def run(
   _quiet()
   L, S = q.shape[1], k.shape[1]
   more_rows, more_keys = -L % block_size, -S % block_size
+  if isinstance(seen, Ranges):
+    q, k, v = _padded(q, 1, more_rows, 0), _padded(k, 1, more_keys, 0), _padded(v, 1, more_keys, 0)
+    seen = Ranges(*(jnp.pad(x, ((0, 0), (0, more_rows)), mode="edge") for x in seen))
+    if kernel == "mosaic":
+      out = _ranged(kernel, q, k, v, seen, causal)
+    else:
+      out = _in_strips(kernel, block_size, q, k, v, seen)
+    return out[:, :L].astype(q.dtype)
   if more_keys and seen is None:
     seen = jnp.ones((1, 1, S), bool)
   if seen is not None:
@@ -225,6 +259,47 @@ def run(
   q, k, v = _padded(q, 1, more_rows, 0), _padded(k, 1, more_keys, 0), _padded(v, 1, more_keys, 0)
   out = tokamax.dot_product_attention(q, k, v, mask=seen, is_causal=causal, implementation=kernel)
   return out[:, :L].astype(q.dtype)
+
+
+def _ranged(kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, seen: Ranges, causal: bool) -> jax.Array:
+  """Runs a kernel with ranges, which `tokamax.dot_product_attention` has no argument for."""
+  from tokamax._src.ops.attention import api, base
+
+  start, end = (x[:, None] for x in seen)
+  # Only the causal flag has Mosaic's gradient leave blocks out.
+  mask = base.Mask(None, k_start=start, is_causal=True) if causal else base.Mask(None, k_start=start, k_end=end)
+  return api.IMPLEMENTATIONS["mosaic_gpu" if kernel == "mosaic" else kernel](q, k, v, mask=mask, precision=None)
+
+
+def _in_strips(kernel: Kernel, block_size: int, q: jax.Array, k: jax.Array, v: jax.Array, seen: Ranges) -> jax.Array:
+  """Runs a kernel on STRIP rows at once, and on those keys among which theirs are: a quarter, a half, or all.
+
+  These kernels make a mask of ranges: "xla_chunked" always, and "triton" for the gradient, where it
+  skips nothing, either.
+  """
+  (B, L), S = q.shape[:2], k.shape[1]
+  count = -(-L // STRIP)
+  rows = -(-L // (count * block_size)) * block_size
+  sizes = sorted({min(S, -(-S // (parts * 128)) * 128) for parts in (4, 2, 1)})
+
+  def window(size, first, q, k, v, seen):
+    first = jnp.minimum(first, S - size)
+    k, v = (jax.lax.dynamic_slice_in_dim(x, first, size, 1) for x in (k, v))
+    return _ranged(kernel, q, k, v, Ranges(seen.start - first, seen.end - first), False)
+
+  @jax.checkpoint  # masks are not kept for the gradient
+  def strip(part):
+    q, seen = part
+    first = seen.start.min()
+    fits = sum((seen.end.max() - first > size).astype(jnp.int32) for size in sizes[:-1])
+    return jax.lax.switch(fits, [functools.partial(window, size) for size in sizes], first, q, k, v, seen)
+
+  def strips(x, mode):
+    x = jnp.pad(x, ((0, 0), (0, count * rows - L)) + ((0, 0),) * (x.ndim - 2), mode=mode)
+    return jnp.moveaxis(x.reshape(B, count, rows, *x.shape[2:]), 1, 0)
+
+  out = jax.lax.map(strip, (strips(q, "constant"), Ranges(*(strips(x, "edge") for x in seen))))
+  return jnp.moveaxis(out, 0, 1).reshape(B, count * rows, *out.shape[3:])[:, :L]
 
 
 def _padded(x: jax.Array, axis: int, count: int, value: bool | int) -> jax.Array:

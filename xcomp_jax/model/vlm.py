@@ -1,7 +1,10 @@
-"""The whole model: encode(frames) -> place(visual, text) -> decoder -> logits; and the loss.
+"""The whole model: encode(clips) -> fill(rows) -> place(visual, text) -> decoder -> logits; and the loss.
 
 Training, asking and evaluation call these same functions.
 """
+
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from xcomp_jax.config import InternVideo2Config, VLMConfig
-from xcomp_jax.data.batch import IGNORE, Batch
+from xcomp_jax.data.batch import IGNORE, Batch, Clips
 from xcomp_jax.model import decoder
 from xcomp_jax.model.decoder import Decoder, Lengths
 from xcomp_jax.model.internvideo2 import InternVideo2
@@ -20,6 +23,7 @@ from xcomp_jax.sharding import constrain, divides, parts
 
 VOCABULARY = "vocabulary"  # name in compiled programs of what is there once, whatever the layers
 LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
+NOWHERE = 2**30  # an index that no array has
 GATHERED_ROWS = 16 * LOGIT_ROWS  # and at most in all, since every device that has some of the words has all rows
 
 
@@ -34,52 +38,84 @@ class VLM(nnx.Module):
     self.llm = Decoder(cfg, rngs=rngs, param_dtype=param_dtype)
 
 
-def encode(model: VLM, frames: UInt8[Array | np.ndarray, "B C F S S 3"]) -> Float[Array, "B C N D"]:
-  """Tower and token merging, in chunks of clips so that peak memory does not grow with the number of frames.
+def encode(model: VLM, frames: UInt8[Array | np.ndarray, "C F S S 3"]) -> Float[Array, "C N D"]:
+  """Tower and token merging of clips, a chunk at a time so that peak memory does not grow with their number.
 
   Args:
     model: the parameters.
-    frames: uint8[B, C, F, S, S, 3]; F = 1 is the single-image path.
+    frames: uint8[C, F, S, S, 3]; F = 1 is the image path.
 
   Returns:
-    [B, C, F * 16, D], merged features before the projector.
+    [C, F * 16, D], merged features before the projector.
   """
-  cfg = model.cfg
-  B, C, F = frames.shape[:3]
+  return encode_clips(model.vision, model.cfg, frames)
+
+
+def encode_clips(
+  tower: Vision | InternVideo2, cfg: VLMConfig, frames: UInt8[Array | np.ndarray, "C F S S 3"]
+) -> Float[Array, "C N D"]:
+  """Does what `encode` does with the tower alone."""
+  C, F = frames.shape[:2]
   target = F * cfg.tokens_per_frame
   if C == 0:
-    return jnp.zeros((B, 0, target, cfg.vision.width), cfg.dtype)
+    return jnp.zeros((0, target, cfg.vision.width), cfg.dtype)
 
-  def chunk(frames):  # uint8[B, X, c, F, S, S, 3]
-    flat = constrain(frames.reshape(-1, *frames.shape[3:]), "clips")
-    merged = merge(model.vision(flat), target, cfg.vision.heads)
-    return merged.reshape(*frames.shape[:3], *merged.shape[1:])
+  def chunk(frames):  # uint8[parts * c, F, S, S, 3]
+    return merge(tower(constrain(frames, "clips")), target, cfg.vision.heads)
 
-  X = parts("sequence") if C % parts("sequence") == 0 else 1  # every part of a split sequence has clips in each chunk
-  frames = frames.reshape(B, X, C // X, *frames.shape[2:])
+  X = parts("clips") if C % parts("clips") == 0 else 1  # every device has clips in each chunk
+  each = frames.reshape(X, C // X, *frames.shape[1:])
   size = min(cfg.clips_per_chunk, C // X)
   whole = C // X // size * size
-  split = frames[:, :, :whole].reshape(B, X, -1, size, *frames.shape[3:])
-  out = jax.lax.map(chunk, jnp.moveaxis(split, 2, 0))
-  out = jnp.moveaxis(out, 0, 2).reshape(B, X, whole, *out.shape[4:])
+  split = each[:, :whole].reshape(X, -1, size, *frames.shape[1:])
+  out = jax.lax.map(chunk, jnp.moveaxis(split, 1, 0).reshape(-1, X * size, *frames.shape[1:]))
+  out = jnp.moveaxis(out.reshape(-1, X, size, *out.shape[2:]), 0, 1).reshape(X, whole, *out.shape[2:])
   if whole < C // X:
-    out = jnp.concatenate([out, chunk(frames[:, :, whole:])], axis=2)
-  return constrain(out.reshape(B, C, *out.shape[3:]), "batch", "sequence")
+    rest = chunk(each[:, whole:].reshape(-1, *frames.shape[1:]))
+    out = jnp.concatenate([out, rest.reshape(X, -1, *rest.shape[1:])], axis=1)
+  return constrain(out.reshape(C, *out.shape[2:]), "clips")
+
+
+def fill(
+  visual: Float[Array, "B T n D"], features: Float[Array, "C N D"], place: Int[Array, "C 2"]
+) -> Float[Array, "B T n D"]:
+  """Puts merged clips where they belong in the rows of a batch.
+
+  Args:
+    visual: [B, T, n, D], n merged tokens of every frame.
+    features: [C, F * n, D] of `encode`.
+    place: int32[C, 2], row and slot of each clip's first frame. Frames whose row or slot is not there are dropped.
+  """
+  n, D = visual.shape[2:]
+  frames = features.reshape(len(features), -1, n, D)
+  rows, slots = place[:, :1], place[:, 1:] + jnp.arange(frames.shape[1])
+  rows, slots = (jnp.where(index < 0, NOWHERE, index) for index in (rows, slots))  # below 0 would count from the end
+  return visual.at[rows, slots].set(frames.astype(visual.dtype), mode="drop")
+
+
+def seen(model: VLM, batch: Batch, clips: tuple[Clips, ...]) -> Batch:
+  """Fills in the visual tokens of a batch from its clips; those of several frames and images are apart."""
+  visual = batch.visual
+  for some in clips:
+    rows = jnp.where(some.place < 0, NOWHERE, jnp.arange(len(visual))[:, None])
+    features = encode(model, some.frames.reshape(-1, *some.frames.shape[2:]))
+    visual = fill(visual, features, jnp.stack([rows, some.place], axis=-1).reshape(-1, 2))
+  return dataclasses.replace(batch, visual=constrain(visual, "batch", "sequence"))
 
 
 def place(
-  model: VLM, features: Float[Array, "B C N D"], prefix: Int[Array, "B P"], text: Int[Array, "B L"]
+  model: VLM, features: Float[Array, "B T N D"], prefix: Int[Array, "B P"], text: Int[Array, "B L"]
 ) -> Float[Array, "B S E"]:
   """Projects features and puts them between the two parts of the text.
 
   Args:
     model: the parameters.
-    features: [B, C, N, D] merged tower features.
-    prefix: int32[B, P].
-    text: int32[B, L].
+    features: [B, T, N, D] merged tower features, N tokens of each of T frames (or of each clip).
+    prefix: int32[B, P], of all samples of a row.
+    text: int32[B, L], likewise.
 
   Returns:
-    [B, P + C * N + L, D] in the compute dtype.
+    [B, P + T * N + L, D] in the compute dtype.
   """
   visual = model.projector(features)
   visual = visual.reshape(len(visual), -1, visual.shape[-1])
@@ -100,17 +136,10 @@ def _beside_words(model: VLM) -> tuple[str, str | None]:
 
 def lengths(model: VLM, batch: Batch) -> Lengths:
   """Valid lengths of a batch's samples."""
-  tokens = features_shape(model.cfg, batch.visual)[2]
-  group = model.cfg.lp_comp.group
-  if tokens % group:
-    raise ValueError(f"a clip of {tokens} visual tokens can't be cut into groups of {group}")
-  return Lengths(batch.prefix_length, batch.clips * (tokens // group), batch.text_length)
-
-
-def features_shape(cfg: VLMConfig, visual) -> tuple[int, int, int]:
-  """(B, C, N) of the merged features that frames or features `visual` give."""
-  B, C, F = visual.shape[:3]
-  return (B, C, F * cfg.tokens_per_frame) if visual.ndim == 6 else (B, C, F)
+  group, tokens = model.cfg.lp_comp.group, batch.visual.shape[2]
+  if (clip := model.cfg.clip_frames * tokens) % group:
+    raise ValueError(f"a clip of {clip} visual tokens can't be cut into groups of {group}")
+  return Lengths(batch.prefix_length, batch.frames * tokens // group, batch.text_length)
 
 
 def forward(
@@ -120,42 +149,41 @@ def forward(
 
   Args:
     model: the parameters.
-    batch: frames or features, and text.
+    batch: features and text.
     projector_max_frames: samples of at least this many frames give the projector no gradient (quirk Q17).
     caches: return every layer's keys and values.
     entering: return the states entering every layer.
   """
   cfg = model.cfg
-  features = encode(model, batch.visual) if batch.visual.ndim == 6 else batch.visual.astype(cfg.dtype)
-  P, L = batch.prefix.shape[1], batch.text.shape[1]
-  x = place(model, features, batch.prefix, batch.text)
+  (B, M, P), L, N = batch.prefix.shape, batch.text.shape[1], batch.visual.shape[2]
+  P, end = M * P, M * P + batch.visual.shape[1] * N
+  x = place(model, batch.visual.astype(cfg.dtype), batch.prefix.reshape(B, P), batch.text)
+  of = lengths(model, batch)
   if projector_max_frames is not None:
-    frames = batch.clips * (features.shape[2] // cfg.tokens_per_frame)
-    visual = x[:, P : x.shape[1] - L]
-    visual = jnp.where((frames >= projector_max_frames)[:, None, None], jax.lax.stop_gradient(visual), visual)
-    x = jnp.concatenate([x[:, :P], visual, x[:, x.shape[1] - L :]], axis=1)
-  return decoder.run(
-    model.llm, x, lengths(model, batch), prefix=P, text=L, query=batch.query, caches=caches, entering=entering
-  )
+    group = cfg.lp_comp.group
+    sample = of.places(P, (end - P) // group, L, group).sample[:, P:end]
+    frames = jnp.take_along_axis(batch.frames, jnp.maximum(sample, 0), axis=1)
+    visual = x[:, P:end]
+    visual = jnp.where((frames >= projector_max_frames)[..., None], jax.lax.stop_gradient(visual), visual)
+    x = jnp.concatenate([x[:, :P], visual, x[:, end:]], axis=1)
+  return decoder.run(model.llm, x, of, prefix=P, text=L, query=batch.query, caches=caches, entering=entering)
 
 
 def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B R D"]:
-  """The rows of x [B, S', D] that can have a target: prefix, last visual token, text -> [B, P + 1 + L, D].
+  """The rows of x [B, S', D] that can have a target: prefixes, each sample's last visual token, texts -> [B, M * P + M + L, D].
 
   Never a row per visual token: at 1,024 frames those are nearly all rows (FACTS.md 3).
   """
-  P, L = batch.prefix.shape[1], batch.text.shape[1]
+  P, L = math.prod(batch.prefix.shape[1:]), batch.text.shape[1]
   end = x.shape[1] - L
-  slots = features_shape(model.cfg, batch.visual)
   # In one piece: it is one token per group by now, and XLA (of jax 0.10) gets the gradient of slices of split rows wrong
   # on a mesh of tensor and context (tests/test_context.py).
   x = constrain(x, "batch", None, None)
-  visual = end - P
-  if visual:
-    last = P + batch.clips * (visual // slots[1]) - 1
-    last = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)
+  if visual := end - P:
+    last = P + jnp.cumsum(batch.frames, axis=1) * visual // batch.visual.shape[1] - 1
+    last = jnp.take_along_axis(x, jnp.maximum(last, 0)[..., None], axis=1)
   else:
-    last = jnp.zeros_like(x[:, :1])
+    last = jnp.zeros((*batch.frames.shape, x.shape[2]), x.dtype)
   return jnp.concatenate([x[:, :P], last, x[:, end:]], axis=1)
 
 
@@ -196,28 +224,34 @@ def predictions(
   return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :R], out)
 
 
-def _mean(values: jax.Array, where: jax.Array) -> jax.Array:
-  """float32[B]: mean of values [B, R] over a sample's rows `where`; 0 where there is none."""
-  return jnp.where(where, values, 0).sum(1) / jnp.maximum(where.sum(1), 1)
+def _means(values: jax.Array, where: jax.Array, batch: Batch) -> jax.Array:
+  """float32[B, M]: means over each sample's own rows `where` of values [B, R]; 0 where there is none."""
+  (B, M, P), ends = batch.prefix.shape, jnp.cumsum(batch.text_length, axis=1)
+  text = (jnp.arange(batch.text.shape[1])[:, None] >= ends[:, None]).sum(-1)
+  around = jnp.broadcast_to(jnp.concatenate([jnp.arange(M * P) // max(1, P), jnp.arange(M)]), (B, M * P + M))
+  of = jnp.concatenate([around, text], axis=1)[..., None] == jnp.arange(M)
+  of = jnp.where(where[..., None], of, False)
+  return jnp.where(of, values[..., None], 0).sum(1) / jnp.maximum(of.sum(1), 1)
 
 
-def loss(model: VLM, batch: Batch, *, projector_max_frames: int | None = None) -> Float[Array, " B"]:
-  """float32[B]: next-token loss of each sample, its mean over supervised rows, as trained officially (FACTS.md 3).
+def loss(model: VLM, batch: Batch, *, projector_max_frames: int | None = None) -> Float[Array, "B M"]:
+  """float32[B, M]: next-token loss of each sample, its mean over supervised rows, as trained officially (FACTS.md 3).
 
   Not weighted by batch.weight; 0 where nothing is supervised.
   """
   x = forward(model, batch, projector_max_frames=projector_max_frames).x
   losses, _ = predictions(model, supervised_rows(model, x, batch), batch.targets)
-  return _mean(losses, batch.targets != IGNORE)
+  return _means(losses, batch.targets != IGNORE, batch)
 
 
-def evaluate(model: VLM, batch: Batch) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-  """Held-out measures of each sample: loss float32[B], and correct float32[B].
+def evaluate(model: VLM, batch: Batch) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+  """Held-out measures of each sample: loss float32[B, M], and correct float32[B, M].
 
   `correct` is the share of answers whose first token is the most probable one: for an answer of a single letter,
   greedy decoding's accuracy.
   """
   losses, hit = predictions(model, supervised_rows(model, forward(model, batch).x, batch), batch.targets)
   supervised = batch.targets != IGNORE
-  rows = jnp.concatenate([jnp.zeros((len(batch.query), batch.prefix.shape[1] + 1), bool), batch.query], axis=1)
-  return _mean(losses, supervised), _mean(hit, rows & supervised)
+  around = supervised.shape[1] - batch.query.shape[1]
+  asked = jnp.pad(batch.query, ((0, 0), (around, 0)))
+  return _means(losses, supervised, batch), _means(hit, asked & supervised, batch)

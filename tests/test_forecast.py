@@ -1,0 +1,183 @@
+"""What a run is said to compute and take, before anything is compiled."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from test_packing import mixture
+
+from xcomp_jax import forecast, metrics
+from xcomp_jax.config import (
+  ConfigError,
+  LLMConfig,
+  LPCompConfig,
+  MeshConfig,
+  VisionConfig,
+  VLMConfig,
+  from_command_line,
+)
+from xcomp_jax.data import packing
+from xcomp_jax.data.batch import Length, Shape
+
+CFG = VLMConfig(
+  vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
+  llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, None, 1e-6, True, None),
+  lp_comp=LPCompConfig("cosine", "suffix", 16),
+  clip_frames=8, tokens_per_frame=16, dtype="bfloat16", clips_per_chunk=4, attention="auto", remat=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config():
+  return from_command_line(["forecast", "--config=configs/sct.py"])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  """Chooses shapes by fewer steps, and looks at fewer."""
+  monkeypatch.setattr(packing, "SAMPLED", 256)
+  monkeypatch.setattr(packing, "MOVES", packing.MOVES[1::2])
+
+
+@pytest.mark.parametrize("devices", [1, 8, 32])
+def test_a_mixture_is_computed_with_little_padding(config, devices):
+  lengths = mixture(1800)
+  plan = forecast.schedule(config, CFG, lengths, forecast.chips("v5e", devices))
+  assert np.prod(plan.mesh) == devices and len(plan.shapes) <= 4
+  steps = packing.pack_steps(lengths, np.arange(1792).reshape(-1, 32).tolist(), plan.shapes, plan.costs)
+  frames, features = (forecast.account(plan, steps, lengths, pixels) for pixels in (True, False))
+  assert frames.tower >= (0.97 if devices <= 16 else 0.95) and frames.all >= 0.9
+  assert features.llm == frames.llm >= (0.75 if devices <= 8 else 0.58) and features.all == features.llm
+  assert features.step <= (1.3 if devices <= 8 else 1.8) * features.alone
+  assert features.alone <= features.linked <= features.step < frames.step
+  assert frames.programs <= 4 and frames.steps == 56 and frames.batch_size == 32
+  assert "56 steps of 32 samples" in frames.paragraph() and "bound by operations" in frames.paragraph()
+
+
+def test_real_operations_are_those_that_metrics_counts(config):
+  lengths = mixture(64)
+  plan = forecast.Schedule((1, 1, 1, 1), (Shape(1, 16, 16, 4096, 8192),), forecast._costs(
+    CFG, config.train, (1, 1, 1, 1), forecast._rates(forecast.chips("h100", 1)), lengths
+  ))  # fmt: skip
+  steps = packing.pack_steps(lengths, [range(32), range(32, 64)], plan.shapes, plan.costs)
+  a = forecast.account(plan, steps, lengths, True)
+  again = metrics.forward_flops(CFG, lengths, True)["llm"].sum()  # recomputed
+  assert a.alone * 2 * 989e12 == pytest.approx(metrics.training_flops(CFG, config.train, lengths, True) + again)
+
+
+def test_a_full_row_has_no_padding_but_what_attention_can_not_leave_out():
+  sample, row = [Length(1024, 8, 16, 512)], Shape(1, 1, 16, 1024, 512)
+  real, executed = metrics.forward_flops(CFG, sample, False), forecast.row_flops(CFG, row)
+  device = forecast._rates(forecast.chips("h100", 1))
+  attended = forecast.attention_flops(CFG, sample, device)
+  assert executed["projector"] == real["projector"][0]
+  assert 1 < (executed["llm"] + attended[0]) / real["llm"][0] < 1.06
+
+
+def test_links_and_memory_are_near_those_of_compiled_programs(config):
+  # As compiled (docs/LOG.md): one sample of 1,024 frames and 512 text tokens on each device, on features.
+  for chip, devices, hbm, gathered in (("v5e", 4, 287.7e9, 3.95e9), ("v5p", 4, 287.7e9, 3.95e9), ("v5e", 16, 282.5e9, 4.97e9)):
+    device = forecast._rates(forecast.chips(chip, devices))
+    costs = forecast._costs(CFG, config.train, (1, devices, 1, 1), device, mixture(1))
+    spent = costs.spent(Shape(devices, 1, 16, 1024, 512))
+    assert spent["memory"] * device.bandwidth == pytest.approx(hbm, rel=0.25)
+    assert spent["links"] * device.links == pytest.approx(2 * gathered, rel=0.1)  # and as much again for gradients
+
+
+def test_the_torus_of_a_count_of_chips():
+  links = lambda chip, n: forecast._rates(forecast.chips(chip, n)).links
+  assert [links("v5e", n) / 50e9 for n in (1, 2, 8, 16, 256)] == [0, 1, 2, 2, 4]
+  assert [links("v5p", n) / 100e9 for n in (4, 8, 64)] == [2, 3, 6]
+  assert links("h100", 8) == 450e9 and links("h100", 64) == 400e9 and links("a100", 16) == 200e9
+
+
+def test_a_state_that_can_not_fit_is_told(config):
+  sizes = lambda n: forecast._too_large(forecast._costs(
+    CFG, config.train, (1, n, 1, 1), forecast._rates(forecast.chips("v5e", n)), mixture(1)
+  ))  # fmt: skip
+  assert "the state alone takes 24.8 GB of 17.2" in sizes(1) and not sizes(2)
+
+
+def test_context_splits_what_sums_gather(config):
+  lengths, device = mixture(8), forecast._rates(forecast.chips("v5e", 8))
+  one, two = (forecast._costs(CFG, config.train, (1, 8 // n, 1, n), device, lengths) for n in (1, 2))
+  shape = Shape(8, 4, 16, 1024, 1024)
+  assert two.price(dataclasses.replace(shape, rows=4))[0] == pytest.approx(one.price(shape)[0] / 2)
+  assert (two.attention * 2 == pytest.approx(one.attention, abs=2)) and two.spent(shape)["links"] > one.spent(shape)["links"]
+
+
+def test_a_mesh_or_shapes_of_the_config_are_taken(config):
+  lengths, devices = mixture(64), forecast.chips("v5e", 8)
+  shapes = ((4, 8, 1024, 3328), (4, 30, 2048, 4000))
+  named = dataclasses.replace(config, data=dataclasses.replace(config.data, shapes=shapes), mesh=MeshConfig(1, 4, 1, -1))
+  plan = forecast.schedule(named, CFG, lengths, devices)
+  assert plan.mesh == (1, 4, 1, 2) and plan.shapes == (Shape(4, 8, 16, 1024, 3328), Shape(4, 30, 16, 2048, 4000))
+  heldout = forecast.schedule(named, CFG, mixture(20, seed=1), devices, plan)
+  assert heldout.shapes == plan.shapes and heldout.mesh == plan.mesh and len(heldout.costs.attention) == 20
+  wrong = dataclasses.replace(named, mesh=MeshConfig(1, 8, 1, 1))
+  with pytest.raises(ConfigError, match="4 rows can't be split over data x fsdp = 8"):
+    forecast.schedule(wrong, CFG, lengths, devices)
+  lengths[5, 0] = 4096
+  with pytest.raises(ConfigError, match="sample 5 has 4,096 frames"):
+    forecast.schedule(named, CFG, lengths, devices)
+
+
+def test_the_largest_sample_fits_whatever_a_device_should_hold(config):
+  lengths = np.array([[4096, 8, 14, 100], [8, 8, 14, 9000]] * 16)
+  open_mesh = dataclasses.replace(config, mesh=MeshConfig(1, 2, 1, 1))
+  plan = forecast.schedule(open_mesh, CFG, lengths, forecast.chips("v5e", 2))
+  assert packing.fits(lengths, plan.shapes)
+
+
+def test_a_tower_that_learns_is_computed_with_its_rows(config):
+  train = dataclasses.replace(config.train, vision=True)
+  lengths = mixture(32)
+  device = forecast._rates(forecast.chips("v5e", 1))
+  plan = [forecast.Schedule((1,) * 4, (Shape(1, 32, 16, 8192, 16384),), forecast._costs(CFG, t, (1,) * 4, device, lengths))
+          for t in (config.train, train)]  # fmt: skip
+  frozen, learning = (
+    forecast.account(p, packing.pack_steps(lengths, [range(32)], p.shapes, p.costs), lengths, True) for p in plan
+  )
+  assert frozen.tower == 1 and learning.tower < 1 and learning.step > 2.9 * frozen.step
+
+
+def test_the_command_prints_a_table(config, tmp_path):
+  file, lengths = tmp_path / "lengths.json", mixture(200)
+  file.write_text(json.dumps({"frames": lengths[:, 0].tolist(), "text": lengths[:, 3].tolist()}))
+  fixed = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1, 1))
+  out = forecast.command(fixed, CFG, file, None, "2,64", "v5e")
+  rows = [line.split() for line in out.splitlines()]
+  assert rows[0][:4] == ["devices", "batch", "mesh", "data"]
+  assert [row[:4] for row in rows[1:5]] == [
+    [n, size, f"fsdp={n}", kind] for n, size in (("2", "32"), ("64", "64")) for kind in ("frames", "features")
+  ]
+  assert "2 x v5e: 2 x (" in out
+
+
+@pytest.mark.parametrize("text, words", [
+  ("[1, 2", "can't be read"),
+  ("[1, 2]", "expected"),
+  ('{"frames": [1], "text": []}', "expected"),
+  ('{"frames": [1, 8], "text": [5]}', "2 numbers in frames, but 1 in text"),
+  ('{"frames": [1, 12, -8], "text": [5, 0, 2.5]}', r"frames\[1\] = 12: must be 0, 1, or a multiple of the 8 .*text\[2\] = 2.5"),
+])  # fmt: skip
+def test_a_file_of_lengths_that_is_none_is_refused(tmp_path, text, words):
+  (tmp_path / "lengths.json").write_text(text)
+  with pytest.raises(ConfigError, match=words):
+    forecast.read_lengths(tmp_path / "lengths.json", CFG)
+
+
+def test_wrong_arguments_are_named(config, tmp_path):
+  for arguments, words in (
+    ((tmp_path / "none.json", None, "8", "v5e"), "can't be read"),
+    ((tmp_path, None, "8,x", "v5e"), "--devices 8,x: must be numbers"),
+    ((tmp_path, None, "8", "v9"), "--chip v9: known are v4, v5e, v5p, v6e, b200, h200, h100, a100"),
+    ((None, None, "8", "v5e"), "one of --lengths FILE and --data STORE"),
+  ):
+    with pytest.raises(ConfigError, match=words):
+      forecast.command(config, CFG, *arguments)
+  file = tmp_path / "few.json"
+  file.write_text(json.dumps({"frames": [1] * 40, "text": [9] * 40}))
+  with pytest.raises(ConfigError, match="there are 40 samples, but a step of 64 devices has 64"):
+    forecast.command(config, CFG, file, None, "64", "v5e")

@@ -1,0 +1,551 @@
+"""Says what a run's steps will compute and how long they take at least, before anything is compiled.
+
+The same prediction chooses the mesh and the shapes of the micro-batches (`schedule`). A part of a step takes the longest
+of its operations on the most loaded device, its bytes over links, and its bytes of memory traffic, by what a device can
+do at best (`cost.CHIPS`): real runs take longer.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xcomp_jax import cost, metrics, sharding
+from xcomp_jax.config import ConfigError, DataConfig, RunConfig, TrainConfig, VLMConfig, check
+from xcomp_jax.data import packing
+from xcomp_jax.data.batch import Length, Shape
+from xcomp_jax.data.packing import Lengths, Micro
+from xcomp_jax.model import attention
+
+BLOCK = 512  # queries, and keys, of a block of attention's kernels
+# What a GPU's gradient of attention computes of a row's square, if its sequence is not split: Mosaic's kernels (H100 and later) leave
+# out no blocks of other samples, Triton's see a quarter, half or all of the keys.
+SQUARE = {"H100": 0.5, "H200": 0.5, "B200": 0.5, "A100": 0.7, "L4": 0.7, "A10": 0.7}
+# Memory traffic of a layer in units of what its activations take, per forward pass (a gradient is two more); fitted to
+# programs compiled for TPUs (docs/LOG.md), which it meets within a fifth.
+TRAFFIC = 3.2
+PICO = 10**12
+PREFIX = 14  # tokens of the chat header, in files of lengths
+# Bytes/s of one GPU's network adapter: 400 Gb/s InfiniBand beside an H100, 200 beside an A100. A ring through several
+# hosts crosses between them on all eight of a host's adapters at once.
+NETWORK = {"B200": 50e9, "H200": 50e9, "H100": 50e9, "A100": 25e9}
+TPUS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite"}
+# Of a virtual CPU device, whose figures nobody knows: collectives among threads cost more than what they send.
+CPU = {"flops": 2e10, "bandwidth": 1e10, "links": 2e8}
+CONTEXT = 20  # a mesh with less context may take a 20th more time: gathered keys and values are waited for
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+  """A device that is not there, for `cost.device_of`."""
+
+  device_kind: str
+  coords: tuple[int, ...]
+
+  def memory_stats(self) -> None:
+    """Knows nothing."""
+
+
+def chips(name: str, count: int) -> list[Any]:
+  """Makes devices that are not there, of a kind such as "v5e" or "h100".
+
+  TPUs form a torus as square as the count allows, of two axes (v5e, v6e) or three.
+
+  Raises:
+    ConfigError: an unknown chip.
+  """
+  kind = TPUS.get(name.lower(), name.upper())
+  known = next((chip for known, chip in cost.CHIPS if known == kind), None)
+  if known is None:
+    raise ConfigError(f"--chip {name}: known are {', '.join((*TPUS, *(gpu.lower() for gpu in NETWORK)))}")
+  sizes, left = [], count
+  for axes in range(2 if known.ring == 16 else 3, 1, -1):
+    sizes.append(max(n for n in range(1, left + 1) if left % n == 0 and n**axes <= left))
+    left //= sizes[-1]
+  return [_Chip(kind, at) for at in np.ndindex(*sizes, left)]
+
+
+def _rates(devices: Sequence[Any]) -> cost.Device:
+  """Looks devices up; bounds the links of GPUs on several hosts by their network, and fills in what is not known."""
+  found = cost.device_of(devices)
+  network = next((rate for name, rate in NETWORK.items() if name in found.kind), None)
+  if network and found.links and found.count > 8:
+    return dataclasses.replace(found, links=min(found.links, 8 * network))
+  return dataclasses.replace(found, **{key: rate for key, rate in CPU.items() if getattr(found, key) is None})
+
+
+# --- what a micro-batch takes -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+  """What micro-batches take on a mesh; see `packing.Costs`.
+
+  mesh: sizes along data, fsdp, tensor, context. attention: of each sample, in picoseconds of its row's devices.
+  """
+
+  cfg: VLMConfig
+  train: TrainConfig
+  mesh: tuple[int, ...]
+  device: cost.Device
+  attention: np.ndarray
+  prices: dict[Shape, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def groups(self) -> int:
+    """Row groups: each has devices of its own."""
+    return self.mesh[0] * self.mesh[1]
+
+  def price(self, shape: Shape) -> tuple[int, int]:
+    """Picoseconds of operations without attention, and of what may go on meanwhile."""
+    if shape not in self.prices:
+      spent = self.spent(shape)
+      self.prices[shape] = round(PICO * spent["operations"]), round(PICO * max(spent["links"], spent["memory"]))
+    return self.prices[shape]
+
+  def spent(self, shape: Shape) -> dict[str, float]:
+    """Seconds of a micro-batch by kind, attention's operations left out."""
+    data, fsdp, tensor, context = self.mesh
+    m, v, parts, rows = self.cfg.llm, self.cfg.vision, fsdp * context, shape.rows // self.groups
+    times, backward = passes(self.cfg, self.train), metrics.passes(self.train)["llm"] > 1
+    inside = ("projector", "llm", *(("vision",) if self.train.vision else ()))  # a frozen tower runs before
+    flops = rows * sum(times[part] * row_flops(self.cfg, shape)[part] for part in inside)
+    flops += rows * (times["llm"] - 1) * square_flops(self.cfg, shape, self.device, context)
+    slots = rows * sum(entering for entering, _ in _slots(self.cfg, shape))
+
+    projector = m.width * (m.width + v.width)
+    layers = m.layers * sum(metrics.layer_products(m))
+    used, trained = (layers + projector) / tensor, (layers * self.train.llm + projector * self.train.projector) / tensor
+    # Parameters are gathered in two bytes for each pass over them, and gradients summed in four. So are a row's keys and
+    # values where `context` splits it, and gathered once more to compute again.
+    sent = (2 * (1 + backward) * used + 4 * trained) * (parts - 1) / parts + 8 * trained / parts * (data - 1) / data
+    keys = 2 * slots * m.kv_heads * m.head_dim / tensor
+    sent += keys * (8 if backward else 2) * (context - 1) / context
+    # `tensor` sums what attention and MLP give, in each pass.
+    sent += 2 * times["llm"] * slots / context * 2 * m.width * 2 * (tensor - 1) / tensor
+    # Gathered parameters are written once and read about once a pass; gradients are written and added.
+    moved = 2 * used * (times["llm"] + 1 + backward) + 8 * trained
+    moved += TRAFFIC * times["llm"] * slots / (tensor * context) * _activations(m.width, m.mlp_width)
+    return _seconds(self.device, flops / (tensor * context), sent, moved)
+
+
+def passes(cfg: VLMConfig, train: TrainConfig) -> dict[str, int]:
+  """How many times the operations of its forward pass each part executes: `metrics.passes`, and what is recomputed.
+
+  Attention, which remat does not compute again, has kernels that compute scores again instead.
+  """
+  times = metrics.passes(train)
+  return times | {"llm": times["llm"] + (cfg.remat and times["llm"] > 1)}
+
+
+def _slots(cfg: VLMConfig, shape: Shape) -> list[tuple[int, int]]:
+  """Token slots of a row that each layer attends with, and that it finishes."""
+  around, groups = shape.samples * shape.prefix + shape.text, shape.frames * cfg.tokens_per_frame // cfg.lp_comp.group
+  return [(around + groups * entering, around + groups * left) for entering, left in metrics.entering_and_leaving(cfg)]
+
+
+def row_flops(cfg: VLMConfig, shape: Shape) -> dict[str, float]:
+  """Operations of a row's forward pass, all its slots, without the LLM's attention; as `metrics.forward_flops`."""
+  first, rest = metrics.layer_products(cfg.llm)
+  frames = metrics.forward_flops(cfg, [Length(shape.frames, cfg.clip_frames, 0, 0)], pixels=True)
+  logits = 2.0 * cfg.llm.width * cfg.llm.vocab_size * (shape.samples * (shape.prefix + 1) + shape.text)
+  llm = logits + sum(2 * entering * first + 2 * left * rest for entering, left in _slots(cfg, shape))
+  return {"vision": float(frames["vision"][0]), "projector": float(frames["projector"][0]), "llm": llm}
+
+
+def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np.ndarray:
+  """Operations of the LLM's attention in each sample's forward pass, as executed: with what kernels can't leave out."""
+  edges = 3.0 if device.kind.startswith("TPU") else 1.5  # elsewhere slots are brought into sample order
+  table = _table(lengths)
+  around, groups = table[:, 2] + table[:, 3], table[:, 0] * cfg.tokens_per_frame // cfg.lp_comp.group
+  pairs = np.zeros(len(table))
+  for entering, _ in metrics.entering_and_leaving(cfg):
+    pairs += attention.packed_pairs(around + groups * entering, BLOCK, edges)
+  return pairs * (4.0 * cfg.llm.heads * cfg.llm.head_dim)
+
+
+def square_flops(cfg: VLMConfig, shape: Shape, device: cost.Device, context: int) -> float:
+  """Operations of a row's attention, per pass of the gradient, that a GPU's kernels compute whatever samples it holds."""
+  share = 0.0
+  if found := next((share for name, share in SQUARE.items() if name in device.kind), None):
+    share = found if context == 1 else 1.0
+  pairs = share * sum(float(entering) ** 2 for entering, _ in _slots(cfg, shape))
+  return pairs * 4.0 * cfg.llm.heads * cfg.llm.head_dim
+
+
+def skipping_passes(times: int, device: cost.Device) -> int:
+  """Of so many passes over the LLM, those whose attention leaves out blocks of other samples."""
+  return 1 if any(name in device.kind for name in SQUARE) else times
+
+
+def _table(lengths: Lengths) -> np.ndarray:
+  return np.asarray(lengths, np.int64).reshape(-1, len(Length._fields))
+
+
+def _activations(width: int, mlp_width: int) -> int:
+  """Bytes of a token's activations in a layer: queries, keys, values, two norms, two sums; and the MLP's."""
+  return 2 * (7 * width + 3 * mlp_width)
+
+
+def _seconds(device: cost.Device, flops: float, sent: float, moved: float) -> dict[str, float]:
+  found = cost.seconds(device, flops, moved, sent)
+  return {"operations": found["compute"], "links": found["links"], "memory": found["memory"]}
+
+
+# --- the choice of mesh and shapes ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """How a run computes its steps. mesh: sizes along data, fsdp, tensor, context."""
+
+  mesh: tuple[int, ...]
+  shapes: tuple[Shape, ...]
+  costs: Costs
+
+
+def schedule(
+  config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: Sequence[Any], like: Schedule | None = None
+) -> Schedule:
+  """Chooses the mesh, where the config leaves it open, and the shapes of micro-batches, unless the config names them.
+
+  Of the meshes it takes the one with least context that is nearly the fastest (CONTEXT).
+
+  Args:
+    config: of the run.
+    cfg: sizes of the model.
+    lengths: of all samples.
+    devices: of JAX, or from `chips`.
+    like: of the same run's training, for held-out samples: the mesh is its mesh, and so are the shapes if all samples fit.
+
+  Raises:
+    ConfigError: samples that fit no shape, shapes that the mesh can't split, a mesh that can't be.
+  """
+  data, size, device = config.data, config.train.batch_size, _rates(devices)
+  named = None if data.shapes is None else [_named(shape, data) for shape in data.shapes]
+  packing.check_fit(lengths, data.prefix_length, named)
+  meshes = _meshes(config, device.count) if like is None else [like.mesh]
+  found, refused = [], []
+  for mesh in meshes:
+    costs, room = _costs(cfg, config.train, mesh, device, lengths), _room(data, cfg, mesh, lengths)
+    try:
+      if like is not None and packing.fits(lengths, like.shapes):
+        return Schedule(mesh, like.shapes, costs)
+      if data.shapes is None:
+        found.append(_Choice(*packing.choose_shapes(lengths, size, room, costs, sweeps=0), costs, room))
+      else:
+        shapes = packing.named_shapes(data.shapes, room)
+        found.append(_Choice(shapes, packing.average(lengths, size, shapes, costs), costs, room))
+    except ConfigError as error:
+      refused.append(error)
+  if not found:
+    raise refused[0]
+  if data.shapes is None:  # look closer at those that may be the fastest
+    found = [choice.improved(lengths, size, 1) for choice in sorted(found, key=lambda f: f.time)[:3]]
+  most = min(choice.time for choice in found) * (CONTEXT + 1) // CONTEXT
+  best = min((choice for choice in found if choice.time <= most), key=lambda choice: choice.costs.mesh[-1])
+  if data.shapes is None:
+    best = best.improved(lengths, size, 3)
+  return Schedule(best.costs.mesh, best.shapes, best.costs)
+
+
+class _Choice(NamedTuple):
+  """A mesh with shapes, and the time of an average step's micro-batches."""
+
+  shapes: tuple[Shape, ...]
+  time: int
+  costs: Costs
+  room: packing.Room
+
+  def improved(self, lengths: Lengths, batch_size: int, sweeps: int) -> "_Choice":
+    """Searches for better shapes."""
+    found = packing.choose_shapes(lengths, batch_size, self.room, self.costs, sweeps, self.shapes)
+    return _Choice(*found, self.costs, self.room)
+
+
+def _named(sizes: Sequence[int], data: DataConfig) -> Shape:
+  rows, samples, frames, text = sizes
+  return Shape(rows, samples, data.prefix_length, frames, text)
+
+
+def _meshes(config: RunConfig, devices: int) -> list[tuple[int, ...]]:
+  """The meshes that the config allows; those that leave fsdp and context open have all that they can split."""
+  mesh = config.mesh
+  if (mesh.fsdp, mesh.context) != (-1, -1):
+    return [sharding.mesh_sizes(mesh, devices)]
+  left = devices // max(1, mesh.data * mesh.tensor)
+  sizes = [n for n in range(1, left + 1) if left % n == 0] or [1]
+  return [sharding.mesh_sizes(dataclasses.replace(mesh, fsdp=left // n, context=n), devices) for n in sizes]
+
+
+def _room(data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Lengths) -> packing.Room:
+  """What shapes may be: what devices hold by the config, or the largest sample if it is larger."""
+  parts, devices, largest = mesh[3], mesh[2] * mesh[3], _table(lengths).max(0)
+  step = cfg.lp_comp.group * parts // math.gcd(cfg.lp_comp.group * parts, cfg.tokens_per_frame)
+  frames = max(data.frames_per_device * devices // step, -(-int(largest[0]) // step)) * step
+  text = max(data.text_per_device * devices, int(largest[3]))
+  samples = 1 if cfg.lp_comp.keep == "attention" else len(lengths)
+  return packing.Room(mesh[0] * mesh[1], parts, step, samples, data.prefix_length, frames, text)
+
+
+def _costs(
+  cfg: VLMConfig, train: TrainConfig, mesh: tuple[int, ...], device: cost.Device, lengths: Lengths
+) -> Costs:
+  assert device.flops is not None  # see _rates
+  seconds = attention_flops(cfg, lengths, device) * skipping_passes(passes(cfg, train)["llm"], device) / (mesh[2] * mesh[3] * device.flops)
+  return Costs(cfg, train, mesh, device, np.rint(seconds * PICO).astype(np.int64))
+
+
+# --- the account of a run ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+  """What the steps of a run compute and take; numbers of an average step.
+
+  tower, llm, all: real operations as a share of those executed, padding and attention that can't be left out included.
+  programs: gradient programs of the LLM. seconds: predicted, by what bounds them. alone: seconds of the real operations
+  at the peak, recomputation included; linked: the same, but at least what one micro-batch needs the links.
+  """
+
+  mesh: tuple[int, ...]
+  device: cost.Device
+  pixels: bool
+  steps: int
+  batch_size: int
+  micro_batches: float
+  tower: float
+  llm: float
+  all: float
+  programs: int
+  seconds: Mapping[str, float]
+  alone: float
+  linked: float
+
+  @property
+  def step(self) -> float:
+    """Predicted seconds of a step."""
+    return sum(self.seconds.values())
+
+  @property
+  def bound(self) -> str:
+    """What most of the time goes into."""
+    return max(self.seconds, key=self.seconds.__getitem__)
+
+  def paragraph(self) -> str:
+    """Says it at the start of a run."""
+    tower = f"{self.tower:.0%} of the tower's, " if self.pixels else ""
+    assumed = " (of made-up figures for this device)" if metrics.peak_flops(self.device.kind) is None else ""
+    return (
+      f"{self.steps:,} steps of {self.batch_size} samples, each {self.micro_batches:.2f} micro-batches on average, in "
+      f"{self.programs} shapes. Of the operations executed {tower}{self.llm:.0%} of the LLM's and {self.all:.0%} of all are "
+      f"on real tokens. A step takes at least {self.step:.3g} s{assumed}, bound by {self.bound}; its real operations alone "
+      f"{self.alone:.3g} s."
+    )
+
+
+def account(plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, pixels: bool) -> Account:
+  """Accounts for steps that were packed as planned; pixels: the tower runs, too."""
+  costs, table = plan.costs, _table(lengths)
+  cfg, train, device, n = costs.cfg, costs.train, costs.device, costs.device.count
+  assert device.flops is not None and device.bandwidth is not None  # see _rates
+  times, real = passes(cfg, train), metrics.forward_flops(cfg, table, pixels)
+  count, all_passes = max(1, len(steps)), times["llm"]
+  attended = attention_flops(cfg, table, device) * skipping_passes(all_passes, device) / all_passes
+  done, executed = dict.fromkeys(real, 0.0), dict.fromkeys(real, 0.0)
+  seconds = {"operations": 0.0, "links": 0.0, "memory": 0.0}
+  rows = {shape: row_flops(cfg, shape) for shape in plan.shapes}
+  for shape, parts in rows.items():
+    parts["llm"] += square_flops(cfg, shape, device, costs.mesh[3]) * (all_passes - 1) / all_passes
+  spent = {shape: costs.spent(shape) for shape in plan.shapes}
+
+  def take(kinds: Mapping[str, float]) -> None:
+    bound = max(kinds, key=kinds.__getitem__)
+    seconds[bound] += kinds[bound] / count
+
+  for micros in steps:
+    ids = [i for micro in micros for row in micro.rows for i in row]
+    for part, flops in real.items():
+      done[part] += flops[ids].sum()
+    executed["llm"] += attended[ids].sum()
+    for micro in micros:
+      shape, each = micro.shape, micro.shape.rows // costs.groups
+      for part in ("projector", "llm", *(("vision",) if train.vision and pixels else ())):
+        executed[part] += shape.rows * rows[shape][part]
+      load = [costs.attention[list(row)].sum() / PICO for row in micro.rows]
+      most = max(sum(load[k : k + each]) for k in range(0, len(load), each))
+      take(spent[shape] | {"operations": spent[shape]["operations"] + most})
+    if pixels and not train.vision:
+      flops, kinds = _tower(cfg, device, table[ids])
+      executed["vision"] += flops
+      take(kinds)
+    take({"memory": _optimizer_bytes(costs) / device.bandwidth})
+
+  def share(parts: Sequence[str]) -> float:
+    total = sum(times[part] * executed[part] for part in parts)
+    return sum(times[part] * done[part] for part in parts) / total if total else 1.0
+
+  needed = {part: times[part] * done[part] / count / (n * device.flops) for part in real}
+  links = min(kinds["links"] for kinds in spent.values())
+  linked = needed["vision"] + max(needed["projector"] + needed["llm"], links)
+  micro_batches = sum(map(len, steps))
+  samples = sum(len(row) for micros in steps for micro in micros for row in micro.rows)
+  used = {micro.shape for micros in steps for micro in micros}
+  return Account(
+    plan.mesh, device, pixels, len(steps), round(samples / count), micro_batches / count, share(("vision",)),
+    share(("projector", "llm")), share(tuple(real)), len(used), seconds, sum(needed.values()), linked,
+  )  # fmt: skip
+
+
+def _tower(cfg: VLMConfig, device: cost.Device, table: np.ndarray) -> tuple[float, dict[str, float]]:
+  """Operations of the frozen tower over a step's clips, spread evenly over all devices; and its seconds by kind."""
+  v, n = cfg.vision, device.count
+  flops = tokens = sent = 0.0
+  for size in np.unique(table[:, 1]).tolist():
+    clips = int(table[table[:, 1] == size, 0].sum()) // max(size, 1)
+    each = -(-clips // n)  # of a device
+    flops += each * float(metrics.forward_flops(cfg, [Length(size, size, 0, 0)], pixels=True)["vision"][0])
+    tokens += each * v.tokens(size)
+    sent += each * size * cfg.tokens_per_frame * 2 * v.width  # merged features, to where their sequence lies
+  weights = 2 * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp_width)
+  moved = 2 * weights + TRAFFIC * tokens * v.layers * _activations(v.width, 2 * v.mlp_width // 3)
+  return flops * n, _seconds(device, flops, (sent + weights) * (n - 1) / n, moved)
+
+
+def _optimizer_bytes(costs: Costs) -> float:
+  """Memory traffic of the optimizer's step on a device: parameters and moments are read and written, gradients read."""
+  return 2 * 7 * 4 * _trained(costs)  # the compiler's program moves twice what must be moved
+
+
+def _trained(costs: Costs) -> float:
+  """Numbers that are trained on each device."""
+  m, v, train = costs.cfg.llm, costs.cfg.vision, costs.train
+  numbers = train.llm * (m.layers * sum(metrics.layer_products(m)) + m.vocab_size * m.width * (1 if m.tied else 2))
+  numbers += train.projector * m.width * (m.width + v.width)
+  numbers += train.vision * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp_width)
+  return numbers / math.prod(costs.mesh[1:])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
+  """Reads {"frames": [...], "text": [...]}, a number per sample; 1 frame is an image, 0 text alone.
+
+  Returns:
+    int64[n, 4], columns as `Length`; text is what follows the visual slot, and PREFIX tokens come before it.
+
+  Raises:
+    ConfigError: a file that is not so.
+  """
+  try:
+    found = json.loads(file.read_text())
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"{file} can't be read: {error}") from error
+  frames, text = (found.get(key) if isinstance(found, dict) else None for key in ("frames", "text"))
+  if not (isinstance(frames, list) and isinstance(text, list) and frames and text):
+    raise ConfigError(f'{file}: expected {{"frames": [...], "text": [...]}}, each with a number per sample')
+  if len(frames) != len(text):
+    raise ConfigError(f"{file}: {len(frames):,} numbers in frames, but {len(text):,} in text")
+  problems = []
+  for i, (f, t) in enumerate(zip(frames, text)):
+    if type(f) is not int or f < 0 or (f > 1 and f % cfg.clip_frames):
+      problems.append(f"frames[{i}] = {f!r}: must be 0, 1, or a multiple of the {cfg.clip_frames} frames of a clip")
+    if type(t) is not int or t < 1:
+      problems.append(f"text[{i}] = {t!r}: must be a whole number from 1 on")
+  packing.refuse(str(file), problems)
+  f, t = np.array(frames), np.array(text)
+  before = np.where(f > 0, PREFIX, 0)
+  return np.stack([f, np.where(f > 1, cfg.clip_frames, 1), before, t + PREFIX - before], 1)
+
+
+def one_of(cfg: VLMConfig, file: pathlib.Path | None, stored: Lengths | None) -> Lengths:
+  """Gives the lengths of a file, or of a store; see `read_lengths`.
+
+  Raises:
+    ConfigError: both, or none; a file that is not so.
+  """
+  if file is not None and stored is None:
+    return read_lengths(file, cfg)
+  if file is None and stored is not None:
+    return stored
+  raise ConfigError("give one of --lengths FILE and --data STORE")
+
+
+def command(
+  config: RunConfig, cfg: VLMConfig, file: pathlib.Path | None, stored: Lengths | None, devices: str, chip: str
+) -> str:
+  """What `python -m xcomp_jax.plan --lengths FILE` or `--data STORE` prints; stored: lengths of the samples of a store.
+
+  Raises:
+    ConfigError: arguments, a config or samples that can't be.
+  """
+  check(config)
+  counts = [int(n) if n.strip().isdecimal() else 0 for n in devices.split(",")]
+  if min(counts) < 1:
+    raise ConfigError(f"--devices {devices}: must be numbers of devices from 1 on, such as 1,8,32")
+  chips(chip, 1)  # refuses unknown ones
+  return report(config, cfg, one_of(cfg, file, stored), counts, chip)
+
+
+COLUMNS = (
+  "devices", "batch", "mesh", "data", "micro-batches", "tower", "LLM", "all", "programs", "s a step", "of real work",
+  "and links", "bound by", "steps", "hours", "chip-hours",
+)  # fmt: skip
+
+
+def report(config: RunConfig, cfg: VLMConfig, lengths: Lengths, counts: Sequence[int], chip: str) -> str:
+  """Makes the table of a run on these samples with each of these numbers of devices.
+
+  A step has a sample for each device, if the config has fewer.
+
+  Raises:
+    ConfigError: see `schedule`; an unknown chip; fewer samples than a step has.
+  """
+  lines, shapes = [COLUMNS], []
+  for count in counts:
+    some = dataclasses.replace(config.train, batch_size=max(config.train.batch_size, count))
+    if len(lengths) < some.batch_size:
+      raise ConfigError(f"there are {len(lengths)} samples, but a step of {count} devices has {some.batch_size}")
+    plan = schedule(dataclasses.replace(config, train=some), cfg, lengths, chips(chip, count))
+    n = len(lengths) // some.batch_size
+    ids = np.argsort(np.random.PCG64((config.seed,)).random_raw(len(lengths)), kind="stable")
+    steps = packing.pack_steps(lengths, ids[: n * some.batch_size].reshape(n, -1).tolist(), plan.shapes, plan.costs)
+    total = n * some.epochs if some.steps is None else some.steps
+    shapes.append(f"{count} x {chip}: " + ", ".join(map(_shape, plan.shapes)) + _too_large(plan.costs))
+    for pixels in (True, False):
+      a = account(plan, steps, lengths, pixels)
+      hours = a.step * total / 3600
+      mesh = " x ".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, a.mesh) if size > 1) or "1"
+      lines.append((
+        f"{count}", f"{a.batch_size}", mesh, "frames" if pixels else "features", f"{a.micro_batches:.2f}",
+        f"{a.tower:.3f}" if pixels else "-", f"{a.llm:.3f}", f"{a.all:.3f}", f"{a.programs}", f"{a.step:.3f}",
+        f"{a.step / a.alone:.2f} x", f"{a.step / a.linked:.2f} x", a.bound, f"{total:,}", f"{hours:.2f}",
+        f"{hours * count:,.1f}",
+      ))  # fmt: skip
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+  return "\n".join([*table, "", "shapes: rows x (samples, frames, text tokens)", *shapes, "", LEGEND])
+
+
+LEGEND = """tower, LLM, all: share of the executed operations that is on real tokens
+of real work: the predicted time over that of real operations at the peak; and links: over that of real operations and
+  the links of one micro-batch
+hours: what the whole run takes at least, if devices do what their data sheets say"""
+
+
+def _shape(shape: Shape) -> str:
+  return f"{shape.rows} x ({shape.samples}, {shape.frames:,}, {shape.text:,})"
+
+
+def _too_large(costs: Costs) -> str:
+  """Says so if not even what is trained fits a device: parameters, moments and gradients."""
+  size, there = 4 * 4 * _trained(costs) / 1e9, (costs.device.hbm or math.inf) / 1e9
+  return f"; DOES NOT FIT: the state alone takes {size:.1f} GB of {there:.1f} a device" if size > there else ""
