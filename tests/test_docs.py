@@ -71,7 +71,7 @@ def take(program, arguments, monkeypatch):
       module._define_flags()
     assert own(["predecode", *arguments]) == ["predecode"]
   else:
-    known, more = parser(program, monkeypatch).parse_known_args(arguments)
+    _, more = parser(program, monkeypatch).parse_known_args(arguments)
     if program == "plan":
       from_command_line(["plan", *more])
     elif program != "bench_evaluate":  # whose other options are those of `evaluate`

@@ -135,7 +135,7 @@ def test_shapes_of_a_config():
   ):
     with pytest.raises(ConfigError, match=words):
       packing.named_shapes([sizes], ROOM)
-  with pytest.raises(ConfigError, match='keep = "attention" .* a row can hold only one'):
+  with pytest.raises(ConfigError, match=r'keep = "attention" .* a row can hold only one'):
     packing.named_shapes([(2, 2, 1024, 512)], dataclasses.replace(ROOM, samples=1))
   with pytest.raises(ConfigError, match="there are 5, and a run compiles at most 4"):
     packing.named_shapes([(2, n, 1024, 512) for n in range(4, 24, 4)], ROOM)

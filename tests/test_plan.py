@@ -286,7 +286,7 @@ def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
   prepared = train.prepare(config)
   prepared.data.close()
-  assert plan.stored_lengths(config, prepared.cfg, config.data.train) == prepared.lengths
+  assert plan.stored_lengths(config, prepared.cfg, config.data.train) == [tuple(n) for n in prepared.lengths.tolist()]
   with pytest.raises(ConfigError, match="one of --lengths FILE and --data STORE"):
     forecast.one_of(prepared.cfg, tmp_path / "x.json", prepared.lengths)
 

@@ -11,7 +11,7 @@ from packed import one_each
 
 from xcomp_jax import steps
 from xcomp_jax.config import LPCompConfig, MeshConfig
-from xcomp_jax.data.batch import Shape, collate
+from xcomp_jax.data.batch import Shape, batch_spec, collate
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import make_mesh, param_shardings
 
@@ -133,3 +133,13 @@ def test_what_keeps_other_places_in_each_sample_takes_one_a_row(tiny, examples):
   model = nnx.eval_shape(lambda: vlm.VLM(tiny(lp_comp=LPCompConfig((16, 8, 4, 1), "attention", 16)), rngs=nnx.Rngs(0)))
   with pytest.raises(ValueError, match="a row can hold only one"):
     jax.eval_shape(vlm.loss, model, packed(examples, ROWS))
+
+
+def test_the_last_visual_token_of_a_sample_far_into_a_row_is_found(tiny):
+  cfg = tiny(lp_comp=LPCompConfig("cosine", "none", 16))
+  model = nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0)))
+  frames = np.array([[9000, 7000]], np.int32)  # frames times tokens of a row are more than int32 holds
+  batch = dataclasses.replace(batch_spec(Shape(1, 2, 1, 16000, 1), ((16, 32), np.float32)), frames=jnp.asarray(frames))
+  x = jnp.arange(2 + 16 * 16000 + 1, dtype=jnp.float32)[None, :, None]
+  rows = vlm.supervised_rows(model, x, batch)[0, :, 0]
+  assert rows.tolist() == [0, 1, 2 + 16 * 9000 - 1, 2 + 16 * 16000 - 1, 2 + 16 * 16000]

@@ -29,6 +29,7 @@ SQUARE = {"H100": 0.5, "H200": 0.5, "B200": 0.5, "A100": 0.7, "L4": 0.7, "A10": 
 # programs compiled for TPUs (docs/LOG.md), which it meets within a fifth.
 TRAFFIC = 3.2
 PICO = 10**12
+MOST = 100_000  # frames or tokens of a sample, in files of lengths
 PREFIX = 14  # tokens of the chat header, in files of lengths
 # Bytes/s of one GPU's network adapter: 400 Gb/s InfiniBand beside an H100, 200 beside an A100. A ring through several
 # hosts crosses between them on all eight of a host's adapters at once.
@@ -36,6 +37,7 @@ NETWORK = {"B200": 50e9, "H200": 50e9, "H100": 50e9, "A100": 25e9}
 TPUS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite"}
 # Of a virtual CPU device, whose figures nobody knows: collectives among threads cost more than what they send.
 CPU = {"flops": 2e10, "bandwidth": 1e10, "links": 2e8}
+OTHER = {"flops": 1e14, "bandwidth": 1e12, "links": 3e10}  # likewise of a GPU that `cost.CHIPS` does not have
 CONTEXT = 20  # a mesh with less context may take a 20th more time: gathered keys and values are waited for
 
 
@@ -78,7 +80,8 @@ def _rates(devices: Sequence[Any]) -> cost.Device:
   network = next((rate for name, rate in NETWORK.items() if name in found.kind), None)
   if network and found.links and found.count > 8:
     return dataclasses.replace(found, links=min(found.links, 8 * network))
-  return dataclasses.replace(found, **{key: rate for key, rate in CPU.items() if getattr(found, key) is None})
+  assumed = CPU if found.kind == "cpu" else OTHER
+  return dataclasses.replace(found, **{key: rate for key, rate in assumed.items() if getattr(found, key) is None})
 
 
 # --- what a micro-batch takes -----------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ class Costs:
     times, backward = passes(self.cfg, self.train), metrics.passes(self.train)["llm"] > 1
     inside = ("projector", "llm", *(("vision",) if self.train.vision else ()))  # a frozen tower runs before
     flops = rows * sum(times[part] * row_flops(self.cfg, shape)[part] for part in inside)
-    flops += rows * (times["llm"] - 1) * square_flops(self.cfg, shape, self.device, context)
+    flops += rows * square_passes(self.cfg, self.train, self.device) * square_flops(self.cfg, shape, self.device, context)
     slots = rows * sum(entering for entering, _ in _slots(self.cfg, shape))
 
     projector = m.width * (m.width + v.width)
@@ -172,17 +175,19 @@ def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np
 
 
 def square_flops(cfg: VLMConfig, shape: Shape, device: cost.Device, context: int) -> float:
-  """Operations of a row's attention, per pass of the gradient, that a GPU's kernels compute whatever samples it holds."""
-  share = 0.0
-  if found := next((share for name, share in SQUARE.items() if name in device.kind), None):
-    share = found if context == 1 else 1.0
+  """Operations of a row's attention in one of `square_passes`."""
+  found = next((share for name, share in SQUARE.items() if name in device.kind), 1.0)
+  share = 1.0 if context > 1 or cfg.attention == "einsum" else found
   pairs = share * sum(float(entering) ** 2 for entering, _ in _slots(cfg, shape))
   return pairs * 4.0 * cfg.llm.heads * cfg.llm.head_dim
 
 
-def skipping_passes(times: int, device: cost.Device) -> int:
-  """Of so many passes over the LLM, those whose attention leaves out blocks of other samples."""
-  return 1 if any(name in device.kind for name in SQUARE) else times
+def square_passes(cfg: VLMConfig, train: TrainConfig, device: cost.Device) -> int:
+  """Of the passes over the LLM, those whose attention computes whole rows, whatever samples they hold."""
+  times = passes(cfg, train)["llm"]
+  if cfg.attention == "einsum":
+    return times
+  return times - 1 if any(name in device.kind for name in SQUARE) else 0
 
 
 def _table(lengths: Lengths) -> np.ndarray:
@@ -228,10 +233,10 @@ def schedule(
   Raises:
     ConfigError: samples that fit no shape, shapes that the mesh can't split, a mesh that can't be.
   """
-  data, size, device = config.data, config.train.batch_size, _rates(devices)
+  data, size, device, lengths = config.data, config.train.batch_size, _rates(devices), _table(lengths)
   named = None if data.shapes is None else [_named(shape, data) for shape in data.shapes]
   packing.check_fit(lengths, data.prefix_length, named)
-  meshes = _meshes(config, device.count) if like is None else [like.mesh]
+  meshes = _meshes(config, cfg, device.count) if like is None else [like.mesh]
   found, refused = [], []
   for mesh in meshes:
     costs, room = _costs(cfg, config.train, mesh, device, lengths), _room(data, cfg, mesh, lengths)
@@ -275,14 +280,14 @@ def _named(sizes: Sequence[int], data: DataConfig) -> Shape:
   return Shape(rows, samples, data.prefix_length, frames, text)
 
 
-def _meshes(config: RunConfig, devices: int) -> list[tuple[int, ...]]:
+def _meshes(config: RunConfig, cfg: VLMConfig, devices: int) -> list[tuple[int, ...]]:
   """The meshes that the config allows; those that leave fsdp and context open have all that they can split."""
-  mesh = config.mesh
-  if (mesh.fsdp, mesh.context) != (-1, -1):
-    return [sharding.mesh_sizes(mesh, devices)]
-  left = devices // max(1, mesh.data * mesh.tensor)
-  sizes = [n for n in range(1, left + 1) if left % n == 0] or [1]
-  return [sharding.mesh_sizes(dataclasses.replace(mesh, fsdp=left // n, context=n), devices) for n in sizes]
+  mesh, both = config.mesh, (config.mesh.fsdp, config.mesh.context) == (-1, -1)
+  data, left, tensor, context = sharding.mesh_sizes(dataclasses.replace(mesh, context=1) if both else mesh, devices)
+  sharding.check_tensor(tensor, cfg)
+  if not both:
+    return [(data, left, tensor, context)]
+  return [(data, left // n, tensor, n) for n in range(1, left + 1) if left % n == 0]
 
 
 def _room(data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Lengths) -> packing.Room:
@@ -299,7 +304,8 @@ def _costs(
   cfg: VLMConfig, train: TrainConfig, mesh: tuple[int, ...], device: cost.Device, lengths: Lengths
 ) -> Costs:
   assert device.flops is not None  # see _rates
-  seconds = attention_flops(cfg, lengths, device) * skipping_passes(passes(cfg, train)["llm"], device) / (mesh[2] * mesh[3] * device.flops)
+  skipping = passes(cfg, train)["llm"] - square_passes(cfg, train, device)
+  seconds = attention_flops(cfg, lengths, device) * skipping / (mesh[2] * mesh[3] * device.flops)
   return Costs(cfg, train, mesh, device, np.rint(seconds * PICO).astype(np.int64))
 
 
@@ -353,17 +359,20 @@ class Account:
 
 def account(plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, pixels: bool) -> Account:
   """Accounts for steps that were packed as planned; pixels: the tower runs, too."""
-  costs, table = plan.costs, _table(lengths)
+  costs = plan.costs
+  ids = np.unique([i for micros in steps for micro in micros for row in micro.rows for i in row]).astype(np.int64)
+  table = _table(lengths)[ids]  # of what these steps have
   cfg, train, device, n = costs.cfg, costs.train, costs.device, costs.device.count
   assert device.flops is not None and device.bandwidth is not None  # see _rates
   times, real = passes(cfg, train), metrics.forward_flops(cfg, table, pixels)
   count, all_passes = max(1, len(steps)), times["llm"]
-  attended = attention_flops(cfg, table, device) * skipping_passes(all_passes, device) / all_passes
+  whole = square_passes(cfg, train, device) / all_passes
+  attended = attention_flops(cfg, table, device) * (1 - whole)
   done, executed = dict.fromkeys(real, 0.0), dict.fromkeys(real, 0.0)
   seconds = {"operations": 0.0, "links": 0.0, "memory": 0.0}
   rows = {shape: row_flops(cfg, shape) for shape in plan.shapes}
   for shape, parts in rows.items():
-    parts["llm"] += square_flops(cfg, shape, device, costs.mesh[3]) * (all_passes - 1) / all_passes
+    parts["llm"] += square_flops(cfg, shape, device, costs.mesh[3]) * whole
   spent = {shape: costs.spent(shape) for shape in plan.shapes}
 
   def take(kinds: Mapping[str, float]) -> None:
@@ -371,10 +380,10 @@ def account(plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, 
     seconds[bound] += kinds[bound] / count
 
   for micros in steps:
-    ids = [i for micro in micros for row in micro.rows for i in row]
+    own = np.searchsorted(ids, [i for micro in micros for row in micro.rows for i in row])
     for part, flops in real.items():
-      done[part] += flops[ids].sum()
-    executed["llm"] += attended[ids].sum()
+      done[part] += flops[own].sum()
+    executed["llm"] += attended[own].sum()
     for micro in micros:
       shape, each = micro.shape, micro.shape.rows // costs.groups
       for part in ("projector", "llm", *(("vision",) if train.vision and pixels else ())):
@@ -383,7 +392,7 @@ def account(plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, 
       most = max(sum(load[k : k + each]) for k in range(0, len(load), each))
       take(spent[shape] | {"operations": spent[shape]["operations"] + most})
     if pixels and not train.vision:
-      flops, kinds = _tower(cfg, device, table[ids])
+      flops, kinds = _tower(cfg, device, table[own])
       executed["vision"] += flops
       take(kinds)
     take({"memory": _optimizer_bytes(costs) / device.bandwidth})
@@ -447,7 +456,7 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
   """
   try:
     found = json.loads(file.read_text())
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise ConfigError(f"{file} can't be read: {error}") from error
   frames, text = (found.get(key) if isinstance(found, dict) else None for key in ("frames", "text"))
   if not (isinstance(frames, list) and isinstance(text, list) and frames and text):
@@ -456,10 +465,10 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
     raise ConfigError(f"{file}: {len(frames):,} numbers in frames, but {len(text):,} in text")
   problems = []
   for i, (f, t) in enumerate(zip(frames, text)):
-    if type(f) is not int or f < 0 or (f > 1 and f % cfg.clip_frames):
-      problems.append(f"frames[{i}] = {f!r}: must be 0, 1, or a multiple of the {cfg.clip_frames} frames of a clip")
-    if type(t) is not int or t < 1:
-      problems.append(f"text[{i}] = {t!r}: must be a whole number from 1 on")
+    if type(f) is not int or not 0 <= f <= MOST or (f > 1 and f % cfg.clip_frames):
+      problems.append(f"frames[{i}] = {f!r}: must be 0, 1, or a multiple of the {cfg.clip_frames} frames of a clip, at most {MOST:,}")
+    if type(t) is not int or not 1 <= t <= MOST:
+      problems.append(f"text[{i}] = {t!r}: must be a whole number from 1 to {MOST:,}")
   packing.refuse(str(file), problems)
   f, t = np.array(frames), np.array(text)
   before = np.where(f > 0, PREFIX, 0)
@@ -518,7 +527,7 @@ def report(config: RunConfig, cfg: VLMConfig, lengths: Lengths, counts: Sequence
     n = len(lengths) // some.batch_size
     ids = np.argsort(np.random.PCG64((config.seed,)).random_raw(len(lengths)), kind="stable")
     steps = packing.pack_steps(lengths, ids[: n * some.batch_size].reshape(n, -1).tolist(), plan.shapes, plan.costs)
-    total = n * some.epochs if some.steps is None else some.steps
+    total = min(n * some.epochs, some.steps or n * some.epochs)
     shapes.append(f"{count} x {chip}: " + ", ".join(map(_shape, plan.shapes)) + _too_large(plan.costs))
     for pixels in (True, False):
       a = account(plan, steps, lengths, pixels)

@@ -300,20 +300,22 @@ def main(argv: Sequence[str] | None = None) -> None:
   of = parser.add_mutually_exclusive_group().add_argument
   of("--lengths", type=pathlib.Path, metavar="FILE", help="of samples: JSON, frames and text of each")
   of("--data", metavar="STORE", help="measure the samples of a folder written by predecode instead")
-  add("--devices", metavar="N,N", default="1,8,32,256", help="of the table without --topology; default: %(default)s")
+  add("--devices", metavar="N,N", help="of the table of --lengths or --data; default: 1,8,32,256")
   add("--chip", default="v5e", help="their kind; default: %(default)s")
   args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   with command(interrupted="interrupted"):
     given = args.lengths is not None or args.data is not None
     if given and (args.frames, args.text) != (None, None):
       raise ConfigError("--frames and --text are of samples that are assumed, so there can be no --lengths or --data")
+    if args.devices is not None and (not given or args.topology):
+      raise ConfigError("--devices is of the table of --lengths or --data without --topology")
     if args.topology or given:
       jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     config = from_command_line(["plan", *rest])
     cfg = programs.sizes(config)
     stored = None if args.data is None else stored_lengths(config, cfg, args.data)
     if given and args.topology is None:
-      print(forecast.command(config, cfg, args.lengths, stored, args.devices, args.chip))
+      print(forecast.command(config, cfg, args.lengths, stored, args.devices or "1,8,32,256", args.chip))
       return
     lengths = forecast.one_of(cfg, args.lengths, stored) if given else None
     plan = programs.make(

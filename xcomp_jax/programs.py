@@ -156,7 +156,7 @@ def make(
   pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
   schedule = forecast.schedule(seen, full, lengths, chips or devices)
   mesh = sharding.make_mesh(MeshConfig(*schedule.mesh), devices)
-  sharding.check_mesh(mesh, full)
+  sharding.check_tensor(mesh.shape["tensor"], full)
   steps.row_shares(mesh)  # refuses what training would
   order = pipeline.order(range(len(lengths)), size, config.seed, 0)
   packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)

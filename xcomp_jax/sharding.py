@@ -6,7 +6,7 @@ split while its few keys and values are gathered. A frozen tower's clips are spl
 some words' logits of all rows that a loss is taken of, which are few, and no word's parameters are sent. The compiler adds
 the collectives (Auto axes), but for those of a layer's kernels, which are `gathered`. An axis that does not divide a
 dimension is left out for that dimension, so every mesh runs every model; what would be wasted that way is refused where a run
-begins (`check_mesh`, `data.packing`).
+begins (`check_tensor`, `data.packing`).
 """
 
 import math
@@ -95,13 +95,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   return Mesh(grid, AXES, axis_types=types)
 
 
-def check_mesh(mesh: Mesh | AbstractMesh, cfg: VLMConfig) -> None:
+def check_tensor(tensor: int, cfg: VLMConfig) -> None:
   """Refuses a tensor axis that could not split what it is for.
 
   Raises:
     ConfigError: it does not divide the LLM's heads for queries and those for keys.
   """
-  tensor = mesh.shape["tensor"]
   if cfg.llm.heads % tensor or cfg.llm.kv_heads % tensor:  # attention would be computed whole by several devices
     raise ConfigError(
       f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and {cfg.llm.kv_heads} key heads of this LLM; "

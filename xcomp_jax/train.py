@@ -32,14 +32,14 @@ from tqdm import tqdm
 from xcomp_jax import checkpoint, encode, forecast, hosts, metrics, optim, weights, workdir
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check, from_command_line, to_dict
 from xcomp_jax.data import packing, pipeline
-from xcomp_jax.data.batch import Batch, Clips, Length, Shape
+from xcomp_jax.data.batch import Batch, Clips, Shape
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import Features, Store, open_store
 from xcomp_jax.files import command, keep_compiled
 from xcomp_jax.forecast import Account, Schedule
 from xcomp_jax.model import kernels, lp_comp, vlm
-from xcomp_jax.sharding import check_mesh, make_mesh, param_shardings, parameter_table
+from xcomp_jax.sharding import make_mesh, param_shardings, parameter_table
 from xcomp_jax.steps import (
   Steps,
   TrainState,
@@ -64,7 +64,7 @@ class Prepared(NamedTuple):
   cfg: VLMConfig
   mesh: Mesh
   opened: list[Blend]  # what it trains on, and if there are, held-out data
-  lengths: list[Length]  # of the samples that it trains on
+  lengths: np.ndarray  # int64[n, 4] of the samples that it trains on, columns as `Length`
   schedule: Schedule
   plan: list[list[Micro]]  # the micro-batches of each step
   data: pipeline.Reader
@@ -148,7 +148,6 @@ def prepare(config: RunConfig) -> Prepared:
   lengths = [pipeline.measure(data, tokenizer, config.data.mask) for data in opened]
   schedule = forecast.schedule(config, cfg, lengths[0], devices())
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices())
-  check_mesh(mesh, cfg)
   plan = packing.pack_steps(lengths[0], order, schedule.shapes, schedule.costs)
   share = share_of(mesh, config)
   data = pipeline.read(blend, tokenizer, config.data, lengths[0], plan, share)
@@ -156,14 +155,17 @@ def prepare(config: RunConfig) -> Prepared:
   if held is not None:
     size = config.train.batch_size
     parts = [range(first, min(first + size, len(held))) for first in range(0, len(held), size)]
-    other = forecast.schedule(config, cfg, lengths[1], devices(), schedule)
+    try:
+      other = forecast.schedule(config, cfg, lengths[1], devices(), schedule)
+    except ConfigError as error:
+      raise ConfigError(f"held-out data in config.data.heldout: {error}") from error
     seen = packing.pack_steps(lengths[1], parts, other.shapes, other.costs)
     whole = dataclasses.replace(share, trained=False)
     heldout = functools.partial(pipeline.read, held, tokenizer, config.data, lengths[1], seen, whole)
   if not checkpoint.begun(config.workdir):
     weights.stored(directory, cfg)  # what is missing or broken is said before anything is written
   workdir.claim(config.workdir)
-  return Prepared(cfg, mesh, opened, lengths[0], schedule, plan, data, heldout, description)
+  return Prepared(cfg, mesh, opened, np.array(lengths[0]), schedule, plan, data, heldout, description)
 
 
 def devices() -> list[jax.Device]:
@@ -323,8 +325,8 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
       losses.append(out["loss"])
       clock.samples += out["samples"]
       clock.frames += out["frames"]
-      of = [prepared.lengths[i] for micro in prepared.plan[done - 1] for row in micro.rows for i in row]
-      clock.flops += metrics.training_flops(cfg, config.train, of, prepared.pixels) * mine
+      samples = [i for micro in prepared.plan[done - 1] for row in micro.rows for i in row]
+      clock.flops += metrics.training_flops(cfg, config.train, prepared.lengths[samples], prepared.pixels) * mine
       bar.update()
       if done % config.train.log_every == 0 or done == steps:
         recent = losses[-min(config.train.log_every, len(losses)) :]

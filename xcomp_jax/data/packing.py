@@ -274,7 +274,7 @@ def average(lengths: Lengths, batch_size: int, shapes: Sequence[Shape], costs: C
   table, count = _table(lengths), max(8, SAMPLED // batch_size)
   steps = np.resize(np.argsort(np.random.PCG64(SEED).random_raw(len(table)), kind="stable"), (count, batch_size))
   parts = [part for ids in steps for part in _parts(table, ids, shapes)]
-  return int(_fastest(table, parts, shapes, costs).time.sum()) // count
+  return sum(_fastest(table, parts, shapes, costs).time.tolist()) // count  # of Python's numbers, which have no largest
 
 
 class Chosen(NamedTuple):

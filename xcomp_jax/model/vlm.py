@@ -180,7 +180,8 @@ def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float
   # on a mesh of tensor and context (tests/test_context.py).
   x = constrain(x, "batch", None, None)
   if visual := end - P:
-    last = P + jnp.cumsum(batch.frames, axis=1) * visual // batch.visual.shape[1] - 1
+    kept = visual // (math.prod(batch.visual.shape[1:3]) // model.cfg.lp_comp.group)  # tokens of a group
+    last = P + jnp.cumsum(lengths(model, batch).groups, axis=1) * kept - 1
     last = jnp.take_along_axis(x, jnp.maximum(last, 0)[..., None], axis=1)
   else:
     last = jnp.zeros((*batch.frames.shape, x.shape[2]), x.dtype)
