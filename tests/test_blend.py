@@ -89,7 +89,7 @@ def test_training_reads_the_blend(stores, reference):
   plan = [[Micro(shape, tuple((i,) for i in step))] for step in pipeline.run_order(blend, 6, 0, 2)]
   assert len(plan) == 2 * (19 // 6)
   order = []
-  share = pipeline.Share((0, 1), 1, (0,), 4, trained=True)
+  share = pipeline.Share((0,), 1, 1, (0,), 4, trained=True)
   for item in pipeline.read(blend, tokenizer, cfg, pipeline.measure(blend, tokenizer, cfg.mask), plan, share):
     for index, frames in zip(item.batch.index[:, 0].tolist(), item.clips[0].frames):
       order.append(index)

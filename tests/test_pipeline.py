@@ -36,7 +36,7 @@ CONFIG = DataConfig(
   threads=2, prefetch=2,
 )
 SHAPE = Shape(rows=2, samples=3, prefix=16, frames=24, text=160)
-ALONE = Share(rows=(0, 1), devices=2, mine=(0, 1), clips=2, trained=False)
+ALONE = Share(rows=(0, 1), groups=2, devices=2, mine=(0, 1), clips=2, trained=False)
 FRAMES = (8, 1, 16, 0, 8, 12, 1, 4, 16, 8, 0, 1, 8)  # 13 samples: videos, images (1), text alone (0)
 
 
@@ -218,7 +218,7 @@ def whole(parts, share) -> object:
 def test_same_items_for_any_number_of_threads_and_processes(store, tokenizer, threads, prefetch, processes):
   cfg = dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch)
   mine = [(0, 1)] if processes == 1 else [(0,), (1,)]
-  shares = [run(store, tokenizer, cfg, rows=(i, processes), mine=mine[i]) for i in range(processes)]
+  shares = [run(store, tokenizer, cfg, rows=mine[i], mine=mine[i]) for i in range(processes)]
   for item, *those in zip(run(store, tokenizer), *shares, strict=True):
     assert {type(part) for part in those} == {type(item)}
     assert equal(whole([item], ALONE), whole(those, ALONE))
@@ -233,6 +233,25 @@ def test_processes_whose_devices_lie_apart_read_their_own_clips(store, tokenizer
       n = len(item.frames) // 4
       a, b = (part.frames.reshape(2, n, *part.frames.shape[1:]) for part in those)
       assert equal(item.frames, np.concatenate([a[0], b[0], b[1], a[1]]))
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold(store, tokenizer):
+  shape = Shape(8, 1, 16, 16, 64)
+  plan = [[Micro(shape, tuple((i,) for i in range(8)))]]
+  items = lambda *rows: list(run(store, tokenizer, plan=plan, rows=rows, groups=4, devices=4, mine=(0,)))
+  for rows in ((0, 1, 2, 3), (0, 2), (3,)):
+    *calls, micro = items(*rows)
+    assert micro.batch.index[:, 0].tolist() == [2 * group + k for group in rows for k in range(2)]
+    for call, first in zip(calls, items(0, 1, 2, 3)):  # where clips go is said in the rows of all
+      assert all(equal(a.place, b.place) for a, b in zip(call.fills, first.fills, strict=True))
+
+
+def test_a_hosts_clips_of_a_call_are_neighbours(store, tokenizer):
+  mine = tuple(range(4))
+  for item in run(store, tokenizer, devices=8, mine=mine, plan=[[Micro(Shape(2, 7, 16, 56, 320), ((0, 2, 4, 8), (5, 12, 7)))]]):
+    if isinstance(item, TowerCall) and item.frames.shape[1] == CLIP:
+      samples = item.frames[:, 0, 0, 0, 0].tolist()
+      assert [a for a, b in zip(samples, [None, *samples]) if a != b] == list(dict.fromkeys(samples))  # none is come back to
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 3), (4, 4)])
@@ -256,9 +275,9 @@ def test_no_more_is_read_ahead_than_the_config_says(store, tokenizer, monkeypatc
   assert read == taken > 10
 
 
-def test_rows_that_processes_cannot_share_are_refused(store, tokenizer):
-  with pytest.raises(ConfigError, match="2 rows can't be split evenly over 3"):
-    run(store, tokenizer, rows=(0, 3))
+def test_rows_that_groups_cannot_share_are_refused(store, tokenizer):
+  with pytest.raises(ConfigError, match="2 rows can't be split evenly over 3 row groups"):
+    run(store, tokenizer, rows=(0,), groups=3)
 
 
 def test_from_its_state_a_reader_gives_the_identical_rest(store, tokenizer):

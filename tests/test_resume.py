@@ -140,12 +140,12 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
   monkeypatch.setattr(train, "report_compilations", report)
   logged = lambda said: [int(step) for step in re.findall(r"held-out after step (\d+):", said)]
 
-  stop = 4  # at the last batch of the first evaluation
-  assert "heldout_loss" not in train.run(config) and len(evaluated) == 4
+  stop = 1  # at the first of two batches of the first evaluation
+  assert "heldout_loss" not in train.run(config) and len(evaluated) == 1
   said = capsys.readouterr().out
   assert "stopped by a signal: step 1 of 2" in said and not logged(said)
 
-  stop = 4 + 4 + 1  # after all of that, and a batch of the one after the last step
+  stop = 1 + 2 + 1  # after all of that, and a batch of the one after the last step
   assert train.run(config)["step"] == 2 and len(evaluated) == stop
   said = capsys.readouterr().out
   assert "stopped by a signal: step 2 of 2" in said and "the same command continues" in said and logged(said) == [1]

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packed import one_each
 
-from xcomp_jax import bench_parts, metrics, optim, steps, train, weights
+from xcomp_jax import bench_parts, metrics, optim, sharding, steps, train, weights
 from xcomp_jax.config import (
   ConfigError,
   LLMConfig,
@@ -111,19 +111,19 @@ def test_every_process_reads_the_rows_of_its_devices(monkeypatch):
 
   def held(*processes):  # rows of a batch of 8 that each process's devices hold
     indices = {Device(p, n): (slice(*rows),) for p, several in enumerate(processes) for n, rows in enumerate(several)}
-    monkeypatch.setattr(steps, "batch_sharding", lambda mesh: types.SimpleNamespace(devices_indices_map=lambda shape: indices))
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: types.SimpleNamespace(devices_indices_map=lambda shape: indices))
 
   mesh = make_mesh(MeshConfig(2, 4, 1, 1))
-  assert steps.row_share(mesh) == (0, 1)
-  for processes, shares in (
-    ([[(0, 4)], [(4, 6), (6, 8)]], [(0, 2), (1, 2)]),
-    ([[(6, 8)], [(0, 2)], [(2, 4)], [(4, 6)]], [(3, 4), (0, 4), (1, 4), (2, 4)]),
-    ([[(0, 4)], [(0, 4)], [(4, 8)], [(4, 8)]], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor over two processes
-    ([[(0, 1), (1, 2), (6, 7), (7, 8)], [(2, 6)]], [(0, 2), (1, 2)]),  # as a ring lies on a torus
-    ([[(None, None)], [(None, None)]], [(0, 1), (0, 1)]),
+  assert steps.row_share(mesh) == (tuple(range(8)), 8)
+  for processes, groups in (
+    ([[(0, 4)], [(4, 6), (6, 8)]], [(0, 1, 2, 3), (4, 5, 6, 7)]),
+    ([[(6, 8)], [(0, 2)], [(2, 4)], [(4, 6)]], [(6, 7), (0, 1), (2, 3), (4, 5)]),
+    ([[(0, 4)], [(0, 4)], [(4, 8)], [(4, 8)]], [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5, 6, 7), (4, 5, 6, 7)]),  # tensor over two processes
+    ([[(0, 1), (1, 2), (6, 7), (7, 8)], [(2, 6)]], [(0, 1, 6, 7), (2, 3, 4, 5)]),  # as a ring lies on a torus
+    ([[(None, None)], [(None, None)]], [tuple(range(8))] * 2),
   ):
     held(*processes)
-    assert list(steps.row_shares(mesh).values()) == shares
+    assert list(sharding.row_groups(mesh).values()) == groups
   for processes in ([[(0, 3)], [(3, 8)]], [[(0, 4)], [(2, 6)], [(4, 8)]]):
     held(*processes)
     with pytest.raises(ConfigError, match=r"neither apart nor the same, of every 8 \(process: rows\) 0 \[0, "):

@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import NamedSharding, PartitionSpec
 from test_packing import mixture
 
-from xcomp_jax import absent, bench, cost, plan, programs, qc_comp, sharding, steps, weights
+from xcomp_jax import absent, bench, cost, plan, programs, qc_comp, sharding, weights
 from xcomp_jax import bench_parts as parts
 from xcomp_jax.config import MeshConfig, from_command_line
 from xcomp_jax.data import packing
@@ -41,10 +41,10 @@ def test_training_would_start_on_every_slice_with_the_default_mesh(name, monkeyp
   made = programs.make(from_command_line(["plan", "--config=configs/sct.py"]), name, lengths=mixture(64))
   devices = list(made.mesh.devices.flat)
   assert made.mesh.size == len(programs.topology(name))
-  shares = steps.row_shares(made.mesh)
-  assert all(shape.rows % len(set(shares.values())) == 0 for shape in made.shapes)
-  assert shares.keys() == {device.process_index for device in devices}
-  assert {i for i, _ in shares.values()} == set(range(shares[0][1]))
+  held, groups = sharding.row_groups(made.mesh), sharding.batch_devices(made.mesh)
+  assert all(shape.rows % groups == 0 for shape in made.shapes)
+  assert held.keys() == {device.process_index for device in devices}
+  assert {group for some in held.values() for group in some} == set(range(groups))
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

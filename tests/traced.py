@@ -44,7 +44,7 @@ def main():
 
   def placed(batch, mesh):
     phase("step", (done[0] or 0) + 1)
-    samples.extend(i for i in batch.index.tolist() if i >= 0)
+    samples.extend(i for i in batch.index.ravel().tolist() if i >= 0)
     return place(batch, mesh)
 
   def saved(checkpoints, step, *rest):

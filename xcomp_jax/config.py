@@ -370,7 +370,7 @@ def from_command_line(argv: list[str]) -> RunConfig:
 
 
 def _is_shape(values: tuple[int, ...]) -> bool:
-  return len(values) == 4 and values[0] >= 1 and values[1] >= 1 and values[2] >= 0 and values[3] >= 1
+  return len(values) == 4 and min(values) >= 1
 
 
 def _convert(hint, value, where: str):

@@ -78,7 +78,8 @@ def device_of(devices: Sequence[Any]) -> Device:
   if chip is None:
     return Device(kind, count, None, 0.0, peak, None, None)
   if not chip.ring:
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    mine = next((device for device in devices if device.process_index == jax.process_index()), None)  # others can't be asked
+    limit = ((mine.memory_stats() if mine else None) or {}).get("bytes_limit")
     return Device(kind, count, limit or chip.hbm, 0.0, peak, chip.bandwidth, chip.link)
   coords = {tuple(device.coords) for device in devices}
   sizes = [1 + max(axis) - min(axis) for axis in zip(*coords)]

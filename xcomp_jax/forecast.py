@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xcomp_jax import cost, metrics, sharding
-from xcomp_jax.config import ConfigError, DataConfig, RunConfig, TrainConfig, VLMConfig, check
+from xcomp_jax.config import ConfigError, DataConfig, MeshConfig, RunConfig, TrainConfig, VLMConfig, check
 from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Length, Shape
 from xcomp_jax.data.packing import Lengths, Micro
@@ -24,6 +24,7 @@ from xcomp_jax.model import attention
 BLOCK = 512  # queries, and keys, of a block of attention's kernels
 # What a GPU's gradient of attention computes of a row's square, if its sequence is not split: Mosaic's kernels (H100 and later) leave
 # out no blocks of other samples, Triton's see a quarter, half or all of the keys.
+STRIPS = 0.7  # likewise of XLA's own attention, in every pass: other cards, and float32
 SQUARE = {"H100": 0.5, "H200": 0.5, "B200": 0.5, "A100": 0.7, "L4": 0.7, "A10": 0.7}
 # Memory traffic of a layer in units of what its activations take, per forward pass (a gradient is two more); fitted to
 # programs compiled for TPUs (docs/LOG.md), which it meets within a fifth.
@@ -50,6 +51,7 @@ class _Chip:
 
   device_kind: str
   coords: tuple[int, ...]
+  process_index: int = -1
 
   def memory_stats(self) -> None:
     """Knows nothing."""
@@ -176,7 +178,7 @@ def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np
 
 def square_flops(cfg: VLMConfig, shape: Shape, device: cost.Device, context: int) -> float:
   """Operations of a row's attention in one of `square_passes`."""
-  found = next((share for name, share in SQUARE.items() if name in device.kind), 1.0)
+  found = next((share for name, share in SQUARE.items() if name in device.kind), STRIPS)
   share = 1.0 if context > 1 or cfg.attention == "einsum" else found
   pairs = share * sum(float(entering) ** 2 for entering, _ in _slots(cfg, shape))
   return pairs * 4.0 * cfg.llm.heads * cfg.llm.head_dim
@@ -187,7 +189,9 @@ def square_passes(cfg: VLMConfig, train: TrainConfig, device: cost.Device) -> in
   times = passes(cfg, train)["llm"]
   if cfg.attention == "einsum":
     return times
-  return times - 1 if any(name in device.kind for name in SQUARE) else 0
+  if device.kind == "cpu" or device.kind.startswith("TPU"):
+    return 0
+  return times - 1 if any(name in device.kind for name in SQUARE) and cfg.dtype != "float32" else times
 
 
 def _table(lengths: Lengths) -> np.ndarray:
@@ -238,9 +242,12 @@ def schedule(
   packing.check_fit(lengths, data.prefix_length, named)
   meshes = _meshes(config, cfg, device.count) if like is None else [like.mesh]
   found, refused = [], []
+  several = len({one.process_index for one in devices}) > 1
   for mesh in meshes:
     costs, room = _costs(cfg, config.train, mesh, device, lengths), _room(data, cfg, mesh, lengths)
     try:
+      if several:
+        sharding.row_groups(sharding.make_mesh(MeshConfig(*mesh), devices))  # refuses what hosts can't share
       if like is not None and packing.fits(lengths, like.shapes):
         return Schedule(mesh, like.shapes, costs)
       if data.shapes is None:
@@ -422,7 +429,7 @@ def _tower(cfg: VLMConfig, device: cost.Device, table: np.ndarray) -> tuple[floa
     each = -(-clips // n)  # of a device
     flops += each * float(metrics.forward_flops(cfg, [Length(size, size, 0, 0)], pixels=True)["vision"][0])
     tokens += each * v.tokens(size)
-    sent += each * size * cfg.tokens_per_frame * 2 * v.width  # merged features, to where their sequence lies
+    sent += clips * size * cfg.tokens_per_frame * 2 * v.width  # merged features, gathered by every device
   weights = 2 * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp_width)
   moved = 2 * weights + TRAFFIC * tokens * v.layers * _activations(v.width, 2 * v.mlp_width // 3)
   return flops * n, _seconds(device, flops, (sent + weights) * (n - 1) / n, moved)

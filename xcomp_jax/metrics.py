@@ -116,11 +116,6 @@ def training_flops(cfg: VLMConfig, train: TrainConfig, lengths: Sequence[Length]
   return float(sum(times[part] * flops.sum() for part, flops in forward_flops(cfg, lengths, pixels).items()))
 
 
-def count_frames(lengths: Sequence[Length] | np.ndarray) -> int:
-  """Counts the frames of these samples."""
-  return int(np.asarray(lengths, np.int64).reshape(-1, len(Length._fields))[:, 0].sum())
-
-
 class Clock:
   """Where the wall time since the last report went: waiting for data, or anything else."""
 

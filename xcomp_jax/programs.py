@@ -157,7 +157,7 @@ def make(
   schedule = forecast.schedule(seen, full, lengths, chips or devices)
   mesh = sharding.make_mesh(MeshConfig(*schedule.mesh), devices)
   sharding.check_tensor(mesh.shape["tensor"], full)
-  steps.row_shares(mesh)  # refuses what training would
+  sharding.row_groups(mesh)  # refuses what training would
   order = pipeline.order(range(len(lengths)), size, config.seed, 0)
   packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)
   device = cost.device_of(chips or devices)

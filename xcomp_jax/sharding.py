@@ -108,6 +108,29 @@ def check_tensor(tensor: int, cfg: VLMConfig) -> None:
     )
 
 
+def row_groups(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+  """{process: the row groups that its devices hold, ascending}: data x fsdp splits a batch into so many, in order.
+
+  A process may hold any of them, as its devices lie on the torus. Processes whose devices hold the same ones (a `tensor` axis
+  over several) all read those.
+
+  Raises:
+    ConfigError: those of two processes are neither apart nor the same, or one has more than another.
+  """
+  count = batch_devices(mesh)
+  held: dict[int, set[int]] = {}
+  for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
+    held.setdefault(device.process_index, set()).update(range(count)[index[0]])
+  several = {tuple(sorted(some)) for some in held.values()}
+  if len({len(some) for some in several}) > 1 or sum(map(len, several)) != count:
+    each = "; ".join(f"{process} {sorted(some)}" for process, some in sorted(held.items()))
+    raise ConfigError(
+      f"mesh {dict(mesh.shape)}: the devices of the processes hold rows that are neither apart nor the same, of every {count} "
+      f"(process: rows) {each}; choose config.mesh so that data x fsdp is a multiple of the processes"
+    )
+  return {process: tuple(sorted(some)) for process, some in held.items()}
+
+
 def path_name(path: Sequence[Any]) -> str:
   """'llm/layers/0/q/kernel' of a key path of `jax.tree_util` or of `nnx.State.flat_state`."""
   names = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from xcomp_jax import optim, weights
-from xcomp_jax.config import ConfigError, RunConfig, VLMConfig
+from xcomp_jax.config import RunConfig, VLMConfig
 from xcomp_jax.data.batch import Batch, Clips
 from xcomp_jax.model import vlm
 from xcomp_jax.sharding import (
@@ -29,6 +29,7 @@ from xcomp_jax.sharding import (
   param_shardings,
   path_name,
   replicated,
+  row_groups,
   visual_sharding,
 )
 
@@ -250,32 +251,9 @@ def compiled_steps(cfg: VLMConfig, state: TrainState, sums: Sums, mesh: Mesh) ->
   )
 
 
-def row_shares(mesh: Mesh) -> dict[int, tuple[int, int]]:
-  """{process: (i, n)}: that process reads the i-th of n equal parts of every micro-batch's rows.
-
-  Its devices may hold any rows, as they lie on the torus: the rows of a global batch are in another order than those that were
-  read. Processes whose devices hold the same rows (a `tensor` axis over several) all read those.
-
-  Raises:
-    ConfigError: the rows of the processes are no such parts.
-  """
-  rows = batch_devices(mesh)
-  held: dict[int, set[int]] = {}
-  for device, index in batch_sharding(mesh).devices_indices_map((rows,)).items():
-    held.setdefault(device.process_index, set()).update(range(rows)[index[0]])
-  shares = sorted({tuple(sorted(some)) for some in held.values()})
-  if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != rows:
-    each = "; ".join(f"{process} {sorted(some)}" for process, some in sorted(held.items()))
-    raise ConfigError(
-      f"mesh {dict(mesh.shape)}: the devices of the processes hold rows that are neither apart nor the same, of every {rows} "
-      f"(process: rows) {each}; choose config.mesh so that data x fsdp is a multiple of the processes"
-    )
-  return {process: (shares.index(tuple(sorted(some))), len(shares)) for process, some in held.items()}
-
-
-def row_share(mesh: Mesh) -> tuple[int, int]:
-  """That of `row_shares` for this process; errors likewise."""
-  return row_shares(mesh)[jax.process_index()]
+def row_share(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+  """Gives the row groups that this process's devices hold, ascending, and how many there are; errors as `sharding.row_groups`."""
+  return row_groups(mesh)[jax.process_index()], batch_devices(mesh)
 
 
 def clip_share(mesh: Mesh) -> list[int]:
@@ -295,8 +273,8 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
 
 def place(batch: Any, mesh: Mesh) -> Any:
   """The rows of a Batch or Clips that this process has (`row_share`), as global arrays."""
-  _, shares = row_share(mesh)
-  whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * shares, *x.shape[1:]), x.dtype), batch)
+  held, groups = row_share(mesh)
+  whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) // len(held) * groups, *x.shape[1:]), x.dtype), batch)
   put = lambda x, sharding, spec: jax.make_array_from_process_local_data(sharding, x, spec.shape)
   return jax.tree.map(put, batch, batch_shardings(whole, mesh), whole)
 

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -149,6 +150,7 @@ def prepare(config: RunConfig) -> Prepared:
   schedule = forecast.schedule(config, cfg, lengths[0], devices())
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices())
   plan = packing.pack_steps(lengths[0], order, schedule.shapes, schedule.costs)
+  checkpoint.agree({"plan of the steps": zlib.crc32(repr((schedule.mesh, plan)).encode())})
   share = share_of(mesh, config)
   data = pipeline.read(blend, tokenizer, config.data, lengths[0], plan, share)
   heldout = None
@@ -179,7 +181,7 @@ def share_of(mesh: Mesh, config: RunConfig) -> pipeline.Share:
   Raises:
     ConfigError: see `row_share`.
   """
-  return pipeline.Share(row_share(mesh), mesh.size, tuple(clip_share(mesh)), config.model.clips_per_chunk, config.train.vision)
+  return pipeline.Share(*row_share(mesh), mesh.size, tuple(clip_share(mesh)), config.model.clips_per_chunk, config.train.vision)
 
 
 class ClipEncoder:
@@ -266,8 +268,9 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
       assert prepared.heldout is not None  # see `evaluates`
       total = dict.fromkeys(("loss", "correct", "samples"), 0.0)
       with contextlib.closing(prepared.heldout()) as items:
-        while not stopping():
-          if (item := next(items, None)) is None:
+        while True:
+          item = next(items, None)
+          if item is None:
             out = {"loss": total["loss"] / total["samples"], "accuracy": total["correct"] / total["samples"]}
             samples = f"{out['accuracy']:.1%} of {total['samples']:.0f}"
             say(f"held-out after step {done}: loss {out['loss']:.4f}  accuracy {samples}")
@@ -276,6 +279,8 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
           if isinstance(item, pipeline.TowerCall):
             encode(item)
             continue
+          if stopping():
+            break
           out = functions.evaluate(graph, state, encoder.batch(item)[0])
           compiled("eval_step", describe(item.shape))
           total = {key: total[key] + float(value) for key, value in out.items()}

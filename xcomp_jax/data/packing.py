@@ -195,7 +195,7 @@ def _place(
   return time.sum(1) + np.where(places < 0, alone, 0).sum(1), places
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def _layout(mix: tuple[int, ...], shapes: tuple[Shape, ...], groups: int) -> tuple[np.ndarray, np.ndarray]:
   """Lists the rows of a combination of shapes: what each holds, int[rows, 3]; its row group, over all micro-batches."""
   free = np.concatenate([np.tile(_sizes(shapes[s]), (shapes[s].rows, 1)) for s in mix])
@@ -203,7 +203,7 @@ def _layout(mix: tuple[int, ...], shapes: tuple[Shape, ...], groups: int) -> tup
   return free, np.array(group)
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def _mixes(shapes: int, most: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
   """All combinations of up to so many micro-batches: the number of each one's shape, and how many of each shape."""
   mixes = [mix for n in range(1, most + 1) for mix in itertools.combinations_with_replacement(range(shapes), n)]

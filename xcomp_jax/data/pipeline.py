@@ -55,11 +55,13 @@ Item = TowerCall | MicroBatch
 class Share:
   """What of a run a process reads.
 
-  rows: (i, n), the i-th of n equal parts of the rows. devices: how many there are. mine: which of them are this process's. clips:
-  that a device's tower takes at once. trained: the tower is trained, so it has the same number of clips in every micro-batch.
+  rows: which of the row groups, ascending; groups: how many there are. devices: how many there are; mine: which of them are this
+  process's. clips: that a device's tower takes at once. trained: the tower is trained, so it has the same number of clips in every
+  micro-batch.
   """
 
-  rows: tuple[int, int]
+  rows: tuple[int, ...]
+  groups: int
   devices: int
   mine: tuple[int, ...]
   clips: int
@@ -171,11 +173,11 @@ def read(
     share: what is read here.
 
   Raises:
-    ConfigError: rows that can't be split over the processes.
+    ConfigError: rows that can't be split over the row groups.
   """
   for shape in sorted({micro.shape for step in steps for micro in step}):
-    if shape.rows % share.rows[1]:
-      raise ConfigError(f"{shape.rows} rows can't be split evenly over {share.rows[1]} processes")
+    if shape.rows % share.groups:
+      raise ConfigError(f"{shape.rows} rows can't be split evenly over {share.groups} row groups")
   items = _Items(data, lengths, steps, share)
   load = functools.partial(_load, data, tokenizer, cfg.mask, {length.clip_frames for length in lengths if length.frames}, share)
   options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.prefetch)
@@ -238,18 +240,19 @@ class _Items:
     return [*items, *(_Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
 
   def _calls(self, step: Sequence[Micro], kind: int) -> list[_Planned]:
-    """The tower's calls on all clips of so many frames: a device has neighbours, so that few records are read for it."""
+    """The tower's calls on all clips of so many frames. Those of a call are neighbours, so that a host reads few records."""
     devices, size = self._share.devices, self._share.clips
     lists: list[list[tuple[int, ...]]] = [[] for _ in range(devices)]  # of each device: sample, clip, micro-batch, row, slot
     turn = 0  # whose turn it is to take one more than others
     for number, micro in enumerate(step):
       found = list(self._clips_of(micro, number, kind))
-      each, more = divmod(len(found), devices)
-      extra = {(turn + i) % devices for i in range(more)}
+      clips, (each, more) = iter(found), divmod(len(found), devices)
+      for n in [size] * (each // size) + [1] * (each % size):
+        for mine in lists:
+          mine += itertools.islice(clips, n)
+      for i in range(more):
+        lists[(turn + i) % devices] += itertools.islice(clips, 1)
       turn = (turn + more) % devices
-      clips = iter(found)
-      for device in range(devices):
-        lists[device] += itertools.islice(clips, each + (device in extra))
     most = max(map(len, lists))
     table = np.full((devices, most, 5), -1, np.int32)
     for device, mine in enumerate(lists):
@@ -280,10 +283,11 @@ def _load(data: Blend, tokenizer, mask: Mask, kinds: set[int], share: Share, pla
   """Reads an item. kinds: frames of the clips that the data has."""
   if planned.clips is not None:
     return TowerCall(_read_clips(data, planned.clips[list(share.mine)].reshape(-1, 2), planned.clip_frames), planned.fills)
-  micro, (part, parts) = planned.micro, share.rows
+  micro = planned.micro
   assert micro is not None
-  n = micro.shape.rows // parts
-  shape, rows = dataclasses.replace(micro.shape, rows=n), micro.rows[part * n : (part + 1) * n]
+  each = micro.shape.rows // share.groups
+  rows = [micro.rows[group * each + k] for group in share.rows for k in range(each)]
+  shape = dataclasses.replace(micro.shape, rows=len(rows))
   held = None
   if data.features is not None:
     held = (data.features.tokens_per_frame, data.features.width), data.clip_spec(1)[1]
