@@ -73,6 +73,7 @@ from xcomp_jax import comparison, draw, export, generate, inside, official, pari
 from xcomp_jax.chat import Chat
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
+from xcomp_jax.model import vlm
 
 plt.rcParams.update(draw.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
@@ -113,8 +114,10 @@ if beside_cpu:
   frames = np.stack(list(movies.frames(watching.sample(path))))
   clips = frames.reshape(-1, film.clip_frames, *frames.shape[1:])
   asked = prompt.ask(watching.tokenizer, world.asked(annotation)[0][0], prompt.time_message(film.seconds, len(film.times)))
-  batch = generate.as_batch(asked, clips, film.clip_frames)
-  logits = lambda model: np.asarray(jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits)(model, batch))
+  def logits(model):
+    features = np.asarray(jax.jit(vlm.encode)(model, clips))
+    batch = generate.as_batch(asked, features, film.clip_frames)
+    return np.asarray(jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits)(model, batch))
   with watching.precision():
     ours = logits(model)
   with jax.default_device(cpu), jax.default_matmul_precision("highest"):

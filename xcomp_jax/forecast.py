@@ -1,8 +1,8 @@
 """Says what a run's steps will compute and how long they take at least, before anything is compiled.
 
-The same prediction chooses the mesh and the shapes of the micro-batches (`schedule`). A part of a step takes the longest
-of its operations on the most loaded device, its bytes over links, and its bytes of memory traffic, by what a device can
-do at best (`cost.CHIPS`): real runs take longer.
+The same prediction chooses the mesh and the shapes of the micro-batches (`schedule`). Each part of a step (a micro-batch, the
+tower, the optimizer) is predicted to take the longest of three: operations of the most loaded device, bytes over links, and bytes
+of memory. Rates are those of data sheets (`cost.CHIPS`), so real runs take longer.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ TPUS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 l
 # Of a virtual CPU device, whose figures nobody knows: collectives among threads cost more than what they send.
 CPU = {"flops": 2e10, "bandwidth": 1e10, "links": 2e8}
 OTHER = {"flops": 1e14, "bandwidth": 1e12, "links": 3e10}  # likewise of a GPU that `cost.CHIPS` does not have
-CONTEXT = 20  # a mesh with less context may take a 20th more time: gathered keys and values are waited for
+CONTEXT = 20  # of meshes within a 20th of the fastest the one with least context is taken: gathered keys and values are waited for
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -551,7 +551,8 @@ def report(config: RunConfig, cfg: VLMConfig, lengths: Lengths, counts: Sequence
   return "\n".join([*table, "", "shapes: rows x (samples, frames, text tokens)", *shapes, "", LEGEND])
 
 
-LEGEND = """tower, LLM, all: share of the executed operations that is on real tokens
+LEGEND = """batch: config.train.batch_size, or a sample for each device if that is more
+tower, LLM, all: share of the executed operations that is on real tokens
 of real work: the predicted time over that of real operations at the peak; and links: over that of real operations and
   the links of one micro-batch
 hours: what the whole run takes at least, if devices do what their data sheets say"""

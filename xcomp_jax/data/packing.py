@@ -18,10 +18,10 @@ from xcomp_jax.data.batch import Length, Shape
 
 MOST = 4  # shapes of a run; each one is a program that takes minutes to compile
 TOGETHER = 7  # micro-batches that are planned together; a step that needs more is parted first
-SLACK = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 30)  # 64ths of a step that packing it may need beyond its size; tried in turn
+SLACK = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 30)  # room beyond a step's size, in 64ths, with which combinations of shapes are tried
 HIDDEN = 16  # what goes on meanwhile costs one 16th of itself: it never hides completely, and padding is not free
-SAMPLED = 1024  # samples whose steps decide on shapes,
-SEED = 20_251_129  # and which ones
+SAMPLED = 1024  # so many random samples decide on shapes
+SEED = 20_251_129  # of that draw
 NEVER = np.iinfo(np.int64).max // 4  # picoseconds of what can't be
 Lengths = Sequence[Length] | np.ndarray  # an array has the columns of Length: int[n, 4]
 
@@ -37,7 +37,8 @@ class Micro(NamedTuple):
 class Costs(Protocol):
   """What a micro-batch takes, in whole picoseconds.
 
-  That is the larger of transfers, and operations plus attention of the row group that has most of it.
+  That is the slower of two: transfers, or operations with the attention of the busiest row group. A part of the faster is added
+  (HIDDEN).
 
   groups: of rows; each has devices of its own. attention: int64[N], what each sample's takes on its row's devices.
   """
