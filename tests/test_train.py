@@ -53,7 +53,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
   assert "warning" not in text
   assert sum(line.startswith("compiled grad_step") for line in text.splitlines()) == 1
   shares = {name: float(share) for name, share in re.findall(r"(\w+) +([\d.]+)%", text.splitlines()[-2].split("s:")[1])}
-  assert sum(shares.values()) == pytest.approx(100, abs=0.5) and shares["compile"] > shares["step"] > 0
+  assert sum(shares.values()) == pytest.approx(100, abs=0.5) and min(shares["compile"], shares["step"]) > 0
 
   saved, step = checkpoint.read_config(config.workdir)
   assert from_dict(RunConfig, saved["run"]) == config and step == 12
