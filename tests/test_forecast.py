@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_packing import mixture
 
-from xcomp_jax import forecast, metrics
+from xcomp_jax import forecast, metrics, plan_table
 from xcomp_jax.config import (
   ConfigError,
   LLMConfig,
@@ -93,7 +93,7 @@ def test_the_torus_of_a_count_of_chips():
 
 
 def test_a_state_that_can_not_fit_is_told(config):
-  sizes = lambda n: forecast._too_large(forecast._costs(
+  sizes = lambda n: plan_table._too_large(forecast._costs(
     CFG, config.train, (1, n, 1, 1), forecast._rates(forecast.chips("v5e", n)), mixture(1)
   ))  # fmt: skip
   assert "the state alone takes 24.8 GB of 17.2" in sizes(1) and not sizes(2)
@@ -146,7 +146,7 @@ def test_the_command_prints_a_table(config, tmp_path):
   file, lengths = tmp_path / "lengths.json", mixture(200)
   file.write_text(json.dumps({"frames": lengths[:, 0].tolist(), "text": lengths[:, 3].tolist()}))
   fixed = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1, 1))
-  out = forecast.command(fixed, CFG, file, None, "2,64", "v5e")
+  out = plan_table.table(fixed, CFG, plan_table.read_lengths(file, CFG), "2,64", "v5e")
   rows = [line.split() for line in out.splitlines()]
   assert rows[0][:4] == ["devices", "batch", "mesh", "data"]
   assert [row[:4] for row in rows[1:5]] == [
@@ -165,19 +165,16 @@ def test_the_command_prints_a_table(config, tmp_path):
 def test_a_file_of_lengths_that_is_none_is_refused(tmp_path, text, words):
   (tmp_path / "lengths.json").write_text(text)
   with pytest.raises(ConfigError, match=words):
-    forecast.read_lengths(tmp_path / "lengths.json", CFG)
+    plan_table.read_lengths(tmp_path / "lengths.json", CFG)
 
 
 def test_wrong_arguments_are_named(config, tmp_path):
-  for arguments, words in (
-    ((tmp_path / "none.json", None, "8", "v5e"), "can't be read"),
-    ((tmp_path, None, "8,x", "v5e"), "--devices 8,x: must be numbers"),
-    ((tmp_path, None, "8", "v9"), "--chip v9: known are v4, v5e, v5p, v6e, b200, h200, h100, a100"),
-    ((None, None, "8", "v5e"), "one of --lengths FILE and --data STORE"),
+  with pytest.raises(ConfigError, match="can't be read"):
+    plan_table.read_lengths(tmp_path / "none.json", CFG)
+  for devices, chip, words in (
+    ("8,x", "v5e", "--devices 8,x: must be numbers"),
+    ("8", "v9", "--chip v9: known are v4, v5e, v5p, v6e, b200, h200, h100, a100"),
+    ("64", "v5e", "batch_size = 64, but an epoch reads only 40 samples"),
   ):
     with pytest.raises(ConfigError, match=words):
-      forecast.command(config, CFG, *arguments)
-  file = tmp_path / "few.json"
-  file.write_text(json.dumps({"frames": [1] * 40, "text": [9] * 40}))
-  with pytest.raises(ConfigError, match="there are 40 samples, but a step of 64 devices has 64"):
-    forecast.command(config, CFG, file, None, "64", "v5e")
+      plan_table.table(config, CFG, np.array([[1, 1, 14, 9]] * 40), devices, chip)

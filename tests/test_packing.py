@@ -70,7 +70,7 @@ def test_a_step_is_packed_the_same_alone_and_among_others():
   together = packing.pack_steps(lengths, steps, SHAPES, costs(lengths))
   assert together == packing.pack_steps(lengths, steps, SHAPES[::-1], costs(lengths))
   as_samples = [Length(*map(int, row)) for row in lengths]
-  assert together == [packing.pack(as_samples, ids, SHAPES, costs(lengths)) for ids in steps]
+  assert together == [packing.pack_steps(as_samples, [ids], SHAPES, costs(lengths))[0] for ids in steps]
   among_larger = packing.pack_steps(lengths, [*steps, range(600)], SHAPES, costs(lengths))
   assert together == among_larger[:-1]
 
@@ -78,12 +78,12 @@ def test_a_step_is_packed_the_same_alone_and_among_others():
 def test_samples_that_fit_one_shape_only_get_it():
   lengths = np.array([[1024, 8, 14, 3200]] * 5 + [[1, 1, 14, 30]] * 5 + [[0, 1, 0, 1500]] * 2)
   for shapes in (SHAPES, SHAPES[:1]):
-    check(lengths, range(12), packing.pack(lengths, range(12), shapes, costs(lengths)), shapes)
+    check(lengths, range(12), packing.pack_steps(lengths, [range(12)], shapes, costs(lengths))[0], shapes)
 
 
 def test_the_load_of_row_groups_is_evened_out():
   lengths = np.array([[512, 8, 14, 30]] * 2 + [[128, 8, 14, 30]] * 4)
-  (micro,) = packing.pack(lengths, range(6), [Shape(2, 6, 16, 1024, 500)], costs(lengths))
+  (micro,) = packing.pack_steps(lengths, [range(6)], [Shape(2, 6, 16, 1024, 500)], costs(lengths))[0]
   assert [sorted(lengths[list(row), 0]) for row in micro.rows] == [[128, 128, 512]] * 2
 
 
@@ -92,7 +92,7 @@ def test_transfers_decide_how_many_micro_batches_there_are():
   counts = []
   for transfers in (0, 10_000):
     prices = Slots(1, np.zeros(6, np.int64), transfers)
-    counts.append(len(packing.pack(lengths, range(6), shapes, prices)))
+    counts.append(len(packing.pack_steps(lengths, [range(6)], shapes, prices)[0]))
   assert counts == [3, 1]
 
 
@@ -121,7 +121,7 @@ def test_data_of_one_kind_has_shapes_too(kind):
   room = dataclasses.replace(ROOM, frames=1024)
   shapes, _ = packing.choose_shapes(lengths, 8, room, costs(lengths), sweeps=1)
   assert packing.fits(lengths, shapes)
-  check(lengths, range(64), packing.pack(lengths, range(64), shapes, costs(lengths)), shapes)
+  check(lengths, range(64), packing.pack_steps(lengths, [range(64)], shapes, costs(lengths))[0], shapes)
 
 
 def test_shapes_of_a_config():
@@ -145,7 +145,7 @@ def test_rows_of_one_sample_where_each_keeps_other_places():
   lengths = mixture(64)
   shapes, _ = packing.choose_shapes(lengths, 8, dataclasses.replace(ROOM, samples=1), costs(lengths), sweeps=1)
   assert {shape.samples for shape in shapes} == {1}
-  micros = packing.pack(lengths, range(16), shapes, costs(lengths))
+  micros = packing.pack_steps(lengths, [range(16)], shapes, costs(lengths))[0]
   assert all(len(row) <= 1 for micro in micros for row in micro.rows)
 
 

@@ -287,8 +287,6 @@ def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
   prepared = train.prepare(config)
   prepared.data.close()
   assert plan.stored_lengths(config, prepared.cfg, config.data.train) == [tuple(n) for n in prepared.lengths.tolist()]
-  with pytest.raises(ConfigError, match="one of --lengths FILE and --data STORE"):
-    forecast.one_of(prepared.cfg, tmp_path / "x.json", prepared.lengths)
 
 
 def test_a_checkpoint_directory_is_taken_before_what_is_known(tiny_run, tmp_path):

@@ -6,32 +6,28 @@ of memory. Rates are those of data sheets (`cost.CHIPS`), so real runs take long
 """
 
 import dataclasses
-import json
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from xcomp_jax import cost, metrics, sharding
-from xcomp_jax.config import ConfigError, DataConfig, MeshConfig, RunConfig, TrainConfig, VLMConfig, check
+from xcomp_jax.config import ConfigError, DataConfig, MeshConfig, RunConfig, TrainConfig, VLMConfig
 from xcomp_jax.data import packing
-from xcomp_jax.data.batch import Length, Shape
+from xcomp_jax.data.batch import Length, Shape, length_table
 from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.model import attention
 
 BLOCK = 512  # queries, and keys, of a block of attention's kernels
 # What a GPU's gradient of attention computes of a row's square, if its sequence is not split: Mosaic's kernels (H100 and later) leave
 # out no blocks of other samples, Triton's see a quarter, half or all of the keys.
-STRIPS = 0.7  # likewise of XLA's own attention, in every pass: other cards, and float32
 SQUARE = {"H100": 0.5, "H200": 0.5, "B200": 0.5, "A100": 0.7, "L4": 0.7, "A10": 0.7}
+STRIPS = 0.7  # likewise of XLA's own attention, in every pass: other cards, and float32
 # Memory traffic of a layer in units of what its activations take, per forward pass (a gradient is two more); fitted to
 # programs compiled for TPUs (docs/LOG.md), which it meets within a fifth.
 TRAFFIC = 3.2
 PICO = 10**12
-MOST = 100_000  # frames or tokens of a sample, in files of lengths
-PREFIX = 14  # tokens of the chat header, in files of lengths
 # Bytes/s of one GPU's network adapter: 400 Gb/s InfiniBand beside an H100, 200 beside an A100. A ring through several
 # hosts crosses between them on all eight of a host's adapters at once.
 NETWORK = {"B200": 50e9, "H200": 50e9, "H100": 50e9, "A100": 25e9}
@@ -168,7 +164,7 @@ def row_flops(cfg: VLMConfig, shape: Shape) -> dict[str, float]:
 def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np.ndarray:
   """Operations of the LLM's attention in each sample's forward pass, as executed: with what kernels can't leave out."""
   edges = 3.0 if device.kind.startswith("TPU") else 1.5  # elsewhere slots are brought into sample order
-  table = _table(lengths)
+  table = length_table(lengths)
   around, groups = table[:, 2] + table[:, 3], table[:, 0] * cfg.tokens_per_frame // cfg.lp_comp.group
   pairs = np.zeros(len(table))
   for entering, _ in metrics.entering_and_leaving(cfg):
@@ -192,10 +188,6 @@ def square_passes(cfg: VLMConfig, train: TrainConfig, device: cost.Device) -> in
   if device.kind == "cpu" or device.kind.startswith("TPU"):
     return 0
   return times - 1 if any(name in device.kind for name in SQUARE) and cfg.dtype != "float32" else times
-
-
-def _table(lengths: Lengths) -> np.ndarray:
-  return np.asarray(lengths, np.int64).reshape(-1, len(Length._fields))
 
 
 def _activations(width: int, mlp_width: int) -> int:
@@ -237,7 +229,7 @@ def schedule(
   Raises:
     ConfigError: samples that fit no shape, shapes that the mesh can't split, a mesh that can't be.
   """
-  data, size, device, lengths = config.data, config.train.batch_size, _rates(devices), _table(lengths)
+  data, size, device, lengths = config.data, config.train.batch_size, _rates(devices), length_table(lengths)
   named = None if data.shapes is None else [_named(shape, data) for shape in data.shapes]
   packing.check_fit(lengths, data.prefix_length, named)
   meshes = _meshes(config, cfg, device.count) if like is None else [like.mesh]
@@ -299,7 +291,7 @@ def _meshes(config: RunConfig, cfg: VLMConfig, devices: int) -> list[tuple[int, 
 
 def _room(data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Lengths) -> packing.Room:
   """What shapes may be: what devices hold by the config, or the largest sample if it is larger."""
-  parts, devices, largest = mesh[3], mesh[2] * mesh[3], _table(lengths).max(0)
+  parts, devices, largest = mesh[3], mesh[2] * mesh[3], length_table(lengths).max(0)
   step = cfg.lp_comp.group * parts // math.gcd(cfg.lp_comp.group * parts, cfg.tokens_per_frame)
   frames = max(data.frames_per_device * devices // step, -(-int(largest[0]) // step)) * step
   text = max(data.text_per_device * devices, int(largest[3]))
@@ -367,8 +359,8 @@ class Account:
 def account(plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, pixels: bool) -> Account:
   """Accounts for steps that were packed as planned; pixels: the tower runs, too."""
   costs = plan.costs
-  ids = np.unique([i for micros in steps for micro in micros for row in micro.rows for i in row]).astype(np.int64)
-  table = _table(lengths)[ids]  # of what these steps have
+  ids = np.unique([i for micros in steps for i in packing.samples(micros)]).astype(np.int64)
+  table = length_table(lengths)[ids]  # of what these steps have
   cfg, train, device, n = costs.cfg, costs.train, costs.device, costs.device.count
   assert device.flops is not None and device.bandwidth is not None  # see _rates
   times, real = passes(cfg, train), metrics.forward_flops(cfg, table, pixels)
@@ -387,7 +379,7 @@ def account(plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, 
     seconds[bound] += kinds[bound] / count
 
   for micros in steps:
-    own = np.searchsorted(ids, [i for micro in micros for row in micro.rows for i in row])
+    own = np.searchsorted(ids, packing.samples(micros))
     for part, flops in real.items():
       done[part] += flops[own].sum()
     executed["llm"] += attended[own].sum()
@@ -412,7 +404,7 @@ def account(plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, 
   links = min(kinds["links"] for kinds in spent.values())
   linked = needed["vision"] + max(needed["projector"] + needed["llm"], links)
   micro_batches = sum(map(len, steps))
-  samples = sum(len(row) for micros in steps for micro in micros for row in micro.rows)
+  samples = sum(len(packing.samples(micros)) for micros in steps)
   used = {micro.shape for micros in steps for micro in micros}
   return Account(
     plan.mesh, device, pixels, len(steps), round(samples / count), micro_batches / count, share(("vision",)),
@@ -437,132 +429,13 @@ def _tower(cfg: VLMConfig, device: cost.Device, table: np.ndarray) -> tuple[floa
 
 def _optimizer_bytes(costs: Costs) -> float:
   """Memory traffic of the optimizer's step on a device: parameters and moments are read and written, gradients read."""
-  return 2 * 7 * 4 * _trained(costs)  # the compiler's program moves twice what must be moved
+  return 2 * 7 * 4 * trained(costs)  # the compiler's program moves twice what must be moved
 
 
-def _trained(costs: Costs) -> float:
+def trained(costs: Costs) -> float:
   """Numbers that are trained on each device."""
   m, v, train = costs.cfg.llm, costs.cfg.vision, costs.train
   numbers = train.llm * (m.layers * sum(metrics.layer_products(m)) + m.vocab_size * m.width * (1 if m.tied else 2))
   numbers += train.projector * m.width * (m.width + v.width)
   numbers += train.vision * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp_width)
   return numbers / math.prod(costs.mesh[1:])
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
-  """Reads {"frames": [...], "text": [...]}, a number per sample; 1 frame is an image, 0 text alone.
-
-  Returns:
-    int64[n, 4], columns as `Length`; text is what follows the visual slot, and PREFIX tokens come before it.
-
-  Raises:
-    ConfigError: a file that is not so.
-  """
-  try:
-    found = json.loads(file.read_text())
-  except (OSError, ValueError, RecursionError) as error:
-    raise ConfigError(f"{file} can't be read: {error}") from error
-  frames, text = (found.get(key) if isinstance(found, dict) else None for key in ("frames", "text"))
-  if not (isinstance(frames, list) and isinstance(text, list) and frames and text):
-    raise ConfigError(f'{file}: expected {{"frames": [...], "text": [...]}}, each with a number per sample')
-  if len(frames) != len(text):
-    raise ConfigError(f"{file}: {len(frames):,} numbers in frames, but {len(text):,} in text")
-  problems = []
-  for i, (f, t) in enumerate(zip(frames, text)):
-    if type(f) is not int or not 0 <= f <= MOST or (f > 1 and f % cfg.clip_frames):
-      problems.append(f"frames[{i}] = {f!r}: must be 0, 1, or a multiple of the {cfg.clip_frames} frames of a clip, at most {MOST:,}")
-    if type(t) is not int or not 1 <= t <= MOST:
-      problems.append(f"text[{i}] = {t!r}: must be a whole number from 1 to {MOST:,}")
-  packing.refuse(str(file), problems)
-  f, t = np.array(frames), np.array(text)
-  before = np.where(f > 0, PREFIX, 0)
-  return np.stack([f, np.where(f > 1, cfg.clip_frames, 1), before, t + PREFIX - before], 1)
-
-
-def one_of(cfg: VLMConfig, file: pathlib.Path | None, stored: Lengths | None) -> Lengths:
-  """Gives the lengths of a file, or of a store; see `read_lengths`.
-
-  Raises:
-    ConfigError: both, or none; a file that is not so.
-  """
-  if file is not None and stored is None:
-    return read_lengths(file, cfg)
-  if file is None and stored is not None:
-    return stored
-  raise ConfigError("give one of --lengths FILE and --data STORE")
-
-
-def command(
-  config: RunConfig, cfg: VLMConfig, file: pathlib.Path | None, stored: Lengths | None, devices: str, chip: str
-) -> str:
-  """What `python -m xcomp_jax.plan --lengths FILE` or `--data STORE` prints; stored: lengths of the samples of a store.
-
-  Raises:
-    ConfigError: arguments, a config or samples that can't be.
-  """
-  check(config)
-  counts = [int(n) if n.strip().isdecimal() else 0 for n in devices.split(",")]
-  if min(counts) < 1:
-    raise ConfigError(f"--devices {devices}: must be numbers of devices from 1 on, such as 1,8,32")
-  chips(chip, 1)  # refuses unknown ones
-  return report(config, cfg, one_of(cfg, file, stored), counts, chip)
-
-
-COLUMNS = (
-  "devices", "batch", "mesh", "data", "micro-batches", "tower", "LLM", "all", "programs", "s a step", "of real work",
-  "and links", "bound by", "steps", "hours", "chip-hours",
-)  # fmt: skip
-
-
-def report(config: RunConfig, cfg: VLMConfig, lengths: Lengths, counts: Sequence[int], chip: str) -> str:
-  """Makes the table of a run on these samples with each of these numbers of devices.
-
-  A step has a sample for each device, if the config has fewer.
-
-  Raises:
-    ConfigError: see `schedule`; an unknown chip; fewer samples than a step has.
-  """
-  lines, shapes = [COLUMNS], []
-  for count in counts:
-    some = dataclasses.replace(config.train, batch_size=max(config.train.batch_size, count))
-    if len(lengths) < some.batch_size:
-      raise ConfigError(f"there are {len(lengths)} samples, but a step of {count} devices has {some.batch_size}")
-    plan = schedule(dataclasses.replace(config, train=some), cfg, lengths, chips(chip, count))
-    n = len(lengths) // some.batch_size
-    ids = np.argsort(np.random.PCG64((config.seed,)).random_raw(len(lengths)), kind="stable")
-    steps = packing.pack_steps(lengths, ids[: n * some.batch_size].reshape(n, -1).tolist(), plan.shapes, plan.costs)
-    total = min(n * some.epochs, some.steps or n * some.epochs)
-    shapes.append(f"{count} x {chip}: " + ", ".join(map(_shape, plan.shapes)) + _too_large(plan.costs))
-    for pixels in (True, False):
-      a = account(plan, steps, lengths, pixels)
-      hours = a.step * total / 3600
-      mesh = " x ".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, a.mesh) if size > 1) or "1"
-      lines.append((
-        f"{count}", f"{a.batch_size}", mesh, "frames" if pixels else "features", f"{a.micro_batches:.2f}",
-        f"{a.tower:.3f}" if pixels else "-", f"{a.llm:.3f}", f"{a.all:.3f}", f"{a.programs}", f"{a.step:.3f}",
-        f"{a.step / a.alone:.2f} x", f"{a.step / a.linked:.2f} x", a.bound, f"{total:,}", f"{hours:.2f}",
-        f"{hours * count:,.1f}",
-      ))  # fmt: skip
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
-  return "\n".join([*table, "", "shapes: rows x (samples, frames, text tokens)", *shapes, "", LEGEND])
-
-
-LEGEND = """batch: config.train.batch_size, or a sample for each device if that is more
-tower, LLM, all: share of the executed operations that is on real tokens
-of real work: the predicted time over that of real operations at the peak; and links: over that of real operations and
-  the links of one micro-batch
-hours: what the whole run takes at least, if devices do what their data sheets say"""
-
-
-def _shape(shape: Shape) -> str:
-  return f"{shape.rows} x ({shape.samples}, {shape.frames:,}, {shape.text:,})"
-
-
-def _too_large(costs: Costs) -> str:
-  """Says so if not even what is trained fits a device: parameters, moments and gradients."""
-  size, there = 4 * 4 * _trained(costs) / 1e9, (costs.device.hbm or math.inf) / 1e9
-  return f"; DOES NOT FIT: the state alone takes {size:.1f} GB of {there:.1f} a device" if size > there else ""

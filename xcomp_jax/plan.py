@@ -30,10 +30,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xcomp_jax import forecast, metrics, programs, sharding, train, weights
+from xcomp_jax import forecast, metrics, plan_table, programs, sharding, train, weights
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, from_command_line
-from xcomp_jax.data import pipeline
-from xcomp_jax.data.batch import Length
+from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data.batch import Length, length_table
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.files import command
 from xcomp_jax.programs import NAMES, TRAINING, Plan, held
@@ -207,7 +207,7 @@ def _micro_seconds(plan: Plan, row: Mapping[str, Any], micro: Micro) -> float:
 def _tower_seconds(plan: Plan, row: Mapping[str, Any]) -> tuple[float, float]:
   """Predicts the calls of the tower in an average step, and seconds, those of sending weights and results included."""
   cfg, n, count = plan.full, plan.device.count, len(plan.steps)
-  table = np.asarray(plan.lengths, np.int64).reshape(-1, len(Length._fields))
+  table = length_table(plan.lengths)
 
   def work(size: int) -> float:
     return float(metrics.forward_flops(cfg, [Length(size, size, 0, 0)], pixels=True)["vision"][0])
@@ -215,7 +215,7 @@ def _tower_seconds(plan: Plan, row: Mapping[str, Any]) -> tuple[float, float]:
   kinds = {size: work(size) / work(cfg.clip_frames) for size in np.unique(table[table[:, 0] > 0, 1]).tolist()}
   calls = clips = frames = 0.0
   for micros in plan.steps:
-    ids = [i for micro in micros for samples in micro.rows for i in samples]
+    ids = packing.samples(micros)
     frames += table[ids, 0].sum() / count
     for size, share in kinds.items():
       each = -(-int(table[ids, 0][table[ids, 1] == size].sum()) // (size * n))  # clips of a device
@@ -313,11 +313,13 @@ def main(argv: Sequence[str] | None = None) -> None:
       jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     config = from_command_line(["plan", *rest])
     cfg = programs.sizes(config)
-    stored = None if args.data is None else stored_lengths(config, cfg, args.data)
-    if given and args.topology is None:
-      print(forecast.command(config, cfg, args.lengths, stored, args.devices or "1,8,32,256", args.chip))
+    lengths = None
+    if given:
+      stored = args.data is not None
+      lengths = stored_lengths(config, cfg, args.data) if stored else plan_table.read_lengths(args.lengths, cfg)
+    if lengths is not None and args.topology is None:
+      print(plan_table.table(config, cfg, lengths, args.devices or "1,8,32,256", args.chip))
       return
-    lengths = forecast.one_of(cfg, args.lengths, stored) if given else None
     plan = programs.make(
       config, args.topology, layers=args.layers, frames=args.frames, text=args.text, lengths=lengths,
       effort=-1.0 if args.quick else 0.0,

@@ -156,7 +156,6 @@ def make(
   pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
   schedule = forecast.schedule(seen, full, lengths, chips or devices)
   mesh = sharding.make_mesh(MeshConfig(*schedule.mesh), devices)
-  sharding.check_tensor(mesh.shape["tensor"], full)
   sharding.row_groups(mesh)  # refuses what training would
   order = pipeline.order(range(len(lengths)), size, config.seed, 0)
   packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)

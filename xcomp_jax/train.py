@@ -33,7 +33,7 @@ from tqdm import tqdm
 from xcomp_jax import checkpoint, encode, forecast, hosts, metrics, optim, weights, workdir
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check, from_command_line, to_dict
 from xcomp_jax.data import packing, pipeline
-from xcomp_jax.data.batch import Batch, Clips, Shape
+from xcomp_jax.data.batch import Batch, Clips, Shape, length_table
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import Features, Store, open_store
@@ -167,7 +167,7 @@ def prepare(config: RunConfig) -> Prepared:
   if not checkpoint.begun(config.workdir):
     weights.stored(directory, cfg)  # what is missing or broken is said before anything is written
   workdir.claim(config.workdir)
-  return Prepared(cfg, mesh, opened, np.array(lengths[0]), schedule, plan, data, heldout, description)
+  return Prepared(cfg, mesh, opened, length_table(lengths[0]), schedule, plan, data, heldout, description)
 
 
 def devices() -> list[jax.Device]:
@@ -260,12 +260,13 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
     compiled = lambda name, what: report_compilations(compilations, name, what, say)
     evaluates = lambda: prepared.heldout is not None and (done % config.train.eval_every == 0 or done == steps)
 
-    def encode(call: pipeline.TowerCall) -> None:
+    def encode(encoder: ClipEncoder, call: pipeline.TowerCall) -> None:
       encoder.encode(state, call)
       compiled("encode_step", f"{len(call.fills[0].place)} clips of {call.frames.shape[1]} frames")
 
     def evaluate() -> dict[str, float] | None:
       assert prepared.heldout is not None  # see `evaluates`
+      encoder = ClipEncoder(functions, mesh)  # nothing of it is left if this is interrupted
       total = dict.fromkeys(("loss", "correct", "samples"), 0.0)
       with contextlib.closing(prepared.heldout()) as items:
         while True:
@@ -277,7 +278,7 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
             tell(done, "heldout", out)
             return out
           if isinstance(item, pipeline.TowerCall):
-            encode(item)
+            encode(encoder, item)
             continue
           if stopping():
             break
@@ -310,7 +311,7 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
         with goodput.part("data"):
           item = clock.wait(data)
         if isinstance(item, pipeline.TowerCall):
-          encode(item)
+          encode(encoder, item)
           continue
         if len(seen) > 1:  # one may compute while the next is copied; more would pile up in the device's memory
           jax.block_until_ready(seen[-2][1])
@@ -330,8 +331,8 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
       losses.append(out["loss"])
       clock.samples += out["samples"]
       clock.frames += out["frames"]
-      samples = [i for micro in prepared.plan[done - 1] for row in micro.rows for i in row]
-      clock.flops += metrics.training_flops(cfg, config.train, prepared.lengths[samples], prepared.pixels) * mine
+      of = prepared.lengths[packing.samples(prepared.plan[done - 1])]
+      clock.flops += metrics.training_flops(cfg, config.train, of, prepared.pixels) * mine
       bar.update()
       if done % config.train.log_every == 0 or done == steps:
         recent = losses[-min(config.train.log_every, len(losses)) :]

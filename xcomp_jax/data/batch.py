@@ -46,6 +46,11 @@ class Length(NamedTuple):
   text: int  # tokens after it; all of them in text alone
 
 
+def length_table(lengths: Sequence[Length] | np.ndarray) -> np.ndarray:
+  """Gives lengths as int64[n, 4], with the columns of `Length`."""
+  return np.asarray(lengths, np.int64).reshape(-1, len(Length._fields))
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
   """The arrays of a micro-batch: rows, each of which holds several samples one after the other.

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from xcomp_jax.config import ConfigError
-from xcomp_jax.data.batch import Length, Shape
+from xcomp_jax.data.batch import Length, Shape, length_table
 
 MOST = 4  # shapes of a run; each one is a program that takes minutes to compile
 TOGETHER = 7  # micro-batches that are planned together; a step that needs more is parted first
@@ -79,16 +79,23 @@ class Room:
     return Shape(self.groups, samples, self.prefix, frames, around - before)
 
 
-def pack(lengths: Lengths, ids: Sequence[int], shapes: Sequence[Shape], costs: Costs) -> list[Micro]:
-  """Packs the samples `ids` of one step; each of them must fit a shape."""
-  return pack_steps(lengths, [ids], shapes, costs)[0]
+def samples(step: Sequence[Micro]) -> list[int]:
+  """Lists the samples of a step."""
+  return [i for micro in step for row in micro.rows for i in row]
 
 
 def pack_steps(
   lengths: Lengths, steps: Sequence[Sequence[int]], shapes: Sequence[Shape], costs: Costs
 ) -> list[list[Micro]]:
-  """Packs every step as `pack` does, in a small part of the time."""
-  table, shapes = _table(lengths), sorted(shapes)
+  """Packs the samples of every step into micro-batches. A step is packed the same alone and among others.
+
+  Args:
+    lengths: of all samples there are; each of the steps' must fit a shape.
+    steps: the numbers of the samples of each.
+    shapes: of micro-batches.
+    costs: what they take.
+  """
+  table, shapes = _needs(lengths), sorted(shapes)
   out: list[list[Micro]] = [[] for _ in steps]
   left = [(n, part) for n, ids in enumerate(steps) for part in _parts(table, np.array(ids, np.int64), shapes)]
   while left:
@@ -233,9 +240,9 @@ def _cheapest(needs: np.ndarray, shapes: Sequence[Shape], costs: Costs) -> np.nd
   return np.where(ok, [max(costs.price(shape)) for shape in shapes], NEVER).argmin(-1)
 
 
-def _table(lengths: Lengths) -> np.ndarray:
+def _needs(lengths: Lengths) -> np.ndarray:
   """What each sample takes of a row, int64[n, 3]: one place, its frames, its text."""
-  table = np.asarray(lengths, np.int64).reshape(-1, len(Length._fields))
+  table = length_table(lengths)
   return np.stack([np.ones(len(table), np.int64), table[:, 0], table[:, 3]], 1)
 
 
@@ -272,7 +279,7 @@ STARTS = ((28, 21, 14), (28, 14, 7), (28, 24, 20), (14, 7, 4))
 
 def average(lengths: Lengths, batch_size: int, shapes: Sequence[Shape], costs: Costs) -> int:
   """Picoseconds of the micro-batches of an average step, from some random steps."""
-  table, count = _table(lengths), max(8, SAMPLED // batch_size)
+  table, count = _needs(lengths), max(8, SAMPLED // batch_size)
   steps = np.resize(np.argsort(np.random.PCG64(SEED).random_raw(len(table)), kind="stable"), (count, batch_size))
   parts = [part for ids in steps for part in _parts(table, ids, shapes)]
   return sum(_fastest(table, parts, shapes, costs).time.tolist()) // count  # of Python's numbers, which have no largest
@@ -298,7 +305,7 @@ def choose_shapes(
     sweeps: of a search that changes one shape at a time.
     start: shapes that it begins with, of the same room; none: some in proportion to the data.
   """
-  table = _table(lengths)
+  table = _needs(lengths)
   n, total, largest = len(table), table.sum(0).tolist(), table.max(0).tolist()
   corners = _corners(table)
   # No row group needs more text than twice its share of a step; where links decide, nothing else would bound it.
@@ -396,7 +403,7 @@ def check_fit(lengths: Lengths, prefix: int, shapes: Sequence[Shape] | None = No
     ConfigError: samples that fit none of `shapes` (None: that are still to be chosen, for the data), or that have more
       tokens before the visual slot than there are slots.
   """
-  table = np.asarray(lengths, np.int64).reshape(-1, len(Length._fields))
+  table = length_table(lengths)
   most = table[:, 2].max(initial=0)
   problems = [
     f"sample {i} has {table[i, 2]} tokens before the visual slot, and config.data.prefix_length is {prefix}; make it {most}"
@@ -407,14 +414,14 @@ def check_fit(lengths: Lengths, prefix: int, shapes: Sequence[Shape] | None = No
     problems += [
       f"sample {i} has {table[i, 0]:,} frames and {table[i, 3]:,} tokens after the visual slot, and rows hold {held}; name "
       "a larger one in config.data.shapes, or None to have them chosen"
-      for i in np.flatnonzero(~_fit(_table(lengths), shapes))
+      for i in np.flatnonzero(~_fit(_needs(lengths), shapes))
     ]
   refuse("the data does not fit", problems)
 
 
 def fits(lengths: Lengths, shapes: Sequence[Shape]) -> bool:
   """Whether each sample fits a shape."""
-  return bool(_fit(_table(lengths), shapes).all())
+  return bool(_fit(_needs(lengths), shapes).all())
 
 
 def _fit(needs: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:

@@ -17,8 +17,8 @@ import numpy as np
 import tqdm
 
 from xcomp_jax.config import ConfigError, DataConfig, Mask
-from xcomp_jax.data import prompt
-from xcomp_jax.data.batch import IMAGE_TOKEN, Batch, Clips, Example, Length, Shape, collate
+from xcomp_jax.data import packing, prompt
+from xcomp_jax.data.batch import IMAGE_TOKEN, Batch, Clips, Example, Length, Shape, collate, length_table
 from xcomp_jax.data.blend import Blend, permutation
 from xcomp_jax.data.packing import Micro
 
@@ -205,7 +205,7 @@ class _Items:
   def __init__(self, data: Blend, lengths: Sequence[Length], steps: Sequence[Sequence[Micro]], share: Share):
     self._lengths, self._steps, self._share = lengths, steps, share
     self._encodes = data.features is None and not share.trained
-    table = np.array(lengths, np.int64).reshape(-1, len(Length._fields))
+    table = length_table(lengths)
     self._clips = table[:, 0] // table[:, 1]
     self._clip_frames = table[:, 1]
     self.ends = [0, *itertools.accumulate(self._count(step) + len(step) for step in steps)]
@@ -220,7 +220,7 @@ class _Items:
 
   def _kinds(self, step: Sequence[Micro]) -> list[tuple[int, list[int]]]:
     """(frames of a clip, samples with such clips): images are apart from videos."""
-    samples = [i for micro in step for row in micro.rows for i in row if self._clips[i]]
+    samples = [i for i in packing.samples(step) if self._clips[i]]
     kinds = sorted({int(self._clip_frames[i]) for i in samples}, reverse=True)
     return [(kind, [i for i in samples if self._clip_frames[i] == kind]) for kind in kinds]
 

@@ -23,8 +23,8 @@ from xcomp_jax.sharding import constrain, divides, parts
 
 VOCABULARY = "vocabulary"  # name in compiled programs of what is there once, whatever the layers
 LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
-NOWHERE = 2**30  # an index that no array has
 GATHERED_ROWS = 16 * LOGIT_ROWS  # and at most in all, since every device that has some of the words has all rows
+NOWHERE = 2**30  # an index that no array has
 
 
 class VLM(nnx.Module):
@@ -155,18 +155,18 @@ def forward(
     entering: return the states entering every layer.
   """
   cfg = model.cfg
-  (B, M, P), L, N = batch.prefix.shape, batch.text.shape[1], batch.visual.shape[2]
-  P, end = M * P, M * P + batch.visual.shape[1] * N
-  x = place(model, batch.visual.astype(cfg.dtype), batch.prefix.reshape(B, P), batch.text)
+  (B, M, P), L = batch.prefix.shape, batch.text.shape[1]
+  before, visual = M * P, batch.visual.shape[1] * batch.visual.shape[2]  # slots
+  x = place(model, batch.visual.astype(cfg.dtype), batch.prefix.reshape(B, before), batch.text)
   of = lengths(model, batch)
   if projector_max_frames is not None:
     group = cfg.lp_comp.group
-    sample = of.places(P, (end - P) // group, L, group).sample[:, P:end]
+    sample = of.places(before, visual // group, L, group).sample
     frames = jnp.take_along_axis(batch.frames, jnp.maximum(sample, 0), axis=1)
-    visual = x[:, P:end]
-    visual = jnp.where((frames >= projector_max_frames)[..., None], jax.lax.stop_gradient(visual), visual)
-    x = jnp.concatenate([x[:, :P], visual, x[:, end:]], axis=1)
-  return decoder.run(model.llm, x, of, prefix=P, text=L, query=batch.query, caches=caches, entering=entering)
+    slot = jnp.arange(x.shape[1])
+    long = (frames >= projector_max_frames) & (slot >= before) & (slot < before + visual)
+    x = jnp.where(long[..., None], jax.lax.stop_gradient(x), x)
+  return decoder.run(model.llm, x, of, prefix=before, text=L, query=batch.query, caches=caches, entering=entering)
 
 
 def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B R D"]:

@@ -1,0 +1,112 @@
+"""The table of `python -m xcomp_jax.plan --lengths FILE`: what a run computes and takes at least on so many devices."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+
+from xcomp_jax import forecast, sharding
+from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check
+from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data.batch import Shape
+from xcomp_jax.data.packing import Lengths
+
+MOST = 100_000  # frames or tokens of a sample
+PREFIX = 14  # tokens of the chat header
+COLUMNS = (
+  "devices", "batch", "mesh", "data", "micro-batches", "tower", "LLM", "all", "programs", "s a step", "of real work",
+  "and links", "bound by", "steps", "hours", "chip-hours",
+)  # fmt: skip
+
+
+def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
+  """Reads {"frames": [...], "text": [...]}, a number per sample; 1 frame is an image, 0 text alone.
+
+  Returns:
+    int64[n, 4], columns as `Length`; text is what follows the visual slot, and PREFIX tokens come before it.
+
+  Raises:
+    ConfigError: a file that is not so.
+  """
+  try:
+    found = json.loads(file.read_text())
+  except (OSError, ValueError, RecursionError) as error:
+    raise ConfigError(f"{file} can't be read: {error}") from error
+  frames, text = (found.get(key) if isinstance(found, dict) else None for key in ("frames", "text"))
+  if not (isinstance(frames, list) and isinstance(text, list) and frames and text):
+    raise ConfigError(f'{file}: expected {{"frames": [...], "text": [...]}}, each with a number per sample')
+  if len(frames) != len(text):
+    raise ConfigError(f"{file}: {len(frames):,} numbers in frames, but {len(text):,} in text")
+  problems = []
+  for i, (f, t) in enumerate(zip(frames, text)):
+    if type(f) is not int or not 0 <= f <= MOST or (f > 1 and f % cfg.clip_frames):
+      problems.append(f"frames[{i}] = {f!r}: must be 0, 1, or a multiple of the {cfg.clip_frames} frames of a clip, at most {MOST:,}")
+    if type(t) is not int or not 1 <= t <= MOST:
+      problems.append(f"text[{i}] = {t!r}: must be a whole number from 1 to {MOST:,}")
+  packing.refuse(str(file), problems)
+  f, t = np.array(frames), np.array(text)
+  before = np.where(f > 0, PREFIX, 0)
+  return np.stack([f, np.where(f > 1, cfg.clip_frames, 1), before, t + PREFIX - before], 1)
+
+
+def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chip: str) -> str:
+  """Makes the table of a run on these samples.
+
+  A step has a sample for each device, if the config has fewer.
+
+  Args:
+    config: of the run.
+    cfg: sizes of the model.
+    lengths: of the samples.
+    devices: numbers of them, such as "1,8,32"; a pair of lines for each.
+    chip: their kind, such as "v5e" or "h100".
+
+  Raises:
+    ConfigError: see `forecast.schedule`; arguments that can't be; fewer samples than a step has.
+  """
+  check(config)
+  counts = [int(n) if n.strip().isdecimal() else 0 for n in devices.split(",")]
+  if min(counts) < 1:
+    raise ConfigError(f"--devices {devices}: must be numbers of devices from 1 on, such as 1,8,32")
+  forecast.chips(chip, 1)  # refuses unknown ones
+  lines, shapes = [COLUMNS], []
+  for count in counts:
+    some = dataclasses.replace(config.train, batch_size=max(config.train.batch_size, count))
+    pipeline.steps_per_epoch(len(lengths), some.batch_size)  # refuses too few
+    plan = forecast.schedule(dataclasses.replace(config, train=some), cfg, lengths, forecast.chips(chip, count))
+    order = pipeline.order(range(len(lengths)), some.batch_size, config.seed, 0)
+    steps = packing.pack_steps(lengths, order, plan.shapes, plan.costs)
+    total = min(len(steps) * some.epochs, some.steps or math.inf)
+    shapes.append(f"{count} x {chip}: " + ", ".join(map(_shape, plan.shapes)) + _too_large(plan.costs))
+    for pixels in (True, False):
+      a = forecast.account(plan, steps, lengths, pixels)
+      hours = a.step * total / 3600
+      mesh = " x ".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, a.mesh) if size > 1) or "1"
+      lines.append((
+        f"{count}", f"{a.batch_size}", mesh, "frames" if pixels else "features", f"{a.micro_batches:.2f}",
+        f"{a.tower:.3f}" if pixels else "-", f"{a.llm:.3f}", f"{a.all:.3f}", f"{a.programs}", f"{a.step:.3f}",
+        f"{a.step / a.alone:.2f} x", f"{a.step / a.linked:.2f} x", a.bound, f"{total:,}", f"{hours:.2f}",
+        f"{hours * count:,.1f}",
+      ))  # fmt: skip
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  made = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+  return "\n".join([*made, "", "shapes: rows x (samples, frames, text tokens)", *shapes, "", LEGEND])
+
+
+LEGEND = """batch: config.train.batch_size, or a sample for each device if that is more
+tower, LLM, all: share of the executed operations that is on real tokens
+of real work: the predicted time over that of real operations at the peak; and links: over that of real operations and
+  the links of one micro-batch
+hours: what the whole run takes at least, if devices do what their data sheets say"""
+
+
+def _shape(shape: Shape) -> str:
+  return f"{shape.rows} x ({shape.samples}, {shape.frames:,}, {shape.text:,})"
+
+
+def _too_large(costs: forecast.Costs) -> str:
+  """Says so if not even what is trained fits a device: parameters, moments and gradients."""
+  size, there = 4 * 4 * forecast.trained(costs) / 1e9, (costs.device.hbm or math.inf) / 1e9
+  return f"; DOES NOT FIT: the state alone takes {size:.1f} GB of {there:.1f} a device" if size > there else ""
