@@ -169,11 +169,15 @@ def test_seconds_of_a_step_are_those_of_its_programs():
   assert dict(made.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 1, "context": 1} and len(made.steps[0]) == 2
   kernels = 0.5 * 2 * 197e12  # half a second on each of two devices, if a sample fills each row
   rows = [
-    {"name": name, "shape": at, "seconds": {"compute": spent, "memory": 0.3}, "flops": {"kernels": 0.0}, "compile_s": 9.0}
+    {"name": name, "shape": at, "seconds": {"compute": spent, "memory": 0.3}, "flops": {"kernels": 0.0}, "compile_s": 9.0,
+     "not counted": []}
     for name, at, spent in (("gradient", shape, 2.0), ("apply", None, 0.1), ("tower", None, 0.8))
   ]  # fmt: skip
   rows[0]["flops"]["kernels"], rows[2]["memory"] = kernels, {"tower": 0.0}
   words = "\n".join(plan.step_lines(made, rows))
+  assert "not counted" not in words
+  some = [row | {"not counted": ["attention in kernels"]} for row in rows]
+  assert "not counted in these seconds: attention in kernels;" in "\n".join(plan.step_lines(made, some))
   attention = sum(
     max(made.costs.attention[list(row)].sum() for row in micro.rows) for micro in made.steps[0]
   ) / forecast.PICO  # fmt: skip

@@ -191,6 +191,8 @@ def step_lines(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     calls, tower = _tower_seconds(plan, of["tower", None])
     whole = gradients + rest + tower
     lines.append(f"  on frames at least {whole:.3f} s: the tower's {calls:.1f} calls {tower:.3f} s more")
+  if missing := sorted({what for row in rows for what in row["not counted"]}):
+    lines.append(f"  not counted in these seconds: {', '.join(missing)}; `--lengths` without `--topology` counts all attention")
   return [*lines, f"compiled in {sum(row['compile_s'] for row in rows):.0f} s in all"]
 
 
