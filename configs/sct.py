@@ -65,7 +65,7 @@ def _paper() -> ConfigDict:
   # each compiles once. None: at most four, chosen from the data's lengths for the devices that there are.
   c.data.shapes = _open(None)
   c.data.prefix_length = 16  # tokens before it; the chat header has 14
-  c.data.frames_per_device = 1024  # at most in a micro-batch, if no sample has more: bounds memory
+  c.data.frames_per_device = 1024  # at most in a micro-batch; a row on several devices (context) has as many times: bounds memory
   c.data.text_per_device = 8192  # likewise tokens after the visual slot
   c.data.mask = "official"  # every newline, <|im_start|> and <|im_end|> is supervised too (quirk Q16)
   c.data.threads = 4  # readers per process

@@ -92,11 +92,18 @@ def test_the_torus_of_a_count_of_chips():
   assert links("h100", 8) == 450e9 and links("h100", 64) == 400e9 and links("a100", 16) == 200e9
 
 
-def test_a_state_that_can_not_fit_is_told(config):
-  sizes = lambda n: plan_table._too_large(forecast._costs(
-    CFG, config.train, (1, n, 1, 1), forecast._rates(forecast.chips("v5e", n)), mixture(1)
-  ))  # fmt: skip
-  assert "the state alone takes 24.8 GB of 17.2" in sizes(1) and not sizes(2)
+def test_what_can_not_fit_is_refused_with_numbers(config):
+  plan = lambda devices, **data: forecast.schedule(
+    dataclasses.replace(config, data=dataclasses.replace(config.data, **data)), CFG, mixture(64), forecast.chips("v5e", devices)
+  )
+  with pytest.raises(ConfigError, match=r"1 x TPU v5 lite have: 24\.8 GB of trained state .* which has 16\.9 GB"):
+    forecast.check_memory(plan(1))
+  forecast.check_memory(plan(4))
+  huge = plan(4, shapes=((4, 64, 100_000, 100_000),))
+  inputs = 4 // huge.costs.groups * sum(entering for entering, _ in forecast._slots(CFG, huge.shapes[0])) * CFG.llm.width * 2
+  said = f"{inputs / huge.mesh[3] / 1e9:.1f} GB of a micro-batch of 4 rows of 100,000 frames and 100,000 tokens"
+  with pytest.raises(ConfigError, match=said):
+    forecast.check_memory(huge)
 
 
 def test_context_splits_what_sums_gather(config):
@@ -123,11 +130,12 @@ def test_a_mesh_or_shapes_of_the_config_are_taken(config):
     forecast.schedule(named, CFG, lengths, devices)
 
 
-def test_the_largest_sample_fits_whatever_a_device_should_hold(config):
+def test_a_sample_that_is_larger_than_rows_may_be_takes_more_devices(config):
   lengths = np.array([[4096, 8, 14, 100], [8, 8, 14, 9000]] * 16)
-  open_mesh = dataclasses.replace(config, mesh=MeshConfig(1, 2, 1, 1))
-  plan = forecast.schedule(open_mesh, CFG, lengths, forecast.chips("v5e", 2))
-  assert packing.fits(lengths, plan.shapes)
+  with pytest.raises(ConfigError, match=r"rows on 2 devices have at most; .*: sample 0 has 4,096 frames and 100 tokens; "):
+    forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 2))
+  plan = forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 8))
+  assert plan.mesh[3] >= 4 and packing.fits(lengths, plan.shapes)
 
 
 def test_a_tower_that_learns_is_computed_with_its_rows(config):

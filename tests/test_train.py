@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import metrics, train, weights
+from xcomp_jax import forecast, metrics, train, weights
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Shape
@@ -275,6 +275,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
     ({"data.prefix_length": 8}, "data.prefix_length"),
     ({"data.threads": -1, "data.prefetch": -2}, "config.data.threads = -1: .*; config.data.prefetch = -2: must be 0 or more"),
     ({"data.shapes": []}, "config.data.shapes = .* one or more"),
+    ({"data.shapes": None, "data.frames_per_device": 8, "mesh.context": 1}, r"the data does not fit 8 frames with .*: sample \d+ has 12 frames"),
     ({"optim.learning_rate": math.nan}, "config.optim.learning_rate = nan: must be a number above 0"),
     ({"optim.learning_rate": 0.0}, "config.optim.learning_rate = 0.0"),
     ({"optim.weight_decay": -0.1}, "config.optim.weight_decay = -0.1"),
@@ -286,6 +287,13 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
 def test_what_cannot_work_is_said_before_anything_is_written(tiny_run, tmp_path, changes, words):
   with pytest.raises((ValueError, FileNotFoundError), match=words):
     train.run(tiny_run(tmp_path / "w", **changes))
+  assert not (tmp_path / "w").exists()
+
+
+def test_what_devices_can_not_hold_is_said_before_anything_is_written(tiny_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(forecast, "CPU", forecast.CPU | {"hbm": 1e5})
+  with pytest.raises(ConfigError, match=r"more memory than its 8 x cpu have: .* GB of trained state .* which has 0\.0 GB"):
+    train.run(tiny_run(tmp_path / "w"))
   assert not (tmp_path / "w").exists()
 
 

@@ -172,7 +172,7 @@ class DataConfig:
   # Of micro-batches: (rows over all devices; samples, frames, and tokens after the visual slots of a row). None: chosen from the data.
   shapes: tuple[tuple[int, ...], ...] | None
   prefix_length: int  # tokens before the visual slot, padded
-  frames_per_device: int  # of a chosen row, for each device that shares it; more only if one sample has more
+  frames_per_device: int  # the most of a chosen row, for each device that shares it
   text_per_device: int  # likewise tokens after the visual slot
   mask: Mask  # which tokens are supervised (FACTS.md 3)
   threads: int  # of the reader

@@ -236,8 +236,9 @@ def schedule(
   found, refused = [], []
   several = len({one.process_index for one in devices}) > 1
   for mesh in meshes:
-    costs, room = _costs(cfg, config.train, mesh, device, lengths), _room(data, cfg, mesh, lengths)
+    costs = _costs(cfg, config.train, mesh, device, lengths)
     try:
+      room = _room(data, cfg, mesh, lengths)
       if several:
         sharding.row_groups(sharding.make_mesh(MeshConfig(*mesh), devices))  # refuses what hosts can't share
       if like is not None and packing.fits(lengths, like.shapes):
@@ -250,7 +251,7 @@ def schedule(
     except ConfigError as error:
       refused.append(error)
   if not found:
-    raise refused[0]
+    raise refused[-1]  # of the mesh that splits a row most
   if data.shapes is None:  # look closer at those that may be the fastest
     found = [choice.improved(lengths, size, 1) for choice in sorted(found, key=lambda f: f.time)[:3]]
   most = min(choice.time for choice in found) * (CONTEXT + 1) // CONTEXT
@@ -290,11 +291,24 @@ def _meshes(config: RunConfig, cfg: VLMConfig, devices: int) -> list[tuple[int, 
 
 
 def _room(data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Lengths) -> packing.Room:
-  """What shapes may be: what devices hold by the config, or the largest sample if it is larger."""
-  parts, devices, largest = mesh[3], mesh[2] * mesh[3], length_table(lengths).max(0)
+  """What shapes may be: what devices hold by the config.
+
+  Raises:
+    ConfigError: samples that are larger.
+  """
+  parts, devices, table = mesh[3], mesh[2] * mesh[3], length_table(lengths)
   step = cfg.lp_comp.group * parts // math.gcd(cfg.lp_comp.group * parts, cfg.tokens_per_frame)
-  frames = max(data.frames_per_device * devices // step, -(-int(largest[0]) // step)) * step
-  text = max(data.text_per_device * devices, int(largest[3]))
+  frames, text = -(-data.frames_per_device * devices // step) * step, data.text_per_device * devices
+  if data.shapes is None:
+    limits = f"frames_per_device={data.frames_per_device} and text_per_device={data.text_per_device} let rows on {devices} device"
+    packing.refuse(
+      f"the data does not fit {frames:,} frames with {text:,} tokens after the visual slot, which config.data.{limits}"
+      f"{'s' * (devices > 1)} have at most; raise these if memory allows, or use more devices",
+      [
+        f"sample {i} has {table[i, 0]:,} frames and {table[i, 3]:,} tokens"
+        for i in np.flatnonzero((table[:, 0] > frames) | (table[:, 3] > text))
+      ],
+    )
   samples = 1 if cfg.lp_comp.keep == "attention" else len(lengths)
   return packing.Room(mesh[0] * mesh[1], parts, step, samples, data.prefix_length, frames, text)
 
@@ -306,6 +320,30 @@ def _costs(
   skipping = passes(cfg, train)["llm"] - square_passes(cfg, train, device)
   seconds = attention_flops(cfg, lengths, device) * skipping / (mesh[2] * mesh[3] * device.flops)
   return Costs(cfg, train, mesh, device, np.rint(seconds * PICO).astype(np.int64))
+
+
+def check_memory(plan: Schedule) -> None:
+  """Refuses a run whose state and rows take more memory than its devices have, where that is known.
+
+  Counted are trained parameters, their gradients and moments, and what each layer receives, which the backward pass needs;
+  `xcomp_jax.plan` counts all.
+
+  Raises:
+    ConfigError: it takes more.
+  """
+  device, costs = plan.costs.device, plan.costs
+  there = (device.hbm or math.inf) - device.reserve
+  state = 4 * 4 * trained(costs)
+  packing.refuse(
+    f"this run needs more memory than its {device.count} x {device.kind} have",
+    [
+      f"{state / 1e9:.1f} GB of trained state and {rows / 1e9:.1f} GB of a micro-batch of {shape.rows} rows of {shape.frames:,} "
+      f"frames and {shape.text:,} tokens on each, which has {there / 1e9:.1f} GB; use more devices, or less in a row "
+      "(config.data.shapes, frames_per_device, text_per_device)"
+      for shape in plan.shapes
+      if state + (rows := kept(costs, shape)) > there
+    ][:1],
+  )
 
 
 # --- the account of a run ---------------------------------------------------------------------------------------------
@@ -430,6 +468,13 @@ def _tower(cfg: VLMConfig, device: cost.Device, table: np.ndarray) -> tuple[floa
 def _optimizer_bytes(costs: Costs) -> float:
   """Memory traffic of the optimizer's step on a device: parameters and moments are read and written, gradients read."""
   return 2 * 7 * 4 * trained(costs)  # the compiler's program moves twice what must be moved
+
+
+def kept(costs: Costs, shape: Shape) -> float:
+  """Bytes on a device of what each layer of the LLM receives in a micro-batch, which its backward pass needs."""
+  size = np.dtype(costs.cfg.dtype).itemsize
+  slots = shape.rows // costs.groups * sum(entering for entering, _ in _slots(costs.cfg, shape))
+  return slots * costs.cfg.llm.width * size / costs.mesh[3]
 
 
 def trained(costs: Costs) -> float:

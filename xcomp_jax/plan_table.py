@@ -79,7 +79,11 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
     order = pipeline.order(range(len(lengths)), some.batch_size, config.seed, 0)
     steps = packing.pack_steps(lengths, order, plan.shapes, plan.costs)
     total = min(len(steps) * some.epochs, some.steps or math.inf)
-    shapes.append(f"{count} x {chip}: " + ", ".join(map(_shape, plan.shapes)) + _too_large(plan.costs))
+    shapes.append(f"{count} x {chip}: " + ", ".join(map(_shape, plan.shapes)))
+    try:
+      forecast.check_memory(plan)
+    except ConfigError as error:
+      shapes.append(f"  DOES NOT FIT: {error}")
     for pixels in (True, False):
       a = forecast.account(plan, steps, lengths, pixels)
       hours = a.step * total / 3600
@@ -104,9 +108,3 @@ hours: what the whole run takes at least, if devices do what their data sheets s
 
 def _shape(shape: Shape) -> str:
   return f"{shape.rows} x ({shape.samples}, {shape.frames:,}, {shape.text:,})"
-
-
-def _too_large(costs: forecast.Costs) -> str:
-  """Says so if not even what is trained fits a device: parameters, moments and gradients."""
-  size, there = 4 * 4 * forecast.trained(costs) / 1e9, (costs.device.hbm or math.inf) / 1e9
-  return f"; DOES NOT FIT: the state alone takes {size:.1f} GB of {there:.1f} a device" if size > there else ""

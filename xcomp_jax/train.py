@@ -148,6 +148,7 @@ def prepare(config: RunConfig) -> Prepared:
   order = pipeline.run_order(blend, config.train.batch_size, config.seed, config.train.epochs)[: config.train.steps]
   lengths = [pipeline.measure(data, tokenizer, config.data.mask) for data in opened]
   schedule = forecast.schedule(config, cfg, lengths[0], devices())
+  forecast.check_memory(schedule)
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices())
   plan = packing.pack_steps(lengths[0], order, schedule.shapes, schedule.costs)
   checkpoint.agree({"plan of the steps": zlib.crc32(repr((schedule.mesh, plan)).encode())})
