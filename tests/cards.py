@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from xcomp_jax import absent
+from xcomp_jax import chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,10 @@ V5E = Device("tpu", "TPU v5 lite")
 
 
 def gpu(kind: str, **changes) -> Device:
-  """A GPU of absent.GPUS."""
-  card = dataclasses.replace(absent.GPUS[kind], **changes)
-  return Device("gpu", card.name, ".".join(map(str, card.capability)), card.shared_block)
+  """A GPU of chips.CHIPS."""
+  chip = chips.named(kind)
+  card = dataclasses.replace(chip, **changes)
+  return Device("gpu", chip.gpu.model, ".".join(map(str, card.capability)), chip.gpu.shared_block)
 
 
 def fake_kernel(handed: list, computes: bool = True):

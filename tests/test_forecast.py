@@ -181,7 +181,7 @@ def test_wrong_arguments_are_named(config, tmp_path):
     plan_table.read_lengths(tmp_path / "none.json", CFG)
   for devices, chip, words in (
     ("8,x", "v5e", "--devices 8,x: must be numbers"),
-    ("8", "v9", "--chip v9: known are v4, v5e, v5p, v6e, b200, h200, h100, a100"),
+    ("8", "v9", "--chip v9: known are v6e, v5e, .* h100, a100-40"),
     ("64", "v5e", "batch_size = 64, but an epoch reads only 40 samples"),
   ):
     with pytest.raises(ConfigError, match=words):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xcomp_jax import absent, forecast, programs, sharding
+from xcomp_jax import absent, accounts, forecast, programs, sharding
 from xcomp_jax.config import MeshConfig, from_command_line
 from xcomp_jax.model import kernels
 from xcomp_jax.model.attention import AttentionMask, attend
@@ -112,9 +112,9 @@ def compiled(kind: str, name: str, mesh: MeshConfig, devices: int, frames: int, 
   """Compiles a program of SCT of the 2B model at 448 px, two layers of it, on samples that fill a row each."""
   config = from_command_line(["plan", "--config=configs/sct.py", f"--config.train.batch_size={devices}"])
   config, chips = dataclasses.replace(config, mesh=mesh), forecast.chips(kind, devices)
-  plan = programs.make(config, absent.gpus(kind, devices), layers=2, frames=frames, text=text, chips=chips)
+  plan = programs.make(config, absent.gpus(kind, devices), layers=2, frames=frames, text=text, like=chips)
   ((_, shape),) = programs.asked(plan, (name,))
-  with programs.inside(plan):
+  with accounts.inside(plan):
     return programs.traced(plan, plan.cfg, name, shape)[0].lower().compile()
 
 

@@ -10,7 +10,7 @@ import pytest
 import tokamax
 from flax import nnx
 
-from xcomp_jax import absent, bench, generate, qc_comp, weights
+from xcomp_jax import absent, bench, generate, qc_comp, rounds, weights
 from xcomp_jax import bench_parts as parts
 from xcomp_jax.config import COSINE, ModelConfig
 from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
@@ -99,7 +99,7 @@ def test_prefill_decoding_scores_and_gradients_are_those_by_einsum(kind, on):
   plan = qc_comp.plan(112, 8, setting)
 
   def run(graph):
-    watch, score = parts.scoring(graph, plan, setting, 1)
+    watch, score = rounds.scoring(graph, plan, setting, 1)
 
     def programs(state):
       model = nnx.merge(graph, state)

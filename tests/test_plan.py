@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_packing import mixture
 
-from xcomp_jax import bench_parts, forecast, optim, plan, programs, sharding, steps, train, weights
+from xcomp_jax import accounts, bench_parts, forecast, optim, plan, programs, sharding, steps, train, weights
 from xcomp_jax.config import ConfigError, from_command_line
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Length, Shape, fake_batch
@@ -86,7 +86,7 @@ def test_operations_are_those_of_the_step_that_runs(small):
     made.config, made.full, programs.batch_of(made, made.full, made.shapes[0])
   )
   row = row_of(rows, "gradient")
-  with programs.inside(made):
+  with accounts.inside(made):
     assert row["flops"]["executed"] == bench_parts.flops(step, *arguments)
   assert 0 < row["flops"]["model"] < row["flops"]["executed"]  # masked halves and recomputation
 
@@ -94,7 +94,7 @@ def test_operations_are_those_of_the_step_that_runs(small):
 @pytest.mark.parametrize("name", ["apply", "tower"])
 def test_what_a_program_is_given_has_the_size_that_the_compiler_sees(small, name):
   made, _, _ = small
-  with programs.inside(made):
+  with accounts.inside(made):
     traced, given, _ = programs.traced(made, made.full, name, None)
     compiled = traced.lower().compile()
   assert compiled.memory_analysis().argument_size_in_bytes == sum(given.values())
@@ -102,12 +102,12 @@ def test_what_a_program_is_given_has_the_size_that_the_compiler_sees(small, name
 
 def test_a_tower_that_is_trained_is_a_part_of_the_gradient(tiny_run, tmp_path):
   made = programs.make(tiny_run(tmp_path, train={"vision": True}), None)
-  with programs.inside(made):
+  with accounts.inside(made):
     program, given, beside = programs.traced(made, made.full, "gradient", made.shapes[0])
     frozen = programs.traced(programs.make(tiny_run(tmp_path), None), made.full, "gradient", made.shapes[0])
-    computed = programs.executed_flops(made.full, program.jaxpr).total
+    computed = accounts.executed_flops(made.full, program.jaxpr).total
   assert given["batch"] - frozen[1]["batch"] == 4 * (4 * 48 * 48 * 3 + 4)  # clips of a row, and their places
-  assert computed > programs.executed_flops(made.full, frozen[0].jaxpr).total
+  assert computed > accounts.executed_flops(made.full, frozen[0].jaxpr).total
   assert programs.waiting(made, made.full) == 0 and beside["other batches"] == given["batch"]
 
 
@@ -115,7 +115,7 @@ def test_fewer_layers_give_state_and_operations_of_all_and_say_that_the_rest_is_
   config = tiny_run(tmp_path, lp_comp={"schedule": (8, 1), "keep": "suffix", "group": 16})
   whole, part = programs.make(config, None), programs.make(config, None, layers=1)
   assert part.cfg.llm.layers == part.cfg.vision.layers == 1 and part.full == whole.full
-  a, b = (programs.account(made, "gradient", made.shapes[0]) for made in (whole, part))
+  a, b = (accounts.account_program(made, "gradient", made.shapes[0]) for made in (whole, part))
   for kind in ("parameters", "optimizer state", "gradients", "batch", "other batches"):
     assert a["memory"][kind] == b["memory"][kind]
   assert a["flops"] == b["flops"] and (b["layers"], b["of"]) == (1, 2)
@@ -165,7 +165,7 @@ def test_seconds_of_a_step_are_those_of_its_programs():
   shape = Shape(2, 4, 16, 1024, 1024)
   named = dataclasses.replace(config, data=dataclasses.replace(config.data, shapes=((2, 4, 1024, 1024),)))
   chips = forecast.chips("v5e", 2)
-  made = programs.make(named, jax.devices()[:2], lengths=lengths, chips=chips)
+  made = programs.make(named, jax.devices()[:2], lengths=lengths, like=chips)
   assert dict(made.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 1, "context": 1} and len(made.steps[0]) == 2
   kernels = 0.5 * 2 * 197e12  # half a second on each of two devices, if a sample fills each row
   rows = [
@@ -196,7 +196,7 @@ def test_a_large_array_that_is_not_split_is_refused(monkeypatch, replicated, axe
   rules = tuple((pattern, () if pattern == axes else split) for pattern, split in sharding.PARAMETERS)
   assert rules != sharding.PARAMETERS
   monkeypatch.setattr(sharding, "PARAMETERS", rules)
-  monkeypatch.setattr(programs, "account", lambda *_: pytest.fail("compiled before it was refused"))
+  monkeypatch.setattr(plan, "account_program", lambda *_: pytest.fail("compiled before it was refused"))
   with pytest.raises(plan.PlanError, match=rf"{replicated} \[\d+, 1536\] takes .* on every device, and would take .* if fsdp = 4 split it"):
     plan.run(made, ("gradient",))
 
@@ -245,9 +245,9 @@ def test_a_program_that_the_compiler_refuses_is_accounted_for(small, monkeypatch
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50G) exceeds "
     "available HBM (1.75G)."
   )
-  monkeypatch.setattr(programs, "compiled", lambda lowered, what, effort: (refusal, 1.0))
+  monkeypatch.setattr(accounts, "compiled", lambda lowered, what, effort: (refusal, 1.0))
   for name, shape in programs.asked(made, ("gradient", "tower")):
-    row = programs.account(made, name, shape)
+    row = accounts.account_program(made, name, shape)
     assert row["memory"]["temporaries"] == pytest.approx(2.5 * 2**30, rel=1e-3)
     assert "exceeds available HBM" in plan.describe(made, row)
     assert "does not fit" in plan.problems(made, [row])[0]

@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import NamedSharding, PartitionSpec
 from test_packing import mixture
 
-from xcomp_jax import absent, bench, cost, plan, programs, qc_comp, sharding, weights
+from xcomp_jax import absent, accounts, bench, cost, plan, programs, qc_comp, rounds, sharding, weights
 from xcomp_jax import bench_parts as parts
 from xcomp_jax.config import MeshConfig, from_command_line
 from xcomp_jax.data import packing
@@ -113,7 +113,7 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(nam
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
     setting = dataclasses.replace(qc_comp.setting("aligned", 64), layers=(0, 27))
     plan = qc_comp.plan(128, 8, setting)
-    watch, score = parts.scoring(graph, plan, setting, 1)
+    watch, score = rounds.scoring(graph, plan, setting, 1)
     features = jax.ShapeDtypeStruct((1, plan.frames // 8, 128, cfg.vision.width), dtype)
     caches, kernels, masks = compiled(watch, params, features)
     assert kernels == 1 and masks == [(2304, 2304)]  # of the last scored layer the keys are enough
@@ -124,7 +124,7 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(nam
 def test_a_layer_of_the_tower_with_merging_compiles(name):
   config = from_command_line(["plan", "--config=configs/sct.py", "--config.model.clips_per_chunk=2", "--config.train.batch_size=4"])
   made = programs.make(config, name, layers=1, frames=16, text=512, effort=-1.0)
-  row = programs.account(dataclasses.replace(made, full=made.cfg), "tower")
+  row = accounts.account_program(dataclasses.replace(made, full=made.cfg), "tower")
   assert row["problem"] is None and not row["not counted"]
   # A kernel for each of two clips on each of four devices: scores and values of 16 heads of 64, all against all.
   assert row["flops"]["kernels"] == 8 * 2 * 2 * 16 * 6272**2 * 64
@@ -162,7 +162,7 @@ def test_on_many_devices_kernels_are_gathered_and_not_multiplied_piece_by_piece(
     programs.make(config(samples), name, layers=2, frames=256, text=512, effort=-1.0)
     for name, samples in (("v5e:2x2", 4), ("v5e:4x4", 16))
   ]
-  few, many = (programs.account(made, "gradient", made.shapes[0]) for made in plans)
+  few, many = (accounts.account_program(made, "gradient", made.shapes[0]) for made in plans)
   # A device of either has the same work, a sample; of more devices it holds a smaller part of the parameters.
   assert many["flops"]["executed"] == pytest.approx(4 * few["flops"]["executed"], rel=0.01)
   assert many["hbm"] < 1.1 * few["hbm"]
@@ -172,7 +172,7 @@ def test_kernels_are_gathered_as_they_are_computed_with():
   made = programs.make(from_command_line(["plan", "--config=configs/sct.py"]), "v5e:4x4", layers=2, frames=256, text=512, effort=-1.0)
   llm, size = made.full.llm, 2  # bytes of bfloat16
   kernels = llm.layers * llm.width * (2 * (llm.heads + llm.kv_heads) * llm.head_dim + 3 * llm.mlp_width)
-  _, gathered = programs.account(made, "gradient", made.shapes[0])["collectives"]["all-gather"]
+  _, gathered = accounts.account_program(made, "gradient", made.shapes[0])["collectives"]["all-gather"]
   assert 1 < gathered / (2 * kernels * size * 15 / 16) < 1.5  # forth and back; the rest is projector and embeddings
 
 
@@ -184,7 +184,7 @@ def test_the_compiler_has_as_much_memory_as_the_table_of_chips_says(name):
     jax.jit(lambda x: x + 1).lower(x).compile()
   device = cost.device_of(list(mesh.devices.flat))
   assert f"available HBM ({(device.hbm - device.reserve) / cost.GIB:.2f}G)" in str(refused.value)
-  assert programs._refused(str(refused.value), 120 * cost.GIB) == 120 * cost.GIB  # the result
+  assert accounts._refused(str(refused.value), 120 * cost.GIB) == 120 * cost.GIB  # the result
 
 
 @pytest.mark.parametrize("name, words", [("v5e:3x5", "not divisible"), ("v9:2x2", "v9"), ("nonsense", "v5e:2x2")])

@@ -8,7 +8,6 @@ The compiler comes with `pip install 'jax[cuda13]'` (4.4 GB), which needs neithe
 """
 
 import contextlib
-import dataclasses
 import importlib
 import unittest.mock
 from collections.abc import Generator, Sequence
@@ -17,72 +16,50 @@ from typing import Any
 import jax
 import jax.extend.backend
 
+from xcomp_jax import chips
+from xcomp_jax.chips import Chip
 from xcomp_jax.model import kernels
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-  """What the compiler asks of a GPU; all sizes are in bytes."""
-
-  name: str
-  capability: tuple[int, int]
-  multiprocessors: int
-  cores: int  # of a multiprocessor
-  threads: int  # likewise
-  shared: int  # memory of a multiprocessor
-  shared_block: int  # and the most that one block of threads can have of it
-  l2: int  # cache
-  bandwidth: int  # of memory, bytes per second
-  ghz: float  # clock
-  memory: int  # of the card
-
-  @property
-  def target(self) -> str:
-    """A GpuTargetConfigProto in text form."""
-    major, minor = self.capability
-    feature = "ACCELERATED_FEATURES" if major >= 9 else "NONE"  # the instructions of sm_90a and sm_100a
-    return f"""
-      gpu_device_info {{
-        threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-        threads_per_core_limit: {self.threads}
-        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-        registers_per_core_limit: 65536 registers_per_block_limit: 65536
-        thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-        device_vendor: "NVIDIA Corporation" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
-        driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
-        shared_memory_per_core: {self.shared} core_count: {self.multiprocessors} fpus_per_core: {self.cores}
-        memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2} clock_rate_ghz: {self.ghz}
-        device_memory_size: {self.memory} shared_memory_per_block_optin: {self.shared_block}
-        cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
-        platform_version: "Compute Capability {major}.{minor}{"a" * (major >= 9)}" name: "{self.name}"
-      }}
-      platform_name: "CUDA" device_description_str: "{self.name}"
-      dnn_version_info {{ major: 9 minor: 10 patch: 0 }} runtime_version {{ major: 12 minor: 8 patch: 0 }}"""
+def target(chip: Chip) -> str:
+  """What the compiler asks about a GPU: a GpuTargetConfigProto in text form."""
+  gpu = chip.gpu
+  assert gpu is not None and chip.capability is not None  # see `gpus`
+  major, minor = chip.capability
+  feature = "ACCELERATED_FEATURES" if major >= 9 else "NONE"  # the instructions of sm_90a and sm_100a
+  return f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+      threads_per_core_limit: {gpu.threads}
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+      device_vendor: "NVIDIA Corporation" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
+      driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+      shared_memory_per_core: {gpu.shared} core_count: {gpu.multiprocessors} fpus_per_core: {gpu.cores}
+      memory_bandwidth: {chip.bandwidth:.0f} l2_cache_size: {gpu.l2} clock_rate_ghz: {gpu.ghz}
+      device_memory_size: {chip.memory:.0f} shared_memory_per_block_optin: {gpu.shared_block}
+      cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
+      platform_version: "Compute Capability {major}.{minor}{"a" * (major >= 9)}" name: "{gpu.model}"
+    }}
+    platform_name: "CUDA" device_description_str: "{gpu.model}"
+    dnn_version_info {{ major: 9 minor: 10 patch: 0 }} runtime_version {{ major: 12 minor: 8 patch: 0 }}"""
 
 
-# From the specifications that OpenXLA publishes with its compiler (h100, h200, b200, a100) and NVIDIA's data sheets (a10, l4, t4).
-GPUS = {
-  "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 2048, 233472, 232448, 52428800, 4800 * 10**9, 1.98, 151397597184),
-  "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 233472, 232448, 52428800, 3352 * 10**9, 1.98, 84942979072),
-  "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 2048, 233472, 232448, 132644864, 7672 * 10**9, 1.965, 191514411008),
-  "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2048, 167936, 166912, 41943040, 2039 * 10**9, 1.41, 85100000000),
-  "a10": Gpu("NVIDIA A10", (8, 6), 72, 128, 1536, 102400, 101376, 6291456, 600 * 10**9, 1.695, 24 * 10**9),
-  "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 102400, 101376, 50331648, 300 * 10**9, 2.04, 23690000000),
-  "t4": Gpu("Tesla T4", (7, 5), 40, 64, 1024, 65536, 65536, 4194304, 320 * 10**9, 1.59, 15828320256),
-}
-
-
-def gpus(kind: str, count: int = 1) -> list[Any]:
-  """Devices of one host to compile for; kind: of GPUS.
+def gpus(name: str, count: int = 1, hosts: int = 1) -> list[Any]:
+  """Devices to compile for, so many on each of some hosts; name: of a chip that has a `Gpu`.
 
   Raises:
-    KeyError: no such kind.
+    KeyError: no such GPU.
     JaxRuntimeError: the GPU compiler is not installed.
   """
   from jax.experimental import topologies
 
-  config = GPUS[kind].target
-  return list(topologies.get_topology_desc("", "cuda", target_config=config, topology=f"1x1x{count}").devices)
+  chip = chips.named(name)
+  if chip.gpu is None:
+    raise KeyError(f"{name}: GPUs that can be compiled for are {', '.join(c.name for c in chips.CHIPS if c.gpu)}")
+  topology = f"1x{hosts}x{count}"
+  return list(topologies.get_topology_desc("", "cuda", target_config=target(chip), topology=topology).devices)
 
 
 @contextlib.contextmanager

@@ -25,10 +25,11 @@ import numpy as np
 
 from xcomp_jax import bench_parts as parts
 from xcomp_jax import bench_profile, cost, files
-from xcomp_jax.bench_parts import PREFIX, Part
+from xcomp_jax.bench_parts import Part
 from xcomp_jax.config import Dtype
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.model import kernels
+from xcomp_jax.rounds import PREFIX, TEXT
 
 PAPER = {1024: 0.12, 2048: 0.25, 4096: 0.66}  # seconds of LP-Comp prefill on one H200, 863 text tokens
 WANTED = {1024: 0.075, 2048: 0.16, 4096: 0.45}  # likewise
@@ -65,7 +66,7 @@ class Preset:
 PRESETS = {
   "smoke": Preset("small", "float32", 256, 1 << 20, 2, (16,), (16,), 86, 2, 1, 4, 64, (2, 32, 64), 8),
   "cpu": Preset(
-    None, "float32", 4096, 1 << 28, 3, (256, 1024), (256,), PREFIX + parts.TEXT, 1, 1, 16, 1024, (4, 128, 512), 256,
+    None, "float32", 4096, 1 << 28, 3, (256, 1024), (256,), PREFIX + TEXT, 1, 1, 16, 1024, (4, 128, 512), 256,
   ),
   "gpu": Preset(
     str(RELEASED), "bfloat16", 8192, 1 << 32, 5, (1024, 2048, 4096), (1024, 2048, 4096), 863,

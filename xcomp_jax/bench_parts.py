@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import chat, cost, generate, metrics, optim, qc_comp, steps, weights
+from xcomp_jax import cost, generate, metrics, optim, qc_comp, steps, weights
 from xcomp_jax.config import (
   COSINE,
   Dtype,
@@ -22,23 +22,21 @@ from xcomp_jax.config import (
   MeshConfig,
   ModelConfig,
   OptimConfig,
-  SelectConfig,
   VisionConfig,
   VLMConfig,
 )
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Length, Shape, batch_spec, fake_batch
-from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.data.batch import Length, Shape, batch_spec, fake_batch
 from xcomp_jax.model import decoder, merge, vlm
 from xcomp_jax.model.vlm import VLM
+from xcomp_jax.rounds import PREFIX, scoring
 from xcomp_jax.sharding import make_mesh
 
-# The official code's own benchmark on a CPU, and its text: 14 tokens before the visual ones and 72 behind.
+# The official code's own benchmark on a CPU.
 MEASURED = LLMConfig(
   vocab_size=4096, width=512, layers=28, heads=8, kv_heads=2, head_dim=64, mlp_width=1408, rope_theta=1e6,
   rope_scaling=None, norm_eps=1e-6, tied=True, context=None,
 )  # fmt: skip
 TOWER = VisionConfig(image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd")
-PREFIX, TEXT = 14, 72
 SMALL_LLM = dataclasses.replace(MEASURED, vocab_size=128, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
 SMALL_TOWER = VisionConfig(image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd")
 OPTIM = OptimConfig(learning_rate=1e-5, warmup=0.0, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8)
@@ -170,39 +168,6 @@ def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: int =
   held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))  # all of it for every token
   tokens_of_all = tokens * answers
   return Part(decode(cfg, tokens), (begun.args[0], state), tokens_of_all * useful, tokens_of_all, "tokens", bytes=float(tokens * held))
-
-
-def asked_tokens() -> Prompt:
-  """A prompt of PREFIX and TEXT tokens, with a question in it."""
-  tokens = np.arange(PREFIX + 1 + TEXT, dtype=np.int32)
-  tokens[PREFIX] = IMAGE_TOKEN
-  none = np.zeros(len(tokens), bool)
-  return Prompt(tokens, np.full_like(tokens, IGNORE), none, (PREFIX + 1 + 27, PREFIX + 1 + TEXT - 5))
-
-
-def scoring(
-  graph: nnx.GraphDef, plan: qc_comp.Plan, setting: SelectConfig, rows: int, question: Prompt | None = None, clip_frames: int = 8
-) -> tuple[Callable, Callable]:
-  """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of `watch` and of `score`.
-
-  question: None: `asked_tokens`. clip_frames: of the C clips.
-  """
-  question, clips = question or asked_tokens(), plan.frames // clip_frames
-  prefix = int(np.flatnonzero(question.tokens < 0)[0])
-  asked = qc_comp.together([qc_comp.from_prompt(question, setting, chat.SCORE_STEP)])
-
-  def watch(state, features):
-    model = nnx.merge(graph, state)
-    last = qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1]
-    return qc_comp.watch(model, features, jnp.full(rows, clips), jnp.asarray(question.tokens[:prefix]), last=last)
-
-  def score(state, caches):
-    model = nnx.merge(graph, state)
-    layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
-    windows = jnp.asarray(plan.windows)
-    return qc_comp.score(model, caches, asked, windows, layers=layers, causal=setting.causal, prefix=prefix, units=plan.frames // plan.unit)
-
-  return watch, score
 
 
 def selecting(cfg: VLMConfig, mode: str, frames: int) -> tuple[Part, Part, int]:

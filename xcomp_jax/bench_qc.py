@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from xcomp_jax import bench_parts as parts
 from xcomp_jax import chat, encode, generate, qc_comp, weights, world
-from xcomp_jax.bench_parts import PREFIX, TEXT, flops
+from xcomp_jax.bench_parts import flops
 from xcomp_jax.config import COSINE, ModelConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.export import AS_IT_IS
 from xcomp_jax.files import command
 from xcomp_jax.model import vlm
+from xcomp_jax.rounds import PREFIX, TEXT, scoring
 
 MODES = ("official", "aligned", "local", "global")
 OFFICIAL_FLOPS = 15.3e12  # that the official code counts for its rounds over 1,024 frames
@@ -69,7 +70,7 @@ def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
   plan = qc_comp.plan(frames, 8, setting)
   rows, clips, size = max(1, setting.round // plan.frames), plan.frames // 8, cfg.vision.image_size
   calls = -(-len(plan.starts) // rows)
-  watch, score = parts.scoring(graph, plan, setting, rows)
+  watch, score = scoring(graph, plan, setting, rows)
   features = jax.ShapeDtypeStruct((rows, clips, 128, D), np.dtype(cfg.dtype))
   batch = batch_spec(Shape(1, 1, PREFIX, kept, generate.up(TEXT, generate.TEXT_STEP)), ((16, D), cfg.dtype))
 

@@ -15,7 +15,8 @@ import jax
 
 from xcomp_jax import bench, files
 from xcomp_jax import bench_parts as parts
-from xcomp_jax.bench_parts import PREFIX, TEXT, Part
+from xcomp_jax.bench_parts import Part
+from xcomp_jax.rounds import PREFIX, TEXT
 
 
 def row(part: Part, x: int, preset: bench.Preset | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -17,40 +18,10 @@ import jax.extend.core
 import numpy as np
 from jax.interpreters import partial_eval
 
-from xcomp_jax.metrics import peak_flops
+from xcomp_jax import chips
 from xcomp_jax.model import attention
 
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Of one chip. hbm, reserve: bytes, and how many of them the compiler leaves to the runtime. bandwidth: bytes/s of HBM.
-
-  link: bytes/s of one link, one way. ring: chips along an axis of the torus from which on it is closed to a ring.
-  """
-
-  hbm: float
-  reserve: float
-  bandwidth: float
-  link: float
-  ring: int
-
-
-# TPUs: "System architecture" of each version in the Cloud TPU documentation; a link is the bandwidth of all ports (400
-# GB/s of v5e count both directions) over ports and directions. v4: Jouppi et al. 2023, Table 4. reserve: what libtpu
-# 0.0.42 says is available when a program is too large. GPUs: NVIDIA's data sheets (SXM); links are NVLink, all together.
-CHIPS: tuple[tuple[str, Chip], ...] = (
-  ("TPU v6 lite", Chip(32 * GIB, 0.75 * GIB, 1638e9, 100e9, 16)),
-  ("TPU v5 lite", Chip(16 * GIB, 0.25 * GIB, 819e9, 50e9, 16)),
-  ("TPU v5p", Chip(96 * GIB, 0.26 * GIB, 2765e9, 100e9, 4)),
-  ("TPU v5", Chip(96 * GIB, 0.26 * GIB, 2765e9, 100e9, 4)),  # v5p under its older name
-  ("TPU v4", Chip(32 * GIB, 1.5 * GIB, 1228e9, 50e9, 4)),
-  ("B200", Chip(180e9, 0, 8000e9, 900e9, 0)),
-  ("H200", Chip(141e9, 0, 4800e9, 450e9, 0)),
-  ("H100", Chip(80e9, 0, 3350e9, 450e9, 0)),
-  ("A100", Chip(80e9, 0, 2039e9, 300e9, 0)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,29 +37,51 @@ class Device:
   links: float | None
 
 
-def device_of(devices: Sequence[Any]) -> Device:
-  """What the tables say of these devices, all of one kind; of a chip with two devices each has half.
+def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
+  """What the tables say of these devices, all of one kind, computing in `dtype`; of a chip with two devices each has half.
 
   A chip's links are those of its torus that there are: along an axis of n chips none for n = 1, two where it is closed to a
-  ring, else one, since the chips at its ends have no more.
+  ring, else one, since the chips at its ends have no more. A ring of GPUs through several hosts crosses between them on all
+  adapters of a host at once.
   """
   kind, count = devices[0].device_kind, len(devices)
-  chip = next((chip for name, chip in CHIPS if re.search(rf"\b{name}\b", kind)), None)
-  peak = peak_flops(kind)
+  chip = chips.find(kind)
   if chip is None:
-    return Device(kind, count, None, 0.0, peak, None, None)
+    return Device(kind, count, None, 0.0, None, None, None)
+  flops = chip.flops32 if dtype == "float32" else chip.flops
   if not chip.ring:
-    mine = next((device for device in devices if device.process_index == jax.process_index()), None)  # others can't be asked
-    limit = ((mine.memory_stats() if mine else None) or {}).get("bytes_limit")
-    return Device(kind, count, limit or chip.hbm, 0.0, peak, chip.bandwidth, chip.link)
+    allowed = _allowed(devices)
+    hbm, reserve = (allowed, 0.0) if allowed else (chip.memory, (1 - memory_share()) * chip.memory)
+    links = min(chip.link, chip.network) if _hosts(devices) > 1 else chip.link
+    return Device(kind, count, hbm, reserve, flops, chip.bandwidth, links)
   coords = {tuple(device.coords) for device in devices}
   sizes = [1 + max(axis) - min(axis) for axis in zip(*coords)]
   closed = all(size % chip.ring == 0 for size in sizes) if chip.ring == 4 else None
   links = sum((2 if (size >= chip.ring if closed is None else closed) else 1) for size in sizes if size > 1)
   share = len(coords) / count
   return Device(
-    kind, count, chip.hbm * share, chip.reserve * share, peak and peak * share, chip.bandwidth * share, chip.link * links * share
+    kind, count, chip.memory * share, chip.reserve * share, flops * share, chip.bandwidth * share, chip.link * links * share
   )
+
+
+def _hosts(devices: Sequence[Any]) -> int:
+  """Counts the hosts of GPUs: of eight at most, and each with its own processes."""
+  processes = len({device.process_index for device in devices})
+  return max(processes if processes < len(devices) else 1, -(-len(devices) // 8))
+
+
+def memory_share() -> float:
+  """The part of a GPU's memory that JAX takes, and lets programs have."""
+  return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+
+
+def _allowed(devices: Sequence[Any]) -> float | None:
+  """Bytes that JAX may take of one of these GPUs; None if they are not here, or only others can ask."""
+  mine = next((device for device in devices if device.process_index == jax.process_index()), None)
+  try:
+    return ((mine.memory_stats() if mine else None) or {}).get("bytes_limit")
+  except jax.errors.JaxRuntimeError:  # to compile for only
+    return None
 
 
 # --- operations, from the jaxpr --------------------------------------------------------------------------------------
@@ -151,8 +144,9 @@ def _count(jaxpr, times: float, causal, side: int, total: Flops) -> None:
       total.unknown |= set() if flops else {str(params["name"])}
     else:
       inside = times * params.get("length", 1) * (params["mesh"].size if name == "shard_map" else 1)
-      for sub in jax.extend.core.jaxprs_in_params(params):
-        _count(getattr(sub, "jaxpr", sub), inside, causal, side, total)
+      subs = list(jax.extend.core.jaxprs_in_params(params))
+      for sub in subs:  # branches count alike
+        _count(getattr(sub, "jaxpr", sub), inside / (len(subs) if name == "cond" else 1), causal, side, total)
 
 
 def _splash(equation, causal) -> float | None:
@@ -269,6 +263,61 @@ def read_program(text: str, side: int = 0, scope: str | None = None) -> tuple[Tr
   return Traffic(hbm[0], collectives[0]), Traffic(hbm[1], collectives[1])
 
 
+# Custom calls of kernels, by their target in the compiler's text.
+KERNELS = {"mosaic_gpu": "mosaic", "mosaic_gpu_v2": "mosaic", "__gpu$xla.gpu.triton": "triton", "tpu_custom_call": "splash"}
+
+
+def read_kernels(text: str) -> dict[str, tuple[float, float]]:
+  """Finds the attention kernels in the text of a compiled program, loops by their length.
+
+  Operations are those of whole blocks that are seen by a causal row, or, where rows have ranges of keys, as if each range
+  reached from the first key to the row. A TPU's are counted in the jaxpr (`count_flops`), and are 0 here.
+
+  Returns:
+    "mosaic forward" and the like -> (calls, operations) of one run on one device.
+  """
+  computations, entry = _parse(text)
+  found: dict[str, tuple[float, float]] = {}
+  for name, (times, _) in _multiplicity(computations, entry).items():
+    ops = computations[name]
+    for op in ops.values():
+      target = re.search(r'custom_call_target="([^"]+)"', op.rest) if op.code == "custom-call" else None
+      kind = KERNELS.get(target[1]) if target else None
+      if kind is None:
+        continue
+      given = [shape for name in op.operands if name in ops for shape in _matrices(ops[name].type)]
+      made = len(_matrices(op.type))
+      if kind == "splash" or len(given) < 3:
+        direction, flops = _direction(op.rest), 0.0
+      else:
+        direction, flops = _attention(given, made, re.search(r'is_causal[\\":]+true|k_(start|end)[\\":]+\w+\[', op.rest) is not None)
+      before = found.get(key := f"{kind} {direction}", (0.0, 0.0))
+      found[key] = (before[0] + times, before[1] + times * flops)
+  return found
+
+
+def _direction(rest: str) -> str:
+  return "gradient" if re.search(r"_(dq|dkv)\b|_(dq|dkv)_", rest) else "forward"
+
+
+def _matrices(kind: str) -> list[tuple[int, ...]]:
+  """The shapes of a type's floating-point arrays of three sides or more."""
+  shapes = [tuple(map(int, dims.split(","))) for name, dims, _ in _ARRAY.findall(kind) if name in ("bf16", "f16", "f32") and dims]
+  return [shape for shape in shapes if len(shape) > 2]
+
+
+def _attention(given: Sequence[tuple[int, ...]], made: int, causal: bool) -> tuple[str, float]:
+  """Operations of a kernel on queries [..., L, H, h], keys and values [..., S, K, h], and for gradients the result's as well.
+
+  Matrix products for each pair of a query and a key: scores and values; for gradients scores and those of the weights, once for
+  queries and once for keys and values, and one for each array of gradients.
+  """
+  (*batch, L, H, h), S = given[0], given[1][-3]
+  gradient = len(given) > 3
+  products = 2 if not gradient else made + (2 if made < 3 else 4)
+  return ("gradient" if gradient else "forward"), products * 2.0 * math.prod(batch) * L * S * H * h * (0.5 if causal and L == S else 1.0)
+
+
 def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:
   computations, entry, current = {}, "", {}
   for line in text.splitlines():
@@ -313,7 +362,8 @@ def _multiplicity(computations, entry: str) -> dict[str, tuple[float, bool]]:
       called += [c for group in re.findall(r"branch_computations=\{([^}]*)\}", op.rest) for c in re.findall(r"%?([\w.\-]+)", group)]
       for inner in called:
         if inner in computations and op.code not in ("reduce", "scatter", "sort", "all-reduce", "reduce-scatter", "reduce-window", "map"):
-          visit(inner, times, fused or op.code not in ("call", "conditional"))
+          each = len(called) if op.code == "conditional" else 1  # its branches count alike
+          visit(inner, times / each, fused or op.code not in ("call", "conditional"))
 
   visit(entry, 1.0, False)
   return runs

@@ -2,7 +2,7 @@
 
 The same prediction chooses the mesh and the shapes of the micro-batches (`schedule`). Each part of a step (a micro-batch, the
 tower, the optimizer) is predicted to take the longest of three: operations of the most loaded device, bytes over links, and bytes
-of memory. Rates are those of data sheets (`cost.CHIPS`), so real runs take longer.
+of memory. Rates are those of data sheets (`chips.CHIPS`), so real runs take longer.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xcomp_jax import cost, metrics, sharding
+from xcomp_jax.chips import find, named
 from xcomp_jax.config import ConfigError, DataConfig, MeshConfig, RunConfig, TrainConfig, VLMConfig
 from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Length, Shape, length_table
@@ -20,21 +21,13 @@ from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.model import attention
 
 BLOCK = 512  # queries, and keys, of a block of attention's kernels
-# What a GPU's gradient of attention computes of a row's square, if its sequence is not split: Mosaic's kernels (H100 and later) leave
-# out no blocks of other samples, Triton's see a quarter, half or all of the keys.
-SQUARE = {"H100": 0.5, "H200": 0.5, "B200": 0.5, "A100": 0.7, "L4": 0.7, "A10": 0.7}
-STRIPS = 0.7  # likewise of XLA's own attention, in every pass: other cards, and float32
 # Memory traffic of a layer in units of what its activations take, per forward pass (a gradient is two more); fitted to
 # programs compiled for TPUs (docs/LOG.md), which it meets within a fifth.
 TRAFFIC = 3.2
 PICO = 10**12
-# Bytes/s of one GPU's network adapter: 400 Gb/s InfiniBand beside an H100, 200 beside an A100. A ring through several
-# hosts crosses between them on all eight of a host's adapters at once.
-NETWORK = {"B200": 50e9, "H200": 50e9, "H100": 50e9, "A100": 25e9}
-TPUS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite"}
 # Of a virtual CPU device, whose figures nobody knows: collectives among threads cost more than what they send.
 CPU = {"flops": 2e10, "bandwidth": 1e10, "links": 2e8}
-OTHER = {"flops": 1e14, "bandwidth": 1e12, "links": 3e10}  # likewise of a GPU that `cost.CHIPS` does not have
+OTHER = {"flops": 1e14, "bandwidth": 1e12, "links": 3e10}  # likewise of a GPU that `chips.CHIPS` does not have
 CONTEXT = 20  # of meshes within a 20th of the fastest the one with least context is taken: gathered keys and values are waited for
 
 
@@ -61,23 +54,21 @@ def chips(name: str, count: int) -> list[Any]:
   Raises:
     ConfigError: an unknown chip.
   """
-  kind = TPUS.get(name.lower(), name.upper())
-  known = next((chip for known, chip in cost.CHIPS if known == kind), None)
-  if known is None:
-    raise ConfigError(f"--chip {name}: known are {', '.join((*TPUS, *(gpu.lower() for gpu in NETWORK)))}")
+  try:
+    chip = named(name)
+  except KeyError as error:
+    raise ConfigError(f"--chip {error.args[0]}") from error
+  kind = chip.gpu.model if chip.gpu else chip.kind
   sizes, left = [], count
-  for axes in range(2 if known.ring == 16 else 3, 1, -1):
+  for axes in range(2 if chip.ring == 16 else 3, 1, -1):
     sizes.append(max(n for n in range(1, left + 1) if left % n == 0 and n**axes <= left))
     left //= sizes[-1]
   return [_Chip(kind, at) for at in np.ndindex(*sizes, left)]
 
 
-def _rates(devices: Sequence[Any]) -> cost.Device:
-  """Looks devices up; bounds the links of GPUs on several hosts by their network, and fills in what is not known."""
-  found = cost.device_of(devices)
-  network = next((rate for name, rate in NETWORK.items() if name in found.kind), None)
-  if network and found.links and found.count > 8:
-    return dataclasses.replace(found, links=min(found.links, 8 * network))
+def _rates(devices: Sequence[Any], dtype: str = "bfloat16") -> cost.Device:
+  """Looks devices up, and fills in what is not known."""
+  found = cost.device_of(devices, dtype)
   assumed = CPU if found.kind == "cpu" else OTHER
   return dataclasses.replace(found, **{key: rate for key, rate in assumed.items() if getattr(found, key) is None})
 
@@ -111,14 +102,21 @@ class Costs:
       self.prices[shape] = round(PICO * spent["operations"]), round(PICO * max(spent["links"], spent["memory"]))
     return self.prices[shape]
 
+  def squares(self, shape: Shape) -> float:
+    """Seconds of the passes whose attention computes whole rows, whatever samples they hold."""
+    assert self.device.flops is not None  # see `_rates`
+    each = square_passes(self.cfg, self.train, self.device) * square_flops(self.cfg, shape, self.device, self.mesh[3])
+    return shape.rows // self.groups * each / (self.mesh[2] * self.mesh[3] * self.device.flops)
+
   def spent(self, shape: Shape) -> dict[str, float]:
     """Seconds of a micro-batch by kind, attention's operations left out."""
     data, fsdp, tensor, context = self.mesh
+    assert self.device.flops is not None  # see `_rates`
     m, v, parts, rows = self.cfg.llm, self.cfg.vision, fsdp * context, shape.rows // self.groups
     times, backward = passes(self.cfg, self.train), metrics.passes(self.train)["llm"] > 1
     inside = ("projector", "llm", *(("vision",) if self.train.vision else ()))  # a frozen tower runs before
     flops = rows * sum(times[part] * row_flops(self.cfg, shape)[part] for part in inside)
-    flops += rows * square_passes(self.cfg, self.train, self.device) * square_flops(self.cfg, shape, self.device, context)
+    flops += self.squares(shape) * tensor * context * self.device.flops
     slots = rows * sum(entering for entering, _ in _slots(self.cfg, shape))
 
     projector = m.width * (m.width + v.width)
@@ -173,9 +171,13 @@ def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np
 
 
 def square_flops(cfg: VLMConfig, shape: Shape, device: cost.Device, context: int) -> float:
-  """Operations of a row's attention in one of `square_passes`."""
-  found = next((share for name, share in SQUARE.items() if name in device.kind), STRIPS)
-  share = 1.0 if context > 1 or cfg.attention == "einsum" else found
+  """Operations of a row's attention in one of `square_passes`: of its square what the kernel can't leave out.
+
+  Mosaic's gradient leaves out no blocks of other samples, but those above the diagonal. Triton's kernels, and XLA's own attention,
+  see a quarter, half or all of the keys. Where the sequence is split over devices, they compute all.
+  """
+  mosaic = _capability(device) >= (9, 0) and cfg.dtype != "float32"
+  share = 1.0 if context > 1 or cfg.attention == "einsum" else 0.5 if mosaic else 0.7
   pairs = share * sum(float(entering) ** 2 for entering, _ in _slots(cfg, shape))
   return pairs * 4.0 * cfg.llm.heads * cfg.llm.head_dim
 
@@ -187,7 +189,13 @@ def square_passes(cfg: VLMConfig, train: TrainConfig, device: cost.Device) -> in
     return times
   if device.kind == "cpu" or device.kind.startswith("TPU"):
     return 0
-  return times - 1 if any(name in device.kind for name in SQUARE) and cfg.dtype != "float32" else times
+  kernels = _capability(device) >= (8, 0) and cfg.dtype != "float32"
+  return times - 1 if kernels else times
+
+
+def _capability(device: cost.Device) -> tuple[int, int]:
+  chip = find(device.kind)
+  return (0, 0) if chip is None or chip.capability is None else chip.capability
 
 
 def _activations(width: int, mlp_width: int) -> int:
@@ -229,7 +237,7 @@ def schedule(
   Raises:
     ConfigError: samples that fit no shape, shapes that the mesh can't split, a mesh that can't be.
   """
-  data, size, device, lengths = config.data, config.train.batch_size, _rates(devices), length_table(lengths)
+  data, size, device, lengths = config.data, config.train.batch_size, _rates(devices, cfg.dtype), length_table(lengths)
   named = None if data.shapes is None else [_named(shape, data) for shape in data.shapes]
   packing.check_fit(lengths, data.prefix_length, named)
   meshes = _meshes(config, cfg, device.count) if like is None else [like.mesh]

@@ -1,7 +1,6 @@
 """What a run says about itself: floating-point work, the step clock, compilations, the terminal line, TensorBoard."""
 
 import contextlib
-import re
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -10,29 +9,10 @@ import jax
 import numpy as np
 from etils import epath
 
+from xcomp_jax import chips
 from xcomp_jax.config import LLMConfig, TrainConfig, VLMConfig
 from xcomp_jax.data.batch import Length
 from xcomp_jax.model import lp_comp
-
-# Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets. The first name that occurs in
-# `jax.Device.device_kind` as whole words counts.
-PEAK_TFLOPS = (
-  ("TPU v6 lite", 918.0),
-  ("TPU v5 lite", 197.0),
-  ("TPU v5p", 459.0),
-  ("TPU v5", 459.0),  # v5p under its older name
-  ("TPU v4", 275.0),
-  ("TPU7x", 2307.0),
-  ("GB200", 2500.0),
-  ("B200", 2250.0),
-  ("GH200", 989.0),
-  ("H200", 989.0),
-  ("H100 PCIe", 756.0),
-  ("H100", 989.0),
-  ("A100", 312.0),
-  ("L40S", 362.0),
-  ("L4", 121.0),
-)
 
 # JAX's events of what a call takes that finds no compiled function; with a warm compilation cache most is the first two.
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -42,8 +22,9 @@ COMPILE_EVENTS = (
 
 
 def peak_flops(kind: str) -> float | None:
-  """FLOP/s of a device of this kind; None if the table does not know it (CPUs)."""
-  return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if re.search(rf"\b{name}\b", kind)), None)
+  """FLOP/s of a device of this kind, in bfloat16; None if no table knows it (CPUs)."""
+  chip = chips.find(kind)
+  return None if chip is None else chip.flops
 
 
 def forward_flops(cfg: VLMConfig, lengths: Sequence[Length] | np.ndarray, pixels: bool) -> dict[str, np.ndarray]:

@@ -30,7 +30,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xcomp_jax import forecast, metrics, plan_table, programs, sharding, train, weights
+from xcomp_jax import forecast, generate, metrics, plan_table, programs, sharding, train, weights
+from xcomp_jax.accounts import account_program
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, from_command_line
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Length, length_table
@@ -128,8 +129,10 @@ def describe(plan: Plan, row: Mapping[str, Any]) -> str:
   """A program's account, for people."""
   count, cfg = plan.device.count, plan.full
   shape = "" if row["shape"] is None else f", {train.describe(row['shape'])}"
-  if row["name"] == "tower":
+  if row["name"] in ("tower", "encode"):
     shape = f", {cfg.clips_per_chunk} clips of {cfg.clip_frames} frames a device"
+  if row["name"] == "decode":
+    shape += f", {generate.STREAM} of each"
   layers = "" if row["layers"] == row["of"] else (
     f"\n  EXTRAPOLATED to {row['of']} layers from {row['layers']}: temporaries, program, traffic, collectives; "
     "the rest is exact"
@@ -149,6 +152,8 @@ def describe(plan: Plan, row: Mapping[str, Any]) -> str:
     f"{flops['model']} of the model; HBM traffic {_size(row['hbm'])}"
     + (f"; not counted: {', '.join(row['not counted'])}" if row["not counted"] else "")
   )
+  if row["kernels"]:
+    lines.append("  kernels          " + "  ".join(f"{kind} {calls:.0f} x" for kind, calls in row["kernels"].items()))
   sent = "  ".join(f"{kind} {count:.0f} x, {_size(size)}" for kind, (count, size) in row["collectives"].items())
   lines.append(f"  collectives      {sent or 'none'}")
   if row["seconds"]:
@@ -168,8 +173,9 @@ def _size(size: float) -> str:
 
 
 TITLES = {
-  "gradient": "gradient step", "tower": "tower with merging", "apply": "optimizer step",
-  "prefill": "prefill of features",
+  "gradient": "gradient step", "tower": "tower with merging", "apply": "optimizer step", "evaluation": "evaluation step",
+  "encode": "tower with merging, when asking", "prefill": "prefill of features", "round": "round of scoring, without the question",
+  "question": "the question's rows in a round", "decode": "tokens of an answer",
 }  # fmt: skip
 
 
@@ -202,7 +208,7 @@ def _micro_seconds(plan: Plan, row: Mapping[str, Any], micro: Micro) -> float:
   if row["flops"]["kernels"] and not plan.config.train.vision:
     load = np.array([costs.attention[list(samples)].sum() for samples in micro.rows]).reshape(costs.groups, -1).sum(1)
     assert device.flops is not None  # or there were no seconds
-    spent["compute"] += load.max() / forecast.PICO - row["flops"]["kernels"] / (device.count * device.flops)
+    spent["compute"] += load.max() / forecast.PICO + costs.squares(micro.shape) - row["flops"]["kernels"] / (device.count * device.flops)
   return max(spent.values())
 
 
@@ -262,7 +268,7 @@ def run(plan: Plan, names: Sequence[str], say: Callable[[str], None] = _say) -> 
     raise PlanError("; ".join(found))
   rows = []
   for name, shape in programs.asked(plan, names):
-    rows.append(programs.account(plan, name, shape))
+    rows.append(account_program(plan, name, shape))
     say(describe(plan, rows[-1]))
   for line in step_lines(plan, rows):
     say(line)

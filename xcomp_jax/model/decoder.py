@@ -323,7 +323,10 @@ def run(
     call = functools.partial(layer.__call__, pick=pick)
     x, k, v = (remat(call) if cfg.remat else call)(x, places)
     if caches:
-      all_caches.append(LayerCache(layer.rotate(k, places.position) if rotated else k, v, places.valid))
+      cache = LayerCache(layer.rotate(k, places.position) if rotated else k, v, places.valid)
+      # Or the compiler for GPUs takes them out of the layer's projections at the end, and keeps these, four times as large, until then.
+      x, cache = jax.lax.optimization_barrier((x, cache))
+      all_caches.append(cache)
   return Decoded(x, tuple(all_caches), tuple(all_entering))
 
 
