@@ -123,7 +123,7 @@ def _tiny() -> ConfigDict:
   c.lp_comp.schedule = _open((8, 4, 2, 1, 1, 1))
   c.data.train = "demo/data/train"  # `make demo` makes both
   c.data.heldout = _open("demo/data/heldout")
-  c.data.frames_per_device = 384  # all of a step in one micro-batch
+  c.data.frames_per_device = 384  # all of a step fits one micro-batch
   c.data.mask = "assistant"  # all other texts of these videos are alike
   c.data.threads = 1
   c.data.prefetch = 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -96,13 +97,13 @@ def test_what_can_not_fit_is_refused_with_numbers(config):
   plan = lambda devices, **data: forecast.schedule(
     dataclasses.replace(config, data=dataclasses.replace(config.data, **data)), CFG, mixture(64), forecast.chips("v5e", devices)
   )
-  with pytest.raises(ConfigError, match=r"1 x TPU v5 lite have: 24\.8 GB of trained state .* which has 16\.9 GB"):
+  with pytest.raises(ConfigError, match=r"1 x TPU v5 lite: each has 16\.9 GB, and takes 24\.8 GB for trained .*; use more devices$"):
     forecast.check_memory(plan(1))
   forecast.check_memory(plan(4))
   huge = plan(4, shapes=((4, 64, 100_000, 100_000),))
   inputs = 4 // huge.costs.groups * sum(entering for entering, _ in forecast._slots(CFG, huge.shapes[0])) * CFG.llm.width * 2
-  said = f"{inputs / huge.mesh[3] / 1e9:.1f} GB of a micro-batch of 4 rows of 100,000 frames and 100,000 tokens"
-  with pytest.raises(ConfigError, match=said):
+  said = f"{inputs / huge.mesh[3] / 1e9:.1f} GB for a micro-batch of 4 x (64 samples, 100,000 frames, 100,000 tokens); use more devices, or"
+  with pytest.raises(ConfigError, match=re.escape(said)):
     forecast.check_memory(huge)
 
 
@@ -132,7 +133,7 @@ def test_a_mesh_or_shapes_of_the_config_are_taken(config):
 
 def test_a_sample_that_is_larger_than_rows_may_be_takes_more_devices(config):
   lengths = np.array([[4096, 8, 14, 100], [8, 8, 14, 9000]] * 16)
-  with pytest.raises(ConfigError, match=r"rows on 2 devices have at most; .*: sample 0 has 4,096 frames and 100 tokens; "):
+  with pytest.raises(ConfigError, match="row on 2 devices by .* has is 4,096 and 9,000: raise .*: sample 0 has 4,096 frames and 100 tokens; "):
     forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 2))
   plan = forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 8))
   assert plan.mesh[3] >= 4 and packing.fits(lengths, plan.shapes)
@@ -168,7 +169,7 @@ def test_the_command_prints_a_table(config, tmp_path):
   ("[1, 2]", "expected"),
   ('{"frames": [1], "text": []}', "expected"),
   ('{"frames": [1, 8], "text": [5]}', "2 numbers in frames, but 1 in text"),
-  ('{"frames": [1, 12, -8], "text": [5, 0, 2.5]}', r"frames\[1\] = 12: must be 0, 1, or a multiple of the 8 .*text\[2\] = 2.5"),
+  ('{"frames": [1, 12, -8], "text": [5, 0, 2.5]}', r"or a multiple of the 8 frames .*: frames\[1\] = 12; .*text\[2\] = 2.5"),
 ])  # fmt: skip
 def test_a_file_of_lengths_that_is_none_is_refused(tmp_path, text, words):
   (tmp_path / "lengths.json").write_text(text)
@@ -182,7 +183,16 @@ def test_wrong_arguments_are_named(config, tmp_path):
   for devices, chip, words in (
     ("8,x", "v5e", "--devices 8,x: must be numbers"),
     ("8", "v9", "--chip v9: known are v6e, v5e, .* h100, a100-40"),
-    ("64", "v5e", "batch_size = 64, but an epoch reads only 40 samples"),
   ):
     with pytest.raises(ConfigError, match=words):
       plan_table.table(config, CFG, np.array([[1, 1, 14, 9]] * 40), devices, chip)
+  with pytest.raises(ConfigError, match="batch_size = 32, but an epoch reads only 20 samples"):
+    plan_table.table(config, CFG, np.array([[1, 1, 14, 9]] * 20), "64", "v5e")
+
+
+def test_a_count_of_devices_that_can_not_hold_the_samples_has_a_note(config):
+  lengths = np.array([[1, 1, 14, 9]] * 39 + [[2048, 8, 14, 100]])
+  out = plan_table.table(config, CFG, lengths, "1,2", "h100")
+  assert [line.split()[0] for line in out.splitlines()[1:3]] == ["2", "2"] and out.splitlines()[1].endswith("yes")
+  assert "1 x h100: the data does not fit 1,024 frames with 8,192 tokens" in out and "sample 39 has 2,048 frames" in out
+  assert "DOES NOT FIT: this run does not fit 1 x TPU v5 lite" in plan_table.table(config, CFG, lengths[:39], "1", "v5e")

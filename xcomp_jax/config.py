@@ -248,6 +248,9 @@ class RunConfig:
   distributed: DistributedConfig
 
 
+REPLACED = {"frame_buckets": "data.shapes", "text_buckets": "data.shapes", "group_by_text_length": "nothing: a step has random samples"}
+
+
 def from_dict(cls: type, values: Any, where: str = "config"):
   """Builds dataclass `cls` from nested mappings.
 
@@ -260,7 +263,8 @@ def from_dict(cls: type, values: Any, where: str = "config"):
   problems = []
   for key in values.keys() - hints.keys():
     near = difflib.get_close_matches(key, hints, 1)
-    problems.append(f"{where}.{key} is unknown" + (f"; did you mean {where}.{near[0]}?" if near else f"; known: {', '.join(hints)}"))
+    hint = f"did you mean {where}.{near[0]}?" if near else f"known: {', '.join(hints)}"
+    problems.append(f"{where}.{key} is unknown; " + (f"it gave way to {REPLACED[key]}" if key in REPLACED else hint))
   for key in hints.keys() - values.keys():
     problems.append(f"{where}.{key} is missing")
   if problems:
@@ -398,4 +402,5 @@ def _convert(hint, value, where: str):
     else "None" if o is type(None) else str(o) if typing.get_origin(o) else o.__name__
     for o in options
   )
-  raise ConfigError(f"{where} = {value!r}: expected {wanted}")
+  example = ", such as ((8, 4, 1024, 2048),)" if "tuple[tuple" in wanted else ""
+  raise ConfigError(f"{where} = {value!r}: expected {wanted}{example}")

@@ -308,10 +308,11 @@ def _room(data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Length
   step = cfg.lp_comp.group * parts // math.gcd(cfg.lp_comp.group * parts, cfg.tokens_per_frame)
   frames, text = -(-data.frames_per_device * devices // step) * step, data.text_per_device * devices
   if data.shapes is None:
-    limits = f"frames_per_device={data.frames_per_device} and text_per_device={data.text_per_device} let rows on {devices} device"
     packing.refuse(
-      f"the data does not fit {frames:,} frames with {text:,} tokens after the visual slot, which config.data.{limits}"
-      f"{'s' * (devices > 1)} have at most; raise these if memory allows, or use more devices",
+      f"the data does not fit {frames:,} frames with {text:,} tokens after the visual slot, the largest row on {devices} "
+      f"device{'s' * (devices > 1)} by config.data.frames_per_device={data.frames_per_device} and "
+      f"text_per_device={data.text_per_device}; the most that a sample has is {table[:, 0].max():,} and {table[:, 3].max():,}: raise "
+      "these if memory allows, or use more devices",
       [
         f"sample {i} has {table[i, 0]:,} frames and {table[i, 3]:,} tokens"
         for i in np.flatnonzero((table[:, 0] > frames) | (table[:, 3] > text))
@@ -340,17 +341,18 @@ def check_memory(plan: Schedule) -> None:
     ConfigError: it takes more.
   """
   device, costs = plan.costs.device, plan.costs
-  there = (device.hbm or math.inf) - device.reserve
-  state = 4 * 4 * trained(costs)
-  packing.refuse(
-    f"this run needs more memory than its {device.count} x {device.kind} have",
-    [
-      f"{state / 1e9:.1f} GB of trained state and {rows / 1e9:.1f} GB of a micro-batch of {shape.rows} rows of {shape.frames:,} "
-      f"frames and {shape.text:,} tokens on each, which has {there / 1e9:.1f} GB; use more devices, or less in a row "
-      "(config.data.shapes, frames_per_device, text_per_device)"
-      for shape in plan.shapes
-      if state + (rows := kept(costs, shape)) > there
-    ][:1],
+  there, state = (device.hbm or math.inf) - device.reserve, 4 * 4 * trained(costs)
+  shape = max(plan.shapes, key=lambda shape: kept(costs, shape))
+  rows = kept(costs, shape)
+  if state + rows <= there:
+    return
+  more = "use more devices" if state > there else (
+    "use more devices, or less in a row (config.data.shapes, frames_per_device, text_per_device)"
+  )  # fmt: skip
+  raise ConfigError(
+    f"this run does not fit {device.count} x {device.kind}: each has {there / 1e9:.1f} GB, and takes {state / 1e9:.1f} GB for trained "
+    f"state and {rows / 1e9:.1f} GB for a micro-batch of {shape.rows} x ({shape.samples} samples, {shape.frames:,} frames, "
+    f"{shape.text:,} tokens); {more}"
   )
 
 
@@ -393,11 +395,13 @@ class Account:
   def paragraph(self) -> str:
     """Says it at the start of a run."""
     tower = f"{self.tower:.0%} of the tower's, " if self.pixels else ""
-    assumed = " (of made-up figures for this device)" if metrics.peak_flops(self.device.kind) is None else ""
+    known = metrics.peak_flops(self.device.kind) is not None
+    least = "takes at least" if known else "is counted as"
+    assumed = "" if known else f" by figures that nobody has measured for a {self.device.kind}, only to compare shapes"
     return (
       f"{self.steps:,} steps of {self.batch_size} samples, each {self.micro_batches:.2f} micro-batches on average, in "
-      f"{self.programs} shapes. Of the operations executed {tower}{self.llm:.0%} of the LLM's and {self.all:.0%} of all are "
-      f"on real tokens. A step takes at least {self.step:.3g} s{assumed}, bound by {self.bound}; its real operations alone "
+      f"{self.programs} shape{'s' * (self.programs > 1)}. Of the operations executed {tower}{self.llm:.0%} of the LLM's and {self.all:.0%} of all are "
+      f"on real tokens. A step {least} {self.step:.3g} s{assumed}, bound by {self.bound}; its real operations alone "
       f"{self.alone:.3g} s."
     )
 

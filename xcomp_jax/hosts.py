@@ -333,6 +333,7 @@ def stop_signal() -> Generator[Any]:
   got = []
 
   def note(number, _):
+    os.write(2, b"told to stop: what is under way is finished and saved; once more stops at once\n")  # print is not safe here
     got.append(number)
     signal.signal(number, old[number])
 

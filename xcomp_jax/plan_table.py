@@ -6,6 +6,7 @@ import math
 import pathlib
 
 import numpy as np
+from tqdm import tqdm
 
 from xcomp_jax import forecast, sharding
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check
@@ -17,7 +18,7 @@ MOST = 100_000  # frames or tokens of a sample
 PREFIX = 14  # tokens of the chat header
 COLUMNS = (
   "devices", "batch", "mesh", "data", "micro-batches", "tower", "LLM", "all", "programs", "s a step", "of real work",
-  "and links", "bound by", "steps", "hours", "chip-hours",
+  "and links", "bound by", "steps", "hours", "chip-hours", "fits",
 )  # fmt: skip
 
 
@@ -42,10 +43,14 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
   problems = []
   for i, (f, t) in enumerate(zip(frames, text)):
     if type(f) is not int or not 0 <= f <= MOST or (f > 1 and f % cfg.clip_frames):
-      problems.append(f"frames[{i}] = {f!r}: must be 0, 1, or a multiple of the {cfg.clip_frames} frames of a clip, at most {MOST:,}")
+      problems.append(f"frames[{i}] = {f!r}")
     if type(t) is not int or not 1 <= t <= MOST:
-      problems.append(f"text[{i}] = {t!r}: must be a whole number from 1 to {MOST:,}")
-  packing.refuse(str(file), problems)
+      problems.append(f"text[{i}] = {t!r}")
+  packing.refuse(
+    f"{file}: frames must be 0 (text alone), 1 (an image), or a multiple of the {cfg.clip_frames} frames of a clip, text whole numbers from 1, "
+    f"both at most {MOST:,}",
+    problems,
+  )
   f, t = np.array(frames), np.array(text)
   before = np.where(f > 0, PREFIX, 0)
   return np.stack([f, np.where(f > 1, cfg.clip_frames, 1), before, t + PREFIX - before], 1)
@@ -54,7 +59,7 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
 def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chip: str) -> str:
   """Makes the table of a run on these samples.
 
-  A step has a sample for each device, if the config has fewer.
+  A step has a sample for each device, if the config has fewer and there are as many.
 
   Args:
     config: of the run.
@@ -71,19 +76,28 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
   if min(counts) < 1:
     raise ConfigError(f"--devices {devices}: must be numbers of devices from 1 on, such as 1,8,32")
   forecast.chips(chip, 1)  # refuses unknown ones
-  lines, shapes = [COLUMNS], []
-  for count in counts:
-    some = dataclasses.replace(config.train, batch_size=max(config.train.batch_size, count))
-    pipeline.steps_per_epoch(len(lengths), some.batch_size)  # refuses too few
-    plan = forecast.schedule(dataclasses.replace(config, train=some), cfg, lengths, forecast.chips(chip, count))
-    order = pipeline.order(range(len(lengths)), some.batch_size, config.seed, 0)
+  lines, notes, refused = [COLUMNS], [], []
+  for count in tqdm(counts, desc="planning", unit="mesh", leave=False, disable=None):
+    size = max(config.train.batch_size, count if count <= len(lengths) else 0)
+    some = dataclasses.replace(config.train, batch_size=size)
+    pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
+    try:
+      plan = forecast.schedule(dataclasses.replace(config, train=some), cfg, lengths, forecast.chips(chip, count))
+    except ConfigError as error:
+      refused.append(error)
+      notes.append(f"{count} x {chip}: {error}")
+      continue
+    order = pipeline.order(range(len(lengths)), size, config.seed, 0)
     steps = packing.pack_steps(lengths, order, plan.shapes, plan.costs)
     total = min(len(steps) * some.epochs, some.steps or math.inf)
-    shapes.append(f"{count} x {chip}: " + ", ".join(map(_shape, plan.shapes)))
+    used = sorted({micro.shape for micros in steps for micro in micros})
+    notes.append(f"{count} x {chip}: " + ", ".join(map(_shape, used)))
+    fits = "yes"
     try:
       forecast.check_memory(plan)
     except ConfigError as error:
-      shapes.append(f"  DOES NOT FIT: {error}")
+      fits = "no"
+      notes.append(f"  DOES NOT FIT: {error}")
     for pixels in (True, False):
       a = forecast.account(plan, steps, lengths, pixels)
       hours = a.step * total / 3600
@@ -92,18 +106,21 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
         f"{count}", f"{a.batch_size}", mesh, "frames" if pixels else "features", f"{a.micro_batches:.2f}",
         f"{a.tower:.3f}" if pixels else "-", f"{a.llm:.3f}", f"{a.all:.3f}", f"{a.programs}", f"{a.step:.3f}",
         f"{a.step / a.alone:.2f} x", f"{a.step / a.linked:.2f} x", a.bound, f"{total:,}", f"{hours:.2f}",
-        f"{hours * count:,.1f}",
+        f"{hours * count:,.1f}", fits,
       ))  # fmt: skip
+  if len(refused) == len(counts):
+    raise refused[-1]
   widths = [max(map(len, column)) for column in zip(*lines)]
   made = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
-  return "\n".join([*made, "", "shapes: rows x (samples, frames, text tokens)", *shapes, "", LEGEND])
+  return "\n".join([*made, "", "shapes: rows x (samples, frames, text tokens); a row is split over `context`", *notes, "", LEGEND])
 
 
-LEGEND = """batch: config.train.batch_size, or a sample for each device if that is more
+LEGEND = """batch: config.train.batch_size, or a sample for each device if that is more (training has what the config says)
 tower, LLM, all: share of the executed operations that is on real tokens
 of real work: the predicted time over that of real operations at the peak; and links: over that of real operations and
   the links of one micro-batch
-hours: what the whole run takes at least, if devices do what their data sheets say"""
+hours: what the whole run takes at least, if devices do what their data sheets say
+fits: no if trained state and a micro-batch are too much for a device, by formula; --topology has the compiler count all"""
 
 
 def _shape(shape: Shape) -> str:

@@ -130,7 +130,7 @@ def prepare(config: RunConfig) -> Prepared:
   """Reads what a config names, and makes sure that it goes together and that the workdir can be written."""
   keep_compiled(config.compilation_cache)
   kernels.check(config.model.attention, config.model.dtype)
-  directory = weights.resolve(config.init_from)
+  directory = weights.resolve(config.init_from, whole=False)
   cfg = weights.read_config(directory, config.model, config.lp_comp)
   lp_comp.counts(cfg.lp_comp, cfg.llm.layers)  # refuses schedules that can't be
   tokenizer = weights.read_tokenizer(directory, cfg)
@@ -166,7 +166,7 @@ def prepare(config: RunConfig) -> Prepared:
     whole = dataclasses.replace(share, trained=False)
     heldout = functools.partial(pipeline.read, held, tokenizer, config.data, lengths[1], seen, whole)
   if not checkpoint.begun(config.workdir):
-    weights.stored(directory, cfg)  # what is missing or broken is said before anything is written
+    weights.stored(weights.resolve(config.init_from), cfg)  # what is missing or broken is said before anything is written
   workdir.claim(config.workdir)
   return Prepared(cfg, mesh, opened, length_table(lengths[0]), schedule, plan, data, heldout, description)
 
@@ -389,6 +389,7 @@ def introduce(config: RunConfig, prepared: Prepared, state: TrainState, start: i
   print("\n".join(prepared.opened[0].made_with()))
   print(prepared.account(prepared.plan).paragraph())
   todo = f"steps {start + 1} to {prepared.steps}, {config.train.batch_size} samples each"
+  todo += f", from checkpoint {start}" if start else ""
   print(todo if start < prepared.steps else f"all {prepared.steps} steps are done", flush=True)
   (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
 

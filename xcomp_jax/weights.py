@@ -53,8 +53,10 @@ from xcomp_jax.sharding import path_name
 EXTRA = "xcomp.json"
 
 
-def resolve(init_from: str) -> pathlib.Path:
-  """The local directory of `init_from`: a directory, or a hub id org/name (from the local cache if it is whole there).
+def resolve(init_from: str, whole: bool = True) -> pathlib.Path:
+  """The local directory of `init_from`: a directory, or a hub id org/name (from the local cache if it is there).
+
+  whole: False fetches what describes the model, but not its weights.
 
   Raises:
     CheckpointError: neither.
@@ -69,14 +71,16 @@ def resolve(init_from: str) -> pathlib.Path:
     raise CheckpointError(f"there is no directory {init_from}")
   from huggingface_hub import snapshot_download
 
-  files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "params/*"]
+  files, complete = ["*.json", "*.txt", "*.jinja"], lambda directory: (directory / "config.json").exists()
+  if whole:
+    files, complete = [*files, "*.safetensors", "params/*"], _whole
   try:
     with contextlib.suppress(FileNotFoundError):  # not in the cache
       cached = pathlib.Path(snapshot_download(init_from, local_files_only=True, allow_patterns=files))
-      if _whole(cached):
+      if complete(cached):
         return cached
     fetched = pathlib.Path(snapshot_download(init_from, allow_patterns=files))
-    if _whole(fetched):
+    if complete(fetched):
       return fetched
     raise FileNotFoundError(f"only a part of it is there: {fetched}")
   except Exception as error:  # the hub's client has no common base for what can go wrong on a network

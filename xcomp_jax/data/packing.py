@@ -404,19 +404,20 @@ def check_fit(lengths: Lengths, prefix: int, shapes: Sequence[Shape] | None = No
       tokens before the visual slot than there are slots.
   """
   table = length_table(lengths)
-  most = table[:, 2].max(initial=0)
-  problems = [
-    f"sample {i} has {table[i, 2]} tokens before the visual slot, and config.data.prefix_length is {prefix}; make it {most}"
-    for i in np.flatnonzero(table[:, 2] > prefix)
-  ]
+  refuse(
+    f"the data does not fit config.data.prefix_length = {prefix}; make it {table[:, 2].max(initial=0)}",
+    [f"sample {i} has {table[i, 2]} tokens before the visual slot" for i in np.flatnonzero(table[:, 2] > prefix)],
+  )
   if shapes is not None:
     held = " or ".join(f"{shape.frames:,} frames with {shape.text:,} tokens" for shape in shapes)
-    problems += [
-      f"sample {i} has {table[i, 0]:,} frames and {table[i, 3]:,} tokens after the visual slot, and rows hold {held}; name "
-      "a larger one in config.data.shapes, or None to have them chosen"
-      for i in np.flatnonzero(~_fit(_needs(lengths), shapes))
-    ]
-  refuse("the data does not fit", problems)
+    refuse(
+      f"the data does not fit rows of {held} after the visual slot; name one in config.data.shapes that holds the most, "
+      f"{table[:, 0].max(initial=0):,} and {table[:, 3].max(initial=0):,}, or None to have them chosen",
+      [
+        f"sample {i} has {table[i, 0]:,} frames and {table[i, 3]:,} tokens"
+        for i in np.flatnonzero(~_fit(_needs(lengths), shapes))
+      ],
+    )
 
 
 def fits(lengths: Lengths, shapes: Sequence[Shape]) -> bool:
