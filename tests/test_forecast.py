@@ -133,7 +133,7 @@ def test_a_mesh_or_shapes_of_the_config_are_taken(config):
 
 def test_a_sample_that_is_larger_than_rows_may_be_takes_more_devices(config):
   lengths = np.array([[4096, 8, 14, 100], [8, 8, 14, 9000]] * 16)
-  with pytest.raises(ConfigError, match="row on 2 devices by .* has is 4,096 and 9,000: raise .*: sample 0 has 4,096 frames and 100 tokens; "):
+  with pytest.raises(ConfigError, match=r"row on 2 devices by .* has is 4,096 and 9,000: raise .*: sample 0 has 4,096 frames and 100 tokens; "):
     forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 2))
   plan = forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 8))
   assert plan.mesh[3] >= 4 and packing.fits(lengths, plan.shapes)

@@ -32,6 +32,11 @@ def mesh_on(name):
   return sharding.make_mesh(MeshConfig(1, -1, 1, 1), programs.topology(name))
 
 
+def short(made, layers):
+  """The plan of a model of so few layers, all over whole groups."""
+  return dataclasses.replace(made, full=programs.cut(made.full, layers, 16))
+
+
 @pytest.mark.parametrize("name", [
   "v4:2x2x2", "v5e:2x2", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:16x16", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4",
   "v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:16x16",
@@ -123,8 +128,8 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(nam
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_a_layer_of_the_tower_with_merging_compiles(name):
   config = from_command_line(["plan", "--config=configs/sct.py", "--config.model.clips_per_chunk=2", "--config.train.batch_size=4"])
-  made = programs.make(config, name, layers=1, frames=16, text=512, effort=-1.0)
-  row = accounts.account_program(dataclasses.replace(made, full=made.cfg), "tower")
+  made = short(programs.make(config, name, frames=16, text=512, effort=-1.0), 1)
+  row = accounts.account_program(made, "tower")
   assert row["problem"] is None and not row["not counted"]
   # A kernel for each of two clips on each of four devices: scores and values of 16 heads of 64, all against all.
   assert row["flops"]["kernels"] == 8 * 2 * 2 * 16 * 6272**2 * 64
@@ -159,7 +164,7 @@ def test_two_layers_of_a_training_step_compile_and_are_accounted_for(name, tmp_p
 def test_on_many_devices_kernels_are_gathered_and_not_multiplied_piece_by_piece():
   config = lambda samples: from_command_line(["plan", "--config=configs/sct.py", f"--config.train.batch_size={samples}"])
   plans = [
-    programs.make(config(samples), name, layers=2, frames=256, text=512, effort=-1.0)
+    short(programs.make(config(samples), name, frames=256, text=512, effort=-1.0), 2)
     for name, samples in (("v5e:2x2", 4), ("v5e:4x4", 16))
   ]
   few, many = (accounts.account_program(made, "gradient", made.shapes[0]) for made in plans)
@@ -169,7 +174,7 @@ def test_on_many_devices_kernels_are_gathered_and_not_multiplied_piece_by_piece(
 
 
 def test_kernels_are_gathered_as_they_are_computed_with():
-  made = programs.make(from_command_line(["plan", "--config=configs/sct.py"]), "v5e:4x4", layers=2, frames=256, text=512, effort=-1.0)
+  made = short(programs.make(from_command_line(["plan", "--config=configs/sct.py"]), "v5e:4x4", frames=256, text=512, effort=-1.0), 2)
   llm, size = made.full.llm, 2  # bytes of bfloat16
   kernels = llm.layers * llm.width * (2 * (llm.heads + llm.kv_heads) * llm.head_dim + 3 * llm.mlp_width)
   _, gathered = accounts.account_program(made, "gradient", made.shapes[0])["collectives"]["all-gather"]

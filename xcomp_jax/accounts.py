@@ -6,19 +6,19 @@ import math
 import re
 import threading
 import time
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from xcomp_jax import absent, cost, metrics, official, qc_comp, rounds, sharding
+from xcomp_jax import absent, cost, metrics, rounds, sharding
 from xcomp_jax.config import VLMConfig
 from xcomp_jax.data.batch import Length, Shape
 from xcomp_jax.files import one_line
 from xcomp_jax.model import lp_comp, vlm
-from xcomp_jax.programs import Plan, slots, traced
+from xcomp_jax.programs import VISION, Plan, Traced, cut, slots, traced
 
 
 def model_flops(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> float | None:
@@ -26,7 +26,7 @@ def model_flops(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> f
 
   None: of a program that pads and repeats nothing.
   """
-  if name in ("tower", "encode"):
+  if name in VISION:
     clips = [Length(cfg.clip_frames, cfg.clip_frames, 0, 0)] * (cfg.clips_per_chunk * plan.mesh.size)
     return float(metrics.forward_flops(cfg, clips, pixels=True)["vision"].sum())
   if shape is None:  # the optimizer's step
@@ -55,7 +55,7 @@ def executed_flops(cfg: VLMConfig, jaxpr: Any) -> cost.Flops:
 @contextlib.contextmanager
 def inside(plan: Plan) -> Generator[None]:
   """The devices, the mesh and the precision that training has."""
-  precision = "highest" if plan.cfg.dtype == "float32" else None
+  precision = "highest" if plan.full.dtype == "float32" else None
   devices = list(plan.mesh.devices.flat)
   with absent.computing_on(devices), jax.set_mesh(plan.mesh), jax.default_matmul_precision(precision):
     yield
@@ -97,67 +97,127 @@ def _trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+class Taken(NamedTuple):
+  """What a compiled program takes, on one device.
+
+  problem: the compiler's refusal; the rest then means nothing. temporaries, results, code, hbm: bytes. sent: kind of a collective ->
+  (how many, bytes). kernels: kind -> (calls, operations). products: of all devices. estimate: the compiler's own seconds.
+  """
+
+  problem: str | None
+  temporaries: float
+  results: float
+  code: float
+  hbm: float
+  sent: dict[str, tuple[float, float]]
+  kernels: dict[str, tuple[float, float]]
+  products: cost.Flops
+  estimate: float
+  seconds: float
+
+
+def taken(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Taken:
+  """Compiles a program of a model and reads what it takes."""
+  with inside(plan):
+    program = traced(plan, cfg, name, shape).program
+    products = executed_flops(cfg, program.jaxpr)
+    out, spent = compiled(program.lower(), name, plan.effort)
+  if isinstance(out, jax.errors.JaxRuntimeError):
+    return Taken(str(out), 0.0, 0.0, 0.0, 0.0, {}, {}, products, 0.0, spent)
+  used, text = out.memory_analysis(), out.as_text()
+  repeated, once = cost.read_program(text, cfg.llm.vocab_size, vlm.VOCABULARY)
+  everything = repeated.plus(once)
+  results = float(max(0, used.output_size_in_bytes - used.alias_size_in_bytes))
+  return Taken(
+    None, float(used.temp_size_in_bytes), results, float(used.generated_code_size_in_bytes), everything.hbm,
+    everything.collectives, cost.read_kernels(text), products, (out.cost_analysis() or {}).get("optimal_seconds", 0.0), spent,
+  )  # fmt: skip
+
+
 def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, Any]:
   """Compiles one program and says what it takes. Bytes and seconds are a device's, operations those of all.
 
-  With fewer layers than there are, the numbers are those of the whole model: memory of the state and operations
-  exactly, the rest extrapolated ("layers" says from how many). What touches the vocabulary is there once, whatever the
-  layers.
+  Of a plan with fewer layers (`Plan.layers`) the numbers are those of the whole model. State, what is given, and operations are
+  exact. The rest is extrapolated (`_extrapolated`).
   """
-  cfg, full, vocabulary = plan.cfg, plan.full, plan.full.llm.vocab_size
+  full = plan.full
+  vision = name in VISION
+  of = (full.vision if vision else full.llm).layers
+  layers = of if plan.layers is None else min(plan.layers, of)
   with inside(plan):
-    part = traced(plan, cfg, name, shape)
-    products = here = executed_flops(cfg, part.program.jaxpr)
-    out, spent = compiled(part.program.lower(), name, plan.effort)
-    whole = part
-    if cfg != full:
-      whole = traced(plan, full, name, shape)
-      products = executed_flops(full, whole.program.jaxpr)
-  vision = name in ("tower", "encode")
-  layers, of = ((c.vision if vision else c.llm).layers for c in (cfg, full))
-  row: dict[str, Any] = {"name": name, "shape": shape, "compile_s": spent, "layers": layers, "of": of}
+    whole = traced(plan, full, name, shape)
+    products = executed_flops(full, whole.program.jaxpr)
+  found = taken(plan, full, name, shape) if layers == of else _extrapolated(plan, name, shape, layers, of, whole)
+  row: dict[str, Any] = {"name": name, "shape": shape, "compile_s": found.seconds, "layers": layers, "of": of}
   memory = whole.given | whole.beside
-  refused = isinstance(out, jax.errors.JaxRuntimeError)
-  text = "" if refused else out.as_text()
-  squares = sum(_attended(full, name, shape)) / sum(_attended(cfg, name, shape))
-  attending = len(_attended(full, name, shape)) / len(_attended(cfg, name, shape))
-  found = {} if refused else cost.read_kernels(text)
-  row["kernels"] = {kind: calls * attending for kind, (calls, _) in found.items()}
-  kernels = products.kernels + plan.device.count * squares * sum(flops for _, flops in found.values())
+  row["kernels"] = {kind: calls for kind, (calls, _) in found.kernels.items()}
+  kernels = products.kernels + plan.device.count * sum(flops for _, flops in found.kernels.values())
   executed, model = products.products + kernels, model_flops(plan, full, name, shape)
   row["flops"] = {"model": executed if model is None else model, "executed": executed, "kernels": kernels}
   row["not counted"] = sorted(products.unknown) if not row["kernels"] else []
-  if refused:
-    temporary = _refused(str(out), sum(whole.given.values()))
+  if found.problem:
+    temporary = _refused(found.problem, sum(whole.given.values()))
     memory |= {"temporaries": temporary, "program": 0.0, "reserve": plan.device.reserve}
     nothing = {"hbm": 0.0, "collectives": {}, "seconds": {}, "estimate": None}
-    return row | nothing | {"memory": memory, "problem": one_line(out)[:400]}
-  used = out.memory_analysis()
-  results = float(max(0, used.output_size_in_bytes - used.alias_size_in_bytes))
-  temporary, code = float(used.temp_size_in_bytes), float(used.generated_code_size_in_bytes)
-  # The optimizer has no part that is told by the vocabulary: its traffic grows with all that is trained.
-  repeated, once = cost.read_program(text, *((0, None) if name == "apply" else (vocabulary, vlm.VOCABULARY)))
-  sent, estimate = repeated.plus(once).collectives, (out.cost_analysis() or {}).get("optimal_seconds", 0.0)
-  hbm = repeated.hbm + once.hbm
-  if cfg != full:
-    trained = "gradients" if name == "apply" else "parameters"
-    grows = whole.given[trained] / part.given[trained] if name == "apply" else _numbers(plan, full, name) / _numbers(plan, cfg, name)
-    work = (products.total - products.once) / (here.total - here.once) if products.total else grows
-    hbm = once.hbm + repeated.hbm * work
-    sent, estimate = repeated.times(grows).plus(once).collectives, 0.0
-    more = results * (_size(whole.program.out_info) / _size(part.program.out_info) - 1)
-    results += more
-    if name in ("prefill", "round"):
-      temporary += more  # caches as they are made, before there is room for an answer
-    code *= of / layers
-    if name == "apply":
-      temporary *= grows
-    if name == "gradient" and shape is not None:
-      temporary += kept_between(plan, full, shape) - kept_between(plan, cfg, shape)
-  row["memory"] = memory | {"results": results, "temporaries": temporary, "program": code, "reserve": plan.device.reserve}
-  seconds = cost.seconds(plan.device, executed / plan.device.count, hbm, sum(size for _, size in sent.values()))
-  row |= {"hbm": hbm, "collectives": sent, "seconds": seconds, "problem": None}
-  return row | {"estimate": estimate if estimate > 0 else None}
+    return row | nothing | {"memory": memory, "problem": one_line(found.problem)[:400]}
+  row["memory"] = memory | {
+    "results": found.results, "temporaries": found.temporaries, "program": found.code, "reserve": plan.device.reserve
+  }
+  seconds = cost.seconds(plan.device, executed / plan.device.count, found.hbm, sum(size for _, size in found.sent.values()))
+  row |= {"hbm": found.hbm, "collectives": found.sent, "seconds": seconds, "problem": None}
+  return row | {"estimate": found.estimate if found.estimate > 0 else None}
+
+
+def _extrapolated(plan: Plan, name: str, shape: Shape | None, layers: int, of: int, whole: Traced) -> Taken:
+  """Compiles a program with so many layers, and with one more, and says what it takes with all.
+
+  Those of the LLM see as many tokens as its first one; the others' share in traffic and collectives is found by two more
+  programs, whose layers see as many as its last. Memory is that of the first program and what more of it is kept by formula.
+  """
+  full = plan.full
+  counts = lp_comp.counts(full.lp_comp, full.llm.layers)
+  with inside(plan):
+    part = traced(plan, cut(full, layers, counts[0]), name, shape)
+  first = taken(plan, cut(full, layers, counts[0]), name, shape)
+  if first.problem:
+    return first
+  if name == "apply":
+    grows = whole.given["gradients"] / part.given["gradients"]
+    sent = {kind: (n * grows, size * grows) for kind, (n, size) in first.sent.items()}
+    return first._replace(temporaries=first.temporaries * grows, code=first.code * of / layers, hbm=first.hbm * grows, sent=sent, estimate=0.0)
+  programs = [first, taken(plan, cut(full, layers + 1, counts[0]), name, shape)]
+  if name not in VISION and counts[-1] != counts[0]:
+    programs += [taken(plan, cut(full, n, counts[-1]), name, shape) for n in (layers, layers + 1)]
+  # Of a round the layers after the last one that scores don't run, and of that one only the keys are made.
+  run = rounds.scored if name == "round" else lambda cfg: (cfg.vision if name in VISION else cfg.llm).layers
+  here, all_of_them = run(cut(full, layers, counts[0])), run(full)
+  more = run(cut(full, layers + 1, counts[0])) - here
+
+  def grown(numbers: Sequence[float]) -> float:
+    """A number that each layer adds to: something whatever its tokens, and something for each of them."""
+    wide = (numbers[1] - numbers[0]) / more
+    narrow = (numbers[3] - numbers[2]) / more if len(numbers) > 2 else wide
+    slope = (wide - narrow) / max(counts[0] - counts[-1], 1)
+    each = [narrow + slope * (count - counts[-1]) for count in counts[:all_of_them]] if name not in VISION else [wide] * all_of_them
+    return max(0.0, numbers[0] - here * wide + sum(each))
+
+  sent = {
+    kind: (grown([t.sent.get(kind, (0.0, 0.0))[0] for t in programs]), grown([t.sent.get(kind, (0.0, 0.0))[1] for t in programs]))
+    for kind in sorted(set().union(*(t.sent for t in programs)))
+  }
+  squares, part_squares = _attended(full, name, shape), _attended(cut(full, layers, counts[0]), name, shape)
+  kernels = {
+    kind: (calls * len(squares) / len(part_squares), flops * sum(squares) / sum(part_squares))
+    for kind, (calls, flops) in first.kernels.items()
+  }
+  results = first.results * _size(whole.program.out_info) / _size(part.program.out_info)
+  temporaries = first.temporaries
+  if name in ("prefill", "round"):  # at the end there are caches as they were made, before there is room for an answer
+    temporaries = max(temporaries, programs[-1].temporaries + max(0.0, results - programs[-1].results))
+  if name == "gradient" and shape is not None:
+    temporaries += kept_between(plan, full, shape) - kept_between(plan, cut(full, layers, counts[0]), shape)
+  hbm, seconds = grown([t.hbm for t in programs]), sum(t.seconds for t in programs)
+  return Taken(None, temporaries, results, first.code * of / layers, hbm, sent, kernels, first.products, 0.0, seconds)
 
 
 def _size(tree: Any) -> float:
@@ -167,12 +227,12 @@ def _size(tree: Any) -> float:
 
 def _attended(cfg: VLMConfig, name: str, shape: Shape | None) -> list[float]:
   """The square of the slots that each layer attends with; for the tower, whose layers are alike, 1."""
-  if shape is None or name in ("tower", "encode"):
+  if shape is None or name in VISION:
     return [1.0] * cfg.vision.layers
   around, frames, counts = shape.samples * shape.prefix + shape.text, shape.frames, lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
   if name == "round":  # of the last layer that scores, keys are enough
     around, frames = rounds.PREFIX, rounds.usual(cfg, shape.frames)[0].frames
-    counts = counts[: max(1, qc_comp.scored_layers(rounds.USUAL, cfg.llm.layers)[-1])]
+    counts = counts[: rounds.scored(cfg)]
   return [float(around + frames * cfg.tokens_per_frame // cfg.lp_comp.group * count) ** 2 for count in counts]
 
 
@@ -181,15 +241,6 @@ def kept_between(plan: Plan, cfg: VLMConfig, shape: Shape) -> float:
   mesh, m = plan.mesh.shape, cfg.llm
   each = slots(cfg, shape) * shape.rows / (sharding.batch_devices(plan.mesh) * mesh["context"])
   return each * (m.width + m.heads * m.head_dim / mesh["tensor"]) * np.dtype(cfg.dtype).itemsize
-
-
-def _numbers(plan: Plan, cfg: VLMConfig, name: str) -> int:
-  """Parameters that a program computes with, those of the vocabulary aside."""
-  parts = ("vision",) if name in ("tower", "encode") else ("projector", "llm")
-  if name == "gradient" and plan.config.train.vision:
-    parts = ("vision", *parts)
-  shapes = [entry.shape for entry in official.names(cfg) if entry.path.split("/")[0] in parts]
-  return sum(math.prod(shape) for shape in shapes if cfg.llm.vocab_size not in shape)
 
 
 def _refused(message: str, arguments: float) -> float:

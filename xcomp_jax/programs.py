@@ -27,6 +27,7 @@ from xcomp_jax.model import lp_comp, vlm
 
 TRAINING = ("gradient", "tower", "apply", "evaluation")
 ROUNDS = ("round", "question")
+VISION = ("tower", "encode")  # those of the tower
 ASKING = ("encode", "prefill", *ROUNDS, "decode")
 NAMES = (*TRAINING, *ASKING)
 ROOM = 64  # tokens to answer that prefill makes room for
@@ -38,14 +39,14 @@ RELEASED = pathlib.Path(__file__).parents[1] / "configs"  # has the config.json 
 class Plan:
   """What is planned.
 
-  cfg: the model as compiled. full: with all of its layers. shapes: of micro-batches. effort: of the compiler, from -1
+  full: the model. layers: compiled ones; None: all. shapes: of micro-batches. effort: of the compiler, from -1
   (an eighth of the time, a tenth more of temporaries) to 0 (as it is for training). lengths: of samples, or of those
   that are assumed. steps: the micro-batches of each step of them. costs: by which they were packed.
   """
 
   config: RunConfig
-  cfg: VLMConfig
   full: VLMConfig
+  layers: int | None
   mesh: Mesh
   device: cost.Device
   shapes: tuple[Shape, ...]
@@ -121,20 +122,10 @@ def sizes(config: RunConfig) -> VLMConfig:
   return weights.read_config(directory, config.model, config.lp_comp)
 
 
-def cut(cfg: VLMConfig, layers: int | None) -> VLMConfig:
-  """The model with so many layers of the LLM and the tower; the LLM's are taken evenly from the schedule.
-
-  Raises:
-    ConfigError: more than there are, or none.
-  """
-  if layers is None or layers == cfg.llm.layers:
-    return cfg
-  if not 0 < layers < cfg.llm.layers:
-    raise ConfigError(f"--layers {layers}: the model has {cfg.llm.layers}")
-  counts = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
-  taken = tuple(counts[round(i * (len(counts) - 1) / max(1, layers - 1))] for i in range(layers))
+def cut(cfg: VLMConfig, layers: int, count: int) -> VLMConfig:
+  """The model with so many layers of the LLM, all with `count` tokens of a group, and of the tower."""
   return dataclasses.replace(
-    cfg, llm=dataclasses.replace(cfg.llm, layers=layers), lp_comp=dataclasses.replace(cfg.lp_comp, schedule=taken),
+    cfg, llm=dataclasses.replace(cfg.llm, layers=layers), lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(count,) * layers),
     vision=dataclasses.replace(cfg.vision, layers=min(layers, cfg.vision.layers)),
   )  # fmt: skip
 
@@ -162,7 +153,7 @@ def make(
   Args:
     config: of the run.
     where: a topology's name, or devices; None: those that are here.
-    layers: compiled ones; see `cut`.
+    layers: compiled ones, from which the rest is extrapolated; None: all.
     frames: of the samples that are assumed, if there are no lengths,
     text: and their tokens behind the frames; None for both: as `config.data.shapes` says, if it does.
     lengths: of all samples. The mesh and the shapes are those that training on them has.
@@ -176,6 +167,8 @@ def make(
   check(config)
   devices = jax.devices() if where is None else topology(where) if isinstance(where, str) else where
   full, seen, size = sizes(config), config, config.train.batch_size
+  if layers is not None and not 0 < layers < full.llm.layers:
+    raise ConfigError(f"--layers {layers}: the model has {full.llm.layers}")
   if lengths is None:
     seen, lengths = _assumed(config, full, len(devices), frames, text)
   pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
@@ -186,7 +179,7 @@ def make(
   packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)
   device = cost.device_of(like or devices)
   return Plan(
-    config, cut(full, layers), full, mesh, device, schedule.shapes, effort, lengths, packed, schedule.costs
+    config, full, layers, mesh, device, schedule.shapes, effort, lengths, packed, schedule.costs
   )  # fmt: skip
 
 

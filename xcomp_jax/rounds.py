@@ -21,6 +21,11 @@ def usual(cfg: VLMConfig, frames: int) -> tuple[qc_comp.Plan, int]:
   return plan, max(1, min(USUAL.round // plan.frames, len(plan.starts)))
 
 
+def scored(cfg: VLMConfig) -> int:
+  """Layers that run in a round before the last one that scores, of which keys are enough; at least one."""
+  return max(1, qc_comp.scored_layers(USUAL, cfg.llm.layers)[-1])
+
+
 def asked_tokens() -> Prompt:
   """A prompt of PREFIX and TEXT tokens, with a question in it."""
   tokens = np.arange(PREFIX + 1 + TEXT, dtype=np.int32)
