@@ -100,10 +100,12 @@ def _trim() -> None:
 class Taken(NamedTuple):
   """What a compiled program takes, on one device.
 
-  problem: the compiler's refusal; the rest then means nothing. temporaries, results, code, hbm: bytes. sent: kind of a collective ->
+  layers, count: of the LLM, and tokens of a group in the first. problem: the compiler's refusal; the rest then means nothing. temporaries, results, code, hbm: bytes. sent: kind of a collective ->
   (how many, bytes). kernels: kind -> (calls, operations). products: of all devices. estimate: the compiler's own seconds.
   """
 
+  layers: int
+  count: int
   problem: str | None
   temporaries: float
   results: float
@@ -122,14 +124,15 @@ def taken(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Taken:
     program = traced(plan, cfg, name, shape).program
     products = executed_flops(cfg, program.jaxpr)
     out, spent = compiled(program.lower(), name, plan.effort)
+  of = cfg.llm.layers, lp_comp.counts(cfg.lp_comp, cfg.llm.layers)[0]
   if isinstance(out, jax.errors.JaxRuntimeError):
-    return Taken(str(out), 0.0, 0.0, 0.0, 0.0, {}, {}, products, 0.0, spent)
+    return Taken(*of, str(out), 0.0, 0.0, 0.0, 0.0, {}, {}, products, 0.0, spent)
   used, text = out.memory_analysis(), out.as_text()
   repeated, once = cost.read_program(text, cfg.llm.vocab_size, vlm.VOCABULARY)
   everything = repeated.plus(once)
   results = float(max(0, used.output_size_in_bytes - used.alias_size_in_bytes))
   return Taken(
-    None, float(used.temp_size_in_bytes), results, float(used.generated_code_size_in_bytes), everything.hbm,
+    *of, None, float(used.temp_size_in_bytes), results, float(used.generated_code_size_in_bytes), everything.hbm,
     everything.collectives, cost.read_kernels(text), products, (out.cost_analysis() or {}).get("optimal_seconds", 0.0), spent,
   )  # fmt: skip
 
@@ -205,19 +208,50 @@ def _extrapolated(plan: Plan, name: str, shape: Shape | None, layers: int, of: i
     kind: (grown([t.sent.get(kind, (0.0, 0.0))[0] for t in programs]), grown([t.sent.get(kind, (0.0, 0.0))[1] for t in programs]))
     for kind in sorted(set().union(*(t.sent for t in programs)))
   }
+  results, temporaries = _grown_memory(plan, name, shape, programs[0], programs[-1], whole, part)
   squares, part_squares = _attended(full, name, shape), _attended(cut(full, layers, counts[0]), name, shape)
   kernels = {
     kind: (calls * len(squares) / len(part_squares), flops * sum(squares) / sum(part_squares))
     for kind, (calls, flops) in first.kernels.items()
   }
+  hbm, seconds = grown([t.hbm for t in programs]), sum(t.seconds for t in programs)
+  return Taken(
+    of, counts[0], None, temporaries, results, first.code * of / layers, hbm, sent, kernels, first.products, 0.0, seconds
+  )
+
+
+def _grown_memory(
+  plan: Plan, name: str, shape: Shape | None, first: Taken, last: Taken, whole: Traced, part: Traced
+) -> tuple[float, float]:
+  """Bytes of results and temporaries with all layers, from those of a few like the first layer, and of a few like the last."""
   results = first.results * _size(whole.program.out_info) / _size(part.program.out_info)
   temporaries = first.temporaries
   if name in ("prefill", "round"):  # at the end there are caches as they were made, before there is room for an answer
-    temporaries = max(temporaries, programs[-1].temporaries + max(0.0, results - programs[-1].results))
+    temporaries = max(temporaries, last.temporaries + max(0.0, results - last.results))
   if name == "gradient" and shape is not None:
-    temporaries += kept_between(plan, full, shape) - kept_between(plan, cut(full, layers, counts[0]), shape)
-  hbm, seconds = grown([t.hbm for t in programs]), sum(t.seconds for t in programs)
-  return Taken(None, temporaries, results, first.code * of / layers, hbm, sent, kernels, first.products, 0.0, seconds)
+    temporaries += kept_between(plan, plan.full, shape) - kept_between(plan, cut(plan.full, first.layers, first.count), shape)
+  return results, temporaries
+
+
+def memory_of(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, float]:
+  """Bytes of a device by kind while a program runs, as of `account_program`, but compiling less.
+
+  Raises:
+    JaxRuntimeError: the compiler refuses the program.
+  """
+  full, layers = plan.full, plan.layers or plan.full.llm.layers
+  counts = lp_comp.counts(full.lp_comp, full.llm.layers)
+  like = [cut(full, layers, count) for count in ((counts[0], counts[-1]) if name in ("prefill", "round") else (counts[0],))]
+  with inside(plan):
+    whole, part = traced(plan, full, name, shape), traced(plan, like[0], name, shape)
+  programs = [taken(plan, cfg, name, shape) for cfg in like]
+  if problem := next((one.problem for one in programs if one.problem), None):
+    raise jax.errors.JaxRuntimeError(problem)
+  if name == "apply":
+    results, temporaries = 0.0, programs[0].temporaries * whole.given["gradients"] / part.given["gradients"]
+  else:
+    results, temporaries = _grown_memory(plan, name, shape, programs[0], programs[-1], whole, part)
+  return whole.given | whole.beside | {"results": results, "temporaries": temporaries}
 
 
 def _size(tree: Any) -> float:

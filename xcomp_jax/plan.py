@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xcomp_jax import forecast, generate, metrics, plan_table, programs, sharding, train, weights
+from xcomp_jax import fits, forecast, generate, metrics, plan_table, programs, sharding, train, weights
 from xcomp_jax.accounts import account_program
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, from_command_line
 from xcomp_jax.data import packing, pipeline
@@ -310,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   of("--data", metavar="STORE", help="measure the samples of a folder written by predecode instead")
   add("--devices", metavar="N,N", help="of the table of --lengths or --data; default: 1,8,32,256")
   add("--chip", default="v5e", help="their kind; default: %(default)s")
+  add("--fits", type=pathlib.Path, metavar="OUT", help="instead: a table of what fits on which GPU; OUT keeps its cells, and the command goes on")
+  add("--cards", nargs="+", choices=fits.CARDS, default=list(fits.CARDS), metavar="CARD", help=f"with --fits; default: all of {' '.join(fits.CARDS)}")
   args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   with command(interrupted="interrupted"):
     given = args.lengths is not None or args.data is not None
@@ -317,9 +319,12 @@ def main(argv: Sequence[str] | None = None) -> None:
       raise ConfigError("--frames and --text are of samples that are assumed, so there can be no --lengths or --data")
     if args.devices is not None and (not given or args.topology):
       raise ConfigError("--devices is of the table of --lengths or --data without --topology")
-    if args.topology or given:
+    if args.topology or given or args.fits:
       jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     config = from_command_line(["plan", *rest])
+    if args.fits:
+      print(fits.table(config, args.fits, args.cards))
+      return
     cfg = programs.sizes(config)
     lengths = None
     if given:

@@ -1,0 +1,132 @@
+"""The table of `python -m xcomp_jax.plan --fits`: which card holds which model for which job.
+
+Memory is the compiler's, of two layers and extrapolated (`accounts.memory_of`). Cards of one compute capability share a cell, which is
+a file of its own, so that the command goes on where it was.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from xcomp_jax import accounts, chips, files, programs, rounds
+from xcomp_jax.chips import Chip
+from xcomp_jax.config import RunConfig
+
+CARDS = ("h100", "h200", "b200", "a100-40", "a100-80", "l4", "a10g", "rtx4090", "t4")
+MODELS = {
+  "2B": "OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448",
+  "7B": "OpenGVLab/VideoChat-Flash-Qwen2-7B_res448",
+}
+ASK = {"ask 256": 256, "ask 1,024": 1024, "ask 4,096": 4096}  # frames sampled, of which `rounds.USUAL` keeps 512
+WHOLE = "ask 4,096, all kept"  # --select 0
+TUNE = {"SCT on features": False, "SCT on frames": True}  # with the tower; a sample of 1,024 frames and 512 tokens on each card
+JOBS = (*ASK, WHOLE, *TUNE)
+COUNTS = (1, 2, 4, 8, 16, 32)  # cards that share a run's state
+SHARES = (0.75, 0.9)  # of a card's memory that JAX may have: its own choice, and one that leaves CUDA enough
+KEPT = 512  # frames
+STATE = ("parameters", "gradients", "optimizer state")
+LAYERS = 2  # compiled
+
+
+def key(capability: tuple[int, int], model: str, job: str) -> str:
+  """The name of a cell."""
+  return f"{capability[0]}.{capability[1]} {model} {job}".replace(",", "").replace(" ", "_")
+
+
+def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -> dict[str, Any]:
+  """Makes a cell: bytes of a card by kind in the program that needs most, and which that is.
+
+  "all" has every program's sum. Parts of `STATE` are shared by the cards of a run (8), the rest is each one's own.
+  """
+  jax.config.update("jax_platforms", "cpu")  # a card that is here is left alone
+  chip = next(chip for name in CARDS if (chip := chips.named(name)).capability == capability)
+  dtype = "bfloat16" if capability >= (8, 0) else "float32"
+  count = 8 if job in TUNE else 1
+  config = dataclasses.replace(
+    config, init_from=MODELS[model], model=dataclasses.replace(config.model, dtype=dtype),
+    train=dataclasses.replace(config.train, batch_size=count),
+  )  # fmt: skip
+  frames = {**ASK, WHOLE: 4096}.get(job, 1024)
+  held, kept = {}, 0.0
+  for name in _programs(job, frames):
+    shown = min(frames, KEPT) if job in ASK and name in ("prefill", "decode") else frames
+    plan = programs.make(config, f"{chip.name}:{count}", layers=LAYERS, frames=shown, text=programs.TOKENS if job in TUNE else rounds.TEXT)
+    ((_, shape),) = programs.asked(plan, (name,))
+    held[name] = accounts.memory_of(plan, name, shape) | {"rounds": kept}
+    if name == "round":  # what they leave stays for the next question
+      of, rows = rounds.usual(plan.full, frames)
+      kept = held[name]["results"] * -(-len(of.starts) // rows)
+  most = max(held, key=lambda name: sum(held[name].values()))
+  words = {"capability": capability, "model": model, "job": job, "dtype": dtype, "cards": count}
+  return words | {"program": most, "memory": held[most], "all": {name: sum(parts.values()) for name, parts in held.items()}}
+
+
+def _programs(job: str, frames: int) -> Sequence[str]:
+  if job in TUNE:
+    return ("gradient", "apply", "tower") if TUNE[job] else ("gradient", "apply")
+  scored = ("round", "question") if job in ASK and frames > KEPT else ()
+  return ("encode", *scored, "prefill", "decode")
+
+
+def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) -> str:
+  """Makes the cells that are not in `out` yet, and the table of all.
+
+  Raises:
+    ConfigError: there is no GPU compiler.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  found = [chips.named(name) for name in cards]
+  wanted = [(chip.capability, model, job) for chip in found for model in MODELS for job in JOBS if chip.capability]
+  cells = {cell: out / f"{key(*cell)}.json" for cell in dict.fromkeys(wanted)}
+  missing = [cell for cell, file in cells.items() if not file.exists()]
+  with tqdm(total=len(missing), desc="cells", disable=None) as bar:
+    for capability in dict.fromkeys(cell[0] for cell in missing):
+      # A process can compile for one architecture only; see `absent`.
+      with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for cell in (cell for cell in missing if cell[0] == capability):
+          result = pool.submit(made, config, *cell).result()
+          with files.replacing(cells[cell]) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
+          bar.update()
+  read = {cell: json.loads(file.read_text()) for cell, file in cells.items()}
+  lines = [("card", "GB", "model", "dtype", *JOBS)]
+  for chip in found:
+    for model in MODELS:
+      assert chip.capability is not None  # see `wanted`
+      row = [read[chip.capability, model, job] for job in JOBS]
+      lines.append((chip.name, f"{chip.memory / 1e9:.0f}", model, row[0]["dtype"], *(answer(chip, cell) for cell in row)))
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  return "\n".join(["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines] + ["", LEGEND])
+
+
+def needed(memory: Mapping[str, float], cards: int, count: int) -> float:
+  """Bytes of a card if so many share the state, of which a cell of `cards` knows each one's part."""
+  state = sum(memory.get(kind, 0.0) for kind in STATE)
+  return sum(memory.values()) - state + state * cards / count
+
+
+def answer(chip: Chip, cell: Mapping[str, Any]) -> str:
+  """Says whether it fits, in how many GB, on how many cards, and with how much of the memory for JAX."""
+  counts = COUNTS if cell["job"] in TUNE else (1,)
+  for count in counts:
+    for share in SHARES:
+      size = needed(cell["memory"], cell["cards"], count)
+      if size <= share * chip.memory:
+        several = f"{count} cards, " if count > 1 else ""
+        return f"{several}{size / 1e9:.1f} GB{'*' if share != SHARES[0] else ''}"
+  size = needed(cell["memory"], cell["cards"], counts[-1])
+  return f"no: {size / 1e9:.1f} GB"
+
+
+LEGEND = """ask: frames sampled, of which QC-Comp keeps 512 ("all kept": --select 0), 448 px. SCT: state over as many cards as it takes, a
+  sample of 1,024 frames and 512 tokens on each; a number of cards is the least.
+*: with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; without, JAX takes 75% of the memory
+no: remedies when asking are --clips-per-chunk 1, --forget-rounds, --select 256 and fewer frames; when tuning features instead of frames,
+  shorter samples (predecode --max_frames), a smaller model"""
