@@ -48,7 +48,7 @@ def _paper() -> ConfigDict:
   c.model.yarn = _open("checkpoint")  # what config.json's rope_scaling says; None; or (4.0, 32768), Qwen2.5's factor and positions
   c.model.dtype = "bfloat16"  # of the computation
   c.model.param_dtype = "float32"  # of trained parameters and optimizer state
-  c.model.clips_per_chunk = 4  # clips of a device in the tower at once; more is faster until memory ends
+  c.model.clips_per_chunk = _open("auto")  # clips of a device in the tower at once: by its memory; or a number
   c.model.attention = "auto"  # the fastest that the device has
   c.model.remat = True  # recompute activations in the backward pass (gradient checkpointing in train.sh)
 
@@ -141,5 +141,4 @@ def _7b() -> ConfigDict:
   c = _paper()
   c.workdir = "runs/sct_7b"
   c.init_from = "OpenGVLab/VideoChat-Flash-Qwen2-7B_res448"
-  c.model.clips_per_chunk = 1  # its 6,272 patches are enough to fill a chip
   return c

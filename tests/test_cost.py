@@ -200,3 +200,41 @@ def test_what_attention_gave_is_not_computed_again_for_the_gradient(tiny, monkey
   per_score = 4 * cfg.llm.heads * cfg.llm.head_dim
   lengths = [16 + 32 * count + 48 for count in lp_comp.counts(cfg.lp_comp, cfg.llm.layers)]
   assert products() - kept == per_score * sum(attention.tiled_scores(n, n, True) for n in lengths)
+
+
+GPU = r"""HloModule jit_step, is_scheduled=true
+
+%branch.0 (a: (bf16[256,4,64], bf16[256,2,64])) -> bf16[256,4,64] {
+  %a = (bf16[256,4,64]{2,1,0}, bf16[256,2,64]{2,1,0}) parameter(0)
+  %q.1 = bf16[256,4,64]{2,1,0} get-tuple-element(%a), index=0
+  %k.1 = bf16[256,2,64]{2,1,0} get-tuple-element(%a), index=1
+  ROOT %t.1 = bf16[256,4,64]{2,1,0} custom-call(%q.1, %k.1, %k.1), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="x"}
+}
+
+%branch.1 (b: (bf16[256,4,64], bf16[256,2,64])) -> bf16[256,4,64] {
+  %b = (bf16[256,4,64]{2,1,0}, bf16[256,2,64]{2,1,0}) parameter(0)
+  ROOT %t.2 = bf16[256,4,64]{2,1,0} get-tuple-element(%b), index=0
+}
+
+ENTRY %main (q: bf16[256,4,64], k: bf16[256,2,64], m: s8[1,1,256], s: s32[]) -> bf16[256,4,64] {
+  %q = bf16[256,4,64]{2,1,0} parameter(0)
+  %k = bf16[256,2,64]{2,1,0} parameter(1)
+  %m = s8[1,1,256]{2,1,0} parameter(2)
+  %s = s32[] parameter(3)
+  %f = (bf16[256,4,64]{2,1,0}, f32[4,256]{1,0}) custom-call(%q, %k, %k, %m), custom_call_target="mosaic_gpu_v2", metadata={op_name="{\"is_causal\":true}"}
+  %o = bf16[256,4,64]{2,1,0} get-tuple-element(%f), index=0
+  %r = f32[4,256]{1,0} get-tuple-element(%f), index=1
+  %dq = bf16[256,4,64]{2,1,0} custom-call(%q, %k, %k, %o, %r, /*index=5*/%r), custom_call_target="mosaic_gpu_v2", metadata={op_name="{\"is_causal\":true}"}
+  %dkv = (bf16[256,4,64]{2,1,0}, bf16[256,4,64]{2,1,0}) custom-call(%q, %k, %k, %o, %r), custom_call_target="mosaic_gpu_v2", metadata={op_name="{\"is_causal\":true}"}
+  %z = (bf16[256,4,64]{2,1,0}, bf16[256,2,64]{2,1,0}) tuple(%q, %k)
+  ROOT %c = bf16[256,4,64]{2,1,0} conditional(%s, %z, %z), branch_computations={%branch.0, %branch.1}
+}
+"""
+
+
+def test_kernels_of_a_gpu_are_counted_in_the_compiled_program():
+  square = 2 * 256 * 256 * 4 * 64  # operations of a product of all queries and keys
+  found = cost.read_kernels(GPU)
+  assert found["mosaic forward"] == (1, 2 * square / 2) and found["mosaic gradient"] == (2, (3 + 4) * square / 2)
+  assert found["triton forward"] == (0.5, 2 * square / 2)  # of two branches one runs
+  assert cost.read_kernels(GPU.replace("mosaic_gpu_v2", "another")).keys() == {"triton forward"}

@@ -160,7 +160,7 @@ def test_lengths_choose_mesh_and_shapes(monkeypatch):
 
 
 def test_seconds_of_a_step_are_those_of_its_programs():
-  config = paper("--config.train.batch_size=6")
+  config = paper("--config.train.batch_size=6", "--config.model.clips_per_chunk=4")
   lengths = np.array([[1024, 8, 14, 500], [64, 8, 14, 100], [1, 1, 14, 50]] * 2)
   shape = Shape(2, 4, 16, 1024, 1024)
   named = dataclasses.replace(config, data=dataclasses.replace(config.data, shapes=((2, 4, 1024, 1024),)))

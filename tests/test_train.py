@@ -267,7 +267,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
     ({"lp_comp.schedule": [4, 8]}, "lp_comp.schedule"),
     ({"lp_comp.group": 24, "lp_comp.schedule": "cosine"}, "lp_comp.group = 24: .* 4 frames, whose 64 tokens can't be cut"),
     ({"lp_comp.group": 0}, "config.lp_comp.group = 0: must be at least 1"),
-    ({"model.clips_per_chunk": 0}, "config.model.clips_per_chunk = 0: must be at least 1"),
+    ({"model.clips_per_chunk": 0}, 'config.model.clips_per_chunk = 0: must be "auto" or at least 1'),
     ({"data.text_per_device": 0}, "config.data.text_per_device = 0: must be at least 1"),
     ({"data.shapes": [[8, 2, 64]]}, "config.data.shapes = .* must be one or more of .rows, samples, frames, text."),
     ({"data.shapes": [[8, 0, 64, 512]]}, "config.data.shapes = "),

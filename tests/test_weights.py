@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -477,3 +478,15 @@ def test_loaded_parameters_can_be_donated(reference, tmp_path):
   step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
   after = weights.parameters(step(step(state)))
   np.testing.assert_array_equal(np.asarray(after["llm/embed/embedding"]), tensors["model.embed_tokens.weight"] + 1 + 1)
+
+
+@pytest.mark.parametrize("memory, dtype, clips", [
+  (63.7e9, "bfloat16", 8), (17.8e9, "bfloat16", 8), (11.9e9, "float32", 4), (None, "float32", 4), (1e9, "float32", 1),
+])  # fmt: skip
+def test_clips_at_once_are_by_memory(memory, dtype, clips):
+  model = ModelConfig(
+    clip_frames=8, yarn="checkpoint", dtype=dtype, param_dtype=dtype, clips_per_chunk="auto", attention="auto", remat=False
+  )
+  released = pathlib.Path(weights.__file__).parents[1] / "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"
+  device = types.SimpleNamespace(device_kind="none", process_index=0, memory_stats=lambda: memory and {"bytes_limit": memory})
+  assert weights.read_config(released, model, LP_COMP, device).clips_per_chunk == clips

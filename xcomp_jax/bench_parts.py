@@ -76,7 +76,7 @@ def sized(like: str | None, dtype: Dtype, **model) -> VLMConfig:
   if like not in (None, "small"):
     return weights.read_config(pathlib.Path(like), m, COSINE)
   vision, llm = (SMALL_TOWER, SMALL_LLM) if like else (TOWER, MEASURED)
-  return VLMConfig(vision, llm, COSINE, 8, 16, dtype, m.clips_per_chunk, m.attention, m.remat)
+  return VLMConfig(vision, llm, COSINE, 8, 16, dtype, int(m.clips_per_chunk), m.attention, m.remat)
 
 
 def without_tower(cfg: VLMConfig) -> VLMConfig:

@@ -11,7 +11,11 @@ Operations and bytes are per second unless said otherwise. Sources, of all figur
 """
 
 import dataclasses
+import os
 import re
+from typing import Any
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,3 +137,21 @@ def named(name: str) -> Chip:
     if chip.name == OTHER_NAMES.get(name, name):
       return chip
   raise KeyError(f"{name}: known are {', '.join(dict.fromkeys(chip.name for chip in CHIPS))}")
+
+
+def memory_share() -> float:
+  """The part of a GPU's memory that JAX takes, and lets programs have."""
+  return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+
+
+def memory(device: Any) -> float | None:
+  """Bytes that programs can have of a device, which may be one to compile for only; None if no table knows it."""
+  limit, chip = None, find(device.device_kind)
+  try:
+    if device.process_index == jax.process_index():  # others can't be asked
+      limit = (device.memory_stats() or {}).get("bytes_limit")
+  except jax.errors.JaxRuntimeError:  # not here
+    pass
+  if limit or chip is None:
+    return limit
+  return memory_share() * chip.memory if chip.capability else chip.memory - chip.reserve

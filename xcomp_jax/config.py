@@ -116,7 +116,7 @@ class ModelConfig:
   yarn: tuple[float, ...] | Literal["checkpoint"] | None
   dtype: Dtype  # of the computation
   param_dtype: Dtype  # of trained parameters and optimizer state
-  clips_per_chunk: int  # clips of a sample in the tower at once; bounds peak memory
+  clips_per_chunk: int | Literal["auto"]  # clips in the tower at once; "auto": by the device's memory (`weights.clips_at_once`)
   attention: Attention
   remat: bool  # recompute each layer's activations in the backward pass
 
@@ -308,7 +308,7 @@ def check(config: RunConfig) -> None:
   o, d, yarn = config.optim, config.data, config.model.yarn
   rules = [
     ("model.yarn", yarn in (None, "checkpoint") or (len(yarn) == 2 and min(yarn) >= 1), YARN),
-    ("model.clips_per_chunk", config.model.clips_per_chunk >= 1, "must be at least 1"),
+    ("model.clips_per_chunk", config.model.clips_per_chunk == "auto" or config.model.clips_per_chunk >= 1, 'must be "auto" or at least 1'),
     ("lp_comp.group", config.lp_comp.group >= 1, "must be at least 1"),
     ("data.frames_per_device", d.frames_per_device >= 1, "must be at least 1"),
     ("data.text_per_device", d.text_per_device >= 1, "must be at least 1"),

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -50,8 +49,10 @@ def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
     return Device(kind, count, None, 0.0, None, None, None)
   flops = chip.flops32 if dtype == "float32" else chip.flops
   if not chip.ring:
-    allowed = _allowed(devices)
-    hbm, reserve = (allowed, 0.0) if allowed else (chip.memory, (1 - memory_share()) * chip.memory)
+    mine = next((device for device in devices if device.process_index == jax.process_index()), devices[0])
+    allowed = chips.memory(mine) or chip.memory
+    hbm = max(chip.memory, allowed)  # of which JAX has not taken all
+    reserve = hbm - allowed
     links = min(chip.link, chip.network) if _hosts(devices) > 1 else chip.link
     return Device(kind, count, hbm, reserve, flops, chip.bandwidth, links)
   coords = {tuple(device.coords) for device in devices}
@@ -68,20 +69,6 @@ def _hosts(devices: Sequence[Any]) -> int:
   """Counts the hosts of GPUs: of eight at most, and each with its own processes."""
   processes = len({device.process_index for device in devices})
   return max(processes if processes < len(devices) else 1, -(-len(devices) // 8))
-
-
-def memory_share() -> float:
-  """The part of a GPU's memory that JAX takes, and lets programs have."""
-  return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
-
-
-def _allowed(devices: Sequence[Any]) -> float | None:
-  """Bytes that JAX may take of one of these GPUs; None if they are not here, or only others can ask."""
-  mine = next((device for device in devices if device.process_index == jax.process_index()), None)
-  try:
-    return ((mine.memory_stats() if mine else None) or {}).get("bytes_limit")
-  except jax.errors.JaxRuntimeError:  # to compile for only
-    return None
 
 
 # --- operations, from the jaxpr --------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def predecode(
     return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
 
 
-def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int, attention: Attention = "auto") -> Tower:
+def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None = None, attention: Attention = "auto") -> Tower:
   """The tower of a checkpoint (directory, hub id, or export), whose merged tokens are taken before the projector.
 
   Raises:
@@ -155,14 +155,14 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int, attent
   card = kernels.here()
   dtype = kernels.compute_dtype(card)
   kernels.check(attention, dtype)
-  model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk, attention, remat=False)
+  model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False)
   cfg = weights.read_config(directory, model, COSINE)  # of the LLM, which is not run
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size
     raise ValueError(f"the tower of {checkpoint} takes {size} pixels, not {settings.image_size}; give --image_size {size}")
   vlm = weights.load(directory, cfg, dtype=dtype)
   features = store.Features(encode.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
-  how = {"computed_in": dtype, "clips_per_chunk": clips_per_chunk, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+  how = {"computed_in": dtype, "clips_per_chunk": cfg.clips_per_chunk, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
   kernel = kernels.taken(cfg)["tower"]
   if attention != "auto" or card.platform == "gpu":  # where an earlier version's rules may have given wrong numbers
     how |= {"attention": kernel}
@@ -362,7 +362,7 @@ def _define_flags() -> None:
   flags.DEFINE_integer("quality", 95, "of JPEG", 1, 100)
   flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
   flags.DEFINE_string("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
-  flags.DEFINE_integer("clips_per_chunk", 4, "with --features: clips in the tower at once; bounds memory", 1)
+  flags.DEFINE_integer("clips_per_chunk", None, "with --features: clips in the tower at once; default: by the device's memory", 1)
   flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: by the device")
   flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
   flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)

@@ -113,13 +113,13 @@ def _tpus(name: str) -> list[Any]:
     ) from error
 
 
-def sizes(config: RunConfig) -> VLMConfig:
-  """Reads the model's sizes: from `init_from` if it is a directory, of released checkpoints without a network."""
+def sizes(config: RunConfig, device: Any = None) -> VLMConfig:
+  """Reads the model's sizes: from `init_from` if it is a directory, of released checkpoints without a network; for a device."""
   known = RELEASED / config.init_from
   directory = pathlib.Path(config.init_from)
   if not directory.is_dir():
     directory = known if (known / "config.json").is_file() else weights.resolve(config.init_from)
-  return weights.read_config(directory, config.model, config.lp_comp)
+  return weights.read_config(directory, config.model, config.lp_comp, device)
 
 
 def cut(cfg: VLMConfig, layers: int, count: int) -> VLMConfig:
@@ -166,7 +166,7 @@ def make(
   """
   check(config)
   devices = jax.devices() if where is None else topology(where) if isinstance(where, str) else where
-  full, seen, size = sizes(config), config, config.train.batch_size
+  full, seen, size = sizes(config, (like or devices)[0]), config, config.train.batch_size
   if layers is not None and not 0 < layers < full.llm.layers:
     raise ConfigError(f"--layers {layers}: the model has {full.llm.layers}")
   if lengths is None:

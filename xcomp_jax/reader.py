@@ -7,7 +7,7 @@ import hashlib
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ class Settings:
   fps: float
   clip_frames: str
   yarn: float | None
-  clips_per_chunk: int
+  clips_per_chunk: int | Literal["auto"]
   keep: Keep | None
   schedule: str | None
   dtype: Dtype | None
@@ -58,6 +58,11 @@ class Settings:
   top_k: int
   top_p: float
   seed: int
+
+
+def clips(text: str) -> int | Literal["auto"]:
+  """Reads --clips-per-chunk."""
+  return "auto" if text == "auto" else int(text)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +81,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     '"checkpoint": what config.json says (quirk Q1)')
   add("--yarn", type=float, help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without compression); "
     "1: not at all; default: as config.json says")
-  add("--clips-per-chunk", type=int, default=4, help="clips in the tower at once; bounds memory")
+  add("--clips-per-chunk", type=clips, default="auto", help="clips in the tower at once; default: by the device's memory")
   add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
   add("--dtype", choices=get_args(Dtype), help="default: bfloat16, but float32 on CPUs and on GPUs older than Ampere, such as a T4")
@@ -230,7 +235,7 @@ def prepare(s: Settings) -> Reader:
   dtype = s.dtype or kernels.compute_dtype(kernels.here())
   kernels.check(s.attention, dtype)
   clip_frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
-  if s.clips_per_chunk < 1 or (type(clip_frames) is int and clip_frames < 1) or (s.yarn is not None and s.yarn < 1):
+  if (s.clips_per_chunk != "auto" and s.clips_per_chunk < 1) or (type(clip_frames) is int and clip_frames < 1) or (s.yarn is not None and s.yarn < 1):
     raise ConfigError("--clips-per-chunk, --clip-frames and --yarn must be at least 1")
   yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
   cfg = weights.read_config(directory, ModelConfig(clip_frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False), lp_comp)

@@ -152,7 +152,7 @@ def prepare(config: RunConfig) -> Prepared:
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices())
   plan = packing.pack_steps(lengths[0], order, schedule.shapes, schedule.costs)
   checkpoint.agree({"plan of the steps": zlib.crc32(repr((schedule.mesh, plan)).encode())})
-  share = share_of(mesh, config)
+  share = share_of(mesh, config, cfg.clips_per_chunk)
   data = pipeline.read(blend, tokenizer, config.data, lengths[0], plan, share)
   heldout = None
   if held is not None:
@@ -176,13 +176,13 @@ def devices() -> list[jax.Device]:
   return jax.devices()
 
 
-def share_of(mesh: Mesh, config: RunConfig) -> pipeline.Share:
-  """What this process reads of a run on a mesh.
+def share_of(mesh: Mesh, config: RunConfig, clips: int) -> pipeline.Share:
+  """What this process reads of a run on a mesh; clips: of a device in the tower at once.
 
   Raises:
     ConfigError: see `row_share`.
   """
-  return pipeline.Share(*row_share(mesh), mesh.size, tuple(clip_share(mesh)), config.model.clips_per_chunk, config.train.vision)
+  return pipeline.Share(*row_share(mesh), mesh.size, tuple(clip_share(mesh)), clips, config.train.vision)
 
 
 class ClipEncoder:
@@ -381,6 +381,9 @@ def introduce(config: RunConfig, prepared: Prepared, state: TrainState, start: i
   cfg, mesh = prepared.cfg, prepared.mesh
   print(f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
   print(kernels.describe(cfg, gradient=True))
+  if prepared.pixels:
+    auto = " (auto: by its memory)" if config.model.clips_per_chunk == "auto" else ""
+    print(f"the tower takes {cfg.clips_per_chunk} clips of a device at once{auto}")
   table = lambda part: parameter_table(part, param_shardings(part, mesh))
   print(f"trained parameters\n{table(state.trained)}\nfrozen parameters\n{table(state.frozen)}")
   print(f"optimizer state, split as the trained parameters: {table(state.opt).splitlines()[-1].split()[-1]} MiB per device")

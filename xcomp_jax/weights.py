@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from xcomp_jax import chips
 from xcomp_jax.config import (
   ConfigError,
   InternVideo2Config,
@@ -136,8 +137,26 @@ def _check(where: Any, values: Any, kinds: Mapping[str, str]) -> None:
     raise CheckpointError(f"{where}: {'; '.join(wrong)}")
 
 
-def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConfig) -> VLMConfig:
+MOST_CLIPS = 8  # in the tower at once: a clip of 448 px fills a device by itself
+CLIP_SHARE = 8  # of a device's memory clips in the tower may take one part in so many
+UNKNOWN = 16e9  # bytes of a device whose memory is not known
+
+
+def clips_at_once(cfg: VLMConfig, memory: float | None) -> int:
+  """How many clips the tower takes at once on a device with so many bytes: a power of two.
+
+  A token of a clip takes what seven vectors of the tower's width and one of its MLP's do, which is the most of what was compiled
+  for GPUs (docs/LOG.md).
+  """
+  v = cfg.vision
+  clip = v.tokens(cfg.clip_frames) * (7 * v.width + v.mlp_width) * np.dtype(cfg.dtype).itemsize
+  return min(MOST_CLIPS, 1 << max(0, int((memory or UNKNOWN) / CLIP_SHARE / clip).bit_length() - 1))
+
+
+def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConfig, device: Any = None) -> VLMConfig:
   """Sizes from a checkpoint's config.json, choices from the run.
+
+  device: what `clips_per_chunk = "auto"` is for; None: the first one here.
 
   The official file does not hold the tower's sizes, only its name; `tiny_vision` in it (no official key) gives
   other ones. Prints one line if clips get another length than config.json says (quirk Q1).
@@ -160,18 +179,22 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
       raise CheckpointError(f"{file}: {key} = {c[key]!r} is not supported; only {wanted!r} is")
   if c["mm_projector_type"] != "tome16_mlp_hd64":
     raise CheckpointError(f"{file}: mm_projector_type {c['mm_projector_type']!r} is not supported; tome16_mlp_hd64 is")
-  tower = _tower(file, c)
-  return VLMConfig(
+  tower, auto = _tower(file, c), model.clips_per_chunk == "auto"
+  cfg = VLMConfig(
     vision=tower,
     llm=_llm(file, c, model.yarn),
     lp_comp=lp_comp,
     clip_frames=_clip_frames(file, tower, model.clip_frames, c["mm_local_num_frames"]),
     tokens_per_frame=16,
     dtype=model.dtype,
-    clips_per_chunk=model.clips_per_chunk,
+    clips_per_chunk=1 if model.clips_per_chunk == "auto" else model.clips_per_chunk,
     attention=model.attention,
     remat=model.remat,
   )
+  if not auto:
+    return cfg
+  memory = chips.memory(jax.local_devices()[0] if device is None else device)
+  return dataclasses.replace(cfg, clips_per_chunk=clips_at_once(cfg, memory))
 
 
 def _tower(file: pathlib.Path, c: Mapping[str, Any]) -> VisionConfig | InternVideo2Config:
