@@ -20,7 +20,7 @@ def test_a_device_is_found_by_its_whole_name():
   for chip in chips.CHIPS:
     assert chip.gpu is None or chips.find(chip.gpu.model) is chip
     assert metrics.peak_flops(chip.gpu.model if chip.gpu else chip.kind) == chip.flops > chip.flops32
-  with pytest.raises(KeyError, match="h101: known are v6e, .*t4"):
+  with pytest.raises(KeyError, match=r"h101: known are v6e, .*t4"):
     chips.named("h101")
 
 
@@ -54,12 +54,15 @@ def test_a_topology_of_gpus_that_is_none_is_refused(name, words):
 
 def test_state_is_shared_and_the_rest_is_not():
   assert fits.needed(CELL["memory"], 8, 8) == 16e9 and fits.needed(CELL["memory"], 8, 16) == 11e9
-  assert fits.answer(chips.named("h100"), CELL) == "2 cards, 46.0 GB" and fits.answer(chips.named("b200"), CELL) == "86.0 GB"
-  assert fits.answer(chips.named("l4"), CELL) == "8 cards, 16.0 GB"
-  assert fits.answer(chips.named("t4"), CELL) == "16 cards, 11.0 GB"
+  assert fits.answer(chips.named("h100"), [CELL]) == "2 cards, 46.0 GB" and fits.answer(chips.named("b200"), [CELL]) == "86.0 GB"
+  assert fits.answer(chips.named("l4"), [CELL]) == "8 cards, 16.0 GB"
+  assert fits.answer(chips.named("t4"), [CELL]) == "16 cards, 11.0 GB"
+  tower = CELL | {"job": "SCT on frames", "memory": {"parameters": 4e9, "temporaries": 9e9}}
+  assert fits.answer(chips.named("l4"), [CELL, tower]) == "8 cards, 16.0 GB"
+  assert fits.answer(chips.named("l4"), [CELL, tower | {"memory": {"temporaries": 17e9}}]) == "8 cards, 17.0 GB"
   alone = CELL | {"job": "ask 256", "cards": 1}
-  assert fits.answer(chips.named("t4"), alone) == "no: 16.0 GB" and fits.answer(chips.named("a100-40"), alone) == "16.0 GB"
-  assert fits.answer(chips.named("l4"), alone | {"memory": {"temporaries": 20e9}}) == "20.0 GB*"
+  assert fits.answer(chips.named("t4"), [alone]) == "no: 16.0 GB" and fits.answer(chips.named("a100-40"), [alone]) == "16.0 GB"
+  assert fits.answer(chips.named("l4"), [alone | {"memory": {"temporaries": 20e9}}]) == "20.0 GB*"
 
 
 def test_the_table_is_made_of_cells_that_are_there(tmp_path):

@@ -217,11 +217,11 @@ def test_what_does_not_fit_is_refused_with_remedies_in_numbers(small, tiny_run, 
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False))
   sizes = {row["name"]: plan.needed(row, rows) for row in rows}
   assert sizes["gradient"] == sum(row_of(rows, "gradient")["memory"].values()) + sum(
-    row_of(rows, name)["memory"]["program"] for name in ("tower", "apply")
+    row_of(rows, name)["memory"]["program"] for name in ("tower", "apply", "evaluation")
   )
 
-  def words(name, size, **changes):
-    device = dataclasses.replace(made.device, hbm=size)
+  def words(name, size, like=made.device, **changes):
+    device = dataclasses.replace(like, hbm=size)
     mesh = sharding.make_mesh(config.mesh)
     return plan.problems(dataclasses.replace(made, config=config, mesh=mesh, device=device, **changes), [row_of(rows, name)])
 
@@ -237,6 +237,11 @@ def test_what_does_not_fit_is_refused_with_remedies_in_numbers(small, tiny_run, 
   (found,) = words("tower", 1e4)
   assert "--config.model.clips_per_chunk=1" in found and "predecode --features" in found
   assert words("gradient", size + 1) == []
+  (found,) = words("prefill", 1e4)
+  assert "--select 8, which keeps half of these frames" in found and "devices of this kind" not in found
+  assert "--clips-per-chunk 1 (estimated)" in words("encode", 1e4)[0]
+  (found,) = words("prefill", 1e4, dataclasses.replace(made.device, kind="NVIDIA H100 80GB HBM3", reserve=0.25 * size))
+  assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, of which JAX takes 0.75" in found
 
 
 def test_a_program_that_the_compiler_refuses_is_accounted_for(small, monkeypatch):

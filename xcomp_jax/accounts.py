@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from xcomp_jax import absent, cost, metrics, rounds, sharding
+from xcomp_jax import absent, cost, metrics, rounds
 from xcomp_jax.config import VLMConfig
 from xcomp_jax.data.batch import Length, Shape
 from xcomp_jax.files import one_line
 from xcomp_jax.model import lp_comp, vlm
-from xcomp_jax.programs import VISION, Plan, Traced, cut, slots, traced
+from xcomp_jax.programs import VISION, Plan, Traced, cut, traced
 
 
 def model_flops(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> float | None:
@@ -100,12 +100,10 @@ def _trim() -> None:
 class Taken(NamedTuple):
   """What a compiled program takes, on one device.
 
-  layers, count: of the LLM, and tokens of a group in the first. problem: the compiler's refusal; the rest then means nothing. temporaries, results, code, hbm: bytes. sent: kind of a collective ->
+  problem: the compiler's refusal; the rest then means nothing. temporaries, results, code, hbm: bytes. sent: kind of a collective ->
   (how many, bytes). kernels: kind -> (calls, operations). products: of all devices. estimate: the compiler's own seconds.
   """
 
-  layers: int
-  count: int
   problem: str | None
   temporaries: float
   results: float
@@ -124,15 +122,14 @@ def taken(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Taken:
     program = traced(plan, cfg, name, shape).program
     products = executed_flops(cfg, program.jaxpr)
     out, spent = compiled(program.lower(), name, plan.effort)
-  of = cfg.llm.layers, lp_comp.counts(cfg.lp_comp, cfg.llm.layers)[0]
   if isinstance(out, jax.errors.JaxRuntimeError):
-    return Taken(*of, str(out), 0.0, 0.0, 0.0, 0.0, {}, {}, products, 0.0, spent)
+    return Taken(str(out), 0.0, 0.0, 0.0, 0.0, {}, {}, products, 0.0, spent)
   used, text = out.memory_analysis(), out.as_text()
   repeated, once = cost.read_program(text, cfg.llm.vocab_size, vlm.VOCABULARY)
   everything = repeated.plus(once)
   results = float(max(0, used.output_size_in_bytes - used.alias_size_in_bytes))
   return Taken(
-    *of, None, float(used.temp_size_in_bytes), results, float(used.generated_code_size_in_bytes), everything.hbm,
+    None, float(used.temp_size_in_bytes), results, float(used.generated_code_size_in_bytes), everything.hbm,
     everything.collectives, cost.read_kernels(text), products, (out.cost_analysis() or {}).get("optimal_seconds", 0.0), spent,
   )  # fmt: skip
 
@@ -175,7 +172,8 @@ def _extrapolated(plan: Plan, name: str, shape: Shape | None, layers: int, of: i
   """Compiles a program with so many layers, and with one more, and says what it takes with all.
 
   Those of the LLM see as many tokens as its first one; the others' share in traffic and collectives is found by two more
-  programs, whose layers see as many as its last. Memory is that of the first program and what more of it is kept by formula.
+  programs, whose layers see as many as its last. So is memory of what is kept for the backward pass; where nothing is, the first
+  program has that of all.
   """
   full = plan.full
   counts = lp_comp.counts(full.lp_comp, full.llm.layers)
@@ -208,29 +206,22 @@ def _extrapolated(plan: Plan, name: str, shape: Shape | None, layers: int, of: i
     kind: (grown([t.sent.get(kind, (0.0, 0.0))[0] for t in programs]), grown([t.sent.get(kind, (0.0, 0.0))[1] for t in programs]))
     for kind in sorted(set().union(*(t.sent for t in programs)))
   }
-  results, temporaries = _grown_memory(plan, name, shape, programs[0], programs[-1], whole, part)
+  results = first.results * _size(whole.program.out_info) / _size(part.program.out_info)
+  temporaries = _caching(first, programs[-1], results) if name in ("prefill", "round") else first.temporaries
+  if name in ("gradient", "evaluation"):
+    temporaries = grown([t.temporaries for t in programs])
   squares, part_squares = _attended(full, name, shape), _attended(cut(full, layers, counts[0]), name, shape)
   kernels = {
     kind: (calls * len(squares) / len(part_squares), flops * sum(squares) / sum(part_squares))
     for kind, (calls, flops) in first.kernels.items()
   }
   hbm, seconds = grown([t.hbm for t in programs]), sum(t.seconds for t in programs)
-  return Taken(
-    of, counts[0], None, temporaries, results, first.code * of / layers, hbm, sent, kernels, first.products, 0.0, seconds
-  )
+  return Taken(None, temporaries, results, first.code * of / layers, hbm, sent, kernels, first.products, 0.0, seconds)
 
 
-def _grown_memory(
-  plan: Plan, name: str, shape: Shape | None, first: Taken, last: Taken, whole: Traced, part: Traced
-) -> tuple[float, float]:
-  """Bytes of results and temporaries with all layers, from those of a few like the first layer, and of a few like the last."""
-  results = first.results * _size(whole.program.out_info) / _size(part.program.out_info)
-  temporaries = first.temporaries
-  if name in ("prefill", "round"):  # at the end there are caches as they were made, before there is room for an answer
-    temporaries = max(temporaries, last.temporaries + max(0.0, results - last.results))
-  if name == "gradient" and shape is not None:
-    temporaries += kept_between(plan, plan.full, shape) - kept_between(plan, cut(plan.full, first.layers, first.count), shape)
-  return results, temporaries
+def _caching(first: Taken, last: Taken, results: float) -> float:
+  """Bytes of temporaries where layers leave caches: at the beginning, or at the end, when there are those of all layers."""
+  return max(first.temporaries, last.temporaries + max(0.0, results - last.results))
 
 
 def memory_of(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, float]:
@@ -241,16 +232,22 @@ def memory_of(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, fl
   """
   full, layers = plan.full, plan.layers or plan.full.llm.layers
   counts = lp_comp.counts(full.lp_comp, full.llm.layers)
+  if name == "gradient":  # grows with each layer
+    row = account_program(plan, name, shape)
+    if row["problem"]:
+      raise jax.errors.JaxRuntimeError(row["problem"])
+    return {kind: size for kind, size in row["memory"].items() if kind not in ("program", "reserve")}
   like = [cut(full, layers, count) for count in ((counts[0], counts[-1]) if name in ("prefill", "round") else (counts[0],))]
   with inside(plan):
     whole, part = traced(plan, full, name, shape), traced(plan, like[0], name, shape)
   programs = [taken(plan, cfg, name, shape) for cfg in like]
   if problem := next((one.problem for one in programs if one.problem), None):
     raise jax.errors.JaxRuntimeError(problem)
+  results, temporaries = programs[0].results * _size(whole.program.out_info) / _size(part.program.out_info), programs[0].temporaries
   if name == "apply":
-    results, temporaries = 0.0, programs[0].temporaries * whole.given["gradients"] / part.given["gradients"]
-  else:
-    results, temporaries = _grown_memory(plan, name, shape, programs[0], programs[-1], whole, part)
+    temporaries *= whole.given["gradients"] / part.given["gradients"]
+  if name in ("prefill", "round"):
+    temporaries = _caching(programs[0], programs[-1], results)
   return whole.given | whole.beside | {"results": results, "temporaries": temporaries}
 
 
@@ -268,13 +265,6 @@ def _attended(cfg: VLMConfig, name: str, shape: Shape | None) -> list[float]:
     around, frames = rounds.PREFIX, rounds.usual(cfg, shape.frames)[0].frames
     counts = counts[: rounds.scored(cfg)]
   return [float(around + frames * cfg.tokens_per_frame // cfg.lp_comp.group * count) ** 2 for count in counts]
-
-
-def kept_between(plan: Plan, cfg: VLMConfig, shape: Shape) -> float:
-  """Bytes per device of the states that enter each layer and what its attention gave: `attention.remat` keeps these."""
-  mesh, m = plan.mesh.shape, cfg.llm
-  each = slots(cfg, shape) * shape.rows / (sharding.batch_devices(plan.mesh) * mesh["context"])
-  return each * (m.width + m.heads * m.head_dim / mesh["tensor"]) * np.dtype(cfg.dtype).itemsize
 
 
 def _refused(message: str, arguments: float) -> float:

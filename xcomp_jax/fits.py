@@ -26,7 +26,8 @@ MODELS = {
 }
 ASK = {"ask 256": 256, "ask 1,024": 1024, "ask 4,096": 4096}  # frames sampled, of which `rounds.USUAL` keeps 512
 WHOLE = "ask 4,096, all kept"  # --select 0
-TUNE = {"SCT on features": False, "SCT on frames": True}  # with the tower; a sample of 1,024 frames and 512 tokens on each card
+FEATURES, FRAMES = "SCT on features", "SCT on frames"  # a sample of 1,024 frames and 512 tokens on each card
+TUNE = {FEATURES: ("gradient", "apply"), FRAMES: ("tower",)}  # programs; training on frames has both
 JOBS = (*ASK, WHOLE, *TUNE)
 COUNTS = (1, 2, 4, 8, 16, 32)  # cards that share a run's state
 SHARES = (0.75, 0.9)  # of a card's memory that JAX may have: its own choice, and one that leaves CUDA enough
@@ -70,7 +71,7 @@ def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -
 
 def _programs(job: str, frames: int) -> Sequence[str]:
   if job in TUNE:
-    return ("gradient", "apply", "tower") if TUNE[job] else ("gradient", "apply")
+    return TUNE[job]
   scored = ("round", "question") if job in ASK and frames > KEPT else ()
   return ("encode", *scored, "prefill", "decode")
 
@@ -100,8 +101,8 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
   for chip in found:
     for model in MODELS:
       assert chip.capability is not None  # see `wanted`
-      row = [read[chip.capability, model, job] for job in JOBS]
-      lines.append((chip.name, f"{chip.memory / 1e9:.0f}", model, row[0]["dtype"], *(answer(chip, cell) for cell in row)))
+      row = [[read[chip.capability, model, one] for one in ((FEATURES, FRAMES) if job == FRAMES else (job,))] for job in JOBS]
+      lines.append((chip.name, f"{chip.memory / 1e9:.0f}", model, row[0][0]["dtype"], *(answer(chip, cells) for cells in row)))
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines] + ["", LEGEND])
 
@@ -112,17 +113,16 @@ def needed(memory: Mapping[str, float], cards: int, count: int) -> float:
   return sum(memory.values()) - state + state * cards / count
 
 
-def answer(chip: Chip, cell: Mapping[str, Any]) -> str:
-  """Says whether it fits, in how many GB, on how many cards, and with how much of the memory for JAX."""
-  counts = COUNTS if cell["job"] in TUNE else (1,)
-  for count in counts:
+def answer(chip: Chip, cells: Sequence[Mapping[str, Any]]) -> str:
+  """Says whether a job of these cells fits, in how many GB, on how many cards, and with how much of the memory for JAX."""
+  counts = COUNTS if cells[0]["job"] in TUNE else (1,)
+  sizes = {count: max(needed(cell["memory"], cell["cards"], count) for cell in cells) for count in counts}
+  for count, size in sizes.items():
     for share in SHARES:
-      size = needed(cell["memory"], cell["cards"], count)
       if size <= share * chip.memory:
         several = f"{count} cards, " if count > 1 else ""
         return f"{several}{size / 1e9:.1f} GB{'*' if share != SHARES[0] else ''}"
-  size = needed(cell["memory"], cell["cards"], counts[-1])
-  return f"no: {size / 1e9:.1f} GB"
+  return f"no: {sizes[counts[-1]] / 1e9:.1f} GB"
 
 
 LEGEND = """ask: frames sampled, of which QC-Comp keeps 512 ("all kept": --select 0), 448 px. SCT: state over as many cards as it takes, a

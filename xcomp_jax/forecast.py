@@ -176,7 +176,7 @@ def square_flops(cfg: VLMConfig, shape: Shape, device: cost.Device, context: int
   Mosaic's gradient leaves out no blocks of other samples, but those above the diagonal. Triton's kernels, and XLA's own attention,
   see a quarter, half or all of the keys. Where the sequence is split over devices, they compute all.
   """
-  mosaic = _capability(device) >= (9, 0) and cfg.dtype != "float32"
+  mosaic = capability(device) >= (9, 0) and cfg.dtype != "float32"
   share = 1.0 if context > 1 or cfg.attention == "einsum" else 0.5 if mosaic else 0.7
   pairs = share * sum(float(entering) ** 2 for entering, _ in _slots(cfg, shape))
   return pairs * 4.0 * cfg.llm.heads * cfg.llm.head_dim
@@ -189,11 +189,12 @@ def square_passes(cfg: VLMConfig, train: TrainConfig, device: cost.Device) -> in
     return times
   if device.kind == "cpu" or device.kind.startswith("TPU"):
     return 0
-  kernels = _capability(device) >= (8, 0) and cfg.dtype != "float32"
+  kernels = capability(device) >= (8, 0) and cfg.dtype != "float32"
   return times - 1 if kernels else times
 
 
-def _capability(device: cost.Device) -> tuple[int, int]:
+def capability(device: cost.Device) -> tuple[int, int]:
+  """Gives the compute capability of a GPU, and (0, 0) of all else."""
   chip = find(device.kind)
   return (0, 0) if chip is None or chip.capability is None else chip.capability
 

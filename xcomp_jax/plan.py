@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xcomp_jax import fits, forecast, generate, metrics, plan_table, programs, sharding, train, weights
+from xcomp_jax import chips, fits, forecast, generate, metrics, plan_table, programs, sharding, train, weights
 from xcomp_jax.accounts import account_program
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, from_command_line
 from xcomp_jax.data import packing, pipeline
@@ -40,6 +40,7 @@ from xcomp_jax.files import command
 from xcomp_jax.programs import NAMES, TRAINING, Plan, held
 
 GB = 1e9
+SHARE = 0.9  # of a card's memory that JAX may have and CUDA gets along
 LARGE = 4 * 2**20  # bytes on every device from which on an array should be split
 
 
@@ -89,6 +90,9 @@ def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
   state = sum(memory.get(kind, 0.0) for kind in ("parameters", "optimizer state", "gradients"))
   data, fsdp, tensor, context = (plan.mesh.shape[axis] for axis in sharding.AXES)
   out: list[tuple[str, float]] = []
+  if plan.device.reserve > (1 - SHARE) * limit and forecast.capability(plan.device) > (0, 0):
+    more = f"XLA_PYTHON_CLIENT_MEM_FRACTION={SHARE}, of which JAX takes {chips.memory_share():g}"
+    out.append((more, total - plan.device.reserve + (1 - SHARE) * limit))
   if row["name"] in TRAINING and data > 1:
     whole = sharding.make_mesh(MeshConfig(1, data * fsdp, tensor, context), list(plan.mesh.devices.flat))
     _, _, new, sums = programs.training(dataclasses.replace(plan, mesh=whole), plan.full)
@@ -111,13 +115,19 @@ def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
     if config.model.param_dtype == "float32":
       trained = total - (memory["optimizer state"] + _trained(plan)) / 2
       out.append(("--config.model.param_dtype=bfloat16, which also rounds what is learned", trained))
+  if row["name"] == "encode":
+    out.append(("--clips-per-chunk 1 (estimated)", total - (memory["temporaries"] + memory["clips"]) * (1 - 1 / plan.full.clips_per_chunk)))
+  if row["name"] in ("prefill", "decode"):
+    kept = sum(memory.get(kind, 0.0) for kind in ("batch", "caches", "results", "temporaries"))
+    out.append((f"--select {shape.frames // 2}, which keeps half of these frames (estimated)", total - kept / 2))
   if row["name"] == "tower":
     chunks = (memory["temporaries"] + memory["clips"] + memory["next clips"]) * (1 - 1 / plan.full.clips_per_chunk)
     if chunks:
       out.append(("--config.model.clips_per_chunk=1 (estimated)", total - chunks))
     rest = total - memory["tower"] - memory["temporaries"] - memory["clips"] - memory["next clips"]
     out.append(("features instead of frames (predecode --features), which need no tower: the state alone", rest))
-  out.append((f"{2 * plan.device.count} devices of this kind: the state alone", total - state / 2))
+  if row["name"] in TRAINING:
+    out.append((f"{2 * plan.device.count} devices of this kind: the state alone", total - state / 2))
   return [f"{text}: {_size(size)}, {'fits' if size <= limit else 'not enough alone'}" for text, size in out]
 
 
