@@ -139,7 +139,8 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   try:
     text = path.read_text(encoding="utf-8-sig")  # some editors write a mark at the start
   except (OSError, ValueError) as error:  # not UTF-8, or no path at all
-    raise _error(f"annotations {path} can't be read: {one_line(error)}") from error
+    where = "" if path.is_absolute() else f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
+    raise _error(f"annotations {path} can't be read: {one_line(error)}{where}") from error
   # In jsonl every line is a document; split at "\n" only, as text may hold other separators that splitlines() knows.
   documents = [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()] if path.suffix == ".jsonl" else [(1, text)]
   items = []
