@@ -182,7 +182,7 @@ def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, write_fe
     micro = packing.Micro(Shape(4, 3, 80, 32, 400), tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3)))
     lengths, encoder = pipeline.measure(data, tokenizer, "assistant"), train.ClipEncoder(it.steps, it.mesh)
     with jax.set_mesh(it.mesh):
-      for item in pipeline.read(data, tokenizer, config.data, lengths, [[micro]], train.share_of(it.mesh, config)):
+      for item in pipeline.read(data, tokenizer, config.data, lengths, [[micro]], train.share_of(it.mesh, config, it.cfg.clips_per_chunk)):
         if isinstance(item, pipeline.TowerCall):
           encoder.encode(it.state, item)
         else:
