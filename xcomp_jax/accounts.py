@@ -143,7 +143,8 @@ def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[s
   full = plan.full
   vision = name in VISION
   of = (full.vision if vision else full.llm).layers
-  layers = of if plan.layers is None else min(plan.layers, of)
+  least = 2 if name == "round" else 1  # of a model of one layer a round makes nothing but keys
+  layers = of if plan.layers is None else min(max(plan.layers, least), of)
   with inside(plan):
     whole = traced(plan, full, name, shape)
     products = executed_flops(full, whole.program.jaxpr)
@@ -186,13 +187,14 @@ def _extrapolated(plan: Plan, name: str, shape: Shape | None, layers: int, of: i
     grows = whole.given["gradients"] / part.given["gradients"]
     sent = {kind: (n * grows, size * grows) for kind, (n, size) in first.sent.items()}
     return first._replace(temporaries=first.temporaries * grows, code=first.code * of / layers, hbm=first.hbm * grows, sent=sent, estimate=0.0)
-  programs = [first, taken(plan, cut(full, layers + 1, counts[0]), name, shape)]
-  if name not in VISION and counts[-1] != counts[0]:
-    programs += [taken(plan, cut(full, n, counts[-1]), name, shape) for n in (layers, layers + 1)]
   # Of a round the layers after the last one that scores don't run, and of that one only the keys are made.
   run = rounds.scored if name == "round" else lambda cfg: (cfg.vision if name in VISION else cfg.llm).layers
   here, all_of_them = run(cut(full, layers, counts[0])), run(full)
-  more = run(cut(full, layers + 1, counts[0])) - here
+  longer = next(n for n in range(layers + 1, layers + 3) if run(cut(full, n, counts[0])) > here)
+  more = run(cut(full, longer, counts[0])) - here
+  programs = [first, taken(plan, cut(full, longer, counts[0]), name, shape)]
+  if name not in VISION and counts[-1] != counts[0]:
+    programs += [taken(plan, cut(full, n, counts[-1]), name, shape) for n in (layers, longer)]
 
   def grown(numbers: Sequence[float]) -> float:
     """A number that each layer adds to: something whatever its tokens, and something for each of them."""

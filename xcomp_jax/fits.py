@@ -41,12 +41,18 @@ def key(capability: tuple[int, int], model: str, job: str) -> str:
   return f"{capability[0]}.{capability[1]} {model} {job}".replace(",", "").replace(" ", "_")
 
 
+def stamp(config: RunConfig) -> str:
+  """What a cell depends on beside its name; one with another is made again."""
+  return repr((config.model, config.lp_comp, config.optim, config.train, config.mesh, config.data.prefix_length, jax.__version__))
+
+
 def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -> dict[str, Any]:
   """Makes a cell: bytes of a card by kind in the program that needs most, and which that is.
 
   "all" has every program's sum. Parts of `STATE` are shared by the cards of a run (8), the rest is each one's own.
   """
   jax.config.update("jax_platforms", "cpu")  # a card that is here is left alone
+  about = stamp(config)
   chip = next(chip for name in CARDS if (chip := chips.named(name)).capability == capability)
   dtype = "bfloat16" if capability >= (8, 0) else "float32"
   count = 8 if job in TUNE else 1
@@ -65,7 +71,7 @@ def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -
       of, rows = rounds.usual(plan.full, frames)
       kept = held[name]["results"] * -(-len(of.starts) // rows)
   most = max(held, key=lambda name: sum(held[name].values()))
-  words = {"capability": capability, "model": model, "job": job, "dtype": dtype, "cards": count}
+  words = {"stamp": about, "capability": capability, "model": model, "job": job, "dtype": dtype, "cards": count}
   return words | {"program": most, "memory": held[most], "all": {name: sum(parts.values()) for name, parts in held.items()}}
 
 
@@ -77,7 +83,7 @@ def _programs(job: str, frames: int) -> Sequence[str]:
 
 
 def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) -> str:
-  """Makes the cells that are not in `out` yet, and the table of all.
+  """Makes the cells that are not in `out` yet, or were made by another config or version of JAX, and the table of all.
 
   Raises:
     ConfigError: there is no GPU compiler.
@@ -86,7 +92,8 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
   found = [chips.named(name) for name in cards]
   wanted = [(chip.capability, model, job) for chip in found for model in MODELS for job in JOBS if chip.capability]
   cells = {cell: out / f"{key(*cell)}.json" for cell in dict.fromkeys(wanted)}
-  missing = [cell for cell, file in cells.items() if not file.exists()]
+  about = stamp(config)
+  missing = [cell for cell, file in cells.items() if not file.exists() or json.loads(file.read_text()).get("stamp") != about]
   with tqdm(total=len(missing), desc="cells", disable=None) as bar:
     for capability in dict.fromkeys(cell[0] for cell in missing):
       # A process can compile for one architecture only; see `absent`.
