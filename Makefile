@@ -18,7 +18,7 @@ help:
 	@echo 'make test-beam  pre-decoding through Apache Beam, in an environment of its own (it wants older libraries)'
 	@echo 'make test-buckets  a run in a bucket, by an emulator of Google Cloud Storage, in an environment of its own'
 	@echo 'make test-lmms  the lmms-eval plugin, in an environment of its own (it wants PyTorch and much else)'
-	@echo 'make test-gpu-compile  attention compiled for NVIDIA cards, without one, with both sets of versions (2 x 4.4 GB)'
+	@echo 'make test-gpu-compile  attention and plans compiled for NVIDIA cards, without one, with both sets of versions (2 x 4.4 GB)'
 	@echo 'make test-gpu-programs  likewise a gradient step, prefill and the tower, two layers of each'
 	@echo 'make docs       the documentation as web pages, in site/'
 	@echo 'make notebooks  notebooks/*.ipynb from notebooks/*.py, run, with their pictures for docs/ (minutes)'
@@ -69,7 +69,7 @@ PYTHON313 ?= python3.13
 
 test-gpu-compile: .venv-gpu311/ready .venv-gpu313/ready
 	for env in $(^D); do for card in h100 h200 b200 a100 a10 l4 t4; do \
-	  $$env/bin/python -m pytest tests/test_gpu.py -k "$$card and (attention or rules)" || exit 1; done; done
+	  $$env/bin/python -m pytest tests/test_gpu.py -k "$$card and (attention or rules or plan)" || exit 1; done; done
 
 test-gpu-programs: .venv-gpu311/ready .venv-gpu313/ready
 	for env in $(^D); do for card in h100 h200 a100; do \

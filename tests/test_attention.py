@@ -167,6 +167,22 @@ def test_a_whole_clip_reaches_the_kernel_as_it_is(monkeypatch, library):
   assert handed == [("mosaic", x.shape, x.shape, None, False)] and "pad" not in str(program)
 
 
+def test_cudnn_has_what_it_can_say_and_no_more(monkeypatch, library):
+  handed, own = [], []
+  monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel(handed, computes=False))
+  monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **how: own.append((q.shape, how)) or q)
+  library("0.0.12")
+  array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((2, *shape), dtype)
+  run = lambda q, k, valid, causal: attend(q, k, k, AttentionMask(causal, valid), implementation="cudnn")
+  with absent.computing_on([cards.gpu("h100")]):
+    jax.eval_shape(lambda x: run(x, x, None, False), array(1025, 16, 88))
+    jax.eval_shape(lambda q, k, valid: run(q, k, valid, True), array(1100, 4, 64), array(1100, 2, 64), array(1100, dtype=bool))
+    assert kernels.taken(parts.sized(str(bench.RELEASED), "bfloat16", attention="cudnn")) == {"tower": "cudnn", "LLM": "mosaic of tokamax 0.0.12"}
+  assert own == [((2, 1025, 16, 88), {"implementation": "cudnn"})] and [(how, q[1]) for how, q, *_ in handed] == [("mosaic", 1152)]
+  unusable = lambda kind, dtype: kernels.unusable("cudnn", kernels.card_of(cards.gpu(kind)), None, dtype) or ""
+  assert not unusable("a100", "bfloat16") and "8.0 and more" in unusable("t4", "bfloat16") and "no float32" in unusable("h100", "float32")
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_what_reaches_the_tpu_kernel_is_whole_and_padding_a_segment_of_its_own(dtype, monkeypatch):
   handed = []

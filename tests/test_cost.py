@@ -238,3 +238,5 @@ def test_kernels_of_a_gpu_are_counted_in_the_compiled_program():
   assert found["mosaic forward"] == (1, 2 * square / 2) and found["mosaic gradient"] == (2, (3 + 4) * square / 2)
   assert found["triton forward"] == (0.5, 2 * square / 2)  # of two branches one runs
   assert cost.read_kernels(GPU.replace("mosaic_gpu_v2", "another")).keys() == {"triton forward"}
+  cudnn = cost.read_kernels(GPU.replace("mosaic_gpu_v2", "__cudnn$fmhaSoftmax").replace('{\\"is_causal\\":true}', ""))
+  assert cudnn["cudnn forward"] == (1, 2 * square)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xcomp_jax import absent, accounts, forecast, programs, sharding
+from xcomp_jax import absent, accounts, chips, cost, forecast, plan, programs, sharding
 from xcomp_jax.config import MeshConfig, from_command_line
 from xcomp_jax.model import kernels
 from xcomp_jax.model.attention import AttentionMask, attend
@@ -25,7 +25,7 @@ SHAPES = {  # slots, query heads, key heads, head size, causal, padded inside
   "prefill": (16512, 12, 2, 128, True, True), "prefill after a prefix of 14": (16462, 12, 2, 128, True, True),
   "InternVideo2, half of its heads": (1025, 8, 8, 88, False, False), "images": (1039, 12, 2, 128, True, True), "7B": (4224, 28, 4, 128, True, True),
 }  # fmt: skip
-MARKS = {"mosaic": "mosaic_gpu", "triton": "__gpu$xla.gpu.triton"}
+MARKS = {"mosaic": "mosaic_gpu", "triton": "__gpu$xla.gpu.triton", "cudnn": "__cudnn$fmhaSoftmax"}
 
 
 def kernels_in(program) -> set[str]:
@@ -56,6 +56,29 @@ def test_attention_compiles(kind, shape, gradient):
   # Kernels keep nothing but copies of what they are given; XLA's own keeps more, and its gradient all of a part's scores.
   most = {"xla_chunked": 60 if gradient else 24}.get(wanted, 12)
   assert program.memory_analysis().temp_size_in_bytes < most * 4 * S * H * h
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("slots, heads, size", [(6272, 16, 64), (1025, 16, 88)])
+@pytest.mark.parametrize("kind", ["h100", "b200", "a100", "l4"])
+def test_attention_of_clips_by_cudnn_compiles(kind, slots, heads, size, gradient):
+  """For two devices, each with its own clips. What cuDNN needs beside its results is not known without a GPU."""
+  devices = absent.gpus(kind, 2)
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 1, 1), devices)
+  x = jax.ShapeDtypeStruct((4, slots, heads, size), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+  forward = lambda q, k, v: attend(q, k, v, AttentionMask(False), implementation="cudnn")
+  total = lambda *args: forward(*args).astype(jnp.float32).sum()
+  with absent.computing_on(devices), jax.set_mesh(mesh):
+    program = jax.jit(jax.grad(total, (0, 1, 2)) if gradient else forward).lower(x, x, x).compile()
+  if gradient and slots % 2:  # which JAX refuses
+    call = kernels.Call(2, slots, slots, heads, heads, size, "bfloat16", False, None, True)
+    assert kernels_in(program) == {kernels.rule(kernels.card_of(devices[0]), kernels.library(), call)}
+    return
+  assert kernels_in(program) == {"cudnn"}
+  square = 2 * 2 * slots * slots * heads * size
+  found = cost.read_kernels(program.as_text())
+  assert found.pop("cudnn forward") == (1, 2 * square) and found == ({"cudnn gradient": (1, 5 * square)} if gradient else {})
+  assert not cost.read_program(program.as_text())[0].collectives
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
@@ -111,11 +134,24 @@ def test_the_rules_say_what_compiles(kind, dtype, size):
 def compiled(kind: str, name: str, mesh: MeshConfig, devices: int, frames: int, text: int):
   """Compiles a program of SCT of the 2B model at 448 px, two layers of it, on samples that fill a row each."""
   config = from_command_line(["plan", "--config=configs/sct.py", f"--config.train.batch_size={devices}"])
-  config, chips = dataclasses.replace(config, mesh=mesh), forecast.chips(kind, devices)
-  plan = programs.make(config, absent.gpus(kind, devices), layers=2, frames=frames, text=text, like=chips)
-  ((_, shape),) = programs.asked(plan, (name,))
-  with accounts.inside(plan):
-    return programs.traced(plan, programs.cut(plan.full, 2, 16), name, shape)[0].lower().compile()
+  config, like = dataclasses.replace(config, mesh=mesh), forecast.chips(kind, devices)
+  made = programs.make(config, absent.gpus(kind, devices), layers=2, frames=frames, text=text, like=like)
+  ((_, shape),) = programs.asked(made, (name,))
+  with accounts.inside(made):
+    return programs.traced(made, programs.cut(made.full, 2, 16), name, shape)[0].lower().compile()
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_plan_says_what_a_card_has_to_do(kind):
+  config = from_command_line(["plan", "--config=configs/sct.py", "--config.train.batch_size=2"])
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32" if kind == "t4" else "bfloat16"))
+  said = []
+  made = programs.make(config, f"{kind}:2", layers=1, frames=256, text=96)
+  prefill, scoring = plan.run(made, ("prefill", "round"), said.append)
+  assert prefill["of"] == 28 and prefill["hbm"] > 0 and prefill["seconds"]["links"] > 0 and scoring["memory"]["parameters"] > 0
+  calls = [sum(row["kernels"].values()) for row in (prefill, scoring)]
+  assert calls == [0, 0] if kind == "t4" else calls[0] == 28 and calls[1] > 0
+  assert chips.named(kind).gpu.model in said[0] and said[-1] == "all of it fits"
 
 
 @pytest.mark.parametrize("name", ["gradient", "prefill", "tower"])

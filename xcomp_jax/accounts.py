@@ -234,7 +234,7 @@ def memory_of(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, fl
   """
   full, layers = plan.full, plan.layers or plan.full.llm.layers
   counts = lp_comp.counts(full.lp_comp, full.llm.layers)
-  if name == "gradient":  # grows with each layer
+  if name == "gradient":  # each layer adds to it
     row = account_program(plan, name, shape)
     if row["problem"]:
       raise jax.errors.JaxRuntimeError(row["problem"])

@@ -89,7 +89,7 @@ class LLMConfig:
 
 
 Dtype = Literal["bfloat16", "float32"]
-Attention = Literal["auto", "einsum", "flash", "mosaic", "triton", "splash", "xla_chunked", "tiled"]  # see `attention.attend`
+Attention = Literal["auto", "einsum", "flash", "mosaic", "triton", "cudnn", "splash", "xla_chunked", "tiled"]  # see `attention.attend`
 Keep = Literal["suffix", "uniform", "stride", "avgpool", "none", "attention"]
 
 

@@ -251,7 +251,10 @@ def read_program(text: str, side: int = 0, scope: str | None = None) -> tuple[Tr
 
 
 # Custom calls of kernels, by their target in the compiler's text.
-KERNELS = {"mosaic_gpu": "mosaic", "mosaic_gpu_v2": "mosaic", "__gpu$xla.gpu.triton": "triton", "tpu_custom_call": "splash"}
+KERNELS = {
+  "mosaic_gpu": "mosaic", "mosaic_gpu_v2": "mosaic", "__gpu$xla.gpu.triton": "triton", "tpu_custom_call": "splash",
+  "__cudnn$fmhaSoftmax": "cudnn", "__cudnn$fmhaSoftmaxBackward": "cudnn",
+}  # fmt: skip
 
 
 def read_kernels(text: str) -> dict[str, tuple[float, float]]:
@@ -277,7 +280,8 @@ def read_kernels(text: str) -> dict[str, tuple[float, float]]:
       if kind == "splash" or len(given) < 3:
         direction, flops = _direction(op.rest), 0.0
       else:
-        direction, flops = _attention(given, made, re.search(r'is_causal[\\":]+true|k_(start|end)[\\":]+\w+\[', op.rest) is not None)
+        twice = made == 3 and kind != "cudnn"
+        direction, flops = _attention(given, made + (4 if twice else 2), re.search(r'is_causal[\\":]+true|k_(start|end)[\\":]+\w+\[', op.rest) is not None)
       before = found.get(key := f"{kind} {direction}", (0.0, 0.0))
       found[key] = (before[0] + times, before[1] + times * flops)
   return found
@@ -293,16 +297,15 @@ def _matrices(kind: str) -> list[tuple[int, ...]]:
   return [shape for shape in shapes if len(shape) > 2]
 
 
-def _attention(given: Sequence[tuple[int, ...]], made: int, causal: bool) -> tuple[str, float]:
+def _attention(given: Sequence[tuple[int, ...]], products: int, causal: bool) -> tuple[str, float]:
   """Operations of a kernel on queries [..., L, H, h], keys and values [..., S, K, h], and for gradients the result's as well.
 
-  Matrix products for each pair of a query and a key: scores and values; for gradients scores and those of the weights, once for
-  queries and once for keys and values, and one for each array of gradients.
+  products: of matrices, for each pair of a query and a key, in a gradient: one for each array that it makes, and scores and those of
+  the weights, which all but cuDNN compute once for queries and once for keys and values. Without a gradient scores and values.
   """
   (*batch, L, H, h), S = given[0], given[1][-3]
   gradient = len(given) > 3
-  products = 2 if not gradient else made + (2 if made < 3 else 4)
-  return ("gradient" if gradient else "forward"), products * 2.0 * math.prod(batch) * L * S * H * h * (0.5 if causal and L == S else 1.0)
+  return ("gradient" if gradient else "forward"), (products if gradient else 2) * 2.0 * math.prod(batch) * L * S * H * h * (0.5 if causal and L == S else 1.0)
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:

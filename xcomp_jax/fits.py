@@ -1,7 +1,7 @@
 """The table of `python -m xcomp_jax.plan --fits`: which card holds which model for which job.
 
-Memory is the compiler's, of two layers and extrapolated (`accounts.memory_of`). Cards of one compute capability share a cell, which is
-a file of its own, so that the command goes on where it was.
+Memory is the compiler's: of the whole model for a gradient step, whose memory grows with every layer, else of two layers and extrapolated
+(`accounts.memory_of`). Cards of one compute capability share a cell, which is a file of its own, so that the command goes on where it was.
 """
 
 import concurrent.futures
@@ -33,7 +33,7 @@ COUNTS = (1, 2, 4, 8, 16, 32)  # cards that share a run's state
 SHARES = (0.75, 0.9)  # of a card's memory that JAX may have: its own choice, and one that leaves CUDA enough
 KEPT = 512  # frames
 STATE = ("parameters", "gradients", "optimizer state")
-LAYERS = 2  # compiled
+LAYERS = 2  # compiled of all programs but the gradient step
 
 
 def key(capability: tuple[int, int], model: str, job: str) -> str:
@@ -61,17 +61,19 @@ def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -
     train=dataclasses.replace(config.train, batch_size=count),
   )  # fmt: skip
   frames = {**ASK, WHOLE: 4096}.get(job, 1024)
-  held, kept = {}, 0.0
+  held, kept, clips = {}, 0.0, 0
   for name in _programs(job, frames):
     shown = min(frames, KEPT) if job in ASK and name in ("prefill", "decode") else frames
-    plan = programs.make(config, f"{chip.name}:{count}", layers=LAYERS, frames=shown, text=programs.TOKENS if job in TUNE else rounds.TEXT)
+    layers, text = None if name == "gradient" else LAYERS, programs.TOKENS if job in TUNE else rounds.TEXT
+    plan = programs.make(config, f"{chip.name}:{count}", layers=layers, frames=shown, text=text)
+    clips = plan.full.clips_per_chunk
     ((_, shape),) = programs.asked(plan, (name,))
     held[name] = accounts.memory_of(plan, name, shape) | {"rounds": kept}
     if name == "round":  # what they leave stays for the next question
       of, rows = rounds.usual(plan.full, frames)
       kept = held[name]["results"] * -(-len(of.starts) // rows)
   most = max(held, key=lambda name: sum(held[name].values()))
-  words = {"stamp": about, "capability": capability, "model": model, "job": job, "dtype": dtype, "cards": count}
+  words = {"stamp": about, "capability": capability, "model": model, "job": job, "dtype": dtype, "cards": count, "clips": clips}
   return words | {"program": most, "memory": held[most], "all": {name: sum(parts.values()) for name, parts in held.items()}}
 
 

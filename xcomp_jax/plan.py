@@ -4,10 +4,13 @@
   python -m xcomp_jax.plan --config=configs/sct.py:7b --topology=v5p:2x2x2 --programs gradient apply --text 2048
   python -m xcomp_jax.plan --config=configs/sct.py --topology=v5e:4x4 --lengths FILE --quick
   python -m xcomp_jax.plan --config=configs/sct.py --lengths FILE --devices 1,8,32,256 --chip v5e
+  python -m xcomp_jax.plan --config=configs/sct.py --topology=h100:8 --layers 2
+  python -m xcomp_jax.plan --config=configs/sct.py --fits fits --cards h100 l4
 
-The TPU compiler itself does it (libtpu; pip install 'xcomp_jax[plan]'), no TPU is needed; without --topology the
-programs are compiled for the devices that are here. Programs are a gradient step for each shape of micro-batches, the
-tower, the optimizer's step, and prefill. With --lengths FILE (JSON, {"frames": [...], "text": [...]}, a number per
+The compiler of TPUs (pip install 'xcomp_jax[plan]') or of NVIDIA's GPUs ('xcomp_jax[plan-gpu]') does it, and needs none of
+them; without --topology the programs are compiled for the devices that are here. Programs are those of training (a gradient
+step for each shape of micro-batches, the tower, the optimizer's step, evaluation) and of asking (the tower, prefill, a round
+that scores frames, the question's rows, a token of the answer). With --lengths FILE (JSON, {"frames": [...], "text": [...]}, a number per
 sample) or --data STORE (a folder written by predecode) mesh and shapes are those that training on these samples has and
 the seconds of an average step are predicted. Without, samples of 1,024 frames and 512 tokens fill a row each. Lengths
 without --topology print a table of what the whole run takes at least, and nothing is compiled.
@@ -308,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     allow_abbrev=False, epilog="Every other option overrides the config, as in training: --config.mesh.tensor=2",
   )  # fmt: skip
   add = parser.add_argument
-  add("--topology", help="a TPU version and shape, such as v5e:4x4; default: the devices that are here")
+  add("--topology", help="a TPU version and shape, such as v5e:4x4, or a GPU and how many, h100:8, on hosts h100:2x8; default: the devices that are here")
   names = f"default: all of {' '.join(NAMES)}"
   add("--programs", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=names)
   add("--layers", type=int, help="compile so many layers only, and extrapolate")

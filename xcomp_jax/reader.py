@@ -85,7 +85,7 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
   add("--dtype", choices=get_args(Dtype), help="default: bfloat16, but float32 on CPUs and on GPUs older than Ampere, such as a T4")
-  add("--attention", choices=get_args(Attention), default="auto", help="auto: by the device. einsum, tiled and xla_chunked run on any; flash is a GPU's, mosaic and triton are NVIDIA's, splash is a TPU's")
+  add("--attention", choices=get_args(Attention), default="auto", help="auto: by the device. einsum, tiled and xla_chunked run on any; flash is a GPU's, mosaic, triton and cudnn (the tower) are NVIDIA's, splash is a TPU's")
   add("--max-new-tokens", type=int, default=64)
   add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
   add("--temperature", type=float, default=0.0, help="0: the most probable token each time")

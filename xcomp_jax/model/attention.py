@@ -74,7 +74,7 @@ def attend(
     v: [B, S, K, h].
     mask: who sees what.
     implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs: `kernels.choose` says which kernel),
-      "mosaic", "triton" (that one), "splash" (TPUs), "xla_chunked" (any backend), "tiled" (any backend, and a causal half is left
+      "mosaic", "triton" (that one), "cudnn" (where all see all, as in a tower; else as "auto"), "splash" (TPUs), "xla_chunked" (any backend), "tiled" (any backend, and a causal half is left
       out, which makes it the fastest on CPUs); or "auto": einsum for few queries, else by the device.
 
   Returns:
@@ -92,7 +92,7 @@ def attend(
     raise ValueError(f"several samples in a row: {L} queries of {S} keys must be all, causal, and without `valid`")
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"attention implementation {implementation!r}: known are {', '.join(IMPLEMENTATIONS)}")
-  if implementation == "auto":
+  if implementation == "auto" or (implementation == "cudnn" and (causal or valid is not None)):  # padding lies inside of rows
     implementation = kernels.automatic(L, S, causal, kernels.here())
   if L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled"):
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
@@ -109,7 +109,7 @@ def attend(
     return checkpoint_name(_tiled(q, k, v, valid, causal), ATTENDED)
   if implementation == "splash":
     return _splash(q, k, v, valid, causal, sample)
-  if kernels.library() is None:
+  if implementation != "cudnn" and kernels.library() is None:
     raise ValueError(f"attention implementation {implementation!r} needs tokamax: pip install tokamax")
   if sample is not None:
     return _flash_packed(q, k, v, sample, implementation)
@@ -278,7 +278,7 @@ def _blocks(length: int) -> tuple[int, int]:
 
 
 def _flash(q, k, v, valid, causal, implementation):
-  """Runs kernels of tokamax, on every device's own part of the arrays."""
+  """Runs kernels on every device's own part of the arrays."""
   mesh, queries, keys = _parts(q, k, causal)
   some = () if valid is None else (valid,)
 
@@ -376,6 +376,8 @@ _kernel.defvjp(_kernel_forward, _kernel_backward)
 def _chosen(q, k, v, seen, causal, implementation, gradient):
   card, version, (B, L, H, h) = kernels.here(), kernels.library() or "", q.shape
   call = kernels.Call(B, L, k.shape[1], H, k.shape[2], h, str(q.dtype), causal, kernels.mask_kind(seen), gradient)
+  if implementation == "cudnn" and gradient and L % 2:  # its gradient takes even lengths only
+    implementation = "flash"
   kernel = kernels.choose(card, version, call, kernels.compiles) if implementation == "flash" else implementation
   return kernels.run(kernel, kernels.block(card, version, kernel), q, k, v, seen, causal)
 

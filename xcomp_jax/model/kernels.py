@@ -23,12 +23,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xcomp_jax.config import ConfigError, VLMConfig
 
-Kernel = Literal["mosaic", "triton", "xla_chunked"]
-KERNELS: tuple[Kernel, ...] = ("mosaic", "triton", "xla_chunked")
+Kernel = Literal["mosaic", "triton", "cudnn", "xla_chunked"]
+KERNELS: tuple[Kernel, ...] = ("mosaic", "triton", "xla_chunked")  # of tokamax; cuDNN's is called by jax.nn
 TRIED = ("0.0.12", "0.0.17")  # versions of tokamax that the rules are made from; docs/LOG.md has what compiles where
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0))  # likewise
 SIZES = (64, 88, 128)  # of heads, likewise
-MAJORS = {"mosaic": (9, 10), "triton": (8, None)}  # compute capability: first and last major version
+MAJORS = {"mosaic": (9, 10), "triton": (8, None), "cudnn": (8, None)}  # compute capability: first and last major version
 # Triton in float32, where a block of threads has 100 KB of shared memory: (size of heads, with a gradient) that compile.
 SMALL_FLOAT32 = {(64, False), (64, True), (128, False)}
 FEW = 384  # queries, of which einsum computes attention: a tile of `attention`
@@ -126,8 +126,8 @@ def library() -> str | None:
 
 def block(card: Card, version: str, kernel: Kernel) -> int:
   """Gives the size of blocks: rows and keys are padded to multiples of it, so that no sequence ends inside of one."""
-  if kernel == "xla_chunked":
-    return 1  # plain XLA, which masks what it pads
+  if kernel in ("cudnn", "xla_chunked"):
+    return 1  # a library that takes any length, and plain XLA, which masks what it pads
   # The older Mosaic forward pass for 10.x works on 256 rows at once, later ones on 128 as all others.
   return 256 if kernel == "mosaic" and version == "0.0.12" and card.capability and card.capability[0] == 10 else 128
 
@@ -215,12 +215,12 @@ def _compiles(kernel: Kernel, call: Call, device: Any, precision: str | None) ->
 def run(
   kernel: Kernel, block_size: int, q: jax.Array, k: jax.Array, v: jax.Array, seen: Seen, causal: bool
 ) -> jax.Array:
-  """Has tokamax compute attention over whole blocks.
+  """Has a library, tokamax but for cuDNN's kernel, compute attention over whole blocks.
 
   All padding is masked. A kernel that attended to zeros would give wrong numbers without an error.
 
   Args:
-    kernel: which one.
+    kernel: which one; "cudnn" where all see all.
     block_size: rows and keys are padded to multiples of it.
     q: [B, L, H, h].
     k: [B, S, K, h] in q's dtype; S = L where it is causal.
@@ -234,6 +234,8 @@ def run(
   Raises:
     NotImplementedError: tokamax has no such kernel for this device or dtype.
   """
+  if kernel == "cudnn":
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
   import tokamax
   from absl import flags
 
@@ -319,8 +321,8 @@ def unusable(implementation: str, card: Card, version: str | None, dtype: str) -
     (first, last), major = MAJORS[implementation], card.capability[0] if card.capability else 0
     if major < first or (last is not None and major > last):
       return f"{implementation} kernels are for NVIDIA GPUs of compute capability {first}.0 {f'to {last}.x' if last else 'and more'}"
-  if implementation == "mosaic" and dtype == "float32":
-    return "mosaic kernels have no float32"
+  if implementation in ("mosaic", "cudnn") and dtype == "float32":
+    return f"{implementation} kernels have no float32"
   if implementation == "splash" and card.platform != "tpu":
     return "splash is for TPUs"
   if implementation in ("flash", *KERNELS) and version is None:
@@ -364,7 +366,7 @@ def taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
 
   def name(call: Call) -> str:
     how = cfg.attention
-    if how == "auto":
+    if how == "auto" or (how == "cudnn" and (call.causal or call.mask)):
       how = automatic(call.queries, call.keys, call.causal, card)
     if how == "flash" and version is not None:
       how = rule(card, version, call) or "the first kernel that compiles"
