@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks a GPU on a machine that has JAX, but no network and not all of our libraries. From the root of the repository:
 #
-#   launch/offline_gpu.sh wheels 3.12    here, with a network: what such a machine lacks, for its Python, into .wheels/ (37 MB)
+#   launch/offline_gpu.sh wheels 3.12    here, with a network: what such a machine lacks, for its Python, into .wheels/ (77 MB)
 #   launch/offline_gpu.sh check OUT      there: xcomp_jax.gpu_check, at most 8 minutes; OUT/check.tar.gz has what was found, without traces
 #
 # Options behind OUT go to the check (--minutes 4, --small). PYTHON chooses the interpreter; the machine is taken to have jax, flax,
@@ -18,7 +18,7 @@ case "${1:-}" in
     done
     rm -rf .wheels
     "$PYTHON" -m pip download -q -d .wheels "${options[@]}" \
-      tokamax==0.0.17 annotated-types einshape fire immutabledict pydantic pydantic-core qwix==0.1.8 six tensorboardX termcolor \
+      tokamax==0.0.17 annotated-types av einshape fire immutabledict pydantic pydantic-core qwix==0.1.8 six tensorboardX termcolor \
       typing-inspection xprof
     ls .wheels
     ;;

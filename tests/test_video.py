@@ -199,25 +199,6 @@ def test_an_mp4_that_lacks_its_last_frame_is_refused(tmp_path):
     video.load(path, size=16, style="train", **LIMITS)
 
 
-def test_frames_that_do_not_decode_are_refused_with_both_counts(tmp_path):
-  """A file cut without encoding it again keeps packets that show nothing, hidden by an edit list."""
-  source = write(tmp_path / "whole.mp4", 80, options={"g": "20"})
-  path = tmp_path / "edited.mp4"
-  hidden = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
-  with av.open(str(source)) as read, av.open(str(path), "w", options=hidden) as output:
-    stream = output.add_stream_from_template(read.streams.video[0])
-    for packet in read.demux(video=0):
-      if packet.dts is None:
-        continue
-      shift = int(5 / 8 / packet.time_base)
-      packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
-      output.mux(packet)
-  with pytest.raises(
-    video.VideoError, match=r"edited\.mp4 announces 80 frames, but only 75 could be decoded"
-  ):
-    video.load(path, size=16, style="train", **LIMITS)
-
-
 def test_sound_that_outlasts_the_pictures_is_no_truncation(tmp_path):
   path = tmp_path / "sound.mkv"
   with av.open(str(path), "w") as output:
@@ -247,7 +228,7 @@ def test_a_gif_runs_at_one_frame_per_second(tmp_path):
     video.load(path, size=16, style="train", read_type="gif", **LIMITS)
   pictures[0].save(path, "JPEG")  # no GIF at all, and cut
   path.write_bytes(path.read_bytes()[:-20])
-  with pytest.raises(video.VideoError, match=r"a\.gif announces 1 frames, but frame 0 can't be decoded"):
+  with pytest.raises(video.VideoError, match=r"a\.gif can't be read as an animation: image file is truncated"):
     video.load(path, size=16, style="ask", read_type="gif", **LIMITS)
 
 

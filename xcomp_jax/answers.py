@@ -33,7 +33,7 @@ from xcomp_jax import encode, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
-from xcomp_jax.data.video import Sample, VideoError, frames
+from xcomp_jax.data.video import Sample, TailError, VideoError, frames
 from xcomp_jax.files import local, one_line, write_json
 from xcomp_jax.reader import Reader
 
@@ -371,7 +371,11 @@ def _decoded(
     try:
       sample = reader.sample(str(group[0].video), group[0].start, group[0].end)
       reader.check(len(sample.indices))
-      found = list(itertools.takewhile(lambda _: not stopped.is_set(), frames(sample)))
+      try:
+        found = list(itertools.takewhile(lambda _: not stopped.is_set(), frames(sample)))
+      except TailError as error:
+        sample = reader.shortened(sample, error)
+        found = list(itertools.takewhile(lambda _: not stopped.is_set(), frames(sample)))
     except (VideoError, ConfigError, OSError) as error:
       found = error
     return group, sample, found, time.perf_counter() - begun

@@ -25,7 +25,7 @@ import cv2
 import ml_dtypes
 import numpy as np
 
-from xcomp_jax.data import store, video
+from xcomp_jax.data import container, store, video
 from xcomp_jax.files import command
 
 CLIP = 8  # frames
@@ -65,12 +65,11 @@ def decoding(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
   frames = np.stack(list(video.frames(chosen)))
 
   def converted():
-    capture, wanted = cv2.VideoCapture(path, cv2.CAP_FFMPEG), set(chosen.indices.tolist())
-    for i in range(chosen.stop):
-      image = cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB)
+    assert chosen.found is not None  # of a video
+    wanted = set(chosen.indices.tolist())
+    for i, image in enumerate(container.pictures(pathlib.Path(path), chosen.found, range(chosen.stop), chosen.stop)):
       if i in wanted:
         video.resize(image[None], size)
-    capture.release()
 
   def sampled():
     for _ in video.frames(chosen):
@@ -81,7 +80,7 @@ def decoding(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
     "decoding, only what is sampled converted": timed(sampled, repeat),
     "decoding, every frame converted": timed(converted, repeat),
   }
-  files, taken = chosen.vlen, len(frames)
+  files, taken = chosen.stop, len(frames)
   lines = [f"decoding {files:,} frames, {taken:,} of them sampled and resized to {size}: seconds, CPU-s, frames of the file and samples per second"]
   lines += [f"  {name:41}{s:8.2f}{cpu:8.2f}{files / s:10,.0f}{taken / s:10,.1f}" for name, (s, cpu) in spent.items()]
   return frames, "\n".join(lines)

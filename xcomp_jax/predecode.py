@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, get_args
 
-import cv2
+import av
 import numpy as np
 import PIL
 import tqdm
@@ -228,7 +228,7 @@ def _plan(mixture, root, subset: float, per_shard: int, settings: Settings, layo
   plan |= {"fps": float(settings.fps), "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}"}
   if tower:
     plan |= {"frames": "features", "tower": tower.features.identity} | tower.settings
-  plan |= {"opencv": cv2.__version__, "pillow": PIL.__version__}  # they make the pixels
+  plan |= {"av": av.__version__, "pillow": PIL.__version__}  # they make the pixels
   return plan | {f"annotations {n}, {file.annotation}": file.digest for n, file in enumerate(files)}
 
 
@@ -368,6 +368,8 @@ def _define_flags() -> None:
   flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)
   flags.DEFINE_integer("samples_per_shard", 64, "annotations in one file of clips", 1)
   flags.DEFINE_bool("skip_bad", False, "leave out what can't be used, and list it in manifest.jsonl")
+  flags.DEFINE_enum("rate", "own", get_args(video.Rate), "where frames have no constant rate: own: they have their own times; average: they lie as far apart as the average rate says, as in the release")
+  flags.DEFINE_bool("keep_tails", False, "take what can be read of videos that are cut off, instead of leaving them out")
   flags.DEFINE_bool("restart", False, "throw away what a run that was stopped has done")
   flags.DEFINE_string("beam", None, 'options of a Beam pipeline that decodes: "--runner=DirectRunner --direct_num_workers=2"')
   flags.DEFINE_string("sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png")
@@ -383,7 +385,7 @@ def _make(f) -> None:
     raise ValueError("--features needs --checkpoint DIR, and goes neither with --frames jpeg nor with --beam")
   if f.attention != "auto" and not f.features:
     raise ValueError("--attention goes with --features")
-  settings = Settings(f.image_size, f.max_frames, f.min_frames, f.fps, f.clip_frames)
+  settings = Settings(f.image_size, f.max_frames, f.min_frames, f.fps, f.clip_frames, f.rate, f.keep_tails)
   tower = load_tower(f.checkpoint, settings, f.clips_per_chunk, f.attention) if f.features else None
   if tower:
     print(tower.about, file=sys.stderr)

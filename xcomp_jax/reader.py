@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
@@ -45,6 +46,8 @@ class Settings:
   max_frames: int
   min_frames: int
   fps: float
+  rate: video.Rate
+  stream: int | None
   clip_frames: str
   yarn: float | None
   clips_per_chunk: int | Literal["auto"]
@@ -77,6 +80,9 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--max-frames", type=int, default=1024, help="frames, at most")
   add("--min-frames", type=int, default=128, help="frames, at least; a short video's are repeated")
   add("--fps", type=float, default=8.0, help="frames per second, at most")
+  add("--rate", choices=get_args(video.Rate), default="own", help="where a video's frames have no constant rate: own: they have their own times; "
+    "average: they lie as far apart as the average rate says, as in the release")
+  add("--stream", type=int, help="number of the video's stream in its file; default: the one that players take")
   add("--clip-frames", default="auto", help='frames the tower sees together; "auto": 8 as XComp was trained, 4 for InternVideo2; '
     '"checkpoint": what config.json says (quirk Q1)')
   add("--yarn", type=float, help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without compression); "
@@ -142,13 +148,25 @@ class Reader:
       ConfigError: clips that sampling can't fill.
     """
     self.check_clips()
-    s, file = self.settings, pathlib.Path(path)
-    suffix = file.suffix.lower()
-    read_type = "frames" if file.is_dir() else "gif" if suffix == ".gif" else "img" if suffix in video.STILLS else "video"
-    return video.sample(
+    s = self.settings
+    chosen = video.sample(
       path, size=self.cfg.vision.image_size, max_frames=s.max_frames, min_frames=s.min_frames, fps=s.fps,
-      clip_frames=SAMPLED_CLIP, style="ask", start=start, end=end, read_type=read_type,
+      clip_frames=SAMPLED_CLIP, style="ask", start=start, end=end, read_type=video.kind(path), rate=s.rate, stream=s.stream,
     )  # fmt: skip
+    if chosen.lost:
+      print(f"{path}: its last {chosen.lost:.2f} seconds are missing, the rest is used", file=sys.stderr)
+    return chosen
+
+  def shortened(self, sample: video.Sample, error: video.TailError) -> video.Sample:
+    """What can be read of a video whose end can't; says so.
+
+    Raises:
+      VideoError: nothing can. ConfigError: see `check`.
+    """
+    print(f"{error}; the rest is used", file=sys.stderr)
+    sample = video.without_tail(sample, error)
+    self.check(len(sample.indices))
+    return sample
 
   def introduce(self) -> str:
     """What it computes with, in a line."""
@@ -174,21 +192,7 @@ class Reader:
     if self.select and not chat.why_not(frames, self.select):
       qc_comp.plan(frames, self.cfg.clip_frames, self.select)
 
-  def encode(
-    self,
-    model: VLM,
-    sample: video.Sample,
-    source: str,
-    *,
-    decoded: Iterable[np.ndarray] | None = None,
-    identity: str | None = None,
-    report: Callable[[int], None] = lambda clips: None,
-  ) -> tuple[encode.EncodedVideo, dict[str, float]]:
-    """Decodes (unless `decoded` has the frames) and encodes a video; seconds went into "decoding" and "tower".
-
-    Raises:
-      VideoError: it ends before the frames it announces.
-    """
+  def _encode(self, model, sample, source, decoded, identity, report):
     begun, decoding = time.perf_counter(), 0.0
 
     def frames() -> Iterator[np.ndarray]:
@@ -206,6 +210,26 @@ class Reader:
     film = encode.encode(model, frames(), sample.times, sample.seconds, source, phases=phases, tower=identity, report=report)
     return film, {"decoding": decoding, "tower": time.perf_counter() - begun - decoding}
 
+  def encode(
+    self,
+    model: VLM,
+    sample: video.Sample,
+    source: str,
+    *,
+    decoded: Iterable[np.ndarray] | None = None,
+    identity: str | None = None,
+    report: Callable[[int], None] = lambda clips: None,
+  ) -> tuple[encode.EncodedVideo, dict[str, float]]:
+    """Decodes (unless `decoded` has the frames) and encodes a video; seconds went into "decoding" and "tower".
+
+    Raises:
+      VideoError: a frame can't be decoded.
+    """
+    try:
+      return self._encode(model, sample, source, decoded, identity, report)
+    except video.TailError as error:  # once it is known, the other frames are others
+      return self._encode(model, self.shortened(sample, error), source, None, identity, report)
+
   def phases(self, frames: int) -> Sequence[int]:
     """Which phases of so many frames selecting needs."""
     return chat.phases(frames, min(self.cfg.clip_frames, frames), self.select)
@@ -220,6 +244,7 @@ class Reader:
         digest.update(opened.read(1 << 20))
     part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'}"
     sampled = f"{s.min_frames} to {s.max_frames} frames at up to {s.fps:g} per second"
+    sampled += ("" if s.rate == "own" else ", by the average rate") + ("" if s.stream is None else f", stream {s.stream}")
     return f"{file.name} ({size:,} bytes, {digest.hexdigest()}){part}, {sampled}"
 
 

@@ -44,6 +44,8 @@ class Settings:
   min_frames: int
   fps: float  # frames per second, at most
   clip_frames: int  # frames of a clip
+  rate: video.Rate = "own"  # when frames of a video are shown
+  keep_tails: bool = False  # take what can be read of a video that ends before it should
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +90,17 @@ def decode(job: Job, settings: Settings, layout: store.Layout, target: str) -> N
     OSError: the files can't be written.
   """
   before = stamp(job.sample.source)
+  clip_frames = 1 if job.reader == "img" else settings.clip_frames
   try:
-    seconds, clips = _clips(job, settings)
-    clip_frames = 1 if job.reader == "img" else settings.clip_frames
-    spool(clips, clip_frames, layout, target, seconds)
+    with _blaming(job):
+      chosen = _chosen(job, settings)
+    try:
+      spool(_clips(job, chosen, clip_frames), clip_frames, layout, target, _seconds(job, chosen))
+    except video.TailError as error:
+      if not settings.keep_tails:
+        raise
+      chosen = video.without_tail(chosen, error)
+      spool(_clips(job, chosen, clip_frames), clip_frames, layout, target, _seconds(job, chosen))
   except video.VideoError as error:
     write_bad(target, str(error), before)
 
@@ -165,26 +174,28 @@ def stamp(path: str | os.PathLike) -> list[int] | None:
     return None
 
 
-def _clips(job: Job, settings: Settings) -> tuple[float | None, Iterator[np.ndarray]]:
-  """Seconds (None for an image), and clips uint8[F, S, S, 3] one by one; whatever goes wrong is a VideoError."""
-  still = job.reader == "img"
+def _chosen(job: Job, settings: Settings) -> video.Sample:
+  return video.sample(
+    job.sample.source, size=settings.image_size, max_frames=settings.max_frames, min_frames=settings.min_frames,
+    fps=settings.fps, clip_frames=settings.clip_frames, style="train", start=job.start, end=job.end, read_type=job.reader,
+    rate=settings.rate, tails=settings.keep_tails,
+  )  # fmt: skip
+
+
+def _seconds(job: Job, chosen: video.Sample) -> float | None:
+  """None of an image."""
+  return None if job.reader == "img" else chosen.seconds
+
+
+def _clips(job: Job, chosen: video.Sample, size: int) -> Iterator[np.ndarray]:
+  """Clips uint8[F, S, S, 3] one by one; whatever goes wrong is a VideoError."""
   with _blaming(job):
-    chosen = video.sample(
-      job.sample.source, size=settings.image_size, max_frames=settings.max_frames, min_frames=settings.min_frames,
-      fps=settings.fps, clip_frames=settings.clip_frames, style="train", start=job.start, end=job.end, read_type=job.reader,
-    )  # fmt: skip
-  size = 1 if still else settings.clip_frames
-
-  def clips():
-    with _blaming(job):
-      images = []
-      for image in video.frames(chosen):
-        images.append(image)
-        if len(images) == size:
-          yield np.stack(images)
-          images = []
-
-  return None if still else chosen.seconds, clips()
+    images = []
+    for image in video.frames(chosen):
+      images.append(image)
+      if len(images) == size:
+        yield np.stack(images)
+        images = []
 
 
 @contextlib.contextmanager
@@ -192,7 +203,9 @@ def _blaming(job: Job) -> Generator[None]:
   """Damaged files make libraries raise anything."""
   try:
     yield
-  except (video.VideoError, OSError) as error:
+  except video.VideoError:
+    raise
+  except OSError as error:
     raise video.VideoError(str(error)) from error
   except Exception as error:
     raise video.VideoError(f"{job.sample.source} can't be decoded: {type(error).__name__}: {error}") from error

@@ -1,36 +1,32 @@
-"""From a video file to the frames the model sees: which ones, decoded, resized.
+"""From a video file to the frames the model sees: which ones, when they are shown, decoded, resized.
 
-Frames are oriented as OpenCV hands them out (a video's rotation tag is applied); the EXIF tag of still images
-is not applied, as in the release.
+A video's rotation tag is applied; the EXIF tag of still images is not, as in the release. Interlaced frames stay as they are.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
-import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from xcomp_jax.data import container
+from xcomp_jax.data.container import Index, TailError, VideoError
 from xcomp_jax.files import local
 
-cv2.setNumThreads(1)  # readers run side by side; the pool would only oversubscribe the cores
-
 Style = Literal["train", "ask"]
+Rate = Literal["own", "average"]
 ReadType = Literal["video", "gif", "img", "frames"]
 
-PICTURES = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would start other programs for some others
-STILLS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # any of them may open an MP4 or MOV file
-
-
-class VideoError(ValueError):
-  """A video or image that can't be used; the message names the file and why."""
+PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would start other programs for some others
+STILLS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp")
+SHORTEST, USUAL = 0.011, 0.1  # seconds: browsers show frames of animations that state less as long as the second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +94,8 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], size: int) -> UInt8[np.ndarray,
 class Sample:
   """Frames that were chosen, not decoded yet.
 
-  indices: int[T], as in `Video`. times: float64[T], seconds from the start of the file at which they are shown.
-  seconds: as in `Video`. size: pixels, square. The rest says how to decode them.
+  indices: int[T], as in `Video`. times: float64[T], seconds from the first frame of the file on, at which they are shown. seconds:
+  as in `Video`. size: pixels, square. lost: seconds at the end of the file that can't be read. The rest says how to decode them.
   """
 
   path: pathlib.Path
@@ -108,9 +104,24 @@ class Sample:
   times: Float[np.ndarray, " T"]
   seconds: float
   size: int
-  vlen: int
+  lost: float
   stop: int
   names: tuple[pathlib.Path, ...]
+  found: Index | None
+  how: Mapping[str, Any]
+
+
+def kind(path: str | os.PathLike) -> ReadType:
+  """Says what a file or folder is, where no annotation does."""
+  file = pathlib.Path(path)
+  if file.is_dir():
+    return "frames"
+  suffix = file.suffix.lower()
+  if suffix not in (*STILLS, ".gif"):
+    return "video"
+  with contextlib.suppress(OSError, SyntaxError), Image.open(file, formats=PICTURES) as image:
+    return "gif" if suffix == ".gif" or getattr(image, "n_frames", 1) > 1 else "img"
+  return "gif" if suffix == ".gif" else "img"
 
 
 def sample(
@@ -125,39 +136,77 @@ def sample(
   start: float | None = None,
   end: float | None = None,
   read_type: ReadType = "video",
+  stream: int | None = None,
+  rate: Rate = "own",
+  tails: bool | None = None,
+  found: Index | None = None,
 ) -> Sample:
   """Looks at a file and picks frames by `frame_indices`, to be decoded at `size` pixels square.
 
-  `read_type` has the words of the annotations: "video" is any file that FFmpeg reads, "gif" an animation at
-  one frame per second, "frames" or "img" a folder of images in natural order of their names, "img" also one
-  still image (T = 1). A folder holds one frame per second unless a file `<folder>.json` states the "duration"
-  in seconds; training samples as if it did even then (FACTS.md 5). `start` and `end`, in seconds, cut out a
-  part. Asking stretches a short video to `min_frames`.
+  `read_type` has the words of the annotations: "video" is any file that FFmpeg reads, "gif" an animation (asking
+  goes by its own times, training by one frame per second, as the release does), "frames" or "img" a folder of
+  images in natural order of their names, "img" also one still image (T = 1). A folder holds one frame per second
+  unless a file `<folder>.json` states the "duration" in seconds; training samples as if it did even then
+  (FACTS.md 5). `start` and `end`, in seconds from the first frame on, cut out a part, which begins with the frame
+  that is shown at `start`. Asking stretches a short video to `min_frames`.
+
+  Args:
+    path: file or folder.
+    size: pixels.
+    max_frames: see `frame_indices`, as the next four.
+    min_frames: at least.
+    fps: at most.
+    clip_frames: in a clip.
+    style: of asking or training.
+    start: seconds.
+    end: seconds.
+    read_type: see above.
+    stream: number of the video stream in the file; None: the one that players take.
+    rate: "own": frames have their own times; "average": they lie as far apart as the header's average rate says, which the release
+      goes by. Only where frames have no constant rate these differ.
+    tails: whether a video that ends before it should is used all the same; None: when asking.
+    found: the file's index, if it is known.
 
   Raises:
     FileNotFoundError: nothing at `path`.
+    TailError: the end of it is missing, and `tails` is false.
     VideoError: it can't be read, is cut to nothing, or has less than a clip to train on.
   """
+  how = {name: value for name, value in locals().items() if name not in ("path", "found")}
   path = local(path, "videos are read as files")
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; check the path in the annotation and the data root")
   if read_type == "img" and not path.is_dir():
-    return Sample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 1, 1, ())
+    return Sample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 0.0, 1, (), None, how)
 
   names: list[pathlib.Path] = []
+  sampled: float | None = None
   if read_type == "video":
-    vlen, rate = _probe(path)
+    found = found or container.index(path, stream)
+    if found.lost and not (style == "ask" if tails is None else tails):
+      there = len(found.times)
+      words = f"it announces {found.stated} frames and has the data of {there}; the last {found.lost:.2f} seconds are missing"
+      raise TailError(f"{path} is truncated: {words}", there)
+    times, duration, constant = found.times, found.seconds, found.rate
+    if rate == "average" and constant is None and found.average:
+      constant, duration = found.average, len(times) / found.average
   elif read_type == "gif":
-    vlen, rate = _count_gif(path), 1.0
+    constant = 1.0 if style == "train" else None
+    times = np.arange(float(_count_gif(path)))
+    duration = float(len(times))
+    if style == "ask":
+      times, duration = _animation(path)
   else:
     read_type, names = "frames", _folder(path)
-    vlen, rate = len(names), _folder_rate(path, len(names))
+    constant = _folder_rate(path, len(names))
+    times, duration = np.arange(len(names)) / constant, len(names) / constant
+    sampled = 1.0 if style == "train" else None
 
-  first, count, seconds = _cut(path, vlen, rate, start, end)
-  sampled_rate = 1.0 if names and style == "train" else rate
+  first, count, seconds = _cut(path, times, duration, constant, start, end)
+  sampled = sampled or constant or count / seconds
   picked = frame_indices(
     count,
-    sampled_rate,
+    sampled,
     max_frames=max_frames,
     min_frames=min_frames,
     target_fps=fps,
@@ -169,18 +218,33 @@ def sample(
       f"{path} has {count} frames to sample from; training needs at least one clip of {clip_frames}"
     )
   picked = (stretch(picked, min_frames) if style == "ask" else picked) + first
-  return Sample(path, read_type, picked, picked / rate, seconds, size, vlen, first + count, tuple(names))
+  lost = found.lost if found else 0.0
+  return Sample(path, read_type, picked, times[picked], seconds, size, lost, first + count, tuple(names), found, how)
+
+
+def without_tail(chosen: Sample, error: TailError) -> Sample:
+  """Picks again, from those frames of a video that can be decoded.
+
+  Raises:
+    VideoError: see `sample`.
+  """
+  assert chosen.found is not None
+  if not error.readable:
+    raise VideoError(str(error)) from error
+  how: dict[str, Any] = {**chosen.how, "tails": True}
+  return sample(chosen.path, **how, found=chosen.found.cut(error.readable))
 
 
 def frames(chosen: Sample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
   """Decodes a sample's frames one by one, in order.
 
   Raises:
-    VideoError: the file ends before the frames it announces, even if only behind the last chosen one.
+    TailError: the end of what was sampled from can't be decoded, even if only behind the last chosen frame.
+    VideoError: a frame can't be decoded.
   """
   wanted, times = np.unique(chosen.indices, return_counts=True)
-  if chosen.read_type == "video":
-    decoded = _decode(chosen.path, chosen.vlen, wanted, chosen.stop)
+  if chosen.found is not None:
+    decoded = container.pictures(chosen.path, chosen.found, wanted.tolist(), chosen.stop)
   elif chosen.read_type == "gif":
     decoded = _decode_gif(chosen.path, wanted)
   else:
@@ -199,90 +263,68 @@ def load(path: str | os.PathLike, *, size: int, **settings) -> Video:
       good ones.
   """
   chosen = sample(path, size=size, **settings)
-  images = np.empty((len(chosen.indices), size, size, 3), np.uint8)
-  for i, image in enumerate(frames(chosen)):
-    images[i] = image
+  try:
+    images = _all(chosen)
+  except TailError as error:
+    if not (chosen.how["style"] == "ask" if chosen.how["tails"] is None else chosen.how["tails"]):
+      raise
+    chosen = without_tail(chosen, error)
+    images = _all(chosen)
   return Video(images, chosen.seconds, chosen.indices)
 
 
-def _cut(path, vlen: int, rate: float, start: float | None, end: float | None) -> tuple[int, int, float]:
-  """First frame, number of frames, and seconds of the part between `start` and `end`."""
-  duration = vlen / rate
+def _all(chosen: Sample) -> np.ndarray:
+  images = np.empty((len(chosen.indices), chosen.size, chosen.size, 3), np.uint8)
+  for i, image in enumerate(frames(chosen)):
+    images[i] = image
+  return images
+
+
+def _cut(
+  path, times: np.ndarray, duration: float, rate: float | None, start: float | None, end: float | None
+) -> tuple[int, int, float]:
+  """First frame, number of frames, and seconds of the part between `start` and `end`. rate: None: `times` say when frames are shown."""
   if start is None and end is None:
-    return 0, vlen, duration
+    return 0, len(times), duration
   begin = max(0.0, start or 0.0)
   stop = duration if end is None else min(duration, end)
-  first = int(begin * rate)
-  count = min(int((stop - begin) * rate), vlen - first)
+  if rate is not None:
+    first = int(begin * rate)
+    count = min(int((stop - begin) * rate), len(times) - first)
+  else:  # from the frame that is shown at `begin` on
+    first = max(0, int(np.searchsorted(times, begin, "right")) - 1)
+    count = int(np.searchsorted(times, stop)) - first if begin < stop else 0
   if count <= 0:
     raise VideoError(f"{path} lasts {duration:.2f} seconds; nothing lies between start={start} and end={end}")
   return first, count, stop - begin
 
 
-def _probe(path) -> tuple[int, float]:
-  """Frames and frames per second of a video file, from its packets; they are not decoded."""
-  if path.is_dir():
-    raise VideoError(f"{path} is a folder; read it as read_type='frames'")
-  if not path.stat().st_size:
-    raise VideoError(f"{path} is empty (0 bytes)")
-  capture = cv2.VideoCapture(
-    os.path.abspath(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1]
-  )  # an absolute path: "12:30.mp4" would be read by protocol "12"; -1: packets instead of images
-  try:
-    rate = capture.get(cv2.CAP_PROP_FPS)
-    if not capture.isOpened() or not 0 < rate < np.inf:
-      raise VideoError(
-        f"{path} can't be read as a video; it may be truncated, or of a format FFmpeg does not know"
-      )
-    announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    packets, last = 0, 0.0
-    while capture.grab():
-      packets += 1
-      last = max(last, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-  finally:
-    capture.release()
-  # MP4 files list their frames. Others only state a duration, which OpenCV turns into frames and which sound
-  # that outlasts the pictures may stretch: those have to reach its end, give or take.
-  seconds = announced / rate
-  with open(path, "rb") as file:
-    listed = file.read(8)[4:] in _MP4_BOXES
-  if packets < announced and (listed or last + 1 / rate < seconds - max(1.5 / rate, min(1.0, 0.1 * seconds))):
-    raise VideoError(f"{path} is truncated: it announces {announced} frames and has the data of {packets}")
-  if not packets:
-    raise VideoError(f"{path} holds no frames")
-  return packets, rate
-
-
-def _decode(path, vlen: int, wanted, stop: int) -> Iterator[np.ndarray]:
-  """The wanted frames, ascending; every frame before `stop` has to decode. Seeking would be slower."""
-  wanted = set(wanted.tolist())
-  capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
-  try:
-    for i in range(stop):
-      good, image = capture.grab(), None
-      if good and i in wanted:
-        good, image = capture.retrieve()
-      if not good:
-        raise VideoError(
-          f"{path} announces {vlen} frames, but only {i} could be decoded: it is truncated or damaged, or was "
-          "cut without encoding it again (then do that)"
-        )
-      if image is not None:
-        yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-  finally:
-    capture.release()
-
-
 def _count_gif(path) -> int:
   try:
-    with Image.open(path) as image:
+    with Image.open(path, formats=PICTURES) as image:
       return getattr(image, "n_frames", 1)
   except (OSError, EOFError, SyntaxError) as error:
     raise VideoError(f"{path} can't be read as a GIF: {error}") from error
 
 
+def _animation(path) -> tuple[np.ndarray, float]:
+  """When the frames of an animation are shown, float64[N], and for how long all of them."""
+  try:
+    with Image.open(path, formats=PICTURES) as image:
+      shown = []
+      for i in range(getattr(image, "n_frames", 1)):
+        image.seek(i)
+        image.load()  # or some formats don't know their frame's time
+        own = image.info.get("duration", 0) / 1000
+        shown.append(own if own >= SHORTEST else USUAL)
+  except (OSError, EOFError, SyntaxError, ValueError) as error:
+    raise VideoError(f"{path} can't be read as an animation: {error}") from error
+  ends = np.cumsum(shown)
+  return np.concatenate([[0.0], ends[:-1]]), float(ends[-1])
+
+
 def _decode_gif(path, wanted) -> Iterator[np.ndarray]:
-  with Image.open(path) as image:
+  with Image.open(path, formats=PICTURES) as image:
     for i in wanted.tolist():
       try:
         image.seek(i)
