@@ -47,8 +47,8 @@ test: lint
 	XLA_FLAGS="$$XLA_FLAGS $(COMPILE_FAST)" $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: .venv/ready-tpu
-	XLA_FLAGS="$$XLA_FLAGS $(COMPILE_FAST)" $(BIN)/python -m pytest -m slow $(OPTIMISED:%=--ignore=%)
-	$(BIN)/python -m pytest -m slow $(OPTIMISED)
+	XLA_FLAGS="$$XLA_FLAGS $(COMPILE_FAST)" $(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(OPTIMISED:%=--ignore=%)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(OPTIMISED)
 
 .venv/ready-tpu: .venv/ready
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[plan,test]'

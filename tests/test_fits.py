@@ -9,7 +9,8 @@ from cards import Device
 from xcomp_jax import chips, cost, fits, metrics, programs
 from xcomp_jax.config import ConfigError, from_command_line
 
-CELL = {"job": "SCT on features", "cards": 8, "memory": {"parameters": 4e9, "gradients": 2e9, "optimizer state": 4e9, "temporaries": 6e9}}
+STATE = {"parameters": 4e9, "gradients": 2e9, "optimizer state": 4e9}
+CELL = {"job": "SCT on features", "cards": 8, "programs": {"gradient": STATE | {"temporaries": 6e9}, "apply": STATE | {"temporaries": 1e9}}}
 
 
 def test_a_device_is_found_by_its_whole_name():
@@ -53,19 +54,21 @@ def test_a_topology_of_gpus_that_is_none_is_refused(name, words):
 
 
 def test_state_is_shared_and_the_rest_is_not():
-  assert fits.needed(CELL["memory"], 8, 8) == 16e9 and fits.needed(CELL["memory"], 8, 16) == 11e9
-  assert fits.answer(chips.named("h100"), [CELL]) == "2 cards, 46.0 GB" and fits.answer(chips.named("b200"), [CELL]) == "86.0 GB"
+  assert fits.needed(CELL, 8) == 16e9 and fits.needed(CELL, 16) == 11e9
+  assert fits.needed(CELL, 1) == 88e9  # the optimizer's step: all that it makes is of the state's size
+  assert fits.answer(chips.named("h100"), [CELL]) == "2 cards, 46.0 GB" and fits.answer(chips.named("b200"), [CELL]) == "88.0 GB"
   assert fits.answer(chips.named("l4"), [CELL]) == "8 cards, 16.0 GB"
   assert fits.answer(chips.named("t4"), [CELL]) == "16 cards, 11.0 GB"
-  tower = CELL | {"job": "SCT on frames", "memory": {"parameters": 4e9, "temporaries": 9e9}}
-  assert fits.answer(chips.named("l4"), [CELL, tower]) == "8 cards, 16.0 GB"
-  assert fits.answer(chips.named("l4"), [CELL, tower | {"memory": {"temporaries": 17e9}}]) == "8 cards, 17.0 GB"
-  alone = CELL | {"job": "ask 256", "cards": 1}
-  assert fits.answer(chips.named("t4"), [alone]) == "no: 16.0 GB" and fits.answer(chips.named("a100-40"), [alone]) == "16.0 GB"
-  assert fits.answer(chips.named("l4"), [alone | {"memory": {"temporaries": 20e9}}]) == "20.0 GB*"
+  tower = lambda size: CELL | {"job": "SCT on frames", "programs": {"tower": {"temporaries": size}}}
+  assert fits.answer(chips.named("l4"), [CELL, tower(13e9)]) == "8 cards, 16.0 GB"
+  assert fits.answer(chips.named("l4"), [CELL, tower(17e9)]) == "8 cards, 17.0 GB"
+  assert fits.answer(chips.named("t4"), [CELL, tower(17e9)]) == "no: 17.0 GB on each of 32 cards"
+  alone = lambda size: CELL | {"job": "ask 256", "cards": 1, "programs": {"decode": {"temporaries": size}}}
+  assert fits.answer(chips.named("t4"), [alone(16e9)]) == "no: 16.0 GB" and fits.answer(chips.named("a100-40"), [alone(16e9)]) == "16.0 GB"
+  assert fits.answer(chips.named("l4"), [alone(20e9)]) == "20.0 GB*"
 
 
-def test_the_table_is_made_of_cells_that_are_there(tmp_path, monkeypatch):
+def test_the_table_is_made_of_cells_that_are_there(tmp_path, monkeypatch, capsys):
   config = from_command_line(["plan", "--config=configs/sct.py"])
   for model in fits.MODELS:
     for job in fits.JOBS:
@@ -76,7 +79,23 @@ def test_the_table_is_made_of_cells_that_are_there(tmp_path, monkeypatch):
     [card, size, model, "bfloat16"] for card, size in (("l4", "24"), ("rtx4090", "25")) for model in ("2B", "7B")
   ]
   assert out[1].count("16.0 GB") == len(fits.JOBS) and "8 cards" in out[1]
+  assert not capsys.readouterr().err
   other = from_command_line(["plan", "--config=configs/sct.py", "--config.model.clips_per_chunk=1"])
   monkeypatch.setattr(fits.concurrent.futures, "ProcessPoolExecutor", lambda *_: pytest.fail("made again"))
   with pytest.raises(pytest.fail.Exception, match="made again"):  # cells of another config are not believed
     fits.table(other, tmp_path, ["l4"])
+  for text in ("", '{"stamp":', "[1, 2]", json.dumps({"stamp": fits.stamp(config)})):  # nor are damaged ones
+    (tmp_path / f"{fits.key((8, 9), '7B', 'ask 256')}.json").write_text(text)
+    with pytest.raises(pytest.fail.Exception, match="made again"):
+      fits.table(config, tmp_path, ["l4"])
+    assert "1 cells in" in capsys.readouterr().err.splitlines()[-1]
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ConfigError, match=r"file: this is, or lies in, a file"):
+    fits.table(config, tmp_path / "file" / "cells", ["l4"])
+
+
+@pytest.mark.parametrize("share", ["75", "0", "-1", "abc", "nan"])
+def test_a_share_of_memory_that_is_none_is_refused(share, monkeypatch):
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+  with pytest.raises(ValueError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={share}: must be a number above 0, at most 1"):
+    chips.memory_share()

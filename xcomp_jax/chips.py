@@ -11,6 +11,7 @@ Operations and bytes are per second unless said otherwise. Sources, of all figur
 """
 
 import dataclasses
+import math
 import os
 import re
 from typing import Any
@@ -140,8 +141,19 @@ def named(name: str) -> Chip:
 
 
 def memory_share() -> float:
-  """The part of a GPU's memory that JAX takes, and lets programs have."""
-  return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+  """The part of a GPU's memory that JAX takes, and lets programs have.
+
+  Raises:
+    ValueError: XLA_PYTHON_CLIENT_MEM_FRACTION is none.
+  """
+  text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+  try:
+    share = float(text)
+  except ValueError:
+    share = math.nan
+  if not 0 < share <= 1:
+    raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={text}: must be a number above 0, at most 1")
+  return share
 
 
 def memory(device: Any) -> float | None:

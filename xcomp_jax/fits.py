@@ -9,15 +9,16 @@ import dataclasses
 import json
 import multiprocessing
 import pathlib
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from xcomp_jax import accounts, chips, files, programs, rounds
 from xcomp_jax.chips import Chip
-from xcomp_jax.config import RunConfig
+from xcomp_jax.config import ConfigError, RunConfig
 
 CARDS = ("h100", "h200", "b200", "a100-40", "a100-80", "l4", "a10g", "rtx4090", "t4")
 MODELS = {
@@ -36,6 +37,11 @@ STATE = ("parameters", "gradients", "optimizer state")
 LAYERS = 2  # compiled of all programs but the gradient step
 
 
+def say(text: str) -> None:
+  """Says what is being done, on stderr."""
+  print(text, file=sys.stderr, flush=True)
+
+
 def key(capability: tuple[int, int], model: str, job: str) -> str:
   """The name of a cell."""
   return f"{capability[0]}.{capability[1]} {model} {job}".replace(",", "").replace(" ", "_")
@@ -47,10 +53,7 @@ def stamp(config: RunConfig) -> str:
 
 
 def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -> dict[str, Any]:
-  """Makes a cell: bytes of a card by kind in the program that needs most, and which that is.
-
-  "all" has every program's sum. Parts of `STATE` are shared by the cards of a run (8), the rest is each one's own.
-  """
+  """Makes a cell: bytes of a card by kind in each program, of a run on so many "cards"."""
   jax.config.update("jax_platforms", "cpu")  # a card that is here is left alone
   about = stamp(config)
   chip = next(chip for name in CARDS if (chip := chips.named(name)).capability == capability)
@@ -72,9 +75,8 @@ def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -
     if name == "round":  # what they leave stays for the next question
       of, rows = rounds.usual(plan.full, frames)
       kept = held[name]["results"] * -(-len(of.starts) // rows)
-  most = max(held, key=lambda name: sum(held[name].values()))
   words = {"stamp": about, "capability": capability, "model": model, "job": job, "dtype": dtype, "cards": count, "clips": clips}
-  return words | {"program": most, "memory": held[most], "all": {name: sum(parts.values()) for name, parts in held.items()}}
+  return words | {"programs": held}
 
 
 def _programs(job: str, frames: int) -> Sequence[str]:
@@ -88,24 +90,30 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
   """Makes the cells that are not in `out` yet, or were made by another config or version of JAX, and the table of all.
 
   Raises:
-    ConfigError: there is no GPU compiler.
+    ConfigError: there is no GPU compiler, or `out` is no folder.
   """
-  out.mkdir(parents=True, exist_ok=True)
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError) as error:
+    raise ConfigError(f"--fits {out}: this is, or lies in, a file; give a folder that keeps the cells") from error
   found = [chips.named(name) for name in cards]
   wanted = [(chip.capability, model, job) for chip in found for model in MODELS for job in JOBS if chip.capability]
   cells = {cell: out / f"{key(*cell)}.json" for cell in dict.fromkeys(wanted)}
   about = stamp(config)
-  missing = [cell for cell, file in cells.items() if not file.exists() or json.loads(file.read_text()).get("stamp") != about]
-  with tqdm(total=len(missing), desc="cells", disable=None) as bar:
-    for capability in dict.fromkeys(cell[0] for cell in missing):
-      # A process can compile for one architecture only; see `absent`.
-      with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        for cell in (cell for cell in missing if cell[0] == capability):
-          result = pool.submit(made, config, *cell).result()
-          with files.replacing(cells[cell]) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
-          bar.update()
-  read = {cell: json.loads(file.read_text()) for cell, file in cells.items()}
+  read = {cell: whole for cell, file in cells.items() if (whole := _read(file, about)) is not None}
+  missing = [cell for cell in cells if cell not in read]
+  if stale := sum(cells[cell].exists() for cell in missing):
+    say(f"{stale} cells in {out} are damaged, or of another config or version of JAX: made again")
+  for capability in dict.fromkeys(cell[0] for cell in missing):
+    # A process can compile for one architecture only; see `absent`.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+      for cell in (cell for cell in missing if cell[0] == capability):
+        begun = time.perf_counter()
+        result = pool.submit(made, config, *cell).result()
+        with files.replacing(cells[cell]) as temporary:
+          temporary.write_text(json.dumps(result, indent=1))
+        read[cell] = result
+        say(f"{len(read)} of {len(cells)} cells: {cells[cell].stem}, {time.perf_counter() - begun:.0f} s")
   lines = [("card", "GB", "model", "dtype", *JOBS)]
   for chip in found:
     for model in MODELS:
@@ -116,22 +124,38 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
   return "\n".join(["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines] + ["", LEGEND])
 
 
-def needed(memory: Mapping[str, float], cards: int, count: int) -> float:
-  """Bytes of a card if so many share the state, of which a cell of `cards` knows each one's part."""
-  state = sum(memory.get(kind, 0.0) for kind in STATE)
-  return sum(memory.values()) - state + state * cards / count
+def _read(file: pathlib.Path, about: str) -> dict[str, Any] | None:
+  """A cell that is whole and was made of the same."""
+  try:
+    cell = json.loads(file.read_text())
+    return cell if cell["stamp"] == about and cell["programs"] else None
+  except (OSError, ValueError, TypeError, KeyError):
+    return None
+
+
+def needed(cell: Mapping[str, Any], count: int) -> float:
+  """Bytes of a card if so many share the state: those of the program that needs most.
+
+  Parts of `STATE`, and all that the optimizer's step makes of them, are shared by the cards of a run, the rest is each one's own.
+  """
+  sizes = []
+  for name, memory in cell["programs"].items():
+    shared = sum(size for kind, size in memory.items() if kind in STATE or (name == "apply" and kind == "temporaries"))
+    sizes.append(sum(memory.values()) + shared * (cell["cards"] / count - 1))
+  return max(sizes)
 
 
 def answer(chip: Chip, cells: Sequence[Mapping[str, Any]]) -> str:
   """Says whether a job of these cells fits, in how many GB, on how many cards, and with how much of the memory for JAX."""
   counts = COUNTS if cells[0]["job"] in TUNE else (1,)
-  sizes = {count: max(needed(cell["memory"], cell["cards"], count) for cell in cells) for count in counts}
+  sizes = {count: max(needed(cell, count) for cell in cells) for count in counts}
   for count, size in sizes.items():
     for share in SHARES:
       if size <= share * chip.memory:
         several = f"{count} cards, " if count > 1 else ""
         return f"{several}{size / 1e9:.1f} GB{'*' if share != SHARES[0] else ''}"
-  return f"no: {sizes[counts[-1]] / 1e9:.1f} GB"
+  several = f" on each of {counts[-1]} cards" if counts[-1] > 1 else ""
+  return f"no: {sizes[counts[-1]] / 1e9:.1f} GB{several}"
 
 
 LEGEND = """ask: frames sampled, of which QC-Comp keeps 512 ("all kept": --select 0), 448 px. SCT: state over as many cards as it takes, a

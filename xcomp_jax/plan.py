@@ -44,6 +44,7 @@ from xcomp_jax.programs import NAMES, TRAINING, Plan, held
 
 GB = 1e9
 SHARE = 0.9  # of a card's memory that JAX may have and CUDA gets along
+SHOWN = 2  # of the arrays that are not split
 LARGE = 4 * 2**20  # bytes on every device from which on an array should be split
 
 
@@ -278,7 +279,10 @@ def run(plan: Plan, names: Sequence[str], say: Callable[[str], None] = _say) -> 
   )
   _, _, state, sums = programs.training(plan, cfg)
   if found := unsplit(state, plan.mesh) + unsplit(sums, plan.mesh):
-    raise PlanError("; ".join(found))
+    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    odd = [f"{axis} = {n}" for axis, n in plan.mesh.shape.items() if n & (n - 1)]
+    help = f". {' and '.join(odd)} can't split most arrays: take 1, 2, 4, 8, ... devices, or another mesh, such as --config.mesh.data={plan.mesh.size}" if odd else ""
+    raise PlanError("; ".join(found[:SHOWN]) + more + help)
   rows = []
   for name, shape in programs.asked(plan, names):
     rows.append(account_program(plan, name, shape))
@@ -324,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--devices", metavar="N,N", help="of the table of --lengths or --data; default: 1,8,32,256")
   add("--chip", default="v5e", help="their kind; default: %(default)s")
   add("--fits", type=pathlib.Path, metavar="OUT", help="instead: a table of what fits on which GPU; OUT keeps its cells, and the command goes on")
-  add("--cards", nargs="+", choices=fits.CARDS, default=list(fits.CARDS), metavar="CARD", help=f"with --fits; default: all of {' '.join(fits.CARDS)}")
+  add("--cards", nargs="+", choices=fits.CARDS, metavar="CARD", help=f"with --fits; default: all of {' '.join(fits.CARDS)}")
   args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   with command(interrupted="interrupted"):
     given = args.lengths is not None or args.data is not None
@@ -332,11 +336,15 @@ def main(argv: Sequence[str] | None = None) -> None:
       raise ConfigError("--frames and --text are of samples that are assumed, so there can be no --lengths or --data")
     if args.devices is not None and (not given or args.topology):
       raise ConfigError("--devices is of the table of --lengths or --data without --topology")
+    if args.fits and (given or (args.topology, args.layers, args.frames, args.text) != (None,) * 4 or args.quick or args.programs != list(NAMES)):
+      raise ConfigError("--fits makes a table of its own programs; of the other options only --cards and --config... go with it")
+    if args.cards is not None and not args.fits:
+      raise ConfigError("--cards are those of the table of --fits")
     if args.topology or given or args.fits:
       jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     config = from_command_line(["plan", *rest])
     if args.fits:
-      print(fits.table(config, args.fits, args.cards))
+      print(fits.table(config, args.fits, args.cards or fits.CARDS))
       return
     cfg = programs.sizes(config)
     lengths = None
