@@ -90,7 +90,7 @@ def test_the_table_is_made_of_cells_that_are_there(tmp_path, monkeypatch, capsys
       fits.table(config, tmp_path, ["l4"])
     assert "1 cells in" in capsys.readouterr().err.splitlines()[-1]
   (tmp_path / "file").write_text("")
-  with pytest.raises(ConfigError, match=r"file: this is, or lies in, a file"):
+  with pytest.raises(ConfigError, match=r"this is, or lies in, a file"):
     fits.table(config, tmp_path / "file" / "cells", ["l4"])
 
 
