@@ -72,11 +72,11 @@ def test_the_table_is_made_of_cells_that_are_there(tmp_path, monkeypatch, capsys
   config = from_command_line(["plan", "--config=configs/sct.py"])
   for model in fits.MODELS:
     for job in fits.JOBS:
-      cell = CELL | {"stamp": fits.stamp(config), "job": job, "dtype": "bfloat16", "cards": 8 if job in fits.TUNE else 1}
+      cell = CELL | {"stamp": fits.stamp(config), "job": job, "dtype": "bfloat16", "clips": 4, "cards": 8 if job in fits.TUNE else 1}
       (tmp_path / f"{fits.key((8, 9), model, job)}.json").write_text(json.dumps(cell))
   out = fits.table(config, tmp_path, ["l4", "rtx4090"]).splitlines()
-  assert [line.split()[:4] for line in out[1:5]] == [
-    [card, size, model, "bfloat16"] for card, size in (("l4", "24"), ("rtx4090", "25")) for model in ("2B", "7B")
+  assert [line.split()[:5] for line in out[1:5]] == [
+    [card, size, model, "bfloat16", "4"] for card, size in (("l4", "24"), ("rtx4090", "25")) for model in ("2B", "7B")
   ]
   assert out[1].count("16.0 GB") == len(fits.JOBS) and "8 cards" in out[1]
   assert not capsys.readouterr().err

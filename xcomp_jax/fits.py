@@ -114,12 +114,14 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
           temporary.write_text(json.dumps(result, indent=1))
         read[cell] = result
         say(f"{len(read)} of {len(cells)} cells: {cells[cell].stem}, {time.perf_counter() - begun:.0f} s")
-  lines = [("card", "GB", "model", "dtype", *JOBS)]
+  lines = [("card", "GB", "model", "dtype", "clips", *JOBS)]
   for chip in found:
     for model in MODELS:
       assert chip.capability is not None  # see `wanted`
       row = [[read[chip.capability, model, one] for one in ((FEATURES, FRAMES) if job == FRAMES else (job,))] for job in JOBS]
-      lines.append((chip.name, f"{chip.memory / 1e9:.0f}", model, row[0][0]["dtype"], *(answer(chip, cells) for cells in row)))
+      first = row[0][0]
+      of = (chip.name, f"{chip.memory / 1e9:.0f}", model, first["dtype"], str(first["clips"]))
+      lines.append((*of, *(answer(chip, cells) for cells in row)))
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines] + ["", LEGEND])
 
@@ -158,7 +160,7 @@ def answer(chip: Chip, cells: Sequence[Mapping[str, Any]]) -> str:
   return f"no: {sizes[counts[-1]] / 1e9:.1f} GB{several}"
 
 
-LEGEND = """ask: frames sampled, of which QC-Comp keeps 512 ("all kept": --select 0), 448 px. SCT: state over as many cards as it takes, a
+LEGEND = """clips: in the tower at once (clips_per_chunk = "auto"). ask: frames sampled, of which QC-Comp keeps 512 ("all kept": --select 0), 448 px. SCT: state over as many cards as it takes, a
   sample of 1,024 frames and 512 tokens on each; a number of cards is the least.
 *: with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; without, JAX takes 75% of the memory
 no: remedies when asking are --clips-per-chunk 1, --forget-rounds, --select 256 and fewer frames; when tuning features instead of frames,

@@ -446,11 +446,11 @@ def _upright(image: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
 
 
 def _rgb(convert: VideoReformatter, frame: Any) -> np.ndarray:
-  """Pixels by the matrix and range that the file says; where it says none, BT.601's, as in OpenCV."""
+  """Pixels by the matrix and range that the file says (BT.601's where it says none), colours interpolated as by OpenCV."""
   matrix, full = MATRICES.get(int(frame.colorspace)), int(frame.color_range) == 2
   if matrix is None and not full:
-    return convert.reformat(frame, format="rgb24").to_ndarray()
+    return convert.reformat(frame, format="rgb24", interpolation="BICUBIC").to_ndarray()
   scale = "JPEG" if full else "MPEG"
   # PyAV before 16 looks at the matrix only if the result, which as RGB has none, is said to have another.
   how: dict[str, Any] = {"src_colorspace": matrix, "dst_colorspace": "ITU601"} if matrix else {}
-  return convert.reformat(frame, format="rgb24", src_color_range=scale, dst_color_range=scale, **how).to_ndarray()
+  return convert.reformat(frame, format="rgb24", interpolation="BICUBIC", src_color_range=scale, dst_color_range=scale, **how).to_ndarray()
