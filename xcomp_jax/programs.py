@@ -68,7 +68,7 @@ def topology(name: str) -> list[Any]:
   chip = next((chip for chip in chips.CHIPS if chip.capability and chip is known(name.partition(":")[0])), None)
   if chip is None and not re.match(r"v\d", name):
     cards = ", ".join(chip.name for chip in chips.CHIPS if chip.gpu)
-    raise ConfigError(f"--topology={name}: TPUs are written v5e:4x4, v5p:2x2x2, GPUs h100:8 or h100:2x8; GPUs that can be compiled for are {cards}")
+    raise ConfigError(f"--topology={name}: TPUs are written v5e:2x2, v5e:4x4 or v5p:2x2x2, GPUs h100:8 or h100:2x8; GPUs that can be compiled for are {cards}")
   return _tpus(name) if chip is None else _gpus(name, chip)
 
 
