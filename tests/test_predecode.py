@@ -1,5 +1,6 @@
 """predecode.py: the command as a whole, and that nothing which happens to it changes the result."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import time
 import cv2
 import decoding
 import numpy as np
+import odd
 import pytest
 from decoding import (
   SAMPLING,
@@ -587,3 +589,23 @@ def test_the_bytes_tokenizer_shows_every_text(world):
   text = "Wie heißt 'das'? 🐕\n<|im_end|>"
   assert tokenizer.decode(tokenizer.encode(text), keep_special=True) == text
   assert tokenizer.decode(tokenizer.encode(text)) == text.removesuffix("<|im_end|>")
+
+
+def test_a_video_that_is_cut_off_is_left_out_or_kept_as_far_as_it_goes(tmp_path):
+  (tmp_path / "world" / "videos").mkdir(parents=True)
+  root = tmp_path / "world"
+  for name in ("whole", "cut", "zeros"):
+    odd.write(root / "videos" / f"{name}.mp4", 100, g="10", container={"movflags": "faststart"})
+  data = (root / "videos" / "cut.mp4").read_bytes()
+  (root / "videos" / "cut.mp4").write_bytes(data[: int(len(data) * 0.7)])
+  (root / "videos" / "zeros.mp4").write_bytes(data[: int(len(data) * 0.7)] + bytes(len(data) - int(len(data) * 0.7)))
+  write(root / "videos.json", [{"video": f"{name}.mp4", "conversations": talk()} for name in ("whole", "cut", "zeros")])
+  mixture(root, {"json_path": "videos.json"})
+  info = make(root, "without", skip_bad=True)
+  assert (info["samples"], info["skipped"]) == (1, 2)
+  reasons = sorted(line["reason"] for line in manifest(tmp_path / "without") if "reason" in line)
+  assert "cut.mp4 is truncated: it announces 100 frames" in reasons[0] and "seconds can't be decoded" in reasons[1]
+  info = make(root, "kept", settings=dataclasses.replace(SETTINGS, keep_tails=True))
+  assert (info["samples"], info["skipped"], info["keep_tails"]) == (3, 0, True)
+  seconds = {pathlib.Path(s.source).stem: float(re.search(r"lasts for ([\d.]+)", s.time_message)[1]) for s in open_store(tmp_path / "kept").samples}
+  assert seconds["whole"] == 4.0 and 1 < seconds["cut"] < 3 and 1 < seconds["zeros"] < 3
