@@ -35,6 +35,7 @@ CORPUS = {
   "mpeg2.ts": (100, "mpeg2video", MPEG2 | {"flags": "+ildct+ilme"}),
   "mpeg2.mpg": (100, "mpeg2video", MPEG2),
   "mpeg4.avi": (100, "mpeg4", {"g": "12", "bf": "2", "base": Fraction(1, 25)}),
+  "no time stamps.avi": (60, "libx264", {"base": Fraction(1, 25)} | GOP),
   "fragmented, with sound.mp4": (STEADY, "libx264", {"sound": 4.6, "container": {"movflags": "frag_keyframe+delay_moov"}} | GOP),
   "variable.mkv": (HALVES, "libx264", GOP),
   "variable.mp4": (HALVES, "libx264", GOP),
@@ -106,14 +107,14 @@ def test_seeking_gives_the_same_as_reading_on(corpus, name, monkeypatch):
   assert odd.read(sought) == list(wanted)
   for a, b in zip(sought, sequential, strict=True):
     np.testing.assert_array_equal(a, b)
-  if name not in ("raw.h264", "negative.mkv"):  # which have no time stamps, or none that is known to the end
+  if name not in ("raw.h264", "negative.mkv", "no time stamps.avi"):  # which have no time stamps, or none that is known to the end
     assert len(found.keys) > 1 or name == "no key frames.mkv"
 
 
 def test_only_what_is_needed_is_decoded(corpus, monkeypatch):
   path, found, fed = corpus("open GOPs.mp4"), container.index(corpus("open GOPs.mp4")), []
-  frames = container._frames
-  monkeypatch.setattr(container, "_frames", lambda packets: frames(packet for packet in packets if fed.append(packet.pts) or True))
+  demuxed = container._demuxed
+  monkeypatch.setattr(container, "_demuxed", lambda *args: (packet for packet in demuxed(*args) if fed.append(packet.pts) or True))
   got = list(container.pictures(path, found, [2, 74], 80))
   assert odd.read(got) == [2, 74] and 10 < len(fed) < 70
 
@@ -234,6 +235,53 @@ def test_a_damaged_frame_is_an_error_with_its_time_and_never_a_picture(tmp_path)
   for wanted in (40, 45):  # the second is not marked by the decoder, and shows something of the first
     with pytest.raises(video.VideoError, match=rf"the frame at {wanted / 25:.2f} seconds, number {wanted}, is damaged"):
       list(container.pictures(path, index, [wanted], 100))
+
+
+@pytest.mark.parametrize("which", [24, 25, 26, 30])
+def test_what_follows_a_damaged_packet_is_right_or_an_error(tmp_path, which):
+  """Decoding runs ahead of showing: a key frame may come out of the decoder after the error of a packet behind it."""
+  path = odd.write(tmp_path / "a.mkv", 48, g="12", bf="3")
+  found, data = container.index(path), bytearray(path.read_bytes())
+  with av.open(str(path)) as file:
+    packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+  at = 0
+  for packet in packets[: which + 1]:  # alike ones are in every group
+    at = data.index(packet, at + 1)
+  packet = packets[which]
+  data[at + 5 : at + len(packet)] = b"\xff" * (len(packet) - 5)
+  path.write_bytes(data)
+  errors = []
+  for i in range(48):
+    try:
+      assert odd.read(container.pictures(path, found, [i], 48)) == [i]
+    except video.VideoError:
+      errors.append(i)
+  assert errors and 12 <= min(errors) and max(errors) < 37 and len(errors) < 20
+
+
+def test_not_all_that_is_called_a_key_frame_is_one(tmp_path):
+  for codec in ("libx265", "mpeg4", "mpeg2video"):
+    how = {"x265-params": "keyint=12:log-level=none"} if codec == "libx265" else {"g": "12", "b": "4M", "base": Fraction(1, 25)}
+    path = odd.write(tmp_path / f"{codec}.mp4", 60, codec, **how)
+    path.write_bytes(path.read_bytes().replace(b"stss", b"free"))  # the table of key frames: without it all are
+    found = container.index(path)
+    assert 5 <= len(found.keys) <= 7
+    assert [odd.read(container.pictures(path, found, [i], i + 1)) for i in (11, 30, 59)] == [[11], [30], [59]]
+
+
+def test_a_stream_that_begins_late_costs_nothing(tmp_path):
+  first = odd.write(tmp_path / "a.ts", 60, **GOP).read_bytes()
+  other = {"mpegts_start_pid": "0x200", "mpegts_pmt_start_pid": "0x1010"}
+  second = odd.write(tmp_path / "b.ts", 60 * 40 + STEADY[:60], sound=2.0, first=60, container=other, **GOP).read_bytes()
+  (tmp_path / "late.ts").write_bytes(first + second)
+  found = container.index(tmp_path / "late.ts")
+  assert odd.read(pictures(tmp_path / "late.ts", found, range(60))) == list(range(60))
+
+
+def test_seconds_that_are_none_are_refused(corpus):
+  for how in ({"start": float("nan")}, {"end": float("inf")}):
+    with pytest.raises(video.VideoError, match="must be numbers of seconds"):
+      video.sample(corpus("late.mkv"), style="ask", **LIMITS, **how)
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ decoding, and what the decoder makes of them.
 
 import array
 import bisect
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -20,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 
 STATED = {"mov", "matroska", "avi", "flv", "asf"}  # formats whose header says how long the whole file is
-FRAMED = STATED | {"ogg", "ivf"}  # formats whose packets are whole frames; those of others are found by a parser
+FRAMED = STATED - {"avi"} | {"ogg", "ivf"}  # formats whose packets are whole frames that say when they are shown
 NONE = -(2**63)  # no time stamp
 KEY, HIDDEN, BROKEN = 1, 2, 4  # what is known of a packet
 SKIP = 8  # frames that are sooner decoded than sought
@@ -115,7 +116,7 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
   if not len(packets.pts):
     raise VideoError(f"{path} holds no frames")
   pts, keys = _shown(packets)
-  if pts is None or not formats & FRAMED or (len(keys) and pts[0] < keys[0].pts):
+  if pts is None or not formats & FRAMED or (len(keys) and len(pts) and pts[0] < keys[0].pts):
     pts, keys = _decoded(path, number, pts, keys)
   if pts is None:
     return _counted(path, number, rates, average)
@@ -167,7 +168,7 @@ def _packets(container: Any, stream: Any) -> _Packets:
   pts, dts, length, flags = columns
   codec = stream.codec_context.name
   with contextlib.suppress(av.error.FFmpegError, OSError):  # what comes behind can't be read
-    for packet in container.demux(stream):
+    for packet in _demuxed(container, stream):
       if not packet.size:
         continue
       pts.append(NONE if packet.pts is None else packet.pts)
@@ -182,29 +183,54 @@ def _packets(container: Any, stream: Any) -> _Packets:
   return _Packets(*(np.array(column, np.int64) for column in columns))
 
 
+def _demuxed(container: Any, *streams: Any) -> Iterator[Any]:
+  """Packets of some streams from here on. A stream that begins late, which nobody asked for, makes PyAV stumble over each of its packets."""
+  while True:
+    try:
+      yield from container.demux(*streams)
+      return
+    except IndexError:
+      continue
+
+
 def _restarts(codec: str, packet: Any) -> bool:
-  """Says whether a key frame is one from which all that follows is decoded rightly. H.264 has others: pictures get whole bit by bit."""
-  if codec != "h264":
+  """Says whether a key frame is one from which all that follows is decoded rightly.
+
+  Some files call every frame one. In H.264 there are pictures that get whole bit by bit.
+  """
+  if codec not in ("h264", "hevc", "mpeg4", "mpeg2video"):
     return True
   data = bytes(packet)
-  size = int.from_bytes(data[:4], "big")
-  if 4 < size + 4 <= len(data) and size != 1:  # lengths before units, as in MP4
-    begins, at = [], 0
-    while at + 4 < len(data):
-      begins.append(at + 4)
-      at += 4 + int.from_bytes(data[at : at + 4], "big")
-  else:  # start codes
-    begins, at = [], data.find(b"\0\0\1")
-    while at >= 0:
-      begins.append(at + 3)
-      at = data.find(b"\0\0\1", at + 3)
-  for begin in begins:
-    kind = data[begin] & 31 if begin < len(data) else 0
-    if kind == 5:  # IDR
+  for begin in _units(data):
+    unit = data[begin : begin + 8]
+    if len(unit) < 4:
+      break
+    if codec == "hevc" and (unit[0] >> 1) & 63 < 32:  # a slice: of a picture that others need not precede, or not
+      return 16 <= (unit[0] >> 1) & 63 <= 21
+    if codec == "mpeg4" and unit[0] == 0xB6:
+      return unit[1] >> 6 == 0
+    if codec == "mpeg2video" and unit[0] == 0:
+      return (unit[2] >> 3) & 7 == 1
+    if codec == "h264" and unit[0] & 31 == 5:  # IDR
       return True
-    if kind == 6 and data[begin + 1 : begin + 2] == b"\6":  # SEI: a recovery point, after so many frames: exp-Golomb, "1" is 0
-      return data[begin + 3] >= 128
-  return False
+    if codec == "h264" and unit[0] & 31 == 6 and unit[1] == 6:  # SEI: a recovery point, after so many frames: exp-Golomb, "1" is 0
+      return unit[3] >= 128
+  return codec == "mpeg4"  # short headers
+
+
+def _units(data: bytes) -> Iterator[int]:
+  """Where the units of a packet begin: behind their lengths, as in MP4, or behind start codes."""
+  size = int.from_bytes(data[:4], "big")
+  if 4 < size + 4 <= len(data) and size != 1:
+    at = 0
+    while at + 4 < len(data):
+      yield at + 4
+      at += 4 + int.from_bytes(data[at : at + 4], "big")
+    return
+  at = data.find(b"\0\0\1")
+  while at >= 0:
+    yield at + 3
+    at = data.find(b"\0\0\1", at + 3)
 
 
 def _shown(packets: _Packets) -> tuple[np.ndarray | None, list[Key]]:
@@ -220,7 +246,7 @@ def _shown(packets: _Packets) -> tuple[np.ndarray | None, list[Key]]:
   shown = pts[order][flags[order] & HIDDEN == 0]
   if (np.diff(shown) == 0).any():
     return None, []
-  at = np.flatnonzero(flags & KEY)
+  at = np.flatnonzero(flags & (KEY | HIDDEN) == KEY)  # a hidden one may be of another time
   keys = sorted(Key(int(pts[i]), int(pts[i] if dts[i] == NONE else dts[i])) for i in at)
   return shown, keys
 
@@ -231,7 +257,7 @@ def _decoded(path, stream: int, pts: np.ndarray | None, keys: list[Key]) -> tupl
   None where the decoder gives no time stamps that ascend.
   """
   with _opened(path, stream) as (container, found):
-    given = (image.pts for image in _whole(_frames(container.demux(found))))
+    given = (image.pts for image in _whole(container, found))
     if pts is not None and len(keys):
       head = list(itertools.islice((stamp for stamp in given if stamp is not None), HEAD))
       if head and head == pts[(i := int(np.searchsorted(pts, head[0]))) : i + len(head)].tolist() and head[0] <= keys[0].pts:
@@ -248,19 +274,18 @@ def _counted(path, stream: int, rates: Sequence[float], average: float | None) -
   """The index of a file whose time stamps are none, or go back: frames as the decoder gives them, in this order."""
   with _opened(path, stream) as (container, found):
     base = float(found.time_base)
-    stamps = [NONE if image.pts is None else image.pts for image in _whole(_frames(container.demux(found)))]
+    stamps = [NONE if image.pts is None else image.pts for image in _whole(container, found)]
   if not stamps:
     raise VideoError(f"{path} holds no frame that can be decoded")
   known = np.array(stamps, np.float64) * base
   gaps = np.diff(known)
   good = (gaps > 0) & (known[:-1] > NONE * base) & (known[1:] > NONE * base)
-  usual = float(np.median(gaps[good])) if good.any() else 1 / rates[0] if rates else 1.0
-  rate = rates[0] if (rates and not good.all() and abs(usual * rates[0] - 1) < 0.01) or (not good.any() and rates) else None
-  times = np.concatenate([[0.0], np.cumsum(np.where(good, gaps, usual))])
-  if rate is not None and (np.abs(times - np.arange(len(times)) / rate) < usual / 2).all():
-    times, usual = np.arange(len(times)) / rate, 1 / rate
+  usual = float(np.median(gaps[good])) if good.any() else 1.0
+  rate = rates[0] if rates and good.mean() < 0.95 else None  # time stamps that mean nothing; else a few that go back
+  if rate is None:
+    times = np.concatenate([[0.0], np.cumsum(np.where(good, gaps, usual))])
   else:
-    rate = None
+    times, usual = np.arange(len(stamps)) / rate, 1 / rate
   return Index(stream, times, float(times[-1] + usual), rate, average, None, (), 0.0, len(times))
 
 
@@ -279,12 +304,12 @@ def _times(pts: np.ndarray, base: float, rates: Sequence[float], last: float) ->
 def _short(path, stream: int, stop: float, end: float, frame: float, listed: bool) -> bool:
   """Says whether a file that should go on until `end` ends before: neither its video, at `stop`, nor another stream gets there."""
   slack = max(frame, 0.0 if listed else min(1.0, 0.1 * end))
-  if stop >= end - slack:
+  if not end or stop >= end - slack:
     return False
   with _opened(path, stream) as (container, found):
     with contextlib.suppress(av.error.FFmpegError, OSError):
       container.seek(int(stop / found.time_base), stream=found)
-      for packet in container.demux(*(s for s in container.streams if s.type in ("video", "audio"))):
+      for packet in _demuxed(container, *(s for s in container.streams if s.type in ("video", "audio"))):
         if packet.pts is not None and not packet.is_corrupt and float((packet.pts + (packet.duration or 0)) * packet.time_base) >= end - slack:
           return False
   return True
@@ -318,8 +343,9 @@ def pictures(path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int)
         done += 1
         yield image
       return
-    except _LostError:  # so without seeking
-      continue
+    except (_LostError, TailError):  # so without seeking, which finds what can be decoded of a damaged file
+      if not index.keys:
+        raise
 
 
 class _LostError(Exception):
@@ -328,19 +354,19 @@ class _LostError(Exception):
 
 def _pictures(path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int) -> Iterator[np.ndarray]:
   with _opened(path, found.stream) as (container, stream):
-    run = _numbered(found, _frames(container.demux(stream)))
+    run = _numbered(found, _whole(container, stream))
     number, image, matrix, convert = -1, None, None, VideoReformatter()
     asked = set(wanted)
     for i in sorted(asked | {stop - 1}):
       key = _key(found, i)
       if key is not None and number < i and _number(found, key.pts) > number + SKIP:
-        run = _numbered(found, _frames(_from(container, stream, key)))
+        run = _numbered(found, _whole(container, stream, key))
       while number < i:
+        last = number
         number, image = next(run, (None, None))
         if number is None:
-          readable = _readable(container, stream, found, i)
-          lost = found.seconds - (found.times[readable - 1] if readable else 0.0)
-          raise TailError(f"{path}: the last {lost:.2f} of {found.seconds:.2f} seconds can't be decoded; it is truncated or damaged", readable)
+          lost = found.seconds - (found.times[last] if last >= 0 else 0.0)
+          raise TailError(f"{path}: the last {lost:.2f} of {found.seconds:.2f} seconds can't be decoded; it is truncated or damaged", last + 1)
       if i in asked and number != i:
         raise VideoError(f"{path}: the frame at {found.times[i]:.2f} seconds, number {i}, is damaged")
       if i in asked:
@@ -362,71 +388,88 @@ def _key(found: Index, i: int) -> Key | None:
   return found.keys[at - 1] if at else None
 
 
-def _readable(container: Any, stream: Any, found: Index, i: int) -> int:
-  """How many frames there are before those, up to frame `i`, at the end that can't be decoded."""
-  while (key := _key(found, i)) is not None and (first := _number(found, key.pts)):
-    seen = [number for number, _ in _numbered(found, _frames(_from(container, stream, key)))]
-    if seen:
-      return max(seen) + 1
-    i = first - 1
-  container.seek(0)
-  return max((number for number, _ in _numbered(found, _frames(container.demux(stream)))), default=-1) + 1
-
-
 def _from(container: Any, stream: Any, key: Key) -> Iterator[Any]:
   """Packets from a key's on.
 
   Raises:
     _LostError: it can't be found.
   """
-  for back in (0.0, 2.0, 20.0):
-    container.seek(int(min(key.dts, key.pts) - back / stream.time_base), stream=stream)
-    packets = container.demux(stream)
-    for packet in packets:
-      if packet.pts == key.pts and packet.size:
-        return itertools.chain([packet], packets)
-      if packet.dts is not None and packet.dts > key.dts:
-        break  # behind it
+  with contextlib.suppress(av.error.FFmpegError, OSError):
+    for back in (0.0, 2.0, 20.0):
+      container.seek(int(min(key.dts, key.pts) - back / stream.time_base), stream=stream)
+      packets = _demuxed(container, stream)
+      for packet in packets:
+        if packet.pts == key.pts and packet.size:
+          return itertools.chain([packet], packets)
+        if packet.dts is not None and packet.dts > key.dts:
+          break  # behind it
   raise _LostError
 
 
 def _numbered(found: Index, run: Iterator[Any]) -> Iterator[tuple[int, Any]]:
-  """Those decoded frames that are whole and have a number."""
-  for n, image in enumerate(_whole(run)):
+  """Those decoded frames that have a number."""
+  for n, image in enumerate(run):
     if found.pts is None:
       yield n, image
     elif image.pts is not None and (i := _number(found, image.pts)) < len(found.pts) and found.pts[i] == image.pts:
       yield i, image
 
 
-def _whole(run: Iterator[Any]) -> Iterator[Any]:
-  """Those frames that are not damaged. After one that is, or is lost, a decoder calls others whole that are made from it."""
-  damaged = False
-  for image in run:
-    if image is None or image.is_corrupt:
-      damaged = True
-    elif image.key_frame:
-      damaged = False
-    if not damaged:
-      yield image
+def _whole(container: Any, stream: Any, key: Key | None = None) -> Iterator[Any]:
+  """Decodes from a key's packet on, or from where the file stands, and leaves out what is damaged.
+
+  A decoder calls frames whole that it makes from damaged or lost ones. So from a bad packet on none counts until the next that
+  decoding can begin with, and of those behind it none that is shown before it.
+  """
+  codec = stream.codec_context.name
+  flight = 2 + max(1, stream.codec_context.thread_count)  # packets that may be in the decoder when it says that one is bad
+  order: collections.deque[int | None] = collections.deque(maxlen=256)  # time stamps of packets, as they were decoded
+  clean: collections.deque[int | None] = collections.deque(maxlen=64)  # those of packets that decoding can begin with
+  suspect: set[int | None] = set()
+  bad, leading = False, None  # whether there was no such packet since; its time stamp, until the next
+  for packet, cut in _with_next(_from(container, stream, key) if key else _demuxed(container, stream)):
+    if cut:
+      continue
+    if packet.size:
+      if packet.is_keyframe and _restarts(codec, packet):
+        bad, leading = False, packet.pts if bad else None
+        clean.append(packet.pts)
+      bad |= packet.is_corrupt
+      order.append(packet.pts)
+      if bad or (leading is not None and packet.pts is not None and packet.pts < leading):
+        suspect.add(packet.pts)
+    images = []
+    try:
+      images = packet.decode()
+    except av.error.FFmpegError:
+      bad = bad or bool(packet.size)
+      suspect.update(list(order)[-flight:])
+    for image in images:
+      if image.is_corrupt:
+        after = list(order)[list(order).index(image.pts) :] if image.pts in order else list(order)[-flight:]
+        until = next((n for n, stamp in enumerate(after) if n and stamp in clean), None)
+        suspect.update(after[:until])
+        bad = bad or until is None
+        suspect.add(image.pts)
+      if not (bad if image.pts is None else image.pts in suspect or image.is_corrupt):
+        yield image
 
 
-def _frames(packets: Iterator[Any]) -> Iterator[Any]:
-  """Decodes packets. What is damaged comes as None, or as a frame that `is_corrupt`."""
-  held = None  # a packet that is not whole, and perhaps the last one
+def _with_next(packets: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+  """Packets, and whether one is the last and not whole: it was cut with the file."""
+  held = None
   while True:
     try:
       packet = next(packets)
     except (StopIteration, av.error.FFmpegError, OSError):
       return
-    for each in (held, packet) if held is not None and packet.size else (packet,):
-      if each is packet and each.is_corrupt:
-        break
-      try:
-        yield from each.decode()
-      except av.error.FFmpegError:
-        yield None
-    held = packet if packet.is_corrupt else None if packet.size else held
+    if held is not None:
+      yield held, not packet.size
+    held = None
+    if packet.is_corrupt:
+      held = packet
+    else:
+      yield packet, False
 
 
 def _matrix(frame: Any) -> tuple[int, int, int, int]:

@@ -6,9 +6,11 @@ A video's rotation tag is applied; the EXIF tag of still images is not, as in th
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -26,6 +28,8 @@ ReadType = Literal["video", "gif", "img", "frames"]
 
 PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would start other programs for some others
 STILLS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp")
+# What Pillow raises for files that are damaged, or so large that they are an attack.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, IndexError, RuntimeError, struct.error, Image.DecompressionBombError)
 SHORTEST, USUAL = 0.011, 0.1  # seconds: browsers show frames of animations that state less as long as the second
 
 
@@ -119,7 +123,7 @@ def kind(path: str | os.PathLike) -> ReadType:
   suffix = file.suffix.lower()
   if suffix not in (*STILLS, ".gif"):
     return "video"
-  with contextlib.suppress(OSError, SyntaxError), Image.open(file, formats=PICTURES) as image:
+  with contextlib.suppress(*UNREADABLE), Image.open(file, formats=PICTURES) as image:
     return "gif" if suffix == ".gif" or getattr(image, "n_frames", 1) > 1 else "img"
   return "gif" if suffix == ".gif" else "img"
 
@@ -174,6 +178,8 @@ def sample(
   """
   how = {name: value for name, value in locals().items() if name not in ("path", "found")}
   path = local(path, "videos are read as files")
+  if not all(math.isfinite(t) for t in (start, end) if t is not None):
+    raise VideoError(f"{path}: start={start} and end={end} must be numbers of seconds")
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; check the path in the annotation and the data root")
   if read_type == "img" and not path.is_dir():
@@ -303,7 +309,7 @@ def _count_gif(path) -> int:
   try:
     with Image.open(path, formats=PICTURES) as image:
       return getattr(image, "n_frames", 1)
-  except (OSError, EOFError, SyntaxError) as error:
+  except UNREADABLE as error:
     raise VideoError(f"{path} can't be read as a GIF: {error}") from error
 
 
@@ -317,22 +323,21 @@ def _animation(path) -> tuple[np.ndarray, float]:
         image.load()  # or some formats don't know their frame's time
         own = image.info.get("duration", 0) / 1000
         shown.append(own if own >= SHORTEST else USUAL)
-  except (OSError, EOFError, SyntaxError, ValueError) as error:
+  except UNREADABLE as error:
     raise VideoError(f"{path} can't be read as an animation: {error}") from error
   ends = np.cumsum(shown)
   return np.concatenate([[0.0], ends[:-1]]), float(ends[-1])
 
 
 def _decode_gif(path, wanted) -> Iterator[np.ndarray]:
+  count = _count_gif(path)
   with Image.open(path, formats=PICTURES) as image:
     for i in wanted.tolist():
       try:
         image.seek(i)
         yield np.asarray(image.convert("RGB"))
-      except (OSError, EOFError, SyntaxError) as error:
-        raise VideoError(
-          f"{path} announces {getattr(image, 'n_frames', 1)} frames, but frame {i} can't be decoded: {error}"
-        ) from error
+      except UNREADABLE as error:
+        raise VideoError(f"{path} announces {count} frames, but frame {i} can't be decoded: {error}") from error
 
 
 def _folder(path) -> list[pathlib.Path]:
@@ -365,5 +370,5 @@ def _read_still(path) -> np.ndarray:
       if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would make almost all of it white
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
       return np.asarray(image.convert("RGB"))
-  except (OSError, SyntaxError) as error:
+  except UNREADABLE as error:
     raise VideoError(f"{path} can't be read as an image: {error}") from error
