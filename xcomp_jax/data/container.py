@@ -422,7 +422,7 @@ def _whole(container: Any, stream: Any, key: Key | None = None) -> Iterator[Any]
   decoding can begin with, and of those behind it none that is shown before it.
   """
   codec = stream.codec_context.name
-  flight = 2 + max(1, stream.codec_context.thread_count)  # packets that may be in the decoder when it says that one is bad
+  flight = 3 + min(os.cpu_count() or 1, 16)  # packets that the decoder's threads may have when one is said to be bad
   order: collections.deque[int | None] = collections.deque(maxlen=256)  # time stamps of packets, as they were decoded
   clean: collections.deque[int | None] = collections.deque(maxlen=64)  # those of packets that decoding can begin with
   suspect: set[int | None] = set()
