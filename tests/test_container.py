@@ -278,6 +278,12 @@ def test_a_stream_that_begins_late_costs_nothing(tmp_path):
   assert odd.read(pictures(tmp_path / "late.ts", found, range(60))) == list(range(60))
 
 
+def test_a_video_of_one_frame_lasts_as_long_as_one(tmp_path):
+  for name in ("a.mp4", "a.h264"):
+    found = container.index(odd.write(tmp_path / name, 1))
+    assert found.times.tolist() == [0.0] and found.seconds == pytest.approx(1 / 25)
+
+
 def test_seconds_that_are_none_are_refused(corpus):
   for how in ({"start": float("nan")}, {"end": float("inf")}):
     with pytest.raises(video.VideoError, match="must be numbers of seconds"):

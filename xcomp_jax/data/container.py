@@ -281,7 +281,7 @@ def _counted(path, stream: int, rates: Sequence[float], average: float | None) -
   gaps = np.diff(known)
   good = (gaps > 0) & (known[:-1] > NONE * base) & (known[1:] > NONE * base)
   usual = float(np.median(gaps[good])) if good.any() else 1.0
-  rate = rates[0] if rates and good.mean() < 0.95 else None  # time stamps that mean nothing; else a few that go back
+  rate = rates[0] if rates and good.sum() < max(1, 0.95 * len(good)) else None  # time stamps that mean nothing; else a few that go back
   if rate is None:
     times = np.concatenate([[0.0], np.cumsum(np.where(good, gaps, usual))])
   else:
