@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import struct
 from fractions import Fraction
 
 import av
@@ -125,6 +126,26 @@ def test_what_an_edit_list_hides_is_not_counted(tmp_path):
     assert sum(packet.size > 0 for packet in file.demux(video=0)) > 50
   found = container.index(path)
   assert found.seconds == 2.0 and found.lost == 0 and odd.read(pictures(path, found, range(50))) == list(range(50, 100))
+
+
+@pytest.mark.parametrize("seconds, numbers", [((0, 2), [*range(25), *range(50, 75)]), ((2, 0), [*range(50, 75), *range(25)]), ((0, 0), [*range(25)] * 2)])
+def test_edits_are_shown_in_their_order(tmp_path, seconds, numbers):
+  path = odd.write(tmp_path / "a.mp4", 100, base=Fraction(1, 25), **GOP)
+  with av.open(str(path)) as file:
+    second = file.streams.video[0].time_base.denominator
+  data = bytearray(path.read_bytes())
+  at = data.index(b"elst") - 4
+  begin, old = struct.unpack(">i", data[at + 20 : at + 24])[0], struct.unpack(">I", data[at : at + 4])[0]
+  entries = b"".join(struct.pack(">IiI", 1000, begin + n * second, 1 << 16) for n in seconds)  # for how long, from when on, how fast
+  for box in (b"edts", b"trak", b"moov"):
+    head = data.rindex(box, 0, at) - 4
+    data[head : head + 4] = struct.pack(">I", struct.unpack(">I", data[head : head + 4])[0] + 16 + len(entries) - old)
+  data[at : at + old] = struct.pack(">I4sII", 16 + len(entries), b"elst", 0, len(seconds)) + entries
+  path.write_bytes(data)
+  found = container.index(path)
+  assert found.seconds == pytest.approx(2, abs=0.05) and found.lost == 0
+  assert odd.read(pictures(path, found, range(50))) == numbers
+  assert [odd.read(pictures(path, found, [i]))[0] for i in range(0, 50, 7)] == numbers[::7]
 
 
 def test_a_cut_begins_with_the_frame_that_is_shown_at_its_start(corpus):
@@ -257,6 +278,22 @@ def test_what_follows_a_damaged_packet_is_right_or_an_error(tmp_path, which):
     except video.VideoError:
       errors.append(i)
   assert errors and 12 <= min(errors) and max(errors) < 37 and len(errors) < 20
+
+
+def test_a_hole_in_a_broadcast_is_right_or_an_error(tmp_path):
+  path = odd.write(tmp_path / "a.ts", STEADY, "libx265", **{"x265-params": "keyint=12:bframes=3:log-level=none"})
+  data = path.read_bytes()
+  size = 188  # of a transport packet: 0x47, a bit "a frame begins here" and the stream's number, a counter
+  inner = [at for at in range(0, len(data), size) if data[at + 1 : at + 3] == b"\x01\x00"]
+  for at in inner[15::60]:
+    path.write_bytes(data[:at] + data[at + size :])
+    found, errors = container.index(path), 0
+    for i, number in enumerate(np.rint(found.times * 25).astype(int)):
+      try:
+        assert odd.read(pictures(path, found, [i])) == [number]
+      except video.VideoError:
+        errors += 1
+    assert 0 < 100 - len(found.times) + errors < 24
 
 
 def test_not_all_that_is_called_a_key_frame_is_one(tmp_path):

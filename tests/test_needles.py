@@ -3,8 +3,8 @@
 import json
 import pathlib
 
-import cv2
 import numpy as np
+import odd
 import pytest
 from PIL import Image
 
@@ -90,18 +90,18 @@ def test_the_published_protocols_run_on_pictures_and_a_film(reference, tmp_path,
   for name in names:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     Image.fromarray(rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)).save(tmp_path / name)
-  writer = cv2.VideoWriter(str(tmp_path / "hay.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 1, (64, 64))
-  for _ in range(40):
-    writer.write(cv2.resize(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8), (64, 64)))
-  writer.release()
+  film = odd.write(tmp_path / "hay.mp4", range(0, 40_000, 1000), container={"movflags": "faststart"}, g="8")
   for kind, rows in (("single", [0.0, 0.5]), ("multi", ["caption", "question"])):
     (tmp_path / f"{kind}.json").write_text(json.dumps(entries[kind]))
-    files = ["--needles", str(tmp_path / f"{kind}.json"), "--images", str(tmp_path), "--haystack", str(tmp_path / "hay.mp4")]
+    files = ["--needles", str(tmp_path / f"{kind}.json"), "--images", str(tmp_path), "--haystack", str(film)]
     go(tmp_path / kind, *files, "--frames", "64", "--depths", "0", "0.5", "--min-frames=8")
     found = json.loads((tmp_path / kind / "results.json").read_text())
     assert [cell[found["row"]] for cell in found["cells"]] == rows and found["questions"] == 4
     lines = [json.loads(line) for line in (tmp_path / kind / "answers-0-of-1.jsonl").read_text().splitlines()[1:]]
     assert {line["kept"] for line in lines} == {1}  # one frame is selected
+    assert ("seconds can't be decoded" in capsys.readouterr().err) == (kind == "multi")
+    whole = film.read_bytes()
+    film.write_bytes(whole[: (at := int(len(whole) * 0.8))] + bytes(len(whole) - at))
   (tmp_path / "single" / "missing.json").write_text(json.dumps([{"image": "nowhere.jpg", "question": "?", "answer": "A"}]))
   files[1] = str(tmp_path / "single" / "missing.json")
   with pytest.raises(SystemExit):

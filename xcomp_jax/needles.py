@@ -130,14 +130,22 @@ def haystack(reader: Reader, model: VLM, file: str | None, frames: int, seed: in
     VideoError, FileNotFoundError: what is wrong with the video.
   """
   F = reader.cfg.clip_frames
-  if file is None:
-    clips, count = synthetic_hay(-(-frames // F), seed), -(-frames // F)
-  else:
-    sample = reader.sample(file)
+
+  def read(clips: Iterator[np.ndarray], count: int) -> np.ndarray:
+    with tqdm(total=count, desc="haystack", unit="clip", leave=False, disable=None) as bar:
+      return per_frame(reader, model, (clip for clip in clips if bar.update() or True))
+
+  def film(sample: video.Sample) -> np.ndarray:
     decoded, count = video.frames(sample), len(sample.indices) // F
-    clips = (np.stack([next(decoded) for _ in range(F)]) for _ in range(count))
-  with tqdm(total=count, desc="haystack", unit="clip", leave=False, disable=None) as bar:
-    return per_frame(reader, model, (clip for clip in clips if bar.update() or True))
+    return read((np.stack([next(decoded) for _ in range(F)]) for _ in range(count)), count)
+
+  if file is None:
+    return read(synthetic_hay(-(-frames // F), seed), -(-frames // F))
+  sample = reader.sample(file)
+  try:
+    return film(sample)
+  except video.TailError as error:
+    return film(reader.shortened(sample, error))
 
 
 def ask(
