@@ -107,6 +107,8 @@ def test_unknown_strategy(strategy):
     ({"sampling_strategy": "all"}, "dataset 0: json_path is missing"),
     ({"json_path": "videos.json", "video_read_type": "webm"}, "'webm' is unknown; known: decord, gif, img"),
     ({"json_path": "videos.json", "video_read_type": ["img"]}, r"video_read_type \['img'\] is unknown"),
+    ({"json_path": "frames.json", "video_read_type": "img", "frame_rate": "3"}, "frame_rate is how many images of a folder .*, not '3'"),
+    ({"json_path": "videos.json", "frame_rate": 3}, "frame_rate is how many images .* beside `video_read_type: img`"),
     ({"json_path": "a\0.json"}, "annotations .* can't be read: embedded null"),
     ({"json_path": "videos.json", "sampling_strategy": "first:x"}, "dataset 0: sampling_strategy 'first:x'"),
   ],

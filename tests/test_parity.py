@@ -1,5 +1,7 @@
 """The official code's numbers, on a thinned copy of its recorded arrays (VECTORS.md)."""
 
+import gzip
+import json
 import re
 
 import numpy as np
@@ -206,3 +208,26 @@ def test_variant_names_give_their_schedules():
   assert parity.lp_comp_of("avgpool_6_stride2", 8) == LPCompConfig((16,) * 6 + (8,) * 2, "avgpool", 16)
   with pytest.raises(ParityError, match="'mystery'"):
     parity.lp_comp_of("mystery", 28)
+
+
+def test_chosen_frames_are_those_of_the_official_readers(reference, tmp_path, capsys):
+  recorded = json.loads(gzip.open(reference / "cuts.json.gz").read())
+  assert len(recorded) == 24
+  (tmp_path / "cuts.json").write_text(json.dumps(recorded))
+  (tmp_path / "other.json").write_text('{"duration": 3}')
+  rows = {row.stage: row for row in parity.check(tmp_path) if row.arrays}
+  assert {stage: row.arrays for stage, row in rows.items()} == {
+    "cuts.json: frames, train": 16, "cuts.json: frames, ask": 16, "cuts.json: video, train": 2, "cuts.json: video, ask": 14,
+  }  # fmt: skip
+  assert all(row.result == "pass" for row in rows.values())
+  recorded[0]["indices"][5] += 1
+  recorded[-1]["clip"] = [1e9, 2e9]  # nothing of it can be read
+  (tmp_path / "mine.json").write_text(json.dumps(recorded))
+  with pytest.raises(SystemExit) as stop:
+    parity.main([str(tmp_path / "mine.json")])
+  out = capsys.readouterr().out
+  assert stop.value.code == 1 and "2 stages pass, 2 fail, 0 absent" in out
+  del recorded[3]["path"]
+  (tmp_path / "mine.json").write_text(json.dumps(recorded))
+  with pytest.raises(ParityError, match=r"mine\.json, case 3 is not as VECTORS\.md says: KeyError\('path'\)"):
+    parity.check(tmp_path / "mine.json")

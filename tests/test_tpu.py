@@ -65,6 +65,7 @@ def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads
     for function, kernels in ((run, 1), (jax.grad(run, (0, 1, 2)), 3)):
       compiled = jax.jit(function).lower(q, kv, kv, array(length, dtype=bool)).compile()
       assert compiled.as_text().count(KERNEL) == kernels
+  assert cost.read_kernels(compiled.as_text()) == {"splash forward": (1, 0), "splash gradient": (2, 0)}  # of queries; of keys and values
   one = length * heads * size * 2
   assert compiled.memory_analysis().temp_size_in_bytes < 40 * one  # linear in the length: scores would take 100 times as much
 

@@ -145,7 +145,8 @@ def test_load_cuts_from_start_to_end(tmp_path):
   assert got.seconds == 3.0 and len(got.frames) == 16  # 4 fps * 3 s = 12, raised to min_frames
   assert got.indices[0] == 16 and got.indices[-1] == 38
   tail = video.load(path, size=16, style="train", start=8.0, end=99.0, **LIMITS)
-  assert tail.seconds == 2.0 and tail.indices.tolist() == list(range(64, 80))
+  assert tail.seconds == pytest.approx(1.9) and tail.indices[0] == 64 and tail.indices[-1] == 77  # of int(1.9 * 8) frames
+  assert video.load(path, size=16, style="ask", start=9.9, **LIMITS).indices.tolist() == [79] * 16  # there is no other
   for bounds in (dict(start=5.0, end=5.0), dict(start=10.5), dict(end=-1.0)):
     with pytest.raises(video.VideoError, match=r"lasts 10\.00 seconds; nothing lies between"):
       video.load(path, size=16, style="train", **bounds, **LIMITS)
@@ -260,6 +261,29 @@ def test_a_folder_with_a_stated_duration_is_sampled_by_it_only_when_asking(tmp_p
   (tmp_path / "clip.1.json").write_text('{"length": 4.0}')
   with pytest.raises(video.VideoError, match=r"clip\.1\.json must be"):
     video.load(folder, size=16, style="ask", read_type="frames", **LIMITS)
+
+
+@pytest.mark.parametrize("name, side, given, rate", [
+  ("films/TVQA_frames/a", None, None, 3.0), ("other/a", None, None, 1.0), ("other/a", None, 5.0, 5.0), ("tvqa/a", None, 5.0, 5.0),
+  ("tvqa/a", 10.0, 5.0, 6.0),
+])  # fmt: skip
+@pytest.mark.parametrize("style", ["train", "ask"])
+def test_how_fast_a_folder_is_and_what_a_cut_of_it_has(tmp_path, style, name, side, given, rate):
+  """By hand: from round(start x rate), never the first image, to round(end x rate), both included, one clip in 8 seconds."""
+  folder = tmp_path / name
+  folder.mkdir(parents=True)
+  for i in range(60):
+    (folder / f"{i}.jpg").touch()
+  if side:
+    (folder.parent / f"{folder.name}.json").write_text(json.dumps({"duration": side}))
+  how = dict(size=16, style=style, read_type="frames", folder_rate=given, max_frames=1024, min_frames=8, fps=8.0, clip_frames=8)
+  whole = video.sample(folder, **how)
+  assert whole.seconds == 60 / rate and whole.times.tolist() == (whole.indices / rate).tolist()
+  part = video.sample(folder, start=2.0, end=9.0, **how)
+  first, last = round(2 * rate), round(9 * rate)
+  assert part.seconds == 7.0 and part.indices.tolist() == [first + round(i * (last - first) / 7) for i in range(8)]
+  rest = video.sample(folder, end=1e9, **how)
+  assert rest.seconds == 60 / rate and rest.indices[0] == 1 and rest.indices[-1] == 59 and len(rest.indices) == 8 * max(1, 60 / rate // 8)
 
 
 def test_wrong_kinds_of_path_are_refused(tmp_path):

@@ -278,17 +278,13 @@ def read_kernels(text: str) -> dict[str, tuple[float, float]]:
       given = [shape for name in op.operands if name in ops for shape in _matrices(ops[name].type)]
       made = len(_matrices(op.type))
       if kind == "splash" or len(given) < 3:
-        direction, flops = _direction(op.rest), 0.0
+        direction, flops = "gradient" if re.search(r"_(dq|dkv)(_|\b)", f"{op.name} {op.rest}") else "forward", 0.0
       else:
         twice = made == 3 and kind != "cudnn"
         direction, flops = _attention(given, made + (4 if twice else 2), re.search(r'is_causal[\\":]+true|k_(start|end)[\\":]+\w+\[', op.rest) is not None)
       before = found.get(key := f"{kind} {direction}", (0.0, 0.0))
       found[key] = (before[0] + times, before[1] + times * flops)
   return found
-
-
-def _direction(rest: str) -> str:
-  return "gradient" if re.search(r"_(dq|dkv)\b|_(dq|dkv)_", rest) else "forward"
 
 
 def _matrices(kind: str) -> list[tuple[int, ...]]:

@@ -3,8 +3,8 @@
   python -m xcomp_jax.parity DIR
 
 DIR has the form that VECTORS.md describes: config.json, weights, and npz files of arrays; or vectors.npz and one
-*.safetensors, of an InternVideo2 tower alone; or both, that in a folder internvideo2_tiny. Prints a table of
-stages; exit status 0 only if everything that is there passes. A stage whose arrays are not there is listed as
+*.safetensors, of an InternVideo2 tower alone; or both, that in a folder internvideo2_tiny; or JSON files of chosen
+frames, such as cuts.json, of which DIR may also be one. Prints a table of stages; exit status 0 only if everything that is there passes. A stage whose arrays are not there is listed as
 absent. Runs in float32 at highest matmul precision; tolerances are those of VECTORS.md.
 
 Where a stage's official input is recorded it starts from that, so that one wrong stage does not fail those
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import chat, encode, generate, qc_comp, weights
+from xcomp_jax import chat, encode, generate, parity_frames, qc_comp, weights
 from xcomp_jax.comparison import Arrays, ParityError, Row, absent, compare, read, show
 from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
@@ -252,16 +252,22 @@ def check(directory: pathlib.Path) -> list[Row]:
   Raises:
     ParityError, weights.CheckpointError: a directory whose files can't be read or don't fit together.
   """
+  if directory.is_file():
+    return parity_frames.choices(directory.name, parity_frames.cases(directory))
   towers = [place for place in (directory, directory / "internvideo2_tiny") if (place / "vectors.npz").exists()]
+  chosen = {file.name: found for file in sorted(directory.glob("*.json")) if (found := parity_frames.cases(file))}
   with jax.default_matmul_precision("highest"):
     rows = []
     for name in ("pos_embed_tables.npz", "pos_embed_1024_rows.npz"):
       found = read(directory / name) or read(directory.parent / name)
       rows.append(tables(found, name) if found else absent(name))
-    if (directory / "config.json").exists() or not towers:
+    for name, cases in chosen.items():
+      rows += parity_frames.choices(name, cases)
+    if (directory / "config.json").exists() or not (towers or chosen):
       rows += whole_model(directory)
     for place in towers:
       rows += internvideo2(place)
+  rows += [] if chosen else [absent("cuts.json")]
   return rows if towers else [*rows, absent("internvideo2_tiny/vectors.npz")]
 
 
@@ -295,7 +301,7 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.parity", description=__doc__.splitlines()[0])
-  parser.add_argument("directory", type=pathlib.Path, help="config.json, weights and recorded arrays (VECTORS.md)")
+  parser.add_argument("directory", type=pathlib.Path, help="config.json, weights and recorded arrays, or a JSON file of chosen frames (VECTORS.md)")
   args = parser.parse_args(argv)
   with command():
     rows = check(args.directory)

@@ -1,7 +1,7 @@
 """VideoChat-Flash's mixtures: which annotations are read, and what is wrong with them.
 
-A mixture is a YAML file with `datasets`, a list of json_path (json or jsonl), sampling_strategy, data_root and
-video_read_type. An annotation is an object with "conversations", one of "image" and "video", and perhaps "id", "start" and "end".
+A mixture is a YAML file with `datasets`, a list of json_path (json or jsonl), sampling_strategy, data_root,
+video_read_type and frame_rate. An annotation is an object with "conversations", one of "image" and "video", and perhaps "id", "start" and "end".
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from xcomp_jax.files import local, one_line
 
 # video_read_type, and what `video.sample` calls it
 READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
-KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type")
+KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "frame_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Job:
   reader: video.ReadType
   start: float | None  # seconds
   end: float | None
+  frame_rate: float | None  # of folders of frames: see `video.sample`
   faults: tuple[str, ...]  # why it can't be used; () if it looks good
 
   def where(self) -> str:
@@ -116,6 +117,9 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     reader = entry.get("video_read_type") or "decord"
     if not isinstance(reader, str) or reader not in READERS:
       raise _error(f"{where}: video_read_type {reader!r} is unknown; known: {', '.join(READERS)}")
+    rate = entry.get("frame_rate")
+    if rate is not None and (reader != "img" or isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf):
+      raise _error(f"{where}: frame_rate is how many images of a folder make a second, a number above 0 beside `video_read_type: img`, not {rate!r}")
     file = root / entry["json_path"]
     items = read_annotations(file)
     try:
@@ -125,7 +129,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen)))
     folder = root / (entry.get("data_root") or "")
-    jobs += [_job(items[i], i, entry["json_path"], folder, READERS[reader]) for i in chosen]
+    jobs += [_job(items[i], i, entry["json_path"], folder, READERS[reader], rate) for i in chosen]
   return jobs, files
 
 
@@ -166,7 +170,9 @@ def _has_one_visual(item: Mapping[str, Any]) -> bool:
   return len(visuals) == 1 and not isinstance(visuals[0], list)
 
 
-def _job(item: Mapping[str, Any], position: int, annotation: str, folder: pathlib.Path, reader: video.ReadType) -> Job:
+def _job(
+  item: Mapping[str, Any], position: int, annotation: str, folder: pathlib.Path, reader: video.ReadType, rate: float | None
+) -> Job:
   """The job of an annotation that `select` has let through."""
   from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
 
@@ -199,7 +205,7 @@ def _job(item: Mapping[str, Any], position: int, annotation: str, folder: pathli
   except UnicodeEncodeError:  # JSON can spell half of a character that takes two
     faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
     sample = store.Sample(str(position), ascii(str(path)), annotation, position, (), "")
-  return Job(sample, reader, start, end, tuple(ascii(f) if not f.isprintable() else f for f in faults))
+  return Job(sample, reader, start, end, rate, tuple(ascii(f) if not f.isprintable() else f for f in faults))
 
 
 def _path_faults(path: pathlib.Path, reader: str) -> list[str]:

@@ -178,7 +178,7 @@ def _chosen(job: Job, settings: Settings) -> video.Sample:
   return video.sample(
     job.sample.source, size=settings.image_size, max_frames=settings.max_frames, min_frames=settings.min_frames,
     fps=settings.fps, clip_frames=settings.clip_frames, style="train", start=job.start, end=job.end, read_type=job.reader,
-    rate=settings.rate, tails=settings.keep_tails,
+    rate=settings.rate, folder_rate=job.frame_rate, tails=settings.keep_tails,
   )  # fmt: skip
 
 

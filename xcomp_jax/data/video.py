@@ -31,6 +31,8 @@ STILLS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # What Pillow raises for files that are damaged, or so large that they are an attack.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, IndexError, RuntimeError, struct.error, Image.DecompressionBombError)
 SHORTEST, USUAL = 0.011, 0.1  # seconds: browsers show frames of animations that state less as long as the second
+TAIL = 0.1  # seconds before the end of a video at which a part of it ends at the latest, in the release (FACTS.md 5)
+FOLDER_RATES = {"tvqa": 3.0}  # frames per second of folders whose path has this in it, in the release; of others 1 (FACTS.md 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +68,38 @@ def frame_indices(
   Raises:
     ValueError: limits that are no multiples of `clip_frames`, or contradict each other.
   """
+  count = _count(vlen, vlen / fps, max_frames, min_frames, target_fps, clip_frames)
+  if vlen < clip_frames:
+    return np.arange(clip_frames if style == "ask" and vlen else 0) * vlen // clip_frames
+  bounds = np.linspace(0, vlen, count + 1).astype(int)
+  return (bounds[:-1] + bounds[1:] - 1) // 2
+
+
+def folder_indices(
+  first: int, last: int, seconds: float, *, max_frames: int, min_frames: int, target_fps: float, clip_frames: int, style: Style
+) -> Int[np.ndarray, " T"]:
+  """Which frames to take of the part of a folder from `first` to `last`, both included (FACTS.md 5).
+
+  As `frame_indices`, but at most one per second, and T points at equal distances instead of the middles of T intervals.
+  """
+  vlen = last - first + 1
+  if vlen < clip_frames:
+    return first + frame_indices(
+      vlen, 1.0, max_frames=max_frames, min_frames=min_frames, target_fps=target_fps, clip_frames=clip_frames, style=style
+    )
+  count = _count(vlen, seconds, max_frames, min_frames, min(target_fps, 1.0), clip_frames)
+  return first + np.rint(np.arange(count) * (vlen - 1) / max(1, count - 1)).astype(int)
+
+
+def _count(vlen: int, seconds: float, max_frames: int, min_frames: int, target_fps: float, clip_frames: int) -> int:
   if not 0 < min_frames <= max_frames or min_frames % clip_frames or max_frames % clip_frames:
     raise ValueError(
       f"min_frames={min_frames} and max_frames={max_frames} must be positive multiples of "
       f"clip_frames={clip_frames}, and the first no larger than the second"
     )
-  if vlen < clip_frames:
-    return np.arange(clip_frames if style == "ask" and vlen else 0) * vlen // clip_frames
   whole = vlen // clip_frames * clip_frames
-  count = clip_frames * max(1, int(vlen / fps * target_fps // clip_frames))
-  count = max(min(count, max_frames, whole), min(min_frames, whole))
-  bounds = np.linspace(0, vlen, count + 1).astype(int)
-  return (bounds[:-1] + bounds[1:] - 1) // 2
+  count = clip_frames * max(1, int(seconds * target_fps // clip_frames))
+  return max(min(count, max_frames, whole), min(min_frames, whole))
 
 
 def stretch(indices: Int[np.ndarray, " T"], min_frames: int) -> Int[np.ndarray, " N"]:
@@ -142,6 +164,7 @@ def sample(
   read_type: ReadType = "video",
   stream: int | None = None,
   rate: Rate = "own",
+  folder_rate: float | None = None,
   tails: bool | None = None,
   found: Index | None = None,
 ) -> Sample:
@@ -149,10 +172,11 @@ def sample(
 
   `read_type` has the words of the annotations: "video" is any file that FFmpeg reads, "gif" an animation (asking
   goes by its own times, training by one frame per second, as the release does), "frames" or "img" a folder of
-  images in natural order of their names, "img" also one still image (T = 1). A folder holds one frame per second
-  unless a file `<folder>.json` states the "duration" in seconds; training samples as if it did even then
-  (FACTS.md 5). `start` and `end`, in seconds from the first frame on, cut out a part, which begins with the frame
-  that is shown at `start`. Asking stretches a short video to `min_frames`.
+  images in natural order of their names, "img" also one still image (T = 1). A folder holds one frame per second, or
+  three where its path contains "tvqa", or `folder_rate`, unless a file `<folder>.json` states the "duration" in
+  seconds; training samples a whole folder as if it were one per second even then (FACTS.md 5). `start` and `end`, in
+  seconds from the first frame on, cut out a part, which begins with the frame that is shown at `start`; of a video it
+  ends 0.1 seconds before the end at the latest, as in the release. Asking stretches a short video to `min_frames`.
 
   Args:
     path: file or folder.
@@ -168,6 +192,7 @@ def sample(
     stream: number of the video stream in the file; None: the one that players take.
     rate: "own": frames have their own times; "average": they lie as far apart as the header's average rate says, which the release
       goes by. Only where frames have no constant rate these differ.
+    folder_rate: frames per second of a folder without `<folder>.json`; None: as the release guesses.
     tails: whether a video that ends before it should is used all the same; None: when asking.
     found: the file's index, if it is known.
 
@@ -186,7 +211,6 @@ def sample(
     return Sample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 0.0, 1, (), None, how)
 
   names: list[pathlib.Path] = []
-  sampled: float | None = None
   if read_type == "video":
     found = found or container.index(path, stream)
     if found.lost and not (style == "ask" if tails is None else tails):
@@ -204,26 +228,23 @@ def sample(
       times, duration = _animation(path)
   else:
     read_type, names = "frames", _folder(path)
-    constant = _folder_rate(path, len(names))
+    constant = _folder_rate(path, len(names), folder_rate)
     times, duration = np.arange(len(names)) / constant, len(names) / constant
-    sampled = 1.0 if style == "train" else None
 
-  first, count, seconds = _cut(path, times, duration, constant, start, end)
-  sampled = sampled or constant or count / seconds
-  picked = frame_indices(
-    count,
-    sampled,
-    max_frames=max_frames,
-    min_frames=min_frames,
-    target_fps=fps,
-    clip_frames=clip_frames,
-    style=style,
-  )
+  limits = dict(max_frames=max_frames, min_frames=min_frames, target_fps=fps, clip_frames=clip_frames)
+  if read_type == "frames" and (start is not None or end is not None):
+    assert constant is not None
+    first, count, seconds = _cut_folder(path, len(names), duration, constant, start, end)
+    picked = folder_indices(first, first + count - 1, seconds, style=style, **limits)
+  else:
+    first, count, seconds = _cut(path, times, duration, constant, start, end, TAIL if read_type == "video" else 0.0)
+    sampled = 1.0 if read_type == "frames" and style == "train" else constant or count / seconds
+    picked = first + frame_indices(count, sampled, style=style, **limits)
   if not len(picked):
     raise VideoError(
       f"{path} has {count} frames to sample from; training needs at least one clip of {clip_frames}"
     )
-  picked = (stretch(picked, min_frames) if style == "ask" else picked) + first
+  picked = stretch(picked, min_frames) if style == "ask" else picked
   lost = found.lost if found else 0.0
   return Sample(path, read_type, picked, times[picked], seconds, size, lost, first + count, tuple(names), found, how)
 
@@ -287,22 +308,38 @@ def _all(chosen: Sample) -> np.ndarray:
 
 
 def _cut(
-  path, times: np.ndarray, duration: float, rate: float | None, start: float | None, end: float | None
+  path, times: np.ndarray, duration: float, rate: float | None, start: float | None, end: float | None, tail: float
 ) -> tuple[int, int, float]:
   """First frame, number of frames, and seconds of the part between `start` and `end`. rate: None: `times` say when frames are shown."""
   if start is None and end is None:
     return 0, len(times), duration
   begin = max(0.0, start or 0.0)
   stop = duration if end is None else min(duration, end)
+  if begin < duration - tail:  # what begins behind has no other end
+    stop = min(stop, duration - tail)
   if rate is not None:
     first = int(begin * rate)
-    count = min(int((stop - begin) * rate), len(times) - first)
+    count = min(max(1, int((stop - begin) * rate)), len(times) - first) if begin < stop else 0
   else:  # from the frame that is shown at `begin` on
     first = max(0, int(np.searchsorted(times, begin, "right")) - 1)
     count = int(np.searchsorted(times, stop)) - first if begin < stop else 0
   if count <= 0:
-    raise VideoError(f"{path} lasts {duration:.2f} seconds; nothing lies between start={start} and end={end}")
+    raise _nothing(path, duration, start, end)
   return first, count, stop - begin
+
+
+def _cut_folder(path, count: int, duration: float, rate: float, start: float | None, end: float | None) -> tuple[int, int, float]:
+  """The same of a folder: from the second image on, and with both ends, as in the release."""
+  begin = max(0.0, start or 0.0)
+  stop = duration if end is None else min(duration, end)
+  first, last = max(1, round(begin * rate)), min(round(stop * rate), count - 1)
+  if begin >= stop or first > last:
+    raise _nothing(path, duration, start, end)
+  return first, last - first + 1, stop - begin
+
+
+def _nothing(path, duration: float, start: float | None, end: float | None) -> VideoError:
+  return VideoError(f"{path} lasts {duration:.2f} seconds; nothing lies between start={start} and end={end}")
 
 
 def _count_gif(path) -> int:
@@ -350,11 +387,11 @@ def _folder(path) -> list[pathlib.Path]:
   return names
 
 
-def _folder_rate(path, vlen: int) -> float:
-  """Frames per second of a folder: 1, unless `<folder>.json` gives the duration (FACTS.md 5)."""
+def _folder_rate(path, vlen: int, given: float | None) -> float:
+  """Frames per second of a folder: of `<folder>.json`, which gives the duration, else `given`, else the release's guess."""
   side = path.with_name(path.name + ".json")
   if not side.exists():
-    return 1.0
+    return given or next((rate for name, rate in FOLDER_RATES.items() if name in str(path).lower()), 1.0)
   try:
     duration = float(json.loads(side.read_text())["duration"])
     if not 0 < duration < np.inf:
