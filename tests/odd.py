@@ -30,10 +30,14 @@ def read(images: Iterable[np.ndarray]) -> list[int]:
 
 
 def write(
-  path: pathlib.Path, times: Sequence[int] | int, codec: str = "libx264", *, rate: int | None = 25, base: fractions.Fraction = MS, pixels: str = "yuv420p",
-  container: dict | None = None, sound: float = 0.0, first: int = 0, change: Callable | None = None, **options: str,
+  path: pathlib.Path, times: Sequence[int] | int, codec: str = "libx264", *, rate: int | None = 25, base: fractions.Fraction = MS,
+  pixels: str = "yuv420p", container: dict | None = None, sound: float = 0.0, first: int = 0, change: Callable | None = None, **options: str,
 ) -> pathlib.Path:
-  """Writes a video whose frames are shown at `times` (in units of `base`), or so many at a constant `rate`."""
+  """Writes a video whose frames are shown at `times` (in units of `base`), or so many frames at a constant `rate`.
+
+  pixels: FFmpeg's pixel format. container: options of the muxer. sound: seconds of silence beside the video. first: the number that the
+  first frame shows. change: called with the stream before it is encoded. options: of the codec. A number of frames needs a rate.
+  """
   stamps = times if not isinstance(times, int) else [round(i / rate / base) for i in range(times)]
   with av.open(str(path), "w", options=container or {}) as output:
     stream = output.add_stream(codec, rate=rate, options=options)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import pickle
 import struct
 from fractions import Fraction
 
@@ -28,7 +29,7 @@ def x264(**options):
 
 AV1 = next(name for name in ("libsvtav1", "libaom-av1") if name in av.codecs_available)  # wheels have one of them
 
-# name: times in milliseconds, codec, what else `odd.write` is given
+# name: times in milliseconds (HALVES: a frame per second, then 30; BROWSER: 20 to 120 ms apart, as browsers record), codec, what else `odd.write` is given
 CORPUS = {
   "interlaced.ts": (STEADY, "libx264", x264(tff=1)),
   "interlaced.mp4": (STEADY, "libx264", x264(tff=1)),
@@ -151,7 +152,7 @@ def test_edits_are_shown_in_their_order(tmp_path, seconds, numbers):
 def test_a_cut_begins_with_the_frame_that_is_shown_at_its_start(corpus):
   sample = lambda name, **how: video.sample(corpus(name), style="ask", **LIMITS | how)
   part = sample("variable.mp4", start=4.5, end=6.5)
-  assert part.indices.tolist()[::8] == [4, 5, 5, 6][:2] or set(part.indices) == {4, 5, 6}
+  assert part.indices.tolist() == [4] * 6 + [5] * 6 + [6] * 4
   assert part.seconds == 2.0 and part.times.min() == 4.0
   assert set(sample("gap.mp4", start=30.0, end=61.0).indices) == {49}  # what is shown until the gap ends
   steady = sample("late.mkv", start=1.0, end=3.0)
@@ -236,7 +237,9 @@ def test_a_tail_that_does_not_decode_is_found_on_the_way(tmp_path):
   assert chosen.lost == 0 and chosen.seconds == 4.0
   with pytest.raises(video.TailError, match=r"the last \d\.\d\d of 4\.00 seconds can't be decoded; it is truncated or damaged") as error:
     list(video.frames(chosen))
-  shorter = video.without_tail(chosen, error.value)
+  error = pickle.loads(pickle.dumps(error.value))  # it may come out of another process
+  shorter = video.without_tail(chosen, error)
+  assert f"the last {shorter.lost:.2f} of" in str(error)
   assert shorter.seconds == pytest.approx(4 - shorter.lost) and odd.read(video.frames(shorter)) == shorter.indices.tolist()
   got = video.load(path, style="ask", **LIMITS)
   assert got.seconds == shorter.seconds and odd.read(got.frames) == got.indices.tolist()
@@ -285,6 +288,7 @@ def test_a_hole_in_a_broadcast_is_right_or_an_error(tmp_path):
   data = path.read_bytes()
   size = 188  # of a transport packet: 0x47, a bit "a frame begins here" and the stream's number, a counter
   inner = [at for at in range(0, len(data), size) if data[at + 1 : at + 3] == b"\x01\x00"]
+  assert len(inner) > 75
   for at in inner[15::60]:
     path.write_bytes(data[:at] + data[at + size :])
     found, errors = container.index(path), 0
@@ -304,6 +308,42 @@ def test_not_all_that_is_called_a_key_frame_is_one(tmp_path):
     found = container.index(path)
     assert 5 <= len(found.keys) <= 7
     assert [odd.read(container.pictures(path, found, [i], i + 1)) for i in (11, 30, 59)] == [[11], [30], [59]]
+
+
+@pytest.mark.parametrize("name, codec", [("a.ts", "mpeg2video"), ("a.mp4", "mpeg2video"), ("a.mp4", "mpeg4"), ("a.avi", "mpeg4")])
+def test_key_frames_are_found_in_packets_of_any_size(tmp_path, name, codec):
+  """A start code 00 00 01 B3 could be a length of 435, which only larger packets have room for."""
+  rng = np.random.default_rng(0)
+  with av.open(str(tmp_path / name), "w") as output:
+    stream = output.add_stream(codec, rate=25, options={"g": "12", "bf": "0", "b": "4M", "sc_threshold": "1000000000"})
+    stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+    for _ in range(36):
+      output.mux(stream.encode(av.VideoFrame.from_ndarray(rng.integers(0, 256, (240, 320, 3)).astype(np.uint8), format="rgb24")))
+    output.mux(stream.encode())
+  (tmp_path / name).write_bytes((tmp_path / name).read_bytes().replace(b"stss", b"free"))
+  found = container.index(tmp_path / name)
+  assert len(found.times) == 36 and [round(25 * found.times[container._number(found, key.pts)]) for key in found.keys] == [0, 12, 24]
+
+
+@pytest.mark.parametrize("messages, recovers", [
+  (b"\x06\x01\xc4\x80", True), (b"\x06\x01\x24\x80", False), (b"\x01\x01\x00\x06\x01\xc4\x80", True), (b"\x00\x02\xff\xff\x01\x01\x00\x80", None),
+  (b"\x05\xff\x06\x01\xc4", None), (b"", None),
+])  # fmt: skip
+def test_a_recovery_point_may_come_after_other_messages(messages, recovers):
+  """SEI: type, length, content; 6 is a recovery point: how many frames later, in exp-Golomb (a first bit of 1: at once)."""
+  assert container._recovers(messages) is recovers
+
+
+@pytest.mark.parametrize("name, codec, how", [
+  ("a.avi", "rawvideo", {"base": Fraction(1, 25)}), ("b.avi", "mpeg4", {"g": "12", "base": Fraction(1, 25)}), ("c.ivf", "libvpx-vp9", {"g": "12"}),
+  ("d.wmv", "wmv2", {"g": "12"}),
+])  # fmt: skip
+def test_older_formats_that_were_cut_say_how_much_is_missing(tmp_path, name, codec, how):
+  path = odd.write(tmp_path / name, 100, codec, **how)
+  assert container.index(path).lost == 0
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  found = container.index(path)
+  assert 10 < len(found.times) < 80 and found.lost == pytest.approx(4 - found.seconds, abs=0.1)
 
 
 def test_a_stream_that_begins_late_costs_nothing(tmp_path):
@@ -332,8 +372,7 @@ def test_seconds_that_are_none_are_refused(corpus):
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270, "mirrored"])
 def test_pictures_stand_as_players_show_them(tmp_path, turn):
-  path, image = odd.write(tmp_path / "a.mp4", 8), odd.picture(0)
-  fixed = 1 << 16
+  path, fixed = odd.write(tmp_path / "a.mp4", 8), 1 << 16
   matrix = {0: (fixed, 0, 0, fixed), 90: (0, fixed, -fixed, 0), 180: (-fixed, 0, 0, -fixed), 270: (0, -fixed, fixed, 0), "mirrored": (-fixed, 0, 0, fixed)}[turn]
   data = bytearray(path.read_bytes())
   head = data.index(b"tkhd") + 4 + 40  # the track's 3x3 matrix, 16.16 fixed point
@@ -391,4 +430,7 @@ def test_still_images_are_no_animations(tmp_path):
     Image.fromarray(odd.picture(5)).save(tmp_path / f"a.{suffix}")
     assert video.kind(tmp_path / f"a.{suffix}") == "img"
     assert odd.read(video.load(tmp_path / f"a.{suffix}", style="ask", read_type="img", **LIMITS | {"size": 160}).frames) == [5]
+  photo, preview = Image.fromarray(odd.picture(5)), Image.fromarray(odd.picture(6))
+  photo.save(tmp_path / "photo.jpg", format="MPO", save_all=True, append_images=[preview])  # as cameras do
+  assert video.kind(tmp_path / "photo.jpg") == "img"
   assert video.kind(tmp_path) == "frames" and video.kind(tmp_path / "a.mp4") == "video"

@@ -15,6 +15,8 @@ CELL = {"job": "SCT on features", "cards": 8, "programs": {"gradient": STATE | {
 
 def test_a_device_is_found_by_its_whole_name():
   found = lambda kind: (chip := chips.find(kind)) and chip.name
+  assert found("NVIDIA GeForce RTX 4090") == "rtx4090" and found("NVIDIA GeForce RTX 4090 Laptop GPU") is None  # another chip, 16 GB
+  assert found("NVIDIA H100 NVL") is None
   kinds = ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "NVIDIA A10G", "NVIDIA A10", "NVIDIA L4", "NVIDIA L40")
   assert [found(kind) for kind in kinds] == ["a100-40", "a100-80", "a100-80", "a10g", "a10", "l4", None]
   assert chips.named("A100") is chips.named("a100-80") and chips.named("v5p").ring == 4
@@ -94,8 +96,11 @@ def test_the_table_is_made_of_cells_that_are_there(tmp_path, monkeypatch, capsys
     fits.table(config, tmp_path / "file" / "cells", ["l4"])
 
 
+@pytest.mark.parametrize("name", chips.SHARES)
 @pytest.mark.parametrize("share", ["75", "0", "-1", "abc", "nan"])
-def test_a_share_of_memory_that_is_none_is_refused(share, monkeypatch):
-  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
-  with pytest.raises(ValueError, match=f"XLA_PYTHON_CLIENT_MEM_FRACTION={share}: must be a number above 0, at most 1"):
+def test_a_share_of_memory_that_is_none_is_refused(name, share, monkeypatch):
+  monkeypatch.setenv(name, share)
+  with pytest.raises(ValueError, match=f"{name}={share}: must be a number above 0, at most 1"):
     chips.memory_share()
+  monkeypatch.setenv(name, "0.5")
+  assert chips.memory_share() == 0.5

@@ -21,10 +21,10 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """What the compiler asks about the processors of a GPU; sizes are in bytes.
+  """Holds what the compiler asks about the processors of a GPU; sizes are in bytes.
 
   model: as a device calls itself. cores, threads, shared: of a multiprocessor; shared_block: the most of `shared` for one block of
-  threads.
+  threads. l2: the second cache. ghz: the clock.
   """
 
   model: str
@@ -39,12 +39,13 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """Of one chip.
+  """Holds what one chip can do. Rates are per second.
 
-  name: in options. kind: regular expression for whole words of `jax.Device.device_kind`. flops: matrix products of 16-bit numbers.
-  flops32: of 32-bit ones, at highest precision. memory: bytes, and `reserve` of them are not for programs. bandwidth: of memory.
-  link: bytes sent by one link of a TPU, or by all of a GPU. ring: chips along an axis of a TPU's torus from which on it is closed
-  to a ring. capability: compute capability of a GPU. network: bytes sent by all network adapters of a usual host of eight GPUs.
+  name: in options. kind: regular expression for whole words of `jax.Device.device_kind`. flops: operations of 16-bit matrix products.
+  flops32: of 32-bit ones at highest precision. memory: bytes. reserve: bytes of these that programs can't have. bandwidth: bytes
+  from and to memory. link: bytes that one link of a TPU sends, or all links of a GPU. ring: number of chips along an axis of a TPU's
+  torus from which on the axis is a closed ring; 0 for GPUs. capability: compute capability of a GPU. network: bytes that all
+  adapters of a host with eight GPUs send. gpu: what the compiler asks; None: it can't compile for the chip.
   """
 
   name: str
@@ -99,7 +100,7 @@ CHIPS = (
   _gpu("h200", "H200", (9, 0), 989, 67, 151_397_597_184, 4800, 450 * G, FASTER, Gpu(
     "NVIDIA H200", 132, 128, 2048, 233472, 232448, 52428800, 1.98)),
   _gpu("h100-pcie", "H100 PCIe", (9, 0), 756, 51, 84_942_979_072, 2039, 300 * G, FASTER, None),
-  _gpu("h100", "H100", (9, 0), 989, 67, 84_942_979_072, 3352, 450 * G, FASTER, Gpu(
+  _gpu("h100", "H100(?! NVL)", (9, 0), 989, 67, 84_942_979_072, 3352, 450 * G, FASTER, Gpu(
     "NVIDIA H100 80GB HBM3", 132, 128, 2048, 233472, 232448, 52428800, 1.98)),
   _gpu("a100-40", r"A100\S*-40GB", (8, 0), 312, 19.5, 42_300_000_000, 1555, 300 * G, FAST, Gpu(
     "NVIDIA A100-SXM4-40GB", 108, 64, 2048, 167936, 166912, 41943040, 1.41)),
@@ -114,12 +115,13 @@ CHIPS = (
   _gpu("a10", "A10", (8, 6), 125, 31.2, 23_690_000_000, 600, PCIE4, SLOW, Gpu(
     "NVIDIA A10", 72, 128, 1536, 102400, 101376, 6291456, 1.695)),
   # With sums in float32, as here, its tensor cores reach half of what the sheet says of float16 with sums in float16.
-  _gpu("rtx4090", "RTX 4090", (8, 9), 165, 82.6, 25_390_000_000, 1008, PCIE4, SLOW, Gpu(
+  _gpu("rtx4090", r"RTX 4090(?! (?:Laptop|D)\b)", (8, 9), 165, 82.6, 25_390_000_000, 1008, PCIE4, SLOW, Gpu(
     "NVIDIA GeForce RTX 4090", 128, 128, 1536, 102400, 101376, 75497472, 2.52)),
   _gpu("t4", "T4", (7, 5), 65, 8.1, 15_828_320_256, 320, PCIE3, SLOW, Gpu(
     "Tesla T4", 40, 64, 1024, 65536, 65536, 4194304, 1.59)),
 )  # fmt: skip
 OTHER_NAMES = {"a100": "a100-80"}
+SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX looks at the first, then at the older second
 
 
 def find(kind: str) -> Chip | None:
@@ -141,18 +143,18 @@ def named(name: str) -> Chip:
 
 
 def memory_share() -> float:
-  """The part of a GPU's memory that JAX takes, and lets programs have.
+  """Gives the part of a GPU's memory that JAX takes, and lets programs have.
 
   Raises:
-    ValueError: XLA_PYTHON_CLIENT_MEM_FRACTION is none.
+    ValueError: the environment states no number above 0 and at most 1.
   """
-  text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+  name, text = next(((name, text) for name in SHARES if (text := os.environ.get(name))), ("", "0.75"))
   try:
     share = float(text)
   except ValueError:
     share = math.nan
   if not 0 < share <= 1:
-    raise ValueError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={text}: must be a number above 0, at most 1")
+    raise ValueError(f"{name}={text}: must be a number above 0, at most 1")
   return share
 
 

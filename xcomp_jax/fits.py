@@ -5,6 +5,7 @@ Memory is the compiler's: of the whole model for a gradient step, whose memory g
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import jax
 from xcomp_jax import accounts, chips, files, programs, rounds
 from xcomp_jax.chips import Chip
 from xcomp_jax.config import ConfigError, RunConfig
+from xcomp_jax.model import kernels
 
 CARDS = ("h100", "h200", "b200", "a100-40", "a100-80", "l4", "a10g", "rtx4090", "t4")
 MODELS = {
@@ -43,17 +45,18 @@ def say(text: str) -> None:
 
 
 def key(capability: tuple[int, int], model: str, job: str) -> str:
-  """The name of a cell."""
+  """Gives the name of a cell's file."""
   return f"{capability[0]}.{capability[1]} {model} {job}".replace(",", "").replace(" ", "_")
 
 
 def stamp(config: RunConfig) -> str:
-  """What a cell depends on beside its name; one with another is made again."""
-  return repr((config.model, config.lp_comp, config.optim, config.train, config.mesh, config.data.prefix_length, jax.__version__))
+  """Gives all that a cell depends on beside its name; a cell with another stamp is made again."""
+  own = (MODELS, KEPT, LAYERS, programs.TOKENS, rounds.TEXT, jax.__version__, kernels.library())
+  return repr((config.model, config.lp_comp, config.optim, config.train, config.mesh, config.data.prefix_length, *own))
 
 
 def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -> dict[str, Any]:
-  """Makes a cell: bytes of a card by kind in each program, of a run on so many "cards"."""
+  """Compiles a cell's programs for one card of a run, and gives the bytes of each by kind, under "programs"."""
   jax.config.update("jax_platforms", "cpu")  # a card that is here is left alone
   about = stamp(config)
   chip = next(chip for name in CARDS if (chip := chips.named(name)).capability == capability)
@@ -90,7 +93,7 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
   """Makes the cells that are not in `out` yet, or were made by another config or version of JAX, and the table of all.
 
   Raises:
-    ConfigError: there is no GPU compiler, or `out` is no folder.
+    ConfigError: there is no GPU compiler, `out` is no folder, or a compiler died.
   """
   try:
     out.mkdir(parents=True, exist_ok=True)
@@ -103,13 +106,16 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
   read = {cell: whole for cell, file in cells.items() if (whole := _read(file, about)) is not None}
   missing = [cell for cell in cells if cell not in read]
   if stale := sum(cells[cell].exists() for cell in missing):
-    say(f"{stale} cells in {out} are damaged, or of another config or version of JAX: made again")
+    say(f"{stale} cells in {out} are damaged, or of another config or version of JAX or tokamax: made again")
   for capability in dict.fromkeys(cell[0] for cell in missing):
     # A process can compile for one architecture only; see `absent`.
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
       for cell in (cell for cell in missing if cell[0] == capability):
         begun = time.perf_counter()
-        result = pool.submit(made, config, *cell).result()
+        try:
+          result = pool.submit(made, config, *cell).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+          raise ConfigError(f"--fits: compiling {cells[cell].stem} died, probably for memory; the same command goes on") from error
         with files.replacing(cells[cell]) as temporary:
           temporary.write_text(json.dumps(result, indent=1))
         read[cell] = result
@@ -121,13 +127,13 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
       row = [[read[chip.capability, model, one] for one in ((FEATURES, FRAMES) if job == FRAMES else (job,))] for job in JOBS]
       first = row[0][0]
       of = (chip.name, f"{chip.memory / 1e9:.0f}", model, first["dtype"], str(first["clips"]))
-      lines.append((*of, *(answer(chip, cells) for cells in row)))
+      lines.append((*of, *(answer(chip, parts) for parts in row)))
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines] + ["", LEGEND])
 
 
 def _read(file: pathlib.Path, about: str) -> dict[str, Any] | None:
-  """A cell that is whole and was made of the same."""
+  """Reads a cell; None if it is damaged or has another stamp."""
   try:
     cell = json.loads(file.read_text())
     return cell if cell["stamp"] == about and cell["programs"] else None
@@ -136,9 +142,9 @@ def _read(file: pathlib.Path, about: str) -> dict[str, Any] | None:
 
 
 def needed(cell: Mapping[str, Any], count: int) -> float:
-  """Bytes of a card if so many share the state: those of the program that needs most.
+  """Gives the bytes that one of `count` cards needs: those of the program that needs most.
 
-  Parts of `STATE`, and all that the optimizer's step makes of them, are shared by the cards of a run, the rest is each one's own.
+  The cards share the parts of `STATE` and the temporaries of the optimizer's step; all else each card has for itself.
   """
   sizes = []
   for name, memory in cell["programs"].items():
@@ -160,8 +166,8 @@ def answer(chip: Chip, cells: Sequence[Mapping[str, Any]]) -> str:
   return f"no: {sizes[counts[-1]] / 1e9:.1f} GB{several}"
 
 
-LEGEND = """clips: in the tower at once (clips_per_chunk = "auto"). ask: frames sampled, of which QC-Comp keeps 512 ("all kept": --select 0), 448 px. SCT: state over as many cards as it takes, a
-  sample of 1,024 frames and 512 tokens on each; a number of cards is the least.
+LEGEND = """clips: in the tower at once (clips_per_chunk = "auto"). ask: frames sampled, of which QC-Comp keeps 512 ("all kept": --select 0), 448 px.
+SCT: state over as many cards as it takes, a sample of 1,024 frames and 512 tokens on each; the number of cards is the least that is enough.
 *: with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; without, JAX takes 75% of the memory
 no: remedies when asking are --clips-per-chunk 1, --forget-rounds, --select 256 and fewer frames; when tuning features instead of frames,
   shorter samples (predecode --max_frames), a smaller model"""

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import struct
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,15 +21,17 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 
-STATED = {"mov", "matroska", "avi", "flv", "asf"}  # formats whose header says how long the whole file is
-FRAMED = STATED - {"avi"} | {"ogg", "ivf"}  # formats whose packets are whole frames that say when they are shown
-NONE = -(2**63)  # no time stamp
-KEY, HIDDEN, BROKEN = 1, 2, 4  # what is known of a packet
-SKIP = 8  # frames that are sooner decoded than sought
-REORDERED = 32  # frames by which decoding may be ahead of showing; more are another recording in the same file
-HEAD = 16  # frames that tell whether the decoder gives what the packets say
-ROUNDED = 1.01  # units by which time stamps of a constant rate are off, at most
-MATRICES = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # by the standard's code; the newer PyAV knows BT.2020's by itself
+STATED = {"mov", "matroska", "avi", "flv", "asf"}  # formats whose header says how long the file is
+COUNTED = {"avi", "ivf"}  # of which FFmpeg says how long the file is now, while the header has its number of frames
+FRAMED = STATED - {"avi"} | {"ogg", "ivf"}  # formats whose packets are one whole frame each, with the time at which it is shown
+NONE = -(2**63)  # stands for a missing time stamp
+KEY, HIDDEN, BROKEN = 1, 2, 4  # bits of `_Packets.flags`: decoding can begin here; never shown; damaged
+SKIP = 8  # frames; a key frame that is no further ahead is reached sooner by decoding on than by seeking
+REORDERED = 32  # packets; a time stamp that is further out of order belongs to a second recording in the file
+HEAD = 16  # decoded frames that are compared with the packets' time stamps before all of these are believed
+ROUNDED = 1.01  # time units by which rounding may move the time stamps of a constant rate
+MATRICES = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # H.273's number to PyAV's name; newer PyAV knows BT.2020's by itself
+ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # begins the part of an ASF header that says how long the file is
 NO_DECODER = "convert it, `ffmpeg -i FILE -c:v libx264 OUT.mp4`, or install a PyAV whose FFmpeg can: its own wheels have AV1, VP9 and HEVC"
 
 
@@ -43,6 +46,9 @@ class TailError(VideoError):
     super().__init__(message)
     self.readable = readable
 
+  def __reduce__(self) -> tuple:
+    return type(self), (str(self), self.readable)  # or it could not come out of another process
+
 
 class Key(NamedTuple):
   """A packet that decoding can begin with. pts, dts: its time stamps, in the stream's units."""
@@ -53,13 +59,17 @@ class Key(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """The frames of a video stream that are shown, in this order.
+  """Lists the frames of a video stream that are shown, in the order in which they are shown.
 
-  stream: its number in the file. times: float64[N], seconds from the first frame on, ascending. seconds: from the start of the
-  first frame to the end of the last. rate: frames per second, where it is constant. average: the header's average rate, by which
-  the release goes. pts: int64[N], time stamps in the stream's units; None: the decoder's frames are counted instead. keys: where
-  decoding gives what it gives from the beginning, for frames from a key's time stamp on; ascending. lost: seconds that are missing
-  at the end, by what the header says; of so many frames as are `stated`.
+  stream: its number in the file.
+  times: float64[N], seconds from the first frame on, ascending.
+  seconds: from the start of the first frame to the end of the last.
+  rate: frames per second if it is constant; None: it varies.
+  average: frames per second by the header, which the release uses; None: it states none.
+  pts: int64[N], time stamps in the stream's units; None: they are unusable, and frames are counted as the decoder gives them.
+  keys: where decoding can begin, ascending; from there every frame shown at `Key.pts` or later is decoded rightly.
+  lost: seconds that are missing at the end, by the header.
+  stated: how many frames the header announces, or its duration makes likely.
   """
 
   stream: int
@@ -101,7 +111,8 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
   stream: a number among the file's streams; None: the one that players take.
 
   Raises:
-    VideoError: no video in it, no frame, or nothing to decode it with.
+    FileNotFoundError: there is no such file.
+    VideoError: it has no video stream, no frame, or nothing decodes it.
   """
   with _opened(path, stream) as (container, found):
     packets = _packets(container, found)
@@ -111,6 +122,10 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
     formats, begin = set(container.format.name.split(",")), (container.start_time or 0) / av.time_base
     end = (container.duration or 0) / av.time_base if formats & STATED else 0.0
     end += begin if end < begin else 0.0  # some count it from zero on
+  if formats & COUNTED and listed and average:
+    end = max(end, listed / average)
+  if "asf" in formats:
+    end = max(end, _stated_asf(path))
   if not len(packets.pts) and listed:
     raise VideoError(f"{path} is truncated: it announces {listed} frames and has the data of 0")
   if not len(packets.pts):
@@ -124,13 +139,23 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
     raise VideoError(f"{path} holds no frame that can be decoded")
   last = packets.length[packets.pts == pts[-1]].max(initial=0) * base
   times, rate, seconds = _times(pts, base, rates, last)
-  whole = listed and listed <= len(packets.pts) and not packets.flags[-1] & BROKEN
-  stop = float(pts[-1]) * base + seconds - times[-1]
-  lost = 0.0
-  if packets.flags[-1] & BROKEN or (not whole and _short(path, number, stop, end, 1.5 * seconds / len(pts), bool(listed))):
-    lost = max(end - stop, seconds / len(pts))
+  stop, frame = float(pts[-1]) * base + seconds - times[-1], seconds / len(pts)
+  whole, lost = 0 < listed <= len(packets.pts), 0.0
+  if packets.flags[-1] & BROKEN or (not whole and _short(path, number, stop, end, 1.5 * frame, bool(listed))):
+    lost = float(max(end - stop, frame))
   stated = listed or round((end - float(pts[0]) * base) * (average or len(pts) / seconds))
   return Index(number, times, seconds, rate, average, pts, tuple(keys), lost, stated)
+
+
+def _stated_asf(path: pathlib.Path) -> float:
+  """Reads from an ASF header how many seconds the file has, which FFmpeg doesn't tell of a file that was cut; 0: it says nothing."""
+  with open(path, "rb") as file:
+    head = file.read(1 << 16)
+  at = head.find(ASF)
+  if at < 0 or at + 92 > len(head):
+    return 0.0
+  play, _, preroll, flags = struct.unpack_from("<QQQI", head, at + 64)  # 100 ns, and milliseconds
+  return 0.0 if flags & 1 else max(0.0, play / 1e7 - preroll / 1e3)  # a live recording is open-ended
 
 
 @contextlib.contextmanager
@@ -138,6 +163,7 @@ def _opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]
   """Opens a file and one of its video streams.
 
   Raises:
+    FileNotFoundError: there is no such file.
     VideoError: it can't be opened, has no such stream, or nothing decodes that.
   """
   if path.is_dir():
@@ -184,7 +210,7 @@ def _packets(container: Any, stream: Any) -> _Packets:
 
 
 def _demuxed(container: Any, *streams: Any) -> Iterator[Any]:
-  """Packets of some streams from here on. A stream that begins late, which nobody asked for, makes PyAV stumble over each of its packets."""
+  """Gives packets of some streams from here on. PyAV raises IndexError at each packet of a stream that the header didn't announce."""
   while True:
     try:
       yield from container.demux(*streams)
@@ -194,18 +220,18 @@ def _demuxed(container: Any, *streams: Any) -> Iterator[Any]:
 
 
 def _restarts(codec: str, packet: Any) -> bool:
-  """Says whether a key frame is one from which all that follows is decoded rightly.
+  """Says whether decoding that begins at a key packet gives right pictures.
 
-  Some files call every frame one. In H.264 there are pictures that get whole bit by bit.
+  The file's own flag is not enough: some files flag every packet, and with intra-refresh an H.264 picture gets whole over many frames.
   """
   if codec not in ("h264", "hevc", "mpeg4", "mpeg2video"):
     return True
   data = bytes(packet)
-  for begin in _units(data):
+  for begin in _units(codec, data):
     unit = data[begin : begin + 8]
     if len(unit) < 4:
       break
-    if codec == "hevc" and (unit[0] >> 1) & 63 < 32:  # a slice: of a picture that others need not precede, or not
+    if codec == "hevc" and (unit[0] >> 1) & 63 < 32:  # a slice; types 16 to 21 need no earlier picture
       return 16 <= (unit[0] >> 1) & 63 <= 21
     if codec == "mpeg4" and unit[0] == 0xB6:
       return unit[1] >> 6 == 0
@@ -213,19 +239,33 @@ def _restarts(codec: str, packet: Any) -> bool:
       return (unit[2] >> 3) & 7 == 1
     if codec == "h264" and unit[0] & 31 == 5:  # IDR
       return True
-    if codec == "h264" and unit[0] & 31 == 6 and unit[1] == 6:  # SEI: a recovery point, after so many frames: exp-Golomb, "1" is 0
-      return unit[3] >= 128
+    if codec == "h264" and unit[0] & 31 == 6 and (recovered := _recovers(data[begin + 1 : begin + 257])) is not None:  # SEI
+      return recovered
   return codec == "mpeg4"  # short headers
 
 
-def _units(data: bytes) -> Iterator[int]:
-  """Where the units of a packet begin: behind their lengths, as in MP4, or behind start codes."""
-  size = int.from_bytes(data[:4], "big")
-  if 4 < size + 4 <= len(data) and size != 1:
-    at = 0
-    while at + 4 < len(data):
-      yield at + 4
-      at += 4 + int.from_bytes(data[at : at + 4], "big")
+def _recovers(messages: bytes) -> bool | None:
+  """Says whether an H.264 SEI unit announces right pictures at once; None: it holds no recovery point."""
+  at = 0
+  while at + 2 < len(messages) and messages[at] != 0x80 and messages[at + 1] < 255:
+    if messages[at] == 6:
+      return messages[at + 2] >= 128  # after so many frames, in exp-Golomb: a first bit of 1 is 0
+    at += 2 + messages[at + 1]
+  return None
+
+
+def _units(codec: str, data: bytes) -> Iterator[int]:
+  """Finds where the units of a packet begin.
+
+  H.264 and HEVC have lengths before units (MP4, Matroska) or start codes (TS, AVI), older codecs start codes only. The start code
+  00 00 01 xx reads as a length of 256 to 511, too, so lengths count only if they end where the packet does.
+  """
+  at, begins = 0, []
+  while codec in ("h264", "hevc") and at + 4 <= len(data):
+    begins.append(at + 4)
+    at += 4 + int.from_bytes(data[at : at + 4], "big")
+  if begins and at == len(data):
+    yield from begins
     return
   at = data.find(b"\0\0\1")
   while at >= 0:
@@ -252,15 +292,20 @@ def _shown(packets: _Packets) -> tuple[np.ndarray | None, list[Key]]:
 
 
 def _decoded(path, stream: int, pts: np.ndarray | None, keys: list[Key]) -> tuple[np.ndarray | None, list[Key]]:
-  """The same by the decoder: of the first frames if they are as expected, but for those that refer to what is not there; else of all.
+  """Has the decoder say which frames are shown.
 
-  None where the decoder gives no time stamps that ascend.
+  If the first HEAD frames agree with `pts`, the packets are believed, less those before the first frame that can be decoded. If not,
+  the whole stream is decoded.
+
+  Returns:
+    time stamps, int64[N], or None if the decoder's are missing or don't ascend; and where decoding can begin.
   """
   with _opened(path, stream) as (container, found):
     given = (image.pts for image in _whole(container, found))
     if pts is not None and len(keys):
       head = list(itertools.islice((stamp for stamp in given if stamp is not None), HEAD))
-      if head and head == pts[(i := int(np.searchsorted(pts, head[0]))) : i + len(head)].tolist() and head[0] <= keys[0].pts:
+      i = int(np.searchsorted(pts, head[0])) if head else 0
+      if head and head == pts[i : i + len(head)].tolist() and head[0] <= keys[0].pts:
         return pts[i:], keys
       stamps: list[int | None] = [*head, *given]
     else:
@@ -271,7 +316,10 @@ def _decoded(path, stream: int, pts: np.ndarray | None, keys: list[Key]) -> tupl
 
 
 def _counted(path, stream: int, rates: Sequence[float], average: float | None) -> Index:
-  """The index of a file whose time stamps are none, or go back: frames as the decoder gives them, in this order."""
+  """Indexes a file whose time stamps are missing or go back: frames count in the order in which the decoder gives them.
+
+  Where most time stamps are unusable the header's rate says when frames are shown, or one per second if there is no rate.
+  """
   with _opened(path, stream) as (container, found):
     base = float(found.time_base)
     stamps = [NONE if image.pts is None else image.pts for image in _whole(container, found)]
@@ -297,12 +345,15 @@ def _times(pts: np.ndarray, base: float, rates: Sequence[float], last: float) ->
     if np.abs(ticks - np.arange(n) / (rate * base)).max() <= ROUNDED:
       return np.arange(n) / rate, rate, n / rate
   times = ticks * base
-  usual = float(np.median(np.diff(times))) if n > 1 else 1 / rates[0] if rates else 1.0
+  usual = float(np.median(np.diff(times))) if n > 1 else 1.0  # one frame, and no rate is known
   return times, None, float(times[-1]) + (last if last >= usual / 4 else usual)
 
 
 def _short(path, stream: int, stop: float, end: float, frame: float, listed: bool) -> bool:
-  """Says whether a file that should go on until `end` ends before: neither its video, at `stop`, nor another stream gets there."""
+  """Says whether a file ends before it should: neither its video nor another stream comes near to `end`.
+
+  stop, end: seconds, by the file's clock. frame: seconds of slack. listed: the header also gives a number of frames.
+  """
   slack = max(frame, 0.0 if listed else min(1.0, 0.1 * end))
   if not end or stop >= end - slack:
     return False
@@ -327,24 +378,25 @@ def pictures(path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int)
     path: the file.
     found: its `index`.
     wanted: numbers of frames, ascending.
-    stop: behind the last frame that they were chosen from, which has to be there, too.
+    stop: one more than the number of the last frame that may be chosen; that frame must be decodable, even if it is not wanted.
 
   Yields:
-    uint8, RGB, of any size.
+    uint8[H, W, 3], RGB, in the file's size.
 
   Raises:
+    FileNotFoundError: see `index`.
     TailError: from some frame before `stop` on nothing can be decoded.
     VideoError: a wanted frame is damaged.
   """
   done = 0
-  for index in (found, dataclasses.replace(found, keys=())):
+  for way in (found, dataclasses.replace(found, keys=())):
     try:
-      for image in _pictures(path, index, wanted[done:], stop):
+      for image in _pictures(path, way, wanted[done:], stop):
         done += 1
         yield image
       return
-    except (_LostError, TailError):  # so without seeking, which finds what can be decoded of a damaged file
-      if not index.keys:
+    except (_LostError, TailError):  # seeking can fail in a damaged file whose frames decode in order
+      if not way.keys:
         raise
 
 
@@ -365,12 +417,12 @@ def _pictures(path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int
         last = number
         number, image = next(run, (None, None))
         if number is None:
-          lost = found.seconds - (found.times[last] if last >= 0 else 0.0)
+          lost = found.seconds - found.times[last + 1]
           raise TailError(f"{path}: the last {lost:.2f} of {found.seconds:.2f} seconds can't be decoded; it is truncated or damaged", last + 1)
       if i in asked and number != i:
         raise VideoError(f"{path}: the frame at {found.times[i]:.2f} seconds, number {i}, is damaged")
       if i in asked:
-        matrix = _matrix(image) if matrix is None else matrix  # once: a frame that was asked for it is freed late, for it is in a cycle
+        matrix = _matrix(image) if matrix is None else matrix  # of the first alone: asking for side data makes a cycle, and frees a frame late
         yield _upright(_rgb(convert, image), *matrix)
 
 
@@ -418,16 +470,17 @@ def _numbered(found: Index, run: Iterator[Any]) -> Iterator[tuple[int, Any]]:
 def _whole(container: Any, stream: Any, key: Key | None = None) -> Iterator[Any]:
   """Decodes from a key's packet on, or from where the file stands, and leaves out what is damaged.
 
-  A decoder calls frames whole that it makes from damaged or lost ones. So from a bad packet on none counts until the next that
-  decoding can begin with, and of those behind it none that is shown before it.
+  The decoder doesn't mark all that it predicts from a damaged or lost frame. So after a bad packet every frame is left out, up to
+  the next packet at which decoding can begin. Frames that come after that packet but are shown before it are left out, too.
   """
   codec = stream.codec_context.name
-  flight = 3 + min(os.cpu_count() or 1, 16)  # packets that the decoder's threads may have when one is said to be bad
+  flight = 3 + min(os.cpu_count() or 1, 16)  # packets that may be in the decoder's threads when it reports an error
   order: collections.deque[int | None] = collections.deque(maxlen=256)  # time stamps of packets, as they were decoded
   clean: collections.deque[int | None] = collections.deque(maxlen=64)  # those of packets that decoding can begin with
-  suspect: set[int | None] = set()
-  bad, leading = False, None  # whether there was no such packet since; its time stamp, until the next
-  for packet, cut in _with_next(_from(container, stream, key) if key else _demuxed(container, stream)):
+  suspect: set[int | None] = set()  # time stamps of frames to leave out
+  bad = False  # a packet was bad, and decoding could not begin anew since
+  leading: int | None = None  # where it began anew after a bad one; what is shown before refers to what was damaged
+  for packet, cut in _with_cut(_from(container, stream, key) if key else _demuxed(container, stream)):
     if cut:
       continue
     if packet.size:
@@ -455,8 +508,8 @@ def _whole(container: Any, stream: Any, key: Key | None = None) -> Iterator[Any]
         yield image
 
 
-def _with_next(packets: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-  """Packets, and whether one is the last and not whole: it was cut with the file."""
+def _with_cut(packets: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+  """Gives each packet, and whether the file was cut inside it: the last one, if it is marked as corrupt."""
   held = None
   while True:
     try:

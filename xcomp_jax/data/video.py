@@ -118,10 +118,11 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], size: int) -> UInt8[np.ndarray,
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """Frames that were chosen, not decoded yet.
+  """Says which frames were chosen, before they are decoded.
 
   indices: int[T], as in `Video`. times: float64[T], seconds from the first frame of the file on, at which they are shown. seconds:
-  as in `Video`. size: pixels, square. lost: seconds at the end of the file that can't be read. The rest says how to decode them.
+  as in `Video`. size: pixels, square. lost: seconds at the end of the file that can't be read. stop: as in `container.pictures`.
+  names: the images of a folder, else (). found: the index of a video, else None. how: the other arguments of `sample`, to pick again.
   """
 
   path: pathlib.Path
@@ -146,7 +147,8 @@ def kind(path: str | os.PathLike) -> ReadType:
   if suffix not in (*STILLS, ".gif"):
     return "video"
   with contextlib.suppress(*UNREADABLE), Image.open(file, formats=PICTURES) as image:
-    return "gif" if suffix == ".gif" or getattr(image, "n_frames", 1) > 1 else "img"
+    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a photo with its preview
+    return "gif" if suffix == ".gif" or several else "img"
   return "gif" if suffix == ".gif" else "img"
 
 
@@ -180,11 +182,11 @@ def sample(
 
   Args:
     path: file or folder.
-    size: pixels.
-    max_frames: see `frame_indices`, as the next four.
-    min_frames: at least.
-    fps: at most.
-    clip_frames: in a clip.
+    size: pixels of a side.
+    max_frames: the most frames.
+    min_frames: the fewest frames, if the video has so many.
+    fps: frames per second at most.
+    clip_frames: frames of a clip; the limits are multiples of it.
     style: of asking or training.
     start: seconds.
     end: seconds.
@@ -201,7 +203,11 @@ def sample(
     TailError: the end of it is missing, and `tails` is false.
     VideoError: it can't be read, is cut to nothing, or has less than a clip to train on.
   """
-  how = {name: value for name, value in locals().items() if name not in ("path", "found")}
+  tails = style == "ask" if tails is None else tails
+  how: dict[str, Any] = dict(
+    size=size, max_frames=max_frames, min_frames=min_frames, fps=fps, clip_frames=clip_frames, style=style, start=start, end=end,
+    read_type=read_type, stream=stream, rate=rate, folder_rate=folder_rate, tails=tails,
+  )  # fmt: skip
   path = local(path, "videos are read as files")
   if not all(math.isfinite(t) for t in (start, end) if t is not None):
     raise VideoError(f"{path}: start={start} and end={end} must be numbers of seconds")
@@ -213,19 +219,18 @@ def sample(
   names: list[pathlib.Path] = []
   if read_type == "video":
     found = found or container.index(path, stream)
-    if found.lost and not (style == "ask" if tails is None else tails):
+    if found.lost and not tails:
       there = len(found.times)
       words = f"it announces {found.stated} frames and has the data of {there}; the last {found.lost:.2f} seconds are missing"
       raise TailError(f"{path} is truncated: {words}", there)
     times, duration, constant = found.times, found.seconds, found.rate
     if rate == "average" and constant is None and found.average:
       constant, duration = found.average, len(times) / found.average
+  elif read_type == "gif" and style == "ask":
+    constant, (times, duration) = None, _animation(path)
   elif read_type == "gif":
-    constant = 1.0 if style == "train" else None
-    times = np.arange(float(_count_gif(path)))
+    constant, times = 1.0, np.arange(float(_count_gif(path)))
     duration = float(len(times))
-    if style == "ask":
-      times, duration = _animation(path)
   else:
     read_type, names = "frames", _folder(path)
     constant = _folder_rate(path, len(names), folder_rate)
@@ -238,8 +243,8 @@ def sample(
     picked = folder_indices(first, first + count - 1, seconds, style=style, **limits)
   else:
     first, count, seconds = _cut(path, times, duration, constant, start, end, TAIL if read_type == "video" else 0.0)
-    sampled = 1.0 if read_type == "frames" and style == "train" else constant or count / seconds
-    picked = first + frame_indices(count, sampled, style=style, **limits)
+    per_second = 1.0 if read_type == "frames" and style == "train" else constant or count / seconds
+    picked = first + frame_indices(count, per_second, style=style, **limits)
   if not len(picked):
     raise VideoError(
       f"{path} has {count} frames to sample from; training needs at least one clip of {clip_frames}"
@@ -269,7 +274,7 @@ def frames(chosen: Sample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
     TailError: the end of what was sampled from can't be decoded, even if only behind the last chosen frame.
     VideoError: a frame can't be decoded.
   """
-  wanted, times = np.unique(chosen.indices, return_counts=True)
+  wanted, repeats = np.unique(chosen.indices, return_counts=True)
   if chosen.found is not None:
     decoded = container.pictures(chosen.path, chosen.found, wanted.tolist(), chosen.stop)
   elif chosen.read_type == "gif":
@@ -278,7 +283,7 @@ def frames(chosen: Sample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
     decoded = (_read_still(chosen.names[i] if chosen.names else chosen.path) for i in wanted.tolist())
   for i, image in enumerate(decoded):
     image = resize(image[None], chosen.size)[0]
-    for _ in range(times[i]):
+    for _ in range(repeats[i]):
       yield image
 
 
@@ -293,7 +298,7 @@ def load(path: str | os.PathLike, *, size: int, **settings) -> Video:
   try:
     images = _all(chosen)
   except TailError as error:
-    if not (chosen.how["style"] == "ask" if chosen.how["tails"] is None else chosen.how["tails"]):
+    if not chosen.how["tails"]:
       raise
     chosen = without_tail(chosen, error)
     images = _all(chosen)
@@ -380,7 +385,10 @@ def _decode_gif(path, wanted) -> Iterator[np.ndarray]:
 def _folder(path) -> list[pathlib.Path]:
   if not path.is_dir():
     raise VideoError(f"{path} is a file; a folder of images was expected")
-  natural = lambda p: [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", p.name))]
+
+  def natural(file: pathlib.Path) -> tuple[list[int | str], str]:
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", file.name))], file.name
+
   names = sorted((p for p in path.iterdir() if p.suffix.lower() in STILLS), key=natural)
   if not names:
     raise VideoError(f"{path} holds no images ({', '.join(STILLS)})")
