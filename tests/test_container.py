@@ -199,7 +199,7 @@ def test_sound_alone_and_an_unknown_format_are_named(tmp_path):
     block.sample_rate = 8000
     output.mux(sound.encode(block))
     output.mux(sound.encode())
-  with pytest.raises(video.VideoError, match="no video stream; it holds none"):
+  with pytest.raises(video.VideoError, match="no video stream; it has sound alone, or is truncated"):
     container.index(tmp_path / "a.mkv")
   path = odd.write(tmp_path / "b.mp4", 10)
   path.write_bytes(path.read_bytes().replace(b"avc1", b"xyz7"))
@@ -362,7 +362,7 @@ def test_a_video_of_one_frame_lasts_as_long_as_one(tmp_path):
 
 
 def test_seconds_that_are_none_are_refused(corpus):
-  for how in ({"start": float("nan")}, {"end": float("inf")}):
+  for how in ({"start": float("nan")}, {"end": float("inf")}, {"start": -1.0}):
     with pytest.raises(video.VideoError, match="must be numbers of seconds"):
       video.sample(corpus("late.mkv"), style="ask", **LIMITS, **how)
 
@@ -379,6 +379,10 @@ def test_pictures_stand_as_players_show_them(tmp_path, turn):
   data[head : head + 36] = np.array([*matrix[:2], 0, *matrix[2:], 0, 0, 0, 1 << 30], ">i4").tobytes()
   path.write_bytes(data)
   got = pictures(path, container.index(path), [5])[0]
+  with av.open(str(path)) as file:
+    frame = next(file.decode(video=0))
+  if turn != "mirrored" and hasattr(frame, "rotation"):  # what is left where the matrix can't be read
+    assert np.sign(container._matrix(frame)).tolist() == list(container.TURNS[round(frame.rotation) % 360])
   image = odd.picture(5)
   wanted = image[:, ::-1] if turn == "mirrored" else np.rot90(image, -(turn // 90))  # clockwise
   assert got.shape == wanted.shape and np.abs(got.astype(int) - wanted).max() < 40
@@ -423,6 +427,39 @@ def test_animations_have_their_own_times_when_asking(tmp_path, suffix, how):
   assert set(part.indices) == {10, 11, 12}
   trained = video.sample(path, style="train", read_type="gif", **LIMITS)
   assert trained.seconds == 20.0 and trained.times.tolist() == trained.indices.tolist()
+
+
+@pytest.mark.parametrize("suffix, how", [("gif", {}), ("webp", {"lossless": True})])
+def test_an_animation_that_was_cut_is_one_without_its_end(tmp_path, suffix, how):
+  path, images = tmp_path / f"a.{suffix}", [Image.fromarray(odd.picture(i)) for i in range(30)]
+  images[0].save(path, save_all=True, append_images=images[1:], duration=100, **how)
+  path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.6)])
+  if suffix == "webp":  # its decoder takes whole files only
+    with pytest.raises(video.VideoError, match=r"a\.webp can't be read as an animation"):
+      video.sample(path, style="ask", read_type="gif", **LIMITS)
+    return
+  asked = video.load(path, style="ask", read_type="gif", **LIMITS)
+  assert odd.read(asked.frames) == asked.indices.tolist() and 1 < asked.seconds < 2
+  with pytest.raises(video.TailError, match=r"a\.gif can't be read behind its first 1\d frames; it is truncated or damaged") as error:
+    video.sample(path, style="train", read_type="gif", **LIMITS)
+  kept = video.sample(path, style="train", read_type="gif", tails=True, **LIMITS)
+  assert kept.seconds == error.value.readable == round(10 * asked.seconds) and kept.lost > 0
+
+
+def test_pictures_with_notes_that_nobody_knows():
+  """PyAV raises ValueError for types of side data that it has no name for, such as EXIF."""
+
+  class Frame:
+    rotation = 90
+
+    @property
+    def side_data(self):
+      raise ValueError("31 is not a valid Type")
+
+  assert container._matrix(Frame()) == container.TURNS[90]
+  del Frame.rotation
+  with pytest.raises(video.VideoError, match=r"can't tell how this video is rotated .*: pip install -U av"):
+    container._matrix(Frame())
 
 
 def test_still_images_are_no_animations(tmp_path):

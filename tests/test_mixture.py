@@ -162,3 +162,73 @@ def test_relative_paths_start_from_root(tmp_path, monkeypatch):
   assert len(jobs) == 7 and not any(job.faults for job in jobs) and len(files) == 5
 
 
+
+
+def read_one(world, items, **entry):
+  decoding.write(world / "videos.json", items)
+  mixture(world, {"json_path": "videos.json"} | entry)
+  return read_mixture(world / "mixture.yaml", world, 1.0)
+
+
+def test_what_is_null_is_not_there_and_a_list_of_one_is_that(world):
+  """Tables have every column in every row."""
+  (world / "videos").mkdir()
+  for name in ("v0.mp4", "a.png"):
+    (world / "videos" / name).touch()
+  blank = {"id": None, "start": None, "end": None}
+  items = [
+    {"video": "v0.mp4", "image": None}, {"video": None, "image": "a.png"}, {"video": ["v0.mp4"], "image": []}, {"videos": ["v0.mp4"], "images": None},
+    {"video": None, "image": None}, {"image": ["a.png", "a.png"]}, {"video": "v0.mp4", "image": "a.png"}, {},
+  ]  # fmt: skip
+  items = [blank | item | {"conversations": decoding.talk()} for item in items]
+  jobs, (file,) = read_one(world, items)
+  assert {job.sample.position: (job.sample.source.rpartition("/")[2], job.reader) for job in jobs} == {
+    0: ("v0.mp4", "video"), 1: ("a.png", "img"), 2: ("v0.mp4", "video"), 3: ("v0.mp4", "video"),
+  }  # fmt: skip
+  assert not any(job.faults for job in jobs) and {job.sample.id for job in jobs} == {"0", "1", "2", "3"}
+  assert file.passed == ((4, "text alone"), (5, "several images or videos"), (6, "several images or videos"), (7, "text alone"))
+
+
+def test_text_alone_is_taken_where_a_mixture_wants_it(world):
+  items = [{"conversations": decoding.talk("What?")}, {"video": None, "conversations": decoding.talk("<image> What?")}]
+  jobs, (file,) = read_one(world, items, text_samples=True)
+  assert file.passed == () and [job.reader for job in jobs] == [None, None] and [job.sample.source for job in jobs] == ["", ""]
+  faults = {job.sample.position: job.faults for job in jobs}
+  assert faults[0] == () and "1 <image> in a conversation that needs 0" in faults[1][0]
+  with pytest.raises(AnnotationError, match="text_samples must be true or false, not 'yes'"):
+    read_one(world, items, text_samples="yes")
+
+
+@pytest.mark.parametrize("talk", [
+  [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}],
+  [{"role": "user", "content": "<video>\nWhat?"}, {"role": "assistant", "content": "That."}],
+  [{"from": "user", "value": "<image>\nWhat?"}, {"from": "assistant", "value": "That."}],
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+def test_conversations_in_the_words_of_others(world, talk, key):
+  (world / "videos").mkdir()
+  (world / "videos" / "v0.mp4").touch()
+  (job,), _ = read_one(world, [{"video": "v0.mp4", key: talk}])
+  assert job.faults == () and list(job.sample.conversations) == decoding.talk("<image>\nWhat?")
+
+
+@pytest.mark.parametrize("talk, fault", [
+  ([{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}], "turn 1, an answer, is empty: write one, or leave out its question, too"),
+  ([{"from": "human", "value": "<video><video>"}, {"from": "gpt", "value": "A"}], "0 <image> in a conversation that needs 1"),
+  ([{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "A"}], 'turn 0 must be {"from": ..., "value": ...}'),
+  ([{"role": ["user"], "content": "<image>"}, {"role": "assistant", "content": "A"}], 'turn 0 must be {"from": ..., "value": ...}'),
+  ([{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "A"}], "turn 0 is from 'system'; known: human, gpt"),
+  ("What?", "an annotation needs conversations, a list of turns"),
+])  # fmt: skip
+def test_conversations_that_are_none_are_named(world, talk, fault):
+  (world / "videos").mkdir()
+  (world / "videos" / "v0.mp4").touch()
+  (job,), _ = read_one(world, [{"video": "v0.mp4", "conversations": talk}])
+  assert len(job.faults) == 1 and fault in job.faults[0]
+
+
+def test_a_mixture_that_lies_in_the_root_is_pointed_to(world, tmp_path_factory, monkeypatch):
+  mixture(world, {"json_path": "videos.json"})
+  monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+  with pytest.raises(AnnotationError, match=rf"mixture mixture\.yaml can't be read: .*; there is {world}/mixture\.yaml: give that"):
+    read_mixture("mixture.yaml", world, 1.0)

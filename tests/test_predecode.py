@@ -609,3 +609,34 @@ def test_a_video_that_is_cut_off_is_left_out_or_kept_as_far_as_it_goes(tmp_path)
   assert (info["samples"], info["skipped"], info["keep_tails"]) == (3, 0, True)
   seconds = {pathlib.Path(s.source).stem: float(re.search(r"lasts for ([\d.]+)", s.time_message)[1]) for s in open_store(tmp_path / "kept").samples}
   assert seconds["whole"] == 4.0 and 1 < seconds["cut"] < 3 and 1 < seconds["zeros"] < 3
+
+
+@pytest.mark.parametrize("tower", [None, decoding.summing_tower()])
+def test_what_is_passed_over_is_counted_and_text_is_taken_where_it_is_wanted(world, capsys, tower):
+  items = [{"video": "v0.mp4"}, {"conversations": talk("Why?")}, {"image": ["a.png", "b.png"]}, {"video": None, "conversations": talk("How?")}]
+  write(world / "videos.json", [{"conversations": talk()} | item for item in items])
+  write(world / "part.jsonl", [{"conversations": talk("Where?")}])
+  mixture(world, {"json_path": "videos.json"}, {"json_path": "part.jsonl", "text_samples": True})
+  made = make(world, tower=tower)
+  first, second = made["annotation_files"]
+  assert first["passed_over"] == {"text alone": 2, "several images or videos": 1} and second["passed_over"] == {}
+  assert made["samples"] == 2 and made["frames"] == 16 and made["skipped"] == 0
+  data = open_store(world.parent / "out")
+  assert [s.conversations[0]["value"] for s in data.samples] == ["<image>\nWhat?", "Where?"]
+  assert data.samples[1].frames == 0 and data.visual(1).shape[0] == 0 and data.samples[1].source == ""
+  check.verify(world.parent / "out")
+  manifest = world.parent / "out" / "manifest.jsonl"
+  lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+  assert [(line["position"], line["passed_over"]) for line in lines[2:]] == [(1, "text alone"), (2, "several images or videos"), (3, "text alone")]
+  assert "videos.json: annotations 4, drawn 4, selected 1, written 1, skipped 0, 2 passed over: text alone, 1 passed over: several" in "\n".join(check.describe(data))
+  manifest.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+  with pytest.raises(StoreError, match="what was passed over is not as in manifest"):
+    check.verify(world.parent / "out")
+
+
+def test_bad_annotations_are_listed_in_their_order(world):
+  write(world / "videos.json", [{"video": f"none{i}.mp4", "conversations": talk()} for i in range(9)])
+  mixture(world, {"json_path": "part.jsonl"}, {"json_path": "videos.json"})
+  with pytest.raises(prompt.AnnotationError) as error:
+    make(world)
+  assert re.findall(r"none(\d)\.mp4 does not exist", str(error.value)) == list("012345678")

@@ -212,6 +212,11 @@ class Answers:
     counts = collections.Counter((line["video"], line["error"]) for line in lines)
     return [{"video": video, "error": error, "questions": n} for (video, error), n in counts.items()]
 
+  def shortened(self, wanted: Iterable[Wanted]) -> dict[str, float]:
+    """Videos whose end could not be read, and how many seconds of it."""
+    lines = [self.lines[w.key] for w in wanted if "lost" in self.lines.get(w.key, {})]
+    return {line["video"]: line["lost"] for line in lines}
+
   def sessions(self) -> list[dict[str, Any]]:
     """Versions and devices of all processes that have answered here."""
     return [line["session"] for line in self._all() if "session" in line]
@@ -314,7 +319,8 @@ def run(
 def _group(reader, model, identity, group, sample, decoded, seconds, batch) -> Iterator[list[dict[str, Any]]]:
   """The lines of the questions about one video, of a batch at a time."""
   first = group[0]
-  line = lambda w: {"key": w.key, "video": str(w.video), "prompt": w.prompt}
+  lost = {"lost": round(sample.lost, 3)} if sample is not None and sample.lost else {}
+  line = lambda w: {"key": w.key, "video": str(w.video), "prompt": w.prompt} | lost
   failed = lambda w, error: line(w) | {"error": one_line(error)}
   try:
     if isinstance(decoded, Exception):

@@ -38,7 +38,7 @@ def preset(name: str, task: str) -> dict[str, Any]:
     TaskError: the release has no log of this task.
   """
   task = task.removesuffix("_best_option")
-  same = {"mode": "official", "min_frames": 128, "fps": 8.0, "max_new_tokens": 16, "temperature": 0.0}
+  same = {"mode": "official", "min_frames": 128, "fps": 8.0, "rate": "average", "max_new_tokens": 16, "temperature": 0.0}
   if name == "paper":
     select = PAPER_FRAMES.get(task, 512)
     own = {"select": select, "repeat": 2, "max_frames": max(1024, 2 * select), "clip_frames": "auto", "repetition_penalty": 1.0}
@@ -66,7 +66,7 @@ def results(
       spent[name] = spent.get(name, 0.0) + seconds
   pairs = ((q, answers.answer(w)) for q, w in zip(questions, asked, strict=True))
   return {
-    "task": task.name, **about, "score": tasks.score(task, pairs), "failed": answers.failed(asked),
+    "task": task.name, **about, "score": tasks.score(task, pairs), "failed": answers.failed(asked), "shortened": answers.shortened(asked),
     "made_with": answers.settings, "sessions": answers.sessions(), "seconds": {name: round(s, 2) for name, s in spent.items()},
   }  # fmt: skip
 
@@ -91,6 +91,7 @@ def table(found: dict[str, Any]) -> str:
     for name, cell in cells.items():
       lines.append(f"  {kind}: {name:40} {cell['accuracy']:6.2f}%  {cell['right']} of {cell['counted']}")
   lines += [f"  failed: {f['video']} ({f['questions']} questions): {f['error']}" for f in found["failed"]]
+  lines += [f"  its last {lost:.2f} seconds could not be read: {video}" for video, lost in found["shortened"].items()]
   return "\n".join(lines)
 
 

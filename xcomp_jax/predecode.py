@@ -10,6 +10,7 @@ video_read_type. Relative paths start from --root. All annotations are checked b
 command continues a run that was stopped or killed, and its result is the same.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -20,7 +21,7 @@ import pathlib
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 import av
@@ -101,6 +102,8 @@ def predecode(
   made = _made(out)
   with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
     jobs, files = mixtures.read_mixture(mixture, root, subset)
+    order = {file.annotation: n for n, file in enumerate(files)}
+    place = lambda job: (order[job.sample.annotation], job.sample.position)  # jobs are shuffled
     layout = store.Layout(settings.image_size, settings.clip_frames, quality, tower.features if tower else None)
     plan = _plan(mixture, root, subset, samples_per_shard, settings, layout, files, tower)
     if made is not None:
@@ -108,12 +111,12 @@ def predecode(
         shutil.rmtree(folder)
         return made
       raise store.StoreError(f"{out} already exists, made from other data or with other settings; remove it or choose another folder")
-    bad = [(job, fault) for job in jobs for fault in job.faults]
+    bad = [(job, fault) for job in sorted(jobs, key=place) for fault in job.faults]
     if bad and not skip_bad:
       raise _annotation_error(f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", [f"{j.where()}: {f}" for j, f in bad])
     if not jobs:
       counts = f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} are drawn by sampling_strategy and --subset"
-      raise store.StoreError(f"no samples to write: {counts}, and none of these has exactly one image or video")
+      raise store.StoreError(f"no samples to write: {counts}, and none of these has exactly one image or video {_passed_over(reason for file in files for _, reason in file.passed)}")
     _agree(folder, plan, restart)
     work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), samples_per_shard)
     _undo_finish(work)
@@ -127,7 +130,7 @@ def predecode(
           work, work.shards, workers=workers, timeout=timeout, skip_bad=skip_bad, encode=encode, report=lambda: bar.update()
         )
     entries = shards.entries(work)
-    lost = [f"{work.jobs[i].where()}: {entry['reason']}" for i, entry in enumerate(entries) if "reason" in entry]
+    lost = [f"{job.where()}: {entry['reason']}" for job, entry in sorted(zip(jobs, entries, strict=True), key=lambda both: place(both[0])) if "reason" in entry]
     if lost and not skip_bad:
       kept = f"everything else is kept in {folder}: the same command tries these again, with --skip_bad it leaves them out"
       raise video.VideoError(_listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost))
@@ -287,6 +290,8 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
       ))  # fmt: skip
       first, written = first + records, written + 1
     parts.append(store.Shard(str(work.shard(n, ".array_record")), tuple(samples), about["records"], about["bytes"], crcs))
+  for file in files:
+    lines += [{"annotation": file.annotation, "position": i, "passed_over": reason} for i, reason in file.passed]
   text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
   (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
   counts, position = [], 0
@@ -294,7 +299,9 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
     mine = entries[position : position + file.selected]
     position += file.selected
     skipped = sum("reason" in entry for entry in mine)
-    counts.append(dataclasses.asdict(file) | {"written": len(mine) - skipped, "skipped": skipped})
+    about = dataclasses.asdict(file)
+    about["passed_over"] = dict(collections.Counter(reason for _, reason in about.pop("passed")))
+    counts.append(about | {"written": len(mine) - skipped, "skipped": skipped})
   info = info | {"annotation_files": counts, "skipped": sum(c["skipped"] for c in counts)}
   info = store.finish(folder, parts, work.layout, info)
   for file in folder.rglob("*"):
@@ -339,6 +346,11 @@ def _annotation_error(text: str, lines: Sequence[str]) -> ValueError:
   from xcomp_jax.data import prompt  # see `_finish`
 
   return prompt.AnnotationError(_listed(text, lines))
+
+
+def _passed_over(reasons: Iterable[str]) -> str:
+  counts = [f"{count} with {reason}" for reason, count in collections.Counter(reasons).most_common()]
+  return f"; passed over, as the release does: {', '.join(counts)}" if counts else ""
 
 
 def _listed(text: str, lines: Sequence[str]) -> str:
@@ -394,7 +406,10 @@ def _make(f) -> None:
     skip_bad=f.skip_bad, quality=f.quality if f.frames == "jpeg" else None, tower=tower, timeout=f.timeout,
     restart=f.restart, beam=None if f.beam is None else shlex.split(f.beam),
   )  # fmt: skip
-  print(f"{f.out}: {info['samples']} samples, {info['frames']} frames, {info['skipped']} skipped")
+  passed = collections.Counter()
+  for file in info["annotation_files"]:
+    passed.update(file.get("passed_over", {}))  # not of an earlier version
+  print(f"{f.out}: {info['samples']} samples, {info['frames']} frames, {info['skipped']} skipped{_passed_over(passed.elements())}")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,7 +20,8 @@ from xcomp_jax.files import one_line
 
 THUMBNAIL = 112  # pixels
 SHOWN = 50  # of a list of differences
-COMMON = {"annotation", "position", "source"}  # of all lines of a manifest
+COMMON = {"annotation", "position", "source"}  # of lines of a manifest that are about what was selected
+PASSED = {"annotation", "position", "passed_over"}  # of the others
 
 
 def verify(path: str | os.PathLike) -> None:
@@ -40,7 +41,7 @@ def verify(path: str | os.PathLike) -> None:
     more = [f"... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
     raise StoreError(f"{path} differs from its manifest:\n  " + "\n  ".join([*wrong[:SHOWN], *more]))
   frames = sum(s.frames for s in store.samples)
-  print(f"{path}: {len(store)} samples, {frames} frames, {len(lines) - len(wanted)} skipped; all as the manifest says")
+  print(f"{path}: {len(store)} samples, {frames} frames, {sum('reason' in line for line in lines)} skipped; all as the manifest says")
 
 
 def inspect(path: str | os.PathLike, sheet: str | os.PathLike, prompts: int, mask: Literal["official", "assistant"], checkpoint: str | None) -> None:
@@ -89,7 +90,8 @@ def describe(store: Store) -> Iterator[str]:
     yield f"{span:>12}{bins[b]:8}  {'#' * -(-40 * bins[b] // max(bins.values()))}"
   for file in store.info.get("annotation_files", ()):
     counts = ", ".join(f"{name} {file[name]}" for name in ("annotations", "drawn", "selected", "written", "skipped"))
-    yield f"{file['annotation']}: {counts}"
+    passed = "".join(f", {count} passed over: {reason}" for reason, count in file.get("passed_over", {}).items())
+    yield f"{file['annotation']}: {counts}{passed}"
   reasons = [line["reason"] for line in _manifest(store) if "reason" in line] if store.info.get("skipped") else []
   yield from (f"  skipped: {reason}" for reason in reasons[:10])
   if len(reasons) > 10:
@@ -152,7 +154,7 @@ def _manifest(store: Store) -> list[dict[str, Any]]:
     raise StoreError(f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes one") from error
   for n, line in enumerate(lines, 1):
     keys = line.keys() if isinstance(line, dict) else set()
-    if not any(COMMON | more == keys for more in ({"reason"}, {"sample", "frames", "crc32"})):
+    if keys != PASSED and not any(COMMON | more == keys for more in ({"reason"}, {"sample", "frames", "crc32"})):
       raise StoreError(f"{store.path}: line {n} of its manifest.jsonl is not one of `predecode`: {json.dumps(line)[:200]}")
   return lines
 
@@ -165,13 +167,18 @@ def _count_differences(store: Store, lines: Sequence[dict[str, Any]]) -> Iterato
     yield f"manifest.jsonl names {len(numbers)} samples, not 0 to {len(store) - 1} in order"
   if content_checksum(line["crc32"] for line in lines if "sample" in line) != store.info.get("content"):
     yield "store.json: its content is not that of manifest.jsonl"
-  begin = 0
+  begin, passed, lines = 0, [line for line in lines if "passed_over" in line], [line for line in lines if "passed_over" not in line]
   for file in store.info.get("annotation_files", ()):
     mine = lines[begin : begin + file["selected"]]
     begin += file["selected"]
     written = sum("sample" in line for line in mine)
     if {line["annotation"] for line in mine} - {file["annotation"]} or (written, len(mine) - written) != (file["written"], file["skipped"]):
       yield f"store.json: the counts of {file['annotation']} are not those of manifest.jsonl"
+  counts = collections.Counter()
+  for file in store.info.get("annotation_files", ()):
+    counts.update(file.get("passed_over", {}))
+  if counts != collections.Counter(line["passed_over"] for line in passed):
+    yield "store.json: what was passed over is not as in manifest.jsonl"
   if begin != len(lines):
     yield f"store.json: {begin} selected annotations, manifest.jsonl has {len(lines)}"
 

@@ -23,7 +23,6 @@ from jaxtyping import Float, Int, UInt8
 
 STATED = {"mov", "matroska", "avi", "flv", "asf"}  # formats whose header says how long the file is
 COUNTED = {"avi", "ivf"}  # of which FFmpeg says how long the file is now, while the header has its number of frames
-FRAMED = STATED - {"avi"} | {"ogg", "ivf"}  # formats whose packets are one whole frame each, with the time at which it is shown
 NONE = -(2**63)  # stands for a missing time stamp
 KEY, HIDDEN, BROKEN = 1, 2, 4  # bits of `_Packets.flags`: decoding can begin here; never shown; damaged
 SKIP = 8  # frames; a key frame that is no further ahead is reached sooner by decoding on than by seeking
@@ -32,6 +31,7 @@ HEAD = 16  # decoded frames that are compared with the packets' time stamps befo
 ROUNDED = 1.01  # time units by which rounding may move the time stamps of a constant rate
 MATRICES = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # H.273's number to PyAV's name; newer PyAV knows BT.2020's by itself
 ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # begins the part of an ASF header that says how long the file is
+TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # degrees counterclockwise, as a display matrix
 NO_DECODER = "convert it, `ffmpeg -i FILE -c:v libx264 OUT.mp4`, or install a PyAV whose FFmpeg can: its own wheels have AV1, VP9 and HEVC"
 
 
@@ -69,7 +69,7 @@ class Index:
   pts: int64[N], time stamps in the stream's units; None: they are unusable, and frames are counted as the decoder gives them.
   keys: where decoding can begin, ascending; from there every frame shown at `Key.pts` or later is decoded rightly.
   lost: seconds that are missing at the end, by the header.
-  stated: how many frames the header announces, or its duration makes likely.
+  stated: how many frames the header announces, or its duration at its rate; 0: it doesn't say.
   """
 
   stream: int
@@ -131,8 +131,7 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
   if not len(packets.pts):
     raise VideoError(f"{path} holds no frames")
   pts, keys = _shown(packets)
-  if pts is None or not formats & FRAMED or (len(keys) and len(pts) and pts[0] < keys[0].pts):
-    pts, keys = _decoded(path, number, pts, keys)
+  pts, keys = _decoded(path, number, pts, keys)
   if pts is None:
     return _counted(path, number, rates, average)
   if not len(pts):
@@ -143,7 +142,8 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
   whole, lost = 0 < listed <= len(packets.pts), 0.0
   if packets.flags[-1] & BROKEN or (not whole and _short(path, number, stop, end, 1.5 * frame, bool(listed))):
     lost = float(max(end - stop, frame))
-  stated = listed or round((end - float(pts[0]) * base) * (average or len(pts) / seconds))
+  usual = average if average and abs(average * seconds / len(pts) - 1) < 0.1 else 0.0  # of a rate that varies the header knows no number
+  stated = listed or round((end - float(pts[0]) * base) * usual)
   return Index(number, times, seconds, rate, average, pts, tuple(keys), lost, stated)
 
 
@@ -168,6 +168,8 @@ def _opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]
   """
   if path.is_dir():
     raise VideoError(f"{path} is a folder; read it as read_type='frames'")
+  if path.exists() and not path.is_file():
+    raise VideoError(f"{path} is no regular file, which it must be: it is read more than once")
   if not path.stat().st_size:
     raise VideoError(f"{path} is empty (0 bytes)")
   try:  # "file:", for "12:30.mp4" would be read by protocol "12"
@@ -181,7 +183,7 @@ def _opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]
     if found is None and stream is None and videos:
       found = videos[0]
     if found is None:
-      has = f"its video streams are {', '.join(str(s.index) for s in videos)}" if videos else "it holds none"
+      has = f"its video streams are {', '.join(str(s.index) for s in videos)}" if videos else "it has sound alone, or is truncated"
       raise VideoError(f"{path} can't be read as a video: no video stream{'' if stream is None else f' {stream}'}; {has}")
     if found.codec_context is None:
       raise VideoError(f"{path}: there is no decoder for its video stream {found.index}; {NO_DECODER}")
@@ -346,7 +348,7 @@ def _times(pts: np.ndarray, base: float, rates: Sequence[float], last: float) ->
       return np.arange(n) / rate, rate, n / rate
   times = ticks * base
   usual = float(np.median(np.diff(times))) if n > 1 else 1.0  # one frame, and no rate is known
-  return times, None, float(times[-1]) + (last if last >= usual / 4 else usual)
+  return times, None, float(times[-1] + (last if last >= usual / 4 else usual))
 
 
 def _short(path, stream: int, stop: float, end: float, frame: float, listed: bool) -> bool:
@@ -527,11 +529,16 @@ def _with_cut(packets: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
 
 def _matrix(frame: Any) -> tuple[int, int, int, int]:
   """The display matrix [[a, b], [c, d]] of a frame: (x, y) is shown at (a x + c y, b x + d y)."""
-  for side in frame.side_data:
-    if side.type.name == "DISPLAYMATRIX":
-      a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
-      return a, b, c, d
-  return 1, 0, 0, 1
+  try:
+    for side in frame.side_data:
+      if side.type.name == "DISPLAYMATRIX":
+        a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
+        return a, b, c, d
+  except ValueError as error:  # of a frame that has data of a type PyAV has no name for it tells the angle alone, and 14.0 nothing
+    if not hasattr(frame, "rotation"):
+      raise VideoError(f"PyAV {av.__version__} can't tell how this video is rotated ({error}): pip install -U av") from error
+    return TURNS.get(round(frame.rotation) % 360, TURNS[0])
+  return TURNS[0]
 
 
 def _upright(image: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """VideoChat-Flash's mixtures: which annotations are read, and what is wrong with them.
 
 A mixture is a YAML file with `datasets`, a list of json_path (json or jsonl), sampling_strategy, data_root,
-video_read_type and frame_rate. An annotation is an object with "conversations", one of "image" and "video", and perhaps "id", "start" and "end".
+video_read_type, frame_rate and text_samples. An annotation is an object with "conversations", one of "image" and "video", and perhaps "id", "start" and "end".
 """
 
 import dataclasses
@@ -23,7 +23,10 @@ from xcomp_jax.files import local, one_line
 
 # video_read_type, and what `video.sample` calls it
 READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
-KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "frame_rate")
+KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "frame_rate", "text_samples")
+TEXT, SEVERAL = "text alone", "several images or videos"  # what the release passes over
+ROLES = {"user": "human", "assistant": "gpt"}  # other names of those who speak
+VIDEO = "<video>"  # what others write for prompt.IMAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Job:
   """A selected annotation that waits for its pixels."""
 
   sample: store.Sample  # without time message, frames and records
-  reader: video.ReadType
+  reader: video.ReadType | None  # None: text alone
   start: float | None  # seconds
   end: float | None
   frame_rate: float | None  # of folders of frames: see `video.sample`
@@ -50,7 +53,8 @@ class File:
   digest: str  # of its bytes
   annotations: int
   drawn: int  # by strategy and subset
-  selected: int  # of these: with exactly one image or video, as the release wants them
+  selected: int  # of these: with exactly one image or video, as the release wants them, or none where text is wanted, too
+  passed: tuple[tuple[int, str], ...]  # of the others: position, and TEXT or SEVERAL
 
 
 def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
@@ -79,10 +83,12 @@ def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
   return chosen[: int(len(chosen) * subset)]
 
 
-def select(items: Sequence[Mapping[str, Any]], strategy: str = "all", subset: float = 1.0) -> tuple[list[int], list[int]]:
-  """What `draw` gives of all annotations of a file, and which of those have exactly one image or video (FACTS.md 14)."""
+def select(
+  items: Sequence[Mapping[str, Any]], strategy: str = "all", subset: float = 1.0, text: bool = False
+) -> tuple[list[int], list[int]]:
+  """What `draw` gives of all annotations of a file, and which of those have exactly one image or video (FACTS.md 14), or with `text` none."""
   drawn = draw(len(items), strategy, subset)
-  return drawn, [i for i in drawn if _has_one_visual(items[i])]
+  return drawn, [i for i in drawn if (len(_visuals(items[i])) or text) == 1]
 
 
 def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float) -> tuple[list[Job], list[File]]:
@@ -100,7 +106,8 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
   try:
     mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-    raise _error(f"mixture {path} can't be read: {one_line(error)}") from error
+    there = f"; there is {root / path}: give that" if not path.is_absolute() and not path.exists() and (root / path).exists() else ""
+    raise _error(f"mixture {path} can't be read: {one_line(error)}{there}") from error
   datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
   if not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets:
     raise _error(f"mixture {path}: expected a list under `datasets`, each with json_path and data_root")
@@ -120,14 +127,18 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     rate = entry.get("frame_rate")
     if rate is not None and (reader != "img" or isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf):
       raise _error(f"{where}: frame_rate is how many images of a folder make a second, a number above 0 beside `video_read_type: img`, not {rate!r}")
+    text = entry.get("text_samples") or False
+    if not isinstance(text, bool):
+      raise _error(f"{where}: text_samples must be true or false, not {text!r}")
     file = root / entry["json_path"]
     items = read_annotations(file)
     try:
-      drawn, chosen = select(items, str(entry.get("sampling_strategy", "all")), subset)
+      drawn, chosen = select(items, str(entry.get("sampling_strategy", "all")), subset, text)
     except ValueError as error:
       raise _error(f"{where}: {error}") from error
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-    files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen)))
+    passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
+    files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen), tuple(passed)))
     folder = root / (entry.get("data_root") or "")
     jobs += [_job(items[i], i, entry["json_path"], folder, READERS[reader], rate) for i in chosen]
   return jobs, files
@@ -165,9 +176,30 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   return whole
 
 
-def _has_one_visual(item: Mapping[str, Any]) -> bool:
-  visuals = [item[key] for key in ("image", "video") if key in item]
-  return len(visuals) == 1 and not isinstance(visuals[0], list)
+def _visuals(item: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  """An annotation's images and videos, as (key, path). Tables write null for what is not there."""
+  found = []
+  for key in ("image", "images", "video", "videos"):
+    value = item.get(key)
+    paths = value if isinstance(value, list) else [] if value is None else [value]
+    found += [(key.removesuffix("s"), path) for path in paths]
+  return found
+
+
+def _talk(item: Mapping[str, Any], visual: bool) -> Any:
+  """An annotation's conversation under the names that the release knows; what is none is left as it is."""
+  talk = item.get("conversations")
+  talk = item.get("messages") if talk is None else talk
+  if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk):
+    return talk
+  turns = []
+  for turn in talk:
+    role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    turns.append({"from": ROLES.get(role, role) if isinstance(role, str) else role, "value": value} if {"from", "role"} & turn.keys() else turn)
+  texts = [text for turn in turns if isinstance(text := turn.get("value"), str)]
+  if visual and len(texts) == len(turns) and not any("<image>" in text for text in texts) and "".join(texts).count(VIDEO) == 1:
+    turns = [turn | {"value": turn["value"].replace(VIDEO, "<image>")} for turn in turns]
+  return turns
 
 
 def _job(
@@ -176,20 +208,20 @@ def _job(
   """The job of an annotation that `select` has let through."""
   from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
 
-  faults = []
-  key = "image" if "image" in item else "video"
-  reader = "img" if key == "image" else reader
-  name = item[key]
-  path = folder / name if isinstance(name, str) else folder
-  if not isinstance(name, str) or not name:
-    faults.append(f"{key} must be a path, not {name!r}")
-  else:
-    faults += _path_faults(path, reader)
-  talk: Any = item.get("conversations")  # checked below
+  faults, source, kind = [], "", None
+  for key, name in _visuals(item):
+    kind = "img" if key == "image" else reader
+    source = str(folder / name if isinstance(name, str) else folder)
+    if not isinstance(name, str) or not name:
+      faults.append(f"{key} must be a path, not {name!r}")
+    else:
+      faults += _path_faults(folder / name, kind)
+  talk: Any = _talk(item, kind is not None)  # checked below
   turns = ()
   try:
-    prompt.check(talk, visual=True)
+    prompt.check(talk, visual=kind is not None)
     turns = tuple({"from": t["from"], "value": t["value"]} for t in talk)
+    faults += [f"turn {i}, an answer, is empty: write one, or leave out its question, too" for i in range(1, len(turns), 2) if not turns[i]["value"].strip()]
   except ValueError as error:
     faults.append(str(error))
   times = [item.get("start"), item.get("end")]
@@ -199,13 +231,13 @@ def _job(
   start, end = (t if t is None else float(t) for t in times)
   if (start or 0) < 0 or (end is not None and end <= (start or 0)):
     faults.append(f"start {times[0]} and end {times[1]}: expected 0 <= start < end")
-  sample = store.Sample(str(item.get("id", position)), str(path), annotation, position, turns, "")
+  sample = store.Sample(str(position if item.get("id") is None else item["id"]), source, annotation, position, turns, "")
   try:
     json.dumps(dataclasses.asdict(sample), ensure_ascii=False).encode()
   except UnicodeEncodeError:  # JSON can spell half of a character that takes two
     faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
-    sample = store.Sample(str(position), ascii(str(path)), annotation, position, (), "")
-  return Job(sample, reader, start, end, rate, tuple(ascii(f) if not f.isprintable() else f for f in faults))
+    sample = store.Sample(str(position), ascii(source), annotation, position, (), "")
+  return Job(sample, kind, start, end, rate, tuple(ascii(f) if not f.isprintable() else f for f in faults))
 
 
 def _path_faults(path: pathlib.Path, reader: str) -> list[str]:

@@ -89,6 +89,9 @@ def decode(job: Job, settings: Settings, layout: store.Layout, target: str) -> N
   Raises:
     OSError: the files can't be written.
   """
+  if job.reader is None:
+    spool(iter(()), 1, layout, target, None)
+    return
   before = stamp(job.sample.source)
   clip_frames = 1 if job.reader == "img" else settings.clip_frames
   try:
@@ -166,6 +169,8 @@ def remove(target: str) -> None:
 
 def stamp(path: str | os.PathLike) -> list[int] | None:
   """Sizes and times of a file, or of those in a folder; None if there is nothing. Another stamp: try again."""
+  if not path:  # of text
+    return None
   try:
     path = pathlib.Path(path)
     stats = [p.stat() for p in sorted(path.iterdir())] if path.is_dir() else [path.stat()]
@@ -175,6 +180,7 @@ def stamp(path: str | os.PathLike) -> list[int] | None:
 
 
 def _chosen(job: Job, settings: Settings) -> video.Sample:
+  assert job.reader is not None  # text has no frames
   return video.sample(
     job.sample.source, size=settings.image_size, max_frames=settings.max_frames, min_frames=settings.min_frames,
     fps=settings.fps, clip_frames=settings.clip_frames, style="train", start=job.start, end=job.end, read_type=job.reader,

@@ -5,6 +5,7 @@ A video's rotation tag is applied; the EXIF tag of still images is not, as in th
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -209,34 +210,36 @@ def sample(
     read_type=read_type, stream=stream, rate=rate, folder_rate=folder_rate, tails=tails,
   )  # fmt: skip
   path = local(path, "videos are read as files")
-  if not all(math.isfinite(t) for t in (start, end) if t is not None):
-    raise VideoError(f"{path}: start={start} and end={end} must be numbers of seconds")
+  if not all(math.isfinite(t) for t in (start, end) if t is not None) or (start or 0) < 0:
+    raise VideoError(f"{path}: start={start} and end={end} must be numbers of seconds, from 0 on")
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; check the path in the annotation and the data root")
   if read_type == "img" and not path.is_dir():
     return Sample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 0.0, 1, (), None, how)
 
   names: list[pathlib.Path] = []
+  lost = 0.0
   if read_type == "video":
     found = found or container.index(path, stream)
+    lost = found.lost
     if found.lost and not tails:
       there = len(found.times)
-      words = f"it announces {found.stated} frames and has the data of {there}; the last {found.lost:.2f} seconds are missing"
+      announced = f"{found.stated} frames" if found.stated else f"{found.seconds + found.lost:.2f} seconds"
+      words = f"it announces {announced} and has the data of {there if found.stated else f'{found.seconds:.2f}'}; the last {found.lost:.2f} seconds are missing"
       raise TailError(f"{path} is truncated: {words}", there)
     times, duration, constant = found.times, found.seconds, found.rate
     if rate == "average" and constant is None and found.average:
       constant, duration = found.average, len(times) / found.average
-  elif read_type == "gif" and style == "ask":
-    constant, (times, duration) = None, _animation(path)
   elif read_type == "gif":
-    constant, times = 1.0, np.arange(float(_count_gif(path)))
-    duration = float(len(times))
+    constant, (times, duration, lost) = None, _animation(path, tails)
+    if style == "train":
+      constant, times, duration = 1.0, np.arange(float(len(times))), float(len(times))
   else:
     read_type, names = "frames", _folder(path)
     constant = _folder_rate(path, len(names), folder_rate)
     times, duration = np.arange(len(names)) / constant, len(names) / constant
 
-  limits = dict(max_frames=max_frames, min_frames=min_frames, target_fps=fps, clip_frames=clip_frames)
+  limits: dict[str, Any] = dict(max_frames=max_frames, min_frames=min_frames, target_fps=fps, clip_frames=clip_frames)
   if read_type == "frames" and (start is not None or end is not None):
     assert constant is not None
     first, count, seconds = _cut_folder(path, len(names), duration, constant, start, end)
@@ -250,7 +253,6 @@ def sample(
       f"{path} has {count} frames to sample from; training needs at least one clip of {clip_frames}"
     )
   picked = stretch(picked, min_frames) if style == "ask" else picked
-  lost = found.lost if found else 0.0
   return Sample(path, read_type, picked, times[picked], seconds, size, lost, first + count, tuple(names), found, how)
 
 
@@ -330,7 +332,7 @@ def _cut(
     count = int(np.searchsorted(times, stop)) - first if begin < stop else 0
   if count <= 0:
     raise _nothing(path, duration, start, end)
-  return first, count, stop - begin
+  return first, count, float(stop - begin)
 
 
 def _cut_folder(path, count: int, duration: float, rate: float, start: float | None, end: float | None) -> tuple[int, int, float]:
@@ -347,39 +349,41 @@ def _nothing(path, duration: float, start: float | None, end: float | None) -> V
   return VideoError(f"{path} lasts {duration:.2f} seconds; nothing lies between start={start} and end={end}")
 
 
-def _count_gif(path) -> int:
+def _animation(path, tails: bool) -> tuple[np.ndarray, float, float]:
+  """When the frames of an animation are shown, float64[N]; for how long all of them; and at least how many seconds of its end can't be read.
+
+  Raises:
+    TailError: there are such, and `tails` is false. VideoError: nothing can be read.
+  """
+  shown: list[float] = []
+  lost = 0.0
   try:
     with Image.open(path, formats=PICTURES) as image:
-      return getattr(image, "n_frames", 1)
-  except UNREADABLE as error:
-    raise VideoError(f"{path} can't be read as a GIF: {error}") from error
-
-
-def _animation(path) -> tuple[np.ndarray, float]:
-  """When the frames of an animation are shown, float64[N], and for how long all of them."""
-  try:
-    with Image.open(path, formats=PICTURES) as image:
-      shown = []
-      for i in range(getattr(image, "n_frames", 1)):
+      for i in itertools.count():
         image.seek(i)
         image.load()  # or some formats don't know their frame's time
         own = image.info.get("duration", 0) / 1000
         shown.append(own if own >= SHORTEST else USUAL)
+        if image.format != "GIF" and i + 1 == getattr(image, "n_frames", 1):
+          break
   except UNREADABLE as error:
-    raise VideoError(f"{path} can't be read as an animation: {error}") from error
+    if not shown:
+      raise VideoError(f"{path} can't be read as an animation: {error}") from error
+    lost = 0.0 if isinstance(error, EOFError) else USUAL  # a GIF doesn't say how many frames it has: behind the last one is its end
+  if lost and not tails:
+    raise TailError(f"{path} can't be read behind its first {len(shown)} frames; it is truncated or damaged", len(shown))
   ends = np.cumsum(shown)
-  return np.concatenate([[0.0], ends[:-1]]), float(ends[-1])
+  return np.concatenate([[0.0], ends[:-1]]), float(ends[-1]), lost
 
 
 def _decode_gif(path, wanted) -> Iterator[np.ndarray]:
-  count = _count_gif(path)
   with Image.open(path, formats=PICTURES) as image:
     for i in wanted.tolist():
       try:
         image.seek(i)
         yield np.asarray(image.convert("RGB"))
       except UNREADABLE as error:
-        raise VideoError(f"{path} announces {count} frames, but frame {i} can't be decoded: {error}") from error
+        raise VideoError(f"{path}: its frame {i} can't be decoded: {error}") from error
 
 
 def _folder(path) -> list[pathlib.Path]:
