@@ -191,7 +191,7 @@ def test_quirk_q1_clip_length_of_config_json_only_on_request(tmp_path, capsys):
     ({"rope_scaling": YARN | {"factor": 0.5}}, r"rope_scaling: factor = 0\.5: must be at least 1"),
     ({"rope_scaling": YARN | {"mscale": 0.7}}, "rope_scaling: mscale of YaRN not supported"),
     ({"use_sliding_window": True}, "use_sliding_window"),
-    ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type 'mlp2x_gelu'"),
+    ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type = 'mlp2x_gelu' is not supported"),
     ({"mm_vision_tower": "siglip"}, "mm_vision_tower 'siglip'"),
     ({"mm_hidden_size": 1152}, "mm_hidden_size is 1152"),
     ({"tiny_vision": {"depth": 3}}, "tiny_vision lacks image_size"),
