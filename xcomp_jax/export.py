@@ -242,8 +242,7 @@ def _copy_rest(
 ) -> None:
   """config.json and the code that it names, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
-  file = source / "config.json"
-  config = layouts.read_json(file) | {"mm_local_num_frames": cfg.clip_frames, "tie_word_embeddings": cfg.llm.tied}
+  config = layouts.read_json(file := source / "config.json") | {"mm_local_num_frames": cfg.clip_frames, "tie_word_embeddings": cfg.llm.tied}
   if weights.read_scaling(file, config) != cfg.llm.rope_scaling or "rope_parameters" in config:
     # The official code reads the keys of transformers 4, and transformers 5 reads these, too.
     config |= {"rope_theta": cfg.llm.rope_theta, "rope_scaling": weights.rope_scaling(cfg.llm.rope_scaling)}
@@ -252,34 +251,31 @@ def _copy_rest(
     own = config.pop("dtype", None)
     config["torch_dtype"] = own if dtype is None else np.dtype(dtype).name
   if config.get("auto_map"):
-    _copy_code(directory, source, config, code)
+    folder = code or source
+    if missing := missing_code(config["auto_map"], folder):
+      del config["auto_map"]
+      print(
+        f"auto_map is left out of config.json: {folder} has no {', '.join(missing)}. --code ORG/NAME fetches such files, or takes "
+        "them from a directory; without them the official code has to be imported by hand",
+        file=sys.stderr,
+      )
+    for python in [] if missing else folder.glob("*.py"):
+      shutil.copyfile(python, directory / python.name)
   files.write_json(directory / "config.json", config, indent=2)
   if tuned:
     files.write_json(directory / weights.EXTRA, {"lp_comp": to_dict(cfg.lp_comp)}, indent=2)
   copy_tokenizer(directory, source)
 
 
-def _copy_code(directory: pathlib.Path, source: pathlib.Path, config: dict[str, Any], code: pathlib.Path | None) -> None:
-  """Copies the Python files that `auto_map` and what it names ask for, or takes `auto_map` out of `config`."""
-  names = [name for value in config["auto_map"].values() for name in ([value] if isinstance(value, str) else value or [])]
+def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
+  """Lists the Python files that `auto_map` of a config.json and what it names ask for, and that `folder` lacks."""
+  names = [name for value in auto_map.values() for name in ([value] if isinstance(value, str) else value or [])]
   wanted = [f"{name.split('.')[0]}.py" for name in names if "--" not in name]  # ORG/NAME--module.Class is at the hub
-  folder = code or source
   for name in wanted:  # grows
     if (folder / name).is_file():
       imported = RELATIVE.findall((folder / name).read_text())
       wanted += [file for file in (f"{module}.py" for module in imported) if file not in wanted]
-  if missing := sorted({name for name in wanted if not (folder / name).is_file()}):
-    if code is not None:
-      raise CheckpointError(f"{code} has no {', '.join(missing)}, which auto_map of {source / 'config.json'} asks for")
-    config.pop("auto_map")
-    print(
-      f"auto_map is left out of config.json: {source} has no {', '.join(missing)}. --code ORG/NAME fetches that, or takes it from a "
-      "directory; without it the official code has to be imported by hand",
-      file=sys.stderr,
-    )
-    return
-  for file in sorted(folder.glob("*.py")):
-    shutil.copyfile(file, directory / file.name)
+  return sorted({name for name in wanted if not (folder / name).is_file()})
 
 
 def copy_tokenizer(directory: pathlib.Path, source: pathlib.Path) -> None:
@@ -339,8 +335,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_free(out, args.overwrite)
     code = weights.resolve(args.code, code=True) if args.code else None
     source = read(args.checkpoint, step=args.step, init_from=args.init_from)
-    if code and not layouts.read_json(source.directory / "config.json").get("auto_map"):
-      raise CheckpointError(f"{source.directory / 'config.json'} has no auto_map, which would name the files of --code; leave --code out")
+    if code:
+      named_in = source.directory / "config.json"
+      auto_map = layouts.read_json(named_in).get("auto_map")
+      if not auto_map:
+        raise CheckpointError(f"{named_in} has no auto_map, which would name the files of --code; leave --code out")
+      if missing := missing_code(auto_map, code):
+        raise CheckpointError(f"{code} has no {', '.join(missing)}, which auto_map of {named_in} asks for")
     save(
       out, source.state, source.cfg, source.directory, tuned=source.tuned, dtype=args.dtype,
       overwrite=args.overwrite, code=code,
