@@ -88,9 +88,7 @@ def check(file: pathlib.Path, c: Mapping[str, Any], read: Collection[str]) -> No
     problems.append(f"layer_types = {kinds} is not supported; only 'full_attention' of all {layers} layers is")
   known = {*ONLY, *IGNORED, *read, "mm_newline_position", "layer_types"}
   if unknown := sorted(c.keys() - known):
-    problems.append(
-      f"{', '.join(unknown)} can't be understood, and may ask for another model; if that changes nothing, take it out of the file"
-    )
+    problems.append(f"{', '.join(unknown)}: not known here, so it may ask for another model; what changes nothing can be taken out of the file")
   if problems:
     raise CheckpointError(f"{file}: {'; '.join(problems)}")
 
