@@ -181,3 +181,76 @@ def test_bad_input_is_one_line_and_writes_nothing(base, run, tmp_path, monkeypat
   assert left.value.code == 1
   assert message in said and said.count("error:") == 1 and "Traceback" not in said
   assert sorted(tmp_path.iterdir()) == before
+
+
+MODELING = "from .mm_utils import size\n\nclass Stand:\n  pass\n"
+AUTO_MAP = {"AutoConfig": "modeling_stand.StandConfig", "AutoModel": "modeling_stand.Stand"}
+
+
+def coded(directory: pathlib.Path, *files: str) -> pathlib.Path:
+  """A checkpoint whose config.json asks for a module of its own; the files of that which are there."""
+  config = json.loads((directory / "config.json").read_text())
+  (directory / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+  for file in files:
+    (directory / file).write_text(MODELING if file == "modeling_stand.py" else "size = 1\n")
+  return directory
+
+
+def exported(directory: pathlib.Path, out: pathlib.Path, *more: str, layout: str = "torch") -> tuple[dict | None, list[str]]:
+  """What the export has of `auto_map` and of Python files."""
+  export.main(["--checkpoint", str(directory), f"--format={layout}", "--out", str(out), *more])
+  return json.loads((out / "config.json").read_text()).get("auto_map"), sorted(f.name for f in out.glob("*.py"))
+
+
+@pytest.mark.parametrize("layout", ["torch", "orbax"])
+def test_official_code_goes_along(base, tmp_path, capsys, layout):
+  code = ["constants.py", "mm_utils.py", "modeling_stand.py"]
+  assert exported(coded(base, *code), tmp_path / "out", layout=layout) == (AUTO_MAP, code)
+  assert (tmp_path / "out" / "modeling_stand.py").read_text() == MODELING
+  assert "auto_map" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files, missing", [([], "modeling_stand.py"), (["modeling_stand.py"], "mm_utils.py")])
+def test_without_official_code_auto_map_is_left_out(base, tmp_path, capsys, files, missing):
+  assert exported(coded(base, *files), tmp_path / "out") == (None, [])
+  assert f"auto_map is left out of config.json: {base} has no {missing}. --code ORG/NAME fetches" in capsys.readouterr().err
+  other = tmp_path / "code"
+  other.mkdir()
+  (other / "modeling_stand.py").write_text(MODELING)
+  with pytest.raises(SystemExit):
+    exported(base, tmp_path / "again", "--code", str(other))
+  assert "code has no mm_utils.py, which auto_map of " in capsys.readouterr().err and not (tmp_path / "again").exists()
+  (other / "mm_utils.py").write_text("")
+  assert exported(base, tmp_path / "again", "--code", str(other)) == (AUTO_MAP, ["mm_utils.py", "modeling_stand.py"])
+
+
+def test_code_from_the_hub(base, tmp_path, monkeypatch):
+  import huggingface_hub
+
+  asked = []
+
+  def download(name, *, allow_patterns, local_files_only=False):
+    asked.append((name, allow_patterns, local_files_only))
+    if local_files_only:
+      raise FileNotFoundError
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "modeling_stand.py").write_text("")
+    return str(tmp_path / "hub")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  assert exported(coded(base), tmp_path / "out", "--code=org/name") == (AUTO_MAP, ["modeling_stand.py"])
+  assert asked == [("org/name", ["*.py"], True), ("org/name", ["*.py"], False)]
+
+
+def test_code_for_a_config_that_names_none_is_refused(base, tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    exported(base, tmp_path / "out", "--code", str(base))
+  assert "config.json has no auto_map, which would name the files of --code" in capsys.readouterr().err
+
+
+def test_a_run_that_was_tied_stays_so_whatever_lies_beside_its_start(base, run, tmp_path):
+  tensors = load_file(base / "model.safetensors")
+  w.tiny(base, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tie_word_embeddings=True)
+  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+  assert w.read_config(tmp_path / "out").llm.tied

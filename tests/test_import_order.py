@@ -13,7 +13,7 @@ ORDER = """
 chips config files sharding hosts workdir
 data.batch data.container data.video data.prompt data.store data.mixture data.shards data.check data.blend data.packing data.pipeline
 model.kernels model.attention model.norm model.rope model.vision model.internvideo2 model.merge model.lp_comp model.decoder model.vlm
-inside qc_comp encode generate chat rounds report official layouts weights reader answers tasks optim checkpoint metrics cost forecast plan_table
+inside qc_comp encode generate chat rounds report official layouts config_json weights reader answers tasks optim checkpoint metrics cost forecast plan_table
 steps absent programs accounts fits train predecode ask evaluate lmms_tasks lmms_plugin export comparison parity_tower parity_frames parity world films findings needles plan
 bench_load bench_data bench_parts bench_profile bench bench_scaling bench_qc bench_evaluate gpu_check miniature measures study demo draw
 """.split()

@@ -191,7 +191,7 @@ def test_quirk_q1_clip_length_of_config_json_only_on_request(tmp_path, capsys):
     ({"rope_scaling": YARN | {"factor": 0.5}}, r"rope_scaling: factor = 0\.5: must be at least 1"),
     ({"rope_scaling": YARN | {"mscale": 0.7}}, "rope_scaling: mscale of YaRN not supported"),
     ({"use_sliding_window": True}, "use_sliding_window"),
-    ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type 'mlp2x_gelu'"),
+    ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type = 'mlp2x_gelu' is not supported"),
     ({"mm_vision_tower": "siglip"}, "mm_vision_tower 'siglip'"),
     ({"mm_hidden_size": 1152}, "mm_hidden_size is 1152"),
     ({"tiny_vision": {"depth": 3}}, "tiny_vision lacks image_size"),
@@ -490,3 +490,38 @@ def test_clips_at_once_are_by_memory(memory, dtype, clips):
   released = pathlib.Path(weights.__file__).parents[1] / "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"
   device = types.SimpleNamespace(device_kind="none", process_index=0, memory_stats=lambda: memory and {"bytes_limit": memory})
   assert weights.read_config(released, model, LP_COMP, device).clips_per_chunk == clips
+
+
+@pytest.mark.parametrize(
+  "rename",
+  [
+    lambda name: f"module.{name}",
+    lambda name: f"_orig_mod.{name}",
+    lambda name: f"module.base_model.model.{name}",
+    lambda name: f"model.{name}",  # "model.model.norm.weight", but also "model.lm_head.weight"
+    lambda name: name.replace("model.layers.", "model.layers._orig_mod.").replace(".mlp.gate", ".mlp._fsdp_wrapped_module.gate"),
+  ],
+  ids=["module", "compile", "peft", "doubled", "within"],
+)
+def test_prefixes_of_training_frameworks_are_named_and_the_python_of_the_message_takes_them_off(reference, tmp_path, rename):
+  tensors = tiny_tensors(reference, ml_dtypes.bfloat16, tied=False)
+  directory = tiny(tmp_path, {rename(name): t for name, t in tensors.items()}, tie_word_embeddings=False)
+  cfg = read_config(directory)
+  with pytest.raises(CheckpointError) as raised:
+    weights.load(directory, cfg)
+  said, python = str(raised.value).split(" This Python takes it off:\n")
+  changed = [name for name in tensors if rename(name) != name]
+  assert "a training framework has added " in said and f"to the names of {len(changed)} of {len(tensors)} tensors" in said
+  exec(python, {})
+  equal(load_file(directory / "model.safetensors"), tensors)
+  weights.load(directory, cfg)
+
+
+def test_lora_adapters_are_to_be_merged_first(reference, tmp_path):
+  tensors = tiny_tensors(reference) | {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 24), np.float32)}
+  directory = tiny(tmp_path / "both", tensors)
+  with pytest.raises(CheckpointError, match=r"both holds LoRA adapters \(.*q_proj\.lora_A\.weight\).*: merge them first"):
+    weights.load(directory, read_config(directory))
+  (tmp_path / "adapter_config.json").write_text("{}")
+  with pytest.raises(CheckpointError, match=r"holds LoRA adapters \(adapter_config\.json\)"):
+    read_config(tmp_path)

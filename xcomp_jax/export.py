@@ -15,7 +15,9 @@ import json
 import logging
 import math
 import pathlib
+import re
 import shutil
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
   "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )
+RELATIVE = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # of modules in the same folder
 SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
 CODES = {dtype: code for code, dtype in layouts.DTYPES.items()}
 
@@ -77,7 +80,8 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
   directory = weights.resolve(init_from or run["init_from"])
   cfg = weights.read_config(directory, AS_IT_IS, from_dict(LPCompConfig, run["lp_comp"], "lp_comp"))
   yarn = saved["vlm"]["llm"].get("rope_scaling")
-  llm = dataclasses.replace(cfg.llm, rope_scaling=yarn and from_dict(Yarn, yarn, "rope_scaling"))
+  tied = saved["vlm"]["llm"].get("tied", cfg.llm.tied)
+  llm = dataclasses.replace(cfg.llm, rope_scaling=yarn and from_dict(Yarn, yarn, "rope_scaling"), tied=tied)
   cfg = dataclasses.replace(cfg, llm=llm, clip_frames=saved["vlm"]["clip_frames"])
   # A run may keep what it does not train in a shorter dtype, so that comes from where the run started.
   state = nnx.state(weights.load(directory, cfg))
@@ -126,6 +130,7 @@ def save_torch(
   tuned: bool = True,
   dtype: Any | None = None,
   overwrite: bool = False,
+  code: pathlib.Path | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
   """Writes an official-layout directory, and checks its names, shapes and dtypes against `source` before it appears.
@@ -138,6 +143,7 @@ def save_torch(
     tuned: False leaves xcomp.json out, as in official checkpoints: which LP-Comp they take is for their user to say.
     dtype: of all tensors; None: each as in `source`, so a parameter that was not trained is equal bit by bit.
     overwrite: replace a checkpoint that is there.
+    code: where the Python files lie that `auto_map` of config.json names; None: in `source`.
     shard_bytes: largest size of one file (a larger single tensor gets a file of its own).
 
   Raises:
@@ -151,7 +157,7 @@ def save_torch(
   ]
   with appearing(directory, overwrite) as temporary:
     write_safetensors(temporary, tensors, shard_bytes)
-    _copy_rest(temporary, source, cfg, tuned, dtype)
+    _copy_rest(temporary, source, cfg, tuned, dtype, code)
     written = weights.stored(temporary, cfg)
     wrong = [f"{e.name} is {written[e.path]}" for e in entries if written[e.path] != own[e.path]]
     if wrong:
@@ -167,6 +173,7 @@ def save_orbax(
   tuned: bool = True,
   dtype: Any | None = None,
   overwrite: bool = False,
+  code: pathlib.Path | None = None,
 ) -> None:
   """Writes parameters (params/, nested dicts by path), config.json, xcomp.json and tokenizer files.
 
@@ -182,7 +189,7 @@ def save_orbax(
     settings = layouts.nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
       writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(layouts.nest(arrays), save_args=settings))
-    _copy_rest(temporary, source, cfg, tuned, dtype)
+    _copy_rest(temporary, source, cfg, tuned, dtype, code)
 
 
 def _official(entry: official.Entry, array: jax.Array, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -230,18 +237,45 @@ def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_
     files.write_json(directory / layouts.INDEX, {"metadata": {"total_size": total}, "weight_map": places}, indent=2)
 
 
-def _copy_rest(directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tuned: bool, dtype: Any | None) -> None:
-  """config.json, xcomp.json if `tuned`, and tokenizer files."""
+def _copy_rest(
+  directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tuned: bool, dtype: Any | None, code: pathlib.Path | None
+) -> None:
+  """config.json and the code that it names, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
-  config = layouts.read_json(source / "config.json") | {"mm_local_num_frames": cfg.clip_frames}
-  if weights.read_yarn(f"{source}/config.json: rope_scaling", config.get("rope_scaling")) != cfg.llm.rope_scaling:
-    config["rope_scaling"] = weights.rope_scaling(cfg.llm.rope_scaling)
-  if dtype is not None:
-    config["torch_dtype"] = np.dtype(dtype).name
+  config = layouts.read_json(file := source / "config.json") | {"mm_local_num_frames": cfg.clip_frames, "tie_word_embeddings": cfg.llm.tied}
+  if weights.read_scaling(file, config) != cfg.llm.rope_scaling or "rope_parameters" in config:
+    # The official code reads the keys of transformers 4, and transformers 5 reads these, too.
+    config |= {"rope_theta": cfg.llm.rope_theta, "rope_scaling": weights.rope_scaling(cfg.llm.rope_scaling)}
+    config.pop("rope_parameters", None)
+  if "dtype" in config or dtype is not None:
+    own = config.pop("dtype", None)
+    config["torch_dtype"] = own if dtype is None else np.dtype(dtype).name
+  if config.get("auto_map"):
+    folder = code or source
+    if missing := missing_code(config["auto_map"], folder):
+      del config["auto_map"]
+      print(
+        f"auto_map is left out of config.json: {folder} has no {', '.join(missing)}. --code ORG/NAME fetches such files, or takes "
+        "them from a directory; without them the official code has to be imported by hand",
+        file=sys.stderr,
+      )
+    for python in [] if missing else folder.glob("*.py"):
+      shutil.copyfile(python, directory / python.name)
   files.write_json(directory / "config.json", config, indent=2)
   if tuned:
     files.write_json(directory / weights.EXTRA, {"lp_comp": to_dict(cfg.lp_comp)}, indent=2)
   copy_tokenizer(directory, source)
+
+
+def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
+  """Lists the Python files that `auto_map` of a config.json and what it names ask for, and that `folder` lacks."""
+  names = [name for value in auto_map.values() for name in ([value] if isinstance(value, str) else value or [])]
+  wanted = [f"{name.split('.')[0]}.py" for name in names if "--" not in name]  # ORG/NAME--module.Class is at the hub
+  for name in wanted:  # grows
+    if (folder / name).is_file():
+      imported = RELATIVE.findall((folder / name).read_text())
+      wanted += [file for file in (f"{module}.py" for module in imported) if file not in wanted]
+  return sorted({name for name in wanted if not (folder / name).is_file()})
 
 
 def copy_tokenizer(directory: pathlib.Path, source: pathlib.Path) -> None:
@@ -288,6 +322,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--step", type=int, help="of a run; default: its latest checkpoint")
   parser.add_argument("--init-from", help="of a run: where its starting checkpoint is, if that has moved")
   parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of all tensors; default: as in the starting checkpoint")
+  parser.add_argument(
+    "--code", metavar="ORG/NAME", help="hub id or directory with the Python files that config.json's auto_map names; "
+    "default: beside the starting checkpoint, or else auto_map is left out"
+  )
   parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
   args = parser.parse_args(argv)
   save = save_torch if args.format == "torch" else save_orbax
@@ -295,10 +333,18 @@ def main(argv: Sequence[str] | None = None) -> None:
   with files.command():
     out = files.local(args.out, "an export appears by a rename", written=True)
     check_free(out, args.overwrite)
+    code = weights.resolve(args.code, code=True) if args.code else None
     source = read(args.checkpoint, step=args.step, init_from=args.init_from)
+    if code:
+      named_in = source.directory / "config.json"
+      auto_map = layouts.read_json(named_in).get("auto_map")
+      if not auto_map:
+        raise CheckpointError(f"{named_in} has no auto_map, which would name the files of --code; leave --code out")
+      if missing := missing_code(auto_map, code):
+        raise CheckpointError(f"{code} has no {', '.join(missing)}, which auto_map of {named_in} asks for")
     save(
       out, source.state, source.cfg, source.directory, tuned=source.tuned, dtype=args.dtype,
-      overwrite=args.overwrite,
+      overwrite=args.overwrite, code=code,
     )
   leaves = jax.tree.leaves(source.state)
   print(f"{args.out}: {len(leaves)} tensors, {sum(leaf.size for leaf in leaves):,} parameters, {args.format} layout")

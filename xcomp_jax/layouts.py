@@ -8,7 +8,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +23,12 @@ from xcomp_jax.sharding import path_name
 
 INDEX = "model.safetensors.index.json"
 ROWS = 256  # of a tensor read or written at a time; also what makes a transposed copy stay in cache
+# What training frameworks put around the names of a model's tensors: DataParallel and DeepSpeed, torch.compile, FSDP, PEFT, a wrapper.
+FRAMEWORKS = re.compile(
+  r"^((module|_orig_mod|_fsdp_wrapped_module|base_model\.model)\.)*(model\.(?=model\.|lm_head\.))*"
+  r"|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
 
@@ -123,6 +130,59 @@ def _headers(directory: pathlib.Path) -> tuple[dict[str, _Stored], list[str]]:
   return tensors, problems
 
 
+def adapters(directory: pathlib.Path, example: str) -> CheckpointError:
+  """Makes the error about a directory with LoRA adapters; example: a file or tensor that shows it."""
+  return CheckpointError(
+    f"{directory} holds LoRA adapters ({example}), which are no whole model: merge them first, where they were trained, with "
+    "model.merge_and_unload().save_pretrained(DIR), and give DIR"
+  )
+
+
+def check_names(directory: pathlib.Path, wanted: Collection[str], found: Collection[str]) -> None:
+  """Checks that it isn't only a training framework's prefixes that keep names from being the official ones.
+
+  Raises:
+    CheckpointError: it is; or LoRA adapters.
+  """
+  if adapter := next(filter(LORA.search, found), None):
+    raise adapters(directory, adapter)
+  plain = {name: FRAMEWORKS.sub("", name) for name in found}
+  named = {name: official for name, official in plain.items() if name != official and official in wanted}
+  if not named:
+    return
+  name, official = next(iter(named.items()))
+  added = sorted({"".join(match.group() for match in FRAMEWORKS.finditer(name)) for name in named})
+  raise CheckpointError(
+    f"{directory}: a training framework has added {' and '.join(added)} to the names of {len(named)} of {len(found)} tensors "
+    f"({name} instead of {official}). This Python takes it off:\n"
+    "import pathlib, re, safetensors.numpy as st\n"
+    f"for file in pathlib.Path({str(directory)!r}).glob('*.safetensors'):\n"
+    f"  tensors = {{re.sub(r'{FRAMEWORKS.pattern}', '', name): t for name, t in st.load_file(file).items()}}\n"
+    "  st.save_file(tensors, file, {'format': 'pt'})"
+  )
+
+
+def equal(directory: pathlib.Path, one: str, other: str) -> bool:
+  """Tells whether two tensors of a torch directory hold the same values; True as well where one of them can't be read.
+
+  Nothing is raised: whoever loads the directory says what is wrong with it.
+  """
+  try:
+    tensors, _ = _headers(directory)
+    a, b = tensors[one], tensors[other]
+  except (CheckpointError, KeyError):
+    return True
+  if a.shape != b.shape or not {a.dtype, b.dtype} <= DTYPES.keys():
+    return False
+  with open(a.file, "rb", buffering=0) as first, open(b.file, "rb", buffering=0) as second:
+    for start in range(0, a.shape[0], 16 * ROWS):
+      stop = min(start + 16 * ROWS, a.shape[0])
+      x, y = _read_rows(first, a, start, stop), _read_rows(second, b, start, stop)
+      if not np.array_equal(x.astype(np.float32), y.astype(np.float32), equal_nan=True):
+        return False
+  return True
+
+
 def open_torch(directory: pathlib.Path, entries: Sequence[Entry], by: str = "config.json") -> dict[str, _Stored]:
   """Official name -> tensor of a torch directory, checked against the table; reads headers only. by: the file that says sizes."""
   tensors, problems = _headers(directory)
@@ -131,6 +191,7 @@ def open_torch(directory: pathlib.Path, entries: Sequence[Entry], by: str = "con
   for name in list(tensors):
     if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
       del tensors[name]
+  check_names(directory, expected, tensors)
   problems += [f"{name} is {it.dtype}, not one of {', '.join(DTYPES)}" for name, it in tensors.items() if it.dtype not in DTYPES]
   report(directory, entries, {name: it.shape for name, it in tensors.items()}, False, problems, by)
   return tensors

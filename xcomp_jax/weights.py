@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from xcomp_jax import chips
+from xcomp_jax import chips, config_json
 from xcomp_jax.config import (
   ConfigError,
   InternVideo2Config,
@@ -39,6 +39,8 @@ from xcomp_jax.layouts import (
   DTYPES,
   INDEX,
   CheckpointError,
+  adapters,
+  equal,
   is_orbax,
   open_torch,
   orbax_dtypes,
@@ -54,10 +56,10 @@ from xcomp_jax.sharding import path_name
 EXTRA = "xcomp.json"
 
 
-def resolve(init_from: str, whole: bool = True) -> pathlib.Path:
+def resolve(init_from: str, whole: bool = True, code: bool = False) -> pathlib.Path:
   """The local directory of `init_from`: a directory, or a hub id org/name (from the local cache if it is there).
 
-  whole: False fetches what describes the model, but not its weights.
+  whole: False fetches what describes the model, but not its weights. code: fetches the Python files alone.
 
   Raises:
     CheckpointError: neither.
@@ -75,6 +77,8 @@ def resolve(init_from: str, whole: bool = True) -> pathlib.Path:
   files, complete = ["*.json", "*.txt", "*.jinja"], lambda directory: (directory / "config.json").exists()
   if whole:
     files, complete = [*files, "*.safetensors", "params/*"], _whole
+  if code:
+    files, complete = ["*.py"], lambda directory: any(directory.glob("*.py"))
   try:
     with contextlib.suppress(FileNotFoundError):  # not in the cache
       cached = pathlib.Path(snapshot_download(init_from, local_files_only=True, allow_patterns=files))
@@ -113,6 +117,7 @@ SIZES = {  # what config.json must have
   "mm_local_num_frames": COUNT, "mm_vision_select_layer": "an integer",
 }
 OPTIONAL = ("head_dim", "tokenizer_model_max_length", "max_position_embeddings")
+SCALINGS = ("rope_scaling", "rope_parameters")  # as transformers has it up to 4, and from 5 on
 TINY_VISION = dict.fromkeys(("image_size", "embed_dim", "depth", "heads", "patch_size"), COUNT) | {"mlp_ratio": ABOVE_0}
 UMT = {"embed_dim": 1024, "depth": 24, "heads": 16, "patch_size": 16, "mlp_ratio": 4}
 # The official config.json names a tower; its sizes are in the official code (FACTS.md 7).
@@ -159,26 +164,31 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
   device: what `clips_per_chunk = "auto"` is for; None: the first one here.
 
   The official file does not hold the tower's sizes, only its name; `tiny_vision` in it (no official key) gives
-  other ones. Prints one line if clips get another length than config.json says (quirk Q1).
+  other ones. Prints one line if clips get another length than config.json says (quirk Q1), and one if an output head is
+  kept that config.json says is the embedding once more.
 
   Raises:
     CheckpointError: no config.json, keys missing, values of the wrong kind, a run's config, or a model that this
       code can't build.
     ConfigError: clips of a length that the tower does not take.
   """
-  file = pathlib.Path(directory) / "config.json"
+  directory = pathlib.Path(directory)
+  file = directory / "config.json"
+  if not file.exists() and (directory / "adapter_config.json").exists():
+    raise adapters(directory, "adapter_config.json")
   c = read_json(file)
   if c.keys() >= {"init_from", "workdir"}:
     raise CheckpointError(
       f"{directory} is a run; export it first: "
       f"python -m xcomp_jax.export --checkpoint {directory} --format=torch --out DIR"
     )
+  theta = config_json.rope_theta(file, c)
+  c |= {} if theta is None else {"rope_theta": theta}
   _check(file, c, SIZES | {key: COUNT for key in OPTIONAL if c.get(key) is not None})
-  for key, wanted in (("use_sliding_window", False), ("hidden_act", "silu")):
-    if c.get(key, wanted) != wanted:
-      raise CheckpointError(f"{file}: {key} = {c[key]!r} is not supported; only {wanted!r} is")
-  if c["mm_projector_type"] != "tome16_mlp_hd64":
-    raise CheckpointError(f"{file}: mm_projector_type {c['mm_projector_type']!r} is not supported; tome16_mlp_hd64 is")
+  config_json.check(file, c, (*SIZES, *OPTIONAL, *SCALINGS, "tiny_vision"))
+  if c["tie_word_embeddings"] and not equal(directory, "lm_head.weight", "model.embed_tokens.weight"):
+    print(f"{file} says tie_word_embeddings, but lm_head.weight is another matrix than the embedding; it is kept", file=sys.stderr)
+    c["tie_word_embeddings"] = False
   tower, auto = _tower(file, c), model.clips_per_chunk == "auto"
   cfg = VLMConfig(
     vision=tower,
@@ -244,7 +254,7 @@ def _clip_frames(file: pathlib.Path, tower: TowerConfig, wanted: int | Literal["
 def _llm(file: pathlib.Path, c: Mapping[str, Any], yarn: tuple[float, ...] | Literal["checkpoint"] | None) -> LLMConfig:
   if not c.get("head_dim") and c["hidden_size"] % c["num_attention_heads"]:
     raise CheckpointError(f"{file}: num_attention_heads does not divide hidden_size, and there is no head_dim")
-  scaling = read_yarn(f"{file}: rope_scaling", c.get("rope_scaling")) if yarn == "checkpoint" else yarn_of(*yarn) if yarn else None
+  scaling = read_scaling(file, c) if yarn == "checkpoint" else yarn_of(*yarn) if yarn else None
   context = c.get("tokenizer_model_max_length") or c.get("max_position_embeddings")
   return LLMConfig(
     vocab_size=c["vocab_size"],
@@ -268,8 +278,18 @@ def yarn_of(factor: float, positions: float, attention: float | None = None, **b
   return Yarn(float(factor), int(positions), **{key: float(v) for key, v in (BETAS | betas).items()}, attention=float(gain))
 
 
+def read_scaling(file: pathlib.Path, c: Mapping[str, Any]) -> Yarn | None:
+  """Reads how config.json stretches positions, from whichever of `rope_scaling` and `rope_parameters` there is.
+
+  Raises:
+    CheckpointError: they differ; see also `read_yarn`.
+  """
+  said = {key: c[key] for key in SCALINGS if c.get(key) is not None}
+  return config_json.agreed(file, said, {key: read_yarn(f"{file}: {key}", values) for key, values in said.items()})
+
+
 def read_yarn(where: str, values: Any) -> Yarn | None:
-  """What `rope_scaling` of a config.json says, in the form of the transformers library.
+  """What `rope_scaling` or `rope_parameters` of a config.json says, in the form of the transformers library.
 
   Raises:
     CheckpointError: another kind of scaling, keys missing or unknown, or values of the wrong kind.
@@ -277,16 +297,18 @@ def read_yarn(where: str, values: Any) -> Yarn | None:
   if values is None:
     return None
   _check(where, values, {})
-  kind = values.get("rope_type", values.get("type"))
+  bare = values.keys() <= {"rope_theta"}  # as transformers reads it
+  kind = values.get("rope_type", values.get("type", "default" if bare else None))
+  if kind not in ("default", "yarn"):
+    raise CheckpointError(f"{where}: type {kind!r} is not supported; yarn is, and none at all (null)")
+  known = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", *BETAS}
+  whole = {"partial_rotary_factor": 1, "truncate": True}  # the only values of these
+  if other := [k for k in sorted(values.keys() - known) if values[k] is not None and values[k] != whole.get(k)]:
+    raise CheckpointError(f"{where}: {', '.join(other)} of YaRN not supported; {', '.join(sorted(known - {'type'}))} are")
   if kind == "default":
     return None
-  if kind != "yarn":
-    raise CheckpointError(f"{where}: type {kind!r} is not supported; yarn is, and none at all (null)")
   optional = [key for key in ("attention_factor", *BETAS) if values.get(key) is not None]
   _check(where, values, {"factor": ABOVE_0, "original_max_position_embeddings": COUNT} | dict.fromkeys(optional, ABOVE_0))
-  known = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", *BETAS}
-  if other := [key for key in sorted(values.keys() - known) if values[key] is not None]:
-    raise CheckpointError(f"{where}: {', '.join(other)} of YaRN not supported; {', '.join(sorted(known - {'type'}))} are")
   if values["factor"] < 1:
     raise CheckpointError(f"{where}: factor = {values['factor']}: must be at least 1")
   betas = {key: values[key] for key in BETAS if key in optional}
