@@ -36,6 +36,10 @@ from xcomp_jax.data.shards import Settings, Work
 from xcomp_jax.files import command, local, sync, write_json
 
 SHOWN = 50  # of a list of problems
+# Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
+# may often have 1,024. Larger files would need more room for the one that is being written: see docs/DATA.md.
+PER_SHARD = 256
+PER_SHARD_BEFORE = 64  # of stores that don't say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ def predecode(
   root: str | os.PathLike = ".",
   subset: float = 1.0,
   workers: int = 0,
-  samples_per_shard: int = 64,
+  samples_per_shard: int | None = None,
   skip_bad: bool = False,
   quality: int | None = None,
   tower: Tower | None = None,
@@ -77,7 +81,7 @@ def predecode(
     root: where relative paths of the mixture start.
     subset: share of each annotation file's selection (0.25 in the release).
     workers: decoding processes; 0 decodes in this one, without time limit.
-    samples_per_shard: annotations in one file of clips.
+    samples_per_shard: annotations in one file of clips; None: as in what is there, else 256.
     skip_bad: leave out annotations and videos that can't be used, and say so in the manifest, instead of stopping.
     quality: of JPEG, 1 to 100; None: raw frames.
     tower: store what it makes of the frames.
@@ -102,20 +106,22 @@ def predecode(
   with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
     jobs, files = mixtures.read_mixture(mixture, root, subset)
     layout = store.Layout(settings.image_size, settings.clip_frames, quality, tower.features if tower else None)
-    plan = _plan(mixture, root, subset, samples_per_shard, settings, layout, files, tower)
+    per_shard = samples_per_shard or _per_shard(folder, made, restart)
+    plan = _plan(mixture, root, subset, per_shard, settings, layout, files, tower)
     if made is not None:
       if made["plan"] == _digest(plan):
         shutil.rmtree(folder)
         return made
       raise store.StoreError(f"{out} already exists, made from other data or with other settings; remove it or choose another folder")
-    bad = [(job, fault) for job in jobs for fault in job.faults]
+    in_files = _in_files(jobs)
+    bad = [f"{jobs[i].where()}: {fault}" for i in in_files for fault in jobs[i].faults]
     if bad and not skip_bad:
-      raise _annotation_error(f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", [f"{j.where()}: {f}" for j, f in bad])
+      raise _annotation_error(f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", bad)
     if not jobs:
       counts = f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} are drawn by sampling_strategy and --subset"
       raise store.StoreError(f"no samples to write: {counts}, and none of these has exactly one image or video")
     _agree(folder, plan, restart)
-    work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), samples_per_shard)
+    work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), per_shard)
     _undo_finish(work)
     done = shards.prepare(work, skip_bad)
     if beam is not None:
@@ -127,13 +133,13 @@ def predecode(
           work, work.shards, workers=workers, timeout=timeout, skip_bad=skip_bad, encode=encode, report=lambda: bar.update()
         )
     entries = shards.entries(work)
-    lost = [f"{work.jobs[i].where()}: {entry['reason']}" for i, entry in enumerate(entries) if "reason" in entry]
+    lost = [f"{jobs[i].where()}: {entries[i]['reason']}" for i in in_files if "reason" in entries[i]]
     if lost and not skip_bad:
       kept = f"everything else is kept in {folder}: the same command tries these again, with --skip_bad it leaves them out"
       raise video.VideoError(_listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost))
     if len(lost) == len(jobs):
       raise store.StoreError(_listed("no samples to write, all are bad", lost))
-    info = dataclasses.asdict(settings) | {"subset": subset, "plan": _digest(plan)}
+    info = dataclasses.asdict(settings) | {"subset": subset, "samples_per_shard": per_shard, "plan": _digest(plan)}
     return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
 
 
@@ -219,6 +225,16 @@ def _claimed(out: pathlib.Path) -> Generator[pathlib.Path]:
     finally:
       if folder.exists() and [p.name for p in folder.iterdir()] == ["lock"]:
         shutil.rmtree(folder)
+
+
+def _per_shard(folder: pathlib.Path, made: dict[str, Any] | None, restart: bool) -> int:
+  """How many annotations a shard has, where nobody says: as many as in the store, or in the unfinished work, that is there."""
+  if made is not None:
+    return made.get("samples_per_shard", PER_SHARD_BEFORE)
+  if not restart:
+    with contextlib.suppress(FileNotFoundError):
+      return json.loads((folder / "plan.json").read_text())["samples_per_shard"]
+  return PER_SHARD
 
 
 def _plan(mixture, root, subset: float, per_shard: int, settings: Settings, layout: store.Layout, files, tower) -> dict[str, Any]:
@@ -341,6 +357,12 @@ def _annotation_error(text: str, lines: Sequence[str]) -> ValueError:
   return prompt.AnnotationError(_listed(text, lines))
 
 
+def _in_files(jobs: Sequence[mixtures.Job]) -> list[int]:
+  """The numbers of the jobs, which are shuffled, as their annotations stand in the files."""
+  files = {name: n for n, name in enumerate(dict.fromkeys(job.sample.annotation for job in jobs))}
+  return sorted(range(len(jobs)), key=lambda i: (files[jobs[i].sample.annotation], jobs[i].sample.position))
+
+
 def _listed(text: str, lines: Sequence[str]) -> str:
   more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
   return f"{text}:\n  " + "\n  ".join([*lines[:SHOWN], *more])
@@ -366,7 +388,7 @@ def _define_flags() -> None:
   flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: by the device")
   flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
   flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)
-  flags.DEFINE_integer("samples_per_shard", 64, "annotations in one file of clips", 1)
+  flags.DEFINE_integer("samples_per_shard", None, f"annotations in one file of clips; default: as in the unfinished work that is there, else {PER_SHARD}", 1)
   flags.DEFINE_bool("skip_bad", False, "leave out what can't be used, and list it in manifest.jsonl")
   flags.DEFINE_enum("rate", "own", get_args(video.Rate), "where frames have no constant rate: own: they have their own times; average: they lie as far apart as the average rate says, as in the release")
   flags.DEFINE_bool("keep_tails", False, "take what can be read of videos that are cut off, instead of leaving them out")
