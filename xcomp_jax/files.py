@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 
@@ -20,7 +20,7 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
   """A path of this machine.
 
   Args:
-    path: with or without a scheme.
+    path: with or without a scheme; a leading ~ is the home directory.
     why: it has to be one, for the message.
     written: it is a result, not what is read.
 
@@ -169,6 +169,12 @@ def too_many_files(error: BaseException) -> str:
       return f"Too many open files: a process may have {limit} here; {advice}, and the same command goes on"
     seen = seen.__cause__ or seen.__context__
   return ""
+
+
+def listed(text: str, lines: Sequence[str], shown: int = 50) -> str:
+  """A message with a list, of which it shows the first lines."""
+  more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
+  return f"{text}:\n  " + "\n  ".join([*lines[:shown], *more])
 
 
 def one_line(error: BaseException | str) -> str:

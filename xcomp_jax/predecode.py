@@ -33,9 +33,8 @@ from xcomp_jax.config import Attention
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
-from xcomp_jax.files import command, local, sync, write_json
+from xcomp_jax.files import command, listed, local, sync, write_json
 
-SHOWN = 50  # of a list of problems
 # Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
 # may often have 1,024. Larger files would need more room for the one that is being written: see docs/DATA.md.
 PER_SHARD = 256
@@ -136,9 +135,9 @@ def predecode(
     lost = [f"{jobs[i].where()}: {entries[i]['reason']}" for i in in_files if "reason" in entries[i]]
     if lost and not skip_bad:
       kept = f"everything else is kept in {folder}: the same command tries these again, with --skip_bad it leaves them out"
-      raise video.VideoError(_listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost))
+      raise video.VideoError(listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost))
     if len(lost) == len(jobs):
-      raise store.StoreError(_listed("no samples to write, all are bad", lost))
+      raise store.StoreError(listed("no samples to write, all are bad", lost))
     info = dataclasses.asdict(settings) | {"subset": subset, "samples_per_shard": per_shard, "plan": _digest(plan)}
     return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
 
@@ -354,7 +353,7 @@ def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool
 def _annotation_error(text: str, lines: Sequence[str]) -> ValueError:
   from xcomp_jax.data import prompt  # see `_finish`
 
-  return prompt.AnnotationError(_listed(text, lines))
+  return prompt.AnnotationError(listed(text, lines))
 
 
 def _in_files(jobs: Sequence[mixtures.Job]) -> list[int]:
@@ -363,17 +362,23 @@ def _in_files(jobs: Sequence[mixtures.Job]) -> list[int]:
   return sorted(range(len(jobs)), key=lambda i: (files[jobs[i].sample.annotation], jobs[i].sample.position))
 
 
-def _listed(text: str, lines: Sequence[str]) -> str:
-  more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-  return f"{text}:\n  " + "\n  ".join([*lines[:SHOWN], *more])
+class _Path(flags.ArgumentParser):
+  """A leading ~ is the home directory."""
+
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+
+def _define_path(name: str, default: str | None, text: str) -> None:
+  flags.DEFINE(_Path(), name, default, text)
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string("mixture", None, "YAML with the datasets to read")
-  flags.DEFINE_string("out", None, "folder to write; the same command continues one that is incomplete")
-  flags.DEFINE_string("verify", None, "instead: read everything in this folder again, and compare it with its manifest")
-  flags.DEFINE_string("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
-  flags.DEFINE_string("root", ".", "where relative paths of the mixture start")
+  _define_path("mixture", None, "YAML with the datasets to read")
+  _define_path("out", None, "folder to write; the same command continues one that is incomplete")
+  _define_path("verify", None, "instead: read everything in this folder again, and compare it with its manifest")
+  _define_path("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
+  _define_path("root", ".", "where relative paths of the mixture start")
   flags.DEFINE_float("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
   flags.DEFINE_integer("image_size", 448, "pixels, square: of the checkpoint's tower", 1)
   flags.DEFINE_integer("max_frames", 1024, "frames of a video, at most", 1)
@@ -383,7 +388,7 @@ def _define_flags() -> None:
   flags.DEFINE_enum("frames", "raw", ["raw", "jpeg"], "how frames are stored")
   flags.DEFINE_integer("quality", 95, "of JPEG", 1, 100)
   flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
-  flags.DEFINE_string("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
+  _define_path("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
   flags.DEFINE_integer("clips_per_chunk", None, "with --features: clips in the tower at once; default: by the device's memory", 1)
   flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: by the device")
   flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
@@ -394,7 +399,7 @@ def _define_flags() -> None:
   flags.DEFINE_bool("keep_tails", False, "take what can be read of videos that are cut off, instead of leaving them out")
   flags.DEFINE_bool("restart", False, "throw away what a run that was stopped has done")
   flags.DEFINE_string("beam", None, 'options of a Beam pipeline that decodes: "--runner=DirectRunner --direct_num_workers=2"')
-  flags.DEFINE_string("sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png")
+  _define_path("sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png")
   flags.DEFINE_integer("prompts", 3, "with --inspect: prompts to show", 0)
   flags.DEFINE_enum("mask", "official", ["official", "assistant"], "with --inspect: which tokens are supervised")
 

@@ -16,10 +16,9 @@ from PIL import Image, ImageDraw
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
-from xcomp_jax.files import one_line, too_many_files
+from xcomp_jax.files import listed, one_line, too_many_files
 
 THUMBNAIL = 112  # pixels
-SHOWN = 50  # of a list of differences
 THREADS = 32  # at most: each may hold a file open beside those of `store.OPEN`
 COMMON = {"annotation", "position", "source"}  # of all lines of a manifest
 
@@ -39,8 +38,7 @@ def verify(path: str | os.PathLike) -> None:
     found = pool.map(lambda i: _difference(store, i, wanted.get(i)), range(len(store)))
     wrong += [text for text in tqdm.tqdm(found, total=len(store), unit="sample", desc="verify") if text]
   if wrong:
-    more = [f"... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-    raise StoreError(f"{path} differs from its manifest:\n  " + "\n  ".join([*wrong[:SHOWN], *more]))
+    raise StoreError(listed(f"{path} differs from its manifest", wrong))
   frames = sum(s.frames for s in store.samples)
   print(f"{path}: {len(store)} samples, {frames} frames, {len(lines) - len(wanted)} skipped; all as the manifest says")
 

@@ -120,7 +120,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     rate = entry.get("frame_rate")
     if rate is not None and (reader != "img" or isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf):
       raise _error(f"{where}: frame_rate is how many images of a folder make a second, a number above 0 beside `video_read_type: img`, not {rate!r}")
-    file = root / entry["json_path"]
+    file = root / os.path.expanduser(entry["json_path"])
     items = read_annotations(file)
     try:
       drawn, chosen = select(items, str(entry.get("sampling_strategy", "all")), subset)
@@ -128,7 +128,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
       raise _error(f"{where}: {error}") from error
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen)))
-    folder = root / (entry.get("data_root") or "")
+    folder = root / os.path.expanduser(entry.get("data_root") or "")
     jobs += [_job(items[i], i, entry["json_path"], folder, READERS[reader], rate) for i in chosen]
   return jobs, files
 
