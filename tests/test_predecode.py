@@ -1,6 +1,7 @@
 """predecode.py: the command as a whole, and that nothing which happens to it changes the result."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -634,9 +635,56 @@ def test_what_is_passed_over_is_counted_and_text_is_taken_where_it_is_wanted(wor
     check.verify(world.parent / "out")
 
 
-def test_bad_annotations_are_listed_in_their_order(world):
-  write(world / "videos.json", [{"video": f"none{i}.mp4", "conversations": talk()} for i in range(9)])
-  mixture(world, {"json_path": "part.jsonl"}, {"json_path": "videos.json"})
-  with pytest.raises(prompt.AnnotationError) as error:
+def test_unfinished_work_goes_on_with_its_own_shards(world, monkeypatch):
+  (world / "videos" / "v1.mp4").rename(world / "v1")
+  make_video(world / "videos" / "v1.mp4", 7)
+  with pytest.raises(video.VideoError):
+    make(world, samples_per_shard=2)
+  (world / "v1").rename(world / "videos" / "v1.mp4")
+  with pytest.raises(StoreError, match=r"unfinished work of another kind \(samples_per_shard: 2 there, 3 now\)"):
+    make(world, samples_per_shard=3)
+  monkeypatch.setattr(predecode_lib, "PER_SHARD", 5)
+  info = make(world)
+  assert info["samples_per_shard"] == 2 and len(list((world.parent / "out" / "clips").glob("*.array_record*"))) == 4
+  assert make(world) == info == make(world, samples_per_shard=2)
+  with pytest.raises(StoreError, match="already exists, made from other data"):
+    make(world, samples_per_shard=5)
+  assert make(world, "new")["samples_per_shard"] == 5
+
+
+def test_a_store_that_does_not_say_was_made_with_shards_of_64(world):
+  info = make(world, samples_per_shard=64)
+  del info["samples_per_shard"]  # as before it was written
+  (world.parent / "out" / "store.json").write_text(json.dumps(info))
+  assert make(world) == info
+
+
+def test_bad_annotations_are_listed_in_the_order_of_their_files(world):
+  files = {"images.json": 3, "videos.json": 12}
+  for name, count in files.items():
+    write(world / name, [{"video": f"{i}.mp4", "conversations": talk()} for i in range(count)])
+  mixture(world, *({"json_path": name} for name in files))
+  with pytest.raises(ValueError, match="15 bad annotations") as error:
     make(world)
-  assert re.findall(r"none(\d)\.mp4 does not exist", str(error.value)) == list("012345678")
+  found = re.findall(r"^  (\S+), annotation (\d+): ", str(error.value), re.M)
+  assert found == [(name, str(i)) for name, count in files.items() for i in range(count)]
+
+
+def test_too_many_open_files_are_no_fault_of_a_video(world, monkeypatch):
+  full = OSError(errno.EMFILE, os.strerror(errno.EMFILE), "v0.mp4")
+  monkeypatch.setattr(shards.video, "sample", lambda *a, **k: (_ for _ in ()).throw(full))
+  with pytest.raises(OSError, match=r"^Too many open files: a process may have"):
+    make(world, skip_bad=True)
+  monkeypatch.undo()
+  assert make(world)["skipped"] == 0
+
+
+def test_verify_tells_too_many_open_files_as_such(world, monkeypatch):
+  make(world)
+
+  def read(self, index):
+    raise RuntimeError("open() failed: Too many open files; opening clips")
+
+  monkeypatch.setattr(check.Store, "stored", read)
+  with pytest.raises(OSError, match=r"^Too many open files: a process may have"):
+    check.verify(world.parent / "out")

@@ -1,9 +1,12 @@
 """data/store.py: what was written comes back, in order, whole, or not at all."""
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -271,3 +274,51 @@ def test_writer_refuses_other_arrays_and_empty_stores(tmp_path):
   with pytest.raises(OSError, match="can't be written"):
     write_store(tmp_path / "file" / "s", items(), image_size=SIZE, clip_frames=4)
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def many(tmp_path):
+  """A folder with 90 files of clips, a sample in each."""
+  with fresh_folder(tmp_path / "many") as folder:
+    finish(folder, [write_shard(folder / f"{i}", [(sample(str(i)), frames(i, 1, 4))], RAW) for i in range(90)], RAW, {})
+  return tmp_path / "many"
+
+
+def test_files_of_many_shards_are_not_all_open(many):
+  def held():
+    count = 0
+    for file in pathlib.Path("/proc/self/fd").iterdir():
+      with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        count += str(many / "clips") in os.readlink(file)
+    return count
+
+  store = open_store(many)
+  assert held() == 0
+  order, most = np.random.default_rng(0).permutation(90).tolist() * 2, 0
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    for i, got in zip(order, pool.map(store.visual, order)):
+      np.testing.assert_array_equal(got, frames(i, 1, 4))
+      most = max(most, held())
+  assert store_lib.OPEN // 2 < most <= store_lib.OPEN + 4 and held() <= store_lib.OPEN
+
+
+def test_too_many_open_files_are_told_as_such(many):
+  store, limits = open_store(many), resource.getrlimit(resource.RLIMIT_NOFILE)
+  store_lib._reader.cache_clear()  # files of other tests
+  used = len(os.listdir("/proc/self/fd"))
+  resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, limits[1]))
+  try:
+    with pytest.raises(OSError, match=rf"^Too many open files: a process may have {used + 10} here; `ulimit -n \d+` allows more") as error:
+      for i in range(90):
+        store.visual(i)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+  assert "damage" not in str(error.value)
+  store.visual(50)  # a reader that could not be opened is not kept
+
+
+def test_a_missing_file_is_named_when_a_store_is_opened(many):
+  for i in (3, 7):
+    (many / "clips" / f"clips-train.array_record-{i:05d}-of-00090").unlink()
+  with pytest.raises(StoreError, match=r"clips-train\.array_record-00003-of-00090 is missing, and 1 more"):
+    open_store(many)

@@ -154,3 +154,69 @@ def test_videos_are_found_with_and_without_their_suffix(tmp_path):
   (tmp_path / "a" / "film").mkdir(parents=True)  # a folder of frames
   assert tasks.find(tmp_path, asked) == tmp_path / "a" / "film"
   assert isinstance(tasks.find(tmp_path, asked), pathlib.Path)
+
+
+def letters(tmp_path, *answers, **more):
+  """Reads questions of the task `letters` with these answers."""
+  text = "<video>\nWhich?\nA. red\nB. blue\nC. green"
+  talk = lambda answer: {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]}
+  (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", **talk(answer), **more} for answer in answers]))
+  return tasks.read(TASKS["letters"], tmp_path / "q.json")
+
+
+def test_truths_of_many_shapes_are_letters(tmp_path):
+  forms = ("B", "b", "B.", "(B)", "(b).", " B\n", "B)", "B:", "B. blue", "(B) blue")
+  questions = letters(tmp_path, *forms)
+  assert [q.answer for q in questions] == ["B"] * len(forms)
+  assert questions[0].prompt == "Which?\nA. red\nB. blue\nC. green" and questions[0].options == ("red", "blue", "green")
+  assert tasks.score(TASKS["letters"], [(q, "(B)") for q in questions])["micro"] == 100
+
+
+def test_truths_that_are_no_letters_are_all_listed_in_their_order(tmp_path):
+  with pytest.raises(tasks.TaskError, match=r"^\S+/q.json has bad questions:\n  .*, questions 1, 4: its answer 'blue' is none of the letters A to C; write one.*\n  .*, question 2: .*'D'.*\n  .*, question 3: .*''"):
+    letters(tmp_path, "A", "blue", "D", "", "blue")
+  with pytest.raises(tasks.TaskError, match=r"q.json, question 0: its answer 'a blue one'"):
+    letters(tmp_path, "a blue one")
+  with pytest.raises(tasks.TaskError, match=r"q.json, question 0: no annotation of letters: it has no 'video'"):
+    (tmp_path / "q.json").write_text(json.dumps([{"question": "?", "answer": "A"}]))
+    tasks.read(TASKS["letters"], tmp_path / "q.json")
+
+
+def test_conversations_of_roles_are_read_and_others_refused(tmp_path):
+  turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "(A)"}]
+  for talk, words in (
+    (turns, None), (turns[:2], "does not end with an answer"), (turns[1:2] * 2, 'turn 1 of the conversation is {"from": "user"'),
+    ([turns[1], {"role": "assistant", "content": [{"type": "text"}]}], "turn 1"), ([], "does not end"), ([3], "AttributeError"),
+  ):  # fmt: skip
+    (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "messages": talk}]))
+    if words is None:
+      (question,) = tasks.read(TASKS["letters"], tmp_path / "q.json")
+      assert (question.prompt, question.answer) == ("Which?", "A")
+    else:
+      with pytest.raises(tasks.TaskError, match=f"question 0: .*{words}"):
+        tasks.read(TASKS["letters"], tmp_path / "q.json")
+
+
+def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
+  item = json.loads((benchmarks / "mlvu" / "4_count.json").read_text())[0]
+  right = "ABCD"[item["candidates"].index(item["answer"])]
+  for answer in (right, f"({right})", f"{right}.", right.lower()):
+    (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": answer}]))
+    (question,) = tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")
+    assert question.answer == right and not tasks.unanswerable([question])
+  (tmp_path / "4_count.json").write_text(json.dumps([item, item | {"answer": "E"}]))
+  assert tasks.unanswerable(tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")).startswith("1 of 2 questions have an answer that is none")
+  (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": "E"}]))
+  with pytest.raises(tasks.TaskError, match="no question's answer is one of its options"):
+    tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")
+  made = json.loads((benchmarks / "others.json").read_text())
+  (tmp_path / "v.json").write_text(json.dumps([made["videomme_long"] | {"answer": "(c)"}]))
+  assert tasks.read(TASKS["videomme_long"], tmp_path / "v.json")[0].answer == "C"
+  (tmp_path / "y_en.json").write_text(json.dumps(made["subtitles"]))
+  for choice, words in (("b", None), (-1, "its answer -1 is none of the letters A to E"), (5, "answer 5")):
+    (tmp_path / "l.json").write_text(json.dumps([made["longvideobench"] | {"correct_choice": choice}]))
+    if words:
+      with pytest.raises(tasks.TaskError, match=words):
+        tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)
+    else:
+      assert tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)[0].answer == "B"

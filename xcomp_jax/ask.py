@@ -14,6 +14,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from os.path import expanduser
 
 import jax
 from tqdm import tqdm
@@ -206,13 +207,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.ask", description=__doc__.splitlines()[0])
   options(parser)
   add = parser.add_argument
-  add("--video", help="a video file, a GIF, a folder of frames, or an image")
-  add("--encoded", help="file of the encoded video: read if it is there, else written")
+  add("--video", type=expanduser, help="a video file, a GIF, a folder of frames, or an image")
+  add("--encoded", type=expanduser, help="file of the encoded video: read if it is there, else written")
   add("--question", action="append", help="may be repeated")
-  add("--questions", help="file of questions, one per line")
+  add("--questions", type=expanduser, help="file of questions, one per line")
   add("--follow-up", action="store_true", help="each question continues the conversation; always so at the terminal")
   add("--json", action="store_true", help="one JSON object per question instead of text")
-  add("--report", help="HTML page to be written: relevance over time, thumbnails, cost")
+  add("--report", type=expanduser, help="HTML page to be written: relevance over time, thumbnails, cost")
   add("--forget-rounds", action="store_true", help="run scoring rounds again for every question; saves memory")
   add("--start", type=float, help="second from which the video is looked at")
   add("--end", type=float, help="and until which")

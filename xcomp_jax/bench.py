@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import expanduser
 from typing import Any
 
 import jax
@@ -332,15 +333,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench", description=__doc__.splitlines()[0])
   default = "cpu" if jax.default_backend() == "cpu" else "gpu"
   parser.add_argument("--preset", choices=tuple(PRESETS), default=default, help="sizes; default: those for the device that is here")
-  parser.add_argument("--out", type=pathlib.Path, help="JSON to be written, and a PNG beside it")
+  parser.add_argument("--out", type=files.path_of, help="JSON to be written, and a PNG beside it")
   parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows")
-  parser.add_argument("--like", help="a directory with config.json, for other sizes than the preset's")
+  parser.add_argument("--like", type=expanduser, help="a directory with config.json, for other sizes than the preset's")
   parser.add_argument("--frames", type=int, nargs="+", help="of the prefills, instead of the preset's")
   parser.add_argument("--text", type=int, help="tokens of the prefills")
   parser.add_argument("--runs", type=int, help="of each row")
   parser.add_argument("--torch", action="store_true", help="and a plain PyTorch Qwen2 without compression")
-  parser.add_argument("--profile", type=pathlib.Path, help="folder of traces, one more call of every row; prints where its time went")
-  parser.add_argument("--plot", type=pathlib.Path, help="draw this JSON instead")
+  parser.add_argument("--profile", type=files.path_of, help="folder of traces, one more call of every row; prints where its time went")
+  parser.add_argument("--plot", type=files.path_of, help="draw this JSON instead")
   args = parser.parse_args(argv)
   with files.command(ImportError):
     if args.plot:

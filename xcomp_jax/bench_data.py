@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from os.path import expanduser
 from typing import Any
 
 import cv2
@@ -140,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench_data", description=__doc__.splitlines()[0])
   commands = parser.add_subparsers(dest="command", required=True)
   make = commands.add_parser("make", help="write a synthetic video")
-  make.add_argument("path")
+  make.add_argument("path", type=expanduser)
   make.add_argument("--seconds", type=int, default=3600)
   make.add_argument("--width", type=int, default=320)
   make.add_argument("--height", type=int, default=180)
   run = commands.add_parser("run", help="measure with a video")
-  run.add_argument("path")
+  run.add_argument("path", type=expanduser)
   run.add_argument("--image-size", type=int, default=448)
   run.add_argument("--samples", type=int, default=2, help="copies in the stores that are measured")
   run.add_argument("--repeat", type=int, default=3, help="the best of so many counts")

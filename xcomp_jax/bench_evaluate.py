@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from os.path import expanduser
 from typing import Any
 
 from xcomp_jax import files, world
@@ -99,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   """The command; options that it does not know are for `evaluate`."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench_evaluate", description=__doc__.splitlines()[0])
   add = parser.add_argument
-  add("--checkpoint", required=True)
-  add("--out", type=pathlib.Path, required=True, help="folder of videos, answers, and bench.json")
+  add("--checkpoint", type=expanduser, required=True)
+  add("--out", type=files.path_of, required=True, help="folder of videos, answers, and bench.json")
   add("--videos", type=int, default=4)
   add("--questions", type=int, default=10, help="about each video")
   add("--scenes", type=int, default=32, help="of each video, of 8 frames each")

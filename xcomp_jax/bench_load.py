@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from os.path import expanduser
 
 import jax
 import ml_dtypes
@@ -119,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench_load", description=__doc__.splitlines()[0])
   commands = parser.add_subparsers(dest="command", required=True)
   random = commands.add_parser("random", help="write a checkpoint of random weights")
-  random.add_argument("--like", required=True, help="a directory with config.json")
-  random.add_argument("--out", required=True, help="directory to be made")
+  random.add_argument("--like", type=expanduser, required=True, help="a directory with config.json")
+  random.add_argument("--out", type=expanduser, required=True, help="directory to be made")
   loading = commands.add_parser("load", help="measure loading")
-  loading.add_argument("--checkpoint", required=True, help="a directory with config.json and weights")
+  loading.add_argument("--checkpoint", type=expanduser, required=True, help="a directory with config.json and weights")
   args = parser.parse_args(argv)
   with command():
     if args.command == "random":

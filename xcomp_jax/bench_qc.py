@@ -14,6 +14,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
+from os.path import expanduser
 
 import jax
 import numpy as np
@@ -144,12 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   commands = parser.add_subparsers(dest="command", required=True)
   scoring = commands.add_parser("select", help="measure scoring")
   asking = commands.add_parser("questions", help="count the operations of a first and a later question")
-  asking.add_argument("--like", required=True, help="a directory with config.json")
+  asking.add_argument("--like", type=expanduser, required=True, help="a directory with config.json")
   asking.add_argument("--keep", type=int, default=512, help="frames kept for the answer")
   asking.add_argument("--tokens", type=int, default=16, help="of the answer")
   finding = commands.add_parser("needles", help="count how often the clip that shows the answer is kept")
-  finding.add_argument("--checkpoint", required=True, help="a tuned model of the synthetic world")
-  finding.add_argument("--world", required=True, help="folder of `xcomp_jax.world`, whose heldout split is asked")
+  finding.add_argument("--checkpoint", type=expanduser, required=True, help="a tuned model of the synthetic world")
+  finding.add_argument("--world", type=expanduser, required=True, help="folder of `xcomp_jax.world`, whose heldout split is asked")
   finding.add_argument("--keep", type=int, default=64, help="frames")
   for one in (scoring, asking):
     one.add_argument("--frames", type=int, default=1024)

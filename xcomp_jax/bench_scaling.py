@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
   parser.add_argument("--text", type=int, nargs="+", default=[86, 512, 1024], help="tokens")
   parser.add_argument("--run-up-to", type=int, default=2048, help="frames; what is longer is compiled and counted")
-  parser.add_argument("--out", type=pathlib.Path, required=True, help="name of the .json and the .png")
+  parser.add_argument("--out", type=files.path_of, required=True, help="name of the .json and the .png")
   args = parser.parse_args(argv)
   with files.command(ImportError):
     if any(n % 8 or n < 8 for n in args.frames) or min(args.text) <= PREFIX:

@@ -10,10 +10,14 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+Path = Annotated[str, "path"]  # a leading ~ is the home directory
 
 
 class ConfigError(ValueError):
@@ -166,9 +170,9 @@ class SelectConfig:
 class DataConfig:
   """What is read, and the few shapes that it is packed into."""
 
-  train: str | tuple[str, ...]  # folder written by predecode, or several
+  train: Path | tuple[Path, ...]  # folder written by predecode, or several
   weights: tuple[float, ...] | None  # how often an epoch reads a sample of each folder; None: once
-  heldout: str | None  # folder written by predecode; None: no evaluation while training
+  heldout: Path | None  # folder written by predecode; None: no evaluation while training
   # Of micro-batches: (rows over all devices; samples, frames, and tokens after the visual slots of a row). None: chosen from the data.
   shapes: tuple[tuple[int, ...], ...] | None
   prefix_length: int  # tokens before the visual slot, padded
@@ -236,9 +240,9 @@ class RunConfig:
   """All of a training run."""
 
   seed: int
-  workdir: str  # checkpoints, logs, and the resolved config
-  init_from: str  # checkpoint directory, hub id, or Orbax export
-  compilation_cache: str | None  # folder where compiled programs are kept for later runs; None: as JAX is set up
+  workdir: Path  # checkpoints, logs, and the resolved config
+  init_from: Path  # checkpoint directory, hub id, or Orbax export
+  compilation_cache: Path | None  # folder where compiled programs are kept for later runs; None: as JAX is set up
   model: ModelConfig
   lp_comp: LPCompConfig
   data: DataConfig
@@ -259,7 +263,7 @@ def from_dict(cls: type, values: Any, where: str = "config"):
   """
   if not isinstance(values, Mapping):
     raise ConfigError(f"{where} must be a group of keys, not {values!r}")
-  hints = typing.get_type_hints(cls)
+  hints = typing.get_type_hints(cls, include_extras=True)
   problems = []
   for key in values.keys() - hints.keys():
     near = difflib.get_close_matches(key, hints, 1)
@@ -348,7 +352,7 @@ def from_command_line(argv: list[str]) -> RunConfig:
     "config", lock_config=False, accept_new_attributes=True, flag_values=values, sys_argv=argv
   )
   try:
-    rest = values(argv)
+    rest = values([re.sub("^((--?config=)?)(~.*)", lambda found: found[1] + os.path.expanduser(found[3]), arg) for arg in argv])
     if len(rest) > 1:
       raise ConfigError(f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10")
     if holder.value is None:
@@ -395,6 +399,8 @@ def _convert(hint, value, where: str):
         return tuple(_convert(item, v, where) for v in value)
     if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
       return float(value)
+    if option == Path and isinstance(value, str):
+      return os.path.expanduser(value)
     if option in (int, str, bool) and type(value) is option:
       return value
   wanted = " or ".join(
@@ -403,4 +409,5 @@ def _convert(hint, value, where: str):
     for o in options
   )
   example = ", such as ((8, 4, 1024, 2048),)" if "tuple[tuple" in wanted else ""
+  wanted = wanted.replace(str(Path), "str")
   raise ConfigError(f"{where} = {value!r}: expected {wanted}{example}")

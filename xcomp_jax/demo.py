@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Sequence
+from os.path import expanduser
 
 import jax
 import numpy as np
@@ -158,7 +159,7 @@ def train_base(out: pathlib.Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.demo", description=__doc__.splitlines()[0])
-  parser.add_argument("--out", required=True, help="folder of everything that is made; a demo that is there is replaced")
+  parser.add_argument("--out", type=expanduser, required=True, help="folder of everything that is made; a demo that is there is replaced")
   parser.add_argument("--base", action="store_true", help="train the base model instead")
   parser.add_argument("--videos", type=int, default=1600, help="to tune on")
   parser.add_argument("--steps", type=int, help="of tuning; default: as many as configs/sct.py:tiny says")

@@ -14,6 +14,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 from typing import Any
 
 from xcomp_jax import files, tasks
@@ -112,7 +113,7 @@ def read_questions(args: argparse.Namespace, task: Task) -> tuple[list[Question]
   about = {"annotations": source.name, "questions": len(questions), "questions_identity": digest}
   about |= {"preset": args.preset, "limit": args.limit}
   questions = questions[: args.limit]
-  if note := tasks.missing(videos, questions):
+  for note in filter(None, (tasks.unanswerable(questions), tasks.missing(videos, questions))):
     print(note, file=sys.stderr)
   return questions, about
 
@@ -156,7 +157,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.evaluate", description=__doc__.splitlines()[0])
   add = parser.add_argument
   tasks.options(parser)
-  add("--out", required=True, help="folder of answers and results; an evaluation that is there is continued")
+  add("--out", type=expanduser, required=True, help="folder of answers and results; an evaluation that is there is continued")
   add("--preset", choices=("paper", "released-logs", "none"), default="paper", help="all settings; none: as `ask`")
   add("--share", help="i/n: every n-th video from the i-th on; default: by JAX's processes")
   add("--limit", type=int, help="only the first questions, for a trial")

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from os.path import expanduser
 from typing import Any
 
 import jax
@@ -316,11 +317,11 @@ def appearing(directory: pathlib.Path, overwrite: bool) -> Generator[pathlib.Pat
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.export", description=__doc__.splitlines()[0])
-  parser.add_argument("--checkpoint", required=True, help="workdir of a run, or what init_from takes")
+  parser.add_argument("--checkpoint", type=expanduser, required=True, help="workdir of a run, or what init_from takes")
   parser.add_argument("--format", required=True, choices=("orbax", "torch"))
-  parser.add_argument("--out", required=True, help="directory to be made")
+  parser.add_argument("--out", type=expanduser, required=True, help="directory to be made")
   parser.add_argument("--step", type=int, help="of a run; default: its latest checkpoint")
-  parser.add_argument("--init-from", help="of a run: where its starting checkpoint is, if that has moved")
+  parser.add_argument("--init-from", type=expanduser, help="of a run: where its starting checkpoint is, if that has moved")
   parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of all tensors; default: as in the starting checkpoint")
   parser.add_argument(
     "--code", metavar="ORG/NAME", help="hub id or directory with the Python files that config.json's auto_map names; "

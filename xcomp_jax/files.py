@@ -1,16 +1,18 @@
 """Files and folders that are there whole or not at all, and what commands say when something goes wrong."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 
@@ -18,7 +20,7 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
   """A path of this machine.
 
   Args:
-    path: with or without a scheme.
+    path: with or without a scheme; a leading ~ is the home directory.
     why: it has to be one, for the message.
     written: it is a result, not what is read.
 
@@ -31,7 +33,12 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
       else "Copy it to this machine (`gcloud storage cp -r`) or mount the bucket (`gcsfuse`), and give that path"
     )  # fmt: skip
     raise ValueError(f"{found[1]}://{found[2]} is in a bucket, but {why}. {advice}")
-  return pathlib.Path(path)
+  return path_of(path)
+
+
+def path_of(path: str | os.PathLike) -> pathlib.Path:
+  """A path in which a leading ~ is the home directory: shells see to that only where it begins a word, not in --out=~/x."""
+  return pathlib.Path(os.path.expanduser(path))
 
 
 @contextlib.contextmanager
@@ -150,6 +157,26 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", wanted or None)
 
 
+def too_many_files(error: BaseException) -> str:
+  """Says what to do if an error, or what led to it, is that this process has as many files open as it may; else ""."""
+  seen: BaseException | None = error
+  while seen is not None:
+    # Some libraries pass the system's words on without its number.
+    if getattr(seen, "errno", None) == errno.EMFILE or re.search(f"{os.strerror(errno.EMFILE)}(?! in system)", str(seen)):
+      limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+      more = 4096 if most == resource.RLIM_INFINITY else min(most, 4096)
+      advice = f"`ulimit -n {more}` allows more" if more > limit else "only the system's administrator can allow more"
+      return f"Too many open files: a process may have {limit} here; {advice}, and the same command goes on"
+    seen = seen.__cause__ or seen.__context__
+  return ""
+
+
+def listed(text: str, lines: Sequence[str], shown: int = 50) -> str:
+  """A message with a list, of which it shows the first lines."""
+  more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
+  return f"{text}:\n  " + "\n  ".join([*lines[:shown], *more])
+
+
 def one_line(error: BaseException | str) -> str:
   """What an error says, on one line."""
   return " ".join(str(error).split())
@@ -169,8 +196,11 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     tqdm.monitor_interval = 0  # an interrupt that comes while tqdm starts its thread of this is taken for the thread's error, and lost
   try:
     yield
-  except (ValueError, OSError, *errors) as error:
-    print(f"error: {error}", file=sys.stderr)
+  except Exception as error:
+    text, advice = str(error), too_many_files(error)
+    if not advice and not isinstance(error, (ValueError, OSError, *errors)):
+      raise
+    print(f"error: {text}" + (f"; {advice}" if advice not in text else ""), file=sys.stderr)
     sys.exit(1)
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)

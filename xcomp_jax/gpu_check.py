@@ -273,7 +273,7 @@ def supervise(out: pathlib.Path, minutes: float, small: bool) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.gpu_check", description=__doc__.splitlines()[0])
-  parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of results")
+  parser.add_argument("--out", type=files.path_of, required=True, help="folder of results")
   parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (8); the benchmark takes what the others leave")
   parser.add_argument("--small", action="store_true", help="tiny sizes, to try the check itself without a GPU")
   parser.add_argument("--stage", choices=("kernels", "step"), help="what the check itself starts: one part, in this process")

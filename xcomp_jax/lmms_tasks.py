@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
+from os.path import expanduser
 from typing import Any
 
 from xcomp_jax import files, tasks
@@ -97,7 +98,7 @@ def write(
     FileNotFoundError, TaskError: see `tasks.read`.
   """
   questions = tasks.read(task, annotations, subtitles)
-  if note := tasks.missing(videos, questions):
+  for note in filter(None, (tasks.unanswerable(questions), tasks.missing(videos, questions))):
     print(note, file=sys.stderr)
   out.mkdir(parents=True, exist_ok=True)
   listed, yaml = out / f"{task.name}.jsonl", out / f"{PREFIX}{task.name}.yaml"
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.lmms_tasks", description=__doc__.splitlines()[0])
   tasks.options(parser)
-  parser.add_argument("--out", required=True, help="folder of task files, for lmms-eval's --include_path")
+  parser.add_argument("--out", type=expanduser, required=True, help="folder of task files, for lmms-eval's --include_path")
   args = parser.parse_args(argv)
   with files.command():
     videos = pathlib.Path(args.videos)

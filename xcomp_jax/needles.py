@@ -20,6 +20,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from os.path import expanduser
 from typing import Any
 
 import numpy as np
@@ -340,10 +341,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   """The command; an error is one line on stderr and exit code 1."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.needles", description=__doc__.splitlines()[0])
   add = parser.add_argument
-  add("--out", required=True, help="folder of answers, results.json and heatmap.png; a run that is there is continued")
-  add("--needles", help="VideoChat-Flash's file, niah-coco-singlehop_20.json or niah-coco-multihop-100.json")
-  add("--images", help="folder of its pictures")
-  add("--haystack", help="video that they are hidden in; taken from its beginning again where it is too short")
+  add("--out", type=expanduser, required=True, help="folder of answers, results.json and heatmap.png; a run that is there is continued")
+  add("--needles", type=expanduser, help="VideoChat-Flash's file, niah-coco-singlehop_20.json or niah-coco-multihop-100.json")
+  add("--images", type=expanduser, help="folder of its pictures")
+  add("--haystack", type=expanduser, help="video that they are hidden in; taken from its beginning again where it is too short")
   add("--synthetic", type=int, help="make so many needles, and the haystack too")
   add("--frames", type=int, nargs="+", default=list(range(1000, 10001, 1000)), help="of the whole; multiples of 8")
   add("--depths", type=float, nargs="+", default=DEPTHS, help="where a single needle lies, from 0 to 1")

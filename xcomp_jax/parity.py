@@ -29,7 +29,7 @@ from xcomp_jax.comparison import Arrays, ParityError, Row, absent, compare, read
 from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.files import command
+from xcomp_jax.files import command, path_of
 from xcomp_jax.model import decoder, vlm
 from xcomp_jax.model.decoder import Lengths, Places
 from xcomp_jax.model.vlm import VLM
@@ -301,7 +301,7 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.parity", description=__doc__.splitlines()[0])
-  parser.add_argument("directory", type=pathlib.Path, help="config.json, weights and recorded arrays, or a JSON file of chosen frames (VECTORS.md)")
+  parser.add_argument("directory", type=path_of, help="config.json, weights and recorded arrays, or a JSON file of chosen frames (VECTORS.md)")
   args = parser.parse_args(argv)
   with command():
     rows = check(args.directory)

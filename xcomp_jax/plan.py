@@ -24,9 +24,9 @@ import collections
 import dataclasses
 import functools
 import math
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from os.path import expanduser
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, from
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Length, length_table
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.files import command
+from xcomp_jax.files import command, path_of
 from xcomp_jax.programs import NAMES, TRAINING, Plan, held
 
 GB = 1e9
@@ -323,11 +323,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--frames", type=int, help="of samples that fill a row each; default: config.data.shapes, or 1024")
   add("--text", type=int, help="their tokens behind the frames; default: likewise, or 512")
   of = parser.add_mutually_exclusive_group().add_argument
-  of("--lengths", type=pathlib.Path, metavar="FILE", help="of samples: JSON, frames and text of each")
-  of("--data", metavar="STORE", help="measure the samples of a folder written by predecode instead")
+  of("--lengths", type=path_of, metavar="FILE", help="of samples: JSON, frames and text of each")
+  of("--data", type=expanduser, metavar="STORE", help="measure the samples of a folder written by predecode instead")
   add("--devices", metavar="N,N", help="of the table of --lengths or --data; default: 1,8,32,256")
   add("--chip", default="v5e", help="their kind; default: %(default)s")
-  add("--fits", type=pathlib.Path, metavar="OUT", help="instead: a table of what fits on which GPU; OUT keeps its cells, and the command goes on")
+  add("--fits", type=path_of, metavar="OUT", help="instead: a table of what fits on which GPU; OUT keeps its cells, and the command goes on")
   add("--cards", nargs="+", choices=fits.CARDS, metavar="CARD", help=f"with --fits; default: all of {' '.join(fits.CARDS)}")
   args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
   with command(interrupted="interrupted"):

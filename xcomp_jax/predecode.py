@@ -34,9 +34,12 @@ from xcomp_jax.config import Attention
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
-from xcomp_jax.files import command, local, sync, write_json
+from xcomp_jax.files import command, listed, local, sync, write_json
 
-SHOWN = 50  # of a list of problems
+# Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
+# may often have 1,024. Larger files would need more room for the one that is being written: see docs/DATA.md.
+PER_SHARD = 256
+PER_SHARD_BEFORE = 64  # of stores that don't say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ def predecode(
   root: str | os.PathLike = ".",
   subset: float = 1.0,
   workers: int = 0,
-  samples_per_shard: int = 64,
+  samples_per_shard: int | None = None,
   skip_bad: bool = False,
   quality: int | None = None,
   tower: Tower | None = None,
@@ -78,7 +81,7 @@ def predecode(
     root: where relative paths of the mixture start.
     subset: share of each annotation file's selection (0.25 in the release).
     workers: decoding processes; 0 decodes in this one, without time limit.
-    samples_per_shard: annotations in one file of clips.
+    samples_per_shard: annotations in one file of clips; None: as in what is there, else 256.
     skip_bad: leave out annotations and videos that can't be used, and say so in the manifest, instead of stopping.
     quality: of JPEG, 1 to 100; None: raw frames.
     tower: store what it makes of the frames.
@@ -102,23 +105,23 @@ def predecode(
   made = _made(out)
   with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
     jobs, files = mixtures.read_mixture(mixture, root, subset)
-    order = {file.annotation: n for n, file in enumerate(files)}
-    place = lambda job: (order[job.sample.annotation], job.sample.position)  # jobs are shuffled
     layout = store.Layout(settings.image_size, settings.clip_frames, quality, tower.features if tower else None)
-    plan = _plan(mixture, root, subset, samples_per_shard, settings, layout, files, tower)
+    per_shard = samples_per_shard or _per_shard(folder, made, restart)
+    plan = _plan(mixture, root, subset, per_shard, settings, layout, files, tower)
     if made is not None:
       if made["plan"] == _digest(plan):
         shutil.rmtree(folder)
         return made
       raise store.StoreError(f"{out} already exists, made from other data or with other settings; remove it or choose another folder")
-    bad = [(job, fault) for job in sorted(jobs, key=place) for fault in job.faults]
+    in_files = _in_files(jobs)
+    bad = [f"{jobs[i].where()}: {fault}" for i in in_files for fault in jobs[i].faults]
     if bad and not skip_bad:
-      raise _annotation_error(f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", [f"{j.where()}: {f}" for j, f in bad])
+      raise _annotation_error(f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", bad)
     if not jobs:
       counts = f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} are drawn by sampling_strategy and --subset"
       raise store.StoreError(f"no samples to write: {counts}, and none of these has exactly one image or video {_passed_over(reason for file in files for _, reason in file.passed)}")
     _agree(folder, plan, restart)
-    work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), samples_per_shard)
+    work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), per_shard)
     _undo_finish(work)
     done = shards.prepare(work, skip_bad)
     if beam is not None:
@@ -130,13 +133,13 @@ def predecode(
           work, work.shards, workers=workers, timeout=timeout, skip_bad=skip_bad, encode=encode, report=lambda: bar.update()
         )
     entries = shards.entries(work)
-    lost = [f"{job.where()}: {entry['reason']}" for job, entry in sorted(zip(jobs, entries, strict=True), key=lambda both: place(both[0])) if "reason" in entry]
+    lost = [f"{jobs[i].where()}: {entries[i]['reason']}" for i in in_files if "reason" in entries[i]]
     if lost and not skip_bad:
       kept = f"everything else is kept in {folder}: the same command tries these again, with --skip_bad it leaves them out"
-      raise video.VideoError(_listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost))
+      raise video.VideoError(listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost))
     if len(lost) == len(jobs):
-      raise store.StoreError(_listed("no samples to write, all are bad", lost))
-    info = dataclasses.asdict(settings) | {"subset": subset, "plan": _digest(plan)}
+      raise store.StoreError(listed("no samples to write, all are bad", lost))
+    info = dataclasses.asdict(settings) | {"subset": subset, "samples_per_shard": per_shard, "plan": _digest(plan)}
     return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
 
 
@@ -222,6 +225,16 @@ def _claimed(out: pathlib.Path) -> Generator[pathlib.Path]:
     finally:
       if folder.exists() and [p.name for p in folder.iterdir()] == ["lock"]:
         shutil.rmtree(folder)
+
+
+def _per_shard(folder: pathlib.Path, made: dict[str, Any] | None, restart: bool) -> int:
+  """How many annotations a shard has, where nobody says: as many as in the store, or in the unfinished work, that is there."""
+  if made is not None:
+    return made.get("samples_per_shard", PER_SHARD_BEFORE)
+  if not restart:
+    with contextlib.suppress(FileNotFoundError):
+      return json.loads((folder / "plan.json").read_text())["samples_per_shard"]
+  return PER_SHARD
 
 
 def _plan(mixture, root, subset: float, per_shard: int, settings: Settings, layout: store.Layout, files, tower) -> dict[str, Any]:
@@ -345,7 +358,7 @@ def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool
 def _annotation_error(text: str, lines: Sequence[str]) -> ValueError:
   from xcomp_jax.data import prompt  # see `_finish`
 
-  return prompt.AnnotationError(_listed(text, lines))
+  return prompt.AnnotationError(listed(text, lines))
 
 
 def _passed_over(reasons: Iterable[str]) -> str:
@@ -353,17 +366,29 @@ def _passed_over(reasons: Iterable[str]) -> str:
   return f"; passed over, as the release does: {', '.join(counts)}" if counts else ""
 
 
-def _listed(text: str, lines: Sequence[str]) -> str:
-  more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-  return f"{text}:\n  " + "\n  ".join([*lines[:SHOWN], *more])
+def _in_files(jobs: Sequence[mixtures.Job]) -> list[int]:
+  """The numbers of the jobs, which are shuffled, as their annotations stand in the files."""
+  files = {name: n for n, name in enumerate(dict.fromkeys(job.sample.annotation for job in jobs))}
+  return sorted(range(len(jobs)), key=lambda i: (files[jobs[i].sample.annotation], jobs[i].sample.position))
+
+
+class _Path(flags.ArgumentParser):
+  """A leading ~ is the home directory."""
+
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+
+def _define_path(name: str, default: str | None, text: str) -> None:
+  flags.DEFINE(_Path(), name, default, text)
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string("mixture", None, "YAML with the datasets to read")
-  flags.DEFINE_string("out", None, "folder to write; the same command continues one that is incomplete")
-  flags.DEFINE_string("verify", None, "instead: read everything in this folder again, and compare it with its manifest")
-  flags.DEFINE_string("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
-  flags.DEFINE_string("root", ".", "where relative paths of the mixture start")
+  _define_path("mixture", None, "YAML with the datasets to read")
+  _define_path("out", None, "folder to write; the same command continues one that is incomplete")
+  _define_path("verify", None, "instead: read everything in this folder again, and compare it with its manifest")
+  _define_path("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
+  _define_path("root", ".", "where relative paths of the mixture start")
   flags.DEFINE_float("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
   flags.DEFINE_integer("image_size", 448, "pixels, square: of the checkpoint's tower", 1)
   flags.DEFINE_integer("max_frames", 1024, "frames of a video, at most", 1)
@@ -373,18 +398,18 @@ def _define_flags() -> None:
   flags.DEFINE_enum("frames", "raw", ["raw", "jpeg"], "how frames are stored")
   flags.DEFINE_integer("quality", 95, "of JPEG", 1, 100)
   flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
-  flags.DEFINE_string("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
+  _define_path("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
   flags.DEFINE_integer("clips_per_chunk", None, "with --features: clips in the tower at once; default: by the device's memory", 1)
   flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: by the device")
   flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
   flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)
-  flags.DEFINE_integer("samples_per_shard", 64, "annotations in one file of clips", 1)
+  flags.DEFINE_integer("samples_per_shard", None, f"annotations in one file of clips; default: as in the unfinished work that is there, else {PER_SHARD}", 1)
   flags.DEFINE_bool("skip_bad", False, "leave out what can't be used, and list it in manifest.jsonl")
   flags.DEFINE_enum("rate", "own", get_args(video.Rate), "where frames have no constant rate: own: they have their own times; average: they lie as far apart as the average rate says, as in the release")
   flags.DEFINE_bool("keep_tails", False, "take what can be read of videos that are cut off, instead of leaving them out")
   flags.DEFINE_bool("restart", False, "throw away what a run that was stopped has done")
   flags.DEFINE_string("beam", None, 'options of a Beam pipeline that decodes: "--runner=DirectRunner --direct_num_workers=2"')
-  flags.DEFINE_string("sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png")
+  _define_path("sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png")
   flags.DEFINE_integer("prompts", 3, "with --inspect: prompts to show", 0)
   flags.DEFINE_enum("mask", "official", ["official", "assistant"], "with --inspect: which tokens are supervised")
 

@@ -8,6 +8,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from os.path import expanduser
 from typing import Literal, get_args
 
 import jax
@@ -71,7 +72,7 @@ def clips(text: str) -> int | Literal["auto"]:
 def options(parser: argparse.ArgumentParser) -> None:
   """Adds an option for every setting; their defaults are those of `ask`."""
   add = parser.add_argument
-  add("--checkpoint", required=True, help="directory, hub id, or export")
+  add("--checkpoint", type=expanduser, required=True, help="directory, hub id, or export")
   add("--select", type=int, default=512, help="frames that QC-Comp keeps for a question; 0: all")
   add("--mode", choices=("aligned", "local", "official", "global"), default="aligned", help="how QC-Comp scores them")
   add("--repeat", type=int, help="times a frame is scored; default: 2 in official mode, 1 in the others")
@@ -98,7 +99,7 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all")
   add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
   add("--seed", type=int, default=0, help="of the draws")
-  add("--compilation-cache", help=f"folder of compiled programs, for the next time; '': none; default: JAX_COMPILATION_CACHE_DIR, else {COMPILED}")
+  add("--compilation-cache", type=expanduser, help=f"folder of compiled programs, for the next time; '': none; default: JAX_COMPILATION_CACHE_DIR, else {COMPILED}")
 
 
 def settings(args: argparse.Namespace) -> Settings:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from xcomp_jax import findings
-from xcomp_jax.files import command, locked, write_json
+from xcomp_jax.files import command, locked, path_of, write_json
 from xcomp_jax.films import FRAMES
 from xcomp_jax.measures import FEW, SELECTED, measured, selected, setting
 from xcomp_jax.miniature import BASE, PRESETS, Study, differences, rule, train_base
@@ -148,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="python -m xcomp_jax.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--out", type=pathlib.Path, help="folder of films, features and models; `study`, if it is the full study of assets/study")
+  parser.add_argument("--out", type=path_of, help="folder of films, features and models; `study`, if it is the full study of assets/study")
   parser.add_argument("--preset", choices=list(PRESETS), default="full")
-  parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path(BASE), help="the base; a folder with a checkpoint")
+  parser.add_argument("--model", type=path_of, default=pathlib.Path(BASE), help="the base; a folder with a checkpoint")
   parser.add_argument("--only", default="", metavar="NAME", help="cells whose names begin so")
   instead = parser.add_mutually_exclusive_group()
   instead.add_argument("--report", action="store_true", help="only tables and plots, from the cells that are there")

@@ -9,10 +9,13 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os.path import expanduser
 from typing import Any
 
 import numpy as np
+
+from xcomp_jax.files import listed
 
 CLOSING = "Answer with the option's letter from the given choices directly."
 BEST_OPTION = "\nOnly give the best option."
@@ -235,7 +238,7 @@ def _videomme_long(item, stem, _):
   groups = {"task": item.get("task_type", ""), "domain": item.get("domain", ""), "category": item.get("sub_category", "")}
   options = tuple(item["options"])
   names = (item["videoID"], f"videos/{item['videoID']}", f"data/{item['videoID']}")
-  return Question("", names, videomme_prompt(item["question"], options), options, item["answer"], groups)
+  return Question("", names, videomme_prompt(item["question"], options), options, _letter(item["answer"], options), groups)
 
 
 def _longvideobench(item, stem, subtitles):
@@ -252,18 +255,35 @@ def _longvideobench(item, stem, subtitles):
   groups = {"duration": str(item["duration_group"]), "question category": item["question_category"]}
   names = (item["video_path"], f"videos/{item['video_path']}")
   prompt = longvideobench_prompt(item["question"], options, listed)
-  return Question("", names, prompt, tuple(options), LETTERS[item["correct_choice"]], groups)
+  choice = item["correct_choice"]
+  answer = LETTERS[choice] if choice in range(len(options)) else _letter(choice, options)
+  return Question("", names, prompt, tuple(options), answer, groups)
 
 
 def _letters(item, stem, _):
-  options = tuple(re.findall(r"^[A-E]\. (.*)$", item["question"], re.MULTILINE))
+  options = tuple(re.findall(r"^(?:\([A-E]\)|[A-E][.:)]) (.*)$", item["question"], re.MULTILINE))
   part = item.get("start"), item.get("end")
-  return Question("", (item["video"],), item["question"], options, item["answer"], {"file": stem}, *part)
+  return Question("", (item["video"],), item["question"], options, _letter(item["answer"], options), {"file": stem}, *part)
 
 
 def _right(item, options) -> str:
-  """The letter of the first option that is the answer; "" if none is, as in two questions of MLVU: no answer is right then."""
-  return LETTERS[options.index(item["answer"])] if item["answer"] in options else ""
+  """The letter of the option that is the answer; "" if none is, as in two questions of MLVU: no answer is right then."""
+  answer = item["answer"]
+  return LETTERS[options.index(answer)] if answer in options else stated(answer, len(options))
+
+
+def _letter(answer: Any, options: Sequence[str]) -> str:
+  """The letter of an answer that has to be one."""
+  count = len(options) or 5  # `any_letter` finds no others
+  if letter := stated(answer, count):
+    return letter
+  raise TaskError(f"its answer {answer!r} is none of the letters A to {LETTERS[count - 1]}; write one of them, such as \"A\"")
+
+
+def stated(answer: Any, count: int) -> str:
+  """The letter of one of `count` options that an annotation's answer begins with: "A", "a", "A.", "(A)", "A. text"; "" if none."""
+  found = re.fullmatch(r"\(?([a-z])([.:)]+(\s.*)?)?", str(answer).strip(), re.IGNORECASE | re.DOTALL)
+  return found[1].upper() if found and found[1].upper() in LETTERS[:count] else ""
 
 
 TASKS = {
@@ -290,40 +310,89 @@ def read(task: Task, annotations: pathlib.Path, subtitles: pathlib.Path | None =
     TaskError: no annotations of this task; the message says where.
   """
   files = sorted(f for f in annotations.iterdir() if f.suffix in (".json", ".jsonl")) if annotations.is_dir() else [annotations]
-  found = []
+  found, faults = [], []
   for file in files:
-    for i, item in enumerate(_items(file)):
+    wrong: dict[str, list[int]] = {}  # by the reason
+    for i, item in enumerate(_questions(file)):
       try:
-        question = task.question(item, file.stem, subtitles)
-      except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise TaskError(f"{file}, question {i}: no annotation of {task.name}: {type(error).__name__}: {error}") from error
-      except TaskError as error:
-        raise TaskError(f"{file}, question {i}: {error}") from None
+        question = task.question(_whole(item), file.stem, subtitles)
+      except (TaskError, KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        wrong.setdefault(_reason(task, error), []).append(i)
+        continue
       if question is not None:
         found.append(dataclasses.replace(question, id=f"{file.stem}/{i}"))
+    faults += [f"{file}, question{'s' * (len(n) > 1)} {_places(n)}: {reason}" for reason, n in wrong.items()]
+  if faults:
+    raise TaskError(faults[0] if len(faults) == 1 else listed(f"{annotations} has bad questions", faults))
   if not found:
     raise TaskError(f"{annotations} holds no question of {task.name}")
+  if not any(q.answer for q in found):
+    raise TaskError(f"{annotations}: no question's answer is one of its options; write the option as it is in the list, or its letter")
   return found
+
+
+def _reason(task: Task, error: Exception) -> str:
+  if isinstance(error, TaskError):
+    return str(error)
+  return f"no annotation of {task.name}: " + (f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}")
+
+
+def _places(numbers: Sequence[int]) -> str:
+  return ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
+
+
+def unanswerable(questions: Sequence[Question]) -> str:
+  """How many questions have an answer that is none of their options, in words; "" if none."""
+  lost = [q.id for q in questions if not q.answer]
+  if not lost:
+    return ""
+  return f"{len(lost)} of {len(questions)} questions have an answer that is none of their options, such as {lost[0]}: nothing is right there"
 
 
 def _items(file: pathlib.Path) -> list[Any]:
   try:
     text = file.read_text(encoding="utf-8")
     whole = text.lstrip().startswith("[")
-    items = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    return json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
   except ValueError as error:
     raise TaskError(f"{file} is no JSON: {error}") from error
-  return [one for item in items for one in _each(item)]
+
+
+def _questions(file: pathlib.Path) -> Iterator[Any]:
+  """The questions of a file's annotations, with an error in the place of what can't be read."""
+  for item in _items(file):
+    try:
+      yield from _each(item)
+    except (TaskError, KeyError, TypeError, AttributeError, ValueError) as error:
+      yield error
+
+
+def _whole(item: Any) -> Any:
+  if isinstance(item, Exception):
+    raise item
+  return item
 
 
 def _each(item: Any) -> Iterable[Any]:
   """The questions that an annotation holds: itself, LVBench's own lines, or those of a conversation."""
   if isinstance(item, dict) and "qa" in item:
     return _published(item)
-  if isinstance(item, dict) and "conversations" in item:
-    texts = [turn["value"].removeprefix("<image>\n") for turn in item["conversations"]]
-    return [item | {"question": question, "answer": answer} for question, answer in zip(texts[::2], texts[1::2])]
+  if isinstance(item, dict) and ("conversations" in item or "messages" in item):
+    return _rounds(item)
   return [item]
+
+
+def _rounds(item: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+  """The questions of a conversation, of {"from", "value"} or {"role", "content"}; what a system turn says is left out."""
+  turns = [(t.get("from") or t.get("role"), t.get("value", t.get("content"))) for t in item.get("conversations") or item["messages"]]
+  turns = [(who, text) for who, text in turns if who != "system"]
+  for n, (who, text) in enumerate(turns):
+    if who not in (("human", "user"), ("gpt", "assistant"))[n % 2] or not isinstance(text, str):
+      raise TaskError(f"turn {n} of the conversation is {json.dumps({'from': who, 'value': text})[:100]}; write questions \"from\": \"human\" and answers \"from\": \"gpt\" in turn, with text as \"value\"")
+  if len(turns) % 2 or not turns:
+    raise TaskError("the conversation does not end with an answer; write the right letter as its last turn, \"from\": \"gpt\"")
+  for (_, question), (_, answer) in zip(turns[::2], turns[1::2]):
+    yield {**item, "question": re.sub("^<(image|video)>\n?", "", question), "answer": answer}
 
 
 def _published(video: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
@@ -406,6 +475,6 @@ def options(parser: argparse.ArgumentParser) -> None:
   """Adds the options that say which questions: --task, --annotations, --videos and --subtitles."""
   add = parser.add_argument
   add("--task", required=True, choices=TASKS)
-  add("--annotations", required=True, help="file, or folder of files (MLVU, MVBench)")
-  add("--videos", required=True, help="folder of videos, or of folders of frames")
-  add("--subtitles", help="folder of LongVideoBench's subtitles; default: `subtitles` beside --videos")
+  add("--annotations", type=expanduser, required=True, help="file, or folder of files (MLVU, MVBench)")
+  add("--videos", type=expanduser, required=True, help="folder of videos, or of folders of frames")
+  add("--subtitles", type=expanduser, help="folder of LongVideoBench's subtitles; default: `subtitles` beside --videos")

@@ -65,7 +65,7 @@ def resolve(init_from: str, whole: bool = True, code: bool = False) -> pathlib.P
     CheckpointError: neither.
     ValueError: it is in a bucket.
   """
-  path = local(init_from, "a checkpoint is read from files (`export` makes one of a run's workdir there)").expanduser()
+  path = local(init_from, "a checkpoint is read from files (`export` makes one of a run's workdir there)")
   if path.is_dir():
     return path
   if path.exists():

@@ -20,6 +20,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from os.path import expanduser
 from typing import Any
 
 import numpy as np
@@ -339,7 +340,7 @@ def _write_video(out: pathlib.Path, name: str, film: Film, frames: int, number: 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(prog="python -m xcomp_jax.world", description=__doc__.splitlines()[0])
-  parser.add_argument("--out", help="folder of videos to be made")
+  parser.add_argument("--out", type=expanduser, help="folder of videos to be made")
   parser.add_argument("--train", type=int, default=600, help="videos to train on")
   parser.add_argument("--heldout", type=int, default=200, help="videos to ask about")
   parser.add_argument("--scenes", type=int, nargs=2, default=(4, 6), metavar=("MIN", "MAX"), help=f"of a video, at most {MOST_SCENES}")
@@ -347,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--heldout-questions", type=int, default=1, help="about each held-out video")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--workers", type=int, default=os.cpu_count())
-  parser.add_argument("--init", help="folder of an untrained model to be made")
+  parser.add_argument("--init", type=expanduser, help="folder of an untrained model to be made")
   f = parser.parse_args(argv)
   with command():
     if not f.out and not f.init:

@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
-from xcomp_jax.files import one_line
+from xcomp_jax.files import listed, one_line, too_many_files
 
 THUMBNAIL = 112  # pixels
-SHOWN = 50  # of a list of differences
+THREADS = 32  # at most: each may hold a file open beside those of `store.OPEN`
 COMMON = {"annotation", "position", "source"}  # of lines of a manifest that are about what was selected
 PASSED = {"annotation", "position", "passed_over"}  # of the others
 
@@ -29,17 +29,17 @@ def verify(path: str | os.PathLike) -> None:
 
   Raises:
     StoreError: it is no store or has no manifest; or all differences, listed.
+    OSError: this process has too many open files.
   """
   store = open_store(path)
   lines = _manifest(store)
   wrong = list(_count_differences(store, lines))
   wanted = {line["sample"]: line for line in lines if "sample" in line}
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
     found = pool.map(lambda i: _difference(store, i, wanted.get(i)), range(len(store)))
     wrong += [text for text in tqdm.tqdm(found, total=len(store), unit="sample", desc="verify") if text]
   if wrong:
-    more = [f"... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-    raise StoreError(f"{path} differs from its manifest:\n  " + "\n  ".join([*wrong[:SHOWN], *more]))
+    raise StoreError(listed(f"{path} differs from its manifest", wrong))
   frames = sum(s.frames for s in store.samples)
   print(f"{path}: {len(store)} samples, {frames} frames, {sum('reason' in line for line in lines)} skipped; all as the manifest says")
 
@@ -196,5 +196,7 @@ def _difference(store: Store, index: int, line: dict[str, Any] | None) -> str:
     for content in store.stored(index):
       crc = content_crc(content, crc)
   except Exception as error:  # damaged records make the readers raise anything
+    if text := too_many_files(error):
+      raise OSError(text) from error
     return f"sample {index} ({sample.source}) can't be read: {one_line(error)}"
   return "" if crc == line["crc32"] else f"sample {index} ({sample.source}): its {store.layout.folder} are not those that were written"

@@ -130,7 +130,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     text = entry.get("text_samples") or False
     if not isinstance(text, bool):
       raise _error(f"{where}: text_samples must be true or false, not {text!r}")
-    file = root / entry["json_path"]
+    file = root / os.path.expanduser(entry["json_path"])
     items = read_annotations(file)
     try:
       drawn, chosen = select(items, str(entry.get("sampling_strategy", "all")), subset, text)
@@ -139,7 +139,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
     files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen), tuple(passed)))
-    folder = root / (entry.get("data_root") or "")
+    folder = root / os.path.expanduser(entry.get("data_root") or "")
     jobs += [_job(items[i], i, entry["json_path"], folder, READERS[reader], rate) for i in chosen]
   return jobs, files
 

@@ -30,7 +30,7 @@ import pebble
 
 from xcomp_jax.data import store, video
 from xcomp_jax.data.mixture import Job
-from xcomp_jax.files import one_line, replacing, write_json
+from xcomp_jax.files import one_line, replacing, too_many_files, write_json
 
 TASKS_PER_PROCESS = 256  # then a fresh one takes its place: decoders leak
 
@@ -209,11 +209,13 @@ def _blaming(job: Job) -> Generator[None]:
   """Damaged files make libraries raise anything."""
   try:
     yield
-  except video.VideoError:
-    raise
-  except OSError as error:
-    raise video.VideoError(str(error)) from error
   except Exception as error:
+    if text := too_many_files(error):  # not the file's fault
+      raise OSError(text) from error
+    if isinstance(error, video.VideoError):
+      raise
+    if isinstance(error, OSError):
+      raise video.VideoError(str(error)) from error
     raise video.VideoError(f"{job.sample.source} can't be decoded: {type(error).__name__}: {error}") from error
 
 

@@ -16,6 +16,7 @@ the order in which they were written. Lengths in tokens are not here: they depen
 A store appears by one rename. Until then everything is in `<name>.incomplete` beside it.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -33,13 +34,16 @@ import cv2
 import ml_dtypes
 import numpy as np
 
-from xcomp_jax.files import fresh_folder, local, one_line
+from xcomp_jax.files import fresh_folder, local, one_line, too_many_files
 
 cv2.setNumThreads(1)  # readers run side by side
 
 FORMAT = 2  # of the folder; raised when an older reader would misread it
 RECORD_BYTES = 64 << 20  # of arrays in one record: a protobuf holds at most 2 GB, and a reader holds a whole record
 RECENT = 4  # records that are kept in memory, of all stores together
+# Files that are kept open, of all stores together. A process may have 1,024, on some systems 256, and training needs 30 itself.
+# To open one again takes 0.3 ms, far less than to read and decode the megabytes of a usual record.
+OPEN = 64
 SAMPLING = ("image_size", "clip_frames", "fps", "min_frames", "max_frames", "subset")  # how frames and samples were chosen
 
 
@@ -107,7 +111,7 @@ class Shard:
 class Store:
   """A readable store; safe to share between threads."""
 
-  def __init__(self, path: pathlib.Path, info: dict[str, Any], layout: Layout, samples: Sequence[Sample], rows):
+  def __init__(self, path: pathlib.Path, info: dict[str, Any], layout: Layout, samples: Sequence[Sample], rows: "Rows | tuple[()]"):
     self.path, self.info, self.layout, self.samples, self._rows = path, info, layout, tuple(samples), rows
 
   def __len__(self) -> int:
@@ -154,6 +158,7 @@ class Store:
 
     Raises:
       StoreError: damaged records, or a JPEG that can't be decoded.
+      OSError: this process has too many open files.
     """
     sample = self.samples[index]
     return self.clips(index, 0, sample.frames // sample.clip_frames)
@@ -172,6 +177,8 @@ class Store:
       try:
         content = _record(self, sample.first_record + record)
       except Exception as error:  # damaged records make the readers raise anything
+        if text := too_many_files(error):
+          raise OSError(text) from error
         raise self._damaged(f"sample {index} can't be read ({one_line(error)})") from error
       unit = shape[0]  # frames or tokens of a clip
       if len(content) != held * unit:
@@ -199,6 +206,46 @@ class Store:
 
   def _damaged(self, what: str) -> StoreError:
     return StoreError(f"{self.path}: {what}; find all damage with --verify, and predecode again")
+
+
+class Rows:
+  """The records of a TFDS dataset, as its `as_data_source` gives them, which would keep every file open; safe to share between threads."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Looks for all files, and opens none."""
+    import tensorflow_datasets as tfds
+
+    info = tfds.builder_from_directory(folder).info  # ty: ignore[missing-argument]  (an untyped decorator)
+    parts = info.splits["train"].file_instructions
+    self._features, self._files = info.features, [os.fspath(part.filename) for part in parts]
+    self._ends = list(itertools.accumulate(part.examples_in_shard for part in parts))
+    if missing := [file for file in self._files if not os.path.exists(file)]:
+      raise FileNotFoundError(f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, key: int) -> dict[str, Any]:
+    if not 0 <= key < len(self):
+      raise IndexError(f"record {key} of {len(self)}")
+    number = bisect.bisect_right(self._ends, key)
+    (record,) = _reader(self, number).read([key - (self._ends[number - 1] if number else 0)])
+    return self._features.deserialize_example_np(record)
+
+  def file(self, number: int) -> str:
+    """The name of one of its files."""
+    return self._files[number]
+
+
+@functools.lru_cache(maxsize=OPEN)
+def _reader(rows: Rows, number: int):
+  """A reader of a file. One that gives way to others is closed as soon as no thread reads from it."""
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  reader = ArrayRecordReader(rows.file(number), options="readahead_buffer_size:0", file_reader_buffer_size=32768)  # for random access
+  if not reader.ok():
+    reader.read([0])  # raises what went wrong when it was opened
+  return reader
 
 
 @functools.lru_cache(maxsize=RECENT)
@@ -239,6 +286,7 @@ def open_store(path: str | os.PathLike) -> Store:
 
   Raises:
     StoreError: nothing there, something else there, or written by another format.
+    OSError: this process has too many open files.
     ValueError: it is in a bucket.
   """
   path = local(path, "data is read as files")
@@ -254,10 +302,12 @@ def open_store(path: str | os.PathLike) -> Store:
     raise StoreError(f"{path} has format {version}, this version reads {FORMAT}; {advice}")
   try:
     layout = _layout(info)
-    table = _source(path / "samples")
+    table = Rows(path / "samples")
     samples = [_sample(table[i]) for i in range(len(table))]
-    rows = _source(path / layout.folder) if any(s.records for s in samples) else ()
+    rows = Rows(path / layout.folder) if any(s.records for s in samples) else ()
   except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    if text := too_many_files(error):
+      raise OSError(text) from error
     raise StoreError(f"{path} can't be read: {one_line(error)}; {advice}") from error
   wanted = max((s.first_record + s.records for s in samples), default=0)
   if len(samples) != info.get("samples") or len(rows) != wanted:
@@ -437,12 +487,6 @@ def _jpeg(frame: np.ndarray, quality: int) -> bytes:
 def _layout(info: Mapping[str, Any]) -> Layout:
   features = info["features"]
   return Layout(info["image_size"], info["clip_frames"], info["quality"], features and Features(**features))
-
-
-def _source(folder: pathlib.Path):
-  import tensorflow_datasets as tfds
-
-  return tfds.builder_from_directory(folder).as_data_source(split="train")  # ty: ignore[missing-argument]  (an untyped decorator)
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
