@@ -17,7 +17,7 @@ from xcomp_jax.data import prompt
 from xcomp_jax.data.prompt import Prompt, Tokenizer
 from xcomp_jax.encode import EncodedVideo, encode_clips
 from xcomp_jax.generate import CLIP_STEP, Sampling, as_batch, ended, stream, up
-from xcomp_jax.model import vlm
+from xcomp_jax.model import kernels, vlm
 
 SCORE_STEP = 16  # texts that score, whose rows run in every round, are padded to a multiple of this many tokens
 
@@ -76,7 +76,7 @@ def select(
     report: likewise.
 
   Raises:
-    ConfigError: numbers that don't fit together, by name.
+    ConfigError: numbers that don't fit together, by name; scores that float16 does not have.
   """
   T, F = len(video.times), video.clip_frames
   note = why_not(T, cfg)
@@ -85,6 +85,7 @@ def select(
   plan = qc_comp.plan(T, F, cfg)
   paid = score_rounds(model, video, questions, plan, cfg, rounds=rounds, report=report)
   scores = [qc_comp.aggregate(plan, one, T) for one in paid]
+  kernels.check_finite(np.array(scores), "the scores of frames", model.cfg.dtype)
   return [Selection(qc_comp.top(score, cfg.frames, 1 if cfg.mode == "official" else F), score, "") for score in scores]
 
 

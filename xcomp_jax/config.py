@@ -92,7 +92,7 @@ class LLMConfig:
   context: int | None  # tokens of a prompt, visual ones before compression included; None: not known
 
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["bfloat16", "float32", "float16"]  # training has no float16: `check_trained`
 Attention = Literal["auto", "einsum", "flash", "mosaic", "triton", "cudnn", "splash", "xla_chunked", "tiled"]  # see `attention.attend`
 Keep = Literal["suffix", "uniform", "stride", "avgpool", "none", "attention"]
 
@@ -335,6 +335,20 @@ def check(config: RunConfig) -> None:
       problems.append(f"config.{key} = {getattr(getattr(config, group), name)}: {words}")
   if problems:
     raise ConfigError("; ".join(problems))
+
+
+def check_trained(model: ModelConfig) -> None:
+  """Refuses to train in float16.
+
+  Raises:
+    ConfigError: what to take instead.
+  """
+  for name in ("dtype", "param_dtype"):
+    if getattr(model, name) == "float16":
+      raise ConfigError(
+        f"config.model.{name} = 'float16': it is for asking. Small gradients would be 0 in it, and loss scaling, which would "
+        "help, is not built: take bfloat16, or float32 on a card without it (T4)"
+      )
 
 
 def from_command_line(argv: list[str]) -> RunConfig:

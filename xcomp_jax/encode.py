@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.files import replacing
-from xcomp_jax.model import vlm
+from xcomp_jax.model import kernels, vlm
 
 THUMBNAIL = 96  # pixels
 
@@ -80,12 +80,18 @@ _encode = jax.jit(vlm.encode)
 
 
 def encode_clips(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """Merged features [N, D] of clips uint8[F, S, S, 3], a chunk at a time: one compilation, bounded memory."""
+  """Merged features [N, D] of clips uint8[F, S, S, 3], a chunk at a time: one compilation, bounded memory.
+
+  Raises:
+    ConfigError: numbers that float16 does not have.
+  """
   size, waiting = model.cfg.clips_per_chunk, []
 
   def run():
     chunk = np.stack(waiting + [waiting[-1]] * (size - len(waiting)))
-    return np.asarray(_encode(model, chunk))[: len(waiting)]
+    done = np.asarray(_encode(model, chunk))[: len(waiting)]
+    kernels.check_finite(done, "features of the tower", model.cfg.dtype)
+    return done
 
   for clip in clips:
     waiting.append(clip)
@@ -195,6 +201,9 @@ def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
   except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
     raise EncodedVideoError(f"{path} is no encoded video: {error}") from error
   mine = identity(model)
+  (_, _, dtype), (_, _, wanted) = video.identity.rpartition("-"), mine.rpartition("-")
+  if dtype != wanted:
+    raise EncodedVideoError(f"{path} was encoded in {dtype or 'another dtype'}, and this is to be computed in {wanted}; give that --dtype, or another file")
   if video.identity != mine:
     raise EncodedVideoError(
       f"{path} was encoded by another tower or with other settings (its identity is {video.identity[:12]}, this "

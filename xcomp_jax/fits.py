@@ -19,7 +19,7 @@ import jax
 
 from xcomp_jax import accounts, chips, files, programs, rounds
 from xcomp_jax.chips import Chip
-from xcomp_jax.config import ConfigError, RunConfig
+from xcomp_jax.config import ConfigError, Dtype, RunConfig
 from xcomp_jax.model import kernels
 
 CARDS = ("h100", "h200", "b200", "a100-40", "a100-80", "l4", "a10g", "rtx4090", "t4")
@@ -55,12 +55,17 @@ def stamp(config: RunConfig) -> str:
   return repr((config.model, config.lp_comp, config.optim, config.train, config.mesh, config.data.prefix_length, *own))
 
 
+def computed_in(capability: tuple[int, int], job: str) -> Dtype:
+  """What a card takes for a job where nobody says."""
+  return kernels.compute_dtype(kernels.Card("gpu", "", capability), gradient=job in TUNE)
+
+
 def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -> dict[str, Any]:
   """Compiles a cell's programs for one card of a run, and gives the bytes of each by kind, under "programs"."""
   jax.config.update("jax_platforms", "cpu")  # a card that is here is left alone
   about = stamp(config)
   chip = next(chip for name in CARDS if (chip := chips.named(name)).capability == capability)
-  dtype = "bfloat16" if capability >= (8, 0) else "float32"
+  dtype = computed_in(capability, job)
   count = 8 if job in TUNE else 1
   config = dataclasses.replace(
     config, init_from=MODELS[model], model=dataclasses.replace(config.model, dtype=dtype),
@@ -103,7 +108,7 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
   wanted = [(chip.capability, model, job) for chip in found for model in MODELS for job in JOBS if chip.capability]
   cells = {cell: out / f"{key(*cell)}.json" for cell in dict.fromkeys(wanted)}
   about = stamp(config)
-  read = {cell: whole for cell, file in cells.items() if (whole := _read(file, about)) is not None}
+  read = {cell: whole for cell, file in cells.items() if (whole := _read(file, about)) and whole.get("dtype") == computed_in(cell[0], cell[2])}
   missing = [cell for cell in cells if cell not in read]
   if stale := sum(cells[cell].exists() for cell in missing):
     say(f"{stale} cells in {out} are damaged, or of another config or version of JAX or tokamax: made again")
@@ -126,8 +131,9 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
       assert chip.capability is not None  # see `wanted`
       row = [[read[chip.capability, model, one] for one in ((FEATURES, FRAMES) if job == FRAMES else (job,))] for job in JOBS]
       first = row[0][0]
-      of = (chip.name, f"{chip.memory / 1e9:.0f}", model, first["dtype"], str(first["clips"]))
-      lines.append((*of, *(answer(chip, parts) for parts in row)))
+      dtypes = dict.fromkeys(cell["dtype"] for cells in row for cell in cells)
+      of = (chip.name, f"{chip.memory / 1e9:.0f}", model, "/".join(dtypes), str(first["clips"]))
+      lines.append((*of, *(answer(chip, one) for one in row)))
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines] + ["", LEGEND])
 
@@ -168,6 +174,7 @@ def answer(chip: Chip, cells: Sequence[Mapping[str, Any]]) -> str:
 
 LEGEND = """clips: in the tower at once (clips_per_chunk = "auto"). ask: frames sampled, of which QC-Comp keeps 512 ("all kept": --select 0), 448 px.
 SCT: state over as many cards as it takes, a sample of 1,024 frames and 512 tokens on each; the number of cards is the least that is enough.
+Two dtypes: of asking and of SCT.
 *: with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; without, JAX takes 75% of the memory
 no: remedies when asking are --clips-per-chunk 1, --forget-rounds, --select 256 and fewer frames; when tuning features instead of frames,
   shorter samples (predecode --max_frames), a smaller model"""

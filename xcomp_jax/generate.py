@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.batch import Batch, Example, Leaf, Shape, collate, split
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.model import decoder, vlm
+from xcomp_jax.model import decoder, kernels, vlm
 from xcomp_jax.model.decoder import LayerCache
 
 TEXT_STEP = 64  # prompts are padded to a multiple of this many tokens, so that few lengths are compiled
@@ -152,11 +152,16 @@ def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
 
 
 def stream(model: vlm.VLM, prompts: Batch | Sequence[Batch], sampling: Sampling) -> Iterator[np.ndarray]:
-  """New tokens of every prompt, int32[B, n] at a time, until all have ended; prompts as one Batch, or see `prefill_each`."""
+  """New tokens of every prompt, int32[B, n] at a time, until all have ended; prompts as one Batch, or see `prefill_each`.
+
+  Raises:
+    ConfigError: numbers that float16 does not have.
+  """
   total = up(sampling.max_new_tokens, STREAM)
   state = _prefill(model, prompts, room=total) if isinstance(prompts, Batch) else prefill_each(model, prompts, room=total)
   once = dataclasses.replace(sampling, max_new_tokens=1, seed=0)  # neither changes the program
   for done in range(0, sampling.max_new_tokens, STREAM):
+    kernels.check_finite(state.logits, "the LLM's logits", model.cfg.dtype)
     key = jax.random.fold_in(jax.random.key(sampling.seed), done) if sampling.temperature else None
     tokens, state = _decode(model, state, once, steps=STREAM, key=key)
     yield np.asarray(tokens)[:, : sampling.max_new_tokens - done]

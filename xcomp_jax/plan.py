@@ -35,7 +35,7 @@ from jax.sharding import Mesh
 
 from xcomp_jax import chips, fits, forecast, generate, metrics, plan_table, programs, sharding, train, weights
 from xcomp_jax.accounts import account_program
-from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, from_command_line
+from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_trained, from_command_line
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Length, length_table
 from xcomp_jax.data.packing import Micro
@@ -271,8 +271,11 @@ def run(plan: Plan, names: Sequence[str], say: Callable[[str], None] = _say) -> 
 
   Raises:
     PlanError: something does not fit, or a large array is not split.
+    ConfigError: programs of training in a dtype that it has not.
   """
   cfg = plan.full
+  if set(names) & set(TRAINING):
+    check_trained(plan.config.model)
   say(
     f"{plan.device.count} x {plan.device.kind}, mesh {dict(plan.mesh.shape)}; {plan.config.init_from}: "
     f"{cfg.llm.layers} layers of width {cfg.llm.width}, tower of {cfg.vision.layers}"

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xcomp_jax import forecast, sharding
-from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check
+from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check, check_trained
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.data.packing import Lengths
@@ -72,6 +72,7 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
     ConfigError: see `forecast.schedule`; arguments that can't be; fewer samples than a step has.
   """
   check(config)
+  check_trained(config.model)
   counts = [int(n) if n.strip().isdecimal() else 0 for n in devices.split(",")]
   if min(counts) < 1:
     raise ConfigError(f"--devices {devices}: must be numbers of devices from 1 on, such as 1,8,32")

@@ -30,7 +30,7 @@ import PIL
 import tqdm
 from absl import app, flags, logging
 
-from xcomp_jax.config import Attention
+from xcomp_jax.config import Attention, Dtype
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
@@ -143,8 +143,10 @@ def predecode(
     return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
 
 
-def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None = None, attention: Attention = "auto") -> Tower:
+def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None = None, attention: Attention = "auto", dtype: Dtype | None = None) -> Tower:
   """The tower of a checkpoint (directory, hub id, or export), whose merged tokens are taken before the projector.
+
+  dtype: to compute in; None: by the device.
 
   Raises:
     CheckpointError, ConfigError, OSError: what is wrong with it.
@@ -159,14 +161,15 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None 
 
   directory = weights.resolve(checkpoint)
   card = kernels.here()
-  dtype = kernels.compute_dtype(card)
+  dtype = dtype or kernels.compute_dtype(card)
   kernels.check(attention, dtype)
   model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False)
   cfg = weights.read_config(directory, model, COSINE)  # of the LLM, which is not run
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size
     raise ValueError(f"the tower of {checkpoint} takes {size} pixels, not {settings.image_size}; give --image_size {size}")
-  vlm = weights.load(directory, cfg, dtype=dtype)
+  # float16 has not all of a bfloat16's small numbers, and the identity is that of training's tower.
+  vlm = weights.load(directory, cfg, dtype=None if dtype == "float16" else dtype)
   features = store.Features(encode.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
   how = {"computed_in": dtype, "clips_per_chunk": cfg.clips_per_chunk, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
   kernel = kernels.taken(cfg)["tower"]
@@ -401,6 +404,7 @@ def _define_flags() -> None:
   _define_path("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
   flags.DEFINE_integer("clips_per_chunk", None, "with --features: clips in the tower at once; default: by the device's memory", 1)
   flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: by the device")
+  flags.DEFINE_enum("dtype", None, get_args(Dtype), "with --features: what the tower computes in; default: bfloat16, but float16 on GPUs that have none, and float32 on CPUs")
   flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
   flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)
   flags.DEFINE_integer("samples_per_shard", None, f"annotations in one file of clips; default: as in the unfinished work that is there, else {PER_SHARD}", 1)
@@ -422,8 +426,10 @@ def _make(f) -> None:
     raise ValueError("--features needs --checkpoint DIR, and goes neither with --frames jpeg nor with --beam")
   if f.attention != "auto" and not f.features:
     raise ValueError("--attention goes with --features")
+  if f.dtype is not None and not f.features:
+    raise ValueError("--dtype goes with --features")
   settings = Settings(f.image_size, f.max_frames, f.min_frames, f.fps, f.clip_frames, f.rate, f.keep_tails)
-  tower = load_tower(f.checkpoint, settings, f.clips_per_chunk, f.attention) if f.features else None
+  tower = load_tower(f.checkpoint, settings, f.clips_per_chunk, f.attention, f.dtype) if f.features else None
   if tower:
     print(tower.about, file=sys.stderr)
   info = predecode(

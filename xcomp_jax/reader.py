@@ -91,7 +91,7 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--clips-per-chunk", type=clips, default="auto", help="clips in the tower at once; default: by the device's memory")
   add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
-  add("--dtype", choices=get_args(Dtype), help="default: bfloat16, but float32 on CPUs and on GPUs older than Ampere, such as a T4")
+  add("--dtype", choices=get_args(Dtype), help="default: bfloat16, but float16 on GPUs that have none, such as a T4, and float32 on CPUs; the release evaluates in float16")
   add("--attention", choices=get_args(Attention), default="auto", help="auto: by the device. einsum, tiled and xla_chunked run on any; flash is a GPU's, mosaic, triton and cudnn (the tower) are NVIDIA's, splash is a TPU's")
   add("--max-new-tokens", type=int, default=64)
   add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")

@@ -31,7 +31,16 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from xcomp_jax import checkpoint, encode, forecast, hosts, metrics, optim, weights, workdir
-from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check, from_command_line, to_dict
+from xcomp_jax.config import (
+  ConfigError,
+  MeshConfig,
+  RunConfig,
+  VLMConfig,
+  check,
+  check_trained,
+  from_command_line,
+  to_dict,
+)
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Batch, Clips, Shape, length_table
 from xcomp_jax.data.blend import Blend
@@ -108,6 +117,7 @@ def run(config: RunConfig, watch: Watch = lambda step, group, values: None) -> d
   """
   with metrics.Goodput() as goodput, contextlib.ExitStack() as stack:
     check(config)
+    check_trained(config.model)
     with goodput.part("connect"):
       stack.enter_context(hosts.joined(config.distributed))
     prepared = prepare(config)

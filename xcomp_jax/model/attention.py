@@ -100,6 +100,9 @@ def attend(
     if causal:
       k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
     return _einsum(q, k, v, causal, valid, sample)
+  if implementation == "tiled" and q.dtype == jnp.float16:  # it masks by -1e30, and has weights beyond 65,504
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    return attend(*wide, mask, implementation=implementation).astype(q.dtype)
   if implementation == "tiled" and causal and split((None, "sequence"), q.shape)[1]:
     implementation = "xla_chunked"  # tiles are laid out for a whole sequence
   if implementation == "tiled" and sample is not None:
@@ -379,7 +382,7 @@ def _chosen(q, k, v, seen, causal, implementation, gradient):
   if implementation == "cudnn" and gradient and L % 2:  # its gradient takes even lengths only
     implementation = "flash"
   kernel = kernels.choose(card, version, call, kernels.compiles) if implementation == "flash" else implementation
-  return kernels.run(kernel, kernels.block(card, version, kernel), q, k, v, seen, causal)
+  return kernels.run(kernel, kernels.block(card, version, kernel, call.dtype), q, k, v, seen, causal)
 
 
 def tile_sizes(L: int, S: int, causal: bool) -> tuple[int, int]:

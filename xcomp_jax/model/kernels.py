@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xcomp_jax.config import ConfigError, VLMConfig
+from xcomp_jax.config import ConfigError, Dtype, VLMConfig
 
 Kernel = Literal["mosaic", "triton", "cudnn", "xla_chunked"]
 KERNELS: tuple[Kernel, ...] = ("mosaic", "triton", "xla_chunked")  # of tokamax; cuDNN's is called by jax.nn
@@ -55,6 +55,11 @@ class Card:
     """Whether it multiplies in bfloat16; NVIDIA GPUs do from Ampere on."""
     return self.platform != "cpu" and (self.capability is None or self.capability >= (8, 0))
 
+  @property
+  def float16(self) -> bool:
+    """Whether it multiplies in float16 with sums in float32; NVIDIA GPUs do from Volta on, TPUs don't."""
+    return self.platform == "gpu" and (self.capability is None or self.capability >= (7, 0))
+
 
 def here() -> Card:
   """The device that this process computes on."""
@@ -69,9 +74,19 @@ def card_of(device: Any) -> Card:
   return Card(platform, device.device_kind, capability, getattr(device, "shared_memory_per_block_optin", 0) or 0)
 
 
-def compute_dtype(card: Card) -> Literal["bfloat16", "float32"]:
-  """Gives the dtype to compute in where nobody says: bfloat16 if the device has it."""
-  return "bfloat16" if card.bfloat16 else "float32"
+def compute_dtype(card: Card, gradient: bool = False) -> Dtype:
+  """Gives the dtype to compute in where nobody says: bfloat16 if the device has it, else float16 if it has that, which has no gradients."""
+  return "bfloat16" if card.bfloat16 else "float16" if card.float16 and not gradient else "float32"
+
+
+def check_finite(x: jax.Array | np.ndarray, what: str, dtype: str) -> None:
+  """Refuses numbers that have left float16's range, which would give an answer all the same; wider types are not looked at.
+
+  Raises:
+    ConfigError: some have; what to do.
+  """
+  if dtype == "float16" and not bool(jnp.isfinite(x).all()):
+    raise ConfigError(f"{what} left the range of float16, whose largest number is 65,504: take --dtype float32, or bfloat16 if the device has it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +139,10 @@ def library() -> str | None:
     return None
 
 
-def block(card: Card, version: str, kernel: Kernel) -> int:
+def block(card: Card, version: str, kernel: Kernel, dtype: str) -> int:
   """Gives the size of blocks: rows and keys are padded to multiples of it, so that no sequence ends inside of one."""
+  if kernel == "xla_chunked" and dtype == "float16":
+    return 2  # it works on 128 at once; one that is left over is a product that the compiler for GPUs has not in float16
   if kernel in ("cudnn", "xla_chunked"):
     return 1  # a library that takes any length, and plain XLA, which masks what it pads
   # The older Mosaic forward pass for 10.x works on 256 rows at once, later ones on 128 as all others.
@@ -194,7 +211,7 @@ def _compiles(kernel: Kernel, call: Call, device: Any, precision: str | None) ->
   if c.mask == "ranges":
     bound: Any = jax.ShapeDtypeStruct((c.batch, c.queries), np.int32, sharding=place)
     seen = Ranges(bound, bound)
-  size = block(card_of(device), library() or "", kernel)
+  size = block(card_of(device), library() or "", kernel, c.dtype)
   forward = lambda q, k, v, seen: run(kernel, size, q, k, v, seen, c.causal)
   total = lambda *args: forward(*args).astype(jnp.float32).sum()
 
@@ -323,6 +340,8 @@ def unusable(implementation: str, card: Card, version: str | None, dtype: str) -
       return f"{implementation} kernels are for NVIDIA GPUs of compute capability {first}.0 {f'to {last}.x' if last else 'and more'}"
   if implementation in ("mosaic", "cudnn") and dtype == "float32":
     return f"{implementation} kernels have no float32"
+  if implementation in ("flash", "xla_chunked") and card.platform == "cpu" and dtype == "float16":
+    return "it has no float16 there"
   if implementation == "splash" and card.platform != "tpu":
     return "splash is for TPUs"
   if implementation in ("flash", *KERNELS) and version is None:
@@ -342,12 +361,14 @@ def automatic(L: int, S: int, causal: bool, card: Card) -> str:
 
 
 def check(implementation: str, dtype: str) -> None:
-  """Refuses an implementation that this process's device can't run in a dtype.
+  """Refuses a dtype that this process's device does not multiply in, and an implementation that it can't run in it.
 
   Raises:
     ConfigError: it can't.
   """
   card = here()
+  if dtype == "float16" and card.platform == "tpu":  # products round to 8 bits, and splash attention does not compile
+    raise ConfigError(f"float16 on {card.kind}: TPUs have no float16 products, and round its numbers to bfloat16's digits; take bfloat16")
   if why := unusable(implementation, card, library(), dtype):
     raise ConfigError(f"attention {implementation!r} on {card.kind}: {why}; leave it to auto")
 
@@ -382,5 +403,5 @@ def describe(cfg: VLMConfig, gradient: bool = False) -> str:
   if cfg.attention == "auto":
     line += "; einsum where there are few queries"
   if cfg.dtype == "bfloat16" and card.platform == "gpu" and not card.bfloat16:
-    line += f"; {card.kind} has no bfloat16: use float32"
+    line += f"; {card.kind} has no bfloat16: use {compute_dtype(card, gradient)}"
   return f"attention on {card.kind}, {cfg.dtype}: {line}"
