@@ -243,7 +243,8 @@ def _copy_rest(
 ) -> None:
   """config.json and the code that it names, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
-  config = layouts.read_json(file := source / "config.json") | {"mm_local_num_frames": cfg.clip_frames, "tie_word_embeddings": cfg.llm.tied}
+  file = source / "config.json"
+  config: dict[str, Any] = layouts.read_json(file) | {"mm_local_num_frames": cfg.clip_frames, "tie_word_embeddings": cfg.llm.tied}
   if weights.read_scaling(file, config) != cfg.llm.rope_scaling or "rope_parameters" in config:
     # The official code reads the keys of transformers 4, and transformers 5 reads these, too.
     config |= {"rope_theta": cfg.llm.rope_theta, "rope_scaling": weights.rope_scaling(cfg.llm.rope_scaling)}
