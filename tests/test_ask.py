@@ -60,7 +60,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   run(checkpoint, film)
   printed = capsys.readouterr()
   assert "8 frames of 1.50 s" in printed.err
-  tuned = weights.read_lp_comp(checkpoint)
+  tuned = weights.read_tuned(checkpoint).lp_comp
   cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), tuned)
   frames = video.load(film, size=48, max_frames=8, min_frames=8, fps=8, clip_frames=4, style="ask").frames
   tokenizer, model = prompt.load_tokenizer(checkpoint), weights.load(checkpoint, cfg)
@@ -183,7 +183,7 @@ def test_a_file_without_the_phases_of_official_mode_is_refused(checkpoint, film,
 
 
 def load(checkpoint):
-  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), weights.read_lp_comp(checkpoint))
+  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), weights.read_tuned(checkpoint).lp_comp)
   return weights.load(checkpoint, cfg)
 
 
@@ -273,7 +273,7 @@ def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch
   """The official bias counts from the first question's message, so it is for the first question only."""
   asked = []
   video = encode.EncodedVideo({0: np.zeros((256, 64, 32))}, np.arange(1024) / 8, 128.0, np.zeros((256, 96, 96, 3)), None, "", "")
-  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), weights.read_lp_comp(checkpoint))
+  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), weights.read_tuned(checkpoint).lp_comp)
   model = weights.load(checkpoint, cfg)
   monkeypatch.setattr(chats, "select", lambda m, v, q, c, **k: asked.append((q[0], c)) or [chats.Selection(np.arange(8), None, "")])
   monkeypatch.setattr(chats, "stream", lambda *a: iter([np.array([[5, 6]])]))

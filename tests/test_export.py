@@ -72,7 +72,7 @@ def test_run_to_torch_keeps_what_was_not_trained_bit_by_bit(base, run, tmp_path,
   assert "60 tensors" in capsys.readouterr().out
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
   assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_local_num_frames"] == 8
-  assert weights.read_lp_comp(tmp_path / "out").schedule == (16, 4)
+  assert weights.read_tuned(tmp_path / "out").lp_comp.schedule == (16, 4)
   assert (tmp_path / "out" / "vocab.json").exists()
   export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "one"), "--step=1"])
   w.equal(load_file(tmp_path / "one" / "model.safetensors"), expected(base, 1))
@@ -109,7 +109,7 @@ def test_run_to_orbax_to_torch(base, run, tmp_path):
   assert not list((tmp_path / "orbax").glob("*.safetensors"))
   export.main(["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")])
   w.equal(load_file(tmp_path / "torch" / "model.safetensors"), expected(base, 2))
-  assert weights.read_lp_comp(tmp_path / "torch").schedule == (16, 4)
+  assert weights.read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
 
 
 def test_plain_checkpoint_keeps_its_clip_length(base, tmp_path):
@@ -124,9 +124,9 @@ def test_plain_checkpoint_keeps_its_clip_length(base, tmp_path):
 def test_conversion_changes_nothing_of_what_is_known_of_lp_comp(base, tmp_path, layout, keep):
   if keep:
     (base / "xcomp.json").write_text(json.dumps({"lp_comp": {"schedule": [16, 4], "keep": keep, "group": 16}}))
-  before = weights.read_lp_comp(base)
+  before = weights.read_tuned(base)
   export.main(["--checkpoint", str(base), f"--format={layout}", "--out", str(tmp_path / "out")])
-  assert weights.read_lp_comp(tmp_path / "out") == before and (before is None) == (keep is None)
+  assert weights.read_tuned(tmp_path / "out") == before and (before is None) == (keep is None)
 
 
 @pytest.mark.parametrize("name, refused", [("model.vision_tower.vision_tower.encoder.blocks.1.mlp.fc1.bias", True), ("model.norm.weight", False)])

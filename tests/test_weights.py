@@ -224,8 +224,8 @@ def test_no_or_broken_config_json(tmp_path):
   with pytest.raises(CheckpointError, match="does not hold a JSON object"):
     read_config(tmp_path)
   (tmp_path / "xcomp.json").write_text('{"lp_comp": 3}')
-  with pytest.raises(ConfigError, match=r"xcomp\.json: lp_comp must be a group of keys, not 3"):
-    weights.read_lp_comp(tmp_path)
+  with pytest.raises(ConfigError, match=r"xcomp\.json\.lp_comp must be a group of keys, not 3"):
+    weights.read_tuned(tmp_path)
 
 
 def test_a_run_is_told_to_be_exported_first(tmp_path):
@@ -275,8 +275,8 @@ def test_round_trip_is_exact(reference, tmp_path, dtype, tied):
   assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "vocab.json", "xcomp.json"]
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert config == json.loads((source / "config.json").read_text()) | {"mm_local_num_frames": 8}
-  assert weights.read_lp_comp(tmp_path / "out") == LP_COMP
-  assert weights.read_lp_comp(source) is None
+  assert weights.read_tuned(tmp_path / "out").lp_comp == LP_COMP
+  assert weights.read_tuned(source) is None
 
 
 def test_round_trip_through_several_files(reference, tmp_path):
@@ -343,7 +343,7 @@ def test_orbax_export_is_read_by_init_from_and_by_plain_orbax(reference, tmp_pat
   cfg = read_config(source)
   model = weights.load(source, cfg, dtype="float32")
   export.save_orbax(tmp_path / "out", model, cfg, source)
-  assert read_config(tmp_path / "out") == cfg and weights.read_lp_comp(tmp_path / "out") == LP_COMP
+  assert read_config(tmp_path / "out") == cfg and weights.read_tuned(tmp_path / "out").lp_comp == LP_COMP
   equal(weights.parameters(weights.load(tmp_path / "out", cfg)), weights.parameters(weights.load(source, cfg)))
   with ocp.StandardCheckpointer() as reader:
     plain = reader.restore(tmp_path / "out" / "params")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from xcomp_jax import bench_parts as parts
 from xcomp_jax import chat, encode, generate, qc_comp, weights, world
 from xcomp_jax.bench_parts import flops
-from xcomp_jax.config import COSINE, ModelConfig
+from xcomp_jax.config import COSINE, ModelConfig, Tuned
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.export import AS_IT_IS
@@ -99,7 +99,7 @@ def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str]
 
   A hit is any frame of that clip. "uniform" takes clips at equal distances, whatever the question.
   """
-  lp_comp = weights.read_lp_comp(checkpoint) or COSINE
+  lp_comp = (weights.read_tuned(checkpoint) or Tuned(COSINE)).lp_comp
   model_config = ModelConfig(world.FRAMES, "checkpoint", "float32", "float32", 16, "auto", remat=False)
   cfg = weights.read_config(checkpoint, model_config, lp_comp)
   model, tokenizer = weights.load(checkpoint, cfg), prompt.load_tokenizer(checkpoint)

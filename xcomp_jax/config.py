@@ -110,10 +110,21 @@ COSINE = LPCompConfig(schedule="cosine", keep="suffix", group=16)  # as released
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuned:
+  """Says what a checkpoint was tuned with; None: it doesn't say."""
+
+  lp_comp: LPCompConfig
+  clip_frames: int | None = None  # that the tower saw together
+  image_size: int | None = None  # pixels, square
+  dtype: Dtype | None = None  # of the computation
+  context: int | None = None  # tokens of a prompt, visual ones before compression included
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """What a run decides about the model, beside its checkpoint."""
 
-  # Frames the tower sees together. "auto": 8 as XComp was trained, or what a tower for clips of one length takes;
+  # Frames the tower sees together. "auto": as tuned, else 8 as XComp was trained, or what a tower for clips of one length takes;
   # "checkpoint": config.json's own (quirk Q1).
   clip_frames: int | Literal["auto", "checkpoint"]
   # Stretched positions: (factor, positions trained on); "checkpoint": config.json's own; None: none.

@@ -39,7 +39,7 @@ def preset(name: str, task: str) -> dict[str, Any]:
     TaskError: the release has no log of this task.
   """
   task = task.removesuffix("_best_option")
-  same = {"mode": "official", "min_frames": 128, "fps": 8.0, "rate": "average", "max_new_tokens": 16, "temperature": 0.0}
+  same = {"mode": "official", "min_frames": 128, "fps": 8.0, "rate": "average", "context": 131072, "max_new_tokens": 16, "temperature": 0.0}
   if name == "paper":
     select = PAPER_FRAMES.get(task, 512)
     own = {"select": select, "repeat": 2, "max_frames": max(1024, 2 * select), "clip_frames": "auto", "repetition_penalty": 1.0}

@@ -20,14 +20,14 @@ import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from os.path import expanduser
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from flax import nnx
 
 from xcomp_jax import checkpoint, files, layouts, official, weights
-from xcomp_jax.config import LPCompConfig, ModelConfig, VLMConfig, Yarn, from_dict, to_dict
+from xcomp_jax.config import Dtype, LPCompConfig, ModelConfig, Tuned, VLMConfig, Yarn, from_dict
 from xcomp_jax.layouts import CheckpointError
 from xcomp_jax.sharding import path_name
 
@@ -53,7 +53,7 @@ class Source:
   state: nnx.State
   cfg: VLMConfig
   directory: pathlib.Path
-  tuned: bool  # cfg.lp_comp is known to be what the parameters were tuned with
+  tuned: Tuned | bool  # what the parameters were tuned with; True: as `cfg` says; False: it is not known
 
 
 def read(path: str, *, step: int | None = None, init_from: str | None = None) -> Source:
@@ -73,9 +73,9 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
     if "://" in path:
       raise CheckpointError(f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; copy it here")
     directory = weights.resolve(path)
-    lp_comp = weights.read_lp_comp(directory)
-    cfg = weights.read_config(directory, AS_IT_IS, lp_comp or NOT_TUNED)
-    return Source(nnx.state(weights.load(directory, cfg)), cfg, directory, lp_comp is not None)
+    tuned = weights.read_tuned(directory)
+    cfg = weights.read_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
+    return Source(nnx.state(weights.load(directory, cfg)), cfg, directory, tuned or False)
   saved, step = checkpoint.read_config(path, step)
   run = saved["run"]
   directory = weights.resolve(init_from or run["init_from"])
@@ -104,7 +104,8 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
     return started
 
   saved = checkpoint.read_params(path, jax.tree_util.tree_map_with_path(like, state), step)
-  return Source(jax.tree_util.tree_map_with_path(choose, state, saved), cfg, directory, tuned=True)
+  state = jax.tree_util.tree_map_with_path(choose, state, saved)
+  return Source(state, dataclasses.replace(cfg, dtype=run["model"]["dtype"]), directory, tuned=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def save_torch(
   cfg: VLMConfig,
   source: pathlib.Path,
   *,
-  tuned: bool = True,
+  tuned: Tuned | bool = True,
   dtype: Any | None = None,
   overwrite: bool = False,
   code: pathlib.Path | None = None,
@@ -139,9 +140,9 @@ def save_torch(
   Args:
     directory: to be made; appears whole or not at all.
     model: parameters of `cfg`.
-    cfg: of the model; config.json gets its clip length (quirk Q1), xcomp.json its LP-Comp.
+    cfg: of the model; config.json gets its clip length (quirk Q1).
     source: the checkpoint that the model was made from: gives config.json, tokenizer files and dtypes.
-    tuned: False leaves xcomp.json out, as in official checkpoints: which LP-Comp they take is for their user to say.
+    tuned: what xcomp.json says; True: what `cfg` says; False: none is written, as in official checkpoints, whose LP-Comp their user chooses.
     dtype: of all tensors; None: each as in `source`, so a parameter that was not trained is equal bit by bit.
     overwrite: replace a checkpoint that is there.
     code: where the Python files lie that `auto_map` of config.json names; None: in `source`.
@@ -171,7 +172,7 @@ def save_orbax(
   cfg: VLMConfig,
   source: pathlib.Path,
   *,
-  tuned: bool = True,
+  tuned: Tuned | bool = True,
   dtype: Any | None = None,
   overwrite: bool = False,
   code: pathlib.Path | None = None,
@@ -239,7 +240,7 @@ def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_
 
 
 def _copy_rest(
-  directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tuned: bool, dtype: Any | None, code: pathlib.Path | None
+  directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tuned: Tuned | bool, dtype: Any | None, code: pathlib.Path | None
 ) -> None:
   """config.json and the code that it names, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
@@ -265,7 +266,8 @@ def _copy_rest(
       shutil.copyfile(python, directory / python.name)
   files.write_json(directory / "config.json", config, indent=2)
   if tuned:
-    files.write_json(directory / weights.EXTRA, {"lp_comp": to_dict(cfg.lp_comp)}, indent=2)
+    own = Tuned(cfg.lp_comp, cfg.clip_frames, cfg.vision.image_size, cast(Dtype, cfg.dtype), cfg.llm.context)
+    weights.write_tuned(directory, own if tuned is True else tuned)
   copy_tokenizer(directory, source)
 
 

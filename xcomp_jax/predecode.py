@@ -156,15 +156,15 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None 
   import ml_dtypes
 
   from xcomp_jax import encode, weights
-  from xcomp_jax.config import COSINE, ModelConfig
+  from xcomp_jax.config import COSINE, ModelConfig, Tuned
   from xcomp_jax.model import kernels
 
   directory = weights.resolve(checkpoint)
   card = kernels.here()
-  dtype = dtype or kernels.compute_dtype(card)
+  dtype = dtype or kernels.compute_dtype(card, (weights.read_tuned(directory) or Tuned(COSINE)).dtype)
   kernels.check(attention, dtype)
   model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False)
-  cfg = weights.read_config(directory, model, COSINE)  # of the LLM, which is not run
+  cfg = weights.read_config(directory, model, COSINE, option="--clip_frames {own}")  # LP-Comp is the LLM's, which is not run
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size
     raise ValueError(f"the tower of {checkpoint} takes {size} pixels, not {settings.image_size}; give --image_size {size}")

@@ -24,6 +24,7 @@ from xcomp_jax.config import (
   LPCompConfig,
   ModelConfig,
   SelectConfig,
+  Tuned,
   VLMConfig,
 )
 from xcomp_jax.data import prompt, video
@@ -51,6 +52,7 @@ class Settings:
   stream: int | None
   clip_frames: str
   yarn: float | None
+  context: int | None
   clips_per_chunk: int | Literal["auto"]
   keep: Keep | None
   schedule: str | None
@@ -84,10 +86,12 @@ def options(parser: argparse.ArgumentParser) -> None:
   add("--rate", choices=get_args(video.Rate), default="own", help="where a video's frames have no constant rate: own: they have their own times; "
     "average: they lie as far apart as the average rate says, as in the release")
   add("--stream", type=int, help="number of the video's stream in its file; default: the one that players take")
-  add("--clip-frames", default="auto", help='frames the tower sees together; "auto": 8 as XComp was trained, 4 for InternVideo2; '
+  add("--clip-frames", default="auto", help='frames the tower sees together; "auto": as tuned, else 8 as XComp was trained, 4 for InternVideo2; '
     '"checkpoint": what config.json says (quirk Q1)')
   add("--yarn", type=float, help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without compression); "
     "1: not at all; default: as config.json says")
+  add("--context", type=int, help="tokens that a prompt may have, 16 for each frame before compression; 131072 in the release's evaluation; "
+    "default: as tuned, else as config.json says")
   add("--clips-per-chunk", type=clips, default="auto", help="clips in the tower at once; default: by the device's memory")
   add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
@@ -256,15 +260,21 @@ def prepare(s: Settings) -> Reader:
     CheckpointError, ConfigError, OSError: bad settings, by name.
   """
   directory = weights.resolve(s.checkpoint)
-  tuned = weights.read_lp_comp(directory) or COSINE
-  lp_comp = LPCompConfig(s.schedule or tuned.schedule, s.keep or tuned.keep, tuned.group)
-  dtype = s.dtype or kernels.compute_dtype(kernels.here())
+  tuned = weights.read_tuned(directory) or Tuned(COSINE)
+  lp_comp = LPCompConfig(s.schedule or tuned.lp_comp.schedule, s.keep or tuned.lp_comp.keep, tuned.lp_comp.group)
+  dtype = s.dtype or kernels.compute_dtype(kernels.here(), tuned.dtype)
   kernels.check(s.attention, dtype)
   clip_frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
   if (s.clips_per_chunk != "auto" and s.clips_per_chunk < 1) or (type(clip_frames) is int and clip_frames < 1) or (s.yarn is not None and s.yarn < 1):
     raise ConfigError("--clips-per-chunk, --clip-frames and --yarn must be at least 1")
+  if s.context is not None and s.context < 1:
+    raise ConfigError(f"--context {s.context}: must be at least 1")
   yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
-  cfg = weights.read_config(directory, ModelConfig(clip_frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False), lp_comp)
+  model = ModelConfig(clip_frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False)
+  cfg = weights.read_config(directory, model, lp_comp, option="--clip-frames checkpoint")
+  if s.context not in (None, cfg.llm.context):
+    print(f"a context of {s.context:,} tokens (--context), not the {cfg.llm.context or 'unknown number'} of {directory}", file=sys.stderr)
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, context=s.context))
   tokenizer = weights.read_tokenizer(directory, cfg)
   select = qc_comp.setting(s.mode, s.select, s.repeat, s.rows) if s.select else None
   if select and lp_comp.keep == "attention":

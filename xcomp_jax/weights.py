@@ -3,7 +3,7 @@
 Two directory layouts are read here, and written by export.py. Both hold config.json (official form) and the tokenizer's files:
   torch  *.safetensors, with model.safetensors.index.json when there are several;
   Orbax  params/, a tree of our parameters.
-xcomp.json beside them, if there is one, says which LP-Comp the weights were tuned with.
+xcomp.json beside them, if there is one, says what the weights were tuned with: LP-Comp, clips, image size, dtype, context.
 """
 
 import contextlib
@@ -28,13 +28,15 @@ from xcomp_jax.config import (
   LPCompConfig,
   ModelConfig,
   TowerConfig,
+  Tuned,
   VisionConfig,
   VLMConfig,
   Yarn,
   from_dict,
+  to_dict,
 )
 from xcomp_jax.data import prompt
-from xcomp_jax.files import local
+from xcomp_jax.files import local, write_json
 from xcomp_jax.layouts import (
   DTYPES,
   INDEX,
@@ -53,7 +55,7 @@ from xcomp_jax.model.vlm import VLM
 from xcomp_jax.official import names
 from xcomp_jax.sharding import path_name
 
-EXTRA = "xcomp.json"
+EXTRA, VERSION = "xcomp.json", 1
 
 
 def resolve(init_from: str, whole: bool = True, code: bool = False) -> pathlib.Path:
@@ -158,10 +160,13 @@ def clips_at_once(cfg: VLMConfig, memory: float | None) -> int:
   return min(MOST_CLIPS, 1 << max(0, int((memory or UNKNOWN) / CLIP_SHARE / clip).bit_length() - 1))
 
 
-def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConfig, device: Any = None) -> VLMConfig:
-  """Sizes from a checkpoint's config.json, choices from the run.
+def read_config(
+  directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConfig, device: Any = None, option: str = "--config.model.clip_frames=checkpoint"
+) -> VLMConfig:
+  """Sizes from a checkpoint's config.json, choices from the run, and what is "auto" in these from xcomp.json.
 
-  device: what `clips_per_chunk = "auto"` is for; None: the first one here.
+  device: what `clips_per_chunk = "auto"` is for; None: the first one here. option: what one writes to the command for clips of
+  config.json's length.
 
   The official file does not hold the tower's sizes, only its name; `tiny_vision` in it (no official key) gives
   other ones. Prints one line if clips get another length than config.json says (quirk Q1), and one if an output head is
@@ -189,12 +194,16 @@ def read_config(directory: pathlib.Path, model: ModelConfig, lp_comp: LPCompConf
   if c["tie_word_embeddings"] and not equal(directory, "lm_head.weight", "model.embed_tokens.weight"):
     print(f"{file} says tie_word_embeddings, but lm_head.weight is another matrix than the embedding; it is kept", file=sys.stderr)
     c["tie_word_embeddings"] = False
+  tuned = read_tuned(directory) or Tuned(lp_comp)
+  c |= {} if tuned.context is None else {"tokenizer_model_max_length": tuned.context}
   tower, auto = _tower(file, c), model.clips_per_chunk == "auto"
+  if tuned.image_size not in (None, tower.image_size):
+    raise CheckpointError(f"{directory}: {EXTRA} says tuned with {tuned.image_size} pixels, and the tower of config.json takes {tower.image_size}")
   cfg = VLMConfig(
     vision=tower,
     llm=_llm(file, c, model.yarn),
     lp_comp=lp_comp,
-    clip_frames=_clip_frames(file, tower, model.clip_frames, c["mm_local_num_frames"]),
+    clip_frames=_clip_frames(file, tower, model.clip_frames, c["mm_local_num_frames"], tuned.clip_frames, option),
     tokens_per_frame=16,
     dtype=model.dtype,
     clips_per_chunk=1 if model.clips_per_chunk == "auto" else model.clips_per_chunk,
@@ -235,10 +244,12 @@ def _tower(file: pathlib.Path, c: Mapping[str, Any]) -> VisionConfig | InternVid
   return VisionConfig(**sizes, table="umt" if t["image_size"] == 224 else "umt-hd")
 
 
-def _clip_frames(file: pathlib.Path, tower: TowerConfig, wanted: int | Literal["auto", "checkpoint"], own: int) -> int:
+def _clip_frames(
+  file: pathlib.Path, tower: TowerConfig, wanted: int | Literal["auto", "checkpoint"], own: int, tuned: int | None, option: str
+) -> int:
   """The length of clips, if the tower takes it; own: of config.json."""
   takes = tower.frames if isinstance(tower, InternVideo2Config) else None
-  frames = own if wanted == "checkpoint" else takes or CLIP_FRAMES if wanted == "auto" else wanted
+  frames = own if wanted == "checkpoint" else takes or tuned or CLIP_FRAMES if wanted == "auto" else wanted
   if takes not in (None, frames):
     raise ConfigError(
       f"{file}: the InternVideo2 tower has positions for clips of {takes} frames, not of {frames}: set model.clip_frames to "
@@ -246,7 +257,7 @@ def _clip_frames(file: pathlib.Path, tower: TowerConfig, wanted: int | Literal["
     )
   if frames != own:
     print(
-      f"clips of {frames} frames, not the {own} of {file}; model.clip_frames=checkpoint takes those (quirk Q1)", file=sys.stderr
+      f"clips of {frames} frames, not the {own} of {file}; {option.format(own=own)} takes those (quirk Q1)", file=sys.stderr
     )
   return frames
 
@@ -325,15 +336,26 @@ def rope_scaling(yarn: Yarn | None) -> dict[str, Any] | None:
   return values | {"attention_factor": yarn.attention, "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow}
 
 
-def read_lp_comp(directory: pathlib.Path) -> LPCompConfig | None:
-  """The LP-Comp that an exported checkpoint was tuned with; None if it does not say.
+def read_tuned(directory: pathlib.Path) -> Tuned | None:
+  """What an exported checkpoint was tuned with; None if there is no xcomp.json.
 
   Raises:
-    CheckpointError: a broken xcomp.json.
+    CheckpointError: a broken xcomp.json, or one of a newer version.
     ConfigError: keys in it that are unknown or missing.
   """
   file = pathlib.Path(directory) / EXTRA
-  return from_dict(LPCompConfig, read_json(file, "lp_comp")["lp_comp"], f"{file}: lp_comp") if file.exists() else None
+  if not file.exists():
+    return None
+  values = dict(read_json(file, "lp_comp"))
+  if (version := values.pop("version", VERSION)) != VERSION:
+    raise CheckpointError(f"{file} has version {version!r}, this xcomp_jax reads {VERSION}: install a newer one")
+  unknown = {field.name: field.default for field in dataclasses.fields(Tuned) if field.default is None}
+  return from_dict(Tuned, unknown | values, str(file))
+
+
+def write_tuned(directory: pathlib.Path, tuned: Tuned) -> None:
+  """Writes xcomp.json."""
+  write_json(pathlib.Path(directory) / EXTRA, {"version": VERSION} | to_dict(tuned), indent=2)
 
 
 def read_tokenizer(directory: pathlib.Path, cfg: VLMConfig) -> prompt.Tokenizer:

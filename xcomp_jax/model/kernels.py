@@ -74,8 +74,13 @@ def card_of(device: Any) -> Card:
   return Card(platform, device.device_kind, capability, getattr(device, "shared_memory_per_block_optin", 0) or 0)
 
 
-def compute_dtype(card: Card, gradient: bool = False) -> Dtype:
-  """Gives the dtype to compute in where nobody says: bfloat16 if the device has it, else float16 if it has that, which has no gradients."""
+def compute_dtype(card: Card, tuned: Dtype | None = None, gradient: bool = False) -> Dtype:
+  """Gives the dtype to compute in where nobody says.
+
+  That is float32 if the weights were tuned in it, else bfloat16 if the device has it, else float16 if it has that, which has no gradients.
+  """
+  if tuned == "float32":
+    return tuned
   return "bfloat16" if card.bfloat16 else "float16" if card.float16 and not gradient else "float32"
 
 
@@ -403,5 +408,5 @@ def describe(cfg: VLMConfig, gradient: bool = False) -> str:
   if cfg.attention == "auto":
     line += "; einsum where there are few queries"
   if cfg.dtype == "bfloat16" and card.platform == "gpu" and not card.bfloat16:
-    line += f"; {card.kind} has no bfloat16: use {compute_dtype(card, gradient)}"
+    line += f"; {card.kind} has no bfloat16: use {compute_dtype(card, gradient=gradient)}"
   return f"attention on {card.kind}, {cfg.dtype}: {line}"
