@@ -503,9 +503,9 @@ def test_command_with_a_bad_annotation(world):
 def test_flags_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, message):
   values = predecode_lib.flags.FlagValues()
   monkeypatch.setattr(predecode_lib.flags, "FLAGS", values)
-  for kind in ("string", "float", "integer", "enum", "bool"):
-    define = getattr(predecode_lib.flags, f"DEFINE_{kind}")
-    monkeypatch.setattr(predecode_lib.flags, f"DEFINE_{kind}", lambda *a, define=define, **k: define(*a, flag_values=values, **k))
+  for kind in ("DEFINE", "DEFINE_string", "DEFINE_float", "DEFINE_integer", "DEFINE_enum", "DEFINE_bool"):
+    define = getattr(predecode_lib.flags, kind)
+    monkeypatch.setattr(predecode_lib.flags, kind, lambda *a, define=define, **k: define(*a, flag_values=values, **k))
   predecode_lib._define_flags()
   monkeypatch.chdir(tmp_path)
   with pytest.raises(SystemExit):

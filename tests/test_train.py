@@ -356,3 +356,22 @@ def test_the_command_explains_itself(monkeypatch, capsys, flag):
   monkeypatch.setattr(sys, "argv", ["train", flag])
   train.main()
   assert "python -m xcomp_jax.train --config=configs/sct.py" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_1200_files_of_clips_under_256_open_files(tmp_path):
+  from xcomp_jax.data import store
+  from xcomp_jax.files import fresh_folder
+
+  layout, rng = store.Layout(48, 8, None, None), np.random.default_rng(0)
+  talk = ({"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "A"})
+  with fresh_folder(tmp_path / "data") as folder:
+    parts = []
+    for i in range(1200):
+      sample = store.Sample(str(i), f"{i}.png", "a.json", i, talk, "")
+      parts.append(store.write_shard(folder / f"{i}", [(sample, rng.integers(0, 256, (1, 1, 48, 48, 3), np.uint8))], layout))
+    store.finish(folder, parts, layout, {})
+  line = [sys.executable, "-m", "xcomp_jax.train", "--config=configs/sct.py:tiny", "--config.data.heldout=None"]
+  line += [f"--config.data.train={tmp_path / 'data'}", f"--config.workdir={tmp_path / 'run'}"]
+  done = subprocess.run(["bash", "-c", 'ulimit -n 256; exec "$@"', "-", *line], capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
+  assert done.returncode == 0 and "done: step 150 of 150" in done.stdout, done.stderr

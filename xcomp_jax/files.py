@@ -165,7 +165,7 @@ def too_many_files(error: BaseException) -> str:
     if getattr(seen, "errno", None) == errno.EMFILE or re.search(f"{os.strerror(errno.EMFILE)}(?! in system)", str(seen)):
       limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
       more = 4096 if most == resource.RLIM_INFINITY else min(most, 4096)
-      advice = f"`ulimit -n {more}` allows more" if more > limit else "only the system's administrator can allow more"
+      advice = f"`ulimit -n {more}` allows more" if more > limit else "to allow more, raise the hard limit (`ulimit -Hn`)"
       return f"Too many open files: a process may have {limit} here; {advice}, and the same command goes on"
     seen = seen.__cause__ or seen.__context__
   return ""

@@ -41,7 +41,7 @@ cv2.setNumThreads(1)  # readers run side by side
 FORMAT = 2  # of the folder; raised when an older reader would misread it
 RECORD_BYTES = 64 << 20  # of arrays in one record: a protobuf holds at most 2 GB, and a reader holds a whole record
 RECENT = 4  # records that are kept in memory, of all stores together
-# Files that are kept open, of all stores together. A process may have 1,024, on some systems 256, and training needs 30 itself.
+# Files that are kept open, of all stores together. A process may have 1,024, on some systems 256, and a run has others.
 # To open one again takes 0.3 ms, far less than to read and decode the megabytes of a usual record.
 OPEN = 64
 SAMPLING = ("image_size", "clip_frames", "fps", "min_frames", "max_frames", "subset")  # how frames and samples were chosen
