@@ -124,7 +124,7 @@ def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkey
   monkeypatch.setattr(prompt, "ask", lambda t, q, m, h=(): texts.append((q, list(h))) or build(t, q, m, h))
   monkeypatch.setattr("sys.stdin", io.StringIO("What colour?\n\n<image>?\nAnd who?\n"))
   ask.main(["--checkpoint", str(checkpoint), "--video", str(film), "--clip-frames=4", *LONG, "--max-new-tokens=3"])
-  (first, none), _, (second, history) = texts
+  _, (first, none), _, (second, history) = texts  # the first is a check before anything is encoded
   printed, said = capsys.readouterr()
   assert "error: <image> must not be written" in said
   assert (first, second, none) == ("What colour?", "And who?", [])
@@ -215,15 +215,19 @@ def test_ctrl_c_leaves_no_half_written_file(checkpoint, film, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_question_too_long_for_the_context_is_refused(checkpoint, film, tmp_path, capsys):
+def test_a_question_too_long_for_the_context_is_refused_before_anything_is_encoded(checkpoint, film, tmp_path, capsys, monkeypatch):
   short = tmp_path / "short"
   shutil.copytree(checkpoint, short)
   values = json.loads((short / "config.json").read_text())
   (short / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 300}))
   run(short, film)  # 8 frames are 128 tokens
+  run(short, film, "--question", "Which? " * 60, "--context=1000")
+  assert "a context of 1,000 tokens (--context), not the 300 of" in capsys.readouterr().err
+  monkeypatch.setattr(encode, "encode", lambda *a, **k: pytest.fail("encoded"))
+  monkeypatch.setattr(weights, "load", lambda *a, **k: pytest.fail("loaded"))
   with pytest.raises(SystemExit):
     run(short, film, "--question", "Which? " * 60)
-  assert "the model's context has 300" in capsys.readouterr().err
+  assert "the model's context has 300: shorten the question, keep fewer frames (--select), or give another --context" in capsys.readouterr().err
   with pytest.raises(SystemExit):  # 8 frames would do, but 32 are scored together
     run(short, film, "--min-frames=64", "--max-frames=64", "--select=8", "--mode=local")
   assert "64 frames scored together" in capsys.readouterr().err

@@ -147,12 +147,14 @@ def test_a_video_that_cannot_be_decoded_costs_its_questions(go, bench, tmp_path,
   videos.mkdir()
   (videos / "one.mp4").write_bytes((bench / "videos" / "one.mp4").read_bytes())
   (videos / "two.mp4").write_bytes((bench / "videos" / "two.mp4").read_bytes()[:700])
-  go(tmp_path / "out", videos=videos)
+  with pytest.raises(SystemExit) as stop:
+    go(tmp_path / "out", videos=videos)
   found = results(tmp_path / "out")
-  assert found["score"]["counts"]["failed"] == 3 and found["score"]["counts"]["counted"] == 6
+  assert stop.value.code == 1 and found["score"]["counts"]["failed"] == 3 and found["score"]["counts"]["counted"] == 6
   (failed,) = found["failed"]
   assert failed["video"].endswith("two.mp4") and failed["questions"] == 3 and failed["error"]
-  assert "two.mp4 (3 questions)" in capsys.readouterr().out
+  said = capsys.readouterr()
+  assert "two.mp4 (3 questions)" in said.out and "3 of 6 questions could not be asked, and count as wrong" in said.err
   (videos / "two.mp4").write_bytes((bench / "videos" / "two.mp4").read_bytes())  # mended: the same command tries again
   go(tmp_path / "out", videos=videos)
   assert results(tmp_path / "out")["score"]["counts"]["failed"] == 0 and not results(tmp_path / "out")["failed"]
@@ -224,7 +226,8 @@ def test_a_question_that_is_too_long_costs_itself_alone(go, tmp_path, capsys, mo
     whole(self, question)
 
   monkeypatch.setattr(Chat, "check", check)
-  go(tmp_path / "out", "--batch=2")
+  with pytest.raises(SystemExit):
+    go(tmp_path / "out", "--batch=2")
   assert results(tmp_path / "out")["score"]["counts"]["failed"] == 1 and "1 question failed" in capsys.readouterr().err
 
 

@@ -13,8 +13,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from xcomp_jax import checkpoint, export, weights
-from xcomp_jax.config import RunConfig, from_dict, to_dict
+from xcomp_jax import reader as readers
+from xcomp_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from xcomp_jax.data import pipeline
+from xcomp_jax.model import kernels
 
 TRAINED = ("llm/", "projector/")
 
@@ -110,6 +112,47 @@ def test_run_to_orbax_to_torch(base, run, tmp_path):
   export.main(["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")])
   w.equal(load_file(tmp_path / "torch" / "model.safetensors"), expected(base, 2))
   assert weights.read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
+
+
+def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path, capsys):
+  export.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
+  config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4096}
+  (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"tokenizer_model_max_length": 512}))
+  said = json.loads((tmp_path / "orbax" / "xcomp.json").read_text())
+  assert said == {
+    "version": 1, "lp_comp": {"schedule": [16, 4], "keep": "suffix", "group": 16}, "clip_frames": 8, "image_size": 48, "dtype": "float32",
+    "context": None,
+  }  # fmt: skip
+  auto = lambda **more: w.read_config(tmp_path / "orbax", **{"clip_frames": "auto"} | more)
+  assert auto().clip_frames == 8 and auto(clip_frames="checkpoint").clip_frames == 4 and auto().llm.context == 512
+  (tmp_path / "orbax" / "xcomp.json").write_text(json.dumps(said | {"clip_frames": 2, "context": 1024, "dtype": "bfloat16"}))
+  assert auto().clip_frames == 2 and auto().llm.context == 1024
+  export.main(["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")])
+  assert weights.read_tuned(tmp_path / "torch") == weights.read_tuned(tmp_path / "orbax")
+  capsys.readouterr()
+  reader = readers.prepare(readers.default(str(tmp_path / "torch"), context=2048))
+  assert reader.cfg.clip_frames == 2 and reader.cfg.llm.context == 2048 and "a context of 2,048 tokens (--context), not the 1024" in capsys.readouterr().err
+  readers.prepare(readers.default(str(tmp_path / "torch"), clip_frames="8"))
+  assert "config.json; --clip-frames checkpoint takes those" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, message", [
+  ({"version": 2}, r"xcomp\.json has version 2, this xcomp_jax reads 1: install a newer one"),
+  ({"clip_size": 4}, r"xcomp\.json\.clip_size is unknown"),
+  ({"clip_frames": "4"}, r"xcomp\.json\.clip_frames"),
+  ({"image_size": 224}, "says tuned with 224 pixels, and the tower of config.json takes 48"),
+])  # fmt: skip
+def test_what_is_wrong_with_xcomp_json_is_named(base, tmp_path, change, message):
+  shutil.copytree(base, tmp_path / "copy")
+  lp_comp = {"schedule": [16, 4], "keep": "suffix", "group": 16}
+  (tmp_path / "copy" / "xcomp.json").write_text(json.dumps({"lp_comp": lp_comp} | change))
+  with pytest.raises((weights.CheckpointError, ConfigError), match=message):
+    w.read_config(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("tuned, dtype", [("float32", "float32"), ("bfloat16", "float16"), (None, "float16")])
+def test_the_dtype_that_weights_were_tuned_in_counts(tuned, dtype):
+  assert kernels.compute_dtype(kernels.Card("gpu", "Tesla T4", (7, 5)), tuned) == dtype
 
 
 def test_plain_checkpoint_keeps_its_clip_length(base, tmp_path):

@@ -328,7 +328,7 @@ def _group(reader, model, identity, group, sample, decoded, seconds, batch) -> I
     source = reader.source(str(first.video), first.start, first.end)
     film, spent = reader.encode(model, sample, source, decoded=decoded, identity=identity)
     spent["decoding"] = seconds
-  except (VideoError, ConfigError, OSError) as error:
+  except (VideoError, AnnotationError, ConfigError, OSError) as error:
     yield [failed(w, error) for w in group]
     return
   several = len(group) > batch
@@ -366,6 +366,22 @@ def _answered(got: Answer, film: encode.EncodedVideo, spent: dict[str, float]) -
   }  # fmt: skip
 
 
+def _askable(reader: Reader, sample: Sample, group: Sequence[Wanted]) -> None:
+  """Sees to it before anything is decoded that at least one of the questions can be asked.
+
+  Raises:
+    AnnotationError, ConfigError: none can; why the first can't.
+  """
+  first: Exception | None = None
+  for w in group:
+    try:
+      return reader.check(len(sample.indices), sample.seconds, w.prompt)
+    except (AnnotationError, ConfigError) as error:
+      first = first or error
+  if first:
+    raise first
+
+
 def _decoded(
   reader: Reader, todo: Sequence[list[Wanted]], ahead: int
 ) -> Generator[tuple[list[Wanted], Sample | None, list[np.ndarray] | Exception, float]]:
@@ -376,13 +392,14 @@ def _decoded(
     begun, sample = time.perf_counter(), None
     try:
       sample = reader.sample(str(group[0].video), group[0].start, group[0].end)
-      reader.check(len(sample.indices))
+      _askable(reader, sample, group)
       try:
         found = list(itertools.takewhile(lambda _: not stopped.is_set(), frames(sample)))
       except TailError as error:
         sample = reader.shortened(sample, error)
+        _askable(reader, sample, group)
         found = list(itertools.takewhile(lambda _: not stopped.is_set(), frames(sample)))
-    except (VideoError, ConfigError, OSError) as error:
+    except (VideoError, AnnotationError, ConfigError, OSError) as error:
       found = error
     return group, sample, found, time.perf_counter() - begun
 

@@ -75,7 +75,7 @@ def encoded(
     if wanted and wanted != film.source:
       raise encode.EncodedVideoError(f"{args.encoded} holds {film.source}, not {wanted}; leave --video out, or name another file")
     T = len(film.times)
-    reader.check(T)
+    reader.check(T, film.seconds)
     if lacking := set(reader.phases(T)) - set(film.features):
       raise encode.EncodedVideoError(
         f"--mode {args.mode} needs clips that start at frame {', '.join(map(str, sorted(lacking)))} too, which {args.encoded} "
@@ -155,7 +155,8 @@ def answer(args: argparse.Namespace) -> None:
     prompt.ask(reader.tokenizer, question, "")  # what is wrong with it shows before any work
   sample = sampled(args, reader)
   if sample is not None:
-    reader.check(len(sample.indices))
+    for question in fixed or ["?"]:
+      reader.check(len(sample.indices), sample.seconds, question)
 
   spent, done = {}, []
   begun = time.perf_counter()

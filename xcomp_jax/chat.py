@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from xcomp_jax import qc_comp
-from xcomp_jax.config import ConfigError, SelectConfig
+from xcomp_jax.config import ConfigError, SelectConfig, VLMConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data.prompt import Prompt, Tokenizer
 from xcomp_jax.encode import EncodedVideo, encode_clips
@@ -54,6 +54,43 @@ def why_not(frames: int, cfg: SelectConfig | None) -> str:
   if cfg.mode == "official" and frames < qc_comp.OFFICIAL_LEAST:
     return f"the release selects from {qc_comp.OFFICIAL_LEAST} frames or more, and there are {frames} (quirk Q13)"
   return ""
+
+
+def prompt_of(
+  model: VLMConfig, tokenizer: Tokenizer, question: str, frames: int, seconds: float, select: SelectConfig | None, answer: int,
+  history: Sequence[tuple[str, str]] = (),
+) -> Prompt:
+  """The prompt of a question about so many frames of a video, before there are any.
+
+  Args:
+    model: its sizes.
+    tokenizer: the checkpoint's.
+    question: its text.
+    frames: that were sampled.
+    seconds: of what they were sampled from.
+    select: how some of them are kept; None: all are.
+    answer: tokens of it, at most.
+    history: (question, answer) pairs that came before.
+
+  Raises:
+    AnnotationError: an empty question. ConfigError: one that can't be scored by, or what the model's context does not hold: the final
+      prompt with its answer, or a round that scores.
+  """
+  asked = prompt.ask(tokenizer, question, "" if frames == 1 else prompt.time_message(seconds, frames), history)
+  parts = [(frames, answer, "kept")]
+  if select and not why_not(frames, select):
+    clip = min(model.clip_frames, frames)
+    parts = [(up(select.frames, clip), answer, "kept"), (qc_comp.plan(frames, clip, select).frames, 0, "scored together")]
+    qc_comp.from_prompt(asked, select)  # has rows that score
+  text, context = len(asked.tokens) - 1, model.llm.context
+  for count, new, what in parts:
+    needed = text + count * model.tokens_per_frame + new
+    if context and needed > context:
+      raise ConfigError(
+        f"{text} tokens of text, {count} frames {what}, of {model.tokens_per_frame} tokens each, and an answer of up to {new} make "
+        f"{needed} tokens, and the model's context has {context}: shorten the question, keep fewer frames (--select), or give another --context"
+      )
+  return asked
 
 
 def select(
@@ -250,13 +287,8 @@ class Chat:
     return self._answer([self._prompt(question, [], self.config) for question in questions], self.config)
 
   def _prompt(self, question: str, history: Sequence[tuple[str, str]], cfg: SelectConfig | None) -> Prompt:
-    video = self.video
-    message = "" if len(video.times) == 1 else prompt.time_message(video.seconds, len(video.times))
-    asked = prompt.ask(self.tokenizer, question, message, history)
-    self._check_length(asked, cfg)
-    if cfg and not why_not(len(video.times), cfg):
-      qc_comp.from_prompt(asked, cfg)  # has rows that score
-    return asked
+    video, answer = self.video, self.sampling.max_new_tokens
+    return prompt_of(self.model.cfg, self.tokenizer, question, len(video.times), video.seconds, cfg, answer, history)
 
   def _answer(
     self,
@@ -294,18 +326,3 @@ class Chat:
     texts = [text(row) for row in tokens]
     write(texts[0][len(written) :])
     return [Answer(said, seen, dict(spent), one) for said, seen, one in zip(texts, kept, asked, strict=True)]
-
-  def _check_length(self, asked: Prompt, cfg: SelectConfig | None) -> None:
-    """Refuses what the model's context does not hold: the final prompt with its answer, or a round that scores."""
-    T, F, context = len(self.video.times), self.video.clip_frames, self.model.cfg.llm.context
-    text = len(asked.tokens) - 1
-    parts = [(T, self.sampling.max_new_tokens, "kept")]
-    if cfg and not why_not(T, cfg):
-      parts = [(up(cfg.frames, F), self.sampling.max_new_tokens, "kept"), (qc_comp.plan(T, F, cfg).frames, 0, "scored together")]
-    for frames, answer, what in parts:
-      needed = text + frames * self.model.cfg.tokens_per_frame + answer
-      if context and needed > context:
-        raise ConfigError(
-          f"{text} tokens of text, {frames} frames {what}, of {self.model.cfg.tokens_per_frame} tokens each, and an answer of up "
-          f"to {answer} make {needed} tokens, and the model's context has {context}: shorten the question or keep fewer frames"
-        )

@@ -173,11 +173,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """The command; an error is one line on stderr and exit code 1."""
+  """The command; an error, or questions that could not be asked, is one line on stderr and exit code 1."""
   with files.command(interrupted="interrupted; the same command continues"):
     found = evaluate(parse(argv))
     if found:
       print(table(found))
+    if found and (failed := sum(f["questions"] for f in found["failed"])):
+      print(
+        f"error: {failed:,} of {found['score']['counts']['questions']:,} questions could not be asked, and count as wrong; the same command "
+        "asks them again", file=sys.stderr,
+      )  # fmt: skip
+      sys.exit(1)
 
 
 if __name__ == "__main__":

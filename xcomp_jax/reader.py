@@ -170,7 +170,7 @@ class Reader:
     """
     print(f"{error}; the rest is used", file=sys.stderr)
     sample = video.without_tail(sample, error)
-    self.check(len(sample.indices))
+    self.check(len(sample.indices), sample.seconds)
     return sample
 
   def introduce(self) -> str:
@@ -188,14 +188,16 @@ class Reader:
         f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that"
       )
 
-  def check(self, frames: int) -> None:
-    """Sees to it before any frame is decoded that so many can be selected from.
+  def check(self, frames: int, seconds: float, question: str = "?") -> None:
+    """Sees to it before any frame is decoded that so many can be selected from, and a question about them be asked.
 
     Raises:
-      ConfigError: see `qc_comp.plan`.
+      AnnotationError, ConfigError: see `qc_comp.plan` and `chat.prompt_of`.
     """
     if self.select and not chat.why_not(frames, self.select):
       qc_comp.plan(frames, self.cfg.clip_frames, self.select)
+    # The official bias counts the tokens of the first question's message, and a later question may be shorter.
+    chat.prompt_of(self.cfg, self.tokenizer, question, frames, seconds, self.select, self.sampling.max_new_tokens)
 
   def _encode(self, model, sample, source, decoded, identity, report):
     begun, decoding = time.perf_counter(), 0.0
