@@ -120,12 +120,12 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path
   (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"tokenizer_model_max_length": 512}))
   said = json.loads((tmp_path / "orbax" / "xcomp.json").read_text())
   assert said == {
-    "version": 1, "lp_comp": {"schedule": [16, 4], "keep": "suffix", "group": 16}, "clip_frames": 8, "image_size": 48, "dtype": "float32",
+    "version": 1, "lp_comp": {"schedule": [16, 4], "keep": "suffix", "group": 16}, "clip_frames": 8, "image_size": 64, "dtype": "bfloat16",
     "context": None,
   }  # fmt: skip
   auto = lambda **more: w.read_config(tmp_path / "orbax", **{"clip_frames": "auto"} | more)
   assert auto().clip_frames == 8 and auto(clip_frames="checkpoint").clip_frames == 4 and auto().llm.context == 512
-  (tmp_path / "orbax" / "xcomp.json").write_text(json.dumps(said | {"clip_frames": 2, "context": 1024, "dtype": "bfloat16"}))
+  (tmp_path / "orbax" / "xcomp.json").write_text(json.dumps(said | {"clip_frames": 2, "context": 1024, "dtype": "float32"}))
   assert auto().clip_frames == 2 and auto().llm.context == 1024
   export.main(["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")])
   assert weights.read_tuned(tmp_path / "torch") == weights.read_tuned(tmp_path / "orbax")
@@ -140,7 +140,7 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path
   ({"version": 2}, r"xcomp\.json has version 2, this xcomp_jax reads 1: install a newer one"),
   ({"clip_size": 4}, r"xcomp\.json\.clip_size is unknown"),
   ({"clip_frames": "4"}, r"xcomp\.json\.clip_frames"),
-  ({"image_size": 224}, "says tuned with 224 pixels, and the tower of config.json takes 48"),
+  ({"image_size": 224}, "says tuned with 224 pixels, and the tower of config.json takes 64"),
 ])  # fmt: skip
 def test_what_is_wrong_with_xcomp_json_is_named(base, tmp_path, change, message):
   shutil.copytree(base, tmp_path / "copy")

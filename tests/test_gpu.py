@@ -40,7 +40,7 @@ def test_attention_compiles(kind, shape, gradient):
   (device,) = absent.gpus(kind)
   S, H, K, h, causal, padded = SHAPES[shape]
   card = kernels.card_of(device)
-  dtype = jnp.dtype(kernels.compute_dtype(card))
+  dtype = jnp.dtype(kernels.compute_dtype(card, gradient))
   mesh = Mesh([device], ("x",), axis_types=(AxisType.Auto,))
   array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
   forward = lambda q, k, v, m: attend(q, k, v, AttentionMask(causal, m if padded else None))
@@ -87,7 +87,7 @@ def test_attention_of_clips_by_cudnn_compiles(kind, slots, heads, size, gradient
 def test_attention_of_several_samples_in_a_row_compiles(kind, slots, devices, gradient):
   cards = absent.gpus(kind, devices)
   card = kernels.card_of(cards[0])
-  dtype = jnp.dtype(kernels.compute_dtype(card))
+  dtype = jnp.dtype(kernels.compute_dtype(card, gradient=True))  # only training has them
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1, devices), cards)
 
   def array(*shape, dtype=dtype, split="context"):
@@ -115,7 +115,7 @@ def test_attention_of_several_samples_in_a_row_compiles(kind, slots, devices, gr
 
 @pytest.mark.parametrize("size", kernels.SIZES)
 @pytest.mark.parametrize("kind, dtype", [
-  *((kind, jnp.bfloat16) for kind in ("h100", "b200", "a100", "l4")), *((kind, jnp.float32) for kind in ("a100", "l4")),
+  *((kind, dtype) for kind in ("h100", "b200", "a100", "l4") for dtype in (jnp.bfloat16, jnp.float16)), *((kind, jnp.float32) for kind in ("a100", "l4")),
 ])  # fmt: skip
 def test_the_rules_say_what_compiles(kind, dtype, size):
   """The kernel of `kernels.rule` compiles, and nothing better does, as trying all of them shows."""
