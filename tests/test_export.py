@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from xcomp_jax import checkpoint, export, weights
 from xcomp_jax import reader as readers
 from xcomp_jax.config import ConfigError, RunConfig, from_dict, to_dict
-from xcomp_jax.data import pipeline
+from xcomp_jax.data import check, pipeline
 from xcomp_jax.model import kernels
 
 TRAINED = ("llm/", "projector/")
@@ -114,7 +114,7 @@ def test_run_to_orbax_to_torch(base, run, tmp_path):
   assert weights.read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
 
 
-def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path, capsys):
+def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path, capsys, monkeypatch):
   export.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
   config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4096}
   (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"tokenizer_model_max_length": 512}))
@@ -130,6 +130,7 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path
   export.main(["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")])
   assert weights.read_tuned(tmp_path / "torch") == weights.read_tuned(tmp_path / "orbax")
   capsys.readouterr()
+  monkeypatch.setattr(weights, "read_tokenizer", lambda *a: check.bytes_tokenizer())
   reader = readers.prepare(readers.default(str(tmp_path / "torch"), context=2048))
   assert reader.cfg.clip_frames == 2 and reader.cfg.llm.context == 2048 and "a context of 2,048 tokens (--context), not the 1024" in capsys.readouterr().err
   readers.prepare(readers.default(str(tmp_path / "torch"), clip_frames="8"))

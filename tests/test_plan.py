@@ -309,3 +309,8 @@ def test_kinds_of_arrays_have_their_bytes(small):
   made, _, _ = small
   at = sharding.batch_sharding(made.mesh)
   assert programs.held([jax.ShapeDtypeStruct((16, 3), np.dtype(np.int32), sharding=at)]) == 2 * 3 * 4
+
+
+def test_so_many_devices_are_named_as_are_enough():
+  """Of 55 GB 50 are shared by four devices: on sixteen 5 + 50 / 4 = 17.5; on any number more than 5."""
+  assert plan.enough(55, 50, 4, 24) == (16, 17.5) and plan.enough(55, 50, 4, 30) == (8, 30) and plan.enough(55, 50, 4, 5.1) == (8, 30)

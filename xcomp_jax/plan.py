@@ -88,6 +88,15 @@ def needed(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> fl
   return sum(row["memory"].values()) + sum(beside)
 
 
+def enough(total: float, shared: float, count: int, limit: float) -> tuple[int, float]:
+  """How many devices, by doubling, bring the bytes of each from `total`, `shared` of them by `count` devices, to `limit`, and the bytes then.
+
+  Twice as many, where no number does.
+  """
+  sizes = {factor * count: total - shared * (1 - 1 / factor) for factor in (2, 4, 8, 16, 32, 64)}
+  return next(((n, size) for n, size in sizes.items() if size <= limit), (2 * count, sizes[2 * count]))
+
+
 def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
   """Says what would make a program that needs `total` bytes smaller, and what it would need then."""
   config, memory, shape, limit = plan.config, row["memory"], row["shape"], plan.device.hbm or math.inf
@@ -131,7 +140,9 @@ def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
     rest = total - memory["tower"] - memory["temporaries"] - memory["clips"] - memory["next clips"]
     out.append(("features instead of frames (predecode --features), which need no tower: the state alone", rest))
   if row["name"] in TRAINING:
-    out.append((f"{2 * plan.device.count} devices of this kind: the state alone", total - state / 2))
+    shared = state + (memory["temporaries"] if row["name"] == "apply" else 0.0)  # of the optimizer, which are as large as the state
+    count, size = enough(total, shared, plan.device.count, limit)
+    out.append((f"{count} devices of this kind: the state alone", size))
   return [f"{text}: {_size(size)}, {'fits' if size <= limit else 'not enough alone'}" for text, size in out]
 
 
