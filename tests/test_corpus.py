@@ -37,7 +37,7 @@ BAD = {
   "no such image": ({"image": "v7.png", "conversations": talk()}, r"v7\.png does not exist"),
   "folder": ({"video": "steps", "conversations": talk()}, "steps is a folder"),
   "no path": ({"video": "", "conversations": talk()}, "video must be a path, not ''"),
-  "path of another kind": ({"image": None, "conversations": talk()}, "image must be a path, not None"),
+  "path of another kind": ({"image": 7, "conversations": talk()}, "image must be a path, not 7"),
   "negative start": ({"video": "v0.mp4", "start": -1, "conversations": talk()}, "start -1 and end None"),
   "inverted": ({"video": "v0.mp4", "start": 2, "end": 1, "conversations": talk()}, "0 <= start < end"),
   "a pipe": ({"video": "pipe.mp4", "conversations": talk()}, "neither a file nor a folder"),
@@ -161,7 +161,7 @@ def bad_files(at: pathlib.Path) -> dict[str, list[tuple[dict, str]]]:
   (at / "picture.mp4").write_bytes((at / "picture.jpg").read_bytes())
   videos = {
     "empty.mp4": "is empty", "cut.mp4": "truncated|decoded", "headless.mp4": "can't be read", "stub.mp4": "can't be read",
-    "scrambled.mp4": "truncated|could be decoded|can't be read", "sound alone.mp4": "can't be read|no frames", "one frame.mp4": "1 frames",
+    "scrambled.mp4": "truncated|can be decoded|can't be read", "sound alone.mp4": "can't be read|no frames", "one frame.mp4": "1 frames",
     "seven frames.mp4": "7 frames.*one clip of 8", "text.mp4": "can't be read", "zeros.mp4": "can't be read", "picture.mp4": "1 frames|can't be read",
   }
   found = {"decord": [({"video": name, "conversations": talk()}, reason) for name, reason in videos.items()]}
@@ -282,7 +282,7 @@ def test_what_may_not_be_read(world):
     try:
       if root:
         os.seteuid(65534)
-      found = [mixtures._job(item, 0, "a.json", at, "video").faults for item in items]
+      found = [mixtures._job(item, 0, "a.json", at, "video", None).faults for item in items]
       with pytest.raises(video.VideoError, match="secret"):
         video.load(at / "secret.mp4", **decoding.SAMPLING)
     finally:

@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--init-from", type=expanduser, help="of a run: where its starting checkpoint is, if that has moved")
   parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of all tensors; default: as in the starting checkpoint")
   parser.add_argument(
-    "--code", metavar="ORG/NAME", help="hub id or directory with the Python files that config.json's auto_map names; "
+    "--code", type=expanduser, metavar="ORG/NAME", help="hub id or directory with the Python files that config.json's auto_map names; "
     "default: beside the starting checkpoint, or else auto_map is left out"
   )
   parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
