@@ -192,7 +192,7 @@ def bad_files(at: pathlib.Path) -> dict[str, list[tuple[dict, str]]]:
   (at / "cut.gif").write_bytes((at / "cut.gif").read_bytes()[: (at / "cut.gif").stat().st_size // 2])
   pictures[0].save(at / "still.gif")
   (at / "text.gif").write_text("GIF89a, not really")
-  gifs = {"cut.gif": "frame|frames", "still.gif": "1 frames", "text.gif": "can't be read as a GIF"}
+  gifs = {"cut.gif": "frame|frames", "still.gif": "1 frames", "text.gif": "can't be read as an animation"}
   found["gif"] = [({"video": name, "conversations": talk()}, reason) for name, reason in gifs.items()]
   return found
 
