@@ -253,6 +253,8 @@ def _copy_rest(
   if "dtype" in config or dtype is not None:
     own = config.pop("dtype", None)
     config["torch_dtype"] = own if dtype is None else np.dtype(dtype).name
+  if not isinstance(config.get("auto_map", {}), (dict, type(None))):
+    raise CheckpointError(f"{file}: auto_map = {config['auto_map']!r}: must be an object")
   if config.get("auto_map"):
     folder = code or source
     if missing := missing_code(config["auto_map"], folder):

@@ -308,6 +308,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
   most = max(len(needle.clips) for needle in needles)
   if bad := [n for n in args.frames if n % 8 or n < most * reader.cfg.clip_frames]:
     raise NeedleError(f"--frames {bad[0]}: a multiple of 8, and at least the {most * reader.cfg.clip_frames} of the needles")
+  for frames in args.frames:
+    reader.check(frames, float(frames))
   depths, row = (sorted(set(args.depths)), "depth") if most == 1 else ([0.0], "kind")
   cells = [Cell(n, depth, i) for n in args.frames for depth in depths for i in range(len(needles))]
   digest = hashlib.blake2b(digest_size=8)

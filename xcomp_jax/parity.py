@@ -253,7 +253,9 @@ def check(directory: pathlib.Path) -> list[Row]:
     ParityError, weights.CheckpointError: a directory whose files can't be read or don't fit together.
   """
   if directory.is_file():
-    return parity_frames.choices(directory.name, parity_frames.cases(directory))
+    if not (found := parity_frames.cases(directory)):
+      raise ParityError(f"{directory} has no cases of chosen frames as VECTORS.md describes (cuts.json)")
+    return parity_frames.choices(directory.name, found)
   towers = [place for place in (directory, directory / "internvideo2_tiny") if (place / "vectors.npz").exists()]
   chosen = {file.name: found for file in sorted(directory.glob("*.json")) if (found := parity_frames.cases(file))}
   with jax.default_matmul_precision("highest"):

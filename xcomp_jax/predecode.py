@@ -393,11 +393,11 @@ def _define_flags() -> None:
   _define_path("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
   _define_path("root", ".", "where relative paths of the mixture start")
   flags.DEFINE_float("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
-  flags.DEFINE_integer("image_size", 448, "pixels, square: of the checkpoint's tower", 1)
+  flags.DEFINE_integer("image_size", None, "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448", 1)
   flags.DEFINE_integer("max_frames", 1024, "frames of a video, at most", 1)
   flags.DEFINE_integer("min_frames", 128, "frames of a video, if it has as many", 1)
   flags.DEFINE_float("fps", 8.0, "frames per second, at most", 0.001)
-  flags.DEFINE_integer("clip_frames", 8, "frames that the tower sees together", 1)
+  flags.DEFINE_integer("clip_frames", None, "frames that the tower sees together; default: as --checkpoint was tuned, else 8", 1)
   flags.DEFINE_enum("frames", "raw", ["raw", "jpeg"], "how frames are stored")
   flags.DEFINE_integer("quality", 95, "of JPEG", 1, 100)
   flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
@@ -418,6 +418,14 @@ def _define_flags() -> None:
   flags.DEFINE_enum("mask", "official", ["official", "assistant"], "with --inspect: which tokens are supervised")
 
 
+def _tuned(checkpoint: str) -> tuple[int | None, int | None]:
+  """Image size and clip length that a checkpoint was tuned with, as far as it says."""
+  from xcomp_jax import weights  # brings jax, and decoding processes import this file
+
+  tuned = weights.read_tuned(weights.resolve(checkpoint, whole=False))
+  return (tuned.image_size, tuned.clip_frames) if tuned else (None, None)
+
+
 def _make(f) -> None:
   missing = [name for name in ("mixture", "out") if getattr(f, name) is None]
   if missing:
@@ -428,7 +436,8 @@ def _make(f) -> None:
     raise ValueError("--attention goes with --features")
   if f.dtype is not None and not f.features:
     raise ValueError("--dtype goes with --features")
-  settings = Settings(f.image_size, f.max_frames, f.min_frames, f.fps, f.clip_frames, f.rate, f.keep_tails)
+  size, clip = _tuned(f.checkpoint) if f.features else (None, None)
+  settings = Settings(f.image_size or size or 448, f.max_frames, f.min_frames, f.fps, f.clip_frames or clip or 8, f.rate, f.keep_tails)
   tower = load_tower(f.checkpoint, settings, f.clips_per_chunk, f.attention, f.dtype) if f.features else None
   if tower:
     print(tower.about, file=sys.stderr)

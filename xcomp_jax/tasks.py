@@ -375,6 +375,10 @@ def _whole(item: Any) -> Any:
 
 def _each(item: Any) -> Iterable[Any]:
   """The questions that an annotation holds: itself, LVBench's own lines, or those of a conversation."""
+  if isinstance(item, dict) and not isinstance(item.get("video", ""), str):
+    raise TaskError(f"its video is {json.dumps(item['video'])[:60]}; write the name of one file")
+  if isinstance(item, dict) and (bad := [key for key in ("start", "end") if not isinstance(item.get(key), (int, float, type(None)))]):
+    raise TaskError(f"its {bad[0]} is {json.dumps(item[bad[0]])[:60]}; write seconds")
   if isinstance(item, dict) and "qa" in item:
     return _published(item)
   if isinstance(item, dict) and ("conversations" in item or "messages" in item):
@@ -392,7 +396,10 @@ def _rounds(item: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
   if len(turns) % 2 or not turns:
     raise TaskError("the conversation does not end with an answer; write the right letter as its last turn, \"from\": \"gpt\"")
   for (_, question), (_, answer) in zip(turns[::2], turns[1::2]):
-    yield {**item, "question": re.sub("^<(image|video)>\n?", "", question), "answer": answer}
+    question = re.sub("^<(image|video)>\n?", "", question)
+    if found := re.search("<(image|video)>", question):
+      raise TaskError(f"{found[0]} is inside a question; leave it out, frames go first by themselves")
+    yield {**item, "question": question, "answer": answer}
 
 
 def _published(video: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:

@@ -195,7 +195,11 @@ def read_config(
     print(f"{file} says tie_word_embeddings, but lm_head.weight is another matrix than the embedding; it is kept", file=sys.stderr)
     c["tie_word_embeddings"] = False
   tuned = read_tuned(directory) or Tuned(lp_comp)
-  c |= {} if tuned.context is None else {"tokenizer_model_max_length": tuned.context}
+  if tuned.context is not None:
+    own = c.get("tokenizer_model_max_length") or c.get("max_position_embeddings")
+    if own not in (None, tuned.context):
+      print(f"a context of {tuned.context} tokens, as tuned ({EXTRA}), not the {own} of {file}; --context {own} takes that", file=sys.stderr)
+    c |= {"tokenizer_model_max_length": tuned.context}
   tower, auto = _tower(file, c), model.clips_per_chunk == "auto"
   if tuned.image_size not in (None, tower.image_size):
     raise CheckpointError(f"{directory}: {EXTRA} says tuned with {tuned.image_size} pixels, and the tower of config.json takes {tower.image_size}")
@@ -257,7 +261,7 @@ def _clip_frames(
     )
   if frames != own:
     print(
-      f"clips of {frames} frames, not the {own} of {file}; {option.format(own=own)} takes those (quirk Q1)", file=sys.stderr
+      f"clips of {frames} frames, {f'as tuned ({EXTRA}), ' if frames == tuned else ''}not the {own} of {file}; {option.format(own=own)} takes those (quirk Q1)", file=sys.stderr
     )
   return frames
 
@@ -310,6 +314,8 @@ def read_yarn(where: str, values: Any) -> Yarn | None:
   _check(where, values, {})
   bare = values.keys() <= {"rope_theta"}  # as transformers reads it
   kind = values.get("rope_type", values.get("type", "default" if bare else None))
+  if values.get("type", kind) != kind:
+    raise CheckpointError(f"{where}: type {values['type']!r} and rope_type {kind!r} differ; take the wrong one out")
   if kind not in ("default", "yarn"):
     raise CheckpointError(f"{where}: type {kind!r} is not supported; yarn is, and none at all (null)")
   known = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", *BETAS}
@@ -350,7 +356,11 @@ def read_tuned(directory: pathlib.Path) -> Tuned | None:
   if (version := values.pop("version", VERSION)) != VERSION:
     raise CheckpointError(f"{file} has version {version!r}, this xcomp_jax reads {VERSION}: install a newer one")
   unknown = {field.name: field.default for field in dataclasses.fields(Tuned) if field.default is None}
-  return from_dict(Tuned, unknown | values, str(file))
+  tuned = from_dict(Tuned, unknown | values, str(file))
+  numbers = {"lp_comp.group": tuned.lp_comp.group, "clip_frames": tuned.clip_frames, "image_size": tuned.image_size, "context": tuned.context}
+  if wrong := [f"{name} = {number}" for name, number in numbers.items() if number is not None and number < 1]:
+    raise CheckpointError(f"{file}: {', '.join(wrong)}: must be above 0")
+  return tuned
 
 
 def write_tuned(directory: pathlib.Path, tuned: Tuned) -> None:

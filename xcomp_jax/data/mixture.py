@@ -177,13 +177,13 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
 
 
 def _visuals(item: Mapping[str, Any]) -> list[tuple[str, Any]]:
-  """An annotation's images and videos, as (key, path). Tables write null for what is not there."""
+  """An annotation's images and videos, as (key, path). Tables write null or NaN for what is not there, some an empty text."""
   found = []
   for key in ("image", "images", "video", "videos"):
     value = item.get(key)
-    paths = value if isinstance(value, list) else [] if value is None else [value]
-    found += [(key.removesuffix("s"), path) for path in paths]
-  return found
+    paths = value if isinstance(value, list) else [value]
+    found += [(key.removesuffix("s"), path) for path in paths if path is not None and path == path]
+  return [one for one in found if one[1] != ""] or found[:1]
 
 
 def _talk(item: Mapping[str, Any], visual: bool) -> Any:
@@ -221,10 +221,11 @@ def _job(
   try:
     prompt.check(talk, visual=kind is not None)
     turns = tuple({"from": t["from"], "value": t["value"]} for t in talk)
+    faults += [f"turn {i} has {VIDEO} beside <image>, or several: write <image> once, where the frames go" for i, t in enumerate(turns) if VIDEO in t["value"]]
     faults += [f"turn {i}, an answer, is empty: write one, or leave out its question, too" for i in range(1, len(turns), 2) if not turns[i]["value"].strip()]
   except ValueError as error:
     faults.append(str(error))
-  times = [item.get("start"), item.get("end")]
+  times = [None if t != t else t for t in (item.get("start"), item.get("end"))]
   if not all(t is None or (isinstance(t, (int, float)) and not isinstance(t, bool) and abs(t) < 1e9) for t in times):
     faults.append(f"start {times[0]!r} and end {times[1]!r} must be seconds")
     times = [None, None]

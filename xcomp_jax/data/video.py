@@ -69,38 +69,41 @@ def frame_indices(
   Raises:
     ValueError: limits that are no multiples of `clip_frames`, or contradict each other.
   """
-  count = _count(vlen, vlen / fps, max_frames, min_frames, target_fps, clip_frames)
+  _check_limits(max_frames, min_frames, clip_frames)
   if vlen < clip_frames:
     return np.arange(clip_frames if style == "ask" and vlen else 0) * vlen // clip_frames
+  whole = vlen // clip_frames * clip_frames
+  count = clip_frames * max(1, int(vlen / fps * target_fps // clip_frames))
+  count = max(min(count, max_frames, whole), min(min_frames, whole))
   bounds = np.linspace(0, vlen, count + 1).astype(int)
   return (bounds[:-1] + bounds[1:] - 1) // 2
 
 
 def folder_indices(
-  first: int, last: int, seconds: float, *, max_frames: int, min_frames: int, target_fps: float, clip_frames: int, style: Style
+  first: int, last: int, seconds: float, rate: float, *, max_frames: int, min_frames: int, target_fps: float, clip_frames: int
 ) -> Int[np.ndarray, " T"]:
-  """Which frames to take of the part of a folder from `first` to `last`, both included (FACTS.md 5).
+  """Which images to take of a part of a folder, from `first` to `last`, both included (FACTS.md 5).
 
-  As `frame_indices`, but at most one per second, and T points at equal distances instead of the middles of T intervals.
+  Whole clips at one frame per second, or `target_fps` if that is less; at most `max_frames`, at least `min_frames` where `seconds` at
+  `rate` have them. T points at equal distances; images repeat where there are fewer.
+
+  Raises:
+    ValueError: see `frame_indices`.
   """
-  vlen = last - first + 1
-  if vlen < clip_frames:
-    return first + frame_indices(
-      vlen, 1.0, max_frames=max_frames, min_frames=min_frames, target_fps=target_fps, clip_frames=clip_frames, style=style
-    )
-  count = _count(vlen, seconds, max_frames, min_frames, min(target_fps, 1.0), clip_frames)
-  return first + np.rint(np.arange(count) * (vlen - 1) / max(1, count - 1)).astype(int)
+  _check_limits(max_frames, min_frames, clip_frames)
+  vlen = seconds * rate
+  least = min_frames if min_frames <= vlen else int(vlen // clip_frames * clip_frames)
+  count = clip_frames * max(1, int(vlen / rate * min(target_fps, 1.0) // clip_frames))
+  count = max(least, min(count, max_frames))
+  return first + np.rint((last - first) / max(1, count - 1) * np.arange(count)).astype(int)
 
 
-def _count(vlen: int, seconds: float, max_frames: int, min_frames: int, target_fps: float, clip_frames: int) -> int:
+def _check_limits(max_frames: int, min_frames: int, clip_frames: int) -> None:
   if not 0 < min_frames <= max_frames or min_frames % clip_frames or max_frames % clip_frames:
     raise ValueError(
       f"min_frames={min_frames} and max_frames={max_frames} must be positive multiples of "
       f"clip_frames={clip_frames}, and the first no larger than the second"
     )
-  whole = vlen // clip_frames * clip_frames
-  count = clip_frames * max(1, int(seconds * target_fps // clip_frames))
-  return max(min(count, max_frames, whole), min(min_frames, whole))
 
 
 def stretch(indices: Int[np.ndarray, " T"], min_frames: int) -> Int[np.ndarray, " N"]:
@@ -177,7 +180,7 @@ def sample(
   goes by its own times, training by one frame per second, as the release does), "frames" or "img" a folder of
   images in natural order of their names, "img" also one still image (T = 1). A folder holds one frame per second, or
   three where its path contains "tvqa", or `folder_rate`, unless a file `<folder>.json` states the "duration" in
-  seconds; training samples a whole folder as if it were one per second even then (FACTS.md 5). `start` and `end`, in
+  seconds; a whole folder is sampled as if it were one per second even then, as in the release. `start` and `end`, in
   seconds from the first frame on, cut out a part, which begins with the frame that is shown at `start`; of a video it
   ends 0.1 seconds before the end at the latest, as in the release. Asking stretches a short video to `min_frames`.
 
@@ -243,10 +246,10 @@ def sample(
   if read_type == "frames" and (start is not None or end is not None):
     assert constant is not None
     first, count, seconds = _cut_folder(path, len(names), duration, constant, start, end)
-    picked = folder_indices(first, first + count - 1, seconds, style=style, **limits)
+    picked = folder_indices(first, first + count - 1, seconds, constant, **limits)
   else:
     first, count, seconds = _cut(path, times, duration, constant, start, end, TAIL if read_type == "video" else 0.0)
-    per_second = 1.0 if read_type == "frames" and style == "train" else constant or count / seconds
+    per_second = 1.0 if read_type == "frames" else constant or count / seconds  # in the release, whatever they state
     picked = first + frame_indices(count, per_second, style=style, **limits)
   if not len(picked):
     raise VideoError(
@@ -401,6 +404,7 @@ def _folder(path) -> list[pathlib.Path]:
 
 def _folder_rate(path, vlen: int, given: float | None) -> float:
   """Frames per second of a folder: of `<folder>.json`, which gives the duration, else `given`, else the release's guess."""
+  path = pathlib.Path(os.path.abspath(path))
   side = path.with_name(path.name + ".json")
   if not side.exists():
     return given or next((rate for name, rate in FOLDER_RATES.items() if name in str(path).lower()), 1.0)
