@@ -179,13 +179,15 @@ def test_what_is_null_is_not_there_and_a_list_of_one_is_that(world):
   items = [
     {"video": "v0.mp4", "image": None}, {"video": None, "image": "a.png"}, {"video": ["v0.mp4"], "image": []}, {"videos": ["v0.mp4"], "images": None},
     {"video": None, "image": None}, {"image": ["a.png", "a.png"]}, {"video": "v0.mp4", "image": "a.png"}, {},
+    {"video": "v0.mp4", "image": math.nan, "start": math.nan}, {"video": "", "image": "a.png"}, {"image": [None, "a.png"]},
   ]  # fmt: skip
   items = [blank | item | {"conversations": decoding.talk()} for item in items]
   jobs, (file,) = read_one(world, items)
   assert {job.sample.position: (job.sample.source.rpartition("/")[2], job.reader) for job in jobs} == {
     0: ("v0.mp4", "video"), 1: ("a.png", "img"), 2: ("v0.mp4", "video"), 3: ("v0.mp4", "video"),
+    8: ("v0.mp4", "video"), 9: ("a.png", "img"), 10: ("a.png", "img"),
   }  # fmt: skip
-  assert not any(job.faults for job in jobs) and {job.sample.id for job in jobs} == {"0", "1", "2", "3"}
+  assert not any(job.faults for job in jobs) and {job.sample.id for job in jobs} == {"0", "1", "2", "3", "8", "9", "10"}
   assert file.passed == ((4, "text alone"), (5, "several images or videos"), (6, "several images or videos"), (7, "text alone"))
 
 
@@ -214,6 +216,7 @@ def test_conversations_in_the_words_of_others(world, talk, key):
 
 @pytest.mark.parametrize("talk, fault", [
   ([{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}], "turn 1, an answer, is empty: write one, or leave out its question, too"),
+  ([{"from": "human", "value": "<video>\n<image>"}, {"from": "gpt", "value": "A"}], "turn 0 has <video> beside <image>, or several: write <image> once"),
   ([{"from": "human", "value": "<video><video>"}, {"from": "gpt", "value": "A"}], "0 <image> in a conversation that needs 1"),
   ([{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "A"}], 'turn 0 must be {"from": ..., "value": ...}'),
   ([{"role": ["user"], "content": "<image>"}, {"role": "assistant", "content": "A"}], 'turn 0 must be {"from": ..., "value": ...}'),

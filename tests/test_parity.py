@@ -227,6 +227,10 @@ def test_chosen_frames_are_those_of_the_official_readers(reference, tmp_path, ca
     parity.main([str(tmp_path / "mine.json")])
   out = capsys.readouterr().out
   assert stop.value.code == 1 and "2 stages pass, 2 fail, 0 absent" in out
+  (tmp_path / "none.json").write_text("[]")
+  with pytest.raises(SystemExit):
+    parity.main([str(tmp_path / "none.json")])
+  assert "none.json has no cases of chosen frames as VECTORS.md describes" in capsys.readouterr().err
   del recorded[3]["path"]
   (tmp_path / "mine.json").write_text(json.dumps(recorded))
   with pytest.raises(ParityError, match=r"mine\.json, case 3 is not as VECTORS\.md says: KeyError\('path'\)"):

@@ -232,6 +232,7 @@ def test_features_of_a_checkpoint(world):
   np.testing.assert_array_equal(store.visual(0).view(np.uint16), direct.view(np.uint16))
   with pytest.raises(ValueError, match="takes 48 pixels, not 16; give --image_size 48"):
     predecode_lib.load_tower(str(assets), SETTINGS, 4)
+  assert predecode_lib._tuned(str(assets)) == (None, None) and predecode_lib._tuned(str(assets.parent / "study")) == (None, 2)
 
 
 # Interrupted runs.

@@ -216,7 +216,28 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
   for choice, words in (("b", None), (-1, "its answer -1 is none of the letters A to E"), (5, "answer 5")):
     (tmp_path / "l.json").write_text(json.dumps([made["longvideobench"] | {"correct_choice": choice}]))
     if words:
-      with pytest.raises(tasks.TaskError, match=words):
+      with pytest.raises(tasks.tasks.TaskError, match=words):
         tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)
     else:
       assert tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)[0].answer == "B"
+
+
+@pytest.mark.parametrize("video, words", [
+  ({"video": ["v.mp4"]}, None), ({"videos": ["v.mp4"], "video": None}, None), ({"video": ["a.mp4", "b.mp4"]}, "it must have one video, the name of a file"),
+  ({"video": 3}, "it must have one video"), ({"video": "v.mp4", "start": "1"}, 'its start is "1"; write seconds'),
+])  # fmt: skip
+def test_videos_of_questions_are_one_file(tmp_path, video, words):
+  (tmp_path / "q.json").write_text(json.dumps([video | {"question": "Which?\n(A) red\n(B) blue", "answer": "A"}]))
+  if words:
+    with pytest.raises(tasks.TaskError, match=words):
+      tasks.read(TASKS["letters"], tmp_path / "q.json")
+  else:
+    (question,) = tasks.read(TASKS["letters"], tmp_path / "q.json")
+    assert question.videos == ("v.mp4",)
+
+
+def test_a_place_for_frames_inside_a_question_is_refused(tmp_path):
+  talk = [{"from": "human", "value": "Look <video> here\n(A) red\n(B) blue"}, {"from": "gpt", "value": "A"}]
+  (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "conversations": talk}]))
+  with pytest.raises(tasks.TaskError, match="<video> is inside a question; leave it out"):
+    tasks.read(TASKS["letters"], tmp_path / "q.json")

@@ -509,11 +509,14 @@ def test_prefixes_of_training_frameworks_are_named_and_the_python_of_the_message
   cfg = read_config(directory)
   with pytest.raises(CheckpointError) as raised:
     weights.load(directory, cfg)
-  said, python = str(raised.value).split(" This Python takes it off:\n")
+  said, python = str(raised.value).split(" This Python takes it off, in the files themselves:\n")
   changed = [name for name in tensors if rename(name) != name]
   assert "a training framework has added " in said and f"to the names of {len(changed)} of {len(tensors)} tensors" in said
+  index = directory / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {rename(name): "model.safetensors" for name in tensors}}))
   exec(python, {})
   equal(load_file(directory / "model.safetensors"), tensors)
+  assert json.loads(index.read_text()) == {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
   weights.load(directory, cfg)
 
 

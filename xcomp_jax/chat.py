@@ -60,7 +60,7 @@ def prompt_of(
   model: VLMConfig, tokenizer: Tokenizer, question: str, frames: int, seconds: float, select: SelectConfig | None, answer: int,
   history: Sequence[tuple[str, str]] = (),
 ) -> Prompt:
-  """The prompt of a question about so many frames of a video, before there are any.
+  """Builds the prompt of a question and checks that it fits into the model's context, before any frame is decoded.
 
   Args:
     model: its sizes.
@@ -77,18 +77,19 @@ def prompt_of(
       prompt with its answer, or a round that scores.
   """
   asked = prompt.ask(tokenizer, question, "" if frames == 1 else prompt.time_message(seconds, frames), history)
-  parts = [(frames, answer, "kept")]
+  parts = [(frames, answer, "kept", "keep fewer frames (--select)" if select else "sample fewer frames (--max-frames)")]
   if select and not why_not(frames, select):
     clip = min(model.clip_frames, frames)
-    parts = [(up(select.frames, clip), answer, "kept"), (qc_comp.plan(frames, clip, select).frames, 0, "scored together")]
+    parts = [(up(select.frames, clip), answer, "kept", "keep fewer frames (--select)")]
+    parts += [(qc_comp.plan(frames, clip, select).frames, 0, "scored together", "take another --mode")]
     qc_comp.from_prompt(asked, select)  # has rows that score
   text, context = len(asked.tokens) - 1, model.llm.context
-  for count, new, what in parts:
+  for count, new, what, advice in parts:
     needed = text + count * model.tokens_per_frame + new
     if context and needed > context:
       raise ConfigError(
-        f"{text} tokens of text, {count} frames {what}, of {model.tokens_per_frame} tokens each, and an answer of up to {new} make "
-        f"{needed} tokens, and the model's context has {context}: shorten the question, keep fewer frames (--select), or give another --context"
+        f"{text} tokens of text, {count} frames {what}, of {model.tokens_per_frame} tokens each{f', and an answer of up to {new}' if new else ''} make "
+        f"{needed} tokens, and the model's context has {context}: shorten the question, {advice}, or give another --context"
       )
   return asked
 

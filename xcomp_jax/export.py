@@ -250,9 +250,9 @@ def _copy_rest(
     # The official code reads the keys of transformers 4, and transformers 5 reads these, too.
     config |= {"rope_theta": cfg.llm.rope_theta, "rope_scaling": weights.rope_scaling(cfg.llm.rope_scaling)}
     config.pop("rope_parameters", None)
-  if "dtype" in config or dtype is not None:
-    own = config.pop("dtype", None)
-    config["torch_dtype"] = own if dtype is None else np.dtype(dtype).name
+  stated = config.pop("dtype", None)
+  if stated is not None or dtype is not None:
+    config["torch_dtype"] = stated if dtype is None else np.dtype(dtype).name
   if not isinstance(config.get("auto_map", {}), (dict, type(None))):
     raise CheckpointError(f"{file}: auto_map = {config['auto_map']!r}: must be an object")
   if config.get("auto_map"):
@@ -275,7 +275,7 @@ def _copy_rest(
 
 def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
   """Lists the Python files that `auto_map` of a config.json and what it names ask for, and that `folder` lacks."""
-  names = [name for value in auto_map.values() for name in ([value] if isinstance(value, str) else value or [])]
+  names = [name for value in auto_map.values() for name in ([value] if isinstance(value, str) else value or []) if name]
   wanted = [f"{name.split('.')[0]}.py" for name in names if "--" not in name]  # ORG/NAME--module.Class is at the hub
   for name in wanted:  # grows
     if (folder / name).is_file():

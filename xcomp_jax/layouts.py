@@ -154,11 +154,15 @@ def check_names(directory: pathlib.Path, wanted: Collection[str], found: Collect
   added = sorted({"".join(match.group() for match in FRAMEWORKS.finditer(name)) for name in named})
   raise CheckpointError(
     f"{directory}: a training framework has added {' and '.join(added)} to the names of {len(named)} of {len(found)} tensors "
-    f"({name} instead of {official}). This Python takes it off:\n"
-    "import pathlib, re, safetensors.numpy as st\n"
+    f"({name} instead of {official}). This Python takes it off, in the files themselves:\n"
+    "import json, pathlib, re, safetensors.numpy as st\n"
     f"for file in pathlib.Path({str(directory)!r}).glob('*.safetensors'):\n"
     f"  tensors = {{re.sub(r'{FRAMEWORKS.pattern}', '', name): t for name, t in st.load_file(file).items()}}\n"
-    "  st.save_file(tensors, file, {'format': 'pt'})"
+    "  st.save_file(tensors, file, {'format': 'pt'})\n"
+    f"for file in pathlib.Path({str(directory)!r}).glob('*.index.json'):\n"
+    "  index = json.loads(file.read_text())\n"
+    f"  index['weight_map'] = {{re.sub(r'{FRAMEWORKS.pattern}', '', name): shard for name, shard in index['weight_map'].items()}}\n"
+    "  file.write_text(json.dumps(index))"
   )
 
 

@@ -119,7 +119,7 @@ def predecode(
       raise _annotation_error(f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", bad)
     if not jobs:
       counts = f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} are drawn by sampling_strategy and --subset"
-      raise store.StoreError(f"no samples to write: {counts}, and none of these has exactly one image or video {_passed_over(reason for file in files for _, reason in file.passed)}")
+      raise store.StoreError(f"no samples to write: {counts}, and none of these has exactly one image or video, or none where text_samples is true{_passed_over(reason for file in files for _, reason in file.passed)}")
     _agree(folder, plan, restart)
     work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), per_shard)
     _undo_finish(work)

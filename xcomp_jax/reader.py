@@ -189,14 +189,16 @@ class Reader:
       )
 
   def check(self, frames: int, seconds: float, question: str = "?") -> None:
-    """Sees to it before any frame is decoded that so many can be selected from, and a question about them be asked.
+    """Checks, before any frame is decoded, that a question about so many frames can be scored and fits into the context.
+
+    Args:
+      frames: that were sampled.
+      seconds: of what they were sampled from.
+      question: its text; "?": the shortest one there is, where none is known yet.
 
     Raises:
-      AnnotationError, ConfigError: see `qc_comp.plan` and `chat.prompt_of`.
+      AnnotationError, ConfigError: see `chat.prompt_of` and `qc_comp.plan`.
     """
-    if self.select and not chat.why_not(frames, self.select):
-      qc_comp.plan(frames, self.cfg.clip_frames, self.select)
-    # The official bias counts the tokens of the first question's message, and a later question may be shorter.
     chat.prompt_of(self.cfg, self.tokenizer, question, frames, seconds, self.select, self.sampling.max_new_tokens)
 
   def _encode(self, model, sample, source, decoded, identity, report):

@@ -375,8 +375,11 @@ def _whole(item: Any) -> Any:
 
 def _each(item: Any) -> Iterable[Any]:
   """The questions that an annotation holds: itself, LVBench's own lines, or those of a conversation."""
-  if isinstance(item, dict) and not isinstance(item.get("video", ""), str):
-    raise TaskError(f"its video is {json.dumps(item['video'])[:60]}; write the name of one file")
+  if isinstance(item, dict) and ("videos" in item or not isinstance(item.get("video", ""), str)):
+    paths = [path for key in ("video", "videos") for path in (item[key] if isinstance(item.get(key), list) else [item.get(key)]) if path is not None]
+    if len(paths) != 1 or not isinstance(paths[0], str):
+      raise TaskError(f"it must have one video, the name of a file, not {json.dumps(paths)[:60]}")
+    item = {key: value for key, value in item.items() if key != "videos"} | {"video": paths[0]}
   if isinstance(item, dict) and (bad := [key for key in ("start", "end") if not isinstance(item.get(key), (int, float, type(None)))]):
     raise TaskError(f"its {bad[0]} is {json.dumps(item[bad[0]])[:60]}; write seconds")
   if isinstance(item, dict) and "qa" in item:

@@ -82,10 +82,11 @@ def resolve(init_from: str, whole: bool = True, code: bool = False) -> pathlib.P
   if code:
     files, complete = ["*.py"], lambda directory: any(directory.glob("*.py"))
   try:
-    with contextlib.suppress(FileNotFoundError):  # not in the cache
-      cached = pathlib.Path(snapshot_download(init_from, local_files_only=True, allow_patterns=files))
-      if complete(cached):
-        return cached
+    if not code:  # a cache may hold only some Python files, and nothing lists them
+      with contextlib.suppress(FileNotFoundError):  # not in the cache
+        cached = pathlib.Path(snapshot_download(init_from, local_files_only=True, allow_patterns=files))
+        if complete(cached):
+          return cached
     fetched = pathlib.Path(snapshot_download(init_from, allow_patterns=files))
     if complete(fetched):
       return fetched
@@ -346,7 +347,7 @@ def read_tuned(directory: pathlib.Path) -> Tuned | None:
   """What an exported checkpoint was tuned with; None if there is no xcomp.json.
 
   Raises:
-    CheckpointError: a broken xcomp.json, or one of a newer version.
+    CheckpointError: a broken xcomp.json, one of a newer version, or numbers that can't be.
     ConfigError: keys in it that are unknown or missing.
   """
   file = pathlib.Path(directory) / EXTRA
@@ -355,8 +356,8 @@ def read_tuned(directory: pathlib.Path) -> Tuned | None:
   values = dict(read_json(file, "lp_comp"))
   if (version := values.pop("version", VERSION)) != VERSION:
     raise CheckpointError(f"{file} has version {version!r}, this xcomp_jax reads {VERSION}: install a newer one")
-  unknown = {field.name: field.default for field in dataclasses.fields(Tuned) if field.default is None}
-  tuned = from_dict(Tuned, unknown | values, str(file))
+  absent = {field.name: field.default for field in dataclasses.fields(Tuned) if field.default is None}
+  tuned = from_dict(Tuned, absent | values, str(file))
   numbers = {"lp_comp.group": tuned.lp_comp.group, "clip_frames": tuned.clip_frames, "image_size": tuned.image_size, "context": tuned.context}
   if wrong := [f"{name} = {number}" for name, number in numbers.items() if number is not None and number < 1]:
     raise CheckpointError(f"{file}: {', '.join(wrong)}: must be above 0")

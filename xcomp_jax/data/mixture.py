@@ -1,7 +1,8 @@
 """VideoChat-Flash's mixtures: which annotations are read, and what is wrong with them.
 
 A mixture is a YAML file with `datasets`, a list of json_path (json or jsonl), sampling_strategy, data_root,
-video_read_type, frame_rate and text_samples. An annotation is an object with "conversations", one of "image" and "video", and perhaps "id", "start" and "end".
+video_read_type, frame_rate and text_samples. An annotation is an object with "conversations" (or
+"messages"), at most one of "image", "images", "video" and "videos", and perhaps "id", "start" and "end".
 """
 
 import dataclasses
@@ -86,9 +87,13 @@ def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
 def select(
   items: Sequence[Mapping[str, Any]], strategy: str = "all", subset: float = 1.0, text: bool = False
 ) -> tuple[list[int], list[int]]:
-  """What `draw` gives of all annotations of a file, and which of those have exactly one image or video (FACTS.md 14), or with `text` none."""
+  """Draws annotations of a file (see `draw`), and picks the usable ones (FACTS.md 14).
+
+  Returns:
+    positions that are drawn; of these, those with exactly one image or video, or with `text` none.
+  """
   drawn = draw(len(items), strategy, subset)
-  return drawn, [i for i in drawn if (len(_visuals(items[i])) or text) == 1]
+  return drawn, [i for i in drawn if len(_visuals(items[i])) in ((0, 1) if text else (1,))]
 
 
 def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float) -> tuple[list[Job], list[File]]:
@@ -249,7 +254,7 @@ def _path_faults(path: pathlib.Path, reader: str) -> list[str]:
       return [f"{path} is neither a file nor a folder"]  # reading a pipe would wait for ever
     if path.is_dir() != (reader == "frames"):
       kind = "a folder" if path.is_dir() else "a file"
-      return [f"{path} is {kind}; video_read_type img means folders of frames, all others files"]
+      return [f"{path} is {kind}; video_read_type img means folders of frames, all others files, and an image is a file"]
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
       return [f"{path} can't be read: no permission"]
   except OSError as error:

@@ -209,10 +209,17 @@ class Store:
 
 
 class Rows:
-  """The records of a TFDS dataset, as its `as_data_source` gives them, which would keep every file open; safe to share between threads."""
+  """Reads records of a TFDS dataset; safe to share between threads.
+
+  TFDS's own data source keeps every file open; this keeps at most OPEN of all datasets.
+  """
 
   def __init__(self, folder: pathlib.Path):
-    """Looks for all files, and opens none."""
+    """Looks for all files, and opens none.
+
+    Raises:
+      FileNotFoundError: some are missing.
+    """
     import tensorflow_datasets as tfds
 
     info = tfds.builder_from_directory(folder).info  # ty: ignore[missing-argument]  (an untyped decorator)
@@ -239,7 +246,7 @@ class Rows:
 
 @functools.lru_cache(maxsize=OPEN)
 def _reader(rows: Rows, number: int):
-  """A reader of a file. One that gives way to others is closed as soon as no thread reads from it."""
+  """Opens a file. When OPEN others have been opened since, it is dropped here, and closed once no thread reads from it."""
   from array_record.python.array_record_module import ArrayRecordReader
 
   reader = ArrayRecordReader(rows.file(number), options="readahead_buffer_size:0", file_reader_buffer_size=32768)  # for random access

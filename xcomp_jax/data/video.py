@@ -204,6 +204,7 @@ def sample(
 
   Raises:
     FileNotFoundError: nothing at `path`.
+    ValueError: limits that are no multiples of `clip_frames`, or contradict each other.
     TailError: the end of it is missing, and `tails` is false.
     VideoError: it can't be read, is cut to nothing, or has less than a clip to train on.
   """
@@ -343,8 +344,13 @@ def _cut_folder(path, count: int, duration: float, rate: float, start: float | N
   begin = max(0.0, start or 0.0)
   stop = duration if end is None else min(duration, end)
   first, last = max(1, round(begin * rate)), min(round(stop * rate), count - 1)
-  if begin >= stop or first > last:
+  if begin >= stop:
     raise _nothing(path, duration, start, end)
+  if first > last:
+    raise VideoError(
+      f"{path}: no image lies between start={start} and end={end}; a part of a folder never has its first image, as in the release, and "
+      f"this folder has {count}"
+    )
   return first, last - first + 1, stop - begin
 
 

@@ -346,7 +346,7 @@ def unusable(implementation: str, card: Card, version: str | None, dtype: str) -
   if implementation in ("mosaic", "cudnn") and dtype == "float32":
     return f"{implementation} kernels have no float32"
   if implementation in ("flash", "xla_chunked") and card.platform == "cpu" and dtype == "float16":
-    return "it has no float16 there"
+    return f"{implementation} has no float16 on CPUs"
   if implementation == "splash" and card.platform != "tpu":
     return "splash is for TPUs"
   if implementation in ("flash", *KERNELS) and version is None:
@@ -366,7 +366,9 @@ def automatic(L: int, S: int, causal: bool, card: Card) -> str:
 
 
 def check(implementation: str, dtype: str) -> None:
-  """Refuses a dtype that this process's device does not multiply in, and an implementation that it can't run in it.
+  """Refuses float16 where this process's device has no products of it, and an implementation that can't run there in `dtype`.
+
+  bfloat16 is let through on any device; `describe` says where it is emulated.
 
   Raises:
     ConfigError: it can't.
@@ -374,6 +376,8 @@ def check(implementation: str, dtype: str) -> None:
   card = here()
   if dtype == "float16" and card.platform == "tpu":  # products round to 8 bits, and splash attention does not compile
     raise ConfigError(f"float16 on {card.kind}: TPUs have no float16 products, and round its numbers to bfloat16's digits; take bfloat16")
+  if dtype == "float16" and card.platform == "gpu" and not card.float16:
+    raise ConfigError(f"float16 on {card.kind}: it has no float16 products with sums in float32; take float32")
   if why := unusable(implementation, card, library(), dtype):
     raise ConfigError(f"attention {implementation!r} on {card.kind}: {why}; leave it to auto")
 
