@@ -216,7 +216,7 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
   for choice, words in (("b", None), (-1, "its answer -1 is none of the letters A to E"), (5, "answer 5")):
     (tmp_path / "l.json").write_text(json.dumps([made["longvideobench"] | {"correct_choice": choice}]))
     if words:
-      with pytest.raises(tasks.tasks.TaskError, match=words):
+      with pytest.raises(tasks.TaskError, match=words):
         tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)
     else:
       assert tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)[0].answer == "B"
