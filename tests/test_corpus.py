@@ -50,7 +50,7 @@ BAD = {
   "turns of another kind": ({"video": "v0.mp4", "conversations": ["<image>", "That."]}, "turn 0 must be"),
   "a number for a text": ({"video": "v0.mp4", "conversations": [{"from": "human", "value": 3}]}, "turn 0 must be"),
   "endless": ({"video": "v0.mp4", "start": 10**400, "conversations": talk()}, "must be seconds"),
-  "not a number": ({"video": "v0.mp4", "end": float("nan"), "conversations": talk()}, "must be seconds"),
+  "infinite": ({"video": "v0.mp4", "end": float("inf"), "conversations": talk()}, "must be seconds"),
   "words": ({"video": "v0.mp4", "start": "1:00", "conversations": talk()}, "must be seconds"),
 }
 
