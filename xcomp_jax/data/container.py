@@ -32,6 +32,7 @@ ROUNDED = 1.01  # time units by which rounding may move the time stamps of a con
 MATRICES = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # H.273's number to PyAV's name; newer PyAV knows BT.2020's by itself
 ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # begins the part of an ASF header that says how long the file is
 TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # degrees counterclockwise, as a display matrix
+TITLES: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) > 18 else {"metadata_errors": "replace"}  # that are no text; 19 replaces by itself
 NO_DECODER = "convert it, `ffmpeg -i FILE -c:v libx264 OUT.mp4`, or install a PyAV whose FFmpeg can: its own wheels have AV1, VP9 and HEVC"
 
 
@@ -173,7 +174,7 @@ def _opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]
   if not path.stat().st_size:
     raise VideoError(f"{path} is empty (0 bytes)")
   try:  # "file:", for "12:30.mp4" would be read by protocol "12"
-    container = av.open("file:" + os.path.abspath(path), metadata_errors="replace")
+    container = av.open("file:" + os.path.abspath(path), **TITLES)
   except (av.error.FFmpegError, OSError) as error:
     why = getattr(error, "strerror", None) or error
     raise VideoError(f"{path} can't be read as a video ({why}); it may be truncated, or of a format FFmpeg does not know") from error
@@ -530,15 +531,15 @@ def _with_cut(packets: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
 def _matrix(frame: Any) -> tuple[int, int, int, int]:
   """The display matrix [[a, b], [c, d]] of a frame: (x, y) is shown at (a x + c y, b x + d y)."""
   try:
-    for side in frame.side_data:
-      if side.type.name == "DISPLAYMATRIX":
-        a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
-        return a, b, c, d
+    found = frame.side_data.get("DISPLAYMATRIX")
   except ValueError as error:  # of a frame that has data of a type PyAV has no name for it tells the angle alone, and 14.0 nothing
     if not hasattr(frame, "rotation"):
       raise VideoError(f"PyAV {av.__version__} can't tell how this video is rotated ({error}): pip install -U av") from error
     return TURNS.get(round(frame.rotation) % 360, TURNS[0])
-  return TURNS[0]
+  if found is None:
+    return TURNS[0]
+  a, b, _, c, d = np.frombuffer(bytes(found), np.int32)[:5].tolist()
+  return a, b, c, d
 
 
 def _upright(image: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
