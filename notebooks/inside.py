@@ -82,7 +82,8 @@ models = {"not tuned": watching.load()}
 looked = COSINE
 if tuned and pathlib.Path(tuned).exists():
   models["tuned"] = weights.load(weights.resolve(tuned), watching.cfg, dtype=watching.dtype)
-  looked = weights.read_lp_comp(weights.resolve(tuned)) or looked
+  if known := weights.read_tuned(weights.resolve(tuned)):
+    looked = known.lp_comp
 model, layers = models["not tuned"], watching.cfg.llm.layers
 
 made = out / f"world_{videos}"
