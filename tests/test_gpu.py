@@ -40,7 +40,7 @@ def test_attention_compiles(kind, shape, gradient):
   (device,) = absent.gpus(kind)
   S, H, K, h, causal, padded = SHAPES[shape]
   card = kernels.card_of(device)
-  dtype = jnp.dtype(kernels.compute_dtype(card, gradient))
+  dtype = jnp.dtype(kernels.compute_dtype(card, gradient=gradient))
   mesh = Mesh([device], ("x",), axis_types=(AxisType.Auto,))
   array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
   forward = lambda q, k, v, m: attend(q, k, v, AttentionMask(causal, m if padded else None))
