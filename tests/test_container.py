@@ -444,6 +444,7 @@ def test_an_animation_that_was_cut_is_one_without_its_end(tmp_path, suffix, how)
     video.sample(path, style="train", read_type="gif", **LIMITS)
   kept = video.sample(path, style="train", read_type="gif", tails=True, **LIMITS)
   assert kept.seconds == error.value.readable == round(10 * asked.seconds) and kept.lost > 0
+  assert kept.found is None  # so that who asks is not told seconds that nobody knows
 
 
 def test_pictures_with_notes_that_nobody_knows():

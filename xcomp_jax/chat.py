@@ -73,8 +73,9 @@ def prompt_of(
     history: (question, answer) pairs that came before.
 
   Raises:
-    AnnotationError: an empty question. ConfigError: one that can't be scored by, or what the model's context does not hold: the final
-      prompt with its answer, or a round that scores.
+    AnnotationError: an empty question.
+    ConfigError: no token of the question is left to score frames by; or the model's context does not hold the final prompt with its answer,
+      or a round that scores.
   """
   asked = prompt.ask(tokenizer, question, "" if frames == 1 else prompt.time_message(seconds, frames), history)
   parts = [(frames, answer, "kept", "keep fewer frames (--select)" if select else "sample fewer frames (--max-frames)")]

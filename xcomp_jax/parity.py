@@ -4,7 +4,8 @@
 
 DIR has the form that VECTORS.md describes: config.json, weights, and npz files of arrays; or vectors.npz and one
 *.safetensors, of an InternVideo2 tower alone; or both, that in a folder internvideo2_tiny; or JSON files of chosen
-frames, such as cuts.json, of which DIR may also be one. Prints a table of stages; exit status 0 only if everything that is there passes. A stage whose arrays are not there is listed as
+frames, such as cuts.json, of which DIR may also be one. Prints a table of stages; exit status 0 only if
+everything that is there passes. A stage whose arrays are not there is listed as
 absent. Runs in float32 at highest matmul precision; tolerances are those of VECTORS.md.
 
 Where a stage's official input is recorded it starts from that, so that one wrong stage does not fail those

@@ -159,7 +159,8 @@ class Reader:
       clip_frames=SAMPLED_CLIP, style="ask", start=start, end=end, read_type=video.kind(path), rate=s.rate, stream=s.stream,
     )  # fmt: skip
     if chosen.lost:
-      print(f"{path}: its last {chosen.lost:.2f} seconds are missing, the rest is used", file=sys.stderr)
+      lost = f"last {chosen.lost:.2f} seconds are" if chosen.found else "end is"  # an animation doesn't say how long it should be
+      print(f"{path}: its {lost} missing, the rest is used", file=sys.stderr)
     return chosen
 
   def shortened(self, sample: video.Sample, error: video.TailError) -> video.Sample:

@@ -170,8 +170,8 @@ def read_config(
   config.json's length.
 
   The official file does not hold the tower's sizes, only its name; `tiny_vision` in it (no official key) gives
-  other ones. Prints one line if clips get another length than config.json says (quirk Q1), and one if an output head is
-  kept that config.json says is the embedding once more.
+  other ones. Prints a line for each that is not as config.json says: the length of clips (quirk Q1), the context, and an
+  output head that is kept though it should be the embedding once more.
 
   Raises:
     CheckpointError: no config.json, keys missing, values of the wrong kind, a run's config, or a model that this
