@@ -1,0 +1,86 @@
+import errno
+import json
+import os
+import socket
+
+import pytest
+
+from xcomp_jax import inputs
+
+
+class Fault(ValueError):
+  pass
+
+
+class Panic(BaseException):  # what libraries in Rust raise
+  pass
+
+
+@pytest.mark.parametrize("error", [Panic("boom"), RecursionError("deep"), MemoryError(), ValueError("a\nb"), KeyError("k"), OSError("no errno"), ZeroDivisionError()])
+def test_whatever_a_reader_raises_is_one_kind_with_the_name(error):
+  with pytest.raises(Fault) as caught, inputs.reading("x/y.bin", Fault, "picture"):
+    raise error
+  assert str(caught.value).startswith("x/y.bin is no picture: ")
+  assert "\n" not in str(caught.value)
+
+
+def test_what_the_system_says_stays_what_it_is_and_gets_the_name():
+  with pytest.raises(PermissionError) as caught, inputs.reading("x/y.bin", Fault):
+    raise PermissionError(errno.EACCES, "Permission denied")
+  assert caught.value.filename == "x/y.bin"
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(3), Fault("as it is")])
+def test_endings_and_the_kind_itself_pass(ending):
+  with pytest.raises(type(ending)) as caught, inputs.reading("x", Fault):
+    raise ending
+  assert caught.value is ending
+
+
+def test_only_regular_files(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "link").symlink_to("pipe")
+  at = socket.socket(socket.AF_UNIX)
+  at.bind(os.fspath(tmp_path / "socket"))
+  for name in ("pipe", "link", "socket", ".", "/dev/zero"):
+    with pytest.raises(OSError, match="must be a file"):
+      inputs.text(tmp_path / name, Fault)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"{}\n\n\xc3(", b"[" * 100_000, b"{", b"\xff\xfe{\0}\0", b""])
+def test_json_that_is_none_is_one_kind(tmp_path, content):
+  file = tmp_path / "a.json"
+  file.write_bytes(content)
+  with pytest.raises(Fault, match="a.json"):
+    inputs.read_json(file, Fault)
+
+
+def test_a_mark_at_the_start_is_no_content(tmp_path):
+  (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"ä": 1}).encode())
+  assert inputs.read_json(tmp_path / "a.json", Fault) == {"ä": 1}
+
+
+def test_a_text_too_large_is_not_read(tmp_path):
+  with open(tmp_path / "a", "wb") as file:
+    file.truncate(inputs.TEXT + 1)
+  with pytest.raises(Fault, match="at most"):
+    inputs.text(tmp_path / "a", Fault)
+
+
+def test_bytes_that_are_no_text_are_named():
+  assert inputs.plain("ä?", "the question") == "ä?"
+  with pytest.raises(ValueError, match="the question .*udcff"):
+    inputs.plain("a\udcff", "the question")
+
+
+@pytest.mark.parametrize("said", ["0", "8000000000", "nan", "1e3", "", "x"])
+def test_numbers_have_bounds(said):
+  with pytest.raises(Exception, match="from 1 to 1,000"):
+    inputs.number(1, 1000, int)(said)
+
+
+def test_numbers_within_bounds():
+  assert inputs.number(1, 1000, int)("1000") == 1000
+  assert inputs.number(0.0, 1.0, float)("0.5") == 0.5
+  with pytest.raises(Exception, match="number from"):
+    inputs.number(0.0, 1.0, float)("nan")

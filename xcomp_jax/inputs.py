@@ -1,0 +1,136 @@
+"""What a user names, read so that nothing hangs, and that whatever is wrong is one kind of error with the file's name.
+
+docs/promises.md says what is held here: only regular files are opened, text is UTF-8, numbers have bounds, and every reader's own
+exceptions become one.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+from xcomp_jax.files import one_line, too_many_files
+
+Number = TypeVar("Number", int, float)
+
+TEXT = 1 << 30  # bytes of a text file, at most: ten times the largest annotations known
+ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # are no fault of a file
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, kind: type[Exception], what: str = "") -> Generator[None]:
+  """Makes whatever a reader raises about a file one `kind` of error, whose text begins with the file's name.
+
+  Libraries that are written in Rust raise panics, which are no Exception. What the system says of the file (it is not there, no
+  permission) and a process with too many open files stay an OSError.
+
+  Args:
+    path: the file, or folder.
+    kind: raised as it is, or made.
+    what: it should have been, such as "an encoded video".
+  """
+  try:
+    yield
+  except BaseException as error:
+    if isinstance(error, (kind, *ENDINGS)):
+      raise
+    if text := too_many_files(error):
+      raise OSError(text) from error
+    if isinstance(error, OSError) and error.errno is not None:
+      raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+    says = "it needs more memory than there is" if isinstance(error, MemoryError) else one_line(error) or type(error).__name__
+    raise kind(f"{printable(path)} is {f'no {what}' if what else 'damaged'}: {says[:500]}") from error
+
+
+def regular(path: str | os.PathLike) -> pathlib.Path:
+  """The path of a regular file; opening a pipe or a device may wait for ever, or never end.
+
+  Raises:
+    FileNotFoundError, PermissionError: from the system.
+    OSError: it is something else.
+  """
+  mode = os.stat(path).st_mode
+  if not stat.S_ISREG(mode):
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    raise OSError(f"{printable(path)} is {kinds.get(stat.S_IFMT(mode), 'a device')}, and must be a file")
+  return pathlib.Path(path)
+
+
+def text(path: str | os.PathLike, kind: type[Exception], most: int = TEXT) -> str:
+  """The text of a file in UTF-8, with or without a mark at its start.
+
+  Raises:
+    OSError: it can't be read.
+    kind: it is larger than `most` bytes, or no UTF-8; says at which line.
+  """
+  file = regular(path)
+  with reading(file, kind):
+    if (size := file.stat().st_size) > most:
+      raise kind(f"{printable(path)} has {size:,} bytes, and must have at most {most:,}")
+    content = file.read_bytes()
+  try:
+    return content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    line = content.count(b"\n", 0, error.start) + 1
+    raise kind(f"{printable(path)}, line {line}: byte {content[error.start]:#04x} is no UTF-8; save it as UTF-8") from error
+
+
+def read_json(path: str | os.PathLike, kind: type[Exception], most: int = TEXT) -> Any:
+  """What a JSON file holds.
+
+  Raises:
+    OSError: it can't be read.
+    kind: no UTF-8, no JSON, or nested too deeply.
+  """
+  return parse_json(text(path, kind, most), path, kind)
+
+
+def parse_json(content: str, where: str | os.PathLike, kind: type[Exception]) -> Any:
+  """What JSON says; where: for the message.
+
+  Raises:
+    kind: no JSON, or nested too deeply.
+  """
+  try:
+    return json.loads(content)
+  except (ValueError, RecursionError) as error:
+    says = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+    raise kind(f"{printable(where)} is no JSON: {says}") from error
+
+
+def plain(said: str, what: str) -> str:
+  """Text that a person gave, if it is text: the system passes on bytes that are no UTF-8 as lone surrogates.
+
+  Raises:
+    ValueError: it holds such bytes.
+  """
+  try:
+    said.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f"{what} {printable(said)} holds bytes that are no UTF-8") from error
+  return said
+
+
+def printable(name: Any) -> str:
+  """A name for a message: what can't be printed is escaped."""
+  shown = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
+  return shown if shown.isprintable() else shown.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def number(low: Number, high: Number, kind: type[Number]) -> Callable[[str], Number]:
+  """Reads an option's number, from `low` to `high`; for argparse, which names the option."""
+
+  def read(said: str) -> Number:
+    try:
+      value: Number | None = kind(said)
+    except ValueError:
+      value = None
+    if value is None or not low <= value <= high:  # also what is no number
+      raise argparse.ArgumentTypeError(f"{said}: must be {'an integer' if kind is int else 'a number'} from {low:,} to {high:,}")
+    return value
+
+  return read
