@@ -365,7 +365,7 @@ def test_1200_files_of_clips_under_256_open_files(tmp_path):
 
   layout, rng = store.Layout(48, 8, None, None), np.random.default_rng(0)
   talk = ({"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "A"})
-  with fresh_folder(tmp_path / "data") as folder:
+  with fresh_folder(tmp_path / "data", "store") as folder:
     parts = []
     for i in range(1200):
       sample = store.Sample(str(i), f"{i}.png", "a.json", i, talk, "")

@@ -46,7 +46,7 @@ from xcomp_jax.data.batch import Batch, Clips, Shape, length_table
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import Features, Store, open_store
-from xcomp_jax.files import command, keep_compiled
+from xcomp_jax.files import apart, command, keep_compiled
 from xcomp_jax.forecast import Account, Schedule
 from xcomp_jax.model import kernels, lp_comp, vlm
 from xcomp_jax.sharding import make_mesh, param_shardings, parameter_table
@@ -138,6 +138,10 @@ def run_whole(config: RunConfig) -> None:
 
 def prepare(config: RunConfig) -> Prepared:
   """Reads what a config names, and makes sure that it goes together and that the workdir can be written."""
+  data = config.data.train if isinstance(config.data.train, tuple) else (config.data.train,)
+  read = {"config.init_from": config.init_from, "config.data.heldout": config.data.heldout}
+  read |= {f"config.data.train[{i}]" if len(data) > 1 else "config.data.train": path for i, path in enumerate(data)}
+  apart({"config.workdir": config.workdir}, read)
   keep_compiled(config.compilation_cache)
   kernels.check(config.model.attention, config.model.dtype)
   directory = weights.resolve(config.init_from, whole=False)
