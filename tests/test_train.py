@@ -325,6 +325,18 @@ def test_a_damaged_start_is_said_before_anything_is_written(tiny_run, tmp_path, 
   assert not (tmp_path / "w").exists()
 
 
+def test_a_workdir_is_no_folder_of_others(tiny_run, tmp_path):
+  config = tiny_run(tmp_path / "w")
+  for workdir in (config.init_from, config.data.train):
+    with pytest.raises(ValueError, match="config.workdir .* is config"):
+      train.run(dataclasses.replace(config, workdir=workdir))
+  shutil.copytree(config.init_from, tmp_path / "other")
+  before = (tmp_path / "other" / "config.json").read_bytes()
+  with pytest.raises(ConfigError, match="not a run's, such as a checkpoint's"):
+    train.run(dataclasses.replace(config, workdir=str(tmp_path / "other")))
+  assert (tmp_path / "other" / "config.json").read_bytes() == before
+
+
 def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(tiny_run, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setattr(weights, "load", lambda *a, **k: pytest.fail("weights were read"))
