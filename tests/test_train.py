@@ -328,7 +328,7 @@ def test_a_damaged_start_is_said_before_anything_is_written(tiny_run, tmp_path, 
 def test_a_workdir_is_no_folder_of_others(tiny_run, tmp_path):
   config = tiny_run(tmp_path / "w")
   for workdir in (config.init_from, config.data.train):
-    with pytest.raises(ValueError, match="config.workdir .* is config"):
+    with pytest.raises(ValueError, match=r"config\.workdir .* is config"):
       train.run(dataclasses.replace(config, workdir=workdir))
   shutil.copytree(config.init_from, tmp_path / "other")
   before = (tmp_path / "other" / "config.json").read_bytes()
