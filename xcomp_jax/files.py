@@ -336,7 +336,7 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     yield
     sys.stdout.flush()
   except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python says so once more at its end
+    _give_up_stdout()
     sys.exit(141)
   except Exception as error:
     text, advice = str(error), too_many_files(error)
@@ -347,10 +347,19 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     elif not advice and not isinstance(error, (ValueError, OSError, *errors)):
       raise
     print(f"error: {text}" + (f"; {advice}" if advice not in text else ""), file=sys.stderr)
+    _give_up_stdout()
     sys.exit(1)
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)
     sys.exit(130)
+
+
+def _give_up_stdout() -> None:
+  """Drops what can't be printed, or Python would fail at it once more at its end."""
+  try:
+    sys.stdout.flush()
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _streams() -> None:
@@ -365,8 +374,9 @@ def _streams() -> None:
     if null != number:
       os.dup2(null, number)
   sys.stdin = sys.stdin or open(0, closefd=False)
+  sys.stdout = sys.stdout or open(1, "w", closefd=False)
   sys.stderr = sys.stderr or open(2, "w", closefd=False)
-  if sys.stdout is None:
+  if 1 in missing:
     raise OSError("stdout is closed, and what is printed would be lost; send it to a file, or to /dev/null")
   for stream, handling in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
     if isinstance(stream, io.TextIOWrapper):  # not in a test
