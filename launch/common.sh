@@ -51,7 +51,7 @@ read_options() {
   done
   file=${config%%:*}
   variant=${config#"$file"}
-  file=${file/#\~\//$HOME/}
+  file=${file/#\~\//${HOME:-}/}
   options[0]=--config=$file$variant
   [[ -f "$file" ]] || fail "no config file $file in $PWD; CONFIG or --config is FILE[:VARIANT], configs/... from the root of the repository"
   for reader in "$PYTHON" .venv/bin/python python3; do

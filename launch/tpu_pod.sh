@@ -15,7 +15,7 @@
 #   REF (main)  SPOT (0; 1: cheaper, may be preempted)  WORKDIR (gs://bucket/runs/sct: where all workers can write)
 #   CONFIG (configs/sct.py; FILE or FILE:VARIANT, as configs/sct.py:7b; or --config=... in ARGS): configs/... is that of REF, which must
 #     have it; any other file is copied from here to the workers
-#   PYTHON (python3; 3.11 or newer, which many images are not): that of the workers, from which `install` makes .venv. As for example by
+#   PYTHON (python3; 3.11 or newer, and some images have 3.10): that of the workers, from which `install` makes .venv. To have one there,
 #     launch/tpu_pod.sh each 'sudo add-apt-repository -y ppa:deadsnakes/ppa && sudo apt-get install -y python3.12-venv'
 set -euo pipefail
 
