@@ -54,7 +54,7 @@ read_options() {
   file=${file/#\~\//${HOME:-}/}
   options[0]=--config=$file$variant
   [[ -f "$file" ]] || fail "no config file $file in $PWD; CONFIG or --config is FILE[:VARIANT], configs/... from the root of the repository"
-  for reader in "$PYTHON" .venv/bin/python python3; do
+  for reader in .venv/bin/python "$PYTHON" python3; do
     "$reader" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || continue # not here, or old
     status=0
     "$reader" "$(dirname "${BASH_SOURCE[0]}")/check.py" "${options[@]}" || status=$?

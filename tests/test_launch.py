@@ -173,14 +173,13 @@ def tools(tmp_path):
   return f"{folder}:{os.environ['PATH']}", make
 
 
-@pytest.mark.parametrize("script", LAUNCHERS)
 @pytest.mark.parametrize(
-  "option, words",
+  "script, option, words",
   [
-    ("--config=nowhere/sct.py", "no config file nowhere/sct.py in "),
-    ("--config=configs/sct.py:8b", "configs/sct.py, line 30: no variant '8b'; known: tiny, 7b"),
-    ("--config.optim.lr=1", "config.optim.lr is unknown; did you mean config.optim.learning_rate?"),
-    ("--config.train.epochs=0", "config.train.epochs = 0: must be at least 1"),
+    *((script, "--config=nowhere/sct.py", "no config file nowhere/sct.py in ") for script in LAUNCHERS),
+    *((script, "--config=configs/sct.py:8b", "configs/sct.py, line 30: no variant '8b'; known: tiny, 7b") for script in LAUNCHERS),
+    ("gke.sh", "--config.optim.lr=1", "config.optim.lr is unknown; did you mean config.optim.learning_rate?"),
+    ("slurm.sh", "--config.train.epochs=0", "config.train.epochs = 0: must be at least 1"),
   ],
 )
 def test_what_training_would_not_take_is_refused_before_anything_is_asked_for(script, option, words, tools, tmp_path):
