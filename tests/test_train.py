@@ -262,6 +262,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
     ({"train.batch_size": 0}, "config.train.batch_size = 0"),
     ({"train.projector": False, "train.llm": False}, "trains nothing"),
     ({"data.train": "/nowhere"}, "/nowhere"),
+    ({"data.heldout": "/nowhere"}, r"config\.data\.heldout \(None: no evaluation\): no data at /nowhere"),
     ({"init_from": "/nowhere"}, "/nowhere"),
     ({"model.clip_frames": 8}, "clip_frames 4"),
     ({"lp_comp.schedule": [4, 8]}, "lp_comp.schedule"),
