@@ -186,7 +186,7 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None 
 
 def _spool_features(work: Work, job: int, tower: Tower) -> None:
   entry, clips = shards.spooled_frames(work, job)
-  shards.spool(tower.encode(clips), entry["clip_frames"], work.layout, str(work.spool(job, "")), entry["seconds"])
+  shards.spool(tower.encode(clips), entry["clip_frames"], work.layout, work.spool(job), entry["seconds"])
 
 
 def _made(out: pathlib.Path) -> dict[str, Any] | None:
@@ -308,7 +308,7 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
     parts.append(store.Shard(str(work.shard(n, ".array_record")), tuple(samples), about["records"], about["bytes"], crcs))
   for file in files:
     lines += [{"annotation": file.annotation, "position": i, "passed_over": reason} for i, reason in file.passed]
-  text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+  text = "".join(store.as_json(line) + "\n" for line in lines)
   (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
   counts, position = [], 0
   for file in files:

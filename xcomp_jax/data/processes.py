@@ -1,0 +1,184 @@
+"""Calls in other processes, which may hang or die at them: a process that dies costs the call that it was at, nothing else.
+
+Each process has a pipe of its own, and answers its calls in order, so that it is always known which one it is at. The
+system ends a call that takes too long, by the signal of a timer: a decoder that hangs may never come back to Python.
+"""
+
+import collections
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from multiprocessing import connection
+from typing import Any
+
+AHEAD = 2  # calls that a process has: the one it is at, and the next, so that it does not wait for this process
+
+Ended = tuple[Any, Any, Exception | None]  # key of a call, its value, its error
+
+
+class StartError(Exception):
+  """A process dies before it takes any call."""
+
+
+class DiedError(Exception):
+  """The process of a call died at it."""
+
+  def __init__(self, code: int):
+    super().__init__(f"exit code {code}")
+    self.code = code  # minus the number of the signal that ended it
+
+  @property
+  def late(self) -> bool:
+    """Whether it took more time than it had."""
+    return self.code == -signal.SIGALRM
+
+
+class Processes:
+  """So many processes that do calls.
+
+  A call is a function that returns what it has used up of the life of its process, and a value. A process that has no life left is
+  replaced by a fresh one. The first lives have different lengths, so that they do not end together.
+  """
+
+  def __init__(self, count: int, life: int):
+    self._life, self._waiting = life, collections.deque()
+    self._each: list[_Process] = []
+    for i in range(count):
+      self._each.append(_Process(life * (i + 1) // count))
+
+  def call(self, key: Hashable, function: Callable[..., tuple[int, Any]], *args: Any, timeout: float | None = None) -> None:
+    """Begins a call, or puts it behind others; after `timeout` seconds its process is killed."""
+    self._waiting.append((key, (function, args, timeout)))
+    self._feed()
+
+  def ended(self) -> list[Ended]:
+    """Waits for news of the processes, and returns the calls that have ended; sometimes none.
+
+    Raises:
+      StartError: no call is to blame for it.
+    """
+    if not self._waiting and not any(each.calls for each in self._each):
+      return []
+    ready = connection.wait([each.pipe for each in self._each])
+    found = [one for i, each in enumerate(self._each) if each.pipe in ready for one in self._news(i)]
+    self._feed()
+    return found
+
+  def stop(self) -> None:
+    """Kills all processes, whatever they do."""
+    for each in self._each:
+      each.end()
+
+  def _news(self, i: int) -> list[Ended]:
+    each, found = self._each[i], []
+    try:
+      while each.pipe.poll():
+        answer = each.pipe.recv()
+        if each.ready:
+          used, value, error = answer
+          each.left = 0 if isinstance(error, MemoryError) else each.left - used
+          found.append((each.calls.popleft()[0], value, error))
+        each.ready = True  # the first message says only this
+      if each.left > 0 or each.calls:
+        return found
+      each.end()
+    except (EOFError, OSError) as error:
+      code = each.end()
+      if not each.ready:
+        raise StartError(f"exit code {code}") from error
+      if each.calls:
+        found.append((each.calls.popleft()[0], None, DiedError(code)))
+      self._waiting.extendleft(reversed(each.calls))
+    self._each[i] = _Process(self._life)
+    return found
+
+  def _feed(self) -> None:
+    while self._waiting:
+      each = min(self._each, key=lambda one: (one.left <= 0, len(one.calls)))
+      if each.left <= 0 or len(each.calls) == AHEAD:
+        return
+      try:
+        each.pipe.send(self._waiting[0][1])
+      except OSError:  # it has just died, which `ended` will find
+        each.left = 0
+      else:
+        each.calls.append(self._waiting.popleft())
+
+
+class Here:
+  """The same in this process, where no time limit holds."""
+
+  def __init__(self):
+    self._ended: list[Ended] = []
+
+  def call(self, key: Hashable, function: Callable[..., tuple[int, Any]], *args: Any, timeout: float | None = None) -> None:
+    """Does a call."""
+    self._ended.append((key, *_outcome(function, args)[1:]))
+
+  def ended(self) -> list[Ended]:
+    """Returns the calls that have ended."""
+    found, self._ended = self._ended, []
+    return found
+
+  def stop(self) -> None:
+    """Does nothing."""
+
+
+class _Process:
+  def __init__(self, life: int):
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
+    self.pipe, theirs = spawn.Pipe()
+    self.process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
+    # What a terminal sends at Ctrl-C would meet it while it starts, and print a trace.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+      self.process.start()
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    self.left, self.ready = life, False
+    self.calls = collections.deque()  # that were sent, with their keys; it is at the first
+
+  def end(self) -> int:
+    self.process.kill()  # one that has died by itself keeps its exit code
+    self.process.join()
+    self.pipe.close()
+    return self.process.exitcode or 0
+
+
+def _serve(pipe: connection.Connection) -> None:
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
+  signal.signal(signal.SIGALRM, signal.SIG_DFL)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg complains at length; the reason comes back as an exception
+  parent = multiprocessing.parent_process()
+  assert parent is not None  # this one was started by it
+  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no life beyond its parent's
+  pipe.send("ready")
+  while True:
+    try:
+      function, args, timeout = pipe.recv()  # imports what it needs, before the clock runs
+    except EOFError:
+      return
+    gc.freeze()  # what is there before a call need not be looked through after it
+    signal.setitimer(signal.ITIMER_REAL, timeout or 0)
+    outcome = _outcome(function, args)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if outcome[0]:
+      gc.collect()  # small objects in cycles, of PyAV, hold much memory that Python does not know of
+    pipe.send(outcome)
+
+
+def _outcome(function: Callable[..., tuple[int, Any]], args: Sequence[Any]) -> tuple[int, Any, Exception | None]:
+  """What a call used up, its value, and its error."""
+  try:
+    return *function(*args), None
+  except Exception as error:
+    try:
+      pickle.loads(pickle.dumps(error))
+    except Exception:  # made from other arguments than it keeps
+      error = RuntimeError(f"{type(error).__name__}: {error}")
+    return 0, None, error
