@@ -2,19 +2,25 @@
 
 Each process has a pipe of its own, and answers its calls in order, so that it is always known which one it is at. The
 system ends a call that takes too long, by the signal of a timer: a decoder that hangs may never come back to Python.
+
+A process is a fresh Python that imports what its calls need, and nothing of the program that started it: a fork would copy
+the locks of threads, and what `multiprocessing` starts runs the program's own file again.
 """
 
 import collections
 import gc
-import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from multiprocessing import connection
 from typing import Any
 
+CODE = "import sys; sys.path[:] = sys.argv[2:]; from xcomp_jax.data import processes; processes.serve(int(sys.argv[1]))"
 AHEAD = 2  # calls that a process has: the one it is at, and the next, so that it does not wait for this process
 
 Ended = tuple[Any, Any, Exception | None]  # key of a call, its value, its error
@@ -130,46 +136,50 @@ class Here:
 
 class _Process:
   def __init__(self, life: int):
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
-    self.pipe, theirs = spawn.Pipe()
-    self.process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
-    # What a terminal sends at Ctrl-C would meet it while it starts, and print a trace.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    ours, theirs = socket.socketpair()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of Ctrl-C, which it would answer with a trace; it inherits this
     try:
-      self.process.start()
+      line = [sys.executable, "-c", CODE, str(theirs.fileno()), *sys.path]
+      self.process = subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
     finally:
       signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    theirs.close()
+      theirs.close()
+    self.pipe = connection.Connection(ours.detach())
     self.left, self.ready = life, False
     self.calls = collections.deque()  # that were sent, with their keys; it is at the first
 
   def end(self) -> int:
     self.process.kill()  # one that has died by itself keeps its exit code
-    self.process.join()
-    self.pipe.close()
-    return self.process.exitcode or 0
+    with self.process:
+      self.pipe.close()
+    return self.process.returncode
 
 
-def _serve(pipe: connection.Connection) -> None:
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
+def serve(handle: int) -> None:
+  """Does calls that come through a socket, until the process at its other end is gone."""
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
-  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg complains at length; the reason comes back as an exception
-  parent = multiprocessing.parent_process()
-  assert parent is not None  # this one was started by it
-  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no life beyond its parent's
+  threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # its end comes at once, also within a call
+  pipe = connection.Connection(handle)
   pipe.send("ready")
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg complains at length; the reason comes back as an exception
   while True:
     try:
       function, args, timeout = pipe.recv()  # imports what it needs, before the clock runs
-    except EOFError:
+    except (EOFError, ConnectionError):
       return
+    except Exception as error:
+      function, args, timeout = _fail, (error,), None
     gc.freeze()  # what is there before a call need not be looked through after it
-    signal.setitimer(signal.ITIMER_REAL, timeout or 0)
+    signal.setitimer(signal.ITIMER_REAL, min(timeout or 0, 1e9))
     outcome = _outcome(function, args)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if outcome[0]:
       gc.collect()  # small objects in cycles, of PyAV, hold much memory that Python does not know of
     pipe.send(outcome)
+
+
+def _fail(error: Exception) -> tuple[int, Any]:
+  raise error
 
 
 def _outcome(function: Callable[..., tuple[int, Any]], args: Sequence[Any]) -> tuple[int, Any, Exception | None]:

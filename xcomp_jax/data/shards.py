@@ -367,8 +367,7 @@ def run(
         else:
           raise store.StoreError(f"writing a shard failed: {_how(error)}; run the same command again")
   except StartError as error:
-    advice = 'a script that calls this has to do so under `if __name__ == "__main__":`; with workers=0 none are needed'
-    raise store.StoreError(f"processes for decoding die as they start ({error}; what they said is above): {advice}") from error
+    raise store.StoreError(f"processes for decoding die as they start ({error}; what they said is above); with workers=0 none are needed") from error
   finally:
     pool.stop()
 
