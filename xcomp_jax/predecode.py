@@ -27,7 +27,6 @@ from typing import Any, get_args
 import av
 import numpy as np
 import PIL
-import tqdm
 from absl import app, flags, logging
 
 from xcomp_jax.config import Attention, Dtype
@@ -35,6 +34,7 @@ from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
 from xcomp_jax.files import command, listed, local, sync, write_json
+from xcomp_jax.progress import progress
 
 # Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
 # may often have 1,024. Larger files would need more room for the one that is being written: see docs/DATA.md.
@@ -128,7 +128,7 @@ def predecode(
       _run_beam(work, beam, timeout, skip_bad)
     else:
       encode = (lambda job: _spool_features(work, job, tower)) if tower else None
-      with tqdm.tqdm(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
+      with progress(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
         shards.run(
           work, work.shards, workers=workers, timeout=timeout, skip_bad=skip_bad, encode=encode, report=lambda: bar.update()
         )

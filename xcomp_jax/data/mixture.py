@@ -19,10 +19,9 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import tqdm
-
 from xcomp_jax.data import store, video
 from xcomp_jax.files import local, one_line
+from xcomp_jax.progress import progress
 
 # video_read_type, and what `video.sample` calls it
 READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
@@ -122,7 +121,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
   if not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets:
     raise _error(f"mixture {path}: expected a list under `datasets`, each with json_path and data_root")
   jobs, files = [], []
-  for n, entry in enumerate(tqdm.tqdm(datasets, unit="file", desc="check", delay=5.0, leave=False)):
+  for n, entry in enumerate(progress(datasets, unit="file", desc="check", delay=5.0, leave=False)):
     where = f"mixture {path}, dataset {n}"
     for key in entry.keys() - set(KEYS):
       near = difflib.get_close_matches(str(key), KEYS, 1)
