@@ -283,7 +283,7 @@ def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
 
 def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Sequence[mixtures.File], info: dict) -> dict[str, Any]:
   """Makes the store from whole shards, and gives it its name; may be killed and done again at any point."""
-  from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
+  from xcomp_jax.data import prompt  # brings jax
 
   folder = work.folder / "store"
   folder.mkdir(exist_ok=True)
@@ -420,7 +420,7 @@ def _define_flags() -> None:
 
 def _tuned(checkpoint: str) -> tuple[int | None, int | None]:
   """Image size and clip length that a checkpoint was tuned with, as far as it says."""
-  from xcomp_jax import weights  # brings jax, and decoding processes import this file
+  from xcomp_jax import weights  # brings jax
 
   tuned = weights.read_tuned(weights.resolve(checkpoint, whole=False))
   return (tuned.image_size, tuned.clip_frames) if tuned else (None, None)
@@ -475,5 +475,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  _define_flags()  # not on import: a decoding process imports this file again
+  _define_flags()  # not on import: those who call `predecode` have flags of their own
   app.run(main)
