@@ -453,7 +453,7 @@ def test_the_program_that_decodes_is_not_run_by_its_processes(world):
 
 def test_processes_are_renewed_one_by_one_by_the_frames_of_videos(world, monkeypatch):
   begun, real = [], processes._Process
-  monkeypatch.setattr(processes, "_Process", lambda life: (begun.append(life), real(life))[1])
+  monkeypatch.setattr(processes, "_Process", lambda life, module: (begun.append(life), real(life, module))[1])
   monkeypatch.setattr(shards, "LIFE", 100)  # frames of videos; there are 27 to 67 in each file that is decoded
   mixture(world, {"json_path": "images.json"}, {"json_path": "gifs.json", "video_read_type": "gif"}, {"json_path": "folders.json", "video_read_type": "img"})
   make(world, "stills", workers=2)

@@ -9,6 +9,7 @@ the locks of threads, and what `multiprocessing` starts runs the program's own f
 
 import collections
 import gc
+import importlib
 import os
 import pickle
 import signal
@@ -20,14 +21,15 @@ from collections.abc import Callable, Hashable, Sequence
 from multiprocessing import connection
 from typing import Any
 
-CODE = "import sys; sys.path[:] = sys.argv[2:]; from xcomp_jax.data import processes; processes.serve(int(sys.argv[1]))"
+CODE = "import sys; sys.path[:] = sys.argv[3:]; from xcomp_jax.data import processes; processes.serve(int(sys.argv[1]), sys.argv[2])"
+TRIES = 3  # to start a process
 AHEAD = 2  # calls that a process has: the one it is at, and the next, so that it does not wait for this process
 
 Ended = tuple[Any, Any, Exception | None]  # key of a call, its value, its error
 
 
 class StartError(Exception):
-  """A process dies before it takes any call."""
+  """Processes die before they take any call."""
 
 
 class DiedError(Exception):
@@ -47,14 +49,16 @@ class Processes:
   """So many processes that do calls.
 
   A call is a function that returns what it has used up of the life of its process, and a value. A process that has no life left is
-  replaced by a fresh one. The first lives have different lengths, so that they do not end together.
+  replaced by a fresh one. The first lives have different lengths, so that they do not end together. `module` is what the functions need,
+  which a process imports before it is given a call.
   """
 
-  def __init__(self, count: int, life: int):
-    self._life, self._waiting = life, collections.deque()
+  def __init__(self, count: int, life: int, module: str):
+    self._life, self._module, self._waiting = life, module, collections.deque()
+    self._stillborn = 0  # processes that died before they were ready, since the last that was
     self._each: list[_Process] = []
     for i in range(count):
-      self._each.append(_Process(life * (i + 1) // count))
+      self._each.append(_Process(life * (i + 1) // count, module))
 
   def call(self, key: Hashable, function: Callable[..., tuple[int, Any]], *args: Any, timeout: float | None = None) -> None:
     """Begins a call, or puts it behind others; after `timeout` seconds its process is killed."""
@@ -88,18 +92,19 @@ class Processes:
           used, value, error = answer
           each.left = 0 if isinstance(error, MemoryError) else each.left - used
           found.append((each.calls.popleft()[0], value, error))
-        each.ready = True  # the first message says only this
+        each.ready, self._stillborn = True, 0  # the first message says only this
       if each.left > 0 or each.calls:
         return found
       each.end()
     except (EOFError, OSError) as error:
       code = each.end()
-      if not each.ready:
-        raise StartError(f"exit code {code}") from error
-      if each.calls:
+      if each.ready and each.calls:
         found.append((each.calls.popleft()[0], None, DiedError(code)))
+      self._stillborn += not each.ready
+      if self._stillborn == TRIES:
+        raise StartError(f"exit code {code}") from error
       self._waiting.extendleft(reversed(each.calls))
-    self._each[i] = _Process(self._life)
+    self._each[i] = _Process(self._life, self._module)
     return found
 
   def _feed(self) -> None:
@@ -135,11 +140,11 @@ class Here:
 
 
 class _Process:
-  def __init__(self, life: int):
+  def __init__(self, life: int, module: str):
     ours, theirs = socket.socketpair()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of Ctrl-C, which it would answer with a trace; it inherits this
     try:
-      line = [sys.executable, "-c", CODE, str(theirs.fileno()), *sys.path]
+      line = [sys.executable, "-c", CODE, str(theirs.fileno()), module, *sys.path]
       self.process = subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
     finally:
       signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -155,16 +160,17 @@ class _Process:
     return self.process.returncode
 
 
-def serve(handle: int) -> None:
+def serve(handle: int, module: str) -> None:
   """Does calls that come through a socket, until the process at its other end is gone."""
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
   threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # its end comes at once, also within a call
   pipe = connection.Connection(handle)
+  importlib.import_module(module)
   pipe.send("ready")
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg complains at length; the reason comes back as an exception
   while True:
     try:
-      function, args, timeout = pipe.recv()  # imports what it needs, before the clock runs
+      function, args, timeout = pipe.recv()
     except (EOFError, ConnectionError):
       return
     except Exception as error:

@@ -291,7 +291,7 @@ def run(
   spoiled, running = set(), set()
   layout = dataclasses.replace(work.layout, features=None)
   target = lambda job: work.spool(job, ".pixels" if encode else ".records")
-  pool = Processes(workers, LIFE) if workers else Here()
+  pool = Processes(workers, LIFE, __name__) if workers else Here()
 
   def join(n: int) -> None:
     running.add(("shard", n))
