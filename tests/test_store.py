@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -322,3 +323,26 @@ def test_a_missing_file_is_named_when_a_store_is_opened(many):
     (many / "clips" / f"clips-train.array_record-{i:05d}-of-00090").unlink()
   with pytest.raises(StoreError, match=r"clips-train\.array_record-00003-of-00090 is missing, and 1 more"):
     open_store(many)
+
+
+def by_tfds(coder, row) -> bytes:
+  """TFDS's own record, with its fields in order."""
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  return tf_example_pb2.Example.FromString(coder.serialize_example(row)).SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("shape", [(1,), (8,), (300,)])
+def test_records_are_those_of_tfds(shape):
+  rng = np.random.default_rng(0)
+  frames = rng.integers(0, 256, (*shape, SIZE, SIZE, 3), np.uint8)
+  tokens = rng.integers(0, 1 << 16, (*shape, TOWER.width), np.uint16)
+  files = [rng.bytes(n) for n in shape * 3]
+  for layout, row in (
+    (RAW, {"frames": frames}), (RAW, {"frames": frames[:, ::-1]}), (Layout(SIZE, 4, 90, None), {"frames": files}),
+    (Layout(SIZE, 4, None, TOWER), {"tokens": tokens}),
+  ):  # fmt: skip
+    assert store_lib.example(row) == by_tfds(store_lib.record_features(layout), row)
+  one = dataclasses.replace(sample("7", "ü" * shape[0]), position=shape[0], first_record=1 << 40, records=127)
+  row = vars(one) | {"conversations": store_lib.as_json(one.conversations)}
+  assert store_lib.example(row) == by_tfds(store_lib._sample_features(), row)

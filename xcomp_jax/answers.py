@@ -27,7 +27,6 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from xcomp_jax import encode, report
 from xcomp_jax.chat import Answer, Chat
@@ -35,6 +34,7 @@ from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.data.video import Sample, TailError, VideoError, frames
 from xcomp_jax.files import local, one_line, write_json
+from xcomp_jax.progress import progress
 from xcomp_jax.reader import Reader
 
 # Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that "auto" stands for.
@@ -281,8 +281,7 @@ def run(
   if not todo:
     return
   reader.check_clips()
-  with tqdm(total=total, initial=total - sum(map(len, todo)), unit="question", disable=None, file=sys.stderr) as bar:
-    bar.set_description("loading")
+  with progress(total=total, initial=total - sum(map(len, todo)), unit="question", desc="loading") as bar:
     first = reader.load()
     identity = encode.identity(first)
     graph, state = nnx.split(first)
@@ -297,7 +296,7 @@ def run(
             group, sample, found, seconds = next(decoded, (None, None, None, 0.0))
           if group is None:
             return
-          bar.set_description(pathlib.Path(group[0].video).name[-30:])
+          bar.set_description(pathlib.Path(group[0].video).name[-30:], refresh=False)
           for lines in _group(reader, model, identity, group, sample, found, seconds, batch):
             for line in lines:
               with lock:

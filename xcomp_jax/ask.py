@@ -17,12 +17,12 @@ from collections.abc import Iterator, Sequence
 from os.path import expanduser
 
 import jax
-from tqdm import tqdm
 
 from xcomp_jax import encode, files, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
+from xcomp_jax.progress import progress
 from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
 
 
@@ -86,7 +86,7 @@ def encoded(
   T = len(sample.indices)
   say(f"{args.video}: {T} frame{'s' if T > 1 else ''}" + (f" of {sample.seconds:.2f} s" if sample.seconds else ""))
   clips = T // min(reader.cfg.clip_frames, T) * len(reader.phases(T))
-  with tqdm(total=clips, desc="encoding", unit="clip", leave=False, disable=None) as bar:
+  with progress(total=clips, desc="encoding", unit="clip", leave=False) as bar:
     film, seconds = reader.encode(model, sample, reader.source(args.video, args.start, args.end), report=bar.update)
   spent |= seconds
   if args.encoded:
@@ -174,9 +174,9 @@ def answer(args: argparse.Namespace) -> None:
     for question in fixed or typed():
       if fixed and not args.follow_up:
         chat.forget()
-      with tqdm(total=0, desc="scoring", leave=False, disable=None) as bar:
+      with progress(total=0, desc="scoring", leave=False) as bar:
 
-        def progress(what, done, total, bar=bar):
+        def scored(what, done, total, bar=bar):
           bar.set_description(what, refresh=False)
           bar.total = total
           bar.update(done - bar.n)
@@ -187,7 +187,7 @@ def answer(args: argparse.Namespace) -> None:
             print(text, end="", flush=True)
 
         try:
-          got = chat.ask(question, write=write, report=progress)
+          got = chat.ask(question, write=write, report=scored)
         except ValueError as error:
           if fixed:
             raise

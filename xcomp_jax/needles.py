@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from xcomp_jax import chat, encode, files, generate, tasks, world
 from xcomp_jax.answers import Answers, parse_share
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
+from xcomp_jax.progress import progress
 from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
 
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -133,7 +133,7 @@ def haystack(reader: Reader, model: VLM, file: str | None, frames: int, seed: in
   F = reader.cfg.clip_frames
 
   def read(clips: Iterator[np.ndarray], count: int) -> np.ndarray:
-    with tqdm(total=count, desc="haystack", unit="clip", leave=False, disable=None) as bar:
+    with progress(total=count, desc="haystack", unit="clip", leave=False) as bar:
       return per_frame(reader, model, (clip for clip in clips if bar.update() or True))
 
   def film(sample: video.Sample) -> np.ndarray:
@@ -195,7 +195,7 @@ def search(
   if not todo:
     return
   F, rate = reader.cfg.clip_frames, reader.settings.fps if film else world.FPS
-  with reader.precision(), tqdm(total=len(cells), initial=len(cells) - len(todo), unit="needle", disable=None) as bar:
+  with reader.precision(), progress(total=len(cells), initial=len(cells) - len(todo), unit="needle", desc="needles") as bar:
     model = reader.load()
     hay = haystack(reader, model, film, max(c.frames for c in cells), seed)
     hops = lambda needle: np.split(per_frame(reader, model, iter(needle.clips)), len(needle.clips))

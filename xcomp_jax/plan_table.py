@@ -6,13 +6,13 @@ import math
 import pathlib
 
 import numpy as np
-from tqdm import tqdm
 
 from xcomp_jax import forecast, sharding
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check, check_trained
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.data.packing import Lengths
+from xcomp_jax.progress import progress
 
 MOST = 100_000  # frames or tokens of a sample
 PREFIX = 14  # tokens of the chat header
@@ -78,7 +78,7 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
     raise ConfigError(f"--devices {devices}: must be numbers of devices from 1 on, such as 1,8,32")
   forecast.chips(chip, 1)  # refuses unknown ones
   lines, notes, refused = [COLUMNS], [], []
-  for count in tqdm(counts, desc="planning", unit="mesh", leave=False, disable=None):
+  for count in progress(counts, desc="planning", unit="mesh", leave=False):
     size = max(config.train.batch_size, count if count <= len(lengths) else 0)
     some = dataclasses.replace(config.train, batch_size=size)
     pipeline.steps_per_epoch(len(lengths), size)  # refuses too few

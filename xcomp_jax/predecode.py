@@ -26,7 +26,6 @@ from typing import Any, get_args
 import av
 import numpy as np
 import PIL
-import tqdm
 from absl import app, flags, logging
 
 from xcomp_jax.config import Attention, Dtype
@@ -34,6 +33,7 @@ from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
 from xcomp_jax.files import apart, become, command, listed, local, locked, sweep, write_json
+from xcomp_jax.progress import progress
 
 # Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
 # may often have 1,024. Larger files would need more room for the one that is being written: see docs/DATA.md.
@@ -127,7 +127,7 @@ def predecode(
       _run_beam(work, beam, timeout, skip_bad)
     else:
       encode = (lambda job: _spool_features(work, job, tower)) if tower else None
-      with tqdm.tqdm(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
+      with progress(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
         shards.run(
           work, work.shards, workers=workers, timeout=timeout, skip_bad=skip_bad, encode=encode, report=lambda: bar.update()
         )
@@ -185,7 +185,7 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None 
 
 def _spool_features(work: Work, job: int, tower: Tower) -> None:
   entry, clips = shards.spooled_frames(work, job)
-  shards.spool(tower.encode(clips), entry["clip_frames"], work.layout, str(work.spool(job, "")), entry["seconds"])
+  shards.spool(tower.encode(clips), entry["clip_frames"], work.layout, work.spool(job), entry["seconds"])
 
 
 def _made(out: pathlib.Path) -> dict[str, Any] | None:
@@ -272,7 +272,7 @@ def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
 
 def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Sequence[mixtures.File], info: dict) -> dict[str, Any]:
   """Makes the store from whole shards, and gives it its name; may be killed and done again at any point."""
-  from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
+  from xcomp_jax.data import prompt  # brings jax
 
   folder = work.folder / "store"
   folder.mkdir(exist_ok=True)
@@ -297,7 +297,7 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
     parts.append(store.Shard(str(work.shard(n, ".array_record")), tuple(samples), about["records"], about["bytes"], crcs))
   for file in files:
     lines += [{"annotation": file.annotation, "position": i, "passed_over": reason} for i, reason in file.passed]
-  text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+  text = "".join(store.as_json(line) + "\n" for line in lines)
   (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
   counts, position = [], 0
   for file in files:
@@ -403,7 +403,7 @@ def _define_flags() -> None:
 
 def _tuned(checkpoint: str) -> tuple[int | None, int | None]:
   """Image size and clip length that a checkpoint was tuned with, as far as it says."""
-  from xcomp_jax import weights  # brings jax, and decoding processes import this file
+  from xcomp_jax import weights  # brings jax
 
   tuned = weights.read_tuned(weights.resolve(checkpoint, whole=False))
   return (tuned.image_size, tuned.clip_frames) if tuned else (None, None)
@@ -460,5 +460,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  _define_flags()  # not on import: a decoding process imports this file again
+  _define_flags()  # not on import: those who call `predecode` have flags of their own
   app.run(main)

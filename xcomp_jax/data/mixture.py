@@ -5,6 +5,7 @@ video_read_type, frame_rate and text_samples. An annotation is an object with "c
 "messages"), at most one of "image", "images", "video" and "videos", and perhaps "id", "start" and "end".
 """
 
+import concurrent.futures
 import dataclasses
 import difflib
 import hashlib
@@ -14,13 +15,13 @@ import os
 import pathlib
 import random
 import re
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import tqdm
 
 from xcomp_jax.data import store, video
 from xcomp_jax.files import local, one_line
+from xcomp_jax.progress import progress
 
 # video_read_type, and what `video.sample` calls it
 READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
@@ -28,6 +29,9 @@ KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "frame
 TEXT, SEVERAL = "text alone", "several images or videos"  # what the release passes over
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of those who speak
 VIDEO = "<video>"  # what others write for prompt.IMAGE
+
+
+THREADS = 16  # that ask the file system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +121,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
   if not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets:
     raise _error(f"mixture {path}: expected a list under `datasets`, each with json_path and data_root")
   jobs, files = [], []
-  for n, entry in enumerate(tqdm.tqdm(datasets, unit="file", desc="check", delay=5.0, leave=False)):
+  for n, entry in enumerate(progress(datasets, unit="file", desc="check", delay=5.0, leave=False)):
     where = f"mixture {path}, dataset {n}"
     for key in entry.keys() - set(KEYS):
       near = difflib.get_close_matches(str(key), KEYS, 1)
@@ -145,7 +149,9 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
     files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen), tuple(passed)))
     folder = root / os.path.expanduser(entry.get("data_root") or "")
-    jobs += [_job(items[i], i, entry["json_path"], folder, READERS[reader], rate) for i in chosen]
+    sources = [_source(items[i], folder, READERS[reader]) for i in chosen]
+    for i, source, faults in zip(chosen, sources, _path_faults(sources), strict=True):
+      jobs.append(_job(items[i], i, entry["json_path"], source, faults, rate))
   return jobs, files
 
 
@@ -207,20 +213,22 @@ def _talk(item: Mapping[str, Any], visual: bool) -> Any:
   return turns
 
 
+def _source(item: Mapping[str, Any], folder: pathlib.Path, reader: video.ReadType) -> tuple[str, video.ReadType | None, str]:
+  """Of an annotation that `select` has let through: its file or folder, how that is read, and what is wrong with its name."""
+  for key, name in _visuals(item):
+    good = isinstance(name, str) and name
+    fault = "" if good else f"{key} must be a path, not {name!r}"
+    return str(folder / name) if good else str(folder), "img" if key == "image" else reader, fault
+  return "", None, ""  # text alone
+
+
 def _job(
-  item: Mapping[str, Any], position: int, annotation: str, folder: pathlib.Path, reader: video.ReadType, rate: float | None
+  item: Mapping[str, Any], position: int, annotation: str, file: tuple[str, video.ReadType | None, str], faults: list[str], rate: float | None
 ) -> Job:
-  """The job of an annotation that `select` has let through."""
+  """The job of an annotation whose file is known, and what is wrong with that."""
   from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
 
-  faults, source, kind = [], "", None
-  for key, name in _visuals(item):
-    kind = "img" if key == "image" else reader
-    source = str(folder / name if isinstance(name, str) else folder)
-    if not isinstance(name, str) or not name:
-      faults.append(f"{key} must be a path, not {name!r}")
-    else:
-      faults += _path_faults(folder / name, kind)
+  source, kind, _ = file
   talk: Any = _talk(item, kind is not None)  # checked below
   turns = ()
   try:
@@ -239,24 +247,34 @@ def _job(
     faults.append(f"start {times[0]} and end {times[1]}: expected 0 <= start < end")
   sample = store.Sample(str(position if item.get("id") is None else item["id"]), source, annotation, position, turns, "")
   try:
-    json.dumps(dataclasses.asdict(sample), ensure_ascii=False).encode()
+    "".join((sample.id, source, annotation, *(turn["value"] for turn in turns))).encode()
   except UnicodeEncodeError:  # JSON can spell half of a character that takes two
     faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
     sample = store.Sample(str(position), ascii(source), annotation, position, (), "")
   return Job(sample, kind, start, end, rate, tuple(ascii(f) if not f.isprintable() else f for f in faults))
 
 
-def _path_faults(path: pathlib.Path, reader: str) -> list[str]:
+def _path_faults(sources: Sequence[tuple[str, video.ReadType | None, str]]) -> Iterator[list[str]]:
+  """What is wrong with each of some files; asked side by side, as a file system on a network takes its time to answer."""
+  look = lambda first: [[fault] if fault else _path_fault(path, kind) if kind else [] for path, kind, fault in sources[first : first + 64]]
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    for found in pool.map(look, range(0, len(sources), 64)):
+      yield from found
+
+
+def _path_fault(path: str, reader: str) -> list[str]:
   try:
-    if not path.exists():
-      return [f"{path} does not exist"]
-    if not path.is_dir() and not path.is_file():
+    mode = os.stat(path).st_mode
+    folder = stat.S_ISDIR(mode)
+    if not folder and not stat.S_ISREG(mode):
       return [f"{path} is neither a file nor a folder"]  # reading a pipe would wait for ever
-    if path.is_dir() != (reader == "frames"):
-      kind = "a folder" if path.is_dir() else "a file"
+    if folder != (reader == "frames"):
+      kind = "a folder" if folder else "a file"
       return [f"{path} is {kind}; video_read_type img means folders of frames, all others files, and an image is a file"]
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
       return [f"{path} can't be read: no permission"]
+  except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no path at all
+    return [f"{path} does not exist"]
   except OSError as error:
     return [f"{path} can't be read: {error.strerror}"]
   return []

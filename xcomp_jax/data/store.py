@@ -44,6 +44,7 @@ RECENT = 4  # records that are kept in memory, of all stores together
 # Files that are kept open, of all stores together. A process may have 1,024, on some systems 256, and a run has others.
 # To open one again takes 0.3 ms, far less than to read and decode the megabytes of a usual record.
 OPEN = 64
+as_json = json.JSONEncoder(ensure_ascii=False).encode  # one for all: json.dumps makes one each time
 SAMPLING = ("image_size", "clip_frames", "fps", "min_frames", "max_frames", "subset")  # how frames and samples were chosen
 
 
@@ -340,7 +341,6 @@ def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> It
     ValueError: a clip of another shape or dtype.
   """
   shape, dtype = layout.clip_spec(clip_frames)
-  coder = record_features(layout)
   step = clips_per_record(layout, clip_frames)
   clips = iter(clips)
   while part := list(itertools.islice(clips, step)):
@@ -353,7 +353,7 @@ def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> It
       content = content.view(np.uint16)
     elif layout.quality is not None:
       content = [_jpeg(frame, layout.quality) for frame in content]
-    yield coder.serialize_example({"tokens" if layout.features else "frames": content}), count, content
+    yield example({"tokens" if layout.features else "frames": content}), count, content
 
 
 def write_shard(path: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarray | None]], layout: Layout) -> Shard:
@@ -413,13 +413,7 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
   Raises:
     StoreError: no samples at all. OSError: it can't be written.
   """
-  from tensorflow_datasets.proto import tf_example_pb2
-
-  samples, crcs, base = [], [], 0
-  for shard in shards:
-    crcs += shard.crcs
-    samples += [dataclasses.replace(s, first_record=s.first_record + base) for s in shard.samples]
-    base += shard.records
+  samples = [sample for shard in shards for sample in shard.samples]
   if not samples:
     raise StoreError("no samples to write")
   files = [shard for shard in shards if shard.records]
@@ -430,20 +424,19 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
         os.rename(shard.path, target)
     _metadata(folder / layout.folder, record_features(layout), [s.records for s in files], sum(s.bytes for s in files))
   (folder / "samples").mkdir(exist_ok=True)
-  features, size, file = _sample_features(), 0, folder / "samples" / "samples-train.array_record-00000-of-00001"
+  size, base, file = 0, 0, folder / "samples" / "samples-train.array_record-00000-of-00001"
   with writing(file):
     writer = array_record(file)
-    for sample in samples:
-      row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
-      serialized = features.serialize_example(row)
-      example = tf_example_pb2.Example.FromString(serialized)  # ty: ignore[missing-attribute]  (made at run time)
-      record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
-      writer.write(record)
-      size += len(record)
+    for shard in shards:
+      for s in shard.samples:
+        record = example(vars(s) | {"first_record": s.first_record + base, "conversations": as_json(s.conversations)})
+        writer.write(record)
+        size += len(record)
+      base += shard.records
     writer.close()
-  _metadata(folder / "samples", features, [len(samples)], size)
+  _metadata(folder / "samples", _sample_features(), [len(samples)], size)
   counts = {"samples": len(samples), "frames": sum(s.frames for s in samples), "records": base}
-  counts |= {"checksum": checksum(samples), "content": content_checksum(crcs)}
+  counts |= {"checksum": checksum(samples), "content": content_checksum(crc for shard in shards for crc in shard.crcs)}
   kept = {"quality": layout.quality, "features": layout.features and dataclasses.asdict(layout.features)}
   text = {"format": FORMAT, "image_size": layout.image_size, "clip_frames": layout.clip_frames, **kept, **info, **counts}
   (folder / "store.json").write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -469,6 +462,45 @@ def write_store(
   layout = Layout(image_size, clip_frames, quality, features)
   with fresh_folder(target, "store") as folder:
     finish(folder, [write_shard(folder / "shard", items, layout)], layout, {})
+
+
+def example(fields: Mapping[str, str | int | np.ndarray | Sequence[bytes]]) -> bytes:
+  """A record of TFDS, a tf.train.Example, with its fields in the order of their names.
+
+  TFDS's own writing takes ten times as long, processes for decoding would have to import it, and its order of fields differs between
+  processes.
+
+  Args:
+    fields: a text, a whole number from 0 on, an array (by its bytes), or several values.
+  """
+  parts = []  # large values are not copied before all are joined
+  for name in sorted(fields):
+    value, key = fields[name], name.encode()
+    if isinstance(value, int):
+      kind, values = 3, [_varint(value)]  # Int64List
+    else:
+      kind, values = 1, [value.encode()] if isinstance(value, str) else [np.ascontiguousarray(value).data.cast("B")] if isinstance(value, np.ndarray) else value  # BytesList
+    inner = [part for one in values for part in (_head(1, len(one)), one)]
+    size = sum(map(len, inner))
+    feature = _head(kind, size)
+    size += len(feature)
+    entry = _head(1, len(key)) + key + _head(2, size)
+    parts += [_head(1, len(entry) + size), entry, feature, *inner]
+  return b"".join([_head(1, sum(map(len, parts))), *parts])
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _head(number: int, size: int) -> bytes:
+  """What stands before a field of a protobuf that has so many bytes."""
+  return bytes([number << 3 | 2]) + _varint(size)
+
+
+def _varint(number: int) -> bytes:
+  found = bytearray()
+  while number > 127:
+    found.append(number & 127 | 128)
+    number >>= 7
+  return bytes([*found, number])
 
 
 def array_record(path: str | os.PathLike):
