@@ -63,7 +63,7 @@ def test_a_mark_at_the_start_is_no_content(tmp_path):
 def test_a_text_too_large_is_not_read(tmp_path):
   with open(tmp_path / "a", "wb") as file:
     file.truncate(inputs.TEXT + 1)
-  with pytest.raises(Fault, match="at most"):
+  with pytest.raises(Fault, match="more than"):
     inputs.text(tmp_path / "a", Fault)
 
 
