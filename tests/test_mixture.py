@@ -133,11 +133,11 @@ def test_not_a_mixture(world, text):
     ("a.jsonl", b'{"a": 1}\n\n{"b" 2}\n', r"a\.jsonl, line 3: not JSON"),
     ("a.json", b'{"a": 1}', "expected a list of objects"),
     ("a.jsonl", b"3\n", "expected a list of objects"),
-    ("a.json", b'["\xff"]', "can't be read: .*utf-8"),
+    ("a.json", b'["\xff"]', "can't be read: .*no UTF-8"),
     ("a.json", b"", "line 1: not JSON"),
     ("a.json", b"[" * 100000, "inside each other without end"),
     ("a.json", b'[{"id": ' + b"9" * 5000 + b"}]", r"a\.json, line 1: .*digits"),
-    ("a.jsonl", "[]".encode("utf-16"), "can't be read: .*utf-8"),
+    ("a.jsonl", "[]".encode("utf-16"), "can't be read: .*no UTF-8"),
   ],
 )
 def test_annotation_files_that_are_not(tmp_path, name, content, message):

@@ -28,6 +28,7 @@ ReadType = Literal["video", "gif", "img", "frames"]
 
 PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for some others Pillow starts other programs
 STILLS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FASTEST = 1000.0  # frames per second that may be asked for
 SHORTEST, USUAL = 0.011, 0.1  # seconds: browsers show frames of animations that state less as long as the second
 TAIL = 0.1  # seconds before the end of a video at which a part of it ends at the latest, in the release (FACTS.md 5)
 FOLDER_RATES = {"tvqa": 3.0}  # frames per second of folders whose path has this in it, in the release; of others 1 (FACTS.md 5)
