@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -238,8 +239,15 @@ def test_bad_arguments_end_in_one_line(go, tmp_path, capsys):
   refused(capsys, "nowhere.json", lambda: go(tmp_path / "a", annotations=tmp_path / "nowhere.json"))
   refused(capsys, "a divisor", lambda: go(tmp_path / "b", "--clip-frames=3"))
   refused(capsys, "no log of lvbench", lambda: go(tmp_path / "a", "--preset=released-logs"))
-  refused(capsys, "--limit 0", lambda: go(tmp_path / "a", "--limit=0"))
-  refused(capsys, "--batch 0", lambda: go(tmp_path / "a", "--batch=0"))
+
+
+@pytest.mark.parametrize("option", ["limit=0", "batch=0", "devices=x", "ahead=-1", "fps=nan", "min-frames=8000000000", "temperature=inf", "top-p=2"])
+def test_numbers_have_bounds_that_are_said(go, tmp_path, capsys, option):
+  with pytest.raises(SystemExit) as stop:
+    go(tmp_path / "a", f"--{option}")
+  name, value = option.split("=")
+  assert stop.value.code == 2 and re.search(rf"argument --{name}: {value}: must be an? (integer|number) from \S+ to ", capsys.readouterr().err)
+  assert not (tmp_path / "a").exists()
 
 
 def test_a_second_process_on_the_same_share_is_refused(go, checkpoint, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -194,6 +195,8 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # an interrupt that comes while tqdm starts its thread of this is taken for the thread's error, and lost
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a name may be no UTF-8, a terminal may know ASCII alone
   try:
     yield
   except Exception as error:

@@ -142,7 +142,10 @@ def quoted(value: Any, most: int = 200) -> str:
     return repr(value if len(value) <= most else value[:most] + "...")
   short = reprlib.Repr()
   short.maxlevel, short.maxstring, short.maxother = 3, most, most
-  return short.repr(value)[: 2 * most]
+  try:
+    return short.repr(value)[: 2 * most]
+  except ValueError:  # Python does not write integers of more than 4,300 digits
+    return f"a long {type(value).__name__}"
 
 
 def printable(name: Any) -> str:
