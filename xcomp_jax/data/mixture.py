@@ -72,7 +72,7 @@ def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
   Raises:
     AnnotationError: a strategy that does not exist.
   """
-  match = isinstance(strategy, str) and re.fullmatch(r"all|(first|end)(\d{0,9}):(\d{1,9}|\d{1,9}(?:\.\d{1,9})?%)", strategy.strip())
+  match = re.fullmatch(r"all|(first|end)(\d{0,9}):(\d{1,9}|\d{1,9}(?:\.\d{1,9})?%)", strategy.strip())
   if not match or (match[1] == "end" and match[2]) or match[2] == "0":
     raise _error(
       f"sampling_strategy {quoted(strategy)} is unknown; write all, first:100, first:2.5%, first2:10% (the second tenth) or end:100"
@@ -136,10 +136,13 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     text = entry.get("text_samples") or False
     if not isinstance(text, bool):
       raise _error(f"{where}: text_samples must be true or false, not {quoted(text)}")
+    strategy = entry.get("sampling_strategy", "all")
+    if not isinstance(strategy, str):
+      raise _error(f"{where}: sampling_strategy must be a text such as first:10%, not {quoted(strategy)}")
     file = root / os.path.expanduser(entry["json_path"])
     items = read_annotations(file)
     try:
-      drawn, chosen = select(items, entry.get("sampling_strategy", "all"), subset, text)
+      drawn, chosen = select(items, strategy, subset, text)
     except ValueError as error:
       raise _error(f"{where}: {error}") from error
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()

@@ -426,7 +426,7 @@ def _folder_rate(path, vlen: int, given: float | None) -> float:
     return given or next((rate for name, rate in FOLDER_RATES.items() if name in str(path).lower()), 1.0)
   said = read_json(side, VideoError)
   duration = said.get("duration") if isinstance(said, dict) else None
-  if not isinstance(duration, (int, float)) or not 0 < duration < np.inf:
+  if not isinstance(duration, (int, float)) or not 1e-9 <= duration <= 1e9:
     raise VideoError(f'{side} must be {{"duration": seconds}}, not {quoted(said)}')
   return vlen / duration
 
