@@ -135,7 +135,7 @@ def unfolding(form: str) -> str:
 @pytest.mark.parametrize("text, message", [
   *((unfolding("[{0}]") + f"datasets:\n- json_path: a\n  {key}: *a30\n", "line 7: its aliases .* stand for more than the 1,048,576 characters") for key in ("data_root", "video_read_type", "sampling_strategy", "frame_rate", "text_samples")),
   (unfolding("{{<<: [{0}]}}") + "datasets:\n- <<: *a30\n", "its aliases"), ("datasets: &d\n- *d\n", "line 1: something contains itself"),
-  ("datasets:\n- &d\n  <<: *d\n", "line 2: something contains itself"), ("datasets: " + "[" * 5_000, "recursion"),
+  ("datasets:\n- &d\n  <<: *d\n", "line 2: something contains itself"),
   ("datasets:\n- json_path: videos.json\n  sampling_strategy: 'first:" + "9" * 400 + "%'", "is unknown"),
   ("datasets:\n- json_path: videos.json\n  sampling_strategy: [all]", r"sampling_strategy must be a text .*, not \['all'\]"),
   ("datasets:\n- json_path: a\n  data_root: " + "[" * 20 + "]" * 20, r"data_root must be a path, not \[\[\["),

@@ -105,8 +105,9 @@ def listed(args: argparse.Namespace) -> list[str]:
   """
   found: list[str] = list(args.question or ())
   if args.questions:
-    found += [line.strip() for line in inputs.text(args.questions, prompt.AnnotationError, QUESTIONS, pipes=True).splitlines() if line.strip()]
-    if not found:
+    lines = inputs.text(args.questions, prompt.AnnotationError, QUESTIONS, pipes=True).splitlines()
+    found += (asked := [line.strip() for line in lines if line.strip()])
+    if not asked:
       raise prompt.AnnotationError(f"{args.questions} holds no question")
   return found
 
