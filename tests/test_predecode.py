@@ -649,6 +649,12 @@ def test_the_bytes_tokenizer_shows_every_text(world):
   assert tokenizer.decode(tokenizer.encode(text)) == text.removesuffix("<|im_end|>")
 
 
+@pytest.mark.parametrize("said", ["nan", "inf", "0", "1001", "x"])
+def test_numbers_of_flags_have_bounds_that_are_said(said):
+  with pytest.raises(ValueError, match=rf"{said}: must be a number from 0\.001 to 1,000\.0"):
+    predecode_lib._Number(0.001, video.FASTEST).parse(said)
+
+
 def test_a_video_that_is_cut_off_is_left_out_or_kept_as_far_as_it_goes(tmp_path):
   (tmp_path / "world" / "videos").mkdir(parents=True)
   root = tmp_path / "world"

@@ -18,12 +18,14 @@ from os.path import expanduser
 
 import jax
 
-from xcomp_jax import encode, files, report
+from xcomp_jax import encode, files, inputs, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
-from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
+from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings, within_memory
+
+QUESTIONS = 1 << 24  # bytes of all, at most
 
 
 def say(text: str) -> None:
@@ -99,12 +101,13 @@ def listed(args: argparse.Namespace) -> list[str]:
   """The questions of the command line.
 
   Raises:
-    FileNotFoundError: there is no --questions file. AnnotationError: it is empty.
+    OSError: there is no --questions file. AnnotationError: it is empty, or no UTF-8.
   """
   found: list[str] = list(args.question or ())
   if args.questions:
-    found += [line.strip() for line in pathlib.Path(args.questions).read_text().splitlines() if line.strip()]
-    if not found:
+    lines = inputs.text(args.questions, prompt.AnnotationError, QUESTIONS, pipes=True).splitlines()
+    found += (asked := [line.strip() for line in lines if line.strip()])
+    if not asked:
       raise prompt.AnnotationError(f"{args.questions} holds no question")
   return found
 
@@ -214,15 +217,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--video", type=expanduser, help="a video file, a GIF, a folder of frames, or an image")
   add("--encoded", type=expanduser, help="file of the encoded video: read if it is there, else written")
   add("--question", action="append", help="may be repeated")
-  add("--questions", type=expanduser, help="file of questions, one per line")
+  add("--questions", type=expanduser, help="file of questions, one per line; also a pipe, or -: standard input")
   add("--follow-up", action="store_true", help="each question continues the conversation; always so at the terminal")
   add("--json", action="store_true", help="one JSON object per question instead of text")
   add("--report", type=expanduser, help="HTML page to be written: relevance over time, thumbnails, cost")
   add("--forget-rounds", action="store_true", help="run scoring rounds again for every question; saves memory")
-  add("--start", type=float, help="second from which the video is looked at")
-  add("--end", type=float, help="and until which")
+  add("--start", type=inputs.number(0.0, 1e9, float), help="second from which the video is looked at")
+  add("--end", type=inputs.number(0.0, 1e9, float), help="and until which")
   args = parser.parse_args(argv)
-  with files.command(OverflowError):
+  with files.command(OverflowError), within_memory():
     answer(args)
 
 

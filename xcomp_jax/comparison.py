@@ -2,10 +2,11 @@
 
 import dataclasses
 import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from xcomp_jax.inputs import reading, regular
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -50,15 +51,12 @@ def read(file: pathlib.Path) -> Arrays:
   """All arrays of an npz file; none if it is not there.
 
   Raises:
-    ParityError: a file that can't be read.
+    ParityError, OSError: a file that can't be read.
   """
   if not file.exists():
     return {}
-  try:
-    with np.load(file) as arrays:
-      return dict(arrays)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise ParityError(f"{file} can't be read: {error}") from error
+  with reading(file, ParityError, "file of arrays"), np.load(regular(file)) as arrays:
+    return dict(arrays)
 
 
 def absent(file: str) -> Row:

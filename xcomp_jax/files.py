@@ -378,6 +378,6 @@ def _streams() -> None:
   sys.stderr = sys.stderr or open(2, "w", closefd=False)
   if 1 in missing:
     raise OSError("stdout is closed, and what is printed would be lost; send it to a file, or to /dev/null")
-  for stream, handling in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+  for stream, handling in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):  # as stderr does
     if isinstance(stream, io.TextIOWrapper):  # not in a test
       stream.reconfigure(errors=handling)

@@ -33,6 +33,7 @@ from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
 from xcomp_jax.files import apart, become, command, listed, local, locked, sweep, write_json
+from xcomp_jax.inputs import number
 from xcomp_jax.progress import progress
 
 # Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
@@ -365,6 +366,20 @@ class _Path(flags.ArgumentParser):
     return os.path.expanduser(argument)
 
 
+class _Number(flags.ArgumentParser):
+  """A number within bounds; absl's own lets through what is no number."""
+
+  def __init__(self, low: float, high: float):
+    self._read = number(low, high, type(low))
+
+  def parse(self, argument: Any) -> float:
+    return self._read(argument)
+
+
+def _define_number(name: str, default: float | None, text: str, low: float, high: float) -> None:
+  flags.DEFINE(_Number(low, high), name, default, text)
+
+
 def _define_path(name: str, default: str | None, text: str) -> None:
   flags.DEFINE(_Path(), name, default, text)
 
@@ -375,29 +390,29 @@ def _define_flags() -> None:
   _define_path("verify", None, "instead: read everything in this folder again, and compare it with its manifest")
   _define_path("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
   _define_path("root", ".", "where relative paths of the mixture start")
-  flags.DEFINE_float("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
-  flags.DEFINE_integer("image_size", None, "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448", 1)
-  flags.DEFINE_integer("max_frames", 1024, "frames of a video, at most", 1)
-  flags.DEFINE_integer("min_frames", 128, "frames of a video, if it has as many", 1)
-  flags.DEFINE_float("fps", 8.0, "frames per second, at most", 0.001)
-  flags.DEFINE_integer("clip_frames", None, "frames that the tower sees together; default: as --checkpoint was tuned, else 8", 1)
+  _define_number("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
+  _define_number("image_size", None, "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448", 1, 8192)
+  _define_number("max_frames", 1024, "frames of a video, at most", 1, 1_000_000)
+  _define_number("min_frames", 128, "frames of a video, if it has as many", 1, 1_000_000)
+  _define_number("fps", 8.0, "frames per second, at most", 0.001, video.FASTEST)
+  _define_number("clip_frames", None, "frames that the tower sees together; default: as --checkpoint was tuned, else 8", 1, 1024)
   flags.DEFINE_enum("frames", "raw", ["raw", "jpeg"], "how frames are stored")
-  flags.DEFINE_integer("quality", 95, "of JPEG", 1, 100)
+  _define_number("quality", 95, "of JPEG", 1, 100)
   flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
   _define_path("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
-  flags.DEFINE_integer("clips_per_chunk", None, "with --features: clips in the tower at once; default: by the device's memory", 1)
+  _define_number("clips_per_chunk", None, "with --features: clips in the tower at once; default: by the device's memory", 1, 1_000_000)
   flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: by the device")
   flags.DEFINE_enum("dtype", None, get_args(Dtype), "with --features: what the tower computes in; default: bfloat16, but float16 on GPUs that have none, and float32 on CPUs")
-  flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
-  flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)
-  flags.DEFINE_integer("samples_per_shard", None, f"annotations in one file of clips; default: as in the unfinished work that is there, else {PER_SHARD}", 1)
+  _define_number("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0, 10_000)
+  _define_number("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001, 1e6)
+  _define_number("samples_per_shard", None, f"annotations in one file of clips; default: as in the unfinished work that is there, else {PER_SHARD}", 1, 1_000_000)
   flags.DEFINE_bool("skip_bad", False, "leave out what can't be used, and list it in manifest.jsonl")
   flags.DEFINE_enum("rate", "own", get_args(video.Rate), "where frames have no constant rate: own: they have their own times; average: they lie as far apart as the average rate says, as in the release")
   flags.DEFINE_bool("keep_tails", False, "take what can be read of videos that are cut off, instead of leaving them out")
   flags.DEFINE_bool("restart", False, "throw away what a run that was stopped has done")
   flags.DEFINE_string("beam", None, 'options of a Beam pipeline that decodes: "--runner=DirectRunner --direct_num_workers=2"')
   _define_path("sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png")
-  flags.DEFINE_integer("prompts", 3, "with --inspect: prompts to show", 0)
+  _define_number("prompts", 3, "with --inspect: prompts to show", 0, 1_000_000)
   flags.DEFINE_enum("mask", "official", ["official", "assistant"], "with --inspect: which tokens are supervised")
 
 
