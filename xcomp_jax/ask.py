@@ -14,7 +14,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from os.path import expanduser
 
 import jax
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from xcomp_jax import encode, files, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.data import prompt, video
+from xcomp_jax.files import expanduser
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
 

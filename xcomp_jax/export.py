@@ -19,7 +19,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from os.path import expanduser
 from typing import Any, cast
 
 import jax
@@ -28,6 +27,7 @@ from flax import nnx
 
 from xcomp_jax import checkpoint, files, layouts, official, weights
 from xcomp_jax.config import Dtype, LPCompConfig, ModelConfig, Tuned, VLMConfig, Yarn, from_dict
+from xcomp_jax.files import expanduser
 from xcomp_jax.layouts import CheckpointError
 from xcomp_jax.sharding import path_name
 

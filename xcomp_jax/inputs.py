@@ -121,6 +121,18 @@ def printable(name: Any) -> str:
   return shown if shown.isprintable() else shown.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
+def beyond(name: str, value: Any, bounds: range) -> str:
+  """Says that what a file has for an integer is none within bounds; "" if it is."""
+  if type(value) is int and value in bounds:
+    return ""
+  return f"{name} = {short(value)}: must be an integer from {bounds[0]:,} to {bounds[-1]:,}"
+
+
+def short(value: Any) -> str:
+  """What a file says, for a message."""
+  return shown if len(shown := repr(value)) <= 100 else f"{shown[:100]}..."
+
+
 def number(low: Number, high: Number, kind: type[Number]) -> Callable[[str], Number]:
   """Reads an option's number, from `low` to `high`; for argparse, which names the option."""
 

@@ -34,7 +34,7 @@ from xcomp_jax.config import Attention, Dtype
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
-from xcomp_jax.files import command, listed, local, sync, write_json
+from xcomp_jax.files import command, expanduser, listed, local, sync, write_json
 
 # Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
 # may often have 1,024. Larger files would need more room for the one that is being written: see docs/DATA.md.
@@ -379,7 +379,7 @@ class _Path(flags.ArgumentParser):
   """A leading ~ is the home directory."""
 
   def parse(self, argument: str) -> str:
-    return os.path.expanduser(argument)
+    return expanduser(argument)
 
 
 def _define_path(name: str, default: str | None, text: str) -> None:

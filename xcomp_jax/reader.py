@@ -8,7 +8,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from os.path import expanduser
 from typing import Literal, get_args
 
 import jax
@@ -28,6 +27,7 @@ from xcomp_jax.config import (
   VLMConfig,
 )
 from xcomp_jax.data import prompt, video
+from xcomp_jax.files import expanduser
 from xcomp_jax.model import kernels
 from xcomp_jax.model.vlm import VLM
 

@@ -20,7 +20,7 @@ from typing import Any
 import tqdm
 
 from xcomp_jax.data import store, video
-from xcomp_jax.files import local, one_line
+from xcomp_jax.files import expanduser, local, one_line
 
 # video_read_type, and what `video.sample` calls it
 READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
@@ -135,7 +135,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     text = entry.get("text_samples") or False
     if not isinstance(text, bool):
       raise _error(f"{where}: text_samples must be true or false, not {text!r}")
-    file = root / os.path.expanduser(entry["json_path"])
+    file = root / expanduser(entry["json_path"])
     items = read_annotations(file)
     try:
       drawn, chosen = select(items, str(entry.get("sampling_strategy", "all")), subset, text)
@@ -144,7 +144,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
     files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen), tuple(passed)))
-    folder = root / os.path.expanduser(entry.get("data_root") or "")
+    folder = root / expanduser(entry.get("data_root") or "")
     jobs += [_job(items[i], i, entry["json_path"], folder, READERS[reader], rate) for i in chosen]
   return jobs, files
 
