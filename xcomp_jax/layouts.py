@@ -31,6 +31,7 @@ FRAMEWORKS = re.compile(
   r"|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
+SHOWN = 100  # tensors of a kind in a message
 PACKED = 1000  # bytes of arrays in a byte of an Orbax directory's files, at most
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
@@ -44,8 +45,8 @@ def shards(directory: pathlib.Path) -> list[pathlib.Path]:
   places = read_json(directory / INDEX, "weight_map")["weight_map"]
   if not isinstance(places, dict):
     raise CheckpointError(f"{directory / INDEX}: weight_map must be an object of tensor names and file names")
-  if wrong := next((shard for shard in places.values() if not inputs.beside(shard)), None):
-    raise CheckpointError(f"{directory / INDEX}: weight_map must name files of its own folder, not {inputs.short(wrong)}")
+  if wrong := [shard for shard in places.values() if not inputs.beside(shard)]:
+    raise CheckpointError(f"{directory / INDEX}: weight_map must name files of its own folder, not {inputs.short(wrong[0])}")
   return sorted({directory / shard for shard in places.values()})
 
 
@@ -80,7 +81,8 @@ def report(directory: pathlib.Path, entries: Iterable[Entry], found: Mapping[str
     if name in found and tuple(found[name]) != tuple(shape)
   ]
   groups = (("missing", missing), ("unexpected", extra), ("of another shape", shaped), ("unreadable", list(problems)))
-  text = "".join(f"\n  {len(group)} {what}: {'; '.join(group)}" for what, group in groups if group)
+  shown = lambda group: "; ".join(group[:SHOWN]) + (f"; and {len(group) - SHOWN} more" if len(group) > SHOWN else "")
+  text = "".join(f"\n  {len(group)} {what}: {shown(group)}" for what, group in groups if group)
   if text:
     raise CheckpointError(f"{directory} does not hold the model that its {by} describes:{text}")
 
@@ -296,7 +298,8 @@ def orbax_dtypes(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str,
     keys = [tree["key_metadata"] for tree in read_json(folder / "_METADATA", "tree_metadata")["tree_metadata"].values()]
     here = {"/".join(str(part["key"]) for part in key) for key in keys}
     wanted = {e.path: e.ours for e in entries}
-    report(folder, entries, {path: wanted.get(path, ()) for path in here}, True)
+    if here - wanted.keys():
+      report(folder, entries, {path: wanted.get(path, ()) for path in here}, True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       metadata = reader.metadata(folder.absolute()).item_metadata
     if metadata is None:
