@@ -223,6 +223,8 @@ def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
     times, seconds = _array(archive, "times"), float(about["seconds"])
     if not np.isfinite(times).all() or (np.diff(times) < 0).any() or not 0 <= seconds < 1e9 or not isinstance(about["source"], str):
       raise ValueError("its times, seconds or source are none that a video has")
+    if "frames" not in headers:
+      phases = [0]  # the others are of no use without them
     features = {phase: _array(archive, f"features_{phase}").view(dtype) for phase in phases}
     for phase, tokens in features.items():
       if not all(np.isfinite(clip).all() for clip in tokens):
@@ -244,7 +246,7 @@ def _headers(archive: zipfile.ZipFile, size: int) -> dict[str, tuple[tuple[int, 
       version = np.lib.format.read_magic(opened)
       read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
       shape, by_columns, dtype = read(opened)
-      if dtype.hasobject or by_columns and len(shape) > 1 or opened.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
+      if dtype.hasobject or (by_columns and len(shape) > 1) or opened.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
         raise ValueError(f"{name} is {_shown((shape, dtype))} in {entry.file_size:,} bytes")
     found[name] = shape, dtype
   if lacking := {"about", "times", "thumbnails", "features_0"} - found.keys():

@@ -274,17 +274,22 @@ def is_orbax(directory: pathlib.Path) -> bool:
   return (directory / "params").is_dir()
 
 
+def only_files(folder: str | os.PathLike) -> None:
+  """Raises an OSError if a folder of this machine holds anything but files and folders: pipes and devices are never opened."""
+  for where, _, files in os.walk(folder):
+    for file in files:
+      regular(os.path.join(where, file))
+
+
 @contextlib.contextmanager
-def reading_orbax(folder: pathlib.Path) -> Generator[None]:
-  """Around what Orbax reads of a folder of arrays; only files and folders are opened, never pipes or devices.
+def reading_orbax(folder: str | os.PathLike) -> Generator[None]:
+  """Around what Orbax reads of a folder.
 
   Raises:
     CheckpointError: whatever Orbax, TensorStore or JSON raise of files that are missing, damaged or of another kind.
   """
   with reading(folder, CheckpointError):
-    for where, _, files in os.walk(folder):
-      for file in files:
-        regular(os.path.join(where, file))
+    only_files(folder)
     yield
 
 
