@@ -14,13 +14,13 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from os.path import expanduser
 
 import jax
 
 from xcomp_jax import encode, files, inputs, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.data import prompt, video
+from xcomp_jax.files import expanduser
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings, within_memory
@@ -92,8 +92,11 @@ def encoded(
     film, seconds = reader.encode(model, sample, reader.source(args.video, args.start, args.end), report=bar.update)
   spent |= seconds
   if args.encoded:
-    encode.save(film, args.encoded)
-    say(f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features")
+    try:
+      encode.save(film, args.encoded)
+      say(f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features")
+    except OSError as error:  # it only saves the next one time; the answer has cost most of its own already
+      say(f"warning: {args.encoded} is not written, and the next time the video is encoded again: {files.one_line(error)}")
   return film
 
 

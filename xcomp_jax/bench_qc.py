@@ -14,7 +14,6 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
-from os.path import expanduser
 
 import jax
 import numpy as np
@@ -27,7 +26,7 @@ from xcomp_jax.config import COSINE, ModelConfig, Tuned
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.export import AS_IT_IS
-from xcomp_jax.files import command
+from xcomp_jax.files import command, expanduser
 from xcomp_jax.model import vlm
 from xcomp_jax.progress import progress
 from xcomp_jax.rounds import PREFIX, TEXT, scoring

@@ -2,12 +2,14 @@
 
 import dataclasses
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from xcomp_jax.inputs import reading, regular
 
+MOST = 64 << 30  # bytes of all arrays of a recording, however small they are packed
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -55,8 +57,13 @@ def read(file: pathlib.Path) -> Arrays:
   """
   if not file.exists():
     return {}
-  with reading(file, ParityError, "file of arrays"), np.load(regular(file)) as arrays:
-    return dict(arrays)
+  regular(file)
+  with reading(file, ParityError, "recording"):
+    with zipfile.ZipFile(file) as archive:  # recordings are as the official code made them, packed ones too
+      if (size := sum(entry.file_size for entry in archive.infolist())) > MOST:
+        raise ParityError(f"{file} claims {size / 1e9:,.0f} GB of arrays; {MOST / 1e9:,.0f} is the most")
+    with np.load(file, allow_pickle=False) as arrays:
+      return dict(arrays)
 
 
 def absent(file: str) -> Row:

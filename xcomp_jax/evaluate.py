@@ -14,11 +14,11 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from os.path import expanduser
 from typing import Any
 
 from xcomp_jax import files, tasks
 from xcomp_jax.answers import Answers, Wanted, parse_share, run
+from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import number
 from xcomp_jax.reader import COMPILED, options, prepare, settings, within_memory
 from xcomp_jax.tasks import TASKS, Question, Task, TaskError

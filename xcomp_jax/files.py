@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all, and what commands say when something goes wrong."""
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -41,9 +42,25 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
   return found
 
 
+class HomeError(ValueError, argparse.ArgumentTypeError):  # argparse shows the text of the latter
+  """A path begins with ~, and there is no home directory."""
+
+
+def expanduser(path: str | os.PathLike) -> str:
+  """A path in which a leading ~ is the home directory: shells see to that only where it begins a word, not in --out=~/x.
+
+  Raises:
+    HomeError: there is none, as in a container whose user is a mere number. A folder named ~ would come of it.
+  """
+  found = os.path.expanduser(path)
+  if found.partition(os.sep)[0] == "~":
+    raise HomeError(f"{found}: ~ is the home directory, and this user has none; give a path without it, or set HOME")
+  return os.fspath(found)
+
+
 def path_of(path: str | os.PathLike) -> pathlib.Path:
-  """A path in which a leading ~ is the home directory: shells see to that only where it begins a word, not in --out=~/x."""
-  return pathlib.Path(os.path.expanduser(path))
+  """`expanduser`, as a path."""
+  return pathlib.Path(expanduser(path))
 
 
 @contextlib.contextmanager
@@ -281,12 +298,13 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
 
       epath.Path(wanted).mkdir(parents=True, exist_ok=True)
     elif wanted:
-      wanted = os.path.abspath(os.path.expanduser(wanted))
+      wanted = os.path.abspath(expanduser(wanted))
       os.makedirs(wanted, exist_ok=True)
       with tempfile.TemporaryFile(dir=wanted):
         pass
   except Exception as error:  # a bucket's client has errors of its own
-    print(f"compiled programs are not kept: {wanted} can't be written: {one_line(error)}", file=sys.stderr)
+    why = one_line(error) if isinstance(error, HomeError) else f"{wanted} can't be written: {one_line(error)}"
+    print(f"compiled programs are not kept: {why}", file=sys.stderr)
     wanted = None
   if (wanted or None) != before:
     jax.config.update("jax_compilation_cache_dir", wanted or None)

@@ -19,6 +19,7 @@ from xcomp_jax.files import one_line, too_many_files
 Number = TypeVar("Number", int, float)
 
 TEXT = 1 << 30  # bytes of a text file, at most: ten times the largest annotations known
+ABOUT = 64 << 20  # likewise of one that describes other files; the largest tokenizers have half of that
 ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # are no fault of a file
 
 
@@ -34,8 +35,8 @@ class BoundsError(argparse.ArgumentTypeError, ValueError):
 def reading(path: str | os.PathLike, kind: type[Exception], what: str = "") -> Generator[None]:
   """Makes whatever a reader raises about a file one `kind` of error, whose text begins with the file's name.
 
-  Libraries that are written in Rust raise panics, which are no Exception. What the system says of the file (it is not there, no
-  permission) and a process with too many open files stay an OSError.
+  Libraries that are written in Rust raise panics, which are no Exception. What the system says of the file itself (it is not
+  there, no permission) and a process with too many open files stay an OSError.
 
   Args:
     path: the file, or folder.
@@ -49,9 +50,10 @@ def reading(path: str | os.PathLike, kind: type[Exception], what: str = "") -> G
       raise
     if text := too_many_files(error):
       raise OSError(text) from error
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and error.filename in (None, path, os.fspath(path)):
       raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # becomes the kind that stands for the number
-    says = "it needs more memory than there is" if isinstance(error, MemoryError) else one_line(error) or type(error).__name__
+    inner = error.__cause__ or error  # Orbax says how it reads, and TensorStore, whose error led to that, what is wrong
+    says = "it needs more memory than there is" if isinstance(error, MemoryError) else one_line(inner) or type(inner).__name__
     raise kind(f"{printable(path)} is {f'no {what}' if what else 'damaged'}: {says[:500]}") from error
 
 
@@ -152,6 +154,23 @@ def printable(name: Any) -> str:
   """A name for a message: what can't be printed is escaped."""
   shown = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
   return shown if shown.isprintable() else shown.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def beside(name: Any) -> bool:
+  """Whether what a file says is the name of another file in the same folder; files may name no others."""
+  return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"} & {*name}
+
+
+def beyond(name: str, value: Any, bounds: range) -> str:
+  """Says that what a file has for an integer is none within bounds; "" if it is."""
+  if type(value) is int and value in bounds:
+    return ""
+  return f"{name} = {short(value)}: must be an integer from {bounds[0]:,} to {bounds[-1]:,}"
+
+
+def short(value: Any) -> str:
+  """What a file says, for a message."""
+  return shown if len(shown := repr(value)) <= 100 else f"{shown[:100]}..."
 
 
 def number(low: Number, high: Number, kind: type[Number]) -> Callable[[str], Number]:

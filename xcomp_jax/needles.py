@@ -20,7 +20,6 @@ import importlib.util
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from os.path import expanduser
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from xcomp_jax import chat, encode, files, generate, tasks, world
 from xcomp_jax.answers import Answers, parse_share
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt, video
+from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import number, quoted, read_json
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress

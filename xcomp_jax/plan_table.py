@@ -1,13 +1,12 @@
 """The table of `python -m xcomp_jax.plan --lengths FILE`: what a run computes and takes at least on so many devices."""
 
 import dataclasses
-import json
 import math
 import pathlib
 
 import numpy as np
 
-from xcomp_jax import forecast, sharding
+from xcomp_jax import forecast, inputs, sharding
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check, check_trained
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Shape
@@ -31,10 +30,7 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
   Raises:
     ConfigError: a file that is not so.
   """
-  try:
-    found = json.loads(file.read_text())
-  except (OSError, ValueError, RecursionError) as error:
-    raise ConfigError(f"{file} can't be read: {error}") from error
+  found = inputs.read_json(file, ConfigError)
   frames, text = (found.get(key) if isinstance(found, dict) else None for key in ("frames", "text"))
   if not (isinstance(frames, list) and isinstance(text, list) and frames and text):
     raise ConfigError(f'{file}: expected {{"frames": [...], "text": [...]}}, each with a number per sample')

@@ -32,7 +32,7 @@ from xcomp_jax.config import Attention, Dtype
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
-from xcomp_jax.files import apart, become, command, listed, local, locked, sweep, write_json
+from xcomp_jax.files import apart, become, command, expanduser, listed, local, locked, sweep, write_json
 from xcomp_jax.inputs import number
 from xcomp_jax.progress import progress
 
@@ -363,7 +363,7 @@ class _Path(flags.ArgumentParser):
   """A leading ~ is the home directory."""
 
   def parse(self, argument: str) -> str:
-    return os.path.expanduser(argument)
+    return expanduser(argument)
 
 
 class _Number(flags.ArgumentParser):

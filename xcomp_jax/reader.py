@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from os.path import expanduser
 from typing import Literal, get_args
 
 import jax
@@ -30,7 +29,7 @@ from xcomp_jax.config import (
   VLMConfig,
 )
 from xcomp_jax.data import prompt, video
-from xcomp_jax.files import one_line
+from xcomp_jax.files import expanduser, one_line
 from xcomp_jax.inputs import ENDINGS, number, printable
 from xcomp_jax.model import kernels
 from xcomp_jax.model.vlm import VLM

@@ -10,12 +10,11 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from os.path import expanduser
 from typing import Any
 
 import numpy as np
 
-from xcomp_jax.files import listed
+from xcomp_jax.files import expanduser, listed
 from xcomp_jax.inputs import parse_json, quoted, read_json, text
 
 CLOSING = "Answer with the option's letter from the given choices directly."

@@ -21,7 +21,7 @@ from typing import Any
 
 from xcomp_jax import inputs
 from xcomp_jax.data import store, video
-from xcomp_jax.files import local, one_line
+from xcomp_jax.files import expanduser, local, one_line
 from xcomp_jax.inputs import quoted
 from xcomp_jax.progress import progress
 
@@ -143,7 +143,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     strategy = entry.get("sampling_strategy", "all")
     if not isinstance(strategy, str):
       raise _error(f"{where}: sampling_strategy must be a text such as first:10%, not {quoted(strategy)}")
-    file = root / os.path.expanduser(entry["json_path"])
+    file = root / expanduser(entry["json_path"])
     items = read_annotations(file)
     try:
       drawn, chosen = select(items, strategy, subset, text)
@@ -152,7 +152,7 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
     files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen), tuple(passed)))
-    folder = root / os.path.expanduser(entry.get("data_root") or "")
+    folder = root / expanduser(entry.get("data_root") or "")
     sources = [_source(items[i], folder, READERS[reader]) for i in chosen]
     for i, source, faults in zip(chosen, sources, _path_faults(sources), strict=True):
       jobs.append(_job(items[i], i, entry["json_path"], source, faults, rate))

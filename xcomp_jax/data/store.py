@@ -34,7 +34,9 @@ import cv2
 import ml_dtypes
 import numpy as np
 
+from xcomp_jax import inputs
 from xcomp_jax.files import fresh_folder, local, one_line, too_many_files
+from xcomp_jax.inputs import reading, regular
 
 cv2.setNumThreads(1)  # readers run side by side
 
@@ -45,6 +47,9 @@ RECENT = 4  # records that are kept in memory, of all stores together
 # To open one again takes 0.3 ms, far less than to read and decode the megabytes of a usual record.
 OPEN = 64
 as_json = json.JSONEncoder(ensure_ascii=False).encode  # one for all: json.dumps makes one each time
+FILES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # what a dataset's files are called, as TFDS writes it
+# Bounds of a store's numbers.
+PIXELS, FRAMES, TOKENS, COUNT = range(1, 4_097), range(1, 1_001), range(1, 1_000_001), range(1_000_000_001)
 SAMPLING = ("image_size", "clip_frames", "fps", "min_frames", "max_frames", "subset")  # how frames and samples were chosen
 
 
@@ -215,20 +220,31 @@ class Rows:
   TFDS's own data source keeps every file open; this keeps at most OPEN of all datasets.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, features: Any):
     """Looks for all files, and opens none.
 
-    Raises:
-      FileNotFoundError: some are missing.
-    """
-    import tensorflow_datasets as tfds
+    `features` says what a record holds. What features.json says of that is for TFDS: it names Python modules to be imported. Names
+    of files follow from their number.
 
-    info = tfds.builder_from_directory(folder).info  # ty: ignore[missing-argument]  (an untyped decorator)
-    parts = info.splits["train"].file_instructions
-    self._features, self._files = info.features, [os.fspath(part.filename) for part in parts]
-    self._ends = list(itertools.accumulate(part.examples_in_shard for part in parts))
+    Raises:
+      StoreError: some are missing, or the folder's description is damaged.
+      OSError: some are pipes or devices.
+    """
+    about = folder / "dataset_info.json"
+    described = inputs.read_json(about, StoreError, inputs.ABOUT)
+    with reading(about, StoreError):
+      (split,) = described["splits"]
+      lengths = [int(length) for length in tuple(split["shardLengths"])]  # text: protobuf has no other integers in JSON
+      if split.get("filepathTemplate", FILES) != FILES:
+        raise ValueError(f"filepathTemplate must be {FILES}")
+      if not lengths or not all(length in COUNT for length in lengths):
+        raise ValueError(f"shardLengths must be from 0 to {COUNT[-1]:,}")
+    self._features, self._ends = features, list(itertools.accumulate(lengths))
+    self._files = [os.fspath(file) for file in files_of(folder, len(lengths))]
     if missing := [file for file in self._files if not os.path.exists(file)]:
-      raise FileNotFoundError(f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+      raise StoreError(f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+    for file in self._files:
+      regular(file)
 
   def __len__(self) -> int:
     return self._ends[-1]
@@ -301,29 +317,40 @@ def open_store(path: str | os.PathLike) -> Store:
   advice = "make one with `python -m xcomp_jax.predecode --mixture M.yaml --out DIR`"
   if not path.is_dir():
     raise StoreError(f"no data at {path}: not a folder; {advice}")
+  about = path / "store.json"
+  if not about.exists():
+    raise StoreError(f"{path} is not a store: it has no store.json; {advice}")
   try:
-    info = json.loads((path / "store.json").read_text(encoding="utf-8"))
-    version = info["format"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise StoreError(f"{path} is not a store: its store.json is missing or unreadable; {advice}") from error
-  if version != FORMAT:
-    raise StoreError(f"{path} has format {version}, this version reads {FORMAT}; {advice}")
-  try:
-    layout = _layout(info)
-    table = Rows(path / "samples")
-    samples = [_sample(table[i]) for i in range(len(table))]
-    rows = Rows(path / layout.folder) if any(s.records for s in samples) else ()
-  except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-    if text := too_many_files(error):
-      raise OSError(text) from error
-    raise StoreError(f"{path} can't be read: {one_line(error)}; {advice}") from error
+    info = inputs.read_json(about, StoreError, inputs.ABOUT)
+    with reading(about, StoreError):
+      version = info["format"]
+      if type(version) is not int or version != FORMAT:
+        raise StoreError(f"{path} has format {inputs.short(version)}, this version reads {FORMAT}")
+      layout = _layout(info, about)
+    table = Rows(path / "samples", _sample_features())
+    if len(table) != info.get("samples"):
+      raise StoreError(f"{path} is damaged: {len(table)} samples where {info.get('samples')} were written")
+    with reading(path / "samples", StoreError):
+      samples = [_sample(table[i]) for i in range(len(table))]
+    rows = Rows(path / layout.folder, record_features(layout)) if any(s.records for s in samples) else ()
+    for i, sample in enumerate(samples):
+      _check(layout, sample, len(rows), f"{path} is damaged: sample {i}")
+  except (StoreError, FileNotFoundError) as error:
+    raise StoreError(f"{one_line(error)}; {advice}") from error
   wanted = max((s.first_record + s.records for s in samples), default=0)
-  if len(samples) != info.get("samples") or len(rows) != wanted:
-    raise StoreError(
-      f"{path} is damaged: {len(samples)} samples and {len(rows)} records of clips where "
-      f"{info.get('samples')} and {wanted} were written; {advice}"
-    )
+  if len(rows) != wanted:
+    raise StoreError(f"{path} is damaged: {len(rows)} records of clips where {wanted} were written; {advice}")
   return Store(path, info, layout, samples, rows)
+
+
+def _check(layout: Layout, sample: Sample, records: int, what: str) -> None:
+  """Raises a StoreError unless a sample's numbers go together, and its records are there."""
+  numbers = f"{sample.frames} frames in clips of {sample.clip_frames}, records {sample.first_record} to {sample.first_record + sample.records}"
+  whole = sample.clip_frames in (1, layout.clip_frames) and sample.frames in COUNT and not sample.frames % sample.clip_frames
+  if not whole or sample.records != -(-sample.frames // sample.clip_frames // clips_per_record(layout, sample.clip_frames)):
+    raise StoreError(f"{what} can't have {numbers}")
+  if sample.first_record < 0 or sample.first_record + sample.records > records:
+    raise StoreError(f"{what} has records {sample.first_record} to {sample.first_record + sample.records}, and there are {records}")
 
 
 def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> Iterator[tuple[bytes, int, Any]]:
@@ -445,8 +472,12 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
 
 def shard_files(folder: pathlib.Path, layout: Layout, count: int) -> list[pathlib.Path]:
   """What `finish` calls the shards that have records."""
-  name = layout.folder
-  return [folder / name / f"{name}-train.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
+  return files_of(folder / layout.folder, count)
+
+
+def files_of(dataset: pathlib.Path, count: int) -> list[pathlib.Path]:
+  """What a dataset's files are called: FILES."""
+  return [dataset / f"{dataset.name}-train.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
 
 
 def write_store(
@@ -523,17 +554,29 @@ def _jpeg(frame: np.ndarray, quality: int) -> bytes:
   return cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
-def _layout(info: Mapping[str, Any]) -> Layout:
-  features = info["features"]
-  return Layout(info["image_size"], info["clip_frames"], info["quality"], features and Features(**features))
+def _layout(info: Mapping[str, Any], where: pathlib.Path) -> Layout:
+  features, wanted = info["features"], {"image_size": PIXELS, "clip_frames": FRAMES}
+  if info["quality"] is not None:
+    wanted["quality"] = range(1, 101)
+  problems = [inputs.beyond(key, info[key], bounds) for key, bounds in wanted.items()]
+  if features is not None:
+    features = Features(**features)
+    problems += [inputs.beyond(f"features.{key}", getattr(features, key), TOKENS) for key in ("tokens_per_frame", "width")]
+    problems += [] if isinstance(features.identity, str) else ["features.identity must be text"]
+  if problems := list(filter(None, problems)):
+    raise StoreError(f"{where}: {'; '.join(problems)}")
+  return Layout(info["image_size"], info["clip_frames"], info["quality"], features)
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
   text = lambda key: row[key].decode("utf-8")
   number = lambda key: int(row[key])
+  talk = json.loads(text("conversations"))
+  if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk):
+    raise ValueError(f"conversations = {inputs.short(talk)}: must be a list of objects")
   return Sample(
     id=text("id"), source=text("source"), annotation=text("annotation"), position=number("position"),
-    conversations=tuple(json.loads(text("conversations"))), time_message=text("time_message"),
+    conversations=tuple(talk), time_message=text("time_message"),
     frames=number("frames"), clip_frames=number("clip_frames"),
     first_record=number("first_record"), records=number("records"),
   )
