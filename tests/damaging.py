@@ -90,7 +90,8 @@ def encoding(r: random.Random, data: bytes) -> bytes:
   text = data.decode("utf-8", "replace")
   start = r.randrange(len(data) or 1)
   return r.choice((
-    text.encode("utf-16"), text.encode("utf-32"), b"\xef\xbb\xbf" + data, data[:start] + b"\xff\xfe\xe9" + data[start:], data.replace(b"\n", b"\r\n"),
+    text.encode("utf-16"), text.encode("utf-32"), b"\xef\xbb\xbf" + data, data.replace(b"\n", b"\r\n"),
+    data[:start] + b"\xff\xfe\xe9" + data[start:],
     data[:start] + b"\0" + data[start:], data[:start] + "\u2028".encode() + data[start:], data[:start] + b"\xed\xa0\x80" + data[start:],
   ))  # fmt: skip
 
@@ -101,8 +102,9 @@ def foreign(r: random.Random, data: bytes) -> bytes:
   return r.choice((
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(made-by-postscript) (w) file closefile showpage\n",
     f"ffconcat version 1.0\nfile '{there}/film.mp4'\n".encode(), f"#EXTM3U\n#EXTINF:1,\n{there}/film.mp4\n#EXT-X-ENDLIST\n".encode(),
-    f"<svg xmlns='http://www.w3.org/2000/svg'><image href='{there}/secret.txt'/></svg>".encode(), b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n",
-    b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0ftouch made-by-me\x85R.", b"<html>", b"PK\x05\x06" + bytes(18), b"version https://git-lfs.github.com/spec/v1\n",
+    f"<svg xmlns='http://www.w3.org/2000/svg'><image href='{there}/secret.txt'/></svg>".encode(),
+    b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n", b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0ftouch made-by-me\x85R.",
+    b"<html>", b"PK\x05\x06" + bytes(18), b"version https://git-lfs.github.com/spec/v1\n",
   ))  # fmt: skip
 
 
@@ -174,7 +176,8 @@ def in_yaml(r: random.Random, data: bytes) -> bytes:
     key = r.choice(("data_root", "json_path", "video_read_type", "sampling_strategy", "frame_rate", "text_samples", "other"))
     tag = r.choice(("*a11", "!!python/object/apply:os.system ['touch made-by-me']", "&b [*b]", "2001-01-01", "0x7fffffffffffffff", "1e400"))
     return f"{laughs if tag == '*a11' else ''}\ndatasets:\n- json_path: videos.json\n  data_root: videos\n  {key}: {tag}\n".encode()
-  return yaml.safe_dump(reshape(r, yaml.safe_load(data))).replace("'@deep@'", "[" * 2000 + "]" * 2000).replace("@deep@", "[" * 2000 + "]" * 2000).encode("utf-8", "surrogatepass")
+  text = yaml.safe_dump(reshape(r, yaml.safe_load(data)))
+  return re.sub("'?@deep@'?", "[" * 2000 + "]" * 2000, text).encode("utf-8", "surrogatepass")
 
 
 def in_safetensors(r: random.Random, data: bytes) -> bytes:
@@ -198,7 +201,8 @@ def in_npz(r: random.Random, data: bytes) -> bytes:
     raw[name] = npy(a.astype(r.choice(("float64", "int8", "bool", "complex64", "U9", "float16", "uint16", ">f4"))))
   elif what == "numbers" and a.dtype.kind in "fui" and a.size:
     b = a.copy()
-    b.flat[r.randrange(b.size)] = r.choice((np.nan, np.inf, -1e30, 1e30)) if a.dtype.kind == "f" else r.choice((0x7FC0, 0x7F80, 0xFF80)) % (np.iinfo(a.dtype).max + 1)
+    floats = a.dtype.kind == "f"  # others may be bfloat16 by their bits
+    b.flat[r.randrange(b.size)] = r.choice((np.nan, np.inf, 1e30) if floats else (0x7FC0 & np.iinfo(a.dtype).max, 0x7F80 & np.iinfo(a.dtype).max))
     raw[name] = npy(b)
   elif what == "object":
     raw[name] = npy(np.array([{"a": 1}], object))
@@ -268,8 +272,8 @@ def in_png(r: random.Random, data: bytes) -> bytes:
 
 
 INSIDE: dict[str, Callable[[random.Random, bytes], bytes]] = {
-  ".json": in_json, ".jsonl": in_json, ".yaml": in_yaml, ".safetensors": in_safetensors, ".npz": in_npz, ".png": in_png, "_METADATA": in_json, "_sharding": in_json,
-  "_CHECKPOINT_METADATA": in_json,
+  ".json": in_json, ".jsonl": in_json, ".yaml": in_yaml, ".safetensors": in_safetensors, ".npz": in_npz, ".png": in_png,
+  "_METADATA": in_json, "_sharding": in_json, "_CHECKPOINT_METADATA": in_json,
 }  # fmt: skip
 
 

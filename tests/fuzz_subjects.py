@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -18,17 +17,25 @@ import cv2
 import decoding
 import numpy as np
 import yaml
-from fuzzing import ROOT, Command, Subject
+from fuzzing import ROOT, Subject
 from PIL import Image
 
 # All that readers import is imported before the first child is forked; JAX itself begins in the children.
-from xcomp_jax import ask, comparison, encode, evaluate, export, needles, official, parity, predecode, tasks, weights
+from xcomp_jax import (
+  ask,
+  comparison,
+  encode,
+  export,
+  needles,
+  official,
+  predecode,
+  tasks,
+  weights,
+)
 from xcomp_jax.config import LPCompConfig, ModelConfig
 from xcomp_jax.data import check, mixture, prompt, store, video
 
-__all__ = ["COMMANDS", "SUBJECTS", "ask", "evaluate", "make", "needles", "parity", "predecode"]
-
-MODEL = ModelConfig(clip_frames=8, yarn="checkpoint", dtype="float32", param_dtype="float32", clips_per_chunk=2, attention="auto", remat=False)
+MODEL = ModelConfig(8, "checkpoint", "float32", "float32", clips_per_chunk=2, attention="auto", remat=False)
 LP_COMP = LPCompConfig("cosine", "suffix", 16)
 IDENTITY = "0123456789abcdef-float32"  # of the tower, so that readers of encoded videos need no weights
 SIZE = 48
@@ -79,7 +86,8 @@ def make(good: pathlib.Path) -> None:
   ]  # fmt: skip
   (good / "bench" / "questions.json").write_text(json.dumps(questions, indent=1))
   (good / "needles").mkdir()
-  (good / "needles" / "needles.json").write_text(json.dumps([{"image": f"{i}.png", "question": f"Q{i}?\nA. x\nB. y", "answer": "A"} for i in range(2)]))
+  hidden = [{"image": f"{i}.png", "question": f"Q{i}?\nA. x\nB. y", "answer": "A"} for i in range(2)]
+  (good / "needles" / "needles.json").write_text(json.dumps(hidden))
   for i in range(2):
     pictures[i].save(good / "needles" / f"{i}.png")
   (good / "recorded").mkdir()
@@ -153,17 +161,12 @@ def right_config(given, file, good, found) -> str:
     return f"reads another {', '.join(wrong)}" if wrong else ""
   llm, tower = found["cfg"]["llm"], found["cfg"]["vision"]
   pairs = {
-    "hidden_size": llm["width"], "intermediate_size": llm["mlp_width"], "num_hidden_layers": llm["layers"], "num_attention_heads": llm["heads"],
-    "num_key_value_heads": llm["kv_heads"], "vocab_size": llm["vocab_size"], "rope_theta": llm["rope_theta"], "rms_norm_eps": llm["norm_eps"],
-    "mm_hidden_size": tower["width"],
+    "hidden_size": llm["width"], "intermediate_size": llm["mlp_width"], "num_hidden_layers": llm["layers"], "rms_norm_eps": llm["norm_eps"],
+    "num_attention_heads": llm["heads"], "num_key_value_heads": llm["kv_heads"], "vocab_size": llm["vocab_size"],
+    "rope_theta": llm["rope_theta"], "mm_hidden_size": tower["width"],
   }  # fmt: skip
   wrong = [f"{key} = {value}, not {said.get(key)}" for key, value in pairs.items() if said.get(key) != value]
   return f"reads {', '.join(wrong)}" if wrong else ""
-
-
-@functools.cache
-def sizes(tiny: pathlib.Path):
-  return weights.read_config(tiny, MODEL, LP_COMP)
 
 
 def read_weights(given, file) -> Any:
@@ -257,7 +260,8 @@ def read_store(given, file) -> Any:
   folder = next(folder for folder in file.parents if (folder.parent.parent == given))
   opened = store.open_store(folder)
   pixels = [digest(opened.visual(i)) for i in range(len(opened))]
-  return {"samples": [dataclasses.asdict(sample) for sample in opened.samples], "pixels": pixels, "sizes": [opened.image_size, opened.clip_frames]}
+  samples = [dataclasses.asdict(sample) for sample in opened.samples]
+  return {"samples": samples, "pixels": pixels, "sizes": [opened.image_size, opened.clip_frames]}
 
 
 def verify_store(given, file) -> Any:
@@ -303,7 +307,8 @@ def right_encoded(given, file, good, found) -> str:
 
 def read_frames(given, file, style: str = "ask") -> Any:
   got = video.load(file, size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8, style=style, read_type=video.kind(file))
-  return {"shape": list(got.frames.shape), "type": str(got.frames.dtype), "seconds": got.seconds, "indices": got.indices.tolist(), "pixels": digest(got.frames)}
+  shape, kind = list(got.frames.shape), str(got.frames.dtype)
+  return {"shape": shape, "type": kind, "seconds": got.seconds, "indices": got.indices.tolist(), "pixels": digest(got.frames)}
 
 
 def right_frames(given, file, good, found) -> str:
@@ -313,7 +318,8 @@ def right_frames(given, file, good, found) -> str:
     return f"gives {found['type']}{found['shape']}"
   if not 0 <= found["seconds"] < 1e9 or found["indices"] != sorted(found["indices"]) or found["indices"][0] < 0:
     return f"gives seconds {found['seconds']}, frames {found['indices']}"
-  return "reads a film where there is a picture, or the other way" if (count == 1) != (good["shape"][0] == 1) and file.suffix != ".webp" else ""
+  other = (count == 1) != (good["shape"][0] == 1) and file.suffix != ".webp"
+  return "reads a film where there is a picture, or the other way" if other else ""
 
 
 def read_questions(given, file) -> Any:
@@ -324,7 +330,8 @@ def right_questions(given, file, good, found) -> str:
   now = parsed(file)
   if not isinstance(now, list) or len(now) != len(found):
     return f"reads {len(found)} questions"
-  wrong = [i for i, (item, q) in enumerate(zip(now, found)) if not q["prompt"].startswith(str(item["question"])) or q["videos"] != [item["video"]] and q["videos"] != (item["video"],)]
+  same = lambda item, q: q["prompt"].startswith(str(item["question"])) and q["videos"] == [item["video"]]
+  wrong = [i for i, pair in enumerate(zip(now, found)) if not same(*pair)]
   return f"reads another question {wrong[0]}" if wrong else ""
 
 
@@ -347,8 +354,10 @@ def right_needles(given, file, good, found) -> str:
   now = parsed(given / "needles" / "needles.json")
   if not isinstance(now, list) or len(now) != len(found):
     return f"reads {len(found)} needles"
-  wrong = [i for i, (item, needle) in enumerate(zip(now, found)) if needle[0]["question"] != [item["question"], item["answer"]] and needle[0]["question"] != (item["question"], item["answer"])]
-  return f"reads another needle {wrong[0]}" if wrong else "" if all(c[0] == [8, 16, 16, 3] for _, clips in found for c in clips) else "gives other clips"
+  wrong = [i for i, (item, (asked, _)) in enumerate(zip(now, found)) if asked["question"] != [item["question"], item["answer"]]]
+  if wrong:
+    return f"reads another needle {wrong[0]}"
+  return "" if all(clip[0] == [8, 16, 16, 3] for _, clips in found for clip in clips) else "gives other clips"
 
 
 STILLS = tuple(f"world/videos/{name}" for name in ("still*.png", "palette.png", "still.jpg", "still.webp", "still.bmp"))
@@ -380,166 +389,3 @@ SUBJECTS = (
   of(name="recorded arrays", files=("recorded/vectors.npz",), read=read_recorded, right=right_recorded),
 )  # fmt: skip
 NAMED = {subject.name: subject for subject in SUBJECTS}
-
-
-# --- commands --------------------------------------------------------------------------------------------------
-
-
-def asking(checkpoint: str | pathlib.Path, what: list[str]) -> list[str]:
-  return ["xcomp_jax.ask", f"--checkpoint={checkpoint}", *LOOK, *what]
-
-
-def ask_line(given, file, out) -> list[str]:
-  """Asks with the damaged file in its place."""
-  checkpoint, what = given / "tiny", ["--video", str(given / "world" / "videos" / "film.mp4"), "--question=Which?"]
-  if file.parent.parent == given and (file.parent / "config.json").exists():
-    checkpoint = file.parent
-  elif given / "orbax" in file.parents:
-    checkpoint = given / "orbax"
-  elif file.suffix == ".npz":
-    what = ["--encoded", str(file), "--question=Which?"]
-  elif file.suffix == ".txt":
-    what = [*what[:2], "--questions", str(file)]
-  else:
-    what[1] = str(file)
-  return asking(checkpoint, what)
-
-
-def said(given, file, out, stdout) -> Any:
-  return stdout
-
-
-def read_asked(given, file) -> Any:
-  return pathlib.Path(file).read_bytes().decode("utf-8-sig").split()
-
-
-def read_film(given, file) -> Any:
-  """Of this model's tower, unlike `read_encoded`."""
-  model = weights.load(given / "tiny", weights.read_config(given / "tiny", MODEL, LP_COMP))
-  found = encode.load(file, model)
-  return {"features": [list(found.features[0].shape), digest(found.features[0])], "times": digest(found.times), "seconds": found.seconds}
-
-
-def right_film(given, file, good, found) -> str:
-  return "" if found["features"][0] == good["features"][0] else "takes features of another shape"
-
-
-QUESTIONS = of(name="questions of ask", files=(), read=read_asked, right=lambda *_: "", plain=True)
-FILM = of(name="encoded video of tiny", files=(), read=read_film, right=right_film)
-
-
-def predecode_line(given, file, out) -> list[str]:
-  return [
-    "xcomp_jax.predecode", "--mixture", str(given / "world" / "mixture.yaml"), "--root", str(given / "world"), "--image_size=16", "--min_frames=8",
-    "--max_frames=16", "--workers=0", "--out", str(out),
-  ]  # fmt: skip
-
-
-def predecoded(given, file, out, stdout) -> Any:
-  if not (out / "store.json").exists():
-    return None
-  opened = store.open_store(out)  # without JAX
-  return {"samples": [[s.source.rpartition("/")[2], s.frames, list(s.conversations)] for s in opened.samples], "pixels": [digest(opened.visual(i)) for i in range(len(opened))]}
-
-
-def read_world(given, file) -> Any:
-  """Whether predecode should take it: annotations without faults, and files of which a clip can be read."""
-  found = read_mixture(given, file)
-  if faults := [fault for job in found["jobs"] for fault in job["faults"]]:
-    raise prompt.AnnotationError(f"{file.name}: {faults[0]}")
-  for job in found["jobs"]:
-    kind = job["reader"]
-    if kind is not None:
-      video.load(job["sample"]["source"], size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8, style="train", read_type=kind, start=job["start"], end=job["end"])
-  return found
-
-
-WORLD = of(name="world", files=(), read=read_world, right=lambda given, file, good, found: right_mixture(given, file, good, found) if file.suffix in (".json", ".jsonl", ".yaml") else "")
-
-
-def verify_line(given, file, out) -> list[str]:
-  return ["xcomp_jax.predecode", "--verify", str(next(folder for folder in file.parents if folder.name == "data"))]
-
-
-def inspect_line(given, file, out) -> list[str]:
-  return ["xcomp_jax.predecode", "--inspect", str(next(folder for folder in file.parents if folder.name == "data")), "--sheet", f"{out}.png"]
-
-
-def export_line(form: str):
-  def line(given, file, out) -> list[str]:
-    return ["xcomp_jax.export", f"--format={form}", "--checkpoint", str(next(folder for folder in file.parents if folder.parent == given)), "--out", str(out)]
-
-  return line
-
-
-def exported(given, file, out, stdout) -> Any:
-  """The tensors of an export in the official layout."""
-  return tensors(out / "model.safetensors") if (out / "model.safetensors").exists() else stdout.split(": ")[-1] if (out / "params").exists() else None
-
-
-def evaluate_line(given, file, out) -> list[str]:
-  return [
-    "xcomp_jax.evaluate", "--task=lvbench", "--annotations", str(given / "bench" / "questions.json"), "--videos", str(given / "world" / "videos"),
-    f"--checkpoint={given / 'tiny'}", "--preset=none", "--devices=1", *LOOK, "--out", str(out),
-  ]  # fmt: skip
-
-
-def evaluated(given, file, out, stdout) -> Any:
-  """(video, question, answer) of all, in the order of the annotations."""
-  if not (out / "samples.jsonl").exists():
-    return None
-  lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().split("\n") if line]
-  return [[os.path.basename(line["video"]), line["prompt"], line.get("answer")] for line in lines]
-
-
-def others_answered(good, found) -> str:
-  """A bad video costs its own questions."""
-  if found is None:
-    return "answers nothing about the other videos"
-  wrong = [b for a, b in zip(good, found, strict=True) if a != b and (b[2] is not None or not b[0].startswith("film"))]
-  return f"answers something else: {wrong[0]}" if wrong else ""
-
-
-def needles_line(given, file, out) -> list[str]:
-  return [
-    "xcomp_jax.needles", f"--checkpoint={given / 'tiny'}", "--needles", str(given / "needles" / "needles.json"), "--images", str(given / "needles"),
-    "--haystack", str(given / "world" / "videos" / "film.mp4"), "--mode=aligned", "--repeat=1", "--clips-per-chunk=2", "--select=8", "--frames", "32",
-    "--depths", "0.5", "--min-frames=8", "--out", str(out),
-  ]  # fmt: skip
-
-
-def found_needles(given, file, out, stdout) -> Any:
-  if not (out / "results.json").exists():
-    return None
-  found = json.loads((out / "results.json").read_text())
-  return [found["right"], found["found"], found["cells"]]
-
-
-def parity_line(given, file, out) -> list[str]:
-  return ["xcomp_jax.parity", str(given / "recorded")]
-
-
-def rows(given, file, out, stdout) -> Any:
-  return re.findall(r"\b(pass|FAIL|absent)\b", stdout)
-
-
-made = Command
-COMMANDS = (
-  made(name="ask about a video", subject=NAMED["video"], files=FILMS, line=ask_line, result=said),
-  made(name="ask about a picture", subject=NAMED["image"], files=(*STILLS, "world/videos/move.gif"), line=ask_line, result=said),
-  made(name="ask with a config", subject=NAMED["config.json"], files=("tiny/config.json", "tiny/xcomp.json"), line=ask_line, result=said),
-  made(name="ask with weights", subject=NAMED["index"], files=("tiny/model.safetensors", "sharded/model*"), line=ask_line, result=said),
-  made(name="ask with a tokenizer", subject=NAMED["tokenizer"], files=tuple(f"tiny/{name}" for name in PARTS), line=ask_line, result=said),
-  made(name="ask an encoded video", subject=FILM, files=("film/film.npz",), line=ask_line, result=said),
-  made(name="ask questions of a file", subject=QUESTIONS, files=("asked/questions.txt",), line=ask_line, result=said),
-  made(name="evaluate with a bad video", subject=NAMED["video"], files=("world/videos/film.mp4",), line=evaluate_line, result=evaluated, apart=others_answered),
-  made(name="evaluate bad questions", subject=NAMED["questions"], files=("bench/questions.json",), line=evaluate_line, result=evaluated),
-  made(name="predecode annotations", subject=WORLD, files=("world/mixture.yaml", "world/*.json", "world/*.jsonl"), line=predecode_line, result=predecoded),
-  made(name="predecode files", subject=WORLD, files=("world/videos/v?.mp4", "world/videos/still*.png", "world/videos/move.gif", "world/videos/steps/*"), line=predecode_line, result=predecoded),
-  made(name="verify", subject=NAMED["shards, verified"], files=("*/data/store.json", "*/data/manifest.jsonl", "*/data/*/*"), line=verify_line, result=said),
-  made(name="inspect", subject=NAMED["shards"], files=("store/data/store.json", "jpeg/data/*/*"), line=inspect_line, result=lambda *_: None),
-  made(name="export", subject=NAMED["index"], files=("tiny/*.json", "tiny/*.safetensors", "sharded/model*"), line=export_line("torch"), result=exported),
-  made(name="export an Orbax checkpoint", subject=NAMED["Orbax"], files=("orbax/params/**/*",), line=export_line("torch"), result=exported),
-  made(name="needles", subject=NAMED["needles"], files=("needles/*",), line=needles_line, result=found_needles),
-  made(name="parity", subject=NAMED["recorded arrays"], files=("recorded/vectors.npz",), line=parity_line, result=rows),
-)  # fmt: skip

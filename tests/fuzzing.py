@@ -1,4 +1,6 @@
-"""Gives damaged files to everything that reads files, in processes that may die: see `damaging` for how, `fuzz_subjects` for what.
+"""Gives damaged files to everything that reads files, in processes that may die.
+
+`damaging` says how files are damaged, `fuzz_subjects` and `fuzz_commands` which, and what reads them.
 
   python tests/fuzzing.py --cases 3000 --commands 100            with a new seed, which is printed
   python tests/fuzzing.py --seed 7 --cases 3000 --commands 100   the same again
@@ -111,7 +113,7 @@ def listing(folder: pathlib.Path, but: Sequence[str] = ()) -> dict[str, Any]:
 
 def forked(case: pathlib.Path, limits: tuple[int, int], deed: Callable[[], Any]) -> Ended:
   """Lets a child do something, within limits, in a folder of its own; `deed` gives what it tells, and SystemExit is its end."""
-  seconds, most = limits
+  seconds, _ = limits
   for name in ("home", "tmp", "cwd"):
     (case / name).mkdir(exist_ok=True)
   pid = os.fork()
@@ -166,9 +168,9 @@ def read_in_child(case: pathlib.Path, subject: Subject, file: pathlib.Path) -> E
     try:
       return {"found": subject.read(case / "given", file)}
     except Exception as error:
-      kinds = [kind.__name__ for kind in type(error).__mro__]
-      own = isinstance(error, OSError) or (isinstance(error, ValueError) and (type(error).__module__.startswith("xcomp_jax.") or subject.plain))
-      return {"error": str(error), "kind": kinds[0], "own": own and type(error) is not UnicodeDecodeError, "trace": traceback.format_exc()}
+      ours = type(error).__module__.startswith("xcomp_jax.") or (subject.plain and type(error) is ValueError)
+      own = isinstance(error, OSError) or (isinstance(error, ValueError) and ours)
+      return {"error": str(error), "kind": type(error).__name__, "own": own, "trace": traceback.format_exc()}
 
   return forked(case, READER, deed)
 
@@ -204,8 +206,11 @@ def wrong_about_error(text: str, given: pathlib.Path, file: pathlib.Path) -> str
 class Survey:
   """Cases of a seed, over the good files in a folder."""
 
-  def __init__(self, good: pathlib.Path, work: pathlib.Path, keep: pathlib.Path, subjects: Sequence[Subject], commands: Sequence[Command], seed: int):
+  def __init__(
+    self, good: pathlib.Path, work: pathlib.Path, keep: pathlib.Path, subjects: Sequence[Subject], commands: Sequence[Command], seed: int
+  ):
     self.good, self.work, self.keep, self.subjects, self.commands, self.seed = good, work, keep, subjects, commands, seed
+    self.same = False  # whether the last reader has read what it reads of the good file
     self.known: dict[tuple[str, str], Any] = {}
 
   def chosen(self, number: int, command: bool) -> tuple[Subject | Command, pathlib.Path, list[tuple[str, int]]]:
@@ -281,7 +286,8 @@ class Survey:
     told = ended.told or {}
     if not fault and "error" in told:
       fault = f"refuses it: {told['error'][:300]}" if taken else "" if told["own"] else f"raises {told['kind']}"
-      return fault or wrong_about_error(told["error"], case / "given", file), f"{told['kind']}: {told['error'][:3000]}\n{told['trace'][-3000:]}"
+      fault = fault or wrong_about_error(told["error"], case / "given", file)
+      return fault, f"{told['kind']}: {told['error'][:3000]}\n{told['trace'][-3000:]}"
     if not fault and "found" not in told:
       fault = f"ends with exit code {ended.code}"
     if fault:
@@ -340,7 +346,8 @@ class Survey:
         try:
           about = self.case(number, command)
         except Exception:
-          about = {"number": number, "command": command, "what": "the fuzzer", "fault": "fails", "said": traceback.format_exc(), "steps": [], "file": ""}
+          about = {"number": number, "command": command, "what": "the fuzzer", "file": "", "steps": []}
+          about |= {"fault": "fails", "said": traceback.format_exc()}
         queue.put(about | {"seconds": round(time.monotonic() - begun, 2)})
 
     workers = [context.Process(target=work, args=(share,)) for share in range(jobs)]
@@ -375,16 +382,16 @@ def main() -> None:
   args = parser.parse_args()
   print(f"seed {args.seed}", flush=True)
 
-  import fuzz_subjects
+  import fuzz_commands
 
   work = args.keep / f"work-{os.getpid()}"
   work.mkdir(parents=True)
   try:
-    made = forked(work, (300, 1 << 40), lambda: fuzz_subjects.make(work / "good"))
+    made = forked(work, (300, 1 << 40), lambda: fuzz_commands.fuzz_subjects.make(work / "good"))
     assert made.code == 0, made.err
     shutil.copytree(work / "good", work / "compare", copy_function=shutil.copy2)
     before = listing(work / "good")
-    survey = Survey(work / "good", work, args.keep, fuzz_subjects.SUBJECTS, fuzz_subjects.COMMANDS, args.seed)
+    survey = Survey(work / "good", work, args.keep, fuzz_commands.fuzz_subjects.SUBJECTS, fuzz_commands.COMMANDS, args.seed)
     numbers = [(n, True) for n in range(args.commands)] + [(n, False) for n in range(args.cases)]
     if args.number is not None:
       numbers = [(args.number, args.command)]
