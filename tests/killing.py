@@ -114,13 +114,15 @@ def trained(own: pathlib.Path, said: str) -> dict[str, Any]:
   import numpy as np
   import orbax.checkpoint as ocp
 
-  out: dict[str, Any] = {"names": sorted(path.name for path in (own / "run").iterdir()), "config": (own / "run" / "config.json").read_bytes()}
+  out: dict[str, Any] = {"names": sorted(path.name for path in (own / "run").iterdir())}
+  out["config"] = (own / "run" / "config.json").read_bytes()
   steps = own / "run" / "checkpoints"
   out["steps"] = sorted(path.name for path in steps.iterdir())
   for step in steps.iterdir():
     for part in ("params", "opt"):
       tree = ocp.StandardCheckpointHandler().restore(step / part)
-      out |= {f"{step.name} {part} {jax.tree_util.keystr(path)}": np.asarray(leaf).tobytes() for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+      leaves = jax.tree_util.tree_leaves_with_path(tree)
+      out |= {f"{step.name} {part} {jax.tree_util.keystr(path)}": np.asarray(leaf).tobytes() for path, leaf in leaves}
     out |= {f"{step.name} {part}": (step / part / "metadata").read_bytes() for part in ("data", "config")}
   return out
 
@@ -152,8 +154,8 @@ def old_or_new(shared: pathlib.Path, own: pathlib.Path) -> str:
 
 def tiny_training(shared: pathlib.Path, own: pathlib.Path) -> list[str]:
   changes = {
-    "workdir": own / "run", "init_from": shared / "tiny", "data.train": shared / "store", "data.heldout": None, "data.threads": 1, "train.steps": 6,
-    "train.batch_size": 2, "train.save_every": 1, "train.keep_last": 2, "train.log_every": 1,
+    "workdir": own / "run", "init_from": shared / "tiny", "data.train": shared / "store", "data.heldout": None, "data.threads": 1,
+    "train.steps": 6, "train.batch_size": 2, "train.save_every": 1, "train.keep_last": 2, "train.log_every": 1,
   }  # fmt: skip
   return ["xcomp_jax.train", f"--config={ROOT / 'configs' / 'sct.py'}:tiny", *(f"--config.{key}={value}" for key, value in changes.items())]
 
@@ -162,22 +164,23 @@ COMMANDS = (
   Killed(
     name="predecode", leaves={"out"}, result=lambda own, said: contents(own / "out"),
     line=lambda shared, own: [
-      "xcomp_jax.predecode", "--mixture", str(shared / "world" / "mixture.yaml"), "--root", str(shared / "world"), "--image_size=16", "--min_frames=8",
-      "--max_frames=16", "--workers=2", "--samples_per_shard=2", "--out", str(own / "out"),
+      "xcomp_jax.predecode", "--mixture", str(shared / "world" / "mixture.yaml"), "--root", str(shared / "world"), "--image_size=16",
+      "--min_frames=8", "--max_frames=16", "--workers=2", "--samples_per_shard=2", "--out", str(own / "out"),
     ],
   ),
   Killed(
     name="export", leaves={"out"}, result=lambda own, said: contents(own / "out"), between=old_or_new,
     before=lambda shared, own: shutil.copytree(shared / "old", own / "out") and None,
     line=lambda shared, own: [
-      "xcomp_jax.export", "--checkpoint", str(shared / "tiny"), "--format=torch", "--dtype=bfloat16", "--overwrite", "--out", str(own / "out"),
+      "xcomp_jax.export", "--checkpoint", str(shared / "tiny"), "--format=torch", "--dtype=bfloat16", "--overwrite",
+      "--out", str(own / "out"),
     ],
   ),
   Killed(
     name="ask", leaves={"film.npz", "page.html"}, result=asked,
     line=lambda shared, own: [
-      "xcomp_jax.ask", "--checkpoint", str(shared / "tiny"), "--video", str(shared / "world" / "videos" / "v0.mp4"), *LOOK, "--question=Which digit?",
-      "--question=And then?", "--encoded", str(own / "film.npz"), "--report", str(own / "page.html"),
+      "xcomp_jax.ask", "--checkpoint", str(shared / "tiny"), "--video", str(shared / "world" / "videos" / "v0.mp4"), *LOOK,
+      "--question=Which digit?", "--question=And then?", "--encoded", str(own / "film.npz"), "--report", str(own / "page.html"),
     ],
   ),
   Killed(
@@ -190,8 +193,8 @@ COMMANDS = (
   Killed(
     name="needles", leaves={"out"}, result=lambda own, said: answered(own / "out"),
     line=lambda shared, own: [
-      "xcomp_jax.needles", "--checkpoint", str(shared / "tiny"), "--synthetic=2", "--frames", "64", "--depths", "0", "1", "--select=8", "--mode=aligned",
-      "--repeat=1", "--clips-per-chunk=8", "--out", str(own / "out"),
+      "xcomp_jax.needles", "--checkpoint", str(shared / "tiny"), "--synthetic=2", "--frames", "64", "--depths", "0", "1", "--select=8",
+      "--mode=aligned", "--repeat=1", "--clips-per-chunk=8", "--out", str(own / "out"),
     ],
   ),
   Killed(name="train", leaves={"run"}, result=trained, line=tiny_training),
@@ -206,7 +209,8 @@ def make(shared: pathlib.Path) -> None:
 
   shutil.copytree(ROOT / "assets" / "tiny", shared / "tiny")
   world = decoding.make_world(shared / "world")
-  predecode.predecode(world / "mixture.yaml", shared / "store", predecode.Settings(image_size=48, max_frames=16, min_frames=8, fps=8.0, clip_frames=8), root=world)
+  settings = predecode.Settings(image_size=48, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
+  predecode.predecode(world / "mixture.yaml", shared / "store", settings, root=world)
   questions = [
     {"video": f"v{i}", "type": "a", "question": f"{text}?", "candidates": ["(A) x", "(B) y"], "answer": "(B) y", "question_type": ["a"]}
     for i in range(3) for text in ("Who", "Where")
@@ -239,7 +243,8 @@ class Kills:
     self.log.unlink(missing_ok=True)
     line = [sys.executable, __file__, "trap", str(number), str(self.log), str(self.own), *self.command.line(self.shared, self.own)]
     with open(self.own.with_suffix(".out"), "w+") as out, open(self.own.with_suffix(".err"), "w+") as err:
-      process = subprocess.Popen(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=os.environ | {"PYTHONPATH": str(ROOT)})
+      environment = os.environ | {"PYTHONPATH": str(ROOT)}
+      process = subprocess.Popen(line, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
       try:
         process.wait(after if after is not None else 600)
       except subprocess.TimeoutExpired:
@@ -250,8 +255,10 @@ class Kills:
       said = out.read(), err.read()
     moments = self.log.read_text().splitlines() if self.log.exists() else []
     last = moments[-1] if moments else "nothing"
-    how = f"killed before {last}" if number and process.returncode < 0 else f"killed after {after:.1f} s, {last}" if process.returncode < 0 and after else f"ended with {process.returncode}"
-    self.history.append(how)
+    if process.returncode >= 0:
+      self.history.append(f"ended with {process.returncode}")
+    else:
+      self.history.append(f"killed before {last}" if after is None else f"killed after {after:.1f} s, {last}")
     return process.returncode, *said
 
   def moments(self) -> list[str]:
@@ -300,15 +307,17 @@ class Kills:
           break
         code, out, err = self.run()
         done = out if code == 0 else ""
-        if code and "--overwrite" not in err and code != 0:
+        if code:
           time.sleep(PAUSE)
       if not fault and not done:
         fault = f"is not done after {AGAIN} times: {err[-600:]}"
       fault = fault or self.differs(done)
       if fault:
         found.append(f"{self.command.name}: {fault}\n  " + "\n  ".join(self.history))
+        print(found[-1], flush=True)
     if killed < kills:
       found.append(f"{self.command.name}: only {killed} kills in {rounds} rounds")
+      print(found[-1], flush=True)
     print(f"{self.command.name}: {killed} kills in {rounds} rounds, {len(self.all)} moments, {len(found)} faults", flush=True)
     return found
 
@@ -337,9 +346,10 @@ def main() -> None:
   make(args.work / "shared")
   chosen = [command for command in COMMANDS if command.name in (args.commands or [command.name])]
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-    every = pool.map(lambda command: Kills(command, args.work / "shared", args.work, random.Random(f"{args.seed}/{command.name}")).faults(args.kills), chosen)
-    found = [fault for faults in every for fault in faults]
-  print("\n".join([*found, f"seed {args.seed}: {len(found)} faults"]))
+    shared, chance = args.work / "shared", lambda command: random.Random(f"{args.seed}/{command.name}")
+    every = list(pool.map(lambda command: Kills(command, shared, args.work, chance(command)).faults(args.kills), chosen))
+  found = [fault for faults in every for fault in faults]
+  print(f"seed {args.seed}: {len(found)} faults")
   sys.exit(bool(found))
 
 
