@@ -30,7 +30,7 @@ def get_config(stage: str = "see") -> ConfigDict:
     ValueError: there is no such stage.
   """
   if stage not in STAGES:
-    raise ValueError(f"configs/base.py has no stage {stage!r}; known: {', '.join(STAGES)}")
+    raise ValueError(f"no stage {stage!r}; known: {', '.join(STAGES)}")
   rate, epochs, vision, shapes = STAGES[stage]
   free = lambda value: FieldReference(value, field_type=object)
   before = {"see": "init", "answer": "see/model", "find": "answer/model"}[stage]

@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
   """
   variants = {"": _paper, "tiny": _tiny, "7b": _7b}
   if variant not in variants:
-    raise ValueError(f"configs/sct.py has no variant {variant!r}; known: {', '.join(v for v in variants if v)}")
+    raise ValueError(f"no variant {variant!r}; known: {', '.join(v for v in variants if v)}")
   return variants[variant]()
 
 

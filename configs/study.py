@@ -45,7 +45,7 @@ def get_config(variant: str = "see") -> ConfigDict:
     ValueError: there is no such variant.
   """
   if variant not in STAGES | RULES:
-    raise ValueError(f"configs/study.py has no variant {variant!r}; known: {', '.join(STAGES | RULES)}")
+    raise ValueError(f"no variant {variant!r}; known: {', '.join(STAGES | RULES)}")
   tuned = variant in RULES
   rate, batch, epochs, vision, frames, text = TUNING if tuned else STAGES[variant]
   schedule, keep = RULES.get(variant, RULES["none"])  # the base is trained without compression

@@ -9,6 +9,9 @@
 #   WORKDIR (gs://bucket/runs/sct)  RESTARTS (100)
 #   DATA (gs://bucket, or the name of a PersistentVolumeClaim that many pods may read: at /mnt/data, read-only)
 #   ACCOUNT (default: the Kubernetes service account of the pods)
+#   CONFIG (configs/sct.py; FILE or FILE:VARIANT, as configs/sct.py:7b; or --config=... in ARGS): configs/... is that of IMAGE; any
+#     other file goes from here to the pods in a ConfigMap, NAME-config
+#   PYTHON (python; 3.11 or newer): that of IMAGE
 # The cluster needs JobSet (https://jobset.sigs.k8s.io), and for DATA=gs://bucket the add-on GcsFuseCsiDriver. By Workload
 # Identity ACCOUNT may read DATA's bucket (roles/storage.objectViewer) and write WORKDIR's (roles/storage.objectUser).
 # The same image runs under XPK, which makes cluster and JobSet, and mounts what `xpk storage attach` was told:
@@ -16,23 +19,18 @@
 #     --command "sh launch/pod.sh python -u -m xcomp_jax.train --config=configs/sct.py --config.workdir=gs://bucket/runs/sct"
 set -euo pipefail
 
+PYTHON=${PYTHON:-python}
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
 apply=(kubectl apply -f -)
-if [[ "${1:-}" == --dry-run ]]; then
-  apply=(cat)
-  shift
-fi
+[[ $dry == 0 ]] || apply=(cat)
 
-for setting in NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS WORKDIR DATA; do
-  if [[ -z "${!setting:-}" ]]; then
-    echo "error: set $setting (see the head of launch/gke.sh)" >&2
-    exit 1
-  fi
-done
+need NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS WORKDIR DATA
+read_options --config.workdir="$WORKDIR" "$@"
 
 case "$DATA" in
   gs://*/?* | gs:// | gs:///*)
-    echo "error: DATA=$DATA: expected gs://BUCKET; it is at /mnt/data whole, and --config.data.train=/mnt/data/FOLDER" >&2
-    exit 1
+    fail "DATA=$DATA: expected gs://BUCKET; it is at /mnt/data whole, and --config.data.train=/mnt/data/FOLDER"
     ;;
   gs://*)
     bucket=${DATA#gs://}
@@ -47,16 +45,35 @@ case "$DATA" in
     ;;
 esac
 
-command='"sh", "launch/pod.sh", "python", "-u", "-m", "xcomp_jax.train"'
-for argument in --config=configs/sct.py --config.workdir="$WORKDIR" "$@"; do
+own='' own_mount='' own_volume=''
+if [[ "$file" != configs/* ]]; then
+  options[0]=--config=/etc/xcomp/config.py$variant
+  # Indented by what `|2` says, whatever its first line is.
+  own="apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: $NAME-config
+data:
+  config.py: |2
+$(sed 's/^/    /' "$file")
+---"
+  own_mount='- {name: config, mountPath: /etc/xcomp, readOnly: true}'
+  own_volume="- {name: config, configMap: {name: $NAME-config}}"
+fi
+
+command=
+for argument in sh launch/pod.sh "$PYTHON" -u -m xcomp_jax.train "${options[@]}"; do
   escaped=${argument//\\/\\\\}
-  command+=", \"${escaped//\"/\\\"}\""
+  escaped=${escaped//\"/\\\"}
+  escaped=${escaped//$'\n'/\\n}
+  command+="${command:+, }\"${escaped//\$/\$\$}\"" # to Kubernetes $(NAME) is a variable, and $$ a $
 done
 
 # JobSet gives the pods names that find each other; GKE tells them who they are (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES), from
 # which JAX takes coordinator and process. 120 s of grace: SIGTERM saves the step at hand, and launch/pod.sh ends with 75,
 # not 0, so that the policy below starts all pods again.
 "${apply[@]}" << YAML
+$own
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
@@ -95,7 +112,9 @@ spec:
                       google.com/tpu: $CHIPS
                   volumeMounts:
                     - {name: data, mountPath: /mnt/data, readOnly: true}
+                    $own_mount
               volumes:
                 - name: data
                   $volume
+                $own_volume
 YAML

@@ -2,7 +2,8 @@
 
   python launch/local_cluster.py --processes 2 --devices 4 -- --config=configs/sct.py:tiny --config.mesh.fsdp=8
 
-Everything after `--` goes to `python -m xcomp_jax.train`. Each process has its own virtual CPU devices (with --devices 0, the
+Everything after `--` goes to `python -m xcomp_jax.train`, with the Python that runs this, and is read before anything starts
+(launch/check.py). Without a --config there it is CONFIG's, FILE or FILE:VARIANT, or configs/sct.py. Each process has its own virtual CPU devices (with --devices 0, the
 devices that JAX finds); all that makes several hosts hard is real: collectives, saving together, signals, sudden ends.
 Lines are prefixed by the process they come from. SIGINT and SIGTERM are passed on to all processes, a second one kills
 them. When one ends badly the others have --grace seconds to say so. The exit code is the first bad one, or 0.
@@ -10,6 +11,8 @@ them. When one ends badly the others have --grace seconds to say so. The exit co
 
 import argparse
 import os
+import pathlib
+import re
 import shlex
 import signal
 import socket
@@ -118,7 +121,11 @@ def main() -> None:
     parser.error("there must be at least one process, and 0 or more devices")
   arguments = given.arguments[1:] if given.arguments[:1] == ["--"] else given.arguments
   program = shlex.split(given.program) if given.program else [sys.executable, "-m", "xcomp_jax.train"]
+  if not given.program and not any(re.match("--?config(=|$)", argument) for argument in arguments):
+    arguments = [f"--config={os.environ.get('CONFIG') or 'configs/sct.py'}", *arguments]
   lines = commands(arguments, given.processes, free_port(), program)
+  if not given.program and subprocess.run([sys.executable, pathlib.Path(__file__).with_name("check.py"), *lines[0][len(program) :]]).returncode == 1:
+    sys.exit(1)
   if given.dry_run:
     device = f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={given.devices} " if given.devices else ""
     print("\n".join(device + shlex.join(line) for line in lines))

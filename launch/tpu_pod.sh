@@ -13,34 +13,22 @@
 # --dry-run as first argument prints the gcloud commands instead. Settings, all needed but those with a default:
 #   NAME ZONE PROJECT TYPE (v5litepod-16, v5p-32, v6e-16, ...) RUNTIME (v2-alpha-tpuv5-lite, ...) REPO (git address)
 #   REF (main)  SPOT (0; 1: cheaper, may be preempted)  WORKDIR (gs://bucket/runs/sct: where all workers can write)
+#   CONFIG (configs/sct.py; FILE or FILE:VARIANT, as configs/sct.py:7b; or --config=... in ARGS): configs/... is that of REF, which must
+#     have it; any other file is copied from here to the workers
+#   PYTHON (python3; 3.11 or newer, and some images have 3.10): that of the workers, from which `install` makes .venv. To have one there,
+#     launch/tpu_pod.sh each 'sudo add-apt-repository -y ppa:deadsnakes/ppa && sudo apt-get install -y python3.12-venv'
 set -euo pipefail
 
-dry=0
-if [[ "${1:-}" == --dry-run ]]; then
-  dry=1
-  shift
-fi
+PYTHON=${PYTHON:-python3}
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
 action="${1:-}"
 shift || true
 
-fail() {
-  echo "error: $1" >&2
-  exit 1
-}
-
-for setting in NAME ZONE PROJECT TYPE RUNTIME REPO WORKDIR; do
-  [[ -n "${!setting:-}" ]] || fail "set $setting (see the head of launch/tpu_pod.sh)"
-done
+need NAME ZONE PROJECT TYPE RUNTIME REPO WORKDIR
 [[ "$WORKDIR" == gs://* ]] || fail "WORKDIR=$WORKDIR: every worker must reach it; use gs://BUCKET/FOLDER"
 REF="${REF:-main}"
 SPOT="${SPOT:-0}"
-
-run() {
-  printf '+'
-  printf ' %q' "$@"
-  printf '\n'
-  [[ $dry == 1 ]] || "$@"
-}
 
 tpu() {
   run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"
@@ -50,12 +38,15 @@ everywhere() {
   tpu tpu-vm ssh "$NAME" --worker=all --command="$1"
 }
 
+# A worker may have a running one: two on the same chips would both fail, and one without its files.
+idle="if kill -0 \$(cat xcomp/train.pid 2> /dev/null) 2> /dev/null; then echo 'already training' >&2; exit 1; fi"
+
 case "$action" in
   create)
-    spot=()
-    [[ $SPOT == 0 ]] || spot=(--spot)
-    tpu queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${spot[@]}"
-    until [[ $dry == 1 ]]; do
+    slice=(--node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME")
+    [[ $SPOT == 0 ]] || slice+=(--spot)
+    tpu queued-resources create "$NAME" "${slice[@]}"
+    until [[ $dry != 0 ]]; do
       state=$(gcloud compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" --format='value(state.state)')
       echo "$(date +%T) $state"
       case "$state" in
@@ -66,18 +57,24 @@ case "$action" in
     done
     ;;
   install)
-    everywhere "rm -rf xcomp && git clone -q $(printf %q "$REPO") xcomp && cd xcomp && git checkout -q $(printf %q "$REF") && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,gcs]'"
+    python=$(printf %q "$PYTHON")
+    old='"error: xcomp_jax needs Python 3.11 or newer with venv, not " + sys.version.split()[0] + "; nothing is changed. Set PYTHON (see the head of launch/tpu_pod.sh)"'
+    new="$python -c 'import importlib.util, sys; sys.version_info >= (3, 11) and importlib.util.find_spec(\"ensurepip\") or sys.exit($old)'"
+    clone="rm -rf xcomp; git clone -q $(printf %q "$REPO") xcomp; cd xcomp; git checkout -q $(printf %q "$REF")"
+    everywhere "set -e; $idle; $new; $clone; $python -m venv .venv; .venv/bin/pip install -q -e '.[tpu,gcs]'"
     ;;
   each)
     [[ $# == 1 ]] || fail "each needs one argument, the command in quotes"
     everywhere "$1"
     ;;
   train)
-    arguments=$(printf ' %q' --config=configs/sct.py --config.workdir="$WORKDIR" "$@")
-    # A worker may have a running one: two on the same chips would both fail.
-    refuse="if kill -0 \$(cat train.pid 2> /dev/null) 2> /dev/null; then echo 'already training' >&2; exit 1; fi"
-    start="nohup .venv/bin/python -u -m xcomp_jax.train$arguments > train.log 2>&1 & echo \$! > train.pid"
-    everywhere "set -e; cd xcomp; $refuse; $start; sleep 5; tail -n 3 train.log; kill -0 \$(cat train.pid)"
+    read_options --config.workdir="$WORKDIR" "$@"
+    if [[ "$file" != configs/* ]]; then
+      tpu tpu-vm scp "$file" "$NAME:xcomp_config.py" --worker=all
+      options[0]=--config=../xcomp_config.py$variant
+    fi
+    start="nohup .venv/bin/python -u -m xcomp_jax.train$(printf ' %q' "${options[@]}") > train.log 2>&1 & echo \$! > train.pid"
+    everywhere "set -e; $idle; cd xcomp; $start; sleep 5; tail -n 3 train.log; kill -0 \$(cat train.pid)"
     ;;
   logs)
     tpu tpu-vm ssh "$NAME" --worker=0 --command="tail -n 50 -f xcomp/train.log"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -271,6 +272,16 @@ def test_bad_arguments_end_in_one_line(checkpoint, film, capsys, change, words):
   printed = capsys.readouterr()
   assert stop.value.code == 1 and not printed.out
   assert printed.err.splitlines()[-1].startswith("error: ") and words in printed.err
+
+
+def test_no_file_that_is_read_is_written(checkpoint, film, tmp_path, capsys):
+  (tmp_path / "link.html").symlink_to(film)
+  before = film.read_bytes()
+  for option, target in (("--report", film), ("--report", tmp_path / "link.html"), ("--report", checkpoint / "config.json"), ("--encoded", checkpoint / "e.npz")):
+    with pytest.raises(SystemExit):
+      run(checkpoint, film, option, str(target))
+    assert f"error: {option} {os.path.realpath(target)} " in capsys.readouterr().err
+  assert film.read_bytes() == before and not (checkpoint / "e.npz").exists()
 
 
 def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch):

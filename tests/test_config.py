@@ -57,7 +57,10 @@ def test_one_folder_or_several_with_weights_from_the_command_line(file):
     (["--config.data.weights=0.5"], "config.data.weights = 0.5: expected tuple[float, ...] or None"),
     (["--config.data.weights=(True,1)"], "config.data.weights = (True, 1)"),
     (["--config.optim.learning_rat=1"], "config.optim.learning_rat is unknown; did you mean config.optim.learning_rate?"),
-    (["--config.optim.lr=1"], "config.optim.lr is unknown; known: learning_rate, warmup"),
+    (["--config.optim.lr=1"], "config.optim.lr is unknown; did you mean config.optim.learning_rate?"),
+    (["--config.epochs=1"], "config.epochs is unknown; did you mean config.train.epochs?"),
+    (["--config.optim.x=1"], "config.optim.x is unknown; known: learning_rate, warmup"),
+    (["--config.foo.zzz=1"], "config.foo.zzz is unknown"),
     (["--config.trian.epochs=3"], "config.trian.epochs is unknown; did you mean config.train.epochs?"),
     (["--config.train.epochs.x=3"], "config.train.epochs.x is unknown; did you mean config.train.epochs?"),
     (["--config.trian=3"], "config.trian is unknown; did you mean config.train?"),
@@ -75,19 +78,54 @@ def test_a_bad_override_is_named(flags, words):
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("flags", [["--config", f"{SCT}:7b"], ["-config=nowhere.py", f"--config={SCT}:7b"]])
+def test_the_last_config_counts_and_overrides_hold_wherever_they_stand(flags):
+  config = parse("--config.seed=1", f"--config={SCT}:8b", "--config.workdir=a", "--config.seed=2", *flags, "--config.workdir=b")
+  assert "7B" in config.init_from and (config.seed, config.workdir) == (2, "b")
+
+
 @pytest.mark.parametrize(
   "flags, words",
   [
     ([], "--config=configs/sct.py"),
-    (["--config=/nowhere/sct.py"], "No such file or directory: '/nowhere/sct.py'"),
+    ([f"--config={SCT}", "--config"], "--config=configs/sct.py"),
+    (["--config=/nowhere/sct.py"], "no config file /nowhere/sct.py"),
+    (["--config=/"], "no config file /"),
     ([f"--config={SCT}:8b"], "no variant '8b'; known: tiny, 7b"),
-    (["--config=README.md"], "the config file is no working Python: SyntaxError: "),
+    (["--config=README.md"], "README.md: SyntaxError: "),
   ],
 )
-def test_a_config_that_is_not_there_is_named(flags, words):
+def test_a_config_that_is_not_there_is_named(flags, words, monkeypatch):
+  monkeypatch.chdir(pathlib.Path(SCT).parents[1])
   with pytest.raises(ConfigError) as error:
     parse(*flags)
   assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_without_configs_says_where_they_are(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ConfigError, match=f"no config file configs/sct.py in {tmp_path}; configs/ is in the repository, not in the package"):
+    parse("--config=configs/sct.py")
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("x = 1 / 0", ", line 1: ZeroDivisionError: division by zero"),
+    ("def get_config():\n  return 1 / 0", ", line 2: ZeroDivisionError: division by zero"),
+    ("import nowhere", ", line 1: ModuleNotFoundError: No module named 'nowhere'"),
+    ("def get_config():\n  open('nowhere')", ", line 2: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere'"),
+    ("x = 1", ": it has no function get_config, as configs/sct.py has"),
+    ("def get_config(): pass", ": get_config has to return an ml_collections.ConfigDict, not NoneType"),
+    ("\0", ": SyntaxError: source code string cannot contain null bytes"),
+  ],
+)
+def test_what_is_wrong_in_an_own_config_is_said_with_its_place(text, words, tmp_path):
+  file = tmp_path / "own (1).py"
+  file.write_text(text)
+  with pytest.raises(ConfigError) as error:
+    parse(f"--config={file}")
+  assert str(error.value) == f"{file}{words}"
 
 
 def test_a_missing_key_is_named():

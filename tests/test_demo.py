@@ -20,17 +20,18 @@ def test_a_gain_is_paired():
   assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half))
 
 
-def test_only_what_an_earlier_demo_made_is_cleared(tmp_path):
+def test_only_what_an_earlier_demo_made_is_cleared(tmp_path, capsys):
   theirs = {"notes.txt", "base/many/model/weights", "run.txt"}
-  for name in ("data/train/mine", *theirs):
+  for name in ("world/mine", *theirs):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
   files = lambda: {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+  with pytest.raises(SystemExit):
+    demo.main(["--out", str(tmp_path)])
+  assert files() == {"world/mine", *theirs} and "holds what no demo has made" in capsys.readouterr().err
   demo.clear(tmp_path / "absent", demo.MADE)
-  demo.clear(tmp_path, demo.MADE)
-  assert files() == {"data/train/mine", *theirs}  # without videos it is no demo's folder
   for name in demo.MADE:
-    (tmp_path / name / "of").mkdir(parents=True)
+    (tmp_path / name / "of").mkdir(parents=True, exist_ok=True)
     (tmp_path / name / "of" / "demo").touch()
   demo.clear(tmp_path, demo.MADE)
   assert files() == theirs and not any((tmp_path / name).exists() for name in demo.MADE)

@@ -167,6 +167,12 @@ def refused(capsys, words, run):
   assert stop.value.code == 1 and err.splitlines()[-1].startswith("error: ") and words in err
 
 
+def test_a_folder_of_other_results_is_refused(go, tmp_path, capsys):
+  (tmp_path / "results.json").write_text("mine")
+  refused(capsys, "holds a results.json of something else", lambda: go(tmp_path))
+  assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 def test_a_folder_of_other_answers_is_refused(go, tmp_path, capsys):
   go(tmp_path / "out", "--limit=1")
   refused(capsys, "select was 8, now 4", lambda: go(tmp_path / "out", "--select=4"))
@@ -231,7 +237,9 @@ def test_a_question_that_is_too_long_costs_itself_alone(go, tmp_path, capsys, mo
   assert results(tmp_path / "out")["score"]["counts"]["failed"] == 1 and "1 question failed" in capsys.readouterr().err
 
 
-def test_bad_arguments_end_in_one_line(go, tmp_path, capsys):
+def test_bad_arguments_end_in_one_line(go, bench, tmp_path, capsys):
+  refused(capsys, "is --videos", lambda: go(bench / "videos"))
+  refused(capsys, "contains --annotations", lambda: go(bench))
   refused(capsys, "--share 2/2", lambda: go(tmp_path / "a", "--share=2/2"))
   refused(capsys, "is no folder", lambda: go(tmp_path / "a", videos=tmp_path / "nowhere"))
   refused(capsys, "has none of the 2 videos", lambda: go(tmp_path / "a", videos=tmp_path))

@@ -215,7 +215,12 @@ def test_starting_checkpoint_that_has_moved(base, run, tmp_path, capsys):
     (["--checkpoint=absent/too/deep", "--format=torch"], "error: there is no directory absent/too/deep\n"),
     (["--checkpoint=base", "--format=torch", "--step=3"], "error: base is not the workdir of a run"),
     (["--checkpoint=run", "--format=orbax", "--step=3"], "error: no checkpoint of step 3 in "),
-    (["--checkpoint=base", "--format=orbax", "--out=base"], "base is not empty"),
+    (["--checkpoint=base", "--format=orbax", "--out=base"], "base is --checkpoint"),
+    (["--checkpoint=run", "--format=torch", "--out=run", "--overwrite"], "run is --checkpoint"),
+    (["--checkpoint=run", "--format=torch", "--out=run/checkpoints/new", "--overwrite"], "lies in --checkpoint"),
+    (["--checkpoint=run/../run", "--format=torch", "--out=.", "--overwrite"], "contains --checkpoint"),
+    (["--checkpoint=run", "--format=torch", "--out=base", "--overwrite"], "base is where the run started"),
+    (["--checkpoint=run", "--init-from=base", "--format=torch", "--out=base", "--overwrite"], "base is --init-from"),
   ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(base, run, tmp_path, monkeypatch, capsys, arguments, message):
@@ -227,6 +232,24 @@ def test_bad_input_is_one_line_and_writes_nothing(base, run, tmp_path, monkeypat
   assert left.value.code == 1
   assert message in said and said.count("error:") == 1 and "Traceback" not in said
   assert sorted(tmp_path.iterdir()) == before
+
+
+def test_only_an_export_is_replaced_and_nothing_beside_it_goes(base, tmp_path, capsys):
+  unfinished = tmp_path / "out.incomplete"  # of `predecode`
+  unfinished.mkdir()
+  (unfinished / "plan.json").write_text("{}")
+  arguments = ["--checkpoint", str(base), "--format=torch", "--out", str(tmp_path / "out")]
+  export.main(arguments)
+  (tmp_path / "out" / "notes.txt").write_text("mine")
+  with pytest.raises(SystemExit):
+    export.main([*arguments, "--overwrite"])
+  assert "also holds notes.txt, which no export writes" in capsys.readouterr().err
+  (tmp_path / "out" / "notes.txt").unlink()
+  before = (tmp_path / "out").stat().st_ino
+  export.main([*arguments, "--overwrite"])
+  assert (tmp_path / "out").stat().st_ino != before
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "out.incomplete"]
+  assert [path.name for path in unfinished.iterdir()] == ["plan.json"]
 
 
 MODELING = "from .mm_utils import size\n\nclass Stand:\n  pass\n"

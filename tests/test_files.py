@@ -1,8 +1,15 @@
 """Files and folders appear whole or not at all; commands end with a line and a code."""
 
+import errno
 import io
+import itertools
 import json
+import os
 import pathlib
+import re
+import shlex
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -40,17 +47,191 @@ def test_a_folder_appears_by_its_last_step(tmp_path, replace):
   target = tmp_path / "out"
   for content in ("first", "second"):
     if content == "second" and not replace:
-      with pytest.raises(FileExistsError, match="already exists"), files.fresh_folder(target):
+      with pytest.raises(FileExistsError, match="already exists"), files.fresh_folder(target, "test"):
         raise AssertionError("not reached")
       break
-    with files.fresh_folder(target, replace) as folder:
+    with files.fresh_folder(target, "test", replace) as folder:
       (folder / "file").write_text(content)
       assert not (target / "file").exists() or (target / "file").read_text() == "first"
-  with pytest.raises(ZeroDivisionError), files.fresh_folder(target, replace=True) as folder:
+  with pytest.raises(ZeroDivisionError), files.fresh_folder(target, "test", replace=True) as folder:
     (folder / "file").write_text("third")
     raise ZeroDivisionError
   assert (target / "file").read_text() == ("second" if replace else "first")
   assert [p.name for p in pathlib.Path(tmp_path).iterdir()] == ["out"]
+
+
+STEPS = ("rename", "replace", "unlink", "rmdir", "mkdir")
+
+
+def killed(step, work):
+  """Whether a process that works, and is killed before its so many-th step that changes a folder, got so far."""
+  pid = os.fork()
+  if not pid:
+    count = itertools.count()
+
+    def wrap(real):
+      def run(*a, **k):
+        if next(count) == step:
+          os._exit(7)  # nothing is cleaned up
+        return real(*a, **k)
+
+      return run
+
+    for kind in STEPS:
+      setattr(os, kind, wrap(getattr(os, kind)))
+    try:
+      work()
+    finally:
+      os._exit(0)
+  return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def whole(folder):
+  return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def test_whenever_it_is_killed_there_is_a_whole_folder_and_nothing_beside_it_in_the_end(tmp_path):
+  def make(content):
+    with files.fresh_folder(target, "test", replace=True) as folder:
+      for name in "abc":
+        (folder / name).write_text(content)
+
+  contents, seen = [dict.fromkeys("abc", text) for text in ("old", "new")], set()
+  for step in itertools.count():
+    target = tmp_path / str(step) / "out"
+    make("old")
+    reached = killed(step, lambda: make("new"))
+    seen.add((target.exists(), len(list(target.parent.iterdir()))))
+    found = files.local(target, "it is read")  # as any command begins
+    assert whole(found) in contents
+    make("new")
+    assert whole(target) == contents[1] and list(target.parent.iterdir()) == [target]
+    if not reached:
+      break
+  assert step > 8 and (False, 1) in seen  # also between the renames
+
+
+def test_a_folder_whose_rename_fails_is_put_back(tmp_path, monkeypatch):
+  target, real = tmp_path / "out", os.rename
+  target.mkdir()
+  (target / "a").write_text("old")
+
+  def rename(source, to):
+    if pathlib.Path(source).name == "new":
+      raise OSError(errno.EACCES, "Permission denied")
+    real(source, to)
+
+  monkeypatch.setattr(os, "rename", rename)
+  with pytest.raises(PermissionError), files.fresh_folder(target, "test", replace=True) as folder:
+    (folder / "a").write_text("new")
+  assert whole(target) == {"a": "old"} and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_somebody_else_made_meanwhile_costs_neither(tmp_path):
+  target = tmp_path / "out"
+  with pytest.raises(FileExistsError, match="already exists"), files.fresh_folder(target, "test"):
+    target.mkdir()
+    (target / "a").write_text("theirs")
+  assert whole(target) == {"a": "theirs"} and list(tmp_path.iterdir()) == [target]
+
+
+def test_one_process_makes_a_folder(tmp_path):
+  with files.fresh_folder(tmp_path / "out", "test") as folder:
+    (folder / "a").write_text("first")
+    with pytest.raises(OSError, match="another process is writing"), files.fresh_folder(tmp_path / "out", "test"):
+      raise AssertionError("not reached")
+    with files.fresh_folder(tmp_path / "other", "test"), files.fresh_folder(tmp_path / "out2", "test"):
+      pass
+  assert whole(tmp_path / "out") == {"a": "first"}
+
+
+@pytest.mark.parametrize("lock", [None, "xcomp_jax other"])
+def test_a_work_folder_of_others_is_left_alone(tmp_path, lock):
+  theirs = tmp_path / "out.test.incomplete"
+  theirs.mkdir()
+  (theirs / "thesis").write_text("all of it")
+  if lock:
+    (theirs / "lock").write_text(lock)
+  before = whole(theirs)
+  with pytest.raises(OSError, match="in the way"), files.fresh_folder(tmp_path / "out", "test"):
+    raise AssertionError("not reached")
+  assert whole(theirs) == before
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path):
+  (tmp_path / "real").mkdir()
+  (tmp_path / "real" / "a").write_text("old")
+  (tmp_path / "link").symlink_to("real")
+  with files.fresh_folder(tmp_path / "link", "test", replace=True) as folder:
+    (folder / "a").write_text("new")
+  assert (tmp_path / "link").is_symlink() and whole(tmp_path / "real") == {"a": "new"}
+
+
+def test_one_command_works_in_a_folder_and_sweeps_it(tmp_path):
+  (tmp_path / f"a.json.{'0' * 32}.tmp").touch()
+  (tmp_path / "mine.tmp").touch()
+  with files.alone(tmp_path):
+    with pytest.raises(OSError, match="another command is at work"), files.alone(tmp_path):
+      raise AssertionError("not reached")
+  assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mine.tmp"]
+
+
+def test_a_message_about_a_full_disk_names_the_file(tmp_path):
+  with pytest.raises(OSError, match=r"No space left.*page\.html"), files.replacing(tmp_path / "page.html"):
+    os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+
+
+@pytest.mark.parametrize(
+  "output, source, nested, how",
+  [
+    ("film", "film", False, "is"), ("./x/../film", "film", False, "is"), ("link", "film", False, "is"), ("hard", "film", False, "is"),
+    ("x", "x/in", False, "contains"), ("alias", "x/in", False, "contains"), ("x/in", "x", True, "lies in"), ("x/new", "alias", True, "lies in"),
+    ("x/in", "x", False, ""), ("other", "film", True, ""), ("gs://b/x", "gs://b/x", False, ""), ("film", None, False, ""),
+    ("new", "new", False, "is"),
+  ],
+)  # fmt: skip
+def test_no_output_is_an_input(tmp_path, monkeypatch, output, source, nested, how):
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("film").touch()
+  pathlib.Path("link").symlink_to("film")
+  os.link("film", "hard")
+  pathlib.Path("x").mkdir()
+  pathlib.Path("x/in").touch()
+  pathlib.Path("alias").symlink_to("x")
+  if not how:
+    return files.apart({"--out": output}, {"--video": source}, nested)
+  with pytest.raises(ValueError, match=f"--out .* {how} --video"):
+    files.apart({"--out": output}, {"--video": source}, nested)
+
+
+def ends(shell, body):
+  """Exit code and stderr of a command whose body is given, run by a shell as `shell` says."""
+  code = f"from xcomp_jax import files\nimport sys\nwith files.command():\n  {body}"
+  line = shell.format(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
+  done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+  return done.returncode, done.stderr
+
+
+MANY = "for i in range(100_000): print(i)"
+
+
+@pytest.mark.parametrize(
+  "shell, body, code, said",
+  [
+    ("{} >&-", "print('lost')", 1, "error: stdout is closed"),
+    ("{} > /dev/full", "print('lost')", 1, "error: .*No space left.*stdout"),
+    ("{} > /dev/full", "print('lost', flush=True)", 1, "^error: .*No space left.*stdout"),
+    ("set -o pipefail; {} | head -1", MANY, 141, "^$"),
+    ("{} <&- 2>&- > /dev/null", "assert not sys.stdin.readline(); print(1, file=sys.stderr); assert open('/dev/null').fileno() > 2", 0, "^$"),
+    ("PYTHONIOENCODING=ascii {}", "print('ä')", 0, "^$"),
+    ("printf '\\377\\n' | {}", "assert sys.stdin.readline() == '\\udcff\\n'", 0, "^$"),
+    ("{}", "raise MemoryError", 1, "error: not enough memory"),
+    ("{}", "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes')", 1, "error: not enough memory"),
+  ],
+)
+def test_streams_that_are_closed_full_or_no_text(shell, body, code, said):
+  got, stderr = ends(shell, body)
+  assert got == code and re.search(said, stderr) and "Traceback" not in stderr, stderr
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_only_regular_files(tmp_path):
 def test_json_that_is_none_is_one_kind(tmp_path, content):
   file = tmp_path / "a.json"
   file.write_bytes(content)
-  with pytest.raises(Fault, match="a.json"):
+  with pytest.raises(Fault, match=r"a\.json"):
     inputs.read_json(file, Fault)
 
 
@@ -69,7 +69,7 @@ def test_a_text_too_large_is_not_read(tmp_path):
 
 def test_bytes_that_are_no_text_are_named():
   assert inputs.plain("ä?", "the question") == "ä?"
-  with pytest.raises(ValueError, match="the question .*udcff"):
+  with pytest.raises(ValueError, match=r"the question .*udcff"):
     inputs.plain("a\udcff", "the question")
 
 

@@ -1,7 +1,8 @@
-"""launch/: what would be run, and a local cluster that passes on signals and ends when a process does."""
+"""launch/: what would be run is what the real parser takes, and is run; a local cluster passes on signals and ends when a process does."""
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import time
 import pytest
 import yaml
 from cluster import ROOT
+
+from xcomp_jax.config import from_command_line
 
 LAUNCH = ROOT / "launch"
 SETTINGS = {
@@ -22,7 +25,47 @@ SETTINGS = {
 
 def sh(script, *arguments, **settings):
   environment = {"PATH": os.environ["PATH"]} | {key: value for key, value in (SETTINGS | settings).items() if value}
-  return subprocess.run(["bash", str(LAUNCH / script), *arguments], capture_output=True, text=True, env=environment, timeout=30)
+  line = [sys.executable] if script.endswith(".py") else ["bash"]
+  return subprocess.run(
+    [*line, str(LAUNCH / script), *arguments], capture_output=True, text=True, env=environment, timeout=30, cwd=ROOT
+  )
+
+
+LAUNCHERS = {"tpu_pod.sh": ["train"], "gke.sh": [], "slurm.sh": ["--nodes=2", "--"], "local_cluster.py": ["--"]}
+
+
+def launch(script, *arguments, dry=True, **settings):
+  """Starts a run by a launcher, or shows how."""
+  return sh(script, *["--dry-run"] * dry, *LAUNCHERS[script], *arguments, **settings)
+
+
+def shown(script, *arguments, folder, **settings):
+  """What a launcher shows that training will be given; a file that goes to another machine lies in a folder where that has it."""
+  done = launch(script, *arguments, **settings)
+  assert done.returncode == 0 and not done.stderr, done.stderr
+  if script == "gke.sh":
+    *maps, job = yaml.safe_load_all(done.stdout)
+    pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    words = [word.replace("$$", "$") for word in pod["containers"][0]["command"]]
+    for made in filter(None, maps):
+      assert pod["volumes"][1] == {"name": "config", "configMap": {"name": made["metadata"]["name"]}}
+      place = next(mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "config")
+      for name, text in made["data"].items():
+        (folder / name).write_text(text)
+      words = [word.replace(f"--config={place}/", f"--config={folder}/") for word in words]
+  else:
+    *before, last = done.stdout.splitlines()
+    words = shlex.split(last)
+    if script == "tpu_pod.sh":
+      words = shlex.split(next(word for word in words if word.startswith("--command=")))
+      words = words[: words.index(">")]
+      for line in before:
+        copied = shlex.split(line)
+        assert copied[:5] == ["+", "gcloud", "compute", "tpus", "tpu-vm"] and copied[5] == "scp" and "--worker=all" in copied
+        name = copied[7].removeprefix("run:")
+        shutil.copy(copied[6], folder / name)  # the home of a worker, where the repository is beside it
+        words = [word.replace(f"--config=../{name}", f"--config={folder}/{name}") for word in words]
+  return words[words.index("xcomp_jax.train") + 1 :]
 
 
 def cluster(code, *options, start=False, processes=3):
@@ -78,15 +121,103 @@ def test_what_is_missing_is_named(script, arguments, settings, words):
   assert done.returncode == 1 and done.stderr.startswith(words)
 
 
+ODD = """a 'b' "c" (d) \\e $HOME $(x) $$ `f` & > g"""
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize("by", ["nothing", "CONFIG", "ARGS"])
+def test_the_real_parser_takes_what_a_launcher_shows(script, by, tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  options = ["--config.seed=5", f"--config.init_from={ODD}", """--config.data.train=('a','b c')""", "--config.train.epochs=2"]
+  settings = {"CONFIG": "configs/sct.py:7b"} if by == "CONFIG" else {"CONFIG": "configs/nowhere.py"} if by == "ARGS" else {}
+  if by == "ARGS":
+    options[2:2] = ["--config", "configs/base.py", "--config=configs/sct.py:7b"]
+  given = shown(script, *options, folder=tmp_path, **settings)
+  run = from_command_line(["train", *given])
+  assert (run.seed, run.init_from, run.data.train, run.train.epochs) == (5, ODD, ("a", "b c"), 2)
+  assert run.compilation_cache == "runs/compiled"
+  if script in ("tpu_pod.sh", "gke.sh"):
+    assert run.workdir == "gs://bucket/runs/sct"
+  else:
+    assert run.workdir == ("runs/sct" if by == "nothing" else "runs/sct_7b")
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_an_own_config_goes_to_where_it_is_read(script, tmp_path):
+  own = tmp_path / "own folder" / "mine (1).py"
+  own.parent.mkdir()
+  own.write_text(
+    f"  \nimport runpy\n\nbase = runpy.run_path({str(ROOT / 'configs/sct.py')!r})['get_config']\n\n\n"
+    "def get_config(variant='7b'):\n  c = base(variant)\n  c.train.batch_size = 3  # $HOME `x`\n  return c\n"
+  )
+  for number, (options, settings) in enumerate([([], {"CONFIG": str(own)}), ([f"--config={own}:tiny"], {})]):
+    folder = tmp_path / str(number)
+    folder.mkdir()
+    run = from_command_line(["train", *shown(script, "--config.seed=5", *options, folder=folder, **settings)])
+    assert (run.train.batch_size, run.seed, run.data.threads) == (3, 5, (4, 1)[number])  # of :7b and :tiny
+    if script in ("tpu_pod.sh", "gke.sh"):
+      assert next(folder.iterdir()).read_text().split() == own.read_text().split()
+
+
+@pytest.fixture
+def tools(tmp_path):
+  """A folder for stand-ins, and a function that puts one there."""
+  folder = tmp_path / "bin"
+  folder.mkdir()
+
+  def make(name, text):
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+    return folder / name
+
+  return f"{folder}:{os.environ['PATH']}", make
+
+
+@pytest.mark.parametrize(
+  "script, option, words",
+  [
+    *((script, "--config=nowhere/sct.py", "no config file nowhere/sct.py in ") for script in LAUNCHERS),
+    *((script, "--config=configs/sct.py:8b", "configs/sct.py, line 30: no variant '8b'; known: tiny, 7b") for script in LAUNCHERS),
+    ("gke.sh", "--config.optim.lr=1", "config.optim.lr is unknown; did you mean config.optim.learning_rate?"),
+    ("slurm.sh", "--config.train.epochs=0", "config.train.epochs = 0: must be at least 1"),
+  ],
+)
+def test_what_training_would_not_take_is_refused_before_anything_is_asked_for(script, option, words, tools, tmp_path):
+  path, make = tools
+  for name in ("gcloud", "kubectl", "sbatch", "srun"):
+    make(name, f"touch {tmp_path}/called")
+  done = launch(script, option, dry=False, PATH=path)
+  assert done.returncode == 1 and done.stderr.startswith(f"error: {words}") and not done.stdout
+  assert not (tmp_path / "called").exists()
+
+
+def test_without_a_python_that_can_read_it_a_config_has_to_be_there_at_least(tools, tmp_path):
+  path, make = tools
+  make("python3", "exit 127")
+  (tmp_path / "mine.py").touch()
+  line = ["bash", str(LAUNCH / "slurm.sh"), "--dry-run"]
+  run = lambda file: subprocess.run(
+    line, capture_output=True, text=True, cwd=tmp_path, env={"PATH": path, "PYTHON": "nowhere", "CONFIG": file}
+  )
+  assert run("mine.py:a").returncode == 0 and run("mine.py:a").stderr.startswith("note: no Python here can read the config")
+  assert run("other.py").returncode == 1 and run("other.py").stderr.startswith("error: no config file other.py in ")
+
+
+def test_a_module_that_is_not_here_may_be_where_it_trains(tmp_path):
+  (tmp_path / "mine.py").write_text("import nowhere")
+  done = launch("gke.sh", CONFIG=str(tmp_path / "mine.py"))
+  assert done.returncode == 0 and "mine.py, line 1: ModuleNotFoundError: No module named 'nowhere'" in done.stderr
+
+
 def test_the_jobset_has_a_pod_per_host_and_the_command_as_given():
-  done = sh("gke.sh", "--dry-run", """--config.data.train=("a","b")""", "--config.x=a\\b")
+  done = sh("gke.sh", "--dry-run", """--config.data.train=("a","b")""", "--config.init_from=a\\b\nc", PYTHON="python3.12")
   job = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]
   pod = job["template"]["spec"]
   assert job["parallelism"] == job["completions"] == 4 and pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
   assert pod["containers"][0]["command"] == [
-    "sh", "launch/pod.sh", "python", "-u", "-m", "xcomp_jax.train", "--config=configs/sct.py",
+    "sh", "launch/pod.sh", "python3.12", "-u", "-m", "xcomp_jax.train", "--config=configs/sct.py",
     "--config.workdir=gs://bucket/runs/sct",
-    '--config.data.train=("a","b")', "--config.x=a\\b",
+    '--config.data.train=("a","b")', "--config.init_from=a\\b\nc",
   ]  # fmt: skip
 
 
@@ -153,32 +284,30 @@ def test_a_pod_that_dies_of_the_signal_has_not_succeeded(pod):
 
 
 @pytest.fixture
-def worker(tmp_path):
-  """A TPU worker's home, with a stand-in for Python, and a gcloud that does what ssh to it does; gives actions."""
-  home, tools = tmp_path / "home", tmp_path / "bin"
-  files = {
-    tools / "gcloud": """for a; do case "$a" in --command=*) cd && exec bash -c "${a#--command=}" < /dev/null;; esac; done""",
-    tools / "sleep": "exec /bin/sleep 0.2",
-    home / "xcomp/.venv/bin/python": "echo trains $*; trap 'echo saved; exit' TERM; while :; do /bin/sleep 0.05; done",
-  }
-  for file, text in files.items():
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"#!/bin/bash\n{text}\n")
-    file.chmod(0o755)
-  yield lambda *action: sh("tpu_pod.sh", *action, HOME=str(home), PATH=f"{tools}:{os.environ['PATH']}"), home / "xcomp"
+def worker(tools, tmp_path):
+  """A TPU worker's home, with a stand-in for Python, and a gcloud that does what ssh and scp to it do; gives actions."""
+  (path, make), home = tools, tmp_path / "home"
+  make("gcloud", """[[ $4 != scp ]] || cp "$5" "$HOME/${6#run:}"
+for a; do case "$a" in --command=*) cd && exec bash -c "${a#--command=}" < /dev/null;; esac; done""")
+  make("sleep", "exec /bin/sleep 0.2")
+  (home / "xcomp/.venv/bin").mkdir(parents=True)
+  python = make("python", "echo trains $*; trap 'echo saved; exit' TERM; while :; do /bin/sleep 0.05; done")
+  python.rename(home / "xcomp/.venv/bin/python")
+  yield lambda *action, **settings: sh("tpu_pod.sh", *action, HOME=str(home), PATH=path, **settings), home / "xcomp"
   with contextlib.suppress(OSError, ValueError):
     os.kill(int((home / "xcomp/train.pid").read_text()), signal.SIGKILL)
 
 
 def test_a_worker_trains_once_stops_and_goes_on(worker):
   act, folder = worker
-  done = act("train", "--config.x=(1, 2)")
+  done = act("train", "--config.init_from=(1, 2)", "--config=configs/sct.py:7b")
   assert done.returncode == 0 and not done.stderr
-  arguments = "--config=configs/sct.py --config.workdir=gs://bucket/runs/sct --config.x=(1, 2)"
+  arguments = "--config=configs/sct.py:7b --config.workdir=gs://bucket/runs/sct --config.init_from=(1, 2)"
   assert done.stdout.endswith(f"\ntrains -u -m xcomp_jax.train {arguments}\n")
   pid = int((folder / "train.pid").read_text())
-  done = act("train")
-  assert done.returncode == 1 and done.stderr == "already training\n" and int((folder / "train.pid").read_text()) == pid
+  for action in ("train", "install"):
+    done = act(action)
+    assert done.returncode == 1 and done.stderr == "already training\n" and int((folder / "train.pid").read_text()) == pid
   assert act("stop").returncode == 0
   end = time.monotonic() + 10
   while "saved" not in (folder / "train.log").read_text():
@@ -198,12 +327,65 @@ def test_training_that_ends_at_once_is_no_success(worker):
   assert done.returncode == 1 and "error: no data\n" in done.stdout
 
 
-def test_slurm_runs_a_process_per_gpu():
-  done = sh("slurm.sh", "--config.workdir=/shared/run", DRY_RUN="1", SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="6")
-  assert done.stdout.startswith(
-    "srun --label --kill-on-bad-exit=1 --cpus-per-task=6 .venv/bin/python -u -m xcomp_jax.train --config=configs/sct.py"
-  )
-  assert done.stdout.endswith("--config.workdir=/shared/run \n")
+def test_an_own_config_is_copied_to_a_worker(worker, tmp_path):
+  act, folder = worker
+  own = tmp_path / "mine.py"
+  own.write_text((ROOT / "configs/sct.py").read_text())
+  done = act("train", CONFIG=f"{own}:7b")
+  assert done.returncode == 0 and "xcomp_jax.train --config=../xcomp_config.py:7b " in done.stdout.splitlines()[-1]
+  assert (folder.parent / "xcomp_config.py").read_text() == own.read_text()
+  assert act("stop").returncode == 0
+
+
+def test_a_python_that_is_too_old_is_said_before_anything_is_changed(worker, tools):
+  (act, folder), (_, make) = worker, tools
+  real = shlex.quote(sys.executable)
+  old = "import sys; sys.version_info, sys.version = (3, 10, 13), '3.10.13 (main)'; exec(sys.argv[1])"
+  make("python3", f"[[ $1 == -c ]] && exec {real} -c {shlex.quote(old)} \"$2\"")
+  make("python3.12", f"""[[ $1 != -c ]] || exec {real} "$@"
+mkdir -p "$3/bin"; printf '#!/bin/bash\\necho installs $*' > "$3/bin/pip"; chmod +x "$3/bin/pip\"""")
+  make("git", """[[ $1 != clone ]] || mkdir "$4\"""")
+  done = act("install")
+  assert done.returncode == 1 and (folder / ".venv/bin/python").exists()
+  assert done.stderr.startswith("error: xcomp_jax needs Python 3.11 or newer with venv, not 3.10.13; nothing is changed. Set PYTHON")
+  done = act("install", PYTHON="python3.12")
+  assert done.returncode == 0 and not done.stderr and done.stdout.endswith("\ninstalls install -q -e .[tpu,gcs]\n")
+  assert not (folder / ".venv/bin/python").exists()  # a new folder
+
+
+def test_slurm_queues_itself_and_runs_what_it_showed(tools, tmp_path):
+  path, make = tools
+  make("sbatch", f"""while [[ $1 != *.sh ]]; do echo "$1" >> {tmp_path}/asked; shift; done
+mkdir {tmp_path}/spool; cp "$1" {tmp_path}/spool/slurm_script
+SLURM_JOB_ID=7 SLURM_SUBMIT_DIR=$PWD SLURM_CPUS_PER_TASK=6 exec bash {tmp_path}/spool/slurm_script "${{@:2}}" """)
+  make("srun", f"""printf '%s\\0' "$@" > {tmp_path}/ran; printf 'the same command continues'""")
+  make("scontrol", f"echo $* > {tmp_path}/again")
+  settings = {"CONFIG": "configs/sct.py:7b", "PYTHON": sys.executable, "PATH": path}
+  options = ["--config.workdir=/shared/a 'b'", "--config.distributed.start_seconds=60"]
+  done = launch("slurm.sh", *options, dry=False, **settings)
+  assert done.returncode == 0 and not done.stderr
+  ran = (tmp_path / "ran").read_text().split("\0")[:-1]
+  assert ran[: ran.index("-u")] == ["--label", "--kill-on-bad-exit=1", "--cpus-per-task=6", sys.executable]
+  given = ran[ran.index("xcomp_jax.train") + 1 :]
+  assert given == shown("slurm.sh", *options, folder=tmp_path, **settings)
+  run = from_command_line(["train", *given])
+  assert (run.workdir, run.distributed.start_seconds) == ("/shared/a 'b'", 60) and "7B" in run.init_from
+  assert (tmp_path / "asked").read_text() == "--nodes=2\n" and (tmp_path / "again").read_text() == "requeue 7\n"
+
+
+def test_a_script_given_to_sbatch_takes_the_same(tools, tmp_path):
+  path, make = tools
+  script = shutil.copy(LAUNCH / "slurm.sh", tmp_path / "slurm_script")
+  make("srun", """printf '%s\\n' "$@\"""")
+  for options in (["--config.seed=5"], ["--config.seed=5", "--config", "configs/sct.py:7b"], ["--config=configs/sct.py:7b", "--config.seed=5"]):
+    environment = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "CONFIG": f"configs/sct.py{':7b' * (len(options) == 1)}"}
+    done = subprocess.run(["bash", script, *options], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    ran = done.stdout.splitlines()[1:]  # the first shows it
+    run = from_command_line(["train", *ran[ran.index("xcomp_jax.train") + 1 :]])
+    assert done.returncode == 0 and "7B" in run.init_from and (run.seed, run.distributed.start_seconds) == (5, 300)
+
+
+def test_slurm_asks_for_a_process_per_gpu():
   asked = (LAUNCH / "slurm.sh").read_text()
   assert all(f"#SBATCH --{what}-per-node=8\n" in asked for what in ("gpus", "ntasks"))
 

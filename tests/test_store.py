@@ -104,7 +104,7 @@ def test_is_a_pair_of_tfds_datasets(tmp_path):
 
 
 def test_many_shards_keep_their_order_and_empty_ones_vanish(tmp_path):
-  with fresh_folder(tmp_path / "s") as folder:
+  with fresh_folder(tmp_path / "s", "store") as folder:
     shards = []
     for s in range(12):  # more than ten: the order of names is not that of strings without zeros
       empty = s in (0, 7)
@@ -230,7 +230,7 @@ def test_a_killed_write_is_swept_up_by_the_next(tmp_path):
   process.send_signal(signal.SIGKILL)
   process.wait()
   process.stdout.close()
-  assert [p.name for p in tmp_path.iterdir()] == ["s.incomplete"]
+  assert [p.name for p in tmp_path.iterdir()] == ["s.store.incomplete"]
   with pytest.raises(StoreError, match="predecode"):
     open_store(tmp_path / "s")
   write_store(tmp_path / "s", items()[:2], image_size=SIZE, clip_frames=4)
@@ -279,7 +279,7 @@ def test_writer_refuses_other_arrays_and_empty_stores(tmp_path):
 @pytest.fixture
 def many(tmp_path):
   """A folder with 90 files of clips, a sample in each."""
-  with fresh_folder(tmp_path / "many") as folder:
+  with fresh_folder(tmp_path / "many", "store") as folder:
     finish(folder, [write_shard(folder / f"{i}", [(sample(str(i)), frames(i, 1, 4))], RAW) for i in range(90)], RAW, {})
   return tmp_path / "many"
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xcomp_jax import chat, films, findings, measures, miniature, study, train
+from xcomp_jax import chat, files, films, findings, measures, miniature, study, train
 from xcomp_jax.data.store import Store
 from xcomp_jax.miniature import Study, rule
 from xcomp_jax.model import decoder, lp_comp
@@ -86,7 +86,7 @@ def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch
 
 
 def test_one_command_at_a_time(tmp_path, capsys):
-  with study._alone(tmp_path), pytest.raises(SystemExit):
+  with files.alone(tmp_path), pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path)])
   assert f"another command is at work in {tmp_path}; wait for it, or give --out another" in capsys.readouterr().err
 

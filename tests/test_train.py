@@ -262,6 +262,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
     ({"train.batch_size": 0}, "config.train.batch_size = 0"),
     ({"train.projector": False, "train.llm": False}, "trains nothing"),
     ({"data.train": "/nowhere"}, "/nowhere"),
+    ({"data.heldout": "/nowhere"}, r"config\.data\.heldout \(None: no evaluation\): no data at /nowhere"),
     ({"init_from": "/nowhere"}, "/nowhere"),
     ({"model.clip_frames": 8}, "clip_frames 4"),
     ({"lp_comp.schedule": [4, 8]}, "lp_comp.schedule"),
@@ -325,6 +326,18 @@ def test_a_damaged_start_is_said_before_anything_is_written(tiny_run, tmp_path, 
   assert not (tmp_path / "w").exists()
 
 
+def test_a_workdir_is_no_folder_of_others(tiny_run, tmp_path):
+  config = tiny_run(tmp_path / "w")
+  for workdir in (config.init_from, config.data.train):
+    with pytest.raises(ValueError, match=r"config\.workdir .* is config"):
+      train.run(dataclasses.replace(config, workdir=workdir))
+  shutil.copytree(config.init_from, tmp_path / "other")
+  before = (tmp_path / "other" / "config.json").read_bytes()
+  with pytest.raises(ConfigError, match="not a run's, such as a checkpoint's"):
+    train.run(dataclasses.replace(config, workdir=str(tmp_path / "other")))
+  assert (tmp_path / "other" / "config.json").read_bytes() == before
+
+
 def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(tiny_run, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setattr(weights, "load", lambda *a, **k: pytest.fail("weights were read"))
@@ -365,7 +378,7 @@ def test_1200_files_of_clips_under_256_open_files(tmp_path):
 
   layout, rng = store.Layout(48, 8, None, None), np.random.default_rng(0)
   talk = ({"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "A"})
-  with fresh_folder(tmp_path / "data") as folder:
+  with fresh_folder(tmp_path / "data", "store") as folder:
     parts = []
     for i in range(1200):
       sample = store.Sample(str(i), f"{i}.png", "a.json", i, talk, "")

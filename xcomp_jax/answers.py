@@ -43,6 +43,9 @@ ADDED = {"rows": "question"}  # settings that older folders do not have, and wha
 PACKAGES = ("xcomp_jax", "jax", "jaxlib", "flax", "numpy", "opencv-python-headless", "pillow", "tokenizers")
 
 
+WRITTEN = ("results.json", "samples.jsonl", "heatmap.png", "run.json")  # by who asks, beside the answers
+
+
 class AnswersError(ValueError):
   """A folder of answers that can't be used; the message says why."""
 
@@ -129,6 +132,8 @@ class Answers:
 
   def _agree(self, file: pathlib.Path) -> None:
     if not file.exists():
+      if there := [name for name in WRITTEN if (self.folder / name).exists()]:
+        raise AnswersError(f"{self.folder} holds a {there[0]} of something else, which would be overwritten; choose another folder")
       write_json(file, self.settings, indent=2)
       return
     try:

@@ -147,8 +147,11 @@ def answer(args: argparse.Namespace) -> None:
   reader = prepare(settings(args))
   page = pathlib.Path(args.report) if args.report else None
   check_target("--report", args.report)
+  files.apart({"--report": args.report}, {f"--{name}": getattr(args, name) for name in ("video", "encoded", "questions")})
+  files.apart({"--report": args.report}, {"--checkpoint": args.checkpoint}, nested=True)
   if args.encoded and not pathlib.Path(args.encoded).exists():
     check_target("--encoded", args.encoded)
+    files.apart({"--encoded": args.encoded}, {"--checkpoint": args.checkpoint}, nested=True)
 
   fixed = listed(args)
   for question in fixed:

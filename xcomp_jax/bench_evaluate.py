@@ -10,10 +10,10 @@ import argparse
 import json
 import pathlib
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from os.path import expanduser
@@ -57,16 +57,16 @@ def once(processes: Sequence[Sequence[str]], options: Sequence[str], out: pathli
   Raises:
     BenchError: one of them failed.
   """
-  shutil.rmtree(out, ignore_errors=True)
   used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
   begun, before = time.perf_counter(), used()
-  command = [sys.executable, "-m", "xcomp_jax.evaluate", f"--out={out}", *options]
-  running = [subprocess.Popen([*command, *own], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for own in processes]
-  ends = [process.communicate()[1] for process in running]
-  for process, own, end in zip(running, processes, ends, strict=True):
-    if process.returncode:
-      raise BenchError(f"{' '.join([*command, *own])}: {end.strip().splitlines()[-1] if end.strip() else process.returncode}")
-  return time.perf_counter() - begun, used() - before, json.loads((out / "results.json").read_text())
+  with tempfile.TemporaryDirectory(prefix="answers-", dir=out) as folder:
+    command = [sys.executable, "-m", "xcomp_jax.evaluate", f"--out={folder}", *options]
+    running = [subprocess.Popen([*command, *own], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for own in processes]
+    ends = [process.communicate()[1] for process in running]
+    for process, own, end in zip(running, processes, ends, strict=True):
+      if process.returncode:
+        raise BenchError(f"{' '.join([*command, *own])}: {end.strip().splitlines()[-1] if end.strip() else process.returncode}")
+    return time.perf_counter() - begun, used() - before, json.loads((pathlib.Path(folder) / "results.json").read_text())
 
 
 def measure(options: Sequence[str], out: pathlib.Path, rounds: int, variants: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -74,11 +74,11 @@ def measure(options: Sequence[str], out: pathlib.Path, rounds: int, variants: Se
   round, in seconds per question; "parts" of the last round, "micro" and "questions".
   """
   for name in variants:  # compiles
-    once(VARIANTS[name], options, out / "answers")
+    once(VARIANTS[name], options, out)
   found: dict[str, dict[str, Any]] = {name: {"seconds": [], "cpu_seconds": [], "asking": []} for name in variants}
   for _ in range(rounds):
     for name in variants:
-      wall, cpu, results = once(VARIANTS[name], options, out / "answers")
+      wall, cpu, results = once(VARIANTS[name], options, out)
       parts, n = results["seconds"], results["score"]["counts"]["questions"]
       for key, seconds in (("seconds", wall), ("cpu_seconds", cpu), ("asking", sum(parts.values()))):
         found[name][key].append(seconds / n)

@@ -255,7 +255,7 @@ def _restore(place: epath.Path, step: int, params, opt, data: Reader, config: Ma
   if changed := _changes(saved, config, FREE, "was", "is"):
     raise ConfigError(
       f"{place.parent} holds step {step} of a run that this config can't continue: {changed}. Set "
-      "config.workdir to another folder to start afresh, or undo the change"
+      "config.workdir to another folder to start afresh, with config.init_from from what this run learned (an export of it); or undo the change"
     )
   position = ocp.JsonCheckpointHandler().restore(place / "data")
   if position["step"] != step:

@@ -11,7 +11,8 @@ import dataclasses
 import difflib
 import math
 import os
-import re
+import runpy
+import traceback
 import types
 import typing
 from collections.abc import Mapping
@@ -277,8 +278,9 @@ def from_dict(cls: type, values: Any, where: str = "config"):
   hints = typing.get_type_hints(cls, include_extras=True)
   problems = []
   for key in values.keys() - hints.keys():
-    near = difflib.get_close_matches(key, hints, 1)
-    hint = f"did you mean {where}.{near[0]}?" if near else f"known: {', '.join(hints)}"
+    known = [f"{where}.{name}" for name in difflib.get_close_matches(key, hints, 1)]
+    known += _same(key, [f"{where}.{name}" for name in hints] + (keys(RunConfig) if where.startswith("config") else []))
+    hint = f"did you mean {known[0]}?" if known else f"known: {', '.join(hints)}"
     problems.append(f"{where}.{key} is unknown; " + (f"it gave way to {REPLACED[key]}" if key in REPLACED else hint))
   for key in hints.keys() - values.keys():
     problems.append(f"{where}.{key} is missing")
@@ -293,6 +295,12 @@ def keys(cls: type, where: str = "config") -> list[str]:
   for key, hint in typing.get_type_hints(cls).items():
     names += keys(hint, f"{where}.{key}") if dataclasses.is_dataclass(hint) else [f"{where}.{key}"]
   return names
+
+
+def _same(key: str, names: list[str]) -> list[str]:
+  """The full names that end in a key, or in words with it as initials, as `lr` for `config.optim.learning_rate`."""
+  ends = {name: name.rpartition(".")[2] for name in names}
+  return [name for name, end in ends.items() if key in (end, "".join(word[0] for word in end.split("_")))]
 
 
 def to_dict(config) -> dict[str, Any]:
@@ -365,41 +373,67 @@ def check_trained(model: ModelConfig) -> None:
 def from_command_line(argv: list[str]) -> RunConfig:
   """The RunConfig of `--config=FILE[:VARIANT]` and overrides such as `--config.optim.learning_rate=1e-4`.
 
+  The last `--config` counts, and the last override of each key, wherever they stand: a launcher's come first, its user's after them.
+
   Raises:
-    ConfigError: flags or keys that do not exist, values of the wrong type, a file that is not there.
+    ConfigError: flags or keys that do not exist, values of the wrong type, a file that is not there or no config.
   """
   from absl import flags
   from ml_collections import config_flags
 
+  chosen, overrides = "", argv[:1]
+  arguments = iter(argv[1:])
+  for argument in arguments:
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config"):
+      chosen = value if equals else next(arguments, "")
+    else:
+      overrides.append(argument)
+  if not chosen:
+    raise ConfigError("no config; add --config=configs/sct.py")
+  made = _load(chosen)
   values = flags.FlagValues()
-  # New keys are let through here, so that `from_dict` can name the nearest known one.
-  holder = config_flags.DEFINE_config_file(
-    "config", lock_config=False, accept_new_attributes=True, flag_values=values, sys_argv=argv
-  )
   try:
-    rest = values([re.sub("^((--?config=)?)(~.*)", lambda found: found[1] + os.path.expanduser(found[3]), arg) for arg in argv])
-    if len(rest) > 1:
-      raise ConfigError(f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10")
-    if holder.value is None:
-      raise ConfigError("no config; add --config=configs/sct.py")
-    return from_dict(RunConfig, holder.value.to_dict())
-  except ConfigError:
-    raise
-  except (flags.Error, OSError, AttributeError, KeyError, SyntaxError, NameError, ImportError) as error:
-    text = str(error.args[0] if error.args else error).strip()
-    if "Traceback" in text:  # from inside the config file
-      text = text.splitlines()[-1].partition(": ")[2]
-    elif isinstance(error, OSError):
-      text = f"the config file can't be read: {text[text.find('[Errno') :]}"
-    elif isinstance(error, (SyntaxError, NameError, ImportError)):
-      text = f"the config file is no working Python: {type(error).__name__}: {error}"
-    elif isinstance(error, KeyError):  # an override in a group that is unknown
+    # New keys are let through here, so that `from_dict` can name the nearest known one.
+    config_flags.DEFINE_config_dict(
+      "config", made, lock_config=False, accept_new_attributes=True, flag_values=values, sys_argv=overrides
+    )
+    rest = values(overrides)
+  except (flags.Error, AttributeError, KeyError) as error:
+    text = str(error.args[0] if error.args else error)
+    if isinstance(error, KeyError):  # an override in a group that is unknown
       known = keys(RunConfig)
-      given = [name for name in (arg.lstrip("-").partition("=")[0] for arg in argv) if name.startswith("config.")]
+      given = [name for name in (arg.lstrip("-").partition("=")[0] for arg in overrides) if name.startswith("config.")]
       wrong = next((name for name in given if name not in known), text)
-      near = difflib.get_close_matches(wrong, known, 1)
+      near = _same(wrong.rpartition(".")[2], known) + difflib.get_close_matches(wrong, known, 1, cutoff=0.8)
       text = f"{wrong} is unknown" + (f"; did you mean {near[0]}?" if near else "")
     raise ConfigError(" ".join(text.split())) from error
+  if len(rest) > 1:
+    raise ConfigError(f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10")
+  return from_dict(RunConfig, made.to_dict())
+
+
+def _load(chosen: str):
+  """The ConfigDict that `get_config` of FILE[:VARIANT] makes."""
+  from ml_collections import ConfigDict
+
+  file, colon, variant = os.path.expanduser(chosen).partition(":")
+  if not os.path.isfile(file):
+    where = "" if os.path.isabs(file) else f" in {os.getcwd()}"
+    hint = "; configs/ is in the repository, not in the package: run there, or copy the file" if file.startswith("configs/") else ""
+    raise ConfigError(f"no config file {file}{where}{hint}")
+  try:
+    found = runpy.run_path(file)
+    if "get_config" not in found:
+      raise ConfigError("it has no function get_config, as configs/sct.py has")
+    made = found["get_config"](*([variant] if colon else []))
+  except Exception as error:  # whatever the file's own code does
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    raise ConfigError(f"{file}{f', line {lines[-1]}' if lines else ''}: {kind}{' '.join(str(error).split())}") from error
+  if not isinstance(made, ConfigDict):
+    raise ConfigError(f"{file}: get_config has to return an ml_collections.ConfigDict, not {type(made).__name__}")
+  return made
 
 
 def _is_shape(values: tuple[int, ...]) -> bool:

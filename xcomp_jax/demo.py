@@ -23,7 +23,7 @@ from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Example, Shape, collate
 from xcomp_jax.data.blend import Blend
-from xcomp_jax.files import command
+from xcomp_jax.files import alone, command
 from xcomp_jax.model import vlm
 
 BASE = "assets/tiny"
@@ -40,15 +40,11 @@ STAGE_MADE = ("world", "train", "run", "model")  # likewise of a stage of the ba
 
 
 def clear(folder: pathlib.Path, made: Sequence[str]) -> None:
-  """Removes what an earlier run made in `folder`, and nothing else.
-
-  made: names in the order of making. Where the first is missing none is a run's; it goes last, so that a clearing
-    that was interrupted is taken up again.
-  """
-  if (folder / made[0]).is_dir():
-    for name in reversed(made):
-      if (folder / name).exists():
-        shutil.rmtree(folder / name)
+  """Removes the folders that an earlier demo made in `folder`."""
+  for name in made:
+    for path in (folder / name, *folder.glob(f"{name}.*incomplete")):
+      if path.exists():
+        shutil.rmtree(path)
 
 
 def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -166,7 +162,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   f = parser.parse_args(argv)
   out = pathlib.Path(f.out)
   with command():
-    (train_base(out) if f.base else show(out, f.videos, f.steps))
+    if out.exists() and not (out.is_dir() and ((out / ".lock").exists() or not any(out.iterdir()))):
+      raise FileExistsError(f"--out {out} holds what no demo has made; choose another folder, or remove it")
+    with alone(out):
+      (train_base(out) if f.base else show(out, f.videos, f.steps))
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     if getattr(args, name) is not None and getattr(args, name) < 1:
       raise AnswersError(f"--{name} {getattr(args, name)}: must be at least 1")
   task, share, out = TASKS[args.task], parse_share(args.share), pathlib.Path(args.out)
+  files.apart({"--out": out}, {f"--{name}": getattr(args, name) for name in ("annotations", "videos", "subtitles", "checkpoint")})
   questions, about = read_questions(args, task)
   asked = wanted(questions, pathlib.Path(args.videos))
   reader = prepare(settings(args))

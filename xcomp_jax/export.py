@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
   "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )
+WRITTEN = re.compile(rf"config\.json|xcomp\.json|params|model.*\.safetensors|{re.escape(layouts.INDEX)}|.*\.py|{'|'.join(map(re.escape, TOKENIZER_FILES))}")
 RELATIVE = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # of modules in the same folder
 SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
 CODES = {dtype: code for code, dtype in layouts.DTYPES.items()}
@@ -295,9 +296,10 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
   """Checks that a checkpoint may be written to `directory`; worth doing before weights are read.
 
   Raises:
-    CheckpointError: a file; or not empty, unless `overwrite` and it holds a checkpoint.
+    CheckpointError: a file; or not empty, unless `overwrite` and it holds an export and nothing else.
   """
   directory = pathlib.Path(directory)
+  files.settle(directory)
   if directory.exists() and not directory.is_dir():
     raise CheckpointError(f"{directory} is a file; give a directory")
   if not directory.exists() or not any(directory.iterdir()):
@@ -306,6 +308,9 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
     raise CheckpointError(f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)")
   if not (directory / "config.json").exists():
     raise CheckpointError(f"{directory} is not empty and holds no checkpoint (no config.json), so it is not replaced")
+  if other := sorted(file.name for file in directory.iterdir() if not WRITTEN.fullmatch(file.name)):
+    more = f" and {len(other) - 1} more" * (len(other) > 1)
+    raise CheckpointError(f"{directory} also holds {other[0]}{more}, which no export writes, so it is not replaced; choose another directory")
 
 
 @contextlib.contextmanager
@@ -313,7 +318,7 @@ def appearing(directory: pathlib.Path, overwrite: bool) -> Generator[pathlib.Pat
   """`files.fresh_folder` where `check_free` lets it be; what goes wrong is a CheckpointError."""
   check_free(directory, overwrite)
   try:
-    with files.fresh_folder(directory, replace=overwrite) as temporary:
+    with files.fresh_folder(directory, "export", overwrite) as temporary:
       yield temporary
   except OSError as error:
     raise CheckpointError(f"{directory} can't be written: {error}") from error
@@ -338,9 +343,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what a reader of checkpoints always does
   with files.command():
     out = files.local(args.out, "an export appears by a rename", written=True)
+    files.apart({"--out": out}, {"--checkpoint": args.checkpoint, "--init-from": args.init_from, "--code": args.code}, nested=True)
     check_free(out, args.overwrite)
     code = weights.resolve(args.code, code=True) if args.code else None
     source = read(args.checkpoint, step=args.step, init_from=args.init_from)
+    files.apart({"--out": out}, {"where the run started,": source.directory}, nested=True)
     if code:
       named_in = source.directory / "config.json"
       auto_map = layouts.read_json(named_in).get("auto_map")

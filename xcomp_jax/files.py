@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import fcntl
+import glob
+import io
 import json
 import os
 import pathlib
@@ -12,12 +14,12 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 
 def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.Path:
-  """A path of this machine.
+  """A path of this machine; what a killed command left between two renames is put there first.
 
   Args:
     path: with or without a scheme; a leading ~ is the home directory.
@@ -33,7 +35,10 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
       else "Copy it to this machine (`gcloud storage cp -r`) or mount the bucket (`gcsfuse`), and give that path"
     )  # fmt: skip
     raise ValueError(f"{found[1]}://{found[2]} is in a bucket, but {why}. {advice}")
-  return path_of(path)
+  found = path_of(path)
+  if not found.exists():
+    settle(found)
+  return found
 
 
 def path_of(path: str | os.PathLike) -> pathlib.Path:
@@ -45,7 +50,11 @@ def path_of(path: str | os.PathLike) -> pathlib.Path:
 def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
   """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends well.
 
-  When the block fails the file is removed; one that is not there in the end is not missed.
+  When the block fails the file is removed; one that is not there in the end is not missed. What a killed process left, `sweep`
+  removes.
+
+  Raises:
+    OSError: it can't be written; the message names `target`.
   """
   target = pathlib.Path(target)
   # Machines that share the folder may have processes of the same number.
@@ -55,9 +64,18 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
     if temporary.exists():
       sync(temporary)
       os.replace(temporary, target)
-  except BaseException:
+  except BaseException as error:
     temporary.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno is not None and error.filename in (None, os.fspath(temporary)):
+      raise type(error)(error.errno, f"can't be written: {error.strerror}", os.fspath(target)) from error
     raise
+
+
+def sweep(folder: str | os.PathLike) -> None:
+  """Removes what killed processes left of `replacing` in a folder that is this process's alone."""
+  for path in pathlib.Path(folder).glob("*.tmp"):
+    if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):
+      path.unlink(missing_ok=True)
 
 
 def write(target: str | os.PathLike, content: str | bytes) -> None:
@@ -81,54 +99,171 @@ def sync(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def fresh_folder(target: str | os.PathLike, replace: bool = False) -> Generator[pathlib.Path]:
-  """An empty folder to write into, which becomes `target` by one rename when the block ends well.
+def fresh_folder(target: str | os.PathLike, by: str, replace: bool = False) -> Generator[pathlib.Path]:
+  """An empty folder to write into, which becomes `target` when the block ends well; the one that was there goes after that.
 
-  When the block fails the folder is removed; what a killed process left is removed by the next one.
+  It is `new` in the work folder `<target>.<by>.incomplete`, where a `lock` says whose that is, and where what gives way is `old`. So
+  there is a whole one at `target`, or `settle` puts it there, whenever a process is killed. When the block fails the work folder is
+  removed; what a killed process left is removed by the next one.
 
   Args:
     target: folder to be, whole or not at all.
-    replace: a folder that is there goes when the new one is whole.
+    by: the command that makes it; others don't touch its work folder.
+    replace: a folder that is there may give way.
 
   Raises:
-    FileExistsError: target is already there.
-    OSError: it can't be made.
+    FileExistsError: target is already there; or something else is where the work folder would be.
+    OSError: it can't be made, or another process is making it.
     ValueError: it is in a bucket, where no folder can be renamed.
   """
-  target = local(target, "a folder that is whole or not at all appears by a rename", written=True).absolute()
+  target = pathlib.Path(os.path.realpath(local(target, "a folder that is whole or not at all appears by a rename", written=True)))
+  settle(target)
+  _check_free(target, replace)
+  work, mark = target.with_name(f"{target.name}.{by}.incomplete"), f"xcomp_jax {by}"
+  try:
+    work.mkdir(parents=True, exist_ok=True)
+    if not {path.name for path in work.iterdir()} <= {"lock"} and (not (work / "lock").is_file() or (work / "lock").read_text() != mark):
+      raise FileExistsError(f"{work} is in the way, and `{by}` did not make it; move it away")
+  except OSError as error:
+    raise type(error)(f"{target} can't be written: {error.strerror or error}") from error
+  with locked(work / "lock", OSError(f"another process is writing {target}; wait for it, or choose another folder")):
+    (work / "lock").write_text(mark)
+    _settle(work, target)
+    _empty(work)  # a killed process's
+    (work / "new").mkdir()
+    try:
+      yield work / "new"
+      _check_free(target, replace)
+      become(work, "new", target, replace)
+    except BaseException:
+      _settle(work, target)
+      _remove(work)
+      raise
+
+
+def _check_free(target: pathlib.Path, replace: bool) -> None:
+  if os.path.ismount(target):
+    raise FileExistsError(f"{target} is where a file system is mounted, which no rename can replace; choose a folder inside it")
   if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
     raise FileExistsError(f"{target} already exists; remove it or choose another folder")
-  temporary = target.with_name(target.name + ".incomplete")
-  try:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-  except OSError as error:
-    raise OSError(f"{target} can't be written: {error.strerror or error}") from error
-  try:
-    yield temporary
-    if replace and target.exists():
-      shutil.rmtree(target)
-    os.rename(temporary, target)
-  except BaseException:
-    shutil.rmtree(temporary, ignore_errors=True)
-    raise
+
+
+def become(work: pathlib.Path, name: str, target: pathlib.Path, replace: bool = False) -> None:
+  """Makes a folder in a work folder the target, when it has reached the disk, and removes the work folder.
+
+  Raises:
+    OSError: there is something at the target, and it may not be replaced.
+  """
+  for file in (work / name).rglob("*"):
+    if file.is_file():
+      sync(file)
+  if replace and target.exists() and any(target.iterdir()):
+    os.rename(target, work / "old")
+  os.rename(work / name, target)  # of an empty folder it takes the place
+  sync(target.parent)
+  _remove(work)
+
+
+def settle(target: str | os.PathLike) -> None:
+  """Finishes what a process that was killed in `become` left: between its two renames nothing is at `target`.
+
+  Every command does this for the folders that it is told to read or write.
+  """
+  target = pathlib.Path(os.path.realpath(target))
+  for work in target.parent.glob(f"{glob.escape(target.name)}.*.incomplete"):
+    with contextlib.suppress(OSError):  # no permission: nothing changes, and who needs the folder says that it is not there
+      if (work / "old").exists():
+        with locked(work / "lock", None):
+          _settle(work, target)
+          _remove(work)
+
+
+def _settle(work: pathlib.Path, target: pathlib.Path) -> None:
+  if (work / "old").exists() and not target.exists():
+    try:
+      os.rename(work / "new", target)
+    except OSError:
+      os.rename(work / "old", target)
+  if (work / "old").exists() and (work / "new").exists():
+    raise FileExistsError(f"{target} was made by somebody else at the same time; what was there before is {work / 'old'}: move it away")
+
+
+def _empty(work: pathlib.Path) -> None:
+  for path in work.iterdir():
+    if path.is_dir():
+      shutil.rmtree(path)
+    elif path.name != "lock":
+      path.unlink()
+
+
+def _remove(work: pathlib.Path) -> None:
+  """Removes a work folder; its lock last, for a folder without one is nobody's."""
+  _empty(work)
+  (work / "lock").unlink(missing_ok=True)
+  work.rmdir()
 
 
 @contextlib.contextmanager
-def locked(file: str | os.PathLike, taken: Exception) -> Generator[None]:
+def locked(file: str | os.PathLike, taken: Exception | None, needed: bool = False) -> Generator[None]:
   """Keeps other processes out of what a lock file stands for, as far as its file system has locks.
 
+  Args:
+    file: is made if it is not there.
+    taken: raised if another process holds it; None: waits.
+    needed: a file system without locks won't do.
+
   Raises:
-    taken: another process holds it.
+    taken: another process holds it, or has just removed it.
+    OSError: it can't be opened, or locked where that is `needed`.
   """
-  with open(file, "w") as handle:
+  with open(file, "a") as handle:
     try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise taken from error
-    except OSError:  # no locks here
-      pass
+      fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if taken else 0))
+      mine = os.fstat(handle.fileno()).st_ino == os.stat(file).st_ino
+    except (BlockingIOError, FileNotFoundError):
+      mine = False
+    except OSError as error:
+      if needed:
+        raise OSError(f"its file system can't lock {file}: {error.strerror}") from error
+      mine = True
+    if not mine:
+      raise taken or FileNotFoundError(f"{file} is gone")
     yield
+
+
+@contextlib.contextmanager
+def alone(folder: str | os.PathLike) -> Generator[None]:
+  """Makes a folder in which a command writes, and keeps the same command out of it meanwhile.
+
+  Raises:
+    OSError: it can't be made, or another process is at work in it.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  with locked(folder / ".lock", OSError(f"another command is at work in {folder}; wait for it, or give --out another folder")):
+    sweep(folder)
+    yield
+
+
+def apart(outputs: Mapping[str, str | os.PathLike | None], inputs: Mapping[str, str | os.PathLike | None], nested: bool = False) -> None:
+  """Sees to it that nothing that is written is what is read, or a folder around it, under whatever name.
+
+  Args:
+    outputs: by the option that names each; None: not given.
+    inputs: likewise. Those that are not there are left to who reads them.
+    nested: nor may an output lie in an input.
+
+  Raises:
+    ValueError: which ones are the same.
+  """
+  there = lambda paths: {name: pathlib.Path(os.path.realpath(path_of(path))) for name, path in paths.items() if path and "://" not in os.fspath(path)}
+  around = lambda outer, inner: any(part == outer or (outer.exists() and part.exists() and part.samefile(outer)) for part in (inner, *inner.parents))
+  for option, output in there(outputs).items():
+    for name, source in there(inputs).items():
+      how = "contains" if around(output, source) else "lies in" if nested and around(source, output) else ""
+      if how:
+        how = "is" if around(source, output) and how == "contains" else how
+        raise ValueError(f"{option} {output} {how} {name} {source}, which would be damaged; give another {option}")
 
 
 def keep_compiled(folder: str | None, default: str | None = None) -> None:
@@ -186,6 +321,8 @@ def one_line(error: BaseException | str) -> str:
 def command(*errors: type[Exception], interrupted: str = "interrupted") -> Generator[None]:
   """The body of a command: an error of the user's is one line on stderr and exit code 1, Ctrl-C ends with 130.
 
+  Who stops reading what it prints (`| head`) ends it with 141 and no word. What stdout can't spell is escaped.
+
   Args:
     errors: kinds that are the user's, beside ValueError and OSError.
     interrupted: what is said after Ctrl-C.
@@ -195,13 +332,52 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
 
     tqdm.monitor_interval = 0  # an interrupt that comes while tqdm starts its thread of this is taken for the thread's error, and lost
   try:
+    _streams()
     yield
+    sys.stdout.flush()
+  except BrokenPipeError:
+    _give_up_stdout()
+    sys.exit(141)
   except Exception as error:
     text, advice = str(error), too_many_files(error)
-    if not advice and not isinstance(error, (ValueError, OSError, *errors)):
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:  # the second is a device's
+      text = f"not enough memory{': ' * bool(text)}{one_line(text)[:300]}; take less at once (fewer frames, --batch, --workers)"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+      text += ", for what stdout goes to, or a temporary file"  # what else is written has a name
+    elif not advice and not isinstance(error, (ValueError, OSError, *errors)):
       raise
     print(f"error: {text}" + (f"; {advice}" if advice not in text else ""), file=sys.stderr)
+    _give_up_stdout()
     sys.exit(1)
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)
     sys.exit(130)
+
+
+def _give_up_stdout() -> None:
+  """Drops what can't be printed, or Python would fail at it once more at its end."""
+  try:
+    sys.stdout.flush()
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _streams() -> None:
+  """Makes what a shell has closed safe to use: the next file that is opened would become stdout.
+
+  Raises:
+    OSError: stdout is closed, and answers would be lost.
+  """
+  missing = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
+  for number in missing:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+      os.dup2(null, number)
+  sys.stdin = sys.stdin or open(0, closefd=False)
+  sys.stdout = sys.stdout or open(1, "w", closefd=False)
+  sys.stderr = sys.stderr or open(2, "w", closefd=False)
+  if 1 in missing:
+    raise OSError("stdout is closed, and what is printed would be lost; send it to a file, or to /dev/null")
+  for stream, handling in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+    if isinstance(stream, io.TextIOWrapper):  # not in a test
+      stream.reconfigure(errors=handling)

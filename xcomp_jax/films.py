@@ -152,7 +152,7 @@ def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]
 
 def write(out: pathlib.Path, split: Split, seed: int, workers: int) -> None:
   """out/NAME/*.mp4, out/NAME.json and out/NAME.yaml; `out` appears whole or not at all."""
-  with fresh_folder(out) as temporary:
+  with fresh_folder(out, "films") as temporary:
     world.write_split(temporary, split.name, split.films, functools.partial(_annotated, split, seed), FRAMES, workers)
 
 

@@ -100,8 +100,10 @@ def write(
   questions = tasks.read(task, annotations, subtitles)
   for note in filter(None, (tasks.unanswerable(questions), tasks.missing(videos, questions))):
     print(note, file=sys.stderr)
-  out.mkdir(parents=True, exist_ok=True)
   listed, yaml = out / f"{task.name}.jsonl", out / f"{PREFIX}{task.name}.yaml"
+  for file in (listed, yaml):
+    files.apart({"--out": file}, {"--annotations": annotations, "--videos": videos, "--subtitles": subtitles}, nested=True)
+  out.mkdir(parents=True, exist_ok=True)
   docs = [dataclasses.asdict(q) | {"task": task.name, "path": os.path.abspath(tasks.find(videos, q))} for q in questions]
   files.write(listed, "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
   where, count = json.dumps(os.path.abspath(listed)), f"{len(docs):,}"

@@ -298,6 +298,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     NeedleError, VideoError, CheckpointError, ConfigError, AnswersError, OSError: bad arguments, by name.
   """
   check(args)
+  files.apart({"--out": args.out}, {f"--{name}": getattr(args, name) for name in ("needles", "images", "haystack", "checkpoint")})
   files.keep_compiled(args.compilation_cache, COMPILED)
   share, reader, out = parse_share(args.share), prepare(settings(args)), pathlib.Path(args.out)
   print(reader.introduce(), file=sys.stderr)

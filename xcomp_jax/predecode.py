@@ -13,7 +13,6 @@ command continues a run that was stopped or killed, and its result is the same.
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ from xcomp_jax.config import Attention, Dtype
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
-from xcomp_jax.files import command, listed, local, sync, write_json
+from xcomp_jax.files import apart, become, command, listed, local, locked, sweep, write_json
 
 # Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
 # may often have 1,024. Larger files would need more room for the one that is being written: see docs/DATA.md.
@@ -208,21 +207,13 @@ def _made(out: pathlib.Path) -> dict[str, Any] | None:
 def _claimed(out: pathlib.Path) -> Generator[pathlib.Path]:
   """The folder `<out>.incomplete`, for this process alone; it goes again if nothing but the lock was put into it."""
   folder = out.with_name(out.name + ".incomplete")
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")
-  except OSError as error:
-    raise store.StoreError(f"{out} can't be written: {error.strerror or error}") from error
-  with lock:
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      mine = os.fstat(lock.fileno()).st_ino == os.stat(folder / "lock").st_ino
-    except (BlockingIOError, FileNotFoundError):  # or it has just finished, and removed the folder
-      mine = False
+      folder.mkdir(parents=True, exist_ok=True)
+      taken = store.StoreError(f"another process is writing {out}; wait for it, or choose another folder")
+      stack.enter_context(locked(folder / "lock", taken, needed=True))
     except OSError as error:
-      raise store.StoreError(f"{out} can't be written: its file system can't lock {folder / 'lock'}: {error.strerror}") from error
-    if not mine:
-      raise store.StoreError(f"another process is writing {out}; wait for it, or choose another folder")
+      raise store.StoreError(f"{out} can't be written: {error.strerror or error}") from error
     try:
       yield folder
     finally:
@@ -257,18 +248,16 @@ def _digest(plan: dict[str, Any]) -> str:
 
 def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
   """Writes the plan, or sees that it is the one of the work in `folder`."""
-  for path in folder.glob("*.tmp"):
-    if path.is_dir():
-      shutil.rmtree(path)
-    else:
-      path.unlink()
+  sweep(folder)
   file = folder / "plan.json"
-  if restart:
+  if file.exists():  # or what is there is not this command's
     for name in ("shards", "store", "spool"):  # in this order what is left at any instant is whole
-      if (folder / name).exists():
+      if restart and (folder / name).exists():
         (folder / name).rename(folder / f"{name}.tmp")
+      if (folder / f"{name}.tmp").exists():
         shutil.rmtree(folder / f"{name}.tmp")
-    file.unlink(missing_ok=True)
+    if restart:
+      file.unlink()
   if not file.exists():
     if any(path.name != "lock" for path in folder.iterdir()):
       raise store.StoreError(f"{folder} holds something else than work of this command; move it away, or choose another --out")
@@ -320,13 +309,7 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
     counts.append(about | {"written": len(mine) - skipped, "skipped": skipped})
   info = info | {"annotation_files": counts, "skipped": sum(c["skipped"] for c in counts)}
   info = store.finish(folder, parts, work.layout, info)
-  for file in folder.rglob("*"):
-    if file.is_file():
-      sync(file)
-  if out.exists():
-    out.rmdir()  # an empty folder
-  os.rename(folder, out)
-  shutil.rmtree(work.folder)
+  become(work.folder, "store", out)
   return info
 
 
@@ -471,7 +454,9 @@ def main(argv: Sequence[str]) -> None:
     if f.verify is not None:
       check.verify(f.verify)
     else:
-      check.inspect(f.inspect, f.sheet or f"{f.inspect.rstrip('/')}.png", f.prompts, f.mask, f.checkpoint)
+      sheet = f.sheet or f"{f.inspect.rstrip('/')}.png"
+      apart({"--sheet": sheet}, {"--inspect": f.inspect, "--checkpoint": f.checkpoint}, nested=True)
+      check.inspect(f.inspect, sheet, f.prompts, f.mask, f.checkpoint)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ or other measures. Run it where configs/, assets/ and docs/ are.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from xcomp_jax import findings
-from xcomp_jax.files import command, locked, path_of, write_json
+from xcomp_jax.files import alone, command, path_of, write_json
 from xcomp_jax.films import FRAMES
 from xcomp_jax.measures import FEW, SELECTED, measured, selected, setting
 from xcomp_jax.miniature import BASE, PRESETS, Study, differences, rule, train_base
@@ -138,11 +137,6 @@ def run(study: Study, where: pathlib.Path, only: str) -> None:
     write_json(file, {"made": made(study, cell), "result": cell.do(), "seconds": time.perf_counter() - begun})
 
 
-def _alone(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-  folder.mkdir(parents=True, exist_ok=True)
-  return locked(folder / ".lock", ValueError(f"another command is at work in {folder}; wait for it, or give --out another folder"))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   parser = argparse.ArgumentParser(
@@ -162,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   out = f.out or pathlib.Path("study")
   with command(interrupted="interrupted; what was finished stays, and the same command goes on"):
     if f.base:
-      with _alone(out):
+      with alone(out):
         return train_base(out)
     where = pathlib.Path(CELLS) if full else out / "cells"
     if full and importlib.util.find_spec("matplotlib") is None:
@@ -171,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if f.report:
       check(study, where)
     else:
-      with _alone(out), _alone(where):
+      with alone(out), alone(where):
         run(study, where, f.only)
     findings.report(where, *((PAGE, FIGURES) if full else ()))
 

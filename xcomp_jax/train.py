@@ -19,7 +19,7 @@ import os
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,8 +45,8 @@ from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Batch, Clips, Shape, length_table
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.data.store import Features, Store, open_store
-from xcomp_jax.files import command, keep_compiled
+from xcomp_jax.data.store import Features, Store, StoreError, open_store
+from xcomp_jax.files import apart, command, keep_compiled
 from xcomp_jax.forecast import Account, Schedule
 from xcomp_jax.model import kernels, lp_comp, vlm
 from xcomp_jax.sharding import make_mesh, param_shardings, parameter_table
@@ -138,6 +138,10 @@ def run_whole(config: RunConfig) -> None:
 
 def prepare(config: RunConfig) -> Prepared:
   """Reads what a config names, and makes sure that it goes together and that the workdir can be written."""
+  data = config.data.train if isinstance(config.data.train, tuple) else (config.data.train,)
+  read = {"config.init_from": config.init_from, "config.data.heldout": config.data.heldout}
+  read |= {f"config.data.train[{i}]" if len(data) > 1 else "config.data.train": path for i, path in enumerate(data)}
+  apart({"config.workdir": config.workdir}, read)
   keep_compiled(config.compilation_cache)
   kernels.check(config.model.attention, config.model.dtype)
   directory = weights.resolve(config.init_from, whole=False)
@@ -145,7 +149,8 @@ def prepare(config: RunConfig) -> Prepared:
   lp_comp.counts(cfg.lp_comp, cfg.llm.layers)  # refuses schedules that can't be
   tokenizer = weights.read_tokenizer(directory, cfg)
   blend = open_data(config.data.train, cfg, config.data.weights)
-  held = None if config.data.heldout is None else open_data(config.data.heldout, cfg)
+  with _about_heldout():
+    held = None if config.data.heldout is None else open_data(config.data.heldout, cfg)
   opened = [blend] if held is None else [blend, held]
   for data in opened:
     if data.features is not None and config.train.vision:
@@ -168,10 +173,8 @@ def prepare(config: RunConfig) -> Prepared:
   if held is not None:
     size = config.train.batch_size
     parts = [range(first, min(first + size, len(held))) for first in range(0, len(held), size)]
-    try:
+    with _about_heldout():
       other = forecast.schedule(config, cfg, lengths[1], devices(), schedule)
-    except ConfigError as error:
-      raise ConfigError(f"held-out data in config.data.heldout: {error}") from error
     seen = packing.pack_steps(lengths[1], parts, other.shapes, other.costs)
     whole = dataclasses.replace(share, trained=False)
     heldout = functools.partial(pipeline.read, held, tokenizer, config.data, lengths[1], seen, whole)
@@ -405,6 +408,15 @@ def introduce(config: RunConfig, prepared: Prepared, state: TrainState, start: i
   todo += f", from checkpoint {start}" if start else ""
   print(todo if start < prepared.steps else f"all {prepared.steps} steps are done", flush=True)
   (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+
+
+@contextlib.contextmanager
+def _about_heldout() -> Generator[None]:
+  """Says that it is the held-out data something is wrong with."""
+  try:
+    yield
+  except (ConfigError, StoreError) as error:
+    raise type(error)(f"held-out data in config.data.heldout (None: no evaluation): {error}") from error
 
 
 def open_data(folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[float, ...] | None = None) -> Blend:

@@ -1,6 +1,7 @@
 """A run's own folder: it can be written, is one for all processes, and one run's at a time."""
 
 import contextlib
+import json
 import secrets
 import time
 from collections.abc import Generator
@@ -24,6 +25,7 @@ def claim(workdir: str) -> None:
     ConfigError: it can't, or is not.
   """
   path = epath.Path(workdir)
+  _check_own(path)
   try:
     for part in (path, path / "checkpoints", path / "tensorboard"):
       part.mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,16 @@ def claim(workdir: str) -> None:
       f"config.workdir = {workdir} is not one folder for all processes: process {', '.join(map(str, blind))} can't see what process 0 "
       "writes there; set it to a shared file system or a bucket (gs://)"
     )
+
+
+def _check_own(path: epath.Path) -> None:
+  """Refuses a folder whose config.json is not a run's, for a run would write its own there."""
+  try:
+    there = json.loads((path / "config.json").read_text())
+  except Exception:  # nothing there, or cut off by a kill; those of a bucket's clients have no common base
+    return
+  if not isinstance(there, dict) or not there.keys() >= {"init_from", "workdir"}:
+    raise ConfigError(f"workdir {path} holds a config.json that is not a run's, such as a checkpoint's, which would be overwritten; set config.workdir to another folder")
 
 
 @contextlib.contextmanager

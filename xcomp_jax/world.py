@@ -238,7 +238,7 @@ def write_world(out: pathlib.Path, splits: Sequence[Split], seed: int, workers: 
       raise WorldError(f"{split.fewest} to {split.most} scenes: a video has 1 to {MOST_SCENES}")
     if split.videos < 1 or not 0 <= split.questions <= len(QUESTIONS):
       raise WorldError(f"{split.videos} videos, {split.questions} questions each: must be at least 1, and 0 to {len(QUESTIONS)}")
-  with fresh_folder(out) as temporary:
+  with fresh_folder(out, "films") as temporary:
     for split in splits:
       write_videos(temporary, split, seed, workers)
 

@@ -467,7 +467,7 @@ def write_store(
 ) -> None:
   """Writes a whole store from samples in memory, in one shard (see `write_shard`); `quality` makes it JPEG."""
   layout = Layout(image_size, clip_frames, quality, features)
-  with fresh_folder(target) as folder:
+  with fresh_folder(target, "store") as folder:
     finish(folder, [write_shard(folder / "shard", items, layout)], layout, {})
 
 
