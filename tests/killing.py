@@ -291,27 +291,29 @@ class Kills:
     while killed < kills and rounds < 3 * kills:
       rounds += 1
       self.fresh()
-      fault, done = "", ""
+      fault, done = "", None  # what the command that was done has said
       for attempt in range(2):
         aimed = (rounds + attempt) % 2 == 1
         code, out, err = self.run(next(aims)) if aimed else self.run(after=self.r.uniform(0.3, 1.0) * self.seconds)
         killed += code == -signal.SIGKILL
         if code not in (0, -signal.SIGKILL):
           fault = f"ends with {code} after a kill: {err[-600:]}"
-        done = out if code == 0 else ""
+        done = None if code else out
         fault = fault or self.command.between(self.shared, self.own)
         if fault or code == 0:
           break
       for _ in range(AGAIN):
-        if fault or done:
+        if fault or done is not None:
           break
         code, out, err = self.run()
-        done = out if code == 0 else ""
         if code:
           time.sleep(PAUSE)
-      if not fault and not done:
-        fault = f"is not done after {AGAIN} times: {err[-600:]}"
-      fault = fault or self.differs(done)
+        else:
+          done = out
+      if done is None:
+        fault = fault or f"is not done after {AGAIN} times: {err[-600:]}"
+      else:
+        fault = fault or self.differs(done)
       if fault:
         found.append(f"{self.command.name}: {fault}\n  " + "\n  ".join(self.history))
         print(found[-1], flush=True)
