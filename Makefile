@@ -11,12 +11,14 @@ FUSION = $(shell $(BIN)/python -c 'import sys; print("--xla_cpu_use_fusion_emitt
 # Slow tests that train for minutes, or look at what the compiler makes.
 OPTIMISED := $(patsubst %,tests/test_%.py,demo kernels notebooks steps study tpu)
 
-.PHONY: help env demo base test test-slow test-beam test-buckets test-lmms test-gpu-compile test-gpu-programs lint docs notebooks
+.PHONY: help env demo base test test-slow fuzz kill test-beam test-buckets test-lmms test-gpu-compile test-gpu-programs lint docs notebooks
 
 help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
 	@echo 'make test       lint and test suite'
 	@echo 'make test-slow  what takes minutes: the whole demo, runs that are killed, the recorded chat, programs for TPUs'
+	@echo 'make fuzz       3,000 damaged files for readers and commands, others each time; SEED=... CASES=... for the same again (half an hour)'
+	@echo 'make kill       every command that writes, killed ten times; SEED=... for the same again (about 20 minutes)'
 	@echo 'make test-beam  pre-decoding through Apache Beam, in an environment of its own (it wants older libraries)'
 	@echo 'make test-buckets  a run in a bucket, by an emulator of Google Cloud Storage, in an environment of its own'
 	@echo 'make test-lmms  the lmms-eval plugin, in an environment of its own (it wants PyTorch and much else)'
@@ -55,6 +57,15 @@ test-slow: .venv/ready-tpu
 .venv/ready-tpu: .venv/ready
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[plan,test]'
 	touch $@
+
+# A seed that is given, such as the one that the last run has printed, makes the same cases again.
+CASES ?= 3000
+
+fuzz: env
+	$(BIN)/python tests/fuzzing.py $(SEED:%=--seed %) --cases $(CASES) --commands $$(($(CASES) / 20))
+
+kill: env
+	$(BIN)/python tests/killing.py $(SEED:%=--seed %)
 
 test-beam: .venv-beam/ready
 	.venv-beam/bin/python -m pytest tests/test_beam.py
