@@ -3,7 +3,7 @@
   python -m xcomp_jax.ask --checkpoint exports/sct --video film.mp4 --question "What happens first?"
 
 Several questions: repeat --question, or --questions FILE (one per line); without either, they are read from the
-terminal as one conversation. Answers go to stdout, everything else to stderr. Frames are sampled as in
+terminal as one conversation, until stdin ends; the line /new starts another one. Answers go to stdout, everything else to stderr. Frames are sampled as in
 FACTS.md 5; a short video's are repeated up to --min-frames.
 """
 
@@ -26,6 +26,8 @@ from xcomp_jax.progress import progress
 from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings, within_memory
 
 QUESTIONS = 1 << 24  # bytes of all, at most
+
+NEW = "/new"  # typed instead of a question
 
 
 def say(text: str) -> None:
@@ -176,10 +178,17 @@ def answer(args: argparse.Namespace) -> None:
   with reader.precision():
     film = encoded(args, reader, model, sample, spent)
     kept_rounds = len(fixed) != 1 and not args.forget_rounds
-    chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=kept_rounds)
+    talk = not fixed or args.follow_up
+    chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=kept_rounds, talk=talk)
+    if not fixed:
+      say(f"a conversation, question by question; {NEW} starts another one")
     for question in fixed or typed():
-      if fixed and not args.follow_up:
+      new = question == NEW and not fixed
+      if new or not talk:
         chat.forget()
+      if new:
+        say("a new conversation")
+        continue
       with progress(total=0, desc="scoring", leave=False) as bar:
 
         def scored(what, done, total, bar=bar):
@@ -194,10 +203,11 @@ def answer(args: argparse.Namespace) -> None:
 
         try:
           got = chat.ask(question, write=write, report=scored)
-        except ValueError as error:
-          if fixed:
+        except Exception as error:
+          if fixed or isinstance(error, OSError):  # nobody reads the answers
             raise
-          say(f"error: {error}")  # at the terminal the conversation goes on
+          bar.close()
+          say("error: " + files.one_line(str(error) if isinstance(error, ValueError) else repr(error))[:500])  # the conversation goes on
           continue
       print(as_json(question, got, film, spent) if args.json else "", flush=True)
       done.append((question, got))
@@ -208,8 +218,15 @@ def answer(args: argparse.Namespace) -> None:
         spans = report.ranges(kept.frames, film.times, film.seconds)
         say(f"looked at {len(kept.frames)} of {len(film.times)} frames: " + ", ".join(f"{clock(a)} to {clock(b)}" for a, b in spans))
       say("spent " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in together(spent, got.spent).items()))
+      if talk and (ending := chat.ending()):
+        say(ending + ("" if fixed else f"; {NEW} does so here"))
       if page:
-        files.write(page, report.page(film, done, reader.cfg, spent))
+        try:
+          files.write(page, report.page(film, done, reader.cfg, spent))
+        except OSError as error:
+          if fixed:
+            raise
+          say(f"error: {error}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
