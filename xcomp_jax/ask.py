@@ -23,7 +23,7 @@ from xcomp_jax.data import prompt, video
 from xcomp_jax.files import expanduser
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
-from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings, within_memory
+from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
 
 QUESTIONS = 1 << 24  # bytes of all, at most
 
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--start", type=inputs.number(0.0, 1e9, float), help="second from which the video is looked at")
   add("--end", type=inputs.number(0.0, 1e9, float), help="and until which")
   args = parser.parse_args(argv)
-  with files.command(OverflowError), within_memory():
+  with files.command(OverflowError):
     answer(args)
 
 

@@ -20,7 +20,7 @@ from xcomp_jax import files, tasks
 from xcomp_jax.answers import Answers, Wanted, parse_share, run
 from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import number
-from xcomp_jax.reader import COMPILED, options, prepare, settings, within_memory
+from xcomp_jax.reader import COMPILED, options, prepare, settings
 from xcomp_jax.tasks import TASKS, Question, Task, TaskError
 
 PAPER_FRAMES = {"lvbench": 2048, "mlvu": 1024, "videomme_long": 512, "longvideobench": 256}  # selected; Table B
@@ -173,7 +173,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command; an error, or questions that could not be asked, is one line on stderr and exit code 1."""
-  with files.command(interrupted="interrupted; the same command continues"), within_memory():
+  with files.command(interrupted="interrupted; the same command continues"):
     found = evaluate(parse(argv))
     if found:
       print(table(found))

@@ -324,6 +324,17 @@ def too_many_files(error: BaseException) -> str:
   return ""
 
 
+def out_of_memory(error: BaseException) -> str:
+  """Says what to do if an error is that the memory of the machine, or of a device, is used up; else ""."""
+  text = str(error)
+  if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):  # JAX's
+    return ""
+  return (
+    "it needs more memory than there is: take fewer frames (--max-frames, --select), or less at once (--clips-per-chunk, --batch, "
+    f"--ahead, --workers); {one_line(text)[:200] or type(error).__name__}"
+  )
+
+
 def listed(text: str, lines: Sequence[str], shown: int = 50) -> str:
   """A message with a list, of which it shows the first lines."""
   more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
@@ -357,13 +368,12 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     _give_up_stdout()
     sys.exit(141)
   except Exception as error:
-    text, advice = str(error), too_many_files(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:  # the second is a device's
-      text = f"not enough memory{': ' * bool(text)}{one_line(text)[:300]}; take less at once (fewer frames, --batch, --workers)"
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-      text += ", for what stdout goes to, or a temporary file"  # what else is written has a name
-    elif not advice and not isinstance(error, (ValueError, OSError, *errors)):
+    memory, advice = out_of_memory(error), too_many_files(error)
+    if not (memory or advice or isinstance(error, (ValueError, OSError, *errors))):
       raise
+    text = memory or str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+      text += ", for what stdout goes to, or a temporary file"  # what else is written has a name
     print(f"error: {text}" + (f"; {advice}" if advice not in text else ""), file=sys.stderr)
     _give_up_stdout()
     sys.exit(1)

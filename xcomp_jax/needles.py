@@ -33,7 +33,7 @@ from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import number, quoted, read_json
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
-from xcomp_jax.reader import COMPILED, FRAMES, Reader, fault, options, prepare, settings, within_memory
+from xcomp_jax.reader import COMPILED, FRAMES, Reader, fault, options, prepare, settings
 
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -389,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   options(parser)
   parser.set_defaults(select=1, repeat=8, mode="official", fps=1.0, max_frames=10000, max_new_tokens=1)
   args = parser.parse_args(argv)
-  with files.command(interrupted="interrupted; the same command continues"), within_memory():
+  with files.command(interrupted="interrupted; the same command continues"):
     found = run(args)
     if found:
       shares = f"right {found['right']:.1f}%, needle among the kept frames {found['found']:.1f}%"

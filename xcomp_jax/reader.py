@@ -9,7 +9,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -29,7 +29,7 @@ from xcomp_jax.config import (
   VLMConfig,
 )
 from xcomp_jax.data import prompt, video
-from xcomp_jax.files import expanduser, one_line
+from xcomp_jax.files import expanduser, one_line, out_of_memory
 from xcomp_jax.inputs import ENDINGS, number, printable
 from xcomp_jax.model import kernels
 from xcomp_jax.model.vlm import VLM
@@ -296,30 +296,12 @@ def fault(error: BaseException) -> str:
   """
   if isinstance(error, ENDINGS):
     raise error
-  if isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
-    return (
-      "it needs more memory than there is: take fewer frames (--max-frames, --select), or fewer at once (--clips-per-chunk, "
-      f"--batch, --ahead); {one_line(error)[:200] or type(error).__name__}"
-    )
+  if text := out_of_memory(error):
+    return text
   if isinstance(error, (video.VideoError, prompt.AnnotationError, ConfigError, OSError)):
     return one_line(error)
   last = traceback.extract_tb(error.__traceback__)[-1]
   return f"unexpected {type(error).__name__} in {os.path.basename(last.filename)}, line {last.lineno}: {one_line(error)[:300]}"
-
-
-@contextlib.contextmanager
-def within_memory() -> Generator[None]:
-  """Makes a sentence of what machine or device say when their memory is used up.
-
-  Raises:
-    ConfigError: the sentence.
-  """
-  try:
-    yield
-  except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    if (text := fault(error)).startswith("unexpected"):
-      raise
-    raise ConfigError(text) from error
 
 
 def prepare(s: Settings) -> Reader:
