@@ -401,11 +401,11 @@ def test_interrupt(world):
 
 def test_decoding_processes_load_little(world, tmp_path):
   code = f"""
-import sys, xcomp_jax.predecode
+import sys
 from xcomp_jax.data import shards, store
 job = shards.Job(store.Sample("", "{world}/videos/still ü.png", "", 0, (), ""), "img", None, None, None, ())
 print(shards.decode(job, shards.Settings(16, 8, 8, 8.0, 8), store.Layout(16, 8, None, None), "{tmp_path}/spool"))
-print({{"jax", "tensorflow", "tensorflow_datasets", "matplotlib"}} & {{name.split(".")[0] for name in sys.modules}})
+print({{"jax", "tensorflow", "tensorflow_datasets", "cv2", "tqdm"}} & {{name.split(".")[0] for name in sys.modules}})
 """
   assert decoding.run([sys.executable, "-c", code]).stdout == "(0, True)\nset()\n"
 
