@@ -280,7 +280,7 @@ def _job(
 def _path_faults(path: pathlib.Path, reader: str) -> list[str]:
   try:
     if not path.exists():
-      return [f"{path} does not exist"]
+      return [video.address(path) or f"{path} does not exist"]
     if not path.is_dir() and not path.is_file():
       return [f"{path} is neither a file nor a folder"]  # reading a pipe would wait for ever
     if path.is_dir() != (reader == "frames"):

@@ -140,6 +140,12 @@ class Sample:
   how: Mapping[str, Any]
 
 
+def address(path: str | os.PathLike) -> str:
+  """Says what to do about an address of the web, which is no path; "" if it is none."""
+  found = re.search(r"(?:^|/)(https?|ftp|rtsp|rtmp):/+(.*)", os.fspath(path))  # a pathlib.Path has one slash left
+  return f"{found[1]}://{found[2]} is an address; nothing is downloaded here: give a file of this machine" if found else ""
+
+
 def kind(path: str | os.PathLike) -> ReadType:
   """Says what a file or folder is, where no annotation does."""
   file = pathlib.Path(path)
@@ -216,7 +222,7 @@ def sample(
   if not all(math.isfinite(t) for t in (start, end) if t is not None) or (start or 0) < 0:
     raise VideoError(f"{path}: start={start} and end={end} must be numbers of seconds, from 0 on")
   if not os.path.exists(path):
-    raise FileNotFoundError(f"{path} does not exist; check the path in the annotation and the data root")
+    raise FileNotFoundError(address(path) or f"{path} does not exist")
   if not path.is_dir():
     regular(path)
   with reading(path, VideoError):
