@@ -292,3 +292,9 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
     assert jax.config.jax_compilation_cache_dir is None and "compiled programs are not kept" in capsys.readouterr().err
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_names_that_are_no_utf8_are_printed_with_escapes(capsys):
+  with files.command():
+    print("caf\udcff")
+  assert capsys.readouterr().out == "caf\\udcff\n"

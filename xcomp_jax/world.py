@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from xcomp_jax.files import command, expanduser, fresh_folder
+from xcomp_jax.inputs import plain
 from xcomp_jax.progress import progress
 
 SIZE = 96  # pixels of a video, square
@@ -312,6 +313,7 @@ def write_split(out: pathlib.Path, name: str, count: int, film: Film, frames: in
   """out/NAME/*.mp4 of scenes of so many frames, out/NAME.json of their annotations, and out/NAME.yaml."""
   import yaml
 
+  plain(str(out), "the name of the folder", WorldError)  # OpenCV would end the process
   (out / name).mkdir()
   work = functools.partial(_write_video, out, name, film, frames)
   with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
