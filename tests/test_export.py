@@ -14,7 +14,7 @@ import test_weights as w
 from flax import nnx
 from safetensors.numpy import load_file
 
-from xcomp_jax import checkpoint, export, weights
+from xcomp_jax import checkpoint, export, train, weights
 from xcomp_jax import reader as readers
 from xcomp_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from xcomp_jax.data import check, pipeline
@@ -305,21 +305,11 @@ def test_a_run_that_was_tied_stays_so_whatever_lies_beside_its_start(base, run, 
   assert w.read_config(tmp_path / "out").llm.tied
 
 
-class Nothing:
-  """No data."""
-
-  def __len__(self):
-    return 0
-
-  def identity(self):
-    return ""
-
-
 def test_a_run_says_where_it_began_as_any_folder_finds_it(tmp_path, monkeypatch, tiny_run):
   config = tiny_run(tmp_path / "run")
   cfg = weights.read_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
   monkeypatch.chdir(pathlib.Path(config.init_from).parent)
-  say = lambda place: checkpoint.describe(dataclasses.replace(config, init_from=place), cfg, Nothing(), None)["run"]["init_from"]
+  say = lambda place: checkpoint.describe(dataclasses.replace(config, init_from=place), cfg, train.open_data(config.data.train, cfg), None)["run"]["init_from"]
   assert say(pathlib.Path(config.init_from).name) == config.init_from
   assert say("org/name") == "org/name"
 
