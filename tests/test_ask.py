@@ -199,6 +199,16 @@ def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkey
   assert history == [("What colour?", printed.splitlines()[0].strip())]
 
 
+def test_an_encoded_video_that_can_not_be_written_costs_no_answer(checkpoint, film, tmp_path, capsys, monkeypatch):
+  def full_disk(*_):
+    raise OSError(28, "No space left on device", str(tmp_path / "film.npz"))
+
+  monkeypatch.setattr(ask.encode, "save", full_disk)
+  ask.main(["--checkpoint", str(checkpoint), "--clip-frames=4", "--max-new-tokens=3", "--question", "Which?", "--video", str(film), "--encoded", str(tmp_path / "film.npz")])
+  said = capsys.readouterr()
+  assert said.out.count("\n") == 1 and f"warning: {tmp_path}/film.npz is not written" in said.err and "No space left on device" in said.err
+
+
 def test_an_encoded_video_is_used_again(checkpoint, film, tmp_path, capsys):
   file = tmp_path / "film.npz"
   run(checkpoint, film, *LONG, "--json", "--encoded", str(file))

@@ -4,7 +4,6 @@ Training and asking share `_build`; they differ only in the text of a turn that 
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsInt
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Int
 
 from xcomp_jax.config import Mask
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
-from xcomp_jax.inputs import plain, quoted
+from xcomp_jax.inputs import plain, quoted, read_json, reading, regular
 
 IMAGE = "<image>"  # where the frames go, in annotations
 SYSTEM = "You are a helpful assistant."
@@ -27,6 +26,10 @@ WORDS = (  # Qwen2's split, before the merges
 
 class AnnotationError(ValueError):
   """A conversation that can't be used; the message quotes it."""
+
+
+class TokenizerError(ValueError):
+  """Files that make no tokenizer; the message names them."""
 
 
 class Tokenizer:
@@ -100,10 +103,10 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     )
   import tokenizers  # not at the top: a model runs without
 
-  try:
+  for file in [whole] if whole.exists() else parts:
+    regular(file)
+  with reading(whole if whole.exists() else directory, TokenizerError, "tokenizer"):
     core = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else _read_parts(*parts)
-  except Exception as error:  # the library raises bare Exception
-    raise ValueError(f"the tokenizer in {directory} can't be read: {error!r}") from error
   return Tokenizer(core, str(directory))
 
 
@@ -260,7 +263,7 @@ def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path)
 
   added = {
     token["content"]: (int(i), tokenizers.AddedToken(**{k: v for k, v in token.items() if k != "__type"}))
-    for i, token in json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"].items()
+    for i, token in read_json(config, TokenizerError)["added_tokens_decoder"].items()
   }
   ids, pairs = models.BPE.read_file(str(vocab), str(merges))
   # added tokens take the ids they have in the vocabulary; otherwise the library would count on from its size
