@@ -111,10 +111,10 @@ def prompt_of(
   for room in rooms(model, frames, select, answer):
     if text > room.text:
       new = f", and an answer of up to {room.answer}" if room.answer else ""
+      needed = text + room.frames * model.tokens_per_frame + room.answer
       raise ConfigError(
-        f"{text} tokens of text, {room.frames} frames {room.what}, of {model.tokens_per_frame} tokens each{new} make "
-        f"{text + room.frames * model.tokens_per_frame + room.answer} tokens, and the model's context has {context}: {'start a new conversation, ' if history else ''}shorten the question, {room.advice}, or give another "
-        "--context"
+        f"{text} tokens of text, {room.frames} frames {room.what}, of {model.tokens_per_frame} tokens each{new} make {needed} tokens, and the model's "
+        f"context has {context}: {'start a new conversation, ' if history else ''}shorten the question, {room.advice}, or give another --context"
       )
   return asked
 
