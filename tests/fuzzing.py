@@ -380,6 +380,7 @@ def main() -> None:
   parser.add_argument("--keep", type=pathlib.Path, default=ROOT / ".cache" / "fuzz", help="folder for the files of faults")
   parser.add_argument("--json", type=pathlib.Path, help="file for what became of every case, a line each")
   args = parser.parse_args()
+  args.keep = args.keep.absolute()
   print(f"seed {args.seed}", flush=True)
 
   import fuzz_commands
@@ -419,6 +420,7 @@ if __name__ == "__main__":
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ["JAX_NUM_CPU_DEVICES"] = "1"
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
   os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
   sys.path.insert(0, str(ROOT))
   import fuzzing  # not this module, which has its classes a second time
