@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -127,11 +128,10 @@ class Trap(predecode_lib.store.Sample):
   """A sample whose file does something bad to the process that decodes it; pickled by name into such processes."""
 
   deed: str = ""
+  home: int = dataclasses.field(default_factory=os.getpid)
 
   def __getattribute__(self, name):
-    import multiprocessing
-
-    if name == "source" and multiprocessing.parent_process() is not None:
+    if name == "source" and self.home != os.getpid():
       self.act()
     return super().__getattribute__(name)
 
@@ -140,4 +140,6 @@ class Trap(predecode_lib.store.Sample):
 
     if self.deed == "sleep":
       ctypes.PyDLL(None).sleep(600)  # as a decoder that never comes back to Python: nobody else gets its lock
+    elif self.deed == "kill":
+      os.kill(os.getpid(), signal.SIGKILL)
     os.abort()

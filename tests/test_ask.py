@@ -1,5 +1,6 @@
 """Asking a video from the command line."""
 
+import argparse
 import io
 import json
 import os
@@ -18,7 +19,8 @@ from PIL import Image
 
 from xcomp_jax import ask, encode, generate, qc_comp, weights
 from xcomp_jax import chat as chats
-from xcomp_jax.config import ModelConfig
+from xcomp_jax import reader as readers
+from xcomp_jax.config import ConfigError, ModelConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.model import vlm
 
@@ -92,6 +94,71 @@ def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys, 
   cv2.imwrite(str(tmp_path / "still.png"), np.zeros((20, 30, 3), np.uint8))
   run(checkpoint, tmp_path / "still.png", "--mode=aligned", "--select=1")
   assert "still.png: 1 frame\n" in capsys.readouterr().err and set(texts) == {""}
+
+
+@pytest.mark.parametrize("more, words", [
+  (["--question=Wh\udcffy?"], "the text 'Wh\\udcffy?' holds bytes that are no UTF-8"), (["--questions=LATIN"], "latin, line 2: byte 0xe9 is no UTF-8; save it as UTF-8"),
+  (["--questions=/dev/zero"], "/dev/zero is a device, and must be a file or a pipe"), (["--questions=FIFO"], "fifo holds no question"),
+  (["--video=FIFO"], "fifo is a pipe, and must be a file"),
+])  # fmt: skip
+def test_questions_that_are_no_text_and_pipes_are_refused_before_any_work(checkpoint, film, tmp_path, capsys, monkeypatch, more, words):
+  monkeypatch.setattr(readers.Reader, "load", lambda self: pytest.fail("loaded"))
+  (tmp_path / "latin").write_bytes("Why?\nCafé?".encode("latin1"))
+  os.mkfifo(tmp_path / "fifo")
+  with pytest.raises(SystemExit) as stop:
+    run(checkpoint, film, *(option.replace("LATIN", str(tmp_path / "latin")).replace("FIFO", str(tmp_path / "fifo")) for option in more))
+  assert stop.value.code == 1 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_questions_come_from_pipes_too(checkpoint, film, capsys, monkeypatch):
+  for name in ("-", "/dev/fd/{}"):
+    out, into = os.pipe()
+    os.write(into, "Woran?\n\nWarum, Käthe?\n".encode())
+    os.close(into)
+    if name == "-":
+      kept = os.dup(0)
+      os.dup2(out, 0)
+    try:
+      assert ask.listed(argparse.Namespace(question=["Wer?"], questions=name.format(out))) == ["Wer?", "Woran?", "Warum, Käthe?"]
+    finally:
+      os.close(out)
+      if name == "-":
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")])
+def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, monkeypatch, error):
+  def load(self):
+    raise error
+
+  monkeypatch.setattr(readers.Reader, "load", load)
+  with pytest.raises(SystemExit) as stop:
+    run(checkpoint, film)
+  assert stop.value.code == 1 and capsys.readouterr().err.splitlines()[-1].startswith("error: it needs more memory than there is: take fewer frames")
+
+
+@pytest.mark.parametrize("wrong, words", [
+  ({"keep": "foo"}, "--keep: invalid choice: 'foo'"), ({"dtype": "float64"}, "--dtype: invalid choice"), ({"max_frames": 8_000_000_000}, "--max-frames: .* from 1 to 1,000,000"),
+  ({"fps": float("nan")}, "--fps: nan: must be a number from 0.001 to 1,000"), ({"select": True}, "--select: True: must be an integer"), ({"select": None}, "--select: None"),
+  ({"clip_frames": "x"}, "--clip-frames: x: must be an integer"), ({"seed": -1}, "--seed"), ({"max_frames": 8.5}, "--max-frames: 8.5"), ({"rate": ["own"]}, "--rate"),
+  ({"schedule": "line"}, "--schedule"), ({"attention": "flesh"}, "--attention"), ({"top_p": 0.0}, "--top-p"), ({"clips_per_chunk": 0}, "--clips-per-chunk"),
+])  # fmt: skip
+def test_settings_of_python_are_held_to_what_the_options_allow(checkpoint, wrong, words):
+  settings = readers.default(checkpoint)
+  for name, value in wrong.items():
+    object.__setattr__(settings, name, value)  # the tests' checker of types would refuse some before
+  with pytest.raises(ConfigError, match=words):
+    readers.prepare(settings)
+
+
+def test_settings_of_python_are_read_as_the_options_are(checkpoint):
+  settings = readers.default(checkpoint, clips_per_chunk=8, schedule=None)
+  for name, value in {"checkpoint": checkpoint, "fps": 4, "clip_frames": 4}.items():
+    object.__setattr__(settings, name, value)
+  chosen = readers.checked(settings)
+  assert (chosen.checkpoint, chosen.fps, chosen.clip_frames, chosen.clips_per_chunk) == (str(checkpoint), 4.0, "4", 8)
+  assert chosen == readers.checked(chosen)
 
 
 LONG = ("--min-frames=64", "--max-frames=64", "--select=8")
@@ -256,13 +323,8 @@ def test_a_file_without_pictures_is_refused(checkpoint, tmp_path, capsys):
     (["--encoded", "nowhere/e.npz"], "there is no folder nowhere"),
     (["--report", "."], "this is a folder"),
     (["--keep", "attention"], "--select 0"),
-    (["--start", "inf"], ""),
     (["--questions", "nowhere.txt"], "nowhere.txt"),
     (["--clip-frames", "3"], "a divisor"),
-    (["--clips-per-chunk", "0"], "at least 1"),
-    (["--temperature", "-1"], "temperature = -1.0"),
-    (["--top-p", "0"], "top_p = 0.0"),
-    (["--repeat", "0"], "at least 1"),
     (["--mode=official", "--select=510", "--min-frames=1024", "--max-frames=1024"], "which 510 are no multiple"),
   ],
 )
@@ -282,6 +344,15 @@ def test_no_file_that_is_read_is_written(checkpoint, film, tmp_path, capsys):
       run(checkpoint, film, option, str(target))
     assert f"error: {option} {os.path.realpath(target)} " in capsys.readouterr().err
   assert film.read_bytes() == before and not (checkpoint / "e.npz").exists()
+
+
+@pytest.mark.parametrize("option, said", [
+  ("start", "inf"), ("end", "-1"), ("end", "nan"), ("clips-per-chunk", "0"), ("temperature", "-1"), ("top-p", "0"), ("repeat", "0"), ("min-frames", "8000000000"), ("clip-frames", "x"),
+])  # fmt: skip
+def test_numbers_have_bounds_that_are_said(checkpoint, film, capsys, option, said):
+  with pytest.raises(SystemExit) as stop:
+    run(checkpoint, film, f"--{option}={said}")
+  assert stop.value.code == 2 and f"error: argument --{option}: {said}: must be a" in capsys.readouterr().err
 
 
 def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch):

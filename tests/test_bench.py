@@ -95,7 +95,7 @@ def test_a_training_step_is_timed_as_often_as_wanted():
 def without_the_libraries_of_data(*arguments) -> subprocess.CompletedProcess:
   """The benchmark as on a machine that has only jax, flax, optax, orbax, numpy and jaxtyping."""
   absent = ("cv2", "grain", "tensorflow_datasets", "array_record", "ml_collections", "tokenizers", "safetensors")
-  absent += ("huggingface_hub", "tokamax", "tensorboardX", "pebble", "PIL", "tqdm", "matplotlib", "tensorstore_")
+  absent += ("huggingface_hub", "tokamax", "tensorboardX", "PIL", "tqdm", "matplotlib", "tensorstore_")
   script = f"""
 import sys
 class Absent:

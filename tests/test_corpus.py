@@ -174,7 +174,7 @@ def bad_files(at: pathlib.Path) -> dict[str, list[tuple[dict, str]]]:
   Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(at / "cut.png")
   (at / "cut.png").write_bytes((at / "cut.png").read_bytes()[:3000])
   huge_png(at / "huge.png")
-  images = {"empty.png": "can't be read as an image", "text.png": "can't be read as an image", "cut.png": "truncated", "huge.png": "huge.png can't be .*decompression bomb"}
+  images = {"empty.png": "is no image that can be read", "text.png": "is no image that can be read", "cut.png": "truncated", "huge.png": "huge.png is no .*decompression bomb"}
   found["images"] = [({"image": name, "conversations": talk()}, reason) for name, reason in images.items()]
 
   (folder(at / "corrupt", 12, 200) / "7.jpg").write_bytes((at / "corrupt" / "8.jpg").read_bytes()[:300])
@@ -184,7 +184,7 @@ def bad_files(at: pathlib.Path) -> dict[str, list[tuple[dict, str]]]:
   folder(at / "too few", 3)
   folder(at / "bad length", 12)
   (at / "bad length.json").write_text('{"duration": "long"}')
-  folders = {"corrupt": r"7\.jpg can't be read", "no letters": r"5\\udcff\.jpg can't be read", "nothing inside": "holds no images", "too few": "3 frames", "bad length": "must be .*duration"}
+  folders = {"corrupt": r"7\.jpg is no image", "no letters": r"5\\udcff\.jpg is no image", "nothing inside": "holds no images", "too few": "3 frames", "bad length": "must be .*duration"}
   found["img"] = [({"video": name, "conversations": talk()}, reason) for name, reason in folders.items()]
 
   pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)) for i in range(12)]
@@ -192,7 +192,7 @@ def bad_files(at: pathlib.Path) -> dict[str, list[tuple[dict, str]]]:
   (at / "cut.gif").write_bytes((at / "cut.gif").read_bytes()[: (at / "cut.gif").stat().st_size // 2])
   pictures[0].save(at / "still.gif")
   (at / "text.gif").write_text("GIF89a, not really")
-  gifs = {"cut.gif": "frame|frames", "still.gif": "1 frames", "text.gif": "can't be read as an animation"}
+  gifs = {"cut.gif": "frame|frames", "still.gif": "1 frames", "text.gif": "is no animation that can be read"}
   found["gif"] = [({"video": name, "conversations": talk()}, reason) for name, reason in gifs.items()]
   return found
 

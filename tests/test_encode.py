@@ -1,6 +1,9 @@
 """Encoded videos."""
 
 import dataclasses
+import json
+import os
+import zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from flax import nnx
 
 from xcomp_jax import encode
 from xcomp_jax.config import ConfigError
+from xcomp_jax.encode import EncodedVideoError
 from xcomp_jax.model import vlm
 
 
@@ -75,3 +79,95 @@ def test_identity_is_that_of_the_tower_alone(tiny, model):
   assert encode.identity(same) != encode.identity(model)
   other = vlm.VLM(dataclasses.replace(tiny(), clip_frames=4), rngs=nnx.Rngs(0))
   assert encode.identity(other) != encode.identity(model)
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+  """An encoded video in a file: 3 clips, of which it has a second phase and the frames."""
+  file = tmp_path_factory.mktemp("saved") / "v.npz"
+  encode.save(encode.encode(model, iter(frames(24)), np.arange(24) / 8, 3.0, "it", phases=(0, 4)), file)
+  return file
+
+
+def claiming(name, shape, dtype="<f4"):
+  """Replaces an array by a header that claims a shape, without its bytes."""
+
+  def write(arrays, file):
+    with zipfile.ZipFile(file, "w") as archive:
+      for key, array in arrays.items():
+        with archive.open(f"{key}.npy", "w") as out:
+          if key == name:
+            np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
+          else:
+            np.lib.format.write_array(out, array)
+
+  return write
+
+
+def about(**changes):
+  return lambda arrays, file: arrays.update(about=np.array(json.dumps(json.loads(str(arrays["about"])) | changes)))
+
+
+def on(name, change):
+  return lambda arrays, file: arrays.update({name: change(arrays[name])})
+
+
+def one(value):
+  return lambda array: np.where(np.arange(array.size).reshape(array.shape) == 5, value, array).astype(array.dtype)
+
+
+def flagged(arrays, file):
+  """Says of every entry that it is encrypted."""
+  np.savez(file, **arrays)
+  file.write_bytes(file.read_bytes().replace(b"PK\x01\x02\x14\x03\x14\x00\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01\x00").replace(b"PK\x01\x02-\x03-\x00\x00\x00", b"PK\x01\x02-\x03-\x00\x01\x00"))
+
+
+def twice(arrays, file):
+  np.savez(file, **arrays)
+  with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+    archive.writestr("times.npy", archive.read("times.npy"))
+
+
+DAMAGES = {
+  "10 TB": claiming("features_0", (3, 128, 6 * 10**9)), "more than there is": claiming("times", (10**18,), "<f8"), "negative": claiming("times", (-24,), "<f8"),
+  "objects": claiming("times", (24,), "|O"), "packed": lambda arrays, file: np.savez_compressed(file, **arrays), "encrypted": flagged, "a name twice": twice,
+  "an array too many": lambda arrays, file: arrays.update(more=np.zeros(3)), "an array too few": lambda arrays, file: arrays.pop("thumbnails"),
+  "a phase of no clip": lambda arrays, file: arrays.update(features_8=arrays["features_4"]),
+  "other width": on("features_0", lambda a: a[..., :16]), "other tokens": on("features_0", lambda a: a[:, :64]), "fewer clips": on("features_0", lambda a: a[:2]),
+  "float64": on("features_4", lambda a: a.astype(np.float64)), "by columns": on("features_0", np.asfortranarray),
+  "not a number": on("features_4", one(np.nan)), "infinite": on("features_0", one(np.inf)), "times that are none": on("times", one(np.nan)),
+  "times backwards": on("times", lambda a: a[::-1]), "fewer times": on("times", lambda a: a[:16]), "no times": on("times", lambda a: a[:0]),
+  "small thumbnails": on("thumbnails", lambda a: a[:, :48]), "other frames": on("frames", lambda a: a[:8]), "float frames": on("frames", lambda a: a.astype(np.float32)),
+  "negative seconds": about(seconds=-1), "endless seconds": about(seconds=float("inf")), "text for seconds": about(seconds="x"), "no source": about(source=5),
+  "a deep about": lambda arrays, file: arrays.update(about=np.array("[" * 100_000)), "bytes for about": lambda arrays, file: arrays.update(about=np.array(b"{}")),
+  "a cut file": lambda arrays, file: (np.savez(file, **arrays), file.write_bytes(file.read_bytes()[:-5000])),
+  "a flipped bit": lambda arrays, file: (np.savez(file, **arrays), file.write_bytes(file.read_bytes()[:9000] + b"\xaa" + file.read_bytes()[9001:])),
+  "text": lambda arrays, file: file.write_text("hello"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_nothing_of_an_encoded_video_is_believed_before_it_is_checked(model, saved, tmp_path, damage):
+  with np.load(saved) as archive:
+    arrays = dict(archive)
+  file = tmp_path / "x.npz"
+  DAMAGES[damage](arrays, file)
+  if not file.exists():
+    np.savez(file, **arrays)
+  with pytest.raises(EncodedVideoError) as raised:
+    encode.load(file, model)
+  assert str(raised.value).startswith(f"{file} is no ") and len(str(raised.value)) < 1000
+
+
+def test_pipes_and_devices_are_no_encoded_videos(model, tmp_path):
+  os.mkfifo(tmp_path / "pipe.npz")
+  for file in (tmp_path / "pipe.npz", "/dev/zero"):
+    with pytest.raises(OSError, match="must be a file"):
+      encode.load(file, model)
+
+
+def test_files_of_earlier_versions_that_kept_no_frames_serve_all_but_other_phases(model, saved, tmp_path):
+  with np.load(saved) as archive:
+    np.savez(tmp_path / "old.npz", **{name: array for name, array in archive.items() if name != "frames"})
+  got = encode.load(tmp_path / "old.npz", model)
+  assert list(got.features) == [0] and got.frames is None

@@ -1,12 +1,18 @@
 """Benchmarks from files: the same answers as `ask`, videos encoded once, runs that go on after being stopped."""
 
 import json
+import os
 import pathlib
+import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -160,6 +166,64 @@ def test_a_video_that_cannot_be_decoded_costs_its_questions(go, bench, tmp_path,
   assert results(tmp_path / "out")["score"]["counts"]["failed"] == 0 and not results(tmp_path / "out")["failed"]
 
 
+class Panic(BaseException):
+  """What libraries in Rust raise."""
+
+
+def test_one_bad_video_costs_its_own_questions_whatever_it_raises(go, bench, tmp_path, capsys, monkeypatch):
+  folder = tmp_path / "videos"
+  folder.mkdir()
+  errors = {
+    "memory": MemoryError(), "deep": RecursionError("deep"), "panic": Panic("panicked"), "mistake": KeyError("a mistake"),
+    "device": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), "disk": OSError(5, "Input/output error"),
+  }  # fmt: skip
+  good = [os.fsdecode(b"caf\xff"), "good"]
+  for name in (*errors, *good):
+    shutil.copy(bench / "videos" / "one.mp4", folder / f"{name}.mp4")
+  os.mkfifo(folder / "pipe.png")
+  chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+  (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b""))
+  names = ["pipe.png", "bomb.png", *(f"{name}.mp4" for name in (*errors, *good))]
+  items = [{"video": name, "question": f"Which? {n}", "candidates": ["(A) x", "(B) y"], "answer": "(B) y"} for name in names for n in range(2)]
+  items.append(items[-1] | {"question": "Half a character \ud83d?"})
+  (tmp_path / "q.json").write_text(json.dumps(items))
+  decode, encode_all = answers.frames, answers.Reader.encode
+
+  def frames(sample):
+    if sample.path.stem in errors and sample.path.stem not in ("device", "panic"):
+      raise errors[sample.path.stem]
+    return decode(sample)
+
+  def encoded(self, model, sample, *rest, **how):
+    if sample.path.stem in ("device", "panic"):
+      raise errors[sample.path.stem]
+    return encode_all(self, model, sample, *rest, **how)
+
+  monkeypatch.setattr(answers, "frames", frames)
+  monkeypatch.setattr(answers.Reader, "encode", encoded)
+  with pytest.raises(SystemExit) as stop:
+    go(tmp_path / "out", annotations=tmp_path / "q.json", videos=folder)
+  printed, found = capsys.readouterr(), results(tmp_path / "out")
+  assert stop.value.code == 1 and "17 of 21 questions could not be asked, and count as wrong" in printed.err
+  failed = {pathlib.Path(f["video"]).name: f for f in found["failed"]}
+  assert found["score"]["counts"]["failed"] == 17 and {name: failed.pop(name)["questions"] for name in names[:-2]} == dict.fromkeys(names[:-2], 2)
+  assert failed.pop("good.mp4")["error"].endswith("holds bytes that are no UTF-8") and not failed
+  assert all(f"failed: {folder}/{name} (2 questions): " in printed.out for name in names[:-2])
+  said = {pathlib.Path(f["video"]).name: f["error"] for f in found["failed"]}
+  assert "is a pipe" in said["pipe.png"] and "decompression bomb" in said["bomb.png"] and "Input/output error" in said["disk.mp4"]
+  assert all(said[name].startswith("it needs more memory than there is: take fewer frames") for name in ("memory.mp4", "device.mp4"))
+  assert said["mistake.mp4"].startswith("unexpected KeyError in test_evaluate.py, line ") and said["panic.mp4"].startswith("unexpected Panic in ")
+  answered = [line for line in lines(tmp_path / "out") if "answer" in line]
+  assert {pathlib.Path(line["video"]).name for line in answered} == {f"{name}.mp4" for name in good} and len(answered) == 4
+  asked = []
+  monkeypatch.setattr(answers.Reader, "encode", lambda self, model, sample, *rest, **how: asked.append(sample.path.stem) or encode_all(self, model, sample, *rest, **how))
+  monkeypatch.setattr(answers, "frames", decode)
+  with pytest.raises(SystemExit):
+    go(tmp_path / "out", annotations=tmp_path / "q.json", videos=folder)
+  assert sorted(asked) == sorted(errors)
+  assert results(tmp_path / "out")["score"]["counts"]["failed"] == 5
+
+
 def refused(capsys, words, run):
   with pytest.raises(SystemExit) as stop:
     run()
@@ -246,8 +310,15 @@ def test_bad_arguments_end_in_one_line(go, bench, tmp_path, capsys):
   refused(capsys, "nowhere.json", lambda: go(tmp_path / "a", annotations=tmp_path / "nowhere.json"))
   refused(capsys, "a divisor", lambda: go(tmp_path / "b", "--clip-frames=3"))
   refused(capsys, "no log of lvbench", lambda: go(tmp_path / "a", "--preset=released-logs"))
-  refused(capsys, "--limit 0", lambda: go(tmp_path / "a", "--limit=0"))
-  refused(capsys, "--batch 0", lambda: go(tmp_path / "a", "--batch=0"))
+
+
+@pytest.mark.parametrize("option", ["limit=0", "batch=0", "devices=x", "ahead=-1", "fps=nan", "min-frames=8000000000", "temperature=inf", "top-p=2"])
+def test_numbers_have_bounds_that_are_said(go, tmp_path, capsys, option):
+  with pytest.raises(SystemExit) as stop:
+    go(tmp_path / "a", f"--{option}")
+  name, value = option.split("=")
+  assert stop.value.code == 2 and re.search(rf"argument --{name}: {value}: must be an? (integer|number) from \S+ to ", capsys.readouterr().err)
+  assert not (tmp_path / "a").exists()
 
 
 def test_a_second_process_on_the_same_share_is_refused(go, checkpoint, tmp_path, capsys):

@@ -18,7 +18,7 @@ from xcomp_jax import absent, encode, fits, generate, parity, predecode, reader,
 from xcomp_jax.config import COSINE, ConfigError, ModelConfig, from_command_line
 from xcomp_jax.data.shards import Settings
 from xcomp_jax.model import kernels, merge, norm, vision, vlm
-from xcomp_jax.model.attention import AttentionMask, attend, question_scores
+from xcomp_jax.model.attention import AttentionMask, attend, attend_first, question_scores
 from xcomp_jax.model.decoder import Decoder
 from xcomp_jax.parity_tower import frames_of, in_clips
 
@@ -127,8 +127,10 @@ def test_attention_whose_scores_float16_has_not(how, causal):
 def test_a_softmax_over_more_keys_than_float16_counts():
   q, k, v = jnp.zeros((1, 1, 1, 8), jnp.float16), near(1, 70000, 1, 8), jnp.ones((1, 70000, 1, 8), jnp.float16)
   np.testing.assert_allclose(attend(q, k, v, AttentionMask(False), implementation="einsum"), 1, rtol=2e-3)
-  paid = question_scores(q, k, jnp.ones((1, 1), bool), jnp.ones((1, 1, 70000), bool))
-  np.testing.assert_allclose(paid, 1 / 70000, rtol=1e-5)
+  first, rest = k[:, None, :40000], k[:, 40000:]
+  ones, others = attend_first(q, rest, v[:, 40000:], lambda slots: jnp.ones((1, 1, len(slots)), bool), 30000)
+  np.testing.assert_allclose(ones, 1, rtol=2e-3)
+  np.testing.assert_allclose(question_scores(q, first, jnp.ones((1, 1)), others), 1 / 70000, rtol=1e-5)
 
 
 def test_logits_are_float32(tiny):

@@ -10,8 +10,8 @@ import xcomp_jax
 
 ROOT = pathlib.Path(xcomp_jax.__file__).parent
 ORDER = """
-chips config files inputs sharding hosts workdir
-data.batch data.container data.video data.prompt data.store data.mixture data.shards data.check data.blend data.packing data.pipeline
+chips files inputs config progress sharding hosts workdir
+data.batch data.container data.video data.prompt data.store data.mixture data.processes data.spools data.shards data.check data.blend data.packing data.pipeline
 model.kernels model.attention model.norm model.rope model.vision model.internvideo2 model.merge model.lp_comp model.decoder model.vlm
 inside qc_comp encode generate chat rounds report official layouts config_json weights reader answers tasks optim checkpoint metrics cost forecast plan_table
 steps absent programs accounts fits train predecode ask evaluate lmms_tasks lmms_plugin export comparison parity_tower parity_frames parity world films findings needles plan

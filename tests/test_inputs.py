@@ -63,7 +63,7 @@ def test_a_mark_at_the_start_is_no_content(tmp_path):
 def test_a_text_too_large_is_not_read(tmp_path):
   with open(tmp_path / "a", "wb") as file:
     file.truncate(inputs.TEXT + 1)
-  with pytest.raises(Fault, match="at most"):
+  with pytest.raises(Fault, match="more than"):
     inputs.text(tmp_path / "a", Fault)
 
 
@@ -84,3 +84,33 @@ def test_numbers_within_bounds():
   assert inputs.number(0.0, 1.0, float)("0.5") == 0.5
   with pytest.raises(Exception, match="number from"):
     inputs.number(0.0, 1.0, float)("nan")
+
+
+def test_a_pipe_is_read_where_it_may_be_one(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  assert inputs.text(tmp_path / "pipe", Fault, pipes=True) == ""  # nobody writes to it
+  out, into = os.pipe()
+  os.write(into, "ä\n".encode())
+  os.close(into)
+  assert inputs.text(f"/dev/fd/{out}", Fault, pipes=True) == "ä\n"
+  os.close(out)
+  with pytest.raises(inputs.NoFileError, match="a device, and must be a file or a pipe"):
+    inputs.text("/dev/zero", Fault, pipes=True)
+
+
+def test_a_pipe_has_a_limit_too():
+  out, into = os.pipe()
+  os.write(into, b"a" * 11)
+  os.close(into)
+  with pytest.raises(Fault, match="more than the 10 bytes"):
+    inputs.text(f"/dev/fd/{out}", Fault, 10, pipes=True)
+  os.close(out)
+
+
+def test_what_is_quoted_is_short_whatever_it_holds():
+  deep, wide = [], ["x" * 10_000] * 1000
+  for _ in range(100_000):
+    deep = [deep]
+  for value in (deep, wide, {"a": deep, "b": wide}, 10**5000, "x" * 10_000, {i: i for i in range(10_000)}):
+    assert 1 < len(inputs.quoted(value)) < 500
+  assert inputs.quoted("a\udcff") == "'a\\udcff'" and inputs.quoted({"from": "bot"}) == "{'from': 'bot'}"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 
 import decoding
@@ -126,6 +127,53 @@ def test_not_a_mixture(world, text):
     read_mixture(world / "mixture.yaml", world, 1.0)
 
 
+def unfolding(form: str) -> str:
+  """Thirty lines of YAML that stand for 10^30 texts."""
+  return "a0: &a0 {k: v}\n" + "".join(f"a{i}: &a{i} {form.format(', '.join([f'*a{i - 1}'] * 10))}\n" for i in range(1, 31))
+
+
+@pytest.mark.parametrize("text, message", [
+  *((unfolding("[{0}]") + f"datasets:\n- json_path: a\n  {key}: *a30\n", "line 7: its aliases .* stand for more than the 1,048,576 characters") for key in ("data_root", "video_read_type", "sampling_strategy", "frame_rate", "text_samples")),
+  (unfolding("{{<<: [{0}]}}") + "datasets:\n- <<: *a30\n", "its aliases"), ("datasets: &d\n- *d\n", "line 1: something contains itself"),
+  ("datasets:\n- &d\n  <<: *d\n", "line 2: something contains itself"),
+  ("datasets:\n- json_path: videos.json\n  sampling_strategy: 'first:" + "9" * 400 + "%'", "is unknown"),
+  ("datasets:\n- json_path: videos.json\n  sampling_strategy: [all]", r"sampling_strategy must be a text .*, not \['all'\]"),
+  ("datasets:\n- json_path: a\n  data_root: " + "[" * 20 + "]" * 20, r"data_root must be a path, not \[\[\["),
+  ("datasets:\n- json_path: a\n  video_read_type: img\n  frame_rate: 0x" + "f" * 20_000, "not a long int"),
+  ("datasets:\n- json_path: a\n  video_read_type: img\n  frame_rate: 1001", "up to 1000"),
+  ("datasets: !!python/object/apply:os.system ['true']", "constructor"), ("datasets: \udcff", r"line 1: byte 0xff is no UTF-8"), ("#" * (1 << 20) + "\n", "has more than the 1,048,576 bytes"),
+])  # fmt: skip
+def test_a_mixture_that_unfolds_without_end_is_refused(world, text, message):
+  decoding.write(world / "videos.json", [])
+  (world / "mixture.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+  with pytest.raises(AnnotationError, match=message) as error:
+    read_mixture(world / "mixture.yaml", world, 1.0)
+  assert len(str(error.value)) < 1000
+
+
+def test_aliases_of_a_mixture_are_followed_within_it(world):
+  decoding.write(world / "videos.json", [])
+  (world / "mixture.yaml").write_text("datasets:\n- &first {json_path: videos.json, data_root: &root videos}\n- <<: *first\n  sampling_strategy: first:1\n  data_root: *root\n")
+  assert [file.annotation for file in read_mixture(world / "mixture.yaml", world, 1.0)[1]] == ["videos.json"] * 2
+
+
+@pytest.mark.parametrize("key", ["id", "video", "start", "conversations", "messages"])
+def test_annotations_may_hold_anything_however_deep(world, key):
+  deep = "[" * 900 + "]" * 900
+  (world / "videos.json").write_text(f'[{{"video": "v.mp4", "{key}": {deep}}}]')
+  mixture(world, {"json_path": "videos.json"})
+  (job,), _ = read_mixture(world / "mixture.yaml", world, 1.0)
+  assert job.faults and all(len(fault) < 1000 for fault in job.faults)
+
+
+def test_annotations_from_a_pipe_are_refused_for_they_are_read_again(world):
+  (world / "videos.json").unlink()
+  os.mkfifo(world / "videos.json")
+  mixture(world, {"json_path": "videos.json"})
+  with pytest.raises(AnnotationError, match=r"videos\.json is a pipe, and must be a file"):
+    read_mixture(world / "mixture.yaml", world, 1.0)
+
+
 @pytest.mark.parametrize(
   ("name", "content", "message"),
   [
@@ -133,11 +181,11 @@ def test_not_a_mixture(world, text):
     ("a.jsonl", b'{"a": 1}\n\n{"b" 2}\n', r"a\.jsonl, line 3: not JSON"),
     ("a.json", b'{"a": 1}', "expected a list of objects"),
     ("a.jsonl", b"3\n", "expected a list of objects"),
-    ("a.json", b'["\xff"]', "can't be read: .*utf-8"),
+    ("a.json", b'["\xff"]', "can't be read: .*no UTF-8"),
     ("a.json", b"", "line 1: not JSON"),
     ("a.json", b"[" * 100000, "inside each other without end"),
     ("a.json", b'[{"id": ' + b"9" * 5000 + b"}]", r"a\.json, line 1: .*digits"),
-    ("a.jsonl", "[]".encode("utf-16"), "can't be read: .*utf-8"),
+    ("a.jsonl", "[]".encode("utf-16"), "can't be read: .*no UTF-8"),
   ],
 )
 def test_annotation_files_that_are_not(tmp_path, name, content, message):

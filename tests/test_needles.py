@@ -1,6 +1,7 @@
 """Needles in a haystack; `reference/benchmarks/needles.json` has entries of VideoChat-Flash's own files."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from xcomp_jax import needles
+from xcomp_jax import reader as readers
+from xcomp_jax.model.vlm import VLM
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 
@@ -119,10 +122,8 @@ def test_the_published_protocols_run_on_pictures_and_a_film(reference, tmp_path,
     ([], "--synthetic COUNT"),
     (["--needles=x.json"], "--images DIR"),
     (["--synthetic=1", "--frames", "100"], "--frames 100: a multiple of 8"),
-    (["--synthetic=1", "--frames", "8", "--depths", "2"], "from 0, the beginning"),
     (["--synthetic=1", "--clip-frames=4"], "is a clip of 8 frames"),
     (["--synthetic=1", "--frames", "64", "--select=0", "--context=500"], "the model's context has 500"),
-    (["--synthetic=-1"], "must be at least 1"),
     (["--synthetic=1", "--share=3/2"], "--share 3/2"),
   ],
 )
@@ -131,3 +132,35 @@ def test_bad_arguments_end_in_one_line(tmp_path, capsys, arguments, words):
     go(tmp_path / "out", *arguments)
   err = capsys.readouterr().err
   assert stop.value.code == 1 and err.splitlines()[-1].startswith("error: ") and words in err
+
+
+@pytest.mark.parametrize("option", ["--synthetic=-1", "--depths=2", "--depths=nan", "--frames=8000000000", "--limit=0"])
+def test_numbers_have_bounds_that_are_said(tmp_path, capsys, option):
+  with pytest.raises(SystemExit) as stop:
+    go(tmp_path / "out", option)
+  assert stop.value.code == 2 and f"argument {option.split('=')[0]}: {option.split('=')[1]}: must be a" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path, monkeypatch):
+  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
+  (tmp_path / "bad.png").write_bytes(b"no image")
+  os.mkfifo(tmp_path / "pipe.png")
+  one = {"question": "Which?", "answer": "A"}
+  (tmp_path / "n.json").write_text(json.dumps([{"image": name} | one for name in ("bad.png", "good.png", "pipe.png", "nowhere.png", "\ud800.png")]))
+  found = needles.read_needles(tmp_path / "n.json", tmp_path, 8, 16)
+  assert [len(needle.clips) for needle in found] == [0, 1, 0, 0, 0]
+  assert all(words in needle.fault for needle, words in zip(found, ("bad.png is no image", "", "is a pipe", "nowhere.png does not exist", "does not exist")))
+  reader, model, hay = readers.prepare(readers.default(str(TINY))), object.__new__(VLM), np.zeros((8, 16, 4))
+  cells = [needles.Cell(64, 0.5, n) for n in range(2)]
+  monkeypatch.setattr(needles, "per_frame", lambda *a: {}["a mistake"])
+  lines = [line for c in cells for line in needles._asked(reader, model, found[c.needle], {}, hay, c, ["question"], "film")]
+  assert [line["right"] for line in lines] == [False, False] and "bad.png" in lines[0]["error"] and "unexpected KeyError in test_needles.py" in lines[1]["error"]
+  assert [(f["needle"], f["questions"]) for f in needles.failed(lines)] == [(0, 1), (1, 1)]
+  assert needles.summary(lines, "depth")["right"] == 0
+
+
+@pytest.mark.parametrize("said", ["{}", "[" * 100_000, "[3]", '[{"image": 3, "question": "?", "answer": "A"}]', '[{"image": "a", "question": ["?"], "answer": "A"}]'])
+def test_needles_that_are_none_are_named(tmp_path, said):
+  (tmp_path / "n.json").write_text(said)
+  with pytest.raises(needles.NeedleError, match=r"n\.json"):
+    needles.read_needles(tmp_path / "n.json", tmp_path, 8, 16)

@@ -32,9 +32,10 @@ from decoding import (
   wait_for,
   write,
 )
+from PIL import Image
 
 from xcomp_jax import predecode as predecode_lib
-from xcomp_jax.data import check, prompt, shards, video
+from xcomp_jax.data import check, processes, prompt, shards, video
 from xcomp_jax.data.store import Features, StoreError, open_store
 from xcomp_jax.predecode import Settings, Tower
 
@@ -95,11 +96,11 @@ def test_bad_videos_are_listed_at_the_end_and_the_rest_is_kept(world, workers):
     make(world, workers=workers, samples_per_shard=2)
   spool = world.parent / "out.incomplete" / "spool"
   kept = {p.name: p.stat().st_mtime_ns for p in spool.iterdir()}
-  assert len(kept) == 3  # of the one shard that could not be assembled
+  assert len(kept) == 2  # of the one shard that could not be assembled
   with pytest.raises(video.VideoError, match="1 of 7 samples"):  # looked at again, the others not
     make(world, samples_per_shard=2)
   again = {p.name: p.stat().st_mtime_ns for p in spool.iterdir()}
-  assert [name for name in kept if kept[name] != again[name]] == ["0000002.json"]
+  assert [name for name in kept if kept[name] != again[name]] == ["0000002.records"]
   (world / "videos" / "v1.mp4").write_bytes(good)
   make(world, samples_per_shard=2)
   assert contents(world.parent / "out")["samples/samples-train.array_record-00000-of-00001"] == (
@@ -211,7 +212,7 @@ def test_features_resume(world):
 
   with pytest.raises(KeyboardInterrupt):
     make(world, tower=Tower(tower.features, tower.settings, failing))
-  assert len(list((world.parent / "out.incomplete" / "spool").glob("*.json"))) >= 4
+  assert len(list((world.parent / "out.incomplete" / "spool").glob("*.records"))) == 3
   with pytest.raises(StoreError, match="tower: sums there, others now"):
     make(world, tower=Tower(Features("others", 2, 4), tower.settings, tower.encode))
   make(world, tower=tower)
@@ -345,7 +346,7 @@ def test_killed_at_random_instants(world, kills):
 
   def done() -> int:
     try:
-      return 5 * len(list(folder.glob("shards/*.json"))) + len(list(folder.glob("spool/*.json")))
+      return 5 * len(list(folder.glob("shards/*.json"))) + len(list(folder.glob("spool/*.records")))
     except FileNotFoundError:  # the folder goes while it is read
       return 99
 
@@ -386,7 +387,7 @@ def test_interrupt(world):
   )
   signal.signal(signal.SIGINT, before)
   spool = world.parent / "out.incomplete" / "spool"
-  wait_for(lambda: spool.exists() and list(spool.glob("*.json")))
+  wait_for(lambda: spool.exists() and list(spool.glob("*.records")))
   os.killpg(process.pid, signal.SIGINT)  # to the processes as well, as a terminal does
   _, err = process.communicate(timeout=60)
   assert process.returncode == 130 and "the same command continues" in err and "Traceback" not in err
@@ -396,12 +397,21 @@ def test_interrupt(world):
 # What can happen in a decoding process.
 
 
-def test_decoding_processes_do_not_load_jax():
-  code = "import sys, xcomp_jax.predecode, xcomp_jax.data.shards as s; s.store.record_features(s.store.Layout(8, 1, None, None)); print('jax' in sys.modules)"
-  assert decoding.run([sys.executable, "-c", code]).stdout == "False\n"
+def test_decoding_processes_load_little(world, tmp_path):
+  code = f"""
+import sys, xcomp_jax.predecode
+from xcomp_jax.data import shards, store
+job = shards.Job(store.Sample("", "{world}/videos/still ü.png", "", 0, (), ""), "img", None, None, None, ())
+print(shards.decode(job, shards.Settings(16, 8, 8, 8.0, 8), store.Layout(16, 8, None, None), "{tmp_path}/spool"))
+print({{"jax", "tensorflow", "tensorflow_datasets", "matplotlib"}} & {{name.split(".")[0] for name in sys.modules}})
+"""
+  assert decoding.run([sys.executable, "-c", code]).stdout == "(0, True)\nset()\n"
 
 
-@pytest.mark.parametrize(("deed", "message"), [("sleep", r"took more than 8 seconds"), ("abort", r"process died.*tried again alone")])
+DEEDS = {"sleep": r"took more than 8 seconds", "abort": r"process died \(SIGABRT\), also when tried again alone", "kill": r"process died \(SIGKILL\)"}
+
+
+@pytest.mark.parametrize(("deed", "message"), DEEDS.items())
 def test_a_decoder_that_hangs_or_dies_costs_one_sample(world, deed, message):
   jobs, _ = predecode_lib.mixtures.read_mixture(world / "mixture.yaml", world, 1.0)
   fields = {f.name: getattr(jobs[1].sample, f.name) for f in predecode_lib.dataclasses.fields(jobs[1].sample)}
@@ -417,12 +427,58 @@ def test_a_decoder_that_hangs_or_dies_costs_one_sample(world, deed, message):
   assert not list(work.folder.rglob("*.tmp")) and not list((work.folder / "spool").iterdir())
 
 
-def test_processes_that_can_not_start_are_no_fault_of_the_videos(world):
-  here, script = str(pathlib.Path(__file__).parent), world.parent / "script.py"
-  script.write_text(f"import pathlib, sys\nsys.path.insert(0, {here!r})\nimport decoding\ndecoding.make(pathlib.Path({str(world)!r}), workers=1)\n")
-  done = decoding.run([sys.executable, str(script)])  # its processes run it again, for want of `if __name__ == "__main__"`
-  assert done.returncode == 1 and "StoreError: processes for decoding die as they start" in done.stderr
+def test_too_little_memory_costs_one_sample(world, monkeypatch):
+  Image.new("RGB", (9000, 9000)).save(world / "videos" / "large.png")
+  write(world / "images.json", [{"image": name, "conversations": talk()} for name in ("still ü.png", "large.png", "still ü.png")])
+  mixture(world, {"json_path": "images.json"})
+  limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (500_000_000, 500_000_000))"
+  monkeypatch.setattr(processes, "CODE", f"{limit}; {processes.CODE}")
+  assert make(world, workers=2, skip_bad=True)["samples"] == 2
+  (reason,) = [line["reason"] for line in manifest(world.parent / "out") if "reason" in line]
+  assert "large.png: " in reason and "memory" in reason and "tried again alone" in reason
+
+
+def test_processes_that_can_not_start_are_no_fault_of_the_videos(world, monkeypatch):
+  monkeypatch.setattr(processes, "CODE", "exit(3)")
+  with pytest.raises(StoreError, match=r"processes for decoding die as they start \(exit code 3"):
+    make(world, workers=2)
   assert not list((world.parent / "out.incomplete" / "spool").iterdir())
+
+
+def test_the_program_that_decodes_is_not_run_by_its_processes(world):
+  here, script = str(pathlib.Path(__file__).parent), world.parent / "script.py"
+  script.write_text(f"import pathlib, sys\nsys.path.insert(0, {here!r})\nimport decoding\nprint(decoding.make(pathlib.Path({str(world)!r}), workers=2)['samples'])\n")
+  assert decoding.run([sys.executable, str(script)]).stdout == "7\n"
+
+
+def test_processes_are_renewed_one_by_one_by_the_frames_of_videos(world, monkeypatch):
+  begun, real = [], processes._Process
+  monkeypatch.setattr(processes, "_Process", lambda life, module: (begun.append(life), real(life, module))[1])
+  monkeypatch.setattr(shards, "LIFE", 100)  # frames of videos; there are 27 to 67 in each file that is decoded
+  mixture(world, {"json_path": "images.json"}, {"json_path": "gifs.json", "video_read_type": "gif"}, {"json_path": "folders.json", "video_read_type": "img"})
+  make(world, "stills", workers=2)
+  assert begun == [50, 100]  # none of them was replaced
+  begun.clear()
+  write(world / "videos.json", [{"id": i, "video": "v0.mp4", "conversations": talk()} for i in range(8)])
+  mixture(world, {"json_path": "videos.json"})
+  make(world, "videos", workers=1)  # eight times 38 frames
+  assert begun == [100, 100, 100]
+
+
+@pytest.mark.parametrize("harm", ["empty", "short", "flipped"])
+def test_what_a_stopped_machine_has_lost_is_decoded_again(world, harm):
+  make(world, "whole")
+  good = (world / "videos" / "v1.mp4").read_bytes()
+  make_video(world / "videos" / "v1.mp4", 7)
+  with pytest.raises(video.VideoError):
+    make(world)
+  (world / "videos" / "v1.mp4").write_bytes(good)
+  for file in (world.parent / "out.incomplete" / "spool").glob("*.records"):
+    content = file.read_bytes()
+    flipped = bytes([content[0] ^ 1]) + content[1:]
+    file.write_bytes({"empty": b"", "short": content[:-30], "flipped": flipped}[harm])
+  make(world)
+  assert contents(world.parent / "out") == contents(world.parent / "whole")
 
 
 def test_a_full_disk_is_no_fault_of_a_video(world, monkeypatch):
@@ -591,6 +647,12 @@ def test_the_bytes_tokenizer_shows_every_text(world):
   text = "Wie heißt 'das'? 🐕\n<|im_end|>"
   assert tokenizer.decode(tokenizer.encode(text), keep_special=True) == text
   assert tokenizer.decode(tokenizer.encode(text)) == text.removesuffix("<|im_end|>")
+
+
+@pytest.mark.parametrize("said", ["nan", "inf", "0", "1001", "x"])
+def test_numbers_of_flags_have_bounds_that_are_said(said):
+  with pytest.raises(ValueError, match=rf"{said}: must be a number from 0\.001 to 1,000\.0"):
+    predecode_lib._Number(0.001, video.FASTEST).parse(said)
 
 
 def test_a_video_that_is_cut_off_is_left_out_or_kept_as_far_as_it_goes(tmp_path):

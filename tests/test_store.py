@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -260,7 +261,7 @@ def test_clear_errors_for_folders_that_are_no_store(tmp_path):
     open_store(tmp_path / "s")
   (tmp_path / "s" / "store.json").write_text(json.dumps(info))
   os.remove(next((tmp_path / "s" / "samples").glob("*array_record*")))
-  with pytest.raises(StoreError, match="can't be read"):
+  with pytest.raises(StoreError, match="is missing"):
     open_store(tmp_path / "s")
 
 
@@ -322,3 +323,94 @@ def test_a_missing_file_is_named_when_a_store_is_opened(many):
     (many / "clips" / f"clips-train.array_record-{i:05d}-of-00090").unlink()
   with pytest.raises(StoreError, match=r"clips-train\.array_record-00003-of-00090 is missing, and 1 more"):
     open_store(many)
+
+
+def by_tfds(coder, row) -> bytes:
+  """TFDS's own record, with its fields in order."""
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  return tf_example_pb2.Example.FromString(coder.serialize_example(row)).SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("shape", [(1,), (8,), (300,)])
+def test_records_are_those_of_tfds(shape):
+  rng = np.random.default_rng(0)
+  frames = rng.integers(0, 256, (*shape, SIZE, SIZE, 3), np.uint8)
+  tokens = rng.integers(0, 1 << 16, (*shape, TOWER.width), np.uint16)
+  files = [rng.bytes(n) for n in shape * 3]
+  for layout, row in (
+    (RAW, {"frames": frames}), (RAW, {"frames": frames[:, ::-1]}), (Layout(SIZE, 4, 90, None), {"frames": files}),
+    (Layout(SIZE, 4, None, TOWER), {"tokens": tokens}),
+  ):  # fmt: skip
+    assert store_lib.example(row) == by_tfds(store_lib.record_features(layout), row)
+  one = dataclasses.replace(sample("7", "ü" * shape[0]), position=shape[0], first_record=1 << 40, records=127)
+  row = vars(one) | {"conversations": store_lib.as_json(one.conversations)}
+  assert store_lib.example(row) == by_tfds(store_lib._sample_features(), row)
+
+
+def described(**changes):
+  return lambda folder: edit(folder / "store.json", lambda info: info | changes)
+
+
+def edit(file, change):
+  file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def split(**changes):
+  return lambda folder: edit(folder / "clips" / "dataset_info.json", lambda info: info | {"splits": [info["splits"][0] | changes]})
+
+
+DAMAGES = {
+  "no description": lambda folder: (folder / "store.json").unlink(), "deep": lambda folder: (folder / "store.json").write_text("[" * 100_000),
+  "no UTF-8": lambda folder: (folder / "store.json").write_bytes(b"\xff"), "a list": lambda folder: (folder / "store.json").write_text("[]"),
+  "no pixels": described(image_size=0), "too many pixels": described(image_size=10**9), "text for a number": described(image_size="16"),
+  "true for a number": described(clip_frames=True), "endless clips": described(clip_frames=10**12), "other clips": described(clip_frames=8),
+  "other pixels": described(image_size=3000), "no such quality": described(quality=1000), "features that are none": described(features=[]),
+  "features of no size": described(features={"identity": "x", "tokens_per_frame": 0, "width": -1}), "another number of samples": described(samples=10**9),
+  "a deep dataset": lambda folder: (folder / "clips" / "dataset_info.json").write_text('{"a":' * 100_000), "no dataset": lambda folder: (folder / "samples" / "dataset_info.json").unlink(),
+  "files outside": split(filepathTemplate="../../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"), "lengths of text": split(shardLengths=["x"]),
+  "negative lengths": split(shardLengths=["-5"]), "no lengths": split(shardLengths=[]), "endless lengths": split(shardLengths=["5000000000000"]), "short lengths": split(shardLengths=["1"]),
+  "noise": lambda folder: next((folder / "samples").glob("*array_record*")).write_bytes(np.random.default_rng(0).bytes(1 << 17)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_is_one_error_with_its_name(tmp_path, damage):
+  write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  DAMAGES[damage](tmp_path / "s")
+  with pytest.raises(StoreError) as raised:
+    open_store(tmp_path / "s")
+  assert str(raised.value).startswith((f"{tmp_path}/s", "[Errno 2] No such file or directory: ")) and f"{tmp_path}/s" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["store.json", "samples/dataset_info.json", "clips/clips-train.array_record-00000-of-00001"])
+def test_pipes_and_devices_in_a_store_are_never_opened(tmp_path, name):
+  write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  for make in (os.mkfifo, lambda file: file.symlink_to("/dev/zero")):
+    (tmp_path / "s" / name).unlink()
+    make(tmp_path / "s" / name)
+    with pytest.raises(OSError, match=f"{name} is a (pipe|device), and must be a file"):
+      open_store(tmp_path / "s")
+
+
+def test_no_module_that_a_store_names_is_imported_and_links_are_followed(tmp_path):
+  write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  for folder in ("samples", "clips"):
+    edit(tmp_path / "s" / folder / "features.json", lambda about: about | {"pythonClassName": "this.module_does_harm.X"})
+  for i, file in enumerate(sorted((tmp_path / "s").glob("*/*"))):
+    file.symlink_to(file.rename(tmp_path / str(i)))
+  store = open_store(tmp_path / "s")
+  np.testing.assert_array_equal(store.visual(0), frames(0, 5, 4))
+
+
+@pytest.mark.parametrize("changes", [
+  {"frames": 8 * 10**9}, {"frames": -4}, {"frames": 19}, {"clip_frames": 0}, {"clip_frames": 5}, {"first_record": -1}, {"records": 2}, {"records": 0},
+  {"conversations": {"from": 1}}, {"conversations": ["a"]},
+])  # fmt: skip
+def test_samples_whose_numbers_do_not_go_together_are_refused(tmp_path, monkeypatch, changes):
+  write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
+  own = store_lib._sample
+  talk = json.dumps(changes["conversations"]).encode() if "conversations" in changes else None
+  monkeypatch.setattr(store_lib, "_sample", lambda row: own(row | changes | ({} if talk is None else {"conversations": talk})))
+  with pytest.raises(StoreError, match=r"/s(/samples)? is damaged: "):
+    open_store(tmp_path / "s")

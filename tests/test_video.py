@@ -2,7 +2,11 @@
 
 import gzip
 import json
+import os
 import random
+import shutil
+import struct
+import zlib
 
 import av
 import cv2
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xcomp_jax.data import prompt, video
+from xcomp_jax.data import container, prompt, video
 
 LIMITS = dict(max_frames=32, min_frames=16, fps=4.0, clip_frames=8)  # a small recipe for small files
 
@@ -229,7 +233,7 @@ def test_a_gif_runs_at_one_frame_per_second(tmp_path):
     video.load(path, size=16, style="train", read_type="gif", **LIMITS)
   pictures[0].save(path, "JPEG")  # no GIF at all, and cut
   path.write_bytes(path.read_bytes()[:-20])
-  with pytest.raises(video.VideoError, match=r"a\.gif can't be read as an animation: image file is truncated"):
+  with pytest.raises(video.VideoError, match=r"a\.gif is no animation that can be read: image file is truncated"):
     video.load(path, size=16, style="ask", read_type="gif", **LIMITS)
 
 
@@ -244,7 +248,7 @@ def test_a_folder_is_read_in_natural_order_at_one_frame_per_second(tmp_path):
     assert got.seconds == 20.0 and len(got.frames) == 16
     assert numbers(got.frames) == got.indices.tolist()
   (folder / "img_12.png").write_bytes((folder / "img_12.png").read_bytes()[:60])
-  with pytest.raises(video.VideoError, match=r"img_12\.png can't be read as an image"):
+  with pytest.raises(video.VideoError, match=r"img_12\.png is no image that can be read"):
     video.load(folder, size=16, style="train", read_type="frames", **LIMITS)
 
 
@@ -304,15 +308,165 @@ def test_wrong_kinds_of_path_are_refused(tmp_path):
   (tmp_path / "a.png").write_bytes(b"no image")
   with pytest.raises(video.VideoError, match=r"a\.png is a file"):
     video.load(tmp_path / "a.png", size=16, style="train", read_type="frames", **LIMITS)
-  with pytest.raises(video.VideoError, match=r"a\.png can't be read as an image"):
+  with pytest.raises(video.VideoError, match=r"a\.png is no image that can be read"):
     video.load(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
 
 
 def test_a_picture_that_needs_another_program_is_refused(tmp_path):
   path = tmp_path / "drawing.jpg"
   path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")  # Pillow would ask Ghostscript
-  with pytest.raises(video.VideoError, match="can't be read as an image"):
+  with pytest.raises(video.VideoError, match="is no image that can be read"):
     video.load(path, size=8, style="train", read_type="img", **LIMITS)
+
+
+def ask(path):
+  return video.load(path, size=8, style="ask", read_type=video.kind(path), **LIMITS)
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+  """A PNG that claims its size, and has little data."""
+  every = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *chunks, (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+  return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in every)
+
+
+ATTACKS = {
+  "bomb.png": png(20_000, 20_000), "claim.png": png(2**31 - 1, 2**31 - 1), "thin.png": png(2**31 - 1, 1), "cut.png": png(8, 8)[:40],
+  "text.png": png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20)))), "frames.png": png(8, 8, (b"acTL", struct.pack(">II", 2**32 - 1, 0)), (b"fcTL", bytes(26))),
+  "screen.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(9) + b"\x2c" + bytes(4) + struct.pack("<HHB", 65535, 65535, 0) + b"\2\2\x4c\1\0;",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_picture_that_is_an_attack_is_refused_by_its_name(tmp_path, name):
+  (tmp_path / name).write_bytes(ATTACKS[name])
+  with pytest.raises(video.VideoError, match=name):
+    ask(tmp_path / name)
+
+
+def test_no_other_program_is_started(tmp_path, monkeypatch):
+  (tmp_path / "bin").mkdir()
+  for name in ("gs", "gswin64c", "djpeg", "netpbm"):
+    (tmp_path / "bin" / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "bin" / name).chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+  drawing = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+  with Image.open(_text(tmp_path / "control.eps", drawing)) as image, pytest.raises(OSError):
+    image.load()  # so Pillow would start it
+  (tmp_path / "started").unlink()
+  for name in ("a.gif", "a.jpg", "a.png", "a.webp", "a.mp4"):
+    with pytest.raises(video.VideoError, match=name):
+      ask(_text(tmp_path / name, drawing))
+    for kind in ("gif", "img", "video"):
+      with pytest.raises(video.VideoError, match=name):
+        video.load(tmp_path / name, size=8, style="train", read_type=kind, **LIMITS)
+  assert not (tmp_path / "started").exists()
+
+
+def _text(path, text):
+  path.write_text(text)
+  return path
+
+
+LISTS = {
+  "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\n{0}/b.ts\n#EXT-X-ENDLIST\n", "near.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nb.ts\n#EXT-X-ENDLIST\n",
+  "web.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nhttp://127.0.0.1:9/b.ts\n#EXT-X-ENDLIST\n", "a.ffconcat": "ffconcat version 1.0\nfile b.ts\n",
+  "concat.mp4": "ffconcat version 1.0\nfile b.ts\n", "a.sdp": "v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+  "a.mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period><AdaptationSet mimeType="video/mp4"><Representation id="1"><BaseURL>b.ts</BaseURL></Representation></AdaptationSet></Period></MPD>',
+  "%d.tiff": "numbered images", "a.svg": '<svg xmlns="http://www.w3.org/2000/svg"><image href="b.ts"/></svg>',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_file_that_names_other_files_or_addresses_is_not_followed(tmp_path, name):
+  write(tmp_path / "b.ts", 16)
+  for i in range(3):
+    Image.fromarray(frame(i)).save(tmp_path / f"{i}.tiff")
+  with pytest.raises(video.VideoError, match=r"can't be read as a video .*; of lists of files"):
+    ask(_text(tmp_path / name, LISTS[name].format(tmp_path)))
+
+
+def test_an_mp4_whose_data_are_in_another_file_is_read_alone(tmp_path):
+  path, name = write(tmp_path / "a.mov", 16), b"b.mov"
+  shutil.copy(path, tmp_path / "b.mov")
+  data, where = bytearray(path.read_bytes()), b"volume:" + name
+  link = bytes(10) + b"\6" + b"volume".ljust(27, b"\0") + bytes(12) + bytes([len(name)]) + name.ljust(63, b"\0") + bytes(16) + struct.pack(">hh", 0, 0)
+  link += bytes(16) + struct.pack(">hh", 2, len(where)) + where + bytes(len(where) % 2) + struct.pack(">hh", -1, 0)
+  at = data.index(b"dref") - 4
+  old = struct.unpack_from(">I", data, at)[0]
+  new = struct.pack(">I4sII", 28 + len(link), b"dref", 0, 1) + struct.pack(">I4sI", 12 + len(link), b"alis", 0) + link
+  data[at : at + old] = new
+  for box in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):
+    size = data.index(box) - 4
+    struct.pack_into(">I", data, size, struct.unpack_from(">I", data, size)[0] + len(new) - old)
+  path.write_bytes(data)
+  with pytest.raises(video.VideoError, match=r"a\.mov is truncated: it announces 16 frames and has the data of 0"):
+    ask(path)
+
+
+def test_pipes_devices_and_sockets_are_refused_without_waiting(tmp_path):
+  for name in ("a.png", "a.gif", "a.mp4", "clip.json"):
+    os.mkfifo(tmp_path / name)
+  (tmp_path / "link.jpg").symlink_to("a.png")
+  (tmp_path / "zero.png").symlink_to("/dev/zero")
+  (tmp_path / "clip").mkdir()
+  shutil.copytree(tmp_path / "clip", tmp_path / "inside")
+  Image.fromarray(frame(0)).save(tmp_path / "clip" / "0.png")
+  os.mkfifo(tmp_path / "inside" / "0.png")
+  for name in ("a.png", "a.gif", "a.mp4", "link.jpg", "zero.png", "clip", "inside"):
+    with pytest.raises(OSError, match=f"{name}.* is a (pipe|device), and must be a file"):
+      ask(tmp_path / name)
+
+
+def test_names_that_are_no_utf8_work(tmp_path):
+  name = lambda suffix: tmp_path / os.fsdecode(b"caf\xff" + suffix)
+  os.rename(write(tmp_path / "a.mp4", 16), name(b".mp4"))
+  name(b"").mkdir()
+  pictures = [Image.fromarray(frame(i)) for i in range(9)]
+  pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+  os.rename(tmp_path / "a.gif", name(b".gif"))
+  pictures[0].save(tmp_path / "a.png")
+  shutil.copy(tmp_path / "a.png", name(b"/\xfe.png"))
+  os.rename(tmp_path / "a.png", name(b".png"))
+  assert [len(ask(name(suffix)).frames) for suffix in (b".mp4", b".gif", b".png", b"")] == [16, 16, 1, 16]
+  name(b".png").write_bytes(b"no image")
+  with pytest.raises(video.VideoError, match=r"caf\\udcff\.png is no image"):
+    ask(name(b".png"))
+
+
+class Panic(BaseException):
+  """What libraries in Rust raise."""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("deep"), Panic("panicked"), ZeroDivisionError("x"), Image.DecompressionBombError("large"), KeyError(5)])
+def test_whatever_a_decoder_raises_is_one_error_with_the_files_name(tmp_path, monkeypatch, error):
+  (tmp_path / "clip").mkdir()
+  for name in ("a.png", "a.gif", "clip/0.png"):
+    Image.fromarray(frame(0)).save(tmp_path / name)
+  write(tmp_path / "a.mp4", 16)
+
+  def fail(*args, **how):
+    raise error
+
+  monkeypatch.setattr(Image, "open", fail) if isinstance(error, Exception) else monkeypatch.setattr(Image.Image, "convert", fail)
+  monkeypatch.setattr(container, "_rgb", fail)
+  for name in ("a.png", "a.gif", "clip", "a.mp4"):
+    with pytest.raises(video.VideoError, match=name):
+      ask(tmp_path / name)
+
+
+def test_a_video_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(container, "PIXELS", 64 * 48 - 1)
+  with pytest.raises(video.VideoError, match=r"a\.mp4 has pictures of 64 x 48 pixels; 3,071 can be read"):
+    ask(write(tmp_path / "a.mp4", 16))
+
+
+@pytest.mark.parametrize("said", [b"\xff", b"[" * 100_000, b"[]", b'{"duration": "long"}', b'{"duration": NaN}', b'{"duration": -1}', b'{"duration": 1' + b"0" * 400 + b"}"])
+def test_a_folders_file_may_hold_anything(tmp_path, said):
+  (tmp_path / "clip").mkdir()
+  Image.fromarray(frame(0)).save(tmp_path / "clip" / "0.png")
+  (tmp_path / "clip.json").write_bytes(said)
+  with pytest.raises(video.VideoError, match="clip"):
+    ask(tmp_path / "clip")
 
 
 def test_a_still_image_is_one_frame(tmp_path):

@@ -4,7 +4,9 @@ import ast
 import dataclasses
 import gzip
 import json
+import os
 import pathlib
+import shutil
 import types
 
 import jax
@@ -17,7 +19,7 @@ from jax.sharding import PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import export, sharding, weights
+from xcomp_jax import export, layouts, sharding, weights
 from xcomp_jax.config import ConfigError, InternVideo2Config, LPCompConfig, MeshConfig, ModelConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.model import vlm
@@ -196,13 +198,13 @@ def test_quirk_q1_clip_length_of_config_json_only_on_request(tmp_path, capsys):
     ({"mm_hidden_size": 1152}, "mm_hidden_size is 1152"),
     ({"tiny_vision": {"depth": 3}}, "tiny_vision lacks image_size"),
     ({"tiny_vision": 5}, "tiny_vision = 5: must be an object"),
-    ({"tiny_vision": TINY["tiny_vision"] | {"heads": 0}}, "tiny_vision: heads = 0: must be an integer above 0"),
-    ({"hidden_size": "96"}, "hidden_size = '96': must be an integer above 0"),
+    ({"tiny_vision": TINY["tiny_vision"] | {"heads": 0}}, "tiny_vision: heads = 0: must be an integer from 1 to 1,000,000"),
+    ({"hidden_size": "96"}, "hidden_size = '96': must be an integer from 1"),
     ({"hidden_size": None, "rope_theta": True}, "hidden_size = None: must be .*; rope_theta = True: must be a number above 0"),
-    ({"num_attention_heads": 0}, "num_attention_heads = 0: must be an integer above 0"),
+    ({"num_attention_heads": 0}, "num_attention_heads = 0: must be an integer from 1"),
     ({"mm_vision_tower": None}, "mm_vision_tower = None: must be text"),
     ({"mm_vision_select_layer": None}, "mm_vision_select_layer = None: must be an integer"),
-    ({"mm_local_num_frames": "x"}, "mm_local_num_frames = 'x': must be an integer above 0"),
+    ({"mm_local_num_frames": "x"}, "mm_local_num_frames = 'x': must be an integer from 1 to 1,000"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no': must be true or false"),
     ({"head_dim": "128"}, "head_dim = '128'"),
     ({"num_attention_heads": 11}, "num_attention_heads does not divide"),
@@ -218,7 +220,7 @@ def test_no_or_broken_config_json(tmp_path):
   with pytest.raises(CheckpointError, match=r"has no config\.json"):
     read_config(tmp_path)
   (tmp_path / "config.json").write_text("{")
-  with pytest.raises(CheckpointError, match="not valid JSON"):
+  with pytest.raises(CheckpointError, match=r"config\.json is no JSON"):
     read_config(tmp_path)
   (tmp_path / "config.json").write_text("[]")
   with pytest.raises(CheckpointError, match="does not hold a JSON object"):
@@ -387,7 +389,7 @@ def test_orbax_export_of_another_model(reference, tmp_path):
   for file in (tmp_path / "out" / "params").iterdir():
     if file.is_file():
       file.unlink()
-  with pytest.raises(CheckpointError, match="params is not an Orbax checkpoint"):
+  with pytest.raises(CheckpointError, match="params has no _METADATA"):
     weights.load(tmp_path / "out", cfg)
 
 
@@ -396,10 +398,10 @@ def test_truncated_empty_and_absent_files(reference, tmp_path):
   cfg = read_config(directory)
   file = directory / "model.safetensors"
   file.write_bytes(file.read_bytes()[:-10])
-  with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+  with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file, or cut short"):
     weights.load(directory, cfg)
   file.write_bytes(b"")
-  with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+  with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file, or cut short"):
     weights.load(directory, cfg)
   file.unlink()
   with pytest.raises(CheckpointError, match=r"has neither \*\.safetensors nor params/"):
@@ -528,3 +530,115 @@ def test_lora_adapters_are_to_be_merged_first(reference, tmp_path):
   (tmp_path / "adapter_config.json").write_text("{}")
   with pytest.raises(CheckpointError, match=r"holds LoRA adapters \(adapter_config\.json\)"):
     read_config(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [
+  {"num_hidden_layers": 10**6}, {"hidden_size": 1e30}, {"vocab_size": 10**10}, {"rope_theta": 10**400}, {"rms_norm_eps": 1e300},
+  {"max_position_embeddings": 10**12}, {"mm_local_num_frames": 8 * 10**9}, {"mm_vision_select_layer": -(10**9)},
+  {"rope_scaling": YARN | {"original_max_position_embeddings": 10**12}},
+  *({"tiny_vision": TINY["tiny_vision"] | wrong} for wrong in (
+    {"image_size": 10**5}, {"depth": 10**8}, {"mlp_ratio": 1e30}, {"patch_size": 65}, {"patch_size": 1, "image_size": 4096}, {"heads": True},
+  )),
+])  # fmt: skip
+def test_numbers_of_config_json_have_bounds(tmp_path, changes):
+  with pytest.raises(CheckpointError, match=r"config\.json.*(must be|no JSON|more than 65,536)"):
+    read_config(configured(tmp_path, **(TINY | changes)))
+
+
+@pytest.mark.parametrize("changes", [{"clip_frames": 0}, {"clip_frames": 10**9}, {"image_size": -1}, {"context": 10**12}, {"lp_comp": {"schedule": "cosine", "keep": "suffix", "group": 0}}])
+def test_numbers_of_xcomp_json_have_bounds(tmp_path, changes):
+  (tmp_path / "xcomp.json").write_text(json.dumps({"lp_comp": {"schedule": "cosine", "keep": "suffix", "group": 16}} | changes))
+  with pytest.raises(CheckpointError, match=r"xcomp\.json: .* must be an integer from 1 to "):
+    weights.read_tuned(tmp_path)
+
+
+def test_a_model_of_a_thousand_layers_is_refused_by_its_files_before_it_is_made(reference, tmp_path, monkeypatch):
+  directory = tiny(tmp_path, tiny_tensors(reference), num_hidden_layers=1000)
+  cfg = read_config(directory)
+  monkeypatch.setattr(weights, "abstract", None)
+  with pytest.raises(CheckpointError, match=r"\d+ missing: .*; and \d+ more"):
+    weights.load(directory, cfg)
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "b/a.safetensors", "..", "", "a\0b", 5, None, ["a"]])
+def test_an_index_names_only_files_beside_it(reference, tmp_path, name):
+  directory = tiny(tmp_path / "in", tiny_tensors(reference))
+  (directory / "model.safetensors").rename(tmp_path / "a.safetensors")
+  (directory / weights.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+  with pytest.raises(CheckpointError, match=r"index\.json: weight_map must name files of its own folder, not "):
+    weights.load(directory, read_config(directory))
+
+
+def test_links_in_a_checkpoint_are_followed_as_in_the_cache_of_the_hub(reference, tmp_path):
+  directory = tiny(tmp_path / "in", tiny_tensors(reference))
+  cfg = read_config(directory)
+  export.save_orbax(tmp_path / "orbax", weights.load(directory, cfg), cfg, directory)
+  blobs = tmp_path / "blobs"
+  blobs.mkdir()
+  for folder in ("in", "orbax"):
+    for i, file in enumerate(file for file in sorted((tmp_path / folder).rglob("*")) if file.is_file()):
+      file.symlink_to(file.rename(blobs / f"{folder}{i}"))
+    equal(weights.parameters(weights.load(tmp_path / folder, read_config(tmp_path / folder))), weights.parameters(weights.load(tmp_path / "orbax", cfg)))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", weights.INDEX, "xcomp.json"])
+def test_pipes_and_devices_in_a_checkpoint_are_never_opened(reference, tmp_path, file):
+  directory = tiny(tmp_path, tiny_tensors(reference))
+  cfg = read_config(directory)
+  for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+    (directory / file).unlink(missing_ok=True)
+    make(directory / file)
+    with pytest.raises((CheckpointError, OSError), match=f"{file} is a (pipe|device), and must be a file"):
+      weights.load(directory, cfg if file != "config.json" else read_config(directory)) if file != "xcomp.json" else weights.read_tuned(directory)
+
+
+def deep(file):
+  file.write_text("[" * 100_000)
+
+
+ORBAX = {
+  "no description": lambda d: (d / "_METADATA").unlink(),
+  "a deep description": lambda d: deep(d / "_METADATA"),
+  "a deep sharding": lambda d: deep(d / "_sharding"),
+  "a deep list of arrays": lambda d: deep(next((d / "array_metadatas").iterdir())),
+  "a description of another kind": lambda d: (d / "_METADATA").write_text((d / "_METADATA").read_text().replace("jax.Array", "string")),
+  "names that leave the folder": lambda d: (d / "_METADATA").write_text((d / "_METADATA").read_text().replace('"key": "llm"', '"key": "../../llm"')),
+  "a pipe": lambda d: ((d / "manifest.ocdbt").unlink(), os.mkfifo(d / "manifest.ocdbt")),
+  "no manifest": lambda d: (d / "manifest.ocdbt").unlink(),
+  "half of all arrays": lambda d: [f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]) for f in d.rglob("d/*")],
+  "noise for arrays": lambda d: [f.write_bytes(np.random.default_rng(0).bytes(f.stat().st_size)) for f in d.glob("ocdbt.process_0/d/*")],
+  "no arrays": lambda d: [f.unlink() for f in d.glob("ocdbt.process_0/d/*")],
+}
+
+
+@pytest.fixture(scope="module")
+def orbax(reference, tmp_path_factory):
+  """An Orbax export."""
+  root = tmp_path_factory.mktemp("orbax")
+  directory = tiny(root / "in", tiny_tensors(reference))
+  cfg = read_config(directory)
+  export.save_orbax(root / "out", weights.load(directory, cfg), cfg, directory)
+  return root / "out", cfg
+
+
+@pytest.mark.parametrize("damage", ORBAX)
+def test_a_damaged_orbax_export_is_one_error_with_its_name(orbax, tmp_path, damage):
+  shutil.copytree(orbax[0], tmp_path / "x")
+  ORBAX[damage](tmp_path / "x" / "params")
+  with pytest.raises(CheckpointError) as raised:
+    weights.load(tmp_path / "x", orbax[1])
+  first = str(raised.value).splitlines()[0]
+  assert first.startswith(f"{tmp_path}/x/params") and len(first) < 1000
+
+
+def test_arrays_that_can_not_be_in_so_few_bytes_are_refused_before_memory_is_asked_for(orbax, monkeypatch):
+  monkeypatch.setattr(layouts, "PACKED", 0.1)
+  with pytest.raises(CheckpointError, match=r"GB of arrays can't be in .* MB of files"):
+    weights.load(*orbax)
+
+
+def test_a_path_and_the_default_device_are_obeyed(reference, tmp_path):
+  directory = weights.resolve(tiny(tmp_path, tiny_tensors(reference)))
+  with jax.default_device(jax.devices()[3]):
+    leaf = next(iter(weights.parameters(weights.load(directory, read_config(directory))).values()))
+  assert leaf.devices() == {jax.devices()[3]}

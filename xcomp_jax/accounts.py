@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from xcomp_jax import absent, cost, metrics, rounds
 from xcomp_jax.config import VLMConfig
@@ -19,6 +18,7 @@ from xcomp_jax.data.batch import Length, Shape
 from xcomp_jax.files import one_line
 from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.programs import VISION, Plan, Traced, cut, traced
+from xcomp_jax.progress import progress
 
 
 def model_flops(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> float | None:
@@ -78,7 +78,7 @@ def compiled(lowered: Any, what: str, effort: float) -> tuple[Any, float]:
   _trim()
   begun = time.perf_counter()
   thread = threading.Thread(target=run, daemon=True)
-  shown = tqdm(desc=f"compiling {what}", bar_format="{desc}: {elapsed}", leave=False, disable=None)
+  shown = progress(desc=f"compiling {what}", bar_format="{desc}{elapsed}", leave=False)
   with cost.own_names(), shown as bar:
     thread.start()
     while thread.is_alive():

@@ -27,15 +27,16 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from xcomp_jax import encode, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
-from xcomp_jax.data.video import Sample, TailError, VideoError, frames
-from xcomp_jax.files import local, one_line, write_json
-from xcomp_jax.reader import Reader
+from xcomp_jax.data.video import Sample, TailError, frames
+from xcomp_jax.files import local, write_json
+from xcomp_jax.inputs import quoted, read_json
+from xcomp_jax.progress import progress
+from xcomp_jax.reader import Reader, fault
 
 # Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that "auto" stands for.
 FREE = ("checkpoint", "clips_per_chunk", "clip_frames", "attention")
@@ -136,16 +137,16 @@ class Answers:
         raise AnswersError(f"{self.folder} holds a {there[0]} of something else, which would be overwritten; choose another folder")
       write_json(file, self.settings, indent=2)
       return
+    before = read_json(file, AnswersError)
     try:
-      before = json.loads(file.read_text())
       pairs = [("checkpoint", before["identity"], self.settings["identity"])]
       chosen = {key: value for key, value in self.settings["settings"].items() if key not in FREE}
       before["settings"] = ADDED | before["settings"]
       before["qc_comp"] = before["qc_comp"] and ADDED | before["qc_comp"]
       pairs += [(key, before["settings"].get(key), value) for key, value in chosen.items()]
       resolved = [(key, before[key], self.settings[key]) for key in ("dtype", "clip_frames", "lp_comp", "qc_comp")]
-    except (ValueError, KeyError, TypeError) as error:
-      raise AnswersError(f"{file} is not what an evaluation writes: {error!r}; choose another folder") from error
+    except Exception as error:  # it may hold anything
+      raise AnswersError(f"{file} is not what an evaluation writes: {quoted(before)}; choose another folder") from error
     differ = lambda pairs: [f"{key} was {old}, now {new}" for key, old, new in pairs if old != new]
     if other := differ(pairs) or differ(resolved):
       what = "; ".join(other)
@@ -154,13 +155,13 @@ class Answers:
   def read(self) -> None:
     """Takes in what is on disk, other shares' answers too; half a line, left by a kill, is no answer."""
     for line in self._all():
-      if "key" in line and ("answer" in line or line["key"] not in self.lines):
+      if isinstance(line.get("key"), str) and ("answer" in line or line["key"] not in self.lines):
         self.lines[line["key"]] = line
 
   def _all(self) -> Iterator[dict[str, Any]]:
     for file in sorted(self.folder.glob("answers-*.jsonl")):
       for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines would split at U+2028 too
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
           line = json.loads(text)
           if isinstance(line, dict):
             yield line
@@ -171,7 +172,8 @@ class Answers:
     Raises:
       AnswersError: another process has it.
     """
-    self._opened = open(self._file, "a+", encoding="utf-8")
+    # Names of files may be no UTF-8; what takes the place of such a byte is how JSON writes it.
+    self._opened = open(self._file, "a+", encoding="utf-8", errors="backslashreplace")
     try:
       fcntl.flock(self._opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -268,7 +270,7 @@ def run(
     once: False encodes a video again for every question, to measure what encoding once saves.
 
   Raises:
-    CheckpointError, ConfigError, OSError: what stops everything.
+    CheckpointError, ConfigError, OSError: what stops everything. Whatever is wrong with one video costs its own questions.
   """
   groups: dict[tuple, dict[str, Wanted]] = {}
   for w in wanted:
@@ -281,8 +283,7 @@ def run(
   if not todo:
     return
   reader.check_clips()
-  with tqdm(total=total, initial=total - sum(map(len, todo)), unit="question", disable=None, file=sys.stderr) as bar:
-    bar.set_description("loading")
+  with progress(total=total, initial=total - sum(map(len, todo)), unit="question", desc="loading") as bar:
     first = reader.load()
     identity = encode.identity(first)
     graph, state = nnx.split(first)
@@ -297,7 +298,7 @@ def run(
             group, sample, found, seconds = next(decoded, (None, None, None, 0.0))
           if group is None:
             return
-          bar.set_description(pathlib.Path(group[0].video).name[-30:])
+          bar.set_description(pathlib.Path(group[0].video).name[-30:], refresh=False)
           for lines in _group(reader, model, identity, group, sample, found, seconds, batch):
             for line in lines:
               with lock:
@@ -326,29 +327,29 @@ def _group(reader, model, identity, group, sample, decoded, seconds, batch) -> I
   first = group[0]
   lost = {"lost": round(sample.lost, 3)} if sample is not None and sample.lost else {}
   line = lambda w: {"key": w.key, "video": str(w.video), "prompt": w.prompt} | lost
-  failed = lambda w, error: line(w) | {"error": one_line(error)}
+  failed = lambda w, error: line(w) | {"error": fault(error)}
+  several = len(group) > batch
   try:
-    if isinstance(decoded, Exception):
+    if isinstance(decoded, BaseException):
       raise decoded
     source = reader.source(str(first.video), first.start, first.end)
     film, spent = reader.encode(model, sample, source, decoded=decoded, identity=identity)
     spent["decoding"] = seconds
-  except (VideoError, AnnotationError, ConfigError, OSError) as error:
+    chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=several)
+  except BaseException as error:  # whatever it is costs the questions about this video, not those about others
     yield [failed(w, error) for w in group]
     return
-  several = len(group) > batch
-  chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=several)
   fit = []
   for w in group:
     try:
       chat.check(w.prompt)
       fit.append(w)
-    except (AnnotationError, ConfigError) as error:  # too long for the model, or nothing to ask
+    except BaseException as error:  # too long for the model, or nothing to ask
       yield [failed(w, error)]
   for part in batches(fit, batch):
     try:
       answers = chat.ask_apart([w.prompt for w in part])
-    except ConfigError as error:  # frames that can't be selected from
+    except BaseException as error:  # frames that can't be selected from, or too little memory
       yield [failed(w, error) for w in part]
       continue
     yield [line(w) | _answered(answer, film, spent if w is fit[0] else {}) for w, answer in zip(part, answers, strict=True)]
@@ -389,7 +390,7 @@ def _askable(reader: Reader, sample: Sample, group: Sequence[Wanted]) -> None:
 
 def _decoded(
   reader: Reader, todo: Sequence[list[Wanted]], ahead: int
-) -> Generator[tuple[list[Wanted], Sample | None, list[np.ndarray] | Exception, float]]:
+) -> Generator[tuple[list[Wanted], Sample | None, list[np.ndarray] | BaseException, float]]:
   """Each group with its sample, the frames (or why there are none), and the seconds that decoding took."""
   stopped = threading.Event()
 
@@ -404,7 +405,7 @@ def _decoded(
         sample = reader.shortened(sample, error)
         _askable(reader, sample, group)
         found = list(itertools.takewhile(lambda _: not stopped.is_set(), frames(sample)))
-    except (VideoError, AnnotationError, ConfigError, OSError) as error:
+    except BaseException as error:  # `_group` judges it
       found = error
     return group, sample, found, time.perf_counter() - begun
 

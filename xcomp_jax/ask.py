@@ -3,7 +3,7 @@
   python -m xcomp_jax.ask --checkpoint exports/sct --video film.mp4 --question "What happens first?"
 
 Several questions: repeat --question, or --questions FILE (one per line); without either, they are read from the
-terminal as one conversation. Answers go to stdout, everything else to stderr. Frames are sampled as in
+terminal as one conversation, until stdin ends; the line /new starts another one. Answers go to stdout, everything else to stderr. Frames are sampled as in
 FACTS.md 5; a short video's are repeated up to --min-frames.
 """
 
@@ -14,16 +14,20 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from os.path import expanduser
 
 import jax
-from tqdm import tqdm
 
-from xcomp_jax import encode, files, report
+from xcomp_jax import encode, files, inputs, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.data import prompt, video
+from xcomp_jax.files import expanduser
 from xcomp_jax.model.vlm import VLM
+from xcomp_jax.progress import progress
 from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
+
+QUESTIONS = 1 << 24  # bytes of all, at most
+
+NEW = "/new"  # typed instead of a question
 
 
 def say(text: str) -> None:
@@ -86,12 +90,15 @@ def encoded(
   T = len(sample.indices)
   say(f"{args.video}: {T} frame{'s' if T > 1 else ''}" + (f" of {sample.seconds:.2f} s" if sample.seconds else ""))
   clips = T // min(reader.cfg.clip_frames, T) * len(reader.phases(T))
-  with tqdm(total=clips, desc="encoding", unit="clip", leave=False, disable=None) as bar:
+  with progress(total=clips, desc="encoding", unit="clip", leave=False) as bar:
     film, seconds = reader.encode(model, sample, reader.source(args.video, args.start, args.end), report=bar.update)
   spent |= seconds
   if args.encoded:
-    encode.save(film, args.encoded)
-    say(f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features")
+    try:
+      encode.save(film, args.encoded)
+      say(f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features")
+    except OSError as error:  # it only saves the next one time; the answer has cost most of its own already
+      say(f"warning: {args.encoded} is not written, and the next time the video is encoded again: {files.one_line(error)}")
   return film
 
 
@@ -99,12 +106,13 @@ def listed(args: argparse.Namespace) -> list[str]:
   """The questions of the command line.
 
   Raises:
-    FileNotFoundError: there is no --questions file. AnnotationError: it is empty.
+    OSError: there is no --questions file. AnnotationError: it is empty, or no UTF-8.
   """
   found: list[str] = list(args.question or ())
   if args.questions:
-    found += [line.strip() for line in pathlib.Path(args.questions).read_text().splitlines() if line.strip()]
-    if not found:
+    lines = inputs.text(args.questions, prompt.AnnotationError, QUESTIONS, pipes=True).splitlines()
+    found += (asked := [line.strip() for line in lines if line.strip()])
+    if not asked:
       raise prompt.AnnotationError(f"{args.questions} holds no question")
   return found
 
@@ -170,13 +178,20 @@ def answer(args: argparse.Namespace) -> None:
   with reader.precision():
     film = encoded(args, reader, model, sample, spent)
     kept_rounds = len(fixed) != 1 and not args.forget_rounds
-    chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=kept_rounds)
+    talk = not fixed or args.follow_up
+    chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=kept_rounds, talk=talk)
+    if not fixed:
+      say(f"a conversation, question by question; {NEW} starts another one")
     for question in fixed or typed():
-      if fixed and not args.follow_up:
+      new = question == NEW and not fixed
+      if new or not talk:
         chat.forget()
-      with tqdm(total=0, desc="scoring", leave=False, disable=None) as bar:
+      if new:
+        say("a new conversation")
+        continue
+      with progress(total=0, desc="scoring", leave=False) as bar:
 
-        def progress(what, done, total, bar=bar):
+        def scored(what, done, total, bar=bar):
           bar.set_description(what, refresh=False)
           bar.total = total
           bar.update(done - bar.n)
@@ -187,11 +202,12 @@ def answer(args: argparse.Namespace) -> None:
             print(text, end="", flush=True)
 
         try:
-          got = chat.ask(question, write=write, report=progress)
-        except ValueError as error:
-          if fixed:
+          got = chat.ask(question, write=write, report=scored)
+        except Exception as error:
+          if fixed or isinstance(error, OSError):  # nobody reads the answers
             raise
-          say(f"error: {error}")  # at the terminal the conversation goes on
+          bar.close()
+          say("error: " + files.one_line(str(error) if isinstance(error, ValueError) else repr(error))[:500])  # the conversation goes on
           continue
       print(as_json(question, got, film, spent) if args.json else "", flush=True)
       done.append((question, got))
@@ -202,8 +218,15 @@ def answer(args: argparse.Namespace) -> None:
         spans = report.ranges(kept.frames, film.times, film.seconds)
         say(f"looked at {len(kept.frames)} of {len(film.times)} frames: " + ", ".join(f"{clock(a)} to {clock(b)}" for a, b in spans))
       say("spent " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in together(spent, got.spent).items()))
+      if talk and (ending := chat.ending()):
+        say(ending + ("" if fixed else f"; {NEW} does so here"))
       if page:
-        files.write(page, report.page(film, done, reader.cfg, spent))
+        try:
+          files.write(page, report.page(film, done, reader.cfg, spent))
+        except OSError as error:
+          if fixed:
+            raise
+          say(f"error: {error}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -214,13 +237,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--video", type=expanduser, help="a video file, a GIF, a folder of frames, or an image")
   add("--encoded", type=expanduser, help="file of the encoded video: read if it is there, else written")
   add("--question", action="append", help="may be repeated")
-  add("--questions", type=expanduser, help="file of questions, one per line")
+  add("--questions", type=expanduser, help="file of questions, one per line; also a pipe, or -: standard input")
   add("--follow-up", action="store_true", help="each question continues the conversation; always so at the terminal")
   add("--json", action="store_true", help="one JSON object per question instead of text")
   add("--report", type=expanduser, help="HTML page to be written: relevance over time, thumbnails, cost")
   add("--forget-rounds", action="store_true", help="run scoring rounds again for every question; saves memory")
-  add("--start", type=float, help="second from which the video is looked at")
-  add("--end", type=float, help="and until which")
+  add("--start", type=inputs.number(0.0, 1e9, float), help="second from which the video is looked at")
+  add("--end", type=inputs.number(0.0, 1e9, float), help="and until which")
   args = parser.parse_args(argv)
   with files.command(OverflowError):
     answer(args)

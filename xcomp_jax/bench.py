@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os.path import expanduser
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from xcomp_jax import bench_profile, cost, files
 from xcomp_jax.bench_parts import Part
 from xcomp_jax.config import Dtype
 from xcomp_jax.data.batch import Shape
+from xcomp_jax.files import expanduser
 from xcomp_jax.model import kernels
 from xcomp_jax.rounds import PREFIX, TEXT
 

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from os.path import expanduser
 from typing import Any
 
 import cv2
@@ -27,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from xcomp_jax.data import container, store, video
-from xcomp_jax.files import command
+from xcomp_jax.files import command, expanduser
 
 CLIP = 8  # frames
 sample = functools.partial(video.sample, max_frames=1024, min_frames=128, fps=8.0, clip_frames=CLIP, style="train")

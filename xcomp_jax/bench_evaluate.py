@@ -16,10 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from os.path import expanduser
 from typing import Any
 
 from xcomp_jax import files, world
+from xcomp_jax.files import expanduser
 
 ALONE, ONCE = "a video encoded for every question", "encoded once"
 VARIANTS = {  # options of each process

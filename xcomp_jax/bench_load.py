@@ -11,7 +11,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from os.path import expanduser
 
 import jax
 import ml_dtypes
@@ -20,7 +19,7 @@ from flax import nnx
 
 from xcomp_jax import export, layouts, official, weights
 from xcomp_jax.export import AS_IT_IS, NOT_TUNED
-from xcomp_jax.files import command
+from xcomp_jax.files import command, expanduser
 
 
 def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:

@@ -14,12 +14,10 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
-from os.path import expanduser
 
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from xcomp_jax import bench_parts as parts
 from xcomp_jax import chat, encode, generate, qc_comp, weights, world
@@ -28,8 +26,9 @@ from xcomp_jax.config import COSINE, ModelConfig, Tuned
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.export import AS_IT_IS
-from xcomp_jax.files import command
+from xcomp_jax.files import command, expanduser
 from xcomp_jax.model import vlm
+from xcomp_jax.progress import progress
 from xcomp_jax.rounds import PREFIX, TEXT, scoring
 
 MODES = ("official", "aligned", "local", "global")
@@ -105,7 +104,7 @@ def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str]
   model, tokenizer = weights.load(checkpoint, cfg), prompt.load_tokenizer(checkpoint)
   settings = {mode: qc_comp.setting(mode, kept) for mode in modes}
   hits, asked = dict.fromkeys([*modes, "uniform"], 0), 0
-  for annotation in tqdm(world.read_annotations(folder, "heldout"), unit="video"):
+  for annotation in progress(world.read_annotations(folder, "heldout"), unit="video"):
     sample = video.sample(
       folder / "heldout" / annotation["video"], size=cfg.vision.image_size, max_frames=1 << 20, min_frames=8, fps=world.FPS,
       clip_frames=world.FRAMES, style="ask",

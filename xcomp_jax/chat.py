@@ -16,10 +16,12 @@ from xcomp_jax.config import ConfigError, SelectConfig, VLMConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data.prompt import Prompt, Tokenizer
 from xcomp_jax.encode import EncodedVideo, encode_clips
-from xcomp_jax.generate import CLIP_STEP, Sampling, as_batch, ended, stream, up
+from xcomp_jax.generate import CLIP_STEP, Sampling, as_batch, ended, stream, text_slots, up
 from xcomp_jax.model import kernels, vlm
 
-SCORE_STEP = 16  # texts that score, whose rows run in every round, are padded to a multiple of this many tokens
+SCORE_STEP = 16  # texts that score, whose rows run in every round, are padded to a multiple of this many tokens, as far as they are short
+TALK = 4096  # tokens of text that a conversation has room for at first; more than that, and it has all of the context
+SOON = 5  # turns before the context's end from which on it is announced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,31 @@ def why_not(frames: int, cfg: SelectConfig | None) -> str:
   return ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+  """What a pass of the LLM leaves of its context for text.
+
+  text: tokens. frames, answer: that take the rest. what, advice: which frames, and how there can be fewer.
+  """
+
+  text: int
+  frames: int
+  answer: int
+  what: str
+  advice: str
+
+
+def rooms(model: VLMConfig, frames: int, select: SelectConfig | None, answer: int) -> list[Room]:
+  """The passes that a question needs; none where nobody knows the model's context. Arguments as of `prompt_of`."""
+  parts = [(frames, answer, "kept", "keep fewer frames (--select)" if select else "sample fewer frames (--max-frames)")]
+  if select and not why_not(frames, select):
+    clip = min(model.clip_frames, frames)
+    parts = [(up(select.frames, clip), answer, "kept", "keep fewer frames (--select)")]
+    parts += [(qc_comp.plan(frames, clip, select).frames, 0, "scored together", "take another --mode")]
+  context = model.llm.context
+  return [Room(context - part[0] * model.tokens_per_frame - part[1], *part) for part in parts if context]
+
+
 def prompt_of(
   model: VLMConfig, tokenizer: Tokenizer, question: str, frames: int, seconds: float, select: SelectConfig | None, answer: int,
   history: Sequence[tuple[str, str]] = (),
@@ -78,19 +105,16 @@ def prompt_of(
       or a round that scores.
   """
   asked = prompt.ask(tokenizer, question, "" if frames == 1 else prompt.time_message(seconds, frames), history)
-  parts = [(frames, answer, "kept", "keep fewer frames (--select)" if select else "sample fewer frames (--max-frames)")]
   if select and not why_not(frames, select):
-    clip = min(model.clip_frames, frames)
-    parts = [(up(select.frames, clip), answer, "kept", "keep fewer frames (--select)")]
-    parts += [(qc_comp.plan(frames, clip, select).frames, 0, "scored together", "take another --mode")]
     qc_comp.from_prompt(asked, select)  # has rows that score
   text, context = len(asked.tokens) - 1, model.llm.context
-  for count, new, what, advice in parts:
-    needed = text + count * model.tokens_per_frame + new
-    if context and needed > context:
+  for room in rooms(model, frames, select, answer):
+    if text > room.text:
+      new = f", and an answer of up to {room.answer}" if room.answer else ""
       raise ConfigError(
-        f"{text} tokens of text, {count} frames {what}, of {model.tokens_per_frame} tokens each{f', and an answer of up to {new}' if new else ''} make "
-        f"{needed} tokens, and the model's context has {context}: shorten the question, {advice}, or give another --context"
+        f"{text} tokens of text, {room.frames} frames {room.what}, of {model.tokens_per_frame} tokens each{new} make "
+        f"{text + room.frames * model.tokens_per_frame + room.answer} tokens, and the model's context has {context}: {'start a new conversation, ' if history else ''}shorten the question, {room.advice}, or give another "
+        "--context"
       )
   return asked
 
@@ -101,6 +125,7 @@ def select(
   questions: Sequence[Prompt],
   cfg: SelectConfig | None,
   *,
+  text: int = 0,
   rounds: dict | None = None,
   report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Selection]:
@@ -111,7 +136,8 @@ def select(
     video: with the `phases` that the mode needs.
     questions: their prompts about all frames.
     cfg: the mode; None keeps all frames.
-    rounds: see `score_rounds`.
+    text: see `score_rounds`.
+    rounds: likewise.
     report: likewise.
 
   Raises:
@@ -122,7 +148,7 @@ def select(
   if cfg is None or note:
     return [Selection(np.arange(T), None, note) for _ in questions]
   plan = qc_comp.plan(T, F, cfg)
-  paid = score_rounds(model, video, questions, plan, cfg, rounds=rounds, report=report)
+  paid = score_rounds(model, video, questions, plan, cfg, text=text, rounds=rounds, report=report)
   scores = [qc_comp.aggregate(plan, one, T) for one in paid]
   kernels.check_finite(np.array(scores), "the scores of frames", model.cfg.dtype)
   return [Selection(qc_comp.top(score, cfg.frames, 1 if cfg.mode == "official" else F), score, "") for score in scores]
@@ -135,6 +161,7 @@ def score_rounds(
   plan: qc_comp.Plan,
   cfg: SelectConfig,
   *,
+  text: int = 0,
   rounds: dict | None = None,
   report: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
@@ -146,6 +173,7 @@ def score_rounds(
     questions: their prompts, which share what comes before the frames.
     plan: of the video's frames under cfg.
     cfg: the mode.
+    text: tokens that texts are padded to, at least.
     rounds: what the visual tokens of each round left in the LLM is kept here, and used again for the next
       questions about this video with this model; None: run them again every time.
     report: called with the number of rounds done, and of all.
@@ -153,7 +181,8 @@ def score_rounds(
   F = video.clip_frames
   slot = int(np.flatnonzero(questions[0].tokens < 0)[0])
   prefix = questions[0].tokens[:slot]
-  asked = qc_comp.together([qc_comp.from_prompt(question, cfg, SCORE_STEP) for question in questions])
+  rows = [qc_comp.from_prompt(question, cfg) for question in questions]
+  asked = qc_comp.together(rows, text_slots(max(text, *(len(one.text) for one in rows)), SCORE_STEP))
   layers = qc_comp.scored_layers(cfg, model.cfg.llm.layers)
   size = plan.frames // F
   padded = up(size, CLIP_STEP)
@@ -223,6 +252,9 @@ class Answer:
 class Chat:
   """Questions and answers about one video; every question sees those before it and gets its own selection.
 
+  What is compiled depends on how long a text is padded to. In a conversation that is TALK tokens, and beyond that as many as
+  the context holds, so that it compiles three programs (scoring, prefill, decoding) once more before it ends.
+
   history: the (question, answer) pairs so far.
   """
 
@@ -235,16 +267,50 @@ class Chat:
     select: SelectConfig | None,
     sampling: Sampling,
     keep_rounds: bool = True,
+    talk: bool = False,
   ):
-    """keep_rounds: hold what scoring rounds left in the LLM for later questions (0.24 GB per 1,024 frames at 2B)."""
+    """Begins a conversation.
+
+    keep_rounds: hold what scoring rounds left in the LLM for later questions (0.24 GB per 1,024 frames at 2B). talk: the first
+    question is padded as later ones are, so that the second compiles nothing.
+    """
     self.model, self.tokenizer, self.video = model, tokenizer, video
     self.config, self.sampling = select, sampling
     self.history: list[tuple[str, str]] = []
-    self._rounds = {} if keep_rounds else None
+    self._rounds, self._talk = {} if keep_rounds else None, talk
 
   def forget(self) -> None:
     """Starts a new conversation about the same video."""
     self.history = []
+
+  def left(self) -> int | None:
+    """How many more tokens of questions and answers the context holds; None where nobody knows it."""
+    room = self._room()
+    return None if room is None else max(0, room - self._text(self.history))
+
+  def ending(self) -> str:
+    """What to say of the context's end: "" while it is far, a sentence from about SOON turns before it on."""
+    if not self.history or (left := self.left()) is None:
+      return ""
+    longest = max(self._text([turn]) for turn in self.history) - self._text([])
+    turns = left // longest
+    if turns > SOON:
+      return ""
+    return (
+      f"the context's end is near: it holds {left:,} more tokens of questions and answers, {f'about {turns}' if turns else 'less than one'} "
+      f"turn{'s' * (turns > 1)} like the longest of this conversation; then give another --context, or start a new conversation"
+    )
+
+  def _room(self) -> int | None:
+    """Tokens of text that the context holds beside the frames and an answer."""
+    texts = [room.text for room in rooms(self.model.cfg, len(self.video.times), self.config, self.sampling.max_new_tokens)]
+    return min(texts, default=None)
+
+  def _text(self, history: Sequence[tuple[str, str]]) -> int:
+    """Tokens of text of the shortest question after others."""
+    frames = len(self.video.times)
+    message = "" if frames == 1 else prompt.time_message(self.video.seconds, frames)
+    return len(prompt.ask(self.tokenizer, "?", message, history).tokens) - 1
 
   def ask(
     self,
@@ -265,7 +331,13 @@ class Chat:
     """
     # The bias counts from the first question's message; a later question has none before it (quirk Q11).
     cfg = dataclasses.replace(self.config, bias=None) if self.config and self.history else self.config
-    (got,) = self._answer([self._prompt(question, self.history, cfg)], cfg, write, report)
+    asked, least = self._prompt(question, self.history, cfg), 0
+    if self._talk or self.history:
+      slot = int(np.flatnonzero(asked.tokens < 0)[0])
+      text = len(asked.tokens) - slot - 1
+      most = (self._room() or up(len(asked.tokens), 8 * TALK)) - slot
+      least = min(most, TALK) if text <= TALK else most
+    (got,) = self._answer([asked], cfg, write, report, least)
     self.history.append((question, got.text))
     return got
 
@@ -298,8 +370,9 @@ class Chat:
     cfg: SelectConfig | None,
     write: Callable[[str], None] = lambda text: None,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
+    least: int = 0,
   ) -> list[Answer]:
-    """Answers prompts; `write` gets the text of the first."""
+    """Answers prompts, padded to `least` tokens of text at least; `write` gets the text of the first."""
     begun, spent = time.perf_counter(), {}
 
     def note(name):
@@ -307,12 +380,12 @@ class Chat:
       spent[name], begun = (time.perf_counter() - begun) / len(asked), time.perf_counter()
 
     model, video = self.model, self.video
-    kept = select(model, video, asked, cfg, rounds=self._rounds, report=functools.partial(report, "scoring"))
+    kept = select(model, video, asked, cfg, text=least, rounds=self._rounds, report=functools.partial(report, "scoring"))
     note("scoring")
     encoding = functools.partial(report, "encoding")
     visual = [selected(model, video, one.frames, encoding) for one in kept]
     note("tower")
-    longest = max(len(one.tokens) - int(np.flatnonzero(one.tokens < 0)[0]) - 1 for one in asked)
+    longest = max(least, *(len(one.tokens) - int(np.flatnonzero(one.tokens < 0)[0]) - 1 for one in asked))
     prompts = [as_batch(one, seen, video.clip_frames, longest) for one, seen in zip(asked, visual, strict=True)]
     tokens, written = np.zeros((len(asked), 0), np.int32), ""
     text = lambda row: self.tokenizer.decode(ended(row, self.sampling.eos)).strip()

@@ -14,6 +14,7 @@ parameters that were not trained, in the dtype in which they came.
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -245,6 +246,7 @@ def _restore(place: epath.Path, step: int, params, opt, data: Reader, config: Ma
   """(params, opt) of a step; waits for no other process."""
   if missing := _lacks(place, "config", "params", "opt", "data"):
     raise ValueError(f"it lacks {missing}")
+  layouts.only_files(place)
   saved = _config(place)
   if (version := saved.get("format", 1)) < FORMAT:
     raise ConfigError(
@@ -286,8 +288,10 @@ def _put_aside(checkpoints: ocp.CheckpointManager, steps: Mapping[int, str], say
 
 def describe(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | None) -> dict:
   """What a checkpoint says about its run; plain JSON. data: what it trains on."""
+  # As an export from another folder finds it; a hub id and a bucket stay what they are.
+  place = {"init_from": os.path.abspath(run.init_from)} if os.path.isdir(run.init_from) else {}
   values = {
-    "format": FORMAT, "run": to_dict(run), "vlm": to_dict(vlm), "samples": len(data), "data": data.identity(),
+    "format": FORMAT, "run": to_dict(run) | place, "vlm": to_dict(vlm), "samples": len(data), "data": data.identity(),
     "heldout": None if heldout is None else heldout.identity(),
   }
   return json.loads(json.dumps(values))
@@ -335,10 +339,12 @@ def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
 
   Raises:
     FileNotFoundError: there is no such checkpoint.
+    CheckpointError: it is damaged.
   """
   with _reader(workdir) as checkpoints:
     step = _step(checkpoints, step)
-    out = checkpoints.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(nest(like))))
+    with layouts.reading_orbax(checkpoints.directory / str(step)):
+      out = checkpoints.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(nest(like))))
   return unnest(out.params, like)
 
 
@@ -357,8 +363,9 @@ def _config(place: epath.Path, *needed: str) -> Mapping[str, Any]:
   """What `describe` said; an error if a step's folder lacks that or what else is needed, or is of a later format."""
   if missing := _lacks(place, "config", *needed):
     raise layouts.CheckpointError(f"{place} is damaged: it lacks {missing}; remove it to go on from the one before")
-  saved = ocp.JsonCheckpointHandler().restore(place / "config")
-  version = saved.get("format", 1)  # the first ones did not say
+  with layouts.reading_orbax(place / "config"):
+    saved = ocp.JsonCheckpointHandler().restore(place / "config")
+    version = int(saved.get("format", 1))  # the first ones did not say
   if version > FORMAT:
     raise ConfigError(
       f"{place.parent} holds step {place.name} in format {version}, this version of xcomp_jax reads up to {FORMAT}; "

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from xcomp_jax.inputs import reading, regular
+
+MOST = 64 << 30  # bytes of all arrays of a recording, however small they are packed
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -50,15 +53,17 @@ def read(file: pathlib.Path) -> Arrays:
   """All arrays of an npz file; none if it is not there.
 
   Raises:
-    ParityError: a file that can't be read.
+    ParityError, OSError: a file that can't be read.
   """
   if not file.exists():
     return {}
-  try:
-    with np.load(file) as arrays:
+  regular(file)
+  with reading(file, ParityError, "recording"):
+    with zipfile.ZipFile(file) as archive:  # recordings are as the official code made them, packed ones too
+      if (size := sum(entry.file_size for entry in archive.infolist())) > MOST:
+        raise ParityError(f"{file} claims {size / 1e9:,.0f} GB of arrays; {MOST / 1e9:,.0f} is the most")
+    with np.load(file, allow_pickle=False) as arrays:
       return dict(arrays)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise ParityError(f"{file} can't be read: {error}") from error
 
 
 def absent(file: str) -> Row:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import operator
 import os
 import runpy
 import traceback
@@ -17,6 +18,9 @@ import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+
+from xcomp_jax.files import expanduser
+from xcomp_jax.inputs import beyond
 
 Path = Annotated[str, "path"]  # a leading ~ is the home directory
 
@@ -309,8 +313,20 @@ def to_dict(config) -> dict[str, Any]:
   return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
-SHAPES = "must be one or more of (rows, samples, frames, text), as ((8, 4, 1024, 2048),), or None: chosen from the data"
-YARN = 'must be (factor, positions trained on), both at least 1, as (4.0, 32768); "checkpoint"; or None'
+MOST = 1_000_000  # of nearly everything that is counted
+BOUNDS = {  # of a run's integers
+  "seed": range(2**32),
+  "model.clip_frames": range(1, 1_001), "model.clips_per_chunk": range(1, 1_001), "lp_comp.group": range(1, MOST + 1),
+  "data.prefix_length": range(1, MOST + 1), "data.frames_per_device": range(1, MOST + 1), "data.text_per_device": range(1, 10 * MOST + 1),
+  "data.threads": range(1_001), "data.prefetch": range(1_001),
+  "train.batch_size": range(1, MOST + 1), "train.epochs": range(1, 1_001), "train.steps": range(1, 1000 * MOST + 1),
+  "train.projector_max_frames": range(1, MOST + 1), "train.log_every": range(1, 1000 * MOST + 1), "train.eval_every": range(1, 1000 * MOST + 1),
+  "train.save_every": range(1, 1000 * MOST + 1), "train.keep_last": range(1, MOST + 1), "train.keep_every": range(1, 1000 * MOST + 1),
+  "mesh.data": range(-1, MOST + 1), "mesh.fsdp": range(-1, MOST + 1), "mesh.tensor": range(-1, MOST + 1), "mesh.context": range(-1, MOST + 1),
+  "distributed.start_seconds": range(1, MOST + 1), "distributed.heartbeat_seconds": range(5, MOST + 1),
+}  # fmt: skip
+SHAPE = f"must be one or more of (rows, samples, frames, text), each from 1 to {MOST:,}, as ((8, 4, 1024, 2048),), or None: chosen from the data"
+YARN = 'must be (factor, positions trained on), from 1 to 1e9, as (4.0, 32768); "checkpoint"; or None'
 
 
 def check(config: RunConfig) -> None:
@@ -319,25 +335,14 @@ def check(config: RunConfig) -> None:
   Raises:
     ConfigError: all of them.
   """
-  t, problems = config.train, []
-  for name in ("batch_size", "epochs", "log_every", "eval_every", "save_every", "keep_last"):
-    if getattr(t, name) < 1:
-      problems.append(f"config.train.{name} = {getattr(t, name)}: must be at least 1")
-  for name in ("steps", "keep_every", "projector_max_frames"):
-    if getattr(t, name) is not None and getattr(t, name) < 1:
-      problems.append(f"config.train.{name} = {getattr(t, name)}: must be at least 1, or None")
+  t, o, d, yarn = config.train, config.optim, config.data, config.model.yarn
+  found = {key: operator.attrgetter(key)(config) for key in BOUNDS}
+  problems = [beyond(f"config.{key}", value, BOUNDS[key]) for key, value in found.items() if isinstance(value, int)]
   if not (t.vision or t.projector or t.llm):
     problems.append("config.train trains nothing: set one of vision, projector, llm to True")
-  o, d, yarn = config.optim, config.data, config.model.yarn
   rules = [
-    ("model.yarn", yarn in (None, "checkpoint") or (len(yarn) == 2 and min(yarn) >= 1), YARN),
-    ("model.clips_per_chunk", config.model.clips_per_chunk == "auto" or config.model.clips_per_chunk >= 1, 'must be "auto" or at least 1'),
-    ("lp_comp.group", config.lp_comp.group >= 1, "must be at least 1"),
-    ("data.frames_per_device", d.frames_per_device >= 1, "must be at least 1"),
-    ("data.text_per_device", d.text_per_device >= 1, "must be at least 1"),
-    ("data.threads", d.threads >= 0, "must be 0 or more; 0 reads while training waits"),
-    ("data.prefetch", d.prefetch >= 0, "must be 0 or more"),
-    ("data.shapes", d.shapes is None or (all(map(_is_shape, d.shapes)) and d.shapes), SHAPES),
+    ("model.yarn", yarn in (None, "checkpoint") or (len(yarn) == 2 and all(1 <= number <= 1e9 for number in yarn)), YARN),
+    ("data.shapes", d.shapes is None or (all(map(_is_shape, d.shapes)) and d.shapes), SHAPE),
     ("optim.learning_rate", 0 < o.learning_rate < math.inf, "must be a number above 0"),
     ("optim.warmup", 0 <= o.warmup <= 1, "is a share of all steps, from 0 to 1"),
     ("optim.weight_decay", 0 <= o.weight_decay < math.inf, "must be a number from 0 on"),
@@ -345,14 +350,9 @@ def check(config: RunConfig) -> None:
     ("optim.b1", 0 <= o.b1 < 1, "must be from 0 to below 1"),
     ("optim.b2", 0 <= o.b2 < 1, "must be from 0 to below 1"),
     ("optim.eps", 0 < o.eps < math.inf, "must be a number above 0"),
-    ("distributed.start_seconds", config.distributed.start_seconds >= 1, "must be at least 1"),
-    ("distributed.heartbeat_seconds", config.distributed.heartbeat_seconds >= 5, "must be at least 5"),
   ]
-  for key, holds, words in rules:
-    if not holds:
-      group, name = key.split(".")
-      problems.append(f"config.{key} = {getattr(getattr(config, group), name)}: {words}")
-  if problems:
+  problems += [f"config.{key} = {operator.attrgetter(key)(config)}: {words}" for key, holds, words in rules if not holds]
+  if problems := list(filter(None, problems)):
     raise ConfigError("; ".join(problems))
 
 
@@ -417,7 +417,7 @@ def _load(chosen: str):
   """The ConfigDict that `get_config` of FILE[:VARIANT] makes."""
   from ml_collections import ConfigDict
 
-  file, colon, variant = os.path.expanduser(chosen).partition(":")
+  file, colon, variant = expanduser(chosen).partition(":")
   if not os.path.isfile(file):
     where = "" if os.path.isabs(file) else f" in {os.getcwd()}"
     hint = "; configs/ is in the repository, not in the package: run there, or copy the file" if file.startswith("configs/") else ""
@@ -437,7 +437,7 @@ def _load(chosen: str):
 
 
 def _is_shape(values: tuple[int, ...]) -> bool:
-  return len(values) == 4 and min(values) >= 1
+  return len(values) == 4 and 1 <= min(values) and max(values) <= MOST
 
 
 def _convert(hint, value, where: str):
@@ -459,7 +459,7 @@ def _convert(hint, value, where: str):
     if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
       return float(value)
     if option == Path and isinstance(value, str):
-      return os.path.expanduser(value)
+      return expanduser(value)
     if option in (int, str, bool) and type(value) is option:
       return value
   wanted = " or ".join(

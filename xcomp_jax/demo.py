@@ -13,7 +13,6 @@ import pathlib
 import shutil
 import time
 from collections.abc import Sequence
-from os.path import expanduser
 
 import jax
 import numpy as np
@@ -23,7 +22,7 @@ from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Example, Shape, collate
 from xcomp_jax.data.blend import Blend
-from xcomp_jax.files import alone, command
+from xcomp_jax.files import alone, command, expanduser
 from xcomp_jax.model import vlm
 
 BASE = "assets/tiny"

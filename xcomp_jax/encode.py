@@ -3,10 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -14,8 +17,10 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from xcomp_jax import inputs
 from xcomp_jax.config import ConfigError
 from xcomp_jax.files import replacing
+from xcomp_jax.inputs import reading, regular
 from xcomp_jax.model import kernels, vlm
 
 THUMBNAIL = 96  # pixels
@@ -183,30 +188,90 @@ def save(video: EncodedVideo, path: str | os.PathLike) -> None:
     np.savez(file, **arrays)
 
 
+FIXED = {"about", "times", "thumbnails", "frames"}  # arrays of a file, beside features_PHASE
+FRAMES = 1_000_000  # of a video, at most
+
+
 def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
-  """Reads what `save` wrote.
+  """Reads what `save` wrote. What it says of itself is checked before an array is read: nothing in a file makes it take more memory
+  than the file is large.
 
   Raises:
-    EncodedVideoError: no such file, or not by the weights and settings of `model`.
+    EncodedVideoError: no encoded video, a damaged one, or not by the weights and settings of `model`.
     OSError: it can't be read.
   """
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {name: file[name] for name in file.files}
-    about = json.loads(str(arrays.pop("about")))
-    times, thumbnails, frames = arrays.pop("times"), arrays.pop("thumbnails"), arrays.pop("frames", None)
-    typed = lambda a: a.view(ml_dtypes.bfloat16) if about["dtype"] == "bfloat16" else a
-    features = {int(name.removeprefix("features_")): typed(a) for name, a in arrays.items()}
-    video = EncodedVideo(features, times, about["seconds"], thumbnails, frames, about["identity"], about["source"])
-  except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-    raise EncodedVideoError(f"{path} is no encoded video: {error}") from error
-  mine = identity(model)
-  (_, _, dtype), (_, _, wanted) = video.identity.rpartition("-"), mine.rpartition("-")
+  file = regular(path)
+  with reading(file, EncodedVideoError, "encoded video"), zipfile.ZipFile(file) as archive:
+    headers = _headers(archive, file.stat().st_size)
+    about = inputs.parse_json(str(_array(archive, "about")), file, EncodedVideoError)
+    _check_identity(file, str(about["identity"]), identity(model))
+    cfg, T = model.cfg, headers["times"][0][0]
+    F = 1 if T == 1 else cfg.clip_frames
+    if not 0 < T <= FRAMES or T % F:
+      raise ValueError(f"{T:,} frames are no whole clips of {F}, from 1 to {FRAMES:,}")
+    phases = sorted(int(name.removeprefix("features_")) for name in headers if name not in FIXED)
+    if 0 not in phases or not all(0 <= phase < F for phase in phases):
+      raise ValueError(f"its features begin at frames {phases}, and clips have {F}")
+    dtype, size = np.dtype(cfg.dtype), cfg.vision.image_size
+    stored = np.dtype(np.uint16) if dtype == ml_dtypes.bfloat16 else dtype
+    wanted: dict[str, Any] = {"about": ((), headers["about"][1]), "times": ((T,), np.dtype(np.float64)), "thumbnails": ((T // F, THUMBNAIL, THUMBNAIL, 3), np.dtype(np.uint8))}
+    wanted |= {f"features_{phase}": ((T // F, F * cfg.tokens_per_frame, cfg.vision.width), stored) for phase in phases}
+    if "frames" in headers:
+      wanted["frames"] = ((T, size, size, 3), np.dtype(np.uint8))
+    if headers != wanted:
+      name = next(name for name in headers | wanted if headers.get(name) != wanted.get(name))
+      raise ValueError(f"{name} is {_shown(headers.get(name))}, must be {_shown(wanted.get(name))}")
+    times, seconds = _array(archive, "times"), float(about["seconds"])
+    if not np.isfinite(times).all() or (np.diff(times) < 0).any() or not 0 <= seconds < 1e9 or not isinstance(about["source"], str):
+      raise ValueError("its times, seconds or source are none that a video has")
+    if "frames" not in headers:
+      phases = [0]  # the others are of no use without them
+    features = {phase: _array(archive, f"features_{phase}").view(dtype) for phase in phases}
+    for phase, tokens in features.items():
+      if not all(np.isfinite(clip).all() for clip in tokens):
+        raise ValueError(f"features_{phase} holds numbers that are not finite")
+    frames = _array(archive, "frames") if "frames" in headers else None
+    return EncodedVideo(features, times, seconds, _array(archive, "thumbnails"), frames, about["identity"], about["source"])
+
+
+def _headers(archive: zipfile.ZipFile, size: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """Shape and dtype of each array; what the archive says of its sizes fits the file."""
+  found = {}
+  for entry in archive.infolist():
+    name = entry.filename.removesuffix(".npy")
+    if name in found or (name not in FIXED and not re.fullmatch(r"features_\d{1,6}", name)):
+      raise ValueError(f"it holds {name!r}" + (" twice" if name in found else ", which is no part of one"))
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size or entry.file_size > size:
+      raise ValueError(f"{name} is packed, encrypted, or larger than the file")
+    with archive.open(entry) as opened:
+      version = np.lib.format.read_magic(opened)
+      read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+      shape, by_columns, dtype = read(opened)
+      if dtype.hasobject or (by_columns and len(shape) > 1) or opened.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
+        raise ValueError(f"{name} is {_shown((shape, dtype))} in {entry.file_size:,} bytes")
+    found[name] = shape, dtype
+  if lacking := {"about", "times", "thumbnails", "features_0"} - found.keys():
+    raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+  if found["about"][0] != () or found["about"][1].kind != "U" or found["about"][1].itemsize > 1 << 20 or len(found["times"][0]) != 1:
+    raise ValueError(f"about is {_shown(found['about'])}, and times are {_shown(found['times'])}")
+  return found
+
+
+def _shown(array: tuple[tuple[int, ...], np.dtype] | None) -> str:
+  return "absent" if array is None else f"{array[1]}{list(array[0])}"
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+  with archive.open(f"{name}.npy") as opened:
+    return np.lib.format.read_array(opened, allow_pickle=False)
+
+
+def _check_identity(file: pathlib.Path, own: str, mine: str) -> None:
+  (_, _, dtype), (_, _, wanted) = own.rpartition("-"), mine.rpartition("-")
   if dtype != wanted:
-    raise EncodedVideoError(f"{path} was encoded in {dtype or 'another dtype'}, and this is to be computed in {wanted}; give that --dtype, or another file")
-  if video.identity != mine:
+    raise EncodedVideoError(f"{file} was encoded in {dtype or 'another dtype'}, and this is to be computed in {wanted}; give that --dtype, or another file")
+  if own != mine:
     raise EncodedVideoError(
-      f"{path} was encoded by another tower or with other settings (its identity is {video.identity[:12]}, this "
+      f"{file} was encoded by another tower or with other settings (its identity is {own[:12]}, this "
       f"checkpoint's {mine[:12]}); encode the video again"
     )
-  return video

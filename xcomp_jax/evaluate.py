@@ -14,11 +14,12 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from os.path import expanduser
 from typing import Any
 
 from xcomp_jax import files, tasks
-from xcomp_jax.answers import Answers, AnswersError, Wanted, parse_share, run
+from xcomp_jax.answers import Answers, Wanted, parse_share, run
+from xcomp_jax.files import expanduser
+from xcomp_jax.inputs import number
 from xcomp_jax.reader import COMPILED, options, prepare, settings
 from xcomp_jax.tasks import TASKS, Question, Task, TaskError
 
@@ -125,9 +126,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     CheckpointError, ConfigError, TaskError, AnswersError, OSError: bad arguments, by name.
   """
   files.keep_compiled(args.compilation_cache, COMPILED)
-  for name in ("limit", "devices", "batch"):
-    if getattr(args, name) is not None and getattr(args, name) < 1:
-      raise AnswersError(f"--{name} {getattr(args, name)}: must be at least 1")
   task, share, out = TASKS[args.task], parse_share(args.share), pathlib.Path(args.out)
   files.apart({"--out": out}, {f"--{name}": getattr(args, name) for name in ("annotations", "videos", "subtitles", "checkpoint")})
   questions, about = read_questions(args, task)
@@ -144,7 +142,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     print(f"{rest}; the last one writes {out / 'results.json'}", file=sys.stderr)
     return None
   found = results(task, questions, asked, answers, about)
-  files.write(out / "samples.jsonl", samples(task, questions, asked, answers))
+  files.write(out / "samples.jsonl", samples(task, questions, asked, answers).encode("utf-8", "backslashreplace"))  # as in `Answers`
   files.write_json(out / "results.json", found, indent=2)
   return found
 
@@ -161,10 +159,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--out", type=expanduser, required=True, help="folder of answers and results; an evaluation that is there is continued")
   add("--preset", choices=("paper", "released-logs", "none"), default="paper", help="all settings; none: as `ask`")
   add("--share", help="i/n: every n-th video from the i-th on; default: by JAX's processes")
-  add("--limit", type=int, help="only the first questions, for a trial")
-  add("--devices", type=int, help="of this process, each with the whole model and videos of its own; default: all")
-  add("--batch", type=int, default=1, help="questions about a video that are answered together; memory for the caches of all")
-  add("--ahead", type=int, default=1, help="videos decoded while others are watched; 0.6 GB each at 1,024 frames of 448 pixels")
+  add("--limit", type=number(1, 10_000_000, int), help="only the first questions, for a trial")
+  add("--devices", type=number(1, 10_000, int), help="of this process, each with the whole model and videos of its own; default: all")
+  add("--batch", type=number(1, 10_000, int), default=1, help="questions about a video that are answered together; memory for the caches of all")
+  add("--ahead", type=number(0, 10_000, int), default=1, help="videos decoded while others are watched; 0.6 GB each at 1,024 frames of 448 pixels")
   add("--each-alone", action="store_true", help="encode a video again for every question, to measure what encoding once saves")
   options(parser)
   first, _ = parser.parse_known_args(argv)

@@ -19,15 +19,16 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from os.path import expanduser
 from typing import Any, cast
 
 import jax
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import checkpoint, files, layouts, official, weights
+from xcomp_jax import checkpoint, files, inputs, layouts, official, weights
 from xcomp_jax.config import Dtype, LPCompConfig, ModelConfig, Tuned, VLMConfig, Yarn, from_dict
+from xcomp_jax.files import expanduser
+from xcomp_jax.inputs import reading
 from xcomp_jax.layouts import CheckpointError
 from xcomp_jax.sharding import path_name
 
@@ -78,21 +79,26 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
     cfg = weights.read_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
     return Source(nnx.state(weights.load(directory, cfg)), cfg, directory, tuned or False)
   saved, step = checkpoint.read_config(path, step)
-  run = saved["run"]
-  directory = weights.resolve(init_from or run["init_from"])
-  cfg = weights.read_config(directory, AS_IT_IS, from_dict(LPCompConfig, run["lp_comp"], "lp_comp"))
-  yarn = saved["vlm"]["llm"].get("rope_scaling")
-  tied = saved["vlm"]["llm"].get("tied", cfg.llm.tied)
-  llm = dataclasses.replace(cfg.llm, rope_scaling=yarn and from_dict(Yarn, yarn, "rope_scaling"), tied=tied)
-  cfg = dataclasses.replace(cfg, llm=llm, clip_frames=saved["vlm"]["clip_frames"])
+  where = f"{path}, step {step}"
+  with reading(where, CheckpointError):
+    run, vlm = saved["run"], saved["vlm"]
+    lp_comp, yarn = from_dict(LPCompConfig, run["lp_comp"], "lp_comp"), vlm["llm"].get("rope_scaling")
+    trained, dtypes = run["train"], {key: np.dtype(run["model"][key]) for key in ("param_dtype", "dtype")}
+    clip_frames, yarn = int(vlm["clip_frames"]), yarn and from_dict(Yarn, yarn, "rope_scaling")
+  try:
+    directory = weights.resolve(init_from or run["init_from"])
+  except CheckpointError as error:
+    raise error if init_from else CheckpointError(f"{where} started from another place: {error}; --init-from DIR says where that is now") from error
+  cfg = weights.read_config(directory, AS_IT_IS, lp_comp)
+  llm = dataclasses.replace(cfg.llm, rope_scaling=yarn, tied=vlm["llm"].get("tied", cfg.llm.tied))
+  cfg = dataclasses.replace(cfg, llm=llm, clip_frames=clip_frames)
   # A run may keep what it does not train in a shorter dtype, so that comes from where the run started.
   state = nnx.state(weights.load(directory, cfg))
-  is_trained = lambda path: run["train"][path_name(path).split("/")[0]]
+  is_trained = lambda path: trained[path_name(path).split("/")[0]]
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def like(path, leaf):
-    dtype = run["model"]["param_dtype" if is_trained(path) else "dtype"]
-    return jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=device)
+    return jax.ShapeDtypeStruct(leaf.shape, dtypes["param_dtype" if is_trained(path) else "dtype"], sharding=device)
 
   def choose(name, started, saved):
     if is_trained(name):
@@ -279,10 +285,10 @@ def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
   names = [name for value in auto_map.values() for name in ([value] if isinstance(value, str) else value or []) if name]
   wanted = [f"{name.split('.')[0]}.py" for name in names if "--" not in name]  # ORG/NAME--module.Class is at the hub
   for name in wanted:  # grows
-    if (folder / name).is_file():
+    if inputs.beside(name) and (folder / name).is_file():
       imported = RELATIVE.findall((folder / name).read_text())
       wanted += [file for file in (f"{module}.py" for module in imported) if file not in wanted]
-  return sorted({name for name in wanted if not (folder / name).is_file()})
+  return sorted({name for name in wanted if not (inputs.beside(name) and (folder / name).is_file())})
 
 
 def copy_tokenizer(directory: pathlib.Path, source: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all, and what commands say when something goes wrong."""
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -41,9 +42,25 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
   return found
 
 
+class HomeError(ValueError, argparse.ArgumentTypeError):  # argparse shows the text of the latter
+  """A path begins with ~, and there is no home directory."""
+
+
+def expanduser(path: str | os.PathLike) -> str:
+  """A path in which a leading ~ is the home directory: shells see to that only where it begins a word, not in --out=~/x.
+
+  Raises:
+    HomeError: there is none, as in a container whose user is a mere number. A folder named ~ would come of it.
+  """
+  found = os.path.expanduser(path)
+  if found.partition(os.sep)[0] == "~":
+    raise HomeError(f"{found}: ~ is the home directory, and this user has none; give a path without it, or set HOME")
+  return os.fspath(found)
+
+
 def path_of(path: str | os.PathLike) -> pathlib.Path:
-  """A path in which a leading ~ is the home directory: shells see to that only where it begins a word, not in --out=~/x."""
-  return pathlib.Path(os.path.expanduser(path))
+  """`expanduser`, as a path."""
+  return pathlib.Path(expanduser(path))
 
 
 @contextlib.contextmanager
@@ -281,12 +298,13 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
 
       epath.Path(wanted).mkdir(parents=True, exist_ok=True)
     elif wanted:
-      wanted = os.path.abspath(os.path.expanduser(wanted))
+      wanted = os.path.abspath(expanduser(wanted))
       os.makedirs(wanted, exist_ok=True)
       with tempfile.TemporaryFile(dir=wanted):
         pass
   except Exception as error:  # a bucket's client has errors of its own
-    print(f"compiled programs are not kept: {wanted} can't be written: {one_line(error)}", file=sys.stderr)
+    why = one_line(error) if isinstance(error, HomeError) else f"{wanted} can't be written: {one_line(error)}"
+    print(f"compiled programs are not kept: {why}", file=sys.stderr)
     wanted = None
   if (wanted or None) != before:
     jax.config.update("jax_compilation_cache_dir", wanted or None)
@@ -304,6 +322,17 @@ def too_many_files(error: BaseException) -> str:
       return f"Too many open files: a process may have {limit} here; {advice}, and the same command goes on"
     seen = seen.__cause__ or seen.__context__
   return ""
+
+
+def out_of_memory(error: BaseException) -> str:
+  """Says what to do if an error is that the memory of the machine, or of a device, is used up; else ""."""
+  text = str(error)
+  if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):  # JAX's
+    return ""
+  return (
+    "it needs more memory than there is: take fewer frames (--max-frames, --select), or less at once (--clips-per-chunk, --batch, "
+    f"--ahead, --workers); {one_line(text)[:200] or type(error).__name__}"
+  )
 
 
 def listed(text: str, lines: Sequence[str], shown: int = 50) -> str:
@@ -339,13 +368,12 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     _give_up_stdout()
     sys.exit(141)
   except Exception as error:
-    text, advice = str(error), too_many_files(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:  # the second is a device's
-      text = f"not enough memory{': ' * bool(text)}{one_line(text)[:300]}; take less at once (fewer frames, --batch, --workers)"
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-      text += ", for what stdout goes to, or a temporary file"  # what else is written has a name
-    elif not advice and not isinstance(error, (ValueError, OSError, *errors)):
+    memory, advice = out_of_memory(error), too_many_files(error)
+    if not (memory or advice or isinstance(error, (ValueError, OSError, *errors))):
       raise
+    text = memory or str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+      text += ", for what stdout goes to, or a temporary file"  # what else is written has a name
     print(f"error: {text}" + (f"; {advice}" if advice not in text else ""), file=sys.stderr)
     _give_up_stdout()
     sys.exit(1)
@@ -378,6 +406,6 @@ def _streams() -> None:
   sys.stderr = sys.stderr or open(2, "w", closefd=False)
   if 1 in missing:
     raise OSError("stdout is closed, and what is printed would be lost; send it to a file, or to /dev/null")
-  for stream, handling in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+  for stream, handling in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):  # as stderr does
     if isinstance(stream, io.TextIOWrapper):  # not in a test
       stream.reconfigure(errors=handling)

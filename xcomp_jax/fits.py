@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from xcomp_jax import accounts, chips, files, programs, rounds
+from xcomp_jax import accounts, chips, files, inputs, programs, rounds
 from xcomp_jax.chips import Chip
 from xcomp_jax.config import ConfigError, Dtype, RunConfig
 from xcomp_jax.model import kernels
@@ -141,7 +141,7 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
 def _read(file: pathlib.Path, about: str) -> dict[str, Any] | None:
   """Reads a cell; None if it is damaged or has another stamp."""
   try:
-    cell = json.loads(file.read_text())
+    cell = inputs.read_json(file, ValueError, inputs.ABOUT)
     return cell if cell["stamp"] == about and cell["programs"] else None
   except (OSError, ValueError, TypeError, KeyError):
     return None

@@ -1,6 +1,7 @@
 """From prompts to new tokens: prefill, choose, decode. `chat` makes the prompts."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -14,7 +15,7 @@ from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import decoder, kernels, vlm
 from xcomp_jax.model.decoder import LayerCache
 
-TEXT_STEP = 64  # prompts are padded to a multiple of this many tokens, so that few lengths are compiled
+TEXT_STEP = 64  # texts are padded to a multiple of this many tokens, long ones of `decoder.SHORT`, so that few lengths are compiled
 CLIP_STEP = 8  # and videos to a multiple of this many clips
 STREAM = 8  # tokens between two looks at what was generated
 
@@ -71,9 +72,15 @@ class State:
   done: Leaf
 
 
-def prefill(model: vlm.VLM, batch: Batch, room: int) -> State:
-  """Runs a batch of prompts, one a row, and keeps every layer's own, shorter cache."""
-  return start(model, vlm.forward(model, batch, caches=True), batch.text.shape[1], batch.text_length[:, 0], room)
+def prefill(model: vlm.VLM, batch: Batch, room: int, in_pieces: bool = False) -> State:
+  """Runs a batch of prompts, one a row, and keeps every layer's own, shorter cache.
+
+  in_pieces: run long texts piece by piece, so that their padding takes no time, where the rule of keeping allows it.
+  """
+  text = batch.text.shape[1]
+  in_pieces = in_pieces and text > decoder.SHORT and model.cfg.lp_comp.keep != "attention"
+  out = vlm.forward_in_pieces(model, batch) if in_pieces else vlm.forward(model, batch, caches=True)
+  return start(model, out, text, batch.text_length[:, 0], room)
 
 
 def start(model: vlm.VLM, out: decoder.Decoded, text: int, text_length, room: int) -> State:
@@ -130,7 +137,7 @@ def put(whole: State, one: State, row: Int[Array, ""]) -> State:
   return jax.tree.map(lambda a, b: a.at[row].set(b[0]) if a.ndim else b, whole, one)
 
 
-_prefill = jax.jit(prefill, static_argnames="room")
+_prefill = jax.jit(functools.partial(prefill, in_pieces=True), static_argnames="room")
 _decode = jax.jit(decode, static_argnames=("sampling", "steps"), donate_argnames="state")
 _put = jax.jit(put, donate_argnames="whole")
 
@@ -190,7 +197,12 @@ def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int =
   example = Example(frames, visual, question.tokens, question.labels, question.query, index=0)
   before, after = split(example)
   slots = frames if len(visual) == clip_frames else up(len(visual), CLIP_STEP * clip_frames)
-  return collate([[example]], Shape(1, 1, before, slots, up(max(text, after), TEXT_STEP)))
+  return collate([[example]], Shape(1, 1, before, slots, text_slots(max(text, after))))
+
+
+def text_slots(tokens: int, step: int = TEXT_STEP) -> int:
+  """What a text is padded to."""
+  return up(tokens, step if tokens <= decoder.SHORT else decoder.SHORT)
 
 
 def up(n: int, step: int) -> int:

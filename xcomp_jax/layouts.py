@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
+from xcomp_jax import inputs
+from xcomp_jax.inputs import reading, regular
 from xcomp_jax.official import Entry
 from xcomp_jax.sharding import path_name
 
@@ -29,6 +31,8 @@ FRAMEWORKS = re.compile(
   r"|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
+SHOWN = 100  # tensors of a kind in a message
+PACKED = 1000  # bytes of arrays in a byte of an Orbax directory's files, at most
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
 
@@ -37,10 +41,12 @@ class CheckpointError(ValueError):
 
 
 def shards(directory: pathlib.Path) -> list[pathlib.Path]:
-  """The files that the index names."""
+  """The files that the index names, all of them in its folder; what lies there may be a link, as in the hub's cache."""
   places = read_json(directory / INDEX, "weight_map")["weight_map"]
-  if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+  if not isinstance(places, dict):
     raise CheckpointError(f"{directory / INDEX}: weight_map must be an object of tensor names and file names")
+  if wrong := [shard for shard in places.values() if not inputs.beside(shard)]:
+    raise CheckpointError(f"{directory / INDEX}: weight_map must name files of its own folder, not {inputs.short(wrong[0])}")
   return sorted({directory / shard for shard in places.values()})
 
 
@@ -50,12 +56,9 @@ def read_json(file: pathlib.Path, *required: str) -> dict[str, Any]:
   Raises:
     CheckpointError: no such file, not a JSON object, or keys missing.
   """
-  if not file.is_file():
+  if not file.exists():
     raise CheckpointError(f"{file.parent} has no {file.name}")
-  try:
-    values = json.loads(file.read_text())
-  except ValueError as error:
-    raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+  values = inputs.read_json(file, CheckpointError, inputs.ABOUT)
   if not isinstance(values, dict):
     raise CheckpointError(f"{file} does not hold a JSON object")
   missing = [key for key in required if key not in values]
@@ -78,7 +81,8 @@ def report(directory: pathlib.Path, entries: Iterable[Entry], found: Mapping[str
     if name in found and tuple(found[name]) != tuple(shape)
   ]
   groups = (("missing", missing), ("unexpected", extra), ("of another shape", shaped), ("unreadable", list(problems)))
-  text = "".join(f"\n  {len(group)} {what}: {'; '.join(group)}" for what, group in groups if group)
+  shown = lambda group: "; ".join(group[:SHOWN]) + (f"; and {len(group) - SHOWN} more" if len(group) > SHOWN else "")
+  text = "".join(f"\n  {len(group)} {what}: {shown(group)}" for what, group in groups if group)
   if text:
     raise CheckpointError(f"{directory} does not hold the model that its {by} describes:{text}")
 
@@ -104,25 +108,24 @@ def shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 def _headers(directory: pathlib.Path) -> tuple[dict[str, _Stored], list[str]]:
   """Official name -> tensor of a torch directory, and which are there twice."""
-  from safetensors import SafetensorError, safe_open
+  from safetensors import safe_open
 
   index = directory / INDEX
   files = shards(directory) if index.exists() else sorted(directory.glob("*.safetensors"))
-  absent = [file.name for file in files if not file.is_file()]
+  absent = [file.name for file in files if not file.exists()]
   if absent:
     raise CheckpointError(f"{index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")
   if not files:
     raise CheckpointError(f"{directory} has neither *.safetensors nor params/ (an Orbax export)")
   tensors, problems = {}, []
   for file in files:
-    try:
+    regular(file)
+    with reading(file, CheckpointError, "safetensors file, or cut short"):
       with safe_open(file, "numpy"):  # checks the header against itself and against the file's size
         pass
       with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
-    except (SafetensorError, OSError) as error:
-      raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
     header.pop("__metadata__", None)
     problems += [f"{name} is in more than one file" for name in header if name in tensors]
     for name, it in header.items():
@@ -174,16 +177,16 @@ def equal(directory: pathlib.Path, one: str, other: str) -> bool:
   try:
     tensors, _ = _headers(directory)
     a, b = tensors[one], tensors[other]
-  except (CheckpointError, KeyError):
+    if a.shape != b.shape or not {a.dtype, b.dtype} <= DTYPES.keys():
+      return False
+    with open(a.file, "rb", buffering=0) as first, open(b.file, "rb", buffering=0) as second:
+      for start in range(0, a.shape[0], 16 * ROWS):
+        stop = min(start + 16 * ROWS, a.shape[0])
+        x, y = _read_rows(first, a, start, stop), _read_rows(second, b, start, stop)
+        if not np.array_equal(x.astype(np.float32), y.astype(np.float32), equal_nan=True):
+          return False
+  except (CheckpointError, OSError, KeyError):
     return True
-  if a.shape != b.shape or not {a.dtype, b.dtype} <= DTYPES.keys():
-    return False
-  with open(a.file, "rb", buffering=0) as first, open(b.file, "rb", buffering=0) as second:
-    for start in range(0, a.shape[0], 16 * ROWS):
-      stop = min(start + 16 * ROWS, a.shape[0])
-      x, y = _read_rows(first, a, start, stop), _read_rows(second, b, start, stop)
-      if not np.array_equal(x.astype(np.float32), y.astype(np.float32), equal_nan=True):
-        return False
   return True
 
 
@@ -271,19 +274,51 @@ def is_orbax(directory: pathlib.Path) -> bool:
   return (directory / "params").is_dir()
 
 
+def only_files(folder: str | os.PathLike) -> None:
+  """Raises an OSError if a folder of this machine holds anything but files and folders: pipes and devices are never opened."""
+  for where, _, files in os.walk(folder):
+    for file in files:
+      regular(os.path.join(where, file))
+
+
+@contextlib.contextmanager
+def reading_orbax(folder: str | os.PathLike) -> Generator[None]:
+  """Around what Orbax reads of a folder.
+
+  Raises:
+    CheckpointError: whatever Orbax, TensorStore or JSON raise of files that are missing, damaged or of another kind.
+  """
+  with reading(folder, CheckpointError):
+    only_files(folder)
+    yield
+
+
 def orbax_dtypes(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, np.dtype]:
-  """Path -> stored dtype, checked against the table."""
+  """Path -> stored dtype, checked against the table, and the sizes against those of the files."""
   import orbax.checkpoint as ocp
 
   folder = directory / "params"
-  try:
+  with reading_orbax(folder):
+    # Names first: they may be names of files, and those of another model's parameters are never opened.
+    keys = [tree["key_metadata"] for tree in read_json(folder / "_METADATA", "tree_metadata")["tree_metadata"].values()]
+    here = {"/".join(str(part["key"]) for part in key) for key in keys}
+    wanted = {e.path: e.ours for e in entries}
+    if here - wanted.keys():
+      report(folder, entries, {path: wanted.get(path, ()) for path in here}, True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      tree = reader.metadata(folder.absolute()).item_metadata.tree
-  except (ValueError, OSError, KeyError, AttributeError) as error:  # what Orbax raises depends on which file is gone
-    raise CheckpointError(f"{folder} is not an Orbax checkpoint, or a broken one: {error}") from error
-  found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-  report(folder, entries, {path: tuple(leaf.shape) for path, leaf in found.items()}, True)
-  return {path: np.dtype(leaf.dtype) for path, leaf in found.items()}
+      metadata = reader.metadata(folder.absolute()).item_metadata
+    if metadata is None:
+      raise CheckpointError(f"{folder} is damaged: a file that describes its arrays is missing or broken")
+    found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree)}
+    dtypes = {path: str(leaf.dtype) for path, leaf in found.items()}
+    known = [str(dtype) for dtype in DTYPES.values()]
+    problems = [f"{path} is {dtype}, not one of {', '.join(known)}" for path, dtype in dtypes.items() if dtype not in known]
+    report(folder, entries, {path: tuple(leaf.shape) for path, leaf in found.items()}, True, problems)
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    asked = sum(math.prod(e.ours) * np.dtype(dtypes[e.path]).itemsize for e in entries)
+    if asked > PACKED * there:
+      raise CheckpointError(f"{folder} is damaged: {asked / 1e9:,.1f} GB of arrays can't be in {there / 1e6:,.1f} MB of files")
+  return {path: np.dtype(dtype) for path, dtype in dtypes.items()}
 
 
 def read_orbax(directory: pathlib.Path, entries: Sequence[Entry], target: Target) -> dict[str, jax.Array]:
@@ -300,11 +335,8 @@ def read_orbax(directory: pathlib.Path, entries: Sequence[Entry], target: Target
   handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
   tree = nest(item)
   arguments = ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-  try:
-    with ocp.Checkpointer(handler) as reader:
-      tree = reader.restore((directory / "params").absolute(), args=arguments)
-  except (ValueError, OSError, KeyError) as error:
-    raise CheckpointError(f"{directory / 'params'} is a broken Orbax checkpoint: {error}") from error
+  with reading_orbax(directory / "params"), ocp.Checkpointer(handler) as reader:
+    tree = reader.restore((directory / "params").absolute(), args=arguments)
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

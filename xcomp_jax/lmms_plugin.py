@@ -69,8 +69,7 @@ class XComp(lmms):
     given = {key: wishes[key] for key in GIVEN & set(wishes) if wishes[key] is not None}
     if not wishes.get("do_sample"):
       given["temperature"] = 0.0
-    types = {field.name: type(getattr(args, field.name)) for field in dataclasses.fields(Settings)}
-    return dataclasses.replace(settings(args), **{key: types[key](value) for key, value in given.items()})
+    return dataclasses.replace(settings(args), **given)  # `prepare` checks them
 
   def generate_until(self, requests: Sequence[Instance]) -> list[str]:
     """Answers in the order of the requests.
@@ -115,11 +114,17 @@ class XComp(lmms):
 
   def _wanted(self, request: Instance) -> Wanted:
     context, _, visual, number, task, split = request.args
-    seen = visual(self.task_dict[task][split][number]) or []
-    part = seen[1] if len(seen) == 2 and isinstance(seen[1], dict) else {}
-    if len(seen) - bool(part) != 1:
-      raise AnswersError(f"task {task}, document {number}: xcomp_jax needs one video or image, and here are {len(seen)}")
-    return Wanted(self._file(seen[0]), context, part.get("start"), part.get("end"))
+    try:
+      seen = visual(self.task_dict[task][split][number]) or []
+      part = seen[1] if len(seen) == 2 and isinstance(seen[1], dict) else {}
+      if len(seen) - bool(part) != 1:
+        raise AnswersError(f"task {task}, document {number}: xcomp_jax needs one video or image, and here are {len(seen)}")
+      return Wanted(self._file(seen[0]), context, part.get("start"), part.get("end"))
+    except AnswersError:
+      raise
+    except Exception as error:  # a picture that can't be read costs its own question, by a file that is not there
+      LOG.error("task %s, document %s: %s: %s", task, number, type(error).__name__, error)
+      return Wanted(self.out / "pictures" / f"unreadable, document {number} of {task}", context)
 
   def _file(self, seen: Any) -> pathlib.Path:
     """A path; pictures that the harness holds in memory are put on disk."""

@@ -14,10 +14,10 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from os.path import expanduser
 from typing import Any
 
 from xcomp_jax import files, tasks
+from xcomp_jax.files import expanduser
 from xcomp_jax.tasks import TASKS, Question
 
 FAILED = "(undecodable)"  # what the plugin answers about a video that can't be read: no letter stands alone in it

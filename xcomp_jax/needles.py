@@ -12,27 +12,28 @@ the haystack is encoded once. By default one frame is selected, every frame bein
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import hashlib
 import importlib.util
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from os.path import expanduser
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from xcomp_jax import chat, encode, files, generate, tasks, world
 from xcomp_jax.answers import Answers, parse_share
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt, video
+from xcomp_jax.files import expanduser
+from xcomp_jax.inputs import number, quoted, read_json
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
+from xcomp_jax.progress import progress
+from xcomp_jax.reader import COMPILED, FRAMES, Reader, fault, options, prepare, settings
 
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -45,11 +46,13 @@ class NeedleError(ValueError):
 class Needle:
   """What is hidden, and what is asked about it.
 
-  clips: pictures uint8[F, H, W, 3] per hop, in the order of the chain. questions: {kind: (text, letter)}.
+  clips: pictures uint8[F, H, W, 3] per hop, in the order of the chain; () if one can't be read, and `fault` says why.
+  questions: {kind: (text, letter)}.
   """
 
   clips: tuple[np.ndarray, ...]
   questions: dict[str, tuple[str, str]]
+  fault: str = ""
 
 
 def read_needles(file: pathlib.Path, images: pathlib.Path, clip_frames: int, size: int) -> list[Needle]:
@@ -57,24 +60,31 @@ def read_needles(file: pathlib.Path, images: pathlib.Path, clip_frames: int, siz
   caption of the last one) and "question2", "answer2" (about what it shows). Pictures become clips of `size` pixels.
 
   Raises:
-    NeedleError: another kind of file. VideoError, FileNotFoundError: pictures that can't be read.
+    NeedleError: another kind of file. OSError: it can't be read.
   """
   load = functools.partial(
     video.load, size=size, max_frames=8, min_frames=8, fps=1.0, clip_frames=8, style="ask", read_type="img"
   )
-  out = []
-  for i, item in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+  out, items = [], read_json(file, NeedleError)
+  if not isinstance(items, list):
+    raise NeedleError(f"{file}: expected a list of needles, not {quoted(items, 60)}")
+  for i, item in enumerate(items):
     try:
       if "images" in item:
         questions = {"caption": (item["question1"], item["answer1"]), "question": (item["question2"], item["answer2"])}
         names = item["images"]
       else:
         questions, names = {"question": (item["question"], item["answer"])}, [item["image"]]
+      if not all(isinstance(text, str) for text in (*sum(questions.values(), ()), *names)):
+        raise TypeError("something that is no text")
     except (KeyError, TypeError) as error:
       wanted = "image, question, answer, or images, question1, answer1, question2, answer2"
       raise NeedleError(f"{file}, needle {i}: {error!r}; expected {wanted}") from error
-    pictures = (load(images / name).frames for name in names)
-    out.append(Needle(tuple(np.broadcast_to(picture, (clip_frames, *picture.shape[1:])) for picture in pictures), questions))
+    try:
+      pictures = [load(images / name).frames for name in names]
+      out.append(Needle(tuple(np.broadcast_to(picture, (clip_frames, *picture.shape[1:])) for picture in pictures), questions))
+    except BaseException as error:  # costs the questions about this needle
+      out.append(Needle((), questions, fault(error)))
   return out
 
 
@@ -133,7 +143,7 @@ def haystack(reader: Reader, model: VLM, file: str | None, frames: int, seed: in
   F = reader.cfg.clip_frames
 
   def read(clips: Iterator[np.ndarray], count: int) -> np.ndarray:
-    with tqdm(total=count, desc="haystack", unit="clip", leave=False, disable=None) as bar:
+    with progress(total=count, desc="haystack", unit="clip", leave=False) as bar:
       return per_frame(reader, model, (clip for clip in clips if bar.update() or True))
 
   def film(sample: video.Sample) -> np.ndarray:
@@ -191,31 +201,55 @@ def search(
   Raises:
     VideoError, FileNotFoundError, CheckpointError: what stops everything.
   """
-  todo = [c for c in cells if any(c.key(kind) not in answers.lines for kind in needles[c.needle].questions)]
+  unasked = lambda c: [kind for kind in needles[c.needle].questions if "answer" not in answers.lines.get(c.key(kind), {})]
+  todo = [c for c in cells if unasked(c)]
   if not todo:
     return
-  F, rate = reader.cfg.clip_frames, reader.settings.fps if film else world.FPS
-  with reader.precision(), tqdm(total=len(cells), initial=len(cells) - len(todo), unit="needle", disable=None) as bar:
+  with reader.precision(), progress(total=len(cells), initial=len(cells) - len(todo), unit="needle", desc="needles") as bar:
     model = reader.load()
     hay = haystack(reader, model, film, max(c.frames for c in cells), seed)
-    hops = lambda needle: np.split(per_frame(reader, model, iter(needle.clips)), len(needle.clips))
-    hidden = {i: hops(needles[i]) for i in {c.needle for c in todo}}
+    hidden: dict[int, list[np.ndarray]] = {}  # features of a needle, per hop
     for c in todo:
-      starts = places(c.frames, len(hidden[c.needle]), F, c.depth)
-      features = hide(hay, hidden[c.needle], c.frames, starts)
-      seconds, none = c.frames / rate, np.zeros((c.frames, 1, 1, 3), np.uint8)
-      watched = encode.EncodedVideo({0: features}, np.arange(c.frames) / rate, seconds, none, None, "", "")
-      message = "" if film else prompt.time_message(seconds, c.frames)
-      rounds = None if film else {}  # of a large model and many rounds they would not fit into a device
-      for kind, (text, letter) in needles[c.needle].questions.items():
-        if c.key(kind) in answers.lines:
-          continue
-        answer, kept = ask(reader, model, watched, text, message, rounds)
-        given = answer.replace("(", "").replace(")", "").upper() if film else tasks.any_letter(answer)
-        found = bool(((kept >= starts[-1]) & (kept < starts[-1] + F)).any())
-        line = {"key": c.key(kind), **dataclasses.asdict(c), "kind": kind, "answer": answer}
-        answers.add(line | {"right": given == letter, "found": found, "kept": len(kept)})
+      for line in _asked(reader, model, needles[c.needle], hidden, hay, c, unasked(c), film):
+        answers.add(line)
       bar.update()
+
+
+def _asked(
+  reader: Reader, model: VLM, needle: Needle, hidden: dict[int, list[np.ndarray]], hay: np.ndarray, c: Cell, kinds: Sequence[str], film: str | None
+) -> Iterator[dict[str, Any]]:
+  """The lines of a cell's questions of some kinds. What can't be asked counts as wrong."""
+  line = lambda kind: {"key": c.key(kind), **dataclasses.asdict(c), "kind": kind}
+  F, rate = reader.cfg.clip_frames, reader.settings.fps if film else world.FPS
+  done = 0
+  try:
+    if needle.fault:
+      raise NeedleError(needle.fault)
+    if c.needle not in hidden:
+      hidden[c.needle] = np.split(per_frame(reader, model, iter(needle.clips)), len(needle.clips))
+    starts = places(c.frames, len(needle.clips), F, c.depth)
+    features = hide(hay, hidden[c.needle], c.frames, starts)
+    seconds, none = c.frames / rate, np.zeros((c.frames, 1, 1, 3), np.uint8)
+    watched = encode.EncodedVideo({0: features}, np.arange(c.frames) / rate, seconds, none, None, "", "")
+    message = "" if film else prompt.time_message(seconds, c.frames)
+    rounds = None if film else {}  # of a large model and many rounds they would not fit into a device
+    for kind in kinds:
+      text, letter = needle.questions[kind]
+      answer, kept = ask(reader, model, watched, text, message, rounds)
+      given = answer.replace("(", "").replace(")", "").upper() if film else tasks.any_letter(answer)
+      found = bool(((kept >= starts[-1]) & (kept < starts[-1] + F)).any())
+      yield line(kind) | {"answer": answer, "right": given == letter, "found": found, "kept": len(kept)}
+      done += 1
+  except BaseException as error:  # costs the questions about this needle, not those about others
+    text = needle.fault or fault(error)
+    for kind in kinds[done:]:
+      yield line(kind) | {"error": text, "right": False, "found": False}
+
+
+def failed(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Needles that could not be asked about: {"needle", "error", "questions"}."""
+  counts = collections.Counter((line["needle"], line["error"]) for line in lines if "error" in line)
+  return [{"needle": needle, "error": error, "questions": n} for (needle, error), n in counts.items()]
 
 
 def summary(lines: Sequence[Mapping[str, Any]], row: str) -> dict[str, Any]:
@@ -264,14 +298,12 @@ def hidden_things(args: argparse.Namespace, reader: Reader) -> list[Needle]:
   """The needles that the arguments ask for.
 
   Raises:
-    NeedleError, ConfigError, VideoError, OSError: arguments that don't go together, by name; files that can't be read.
+    NeedleError, ConfigError, OSError: arguments that don't go together, by name; a file that can't be read.
   """
   F = reader.cfg.clip_frames
   if args.synthetic is None:
     size = reader.cfg.vision.image_size
     return read_needles(pathlib.Path(args.needles), pathlib.Path(args.images), F, size)[: args.limit]
-  if args.synthetic < 1:
-    raise NeedleError(f"--synthetic {args.synthetic}: must be at least 1")
   if world.FRAMES != F:
     raise ConfigError(f"--clip-frames {F}: a synthetic scene is a clip of {world.FRAMES} frames")
   return synthetic(args.synthetic, args.seed)
@@ -285,8 +317,6 @@ def check(args: argparse.Namespace) -> None:
   """
   if (args.synthetic is None) == (args.needles is None) or (args.needles and not (args.images and args.haystack)):
     raise NeedleError("give --synthetic COUNT, or --needles FILE with --images DIR and --haystack VIDEO")
-  if not all(0 <= depth <= 1 for depth in args.depths):
-    raise NeedleError(f"--depths {' '.join(map(str, args.depths))}: from 0, the beginning, to 1, the end")
   if importlib.util.find_spec("matplotlib") is None:
     raise NeedleError("the heat map needs matplotlib: pip install 'xcomp_jax[plot]'")
 
@@ -307,6 +337,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
   if not needles:
     raise NeedleError(f"{args.needles} holds no needle, or --limit {args.limit} leaves none")
   most = max(len(needle.clips) for needle in needles)
+  if not most:
+    raise NeedleError(f"no needle's pictures can be read, such as: {needles[0].fault}")
   if bad := [n for n in args.frames if n % 8 or n < most * reader.cfg.clip_frames]:
     raise NeedleError(f"--frames {bad[0]}: a multiple of 8, and at least the {most * reader.cfg.clip_frames} of the needles")
   for frames in args.frames:
@@ -325,7 +357,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
   if left := sum(key not in answers.lines for key in keys):
     print(f"{left} of {len(keys)} questions are left for other shares")
     return None
-  found = summary([answers.lines[key] for key in keys], row)
+  lines = [answers.lines[key] for key in keys]
+  found: dict[str, Any] = summary(lines, row) | {"failed": failed(lines)}
   files.write_json(out / "results.json", found | {"made_with": answers.settings, "sessions": answers.sessions()}, indent=2)
   plot(found, title(reader, found["questions"]), out / "heatmap.png")
   return found
@@ -348,10 +381,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--needles", type=expanduser, help="VideoChat-Flash's file, niah-coco-singlehop_20.json or niah-coco-multihop-100.json")
   add("--images", type=expanduser, help="folder of its pictures")
   add("--haystack", type=expanduser, help="video that they are hidden in; taken from its beginning again where it is too short")
-  add("--synthetic", type=int, help="make so many needles, and the haystack too")
-  add("--frames", type=int, nargs="+", default=list(range(1000, 10001, 1000)), help="of the whole; multiples of 8")
-  add("--depths", type=float, nargs="+", default=DEPTHS, help="where a single needle lies, from 0 to 1")
-  add("--limit", type=int, help="only the first needles, for a trial")
+  add("--synthetic", type=number(1, 100_000, int), help="make so many needles, and the haystack too")
+  add("--frames", type=number(8, FRAMES, int), nargs="+", default=list(range(1000, 10001, 1000)), help="of the whole; multiples of 8")
+  add("--depths", type=number(0.0, 1.0, float), nargs="+", default=DEPTHS, help="where a single needle lies, from 0 to 1")
+  add("--limit", type=number(1, 100_000, int), help="only the first needles, for a trial")
   add("--share", help="i/n: every n-th needle from the i-th on; default: by JAX's processes")
   options(parser)
   parser.set_defaults(select=1, repeat=8, mode="official", fps=1.0, max_frames=10000, max_new_tokens=1)
@@ -361,6 +394,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if found:
       shares = f"right {found['right']:.1f}%, needle among the kept frames {found['found']:.1f}%"
       print(f"{shares} ({found['questions']} questions): {args.out}/heatmap.png")
+    if found and found["failed"]:
+      for needle in found["failed"]:
+        print(f"needle {needle['needle']}: {needle['questions']} questions failed: {needle['error']}", file=sys.stderr)
+      print(f"error: {sum(f['questions'] for f in found['failed'])} of {found['questions']} questions could not be asked, and count as wrong", file=sys.stderr)
+      sys.exit(1)
 
 
 if __name__ == "__main__":

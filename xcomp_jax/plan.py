@@ -26,7 +26,6 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from os.path import expanduser
 from typing import Any
 
 import jax
@@ -39,7 +38,7 @@ from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, chec
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Length, length_table
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.files import command, path_of
+from xcomp_jax.files import command, expanduser, path_of
 from xcomp_jax.programs import NAMES, TRAINING, Plan, held
 
 GB = 1e9

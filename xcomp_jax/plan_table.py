@@ -1,18 +1,17 @@
 """The table of `python -m xcomp_jax.plan --lengths FILE`: what a run computes and takes at least on so many devices."""
 
 import dataclasses
-import json
 import math
 import pathlib
 
 import numpy as np
-from tqdm import tqdm
 
-from xcomp_jax import forecast, sharding
+from xcomp_jax import forecast, inputs, sharding
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check, check_trained
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.data.packing import Lengths
+from xcomp_jax.progress import progress
 
 MOST = 100_000  # frames or tokens of a sample
 PREFIX = 14  # tokens of the chat header
@@ -31,10 +30,7 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
   Raises:
     ConfigError: a file that is not so.
   """
-  try:
-    found = json.loads(file.read_text())
-  except (OSError, ValueError, RecursionError) as error:
-    raise ConfigError(f"{file} can't be read: {error}") from error
+  found = inputs.read_json(file, ConfigError)
   frames, text = (found.get(key) if isinstance(found, dict) else None for key in ("frames", "text"))
   if not (isinstance(frames, list) and isinstance(text, list) and frames and text):
     raise ConfigError(f'{file}: expected {{"frames": [...], "text": [...]}}, each with a number per sample')
@@ -78,7 +74,7 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
     raise ConfigError(f"--devices {devices}: must be numbers of devices from 1 on, such as 1,8,32")
   forecast.chips(chip, 1)  # refuses unknown ones
   lines, notes, refused = [COLUMNS], [], []
-  for count in tqdm(counts, desc="planning", unit="mesh", leave=False, disable=None):
+  for count in progress(counts, desc="planning", unit="mesh", leave=False):
     size = max(config.train.batch_size, count if count <= len(lengths) else 0)
     some = dataclasses.replace(config.train, batch_size=size)
     pipeline.steps_per_epoch(len(lengths), size)  # refuses too few

@@ -26,14 +26,15 @@ from typing import Any, get_args
 import av
 import numpy as np
 import PIL
-import tqdm
 from absl import app, flags, logging
 
 from xcomp_jax.config import Attention, Dtype
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
-from xcomp_jax.files import apart, become, command, listed, local, locked, sweep, write_json
+from xcomp_jax.files import apart, become, command, expanduser, listed, local, locked, sweep, write_json
+from xcomp_jax.inputs import number
+from xcomp_jax.progress import progress
 
 # Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
 # may often have 1,024. Larger files would need more room for the one that is being written: see docs/DATA.md.
@@ -127,7 +128,7 @@ def predecode(
       _run_beam(work, beam, timeout, skip_bad)
     else:
       encode = (lambda job: _spool_features(work, job, tower)) if tower else None
-      with tqdm.tqdm(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
+      with progress(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
         shards.run(
           work, work.shards, workers=workers, timeout=timeout, skip_bad=skip_bad, encode=encode, report=lambda: bar.update()
         )
@@ -185,7 +186,7 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None 
 
 def _spool_features(work: Work, job: int, tower: Tower) -> None:
   entry, clips = shards.spooled_frames(work, job)
-  shards.spool(tower.encode(clips), entry["clip_frames"], work.layout, str(work.spool(job, "")), entry["seconds"])
+  shards.spool(tower.encode(clips), entry["clip_frames"], work.layout, work.spool(job), entry["seconds"])
 
 
 def _made(out: pathlib.Path) -> dict[str, Any] | None:
@@ -272,7 +273,7 @@ def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
 
 def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Sequence[mixtures.File], info: dict) -> dict[str, Any]:
   """Makes the store from whole shards, and gives it its name; may be killed and done again at any point."""
-  from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
+  from xcomp_jax.data import prompt  # brings jax
 
   folder = work.folder / "store"
   folder.mkdir(exist_ok=True)
@@ -297,7 +298,7 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
     parts.append(store.Shard(str(work.shard(n, ".array_record")), tuple(samples), about["records"], about["bytes"], crcs))
   for file in files:
     lines += [{"annotation": file.annotation, "position": i, "passed_over": reason} for i, reason in file.passed]
-  text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+  text = "".join(store.as_json(line) + "\n" for line in lines)
   (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
   counts, position = [], 0
   for file in files:
@@ -362,7 +363,21 @@ class _Path(flags.ArgumentParser):
   """A leading ~ is the home directory."""
 
   def parse(self, argument: str) -> str:
-    return os.path.expanduser(argument)
+    return expanduser(argument)
+
+
+class _Number(flags.ArgumentParser):
+  """A number within bounds; absl's own lets through what is no number."""
+
+  def __init__(self, low: float, high: float):
+    self._read = number(low, high, type(low))
+
+  def parse(self, argument: Any) -> float:
+    return self._read(argument)
+
+
+def _define_number(name: str, default: float | None, text: str, low: float, high: float) -> None:
+  flags.DEFINE(_Number(low, high), name, default, text)
 
 
 def _define_path(name: str, default: str | None, text: str) -> None:
@@ -375,35 +390,35 @@ def _define_flags() -> None:
   _define_path("verify", None, "instead: read everything in this folder again, and compare it with its manifest")
   _define_path("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
   _define_path("root", ".", "where relative paths of the mixture start")
-  flags.DEFINE_float("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
-  flags.DEFINE_integer("image_size", None, "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448", 1)
-  flags.DEFINE_integer("max_frames", 1024, "frames of a video, at most", 1)
-  flags.DEFINE_integer("min_frames", 128, "frames of a video, if it has as many", 1)
-  flags.DEFINE_float("fps", 8.0, "frames per second, at most", 0.001)
-  flags.DEFINE_integer("clip_frames", None, "frames that the tower sees together; default: as --checkpoint was tuned, else 8", 1)
+  _define_number("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
+  _define_number("image_size", None, "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448", 1, 8192)
+  _define_number("max_frames", 1024, "frames of a video, at most", 1, 1_000_000)
+  _define_number("min_frames", 128, "frames of a video, if it has as many", 1, 1_000_000)
+  _define_number("fps", 8.0, "frames per second, at most", 0.001, video.FASTEST)
+  _define_number("clip_frames", None, "frames that the tower sees together; default: as --checkpoint was tuned, else 8", 1, 1024)
   flags.DEFINE_enum("frames", "raw", ["raw", "jpeg"], "how frames are stored")
-  flags.DEFINE_integer("quality", 95, "of JPEG", 1, 100)
+  _define_number("quality", 95, "of JPEG", 1, 100)
   flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
   _define_path("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
-  flags.DEFINE_integer("clips_per_chunk", None, "with --features: clips in the tower at once; default: by the device's memory", 1)
+  _define_number("clips_per_chunk", None, "with --features: clips in the tower at once; default: by the device's memory", 1, 1_000_000)
   flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: by the device")
   flags.DEFINE_enum("dtype", None, get_args(Dtype), "with --features: what the tower computes in; default: bfloat16, but float16 on GPUs that have none, and float32 on CPUs")
-  flags.DEFINE_integer("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0)
-  flags.DEFINE_float("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001)
-  flags.DEFINE_integer("samples_per_shard", None, f"annotations in one file of clips; default: as in the unfinished work that is there, else {PER_SHARD}", 1)
+  _define_number("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0, 10_000)
+  _define_number("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001, 1e6)
+  _define_number("samples_per_shard", None, f"annotations in one file of clips; default: as in the unfinished work that is there, else {PER_SHARD}", 1, 1_000_000)
   flags.DEFINE_bool("skip_bad", False, "leave out what can't be used, and list it in manifest.jsonl")
   flags.DEFINE_enum("rate", "own", get_args(video.Rate), "where frames have no constant rate: own: they have their own times; average: they lie as far apart as the average rate says, as in the release")
   flags.DEFINE_bool("keep_tails", False, "take what can be read of videos that are cut off, instead of leaving them out")
   flags.DEFINE_bool("restart", False, "throw away what a run that was stopped has done")
   flags.DEFINE_string("beam", None, 'options of a Beam pipeline that decodes: "--runner=DirectRunner --direct_num_workers=2"')
   _define_path("sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png")
-  flags.DEFINE_integer("prompts", 3, "with --inspect: prompts to show", 0)
+  _define_number("prompts", 3, "with --inspect: prompts to show", 0, 1_000_000)
   flags.DEFINE_enum("mask", "official", ["official", "assistant"], "with --inspect: which tokens are supervised")
 
 
 def _tuned(checkpoint: str) -> tuple[int | None, int | None]:
   """Image size and clip length that a checkpoint was tuned with, as far as it says."""
-  from xcomp_jax import weights  # brings jax, and decoding processes import this file
+  from xcomp_jax import weights  # brings jax
 
   tuned = weights.read_tuned(weights.resolve(checkpoint, whole=False))
   return (tuned.image_size, tuned.clip_frames) if tuned else (None, None)
@@ -460,5 +475,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  _define_flags()  # not on import: a decoding process imports this file again
+  _define_flags()  # not on import: those who call `predecode` have flags of their own
   app.run(main)

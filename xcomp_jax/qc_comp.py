@@ -30,12 +30,13 @@ from xcomp_jax.config import ConfigError, SelectConfig
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import decoder, vlm
-from xcomp_jax.model.attention import question_scores
+from xcomp_jax.model.attention import attend_first, question_scores
 from xcomp_jax.model.decoder import LayerCache, Lengths
 
 OFFICIAL_CLIP = 8  # frames that the release scores together, whatever its tower's clips are
 OFFICIAL_LEAST = 1024  # frames from which the release selects at all (quirk Q13)
 DEPTH = 28  # layers that SelectConfig.layers refers to
+ROWS = 128  # of a question whose attention to all windows exists at once
 
 
 def setting(mode: str, frames: int, repeat: int | None = None, rows: str = "question") -> SelectConfig:
@@ -230,9 +231,9 @@ def from_prompt(prompt: Prompt, cfg: SelectConfig, step: int = 1) -> Asked:
   return asked(prompt.tokens[slot + 1 :], start - slot - 1, end - slot - 1 + 2, cfg, step)
 
 
-def together(questions: Sequence[Asked]) -> Asked:
-  """Several questions as one Asked of arrays [Q, L], padded to the longest."""
-  L = max(len(q.text) for q in questions)
+def together(questions: Sequence[Asked], length: int = 0) -> Asked:
+  """Several questions as one Asked of arrays [Q, L], padded to the longest, or to `length`."""
+  L = max(length, *(len(q.text) for q in questions))
   return jax.tree.map(lambda *rows: np.stack([np.pad(row, (0, L - len(row))) for row in rows]), *questions)
 
 
@@ -262,20 +263,25 @@ def score(
   Returns:
     float32[Q, B, M, W, w], mean over heads, question rows and the unit's tokens; M as in `layers`.
   """
-  B = len(caches[0].key)
+  B, L = len(caches[0].key), asked.text.shape[-1]
   rows = lambda a: jnp.broadcast_to(a, (B, *a.shape))
+  # Which rows run and ask is the same for all questions, so that each needs no program of its own.
+  count, some = decoder.pieces(asked.valid), asked.asked.any(0)
+  between, shown = (jnp.argmax(some), L - jnp.argmax(some[::-1])), jnp.minimum(count * decoder.PART, L)
 
   def one(asked):
-    look = functools.partial(_look, asked=asked, windows=windows, layers=layers, causal=causal, prefix=prefix, units=units)
+    look = functools.partial(
+      _look, asked=asked, between=between, shown=shown, windows=windows, layers=layers, causal=causal, prefix=prefix, units=units
+    )
     x = model.llm.embed(rows(asked.text))
-    seen = decoder.extend(model.llm, x, rows(asked.valid), caches, look)
+    *_, seen = decoder.extend(model.llm, x, rows(asked.valid), caches, look, count)
     return jnp.stack([s for s in seen if s is not None], axis=1)
 
   return jax.vmap(one)(asked)
 
 
-def _look(index, layer, cache, q, k, *, asked, windows, layers, causal, prefix, units):
-  """float32[B, W, w] of one layer, or None."""
+def _look(index, layer, cache, q, k, *, asked, between, shown, windows, layers, causal, prefix, units):
+  """float32[B, W, w] of one layer, or None; between: the first row that asks, and the one behind the last. shown: rows that run."""
   if index not in layers:
     return None
   B, L = q.shape[:2]
@@ -283,17 +289,28 @@ def _look(index, layer, cache, q, k, *, asked, windows, layers, causal, prefix, 
   head, visual = cache.key[:, :prefix], cache.key[:, prefix:]
   tokens = visual.shape[1] // units
   visual = visual.reshape(B, units, tokens, *visual.shape[2:])[:, windows]  # [B, W, w, tokens, K, h]
-  each = lambda a: jnp.broadcast_to(a[:, None], (B, W, *a.shape[1:])).reshape(B * W, *a.shape[1:])
   inside = visual.reshape(B * W, w * tokens, *visual.shape[4:])
-  before = prefix + w * tokens
-  place = before + jnp.cumsum(asked.valid) - 1
-  positions = jnp.concatenate([jnp.arange(before), place])[None]
-  keys = layer.rotate(jnp.concatenate([each(head), inside, each(k)], axis=1), positions)
-  see_text = asked.valid & ((place <= place[:, None]) | (not causal))
-  allowed = jnp.concatenate([jnp.ones((L, before), bool), see_text], axis=1)
-  every = lambda a: jnp.broadcast_to(a, (B * W, *a.shape))
-  paid = question_scores(layer.rotate(each(q), place[None]), keys, every(asked.asked), every(allowed))
-  return paid[:, prefix:before].reshape(B, W, w, tokens).mean(-1)
+  inside = layer.rotate(inside, prefix + jnp.arange(w * tokens)[None]).reshape(B, W, *inside.shape[1:])
+  # What lies around the frames has the same places in every window, and so the same part in its softmax.
+  place = prefix + w * tokens + jnp.cumsum(asked.valid) - 1
+  around = layer.rotate(jnp.concatenate([head, k], axis=1), jnp.concatenate([jnp.arange(prefix), place])[None])
+  valid = jnp.concatenate([jnp.ones(prefix, bool), asked.valid])
+  share = asked.asked / asked.asked.sum()
+  size = min(L, ROWS)
+
+  def part(i, paid):
+    first = jnp.minimum(i * size, L - size)  # the last part begins earlier, and leaves out what the one before had
+    cut = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, first, size, axis)
+    rows, places = first + jnp.arange(size), cut(place, 0)
+    mine = layer.rotate(cut(q, 1), places[None])
+    seen = lambda slots: (valid[slots] & ((slots <= prefix + rows[:, None]) | (not causal)))[None]
+    _, others = attend_first(mine, around, around[..., :0], seen, prefix + (first + size if causal else shown))
+    counts = jnp.where(rows >= i * size, cut(share, 0), 0)
+    return paid + question_scores(mine, inside, counts[None], others)
+
+  paid = jnp.zeros((B, W, w * tokens))
+  paid = part(0, paid) if size == L else jax.lax.fori_loop(between[0] // size, -(-between[1] // size), part, paid)
+  return paid.reshape(B, W, w, tokens).mean(-1)
 
 
 # --- selecting -------------------------------------------------------------------------------------------------

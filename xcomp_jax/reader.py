@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import os
 import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from os.path import expanduser
 from typing import Literal, get_args
 
 import jax
@@ -28,11 +29,15 @@ from xcomp_jax.config import (
   VLMConfig,
 )
 from xcomp_jax.data import prompt, video
+from xcomp_jax.files import expanduser, one_line, out_of_memory
+from xcomp_jax.inputs import ENDINGS, number, printable
 from xcomp_jax.model import kernels
 from xcomp_jax.model.vlm import VLM
 
 TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stretched
 COMPILED = "~/.cache/xcomp_jax"  # folder of compiled programs
+FRAMES = 1_000_000  # of a video, at most
+CLIPS = number(1, FRAMES, int)
 SAMPLED_CLIP = 8  # the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
 
 
@@ -68,41 +73,46 @@ class Settings:
 
 def clips(text: str) -> int | Literal["auto"]:
   """Reads --clips-per-chunk."""
-  return "auto" if text == "auto" else int(text)
+  return "auto" if text == "auto" else CLIPS(text)
+
+
+def clip_frames(text: str) -> str:
+  """Reads --clip-frames."""
+  return text if text in ("auto", "checkpoint") else str(CLIPS(text))
 
 
 def options(parser: argparse.ArgumentParser) -> None:
   """Adds an option for every setting; their defaults are those of `ask`."""
   add = parser.add_argument
   add("--checkpoint", type=expanduser, required=True, help="directory, hub id, or export")
-  add("--select", type=int, default=512, help="frames that QC-Comp keeps for a question; 0: all")
+  add("--select", type=number(0, FRAMES, int), default=512, help="frames that QC-Comp keeps for a question; 0: all")
   add("--mode", choices=("aligned", "local", "official", "global"), default="aligned", help="how QC-Comp scores them")
-  add("--repeat", type=int, help="times a frame is scored; default: 2 in official mode, 1 in the others")
+  add("--repeat", type=number(1, 1000, int), help="times a frame is scored; default: 2 in official mode, 1 in the others")
   add("--rows", choices=("question", "answer"), default="question", help="tokens whose attention scores frames: the question's, as in the paper, or the "
     "one that the answer follows")
-  add("--max-frames", type=int, default=1024, help="frames, at most")
-  add("--min-frames", type=int, default=128, help="frames, at least; a short video's are repeated")
-  add("--fps", type=float, default=8.0, help="frames per second, at most")
+  add("--max-frames", type=number(1, FRAMES, int), default=1024, help="frames, at most")
+  add("--min-frames", type=number(1, FRAMES, int), default=128, help="frames, at least; a short video's are repeated")
+  add("--fps", type=number(0.001, video.FASTEST, float), default=8.0, help="frames per second, at most")
   add("--rate", choices=get_args(video.Rate), default="own", help="where a video's frames have no constant rate: own: they have their own times; "
     "average: they lie as far apart as the average rate says, as in the release")
-  add("--stream", type=int, help="number of the video's stream in its file; default: the one that players take")
-  add("--clip-frames", default="auto", help='frames the tower sees together; "auto": as tuned, else 8 as XComp was trained, 4 for InternVideo2; '
+  add("--stream", type=number(0, 1000, int), help="number of the video's stream in its file; default: the one that players take")
+  add("--clip-frames", type=clip_frames, default="auto", help='frames the tower sees together; "auto": as tuned, else 8 as XComp was trained, 4 for InternVideo2; '
     '"checkpoint": what config.json says (quirk Q1)')
-  add("--yarn", type=float, help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without compression); "
+  add("--yarn", type=number(1.0, 1000.0, float), help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without compression); "
     "1: not at all; default: as config.json says")
-  add("--context", type=int, help="tokens that a prompt may have, 16 for each frame before compression; 131072 in the release's evaluation; "
+  add("--context", type=number(1, 10_000_000, int), help="tokens that a prompt may have, 16 for each frame before compression; 131072 in the release's evaluation; "
     "default: as tuned, else as config.json says")
   add("--clips-per-chunk", type=clips, default="auto", help="clips in the tower at once; default: by the device's memory")
   add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
   add("--dtype", choices=get_args(Dtype), help="default: bfloat16, but float16 on GPUs that have none, such as a T4, and float32 on CPUs; the release evaluates in float16")
   add("--attention", choices=get_args(Attention), default="auto", help="auto: by the device. einsum, tiled and xla_chunked run on any; flash is a GPU's, mosaic, triton and cudnn (the tower) are NVIDIA's, splash is a TPU's")
-  add("--max-new-tokens", type=int, default=64)
-  add("--repetition-penalty", type=float, default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
-  add("--temperature", type=float, default=0.0, help="0: the most probable token each time")
-  add("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all")
-  add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
-  add("--seed", type=int, default=0, help="of the draws")
+  add("--max-new-tokens", type=number(1, 100_000, int), default=64)
+  add("--repetition-penalty", type=number(0.001, 1000.0, float), default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
+  add("--temperature", type=number(0.0, 1000.0, float), default=0.0, help="0: the most probable token each time")
+  add("--top-k", type=number(0, 10_000_000, int), default=0, help="draw from this many tokens; 0: from all")
+  add("--top-p", type=number(1e-6, 1.0, float), default=1.0, help="draw from the fewest tokens of this probability")
+  add("--seed", type=number(0, 2**32 - 1, int), default=0, help="of the draws")
   add("--compilation-cache", type=expanduser, help=f"folder of compiled programs, for the next time; '': none; default: JAX_COMPILATION_CACHE_DIR, else {COMPILED}")
 
 
@@ -111,11 +121,29 @@ def settings(args: argparse.Namespace) -> Settings:
   return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
 
 
-def default(checkpoint: str, **changes) -> Settings:
+def default(checkpoint: str | os.PathLike, **changes) -> Settings:
   """The settings that `ask` has without options, but for `changes`."""
   parser = argparse.ArgumentParser()
   options(parser)
-  return dataclasses.replace(settings(parser.parse_args(["--checkpoint", checkpoint])), **changes)
+  return dataclasses.replace(settings(parser.parse_args([f"--checkpoint={os.fspath(checkpoint)}"])), **changes)
+
+
+def checked(s: Settings) -> Settings:
+  """The settings as the options of the command line read them, so that what Python code sets has the same bounds and choices.
+
+  Raises:
+    ConfigError: which one can't be, and why.
+  """
+  parser = argparse.ArgumentParser(exit_on_error=False, add_help=False)
+  options(parser)
+  given = {name: value for name, value in vars(s).items() if value is not None}
+  try:
+    read = settings(parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in given.items()]))
+  except argparse.ArgumentError as error:
+    raise ConfigError(one_line(error).removeprefix("argument ")) from error
+  if unset := [name for name, value in vars(read).items() if value is not None and name not in given]:
+    raise ConfigError(f"--{unset[0].replace('_', '-')}: None is no value for it")
+  return read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +283,25 @@ class Reader:
     part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'}"
     sampled = f"{s.min_frames} to {s.max_frames} frames at up to {s.fps:g} per second"
     sampled += ("" if s.rate == "own" else ", by the average rate") + ("" if s.stream is None else f", stream {s.stream}")
-    return f"{file.name} ({size:,} bytes, {digest.hexdigest()}){part}, {sampled}"
+    return f"{printable(file.name)} ({size:,} bytes, {digest.hexdigest()}){part}, {sampled}"
+
+
+def fault(error: BaseException) -> str:
+  """Says in a line why one video could not be watched or asked about, so that others still can.
+
+  What no file can cause is a mistake of this program, and is told with its kind and place.
+
+  Raises:
+    KeyboardInterrupt, SystemExit, GeneratorExit: the error itself, for it ends everything.
+  """
+  if isinstance(error, ENDINGS):
+    raise error
+  if text := out_of_memory(error):
+    return text
+  if isinstance(error, (video.VideoError, prompt.AnnotationError, ConfigError, OSError)):
+    return one_line(error)
+  last = traceback.extract_tb(error.__traceback__)[-1]
+  return f"unexpected {type(error).__name__} in {os.path.basename(last.filename)}, line {last.lineno}: {one_line(error)[:300]}"
 
 
 def prepare(s: Settings) -> Reader:
@@ -264,18 +310,15 @@ def prepare(s: Settings) -> Reader:
   Raises:
     CheckpointError, ConfigError, OSError: bad settings, by name.
   """
+  s = checked(s)
   directory = weights.resolve(s.checkpoint)
   tuned = weights.read_tuned(directory) or Tuned(COSINE)
   lp_comp = LPCompConfig(s.schedule or tuned.lp_comp.schedule, s.keep or tuned.lp_comp.keep, tuned.lp_comp.group)
   dtype = s.dtype or kernels.compute_dtype(kernels.here(), tuned.dtype)
   kernels.check(s.attention, dtype)
-  clip_frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
-  if (s.clips_per_chunk != "auto" and s.clips_per_chunk < 1) or (type(clip_frames) is int and clip_frames < 1) or (s.yarn is not None and s.yarn < 1):
-    raise ConfigError("--clips-per-chunk, --clip-frames and --yarn must be at least 1")
-  if s.context is not None and s.context < 1:
-    raise ConfigError(f"--context {s.context}: must be at least 1")
+  frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
   yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
-  model = ModelConfig(clip_frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False)
+  model = ModelConfig(frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False)
   cfg = weights.read_config(directory, model, lp_comp, option="--clip-frames checkpoint")
   if s.context not in (None, cfg.llm.context):
     print(f"a context of {s.context:,} tokens (--context), not the {cfg.llm.context or 'unknown number'} of {directory}", file=sys.stderr)

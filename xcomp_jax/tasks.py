@@ -6,16 +6,16 @@ both have the same prompts and the same numbers.
 
 import argparse
 import dataclasses
-import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from os.path import expanduser
 from typing import Any
 
 import numpy as np
 
-from xcomp_jax.files import listed
+from xcomp_jax.files import expanduser, listed
+from xcomp_jax.inputs import parse_json, quoted, read_json, text
 
 CLOSING = "Answer with the option's letter from the given choices directly."
 BEST_OPTION = "\nOnly give the best option."
@@ -248,7 +248,7 @@ def _longvideobench(item, stem, subtitles):
   name = item["subtitle_path"]
   file = subtitles / (name if "_en.json" in name else name.replace(".json", "_en.json"))
   try:
-    spoken = json.loads(file.read_text(encoding="utf-8"))
+    spoken = read_json(file, TaskError)
   except FileNotFoundError:
     raise TaskError(f"{file} does not exist; --subtitles is the folder of LongVideoBench's subtitles") from None
   listed = seen_subtitles(spoken, item["duration"], item["starting_timestamp_for_subtitles"])
@@ -277,7 +277,7 @@ def _letter(answer: Any, options: Sequence[str]) -> str:
   count = len(options) or 5  # `any_letter` finds no others
   if letter := stated(answer, count):
     return letter
-  raise TaskError(f"its answer {answer!r} is none of the letters A to {LETTERS[count - 1]}; write one of them, such as \"A\"")
+  raise TaskError(f"its answer {quoted(answer)} is none of the letters A to {LETTERS[count - 1]}; write one of them, such as \"A\"")
 
 
 def stated(answer: Any, count: int) -> str:
@@ -316,7 +316,7 @@ def read(task: Task, annotations: pathlib.Path, subtitles: pathlib.Path | None =
     for i, item in enumerate(_questions(file)):
       try:
         question = task.question(_whole(item), file.stem, subtitles)
-      except (TaskError, KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+      except Exception as error:  # it may hold anything
         wrong.setdefault(_reason(task, error), []).append(i)
         continue
       if question is not None:
@@ -334,7 +334,7 @@ def read(task: Task, annotations: pathlib.Path, subtitles: pathlib.Path | None =
 def _reason(task: Task, error: Exception) -> str:
   if isinstance(error, TaskError):
     return str(error)
-  return f"no annotation of {task.name}: " + (f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}")
+  return f"no annotation of {task.name}: " + (f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {str(error)[:300]}")
 
 
 def _places(numbers: Sequence[int]) -> str:
@@ -350,12 +350,10 @@ def unanswerable(questions: Sequence[Question]) -> str:
 
 
 def _items(file: pathlib.Path) -> list[Any]:
-  try:
-    text = file.read_text(encoding="utf-8")
-    whole = text.lstrip().startswith("[")
-    return json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
-  except ValueError as error:
-    raise TaskError(f"{file} is no JSON: {error}") from error
+  content = text(file, TaskError)
+  if content.lstrip().startswith("["):
+    return parse_json(content, file, TaskError)
+  return [parse_json(line, f"{file}, line {n},", TaskError) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
 
 
 def _questions(file: pathlib.Path) -> Iterator[Any]:
@@ -363,7 +361,7 @@ def _questions(file: pathlib.Path) -> Iterator[Any]:
   for item in _items(file):
     try:
       yield from _each(item)
-    except (TaskError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:
       yield error
 
 
@@ -378,10 +376,10 @@ def _each(item: Any) -> Iterable[Any]:
   if isinstance(item, dict) and ("videos" in item or not isinstance(item.get("video", ""), str)):
     paths = [path for key in ("video", "videos") for path in (item[key] if isinstance(item.get(key), list) else [item.get(key)]) if path is not None]
     if len(paths) != 1 or not isinstance(paths[0], str):
-      raise TaskError(f"it must have one video, the name of a file, not {json.dumps(paths)[:60]}")
+      raise TaskError(f"it must have one video, the name of a file, not {quoted(paths, 60)}")
     item = {key: value for key, value in item.items() if key != "videos"} | {"video": paths[0]}
   if isinstance(item, dict) and (bad := [key for key in ("start", "end") if not isinstance(item.get(key), (int, float, type(None)))]):
-    raise TaskError(f"its {bad[0]} is {json.dumps(item[bad[0]])[:60]}; write seconds")
+    raise TaskError(f"its {bad[0]} is {quoted(item[bad[0]], 60)}; write seconds")
   if isinstance(item, dict) and "qa" in item:
     return _published(item)
   if isinstance(item, dict) and ("conversations" in item or "messages" in item):
@@ -392,10 +390,10 @@ def _each(item: Any) -> Iterable[Any]:
 def _rounds(item: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
   """The questions of a conversation, of {"from", "value"} or {"role", "content"}; what a system turn says is left out."""
   turns = [(t.get("from") or t.get("role"), t.get("value", t.get("content"))) for t in item.get("conversations") or item["messages"]]
-  turns = [(who, text) for who, text in turns if who != "system"]
-  for n, (who, text) in enumerate(turns):
-    if who not in (("human", "user"), ("gpt", "assistant"))[n % 2] or not isinstance(text, str):
-      raise TaskError(f"turn {n} of the conversation is {json.dumps({'from': who, 'value': text})[:100]}; write questions \"from\": \"human\" and answers \"from\": \"gpt\" in turn, with text as \"value\"")
+  turns = [turn for turn in turns if turn[0] != "system"]
+  for n, (who, said) in enumerate(turns):
+    if who not in (("human", "user"), ("gpt", "assistant"))[n % 2] or not isinstance(said, str):
+      raise TaskError(f"turn {n} of the conversation is {quoted({'from': who, 'value': said}, 100)}; write questions \"from\": \"human\" and answers \"from\": \"gpt\" in turn, with text as \"value\"")
   if len(turns) % 2 or not turns:
     raise TaskError("the conversation does not end with an answer; write the right letter as its last turn, \"from\": \"gpt\"")
   for (_, question), (_, answer) in zip(turns[::2], turns[1::2]):
@@ -423,7 +421,7 @@ def subtitles_of(videos: pathlib.Path, given: str | None) -> pathlib.Path | None
 def find(videos: pathlib.Path, question: Question) -> pathlib.Path:
   """The video file, or folder of frames, of a question; where none is there, the likeliest name."""
   names = [videos / f"{name}{suffix}" for name in question.videos for suffix in SUFFIXES]
-  return next((name for name in names if name.exists()), names[0])
+  return next((name for name in names if os.path.exists(name)), names[0])  # where pathlib raises, it is not there
 
 
 def missing(videos: pathlib.Path, questions: Sequence[Question]) -> str:
@@ -433,7 +431,7 @@ def missing(videos: pathlib.Path, questions: Sequence[Question]) -> str:
     FileNotFoundError: not one of them is.
   """
   every = {q.videos[0] for q in questions}
-  lost = {q.videos[0]: find(videos, q) for q in questions if not find(videos, q).exists()}
+  lost = {q.videos[0]: find(videos, q) for q in questions if not os.path.exists(find(videos, q))}
   if len(lost) == len(every):
     raise FileNotFoundError(f"--videos {videos} has none of the {len(lost)} videos, such as {min(lost.values())}")
   if not lost:

@@ -28,7 +28,6 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from xcomp_jax import checkpoint, encode, forecast, hosts, metrics, optim, weights, workdir
 from xcomp_jax.config import (
@@ -49,6 +48,7 @@ from xcomp_jax.data.store import Features, Store, StoreError, open_store
 from xcomp_jax.files import apart, command, keep_compiled
 from xcomp_jax.forecast import Account, Schedule
 from xcomp_jax.model import kernels, lp_comp, vlm
+from xcomp_jax.progress import progress
 from xcomp_jax.sharding import make_mesh, param_shardings, parameter_table
 from xcomp_jax.steps import (
   Steps,
@@ -264,7 +264,7 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
     )
     compilations = stack.enter_context(metrics.Compilations("encode_step", "grad_step", "apply_step", "eval_step"))
     stopping = stack.enter_context(hosts.stop_signal())
-    bar = stack.enter_context(tqdm(total=steps, initial=start, disable=None if first else True, unit="step"))
+    bar = stack.enter_context(progress(total=steps, initial=start, desc="train", unit="step", disable=not first))
     say = bar.write if first else lambda _: None
 
     def tell(step: int, group: str, values: Mapping[str, float]) -> None:

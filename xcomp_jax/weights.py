@@ -9,6 +9,7 @@ xcomp.json beside them, if there is one, says what the weights were tuned with: 
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import re
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from xcomp_jax import chips, config_json
+from xcomp_jax import chips, config_json, inputs
 from xcomp_jax.config import (
   ConfigError,
   InternVideo2Config,
@@ -58,7 +59,7 @@ from xcomp_jax.sharding import path_name
 EXTRA, VERSION = "xcomp.json", 1
 
 
-def resolve(init_from: str, whole: bool = True, code: bool = False) -> pathlib.Path:
+def resolve(init_from: str | os.PathLike, whole: bool = True, code: bool = False) -> pathlib.Path:
   """The local directory of `init_from`: a directory, or a hub id org/name (from the local cache if it is there).
 
   whole: False fetches what describes the model, but not its weights. code: fetches the Python files alone.
@@ -72,10 +73,13 @@ def resolve(init_from: str, whole: bool = True, code: bool = False) -> pathlib.P
     return path
   if path.exists():
     raise CheckpointError(f"{init_from} is a file; give the directory that holds config.json and the weights")
-  if not re.fullmatch(r"[\w.-]+/[\w.-]+", init_from) or init_from.startswith("."):
-    raise CheckpointError(f"there is no directory {init_from}")
-  from huggingface_hub import snapshot_download
+  name = os.fspath(init_from)
+  if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    raise CheckpointError(f"there is no directory {name}")
+  from huggingface_hub import constants, snapshot_download
 
+  if constants.HF_HOME.startswith("~"):  # it would make a folder of that name
+    raise CheckpointError(f"there is no directory {name}, and as a hub id it can't be fetched: this user has no home directory; set HF_HOME to a folder")
   files, complete = ["*.json", "*.txt", "*.jinja"], lambda directory: (directory / "config.json").exists()
   if whole:
     files, complete = [*files, "*.safetensors", "params/*"], _whole
@@ -84,10 +88,10 @@ def resolve(init_from: str, whole: bool = True, code: bool = False) -> pathlib.P
   try:
     if not code:  # a cache may hold only some Python files, and nothing lists them
       with contextlib.suppress(FileNotFoundError):  # not in the cache
-        cached = pathlib.Path(snapshot_download(init_from, local_files_only=True, allow_patterns=files))
+        cached = pathlib.Path(snapshot_download(name, local_files_only=True, allow_patterns=files))
         if complete(cached):
           return cached
-    fetched = pathlib.Path(snapshot_download(init_from, allow_patterns=files))
+    fetched = pathlib.Path(snapshot_download(name, allow_patterns=files))
     if complete(fetched):
       return fetched
     raise FileNotFoundError(f"only a part of it is there: {fetched}")
@@ -105,23 +109,27 @@ def _whole(directory: pathlib.Path) -> bool:
   return (directory / "config.json").exists() and (is_orbax(directory) or any(directory.glob("*.safetensors")))
 
 
-COUNT, ABOVE_0 = "an integer above 0", "a number above 0"
+# Bounds of a config.json's numbers: what no model has is refused at once, and not when memory or patience end.
+LAYERS, WIDTH, FRAMES, PIXELS, POSITIONS = range(1, 1_001), range(1, 1_000_001), range(1, 1_001), range(1, 4_097), range(1, 1_000_000_001)
+PATCHES = 65_536  # of a frame, at most
+ABOVE_0 = "a number above 0 and below 1e38"
 KINDS = {
-  COUNT: lambda v: type(v) is int and v > 0,
-  "an integer": lambda v: type(v) is int,
-  ABOVE_0: lambda v: type(v) in (int, float) and 0 < v < math.inf,
+  ABOVE_0: lambda v: type(v) in (int, float) and 0 < v < 1e38,  # float32 has them
+  "a number above 0, at most 100": lambda v: type(v) in (int, float) and 0 < v <= 100,
   "true or false": lambda v: type(v) is bool,
   "text": lambda v: type(v) is str,
 }
-SIZES = {  # what config.json must have
-  "hidden_size": COUNT, "intermediate_size": COUNT, "num_hidden_layers": COUNT, "num_attention_heads": COUNT,
-  "num_key_value_heads": COUNT, "vocab_size": COUNT, "rope_theta": ABOVE_0, "rms_norm_eps": ABOVE_0,
-  "tie_word_embeddings": "true or false", "mm_vision_tower": "text", "mm_projector_type": "text", "mm_hidden_size": COUNT,
-  "mm_local_num_frames": COUNT, "mm_vision_select_layer": "an integer",
+SIZES: dict[str, str | range] = {  # what config.json must have
+  "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": WIDTH,
+  "num_key_value_heads": WIDTH, "vocab_size": range(1, 10_000_001), "rope_theta": ABOVE_0, "rms_norm_eps": ABOVE_0,
+  "tie_word_embeddings": "true or false", "mm_vision_tower": "text", "mm_projector_type": "text", "mm_hidden_size": WIDTH,
+  "mm_local_num_frames": FRAMES, "mm_vision_select_layer": range(-1_000, 1_001),
 }
-OPTIONAL = ("head_dim", "tokenizer_model_max_length", "max_position_embeddings")
+OPTIONAL: dict[str, str | range] = {"head_dim": WIDTH, "tokenizer_model_max_length": POSITIONS, "max_position_embeddings": POSITIONS}
 SCALINGS = ("rope_scaling", "rope_parameters")  # as transformers has it up to 4, and from 5 on
-TINY_VISION = dict.fromkeys(("image_size", "embed_dim", "depth", "heads", "patch_size"), COUNT) | {"mlp_ratio": ABOVE_0}
+TINY_VISION: dict[str, str | range] = {
+  "image_size": PIXELS, "embed_dim": WIDTH, "depth": LAYERS, "heads": WIDTH, "patch_size": PIXELS, "mlp_ratio": "a number above 0, at most 100",
+}
 UMT = {"embed_dim": 1024, "depth": 24, "heads": 16, "patch_size": 16, "mlp_ratio": 4}
 # The official config.json names a tower; its sizes are in the official code (FACTS.md 7).
 TOWERS: dict[str, dict[str, Any]] = {
@@ -134,14 +142,18 @@ CLIP_FRAMES = 8  # that XComp was trained with
 BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, where nothing else is said
 
 
-def _check(where: Any, values: Any, kinds: Mapping[str, str]) -> None:
-  """Raises a CheckpointError unless `values` is an object with all keys of `kinds`, of these kinds."""
+def _check(where: Any, values: Any, kinds: Mapping[str, str | range]) -> None:
+  """Raises a CheckpointError unless `values` is an object with all keys of `kinds`, of these kinds; a range is one of integers."""
   if not isinstance(values, dict):
-    raise CheckpointError(f"{where} = {values!r}: must be an object")
+    raise CheckpointError(f"{where} = {inputs.short(values)}: must be an object")
   if missing := [key for key in kinds if key not in values]:
     raise CheckpointError(f"{where} lacks {', '.join(missing)}")
-  wrong = [f"{key} = {values[key]!r}: must be {kind}" for key, kind in kinds.items() if not KINDS[kind](values[key])]
-  if wrong:
+  wrong = [
+    inputs.beyond(key, values[key], kind) if isinstance(kind, range)
+    else "" if KINDS[kind](values[key]) else f"{key} = {inputs.short(values[key])}: must be {kind}"
+    for key, kind in kinds.items()
+  ]
+  if wrong := list(filter(None, wrong)):
     raise CheckpointError(f"{where}: {'; '.join(wrong)}")
 
 
@@ -190,7 +202,7 @@ def read_config(
     )
   theta = config_json.rope_theta(file, c)
   c |= {} if theta is None else {"rope_theta": theta}
-  _check(file, c, SIZES | {key: COUNT for key in OPTIONAL if c.get(key) is not None})
+  _check(file, c, SIZES | {key: kind for key, kind in OPTIONAL.items() if c.get(key) is not None})
   config_json.check(file, c, (*SIZES, *OPTIONAL, *SCALINGS, "tiny_vision"))
   if c["tie_word_embeddings"] and not equal(directory, "lm_head.weight", "model.embed_tokens.weight"):
     print(f"{file} says tie_word_embeddings, but lm_head.weight is another matrix than the embedding; it is kept", file=sys.stderr)
@@ -236,6 +248,8 @@ def _tower(file: pathlib.Path, c: Mapping[str, Any]) -> VisionConfig | InternVid
     raise CheckpointError(f"{file}: mm_hidden_size is {c['mm_hidden_size']}, but tower {name} is {t['embed_dim']} wide")
   if not -t["depth"] <= c["mm_vision_select_layer"] < 0:
     raise CheckpointError(f"{file}: mm_vision_select_layer = {c['mm_vision_select_layer']} must count from the end, as -2 does")
+  if not 0 < (t["image_size"] // t["patch_size"]) ** 2 <= PATCHES:
+    raise CheckpointError(f"{file}: tiny_vision: patches of {t['patch_size']} pixels make none, or more than {PATCHES:,}, of {t['image_size']} x {t['image_size']}")
   sizes = dict(
     image_size=t["image_size"],
     patch_size=t["patch_size"],
@@ -326,7 +340,7 @@ def read_yarn(where: str, values: Any) -> Yarn | None:
   if kind == "default":
     return None
   optional = [key for key in ("attention_factor", *BETAS) if values.get(key) is not None]
-  _check(where, values, {"factor": ABOVE_0, "original_max_position_embeddings": COUNT} | dict.fromkeys(optional, ABOVE_0))
+  _check(where, values, {"factor": ABOVE_0, "original_max_position_embeddings": POSITIONS} | dict.fromkeys(optional, ABOVE_0))
   if values["factor"] < 1:
     raise CheckpointError(f"{where}: factor = {values['factor']}: must be at least 1")
   betas = {key: values[key] for key in BETAS if key in optional}
@@ -358,9 +372,10 @@ def read_tuned(directory: pathlib.Path) -> Tuned | None:
     raise CheckpointError(f"{file} has version {version!r}, this xcomp_jax reads {VERSION}: install a newer one")
   absent = {field.name: field.default for field in dataclasses.fields(Tuned) if field.default is None}
   tuned = from_dict(Tuned, absent | values, str(file))
-  numbers = {"lp_comp.group": tuned.lp_comp.group, "clip_frames": tuned.clip_frames, "image_size": tuned.image_size, "context": tuned.context}
-  if wrong := [f"{name} = {number}" for name, number in numbers.items() if number is not None and number < 1]:
-    raise CheckpointError(f"{file}: {', '.join(wrong)}: must be above 0")
+  numbers = {"clip_frames": (tuned.clip_frames, FRAMES), "image_size": (tuned.image_size, PIXELS), "context": (tuned.context, POSITIONS)}
+  wrong = [inputs.beyond(name, *number) for name, number in numbers.items() if number[0] is not None]
+  if wrong := list(filter(None, [inputs.beyond("lp_comp.group", tuned.lp_comp.group, WIDTH), *wrong])):
+    raise CheckpointError(f"{file}: {'; '.join(wrong)}")
   return tuned
 
 
@@ -441,7 +456,7 @@ def load(
   Args:
     directory: of the torch or the Orbax layout.
     cfg: from `read_config`.
-    shardings: a Sharding per parameter (`sharding.param_shardings`); None: the first device holds all.
+    shardings: a Sharding per parameter (`sharding.param_shardings`); None: `jax.default_device` holds all, else the first device.
     dtype: of the parameters, or path -> dtype; None: as stored.
 
   Raises:
@@ -450,12 +465,14 @@ def load(
   """
   directory = pathlib.Path(directory)
   entries = names(cfg)
+  stored(directory, cfg)  # refuses what is not there before a model is made, which takes a minute for a thousand layers
   graph, state = nnx.split(abstract(cfg))
   leaves, tree = jax.tree_util.tree_flatten_with_path(state)
   paths = [path_name(path) for path, _ in leaves]
   assert {e.path: e.ours for e in entries} == {p: leaf.shape for p, (_, leaf) in zip(paths, leaves)}, "table and model differ"
   place = parameters(shardings) if shardings is not None else {}
-  first = SingleDeviceSharding(jax.local_devices()[0])
+  chosen = jax.config.jax_default_device  # ty: ignore[missing-attribute]  (made at run time)
+  first = SingleDeviceSharding(chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0])
   wanted = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
   target = lambda path, own: (place.get(path, first), np.dtype(own if wanted(path) is None else wanted(path)))
   read = read_orbax if is_orbax(directory) else read_torch

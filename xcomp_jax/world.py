@@ -20,12 +20,11 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from os.path import expanduser
 from typing import Any
 
 import numpy as np
 
-from xcomp_jax.files import command, fresh_folder
+from xcomp_jax.files import command, expanduser, fresh_folder
 
 SIZE = 96  # pixels of a video, square
 FRAMES = 8  # of a scene: one clip

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import tokenizers
-import tqdm
 from PIL import Image, ImageDraw
 
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
 from xcomp_jax.files import listed, one_line, too_many_files
+from xcomp_jax.progress import progress
 
 THUMBNAIL = 112  # pixels
 THREADS = 32  # at most: each may hold a file open beside those of `store.OPEN`
@@ -37,7 +37,7 @@ def verify(path: str | os.PathLike) -> None:
   wanted = {line["sample"]: line for line in lines if "sample" in line}
   with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
     found = pool.map(lambda i: _difference(store, i, wanted.get(i)), range(len(store)))
-    wrong += [text for text in tqdm.tqdm(found, total=len(store), unit="sample", desc="verify") if text]
+    wrong += [text for text in progress(found, total=len(store), unit="sample", desc="verify") if text]
   if wrong:
     raise StoreError(listed(f"{path} differs from its manifest", wrong))
   frames = sum(s.frames for s in store.samples)

@@ -21,6 +21,16 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 
+from xcomp_jax.inputs import regular
+
+# What FFmpeg may take a file for: formats that hold all they show in one file. Others (playlists, lists, numbered images, streams)
+# name files and addresses, which it would open.
+FORMATS = (
+  "apng,asf,asf_o,av1,avi,avs2,avs3,bink,bmp_pipe,cavsvideo,dhav,dirac,dnxhd,dv,evc,flic,flv,gif,gxf,h261,h263,h264,hevc,ivf,j2k_pipe,jpeg_pipe,"
+  "jpegxl_anim,jpegxl_pipe,kux,live_flv,lxf,m4v,matroska,mjpeg,mjpeg_2000,mov,mpeg,mpegts,mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,png_pipe,ppm_pipe,rm,"
+  "roq,smk,swf,thp,tiff_pipe,ty,vc1,vc1test,vivo,vvc,webp_pipe,wtv,yuv4mpegpipe"
+)
+PIXELS = 178_956_970  # of a picture, at most; Pillow has the same limit
 STATED = {"mov", "matroska", "avi", "flv", "asf"}  # formats whose header says how long the file is
 COUNTED = {"avi", "ivf"}  # of which FFmpeg says how long the file is now, while the header has its number of frames
 NONE = -(2**63)  # stands for a missing time stamp
@@ -169,15 +179,14 @@ def _opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]
   """
   if path.is_dir():
     raise VideoError(f"{path} is a folder; read it as read_type='frames'")
-  if path.exists() and not path.is_file():
-    raise VideoError(f"{path} is no regular file, which it must be: it is read more than once")
-  if not path.stat().st_size:
+  if not regular(path).stat().st_size:
     raise VideoError(f"{path} is empty (0 bytes)")
   try:  # "file:", for "12:30.mp4" would be read by protocol "12"
-    container = av.open("file:" + os.path.abspath(path), **TITLES)
+    container = av.open("file:" + os.path.abspath(path), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}, **TITLES)
   except (av.error.FFmpegError, OSError) as error:
     why = getattr(error, "strerror", None) or error
-    raise VideoError(f"{path} can't be read as a video ({why}); it may be truncated, or of a format FFmpeg does not know") from error
+    advice = "it may be truncated, or of a format that is not read; of lists of files, such as playlists, give the files"
+    raise VideoError(f"{path} can't be read as a video ({why}); {advice}") from error
   with container:
     videos: Any = container.streams.video
     found: Any = container.streams.best("video") if stream is None else next((s for s in videos if s.index == stream), None)
@@ -188,6 +197,9 @@ def _opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]
       raise VideoError(f"{path} can't be read as a video: no video stream{'' if stream is None else f' {stream}'}; {has}")
     if found.codec_context is None:
       raise VideoError(f"{path}: there is no decoder for its video stream {found.index}; {NO_DECODER}")
+    if found.width * found.height > PIXELS:
+      raise VideoError(f"{path} has pictures of {found.width} x {found.height} pixels; {PIXELS:,} can be read")
+    found.codec_context.options = {"max_pixels": str(PIXELS)}  # they may grow on the way
     found.thread_type = "AUTO"
     yield container, found
 

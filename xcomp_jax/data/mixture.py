@@ -5,6 +5,7 @@ video_read_type, frame_rate and text_samples. An annotation is an object with "c
 "messages"), at most one of "image", "images", "video" and "videos", and perhaps "id", "start" and "end".
 """
 
+import concurrent.futures
 import dataclasses
 import difflib
 import hashlib
@@ -14,13 +15,15 @@ import os
 import pathlib
 import random
 import re
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import tqdm
-
+from xcomp_jax import inputs
 from xcomp_jax.data import store, video
-from xcomp_jax.files import local, one_line
+from xcomp_jax.files import expanduser, local, one_line
+from xcomp_jax.inputs import quoted
+from xcomp_jax.progress import progress
 
 # video_read_type, and what `video.sample` calls it
 READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
@@ -28,6 +31,10 @@ KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "frame
 TEXT, SEVERAL = "text alone", "several images or videos"  # what the release passes over
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of those who speak
 VIDEO = "<video>"  # what others write for prompt.IMAGE
+LARGEST = 1 << 20  # characters of a mixture, at most, with what its aliases stand for
+
+
+THREADS = 16  # that ask the file system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +76,10 @@ def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
   Raises:
     AnnotationError: a strategy that does not exist.
   """
-  match = re.fullmatch(r"all|(first|end)(\d*):(\d+|\d+(?:\.\d+)?%)", strategy.strip())
+  match = re.fullmatch(r"all|(first|end)(\d{0,9}):(\d{1,9}|\d{1,9}(?:\.\d{1,9})?%)", strategy.strip())
   if not match or (match[1] == "end" and match[2]) or match[2] == "0":
     raise _error(
-      f"sampling_strategy {strategy!r} is unknown; write all, first:100, first:2.5%, first2:10% (the second tenth) or end:100"
+      f"sampling_strategy {quoted(strategy)} is unknown; write all, first:100, first:2.5%, first2:10% (the second tenth) or end:100"
     )
   chosen = list(range(count))
   random.Random(12345).shuffle(chosen)
@@ -105,48 +112,78 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
   Raises:
     AnnotationError: the mixture or an annotation file as a whole can't be read.
   """
-  import yaml
-
   path, root = (local(each, "annotations and videos are read as files") for each in (path, root))
   try:
-    mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    mixture = _yaml(inputs.text(path, ValueError, LARGEST))
+  except Exception as error:  # its library raises more than its own
     there = f"; there is {root / path}: give that" if not path.is_absolute() and not path.exists() and (root / path).exists() else ""
     raise _error(f"mixture {path} can't be read: {one_line(error)}{there}") from error
   datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
   if not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets:
     raise _error(f"mixture {path}: expected a list under `datasets`, each with json_path and data_root")
   jobs, files = [], []
-  for n, entry in enumerate(tqdm.tqdm(datasets, unit="file", desc="check", delay=5.0, leave=False)):
+  for n, entry in enumerate(progress(datasets, unit="file", desc="check", delay=5.0, leave=False)):
     where = f"mixture {path}, dataset {n}"
     for key in entry.keys() - set(KEYS):
-      near = difflib.get_close_matches(str(key), KEYS, 1)
-      raise _error(f"{where}: {key} is unknown; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}"))
+      near = difflib.get_close_matches(str(key)[:100], KEYS, 1)
+      raise _error(f"{where}: {str(key)[:100]} is unknown; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}"))
     if not isinstance(entry.get("json_path"), str):
       raise _error(f"{where}: json_path is missing")
     if not isinstance(entry.get("data_root") or "", str):
-      raise _error(f"{where}: data_root must be a path, not {entry['data_root']!r}")
+      raise _error(f"{where}: data_root must be a path, not {quoted(entry['data_root'])}")
     reader = entry.get("video_read_type") or "decord"
     if not isinstance(reader, str) or reader not in READERS:
-      raise _error(f"{where}: video_read_type {reader!r} is unknown; known: {', '.join(READERS)}")
+      raise _error(f"{where}: video_read_type {quoted(reader)} is unknown; known: {', '.join(READERS)}")
     rate = entry.get("frame_rate")
-    if rate is not None and (reader != "img" or isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf):
-      raise _error(f"{where}: frame_rate is how many images of a folder make a second, a number above 0 beside `video_read_type: img`, not {rate!r}")
+    if rate is not None and (reader != "img" or isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= video.FASTEST):
+      raise _error(f"{where}: frame_rate is how many images of a folder make a second, a number above 0 and up to {video.FASTEST:g} beside `video_read_type: img`, not {quoted(rate)}")
     text = entry.get("text_samples") or False
     if not isinstance(text, bool):
-      raise _error(f"{where}: text_samples must be true or false, not {text!r}")
-    file = root / os.path.expanduser(entry["json_path"])
+      raise _error(f"{where}: text_samples must be true or false, not {quoted(text)}")
+    strategy = entry.get("sampling_strategy", "all")
+    if not isinstance(strategy, str):
+      raise _error(f"{where}: sampling_strategy must be a text such as first:10%, not {quoted(strategy)}")
+    file = root / expanduser(entry["json_path"])
     items = read_annotations(file)
     try:
-      drawn, chosen = select(items, str(entry.get("sampling_strategy", "all")), subset, text)
+      drawn, chosen = select(items, strategy, subset, text)
     except ValueError as error:
       raise _error(f"{where}: {error}") from error
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
     files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen), tuple(passed)))
-    folder = root / os.path.expanduser(entry.get("data_root") or "")
-    jobs += [_job(items[i], i, entry["json_path"], folder, READERS[reader], rate) for i in chosen]
+    folder = root / expanduser(entry.get("data_root") or "")
+    sources = [_source(items[i], folder, READERS[reader]) for i in chosen]
+    for i, source, faults in zip(chosen, sources, _path_faults(sources), strict=True):
+      jobs.append(_job(items[i], i, entry["json_path"], source, faults, rate))
   return jobs, files
+
+
+def _yaml(text: str) -> Any:
+  """What YAML says.
+
+  Raises:
+    ValueError: its aliases stand for too much: each may stand for several others, and so on, without end.
+    yaml.YAMLError, RecursionError: and others.
+  """
+  import yaml
+
+  sizes: dict[int, int] = {}
+
+  class Loader(yaml.SafeLoader):
+    def compose_node(self, parent, index):
+      alias = self.check_event(yaml.AliasEvent)
+      node = super().compose_node(parent, index)
+      if alias and id(node) not in sizes:
+        raise ValueError(f"line {node.start_mark.line + 1}: something contains itself")
+      if not alias:
+        parts = () if isinstance(node, yaml.ScalarNode) else (part for value in node.value for part in (value if isinstance(value, tuple) else [value]))
+        sizes[id(node)] = len(node.value) + sum(sizes[id(part)] for part in parts)
+      if sizes[id(node)] > LARGEST:
+        raise ValueError(f"line {node.start_mark.line + 1}: its aliases (*) stand for more than the {LARGEST:,} characters that a mixture may have")
+      return node
+
+  return yaml.load(text, Loader)
 
 
 def read_annotations(path: str | os.PathLike) -> list[dict]:
@@ -157,7 +194,7 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   """
   path = pathlib.Path(path)
   try:
-    text = path.read_text(encoding="utf-8-sig")  # some editors write a mark at the start
+    text = inputs.text(path, ValueError)
   except (OSError, ValueError) as error:  # not UTF-8, or no path at all
     where = "" if path.is_absolute() else f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
     raise _error(f"annotations {path} can't be read: {one_line(error)}{where}") from error
@@ -176,7 +213,7 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   whole: Any = items if path.suffix == ".jsonl" else items[0]
   wrong = next((i for i, item in enumerate(whole) if not isinstance(item, dict)), None) if isinstance(whole, list) else "whole"
   if wrong is not None:
-    found = "" if wrong == "whole" else f"; annotation {wrong} is {json.dumps(whole[wrong])[:100]}"
+    found = "" if wrong == "whole" else f"; annotation {wrong} is {quoted(whole[wrong], 100)}"
     raise _error(f"annotations {path}: expected a list of objects{found}")
   return whole
 
@@ -207,20 +244,22 @@ def _talk(item: Mapping[str, Any], visual: bool) -> Any:
   return turns
 
 
+def _source(item: Mapping[str, Any], folder: pathlib.Path, reader: video.ReadType) -> tuple[str, video.ReadType | None, str]:
+  """Of an annotation that `select` has let through: its file or folder, how that is read, and what is wrong with its name."""
+  for key, name in _visuals(item):
+    good = isinstance(name, str) and name
+    fault = "" if good else f"{key} must be a path, not {quoted(name)}"
+    return str(folder / name) if good else str(folder), "img" if key == "image" else reader, fault
+  return "", None, ""  # text alone
+
+
 def _job(
-  item: Mapping[str, Any], position: int, annotation: str, folder: pathlib.Path, reader: video.ReadType, rate: float | None
+  item: Mapping[str, Any], position: int, annotation: str, file: tuple[str, video.ReadType | None, str], faults: list[str], rate: float | None
 ) -> Job:
-  """The job of an annotation that `select` has let through."""
+  """The job of an annotation whose file is known, and what is wrong with that."""
   from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
 
-  faults, source, kind = [], "", None
-  for key, name in _visuals(item):
-    kind = "img" if key == "image" else reader
-    source = str(folder / name if isinstance(name, str) else folder)
-    if not isinstance(name, str) or not name:
-      faults.append(f"{key} must be a path, not {name!r}")
-    else:
-      faults += _path_faults(folder / name, kind)
+  source, kind, _ = file
   talk: Any = _talk(item, kind is not None)  # checked below
   turns = ()
   try:
@@ -232,31 +271,41 @@ def _job(
     faults.append(str(error))
   times = [None if t != t else t for t in (item.get("start"), item.get("end"))]
   if not all(t is None or (isinstance(t, (int, float)) and not isinstance(t, bool) and abs(t) < 1e9) for t in times):
-    faults.append(f"start {times[0]!r} and end {times[1]!r} must be seconds")
+    faults.append(f"start {quoted(times[0])} and end {quoted(times[1])} must be seconds")
     times = [None, None]
   start, end = (t if t is None else float(t) for t in times)
   if (start or 0) < 0 or (end is not None and end <= (start or 0)):
     faults.append(f"start {times[0]} and end {times[1]}: expected 0 <= start < end")
-  sample = store.Sample(str(position if item.get("id") is None else item["id"]), source, annotation, position, turns, "")
+  sample = store.Sample(name if isinstance(name := position if item.get("id") is None else item["id"], str) else quoted(name), source, annotation, position, turns, "")
   try:
-    json.dumps(dataclasses.asdict(sample), ensure_ascii=False).encode()
+    "".join((sample.id, source, annotation, *(turn["value"] for turn in turns))).encode()
   except UnicodeEncodeError:  # JSON can spell half of a character that takes two
     faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
     sample = store.Sample(str(position), ascii(source), annotation, position, (), "")
   return Job(sample, kind, start, end, rate, tuple(ascii(f) if not f.isprintable() else f for f in faults))
 
 
-def _path_faults(path: pathlib.Path, reader: str) -> list[str]:
+def _path_faults(sources: Sequence[tuple[str, video.ReadType | None, str]]) -> Iterator[list[str]]:
+  """What is wrong with each of some files; asked side by side, as a file system on a network takes its time to answer."""
+  look = lambda first: [[fault] if fault else _path_fault(path, kind) if kind else [] for path, kind, fault in sources[first : first + 64]]
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    for found in pool.map(look, range(0, len(sources), 64)):
+      yield from found
+
+
+def _path_fault(path: str, reader: str) -> list[str]:
   try:
-    if not path.exists():
-      return [f"{path} does not exist"]
-    if not path.is_dir() and not path.is_file():
+    mode = os.stat(path).st_mode
+    folder = stat.S_ISDIR(mode)
+    if not folder and not stat.S_ISREG(mode):
       return [f"{path} is neither a file nor a folder"]  # reading a pipe would wait for ever
-    if path.is_dir() != (reader == "frames"):
-      kind = "a folder" if path.is_dir() else "a file"
+    if folder != (reader == "frames"):
+      kind = "a folder" if folder else "a file"
       return [f"{path} is {kind}; video_read_type img means folders of frames, all others files, and an image is a file"]
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
       return [f"{path} can't be read: no permission"]
+  except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no path at all
+    return [f"{path} does not exist"]
   except OSError as error:
     return [f"{path} can't be read: {error.strerror}"]
   return []

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-import tqdm
 
 from xcomp_jax.config import ConfigError, DataConfig, Mask
 from xcomp_jax.data import packing, prompt
 from xcomp_jax.data.batch import IMAGE_TOKEN, Batch, Clips, Example, Length, Shape, collate, length_table
 from xcomp_jax.data.blend import Blend, permutation
 from xcomp_jax.data.packing import Micro
+from xcomp_jax.progress import progress
 
 
 class Fill(NamedTuple):
@@ -106,7 +106,7 @@ def example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
 def measure(data: Blend, tokenizer, mask: Mask) -> list[Length]:
   """Lengths of every sample under this tokenizer; a minute's work for the paper's 71,927, so there is a bar."""
   lengths = []
-  for i, sample in enumerate(tqdm.tqdm(data.samples, unit="sample", desc="tokens", delay=5.0, leave=False)):
+  for i, sample in enumerate(progress(data.samples, unit="sample", desc="tokens", delay=5.0, leave=False)):
     tokens, _, _ = _tokens(data, tokenizer, mask, i)
     slots = np.flatnonzero(tokens == IMAGE_TOKEN)
     before = int(slots[0]) + 1 if len(slots) else 0

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 
 from xcomp_jax.config import Mask
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
+from xcomp_jax.inputs import plain, quoted
 
 IMAGE = "<image>"  # where the frames go, in annotations
 SYSTEM = "You are a helpful assistant."
@@ -119,30 +120,30 @@ def check(conversations: Any, visual: bool) -> list[tuple[str, str]]:
       `visual`), in a question.
   """
   if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
-    raise AnnotationError(f"an annotation needs conversations, a list of turns, not {_quote(conversations)}")
+    raise AnnotationError(f"an annotation needs conversations, a list of turns, not {quoted(conversations)}")
   turns = []
   for i, turn in enumerate(conversations):
     if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
-      raise AnnotationError(f'turn {i} must be {{"from": ..., "value": ...}}, not {_quote(turn)}')
+      raise AnnotationError(f'turn {i} must be {{"from": ..., "value": ...}}, not {quoted(turn)}')
     if turn["from"] not in _ROLES:
       raise AnnotationError(
-        f"turn {i} is from {turn['from']!r}; known: {', '.join(_ROLES)}: {_quote(turn['value'])}"
+        f"turn {i} is from {turn['from']!r}; known: {', '.join(_ROLES)}: {quoted(turn['value'])}"
       )
     if turn["from"] != ("human", "gpt")[i % 2]:
       raise AnnotationError(
         f"turn {i} is from {turn['from']!r}; human and gpt must alternate, human first: "
-        f"{_quote(turn['value'])}"
+        f"{quoted(turn['value'])}"
       )
     turns.append((_ROLES[turn["from"]], turn["value"]))
   if len(turns) % 2:
-    raise AnnotationError(f"the conversation ends without an answer: {_quote(turns[-1][1])}")
+    raise AnnotationError(f"the conversation ends without an answer: {quoted(turns[-1][1])}")
 
   images = sum(value.count(IMAGE) for _, value in turns)
   wanted = int(visual)
   if images != wanted or any(IMAGE in value for role, value in turns if role == "assistant"):
     text = " / ".join(value for _, value in turns)
     raise AnnotationError(
-      f"{images} {IMAGE} in a conversation that needs {wanted}, in a question: {_quote(text)}"
+      f"{images} {IMAGE} in a conversation that needs {wanted}, in a question: {quoted(text)}"
     )
   return turns
 
@@ -186,14 +187,15 @@ def ask(
   message: as for `train`; it and the frames stand in the first question (FACTS.md 4).
 
   Raises:
-    AnnotationError: an empty question, or `<image>` in any text: its place is decided here.
+    AnnotationError: an empty question, bytes that are no UTF-8, or `<image>` in any text: its place is decided here.
   """
   if not question.strip():
     raise AnnotationError("the question is empty")
   for text in (question, *(text for pair in history for text in pair)):
+    plain(text, "the text", AnnotationError)
     if IMAGE in text:
       raise AnnotationError(
-        f"{IMAGE} must not be written in a question or answer, frames go first by themselves: {_quote(text)}"
+        f"{IMAGE} must not be written in a question or answer, frames go first by themselves: {quoted(text)}"
       )
   turns = [(role, text) for pair in history for role, text in zip(("user", "assistant"), pair)]
   turns.append(("user", question))
@@ -274,8 +276,3 @@ def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path)
   core.add_special_tokens([token for token in tokens if token.special])
   core.add_tokens([token for token in tokens if not token.special])
   return core
-
-
-def _quote(value) -> str:
-  text = value if isinstance(value, str) else repr(value)
-  return repr(text if len(text) <= 200 else text[:200] + "...")

@@ -2,37 +2,35 @@
 
 In a folder:
 
-    spool/0000012.json          annotation 12 is decoded, or bad: an entry (see `decode`)
-    spool/0000012.bin           its records, one after the other
-    spool/0000012.pixels.*      the same, of frames that wait for the tower
+    spool/0000012.records       annotation 12 is decoded, or bad: its records, one after the other, and an entry (see `decode`)
+    spool/0000012.pixels        the same, of frames that wait for the tower
     shards/000003.array_record  the records of a shard's annotations
     shards/000003.json          shard 3 is whole: its entries
 
-Each file appears by a rename, and the .json last; so what is there is whole, whenever the process was killed. The result
-does not depend on the number of processes, on their order, or on interruptions.
+Each file appears by a rename, and the .json of a shard after its records; so what is there is whole, whenever the process
+was killed. What a machine that stopped has lost of a spool is decoded again. The result does not depend on the number of
+processes, on their order, or on interruptions.
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import pathlib
 import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pebble
 
-from xcomp_jax.data import store, video
+from xcomp_jax.data import spools, store, video
 from xcomp_jax.data.mixture import Job
+from xcomp_jax.data.processes import DiedError, Here, Processes, StartError
 from xcomp_jax.files import one_line, replacing, too_many_files, write_json
 
-TASKS_PER_PROCESS = 256  # then a fresh one takes its place: decoders leak
+# Frames of videos that a process decodes before a fresh one takes its place: decoders of videos leak, in the worst case seen 3 kB a frame.
+LIFE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +66,9 @@ class Work:
     """Which jobs a shard has."""
     return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.count))
 
-  def spool(self, job: int, suffix: str) -> pathlib.Path:
+  def spool(self, job: int, suffix: str = ".records") -> str:
     """A file of an annotation."""
-    return self.folder / "spool" / f"{job:07d}{suffix}"
+    return os.path.join(self.folder, "spool", f"{job:07d}{suffix}")
 
   def shard(self, number: int, suffix: str) -> pathlib.Path:
     """A file of a shard."""
@@ -81,90 +79,83 @@ class Work:
 # of each record and the CRC-32 of what they hold, or {"reason", "stamp"}.
 
 
-def decode(job: Job, settings: Settings, layout: store.Layout, target: str) -> None:
-  """Decodes a job into `target`.bin and .json; what the decoder can't do becomes the reason in the latter.
+def decode(job: Job, settings: Settings, layout: store.Layout, target: str) -> tuple[int, bool]:
+  """Decodes a job into the file `target`; what the decoder can't do becomes the reason in its entry.
 
   Memory is bounded by one record, whatever the length of the video.
 
+  Returns:
+    how many frames of a video were decoded; whether it is good.
+
   Raises:
-    OSError: the files can't be written.
+    OSError: the file can't be written. MemoryError: there is not enough.
   """
   if job.reader is None:
     spool(iter(()), 1, layout, target, None)
-    return
-  before = stamp(job.sample.source)
+    return 0, True
+  before, decoded = stamp(job.sample.source), 0
   clip_frames = 1 if job.reader == "img" else settings.clip_frames
   try:
     with _blaming(job):
       chosen = _chosen(job, settings)
+    decoded = _decoded(chosen)
     try:
       spool(_clips(job, chosen, clip_frames), clip_frames, layout, target, _seconds(job, chosen))
     except video.TailError as error:
       if not settings.keep_tails:
         raise
       chosen = video.without_tail(chosen, error)
+      decoded += _decoded(chosen)
       spool(_clips(job, chosen, clip_frames), clip_frames, layout, target, _seconds(job, chosen))
   except video.VideoError as error:
     write_bad(target, str(error), before)
+    return decoded, False
+  return decoded, True
 
 
 def spool(clips: Iterator[np.ndarray], clip_frames: int, layout: store.Layout, target: str, seconds: float | None) -> None:
-  """Writes clips into `target`.bin, and the entry into .json."""
+  """Writes clips, and the entry behind them, into the file `target`."""
   count, lengths, crc = 0, [], 0
-  with replacing(f"{target}.bin") as temporary, open(temporary, "wb") as file:
+  with spools.writing(target) as write:
     for record, n, content in store.records(layout, clips, clip_frames):
-      file.write(record)
+      write(record)
       lengths.append(len(record))
       crc = store.content_crc(content, crc)
       count += n
-  entry = {"frames": count * clip_frames, "clip_frames": clip_frames, "seconds": seconds, "lengths": lengths, "crc32": crc}
-  write_json(f"{target}.json", entry)
+    write({"frames": count * clip_frames, "clip_frames": clip_frames, "seconds": seconds, "lengths": lengths, "crc32": crc})
 
 
 def write_bad(target: str, reason: str, at: Any) -> None:
-  """Writes the entry of a job that can't be used; `at` is the `stamp` of its file."""
+  """Writes the file `target` of a job that can't be used; `at` is the `stamp` of what should have been decoded."""
   reason = reason.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
-  write_json(f"{target}.json", {"reason": one_line(reason), "stamp": at})
-  pathlib.Path(f"{target}.bin").unlink(missing_ok=True)
+  with spools.writing(target) as write:
+    write({"reason": one_line(reason), "stamp": at})
 
 
-def assemble(work_shard: str, targets: Sequence[str]) -> None:
-  """Joins the spools of a shard's jobs into `work_shard`.array_record and .json, and removes them.
+def assemble(shard: str, files: Sequence[str]) -> tuple[int, bool]:
+  """Joins the spools of a shard's jobs into `shard`.array_record and .json, and removes them.
 
   Raises:
-    StoreError: a spool that is shorter than its entry says. OSError: the files can't be written.
+    spools.DamagedError: of a spool. OSError: the files can't be written.
   """
-  if os.path.exists(f"{work_shard}.json"):  # by a process that died before it had removed all spools
-    for target in targets:
-      remove(target)
-    return
-  entries = [json.loads(pathlib.Path(f"{target}.json").read_text()) for target in targets]
-  size, count, writer = 0, 0, None
-  with replacing(f"{work_shard}.array_record") as temporary, store.writing(temporary):
-    try:
-      for target, entry in zip(targets, entries, strict=True):
-        if "reason" in entry:
-          continue
-        with open(f"{target}.bin", "rb") as file:
-          for length in entry["lengths"]:
-            record = file.read(length)
-            if len(record) != length:
-              raise store.StoreError(f"{target}.bin is damaged; start from the beginning with --restart")
+  if not os.path.exists(f"{shard}.json"):  # else a process died before it had removed all spools
+    entries, size, count, writer = [], 0, 0, None
+    with replacing(f"{shard}.array_record") as temporary, store.writing(temporary):
+      try:
+        for file in files:
+          entry, records = spools.read(file)
+          entries.append(entry)
+          for record in records:
             writer = writer or store.array_record(temporary)
             writer.write(record)
-            size, count = size + length, count + 1
-    finally:
-      if writer is not None:
-        writer.close()
-  write_json(f"{work_shard}.json", {"entries": entries, "records": count, "bytes": size})
-  for target in targets:
-    remove(target)
-
-
-def remove(target: str) -> None:
-  """Removes a spool; the entry first, for it says that the records are there."""
-  for suffix in (".json", ".bin"):
-    pathlib.Path(target + suffix).unlink(missing_ok=True)
+            size, count = size + len(record), count + 1
+      finally:
+        if writer is not None:
+          writer.close()
+    write_json(f"{shard}.json", {"entries": entries, "records": count, "bytes": size})
+  for file in files:
+    pathlib.Path(file).unlink(missing_ok=True)
+  return 0, True
 
 
 def stamp(path: str | os.PathLike) -> list[int] | None:
@@ -186,6 +177,11 @@ def _chosen(job: Job, settings: Settings) -> video.Sample:
     fps=settings.fps, clip_frames=settings.clip_frames, style="train", start=job.start, end=job.end, read_type=job.reader,
     rate=settings.rate, folder_rate=job.frame_rate, tails=settings.keep_tails,
   )  # fmt: skip
+
+
+def _decoded(chosen: video.Sample) -> int:
+  """How many frames of a video are decoded for a sample of it: all from the first that is wanted on."""
+  return 0 if chosen.found is None else chosen.stop - int(chosen.indices[0])
 
 
 def _seconds(job: Job, chosen: video.Sample) -> float | None:
@@ -212,7 +208,7 @@ def _blaming(job: Job) -> Generator[None]:
   except Exception as error:
     if text := too_many_files(error):  # not the file's fault
       raise OSError(text) from error
-    if isinstance(error, video.VideoError):
+    if isinstance(error, (video.VideoError, MemoryError)):  # for the latter others may be to blame
       raise
     if isinstance(error, OSError):
       raise video.VideoError(str(error)) from error
@@ -237,10 +233,10 @@ def prepare(work: Work, skip_bad: bool) -> int:
   """
   for name in ("spool", "shards"):
     (work.folder / name).mkdir(exist_ok=True)
-    for file in (work.folder / name).glob("*.tmp"):
-      file.unlink()
+  for file in (work.folder / "shards").glob("*.tmp"):
+    file.unlink()
   again = lambda entry, job: "reason" in entry and (not skip_bad or entry["stamp"] != stamp(work.jobs[job].sample.source))
-  done = 0
+  done, whole = 0, set()
   for number in work.shards:
     file = work.shard(number, ".json")
     entries = json.loads(file.read_text())["entries"] if file.exists() else []
@@ -248,14 +244,15 @@ def prepare(work: Work, skip_bad: bool) -> int:
       file.unlink()
     elif entries:
       done += len(entries)
-      for job in work.members(number):
-        remove(str(work.spool(job, "")))
-        remove(str(work.spool(job, ".pixels")))
-  for file in (work.folder / "spool").glob("*.json"):
-    if again(json.loads(file.read_text()), int(file.name.split(".")[0])):
-      file.unlink()
-    elif not file.name.endswith(".pixels.json"):
-      done += 1
+      whole.add(number)
+  for file in (work.folder / "spool").iterdir():
+    number, _, suffix = file.name.partition(".")
+    kept = suffix == "records" and int(number) // work.per_shard not in whole
+    with contextlib.suppress(spools.DamagedError):  # the machine had stopped before it was on the disk
+      if kept and not again(spools.read(str(file))[0], int(number)):
+        done += 1
+        continue
+    file.unlink()
   return done
 
 
@@ -288,102 +285,91 @@ def run(
   missing = {n: set(work.members(n)) for n in shards if not work.shard(n, ".json").exists()}
   if not missing:
     return
+  there = {int(name.split(".")[0]) for name in os.listdir(work.folder / "spool")}
   waiting = collections.deque(job for n in missing for job in work.members(n))
-  suspects, died = collections.deque(), set()  # jobs in whose company a process died; they run once more, alone
-  spoiled, running = set(), {}
-  pool = _pool(workers) if workers else _Here()
-  target = lambda job: str(work.spool(job, ".pixels" if encode else ""))
-
-  def start(job: int) -> None:
-    args = (work.jobs[job], work.settings, dataclasses.replace(work.layout, features=None), target(job))
-    running[pool.schedule(decode, args=args, timeout=timeout)] = "job", job
+  suspects, tried = collections.deque(), set()  # jobs whose process died, and all that has been tried again; jobs run alone then
+  spoiled, running = set(), set()
+  layout = dataclasses.replace(work.layout, features=None)
+  target = lambda job: work.spool(job, ".pixels" if encode else ".records")
+  pool = Processes(workers, LIFE, __name__) if workers else Here()
 
   def join(n: int) -> None:
-    targets = [str(work.spool(member, "")) for member in work.members(n)]
-    running[pool.schedule(assemble, args=(str(work.shard(n, "")), targets))] = "shard", n
+    running.add(("shard", n))
+    pool.call(("shard", n), assemble, str(work.shard(n, "")), [work.spool(member) for member in work.members(n)])
 
-  def settle(job: int) -> None:
+  def start(job: int) -> None:
+    running.add(("job", job))
+    task = work.jobs[job]
+    task = dataclasses.replace(task, sample=dataclasses.replace(task.sample, conversations=()))  # what decoding doesn't need may be long
+    pool.call(("job", job), decode, task, work.settings, layout, target(job), timeout=timeout)
+
+  def settle(job: int, good: bool) -> None:
     """Goes on with a job that is decoded, and with its shard if it was the last."""
     if encode:
       _encode(work, job, encode)
     n = job // work.per_shard
-    if "reason" in json.loads(work.spool(job, ".json").read_text()):
+    if not good:
       spoiled.add(n)
     missing[n].remove(job)
     if not missing[n] and (skip_bad or n not in spoiled):
       join(n)
 
   def give_up(job: int, reason: str) -> None:
-    for file in work.spool(job, "").parent.glob(f"{job:07d}.*.tmp"):
-      file.unlink()
-    source = work.jobs[job].sample.source
-    write_bad(target(job), f"{source}: {reason}", stamp(source))
-    settle(job)
+    write_bad(target(job), reason, stamp(work.jobs[job].sample.source))
+    settle(job, False)
     report()
+
+  def lost(job: int, error: Exception) -> None:
+    source = work.jobs[job].sample.source
+    for file in pathlib.Path(work.folder, "spool").glob(f"{job:07d}.*.tmp"):
+      file.unlink()
+    if isinstance(error, DiedError) and error.late:
+      give_up(job, f"{source}: decoding took more than {timeout:g} seconds (--timeout)")
+    elif ("job", job) not in tried:
+      tried.add(("job", job))
+      suspects.append(job)
+    else:
+      give_up(job, f"{source}: {_how(error)}, also when tried again alone: a damaged file, or too little memory")
 
   try:
     while waiting or running or suspects:
+      alone = any(key[0] == "job" for key in running & tried)
       if suspects and not running:
         start(suspects.popleft())
-      while waiting and not suspects and not died & {n for kind, n in running.values() if kind == "job"} and len(running) < max(1, 2 * workers):
+      while waiting and not suspects and not alone and len(running) < max(1, 2 * workers):
         job = waiting.popleft()
-        if work.spool(job, ".json").exists():
-          settle(job)
+        if job in there:
+          settle(job, "reason" not in spools.read(work.spool(job))[0])
         elif work.jobs[job].faults:
-          write_bad(target(job), "; ".join(work.jobs[job].faults), stamp(work.jobs[job].sample.source))
-          settle(job)
-          report()
-        elif encode and work.spool(job, ".pixels.json").exists():
-          settle(job)
-          report()
+          give_up(job, "; ".join(work.jobs[job].faults))
         else:
           start(job)
-      finished, _ = concurrent.futures.wait(running, 0.5, concurrent.futures.FIRST_COMPLETED)
-      broken = ""
-      for future in finished:
-        kind, n = running[future]
-        try:
-          future.result()
-        except concurrent.futures.BrokenExecutor as error:
-          broken = str(error)  # this future and all others: below
-          continue
-        except pebble.ProcessExpired as error:  # an OSError, too
-          lost, again = _how(error.exitcode), n not in died
-        except TimeoutError:
-          lost, again = f"decoding took more than {timeout:g} seconds (--timeout)", False
+      for (kind, n), good, error in pool.ended():
+        running.remove((kind, n))
+        if error is None:
+          if kind == "job":
+            settle(n, good)
+            report()
+        elif isinstance(error, spools.DamagedError) and kind == "shard" and error.file not in tried:
+          tried.add(error.file)
+          os.unlink(error.file)
+          job = int(os.path.basename(error.file).split(".")[0])
+          missing[n].add(job)
+          there.discard(job)
+          waiting.appendleft(job)
+        elif not isinstance(error, (DiedError, MemoryError)):
+          raise error
+        elif kind == "job":
+          lost(n, error)
+        elif (kind, n) not in tried:
+          tried.add((kind, n))
+          join(n)
         else:
-          lost, again = "", False
-        del running[future]
-        if kind == "shard":
-          if lost:
-            raise store.StoreError(f"writing a shard failed: {lost}; run the same command again")
-        elif again:
-          died.add(n)
-          suspects.append(n)
-        elif lost:
-          give_up(n, lost)
-        else:
-          settle(n)
-          report()
-      if broken:
-        pool.stop()
-        pool.join()
-        pool = _pool(workers)
-        tasks = list(running.values())
-        if all(kind == "shard" for kind, _ in tasks):
-          raise store.StoreError(f"writing shards failed: {broken}; run the same command again")
-        running.clear()
-        for kind, n in tasks:
-          if kind == "shard":
-            join(n)
-          elif n in died:
-            give_up(n, _how(None))
-          else:
-            died.add(n)
-            suspects.append(n)
+          raise store.StoreError(f"writing a shard failed: {_how(error)}; run the same command again")
+  except StartError as error:
+    raise store.StoreError(f"processes for decoding die as they start ({error}; what they said is above); with workers=0 none are needed") from error
   finally:
     pool.stop()
-    pool.join()
 
 
 def entries(work: Work) -> list[dict[str, Any]]:
@@ -394,84 +380,37 @@ def entries(work: Work) -> list[dict[str, Any]]:
     if file.exists():
       found += json.loads(file.read_text())["entries"]
     else:
-      found += [json.loads(work.spool(job, ".json").read_text()) for job in work.members(n)]
+      found += [spools.read(work.spool(job))[0] for job in work.members(n)]
   return found
 
 
-def _how(exit_code: int | None) -> str:
-  by = f" ({signal.Signals(-exit_code).name})" if exit_code and exit_code < 0 else ""
-  return f"its process died{by}, also when tried again alone: a damaged file, or too little memory"
+def _how(error: Exception) -> str:
+  if not isinstance(error, DiedError):
+    return "it takes more memory than there is"
+  return f"its process died{f' ({signal.Signals(-error.code).name})' if error.code < 0 else ''}"
 
 
 def _encode(work: Work, job: int, encode: Callable[[int], None]) -> None:
-  if not work.spool(job, ".json").exists():
-    pixels = json.loads(work.spool(job, ".pixels.json").read_text())
-    if "reason" in pixels:
-      write_json(work.spool(job, ".json"), pixels)
+  pixels = work.spool(job, ".pixels")
+  if not os.path.exists(work.spool(job)):
+    if "reason" in spools.read(pixels)[0]:
+      os.replace(pixels, work.spool(job))
     else:
       encode(job)
-  remove(str(work.spool(job, ".pixels")))
+  pathlib.Path(pixels).unlink(missing_ok=True)
 
 
 def spooled_frames(work: Work, job: int) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
   """The entry of decoded pixels, and their clips uint8[F, S, S, 3] one by one."""
-  entry = json.loads(work.spool(job, ".pixels.json").read_text())
+  entry, records = spools.read(work.spool(job, ".pixels"))
   coder = store.record_features(dataclasses.replace(work.layout, features=None))
 
   def clips():
-    with open(work.spool(job, ".pixels.bin"), "rb") as file:
-      for length in entry["lengths"]:
-        frames = coder.deserialize_example_np(file.read(length))["frames"]
-        yield from frames.reshape(-1, entry["clip_frames"], *frames.shape[1:])
+    for record in records:
+      frames = coder.deserialize_example_np(record)["frames"]
+      yield from frames.reshape(-1, entry["clip_frames"], *frames.shape[1:])
 
   return entry, clips()
-
-
-class _Here:
-  """A pool that is this process."""
-
-  def schedule(self, function: Callable, args: Sequence, timeout: float | None = None) -> concurrent.futures.Future:
-    future = concurrent.futures.Future()
-    try:
-      future.set_result(function(*args))
-    except Exception as error:
-      future.set_exception(error)
-    return future
-
-  def stop(self) -> None:
-    pass
-
-  def join(self) -> None:
-    pass
-
-
-def _pool(workers: int) -> pebble.ProcessPool:
-  """Processes of which one has begun to work.
-
-  Raises:
-    StoreError: they die before they take any work, which must not be blamed on that.
-  """
-  spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
-  pool = pebble.ProcessPool(workers, max_tasks=TASKS_PER_PROCESS, initializer=_begin, context=spawn)
-  try:
-    pool.schedule(int).result()
-  except (concurrent.futures.BrokenExecutor, pebble.ProcessExpired) as error:
-    pool.stop()
-    pool.join()
-    advice = 'a script that calls this has to do so under `if __name__ == "__main__":`; with workers=0 none are needed'
-    raise store.StoreError(f"processes for decoding die as they start ({one_line(error)}; what they said is above): {advice}") from error
-  return pool
-
-
-def _begin() -> None:
-  """In a decoding process: imports before any clock runs, and no life beyond its parent's."""
-  import tensorflow_datasets  # noqa: F401
-
-  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg complains at length; the reason comes back as an exception
-  signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a decoder that hangs runs no Python handler
-  parent = multiprocessing.parent_process()
-  assert parent is not None  # this one was started by it
-  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run_one(task: tuple[Work, int, float, bool]) -> int:

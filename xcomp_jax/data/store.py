@@ -34,7 +34,9 @@ import cv2
 import ml_dtypes
 import numpy as np
 
+from xcomp_jax import inputs
 from xcomp_jax.files import fresh_folder, local, one_line, too_many_files
+from xcomp_jax.inputs import reading, regular
 
 cv2.setNumThreads(1)  # readers run side by side
 
@@ -44,6 +46,10 @@ RECENT = 4  # records that are kept in memory, of all stores together
 # Files that are kept open, of all stores together. A process may have 1,024, on some systems 256, and a run has others.
 # To open one again takes 0.3 ms, far less than to read and decode the megabytes of a usual record.
 OPEN = 64
+as_json = json.JSONEncoder(ensure_ascii=False).encode  # one for all: json.dumps makes one each time
+FILES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # what a dataset's files are called, as TFDS writes it
+# Bounds of a store's numbers.
+PIXELS, FRAMES, TOKENS, COUNT = range(1, 4_097), range(1, 1_001), range(1, 1_000_001), range(1_000_000_001)
 SAMPLING = ("image_size", "clip_frames", "fps", "min_frames", "max_frames", "subset")  # how frames and samples were chosen
 
 
@@ -214,20 +220,31 @@ class Rows:
   TFDS's own data source keeps every file open; this keeps at most OPEN of all datasets.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, features: Any):
     """Looks for all files, and opens none.
 
-    Raises:
-      FileNotFoundError: some are missing.
-    """
-    import tensorflow_datasets as tfds
+    `features` says what a record holds. What features.json says of that is for TFDS: it names Python modules to be imported. Names
+    of files follow from their number.
 
-    info = tfds.builder_from_directory(folder).info  # ty: ignore[missing-argument]  (an untyped decorator)
-    parts = info.splits["train"].file_instructions
-    self._features, self._files = info.features, [os.fspath(part.filename) for part in parts]
-    self._ends = list(itertools.accumulate(part.examples_in_shard for part in parts))
+    Raises:
+      StoreError: some are missing, or the folder's description is damaged.
+      OSError: some are pipes or devices.
+    """
+    about = folder / "dataset_info.json"
+    described = inputs.read_json(about, StoreError, inputs.ABOUT)
+    with reading(about, StoreError):
+      (split,) = described["splits"]
+      lengths = [int(length) for length in tuple(split["shardLengths"])]  # text: protobuf has no other integers in JSON
+      if split.get("filepathTemplate", FILES) != FILES:
+        raise ValueError(f"filepathTemplate must be {FILES}")
+      if not lengths or not all(length in COUNT for length in lengths):
+        raise ValueError(f"shardLengths must be from 0 to {COUNT[-1]:,}")
+    self._features, self._ends = features, list(itertools.accumulate(lengths))
+    self._files = [os.fspath(file) for file in files_of(folder, len(lengths))]
     if missing := [file for file in self._files if not os.path.exists(file)]:
-      raise FileNotFoundError(f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+      raise StoreError(f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+    for file in self._files:
+      regular(file)
 
   def __len__(self) -> int:
     return self._ends[-1]
@@ -300,29 +317,40 @@ def open_store(path: str | os.PathLike) -> Store:
   advice = "make one with `python -m xcomp_jax.predecode --mixture M.yaml --out DIR`"
   if not path.is_dir():
     raise StoreError(f"no data at {path}: not a folder; {advice}")
+  about = path / "store.json"
+  if not about.exists():
+    raise StoreError(f"{path} is not a store: it has no store.json; {advice}")
   try:
-    info = json.loads((path / "store.json").read_text(encoding="utf-8"))
-    version = info["format"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise StoreError(f"{path} is not a store: its store.json is missing or unreadable; {advice}") from error
-  if version != FORMAT:
-    raise StoreError(f"{path} has format {version}, this version reads {FORMAT}; {advice}")
-  try:
-    layout = _layout(info)
-    table = Rows(path / "samples")
-    samples = [_sample(table[i]) for i in range(len(table))]
-    rows = Rows(path / layout.folder) if any(s.records for s in samples) else ()
-  except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-    if text := too_many_files(error):
-      raise OSError(text) from error
-    raise StoreError(f"{path} can't be read: {one_line(error)}; {advice}") from error
+    info = inputs.read_json(about, StoreError, inputs.ABOUT)
+    with reading(about, StoreError):
+      version = info["format"]
+      if type(version) is not int or version != FORMAT:
+        raise StoreError(f"{path} has format {inputs.short(version)}, this version reads {FORMAT}")
+      layout = _layout(info, about)
+    table = Rows(path / "samples", _sample_features())
+    if len(table) != info.get("samples"):
+      raise StoreError(f"{path} is damaged: {len(table)} samples where {info.get('samples')} were written")
+    with reading(path / "samples", StoreError):
+      samples = [_sample(table[i]) for i in range(len(table))]
+    rows = Rows(path / layout.folder, record_features(layout)) if any(s.records for s in samples) else ()
+    for i, sample in enumerate(samples):
+      _check(layout, sample, len(rows), f"{path} is damaged: sample {i}")
+  except (StoreError, FileNotFoundError) as error:
+    raise StoreError(f"{one_line(error)}; {advice}") from error
   wanted = max((s.first_record + s.records for s in samples), default=0)
-  if len(samples) != info.get("samples") or len(rows) != wanted:
-    raise StoreError(
-      f"{path} is damaged: {len(samples)} samples and {len(rows)} records of clips where "
-      f"{info.get('samples')} and {wanted} were written; {advice}"
-    )
+  if len(rows) != wanted:
+    raise StoreError(f"{path} is damaged: {len(rows)} records of clips where {wanted} were written; {advice}")
   return Store(path, info, layout, samples, rows)
+
+
+def _check(layout: Layout, sample: Sample, records: int, what: str) -> None:
+  """Raises a StoreError unless a sample's numbers go together, and its records are there."""
+  numbers = f"{sample.frames} frames in clips of {sample.clip_frames}, records {sample.first_record} to {sample.first_record + sample.records}"
+  whole = sample.clip_frames in (1, layout.clip_frames) and sample.frames in COUNT and not sample.frames % sample.clip_frames
+  if not whole or sample.records != -(-sample.frames // sample.clip_frames // clips_per_record(layout, sample.clip_frames)):
+    raise StoreError(f"{what} can't have {numbers}")
+  if sample.first_record < 0 or sample.first_record + sample.records > records:
+    raise StoreError(f"{what} has records {sample.first_record} to {sample.first_record + sample.records}, and there are {records}")
 
 
 def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> Iterator[tuple[bytes, int, Any]]:
@@ -340,7 +368,6 @@ def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> It
     ValueError: a clip of another shape or dtype.
   """
   shape, dtype = layout.clip_spec(clip_frames)
-  coder = record_features(layout)
   step = clips_per_record(layout, clip_frames)
   clips = iter(clips)
   while part := list(itertools.islice(clips, step)):
@@ -353,7 +380,7 @@ def records(layout: Layout, clips: Iterable[np.ndarray], clip_frames: int) -> It
       content = content.view(np.uint16)
     elif layout.quality is not None:
       content = [_jpeg(frame, layout.quality) for frame in content]
-    yield coder.serialize_example({"tokens" if layout.features else "frames": content}), count, content
+    yield example({"tokens" if layout.features else "frames": content}), count, content
 
 
 def write_shard(path: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarray | None]], layout: Layout) -> Shard:
@@ -413,13 +440,7 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
   Raises:
     StoreError: no samples at all. OSError: it can't be written.
   """
-  from tensorflow_datasets.proto import tf_example_pb2
-
-  samples, crcs, base = [], [], 0
-  for shard in shards:
-    crcs += shard.crcs
-    samples += [dataclasses.replace(s, first_record=s.first_record + base) for s in shard.samples]
-    base += shard.records
+  samples = [sample for shard in shards for sample in shard.samples]
   if not samples:
     raise StoreError("no samples to write")
   files = [shard for shard in shards if shard.records]
@@ -430,20 +451,19 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
         os.rename(shard.path, target)
     _metadata(folder / layout.folder, record_features(layout), [s.records for s in files], sum(s.bytes for s in files))
   (folder / "samples").mkdir(exist_ok=True)
-  features, size, file = _sample_features(), 0, folder / "samples" / "samples-train.array_record-00000-of-00001"
+  size, base, file = 0, 0, folder / "samples" / "samples-train.array_record-00000-of-00001"
   with writing(file):
     writer = array_record(file)
-    for sample in samples:
-      row = dataclasses.asdict(sample) | {"conversations": json.dumps(list(sample.conversations), ensure_ascii=False)}
-      serialized = features.serialize_example(row)
-      example = tf_example_pb2.Example.FromString(serialized)  # ty: ignore[missing-attribute]  (made at run time)
-      record = example.SerializeToString(deterministic=True)  # by itself the order of fields differs between processes
-      writer.write(record)
-      size += len(record)
+    for shard in shards:
+      for s in shard.samples:
+        record = example(vars(s) | {"first_record": s.first_record + base, "conversations": as_json(s.conversations)})
+        writer.write(record)
+        size += len(record)
+      base += shard.records
     writer.close()
-  _metadata(folder / "samples", features, [len(samples)], size)
+  _metadata(folder / "samples", _sample_features(), [len(samples)], size)
   counts = {"samples": len(samples), "frames": sum(s.frames for s in samples), "records": base}
-  counts |= {"checksum": checksum(samples), "content": content_checksum(crcs)}
+  counts |= {"checksum": checksum(samples), "content": content_checksum(crc for shard in shards for crc in shard.crcs)}
   kept = {"quality": layout.quality, "features": layout.features and dataclasses.asdict(layout.features)}
   text = {"format": FORMAT, "image_size": layout.image_size, "clip_frames": layout.clip_frames, **kept, **info, **counts}
   (folder / "store.json").write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -452,8 +472,12 @@ def finish(folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: 
 
 def shard_files(folder: pathlib.Path, layout: Layout, count: int) -> list[pathlib.Path]:
   """What `finish` calls the shards that have records."""
-  name = layout.folder
-  return [folder / name / f"{name}-train.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
+  return files_of(folder / layout.folder, count)
+
+
+def files_of(dataset: pathlib.Path, count: int) -> list[pathlib.Path]:
+  """What a dataset's files are called: FILES."""
+  return [dataset / f"{dataset.name}-train.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
 
 
 def write_store(
@@ -469,6 +493,45 @@ def write_store(
   layout = Layout(image_size, clip_frames, quality, features)
   with fresh_folder(target, "store") as folder:
     finish(folder, [write_shard(folder / "shard", items, layout)], layout, {})
+
+
+def example(fields: Mapping[str, str | int | np.ndarray | Sequence[bytes]]) -> bytes:
+  """A record of TFDS, a tf.train.Example, with its fields in the order of their names.
+
+  TFDS's own writing takes ten times as long, processes for decoding would have to import it, and its order of fields differs between
+  processes.
+
+  Args:
+    fields: a text, a whole number from 0 on, an array (by its bytes), or several values.
+  """
+  parts = []  # large values are not copied before all are joined
+  for name in sorted(fields):
+    value, key = fields[name], name.encode()
+    if isinstance(value, int):
+      kind, values = 3, [_varint(value)]  # Int64List
+    else:
+      kind, values = 1, [value.encode()] if isinstance(value, str) else [np.ascontiguousarray(value).data.cast("B")] if isinstance(value, np.ndarray) else value  # BytesList
+    inner = [part for one in values for part in (_head(1, len(one)), one)]
+    size = sum(map(len, inner))
+    feature = _head(kind, size)
+    size += len(feature)
+    entry = _head(1, len(key)) + key + _head(2, size)
+    parts += [_head(1, len(entry) + size), entry, feature, *inner]
+  return b"".join([_head(1, sum(map(len, parts))), *parts])
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _head(number: int, size: int) -> bytes:
+  """What stands before a field of a protobuf that has so many bytes."""
+  return bytes([number << 3 | 2]) + _varint(size)
+
+
+def _varint(number: int) -> bytes:
+  found = bytearray()
+  while number > 127:
+    found.append(number & 127 | 128)
+    number >>= 7
+  return bytes([*found, number])
 
 
 def array_record(path: str | os.PathLike):
@@ -491,17 +554,29 @@ def _jpeg(frame: np.ndarray, quality: int) -> bytes:
   return cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
-def _layout(info: Mapping[str, Any]) -> Layout:
-  features = info["features"]
-  return Layout(info["image_size"], info["clip_frames"], info["quality"], features and Features(**features))
+def _layout(info: Mapping[str, Any], where: pathlib.Path) -> Layout:
+  features, wanted = info["features"], {"image_size": PIXELS, "clip_frames": FRAMES}
+  if info["quality"] is not None:
+    wanted["quality"] = range(1, 101)
+  problems = [inputs.beyond(key, info[key], bounds) for key, bounds in wanted.items()]
+  if features is not None:
+    features = Features(**features)
+    problems += [inputs.beyond(f"features.{key}", getattr(features, key), TOKENS) for key in ("tokens_per_frame", "width")]
+    problems += [] if isinstance(features.identity, str) else ["features.identity must be text"]
+  if problems := list(filter(None, problems)):
+    raise StoreError(f"{where}: {'; '.join(problems)}")
+  return Layout(info["image_size"], info["clip_frames"], info["quality"], features)
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
   text = lambda key: row[key].decode("utf-8")
   number = lambda key: int(row[key])
+  talk = json.loads(text("conversations"))
+  if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk):
+    raise ValueError(f"conversations = {inputs.short(talk)}: must be a list of objects")
   return Sample(
     id=text("id"), source=text("source"), annotation=text("annotation"), position=number("position"),
-    conversations=tuple(json.loads(text("conversations"))), time_message=text("time_message"),
+    conversations=tuple(talk), time_message=text("time_message"),
     frames=number("frames"), clip_frames=number("clip_frames"),
     first_record=number("first_record"), records=number("records"),
   )

@@ -6,12 +6,10 @@ A video's rotation tag is applied; the EXIF tag of still images is not, as in th
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pathlib
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -22,15 +20,15 @@ from PIL import Image
 from xcomp_jax.data import container
 from xcomp_jax.data.container import Index, TailError, VideoError
 from xcomp_jax.files import local
+from xcomp_jax.inputs import quoted, read_json, reading, regular
 
 Style = Literal["train", "ask"]
 Rate = Literal["own", "average"]
 ReadType = Literal["video", "gif", "img", "frames"]
 
-PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow would start other programs for some others
+PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for some others Pillow starts other programs
 STILLS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp")
-# What Pillow raises for files that are damaged, or so large that they are an attack.
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, IndexError, RuntimeError, struct.error, Image.DecompressionBombError)
+FASTEST = 1000.0  # frames per second that may be asked for
 SHORTEST, USUAL = 0.011, 0.1  # seconds: browsers show frames of animations that state less as long as the second
 TAIL = 0.1  # seconds before the end of a video at which a part of it ends at the latest, in the release (FACTS.md 5)
 FOLDER_RATES = {"tvqa": 3.0}  # frames per second of folders whose path has this in it, in the release; of others 1 (FACTS.md 5)
@@ -150,7 +148,7 @@ def kind(path: str | os.PathLike) -> ReadType:
   suffix = file.suffix.lower()
   if suffix not in (*STILLS, ".gif"):
     return "video"
-  with contextlib.suppress(*UNREADABLE), Image.open(file, formats=PICTURES) as image:
+  with contextlib.suppress(Exception), Image.open(regular(file), formats=PICTURES) as image:  # what is wrong shows when it is read
     several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a photo with its preview
     return "gif" if suffix == ".gif" or several else "img"
   return "gif" if suffix == ".gif" else "img"
@@ -214,10 +212,21 @@ def sample(
     read_type=read_type, stream=stream, rate=rate, folder_rate=folder_rate, tails=tails,
   )  # fmt: skip
   path = local(path, "videos are read as files")
+  _check_limits(max_frames, min_frames, clip_frames)
   if not all(math.isfinite(t) for t in (start, end) if t is not None) or (start or 0) < 0:
     raise VideoError(f"{path}: start={start} and end={end} must be numbers of seconds, from 0 on")
-  if not path.exists():
+  if not os.path.exists(path):
     raise FileNotFoundError(f"{path} does not exist; check the path in the annotation and the data root")
+  if not path.is_dir():
+    regular(path)
+  with reading(path, VideoError):
+    return _sample(path, found, how, **how)
+
+
+def _sample(
+  path: pathlib.Path, found: Index | None, how: Mapping[str, Any], *, size, max_frames, min_frames, fps, clip_frames, style, start, end,
+  read_type, stream, rate, folder_rate, tails,
+) -> Sample:  # fmt: skip
   if read_type == "img" and not path.is_dir():
     return Sample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 0.0, 1, (), None, how)
 
@@ -287,10 +296,11 @@ def frames(chosen: Sample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
     decoded = _decode_gif(chosen.path, wanted)
   else:
     decoded = (_read_still(chosen.names[i] if chosen.names else chosen.path) for i in wanted.tolist())
-  for i, image in enumerate(decoded):
-    image = resize(image[None], chosen.size)[0]
-    for _ in range(repeats[i]):
-      yield image
+  with reading(chosen.path, VideoError):
+    for i, image in enumerate(decoded):
+      image = resize(image[None], chosen.size)[0]
+      for _ in range(repeats[i]):
+        yield image
 
 
 def load(path: str | os.PathLike, *, size: int, **settings) -> Video:
@@ -366,19 +376,20 @@ def _animation(path, tails: bool) -> tuple[np.ndarray, float, float]:
   """
   shown: list[float] = []
   lost = 0.0
-  try:
-    with Image.open(path, formats=PICTURES) as image:
-      for i in itertools.count():
+  with reading(path, VideoError, "animation that can be read"), Image.open(regular(path), formats=PICTURES) as image:
+    for i in itertools.count():
+      try:
         image.seek(i)
         image.load()  # or some formats don't know their frame's time
-        own = image.info.get("duration", 0) / 1000
-        shown.append(own if own >= SHORTEST else USUAL)
-        if image.format != "GIF" and i + 1 == getattr(image, "n_frames", 1):
-          break
-  except UNREADABLE as error:
-    if not shown:
-      raise VideoError(f"{path} can't be read as an animation: {error}") from error
-    lost = 0.0 if isinstance(error, EOFError) else USUAL  # a GIF doesn't say how many frames it has: behind the last one is its end
+      except Exception as error:
+        if not shown or isinstance(error, MemoryError):
+          raise
+        lost = 0.0 if isinstance(error, EOFError) else USUAL  # a GIF doesn't say how many frames it has: behind the last one is its end
+        break
+      own = image.info.get("duration", 0) / 1000
+      shown.append(own if own >= SHORTEST else USUAL)
+      if image.format != "GIF" and i + 1 == getattr(image, "n_frames", 1):
+        break
   if lost and not tails:
     raise TailError(f"{path} can't be read behind its first {len(shown)} frames; it is truncated or damaged", len(shown))
   ends = np.cumsum(shown)
@@ -386,13 +397,12 @@ def _animation(path, tails: bool) -> tuple[np.ndarray, float, float]:
 
 
 def _decode_gif(path, wanted) -> Iterator[np.ndarray]:
-  with Image.open(path, formats=PICTURES) as image:
+  with Image.open(regular(path), formats=PICTURES) as image:
     for i in wanted.tolist():
-      try:
+      with reading(path, VideoError, f"animation whose frame {i} can be read"):
         image.seek(i)
-        yield np.asarray(image.convert("RGB"))
-      except UNREADABLE as error:
-        raise VideoError(f"{path}: its frame {i} can't be decoded: {error}") from error
+        picture = np.asarray(image.convert("RGB"))
+      yield picture
 
 
 def _folder(path) -> list[pathlib.Path]:
@@ -414,20 +424,16 @@ def _folder_rate(path, vlen: int, given: float | None) -> float:
   side = path.with_name(path.name + ".json")
   if not side.exists():
     return given or next((rate for name, rate in FOLDER_RATES.items() if name in str(path).lower()), 1.0)
-  try:
-    duration = float(json.loads(side.read_text())["duration"])
-    if not 0 < duration < np.inf:
-      raise ValueError(duration)
-  except (ValueError, KeyError, TypeError) as error:
-    raise VideoError(f'{side} must be {{"duration": seconds}}: {error!r}') from error
+  said = read_json(side, VideoError)
+  duration = said.get("duration") if isinstance(said, dict) else None
+  if not isinstance(duration, (int, float)) or not 1e-9 <= duration <= 1e9:
+    raise VideoError(f'{side} must be {{"duration": seconds}}, not {quoted(said)}')
   return vlen / duration
 
 
 def _read_still(path) -> np.ndarray:
-  try:
-    with Image.open(path, formats=PICTURES) as image:
-      if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would make almost all of it white
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-      return np.asarray(image.convert("RGB"))
-  except UNREADABLE as error:
-    raise VideoError(f"{path} can't be read as an image: {error}") from error
+  file = regular(path)
+  with reading(file, VideoError, "image that can be read"), Image.open(file, formats=PICTURES) as image:
+    if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would make almost all of it white
+      image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))

@@ -27,6 +27,7 @@ ROWS = 2048  # of queries of a split sequence that see their keys through one ma
 TALL, WIDE = 8192, 256  # and where all see all; docs/LOG.md has the measurements
 ATTENDED = "attended"  # name of what attention gives, for `remat`
 NUMBERS = 256  # of samples that tables of blocks tell apart
+KEYS = 512  # at once, of those that are there by now; with 2,048 a CPU takes four times as long
 
 
 def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
@@ -630,23 +631,63 @@ def attention_weights(
   return jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
 
 
-def question_scores(
-  q: Float[Array, "B L H h"], k: Float[Array, "B S K h"], asked: Bool[Array, "B L"], allowed: Bool[Array, "B L S"]
-) -> Float[Array, "B S"]:
-  """The attention that question rows pay to each key (paper 3.3): softmax weights, mean over heads and rows.
+def attend_first(
+  q: Float[Array, "B L H h"],
+  k: Float[Array, "B S K h"],
+  v: Float[Array, "B S K n"],
+  seen: Callable[[jax.Array], jax.Array],
+  count: int | Int[Array, ""],
+) -> tuple[Float[Array, "B L H n"], Float[Array, "B L H"]]:
+  """Attention to the first `count` of S keys, KEYS at a time: a longer S costs memory, and no time.
 
   Args:
     q: [B, L, H, h].
     k: [B, S, K, h], H a multiple of K.
-    asked: bool[B, L], the rows of the question; at least one per sample.
-    allowed: bool[B, L, S], which keys a row may see.
+    v: [B, S, K, n].
+    seen: from slots int32[s] to which of them a row sees, bool[B or 1, L, s]; each sees at least one.
+    count: may be traced.
 
   Returns:
-    float32[B, S].
+    what is attended, in float32, and the logarithm of the sum of a row's exp(scores).
   """
   B, L, H, h = q.shape
-  K = k.shape[2]
-  scores = jnp.einsum("blkgh,bskh->bkgls", q.reshape(B, L, K, H // K, h), k, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores * h**-0.5, MASKED), axis=-1)
-  share = asked / (H * asked.sum(1, keepdims=True))
-  return jnp.einsum("bkgls,bl->bs", weights, share, precision="highest")  # weights of bfloat16 would tie clips
+  S, K = k.shape[1:3]
+  size, q = min(S, KEYS), q.reshape(B, L, K, H // K, h)
+
+  def block(j, carry):
+    largest, total, out = carry
+    first = jnp.minimum(j * size, S - size)  # the last block begins earlier, and leaves out what the one before had
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1)
+    slots = first + jnp.arange(size)
+    scores = jnp.einsum("blkgh,bskh->bkgls", q, part(k), preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.where((seen(slots) & (slots >= j * size))[:, None, None], scores, MASKED)
+    new = jnp.maximum(largest, scores.max(-1))
+    shrink, weights = jnp.exp(largest - new), jnp.exp(scores - new[..., None])
+    more = jnp.einsum("bkgls,bskn->bkgln", weights.astype(v.dtype), part(v), preferred_element_type=jnp.float32)
+    return new, total * shrink + weights.sum(-1), out * shrink[..., None] + more
+
+  begun = jnp.full((B, K, H // K, L), MASKED), jnp.zeros((B, K, H // K, L)), jnp.zeros((B, K, H // K, L, v.shape[-1]))
+  largest, total, out = block(0, begun) if size == S else jax.lax.fori_loop(0, -(-count // size), block, begun)
+  heads = lambda x: jnp.moveaxis(x, 3, 1).reshape(B, L, H, *x.shape[4:])
+  return heads(out / total[..., None]), heads(largest + jnp.log(total))
+
+
+def question_scores(
+  q: Float[Array, "B L H h"], k: Float[Array, "B W S K h"], share: Float[Array, "#B L"], others: Float[Array, "B L H"]
+) -> Float[Array, "B W S"]:
+  """The attention that question rows pay to each key of windows (paper 3.3): softmax weights, mean over heads, sum over rows.
+
+  Args:
+    q: [B, L, H, h].
+    k: [B, W, S, K, h], H a multiple of K, of W windows.
+    share: float32[B or 1, L], what a row counts; 0: it does not ask.
+    others: float32[B, L, H], logarithm of the sum of exp(scores) of the other keys that a row sees, the same in all windows.
+  """
+  B, L, H, h = q.shape
+  K = k.shape[3]
+  scores = jnp.einsum("blkgh,bwskh->bwkgls", q.reshape(B, L, K, H // K, h), k, preferred_element_type=jnp.float32) * h**-0.5
+  others = jnp.moveaxis(others.reshape(B, L, K, H // K), 1, 3)[:, None]
+  total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), others)
+  weights = jnp.exp(scores - total[..., None])
+  share = jnp.broadcast_to(share / H, (B, L))
+  return jnp.einsum("bwkgls,bl->bws", weights, share, precision="highest")  # weights of bfloat16 would tie clips

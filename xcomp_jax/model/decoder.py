@@ -19,11 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 from xcomp_jax.config import LPCompConfig, VLMConfig
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import lp_comp
-from xcomp_jax.model.attention import AttentionMask, attend, attention_weights, remat
+from xcomp_jax.model.attention import AttentionMask, attend, attend_first, attention_weights, remat
 from xcomp_jax.model.norm import RMSNorm
 from xcomp_jax.model.rope import rotate
 from xcomp_jax.sharding import constrain, gathered, parts
 
+SHORT = 512  # tokens that follow a cached sequence and run in one piece, padding too
+PART = 256  # longer texts run in pieces of this many tokens, as many as there are
 MLP_ROWS = 4096  # whose six times as wide middle exists at once in training: 0.07 GB at the 2B sizes
 
 
@@ -158,15 +160,28 @@ class Layer(nnx.Module):
     attended = attend(q, rotated, v, places.mask, implementation=self.cfg.attention)
     return layer.finish(pick(x), pick(attended)), k, v
 
-  def extend(self, x, valid, cache: LayerCache, projected):
-    """Rows x [B, L, D] after a cached sequence with keys not rotated yet; projected: q, k, v of x; returns x."""
+  def extend(self, x, valid, cache: LayerCache, projected, count):
+    """Rows x [B, L, D] after a cached sequence with keys not rotated yet.
+
+    projected: q, k, v of x. count: of the pieces that run, see `in_pieces`. Returns x, and the cache with the rows, rotated.
+    """
     q, k, v = projected
-    valid = jnp.concatenate([cache.valid, valid], axis=1)
+    valid, before = jnp.concatenate([cache.valid, valid], axis=1), cache.key.shape[1]
     positions = jnp.cumsum(valid, axis=1) - 1
     keys = self.rotate(jnp.concatenate([cache.key, k], axis=1), positions)
-    q = self.rotate(q, positions[:, cache.key.shape[1] :])
     values = jnp.concatenate([cache.value, v], axis=1)
-    return self.finish(x, attend(q, keys, values, AttentionMask(causal=True, valid=valid), implementation=self.cfg.attention))
+
+    def piece(first, x, q, positions):
+      q, rows = self.rotate(q, positions), before + first + jnp.arange(x.shape[1])
+      if x.shape[1] + before == keys.shape[1]:
+        mask = AttentionMask(causal=True, valid=valid)
+        return self.finish(x, attend(q, keys, values, mask, implementation=self.cfg.attention))
+      seen = lambda slots: valid[:, None, slots] & (slots <= rows[:, None])
+      attended, _ = attend_first(q, keys, values, seen, before + first + x.shape[1])
+      return self.finish(x, attended.astype(x.dtype))
+
+    x = in_pieces(piece, count, x, q, positions[:, before:])
+    return x, LayerCache(keys, values, valid)
 
   def step(self, x, positions, cache: LayerCache, slot):
     """One new token: x [B, 1, D], positions int32[B, 1], cache slot `slot`; returns x and the cache with it."""
@@ -366,32 +381,61 @@ def _attention_paid(layer: Layer, x, places: Places, query, text: int):
   return jnp.einsum("bkgls,bl->bs", weights, share) / (q.shape[2])
 
 
+def in_pieces(run: Callable, count: Any, *rows: jax.Array) -> Any:
+  """Runs rows [B, L, ...], up to SHORT in one piece, of more the first `count` pieces of PART: others cost no time, and become 0.
+
+  run: from the place of a piece's first row, and these rows of each array, to arrays [B, rows, ...].
+  count: int32[], see `pieces`; may be traced.
+  """
+  L = rows[0].shape[1]
+  if L <= SHORT:
+    return run(0, *rows)
+  part = lambda i: [jax.lax.dynamic_slice_in_dim(a, i * PART, PART, 1) for a in rows]
+
+  def one(i, out):
+    put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, i * PART, 1)
+    return jax.tree.map(put, out, run(i * PART, *part(i)))
+
+  shapes = jax.eval_shape(lambda *rows: run(0, *rows), *part(0))
+  return jax.lax.fori_loop(0, count, one, jax.tree.map(lambda a: jnp.zeros((len(a), L, *a.shape[2:]), a.dtype), shapes))
+
+
+def pieces(valid: Bool[Array, "*B L"]) -> Int[Array, ""]:
+  """How many pieces of `in_pieces` hold all valid rows, which come first."""
+  return -(-valid.sum(-1).max() // PART)
+
+
 def extend(
   decoder: Decoder,
   x: Float[Array, "B L D"],
   valid: Bool[Array, "B L"],
   caches: tuple[LayerCache, ...],
-  look: Callable[[int, Layer, LayerCache, jax.Array, jax.Array], Any],
-) -> list:
-  """Runs rows that follow cached sequences, to look at them on their way; the caches stay as they are.
+  look: Callable[[int, Layer, LayerCache, jax.Array, jax.Array], Any] = lambda *_: None,
+  count: Any = None,
+) -> tuple[jax.Array, tuple[LayerCache, ...], list]:
+  """Runs rows that follow cached sequences, and has them looked at on their way.
 
   Args:
     decoder: the parameters.
-    x: [B, L, D] embedded rows.
+    x: [B, L, D] embedded rows, valid ones first; more than SHORT are a multiple of PART.
     valid: bool[B, L].
     caches: of the first layers, as `run` gives them with rotated=False.
     look: called with a layer's index, the layer, its cache, and the q and k of the rows (not rotated).
+    count: int32[], the pieces that run; None: as many as there are.
 
   Returns:
-    what `look` returned for every cached layer. A layer whose cache has no values is looked at, but not run.
+    x after the last cached layer, the caches with the rows, rotated, and what `look` returned for every cached layer. A layer
+    whose cache has no values is looked at, but not run.
   """
-  seen = []
+  count = pieces(valid) if count is None else count
+  longer, seen = [], []
   for index, (layer, cache) in enumerate(zip(decoder.layers, caches, strict=False)):
-    q, k, v = layer.project(x)
+    q, k, v = in_pieces(lambda _, x, layer=layer: layer.project(x), count, x)
     seen.append(look(index, layer, cache, q, k))
     if cache.value is not None:
-      x = layer.extend(x, valid, cache, (q, k, v))
-  return seen
+      x, cache = layer.extend(x, valid, cache, (q, k, v), count)
+      longer.append(cache)
+  return x, tuple(longer), seen
 
 
 def step(

@@ -169,6 +169,21 @@ def forward(
   return decoder.run(model.llm, x, of, prefix=before, text=L, query=batch.query, caches=caches, entering=entering)
 
 
+def forward_in_pieces(model: VLM, batch: Batch) -> decoder.Decoded:
+  """`forward` with caches for a prompt a row, whose text follows the frames in pieces: what it is padded to costs memory alone.
+
+  Of the states it returns those of the text, [B, L, D]. For rules of keeping that don't ask the text.
+  """
+  (B, M, P), L = batch.prefix.shape, batch.text.shape[1]
+  x = place(model, batch.visual.astype(model.cfg.dtype), batch.prefix.reshape(B, M * P), batch.text[:, :0])
+  of = lengths(model, batch)
+  of = dataclasses.replace(of, text=jnp.zeros_like(of.text))
+  seen = decoder.run(model.llm, x, of, prefix=M * P, text=0, caches=True, rotated=False)
+  valid = jnp.arange(L) < batch.text_length
+  x, caches, _ = decoder.extend(model.llm, model.llm.embed(batch.text), valid, seen.caches)
+  return decoder.Decoded(x, caches, ())
+
+
 def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B R D"]:
   """The rows of x [B, S', D] that can have a target: prefixes, each sample's last visual token, texts -> [B, M * P + M + L, D].
 
