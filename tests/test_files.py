@@ -30,8 +30,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_file_that_was_never_begun_is_not_missed(tmp_path):
-  with files.replacing(tmp_path / "records"):
-    pass
+  with files.replacing(tmp_path / "records") as out:
+    out.unlink()
   assert not list(tmp_path.iterdir())
 
 
@@ -170,10 +170,11 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
 def test_one_command_works_in_a_folder_and_sweeps_it(tmp_path):
   (tmp_path / f"a.json.{'0' * 32}.tmp").touch()
   (tmp_path / "mine.tmp").touch()
-  with files.alone(tmp_path):
+  with files.replacing(tmp_path / "b.json") as written, files.alone(tmp_path):
+    assert written.exists()  # its process lives
     with pytest.raises(OSError, match="another command is at work"), files.alone(tmp_path):
       raise AssertionError("not reached")
-  assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mine.tmp"]
+  assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "b.json", "mine.tmp"]
 
 
 def test_a_message_about_a_full_disk_names_the_file(tmp_path):

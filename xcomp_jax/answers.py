@@ -33,7 +33,7 @@ from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.data.video import Sample, TailError, frames
-from xcomp_jax.files import local, write_json
+from xcomp_jax.files import local, sweep, write_json
 from xcomp_jax.inputs import quoted, read_json
 from xcomp_jax.progress import progress
 from xcomp_jax.reader import Reader, fault
@@ -117,6 +117,7 @@ class Answers:
     """
     self.folder = local(folder, "answers are written line by line", written=True)
     self.folder.mkdir(parents=True, exist_ok=True)
+    sweep(self.folder)
     selects = reader.select and dataclasses.asdict(reader.select)
     self.settings: dict[str, Any] = {
       "checkpoint": reader.settings.checkpoint, "identity": checkpoint_identity(reader.directory),

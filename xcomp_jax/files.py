@@ -67,8 +67,7 @@ def path_of(path: str | os.PathLike) -> pathlib.Path:
 def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
   """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends well.
 
-  When the block fails the file is removed; one that is not there in the end is not missed. What a killed process left, `sweep`
-  removes.
+  When the block fails the file is removed; if the block has removed it, none is made. What a killed process left, `sweep` removes.
 
   Raises:
     OSError: it can't be written; the message names `target`.
@@ -77,10 +76,13 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
   # Machines that share the folder may have processes of the same number.
   temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
   try:
-    yield temporary
-    if temporary.exists():
-      sync(temporary)
-      os.replace(temporary, target)
+    with open(temporary, "wb") as mine:
+      with contextlib.suppress(OSError):  # no locks here
+        fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      yield temporary
+      if temporary.exists():
+        sync(temporary)
+        os.replace(temporary, target)
   except BaseException as error:
     temporary.unlink(missing_ok=True)
     if isinstance(error, OSError) and error.errno is not None and error.filename in (None, os.fspath(temporary)):
@@ -88,11 +90,13 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
     raise
 
 
-def sweep(folder: str | os.PathLike) -> None:
-  """Removes what killed processes left of `replacing` in a folder that is this process's alone."""
-  for path in pathlib.Path(folder).glob("*.tmp"):
+def sweep(folder: str | os.PathLike, name: str = "") -> None:
+  """Removes what killed processes left of `replacing` in a folder; name: of one file. Who still writes holds a lock."""
+  for path in pathlib.Path(folder).glob(f"{glob.escape(name) or '*'}.*.tmp"):
     if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):
-      path.unlink(missing_ok=True)
+      with contextlib.suppress(OSError), open(path, "rb") as left:  # no locks here, or no permission: it stays
+        fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
 
 
 def write(target: str | os.PathLike, content: str | bytes) -> None:

@@ -102,6 +102,7 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
   """
   try:
     out.mkdir(parents=True, exist_ok=True)
+    files.sweep(out)
   except (FileExistsError, NotADirectoryError) as error:
     raise ConfigError(f"--fits {out}: this is, or lies in, a file; give a folder that keeps the cells") from error
   found = [chips.named(name) for name in cards]

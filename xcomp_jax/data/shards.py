@@ -152,6 +152,8 @@ def assemble(shard: str, files: Sequence[str]) -> tuple[int, bool]:
       finally:
         if writer is not None:
           writer.close()
+      if writer is None:
+        temporary.unlink()
     write_json(f"{shard}.json", {"entries": entries, "records": count, "bytes": size})
   for file in files:
     pathlib.Path(file).unlink(missing_ok=True)
