@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -64,7 +65,6 @@ class Command:
   subject: whose files are damaged; it must be able to read, and rightly, what the command takes without an error.
   line: (folder, file, out) -> the module and its arguments.
   result: (folder, file, out, stdout) -> what it made, the same whenever what was read is the same.
-  right: as of Subject, of what the command made, also where it failed in parts.
   """
 
   name: str
@@ -73,6 +73,7 @@ class Command:
   line: Callable[[pathlib.Path, pathlib.Path, pathlib.Path], list[str]]
   result: Callable[[pathlib.Path, pathlib.Path, pathlib.Path, str], Any]
   apart: Callable[[Any, Any], str] = lambda good, found: ""  # what a command that failed must have done all the same
+  verdict: str = "error: "  # how the line begins that says why it fails
 
 
 @dataclasses.dataclass
@@ -262,12 +263,12 @@ class Survey:
     before = listing(case, ("out", "home", "tmp", "cwd"))
     ended = run_in_child(case, kind, file)
     fault = ended.fault or self.touched(case, before) or self.too_much(ended, COMMAND)
-    lines = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    lines = [line for line in ended.err.splitlines() if line.startswith("error: ")] or re.findall(f"(?m)^{kind.verdict}", ended.out)
     if not fault and ("Traceback" in ended.err or ended.code not in (0, 1)):
       fault = "traceback" if "Traceback" in ended.err else f"ends with exit code {ended.code}"
     if not fault and ended.code == 1:
       fault = "" if len(lines) == 1 else f"says {len(lines)} errors"
-      fault = fault or wrong_about_error(ended.err, case / "given", file) or kind.apart(good, made_in_child(case, kind, file, ended))
+      fault = fault or wrong_about_error(ended.err + ended.out, case / "given", file) or kind.apart(good, made_in_child(case, kind, file, ended))
     if not fault and ended.code == 0:
       made = made_in_child(case, kind, file, ended)
       shutil.rmtree(case / "out", ignore_errors=True)
@@ -380,6 +381,7 @@ def main() -> None:
   parser.add_argument("--keep", type=pathlib.Path, default=ROOT / ".cache" / "fuzz", help="folder for the files of faults")
   parser.add_argument("--json", type=pathlib.Path, help="file for what became of every case, a line each")
   args = parser.parse_args()
+  args.keep = args.keep.absolute()
   print(f"seed {args.seed}", flush=True)
 
   import fuzz_commands
@@ -419,6 +421,7 @@ if __name__ == "__main__":
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ["JAX_NUM_CPU_DEVICES"] = "1"
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
   os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
   sys.path.insert(0, str(ROOT))
   import fuzzing  # not this module, which has its classes a second time

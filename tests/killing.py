@@ -342,6 +342,7 @@ def main() -> None:
   parser.add_argument("--work", type=pathlib.Path, default=ROOT / ".cache" / "kill")
   parser.add_argument("commands", nargs="*", help=f"of {', '.join(command.name for command in COMMANDS)}; default: all")
   args = parser.parse_args()
+  args.work = args.work.absolute()
   print(f"seed {args.seed}", flush=True)
   shutil.rmtree(args.work, ignore_errors=True)
   args.work.mkdir(parents=True)
@@ -359,6 +360,7 @@ if __name__ == "__main__":
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ["JAX_NUM_CPU_DEVICES"] = "1"
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")  # or every run would compile again
   os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
   sys.path.insert(0, str(ROOT))
   if sys.argv[1:2] == ["trap"]:
