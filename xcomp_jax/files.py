@@ -317,7 +317,9 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
 def too_many_files(error: BaseException) -> str:
   """Says what to do if an error, or what led to it, is that this process has as many files open as it may; else ""."""
   seen: BaseException | None = error
-  while seen is not None:
+  for _ in range(20):  # causes may go round in a circle
+    if seen is None:
+      return ""
     # Some libraries pass the system's words on without its number.
     if getattr(seen, "errno", None) == errno.EMFILE or re.search(f"{os.strerror(errno.EMFILE)}(?! in system)", str(seen)):
       limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)

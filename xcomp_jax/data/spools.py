@@ -48,8 +48,10 @@ def writing(target: str) -> Generator[Callable[[bytes | dict[str, Any]], None]]:
     with open(temporary, "wb") as file:
       yield write
     os.replace(temporary, target)
-  except BaseException:
+  except BaseException as error:
     pathlib.Path(temporary).unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.filename is None:
+      error.filename = target  # a full disk doesn't say of what
     raise
 
 
