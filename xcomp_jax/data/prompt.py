@@ -12,8 +12,10 @@ from typing import Any, SupportsInt
 import numpy as np
 from jaxtyping import Bool, Int
 
+from xcomp_jax import inputs
 from xcomp_jax.config import Mask
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
+from xcomp_jax.files import one_line
 from xcomp_jax.inputs import plain, quoted
 
 IMAGE = "<image>"  # where the frames go, in annotations
@@ -88,6 +90,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
 
   Raises:
     FileNotFoundError: the files that are missing.
+    OSError: one that can't be read.
     ValueError: a file that is no tokenizer, or one without the chat template's special tokens.
   """
   directory = pathlib.Path(directory)
@@ -100,10 +103,12 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     )
   import tokenizers  # not at the top: a model runs without
 
+  for file in [whole] if whole.exists() else parts:
+    inputs.text(file, ValueError)  # the library would wait for a pipe, and not survive a device
   try:
     core = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else _read_parts(*parts)
   except Exception as error:  # the library raises bare Exception
-    raise ValueError(f"the tokenizer in {directory} can't be read: {error!r}") from error
+    raise ValueError(f"the tokenizer in {directory} can't be read: {one_line(repr(error))[:500]}") from error
   return Tokenizer(core, str(directory))
 
 
