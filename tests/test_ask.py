@@ -199,6 +199,48 @@ def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkey
   assert history == [("What colour?", printed.splitlines()[0].strip())]
 
 
+def test_an_encoded_video_that_can_not_be_written_costs_no_answer(checkpoint, film, tmp_path, capsys, monkeypatch):
+  def full_disk(*_):
+    raise OSError(28, "No space left on device", str(tmp_path / "film.npz"))
+
+  monkeypatch.setattr(ask.encode, "save", full_disk)
+  ask.main(["--checkpoint", str(checkpoint), "--clip-frames=4", "--max-new-tokens=3", "--question", "Which?", "--video", str(film), "--encoded", str(tmp_path / "film.npz")])
+  said = capsys.readouterr()
+  assert said.out.count("\n") == 1 and f"warning: {tmp_path}/film.npz is not written" in said.err and "No space left on device" in said.err
+
+
+def test_a_bad_turn_costs_itself_and_not_the_conversation(checkpoint, film, tmp_path, capsys, monkeypatch):
+  """Bytes that are no text, a device without memory, and a report that can't be written; /new begins again."""
+  asked, ask_one = [], chats.Chat.ask
+
+  def ask_of(self, question, **how):
+    asked.append((question, len(self.history)))
+    if question == "And where?":
+      raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
+    return ask_one(self, question, **how)
+
+  monkeypatch.setattr(chats.Chat, "ask", ask_of)
+  lines = io.BytesIO(b"Which?\nWhich \xff one?\nAnd where?\nWhich?\n/new\nWhich?\n")
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+  page = tmp_path / "folder" / "r.html"
+  page.parent.mkdir()
+  write = ask.files.write
+  monkeypatch.setattr(ask.files, "write", lambda *a: write(*a) if len(asked) > 1 else (_ for _ in ()).throw(OSError("disk full")))
+  more = ["--max-new-tokens=3", "--min-frames=8", "--max-frames=8", "--clip-frames=4", f"--report={page}", "--json"]
+  ask.main(["--checkpoint", str(checkpoint), "--video", str(film), *more])
+  printed, said = capsys.readouterr()
+  assert [count for _, count in asked] == [0, 1, 1, 1, 0] and len(printed.splitlines()) == 3
+  assert said.count("error: ") == 3 and "error: disk full" in said and "RESOURCE_EXHAUSTED: out" in said and "a new conversation" in said
+  assert page.read_text().count("Which?") >= 3
+
+
+def test_without_a_question_the_command_fails(checkpoint, film, capsys, monkeypatch):
+  monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+  with pytest.raises(SystemExit) as stop:
+    ask.main(["--checkpoint", str(checkpoint), "--video", str(film), "--min-frames=8", "--max-frames=8"])
+  assert stop.value.code == 1 and "error: no --question, and none on stdin" in capsys.readouterr().err
+
+
 def test_an_encoded_video_is_used_again(checkpoint, film, tmp_path, capsys):
   file = tmp_path / "film.npz"
   run(checkpoint, film, *LONG, "--json", "--encoded", str(file))

@@ -4,14 +4,18 @@ import argparse
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from xcomp_jax import answers, encode, world
+from xcomp_jax import answers, encode, generate, qc_comp, world
+from xcomp_jax import chat as chats
 from xcomp_jax.chat import Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import video
-from xcomp_jax.metrics import Compilations
+from xcomp_jax.metrics import BACKEND_COMPILE, Compilations
+from xcomp_jax.model.vlm import VLM
 from xcomp_jax.reader import default, options, prepare, settings
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
@@ -126,6 +130,57 @@ def test_questions_are_cut_into_few_sizes_and_none_is_asked_twice():
       assert [i for part in parts for i in part] == list(range(n))
       assert all(len(part) == size or len(part) in (1, 2, 4) for part in parts)
   assert [len(part) for part in answers.batches("abcdefghijk", 8)] == [8, 2, 1]
+
+
+TEXT = "What is it that was to be seen there, at the beginning and at the end of it all? "
+
+
+@pytest.fixture
+def talk(model, reader, film, monkeypatch):
+  """A function (tokens) -> Chat of two layers: room for 700 tokens of text at first, and in the context for so many."""
+  monkeypatch.setattr(chats, "TALK", 700)
+  cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, layers=2))
+  answer = 8
+  sampling = dataclasses.replace(reader.sampling, max_new_tokens=answer, eos=())
+
+  def make(tokens):
+    frames = film.clip_frames * 2 * cfg.tokens_per_frame
+    llm = dataclasses.replace(cfg.llm, context=tokens + frames + answer)
+    small = VLM(dataclasses.replace(cfg, llm=llm), rngs=nnx.Rngs(0))
+    select = qc_comp.setting("local", 16)
+    return Chat(small, reader.tokenizer, film, select=dataclasses.replace(select, window=16, stride=16), sampling=sampling)
+
+  return make
+
+
+def test_a_conversation_compiles_few_programs_up_to_the_end_of_its_context(talk, monkeypatch):
+  one, compiled, said, lengths = talk(1300), [], [], []
+  listen = lambda event, seconds, **about: compiled.append(about["fun_name"]) if event == BACKEND_COMPILE else None
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    for _ in range(2):
+      one.ask(TEXT)
+    assert one.ending() == ""
+    second = len(compiled)
+    with pytest.raises(ConfigError, match=r"start a new conversation, shorten the question, keep fewer frames .* another --context"):
+      while len(lengths) < 40:
+        lengths.append(len(one.ask(TEXT * 2).prompt.tokens))
+        said.append(one.ending())
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  later = [name.removeprefix("jit(").removesuffix(")") for name in compiled[second:]]
+  assert sorted(later) == ["decode", "prefill", "score"] and lengths[0] < 700 < lengths[-1]
+  first = next(i for i, text in enumerate(said) if text)
+  assert 3 <= len(said) - first <= 2 * chats.SOON and all(said[first:])
+  assert f"holds {one.left():,} more tokens" in said[-1] and one.left() < len(one.tokenizer.encode(TEXT * 2)) + 40
+  # Nothing is lost by the refusal, and what the programs for long texts answer is what one for just this text does.
+  *before, (question, answer) = one.history
+  monkeypatch.setattr(generate, "_prefill", jax.jit(generate.prefill, static_argnames="room"))
+  monkeypatch.setattr(Chat, "_least", lambda *_: 0)
+  one.history = before
+  assert one.ask(question).text == answer
+  one.forget()
+  assert one.ending() == "" and one.left() > 1000
 
 
 def test_what_can_not_be_asked_is_named_before_the_others_are_run(chat):

@@ -115,6 +115,15 @@ def test_what_pages_name_is_there():
       assert re.search(rf"def test_\w*{test}", (ROOT / file).read_text()), f"{page}: {file} has no test {test}"
 
 
+def test_every_promise_has_its_test():
+  rows = [line for line in (ROOT / "docs/promises.md").read_text().splitlines() if line.startswith("| ") and not set(line) <= set("|- ")]
+  for row in rows:
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", row)
+    assert named or "the same" in row or "Held by" in row, row
+    for file, test in named:
+      assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text() if test else (ROOT / "tests" / file).exists(), f"no test {file}::{test}"
+
+
 OTHERS = ("ensurepip is not available", "externally-managed", "No module named", "Unknown command line flag", "unrecognized arguments", "No space left on device")
 
 

@@ -1,6 +1,8 @@
 """The export command: from a run's workdir and from a plain checkpoint, in both layouts."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -12,7 +14,7 @@ import test_weights as w
 from flax import nnx
 from safetensors.numpy import load_file
 
-from xcomp_jax import checkpoint, export, weights
+from xcomp_jax import checkpoint, export, train, weights
 from xcomp_jax import reader as readers
 from xcomp_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from xcomp_jax.data import check, pipeline
@@ -141,8 +143,8 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path
   ({"version": 2}, r"xcomp\.json has version 2, this xcomp_jax reads 1: install a newer one"),
   ({"clip_size": 4}, r"xcomp\.json\.clip_size is unknown"),
   ({"clip_frames": "4"}, r"xcomp\.json\.clip_frames"),
-  ({"clip_frames": -4, "context": 0}, r"xcomp\.json: clip_frames = -4, context = 0: must be above 0"),
-  ({"lp_comp": {"schedule": [16, 4], "keep": "none", "group": 0}}, r"xcomp\.json: lp_comp\.group = 0: must be above 0"),
+  ({"clip_frames": -4, "context": 0}, r"xcomp\.json: clip_frames = -4: must be an integer from 1 to 1,000; context = 0: must be an integer"),
+  ({"lp_comp": {"schedule": [16, 4], "keep": "none", "group": 0}}, r"xcomp\.json: lp_comp\.group = 0: must be an integer from 1"),
   ({"image_size": 224}, "says tuned with 224 pixels, and the tower of config.json takes 64"),
 ])  # fmt: skip
 def test_what_is_wrong_with_xcomp_json_is_named(base, tmp_path, change, message):
@@ -204,7 +206,8 @@ def test_starting_checkpoint_that_has_moved(base, run, tmp_path, capsys):
   arguments = ["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")]
   with pytest.raises(SystemExit) as left:
     export.main(arguments)
-  assert left.value.code == 1 and f"error: there is no directory {base}" in capsys.readouterr().err
+  assert left.value.code == 1
+  assert f"error: {run}, step 2 started from another place: there is no directory {base}; --init-from DIR says" in capsys.readouterr().err
   export.main([*arguments, "--init-from", str(tmp_path / "moved")])
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(tmp_path / "moved", 2))
 
@@ -323,3 +326,36 @@ def test_a_run_that_was_tied_stays_so_whatever_lies_beside_its_start(base, run, 
   export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
   assert w.read_config(tmp_path / "out").llm.tied
+
+
+def test_a_run_says_where_it_began_as_any_folder_finds_it(tmp_path, monkeypatch, tiny_run):
+  config = tiny_run(tmp_path / "run")
+  cfg = weights.read_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
+  monkeypatch.chdir(pathlib.Path(config.init_from).parent)
+  say = lambda place: checkpoint.describe(dataclasses.replace(config, init_from=place), cfg, train.open_data(config.data.train, cfg), None)["run"]["init_from"]
+  assert say(pathlib.Path(config.init_from).name) == config.init_from
+  assert say("org/name") == "org/name"
+
+
+def deep(step):
+  (step / "config" / "metadata").write_text("[" * 100_000)
+
+
+DAMAGES = {
+  "a deep config": deep,
+  "a config of another kind": lambda step: (step / "config" / "metadata").write_text("[]"),
+  "a config without its model": lambda step: (step / "config" / "metadata").write_text('{"run": {}}'),
+  "no arrays": lambda step: [file.unlink() for file in step.glob("params/ocdbt.process_0/d/*")],
+  "noise for arrays": lambda step: [file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size)) for file in step.glob("params/**/d/*")],
+  "a pipe": lambda step: ((step / "params" / "manifest.ocdbt").unlink(), os.mkfifo(step / "params" / "manifest.ocdbt")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_of_a_run_is_one_error_with_its_name(run, tmp_path, damage, capsys):
+  DAMAGES[damage](run / "checkpoints" / "2")
+  with pytest.raises(SystemExit):
+    export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said.startswith(f"error: {run}") and "2" in said and len(said) < 1000
+  assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all; commands end with a line and a code."""
 
+import argparse
 import errno
 import io
 import itertools
@@ -13,9 +14,10 @@ import sys
 
 import jax
 import pytest
+from huggingface_hub import constants  # here, where there is a home: it looks for one when it is imported
 from tqdm import tqdm
 
-from xcomp_jax import files
+from xcomp_jax import files, weights
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -292,3 +294,47 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
     assert jax.config.jax_compilation_cache_dir is None and "compiled programs are not kept" in capsys.readouterr().err
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_names_that_are_no_utf8_are_printed_with_escapes(capsys):
+  with files.command():
+    print("caf\udcff")
+  assert capsys.readouterr().out == "caf\\udcff\n"
+
+
+@pytest.fixture
+def homeless(monkeypatch, tmp_path):
+  """A container's user: a mere number, without HOME; in an empty folder."""
+  monkeypatch.delenv("HOME", raising=False)
+  monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+  monkeypatch.chdir(tmp_path)
+
+
+def test_without_a_home_a_leading_tilde_is_refused(homeless):
+  for path in ("~", "~/x", pathlib.Path("~/x")):
+    with pytest.raises(files.HomeError, match="~ is the home directory, and this user has none"):
+      files.path_of(path)
+  assert files.expanduser("~x/y") == "~x/y" and files.expanduser("a/~") == "a/~"  # names as others
+  parser = argparse.ArgumentParser(exit_on_error=False)
+  parser.add_argument("--out", type=files.expanduser)
+  with pytest.raises(argparse.ArgumentError, match="this user has none"):
+    parser.parse_args(["--out", "~/x"])
+
+
+def test_without_a_home_no_program_is_kept_and_no_folder_is_made(homeless, capsys):
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update("jax_compilation_cache_dir", None)
+    files.keep_compiled(None, "~/.cache/xcomp_jax")
+    assert jax.config.jax_compilation_cache_dir is None
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+  assert "compiled programs are not kept: ~/.cache/xcomp_jax: ~ is the home directory" in capsys.readouterr().err
+  assert os.listdir() == []
+
+
+def test_without_a_home_a_hub_id_names_the_variable_to_set(homeless, monkeypatch):
+  monkeypatch.setattr(constants, "HF_HOME", os.path.expanduser("~/.cache/huggingface"))  # as at an import without a home
+  with pytest.raises(weights.CheckpointError, match="set HF_HOME to a folder"):
+    weights.resolve("org/name")
+  assert os.listdir() == []

@@ -10,7 +10,7 @@ from xcomp_jax.config import ConfigError
 from xcomp_jax.data.batch import Example
 from xcomp_jax.generate import Sampling
 from xcomp_jax.metrics import Compilations
-from xcomp_jax.model import vlm
+from xcomp_jax.model import attention, decoder, vlm
 
 SHAPE = 32, 8, 32  # frames, prefix, text
 
@@ -33,6 +33,21 @@ def test_cached_decoding_equals_a_full_pass_at_every_step(model, sample):
       assert token == whole[i].argmax()
       longer = np.append(p.tokens, token).astype(np.int32)
       prompts[i] = Example(p.frames, p.visual, longer, np.full_like(longer, -100), np.zeros(len(longer), bool), 0)
+
+
+def test_a_text_in_pieces_is_the_text_in_one(model, sample, monkeypatch):
+  """Other lengths in a batch, pieces and blocks that end within them, and pieces that don't run."""
+  batch = one_each([sample(2, 3, 9, 0), sample(4, 6, 21, 1)], *SHAPE)
+  whole = jax.jit(lambda model, batch: generate.prefill(model, batch, 5))(model, batch)
+  for name, size in {"SHORT": 8, "PART": 4}.items():
+    monkeypatch.setattr(decoder, name, size)
+  monkeypatch.setattr(attention, "KEYS", 24)
+  pieces = jax.jit(lambda model, batch: generate.prefill(model, batch, 5, in_pieces=True))(model, batch)
+  np.testing.assert_allclose(pieces.logits, whole.logits, atol=1e-5 * np.abs(whole.logits).max())
+  for a, b in zip(pieces.caches, whole.caches, strict=True):
+    np.testing.assert_array_equal(a.valid, b.valid)
+    for key in ("key", "value"):
+      np.testing.assert_allclose(*(np.where(b.valid[..., None, None], getattr(c, key), 0) for c in (a, b)), atol=1e-5)
 
 
 def test_an_answer_ends_before_its_eos(model, sample):

@@ -176,7 +176,7 @@ def test_bad_directories_are_named(directory, tmp_path, capsys):
   path, _ = directory()
   (path / "vision.npz").write_bytes(b"PK\x03\x04 cut short")
   code, said = run(path, capsys)
-  assert code == 1 and "vision.npz can't be read" in said.err
+  assert code == 1 and "vision.npz is no file of arrays" in said.err
   path, _ = directory(frames_lowres_u8=np.zeros((7, 12, 12, 3), np.uint8), patch_embed=np.zeros((2, 1, 1)))
   assert "into how many clips 7 frames go" in run(path, capsys)[1].err
 

@@ -4,6 +4,7 @@ reference/qwen_subset is Qwen2's tokenizer with only those merges that these tex
 """
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -229,5 +230,21 @@ def test_a_directory_without_a_tokenizer_names_what_is_missing(reference, tmp_pa
   with pytest.raises(ValueError, match=r"lacks <\|im_start\|>, <\|im_end\|>, <\|endoftext\|>"):
     prompt.load_tokenizer(tmp_path)
   (tmp_path / "tokenizer_config.json").write_text("{")
-  with pytest.raises(ValueError, match="can't be read"):
+  with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON"):
     prompt.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b"{}", b'{"model": 5}'])
+def test_a_damaged_tokenizer_is_one_error_with_its_name(tmp_path, content):
+  (tmp_path / "tokenizer.json").write_bytes(content)
+  with pytest.raises(prompt.TokenizerError, match=r"tokenizer\.json is no tokenizer: "):
+    prompt.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_tokenizer_is_never_read_from_a_pipe(reference, tmp_path, name):
+  shutil.copytree(reference / "qwen_subset", tmp_path / "t")
+  (tmp_path / "t" / name).unlink(missing_ok=True)
+  os.mkfifo(tmp_path / "t" / name)
+  with pytest.raises(OSError, match=f"{name} is a pipe, and must be a file"):
+    prompt.load_tokenizer(tmp_path / "t")

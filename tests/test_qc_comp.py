@@ -14,7 +14,7 @@ from xcomp_jax.config import ConfigError, LPCompConfig
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.encode import EncodedVideo
 from xcomp_jax.metrics import Compilations
-from xcomp_jax.model import decoder, vlm
+from xcomp_jax.model import attention, decoder, vlm
 from xcomp_jax.model.decoder import Lengths
 from xcomp_jax.model.rope import rotate
 
@@ -222,6 +222,23 @@ def test_a_follow_up_is_scored_by_its_own_question_after_all_that_was_said(model
   layer = qc_comp.scored_layers(cfg, 4)[-1]
   paid = oracle(model, video.features[0][:clips], asked, layer, inside, mode == "global", not official, first=45)
   np.testing.assert_allclose(got[0, -1, 0], paid.reshape(len(plan.windows[0]), -1).mean(1), rtol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_long_texts_score_in_pieces_as_in_one(model, causal, monkeypatch):
+  """Two questions of other lengths, whose rows that ask lie in several parts."""
+  video, cfg = film(40), setting("aligned", causal=causal)
+  several = [question(length=60, start=21, seed=1), question(length=50, start=38, seed=2)]
+  asked = qc_comp.together([qc_comp.from_prompt(one, cfg) for one in several], 64)
+  plan, layers = qc_comp.plan(40, 4, cfg), qc_comp.scored_layers(cfg, 4)
+  caches = chat._watch(model, video.features[0][None], np.array([10], np.int32), several[0].tokens[:5], last=layers[-1])
+  score = lambda: jax.jit(
+    lambda model: qc_comp.score(model, caches, asked, plan.windows, layers=layers, causal=causal, prefix=5, units=10)
+  )(model)
+  whole = score()
+  for module, name, size in ((decoder, "SHORT", 16), (decoder, "PART", 8), (qc_comp, "ROWS", 12), (attention, "KEYS", 24)):
+    monkeypatch.setattr(module, name, size)
+  np.testing.assert_allclose(score(), whole, rtol=2e-5)
 
 
 def test_without_a_causal_mask_all_shown_text_is_seen(model):

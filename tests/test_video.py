@@ -171,6 +171,12 @@ def test_a_missing_path_is_named(tmp_path):
     video.load(tmp_path / "nowhere.mp4", size=16, style="train", **LIMITS)
 
 
+def test_an_address_is_named_as_it_was_given(tmp_path):
+  for path in ("https://example.org/a.mp4", tmp_path / "https://example.org/a.mp4"):
+    with pytest.raises(FileNotFoundError, match=r"^https://example\.org/a\.mp4 is an address; nothing is downloaded here"):
+      video.load(path, size=16, style="ask", **LIMITS)
+
+
 @pytest.mark.parametrize("style", ["train", "ask"])
 @pytest.mark.parametrize(
   "content,message", [(b"", "is empty"), (b"not a video " * 99, "can't be read as a video")]

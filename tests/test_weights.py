@@ -408,6 +408,17 @@ def test_truncated_empty_and_absent_files(reference, tmp_path):
     weights.load(directory, cfg)
 
 
+@pytest.mark.parametrize("save", [export.save_torch, export.save_orbax])
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(reference, tmp_path, monkeypatch, save):
+  source = tiny(tmp_path / "in", tiny_tensors(reference))
+  cfg = read_config(source)
+  model = weights.load(source, cfg)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+  with pytest.raises(CheckpointError, match=r"out can't be written: it takes 0\.\d MB, and 0\.0 MB are free there"):
+    save(tmp_path / "out", model, cfg, source)
+  assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)

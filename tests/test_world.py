@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import cv2
@@ -89,3 +90,10 @@ def test_impossible_worlds_are_refused_and_leave_nothing(split, tmp_path):
   with pytest.raises(world.WorldError):
     world.write_world(tmp_path / "out", [split], seed=0, workers=1)
   assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_utf8_is_refused(tmp_path):
+  out = tmp_path / os.fsdecode(b"caf\xff")
+  with pytest.raises(world.WorldError, match=r"the name of the folder .*caf\\udcff.*' holds bytes that are no UTF-8"):
+    world.write_world(out, [world.Split("heldout", 1, 1, 1, 1)], seed=0, workers=1)
+  assert not out.exists()

@@ -77,7 +77,7 @@ def checkpoint_identity(directory: pathlib.Path) -> str:
   for file in sorted(f for f in directory.rglob("*") if f.is_file()):
     with open(file, "rb") as opened:
       content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
-    digest.update(str(file.relative_to(directory)).encode() + b"\0" + content.digest())
+    digest.update(os.fsencode(file.relative_to(directory)) + b"\0" + content.digest())
   return digest.hexdigest()
 
 

@@ -183,6 +183,7 @@ def answer(args: argparse.Namespace) -> None:
     chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=kept_rounds, talk=talk)
     if not fixed:
       say(f"a conversation, question by question; {NEW} starts another one")
+    question = None
     for question in fixed or typed():
       new = question == NEW and not fixed
       if new or not talk:
@@ -228,6 +229,8 @@ def answer(args: argparse.Namespace) -> None:
           if fixed:
             raise
           say(f"error: {error}")
+    if question is None:
+      raise prompt.AnnotationError("no --question, and none on stdin")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 
 from xcomp_jax.data import container, store, video
 from xcomp_jax.files import command, expanduser
+from xcomp_jax.inputs import plain
 
 CLIP = 8  # frames
 sample = functools.partial(video.sample, max_frames=1024, min_frames=128, fps=8.0, clip_frames=CLIP, style="train")
@@ -35,7 +36,7 @@ TOWER = store.Features("random", tokens_per_frame=16, width=1024)  # of the rele
 
 def make_video(path: str, seconds: int, width: int, height: int) -> None:
   """A disc that wanders over a gradient, at 30 frames per second (MPEG-4)."""
-  writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), 30, (width, height))
+  writer = cv2.VideoWriter(plain(path, "the name of the file"), cv2.VideoWriter.fourcc(*"mp4v"), 30, (width, height))
   if not writer.isOpened():
     raise OSError(f"{path} can't be written")
   x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))

@@ -111,10 +111,10 @@ def prompt_of(
   for room in rooms(model, frames, select, answer):
     if text > room.text:
       new = f", and an answer of up to {room.answer}" if room.answer else ""
+      needed = text + room.frames * model.tokens_per_frame + room.answer
       raise ConfigError(
-        f"{text} tokens of text, {room.frames} frames {room.what}, of {model.tokens_per_frame} tokens each{new} make "
-        f"{text + room.frames * model.tokens_per_frame + room.answer} tokens, and the model's context has {context}: {'start a new conversation, ' if history else ''}shorten the question, {room.advice}, or give another "
-        "--context"
+        f"{text} tokens of text, {room.frames} frames {room.what}, of {model.tokens_per_frame} tokens each{new} make {needed} tokens, and the model's "
+        f"context has {context}: {'start a new conversation, ' if history else ''}shorten the question, {room.advice}, or give another --context"
       )
   return asked
 
@@ -301,6 +301,14 @@ class Chat:
       f"turn{'s' * (turns > 1)} like the longest of this conversation; then give another --context, or start a new conversation"
     )
 
+  def _least(self, asked: Prompt) -> int:
+    """Tokens that the text behind the frames is padded to, at least."""
+    if not (self._talk or self.history):
+      return 0
+    slot = int(np.flatnonzero(asked.tokens < 0)[0])
+    most = (self._room() or up(len(asked.tokens), 8 * TALK)) - slot
+    return min(most, TALK) if len(asked.tokens) - slot - 1 <= TALK else most
+
   def _room(self) -> int | None:
     """Tokens of text that the context holds beside the frames and an answer."""
     texts = [room.text for room in rooms(self.model.cfg, len(self.video.times), self.config, self.sampling.max_new_tokens)]
@@ -331,13 +339,8 @@ class Chat:
     """
     # The bias counts from the first question's message; a later question has none before it (quirk Q11).
     cfg = dataclasses.replace(self.config, bias=None) if self.config and self.history else self.config
-    asked, least = self._prompt(question, self.history, cfg), 0
-    if self._talk or self.history:
-      slot = int(np.flatnonzero(asked.tokens < 0)[0])
-      text = len(asked.tokens) - slot - 1
-      most = (self._room() or up(len(asked.tokens), 8 * TALK)) - slot
-      least = min(most, TALK) if text <= TALK else most
-    (got,) = self._answer([asked], cfg, write, report, least)
+    asked = self._prompt(question, self.history, cfg)
+    (got,) = self._answer([asked], cfg, write, report, self._least(asked))
     self.history.append((question, got.text))
     return got
 

@@ -9,7 +9,6 @@ import pathlib
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -214,7 +213,10 @@ def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
       raise ValueError(f"its features begin at frames {phases}, and clips have {F}")
     dtype, size = np.dtype(cfg.dtype), cfg.vision.image_size
     stored = np.dtype(np.uint16) if dtype == ml_dtypes.bfloat16 else dtype
-    wanted: dict[str, Any] = {"about": ((), headers["about"][1]), "times": ((T,), np.dtype(np.float64)), "thumbnails": ((T // F, THUMBNAIL, THUMBNAIL, 3), np.dtype(np.uint8))}
+    wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+      "about": ((), headers["about"][1]), "times": ((T,), np.dtype(np.float64)),
+      "thumbnails": ((T // F, THUMBNAIL, THUMBNAIL, 3), np.dtype(np.uint8)),
+    }  # fmt: skip
     wanted |= {f"features_{phase}": ((T // F, F * cfg.tokens_per_frame, cfg.vision.width), stored) for phase in phases}
     if "frames" in headers:
       wanted["frames"] = ((T, size, size, 3), np.dtype(np.uint8))

@@ -164,7 +164,7 @@ def save_torch(
     Tensor(e.name, e.shape, own[e.path], lambda e=e: _official(e, arrays[e.path], own[e.path]))
     for e in sorted(entries, key=lambda e: e.name)
   ]
-  with appearing(directory, overwrite) as temporary:
+  with appearing(directory, overwrite, sum(tensor.bytes for tensor in tensors)) as temporary:
     write_safetensors(temporary, tensors, shard_bytes)
     _copy_rest(temporary, source, cfg, tuned, dtype, code)
     written = weights.stored(temporary, cfg)
@@ -194,10 +194,13 @@ def save_orbax(
   arrays = weights.parameters(model)
   own = weights.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
   layouts.report(pathlib.Path(directory), official.names(cfg), {path: a.shape for path, a in arrays.items()}, True)
-  with appearing(directory, overwrite) as temporary:
+  with appearing(directory, overwrite, sum(a.size * own[path].itemsize for path, a in arrays.items())) as temporary:
     settings = layouts.nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-      writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(layouts.nest(arrays), save_args=settings))
+    try:
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(layouts.nest(arrays), save_args=settings))
+    except Exception as error:  # of a disk that has become full TensorStore says so by a ValueError
+      raise OSError(files.one_line(error)[:500]) from error
     _copy_rest(temporary, source, cfg, tuned, dtype, code)
 
 
@@ -320,11 +323,13 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def appearing(directory: pathlib.Path, overwrite: bool) -> Generator[pathlib.Path]:
-  """`files.fresh_folder` where `check_free` lets it be; what goes wrong is a CheckpointError."""
+def appearing(directory: pathlib.Path, overwrite: bool, size: int = 0) -> Generator[pathlib.Path]:
+  """`files.fresh_folder` where `check_free` lets it be, and so many bytes have room; what goes wrong is a CheckpointError."""
   check_free(directory, overwrite)
   try:
     with files.fresh_folder(directory, "export", overwrite) as temporary:
+      if (free := shutil.disk_usage(temporary).free) < size:
+        raise OSError(f"it takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there")
       yield temporary
   except OSError as error:
     raise CheckpointError(f"{directory} can't be written: {error}") from error

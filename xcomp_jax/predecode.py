@@ -373,7 +373,7 @@ class _Number(flags.ArgumentParser):
     self._read = number(low, high, type(low))
 
   def parse(self, argument: Any) -> float:
-    return self._read(argument)
+    return self._read(str(argument))  # a default is a number already
 
 
 def _define_number(name: str, default: float | None, text: str, low: float, high: float) -> None:

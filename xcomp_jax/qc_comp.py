@@ -263,6 +263,7 @@ def score(
   Returns:
     float32[Q, B, M, W, w], mean over heads, question rows and the unit's tokens; M as in `layers`.
   """
+  asked = jax.tree.map(jnp.asarray, asked)
   B, L = len(caches[0].key), asked.text.shape[-1]
   rows = lambda a: jnp.broadcast_to(a, (B, *a.shape))
   # Which rows run and ask is the same for all questions, so that each needs no program of its own.

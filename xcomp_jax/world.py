@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 
 from xcomp_jax.files import command, expanduser, fresh_folder
+from xcomp_jax.inputs import plain
+from xcomp_jax.progress import progress
 
 SIZE = 96  # pixels of a video, square
 FRAMES = 8  # of a scene: one clip
@@ -311,10 +313,12 @@ def write_split(out: pathlib.Path, name: str, count: int, film: Film, frames: in
   """out/NAME/*.mp4 of scenes of so many frames, out/NAME.json of their annotations, and out/NAME.yaml."""
   import yaml
 
+  plain(str(out), "the name of the folder", WorldError)  # OpenCV would end the process
   (out / name).mkdir()
   work = functools.partial(_write_video, out, name, film, frames)
   with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-    annotations = list(pool.map(work, range(count), chunksize=16))
+    made = pool.map(work, range(count), chunksize=16)
+    annotations = list(progress(made, total=count, desc="videos", unit="video", leave=False))
   (out / f"{name}.json").write_text(json.dumps(annotations, indent=1) + "\n")
   entry = {"json_path": f"{name}.json", "sampling_strategy": "all", "data_root": name}
   (out / f"{name}.yaml").write_text(yaml.safe_dump({"datasets": [entry]}, sort_keys=False))

@@ -305,7 +305,7 @@ def _path_fault(path: str, reader: str) -> list[str]:
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
       return [f"{path} can't be read: no permission"]
   except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no path at all
-    return [f"{path} does not exist"]
+    return [video.address(path) or f"{path} does not exist"]
   except OSError as error:
     return [f"{path} can't be read: {error.strerror}"]
   return []

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Hashable, Sequence
 from multiprocessing import connection
 from typing import Any
@@ -177,11 +178,11 @@ def serve(handle: int, module: str) -> None:
       function, args, timeout = _fail, (error,), None
     gc.freeze()  # what is there before a call need not be looked through after it
     signal.setitimer(signal.ITIMER_REAL, min(timeout or 0, 1e9))
-    outcome = _outcome(function, args)
+    used, value, error = _outcome(function, args)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    if outcome[0]:
+    if used:
       gc.collect()  # small objects in cycles, of PyAV, hold much memory that Python does not know of
-    pipe.send(outcome)
+    pipe.send((used, value, error and _portable(error)))
 
 
 def _fail(error: Exception) -> tuple[int, Any]:
@@ -193,8 +194,13 @@ def _outcome(function: Callable[..., tuple[int, Any]], args: Sequence[Any]) -> t
   try:
     return *function(*args), None
   except Exception as error:
-    try:
-      pickle.loads(pickle.dumps(error))
-    except Exception:  # made from other arguments than it keeps
-      error = RuntimeError(f"{type(error).__name__}: {error}")
     return 0, None, error
+
+
+def _portable(error: Exception) -> Exception:
+  """An error that another process can read, with its trace, which would be lost."""
+  error.add_note("in another process:\n" + "".join(traceback.format_exception(error)))
+  try:
+    return pickle.loads(pickle.dumps(error))
+  except Exception:  # made from other arguments than it keeps
+    return RuntimeError(f"{type(error).__name__}: {error}")

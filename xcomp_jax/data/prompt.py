@@ -4,7 +4,6 @@ Training and asking share `_build`; they differ only in the text of a turn that 
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsInt
@@ -12,11 +11,9 @@ from typing import Any, SupportsInt
 import numpy as np
 from jaxtyping import Bool, Int
 
-from xcomp_jax import inputs
 from xcomp_jax.config import Mask
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
-from xcomp_jax.files import one_line
-from xcomp_jax.inputs import plain, quoted
+from xcomp_jax.inputs import plain, quoted, read_json, reading, text
 
 IMAGE = "<image>"  # where the frames go, in annotations
 SYSTEM = "You are a helpful assistant."
@@ -29,6 +26,10 @@ WORDS = (  # Qwen2's split, before the merges
 
 class AnnotationError(ValueError):
   """A conversation that can't be used; the message quotes it."""
+
+
+class TokenizerError(ValueError):
+  """Files that make no tokenizer; the message names them."""
 
 
 class Tokenizer:
@@ -90,7 +91,6 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
 
   Raises:
     FileNotFoundError: the files that are missing.
-    OSError: one that can't be read.
     ValueError: a file that is no tokenizer, or one without the chat template's special tokens.
   """
   directory = pathlib.Path(directory)
@@ -104,11 +104,9 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
   import tokenizers  # not at the top: a model runs without
 
   for file in [whole] if whole.exists() else parts:
-    inputs.text(file, ValueError)  # the library would wait for a pipe, and not survive a device
-  try:
+    text(file, TokenizerError)  # not a pipe, which the library would wait for, nor what fits into no memory
+  with reading(whole if whole.exists() else directory, TokenizerError, "tokenizer"):
     core = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else _read_parts(*parts)
-  except Exception as error:  # the library raises bare Exception
-    raise ValueError(f"the tokenizer in {directory} can't be read: {one_line(repr(error))[:500]}") from error
   return Tokenizer(core, str(directory))
 
 
@@ -265,7 +263,7 @@ def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path)
 
   added = {
     token["content"]: (int(i), tokenizers.AddedToken(**{k: v for k, v in token.items() if k != "__type"}))
-    for i, token in json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"].items()
+    for i, token in read_json(config, TokenizerError)["added_tokens_decoder"].items()
   }
   ids, pairs = models.BPE.read_file(str(vocab), str(merges))
   # added tokens take the ids they have in the vocabulary; otherwise the library would count on from its size

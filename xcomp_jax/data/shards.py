@@ -68,11 +68,15 @@ class Work:
 
   def spool(self, job: int, suffix: str = ".records") -> str:
     """A file of an annotation."""
-    return os.path.join(self.folder, "spool", f"{job:07d}{suffix}")
+    return _spool(os.fspath(self.folder), job, suffix)
 
   def shard(self, number: int, suffix: str) -> pathlib.Path:
     """A file of a shard."""
     return self.folder / "shards" / f"{number:06d}{suffix}"
+
+
+def _spool(folder: str, job: int, suffix: str = ".records") -> str:
+  return os.path.join(folder, "spool", f"{job:07d}{suffix}")
 
 
 # What processes do. Entries are written as JSON: {"frames", "clip_frames", "seconds", "lengths", "crc32"}, with the bytes
@@ -132,12 +136,13 @@ def write_bad(target: str, reason: str, at: Any) -> None:
     write({"reason": one_line(reason), "stamp": at})
 
 
-def assemble(shard: str, files: Sequence[str]) -> tuple[int, bool]:
-  """Joins the spools of a shard's jobs into `shard`.array_record and .json, and removes them.
+def assemble(folder: str, shard: str, members: range) -> tuple[int, bool]:
+  """Joins the spools of a shard's jobs, in a folder, into `shard`.array_record and .json, and removes them.
 
   Raises:
     spools.DamagedError: of a spool. OSError: the files can't be written.
   """
+  files = [_spool(folder, job) for job in members]
   if not os.path.exists(f"{shard}.json"):  # else a process died before it had removed all spools
     entries, size, count, writer = [], 0, 0, None
     with replacing(f"{shard}.array_record") as temporary, store.writing(temporary):
@@ -287,7 +292,7 @@ def run(
   missing = {n: set(work.members(n)) for n in shards if not work.shard(n, ".json").exists()}
   if not missing:
     return
-  there = {int(name.split(".")[0]) for name in os.listdir(work.folder / "spool")}
+  there = {int(name.split(".")[0]) for name in os.listdir(work.folder / "spool") if name.endswith(".records")}
   waiting = collections.deque(job for n in missing for job in work.members(n))
   suspects, tried = collections.deque(), set()  # jobs whose process died, and all that has been tried again; jobs run alone then
   spoiled, running = set(), set()
@@ -297,7 +302,7 @@ def run(
 
   def join(n: int) -> None:
     running.add(("shard", n))
-    pool.call(("shard", n), assemble, str(work.shard(n, "")), [work.spool(member) for member in work.members(n)])
+    pool.call(("shard", n), assemble, os.fspath(work.folder), str(work.shard(n, "")), work.members(n))
 
   def start(job: int) -> None:
     running.add(("job", job))
@@ -335,9 +340,9 @@ def run(
 
   try:
     while waiting or running or suspects:
-      alone = any(key[0] == "job" for key in running & tried)
       if suspects and not running:
         start(suspects.popleft())
+      alone = any(kind == "job" for kind, _ in running & tried)
       while waiting and not suspects and not alone and len(running) < max(1, 2 * workers):
         job = waiting.popleft()
         if job in there:

@@ -71,7 +71,7 @@ def read(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:
       raise DamagedError(file)
   except FileNotFoundError:
     raise
-  except (OSError, ValueError, AttributeError, TypeError) as error:
+  except (OSError, ValueError, AttributeError, TypeError, struct.error) as error:
     raise DamagedError(file) from error
 
   def records() -> Iterator[bytes]:

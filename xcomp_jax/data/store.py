@@ -30,15 +30,12 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import cv2
 import ml_dtypes
 import numpy as np
 
 from xcomp_jax import inputs
 from xcomp_jax.files import fresh_folder, local, one_line, too_many_files
 from xcomp_jax.inputs import reading, regular
-
-cv2.setNumThreads(1)  # readers run side by side
 
 FORMAT = 2  # of the folder; raised when an older reader would misread it
 RECORD_BYTES = 64 << 20  # of arrays in one record: a protobuf holds at most 2 GB, and a reader holds a whole record
@@ -202,6 +199,7 @@ class Store:
       yield content
 
   def _decode(self, index: int, first: int, files: Sequence[Any]) -> np.ndarray:
+    cv2 = _cv2()
     out = np.empty((len(files), self.image_size, self.image_size, 3), np.uint8)
     for i, file in enumerate(files):
       image = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
@@ -550,7 +548,17 @@ def writing(path: str | os.PathLike) -> Generator[None]:
     raise OSError(f"{os.fspath(path)} can't be written: {one_line(error)}") from error
 
 
+@functools.cache
+def _cv2() -> Any:
+  """OpenCV, which only JPEG needs."""
+  import cv2
+
+  cv2.setNumThreads(1)  # readers run side by side
+  return cv2
+
+
 def _jpeg(frame: np.ndarray, quality: int) -> bytes:
+  cv2 = _cv2()
   return cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 

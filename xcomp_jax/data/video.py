@@ -140,6 +140,12 @@ class Sample:
   how: Mapping[str, Any]
 
 
+def address(path: str | os.PathLike) -> str:
+  """Says what to do about an address of the web, which is no path; "" if it is none."""
+  found = re.search(r"(?:^|/)(https?|ftp|rtsp|rtmp):/+(.*)", os.fspath(path))  # a pathlib.Path has one slash left
+  return f"{found[1]}://{found[2]} is an address; nothing is downloaded here: give a file of this machine" if found else ""
+
+
 def kind(path: str | os.PathLike) -> ReadType:
   """Says what a file or folder is, where no annotation does."""
   file = pathlib.Path(path)
@@ -202,6 +208,7 @@ def sample(
 
   Raises:
     FileNotFoundError: nothing at `path`.
+    NoFileError: a pipe or device, which may never end.
     ValueError: limits that are no multiples of `clip_frames`, or contradict each other.
     TailError: the end of it is missing, and `tails` is false.
     VideoError: it can't be read, is cut to nothing, or has less than a clip to train on.
@@ -212,13 +219,15 @@ def sample(
     read_type=read_type, stream=stream, rate=rate, folder_rate=folder_rate, tails=tails,
   )  # fmt: skip
   path = local(path, "videos are read as files")
-  _check_limits(max_frames, min_frames, clip_frames)
   if not all(math.isfinite(t) for t in (start, end) if t is not None) or (start or 0) < 0:
     raise VideoError(f"{path}: start={start} and end={end} must be numbers of seconds, from 0 on")
   if not os.path.exists(path):
-    raise FileNotFoundError(f"{path} does not exist; check the path in the annotation and the data root")
+    raise FileNotFoundError(address(path) or f"{path} does not exist")
   if not path.is_dir():
     regular(path)
+  if read_type == "img" and not path.is_dir():
+    return Sample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 0.0, 1, (), None, how)
+  _check_limits(max_frames, min_frames, clip_frames)
   with reading(path, VideoError):
     return _sample(path, found, how, **how)
 
@@ -227,9 +236,6 @@ def _sample(
   path: pathlib.Path, found: Index | None, how: Mapping[str, Any], *, size, max_frames, min_frames, fps, clip_frames, style, start, end,
   read_type, stream, rate, folder_rate, tails,
 ) -> Sample:  # fmt: skip
-  if read_type == "img" and not path.is_dir():
-    return Sample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 0.0, 1, (), None, how)
-
   names: list[pathlib.Path] = []
   lost = 0.0
   if read_type == "video":
