@@ -11,6 +11,7 @@ from typing import Any, SupportsInt
 import numpy as np
 from jaxtyping import Bool, Int
 
+from xcomp_jax import inputs
 from xcomp_jax.config import Mask
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.inputs import plain, quoted, read_json, reading
