@@ -349,6 +349,8 @@ def right_recorded(given, file, good, found) -> str:
 
 def read_needles(given, file) -> Any:
   read = needles.read_needles(given / "needles" / "needles.json", given / "needles", 8, 16)
+  if faults := [needle.fault for needle in read if not needle.clips]:
+    raise needles.NeedleError("; ".join(faults))  # the questions about it are counted as failed
   return [[dict(needle.questions), [[list(c.shape), digest(c)] for c in needle.clips]] for needle in read]
 
 

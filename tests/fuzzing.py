@@ -73,7 +73,7 @@ class Command:
   line: Callable[[pathlib.Path, pathlib.Path, pathlib.Path], list[str]]
   result: Callable[[pathlib.Path, pathlib.Path, pathlib.Path, str], Any]
   apart: Callable[[Any, Any], str] = lambda good, found: ""  # what a command that failed must have done all the same
-  verdict: str = "error: "  # how the line begins that says why it fails
+  verdict: str = ""  # what stdout says where it fails for what it was made to find, and not for an error
 
 
 @dataclasses.dataclass
@@ -263,12 +263,13 @@ class Survey:
     before = listing(case, ("out", "home", "tmp", "cwd"))
     ended = run_in_child(case, kind, file)
     fault = ended.fault or self.touched(case, before) or self.too_much(ended, COMMAND)
-    lines = [line for line in ended.err.splitlines() if line.startswith("error: ")] or re.findall(f"(?m)^{kind.verdict}", ended.out)
+    lines = [line for line in ended.err.splitlines() if line.startswith("error: ")]
     if not fault and ("Traceback" in ended.err or ended.code not in (0, 1)):
       fault = "traceback" if "Traceback" in ended.err else f"ends with exit code {ended.code}"
     if not fault and ended.code == 1:
-      fault = "" if len(lines) == 1 else f"says {len(lines)} errors"
-      fault = fault or wrong_about_error(ended.err + ended.out, case / "given", file) or kind.apart(good, made_in_child(case, kind, file, ended))
+      judged = bool(kind.verdict and re.search(kind.verdict, ended.out))
+      fault = "" if len(lines) == 1 - judged else f"says {len(lines)} errors"
+      fault = fault or (not judged and wrong_about_error(ended.err, case / "given", file)) or kind.apart(good, made_in_child(case, kind, file, ended))
     if not fault and ended.code == 0:
       made = made_in_child(case, kind, file, ended)
       shutil.rmtree(case / "out", ignore_errors=True)

@@ -365,7 +365,7 @@ def read_tuned(directory: pathlib.Path) -> Tuned | None:
     ConfigError: keys in it that are unknown or missing.
   """
   file = pathlib.Path(directory) / EXTRA
-  if not file.exists():
+  if not os.path.lexists(file):  # a link that leads nowhere is an error: without it LP-Comp would be another one
     return None
   values = dict(read_json(file, "lp_comp"))
   if (version := values.pop("version", VERSION)) != VERSION:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import tokenizers
 from PIL import Image, ImageDraw
 
+from xcomp_jax import inputs
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
@@ -33,7 +34,8 @@ def verify(path: str | os.PathLike) -> None:
   """
   store = open_store(path)
   lines = _manifest(store)
-  wrong = list(_count_differences(store, lines))
+  with inputs.reading(store.path / "store.json", StoreError):
+    wrong = list(_count_differences(store, lines))
   wanted = {line["sample"]: line for line in lines if "sample" in line}
   with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
     found = pool.map(lambda i: _difference(store, i, wanted.get(i)), range(len(store)))
@@ -149,7 +151,7 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 def _manifest(store: Store) -> list[dict[str, Any]]:
   try:
-    lines = [json.loads(line) for line in (store.path / "manifest.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    lines = [json.loads(line) for line in inputs.text(store.path / "manifest.jsonl", StoreError).split("\n") if line]
   except (OSError, ValueError) as error:
     raise StoreError(f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes one") from error
   for n, line in enumerate(lines, 1):

@@ -11,9 +11,10 @@ from typing import Any, SupportsInt
 import numpy as np
 from jaxtyping import Bool, Int
 
+from xcomp_jax import inputs
 from xcomp_jax.config import Mask
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
-from xcomp_jax.inputs import plain, quoted, read_json, reading, regular
+from xcomp_jax.inputs import plain, quoted, read_json, reading
 
 IMAGE = "<image>"  # where the frames go, in annotations
 SYSTEM = "You are a helpful assistant."
@@ -104,7 +105,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
   import tokenizers  # not at the top: a model runs without
 
   for file in [whole] if whole.exists() else parts:
-    regular(file)
+    inputs.text(file, TokenizerError)  # not a pipe, which the library would wait for, nor what fits into no memory
   with reading(whole if whole.exists() else directory, TokenizerError, "tokenizer"):
     core = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else _read_parts(*parts)
   return Tokenizer(core, str(directory))
