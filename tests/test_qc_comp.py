@@ -229,7 +229,7 @@ def test_long_texts_score_in_pieces_as_in_one(model, causal, monkeypatch):
   """Two questions of other lengths, whose rows that ask lie in several parts."""
   video, cfg = film(40), setting("aligned", causal=causal)
   several = [question(length=60, start=21, seed=1), question(length=50, start=38, seed=2)]
-  asked = qc_comp.together([qc_comp.from_prompt(one, cfg) for one in several], 64)
+  asked = qc_comp.together([qc_comp.from_prompt(one, cfg) for one in several], 62)
   plan, layers = qc_comp.plan(40, 4, cfg), qc_comp.scored_layers(cfg, 4)
   caches = chat._watch(model, video.features[0][None], np.array([10], np.int32), several[0].tokens[:5], last=layers[-1])
   score = lambda: jax.jit(

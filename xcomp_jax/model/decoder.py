@@ -390,11 +390,12 @@ def in_pieces(run: Callable, count: Any, *rows: jax.Array) -> Any:
   L = rows[0].shape[1]
   if L <= SHORT:
     return run(0, *rows)
-  part = lambda i: [jax.lax.dynamic_slice_in_dim(a, i * PART, PART, 1) for a in rows]
+  part = lambda first: [jax.lax.dynamic_slice_in_dim(a, first, PART, 1) for a in rows]
 
   def one(i, out):
-    put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, i * PART, 1)
-    return jax.tree.map(put, out, run(i * PART, *part(i)))
+    first = jnp.minimum(i * PART, L - PART)  # the last piece begins earlier, and makes some rows once more
+    put = lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, first, 1)
+    return jax.tree.map(put, out, run(first, *part(first)))
 
   shapes = jax.eval_shape(lambda *rows: run(0, *rows), *part(0))
   return jax.lax.fori_loop(0, count, one, jax.tree.map(lambda a: jnp.zeros((len(a), L, *a.shape[2:]), a.dtype), shapes))
@@ -417,7 +418,7 @@ def extend(
 
   Args:
     decoder: the parameters.
-    x: [B, L, D] embedded rows, valid ones first; more than SHORT are a multiple of PART.
+    x: [B, L, D] embedded rows, valid ones first.
     valid: bool[B, L].
     caches: of the first layers, as `run` gives them with rotated=False.
     look: called with a layer's index, the layer, its cache, and the q and k of the rows (not rotated).
