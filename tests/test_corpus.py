@@ -277,12 +277,12 @@ def test_what_may_not_be_read(world):
     (at / "closed").mkdir()
     make_video(at / "closed" / "v.mp4", 8)
     (at / "closed").chmod(0)
-    items = [{"video": name, "conversations": talk()} for name in ("secret.mp4", "closed/v.mp4")]
+    names = ("secret.mp4", "closed/v.mp4")
     root = os.geteuid() == 0
     try:
       if root:
         os.seteuid(65534)
-      found = [mixtures._job(item, 0, "a.json", at, "video", None).faults for item in items]
+      found = [*mixtures._path_faults([(str(at / name), "video", "") for name in names])]
       with pytest.raises(video.VideoError, match="secret"):
         video.load(at / "secret.mp4", **decoding.SAMPLING)
     finally:

@@ -179,7 +179,7 @@ def tools(tmp_path):
     *((script, "--config=nowhere/sct.py", "no config file nowhere/sct.py in ") for script in LAUNCHERS),
     *((script, "--config=configs/sct.py:8b", "configs/sct.py, line 30: no variant '8b'; known: tiny, 7b") for script in LAUNCHERS),
     ("gke.sh", "--config.optim.lr=1", "config.optim.lr is unknown; did you mean config.optim.learning_rate?"),
-    ("slurm.sh", "--config.train.epochs=0", "config.train.epochs = 0: must be at least 1"),
+    ("slurm.sh", "--config.train.epochs=0", "config.train.epochs = 0: must be an integer from 1"),
   ],
 )
 def test_what_training_would_not_take_is_refused_before_anything_is_asked_for(script, option, words, tools, tmp_path):

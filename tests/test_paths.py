@@ -24,13 +24,20 @@ def home(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
 
 
+def takes(parser, action, text):
+  try:
+    return isinstance(parser._get_value(action, text), (str, pathlib.Path))
+  except argparse.ArgumentError:  # a number with bounds
+    return False
+
+
 def options(parser):
   """Those of a parser and of its commands that take text."""
   for action in parser._actions:
     if isinstance(action, argparse._SubParsersAction):
       for command in action.choices.values():
         yield from options(command)
-    elif action.nargs != 0 and not action.choices and isinstance(parser._get_value(action, "7"), (str, pathlib.Path)):
+    elif action.nargs != 0 and not action.choices and takes(parser, action, "7"):
       yield parser, action
 
 

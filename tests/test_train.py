@@ -317,7 +317,7 @@ def shrink(base):
 
 @pytest.mark.parametrize(
   "damage, words",
-  [(cut, "truncated"), (lose, r"1 missing: model\.norm\.weight"), (shrink, "embedding table has only 100 rows")],
+  [(cut, "cut short"), (lose, r"1 missing: model\.norm\.weight"), (shrink, "embedding table has only 100 rows")],
 )
 def test_a_damaged_start_is_said_before_anything_is_written(tiny_run, tmp_path, damage, words):
   shutil.copytree(tiny_run(tmp_path).init_from, tmp_path / "base")

@@ -190,7 +190,10 @@ def settle(target: str | os.PathLike) -> None:
 
   Every command does this for the folders that it is told to read or write.
   """
-  target = pathlib.Path(os.path.realpath(target))
+  try:
+    target = pathlib.Path(os.path.realpath(target))
+  except ValueError:  # no path at all
+    return
   for work in target.parent.glob(f"{glob.escape(target.name)}.*.incomplete"):
     with contextlib.suppress(OSError):  # no permission: nothing changes, and who needs the folder says that it is not there
       if (work / "old").exists():

@@ -52,7 +52,8 @@ def reading(path: str | os.PathLike, kind: type[Exception], what: str = "") -> G
       raise OSError(text) from error
     if isinstance(error, OSError) and error.errno is not None and error.filename in (None, path, os.fspath(path)):
       raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # becomes the kind that stands for the number
-    inner = error.__cause__ or error  # Orbax says how it reads, and TensorStore, whose error led to that, what is wrong
+    # Orbax raises a bare Exception that says how it reads; TensorStore, whose error led to that, says what is wrong.
+    inner = (type(error) is Exception and error.__cause__) or error
     says = "it needs more memory than there is" if isinstance(error, MemoryError) else one_line(inner) or type(inner).__name__
     raise kind(f"{printable(path)} is {f'no {what}' if what else 'damaged'}: {says[:500]}") from error
 

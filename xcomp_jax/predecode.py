@@ -372,6 +372,9 @@ class _Number(flags.ArgumentParser):
   def __init__(self, low: float, high: float):
     self._read = number(low, high, type(low))
 
+  def flag_type(self) -> str:
+    return "number"
+
   def parse(self, argument: Any) -> float:
     return self._read(str(argument))  # a default is a number already
 
