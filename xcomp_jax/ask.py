@@ -26,7 +26,6 @@ from xcomp_jax.progress import progress
 from xcomp_jax.reader import COMPILED, Reader, fault, options, prepare, settings
 
 QUESTIONS = 1 << 24  # bytes of all, at most
-
 NEW = "/new"  # typed instead of a question
 
 
