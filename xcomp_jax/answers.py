@@ -42,8 +42,6 @@ from xcomp_jax.reader import Reader, fault
 FREE = ("checkpoint", "clips_per_chunk", "clip_frames", "attention")
 ADDED = {"rows": "question"}  # settings that older folders do not have, and what they were made with
 PACKAGES = ("xcomp_jax", "jax", "jaxlib", "flax", "numpy", "opencv-python-headless", "pillow", "tokenizers")
-
-
 WRITTEN = ("results.json", "samples.jsonl", "heatmap.png", "run.json")  # by who asks, beside the answers
 
 

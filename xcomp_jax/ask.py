@@ -23,10 +23,9 @@ from xcomp_jax.data import prompt, video
 from xcomp_jax.files import expanduser
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
-from xcomp_jax.reader import COMPILED, Reader, options, prepare, settings
+from xcomp_jax.reader import COMPILED, Reader, fault, options, prepare, settings
 
 QUESTIONS = 1 << 24  # bytes of all, at most
-
 NEW = "/new"  # typed instead of a question
 
 
@@ -209,7 +208,7 @@ def answer(args: argparse.Namespace) -> None:
           if fixed or isinstance(error, OSError):  # nobody reads the answers
             raise
           bar.close()
-          say("error: " + files.one_line(str(error) if isinstance(error, ValueError) else repr(error))[:500])  # the conversation goes on
+          say(f"error: {fault(error)}")  # the conversation goes on
           continue
       print(as_json(question, got, film, spent) if args.json else "", flush=True)
       done.append((question, got))

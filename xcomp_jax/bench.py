@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from xcomp_jax import bench_parts as parts
-from xcomp_jax import bench_profile, cost, files
+from xcomp_jax import bench_profile, cost, files, inputs
 from xcomp_jax.bench_parts import Part
 from xcomp_jax.config import Dtype
 from xcomp_jax.data.batch import Shape
@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parser.parse_args(argv)
   with files.command(ImportError):
     if args.plot:
-      plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
+      plot(inputs.read_json(args.plot, ValueError), args.plot.with_suffix(".png"))
       return
     given = {"like": args.like, "text": args.text, "runs": args.runs, "frames": tuple(args.frames or ()) or None}
     preset = dataclasses.replace(PRESETS[args.preset], **{key: value for key, value in given.items() if value is not None})

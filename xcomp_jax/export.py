@@ -289,7 +289,7 @@ def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
   wanted = [f"{name.split('.')[0]}.py" for name in names if "--" not in name]  # ORG/NAME--module.Class is at the hub
   for name in wanted:  # grows
     if inputs.beside(name) and (folder / name).is_file():
-      imported = RELATIVE.findall((folder / name).read_text())
+      imported = RELATIVE.findall(inputs.text(folder / name, CheckpointError))
       wanted += [file for file in (f"{module}.py" for module in imported) if file not in wanted]
   return sorted({name for name in wanted if not (inputs.beside(name) and (folder / name).is_file())})
 

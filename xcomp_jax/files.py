@@ -224,7 +224,8 @@ def _remove(work: pathlib.Path) -> None:
   """Removes a work folder; its lock last, for a folder without one is nobody's."""
   _empty(work)
   (work / "lock").unlink(missing_ok=True)
-  work.rmdir()
+  with contextlib.suppress(OSError):  # the next process has come already
+    work.rmdir()
 
 
 @contextlib.contextmanager

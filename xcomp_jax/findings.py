@@ -1,7 +1,6 @@
 """What the study's cells say: tables with intervals, and plots. `xcomp_jax.study` makes the cells."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from xcomp_jax.files import write
 from xcomp_jax.films import KINDS
+from xcomp_jax.inputs import read_json
 
 RESAMPLES = 4000
 # Shares that are right without looking a thing up: of the best constant answer, and of an answer about any shot instead of the one
@@ -80,7 +80,7 @@ class Cells:
   """The results of the cells in a folder, by name."""
 
   def __init__(self, folder: pathlib.Path):
-    self.results = {file.stem: json.loads(file.read_text())["result"] for file in sorted(folder.glob("*.json"))}
+    self.results = {file.stem: read_json(file, ValueError)["result"] for file in sorted(folder.glob("*.json"))}
 
   def seeds(self, *path: str) -> list[Mapping[str, Any]]:
     """The measures at a path, whose first name may have {seed}; of every seed that is there."""

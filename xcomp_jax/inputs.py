@@ -166,12 +166,7 @@ def beyond(name: str, value: Any, bounds: range) -> str:
   """Says that what a file has for an integer is none within bounds; "" if it is."""
   if type(value) is int and value in bounds:
     return ""
-  return f"{name} = {short(value)}: must be an integer from {bounds[0]:,} to {bounds[-1]:,}"
-
-
-def short(value: Any) -> str:
-  """What a file says, for a message."""
-  return shown if len(shown := repr(value)) <= 100 else f"{shown[:100]}..."
+  return f"{name} = {quoted(value, 100)}: must be an integer from {bounds[0]:,} to {bounds[-1]:,}"
 
 
 def number(low: Number, high: Number, kind: type[Number]) -> Callable[[str], Number]:

@@ -46,7 +46,7 @@ def shards(directory: pathlib.Path) -> list[pathlib.Path]:
   if not isinstance(places, dict):
     raise CheckpointError(f"{directory / INDEX}: weight_map must be an object of tensor names and file names")
   if wrong := [shard for shard in places.values() if not inputs.beside(shard)]:
-    raise CheckpointError(f"{directory / INDEX}: weight_map must name files of its own folder, not {inputs.short(wrong[0])}")
+    raise CheckpointError(f"{directory / INDEX}: weight_map must name files of its own folder, not {inputs.quoted(wrong[0], 100)}")
   return sorted({directory / shard for shard in places.values()})
 
 

@@ -15,6 +15,7 @@ from xcomp_jax.data import prompt
 from xcomp_jax.data.store import Store, open_store
 from xcomp_jax.files import write_json
 from xcomp_jax.films import FRAMES, Split
+from xcomp_jax.inputs import read_json
 
 BASE = "assets/study"
 CONFIG = "configs/study.py"
@@ -210,7 +211,7 @@ def stamp(folder: pathlib.Path, made: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, made)
     return
-  if other := differences(json.loads(file.read_text()), made):
+  if other := differences(read_json(file, ValueError), made):
     raise ValueError(f"{file} was made otherwise ({', '.join(other)}): give --out another folder, or remove {folder}")
 
 

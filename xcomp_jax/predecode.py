@@ -33,7 +33,7 @@ from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
 from xcomp_jax.files import apart, become, command, expanduser, listed, local, locked, sweep, write_json
-from xcomp_jax.inputs import number
+from xcomp_jax.inputs import number, read_json
 from xcomp_jax.progress import progress
 
 # Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
@@ -196,7 +196,7 @@ def _made(out: pathlib.Path) -> dict[str, Any] | None:
       raise store.StoreError(f"{out} is where a file system is mounted; choose a folder inside it")
     return None
   try:
-    info = json.loads((out / "store.json").read_text(encoding="utf-8"))
+    info = read_json(out / "store.json", ValueError)
     if isinstance(info["plan"], str):
       return info
   except (OSError, ValueError, KeyError, TypeError):
@@ -228,7 +228,7 @@ def _per_shard(folder: pathlib.Path, made: dict[str, Any] | None, restart: bool)
     return made.get("samples_per_shard", PER_SHARD_BEFORE)
   if not restart:
     with contextlib.suppress(FileNotFoundError):
-      return json.loads((folder / "plan.json").read_text())["samples_per_shard"]
+      return read_json(folder / "plan.json", store.StoreError)["samples_per_shard"]
   return PER_SHARD
 
 
@@ -264,7 +264,7 @@ def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
       raise store.StoreError(f"{folder} holds something else than work of this command; move it away, or choose another --out")
     write_json(file, plan)
     return
-  there = json.loads(file.read_text())
+  there = read_json(file, store.StoreError)
   if there != plan:
     keys = [key for key in dict.fromkeys([*there, *plan]) if there.get(key) != plan.get(key)]
     shown = [f"{key}: {there.get(key, 'nothing')} there, {plan.get(key, 'nothing')} now" for key in keys[:5]]
@@ -279,7 +279,7 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
   folder.mkdir(exist_ok=True)
   parts, lines, written = [], [], 0
   for n in work.shards:
-    about, samples, first = json.loads(work.shard(n, ".json").read_text()), [], 0
+    about, samples, first = read_json(work.shard(n, ".json"), store.StoreError), [], 0
     crcs = tuple(entries[i]["crc32"] for i in work.members(n) if "crc32" in entries[i])
     for i in work.members(n):
       job, entry = work.jobs[i], entries[i]
@@ -319,7 +319,7 @@ def _undo_finish(work: Work) -> None:
   folder = work.folder / "store"
   if not folder.exists():
     return
-  whole = [n for n in work.shards if work.shard(n, ".json").exists() and json.loads(work.shard(n, ".json").read_text())["records"]]
+  whole = [n for n in work.shards if work.shard(n, ".json").exists() and read_json(work.shard(n, ".json"), store.StoreError)["records"]]
   for n, file in zip(whole, store.shard_files(folder, work.layout, len(whole)), strict=True):
     if file.exists():
       os.rename(file, work.shard(n, ".array_record"))
@@ -394,11 +394,11 @@ def _define_flags() -> None:
   _define_path("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
   _define_path("root", ".", "where relative paths of the mixture start")
   _define_number("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
-  _define_number("image_size", None, "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448", 1, 8192)
+  _define_number("image_size", None, "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448", 1, store.PIXELS[-1])
   _define_number("max_frames", 1024, "frames of a video, at most", 1, 1_000_000)
   _define_number("min_frames", 128, "frames of a video, if it has as many", 1, 1_000_000)
   _define_number("fps", 8.0, "frames per second, at most", 0.001, video.FASTEST)
-  _define_number("clip_frames", None, "frames that the tower sees together; default: as --checkpoint was tuned, else 8", 1, 1024)
+  _define_number("clip_frames", None, "frames that the tower sees together; default: as --checkpoint was tuned, else 8", 1, store.FRAMES[-1])
   flags.DEFINE_enum("frames", "raw", ["raw", "jpeg"], "how frames are stored")
   _define_number("quality", 95, "of JPEG", 1, 100)
   flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")

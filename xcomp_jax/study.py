@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 from xcomp_jax import findings
 from xcomp_jax.files import alone, command, path_of, write_json
 from xcomp_jax.films import FRAMES
+from xcomp_jax.inputs import read_json
 from xcomp_jax.measures import FEW, SELECTED, measured, selected, setting
 from xcomp_jax.miniature import BASE, PRESETS, Study, differences, rule, train_base
 
@@ -106,7 +106,7 @@ def check(study: Study, where: pathlib.Path) -> None:
   old = []
   for cell in cells(study):
     file = where / f"{cell.name}.json"
-    if file.exists() and (other := differences(json.loads(file.read_text()).get("made", {}), made(study, cell))):
+    if file.exists() and (other := differences(read_json(file, ValueError).get("made", {}), made(study, cell))):
       old.append(f"{file} ({', '.join(other)})")
   if old:
     raise ValueError(f"made otherwise: {'; '.join(old)}: remove them to do them again")

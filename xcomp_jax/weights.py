@@ -145,12 +145,12 @@ BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, where nothing else is 
 def _check(where: Any, values: Any, kinds: Mapping[str, str | range]) -> None:
   """Raises a CheckpointError unless `values` is an object with all keys of `kinds`, of these kinds; a range is one of integers."""
   if not isinstance(values, dict):
-    raise CheckpointError(f"{where} = {inputs.short(values)}: must be an object")
+    raise CheckpointError(f"{where} = {inputs.quoted(values, 100)}: must be an object")
   if missing := [key for key in kinds if key not in values]:
     raise CheckpointError(f"{where} lacks {', '.join(missing)}")
   wrong = [
     inputs.beyond(key, values[key], kind) if isinstance(kind, range)
-    else "" if KINDS[kind](values[key]) else f"{key} = {inputs.short(values[key])}: must be {kind}"
+    else "" if KINDS[kind](values[key]) else f"{key} = {inputs.quoted(values[key], 100)}: must be {kind}"
     for key, kind in kinds.items()
   ]
   if wrong := list(filter(None, wrong)):

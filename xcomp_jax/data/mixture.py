@@ -32,8 +32,6 @@ TEXT, SEVERAL = "text alone", "several images or videos"  # what the release pas
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of those who speak
 VIDEO = "<video>"  # what others write for prompt.IMAGE
 LARGEST = 1 << 20  # characters of a mixture, at most, with what its aliases stand for
-
-
 THREADS = 16  # that ask the file system
 
 

@@ -15,7 +15,6 @@ processes, on their order, or on interruptions.
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -28,6 +27,7 @@ from xcomp_jax.data import spools, store, video
 from xcomp_jax.data.mixture import Job
 from xcomp_jax.data.processes import DiedError, Here, Processes, StartError
 from xcomp_jax.files import one_line, replacing, too_many_files, write_json
+from xcomp_jax.inputs import read_json
 
 # Frames of videos that a process decodes before a fresh one takes its place: decoders of videos leak, in the worst case seen 3 kB a frame.
 LIFE = 1 << 16
@@ -248,7 +248,7 @@ def prepare(work: Work, skip_bad: bool) -> int:
   done, whole = 0, set()
   for number in work.shards:
     file = work.shard(number, ".json")
-    entries = json.loads(file.read_text())["entries"] if file.exists() else []
+    entries = read_json(file, store.StoreError)["entries"] if file.exists() else []
     if any(again(entry, job) for entry, job in zip(entries, work.members(number))):
       file.unlink()
     elif entries:
@@ -387,7 +387,7 @@ def entries(work: Work) -> list[dict[str, Any]]:
   for n in work.shards:
     file = work.shard(n, ".json")
     if file.exists():
-      found += json.loads(file.read_text())["entries"]
+      found += read_json(file, store.StoreError)["entries"]
     else:
       found += [spools.read(work.spool(job))[0] for job in work.members(n)]
   return found

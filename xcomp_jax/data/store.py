@@ -323,7 +323,7 @@ def open_store(path: str | os.PathLike) -> Store:
     with reading(about, StoreError):
       version = info["format"]
       if type(version) is not int or version != FORMAT:
-        raise StoreError(f"{path} has format {inputs.short(version)}, this version reads {FORMAT}")
+        raise StoreError(f"{path} has format {inputs.quoted(version, 100)}, this version reads {FORMAT}")
       layout = _layout(info, about)
     table = Rows(path / "samples", _sample_features())
     if len(table) != info.get("samples"):
@@ -581,7 +581,7 @@ def _sample(row: Mapping[str, Any]) -> Sample:
   number = lambda key: int(row[key])
   talk = json.loads(text("conversations"))
   if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk):
-    raise ValueError(f"conversations = {inputs.short(talk)}: must be a list of objects")
+    raise ValueError(f"conversations = {inputs.quoted(talk, 100)}: must be a list of objects")
   return Sample(
     id=text("id"), source=text("source"), annotation=text("annotation"), position=number("position"),
     conversations=tuple(talk), time_message=text("time_message"),
