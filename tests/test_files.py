@@ -172,11 +172,13 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
 def test_one_command_works_in_a_folder_and_sweeps_it(tmp_path):
   (tmp_path / f"a.json.{'0' * 32}.tmp").touch()
   (tmp_path / "mine.tmp").touch()
-  with files.replacing(tmp_path / "b.json") as written, files.alone(tmp_path):
+  with files.replacing(tmp_path / "b.json") as written, files.alone(tmp_path, "test"):
     assert written.exists()  # its process lives
-    with pytest.raises(OSError, match="another command is at work"), files.alone(tmp_path):
+    with pytest.raises(OSError, match="another command is at work"), files.alone(tmp_path, "other"):
       raise AssertionError("not reached")
   assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "b.json", "mine.tmp"]
+  with files.alone(tmp_path, "other"):
+    assert files.made_by(tmp_path, "test") and not files.made_by(tmp_path, "other")
 
 
 def test_a_message_about_a_full_disk_names_the_file(tmp_path):

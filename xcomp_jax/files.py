@@ -140,7 +140,7 @@ def fresh_folder(target: str | os.PathLike, by: str, replace: bool = False) -> G
   target = pathlib.Path(os.path.realpath(local(target, "a folder that is whole or not at all appears by a rename", written=True)))
   settle(target)
   _check_free(target, replace)
-  work, mark = target.with_name(f"{target.name}.{by}.incomplete"), f"xcomp_jax {by}"
+  work, mark = target.with_name(f"{target.name}.{by}.incomplete"), _mark(by)
   try:
     work.mkdir(parents=True, exist_ok=True)
     if not {path.name for path in work.iterdir()} <= {"lock"} and (not (work / "lock").is_file() or (work / "lock").read_text() != mark):
@@ -253,17 +253,30 @@ def locked(file: str | os.PathLike, taken: Exception | None, needed: bool = Fals
 
 
 @contextlib.contextmanager
-def alone(folder: str | os.PathLike) -> Generator[None]:
-  """Makes a folder in which a command writes, and keeps the same command out of it meanwhile.
+def alone(folder: str | os.PathLike, by: str) -> Generator[None]:
+  """Makes a folder in which a command writes, and keeps others out of it meanwhile; its lock says who was there first.
 
   Raises:
     OSError: it can't be made, or another process is at work in it.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  with locked(folder / ".lock", OSError(f"another command is at work in {folder}; wait for it, or give --out another folder")):
+  lock = folder / ".lock"
+  with locked(lock, OSError(f"another command is at work in {folder}; wait for it, or give --out another folder")):
+    if not lock.stat().st_size:
+      lock.write_text(_mark(by))
     sweep(folder)
     yield
+
+
+def made_by(folder: str | os.PathLike, by: str) -> bool:
+  """Whether a command was the first that was `alone` in a folder."""
+  lock = pathlib.Path(folder) / ".lock"
+  return lock.is_file() and lock.read_bytes() == _mark(by).encode()
+
+
+def _mark(by: str) -> str:
+  return f"xcomp_jax {by}"
 
 
 def apart(outputs: Mapping[str, str | os.PathLike | None], inputs: Mapping[str, str | os.PathLike | None], nested: bool = False) -> None:
