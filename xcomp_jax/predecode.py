@@ -476,4 +476,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   _define_flags()  # not on import: those who call `predecode` have flags of their own
-  app.run(main)
+  with command():  # absl prints, too
+    app.run(main)
