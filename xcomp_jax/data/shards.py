@@ -215,7 +215,9 @@ def _blaming(job: Job) -> Generator[None]:
   except Exception as error:
     if text := too_many_files(error):  # not the file's fault
       raise OSError(text) from error
-    if isinstance(error, (video.VideoError, MemoryError)):  # for the latter others may be to blame
+    if isinstance(error.__cause__, MemoryError):  # others may be to blame, so it will be tried alone
+      raise MemoryError(str(error)) from error
+    if isinstance(error, (video.VideoError, MemoryError)):
       raise
     if isinstance(error, OSError):
       raise video.VideoError(str(error)) from error
