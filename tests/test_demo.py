@@ -26,9 +26,13 @@ def test_only_what_an_earlier_demo_made_is_cleared(tmp_path, capsys):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
   files = lambda: {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
-  with pytest.raises(SystemExit):
-    demo.main(["--out", str(tmp_path)])
-  assert files() == {"world/mine", *theirs} and "holds what no demo has made" in capsys.readouterr().err
+  for there in ((), (".lock",)):  # a run has a lock, too
+    for name in there:
+      (tmp_path / name).touch()
+    with pytest.raises(SystemExit):
+      demo.main(["--out", str(tmp_path)])
+    assert files() == {"world/mine", *theirs, *there} and "holds what no demo has made" in capsys.readouterr().err
+  (tmp_path / ".lock").unlink()
   demo.clear(tmp_path / "absent", demo.MADE)
   for name in demo.MADE:
     (tmp_path / name / "of").mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 
 import jax
 import pytest
@@ -35,6 +36,31 @@ def test_a_file_that_was_never_begun_is_not_missed(tmp_path):
   with files.replacing(tmp_path / "records") as out:
     out.unlink()
   assert not list(tmp_path.iterdir())
+
+
+def test_only_files_are_replaced_and_not_links_to_them(tmp_path):
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "link").symlink_to("folder/file")
+  for text in ("new", "newer"):
+    files.write(tmp_path / "link", text)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == text
+  os.mkfifo(tmp_path / "pipe")
+  for name in ("pipe", "folder"):
+    with pytest.raises(OSError, match=f"where a file has to be.*{name}"), files.replacing(tmp_path / name):
+      raise AssertionError("not reached")
+  assert (tmp_path / "pipe").is_fifo() and {path.name for path in tmp_path.iterdir()} == {"folder", "link", "pipe"}
+
+
+def test_names_may_be_as_long_as_the_system_allows(tmp_path):
+  name = "\u00e4" * 127
+  with pytest.raises(ZeroDivisionError), files.replacing(tmp_path / name) as left:
+    kept = left.with_name("kept")
+    left.rename(kept)
+    raise ZeroDivisionError
+  kept.rename(left)  # as a kill leaves it
+  files.sweep(tmp_path, name)
+  files.write(tmp_path / name, "")
+  assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_json_for_people_has_lines_and_an_order(tmp_path):
@@ -172,16 +198,36 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
 def test_one_command_works_in_a_folder_and_sweeps_it(tmp_path):
   (tmp_path / f"a.json.{'0' * 32}.tmp").touch()
   (tmp_path / "mine.tmp").touch()
-  with files.replacing(tmp_path / "b.json") as written, files.alone(tmp_path):
+  with files.replacing(tmp_path / "b.json") as written, files.alone(tmp_path, "test"):
     assert written.exists()  # its process lives
-    with pytest.raises(OSError, match="another command is at work"), files.alone(tmp_path):
+    with pytest.raises(OSError, match="another command is at work"), files.alone(tmp_path, "other"):
       raise AssertionError("not reached")
   assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "b.json", "mine.tmp"]
+  with files.alone(tmp_path, "other"):
+    assert files.made_by(tmp_path, "test") and not files.made_by(tmp_path, "other")
 
 
 def test_a_message_about_a_full_disk_names_the_file(tmp_path):
   with pytest.raises(OSError, match=r"No space left.*page\.html"), files.replacing(tmp_path / "page.html"):
     os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+
+
+@pytest.mark.parametrize("stream, mode", [("stdin", "r"), ("stdout", "w"), ("stderr", "a")])
+def test_no_output_is_what_a_stream_is_bound_to(tmp_path, stream, mode):
+  (tmp_path / "file").touch()
+  body = """
+    import sys
+    from xcomp_jax import files
+    files.apart({"--report": sys.argv[1] + "/other", "--out": sys.argv[1]}, {})
+    try:
+      files.apart({"--report": sys.argv[1] + "/file"}, {})
+    except ValueError as error:
+      assert "also standard" in str(error)
+      sys.exit(9)
+  """
+  with open(tmp_path / "file", mode) as bound:
+    got = subprocess.run([sys.executable, "-c", textwrap.dedent(body), str(tmp_path)], check=False, **{stream: bound})
+  assert got.returncode == 9
 
 
 @pytest.mark.parametrize(

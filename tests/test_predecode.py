@@ -256,14 +256,25 @@ def test_other_work_is_not_continued(world):
   assert make(world, quality=90, restart=True)["quality"] == 90
 
 
-def test_a_folder_of_another_program_is_left_alone(world):
+@pytest.mark.parametrize("plan", [None, "{}", "[]", "no JSON", '{"format": 2, "samples_per_shard": 4}'])
+def test_a_folder_of_another_program_is_left_alone(world, plan):
   folder = world.parent / "out.incomplete"
   folder.mkdir()
   (folder / "thesis.txt").write_text("all of it")
+  if plan:
+    (folder / "plan.json").write_text(plan)
   for restart in (False, True):
     with pytest.raises(StoreError, match="something else"):
       make(world, restart=restart)
   assert (folder / "thesis.txt").read_text() == "all of it"
+
+
+def test_a_plan_that_was_half_written_is_no_other_programs(world):
+  folder = world.parent / "out.incomplete"
+  folder.mkdir()
+  for name in ("lock", f"plan.json.{'0' * 32}.tmp"):
+    (folder / name).touch()
+  assert make(world)["samples"] == 7 and not folder.exists()
 
 
 def test_one_run_at_a_time(world):

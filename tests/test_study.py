@@ -86,7 +86,7 @@ def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch
 
 
 def test_one_command_at_a_time(tmp_path, capsys):
-  with files.alone(tmp_path), pytest.raises(SystemExit):
+  with files.alone(tmp_path, "study"), pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path)])
   assert f"another command is at work in {tmp_path}; wait for it, or give --out another" in capsys.readouterr().err
 

@@ -45,9 +45,13 @@ def check_target(option: str, path: str | None) -> None:
   file = files.local(path, f"{option} names a file", written=True)
   if not file.parent.is_dir():
     raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
-  files.sweep(file.parent, file.name)
-  if file.is_dir() or not os.access(file.parent, os.W_OK):
-    raise PermissionError(f"{option} {file}: " + ("this is a folder" if file.is_dir() else f"{file.parent} can't be written to"))
+  real = pathlib.Path(os.path.realpath(file))
+  files.sweep(real.parent, real.name)
+  try:
+    with files.replacing(file) as probe:
+      probe.unlink()
+  except OSError as error:
+    raise type(error)(f"{option} {file}: {error.strerror}") from error
 
 
 def sampled(args: argparse.Namespace, reader: Reader) -> video.Sample | None:

@@ -22,7 +22,7 @@ from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Example, Shape, collate
 from xcomp_jax.data.blend import Blend
-from xcomp_jax.files import alone, command, expanduser
+from xcomp_jax.files import alone, command, expanduser, made_by
 from xcomp_jax.model import vlm
 
 BASE = "assets/tiny"
@@ -161,9 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   f = parser.parse_args(argv)
   out = pathlib.Path(f.out)
   with command():
-    if out.exists() and not (out.is_dir() and ((out / ".lock").exists() or not any(out.iterdir()))):
+    if out.exists() and not (out.is_dir() and (made_by(out, "demo") or not any(out.iterdir()))):
       raise FileExistsError(f"--out {out} holds what no demo has made; choose another folder, or remove it")
-    with alone(out):
+    with alone(out, "demo"):
       (train_base(out) if f.base else show(out, f.videos, f.steps))
 
 

@@ -68,21 +68,24 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
   """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends well.
 
   When the block fails the file is removed; if the block has removed it, none is made. What a killed process left, `sweep` removes.
+  What a link points to is replaced, not the link.
 
   Raises:
-    OSError: it can't be written; the message names `target`.
+    OSError: it can't be written, or is no file, such as /dev/null or a pipe; the message names `target`.
   """
   target = pathlib.Path(target)
   # Machines that share the folder may have processes of the same number.
-  temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+  temporary = pathlib.Path(f"{_stem(os.path.realpath(target))}.{uuid.uuid4().hex}.tmp")
   try:
+    if target.exists() and not target.is_file():
+      raise OSError(errno.EEXIST, "is a folder, a pipe or a device, where a file has to be", os.fspath(temporary))
     with open(temporary, "wb") as mine:
       with contextlib.suppress(OSError):  # no locks here
         fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
       yield temporary
       if temporary.exists():
         sync(temporary)
-        os.replace(temporary, target)
+        os.replace(temporary, os.path.realpath(target))
   except BaseException as error:
     temporary.unlink(missing_ok=True)
     if isinstance(error, OSError) and error.errno is not None and error.filename in (None, os.fspath(temporary)):
@@ -90,9 +93,15 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
     raise
 
 
+def _stem(name: str) -> str:
+  """The beginning of a name that leaves room for what `replacing` adds to it."""
+  head, tail = os.path.split(name)
+  return os.path.join(head, os.fsdecode(os.fsencode(tail)[: 255 - len(f".{uuid.UUID(int=0).hex}.tmp")]))
+
+
 def sweep(folder: str | os.PathLike, name: str = "") -> None:
   """Removes what killed processes left of `replacing` in a folder; name: of one file. Who still writes holds a lock."""
-  for path in pathlib.Path(folder).glob(f"{glob.escape(name) or '*'}.*.tmp"):
+  for path in pathlib.Path(folder).glob(f"{glob.escape(_stem(name)) or '*'}.*.tmp"):
     if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):
       with contextlib.suppress(OSError), open(path, "rb") as left:  # no locks here, or no permission: it stays
         fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,7 +149,7 @@ def fresh_folder(target: str | os.PathLike, by: str, replace: bool = False) -> G
   target = pathlib.Path(os.path.realpath(local(target, "a folder that is whole or not at all appears by a rename", written=True)))
   settle(target)
   _check_free(target, replace)
-  work, mark = target.with_name(f"{target.name}.{by}.incomplete"), f"xcomp_jax {by}"
+  work, mark = target.with_name(f"{target.name}.{by}.incomplete"), _mark(by)
   try:
     work.mkdir(parents=True, exist_ok=True)
     if not {path.name for path in work.iterdir()} <= {"lock"} and (not (work / "lock").is_file() or (work / "lock").read_text() != mark):
@@ -257,21 +266,34 @@ def locked(file: str | os.PathLike, taken: Exception | None, needed: bool = Fals
 
 
 @contextlib.contextmanager
-def alone(folder: str | os.PathLike) -> Generator[None]:
-  """Makes a folder in which a command writes, and keeps the same command out of it meanwhile.
+def alone(folder: str | os.PathLike, by: str) -> Generator[None]:
+  """Makes a folder in which a command writes, and keeps others out of it meanwhile; its lock says who was there first.
 
   Raises:
     OSError: it can't be made, or another process is at work in it.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  with locked(folder / ".lock", OSError(f"another command is at work in {folder}; wait for it, or give --out another folder")):
+  lock = folder / ".lock"
+  with locked(lock, OSError(f"another command is at work in {folder}; wait for it, or give --out another folder")):
+    if not lock.stat().st_size:
+      lock.write_text(_mark(by))
     sweep(folder)
     yield
 
 
+def made_by(folder: str | os.PathLike, by: str) -> bool:
+  """Whether a command was the first that was `alone` in a folder."""
+  lock = pathlib.Path(folder) / ".lock"
+  return lock.is_file() and lock.read_bytes() == _mark(by).encode()
+
+
+def _mark(by: str) -> str:
+  return f"xcomp_jax {by}"
+
+
 def apart(outputs: Mapping[str, str | os.PathLike | None], inputs: Mapping[str, str | os.PathLike | None], nested: bool = False) -> None:
-  """Sees to it that nothing that is written is what is read, or a folder around it, under whatever name.
+  """Sees to it that nothing that is written is what is read, or a folder around it, or a standard stream's, under whatever name.
 
   Args:
     outputs: by the option that names each; None: not given.
@@ -284,6 +306,10 @@ def apart(outputs: Mapping[str, str | os.PathLike | None], inputs: Mapping[str, 
   there = lambda paths: {name: pathlib.Path(os.path.realpath(path_of(path))) for name, path in paths.items() if path and "://" not in os.fspath(path)}
   around = lambda outer, inner: any(part == outer or (outer.exists() and part.exists() and part.samefile(outer)) for part in (inner, *inner.parents))
   for option, output in there(outputs).items():
+    for number, stream in enumerate(("standard input", "standard output", "standard error")):
+      with contextlib.suppress(OSError):  # it is closed, or there is no output yet
+        if output.is_file() and os.path.samestat(os.fstat(number), os.stat(output)):
+          raise ValueError(f"{option} {output} is also {stream}, which would be damaged; give another {option}")
     for name, source in there(inputs).items():
       how = "contains" if around(output, source) else "lies in" if nested and around(source, output) else ""
       if how:

@@ -213,6 +213,7 @@ def _claimed(out: pathlib.Path) -> Generator[pathlib.Path]:
       folder.mkdir(parents=True, exist_ok=True)
       taken = store.StoreError(f"another process is writing {out}; wait for it, or choose another folder")
       stack.enter_context(locked(folder / "lock", taken, needed=True))
+      sweep(folder)
     except OSError as error:
       raise store.StoreError(f"{out} can't be written: {error.strerror or error}") from error
     try:
@@ -226,10 +227,23 @@ def _per_shard(folder: pathlib.Path, made: dict[str, Any] | None, restart: bool)
   """How many annotations a shard has, where nobody says: as many as in the store, or in the unfinished work, that is there."""
   if made is not None:
     return made.get("samples_per_shard", PER_SHARD_BEFORE)
-  if not restart:
-    with contextlib.suppress(FileNotFoundError):
-      return read_json(folder / "plan.json", store.StoreError)["samples_per_shard"]
-  return PER_SHARD
+  plan = None if restart else _planned(folder)
+  return plan["samples_per_shard"] if plan else PER_SHARD
+
+
+def _planned(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The plan of the unfinished work in a folder; None: nothing is in it.
+
+  Raises:
+    StoreError: something else is.
+  """
+  if {path.name for path in folder.iterdir()} <= {"lock"}:
+    return None
+  with contextlib.suppress(store.StoreError, OSError):  # of another program, or none
+    plan = read_json(folder / "plan.json", store.StoreError)
+    if isinstance(plan, dict) and plan.keys() >= {"format", "mixture", "root"} and isinstance(plan.get("samples_per_shard"), int):
+      return plan
+  raise store.StoreError(f"{folder} holds something else than work of this command; move it away, or choose another --out")
 
 
 def _plan(mixture, root, subset: float, per_shard: int, settings: Settings, layout: store.Layout, files, tower) -> dict[str, Any]:
@@ -249,9 +263,8 @@ def _digest(plan: dict[str, Any]) -> str:
 
 def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
   """Writes the plan, or sees that it is the one of the work in `folder`."""
-  sweep(folder)
   file = folder / "plan.json"
-  if file.exists():  # or what is there is not this command's
+  if _planned(folder):
     for name in ("shards", "store", "spool"):  # in this order what is left at any instant is whole
       if restart and (folder / name).exists():
         (folder / name).rename(folder / f"{name}.tmp")
@@ -259,13 +272,10 @@ def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
         shutil.rmtree(folder / f"{name}.tmp")
     if restart:
       file.unlink()
-  if not file.exists():
-    if any(path.name != "lock" for path in folder.iterdir()):
-      raise store.StoreError(f"{folder} holds something else than work of this command; move it away, or choose another --out")
+  there = _planned(folder)
+  if there is None:
     write_json(file, plan)
-    return
-  there = read_json(file, store.StoreError)
-  if there != plan:
+  elif there != plan:
     keys = [key for key in dict.fromkeys([*there, *plan]) if there.get(key) != plan.get(key)]
     shown = [f"{key}: {there.get(key, 'nothing')} there, {plan.get(key, 'nothing')} now" for key in keys[:5]]
     raise store.StoreError(f"{folder} has unfinished work of another kind ({'; '.join(shown)}); remove it, or add --restart to begin anew")
@@ -479,4 +489,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   _define_flags()  # not on import: those who call `predecode` have flags of their own
-  app.run(main)
+  with command():  # absl prints, too
+    app.run(main)

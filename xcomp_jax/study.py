@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   out = f.out or pathlib.Path("study")
   with command(interrupted="interrupted; what was finished stays, and the same command goes on"):
     if f.base:
-      with alone(out):
+      with alone(out, "study"):
         return train_base(out)
     where = pathlib.Path(CELLS) if full else out / "cells"
     if full and importlib.util.find_spec("matplotlib") is None:
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if f.report:
       check(study, where)
     else:
-      with alone(out), alone(where):
+      with alone(out, "study"), alone(where, "study"):
         run(study, where, f.only)
     findings.report(where, *((PAGE, FIGURES) if full else ()))
 

@@ -515,12 +515,12 @@ def main() -> None:
   """The command."""
   from absl import flags
 
-  if {"-h", "--help"} & set(sys.argv):
-    print(__doc__.strip())
-    return
   flags.FLAGS.mark_as_parsed()  # Grain's readers look at absl flags
   try:
     with command():
+      if {"-h", "--help"} & set(sys.argv):
+        print(__doc__.strip())
+        return
       run(from_command_line(sys.argv))
   except BaseException as error:
     if isinstance(error, SystemExit) and not error.code:
