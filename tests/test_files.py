@@ -271,6 +271,7 @@ MANY = "for i in range(100_000): print(i)"
     ("{} > /dev/full", "print('lost')", 1, "error: .*No space left.*stdout"),
     ("{} > /dev/full", "print('lost', flush=True)", 1, "^error: .*No space left.*stdout"),
     ("set -o pipefail; {} | head -1", MANY, 141, "^$"),
+    ("{}", "raise BrokenPipeError(32, 'Broken pipe', 'bucket')", 1, "error: .*Broken pipe"),
     ("{} <&- 2>&- > /dev/null", "assert not sys.stdin.readline(); print(1, file=sys.stderr); assert open('/dev/null').fileno() > 2", 0, "^$"),
     ("PYTHONIOENCODING=ascii {}", "print('ä')", 0, "^$"),
     ("printf '\\377\\n' | {}", "assert sys.stdin.readline() == '\\udcff\\n'", 0, "^$"),

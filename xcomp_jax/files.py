@@ -11,12 +11,13 @@ import os
 import pathlib
 import re
 import resource
+import select
 import shutil
 import sys
 import tempfile
 import uuid
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 
 def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.Path:
@@ -250,7 +251,11 @@ def locked(file: str | os.PathLike, taken: Exception | None, needed: bool = Fals
     taken: another process holds it, or has just removed it.
     OSError: it can't be opened, or locked where that is `needed`.
   """
-  with open(file, "a") as handle:
+  with contextlib.ExitStack() as stack:
+    try:
+      handle = stack.enter_context(open(file, "a"))
+    except FileNotFoundError as error:  # another process has just removed its folder
+      raise taken or error
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if taken else 0))
       mine = os.fstat(handle.fileno()).st_ino == os.stat(file).st_ino
@@ -400,10 +405,10 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     _streams()
     yield
     sys.stdout.flush()
-  except BrokenPipeError:
-    _give_up_stdout()
-    sys.exit(141)
   except Exception as error:
+    if isinstance(error, BrokenPipeError) and _unread(sys.stdout):
+      _give_up_stdout()
+      sys.exit(141)
     memory, advice = out_of_memory(error), too_many_files(error)
     if not (memory or advice or isinstance(error, (ValueError, OSError, *errors))):
       raise
@@ -426,6 +431,13 @@ def _give_up_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def _unread(stream: TextIO) -> bool:
+  """Whether a stream goes to a pipe whose reader has left; a broken pipe may also be a network's."""
+  look = select.poll()
+  look.register(stream.fileno(), 0)
+  return any(events & select.POLLERR for _, events in look.poll(0))
+
+
 def _streams() -> None:
   """Makes what a shell has closed safe to use: the next file that is opened would become stdout.
 
@@ -433,10 +445,10 @@ def _streams() -> None:
     OSError: stdout is closed, and answers would be lost.
   """
   missing = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
-  for number in missing:
-    null = os.open(os.devnull, os.O_RDWR)
-    if null != number:
-      os.dup2(null, number)
+  while missing and (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
+    pass
+  if missing:
+    os.close(null)
   sys.stdin = sys.stdin or open(0, closefd=False)
   sys.stdout = sys.stdout or open(1, "w", closefd=False)
   sys.stderr = sys.stderr or open(2, "w", closefd=False)

@@ -174,15 +174,16 @@ def ask(
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One needle in one haystack. frames: of the whole. depth: 0 to 1. needle: its number."""
+  """One needle in one haystack. frames: of the whole. depth: 0 to 1. needle: its number. pictures: a hash of them, "" if they can't be read."""
 
   frames: int
   depth: float
   needle: int
+  pictures: str = ""
 
   def key(self, kind: str) -> str:
-    """Names a question's answer."""
-    return f"{self.frames}/{self.depth:g}/{self.needle}/{kind}"
+    """Names a question's answer, which is another one about other pictures."""
+    return f"{self.frames}/{self.depth:g}/{self.needle}/{kind}/{self.pictures}"
 
 
 def search(
@@ -344,12 +345,11 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
   for frames in args.frames:
     reader.check(frames, float(frames))
   depths, row = (sorted(set(args.depths)), "depth") if most == 1 else ([0.0], "kind")
-  cells = [Cell(n, depth, i) for n in args.frames for depth in depths for i in range(len(needles))]
-  digest = hashlib.blake2b(digest_size=8)
-  for needle in needles:
-    digest.update(repr(needle.questions).encode() + b"".join(clip.tobytes() for clip in needle.clips))
+  hashed = lambda content: hashlib.blake2b(content, digest_size=8).hexdigest()
+  pictures = [hashed(b"".join(clip.tobytes() for clip in needle.clips)) if needle.clips else "" for needle in needles]
+  cells = [Cell(n, depth, i, pictures[i]) for n in args.frames for depth in depths for i in range(len(needles))]
   source = reader.source(args.haystack) if args.haystack else f"synthetic, seed {args.seed}"
-  answers = Answers(out, reader, share, about={"haystack": source, "needles": digest.hexdigest()})
+  answers = Answers(out, reader, share, about={"haystack": source, "needles": hashed(repr([needle.questions for needle in needles]).encode())})
   with answers:
     search(reader, needles, cells[share[0] :: share[1]], answers, args.haystack, args.seed)
   answers.read()
