@@ -255,7 +255,9 @@ def locked(file: str | os.PathLike, taken: Exception | None, needed: bool = Fals
     try:
       handle = stack.enter_context(open(file, "a"))
     except FileNotFoundError as error:  # another process has just removed its folder
-      raise taken or error
+      if taken:
+        raise taken from error
+      raise
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if taken else 0))
       mine = os.fstat(handle.fileno()).st_ino == os.stat(file).st_ino
