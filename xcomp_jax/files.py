@@ -63,6 +63,11 @@ def path_of(path: str | os.PathLike) -> pathlib.Path:
   return pathlib.Path(expanduser(path))
 
 
+def absolute(path: str | os.PathLike) -> str:
+  """A path from the root that means the same: `os.path.abspath` would take `link/..` for the folder in which the link lies."""
+  return os.fspath(pathlib.Path(path).absolute())
+
+
 @contextlib.contextmanager
 def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
   """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends well.
@@ -87,7 +92,8 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
         sync(temporary)
         os.replace(temporary, os.path.realpath(target))
   except BaseException as error:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a file system that can't be written says so, even if there is no file
+      temporary.unlink()
     if isinstance(error, OSError) and error.errno is not None and error.filename in (None, os.fspath(temporary)):
       raise type(error)(error.errno, f"can't be written: {error.strerror}", os.fspath(target)) from error
     raise
@@ -328,7 +334,7 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
 
       epath.Path(wanted).mkdir(parents=True, exist_ok=True)
     elif wanted:
-      wanted = os.path.abspath(expanduser(wanted))
+      wanted = absolute(expanduser(wanted))
       os.makedirs(wanted, exist_ok=True)
       with tempfile.TemporaryFile(dir=wanted):
         pass
