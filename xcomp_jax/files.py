@@ -178,6 +178,8 @@ def fresh_folder(target: str | os.PathLike, by: str, replace: bool = False) -> G
 
 
 def _check_free(target: pathlib.Path, replace: bool) -> None:
+  if target.is_symlink():  # a path without links, but for those that go round in a circle
+    raise OSError(f"{target} can't be written: {os.strerror(errno.ELOOP)}")
   if os.path.ismount(target):
     raise FileExistsError(f"{target} is where a file system is mounted, which no rename can replace; choose a folder inside it")
   if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
