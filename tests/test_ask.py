@@ -199,6 +199,15 @@ def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkey
   assert history == [("What colour?", printed.splitlines()[0].strip())]
 
 
+def test_a_line_at_the_terminal_has_an_end(monkeypatch):
+  monkeypatch.setattr(ask, "QUESTIONS", 8)
+  monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n" + 9 * "x"))
+  lines = ask.typed()
+  assert next(lines) == "Who?"
+  with pytest.raises(prompt.AnnotationError, match="a line on stdin has more than"):
+    next(lines)
+
+
 def test_an_encoded_video_that_can_not_be_written_costs_no_answer(checkpoint, film, tmp_path, capsys, monkeypatch):
   def full_disk(*_):
     raise OSError(28, "No space left on device", str(tmp_path / "film.npz"))

@@ -195,6 +195,14 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
   assert (tmp_path / "link").is_symlink() and whole(tmp_path / "real") == {"a": "new"}
 
 
+def test_links_that_go_round_in_a_circle_are_no_target(tmp_path):
+  (tmp_path / "loop").symlink_to("loop")
+  for target in ("loop", "loop/x"):
+    with pytest.raises(OSError, match="Too many levels"), files.fresh_folder(tmp_path / target, "test", replace=True):
+      raise AssertionError("not reached")
+  assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
 def test_one_command_works_in_a_folder_and_sweeps_it(tmp_path):
   (tmp_path / f"a.json.{'0' * 32}.tmp").touch()
   (tmp_path / "mine.tmp").touch()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pathlib
 import random
 import shutil
 import struct
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xcomp_jax import files
 from xcomp_jax.data import container, prompt, video
 
 LIMITS = dict(max_frames=32, min_frames=16, fps=4.0, clip_frames=8)  # a small recipe for small files
@@ -154,6 +156,16 @@ def test_load_cuts_from_start_to_end(tmp_path):
   for bounds in (dict(start=5.0, end=5.0), dict(start=10.5), dict(end=-1.0)):
     with pytest.raises(video.VideoError, match=r"lasts 10\.00 seconds; nothing lies between"):
       video.load(path, size=16, style="train", **bounds, **LIMITS)
+
+
+def test_a_path_through_a_link_is_the_systems(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("films/cuts").mkdir(parents=True)
+  pathlib.Path("link").symlink_to("films/cuts")
+  write("a.mp4", 8)
+  write("films/a.mp4", 16)
+  assert len(video.load("link/../a.mp4", size=16, style="train", **LIMITS).frames) == 16
+  assert files.absolute("link/../a.mp4") == f"{tmp_path}/link/../a.mp4"
 
 
 def test_fewer_frames_than_a_clip_are_refused_in_training_and_repeated_when_asking(tmp_path):

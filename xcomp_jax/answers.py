@@ -33,7 +33,7 @@ from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.data.video import Sample, TailError, frames
-from xcomp_jax.files import local, sweep, write_json
+from xcomp_jax.files import absolute, local, sweep, write_json
 from xcomp_jax.inputs import quoted, read_json
 from xcomp_jax.progress import progress
 from xcomp_jax.reader import Reader, fault
@@ -61,7 +61,7 @@ class Wanted:
   @property
   def watched(self) -> tuple[str, float | None, float | None]:
     """What is encoded together."""
-    return os.path.abspath(self.video), self.start, self.end
+    return absolute(self.video), self.start, self.end
 
   @functools.cached_property
   def key(self) -> str:

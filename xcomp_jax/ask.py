@@ -25,7 +25,7 @@ from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.reader import COMPILED, Reader, fault, options, prepare, settings
 
-QUESTIONS = 1 << 24  # bytes of all, at most
+QUESTIONS = 1 << 24  # bytes of all, or letters of a typed one, at most
 NEW = "/new"  # typed instead of a question
 
 
@@ -126,9 +126,11 @@ def typed() -> Iterator[str]:
   while True:
     if sys.stdin.isatty():
       print("? ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    line = sys.stdin.readline(QUESTIONS)
     if not line:
       return
+    if len(line) == QUESTIONS:  # it may never end
+      raise prompt.AnnotationError(f"a line on stdin has more than the {QUESTIONS:,} letters that a question may have")
     if line.strip():
       yield line.strip()
 

@@ -30,7 +30,7 @@ from xcomp_jax import layouts
 from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, to_dict
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import Reader
-from xcomp_jax.files import one_line
+from xcomp_jax.files import absolute, one_line
 from xcomp_jax.sharding import path_name
 
 # Other processes, and TensorStore in this one, change a bucket's folders: what a listing said must not be remembered.
@@ -289,7 +289,7 @@ def _put_aside(checkpoints: ocp.CheckpointManager, steps: Mapping[int, str], say
 def describe(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | None) -> dict:
   """What a checkpoint says about its run; plain JSON. data: what it trains on."""
   # As an export from another folder finds it; a hub id and a bucket stay what they are.
-  place = {"init_from": os.path.abspath(run.init_from)} if os.path.isdir(run.init_from) else {}
+  place = {"init_from": absolute(run.init_from)} if os.path.isdir(run.init_from) else {}
   values = {
     "format": FORMAT, "run": to_dict(run) | place, "vlm": to_dict(vlm), "samples": len(data), "data": data.identity(),
     "heldout": None if heldout is None else heldout.identity(),

@@ -332,7 +332,8 @@ def appearing(directory: pathlib.Path, overwrite: bool, size: int = 0) -> Genera
         raise OSError(f"it takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there")
       yield temporary
   except OSError as error:
-    raise CheckpointError(f"{directory} can't be written: {error}") from error
+    text = str(error)
+    raise CheckpointError(text if " can't be written: " in text else f"{directory} can't be written: {text}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -64,6 +64,11 @@ def path_of(path: str | os.PathLike) -> pathlib.Path:
   return pathlib.Path(expanduser(path))
 
 
+def absolute(path: str | os.PathLike) -> str:
+  """A path from the root that means the same: `os.path.abspath` would take `link/..` for the folder in which the link lies."""
+  return os.fspath(pathlib.Path(path).absolute())
+
+
 @contextlib.contextmanager
 def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
   """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends well.
@@ -88,7 +93,8 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
         sync(temporary)
         os.replace(temporary, os.path.realpath(target))
   except BaseException as error:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a file system that can't be written says so, even if there is no file
+      temporary.unlink()
     if isinstance(error, OSError) and error.errno is not None and error.filename in (None, os.fspath(temporary)):
       raise type(error)(error.errno, f"can't be written: {error.strerror}", os.fspath(target)) from error
     raise
@@ -173,6 +179,8 @@ def fresh_folder(target: str | os.PathLike, by: str, replace: bool = False) -> G
 
 
 def _check_free(target: pathlib.Path, replace: bool) -> None:
+  if target.is_symlink():  # a path without links, but for those that go round in a circle
+    raise OSError(f"{target} can't be written: {os.strerror(errno.ELOOP)}")
   if os.path.ismount(target):
     raise FileExistsError(f"{target} is where a file system is mounted, which no rename can replace; choose a folder inside it")
   if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -339,7 +347,7 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
 
       epath.Path(wanted).mkdir(parents=True, exist_ok=True)
     elif wanted:
-      wanted = os.path.abspath(expanduser(wanted))
+      wanted = absolute(expanduser(wanted))
       os.makedirs(wanted, exist_ok=True)
       with tempfile.TemporaryFile(dir=wanted):
         pass

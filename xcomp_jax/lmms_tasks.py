@@ -10,7 +10,6 @@ lmms-eval to write task files.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -104,9 +103,9 @@ def write(
   for file in (listed, yaml):
     files.apart({"--out": file}, {"--annotations": annotations, "--videos": videos, "--subtitles": subtitles}, nested=True)
   out.mkdir(parents=True, exist_ok=True)
-  docs = [dataclasses.asdict(q) | {"task": task.name, "path": os.path.abspath(tasks.find(videos, q))} for q in questions]
+  docs = [dataclasses.asdict(q) | {"task": task.name, "path": files.absolute(tasks.find(videos, q))} for q in questions]
   files.write(listed, "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
-  where, count = json.dumps(os.path.abspath(listed)), f"{len(docs):,}"
+  where, count = json.dumps(files.absolute(listed)), f"{len(docs):,}"
   files.write(yaml, YAML.format(count=count, source=annotations.name, prefix=PREFIX, name=task.name, questions=where))
   return yaml
 

@@ -21,6 +21,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 
+from xcomp_jax.files import absolute
 from xcomp_jax.inputs import regular
 
 # What FFmpeg may take a file for: formats that hold all they show in one file. Others (playlists, lists, numbered images, streams)
@@ -182,7 +183,7 @@ def _opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]
   if not regular(path).stat().st_size:
     raise VideoError(f"{path} is empty (0 bytes)")
   try:  # "file:", for "12:30.mp4" would be read by protocol "12"
-    container = av.open("file:" + os.path.abspath(path), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}, **TITLES)
+    container = av.open("file:" + absolute(path), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}, **TITLES)
   except (av.error.FFmpegError, OSError) as error:
     why = getattr(error, "strerror", None) or error
     advice = "it may be truncated, or of a format that is not read; of lists of files, such as playlists, give the files"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from xcomp_jax.data import container
 from xcomp_jax.data.container import Index, TailError, VideoError
-from xcomp_jax.files import local
+from xcomp_jax.files import absolute, local
 from xcomp_jax.inputs import quoted, read_json, reading, regular
 
 Style = Literal["train", "ask"]
@@ -426,7 +426,7 @@ def _folder(path) -> list[pathlib.Path]:
 
 def _folder_rate(path, vlen: int, given: float | None) -> float:
   """Frames per second of a folder: of `<folder>.json`, which gives the duration, else `given`, else the release's guess."""
-  path = pathlib.Path(os.path.abspath(path))
+  path = pathlib.Path(absolute(path))
   side = path.with_name(path.name + ".json")
   if not side.exists():
     return given or next((rate for name, rate in FOLDER_RATES.items() if name in str(path).lower()), 1.0)
