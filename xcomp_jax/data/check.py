@@ -16,7 +16,7 @@ from xcomp_jax import inputs
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
-from xcomp_jax.files import listed, one_line, too_many_files
+from xcomp_jax.files import listed, one_line, replacing, too_many_files
 from xcomp_jax.progress import progress
 
 THUMBNAIL = 112  # pixels
@@ -67,7 +67,8 @@ def inspect(path: str | os.PathLike, sheet: str | os.PathLike, prompts: int, mas
   if store.features:
     print("\nno contact sheet: features can't be looked at")
   elif any(s.frames for s in store.samples):
-    contact_sheet(store).save(sheet, "PNG")
+    with replacing(sheet) as temporary:
+      contact_sheet(store).save(temporary, "PNG")
     print(f"\ncontact sheet: {sheet}")
 
 
