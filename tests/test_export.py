@@ -228,6 +228,7 @@ def test_starting_checkpoint_that_has_moved(base, run, tmp_path, capsys):
 )
 def test_bad_input_is_one_line_and_writes_nothing(base, run, tmp_path, monkeypatch, capsys, arguments, message):
   monkeypatch.chdir(tmp_path)
+  (base / ".export.json").write_text(json.dumps(export.sizes(base)))  # it could be replaced
   before = sorted(tmp_path.iterdir())
   with pytest.raises(SystemExit) as left:
     export.main(["--out=out", *arguments])
@@ -243,11 +244,17 @@ def test_only_an_export_is_replaced_and_nothing_beside_it_goes(base, tmp_path, c
   (unfinished / "plan.json").write_text("{}")
   arguments = ["--checkpoint", str(base), "--format=torch", "--out", str(tmp_path / "out")]
   export.main(arguments)
-  (tmp_path / "out" / "notes.txt").write_text("mine")
-  with pytest.raises(SystemExit):
-    export.main([*arguments, "--overwrite"])
-  assert "also holds notes.txt, which no export writes" in capsys.readouterr().err
-  (tmp_path / "out" / "notes.txt").unlink()
+  for name in ("notes.txt", "mine.py", "params/notes.txt", "model-backup.safetensors"):
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(SystemExit):
+      export.main([*arguments, "--overwrite"])
+    assert f"also holds {name}, which is not what the export wrote" in capsys.readouterr().err
+    (tmp_path / "out" / name).unlink()
+  (tmp_path / "out" / "params").rmdir()
+  with pytest.raises(SystemExit):  # a checkpoint that no export made
+    export.main(["--checkpoint", str(tmp_path / "out"), "--format=torch", "--out", str(base), "--overwrite"])
+  assert "base is not empty and no export" in capsys.readouterr().err and (base / "config.json").exists()
   before = (tmp_path / "out").stat().st_ino
   export.main([*arguments, "--overwrite"])
   assert (tmp_path / "out").stat().st_ino != before

@@ -275,7 +275,7 @@ def test_round_trip_is_exact(reference, tmp_path, dtype, tied):
   equal(load_file(tmp_path / "out" / "model.safetensors"), tensors)
   with safe_open(tmp_path / "out" / "model.safetensors", "numpy") as f:
     assert f.metadata() == {"format": "pt"}
-  assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "vocab.json", "xcomp.json"]
+  assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [".export.json", "config.json", "model.safetensors", "vocab.json", "xcomp.json"]
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert config == json.loads((source / "config.json").read_text()) | {"mm_local_num_frames": 8}
   assert weights.read_tuned(tmp_path / "out").lp_comp == LP_COMP
@@ -441,7 +441,7 @@ def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
     export.save_torch(tmp_path / "other", model, cfg, source)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
   (tmp_path / "in" / "config.json").unlink()
-  with pytest.raises(CheckpointError, match="in is not empty and holds no checkpoint"):
+  with pytest.raises(CheckpointError, match="in is not empty and no export"):
     export.check_free(tmp_path / "in", overwrite=True)
   (tmp_path / "file").write_text("")
   with pytest.raises(CheckpointError, match="file is a file"):

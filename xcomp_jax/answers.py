@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import encode, report
+from xcomp_jax import encode, layouts, report
 from xcomp_jax.chat import Answer, Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
@@ -70,9 +70,9 @@ class Wanted:
 
 
 def checkpoint_identity(directory: pathlib.Path) -> str:
-  """A hash of all that a checkpoint's folder holds, by content."""
+  """A hash of all that a checkpoint's folder holds, by content, but for an export's list of it."""
   digest = hashlib.blake2b(digest_size=16)
-  for file in sorted(f for f in directory.rglob("*") if f.is_file()):
+  for file in sorted(f for f in directory.rglob("*") if f.is_file() and f.name != layouts.EXPORTED):
     with open(file, "rb") as opened:
       content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
     digest.update(os.fsencode(file.relative_to(directory)) + b"\0" + content.digest())

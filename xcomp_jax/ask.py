@@ -117,7 +117,7 @@ def listed(args: argparse.Namespace) -> list[str]:
     lines = inputs.text(args.questions, prompt.AnnotationError, QUESTIONS, pipes=True).splitlines()
     found += (asked := [line.strip() for line in lines if line.strip()])
     if not asked:
-      raise prompt.AnnotationError(f"{args.questions} holds no question")
+      raise prompt.AnnotationError(f"{'standard input' if args.questions == '-' else args.questions} holds no question")
   return found
 
 
@@ -188,7 +188,7 @@ def answer(args: argparse.Namespace) -> None:
     chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=kept_rounds, talk=talk)
     if not fixed:
       say(f"a conversation, question by question; {NEW} starts another one")
-    question = None
+    question, failed = None, 0
     for question in fixed or typed():
       new = question == NEW and not fixed
       if new or not talk:
@@ -214,6 +214,7 @@ def answer(args: argparse.Namespace) -> None:
           if fixed or isinstance(error, OSError):  # nobody reads the answers
             raise
           bar.close()
+          failed += 1
           say(f"error: {fault(error)}")  # the conversation goes on
           continue
       print(as_json(question, got, film, spent) if args.json else "", flush=True)
@@ -236,6 +237,8 @@ def answer(args: argparse.Namespace) -> None:
           say(f"error: {error}")
     if question is None:
       raise prompt.AnnotationError("no --question, and none on stdin")
+    if failed and not sys.stdin.isatty():
+      raise prompt.AnnotationError(f"{failed} question{'s' * (failed > 1)} of standard input could not be answered, as said above")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

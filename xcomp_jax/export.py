@@ -36,7 +36,6 @@ TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
   "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )
-WRITTEN = re.compile(rf"config\.json|xcomp\.json|params|model.*\.safetensors|{re.escape(layouts.INDEX)}|.*\.py|{'|'.join(map(re.escape, TOKENIZER_FILES))}")
 RELATIVE = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # of modules in the same folder
 SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
 CODES = {dtype: code for code, dtype in layouts.DTYPES.items()}
@@ -315,11 +314,18 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
     return
   if not overwrite:
     raise CheckpointError(f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)")
-  if not (directory / "config.json").exists():
-    raise CheckpointError(f"{directory} is not empty and holds no checkpoint (no config.json), so it is not replaced")
-  if other := sorted(file.name for file in directory.iterdir() if not WRITTEN.fullmatch(file.name)):
+  if not (directory / layouts.EXPORTED).is_file():
+    raise CheckpointError(f"{directory} is not empty and no export (it has no {layouts.EXPORTED}, which lists what one wrote), so it is not replaced; remove it yourself, or choose another directory")
+  wrote = layouts.read_json(directory / layouts.EXPORTED)
+  if other := [name for name, size in sizes(directory).items() if wrote.get(name) != size]:
     more = f" and {len(other) - 1} more" * (len(other) > 1)
-    raise CheckpointError(f"{directory} also holds {other[0]}{more}, which no export writes, so it is not replaced; choose another directory")
+    raise CheckpointError(f"{directory} also holds {other[0]}{more}, which is not what the export wrote, so it is not replaced; choose another directory")
+
+
+def sizes(directory: pathlib.Path) -> dict[str, int]:
+  """Bytes of all files in a folder and its folders, by name, but for the list of them."""
+  found = sorted(file for file in directory.rglob("*") if file.is_symlink() or not file.is_dir())
+  return {name: file.lstat().st_size for file in found if (name := file.relative_to(directory).as_posix()) != layouts.EXPORTED}
 
 
 @contextlib.contextmanager
@@ -331,6 +337,7 @@ def appearing(directory: pathlib.Path, overwrite: bool, size: int = 0) -> Genera
       if (free := shutil.disk_usage(temporary).free) < size:
         raise OSError(f"it takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there")
       yield temporary
+      files.write_json(temporary / layouts.EXPORTED, sizes(temporary), indent=2)
   except OSError as error:
     text = str(error)
     raise CheckpointError(text if " can't be written: " in text else f"{directory} can't be written: {text}") from error
@@ -349,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--code", type=expanduser, metavar="ORG/NAME", help="hub id or directory with the Python files that config.json's auto_map names; "
     "default: beside the starting checkpoint, or else auto_map is left out"
   )
-  parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+  parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
   args = parser.parse_args(argv)
   save = save_torch if args.format == "torch" else save_orbax
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what a reader of checkpoints always does

@@ -23,6 +23,7 @@ from xcomp_jax.inputs import reading, regular
 from xcomp_jax.official import Entry
 from xcomp_jax.sharding import path_name
 
+EXPORTED = ".export.json"  # what an export wrote: names and bytes
 INDEX = "model.safetensors.index.json"
 ROWS = 256  # of a tensor read or written at a time; also what makes a transposed copy stay in cache
 # What training frameworks put around the names of a model's tensors: DataParallel and DeepSpeed, torch.compile, FSDP, PEFT, a wrapper.
