@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +37,11 @@ def test_cached_decoding_equals_a_full_pass_at_every_step(model, sample):
       prompts[i] = Example(p.frames, p.visual, longer, np.full_like(longer, -100), np.zeros(len(longer), bool), 0)
 
 
-def test_a_text_in_pieces_is_the_text_in_one(model, sample, monkeypatch):
+@pytest.mark.parametrize("keep", ["suffix", "avgpool"])
+def test_a_text_in_pieces_is_the_text_in_one(model, sample, monkeypatch, keep):
   """Other lengths in a batch, pieces and blocks that end within them, and pieces that don't run."""
+  monkeypatch.setattr(model, "cfg", dataclasses.replace(model.cfg, lp_comp=dataclasses.replace(model.cfg.lp_comp, keep=keep)))
+  monkeypatch.setattr(model.llm, "cfg", model.cfg)
   batch = one_each([sample(2, 3, 9, 0), sample(4, 6, 21, 1)], *SHAPE)
   whole = jax.jit(lambda model, batch: generate.prefill(model, batch, 5))(model, batch)
   for name, size in {"SHORT": 8, "PART": 4}.items():
