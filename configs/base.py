@@ -1,22 +1,25 @@
-"""The embedded base model: a miniature VideoChat-Flash, trained from nothing and without compression.
+"""The embedded base model: a miniature VideoChat-Flash, trained from nothing and without
+compression.
 
   make base
 
-makes the synthetic videos (`xcomp_jax.world`), decodes them, and runs three stages, the first two with the tower; every one
-starts from the last one's export. About three quarters of an hour on 2 CPU cores; the last steps of the
-stages had loss 0.006 (see), 0.044 (answer) and 0.126 (find). By hand, for stage `see`:
+makes the synthetic videos (`xcomp_jax.world`), decodes them, and runs three stages, the first two
+with the tower; every one starts from the last one's export. About three quarters of an hour on 2
+CPU cores; the last steps of the stages had loss 0.006 (see), 0.044 (answer) and 0.126 (find). By
+hand, for stage `see`:
 
   python -m xcomp_jax.world --init demo/base/init
-  python -m xcomp_jax.world --out demo/base/see/world --train 5000 --heldout 0 --scenes 1 1 --questions 0 --seed 100
-  python -m xcomp_jax.predecode --root demo/base/see/world --mixture demo/base/see/world/train.yaml
-      --out demo/base/see/train --image_size 48 --min_frames 8
+  python -m xcomp_jax.world --out demo/base/see/world --train 5000 --heldout 0 --scenes 1 1
+  --questions 0 --seed 100 python -m xcomp_jax.predecode --root demo/base/see/world --mixture
+      demo/base/see/world/train.yaml --out demo/base/see/train --image_size 48 --min_frames 8
   python -m xcomp_jax.train --config=configs/base.py:see
   python -m xcomp_jax.export --checkpoint demo/base/see/run --format=torch --out demo/base/see/model
 """
 
 from ml_collections import ConfigDict, FieldReference
 
-STAGES = {  # learning rate, epochs, tower trained, shapes: rows; samples, frames and tokens of text in a row
+# learning rate, epochs, tower trained, shapes: rows; samples, frames and tokens of text in a row
+STAGES = {
   "see": (2e-3, 2, True, ((8, 1, 8, 64),)),  # videos of one scene to describe
   "answer": (1e-3, 1, True, ((8, 1, 8, 160),)),  # four questions about one scene
   "find": (1e-3, 1, False, None),  # four questions about two to six scenes
@@ -32,7 +35,10 @@ def get_config(stage: str = "see") -> ConfigDict:
   if stage not in STAGES:
     raise ValueError(f"no stage {stage!r}; known: {', '.join(STAGES)}")
   rate, epochs, vision, shapes = STAGES[stage]
-  free = lambda value: FieldReference(value, field_type=object)
+
+  def free(value):
+    return FieldReference(value, field_type=object)
+
   before = {"see": "init", "answer": "see/model", "find": "answer/model"}[stage]
   c = ConfigDict()
   c.seed = 0
@@ -62,7 +68,9 @@ def get_config(stage: str = "see") -> ConfigDict:
   c.data.prefix_length = 16
   c.data.frames_per_device = 192
   c.data.text_per_device = 8192
-  c.data.mask = "assistant"  # nothing but answers: everything else in these texts is the same each time
+  c.data.mask = (
+    "assistant"  # nothing but answers: everything else in these texts is the same each time
+  )
   c.data.threads = 1
   c.data.prefetch = 2
 

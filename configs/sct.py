@@ -1,19 +1,21 @@
 """Supervised compression tuning: every value of a run, with its unit and where it comes from.
 
-  python -m xcomp_jax.train --config=configs/sct.py --config.data.train=DIR --config.workdir=runs/sct
+  python -m xcomp_jax.train --config=configs/sct.py --config.data.train=DIR
+  --config.workdir=runs/sct
 
-DIR is written by `python -m xcomp_jax.predecode`; the recipe is that command's defaults (128 to 1,024 frames, at most
-8 a second) and --subset=0.25, and training prints what DIR was written with. Without suffix this is the paper's 2B
-recipe (Table A, train.sh of the release, FACTS.md 3):
+DIR is written by `python -m xcomp_jax.predecode`; the recipe is that command's defaults (128 to
+1,024 frames, at most 8 a second) and --subset=0.25, and training prints what DIR was written with.
+Without suffix this is the paper's 2B recipe (Table A, train.sh of the release, FACTS.md 3):
   hardware  8 x H100, about 24 h in the paper, 71,927 samples
   steps     2,247 of 32 samples
   loss      0.63 at the first step, 0.69 on average (released log)
 Variants, as in `configs/sct.py:tiny`:
-  tiny      the model that comes with the package, on its synthetic videos; minutes on a laptop's CPU
-  7b        the 7B model, same recipe; the paper has no numbers for it
-Of `predecode --features` with this checkpoint DIR holds what the frozen tower makes of the frames; training on it is the same
-without the tower, at 1,024 frames a sixth of the work (docs/LOG.md).
-Override any value: `--config.optim.learning_rate=2e-5`, `--config.train.steps=100`, `--config.mesh.fsdp=4`.
+  tiny      the model that comes with the package, on its synthetic videos; minutes on a laptop's
+  CPU 7b        the 7B model, same recipe; the paper has no numbers for it
+Of `predecode --features` with this checkpoint DIR holds what the frozen tower makes of the frames;
+training on it is the same without the tower, at 1,024 frames a sixth of the work (docs/LOG.md).
+Override any value: `--config.optim.learning_rate=2e-5`, `--config.train.steps=100`,
+`--config.mesh.fsdp=4`.
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -41,33 +43,52 @@ def _paper() -> ConfigDict:
   c.seed = 42  # of the data order; the release's trainer default
   c.workdir = "runs/sct"  # checkpoints, logs, the resolved config
   c.init_from = "OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"  # directory, hub id, or Orbax export
-  c.compilation_cache = _open("runs/compiled")  # folder: a stopped run goes on without compiling again; None: none
+  c.compilation_cache = _open(
+    "runs/compiled"
+  )  # folder: a stopped run goes on without compiling again; None: none
 
   c.model = ConfigDict()
-  c.model.clip_frames = _open("auto")  # frames: 8, 4 for InternVideo2; or a number, or "checkpoint": what config.json says (quirk Q1)
-  c.model.yarn = _open("checkpoint")  # what config.json's rope_scaling says; None; or (4.0, 32768), Qwen2.5's factor and positions
+  c.model.clip_frames = _open(
+    "auto"
+  )  # frames: 8, 4 for InternVideo2; or a number, or "checkpoint": what config.json says (quirk Q1)
+  c.model.yarn = _open(
+    "checkpoint"
+  )  # what config.json's rope_scaling says; None; or (4.0, 32768), Qwen2.5's factor and positions
   c.model.dtype = "bfloat16"  # of the computation
   c.model.param_dtype = "float32"  # of trained parameters and optimizer state
-  c.model.clips_per_chunk = _open("auto")  # clips of a device in the tower at once: by its memory; or a number
+  c.model.clips_per_chunk = _open(
+    "auto"
+  )  # clips of a device in the tower at once: by its memory; or a number
   c.model.attention = "auto"  # the fastest that the device has
-  c.model.remat = True  # recompute activations in the backward pass (gradient checkpointing in train.sh)
+  c.model.remat = (
+    True  # recompute activations in the backward pass (gradient checkpointing in train.sh)
+  )
 
   c.lp_comp = ConfigDict()
-  c.lp_comp.schedule = _open("cosine")  # as the release rounds it; "cosine_ceil" is the paper's Eq. 1
+  c.lp_comp.schedule = _open(
+    "cosine"
+  )  # as the release rounds it; "cosine_ceil" is the paper's Eq. 1
   c.lp_comp.keep = "suffix"  # the last tokens of every group (paper 3.2)
   c.lp_comp.group = 16  # consecutive visual tokens
 
   c.data = ConfigDict()
   c.data.train = _open("data/sct")  # folder written by predecode, or several: ("data/a", "data/b")
-  c.data.weights = _open(None)  # how often an epoch reads a sample of each, e.g. (1.0, 0.25); None: once
+  c.data.weights = _open(
+    None
+  )  # how often an epoch reads a sample of each, e.g. (1.0, 0.25); None: once
   c.data.heldout = _open(None)  # folder written by predecode; None: no evaluation
-  # Of micro-batches: rows over all devices; samples, frames, and tokens after the visual slots of a row. ((8, 4, 1024, 2048), ...);
-  # each compiles once. None: at most four, chosen from the data's lengths for the devices that there are.
+  # Of micro-batches: rows over all devices; samples, frames, and tokens after the visual slots of a
+  # row. ((8, 4, 1024, 2048), ...);
+  # each compiles once. None: at most four, chosen from the data's lengths for the devices that
+  # there are.
   c.data.shapes = _open(None)
   c.data.prefix_length = 16  # tokens before it; the chat header has 14
-  c.data.frames_per_device = 1024  # at most in a micro-batch; a row on several devices (context) has as many times: bounds memory
+  # at most in a micro-batch; a row on several devices (context) has as many times: bounds memory
+  c.data.frames_per_device = 1024
   c.data.text_per_device = 8192  # likewise tokens after the visual slot
-  c.data.mask = "official"  # every newline, <|im_start|> and <|im_end|> is supervised too (quirk Q16)
+  c.data.mask = (
+    "official"  # every newline, <|im_start|> and <|im_end|> is supervised too (quirk Q16)
+  )
   c.data.threads = 4  # readers per process
   c.data.prefetch = 4  # micro-batches, and calls of the tower; a clip takes 5 MB
 
@@ -87,7 +108,9 @@ def _paper() -> ConfigDict:
   c.train.vision = False  # frozen
   c.train.projector = True  # as in train.sh; the paper's Table A lists the LLM only
   c.train.llm = True
-  c.train.projector_max_frames = _open(512)  # frames from which a sample gives the projector no gradient (quirk Q17); None: never
+  c.train.projector_max_frames = _open(
+    512
+  )  # frames from which a sample gives the projector no gradient (quirk Q17); None: never
   c.train.log_every = 1  # steps
   c.train.eval_every = 500  # steps
   c.train.save_every = 250  # steps
@@ -96,12 +119,18 @@ def _paper() -> ConfigDict:
 
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices
-  c.mesh.fsdp = -1  # and context: what is predicted to be fastest. Splits rows, parameters and optimizer state
-  c.mesh.tensor = 1  # heads (must divide those of keys), MLP channels and the vocabulary; within a host
+  c.mesh.fsdp = (
+    -1
+  )  # and context: what is predicted to be fastest. Splits rows, parameters and optimizer state
+  c.mesh.tensor = (
+    1  # heads (must divide those of keys), MLP channels and the vocabulary; within a host
+  )
   c.mesh.context = -1  # splits each row's sequence, parameters and optimizer state
 
   c.distributed = ConfigDict()
-  c.distributed.coordinator = _open("auto")  # as TPU pods, GKE and SLURM say; HOST:PORT of process 0; None: one process
+  c.distributed.coordinator = _open(
+    "auto"
+  )  # as TPU pods, GKE and SLURM say; HOST:PORT of process 0; None: one process
   c.distributed.processes = _open(None)  # with HOST:PORT: how many,
   c.distributed.process = _open(None)  # and which of them this is
   c.distributed.start_seconds = 600  # in which all must have come up
@@ -117,9 +146,12 @@ def _tiny() -> ConfigDict:
   c.distributed.coordinator = None  # one process
   c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
   c.model.clips_per_chunk = 8  # all of a video
-  c.model.attention = "einsum"  # the fastest to train with on a CPU as long as the score matrix is small
+  c.model.attention = (
+    "einsum"  # the fastest to train with on a CPU as long as the score matrix is small
+  )
   c.model.remat = False
-  # Half of the tokens at every layer: faster than the cosine, costs more, and gains more by tuning (docs/LOG.md).
+  # Half of the tokens at every layer: faster than the cosine, costs more, and gains more by tuning
+  # (docs/LOG.md).
   c.lp_comp.schedule = _open((8, 4, 2, 1, 1, 1))
   c.data.train = "demo/data/train"  # `make demo` makes both
   c.data.heldout = _open("demo/data/heldout")

@@ -5,12 +5,18 @@ import re
 
 import griffe
 
-SECTION = re.compile(r"(Args|Returns|Raises|Yields):$")  # of Google's style, which mkdocstrings reads itself
-FIELD = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.+)")  # "starts: int[R], first frame of each round"
+SECTION = re.compile(
+  r"(Args|Returns|Raises|Yields):$"
+)  # of Google's style, which mkdocstrings reads itself
+FIELD = re.compile(
+  r"([a-z_]\w*(?:, [a-z_]\w*)*): (.+)"
+)  # "starts: int[R], first frame of each round"
 
 
 class Blocks(griffe.Extension):
-  """Lists of fields and indented parts (commands, tables) stay as they are written: Markdown would fold them together."""
+  """Lists of fields and indented parts (commands, tables) stay as they are written: Markdown would
+  fold them together.
+  """
 
   def on_instance(self, *, obj: griffe.Object, **_) -> None:
     """Called by griffe for every module, class and function."""
@@ -19,7 +25,9 @@ class Blocks(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-  """A docstring whose fields are a list and whose indented parts are code; sections are left alone."""
+  """A docstring whose fields are a list and whose indented parts are code; sections are left
+  alone.
+  """
   out: list[str] = []
   inside = ""  # what an indented line belongs to: a section, a field, or code
   for above, line in itertools.pairwise(["-", *text.splitlines()]):

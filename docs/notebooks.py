@@ -1,6 +1,8 @@
-"""Notebooks: writes NAME.ipynb from NAME.py, runs it, and keeps its pictures: PYTHONPATH=. .venv/bin/python docs/notebooks.py [NAME ...]
+"""Notebooks: writes NAME.ipynb from NAME.py, runs it, and keeps its pictures: PYTHONPATH=.
+.venv/bin/python docs/notebooks.py [NAME ...]
 
-The .py files (percent format) are what is edited and reviewed. `--pair` only writes the .ipynb files.
+The .py files (percent format) are what is edited and reviewed. `--pair` only writes the .ipynb
+files.
 """
 
 import argparse
@@ -43,7 +45,9 @@ def tagged(notebook: nbformat.NotebookNode, tag: str) -> int:
   return place
 
 
-def execute(name: str, values: Mapping[str, Any], then: str = "", env: Mapping[str, str] | None = None) -> nbformat.NotebookNode:
+def execute(
+  name: str, values: Mapping[str, Any], then: str = "", env: Mapping[str, str] | None = None
+) -> nbformat.NotebookNode:
   """Runs a notebook in a process of its own.
 
   Args:
@@ -58,13 +62,19 @@ def execute(name: str, values: Mapping[str, Any], then: str = "", env: Mapping[s
   """
   notebook = read(name)
   place = tagged(notebook, "parameters")
-  known = {target.id for node in ast.parse(notebook.cells[place].source).body for target in node.targets}
+  known = {
+    target.id for node in ast.parse(notebook.cells[place].source).body for target in node.targets
+  }
   if unknown := values.keys() - known:
-    raise KeyError(f"{', '.join(sorted(unknown))}: no parameter of {name}, which has {', '.join(sorted(known))}")
+    raise KeyError(
+      f"{', '.join(sorted(unknown))}: no parameter of {name}, which has {', '.join(sorted(known))}"
+    )
   given = "\n".join(f"{key} = {value!r}" for key, value in values.items())
   notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(given))
   notebook.cells.append(nbformat.v4.new_code_cell(then))
-  client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+  client = NotebookClient(
+    notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+  )
   return client.execute(**({} if env is None else {"env": dict(env)}))
 
 
@@ -74,7 +84,9 @@ def pictures(notebook: nbformat.NotebookNode) -> dict[str, Image.Image]:
   for cell in notebook.cells:
     for tag in cell.metadata.get("tags", ()):
       if tag.startswith("picture-"):
-        (png,) = (out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", ()))
+        (png,) = (
+          out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", ())
+        )
         found[tag.removeprefix("picture-")] = Image.open(io.BytesIO(base64.b64decode(png)))
   return found
 
@@ -83,7 +95,9 @@ def keep(name: str, label: str, picture: Image.Image) -> None:
   """Writes a picture to the documentation's figures, small."""
   file = ROOT / "docs" / "figures" / f"notebook_{name}_{label}.png"
   for colours in (128, 64, 32, 16):
-    flat = picture.convert("RGB").quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    flat = picture.convert("RGB").quantize(
+      colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    )
     flat.save(file, optimize=True)
     if file.stat().st_size <= LARGEST:
       return

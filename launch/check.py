@@ -1,8 +1,10 @@
-"""Reads a run's options as training will, without JAX, so that nothing is queued in vain: says what is wrong with them, or nothing.
+"""Reads a run's options as training will, without JAX, so that nothing is queued in vain: says what
+is wrong with them, or nothing.
 
   python launch/check.py --config=configs/sct.py:7b --config.train.epochs=2
 
-Exit code 1: something is wrong; 3: this Python can't tell, for it lacks absl-py, ml_collections or what the config imports.
+Exit code 1: something is wrong; 3: this Python can't tell, for it lacks absl-py, ml_collections or
+what the config imports.
 """
 
 import os
@@ -23,7 +25,9 @@ def main() -> int:
   except ImportError:
     return 3
   except config.ConfigError as error:
-    lacks = isinstance(error.__cause__, ImportError)  # what is not here may be there where it trains
+    lacks = isinstance(
+      error.__cause__, ImportError
+    )  # what is not here may be there where it trains
     print(f"{'note' if lacks else 'error'}: {error}", file=sys.stderr)
     return 3 if lacks else 1
   return 0

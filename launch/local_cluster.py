@@ -1,12 +1,16 @@
-"""A cluster on this machine: the same training command in several processes, connected over loopback.
+"""A cluster on this machine: the same training command in several processes, connected over
+loopback.
 
-  python launch/local_cluster.py --processes 2 --devices 4 -- --config=configs/sct.py:tiny --config.mesh.fsdp=8
+  python launch/local_cluster.py --processes 2 --devices 4 -- --config=configs/sct.py:tiny
+  --config.mesh.fsdp=8
 
-Everything after `--` goes to `python -m xcomp_jax.train`, with the Python that runs this, and is read before anything starts
-(launch/check.py). Without a --config there it is CONFIG's, FILE or FILE:VARIANT, or configs/sct.py. Each process has its own virtual CPU devices (with --devices 0, the
-devices that JAX finds); all that makes several hosts hard is real: collectives, saving together, signals, sudden ends.
-Lines are prefixed by the process they come from. SIGINT and SIGTERM are passed on to all processes, a second one kills
-them. When one ends badly the others have --grace seconds to say so. The exit code is the first bad one, or 0.
+Everything after `--` goes to `python -m xcomp_jax.train`, with the Python that runs this, and is
+read before anything starts (launch/check.py). Without a --config there it is CONFIG's, FILE or
+FILE:VARIANT, or configs/sct.py. Each process has its own virtual CPU devices (with --devices 0, the
+devices that JAX finds); all that makes several hosts hard is real: collectives, saving together,
+signals, sudden ends. Lines are prefixed by the process they come from. SIGINT and SIGTERM are
+passed on to all processes, a second one kills them. When one ends badly the others have --grace
+seconds to say so. The exit code is the first bad one, or 0.
 """
 
 import argparse
@@ -35,10 +39,17 @@ def free_port() -> int:
       return port
 
 
-def commands(arguments: list[str], processes: int, port: int, program: list[str]) -> list[list[str]]:
+def commands(
+  arguments: list[str], processes: int, port: int, program: list[str]
+) -> list[list[str]]:
   """What each process runs."""
-  shared = [f"--config.distributed.coordinator=localhost:{port}", f"--config.distributed.processes={processes}"]
-  return [[*program, *arguments, *shared, f"--config.distributed.process={i}"] for i in range(processes)]
+  shared = [
+    f"--config.distributed.coordinator=localhost:{port}",
+    f"--config.distributed.processes={processes}",
+  ]
+  return [
+    [*program, *arguments, *shared, f"--config.distributed.process={i}"] for i in range(processes)
+  ]
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -49,7 +60,9 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def run(lines: list[list[str]], devices: int, grace: float) -> int:
-  """Starts the processes and waits for all; returns the exit code of the first that ended badly (128 + signal), or 0."""
+  """Starts the processes and waits for all; returns the exit code of the first that ended badly
+  (128 + signal), or 0.
+  """
   processes: list[subprocess.Popen] = []
   told = []
 
@@ -65,7 +78,11 @@ def run(lines: list[list[str]], devices: int, grace: float) -> int:
     for number, line in enumerate(lines):
       # A group of its own: Ctrl-C at a terminal comes once, from `forward`.
       process = subprocess.Popen(
-        line, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        line,
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
       )
       processes.append(process)
       readers.append(threading.Thread(target=show, args=(process.stdout, number), daemon=True))
@@ -109,22 +126,44 @@ def say(text: str, number: int | None = None) -> None:
 
 def main() -> None:
   """The command."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--processes", type=int, default=2, help="how many (default: 2)")
-  parser.add_argument("--devices", type=int, default=4, help="virtual CPU devices of each (default: 4); 0: what JAX finds")
-  parser.add_argument("--grace", type=float, default=20, help="seconds that the others have when one is gone (default: 20)")
+  parser.add_argument(
+    "--devices",
+    type=int,
+    default=4,
+    help="virtual CPU devices of each (default: 4); 0: what JAX finds",
+  )
+  parser.add_argument(
+    "--grace",
+    type=float,
+    default=20,
+    help="seconds that the others have when one is gone (default: 20)",
+  )
   parser.add_argument("--program", default=None, help="instead of `python -m xcomp_jax.train`")
   parser.add_argument("--dry-run", action="store_true", help="print the commands")
-  parser.add_argument("arguments", nargs=argparse.REMAINDER, help="-- and what `xcomp_jax.train` is given")
+  parser.add_argument(
+    "arguments", nargs=argparse.REMAINDER, help="-- and what `xcomp_jax.train` is given"
+  )
   given = parser.parse_args()
   if given.processes < 1 or given.devices < 0:
     parser.error("there must be at least one process, and 0 or more devices")
   arguments = given.arguments[1:] if given.arguments[:1] == ["--"] else given.arguments
-  program = shlex.split(given.program) if given.program else [sys.executable, "-m", "xcomp_jax.train"]
+  program = (
+    shlex.split(given.program) if given.program else [sys.executable, "-m", "xcomp_jax.train"]
+  )
   if not given.program and not any(re.match("--?config(=|$)", argument) for argument in arguments):
     arguments = [f"--config={os.environ.get('CONFIG') or 'configs/sct.py'}", *arguments]
   lines = commands(arguments, given.processes, free_port(), program)
-  if not given.program and subprocess.run([sys.executable, pathlib.Path(__file__).with_name("check.py"), *lines[0][len(program) :]]).returncode == 1:
+  if (
+    not given.program
+    and subprocess.run(
+      [sys.executable, pathlib.Path(__file__).with_name("check.py"), *lines[0][len(program) :]]
+    ).returncode
+    == 1
+  ):
     sys.exit(1)
   if given.dry_run:
     device = f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={given.devices} " if given.devices else ""

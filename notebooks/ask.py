@@ -12,11 +12,14 @@
 # %% [markdown]
 # # Ask a video
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/xcomp_jax/blob/main/notebooks/ask.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/xcomp_jax/blob/main/notebooks/ask.ipynb)
 #
-# A video is encoded once; every question then picks the frames that it needs (QC-Comp), and a tuned model answers from one token per
-# frame in its last layers (LP-Comp). By default the video is a synthetic one of many one-second scenes, of which one shows a moving shape
-# and one a digit, and the model is the miniature that comes with the package. It was trained on videos of up to six scenes.
+# A video is encoded once; every question then picks the frames that it needs (QC-Comp), and a tuned
+# model answers from one token per frame in its last layers (LP-Comp). By default the video is a
+# synthetic one of many one-second scenes, of which one shows a moving shape and one a digit, and
+# the model is the miniature that comes with the package. It was trained on videos of up to six
+# scenes.
 
 # %% tags=["install"]
 # Install, where the package is not there yet: in Colab on a TPU, a GPU or a CPU.
@@ -27,16 +30,32 @@ import pathlib
 import subprocess
 import sys
 
-REPOSITORY = "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
+REPOSITORY = (
+  "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
+)
 
 if importlib.util.find_spec("xcomp_jax") is None:
-  extra = "tpu," if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
-  home = ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"  # the notebook's own clone, or a new one
+  extra = (
+    "tpu,"
+    if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    else "gpu,"
+    if glob.glob("/dev/nvidia[0-9]*")
+    else ""
+  )
+  home = (
+    ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"
+  )  # the notebook's own clone, or a new one
   if not os.path.isdir(home):
     if "/OWNER/" in REPOSITORY:
-      raise SystemExit("put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ from a clone of it")
+      raise SystemExit(
+        "put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ "
+        "from a clone of it"
+      )
     subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, home], check=True)
-  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"], check=True)
+  subprocess.run(
+    [sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"],
+    check=True,
+  )
   sys.path.insert(0, os.path.abspath(home))
 
 import jax
@@ -51,8 +70,10 @@ if glob.glob("/dev/nvidia[0-9]*") and jax.default_backend() == "cpu":
 # %% [markdown]
 # ## What to ask
 #
-# `checkpoint` is a directory or a hub id, such as `OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448` (an accelerator is needed for that). Empty: the
-# miniature, as the notebook `tune` has tuned it on this machine (in Colab every notebook has one of its own), or untuned and without LP-Comp. With a `video` of your own, also write a `question`.
+# `checkpoint` is a directory or a hub id, such as `OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448` (an
+# accelerator is needed for that). Empty: the miniature, as the notebook `tune` has tuned it on this
+# machine (in Colab every notebook has one of its own), or untuned and without LP-Comp. With a
+# `video` of your own, also write a `question`.
 
 # %% tags=["parameters"]
 # @title { display-mode: "form" }
@@ -67,7 +88,8 @@ out = "runs/notebooks/ask"  # @param {type: "string"}
 # %% [markdown]
 # ## The video
 #
-# Questions about the synthetic one have four options, as the tiny model was taught; `scene` is the second that shows the answer.
+# Questions about the synthetic one have four options, as the tiny model was taught; `scene` is the
+# second that shows the answer.
 
 # %%
 from matplotlib import pyplot as plt
@@ -77,7 +99,9 @@ from xcomp_jax.chat import Chat
 
 plt.rcParams.update(draw.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
-checkpoint = checkpoint or next(c for c in ("runs/notebooks/tune/export", "assets/tiny") if os.path.exists(c))
+checkpoint = checkpoint or next(
+  c for c in ("runs/notebooks/tune/export", "assets/tiny") if os.path.exists(c)
+)
 path, questions, shown = video, [question], None
 if video and not question.strip():
   raise SystemExit("a video of your own needs a question")
@@ -100,7 +124,10 @@ model = watching.load()
 with watching.precision():
   film, encoding = watching.encode(model, watching.sample(path), watching.source(path))
 print(f"{checkpoint}: LP-Comp {watching.cfg.lp_comp}")
-print(f"{len(film.times)} frames of {film.seconds:.0f} s, {film.clips} clips, {film.features[0].nbytes / 1e6:.1f} MB of features")
+print(
+  f"{len(film.times)} frames of {film.seconds:.0f} s, {film.clips} clips, "
+  f"{film.features[0].nbytes / 1e6:.1f} MB of features"
+)
 
 # %% [markdown]
 # ## Ask
@@ -121,25 +148,29 @@ if shown:
 # %% [markdown]
 # ## Where it looked
 #
-# Relevance of every clip to each question, selected frames in blue. Where the truth is known, a triangle marks the scene that shows the
+# Relevance of every clip to each question, selected frames in blue. Where the truth is known, a
+# triangle marks the scene that shows the
 # answer: a selection that misses it leaves the model to guess.
 
 # %% tags=["picture-relevance"]
-draw.relevance(film, answers, shown and [(scene, scene + 1) for scene in shown]);
+draw.relevance(film, answers, shown and [(scene, scene + 1) for scene in shown])
 
 # %% [markdown]
 # The best clips of the first question, with their score as a share of the highest:
 
 # %% tags=["picture-thumbnails"]
-draw.thumbnails(film, answers[0][1]);
+draw.thumbnails(film, answers[0][1])
 
 # %% [markdown]
 # ## What was spent
 #
-# The first question waits for programs to be compiled. Later ones find them, and what the visual tokens left in the LLM.
+# The first question waits for programs to be compiled. Later ones find them, and what the visual
+# tokens left in the LLM.
 
 # %% tags=["picture-spent"]
-draw.spent({"video": encoding} | {f"question {i}": answer.spent for i, (_, answer) in enumerate(answers, 1)});
+draw.spent(
+  {"video": encoding} | {f"question {i}": answer.spent for i, (_, answer) in enumerate(answers, 1)}
+)
 
 # %% [markdown]
 # The same as a page that needs nothing else:

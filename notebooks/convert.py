@@ -12,11 +12,13 @@
 # %% [markdown]
 # # Convert and check a checkpoint
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/xcomp_jax/blob/main/notebooks/convert.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/xcomp_jax/blob/main/notebooks/convert.ipynb)
 #
-# From an official checkpoint to JAX and back: which tensor goes where, whether the numbers are those of the official code on this machine's device, and
-# whether what is written is what was read. `checkpoint` is a directory or a hub id, such as
-# `OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448`; the default is the miniature that comes with the package. All of it takes about ten minutes on a
+# From an official checkpoint to JAX and back: which tensor goes where, whether the numbers are
+# those of the official code on this machine's device, and whether what is written is what was read.
+# `checkpoint` is a directory or a hub id, such as `OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448`;
+# the default is the miniature that comes with the package. All of it takes about ten minutes on a
 # laptop's CPU, most of them for the recorded outputs.
 
 # %% tags=["install"]
@@ -28,16 +30,32 @@ import pathlib
 import subprocess
 import sys
 
-REPOSITORY = "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
+REPOSITORY = (
+  "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
+)
 
 if importlib.util.find_spec("xcomp_jax") is None:
-  extra = "tpu," if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
-  home = ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"  # the notebook's own clone, or a new one
+  extra = (
+    "tpu,"
+    if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    else "gpu,"
+    if glob.glob("/dev/nvidia[0-9]*")
+    else ""
+  )
+  home = (
+    ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"
+  )  # the notebook's own clone, or a new one
   if not os.path.isdir(home):
     if "/OWNER/" in REPOSITORY:
-      raise SystemExit("put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ from a clone of it")
+      raise SystemExit(
+        "put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ "
+        "from a clone of it"
+      )
     subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, home], check=True)
-  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"], check=True)
+  subprocess.run(
+    [sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"],
+    check=True,
+  )
   sys.path.insert(0, os.path.abspath(home))
 
 import jax
@@ -60,7 +78,8 @@ out = "runs/notebooks/convert"  # @param {type: "string"}
 # %% [markdown]
 # ## Which tensor goes where
 #
-# One table serves both directions; `*` is a layer's number. A tensor that is missing, left over or of another shape would be an error here.
+# One table serves both directions; `*` is a layer's number. A tensor that is missing, left over or
+# of another shape would be an error here.
 
 # %%
 import dataclasses
@@ -69,7 +88,18 @@ import numpy as np
 from flax import nnx
 from matplotlib import pyplot as plt
 
-from xcomp_jax import comparison, draw, export, generate, inside, official, parity, reader, weights, world
+from xcomp_jax import (
+  comparison,
+  draw,
+  export,
+  generate,
+  inside,
+  official,
+  parity,
+  reader,
+  weights,
+  world,
+)
 from xcomp_jax.chat import Chat
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
@@ -81,7 +111,10 @@ watching = reader.prepare(reader.default(checkpoint, select=0, min_frames=8, max
 stored = weights.stored(watching.directory, watching.cfg)
 for count, entry in official.families(official.names(watching.cfg)):
   print(f"{count:3} x {entry.name:67} {list(entry.shape)!s:19} {entry.form:9} {entry.path}")
-print(f"{len(stored)} tensors as {', '.join(sorted({str(dtype) for dtype in stored.values()}))} in {watching.directory}")
+print(
+  f"{len(stored)} tensors as {', '.join(sorted({str(dtype) for dtype in stored.values()}))} in "
+  f"{watching.directory}"
+)
 
 # %% [markdown]
 # ## A forward pass
@@ -103,40 +136,59 @@ for (text, truth, _), answer in zip(world.asked(annotation), answers, strict=Tru
 # %% [markdown]
 # ## This device against a CPU
 #
-# The same weights and frames, here in the dtype of the device (bfloat16 but on CPUs), on the CPU in float32 with plain attention. This works for any
-# checkpoint; the 2B model takes a minute and 10 GB of memory. bfloat16 moves logits by percents, so look at the token and at the KL divergence.
+# The same weights and frames, here in the dtype of the device (bfloat16 but on CPUs), on the CPU in
+# float32 with plain attention. This works for any checkpoint; the 2B model takes a minute and 10 GB
+# of memory. bfloat16 moves logits by percents, so look at the token and at the KL divergence.
 
 # %%
 if beside_cpu:
-  cpu, cfg = jax.devices("cpu")[0], dataclasses.replace(watching.cfg, dtype="float32", attention="xla_chunked")
+  cpu, cfg = (
+    jax.devices("cpu")[0],
+    dataclasses.replace(watching.cfg, dtype="float32", attention="xla_chunked"),
+  )
   exact = jax.tree.map(lambda a: jax.device_put(np.asarray(a, np.float32), cpu), nnx.state(model))
   exact = nnx.merge(nnx.graphdef(weights.abstract(cfg)), exact)
   frames = np.stack(list(movies.frames(watching.sample(path))))
   clips = frames.reshape(-1, film.clip_frames, *frames.shape[1:])
-  asked = prompt.ask(watching.tokenizer, world.asked(annotation)[0][0], prompt.time_message(film.seconds, len(film.times)))
+  asked = prompt.ask(
+    watching.tokenizer,
+    world.asked(annotation)[0][0],
+    prompt.time_message(film.seconds, len(film.times)),
+  )
+
   def logits(model):
     features = np.asarray(jax.jit(vlm.encode)(model, clips))
     batch = generate.as_batch(asked, features, film.clip_frames)
-    return np.asarray(jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits)(model, batch))
+    return np.asarray(
+      jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits)(model, batch)
+    )
+
   with watching.precision():
     ours = logits(model)
   with jax.default_device(cpu), jax.default_matmul_precision("highest"):
     theirs = logits(exact)
   (same,), (apart,) = inside.agreement(ours, theirs)
-  print(f"{jax.devices()[0].device_kind}, {watching.dtype}: largest difference {np.abs(ours - theirs).max():.2e} of logits up to {np.abs(theirs).max():.1f}")
+  print(
+    f"{jax.devices()[0].device_kind}, {watching.dtype}: largest difference "
+    f"{np.abs(ours - theirs).max():.2e} of logits up to {np.abs(theirs).max():.1f}"
+  )
   print(f"same first token: {bool(same)}; KL {apart:.2e} nats")
 
 # %% [markdown]
 # ## This code against the official one
 #
-# Outputs of the official PyTorch code for a small model of random weights, recorded stage by stage, and ours on this device in float32 at the highest
-# matmul precision. The tolerances are those of CPUs and are never loosened: a device whose float32 products are less exact shows here.
+# Outputs of the official PyTorch code for a small model of random weights, recorded stage by stage,
+# and ours on this device in float32 at the highest matmul precision. The tolerances are those of
+# CPUs and are never loosened: a device whose float32 products are less exact shows here.
 
 # %% tags=["picture-parity"]
 rows = parity.check(pathlib.Path(vectors))
-print(f"{jax.devices()[0].device_kind}: tolerance {parity.LLM:.0e} for states and logits, {parity.LOSS:.0e} of the loss, {parity.QC_SCORES:.0e} of scores")
+print(
+  f"{jax.devices()[0].device_kind}: tolerance {parity.LLM:.0e} for states and logits, "
+  f"{parity.LOSS:.0e} of the loss, {parity.QC_SCORES:.0e} of scores"
+)
 print(comparison.show(rows))
-draw.errors(rows);
+draw.errors(rows)
 
 # %% [markdown]
 # ## Out and back
@@ -147,7 +199,18 @@ draw.errors(rows);
 if exports:
   kept = weights.parameters(weights.load(watching.directory, watching.cfg))
   for form in ("torch", "orbax"):
-    export.main(["--checkpoint", str(watching.directory), f"--format={form}", "--out", str(out / form), "--overwrite"])
+    export.main(
+      [
+        "--checkpoint",
+        str(watching.directory),
+        f"--format={form}",
+        "--out",
+        str(out / form),
+        "--overwrite",
+      ]
+    )
     back = weights.parameters(weights.load(out / form, watching.cfg))
-    equal = sum(np.asarray(a).tobytes() == np.asarray(back[path]).tobytes() for path, a in kept.items())
+    equal = sum(
+      np.asarray(a).tobytes() == np.asarray(back[path]).tobytes() for path, a in kept.items()
+    )
     print(f"{form}: {equal} of {len(kept)} parameters equal")

@@ -12,10 +12,12 @@
 # %% [markdown]
 # # Look inside LP-Comp
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/xcomp_jax/blob/main/notebooks/inside.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/xcomp_jax/blob/main/notebooks/inside.ipynb)
 #
-# Between the layers of the LLM the visual tokens of every group of 16 thin out, the last ones stay. What does that do? Here are the schedule, the
-# patches that surviving tokens stand for, where attention goes while tokens are still there, and how far the answers move.
+# Between the layers of the LLM the visual tokens of every group of 16 thin out, the last ones stay.
+# What does that do? Here are the schedule, the patches that surviving tokens stand for, where
+# attention goes while tokens are still there, and how far the answers move.
 
 # %% tags=["install"]
 # Install, where the package is not there yet: in Colab on a TPU, a GPU or a CPU.
@@ -26,16 +28,32 @@ import pathlib
 import subprocess
 import sys
 
-REPOSITORY = "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
+REPOSITORY = (
+  "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
+)
 
 if importlib.util.find_spec("xcomp_jax") is None:
-  extra = "tpu," if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
-  home = ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"  # the notebook's own clone, or a new one
+  extra = (
+    "tpu,"
+    if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    else "gpu,"
+    if glob.glob("/dev/nvidia[0-9]*")
+    else ""
+  )
+  home = (
+    ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"
+  )  # the notebook's own clone, or a new one
   if not os.path.isdir(home):
     if "/OWNER/" in REPOSITORY:
-      raise SystemExit("put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ from a clone of it")
+      raise SystemExit(
+        "put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ "
+        "from a clone of it"
+      )
     subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, home], check=True)
-  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"], check=True)
+  subprocess.run(
+    [sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"],
+    check=True,
+  )
   sys.path.insert(0, os.path.abspath(home))
 
 import jax
@@ -50,8 +68,8 @@ if glob.glob("/dev/nvidia[0-9]*") and jax.default_backend() == "cpu":
 # %% [markdown]
 # ## What to look at
 #
-# `tuned` is a checkpoint after SCT of the same model, such as the export that the notebook `tune` makes; without one only `checkpoint` is
-# looked at, under the released cosine.
+# `tuned` is a checkpoint after SCT of the same model, such as the export that the notebook `tune`
+# makes; without one only `checkpoint` is looked at, under the released cosine.
 
 # %% tags=["parameters"]
 # @title { display-mode: "form" }
@@ -63,7 +81,8 @@ out = "runs/notebooks/inside"  # @param {type: "string"}
 # %% [markdown]
 # ## Models and held-out questions
 #
-# Both models see the same synthetic videos, four questions about each. The tower is frozen in SCT, so one encoding serves both.
+# Both models see the same synthetic videos, four questions about each. The tower is frozen in SCT,
+# so one encoding serves both.
 
 # %%
 import numpy as np
@@ -96,70 +115,101 @@ with watching.precision():
     film, _ = watching.encode(model, watching.sample(path), path, identity="not kept")
     message = prompt.time_message(film.seconds, len(film.times))
     for text, truth, _ in world.asked(annotation):
-      batches.append(generate.as_batch(prompt.ask(watching.tokenizer, text, message), film.features[0], film.clip_frames))
+      batches.append(
+        generate.as_batch(
+          prompt.ask(watching.tokenizer, text, message), film.features[0], film.clip_frames
+        )
+      )
       truths.append(truth)
 print(f"{', '.join(models)}; {len(batches)} questions; looking at {looked}")
 
 # %% [markdown]
 # ## The schedule
 #
-# How many tokens of every group each layer works on, as the checkpoint was tuned and by the two cosines.
+# How many tokens of every group each layer works on, as the checkpoint was tuned and by the two
+# cosines.
 
 # %% tags=["picture-schedule"]
 cosine, paper = COSINE, LPCompConfig("cosine_ceil", "suffix", looked.group)
 tuning = {} if looked == cosine else {"as tuned": looked}
-draw.schedule(tuning | {"cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers);
+draw.schedule(tuning | {"cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers)
 
 # %% [markdown]
 # ## Which tokens survive, and where they are on the frames
 #
-# A merged token stands for patches that looked alike, anywhere in the 8 frames of a clip. Patches whose token a layer has no more are faded;
-# white lines part neighbours of different tokens. In the last row a colour is a group: one token per frame's worth, but not one frame's.
+# A merged token stands for patches that looked alike, anywhere in the 8 frames of a clip. Patches
+# whose token a layer has no more are faded; white lines part neighbours of different tokens. In the
+# last row a colour is a group: one token per frame's worth, but not one frame's.
 
 # %% tags=["picture-places"]
 first = world.read_annotations(made, "heldout")[0]
 path = str(made / "heldout" / first["video"])
-scene = next(where for text, _, where in world.asked(first) if text.startswith(world.QUESTIONS["shape"]))
-clip = np.stack(list(movies.frames(watching.sample(path))))[scene * 8 : scene * 8 + watching.cfg.clip_frames]
-sources = jax.jit(lambda model, clips: merge.sources(model.vision(clips), watching.cfg.clip_tokens, watching.cfg.vision.heads))
+scene = next(
+  where for text, _, where in world.asked(first) if text.startswith(world.QUESTIONS["shape"])
+)
+clip = np.stack(list(movies.frames(watching.sample(path))))[
+  scene * 8 : scene * 8 + watching.cfg.clip_frames
+]
+sources = jax.jit(
+  lambda model, clips: merge.sources(
+    model.vision(clips), watching.cfg.clip_tokens, watching.cfg.vision.heads
+  )
+)
 with watching.precision():
   into = sources(model, clip[None])
 counts = lp_comp.counts(looked, layers)
 steps = [layer for layer in range(layers) if layer == 0 or counts[layer] < counts[layer - 1]]
-draw.places(clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(steps) // 5)][::-1]);
+draw.places(clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(steps) // 5)][::-1])
 
 # %% [markdown]
 # ## Where attention goes
 #
-# Shares of attention in percent, mean over heads, rows and all questions: to the prefix, to each place of the groups, to the text. Above from the text
-# after the frames (time message, question, options), below from the visual tokens that stay to the last layer, which have to collect what the others
-# know before those go.
+# Shares of attention in percent, mean over heads, rows and all questions: to the prefix, to each
+# place of the groups, to the text. Above from the text after the frames (time message, question,
+# options), below from the visual tokens that stay to the last layer, which have to collect what the
+# others know before those go.
 
 # %% tags=["picture-flow"]
 flow = jax.jit(inside.flow)
 under = {name: weights.with_lp_comp(one, looked) for name, one in models.items()}
 with watching.precision():
-  shares = {name: np.mean([np.asarray(flow(one, batch)[0]) for batch in batches], axis=0) for name, one in under.items()}
-draw.flow(shares, dict.fromkeys(shares, looked));
+  shares = {
+    name: np.mean([np.asarray(flow(one, batch)[0]) for batch in batches], axis=0)
+    for name, one in under.items()
+  }
+draw.flow(shares, dict.fromkeys(shares, looked))
 
 # %% [markdown]
-# Of the attention that the text pays to visual tokens, how much goes to those that stay to the end? Where only these are left it is all. Before
-# that, what lies above the dotted line is more than their number explains.
+# Of the attention that the text pays to visual tokens, how much goes to those that stay to the end?
+# Where only these are left it is all. Before that, what lies above the dotted line is more than
+# their number explains.
 
 # %% tags=["picture-kept"]
-draw.kept_share(shares, dict.fromkeys(shares, looked));
+draw.kept_share(shares, dict.fromkeys(shares, looked))
 
 # %% [markdown]
 # ## How far the answers move
 #
-# The logits of an answer's first token under milder and harder schedules, against those of the model before tuning without compression: how often
-# the most probable token is the same, and the KL divergence. 95% intervals over the questions. `0.9` and `0.7` leave that share of the tokens at
+# The logits of an answer's first token under milder and harder schedules, against those of the
+# model before tuning without compression: how often the most probable token is the same, and the KL
+# divergence. 95% intervals over the questions. `0.9` and `0.7` leave that share of the tokens at
 # every layer; `one` leaves one per frame from the first layer on.
 
+
 # %%
-geometric = lambda rate: tuple(max(1, round(looked.group * rate ** (layer + 1))) for layer in range(layers))
-schedules = {"none": geometric(1.0), "0.9": geometric(0.9), "cosine": lp_comp.counts(cosine, layers), "0.7": geometric(0.7)}
-schedules |= {name: lp_comp.counts(one, layers) for name, one in tuning.items()} | {"one": geometric(0.0)}
+def geometric(rate):
+  return tuple(max(1, round(looked.group * rate ** (layer + 1))) for layer in range(layers))
+
+
+schedules = {
+  "none": geometric(1.0),
+  "0.9": geometric(0.9),
+  "cosine": lp_comp.counts(cosine, layers),
+  "0.7": geometric(0.7),
+}
+schedules |= {name: lp_comp.counts(one, layers) for name, one in tuning.items()} | {
+  "one": geometric(0.0)
+}
 logits = jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits[0])
 given = {}
 with watching.precision():
@@ -168,12 +218,22 @@ with watching.precision():
       squeezed = weights.with_lp_comp(one, LPCompConfig(left, "suffix", looked.group))
       given[name, schedule] = np.stack([np.asarray(logits(squeezed, batch)) for batch in batches])
 work = {schedule: float(np.mean(left)) / looked.group for schedule, left in schedules.items()}
-against = {key: [np.asarray(a) for a in inside.agreement(one, given["not tuned", "none"])] for key, one in given.items()}
+against = {
+  key: [np.asarray(a) for a in inside.agreement(one, given["not tuned", "none"])]
+  for key, one in given.items()
+}
 for (name, schedule), (same, apart) in against.items():
   said = [watching.tokenizer.decode([token]).strip() for token in given[name, schedule].argmax(-1)]
   right = np.mean([text == truth for text, truth in zip(said, truths, strict=True)])
-  print(f"{name:10} {schedule:10} work {work[schedule]:4.0%}  same {same.mean():4.0%}  KL {apart.mean():6.3f}  right {right:4.0%}")
+  print(
+    f"{name:10} {schedule:10} work {work[schedule]:4.0%}  same {same.mean():4.0%}  KL "
+    f"{apart.mean():6.3f}  right {right:4.0%}"
+  )
+
 
 # %% tags=["picture-agreement"]
-pick = lambda which: {name: [against[name, schedule][which] for schedule in schedules] for name in models}
-draw.agreement(work, pick(0), pick(1));
+def pick(which):
+  return {name: [against[name, schedule][which] for schedule in schedules] for name in models}
+
+
+draw.agreement(work, pick(0), pick(1))

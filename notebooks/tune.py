@@ -12,10 +12,12 @@
 # %% [markdown]
 # # Tune the tiny model
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/xcomp_jax/blob/main/notebooks/tune.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/xcomp_jax/blob/main/notebooks/tune.ipynb)
 #
-# Supervised compression tuning (SCT) with the real training loop, on synthetic videos: the miniature model that comes with the package learns to work
-# with one visual token per frame. It takes about ten minutes on a laptop's CPU. `configs/sct.py` has the values of the paper's runs.
+# Supervised compression tuning (SCT) with the real training loop, on synthetic videos: the
+# miniature model that comes with the package learns to work with one visual token per frame. It
+# takes about ten minutes on a laptop's CPU. `configs/sct.py` has the values of the paper's runs.
 
 # %% tags=["install"]
 # Install, where the package is not there yet: in Colab on a TPU, a GPU or a CPU.
@@ -26,16 +28,32 @@ import pathlib
 import subprocess
 import sys
 
-REPOSITORY = "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
+REPOSITORY = (
+  "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
+)
 
 if importlib.util.find_spec("xcomp_jax") is None:
-  extra = "tpu," if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
-  home = ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"  # the notebook's own clone, or a new one
+  extra = (
+    "tpu,"
+    if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    else "gpu,"
+    if glob.glob("/dev/nvidia[0-9]*")
+    else ""
+  )
+  home = (
+    ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"
+  )  # the notebook's own clone, or a new one
   if not os.path.isdir(home):
     if "/OWNER/" in REPOSITORY:
-      raise SystemExit("put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ from a clone of it")
+      raise SystemExit(
+        "put the project's address into REPOSITORY above: the notebook reads assets/ and configs/ "
+        "from a clone of it"
+      )
     subprocess.run(["git", "clone", "-q", "--depth=1", REPOSITORY, home], check=True)
-  subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"], check=True)
+  subprocess.run(
+    [sys.executable, "-m", "pip", "install", "-q", "-e", f"{os.path.abspath(home)}[{extra}plot]"],
+    check=True,
+  )
   sys.path.insert(0, os.path.abspath(home))
 
 import jax
@@ -58,8 +76,9 @@ out = "runs/notebooks/tune"  # @param {type: "string"}
 # %% [markdown]
 # ## Videos
 #
-# Each is of four to six one-second scenes. One shows a moving shape, one a digit, each question asks for one attribute with four options. The videos
-# are decoded once; here is what the training set holds, one row per video.
+# Each is of four to six one-second scenes. One shows a moving shape, one a digit, each question
+# asks for one attribute with four options. The videos are decoded once; here is what the training
+# set holds, one row per video.
 
 # %% tags=["picture-videos"]
 import dataclasses
@@ -87,12 +106,22 @@ contact_sheet(open_store(out / "data" / "train"), rows=4)
 
 # %%
 values = {
-  "init_from": demo.BASE, "workdir": out / "run", "data.train": out / "data/train", "data.heldout": out / "data/heldout",
-  "train.steps": steps, "train.log_every": 1, "train.eval_every": max(1, steps // looks),
+  "init_from": demo.BASE,
+  "workdir": out / "run",
+  "data.train": out / "data/train",
+  "data.heldout": out / "data/heldout",
+  "train.steps": steps,
+  "train.log_every": 1,
+  "train.eval_every": max(1, steps // looks),
 }
-config = from_command_line(["tune", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in values.items())])
+config = from_command_line(
+  ["tune", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in values.items())]
+)
 whole = LPCompConfig(config.lp_comp.schedule, "none", config.lp_comp.group)
-right = {"no compression": demo.answers(demo.BASE, whole, config), "LP-Comp,\nnot trained": demo.answers(demo.BASE, config.lp_comp, config)}
+right = {
+  "no compression": demo.answers(demo.BASE, whole, config),
+  "LP-Comp,\nnot trained": demo.answers(demo.BASE, config.lp_comp, config),
+}
 print(f"LP-Comp: {config.lp_comp.schedule} tokens of {config.lp_comp.group} in the layers")
 for name, one in right.items():
   print(f"{' '.join(name.split()):22} {one.mean():.1%} of {len(one)} right")
@@ -107,25 +136,37 @@ seen = {"train": [], "heldout": [(0, right["LP-Comp,\nnot trained"].mean())], "g
 watched = {"train": "loss", "heldout": "accuracy", "goodput": "step"}
 
 # %%
-result = train.run(config, watch=lambda step, group, values: seen[group].append((step, values[watched[group]])))
+result = train.run(
+  config, watch=lambda step, group, values: seen[group].append((step, values[watched[group]]))
+)
 
 # %% [markdown]
 # ## Watch it learn
 
 # %% tags=["picture-learning"]
-draw.learning(seen["train"], seen["heldout"], heldout, chance=0.25);
+draw.learning(seen["train"], seen["heldout"], heldout, chance=0.25)
 
 # %% [markdown]
 # ## After
 #
-# The tuned model goes out in the official PyTorch layout, is read back, and answers the same questions.
+# The tuned model goes out in the official PyTorch layout, is read back, and answers the same
+# questions.
 
 # %%
-export.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export"), "--overwrite"])
+export.main(
+  [
+    "--checkpoint",
+    str(out / "run"),
+    "--format=torch",
+    "--out",
+    str(out / "export"),
+    "--overwrite",
+  ]
+)
 right["LP-Comp\nafter SCT"] = demo.answers(str(out / "export"), config.lp_comp, config)
 _, untrained, tuned = right.values()
 more, low, high = demo.gain(untrained, tuned)
 print(f"gain by SCT, question by question: {more:+.1%}, 95% interval {low:+.1%} to {high:+.1%}")
 
 # %% tags=["picture-accuracy"]
-draw.bars({name: int(one.sum()) for name, one in right.items()}, heldout, chance=0.25);
+draw.bars({name: int(one.sum()) for name, one in right.items()}, heldout, chance=0.25)

@@ -29,19 +29,30 @@ def gpu(kind: str, **changes) -> Device:
 
 
 def fake_kernel(handed: list, computes: bool = True):
-  """A tokamax.dot_product_attention that notes what it is handed, and computes exactly that: zeros that are seen count, and a row
-  that sees nothing is NaN, as in kernels that mask with minus infinity.
+  """A tokamax.dot_product_attention that notes what it is handed, and computes exactly that: zeros
+  that are seen count, and a row that sees nothing is NaN, as in kernels that mask with minus
+  infinity.
   """
 
   def dot_product_attention(q, k, v, *, mask, is_causal, implementation):
-    handed.append((implementation, q.shape, k.shape, None if mask is None else mask.shape, is_causal))
+    handed.append(
+      (implementation, q.shape, k.shape, None if mask is None else mask.shape, is_causal)
+    )
     if not computes:
       return jnp.zeros_like(q)
     (B, L, H, h), (S, K) = q.shape, k.shape[1:3]
     seen = jnp.ones((1, 1, 1, S), bool) if mask is None else mask
     if is_causal:
       seen = seen & (jnp.arange(S) <= jnp.arange(L)[:, None])
-    scores = jnp.einsum("blkgh,bskh->bkgls", q.reshape(B, L, K, H // K, h), k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = (
+      jnp.einsum(
+        "blkgh,bskh->bkgls",
+        q.reshape(B, L, K, H // K, h),
+        k,
+        preferred_element_type=jnp.float32,
+      )
+      * h**-0.5
+    )
     weights = jax.nn.softmax(jnp.where(seen[:, :, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bkgls,bskh->blkgh", weights.astype(v.dtype), v).reshape(q.shape)
 

@@ -1,4 +1,6 @@
-"""Runs of several processes on this machine, by launch/local_cluster.py, and what they noted (tests/traced.py)."""
+"""Runs of several processes on this machine, by launch/local_cluster.py, and what they noted
+(tests/traced.py).
+"""
 
 import json
 import os
@@ -35,11 +37,23 @@ class Cluster:
     options = json.dumps({"trace": str(self.folder / "trace")} | ({"kill": kill} if kill else {}))
     program = f"{sys.executable} {ROOT}/tests/traced.py '{options}'"
     line = [
-      sys.executable, "launch/local_cluster.py", f"--processes={processes}", f"--devices={devices}", f"--grace={grace}",
-      f"--program={program}", "--", f"--config={self.folder / 'config.py'}", *arguments,
-    ]  # fmt: skip
+      sys.executable,
+      "launch/local_cluster.py",
+      f"--processes={processes}",
+      f"--devices={devices}",
+      f"--grace={grace}",
+      f"--program={program}",
+      "--",
+      f"--config={self.folder / 'config.py'}",
+      *arguments,
+    ]
     return subprocess.Popen(
-      line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+      line,
+      cwd=ROOT,
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
     )
 
   def run(self, processes, devices, timeout=300, **options):
@@ -52,7 +66,9 @@ class Cluster:
     return launched.returncode, said
 
   def trace(self):
-    """[(step, loss)] in the order in which process 0 took them, and step -> samples of all processes, the last time."""
+    """[(step, loss)] in the order in which process 0 took them, and step -> samples of all
+    processes, the last time.
+    """
     losses, samples = [], {}
     for file in sorted(self.folder.glob("trace.*")):
       own = {}
@@ -67,11 +83,20 @@ class Cluster:
 
 
 def arrays(config):
-  """The bytes of everything in the newest checkpoint, by path, whatever processes wrote it; and its step."""
-  place = max((path for path in checkpoint.folder(config.workdir).iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+  """The bytes of everything in the newest checkpoint, by path, whatever processes wrote it; and its
+  step.
+  """
+  place = max(
+    (path for path in checkpoint.folder(config.workdir).iterdir() if path.name.isdigit()),
+    key=lambda path: int(path.name),
+  )
   handler, out = ocp.PyTreeCheckpointHandler(), {}
   for item in ("params", "opt"):
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(place / item).tree)
+    as_numpy = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(place / item).tree
+    )
     out[item] = handler.restore(place / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
   leaves = jax.tree_util.tree_leaves_with_path(out)
-  return {jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, leaf.tobytes()) for path, leaf in leaves}, int(place.name)
+  return {
+    jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, leaf.tobytes()) for path, leaf in leaves
+  }, int(place.name)

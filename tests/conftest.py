@@ -1,11 +1,15 @@
-"""The suite runs on 8 virtual CPU devices, in float32 at highest precision, with a compile cache."""
+"""The suite runs on 8 virtual CPU devices, in float32 at highest precision, with a compile
+cache.
+"""
 
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
@@ -15,14 +19,18 @@ from absl import flags
 from beartype import BeartypeConf, beartype
 
 typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int serves as a float
-jaxtyping.install_import_hook("xcomp_jax", "conftest.typechecker")  # shapes and types of annotations are checked
+jaxtyping.install_import_hook(
+  "xcomp_jax", "conftest.typechecker"
+)  # shapes and types of annotations are checked
 
 flags.FLAGS.mark_as_parsed()  # grain's readers look at absl flags
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_addoption(parser):
-  parser.addoption("--kills", type=int, default=3, help="how often tests/test_pods.py kills a run (default: 3)")
+  parser.addoption(
+    "--kills", type=int, default=3, help="how often tests/test_pods.py kills a run (default: 3)"
+  )
   parser.addoption("--kills-seed", type=int, default=0, help="of the moments when it does")
 
 
@@ -37,26 +45,47 @@ def reference() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def tiny():
-  """A function (**changes) -> VLMConfig: the full structure, at a size that runs in milliseconds."""
+  """A function (**changes) -> VLMConfig: the full structure, at a size that runs in
+  milliseconds.
+  """
   import dataclasses
 
   from xcomp_jax.config import LLMConfig, LPCompConfig, VisionConfig, VLMConfig
 
   base = VLMConfig(
-    vision=VisionConfig(image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd"),
+    vision=VisionConfig(
+      image_size=48, patch_size=8, width=32, layers=2, heads=4, mlp_width=64, table="umt-hd"
+    ),
     llm=LLMConfig(
-      vocab_size=64, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=64,
-      rope_theta=1e6, rope_scaling=None, norm_eps=1e-6, tied=True, context=None,
+      vocab_size=64,
+      width=32,
+      layers=4,
+      heads=4,
+      kv_heads=2,
+      head_dim=8,
+      mlp_width=64,
+      rope_theta=1e6,
+      rope_scaling=None,
+      norm_eps=1e-6,
+      tied=True,
+      context=None,
     ),
     lp_comp=LPCompConfig("cosine", "suffix", 16),
-    clip_frames=8, tokens_per_frame=16, dtype="float32", clips_per_chunk=2, attention="auto", remat=True,
+    clip_frames=8,
+    tokens_per_frame=16,
+    dtype="float32",
+    clips_per_chunk=2,
+    attention="auto",
+    remat=True,
   )
   return lambda **changes: dataclasses.replace(base, **changes)
 
 
 @pytest.fixture(scope="session")
 def sample():
-  """A function (clips, before, after, seed) -> random Example with features of that many clips, and tokens around its visual slot."""
+  """A function (clips, before, after, seed) -> random Example with features of that many clips, and
+  tokens around its visual slot.
+  """
   import numpy as np
 
   from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Example
@@ -66,7 +95,9 @@ def sample():
     tokens = rng.integers(0, vocab, before + (clips > 0) + after).astype(np.int32)
     if clips:
       tokens[before] = IMAGE_TOKEN
-    labels = np.where((rng.random(len(tokens)) < 0.5) & (tokens != IMAGE_TOKEN), tokens, IGNORE).astype(np.int32)
+    labels = np.where(
+      (rng.random(len(tokens)) < 0.5) & (tokens != IMAGE_TOKEN), tokens, IGNORE
+    ).astype(np.int32)
     labels[-1] = tokens[-1]
     query = np.zeros(len(tokens), bool)
     query[-2] = True
@@ -78,7 +109,9 @@ def sample():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, reference):
-  """A function (workdir, **{"train.steps": 2, ...}) -> RunConfig: a random two-layer model, 12 samples of 0 to 3 clips."""
+  """A function (workdir, **{"train.steps": 2, ...}) -> RunConfig: a random two-layer model, 12
+  samples of 0 to 3 clips.
+  """
   import json
 
   import jax.numpy as jnp
@@ -95,35 +128,67 @@ def tiny_run(tmp_path_factory, reference):
   init = root / "init"
   init.mkdir()
   vocabulary = json.loads((reference / "qwen_subset" / "vocab.json").read_text())
-  vocabulary = {token: i for i, token in enumerate(sorted(vocabulary, key=vocabulary.get))}  # a small table
+  vocabulary = {
+    token: i for i, token in enumerate(sorted(vocabulary, key=vocabulary.get))
+  }  # a small table
   (init / "vocab.json").write_text(json.dumps(vocabulary))
   (init / "merges.txt").write_text((reference / "qwen_subset" / "merges.txt").read_text())
   tokenizer = json.loads((reference / "qwen_subset" / "tokenizer_config.json").read_text())
   special = tokenizer["added_tokens_decoder"].values()
-  tokenizer["added_tokens_decoder"] = {str(len(vocabulary) + i): token for i, token in enumerate(special)}
+  tokenizer["added_tokens_decoder"] = {
+    str(len(vocabulary) + i): token for i, token in enumerate(special)
+  }
   (init / "tokenizer_config.json").write_text(json.dumps(tokenizer))
   values = {
-    "hidden_size": 32, "intermediate_size": 64, "mm_hidden_size": 32, "mm_local_num_frames": 4,
-    "mm_projector_type": "tome16_mlp_hd64", "mm_vision_select_layer": -2, "mm_vision_tower": "umt-hd-large",
-    "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6, "tie_word_embeddings": True, "torch_dtype": "float32",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "mm_hidden_size": 32,
+    "mm_local_num_frames": 4,
+    "mm_projector_type": "tome16_mlp_hd64",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "umt-hd-large",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
     "vocab_size": prompt.load_tokenizer(init).vocab_size,
-    "tiny_vision": {"image_size": 48, "embed_dim": 32, "depth": 3, "heads": 4, "patch_size": 8, "mlp_ratio": 2},
+    "tiny_vision": {
+      "image_size": 48,
+      "embed_dim": 32,
+      "depth": 3,
+      "heads": 4,
+      "patch_size": 8,
+      "mlp_ratio": 2,
+    },
   }
   (init / "config.json").write_text(json.dumps(values))
   model = ModelConfig(
-    clip_frames=4, yarn="checkpoint", dtype="float32", param_dtype="float32", clips_per_chunk=2, attention="auto", remat=True
+    clip_frames=4,
+    yarn="checkpoint",
+    dtype="float32",
+    param_dtype="float32",
+    clips_per_chunk=2,
+    attention="auto",
+    remat=True,
   )
   lp = LPCompConfig((8, 1), "suffix", 16)
   cfg = weights.read_config(init, model, lp)
-  export.save_torch(root / "base", jax.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32)
+  export.save_torch(
+    root / "base", jax.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32
+  )
 
   def items(count, seed):
     rng = np.random.default_rng(seed)
     for i in range(count):
       clips = (3, 1, 2, 0)[i % 4]
       slot = "<image>\n" if clips else ""
-      talk = ({"from": "human", "value": f"{slot}Which {i}?"}, {"from": "gpt", "value": "AB"[i % 2] * (1 + 9 * (i % 3))})
+      talk = (
+        {"from": "human", "value": f"{slot}Which {i}?"},
+        {"from": "gpt", "value": "AB"[i % 2] * (1 + 9 * (i % 3))},
+      )
       message = prompt.time_message(clips / 2, clips * 4) if clips else ""
       visual = rng.integers(0, 256, (clips, 4, 48, 48, 3)).astype(np.uint8) if clips else None
       yield Sample(f"s{i}", f"{i}.mp4", "a.json", i, talk, message), visual
@@ -131,25 +196,63 @@ def tiny_run(tmp_path_factory, reference):
   write_store(root / "train", items(12, 0), image_size=48, clip_frames=4)
   write_store(root / "heldout", items(5, 1), image_size=48, clip_frames=4)
   base = {
-    "seed": 0, "workdir": "", "init_from": str(root / "base"), "compilation_cache": None,
+    "seed": 0,
+    "workdir": "",
+    "init_from": str(root / "base"),
+    "compilation_cache": None,
     "model": {
-      "clip_frames": 4, "yarn": "checkpoint", "dtype": "float32", "param_dtype": "float32", "clips_per_chunk": 2, "attention": "auto",
+      "clip_frames": 4,
+      "yarn": "checkpoint",
+      "dtype": "float32",
+      "param_dtype": "float32",
+      "clips_per_chunk": 2,
+      "attention": "auto",
       "remat": True,
     },
     "lp_comp": {"schedule": (8, 1), "keep": "suffix", "group": 16},
     "data": {
-      "train": str(root / "train"), "weights": None, "heldout": None, "shapes": ((8, 2, 16, 160),), "prefix_length": 80,
-      "frames_per_device": 128, "text_per_device": 2048, "mask": "assistant", "threads": 1, "prefetch": 1,
+      "train": str(root / "train"),
+      "weights": None,
+      "heldout": None,
+      "shapes": ((8, 2, 16, 160),),
+      "prefix_length": 80,
+      "frames_per_device": 128,
+      "text_per_device": 2048,
+      "mask": "assistant",
+      "threads": 1,
+      "prefetch": 1,
     },
     "optim": {
-      "learning_rate": 1e-2, "warmup": 0.0, "weight_decay": 0.0, "clip_norm": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
+      "learning_rate": 1e-2,
+      "warmup": 0.0,
+      "weight_decay": 0.0,
+      "clip_norm": 1.0,
+      "b1": 0.9,
+      "b2": 0.999,
+      "eps": 1e-8,
     },
     "train": {
-      "batch_size": 3, "epochs": 1, "steps": None, "vision": False, "projector": True, "llm": True,
-      "projector_max_frames": None, "log_every": 1, "eval_every": 2, "save_every": 2, "keep_last": 2, "keep_every": None,
+      "batch_size": 3,
+      "epochs": 1,
+      "steps": None,
+      "vision": False,
+      "projector": True,
+      "llm": True,
+      "projector_max_frames": None,
+      "log_every": 1,
+      "eval_every": 2,
+      "save_every": 2,
+      "keep_last": 2,
+      "keep_every": None,
     },
     "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "context": 1},
-    "distributed": {"coordinator": None, "processes": None, "process": None, "start_seconds": 60, "heartbeat_seconds": 100},
+    "distributed": {
+      "coordinator": None,
+      "processes": None,
+      "process": None,
+      "start_seconds": 60,
+      "heartbeat_seconds": 100,
+    },
   }
 
   def make(workdir, **changes):
@@ -179,7 +282,9 @@ def write_features():
 
   def write(config, folder):
     cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
-    model = weights.load(weights.resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype))
+    model = weights.load(
+      weights.resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype)
+    )
     frames = open_store(config.data.train)
 
     def items():
@@ -188,7 +293,9 @@ def write_features():
         yield sample, clips and np.stack(clips).astype(ml_dtypes.bfloat16)
 
     made = Features(encode.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)
-    write_store(folder, items(), image_size=frames.image_size, clip_frames=frames.clip_frames, features=made)
+    write_store(
+      folder, items(), image_size=frames.image_size, clip_frames=frames.clip_frames, features=made
+    )
 
   return write
 

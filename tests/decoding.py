@@ -1,4 +1,6 @@
-"""What the tests of pre-decoding share: a small world of videos and annotations, and ways to run the command."""
+"""What the tests of pre-decoding share: a small world of videos and annotations, and ways to run
+the command.
+"""
 
 import dataclasses
 import json
@@ -20,7 +22,14 @@ from xcomp_jax.data.store import Features
 from xcomp_jax.predecode import Settings, Tower, predecode
 
 SETTINGS = Settings(image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
-SAMPLING = {"max_frames": 16, "min_frames": 8, "fps": 8.0, "clip_frames": 8, "style": "train", "size": 16}
+SAMPLING = {
+  "max_frames": 16,
+  "min_frames": 8,
+  "fps": 8.0,
+  "clip_frames": 8,
+  "style": "train",
+  "size": 16,
+}
 
 
 def talk(question: str = "<image>\nWhat?") -> list[dict]:
@@ -37,7 +46,9 @@ def make_video(path: pathlib.Path, frames: int, seed: int = 0) -> pathlib.Path:
 
 
 def make_world(root: pathlib.Path) -> pathlib.Path:
-  """A folder with videos, an image, a gif, a folder of frames, and a mixture of all of them: 7 samples, 65 frames."""
+  """A folder with videos, an image, a gif, a folder of frames, and a mixture of all of them: 7
+  samples, 65 frames.
+  """
   (root / "videos" / "steps").mkdir(parents=True)
   for i, frames in enumerate((40, 8, 19)):
     make_video(root / "videos" / f"v{i}.mp4", frames, i)
@@ -48,14 +59,24 @@ def make_world(root: pathlib.Path) -> pathlib.Path:
   for i, image in enumerate(images):
     image.save(root / "videos" / "steps" / f"{i}.png")
 
-  write(root / "videos.json", [{"id": i, "video": f"v{i}.mp4", "conversations": talk()} for i in range(3)])
+  write(
+    root / "videos.json",
+    [{"id": i, "video": f"v{i}.mp4", "conversations": talk()} for i in range(3)],
+  )
   write(root / "part.jsonl", [{"video": "v0.mp4", "start": 1, "end": 2.5, "conversations": talk()}])
-  write(root / "images.json", [{"id": "i", "image": "still ü.png", "conversations": talk("Was?\n<image>")}])
+  write(
+    root / "images.json",
+    [{"id": "i", "image": "still ü.png", "conversations": talk("Was?\n<image>")}],
+  )
   write(root / "gifs.json", [{"video": "move.gif", "conversations": talk()}])
   write(root / "folders.json", [{"video": "steps", "conversations": talk()}])
   mixture(
-    root, {"json_path": "videos.json", "sampling_strategy": "all"}, {"json_path": "part.jsonl"}, {"json_path": "images.json"},
-    {"json_path": "gifs.json", "video_read_type": "gif"}, {"json_path": "folders.json", "video_read_type": "img"},
+    root,
+    {"json_path": "videos.json", "sampling_strategy": "all"},
+    {"json_path": "part.jsonl"},
+    {"json_path": "images.json"},
+    {"json_path": "gifs.json", "video_read_type": "gif"},
+    {"json_path": "folders.json", "video_read_type": "img"},
   )
   return root
 
@@ -68,7 +89,9 @@ def write(path: pathlib.Path, items: list) -> None:
 
 
 def mixture(root: pathlib.Path, *datasets: dict) -> None:
-  (root / "mixture.yaml").write_text(yaml.safe_dump({"datasets": [{"data_root": "videos"} | d for d in datasets]}))
+  (root / "mixture.yaml").write_text(
+    yaml.safe_dump({"datasets": [{"data_root": "videos"} | d for d in datasets]})
+  )
 
 
 def make(root, out="out", *, settings=SETTINGS, **changes):
@@ -88,24 +111,44 @@ def summing_tower(width: int = 4) -> Tower:
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
   """Every file of a folder."""
-  return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+  return {
+    str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+  }
 
 
 def manifest(folder: pathlib.Path) -> list[dict]:
-  return [json.loads(line) for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+  return [
+    json.loads(line)
+    for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+  ]
 
 
 def command(world, *more, start=subprocess.run, **how):
   line = [
-    sys.executable, "-m", "xcomp_jax.predecode", "--mixture", str(world / "mixture.yaml"), "--root", str(world), "--image_size=16",
-    "--min_frames=8", "--max_frames=16", "--out", str(world.parent / "out"), *more,
+    sys.executable,
+    "-m",
+    "xcomp_jax.predecode",
+    "--mixture",
+    str(world / "mixture.yaml"),
+    "--root",
+    str(world),
+    "--image_size=16",
+    "--min_frames=8",
+    "--max_frames=16",
+    "--out",
+    str(world.parent / "out"),
+    *more,
   ]
   return run(line, start, **how)
 
 
 def run(line, start=subprocess.run, **how):
   where = pathlib.Path(predecode_lib.__file__).parents[1]
-  return start(line, env=os.environ | {"PYTHONPATH": str(where)}, **(how or {"capture_output": True, "text": True}))
+  return start(
+    line,
+    env=os.environ | {"PYTHONPATH": str(where)},
+    **(how or {"capture_output": True, "text": True}),
+  )
 
 
 def wait_for(condition, seconds=60.0):
@@ -125,7 +168,9 @@ def group_lives(group: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Trap(predecode_lib.store.Sample):
-  """A sample whose file does something bad to the process that decodes it; pickled by name into such processes."""
+  """A sample whose file does something bad to the process that decodes it; pickled by name into
+  such processes.
+  """
 
   deed: str = ""
   home: int = dataclasses.field(default_factory=os.getpid)
@@ -139,5 +184,7 @@ class Trap(predecode_lib.store.Sample):
     import ctypes
 
     if self.deed == "sleep":
-      ctypes.PyDLL(None).sleep(600)  # as a decoder that never comes back to Python: nobody else gets its lock
+      ctypes.PyDLL(None).sleep(
+        600
+      )  # as a decoder that never comes back to Python: nobody else gets its lock
     os.kill(os.getpid(), signal.SIGKILL)

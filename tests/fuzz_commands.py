@@ -8,7 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 import fuzz_subjects
-from fuzz_subjects import FILMS, LOOK, LP_COMP, MODEL, NAMED, PARTS, STILLS, digest, right_mixture, tensors
+from fuzz_subjects import (
+  FILMS,
+  LOOK,
+  LP_COMP,
+  MODEL,
+  NAMED,
+  PARTS,
+  STILLS,
+  digest,
+  right_mixture,
+  tensors,
+)
 from fuzzing import Command, Subject
 
 from xcomp_jax import encode, evaluate, parity, weights  # noqa: F401  (what commands import is imported before the first fork)
@@ -28,7 +39,10 @@ def asking(checkpoint: str | pathlib.Path, what: list[str]) -> list[str]:
 
 def ask_line(given, file, out) -> list[str]:
   """Asks with the damaged file in its place."""
-  checkpoint, what = given / "tiny", ["--video", str(given / "world" / "videos" / "film.mp4"), "--question=Which?"]
+  checkpoint, what = (
+    given / "tiny",
+    ["--video", str(given / "world" / "videos" / "film.mp4"), "--question=Which?"],
+  )
   if file.parent.parent == given and (file.parent / "config.json").exists():
     checkpoint = file.parent
   elif given / "orbax" in file.parents:
@@ -54,45 +68,76 @@ def read_film(given, file) -> Any:
   """Of this model's tower, unlike `read_encoded`."""
   model = weights.load(given / "tiny", weights.read_config(given / "tiny", MODEL, LP_COMP))
   found = encode.load(file, model)
-  return {"features": [list(found.features[0].shape), digest(found.features[0])], "times": digest(found.times), "seconds": found.seconds}
+  return {
+    "features": [list(found.features[0].shape), digest(found.features[0])],
+    "times": digest(found.times),
+    "seconds": found.seconds,
+  }
 
 
 def right_film(given, file, good, found) -> str:
   return "" if found["features"][0] == good["features"][0] else "takes features of another shape"
 
 
-QUESTIONS = Subject(name="questions of ask", files=(), read=read_asked, right=lambda *_: "", plain=True)
+QUESTIONS = Subject(
+  name="questions of ask", files=(), read=read_asked, right=lambda *_: "", plain=True
+)
 FILM = Subject(name="encoded video of tiny", files=(), read=read_film, right=right_film)
 
 
 def predecode_line(given, file, out) -> list[str]:
   return [
-    "xcomp_jax.predecode", "--mixture", str(given / "world" / "mixture.yaml"), "--root", str(given / "world"), "--image_size=16",
-    "--min_frames=8", "--max_frames=16", "--workers=0", "--out", str(out),
-  ]  # fmt: skip
+    "xcomp_jax.predecode",
+    "--mixture",
+    str(given / "world" / "mixture.yaml"),
+    "--root",
+    str(given / "world"),
+    "--image_size=16",
+    "--min_frames=8",
+    "--max_frames=16",
+    "--workers=0",
+    "--out",
+    str(out),
+  ]
 
 
 def predecoded(given, file, out, stdout) -> Any:
   if not (out / "store.json").exists():
     return None
   opened = store.open_store(out)  # without JAX
-  return [[s.source.rpartition("/")[2], s.frames, list(s.conversations), digest(opened.visual(i))] for i, s in enumerate(opened.samples)]
+  return [
+    [s.source.rpartition("/")[2], s.frames, list(s.conversations), digest(opened.visual(i))]
+    for i, s in enumerate(opened.samples)
+  ]
 
 
 def read_world(given, file) -> Any:
-  """Whether predecode should take it: annotations without faults, and files of which a clip can be read."""
+  """Whether predecode should take it: annotations without faults, and files of which a clip can be
+  read.
+  """
   found = fuzz_subjects.read_mixture(given, file)
   if faults := [fault for job in found["jobs"] for fault in job["faults"]]:
     raise prompt.AnnotationError(f"{file.name}: {faults[0]}")
   for job in found["jobs"]:
     if job["reader"] is not None:
       part = {"read_type": job["reader"], "start": job["start"], "end": job["end"]}
-      video.load(job["sample"]["source"], size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8, style="train", **part)
+      video.load(
+        job["sample"]["source"],
+        size=16,
+        max_frames=16,
+        min_frames=8,
+        fps=8.0,
+        clip_frames=8,
+        style="train",
+        **part,
+      )
   return found
 
 
 def right_world(given, file, good, found) -> str:
-  return right_mixture(given, file, good, found) if file.suffix in (".json", ".jsonl", ".yaml") else ""
+  return (
+    right_mixture(given, file, good, found) if file.suffix in (".json", ".jsonl", ".yaml") else ""
+  )
 
 
 WORLD = Subject(name="world", files=(), read=read_world, right=right_world)
@@ -103,11 +148,24 @@ def verify_line(given, file, out) -> list[str]:
 
 
 def inspect_line(given, file, out) -> list[str]:
-  return ["xcomp_jax.predecode", "--inspect", str(above(file, given) / "data"), "--sheet", f"{out}.png"]
+  return [
+    "xcomp_jax.predecode",
+    "--inspect",
+    str(above(file, given) / "data"),
+    "--sheet",
+    f"{out}.png",
+  ]
 
 
 def export_line(given, file, out) -> list[str]:
-  return ["xcomp_jax.export", "--format=torch", "--checkpoint", str(above(file, given)), "--out", str(out)]
+  return [
+    "xcomp_jax.export",
+    "--format=torch",
+    "--checkpoint",
+    str(above(file, given)),
+    "--out",
+    str(out),
+  ]
 
 
 def exported(given, file, out, stdout) -> Any:
@@ -117,9 +175,19 @@ def exported(given, file, out, stdout) -> Any:
 
 def evaluate_line(given, file, out) -> list[str]:
   return [
-    "xcomp_jax.evaluate", "--task=lvbench", "--annotations", str(given / "bench" / "questions.json"), "--videos",
-    str(given / "world" / "videos"), f"--checkpoint={given / 'tiny'}", "--preset=none", "--devices=1", *LOOK, "--out", str(out),
-  ]  # fmt: skip
+    "xcomp_jax.evaluate",
+    "--task=lvbench",
+    "--annotations",
+    str(given / "bench" / "questions.json"),
+    "--videos",
+    str(given / "world" / "videos"),
+    f"--checkpoint={given / 'tiny'}",
+    "--preset=none",
+    "--devices=1",
+    *LOOK,
+    "--out",
+    str(out),
+  ]
 
 
 def evaluated(given, file, out, stdout) -> Any:
@@ -134,16 +202,36 @@ def others_answered(good, found) -> str:
   """A bad video costs its own questions."""
   if found is None:
     return "answers nothing about the other videos"
-  wrong = [b for a, b in zip(good, found, strict=True) if a != b and (b[2] is not None or not b[0].startswith("film"))]
+  wrong = [
+    b
+    for a, b in zip(good, found, strict=True)
+    if a != b and (b[2] is not None or not b[0].startswith("film"))
+  ]
   return f"answers something else: {wrong[0]}" if wrong else ""
 
 
 def needles_line(given, file, out) -> list[str]:
   return [
-    "xcomp_jax.needles", f"--checkpoint={given / 'tiny'}", "--needles", str(given / "needles" / "needles.json"), "--images",
-    str(given / "needles"), "--haystack", str(given / "world" / "videos" / "film.mp4"), "--mode=aligned", "--repeat=1",
-    "--clips-per-chunk=2", "--select=8", "--frames", "32", "--depths", "0.5", "--min-frames=8", "--out", str(out),
-  ]  # fmt: skip
+    "xcomp_jax.needles",
+    f"--checkpoint={given / 'tiny'}",
+    "--needles",
+    str(given / "needles" / "needles.json"),
+    "--images",
+    str(given / "needles"),
+    "--haystack",
+    str(given / "world" / "videos" / "film.mp4"),
+    "--mode=aligned",
+    "--repeat=1",
+    "--clips-per-chunk=2",
+    "--select=8",
+    "--frames",
+    "32",
+    "--depths",
+    "0.5",
+    "--min-frames=8",
+    "--out",
+    str(out),
+  ]
 
 
 def found_needles(given, file, out, stdout) -> Any:
@@ -161,27 +249,92 @@ def rows(given, file, out, stdout) -> Any:
   return re.findall(r"\b(pass|FAIL|absent)\b", stdout)
 
 
-def command(name: str, subject: str | Subject, files: tuple[str, ...], line: Line, result: Callable[..., Any], **more) -> Command:
-  return Command(name=name, subject=NAMED[subject] if isinstance(subject, str) else subject, files=files, line=line, result=result, **more)
+def command(
+  name: str,
+  subject: str | Subject,
+  files: tuple[str, ...],
+  line: Line,
+  result: Callable[..., Any],
+  **more,
+) -> Command:
+  return Command(
+    name=name,
+    subject=NAMED[subject] if isinstance(subject, str) else subject,
+    files=files,
+    line=line,
+    result=result,
+    **more,
+  )
 
 
-WORLD_FILES = ("world/videos/v?.mp4", "world/videos/still*.png", "world/videos/move.gif", "world/videos/steps/*")
+WORLD_FILES = (
+  "world/videos/v?.mp4",
+  "world/videos/still*.png",
+  "world/videos/move.gif",
+  "world/videos/steps/*",
+)
 COMMANDS = (
   command("ask about a video", "video", FILMS, ask_line, said),
   command("ask about a picture", "image", (*STILLS, "world/videos/move.gif"), ask_line, said),
-  command("ask with a config", "config.json", ("tiny/config.json", "tiny/xcomp.json"), ask_line, said),
-  command("ask with weights", "index", ("tiny/model.safetensors", "sharded/model*"), ask_line, said),
-  command("ask with a tokenizer", "tokenizer", tuple(f"tiny/{name}" for name in PARTS), ask_line, said),
+  command(
+    "ask with a config", "config.json", ("tiny/config.json", "tiny/xcomp.json"), ask_line, said
+  ),
+  command(
+    "ask with weights", "index", ("tiny/model.safetensors", "sharded/model*"), ask_line, said
+  ),
+  command(
+    "ask with a tokenizer", "tokenizer", tuple(f"tiny/{name}" for name in PARTS), ask_line, said
+  ),
   command("ask an encoded video", FILM, ("film/film.npz",), ask_line, said),
   command("ask questions of a file", QUESTIONS, ("asked/questions.txt",), ask_line, said),
-  command("evaluate with a bad video", "video", ("world/videos/film.mp4",), evaluate_line, evaluated, apart=others_answered),
-  command("evaluate bad questions", "questions", ("bench/questions.json",), evaluate_line, evaluated),
-  command("predecode annotations", WORLD, ("world/mixture.yaml", "world/*.json", "world/*.jsonl"), predecode_line, predecoded),
+  command(
+    "evaluate with a bad video",
+    "video",
+    ("world/videos/film.mp4",),
+    evaluate_line,
+    evaluated,
+    apart=others_answered,
+  ),
+  command(
+    "evaluate bad questions", "questions", ("bench/questions.json",), evaluate_line, evaluated
+  ),
+  command(
+    "predecode annotations",
+    WORLD,
+    ("world/mixture.yaml", "world/*.json", "world/*.jsonl"),
+    predecode_line,
+    predecoded,
+  ),
   command("predecode files", WORLD, WORLD_FILES, predecode_line, predecoded),
-  command("verify", "shards, verified", ("*/data/store.json", "*/data/manifest.jsonl", "*/data/*/*"), verify_line, said),
-  command("inspect", "shards", ("store/data/store.json", "jpeg/data/*/*"), inspect_line, lambda *_: None),
-  command("export", "index", ("tiny/*.json", "tiny/*.safetensors", "sharded/model*"), export_line, exported),
+  command(
+    "verify",
+    "shards, verified",
+    ("*/data/store.json", "*/data/manifest.jsonl", "*/data/*/*"),
+    verify_line,
+    said,
+  ),
+  command(
+    "inspect",
+    "shards",
+    ("store/data/store.json", "jpeg/data/*/*"),
+    inspect_line,
+    lambda *_: None,
+  ),
+  command(
+    "export",
+    "index",
+    ("tiny/*.json", "tiny/*.safetensors", "sharded/model*"),
+    export_line,
+    exported,
+  ),
   command("export an Orbax checkpoint", "Orbax", ("orbax/params/**/*",), export_line, exported),
   command("needles", "needles", ("needles/*",), needles_line, found_needles),
-  command("parity", "recorded arrays", ("recorded/vectors.npz",), parity_line, rows, verdict=r"recorded .*FAIL"),
+  command(
+    "parity",
+    "recorded arrays",
+    ("recorded/vectors.npz",),
+    parity_line,
+    rows,
+    verdict=r"recorded .*FAIL",
+  ),
 )

@@ -1,13 +1,15 @@
 """Gives damaged files to everything that reads files, in processes that may die.
 
-`damaging` says how files are damaged, `fuzz_subjects` and `fuzz_commands` which, and what reads them.
+`damaging` says how files are damaged, `fuzz_subjects` and `fuzz_commands` which, and what reads
+them.
 
   python tests/fuzzing.py --cases 3000 --commands 100            with a new seed, which is printed
   python tests/fuzzing.py --seed 7 --cases 3000 --commands 100   the same again
   python tests/fuzzing.py --seed 7 --number 123                  one of them, in all words
 
-What must be: an error is one of the documented ones, names the file and is a line; nothing crashes, hangs, takes memory without
-bound, or touches a file that it was not told to write; and what is read without an error is right.
+What must be: an error is one of the documented ones, names the file and is a line; nothing crashes,
+hangs, takes memory without bound, or touches a file that it was not told to write; and what is read
+without an error is right.
 """
 
 import argparse
@@ -45,7 +47,8 @@ class Subject:
 
   files: patterns of files in the folder of good files; one of them is damaged at a time.
   read: (folder, file) -> what was read, as JSON has it.
-  right: (folder, file, good, found) -> what is wrong with what was read, or "". good: what comes of the good file.
+  right: (folder, file, good, found) -> what is wrong with what was read, or "". good: what comes of
+  the good file.
   plain: a bare ValueError is documented.
   padded: what lies behind its end is not a part of it, so that it changes nothing.
   """
@@ -62,7 +65,8 @@ class Subject:
 class Command:
   """A command over a damaged file.
 
-  subject: whose files are damaged; it must be able to read, and rightly, what the command takes without an error.
+  subject: whose files are damaged; it must be able to read, and rightly, what the command takes
+  without an error.
   line: (folder, file, out) -> the module and its arguments.
   result: (folder, file, out, stdout) -> what it made, the same whenever what was read is the same.
   """
@@ -72,8 +76,12 @@ class Command:
   files: tuple[str, ...]
   line: Callable[[pathlib.Path, pathlib.Path, pathlib.Path], list[str]]
   result: Callable[[pathlib.Path, pathlib.Path, pathlib.Path, str], Any]
-  apart: Callable[[Any, Any], str] = lambda good, found: ""  # what a command that failed must have done all the same
-  verdict: str = ""  # what stdout says where it fails for what it was made to find, and not for an error
+  apart: Callable[[Any, Any], str] = lambda good, found: (
+    ""
+  )  # what a command that failed must have done all the same
+  verdict: str = (
+    ""  # what stdout says where it fails for what it was made to find, and not for an error
+  )
 
 
 @dataclasses.dataclass
@@ -100,12 +108,18 @@ def listing(folder: pathlib.Path, but: Sequence[str] = ()) -> dict[str, Any]:
   """Everything below a folder: kind, size, time, and what is in it."""
   found: dict[str, Any] = {}
   for at, folders, names in os.walk(folder):
-    folders[:] = [name for name in folders if os.path.relpath(os.path.join(at, name), folder) not in but]
+    folders[:] = [
+      name for name in folders if os.path.relpath(os.path.join(at, name), folder) not in but
+    ]
     for name in folders + names:
       path = pathlib.Path(at, name)
       about, key = path.lstat(), str(path.relative_to(folder))
       if stat.S_ISREG(about.st_mode):
-        content = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if about.st_size < 1 << 26 else ""
+        content = (
+          hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+          if about.st_size < 1 << 26
+          else ""
+        )
         found[key] = (about.st_size, about.st_mtime_ns, content)
       else:
         found[key] = os.readlink(path) if path.is_symlink() else stat.S_IFMT(about.st_mode)
@@ -113,7 +127,9 @@ def listing(folder: pathlib.Path, but: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def forked(case: pathlib.Path, limits: tuple[int, int], deed: Callable[[], Any]) -> Ended:
-  """Lets a child do something, within limits, in a folder of its own; `deed` gives what it tells, and SystemExit is its end."""
+  """Lets a child do something, within limits, in a folder of its own; `deed` gives what it tells,
+  and SystemExit is its end.
+  """
   seconds, _ = limits
   for name in ("home", "tmp", "cwd"):
     (case / name).mkdir(exist_ok=True)
@@ -154,12 +170,17 @@ def forked(case: pathlib.Path, limits: tuple[int, int], deed: Callable[[], Any])
   except ProcessLookupError:
     pass
   code = os.waitstatus_to_exitcode(status)
-  text = lambda name: (case / name).read_text("utf-8", "replace") if (case / name).exists() else ""
+
+  def text(name):
+    return (case / name).read_text("utf-8", "replace") if (case / name).exists() else ""
+
   told = json.loads(text("told") or "null")
   out, err = text("stdout"), text("stderr")
   for name in ("told", "stdout", "stderr"):
     (case / name).unlink(missing_ok=True)
-  return Ended(code if code >= 0 else None, max(0, -code), late, used.ru_maxrss << 10, told, out, err)
+  return Ended(
+    code if code >= 0 else None, max(0, -code), late, used.ru_maxrss << 10, told, out, err
+  )
 
 
 def read_in_child(case: pathlib.Path, subject: Subject, file: pathlib.Path) -> Ended:
@@ -169,9 +190,16 @@ def read_in_child(case: pathlib.Path, subject: Subject, file: pathlib.Path) -> E
     try:
       return {"found": subject.read(case / "given", file)}
     except Exception as error:
-      ours = type(error).__module__.startswith("xcomp_jax.") or (subject.plain and type(error) is ValueError)
+      ours = type(error).__module__.startswith("xcomp_jax.") or (
+        subject.plain and type(error) is ValueError
+      )
       own = isinstance(error, OSError) or (isinstance(error, ValueError) and ours)
-      return {"error": str(error), "kind": type(error).__name__, "own": own, "trace": traceback.format_exc()}
+      return {
+        "error": str(error),
+        "kind": type(error).__name__,
+        "own": own,
+        "trace": traceback.format_exc(),
+      }
 
   return forked(case, READER, deed)
 
@@ -189,14 +217,20 @@ def run_in_child(case: pathlib.Path, command: Command, file: pathlib.Path) -> En
 
 
 def made_in_child(case: pathlib.Path, command: Command, file: pathlib.Path, ended: Ended) -> Any:
-  """What a command has made; threads of libraries that read it would not survive in later children."""
-  read = forked(case, READER, lambda: command.result(case / "given", file, case / "out" / "made", ended.out))
+  """What a command has made; threads of libraries that read it would not survive in later
+  children.
+  """
+  read = forked(
+    case, READER, lambda: command.result(case / "given", file, case / "out" / "made", ended.out)
+  )
   assert read.code == 0, read.err
   return read.told
 
 
 def wrong_about_error(text: str, given: pathlib.Path, file: pathlib.Path) -> str:
-  """What is wrong with what is said: it lacks the name of the file, or of a folder that it lies in; or has no end."""
+  """What is wrong with what is said: it lacks the name of the file, or of a folder that it lies in;
+  or has no end.
+  """
   folders = [str(folder) for folder in file.parents if given in folder.parents]
   if not any(name in text for name in (file.name, ascii(file.name)[1:-1], *folders)):
     return "does not name the file"
@@ -208,18 +242,35 @@ class Survey:
   """Cases of a seed, over the good files in a folder."""
 
   def __init__(
-    self, good: pathlib.Path, work: pathlib.Path, keep: pathlib.Path, subjects: Sequence[Subject], commands: Sequence[Command], seed: int
+    self,
+    good: pathlib.Path,
+    work: pathlib.Path,
+    keep: pathlib.Path,
+    subjects: Sequence[Subject],
+    commands: Sequence[Command],
+    seed: int,
   ):
-    self.good, self.work, self.keep, self.subjects, self.commands, self.seed = good, work, keep, subjects, commands, seed
+    self.good, self.work, self.keep, self.subjects, self.commands, self.seed = (
+      good,
+      work,
+      keep,
+      subjects,
+      commands,
+      seed,
+    )
     self.same = False  # whether the last reader has read what it reads of the good file
     self.known: dict[tuple[str, str], Any] = {}
 
-  def chosen(self, number: int, command: bool) -> tuple[Subject | Command, pathlib.Path, list[tuple[str, int]]]:
+  def chosen(
+    self, number: int, command: bool
+  ) -> tuple[Subject | Command, pathlib.Path, list[tuple[str, int]]]:
     """What is damaged in a case (a path inside the folder of good files), and how."""
     r = random.Random(f"{self.seed}/{command}/{number}")
     kinds = self.commands if command else self.subjects
     kind = kinds[number % len(kinds)]
-    files = sorted({path for pattern in kind.files for path in self.good.glob(pattern) if path.is_file()})
+    files = sorted(
+      {path for pattern in kind.files for path in self.good.glob(pattern) if path.is_file()}
+    )
     file = r.choice(files)
     return kind, file.relative_to(self.good), damaging.choose(r, file)
 
@@ -238,7 +289,9 @@ class Survey:
       file = case / "given" / name
       if isinstance(kind, Subject):
         ended = read_in_child(case, kind, file)
-        assert ended.told and "found" in ended.told and not ended.fault, f"{key} can't be read undamaged: {ended}"
+        assert ended.told and "found" in ended.told and not ended.fault, (
+          f"{key} can't be read undamaged: {ended}"
+        )
         self.known[key] = ended.told["found"]
       else:
         (case / "out").mkdir()
@@ -247,7 +300,9 @@ class Survey:
         self.known[key] = made_in_child(case, kind, file, ended)
     return self.known[key]
 
-  def fault(self, kind: Subject | Command, name: pathlib.Path, steps: list[tuple[str, int]]) -> tuple[str, str]:
+  def fault(
+    self, kind: Subject | Command, name: pathlib.Path, steps: list[tuple[str, int]]
+  ) -> tuple[str, str]:
     """What is wrong with how a damaged file is taken ("" if nothing), and what it said."""
     good = self.fine(kind, name)
     if isinstance(kind, Command):
@@ -269,7 +324,11 @@ class Survey:
     if not fault and ended.code == 1:
       judged = bool(kind.verdict and re.search(kind.verdict, ended.out))
       fault = "" if len(lines) == 1 - judged else f"says {len(lines)} errors"
-      fault = fault or (not judged and wrong_about_error(ended.err, case / "given", file)) or kind.apart(good, made_in_child(case, kind, file, ended))
+      fault = (
+        fault
+        or (not judged and wrong_about_error(ended.err, case / "given", file))
+        or kind.apart(good, made_in_child(case, kind, file, ended))
+      )
     if not fault and ended.code == 0:
       made = made_in_child(case, kind, file, ended)
       shutil.rmtree(case / "out", ignore_errors=True)
@@ -279,15 +338,25 @@ class Survey:
         fault = f"makes something else of what is the same: {made!r:.200} and not {good!r:.200}"
     return fault, ended.err[-4000:] + ended.out[-1000:]
 
-  def fault_of_reader(self, subject: Subject, case: pathlib.Path, name: pathlib.Path, steps, taken: bool = False) -> tuple[str, str]:
-    """The same of a reader. taken: a command has succeeded with this file, so an error is a fault."""
+  def fault_of_reader(
+    self, subject: Subject, case: pathlib.Path, name: pathlib.Path, steps, taken: bool = False
+  ) -> tuple[str, str]:
+    """The same of a reader. taken: a command has succeeded with this file, so an error is a
+    fault.
+    """
     file, good, self.same = case / "given" / name, self.known[subject.name, str(name)], False
     before = listing(case, ("home", "tmp", "cwd"))
     ended = read_in_child(case, subject, file)
     fault = ended.fault or self.touched(case, before) or self.too_much(ended, READER)
     told = ended.told or {}
     if not fault and "error" in told:
-      fault = f"refuses it: {told['error'][:300]}" if taken else "" if told["own"] else f"raises {told['kind']}"
+      fault = (
+        f"refuses it: {told['error'][:300]}"
+        if taken
+        else ""
+        if told["own"]
+        else f"raises {told['kind']}"
+      )
       fault = fault or wrong_about_error(told["error"], case / "given", file)
       return fault, f"{told['kind']}: {told['error'][:3000]}\n{told['trace'][-3000:]}"
     if not fault and "found" not in told:
@@ -300,11 +369,16 @@ class Survey:
       fault = "reads something else of what is no file"
     elif (ways == {"linked"} or (subject.padded and ways == {"junk"})) and not self.same:
       fault = "reads something else where nothing has changed"
-    return fault or subject.right(case / "given", file, good, told["found"]), json.dumps(told["found"])[:2000]
+    return (
+      fault or subject.right(case / "given", file, good, told["found"]),
+      json.dumps(told["found"])[:2000],
+    )
 
   def touched(self, case: pathlib.Path, before: dict[str, Any]) -> str:
     """Which files were touched that it was not told to write."""
-    after = listing(case, ("out", "home", "tmp", "cwd") if "out" not in before else ("home", "tmp", "cwd"))
+    after = listing(
+      case, ("out", "home", "tmp", "cwd") if "out" not in before else ("home", "tmp", "cwd")
+    )
     other = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     other += [f"{name}/{key}" for name in ("home", "tmp", "cwd") for key in listing(case / name)]
     return f"touches {', '.join(other[:5])}" if other else ""
@@ -317,7 +391,15 @@ class Survey:
     """Does one case; a fault is made simpler, and its files are kept."""
     kind, name, steps = self.chosen(number, command)
     fault, said = self.fault(kind, name, steps)
-    about = {"number": number, "command": command, "what": kind.name, "file": str(name), "steps": steps, "fault": fault, "said": said}
+    about = {
+      "number": number,
+      "command": command,
+      "what": kind.name,
+      "file": str(name),
+      "steps": steps,
+      "fault": fault,
+      "said": said,
+    }
     if not fault:
       return about
     for step in list(steps) if len(steps) > 1 else []:  # does it take all of them?
@@ -327,11 +409,18 @@ class Survey:
         steps, fault, said = fewer, simpler, text
     if about["steps"] != steps:
       self.fault(kind, name, steps)
-    kept = self.keep / f"{self.seed}-{'command' if command else 'reader'}-{number}-{kind.name.replace(' ', '_').replace('/', '_')}"
+    fault_of = "command" if command else "reader"
+    kept = self.keep / f"{self.seed}-{fault_of}-{number}-{re.sub('[ /]', '_', kind.name)}"
     shutil.rmtree(kept, ignore_errors=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     (self.work / "case").rename(kept)
-    about |= {"steps": steps, "fault": fault, "said": said, "kept": str(kept), "damaged": str(kept / "given" / name)}
+    about |= {
+      "steps": steps,
+      "fault": fault,
+      "said": said,
+      "kept": str(kept),
+      "damaged": str(kept / "given" / name),
+    }
     (kept / "case.json").write_text(json.dumps(about, indent=1))
     return about
 
@@ -348,7 +437,13 @@ class Survey:
         try:
           about = self.case(number, command)
         except Exception:
-          about = {"number": number, "command": command, "what": "the fuzzer", "file": "", "steps": []}
+          about = {
+            "number": number,
+            "command": command,
+            "what": "the fuzzer",
+            "file": "",
+            "steps": [],
+          }
           about |= {"fault": "fails", "said": traceback.format_exc()}
         queue.put(about | {"seconds": round(time.monotonic() - begun, 2)})
 
@@ -365,8 +460,10 @@ def told(case: dict[str, Any], seed: int) -> str:
   """A fault, for a person."""
   kind = " --command" * case["command"]
   return (
-    f"{case['what']}: {case['file']} damaged by {', '.join(f'{name}({n})' for name, n in case['steps'])}: {case['fault']}\n"
-    f"  the file: {case.get('damaged', 'not kept')}\n  again: python tests/fuzzing.py --seed {seed} --number {case['number']}{kind}\n"
+    f"{case['what']}: {case['file']} damaged by "
+    f"{', '.join(f'{name}({n})' for name, n in case['steps'])}: {case['fault']}\n"
+    f"  the file: {case.get('damaged', 'not kept')}\n  again: python tests/fuzzing.py --seed "
+    f"{seed} --number {case['number']}{kind}\n"
     f"  it said: {case['said'].strip()[:1000]}"
   )
 
@@ -379,8 +476,15 @@ def main() -> None:
   parser.add_argument("--number", type=int, help="instead: this case alone")
   parser.add_argument("--command", action="store_true", help="with --number: of commands")
   parser.add_argument("--jobs", type=int, default=2)
-  parser.add_argument("--keep", type=pathlib.Path, default=ROOT / ".cache" / "fuzz", help="folder for the files of faults")
-  parser.add_argument("--json", type=pathlib.Path, help="file for what became of every case, a line each")
+  parser.add_argument(
+    "--keep",
+    type=pathlib.Path,
+    default=ROOT / ".cache" / "fuzz",
+    help="folder for the files of faults",
+  )
+  parser.add_argument(
+    "--json", type=pathlib.Path, help="file for what became of every case, a line each"
+  )
   args = parser.parse_args()
   args.keep = args.keep.absolute()
   print(f"seed {args.seed}", flush=True)
@@ -394,7 +498,14 @@ def main() -> None:
     assert made.code == 0, made.err
     shutil.copytree(work / "good", work / "compare", copy_function=shutil.copy2)
     before = listing(work / "good")
-    survey = Survey(work / "good", work, args.keep, fuzz_commands.fuzz_subjects.SUBJECTS, fuzz_commands.COMMANDS, args.seed)
+    survey = Survey(
+      work / "good",
+      work,
+      args.keep,
+      fuzz_commands.fuzz_subjects.SUBJECTS,
+      fuzz_commands.COMMANDS,
+      args.seed,
+    )
     numbers = [(n, True) for n in range(args.commands)] + [(n, False) for n in range(args.cases)]
     if args.number is not None:
       numbers = [(args.number, args.command)]
@@ -414,7 +525,10 @@ def main() -> None:
       print("the good files themselves were changed")
   finally:
     shutil.rmtree(work, ignore_errors=True)
-  print(f"seed {args.seed}: {len(numbers)} cases, {len(faults)} faults; {', '.join(f'{n} {name}' for name, n in sorted(counts.items()))}")
+  print(
+    f"seed {args.seed}: {len(numbers)} cases, {len(faults)} faults; "
+    f"{', '.join(f'{n} {name}' for name, n in sorted(counts.items()))}"
+  )
   sys.exit(bool(faults))
 
 

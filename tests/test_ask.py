@@ -42,14 +42,27 @@ def film(tmp_path_factory):
 
 
 def run(checkpoint, film, *more):
-  ask.main([
-    "--checkpoint", str(checkpoint), "--video", str(film), "--question", "Which?", "--clip-frames=4", "--min-frames=8",
-    "--max-frames=8", "--max-new-tokens=3", *more,
-  ])  # fmt: skip
+  ask.main(
+    [
+      "--checkpoint",
+      str(checkpoint),
+      "--video",
+      str(film),
+      "--question",
+      "Which?",
+      "--clip-frames=4",
+      "--min-frames=8",
+      "--max-frames=8",
+      "--max-new-tokens=3",
+      *more,
+    ]
+  )
 
 
 def test_attention_is_the_one_that_is_asked_for(checkpoint, film, capsys):
-  said = lambda: capsys.readouterr().err
+  def said():
+    return capsys.readouterr().err
+
   run(checkpoint, film)
   assert "\nattention on cpu, float32: einsum" in said()
   run(checkpoint, film, "--attention=xla_chunked")
@@ -64,17 +77,26 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   printed = capsys.readouterr()
   assert "8 frames of 1.50 s" in printed.err
   tuned = weights.read_tuned(checkpoint).lp_comp
-  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), tuned)
-  frames = video.load(film, size=48, max_frames=8, min_frames=8, fps=8, clip_frames=4, style="ask").frames
+  cfg = weights.read_config(
+    checkpoint,
+    ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
+    tuned,
+  )
+  frames = video.load(
+    film, size=48, max_frames=8, min_frames=8, fps=8, clip_frames=4, style="ask"
+  ).frames
   tokenizer, model = prompt.load_tokenizer(checkpoint), weights.load(checkpoint, cfg)
   question, tokens = prompt.ask(tokenizer, "Which?", prompt.time_message(1.5, 8)), []
   forward = jax.jit(lambda model, batch: model.llm.logits(vlm.forward(model, batch).x))
   while len(tokens) < 3:
     longer = prompt.Prompt(
-      np.append(question.tokens, np.array(tokens, np.int32)), *(np.zeros(len(question.tokens) + len(tokens), t) for t in (np.int32, bool)),
+      np.append(question.tokens, np.array(tokens, np.int32)),
+      *(np.zeros(len(question.tokens) + len(tokens), t) for t in (np.int32, bool)),
       question=question.question,
-    )  # fmt: skip
-    batch = generate.as_batch(longer, np.asarray(vlm.encode(model, frames.reshape(-1, 4, 48, 48, 3))), 4)
+    )
+    batch = generate.as_batch(
+      longer, np.asarray(vlm.encode(model, frames.reshape(-1, 4, 48, 48, 3))), 4
+    )
     row = int(batch.text_length[0, 0]) - 1 - batch.text.shape[1]
     tokens.append(int(forward(model, batch)[0, row].argmax()))
     if tokens[-1] in tokenizer.eos:
@@ -83,8 +105,12 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   assert printed.out.strip() == tokenizer.decode(tokens).strip()
 
 
-def test_frames_are_sampled_in_clips_of_eight_whatever_the_tower_takes(checkpoint, film, capsys):  # FACTS.md 5
-  run(checkpoint, film, "--max-frames=16")  # 12 frames: one clip of 8, where clips of 4 would take all
+def test_frames_are_sampled_in_clips_of_eight_whatever_the_tower_takes(
+  checkpoint, film, capsys
+):  # FACTS.md 5
+  run(
+    checkpoint, film, "--max-frames=16"
+  )  # 12 frames: one clip of 8, where clips of 4 would take all
   assert "8 frames of 1.50 s" in capsys.readouterr().err
 
 
@@ -96,17 +122,31 @@ def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys, 
   assert "still.png: 1 frame\n" in capsys.readouterr().err and set(texts) == {""}
 
 
-@pytest.mark.parametrize("more, words", [
-  (["--question=Wh\udcffy?"], "the text 'Wh\\udcffy?' holds bytes that are no UTF-8"), (["--questions=LATIN"], "latin, line 2: byte 0xe9 is no UTF-8; save it as UTF-8"),
-  (["--questions=/dev/zero"], "/dev/zero is a device, and must be a file or a pipe"), (["--questions=FIFO"], "fifo holds no question"),
-  (["--video=FIFO"], "fifo is a pipe, and must be a file"),
-])  # fmt: skip
-def test_questions_that_are_no_text_and_pipes_are_refused_before_any_work(checkpoint, film, tmp_path, capsys, monkeypatch, more, words):
+@pytest.mark.parametrize(
+  "more, words",
+  [
+    (["--question=Wh\udcffy?"], "the text 'Wh\\udcffy?' holds bytes that are no UTF-8"),
+    (["--questions=LATIN"], "latin, line 2: byte 0xe9 is no UTF-8; save it as UTF-8"),
+    (["--questions=/dev/zero"], "/dev/zero is a device, and must be a file or a pipe"),
+    (["--questions=FIFO"], "fifo holds no question"),
+    (["--video=FIFO"], "fifo is a pipe, and must be a file"),
+  ],
+)
+def test_questions_that_are_no_text_and_pipes_are_refused_before_any_work(
+  checkpoint, film, tmp_path, capsys, monkeypatch, more, words
+):
   monkeypatch.setattr(readers.Reader, "load", lambda self: pytest.fail("loaded"))
   (tmp_path / "latin").write_bytes("Why?\nCafé?".encode("latin1"))
   os.mkfifo(tmp_path / "fifo")
   with pytest.raises(SystemExit) as stop:
-    run(checkpoint, film, *(option.replace("LATIN", str(tmp_path / "latin")).replace("FIFO", str(tmp_path / "fifo")) for option in more))
+    run(
+      checkpoint,
+      film,
+      *(
+        option.replace("LATIN", str(tmp_path / "latin")).replace("FIFO", str(tmp_path / "fifo"))
+        for option in more
+      ),
+    )
   assert stop.value.code == 1 and words in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -119,7 +159,11 @@ def test_questions_come_from_pipes_too(checkpoint, film, capsys, monkeypatch):
       kept = os.dup(0)
       os.dup2(out, 0)
     try:
-      assert ask.listed(argparse.Namespace(question=["Wer?"], questions=name.format(out))) == ["Wer?", "Woran?", "Warum, Käthe?"]
+      assert ask.listed(argparse.Namespace(question=["Wer?"], questions=name.format(out))) == [
+        "Wer?",
+        "Woran?",
+        "Warum, Käthe?",
+      ]
     finally:
       os.close(out)
       if name == "-":
@@ -127,7 +171,13 @@ def test_questions_come_from_pipes_too(checkpoint, film, capsys, monkeypatch):
         os.close(kept)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")])
+@pytest.mark.parametrize(
+  "error",
+  [
+    MemoryError(),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."),
+  ],
+)
 def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, monkeypatch, error):
   def load(self):
     raise error
@@ -135,19 +185,36 @@ def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, monkeypatch, 
   monkeypatch.setattr(readers.Reader, "load", load)
   with pytest.raises(SystemExit) as stop:
     run(checkpoint, film)
-  assert stop.value.code == 1 and capsys.readouterr().err.splitlines()[-1].startswith("error: it needs more memory than there is: take fewer frames")
+  assert stop.value.code == 1 and capsys.readouterr().err.splitlines()[-1].startswith(
+    "error: it needs more memory than there is: take fewer frames"
+  )
 
 
-@pytest.mark.parametrize("wrong, words", [
-  ({"keep": "foo"}, "--keep: invalid choice: 'foo'"), ({"dtype": "float64"}, "--dtype: invalid choice"), ({"max_frames": 8_000_000_000}, "--max-frames: .* from 1 to 1,000,000"),
-  ({"fps": float("nan")}, "--fps: nan: must be a number from 0.001 to 1,000"), ({"select": True}, "--select: True: must be an integer"), ({"select": None}, "--select: None"),
-  ({"clip_frames": "x"}, "--clip-frames: x: must be an integer"), ({"seed": -1}, "--seed"), ({"max_frames": 8.5}, "--max-frames: 8.5"), ({"rate": ["own"]}, "--rate"),
-  ({"schedule": "line"}, "--schedule"), ({"attention": "flesh"}, "--attention"), ({"top_p": 0.0}, "--top-p"), ({"clips_per_chunk": 0}, "--clips-per-chunk"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "wrong, words",
+  [
+    ({"keep": "foo"}, "--keep: invalid choice: 'foo'"),
+    ({"dtype": "float64"}, "--dtype: invalid choice"),
+    ({"max_frames": 8_000_000_000}, "--max-frames: .* from 1 to 1,000,000"),
+    ({"fps": float("nan")}, "--fps: nan: must be a number from 0.001 to 1,000"),
+    ({"select": True}, "--select: True: must be an integer"),
+    ({"select": None}, "--select: None"),
+    ({"clip_frames": "x"}, "--clip-frames: x: must be an integer"),
+    ({"seed": -1}, "--seed"),
+    ({"max_frames": 8.5}, "--max-frames: 8.5"),
+    ({"rate": ["own"]}, "--rate"),
+    ({"schedule": "line"}, "--schedule"),
+    ({"attention": "flesh"}, "--attention"),
+    ({"top_p": 0.0}, "--top-p"),
+    ({"clips_per_chunk": 0}, "--clips-per-chunk"),
+  ],
+)
 def test_settings_of_python_are_held_to_what_the_options_allow(checkpoint, wrong, words):
   settings = readers.default(checkpoint)
   for name, value in wrong.items():
-    object.__setattr__(settings, name, value)  # the tests' checker of types would refuse some before
+    object.__setattr__(
+      settings, name, value
+    )  # the tests' checker of types would refuse some before
   with pytest.raises(ConfigError, match=words):
     readers.prepare(settings)
 
@@ -157,7 +224,12 @@ def test_settings_of_python_are_read_as_the_options_are(checkpoint):
   for name, value in {"checkpoint": checkpoint, "fps": 4, "clip_frames": 4}.items():
     object.__setattr__(settings, name, value)
   chosen = readers.checked(settings)
-  assert (chosen.checkpoint, chosen.fps, chosen.clip_frames, chosen.clips_per_chunk) == (str(checkpoint), 4.0, "4", 8)
+  assert (chosen.checkpoint, chosen.fps, chosen.clip_frames, chosen.clips_per_chunk) == (
+    str(checkpoint),
+    4.0,
+    "4",
+    8,
+  )
   assert chosen == readers.checked(chosen)
 
 
@@ -168,13 +240,28 @@ def answers(capsys):
   return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_several_questions_encode_once_and_select_their_own_frames(checkpoint, film, tmp_path, capsys, monkeypatch):
+def test_several_questions_encode_once_and_select_their_own_frames(
+  checkpoint, film, tmp_path, capsys, monkeypatch
+):
   count, whole = [], encode.encode
   monkeypatch.setattr(encode, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
   (tmp_path / "q.txt").write_text("What colour?\n\nAnd who?\n")
-  run(checkpoint, film, *LONG, "--questions", str(tmp_path / "q.txt"), "--json", "--report", str(tmp_path / "r.html"))
+  run(
+    checkpoint,
+    film,
+    *LONG,
+    "--questions",
+    str(tmp_path / "q.txt"),
+    "--json",
+    "--report",
+    str(tmp_path / "r.html"),
+  )
   first, second, third = answers(capsys)
-  assert [a["question"] for a in (first, second, third)] == ["Which?", "What colour?", "And who?"] and len(count) == 1
+  assert [a["question"] for a in (first, second, third)] == [
+    "Which?",
+    "What colour?",
+    "And who?",
+  ] and len(count) == 1
   for got in (first, second, third):
     assert len(got["frames"]) == 8 and got["sampled_frames"] == 64 and len(got["clip_scores"]) == 16
     best = np.sort(np.argsort(-np.array(got["clip_scores"]), kind="stable")[:2])
@@ -184,15 +271,30 @@ def test_several_questions_encode_once_and_select_their_own_frames(checkpoint, f
   assert (tmp_path / "r.html").read_text().count("And who?") >= 1
   run(checkpoint, film, *LONG, "--json", "--forget-rounds", "--question", "And who?")
   again = answers(capsys)[1]
-  assert (again["clip_scores"], again["answer"]) == (third["clip_scores"], third["answer"])  # as if asked alone
+  assert (again["clip_scores"], again["answer"]) == (
+    third["clip_scores"],
+    third["answer"],
+  )  # as if asked alone
 
 
 def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkeypatch):
   texts, build = [], prompt.ask
-  monkeypatch.setattr(prompt, "ask", lambda t, q, m, h=(): texts.append((q, list(h))) or build(t, q, m, h))
+  monkeypatch.setattr(
+    prompt, "ask", lambda t, q, m, h=(): texts.append((q, list(h))) or build(t, q, m, h)
+  )
   monkeypatch.setattr("sys.stdin", io.StringIO("What colour?\n\n<image>?\nAnd who?\n"))
   with pytest.raises(SystemExit):  # a question of a pipe has failed
-    ask.main(["--checkpoint", str(checkpoint), "--video", str(film), "--clip-frames=4", *LONG, "--max-new-tokens=3"])
+    ask.main(
+      [
+        "--checkpoint",
+        str(checkpoint),
+        "--video",
+        str(film),
+        "--clip-frames=4",
+        *LONG,
+        "--max-new-tokens=3",
+      ]
+    )
   _, (first, none), _, (second, history) = texts  # the first is a check before anything is encoded
   printed, said = capsys.readouterr()
   assert "error: <image> must not be written" in said
@@ -209,18 +311,41 @@ def test_a_line_at_the_terminal_has_an_end(monkeypatch):
     next(lines)
 
 
-def test_an_encoded_video_that_can_not_be_written_costs_no_answer(checkpoint, film, tmp_path, capsys, monkeypatch):
+def test_an_encoded_video_that_can_not_be_written_costs_no_answer(
+  checkpoint, film, tmp_path, capsys, monkeypatch
+):
   def full_disk(*_):
     raise OSError(28, "No space left on device", str(tmp_path / "film.npz"))
 
   monkeypatch.setattr(ask.encode, "save", full_disk)
-  ask.main(["--checkpoint", str(checkpoint), "--clip-frames=4", "--max-new-tokens=3", "--question", "Which?", "--video", str(film), "--encoded", str(tmp_path / "film.npz")])
+  ask.main(
+    [
+      "--checkpoint",
+      str(checkpoint),
+      "--clip-frames=4",
+      "--max-new-tokens=3",
+      "--question",
+      "Which?",
+      "--video",
+      str(film),
+      "--encoded",
+      str(tmp_path / "film.npz"),
+    ]
+  )
   said = capsys.readouterr()
-  assert said.out.count("\n") == 1 and f"warning: {tmp_path}/film.npz is not written" in said.err and "No space left on device" in said.err
+  assert (
+    said.out.count("\n") == 1
+    and f"warning: {tmp_path}/film.npz is not written" in said.err
+    and "No space left on device" in said.err
+  )
 
 
-def test_a_bad_turn_costs_itself_and_not_the_conversation(checkpoint, film, tmp_path, capsys, monkeypatch):
-  """Bytes that are no text, a device without memory, and a report that can't be written; /new begins again."""
+def test_a_bad_turn_costs_itself_and_not_the_conversation(
+  checkpoint, film, tmp_path, capsys, monkeypatch
+):
+  """Bytes that are no text, a device without memory, and a report that can't be written; /new
+  begins again.
+  """
   asked, ask_one = [], chats.Chat.ask
 
   def ask_of(self, question, **how):
@@ -235,35 +360,66 @@ def test_a_bad_turn_costs_itself_and_not_the_conversation(checkpoint, film, tmp_
   page = tmp_path / "folder" / "r.html"
   page.parent.mkdir()
   write = ask.files.write
-  monkeypatch.setattr(ask.files, "write", lambda *a: write(*a) if len(asked) > 1 else (_ for _ in ()).throw(OSError("disk full")))
-  more = ["--max-new-tokens=3", "--min-frames=8", "--max-frames=8", "--clip-frames=4", f"--report={page}", "--json"]
+  monkeypatch.setattr(
+    ask.files,
+    "write",
+    lambda *a: write(*a) if len(asked) > 1 else (_ for _ in ()).throw(OSError("disk full")),
+  )
+  more = [
+    "--max-new-tokens=3",
+    "--min-frames=8",
+    "--max-frames=8",
+    "--clip-frames=4",
+    f"--report={page}",
+    "--json",
+  ]
   with pytest.raises(SystemExit):
     ask.main(["--checkpoint", str(checkpoint), "--video", str(film), *more])
   printed, said = capsys.readouterr()
   assert [count for _, count in asked] == [0, 1, 1, 1, 0] and len(printed.splitlines()) == 3
-  assert said.count("error: ") == 4 and "2 questions of standard input could not be answered" in said and "error: disk full" in said and "RESOURCE_EXHAUSTED: out" in said and "a new conversation" in said
+  assert (
+    said.count("error: ") == 4
+    and "2 questions of standard input could not be answered" in said
+    and "error: disk full" in said
+    and "RESOURCE_EXHAUSTED: out" in said
+    and "a new conversation" in said
+  )
   assert page.read_text().count("Which?") >= 3
 
 
 def test_without_a_question_the_command_fails(checkpoint, film, capsys, monkeypatch):
   monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
   with pytest.raises(SystemExit) as stop:
-    ask.main(["--checkpoint", str(checkpoint), "--video", str(film), "--min-frames=8", "--max-frames=8"])
-  assert stop.value.code == 1 and "error: no --question, and none on stdin" in capsys.readouterr().err
+    ask.main(
+      ["--checkpoint", str(checkpoint), "--video", str(film), "--min-frames=8", "--max-frames=8"]
+    )
+  assert (
+    stop.value.code == 1 and "error: no --question, and none on stdin" in capsys.readouterr().err
+  )
 
 
 def test_an_encoded_video_is_used_again(checkpoint, film, tmp_path, capsys):
   file = tmp_path / "film.npz"
   run(checkpoint, film, *LONG, "--json", "--encoded", str(file))
   (before,) = answers(capsys)
-  more = ("--clip-frames=4", *LONG, "--max-new-tokens=3", "--json", "--question", "Which?", "--encoded", str(file))
+  more = (
+    "--clip-frames=4",
+    *LONG,
+    "--max-new-tokens=3",
+    "--json",
+    "--question",
+    "Which?",
+    "--encoded",
+    str(file),
+  )
   ask.main(["--checkpoint", str(checkpoint), *more])
   (after,) = answers(capsys)
   same = ("answer", "frames", "clip_scores", "ranges", "seconds", "video")
   assert [before[k] for k in same] == [after[k] for k in same] and "tower" in before["spent"]
   assert list(tmp_path.iterdir()) == [file]
   for change, words in (
-    (["--video", str(film), "--max-frames=128"], "holds film.mp4 ("), (["--clip-frames=8"], "another tower or with other settings"),
+    (["--video", str(film), "--max-frames=128"], "holds film.mp4 ("),
+    (["--clip-frames=8"], "another tower or with other settings"),
   ):
     with pytest.raises(SystemExit):
       ask.main(["--checkpoint", str(checkpoint), *more, *change])
@@ -277,12 +433,18 @@ def test_an_encoded_video_is_used_again(checkpoint, film, tmp_path, capsys):
 OFFICIAL = ("--mode=official", "--min-frames=1024", "--max-frames=1024", "--select=512", "--json")
 
 
-def test_official_mode_answers_from_torn_clips_and_from_its_file(checkpoint, film, tmp_path, capsys, monkeypatch):
+def test_official_mode_answers_from_torn_clips_and_from_its_file(
+  checkpoint, film, tmp_path, capsys, monkeypatch
+):
   file, again = tmp_path / "film.npz", []
   encode_clips = encode.encode_clips
-  count = lambda model, clips: (again.append(1) or clip for clip in encode_clips(model, clips))
+
+  def count(model, clips):
+    return (again.append(1) or clip for clip in encode_clips(model, clips))
+
   monkeypatch.setattr(chats, "encode_clips", count)
-  text = "Which colour does it have, and where does it go after that, up or down?"  # longer than the bias of 27
+  # longer than the bias of 27
+  text = "Which colour does it have, and where does it go after that, up or down?"
   run(checkpoint, film, *OFFICIAL, "--repeat=8", "--question", text, "--encoded", str(file))
   answered = answers(capsys)
   for got in answered:
@@ -290,21 +452,50 @@ def test_official_mode_answers_from_torn_clips_and_from_its_file(checkpoint, fil
   assert sorted(encode.load(file, load(checkpoint)).features) == [0, 1, 2, 3]
   clips = np.array([got["frames"] for got in answered]).reshape(-1, 4)
   assert len(again) == (clips[:, 3] - clips[:, 0] > 3).sum()  # the others were there
-  ask.main(["--checkpoint", str(checkpoint), "--clip-frames=4", "--max-new-tokens=3", *OFFICIAL, "--repeat=8", "--encoded", str(file), "--question", "Which?", "--question", text])  # fmt: skip
+  ask.main(
+    [
+      "--checkpoint",
+      str(checkpoint),
+      "--clip-frames=4",
+      "--max-new-tokens=3",
+      *OFFICIAL,
+      "--repeat=8",
+      "--encoded",
+      str(file),
+      "--question",
+      "Which?",
+      "--question",
+      text,
+    ]
+  )
   for before, after in zip(answered, answers(capsys), strict=True):
-    assert [before[k] for k in ("answer", "frames", "clip_scores")] == [after[k] for k in ("answer", "frames", "clip_scores")]
+    assert [before[k] for k in ("answer", "frames", "clip_scores")] == [
+      after[k] for k in ("answer", "frames", "clip_scores")
+    ]
 
 
 def test_a_file_without_the_phases_of_official_mode_is_refused(checkpoint, film, tmp_path, capsys):
   file = tmp_path / "film.npz"
-  run(checkpoint, film, "--min-frames=1024", "--max-frames=1024", "--select=8", "--encoded", str(file))
+  run(
+    checkpoint,
+    film,
+    "--min-frames=1024",
+    "--max-frames=1024",
+    "--select=8",
+    "--encoded",
+    str(file),
+  )
   with pytest.raises(SystemExit):
     run(checkpoint, film, *OFFICIAL, "--repeat=4", "--encoded", str(file))
   assert "at frame 2 too" in capsys.readouterr().err
 
 
 def load(checkpoint):
-  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), weights.read_tuned(checkpoint).lp_comp)
+  cfg = weights.read_config(
+    checkpoint,
+    ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
+    weights.read_tuned(checkpoint).lp_comp,
+  )
   return weights.load(checkpoint, cfg)
 
 
@@ -316,17 +507,36 @@ def test_a_gif_and_a_folder_of_frames_are_videos_too(checkpoint, film, tmp_path,
     picture.save(tmp_path / "frames" / f"{i}.png")
   for name in ("film.gif", "frames"):
     run(checkpoint, tmp_path / name)
-    seconds = {"film.gif": 0.9, "frames": 9.0}[name]  # no times of its own: a tenth of a second each, as browsers show it
+    seconds = {"film.gif": 0.9, "frames": 9.0}[
+      name
+    ]  # no times of its own: a tenth of a second each, as browsers show it
     assert f"{name}: 8 frames of {seconds:.2f} s" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_no_half_written_file(checkpoint, film, tmp_path):
   # A shell in the background would have it ignore the signal.
-  program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from xcomp_jax import ask; ask.main()"
+  program = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from "
+    "xcomp_jax import ask; ask.main()"
+  )
   command = [
-    sys.executable, "-c", program, "--checkpoint", str(checkpoint), "--video", str(film), "--question", "Which?", "--clip-frames=4",
-    "--min-frames=8192", "--max-frames=8192", "--encoded", str(tmp_path / "film.npz"), "--report", str(tmp_path / "page.html"),
-  ]  # fmt: skip
+    sys.executable,
+    "-c",
+    program,
+    "--checkpoint",
+    str(checkpoint),
+    "--video",
+    str(film),
+    "--question",
+    "Which?",
+    "--clip-frames=4",
+    "--min-frames=8192",
+    "--max-frames=8192",
+    "--encoded",
+    str(tmp_path / "film.npz"),
+    "--report",
+    str(tmp_path / "page.html"),
+  ]
   process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
   for line in process.stderr:
     if "8192 frames" in line:
@@ -336,7 +546,9 @@ def test_ctrl_c_leaves_no_half_written_file(checkpoint, film, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_question_too_long_for_the_context_is_refused_before_anything_is_encoded(checkpoint, film, tmp_path, capsys, monkeypatch):
+def test_a_question_too_long_for_the_context_is_refused_before_anything_is_encoded(
+  checkpoint, film, tmp_path, capsys, monkeypatch
+):
   short = tmp_path / "short"
   shutil.copytree(checkpoint, short)
   values = json.loads((short / "config.json").read_text())
@@ -348,7 +560,10 @@ def test_a_question_too_long_for_the_context_is_refused_before_anything_is_encod
   monkeypatch.setattr(weights, "load", lambda *a, **k: pytest.fail("loaded"))
   with pytest.raises(SystemExit):
     run(short, film, "--question", "Which? " * 60)
-  assert "the model's context has 300: shorten the question, keep fewer frames (--select), or give another --context" in capsys.readouterr().err
+  assert (
+    "the model's context has 300: shorten the question, keep fewer frames (--select), or give "
+    "another --context" in capsys.readouterr().err
+  )
   with pytest.raises(SystemExit):  # 8 frames would do, but 32 are scored together
     run(short, film, "--min-frames=64", "--max-frames=64", "--select=8", "--mode=local")
   assert "64 frames scored together" in capsys.readouterr().err
@@ -380,7 +595,10 @@ def test_a_file_without_pictures_is_refused(checkpoint, tmp_path, capsys):
     (["--keep", "attention"], "--select 0"),
     (["--questions", "nowhere.txt"], "nowhere.txt"),
     (["--clip-frames", "3"], "a divisor"),
-    (["--mode=official", "--select=510", "--min-frames=1024", "--max-frames=1024"], "which 510 are no multiple"),
+    (
+      ["--mode=official", "--select=510", "--min-frames=1024", "--max-frames=1024"],
+      "which 510 are no multiple",
+    ),
   ],
 )
 def test_bad_arguments_end_in_one_line(checkpoint, film, capsys, change, words):
@@ -394,31 +612,74 @@ def test_bad_arguments_end_in_one_line(checkpoint, film, capsys, change, words):
 def test_no_file_that_is_read_is_written(checkpoint, film, tmp_path, capsys):
   (tmp_path / "link.html").symlink_to(film)
   before = film.read_bytes()
-  for option, target in (("--report", film), ("--report", tmp_path / "link.html"), ("--report", checkpoint / "config.json"), ("--encoded", checkpoint / "e.npz")):
+  for option, target in (
+    ("--report", film),
+    ("--report", tmp_path / "link.html"),
+    ("--report", checkpoint / "config.json"),
+    ("--encoded", checkpoint / "e.npz"),
+  ):
     with pytest.raises(SystemExit):
       run(checkpoint, film, option, str(target))
     assert f"error: {option} {os.path.realpath(target)} " in capsys.readouterr().err
   assert film.read_bytes() == before and not (checkpoint / "e.npz").exists()
 
 
-@pytest.mark.parametrize("option, said", [
-  ("start", "inf"), ("end", "-1"), ("end", "nan"), ("clips-per-chunk", "0"), ("temperature", "-1"), ("top-p", "0"), ("repeat", "0"), ("min-frames", "8000000000"), ("clip-frames", "x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "option, said",
+  [
+    ("start", "inf"),
+    ("end", "-1"),
+    ("end", "nan"),
+    ("clips-per-chunk", "0"),
+    ("temperature", "-1"),
+    ("top-p", "0"),
+    ("repeat", "0"),
+    ("min-frames", "8000000000"),
+    ("clip-frames", "x"),
+  ],
+)
 def test_numbers_have_bounds_that_are_said(checkpoint, film, capsys, option, said):
   with pytest.raises(SystemExit) as stop:
     run(checkpoint, film, f"--{option}={said}")
-  assert stop.value.code == 2 and f"error: argument --{option}: {said}: must be a" in capsys.readouterr().err
+  assert (
+    stop.value.code == 2
+    and f"error: argument --{option}: {said}: must be a" in capsys.readouterr().err
+  )
 
 
 def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch):
-  """The official bias counts from the first question's message, so it is for the first question only."""
+  """The official bias counts from the first question's message, so it is for the first question
+  only.
+  """
   asked = []
-  video = encode.EncodedVideo({0: np.zeros((256, 64, 32))}, np.arange(1024) / 8, 128.0, np.zeros((256, 96, 96, 3)), None, "", "")
-  cfg = weights.read_config(checkpoint, ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False), weights.read_tuned(checkpoint).lp_comp)
+  video = encode.EncodedVideo(
+    {0: np.zeros((256, 64, 32))},
+    np.arange(1024) / 8,
+    128.0,
+    np.zeros((256, 96, 96, 3)),
+    None,
+    "",
+    "",
+  )
+  cfg = weights.read_config(
+    checkpoint,
+    ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
+    weights.read_tuned(checkpoint).lp_comp,
+  )
   model = weights.load(checkpoint, cfg)
-  monkeypatch.setattr(chats, "select", lambda m, v, q, c, **k: asked.append((q[0], c)) or [chats.Selection(np.arange(8), None, "")])
+  monkeypatch.setattr(
+    chats,
+    "select",
+    lambda m, v, q, c, **k: asked.append((q[0], c)) or [chats.Selection(np.arange(8), None, "")],
+  )
   monkeypatch.setattr(chats, "stream", lambda *a: iter([np.array([[5, 6]])]))
-  chat = chats.Chat(model, prompt.load_tokenizer(checkpoint), video, select=qc_comp.setting("official", 8), sampling=generate.Sampling(2, ()))
+  chat = chats.Chat(
+    model,
+    prompt.load_tokenizer(checkpoint),
+    video,
+    select=qc_comp.setting("official", 8),
+    sampling=generate.Sampling(2, ()),
+  )
   for question in ("Which colour is it, and where does it go?", "And then?"):
     chat.ask(question)
   (_, first), (later, second) = asked

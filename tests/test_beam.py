@@ -30,11 +30,18 @@ def test_the_same_store_as_by_processes(world, mode):
 
 
 def test_goes_on_where_processes_stopped(world):
-  write(world / "videos.json", [{"id": i, "video": f"v{i % 3}.mp4", "conversations": talk()} for i in range(9)])
+  write(
+    world / "videos.json",
+    [{"id": i, "video": f"v{i % 3}.mp4", "conversations": talk()} for i in range(9)],
+  )
   first = command(world, "--workers=1", "--samples_per_shard=3")
   assert first.returncode == 1 and "3 of 13 samples can't be used" in first.stderr
   again = command(world, BEAM + "multi_threading", "--samples_per_shard=3")
-  assert again.returncode == 1 and "3 of 13 samples can't be used" in again.stderr and "Traceback" not in again.stderr
+  assert (
+    again.returncode == 1
+    and "3 of 13 samples can't be used" in again.stderr
+    and "Traceback" not in again.stderr
+  )
   make_video(world / "videos" / "v1.mp4", 8)
   done = command(world, BEAM + "multi_threading", "--samples_per_shard=3")
   assert done.returncode == 0, done.stderr

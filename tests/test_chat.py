@@ -21,7 +21,8 @@ from xcomp_jax.reader import default, options, prepare, settings
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 QUESTIONS = [  # of two to sixty tokens: texts of two padded lengths, when alone
   "Which digit was shown?\nA. 1\nB. 4\nC. 7\nD. 9",
-  "Where did the red ring move, and what was shown before it moved there?\nA. up\nB. down\nC. left\nD. right\n" * 3,
+  "Where did the red ring move, and what was shown before it moved there?\nA. up\nB. down\nC. "
+  "left\nD. right\n" * 3,
   "Colour?",
   "Which shape was shown?\nA. square\nB. triangle\nC. cross\nD. ring",
   "What is it?",
@@ -32,7 +33,9 @@ QUESTIONS = [  # of two to sixty tokens: texts of two padded lengths, when alone
 def reader():
   parser = argparse.ArgumentParser()
   options(parser)
-  chosen = settings(parser.parse_args([f"--checkpoint={TINY}", "--select=16", "--clips-per-chunk=8"]))
+  chosen = settings(
+    parser.parse_args([f"--checkpoint={TINY}", "--select=16", "--clips-per-chunk=8"])
+  )
   assert chosen == default(str(TINY), select=16, clips_per_chunk=8)
   reader = prepare(chosen)
   assert reader.dtype == "float32"
@@ -47,9 +50,16 @@ def model(reader):
 @pytest.fixture(scope="module")
 def film(model):
   rng = np.random.default_rng(1)
-  drawn = lambda kind: str(rng.choice(world.VALUES[kind]))
-  moving = lambda: (drawn("colour"), drawn("shape"), drawn("motion"), None)
-  scenes = [world.Scene(*(moving() if i % 2 else (None, None, None, drawn("digit"))), i) for i in range(12)]
+
+  def drawn(kind):
+    return str(rng.choice(world.VALUES[kind]))
+
+  def moving():
+    return (drawn("colour"), drawn("shape"), drawn("motion"), None)
+
+  scenes = [
+    world.Scene(*(moving() if i % 2 else (None, None, None, drawn("digit"))), i) for i in range(12)
+  ]
   size = model.cfg.vision.image_size
   frames = (frame for scene in scenes for frame in video.resize(world.render(scene), size))
   return encode.encode(model, frames, np.arange(96) / 8, 12.0, "")
@@ -61,7 +71,9 @@ def chat(reader, model, film):
 
   def make(select=True, **how):
     sampling = dataclasses.replace(reader.sampling, **({"max_new_tokens": 20} | how))
-    return Chat(model, reader.tokenizer, film, select=reader.select if select else None, sampling=sampling)
+    return Chat(
+      model, reader.tokenizer, film, select=reader.select if select else None, sampling=sampling
+    )
 
   return make
 
@@ -137,7 +149,9 @@ TEXT = "What is it that was to be seen there, at the beginning and at the end of
 
 @pytest.fixture
 def talk(model, reader, film, monkeypatch):
-  """A function (tokens) -> Chat of two layers: room for 700 tokens of text at first, and in the context for so many."""
+  """A function (tokens) -> Chat of two layers: room for 700 tokens of text at first, and in the
+  context for so many.
+  """
   monkeypatch.setattr(chats, "TALK", 700)
   cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, layers=2))
   answer = 8
@@ -148,21 +162,36 @@ def talk(model, reader, film, monkeypatch):
     llm = dataclasses.replace(cfg.llm, context=tokens + frames + answer)
     small = VLM(dataclasses.replace(cfg, llm=llm), rngs=nnx.Rngs(0))
     select = qc_comp.setting("local", 16)
-    return Chat(small, reader.tokenizer, film, select=dataclasses.replace(select, window=16, stride=16), sampling=sampling)
+    return Chat(
+      small,
+      reader.tokenizer,
+      film,
+      select=dataclasses.replace(select, window=16, stride=16),
+      sampling=sampling,
+    )
 
   return make
 
 
 def test_a_conversation_compiles_few_programs_up_to_the_end_of_its_context(talk, monkeypatch):
   one, compiled, said, lengths = talk(1300), [], [], []
-  listen = lambda event, seconds, **about: compiled.append(about["fun_name"]) if event == BACKEND_COMPILE else None
+
+  def listen(event, seconds, **about):
+    return compiled.append(about["fun_name"]) if event == BACKEND_COMPILE else None
+
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
     for _ in range(2):
       one.ask(TEXT)
     assert one.ending() == ""
     second = len(compiled)
-    with pytest.raises(ConfigError, match=r"start a new conversation, shorten the question, keep fewer frames .* another --context"):
+    with pytest.raises(
+      ConfigError,
+      match=(
+        r"start a new conversation, shorten the question, keep fewer frames .* another "
+        r"--context"
+      ),
+    ):
       while len(lengths) < 40:
         lengths.append(len(one.ask(TEXT * 2).prompt.tokens))
         said.append(one.ending())
@@ -172,8 +201,12 @@ def test_a_conversation_compiles_few_programs_up_to_the_end_of_its_context(talk,
   assert sorted(later) == ["decode", "prefill", "score"] and lengths[0] < 700 < lengths[-1]
   first = next(i for i, text in enumerate(said) if text)
   assert 3 <= len(said) - first <= 2 * chats.SOON and all(said[first:])
-  assert f"holds {one.left():,} more tokens" in said[-1] and one.left() < len(one.tokenizer.encode(TEXT * 2)) + 40
-  # Nothing is lost by the refusal, and what the programs for long texts answer is what one for just this text does.
+  assert (
+    f"holds {one.left():,} more tokens" in said[-1]
+    and one.left() < len(one.tokenizer.encode(TEXT * 2)) + 40
+  )
+  # Nothing is lost by the refusal, and what the programs for long texts answer is what one for just
+  # this text does.
   *before, (question, answer) = one.history
   monkeypatch.setattr(generate, "_prefill", jax.jit(generate.prefill, static_argnames="room"))
   monkeypatch.setattr(Chat, "_least", lambda *_: 0)

@@ -1,4 +1,6 @@
-"""What a compiled training step must not hold: logits or attention of visual tokens, or a word with the host."""
+"""What a compiled training step must not hold: logits or attention of visual tokens, or a word with
+the host.
+"""
 
 import dataclasses
 import math
@@ -14,7 +16,10 @@ from xcomp_jax import steps
 from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.model import vlm
 
-VOCABULARY, ROWS = 211, 16 + 1 + 48  # a number that no other side has; prefix, last visual token, text
+VOCABULARY, ROWS = (
+  211,
+  16 + 1 + 48,
+)  # a number that no other side has; prefix, last visual token, text
 FRAMES = 64  # 1,024 visual tokens
 HOST = r"infeed|outfeed|\b(send|recv)\(|callback|annotate_device_placement|S\(5\)"
 
@@ -22,17 +27,24 @@ HOST = r"infeed|outfeed|\b(send|recv)\(|callback|annotate_device_placement|S\(5\
 def program(cfg) -> str:
   """The text of a compiled gradient step on features."""
   graph, params = nnx.split(nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0))))
-  trained, frozen = nnx.State({k: params[k] for k in ("projector", "llm")}), nnx.State({"vision": params["vision"]})
+  trained, frozen = (
+    nnx.State({k: params[k] for k in ("projector", "llm")}),
+    nnx.State({"vision": params["vision"]}),
+  )
   number = jax.ShapeDtypeStruct((), np.float32)
   state, sums = steps.TrainState(trained, frozen, None), steps.Sums(trained, number, number, number)
   batch = batch_spec(Shape(1, 1, 16, FRAMES, 48), ((16, cfg.vision.width), np.float32))
-  step = jax.jit(steps.grad_step, static_argnames=("graph", "projector_max_frames"), donate_argnames="sums")
+  step = jax.jit(
+    steps.grad_step, static_argnames=("graph", "projector_max_frames"), donate_argnames="sums"
+  )
   return step.lower(graph, state, sums, batch, (), projector_max_frames=None).compile().as_text()
 
 
 def shapes(text: str) -> set[tuple[int, ...]]:
   """Of all arrays in the text of a program."""
-  return {tuple(map(int, sides.split(","))) for sides in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)}
+  return {
+    tuple(map(int, sides.split(","))) for sides in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+  }
 
 
 def logits(text: str) -> int:
@@ -57,11 +69,20 @@ def test_a_training_step_holds_no_logits_or_scores_of_visual_tokens(model):
 
 
 def test_the_checks_above_see_what_they_look_for(model, monkeypatch):
-  everything = lambda model, x, batch: x
+  def everything(model, x, batch):
+    return x
+
   monkeypatch.setattr(vlm, "supervised_rows", everything)
-  padded = lambda model, rows, targets: (model.llm.logits(rows).sum(-1)[:, :ROWS], targets >= 0)
+
+  def padded(model, rows, targets):
+    return (model.llm.logits(rows).sum(-1)[:, :ROWS], targets >= 0)
+
   monkeypatch.setattr(vlm, "predictions", padded)
-  text = program(dataclasses.replace(model, attention="einsum", lp_comp=dataclasses.replace(model.lp_comp, keep="none")))
+  text = program(
+    dataclasses.replace(
+      model, attention="einsum", lp_comp=dataclasses.replace(model.lp_comp, keep="none")
+    )
+  )
   assert logits(text) > 1024 and scores(text) > 1024
 
 
@@ -76,7 +97,9 @@ def test_a_host_callback_is_seen():
 @pytest.mark.parametrize("attention, held", [("auto", False), ("einsum", True)])
 def test_the_tower_holds_no_scores_of_a_clip(attention, held):
   cfg = parts.sized("small", "float32", clips_per_chunk=1, attention=attention)
-  cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, image_size=160))  # 8 x 400 patches
+  cfg = dataclasses.replace(
+    cfg, vision=dataclasses.replace(cfg.vision, image_size=160)
+  )  # 8 x 400 patches
   part = parts.tower(cfg, 2, real=False)
   text = jax.jit(part.run).lower(*part.args).compile().as_text()
   assert (scores(text) >= 3200) == held

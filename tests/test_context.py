@@ -1,4 +1,6 @@
-"""The context axis: a sample's own sequence over several devices gives what one device gives, and no device has it all."""
+"""The context axis: a sample's own sequence over several devices gives what one device gives, and
+no device has it all.
+"""
 
 import dataclasses
 import functools
@@ -17,11 +19,7 @@ from xcomp_jax import steps
 from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.model import attention, decoder, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
-from xcomp_jax.sharding import (
-  check_tensor,
-  make_mesh,
-  param_shardings,
-)
+from xcomp_jax.sharding import check_tensor, make_mesh, param_shardings
 
 SPLIT = MeshConfig(1, 2, 2, 2)
 
@@ -32,17 +30,27 @@ def close(got, want):
 
 @pytest.mark.parametrize("implementation", ["xla_chunked", "splash", "mosaic"])
 def test_queries_are_split_and_see_what_they_should(implementation, monkeypatch):
-  if implementation == "mosaic":  # by einsum over what it is handed: 150 rows of a device, in blocks of 128
+  if (
+    implementation == "mosaic"
+  ):  # by einsum over what it is handed: 150 rows of a device, in blocks of 128
     monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel([]))
   monkeypatch.setattr(attention, "ROWS", 128)  # two masks of a device's 150 rows
   monkeypatch.setattr(attention, "_splash", functools.partial(attention._splash, interpret=True))
-  q, k, v = (jax.random.normal(jax.random.key(i), (2, 300, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+  q, k, v = (
+    jax.random.normal(jax.random.key(i), (2, 300, heads, 8)) for i, heads in enumerate((4, 2, 2))
+  )
   valid = jnp.arange(300) < jnp.array([[300], [217]])
 
   def run(how):
-    out = lambda q, k, v: attend(q, k, v, AttentionMask(True, valid), implementation=how)
-    shown = lambda *a: jnp.where(valid[:, :, None, None], out(*a), 0)  # rows of padding are garbage
-    return jax.jit(lambda *a: (shown(*a), jax.grad(lambda *a: jnp.sin(shown(*a)).sum(), (0, 1, 2))(*a)))
+    def out(q, k, v):
+      return attend(q, k, v, AttentionMask(True, valid), implementation=how)
+
+    def shown(*a):
+      return jnp.where(valid[:, :, None, None], out(*a), 0)  # rows of padding are garbage
+
+    return jax.jit(
+      lambda *a: (shown(*a), jax.grad(lambda *a: jnp.sin(shown(*a)).sum(), (0, 1, 2))(*a))
+    )
 
   alone = run("einsum")(q, k, v)
   with jax.set_mesh(make_mesh(SPLIT)):
@@ -50,14 +58,21 @@ def test_queries_are_split_and_see_what_they_should(implementation, monkeypatch)
     jax.tree.map(close, program(q, k, v), alone)
     if implementation == "xla_chunked":
       text = program.lower(q, k, v).compile().as_text().split("ENTRY")[0]
-      assert re.search(r"f32\[\d+,1,\d+,2,8\]", text) and not re.search(r"\b1,300,[24],8\b", text)  # queries of half a sequence
+      assert re.search(r"f32\[\d+,1,\d+,2,8\]", text) and not re.search(
+        r"\b1,300,[24],8\b", text
+      )  # queries of half a sequence
 
 
 def test_the_tpu_kernel_lowers_for_split_queries():
   q, k = (jax.ShapeDtypeStruct((2, 1552, heads, 128), jnp.bfloat16) for heads in (12, 2))
-  loss = lambda q, k, v: attend(q, k, v, AttentionMask(True), implementation="splash").astype(jnp.float32).sum()
+
+  def loss(q, k, v):
+    return attend(q, k, v, AttentionMask(True), implementation="splash").astype(jnp.float32).sum()
+
   with jax.set_mesh(make_mesh(MeshConfig(1, 2, 1, 4))):
-    program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
+    program = (
+      jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
+    )
   assert program.count("tpu_custom_call") == 3  # forward, and backward for queries and for keys
 
 
@@ -66,12 +81,19 @@ def test_a_sample_over_two_devices_gives_the_loss_and_gradient_of_one(tiny, samp
   cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=2))
   graph, state = nnx.split(jax.jit(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0)))())
   batch = one_each([sample(4, 3, 9, 0), sample(3, 6, 14, 1)], 32, 8, 16)
-  total = lambda state, batch: (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([[1.0], [2.0]])).sum()
-  both = lambda: jax.jit(jax.value_and_grad(total))
+
+  def total(state, batch):
+    return (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([[1.0], [2.0]])).sum()
+
+  def both():
+    return jax.jit(jax.value_and_grad(total))
+
   alone = jax.device_get(both()(state, batch))
   # On the mesh with all that saves memory.
   monkeypatch.setattr(decoder, "MLP_ROWS", 20)
-  graph = nnx.graphdef(nnx.eval_shape(lambda: vlm.VLM(dataclasses.replace(cfg, remat=True), rngs=nnx.Rngs(0))))
+  graph = nnx.graphdef(
+    nnx.eval_shape(lambda: vlm.VLM(dataclasses.replace(cfg, remat=True), rngs=nnx.Rngs(0)))
+  )
   mesh = make_mesh(SPLIT)
   placed = steps.place(batch, mesh)
   assert placed.visual.addressable_shards[0].data.shape[:2] == (1, 16)  # a row, half of its frames

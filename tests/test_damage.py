@@ -1,4 +1,6 @@
-"""Checkpoints that are torn, and disks that are full or gone: a good one is used, and what is wrong is said."""
+"""Checkpoints that are torn, and disks that are full or gone: a good one is used, and what is wrong
+is said.
+"""
 
 import errno
 import json
@@ -34,12 +36,20 @@ class Run:
     self.mesh = make_mesh(config.mesh, jax.devices()[:1])
     cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
     _, self.wanted = abstract_state(config, cfg, optim.optimizer(config.optim, 4), self.mesh)
-    self.description = json.loads(json.dumps({"format": checkpoint.FORMAT, "run": to_dict(config), "vlm": to_dict(cfg)}))
+    self.description = json.loads(
+      json.dumps({"format": checkpoint.FORMAT, "run": to_dict(config), "vlm": to_dict(cfg)})
+    )
     self.data = pipeline.Reader(range(9), lambda _: None)
 
   def state(self, step):
     number = iter(range(10**6))
-    fill = lambda s: jax.device_put(np.random.default_rng([step, next(number)]).normal(size=s.shape).astype(s.dtype), s.sharding)
+
+    def fill(s):
+      return jax.device_put(
+        np.random.default_rng([step, next(number)]).normal(size=s.shape).astype(s.dtype),
+        s.sharding,
+      )
+
     return jax.tree.map(fill, self.wanted)
 
   def save(self, *steps):
@@ -47,7 +57,9 @@ class Run:
       for step in steps:
         state = self.state(step)
         self.data.set_state({"step": step})
-        checkpoint.save(checkpoints, step, (state.trained, state.frozen), state.opt, self.data, self.description)
+        checkpoint.save(
+          checkpoints, step, (state.trained, state.frozen), state.opt, self.data, self.description
+        )
         checkpoint.finish(checkpoints)
 
   def restore(self, said=None):
@@ -55,10 +67,19 @@ class Run:
     say = (lambda text: None) if said is None else said.append
     with checkpoint.manager(self.config.workdir, self.config.train) as checkpoints:
       step, (trained, frozen), opt = checkpoint.restore(
-        checkpoints, (self.wanted.trained, self.wanted.frozen), self.wanted.opt, self.data, self.description, say
+        checkpoints,
+        (self.wanted.trained, self.wanted.frozen),
+        self.wanted.opt,
+        self.data,
+        self.description,
+        say,
       )
     state = self.state(step)
-    jax.tree.map(np.testing.assert_array_equal, (trained, frozen, opt), (state.trained, state.frozen, state.opt))
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      (trained, frozen, opt),
+      (state.trained, state.frozen, state.opt),
+    )
     assert self.data.get_state() == {"step": step}
     return step
 
@@ -79,7 +100,9 @@ def run(saved, tmp_path, tiny_run):
 
 
 def largest(folder):
-  return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+  return max(
+    (file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+  )
 
 
 def cut(file, size):
@@ -92,7 +115,9 @@ DAMAGES = {
   "no optimizer state": lambda step: shutil.rmtree(step / "opt"),
   "no position in the data": lambda step: shutil.rmtree(step / "data"),
   "no config": lambda step: shutil.rmtree(step / "config"),
-  "half of the largest file of parameters": lambda step: cut(largest(step / "params"), largest(step / "params").stat().st_size // 2),
+  "half of the largest file of parameters": lambda step: cut(
+    largest(step / "params"), largest(step / "params").stat().st_size // 2
+  ),
   "a tenth less of every file of arrays": lambda step: [
     cut(file, file.stat().st_size * 9 // 10) for file in (step / "opt").rglob("d/*")
   ],
@@ -161,13 +186,21 @@ def test_if_none_can_be_read_nothing_is_moved_or_begun_anew(run):
   steps = pathlib.Path(run.config.workdir) / "checkpoints"
   for step in ("2", "4"):
     shutil.rmtree(steps / step / "opt")
-  with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* can be read \(4, 2; see above\)\. Bring one back"):
+  with pytest.raises(
+    CheckpointError,
+    match=r"none of the checkpoints in .* can be read \(4, 2; see above\)\. Bring one back",
+  ):
     run.restore()
-  assert sorted(path.name for path in steps.iterdir()) == ["2", "4"] and not (steps.parent / "damaged").exists()
+  assert (
+    sorted(path.name for path in steps.iterdir()) == ["2", "4"]
+    and not (steps.parent / "damaged").exists()
+  )
 
 
 def test_keep_last_and_keep_every(tiny_run, tmp_path):
-  run = Run(tiny_run(tmp_path / "w", mesh={"fsdp": 1}, **{"train.keep_last": 2, "train.keep_every": 3}))
+  run = Run(
+    tiny_run(tmp_path / "w", mesh={"fsdp": 1}, **{"train.keep_last": 2, "train.keep_every": 3})
+  )
   run.save(*range(1, 8))
   assert sorted(int(path.name) for path in (tmp_path / "w" / "checkpoints").iterdir()) == [3, 6, 7]
 
@@ -204,32 +237,47 @@ def fail(how, config):
 def test_a_disk_that_is_full_or_gone_ends_in_a_clear_error(tiny_run, tmp_path, how):
   config = tiny_run(tmp_path / "w", mesh={"fsdp": 1}, **{"train.keep_last": 1})
   (tmp_path / "config").write_text(json.dumps(to_dict(config)))
-  done = subprocess.run([sys.executable, __file__, how, str(tmp_path / "config")], capture_output=True, text=True, timeout=120)
+  done = subprocess.run(
+    [sys.executable, __file__, how, str(tmp_path / "config")],
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert done.returncode == 3, done.stderr[-2000:]
   assert f"error: a checkpoint could not be saved in {tmp_path}/w/checkpoints: " in done.stdout
   if how == "full":
-    assert os.strerror(errno.EFBIG) in done.stdout and "the last good one is of step 2. Make room there" in done.stdout
+    assert (
+      os.strerror(errno.EFBIG) in done.stdout
+      and "the last good one is of step 2. Make room there" in done.stdout
+    )
     assert Run(config).restore() == 2
   else:
     assert "there is none yet" in done.stdout
 
 
 def test_a_bucket_stays_one_all_the_way_to_the_libraries(tiny_run, monkeypatch):
-  # There is none here: what can be seen is the path that Orbax, TensorBoard and `claim` are given, and that it is etils'.
+  # There is none here: what can be seen is the path that Orbax, TensorBoard and `claim` are given,
+  # and that it is etils'.
   config = tiny_run("gs://bucket/runs/sct")
   folder, given = checkpoint.folder(config.workdir), []
-  assert str(folder) == "gs://bucket/runs/sct/checkpoints" and isinstance(folder, type(epath.Path("gs://bucket")))
+  assert str(folder) == "gs://bucket/runs/sct/checkpoints" and isinstance(
+    folder, type(epath.Path("gs://bucket"))
+  )
   real = checkpoint.ocp.CheckpointManager
   monkeypatch.setattr(real, "__init__", lambda self, path, **_: given.append(path))
   checkpoint.manager(config.workdir, config.train)
   assert given == [folder]
   backend = type(folder / "x")
   for name in ("mkdir", "write_text", "unlink"):
-    monkeypatch.setattr(backend, name, lambda self, *a, name=name, **k: given.append((name, str(self))))
+    monkeypatch.setattr(
+      backend, name, lambda self, *a, name=name, **k: given.append((name, str(self)))
+    )
   workdir.claim(config.workdir)
   made = [path for what, path in given[1:] if what == "mkdir"]
   assert made == [f"gs://bucket/runs/sct{part}" for part in ("", "/checkpoints", "/tensorboard")]
-  assert [path for what, path in given[1:] if what == "write_text"] == ["gs://bucket/runs/sct/.write-test-0"]
+  assert [path for what, path in given[1:] if what == "write_text"] == [
+    "gs://bucket/runs/sct/.write-test-0"
+  ]
 
 
 if __name__ == "__main__":

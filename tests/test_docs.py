@@ -1,4 +1,6 @@
-"""What the documentation says can be done: its commands are taken by their programs, and what it names is there."""
+"""What the documentation says can be done: its commands are taken by their programs, and what it
+names is there.
+"""
 
 import argparse
 import ast
@@ -16,15 +18,23 @@ from xcomp_jax.config import from_command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
-  *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "launch/README.md", "docker/README.md")),
-  *(page for page in sorted(ROOT.glob("docs/**/*.md")) if page.name != "LOG.md"),  # which says what was run when it was
+  *(
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "launch/README.md", "docker/README.md")
+  ),
+  *(
+    page for page in sorted(ROOT.glob("docs/**/*.md")) if page.name != "LOG.md"
+  ),  # which says what was run when it was
 ]
 
 
 def commands(text):
   """(program, arguments) of the commands in blocks of shell lines, and in a sentence."""
   for block in re.findall(r"^ *```sh\n(.*?)^ *```", text, re.M | re.S):
-    lines = shlex.shlex(re.sub(r"(^|\s)#.*", r"\1", block.replace("\\\n", " ")), posix=True, punctuation_chars="\n;&|")
+    lines = shlex.shlex(
+      re.sub(r"(^|\s)#.*", r"\1", block.replace("\\\n", " ")),
+      posix=True,
+      punctuation_chars="\n;&|",
+    )
     lines.whitespace, lines.whitespace_split, lines.commenters = " \t", True, ""
     line = []
     for token in [*lines, "\n"]:
@@ -35,7 +45,9 @@ def commands(text):
       else:
         line.append(token)
   for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text):
-    if (found := re.match(r"python -m xcomp_jax\.(\w+) (.+)", " ".join(code.split()))) and "..." not in code:
+    if (
+      found := re.match(r"python -m xcomp_jax\.(\w+) (.+)", " ".join(code.split()))
+    ) and "..." not in code:
       yield found[1], shlex.split(found[2])
 
 
@@ -60,7 +72,11 @@ def predecode_flags(monkeypatch):
   """The options of `predecode`, apart from those of this process."""
   own = flags.FlagValues()
   module = importlib.import_module("xcomp_jax.predecode")
-  kinds = {kind: functools.partial(getattr(flags, kind), flag_values=own) for kind in dir(flags) if kind.startswith("DEFINE")}
+  kinds = {
+    kind: functools.partial(getattr(flags, kind), flag_values=own)
+    for kind in dir(flags)
+    if kind.startswith("DEFINE")
+  }
   with monkeypatch.context() as patch:
     patch.setattr(module, "flags", argparse.Namespace(**kinds))
     module._define_flags()
@@ -68,7 +84,9 @@ def predecode_flags(monkeypatch):
 
 
 def take(program, arguments, monkeypatch):
-  """Has a program's own parser read the arguments, which ends the process (argparse) or raises where it can't."""
+  """Has a program's own parser read the arguments, which ends the process (argparse) or raises
+  where it can't.
+  """
   if program == "train":
     from_command_line(["train", *arguments])
   elif program == "predecode":
@@ -92,8 +110,11 @@ def test_programs_take_the_commands(page, monkeypatch):
 
 def test_a_command_that_its_program_does_not_take_is_found(monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
-  text = "```sh\npython -m xcomp_jax.world --out a \\\n  --trian 4  # a comment\n```\nand `python -m xcomp_jax.train --config=configs/sct.py:tiny\n--config.optim.rate=1`"
-  (world, train) = commands(text)
+  text = (
+    "```sh\npython -m xcomp_jax.world --out a \\\n  --trian 4  # a comment\n```\nand `python "
+    "-m xcomp_jax.train --config=configs/sct.py:tiny\n--config.optim.rate=1`"
+  )
+  world, train = commands(text)
   assert world == ("world", ["--out", "a", "--trian", "4"])
   with pytest.raises(AssertionError):
     take(*world, monkeypatch)
@@ -102,7 +123,10 @@ def test_a_command_that_its_program_does_not_take_is_found(monkeypatch, capsys):
 
 
 def test_what_pages_name_is_there():
-  make, extras = (ROOT / "Makefile").read_text(), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+  make, extras = (
+    (ROOT / "Makefile").read_text(),
+    tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"],
+  )
   for page in PAGES:
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#\s]+)", text):
@@ -112,29 +136,59 @@ def test_what_pages_name_is_there():
     for names in re.findall(r"pip install [^\n`]*\[([\w,]+)\]", text):
       assert set(names.split(",")) <= extras.keys(), f"{page}: no extra {names}"
     for file, test in re.findall(r"pytest (tests/\w+\.py)(?: -m slow)?(?: -k (\w+))?", text):
-      assert re.search(rf"def test_\w*{test}", (ROOT / file).read_text()), f"{page}: {file} has no test {test}"
+      assert re.search(rf"def test_\w*{test}", (ROOT / file).read_text()), (
+        f"{page}: {file} has no test {test}"
+      )
 
 
 def test_every_promise_has_its_test():
-  rows = [line for line in (ROOT / "docs/promises.md").read_text().splitlines() if line.startswith("| ") and not set(line) <= set("|- ")]
+  rows = [
+    line
+    for line in (ROOT / "docs/promises.md").read_text().splitlines()
+    if line.startswith("| ") and not set(line) <= set("|- ")
+  ]
   for row in rows:
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", row)
     assert named or "the same" in row or "Held by" in row, row
     for file, test in named:
-      assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text() if test else (ROOT / "tests" / file).exists(), f"no test {file}::{test}"
+      assert (
+        f"\ndef {test}(" in (ROOT / "tests" / file).read_text()
+        if test
+        else (ROOT / "tests" / file).exists()
+      ), f"no test {file}::{test}"
 
 
-OTHERS = ("ensurepip is not available", "externally-managed", "No module named", "Unknown command line flag", "unrecognized arguments", "No space left on device")
+OTHERS = (
+  "ensurepip is not available",
+  "externally-managed",
+  "No module named",
+  "Unknown command line flag",
+  "unrecognized arguments",
+  "No space left on device",
+)
 
 
 def test_troubleshooting_has_the_messages_as_they_are():
-  words = lambda text: set(re.findall("[a-z_]{3,}", text.lower()))
-  texts = lambda node: " ".join(n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+  def words(text):
+    return set(re.findall("[a-z_]{3,}", text.lower()))
+
+  def texts(node):
+    return " ".join(
+      n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    )
+
   trees = [ast.parse(file.read_text()) for file in ROOT.glob("xcomp_jax/**/*.py")]
-  said = [words(texts(node)) for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.Constant, ast.JoinedStr, ast.Raise))]
+  said = [
+    words(texts(node))
+    for tree in trees
+    for node in ast.walk(tree)
+    if isinstance(node, (ast.Constant, ast.JoinedStr, ast.Raise))
+  ]
   said.append(words((ROOT / "Makefile").read_text()))
   rows = re.findall(r"^\| (`.*?) \| ", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
   for quote in (quote for row in rows for quote in re.findall("`([^`]+)`", row)):
     if len(words(quote)) > 2 and not quote.startswith(OTHERS):
       # Numbers, names and what else is filled in are other words there than here.
-      assert max(len(words(quote) & other) for other in said) >= 0.6 * len(words(quote)), f"no message like: {quote}"
+      assert max(len(words(quote) & other) for other in said) >= 0.6 * len(words(quote)), (
+        f"no message like: {quote}"
+      )

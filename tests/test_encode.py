@@ -31,7 +31,9 @@ def test_chunks_of_clips_give_what_one_pass_gives(model):
   got = encode.encode(model, iter(video), np.arange(40) / 8, 5.0, "it", report=done.append)
   expected = vlm.encode(model, jnp.asarray(video.reshape(5, 8, 48, 48, 3)))
   np.testing.assert_allclose(got.features[0], expected, atol=1e-5)
-  assert got.thumbnails.shape == (5, 96, 96, 3) and sum(done) == got.clips == 5 and got.frames is None
+  assert (
+    got.thumbnails.shape == (5, 96, 96, 3) and sum(done) == got.clips == 5 and got.frames is None
+  )
 
 
 def test_phases_start_at_their_frame_and_wrap_around(model):
@@ -59,7 +61,9 @@ def test_frames_that_make_no_clips_are_refused(model, count):
 def test_what_is_saved_is_loaded(tiny, tmp_path, dtype):
   model = vlm.VLM(tiny(dtype=dtype), rngs=nnx.Rngs(0))
   video = encode.encode(model, frames(16), np.arange(16) / 8, 2.0, "it")
-  assert video.features[0].nbytes == 16 * 16 * 32 * (2 if dtype == "bfloat16" else 4)  # 32 KiB a frame at 1,024 channels
+  assert video.features[0].nbytes == 16 * 16 * 32 * (
+    2 if dtype == "bfloat16" else 4
+  )  # 32 KiB a frame at 1,024 channels
   encode.save(video, tmp_path / "v.npz")
   got = encode.load(tmp_path / "v.npz", model)
   assert got.features[0].dtype == video.features[0].dtype
@@ -85,7 +89,9 @@ def test_identity_is_that_of_the_tower_alone(tiny, model):
 def saved(model, tmp_path_factory):
   """An encoded video in a file: 3 clips, of which it has a second phase and the frames."""
   file = tmp_path_factory.mktemp("saved") / "v.npz"
-  encode.save(encode.encode(model, iter(frames(24)), np.arange(24) / 8, 3.0, "it", phases=(0, 4)), file)
+  encode.save(
+    encode.encode(model, iter(frames(24)), np.arange(24) / 8, 3.0, "it", phases=(0, 4)), file
+  )
   return file
 
 
@@ -97,7 +103,9 @@ def claiming(name, shape, dtype="<f4"):
       for key, array in arrays.items():
         with archive.open(f"{key}.npy", "w") as out:
           if key == name:
-            np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
+            np.lib.format.write_array_header_1_0(
+              out, {"descr": dtype, "fortran_order": False, "shape": shape}
+            )
           else:
             np.lib.format.write_array(out, array)
 
@@ -105,7 +113,9 @@ def claiming(name, shape, dtype="<f4"):
 
 
 def about(**changes):
-  return lambda arrays, file: arrays.update(about=np.array(json.dumps(json.loads(str(arrays["about"])) | changes)))
+  return lambda arrays, file: arrays.update(
+    about=np.array(json.dumps(json.loads(str(arrays["about"])) | changes))
+  )
 
 
 def on(name, change):
@@ -113,13 +123,19 @@ def on(name, change):
 
 
 def one(value):
-  return lambda array: np.where(np.arange(array.size).reshape(array.shape) == 5, value, array).astype(array.dtype)
+  return lambda array: np.where(
+    np.arange(array.size).reshape(array.shape) == 5, value, array
+  ).astype(array.dtype)
 
 
 def flagged(arrays, file):
   """Says of every entry that it is encrypted."""
   np.savez(file, **arrays)
-  file.write_bytes(file.read_bytes().replace(b"PK\x01\x02\x14\x03\x14\x00\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01\x00").replace(b"PK\x01\x02-\x03-\x00\x00\x00", b"PK\x01\x02-\x03-\x00\x01\x00"))
+  file.write_bytes(
+    file.read_bytes()
+    .replace(b"PK\x01\x02\x14\x03\x14\x00\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01\x00")
+    .replace(b"PK\x01\x02-\x03-\x00\x00\x00", b"PK\x01\x02-\x03-\x00\x01\x00")
+  )
 
 
 def twice(arrays, file):
@@ -129,25 +145,52 @@ def twice(arrays, file):
 
 
 DAMAGES = {
-  "10 TB": claiming("features_0", (3, 128, 6 * 10**9)), "more than there is": claiming("times", (10**18,), "<f8"), "negative": claiming("times", (-24,), "<f8"),
-  "objects": claiming("times", (24,), "|O"), "packed": lambda arrays, file: np.savez_compressed(file, **arrays), "encrypted": flagged, "a name twice": twice,
-  "an array too many": lambda arrays, file: arrays.update(more=np.zeros(3)), "an array too few": lambda arrays, file: arrays.pop("thumbnails"),
+  "10 TB": claiming("features_0", (3, 128, 6 * 10**9)),
+  "more than there is": claiming("times", (10**18,), "<f8"),
+  "negative": claiming("times", (-24,), "<f8"),
+  "objects": claiming("times", (24,), "|O"),
+  "packed": lambda arrays, file: np.savez_compressed(file, **arrays),
+  "encrypted": flagged,
+  "a name twice": twice,
+  "an array too many": lambda arrays, file: arrays.update(more=np.zeros(3)),
+  "an array too few": lambda arrays, file: arrays.pop("thumbnails"),
   "a phase of no clip": lambda arrays, file: arrays.update(features_8=arrays["features_4"]),
-  "other width": on("features_0", lambda a: a[..., :16]), "other tokens": on("features_0", lambda a: a[:, :64]), "fewer clips": on("features_0", lambda a: a[:2]),
-  "float64": on("features_4", lambda a: a.astype(np.float64)), "by columns": on("features_0", np.asfortranarray),
-  "not a number": on("features_4", one(np.nan)), "infinite": on("features_0", one(np.inf)), "times that are none": on("times", one(np.nan)),
-  "times backwards": on("times", lambda a: a[::-1]), "fewer times": on("times", lambda a: a[:16]), "no times": on("times", lambda a: a[:0]),
-  "small thumbnails": on("thumbnails", lambda a: a[:, :48]), "other frames": on("frames", lambda a: a[:8]), "float frames": on("frames", lambda a: a.astype(np.float32)),
-  "negative seconds": about(seconds=-1), "endless seconds": about(seconds=float("inf")), "text for seconds": about(seconds="x"), "no source": about(source=5),
-  "a deep about": lambda arrays, file: arrays.update(about=np.array("[" * 100_000)), "bytes for about": lambda arrays, file: arrays.update(about=np.array(b"{}")),
-  "a cut file": lambda arrays, file: (np.savez(file, **arrays), file.write_bytes(file.read_bytes()[:-5000])),
-  "a flipped bit": lambda arrays, file: (np.savez(file, **arrays), file.write_bytes(file.read_bytes()[:9000] + b"\xaa" + file.read_bytes()[9001:])),
+  "other width": on("features_0", lambda a: a[..., :16]),
+  "other tokens": on("features_0", lambda a: a[:, :64]),
+  "fewer clips": on("features_0", lambda a: a[:2]),
+  "float64": on("features_4", lambda a: a.astype(np.float64)),
+  "by columns": on("features_0", np.asfortranarray),
+  "not a number": on("features_4", one(np.nan)),
+  "infinite": on("features_0", one(np.inf)),
+  "times that are none": on("times", one(np.nan)),
+  "times backwards": on("times", lambda a: a[::-1]),
+  "fewer times": on("times", lambda a: a[:16]),
+  "no times": on("times", lambda a: a[:0]),
+  "small thumbnails": on("thumbnails", lambda a: a[:, :48]),
+  "other frames": on("frames", lambda a: a[:8]),
+  "float frames": on("frames", lambda a: a.astype(np.float32)),
+  "negative seconds": about(seconds=-1),
+  "endless seconds": about(seconds=float("inf")),
+  "text for seconds": about(seconds="x"),
+  "no source": about(source=5),
+  "a deep about": lambda arrays, file: arrays.update(about=np.array("[" * 100_000)),
+  "bytes for about": lambda arrays, file: arrays.update(about=np.array(b"{}")),
+  "a cut file": lambda arrays, file: (
+    np.savez(file, **arrays),
+    file.write_bytes(file.read_bytes()[:-5000]),
+  ),
+  "a flipped bit": lambda arrays, file: (
+    np.savez(file, **arrays),
+    file.write_bytes(file.read_bytes()[:9000] + b"\xaa" + file.read_bytes()[9001:]),
+  ),
   "text": lambda arrays, file: file.write_text("hello"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_nothing_of_an_encoded_video_is_believed_before_it_is_checked(model, saved, tmp_path, damage):
+def test_nothing_of_an_encoded_video_is_believed_before_it_is_checked(
+  model, saved, tmp_path, damage
+):
   with np.load(saved) as archive:
     arrays = dict(archive)
   file = tmp_path / "x.npz"
@@ -166,8 +209,12 @@ def test_pipes_and_devices_are_no_encoded_videos(model, tmp_path):
       encode.load(file, model)
 
 
-def test_files_of_earlier_versions_that_kept_no_frames_serve_all_but_other_phases(model, saved, tmp_path):
+def test_files_of_earlier_versions_that_kept_no_frames_serve_all_but_other_phases(
+  model, saved, tmp_path
+):
   with np.load(saved) as archive:
-    np.savez(tmp_path / "old.npz", **{name: array for name, array in archive.items() if name != "frames"})
+    np.savez(
+      tmp_path / "old.npz", **{name: array for name, array in archive.items() if name != "frames"}
+    )
   got = encode.load(tmp_path / "old.npz", model)
   assert list(got.features) == [0] and got.frames is None

@@ -15,7 +15,9 @@ import textwrap
 
 import jax
 import pytest
-from huggingface_hub import constants  # here, where there is a home: it looks for one when it is imported
+from huggingface_hub import (
+  constants,
+)  # here, where there is a home: it looks for one when it is imported
 from tqdm import tqdm
 
 from xcomp_jax import files, weights
@@ -46,9 +48,16 @@ def test_only_files_are_replaced_and_not_links_to_them(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == text
   os.mkfifo(tmp_path / "pipe")
   for name in ("pipe", "folder"):
-    with pytest.raises(OSError, match=f"where a file has to be.*{name}"), files.replacing(tmp_path / name):
+    with (
+      pytest.raises(OSError, match=f"where a file has to be.*{name}"),
+      files.replacing(tmp_path / name),
+    ):
       raise AssertionError("not reached")
-  assert (tmp_path / "pipe").is_fifo() and {path.name for path in tmp_path.iterdir()} == {"folder", "link", "pipe"}
+  assert (tmp_path / "pipe").is_fifo() and {path.name for path in tmp_path.iterdir()} == {
+    "folder",
+    "link",
+    "pipe",
+  }
 
 
 def test_names_may_be_as_long_as_the_system_allows(tmp_path):
@@ -75,7 +84,10 @@ def test_a_folder_appears_by_its_last_step(tmp_path, replace):
   target = tmp_path / "out"
   for content in ("first", "second"):
     if content == "second" and not replace:
-      with pytest.raises(FileExistsError, match="already exists"), files.fresh_folder(target, "test"):
+      with (
+        pytest.raises(FileExistsError, match="already exists"),
+        files.fresh_folder(target, "test"),
+      ):
         raise AssertionError("not reached")
       break
     with files.fresh_folder(target, "test", replace) as folder:
@@ -92,7 +104,9 @@ STEPS = ("rename", "replace", "unlink", "rmdir", "mkdir")
 
 
 def killed(step, work):
-  """Whether a process that works, and is killed before its so many-th step that changes a folder, got so far."""
+  """Whether a process that works, and is killed before its so many-th step that changes a folder,
+  got so far.
+  """
   pid = os.fork()
   if not pid:
     count = itertools.count()
@@ -166,9 +180,15 @@ def test_a_folder_that_somebody_else_made_meanwhile_costs_neither(tmp_path):
 def test_one_process_makes_a_folder(tmp_path):
   with files.fresh_folder(tmp_path / "out", "test") as folder:
     (folder / "a").write_text("first")
-    with pytest.raises(OSError, match="another process is writing"), files.fresh_folder(tmp_path / "out", "test"):
+    with (
+      pytest.raises(OSError, match="another process is writing"),
+      files.fresh_folder(tmp_path / "out", "test"),
+    ):
       raise AssertionError("not reached")
-    with files.fresh_folder(tmp_path / "other", "test"), files.fresh_folder(tmp_path / "out2", "test"):
+    with (
+      files.fresh_folder(tmp_path / "other", "test"),
+      files.fresh_folder(tmp_path / "out2", "test"),
+    ):
       pass
   assert whole(tmp_path / "out") == {"a": "first"}
 
@@ -198,7 +218,10 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
 def test_links_that_go_round_in_a_circle_are_no_target(tmp_path):
   (tmp_path / "loop").symlink_to("loop")
   for target in ("loop", "loop/x"):
-    with pytest.raises(OSError, match="Too many levels"), files.fresh_folder(tmp_path / target, "test", replace=True):
+    with (
+      pytest.raises(OSError, match="Too many levels"),
+      files.fresh_folder(tmp_path / target, "test", replace=True),
+    ):
       raise AssertionError("not reached")
   assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
@@ -216,7 +239,10 @@ def test_one_command_works_in_a_folder_and_sweeps_it(tmp_path):
 
 
 def test_a_message_about_a_full_disk_names_the_file(tmp_path):
-  with pytest.raises(OSError, match=r"No space left.*page\.html"), files.replacing(tmp_path / "page.html"):
+  with (
+    pytest.raises(OSError, match=r"No space left.*page\.html"),
+    files.replacing(tmp_path / "page.html"),
+  ):
     os.write(os.open("/dev/full", os.O_WRONLY), b"x")
 
 
@@ -234,19 +260,30 @@ def test_no_output_is_what_a_stream_is_bound_to(tmp_path, stream, mode):
       sys.exit(9)
   """
   with open(tmp_path / "file", mode) as bound:
-    got = subprocess.run([sys.executable, "-c", textwrap.dedent(body), str(tmp_path)], check=False, **{stream: bound})
+    got = subprocess.run(
+      [sys.executable, "-c", textwrap.dedent(body), str(tmp_path)], check=False, **{stream: bound}
+    )
   assert got.returncode == 9
 
 
 @pytest.mark.parametrize(
   "output, source, nested, how",
   [
-    ("film", "film", False, "is"), ("./x/../film", "film", False, "is"), ("link", "film", False, "is"), ("hard", "film", False, "is"),
-    ("x", "x/in", False, "contains"), ("alias", "x/in", False, "contains"), ("x/in", "x", True, "lies in"), ("x/new", "alias", True, "lies in"),
-    ("x/in", "x", False, ""), ("other", "film", True, ""), ("gs://b/x", "gs://b/x", False, ""), ("film", None, False, ""),
+    ("film", "film", False, "is"),
+    ("./x/../film", "film", False, "is"),
+    ("link", "film", False, "is"),
+    ("hard", "film", False, "is"),
+    ("x", "x/in", False, "contains"),
+    ("alias", "x/in", False, "contains"),
+    ("x/in", "x", True, "lies in"),
+    ("x/new", "alias", True, "lies in"),
+    ("x/in", "x", False, ""),
+    ("other", "film", True, ""),
+    ("gs://b/x", "gs://b/x", False, ""),
+    ("film", None, False, ""),
     ("new", "new", False, "is"),
   ],
-)  # fmt: skip
+)
 def test_no_output_is_an_input(tmp_path, monkeypatch, output, source, nested, how):
   monkeypatch.chdir(tmp_path)
   pathlib.Path("film").touch()
@@ -280,11 +317,22 @@ MANY = "for i in range(100_000): print(i)"
     ("{} > /dev/full", "print('lost', flush=True)", 1, "^error: .*No space left.*stdout"),
     ("set -o pipefail; {} | head -1", MANY, 141, "^$"),
     ("{}", "raise BrokenPipeError(32, 'Broken pipe', 'bucket')", 1, "error: .*Broken pipe"),
-    ("{} <&- 2>&- > /dev/null", "assert not sys.stdin.readline(); print(1, file=sys.stderr); assert open('/dev/null').fileno() > 2", 0, "^$"),
+    (
+      "{} <&- 2>&- > /dev/null",
+      "assert not sys.stdin.readline(); print(1, file=sys.stderr); assert "
+      "open('/dev/null').fileno() > 2",
+      0,
+      "^$",
+    ),
     ("PYTHONIOENCODING=ascii {}", "print('ä')", 0, "^$"),
     ("printf '\\377\\n' | {}", "assert sys.stdin.readline() == '\\udcff\\n'", 0, "^$"),
     ("{}", "raise MemoryError", 1, "error: it needs more memory than there is"),
-    ("{}", "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes')", 1, "error: it needs more memory than there is"),
+    (
+      "{}",
+      "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes')",
+      1,
+      "error: it needs more memory than there is",
+    ),
   ],
 )
 def test_streams_that_are_closed_full_or_no_text(shell, body, code, said):
@@ -313,7 +361,8 @@ def test_a_fault_of_the_program_keeps_its_trace():
 
 
 def test_a_progress_bar_of_a_command_starts_no_thread(monkeypatch):
-  # Ctrl-C while tqdm waits for its thread to start is an error of the thread's to tqdm, which goes on.
+  # Ctrl-C while tqdm waits for its thread to start is an error of the thread's to tqdm, which goes
+  # on.
   started = []
   monkeypatch.setattr("tqdm.std.TMonitor", lambda *args: started.append(args))
   monkeypatch.setattr(tqdm, "monitor_interval", 10)
@@ -332,7 +381,10 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
     files.keep_compiled(None)
     assert jax.config.jax_compilation_cache_dir is None
     files.keep_compiled(None, str(tmp_path / "a" / "b"))
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b") and (tmp_path / "a" / "b").is_dir()
+    assert (
+      jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
+      and (tmp_path / "a" / "b").is_dir()
+    )
     files.keep_compiled(None, str(tmp_path / "c"))  # one that is set stays,
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
     files.keep_compiled(str(tmp_path / "c"))  # unless another is asked for,
@@ -343,10 +395,19 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
     for bad in (str(tmp_path / "file"), "nothing://bucket/compiled"):
       files.keep_compiled(bad)
       said = capsys.readouterr().err
-      assert jax.config.jax_compilation_cache_dir is None and said.count("\n") == 1 and f"{bad} can't be written" in said
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "inside"))  # as by an environment variable
+      assert (
+        jax.config.jax_compilation_cache_dir is None
+        and said.count("\n") == 1
+        and f"{bad} can't be written" in said
+      )
+    jax.config.update(
+      "jax_compilation_cache_dir", str(tmp_path / "file" / "inside")
+    )  # as by an environment variable
     files.keep_compiled(None, str(tmp_path / "c"))
-    assert jax.config.jax_compilation_cache_dir is None and "compiled programs are not kept" in capsys.readouterr().err
+    assert (
+      jax.config.jax_compilation_cache_dir is None
+      and "compiled programs are not kept" in capsys.readouterr().err
+    )
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
 
@@ -384,12 +445,17 @@ def test_without_a_home_no_program_is_kept_and_no_folder_is_made(homeless, capsy
     assert jax.config.jax_compilation_cache_dir is None
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
-  assert "compiled programs are not kept: ~/.cache/xcomp_jax: ~ is the home directory" in capsys.readouterr().err
+  assert (
+    "compiled programs are not kept: ~/.cache/xcomp_jax: ~ is the home directory"
+    in capsys.readouterr().err
+  )
   assert os.listdir() == []
 
 
 def test_without_a_home_a_hub_id_names_the_variable_to_set(homeless, monkeypatch):
-  monkeypatch.setattr(constants, "HF_HOME", os.path.expanduser("~/.cache/huggingface"))  # as at an import without a home
+  monkeypatch.setattr(
+    constants, "HF_HOME", os.path.expanduser("~/.cache/huggingface")
+  )  # as at an import without a home
   with pytest.raises(weights.CheckpointError, match="set HF_HOME to a folder"):
     weights.resolve("org/name")
   assert os.listdir() == []

@@ -51,14 +51,18 @@ def conversations(split, numbers, seed=0):
     yield film, one, list(zip(texts[::2], texts[1::2], strict=True))
 
 
-@pytest.mark.parametrize("split", [HELDOUT, Split("train", 1, (4, 12), (1, 5), 8)], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+  "split", [HELDOUT, Split("train", 1, (4, 12), (1, 5), 8)], ids=lambda s: s.name
+)
 def test_every_answer_follows_from_the_scenes(split):
   seen = collections.Counter()
   for film, _, turns in conversations(split, range(150)):
     shots = [scene for scene in film if scene.colour]
     for text, answer in turns:
       assert solve(shots, text) == answer
-      seen[re.sub(r"\b(" + "|".join([*sum(films.VALUES.values(), ()), *NUMBERS]) + r")\b", "X", text)] += 1
+      seen[
+        re.sub(r"\b(" + "|".join([*sum(films.VALUES.values(), ()), *NUMBERS]) + r")\b", "X", text)
+      ] += 1
   assert len(seen) == 8 and min(seen.values()) > 20
 
 
@@ -70,7 +74,10 @@ def test_no_two_shots_share_a_colour_or_a_digit():
 
 def test_a_conversation_asks_once_for_order_and_nothing_twice():
   for _, _, turns in conversations(Split("train", 1, (8, 8), (4, 5), 99), range(60)):
-    assert len(turns) == len(set(turns)) and sum("came" in text or "number" in text for text, _ in turns) == 1
+    assert (
+      len(turns) == len(set(turns))
+      and sum("came" in text or "number" in text for text, _ in turns) == 1
+    )
 
 
 def test_each_film_that_measures_is_asked_one_question_of_each_kind():
@@ -78,29 +85,56 @@ def test_each_film_that_measures_is_asked_one_question_of_each_kind():
     assert len(turns) == len(one["scenes"]) == len(KINDS)
     shots = tuple(films.shots(film))
     needed = dict(zip(KINDS, one["scenes"], strict=True))
-    assert all(len(needed[kind]) == 1 and needed[kind][0] in shots for kind in ("needle", "attribute", "motion"))
-    assert needed["order"] in {shots[first : last + 1] for last in range(len(shots)) for first in {0, max(last - 1, 0)}}
+    assert all(
+      len(needed[kind]) == 1 and needed[kind][0] in shots
+      for kind in ("needle", "attribute", "motion")
+    )
+    assert needed["order"] in {
+      shots[first : last + 1] for last in range(len(shots)) for first in {0, max(last - 1, 0)}
+    }
     assert needed["count"] == needed["whole"] == shots
 
 
 def test_chance_is_what_is_right_without_looking_it_up():
-  answers, any_shot, films_drawn = collections.defaultdict(collections.Counter), collections.Counter(), 3000
-  fields = {"needle": "digit", "attribute": "shape", "motion": "motion", "order": "colour", "whole": "shape"}
+  answers, any_shot, films_drawn = (
+    collections.defaultdict(collections.Counter),
+    collections.Counter(),
+    3000,
+  )
+  fields = {
+    "needle": "digit",
+    "attribute": "shape",
+    "motion": "motion",
+    "order": "colour",
+    "whole": "shape",
+  }
   for film, _, turns in conversations(HELDOUT, range(films_drawn)):
     for kind, (text, answer) in zip(KINDS, turns, strict=True):
       answers[kind][answer] += 1
       if kind in fields:
-        shown = [value for i in films.shots(film) if (value := getattr(film[i], fields[kind])) not in text or kind != "order"]
+        shown = [
+          value
+          for i in films.shots(film)
+          if (value := getattr(film[i], fields[kind])) not in text or kind != "order"
+        ]
         any_shot[kind] += shown.count(answer) / len(shown)
   for kind, counts in answers.items():
-    assert counts.most_common(1)[0][1] / films_drawn == pytest.approx(findings.CHANCE[kind], abs=0.02), kind
+    assert counts.most_common(1)[0][1] / films_drawn == pytest.approx(
+      findings.CHANCE[kind], abs=0.02
+    ), kind
   for kind in fields:
     assert any_shot[kind] / films_drawn == pytest.approx(findings.ANY_SHOT[kind], abs=0.02), kind
 
 
 def test_splits_share_no_scene():
-  splits = [*Study(pathlib.Path(), PRESETS["full"]).splits.values(), *(split for split, _ in STAGES.values())]
-  seeds = {split.name: {scene.seed for i in range(30) for scene in films._annotated(split, SEED, i)[0]} for split in splits}
+  splits = [
+    *Study(pathlib.Path(), PRESETS["full"]).splits.values(),
+    *(split for split, _ in STAGES.values()),
+  ]
+  seeds = {
+    split.name: {scene.seed for i in range(30) for scene in films._annotated(split, SEED, i)[0]}
+    for split in splits
+  }
   assert len(seeds) == 12 and all(seeds.values())
   assert not any(one & other for one, other in itertools.combinations(seeds.values(), 2))
 
@@ -114,20 +148,34 @@ def test_answers_are_single_tokens(tmp_path):
 
 def test_the_real_path_shows_a_scene_in_each_clip(tmp_path):
   films.write(tmp_path / "films", Split("heldout", 1, (5, 5), (3, 3), 0), seed=2, workers=1)
-  settings = predecode.Settings(image_size=96, max_frames=1024, min_frames=FRAMES, fps=world.FPS, clip_frames=FRAMES)
-  predecode.predecode(tmp_path / "films" / "heldout.yaml", tmp_path / "frames", settings, root=tmp_path / "films")
+  settings = predecode.Settings(
+    image_size=96, max_frames=1024, min_frames=FRAMES, fps=world.FPS, clip_frames=FRAMES
+  )
+  predecode.predecode(
+    tmp_path / "films" / "heldout.yaml", tmp_path / "frames", settings, root=tmp_path / "films"
+  )
   store = open_store(str(tmp_path / "frames"))
   film, _ = films._annotated(Split("heldout", 1, (5, 5), (3, 3), 0), 2, 0)
   for clip, scene in zip(store.visual(0), film, strict=True):
     shown = world.render(scene, FRAMES)
     assert np.abs(clip.astype(float) - shown).mean() < 12  # mp4 blurs
-    others = [np.abs(clip.astype(float) - world.render(other, FRAMES)).mean() for other in film if other is not scene]
+    others = [
+      np.abs(clip.astype(float) - world.render(other, FRAMES)).mean()
+      for other in film
+      if other is not scene
+    ]
     assert np.abs(clip.astype(float) - shown).mean() < min(others) / 2
 
 
 def test_bars_of_the_shots_colour_are_beside_its_digit_and_nowhere_else():
   shot = world.Scene("red", "ring", "left", "7", 3)
-  changed = np.abs(world.render(dataclasses.replace(shot, bars="red"), FRAMES).astype(int) - world.render(shot, FRAMES)).sum(-1) > 90
+  changed = (
+    np.abs(
+      world.render(dataclasses.replace(shot, bars="red"), FRAMES).astype(int)
+      - world.render(shot, FRAMES)
+    ).sum(-1)
+    > 90
+  )
   assert changed.sum() == FRAMES * world.LABEL * 2 * world.BAR
   film = films.draw(np.random.default_rng(0), 12, 4)
   assert all(scene.bars == scene.colour for scene in film)

@@ -1,4 +1,6 @@
-"""Damaged files of every format, given to readers and commands (`fuzzing`); and that what is wrong would be seen."""
+"""Damaged files of every format, given to readers and commands (`fuzzing`); and that what is wrong
+would be seen.
+"""
 
 import json
 import os
@@ -22,11 +24,21 @@ SEED, CASES, COMMANDS = 33, 300, 30
 def survey(tmp_path_factory):
   """What became of every case. Faults' files are kept in .cache/fuzz."""
   file = tmp_path_factory.mktemp("fuzz") / "cases.jsonl"
-  line = [sys.executable, fuzzing.__file__, f"--seed={SEED}", f"--cases={CASES}", f"--commands={COMMANDS}", "--json", str(file)]
+  line = [
+    sys.executable,
+    fuzzing.__file__,
+    f"--seed={SEED}",
+    f"--cases={CASES}",
+    f"--commands={COMMANDS}",
+    "--json",
+    str(file),
+  ]
   done = subprocess.run(line, cwd=fuzzing.ROOT, capture_output=True, text=True)
   assert file.exists(), done.stdout + done.stderr
   cases = [json.loads(line) for line in file.read_text().splitlines()]
-  assert (done.returncode == 0) == (not any(case["fault"] for case in cases)), done.stdout[-3000:] + done.stderr[-3000:]
+  assert (done.returncode == 0) == (not any(case["fault"] for case in cases)), (
+    done.stdout[-3000:] + done.stderr[-3000:]
+  )
   return cases
 
 
@@ -47,7 +59,10 @@ def test_commands_over_damaged_files_end_with_one_error_or_are_right(survey):
 
 
 def test_every_format_is_damaged_in_many_ways(survey):
-  assert len({case["what"] for case in survey}) >= 22 + 14 and len({name for case in survey for name, _ in case["steps"]}) >= 20
+  assert (
+    len({case["what"] for case in survey}) >= 22 + 14
+    and len({name for case in survey for name, _ in case["steps"]}) >= 20
+  )
 
 
 def hangs(given, file):
@@ -95,14 +110,25 @@ def refuses(given, file):
 
 
 SEEN = {
-  hangs: "hangs", crashes: "is killed by signal 11", grows: "takes ", writes: "touches given/beside.txt", litters: "touches tmp/x",
-  changes: "touches given/other/b.json", raises: "raises ", mumbles: "does not name the file", raves: "says 2,", believes: "reads 3", refuses: "",
-}  # fmt: skip
+  hangs: "hangs",
+  crashes: "is killed by signal 11",
+  grows: "takes ",
+  writes: "touches given/beside.txt",
+  litters: "touches tmp/x",
+  changes: "touches given/other/b.json",
+  raises: "raises ",
+  mumbles: "does not name the file",
+  raves: "says 2,",
+  believes: "reads 3",
+  refuses: "",
+}
 
 
 @pytest.mark.parametrize("read", SEEN, ids=lambda read: read.__name__)
 def test_what_is_wrong_is_seen(read, tmp_path):
-  done = subprocess.run([sys.executable, __file__, read.__name__, str(tmp_path)], capture_output=True, text=True)
+  done = subprocess.run(
+    [sys.executable, __file__, read.__name__, str(tmp_path)], capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
   fault = json.loads(done.stdout.splitlines()[-1])
   assert fault.startswith(SEEN[read]) and bool(fault) == bool(SEEN[read]), fault
@@ -115,7 +141,10 @@ def seen(read, tmp_path):
     (good / name).parent.mkdir(parents=True)
     (good / name).write_text("[1, 2]")
   fuzzing.READER = (2, 300 << 20)
-  right = lambda given, file, good, found: "" if found == good else f"reads {found}"
+
+  def right(given, file, good, found):
+    return "" if found == good else f"reads {found}"
+
   subject = fuzzing.Subject(name="x", files=("own/a.json",), read=read, right=right)
   survey = fuzzing.Survey(good, tmp_path / "work", tmp_path / "kept", (subject,), (), 0)
   survey.known["x", "own/a.json"] = "1"

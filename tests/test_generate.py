@@ -20,7 +20,9 @@ SHAPE = 32, 8, 32  # frames, prefix, text
 @pytest.fixture(scope="module")
 def model(tiny):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
-  model.llm.norm.scale[...] = jax.random.normal(jax.random.key(1), 32)  # else the tied head repeats its input
+  model.llm.norm.scale[...] = jax.random.normal(
+    jax.random.key(1), 32
+  )  # else the tied head repeats its input
   return model
 
 
@@ -34,25 +36,35 @@ def test_cached_decoding_equals_a_full_pass_at_every_step(model, sample):
     for i, (p, token) in enumerate(zip(prompts, np.asarray(tokens)[:, 0], strict=True)):
       assert token == whole[i].argmax()
       longer = np.append(p.tokens, token).astype(np.int32)
-      prompts[i] = Example(p.frames, p.visual, longer, np.full_like(longer, -100), np.zeros(len(longer), bool), 0)
+      prompts[i] = Example(
+        p.frames, p.visual, longer, np.full_like(longer, -100), np.zeros(len(longer), bool), 0
+      )
 
 
 @pytest.mark.parametrize("keep", ["suffix", "avgpool"])
 def test_a_text_in_pieces_is_the_text_in_one(model, sample, monkeypatch, keep):
   """Other lengths in a batch, pieces and blocks that end within them, and pieces that don't run."""
-  monkeypatch.setattr(model, "cfg", dataclasses.replace(model.cfg, lp_comp=dataclasses.replace(model.cfg.lp_comp, keep=keep)))
+  monkeypatch.setattr(
+    model,
+    "cfg",
+    dataclasses.replace(model.cfg, lp_comp=dataclasses.replace(model.cfg.lp_comp, keep=keep)),
+  )
   monkeypatch.setattr(model.llm, "cfg", model.cfg)
   batch = one_each([sample(2, 3, 9, 0), sample(4, 6, 21, 1)], *SHAPE)
   whole = jax.jit(lambda model, batch: generate.prefill(model, batch, 5))(model, batch)
   for name, size in {"SHORT": 8, "PART": 4}.items():
     monkeypatch.setattr(decoder, name, size)
   monkeypatch.setattr(attention, "KEYS", 24)
-  pieces = jax.jit(lambda model, batch: generate.prefill(model, batch, 5, in_pieces=True))(model, batch)
+  pieces = jax.jit(lambda model, batch: generate.prefill(model, batch, 5, in_pieces=True))(
+    model, batch
+  )
   np.testing.assert_allclose(pieces.logits, whole.logits, atol=1e-5 * np.abs(whole.logits).max())
   for a, b in zip(pieces.caches, whole.caches, strict=True):
     np.testing.assert_array_equal(a.valid, b.valid)
     for key in ("key", "value"):
-      np.testing.assert_allclose(*(np.where(b.valid[..., None, None], getattr(c, key), 0) for c in (a, b)), atol=1e-5)
+      np.testing.assert_allclose(
+        *(np.where(b.valid[..., None, None], getattr(c, key), 0) for c in (a, b)), atol=1e-5
+      )
 
 
 def test_an_answer_ends_before_its_eos(model, sample):
@@ -97,7 +109,10 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
 def drawn(count=400, logits=LOGITS, seen=None, **how):
   seen = jnp.zeros(logits.shape, bool) if seen is None else seen
   sampling = Sampling(1, (), **how)
-  one = lambda key: generate.choose(logits, seen, sampling, key)[0]
+
+  def one(key):
+    return generate.choose(logits, seen, sampling, key)[0]
+
   return np.bincount(jax.vmap(one)(jax.random.split(jax.random.key(0), count)), minlength=4) / count
 
 
@@ -106,22 +121,37 @@ def test_draws_follow_the_probabilities():
 
 
 def test_temperature_sharpens():
-  np.testing.assert_allclose(drawn(4000, temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.03)
+  np.testing.assert_allclose(
+    drawn(4000, temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.03
+  )
 
 
 def test_top_k_and_top_p_leave_out_the_tail():
   np.testing.assert_allclose(drawn(4000, temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
-  np.testing.assert_allclose(drawn(4000, temperature=1.0, top_p=0.6), [0.625, 0.375, 0, 0], atol=0.03)  # the second one crosses 0.6
+  np.testing.assert_allclose(
+    drawn(4000, temperature=1.0, top_p=0.6), [0.625, 0.375, 0, 0], atol=0.03
+  )  # the second one crosses 0.6
   assert drawn(temperature=1.0, top_p=0.01)[0] == 1  # never none
 
 
 def test_a_penalty_divides_positive_and_multiplies_negative_logits():
   logits = jnp.array([[2.0, 1.5, -1.0, -3.0]])
   seen = jnp.array([[True, False, True, False]])
-  np.testing.assert_array_equal(generate.choose(logits, seen, Sampling(1, (), repetition_penalty=2.0), None), [1])
+  np.testing.assert_array_equal(
+    generate.choose(logits, seen, Sampling(1, (), repetition_penalty=2.0), None), [1]
+  )
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"repetition_penalty": 0.0}])
+@pytest.mark.parametrize(
+  "bad",
+  [
+    {"temperature": -1.0},
+    {"top_p": 0.0},
+    {"top_p": 1.1},
+    {"top_k": -1},
+    {"repetition_penalty": 0.0},
+  ],
+)
 def test_sampling_that_means_nothing_is_refused(bad):
   with pytest.raises(ConfigError, match=next(iter(bad))):
     Sampling(1, (), **bad)

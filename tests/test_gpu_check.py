@@ -14,7 +14,11 @@ from xcomp_jax import gpu_check
 def test_a_kernel_that_is_right_and_one_that_sees_too_much(case, monkeypatch):
   assert gpu_check.compare(case, "xla_chunked")["right"]
   own = tokamax.dot_product_attention
-  monkeypatch.setattr(tokamax, "dot_product_attention", lambda q, k, v, *, mask, **more: own(q, k * 1.05, v, mask=mask, **more))
+  monkeypatch.setattr(
+    tokamax,
+    "dot_product_attention",
+    lambda q, k, v, *, mask, **more: own(q, k * 1.05, v, mask=mask, **more),
+  )
   row = gpu_check.compare(case, "xla_chunked")
   assert not row["right"] and row["result"] > 2 * row["result by einsum"]
 
@@ -29,18 +33,41 @@ def test_numbers_that_are_none_are_far_from_all():
 
 
 def test_parts_run_one_after_another_and_what_is_cut_short_is_kept(tmp_path, monkeypatch, capsys):
-  python = lambda code: [sys.executable, "-c", code]
+  def python(code):
+    return [sys.executable, "-c", code]
+
   found = {
-    "kernels": [python("print('figures')")], "parity": [python("print('begun', flush=True); import time; time.sleep(60)"), python("print('never')")],
-    "step": [python("raise SystemExit(3)")], "ask": [python("print(1)"), python("print(2)")], "bench": [python("import time; time.sleep(60)")],
-  }  # fmt: skip
+    "kernels": [python("print('figures')")],
+    "parity": [
+      python("print('begun', flush=True); import time; time.sleep(60)"),
+      python("print('never')"),
+    ],
+    "step": [python("raise SystemExit(3)")],
+    "ask": [python("print(1)"), python("print(2)")],
+    "bench": [python("import time; time.sleep(60)")],
+  }
   monkeypatch.setattr(gpu_check, "stages", lambda out, small: found)
   begun = time.monotonic()
   assert not gpu_check.supervise(tmp_path, 0.06, small=True)
   assert time.monotonic() - begun < 30
-  summary = {name: row["status"] for name, row in json.loads((tmp_path / "summary.json").read_text()).items()}
-  assert summary == {"kernels": "done", "parity": "cut short", "step": "exit code 3", "ask": "done", "bench": "cut short"}
-  assert "begun" in (tmp_path / "parity.txt").read_text() and "never" not in (tmp_path / "parity.txt").read_text()
+  summary = {
+    name: row["status"] for name, row in json.loads((tmp_path / "summary.json").read_text()).items()
+  }
+  assert summary == {
+    "kernels": "done",
+    "parity": "cut short",
+    "step": "exit code 3",
+    "ask": "done",
+    "bench": "cut short",
+  }
+  assert (
+    "begun" in (tmp_path / "parity.txt").read_text()
+    and "never" not in (tmp_path / "parity.txt").read_text()
+  )
   assert "=== ask: done" in capsys.readouterr().out
-  monkeypatch.setattr(gpu_check, "stages", lambda out, small: {name: found[name] for name in ("kernels", "bench")})
-  assert gpu_check.supervise(tmp_path, 0.02, small=True)  # a benchmark that ran out of time is no fault
+  monkeypatch.setattr(
+    gpu_check, "stages", lambda out, small: {name: found[name] for name in ("kernels", "bench")}
+  )
+  assert gpu_check.supervise(
+    tmp_path, 0.02, small=True
+  )  # a benchmark that ran out of time is no fault

@@ -16,14 +16,24 @@ model.kernels model.attention model.norm model.rope model.vision model.internvid
 inside qc_comp encode generate chat rounds report official layouts config_json weights reader answers tasks optim checkpoint metrics cost forecast plan_table
 steps absent programs accounts fits train predecode ask evaluate lmms_tasks lmms_plugin export comparison parity_tower parity_frames parity world films findings needles plan
 bench_load bench_data bench_parts bench_profile bench bench_scaling bench_qc bench_evaluate gpu_check miniature measures study demo draw
-""".split()
-FILES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in ROOT.rglob("*.py") if f.name != "__init__.py"}
+""".split()  # noqa: E501
+FILES = {
+  ".".join(f.relative_to(ROOT).with_suffix("").parts): f
+  for f in ROOT.rglob("*.py")
+  if f.name != "__init__.py"
+}
 
 
 def imported(file, everywhere):
   """Modules that a file imports: all, or only those outside functions."""
   tree = ast.parse(file.read_text())
-  inner = {n for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f) if n is not f}
+  inner = {
+    n
+    for f in ast.walk(tree)
+    if isinstance(f, (ast.FunctionDef, ast.Lambda))
+    for n in ast.walk(f)
+    if n is not f
+  }
   for node in ast.walk(tree):
     if everywhere or node not in inner:
       if isinstance(node, ast.Import):
@@ -42,7 +52,9 @@ def test_imports_point_upwards(name):
   for module in imported(FILES[name], everywhere=True):
     if module.startswith("xcomp_jax."):
       inside = module.removeprefix("xcomp_jax.")
-      assert any(inside == a or inside.startswith(f"{a}.") for a in above), f"{name} imports {module}, which is not above it"
+      assert any(inside == a or inside.startswith(f"{a}.") for a in above), (
+        f"{name} imports {module}, which is not above it"
+      )
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("model.")])

@@ -16,7 +16,18 @@ class Panic(BaseException):  # what libraries in Rust raise
   pass
 
 
-@pytest.mark.parametrize("error", [Panic("boom"), RecursionError("deep"), MemoryError(), ValueError("a\nb"), KeyError("k"), OSError("no errno"), ZeroDivisionError()])
+@pytest.mark.parametrize(
+  "error",
+  [
+    Panic("boom"),
+    RecursionError("deep"),
+    MemoryError(),
+    ValueError("a\nb"),
+    KeyError("k"),
+    OSError("no errno"),
+    ZeroDivisionError(),
+  ],
+)
 def test_whatever_a_reader_raises_is_one_kind_with_the_name(error):
   with pytest.raises(Fault) as caught, inputs.reading("x/y.bin", Fault, "picture"):
     raise error
@@ -47,7 +58,9 @@ def test_only_regular_files(tmp_path):
       inputs.text(tmp_path / name, Fault)
 
 
-@pytest.mark.parametrize("content", [b"\xff", b"{}\n\n\xc3(", b"[" * 100_000, b"{", b"\xff\xfe{\0}\0", b""])
+@pytest.mark.parametrize(
+  "content", [b"\xff", b"{}\n\n\xc3(", b"[" * 100_000, b"{", b"\xff\xfe{\0}\0", b""]
+)
 def test_json_that_is_none_is_one_kind(tmp_path, content):
   file = tmp_path / "a.json"
   file.write_bytes(content)
@@ -111,6 +124,15 @@ def test_what_is_quoted_is_short_whatever_it_holds():
   deep, wide = [], ["x" * 10_000] * 1000
   for _ in range(100_000):
     deep = [deep]
-  for value in (deep, wide, {"a": deep, "b": wide}, 10**5000, "x" * 10_000, {i: i for i in range(10_000)}):
+  for value in (
+    deep,
+    wide,
+    {"a": deep, "b": wide},
+    10**5000,
+    "x" * 10_000,
+    {i: i for i in range(10_000)},
+  ):
     assert 1 < len(inputs.quoted(value)) < 500
-  assert inputs.quoted("a\udcff") == "'a\\udcff'" and inputs.quoted({"from": "bot"}) == "{'from': 'bot'}"
+  assert (
+    inputs.quoted("a\udcff") == "'a\\udcff'" and inputs.quoted({"from": "bot"}) == "{'from': 'bot'}"
+  )

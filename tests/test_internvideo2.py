@@ -1,4 +1,6 @@
-"""The InternVideo2 tower (its numbers against the official code are in test_parity.py), and a model with it from end to end."""
+"""The InternVideo2 tower (its numbers against the official code are in test_parity.py), and a model
+with it from end to end.
+"""
 
 import dataclasses
 import json
@@ -40,11 +42,15 @@ from xcomp_jax.model import vlm
 from xcomp_jax.model.internvideo2 import InternVideo2
 from xcomp_jax.model.vlm import VLM
 
-SIZES = InternVideo2Config(image_size=70, patch_size=14, width=32, layers=2, heads=4, mlp_width=64, frames=4)
+SIZES = InternVideo2Config(
+  image_size=70, patch_size=14, width=32, layers=2, heads=4, mlp_width=64, frames=4
+)
 
 
 def clips(n, frames=4, size=70):
-  return jnp.asarray(np.random.default_rng(0).integers(0, 256, (n, frames, size, size, 3)).astype(np.uint8))
+  return jnp.asarray(
+    np.random.default_rng(0).integers(0, 256, (n, frames, size, size, 3)).astype(np.uint8)
+  )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,9 @@ def cfg(tiny):
 
 
 def test_sizes_are_read_back_as_those_of_their_tower(tiny, cfg):
-  stretched = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, rope_scaling=Yarn(4.0, 32768, 32.0, 1.0, 1.1)))
+  stretched = dataclasses.replace(
+    cfg, llm=dataclasses.replace(cfg.llm, rope_scaling=Yarn(4.0, 32768, 32.0, 1.0, 1.1))
+  )
   for sizes in (tiny(), cfg, stretched):
     assert from_dict(VLMConfig, json.loads(json.dumps(to_dict(sizes)))) == sizes
 
@@ -86,14 +94,18 @@ def test_frames_of_a_clip_see_each_other_and_clips_do_not(tower):
 def test_the_class_token_is_the_first_and_has_a_position(tower):
   embed = jax.jit(lambda tower, frames: (tower.embed(frames), tower.patch_embed(frames)))
   embedded, patches = embed(tower, clips(1))
-  np.testing.assert_array_equal(embedded[0, 0], tower.cls_token[...][0, 0] + tower.pos_embed[...][0, 0])
+  np.testing.assert_array_equal(
+    embedded[0, 0], tower.cls_token[...][0, 0] + tower.pos_embed[...][0, 0]
+  )
   np.testing.assert_array_equal(embedded[:, 1:], patches + tower.pos_embed[...][:, 1:])
   image, patches = embed(tower, clips(1, 1))
   np.testing.assert_array_equal(image[:, 1:], patches + tower.img_pos_embed[...][:, 1:])
 
 
 def test_clips_of_another_length_have_no_positions(tower):
-  with pytest.raises(ValueError, match=r"takes clips of 4 frames, or single images, not clips of 8"):
+  with pytest.raises(
+    ValueError, match=r"takes clips of 4 frames, or single images, not clips of 8"
+  ):
     tower(clips(1, 8))
 
 
@@ -101,10 +113,16 @@ def test_layers_split_over_a_mesh_give_the_same(cfg, tower):
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
   graph, state = nnx.split(tower)
   shardings = sharding.param_shardings({"vision": state}, mesh)["vision"]
-  kernels = {sharding.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
-  assert kernels["blocks/0/attn/qkv/kernel"].spec == P("fsdp", "tensor") and kernels["blocks/1/fc2/kernel"].spec == P("tensor", "fsdp")
+  kernels = {
+    sharding.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)
+  }
+  assert kernels["blocks/0/attn/qkv/kernel"].spec == P("fsdp", "tensor") and kernels[
+    "blocks/1/fc2/kernel"
+  ].spec == P("tensor", "fsdp")
   assert kernels["pos_embed"].spec == P(None, None, "fsdp") and kernels["blocks/0/ls1"].spec == P()
-  split = jax.jit(lambda state, frames: nnx.merge(graph, state)(sharding.constrain(frames, "clips")))
+  split = jax.jit(
+    lambda state, frames: nnx.merge(graph, state)(sharding.constrain(frames, "clips"))
+  )
   with jax.set_mesh(mesh):
     out = split(jax.device_put(state, shardings), clips(4))
   assert len(out.sharding.device_set) == 8
@@ -113,13 +131,19 @@ def test_layers_split_over_a_mesh_give_the_same(cfg, tower):
 
 def test_every_parameter_of_such_a_model_has_a_rule(cfg):
   state = nnx.state(weights.abstract(cfg))
-  assert len(jax.tree.leaves(sharding.param_shardings(state, sharding.make_mesh(MeshConfig(1, 2, 2, 2))))) == len(weights.names(cfg))
+  assert len(
+    jax.tree.leaves(sharding.param_shardings(state, sharding.make_mesh(MeshConfig(1, 2, 2, 2))))
+  ) == len(weights.names(cfg))
 
 
 def test_remat_changes_no_gradient_and_all_but_the_positions_of_images_have_one(cfg):
   grads = []
   for remat in (False, True):
-    module = built(dataclasses.replace(cfg, vision=dataclasses.replace(SIZES, layers=1), remat=remat, attention="einsum"))
+    module = built(
+      dataclasses.replace(
+        cfg, vision=dataclasses.replace(SIZES, layers=1), remat=remat, attention="einsum"
+      )
+    )
     grads.append(jax.jit(nnx.grad(lambda m: jnp.square(m(clips(1))).mean()))(module))
   assert not grads[0].pop("img_pos_embed")[...].any() and grads[1].pop("img_pos_embed")
   first, second = map(jax.tree.leaves, grads)
@@ -130,7 +154,11 @@ def test_remat_changes_no_gradient_and_all_but_the_positions_of_images_have_one(
 
 
 def test_bfloat16_follows_float32(cfg, tower):
-  graph = nnx.graphdef(nnx.eval_shape(lambda: InternVideo2(dataclasses.replace(cfg, dtype="bfloat16"), rngs=nnx.Rngs(0))))
+  graph = nnx.graphdef(
+    nnx.eval_shape(
+      lambda: InternVideo2(dataclasses.replace(cfg, dtype="bfloat16"), rngs=nnx.Rngs(0))
+    )
+  )
   half = run(nnx.merge(graph, nnx.state(tower)), clips(2))  # masters stay float32
   assert half.dtype == jnp.bfloat16
   assert np.abs(run(tower, clips(2)) - half.astype(jnp.float32)).mean() < 0.03
@@ -138,7 +166,12 @@ def test_bfloat16_follows_float32(cfg, tower):
 
 def test_clips_of_four_become_64_tokens_and_an_image_16(cfg):
   model = nnx.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0)))
-  shape = lambda frames: jax.eval_shape(vlm.encode, model, jax.ShapeDtypeStruct((3, frames, 70, 70, 3), np.uint8)).shape
+
+  def shape(frames):
+    return jax.eval_shape(
+      vlm.encode, model, jax.ShapeDtypeStruct((3, frames, 70, 70, 3), np.uint8)
+    ).shape
+
   assert shape(4) == (3, 64, 32) and shape(1) == (3, 16, 32)
 
 
@@ -147,13 +180,21 @@ def test_sizes_come_from_the_tensors(reference):
   assert sizes == InternVideo2Config(84, 14, 48, 3, 4, 209, 4)
 
 
-# --- from end to end, as a user does ----------------------------------------------------------------------------------
+# --- from end to end, as a user does
+# ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
   """Random weights in the official layout of such a model; its blocks count from the start."""
-  tower = {"image_size": 70, "embed_dim": 64, "depth": 3, "heads": 2, "patch_size": 14, "mlp_ratio": 48 / 11}
+  tower = {
+    "image_size": 70,
+    "embed_dim": 64,
+    "depth": 3,
+    "heads": 2,
+    "patch_size": 14,
+    "mlp_ratio": 48 / 11,
+  }
   own = {"mm_vision_tower": "internvideo2", "mm_local_num_frames": 4, "tiny_vision": tower}
   monkeypatch.setattr(world, "MODEL", world.MODEL | own)
   monkeypatch.setattr("xcomp_jax.model.internvideo2.LAYER_SCALE", 0.5)
@@ -162,55 +203,138 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(checkpoint, tmp_path, capsys):
-  world.write_world(tmp_path / "world", [world.Split("train", 8, 1, 2, 2), world.Split("heldout", 2, 2, 2, 2)], seed=0, workers=1)
+def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
+  checkpoint, tmp_path, capsys
+):
+  world.write_world(
+    tmp_path / "world",
+    [world.Split("train", 8, 1, 2, 2), world.Split("heldout", 2, 2, 2, 2)],
+    seed=0,
+    workers=1,
+  )
   settings = predecode.Settings(image_size=70, max_frames=16, min_frames=8, fps=8.0, clip_frames=4)
-  with pytest.raises(ConfigError, match=r"has positions for clips of 4 frames, not of 8: .* --clip_frames 4 of predecode"):
+  with pytest.raises(
+    ConfigError,
+    match=r"has positions for clips of 4 frames, not of 8: .* --clip_frames 4 of predecode",
+  ):
     predecode.load_tower(str(checkpoint), dataclasses.replace(settings, clip_frames=8), 2)
   tower = predecode.load_tower(str(checkpoint), settings, 2)
   for name, features in (("frames", None), ("features", tower)):
-    predecode.predecode(tmp_path / "world/train.yaml", tmp_path / name, settings, root=tmp_path / "world", workers=0, tower=features)
+    predecode.predecode(
+      tmp_path / "world/train.yaml",
+      tmp_path / name,
+      settings,
+      root=tmp_path / "world",
+      workers=0,
+      tower=features,
+    )
   assert store.open_store(str(tmp_path / "features")).features.width == 64
 
   runs = {}  # losses of the steps
   for name in ("frames", "features"):
     overrides = {
-      "init_from": checkpoint, "workdir": tmp_path / f"run-{name}", "data.train": tmp_path / name, "data.heldout": None,
-      "data.frames_per_device": 32, "train.steps": 3, "train.batch_size": 2, "train.log_every": 1, "optim.warmup": 0.0, "model.yarn": "(2.0, 64)",
-    }  # fmt: skip
-    config = from_command_line(["train", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in overrides.items())])
+      "init_from": checkpoint,
+      "workdir": tmp_path / f"run-{name}",
+      "data.train": tmp_path / name,
+      "data.heldout": None,
+      "data.frames_per_device": 32,
+      "train.steps": 3,
+      "train.batch_size": 2,
+      "train.log_every": 1,
+      "optim.warmup": 0.0,
+      "model.yarn": "(2.0, 64)",
+    }
+    config = from_command_line(
+      [
+        "train",
+        "--config=configs/sct.py:tiny",
+        *(f"--config.{k}={v}" for k, v in overrides.items()),
+      ]
+    )
     train.run(config)
-    runs[name] = [float(loss) for loss in re.findall(r"^step \d/3  loss (\S+)", capsys.readouterr().out, re.MULTILINE)]
+    runs[name] = [
+      float(loss)
+      for loss in re.findall(r"^step \d/3  loss (\S+)", capsys.readouterr().out, re.MULTILINE)
+    ]
   assert len(runs["frames"]) == 3 and runs["frames"][-1] < runs["frames"][0]
-  np.testing.assert_allclose(runs["frames"], runs["features"], rtol=2e-3)  # features are kept in bfloat16
+  np.testing.assert_allclose(
+    runs["frames"], runs["features"], rtol=2e-3
+  )  # features are kept in bfloat16
 
-  export.main(["--checkpoint", str(tmp_path / "run-frames"), "--format=orbax", "--out", str(tmp_path / "orbax")])
-  export.main(["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")])
+  export.main(
+    [
+      "--checkpoint",
+      str(tmp_path / "run-frames"),
+      "--format=orbax",
+      "--out",
+      str(tmp_path / "orbax"),
+    ]
+  )
+  export.main(
+    ["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")]
+  )
   assert layouts.shapes(tmp_path / "torch") == layouts.shapes(checkpoint)
-  before, after = (weights.load(place, weights.read_config(place, export.AS_IT_IS, export.NOT_TUNED)) for place in (checkpoint, tmp_path / "torch"))
+  before, after = (
+    weights.load(place, weights.read_config(place, export.AS_IT_IS, export.NOT_TUNED))
+    for place in (checkpoint, tmp_path / "torch")
+  )
   assert encode.tower_identity(before) == encode.tower_identity(after)  # bit by bit as it was
-  assert weights.read_config(tmp_path / "torch", export.AS_IT_IS, export.NOT_TUNED).llm.rope_scaling == weights.yarn_of(2.0, 64)
+  assert weights.read_config(
+    tmp_path / "torch", export.AS_IT_IS, export.NOT_TUNED
+  ).llm.rope_scaling == weights.yarn_of(2.0, 64)
   assert not np.array_equal(before.llm.layers[0].q.kernel[...], after.llm.layers[0].q.kernel[...])
 
   film = next((tmp_path / "world/heldout").glob("*.mp4"))
-  options = ["--checkpoint", str(tmp_path / "torch"), "--min-frames=8", "--max-frames=16", "--select=8", "--max-new-tokens=3"]
+  options = [
+    "--checkpoint",
+    str(tmp_path / "torch"),
+    "--min-frames=8",
+    "--max-frames=16",
+    "--select=8",
+    "--max-new-tokens=3",
+  ]
   capsys.readouterr()
   ask.main([*options, "--video", str(film), "--question", world.QUESTIONS["digit"], "--json"])
   answer = json.loads(capsys.readouterr().out)
-  assert answer["sampled_frames"] == 16 and len(answer["clip_scores"]) == 4 and len(answer["frames"]) == 8
+  assert (
+    answer["sampled_frames"] == 16
+    and len(answer["clip_scores"]) == 4
+    and len(answer["frames"]) == 8
+  )
   with pytest.raises(SystemExit):
     ask.main([*options, "--video", str(film), "--question", "Which?", "--clip-frames=8"])
-  assert re.search(r"^error: .*has positions for clips of 4 frames, not of 8", capsys.readouterr().err, re.MULTILINE)
+  assert re.search(
+    r"^error: .*has positions for clips of 4 frames, not of 8",
+    capsys.readouterr().err,
+    re.MULTILINE,
+  )
 
   items = [
-    {"video": film.stem, "type": film.stem, "question": text, "candidates": ["(A) x", "(B) y"], "answer": "(B) y", "question_type": ["a"]}
+    {
+      "video": film.stem,
+      "type": film.stem,
+      "question": text,
+      "candidates": ["(A) x", "(B) y"],
+      "answer": "(B) y",
+      "question_type": ["a"],
+    }
     for text in world.QUESTIONS.values()
-  ]  # fmt: skip
+  ]
   (tmp_path / "q.json").write_text(json.dumps(items))
-  evaluate.main([
-    "--task=lvbench", "--annotations", str(tmp_path / "q.json"), "--videos", str(film.parent), "--preset=none", "--devices=1",
-    *options, "--out", str(tmp_path / "results"),
-  ])  # fmt: skip
+  evaluate.main(
+    [
+      "--task=lvbench",
+      "--annotations",
+      str(tmp_path / "q.json"),
+      "--videos",
+      str(film.parent),
+      "--preset=none",
+      "--devices=1",
+      *options,
+      "--out",
+      str(tmp_path / "results"),
+    ]
+  )
   found = json.loads((tmp_path / "results/results.json").read_text())
   assert found["made_with"]["clip_frames"] == 4 and not found["failed"]
   assert pathlib.Path(tmp_path / "results/samples.jsonl").read_text().count("\n") == 4

@@ -16,17 +16,36 @@ def old_out(shared, own):
 
 def whole(shared, own):
   found = [path for path in (own / "out", own / "out.old") if path.exists()]
-  return "" if any(len({file.read_text() for file in path.iterdir()}) == 1 and len(list(path.iterdir())) == 3 for path in found) else "nothing is whole"
+  return (
+    ""
+    if any(
+      len({file.read_text() for file in path.iterdir()}) == 1 and len(list(path.iterdir())) == 3
+      for path in found
+    )
+    else "nothing is whole"
+  )
 
 
-@pytest.mark.parametrize("how, seen", [("careful", ""), ("clumsy", "nothing is whole"), ("late", "differ")])
+@pytest.mark.parametrize(
+  "how, seen", [("careful", ""), ("clumsy", "nothing is whole"), ("late", "differ")]
+)
 def test_what_is_lost_is_seen(tmp_path, how, seen):
-  result = lambda own, said: {"out": killing.contents(own / "out")}
+  def result(own, said):
+    return {"out": killing.contents(own / "out")}
+
   if how == "late":  # something that depends on how often the command was begun
     count = iter(range(100))
-    result = lambda own, said: {"out": next(count)}
+
+    def result(own, said):
+      return {"out": next(count)}
+
   command = killing.Killed(
-    name="x", leaves={"out"}, result=result, before=old_out, between=whole, line=lambda shared, own: ["clumsy", how, str(own)]
+    name="x",
+    leaves={"out"},
+    result=result,
+    before=old_out,
+    between=whole,
+    line=lambda shared, own: ["clumsy", how, str(own)],
   )
   faults = killing.Kills(command, tmp_path, tmp_path, random.Random(0)).faults(8)
   assert bool(faults) == bool(seen), faults
@@ -35,6 +54,13 @@ def test_what_is_lost_is_seen(tmp_path, how, seen):
 
 def test_what_is_left_is_seen(tmp_path):
   command = killing.Killed(
-    name="x", leaves=set(), result=lambda own, said: {}, before=old_out, line=lambda shared, own: ["clumsy", "careful", str(own)]
+    name="x",
+    leaves=set(),
+    result=lambda own, said: {},
+    before=old_out,
+    line=lambda shared, own: ["clumsy", "careful", str(own)],
   )
-  assert all("leaves out" in fault for fault in killing.Kills(command, tmp_path, tmp_path, random.Random(0)).faults(2))
+  assert all(
+    "leaves out" in fault
+    for fault in killing.Kills(command, tmp_path, tmp_path, random.Random(0)).faults(2)
+  )

@@ -13,19 +13,45 @@ def rule(keep="suffix", schedule="cosine", group=16):
 
 
 def test_cosine_is_the_released_table():  # FACTS.md 1
-  runs = [(16, 3), (15, 2), (14, 2), (13, 1), (12, 2), (11, 1), (10, 1), (9, 2), (8, 1), (7, 1), (6, 1), (5, 2), (4, 1), (3, 2), (2, 2), (1, 4)]
+  runs = [
+    (16, 3),
+    (15, 2),
+    (14, 2),
+    (13, 1),
+    (12, 2),
+    (11, 1),
+    (10, 1),
+    (9, 2),
+    (8, 1),
+    (7, 1),
+    (6, 1),
+    (5, 2),
+    (4, 1),
+    (3, 2),
+    (2, 2),
+    (1, 4),
+  ]
   assert lp_comp.counts(rule(), 28) == tuple(n for n, times in runs for _ in range(times))
 
 
 def test_paper_ceil_is_never_below_the_released_rounding():
   ceil, released = lp_comp.counts(rule(schedule="cosine_ceil"), 28), lp_comp.counts(rule(), 28)
-  assert all(a - b in (0, 1) for a, b in zip(ceil, released, strict=True)) and ceil != released and ceil[-1] == 1
+  assert (
+    all(a - b in (0, 1) for a, b in zip(ceil, released, strict=True))
+    and ceil != released
+    and ceil[-1] == 1
+  )
 
 
 @pytest.mark.parametrize("layers,group", [(1, 16), (8, 16), (28, 4), (80, 32)])
 def test_schedules_end_at_one_for_any_size(layers, group):
   counts = lp_comp.counts(rule(group=group), layers)
-  assert len(counts) == layers and counts[-1] == 1 and counts[0] <= group and sorted(counts, reverse=True) == list(counts)
+  assert (
+    len(counts) == layers
+    and counts[-1] == 1
+    and counts[0] <= group
+    and sorted(counts, reverse=True) == list(counts)
+  )
 
 
 def test_uniform_is_the_released_greedy_lists(reference):
@@ -77,12 +103,19 @@ def test_keep_attended_keeps_order_and_breaks_ties_by_place():
   score = jnp.array([[5, 1, 5, 9, 5, 0, 99, 99]], jnp.float32)
   valid = jnp.arange(8)[None] < 6
   got = lp_comp.keep_attended(x, score, valid, jnp.array([3]), 4)
-  np.testing.assert_array_equal(got[0, :3, 0], [0, 2, 3])  # of the three fives the first two, and no padding
+  np.testing.assert_array_equal(
+    got[0, :3, 0], [0, 2, 3]
+  )  # of the three fives the first two, and no padding
 
 
 @pytest.mark.parametrize(
   "schedule,words",
-  [((16, 8), "expected 4 counts"), ((16, 8, 9, 1), "none above"), ((17, 8, 4, 1), "1..16"), ("cosin", "known are")],
+  [
+    ((16, 8), "expected 4 counts"),
+    ((16, 8, 9, 1), "none above"),
+    ((17, 8, 4, 1), "1..16"),
+    ("cosin", "known are"),
+  ],
 )
 def test_bad_schedules_are_refused(schedule, words):
   with pytest.raises(ConfigError, match=words):

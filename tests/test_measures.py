@@ -23,7 +23,9 @@ def study(tmp_path_factory):
 
 @pytest.fixture
 def shown(study, monkeypatch):
-  """What the model is asked: for every call the clips of all questions, and what the prompt says."""
+  """What the model is asked: for every call the clips of all questions, and what the prompt
+  says.
+  """
   store, calls = open_store(str(study.out / "long" / "frames")), []
 
   def answers(model, tokenizer, store, asked, message=None):
@@ -40,8 +42,12 @@ def shown(study, monkeypatch):
 
 @pytest.fixture
 def scores(monkeypatch):
-  """What QC-Comp will score scenes with: [films, questions, scenes]; of the second film they fall from its first scene on."""
-  drawn = np.random.default_rng(0).permuted(np.tile(np.arange(1.0, SCENES + 1), (2, len(KINDS), 1)), axis=2)
+  """What QC-Comp will score scenes with: [films, questions, scenes]; of the second film they fall
+  from its first scene on.
+  """
+  drawn = np.random.default_rng(0).permuted(
+    np.tile(np.arange(1.0, SCENES + 1), (2, len(KINDS), 1)), axis=2
+  )
   drawn[1] = np.arange(SCENES, 0, -1)
   films = iter(drawn)
 
@@ -57,7 +63,10 @@ def scores(monkeypatch):
 
 
 def test_a_selection_is_measured_by_what_is_needed(study, shown, scores):
-  got, asked = measures.selected(study, miniature.BASE, miniature.rule("none"), "long", ("uniform", "local")), study.asked("long")
+  got, asked = (
+    measures.selected(study, miniature.BASE, miniature.rule("none"), "long", ("uniform", "local")),
+    study.asked("long"),
+  )
   local, uniform = got["local"], got["uniform"]
   assert [len(one.scenes) for one in asked[:3]] == [1, 1, 1]
   few = []
@@ -73,20 +82,35 @@ def test_a_selection_is_measured_by_what_is_needed(study, shown, scores):
     else:
       (scene,) = one.scenes
       assert got["place"][i] == (scene + 0.5) / SCENES
-      assert local["rank"][i] == ranked.index(scene) and local["other"][i] == sum(score > other[scene] for score in other)
+      assert local["rank"][i] == ranked.index(scene) and local["other"][i] == sum(
+        score > other[scene] for score in other
+      )
       assert local["score"][i] == round(own[scene] / np.mean(own), 3)
   assert local["few"] == "".join("01"[right] for right in few) and local["right"] == local["hits"]
   assert local["TFLOP"] == 5 and uniform["TFLOP"] == 2 and uniform["tokens"] == KEPT * FRAMES * 16
 
 
 def test_relevance_is_by_place_and_by_whether_there_is_something_to_see(study, shown, scores):
-  relevance = np.array(measures.selected(study, miniature.BASE, miniature.rule("none"), "long", ("local",))["local"]["relevance"])
-  shots = [set().union(*(one.scenes for one in study.asked("long") if one.film == film)) for film in range(2)]
+  relevance = np.array(
+    measures.selected(study, miniature.BASE, miniature.rule("none"), "long", ("local",))["local"][
+      "relevance"
+    ]
+  )
+  shots = [
+    set().union(*(one.scenes for one in study.asked("long") if one.film == film))
+    for film in range(2)
+  ]
   assert [len(one) for one in shots] == [2, 2]
   for scene in range(SCENES):
     for kind in (0, 1):
-      of = [scores[film, :, scene] / np.mean(scores[film], 1) for film in range(2) if (scene in shots[film]) == kind]
-      assert relevance[kind, scene * measures.BINS // SCENES] == pytest.approx(np.mean(of) if of else 0, abs=1e-4)
+      of = [
+        scores[film, :, scene] / np.mean(scores[film], 1)
+        for film in range(2)
+        if (scene in shots[film]) == kind
+      ]
+      assert relevance[kind, scene * measures.BINS // SCENES] == pytest.approx(
+        np.mean(of) if of else 0, abs=1e-4
+      )
 
 
 def test_a_prompt_says_how_many_frames_are_shown(study, shown, scores):
@@ -95,5 +119,11 @@ def test_a_prompt_says_how_many_frames_are_shown(study, shown, scores):
   measures.measured(study, miniature.BASE, miniature.rule("none"), "long", 2)
   measures.selected(study, miniature.BASE, miniature.rule("none"), "long", ("local",))
   said = [(len(clips[0]), message) for clips, message in shown]
-  assert (SCENES, whole) in said and (2, whole.replace("and 16 frames", "and 4 frames")) in said and "and 16 frames" in whole
-  assert {message for clips, message in said if clips == KEPT} == {None}  # as chat: the whole film's
+  assert (
+    (SCENES, whole) in said
+    and (2, whole.replace("and 16 frames", "and 4 frames")) in said
+    and "and 16 frames" in whole
+  )
+  assert {message for clips, message in said if clips == KEPT} == {
+    None
+  }  # as chat: the whole film's

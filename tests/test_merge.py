@@ -11,13 +11,16 @@ def features(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("tokens, target, steps", [
-  (6272, 128, [3136, 1568, 784, 392, 196, 68]),
-  (3136, 64, [1568, 784, 392, 196, 98, 34]),
-  (1568, 128, [784, 392, 196, 68]),
-  (784, 16, [392, 196, 98, 49, 24, 9]),
-  (128, 128, []),
-])
+@pytest.mark.parametrize(
+  "tokens, target, steps",
+  [
+    (6272, 128, [3136, 1568, 784, 392, 196, 68]),
+    (3136, 64, [1568, 784, 392, 196, 98, 34]),
+    (1568, 128, [784, 392, 196, 68]),
+    (784, 16, [392, 196, 98, 49, 24, 9]),
+    (128, 128, []),
+  ],
+)
 def test_steps_are_the_official_ones(tokens, target, steps):
   assert merge_steps(tokens, target) == steps
 
@@ -96,7 +99,10 @@ def test_dtype_is_kept_and_choices_are_made_in_float32():
 
 def test_gradient_is_the_weighted_mean_s():
   x = features(1, 36, 24)
-  size = lambda x: merge_step(x, jnp.ones((1, 36, 1)), 18, 4)[1]
+
+  def size(x):
+    return merge_step(x, jnp.ones((1, 36, 1)), 18, 4)[1]
+
   grad = jax.grad(lambda x: (merge_step(x, jnp.ones((1, 36, 1)), 18, 4)[0] * size(x)).sum())(x)
   np.testing.assert_allclose(grad, np.ones_like(grad), rtol=0, atol=1e-5)
 
@@ -106,5 +112,7 @@ def test_projector_uses_the_exact_gelu(tiny):
   x = features(2, 5, 32)
   hidden = np.asarray(model.fc1(x))
   erf = np.asarray(jax.scipy.special.erf(hidden / np.sqrt(2)))
-  np.testing.assert_allclose(model(x), model.fc2(jnp.asarray(hidden * (1 + erf) / 2)), rtol=0, atol=1e-6)
+  np.testing.assert_allclose(
+    model(x), model.fc2(jnp.asarray(hidden * (1 + erf) / 2)), rtol=0, atol=1e-6
+  )
   assert model(x).shape == (2, 5, 32)

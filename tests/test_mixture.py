@@ -39,23 +39,48 @@ def by_the_book(items, strategy, subset):
   random.seed(42)
   random.shuffle(items)
   items = items[int(len(items) * 0) : int(len(items) * subset)]
-  return [i for i in items if ("image" in i) != ("video" in i) and not isinstance(i.get("image", i.get("video")), list)]
+  return [
+    i
+    for i in items
+    if ("image" in i) != ("video" in i) and not isinstance(i.get("image", i.get("video")), list)
+  ]
 
 
 @pytest.mark.parametrize("subset", [0.25, 1.0])
 @pytest.mark.parametrize(
-  "strategy", ["all", "first:25%", "first:7", "first2:10%", "first2:2.5%", "first2:1%", "first3:4", "first6:10%", "end:9", "end:30%"]
+  "strategy",
+  [
+    "all",
+    "first:25%",
+    "first:7",
+    "first2:10%",
+    "first2:2.5%",
+    "first2:1%",
+    "first3:4",
+    "first6:10%",
+    "end:9",
+    "end:30%",
+  ],
 )
 def test_selection_of_sct(strategy, subset):
   for n in (0, 1, 9, 173):
     items = [{"n": i, "video": f"{i}.mp4"} for i in range(n)]
     for i in range(0, n, 11):
-      items[i] = ({"n": i, "image": ["a", "b"]}, {"n": i, "image": "a", "video": "b"}, {"n": i}, {"n": i, "image": "a"})[i // 11 % 4]
-    assert [items[i] for i in select(items, strategy, subset)[1]] == by_the_book(items, strategy, subset)
+      items[i] = (
+        {"n": i, "image": ["a", "b"]},
+        {"n": i, "image": "a", "video": "b"},
+        {"n": i},
+        {"n": i, "image": "a"},
+      )[i // 11 % 4]
+    assert [items[i] for i in select(items, strategy, subset)[1]] == by_the_book(
+      items, strategy, subset
+    )
 
 
 def test_the_papers_mixture_reads_what_the_release_reads(tmp_path, reference):
-  """The 84 files of the paper's mixture, with other annotations in them; subset 0.25 as in the release."""
+  """The 84 files of the paper's mixture, with other annotations in them; subset 0.25 as in the
+  release.
+  """
   listed = json.loads((reference / "sct_mixture.json").read_text())
   assert len(listed) == 84 and sum(name.endswith(".jsonl") for name, *_ in listed) == 52
   rng = random.Random(7)
@@ -63,38 +88,70 @@ def test_the_papers_mixture_reads_what_the_release_reads(tmp_path, reference):
   for name, strategy, *kind in listed:
     items = []
     for i in range(rng.randint(0, 900)):
-      visual = rng.choice([{"video": f"{i}.mp4"}] * 8 + [{"image": f"{i}.png"}, {"image": ["a", "b"]}, {"video": "v", "image": "i"}, {}])
+      visual = rng.choice(
+        [{"video": f"{i}.mp4"}] * 8
+        + [{"image": f"{i}.png"}, {"image": ["a", "b"]}, {"video": "v", "image": "i"}, {}]
+      )
       items.append({"id": f"{name} {i}", **visual, "conversations": []})
     file = tmp_path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     decoding.write(file, items)
-    datasets.append({"json_path": name, "sampling_strategy": strategy, "data_root": "data/"} | ({"video_read_type": kind[0]} if kind else {}))
+    datasets.append(
+      {"json_path": name, "sampling_strategy": strategy, "data_root": "data/"}
+      | ({"video_read_type": kind[0]} if kind else {})
+    )
     wanted += [item["id"] for item in by_the_book(items, strategy, 0.25)]
   (tmp_path / "paper.yaml").write_text(yaml.safe_dump({"datasets": datasets}))
   jobs, files = read_mixture(tmp_path / "paper.yaml", tmp_path, 0.25)
   assert [job.sample.id for job in jobs] == wanted and len(wanted) > 500
   assert [file.annotation for file in files] == [name for name, *_ in listed]
   assert sum(file.drawn for file in files) > sum(file.selected for file in files) == len(jobs)
-  kinds = {name: {None: "video", "img": "frames", "gif": "gif"}[kind[0] if kind else None] for name, _, *kind in listed}
+  kinds = {
+    name: {None: "video", "img": "frames", "gif": "gif"}[kind[0] if kind else None]
+    for name, _, *kind in listed
+  }
   for job in jobs:
-    assert job.reader == ("img" if job.sample.source.endswith(".png") else kinds[job.sample.annotation])
+    assert job.reader == (
+      "img" if job.sample.source.endswith(".png") else kinds[job.sample.annotation]
+    )
 
 
 def test_the_amounts_of_a_strategy():
-  """Worked out by hand: ceil(173 * 10%) = 18, of which int(18 * 0.25) = 4 are kept; the second tenth has other members than the first."""
+  """Worked out by hand: ceil(173 * 10%) = 18, of which int(18 * 0.25) = 4 are kept; the second
+  tenth has other members than the first.
+  """
   second, first = draw(173, "first2:10%", 0.25), draw(173, "first:10%", 1.0)
   assert len(second) == 4 and len(first) == 18 and not set(first) & set(draw(173, "first2:10%"))
-  assert len(draw(173, "first2:2.5%")) == 5 and len(draw(173, "end:9")) == 9 and len(draw(10, "first6:20%")) == 0
+  assert (
+    len(draw(173, "first2:2.5%")) == 5
+    and len(draw(173, "end:9")) == 9
+    and len(draw(10, "first6:20%")) == 0
+  )
 
 
 def test_selection_leaves_the_random_state_alone(monkeypatch):
   # not by comparing states: the checker of types draws from the same generator
   for name in ("seed", "shuffle"):
-    monkeypatch.setattr(random, name, lambda *a: pytest.fail("the process's own generator was used"))
+    monkeypatch.setattr(
+      random, name, lambda *a: pytest.fail("the process's own generator was used")
+    )
   assert len(select([{"video": "a"}] * 9, "first:3")[1]) == 3
 
 
-@pytest.mark.parametrize("strategy", ["some", "first", "first:", "first:a", "first0:10%", "end2:10%", "first:-3", "last:3", "first:1.5"])
+@pytest.mark.parametrize(
+  "strategy",
+  [
+    "some",
+    "first",
+    "first:",
+    "first:a",
+    "first0:10%",
+    "end2:10%",
+    "first:-3",
+    "last:3",
+    "first:1.5",
+  ],
+)
 def test_unknown_strategy(strategy):
   with pytest.raises(AnnotationError, match="write all, first:100"):
     select([{"video": "a"}] * 9, strategy)
@@ -106,12 +163,27 @@ def test_unknown_strategy(strategy):
     ({"json_path": "none.json"}, r"none\.json can't be read"),
     ({"json-path": "videos.json"}, "json-path is unknown; did you mean json_path"),
     ({"sampling_strategy": "all"}, "dataset 0: json_path is missing"),
-    ({"json_path": "videos.json", "video_read_type": "webm"}, "'webm' is unknown; known: decord, gif, img"),
-    ({"json_path": "videos.json", "video_read_type": ["img"]}, r"video_read_type \['img'\] is unknown"),
-    ({"json_path": "frames.json", "video_read_type": "img", "frame_rate": "3"}, "frame_rate is how many images of a folder .*, not '3'"),
-    ({"json_path": "videos.json", "frame_rate": 3}, "frame_rate is how many images .* beside `video_read_type: img`"),
+    (
+      {"json_path": "videos.json", "video_read_type": "webm"},
+      "'webm' is unknown; known: decord, gif, img",
+    ),
+    (
+      {"json_path": "videos.json", "video_read_type": ["img"]},
+      r"video_read_type \['img'\] is unknown",
+    ),
+    (
+      {"json_path": "frames.json", "video_read_type": "img", "frame_rate": "3"},
+      "frame_rate is how many images of a folder .*, not '3'",
+    ),
+    (
+      {"json_path": "videos.json", "frame_rate": 3},
+      "frame_rate is how many images .* beside `video_read_type: img`",
+    ),
     ({"json_path": "a\0.json"}, "annotations .* can't be read: embedded null"),
-    ({"json_path": "videos.json", "sampling_strategy": "first:x"}, "dataset 0: sampling_strategy 'first:x'"),
+    (
+      {"json_path": "videos.json", "sampling_strategy": "first:x"},
+      "dataset 0: sampling_strategy 'first:x'",
+    ),
   ],
 )
 def test_mixture_errors(world, entry, message):
@@ -120,7 +192,9 @@ def test_mixture_errors(world, entry, message):
     read_mixture(world / "mixture.yaml", world, 1.0)
 
 
-@pytest.mark.parametrize("text", ["", "- a", "\0", "[" * 5000, "datasets:", "datasets: [3]", "a: [", "datasets: {}"])
+@pytest.mark.parametrize(
+  "text", ["", "- a", "\0", "[" * 5000, "datasets:", "datasets: [3]", "a: [", "datasets: {}"]
+)
 def test_not_a_mixture(world, text):
   (world / "mixture.yaml").write_text(text)
   with pytest.raises(AnnotationError, match=r"mixture .*mixture\.yaml"):
@@ -129,20 +203,52 @@ def test_not_a_mixture(world, text):
 
 def unfolding(form: str) -> str:
   """Thirty lines of YAML that stand for 10^30 texts."""
-  return "a0: &a0 {k: v}\n" + "".join(f"a{i}: &a{i} {form.format(', '.join([f'*a{i - 1}'] * 10))}\n" for i in range(1, 31))
+  return "a0: &a0 {k: v}\n" + "".join(
+    f"a{i}: &a{i} {form.format(', '.join([f'*a{i - 1}'] * 10))}\n" for i in range(1, 31)
+  )
 
 
-@pytest.mark.parametrize("text, message", [
-  *((unfolding("[{0}]") + f"datasets:\n- json_path: a\n  {key}: *a30\n", "line 7: its aliases .* stand for more than the 1,048,576 characters") for key in ("data_root", "video_read_type", "sampling_strategy", "frame_rate", "text_samples")),
-  (unfolding("{{<<: [{0}]}}") + "datasets:\n- <<: *a30\n", "its aliases"), ("datasets: &d\n- *d\n", "line 1: something contains itself"),
-  ("datasets:\n- &d\n  <<: *d\n", "line 2: something contains itself"),
-  ("datasets:\n- json_path: videos.json\n  sampling_strategy: 'first:" + "9" * 400 + "%'", "is unknown"),
-  ("datasets:\n- json_path: videos.json\n  sampling_strategy: [all]", r"sampling_strategy must be a text .*, not \['all'\]"),
-  ("datasets:\n- json_path: a\n  data_root: " + "[" * 20 + "]" * 20, r"data_root must be a path, not \[\[\["),
-  ("datasets:\n- json_path: a\n  video_read_type: img\n  frame_rate: 0x" + "f" * 20_000, "not a long int"),
-  ("datasets:\n- json_path: a\n  video_read_type: img\n  frame_rate: 1001", "up to 1000"),
-  ("datasets: !!python/object/apply:os.system ['true']", "constructor"), ("datasets: \udcff", r"line 1: byte 0xff is no UTF-8"), ("#" * (1 << 20) + "\n", "has more than the 1,048,576 bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    *(
+      (
+        unfolding("[{0}]") + f"datasets:\n- json_path: a\n  {key}: *a30\n",
+        "line 7: its aliases .* stand for more than the 1,048,576 characters",
+      )
+      for key in (
+        "data_root",
+        "video_read_type",
+        "sampling_strategy",
+        "frame_rate",
+        "text_samples",
+      )
+    ),
+    (unfolding("{{<<: [{0}]}}") + "datasets:\n- <<: *a30\n", "its aliases"),
+    ("datasets: &d\n- *d\n", "line 1: something contains itself"),
+    ("datasets:\n- &d\n  <<: *d\n", "line 2: something contains itself"),
+    (
+      "datasets:\n- json_path: videos.json\n  sampling_strategy: 'first:" + "9" * 400 + "%'",
+      "is unknown",
+    ),
+    (
+      "datasets:\n- json_path: videos.json\n  sampling_strategy: [all]",
+      r"sampling_strategy must be a text .*, not \['all'\]",
+    ),
+    (
+      "datasets:\n- json_path: a\n  data_root: " + "[" * 20 + "]" * 20,
+      r"data_root must be a path, not \[\[\[",
+    ),
+    (
+      "datasets:\n- json_path: a\n  video_read_type: img\n  frame_rate: 0x" + "f" * 20_000,
+      "not a long int",
+    ),
+    ("datasets:\n- json_path: a\n  video_read_type: img\n  frame_rate: 1001", "up to 1000"),
+    ("datasets: !!python/object/apply:os.system ['true']", "constructor"),
+    ("datasets: \udcff", r"line 1: byte 0xff is no UTF-8"),
+    ("#" * (1 << 20) + "\n", "has more than the 1,048,576 bytes"),
+  ],
+)
 def test_a_mixture_that_unfolds_without_end_is_refused(world, text, message):
   decoding.write(world / "videos.json", [])
   (world / "mixture.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -153,8 +259,13 @@ def test_a_mixture_that_unfolds_without_end_is_refused(world, text, message):
 
 def test_aliases_of_a_mixture_are_followed_within_it(world):
   decoding.write(world / "videos.json", [])
-  (world / "mixture.yaml").write_text("datasets:\n- &first {json_path: videos.json, data_root: &root videos}\n- <<: *first\n  sampling_strategy: first:1\n  data_root: *root\n")
-  assert [file.annotation for file in read_mixture(world / "mixture.yaml", world, 1.0)[1]] == ["videos.json"] * 2
+  (world / "mixture.yaml").write_text(
+    "datasets:\n- &first {json_path: videos.json, data_root: &root videos}\n- <<: *first\n  "
+    "sampling_strategy: first:1\n  data_root: *root\n"
+  )
+  assert [file.annotation for file in read_mixture(world / "mixture.yaml", world, 1.0)[1]] == [
+    "videos.json"
+  ] * 2
 
 
 @pytest.mark.parametrize("key", ["id", "video", "start", "conversations", "messages"])
@@ -210,8 +321,6 @@ def test_relative_paths_start_from_root(tmp_path, monkeypatch):
   assert len(jobs) == 7 and not any(job.faults for job in jobs) and len(files) == 5
 
 
-
-
 def read_one(world, items, **entry):
   decoding.write(world / "videos.json", items)
   mixture(world, {"json_path": "videos.json"} | entry)
@@ -225,35 +334,73 @@ def test_what_is_null_is_not_there_and_a_list_of_one_is_that(world):
     (world / "videos" / name).touch()
   blank = {"id": None, "start": None, "end": None}
   items = [
-    {"video": "v0.mp4", "image": None}, {"video": None, "image": "a.png"}, {"video": ["v0.mp4"], "image": []}, {"videos": ["v0.mp4"], "images": None},
-    {"video": None, "image": None}, {"image": ["a.png", "a.png"]}, {"video": "v0.mp4", "image": "a.png"}, {},
-    {"video": "v0.mp4", "image": math.nan, "start": math.nan}, {"video": "", "image": "a.png"}, {"image": [None, "a.png"]},
-  ]  # fmt: skip
+    {"video": "v0.mp4", "image": None},
+    {"video": None, "image": "a.png"},
+    {"video": ["v0.mp4"], "image": []},
+    {"videos": ["v0.mp4"], "images": None},
+    {"video": None, "image": None},
+    {"image": ["a.png", "a.png"]},
+    {"video": "v0.mp4", "image": "a.png"},
+    {},
+    {"video": "v0.mp4", "image": math.nan, "start": math.nan},
+    {"video": "", "image": "a.png"},
+    {"image": [None, "a.png"]},
+  ]
   items = [blank | item | {"conversations": decoding.talk()} for item in items]
   jobs, (file,) = read_one(world, items)
-  assert {job.sample.position: (job.sample.source.rpartition("/")[2], job.reader) for job in jobs} == {
-    0: ("v0.mp4", "video"), 1: ("a.png", "img"), 2: ("v0.mp4", "video"), 3: ("v0.mp4", "video"),
-    8: ("v0.mp4", "video"), 9: ("a.png", "img"), 10: ("a.png", "img"),
-  }  # fmt: skip
-  assert not any(job.faults for job in jobs) and {job.sample.id for job in jobs} == {"0", "1", "2", "3", "8", "9", "10"}
-  assert file.passed == ((4, "text alone"), (5, "several images or videos"), (6, "several images or videos"), (7, "text alone"))
+  assert {
+    job.sample.position: (job.sample.source.rpartition("/")[2], job.reader) for job in jobs
+  } == {
+    0: ("v0.mp4", "video"),
+    1: ("a.png", "img"),
+    2: ("v0.mp4", "video"),
+    3: ("v0.mp4", "video"),
+    8: ("v0.mp4", "video"),
+    9: ("a.png", "img"),
+    10: ("a.png", "img"),
+  }
+  assert not any(job.faults for job in jobs) and {job.sample.id for job in jobs} == {
+    "0",
+    "1",
+    "2",
+    "3",
+    "8",
+    "9",
+    "10",
+  }
+  assert file.passed == (
+    (4, "text alone"),
+    (5, "several images or videos"),
+    (6, "several images or videos"),
+    (7, "text alone"),
+  )
 
 
 def test_text_alone_is_taken_where_a_mixture_wants_it(world):
-  items = [{"conversations": decoding.talk("What?")}, {"video": None, "conversations": decoding.talk("<image> What?")}]
+  items = [
+    {"conversations": decoding.talk("What?")},
+    {"video": None, "conversations": decoding.talk("<image> What?")},
+  ]
   jobs, (file,) = read_one(world, items, text_samples=True)
-  assert file.passed == () and [job.reader for job in jobs] == [None, None] and [job.sample.source for job in jobs] == ["", ""]
+  assert (
+    file.passed == ()
+    and [job.reader for job in jobs] == [None, None]
+    and [job.sample.source for job in jobs] == ["", ""]
+  )
   faults = {job.sample.position: job.faults for job in jobs}
   assert faults[0] == () and "1 <image> in a conversation that needs 0" in faults[1][0]
   with pytest.raises(AnnotationError, match="text_samples must be true or false, not 'yes'"):
     read_one(world, items, text_samples="yes")
 
 
-@pytest.mark.parametrize("talk", [
-  [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}],
-  [{"role": "user", "content": "<video>\nWhat?"}, {"role": "assistant", "content": "That."}],
-  [{"from": "user", "value": "<image>\nWhat?"}, {"from": "assistant", "value": "That."}],
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "talk",
+  [
+    [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}],
+    [{"role": "user", "content": "<video>\nWhat?"}, {"role": "assistant", "content": "That."}],
+    [{"from": "user", "value": "<image>\nWhat?"}, {"from": "assistant", "value": "That."}],
+  ],
+)
 @pytest.mark.parametrize("key", ["conversations", "messages"])
 def test_conversations_in_the_words_of_others(world, talk, key):
   (world / "videos").mkdir()
@@ -262,15 +409,39 @@ def test_conversations_in_the_words_of_others(world, talk, key):
   assert job.faults == () and list(job.sample.conversations) == decoding.talk("<image>\nWhat?")
 
 
-@pytest.mark.parametrize("talk, fault", [
-  ([{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}], "turn 1, an answer, is empty: write one, or leave out its question, too"),
-  ([{"from": "human", "value": "<video>\n<image>"}, {"from": "gpt", "value": "A"}], "turn 0 has <video> beside <image>, or several: write <image> once"),
-  ([{"from": "human", "value": "<video><video>"}, {"from": "gpt", "value": "A"}], "0 <image> in a conversation that needs 1"),
-  ([{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "A"}], 'turn 0 must be {"from": ..., "value": ...}'),
-  ([{"role": ["user"], "content": "<image>"}, {"role": "assistant", "content": "A"}], 'turn 0 must be {"from": ..., "value": ...}'),
-  ([{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "A"}], "turn 0 is from 'system'; known: human, gpt"),
-  ("What?", "an annotation needs conversations, a list of turns"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "talk, fault",
+  [
+    (
+      [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}],
+      "turn 1, an answer, is empty: write one, or leave out its question, too",
+    ),
+    (
+      [{"from": "human", "value": "<video>\n<image>"}, {"from": "gpt", "value": "A"}],
+      "turn 0 has <video> beside <image>, or several: write <image> once",
+    ),
+    (
+      [{"from": "human", "value": "<video><video>"}, {"from": "gpt", "value": "A"}],
+      "0 <image> in a conversation that needs 1",
+    ),
+    (
+      [
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "assistant", "content": "A"},
+      ],
+      'turn 0 must be {"from": ..., "value": ...}',
+    ),
+    (
+      [{"role": ["user"], "content": "<image>"}, {"role": "assistant", "content": "A"}],
+      'turn 0 must be {"from": ..., "value": ...}',
+    ),
+    (
+      [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "A"}],
+      "turn 0 is from 'system'; known: human, gpt",
+    ),
+    ("What?", "an annotation needs conversations, a list of turns"),
+  ],
+)
 def test_conversations_that_are_none_are_named(world, talk, fault):
   (world / "videos").mkdir()
   (world / "videos" / "v0.mp4").touch()
@@ -281,5 +452,8 @@ def test_conversations_that_are_none_are_named(world, talk, fault):
 def test_a_mixture_that_lies_in_the_root_is_pointed_to(world, tmp_path_factory, monkeypatch):
   mixture(world, {"json_path": "videos.json"})
   monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-  with pytest.raises(AnnotationError, match=rf"mixture mixture\.yaml can't be read: .*; there is {world}/mixture\.yaml: give that"):
+  with pytest.raises(
+    AnnotationError,
+    match=rf"mixture mixture\.yaml can't be read: .*; there is {world}/mixture\.yaml: give that",
+  ):
     read_mixture("mixture.yaml", world, 1.0)

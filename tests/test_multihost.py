@@ -1,4 +1,6 @@
-"""Two processes of one run, connected on this machine: they read and train what one process would."""
+"""Two processes of one run, connected on this machine: they read and train what one process
+would.
+"""
 
 import dataclasses
 import hashlib
@@ -22,12 +24,19 @@ from xcomp_jax.sharding import AXES
 
 
 def note_batches(place, out):
-  """train.place that also adds to `out` the samples of every global batch, and a hash of all its arrays."""
+  """train.place that also adds to `out` the samples of every global batch, and a hash of all its
+  arrays.
+  """
 
   def placing(batch, mesh):
     placed = place(batch, mesh)
-    whole = [np.asarray(multihost_utils.process_allgather(leaf, tiled=True)) for leaf in jax.tree.leaves(placed)]
-    digest = hashlib.sha256(b"".join(f"{x.dtype}{x.shape}".encode() + x.tobytes() for x in whole)).hexdigest()
+    whole = [
+      np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+      for leaf in jax.tree.leaves(placed)
+    ]
+    digest = hashlib.sha256(
+      b"".join(f"{x.dtype}{x.shape}".encode() + x.tobytes() for x in whole)
+    ).hexdigest()
     out.append((whole[-1].ravel().tolist(), digest))
     return placed
 
@@ -35,18 +44,26 @@ def note_batches(place, out):
 
 
 def one_of_two(port, number, config, out, order):
-  """A process of two: trains, its devices in that order in the mesh, and writes what it read and how it ended."""
+  """A process of two: trains, its devices in that order in the mesh, and writes what it read and
+  how it ended.
+  """
   jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
   noted, local, result, said = [], [], None, None
   place = note_batches(train.place, noted)
   if order:
-    train.make_mesh = lambda mesh, _: Mesh(np.array(jax.devices())[list(map(int, order))].reshape(1, -1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    train.make_mesh = lambda mesh, _: Mesh(
+      np.array(jax.devices())[list(map(int, order))].reshape(1, -1, 1, 1),
+      AXES,
+      axis_types=(AxisType.Auto,) * 4,
+    )
   train.place = lambda batch, mesh: (local.append(batch.index.size), place(batch, mesh))[1]
   try:
     result = train.run(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
   except ValueError as error:
     said = str(error)
-  pathlib.Path(out).write_text(json.dumps({"noted": noted, "local": local, "result": result, "said": said}))
+  pathlib.Path(out).write_text(
+    json.dumps({"noted": noted, "local": local, "result": result, "said": said})
+  )
 
 
 def two(tmp_path, *configs, devices=1, order=""):
@@ -59,8 +76,16 @@ def two(tmp_path, *configs, devices=1, order=""):
   processes = []
   for number, config in enumerate(configs):
     (tmp_path / f"config{number}").write_text(json.dumps(to_dict(config)))
-    arguments = [str(port), str(number), str(tmp_path / f"config{number}"), str(tmp_path / f"out{number}"), order]
-    processes.append(subprocess.Popen([sys.executable, __file__, *arguments], cwd=root, env=environment))
+    arguments = [
+      str(port),
+      str(number),
+      str(tmp_path / f"config{number}"),
+      str(tmp_path / f"out{number}"),
+      order,
+    ]
+    processes.append(
+      subprocess.Popen([sys.executable, __file__, *arguments], cwd=root, env=environment)
+    )
   try:
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
   finally:
@@ -70,29 +95,43 @@ def two(tmp_path, *configs, devices=1, order=""):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, axis", [("frames", "tensor"), ("features", "fsdp")])  # the same rows in both; half in each
-def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, monkeypatch, kind, axis):
+@pytest.mark.parametrize(
+  "kind, axis", [("frames", "tensor"), ("features", "fsdp")]
+)  # the same rows in both; half in each
+def test_two_processes_go_on_with_a_run_of_one(
+  tiny_run, features, tmp_path, monkeypatch, kind, axis
+):
   data = {"data.train": features} if kind == "features" else {}
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 1, "tensor": 1} | {axis: 2}, **data)
   noted, losses, original = [], [], train.metrics.line
   monkeypatch.setattr(train, "devices", lambda: jax.devices()[:2])
   monkeypatch.setattr(train, "place", note_batches(train.place, noted))
-  monkeypatch.setattr(train.metrics, "line", lambda step, *rest: (losses.append(rest[1]["loss"]), original(step, *rest))[1])
+  monkeypatch.setattr(
+    train.metrics,
+    "line",
+    lambda step, *rest: (losses.append(rest[1]["loss"]), original(step, *rest))[1],
+  )
   assert train.run(config)["step"] == 4
   shutil.copytree(tmp_path / "one", tmp_path / "two")
   shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
-  ways = two(tmp_path, *(dataclasses.replace(config, workdir=str(tmp_path / "two")) for _ in range(2)))
+  ways = two(
+    tmp_path, *(dataclasses.replace(config, workdir=str(tmp_path / "two")) for _ in range(2))
+  )
   for way in ways:
     assert way["said"] is None and way["result"]["step"] == 4
     batches = [(samples, digest) for samples, digest in way["noted"]]
-    assert 0 < len(batches) < len(noted) and batches == noted[-len(batches) :]  # the same global batches, bit by bit
+    assert (
+      0 < len(batches) < len(noted) and batches == noted[-len(batches) :]
+    )  # the same global batches, bit by bit
     assert way["local"] == [len(samples) // (2 if axis == "fsdp" else 1) for samples, _ in batches]
     assert sum(i >= 0 for samples, _ in batches for i in samples) == 2 * 3
     np.testing.assert_allclose(way["result"]["loss"], np.mean(losses[2:]), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_rows_scattered_over_the_hosts_are_the_same_samples_and_losses(tiny_run, tmp_path, monkeypatch):
+def test_rows_scattered_over_the_hosts_are_the_same_samples_and_losses(
+  tiny_run, tmp_path, monkeypatch
+):
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 4, "tensor": 1})
   noted = []
   monkeypatch.setattr(train, "devices", lambda: jax.devices()[:4])
@@ -111,7 +150,10 @@ def test_two_processes_that_differ_are_refused_by_both(tiny_run, features, tmp_p
   config = tiny_run(tmp_path / "w", mesh={"data": 1, "fsdp": 2, "tensor": 1})
   other = dataclasses.replace(config, seed=1, data=dataclasses.replace(config.data, train=features))
   for way in two(tmp_path, config, other):
-    assert "the processes of this run differ: identity of the data in config.data.train in process 0" in way["said"]
+    assert (
+      "the processes of this run differ: identity of the data in config.data.train in process 0"
+      in way["said"]
+    )
     assert "; config.seed in process 0 is 0, in process 1 1. Give all of them" in way["said"]
   assert not (tmp_path / "w").exists()
 
@@ -120,7 +162,10 @@ def test_two_processes_that_differ_are_refused_by_both(tiny_run, features, tmp_p
 def test_a_workdir_that_is_not_shared_is_refused_by_both(tiny_run, tmp_path, monkeypatch):
   config = tiny_run(tmp_path / "a", mesh={"data": 1, "fsdp": 2, "tensor": 1})
   for way in two(tmp_path, config, dataclasses.replace(config, workdir=str(tmp_path / "b"))):
-    assert "is not one folder for all processes: process 1 can't see what process 0 writes there; set it to a shared" in way["said"]
+    assert (
+      "is not one folder for all processes: process 1 can't see what process 0 writes there; set "
+      "it to a shared" in way["said"]
+    )
   assert not list(tmp_path.glob("?/.shared*"))
 
 

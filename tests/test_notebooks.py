@@ -22,21 +22,34 @@ def test_every_notebook_is_a_pair():
 @pytest.mark.parametrize("name", notebooks.NAMES)
 def test_a_notebook_is_what_its_text_says_without_outputs(name):
   written = (ROOT / "notebooks" / f"{name}.ipynb").read_text()
-  assert written == notebooks.pair(name), f"notebooks/{name}.ipynb and .py differ: edit the .py, then docs/notebooks.py --pair"
+  assert written == notebooks.pair(name), (
+    f"notebooks/{name}.ipynb and .py differ: edit the .py, then docs/notebooks.py --pair"
+  )
   notebook = json.loads(written)
   assert notebook["metadata"]["kernelspec"]["name"] == "python3"
-  assert all(not cell["outputs"] and cell["execution_count"] is None for cell in notebook["cells"] if cell["cell_type"] == "code")
-  assert len(written) < 40_000 and not re.search(r"(^|[\"'\s])/(home|root|work|tmp|Users|content)/", written)
+  assert all(
+    not cell["outputs"] and cell["execution_count"] is None
+    for cell in notebook["cells"]
+    if cell["cell_type"] == "code"
+  )
+  assert len(written) < 40_000 and not re.search(
+    r"(^|[\"'\s])/(home|root|work|tmp|Users|content)/", written
+  )
 
 
 def test_all_notebooks_install_the_same_way_first():
-  cells = {name: next(c for c in notebooks.read(name).cells if c.cell_type == "code") for name in notebooks.NAMES}
+  cells = {
+    name: next(c for c in notebooks.read(name).cells if c.cell_type == "code")
+    for name in notebooks.NAMES
+  }
   assert len({cell.source for cell in cells.values()}) == 1
   assert all(cell.metadata.tags == ["install"] for cell in cells.values())
   owner = re.search(r'REPOSITORY = "https://github.com/(\S+)"', cells["ask"].source)[1]
   for name in notebooks.NAMES:
     title = notebooks.read(name).cells[0].source
-    assert f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}.ipynb" in title
+    assert (
+      f"https://colab.research.google.com/github/{owner}/blob/main/notebooks/{name}.ipynb" in title
+    )
 
 
 def test_unknown_values_are_refused():
@@ -46,7 +59,9 @@ def test_unknown_values_are_refused():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A function (name, then, **values): runs a notebook on one device in a folder of its own, and sees to its pictures."""
+  """A function (name, then, **values): runs a notebook on one device in a folder of its own, and
+  sees to its pictures.
+  """
   folder = tmp_path_factory.mktemp("notebooks")
 
   def execute(name, then, pictures, **values):
@@ -54,7 +69,9 @@ def run(tmp_path_factory):
     done = notebooks.execute(name, {"out": str(folder / name)} | values, then, env)
     found = notebooks.pictures(done)
     assert set(found) == set(pictures)
-    assert all(len(set(picture.convert("L").tobytes())) > 3 for picture in found.values())  # not empty
+    assert all(
+      len(set(picture.convert("L").tobytes())) > 3 for picture in found.values()
+    )  # not empty
     return folder / name
 
   return execute
@@ -67,8 +84,19 @@ def tuned(run):
 losses = [loss for _, loss in seen["train"]]
 assert len(losses) == result["step"] == steps and sum(losses[-6:]) < sum(losses[:6]), losses
 assert [step for step, _ in seen["heldout"]] == [0, 12, 24] and all(len(one) == heldout for one in right.values())
-"""
-  return run("tune", then, ["videos", "learning", "accuracy"], videos=192, heldout=24, steps=24, looks=2) / "export"
+"""  # noqa: E501
+  return (
+    run(
+      "tune",
+      then,
+      ["videos", "learning", "accuracy"],
+      videos=192,
+      heldout=24,
+      steps=24,
+      looks=2,
+    )
+    / "export"
+  )
 
 
 @pytest.mark.slow
@@ -86,8 +114,14 @@ for name, share in shares.items():
 same, apart = against["not tuned", "none"]
 assert same.all() and np.abs(apart).max() < 1e-5
 assert against["not tuned", "one"][1].mean() > against["not tuned", "0.9"][1].mean() > 1e-4
-"""
-  run("inside", then, ["schedule", "places", "flow", "kept", "agreement"], videos=4, tuned=str(tuned))
+"""  # noqa: E501
+  run(
+    "inside",
+    then,
+    ["schedule", "places", "flow", "kept", "agreement"],
+    videos=4,
+    tuned=str(tuned),
+  )
 
 
 @pytest.mark.slow
@@ -106,16 +140,31 @@ assert [answer.text in tuple("ABCD") for _, answer in answers] == [True] * 4
 assert all(len(answer.selection.frames) == frames for _, answer in answers)
 assert (out / "report.html").stat().st_size > 10_000
 """
-  run("ask", then, ["relevance", "thumbnails", "spent"], checkpoint="assets/tiny", scenes=16, frames=32)
+  run(
+    "ask",
+    then,
+    ["relevance", "thumbnails", "spent"],
+    checkpoint="assets/tiny",
+    scenes=16,
+    frames=32,
+  )
 
 
 @pytest.mark.slow
 def test_convert(run, reference, tmp_path):
-  for name in ("config.json", "model.safetensors", "vision.npz", "llm.npz", "qc_scores.npz"):  # the others take minutes
+  for name in (
+    "config.json",
+    "model.safetensors",
+    "vision.npz",
+    "llm.npz",
+    "qc_scores.npz",
+  ):  # the others take minutes
     (tmp_path / name).symlink_to(reference / "dev" / name)
   then = """
 assert sum(row.result == "pass" for row in rows) > 20 and not any(row.result == "FAIL" for row in rows)
 assert same and apart < 1e-6 and equal == len(kept) == len(stored)
-"""
+"""  # noqa: E501
   folder = run("convert", then, ["parity"], vectors=str(tmp_path))
-  assert (folder / "torch" / "model.safetensors").exists() and (folder / "orbax" / "params").is_dir()
+  assert (folder / "torch" / "model.safetensors").exists() and (
+    folder / "orbax" / "params"
+  ).is_dir()

@@ -29,7 +29,10 @@ class Slots:
   transfers: int = 3000
 
   def price(self, shape):
-    return shape.rows // self.groups * (shape.samples * shape.prefix + 8 * shape.frames + shape.text), self.transfers
+    return (
+      shape.rows // self.groups * (shape.samples * shape.prefix + 8 * shape.frames + shape.text),
+      self.transfers,
+    )
 
 
 def costs(lengths, groups: int = 2) -> Slots:
@@ -70,7 +73,9 @@ def test_a_step_is_packed_the_same_alone_and_among_others():
   together = packing.pack_steps(lengths, steps, SHAPES, costs(lengths))
   assert together == packing.pack_steps(lengths, steps, SHAPES[::-1], costs(lengths))
   as_samples = [Length(*map(int, row)) for row in lengths]
-  assert together == [packing.pack_steps(as_samples, [ids], SHAPES, costs(lengths))[0] for ids in steps]
+  assert together == [
+    packing.pack_steps(as_samples, [ids], SHAPES, costs(lengths))[0] for ids in steps
+  ]
   among_larger = packing.pack_steps(lengths, [*steps, range(600)], SHAPES, costs(lengths))
   assert together == among_larger[:-1]
 
@@ -78,17 +83,27 @@ def test_a_step_is_packed_the_same_alone_and_among_others():
 def test_samples_that_fit_one_shape_only_get_it():
   lengths = np.array([[1024, 8, 14, 3200]] * 5 + [[1, 1, 14, 30]] * 5 + [[0, 1, 0, 1500]] * 2)
   for shapes in (SHAPES, SHAPES[:1]):
-    check(lengths, range(12), packing.pack_steps(lengths, [range(12)], shapes, costs(lengths))[0], shapes)
+    check(
+      lengths,
+      range(12),
+      packing.pack_steps(lengths, [range(12)], shapes, costs(lengths))[0],
+      shapes,
+    )
 
 
 def test_the_load_of_row_groups_is_evened_out():
   lengths = np.array([[512, 8, 14, 30]] * 2 + [[128, 8, 14, 30]] * 4)
-  (micro,) = packing.pack_steps(lengths, [range(6)], [Shape(2, 6, 16, 1024, 500)], costs(lengths))[0]
+  (micro,) = packing.pack_steps(lengths, [range(6)], [Shape(2, 6, 16, 1024, 500)], costs(lengths))[
+    0
+  ]
   assert [sorted(lengths[list(row), 0]) for row in micro.rows] == [[128, 128, 512]] * 2
 
 
 def test_transfers_decide_how_many_micro_batches_there_are():
-  lengths, shapes = np.array([[96, 8, 14, 30]] * 6), (Shape(1, 2, 16, 200, 80), Shape(1, 8, 16, 1000, 400))
+  lengths, shapes = (
+    np.array([[96, 8, 14, 30]] * 6),
+    (Shape(1, 2, 16, 200, 80), Shape(1, 8, 16, 1000, 400)),
+  )
   counts = []
   for transfers in (0, 10_000):
     prices = Slots(1, np.zeros(6, np.int64), transfers)
@@ -121,17 +136,26 @@ def test_data_of_one_kind_has_shapes_too(kind):
   room = dataclasses.replace(ROOM, frames=1024)
   shapes, _ = packing.choose_shapes(lengths, 8, room, costs(lengths), sweeps=1)
   assert packing.fits(lengths, shapes)
-  check(lengths, range(64), packing.pack_steps(lengths, [range(64)], shapes, costs(lengths))[0], shapes)
+  check(
+    lengths,
+    range(64),
+    packing.pack_steps(lengths, [range(64)], shapes, costs(lengths))[0],
+    shapes,
+  )
 
 
 def test_shapes_of_a_config():
   assert packing.named_shapes([(4, 8, 1024, 512), (2, 1, 8192, 64)], ROOM) == (
-    Shape(2, 1, 16, 8192, 64), Shape(4, 8, 16, 1024, 512)
+    Shape(2, 1, 16, 8192, 64),
+    Shape(4, 8, 16, 1024, 512),
   )  # larger than those that are chosen may be
   for sizes, words in (
     ((3, 8, 1024, 512), "3 rows can't be split over data x fsdp = 2"),
     ((2, 8, 1022, 512), "1022 frames can't be split over context = 4; it takes a multiple of 4"),
-    ((2, 8, 1024, 510), r"the 638 token slots .* \(8 x 16 \+ 510\) can't be split over context = 4"),
+    (
+      (2, 8, 1024, 510),
+      r"the 638 token slots .* \(8 x 16 \+ 510\) can't be split over context = 4",
+    ),
   ):
     with pytest.raises(ConfigError, match=words):
       packing.named_shapes([sizes], ROOM)
@@ -143,7 +167,9 @@ def test_shapes_of_a_config():
 
 def test_rows_of_one_sample_where_each_keeps_other_places():
   lengths = mixture(64)
-  shapes, _ = packing.choose_shapes(lengths, 8, dataclasses.replace(ROOM, samples=1), costs(lengths), sweeps=1)
+  shapes, _ = packing.choose_shapes(
+    lengths, 8, dataclasses.replace(ROOM, samples=1), costs(lengths), sweeps=1
+  )
   assert {shape.samples for shape in shapes} == {1}
   micros = packing.pack_steps(lengths, [range(16)], shapes, costs(lengths))[0]
   assert all(len(row) <= 1 for micro in micros for row in micro.rows)
@@ -153,26 +179,38 @@ def test_samples_that_fit_nothing_are_named():
   lengths = mixture(20)
   lengths[3, 3], lengths[7, 2] = 5000, 20
   lengths[10:18, 3] = 4000
-  with pytest.raises(ConfigError, match="prefix_length = 16; make it 20: sample 7 has 20 tokens before"):
+  with pytest.raises(
+    ConfigError, match="prefix_length = 16; make it 20: sample 7 has 20 tokens before"
+  ):
     packing.check_fit(lengths, 16)
   lengths[7, 2] = 14
-  with pytest.raises(ConfigError, match=r"1,024 frames with 3,200 .* the most, [\d,]+ and 5,000, or .*: sample 3 has .* 5,000 tokens; .*; and \d more"):
+  with pytest.raises(
+    ConfigError,
+    match=(
+      r"1,024 frames with 3,200 .* the most, [\d,]+ and 5,000, or .*: sample 3 has .* 5,000 "
+      r"tokens; .*; and \d more"
+    ),
+  ):
     packing.check_fit(lengths, 16, SHAPES)
 
 
 def test_the_release_orders_samples_only_within_a_step():
-  """FACTS.md 14: the sampler's megabatch is world size x accumulation samples of batch one, a step."""
+  """FACTS.md 14: the sampler's megabatch is world size x accumulation samples of batch one, a
+  step.
+  """
   rng, size = np.random.default_rng(0), 32
   lengths = mixture(3200)
   kind, total = lengths[:, 1] > 1, lengths[:, 0] + lengths[:, 3]
-  # The rule: a random order is cut into megabatches, each is sorted by length, and each worker takes its share.
+  # The rule: a random order is cut into megabatches, each is sorted by length, and each worker
+  # takes its share.
   shuffled = rng.permutation(3200)
   mega = [shuffled[i : i + size] for i in range(0, 3200, size)]
   release = [sorted(ids, key=lambda i: -total[i]) for ids in mega]
   ours = batches(3200, size, seed=1)
   for steps in (release, ours):
     assert sorted(itertools.chain(*steps)) == list(range(3200))
-    # Steps are random: images in each are binomial, and neither length nor kind goes with the step's number.
+    # Steps are random: images in each are binomial, and neither length nor kind goes with the
+    # step's number.
     images = np.array([size - kind[step].sum() for step in steps])
     assert (images > 0).mean() > 0.95  # so that most steps mix both kinds
     assert 0.5 < images.var() / (size * kind.mean() * (1 - kind.mean())) < 2

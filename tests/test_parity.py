@@ -13,15 +13,39 @@ from xcomp_jax.comparison import ParityError, compare, show
 from xcomp_jax.config import LPCompConfig
 
 TENSORS = "model.vision_tower.vision_tower"
-# Every stage of the command; `python -m xcomp_jax.parity` on the whole directory compares more arrays of each.
+# Every stage of the command; `python -m xcomp_jax.parity` on the whole directory compares more
+# arrays of each.
 STAGES = (
-  "vision: position tables", "vision: patch embedding", "vision: block 1", "vision: tower", "vision: merge steps",
-  "vision: merge 0, partner, order, size", "vision: merge 1, x", "vision: merge 1, partner, order, size",
-  "vision: projector", "vision_local4: merge 1, partner, order, size", "vision_local4: merged tokens",
-  "inserted sequence", "state entering layer 22", "state entering layer 24", "layer outputs", "final norm", "logits",
-  "cache lengths", "cached keys and values", "prefill positions", "decode positions", "greedy tokens",
-  "decode logits", "training loss", "training labels", "gradients", "gradient norms", "QC-Comp: scores_default",
-  "QC-Comp: scores_segments_8_4", "QC-Comp: scores_segments_4_2",
+  "vision: position tables",
+  "vision: patch embedding",
+  "vision: block 1",
+  "vision: tower",
+  "vision: merge steps",
+  "vision: merge 0, partner, order, size",
+  "vision: merge 1, x",
+  "vision: merge 1, partner, order, size",
+  "vision: projector",
+  "vision_local4: merge 1, partner, order, size",
+  "vision_local4: merged tokens",
+  "inserted sequence",
+  "state entering layer 22",
+  "state entering layer 24",
+  "layer outputs",
+  "final norm",
+  "logits",
+  "cache lengths",
+  "cached keys and values",
+  "prefill positions",
+  "decode positions",
+  "greedy tokens",
+  "decode logits",
+  "training loss",
+  "training labels",
+  "gradients",
+  "gradient norms",
+  "QC-Comp: scores_default",
+  "QC-Comp: scores_segments_8_4",
+  "QC-Comp: scores_segments_4_2",
 )
 
 
@@ -35,19 +59,31 @@ def linked(source, target, *without):
 
 @pytest.fixture(scope="module")
 def rows(reference, tmp_path_factory):
-  return checked(reference, tmp_path_factory.mktemp("dev"), "vision", "vision_local4", "llm", "train", "qc_scores")
+  return checked(
+    reference,
+    tmp_path_factory.mktemp("dev"),
+    "vision",
+    "vision_local4",
+    "llm",
+    "train",
+    "qc_scores",
+  )
 
 
 def checked(reference, target, *recorded):
   """Rows of the stages that these files of arrays allow, by name."""
-  others = {f.name for f in (reference / "dev").glob("*.npz")} - {f"{name}.npz" for name in recorded}
+  others = {f.name for f in (reference / "dev").glob("*.npz")} - {
+    f"{name}.npz" for name in recorded
+  }
   return {row.stage: row for row in parity.check(linked(reference / "dev", target, *others))}
 
 
 @pytest.mark.slow
 def test_the_official_chat_selects_the_same_frames_and_answers_the_same(reference, tmp_path):
   rows = [row for row in checked(reference, tmp_path, "qc_chat").values() if row.arrays]
-  assert [row.stage for row in rows] == [f"QC-Comp: {n}" for n in ("rounds", "round_scores", "selected frames", "answer")]
+  assert [row.stage for row in rows] == [
+    f"QC-Comp: {n}" for n in ("rounds", "round_scores", "selected frames", "answer")
+  ]
   assert all(row.result == "pass" for row in rows), rows
 
 
@@ -74,17 +110,31 @@ TOWER = ("first positions", "tower", "tower, image")
 
 
 def internvideo2(reference, target, name="dev", **changes):
-  """A directory with the recorded InternVideo2 tower, its arrays named after a set `name`; "" leaves the prefix out."""
+  """A directory with the recorded InternVideo2 tower, its arrays named after a set `name`; ""
+  leaves the prefix out.
+  """
   target.mkdir(exist_ok=True)
-  (target / f"{name or 'any'}.safetensors").symlink_to(reference / "internvideo2_tiny" / "dev.safetensors")
-  recorded = {key.removeprefix("dev:"): array for key, array in np.load(reference / "internvideo2_tiny" / "vectors.npz").items()}
-  np.savez(target / "vectors.npz", **{f"{name}:{key}".lstrip(":"): array for key, array in (recorded | changes).items()})
+  (target / f"{name or 'any'}.safetensors").symlink_to(
+    reference / "internvideo2_tiny" / "dev.safetensors"
+  )
+  recorded = {
+    key.removeprefix("dev:"): array
+    for key, array in np.load(reference / "internvideo2_tiny" / "vectors.npz").items()
+  }
+  np.savez(
+    target / "vectors.npz",
+    **{f"{name}:{key}".lstrip(":"): array for key, array in (recorded | changes).items()},
+  )
   return target
 
 
 @pytest.mark.parametrize("name", ["other", ""])
 def test_internvideo2_equals_the_official_tower(reference, tmp_path, name):
-  rows = {row.stage: row for row in parity.check(internvideo2(reference, tmp_path / "some", name)) if row.arrays}
+  rows = {
+    row.stage: row
+    for row in parity.check(internvideo2(reference, tmp_path / "some", name))
+    if row.arrays
+  }
   assert list(rows) == [f"some {name}".rstrip() + f": {stage}" for stage in TOWER]
   assert all(row.result == "pass" for row in rows.values()), rows
 
@@ -92,7 +142,9 @@ def test_internvideo2_equals_the_official_tower(reference, tmp_path, name):
 def test_internvideo2_beside_a_whole_model(reference, tmp_path, capsys):
   for name in ("config.json", "model.safetensors"):
     (tmp_path / name).symlink_to(reference / "dev" / name)
-  recorded = np.load(reference / "internvideo2_tiny" / "vectors.npz")["dev:tower_out_image"] + np.float32(2e-4)
+  recorded = np.load(reference / "internvideo2_tiny" / "vectors.npz")[
+    "dev:tower_out_image"
+  ] + np.float32(2e-4)
   internvideo2(reference, tmp_path / "internvideo2_tiny", tower_out_image=recorded)
   code, said = run(tmp_path, capsys)
   assert code == 1 and "2 stages pass, 1 fail" in said.out
@@ -114,7 +166,10 @@ def test_bad_directories_of_a_tower_are_named(reference, tmp_path, capsys):
   (lacking / "dev.safetensors").unlink()
   del tensors[f"{TENSORS}.blocks.1.ls2.weight"]
   save_file(tensors, lacking / "dev.safetensors")
-  assert f"does not hold the model that its vectors.npz describes:\n  1 missing: {TENSORS}.blocks.1.ls2.weight" in error(lacking)
+  assert (
+    f"does not hold the model that its vectors.npz describes:\n  1 missing: "
+    f"{TENSORS}.blocks.1.ls2.weight" in error(lacking)
+  )
   del tensors[f"{TENSORS}.pos_embed"]
   save_file(tensors, lacking / "dev.safetensors")
   assert f"lacks {TENSORS}.pos_embed: no InternVideo2 tower" in error(lacking)
@@ -128,7 +183,11 @@ def directory(reference, tmp_path):
   for name in ("config.json", "model.safetensors"):
     (tmp_path / name).symlink_to(reference / "dev" / name)
   recorded = np.load(reference / "dev" / "vision.npz")
-  first = {k: v[:1] if v.ndim == 3 and len(v) == 2 else v for k, v in recorded.items() if not k.startswith("tome")}
+  first = {
+    k: v[:1] if v.ndim == 3 and len(v) == 2 else v
+    for k, v in recorded.items()
+    if not k.startswith("tome")
+  }
   first["frames_lowres_u8"] = recorded["frames_lowres_u8"][:8]
 
   def make(**changes):
@@ -177,13 +236,17 @@ def test_bad_directories_are_named(directory, tmp_path, capsys):
   (path / "vision.npz").write_bytes(b"PK\x03\x04 cut short")
   code, said = run(path, capsys)
   assert code == 1 and "vision.npz is no recording" in said.err
-  path, _ = directory(frames_lowres_u8=np.zeros((7, 12, 12, 3), np.uint8), patch_embed=np.zeros((2, 1, 1)))
+  path, _ = directory(
+    frames_lowres_u8=np.zeros((7, 12, 12, 3), np.uint8), patch_embed=np.zeros((2, 1, 1))
+  )
   assert "into how many clips 7 frames go" in run(path, capsys)[1].err
 
 
 def test_compare_takes_the_array_nearest_to_failing():
   recorded = {"a": np.zeros(3), "b": np.full(3, 100.0), "other": np.ones(1)}
-  row = compare("s", {"a": np.full(3, 4e-5), "b": np.full(3, 100 + 3e-5), "mine": 0}, recorded, 5e-5)
+  row = compare(
+    "s", {"a": np.full(3, 4e-5), "b": np.full(3, 100 + 3e-5), "mine": 0}, recorded, 5e-5
+  )
   assert (row.arrays, row.worst, row.result) == (2, "a", "pass")
   row = compare("s", {"a": np.full(3, 6e-5), "b": np.full(3, 100 + 6e-3)}, recorded, 5e-5, 1e-4)
   assert (row.worst, row.result) == ("a", "FAIL")
@@ -204,8 +267,12 @@ def test_only_ties_may_be_ordered_differently():
 
 def test_variant_names_give_their_schedules():
   assert parity.lp_comp_of("cosine_nosuffix", 28) == LPCompConfig("cosine", "uniform", 16)
-  assert parity.lp_comp_of("nexthalf_10_20_stride4", 28) == LPCompConfig((16,) * 10 + (4,) * 10 + (1,) * 8, "stride", 16)
-  assert parity.lp_comp_of("avgpool_6_stride2", 8) == LPCompConfig((16,) * 6 + (8,) * 2, "avgpool", 16)
+  assert parity.lp_comp_of("nexthalf_10_20_stride4", 28) == LPCompConfig(
+    (16,) * 10 + (4,) * 10 + (1,) * 8, "stride", 16
+  )
+  assert parity.lp_comp_of("avgpool_6_stride2", 8) == LPCompConfig(
+    (16,) * 6 + (8,) * 2, "avgpool", 16
+  )
   with pytest.raises(ParityError, match="'mystery'"):
     parity.lp_comp_of("mystery", 28)
 
@@ -217,8 +284,11 @@ def test_chosen_frames_are_those_of_the_official_readers(reference, tmp_path, ca
   (tmp_path / "other.json").write_text('{"duration": 3}')
   rows = {row.stage: row for row in parity.check(tmp_path) if row.arrays}
   assert {stage: row.arrays for stage, row in rows.items()} == {
-    "cuts.json: frames, train": 16, "cuts.json: frames, ask": 16, "cuts.json: video, train": 2, "cuts.json: video, ask": 14,
-  }  # fmt: skip
+    "cuts.json: frames, train": 16,
+    "cuts.json: frames, ask": 16,
+    "cuts.json: video, train": 2,
+    "cuts.json: video, ask": 14,
+  }
   assert all(row.result == "pass" for row in rows.values())
   recorded[0]["indices"][5] += 1
   recorded[-1]["clip"] = [1e9, 2e9]  # nothing of it can be read
@@ -230,8 +300,12 @@ def test_chosen_frames_are_those_of_the_official_readers(reference, tmp_path, ca
   (tmp_path / "none.json").write_text("[]")
   with pytest.raises(SystemExit):
     parity.main([str(tmp_path / "none.json")])
-  assert "none.json has no cases of chosen frames as VECTORS.md describes" in capsys.readouterr().err
+  assert (
+    "none.json has no cases of chosen frames as VECTORS.md describes" in capsys.readouterr().err
+  )
   del recorded[3]["path"]
   (tmp_path / "mine.json").write_text(json.dumps(recorded))
-  with pytest.raises(ParityError, match=r"mine\.json, case 3 is not as VECTORS\.md says: KeyError\('path'\)"):
+  with pytest.raises(
+    ParityError, match=r"mine\.json, case 3 is not as VECTORS\.md says: KeyError\('path'\)"
+  ):
     parity.check(tmp_path / "mine.json")

@@ -1,4 +1,6 @@
-"""A leading ~ is the home directory in every path: of every command's options, of a config, of a mixture."""
+"""A leading ~ is the home directory in every path: of every command's options, of a config, of a
+mixture.
+"""
 
 import argparse
 import json
@@ -14,9 +16,23 @@ from xcomp_jax import config, files
 from xcomp_jax.data import mixture
 
 ROOT = pathlib.Path(__file__).parents[1]
-COMMANDS = [f.stem for f in (ROOT / "xcomp_jax").glob("*.py") if "def main(argv: Sequence[str] | None" in f.read_text()]
+COMMANDS = [
+  f.stem
+  for f in (ROOT / "xcomp_jax").glob("*.py")
+  if "def main(argv: Sequence[str] | None" in f.read_text()
+]
 # Options and values of any text that are no paths.
-TEXTS = {"question", "share", "topology", "devices", "chip", "only", "clip_frames", "coordinator", "schedule"}
+TEXTS = {
+  "question",
+  "share",
+  "topology",
+  "devices",
+  "chip",
+  "only",
+  "clip_frames",
+  "coordinator",
+  "schedule",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +65,29 @@ def test_options_of_commands(command, tmp_path, monkeypatch):
 
 
 def test_all_commands_are_looked_at():
-  assert {"ask", "evaluate", "export", "needles", "world", "plan", "bench", "study", "demo", "parity"} <= set(COMMANDS)
+  assert {
+    "ask",
+    "evaluate",
+    "export",
+    "needles",
+    "world",
+    "plan",
+    "bench",
+    "study",
+    "demo",
+    "parity",
+  } <= set(COMMANDS)
 
 
 def test_options_of_predecode(tmp_path, monkeypatch):
   own = predecode_flags(monkeypatch)
-  paths = [name for name in own if isinstance(own[name].parser, flags.ArgumentParser) and own[name].flag_type() == "string" and not getattr(own[name].parser, "enum_values", None)]
+  paths = [
+    name
+    for name in own
+    if isinstance(own[name].parser, flags.ArgumentParser)
+    and own[name].flag_type() == "string"
+    and not getattr(own[name].parser, "enum_values", None)
+  ]
   assert {"mixture", "out", "root", "beam"} < set(paths)
   for name in set(paths) - {"beam"}:
     own(["predecode", f"--{name}=~/a"])
@@ -64,8 +97,18 @@ def test_options_of_predecode(tmp_path, monkeypatch):
 def test_values_of_a_config(tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   (tmp_path / "mine.py").write_text((ROOT / "configs" / "sct.py").read_text())
-  texts = [name for name in config.keys(config.RunConfig) if name.split(".")[-1] not in TEXTS and text(name)]
-  assert set(texts) == {"config.workdir", "config.init_from", "config.compilation_cache", "config.data.train", "config.data.heldout"}
+  texts = [
+    name
+    for name in config.keys(config.RunConfig)
+    if name.split(".")[-1] not in TEXTS and text(name)
+  ]
+  assert set(texts) == {
+    "config.workdir",
+    "config.init_from",
+    "config.compilation_cache",
+    "config.data.train",
+    "config.data.heldout",
+  }
   for first in ("--config=~/mine.py:tiny", "--config=configs/sct.py:tiny"):
     run = config.from_command_line(["train", first, *(f"--{name}=~/{name}" for name in texts)])
     for name in texts:
@@ -73,9 +116,13 @@ def test_values_of_a_config(tmp_path, monkeypatch):
       for part in name.split(".")[1:]:
         value = getattr(value, part)
       assert value == f"{tmp_path}/{name}"
-  run = config.from_command_line(["train", "--config", "~/mine.py:tiny", "--config.data.train=('~/a','~/b')"])
+  run = config.from_command_line(
+    ["train", "--config", "~/mine.py:tiny", "--config.data.train=('~/a','~/b')"]
+  )
   assert run.data.train == (f"{tmp_path}/a", f"{tmp_path}/b")
-  with pytest.raises(config.ConfigError, match=r"config\.data\.train = 3: expected str or tuple\[str, \.\.\.\]$"):
+  with pytest.raises(
+    config.ConfigError, match=r"config\.data\.train = 3: expected str or tuple\[str, \.\.\.\]$"
+  ):
     config.from_command_line(["train", "--config=configs/sct.py:tiny", "--config.data.train=3"])
 
 

@@ -32,12 +32,34 @@ from xcomp_jax.data.store import Features, Sample, open_store, write_store
 
 SIZE, CLIP = 8, 4
 CONFIG = DataConfig(
-  train="", weights=None, heldout=None, shapes=None, prefix_length=16, frames_per_device=16, text_per_device=448, mask="official",
-  threads=2, prefetch=2,
+  train="",
+  weights=None,
+  heldout=None,
+  shapes=None,
+  prefix_length=16,
+  frames_per_device=16,
+  text_per_device=448,
+  mask="official",
+  threads=2,
+  prefetch=2,
 )
 SHAPE = Shape(rows=2, samples=3, prefix=16, frames=24, text=160)
 ALONE = Share(rows=(0, 1), groups=2, devices=2, mine=(0, 1), clips=2, trained=False)
-FRAMES = (8, 1, 16, 0, 8, 12, 1, 4, 16, 8, 0, 1, 8)  # 13 samples: videos, images (1), text alone (0)
+FRAMES = (
+  8,
+  1,
+  16,
+  0,
+  8,
+  12,
+  1,
+  4,
+  16,
+  8,
+  0,
+  1,
+  8,
+)  # 13 samples: videos, images (1), text alone (0)
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +74,15 @@ def store(tmp_path_factory):
   def items():
     for i, frames in enumerate(FRAMES):
       slot = "<image>\n" if frames else ""
-      talk = ({"from": "human", "value": f"{slot}Q{i}?"}, {"from": "gpt", "value": "A " * (1 + i % 3 * 7)})
+      talk = (
+        {"from": "human", "value": f"{slot}Q{i}?"},
+        {"from": "gpt", "value": "A " * (1 + i % 3 * 7)},
+      )
       per_clip = CLIP if frames > 1 else 1
       message = prompt.time_message(frames / 8, frames) if frames > 1 else ""
-      visual = np.full((frames // per_clip, per_clip, SIZE, SIZE, 3), i + 1, np.uint8) if frames else None
+      visual = (
+        np.full((frames // per_clip, per_clip, SIZE, SIZE, 3), i + 1, np.uint8) if frames else None
+      )
       yield Sample(f"s{i}", "", "a.json", i, talk, message), visual
 
   write_store(path, items(), image_size=SIZE, clip_frames=CLIP)
@@ -63,11 +90,15 @@ def store(tmp_path_factory):
 
 
 def equal(a, b) -> bool:
-  return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)) and jax.tree.structure(a) == jax.tree.structure(b)
+  return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)) and jax.tree.structure(
+    a
+  ) == jax.tree.structure(b)
 
 
 def planned(batch_size=5, seed=3, epochs=2) -> list[list[Micro]]:
-  """A plan of a run as any planner might make it: samples are dealt to the rows in turn, as long as they fit."""
+  """A plan of a run as any planner might make it: samples are dealt to the rows in turn, as long as
+  they fit.
+  """
   out = []
   for epoch in range(epochs):
     for step in order(range(len(FRAMES)), batch_size, seed, epoch):
@@ -85,7 +116,9 @@ def planned(batch_size=5, seed=3, epochs=2) -> list[list[Micro]]:
 
 def run(store, tokenizer, cfg=CONFIG, plan=None, **share):
   share = dataclasses.replace(ALONE, **share)
-  return pipeline.read(store, tokenizer, cfg, measure(store, tokenizer, cfg.mask), plan or planned(), share)
+  return pipeline.read(
+    store, tokenizer, cfg, measure(store, tokenizer, cfg.mask), plan or planned(), share
+  )
 
 
 def parts(items) -> list[list]:
@@ -96,7 +129,9 @@ def parts(items) -> list[list]:
 
 
 def test_every_sample_once_per_epoch():
-  seen = [collections.Counter(i for step in order(range(103), 10, 7, e) for i in step) for e in range(3)]
+  seen = [
+    collections.Counter(i for step in order(range(103), 10, 7, e) for i in step) for e in range(3)
+  ]
   for counter in seen:
     assert len(counter) == 100 and set(counter.values()) == {1} and set(counter) <= set(range(103))
   assert order(range(103), 10, 7, 0) == order(range(103), 10, 7, 0)
@@ -105,16 +140,21 @@ def test_every_sample_once_per_epoch():
 
 
 def test_order_is_pinned():
-  # A resumed run must see the same order after an upgrade of anything: these numbers may never change.
+  # A resumed run must see the same order after an upgrade of anything: these numbers may never
+  # change.
   assert order(range(12), 4, 0, 0) == [[11, 3, 2, 1], [8, 6, 0, 7], [4, 10, 5, 9]]
 
 
 def test_a_run_has_the_steps_of_its_epochs(store):
-  assert run_order(store, 5, 3, 2) == [step for epoch in range(2) for step in order(range(13), 5, 3, epoch)]
+  assert run_order(store, 5, 3, 2) == [
+    step for epoch in range(2) for step in order(range(13), 5, 3, epoch)
+  ]
 
 
 def test_less_than_a_batch():
-  with pytest.raises(ConfigError, match=r"train\.batch_size = 4, but an epoch reads only 3 samples"):
+  with pytest.raises(
+    ConfigError, match=r"train\.batch_size = 4, but an epoch reads only 3 samples"
+  ):
     steps_per_epoch(3, 4)
   assert steps_per_epoch(9, 4) == 2
 
@@ -130,15 +170,25 @@ def test_micro_batches_hold_the_samples_of_the_plan(store, tokenizer):
   plan = planned()
   for items, step in zip(parts(list(run(store, tokenizer))), plan, strict=True):
     micros = [item for item in items if isinstance(item, MicroBatch)]
-    assert [m.number for m in micros] == list(range(len(step))) and [m.last for m in micros] == [False] * (len(step) - 1) + [True]
+    assert [m.number for m in micros] == list(range(len(step))) and [m.last for m in micros] == [
+      False
+    ] * (len(step) - 1) + [True]
     assert items[-len(micros) :] == micros  # the tower comes before
     for got, micro in zip(micros, step, strict=True):
-      assert equal(got.batch, collate([[example(store, tokenizer, CONFIG.mask, i) for i in row] for row in micro.rows], SHAPE))
+      assert equal(
+        got.batch,
+        collate(
+          [[example(store, tokenizer, CONFIG.mask, i) for i in row] for row in micro.rows],
+          SHAPE,
+        ),
+      )
       assert got.batch.visual is None and not got.clips and got.shape == SHAPE
 
 
 def filled(calls, plan) -> list[np.ndarray]:
-  """What the visual slots of a step's micro-batches hold after its calls, uint8 per frame: every pixel of a sample is alike."""
+  """What the visual slots of a step's micro-batches hold after its calls, uint8 per frame: every
+  pixel of a sample is alike.
+  """
   held = [np.zeros((2, SHAPE.frames), np.uint8) for _ in plan]
   for call in calls:
     assert len(call.frames) and (call.frames == call.frames[:, :1, :1, :1, :1]).all()
@@ -161,7 +211,11 @@ def test_calls_of_the_tower_bring_every_clip_where_it_belongs(store, tokenizer):
 
 
 def test_a_steps_clips_are_spread_evenly(store, tokenizer):
-  clips = lambda step, kind: sum(FRAMES[i] // kind for m in step for r in m.rows for i in r if (FRAMES[i] > 1) == (kind > 1))
+  def clips(step, kind):
+    return sum(
+      FRAMES[i] // kind for m in step for r in m.rows for i in r if (FRAMES[i] > 1) == (kind > 1)
+    )
+
   for devices in (1, 2, 3, 8):
     reader = run(store, tokenizer, devices=devices, mine=tuple(range(devices)))
     for items, step in zip(parts(list(reader)), planned(), strict=True):
@@ -174,9 +228,20 @@ def test_a_steps_clips_are_spread_evenly(store, tokenizer):
 
 def test_what_features_are_of_a_call_needs_nothing(store, tokenizer, tmp_path):
   rng = np.random.default_rng(0)
-  visual = [rng.normal(size=(max(1, n // CLIP), min(n, CLIP) * 3, 5)).astype(ml_dtypes.bfloat16) if n else None for n in FRAMES]
+  visual = [
+    rng.normal(size=(max(1, n // CLIP), min(n, CLIP) * 3, 5)).astype(ml_dtypes.bfloat16)
+    if n
+    else None
+    for n in FRAMES
+  ]
   made = Features("it", 3, 5)
-  write_store(tmp_path / "f", zip(store.samples, visual, strict=True), image_size=SIZE, clip_frames=CLIP, features=made)
+  write_store(
+    tmp_path / "f",
+    zip(store.samples, visual, strict=True),
+    image_size=SIZE,
+    clip_frames=CLIP,
+    features=made,
+  )
   data = Blend([open_store(tmp_path / "f")])
   items = list(run(data, tokenizer))
   assert all(isinstance(item, MicroBatch) for item in items)
@@ -193,7 +258,14 @@ def test_a_tower_that_is_trained_has_as_many_clips_in_every_micro_batch(store, t
   assert all(isinstance(item, MicroBatch) and item.batch.visual is None for item in items)
   for item, micro in zip(items, itertools.chain.from_iterable(planned()), strict=True):
     videos, images = item.clips
-    assert videos.frames.shape == (2, 6, CLIP, SIZE, SIZE, 3) and images.frames.shape == (2, 3, 1, SIZE, SIZE, 3)
+    assert videos.frames.shape == (2, 6, CLIP, SIZE, SIZE, 3) and images.frames.shape == (
+      2,
+      3,
+      1,
+      SIZE,
+      SIZE,
+      3,
+    )
     held = np.zeros((2, SHAPE.frames), np.uint8)
     for clips in item.clips:
       for row in range(2):
@@ -215,7 +287,9 @@ def whole(parts, share) -> object:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (0, 3), (1, 1), (4, 8)])
-def test_same_items_for_any_number_of_threads_and_processes(store, tokenizer, threads, prefetch, processes):
+def test_same_items_for_any_number_of_threads_and_processes(
+  store, tokenizer, threads, prefetch, processes
+):
   cfg = dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch)
   mine = [(0, 1)] if processes == 1 else [(0,), (1,)]
   shares = [run(store, tokenizer, cfg, rows=mine[i], mine=mine[i]) for i in range(processes)]
@@ -227,7 +301,9 @@ def test_same_items_for_any_number_of_threads_and_processes(store, tokenizer, th
 
 
 def test_processes_whose_devices_lie_apart_read_their_own_clips(store, tokenizer):
-  reader = lambda mine: run(store, tokenizer, devices=4, mine=mine)
+  def reader(mine):
+    return run(store, tokenizer, devices=4, mine=mine)
+
   for item, *those in zip(reader((0, 1, 2, 3)), reader((0, 3)), reader((1, 2)), strict=True):
     if isinstance(item, TowerCall):
       n = len(item.frames) // 4
@@ -238,7 +314,10 @@ def test_processes_whose_devices_lie_apart_read_their_own_clips(store, tokenizer
 def test_a_process_reads_the_rows_that_its_devices_hold(store, tokenizer):
   shape = Shape(8, 1, 16, 16, 64)
   plan = [[Micro(shape, tuple((i,) for i in range(8)))]]
-  items = lambda *rows: list(run(store, tokenizer, plan=plan, rows=rows, groups=4, devices=4, mine=(0,)))
+
+  def items(*rows):
+    return list(run(store, tokenizer, plan=plan, rows=rows, groups=4, devices=4, mine=(0,)))
+
   for rows in ((0, 1, 2, 3), (0, 2), (3,)):
     *calls, micro = items(*rows)
     assert micro.batch.index[:, 0].tolist() == [2 * group + k for group in rows for k in range(2)]
@@ -248,14 +327,24 @@ def test_a_process_reads_the_rows_that_its_devices_hold(store, tokenizer):
 
 def test_a_hosts_clips_of_a_call_are_neighbours(store, tokenizer):
   mine = tuple(range(4))
-  for item in run(store, tokenizer, devices=8, mine=mine, plan=[[Micro(Shape(2, 7, 16, 56, 320), ((0, 2, 4, 8), (5, 12, 7)))]]):
+  for item in run(
+    store,
+    tokenizer,
+    devices=8,
+    mine=mine,
+    plan=[[Micro(Shape(2, 7, 16, 56, 320), ((0, 2, 4, 8), (5, 12, 7)))]],
+  ):
     if isinstance(item, TowerCall) and item.frames.shape[1] == CLIP:
       samples = item.frames[:, 0, 0, 0, 0].tolist()
-      assert [a for a, b in zip(samples, [None, *samples]) if a != b] == list(dict.fromkeys(samples))  # none is come back to
+      assert [a for a, b in zip(samples, [None, *samples]) if a != b] == list(
+        dict.fromkeys(samples)
+      )  # none is come back to
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 3), (4, 4)])
-def test_no_more_is_read_ahead_than_the_config_says(store, tokenizer, monkeypatch, threads, prefetch):
+def test_no_more_is_read_ahead_than_the_config_says(
+  store, tokenizer, monkeypatch, threads, prefetch
+):
   taken, read, lock = 0, 0, threading.Lock()
   original = pipeline._load
 
@@ -267,7 +356,9 @@ def test_no_more_is_read_ahead_than_the_config_says(store, tokenizer, monkeypatc
     return original(*arguments)
 
   monkeypatch.setattr(pipeline, "_load", counting)
-  with contextlib.closing(run(store, tokenizer, dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch))) as reader:
+  with contextlib.closing(
+    run(store, tokenizer, dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch))
+  ) as reader:
     for _ in reader:
       if prefetch:
         time.sleep(0.002)  # for threads that read more than they should
@@ -282,7 +373,10 @@ def test_rows_that_groups_cannot_share_are_refused(store, tokenizer):
 
 def test_from_its_state_a_reader_gives_the_identical_rest(store, tokenizer):
   steps = parts(list(run(store, tokenizer)))
-  same = lambda a, b: type(a) is type(b) and equal(whole([a], ALONE), whole([b], ALONE))
+
+  def same(a, b):
+    return type(a) is type(b) and equal(whole([a], ALONE), whole([b], ALONE))
+
   for done in range(len(steps) + 1):
     first = run(store, tokenizer)
     for _ in range(sum(map(len, steps[:done]))):
@@ -303,8 +397,21 @@ def test_from_its_state_a_reader_gives_the_identical_rest(store, tokenizer):
 
 
 def test_the_samples_of_a_step_do_not_depend_on_devices(store, tokenizer):
-  samples = lambda items: sorted(i for item in items if isinstance(item, MicroBatch) for i in item.batch.index.ravel().tolist() if i >= 0)
-  read = lambda devices: [samples(part) for part in parts(list(run(store, tokenizer, devices=devices, mine=tuple(range(devices)))))]
+  def samples(items):
+    return sorted(
+      i
+      for item in items
+      if isinstance(item, MicroBatch)
+      for i in item.batch.index.ravel().tolist()
+      if i >= 0
+    )
+
+  def read(devices):
+    return [
+      samples(part)
+      for part in parts(list(run(store, tokenizer, devices=devices, mine=tuple(range(devices)))))
+    ]
+
   assert read(2) == read(8) == [sorted(step) for step in run_order(store, 5, 3, 2)]
 
 
@@ -312,5 +419,7 @@ def test_mask_reaches_the_labels(store, tokenizer):
   count = {}
   for mask in ("official", "assistant"):
     items = run(store, tokenizer, dataclasses.replace(CONFIG, mask=mask))
-    count[mask] = sum((item.batch.targets != IGNORE).sum() for item in items if isinstance(item, MicroBatch))
+    count[mask] = sum(
+      (item.batch.targets != IGNORE).sum() for item in items if isinstance(item, MicroBatch)
+    )
   assert 0 < count["assistant"] < count["official"]

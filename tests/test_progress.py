@@ -20,14 +20,20 @@ def work(**how) -> None:
 
 @pytest.mark.parametrize("how", [{}, {"leave": False}])
 def test_a_log_gets_lines_and_a_last_one(monkeypatch, capsys, how):
-  monkeypatch.setattr(progress, "SECONDS", 0.0)  # a line whenever there would be one every half minute
+  monkeypatch.setattr(
+    progress, "SECONDS", 0.0
+  )  # a line whenever there would be one every half minute
   work(**how)
   lines = capsys.readouterr().err.split("\n")
   assert lines.pop() == "" and "\r" not in "".join(lines)
   assert [line.split("[")[0].strip() for line in lines] == [
-    "work:   0%|          | 0/3", "a:  33%|###3      | 1/3", "b:  67%|######6   | 2/3", "c: 100%|##########| 3/3",
-    "a line of something else", *(["c: 100%|##########| 3/3"] if how.get("leave", True) else []),
-  ]  # fmt: skip
+    "work:   0%|          | 0/3",
+    "a:  33%|###3      | 1/3",
+    "b:  67%|######6   | 2/3",
+    "c: 100%|##########| 3/3",
+    "a line of something else",
+    *(["c: 100%|##########| 3/3"] if how.get("leave", True) else []),
+  ]
 
 
 def test_short_work_leaves_no_line_in_a_log(capsys):

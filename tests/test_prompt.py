@@ -1,6 +1,7 @@
 """Prompts against the official ids and labels, and every annotation that must be refused.
 
-reference/qwen_subset is Qwen2's tokenizer with only those merges that these texts use, under their real ids.
+reference/qwen_subset is Qwen2's tokenizer with only those merges that these texts use, under their
+real ids.
 """
 
 import json
@@ -70,7 +71,9 @@ def test_asking_ids_equal_the_official_ones_without_the_newline_of_training_q15(
 
 def test_the_assistant_mask_supervises_answers_and_their_ends_only(tokenizer, cases):
   got = prompt.train(tokenizer, cases[0]["conversation"], MESSAGE, mask="assistant")
-  answers = tokenizer.encode("A dog runs.<|im_end|>") + tokenizer.encode("It sleeps.\nThe end.<|im_end|>")
+  answers = tokenizer.encode("A dog runs.<|im_end|>") + tokenizer.encode(
+    "It sleeps.\nThe end.<|im_end|>"
+  )
   assert got.labels[got.labels != IGNORE].tolist() == answers
   supervised = np.flatnonzero(got.labels != IGNORE)
   assert (got.tokens[supervised] == got.labels[supervised]).all()
@@ -86,9 +89,11 @@ def test_query_marks_the_newline_before_each_answer(tokenizer, cases, mask):
 
 
 def test_question_is_the_last_question_without_the_time_message(tokenizer, cases):
-  train = lambda case: own_question(
-    tokenizer, prompt.train(tokenizer, case["conversation"], MESSAGE, mask="official")
-  )
+  def train(case):
+    return own_question(
+      tokenizer, prompt.train(tokenizer, case["conversation"], MESSAGE, mask="official")
+    )
+
   assert [train(case) for case in cases[:2]] == ["And then?", "Describe the video."]
   for case in cases[2:]:
     got = prompt.ask(tokenizer, case["question"], MESSAGE)
@@ -146,7 +151,9 @@ def test_decoding_gives_back_any_text(tokenizer):
   for text in ("Hello, world! It's 12:30.", "多模态 視頻", "👩‍👩‍👧 naïve\t x\n\n  y"):
     assert tokenizer.decode(tokenizer.encode(text)) == text
   assert (
-    tokenizer.decode([tokenizer.im_start, *tokenizer.encode("A dog"), tokenizer.im_end, tokenizer.pad])
+    tokenizer.decode(
+      [tokenizer.im_start, *tokenizer.encode("A dog"), tokenizer.im_end, tokenizer.pad]
+    )
     == "A dog"
   )
 
@@ -161,7 +168,9 @@ def test_a_small_vocabulary_has_its_own_ids(reference, tmp_path, cases):
   """Nothing relies on the ids of the release: the same text comes back under other numbers."""
   source = reference / "qwen_subset"
   shutil.copy(source / "merges.txt", tmp_path)
-  vocab = {token: i for i, token in enumerate(reversed(json.loads((source / "vocab.json").read_text())))}
+  vocab = {
+    token: i for i, token in enumerate(reversed(json.loads((source / "vocab.json").read_text())))
+  }
   (tmp_path / "vocab.json").write_text(json.dumps(vocab))
   config = json.loads((source / "tokenizer_config.json").read_text())
   added = list(config["added_tokens_decoder"].values())[:3]
@@ -170,7 +179,10 @@ def test_a_small_vocabulary_has_its_own_ids(reference, tmp_path, cases):
   big, small = prompt.load_tokenizer(source), prompt.load_tokenizer(tmp_path)
   assert small.vocab_size == len(vocab) + 3 and small.newline == vocab["Ċ"] != big.newline
   a, b = (prompt.train(t, cases[0]["conversation"], MESSAGE, mask="official") for t in (big, small))
-  name = lambda t, ids: [t._core.id_to_token(int(i)) for i in ids if i != IMAGE_TOKEN]
+
+  def name(t, ids):
+    return [t._core.id_to_token(int(i)) for i in ids if i != IMAGE_TOKEN]
+
   assert name(big, a.tokens) == name(small, b.tokens)
   np.testing.assert_array_equal(a.labels == IGNORE, b.labels == IGNORE)
 
@@ -195,7 +207,11 @@ def test_a_small_vocabulary_has_its_own_ids(reference, tmp_path, cases):
       MESSAGE,
       "2 <image> in a conversation that needs 1, .*'<image> a <image> / b'",
     ),
-    (turns("<image> a", "b", "<image> c", "d"), MESSAGE, "2 <image> .*'<image> a / b / <image> c / d'"),
+    (
+      turns("<image> a", "b", "<image> c", "d"),
+      MESSAGE,
+      "2 <image> .*'<image> a / b / <image> c / d'",
+    ),
     (turns("a", "b"), MESSAGE, "0 <image> in a conversation that needs 1, .*'a / b'"),
     (
       turns("a", "<image> b"),
@@ -220,7 +236,9 @@ def test_questions_that_cannot_be_asked_are_quoted(tokenizer):
 
 
 def test_a_directory_without_a_tokenizer_names_what_is_missing(reference, tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"vocab\.json, merges\.txt, tokenizer_config\.json missing"):
+  with pytest.raises(
+    FileNotFoundError, match=r"vocab\.json, merges\.txt, tokenizer_config\.json missing"
+  ):
     prompt.load_tokenizer(tmp_path)
   for name in ("vocab.json", "merges.txt"):
     shutil.copy(reference / "qwen_subset" / name, tmp_path)
@@ -237,7 +255,10 @@ def test_a_directory_without_a_tokenizer_names_what_is_missing(reference, tmp_pa
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b"{}", b'{"model": 5}'])
 def test_a_damaged_tokenizer_is_one_error_with_its_name(tmp_path, content):
   (tmp_path / "tokenizer.json").write_bytes(content)
-  with pytest.raises(prompt.TokenizerError, match=r"tokenizer\.json( is no tokenizer: |, line 1: byte 0xff is no UTF-8)"):
+  with pytest.raises(
+    prompt.TokenizerError,
+    match=r"tokenizer\.json( is no tokenizer: |, line 1: byte 0xff is no UTF-8)",
+  ):
     prompt.load_tokenizer(tmp_path)
 
 

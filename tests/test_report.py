@@ -23,12 +23,21 @@ def film(frames, seconds, clip=8, source="film.mp4"):
 
 
 def answer(frames, scores=None, note="", text="Yes.", tokens=51, spent=None):
-  prompt = Prompt(np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), np.zeros(tokens, bool), (0, 1))
-  return Answer(text, Selection(np.asarray(frames), scores, note), spent or {"scoring": 1.0, "tower": 0.0}, prompt)
+  prompt = Prompt(
+    np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), np.zeros(tokens, bool), (0, 1)
+  )
+  return Answer(
+    text,
+    Selection(np.asarray(frames), scores, note),
+    spent or {"scoring": 1.0, "tower": 0.0},
+    prompt,
+  )
 
 
 class Balanced(html.parser.HTMLParser):
-  """Fails where an end tag does not match; collects (tag, attributes) and the text outside styles."""
+  """Fails where an end tag does not match; collects (tag, attributes) and the text outside
+  styles.
+  """
 
   def __init__(self, page):
     super().__init__()
@@ -58,10 +67,17 @@ class Balanced(html.parser.HTMLParser):
 @pytest.mark.parametrize(
   ("seconds", "whole", "text"),
   [
-    (3.5, None, "3.5"), (0, None, "0.0"), (123, None, "2:03"), (3723, None, "1:02:03"), (3599.7, None, "1:00:00"),
-    (3.5, 600.0, "0:04"), (3.5, 59.9, "3.5"), (60.0, None, "1:00"), (36000, None, "10:00:00"),
+    (3.5, None, "3.5"),
+    (0, None, "0.0"),
+    (123, None, "2:03"),
+    (3723, None, "1:02:03"),
+    (3599.7, None, "1:00:00"),
+    (3.5, 600.0, "0:04"),
+    (3.5, 59.9, "3.5"),
+    (60.0, None, "1:00"),
+    (36000, None, "10:00:00"),
   ],
-)  # fmt: skip
+)
 def test_clock(seconds, whole, text):
   assert report.clock(seconds, whole) == text
 
@@ -73,7 +89,12 @@ def test_clock(seconds, whole, text):
     ([5], [0.5, 1.5, 2.5, 3.5, 4.5, 5.5], 6.0, [(5.5, 6.0)]),
     ([1], [0.0, 2.0], 9.0, [(2.0, 4.0)]),
     ([], [0.0, 2.0], 9.0, []),
-    ([0, 1, 2, 5], [0.0, 0.0, 0.0, 1.0, 1.0, 2.0], 3.0, [(0.0, 1.0), (2.0, 3.0)]),  # a stretched video
+    (
+      [0, 1, 2, 5],
+      [0.0, 0.0, 0.0, 1.0, 1.0, 2.0],
+      3.0,
+      [(0.0, 1.0), (2.0, 3.0)],
+    ),  # a stretched video
     ([0, 1, 2, 3], [0.0, 0.0, 0.0, 1.0, 1.0, 2.0], 3.0, [(0.0, 2.0)]),
     ([1], [600.0, 605.0], 10.0, [(605.0, 610.0)]),  # a part of a file
     ([0, 1], [0.0, 0.0], 2.0, [(0.0, 2.0)]),
@@ -87,7 +108,9 @@ def test_ranges(frames, times, seconds, expected):
 def test_text_is_escaped(tiny):
   bad = '<script>"&'
   video = film(16, 4.0, source=bad)
-  page = report.page(video, [(bad, answer(range(16), note=bad, text=bad, spent={bad: 1.0}))], tiny(), {bad: 1.0})
+  page = report.page(
+    video, [(bad, answer(range(16), note=bad, text=bad, spent={bad: 1.0}))], tiny(), {bad: 1.0}
+  )
   assert "<script" not in page
   assert Balanced(page).text.count(bad) == 6  # title, heading, stage, question, answer, note
   assert page.count("&lt;script&gt;&quot;&amp;") == 7  # and the tooltip of the bar
@@ -96,7 +119,9 @@ def test_text_is_escaped(tiny):
 def test_a_page_says_what_was_chosen_and_what_it_cost(tiny):
   scores = np.repeat([1.0, 4.0, 2.0, 3.0], 8)
   video = film(32, 240.0)
-  asked = answer([*range(8, 16), *range(24, 32)], scores, spent={"scoring": 1.25, "generation": 0.5})
+  asked = answer(
+    [*range(8, 16), *range(24, 32)], scores, spent={"scoring": 1.25, "generation": 0.5}
+  )
   page = Balanced(report.page(video, [("What?", asked)], tiny(), {"decode": 2.0, "tower": 3.0}))
   text = " ".join(page.text.split())
   assert "16 of 32 sampled frames, in 2 time ranges" in text
@@ -112,7 +137,9 @@ def test_a_page_says_what_was_chosen_and_what_it_cost(tiny):
 
 
 def test_nothing_selected(tiny):
-  page = Balanced(report.page(film(512, 100.0), [("What?", answer(range(512), note="no need"))], tiny(), {}))
+  page = Balanced(
+    report.page(film(512, 100.0), [("What?", answer(range(512), note="no need"))], tiny(), {})
+  )
   assert "All 512 sampled frames." in page.text and "No need." in page.text
   assert not page.all("path")
   assert len(page.all("img")) == report.THUMBNAILS
@@ -122,16 +149,22 @@ def test_nothing_selected(tiny):
 def test_the_best_clips_are_shown_in_order_of_time(tiny):
   scores = np.random.default_rng(0).permutation(64).astype(float)
   chosen = np.arange(40 * 8)
-  page = Balanced(report.page(film(512, 512.0), [("What?", answer(chosen, scores.repeat(8)))], tiny(), {}))
+  page = Balanced(
+    report.page(film(512, 512.0), [("What?", answer(chosen, scores.repeat(8)))], tiny(), {})
+  )
   best = np.sort(np.argsort(-scores[:40])[:24])
-  assert [i["alt"] for i in page.all("img")] == [f"Frame at {report.clock(c * 8 + 4.5, 512)}" for c in best]
+  assert [i["alt"] for i in page.all("img")] == [
+    f"Frame at {report.clock(c * 8 + 4.5, 512)}" for c in best
+  ]
   assert "The 24 most relevant of 40 chosen clips; 16 more" in page.text
 
 
 def test_a_still_image_and_no_compression(tiny):
   cfg = dataclasses.replace(tiny(), lp_comp=LPCompConfig("cosine", "none", 16))
   video = dataclasses.replace(film(1, 0.0, clip=1), seconds=0.0)
-  page = Balanced(report.page(video, [("What?", answer([0], note="no selection asked for"))], cfg, {"tower": 0.1}))
+  page = Balanced(
+    report.page(video, [("What?", answer([0], note="no selection asked for"))], cfg, {"tower": 0.1})
+  )
   assert "Duration" not in page.text and page.text.count("16 + 50") == 2
 
 
@@ -154,6 +187,8 @@ def test_a_long_video_makes_a_small_page_that_needs_nothing_else(tiny):
 
 
 def test_equal_neighbours_are_one_step(tiny):
-  page = report.page(film(32, 32.0), [("What?", answer(range(8), np.repeat([0.0, 1, 1, 0.5], 8)))], tiny(), {})
+  page = report.page(
+    film(32, 32.0), [("What?", answer(range(8), np.repeat([0.0, 1, 1, 0.5], 8)))], tiny(), {}
+  )
   (curve,) = Balanced(page).all("path")
   assert curve["d"] == "M15.6 100H15.6V100H265.6V0H765.6V50H1000V100Z"

@@ -1,4 +1,6 @@
-"""checkpoint.py and the loop: a run that was interrupted is the same run, and another run is refused."""
+"""checkpoint.py and the loop: a run that was interrupted is the same run, and another run is
+refused.
+"""
 
 import dataclasses
 import json
@@ -23,7 +25,10 @@ from xcomp_jax.data.store import open_store, write_store
 @pytest.fixture(autouse=True)
 def few_devices(monkeypatch):
   """No more devices than the config names: one compiles in a fraction of the time."""
-  several = lambda config: jax.devices()[: config.data * config.fsdp * config.tensor]
+
+  def several(config):
+    return jax.devices()[: config.data * config.fsdp * config.tensor]
+
   prepare = train.prepare
 
   def prepared(config):
@@ -35,7 +40,9 @@ def few_devices(monkeypatch):
 
 @pytest.fixture(scope="module")
 def straight(tiny_run, tmp_path_factory):
-  """Four steps in one go: config, result, samples in the order of reading, items of the last checkpoint."""
+  """Four steps in one go: config, result, samples in the order of reading, items of the last
+  checkpoint.
+  """
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, "devices", lambda: jax.devices()[:1])
     order = record(patch)
@@ -44,13 +51,19 @@ def straight(tiny_run, tmp_path_factory):
 
 
 def make(tiny_run, workdir, **changes):
-  return tiny_run(workdir, **({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "train.log_every": 1} | changes))
+  return tiny_run(
+    workdir, **({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "train.log_every": 1} | changes)
+  )
 
 
 def record(patch):
   """Notes the samples of every micro-batch that training takes."""
   order, original = [], train.place
-  patch.setattr(train, "place", lambda batch, mesh: (order.append(batch.index.ravel().tolist()), original(batch, mesh))[1])
+  patch.setattr(
+    train,
+    "place",
+    lambda batch, mesh: (order.append(batch.index.ravel().tolist()), original(batch, mesh))[1],
+  )
   return order
 
 
@@ -63,7 +76,9 @@ def items(config):
     out = checkpoints.restore(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(), opt=ocp.args.StandardRestore(), data=ocp.args.JsonRestore()
+        params=ocp.args.StandardRestore(),
+        opt=ocp.args.StandardRestore(),
+        data=ocp.args.JsonRestore(),
       ),
     )
   return as_bytes(out.params, out.opt), out.data
@@ -106,7 +121,9 @@ def test_two_steps_then_resumed_to_four_equal_four_straight_bit_by_bit(
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run, straight, tmp_path, monkeypatch):
   config = make(tiny_run, tmp_path / "w")  # saves after step 2
   with monkeypatch.context() as patch:
-    patch.setattr(metrics, "line", lambda done, *_: exec("raise KeyboardInterrupt") if done == 3 else "")
+    patch.setattr(
+      metrics, "line", lambda done, *_: exec("raise KeyboardInterrupt") if done == 3 else ""
+    )
     with pytest.raises(KeyboardInterrupt):
       train.run(config)
   order = record(monkeypatch)
@@ -127,7 +144,9 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
   tiny_run, tmp_path, monkeypatch, capsys
 ):
   heldout = tiny_run(tmp_path).data.train.removesuffix("train") + "heldout"
-  config = make(tiny_run, tmp_path / "w", **{"data.heldout": heldout, "train.steps": 2, "train.eval_every": 1})
+  config = make(
+    tiny_run, tmp_path / "w", **{"data.heldout": heldout, "train.steps": 2, "train.eval_every": 1}
+  )
   evaluated, original = [], train.report_compilations
 
   def report(compilations, name, *rest):
@@ -138,7 +157,9 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
     return original(compilations, name, *rest)
 
   monkeypatch.setattr(train, "report_compilations", report)
-  logged = lambda said: [int(step) for step in re.findall(r"held-out after step (\d+):", said)]
+
+  def logged(said):
+    return [int(step) for step in re.findall(r"held-out after step (\d+):", said)]
 
   stop = 1  # at the first of two batches of the first evaluation
   assert "heldout_loss" not in train.run(config) and len(evaluated) == 1
@@ -148,7 +169,11 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
   stop = 1 + 2 + 1  # after all of that, and a batch of the one after the last step
   assert train.run(config)["step"] == 2 and len(evaluated) == stop
   said = capsys.readouterr().out
-  assert "stopped by a signal: step 2 of 2" in said and "the same command continues" in said and logged(said) == [1]
+  assert (
+    "stopped by a signal: step 2 of 2" in said
+    and "the same command continues" in said
+    and logged(said) == [1]
+  )
 
   stop = None
   assert train.run(config)["heldout_loss"] > 0
@@ -156,7 +181,9 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
   assert "\nall 2 steps are done\n" in said and "done: step 2 of 2" in said and logged(said) == [2]
 
 
-def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_ends_the_same(tiny_run, straight, tmp_path, capsys):
+def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_ends_the_same(
+  tiny_run, straight, tmp_path, capsys
+):
   shutil.copytree(straight[0].workdir, tmp_path / "w")
   shutil.rmtree(tmp_path / "w" / "checkpoints" / "4" / "opt")
   config = make(tiny_run, tmp_path / "w")
@@ -166,10 +193,17 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_ends_the_same(tiny_r
   assert items(config) == straight[3]
 
 
-def test_a_second_run_in_a_workdir_is_refused_while_the_first_is_at_work(tiny_run, straight, tmp_path):
+def test_a_second_run_in_a_workdir_is_refused_while_the_first_is_at_work(
+  tiny_run, straight, tmp_path
+):
   shutil.copytree(straight[0].workdir, tmp_path / "w")
   config = make(tiny_run, tmp_path / "w")
-  with workdir.held(config.workdir), pytest.raises(ConfigError, match=r"another run is at work in .*; set config\.workdir to another"):
+  with (
+    workdir.held(config.workdir),
+    pytest.raises(
+      ConfigError, match=r"another run is at work in .*; set config\.workdir to another"
+    ),
+  ):
     train.run(config)
   train.run(config)
 
@@ -177,7 +211,9 @@ def test_a_second_run_in_a_workdir_is_refused_while_the_first_is_at_work(tiny_ru
 def test_a_run_goes_on_without_the_weights_that_it_started_from(tiny_run, straight, tmp_path):
   shutil.copytree(straight[0].init_from, tmp_path / "base")
   (tmp_path / "base" / "model.safetensors").unlink()
-  assert train.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))["step"] == 4
+  assert (
+    train.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))["step"] == 4
+  )
 
 
 class Command:
@@ -186,14 +222,21 @@ class Command:
   def __init__(self, config):
     file = pathlib.Path(f"{config.workdir}.py")
     values = json.dumps(to_dict(config))
-    file.write_text(f"import json\nfrom ml_collections import ConfigDict\nget_config = lambda: ConfigDict(json.loads({values!r}))\n")
+    file.write_text(
+      f"import json\nfrom ml_collections import ConfigDict\nget_config = lambda: "
+      f"ConfigDict(json.loads({values!r}))\n"
+    )
     self.config, self.workdir = config, pathlib.Path(config.workdir)
     self.arguments = [sys.executable, "-m", "xcomp_jax.train", f"--config={file}"]
     self.environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 
   def start(self):
     return subprocess.Popen(
-      self.arguments, cwd=pathlib.Path(__file__).parents[1], env=self.environment, text=True, stdout=subprocess.PIPE,
+      self.arguments,
+      cwd=pathlib.Path(__file__).parents[1],
+      env=self.environment,
+      text=True,
+      stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
     )
 
@@ -202,7 +245,11 @@ class Command:
     process = self.start()
     said, _ = process.communicate()
     assert process.returncode == 0 and "done: step 24 of 24" in said
-    return {int(line.split()[1].split("/")[0]): line.split("loss ")[1].split()[0] for line in said.splitlines() if line.startswith("step ")}
+    return {
+      int(line.split()[1].split("/")[0]): line.split("loss ")[1].split()[0]
+      for line in said.splitlines()
+      if line.startswith("step ")
+    }
 
   def saving(self):
     """Whether a checkpoint after the first is there, or about to be."""
@@ -235,7 +282,9 @@ def test_a_process_that_got_a_signal_goes_on_as_if_nothing_had_been(command, tmp
   assert items(parts.config) == items(whole.config)
 
 
-def test_a_folder_that_is_lost_while_training_stops_the_run_and_the_last_good_one_stays(tiny_run, straight, tmp_path, monkeypatch):
+def test_a_folder_that_is_lost_while_training_stops_the_run_and_the_last_good_one_stays(
+  tiny_run, straight, tmp_path, monkeypatch
+):
   shutil.copytree(straight[0].workdir, tmp_path / "w")
   steps, away = tmp_path / "w" / "checkpoints", tmp_path / "away"
   shutil.rmtree(steps / "4")
@@ -249,7 +298,10 @@ def test_a_folder_that_is_lost_while_training_stops_the_run_and_the_last_good_on
 
   with monkeypatch.context() as patch:
     patch.setattr(metrics, "line", lose)
-    with pytest.raises(checkpoint.SaveError, match=rf"could not be saved in {steps}: .*bring the folder back; then the same command"):
+    with pytest.raises(
+      checkpoint.SaveError,
+      match=rf"could not be saved in {steps}: .*bring the folder back; then the same command",
+    ):
       train.run(config)
   steps.unlink()
   away.rename(steps)
@@ -259,7 +311,13 @@ def test_a_folder_that_is_lost_while_training_stops_the_run_and_the_last_good_on
 
 def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
   shutil.copytree(straight[0].workdir, tmp_path / "moved")
-  changes = {"model.remat": False, "data.threads": 2, "data.prefetch": 3, "train.log_every": 7, "train.save_every": 3}
+  changes = {
+    "model.remat": False,
+    "data.threads": 2,
+    "data.prefetch": 3,
+    "train.log_every": 7,
+    "train.save_every": 3,
+  }
   assert train.run(make(tiny_run, tmp_path / "moved", **changes))["step"] == 4
 
 
@@ -271,7 +329,11 @@ def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
     ({"train.projector": False}, r"config\.train\.projector was True, is False"),
     ({"train.batch_size": 2}, r"config\.train\.batch_size was 3, is 2"),
     ({"seed": 1}, r"config\.seed was 0, is 1"),
-    ({"train.epochs": 9}, r"config\.train\.epochs was \d, is 9.*with config\.init_from from what this run learned \(an export of it\)"),
+    (
+      {"train.epochs": 9},
+      r"config\.train\.epochs was \d, is 9.*with config\.init_from from what this run learned \(an "
+      r"export of it\)",
+    ),
   ],
 )
 def test_another_run_is_refused(tiny_run, straight, changes, words):
@@ -296,7 +358,9 @@ def by_step(order):
   return [sorted(samples[n : n + 3]) for n in range(0, len(samples), 3)]
 
 
-def test_on_other_devices_a_run_goes_on_with_the_same_samples(tiny_run, straight, tmp_path, monkeypatch):
+def test_on_other_devices_a_run_goes_on_with_the_same_samples(
+  tiny_run, straight, tmp_path, monkeypatch
+):
   losses, orders = [], []
   for devices, shape in ((1, (1, 2, 16, 160)), (2, (2, 2, 16, 160))):
     workdir = tmp_path / str(devices)
@@ -308,7 +372,9 @@ def test_on_other_devices_a_run_goes_on_with_the_same_samples(tiny_run, straight
       out = train.run(make(tiny_run, workdir, mesh=mesh, **{"data.shapes": [shape]}))
     assert out["step"] == 4
     losses.append(out["loss"])
-  assert orders[0] != orders[1] and by_step(orders[0]) == by_step(orders[1]) == by_step(straight[2])[2:]
+  assert (
+    orders[0] != orders[1] and by_step(orders[0]) == by_step(orders[1]) == by_step(straight[2])[2:]
+  )
   np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
@@ -316,18 +382,29 @@ def test_other_data_is_refused(tiny_run, straight, tmp_path):
   first = open_store(straight[0].data.train)
   items = [(s, first.visual(i) if s.frames else None) for i, s in enumerate(first.samples)]
   write_store(tmp_path / "same", items, image_size=48, clip_frames=4)
-  assert train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / "same")}))["step"] == 4
+  assert (
+    train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / "same")}))["step"]
+    == 4
+  )
   talk, visual = (items[5][0].conversations[0], {"from": "gpt", "value": "C"}), items[5][1]
   for number, change in enumerate(({"id": "other"}, {"conversations": talk}, {})):
     items[5] = dataclasses.replace(first.samples[5], **change), visual if change else 255 - visual
     write_store(tmp_path / f"{number}", items, image_size=48, clip_frames=4)
-    with pytest.raises(ConfigError, match=r"identity of the data in config\.data\.train was '[0-9a-f]{16}', is '[0-9a-f]{16}'\. Set"):
+    with pytest.raises(
+      ConfigError,
+      match=(
+        r"identity of the data in config\.data\.train was '[0-9a-f]{16}', is '[0-9a-f]{16}'\. "
+        r"Set"
+      ),
+    ):
       train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / f"{number}")}))
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(tiny_run, straight, tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "FORMAT", 0)
-  with pytest.raises(ConfigError, match=r"checkpoints holds step 4 in format 3, this version .* up to 0"):
+  with pytest.raises(
+    ConfigError, match=r"checkpoints holds step 4 in format 3, this version .* up to 0"
+  ):
     train.run(straight[0])
   with pytest.raises(ConfigError, match="format 3"):
     checkpoint.read_config(straight[0].workdir)
@@ -338,7 +415,10 @@ def test_a_checkpoint_of_an_earlier_format_is_refused(tiny_run, straight, tmp_pa
   for file in (tmp_path / "w" / "checkpoints").glob("*/config/*"):
     if '"format": 3' in (text := file.read_text()):
       file.write_text(text.replace('"format": 3', '"format": 2'))
-  words = r"step 4 in format 2, .*config\.data\.shapes took the place of config\.data\.frame_buckets and config\.data\.text_buckets.*group_by_text_length"
+  words = (
+    r"step 4 in format 2, .*config\.data\.shapes took the place of "
+    r"config\.data\.frame_buckets and config\.data\.text_buckets.*group_by_text_length"
+  )
   with pytest.raises(ConfigError, match=words + ".*version .* that began the run"):
     train.run(make(tiny_run, tmp_path / "w"))
   assert checkpoint.read_config(str(tmp_path / "w"))[1] == 4  # an export goes on reading it
@@ -350,12 +430,17 @@ def test_processes_that_would_run_something_else_are_refused(monkeypatch):
     return np.stack([np.asarray(value) for value in values])
 
   for changes, words in (
-    ({"data": "b"}, "identity of the data in config.data.train in process 0 is 'a', in process 1 'b'"),
+    (
+      {"data": "b"},
+      "identity of the data in config.data.train in process 0 is 'a', in process 1 'b'",
+    ),
     ({"run": {"seed": 2, "workdir": "w"}}, "config.seed in process 0 is 1, in process 1 2"),
     ({"run": {"seed": 1, "workdir": "other"}}, None),
   ):
     first = {"data": "a", "run": {"seed": 1, "workdir": "w"}}
-    encoded = [np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (first, first | changes)]
+    encoded = [
+      np.frombuffer(json.dumps(value).encode(), np.uint8) for value in (first, first | changes)
+    ]
     sizes = [len(text) for text in encoded]
     texts = [np.pad(text, (0, max(sizes) - len(text))) for text in encoded]
     monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", others)
@@ -368,7 +453,9 @@ def test_processes_that_would_run_something_else_are_refused(monkeypatch):
 
 def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys, monkeypatch):
   restored, restore = [], checkpoint.restore
-  monkeypatch.setattr(checkpoint, "restore", lambda *a: (restored.append(restore(*a)[1:]), (4, *restored[0]))[1])
+  monkeypatch.setattr(
+    checkpoint, "restore", lambda *a: (restored.append(restore(*a)[1:]), (4, *restored[0]))[1]
+  )
   config = make(tiny_run, straight[0].workdir, mesh={"data": 1, "fsdp": 1, "tensor": 2})
   assert train.run(config)["step"] == 4
   ((parts, opt),) = restored
@@ -376,7 +463,11 @@ def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys, monkeypatc
   assert as_bytes(params, checkpoint.nest(opt)) == straight[3][0]
   kernel = params["llm"]["layers"]["0"]["gate"]["kernel"]
   assert kernel.addressable_shards[0].data.size == kernel.size // 2
-  row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("llm/layers/0..1/gate/kernel"))
+  row = next(
+    line
+    for line in capsys.readouterr().out.splitlines()
+    if line.startswith("llm/layers/0..1/gate/kernel")
+  )
   assert row.split()[5:7] == ["-,", "tensor"]
 
 

@@ -1,4 +1,6 @@
-"""sharding.py: the mesh, the table from paths to axes, and what the compiler is told about activations."""
+"""sharding.py: the mesh, the table from paths to axes, and what the compiler is told about
+activations.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +32,28 @@ def mesh():
 
 
 def test_the_mesh_has_what_was_asked_and_minus_one_is_the_rest():
-  assert dict(make_mesh(MeshConfig(2, -1, 2, 1)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
-  assert dict(make_mesh(MeshConfig(1, 1, -1, 1), jax.devices()[:3]).shape) == {"data": 1, "fsdp": 1, "tensor": 3, "context": 1}
+  assert dict(make_mesh(MeshConfig(2, -1, 2, 1)).shape) == {
+    "data": 2,
+    "fsdp": 2,
+    "tensor": 2,
+    "context": 1,
+  }
+  assert dict(make_mesh(MeshConfig(1, 1, -1, 1), jax.devices()[:3]).shape) == {
+    "data": 1,
+    "fsdp": 1,
+    "tensor": 3,
+    "context": 1,
+  }
   assert batch_devices(make_mesh(MeshConfig(2, -1, 2, 1))) == 4
 
 
 @pytest.mark.parametrize(
   "sizes, words",
   [
-    ((3, 1, 1), r"mesh data=3 x fsdp=1 x tensor=1 x context=1 = 3 devices, but there are 8; .*config\.mesh"),
+    (
+      (3, 1, 1),
+      r"mesh data=3 x fsdp=1 x tensor=1 x context=1 = 3 devices, but there are 8; .*config\.mesh",
+    ),
     ((4, 4, 1), "= 16 devices, but there are 8"),
     ((3, -1, 1), "3 does not divide the 8 devices"),
     ((-1, -1, 1), "at most one may be -1"),
@@ -100,9 +115,19 @@ def test_the_printed_table_collapses_layers_and_adds_up(tiny, mesh):
   state = nnx.split(nnx.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0))))[1]
   lines = parameter_table(state, param_shardings(state, mesh)).splitlines()
   row = next(line.split() for line in lines if line.startswith("llm/layers/0..3/gate/kernel"))
-  assert row[1:] == ["32", "x", "64", "float32", "fsdp,", "tensor", "0.01"]  # 4 layers x 2,048 numbers / 4, in MiB
+  assert row[1:] == [
+    "32",
+    "x",
+    "64",
+    "float32",
+    "fsdp,",
+    "tensor",
+    "0.01",
+  ]  # 4 layers x 2,048 numbers / 4, in MiB
   leaves = jax.tree.leaves(state)
-  assert f"{len(leaves)} arrays" in lines[-1] and f"{sum(x.size for x in leaves):,} numbers" in lines[-1]
+  assert (
+    f"{len(leaves)} arrays" in lines[-1] and f"{sum(x.size for x in leaves):,} numbers" in lines[-1]
+  )
   assert not any(line.startswith("llm/layers/0/") for line in lines)
 
 
@@ -110,7 +135,10 @@ def test_constrain_splits_what_divides_and_is_nothing_without_a_mesh(mesh):
   x = jnp.zeros((4, 6, 8))
   assert constrain(x, "batch", None, "mlp") is x
   with jax.set_mesh(mesh):
-    spec = lambda shape, *axes: jax.jit(lambda x: constrain(x, *axes))(jnp.zeros(shape)).sharding.spec
+
+    def spec(shape, *axes):
+      return jax.jit(lambda x: constrain(x, *axes))(jnp.zeros(shape)).sharding.spec
+
     assert spec((4, 6, 8), "batch", None, "mlp") == P(("data", "fsdp"), None, "tensor")
     assert spec((2, 6, 8), "batch", None, "mlp") == P("data", None, "tensor")  # one of the two axes
     assert spec((4, 6, 7), "batch", None, "mlp") == P(("data", "fsdp"))
@@ -119,20 +147,34 @@ def test_constrain_splits_what_divides_and_is_nothing_without_a_mesh(mesh):
 
 
 def test_a_gathered_layer_is_whole_along_the_width_and_the_same(mesh):
-  mlp = lambda: nnx.Dict(up=nnx.Linear(8, 16, rngs=nnx.Rngs(0)), down=nnx.Linear(16, 8, rngs=nnx.Rngs(1)))
+  def mlp():
+    return nnx.Dict(
+      up=nnx.Linear(8, 16, rngs=nnx.Rngs(0)), down=nnx.Linear(16, 8, rngs=nnx.Rngs(1))
+    )
+
   one = mlp()
   assert gathered(one, jnp.bfloat16) is one  # no mesh
   with jax.set_mesh(mesh):
-    two = jax.jit(lambda m: gathered(m, jnp.bfloat16))(jax.device_put(mlp(), param_shardings(mlp(), mesh)))
-  for name, before, after in (("up", P("fsdp", "tensor"), P(None, "tensor")), ("down", P("tensor", "fsdp"), P("tensor"))):
+    two = jax.jit(lambda m: gathered(m, jnp.bfloat16))(
+      jax.device_put(mlp(), param_shardings(mlp(), mesh))
+    )
+  for name, before, after in (
+    ("up", P("fsdp", "tensor"), P(None, "tensor")),
+    ("down", P("tensor", "fsdp"), P("tensor")),
+  ):
     kernel, was = two[name].kernel[...], one[name].kernel[...]
-    assert kernel.sharding.spec == after and parameter_spec(f"{name}/kernel", was.shape, mesh) == before
+    assert (
+      kernel.sharding.spec == after and parameter_spec(f"{name}/kernel", was.shape, mesh) == before
+    )
     np.testing.assert_array_equal(kernel, was.astype(jnp.bfloat16))
     assert two[name].bias[...].dtype == jnp.float32  # nothing to gather
 
 
 def test_two_axes_on_the_same_mesh_axis_are_refused_by_name(mesh):
-  with jax.set_mesh(mesh), pytest.raises(ValueError, match="heads and mlp would both be split over mesh axis tensor"):
+  with (
+    jax.set_mesh(mesh),
+    pytest.raises(ValueError, match="heads and mlp would both be split over mesh axis tensor"),
+  ):
     split((None, "heads", "mlp"), (1, 8, 8))
   with pytest.raises(ValueError, match="batch and embed would both be split over mesh axis fsdp"):
     with jax.set_mesh(mesh):

@@ -1,4 +1,6 @@
-"""steps.py, metrics.py and optim.py: a step is the ungrouped batch's mean on any mesh, and what is not finite changes nothing."""
+"""steps.py, metrics.py and optim.py: a step is the ungrouped batch's mean on any mesh, and what is
+not finite changes nothing.
+"""
 
 import collections
 import dataclasses
@@ -52,7 +54,11 @@ class Prepared:
   def add(self, batch):
     with jax.set_mesh(self.mesh):
       self.sums, losses = self.steps.grad(
-        self.graph, self.state, self.sums, steps.place(batch, self.mesh), (),
+        self.graph,
+        self.state,
+        self.sums,
+        steps.place(batch, self.mesh),
+        (),
         projector_max_frames=self.config.train.projector_max_frames,
       )
     return losses[:, 0] if losses.shape[1] == 1 else losses
@@ -66,17 +72,30 @@ class Prepared:
 @pytest.fixture(scope="module")
 def examples(sample):
   """Mixed: 2, 3, 1 and no clips, text of different lengths."""
-  make = lambda clips, before, after, seed: sample(clips, before, after, seed, clip_frames=4, vocab=99)
-  return [make(2, 3, 9, 0), make(3, 6, 4, 1), make(1, 1, 12, 2), make(0, 0, 12, 3), make(3, 4, 16, 4)]
+
+  def make(clips, before, after, seed):
+    return sample(clips, before, after, seed, clip_frames=4, vocab=99)
+
+  return [
+    make(2, 3, 9, 0),
+    make(3, 6, 4, 1),
+    make(1, 1, 12, 2),
+    make(0, 0, 12, 3),
+    make(3, 4, 16, 4),
+  ]
 
 
-def test_accumulated_gradients_of_mixed_buckets_equal_the_ungrouped_batch(tiny_run, examples, tmp_path):
+def test_accumulated_gradients_of_mixed_buckets_equal_the_ungrouped_batch(
+  tiny_run, examples, tmp_path
+):
   config = tiny_run(tmp_path)
   config = dataclasses.replace(config, mesh=ONE)
   whole, parts = Prepared(config, 1), Prepared(config, 1)
   whole.add(one_each(examples, 12, 8, 16))
   losses = [parts.add(one_each([examples[i] for i in (1, 4)], 16, 6, 32))]
-  losses += [parts.add(one_each([examples[i] for i in (0, 2)], 8, 4, 16, 4))[:2]]  # two rows of padding
+  losses += [
+    parts.add(one_each([examples[i] for i in (0, 2)], 8, 4, 16, 4))[:2]
+  ]  # two rows of padding
   losses += [parts.add(one_each(examples[3:4], 0, 8, 16, 2))[:1]]
   jax.tree.map(close, parts.sums, whole.sums)
   assert float(parts.sums.samples) == 5 and float(parts.sums.frames) == 4 * 9
@@ -110,36 +129,58 @@ def test_every_process_reads_the_rows_of_its_devices(monkeypatch):
   Device = collections.namedtuple("Device", "process_index number")
 
   def held(*processes):  # rows of a batch of 8 that each process's devices hold
-    indices = {Device(p, n): (slice(*rows),) for p, several in enumerate(processes) for n, rows in enumerate(several)}
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: types.SimpleNamespace(devices_indices_map=lambda shape: indices))
+    indices = {
+      Device(p, n): (slice(*rows),)
+      for p, several in enumerate(processes)
+      for n, rows in enumerate(several)
+    }
+    monkeypatch.setattr(
+      sharding,
+      "batch_sharding",
+      lambda mesh: types.SimpleNamespace(devices_indices_map=lambda shape: indices),
+    )
 
   mesh = make_mesh(MeshConfig(2, 4, 1, 1))
   assert steps.row_share(mesh) == (tuple(range(8)), 8)
   for processes, groups in (
     ([[(0, 4)], [(4, 6), (6, 8)]], [(0, 1, 2, 3), (4, 5, 6, 7)]),
     ([[(6, 8)], [(0, 2)], [(2, 4)], [(4, 6)]], [(6, 7), (0, 1), (2, 3), (4, 5)]),
-    ([[(0, 4)], [(0, 4)], [(4, 8)], [(4, 8)]], [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5, 6, 7), (4, 5, 6, 7)]),  # tensor over two processes
-    ([[(0, 1), (1, 2), (6, 7), (7, 8)], [(2, 6)]], [(0, 1, 6, 7), (2, 3, 4, 5)]),  # as a ring lies on a torus
+    (
+      [[(0, 4)], [(0, 4)], [(4, 8)], [(4, 8)]],
+      [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5, 6, 7), (4, 5, 6, 7)],
+    ),  # tensor over two processes
+    (
+      [[(0, 1), (1, 2), (6, 7), (7, 8)], [(2, 6)]],
+      [(0, 1, 6, 7), (2, 3, 4, 5)],
+    ),  # as a ring lies on a torus
     ([[(None, None)], [(None, None)]], [tuple(range(8))] * 2),
   ):
     held(*processes)
     assert list(sharding.row_groups(mesh).values()) == groups
   for processes in ([[(0, 3)], [(3, 8)]], [[(0, 4)], [(2, 6)], [(4, 8)]]):
     held(*processes)
-    with pytest.raises(ConfigError, match=r"neither apart nor the same, of every 8 \(process: rows\) 0 \[0, "):
+    with pytest.raises(
+      ConfigError, match=r"neither apart nor the same, of every 8 \(process: rows\) 0 \[0, "
+    ):
       steps.row_share(mesh)
 
 
 def test_rows_that_lie_scattered_are_placed_where_their_devices_are():
   mesh = Mesh(np.array(jax.devices())[[0, 1, 6, 7, 2, 3, 4, 5]].reshape(8, 1), ("fsdp", "tensor"))
   batch = np.arange(8)
-  placed = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("fsdp")), batch, (8,))
-  assert [int(shard.data[0]) for shard in sorted(placed.addressable_shards, key=lambda s: s.device.id)] == [0, 1, 4, 5, 6, 7, 2, 3]
+  placed = jax.make_array_from_process_local_data(
+    NamedSharding(mesh, PartitionSpec("fsdp")), batch, (8,)
+  )
+  assert [
+    int(shard.data[0]) for shard in sorted(placed.addressable_shards, key=lambda s: s.device.id)
+  ] == [0, 1, 4, 5, 6, 7, 2, 3]
 
 
 def test_quirk_q17_long_samples_give_the_projector_no_gradient(tiny_run, examples, tmp_path):
   batch = one_each(examples[:2], 12, 8, 16)  # 8 and 12 frames
-  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"train.projector_max_frames": 12})
+  config = tiny_run(
+    tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"train.projector_max_frames": 12}
+  )
   grads = {}
   for weight in ((1, 1), (1, 0), (0, 1)):
     it = Prepared(config, 1)
@@ -154,11 +195,15 @@ def test_quirk_q17_long_samples_give_the_projector_no_gradient(tiny_run, example
 def test_warm_up_and_cosine_are_those_of_the_release(tiny_run, tmp_path):
   config = dataclasses.replace(tiny_run(tmp_path).optim, learning_rate=1e-5, warmup=0.03)
   rate = optim.schedule(config, 2247)  # 68 steps of warm-up
-  np.testing.assert_allclose([rate(0), rate(1), rate(67), rate(68)], [0, 1e-5 / 68, 67e-5 / 68, 1e-5], rtol=1e-6)
+  np.testing.assert_allclose(
+    [rate(0), rate(1), rate(67), rate(68)], [0, 1e-5 / 68, 67e-5 / 68, 1e-5], rtol=1e-6
+  )
   np.testing.assert_allclose(rate(68 + 2179 / 2), 0.5e-5, rtol=1e-5)
   assert 0 < rate(2246) < 1e-10 and rate(2247) == 0
   whole = optim.schedule(dataclasses.replace(config, warmup=1.0), 4)  # nothing but warm-up
-  np.testing.assert_allclose([whole(step) for step in range(4)], [0, 0.25e-5, 0.5e-5, 0.75e-5], rtol=1e-6)
+  np.testing.assert_allclose(
+    [whole(step) for step in range(4)], [0, 0.25e-5, 0.5e-5, 0.75e-5], rtol=1e-6
+  )
 
 
 def test_weight_decay_leaves_norms_and_biases_alone(tiny_run, tmp_path):
@@ -170,42 +215,77 @@ def test_weight_decay_leaves_norms_and_biases_alone(tiny_run, tmp_path):
   np.testing.assert_array_equal(updates["scale"], 0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])  # compiles slowly
-def test_losses_and_gradients_on_features_are_those_on_frames(tiny_run, write_features, tmp_path, dtype):
+@pytest.mark.parametrize(
+  "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)  # compiles slowly
+def test_losses_and_gradients_on_features_are_those_on_frames(
+  tiny_run, write_features, tmp_path, dtype
+):
   one = {"data.shapes": [[4, 3, 32, 400]]}
-  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **one, **{"model.remat": False, "model.dtype": dtype})
+  config = tiny_run(
+    tmp_path,
+    mesh={"data": 1, "fsdp": 1, "tensor": 1},
+    **one,
+    **{"model.remat": False, "model.dtype": dtype},
+  )
   write_features(config, tmp_path / "features")
   tokenizer, out = prompt.load_tokenizer(config.init_from), []
   for folder in (config.data.train, str(tmp_path / "features")):
     it = Prepared(config, 1)
     data = train.open_data(folder, it.cfg)
-    micro = packing.Micro(Shape(4, 3, 80, 32, 400), tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3)))
-    lengths, encoder = pipeline.measure(data, tokenizer, "assistant"), train.ClipEncoder(it.steps, it.mesh)
+    micro = packing.Micro(
+      Shape(4, 3, 80, 32, 400), tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3))
+    )
+    lengths, encoder = (
+      pipeline.measure(data, tokenizer, "assistant"),
+      train.ClipEncoder(it.steps, it.mesh),
+    )
     with jax.set_mesh(it.mesh):
-      for item in pipeline.read(data, tokenizer, config.data, lengths, [[micro]], train.share_of(it.mesh, config, it.cfg.clips_per_chunk)):
+      for item in pipeline.read(
+        data,
+        tokenizer,
+        config.data,
+        lengths,
+        [[micro]],
+        train.share_of(it.mesh, config, it.cfg.clips_per_chunk),
+      ):
         if isinstance(item, pipeline.TowerCall):
           encoder.encode(it.state, item)
         else:
           batch, clips = encoder.batch(item)
-          it.sums, losses = it.steps.grad(it.graph, it.state, it.sums, batch, clips, projector_max_frames=None)
+          it.sums, losses = it.steps.grad(
+            it.graph, it.state, it.sums, batch, clips, projector_max_frames=None
+          )
     assert float(it.sums.samples) == 12 and float(it.sums.frames) == 4 * 18
     out.append(jax.device_get((losses, it.sums.grads)))
   (want, wanted), (got, gradients) = out
-  norm = lambda tree: np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
-  loss, gradient = (2e-3, 4e-3) if dtype == "float32" else (2e-2, 1e-1)  # a tower in bfloat16 differs with the batch's shape
+
+  def norm(tree):
+    return np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
+
+  loss, gradient = (
+    (2e-3, 4e-3) if dtype == "float32" else (2e-2, 1e-1)
+  )  # a tower in bfloat16 differs with the batch's shape
   np.testing.assert_allclose(got, want, rtol=loss)
   assert norm(jax.tree.map(np.subtract, gradients, wanted)) < gradient * norm(wanted)
 
 
 @pytest.mark.parametrize("devices, mesh", [(1, ONE), (8, MeshConfig(2, 2, 2, 1))])
-def test_features_are_known_by_their_tower_wherever_it_lies(tiny_run, features, tmp_path, devices, mesh):
+def test_features_are_known_by_their_tower_wherever_it_lies(
+  tiny_run, features, tmp_path, devices, mesh
+):
   for dtype in ("float32", "bfloat16"):
-    it = Prepared(dataclasses.replace(tiny_run(tmp_path, **{"model.dtype": dtype}), mesh=mesh), devices)
+    it = Prepared(
+      dataclasses.replace(tiny_run(tmp_path, **{"model.dtype": dtype}), mesh=mesh), devices
+    )
     model = nnx.merge(it.graph, it.state.trained, it.state.frozen)
     train.check_tower(model, "m", [train.open_data(features, it.cfg)])
     kernel = model.vision.blocks[0].fc1.kernel
     kernel[...] = kernel[...].at[0, 0].add(1)
-    with pytest.raises(ConfigError, match=r"train holds features by another tower: its identity is [0-9a-f]+, .* in m [0-9a-f]+"):
+    with pytest.raises(
+      ConfigError,
+      match=r"train holds features by another tower: its identity is [0-9a-f]+, .* in m [0-9a-f]+",
+    ):
       train.check_tower(model, "m", [train.open_data(features, it.cfg)])
 
 
@@ -221,7 +301,9 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_run, examples, tmp_path)
 
 def test_an_update_that_is_not_finite_is_not_applied(tiny_run, examples, tmp_path):
   config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1})
-  it = Prepared(dataclasses.replace(config, optim=dataclasses.replace(config.optim, b1=1.0)), 1)  # corrects by 1 - b1: 0 / 0
+  it = Prepared(
+    dataclasses.replace(config, optim=dataclasses.replace(config.optim, b1=1.0)), 1
+  )  # corrects by 1 - b1: 0 / 0
   it.add(one_each(examples[:2], 12, 8, 16))
   before = jax.device_get(it.state)
   out = it.apply()
@@ -230,15 +312,23 @@ def test_an_update_that_is_not_finite_is_not_applied(tiny_run, examples, tmp_pat
 
 
 def test_masters_are_float32_and_what_is_frozen_has_the_compute_dtype(tiny_run, tmp_path):
-  config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"model.dtype": "bfloat16"})
+  config = tiny_run(
+    tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1}, **{"model.dtype": "bfloat16"}
+  )
   state = Prepared(config, 1).state
-  dtypes = lambda tree: {leaf.dtype.name for leaf in jax.tree.leaves(tree) if leaf.ndim}
-  assert dtypes(state.trained) == dtypes(state.opt) == {"float32"} and dtypes(state.frozen) == {"bfloat16"}
+
+  def dtypes(tree):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(tree) if leaf.ndim}
+
+  assert dtypes(state.trained) == dtypes(state.opt) == {"float32"} and dtypes(state.frozen) == {
+    "bfloat16"
+  }
   assert set(state.trained) == {"projector", "llm"} and set(state.frozen) == {"vision"}
 
 
 def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
-  # Wide enough that what is left out (merging, norms, softmax, the masked half of attention) is little.
+  # Wide enough that what is left out (merging, norms, softmax, the masked half of attention) is
+  # little.
   cfg = tiny(attention="einsum", remat=False)
   cfg = dataclasses.replace(
     cfg,
@@ -246,15 +336,24 @@ def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
     llm=dataclasses.replace(cfg.llm, width=256, head_dim=64, mlp_width=1024),
   )
   graph, state = nnx.split(weights.abstract(cfg))
-  loss = lambda state, batch: vlm.loss(nnx.merge(graph, state), batch).sum()
+
+  def loss(state, batch):
+    return vlm.loss(nnx.merge(graph, state), batch).sum()
+
   # Of the program as traced: after optimizing, which takes ten times as long, XLA counts the same.
-  counted = lambda f, spec: jax.jit(f).lower(state, spec).cost_analysis()["flops"]
-  near = lambda flops: pytest.approx(flops, rel=0.1)
+  def counted(f, spec):
+    return jax.jit(f).lower(state, spec).cost_analysis()["flops"]
+
+  def near(flops):
+    return pytest.approx(flops, rel=0.1)
+
   features = batch_spec(Shape(1, 1, 4, 16, 8), ((16, 256), np.float32))
   clips = jax.ShapeDtypeStruct((2, 8, 48, 48, 3), np.uint8)
   flops = metrics.forward_flops(cfg, [Length(16, 8, 4, 8)], pixels=True)
   assert flops["projector"] + flops["llm"] == near(counted(loss, features))
-  assert flops["vision"] == near(counted(lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), clips))
+  assert flops["vision"] == near(
+    counted(lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), clips)
+  )
 
   everything = TrainConfig(1, 1, None, False, True, True, None, 1, 1, 1, 1, None)
   trained = metrics.training_flops(cfg, everything, [Length(16, 8, 4, 8)], pixels=False)
@@ -269,22 +368,45 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
     vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
     llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, None, 1e-6, True, None),
     lp_comp=LPCompConfig("cosine", "suffix", 16),
-    clip_frames=8, tokens_per_frame=16, dtype="bfloat16", clips_per_chunk=4, attention="einsum", remat=True,
+    clip_frames=8,
+    tokens_per_frame=16,
+    dtype="bfloat16",
+    clips_per_chunk=4,
+    attention="einsum",
+    remat=True,
   )
-  step, arguments = steps.abstract_step(config, cfg, batch_spec(Shape(1, 1, 16, 1024, 512), ((16, 1024), ml_dtypes.bfloat16)))
+  step, arguments = steps.abstract_step(
+    config, cfg, batch_spec(Shape(1, 1, 16, 1024, 512), ((16, 1024), ml_dtypes.bfloat16))
+  )
   features = bench_parts.flops(step, *arguments)
   graph, state = nnx.split(weights.abstract(cfg))
   clips = jax.ShapeDtypeStruct((128, 8, 448, 448, 3), np.uint8)
-  tower = bench_parts.flops(lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, clips)
+  tower = bench_parts.flops(
+    lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, clips
+  )
   length = [Length(1024, 8, 16, 512)]
-  assert tower == pytest.approx(metrics.forward_flops(cfg, length, pixels=True)["vision"].sum(), rel=0.02)
+  assert tower == pytest.approx(
+    metrics.forward_flops(cfg, length, pixels=True)["vision"].sum(), rel=0.02
+  )
   assert features < (features + tower) / 6
-  with_tower, without = (metrics.training_flops(cfg, config.train, length, pixels=pixels) for pixels in (True, False))
+  with_tower, without = (
+    metrics.training_flops(cfg, config.train, length, pixels=pixels) for pixels in (True, False)
+  )
   assert with_tower - without == pytest.approx(tower, rel=0.02)
 
 
 def test_the_peak_is_that_of_the_whole_name():
-  peak = lambda kind: (metrics.peak_flops(kind) or 0) / 1e12
+  def peak(kind):
+    return (metrics.peak_flops(kind) or 0) / 1e12
+
   kinds = ("L4", "L40S", "L40", "A100-SXM4-80GB", "H100 PCIe", "H100 80GB HBM3")
-  assert [peak(f"NVIDIA {kind}") for kind in kinds] == [121, 362, 0, 312, 756, 989] and not peak("cpu")
-  assert [peak(f"TPU {kind}") for kind in ("v4", "v5 lite", "v5", "v5p", "v6 lite")] == [275, 197, 459, 459, 918]
+  assert [peak(f"NVIDIA {kind}") for kind in kinds] == [121, 362, 0, 312, 756, 989] and not peak(
+    "cpu"
+  )
+  assert [peak(f"TPU {kind}") for kind in ("v4", "v5 lite", "v5", "v5p", "v6 lite")] == [
+    275,
+    197,
+    459,
+    459,
+    918,
+  ]

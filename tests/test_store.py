@@ -49,7 +49,10 @@ ITEMS = [(0, 5, 4), (1, 1, 1), (2, None, None), (3, 2, 4), (4, 1, 1)]
 
 
 def items():
-  return [(sample(str(i), "\nmsg " if f == 4 else ""), frames(i, c, f) if c else None) for i, c, f in ITEMS]
+  return [
+    (sample(str(i), "\nmsg " if f == 4 else ""), frames(i, c, f) if c else None)
+    for i, c, f in ITEMS
+  ]
 
 
 def test_round_trip_with_videos_images_and_text(tmp_path, monkeypatch):
@@ -60,11 +63,18 @@ def test_round_trip_with_videos_images_and_text(tmp_path, monkeypatch):
   assert store.made_with() == "sampling not recorded"
   for i, (meta, visual) in enumerate(items()):
     got = store.samples[i]
-    assert (got.id, got.source, got.annotation, got.position) == (meta.id, meta.source, meta.annotation, meta.position)
+    assert (got.id, got.source, got.annotation, got.position) == (
+      meta.id,
+      meta.source,
+      meta.annotation,
+      meta.position,
+    )
     assert got.conversations == meta.conversations and got.time_message == meta.time_message
     out = store.visual(i)
     assert out.dtype == np.uint8
-    np.testing.assert_array_equal(out, np.zeros((0, 1, SIZE, SIZE, 3)) if visual is None else visual)
+    np.testing.assert_array_equal(
+      out, np.zeros((0, 1, SIZE, SIZE, 3)) if visual is None else visual
+    )
   assert [s.records for s in store.samples] == [3, 1, 0, 1, 1]
   assert [s.first_record for s in store.samples] == [0, 3, 4, 4, 5]
   assert [s.frames for s in store.samples] == [20, 1, 0, 8, 1]
@@ -73,7 +83,13 @@ def test_round_trip_with_videos_images_and_text(tmp_path, monkeypatch):
 @pytest.mark.parametrize("quality", [None, 95])
 def test_some_clips_are_read_from_the_records_that_hold_them(tmp_path, monkeypatch, quality):
   monkeypatch.setattr(store_lib, "RECORD_BYTES", 2 * 4 * SIZE * SIZE * 3)  # two clips a record
-  write_store(tmp_path / "s", [(sample("0"), smooth(7, 4)), (sample("1"), smooth(1, 1))], image_size=SIZE, clip_frames=4, quality=quality)
+  write_store(
+    tmp_path / "s",
+    [(sample("0"), smooth(7, 4)), (sample("1"), smooth(1, 1))],
+    image_size=SIZE,
+    clip_frames=4,
+    quality=quality,
+  )
   store = open_store(tmp_path / "s")
   whole, read = store.visual(0), []
 
@@ -82,7 +98,14 @@ def test_some_clips_are_read_from_the_records_that_hold_them(tmp_path, monkeypat
       read.append(key)
       return rows[key]
 
-  for first, count, records in ((0, 1, [0]), (1, 2, [0, 1]), (2, 2, [1]), (3, 4, [1, 2, 3]), (6, 1, [3]), (0, 0, [])):
+  for first, count, records in (
+    (0, 1, [0]),
+    (1, 2, [0, 1]),
+    (2, 2, [1]),
+    (3, 4, [1, 2, 3]),
+    (6, 1, [3]),
+    (0, 0, []),
+  ):
     other = open_store(tmp_path / "s")
     monkeypatch.setattr(other, "_rows", Rows())
     read.clear()
@@ -96,12 +119,16 @@ def test_some_clips_are_read_from_the_records_that_hold_them(tmp_path, monkeypat
 def test_is_a_pair_of_tfds_datasets(tmp_path):
   write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
   rows = tfds.builder_from_directory(tmp_path / "s" / "samples").as_data_source(split="train")
-  assert [r["id"].decode() for r in rows] == [f"id-{i}" for i in range(5)]  # written order, not shuffled
+  assert [r["id"].decode() for r in rows] == [
+    f"id-{i}" for i in range(5)
+  ]  # written order, not shuffled
   assert json.loads(rows[0]["conversations"])[1]["value"] == "Ein Hund 🐕."
   clips = tfds.builder_from_directory(tmp_path / "s" / "clips").as_data_source(split="train")
   np.testing.assert_array_equal(clips[0]["frames"].reshape(5, 4, SIZE, SIZE, 3), items()[0][1])
   feature = clips.dataset_info.features["frames"]
-  assert feature.np_dtype == np.uint8 and feature._encoded_to_bytes  # else every pixel is a 64-bit integer
+  assert (
+    feature.np_dtype == np.uint8 and feature._encoded_to_bytes
+  )  # else every pixel is a 64-bit integer
 
 
 def test_many_shards_keep_their_order_and_empty_ones_vanish(tmp_path):
@@ -109,7 +136,9 @@ def test_many_shards_keep_their_order_and_empty_ones_vanish(tmp_path):
     shards = []
     for s in range(12):  # more than ten: the order of names is not that of strings without zeros
       empty = s in (0, 7)
-      part = [(sample(str(s * 10 + i)), None if empty else frames(s * 10 + i, 1, 4)) for i in range(3)]
+      part = [
+        (sample(str(s * 10 + i)), None if empty else frames(s * 10 + i, 1, 4)) for i in range(3)
+      ]
       shards.append(write_shard(folder / f"shard-{s}", part, RAW))
       assert (folder / f"shard-{s}").exists() != empty
     finish(folder, shards, RAW, {})
@@ -126,7 +155,9 @@ def test_many_shards_keep_their_order_and_empty_ones_vanish(tmp_path):
 def smooth(clips: int, per_clip: int) -> np.ndarray:
   x = np.arange(SIZE, dtype=np.uint8) * 8
   channels = np.stack([x[:, None] + 0 * x, x + 0 * x[:, None], (x[:, None] + x) // 2], -1)
-  return np.stack([channels + np.uint8(i) for i in range(clips * per_clip)]).reshape(clips, per_clip, SIZE, SIZE, 3)
+  return np.stack([channels + np.uint8(i) for i in range(clips * per_clip)]).reshape(
+    clips, per_clip, SIZE, SIZE, 3
+  )
 
 
 def test_frames_as_jpeg(tmp_path, monkeypatch):
@@ -151,12 +182,23 @@ def test_frames_as_jpeg(tmp_path, monkeypatch):
 
 def test_features(tmp_path, monkeypatch):
   monkeypatch.setattr(store_lib, "RECORD_BYTES", 2 * 8 * 6 * 2)
-  tokens = lambda seed, *shape: np.random.default_rng(seed).normal(size=shape).astype(ml_dtypes.bfloat16)
-  items = [(sample("0"), tokens(0, 5, 8, 6)), (sample("1"), tokens(1, 1, 2, 6)), (sample("2"), None)]
+
+  def tokens(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(ml_dtypes.bfloat16)
+
+  items = [
+    (sample("0"), tokens(0, 5, 8, 6)),
+    (sample("1"), tokens(1, 1, 2, 6)),
+    (sample("2"), None),
+  ]
   write_store(tmp_path / "s", items, image_size=SIZE, clip_frames=4, features=TOWER)
   store = open_store(tmp_path / "s")
   assert store.features == TOWER and store.clip_spec(4) == ((8, 6), ml_dtypes.bfloat16)
-  assert [(s.frames, s.clip_frames, s.records) for s in store.samples] == [(20, 4, 3), (1, 1, 1), (0, 1, 0)]
+  assert [(s.frames, s.clip_frames, s.records) for s in store.samples] == [
+    (20, 4, 3),
+    (1, 1, 1),
+    (0, 1, 0),
+  ]
   for i, (_, visual) in enumerate(items[:2]):
     got = store.visual(i)
     assert got.dtype == ml_dtypes.bfloat16
@@ -165,7 +207,13 @@ def test_features(tmp_path, monkeypatch):
   rows = tfds.builder_from_directory(tmp_path / "s" / "features").as_data_source(split="train")
   np.testing.assert_array_equal(rows[0]["tokens"], items[0][1][:2].reshape(-1, 6).view(np.uint16))
   with pytest.raises(ValueError, match=r"expected bfloat16 \[clips, 8, 6\], got float32"):
-    write_store(tmp_path / "t", [(sample("0"), np.zeros((1, 8, 6), np.float32))], image_size=SIZE, clip_frames=4, features=TOWER)
+    write_store(
+      tmp_path / "t",
+      [(sample("0"), np.zeros((1, 8, 6), np.float32))],
+      image_size=SIZE,
+      clip_frames=4,
+      features=TOWER,
+    )
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -186,16 +234,26 @@ def test_a_damaged_record_is_named(tmp_path):
 
 def test_identity_tells_stores_apart(tmp_path):
   def made(name, *, talk=TALK, visual=None, message="", **kind):
-    item = (store_lib.dataclasses.replace(sample("0", message), conversations=talk), smooth(1, 4) if visual is None else visual)
+    item = (
+      store_lib.dataclasses.replace(sample("0", message), conversations=talk),
+      smooth(1, 4) if visual is None else visual,
+    )
     write_store(tmp_path / name, [item], image_size=SIZE, clip_frames=4, **kind)
     return open_store(tmp_path / name).identity()
 
   features = np.zeros((1, 8, 6), ml_dtypes.bfloat16)
   other = Features("another", 2, 6)
   found = [
-    made("a"), made("b", talk=TALK[::-1]), made("c", message="m"), made("d", visual=smooth(2, 4)), made("e", quality=95),
-    made("f", quality=90), made("g", visual=features, features=TOWER), made("h", visual=features, features=other),
-    made("i", visual=smooth(1, 4) + np.uint8(1)), made("j", visual=features + 1, features=TOWER),
+    made("a"),
+    made("b", talk=TALK[::-1]),
+    made("c", message="m"),
+    made("d", visual=smooth(2, 4)),
+    made("e", quality=95),
+    made("f", quality=90),
+    made("g", visual=features, features=TOWER),
+    made("h", visual=features, features=other),
+    made("i", visual=smooth(1, 4) + np.uint8(1)),
+    made("j", visual=features + 1, features=TOWER),
   ]
   assert len(set(found)) == len(found) and all(len(i) == 16 and int(i, 16) for i in found)
   assert made("same") == found[0]
@@ -225,7 +283,8 @@ def test_a_killed_write_is_swept_up_by_the_next(tmp_path):
   )
   here = pathlib.Path(__file__).parent
   process = subprocess.Popen(
-    [sys.executable, "-c", code, str(tmp_path / "s"), str(here), str(here.parent)], stdout=subprocess.PIPE
+    [sys.executable, "-c", code, str(tmp_path / "s"), str(here), str(here.parent)],
+    stdout=subprocess.PIPE,
   )
   assert process.stdout.readline() == b"half\n"
   process.send_signal(signal.SIGKILL)
@@ -266,7 +325,12 @@ def test_clear_errors_for_folders_that_are_no_store(tmp_path):
 
 
 def test_writer_refuses_other_arrays_and_empty_stores(tmp_path):
-  for bad in (frames(0, 1, 4).astype(np.float32), frames(0, 1, 4)[0], frames(0, 1, 4)[:, :, :8], frames(0, 1, 4)[:0]):
+  for bad in (
+    frames(0, 1, 4).astype(np.float32),
+    frames(0, 1, 4)[0],
+    frames(0, 1, 4)[:, :, :8],
+    frames(0, 1, 4)[:0],
+  ):
     with pytest.raises(ValueError, match=r"0\.mp4: expected uint8"):
       write_store(tmp_path / "s", [(sample("0"), bad)], image_size=SIZE, clip_frames=4)
   with pytest.raises(StoreError, match="no samples"):
@@ -281,7 +345,12 @@ def test_writer_refuses_other_arrays_and_empty_stores(tmp_path):
 def many(tmp_path):
   """A folder with 90 files of clips, a sample in each."""
   with fresh_folder(tmp_path / "many", "store") as folder:
-    finish(folder, [write_shard(folder / f"{i}", [(sample(str(i)), frames(i, 1, 4))], RAW) for i in range(90)], RAW, {})
+    finish(
+      folder,
+      [write_shard(folder / f"{i}", [(sample(str(i)), frames(i, 1, 4))], RAW) for i in range(90)],
+      RAW,
+      {},
+    )
   return tmp_path / "many"
 
 
@@ -309,7 +378,13 @@ def test_too_many_open_files_are_told_as_such(many):
   used = len(os.listdir("/proc/self/fd"))
   resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, limits[1]))
   try:
-    with pytest.raises(OSError, match=rf"^Too many open files: a process may have {used + 10} here; `ulimit -n \d+` allows more") as error:
+    with pytest.raises(
+      OSError,
+      match=(
+        rf"^Too many open files: a process may have {used + 10} here; `ulimit -n \d+` allows "
+        rf"more"
+      ),
+    ) as error:
       for i in range(90):
         store.visual(i)
   finally:
@@ -321,7 +396,9 @@ def test_too_many_open_files_are_told_as_such(many):
 def test_a_missing_file_is_named_when_a_store_is_opened(many):
   for i in (3, 7):
     (many / "clips" / f"clips-train.array_record-{i:05d}-of-00090").unlink()
-  with pytest.raises(StoreError, match=r"clips-train\.array_record-00003-of-00090 is missing, and 1 more"):
+  with pytest.raises(
+    StoreError, match=r"clips-train\.array_record-00003-of-00090 is missing, and 1 more"
+  ):
     open_store(many)
 
 
@@ -329,7 +406,9 @@ def by_tfds(coder, row) -> bytes:
   """TFDS's own record, with its fields in order."""
   from tensorflow_datasets.proto import tf_example_pb2
 
-  return tf_example_pb2.Example.FromString(coder.serialize_example(row)).SerializeToString(deterministic=True)
+  return tf_example_pb2.Example.FromString(coder.serialize_example(row)).SerializeToString(
+    deterministic=True
+  )
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (300,)])
@@ -339,11 +418,15 @@ def test_records_are_those_of_tfds(shape):
   tokens = rng.integers(0, 1 << 16, (*shape, TOWER.width), np.uint16)
   files = [rng.bytes(n) for n in shape * 3]
   for layout, row in (
-    (RAW, {"frames": frames}), (RAW, {"frames": frames[:, ::-1]}), (Layout(SIZE, 4, 90, None), {"frames": files}),
+    (RAW, {"frames": frames}),
+    (RAW, {"frames": frames[:, ::-1]}),
+    (Layout(SIZE, 4, 90, None), {"frames": files}),
     (Layout(SIZE, 4, None, TOWER), {"tokens": tokens}),
-  ):  # fmt: skip
+  ):
     assert store_lib.example(row) == by_tfds(store_lib.record_features(layout), row)
-  one = dataclasses.replace(sample("7", "ü" * shape[0]), position=shape[0], first_record=1 << 40, records=127)
+  one = dataclasses.replace(
+    sample("7", "ü" * shape[0]), position=shape[0], first_record=1 << 40, records=127
+  )
   row = vars(one) | {"conversations": store_lib.as_json(one.conversations)}
   assert store_lib.example(row) == by_tfds(store_lib._sample_features(), row)
 
@@ -357,21 +440,44 @@ def edit(file, change):
 
 
 def split(**changes):
-  return lambda folder: edit(folder / "clips" / "dataset_info.json", lambda info: info | {"splits": [info["splits"][0] | changes]})
+  return lambda folder: edit(
+    folder / "clips" / "dataset_info.json",
+    lambda info: info | {"splits": [info["splits"][0] | changes]},
+  )
 
 
 DAMAGES = {
-  "no description": lambda folder: (folder / "store.json").unlink(), "deep": lambda folder: (folder / "store.json").write_text("[" * 100_000),
-  "no UTF-8": lambda folder: (folder / "store.json").write_bytes(b"\xff"), "a list": lambda folder: (folder / "store.json").write_text("[]"),
-  "no pixels": described(image_size=0), "too many pixels": described(image_size=10**9), "text for a number": described(image_size="16"),
-  "true for a number": described(clip_frames=True), "endless clips": described(clip_frames=10**12), "other clips": described(clip_frames=8),
-  "other pixels": described(image_size=3000), "no such quality": described(quality=1000), "features that are none": described(features=[]),
-  "features of no size": described(features={"identity": "x", "tokens_per_frame": 0, "width": -1}), "another number of samples": described(samples=10**9),
-  "a deep dataset": lambda folder: (folder / "clips" / "dataset_info.json").write_text('{"a":' * 100_000), "no dataset": lambda folder: (folder / "samples" / "dataset_info.json").unlink(),
-  "files outside": split(filepathTemplate="../../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"), "lengths of text": split(shardLengths=["x"]),
-  "negative lengths": split(shardLengths=["-5"]), "no lengths": split(shardLengths=[]), "endless lengths": split(shardLengths=["5000000000000"]), "short lengths": split(shardLengths=["1"]),
-  "noise": lambda folder: next((folder / "samples").glob("*array_record*")).write_bytes(np.random.default_rng(0).bytes(1 << 17)),
-}  # fmt: skip
+  "no description": lambda folder: (folder / "store.json").unlink(),
+  "deep": lambda folder: (folder / "store.json").write_text("[" * 100_000),
+  "no UTF-8": lambda folder: (folder / "store.json").write_bytes(b"\xff"),
+  "a list": lambda folder: (folder / "store.json").write_text("[]"),
+  "no pixels": described(image_size=0),
+  "too many pixels": described(image_size=10**9),
+  "text for a number": described(image_size="16"),
+  "true for a number": described(clip_frames=True),
+  "endless clips": described(clip_frames=10**12),
+  "other clips": described(clip_frames=8),
+  "other pixels": described(image_size=3000),
+  "no such quality": described(quality=1000),
+  "features that are none": described(features=[]),
+  "features of no size": described(features={"identity": "x", "tokens_per_frame": 0, "width": -1}),
+  "another number of samples": described(samples=10**9),
+  "a deep dataset": (
+    lambda folder: (folder / "clips" / "dataset_info.json").write_text('{"a":' * 100_000)
+  ),
+  "no dataset": lambda folder: (folder / "samples" / "dataset_info.json").unlink(),
+  "files outside": split(filepathTemplate="../../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"),
+  "lengths of text": split(shardLengths=["x"]),
+  "negative lengths": split(shardLengths=["-5"]),
+  "no lengths": split(shardLengths=[]),
+  "endless lengths": split(shardLengths=["5000000000000"]),
+  "short lengths": split(shardLengths=["1"]),
+  "noise": (
+    lambda folder: next((folder / "samples").glob("*array_record*")).write_bytes(
+      np.random.default_rng(0).bytes(1 << 17)
+    )
+  ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -380,10 +486,15 @@ def test_a_damaged_store_is_one_error_with_its_name(tmp_path, damage):
   DAMAGES[damage](tmp_path / "s")
   with pytest.raises(StoreError) as raised:
     open_store(tmp_path / "s")
-  assert str(raised.value).startswith((f"{tmp_path}/s", "[Errno 2] No such file or directory: ")) and f"{tmp_path}/s" in str(raised.value)
+  assert str(raised.value).startswith(
+    (f"{tmp_path}/s", "[Errno 2] No such file or directory: ")
+  ) and f"{tmp_path}/s" in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["store.json", "samples/dataset_info.json", "clips/clips-train.array_record-00000-of-00001"])
+@pytest.mark.parametrize(
+  "name",
+  ["store.json", "samples/dataset_info.json", "clips/clips-train.array_record-00000-of-00001"],
+)
 def test_pipes_and_devices_in_a_store_are_never_opened(tmp_path, name):
   write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
   for make in (os.mkfifo, lambda file: file.symlink_to("/dev/zero")):
@@ -396,21 +507,39 @@ def test_pipes_and_devices_in_a_store_are_never_opened(tmp_path, name):
 def test_no_module_that_a_store_names_is_imported_and_links_are_followed(tmp_path):
   write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
   for folder in ("samples", "clips"):
-    edit(tmp_path / "s" / folder / "features.json", lambda about: about | {"pythonClassName": "this.module_does_harm.X"})
+    edit(
+      tmp_path / "s" / folder / "features.json",
+      lambda about: about | {"pythonClassName": "this.module_does_harm.X"},
+    )
   for i, file in enumerate(sorted((tmp_path / "s").glob("*/*"))):
     file.symlink_to(file.rename(tmp_path / str(i)))
   store = open_store(tmp_path / "s")
   np.testing.assert_array_equal(store.visual(0), frames(0, 5, 4))
 
 
-@pytest.mark.parametrize("changes", [
-  {"frames": 8 * 10**9}, {"frames": -4}, {"frames": 19}, {"clip_frames": 0}, {"clip_frames": 5}, {"first_record": -1}, {"records": 2}, {"records": 0},
-  {"conversations": {"from": 1}}, {"conversations": ["a"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"frames": 8 * 10**9},
+    {"frames": -4},
+    {"frames": 19},
+    {"clip_frames": 0},
+    {"clip_frames": 5},
+    {"first_record": -1},
+    {"records": 2},
+    {"records": 0},
+    {"conversations": {"from": 1}},
+    {"conversations": ["a"]},
+  ],
+)
 def test_samples_whose_numbers_do_not_go_together_are_refused(tmp_path, monkeypatch, changes):
   write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
   own = store_lib._sample
   talk = json.dumps(changes["conversations"]).encode() if "conversations" in changes else None
-  monkeypatch.setattr(store_lib, "_sample", lambda row: own(row | changes | ({} if talk is None else {"conversations": talk})))
+  monkeypatch.setattr(
+    store_lib,
+    "_sample",
+    lambda row: own(row | changes | ({} if talk is None else {"conversations": talk})),
+  )
   with pytest.raises(StoreError, match=r"/s(/samples)? is damaged: "):
     open_store(tmp_path / "s")

@@ -1,4 +1,6 @@
-"""The study's quick preset is a gate on quality: what parity tests can't see, the share of right answers does."""
+"""The study's quick preset is a gate on quality: what parity tests can't see, the share of right
+answers does.
+"""
 
 import dataclasses
 import json
@@ -21,7 +23,9 @@ FULL = miniature.PRESETS["full"]
 def test_all_rules_keep_as_many_tokens_on_average():
   counts = {name: lp_comp.counts(rule(name), 8) for name in (*FULL.rules, *FULL.others)}
   assert set(counts.pop("none")) == {16} and len(counts) == 7
-  assert {np.mean(one) for one in counts.values()} == {7.625} and {one[-1] for one in counts.values()} == {1}
+  assert {np.mean(one) for one in counts.values()} == {7.625} and {
+    one[-1] for one in counts.values()
+  } == {1}
 
 
 def test_clips_at_equal_distances():
@@ -32,20 +36,28 @@ def test_clips_at_equal_distances():
 def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
   names = [cell.name for cell in study.cells(Study(tmp_path, FULL))]
   assert len(set(names)) == len(names)
-  assert {f"tune_{name}_{seed}" for name in (*FULL.rules, *FULL.others) for seed in range(3)} <= set(names)
+  assert {
+    f"tune_{name}_{seed}" for name in (*FULL.rules, *FULL.others) for seed in range(3)
+  } <= set(names)
 
 
 @pytest.mark.parametrize("given", [["--preset", "quick"], ["--base"], ["--model", "some"]])
 def test_what_is_not_the_full_study_needs_a_folder_of_its_own(given, capsys):
   with pytest.raises(SystemExit):
     study.main(given)
-  assert "--preset quick, --model and --base need a folder of their own: --out DIR" in capsys.readouterr().err
+  assert (
+    "--preset quick, --model and --base need a folder of their own: --out DIR"
+    in capsys.readouterr().err
+  )
 
 
 def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path), "--report"])
-  assert "cells has no cells to report; the same command without --report makes them" in capsys.readouterr().err
+  assert (
+    "cells has no cells to report; the same command without --report makes them"
+    in capsys.readouterr().err
+  )
   monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(SystemExit):
     study.main(["--out", str(tmp_path)])
@@ -54,8 +66,14 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
 
 def test_a_base_that_is_not_there_is_said(tmp_path, capsys):
   with pytest.raises(SystemExit):
-    study.main(["--preset", "quick", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "base")])
-  assert re.match(r"error: \S+/base has no model.safetensors; run it where assets/study is, or train a base \(--base\)", capsys.readouterr().err)
+    study.main(
+      ["--preset", "quick", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "base")]
+    )
+  assert re.match(
+    r"error: \S+/base has no model.safetensors; run it where assets/study is, or train a base "
+    r"\(--base\)",
+    capsys.readouterr().err,
+  )
 
 
 def quick_in(folder, base=miniature.BASE):
@@ -64,7 +82,15 @@ def quick_in(folder, base=miniature.BASE):
 
 def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch):
   done = []
-  cells = lambda _: iter([study.Cell(name, [], [], lambda name=name: done.append(name) or {"of": name}) for name in ("a", "b_1", "b_2")])
+
+  def cells(_):
+    return iter(
+      [
+        study.Cell(name, [], [], lambda name=name: done.append(name) or {"of": name})
+        for name in ("a", "b_1", "b_2")
+      ]
+    )
+
   monkeypatch.setattr(study, "cells", cells)
   study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "b")
   assert done == ["b_1", "b_2"]
@@ -80,15 +106,23 @@ def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch
   clock, stored = iter([5.0, 7.0]), []
   monkeypatch.setattr(study.time, "perf_counter", lambda: stored and next(clock))
   monkeypatch.setattr(Study, "store", lambda its, name: stored.append(name))
-  monkeypatch.setattr(study, "cells", lambda _: iter([study.Cell("a", ["long", "wide"], [], lambda: {})]))
+  monkeypatch.setattr(
+    study, "cells", lambda _: iter([study.Cell("a", ["long", "wide"], [], lambda: {})])
+  )
   study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "")
-  assert stored == ["long", "wide"] and json.loads((tmp_path / "cells" / "a.json").read_text())["seconds"] == 2
+  assert (
+    stored == ["long", "wide"]
+    and json.loads((tmp_path / "cells" / "a.json").read_text())["seconds"] == 2
+  )
 
 
 def test_one_command_at_a_time(tmp_path, capsys):
   with files.alone(tmp_path, "study"), pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path)])
-  assert f"another command is at work in {tmp_path}; wait for it, or give --out another" in capsys.readouterr().err
+  assert (
+    f"another command is at work in {tmp_path}; wait for it, or give --out another"
+    in capsys.readouterr().err
+  )
 
 
 @pytest.fixture
@@ -101,12 +135,21 @@ def another(tmp_path):
 
 def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, another):
   done = []
-  cells = [study.Cell(name, [split], ["early"], lambda name=name: done.append(name) or {}) for name, split in (("a", "heldout"), ("b", "long"))]
+  cells = [
+    study.Cell(name, [split], ["early"], lambda name=name: done.append(name) or {})
+    for name, split in (("a", "heldout"), ("b", "long"))
+  ]
   monkeypatch.setattr(study, "cells", lambda _: iter(cells))
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
-  run = lambda preset=miniature.PRESETS["quick"], base=miniature.BASE: study.run(Study(tmp_path / "work", preset, base), tmp_path / "cells", "")
+
+  def run(preset=miniature.PRESETS["quick"], base=miniature.BASE):
+    return study.run(Study(tmp_path / "work", preset, base), tmp_path / "cells", "")
+
   run()
-  with pytest.raises(ValueError, match=r"made otherwise: \S+/cells/a\.json \(films\); \S+/cells/b\.json \(films\): remove them"):
+  with pytest.raises(
+    ValueError,
+    match=r"made otherwise: \S+/cells/a\.json \(films\); \S+/cells/b\.json \(films\): remove them",
+  ):
     run(FULL)
   with monkeypatch.context() as patched:
     patched.setattr(miniature, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
@@ -123,11 +166,19 @@ def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, another):
 
 
 def test_films_that_were_made_otherwise_are_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(miniature, "decode", lambda folder, split, seed, tower: (folder / "features").mkdir())
+  monkeypatch.setattr(
+    miniature, "decode", lambda folder, split, seed, tower: (folder / "features").mkdir()
+  )
   monkeypatch.setattr(miniature, "open_store", lambda path: object.__new__(Store))
   for _ in range(2):
     quick_in(tmp_path).store("heldout")
-  with pytest.raises(ValueError, match=r"heldout/made\.json was made otherwise \(films\): give --out another folder, or remove \S+/heldout"):
+  with pytest.raises(
+    ValueError,
+    match=(
+      r"heldout/made\.json was made otherwise \(films\): give --out another folder, or remove "
+      r"\S+/heldout"
+    ),
+  ):
     Study(tmp_path, FULL).store("heldout")
 
 
@@ -136,7 +187,9 @@ def test_a_stage_that_comes_after_another_model_is_refused(tmp_path, monkeypatch
 
   def trained(folder, stage, **values):
     (folder / "model").mkdir(exist_ok=True)
-    (folder / "model" / "model.safetensors").write_bytes(b"".join([b"tuned:", *([b"anew"] if again else [])]))
+    (folder / "model" / "model.safetensors").write_bytes(
+      b"".join([b"tuned:", *([b"anew"] if again else [])])
+    )
     return folder / "model"
 
   monkeypatch.setattr(miniature, "trained", trained)
@@ -149,10 +202,14 @@ def test_a_stage_that_comes_after_another_model_is_refused(tmp_path, monkeypatch
 
 
 def test_cells_of_another_base_stay_out_of_the_docs(tmp_path, monkeypatch, another):
-  monkeypatch.setattr(study, "cells", lambda its: iter([study.Cell("a", [], [], lambda: {"base": its.base.name})]))
+  monkeypatch.setattr(
+    study, "cells", lambda its: iter([study.Cell("a", [], [], lambda: {"base": its.base.name})])
+  )
   monkeypatch.setattr(findings, "report", lambda where: None)
   study.main(["--out", str(tmp_path / "work"), "--model", str(another)])
-  assert json.loads((tmp_path / "work" / "cells" / "a.json").read_text())["result"] == {"base": "another"}
+  assert json.loads((tmp_path / "work" / "cells" / "a.json").read_text())["result"] == {
+    "base": "another"
+  }
   assert not (pathlib.Path(study.CELLS) / "a.json").exists()
 
 
@@ -160,7 +217,9 @@ def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch):
   its = Study(tmp_path, FULL)
   (tmp_path / "early_1" / "model").mkdir(parents=True)
   assert its.tuned("early", 1) == tmp_path / "early_1" / "model" and its.tuned("early", 1)
-  monkeypatch.setattr(miniature, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
+  monkeypatch.setattr(
+    miniature, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform")
+  )
   with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(rules\)"):
     its.tuned("early", 1)
   monkeypatch.undo()
@@ -170,26 +229,41 @@ def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch):
 
 def test_a_longer_tuning_is_another_model(tmp_path, monkeypatch):
   given = []
-  monkeypatch.setattr(miniature, "trained", lambda folder, name, **values: given.append((folder, values["train__epochs"])) or folder)
+  monkeypatch.setattr(
+    miniature,
+    "trained",
+    lambda folder, name, **values: given.append((folder, values["train__epochs"])) or folder,
+  )
   monkeypatch.setattr(Study, "store", lambda its, name: None)
   its = Study(tmp_path, FULL)
   assert its.tuned("early", 1) != its.tuned("early", 1, 3)
   assert given == [(tmp_path / "early_1", 1), (tmp_path / "early_1_3_epochs", 3)]
-  made = {cell.name: study.made(its, cell)["train"]["epochs"] for cell in study.cells(its) if cell.name in ("tune_early_1", "longer_early_1")}
+  made = {
+    cell.name: study.made(its, cell)["train"]["epochs"]
+    for cell in study.cells(its)
+    if cell.name in ("tune_early_1", "longer_early_1")
+  }
   assert made == {"tune_early_1": 1, "longer_early_1": 3}
 
 
 def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
-  monkeypatch.setattr(study, "cells", lambda its: iter([study.Cell("a", [], [], lambda: its.tuned("progressive", 0))]))
+  monkeypatch.setattr(
+    study,
+    "cells",
+    lambda its: iter([study.Cell("a", [], [], lambda: its.tuned("progressive", 0))]),
+  )
   monkeypatch.setattr(train, "run", lambda config: {"step": 3, "steps": 160})
   with pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path / "work")])
   assert "the same command goes on" in capsys.readouterr().err
-  assert not (tmp_path / "work" / "progressive_0" / "model").exists() and not list((tmp_path / "work" / "cells").glob("*.json"))
+  assert not (tmp_path / "work" / "progressive_0" / "model").exists() and not list(
+    (tmp_path / "work" / "cells").glob("*.json")
+  )
 
 
-# --- the gate ---------------------------------------------------------------------------------------------------------
+# --- the gate
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +274,8 @@ def quick(tmp_path_factory):
   return Study(out, miniature.PRESETS["quick"]), findings.Cells(out / "cells")
 
 
-# Shares of right answers, and of scenes that were found: about half way between what was measured with and without the defects below (docs/LOG.md).
+# Shares of right answers, and of scenes that were found: about half way between what was measured
+# with and without the defects below (docs/LOG.md).
 # No defect is without compression: UNCOMPRESSED only lies well below what was measured.
 UNCOMPRESSED, TUNED, NEEDLE, FAR, FOUND, FIRST = 0.78, 0.725, 0.95, 0.60, 0.5, 0.6
 
@@ -215,7 +290,9 @@ def mutated(monkeypatch):
 
 def tuned(its, name):
   """Whether questions are answered rightly: bool[films, kinds]."""
-  return findings.right(measures.measured(its, its.tuned("progressive", 0), rule("progressive"), name))
+  return findings.right(
+    measures.measured(its, its.tuned("progressive", 0), rule("progressive"), name)
+  )
 
 
 def needles(answers):
@@ -223,7 +300,9 @@ def needles(answers):
 
 
 def found(quick, mode):
-  return measures.selected(quick[0], quick[0].tuned("progressive", 0), rule("progressive"), "long", (mode,))[mode]
+  return measures.selected(
+    quick[0], quick[0].tuned("progressive", 0), rule("progressive"), "long", (mode,)
+  )[mode]
 
 
 def hits(measure):
@@ -232,12 +311,23 @@ def hits(measure):
 
 @pytest.mark.slow
 def test_quality_holds(quick):
-  (base,), (after,) = quick[1].seeds("base", "heldout", "none"), quick[1].seeds("tune_progressive_{seed}", "heldout", "progressive")
-  (before,), (long,) = quick[1].seeds("base", "heldout", "progressive"), quick[1].seeds("select_progressive_{seed}", "long")
+  (base,), (after,) = (
+    quick[1].seeds("base", "heldout", "none"),
+    quick[1].seeds("tune_progressive_{seed}", "heldout", "progressive"),
+  )
+  (before,), (long,) = (
+    quick[1].seeds("base", "heldout", "progressive"),
+    quick[1].seeds("select_progressive_{seed}", "long"),
+  )
   assert findings.right(base).mean() > UNCOMPRESSED
-  assert findings.right(after).mean() > TUNED > findings.right(before).mean() and needles(findings.right(after)) > NEEDLE
+  assert (
+    findings.right(after).mean() > TUNED > findings.right(before).mean()
+    and needles(findings.right(after)) > NEEDLE
+  )
   assert hits(long["aligned"]) > FOUND > hits(long["uniform"])
-  own, others = (findings.ranked_first(long["local_answer"], key).mean() for key in ("rank", "other"))
+  own, others = (
+    findings.ranked_first(long["local_answer"], key).mean() for key in ("rank", "other")
+  )
   assert own > FIRST > others
 
 
@@ -247,18 +337,29 @@ def test_selecting_costs_more_than_answering(quick):
   uniform = long["uniform"]
   for mode in ("global", "local", "aligned"):
     assert long[mode]["tokens"] == uniform["tokens"]
-    assert long[mode]["TFLOP"] > 3 * uniform["TFLOP"]  # 128 scenes by a sixth for each question, and 12
+    assert (
+      long[mode]["TFLOP"] > 3 * uniform["TFLOP"]
+    )  # 128 scenes by a sixth for each question, and 12
 
 
 @pytest.mark.slow
 def test_prefixes_instead_of_suffixes_fall_through(quick, mutated, tmp_path):
   survivors = lp_comp.survivors
-  first = lambda cfg, layers: tuple(tuple(cfg.group - 1 - place for place in kept[::-1]) for kept in survivors(cfg, layers))
+
+  def first(cfg, layers):
+    return tuple(
+      tuple(cfg.group - 1 - place for place in kept[::-1]) for kept in survivors(cfg, layers)
+    )
+
   mutated.setattr(lp_comp, "survivors", first)
-  mutated.setattr(lp_comp, "reduce", lambda x, cfg, before, after: _first(x, len(before), len(after)))
+  mutated.setattr(
+    lp_comp, "reduce", lambda x, cfg, before, after: _first(x, len(before), len(after))
+  )
   for name in ("tuning", "heldout"):
     (tmp_path / name).symlink_to(quick[0].out / name)
-  answers = tuned(Study(tmp_path, quick[0].preset), "heldout")  # tuned with prefixes, as it would be if the code kept them
+  answers = tuned(
+    Study(tmp_path, quick[0].preset), "heldout"
+  )  # tuned with prefixes, as it would be if the code kept them
   assert answers.mean() < TUNED and needles(answers) < NEEDLE
 
 
@@ -276,10 +377,23 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
 
   def old(layer, x, positions):
     kept = (x.shape[1] - measures.PREFIX - measures.TEXT) // groups
-    place = np.arange(groups)[:, None] * 16 + 16 - kept + np.arange(kept)  # of what is left among all visual tokens
+    place = (
+      np.arange(groups)[:, None] * 16 + 16 - kept + np.arange(kept)
+    )  # of what is left among all visual tokens
     begin, end = measures.PREFIX, measures.PREFIX + groups * kept
     first = positions[:, begin : begin + 1]
-    return rotate(layer, x, jnp.concatenate([positions[:, :begin], first + place.ravel(), positions[:, end:] + groups * (16 - kept)], axis=1))
+    return rotate(
+      layer,
+      x,
+      jnp.concatenate(
+        [
+          positions[:, :begin],
+          first + place.ravel(),
+          positions[:, end:] + groups * (16 - kept),
+        ],
+        axis=1,
+      ),
+    )
 
   mutated.setattr(decoder.Layer, "rotate", old)
   jax.clear_caches()
@@ -289,7 +403,9 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
 @pytest.mark.slow
 def test_shuffled_scores_fall_through(quick, mutated):
   rounds, rng = chat.score_rounds, np.random.default_rng(0)
-  mutated.setattr(chat, "score_rounds", lambda *args, **kw: rng.permuted(rounds(*args, **kw), axis=-1))
+  mutated.setattr(
+    chat, "score_rounds", lambda *args, **kw: rng.permuted(rounds(*args, **kw), axis=-1)
+  )
   assert hits(found(quick, "aligned")) < FOUND
 
 

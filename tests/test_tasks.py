@@ -1,4 +1,6 @@
-"""Benchmarks: `reference/benchmarks` has real annotations, and what the release's own code makes of them and of answers."""
+"""Benchmarks: `reference/benchmarks` has real annotations, and what the release's own code makes of
+them and of answers.
+"""
 
 import json
 import pathlib
@@ -29,7 +31,8 @@ def test_prompts_of_50_real_questions_are_the_release_s(benchmarks, prompts, nam
 def test_prompts_letter_by_letter(benchmarks):  # FACTS.md 12, written out
   first = tasks.read(TASKS["lvbench"], benchmarks / "lvbench.json")[0]
   assert first.prompt == (
-    "What year appears in the opening caption of the video?\nA. (A) 1636\nB. (B) 1366\nC. (C) 1363\nD. (D) 1633\n"
+    "What year appears in the opening caption of the video?\nA. (A) 1636\nB. (B) 1366\nC. (C) "
+    "1363\nD. (D) 1633\n"
     "Answer with the option's letter from the given choices directly."
   )
   assert (first.answer, first.videos, first.groups["type"]) == ("D", ("00000000",), "cartoon")
@@ -39,7 +42,9 @@ def test_prompts_letter_by_letter(benchmarks):  # FACTS.md 12, written out
   assert first.prompt == f"Question:{item['question']}\nOption:\n{options}{CLOSING}"
   assert first.videos == (f"4_count/{item['video']}", item["video"])
   other = tasks.read(TASKS["mlvu_best_option"], benchmarks / "mlvu" / "4_count.json")[0]
-  assert other.prompt == f"Question:{item['question']}\nOption:\n{options}\nOnly give the best option."
+  assert (
+    other.prompt == f"Question:{item['question']}\nOption:\n{options}\nOnly give the best option."
+  )
 
 
 def test_prompts_of_the_other_benchmarks(benchmarks, prompts, tmp_path):
@@ -50,7 +55,9 @@ def test_prompts_of_the_other_benchmarks(benchmarks, prompts, tmp_path):
     assert question.prompt == prompts[name][0]
   (tmp_path / "y_en.json").write_text(json.dumps(made["subtitles"]))
   for duration, wanted in zip((20.4, 2000.0), prompts["longvideobench"], strict=True):
-    (tmp_path / "lvb.json").write_text(json.dumps([made["longvideobench"] | {"duration": duration}]))
+    (tmp_path / "lvb.json").write_text(
+      json.dumps([made["longvideobench"] | {"duration": duration}])
+    )
     (question,) = tasks.read(TASKS["longvideobench"], tmp_path / "lvb.json", tmp_path)
     assert question.prompt == wanted and question.answer == "C" and len(question.options) == 5
   with pytest.raises(tasks.TaskError, match=r"question 0: .*--subtitles"):
@@ -66,7 +73,16 @@ def test_answers_of_many_shapes_count_as_the_release_counts_them(benchmarks):
 
 
 @pytest.mark.parametrize(
-  "answer,letter", [("(B)", "B"), ("B.", "B"), ("The answer is B", "B"), ("b", "B"), ("", ""), ("A and B", "A"), ("B. a dog", "B")]
+  "answer,letter",
+  [
+    ("(B)", "B"),
+    ("B.", "B"),
+    ("The answer is B", "B"),
+    ("b", "B"),
+    ("", ""),
+    ("A and B", "A"),
+    ("B. a dog", "B"),
+  ],
 )
 def test_answers_by_hand(answer, letter):
   assert tasks.any_letter(answer) == letter
@@ -77,26 +93,48 @@ def question(i, answer="A", **groups):
 
 
 def test_averages_are_those_of_the_released_log():
-  """The released log of MLVU: 66.6667 over all questions; the mean over its tasks is another number."""
+  """The released log of MLVU: 66.6667 over all questions; the mean over its tasks is another
+  number.
+  """
   log = {
-    "anomaly_reco": (200, 76.5), "count": (206, 40.7767), "ego": (352, 62.5), "needle": (355, 79.7183), "order": (259, 28.5714),
-    "plotqa": (539, 77.9221), "topic_reasoning": (264, 81.8182),
-  }  # fmt: skip
+    "anomaly_reco": (200, 76.5),
+    "count": (206, 40.7767),
+    "ego": (352, 62.5),
+    "needle": (355, 79.7183),
+    "order": (259, 28.5714),
+    "plotqa": (539, 77.9221),
+    "topic_reasoning": (264, 81.8182),
+  }
   pairs = []
   for name, (n, accuracy) in log.items():
     right = round(n * accuracy / 100)
     pairs += [(question(i, task=name), "A" if i < right else "B") for i in range(n)]
   found = tasks.score(TASKS["mlvu"], pairs)
-  assert found["micro"] == pytest.approx(66.6667, abs=1e-4) and found["macro"] == pytest.approx(63.972, abs=1e-3)
+  assert found["micro"] == pytest.approx(66.6667, abs=1e-4) and found["macro"] == pytest.approx(
+    63.972, abs=1e-3
+  )
   assert found["counts"]["questions"] == 2175
   for name, (_, accuracy) in log.items():
     assert found["groups"]["task"][name]["accuracy"] == pytest.approx(accuracy, abs=1e-4)
 
 
 def test_empty_answers_and_videos_that_failed():
-  pairs = [(question(0), "A"), (question(1), ""), (question(2), None), (question(3), "pear"), (question(4, ""), ".")]
+  pairs = [
+    (question(0), "A"),
+    (question(1), ""),
+    (question(2), None),
+    (question(3), "pear"),
+    (question(4, ""), "."),
+  ]
   found = tasks.score(TASKS["lvbench"], pairs)
-  assert found["counts"] == {"questions": 5, "counted": 4, "right": 1, "empty": 1, "unparsed": 2, "failed": 1}
+  assert found["counts"] == {
+    "questions": 5,
+    "counted": 4,
+    "right": 1,
+    "empty": 1,
+    "unparsed": 2,
+    "failed": 1,
+  }
   assert found["micro"] == 25.0  # the empty one left the denominator; the video that failed did not
   assert tasks.score(TASKS["videomme_long"], pairs)["counts"]["counted"] == 5
 
@@ -111,13 +149,20 @@ def test_a_question_without_a_right_option_is_always_wrong(benchmarks):
 def test_several_groups_of_a_question():
   pairs = [(question(0, kind="a; b"), "A"), (question(1, kind="b"), "B")]
   groups = tasks.score(TASKS["lvbench"], pairs)["groups"]["kind"]
-  assert {name: (cell["right"], cell["counted"]) for name, cell in groups.items()} == {"a": (1, 1), "b": (1, 2)}
+  assert {name: (cell["right"], cell["counted"]) for name, cell in groups.items()} == {
+    "a": (1, 1),
+    "b": (1, 2),
+  }
 
 
 def test_the_1549_questions_as_lvbench_publishes_them(benchmarks, tmp_path):
   item = json.loads((benchmarks / "lvbench.json").read_text())[0]
   text = item["question"] + "\n" + "\n".join(item["candidates"])
-  line = {"key": "Cm73ma6Ibcs", "type": "cartoon", "qa": [{"uid": "0", "question": text, "answer": "D", "question_type": ["a", "b"]}] * 2}
+  line = {
+    "key": "Cm73ma6Ibcs",
+    "type": "cartoon",
+    "qa": [{"uid": "0", "question": text, "answer": "D", "question_type": ["a", "b"]}] * 2,
+  }
   (tmp_path / "meta.jsonl").write_text(json.dumps(line) + "\n")
   first, _ = tasks.read(TASKS["lvbench"], tmp_path / "meta.jsonl")
   assert first.prompt == tasks.read(TASKS["lvbench"], benchmarks / "lvbench.json")[0].prompt
@@ -126,14 +171,19 @@ def test_the_1549_questions_as_lvbench_publishes_them(benchmarks, tmp_path):
 
 def test_only_long_videos_of_videomme(benchmarks, tmp_path):
   made = json.loads((benchmarks / "others.json").read_text())["videomme_long"]
-  (tmp_path / "v.json").write_text(json.dumps([made | {"duration": "short"}, made, made | {"duration": "medium"}]))
+  (tmp_path / "v.json").write_text(
+    json.dumps([made | {"duration": "short"}, made, made | {"duration": "medium"}])
+  )
   assert len(tasks.read(TASKS["videomme_long"], tmp_path / "v.json")) == 1
   (tmp_path / "v.json").write_text(json.dumps([made | {"duration": "short"}]))
   with pytest.raises(tasks.TaskError, match="holds no question"):
     tasks.read(TASKS["videomme_long"], tmp_path / "v.json")
 
 
-@pytest.mark.parametrize("text,words", [("[{}]", "question 0"), ("[3]", "question 0"), ("{", "is no JSON"), ("[]", "no question")])
+@pytest.mark.parametrize(
+  "text,words",
+  [("[{}]", "question 0"), ("[3]", "question 0"), ("{", "is no JSON"), ("[]", "no question")],
+)
 def test_annotations_of_another_kind_are_refused(tmp_path, text, words):
   (tmp_path / "x.json").write_text(text)
   with pytest.raises(tasks.TaskError, match=words):
@@ -159,8 +209,13 @@ def test_videos_are_found_with_and_without_their_suffix(tmp_path):
 def letters(tmp_path, *answers, **more):
   """Reads questions of the task `letters` with these answers."""
   text = "<video>\nWhich?\nA. red\nB. blue\nC. green"
-  talk = lambda answer: {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]}
-  (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", **talk(answer), **more} for answer in answers]))
+
+  def talk(answer):
+    return {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]}
+
+  (tmp_path / "q.json").write_text(
+    json.dumps([{"video": "v.mp4", **talk(answer), **more} for answer in answers])
+  )
   return tasks.read(TASKS["letters"], tmp_path / "q.json")
 
 
@@ -168,26 +223,46 @@ def test_truths_of_many_shapes_are_letters(tmp_path):
   forms = ("B", "b", "B.", "(B)", "(b).", " B\n", "B)", "B:", "B. blue", "(B) blue")
   questions = letters(tmp_path, *forms)
   assert [q.answer for q in questions] == ["B"] * len(forms)
-  assert questions[0].prompt == "Which?\nA. red\nB. blue\nC. green" and questions[0].options == ("red", "blue", "green")
+  assert questions[0].prompt == "Which?\nA. red\nB. blue\nC. green" and questions[0].options == (
+    "red",
+    "blue",
+    "green",
+  )
   assert tasks.score(TASKS["letters"], [(q, "(B)") for q in questions])["micro"] == 100
 
 
 def test_truths_that_are_no_letters_are_all_listed_in_their_order(tmp_path):
-  with pytest.raises(tasks.TaskError, match=r"^\S+/q.json has bad questions:\n  .*, questions 1, 4: its answer 'blue' is none of the letters A to C; write one.*\n  .*, question 2: .*'D'.*\n  .*, question 3: .*''"):
+  with pytest.raises(
+    tasks.TaskError,
+    match=(
+      r"^\S+/q.json has bad questions:\n  .*, questions 1, 4: its answer 'blue' is none of "
+      r"the letters A to C; write one.*\n  .*, question 2: .*'D'.*\n  .*, question 3: .*''"
+    ),
+  ):
     letters(tmp_path, "A", "blue", "D", "", "blue")
   with pytest.raises(tasks.TaskError, match=r"q.json, question 0: its answer 'a blue one'"):
     letters(tmp_path, "a blue one")
-  with pytest.raises(tasks.TaskError, match=r"q.json, question 0: no annotation of letters: it has no 'video'"):
+  with pytest.raises(
+    tasks.TaskError, match=r"q.json, question 0: no annotation of letters: it has no 'video'"
+  ):
     (tmp_path / "q.json").write_text(json.dumps([{"question": "?", "answer": "A"}]))
     tasks.read(TASKS["letters"], tmp_path / "q.json")
 
 
 def test_conversations_of_roles_are_read_and_others_refused(tmp_path):
-  turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "(A)"}]
+  turns = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "<image>\nWhich?"},
+    {"role": "assistant", "content": "(A)"},
+  ]
   for talk, words in (
-    (turns, None), (turns[:2], "does not end with an answer"), (turns[1:2] * 2, "turn 1 of the conversation is {'from': 'user'"),
-    ([turns[1], {"role": "assistant", "content": [{"type": "text"}]}], "turn 1"), ([], "does not end"), ([3], "AttributeError"),
-  ):  # fmt: skip
+    (turns, None),
+    (turns[:2], "does not end with an answer"),
+    (turns[1:2] * 2, "turn 1 of the conversation is {'from': 'user'"),
+    ([turns[1], {"role": "assistant", "content": [{"type": "text"}]}], "turn 1"),
+    ([], "does not end"),
+    ([3], "AttributeError"),
+  ):
     (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "messages": talk}]))
     if words is None:
       (question,) = tasks.read(TASKS["letters"], tmp_path / "q.json")
@@ -205,7 +280,9 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
     (question,) = tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")
     assert question.answer == right and not tasks.unanswerable([question])
   (tmp_path / "4_count.json").write_text(json.dumps([item, item | {"answer": "E"}]))
-  assert tasks.unanswerable(tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")).startswith("1 of 2 questions have an answer that is none")
+  assert tasks.unanswerable(tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")).startswith(
+    "1 of 2 questions have an answer that is none"
+  )
   (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": "E"}]))
   with pytest.raises(tasks.TaskError, match="no question's answer is one of its options"):
     tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")
@@ -213,8 +290,14 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
   (tmp_path / "v.json").write_text(json.dumps([made["videomme_long"] | {"answer": "(c)"}]))
   assert tasks.read(TASKS["videomme_long"], tmp_path / "v.json")[0].answer == "C"
   (tmp_path / "y_en.json").write_text(json.dumps(made["subtitles"]))
-  for choice, words in (("b", None), (-1, "its answer -1 is none of the letters A to E"), (5, "answer 5")):
-    (tmp_path / "l.json").write_text(json.dumps([made["longvideobench"] | {"correct_choice": choice}]))
+  for choice, words in (
+    ("b", None),
+    (-1, "its answer -1 is none of the letters A to E"),
+    (5, "answer 5"),
+  ):
+    (tmp_path / "l.json").write_text(
+      json.dumps([made["longvideobench"] | {"correct_choice": choice}])
+    )
     if words:
       with pytest.raises(tasks.TaskError, match=words):
         tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)
@@ -222,12 +305,20 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
       assert tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)[0].answer == "B"
 
 
-@pytest.mark.parametrize("video, words", [
-  ({"video": ["v.mp4"]}, None), ({"videos": ["v.mp4"], "video": None}, None), ({"video": ["a.mp4", "b.mp4"]}, "it must have one video, the name of a file"),
-  ({"video": 3}, "it must have one video"), ({"video": "v.mp4", "start": "1"}, "its start is '1'; write seconds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "video, words",
+  [
+    ({"video": ["v.mp4"]}, None),
+    ({"videos": ["v.mp4"], "video": None}, None),
+    ({"video": ["a.mp4", "b.mp4"]}, "it must have one video, the name of a file"),
+    ({"video": 3}, "it must have one video"),
+    ({"video": "v.mp4", "start": "1"}, "its start is '1'; write seconds"),
+  ],
+)
 def test_videos_of_questions_are_one_file(tmp_path, video, words):
-  (tmp_path / "q.json").write_text(json.dumps([video | {"question": "Which?\n(A) red\n(B) blue", "answer": "A"}]))
+  (tmp_path / "q.json").write_text(
+    json.dumps([video | {"question": "Which?\n(A) red\n(B) blue", "answer": "A"}])
+  )
   if words:
     with pytest.raises(tasks.TaskError, match=words):
       tasks.read(TASKS["letters"], tmp_path / "q.json")
@@ -237,7 +328,10 @@ def test_videos_of_questions_are_one_file(tmp_path, video, words):
 
 
 def test_a_place_for_frames_inside_a_question_is_refused(tmp_path):
-  talk = [{"from": "human", "value": "Look <video> here\n(A) red\n(B) blue"}, {"from": "gpt", "value": "A"}]
+  talk = [
+    {"from": "human", "value": "Look <video> here\n(A) red\n(B) blue"},
+    {"from": "gpt", "value": "A"},
+  ]
   (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "conversations": talk}]))
   with pytest.raises(tasks.TaskError, match="<video> is inside a question; leave it out"):
     tasks.read(TASKS["letters"], tmp_path / "q.json")

@@ -1,4 +1,6 @@
-"""train.py: runs train, what is frozen stays, and what can't work is said (test_steps.py has the steps)."""
+"""train.py: runs train, what is frozen stays, and what can't work is said (test_steps.py has the
+steps).
+"""
 
 import contextlib
 import dataclasses
@@ -30,36 +32,61 @@ def one_device(monkeypatch):
   monkeypatch.setattr(train, "devices", lambda: jax.devices()[:1])
 
 
-def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp_path, capsys, one_device):
+def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
+  tiny_run, tmp_path, capsys, one_device
+):
   from xcomp_jax import checkpoint
 
   jax.clear_caches()  # compilations are counted below, whatever ran before
   config = tiny_run(tmp_path / "w", **{"train.epochs": 3})
   config = dataclasses.replace(
     config,
-    data=dataclasses.replace(config.data, heldout=config.data.train.removesuffix("train") + "heldout"),
+    data=dataclasses.replace(
+      config.data, heldout=config.data.train.removesuffix("train") + "heldout"
+    ),
   )
   told = []
   result = train.run(config, watch=lambda *what: told.append(what))
   text = capsys.readouterr().out
   assert [step for step, group, _ in told if group == "train"] == list(range(1, 13))
-  assert [values["loss"] for _, group, values in told if group == "heldout"][-1] == result["heldout_loss"]
-  assert result["step"] == 12 and result["heldout_loss"] > 0 and 0 <= result["heldout_accuracy"] <= 1
+  assert [values["loss"] for _, group, values in told if group == "heldout"][-1] == result[
+    "heldout_loss"
+  ]
+  assert (
+    result["step"] == 12 and result["heldout_loss"] > 0 and 0 <= result["heldout_accuracy"] <= 1
+  )
   lines = [line for line in text.splitlines() if line.startswith("step ")]
   first, last = (float(line.split("loss ")[1].split()[0]) for line in (lines[0], lines[-1]))
   assert len(lines) == 12 and last < first - 0.5
-  for word in ("MFU -", "data wait", "samples/s", "held-out after step 12", "vision/blocks/0..1/fc1/kernel", "done: step 12 of 12", "train: sampling not recorded", "  compile "):
+  for word in (
+    "MFU -",
+    "data wait",
+    "samples/s",
+    "held-out after step 12",
+    "vision/blocks/0..1/fc1/kernel",
+    "done: step 12 of 12",
+    "train: sampling not recorded",
+    "  compile ",
+  ):
     assert word in text
   assert "warning" not in text
   assert sum(line.startswith("compiled grad_step") for line in text.splitlines()) == 1
-  shares = {name: float(share) for name, share in re.findall(r"(\w+) +([\d.]+)%", text.splitlines()[-2].split("s:")[1])}
-  assert sum(shares.values()) == pytest.approx(100, abs=0.5) and min(shares["compile"], shares["step"]) > 0
+  shares = {
+    name: float(share)
+    for name, share in re.findall(r"(\w+) +([\d.]+)%", text.splitlines()[-2].split("s:")[1])
+  }
+  assert (
+    sum(shares.values()) == pytest.approx(100, abs=0.5)
+    and min(shares["compile"], shares["step"]) > 0
+  )
 
   saved, step = checkpoint.read_config(config.workdir)
   assert from_dict(RunConfig, saved["run"]) == config and step == 12
   cfg = from_dict(VLMConfig, saved["vlm"])
   before = nnx.state(weights.load(weights.resolve(config.init_from), cfg))
-  after = checkpoint.read_params(config.workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), before))
+  after = checkpoint.read_params(
+    config.workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), before)
+  )
   before, after = weights.parameters(before), weights.parameters(after)
   for path in before:
     same = np.asarray(before[path]).tobytes() == np.asarray(after[path]).tobytes()
@@ -70,7 +97,10 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp
 def losses(config):
   """Those of every step of a run."""
   out = []
-  train.run(config, watch=lambda step, group, values: out.append(values["loss"]) if group == "train" else None)
+  train.run(
+    config,
+    watch=lambda step, group, values: out.append(values["loss"]) if group == "train" else None,
+  )
   return np.array(out)
 
 
@@ -78,23 +108,38 @@ def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path
   want = losses(tiny_run(tmp_path / "frames"))
   got = losses(tiny_run(tmp_path / "features", **{"data.train": features}))
   assert len(want) == 4 and np.ptp(want) > 1
-  np.testing.assert_allclose(got, want, rtol=1e-2)  # bfloat16 has 8 bits, and every step grows the difference
+  np.testing.assert_allclose(
+    got, want, rtol=1e-2
+  )  # bfloat16 has 8 bits, and every step grows the difference
 
 
-def test_features_of_another_tower_are_refused_before_a_step(tiny_run, features, tmp_path, one_device):
+def test_features_of_another_tower_are_refused_before_a_step(
+  tiny_run, features, tmp_path, one_device
+):
   config = tiny_run(tmp_path / "w", **{"data.train": features})
   shutil.copytree(config.init_from, tmp_path / "base")
   tensors = load_file(tmp_path / "base" / "model.safetensors")
   name = next(name for name in tensors if "vision" in name and tensors[name].ndim > 1)
   save_file(tensors | {name: tensors[name] * 1.5}, tmp_path / "base" / "model.safetensors")
-  with pytest.raises(ConfigError, match=r"holds features by another tower: .* Make the features again"):
+  with pytest.raises(
+    ConfigError, match=r"holds features by another tower: .* Make the features again"
+  ):
     train.run(dataclasses.replace(config, init_from=str(tmp_path / "base")))
-  assert not list((tmp_path / "w" / "checkpoints").iterdir()) and not (tmp_path / "w" / "config.json").exists()
+  assert (
+    not list((tmp_path / "w" / "checkpoints").iterdir())
+    and not (tmp_path / "w" / "config.json").exists()
+  )
 
 
-def test_features_that_cannot_be_used_are_refused_before_anything_is_written(tiny_run, features, tmp_path):
-  run = lambda **changes: train.run(tiny_run(tmp_path / "w", **{"data.train": features} | changes))
-  with pytest.raises(ConfigError, match=r"config\.train\.vision = True, but .*train holds features"):
+def test_features_that_cannot_be_used_are_refused_before_anything_is_written(
+  tiny_run, features, tmp_path
+):
+  def run(**changes):
+    return train.run(tiny_run(tmp_path / "w", **{"data.train": features} | changes))
+
+  with pytest.raises(
+    ConfigError, match=r"config\.train\.vision = True, but .*train holds features"
+  ):
     run(**{"train.vision": True})
   with pytest.raises(ConfigError, match=r"holds frames .* holds features"):
     run(**{"data.train": [tiny_run(tmp_path).data.train, features]})
@@ -115,20 +160,30 @@ def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, one_
   assert "train: sampling not recorded; an epoch reads 6 of 12 samples" in said
   assert "heldout: sampling not recorded; an epoch reads 5 of 5 samples" in said
   for changes, words in (
-    ({"data.weights": [1.0, 1.0]}, r"config\.data\.weights was \[0\.5, 1\.0\], is \[1\.0, 1\.0\]"),
-    ({"data.train": both["data.train"][::-1], "data.weights": [0.5, 1.0]}, r"identity .* was '\w{16}, \w{16}', is '\w{16}, \w{16}'"),
+    (
+      {"data.weights": [1.0, 1.0]},
+      r"config\.data\.weights was \[0\.5, 1\.0\], is \[1\.0, 1\.0\]",
+    ),
+    (
+      {"data.train": both["data.train"][::-1], "data.weights": [0.5, 1.0]},
+      r"identity .* was '\w{16}, \w{16}', is '\w{16}, \w{16}'",
+    ),
   ):
     with pytest.raises(ConfigError, match=words):
       train.run(tiny_run(tmp_path / "w", **both | changes, **{"train.steps": 1}))
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run, tmp_path, monkeypatch, one_device):
+def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
+  tiny_run, tmp_path, monkeypatch, one_device
+):
   config = tiny_run(tmp_path / "w", **{"train.save_every": 1})
   original = pipeline.collate
 
   def poisoned(*arguments):
     batch = original(*arguments)
-    return dataclasses.replace(batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32))
+    return dataclasses.replace(
+      batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32)
+    )
 
   cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
   third = pipeline.run_order(train.open_data(config.data.train, cfg), 3, 0, 1)[2]
@@ -140,7 +195,9 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run,
   assert report["step"] == 3 and report["loss"] == "nan"
   assert sorted(s["index"] for s in report["samples"]) == sorted(third)
   assert {s["id"] for s in report["samples"]} == {f"s{i}" for i in third}
-  assert sorted(int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()) == [1, 2]
+  assert sorted(
+    int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()
+  ) == [1, 2]
 
 
 def test_a_compilation_that_no_new_shape_explains_is_said():
@@ -150,7 +207,9 @@ def test_a_compilation_that_no_new_shape_explains_is_said():
 
   def call(name, what, compiles):
     for _ in range(compiles):
-      compilations._listen("/jax/core/compile/backend_compile_duration", 1.0, fun_name=f"jit({name})")
+      compilations._listen(
+        "/jax/core/compile/backend_compile_duration", 1.0, fun_name=f"jit({name})"
+      )
     train.report_compilations(compilations, name, what, said.append)
 
   for spec in specs:
@@ -175,7 +234,9 @@ def clock(monkeypatch):
 
 def test_where_the_time_went_adds_up(clock):
   def compiles(seconds, kind="backend_compile"):
-    jax.monitoring.record_event_duration_secs(f"/jax/core/compile/{kind}_duration", seconds, fun_name="f")
+    jax.monitoring.record_event_duration_secs(
+      f"/jax/core/compile/{kind}_duration", seconds, fun_name="f"
+    )
 
   with metrics.Goodput() as goodput:
     clock[0] = 10  # start
@@ -200,10 +261,18 @@ def test_where_the_time_went_adds_up(clock):
       compiles(5)
       clock[0] = 100
     assert goodput.shares() == {
-      "connect": 0, "start": 0.08, "restore": 0, "compile": 0.26, "data": 0, "step": 0.4, "evaluate": 0.11, "save": 0.15
+      "connect": 0,
+      "start": 0.08,
+      "restore": 0,
+      "compile": 0.26,
+      "data": 0,
+      "step": 0.4,
+      "evaluate": 0.11,
+      "save": 0.15,
     }
     assert goodput.line() == (
-      "of 100 s: connect 0.0%  start 8.0%  restore 0.0%  compile 26.0%  data 0.0%  step 40.0%  evaluate 11.0%  save 15.0%"
+      "of 100 s: connect 0.0%  start 8.0%  restore 0.0%  compile 26.0%  data 0.0%  step 40.0%  "
+      "evaluate 11.0%  save 15.0%"
     )
   compiles(50)
   assert goodput.shares()["compile"] == 0.26  # nothing is heard after the end
@@ -257,32 +326,62 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
 @pytest.mark.parametrize(
   "changes, words",
   [
-    ({"mesh": {"data": 3, "fsdp": 1, "tensor": 1}}, "data=3 x fsdp=1 x tensor=1 x context=1 = 3 devices, but there are 8"),
+    (
+      {"mesh": {"data": 3, "fsdp": 1, "tensor": 1}},
+      "data=3 x fsdp=1 x tensor=1 x context=1 = 3 devices, but there are 8",
+    ),
     ({"train.batch_size": 13}, "batch_size = 13"),
     ({"train.batch_size": 0}, "config.train.batch_size = 0"),
     ({"train.projector": False, "train.llm": False}, "trains nothing"),
     ({"data.train": "/nowhere"}, "/nowhere"),
-    ({"data.heldout": "/nowhere"}, r"config\.data\.heldout \(None: no evaluation\): no data at /nowhere"),
+    (
+      {"data.heldout": "/nowhere"},
+      r"config\.data\.heldout \(None: no evaluation\): no data at /nowhere",
+    ),
     ({"init_from": "/nowhere"}, "/nowhere"),
     ({"model.clip_frames": 8}, "clip_frames 4"),
     ({"lp_comp.schedule": [4, 8]}, "lp_comp.schedule"),
-    ({"lp_comp.group": 24, "lp_comp.schedule": "cosine"}, "lp_comp.group = 24: .* 4 frames, whose 64 tokens can't be cut"),
+    (
+      {"lp_comp.group": 24, "lp_comp.schedule": "cosine"},
+      "lp_comp.group = 24: .* 4 frames, whose 64 tokens can't be cut",
+    ),
     ({"lp_comp.group": 0}, "config.lp_comp.group = 0: must be an integer from 1 to 1,000,000"),
-    ({"model.clips_per_chunk": 0}, "config.model.clips_per_chunk = 0: must be an integer from 1 to 1,000"),
+    (
+      {"model.clips_per_chunk": 0},
+      "config.model.clips_per_chunk = 0: must be an integer from 1 to 1,000",
+    ),
     ({"data.text_per_device": 0}, "config.data.text_per_device = 0: must be an integer from 1"),
-    ({"data.shapes": [[8, 2, 64]]}, "config.data.shapes = .* must be one or more of .rows, samples, frames, text."),
+    (
+      {"data.shapes": [[8, 2, 64]]},
+      "config.data.shapes = .* must be one or more of .rows, samples, frames, text.",
+    ),
     ({"data.shapes": [[8, 0, 64, 512]]}, "config.data.shapes = "),
     ({"data.shapes": [[8, 2, 8, 160]]}, "config.data.shapes"),  # some samples have 12 frames
     ({"data.prefix_length": 8}, "data.prefix_length"),
-    ({"data.threads": -1, "data.prefetch": -2}, "config.data.threads = -1: .*; config.data.prefetch = -2: must be an integer from 0 to 1,000"),
-    ({"train.epochs": 8_000_000_000, "train.batch_size": 10**9}, "train.batch_size = 1000000000: .*; config.train.epochs = 8000000000: .* from 1 to 1,000"),
+    (
+      {"data.threads": -1, "data.prefetch": -2},
+      "config.data.threads = -1: .*; config.data.prefetch = -2: must be an integer from 0 to 1,000",
+    ),
+    (
+      {"train.epochs": 8_000_000_000, "train.batch_size": 10**9},
+      "train.batch_size = 1000000000: .*; config.train.epochs = 8000000000: .* from 1 to 1,000",
+    ),
     ({"data.shapes": []}, "config.data.shapes = .* one or more"),
-    ({"data.shapes": None, "data.frames_per_device": 8, "mesh.context": 1}, r"the data does not fit 8 frames with .*: sample \d+ has 12 frames"),
-    ({"optim.learning_rate": math.nan}, "config.optim.learning_rate = nan: must be a number above 0"),
+    (
+      {"data.shapes": None, "data.frames_per_device": 8, "mesh.context": 1},
+      r"the data does not fit 8 frames with .*: sample \d+ has 12 frames",
+    ),
+    (
+      {"optim.learning_rate": math.nan},
+      "config.optim.learning_rate = nan: must be a number above 0",
+    ),
     ({"optim.learning_rate": 0.0}, "config.optim.learning_rate = 0.0"),
     ({"optim.weight_decay": -0.1}, "config.optim.weight_decay = -0.1"),
     ({"optim.clip_norm": 0.0}, "config.optim.clip_norm = 0.0: .* 1e9 clips nothing"),
-    ({"optim.b1": 1.0, "optim.b2": -0.1}, "config.optim.b1 = 1.0: .*; config.optim.b2 = -0.1: "),
+    (
+      {"optim.b1": 1.0, "optim.b2": -0.1},
+      "config.optim.b1 = 1.0: .*; config.optim.b2 = -0.1: ",
+    ),
     ({"optim.eps": 0.0}, "config.optim.eps = 0.0"),
   ],
 )
@@ -292,7 +391,9 @@ def test_what_cannot_work_is_said_before_anything_is_written(tiny_run, tmp_path,
   assert not (tmp_path / "w").exists()
 
 
-def test_what_devices_can_not_hold_is_said_before_anything_is_written(tiny_run, tmp_path, monkeypatch):
+def test_what_devices_can_not_hold_is_said_before_anything_is_written(
+  tiny_run, tmp_path, monkeypatch
+):
   monkeypatch.setattr(forecast, "CPU", forecast.CPU | {"hbm": 1e5})
   with pytest.raises(ConfigError, match=r"does not fit 8 x cpu: each has 0\.0 GB, and takes "):
     train.run(tiny_run(tmp_path / "w"))
@@ -317,7 +418,11 @@ def shrink(base):
 
 @pytest.mark.parametrize(
   "damage, words",
-  [(cut, "cut short"), (lose, r"1 missing: model\.norm\.weight"), (shrink, "embedding table has only 100 rows")],
+  [
+    (cut, "cut short"),
+    (lose, r"1 missing: model\.norm\.weight"),
+    (shrink, "embedding table has only 100 rows"),
+  ],
 )
 def test_a_damaged_start_is_said_before_anything_is_written(tiny_run, tmp_path, damage, words):
   shutil.copytree(tiny_run(tmp_path).init_from, tmp_path / "base")
@@ -339,7 +444,9 @@ def test_a_workdir_is_no_folder_of_others(tiny_run, tmp_path):
   assert (tmp_path / "other" / "config.json").read_bytes() == before
 
 
-def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(tiny_run, tmp_path, monkeypatch):
+def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(
+  tiny_run, tmp_path, monkeypatch
+):
   (tmp_path / "file").write_text("")
   monkeypatch.setattr(weights, "load", lambda *a, **k: pytest.fail("weights were read"))
   with pytest.raises(ConfigError, match=r"workdir .*file/w can't be written .*config\.workdir"):
@@ -347,7 +454,9 @@ def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(tiny_r
   for name in ("checkpoints", "tensorboard"):
     (tmp_path / "w").mkdir(exist_ok=True)
     (tmp_path / "w" / name).write_text("")
-    with pytest.raises(ConfigError, match=rf"workdir .*w can't be written .*w/{name}'\); set config\.workdir"):
+    with pytest.raises(
+      ConfigError, match=rf"workdir .*w can't be written .*w/{name}'\); set config\.workdir"
+    ):
       train.run(tiny_run(tmp_path / "w"))
     (tmp_path / "w" / name).unlink()
 
@@ -355,7 +464,11 @@ def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(tiny_r
 def test_the_command_says_errors_in_one_line_and_exits_with_1(tmp_path):
   root = pathlib.Path(__file__).parents[1]
   command = [
-    sys.executable, "-m", "xcomp_jax.train", "--config=configs/sct.py:tiny", f"--config.workdir={tmp_path}/w",
+    sys.executable,
+    "-m",
+    "xcomp_jax.train",
+    "--config=configs/sct.py:tiny",
+    f"--config.workdir={tmp_path}/w",
     "--config.optim.learning_rat=1",
   ]
   done = subprocess.run(command, cwd=root, capture_output=True, text=True)
@@ -383,9 +496,24 @@ def test_1200_files_of_clips_under_256_open_files(tmp_path):
     parts = []
     for i in range(1200):
       sample = store.Sample(str(i), f"{i}.png", "a.json", i, talk, "")
-      parts.append(store.write_shard(folder / f"{i}", [(sample, rng.integers(0, 256, (1, 1, 48, 48, 3), np.uint8))], layout))
+      parts.append(
+        store.write_shard(
+          folder / f"{i}", [(sample, rng.integers(0, 256, (1, 1, 48, 48, 3), np.uint8))], layout
+        )
+      )
     store.finish(folder, parts, layout, {})
-  line = [sys.executable, "-m", "xcomp_jax.train", "--config=configs/sct.py:tiny", "--config.data.heldout=None"]
+  line = [
+    sys.executable,
+    "-m",
+    "xcomp_jax.train",
+    "--config=configs/sct.py:tiny",
+    "--config.data.heldout=None",
+  ]
   line += [f"--config.data.train={tmp_path / 'data'}", f"--config.workdir={tmp_path / 'run'}"]
-  done = subprocess.run(["bash", "-c", 'ulimit -n 256; exec "$@"', "-", *line], capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
+  done = subprocess.run(
+    ["bash", "-c", 'ulimit -n 256; exec "$@"', "-", *line],
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[1],
+  )
   assert done.returncode == 0 and "done: step 150 of 150" in done.stdout, done.stderr

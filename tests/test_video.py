@@ -1,4 +1,6 @@
-"""Frame sampling, decoding and resizing against the official code's outputs, and the ways a file can be bad."""
+"""Frame sampling, decoding and resizing against the official code's outputs, and the ways a file
+can be bad.
+"""
 
 import gzip
 import json
@@ -18,20 +20,26 @@ from PIL import Image
 from xcomp_jax import files
 from xcomp_jax.data import container, prompt, video
 
-LIMITS = dict(max_frames=32, min_frames=16, fps=4.0, clip_frames=8)  # a small recipe for small files
+LIMITS = dict(
+  max_frames=32, min_frames=16, fps=4.0, clip_frames=8
+)  # a small recipe for small files
 
 
 def frame(i: int) -> np.ndarray:
   """RGB; eight light or dark columns spell the frame number, and blue is half of red."""
   bits = (i >> np.arange(8)) & 1
-  image = np.broadcast_to(np.repeat(40 + 180 * bits, 8)[None, :, None], (48, 64, 3)).astype(np.uint8)
+  image = np.broadcast_to(np.repeat(40 + 180 * bits, 8)[None, :, None], (48, 64, 3)).astype(
+    np.uint8
+  )
   image[..., 2] //= 2
   return image
 
 
 def numbers(frames) -> list[int]:
   """The frame numbers that are spelt in frames of any size."""
-  red, blue = (frames[..., c].astype(float).mean(1).reshape(len(frames), 8, -1).mean(2) for c in (0, 2))
+  red, blue = (
+    frames[..., c].astype(float).mean(1).reshape(len(frames), 8, -1).mean(2) for c in (0, 2)
+  )
   assert (np.abs(red - 130) > 50).all() and (red - blue > 10).all(), (
     "neither light nor dark, or red and blue swapped"
   )
@@ -79,9 +87,19 @@ def test_frame_indices_obey_any_limits():
     clip = rng.choice([4, 8])
     low = clip * rng.randint(1, 4)
     high = low + clip * rng.randint(0, 8)
-    vlen, fps, target = rng.randint(1, 400), rng.choice([1.0, 10.0, 29.97]), rng.choice([0.5, 2.0, 8.0])
+    vlen, fps, target = (
+      rng.randint(1, 400),
+      rng.choice([1.0, 10.0, 29.97]),
+      rng.choice([0.5, 2.0, 8.0]),
+    )
     got = video.frame_indices(
-      vlen, fps, max_frames=high, min_frames=low, target_fps=target, clip_frames=clip, style="train"
+      vlen,
+      fps,
+      max_frames=high,
+      min_frames=low,
+      target_fps=target,
+      clip_frames=clip,
+      style="train",
     )
     assert len(got) % clip == 0 and len(got) <= high and len(got) >= min(low, vlen // clip * clip)
     assert (np.diff(got) > 0).all() and (got >= 0).all() and (got < vlen).all()
@@ -96,7 +114,9 @@ def test_frame_indices_refuse_limits_that_are_no_whole_clips(low, high):
 
 
 def test_resize_equals_the_official_preprocessing(reference):
-  data = np.load(reference / "preprocess" / "out.npz")  # uint8 codes of the official numbers in `levels`, float32[3, 256]
+  data = np.load(
+    reference / "preprocess" / "out.npz"
+  )  # uint8 codes of the official numbers in `levels`, float32[3, 256]
   mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
   for i in range(5):
     pixels = np.asarray(Image.open(reference / "preprocess" / f"in{i}.png"))
@@ -105,17 +125,22 @@ def test_resize_equals_the_official_preprocessing(reference):
     pixels = (small[0] * np.float32(1 / 255) - mean) / std
     step = int(data[f"stride{i}"])
     official = data["levels"][np.arange(3)[:, None, None], data[f"out{i}"]]
-    np.testing.assert_allclose(pixels.transpose(2, 0, 1)[:, ::step, ::step], official, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+      pixels.transpose(2, 0, 1)[:, ::step, ::step], official, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
-  "suffix,codec", [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")]
+  "suffix,codec",
+  [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")],
 )
 def test_load_decodes_the_sampled_frames_only_and_in_order(tmp_path, suffix, codec):
   # 10 s at 8 fps: every second frame would be 40, the limit is 32
   path = write(tmp_path / f"a.{suffix}", 80, codec=codec)
   got = video.load(path, size=32, style="train", **LIMITS)
-  assert got.frames.shape == (32, 32, 32, 3) and got.frames.dtype == np.uint8 and got.seconds == 10.0
+  assert (
+    got.frames.shape == (32, 32, 32, 3) and got.frames.dtype == np.uint8 and got.seconds == 10.0
+  )
   expected = video.frame_indices(
     80, 8.0, max_frames=32, min_frames=16, target_fps=4.0, clip_frames=8, style="train"
   )
@@ -151,8 +176,12 @@ def test_load_cuts_from_start_to_end(tmp_path):
   assert got.seconds == 3.0 and len(got.frames) == 16  # 4 fps * 3 s = 12, raised to min_frames
   assert got.indices[0] == 16 and got.indices[-1] == 38
   tail = video.load(path, size=16, style="train", start=8.0, end=99.0, **LIMITS)
-  assert tail.seconds == pytest.approx(1.9) and tail.indices[0] == 64 and tail.indices[-1] == 77  # of int(1.9 * 8) frames
-  assert video.load(path, size=16, style="ask", start=9.9, **LIMITS).indices.tolist() == [79] * 16  # there is no other
+  assert (
+    tail.seconds == pytest.approx(1.9) and tail.indices[0] == 64 and tail.indices[-1] == 77
+  )  # of int(1.9 * 8) frames
+  assert (
+    video.load(path, size=16, style="ask", start=9.9, **LIMITS).indices.tolist() == [79] * 16
+  )  # there is no other
   for bounds in (dict(start=5.0, end=5.0), dict(start=10.5), dict(end=-1.0)):
     with pytest.raises(video.VideoError, match=r"lasts 10\.00 seconds; nothing lies between"):
       video.load(path, size=16, style="train", **bounds, **LIMITS)
@@ -185,7 +214,10 @@ def test_a_missing_path_is_named(tmp_path):
 
 def test_an_address_is_named_as_it_was_given(tmp_path):
   for path in ("https://example.org/a.mp4", tmp_path / "https://example.org/a.mp4"):
-    with pytest.raises(FileNotFoundError, match=r"^https://example\.org/a\.mp4 is an address; nothing is downloaded here"):
+    with pytest.raises(
+      FileNotFoundError,
+      match=r"^https://example\.org/a\.mp4 is an address; nothing is downloaded here",
+    ):
       video.load(path, size=16, style="ask", **LIMITS)
 
 
@@ -204,13 +236,17 @@ def test_an_empty_or_unreadable_file_is_refused(tmp_path, style, content, messag
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.85])
 def test_a_truncated_file_is_refused_with_both_counts(tmp_path, suffix, share):
   path = write(
-    tmp_path / f"cut.{suffix}", 80, options={"g": "8", "x264-params": "qp=1"}, movflags="faststart"
+    tmp_path / f"cut.{suffix}",
+    80,
+    options={"g": "8", "x264-params": "qp=1"},
+    movflags="faststart",
   )
   whole = path.read_bytes()
   video.load(path, size=16, style="train", **LIMITS)
   path.write_bytes(whole[: int(len(whole) * share)])
   with pytest.raises(
-    video.VideoError, match=rf"cut\.{suffix} is truncated: it announces 80 frames and has the data of \d"
+    video.VideoError,
+    match=rf"cut\.{suffix} is truncated: it announces 80 frames and has the data of \d",
   ):
     video.load(path, size=16, style="train", **LIMITS)
 
@@ -251,7 +287,9 @@ def test_a_gif_runs_at_one_frame_per_second(tmp_path):
     video.load(path, size=16, style="train", read_type="gif", **LIMITS)
   pictures[0].save(path, "JPEG")  # no GIF at all, and cut
   path.write_bytes(path.read_bytes()[:-20])
-  with pytest.raises(video.VideoError, match=r"a\.gif is no animation that can be read: image file is truncated"):
+  with pytest.raises(
+    video.VideoError, match=r"a\.gif is no animation that can be read: image file is truncated"
+  ):
     video.load(path, size=16, style="ask", read_type="gif", **LIMITS)
 
 
@@ -285,36 +323,73 @@ def test_a_folder_with_a_stated_duration_is_sampled_as_if_it_had_an_image_per_se
     video.load(folder, size=16, style="ask", read_type="frames", **LIMITS)
 
 
-@pytest.mark.parametrize("name, side, given, rate", [
-  ("films/TVQA_frames/a", None, None, 3.0), ("other/a", None, None, 1.0), ("other/a", None, 5.0, 5.0), ("tvqa/a", None, 5.0, 5.0),
-  ("tvqa/a", 10.0, 5.0, 6.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "name, side, given, rate",
+  [
+    ("films/TVQA_frames/a", None, None, 3.0),
+    ("other/a", None, None, 1.0),
+    ("other/a", None, 5.0, 5.0),
+    ("tvqa/a", None, 5.0, 5.0),
+    ("tvqa/a", 10.0, 5.0, 6.0),
+  ],
+)
 @pytest.mark.parametrize("style", ["train", "ask"])
 def test_how_fast_a_folder_is_and_what_a_cut_of_it_has(tmp_path, style, name, side, given, rate):
-  """By hand: from round(start x rate), never the first image, to round(end x rate), both included, one clip in 8 seconds."""
+  """By hand: from round(start x rate), never the first image, to round(end x rate), both included,
+  one clip in 8 seconds.
+  """
   folder = tmp_path / name
   folder.mkdir(parents=True)
   for i in range(60):
     (folder / f"{i}.jpg").touch()
   if side:
     (folder.parent / f"{folder.name}.json").write_text(json.dumps({"duration": side}))
-  how = dict(size=16, style=style, read_type="frames", folder_rate=given, max_frames=1024, min_frames=8, fps=8.0, clip_frames=8)
+  how = dict(
+    size=16,
+    style=style,
+    read_type="frames",
+    folder_rate=given,
+    max_frames=1024,
+    min_frames=8,
+    fps=8.0,
+    clip_frames=8,
+  )
   whole = video.sample(folder, **how)
   assert whole.seconds == 60 / rate and whole.times.tolist() == (whole.indices / rate).tolist()
   part = video.sample(folder, start=2.0, end=9.0, **how)
   first, last = round(2 * rate), round(9 * rate)
-  assert part.seconds == 7.0 and part.indices.tolist() == [first + round(i * (last - first) / 7) for i in range(8)]
+  assert part.seconds == 7.0 and part.indices.tolist() == [
+    first + round(i * (last - first) / 7) for i in range(8)
+  ]
   rest = video.sample(folder, end=1e9, **how)
-  assert rest.seconds == 60 / rate and rest.indices[0] == 1 and rest.indices[-1] == 59 and len(rest.indices) == 8 * max(1, 60 / rate // 8)
+  assert (
+    rest.seconds == 60 / rate
+    and rest.indices[0] == 1
+    and rest.indices[-1] == 59
+    and len(rest.indices) == 8 * max(1, 60 / rate // 8)
+  )
 
 
-@pytest.mark.parametrize("name, part, count", [("tvqa", (61.1, 71.45), 24), ("tvqa", (23.18, 28.38), 8), ("other", (28.33, 33.8), 8)])
+@pytest.mark.parametrize(
+  "name, part, count",
+  [("tvqa", (61.1, 71.45), 24), ("tvqa", (23.18, 28.38), 8), ("other", (28.33, 33.8), 8)],
+)
 def test_the_length_of_a_part_of_a_folder_is_that_of_its_seconds(tmp_path, name, part, count):
-  """Worked out from the release's rule: 31.05, 15.6 and 5.47 images, though 31, 16 and 7 lie between the rounded ends."""
+  """Worked out from the release's rule: 31.05, 15.6 and 5.47 images, though 31, 16 and 7 lie
+  between the rounded ends.
+  """
   (tmp_path / name).mkdir()
   for i in range(270):
     (tmp_path / name / f"{i}.jpg").touch()
-  how = dict(size=16, style="train", read_type="frames", max_frames=1024, min_frames=128, fps=8.0, clip_frames=8)
+  how = dict(
+    size=16,
+    style="train",
+    read_type="frames",
+    max_frames=1024,
+    min_frames=128,
+    fps=8.0,
+    clip_frames=8,
+  )
   assert len(video.sample(tmp_path / name, start=part[0], end=part[1], **how).indices) == count
 
 
@@ -332,7 +407,9 @@ def test_wrong_kinds_of_path_are_refused(tmp_path):
 
 def test_a_picture_that_needs_another_program_is_refused(tmp_path):
   path = tmp_path / "drawing.jpg"
-  path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")  # Pillow would ask Ghostscript
+  path.write_text(
+    "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+  )  # Pillow would ask Ghostscript
   with pytest.raises(video.VideoError, match="is no image that can be read"):
     video.load(path, size=8, style="train", read_type="img", **LIMITS)
 
@@ -343,15 +420,35 @@ def ask(path):
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
   """A PNG that claims its size, and has little data."""
-  every = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *chunks, (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
-  return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in every)
+  every = [
+    (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+    *chunks,
+    (b"IDAT", zlib.compress(bytes(100))),
+    (b"IEND", b""),
+  ]
+  return b"\x89PNG\r\n\x1a\n" + b"".join(
+    struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c))
+    for kind, c in every
+  )
 
 
 ATTACKS = {
-  "bomb.png": png(20_000, 20_000), "claim.png": png(2**31 - 1, 2**31 - 1), "thin.png": png(2**31 - 1, 1), "cut.png": png(8, 8)[:40],
-  "text.png": png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20)))), "frames.png": png(8, 8, (b"acTL", struct.pack(">II", 2**32 - 1, 0)), (b"fcTL", bytes(26))),
-  "screen.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(9) + b"\x2c" + bytes(4) + struct.pack("<HHB", 65535, 65535, 0) + b"\2\2\x4c\1\0;",
-}  # fmt: skip
+  "bomb.png": png(20_000, 20_000),
+  "claim.png": png(2**31 - 1, 2**31 - 1),
+  "thin.png": png(2**31 - 1, 1),
+  "cut.png": png(8, 8)[:40],
+  "text.png": png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20)))),
+  "frames.png": png(8, 8, (b"acTL", struct.pack(">II", 2**32 - 1, 0)), (b"fcTL", bytes(26))),
+  "screen.gif": (
+    b"GIF89a"
+    + struct.pack("<HH", 65535, 65535)
+    + bytes(9)
+    + b"\x2c"
+    + bytes(4)
+    + struct.pack("<HHB", 65535, 65535, 0)
+    + b"\2\2\x4c\1\0;"
+  ),
+}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -386,12 +483,23 @@ def _text(path, text):
 
 
 LISTS = {
-  "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\n{0}/b.ts\n#EXT-X-ENDLIST\n", "near.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nb.ts\n#EXT-X-ENDLIST\n",
-  "web.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nhttp://127.0.0.1:9/b.ts\n#EXT-X-ENDLIST\n", "a.ffconcat": "ffconcat version 1.0\nfile b.ts\n",
-  "concat.mp4": "ffconcat version 1.0\nfile b.ts\n", "a.sdp": "v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
-  "a.mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period><AdaptationSet mimeType="video/mp4"><Representation id="1"><BaseURL>b.ts</BaseURL></Representation></AdaptationSet></Period></MPD>',
-  "%d.tiff": "numbered images", "a.svg": '<svg xmlns="http://www.w3.org/2000/svg"><image href="b.ts"/></svg>',
-}  # fmt: skip
+  "a.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\n{0}/b.ts\n#EXT-X-ENDLIST\n",
+  "near.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nb.ts\n#EXT-X-ENDLIST\n",
+  "web.m3u8": (
+    "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\nhttp://127.0.0.1:9/b.ts\n#EXT-X-ENDLIST\n"
+  ),
+  "a.ffconcat": "ffconcat version 1.0\nfile b.ts\n",
+  "concat.mp4": "ffconcat version 1.0\nfile b.ts\n",
+  "a.sdp": "v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+  "a.mpd": (
+    '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+    'profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period><AdaptationSet '
+    'mimeType="video/mp4"><Representation '
+    'id="1"><BaseURL>b.ts</BaseURL></Representation></AdaptationSet></Period></MPD>'
+  ),
+  "%d.tiff": "numbered images",
+  "a.svg": '<svg xmlns="http://www.w3.org/2000/svg"><image href="b.ts"/></svg>',
+}
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -407,17 +515,38 @@ def test_an_mp4_whose_data_are_in_another_file_is_read_alone(tmp_path):
   path, name = write(tmp_path / "a.mov", 16), b"b.mov"
   shutil.copy(path, tmp_path / "b.mov")
   data, where = bytearray(path.read_bytes()), b"volume:" + name
-  link = bytes(10) + b"\6" + b"volume".ljust(27, b"\0") + bytes(12) + bytes([len(name)]) + name.ljust(63, b"\0") + bytes(16) + struct.pack(">hh", 0, 0)
-  link += bytes(16) + struct.pack(">hh", 2, len(where)) + where + bytes(len(where) % 2) + struct.pack(">hh", -1, 0)
+  link = (
+    bytes(10)
+    + b"\6"
+    + b"volume".ljust(27, b"\0")
+    + bytes(12)
+    + bytes([len(name)])
+    + name.ljust(63, b"\0")
+    + bytes(16)
+    + struct.pack(">hh", 0, 0)
+  )
+  link += (
+    bytes(16)
+    + struct.pack(">hh", 2, len(where))
+    + where
+    + bytes(len(where) % 2)
+    + struct.pack(">hh", -1, 0)
+  )
   at = data.index(b"dref") - 4
   old = struct.unpack_from(">I", data, at)[0]
-  new = struct.pack(">I4sII", 28 + len(link), b"dref", 0, 1) + struct.pack(">I4sI", 12 + len(link), b"alis", 0) + link
+  new = (
+    struct.pack(">I4sII", 28 + len(link), b"dref", 0, 1)
+    + struct.pack(">I4sI", 12 + len(link), b"alis", 0)
+    + link
+  )
   data[at : at + old] = new
   for box in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):
     size = data.index(box) - 4
     struct.pack_into(">I", data, size, struct.unpack_from(">I", data, size)[0] + len(new) - old)
   path.write_bytes(data)
-  with pytest.raises(video.VideoError, match=r"a\.mov is truncated: it announces 16 frames and has the data of 0"):
+  with pytest.raises(
+    video.VideoError, match=r"a\.mov is truncated: it announces 16 frames and has the data of 0"
+  ):
     ask(path)
 
 
@@ -436,7 +565,9 @@ def test_pipes_devices_and_sockets_are_refused_without_waiting(tmp_path):
 
 
 def test_names_that_are_no_utf8_work(tmp_path):
-  name = lambda suffix: tmp_path / os.fsdecode(b"caf\xff" + suffix)
+  def name(suffix):
+    return tmp_path / os.fsdecode(b"caf\xff" + suffix)
+
   os.rename(write(tmp_path / "a.mp4", 16), name(b".mp4"))
   name(b"").mkdir()
   pictures = [Image.fromarray(frame(i)) for i in range(9)]
@@ -445,7 +576,12 @@ def test_names_that_are_no_utf8_work(tmp_path):
   pictures[0].save(tmp_path / "a.png")
   shutil.copy(tmp_path / "a.png", name(b"/\xfe.png"))
   os.rename(tmp_path / "a.png", name(b".png"))
-  assert [len(ask(name(suffix)).frames) for suffix in (b".mp4", b".gif", b".png", b"")] == [16, 16, 1, 16]
+  assert [len(ask(name(suffix)).frames) for suffix in (b".mp4", b".gif", b".png", b"")] == [
+    16,
+    16,
+    1,
+    16,
+  ]
   name(b".png").write_bytes(b"no image")
   with pytest.raises(video.VideoError, match=r"caf\\udcff\.png is no image"):
     ask(name(b".png"))
@@ -455,7 +591,17 @@ class Panic(BaseException):
   """What libraries in Rust raise."""
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RecursionError("deep"), Panic("panicked"), ZeroDivisionError("x"), Image.DecompressionBombError("large"), KeyError(5)])
+@pytest.mark.parametrize(
+  "error",
+  [
+    MemoryError(),
+    RecursionError("deep"),
+    Panic("panicked"),
+    ZeroDivisionError("x"),
+    Image.DecompressionBombError("large"),
+    KeyError(5),
+  ],
+)
 def test_whatever_a_decoder_raises_is_one_error_with_the_files_name(tmp_path, monkeypatch, error):
   (tmp_path / "clip").mkdir()
   for name in ("a.png", "a.gif", "clip/0.png"):
@@ -465,7 +611,9 @@ def test_whatever_a_decoder_raises_is_one_error_with_the_files_name(tmp_path, mo
   def fail(*args, **how):
     raise error
 
-  monkeypatch.setattr(Image, "open", fail) if isinstance(error, Exception) else monkeypatch.setattr(Image.Image, "convert", fail)
+  monkeypatch.setattr(Image, "open", fail) if isinstance(error, Exception) else monkeypatch.setattr(
+    Image.Image, "convert", fail
+  )
   monkeypatch.setattr(container, "_rgb", fail)
   for name in ("a.png", "a.gif", "clip", "a.mp4"):
     with pytest.raises(video.VideoError, match=name):
@@ -474,11 +622,24 @@ def test_whatever_a_decoder_raises_is_one_error_with_the_files_name(tmp_path, mo
 
 def test_a_video_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(container, "PIXELS", 64 * 48 - 1)
-  with pytest.raises(video.VideoError, match=r"a\.mp4 has pictures of 64 x 48 pixels; 3,071 can be read"):
+  with pytest.raises(
+    video.VideoError, match=r"a\.mp4 has pictures of 64 x 48 pixels; 3,071 can be read"
+  ):
     ask(write(tmp_path / "a.mp4", 16))
 
 
-@pytest.mark.parametrize("said", [b"\xff", b"[" * 100_000, b"[]", b'{"duration": "long"}', b'{"duration": NaN}', b'{"duration": -1}', b'{"duration": 1' + b"0" * 400 + b"}"])
+@pytest.mark.parametrize(
+  "said",
+  [
+    b"\xff",
+    b"[" * 100_000,
+    b"[]",
+    b'{"duration": "long"}',
+    b'{"duration": NaN}',
+    b'{"duration": -1}',
+    b'{"duration": 1' + b"0" * 400 + b"}",
+  ],
+)
 def test_a_folders_file_may_hold_anything(tmp_path, said):
   (tmp_path / "clip").mkdir()
   Image.fromarray(frame(0)).save(tmp_path / "clip" / "0.png")
@@ -498,7 +659,9 @@ def test_a_rotation_tag_is_applied(tmp_path):
   path = write(tmp_path / "a.mp4", 16)
   data = bytearray(path.read_bytes())
   head = data.index(b"tkhd") + 4 + 40  # the track's 3x3 matrix, 16.16 fixed point
-  data[head : head + 36] = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
+  data[head : head + 36] = np.array(
+    [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4"
+  ).tobytes()
   path.write_bytes(data)
   capture = cv2.VideoCapture(str(path))
   assert capture.read()[1].shape == (64, 48, 3)

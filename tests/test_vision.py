@@ -14,7 +14,9 @@ OFFICIAL = VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd")
 
 
 def clips(n, frames, size=48):
-  return jnp.asarray(np.random.default_rng(0).integers(0, 256, (n, frames, size, size, 3)).astype(np.uint8))
+  return jnp.asarray(
+    np.random.default_rng(0).integers(0, 256, (n, frames, size, size, 3)).astype(np.uint8)
+  )
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +24,30 @@ def model(tiny):
   return Vision(tiny(), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name, image_size, frames", [
-  ("hd_8f", 448, 8), ("hd_4f", 448, 4), ("hd_img", 448, 1), ("s224_8f", 224, 8), ("s224_4f", 224, 4), ("s224_img", 224, 1),
-])
+@pytest.mark.parametrize(
+  "name, image_size, frames",
+  [
+    ("hd_8f", 448, 8),
+    ("hd_4f", 448, 4),
+    ("hd_img", 448, 1),
+    ("s224_8f", 224, 8),
+    ("s224_4f", 224, 4),
+    ("s224_img", 224, 1),
+  ],
+)
 def test_position_table_is_the_official_one(reference, name, image_size, frames):
   official = np.load(reference / "pos_embed.npz")
   for prefix, width in (("", 32), ("wide_", 1024)):
     if prefix + name not in official:
       continue
-    cfg = dataclasses.replace(OFFICIAL, width=width, image_size=image_size, table="umt-hd" if image_size == 448 else "umt")
+    cfg = dataclasses.replace(
+      OFFICIAL, width=width, image_size=image_size, table="umt-hd" if image_size == 448 else "umt"
+    )
     table = position_table(cfg, frames)
     assert table.shape == (frames * cfg.patches, width)
-    np.testing.assert_allclose(table[official[f"{prefix}{name}_rows"]], official[prefix + name], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+      table[official[f"{prefix}{name}_rows"]], official[prefix + name], rtol=0, atol=1e-5
+    )
 
 
 def test_position_table_at_224_needs_no_bicubic():
@@ -45,10 +59,15 @@ def test_position_table_at_224_needs_no_bicubic():
 
 def test_patch_embedding_is_the_official_convolution(model):
   frames = clips(2, 3)
-  kernel = np.asarray(model.patch_embed.kernel[...]).reshape(1, 8, 8, 3, 32)  # frame, row, column, colour
+  kernel = np.asarray(model.patch_embed.kernel[...]).reshape(
+    1, 8, 8, 3, 32
+  )  # frame, row, column, colour
   pixels = (np.asarray(frames) / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
   conv = jax.lax.conv_general_dilated(
-    jnp.asarray(pixels, jnp.float32), jnp.asarray(kernel), (1, 8, 8), "VALID",
+    jnp.asarray(pixels, jnp.float32),
+    jnp.asarray(kernel),
+    (1, 8, 8),
+    "VALID",
     dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
   )
   np.testing.assert_allclose(model.patch_embed(frames), conv.reshape(2, -1, 32), rtol=0, atol=1e-5)
@@ -67,7 +86,9 @@ def test_frames_of_a_clip_see_each_other_and_clips_do_not(model):
 def test_single_image_has_the_table_of_a_first_frame(model, tiny):
   frame = clips(1, 1)
   assert model(frame).shape == (1, 36, 32)
-  np.testing.assert_array_equal(position_table(tiny().vision, 1), position_table(tiny().vision, 4)[:36])
+  np.testing.assert_array_equal(
+    position_table(tiny().vision, 1), position_table(tiny().vision, 4)[:36]
+  )
 
 
 def test_keys_have_no_bias(model):
@@ -96,8 +117,13 @@ def test_bfloat16_follows_float32(model, tiny):
 
 def test_memory_of_encoding_does_not_grow_with_the_frames(tiny):
   model = nnx.eval_shape(lambda: vlm.VLM(tiny(), rngs=nnx.Rngs(0)))  # two clips a chunk
-  frames = lambda n: jax.ShapeDtypeStruct((n, 8, 48, 48, 3), np.uint8)
-  compiled = [jax.jit(vlm.encode).lower(model, frames(n)).compile().memory_analysis() for n in (4, 16)]
+
+  def frames(n):
+    return jax.ShapeDtypeStruct((n, 8, 48, 48, 3), np.uint8)
+
+  compiled = [
+    jax.jit(vlm.encode).lower(model, frames(n)).compile().memory_analysis() for n in (4, 16)
+  ]
   assert compiled[1].output_size_in_bytes == 4 * compiled[0].output_size_in_bytes
   assert compiled[0].temp_size_in_bytes == compiled[1].temp_size_in_bytes > 0
 

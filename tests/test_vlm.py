@@ -38,17 +38,27 @@ ALL, ONE = slice(3), slice(1, 2)  # samples; each alone is a program to compile
 @pytest.mark.parametrize(
   "keep, rows",
   [
-    ("suffix", ALL), ("attention", ALL), ("uniform", ONE), ("stride", ONE), ("avgpool", ONE), ("none", ONE),
-    *(pytest.param(keep, ALL, marks=pytest.mark.slow) for keep in ("uniform", "stride", "avgpool", "none")),
+    ("suffix", ALL),
+    ("attention", ALL),
+    ("uniform", ONE),
+    ("stride", ONE),
+    ("avgpool", ONE),
+    ("none", ONE),
+    *(
+      pytest.param(keep, ALL, marks=pytest.mark.slow)
+      for keep in ("uniform", "stride", "avgpool", "none")
+    ),
   ],
-)  # fmt: skip
+)
 def test_each_sample_of_a_mixed_batch_equals_it_alone(tiny, mixed, keep, rows):
   model = vlm.VLM(tiny(lp_comp=LPCompConfig((16, 8, 4, 1), keep, 16)), rngs=nnx.Rngs(0))
   together = losses(model, one_each(mixed, 48, 8, 16, 4))
   close(together[rows], np.concatenate([losses(model, alone(e)) for e in mixed[rows]]))
 
 
-@pytest.mark.parametrize("clips", [(5, 5, 5), pytest.param((2, 5, 1), marks=pytest.mark.slow)])  # padded, and as they are
+@pytest.mark.parametrize(
+  "clips", [(5, 5, 5), pytest.param((2, 5, 1), marks=pytest.mark.slow)]
+)  # padded, and as they are
 def test_gradients_of_a_mixed_batch_are_the_sum_of_those_alone(tiny, mixed, clips):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   grad = jax.jit(nnx.grad(lambda m, b: (vlm.loss(m, b) * b.weight).sum()))
@@ -67,7 +77,9 @@ def test_sharded_over_eight_devices_equals_one(tiny, mixed):
   graph, state = nnx.split(model)
   state = jax.device_put(state, param_shardings(state, mesh))
   with jax.set_mesh(mesh):
-    sharded = jax.jit(lambda s, b: vlm.loss(nnx.merge(graph, s), b)[:, 0])(state, jax.device_put(batch, batch_sharding(mesh)))
+    sharded = jax.jit(lambda s, b: vlm.loss(nnx.merge(graph, s), b)[:, 0])(
+      state, jax.device_put(batch, batch_sharding(mesh))
+    )
   close(np.asarray(sharded), np.asarray(one))
 
 
@@ -83,12 +95,18 @@ def test_a_clip_chunk_of_any_size_gives_the_same_features(tiny):
 
 def test_clips_fill_the_rows_that_they_are_of(tiny):
   model, rng = vlm.VLM(tiny(), rngs=nnx.Rngs(0)), np.random.default_rng(0)
-  shown = lambda clips, frames: rng.integers(0, 256, (2, clips, frames, 48, 48, 3)).astype(np.uint8)
+
+  def shown(clips, frames):
+    return rng.integers(0, 256, (2, clips, frames, 48, 48, 3)).astype(np.uint8)
+
   videos = Clips(shown(2, 8), np.array([[9, 0], [0, -1]], np.int32))
   images = Clips(shown(1, 1), np.array([[8], [-1]], np.int32))
   batch = Batch(np.zeros((2, 18, 16, 32), np.float32), *[None] * 9)
   got = jax.jit(vlm.seen)(model, batch, (videos, images)).visual
-  alone = lambda frames: jax.jit(vlm.encode)(model, frames[None])[0].reshape(-1, 16, 32)
+
+  def alone(frames):
+    return jax.jit(vlm.encode)(model, frames[None])[0].reshape(-1, 16, 32)
+
   close(got[0, 9:17], alone(videos.frames[0, 0]))
   close(got[0, :8], alone(videos.frames[0, 1]))
   close(got[0, 8:9], alone(images.frames[0, 0]))
@@ -125,11 +143,17 @@ def test_projector_gets_no_gradient_from_long_samples_on_request(tiny, mixed):  
 
   graph, projector, rest = nnx.split(model, nnx.PathContains("projector"), ...)
 
-  loss = lambda p, row, limit: vlm.loss(nnx.merge(graph, p, rest), batch, projector_max_frames=limit)[row, 0]
-  of = jax.jit(jax.grad(loss), static_argnums=2)
-  gradient = lambda row, limit: sum(np.abs(g).max() for g in jax.tree.leaves(of(projector, row, limit)))
+  def loss(p, row, limit):
+    return vlm.loss(nnx.merge(graph, p, rest), batch, projector_max_frames=limit)[row, 0]
 
-  assert gradient(1, 40) == 0 and gradient(0, 40) > 0 and gradient(1, 41) > 0 and gradient(1, None) > 0
+  of = jax.jit(jax.grad(loss), static_argnums=2)
+
+  def gradient(row, limit):
+    return sum(np.abs(g).max() for g in jax.tree.leaves(of(projector, row, limit)))
+
+  assert (
+    gradient(1, 40) == 0 and gradient(0, 40) > 0 and gradient(1, 41) > 0 and gradient(1, None) > 0
+  )
 
 
 def test_evaluate_counts_greedy_first_tokens(tiny, mixed):
@@ -153,7 +177,9 @@ def test_parameters_are_a_tree_per_layer(tiny):
 def test_a_spec_and_its_fake_have_the_shapes_of_a_batch(mixed):
   spec = batch_spec(Shape(3, 1, 8, 48, 16), ((16, 32), np.float32))
   for made in (one_each(mixed, 48, 8, 16), fake_batch(spec, vocab_size=64)):
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(lambda a: (a.shape, a.dtype), spec)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(
+      lambda a: (a.shape, a.dtype), spec
+    )
 
 
 def test_a_group_that_does_not_divide_a_clip_is_refused(tiny, mixed):
@@ -165,9 +191,13 @@ def test_a_group_that_does_not_divide_a_clip_is_refused(tiny, mixed):
 def test_places_say_what_lies_in_a_slot():
   lengths = Lengths(*(jnp.array(n) for n in ([[2, 1], [3, 0]], [[1, 2], [1, 0]], [[0, 2], [3, 0]])))
   got = lengths.places(prefix=6, groups=4, text=4, count=2)
-  np.testing.assert_array_equal(got.sample[0], [0, 0, -1, 1, -1, -1, 0, 0, 1, 1, 1, 1, -1, -1, 1, 1, -1, -1])
+  np.testing.assert_array_equal(
+    got.sample[0], [0, 0, -1, 1, -1, -1, 0, 0, 1, 1, 1, 1, -1, -1, 1, 1, -1, -1]
+  )
   np.testing.assert_array_equal(got.position[0][got.valid[0]], [0, 1, 0, 2, 3, 1, 2, 3, 4, 5, 6])
-  np.testing.assert_array_equal(got.sample[1], [0, 0, 0, -1, -1, -1, 0, 0, -1, -1, -1, -1, -1, -1, 0, 0, 0, -1])
+  np.testing.assert_array_equal(
+    got.sample[1], [0, 0, 0, -1, -1, -1, 0, 0, -1, -1, -1, -1, -1, -1, 0, 0, 0, -1]
+  )
   np.testing.assert_array_equal(got.position[1][got.valid[1]], np.arange(8))
 
 
@@ -178,7 +208,9 @@ def test_losses_in_chunks_are_those_of_all_logits(tiny, sample, monkeypatch, row
   graph, state = nnx.split(model)
 
   def run(state, batch):
-    total = lambda state: (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([[1.0], [2.0]])).sum()
+    def total(state):
+      return (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([[1.0], [2.0]])).sum()
+
     return jax.value_and_grad(total)(state), vlm.evaluate(nnx.merge(graph, state), batch)
 
   whole = jax.jit(run)(state, batch)
@@ -193,6 +225,11 @@ def test_logits_of_a_large_vocabulary_never_exist_at_once(tiny):
   cfg = tiny(llm=dataclasses.replace(tiny().llm, vocab_size=50_000))
   graph, state = nnx.split(nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0))))
   batch = batch_spec(Shape(1, 1, 16, 8, 8192), ((16, 32), np.float32))
-  loss = lambda state, batch: vlm.loss(nnx.merge(graph, state), batch).sum()
+
+  def loss(state, batch):
+    return vlm.loss(nnx.merge(graph, state), batch).sum()
+
   memory = jax.jit(jax.grad(loss)).lower(state, batch).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 0.6 * 8192 * 50_000 * 4  # and three times as much with all of them
+  assert (
+    memory.temp_size_in_bytes < 0.6 * 8192 * 50_000 * 4
+  )  # and three times as much with all of them

@@ -14,7 +14,9 @@ from xcomp_jax.world import QUESTIONS, VALUES, Split
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
   out = tmp_path_factory.mktemp("world") / "out"
-  world.write_world(out, [Split("train", 3, 2, 4, 4), Split("heldout", 8, 1, 3, 1)], seed=3, workers=1)
+  world.write_world(
+    out, [Split("train", 3, 2, 4, 4), Split("heldout", 8, 1, 3, 1)], seed=3, workers=1
+  )
   return out
 
 
@@ -41,7 +43,13 @@ def test_answers_are_balanced():
 def test_a_scene_shows_its_colour_and_its_motion():
   still = world.Scene(None, None, None, None, 5)
   for motion, (dx, dy) in world.MOTIONS.items():
-    difference = np.abs(world.render(world.Scene("red", "square", motion, None, 5)).astype(int) - world.render(still)).sum(-1) > 60
+    difference = (
+      np.abs(
+        world.render(world.Scene("red", "square", motion, None, 5)).astype(int)
+        - world.render(still)
+      ).sum(-1)
+      > 60
+    )
     centre = np.array([np.argwhere(frame).mean(0) for frame in difference])
     assert np.sign(np.round((centre[-1] - centre[0]) / 10)).tolist() == [dy, dx]
 
@@ -59,7 +67,9 @@ def test_what_is_asked_is_answered_by_the_scene_that_shows_it(made):
   for annotation in world.read_annotations(made, "train"):
     asked = world.asked(annotation)
     assert sorted(text.splitlines()[0] for text, _, _ in asked) == sorted(QUESTIONS.values())
-    assert len({scene for text, _, scene in asked if "shape" in text}) == 1  # one scene shows all of it
+    assert (
+      len({scene for text, _, scene in asked if "shape" in text}) == 1
+    )  # one scene shows all of it
     assert all(letter in "ABCD" for _, letter, _ in asked)
 
 
@@ -70,7 +80,9 @@ def test_the_same_seed_makes_the_same_videos(made, tmp_path):
 
 
 def test_train_and_heldout_share_no_video(made):
-  frames = lambda name: {(made / name / f.name).read_bytes() for f in (made / name).iterdir()}
+  def frames(name):
+    return {(made / name / f.name).read_bytes() for f in (made / name).iterdir()}
+
   assert not frames("train") & frames("heldout")
 
 
@@ -85,7 +97,15 @@ def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("split", [Split("train", 0, 1, 1, 4), Split("train", 1, 0, 1, 4), Split("train", 1, 1, 4097, 4), Split("train", 1, 1, 1, 5)])
+@pytest.mark.parametrize(
+  "split",
+  [
+    Split("train", 0, 1, 1, 4),
+    Split("train", 1, 0, 1, 4),
+    Split("train", 1, 1, 4097, 4),
+    Split("train", 1, 1, 1, 5),
+  ],
+)
 def test_impossible_worlds_are_refused_and_leave_nothing(split, tmp_path):
   with pytest.raises(world.WorldError):
     world.write_world(tmp_path / "out", [split], seed=0, workers=1)
@@ -94,6 +114,9 @@ def test_impossible_worlds_are_refused_and_leave_nothing(split, tmp_path):
 
 def test_a_folder_that_is_no_utf8_is_refused(tmp_path):
   out = tmp_path / os.fsdecode(b"caf\xff")
-  with pytest.raises(world.WorldError, match=r"the name of the folder .*caf\\udcff.*' holds bytes that are no UTF-8"):
+  with pytest.raises(
+    world.WorldError,
+    match=r"the name of the folder .*caf\\udcff.*' holds bytes that are no UTF-8",
+  ):
     world.write_world(out, [world.Split("heldout", 1, 1, 1, 1)], seed=0, workers=1)
   assert not out.exists()

@@ -1,7 +1,9 @@
-"""`xcomp_jax.train` that also notes every step's exact loss and samples, and may kill itself: python tests/traced.py JSON ...
+"""`xcomp_jax.train` that also notes every step's exact loss and samples, and may kill itself:
+python tests/traced.py JSON ...
 
-JSON: {"trace": FILE} and perhaps {"kill": {"process": 1, "phase": "data" | "step" | "save", "step": 7, "delay": 0.01}}:
-SIGKILL so many seconds after that process begins with that phase of step 7. Each process adds lines to FILE.N.
+JSON: {"trace": FILE} and perhaps {"kill": {"process": 1, "phase": "data" | "step" | "save", "step":
+7, "delay": 0.01}}: SIGKILL so many seconds after that process begins with that phase of step 7.
+Each process adds lines to FILE.N.
 """
 
 import json
@@ -25,7 +27,11 @@ def main():
       file.write(json.dumps([kind, value]) + "\n")
 
   def phase(name, step):
-    if kill and (kill["process"], kill["phase"]) == (jax.process_index(), name) and step >= kill["step"]:
+    if (
+      kill
+      and (kill["process"], kill["phase"]) == (jax.process_index(), name)
+      and step >= kill["step"]
+    ):
       note("killed", [name, step])
       threading.Timer(kill["delay"], os.kill, (os.getpid(), signal.SIGKILL)).start()
       kill.clear()

@@ -22,12 +22,15 @@ from xcomp_jax.progress import progress
 
 
 def model_flops(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> float | None:
-  """Counts useful operations of a program on all devices as metrics.py does, as if one sample filled each row.
+  """Counts useful operations of a program on all devices as metrics.py does, as if one sample
+  filled each row.
 
   None: of a program that pads and repeats nothing.
   """
   if name in VISION:
-    clips = [Length(cfg.clip_frames, cfg.clip_frames, 0, 0)] * (cfg.clips_per_chunk * plan.mesh.size)
+    clips = [Length(cfg.clip_frames, cfg.clip_frames, 0, 0)] * (
+      cfg.clips_per_chunk * plan.mesh.size
+    )
     return float(metrics.forward_flops(cfg, clips, pixels=True)["vision"].sum())
   if shape is None:  # the optimizer's step
     return 0.0
@@ -38,12 +41,18 @@ def model_flops(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> f
   if name not in ("evaluation", "prefill"):
     return None
   parts = metrics.forward_flops(cfg, rows, pixels=False)
-  logits = 2.0 * cfg.llm.width * cfg.llm.vocab_size * shape.rows * (shape.prefix + shape.text)  # prefill needs one
-  return float(parts["projector"].sum() + parts["llm"].sum() - (logits if name == "prefill" else 0.0))
+  logits = (
+    2.0 * cfg.llm.width * cfg.llm.vocab_size * shape.rows * (shape.prefix + shape.text)
+  )  # prefill needs one
+  return float(
+    parts["projector"].sum() + parts["llm"].sum() - (logits if name == "prefill" else 0.0)
+  )
 
 
 def executed_flops(cfg: VLMConfig, jaxpr: Any) -> cost.Flops:
-  """Counts what a traced program computes on all devices; only kernels on the tower's tokens are not causal."""
+  """Counts what a traced program computes on all devices; only kernels on the tower's tokens are
+  not causal.
+  """
   v = cfg.vision
 
   def causal(shape):
@@ -57,7 +66,11 @@ def inside(plan: Plan) -> Generator[None]:
   """The devices, the mesh and the precision that training has."""
   precision = "highest" if plan.full.dtype == "float32" else None
   devices = list(plan.mesh.devices.flat)
-  with absent.computing_on(devices), jax.set_mesh(plan.mesh), jax.default_matmul_precision(precision):
+  with (
+    absent.computing_on(devices),
+    jax.set_mesh(plan.mesh),
+    jax.default_matmul_precision(precision),
+  ):
     yield
 
 
@@ -92,7 +105,9 @@ def compiled(lowered: Any, what: str, effort: float) -> tuple[Any, float]:
 
 
 def _trim() -> None:
-  """Gives back what the last compilation has freed: glibc keeps it, 10 GB after seven programs of 28 layers."""
+  """Gives back what the last compilation has freed: glibc keeps it, 10 GB after seven programs of
+  28 layers.
+  """
   with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -100,8 +115,9 @@ def _trim() -> None:
 class Taken(NamedTuple):
   """What a compiled program takes, on one device.
 
-  problem: the compiler's refusal; the rest then means nothing. temporaries, results, code, hbm: bytes. sent: kind of a collective ->
-  (how many, bytes). kernels: kind -> (calls, operations). products: of all devices. estimate: the compiler's own seconds.
+  problem: the compiler's refusal; the rest then means nothing. temporaries, results, code, hbm:
+  bytes. sent: kind of a collective -> (how many, bytes). kernels: kind -> (calls, operations).
+  products: of all devices. estimate: the compiler's own seconds.
   """
 
   problem: str | None
@@ -129,16 +145,25 @@ def taken(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Taken:
   everything = repeated.plus(once)
   results = float(max(0, used.output_size_in_bytes - used.alias_size_in_bytes))
   return Taken(
-    None, float(used.temp_size_in_bytes), results, float(used.generated_code_size_in_bytes), everything.hbm,
-    everything.collectives, cost.read_kernels(text), products, (out.cost_analysis() or {}).get("optimal_seconds", 0.0), spent,
-  )  # fmt: skip
+    None,
+    float(used.temp_size_in_bytes),
+    results,
+    float(used.generated_code_size_in_bytes),
+    everything.hbm,
+    everything.collectives,
+    cost.read_kernels(text),
+    products,
+    (out.cost_analysis() or {}).get("optimal_seconds", 0.0),
+    spent,
+  )
 
 
 def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, Any]:
-  """Compiles one program and says what it takes. Bytes and seconds are a device's, operations those of all.
+  """Compiles one program and says what it takes. Bytes and seconds are a device's, operations those
+  of all.
 
-  Of a plan with fewer layers (`Plan.layers`) the numbers are those of the whole model. State, what is given, and operations are
-  exact. The rest is extrapolated (`_extrapolated`).
+  Of a plan with fewer layers (`Plan.layers`) the numbers are those of the whole model. State, what
+  is given, and operations are exact. The rest is extrapolated (`_extrapolated`).
   """
   full = plan.full
   vision = name in VISION
@@ -148,13 +173,27 @@ def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[s
   with inside(plan):
     whole = traced(plan, full, name, shape)
     products = executed_flops(full, whole.program.jaxpr)
-  found = taken(plan, full, name, shape) if layers == of else _extrapolated(plan, name, shape, layers, of, whole)
-  row: dict[str, Any] = {"name": name, "shape": shape, "compile_s": found.seconds, "layers": layers, "of": of}
+  found = (
+    taken(plan, full, name, shape)
+    if layers == of
+    else _extrapolated(plan, name, shape, layers, of, whole)
+  )
+  row: dict[str, Any] = {
+    "name": name,
+    "shape": shape,
+    "compile_s": found.seconds,
+    "layers": layers,
+    "of": of,
+  }
   memory = whole.given | whole.beside
   row["kernels"] = {kind: calls for kind, (calls, _) in found.kernels.items()}
   kernels = products.kernels + plan.device.count * sum(flops for _, flops in found.kernels.values())
   executed, model = products.products + kernels, model_flops(plan, full, name, shape)
-  row["flops"] = {"model": executed if model is None else model, "executed": executed, "kernels": kernels}
+  row["flops"] = {
+    "model": executed if model is None else model,
+    "executed": executed,
+    "kernels": kernels,
+  }
   row["not counted"] = sorted(products.unknown) if not row["kernels"] else []
   if found.problem:
     temporary = _refused(found.problem, sum(whole.given.values()))
@@ -162,19 +201,29 @@ def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[s
     nothing = {"hbm": 0.0, "collectives": {}, "seconds": {}, "estimate": None}
     return row | nothing | {"memory": memory, "problem": one_line(found.problem)[:400]}
   row["memory"] = memory | {
-    "results": found.results, "temporaries": found.temporaries, "program": found.code, "reserve": plan.device.reserve
+    "results": found.results,
+    "temporaries": found.temporaries,
+    "program": found.code,
+    "reserve": plan.device.reserve,
   }
-  seconds = cost.seconds(plan.device, executed / plan.device.count, found.hbm, sum(size for _, size in found.sent.values()))
+  seconds = cost.seconds(
+    plan.device,
+    executed / plan.device.count,
+    found.hbm,
+    sum(size for _, size in found.sent.values()),
+  )
   row |= {"hbm": found.hbm, "collectives": found.sent, "seconds": seconds, "problem": None}
   return row | {"estimate": found.estimate if found.estimate > 0 else None}
 
 
-def _extrapolated(plan: Plan, name: str, shape: Shape | None, layers: int, of: int, whole: Traced) -> Taken:
+def _extrapolated(
+  plan: Plan, name: str, shape: Shape | None, layers: int, of: int, whole: Traced
+) -> Taken:
   """Compiles a program with so many layers, and with one more, and says what it takes with all.
 
-  Those of the LLM see as many tokens as its first one; the others' share in traffic and collectives is found by two more
-  programs, whose layers see as many as its last. So is memory of what is kept for the backward pass; where nothing is, the first
-  program has that of all.
+  Those of the LLM see as many tokens as its first one; the others' share in traffic and collectives
+  is found by two more programs, whose layers see as many as its last. So is memory of what is kept
+  for the backward pass; where nothing is, the first program has that of all.
   """
   full = plan.full
   counts = lp_comp.counts(full.lp_comp, full.llm.layers)
@@ -186,9 +235,20 @@ def _extrapolated(plan: Plan, name: str, shape: Shape | None, layers: int, of: i
   if name == "apply":
     grows = whole.given["gradients"] / part.given["gradients"]
     sent = {kind: (n * grows, size * grows) for kind, (n, size) in first.sent.items()}
-    return first._replace(temporaries=first.temporaries * grows, code=first.code * of / layers, hbm=first.hbm * grows, sent=sent, estimate=0.0)
-  # Of a round the layers after the last one that scores don't run, and of that one only the keys are made.
-  run = rounds.scored if name == "round" else lambda cfg: (cfg.vision if name in VISION else cfg.llm).layers
+    return first._replace(
+      temporaries=first.temporaries * grows,
+      code=first.code * of / layers,
+      hbm=first.hbm * grows,
+      sent=sent,
+      estimate=0.0,
+    )
+  # Of a round the layers after the last one that scores don't run, and of that one only the keys
+  # are made.
+  run = (
+    rounds.scored
+    if name == "round"
+    else lambda cfg: (cfg.vision if name in VISION else cfg.llm).layers
+  )
   here, all_of_them = run(cut(full, layers, counts[0])), run(full)
   longer = next(n for n in range(layers + 1, layers + 3) if run(cut(full, n, counts[0])) > here)
   more = run(cut(full, longer, counts[0])) - here
@@ -197,32 +257,59 @@ def _extrapolated(plan: Plan, name: str, shape: Shape | None, layers: int, of: i
     programs += [taken(plan, cut(full, n, counts[-1]), name, shape) for n in (layers, longer)]
 
   def grown(numbers: Sequence[float]) -> float:
-    """A number that each layer adds to: something whatever its tokens, and something for each of them."""
+    """A number that each layer adds to: something whatever its tokens, and something for each of
+    them.
+    """
     wide = (numbers[1] - numbers[0]) / more
     narrow = (numbers[3] - numbers[2]) / more if len(numbers) > 2 else wide
     slope = (wide - narrow) / max(counts[0] - counts[-1], 1)
-    each = [narrow + slope * (count - counts[-1]) for count in counts[:all_of_them]] if name not in VISION else [wide] * all_of_them
+    each = (
+      [narrow + slope * (count - counts[-1]) for count in counts[:all_of_them]]
+      if name not in VISION
+      else [wide] * all_of_them
+    )
     return max(0.0, numbers[0] - here * wide + sum(each))
 
   sent = {
-    kind: (grown([t.sent.get(kind, (0.0, 0.0))[0] for t in programs]), grown([t.sent.get(kind, (0.0, 0.0))[1] for t in programs]))
+    kind: (
+      grown([t.sent.get(kind, (0.0, 0.0))[0] for t in programs]),
+      grown([t.sent.get(kind, (0.0, 0.0))[1] for t in programs]),
+    )
     for kind in sorted(set().union(*(t.sent for t in programs)))
   }
   results = first.results * _size(whole.program.out_info) / _size(part.program.out_info)
-  temporaries = _caching(first, programs[-1], results) if name in ("prefill", "round") else first.temporaries
+  temporaries = (
+    _caching(first, programs[-1], results) if name in ("prefill", "round") else first.temporaries
+  )
   if name in ("gradient", "evaluation"):
     temporaries = grown([t.temporaries for t in programs])
-  squares, part_squares = _attended(full, name, shape), _attended(cut(full, layers, counts[0]), name, shape)
+  squares, part_squares = (
+    _attended(full, name, shape),
+    _attended(cut(full, layers, counts[0]), name, shape),
+  )
   kernels = {
     kind: (calls * len(squares) / len(part_squares), flops * sum(squares) / sum(part_squares))
     for kind, (calls, flops) in first.kernels.items()
   }
   hbm, seconds = grown([t.hbm for t in programs]), sum(t.seconds for t in programs)
-  return Taken(None, temporaries, results, first.code * of / layers, hbm, sent, kernels, first.products, 0.0, seconds)
+  return Taken(
+    None,
+    temporaries,
+    results,
+    first.code * of / layers,
+    hbm,
+    sent,
+    kernels,
+    first.products,
+    0.0,
+    seconds,
+  )
 
 
 def _caching(first: Taken, last: Taken, results: float) -> float:
-  """Bytes of temporaries where layers leave caches: at the beginning, or at the end, when there are those of all layers."""
+  """Bytes of temporaries where layers leave caches: at the beginning, or at the end, when there are
+  those of all layers.
+  """
   return max(first.temporaries, last.temporaries + max(0.0, results - last.results))
 
 
@@ -238,14 +325,22 @@ def memory_of(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, fl
     row = account_program(plan, name, shape)
     if row["problem"]:
       raise jax.errors.JaxRuntimeError(row["problem"])
-    return {kind: size for kind, size in row["memory"].items() if kind not in ("program", "reserve")}
-  like = [cut(full, layers, count) for count in ((counts[0], counts[-1]) if name in ("prefill", "round") else (counts[0],))]
+    return {
+      kind: size for kind, size in row["memory"].items() if kind not in ("program", "reserve")
+    }
+  like = [
+    cut(full, layers, count)
+    for count in ((counts[0], counts[-1]) if name in ("prefill", "round") else (counts[0],))
+  ]
   with inside(plan):
     whole, part = traced(plan, full, name, shape), traced(plan, like[0], name, shape)
   programs = [taken(plan, cfg, name, shape) for cfg in like]
   if problem := next((one.problem for one in programs if one.problem), None):
     raise jax.errors.JaxRuntimeError(problem)
-  results, temporaries = programs[0].results * _size(whole.program.out_info) / _size(part.program.out_info), programs[0].temporaries
+  results, temporaries = (
+    programs[0].results * _size(whole.program.out_info) / _size(part.program.out_info),
+    programs[0].temporaries,
+  )
   if name == "apply":
     temporaries *= whole.given["gradients"] / part.given["gradients"]
   if name in ("prefill", "round"):
@@ -259,17 +354,28 @@ def _size(tree: Any) -> float:
 
 
 def _attended(cfg: VLMConfig, name: str, shape: Shape | None) -> list[float]:
-  """The square of the slots that each layer attends with; for the tower, whose layers are alike, 1."""
+  """The square of the slots that each layer attends with; for the tower, whose layers are alike,
+  1.
+  """
   if shape is None or name in VISION:
     return [1.0] * cfg.vision.layers
-  around, frames, counts = shape.samples * shape.prefix + shape.text, shape.frames, lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
+  around, frames, counts = (
+    shape.samples * shape.prefix + shape.text,
+    shape.frames,
+    lp_comp.counts(cfg.lp_comp, cfg.llm.layers),
+  )
   if name == "round":  # of the last layer that scores, keys are enough
     around, frames = rounds.PREFIX, rounds.usual(cfg, shape.frames)[0].frames
     counts = counts[: rounds.scored(cfg)]
-  return [float(around + frames * cfg.tokens_per_frame // cfg.lp_comp.group * count) ** 2 for count in counts]
+  return [
+    float(around + frames * cfg.tokens_per_frame // cfg.lp_comp.group * count) ** 2
+    for count in counts
+  ]
 
 
 def _refused(message: str, arguments: float) -> float:
-  """Bytes of temporaries and results of a program that the compiler would not make; it calls all of it temporaries."""
+  """Bytes of temporaries and results of a program that the compiler would not make; it calls all of
+  it temporaries.
+  """
   found = re.search(r"temporaries \(([\d.]+)G\)|Used ([\d.]+)G of", message)
   return max(0.0, float(found[1] or found[2]) * cost.GIB - arguments) if found else 0.0

@@ -1,6 +1,8 @@
-"""Many questions about many videos: each video encoded once, each answer on disk at once, so that a killed run continues.
+"""Many questions about many videos: each video encoded once, each answer on disk at once, so that a
+killed run continues.
 
-A folder of answers holds `settings.json`, what they were made with, and `answers-*.jsonl`, one file per share of the
+A folder of answers holds `settings.json`, what they were made with, and `answers-*.jsonl`, one file
+per share of the
 videos: a line per answer, and per question whose video could not be read.
 """
 
@@ -38,11 +40,28 @@ from xcomp_jax.inputs import quoted, read_json
 from xcomp_jax.progress import progress
 from xcomp_jax.reader import Reader, fault
 
-# Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that "auto" stands for.
+# Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that
+# "auto" stands for.
 FREE = ("checkpoint", "clips_per_chunk", "clip_frames", "attention")
-ADDED = {"rows": "question"}  # settings that older folders do not have, and what they were made with
-PACKAGES = ("xcomp_jax", "jax", "jaxlib", "flax", "numpy", "opencv-python-headless", "pillow", "tokenizers")
-WRITTEN = ("results.json", "samples.jsonl", "heatmap.png", "run.json")  # by who asks, beside the answers
+ADDED = {
+  "rows": "question"
+}  # settings that older folders do not have, and what they were made with
+PACKAGES = (
+  "xcomp_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "numpy",
+  "opencv-python-headless",
+  "pillow",
+  "tokenizers",
+)
+WRITTEN = (
+  "results.json",
+  "samples.jsonl",
+  "heatmap.png",
+  "run.json",
+)  # by who asks, beside the answers
 
 
 class AnswersError(ValueError):
@@ -51,7 +70,9 @@ class AnswersError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-  """A question about (a part of) a video. prompt: what is said after the frames and the time message."""
+  """A question about (a part of) a video. prompt: what is said after the frames and the time
+  message.
+  """
 
   video: pathlib.Path
   prompt: str
@@ -66,7 +87,9 @@ class Wanted:
   @functools.cached_property
   def key(self) -> str:
     """Names the question among answers."""
-    return hashlib.blake2b(json.dumps([*self.watched, self.prompt]).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+      json.dumps([*self.watched, self.prompt]).encode(), digest_size=16
+    ).hexdigest()
 
 
 def checkpoint_identity(directory: pathlib.Path) -> str:
@@ -89,9 +112,13 @@ def session() -> dict[str, Any]:
       versions[package] = None
   device = jax.local_devices()[0]
   return {
-    "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "python": platform.python_version(),
-    "device": device.device_kind, "platform": device.platform, "processes": jax.process_count(), "versions": versions,
-  }  # fmt: skip
+    "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "python": platform.python_version(),
+    "device": device.device_kind,
+    "platform": device.platform,
+    "processes": jax.process_count(),
+    "versions": versions,
+  }
 
 
 class Answers:
@@ -101,9 +128,14 @@ class Answers:
   """
 
   def __init__(
-    self, folder: str | os.PathLike, reader: Reader, share: tuple[int, int], *,
-    about: Mapping[str, Any] | None = None, how: Mapping[str, Any] | None = None,
-  ):  # fmt: skip
+    self,
+    folder: str | os.PathLike,
+    reader: Reader,
+    share: tuple[int, int],
+    *,
+    about: Mapping[str, Any] | None = None,
+    how: Mapping[str, Any] | None = None,
+  ):
     """Makes the folder, or goes on in it.
 
     about: what else the answers depend on. how: what they don't, for the record of this process.
@@ -118,10 +150,14 @@ class Answers:
     sweep(self.folder)
     selects = reader.select and dataclasses.asdict(reader.select)
     self.settings: dict[str, Any] = {
-      "checkpoint": reader.settings.checkpoint, "identity": checkpoint_identity(reader.directory),
-      "settings": dataclasses.asdict(reader.settings) | dict(about or {}), "dtype": reader.dtype,
-      "clip_frames": reader.cfg.clip_frames, "lp_comp": dataclasses.asdict(reader.cfg.lp_comp), "qc_comp": selects,
-    }  # fmt: skip
+      "checkpoint": reader.settings.checkpoint,
+      "identity": checkpoint_identity(reader.directory),
+      "settings": dataclasses.asdict(reader.settings) | dict(about or {}),
+      "dtype": reader.dtype,
+      "clip_frames": reader.cfg.clip_frames,
+      "lp_comp": dataclasses.asdict(reader.cfg.lp_comp),
+      "qc_comp": selects,
+    }
     self.settings = json.loads(json.dumps(self.settings))
     self._agree(self.folder / "settings.json")
     self._session = session() | dict(how or {})
@@ -133,7 +169,10 @@ class Answers:
   def _agree(self, file: pathlib.Path) -> None:
     if not file.exists():
       if there := [name for name in WRITTEN if (self.folder / name).exists()]:
-        raise AnswersError(f"{self.folder} holds a {there[0]} of something else, which would be overwritten; choose another folder")
+        raise AnswersError(
+          f"{self.folder} holds a {there[0]} of something else, which would be overwritten; choose "
+          f"another folder"
+        )
       write_json(file, self.settings, indent=2)
       return
     before = read_json(file, AnswersError)
@@ -143,23 +182,37 @@ class Answers:
       before["settings"] = ADDED | before["settings"]
       before["qc_comp"] = before["qc_comp"] and ADDED | before["qc_comp"]
       pairs += [(key, before["settings"].get(key), value) for key, value in chosen.items()]
-      resolved = [(key, before[key], self.settings[key]) for key in ("dtype", "clip_frames", "lp_comp", "qc_comp")]
+      resolved = [
+        (key, before[key], self.settings[key])
+        for key in ("dtype", "clip_frames", "lp_comp", "qc_comp")
+      ]
     except Exception as error:  # it may hold anything
-      raise AnswersError(f"{file} is not what an evaluation writes: {quoted(before)}; choose another folder") from error
-    differ = lambda pairs: [f"{key} was {old}, now {new}" for key, old, new in pairs if old != new]
+      raise AnswersError(
+        f"{file} is not what an evaluation writes: {quoted(before)}; choose another folder"
+      ) from error
+
+    def differ(pairs):
+      return [f"{key} was {old}, now {new}" for key, old, new in pairs if old != new]
+
     if other := differ(pairs) or differ(resolved):
       what = "; ".join(other)
-      raise AnswersError(f"{self.folder} holds answers made otherwise ({what}): choose another folder, or remove it")
+      raise AnswersError(
+        f"{self.folder} holds answers made otherwise ({what}): choose another folder, or remove it"
+      )
 
   def read(self) -> None:
-    """Takes in what is on disk, other shares' answers too; half a line, left by a kill, is no answer."""
+    """Takes in what is on disk, other shares' answers too; half a line, left by a kill, is no
+    answer.
+    """
     for line in self._all():
       if isinstance(line.get("key"), str) and ("answer" in line or line["key"] not in self.lines):
         self.lines[line["key"]] = line
 
   def _all(self) -> Iterator[dict[str, Any]]:
     for file in sorted(self.folder.glob("answers-*.jsonl")):
-      for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines would split at U+2028 too
+      for text in file.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+      ):  # splitlines would split at U+2028 too
         with contextlib.suppress(ValueError, RecursionError):
           line = json.loads(text)
           if isinstance(line, dict):
@@ -177,7 +230,9 @@ class Answers:
       fcntl.flock(self._opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       self._opened.close()
-      raise AnswersError(f"another process writes {self._file}; give every process its own --share") from error
+      raise AnswersError(
+        f"another process writes {self._file}; give every process its own --share"
+      ) from error
     if self._opened.tell():
       self._opened.seek(self._opened.tell() - 1)
       if self._opened.read(1) != "\n":
@@ -197,7 +252,9 @@ class Answers:
       os.fsync(self._opened.fileno())
     except OSError as error:
       why = error.strerror or error
-      raise OSError(f"{self._file} can't be written: {why}; what is in it stays, and the same command continues") from error
+      raise OSError(
+        f"{self._file} can't be written: {why}; what is in it stays, and the same command continues"
+      ) from error
 
   def add(self, line: dict[str, Any]) -> None:
     """Puts a line on disk."""
@@ -216,7 +273,9 @@ class Answers:
     """Videos that could not be read, or asked: {"video", "error", "questions"}."""
     lines = [self.lines[w.key] for w in wanted if "error" in self.lines.get(w.key, {})]
     counts = collections.Counter((line["video"], line["error"]) for line in lines)
-    return [{"video": video, "error": error, "questions": n} for (video, error), n in counts.items()]
+    return [
+      {"video": video, "error": error, "questions": n} for (video, error), n in counts.items()
+    ]
 
   def shortened(self, wanted: Iterable[Wanted]) -> dict[str, float]:
     """Videos whose end could not be read, and how many seconds of it."""
@@ -265,11 +324,13 @@ def run(
     share: every n-th video from the i-th on is for this process.
     devices: of this process, each with the whole model and with videos of its own; None: all.
     ahead: videos to decode while others are worked on; 0.6 GB each at 1,024 frames of 448 pixels.
-    batch: questions about a video that are answered together; the caches of all of them are in memory.
+    batch: questions about a video that are answered together; the caches of all of them are in
+      memory.
     once: False encodes a video again for every question, to measure what encoding once saves.
 
   Raises:
-    CheckpointError, ConfigError, OSError: what stops everything. Whatever is wrong with one video costs its own questions.
+    CheckpointError, ConfigError, OSError: what stops everything. Whatever is wrong with one video
+      costs its own questions.
   """
   groups: dict[tuple, dict[str, Wanted]] = {}
   for w in wanted:
@@ -282,7 +343,9 @@ def run(
   if not todo:
     return
   reader.check_clips()
-  with progress(total=total, initial=total - sum(map(len, todo)), unit="question", desc="loading") as bar:
+  with progress(
+    total=total, initial=total - sum(map(len, todo)), unit="question", desc="loading"
+  ) as bar:
     first = reader.load()
     identity = encode.identity(first)
     graph, state = nnx.split(first)
@@ -290,7 +353,11 @@ def run(
     decoded, lock, stopped = _decoded(reader, todo, ahead), threading.Lock(), threading.Event()
 
     def work(device):
-      model = first if device == jax.local_devices()[0] else nnx.merge(graph, jax.device_put(state, device))
+      model = (
+        first
+        if device == jax.local_devices()[0]
+        else nnx.merge(graph, jax.device_put(state, device))
+      )
       with reader.precision():  # of this thread
         while not stopped.is_set():
           with lock:
@@ -304,7 +371,10 @@ def run(
                 answers.add(line)
             errors = collections.Counter(line["error"] for line in lines if "error" in line)
             for error, n in errors.items():
-              bar.write(f"{lines[0]['video']}: {n} question{'s' * (n > 1)} failed: {error}", file=sys.stderr)
+              bar.write(
+                f"{lines[0]['video']}: {n} question{'s' * (n > 1)} failed: {error}",
+                file=sys.stderr,
+              )
             bar.update(len(lines))
             if stopped.is_set():
               return
@@ -315,18 +385,27 @@ def run(
       else:
         with concurrent.futures.ThreadPoolExecutor(len(used)) as pool:
           try:
-            for done in concurrent.futures.as_completed([pool.submit(work, device) for device in used]):
+            for done in concurrent.futures.as_completed(
+              [pool.submit(work, device) for device in used]
+            ):
               done.result()
           finally:
             stopped.set()
 
 
-def _group(reader, model, identity, group, sample, decoded, seconds, batch) -> Iterator[list[dict[str, Any]]]:
+def _group(
+  reader, model, identity, group, sample, decoded, seconds, batch
+) -> Iterator[list[dict[str, Any]]]:
   """The lines of the questions about one video, of a batch at a time."""
   first = group[0]
   lost = {"lost": round(sample.lost, 3)} if sample is not None and sample.lost else {}
-  line = lambda w: {"key": w.key, "video": str(w.video), "prompt": w.prompt} | lost
-  failed = lambda w, error: line(w) | {"error": fault(error)}
+
+  def line(w):
+    return {"key": w.key, "video": str(w.video), "prompt": w.prompt} | lost
+
+  def failed(w, error):
+    return line(w) | {"error": fault(error)}
+
   several = len(group) > batch
   try:
     if isinstance(decoded, BaseException):
@@ -334,8 +413,17 @@ def _group(reader, model, identity, group, sample, decoded, seconds, batch) -> I
     source = reader.source(str(first.video), first.start, first.end)
     film, spent = reader.encode(model, sample, source, decoded=decoded, identity=identity)
     spent["decoding"] = seconds
-    chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=several)
-  except BaseException as error:  # whatever it is costs the questions about this video, not those about others
+    chat = Chat(
+      model,
+      reader.tokenizer,
+      film,
+      select=reader.select,
+      sampling=reader.sampling,
+      keep_rounds=several,
+    )
+  except (
+    BaseException
+  ) as error:  # whatever it is costs the questions about this video, not those about others
     yield [failed(w, error) for w in group]
     return
   fit = []
@@ -351,11 +439,16 @@ def _group(reader, model, identity, group, sample, decoded, seconds, batch) -> I
     except BaseException as error:  # frames that can't be selected from, or too little memory
       yield [failed(w, error) for w in part]
       continue
-    yield [line(w) | _answered(answer, film, spent if w is fit[0] else {}) for w, answer in zip(part, answers, strict=True)]
+    yield [
+      line(w) | _answered(answer, film, spent if w is fit[0] else {})
+      for w, answer in zip(part, answers, strict=True)
+    ]
 
 
 def batches(things: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-  """Runs of `size`, and of powers of two of what is left: a few sizes to compile, and no row for nothing."""
+  """Runs of `size`, and of powers of two of what is left: a few sizes to compile, and no row for
+  nothing.
+  """
   while things:
     n = size if len(things) >= size else 1 << len(things).bit_length() - 1
     yield things[:n]
@@ -365,10 +458,17 @@ def batches(things: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def _answered(got: Answer, film: encode.EncodedVideo, spent: dict[str, float]) -> dict[str, Any]:
   kept = got.selection
   return {
-    "answer": got.text, "sampled": len(film.times), "kept": len(kept.frames), "note": kept.note,
-    "ranges": [[round(t, 3) for t in span] for span in report.ranges(kept.frames, film.times, film.seconds)],
-    "seconds": {name: round(spent.get(name, 0.0) + got.spent.get(name, 0.0), 4) for name in spent | got.spent},
-  }  # fmt: skip
+    "answer": got.text,
+    "sampled": len(film.times),
+    "kept": len(kept.frames),
+    "note": kept.note,
+    "ranges": [
+      [round(t, 3) for t in span] for span in report.ranges(kept.frames, film.times, film.seconds)
+    ],
+    "seconds": {
+      name: round(spent.get(name, 0.0) + got.spent.get(name, 0.0), 4) for name in spent | got.spent
+    },
+  }
 
 
 def _askable(reader: Reader, sample: Sample, group: Sequence[Wanted]) -> None:
@@ -390,7 +490,9 @@ def _askable(reader: Reader, sample: Sample, group: Sequence[Wanted]) -> None:
 def _decoded(
   reader: Reader, todo: Sequence[list[Wanted]], ahead: int
 ) -> Generator[tuple[list[Wanted], Sample | None, list[np.ndarray] | BaseException, float]]:
-  """Each group with its sample, the frames (or why there are none), and the seconds that decoding took."""
+  """Each group with its sample, the frames (or why there are none), and the seconds that decoding
+  took.
+  """
   stopped = threading.Event()
 
   def decode(group):

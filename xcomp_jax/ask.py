@@ -1,10 +1,12 @@
-"""Asks a video (or an image) questions; the video is encoded once, and every question picks the frames it needs.
+"""Asks a video (or an image) questions; the video is encoded once, and every question picks the
+frames it needs.
 
   python -m xcomp_jax.ask --checkpoint exports/sct --video film.mp4 --question "What happens first?"
 
-Several questions: repeat --question, or --questions FILE (one per line); without either, they are read from the
-terminal as one conversation, until stdin ends; the line /new starts another one. Answers go to stdout, everything else to stderr. Frames are sampled as in
-FACTS.md 5; a short video's are repeated up to --min-frames.
+Several questions: repeat --question, or --questions FILE (one per line); without either, they are
+read from the terminal as one conversation, until stdin ends; the line /new starts another one.
+Answers go to stdout, everything else to stderr. Frames are sampled as in FACTS.md 5; a short
+video's are repeated up to --min-frames.
 """
 
 import argparse
@@ -69,7 +71,11 @@ def sampled(args: argparse.Namespace, reader: Reader) -> video.Sample | None:
 
 
 def encoded(
-  args: argparse.Namespace, reader: Reader, model: VLM, sample: video.Sample | None, spent: dict[str, float]
+  args: argparse.Namespace,
+  reader: Reader,
+  model: VLM,
+  sample: video.Sample | None,
+  spent: dict[str, float],
 ) -> encode.EncodedVideo:
   """The video, read from --encoded, or decoded and encoded, and then written there if wanted.
 
@@ -81,28 +87,43 @@ def encoded(
     film = encode.load(args.encoded, model)
     wanted = args.video and reader.source(args.video, args.start, args.end)
     if wanted and wanted != film.source:
-      raise encode.EncodedVideoError(f"{args.encoded} holds {film.source}, not {wanted}; leave --video out, or name another file")
+      raise encode.EncodedVideoError(
+        f"{args.encoded} holds {film.source}, not {wanted}; leave --video out, or name another file"
+      )
     T = len(film.times)
     reader.check(T, film.seconds)
     if lacking := set(reader.phases(T)) - set(film.features):
       raise encode.EncodedVideoError(
-        f"--mode {args.mode} needs clips that start at frame {', '.join(map(str, sorted(lacking)))} too, which {args.encoded} "
+        f"--mode {args.mode} needs clips that start at frame "
+        f"{', '.join(map(str, sorted(lacking)))} too, which {args.encoded} "
         "does not hold; give --video and another --encoded file"
       )
     spent["reading"] = time.perf_counter() - begun
     return film
   T = len(sample.indices)
-  say(f"{args.video}: {T} frame{'s' if T > 1 else ''}" + (f" of {sample.seconds:.2f} s" if sample.seconds else ""))
+  say(
+    f"{args.video}: {T} frame{'s' if T > 1 else ''}"
+    + (f" of {sample.seconds:.2f} s" if sample.seconds else "")
+  )
   clips = T // min(reader.cfg.clip_frames, T) * len(reader.phases(T))
   with progress(total=clips, desc="encoding", unit="clip", leave=False) as bar:
-    film, seconds = reader.encode(model, sample, reader.source(args.video, args.start, args.end), report=bar.update)
+    film, seconds = reader.encode(
+      model, sample, reader.source(args.video, args.start, args.end), report=bar.update
+    )
   spent |= seconds
   if args.encoded:
     try:
       encode.save(film, args.encoded)
-      say(f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features")
-    except OSError as error:  # it only saves the next one time; the answer has cost most of its own already
-      say(f"warning: {args.encoded} is not written, and the next time the video is encoded again: {files.one_line(error)}")
+      say(
+        f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features"
+      )
+    except (
+      OSError
+    ) as error:  # it only saves the next one time; the answer has cost most of its own already
+      say(
+        f"warning: {args.encoded} is not written, and the next time the video is encoded again: "
+        f"{files.one_line(error)}"
+      )
   return film
 
 
@@ -117,7 +138,9 @@ def listed(args: argparse.Namespace) -> list[str]:
     lines = inputs.text(args.questions, prompt.AnnotationError, QUESTIONS, pipes=True).splitlines()
     found += (asked := [line.strip() for line in lines if line.strip()])
     if not asked:
-      raise prompt.AnnotationError(f"{'standard input' if args.questions == '-' else args.questions} holds no question")
+      raise prompt.AnnotationError(
+        f"{'standard input' if args.questions == '-' else args.questions} holds no question"
+      )
   return found
 
 
@@ -130,7 +153,9 @@ def typed() -> Iterator[str]:
     if not line:
       return
     if len(line) == QUESTIONS:  # it may never end
-      raise prompt.AnnotationError(f"a line on stdin has more than the {QUESTIONS:,} letters that a question may have")
+      raise prompt.AnnotationError(
+        f"a line on stdin has more than the {QUESTIONS:,} letters that a question may have"
+      )
     if line.strip():
       yield line.strip()
 
@@ -140,28 +165,45 @@ def together(video: dict[str, float], question: dict[str, float]) -> dict[str, f
   return {name: video.get(name, 0) + question.get(name, 0) for name in video | question}
 
 
-def as_json(question: str, answer: Answer, film: encode.EncodedVideo, spent: dict[str, float]) -> str:
+def as_json(
+  question: str, answer: Answer, film: encode.EncodedVideo, spent: dict[str, float]
+) -> str:
   """One line of --json."""
   kept = answer.selection
-  scores = None if kept.scores is None else kept.scores.reshape(-1, film.clip_frames).mean(1).tolist()
-  return json.dumps({
-    "question": question, "answer": answer.text, "video": film.source, "seconds": film.seconds, "sampled_frames": len(film.times),
-    "frames": kept.frames.tolist(), "ranges": report.ranges(kept.frames, film.times, film.seconds), "note": kept.note,
-    "clip_scores": scores, "spent": together(spent, answer.spent),
-  })  # fmt: skip
+  scores = (
+    None if kept.scores is None else kept.scores.reshape(-1, film.clip_frames).mean(1).tolist()
+  )
+  return json.dumps(
+    {
+      "question": question,
+      "answer": answer.text,
+      "video": film.source,
+      "seconds": film.seconds,
+      "sampled_frames": len(film.times),
+      "frames": kept.frames.tolist(),
+      "ranges": report.ranges(kept.frames, film.times, film.seconds),
+      "note": kept.note,
+      "clip_scores": scores,
+      "spent": together(spent, answer.spent),
+    }
+  )
 
 
 def answer(args: argparse.Namespace) -> None:
   """Answers all questions.
 
   Raises:
-    CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad arguments, by name.
+    CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad
+    arguments, by name.
   """
   files.keep_compiled(args.compilation_cache, COMPILED)
   reader = prepare(settings(args))
   page = pathlib.Path(args.report) if args.report else None
   check_target("--report", args.report)
-  files.apart({"--report": args.report}, {f"--{name}": getattr(args, name) for name in ("video", "encoded", "questions")})
+  files.apart(
+    {"--report": args.report},
+    {f"--{name}": getattr(args, name) for name in ("video", "encoded", "questions")},
+  )
   files.apart({"--report": args.report}, {"--checkpoint": args.checkpoint}, nested=True)
   if args.encoded and not pathlib.Path(args.encoded).exists():
     check_target("--encoded", args.encoded)
@@ -179,13 +221,24 @@ def answer(args: argparse.Namespace) -> None:
   begun = time.perf_counter()
   model = reader.load()
   spent["loading"] = time.perf_counter() - begun
-  say(f"{args.checkpoint}: loaded in {spent['loading']:.1f} s; LP-Comp {reader.cfg.lp_comp.keep}, {jax.devices()[0].device_kind}")
+  say(
+    f"{args.checkpoint}: loaded in {spent['loading']:.1f} s; LP-Comp {reader.cfg.lp_comp.keep}, "
+    f"{jax.devices()[0].device_kind}"
+  )
   say(reader.introduce())
   with reader.precision():
     film = encoded(args, reader, model, sample, spent)
     kept_rounds = len(fixed) != 1 and not args.forget_rounds
     talk = not fixed or args.follow_up
-    chat = Chat(model, reader.tokenizer, film, select=reader.select, sampling=reader.sampling, keep_rounds=kept_rounds, talk=talk)
+    chat = Chat(
+      model,
+      reader.tokenizer,
+      film,
+      select=reader.select,
+      sampling=reader.sampling,
+      keep_rounds=kept_rounds,
+      talk=talk,
+    )
     if not fixed:
       say(f"a conversation, question by question; {NEW} starts another one")
     question, failed = None, 0
@@ -224,8 +277,16 @@ def answer(args: argparse.Namespace) -> None:
         say(kept.note)
       elif kept.scores is not None:
         spans = report.ranges(kept.frames, film.times, film.seconds)
-        say(f"looked at {len(kept.frames)} of {len(film.times)} frames: " + ", ".join(f"{clock(a)} to {clock(b)}" for a, b in spans))
-      say("spent " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in together(spent, got.spent).items()))
+        say(
+          f"looked at {len(kept.frames)} of {len(film.times)} frames: "
+          + ", ".join(f"{clock(a)} to {clock(b)}" for a, b in spans)
+        )
+      say(
+        "spent "
+        + ", ".join(
+          f"{name} {seconds:.1f} s" for name, seconds in together(spent, got.spent).items()
+        )
+      )
       if talk and (ending := chat.ending()):
         say(ending + ("" if fixed else f"; {NEW} does so here"))
       if page:
@@ -238,23 +299,52 @@ def answer(args: argparse.Namespace) -> None:
     if question is None:
       raise prompt.AnnotationError("no --question, and none on stdin")
     if failed and not sys.stdin.isatty():
-      raise prompt.AnnotationError(f"{failed} question{'s' * (failed > 1)} of standard input could not be answered, as said above")
+      raise prompt.AnnotationError(
+        f"{failed} question{'s' * (failed > 1)} of standard input could not be answered, as said "
+        f"above"
+      )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command; an error is one line on stderr and exit code 1."""
-  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.ask", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.ask", description=__doc__.splitlines()[0]
+  )
   options(parser)
   add = parser.add_argument
   add("--video", type=expanduser, help="a video file, a GIF, a folder of frames, or an image")
-  add("--encoded", type=expanduser, help="file of the encoded video: read if it is there, else written")
+  add(
+    "--encoded",
+    type=expanduser,
+    help="file of the encoded video: read if it is there, else written",
+  )
   add("--question", action="append", help="may be repeated")
-  add("--questions", type=expanduser, help="file of questions, one per line; also a pipe, or -: standard input")
-  add("--follow-up", action="store_true", help="each question continues the conversation; always so at the terminal")
+  add(
+    "--questions",
+    type=expanduser,
+    help="file of questions, one per line; also a pipe, or -: standard input",
+  )
+  add(
+    "--follow-up",
+    action="store_true",
+    help="each question continues the conversation; always so at the terminal",
+  )
   add("--json", action="store_true", help="one JSON object per question instead of text")
-  add("--report", type=expanduser, help="HTML page to be written: relevance over time, thumbnails, cost")
-  add("--forget-rounds", action="store_true", help="run scoring rounds again for every question; saves memory")
-  add("--start", type=inputs.number(0.0, 1e9, float), help="second from which the video is looked at")
+  add(
+    "--report",
+    type=expanduser,
+    help="HTML page to be written: relevance over time, thumbnails, cost",
+  )
+  add(
+    "--forget-rounds",
+    action="store_true",
+    help="run scoring rounds again for every question; saves memory",
+  )
+  add(
+    "--start",
+    type=inputs.number(0.0, 1e9, float),
+    help="second from which the video is looked at",
+  )
   add("--end", type=inputs.number(0.0, 1e9, float), help="and until which")
   args = parser.parse_args(argv)
   with files.command(OverflowError):

@@ -1,11 +1,12 @@
 """Measures pre-decoding: decoding, writing, reading, memory.
 
-  python -m xcomp_jax.bench_data make hour.mp4 --seconds 3600        a synthetic video, 30 frames per second
-  python -m xcomp_jax.bench_data run hour.mp4
+  python -m xcomp_jax.bench_data make hour.mp4 --seconds 3600        a synthetic video, 30 frames
+  per second python -m xcomp_jax.bench_data run hour.mp4
 
-`run` pre-decodes the file by the command itself and prints the peak of its resident memory. Then it takes the frames of one
-training sample from the video (FACTS.md 5) and prints two tables: how fast they are decoded, beside converting every frame of
-the file; and sizes and rates of a store that holds them raw, as JPEG, or as features. Times are the best of several.
+`run` pre-decodes the file by the command itself and prints the peak of its resident memory. Then it
+takes the frames of one training sample from the video (FACTS.md 5) and prints two tables: how fast
+they are decoded, beside converting every frame of the file; and sizes and rates of a store that
+holds them raw, as JPEG, or as features. Times are the best of several.
 """
 
 import argparse
@@ -30,13 +31,17 @@ from xcomp_jax.files import command, expanduser
 from xcomp_jax.inputs import plain
 
 CLIP = 8  # frames
-sample = functools.partial(video.sample, max_frames=1024, min_frames=128, fps=8.0, clip_frames=CLIP, style="train")
+sample = functools.partial(
+  video.sample, max_frames=1024, min_frames=128, fps=8.0, clip_frames=CLIP, style="train"
+)
 TOWER = store.Features("random", tokens_per_frame=16, width=1024)  # of the released models
 
 
 def make_video(path: str, seconds: int, width: int, height: int) -> None:
   """A disc that wanders over a gradient, at 30 frames per second (MPEG-4)."""
-  writer = cv2.VideoWriter(plain(path, "the name of the file"), cv2.VideoWriter.fourcc(*"mp4v"), 30, (width, height))
+  writer = cv2.VideoWriter(
+    plain(path, "the name of the file"), cv2.VideoWriter.fourcc(*"mp4v"), 30, (width, height)
+  )
   if not writer.isOpened():
     raise OSError(f"{path} can't be written")
   x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
@@ -68,7 +73,9 @@ def decoding(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
   def converted():
     assert chosen.found is not None  # of a video
     wanted = set(chosen.indices.tolist())
-    for i, image in enumerate(container.pictures(pathlib.Path(path), chosen.found, range(chosen.stop), chosen.stop)):
+    for i, image in enumerate(
+      container.pictures(pathlib.Path(path), chosen.found, range(chosen.stop), chosen.stop)
+    ):
       if i in wanted:
         video.resize(image[None], size)
 
@@ -82,22 +89,35 @@ def decoding(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
     "decoding, every frame converted": timed(converted, repeat),
   }
   files, taken = chosen.stop, len(frames)
-  lines = [f"decoding {files:,} frames, {taken:,} of them sampled and resized to {size}: seconds, CPU-s, frames of the file and samples per second"]
-  lines += [f"  {name:41}{s:8.2f}{cpu:8.2f}{files / s:10,.0f}{taken / s:10,.1f}" for name, (s, cpu) in spent.items()]
+  lines = [
+    f"decoding {files:,} frames, {taken:,} of them sampled and resized to {size}: seconds, CPU-s, "
+    f"frames of the file and samples per second"
+  ]
+  lines += [
+    f"  {name:41}{s:8.2f}{cpu:8.2f}{files / s:10,.0f}{taken / s:10,.1f}"
+    for name, (s, cpu) in spent.items()
+  ]
   return frames, "\n".join(lines)
 
 
 def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str, float]]:
-  """Stores with `samples` copies of frames uint8[T, S, S, 3]: for each kind size, seconds of reading all, and rates.
+  """Stores with `samples` copies of frames uint8[T, S, S, 3]: for each kind size, seconds of
+  reading all, and rates.
 
   Frames per second are those written, and read by one thread and by two.
   """
   size = frames.shape[1]
   clips = frames.reshape(-1, CLIP, *frames.shape[1:])
-  tokens = np.random.default_rng(0).normal(size=(len(clips), CLIP * TOWER.tokens_per_frame, TOWER.width)).astype(ml_dtypes.bfloat16)
+  tokens = (
+    np.random.default_rng(0)
+    .normal(size=(len(clips), CLIP * TOWER.tokens_per_frame, TOWER.width))
+    .astype(ml_dtypes.bfloat16)
+  )
   kinds: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-    "raw": (clips, {}), "JPEG 95": (clips, {"quality": 95}), "features": (tokens, {"features": TOWER}),
-  }  # fmt: skip
+    "raw": (clips, {}),
+    "JPEG 95": (clips, {"quality": 95}),
+    "features": (tokens, {"features": TOWER}),
+  }
   total = samples * len(frames)
   out = {}
   with tempfile.TemporaryDirectory() as place:
@@ -105,20 +125,28 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
       folders = (pathlib.Path(place) / f"{name} {n}" for n in range(repeat))
       talk = ({"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""})
       items = [(store.Sample(str(i), "", "", i, talk, ""), visual) for i in range(samples)]
-      write = lambda items=items, how=how, folders=folders: store.write_store(
-        next(folders), items, image_size=size, clip_frames=CLIP, **how
-      )
+
+      def write(items=items, how=how, folders=folders):
+        return store.write_store(next(folders), items, image_size=size, clip_frames=CLIP, **how)
+
       written, _ = timed(write, repeat)
       folder = pathlib.Path(place) / f"{name} 0"
       opened, spent = store.open_store(folder), []
       for threads in (1, 2):
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-          read = lambda pool=pool, opened=opened: [v.shape for v in pool.map(opened.visual, range(samples))]
+
+          def read(pool=pool, opened=opened):
+            return [v.shape for v in pool.map(opened.visual, range(samples))]
+
           spent.append(timed(read, repeat)[0])
       size_kb = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / total / 1e3
       out[name] = {
-        "seconds": spent[0], "frames/s": total / spent[0], "by two threads": total / spent[1], "written": total / written, "kB": size_kb
-      }  # fmt: skip
+        "seconds": spent[0],
+        "frames/s": total / spent[0],
+        "by two threads": total / spent[1],
+        "written": total / written,
+        "kB": size_kb,
+      }
   return out
 
 
@@ -127,18 +155,35 @@ def memory(path: str, size: int, more: Sequence[str] = ()) -> str:
   with tempfile.TemporaryDirectory() as place:
     at = pathlib.Path(place)
     talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A disc."}]
-    (at / "a.json").write_text(json.dumps([{"video": str(pathlib.Path(path).absolute()), "conversations": talk}]))
+    (at / "a.json").write_text(
+      json.dumps([{"video": str(pathlib.Path(path).absolute()), "conversations": talk}])
+    )
     (at / "m.yaml").write_text("datasets: [{json_path: a.json}]")
-    line = [sys.executable, "-m", "xcomp_jax.predecode", "--mixture", str(at / "m.yaml"), "--root", str(at), "--out", str(at / "out")]
+    line = [
+      sys.executable,
+      "-m",
+      "xcomp_jax.predecode",
+      "--mixture",
+      str(at / "m.yaml"),
+      "--root",
+      str(at),
+      "--out",
+      str(at / "out"),
+    ]
     line += ["--workers=0", f"--image_size={size}", *more]
     took, _ = timed(lambda: subprocess.run(line, check=True, stdout=subprocess.DEVNULL))
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kB on Linux
-  return f"predecode {' '.join(['--workers=0', *more])}: {took:.1f} s, peak resident memory {peak:.2f} GB"
+  return (
+    f"predecode {' '.join(['--workers=0', *more])}: {took:.1f} s, peak resident memory "
+    f"{peak:.2f} GB"
+  )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command; an error is one line on stderr and exit code 1."""
-  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench_data", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.bench_data", description=__doc__.splitlines()[0]
+  )
   commands = parser.add_subparsers(dest="command", required=True)
   make = commands.add_parser("make", help="write a synthetic video")
   make.add_argument("path", type=expanduser)
@@ -157,12 +202,21 @@ def main(argv: Sequence[str] | None = None) -> None:
       return
     if not pathlib.Path(args.path).is_file():
       raise FileNotFoundError(f"there is no file {args.path}")
-    print(memory(args.path, args.image_size), flush=True)  # first: a process counts what its parent had when it was made
+    print(
+      memory(args.path, args.image_size), flush=True
+    )  # first: a process counts what its parent had when it was made
     frames, table = decoding(args.path, args.image_size, args.repeat)
     print(table, flush=True)
-    print(f"storing {args.samples} x {len(frames):,} frames: kB per frame; frames per second written, read by one thread, by two")
+    print(
+      f"storing {args.samples} x {len(frames):,} frames: kB per frame; frames per second written, "
+      f"read by one thread, by two"
+    )
     for name, row in storing(frames, args.samples, args.repeat).items():
-      print(f"  {name:10}{row['kB']:10,.1f} kB{row['written']:10,.0f}{row['frames/s']:10,.0f}{row['by two threads']:10,.0f}", flush=True)
+      print(
+        f"  {name:10}{row['kB']:10,.1f} "
+        f"kB{row['written']:10,.0f}{row['frames/s']:10,.0f}{row['by two threads']:10,.0f}",
+        flush=True,
+      )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What loading a checkpoint costs, in time and memory.
 
-python -m xcomp_jax.bench_load random --like DIR --out DIR   a checkpoint of random weights of any size (DIR has config.json)
-python -m xcomp_jax.bench_load load --checkpoint DIR         seconds, memory above the parameters
+python -m xcomp_jax.bench_load random --like DIR --out DIR   a checkpoint of random weights of any
+size (DIR has config.json) python -m xcomp_jax.bench_load load --checkpoint DIR         seconds,
+memory above the parameters
 """
 
 import argparse
@@ -23,7 +24,8 @@ from xcomp_jax.files import command, expanduser
 
 
 def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
-  """Streams random bfloat16 weights of the model that config.json in `like` describes into directory `out`.
+  """Streams random bfloat16 weights of the model that config.json in `like` describes into
+  directory `out`.
 
   Raises:
     CheckpointError: a config that can't be used, or a directory that is not free.
@@ -34,13 +36,18 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
 
   def blocks(entry: official.Entry) -> Iterator[np.ndarray]:
     if len(entry.shape) == 1:  # norms near one, so that a forward pass stays finite
-      yield np.full(entry.shape, float("norm" in entry.name and entry.name.endswith("weight")), dtype)
+      yield np.full(
+        entry.shape, float("norm" in entry.name and entry.name.endswith("weight")), dtype
+      )
       return
     for start in range(0, entry.shape[0], layouts.ROWS):
       shape = (min(layouts.ROWS, entry.shape[0] - start), *entry.shape[1:])
       yield (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
 
-  tensors = [export.Tensor(e.name, e.shape, dtype, lambda e=e: blocks(e)) for e in sorted(official.names(cfg), key=lambda e: e.name)]
+  tensors = [
+    export.Tensor(e.name, e.shape, dtype, lambda e=e: blocks(e))
+    for e in sorted(official.names(cfg), key=lambda e: e.name)
+  ]
   with export.appearing(out, overwrite=False) as temporary:
     shutil.copyfile(like / "config.json", temporary / "config.json")
     export.copy_tokenizer(temporary, like)
@@ -48,16 +55,20 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def load(directory: pathlib.Path) -> dict[str, float]:
-  """Loads a checkpoint as stored, after merely reading its files; both from a cold page cache where that can be had.
+  """Loads a checkpoint as stored, after merely reading its files; both from a cold page cache where
+  that can be had.
 
   Returns:
-    seconds, GB/s and processor seconds of both; gigabytes of parameters, and of anonymous memory above them at its peak.
+    seconds, GB/s and processor seconds of both; gigabytes of parameters, and of anonymous memory
+    above them at its peak.
 
   Raises:
     CheckpointError: see `weights.load`.
   """
   cfg = weights.read_config(directory, AS_IT_IS, NOT_TUNED)
-  files = sorted(directory.rglob("*.safetensors")) or [f for f in sorted((directory / "params").rglob("*")) if f.is_file()]
+  files = sorted(directory.rglob("*.safetensors")) or [
+    f for f in sorted((directory / "params").rglob("*")) if f.is_file()
+  ]
   size = sum(file.stat().st_size for file in files)
   _forget(files)
   began, cpu = time.perf_counter(), time.process_time()
@@ -76,9 +87,14 @@ def load(directory: pathlib.Path) -> dict[str, float]:
     loading, loading_cpu = time.perf_counter() - began, time.process_time() - cpu
   resident = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
   return {
-    "read_s": reading, "read_GB/s": size / reading / 1e9, "read_cpu_s": reading_cpu,
-    "load_s": loading, "load_GB/s": size / loading / 1e9, "load_cpu_s": loading_cpu,
-    "parameters_GB": resident / 1e9, "peak_above_parameters_GB": (peak.bytes - before - resident) / 1e9,
+    "read_s": reading,
+    "read_GB/s": size / reading / 1e9,
+    "read_cpu_s": reading_cpu,
+    "load_s": loading,
+    "load_GB/s": size / loading / 1e9,
+    "load_cpu_s": loading_cpu,
+    "parameters_GB": resident / 1e9,
+    "peak_above_parameters_GB": (peak.bytes - before - resident) / 1e9,
   }
 
 
@@ -116,13 +132,20 @@ def _forget(files: Sequence[pathlib.Path]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench_load", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.bench_load", description=__doc__.splitlines()[0]
+  )
   commands = parser.add_subparsers(dest="command", required=True)
   random = commands.add_parser("random", help="write a checkpoint of random weights")
   random.add_argument("--like", type=expanduser, required=True, help="a directory with config.json")
   random.add_argument("--out", type=expanduser, required=True, help="directory to be made")
   loading = commands.add_parser("load", help="measure loading")
-  loading.add_argument("--checkpoint", type=expanduser, required=True, help="a directory with config.json and weights")
+  loading.add_argument(
+    "--checkpoint",
+    type=expanduser,
+    required=True,
+    help="a directory with config.json and weights",
+  )
   args = parser.parse_args(argv)
   with command():
     if args.command == "random":

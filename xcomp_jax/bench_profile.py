@@ -1,4 +1,6 @@
-"""Where a program's time goes: a traced call, its operations summed by the function of the package that wrote them."""
+"""Where a program's time goes: a traced call, its operations summed by the function of the package
+that wrote them.
+"""
 
 import collections
 import pathlib
@@ -9,11 +11,18 @@ from typing import Any
 import jax
 
 PACKAGE = str(pathlib.Path(__file__).parent)
-NOT_OPERATIONS = ("Steps", "XLA Modules", "XLA TraceMe", "Async XLA Ops")  # lines of a TPU that repeat what others have
+NOT_OPERATIONS = (
+  "Steps",
+  "XLA Modules",
+  "XLA TraceMe",
+  "Async XLA Ops",
+)  # lines of a TPU that repeat what others have
 
 
 def traced(call: Callable[[], Any], folder: pathlib.Path) -> pathlib.Path:
-  """Runs a call under the profiler; returns the trace, which xprof and TensorBoard open too (with `folder` as --logdir)."""
+  """Runs a call under the profiler; returns the trace, which xprof and TensorBoard open too (with
+  `folder` as --logdir).
+  """
   with jax.profiler.trace(folder):
     jax.block_until_ready(call())
   return max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime_ns)
@@ -22,9 +31,9 @@ def traced(call: Callable[[], Any], folder: pathlib.Path) -> pathlib.Path:
 def shares(trace: pathlib.Path, text: str) -> dict[str, float]:
   """Shares of the time that operations took, largest first.
 
-  text: the compiled program. Names are "function: primitive" with the innermost function of this package, the compiler's own
-  name where it says none. Time inside a loop's or a call's operations is theirs alone; work of threads beside each other counts
-  for each.
+  text: the compiled program. Names are "function: primitive" with the innermost function of this
+  package, the compiler's own name where it says none. Time inside a loop's or a call's operations
+  is theirs alone; work of threads beside each other counts for each.
   """
   names, spent = written_by(text), collections.defaultdict[str, float](float)
   for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
@@ -33,17 +42,25 @@ def shares(trace: pathlib.Path, text: str) -> dict[str, float]:
         for op, seconds in _own(_operations(plane.name, line.events)):
           spent[names.get(op) or re.sub(r"[.\d]+$", "", op)] += seconds
   total = sum(spent.values())
-  return {name: seconds / total for name, seconds in sorted(spent.items(), key=lambda s: -s[1])} if total else {}
+  return (
+    {name: seconds / total for name, seconds in sorted(spent.items(), key=lambda s: -s[1])}
+    if total
+    else {}
+  )
 
 
 def _operations(plane: str, events: Iterable[Any]) -> list[tuple[float, float, str]]:
-  """(start, end, HLO name) of a line's operations; an accelerator's kernels that name none go by their own names."""
+  """(start, end, HLO name) of a line's operations; an accelerator's kernels that name none go by
+  their own names.
+  """
   out = []
   for event in events:
     op = dict(event.stats).get("hlo_op", event.name if plane.startswith("/device:") else None)
     if op is not None and event.duration_ns > 0:
       name = re.match(r"%?([^\s=]+)", str(op))
-      out.append((event.start_ns, event.start_ns + event.duration_ns, name.group(1) if name else str(op)))
+      out.append(
+        (event.start_ns, event.start_ns + event.duration_ns, name.group(1) if name else str(op))
+      )
   return out
 
 
@@ -62,13 +79,27 @@ def _own(operations: Sequence[tuple[float, float, str]]) -> Iterable[tuple[str, 
 
 
 def written_by(text: str) -> dict[str, str]:
-  """HLO name -> "function: primitive" of a compiled program's text, from the stack frames that it carries."""
+  """HLO name -> "function: primitive" of a compiled program's text, from the stack frames that it
+  carries.
+  """
   files = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.M))
   functions = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FunctionNames"), re.M))
-  at = re.findall(r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)", _table(text, "FileLocations"), re.M)
-  places = {place: functions[function].split(".<locals>")[0] for place, file, function in at if files[file].startswith(PACKAGE)}
-  frames = re.findall(r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", _table(text, "StackFrames"), re.M)
-  shift = any(frame == parent for frame, _, parent in frames)  # jax 0.10 prints a parent's number plus one
+  at = re.findall(
+    r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)", _table(text, "FileLocations"), re.M
+  )
+  places = {
+    place: functions[function].split(".<locals>")[0]
+    for place, file, function in at
+    if files[file].startswith(PACKAGE)
+  }
+  frames = re.findall(
+    r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?",
+    _table(text, "StackFrames"),
+    re.M,
+  )
+  shift = any(
+    frame == parent for frame, _, parent in frames
+  )  # jax 0.10 prints a parent's number plus one
   parents = {int(frame): (place, int(parent or shift) - shift) for frame, place, parent in frames}
 
   def function(frame: str | None) -> str | None:
@@ -90,7 +121,9 @@ def written_by(text: str) -> dict[str, str]:
     if said:
       primitive, writer = said.group(1).rsplit("/", 1)[-1], function(said.group(2))
       out[op.group(2)] = f"{writer}: {primitive}" if writer else primitive
-    elif called and called.group(1) in roots:  # a fusion without a word of its own: what ends it, or begins
+    elif (
+      called and called.group(1) in roots
+    ):  # a fusion without a word of its own: what ends it, or begins
       out[op.group(2)] = roots[called.group(1)]
     if op.group(2) in out and (op.group(1) or inside not in roots):
       roots[inside] = out[op.group(2)]

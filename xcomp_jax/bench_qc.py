@@ -4,9 +4,9 @@
   python -m xcomp_jax.bench_qc questions --like DIR
   python -m xcomp_jax.bench_qc needles --checkpoint DIR --world DIR
 
-`select` reports time, operations and memory of scoring in each mode, on random weights of the sizes at which the
-official code was measured; `questions` counts the operations of a first and a later question at the sizes of `--like`;
-`needles` how often the clip with the answer is selected.
+`select` reports time, operations and memory of scoring in each mode, on random weights of the sizes
+at which the official code was measured; `questions` counts the operations of a first and a later
+question at the sizes of `--like`; `needles` how often the clip with the answer is selected.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def select(mode: str, frames: int) -> dict[str, float]:
   """Scores a video of given visual tokens by a random model of the official benchmark's sizes.
 
   Returns:
-    seconds of the visual rounds and of the question's rows; operations, and how many times as many the official
-    code counts for 1,024 frames; the largest arguments plus temporaries of one call.
+    seconds of the visual rounds and of the question's rows; operations, and how many times as many
+    the official code counts for 1,024 frames; the largest arguments plus temporaries of one call.
   """
   *both, calls = parts.selecting(parts.sized(None, "float32"), mode, frames)
   out: dict[str, float] = {"calls": calls}
@@ -57,13 +57,19 @@ def select(mode: str, frames: int) -> dict[str, float]:
     memory.append(used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes)
   work = calls * sum(part.flops for part in both)
   return out | {
-    "total_s": out["visual_s"] + out["question_s"], "TFLOP": work / 1e12, "official_TFLOP_ratio": OFFICIAL_FLOPS * frames / 1024 / work,
+    "total_s": out["visual_s"] + out["question_s"],
+    "TFLOP": work / 1e12,
+    "official_TFLOP_ratio": OFFICIAL_FLOPS * frames / 1024 / work,
     "memory_GB": max(memory) / 1e9,
   }
 
 
-def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int) -> dict[str, float]:
-  """Operations of a first and a later question about an encoded video, of the model that `like` describes; none are run."""
+def questions(
+  like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
+) -> dict[str, float]:
+  """Operations of a first and a later question about an encoded video, of the model that `like`
+  describes; none are run.
+  """
   cfg = dataclasses.replace(weights.read_config(like, AS_IT_IS, COSINE), clip_frames=8)
   graph, state = nnx.split(weights.abstract(cfg))
   setting, D = qc_comp.setting(mode, kept), cfg.vision.width
@@ -72,14 +78,20 @@ def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
   calls = -(-len(plan.starts) // rows)
   watch, score = scoring(graph, plan, setting, rows)
   features = jax.ShapeDtypeStruct((rows, clips, 128, D), np.dtype(cfg.dtype))
-  batch = batch_spec(Shape(1, 1, PREFIX, kept, generate.up(TEXT, generate.TEXT_STEP)), ((16, D), cfg.dtype))
+  batch = batch_spec(
+    Shape(1, 1, PREFIX, kept, generate.up(TEXT, generate.TEXT_STEP)), ((16, D), cfg.dtype)
+  )
 
   def answer(state, batch):
     model = nnx.merge(graph, state)
-    return generate.decode(model, generate.prefill(model, batch, tokens), generate.Sampling(tokens, ()), tokens)[0]
+    return generate.decode(
+      model, generate.prefill(model, batch, tokens), generate.Sampling(tokens, ()), tokens
+    )[0]
 
   encode_clip = flops(
-    lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, jax.ShapeDtypeStruct((1, 8, size, size, 3), np.uint8)
+    lambda state, clips: vlm.encode(nnx.merge(graph, state), clips),
+    state,
+    jax.ShapeDtypeStruct((1, 8, size, size, 3), np.uint8),
   )
   phases = len(chat.phases(frames, 8, setting))
   tower = encode_clip * (frames // 8) * phases
@@ -89,33 +101,58 @@ def questions(like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
   if phases > 1:  # selected frames are cut into clips anew
     final += encode_clip * (kept // 8)
   first, later = tower + visual + asking + final, asking + final
-  spent = {"tower": tower, "visual rounds": visual, "question's rows": asking, "answer": final, "first": first, "later": later}
-  return {f"{name}, TFLOP": value / 1e12 for name, value in spent.items()} | {"later / first": later / first}
+  spent = {
+    "tower": tower,
+    "visual rounds": visual,
+    "question's rows": asking,
+    "answer": final,
+    "first": first,
+    "later": later,
+  }
+  return {f"{name}, TFLOP": value / 1e12 for name, value in spent.items()} | {
+    "later / first": later / first
+  }
 
 
-def needles(checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str], kept: int) -> dict[str, tuple[int, int]]:
-  """How often the clip that shows the answer is among `kept` frames: {mode: (hits, questions)} over a world's held-out videos.
+def needles(
+  checkpoint: pathlib.Path, folder: pathlib.Path, modes: Sequence[str], kept: int
+) -> dict[str, tuple[int, int]]:
+  """How often the clip that shows the answer is among `kept` frames: {mode: (hits, questions)} over
+  a world's held-out videos.
 
   A hit is any frame of that clip. "uniform" takes clips at equal distances, whatever the question.
   """
   lp_comp = (weights.read_tuned(checkpoint) or Tuned(COSINE)).lp_comp
-  model_config = ModelConfig(world.FRAMES, "checkpoint", "float32", "float32", 16, "auto", remat=False)
+  model_config = ModelConfig(
+    world.FRAMES, "checkpoint", "float32", "float32", 16, "auto", remat=False
+  )
   cfg = weights.read_config(checkpoint, model_config, lp_comp)
   model, tokenizer = weights.load(checkpoint, cfg), prompt.load_tokenizer(checkpoint)
   settings = {mode: qc_comp.setting(mode, kept) for mode in modes}
   hits, asked = dict.fromkeys([*modes, "uniform"], 0), 0
   for annotation in progress(world.read_annotations(folder, "heldout"), unit="video"):
     sample = video.sample(
-      folder / "heldout" / annotation["video"], size=cfg.vision.image_size, max_frames=1 << 20, min_frames=8, fps=world.FPS,
-      clip_frames=world.FRAMES, style="ask",
+      folder / "heldout" / annotation["video"],
+      size=cfg.vision.image_size,
+      max_frames=1 << 20,
+      min_frames=8,
+      fps=world.FPS,
+      clip_frames=world.FRAMES,
+      style="ask",
     )
     T = len(sample.indices)
-    phases = sorted({phase for setting in settings.values() for phase in chat.phases(T, world.FRAMES, setting)})
-    film = encode.encode(model, video.frames(sample), sample.times, sample.seconds, "", phases=phases)
+    phases = sorted(
+      {phase for setting in settings.values() for phase in chat.phases(T, world.FRAMES, setting)}
+    )
+    film = encode.encode(
+      model, video.frames(sample), sample.times, sample.seconds, "", phases=phases
+    )
     even = np.linspace(0, film.clips - 1, kept // world.FRAMES).round().astype(int)
     rounds = {}
     for turn, scene in zip(annotation["conversations"][::2], annotation["scenes"], strict=True):
-      question = prompt.ask(tokenizer, turn["value"].removeprefix("<image>\n"), prompt.time_message(film.seconds, T))
+      question = prompt.ask(
+        tokenizer, turn["value"].removeprefix("<image>\n"), prompt.time_message(film.seconds, T)
+      )
       asked += 1
       hits["uniform"] += scene in even
       for mode, setting in settings.items():
@@ -128,28 +165,50 @@ def _run(args: argparse.Namespace) -> None:
   modes = args.mode or MODES
   if args.command == "needles":
     found = needles(weights.resolve(args.checkpoint), pathlib.Path(args.world), modes, args.keep)
-    print("\n".join(f"{mode:>10} {n:5} of {asked} questions  {n / asked:6.1%}" for mode, (n, asked) in found.items()))
+    print(
+      "\n".join(
+        f"{mode:>10} {n:5} of {asked} questions  {n / asked:6.1%}"
+        for mode, (n, asked) in found.items()
+      )
+    )
     return
   for mode in modes:
     if args.command == "select":
       out = select(mode, args.frames)
     else:
       out = questions(pathlib.Path(args.like), mode, args.frames, args.keep, args.tokens)
-    print(f"{mode}, {args.frames} frames\n" + "\n".join(f"{name:>26} {value:10.3f}" for name, value in out.items()), flush=True)
+    print(
+      f"{mode}, {args.frames} frames\n"
+      + "\n".join(f"{name:>26} {value:10.3f}" for name, value in out.items()),
+      flush=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench_qc", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.bench_qc", description=__doc__.splitlines()[0]
+  )
   commands = parser.add_subparsers(dest="command", required=True)
   scoring = commands.add_parser("select", help="measure scoring")
-  asking = commands.add_parser("questions", help="count the operations of a first and a later question")
+  asking = commands.add_parser(
+    "questions", help="count the operations of a first and a later question"
+  )
   asking.add_argument("--like", type=expanduser, required=True, help="a directory with config.json")
   asking.add_argument("--keep", type=int, default=512, help="frames kept for the answer")
   asking.add_argument("--tokens", type=int, default=16, help="of the answer")
-  finding = commands.add_parser("needles", help="count how often the clip that shows the answer is kept")
-  finding.add_argument("--checkpoint", type=expanduser, required=True, help="a tuned model of the synthetic world")
-  finding.add_argument("--world", type=expanduser, required=True, help="folder of `xcomp_jax.world`, whose heldout split is asked")
+  finding = commands.add_parser(
+    "needles", help="count how often the clip that shows the answer is kept"
+  )
+  finding.add_argument(
+    "--checkpoint", type=expanduser, required=True, help="a tuned model of the synthetic world"
+  )
+  finding.add_argument(
+    "--world",
+    type=expanduser,
+    required=True,
+    help="folder of `xcomp_jax.world`, whose heldout split is asked",
+  )
   finding.add_argument("--keep", type=int, default=64, help="frames")
   for one in (scoring, asking):
     one.add_argument("--frames", type=int, default=1024)

@@ -20,7 +20,9 @@ from xcomp_jax.rounds import PREFIX, TEXT
 
 
 def row(part: Part, x: int, preset: bench.Preset | None) -> dict[str, Any]:
-  """Seconds (None without a preset), counted operations, the share of a matrix product's rate that these are, memory."""
+  """Seconds (None without a preset), counted operations, the share of a matrix product's rate that
+  these are, memory.
+  """
   counted = parts.flops(part.run, *part.args)
   out = {"x": x, "seconds": None, "TFLOP": counted / 1e12, "of_matmul": None}
   if preset is None:
@@ -29,12 +31,23 @@ def row(part: Part, x: int, preset: bench.Preset | None) -> dict[str, Any]:
     return out | {"temporary_GB": used.temp_size_in_bytes / 1e9}
   got = bench.measure(part, preset)
   share = counted / got["fastest_s"] / got["matmul_flops/s"]
-  return out | {"seconds": got["fastest_s"], "of_matmul": share, "temporary_GB": got["temporary_bytes"] / 1e9}
+  return out | {
+    "seconds": got["fastest_s"],
+    "of_matmul": share,
+    "temporary_GB": got["temporary_bytes"] / 1e9,
+  }
 
 
-def measure(preset: bench.Preset, frames: Sequence[int], texts: Sequence[int], most: int) -> dict[str, list[dict[str, Any]]]:
-  """Rows of prefill against frames ("frames") and text ("text"), and of encoding ("encoding", not run)."""
-  cfg, out = parts.sized(preset.like, preset.dtype, clips_per_chunk=1), {"frames": [], "text": [], "encoding": []}
+def measure(
+  preset: bench.Preset, frames: Sequence[int], texts: Sequence[int], most: int
+) -> dict[str, list[dict[str, Any]]]:
+  """Rows of prefill against frames ("frames") and text ("text"), and of encoding ("encoding", not
+  run).
+  """
+  cfg, out = (
+    parts.sized(preset.like, preset.dtype, clips_per_chunk=1),
+    {"frames": [], "text": [], "encoding": []},
+  )
 
   def add(group, part, x, run):
     out[group].append(row(part, x, preset if run else None))
@@ -62,16 +75,27 @@ def draw(rows: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> None:
   figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
   least = rows["frames"][0]["x"]
   panels = (
-    ("frames", "seconds", "Prefill: seconds"), ("frames", "TFLOP", "Prefill: TFLOP, counted"),
-    ("text", "seconds", f"Prefill of {least} frames: seconds"), ("frames", "temporary_GB", "Temporaries, GB"),
-  )  # fmt: skip
+    ("frames", "seconds", "Prefill: seconds"),
+    ("frames", "TFLOP", "Prefill: TFLOP, counted"),
+    ("text", "seconds", f"Prefill of {least} frames: seconds"),
+    ("frames", "temporary_GB", "Temporaries, GB"),
+  )
   for axis, (group, name, title) in zip(axes.flat, panels, strict=True):
     shown = [(row["x"], row[name]) for row in rows[group] if row[name] is not None]
     axis.plot(*zip(*shown), "o-", label="prefill")
     if name == "temporary_GB":
-      axis.plot(*zip(*[(row["x"], row[name]) for row in rows["encoding"]]), "s-", label="encoding, a clip at a time")
+      axis.plot(
+        *zip(*[(row["x"], row[name]) for row in rows["encoding"]]),
+        "s-",
+        label="encoding, a clip at a time",
+      )
       axis.legend(frameon=False)
-    axis.set(title=title, xlabel="text tokens" if group == "text" else "frames", ylim=(0, None), xlim=(0, None))
+    axis.set(
+      title=title,
+      xlabel="text tokens" if group == "text" else "frames",
+      ylim=(0, None),
+      xlim=(0, None),
+    )
     axis.spines[["top", "right"]].set_visible(False)
   figure.savefig(file, dpi=120)
   pyplot.close(figure)
@@ -79,12 +103,22 @@ def draw(rows: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.bench_scaling", description=__doc__.splitlines()[0])
-  parser.add_argument("--preset", choices=tuple(bench.PRESETS), default="cpu" if jax.default_backend() == "cpu" else "gpu")
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.bench_scaling", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+    "--preset",
+    choices=tuple(bench.PRESETS),
+    default="cpu" if jax.default_backend() == "cpu" else "gpu",
+  )
   parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
   parser.add_argument("--text", type=int, nargs="+", default=[86, 512, 1024], help="tokens")
-  parser.add_argument("--run-up-to", type=int, default=2048, help="frames; what is longer is compiled and counted")
-  parser.add_argument("--out", type=files.path_of, required=True, help="name of the .json and the .png")
+  parser.add_argument(
+    "--run-up-to", type=int, default=2048, help="frames; what is longer is compiled and counted"
+  )
+  parser.add_argument(
+    "--out", type=files.path_of, required=True, help="name of the .json and the .png"
+  )
   args = parser.parse_args(argv)
   with files.command(ImportError):
     if any(n % 8 or n < 8 for n in args.frames) or min(args.text) <= PREFIX:

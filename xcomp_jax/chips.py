@@ -1,12 +1,15 @@
 """What TPUs and GPUs can do, by what their makers say, and what the GPU compiler asks about a card.
 
-Operations and bytes are per second unless said otherwise. Sources, of all figures that no line names another for:
-  TPUs       "System architecture" of each version in the Cloud TPU documentation (v4: Jouppi et al. 2023, Table 4). A link is the
-             bandwidth of all ports (400 GB/s of v5e count both directions) over ports and directions; `reserve` is what libtpu
-             0.0.42 leaves free of a program that is too large.
-  GPUs       NVIDIA's data sheets of each card, dense products (a sheet with sparsity has twice as much); links are NVLink or, where
+Operations and bytes are per second unless said otherwise. Sources, of all figures that no line
+  names another for: TPUs       "System architecture" of each version in the Cloud TPU documentation
+  (v4: Jouppi et al. 2023, Table 4). A link is the
+             bandwidth of all ports (400 GB/s of v5e count both directions) over ports and
+             directions; `reserve` is what libtpu 0.0.42 leaves free of a program that is too large.
+  GPUs       NVIDIA's data sheets of each card, dense products (a sheet with sparsity has twice as
+  much); links are NVLink or, where
              there is none, 16 lanes of PCIe, all together in one direction.
-  compiler   the specifications that OpenXLA publishes with its compiler (H100, H200, B200, A100), which have the bytes of memory
+  compiler   the specifications that OpenXLA publishes with its compiler (H100, H200, B200, A100),
+  which have the bytes of memory
              that a driver reports, too; the white papers of Ampere, Ada and Turing for the others.
 """
 
@@ -23,7 +26,8 @@ import jax
 class Gpu:
   """Holds what the compiler asks about the processors of a GPU; sizes are in bytes.
 
-  model: as a device calls itself. cores, threads, shared: of a multiprocessor; shared_block: the most of `shared` for one block of
+  model: as a device calls itself. cores, threads, shared: of a multiprocessor; shared_block: the
+  most of `shared` for one block of
   threads. l2: the second cache. ghz: the clock.
   """
 
@@ -41,11 +45,15 @@ class Gpu:
 class Chip:
   """Holds what one chip can do. Rates are per second.
 
-  name: in options. kind: regular expression for whole words of `jax.Device.device_kind`. flops: operations of 16-bit matrix products.
-  flops32: of 32-bit ones at highest precision. memory: bytes. reserve: bytes of these that programs can't have. bandwidth: bytes
-  from and to memory. link: bytes that one link of a TPU sends, or all links of a GPU. ring: number of chips along an axis of a TPU's
-  torus from which on the axis is a closed ring; 0 for GPUs. capability: compute capability of a GPU. network: bytes that all
-  adapters of a host with eight GPUs send. gpu: what the compiler asks; None: it can't compile for the chip.
+  name: in options. kind: regular expression for whole words of `jax.Device.device_kind`. flops:
+  operations of 16-bit matrix products.
+  flops32: of 32-bit ones at highest precision. memory: bytes. reserve: bytes of these that programs
+  can't have. bandwidth: bytes
+  from and to memory. link: bytes that one link of a TPU sends, or all links of a GPU. ring: number
+  of chips along an axis of a TPU's torus from which on the axis is a closed ring; 0 for GPUs.
+  capability: compute capability of a GPU. network: bytes that all
+  adapters of a host with eight GPUs send. gpu: what the compiler asks; None: it can't compile for
+  the chip.
   """
 
   name: str
@@ -64,25 +72,59 @@ class Chip:
 
 GIB, G, T = 2**30, 10**9, 10**12
 PCIE3, PCIE4 = 16 * G, 32 * G
-# A host has 100 Gb/s (in a cloud), or InfiniBand for each of eight cards (DGX): of 200 Gb/s beside an A100, 400 beside an H100.
+# A host has 100 Gb/s (in a cloud), or InfiniBand for each of eight cards (DGX): of 200 Gb/s beside
+# an A100, 400 beside an H100.
 SLOW, FAST, FASTER = 12.5 * G, 8 * 25 * G, 8 * 50 * G
 
 
-def _tpu(name: str, kind: str, tflops: float, memory: float, reserve: float, bandwidth: float, link: float, ring: int) -> Chip:
+def _tpu(
+  name: str,
+  kind: str,
+  tflops: float,
+  memory: float,
+  reserve: float,
+  bandwidth: float,
+  link: float,
+  ring: int,
+) -> Chip:
   flops = tflops * T  # float32 takes six passes in bfloat16
   return Chip(
-    name=name, kind=kind, flops=flops, flops32=flops / 6, memory=memory * GIB, bandwidth=bandwidth * G, link=link * G,
-    reserve=reserve * GIB, ring=ring,
-  )  # fmt: skip
+    name=name,
+    kind=kind,
+    flops=flops,
+    flops32=flops / 6,
+    memory=memory * GIB,
+    bandwidth=bandwidth * G,
+    link=link * G,
+    reserve=reserve * GIB,
+    ring=ring,
+  )
 
 
 def _gpu(
-  name: str, kind: str, capability: tuple[int, int], tflops: float, tflops32: float, memory: float, bandwidth: float, link: float, network: float, gpu: Gpu | None
+  name: str,
+  kind: str,
+  capability: tuple[int, int],
+  tflops: float,
+  tflops32: float,
+  memory: float,
+  bandwidth: float,
+  link: float,
+  network: float,
+  gpu: Gpu | None,
 ) -> Chip:
   return Chip(
-    name=name, kind=kind, capability=capability, flops=tflops * T, flops32=tflops32 * T, memory=memory, bandwidth=bandwidth * G, link=link, network=network,
+    name=name,
+    kind=kind,
+    capability=capability,
+    flops=tflops * T,
+    flops32=tflops32 * T,
+    memory=memory,
+    bandwidth=bandwidth * G,
+    link=link,
+    network=network,
     gpu=gpu,
-  )  # fmt: skip
+  )
 
 
 # The first whose kind occurs in a device's name counts.
@@ -94,34 +136,138 @@ CHIPS = (
   _tpu("v4", "TPU v4", 275, 32, 1.5, 1228, 50, 4),
   _tpu("v7x", "TPU7x", 2307, 192, 0, 7380, 100, 4),
   _gpu("gb200", "GB200", (10, 0), 2500, 80, 186 * G, 8000, 900 * G, FASTER, None),
-  _gpu("b200", "B200", (10, 0), 2250, 75, 191_514_411_008, 7672, 900 * G, FASTER, Gpu(
-    "NVIDIA B200", 148, 128, 2048, 233472, 232448, 132644864, 1.965)),
+  _gpu(
+    "b200",
+    "B200",
+    (10, 0),
+    2250,
+    75,
+    191_514_411_008,
+    7672,
+    900 * G,
+    FASTER,
+    Gpu("NVIDIA B200", 148, 128, 2048, 233472, 232448, 132644864, 1.965),
+  ),
   _gpu("gh200", "GH200", (9, 0), 989, 67, 96 * G, 4000, 450 * G, FASTER, None),
-  _gpu("h200", "H200", (9, 0), 989, 67, 151_397_597_184, 4800, 450 * G, FASTER, Gpu(
-    "NVIDIA H200", 132, 128, 2048, 233472, 232448, 52428800, 1.98)),
+  _gpu(
+    "h200",
+    "H200",
+    (9, 0),
+    989,
+    67,
+    151_397_597_184,
+    4800,
+    450 * G,
+    FASTER,
+    Gpu("NVIDIA H200", 132, 128, 2048, 233472, 232448, 52428800, 1.98),
+  ),
   _gpu("h100-pcie", "H100 PCIe", (9, 0), 756, 51, 84_942_979_072, 2039, 300 * G, FASTER, None),
-  _gpu("h100", "H100(?! NVL)", (9, 0), 989, 67, 84_942_979_072, 3352, 450 * G, FASTER, Gpu(
-    "NVIDIA H100 80GB HBM3", 132, 128, 2048, 233472, 232448, 52428800, 1.98)),
-  _gpu("a100-40", r"A100\S*-40GB", (8, 0), 312, 19.5, 42_300_000_000, 1555, 300 * G, FAST, Gpu(
-    "NVIDIA A100-SXM4-40GB", 108, 64, 2048, 167936, 166912, 41943040, 1.41)),
-  _gpu("a100-80", "A100", (8, 0), 312, 19.5, 85_100_000_000, 2039, 300 * G, FAST, Gpu(
-    "NVIDIA A100-SXM4-80GB", 108, 64, 2048, 167936, 166912, 41943040, 1.41)),
+  _gpu(
+    "h100",
+    "H100(?! NVL)",
+    (9, 0),
+    989,
+    67,
+    84_942_979_072,
+    3352,
+    450 * G,
+    FASTER,
+    Gpu("NVIDIA H100 80GB HBM3", 132, 128, 2048, 233472, 232448, 52428800, 1.98),
+  ),
+  _gpu(
+    "a100-40",
+    r"A100\S*-40GB",
+    (8, 0),
+    312,
+    19.5,
+    42_300_000_000,
+    1555,
+    300 * G,
+    FAST,
+    Gpu("NVIDIA A100-SXM4-40GB", 108, 64, 2048, 167936, 166912, 41943040, 1.41),
+  ),
+  _gpu(
+    "a100-80",
+    "A100",
+    (8, 0),
+    312,
+    19.5,
+    85_100_000_000,
+    2039,
+    300 * G,
+    FAST,
+    Gpu("NVIDIA A100-SXM4-80GB", 108, 64, 2048, 167936, 166912, 41943040, 1.41),
+  ),
   _gpu("l40s", "L40S", (8, 9), 362, 91.6, 48 * G, 864, PCIE4, SLOW, None),
-  _gpu("l4", "L4", (8, 9), 121, 30.3, 23_690_000_000, 300, PCIE4, SLOW, Gpu(
-    "NVIDIA L4", 58, 128, 1536, 102400, 101376, 50331648, 2.04)),
+  _gpu(
+    "l4",
+    "L4",
+    (8, 9),
+    121,
+    30.3,
+    23_690_000_000,
+    300,
+    PCIE4,
+    SLOW,
+    Gpu("NVIDIA L4", 58, 128, 1536, 102400, 101376, 50331648, 2.04),
+  ),
   # AWS's A10G has tensor cores at half of an A10's rate.
-  _gpu("a10g", "A10G", (8, 6), 70, 35, 23_835_181_056, 600, PCIE4, SLOW, Gpu(
-    "NVIDIA A10G", 80, 128, 1536, 102400, 101376, 6291456, 1.71)),
-  _gpu("a10", "A10", (8, 6), 125, 31.2, 23_690_000_000, 600, PCIE4, SLOW, Gpu(
-    "NVIDIA A10", 72, 128, 1536, 102400, 101376, 6291456, 1.695)),
-  # With sums in float32, as here, its tensor cores reach half of what the sheet says of float16 with sums in float16.
-  _gpu("rtx4090", r"RTX 4090(?! (?:Laptop|D)\b)", (8, 9), 165, 82.6, 25_390_000_000, 1008, PCIE4, SLOW, Gpu(
-    "NVIDIA GeForce RTX 4090", 128, 128, 1536, 102400, 101376, 75497472, 2.52)),
-  _gpu("t4", "T4", (7, 5), 65, 8.1, 15_828_320_256, 320, PCIE3, SLOW, Gpu(
-    "Tesla T4", 40, 64, 1024, 65536, 65536, 4194304, 1.59)),
-)  # fmt: skip
+  _gpu(
+    "a10g",
+    "A10G",
+    (8, 6),
+    70,
+    35,
+    23_835_181_056,
+    600,
+    PCIE4,
+    SLOW,
+    Gpu("NVIDIA A10G", 80, 128, 1536, 102400, 101376, 6291456, 1.71),
+  ),
+  _gpu(
+    "a10",
+    "A10",
+    (8, 6),
+    125,
+    31.2,
+    23_690_000_000,
+    600,
+    PCIE4,
+    SLOW,
+    Gpu("NVIDIA A10", 72, 128, 1536, 102400, 101376, 6291456, 1.695),
+  ),
+  # With sums in float32, as here, its tensor cores reach half of what the sheet says of float16
+  # with sums in float16.
+  _gpu(
+    "rtx4090",
+    r"RTX 4090(?! (?:Laptop|D)\b)",
+    (8, 9),
+    165,
+    82.6,
+    25_390_000_000,
+    1008,
+    PCIE4,
+    SLOW,
+    Gpu("NVIDIA GeForce RTX 4090", 128, 128, 1536, 102400, 101376, 75497472, 2.52),
+  ),
+  _gpu(
+    "t4",
+    "T4",
+    (7, 5),
+    65,
+    8.1,
+    15_828_320_256,
+    320,
+    PCIE3,
+    SLOW,
+    Gpu("Tesla T4", 40, 64, 1024, 65536, 65536, 4194304, 1.59),
+  ),
+)
 OTHER_NAMES = {"a100": "a100-80"}
-SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX looks at the first, then at the older second
+SHARES = (
+  "XLA_CLIENT_MEM_FRACTION",
+  "XLA_PYTHON_CLIENT_MEM_FRACTION",
+)  # JAX looks at the first, then at the older second
 
 
 def find(kind: str) -> Chip | None:
@@ -148,7 +294,9 @@ def memory_share() -> float:
   Raises:
     ValueError: the environment states no number above 0 and at most 1.
   """
-  name, text = next(((name, text) for name in SHARES if (text := os.environ.get(name))), ("", "0.75"))
+  name, text = next(
+    ((name, text) for name in SHARES if (text := os.environ.get(name))), ("", "0.75")
+  )
   try:
     share = float(text)
   except ValueError:
@@ -159,7 +307,9 @@ def memory_share() -> float:
 
 
 def memory(device: Any) -> float | None:
-  """Bytes that programs can have of a device, which may be one to compile for only; None if no table knows it."""
+  """Bytes that programs can have of a device, which may be one to compile for only; None if no
+  table knows it.
+  """
   limit, chip = None, find(device.device_kind)
   try:
     if device.process_index == jax.process_index():  # others can't be asked

@@ -33,7 +33,9 @@ class Row:
     return "absent" if not self.arrays else "pass" if self.error <= self.tolerance else "FAIL"
 
 
-def compare(stage: str, ours: Mapping, recorded: Arrays, absolute: float = 0.0, relative: float = 0.0) -> Row:
+def compare(
+  stage: str, ours: Mapping, recorded: Arrays, absolute: float = 0.0, relative: float = 0.0
+) -> Row:
   """Compares each of our arrays that is recorded under the same name; tolerance 0 means exactly.
 
   `absolute` or `relative` to an array's largest value, whichever is larger.
@@ -43,8 +45,13 @@ def compare(stage: str, ours: Mapping, recorded: Arrays, absolute: float = 0.0, 
     a, b = np.asarray(ours[name]), np.asarray(recorded[name])
     error = np.abs(a.astype(np.float64) - b).max(initial=0) if a.shape == b.shape else np.inf
     largest = np.abs(b).max(initial=0)
-    rows.append((name, float(np.nan_to_num(error, nan=np.inf)), max(absolute, float(relative * largest))))
-  nearness = lambda row: (row[1] > row[2], row[1] / row[2] if row[2] else row[1])
+    rows.append(
+      (name, float(np.nan_to_num(error, nan=np.inf)), max(absolute, float(relative * largest)))
+    )
+
+  def nearness(row):
+    return (row[1] > row[2], row[1] / row[2] if row[2] else row[1])
+
   name, error, tolerance = max(rows, key=nearness, default=("", 0.0, 0.0))
   return Row(stage, len(rows), name, error, tolerance)
 
@@ -59,9 +66,13 @@ def read(file: pathlib.Path) -> Arrays:
     return {}
   regular(file)
   with reading(file, ParityError, "recording"):
-    with zipfile.ZipFile(file) as archive:  # recordings are as the official code made them, packed ones too
+    with zipfile.ZipFile(
+      file
+    ) as archive:  # recordings are as the official code made them, packed ones too
       if (size := sum(entry.file_size for entry in archive.infolist())) > MOST:
-        raise ParityError(f"{file} claims {size / 1e9:,.0f} GB of arrays; {MOST / 1e9:,.0f} is the most")
+        raise ParityError(
+          f"{file} claims {size / 1e9:,.0f} GB of arrays; {MOST / 1e9:,.0f} is the most"
+        )
     with np.load(file, allow_pickle=False) as arrays:
       return dict(arrays)
 
@@ -77,6 +88,12 @@ def show(rows: Sequence[Row]) -> str:
   lines = [f"{'stage':{width}}  arrays  max error  tolerance  result  worst array"]
   for row in rows:
     numbers = f"{row.error:9.1e}  {row.tolerance:9.1e}" if row.arrays else f"{'':20}"
-    lines.append(f"{row.stage:{width}}  {row.arrays:6}  {numbers}  {row.result:6}  {row.worst}".rstrip())
-  count = {result: sum(row.result == result for row in rows) for result in ("pass", "FAIL", "absent")}
-  return "\n".join([*lines, f"{count['pass']} stages pass, {count['FAIL']} fail, {count['absent']} absent"])
+    lines.append(
+      f"{row.stage:{width}}  {row.arrays:6}  {numbers}  {row.result:6}  {row.worst}".rstrip()
+    )
+  count = {
+    result: sum(row.result == result for row in rows) for result in ("pass", "FAIL", "absent")
+  }
+  return "\n".join(
+    [*lines, f"{count['pass']} stages pass, {count['FAIL']} fail, {count['absent']} absent"]
+  )

@@ -1,8 +1,8 @@
 """What a run is made of: frozen dataclasses without defaults.
 
-`configs/*.py` hold every value as a nested `ml_collections.ConfigDict`; `from_command_line` and `from_dict` turn one into
-a `RunConfig` here and nowhere else, so a key that is unknown, missing or of the wrong type dies at start, and so does a
-value that no run can have (`check`).
+`configs/*.py` hold every value as a nested `ml_collections.ConfigDict`; `from_command_line` and
+`from_dict` turn one into a `RunConfig` here and nowhere else, so a key that is unknown, missing or
+of the wrong type dies at start, and so does a value that no run can have (`check`).
 The sizes of the model are not in a config: they come from the checkpoint (`weights.read_config`).
 """
 
@@ -70,7 +70,9 @@ class InternVideo2Config(TowerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-  """YaRN's stretched rotary positions (`model.rope`); Qwen2.5's rule is factor 4 over 32,768 positions."""
+  """YaRN's stretched rotary positions (`model.rope`); Qwen2.5's rule is factor 4 over 32,768
+  positions.
+  """
 
   factor: float
   positions: int  # that the model was trained on
@@ -94,11 +96,15 @@ class LLMConfig:
   rope_scaling: Yarn | None
   norm_eps: float
   tied: bool  # the embedding table is the output head
-  context: int | None  # tokens of a prompt, visual ones before compression included; None: not known
+  context: (
+    int | None
+  )  # tokens of a prompt, visual ones before compression included; None: not known
 
 
 Dtype = Literal["bfloat16", "float32", "float16"]  # training has no float16: `check_trained`
-Attention = Literal["auto", "einsum", "flash", "mosaic", "triton", "cudnn", "splash", "xla_chunked", "tiled"]  # see `attention.attend`
+Attention = Literal[
+  "auto", "einsum", "flash", "mosaic", "triton", "cudnn", "splash", "xla_chunked", "tiled"
+]  # see `attention.attend`
 Keep = Literal["suffix", "uniform", "stride", "avgpool", "none", "attention"]
 
 
@@ -129,14 +135,17 @@ class Tuned:
 class ModelConfig:
   """What a run decides about the model, beside its checkpoint."""
 
-  # Frames the tower sees together. "auto": as tuned, else 8 as XComp was trained, or what a tower for clips of one length takes;
-  # "checkpoint": config.json's own (quirk Q1).
+  # Frames the tower sees together. "auto": as tuned, else 8 as XComp was trained, or what a tower
+  # for clips of one length takes; "checkpoint": config.json's own (quirk Q1).
   clip_frames: int | Literal["auto", "checkpoint"]
-  # Stretched positions: (factor, positions trained on); "checkpoint": config.json's own; None: none.
+  # Stretched positions: (factor, positions trained on); "checkpoint": config.json's own; None:
+  # none.
   yarn: tuple[float, ...] | Literal["checkpoint"] | None
   dtype: Dtype  # of the computation
   param_dtype: Dtype  # of trained parameters and optimizer state
-  clips_per_chunk: int | Literal["auto"]  # clips in the tower at once; "auto": by the device's memory (`weights.clips_at_once`)
+  clips_per_chunk: (
+    int | Literal["auto"]
+  )  # clips in the tower at once; "auto": by the device's memory (`weights.clips_at_once`)
   attention: Attention
   remat: bool  # recompute each layer's activations in the backward pass
 
@@ -168,7 +177,9 @@ Mask = Literal["official", "assistant"]
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-  """QC-Comp (paper 3.3): which frames a question keeps. `qc_comp.setting` has the values of each mode."""
+  """QC-Comp (paper 3.3): which frames a question keeps. `qc_comp.setting` has the values of each
+  mode.
+  """
 
   mode: Mode
   frames: int  # to keep
@@ -176,10 +187,14 @@ class SelectConfig:
   round: int  # frames scored together, without the overlap
   window: int  # frames that share a softmax; 0: a whole round
   stride: int  # frames from one window to the next
-  layers: tuple[int, int]  # first and last layer whose attention counts, of 28; other depths in proportion
+  layers: tuple[
+    int, int
+  ]  # first and last layer whose attention counts, of 28; other depths in proportion
   causal: bool  # a question's row sees the text up to itself; False: all of it (quirk Q2)
   bias: int | None  # text tokens before the question; None: as many as there are (quirk Q11)
-  rows: Rows  # whose attention counts: its tokens' (paper), or that of the prompt's last one, which the answer follows
+  # whose attention counts: its tokens' (paper), or that of the prompt's last one, which the answer
+  # follows
+  rows: Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +204,8 @@ class DataConfig:
   train: Path | tuple[Path, ...]  # folder written by predecode, or several
   weights: tuple[float, ...] | None  # how often an epoch reads a sample of each folder; None: once
   heldout: Path | None  # folder written by predecode; None: no evaluation while training
-  # Of micro-batches: (rows over all devices; samples, frames, and tokens after the visual slots of a row). None: chosen from the data.
+  # Of micro-batches: (rows over all devices; samples, frames, and tokens after the visual slots of
+  # a row). None: chosen from the data.
   shapes: tuple[tuple[int, ...], ...] | None
   prefix_length: int  # tokens before the visual slot, padded
   frames_per_device: int  # the most of a chosen row, for each device that shares it
@@ -222,7 +238,9 @@ class TrainConfig:
   vision: bool  # train the tower (SCT freezes it)
   projector: bool
   llm: bool
-  projector_max_frames: int | None  # samples of this many frames give the projector no gradient (512 in the release, quirk Q17)
+  projector_max_frames: (
+    int | None
+  )  # samples of this many frames give the projector no gradient (512 in the release, quirk Q17)
   log_every: int  # steps, as all below
   eval_every: int
   save_every: int
@@ -232,7 +250,9 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices per axis; one of them, or fsdp and context, may be -1: what is left (`sharding.mesh_sizes`)."""
+  """Devices per axis; one of them, or fsdp and context, may be -1: what is left
+  (`sharding.mesh_sizes`).
+  """
 
   data: int  # splits samples
   fsdp: int  # splits samples, parameters and optimizer state
@@ -244,7 +264,9 @@ class MeshConfig:
 class DistributedConfig:
   """How the processes of a run find each other (`hosts.joined`)."""
 
-  coordinator: str | None  # HOST:PORT of process 0, reached by all; "auto": as the cluster says; None: one process
+  coordinator: (
+    str | None
+  )  # HOST:PORT of process 0, reached by all; "auto": as the cluster says; None: one process
   processes: int | None  # with HOST:PORT: how many,
   process: int | None  # and which of them this is
   start_seconds: int  # in which all must have come up
@@ -258,7 +280,9 @@ class RunConfig:
   seed: int
   workdir: Path  # checkpoints, logs, and the resolved config
   init_from: Path  # checkpoint directory, hub id, or Orbax export
-  compilation_cache: Path | None  # folder where compiled programs are kept for later runs; None: as JAX is set up
+  compilation_cache: (
+    Path | None
+  )  # folder where compiled programs are kept for later runs; None: as JAX is set up
   model: ModelConfig
   lp_comp: LPCompConfig
   data: DataConfig
@@ -268,14 +292,19 @@ class RunConfig:
   distributed: DistributedConfig
 
 
-REPLACED = {"frame_buckets": "data.shapes", "text_buckets": "data.shapes", "group_by_text_length": "nothing: a step has random samples"}
+REPLACED = {
+  "frame_buckets": "data.shapes",
+  "text_buckets": "data.shapes",
+  "group_by_text_length": "nothing: a step has random samples",
+}
 
 
 def from_dict(cls: type, values: Any, where: str = "config"):
   """Builds dataclass `cls` from nested mappings.
 
   Raises:
-    ConfigError: unknown or missing keys (all of them, with the nearest known name) or a value of another type.
+    ConfigError: unknown or missing keys (all of them, with the nearest known name) or a value of
+      another type.
   """
   if not isinstance(values, Mapping):
     raise ConfigError(f"{where} must be a group of keys, not {values!r}")
@@ -283,9 +312,16 @@ def from_dict(cls: type, values: Any, where: str = "config"):
   problems = []
   for key in values.keys() - hints.keys():
     known = [f"{where}.{name}" for name in difflib.get_close_matches(key, hints, 1)]
-    known += _same(key, [f"{where}.{name}" for name in hints] + (keys(RunConfig) if where.startswith("config") else []))
+    known += _same(
+      key,
+      [f"{where}.{name}" for name in hints]
+      + (keys(RunConfig) if where.startswith("config") else []),
+    )
     hint = f"did you mean {known[0]}?" if known else f"known: {', '.join(hints)}"
-    problems.append(f"{where}.{key} is unknown; " + (f"it gave way to {REPLACED[key]}" if key in REPLACED else hint))
+    problems.append(
+      f"{where}.{key} is unknown; "
+      + (f"it gave way to {REPLACED[key]}" if key in REPLACED else hint)
+    )
   for key in hints.keys() - values.keys():
     problems.append(f"{where}.{key} is missing")
   if problems:
@@ -302,31 +338,58 @@ def keys(cls: type, where: str = "config") -> list[str]:
 
 
 def _same(key: str, names: list[str]) -> list[str]:
-  """The full names that end in a key, or in words with it as initials, as `lr` for `config.optim.learning_rate`."""
+  """The full names that end in a key, or in words with it as initials, as `lr` for
+  `config.optim.learning_rate`.
+  """
   ends = {name: name.rpartition(".")[2] for name in names}
-  return [name for name, end in ends.items() if key in (end, "".join(word[0] for word in end.split("_")))]
+  return [
+    name for name, end in ends.items() if key in (end, "".join(word[0] for word in end.split("_")))
+  ]
 
 
 def to_dict(config) -> dict[str, Any]:
   """The nested plain dict (tuples as lists) that `from_dict` reads back."""
-  plain = lambda v: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
+
+  def plain(v):
+    return to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
+
   return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 MOST = 1_000_000  # of nearly everything that is counted
 BOUNDS = {  # of a run's integers
   "seed": range(2**32),
-  "model.clip_frames": range(1, 1_001), "model.clips_per_chunk": range(1, 1_001), "lp_comp.group": range(1, MOST + 1),
-  "data.prefix_length": range(1, MOST + 1), "data.frames_per_device": range(1, MOST + 1), "data.text_per_device": range(1, 10 * MOST + 1),
-  "data.threads": range(1_001), "data.prefetch": range(1_001),
-  "train.batch_size": range(1, MOST + 1), "train.epochs": range(1, 1_001), "train.steps": range(1, 1000 * MOST + 1),
-  "train.projector_max_frames": range(1, MOST + 1), "train.log_every": range(1, 1000 * MOST + 1), "train.eval_every": range(1, 1000 * MOST + 1),
-  "train.save_every": range(1, 1000 * MOST + 1), "train.keep_last": range(1, MOST + 1), "train.keep_every": range(1, 1000 * MOST + 1),
-  "mesh.data": range(-1, MOST + 1), "mesh.fsdp": range(-1, MOST + 1), "mesh.tensor": range(-1, MOST + 1), "mesh.context": range(-1, MOST + 1),
-  "distributed.start_seconds": range(1, MOST + 1), "distributed.heartbeat_seconds": range(5, MOST + 1),
-}  # fmt: skip
-SHAPE = f"must be one or more of (rows, samples, frames, text), each from 1 to {MOST:,}, as ((8, 4, 1024, 2048),), or None: chosen from the data"
-YARN = 'must be (factor, positions trained on), from 1 to 1e9, as (4.0, 32768); "checkpoint"; or None'
+  "model.clip_frames": range(1, 1_001),
+  "model.clips_per_chunk": range(1, 1_001),
+  "lp_comp.group": range(1, MOST + 1),
+  "data.prefix_length": range(1, MOST + 1),
+  "data.frames_per_device": range(1, MOST + 1),
+  "data.text_per_device": range(1, 10 * MOST + 1),
+  "data.threads": range(1_001),
+  "data.prefetch": range(1_001),
+  "train.batch_size": range(1, MOST + 1),
+  "train.epochs": range(1, 1_001),
+  "train.steps": range(1, 1000 * MOST + 1),
+  "train.projector_max_frames": range(1, MOST + 1),
+  "train.log_every": range(1, 1000 * MOST + 1),
+  "train.eval_every": range(1, 1000 * MOST + 1),
+  "train.save_every": range(1, 1000 * MOST + 1),
+  "train.keep_last": range(1, MOST + 1),
+  "train.keep_every": range(1, 1000 * MOST + 1),
+  "mesh.data": range(-1, MOST + 1),
+  "mesh.fsdp": range(-1, MOST + 1),
+  "mesh.tensor": range(-1, MOST + 1),
+  "mesh.context": range(-1, MOST + 1),
+  "distributed.start_seconds": range(1, MOST + 1),
+  "distributed.heartbeat_seconds": range(5, MOST + 1),
+}
+SHAPE = (
+  f"must be one or more of (rows, samples, frames, text), each from 1 to {MOST:,}, as ((8, "
+  f"4, 1024, 2048),), or None: chosen from the data"
+)
+YARN = (
+  'must be (factor, positions trained on), from 1 to 1e9, as (4.0, 32768); "checkpoint"; or None'
+)
 
 
 def check(config: RunConfig) -> None:
@@ -337,21 +400,38 @@ def check(config: RunConfig) -> None:
   """
   t, o, d, yarn = config.train, config.optim, config.data, config.model.yarn
   found = {key: operator.attrgetter(key)(config) for key in BOUNDS}
-  problems = [beyond(f"config.{key}", value, BOUNDS[key]) for key, value in found.items() if isinstance(value, int)]
+  problems = [
+    beyond(f"config.{key}", value, BOUNDS[key])
+    for key, value in found.items()
+    if isinstance(value, int)
+  ]
   if not (t.vision or t.projector or t.llm):
     problems.append("config.train trains nothing: set one of vision, projector, llm to True")
   rules = [
-    ("model.yarn", yarn in (None, "checkpoint") or (len(yarn) == 2 and all(1 <= number <= 1e9 for number in yarn)), YARN),
+    (
+      "model.yarn",
+      yarn in (None, "checkpoint")
+      or (len(yarn) == 2 and all(1 <= number <= 1e9 for number in yarn)),
+      YARN,
+    ),
     ("data.shapes", d.shapes is None or (all(map(_is_shape, d.shapes)) and d.shapes), SHAPE),
     ("optim.learning_rate", 0 < o.learning_rate < math.inf, "must be a number above 0"),
     ("optim.warmup", 0 <= o.warmup <= 1, "is a share of all steps, from 0 to 1"),
     ("optim.weight_decay", 0 <= o.weight_decay < math.inf, "must be a number from 0 on"),
-    ("optim.clip_norm", 0 < o.clip_norm < math.inf, "must be a number above 0; a large one such as 1e9 clips nothing"),
+    (
+      "optim.clip_norm",
+      0 < o.clip_norm < math.inf,
+      "must be a number above 0; a large one such as 1e9 clips nothing",
+    ),
     ("optim.b1", 0 <= o.b1 < 1, "must be from 0 to below 1"),
     ("optim.b2", 0 <= o.b2 < 1, "must be from 0 to below 1"),
     ("optim.eps", 0 < o.eps < math.inf, "must be a number above 0"),
   ]
-  problems += [f"config.{key} = {operator.attrgetter(key)(config)}: {words}" for key, holds, words in rules if not holds]
+  problems += [
+    f"config.{key} = {operator.attrgetter(key)(config)}: {words}"
+    for key, holds, words in rules
+    if not holds
+  ]
   if problems := list(filter(None, problems)):
     raise ConfigError("; ".join(problems))
 
@@ -365,18 +445,22 @@ def check_trained(model: ModelConfig) -> None:
   for name in ("dtype", "param_dtype"):
     if getattr(model, name) == "float16":
       raise ConfigError(
-        f"config.model.{name} = 'float16': it is for asking. Small gradients would be 0 in it, and loss scaling, which would "
+        f"config.model.{name} = 'float16': it is for asking. Small gradients would be 0 in it, and "
+        f"loss scaling, which would "
         "help, is not built: take bfloat16, or float32 on a card without it (T4)"
       )
 
 
 def from_command_line(argv: list[str]) -> RunConfig:
-  """The RunConfig of `--config=FILE[:VARIANT]` and overrides such as `--config.optim.learning_rate=1e-4`.
+  """The RunConfig of `--config=FILE[:VARIANT]` and overrides such as
+  `--config.optim.learning_rate=1e-4`.
 
-  The last `--config` counts, and the last override of each key, wherever they stand: a launcher's come first, its user's after them.
+  The last `--config` counts, and the last override of each key, wherever they stand: a launcher's
+  come first, its user's after them.
 
   Raises:
-    ConfigError: flags or keys that do not exist, values of the wrong type, a file that is not there or no config.
+    ConfigError: flags or keys that do not exist, values of the wrong type, a file that is not there
+      or no config.
   """
   from absl import flags
   from ml_collections import config_flags
@@ -396,20 +480,33 @@ def from_command_line(argv: list[str]) -> RunConfig:
   try:
     # New keys are let through here, so that `from_dict` can name the nearest known one.
     config_flags.DEFINE_config_dict(
-      "config", made, lock_config=False, accept_new_attributes=True, flag_values=values, sys_argv=overrides
+      "config",
+      made,
+      lock_config=False,
+      accept_new_attributes=True,
+      flag_values=values,
+      sys_argv=overrides,
     )
     rest = values(overrides)
   except (flags.Error, AttributeError, KeyError) as error:
     text = str(error.args[0] if error.args else error)
     if isinstance(error, KeyError):  # an override in a group that is unknown
       known = keys(RunConfig)
-      given = [name for name in (arg.lstrip("-").partition("=")[0] for arg in overrides) if name.startswith("config.")]
+      given = [
+        name
+        for name in (arg.lstrip("-").partition("=")[0] for arg in overrides)
+        if name.startswith("config.")
+      ]
       wrong = next((name for name in given if name not in known), text)
-      near = _same(wrong.rpartition(".")[2], known) + difflib.get_close_matches(wrong, known, 1, cutoff=0.8)
+      near = _same(wrong.rpartition(".")[2], known) + difflib.get_close_matches(
+        wrong, known, 1, cutoff=0.8
+      )
       text = f"{wrong} is unknown" + (f"; did you mean {near[0]}?" if near else "")
     raise ConfigError(" ".join(text.split())) from error
   if len(rest) > 1:
-    raise ConfigError(f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10")
+    raise ConfigError(
+      f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10"
+    )
   return from_dict(RunConfig, made.to_dict())
 
 
@@ -420,7 +517,11 @@ def _load(chosen: str):
   file, colon, variant = expanduser(chosen).partition(":")
   if not os.path.isfile(file):
     where = "" if os.path.isabs(file) else f" in {os.getcwd()}"
-    hint = "; configs/ is in the repository, not in the package: run there, or copy the file" if file.startswith("configs/") else ""
+    hint = (
+      "; configs/ is in the repository, not in the package: run there, or copy the file"
+      if file.startswith("configs/")
+      else ""
+    )
     raise ConfigError(f"no config file {file}{where}{hint}")
   try:
     found = runpy.run_path(file)
@@ -428,11 +529,17 @@ def _load(chosen: str):
       raise ConfigError("it has no function get_config, as configs/sct.py has")
     made = found["get_config"](*([variant] if colon else []))
   except Exception as error:  # whatever the file's own code does
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    lines = [
+      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
+    ]
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    raise ConfigError(f"{file}{f', line {lines[-1]}' if lines else ''}: {kind}{' '.join(str(error).split())}") from error
+    raise ConfigError(
+      f"{file}{f', line {lines[-1]}' if lines else ''}: {kind}{' '.join(str(error).split())}"
+    ) from error
   if not isinstance(made, ConfigDict):
-    raise ConfigError(f"{file}: get_config has to return an ml_collections.ConfigDict, not {type(made).__name__}")
+    raise ConfigError(
+      f"{file}: get_config has to return an ml_collections.ConfigDict, not {type(made).__name__}"
+    )
   return made
 
 
@@ -443,10 +550,16 @@ def _is_shape(values: tuple[int, ...]) -> bool:
 def _convert(hint, value, where: str):
   if dataclasses.is_dataclass(hint):
     return from_dict(hint, value, where)
-  options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+  options = (
+    typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+  )
   for option in options:
     origin = typing.get_origin(option)
-    if dataclasses.is_dataclass(option) and isinstance(value, Mapping) and value.keys() == typing.get_type_hints(option).keys():
+    if (
+      dataclasses.is_dataclass(option)
+      and isinstance(value, Mapping)
+      and value.keys() == typing.get_type_hints(option).keys()
+    ):
       return from_dict(option, value, where)
     if origin is Literal and value in typing.get_args(option):
       return value
@@ -463,8 +576,13 @@ def _convert(hint, value, where: str):
     if option in (int, str, bool) and type(value) is option:
       return value
   wanted = " or ".join(
-    " or ".join(repr(a) for a in typing.get_args(o)) if typing.get_origin(o) is Literal
-    else "None" if o is type(None) else str(o) if typing.get_origin(o) else o.__name__
+    " or ".join(repr(a) for a in typing.get_args(o))
+    if typing.get_origin(o) is Literal
+    else "None"
+    if o is type(None)
+    else str(o)
+    if typing.get_origin(o)
+    else o.__name__
     for o in options
   )
   example = ", such as ((8, 4, 1024, 2048),)" if "tuple[tuple" in wanted else ""

@@ -1,7 +1,8 @@
-"""What a compiled program asks of a device: operations, memory traffic, collectives, and the least time these take.
+"""What a compiled program asks of a device: operations, memory traffic, collectives, and the least
+time these take.
 
-Operations are counted in the jaxpr and traffic in the compiler's text, loops by their length: XLA's own
-`cost_analysis` counts a loop's body once, and a kernel as nothing.
+Operations are counted in the jaxpr and traffic in the compiler's text, loops by their length: XLA's
+own `cost_analysis` counts a loop's body once, and a kernel as nothing.
 """
 
 import contextlib
@@ -25,7 +26,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """One device of a mesh; rates are per second, None where unknown. links: bytes/s that it sends over all its links."""
+  """One device of a mesh; rates are per second, None where unknown. links: bytes/s that it sends
+  over all its links.
+  """
 
   kind: str
   count: int
@@ -37,11 +40,12 @@ class Device:
 
 
 def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
-  """What the tables say of these devices, all of one kind, computing in `dtype`; of a chip with two devices each has half.
+  """What the tables say of these devices, all of one kind, computing in `dtype`; of a chip with two
+  devices each has half.
 
-  A chip's links are those of its torus that there are: along an axis of n chips none for n = 1, two where it is closed to a
-  ring, else one, since the chips at its ends have no more. A ring of GPUs through several hosts crosses between them on all
-  adapters of a host at once.
+  A chip's links are those of its torus that there are: along an axis of n chips none for n = 1, two
+  where it is closed to a ring, else one, since the chips at its ends have no more. A ring of GPUs
+  through several hosts crosses between them on all adapters of a host at once.
   """
   kind, count = devices[0].device_kind, len(devices)
   chip = chips.find(kind)
@@ -49,7 +53,9 @@ def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
     return Device(kind, count, None, 0.0, None, None, None)
   flops = chip.flops32 if dtype == "float32" else chip.flops
   if not chip.ring:
-    mine = next((device for device in devices if device.process_index == jax.process_index()), devices[0])
+    mine = next(
+      (device for device in devices if device.process_index == jax.process_index()), devices[0]
+    )
     allowed = chips.memory(mine) or chip.memory
     hbm = max(chip.memory, allowed)  # of which JAX has not taken all
     reserve = hbm - allowed
@@ -58,10 +64,18 @@ def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
   coords = {tuple(device.coords) for device in devices}
   sizes = [1 + max(axis) - min(axis) for axis in zip(*coords)]
   closed = all(size % chip.ring == 0 for size in sizes) if chip.ring == 4 else None
-  links = sum((2 if (size >= chip.ring if closed is None else closed) else 1) for size in sizes if size > 1)
+  links = sum(
+    (2 if (size >= chip.ring if closed is None else closed) else 1) for size in sizes if size > 1
+  )
   share = len(coords) / count
   return Device(
-    kind, count, chip.memory * share, chip.reserve * share, flops * share, chip.bandwidth * share, chip.link * links * share
+    kind,
+    count,
+    chip.memory * share,
+    chip.reserve * share,
+    flops * share,
+    chip.bandwidth * share,
+    chip.link * links * share,
   )
 
 
@@ -71,14 +85,17 @@ def _hosts(devices: Sequence[Any]) -> int:
   return max(processes if processes < len(devices) else 1, -(-len(devices) // 8))
 
 
-# --- operations, from the jaxpr --------------------------------------------------------------------------------------
+# --- operations, from the jaxpr
+# --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Flops:
-  """Operations of a program on all devices, a multiply-add as two: of matrix products outside and inside of kernels.
+  """Operations of a program on all devices, a multiply-add as two: of matrix products outside and
+  inside of kernels.
 
-  once: those outside whose matrices have a side of the size that was asked for. unknown: kernels that are not counted.
+  once: those outside whose matrices have a side of the size that was asked for. unknown: kernels
+  that are not counted.
   """
 
   products: float = 0.0
@@ -92,15 +109,17 @@ class Flops:
     return self.products + self.kernels
 
 
-# Matrix products per pair of a query and a key, of splash attention's three kernels: scores and values; scores and the
-# gradients of weights and queries; scores and the gradients of values, weights and keys.
+# Matrix products per pair of a query and a key, of splash attention's three kernels: scores and
+# values; scores and the gradients of weights and queries; scores and the gradients of values,
+# weights and keys.
 SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def count_flops(jaxpr: Any, causal: Callable[[tuple[int, ...]], bool], side: int = 0) -> Flops:
   """Counts a jaxpr's matrix products, padding and recomputation included; loops by their length.
 
-  Attention in tiles, whose loops have no length of their own, counts by the scores that it computes.
+  Attention in tiles, whose loops have no length of their own, counts by the scores that it
+  computes.
 
   Args:
     jaxpr: as traced, for the whole mesh.
@@ -108,7 +127,9 @@ def count_flops(jaxpr: Any, causal: Callable[[tuple[int, ...]], bool], side: int
     side: products with a matrix of this side are counted apart, too.
   """
   total, jaxpr = Flops(), getattr(jaxpr, "jaxpr", jaxpr)
-  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # what nobody uses is not compiled either
+  jaxpr, _ = partial_eval.dce_jaxpr(
+    jaxpr, [True] * len(jaxpr.outvars)
+  )  # what nobody uses is not compiled either
   _count(jaxpr, 1.0, causal, side, total)
   return total
 
@@ -124,7 +145,9 @@ def _count(jaxpr, times: float, causal, side: int, total: Flops) -> None:
       total.once += flops if side in (*shape, *out) else 0.0
     elif params.get("name") in ("causal_attention", "full_attention"):
       (B, L, H, h), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
-      total.products += times * 4.0 * B * H * h * attention.tiled_scores(L, S, params["name"] == "causal_attention")
+      total.products += (
+        times * 4.0 * B * H * h * attention.tiled_scores(L, S, params["name"] == "causal_attention")
+      )
     elif name == "pallas_call":
       flops = _splash(equation, causal)
       total.kernels += times * (flops or 0)
@@ -133,22 +156,36 @@ def _count(jaxpr, times: float, causal, side: int, total: Flops) -> None:
       inside = times * params.get("length", 1) * (params["mesh"].size if name == "shard_map" else 1)
       subs = list(jax.extend.core.jaxprs_in_params(params))
       for sub in subs:  # branches count alike
-        _count(getattr(sub, "jaxpr", sub), inside / (len(subs) if name == "cond" else 1), causal, side, total)
+        _count(
+          getattr(sub, "jaxpr", sub),
+          inside / (len(subs) if name == "cond" else 1),
+          causal,
+          side,
+          total,
+        )
 
 
 def _splash(equation, causal) -> float | None:
-  """Operations of a kernel of splash attention; of a causal one those blocks that it visits. None: another kernel."""
+  """Operations of a kernel of splash attention; of a causal one those blocks that it visits. None:
+  another kernel.
+  """
   found = re.match(r"splash_\w+?_(fwd|dq|dkv)_", str(equation.params["name"]))
   if not found:
     return None
-  # Queries and keys are the first two operands of [..., heads, length, size]; the ones before are tables of blocks.
-  q, k = [v.aval.shape for v in equation.invars if len(v.aval.shape) >= 3 and jax.dtypes.issubdtype(v.aval.dtype, np.floating)][:2]
+  # Queries and keys are the first two operands of [..., heads, length, size]; the ones before are
+  # tables of blocks.
+  q, k = [
+    v.aval.shape
+    for v in equation.invars
+    if len(v.aval.shape) >= 3 and jax.dtypes.issubdtype(v.aval.dtype, np.floating)
+  ][:2]
   blocks = equation.params["grid_mapping"].grid[-1]
   seen = (blocks + 1) / (2 * blocks) if causal(q) else 1.0
   return SPLASH[found[1]] * 2.0 * math.prod(q) * k[-2] * seen
 
 
-# --- memory traffic and collectives, from the compiler's text ---------------------------------------------------------
+# --- memory traffic and collectives, from the compiler's text
+# ---------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +200,22 @@ class Traffic:
 
   def times(self, factor: float) -> "Traffic":
     """So many times as much."""
-    return Traffic(self.hbm * factor, {kind: (n * factor, size * factor) for kind, (n, size) in self.collectives.items()})
+    return Traffic(
+      self.hbm * factor,
+      {kind: (n * factor, size * factor) for kind, (n, size) in self.collectives.items()},
+    )
 
   def plus(self, other: "Traffic") -> "Traffic":
     """Both."""
     kinds = sorted(self.collectives.keys() | other.collectives.keys())
-    both = lambda kind: (self.collectives.get(kind, (0.0, 0.0)), other.collectives.get(kind, (0.0, 0.0)))
-    return Traffic(self.hbm + other.hbm, {kind: (n + m, a + b) for kind in kinds for (n, a), (m, b) in [both(kind)]})
+
+    def both(kind):
+      return (self.collectives.get(kind, (0.0, 0.0)), other.collectives.get(kind, (0.0, 0.0)))
+
+    return Traffic(
+      self.hbm + other.hbm,
+      {kind: (n + m, a + b) for kind in kinds for (n, a), (m, b) in [both(kind)]},
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,17 +238,36 @@ COLLECTIVES: Mapping[str, Callable[[float, int], float]] = {
   "collective-permute": lambda size, n: size,
 }
 NO_TRAFFIC = {
-  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "iota",
-  "partition-id", "replica-id", "opt-barrier", "async-update",
-}  # fmt: skip
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "call",
+  "after-all",
+  "iota",
+  "partition-id",
+  "replica-id",
+  "opt-barrier",
+  "async-update",
+}
 SLICES = {"slice", "dynamic-slice", "gather"}
-PASSED_ON = {"tuple", "get-tuple-element", "custom-call", *COLLECTIVES}  # of a buffer, inside of a fusion
+PASSED_ON = {
+  "tuple",
+  "get-tuple-element",
+  "custom-call",
+  *COLLECTIVES,
+}  # of a buffer, inside of a fusion
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 @contextlib.contextmanager
 def own_names() -> Generator[None]:
-  """What is compiled within has the names that its code says; one from a compilation cache could have those of older code."""
+  """What is compiled within has the names that its code says; one from a compilation cache could
+  have those of older code.
+  """
   key = "jax_compilation_cache_include_metadata_in_key"
   before = getattr(jax.config, key)
   jax.config.update(key, True)
@@ -213,14 +278,16 @@ def own_names() -> Generator[None]:
 
 
 def read_program(text: str, side: int = 0, scope: str | None = None) -> tuple[Traffic, Traffic]:
-  """Reads the text of a compiled program (`compiled.as_text()`): traffic of HBM and collectives, loops by their length.
+  """Reads the text of a compiled program (`compiled.as_text()`): traffic of HBM and collectives,
+  loops by their length.
 
-  What lies in a TPU's vector memory is no traffic of HBM, slices count by what they take, and a collective that the compiler
-  has cut into pieces (one channel), maybe over a loop that it goes on beside, as often as its first piece. A kernel reads
-  each operand once.
+  What lies in a TPU's vector memory is no traffic of HBM, slices count by what they take, and a
+  collective that the compiler has cut into pieces (one channel), maybe over a loop that it goes on
+  beside, as often as its first piece. A kernel reads each operand once.
 
   Returns:
-    what touches no array with a side of this size and is not of this `jax.named_scope`, and what does, or is.
+    what touches no array with a side of this size and is not of this `jax.named_scope`, and what
+    does, or is.
   """
   computations, entry = _parse(text)
   hbm, sent = [0.0, 0.0], {}
@@ -252,16 +319,21 @@ def read_program(text: str, side: int = 0, scope: str | None = None) -> tuple[Tr
 
 # Custom calls of kernels, by their target in the compiler's text.
 KERNELS = {
-  "mosaic_gpu": "mosaic", "mosaic_gpu_v2": "mosaic", "__gpu$xla.gpu.triton": "triton", "tpu_custom_call": "splash",
-  "__cudnn$fmhaSoftmax": "cudnn", "__cudnn$fmhaSoftmaxBackward": "cudnn",
-}  # fmt: skip
+  "mosaic_gpu": "mosaic",
+  "mosaic_gpu_v2": "mosaic",
+  "__gpu$xla.gpu.triton": "triton",
+  "tpu_custom_call": "splash",
+  "__cudnn$fmhaSoftmax": "cudnn",
+  "__cudnn$fmhaSoftmaxBackward": "cudnn",
+}
 
 
 def read_kernels(text: str) -> dict[str, tuple[float, float]]:
   """Finds the attention kernels in the text of a compiled program, loops by their length.
 
-  Operations are those of whole blocks that are seen by a causal row, or, where rows have ranges of keys, as if each range
-  reached from the first key to the row. A TPU's are counted in the jaxpr (`count_flops`), and are 0 here.
+  Operations are those of whole blocks that are seen by a causal row, or, where rows have ranges of
+  keys, as if each range reached from the first key to the row. A TPU's are counted in the jaxpr
+  (`count_flops`), and are 0 here.
 
   Returns:
     "mosaic forward" and the like -> (calls, operations) of one run on one device.
@@ -271,17 +343,26 @@ def read_kernels(text: str) -> dict[str, tuple[float, float]]:
   for name, (times, _) in _multiplicity(computations, entry).items():
     ops = computations[name]
     for op in ops.values():
-      target = re.search(r'custom_call_target="([^"]+)"', op.rest) if op.code == "custom-call" else None
+      target = (
+        re.search(r'custom_call_target="([^"]+)"', op.rest) if op.code == "custom-call" else None
+      )
       kind = KERNELS.get(target[1]) if target else None
       if kind is None:
         continue
       given = [shape for name in op.operands if name in ops for shape in _matrices(ops[name].type)]
       made = len(_matrices(op.type))
       if kind == "splash" or len(given) < 3:
-        direction, flops = "gradient" if re.search(r"_(dq|dkv)(_|\b)", f"{op.name} {op.rest}") else "forward", 0.0
+        direction, flops = (
+          "gradient" if re.search(r"_(dq|dkv)(_|\b)", f"{op.name} {op.rest}") else "forward",
+          0.0,
+        )
       else:
         twice = made == 3 and kind != "cudnn"
-        direction, flops = _attention(given, made + (4 if twice else 2), re.search(r'is_causal[\\":]+true|k_(start|end)[\\":]+\w+\[', op.rest) is not None)
+        direction, flops = _attention(
+          given,
+          made + (4 if twice else 2),
+          re.search(r'is_causal[\\":]+true|k_(start|end)[\\":]+\w+\[', op.rest) is not None,
+        )
       before = found.get(key := f"{kind} {direction}", (0.0, 0.0))
       found[key] = (before[0] + times, before[1] + times * flops)
   return found
@@ -289,19 +370,27 @@ def read_kernels(text: str) -> dict[str, tuple[float, float]]:
 
 def _matrices(kind: str) -> list[tuple[int, ...]]:
   """The shapes of a type's floating-point arrays of three sides or more."""
-  shapes = [tuple(map(int, dims.split(","))) for name, dims, _ in _ARRAY.findall(kind) if name in ("bf16", "f16", "f32") and dims]
+  shapes = [
+    tuple(map(int, dims.split(",")))
+    for name, dims, _ in _ARRAY.findall(kind)
+    if name in ("bf16", "f16", "f32") and dims
+  ]
   return [shape for shape in shapes if len(shape) > 2]
 
 
 def _attention(given: Sequence[tuple[int, ...]], products: int, causal: bool) -> tuple[str, float]:
-  """Operations of a kernel on queries [..., L, H, h], keys and values [..., S, K, h], and for gradients the result's as well.
+  """Operations of a kernel on queries [..., L, H, h], keys and values [..., S, K, h], and for
+  gradients the result's as well.
 
-  products: of matrices, for each pair of a query and a key, in a gradient: one for each array that it makes, and scores and those of
-  the weights, which all but cuDNN compute once for queries and once for keys and values. Without a gradient scores and values.
+  products: of matrices, for each pair of a query and a key, in a gradient: one for each array that
+  it makes, and scores and those of the weights, which all but cuDNN compute once for queries and
+  once for keys and values. Without a gradient scores and values.
   """
   (*batch, L, H, h), S = given[0], given[1][-3]
   gradient = len(given) > 3
-  return ("gradient" if gradient else "forward"), (products if gradient else 2) * 2.0 * math.prod(batch) * L * S * H * h * (0.5 if causal and L == S else 1.0)
+  return ("gradient" if gradient else "forward"), (products if gradient else 2) * 2.0 * math.prod(
+    batch
+  ) * L * S * H * h * (0.5 if causal and L == S else 1.0)
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:
@@ -316,7 +405,14 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:
       kind, _, rest = _split_type(found[3])
       code, _, rest = rest.partition("(")
       inside, _, rest = rest.partition(")")
-      current[found[2]] = _Op(found[2], kind, code, tuple(re.findall(r"%([\w.\-]+)", inside)), inside + ")" + rest, bool(found[1]))
+      current[found[2]] = _Op(
+        found[2],
+        kind,
+        code,
+        tuple(re.findall(r"%([\w.\-]+)", inside)),
+        inside + ")" + rest,
+        bool(found[1]),
+      )
   return computations, entry
 
 
@@ -333,21 +429,41 @@ def _split_type(text: str) -> tuple[str, str, str]:
 
 
 def _multiplicity(computations, entry: str) -> dict[str, tuple[float, bool]]:
-  """How often each computation runs, and whether it is part of a fusion, whose inside is no traffic."""
+  """How often each computation runs, and whether it is part of a fusion, whose inside is no
+  traffic.
+  """
   runs: dict[str, tuple[float, bool]] = {}
 
   def visit(name: str, times: float, fused: bool):
     before = runs.get(name, (0.0, fused))
     runs[name] = (before[0] + times, before[1] and fused)
     for op in computations[name].values():
-      loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", op.rest) if op.code == "while" else None
+      loop = (
+        re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", op.rest)
+        if op.code == "while"
+        else None
+      )
       if loop:
         visit(loop[2], times * _trips(op.rest, loop[1], computations), fused)
         continue
-      called = re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", op.rest)
-      called += [c for group in re.findall(r"branch_computations=\{([^}]*)\}", op.rest) for c in re.findall(r"%?([\w.\-]+)", group)]
+      called = re.findall(
+        r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", op.rest
+      )
+      called += [
+        c
+        for group in re.findall(r"branch_computations=\{([^}]*)\}", op.rest)
+        for c in re.findall(r"%?([\w.\-]+)", group)
+      ]
       for inner in called:
-        if inner in computations and op.code not in ("reduce", "scatter", "sort", "all-reduce", "reduce-scatter", "reduce-window", "map"):
+        if inner in computations and op.code not in (
+          "reduce",
+          "scatter",
+          "sort",
+          "all-reduce",
+          "reduce-scatter",
+          "reduce-window",
+          "map",
+        ):
           each = len(called) if op.code == "conditional" else 1  # its branches count alike
           visit(inner, times / each, fused or op.code not in ("call", "conditional"))
 
@@ -359,20 +475,31 @@ def _trips(rest: str, condition: str, computations) -> int:
   """A loop's length: as the compiler notes it, or the number that its counter is compared with."""
   if known := re.search(r'known_trip_count":\{"n":"(\d+)"', rest):
     return int(known[1])
-  numbers = [int(n[1]) for op in computations[condition].values() if op.code == "constant" and (n := re.match(r"(\d+)\)", op.rest))]
+  numbers = [
+    int(n[1])
+    for op in computations[condition].values()
+    if op.code == "constant" and (n := re.match(r"(\d+)\)", op.rest))
+  ]
   return max(numbers, default=1)
 
 
 def _traffic(op: _Op, ops, computations) -> float:
   code = op.code
-  if code in NO_TRAFFIC or re.search(r'custom_call_target="(ConcatBitcast|Assume\w+|Async\w+|Sharding)"', op.rest):
+  if code in NO_TRAFFIC or re.search(
+    r'custom_call_target="(ConcatBitcast|Assume\w+|Async\w+|Sharding)"', op.rest
+  ):
     return 0.0
-  read = lambda name: _bytes(ops[name].type, hbm=True) if name in ops else 0.0
+
+  def read(name):
+    return _bytes(ops[name].type, hbm=True) if name in ops else 0.0
+
   if code.endswith("-done"):
     return _bytes(op.type, hbm=True)
   if code.endswith("-start"):
     whole = sum(map(read, op.operands))
-    return min(whole, _bytes(op.type)) if "slice" in op.name else whole  # a slice on its way into vector memory
+    return (
+      min(whole, _bytes(op.type)) if "slice" in op.name else whole
+    )  # a slice on its way into vector memory
   if code in SLICES:
     return _bytes(op.type) + _bytes(op.type, hbm=True)
   if code == "dynamic-update-slice":
@@ -395,7 +522,10 @@ def _fusion(op: _Op, ops, inner: dict[str, _Op]) -> float:
       outer = op.operands[int(one.rest.split(")")[0])]
       size = _bytes(ops[outer].type, hbm=True) if outer in ops else 0.0
       uses = users.get(one.name, [])
-      if all(u.code in SLICES or (u.code == "dynamic-update-slice" and u.operands[0] == one.name) for u in uses):
+      if all(
+        u.code in SLICES or (u.code == "dynamic-update-slice" and u.operands[0] == one.name)
+        for u in uses
+      ):
         size = min(size, sum(_bytes(u.type) for u in uses if u.code in SLICES))
       elif all(u.code in PASSED_ON for u in uses):
         size = 0.0
@@ -442,14 +572,17 @@ def _group(rest: str) -> int:
   return 2
 
 
-# --- time -------------------------------------------------------------------------------------------------------------
+# --- time
+# ----------------------------------------------------------------------------------------
 
 
 def seconds(device: Device, flops: float, hbm: float, sent: float) -> dict[str, float]:
-  """The least time of each kind, by what a device can do at best: {"compute", "memory", "links"}; unknown ones left out.
+  """The least time of each kind, by what a device can do at best: {"compute", "memory", "links"};
+  unknown ones left out.
 
-  They may overlap, so the program takes at least the largest. Collectives count as if all links of a device were busy in one
-  direction each, which a mesh axis that is a ring over the torus comes near to, and others do not.
+  They may overlap, so the program takes at least the largest. Collectives count as if all links of
+  a device were busy in one direction each, which a mesh axis that is a ring over the torus comes
+  near to, and others do not.
 
   Args:
     device: from `device_of`.
@@ -457,7 +590,11 @@ def seconds(device: Device, flops: float, hbm: float, sent: float) -> dict[str, 
     hbm: bytes, likewise.
     sent: bytes of collectives, likewise.
   """
-  pairs = {"compute": (flops, device.flops), "memory": (hbm, device.bandwidth), "links": (sent, device.links)}
+  pairs = {
+    "compute": (flops, device.flops),
+    "memory": (hbm, device.bandwidth),
+    "links": (sent, device.links),
+  }
   return {kind: amount / rate for kind, (amount, rate) in pairs.items() if rate} | (
     {"links": 0.0} if device.links == 0 else {}
   )

@@ -1,7 +1,8 @@
 """All of it on the embedded default, with nothing but the project's own commands.
 
-  python -m xcomp_jax.demo --out demo          what SCT recovers of the accuracy that LP-Comp costs; minutes
-  python -m xcomp_jax.demo --base --out demo/base   trains the base model of assets/tiny again; three quarters of an hour
+  python -m xcomp_jax.demo --out demo          what SCT recovers of the accuracy that LP-Comp costs;
+  minutes python -m xcomp_jax.demo --base --out demo/base   trains the base model of assets/tiny
+  again; three quarters of an hour
 
 Run it where configs/ and assets/ are. `make demo` and `make base` do.
 """
@@ -55,7 +56,9 @@ def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def gain(before: np.ndarray, after: np.ndarray, z: float = 1.96) -> tuple[float, float, float]:
-  """Mean difference of two bool[n] of answers to the same questions, and its 95% interval (normal, paired)."""
+  """Mean difference of two bool[n] of answers to the same questions, and its 95% interval (normal,
+  paired).
+  """
   change = after.astype(float) - before
   half = z * change.std(ddof=1) / math.sqrt(len(change))
   return change.mean(), change.mean() - half, change.mean() + half
@@ -70,10 +73,18 @@ def answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.nda
   data = train.open_data(config.data.heldout, cfg)
   tokenizer, right = prompt.load_tokenizer(directory), np.zeros(len(data), bool)
   lengths = pipeline.measure(data, tokenizer, config.data.mask)
-  shape = Shape(ROWS, 1, config.data.prefix_length, max(n.frames for n in lengths), max(n.text for n in lengths))
+  shape = Shape(
+    ROWS,
+    1,
+    config.data.prefix_length,
+    max(n.frames for n in lengths),
+    max(n.text for n in lengths),
+  )
   for first in range(0, len(data), ROWS):
     part = range(first, min(first + ROWS, len(data)))
-    rows = [[watched(model, data, pipeline.example(data, tokenizer, config.data.mask, i))] for i in part]
+    rows = [
+      [watched(model, data, pipeline.example(data, tokenizer, config.data.mask, i))] for i in part
+    ]
     right[part] = np.asarray(evaluate(model, collate(rows, shape))[1])[: len(part), 0] > 0.5
   return right
 
@@ -89,7 +100,11 @@ def watched(model: vlm.VLM, data: Blend, example: Example) -> Example:
 def decode(source: pathlib.Path, out: pathlib.Path, split: str) -> None:
   """Pre-decodes a world's split at the base's input size."""
   settings = predecode.Settings(
-    image_size=world.MODEL["tiny_vision"]["image_size"], max_frames=1024, min_frames=8, fps=world.FPS, clip_frames=world.FRAMES
+    image_size=world.MODEL["tiny_vision"]["image_size"],
+    max_frames=1024,
+    min_frames=8,
+    fps=world.FPS,
+    clip_frames=world.FRAMES,
   )
   predecode.predecode(source / f"{split}.yaml", out, settings, root=source, workers=2)
 
@@ -97,19 +112,29 @@ def decode(source: pathlib.Path, out: pathlib.Path, split: str) -> None:
 def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   """The demo."""
   begun = time.perf_counter()
-  say = lambda text: print(f"\n[{time.perf_counter() - begun:4.0f} s] {text}", flush=True)
+
+  def say(text):
+    return print(f"\n[{time.perf_counter() - begun:4.0f} s] {text}", flush=True)
+
   clear(out, MADE)
   say("making videos")
-  world.write_world(out / "world", [world.Split("train", videos, 4, 6, 4), HELDOUT], seed=SEED, workers=2)
+  world.write_world(
+    out / "world", [world.Split("train", videos, 4, 6, 4), HELDOUT], seed=SEED, workers=2
+  )
   for split in ("train", "heldout"):
     decode(out / "world", out / "data" / split, split)
   say("converting the base model")
   export.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "start")])
   overrides = {
-    "init_from": out / "start", "workdir": out / "run", "data.train": out / "data/train", "data.heldout": out / "data/heldout",
+    "init_from": out / "start",
+    "workdir": out / "run",
+    "data.train": out / "data/train",
+    "data.heldout": out / "data/heldout",
     **({} if steps is None else {"train.steps": steps}),
   }
-  config = from_command_line(["demo", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in overrides.items())])
+  config = from_command_line(
+    ["demo", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in overrides.items())]
+  )
   table = []
 
   def measure(name: str, checkpoint: pathlib.Path, lp_comp: LPCompConfig) -> np.ndarray:
@@ -119,19 +144,38 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
     say(table[-1].strip())
     return right
 
-  measure("no compression", out / "start", LPCompConfig(config.lp_comp.schedule, "none", config.lp_comp.group))
+  measure(
+    "no compression",
+    out / "start",
+    LPCompConfig(config.lp_comp.schedule, "none", config.lp_comp.group),
+  )
   untrained = measure("LP-Comp, not trained", out / "start", config.lp_comp)
   say("supervised compression tuning")
-  train.run_whole(dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=None)))  # measured below
+  train.run_whole(
+    dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=None))
+  )  # measured below
   export.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export")])
   tuned = measure("LP-Comp after SCT", out / "export", config.lp_comp)
   more, low, high = gain(untrained, tuned)
-  table.append(f"  {'gain by SCT, question by question':34} {more:+6.1%}   95% interval {low:+.1%} to {high:+.1%}")
+  table.append(
+    f"  {'gain by SCT, question by question':34} {more:+6.1%}   95% interval {low:+.1%} to "
+    f"{high:+.1%}"
+  )
   sample = world.read_annotations(out / "world", "heldout")[0]
   ((question, truth, _),) = world.asked(sample)
   video = out / "world" / "heldout" / sample["video"]
   say(f"asking {video} (true answer: {truth})\n{question}")
-  ask.main(["--checkpoint", str(out / "export"), "--video", str(video), "--min-frames=8", "--question", question])
+  ask.main(
+    [
+      "--checkpoint",
+      str(out / "export"),
+      "--video",
+      str(video),
+      "--min-frames=8",
+      "--question",
+      question,
+    ]
+  )
   say(f"accuracy over {len(tuned)} held-out questions of four options\n" + "\n".join(table))
 
 
@@ -146,23 +190,42 @@ def train_base(out: pathlib.Path) -> None:
     world.write_world(stage / "world", [split], seed=100 + number, workers=2)
     decode(stage / "world", stage / "train", "train")
     paths = {"init_from": before, "workdir": stage / "run", "data.train": stage / "train"}
-    train.run_whole(from_command_line(["demo", f"--config=configs/base.py:{name}", *(f"--config.{k}={v}" for k, v in paths.items())]))
+    train.run_whole(
+      from_command_line(
+        [
+          "demo",
+          f"--config=configs/base.py:{name}",
+          *(f"--config.{k}={v}" for k, v in paths.items()),
+        ]
+      )
+    )
     before = stage / "model"
     export.main(["--checkpoint", str(stage / "run"), "--format=torch", "--out", str(before)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.demo", description=__doc__.splitlines()[0])
-  parser.add_argument("--out", type=expanduser, required=True, help="folder of everything that is made; a demo that is there is replaced")
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.demo", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+    "--out",
+    type=expanduser,
+    required=True,
+    help="folder of everything that is made; a demo that is there is replaced",
+  )
   parser.add_argument("--base", action="store_true", help="train the base model instead")
   parser.add_argument("--videos", type=int, default=1600, help="to tune on")
-  parser.add_argument("--steps", type=int, help="of tuning; default: as many as configs/sct.py:tiny says")
+  parser.add_argument(
+    "--steps", type=int, help="of tuning; default: as many as configs/sct.py:tiny says"
+  )
   f = parser.parse_args(argv)
   out = pathlib.Path(f.out)
   with command():
     if out.exists() and not (out.is_dir() and (made_by(out, "demo") or not any(out.iterdir()))):
-      raise FileExistsError(f"--out {out} holds what no demo has made; choose another folder, or remove it")
+      raise FileExistsError(
+        f"--out {out} holds what no demo has made; choose another folder, or remove it"
+      )
     with alone(out, "demo"):
       (train_base(out) if f.base else show(out, f.videos, f.steps))
 

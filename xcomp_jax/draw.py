@@ -1,4 +1,6 @@
-"""Pictures of what the package computes, for notebooks and the documentation; every function returns a figure of matplotlib."""
+"""Pictures of what the package computes, for notebooks and the documentation; every function
+returns a figure of matplotlib.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,13 +23,17 @@ from xcomp_jax.model import lp_comp
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea", "#333333"
 STYLE: Any = {  # the types of matplotlib want every key by name
-  "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY
-}  # fmt: skip
+  "font.size": 10,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.edgecolor": GREY,
+}
 FRAME = 168  # pixels of a frame with its patches, about
 _COLOURS = matplotlib.color_sequences["tab10"]
 
 
-# --- LP-Comp -----------------------------------------------------------------------------------------------------
+# --- LP-Comp
+# ----------------------------------------------------------------------------------------
 
 
 def schedule(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
@@ -39,12 +45,33 @@ def schedule(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
     label = f"{name}: mean {np.mean(n):.2f}"
     if i:
       color = (ORANGE, INK, GREY)[(i - 1) % 3]
-      ax.step(np.append(x - 0.5, layers - 0.5), np.append(n, n[-1]), where="post", color=color, lw=1.8, label=label)
+      ax.step(
+        np.append(x - 0.5, layers - 0.5),
+        np.append(n, n[-1]),
+        where="post",
+        color=color,
+        lw=1.8,
+        label=label,
+      )
       continue
     ax.bar(x, n, color=BLUE, width=0.8, label=label)
     for layer, count in zip(x, n, strict=True):
-      ax.text(float(layer), count - 0.25, str(count), ha="center", va="top", color="white", fontsize=7.5, weight="bold")
-  ax.set(xlabel="layer", ylabel=f"tokens of a group of {group}", xticks=x[:: max(1, layers // 9)], yticks=range(0, group + 1, 4))
+      ax.text(
+        float(layer),
+        count - 0.25,
+        str(count),
+        ha="center",
+        va="top",
+        color="white",
+        fontsize=7.5,
+        weight="bold",
+      )
+  ax.set(
+    xlabel="layer",
+    ylabel=f"tokens of a group of {group}",
+    xticks=x[:: max(1, layers // 9)],
+    yticks=range(0, group + 1, 4),
+  )
   ax.legend(frameon=False, loc="upper right")
   return figure
 
@@ -57,10 +84,18 @@ def survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
     alive = np.zeros((layers, cfg.group))
     for layer, kept in enumerate(lp_comp.survivors(cfg, layers)):
       alive[layer, list(kept)] = 1
-    ax.pcolormesh(alive, cmap=ListedColormap([LIGHT, BLUE]), edgecolors="white", linewidth=0.6, rasterized=True)
+    ax.pcolormesh(
+      alive,
+      cmap=ListedColormap([LIGHT, BLUE]),
+      edgecolors="white",
+      linewidth=0.6,
+      rasterized=True,
+    )
     ax.invert_yaxis()
     ax.set(
-      title=f'keep = "{cfg.keep}"', xlabel="token of the group", xticks=np.arange(0, cfg.group, 5) + 0.5,
+      title=f'keep = "{cfg.keep}"',
+      xlabel="token of the group",
+      xticks=np.arange(0, cfg.group, 5) + 0.5,
       yticks=np.arange(0, layers, step) + 0.5,
     )
     ax.set_xticklabels(range(0, cfg.group, 5))
@@ -71,7 +106,11 @@ def survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
 
 
 def places(
-  frames: UInt8[np.ndarray, "F S S 3"], into: Int[np.ndarray, " N"], cfg: LPCompConfig, layers: int, shown: Sequence[int]
+  frames: UInt8[np.ndarray, "F S S 3"],
+  into: Int[np.ndarray, " N"],
+  cfg: LPCompConfig,
+  layers: int,
+  shown: Sequence[int],
 ) -> Figure:
   """Which patches of a clip the visual tokens of a layer stand for; the others are faded.
 
@@ -86,7 +125,10 @@ def places(
   grid = round((len(into) // F) ** 0.5)
   scale = max(3, FRAME // grid)
   large = resize(frames, grid * scale).astype(np.float64) / 255
-  enlarge = lambda a: a.reshape(F, grid, grid).repeat(scale, 1).repeat(scale, 2)
+
+  def enlarge(a):
+    return a.reshape(F, grid, grid).repeat(scale, 1).repeat(scale, 2)
+
   group, place = into // cfg.group, into % cfg.group
   kept = lp_comp.survivors(cfg, layers)
   figure, axes = plt.subplots(len(shown), 1, figsize=(10, 1.52 * len(shown)), squeeze=False)
@@ -105,15 +147,20 @@ def places(
     picture = np.pad(picture, ((0, 0), (0, 0), (0, 8), (0, 0)), constant_values=1.0)
     ax.imshow(np.concatenate(picture, axis=1)[:, :-8], interpolation="nearest")
     ax.set_title(
-      f"layer {layer}: {len(kept[layer])} of {cfg.group} tokens of every group, which stand for {alive.mean():.0%} of the patches",
-      loc="left", fontsize=9.5, pad=3,
+      f"layer {layer}: {len(kept[layer])} of {cfg.group} tokens of every group, which stand for "
+      f"{alive.mean():.0%} of the patches",
+      loc="left",
+      fontsize=9.5,
+      pad=3,
     )
     ax.axis("off")
   figure.tight_layout(pad=0.4)
   return figure
 
 
-def flow(shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str, LPCompConfig]) -> Figure:
+def flow(
+  shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str, LPCompConfig]
+) -> Figure:
   """Where attention goes in each layer, a column of panels for each model.
 
   Args:
@@ -121,22 +168,43 @@ def flow(shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str
     settings: their LP-Comp, likewise.
   """
   figure, axes = plt.subplots(
-    2, len(shares), figsize=(10, 1.4 + 0.34 * 2 * len(next(iter(shares.values())))), squeeze=False, sharex=True, layout="constrained"
+    2,
+    len(shares),
+    figsize=(10, 1.4 + 0.34 * 2 * len(next(iter(shares.values())))),
+    squeeze=False,
+    sharex=True,
+    layout="constrained",
   )
   whose = ("text looks at", "visual tokens that stay to the end look at")
   for column, (name, share) in enumerate(shares.items()):
     kept, group = lp_comp.survivors(settings[name], len(share)), settings[name].group
-    gone = np.array([[False, *(place not in alive for place in range(group)), False] for alive in kept])
+    gone = np.array(
+      [[False, *(place not in alive for place in range(group)), False] for alive in kept]
+    )
     for row, words in enumerate(whose):
       ax, cells = axes[row, column], np.ma.array(share[:, row], mask=gone)
-      colors = ax.pcolormesh(cells, cmap="Blues", norm=PowerNorm(0.5, 0, 1), edgecolors="white", linewidth=0.6)
+      colors = ax.pcolormesh(
+        cells, cmap="Blues", norm=PowerNorm(0.5, 0, 1), edgecolors="white", linewidth=0.6
+      )
       if len(share) <= 12:
         for layer, place in zip(*np.nonzero(~gone & (share[:, row] >= 0.005)), strict=True):
           value = share[layer, row, place]
           color = "white" if value > 0.35 else INK
-          ax.text(place + 0.5, layer + 0.5, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=color)
+          ax.text(
+            place + 0.5,
+            layer + 0.5,
+            f"{100 * value:.0f}",
+            ha="center",
+            va="center",
+            fontsize=6.5,
+            color=color,
+          )
       step = max(1, len(share) // 7)
-      ax.set(xticks=np.arange(group + 2) + 0.5, yticks=np.arange(0, len(share), step) + 0.5, facecolor=LIGHT)
+      ax.set(
+        xticks=np.arange(group + 2) + 0.5,
+        yticks=np.arange(0, len(share), step) + 0.5,
+        facecolor=LIGHT,
+      )
       ax.set_xticklabels(["prefix", *range(group), "text"], fontsize=7.5)
       for label in ax.get_xticklabels()[:1] + ax.get_xticklabels()[-1:]:  # of the lower panel alone
         label.set_rotation(60)
@@ -147,12 +215,17 @@ def flow(shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str
     axes[1, column].set_xlabel("token of the group (grey: dropped before this layer)")
   for ax in axes[:, 0]:
     ax.set_ylabel("layer")
-  figure.colorbar(colors, ax=axes, shrink=0.6, format=lambda v, _: f"{v:.0%}", label="share of attention")
+  figure.colorbar(
+    colors, ax=axes, shrink=0.6, format=lambda v, _: f"{v:.0%}", label="share of attention"
+  )
   return figure
 
 
-def kept_share(shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str, LPCompConfig]) -> Figure:
-  """Of the attention that text pays to visual tokens, the share of those that stay to the end; arguments of `flow`.
+def kept_share(
+  shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str, LPCompConfig]
+) -> Figure:
+  """Of the attention that text pays to visual tokens, the share of those that stay to the end;
+  arguments of `flow`.
 
   Dotted: what they would get if all visual tokens of the layer got the same.
   """
@@ -162,21 +235,35 @@ def kept_share(shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mappi
     paid = share[:, 0, 1 + np.array(kept[-1])].sum(-1) / share[:, 0, 1:-1].sum(-1)
     ax.plot(paid, "o-", color=(ORANGE, BLUE, GREY)[i % 3], label=name, ms=5)
     even = [len(kept[-1]) / len(alive) for alive in kept]
-    ax.plot(even, ":", color=GREY, lw=1.3, label="all visual tokens alike" if i == len(shares) - 1 else None)
-  ax.set(xlabel="layer", ylabel="of the attention\nto visual tokens", ylim=(0, 1.03), xticks=range(0, len(share), max(1, len(share) // 7)))
+    ax.plot(
+      even,
+      ":",
+      color=GREY,
+      lw=1.3,
+      label="all visual tokens alike" if i == len(shares) - 1 else None,
+    )
+  ax.set(
+    xlabel="layer",
+    ylabel="of the attention\nto visual tokens",
+    ylim=(0, 1.03),
+    xticks=range(0, len(share), max(1, len(share) // 7)),
+  )
   ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
   ax.legend(frameon=False, loc="lower right")
   return figure
 
 
 def agreement(
-  work: Mapping[str, float], same: Mapping[str, Sequence[np.ndarray]], apart: Mapping[str, Sequence[np.ndarray]]
+  work: Mapping[str, float],
+  same: Mapping[str, Sequence[np.ndarray]],
+  apart: Mapping[str, Sequence[np.ndarray]],
 ) -> Figure:
   """How far compression moves the first token of answers, by schedule.
 
   Args:
     work: mean tokens of a group over the layers, as a share of the group, by name of the schedule.
-    same: bool[n] per schedule, whether the most probable token is that without compression; by name of the model.
+    same: bool[n] per schedule, whether the most probable token is that without compression; by name
+      of the model.
     apart: float[n] per schedule, KL in nats; likewise.
   """
   figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -186,10 +273,30 @@ def agreement(
     share = np.array([one.mean() for one in same[name]])
     low, high = np.array([wilson(int(one.sum()), len(one)) for one in same[name]]).T
     bars = [np.maximum(share - low, 0)[order], np.maximum(high - share, 0)[order]]
-    axes[0].errorbar(x[order] + shift, share[order], yerr=bars, fmt="o-", color=color, ms=4, capsize=3, lw=1.3, label=name)
+    axes[0].errorbar(
+      x[order] + shift,
+      share[order],
+      yerr=bars,
+      fmt="o-",
+      color=color,
+      ms=4,
+      capsize=3,
+      lw=1.3,
+      label=name,
+    )
     mean = np.array([one.mean() for one in apart[name]])
     error = np.array([1.96 * one.std(ddof=1) / len(one) ** 0.5 for one in apart[name]])
-    axes[1].errorbar(x[order] + shift, mean[order], yerr=error[order], fmt="o-", color=color, ms=4, capsize=3, lw=1.3, label=name)
+    axes[1].errorbar(
+      x[order] + shift,
+      mean[order],
+      yerr=error[order],
+      fmt="o-",
+      color=color,
+      ms=4,
+      capsize=3,
+      lw=1.3,
+      label=name,
+    )
   axes[0].set(ylabel="same first token", ylim=(0, 1.03))
   axes[0].yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
   axes[1].set(ylabel="KL, nats", ylim=(0, None))
@@ -198,16 +305,29 @@ def agreement(
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     for name, value in work.items():
       ax.axvline(value, color=LIGHT, lw=1, zorder=0)
-      ax.text(value, 1.015, name, transform=ax.get_xaxis_transform(), rotation=50, fontsize=8, ha="left", va="bottom", color=INK)
+      ax.text(
+        value,
+        1.015,
+        name,
+        transform=ax.get_xaxis_transform(),
+        rotation=50,
+        fontsize=8,
+        ha="left",
+        va="bottom",
+        color=INK,
+      )
   axes[1].legend(frameon=False)
   return figure
 
 
-# --- questions ---------------------------------------------------------------------------------------------------
+# --- questions
+# ----------------------------------------------------------------------------------------
 
 
 def relevance(
-  video: EncodedVideo, answers: Sequence[tuple[str, Answer]], shown: Sequence[tuple[float, float]] | None = None
+  video: EncodedVideo,
+  answers: Sequence[tuple[str, Answer]],
+  shown: Sequence[tuple[float, float]] | None = None,
 ) -> Figure:
   """Scores over time for each question; blue: selected frames.
 
@@ -216,7 +336,14 @@ def relevance(
     answers: (question, answer).
     shown: seconds between which each question's answer is really to be seen, if that is known.
   """
-  figure, axes = plt.subplots(len(answers), 1, figsize=(10, 1.75 * len(answers) + 0.3), sharex=True, squeeze=False, layout="constrained")
+  figure, axes = plt.subplots(
+    len(answers),
+    1,
+    figsize=(10, 1.75 * len(answers) + 0.3),
+    sharex=True,
+    squeeze=False,
+    layout="constrained",
+  )
   for i, (ax, (question, answer)) in enumerate(zip(axes[:, 0], answers, strict=True)):
     kept = answer.selection
     for first, last in report.ranges(kept.frames, video.times, video.seconds):
@@ -228,22 +355,42 @@ def relevance(
       ax.stairs(kept.scores, ends, color=INK, lw=1.1, baseline=None)
       ax.set_ylim(min(0, kept.scores.min()), kept.scores.max() * 1.22)
     if shown is not None:
-      ax.plot(np.mean(shown[i]), 0.93, "v", color=ORANGE, ms=8, transform=ax.get_xaxis_transform(), clip_on=False)
+      ax.plot(
+        np.mean(shown[i]),
+        0.93,
+        "v",
+        color=ORANGE,
+        ms=8,
+        transform=ax.get_xaxis_transform(),
+        clip_on=False,
+      )
     first, *rest = question.splitlines()
     told = next((line for line in rest if line.startswith(f"{answer.text}.")), answer.text)
     ax.set_title(f"{first}  {told}", loc="left", fontsize=10)
-    ax.set(yticks=[0], ylabel="relevance", xlim=(min(video.times[0], 0), max(video.seconds, video.times[-1])))
+    ax.set(
+      yticks=[0],
+      ylabel="relevance",
+      xlim=(min(video.times[0], 0), max(video.seconds, video.times[-1])),
+    )
   axes[-1, 0].set_xlabel("time, " + ("seconds" if video.seconds < 60 else "minutes:seconds"))
   axes[-1, 0].xaxis.set_major_formatter(lambda t, _: report.clock(t, video.seconds))
   return figure
 
 
 def thumbnails(video: EncodedVideo, answer: Answer, most: int = 10) -> Figure:
-  """A frame of each of the best selected clips, in order of time, with its time and its score as a share of the best."""
+  """A frame of each of the best selected clips, in order of time, with its time and its score as a
+  share of the best.
+  """
   clips, scores = report.best_clips(video, answer.selection, most), answer.selection.scores
   columns = min(len(clips), 10)
   rows = -(-len(clips) // columns)
-  figure, axes = plt.subplots(rows, columns, figsize=(10, 1.35 * rows * 10 / columns if columns > 4 else 3), squeeze=False, layout="constrained")
+  figure, axes = plt.subplots(
+    rows,
+    columns,
+    figsize=(10, 1.35 * rows * 10 / columns if columns > 4 else 3),
+    squeeze=False,
+    layout="constrained",
+  )
   for ax in axes.flat:
     ax.axis("off")
   for ax, clip in zip(axes.flat, clips.tolist(), strict=False):
@@ -261,7 +408,10 @@ def spent(columns: Mapping[str, Mapping[str, float]]) -> Figure:
   figure, ax = plt.subplots(figsize=(10, 0.42 * len(columns) + 1.2), layout="constrained")
   for stage, color in zip(stages, shades, strict=True):
     values = np.array([seconds.get(stage, 0.0) for seconds in columns.values()])
-    before = [sum(seconds.get(s, 0.0) for s in stages[: stages.index(stage)]) for seconds in columns.values()]
+    before = [
+      sum(seconds.get(s, 0.0) for s in stages[: stages.index(stage)])
+      for seconds in columns.values()
+    ]
     ax.barh(range(len(columns)), values, left=before, color=color, label=stage, height=0.7)
   for row, seconds in enumerate(columns.values()):
     total = sum(seconds.values())
@@ -269,17 +419,29 @@ def spent(columns: Mapping[str, Mapping[str, float]]) -> Figure:
   ax.set(yticks=range(len(columns)), yticklabels=list(columns), xlabel="seconds")
   ax.margins(x=0.08)
   ax.invert_yaxis()
-  ax.legend(frameon=False, ncols=min(len(stages), 6), loc="lower left", bbox_to_anchor=(0, 1), fontsize=8.5)
+  ax.legend(
+    frameon=False,
+    ncols=min(len(stages), 6),
+    loc="lower left",
+    bbox_to_anchor=(0, 1),
+    fontsize=8.5,
+  )
   return figure
 
 
-# --- training and checking ---------------------------------------------------------------------------------------
+# --- training and checking
+# ---------------------------------------------------------------------------------------
 
 
 def learning(
-  losses: Sequence[tuple[int, float]], right: Sequence[tuple[int, float]], asked: int, chance: float, window: int = 20
+  losses: Sequence[tuple[int, float]],
+  right: Sequence[tuple[int, float]],
+  asked: int,
+  chance: float,
+  window: int = 20,
 ) -> Figure:
-  """A run: the loss of every step with its mean over so many, and the share of held-out questions answered rightly.
+  """A run: the loss of every step with its mean over so many, and the share of held-out questions
+  answered rightly.
 
   Args:
     losses: (step, loss).
@@ -300,7 +462,12 @@ def learning(
   low, high = np.array([wilson(one * asked, asked) for one in share]).T
   ax.errorbar(steps, share, yerr=[share - low, high - share], fmt="o-", color=BLUE, capsize=4, ms=5)
   ax.axhline(chance, color=GREY, ls=":", lw=1, label="chance")
-  ax.set(xlabel="step", ylabel=f"right, of {asked} held-out questions", ylim=(0, 1), xlim=(-0.05 * steps[-1], None))
+  ax.set(
+    xlabel="step",
+    ylabel=f"right, of {asked} held-out questions",
+    ylim=(0, 1),
+    xlim=(-0.05 * steps[-1], None),
+  )
   ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
   ax.legend(frameon=False)
   return figure
@@ -313,16 +480,30 @@ def bars(right: Mapping[str, int], asked: int, chance: float) -> Figure:
   for i, n in enumerate(right.values()):
     low, high = wilson(n, asked)
     ax.bar(i, 100 * n / asked, color=colors[i % 3], width=0.6)
-    ax.errorbar(i, 100 * n / asked, yerr=[[100 * (n / asked - low)], [100 * (high - n / asked)]], color=INK, capsize=4, lw=1.2)
+    ax.errorbar(
+      i,
+      100 * n / asked,
+      yerr=[[100 * (n / asked - low)], [100 * (high - n / asked)]],
+      color=INK,
+      capsize=4,
+      lw=1.2,
+    )
     ax.text(i + 0.08, 100 * high + 0.8, f"{100 * n / asked:.1f}%", ha="left", fontsize=9)
   ax.axhline(100 * chance, color=GREY, ls=":", lw=1)
   ax.text(len(right) - 0.64, 100 * chance, "chance", va="center", fontsize=8, color=INK)
-  ax.set(xticks=range(len(right)), xticklabels=list(right), ylabel=f"right, of {asked} (%)", ylim=(0, 100))
+  ax.set(
+    xticks=range(len(right)),
+    xticklabels=list(right),
+    ylabel=f"right, of {asked} (%)",
+    ylim=(0, 100),
+  )
   return figure
 
 
 def errors(rows: Sequence[Row]) -> Figure:
-  """How much of its tolerance each stage of `parity` takes; stages that are compared exactly have no point of their own."""
+  """How much of its tolerance each stage of `parity` takes; stages that are compared exactly have
+  no point of their own.
+  """
   near = [row for row in rows if row.arrays and row.tolerance]
   exact = [row for row in rows if row.arrays and not row.tolerance]
   figure, ax = plt.subplots(figsize=(9, 0.19 * len(near) + 1.2), layout="constrained")
@@ -331,10 +512,20 @@ def errors(rows: Sequence[Row]) -> Figure:
   ax.hlines(range(len(near)), 1e-5, share, color=colors, lw=1)
   ax.scatter(share, range(len(near)), color=colors, s=16, zorder=2)
   ax.axvline(1, color=INK, lw=1.2)
-  ax.set(xscale="log", xlim=(1e-5, max(3, 2 * share.max(initial=0))), yticks=range(len(near)), xlabel="largest error, of what is tolerated")
+  ax.set(
+    xscale="log",
+    xlim=(1e-5, max(3, 2 * share.max(initial=0))),
+    yticks=range(len(near)),
+    xlabel="largest error, of what is tolerated",
+  )
   ax.set_yticklabels([row.stage for row in near], fontsize=7)
   ax.invert_yaxis()
   ax.margins(y=0.01)
   same = sum(row.result == "pass" for row in exact)
-  ax.set_title(f"{sum(row.result == 'pass' for row in near)} of {len(near)} stages within; {same} of {len(exact)} others exactly equal", loc="left", fontsize=10)
+  ax.set_title(
+    f"{sum(row.result == 'pass' for row in near)} of {len(near)} stages within; {same} of "
+    f"{len(exact)} others exactly equal",
+    loc="left",
+    fontsize=10,
+  )
   return figure

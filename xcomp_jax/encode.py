@@ -26,18 +26,23 @@ THUMBNAIL = 96  # pixels
 
 
 class EncodedVideoError(ValueError):
-  """An encoded video that can't be read, or belongs to another model or video; the message says what differs."""
+  """An encoded video that can't be read, or belongs to another model or video; the message says
+  what differs.
+  """
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedVideo:
   """What the tower makes of a video: encode once, ask many.
 
-  features: {phase: [C, N, D]}, merged tokens of clips that start at frame `phase` (and go on at the first frame
-    after the last). Phase 0 serves everything but the "official" selection, whose rounds need others.
-  times: float64[T], seconds at which the sampled frames are shown; seconds: of the whole, as prompts state it.
+  features: {phase: [C, N, D]}, merged tokens of clips that start at frame `phase` (and go on at the
+    first frame after the last). Phase 0 serves everything but the "official" selection, whose
+    rounds need others.
+  times: float64[T], seconds at which the sampled frames are shown; seconds: of the whole, as
+  prompts state it.
   thumbnails: uint8[C, 96, 96, 3], a frame from the middle of each clip.
-  frames: uint8[T, S, S, 3], only where the "official" selection will encode selected frames again; else None.
+  frames: uint8[T, S, S, 3], only where the "official" selection will encode selected frames again;
+  else None.
   identity: of the tower's weights and settings; see `identity`.
   source: which file, sampled how; in words.
   """
@@ -62,15 +67,23 @@ class EncodedVideo:
 
 
 def tower_identity(model: vlm.VLM) -> str:
-  """A hash of the tower's sizes, settings and weights (as bfloat16), whatever it computes in; the projector comes later.
+  """A hash of the tower's sizes, settings and weights (as bfloat16), whatever it computes in; the
+  projector comes later.
 
-  Where several processes share the parameters, all of them must call this; each holds one whole array at a time.
+  Where several processes share the parameters, all of them must call this; each holds one whole
+  array at a time.
   """
   cfg = model.cfg
-  digest = hashlib.blake2b(repr((cfg.vision, cfg.clip_frames, cfg.tokens_per_frame)).encode(), digest_size=16)
-  for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(nnx.state(model.vision)), key=lambda item: str(item[0])):
+  digest = hashlib.blake2b(
+    repr((cfg.vision, cfg.clip_frames, cfg.tokens_per_frame)).encode(), digest_size=16
+  )
+  for path, leaf in sorted(
+    jax.tree_util.tree_leaves_with_path(nnx.state(model.vision)), key=lambda item: str(item[0])
+  ):
     digest.update(str(path).encode())
-    whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    whole = (
+      leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    )
     digest.update(np.ascontiguousarray(whole).astype(ml_dtypes.bfloat16).view(np.uint8).data)
   return digest.hexdigest()
 
@@ -84,7 +97,8 @@ _encode = jax.jit(vlm.encode)
 
 
 def encode_clips(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """Merged features [N, D] of clips uint8[F, S, S, 3], a chunk at a time: one compilation, bounded memory.
+  """Merged features [N, D] of clips uint8[F, S, S, 3], a chunk at a time: one compilation, bounded
+  memory.
 
   Raises:
     ConfigError: numbers that float16 does not have.
@@ -126,7 +140,8 @@ def encode(
     seconds: of the whole.
     source: what this is, in words; kept.
     phases: starts of clips to encode; others than 0 keep the frames in memory.
-    tower: `identity(model)`, where many videos are encoded; None: find it out, which reads all of the tower's weights.
+    tower: `identity(model)`, where many videos are encoded; None: find it out, which reads all of
+      the tower's weights.
     report: called with the number of clips done since the last call.
 
   Raises:
@@ -136,7 +151,9 @@ def encode(
   F = 1 if T == 1 else model.cfg.clip_frames
   if not T or T % F:
     raise ConfigError(f"{T} frames are no whole clips of {F}")
-  from xcomp_jax.data.video import resize  # brings OpenCV, which a given encoded video does not need
+  from xcomp_jax.data.video import (
+    resize,
+  )  # brings OpenCV, which a given encoded video does not need
 
   size = model.cfg.vision.image_size
   later = sorted(set(phases) - {0})
@@ -165,12 +182,20 @@ def encode(
   if kept is not None:
     for phase in later:
       features[phase] = run(kept[(phase + start + np.arange(F)) % T] for start in range(0, T, F))
-  return EncodedVideo(features, np.asarray(times, np.float64), seconds, np.stack(thumbnails), kept, tower or identity(model), source)
+  return EncodedVideo(
+    features,
+    np.asarray(times, np.float64),
+    seconds,
+    np.stack(thumbnails),
+    kept,
+    tower or identity(model),
+    source,
+  )
 
 
 def save(video: EncodedVideo, path: str | os.PathLike) -> None:
-  """Writes an .npz file: `about` (json: seconds, identity, source, dtype), times, thumbnails, features_PHASE (bfloat16
-  as uint16), and frames if there are any.
+  """Writes an .npz file: `about` (json: seconds, identity, source, dtype), times, thumbnails,
+  features_PHASE (bfloat16 as uint16), and frames if there are any.
 
   Nothing is left behind if it is interrupted.
 
@@ -178,10 +203,22 @@ def save(video: EncodedVideo, path: str | os.PathLike) -> None:
     OSError: the file can't be written.
   """
   path = pathlib.Path(path)
-  about = {"seconds": video.seconds, "identity": video.identity, "source": video.source, "dtype": str(video.features[0].dtype)}
-  raw = lambda a: a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
+  about = {
+    "seconds": video.seconds,
+    "identity": video.identity,
+    "source": video.source,
+    "dtype": str(video.features[0].dtype),
+  }
+
+  def raw(a):
+    return a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
+
   arrays = {f"features_{phase}": raw(a) for phase, a in video.features.items()}
-  arrays |= {"times": video.times, "thumbnails": video.thumbnails, "about": np.array(json.dumps(about))}
+  arrays |= {
+    "times": video.times,
+    "thumbnails": video.thumbnails,
+    "about": np.array(json.dumps(about)),
+  }
   arrays |= {} if video.frames is None else {"frames": video.frames}
   with replacing(path) as temporary, open(temporary, "wb") as file:
     np.savez(file, **arrays)
@@ -192,11 +229,12 @@ FRAMES = 1_000_000  # of a video, at most
 
 
 def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
-  """Reads what `save` wrote. What it says of itself is checked before an array is read: nothing in a file makes it take more memory
-  than the file is large.
+  """Reads what `save` wrote. What it says of itself is checked before an array is read: nothing in
+  a file makes it take more memory than the file is large.
 
   Raises:
-    EncodedVideoError: no encoded video, a damaged one, or not by the weights and settings of `model`.
+    EncodedVideoError: no encoded video, a damaged one, or not by the weights and settings of
+      `model`.
     OSError: it can't be read.
   """
   file = regular(path)
@@ -214,17 +252,26 @@ def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
     dtype, size = np.dtype(cfg.dtype), cfg.vision.image_size
     stored = np.dtype(np.uint16) if dtype == ml_dtypes.bfloat16 else dtype
     wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {
-      "about": ((), headers["about"][1]), "times": ((T,), np.dtype(np.float64)),
+      "about": ((), headers["about"][1]),
+      "times": ((T,), np.dtype(np.float64)),
       "thumbnails": ((T // F, THUMBNAIL, THUMBNAIL, 3), np.dtype(np.uint8)),
-    }  # fmt: skip
-    wanted |= {f"features_{phase}": ((T // F, F * cfg.tokens_per_frame, cfg.vision.width), stored) for phase in phases}
+    }
+    wanted |= {
+      f"features_{phase}": ((T // F, F * cfg.tokens_per_frame, cfg.vision.width), stored)
+      for phase in phases
+    }
     if "frames" in headers:
       wanted["frames"] = ((T, size, size, 3), np.dtype(np.uint8))
     if headers != wanted:
       name = next(name for name in headers | wanted if headers.get(name) != wanted.get(name))
       raise ValueError(f"{name} is {_shown(headers.get(name))}, must be {_shown(wanted.get(name))}")
     times, seconds = _array(archive, "times"), float(about["seconds"])
-    if not np.isfinite(times).all() or (np.diff(times) < 0).any() or not 0 <= seconds < 1e9 or not isinstance(about["source"], str):
+    if (
+      not np.isfinite(times).all()
+      or (np.diff(times) < 0).any()
+      or not 0 <= seconds < 1e9
+      or not isinstance(about["source"], str)
+    ):
       raise ValueError("its times, seconds or source are none that a video has")
     if "frames" not in headers:
       phases = [0]  # the others are of no use without them
@@ -233,7 +280,15 @@ def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
       if not all(np.isfinite(clip).all() for clip in tokens):
         raise ValueError(f"features_{phase} holds numbers that are not finite")
     frames = _array(archive, "frames") if "frames" in headers else None
-    return EncodedVideo(features, times, seconds, _array(archive, "thumbnails"), frames, about["identity"], about["source"])
+    return EncodedVideo(
+      features,
+      times,
+      seconds,
+      _array(archive, "thumbnails"),
+      frames,
+      about["identity"],
+      about["source"],
+    )
 
 
 def _headers(archive: zipfile.ZipFile, size: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -242,19 +297,39 @@ def _headers(archive: zipfile.ZipFile, size: int) -> dict[str, tuple[tuple[int, 
   for entry in archive.infolist():
     name = entry.filename.removesuffix(".npy")
     if name in found or (name not in FIXED and not re.fullmatch(r"features_\d{1,6}", name)):
-      raise ValueError(f"it holds {name!r}" + (" twice" if name in found else ", which is no part of one"))
-    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size or entry.file_size > size:
+      raise ValueError(
+        f"it holds {name!r}" + (" twice" if name in found else ", which is no part of one")
+      )
+    if (
+      entry.compress_type != zipfile.ZIP_STORED
+      or entry.flag_bits & 1
+      or entry.file_size != entry.compress_size
+      or entry.file_size > size
+    ):
       raise ValueError(f"{name} is packed, encrypted, or larger than the file")
     with archive.open(entry) as opened:
       version = np.lib.format.read_magic(opened)
-      read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+      read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+      )
       shape, by_columns, dtype = read(opened)
-      if dtype.hasobject or (by_columns and len(shape) > 1) or opened.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
+      if (
+        dtype.hasobject
+        or (by_columns and len(shape) > 1)
+        or opened.tell() + math.prod(shape) * dtype.itemsize != entry.file_size
+      ):
         raise ValueError(f"{name} is {_shown((shape, dtype))} in {entry.file_size:,} bytes")
     found[name] = shape, dtype
   if lacking := {"about", "times", "thumbnails", "features_0"} - found.keys():
     raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-  if found["about"][0] != () or found["about"][1].kind != "U" or found["about"][1].itemsize > 1 << 20 or len(found["times"][0]) != 1:
+  if (
+    found["about"][0] != ()
+    or found["about"][1].kind != "U"
+    or found["about"][1].itemsize > 1 << 20
+    or len(found["times"][0]) != 1
+  ):
     raise ValueError(f"about is {_shown(found['about'])}, and times are {_shown(found['times'])}")
   return found
 
@@ -271,9 +346,13 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def _check_identity(file: pathlib.Path, own: str, mine: str) -> None:
   (_, _, dtype), (_, _, wanted) = own.rpartition("-"), mine.rpartition("-")
   if dtype != wanted:
-    raise EncodedVideoError(f"{file} was encoded in {dtype or 'another dtype'}, and this is to be computed in {wanted}; give that --dtype, or another file")
+    raise EncodedVideoError(
+      f"{file} was encoded in {dtype or 'another dtype'}, and this is to be computed in {wanted}; "
+      f"give that --dtype, or another file"
+    )
   if own != mine:
     raise EncodedVideoError(
-      f"{file} was encoded by another tower or with other settings (its identity is {own[:12]}, this "
+      f"{file} was encoded by another tower or with other settings (its identity is {own[:12]}, "
+      f"this "
       f"checkpoint's {mine[:12]}); encode the video again"
     )

@@ -1,10 +1,11 @@
-"""Writes a checkpoint for others: `orbax` (parameters for `init_from`, notebooks, other JAX code) or `torch` (official layout).
+"""Writes a checkpoint for others: `orbax` (parameters for `init_from`, notebooks, other JAX code)
+or `torch` (official layout).
 
   python -m xcomp_jax.export --checkpoint runs/sct --format=torch --out exports/sct
 
-`--checkpoint` is the workdir of a run, or whatever `init_from` takes. Every tensor is written in the dtype of the
-checkpoint that the run started from, so what was not trained is equal bit by bit; `--dtype=float32` keeps the
-precision of trained parameters.
+`--checkpoint` is the workdir of a run, or whatever `init_from` takes. Every tensor is written in
+the dtype of the checkpoint that the run started from, so what was not trained is equal bit by bit;
+`--dtype=float32` keeps the precision of trained parameters.
 """
 
 import argparse
@@ -33,8 +34,14 @@ from xcomp_jax.layouts import CheckpointError
 from xcomp_jax.sharding import path_name
 
 TOKENIZER_FILES = (
-  "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-  "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "added_tokens.json",
+  "special_tokens_map.json",
+  "generation_config.json",
+  "chat_template.jinja",
 )
 RELATIVE = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # of modules in the same folder
 SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
@@ -42,19 +49,29 @@ CODES = {dtype: code for code, dtype in layouts.DTYPES.items()}
 
 # What `read_config` needs beside the sizes; none of it changes a parameter.
 AS_IT_IS = ModelConfig(
-  clip_frames="checkpoint", yarn="checkpoint", dtype="float32", param_dtype="float32", clips_per_chunk=1, attention="auto", remat=False
+  clip_frames="checkpoint",
+  yarn="checkpoint",
+  dtype="float32",
+  param_dtype="float32",
+  clips_per_chunk=1,
+  attention="auto",
+  remat=False,
 )
 NOT_TUNED = LPCompConfig(schedule="cosine", keep="none", group=16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Parameters to be written, and the checkpoint that gives config.json, tokenizer files and dtypes."""
+  """Parameters to be written, and the checkpoint that gives config.json, tokenizer files and
+  dtypes.
+  """
 
   state: nnx.State
   cfg: VLMConfig
   directory: pathlib.Path
-  tuned: Tuned | bool  # what the parameters were tuned with; True: as `cfg` says; False: it is not known
+  tuned: (
+    Tuned | bool
+  )  # what the parameters were tuned with; True: as `cfg` says; False: it is not known
 
 
 def read(path: str, *, step: int | None = None, init_from: str | None = None) -> Source:
@@ -66,13 +83,19 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
     init_from: of a run, if what it started from has moved.
 
   Raises:
-    CheckpointError, FileNotFoundError: no such checkpoint, a broken one, or not what the run started from.
+    CheckpointError, FileNotFoundError: no such checkpoint, a broken one, or not what the run
+      started from.
   """
   if not checkpoint.there(path):
     if step is not None or init_from is not None:
-      raise CheckpointError(f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of")
+      raise CheckpointError(
+        f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of"
+      )
     if "://" in path:
-      raise CheckpointError(f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; copy it here")
+      raise CheckpointError(
+        f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; "
+        f"copy it here"
+      )
     directory = weights.resolve(path)
     tuned = weights.read_tuned(directory)
     cfg = weights.read_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
@@ -81,30 +104,49 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
   where = f"{path}, step {step}"
   with reading(where, CheckpointError):
     run, vlm = saved["run"], saved["vlm"]
-    lp_comp, yarn = from_dict(LPCompConfig, run["lp_comp"], "lp_comp"), vlm["llm"].get("rope_scaling")
-    trained, dtypes = run["train"], {key: np.dtype(run["model"][key]) for key in ("param_dtype", "dtype")}
+    lp_comp, yarn = (
+      from_dict(LPCompConfig, run["lp_comp"], "lp_comp"),
+      vlm["llm"].get("rope_scaling"),
+    )
+    trained, dtypes = (
+      run["train"],
+      {key: np.dtype(run["model"][key]) for key in ("param_dtype", "dtype")},
+    )
     clip_frames, yarn = int(vlm["clip_frames"]), yarn and from_dict(Yarn, yarn, "rope_scaling")
   try:
     directory = weights.resolve(init_from or run["init_from"])
   except CheckpointError as error:
-    raise error if init_from else CheckpointError(f"{where} started from another place: {error}; --init-from DIR says where that is now") from error
+    raise (
+      error
+      if init_from
+      else CheckpointError(
+        f"{where} started from another place: {error}; --init-from DIR says where that is now"
+      )
+    ) from error
   cfg = weights.read_config(directory, AS_IT_IS, lp_comp)
   llm = dataclasses.replace(cfg.llm, rope_scaling=yarn, tied=vlm["llm"].get("tied", cfg.llm.tied))
   cfg = dataclasses.replace(cfg, llm=llm, clip_frames=clip_frames)
-  # A run may keep what it does not train in a shorter dtype, so that comes from where the run started.
+  # A run may keep what it does not train in a shorter dtype, so that comes from where the run
+  # started.
   state = nnx.state(weights.load(directory, cfg))
-  is_trained = lambda path: trained[path_name(path).split("/")[0]]
+
+  def is_trained(path):
+    return trained[path_name(path).split("/")[0]]
+
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   def like(path, leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, dtypes["param_dtype" if is_trained(path) else "dtype"], sharding=device)
+    return jax.ShapeDtypeStruct(
+      leaf.shape, dtypes["param_dtype" if is_trained(path) else "dtype"], sharding=device
+    )
 
   def choose(name, started, saved):
     if is_trained(name):
       return saved
     if np.asarray(started).astype(saved.dtype).tobytes() != np.asarray(saved).tobytes():
       raise CheckpointError(
-        f"{directory} is not what {path} started from: {path_name(name)}, which was not trained, differs; "
+        f"{directory} is not what {path} started from: {path_name(name)}, which was not trained, "
+        f"differs; "
         "give the checkpoint that it did start from (--init-from)"
       )
     return started
@@ -141,15 +183,19 @@ def save_torch(
   code: pathlib.Path | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """Writes an official-layout directory, and checks its names, shapes and dtypes against `source` before it appears.
+  """Writes an official-layout directory, and checks its names, shapes and dtypes against `source`
+  before it appears.
 
   Args:
     directory: to be made; appears whole or not at all.
     model: parameters of `cfg`.
     cfg: of the model; config.json gets its clip length (quirk Q1).
-    source: the checkpoint that the model was made from: gives config.json, tokenizer files and dtypes.
-    tuned: what xcomp.json says; True: what `cfg` says; False: none is written, as in official checkpoints, whose LP-Comp their user chooses.
-    dtype: of all tensors; None: each as in `source`, so a parameter that was not trained is equal bit by bit.
+    source: the checkpoint that the model was made from: gives config.json, tokenizer files and
+      dtypes.
+    tuned: what xcomp.json says; True: what `cfg` says; False: none is written, as in official
+      checkpoints, whose LP-Comp their user chooses.
+    dtype: of all tensors; None: each as in `source`, so a parameter that was not trained is equal
+      bit by bit.
     overwrite: replace a checkpoint that is there.
     code: where the Python files lie that `auto_map` of config.json names; None: in `source`.
     shard_bytes: largest size of one file (a larger single tensor gets a file of its own).
@@ -192,12 +238,22 @@ def save_orbax(
 
   arrays = weights.parameters(model)
   own = weights.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
-  layouts.report(pathlib.Path(directory), official.names(cfg), {path: a.shape for path, a in arrays.items()}, True)
-  with appearing(directory, overwrite, sum(a.size * own[path].itemsize for path, a in arrays.items())) as temporary:
+  layouts.report(
+    pathlib.Path(directory),
+    official.names(cfg),
+    {path: a.shape for path, a in arrays.items()},
+    True,
+  )
+  with appearing(
+    directory, overwrite, sum(a.size * own[path].itemsize for path, a in arrays.items())
+  ) as temporary:
     settings = layouts.nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
     try:
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-        writer.save((temporary / "params").absolute(), args=ocp.args.PyTreeSave(layouts.nest(arrays), save_args=settings))
+        writer.save(
+          (temporary / "params").absolute(),
+          args=ocp.args.PyTreeSave(layouts.nest(arrays), save_args=settings),
+        )
     except Exception as error:  # of a disk that has become full TensorStore says so by a ValueError
       raise OSError(files.one_line(error)[:500]) from error
     _copy_rest(temporary, source, cfg, tuned, dtype, code)
@@ -210,15 +266,21 @@ def _official(entry: official.Entry, array: jax.Array, dtype: np.dtype) -> Itera
   ours = np.asarray(array)
   if entry.form == "patch":
     width, rgb, _, p, _ = entry.shape
-    yield np.ascontiguousarray(ours.reshape(p, p, rgb, width).transpose(3, 2, 0, 1).reshape(entry.shape), dtype)
+    yield np.ascontiguousarray(
+      ours.reshape(p, p, rgb, width).transpose(3, 2, 0, 1).reshape(entry.shape), dtype
+    )
     return
   rows = ours.T if entry.form == "transpose" else ours
   for start in range(0, len(rows), layouts.ROWS):
     yield np.ascontiguousarray(rows[start : start + layouts.ROWS], dtype)
 
 
-def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-  """Streams tensors into model.safetensors, or into numbered files with an index if they exceed `shard_bytes`."""
+def write_safetensors(
+  directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES
+) -> None:
+  """Streams tensors into model.safetensors, or into numbered files with an index if they exceed
+  `shard_bytes`.
+  """
   shards: list[list[Tensor]] = [[]]
   size = 0
   for tensor in tensors:
@@ -228,13 +290,21 @@ def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_
     shards[-1].append(tensor)
     size += tensor.bytes
   count = len(shards)
-  names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+  names = (
+    [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count > 1
+    else ["model.safetensors"]
+  )
   for file, shard in zip(names, shards):
     stops = list(itertools.accumulate(tensor.bytes for tensor in shard))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for tensor, stop in zip(shard, stops):
       offsets = [stop - tensor.bytes, stop]
-      header[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+      header[tensor.name] = {
+        "dtype": CODES[tensor.dtype],
+        "shape": list(tensor.shape),
+        "data_offsets": offsets,
+      }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(directory / file, "wb") as out:
@@ -245,19 +315,34 @@ def write_safetensors(directory: pathlib.Path, tensors: Sequence[Tensor], shard_
   if count > 1:
     total = sum(tensor.bytes for tensor in tensors)
     places = {tensor.name: file for file, shard in zip(names, shards) for tensor in shard}
-    files.write_json(directory / layouts.INDEX, {"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+    files.write_json(
+      directory / layouts.INDEX,
+      {"metadata": {"total_size": total}, "weight_map": places},
+      indent=2,
+    )
 
 
 def _copy_rest(
-  directory: pathlib.Path, source: pathlib.Path, cfg: VLMConfig, tuned: Tuned | bool, dtype: Any | None, code: pathlib.Path | None
+  directory: pathlib.Path,
+  source: pathlib.Path,
+  cfg: VLMConfig,
+  tuned: Tuned | bool,
+  dtype: Any | None,
+  code: pathlib.Path | None,
 ) -> None:
   """config.json and the code that it names, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
   file = source / "config.json"
-  config: dict[str, Any] = layouts.read_json(file) | {"mm_local_num_frames": cfg.clip_frames, "tie_word_embeddings": cfg.llm.tied}
+  config: dict[str, Any] = layouts.read_json(file) | {
+    "mm_local_num_frames": cfg.clip_frames,
+    "tie_word_embeddings": cfg.llm.tied,
+  }
   if weights.read_scaling(file, config) != cfg.llm.rope_scaling or "rope_parameters" in config:
     # The official code reads the keys of transformers 4, and transformers 5 reads these, too.
-    config |= {"rope_theta": cfg.llm.rope_theta, "rope_scaling": weights.rope_scaling(cfg.llm.rope_scaling)}
+    config |= {
+      "rope_theta": cfg.llm.rope_theta,
+      "rope_scaling": weights.rope_scaling(cfg.llm.rope_scaling),
+    }
     config.pop("rope_parameters", None)
   stated = config.pop("dtype", None)
   if stated is not None or dtype is not None:
@@ -269,7 +354,8 @@ def _copy_rest(
     if missing := missing_code(config["auto_map"], folder):
       del config["auto_map"]
       print(
-        f"auto_map is left out of config.json: {folder} has no {', '.join(missing)}. --code ORG/NAME fetches such files, or takes "
+        f"auto_map is left out of config.json: {folder} has no {', '.join(missing)}. --code "
+        f"ORG/NAME fetches such files, or takes "
         "them from a directory; without them the official code has to be imported by hand",
         file=sys.stderr,
       )
@@ -277,20 +363,33 @@ def _copy_rest(
       shutil.copyfile(python, directory / python.name)
   files.write_json(directory / "config.json", config, indent=2)
   if tuned:
-    own = Tuned(cfg.lp_comp, cfg.clip_frames, cfg.vision.image_size, cast(Dtype, cfg.dtype), cfg.llm.context)
+    own = Tuned(
+      cfg.lp_comp, cfg.clip_frames, cfg.vision.image_size, cast(Dtype, cfg.dtype), cfg.llm.context
+    )
     weights.write_tuned(directory, own if tuned is True else tuned)
   copy_tokenizer(directory, source)
 
 
 def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
-  """Lists the Python files that `auto_map` of a config.json and what it names ask for, and that `folder` lacks."""
-  names = [name for value in auto_map.values() for name in ([value] if isinstance(value, str) else value or []) if name]
-  wanted = [f"{name.split('.')[0]}.py" for name in names if "--" not in name]  # ORG/NAME--module.Class is at the hub
+  """Lists the Python files that `auto_map` of a config.json and what it names ask for, and that
+  `folder` lacks.
+  """
+  names = [
+    name
+    for value in auto_map.values()
+    for name in ([value] if isinstance(value, str) else value or [])
+    if name
+  ]
+  wanted = [
+    f"{name.split('.')[0]}.py" for name in names if "--" not in name
+  ]  # ORG/NAME--module.Class is at the hub
   for name in wanted:  # grows
     if inputs.beside(name) and (folder / name).is_file():
       imported = RELATIVE.findall(inputs.text(folder / name, CheckpointError))
       wanted += [file for file in (f"{module}.py" for module in imported) if file not in wanted]
-  return sorted({name for name in wanted if not (inputs.beside(name) and (folder / name).is_file())})
+  return sorted(
+    {name for name in wanted if not (inputs.beside(name) and (folder / name).is_file())}
+  )
 
 
 def copy_tokenizer(directory: pathlib.Path, source: pathlib.Path) -> None:
@@ -304,7 +403,8 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
   """Checks that a checkpoint may be written to `directory`; worth doing before weights are read.
 
   Raises:
-    CheckpointError: a file; or not empty, unless `overwrite` and it holds an export and nothing else.
+    CheckpointError: a file; or not empty, unless `overwrite` and it holds an export and nothing
+      else.
   """
   directory = pathlib.Path(directory)
   files.settle(directory)
@@ -313,24 +413,38 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
   if not directory.exists() or not any(directory.iterdir()):
     return
   if not overwrite:
-    raise CheckpointError(f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)")
+    raise CheckpointError(
+      f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)"
+    )
   if not (directory / layouts.EXPORTED).is_file():
-    raise CheckpointError(f"{directory} is not empty and no export (it has no {layouts.EXPORTED}, which lists what one wrote), so it is not replaced; remove it yourself, or choose another directory")
+    raise CheckpointError(
+      f"{directory} is not empty and no export (it has no {layouts.EXPORTED}, which lists what one "
+      f"wrote), so it is not replaced; remove it yourself, or choose another directory"
+    )
   wrote = layouts.read_json(directory / layouts.EXPORTED)
   if other := [name for name, size in sizes(directory).items() if wrote.get(name) != size]:
     more = f" and {len(other) - 1} more" * (len(other) > 1)
-    raise CheckpointError(f"{directory} also holds {other[0]}{more}, which is not what the export wrote, so it is not replaced; choose another directory")
+    raise CheckpointError(
+      f"{directory} also holds {other[0]}{more}, which is not what the export wrote, so it is not "
+      f"replaced; choose another directory"
+    )
 
 
 def sizes(directory: pathlib.Path) -> dict[str, int]:
   """Bytes of all files in a folder and its folders, by name, but for the list of them."""
   found = sorted(file for file in directory.rglob("*") if file.is_symlink() or not file.is_dir())
-  return {name: file.lstat().st_size for file in found if (name := file.relative_to(directory).as_posix()) != layouts.EXPORTED}
+  return {
+    name: file.lstat().st_size
+    for file in found
+    if (name := file.relative_to(directory).as_posix()) != layouts.EXPORTED
+  }
 
 
 @contextlib.contextmanager
 def appearing(directory: pathlib.Path, overwrite: bool, size: int = 0) -> Generator[pathlib.Path]:
-  """`files.fresh_folder` where `check_free` lets it be, and so many bytes have room; what goes wrong is a CheckpointError."""
+  """`files.fresh_folder` where `check_free` lets it be, and so many bytes have room; what goes
+  wrong is a CheckpointError.
+  """
   check_free(directory, overwrite)
   try:
     with files.fresh_folder(directory, "export", overwrite) as temporary:
@@ -340,29 +454,55 @@ def appearing(directory: pathlib.Path, overwrite: bool, size: int = 0) -> Genera
       files.write_json(temporary / layouts.EXPORTED, sizes(temporary), indent=2)
   except OSError as error:
     text = str(error)
-    raise CheckpointError(text if " can't be written: " in text else f"{directory} can't be written: {text}") from error
+    raise CheckpointError(
+      text if " can't be written: " in text else f"{directory} can't be written: {text}"
+    ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.export", description=__doc__.splitlines()[0])
-  parser.add_argument("--checkpoint", type=expanduser, required=True, help="workdir of a run, or what init_from takes")
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.export", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+    "--checkpoint",
+    type=expanduser,
+    required=True,
+    help="workdir of a run, or what init_from takes",
+  )
   parser.add_argument("--format", required=True, choices=("orbax", "torch"))
   parser.add_argument("--out", type=expanduser, required=True, help="directory to be made")
   parser.add_argument("--step", type=int, help="of a run; default: its latest checkpoint")
-  parser.add_argument("--init-from", type=expanduser, help="of a run: where its starting checkpoint is, if that has moved")
-  parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of all tensors; default: as in the starting checkpoint")
   parser.add_argument(
-    "--code", type=expanduser, metavar="ORG/NAME", help="hub id or directory with the Python files that config.json's auto_map names; "
-    "default: beside the starting checkpoint, or else auto_map is left out"
+    "--init-from",
+    type=expanduser,
+    help="of a run: where its starting checkpoint is, if that has moved",
+  )
+  parser.add_argument(
+    "--dtype",
+    choices=("bfloat16", "float32"),
+    help="of all tensors; default: as in the starting checkpoint",
+  )
+  parser.add_argument(
+    "--code",
+    type=expanduser,
+    metavar="ORG/NAME",
+    help="hub id or directory with the Python files that config.json's auto_map names; "
+    "default: beside the starting checkpoint, or else auto_map is left out",
   )
   parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
   args = parser.parse_args(argv)
   save = save_torch if args.format == "torch" else save_orbax
-  logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what a reader of checkpoints always does
+  logging.getLogger("absl").setLevel(
+    logging.ERROR
+  )  # Orbax warns of what a reader of checkpoints always does
   with files.command():
     out = files.local(args.out, "an export appears by a rename", written=True)
-    files.apart({"--out": out}, {"--checkpoint": args.checkpoint, "--init-from": args.init_from, "--code": args.code}, nested=True)
+    files.apart(
+      {"--out": out},
+      {"--checkpoint": args.checkpoint, "--init-from": args.init_from, "--code": args.code},
+      nested=True,
+    )
     check_free(out, args.overwrite)
     code = weights.resolve(args.code, code=True) if args.code else None
     source = read(args.checkpoint, step=args.step, init_from=args.init_from)
@@ -371,15 +511,28 @@ def main(argv: Sequence[str] | None = None) -> None:
       named_in = source.directory / "config.json"
       auto_map = layouts.read_json(named_in).get("auto_map")
       if not auto_map:
-        raise CheckpointError(f"{named_in} has no auto_map, which would name the files of --code; leave --code out")
+        raise CheckpointError(
+          f"{named_in} has no auto_map, which would name the files of --code; leave --code out"
+        )
       if missing := missing_code(auto_map, code):
-        raise CheckpointError(f"{code} has no {', '.join(missing)}, which auto_map of {named_in} asks for")
+        raise CheckpointError(
+          f"{code} has no {', '.join(missing)}, which auto_map of {named_in} asks for"
+        )
     save(
-      out, source.state, source.cfg, source.directory, tuned=source.tuned, dtype=args.dtype,
-      overwrite=args.overwrite, code=code,
+      out,
+      source.state,
+      source.cfg,
+      source.directory,
+      tuned=source.tuned,
+      dtype=args.dtype,
+      overwrite=args.overwrite,
+      code=code,
     )
   leaves = jax.tree.leaves(source.state)
-  print(f"{args.out}: {len(leaves)} tensors, {sum(leaf.size for leaf in leaves):,} parameters, {args.format} layout")
+  print(
+    f"{args.out}: {len(leaves)} tensors, {sum(leaf.size for leaf in leaves):,} parameters, "
+    f"{args.format} layout"
+  )
 
 
 if __name__ == "__main__":

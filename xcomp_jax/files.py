@@ -1,4 +1,6 @@
-"""Files and folders that are there whole or not at all, and what commands say when something goes wrong."""
+"""Files and folders that are there whole or not at all, and what commands say when something goes
+wrong.
+"""
 
 import argparse
 import contextlib
@@ -33,9 +35,13 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
   """
   if found := re.match("(gs|s3|az):/+(.*)", os.fspath(path)):  # a pathlib.Path has one slash left
     advice = (
-      "Give a folder of this machine, and copy it when it is done (`gcloud storage cp -r`)" if written
-      else "Copy it to this machine (`gcloud storage cp -r`) or mount the bucket (`gcsfuse`), and give that path"
-    )  # fmt: skip
+      "Give a folder of this machine, and copy it when it is done (`gcloud storage cp -r`)"
+      if written
+      else (
+        "Copy it to this machine (`gcloud storage cp -r`) or mount the bucket (`gcsfuse`), and "
+        "give that path"
+      )
+    )
     raise ValueError(f"{found[1]}://{found[2]} is in a bucket, but {why}. {advice}")
   found = path_of(path)
   if not found.exists():
@@ -48,14 +54,19 @@ class HomeError(ValueError, argparse.ArgumentTypeError):  # argparse shows the t
 
 
 def expanduser(path: str | os.PathLike) -> str:
-  """A path in which a leading ~ is the home directory: shells see to that only where it begins a word, not in --out=~/x.
+  """A path in which a leading ~ is the home directory: shells see to that only where it begins a
+  word, not in --out=~/x.
 
   Raises:
-    HomeError: there is none, as in a container whose user is a mere number. A folder named ~ would come of it.
+    HomeError: there is none, as in a container whose user is a mere number. A folder named ~ would
+      come of it.
   """
   found = os.path.expanduser(path)
   if found.partition(os.sep)[0] == "~":
-    raise HomeError(f"{found}: ~ is the home directory, and this user has none; give a path without it, or set HOME")
+    raise HomeError(
+      f"{found}: ~ is the home directory, and this user has none; give a path without it, or set "
+      f"HOME"
+    )
   return os.fspath(found)
 
 
@@ -65,26 +76,34 @@ def path_of(path: str | os.PathLike) -> pathlib.Path:
 
 
 def absolute(path: str | os.PathLike) -> str:
-  """A path from the root that means the same: `os.path.abspath` would take `link/..` for the folder in which the link lies."""
+  """A path from the root that means the same: `os.path.abspath` would take `link/..` for the folder
+  in which the link lies.
+  """
   return os.fspath(pathlib.Path(path).absolute())
 
 
 @contextlib.contextmanager
 def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
-  """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends well.
+  """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends
+  well.
 
-  When the block fails the file is removed; if the block has removed it, none is made. What a killed process left, `sweep` removes.
-  What a link points to is replaced, not the link.
+  When the block fails the file is removed; if the block has removed it, none is made. What a killed
+  process left, `sweep` removes. What a link points to is replaced, not the link.
 
   Raises:
-    OSError: it can't be written, or is no file, such as /dev/null or a pipe; the message names `target`.
+    OSError: it can't be written, or is no file, such as /dev/null or a pipe; the message names
+      `target`.
   """
   target = pathlib.Path(target)
   # Machines that share the folder may have processes of the same number.
   temporary = pathlib.Path(f"{_stem(os.path.realpath(target))}.{uuid.uuid4().hex}.tmp")
   try:
     if target.exists() and not target.is_file():
-      raise OSError(errno.EEXIST, "is a folder, a pipe or a device, where a file has to be", os.fspath(temporary))
+      raise OSError(
+        errno.EEXIST,
+        "is a folder, a pipe or a device, where a file has to be",
+        os.fspath(temporary),
+      )
     with open(temporary, "wb") as mine:
       with contextlib.suppress(OSError):  # no locks here
         fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,24 +112,39 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
         sync(temporary)
         os.replace(temporary, os.path.realpath(target))
   except BaseException as error:
-    with contextlib.suppress(OSError):  # a file system that can't be written says so, even if there is no file
+    with contextlib.suppress(
+      OSError
+    ):  # a file system that can't be written says so, even if there is no file
       temporary.unlink()
-    if isinstance(error, OSError) and error.errno is not None and error.filename in (None, os.fspath(temporary)):
-      raise type(error)(error.errno, f"can't be written: {error.strerror}", os.fspath(target)) from error
+    if (
+      isinstance(error, OSError)
+      and error.errno is not None
+      and error.filename in (None, os.fspath(temporary))
+    ):
+      raise type(error)(
+        error.errno, f"can't be written: {error.strerror}", os.fspath(target)
+      ) from error
     raise
 
 
 def _stem(name: str) -> str:
   """The beginning of a name that leaves room for what `replacing` adds to it."""
   head, tail = os.path.split(name)
-  return os.path.join(head, os.fsdecode(os.fsencode(tail)[: 255 - len(f".{uuid.UUID(int=0).hex}.tmp")]))
+  return os.path.join(
+    head, os.fsdecode(os.fsencode(tail)[: 255 - len(f".{uuid.UUID(int=0).hex}.tmp")])
+  )
 
 
 def sweep(folder: str | os.PathLike, name: str = "") -> None:
-  """Removes what killed processes left of `replacing` in a folder; name: of one file. Who still writes holds a lock."""
+  """Removes what killed processes left of `replacing` in a folder; name: of one file. Who still
+  writes holds a lock.
+  """
   for path in pathlib.Path(folder).glob(f"{glob.escape(_stem(name)) or '*'}.*.tmp"):
     if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):
-      with contextlib.suppress(OSError), open(path, "rb") as left:  # no locks here, or no permission: it stays
+      with (
+        contextlib.suppress(OSError),
+        open(path, "rb") as left,
+      ):  # no locks here, or no permission: it stays
         fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
 
@@ -123,11 +157,17 @@ def write(target: str | os.PathLike, content: str | bytes) -> None:
 
 def write_json(target: str | os.PathLike, value: Any, indent: int | None = None) -> None:
   """Writes a value as JSON, whole or not at all; with `indent` for people: lines, sorted keys."""
-  write(target, json.dumps(value, indent=indent, sort_keys=indent is not None) + ("" if indent is None else "\n"))
+  write(
+    target,
+    json.dumps(value, indent=indent, sort_keys=indent is not None)
+    + ("" if indent is None else "\n"),
+  )
 
 
 def sync(path: str | os.PathLike) -> None:
-  """Waits until a file has reached the disk: no name may be older than what it stands for, should the machine stop."""
+  """Waits until a file has reached the disk: no name may be older than what it stands for, should
+  the machine stop.
+  """
   handle = os.open(path, os.O_RDONLY)
   try:
     os.fsync(handle)
@@ -136,12 +176,16 @@ def sync(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def fresh_folder(target: str | os.PathLike, by: str, replace: bool = False) -> Generator[pathlib.Path]:
-  """An empty folder to write into, which becomes `target` when the block ends well; the one that was there goes after that.
+def fresh_folder(
+  target: str | os.PathLike, by: str, replace: bool = False
+) -> Generator[pathlib.Path]:
+  """An empty folder to write into, which becomes `target` when the block ends well; the one that
+  was there goes after that.
 
-  It is `new` in the work folder `<target>.<by>.incomplete`, where a `lock` says whose that is, and where what gives way is `old`. So
-  there is a whole one at `target`, or `settle` puts it there, whenever a process is killed. When the block fails the work folder is
-  removed; what a killed process left is removed by the next one.
+  It is `new` in the work folder `<target>.<by>.incomplete`, where a `lock` says whose that is, and
+  where what gives way is `old`. So there is a whole one at `target`, or `settle` puts it there,
+  whenever a process is killed. When the block fails the work folder is removed; what a killed
+  process left is removed by the next one.
 
   Args:
     target: folder to be, whole or not at all.
@@ -153,17 +197,26 @@ def fresh_folder(target: str | os.PathLike, by: str, replace: bool = False) -> G
     OSError: it can't be made, or another process is making it.
     ValueError: it is in a bucket, where no folder can be renamed.
   """
-  target = pathlib.Path(os.path.realpath(local(target, "a folder that is whole or not at all appears by a rename", written=True)))
+  target = pathlib.Path(
+    os.path.realpath(
+      local(target, "a folder that is whole or not at all appears by a rename", written=True)
+    )
+  )
   settle(target)
   _check_free(target, replace)
   work, mark = target.with_name(f"{target.name}.{by}.incomplete"), _mark(by)
   try:
     work.mkdir(parents=True, exist_ok=True)
-    if not {path.name for path in work.iterdir()} <= {"lock"} and (not (work / "lock").is_file() or (work / "lock").read_text() != mark):
+    if not {path.name for path in work.iterdir()} <= {"lock"} and (
+      not (work / "lock").is_file() or (work / "lock").read_text() != mark
+    ):
       raise FileExistsError(f"{work} is in the way, and `{by}` did not make it; move it away")
   except OSError as error:
     raise type(error)(f"{target} can't be written: {error.strerror or error}") from error
-  with locked(work / "lock", OSError(f"another process is writing {target}; wait for it, or choose another folder")):
+  with locked(
+    work / "lock",
+    OSError(f"another process is writing {target}; wait for it, or choose another folder"),
+  ):
     (work / "lock").write_text(mark)
     _settle(work, target)
     _empty(work)  # a killed process's
@@ -182,13 +235,17 @@ def _check_free(target: pathlib.Path, replace: bool) -> None:
   if target.is_symlink():  # a path without links, but for those that go round in a circle
     raise OSError(f"{target} can't be written: {os.strerror(errno.ELOOP)}")
   if os.path.ismount(target):
-    raise FileExistsError(f"{target} is where a file system is mounted, which no rename can replace; choose a folder inside it")
+    raise FileExistsError(
+      f"{target} is where a file system is mounted, which no rename can replace; choose a folder "
+      f"inside it"
+    )
   if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
     raise FileExistsError(f"{target} already exists; remove it or choose another folder")
 
 
 def become(work: pathlib.Path, name: str, target: pathlib.Path, replace: bool = False) -> None:
-  """Makes a folder in a work folder the target, when it has reached the disk, and removes the work folder.
+  """Makes a folder in a work folder the target, when it has reached the disk, and removes the work
+  folder.
 
   Raises:
     OSError: there is something at the target, and it may not be replaced.
@@ -204,7 +261,8 @@ def become(work: pathlib.Path, name: str, target: pathlib.Path, replace: bool = 
 
 
 def settle(target: str | os.PathLike) -> None:
-  """Finishes what a process that was killed in `become` left: between its two renames nothing is at `target`.
+  """Finishes what a process that was killed in `become` left: between its two renames nothing is at
+  `target`.
 
   Every command does this for the folders that it is told to read or write.
   """
@@ -213,7 +271,9 @@ def settle(target: str | os.PathLike) -> None:
   except ValueError:  # no path at all
     return
   for work in target.parent.glob(f"{glob.escape(target.name)}.*.incomplete"):
-    with contextlib.suppress(OSError):  # no permission: nothing changes, and who needs the folder says that it is not there
+    with contextlib.suppress(
+      OSError
+    ):  # no permission: nothing changes, and who needs the folder says that it is not there
       if (work / "old").exists():
         with locked(work / "lock", None):
           _settle(work, target)
@@ -227,7 +287,10 @@ def _settle(work: pathlib.Path, target: pathlib.Path) -> None:
     except OSError:
       os.rename(work / "old", target)
   if (work / "old").exists() and (work / "new").exists():
-    raise FileExistsError(f"{target} was made by somebody else at the same time; what was there before is {work / 'old'}: move it away")
+    raise FileExistsError(
+      f"{target} was made by somebody else at the same time; what was there before is "
+      f"{work / 'old'}: move it away"
+    )
 
 
 def _empty(work: pathlib.Path) -> None:
@@ -247,7 +310,9 @@ def _remove(work: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(file: str | os.PathLike, taken: Exception | None, needed: bool = False) -> Generator[None]:
+def locked(
+  file: str | os.PathLike, taken: Exception | None, needed: bool = False
+) -> Generator[None]:
   """Keeps other processes out of what a lock file stands for, as far as its file system has locks.
 
   Args:
@@ -282,7 +347,8 @@ def locked(file: str | os.PathLike, taken: Exception | None, needed: bool = Fals
 
 @contextlib.contextmanager
 def alone(folder: str | os.PathLike, by: str) -> Generator[None]:
-  """Makes a folder in which a command writes, and keeps others out of it meanwhile; its lock says who was there first.
+  """Makes a folder in which a command writes, and keeps others out of it meanwhile; its lock says
+  who was there first.
 
   Raises:
     OSError: it can't be made, or another process is at work in it.
@@ -290,7 +356,10 @@ def alone(folder: str | os.PathLike, by: str) -> Generator[None]:
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   lock = folder / ".lock"
-  with locked(lock, OSError(f"another command is at work in {folder}; wait for it, or give --out another folder")):
+  with locked(
+    lock,
+    OSError(f"another command is at work in {folder}; wait for it, or give --out another folder"),
+  ):
     if not lock.stat().st_size:
       lock.write_text(_mark(by))
     sweep(folder)
@@ -307,8 +376,13 @@ def _mark(by: str) -> str:
   return f"xcomp_jax {by}"
 
 
-def apart(outputs: Mapping[str, str | os.PathLike | None], inputs: Mapping[str, str | os.PathLike | None], nested: bool = False) -> None:
-  """Sees to it that nothing that is written is what is read, or a folder around it, or a standard stream's, under whatever name.
+def apart(
+  outputs: Mapping[str, str | os.PathLike | None],
+  inputs: Mapping[str, str | os.PathLike | None],
+  nested: bool = False,
+) -> None:
+  """Sees to it that nothing that is written is what is read, or a folder around it, or a standard
+  stream's, under whatever name.
 
   Args:
     outputs: by the option that names each; None: not given.
@@ -318,22 +392,45 @@ def apart(outputs: Mapping[str, str | os.PathLike | None], inputs: Mapping[str, 
   Raises:
     ValueError: which ones are the same.
   """
-  there = lambda paths: {name: pathlib.Path(os.path.realpath(path_of(path))) for name, path in paths.items() if path and "://" not in os.fspath(path)}
-  around = lambda outer, inner: any(part == outer or (outer.exists() and part.exists() and part.samefile(outer)) for part in (inner, *inner.parents))
+
+  def there(paths):
+    return {
+      name: pathlib.Path(os.path.realpath(path_of(path)))
+      for name, path in paths.items()
+      if path and "://" not in os.fspath(path)
+    }
+
+  def around(outer, inner):
+    return any(
+      part == outer or (outer.exists() and part.exists() and part.samefile(outer))
+      for part in (inner, *inner.parents)
+    )
+
   for option, output in there(outputs).items():
     for number, stream in enumerate(("standard input", "standard output", "standard error")):
       with contextlib.suppress(OSError):  # it is closed, or there is no output yet
         if output.is_file() and os.path.samestat(os.fstat(number), os.stat(output)):
-          raise ValueError(f"{option} {output} is also {stream}, which would be damaged; give another {option}")
+          raise ValueError(
+            f"{option} {output} is also {stream}, which would be damaged; give another {option}"
+          )
     for name, source in there(inputs).items():
-      how = "contains" if around(output, source) else "lies in" if nested and around(source, output) else ""
+      how = (
+        "contains"
+        if around(output, source)
+        else "lies in"
+        if nested and around(source, output)
+        else ""
+      )
       if how:
         how = "is" if around(source, output) and how == "contains" else how
-        raise ValueError(f"{option} {output} {how} {name} {source}, which would be damaged; give another {option}")
+        raise ValueError(
+          f"{option} {output} {how} {name} {source}, which would be damaged; give another {option}"
+        )
 
 
 def keep_compiled(folder: str | None, default: str | None = None) -> None:
-  """Has JAX keep compiled programs; where that can't be written, it says so in a line and keeps none.
+  """Has JAX keep compiled programs; where that can't be written, it says so in a line and keeps
+  none.
 
   folder: where; "": nowhere; None: as the environment says, else in `default`.
   """
@@ -352,7 +449,11 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
       with tempfile.TemporaryFile(dir=wanted):
         pass
   except Exception as error:  # a bucket's client has errors of its own
-    why = one_line(error) if isinstance(error, HomeError) else f"{wanted} can't be written: {one_line(error)}"
+    why = (
+      one_line(error)
+      if isinstance(error, HomeError)
+      else f"{wanted} can't be written: {one_line(error)}"
+    )
     print(f"compiled programs are not kept: {why}", file=sys.stderr)
     wanted = None
   if (wanted or None) != before:
@@ -360,28 +461,44 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
 
 
 def too_many_files(error: BaseException) -> str:
-  """Says what to do if an error, or what led to it, is that this process has as many files open as it may; else ""."""
+  """Says what to do if an error, or what led to it, is that this process has as many files open as
+  it may; else "".
+  """
   seen: BaseException | None = error
   for _ in range(20):  # causes may go round in a circle
     if seen is None:
       return ""
     # Some libraries pass the system's words on without its number.
-    if getattr(seen, "errno", None) == errno.EMFILE or re.search(f"{os.strerror(errno.EMFILE)}(?! in system)", str(seen)):
+    if getattr(seen, "errno", None) == errno.EMFILE or re.search(
+      f"{os.strerror(errno.EMFILE)}(?! in system)", str(seen)
+    ):
       limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
       more = 4096 if most == resource.RLIM_INFINITY else min(most, 4096)
-      advice = f"`ulimit -n {more}` allows more" if more > limit else "to allow more, raise the hard limit (`ulimit -Hn`)"
-      return f"Too many open files: a process may have {limit} here; {advice}, and the same command goes on"
+      advice = (
+        f"`ulimit -n {more}` allows more"
+        if more > limit
+        else "to allow more, raise the hard limit (`ulimit -Hn`)"
+      )
+      return (
+        f"Too many open files: a process may have {limit} here; {advice}, and the same "
+        f"command goes on"
+      )
     seen = seen.__cause__ or seen.__context__
   return ""
 
 
 def out_of_memory(error: BaseException) -> str:
-  """Says what to do if an error is that the memory of the machine, or of a device, is used up; else ""."""
+  """Says what to do if an error is that the memory of the machine, or of a device, is used up; else
+  "".
+  """
   text = str(error)
-  if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):  # JAX's
+  if not isinstance(error, MemoryError) and not (
+    isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text
+  ):  # JAX's
     return ""
   return (
-    "it needs more memory than there is: take fewer frames (--max-frames, --select), or less at once (--clips-per-chunk, --batch, "
+    "it needs more memory than there is: take fewer frames (--max-frames, --select), or less at "
+    "once (--clips-per-chunk, --batch, "
     f"--ahead, --workers); {one_line(text)[:200] or type(error).__name__}"
   )
 
@@ -399,9 +516,11 @@ def one_line(error: BaseException | str) -> str:
 
 @contextlib.contextmanager
 def command(*errors: type[Exception], interrupted: str = "interrupted") -> Generator[None]:
-  """The body of a command: an error of the user's is one line on stderr and exit code 1, Ctrl-C ends with 130.
+  """The body of a command: an error of the user's is one line on stderr and exit code 1, Ctrl-C
+  ends with 130.
 
-  Who stops reading what it prints (`| head`) ends it with 141 and no word. What stdout can't spell is escaped.
+  Who stops reading what it prints (`| head`) ends it with 141 and no word. What stdout can't spell
+  is escaped.
 
   Args:
     errors: kinds that are the user's, beside ValueError and OSError.
@@ -410,7 +529,9 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
   with contextlib.suppress(ModuleNotFoundError):  # the benchmarks run without it
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # an interrupt that comes while tqdm starts its thread of this is taken for the thread's error, and lost
+    # an interrupt that comes while tqdm starts its thread of this is taken for the thread's error,
+    # and lost
+    tqdm.monitor_interval = 0
   try:
     _streams()
     yield
@@ -423,7 +544,11 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     if not (memory or advice or isinstance(error, (ValueError, OSError, *errors))):
       raise
     text = memory or str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+    if (
+      isinstance(error, OSError)
+      and error.errno in (errno.ENOSPC, errno.EDQUOT)
+      and error.filename is None
+    ):
       text += ", for what stdout goes to, or a temporary file"  # what else is written has a name
     print(f"error: {text}" + (f"; {advice}" if advice not in text else ""), file=sys.stderr)
     _give_up_stdout()
@@ -442,7 +567,9 @@ def _give_up_stdout() -> None:
 
 
 def _unread(stream: TextIO) -> bool:
-  """Whether a stream goes to a pipe whose reader has left; a broken pipe may also be a network's."""
+  """Whether a stream goes to a pipe whose reader has left; a broken pipe may also be a
+  network's.
+  """
   look = select.poll()
   look.register(stream.fileno(), 0)
   return any(events & select.POLLERR for _, events in look.poll(0))
@@ -454,7 +581,9 @@ def _streams() -> None:
   Raises:
     OSError: stdout is closed, and answers would be lost.
   """
-  missing = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
+  missing = [
+    number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None
+  ]
   while missing and (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
     pass
   if missing:
@@ -463,7 +592,12 @@ def _streams() -> None:
   sys.stdout = sys.stdout or open(1, "w", closefd=False)
   sys.stderr = sys.stderr or open(2, "w", closefd=False)
   if 1 in missing:
-    raise OSError("stdout is closed, and what is printed would be lost; send it to a file, or to /dev/null")
-  for stream, handling in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):  # as stderr does
+    raise OSError(
+      "stdout is closed, and what is printed would be lost; send it to a file, or to /dev/null"
+    )
+  for stream, handling in (
+    (sys.stdin, "surrogateescape"),
+    (sys.stdout, "backslashreplace"),
+  ):  # as stderr does
     if isinstance(stream, io.TextIOWrapper):  # not in a test
       stream.reconfigure(errors=handling)

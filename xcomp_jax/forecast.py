@@ -1,8 +1,10 @@
-"""Says what a run's steps will compute and how long they take at least, before anything is compiled.
+"""Says what a run's steps will compute and how long they take at least, before anything is
+compiled.
 
-The same prediction chooses the mesh and the shapes of the micro-batches (`schedule`). Each part of a step (a micro-batch, the
-tower, the optimizer) is predicted to take the longest of three: operations of the most loaded device, bytes over links, and bytes
-of memory. Rates are those of data sheets (`chips.CHIPS`), so real runs take longer.
+The same prediction chooses the mesh and the shapes of the micro-batches (`schedule`). Each part of
+a step (a micro-batch, the tower, the optimizer) is predicted to take the longest of three:
+operations of the most loaded device, bytes over links, and bytes of memory. Rates are those of data
+sheets (`chips.CHIPS`), so real runs take longer.
 """
 
 import dataclasses
@@ -21,17 +23,25 @@ from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.model import attention
 
 BLOCK = 512  # queries, and keys, of a block of attention's kernels
-# Memory traffic of a layer in units of what its activations take, per forward pass (a gradient is two more); fitted to
-# programs compiled for TPUs (docs/LOG.md), which it meets within a fifth.
+# Memory traffic of a layer in units of what its activations take, per forward pass (a gradient is
+# two more); fitted to programs compiled for TPUs (docs/LOG.md), which it meets within a fifth.
 TRAFFIC = 3.2
 PICO = 10**12
-# Of a virtual CPU device, whose figures nobody knows: collectives among threads cost more than what they send.
+# Of a virtual CPU device, whose figures nobody knows: collectives among threads cost more than what
+# they send.
 CPU = {"flops": 2e10, "bandwidth": 1e10, "links": 2e8}
-OTHER = {"flops": 1e14, "bandwidth": 1e12, "links": 3e10}  # likewise of a GPU that `chips.CHIPS` does not have
-CONTEXT = 20  # of meshes within a 20th of the fastest the one with least context is taken: gathered keys and values are waited for
+OTHER = {
+  "flops": 1e14,
+  "bandwidth": 1e12,
+  "links": 3e10,
+}  # likewise of a GPU that `chips.CHIPS` does not have
+# of meshes within a 20th of the fastest the one with least context is taken: gathered keys and
+# values are waited for
+CONTEXT = 20
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------
+# --- devices
+# ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +80,21 @@ def _rates(devices: Sequence[Any], dtype: str = "bfloat16") -> cost.Device:
   """Looks devices up, and fills in what is not known."""
   found = cost.device_of(devices, dtype)
   assumed = CPU if found.kind == "cpu" else OTHER
-  return dataclasses.replace(found, **{key: rate for key, rate in assumed.items() if getattr(found, key) is None})
+  return dataclasses.replace(
+    found, **{key: rate for key, rate in assumed.items() if getattr(found, key) is None}
+  )
 
 
-# --- what a micro-batch takes -----------------------------------------------------------------------------------------
+# --- what a micro-batch takes
+# -----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
   """What micro-batches take on a mesh; see `packing.Costs`.
 
-  mesh: sizes along data, fsdp, tensor, context. attention: of each sample, in picoseconds of its row's devices.
+  mesh: sizes along data, fsdp, tensor, context. attention: of each sample, in picoseconds of its
+  row's devices.
   """
 
   cfg: VLMConfig
@@ -99,13 +113,18 @@ class Costs:
     """Picoseconds of operations without attention, and of what may go on meanwhile."""
     if shape not in self.prices:
       spent = self.spent(shape)
-      self.prices[shape] = round(PICO * spent["operations"]), round(PICO * max(spent["links"], spent["memory"]))
+      self.prices[shape] = (
+        round(PICO * spent["operations"]),
+        round(PICO * max(spent["links"], spent["memory"])),
+      )
     return self.prices[shape]
 
   def squares(self, shape: Shape) -> float:
     """Seconds of the passes whose attention computes whole rows, whatever samples they hold."""
     assert self.device.flops is not None  # see `_rates`
-    each = square_passes(self.cfg, self.train, self.device) * square_flops(self.cfg, shape, self.device, self.mesh[3])
+    each = square_passes(self.cfg, self.train, self.device) * square_flops(
+      self.cfg, shape, self.device, self.mesh[3]
+    )
     return shape.rows // self.groups * each / (self.mesh[2] * self.mesh[3] * self.device.flops)
 
   def spent(self, shape: Shape) -> dict[str, float]:
@@ -114,29 +133,43 @@ class Costs:
     assert self.device.flops is not None  # see `_rates`
     m, v, parts, rows = self.cfg.llm, self.cfg.vision, fsdp * context, shape.rows // self.groups
     times, backward = passes(self.cfg, self.train), metrics.passes(self.train)["llm"] > 1
-    inside = ("projector", "llm", *(("vision",) if self.train.vision else ()))  # a frozen tower runs before
+    inside = (
+      "projector",
+      "llm",
+      *(("vision",) if self.train.vision else ()),
+    )  # a frozen tower runs before
     flops = rows * sum(times[part] * row_flops(self.cfg, shape)[part] for part in inside)
     flops += self.squares(shape) * tensor * context * self.device.flops
     slots = rows * sum(entering for entering, _ in _slots(self.cfg, shape))
 
     projector = m.width * (m.width + v.width)
     layers = m.layers * sum(metrics.layer_products(m))
-    used, trained = (layers + projector) / tensor, (layers * self.train.llm + projector * self.train.projector) / tensor
-    # Parameters are gathered in two bytes for each pass over them, and gradients summed in four. So are a row's keys and
-    # values where `context` splits it, and gathered once more to compute again.
-    sent = (2 * (1 + backward) * used + 4 * trained) * (parts - 1) / parts + 8 * trained / parts * (data - 1) / data
+    used, trained = (
+      (layers + projector) / tensor,
+      (layers * self.train.llm + projector * self.train.projector) / tensor,
+    )
+    # Parameters are gathered in two bytes for each pass over them, and gradients summed in four. So
+    # are a row's keys and values where `context` splits it, and gathered once more to compute
+    # again.
+    sent = (2 * (1 + backward) * used + 4 * trained) * (parts - 1) / parts + 8 * trained / parts * (
+      data - 1
+    ) / data
     keys = 2 * slots * m.kv_heads * m.head_dim / tensor
     sent += keys * (8 if backward else 2) * (context - 1) / context
     # `tensor` sums what attention and MLP give, in each pass.
     sent += 2 * times["llm"] * slots / context * 2 * m.width * 2 * (tensor - 1) / tensor
-    # Gathered parameters are written once and read about once a pass; gradients are written and added.
+    # Gathered parameters are written once and read about once a pass; gradients are written and
+    # added.
     moved = 2 * used * (times["llm"] + 1 + backward) + 8 * trained
-    moved += TRAFFIC * times["llm"] * slots / (tensor * context) * _activations(m.width, m.mlp_width)
+    moved += (
+      TRAFFIC * times["llm"] * slots / (tensor * context) * _activations(m.width, m.mlp_width)
+    )
     return _seconds(self.device, flops / (tensor * context), sent, moved)
 
 
 def passes(cfg: VLMConfig, train: TrainConfig) -> dict[str, int]:
-  """How many times the operations of its forward pass each part executes: `metrics.passes`, and what is recomputed.
+  """How many times the operations of its forward pass each part executes: `metrics.passes`, and
+  what is recomputed.
 
   Attention, which remat does not compute again, has kernels that compute scores again instead.
   """
@@ -146,24 +179,47 @@ def passes(cfg: VLMConfig, train: TrainConfig) -> dict[str, int]:
 
 def _slots(cfg: VLMConfig, shape: Shape) -> list[tuple[int, int]]:
   """Token slots of a row that each layer attends with, and that it finishes."""
-  around, groups = shape.samples * shape.prefix + shape.text, shape.frames * cfg.tokens_per_frame // cfg.lp_comp.group
-  return [(around + groups * entering, around + groups * left) for entering, left in metrics.entering_and_leaving(cfg)]
+  around, groups = (
+    shape.samples * shape.prefix + shape.text,
+    shape.frames * cfg.tokens_per_frame // cfg.lp_comp.group,
+  )
+  return [
+    (around + groups * entering, around + groups * left)
+    for entering, left in metrics.entering_and_leaving(cfg)
+  ]
 
 
 def row_flops(cfg: VLMConfig, shape: Shape) -> dict[str, float]:
-  """Operations of a row's forward pass, all its slots, without the LLM's attention; as `metrics.forward_flops`."""
+  """Operations of a row's forward pass, all its slots, without the LLM's attention; as
+  `metrics.forward_flops`.
+  """
   first, rest = metrics.layer_products(cfg.llm)
   frames = metrics.forward_flops(cfg, [Length(shape.frames, cfg.clip_frames, 0, 0)], pixels=True)
-  logits = 2.0 * cfg.llm.width * cfg.llm.vocab_size * (shape.samples * (shape.prefix + 1) + shape.text)
-  llm = logits + sum(2 * entering * first + 2 * left * rest for entering, left in _slots(cfg, shape))
-  return {"vision": float(frames["vision"][0]), "projector": float(frames["projector"][0]), "llm": llm}
+  logits = (
+    2.0 * cfg.llm.width * cfg.llm.vocab_size * (shape.samples * (shape.prefix + 1) + shape.text)
+  )
+  llm = logits + sum(
+    2 * entering * first + 2 * left * rest for entering, left in _slots(cfg, shape)
+  )
+  return {
+    "vision": float(frames["vision"][0]),
+    "projector": float(frames["projector"][0]),
+    "llm": llm,
+  }
 
 
 def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np.ndarray:
-  """Operations of the LLM's attention in each sample's forward pass, as executed: with what kernels can't leave out."""
-  edges = 3.0 if device.kind.startswith("TPU") else 1.5  # elsewhere slots are brought into sample order
+  """Operations of the LLM's attention in each sample's forward pass, as executed: with what kernels
+  can't leave out.
+  """
+  edges = (
+    3.0 if device.kind.startswith("TPU") else 1.5
+  )  # elsewhere slots are brought into sample order
   table = length_table(lengths)
-  around, groups = table[:, 2] + table[:, 3], table[:, 0] * cfg.tokens_per_frame // cfg.lp_comp.group
+  around, groups = (
+    table[:, 2] + table[:, 3],
+    table[:, 0] * cfg.tokens_per_frame // cfg.lp_comp.group,
+  )
   pairs = np.zeros(len(table))
   for entering, _ in metrics.entering_and_leaving(cfg):
     pairs += attention.packed_pairs(around + groups * entering, BLOCK, edges)
@@ -171,10 +227,12 @@ def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np
 
 
 def square_flops(cfg: VLMConfig, shape: Shape, device: cost.Device, context: int) -> float:
-  """Operations of a row's attention in one of `square_passes`: of its square what the kernel can't leave out.
+  """Operations of a row's attention in one of `square_passes`: of its square what the kernel can't
+  leave out.
 
-  Mosaic's gradient leaves out no blocks of other samples, but those above the diagonal. Triton's kernels, and XLA's own attention,
-  see a quarter, half or all of the keys. Where the sequence is split over devices, they compute all.
+  Mosaic's gradient leaves out no blocks of other samples, but those above the diagonal. Triton's
+  kernels, and XLA's own attention, see a quarter, half or all of the keys. Where the sequence is
+  split over devices, they compute all.
   """
   mosaic = capability(device) >= (9, 0) and cfg.dtype != "float32"
   share = 1.0 if context > 1 or cfg.attention == "einsum" else 0.5 if mosaic else 0.7
@@ -183,7 +241,9 @@ def square_flops(cfg: VLMConfig, shape: Shape, device: cost.Device, context: int
 
 
 def square_passes(cfg: VLMConfig, train: TrainConfig, device: cost.Device) -> int:
-  """Of the passes over the LLM, those whose attention computes whole rows, whatever samples they hold."""
+  """Of the passes over the LLM, those whose attention computes whole rows, whatever samples they
+  hold.
+  """
   times = passes(cfg, train)["llm"]
   if cfg.attention == "einsum":
     return times
@@ -200,7 +260,9 @@ def capability(device: cost.Device) -> tuple[int, int]:
 
 
 def _activations(width: int, mlp_width: int) -> int:
-  """Bytes of a token's activations in a layer: queries, keys, values, two norms, two sums; and the MLP's."""
+  """Bytes of a token's activations in a layer: queries, keys, values, two norms, two sums; and the
+  MLP's.
+  """
   return 2 * (7 * width + 3 * mlp_width)
 
 
@@ -209,7 +271,8 @@ def _seconds(device: cost.Device, flops: float, sent: float, moved: float) -> di
   return {"operations": found["compute"], "links": found["links"], "memory": found["memory"]}
 
 
-# --- the choice of mesh and shapes ------------------------------------------------------------------------------------
+# --- the choice of mesh and shapes
+# ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +285,14 @@ class Schedule:
 
 
 def schedule(
-  config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: Sequence[Any], like: Schedule | None = None
+  config: RunConfig,
+  cfg: VLMConfig,
+  lengths: Lengths,
+  devices: Sequence[Any],
+  like: Schedule | None = None,
 ) -> Schedule:
-  """Chooses the mesh, where the config leaves it open, and the shapes of micro-batches, unless the config names them.
+  """Chooses the mesh, where the config leaves it open, and the shapes of micro-batches, unless the
+  config names them.
 
   Of the meshes it takes the one with least context that is nearly the fastest (CONTEXT).
 
@@ -233,12 +301,18 @@ def schedule(
     cfg: sizes of the model.
     lengths: of all samples.
     devices: of JAX, or from `chips`.
-    like: of the same run's training, for held-out samples: the mesh is its mesh, and so are the shapes if all samples fit.
+    like: of the same run's training, for held-out samples: the mesh is its mesh, and so are the
+      shapes if all samples fit.
 
   Raises:
     ConfigError: samples that fit no shape, shapes that the mesh can't split, a mesh that can't be.
   """
-  data, size, device, lengths = config.data, config.train.batch_size, _rates(devices, cfg.dtype), length_table(lengths)
+  data, size, device, lengths = (
+    config.data,
+    config.train.batch_size,
+    _rates(devices, cfg.dtype),
+    length_table(lengths),
+  )
   named = None if data.shapes is None else [_named(shape, data) for shape in data.shapes]
   packing.check_fit(lengths, data.prefix_length, named)
   meshes = _meshes(config, cfg, device.count) if like is None else [like.mesh]
@@ -249,11 +323,15 @@ def schedule(
     try:
       room = _room(data, cfg, mesh, lengths)
       if several:
-        sharding.row_groups(sharding.make_mesh(MeshConfig(*mesh), devices))  # refuses what hosts can't share
+        sharding.row_groups(
+          sharding.make_mesh(MeshConfig(*mesh), devices)
+        )  # refuses what hosts can't share
       if like is not None and packing.fits(lengths, like.shapes):
         return Schedule(mesh, like.shapes, costs)
       if data.shapes is None:
-        found.append(_Choice(*packing.choose_shapes(lengths, size, room, costs, sweeps=0), costs, room))
+        found.append(
+          _Choice(*packing.choose_shapes(lengths, size, room, costs, sweeps=0), costs, room)
+        )
       else:
         shapes = packing.named_shapes(data.shapes, room)
         found.append(_Choice(shapes, packing.average(lengths, size, shapes, costs), costs, room))
@@ -262,9 +340,13 @@ def schedule(
   if not found:
     raise refused[-1]  # of the mesh that splits a row most
   if data.shapes is None:  # look closer at those that may be the fastest
-    found = [choice.improved(lengths, size, 1) for choice in sorted(found, key=lambda f: f.time)[:3]]
+    found = [
+      choice.improved(lengths, size, 1) for choice in sorted(found, key=lambda f: f.time)[:3]
+    ]
   most = min(choice.time for choice in found) * (CONTEXT + 1) // CONTEXT
-  best = min((choice for choice in found if choice.time <= most), key=lambda choice: choice.costs.mesh[-1])
+  best = min(
+    (choice for choice in found if choice.time <= most), key=lambda choice: choice.costs.mesh[-1]
+  )
   if data.shapes is None:
     best = best.improved(lengths, size, 3)
   return Schedule(best.costs.mesh, best.shapes, best.costs)
@@ -290,9 +372,13 @@ def _named(sizes: Sequence[int], data: DataConfig) -> Shape:
 
 
 def _meshes(config: RunConfig, cfg: VLMConfig, devices: int) -> list[tuple[int, ...]]:
-  """The meshes that the config allows; those that leave fsdp and context open have all that they can split."""
+  """The meshes that the config allows; those that leave fsdp and context open have all that they
+  can split.
+  """
   mesh, both = config.mesh, (config.mesh.fsdp, config.mesh.context) == (-1, -1)
-  data, left, tensor, context = sharding.mesh_sizes(dataclasses.replace(mesh, context=1) if both else mesh, devices)
+  data, left, tensor, context = sharding.mesh_sizes(
+    dataclasses.replace(mesh, context=1) if both else mesh, devices
+  )
   sharding.check_tensor(tensor, cfg)
   if not both:
     return [(data, left, tensor, context)]
@@ -310,9 +396,11 @@ def _room(data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Length
   frames, text = -(-data.frames_per_device * devices // step) * step, data.text_per_device * devices
   if data.shapes is None:
     packing.refuse(
-      f"the data does not fit {frames:,} frames with {text:,} tokens after the visual slot, the largest row on {devices} "
+      f"the data does not fit {frames:,} frames with {text:,} tokens after the visual slot, the "
+      f"largest row on {devices} "
       f"device{'s' * (devices > 1)} by config.data.frames_per_device={data.frames_per_device} and "
-      f"text_per_device={data.text_per_device}; the most that a sample has is {table[:, 0].max():,} and {table[:, 3].max():,}: raise "
+      f"text_per_device={data.text_per_device}; the most that a sample has is "
+      f"{table[:, 0].max():,} and {table[:, 3].max():,}: raise "
       "these if memory allows, or use more devices",
       [
         f"sample {i} has {table[i, 0]:,} frames and {table[i, 3]:,} tokens"
@@ -335,8 +423,8 @@ def _costs(
 def check_memory(plan: Schedule) -> None:
   """Refuses a run whose state and rows take more memory than its devices have, where that is known.
 
-  Counted are trained parameters, their gradients and moments, and what each layer receives, which the backward pass needs;
-  `xcomp_jax.plan` counts all.
+  Counted are trained parameters, their gradients and moments, and what each layer receives, which
+  the backward pass needs; `xcomp_jax.plan` counts all.
 
   Raises:
     ConfigError: it takes more.
@@ -347,26 +435,35 @@ def check_memory(plan: Schedule) -> None:
   rows = kept(costs, shape)
   if state + rows <= there:
     return
-  more = "use more devices" if state > there else (
-    "use more devices, or less in a row (config.data.shapes, frames_per_device, text_per_device)"
-  )  # fmt: skip
+  more = (
+    "use more devices"
+    if state > there
+    else (
+      "use more devices, or less in a row (config.data.shapes, frames_per_device, text_per_device)"
+    )
+  )
   raise ConfigError(
-    f"this run does not fit {device.count} x {device.kind}: each has {there / 1e9:.1f} GB, and takes {state / 1e9:.1f} GB for trained "
-    f"state and {rows / 1e9:.1f} GB for a micro-batch of {shape.rows} x ({shape.samples} samples, {shape.frames:,} frames, "
+    f"this run does not fit {device.count} x {device.kind}: each has {there / 1e9:.1f} GB, and "
+    f"takes {state / 1e9:.1f} GB for trained "
+    f"state and {rows / 1e9:.1f} GB for a micro-batch of {shape.rows} x ({shape.samples} samples, "
+    f"{shape.frames:,} frames, "
     f"{shape.text:,} tokens); {more}"
   )
 
 
-# --- the account of a run ---------------------------------------------------------------------------------------------
+# --- the account of a run
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Account:
   """What the steps of a run compute and take; numbers of an average step.
 
-  tower, llm, all: real operations as a share of those executed, padding and attention that can't be left out included.
-  programs: gradient programs of the LLM. seconds: predicted, by what bounds them. alone: seconds of the real operations
-  at the peak, recomputation included; linked: the same, but at least what one micro-batch needs the links.
+  tower, llm, all: real operations as a share of those executed, padding and attention that can't be
+  left out included.
+  programs: gradient programs of the LLM. seconds: predicted, by what bounds them. alone: seconds of
+  the real operations at the peak, recomputation included; linked: the same, but at least what one
+  micro-batch needs the links.
   """
 
   mesh: tuple[int, ...]
@@ -398,16 +495,25 @@ class Account:
     tower = f"{self.tower:.0%} of the tower's, " if self.pixels else ""
     known = metrics.peak_flops(self.device.kind) is not None
     least = "takes at least" if known else "is counted as"
-    assumed = "" if known else f" by figures that nobody has measured for a {self.device.kind}, only to compare shapes"
+    assumed = (
+      ""
+      if known
+      else f" by figures that nobody has measured for a {self.device.kind}, only to compare shapes"
+    )
     return (
-      f"{self.steps:,} steps of {self.batch_size} samples, each {self.micro_batches:.2f} micro-batches on average, in "
-      f"{self.programs} shape{'s' * (self.programs > 1)}. Of the operations executed {tower}{self.llm:.0%} of the LLM's and {self.all:.0%} of all are "
-      f"on real tokens. A step {least} {self.step:.3g} s{assumed}, bound by {self.bound}; its real operations alone "
+      f"{self.steps:,} steps of {self.batch_size} samples, each {self.micro_batches:.2f} "
+      f"micro-batches on average, in "
+      f"{self.programs} shape{'s' * (self.programs > 1)}. Of the operations executed "
+      f"{tower}{self.llm:.0%} of the LLM's and {self.all:.0%} of all are "
+      f"on real tokens. A step {least} {self.step:.3g} s{assumed}, bound by {self.bound}; its real "
+      f"operations alone "
       f"{self.alone:.3g} s."
     )
 
 
-def account(plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, pixels: bool) -> Account:
+def account(
+  plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, pixels: bool
+) -> Account:
   """Accounts for steps that were packed as planned; pixels: the tower runs, too."""
   costs = plan.costs
   ids = np.unique([i for micros in steps for i in packing.samples(micros)]).astype(np.int64)
@@ -458,33 +564,56 @@ def account(plan: Schedule, steps: Sequence[Sequence[Micro]], lengths: Lengths, 
   samples = sum(len(packing.samples(micros)) for micros in steps)
   used = {micro.shape for micros in steps for micro in micros}
   return Account(
-    plan.mesh, device, pixels, len(steps), round(samples / count), micro_batches / count, share(("vision",)),
-    share(("projector", "llm")), share(tuple(real)), len(used), seconds, sum(needed.values()), linked,
-  )  # fmt: skip
+    plan.mesh,
+    device,
+    pixels,
+    len(steps),
+    round(samples / count),
+    micro_batches / count,
+    share(("vision",)),
+    share(("projector", "llm")),
+    share(tuple(real)),
+    len(used),
+    seconds,
+    sum(needed.values()),
+    linked,
+  )
 
 
-def _tower(cfg: VLMConfig, device: cost.Device, table: np.ndarray) -> tuple[float, dict[str, float]]:
-  """Operations of the frozen tower over a step's clips, spread evenly over all devices; and its seconds by kind."""
+def _tower(
+  cfg: VLMConfig, device: cost.Device, table: np.ndarray
+) -> tuple[float, dict[str, float]]:
+  """Operations of the frozen tower over a step's clips, spread evenly over all devices; and its
+  seconds by kind.
+  """
   v, n = cfg.vision, device.count
   flops = tokens = sent = 0.0
   for size in np.unique(table[:, 1]).tolist():
     clips = int(table[table[:, 1] == size, 0].sum()) // max(size, 1)
     each = -(-clips // n)  # of a device
-    flops += each * float(metrics.forward_flops(cfg, [Length(size, size, 0, 0)], pixels=True)["vision"][0])
+    flops += each * float(
+      metrics.forward_flops(cfg, [Length(size, size, 0, 0)], pixels=True)["vision"][0]
+    )
     tokens += each * v.tokens(size)
-    sent += clips * size * cfg.tokens_per_frame * 2 * v.width  # merged features, gathered by every device
+    sent += (
+      clips * size * cfg.tokens_per_frame * 2 * v.width
+    )  # merged features, gathered by every device
   weights = 2 * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp_width)
   moved = 2 * weights + TRAFFIC * tokens * v.layers * _activations(v.width, 2 * v.mlp_width // 3)
   return flops * n, _seconds(device, flops, (sent + weights) * (n - 1) / n, moved)
 
 
 def _optimizer_bytes(costs: Costs) -> float:
-  """Memory traffic of the optimizer's step on a device: parameters and moments are read and written, gradients read."""
+  """Memory traffic of the optimizer's step on a device: parameters and moments are read and
+  written, gradients read.
+  """
   return 2 * 7 * 4 * trained(costs)  # the compiler's program moves twice what must be moved
 
 
 def kept(costs: Costs, shape: Shape) -> float:
-  """Bytes on a device of what each layer of the LLM receives in a micro-batch, which its backward pass needs."""
+  """Bytes on a device of what each layer of the LLM receives in a micro-batch, which its backward
+  pass needs.
+  """
   size = np.dtype(costs.cfg.dtype).itemsize
   slots = shape.rows // costs.groups * sum(entering for entering, _ in _slots(costs.cfg, shape))
   return slots * costs.cfg.llm.width * size / costs.mesh[3]
@@ -493,7 +622,9 @@ def kept(costs: Costs, shape: Shape) -> float:
 def trained(costs: Costs) -> float:
   """Numbers that are trained on each device."""
   m, v, train = costs.cfg.llm, costs.cfg.vision, costs.train
-  numbers = train.llm * (m.layers * sum(metrics.layer_products(m)) + m.vocab_size * m.width * (1 if m.tied else 2))
+  numbers = train.llm * (
+    m.layers * sum(metrics.layer_products(m)) + m.vocab_size * m.width * (1 if m.tied else 2)
+  )
   numbers += train.projector * m.width * (m.width + v.width)
   numbers += train.vision * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp_width)
   return numbers / math.prod(costs.mesh[1:])

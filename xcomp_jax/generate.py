@@ -15,7 +15,9 @@ from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import decoder, kernels, vlm
 from xcomp_jax.model.decoder import LayerCache
 
-TEXT_STEP = 64  # texts are padded to a multiple of this many tokens, long ones of `decoder.SHORT`, so that few lengths are compiled
+# texts are padded to a multiple of this many tokens, long ones of `decoder.SHORT`, so that few
+# lengths are compiled
+TEXT_STEP = 64
 CLIP_STEP = 8  # and videos to a multiple of this many clips
 STREAM = 8  # tokens between two looks at what was generated
 
@@ -26,7 +28,8 @@ class Sampling:
 
   max_new_tokens: of an answer, at most; room is made for them in every layer's cache.
   eos: token ids that end an answer.
-  repetition_penalty: 1.0 is none; the release's generation_config has 1.1, applied to new tokens only (quirk Q20).
+  repetition_penalty: 1.0 is none; the release's generation_config has 1.1, applied to new tokens
+  only (quirk Q20).
   temperature: 0 takes the most probable token; the others then don't matter.
   top_k: draw from the k most probable tokens; 0: from all.
   top_p: draw from the fewest tokens that together have this probability; 1.0: from all.
@@ -48,12 +51,18 @@ class Sampling:
       ConfigError: which one, and its range.
     """
     ranges = {
-      "max_new_tokens": self.max_new_tokens >= 1, "repetition_penalty": self.repetition_penalty > 0,
-      "temperature": self.temperature >= 0, "top_k": self.top_k >= 0, "top_p": 0 < self.top_p <= 1,
-    }  # fmt: skip
+      "max_new_tokens": self.max_new_tokens >= 1,
+      "repetition_penalty": self.repetition_penalty > 0,
+      "temperature": self.temperature >= 0,
+      "top_k": self.top_k >= 0,
+      "top_p": 0 < self.top_p <= 1,
+    }
     bad = [f"{name} = {getattr(self, name)}" for name, good in ranges.items() if not good]
     if bad:
-      raise ConfigError(f"sampling: {', '.join(bad)} makes no sense: max_new_tokens >= 1, repetition_penalty > 0, temperature and top_k >= 0, 0 < top_p <= 1")
+      raise ConfigError(
+        f"sampling: {', '.join(bad)} makes no sense: max_new_tokens >= 1, repetition_penalty > 0, "
+        f"temperature and top_k >= 0, 0 < top_p <= 1"
+      )
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +70,8 @@ class Sampling:
 class State:
   """Between two tokens.
 
-  logits: float32[B, V] of the next one. caches: one per layer, with free slots at their end. free: int32[], how
+  logits: float32[B, V] of the next one. caches: one per layer, with free slots at their end. free:
+  int32[], how
   many. seen: bool[B, V], tokens generated so far. done: bool[B], answers that have ended.
   """
 
@@ -75,7 +85,8 @@ class State:
 def prefill(model: vlm.VLM, batch: Batch, room: int, in_pieces: bool = False) -> State:
   """Runs a batch of prompts, one a row, and keeps every layer's own, shorter cache.
 
-  in_pieces: run long texts piece by piece, so that their padding takes no time, where the rule of keeping allows it.
+  in_pieces: run long texts piece by piece, so that their padding takes no time, where the rule of
+  keeping allows it.
   """
   text = batch.text.shape[1]
   in_pieces = in_pieces and text > decoder.SHORT and model.cfg.lp_comp.keep != "attention"
@@ -84,18 +95,33 @@ def prefill(model: vlm.VLM, batch: Batch, room: int, in_pieces: bool = False) ->
 
 
 def start(model: vlm.VLM, out: decoder.Decoded, text: int, text_length, room: int) -> State:
-  """Makes a pass with caches ready for `room` new tokens; `text`: slots of the last part, int32[B] of them valid."""
+  """Makes a pass with caches ready for `room` new tokens; `text`: slots of the last part, int32[B]
+  of them valid.
+  """
   last = out.x.shape[1] - text + text_length - 1
   logits = model.llm.logits(jnp.take_along_axis(out.x, last[:, None, None], axis=1))[:, 0]
-  widen = lambda a: jnp.pad(a, [(0, 0), (0, room)] + [(0, 0)] * (a.ndim - 2))
+
+  def widen(a):
+    return jnp.pad(a, [(0, 0), (0, room)] + [(0, 0)] * (a.ndim - 2))
+
   return State(
-    logits, jax.tree.map(widen, out.caches), jnp.int32(room), jnp.zeros(logits.shape, bool), jnp.zeros(len(logits), bool)
+    logits,
+    jax.tree.map(widen, out.caches),
+    jnp.int32(room),
+    jnp.zeros(logits.shape, bool),
+    jnp.zeros(len(logits), bool),
   )
 
 
-def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Array | None) -> jax.Array:
-  """The next tokens int32[B] from float32[B, V]; penalty, temperature, top_k and top_p in this order, as Hugging Face's generate does."""
-  penalised = jnp.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+def choose(
+  logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Array | None
+) -> jax.Array:
+  """The next tokens int32[B] from float32[B, V]; penalty, temperature, top_k and top_p in this
+  order, as Hugging Face's generate does.
+  """
+  penalised = jnp.where(
+    logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
+  )
   logits = jnp.where(seen, penalised, logits)
   if sampling.temperature == 0:
     return jnp.argmax(logits, -1).astype(jnp.int32)
@@ -104,7 +130,9 @@ def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Arra
   if sampling.top_k:
     ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
   share = jax.nn.softmax(ranked, -1)
-  ranked = jnp.where(jnp.cumsum(share, -1) - share < sampling.top_p, ranked, -jnp.inf)  # never none: nothing is before the first
+  ranked = jnp.where(
+    jnp.cumsum(share, -1) - share < sampling.top_p, ranked, -jnp.inf
+  )  # never none: nothing is before the first
   least = jnp.min(jnp.where(jnp.isinf(ranked), jnp.inf, ranked), -1, keepdims=True)
   assert key is not None  # only temperature 0 does without
   # The same noise for all rows, so that none depends on which others there are.
@@ -112,10 +140,13 @@ def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Arra
   return draw(jnp.where(logits < least, -jnp.inf, logits)).astype(jnp.int32)
 
 
-def decode(model: vlm.VLM, state: State, sampling: Sampling, steps: int, key: jax.Array | None = None):
+def decode(
+  model: vlm.VLM, state: State, sampling: Sampling, steps: int, key: jax.Array | None = None
+):
   """`steps` more tokens of every answer, int32[B, steps], and the state behind them.
 
-  After its end an answer goes on with the first eos id. The state must have room for `steps` tokens.
+  After its end an answer goes on with the first eos id. The state must have room for `steps`
+  tokens.
   """
   eos = jnp.array(sampling.eos, jnp.int32)
   keys = None if key is None else jax.random.split(key, steps)
@@ -143,14 +174,17 @@ _put = jax.jit(put, donate_argnames="whole")
 
 
 def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
-  """Prompts of one row each and of one shape, one after another: a prompt of many frames fills a device by itself.
+  """Prompts of one row each and of one shape, one after another: a prompt of many frames fills a
+  device by itself.
 
-  So their program is that of a single one, and what exists at once is the caches of all, those of one more, and one
-  prompt's activations.
+  So their program is that of a single one, and what exists at once is the caches of all, those of
+  one more, and one prompt's activations.
   """
   whole = first = _prefill(model, prompts[0], room=room)
   if len(prompts) > 1:
-    whole = jax.tree.map(lambda a: jnp.zeros((len(prompts), *a.shape[1:]), a.dtype) if a.ndim else a, first)
+    whole = jax.tree.map(
+      lambda a: jnp.zeros((len(prompts), *a.shape[1:]), a.dtype) if a.ndim else a, first
+    )
     whole = _put(whole, first, 0)
     del first
     for row, batch in enumerate(prompts[1:], 1):
@@ -158,14 +192,21 @@ def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
   return whole
 
 
-def stream(model: vlm.VLM, prompts: Batch | Sequence[Batch], sampling: Sampling) -> Iterator[np.ndarray]:
-  """New tokens of every prompt, int32[B, n] at a time, until all have ended; prompts as one Batch, or see `prefill_each`.
+def stream(
+  model: vlm.VLM, prompts: Batch | Sequence[Batch], sampling: Sampling
+) -> Iterator[np.ndarray]:
+  """New tokens of every prompt, int32[B, n] at a time, until all have ended; prompts as one Batch,
+  or see `prefill_each`.
 
   Raises:
     ConfigError: numbers that float16 does not have.
   """
   total = up(sampling.max_new_tokens, STREAM)
-  state = _prefill(model, prompts, room=total) if isinstance(prompts, Batch) else prefill_each(model, prompts, room=total)
+  state = (
+    _prefill(model, prompts, room=total)
+    if isinstance(prompts, Batch)
+    else prefill_each(model, prompts, room=total)
+  )
   once = dataclasses.replace(sampling, max_new_tokens=1, seed=0)  # neither changes the program
   for done in range(0, sampling.max_new_tokens, STREAM):
     kernels.check_finite(state.logits, "the LLM's logits", model.cfg.dtype)
@@ -184,7 +225,9 @@ def ended(tokens: np.ndarray, eos: Sequence[int]) -> np.ndarray:
 
 def generate(model: vlm.VLM, batch: Batch, sampling: Sampling) -> list[np.ndarray]:
   """New tokens of each prompt, up to and without its eos."""
-  return [ended(row, sampling.eos) for row in np.concatenate(list(stream(model, batch, sampling)), axis=1)]
+  return [
+    ended(row, sampling.eos) for row in np.concatenate(list(stream(model, batch, sampling)), axis=1)
+  ]
 
 
 def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int = 1) -> Batch:

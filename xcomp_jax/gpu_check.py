@@ -2,9 +2,10 @@
 
   python -m xcomp_jax.gpu_check --out check [--minutes 8]
 
-The parts run in the order of their importance, each in a process of its own: kernels against einsum, the recorded outputs of the
-official code, a gradient step, a question about a clip, the benchmark. A part writes what it finds at once, so a check that is cut
-short has told something. It ends with exit code 1 if a number is wrong or a part fails. It needs a clone of the repository.
+The parts run in the order of their importance, each in a process of its own: kernels against
+einsum, the recorded outputs of the official code, a gradient step, a question about a clip, the
+benchmark. A part writes what it finds at once, so a check that is cut short has told something. It
+ends with exit code 1 if a number is wrong or a part fails. It needs a clone of the repository.
 """
 
 import argparse
@@ -31,7 +32,13 @@ from xcomp_jax.model import kernels, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
 
 ROOT = pathlib.Path(__file__).parents[1]
-MEASURED = (("prefill", "--frames", "1024"), ("tower",), ("decode",), ("select",), ("features",))  # of the benchmark, in this order
+MEASURED = (
+  ("prefill", "--frames", "1024"),
+  ("tower",),
+  ("decode",),
+  ("select",),
+  ("features",),
+)  # of the benchmark, in this order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +77,25 @@ CASES = (
   Case("prefill in float16", 2, 1134, 12, 2, 128, True, True, "float16"),
 )
 SMALL = (
-  Case("small clip", 2, 130, 4, 4, 64, False, False), Case("small prefill", 3, 142, 4, 2, 64, True, True),
+  Case("small clip", 2, 130, 4, 4, 64, False, False),
+  Case("small prefill", 3, 142, 4, 2, 64, True, True),
   Case("small prefill in float32", 3, 142, 4, 2, 64, True, True, "float32"),
-)  # fmt: skip
+)
 
 
 def distance(got: Any, wanted: Any) -> float:
-  """Gives the L2 distance of two trees relative to the wanted one; infinite if a number is not finite."""
-  got, wanted = (np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]) for tree in (got, wanted))
-  return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)) if np.isfinite(got).all() else float("inf")
+  """Gives the L2 distance of two trees relative to the wanted one; infinite if a number is not
+  finite.
+  """
+  got, wanted = (
+    np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+    for tree in (got, wanted)
+  )
+  return (
+    float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    if np.isfinite(got).all()
+    else float("inf")
+  )
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -95,7 +112,8 @@ def seconds(call: Callable[[], Any]) -> float:
 class Prepared:
   """What implementations of a case are compared with.
 
-  program: (implementation, precision) -> a function of q, k, v that gives results and gradients. inputs: q, k, v. oracle: what
+  program: (implementation, precision) -> a function of q, k, v that gives results and gradients.
+  inputs: q, k, v. oracle: what
   einsum gives in float32. own: what it gives in the case's dtype.
   """
 
@@ -109,16 +127,28 @@ class Prepared:
 def prepared(case: Case) -> Prepared:
   """Draws the inputs of a case, and computes it by einsum."""
   B, S, dtype = case.batch, case.slots, jnp.dtype(case.dtype)
-  draw = lambda i, heads: jax.random.normal(jax.random.key(i), (B, S, heads, case.size), dtype)
+
+  def draw(i, heads):
+    return jax.random.normal(jax.random.key(i), (B, S, heads, case.size), dtype)
+
   inputs = draw(0, case.heads), draw(1, case.kv_heads), draw(2, case.kv_heads)
   slots, length = jnp.arange(S), S - jnp.arange(B)[:, None] * (S // 7)
-  valid = ((slots < length) & ((slots < S // 3) | (slots >= S // 3 + 9))).at[-1, :14].set(not case.padded)
+  valid = (
+    ((slots < length) & ((slots < S // 3) | (slots >= S // 3 + 9))).at[-1, :14].set(not case.padded)
+  )
   mask = AttentionMask(case.causal, valid if case.padded else None)
   counts = valid[:, :, None, None] if case.padded else True
 
   def program(how, precision):
-    shown = lambda q, k, v: jnp.where(counts, attend(q, k, v, mask, implementation=how), 0).astype(jnp.float32)
-    both = jax.jit(lambda *args: (shown(*args), jax.grad(lambda *a: jnp.sin(shown(*a)).sum(), (0, 1, 2))(*args)))
+    def shown(q, k, v):
+      return jnp.where(counts, attend(q, k, v, mask, implementation=how), 0).astype(jnp.float32)
+
+    both = jax.jit(
+      lambda *args: (
+        shown(*args),
+        jax.grad(lambda *a: jnp.sin(shown(*a)).sum(), (0, 1, 2))(*args),
+      )
+    )
 
     def run(*args):
       with jax.default_matmul_precision(precision):
@@ -134,21 +164,30 @@ def compare(case: Case, implementation: str) -> dict[str, Any]:
   """Compares an implementation's results and gradients with einsum in float32.
 
   Returns:
-    "result" and "gradient": distances from it, and those of einsum in the same dtype; "result right", "gradient right", "right":
-    they are not much larger; "seconds": of both together.
+    "result" and "gradient": distances from it, and those of einsum in the same dtype; "result
+    right", "gradient right", "right": they are not much larger; "seconds": of both together.
   """
   made = prepared(case)
   run = made.program(implementation, case.precision)
   got = run(*made.inputs)
   out: dict[str, Any] = {}
   for i, part in enumerate(("result", "gradient")):
-    out |= {part: distance(got[i], made.oracle[i]), f"{part} by einsum": distance(made.own[i], made.oracle[i])}
-    out[f"{part} right"] = out[part] <= 2 * out[f"{part} by einsum"] + (1e-5 if case.dtype == "float32" else 1e-3)
-  return out | {"seconds": seconds(lambda: run(*made.inputs)), "right": out["result right"] and out["gradient right"]}
+    out |= {
+      part: distance(got[i], made.oracle[i]),
+      f"{part} by einsum": distance(made.own[i], made.oracle[i]),
+    }
+    out[f"{part} right"] = out[part] <= 2 * out[f"{part} by einsum"] + (
+      1e-5 if case.dtype == "float32" else 1e-3
+    )
+  return out | {
+    "seconds": seconds(lambda: run(*made.inputs)),
+    "right": out["result right"] and out["gradient right"],
+  }
 
 
 def check_kernels(out: pathlib.Path, small: bool) -> bool:
-  """Compares every kernel that the card can have, the chosen one of every case first; writes kernels.json.
+  """Compares every kernel that the card can have, the chosen one of every case first; writes
+  kernels.json.
 
   Returns:
     Whether the chosen ones are right.
@@ -158,14 +197,25 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
   """
   card, found, right = kernels.here(), {}, True
   if card.platform != "gpu" and not small:
-    raise ValueError(f"there is no GPU: JAX computes on {card.kind}; `python -c 'import jax; print(jax.devices())'` says what it finds")
-  usable = [k for k in get_args(kernels.Kernel) if not kernels.unusable(k, card, kernels.library(), "bfloat16")]
+    raise ValueError(
+      f"there is no GPU: JAX computes on {card.kind}; `python -c 'import jax; "
+      f"print(jax.devices())'` says what it finds"
+    )
+  usable = [
+    k
+    for k in get_args(kernels.Kernel)
+    if not kernels.unusable(k, card, kernels.library(), "bfloat16")
+  ]
   print(f"{card}, jax {jax.__version__}, tokamax {kernels.library()}")
   for implementation in ("flash", *usable):
     for case in SMALL if small else CASES:
-      if case.dtype == "bfloat16" and card.float16 and not card.bfloat16:  # what such a card takes instead
+      if (
+        case.dtype == "bfloat16" and card.float16 and not card.bfloat16
+      ):  # what such a card takes instead
         case = dataclasses.replace(case, dtype="float16")
-      if kernels.unusable(implementation, card, kernels.library(), case.dtype) or (implementation == "cudnn" and case.causal):
+      if kernels.unusable(implementation, card, kernels.library(), case.dtype) or (
+        implementation == "cudnn" and case.causal
+      ):
         continue
       try:
         row = compare(case, implementation)
@@ -175,13 +225,20 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
       right &= not wrong
       found[f"{implementation}: {case.name}"] = row
       files.write_json(out / "kernels.json", found, indent=1)
-      figures = ", ".join(f"{key} {value:.2g}" for key, value in row.items() if type(value) is float)
-      print(f"{'WRONG' if wrong else 'right' if row['right'] else 'no'}  {implementation}: {case.name}: {row.get('error') or figures}", flush=True)
+      figures = ", ".join(
+        f"{key} {value:.2g}" for key, value in row.items() if type(value) is float
+      )
+      print(
+        f"{'WRONG' if wrong else 'right' if row['right'] else 'no'}  {implementation}: "
+        f"{case.name}: {row.get('error') or figures}",
+        flush=True,
+      )
   return right
 
 
 def check_step(out: pathlib.Path, small: bool) -> bool:
-  """Compares loss and gradient of two layers of the LLM by the chosen kernels and by einsum; writes step.json.
+  """Compares loss and gradient of two layers of the LLM by the chosen kernels and by einsum; writes
+  step.json.
 
   One of the samples has no video, so its first slots are padding.
 
@@ -189,27 +246,49 @@ def check_step(out: pathlib.Path, small: bool) -> bool:
     Whether they agree.
   """
   dtype = kernels.compute_dtype(kernels.here(), gradient=True)
-  cfg = parts.without_tower(parts.sized("small" if small else str(bench.RELEASED), dtype, remat=True))
+  cfg = parts.without_tower(
+    parts.sized("small" if small else str(bench.RELEASED), dtype, remat=True)
+  )
   cfg = dataclasses.replace(
-    cfg, llm=dataclasses.replace(cfg.llm, layers=2), lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(16, 9))
-  )  # fmt: skip
+    cfg,
+    llm=dataclasses.replace(cfg.llm, layers=2),
+    lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(16, 9)),
+  )
   spec = batch_spec(Shape(2, 1, 16, 32 if small else 256, 96), ((16, cfg.vision.width), np.float32))
   batch = fake_batch(spec, cfg.llm.vocab_size)
-  batch = dataclasses.replace(batch, frames=batch.frames * [[1], [0]], prefix_length=batch.prefix_length * [[1], [0]], text_length=batch.text_length - [[0], [9]])
+  batch = dataclasses.replace(
+    batch,
+    frames=batch.frames * [[1], [0]],
+    prefix_length=batch.prefix_length * [[1], [0]],
+    text_length=batch.text_length - [[0], [9]],
+  )
   batch.targets[1, :17] = batch.targets[1, -9:] = -100
-  make = lambda cfg: vlm.VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+
+  def make(cfg):
+    return vlm.VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+
   state = nnx.split(jax.jit(lambda: make(cfg))())[1]
 
   def gradient(how):
     graph = nnx.graphdef(nnx.eval_shape(lambda: make(dataclasses.replace(cfg, attention=how))))
-    total = lambda state: vlm.loss(nnx.merge(graph, state), batch).sum()
+
+    def total(state):
+      return vlm.loss(nnx.merge(graph, state), batch).sum()
+
     loss, grads = jax.jit(jax.value_and_grad(total))(state)
     return float(loss), {"llm": grads["llm"]}
 
   with jax.default_matmul_precision("highest" if dtype == "float32" else None):
     (loss, got), (wanted_loss, wanted) = gradient("flash"), gradient("einsum")
-  row = {"loss": loss, "loss by einsum": wanted_loss, "gradient": distance(got, wanted), "computed in": dtype}
-  row["right"] = abs(loss - wanted_loss) < 0.01 * abs(wanted_loss) and row["gradient"] < (0.05 if dtype == "bfloat16" else 1e-3)
+  row = {
+    "loss": loss,
+    "loss by einsum": wanted_loss,
+    "gradient": distance(got, wanted),
+    "computed in": dtype,
+  }
+  row["right"] = abs(loss - wanted_loss) < 0.01 * abs(wanted_loss) and row["gradient"] < (
+    0.05 if dtype == "bfloat16" else 1e-3
+  )
   files.write_json(out / "step.json", row, indent=1)
   print(f"{'right' if row['right'] else 'WRONG'}  {row}")
   return row["right"]
@@ -217,21 +296,54 @@ def check_step(out: pathlib.Path, small: bool) -> bool:
 
 def stages(out: pathlib.Path, small: bool) -> dict[str, list[list[str]]]:
   """Commands of each part."""
-  run = lambda module, *args: [sys.executable, "-m", f"xcomp_jax.{module}", *map(str, args)]
-  mine = lambda stage: [run("gpu_check", "--stage", stage, "--out", out, *["--small"] * small)]
+
+  def run(module, *args):
+    return [sys.executable, "-m", f"xcomp_jax.{module}", *map(str, args)]
+
+  def mine(stage):
+    return [run("gpu_check", "--stage", stage, "--out", out, *["--small"] * small)]
+
   world = out / "world"
   clip = world / "heldout" / "00000.mp4"
+
   ask = run(
-    "ask", "--checkpoint", ROOT / "assets" / "tiny", "--video", clip, "--question", "Which digit was shown?", "--min-frames", 8,
-    "--max-frames", 32, "--compilation-cache", "", "--attention", "flash",
-  )  # fmt: skip
-  measure = lambda group, *more: run(
-    "bench", "--preset", "smoke" if small else "gpu", "--out", out / f"bench_{group}.json", "--profile", out / "profile", "--only", group,
-    *() if small else more,
-  )  # fmt: skip
+    "ask",
+    "--checkpoint",
+    ROOT / "assets" / "tiny",
+    "--video",
+    clip,
+    "--question",
+    "Which digit was shown?",
+    "--min-frames",
+    8,
+    "--max-frames",
+    32,
+    "--compilation-cache",
+    "",
+    "--attention",
+    "flash",
+  )
+
+  def measure(group, *more):
+    return run(
+      "bench",
+      "--preset",
+      "smoke" if small else "gpu",
+      "--out",
+      out / f"bench_{group}.json",
+      "--profile",
+      out / "profile",
+      "--only",
+      group,
+      *() if small else more,
+    )
+
   return {
     "kernels": mine("kernels"),
-    "parity": [run("parity", ROOT / "tests" / "reference" / name) for name in ("internvideo2_tiny", "dev")[: 1 if small else 2]],
+    "parity": [
+      run("parity", ROOT / "tests" / "reference" / name)
+      for name in ("internvideo2_tiny", "dev")[: 1 if small else 2]
+    ],
     "step": mine("step"),
     "ask": [run("world", "--out", world, "--train", 1, "--heldout", 1), ask],
     "bench": [measure(*group) for group in MEASURED],
@@ -250,13 +362,23 @@ def supervise(out: pathlib.Path, minutes: float, small: bool) -> bool:
   os.environ["PYTHONUNBUFFERED"] = "1"  # what a part has said is there if it is cut short
   for name, commands in stages(out, small).items():
     left = minutes * 60 - (time.monotonic() - begun)
-    limit, status, part = left if name == "bench" else min(left, 0.4 * 60 * minutes), "done", time.monotonic()
+    limit, status, part = (
+      left if name == "bench" else min(left, 0.4 * 60 * minutes),
+      "done",
+      time.monotonic(),
+    )
     print(f"=== {name}, at most {limit:.0f} s", flush=True)
     with open(out / f"{name}.txt", "w") as log:
       for command in commands:
         try:
           spent = time.monotonic() - part
-          code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=max(1.0, limit - spent), cwd=ROOT).returncode
+          code = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=max(1.0, limit - spent),
+            cwd=ROOT,
+          ).returncode
         except subprocess.TimeoutExpired:
           status = "cut short"
           break
@@ -270,16 +392,32 @@ def supervise(out: pathlib.Path, minutes: float, small: bool) -> bool:
     if name == "kernels" and any(line.startswith("error: there is no GPU") for line in tail):
       return False
   print(", ".join(f"{name}: {row['status']}" for name, row in results.items()))
-  return all(row["status"] == "done" or (name, row["status"]) == ("bench", "cut short") for name, row in results.items())
+  return all(
+    row["status"] == "done" or (name, row["status"]) == ("bench", "cut short")
+    for name, row in results.items()
+  )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.gpu_check", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.gpu_check", description=__doc__.splitlines()[0]
+  )
   parser.add_argument("--out", type=files.path_of, required=True, help="folder of results")
-  parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (8); the benchmark takes what the others leave")
-  parser.add_argument("--small", action="store_true", help="tiny sizes, to try the check itself without a GPU")
-  parser.add_argument("--stage", choices=("kernels", "step"), help="what the check itself starts: one part, in this process")
+  parser.add_argument(
+    "--minutes",
+    type=float,
+    default=8.0,
+    help="for all parts together (8); the benchmark takes what the others leave",
+  )
+  parser.add_argument(
+    "--small", action="store_true", help="tiny sizes, to try the check itself without a GPU"
+  )
+  parser.add_argument(
+    "--stage",
+    choices=("kernels", "step"),
+    help="what the check itself starts: one part, in this process",
+  )
   args = parser.parse_args(argv)
   with files.command():
     if args.minutes <= 0:

@@ -1,8 +1,9 @@
 """The processes of a run: how they find each other, who is missing, who is gone, and when all stop.
 
-Every process keeps a connection to the first one (`Roll`) beside JAX's own. A process that does not come up, or ends before
-its time, is thereby named to all others at once, and they end too: in a collective they would wait for it for ever.
-What gives no sign at all, such as a host without power, JAX's heartbeats find.
+Every process keeps a connection to the first one (`Roll`) beside JAX's own. A process that does not
+come up, or ends before its time, is thereby named to all others at once, and they end too: in a
+collective they would wait for it for ever. What gives no sign at all, such as a host without power,
+JAX's heartbeats find.
 """
 
 import contextlib
@@ -22,15 +23,18 @@ from jax.experimental import multihost_utils
 
 from xcomp_jax.config import ConfigError, DistributedConfig
 
-GRACE = 3.0  # seconds in which a process may end by itself, with a message of its own, when another is gone
+# seconds in which a process may end by itself, with a message of its own, when another is gone
+GRACE = 3.0
 AGAIN = "Start all of them again with the same command: the run goes on from its last checkpoint"
 
 
 @contextlib.contextmanager
 def joined(config: DistributedConfig) -> Generator[None]:
-  """Connects this process with the others of its run, before JAX looks for devices; what is already connected stays.
+  """Connects this process with the others of its run, before JAX looks for devices; what is already
+  connected stays.
 
-  A run of one process (config.coordinator None, or "auto" where there is no cluster) has nothing to connect.
+  A run of one process (config.coordinator None, or "auto" where there is no cluster) has nothing to
+  connect.
 
   Raises:
     ConfigError: the processes can't be counted, or JAX looked for devices before.
@@ -39,7 +43,10 @@ def joined(config: DistributedConfig) -> Generator[None]:
   if config.coordinator is not None and not jax.distributed.is_initialized():
     roll = _connect(config.coordinator, config)
     found = jax.distributed.is_initialized()
-    print(banner() if found else f"no cluster found: a run of one process, on {socket.gethostname()}", flush=True)
+    print(
+      banner() if found else f"no cluster found: a run of one process, on {socket.gethostname()}",
+      flush=True,
+    )
   try:
     yield
   except BaseException as error:
@@ -56,7 +63,9 @@ def _in_collective(error: BaseException | None) -> bool:
   """Whether an error, or one behind it, is what processes that talk to each other meet."""
   while error is not None:
     # Orbax hands those of its threads on as ValueErrors.
-    if isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ", str(error)):
+    if isinstance(error, jax.errors.JaxRuntimeError) or re.match(
+      r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ", str(error)
+    ):
       return True
     error = error.__cause__
   return False
@@ -64,23 +73,33 @@ def _in_collective(error: BaseException | None) -> bool:
 
 def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
   """Waits until all processes are there, or says who is not; None if there is only this one."""
-  # SIGTERM is ours (`stop_signal`): JAX's service would swallow it even while nobody asks for it yet.
+  # SIGTERM is ours (`stop_signal`): JAX's service would swallow it even while nobody asks for it
+  # yet.
   jax.config.update("jax_enable_preemption_service", False)
   options: dict[str, Any] = {
-    "heartbeat_timeout_seconds": config.heartbeat_seconds, "shutdown_timeout_seconds": config.heartbeat_seconds,
+    "heartbeat_timeout_seconds": config.heartbeat_seconds,
+    "shutdown_timeout_seconds": config.heartbeat_seconds,
     "initialization_timeout": config.start_seconds + 60,  # `_late` is before it, and says more
     "local_device_ids": _slurm_gpus(),
   }
   roll = None
   if coordinator != "auto":
     address, port = _address(coordinator)
-    if config.processes is None or config.process is None or not 0 <= config.process < config.processes:
+    if (
+      config.processes is None
+      or config.process is None
+      or not 0 <= config.process < config.processes
+    ):
       raise ConfigError(
-        f"config.distributed.coordinator = {coordinator!r} with process {config.process} of {config.processes}: "
-        "set config.distributed.processes to their number, and config.distributed.process from 0 on in each"
+        f"config.distributed.coordinator = {coordinator!r} with process {config.process} of "
+        f"{config.processes}: "
+        "set config.distributed.processes to their number, and config.distributed.process from 0 "
+        "on in each"
       )
     options |= {
-      "coordinator_address": coordinator, "num_processes": config.processes, "process_id": config.process
+      "coordinator_address": coordinator,
+      "num_processes": config.processes,
+      "process_id": config.process,
     }
     roll = Roll(config.process, config.processes)
     roll.open(address, port + 1)
@@ -100,12 +119,15 @@ def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
     elif "coordinator_address" in str(error):  # no cluster: one process
       return None
     raise ConfigError(
-      f"the processes of this run can't be connected: {error} (config.distributed.coordinator = None is a run of one process)"
+      f"the processes of this run can't be connected: {error} (config.distributed.coordinator = "
+      f"None is a run of one process)"
     ) from error
   finally:
     late.cancel()
   if config.coordinator == "auto" and jax.process_count() > 1:
-    if not np.all(multihost_utils.process_allgather(np.array(roll is not None))):  # one of them found its cluster otherwise
+    if not np.all(
+      multihost_utils.process_allgather(np.array(roll is not None))
+    ):  # one of them found its cluster otherwise
       if roll:
         roll.close(well=True)
       roll = _first_calls()
@@ -113,22 +135,31 @@ def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
 
 
 def _detected(seconds: int) -> tuple[str, int, int] | None:
-  """(HOST:PORT of process 0, processes, which of them this is) as JAX will find them in the cluster; None: it will not, or looks
+  """(HOST:PORT of process 0, processes, which of them this is) as JAX will find them in the
+  cluster; None: it will not, or looks
   in another way by now. Only for the roll: without it a process that does not come up is not named.
   """
   try:
     from jax._src.clusters import ClusterEnv  # no public way to ask before connecting
 
-    address, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, seconds)
+    address, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+      None, None, None, None, None, seconds
+    )
   except Exception:  # whatever a cluster's own clients raise; `initialize` will say it
     return None
-  return (address, processes, process) if address and process is not None and processes and processes > 1 else None
+  return (
+    (address, processes, process)
+    if address and process is not None and processes and processes > 1
+    else None
+  )
 
 
 def _slurm_gpus() -> list[int] | None:
-  """The equal part of a SLURM node's GPUs that is this process's, numbered as it sees them; None: JAX chooses.
+  """The equal part of a SLURM node's GPUs that is this process's, numbered as it sees them; None:
+  JAX chooses.
 
-  JAX alone takes one GPU, numbered as the process on its node: right only with a process per GPU that all see all of them.
+  JAX alone takes one GPU, numbered as the process on its node: right only with a process per GPU
+  that all see all of them.
 
   Raises:
     ConfigError: a node's GPUs can't be split evenly over its processes.
@@ -142,7 +173,8 @@ def _slurm_gpus() -> list[int] | None:
     return list(range(seen))
   if processes % nodes or gpus % (processes // nodes):
     raise ConfigError(
-      f"{processes} processes on {nodes} nodes, and {gpus} GPUs on this one, can't be split evenly; "
+      f"{processes} processes on {nodes} nodes, and {gpus} GPUs on this one, can't be split "
+      f"evenly; "
       f"start a process per GPU (--ntasks-per-node={gpus}), or per node (--ntasks-per-node=1)"
     )
   each = gpus // (processes // nodes)
@@ -154,13 +186,16 @@ def banner() -> str:
   devices = jax.local_devices()
   numbers = sorted(device.id for device in devices)
   return (
-    f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {len(devices)} x "
+    f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
+    f"{len(devices)} x "
     f"{devices[0].device_kind}, devices {numbers[0]} to {numbers[-1]} of {jax.device_count()}"
   )
 
 
 class Roll:
-  """Who is there, heard by process 0 over one connection from each of the others; all methods return at once."""
+  """Who is there, heard by process 0 over one connection from each of the others; all methods
+  return at once.
+  """
 
   def __init__(self, process: int, processes: int):
     self.process, self.processes = process, processes
@@ -170,7 +205,8 @@ class Roll:
     self._server: socket.socket | None = None
 
   def open(self, address: str, port: int) -> int:
-    """Listens (process 0), or begins to call `address`; returns the port. Port 0 is any that is free.
+    """Listens (process 0), or begins to call `address`; returns the port. Port 0 is any that is
+    free.
 
     Raises:
       ConfigError: process 0 can't listen there.
@@ -180,7 +216,8 @@ class Roll:
         self._server = socket.create_server(("", port))
       except OSError as error:
         raise ConfigError(
-          f"process 0 can't listen on port {port} ({error.strerror}), the one after config.distributed.coordinator's; "
+          f"process 0 can't listen on port {port} ({error.strerror}), the one after "
+          f"config.distributed.coordinator's; "
           "choose another"
         ) from error
       port = self._server.getsockname()[1]
@@ -194,9 +231,14 @@ class Roll:
     return sorted(set(range(self.processes)) - self.names.keys())
 
   def close(self, well: bool) -> None:
-    """Leaves. Unless all went well the others end too, and process 0 waits for them: JAX aborts whoever survives it."""
+    """Leaves. Unless all went well the others end too, and process 0 waits for them: JAX aborts
+    whoever survives it.
+    """
     self._well = True  # whatever the others do now
-    reason = f"process {self.process} ({self.names[self.process]}) ended with an error; its own output says why. {AGAIN}"
+    reason = (
+      f"process {self.process} ({self.names[self.process]}) ended with an error; its own "
+      f"output says why. {AGAIN}"
+    )
     for line in list(self._lines.values()):
       with contextlib.suppress(OSError):
         line.sendall(b"bye\n" if well else f"{reason}\n".encode())
@@ -208,7 +250,9 @@ class Roll:
       self._server.close()
 
   def end(self, reason: str, seconds: float | None = None) -> None:
-    """Tells the others why, and ends this process with one line and exit code 1, unless it ends by itself before (GRACE)."""
+    """Tells the others why, and ends this process with one line and exit code 1, unless it ends by
+    itself before (GRACE).
+    """
     if self._well or not self._ending.acquire(blocking=False):
       return
     if self.process == 0:
@@ -236,17 +280,28 @@ class Roll:
       process, _, name = said.readline().strip().partition(" ")
     except OSError:  # a port scanner or a health check that resets what it opened
       process, name = "", ""
-    if not name or not process.isdecimal() or not 0 < int(process) < self.processes:  # somebody else at this port
+    if (
+      not name or not process.isdecimal() or not 0 < int(process) < self.processes
+    ):  # somebody else at this port
       return line.close()
     process = int(process)
-    self._lines[process], self.names[process] = line, name  # in this order: who is named can be told
+    self._lines[process], self.names[process] = (
+      line,
+      name,
+    )  # in this order: who is named can be told
     try:
       last = said.readline().strip()
     except OSError:
       last = ""
     self._lines.pop(process, None)
     if last != "bye":
-      self.end(last or f"process {process} ({self.names.get(process, '?')}) is gone; its own output says why. {AGAIN}")
+      self.end(
+        last
+        or (
+          f"process {process} ({self.names.get(process, '?')}) is gone; its own output says why. "
+          f"{AGAIN}"
+        )
+      )
 
   def _call(self, address: str, port: int) -> None:
     while not self._well:
@@ -266,11 +321,16 @@ class Roll:
     except OSError:
       said = ""
     if said != "bye":  # without process 0 JAX aborts the others at once: no time for grace
-      self.end(said or f"process 0 at {address} is gone; its own output says why. {AGAIN}", GRACE if said else 0.0)
+      self.end(
+        said or f"process 0 at {address} is gone; its own output says why. {AGAIN}",
+        GRACE if said else 0.0,
+      )
 
 
 def _first_calls() -> Roll:
-  """The roll of processes that JAX has already connected: the first one tells its address to all."""
+  """The roll of processes that JAX has already connected: the first one tells its address to
+  all.
+  """
   roll = Roll(jax.process_index(), jax.process_count())
   port = roll.open("", 0) if roll.process == 0 else 0
   text = np.zeros(256, np.uint8)
@@ -284,7 +344,9 @@ def _first_calls() -> Roll:
 
 
 def _own_address() -> str:
-  """Where other hosts reach this one: the address that its traffic to them comes from. Nothing is sent."""
+  """Where other hosts reach this one: the address that its traffic to them comes from. Nothing is
+  sent.
+  """
   with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
     try:
       line.connect(("10.255.255.255", 1))
@@ -297,17 +359,26 @@ def _late(roll: Roll | None, config: DistributedConfig, coordinator: str) -> Non
   """Not all came up in time."""
   within = f"within config.distributed.start_seconds = {config.start_seconds} s"
   if roll is None:
-    _end(f"not all processes came up {within}; your scheduler says which (squeue, kubectl get pods, gcloud). {AGAIN}")
+    _end(
+      f"not all processes came up {within}; your scheduler says which (squeue, kubectl get pods, "
+      f"gcloud). {AGAIN}"
+    )
   if roll.process == 0:
     missing = ", ".join(map(str, roll.missing())) or "none"
     there = ", ".join(f"{process} ({name})" for process, name in sorted(roll.names.items()))
     roll.end(
-      f"did not come up {within}: process {missing} of {roll.processes}; there are {there}. Look at the missing ones' own "
-      f"output, and whether they reach {coordinator} and the port after it. {AGAIN}", 1.0,
+      f"did not come up {within}: process {missing} of {roll.processes}; there are {there}. Look "
+      f"at the missing ones' own "
+      f"output, and whether they reach {coordinator} and the port after it. {AGAIN}",
+      1.0,
     )
   else:
     time.sleep(GRACE)  # the first one knows more
-    roll.end(f"process 0 does not answer at {coordinator} {within}; is it running there, and may this host reach it? {AGAIN}", 0)
+    roll.end(
+      f"process 0 does not answer at {coordinator} {within}; is it running there, and may this "
+      f"host reach it? {AGAIN}",
+      0,
+    )
 
 
 def _end(reason: str) -> NoReturn:
@@ -319,7 +390,8 @@ def _address(coordinator: str) -> tuple[str, int]:
   address, _, port = coordinator.rpartition(":")
   if not address or not port.isdigit() or not 0 < int(port) < 65535:
     raise ConfigError(
-      f"config.distributed.coordinator = {coordinator!r}: expected HOST:PORT of process 0, \"auto\", or None for one process"
+      f'config.distributed.coordinator = {coordinator!r}: expected HOST:PORT of process 0, "auto", '
+      f"or None for one process"
     )
   return address, int(port)
 
@@ -333,7 +405,9 @@ def stop_signal() -> Generator[Any]:
   got = []
 
   def note(number, _):
-    os.write(2, b"told to stop: what is under way is finished and saved; once more stops at once\n")  # print is not safe here
+    os.write(
+      2, b"told to stop: what is under way is finished and saved; once more stops at once\n"
+    )  # print is not safe here
     got.append(number)
     signal.signal(number, old[number])
 

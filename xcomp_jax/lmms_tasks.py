@@ -1,10 +1,12 @@
-"""Task files for lmms-eval: the release's protocol over local annotations and videos (docs/EVALUATION.md).
+"""Task files for lmms-eval: the release's protocol over local annotations and videos
+(docs/EVALUATION.md).
 
-  python -m xcomp_jax.lmms_tasks --task lvbench --annotations lvbench_clean.json --videos DIR --out tasks
-  lmms-eval --model xcomp_jax --model_args checkpoint=exports/sct,out=answers --tasks xcomp_lvbench --include_path tasks ...
+  python -m xcomp_jax.lmms_tasks --task lvbench --annotations lvbench_clean.json --videos DIR --out
+  tasks lmms-eval --model xcomp_jax --model_args checkpoint=exports/sct,out=answers --tasks
+  xcomp_lvbench --include_path tasks ...
 
-The folder gets a YAML and the questions, ready to be asked; the functions here are the ones that the YAML names. It takes no
-lmms-eval to write task files.
+The folder gets a YAML and the questions, ready to be asked; the functions here are the ones that
+the YAML names. It takes no lmms-eval to write task files.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from xcomp_jax import files, tasks
 from xcomp_jax.files import expanduser
 from xcomp_jax.tasks import TASKS, Question
 
-FAILED = "(undecodable)"  # what the plugin answers about a video that can't be read: no letter stands alone in it
+# what the plugin answers about a video that can't be read: no letter stands alone in it
+FAILED = "(undecodable)"
 PREFIX = "xcomp_"
 
 YAML = """\
@@ -69,7 +72,12 @@ def scored(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str
   task, answer = TASKS[doc["task"]], None if results[0] == FAILED else results[0]
   letter = None if answer is None else task.letter(answer, doc["options"])
   line = {key: doc[key] for key in ("id", "task", "path", "options", "groups")}
-  line |= {"answer": answer, "letter": letter, "truth": doc["answer"], "right": letter == doc["answer"] != ""}
+  line |= {
+    "answer": answer,
+    "letter": letter,
+    "truth": doc["answer"],
+    "right": letter == doc["answer"] != "",
+  }
   return {"micro": line, "macro": line}
 
 
@@ -84,12 +92,18 @@ def macro(lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _score(lines) -> dict[str, Any]:
-  question = lambda line: Question(line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"])
+  def question(line):
+    return Question(line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"])
+
   return tasks.score(TASKS[lines[0]["task"]], [(question(line), line["answer"]) for line in lines])
 
 
 def write(
-  out: pathlib.Path, task: tasks.Task, annotations: pathlib.Path, videos: pathlib.Path, subtitles: pathlib.Path | None
+  out: pathlib.Path,
+  task: tasks.Task,
+  annotations: pathlib.Path,
+  videos: pathlib.Path,
+  subtitles: pathlib.Path | None,
 ) -> pathlib.Path:
   """Writes the questions and the YAML, whose path comes back.
 
@@ -101,25 +115,52 @@ def write(
     print(note, file=sys.stderr)
   listed, yaml = out / f"{task.name}.jsonl", out / f"{PREFIX}{task.name}.yaml"
   for file in (listed, yaml):
-    files.apart({"--out": file}, {"--annotations": annotations, "--videos": videos, "--subtitles": subtitles}, nested=True)
+    files.apart(
+      {"--out": file},
+      {"--annotations": annotations, "--videos": videos, "--subtitles": subtitles},
+      nested=True,
+    )
   out.mkdir(parents=True, exist_ok=True)
-  docs = [dataclasses.asdict(q) | {"task": task.name, "path": files.absolute(tasks.find(videos, q))} for q in questions]
+  docs = [
+    dataclasses.asdict(q) | {"task": task.name, "path": files.absolute(tasks.find(videos, q))}
+    for q in questions
+  ]
   files.write(listed, "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
   where, count = json.dumps(files.absolute(listed)), f"{len(docs):,}"
-  files.write(yaml, YAML.format(count=count, source=annotations.name, prefix=PREFIX, name=task.name, questions=where))
+  files.write(
+    yaml,
+    YAML.format(
+      count=count, source=annotations.name, prefix=PREFIX, name=task.name, questions=where
+    ),
+  )
   return yaml
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(prog="python -m xcomp_jax.lmms_tasks", description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.lmms_tasks", description=__doc__.splitlines()[0]
+  )
   tasks.options(parser)
-  parser.add_argument("--out", type=expanduser, required=True, help="folder of task files, for lmms-eval's --include_path")
+  parser.add_argument(
+    "--out",
+    type=expanduser,
+    required=True,
+    help="folder of task files, for lmms-eval's --include_path",
+  )
   args = parser.parse_args(argv)
   with files.command():
     videos = pathlib.Path(args.videos)
     subtitles = tasks.subtitles_of(videos, args.subtitles)
-    print(write(pathlib.Path(args.out), TASKS[args.task], pathlib.Path(args.annotations), videos, subtitles))
+    print(
+      write(
+        pathlib.Path(args.out),
+        TASKS[args.task],
+        pathlib.Path(args.annotations),
+        videos,
+        subtitles,
+      )
+    )
 
 
 if __name__ == "__main__":

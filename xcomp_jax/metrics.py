@@ -1,4 +1,6 @@
-"""What a run says about itself: floating-point work, the step clock, compilations, the terminal line, TensorBoard."""
+"""What a run says about itself: floating-point work, the step clock, compilations, the terminal
+line, TensorBoard.
+"""
 
 import contextlib
 import threading
@@ -14,10 +16,13 @@ from xcomp_jax.config import LLMConfig, TrainConfig, VLMConfig
 from xcomp_jax.data.batch import Length
 from xcomp_jax.model import lp_comp
 
-# JAX's events of what a call takes that finds no compiled function; with a warm compilation cache most is the first two.
+# JAX's events of what a call takes that finds no compiled function; with a warm compilation cache
+# most is the first two.
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 COMPILE_EVENTS = (
-  "/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration", BACKEND_COMPILE
+  "/jax/core/compile/jaxpr_trace_duration",
+  "/jax/core/compile/jaxpr_to_mlir_module_duration",
+  BACKEND_COMPILE,
 )
 
 
@@ -27,11 +32,13 @@ def peak_flops(kind: str) -> float | None:
   return None if chip is None else chip.flops
 
 
-def forward_flops(cfg: VLMConfig, lengths: Sequence[Length] | np.ndarray, pixels: bool) -> dict[str, np.ndarray]:
+def forward_flops(
+  cfg: VLMConfig, lengths: Sequence[Length] | np.ndarray, pixels: bool
+) -> dict[str, np.ndarray]:
   """Counts the floating-point operations of each sample's forward pass.
 
-  A multiply-add is 2. Causal attention counts half its square, the tower's attention all of it. Token merging, norms and
-  softmax are left out.
+  A multiply-add is 2. Causal attention counts half its square, the tower's attention all of it.
+  Token merging, norms and softmax are left out.
 
   Args:
     cfg: sizes of the model.
@@ -47,7 +54,9 @@ def forward_flops(cfg: VLMConfig, lengths: Sequence[Length] | np.ndarray, pixels
 
   v = cfg.vision
   sizes, kind = np.unique(per_clip, return_inverse=True)
-  n = np.array([v.tokens(int(size)) for size in sizes], np.float64)[kind]  # that a clip's blocks work on
+  n = np.array([v.tokens(int(size)) for size in sizes], np.float64)[
+    kind
+  ]  # that a clip's blocks work on
   block = 2 * n * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 4 * n**2 * v.width
   clip = 2 * per_clip * v.patches * v.patch_size**2 * 3 * v.width + v.layers * block
   tower = frames / per_clip * clip * pixels
@@ -67,11 +76,16 @@ def forward_flops(cfg: VLMConfig, lengths: Sequence[Length] | np.ndarray, pixels
 def layer_products(m: LLMConfig) -> tuple[int, int]:
   """Multiply-adds per token of a layer: those before its attention, and the others."""
   heads = m.heads * m.head_dim
-  return m.width * (heads + 2 * m.kv_heads * m.head_dim), m.width * heads + 3 * m.width * m.mlp_width
+  return (
+    m.width * (heads + 2 * m.kv_heads * m.head_dim),
+    m.width * heads + 3 * m.width * m.mlp_width,
+  )
 
 
 def entering_and_leaving(cfg: VLMConfig) -> list[tuple[int, int]]:
-  """Tokens of a group that each layer attends with, and that it has to finish: only those that the next layer sees."""
+  """Tokens of a group that each layer attends with, and that it has to finish: only those that the
+  next layer sees.
+  """
   counts = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
   ahead = counts[1:] + counts[-1:] if lp_comp.only_selects(cfg.lp_comp) else counts
   return list(zip(counts, ahead, strict=True))
@@ -80,8 +94,8 @@ def entering_and_leaving(cfg: VLMConfig) -> list[tuple[int, int]]:
 def passes(train: TrainConfig) -> dict[str, int]:
   """How many times the operations of its forward pass each part of the model takes in training.
 
-  There is one more for the gradients of a part's activations, and one more for those of its weights, where the config
-  asks for them. Recomputation (remat) is no useful work and not counted.
+  There is one more for the gradients of a part's activations, and one more for those of its
+  weights, where the config asks for them. Recomputation (remat) is no useful work and not counted.
   """
   found, upstream = {}, False  # upstream: something before this part is trained
   for part in ("vision", "projector", "llm"):
@@ -91,10 +105,16 @@ def passes(train: TrainConfig) -> dict[str, int]:
   return found
 
 
-def training_flops(cfg: VLMConfig, train: TrainConfig, lengths: Sequence[Length] | np.ndarray, pixels: bool) -> float:
-  """Counts the operations of forward and backward passes of these samples, all together; arguments as `forward_flops`."""
+def training_flops(
+  cfg: VLMConfig, train: TrainConfig, lengths: Sequence[Length] | np.ndarray, pixels: bool
+) -> float:
+  """Counts the operations of forward and backward passes of these samples, all together; arguments
+  as `forward_flops`.
+  """
   times = passes(train)
-  return float(sum(times[part] * flops.sum() for part, flops in forward_flops(cfg, lengths, pixels).items()))
+  return float(
+    sum(times[part] * flops.sum() for part, flops in forward_flops(cfg, lengths, pixels).items())
+  )
 
 
 class Clock:
@@ -117,7 +137,9 @@ class Clock:
       self.waited += time.perf_counter() - start
 
   def report(self) -> dict[str, float]:
-    """Rates of the interval; mfu is the share of the peak that this process's devices reached, nan if unknown."""
+    """Rates of the interval; mfu is the share of the peak that this process's devices reached, nan
+    if unknown.
+    """
     seconds = time.perf_counter() - self.start
     devices = jax.local_devices()
     peak = peak_flops(devices[0].device_kind)
@@ -130,10 +152,11 @@ class Clock:
 
 
 class Goodput:
-  """Where the wall time of a run goes: at every moment one part, so that they add up to all of it. A context manager.
+  """Where the wall time of a run goes: at every moment one part, so that they add up to all of it.
+  A context manager.
 
-  It is "start" first, and from `enter` on what that says. What JAX traces, lowers and compiles on this thread is
-  "compile", wherever it happens.
+  It is "start" first, and from `enter` on what that says. What JAX traces, lowers and compiles on
+  this thread is "compile", wherever it happens.
   """
 
   PARTS = ("connect", "start", "restore", "compile", "data", "step", "evaluate", "save")
@@ -183,7 +206,9 @@ class Goodput:
     return now
 
   def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-    """Takes the time of an event that just ended from the part at hand; what ended within it was taken before."""
+    """Takes the time of an event that just ended from the part at hand; what ended within it was
+    taken before.
+    """
     if event not in COMPILE_EVENTS or threading.get_ident() != self._thread:
       return
     end = self._charge()
@@ -199,11 +224,15 @@ class Goodput:
 
 
 class Compilations:
-  """Counts XLA compilations of the named jitted functions, from JAX's own events; a context manager."""
+  """Counts XLA compilations of the named jitted functions, from JAX's own events; a context
+  manager.
+  """
 
   def __init__(self, *names: str):
     self.count = dict.fromkeys(names, 0)
-    self.seen: dict[str, set] = {name: set() for name in names}  # shapes that each one was called on, kept by the loop
+    self.seen: dict[str, set] = {
+      name: set() for name in names
+    }  # shapes that each one was called on, kept by the loop
     self.new: dict[str, list[float]] = {name: [] for name in names}
 
   def __enter__(self):
@@ -214,7 +243,9 @@ class Compilations:
     jax.monitoring.unregister_event_duration_listener(self._listen)
 
   def _listen(self, event: str, duration_secs: float, **about: str | int):
-    name = str(about.get("fun_name", "")).removeprefix("jit(").removeprefix("jit_").removesuffix(")")
+    name = (
+      str(about.get("fun_name", "")).removeprefix("jit(").removeprefix("jit_").removesuffix(")")
+    )
     if event == BACKEND_COMPILE and name in self.count:
       self.count[name] += 1
       self.new[name].append(duration_secs)
@@ -229,9 +260,11 @@ def line(step: int, steps: int, values: Mapping[str, float]) -> str:
   """One readable line of a training step."""
   mfu = values["mfu"]
   return (
-    f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.3g}  "
+    f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad "
+    f"{values['grad_norm']:.3g}  "
     f"{values['samples_per_s']:.2f} samples/s  {values['frames_per_s']:.0f} frames/s  "
-    f"data wait {values['data_wait']:.1%}  MFU {'-' if np.isnan(mfu) else f'{mfu:.1%}'}  real {values['real_share']:.0%}"
+    f"data wait {values['data_wait']:.1%}  MFU {'-' if np.isnan(mfu) else f'{mfu:.1%}'}  real "
+    f"{values['real_share']:.0%}"
   )
 
 
@@ -242,7 +275,9 @@ class Writer:
     from tensorboardX import SummaryWriter
 
     # Points after purge_step are of steps that the run now takes again.
-    self.writer = SummaryWriter(str(folder), purge_step=purge_step + 1, write_to_disk=jax.process_index() == 0)
+    self.writer = SummaryWriter(
+      str(folder), purge_step=purge_step + 1, write_to_disk=jax.process_index() == 0
+    )
 
   def write(self, step: int, group: str, values: Mapping[str, float]):
     """Scalars group/name at a step; values that are not numbers are left out."""

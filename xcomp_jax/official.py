@@ -1,4 +1,6 @@
-"""One table between the official PyTorch names and our parameter paths, used both ways (FACTS.md 7, 11)."""
+"""One table between the official PyTorch names and our parameter paths, used both ways (FACTS.md 7,
+11).
+"""
 
 import dataclasses
 import math
@@ -18,7 +20,8 @@ class Entry:
 
   name: the official one. shape: the official one; ours is `ours`.
   path: ours, as `sharding.path_name` writes it ('llm/layers/0/q/kernel').
-  form: how official becomes ours: 'copy'; 'transpose' [out, in] -> [in, out]; 'patch' [D, 3, 1, p, p] -> [p*p*3, D].
+  form: how official becomes ours: 'copy'; 'transpose' [out, in] -> [in, out]; 'patch' [D, 3, 1, p,
+  p] -> [p*p*3, D].
   """
 
   name: str
@@ -35,11 +38,16 @@ class Entry:
 
 
 def families(entries: Sequence[Entry]) -> list[tuple[int, Entry]]:
-  """The table in short: how many entries differ in the numbers of layers alone, and their first with these as `*`."""
+  """The table in short: how many entries differ in the numbers of layers alone, and their first
+  with these as `*`.
+  """
   found: dict[str, list[Entry]] = {}
   for entry in entries:
     found.setdefault(_NUMBER.sub("*", entry.path), []).append(entry)
-  general = lambda e: dataclasses.replace(e, name=_NUMBER.sub("*", e.name), path=_NUMBER.sub("*", e.path))
+
+  def general(e):
+    return dataclasses.replace(e, name=_NUMBER.sub("*", e.name), path=_NUMBER.sub("*", e.path))
+
   return [(len(alike), general(alike[0])) for alike in found.values()]
 
 
@@ -70,13 +78,20 @@ def _linear(name: str, path: str, inputs: int, outputs: int, bias: bool = True) 
 
 
 def _patches(name: str, v: TowerConfig) -> Iterator[Entry]:
-  yield Entry(f"{name}.weight", "vision/patch_embed/kernel", "patch", (v.width, 3, 1, v.patch_size, v.patch_size))
+  yield Entry(
+    f"{name}.weight",
+    "vision/patch_embed/kernel",
+    "patch",
+    (v.width, 3, 1, v.patch_size, v.patch_size),
+  )
   yield _copy(f"{name}.bias", "vision/patch_embed/bias", v.width)
 
 
 def _umt(v: TowerConfig) -> Iterator[Entry]:
   def layer_norm(name, path):
-    return _copy(f"{name}.weight", f"{path}/scale", v.width), _copy(f"{name}.bias", f"{path}/bias", v.width)
+    return _copy(f"{name}.weight", f"{path}/scale", v.width), _copy(
+      f"{name}.bias", f"{path}/bias", v.width
+    )
 
   yield from _patches(f"{TOWER}.encoder.patch_embed.proj", v)
   for i in range(v.layers):

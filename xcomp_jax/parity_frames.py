@@ -1,4 +1,6 @@
-"""Which frames are read, against recorded choices of the official readers (VECTORS.md: cuts.json)."""
+"""Which frames are read, against recorded choices of the official readers (VECTORS.md:
+cuts.json).
+"""
 
 import pathlib
 import tempfile
@@ -35,7 +37,10 @@ def choices(name: str, recorded: list[dict[str, Any]]) -> list[Row]:
     for n, case in enumerate(recorded):
       try:
         ours, theirs = found.setdefault(f"{name}: {case['kind']}, {case['style']}", ({}, {}))
-        theirs |= {f"frames {n}": np.array(case["indices"]), f"message {n}": _letters(case["message"])}
+        theirs |= {
+          f"frames {n}": np.array(case["indices"]),
+          f"message {n}": _letters(case["message"]),
+        }
         indices, message = _chosen(pathlib.Path(folder) / str(n), case)
       except video.VideoError as error:  # nothing is chosen where the official code chooses
         indices, message = np.zeros(0, int), str(error)
@@ -46,10 +51,14 @@ def choices(name: str, recorded: list[dict[str, Any]]) -> list[Row]:
 
 
 def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:
-  """Chooses frames as `video.sample` does, from empty files made in `root`. Returns: int[T] numbers of frames; the time message."""
+  """Chooses frames as `video.sample` does, from empty files made in `root`. Returns: int[T] numbers
+  of frames; the time message.
+  """
   count, (start, end), index = case["count"], case["clip"] or (None, None), None
   if case["kind"] == "frames":
-    path = root.joinpath(*(part for part in pathlib.PurePosixPath(case["path"]).parts if part not in ("/", "..")))
+    path = root.joinpath(
+      *(part for part in pathlib.PurePosixPath(case["path"]).parts if part not in ("/", ".."))
+    )
     path.mkdir(parents=True)
     for i in range(count):
       (path / f"img_{i + 1:05}.jpg").touch()
@@ -57,11 +66,22 @@ def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:
     path, rate = root / "video.mp4", case["fps_of_file"]
     root.mkdir()
     path.touch()
-    index = container.Index(0, np.arange(count) / rate, count / rate, rate, rate, np.arange(count), (), 0.0, count)
+    index = container.Index(
+      0, np.arange(count) / rate, count / rate, rate, rate, np.arange(count), (), 0.0, count
+    )
   chosen = video.sample(
-    path, size=1, max_frames=case["max_frames"], min_frames=case["min_frames"], fps=case["target_fps"], clip_frames=8,
-    style=case["style"], start=start, end=end, read_type="video" if index else "frames", found=index,
-  )  # fmt: skip
+    path,
+    size=1,
+    max_frames=case["max_frames"],
+    min_frames=case["min_frames"],
+    fps=case["target_fps"],
+    clip_frames=8,
+    style=case["style"],
+    start=start,
+    end=end,
+    read_type="video" if index else "frames",
+    found=index,
+  )
   return chosen.indices, prompt.time_message(chosen.seconds, len(chosen.indices))
 
 

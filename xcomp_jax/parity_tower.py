@@ -20,17 +20,23 @@ from xcomp_jax.sharding import path_name
 
 VISION = 5e-5  # absolute
 INTERNVIDEO2 = 1e-4  # likewise
-TIE = 1e-6  # similarities closer than float32 noise are a tie, whose order is unspecified (FACTS.md 8)
+TIE = (
+  1e-6  # similarities closer than float32 noise are a tie, whose order is unspecified (FACTS.md 8)
+)
 
 
 def tables(recorded: Arrays, stage: str) -> Row:
-  """Position tables of the real geometries, at any width: whole (1, N, D), or the rows in NAME_rows."""
+  """Position tables of the real geometries, at any width: whole (1, N, D), or the rows in
+  NAME_rows.
+  """
   ours = {}
   for name, array in recorded.items():
     if found := re.fullmatch(r"(hd|s224)_(8f|4f|img)", name):
       size, frames = found.groups()
       image_size, kind = (448, "umt-hd") if size == "hd" else (224, "umt")
-      cfg = VisionConfig(image_size, 16, array.shape[-1], layers=1, heads=1, mlp_width=1, table=kind)
+      cfg = VisionConfig(
+        image_size, 16, array.shape[-1], layers=1, heads=1, mlp_width=1, table=kind
+      )
       table = position_table(cfg, {"8f": 8, "4f": 4, "img": 1}[frames])
       ours[name] = table[recorded[f"{name}_rows"]] if f"{name}_rows" in recorded else table[None]
   return compare(stage, ours, recorded, VISION)
@@ -47,12 +53,18 @@ def in_clips(frames: np.ndarray, recorded: Arrays) -> np.ndarray:
   outputs = ("patch_embed", "vision_out", "tome_out", "projector_out")
   count = next((len(recorded[name]) for name in outputs if name in recorded), None)
   if not count or len(frames) % count:
-    raise ParityError(f"no array of {', '.join(outputs)} says into how many clips {len(frames)} frames go")
+    raise ParityError(
+      f"no array of {', '.join(outputs)} says into how many clips {len(frames)} frames go"
+    )
   return frames.reshape(count, -1, *frames.shape[1:])
 
 
-def vision(model: VLM, clips: np.ndarray, recorded: Arrays, label: str) -> tuple[list[Row], jax.Array]:
-  """Position table to projector, for clips [C, F, S, S, 3]; also returns the merged tokens [C, N, D]."""
+def vision(
+  model: VLM, clips: np.ndarray, recorded: Arrays, label: str
+) -> tuple[list[Row], jax.Array]:
+  """Position table to projector, for clips [C, F, S, S, 3]; also returns the merged tokens [C, N,
+  D].
+  """
   cfg, tower = model.cfg.vision, model.vision
   frames = clips.shape[1]
   table = position_table(cfg, frames)
@@ -75,7 +87,10 @@ def vision(model: VLM, clips: np.ndarray, recorded: Arrays, label: str) -> tuple
   ours = {"vision_out": each(tower, clips), "vision_out_image": tower(jnp.asarray(clips[:1, :1]))}
   rows.append(compare(f"{label}: tower", ours, recorded, VISION))
 
-  x, size = recorded.get("vision_out", ours["vision_out"]), jnp.ones((*ours["vision_out"].shape[:2], 1))
+  x, size = (
+    recorded.get("vision_out", ours["vision_out"]),
+    jnp.ones((*ours["vision_out"].shape[:2], 1)),
+  )
   steps = merge_steps(x.shape[1], frames * model.cfg.tokens_per_frame)
   rows.append(compare(f"{label}: merge steps", {"tome_r": np.array(steps)}, recorded))
   for i, r in enumerate(steps):
@@ -93,7 +108,9 @@ def vision(model: VLM, clips: np.ndarray, recorded: Arrays, label: str) -> tuple
 
   features = jax.jit(vlm.encode)(model, clips)
   rows.append(compare(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION))
-  rows.append(compare(f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION))
+  rows.append(
+    compare(f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION)
+  )
   return rows, features
 
 
@@ -101,22 +118,33 @@ def same_ties(order: np.ndarray, recorded: np.ndarray, score: np.ndarray) -> np.
   """`order` with the recorded choice wherever that has the same score."""
   if order.shape != recorded.shape:
     return order
-  take = lambda o: np.take_along_axis(score, o, axis=-1)
+
+  def take(o):
+    return np.take_along_axis(score, o, axis=-1)
+
   return np.where(np.abs(take(order) - take(recorded)) < TIE, recorded, order)
 
 
 def internvideo2(directory: pathlib.Path) -> list[Row]:
-  """An InternVideo2 tower alone: its vectors.npz, of keys SET:NAME or NAME, and its one *.safetensors.
+  """An InternVideo2 tower alone: its vectors.npz, of keys SET:NAME or NAME, and its one
+  *.safetensors.
 
   Raises:
-    ParityError: files that are not of this form. CheckpointError: tensors missing, unexpected or of other shapes.
+    ParityError: files that are not of this form. CheckpointError: tensors missing, unexpected or of
+      other shapes.
   """
   recorded = read(directory / "vectors.npz")
   rows = []
   for name in sorted({key.rpartition(":")[0] for key in recorded}):
-    mine = {key.rpartition(":")[2]: array for key, array in recorded.items() if key.rpartition(":")[0] == name}
+    mine = {
+      key.rpartition(":")[2]: array
+      for key, array in recorded.items()
+      if key.rpartition(":")[0] == name
+    }
     if missing := {"lowres_u8", "image_size", "heads"} - mine.keys():
-      raise ParityError(f"{directory / 'vectors.npz'} lacks {', '.join(sorted(f'{name}:{key}' for key in missing))}")
+      raise ParityError(
+        f"{directory / 'vectors.npz'} lacks {', '.join(sorted(f'{name}:{key}' for key in missing))}"
+      )
     rows += _internvideo2(directory, mine, f"{directory.name} {name}".rstrip())
   return rows
 
@@ -124,37 +152,68 @@ def internvideo2(directory: pathlib.Path) -> list[Row]:
 def _internvideo2(directory: pathlib.Path, recorded: Arrays, label: str) -> list[Row]:
   v = tower_sizes(directory, int(recorded["image_size"]), int(recorded["heads"]))
   small = LLMConfig(1, 2, 1, 1, 1, 2, 1, 1.0, None, 1.0, True, None)  # it is not built
-  cfg = VLMConfig(v, small, LPCompConfig("cosine", "none", 16), v.frames, 16, "float32", 1, "einsum", False)
+  cfg = VLMConfig(
+    v, small, LPCompConfig("cosine", "none", 16), v.frames, 16, "float32", 1, "einsum", False
+  )
   first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  target = lambda path, stored: (first, np.dtype(np.float32))
+
+  def target(path, stored):
+    return (first, np.dtype(np.float32))
+
   arrays = layouts.read_torch(directory, official.tower_names(v), target, by="vectors.npz")
   graph, state = nnx.split(nnx.eval_shape(lambda: InternVideo2(cfg, rngs=nnx.Rngs(0))))
-  tower = nnx.merge(graph, jax.tree_util.tree_map_with_path(lambda path, _: arrays[f"vision/{path_name(path)}"], state))
+  tower = nnx.merge(
+    graph,
+    jax.tree_util.tree_map_with_path(lambda path, _: arrays[f"vision/{path_name(path)}"], state),
+  )
 
   grid = v.image_size // v.patch_size
-  ours = {f"{kind}_init_sincos": position_start(v.width, n, grid) for kind, n in (("pos_embed", v.frames), ("img_pos_embed", 1))}
+  ours = {
+    f"{kind}_init_sincos": position_start(v.width, n, grid)
+    for kind, n in (("pos_embed", v.frames), ("img_pos_embed", 1))
+  }
   rows = [compare(f"{label}: first positions", ours, recorded, VISION)]
   frames = _enlarged(recorded["lowres_u8"], v.image_size)
   run = jax.jit(lambda tower, frames: tower.with_class_token(frames))
   every, image = run(tower, frames), run(tower, frames[:, :1])
-  rows.append(compare(f"{label}: tower", {"out_with_cls": every, "tower_out": every[:, 1:]}, recorded, INTERNVIDEO2))
-  return [*rows, compare(f"{label}: tower, image", {"tower_out_image": image[:, 1:]}, recorded, INTERNVIDEO2)]
+  rows.append(
+    compare(
+      f"{label}: tower",
+      {"out_with_cls": every, "tower_out": every[:, 1:]},
+      recorded,
+      INTERNVIDEO2,
+    )
+  )
+  return [
+    *rows,
+    compare(f"{label}: tower, image", {"tower_out_image": image[:, 1:]}, recorded, INTERNVIDEO2),
+  ]
 
 
 def tower_sizes(directory: pathlib.Path, image_size: int, heads: int) -> InternVideo2Config:
   """Sizes of an InternVideo2 tower by the shapes of its tensors.
 
   Raises:
-    ParityError: not one *.safetensors, or without the tensors that tell. CheckpointError: a file that can't be read.
+    ParityError: not one *.safetensors, or without the tensors that tell. CheckpointError: a file
+      that can't be read.
   """
   if len(files := sorted(directory.glob("*.safetensors"))) != 1:
-    raise ParityError(f"{directory} has vectors.npz and {len(files)} *.safetensors; there must be one")
+    raise ParityError(
+      f"{directory} has vectors.npz and {len(files)} *.safetensors; there must be one"
+    )
   shapes = layouts.shapes(directory)
-  telling = [f"{official.TOWER}.{name}" for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")]
+  telling = [
+    f"{official.TOWER}.{name}"
+    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+  ]
   if missing := [name for name in telling if name not in shapes]:
     raise ParityError(f"{files[0]} lacks {', '.join(missing)}: no InternVideo2 tower")
   (width, _, _, patch, _), (_, tokens, _), (mlp_width, _) = (shapes[name] for name in telling)
-  layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(rf"{re.escape(official.TOWER)}\.blocks\.(\d+)\.", name)))
+  layers = 1 + max(
+    int(found[1])
+    for name in shapes
+    if (found := re.match(rf"{re.escape(official.TOWER)}\.blocks\.(\d+)\.", name))
+  )
   frames = (tokens - 1) // (image_size // patch) ** 2
   return InternVideo2Config(image_size, patch, width, layers, heads, mlp_width, frames)
 

@@ -1,4 +1,6 @@
-"""The table of `python -m xcomp_jax.plan --lengths FILE`: what a run computes and takes at least on so many devices."""
+"""The table of `python -m xcomp_jax.plan --lengths FILE`: what a run computes and takes at least on
+so many devices.
+"""
 
 import dataclasses
 import math
@@ -16,16 +18,32 @@ from xcomp_jax.progress import progress
 MOST = 100_000  # frames or tokens of a sample
 PREFIX = 14  # tokens of the chat header
 COLUMNS = (
-  "devices", "batch", "mesh", "data", "micro-batches", "tower", "LLM", "all", "programs", "s a step", "of real work",
-  "and links", "bound by", "steps", "hours", "chip-hours", "fits",
-)  # fmt: skip
+  "devices",
+  "batch",
+  "mesh",
+  "data",
+  "micro-batches",
+  "tower",
+  "LLM",
+  "all",
+  "programs",
+  "s a step",
+  "of real work",
+  "and links",
+  "bound by",
+  "steps",
+  "hours",
+  "chip-hours",
+  "fits",
+)
 
 
 def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
   """Reads {"frames": [...], "text": [...]}, a number per sample; 1 frame is an image, 0 text alone.
 
   Returns:
-    int64[n, 4], columns as `Length`; text is what follows the visual slot, and PREFIX tokens come before it.
+    int64[n, 4], columns as `Length`; text is what follows the visual slot, and PREFIX tokens come
+    before it.
 
   Raises:
     ConfigError: a file that is not so.
@@ -33,7 +51,9 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
   found = inputs.read_json(file, ConfigError)
   frames, text = (found.get(key) if isinstance(found, dict) else None for key in ("frames", "text"))
   if not (isinstance(frames, list) and isinstance(text, list) and frames and text):
-    raise ConfigError(f'{file}: expected {{"frames": [...], "text": [...]}}, each with a number per sample')
+    raise ConfigError(
+      f'{file}: expected {{"frames": [...], "text": [...]}}, each with a number per sample'
+    )
   if len(frames) != len(text):
     raise ConfigError(f"{file}: {len(frames):,} numbers in frames, but {len(text):,} in text")
   problems = []
@@ -43,7 +63,8 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
     if type(t) is not int or not 1 <= t <= MOST:
       problems.append(f"text[{i}] = {t!r}")
   packing.refuse(
-    f"{file}: frames must be 0 (text alone), 1 (an image), or a multiple of the {cfg.clip_frames} frames of a clip, text whole numbers from 1, "
+    f"{file}: frames must be 0 (text alone), 1 (an image), or a multiple of the {cfg.clip_frames} "
+    f"frames of a clip, text whole numbers from 1, "
     f"both at most {MOST:,}",
     problems,
   )
@@ -79,7 +100,9 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
     some = dataclasses.replace(config.train, batch_size=size)
     pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
     try:
-      plan = forecast.schedule(dataclasses.replace(config, train=some), cfg, lengths, forecast.chips(chip, count))
+      plan = forecast.schedule(
+        dataclasses.replace(config, train=some), cfg, lengths, forecast.chips(chip, count)
+      )
     except ConfigError as error:
       refused.append(error)
       notes.append(f"{count} x {chip}: {error}")
@@ -98,18 +121,44 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
     for pixels in (True, False):
       a = forecast.account(plan, steps, lengths, pixels)
       hours = a.step * total / 3600
-      mesh = " x ".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, a.mesh) if size > 1) or "1"
-      lines.append((
-        f"{count}", f"{a.batch_size}", mesh, "frames" if pixels else "features", f"{a.micro_batches:.2f}",
-        f"{a.tower:.3f}" if pixels else "-", f"{a.llm:.3f}", f"{a.all:.3f}", f"{a.programs}", f"{a.step:.3f}",
-        f"{a.step / a.alone:.2f} x", f"{a.step / a.linked:.2f} x", a.bound, f"{total:,}", f"{hours:.2f}",
-        f"{hours * count:,.1f}", fits,
-      ))  # fmt: skip
+      mesh = (
+        " x ".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, a.mesh) if size > 1) or "1"
+      )
+      lines.append(
+        (
+          f"{count}",
+          f"{a.batch_size}",
+          mesh,
+          "frames" if pixels else "features",
+          f"{a.micro_batches:.2f}",
+          f"{a.tower:.3f}" if pixels else "-",
+          f"{a.llm:.3f}",
+          f"{a.all:.3f}",
+          f"{a.programs}",
+          f"{a.step:.3f}",
+          f"{a.step / a.alone:.2f} x",
+          f"{a.step / a.linked:.2f} x",
+          a.bound,
+          f"{total:,}",
+          f"{hours:.2f}",
+          f"{hours * count:,.1f}",
+          fits,
+        )
+      )
   if len(refused) == len(counts):
     raise refused[-1]
   widths = [max(map(len, column)) for column in zip(*lines)]
   made = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
-  return "\n".join([*made, "", "shapes: rows x (samples, frames, text tokens); a row is split over `context`", *notes, "", LEGEND])
+  return "\n".join(
+    [
+      *made,
+      "",
+      "shapes: rows x (samples, frames, text tokens); a row is split over `context`",
+      *notes,
+      "",
+      LEGEND,
+    ]
+  )
 
 
 LEGEND = """batch: config.train.batch_size, or a sample for each device if that is more (training has what the config says)
@@ -117,7 +166,7 @@ tower, LLM, all: share of the executed operations that is on real tokens
 of real work: the predicted time over that of real operations at the peak; and links: over that of real operations and
   the links of one micro-batch
 hours: what the whole run takes at least, if devices do what their data sheets say
-fits: no if trained state and a micro-batch are too much for a device, by formula; --topology has the compiler count all"""
+fits: no if trained state and a micro-batch are too much for a device, by formula; --topology has the compiler count all"""  # noqa: E501
 
 
 def _shape(shape: Shape) -> str:

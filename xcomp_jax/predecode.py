@@ -1,13 +1,14 @@
 """Decodes the videos and images of a mixture once, into a store that training reads (docs/DATA.md).
 
-    python -m xcomp_jax.predecode --mixture M.yaml --out DIR                     frames, raw (or --frames jpeg)
-    python -m xcomp_jax.predecode --mixture M.yaml --out DIR --features --checkpoint DIR    what the frozen tower makes of them
-    python -m xcomp_jax.predecode --verify DIR
+    python -m xcomp_jax.predecode --mixture M.yaml --out DIR                     frames, raw (or
+    --frames jpeg) python -m xcomp_jax.predecode --mixture M.yaml --out DIR --features --checkpoint
+    DIR    what the frozen tower makes of them python -m xcomp_jax.predecode --verify DIR
     python -m xcomp_jax.predecode --inspect DIR
 
-A mixture is VideoChat-Flash's YAML: `datasets`, a list of json_path (json or jsonl), sampling_strategy, data_root and
-video_read_type. Relative paths start from --root. All annotations are checked before the first frame is decoded. The same
-command continues a run that was stopped or killed, and its result is the same.
+A mixture is VideoChat-Flash's YAML: `datasets`, a list of json_path (json or jsonl),
+sampling_strategy, data_root and video_read_type. Relative paths start from --root. All annotations
+are checked before the first frame is decoded. The same command continues a run that was stopped or
+killed, and its result is the same.
 """
 
 import collections
@@ -32,12 +33,23 @@ from xcomp_jax.config import Attention, Dtype
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data import shards, store, video
 from xcomp_jax.data.shards import Settings, Work
-from xcomp_jax.files import apart, become, command, expanduser, listed, local, locked, sweep, write_json
+from xcomp_jax.files import (
+  apart,
+  become,
+  command,
+  expanduser,
+  listed,
+  local,
+  locked,
+  sweep,
+  write_json,
+)
 from xcomp_jax.inputs import number, read_json
 from xcomp_jax.progress import progress
 
-# Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep all of them open, and a process
-# may often have 1,024. Larger files would need more room for the one that is being written: see docs/DATA.md.
+# Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep
+# all of them open, and a process may often have 1,024. Larger files would need more room for the
+# one that is being written: see docs/DATA.md.
 PER_SHARD = 256
 PER_SHARD_BEFORE = 64  # of stores that don't say
 
@@ -70,9 +82,9 @@ def predecode(
 ) -> dict[str, Any]:
   """Writes the store `out` and returns what its store.json says.
 
-  The result is the same for every number of workers, and however often the work was interrupted. Until it is whole
-  everything is in `<out>.incomplete`, where the next call with the same arguments goes on; if `out` is already there and
-  was made by the same arguments nothing is done.
+  The result is the same for every number of workers, and however often the work was interrupted.
+  Until it is whole everything is in `<out>.incomplete`, where the next call with the same arguments
+  goes on; if `out` is already there and was made by the same arguments nothing is done.
 
   Args:
     mixture: YAML file.
@@ -82,7 +94,8 @@ def predecode(
     subset: share of each annotation file's selection (0.25 in the release).
     workers: decoding processes; 0 decodes in this one, without time limit.
     samples_per_shard: annotations in one file of clips; None: as in what is there, else 256.
-    skip_bad: leave out annotations and videos that can't be used, and say so in the manifest, instead of stopping.
+    skip_bad: leave out annotations and videos that can't be used, and say so in the manifest,
+      instead of stopping.
     quality: of JPEG, 1 to 100; None: raw frames.
     tower: store what it makes of the frames.
     timeout: seconds for decoding one annotation.
@@ -90,36 +103,59 @@ def predecode(
     beam: options of an Apache Beam pipeline that decodes instead of processes here.
 
   Raises:
-    AnnotationError: problems with the mixture or its annotations, all listed, before anything is decoded.
-    VideoError: videos that can't be used, all listed, after everything else was decoded and kept for the next call.
+    AnnotationError: problems with the mixture or its annotations, all listed, before anything is
+      decoded.
+    VideoError: videos that can't be used, all listed, after everything else was decoded and kept
+      for the next call.
     ValueError: frame limits that contradict each other, or a relative root for Beam.
-    StoreError: `out` is there and is something else, another run is at work or left other work, or no sample is left.
+    StoreError: `out` is there and is something else, another run is at work or left other work, or
+      no sample is left.
   """
-  video.frame_indices(0, 1.0, **shards.sampling(settings))  # refuses limits that contradict each other
+  video.frame_indices(
+    0, 1.0, **shards.sampling(settings)
+  )  # refuses limits that contradict each other
   if tower and (quality is not None or beam is not None):
     raise ValueError("features are neither stored as JPEG nor computed through Beam")
   if beam is not None and not pathlib.Path(root).is_absolute():
-    raise ValueError(f"--beam needs a --root that is the same for all workers: an absolute path, not {root}")
+    raise ValueError(
+      f"--beam needs a --root that is the same for all workers: an absolute path, not {root}"
+    )
   out = local(out, "a store appears by a rename", written=True)
-  out = pathlib.Path(os.path.realpath(out))  # a rename can't take the place of what a link points to
+  out = pathlib.Path(
+    os.path.realpath(out)
+  )  # a rename can't take the place of what a link points to
   made = _made(out)
   with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
     jobs, files = mixtures.read_mixture(mixture, root, subset)
-    layout = store.Layout(settings.image_size, settings.clip_frames, quality, tower.features if tower else None)
+    layout = store.Layout(
+      settings.image_size, settings.clip_frames, quality, tower.features if tower else None
+    )
     per_shard = samples_per_shard or _per_shard(folder, made, restart)
     plan = _plan(mixture, root, subset, per_shard, settings, layout, files, tower)
     if made is not None:
       if made["plan"] == _digest(plan):
         shutil.rmtree(folder)
         return made
-      raise store.StoreError(f"{out} already exists, made from other data or with other settings; remove it or choose another folder")
+      raise store.StoreError(
+        f"{out} already exists, made from other data or with other settings; remove it or choose "
+        f"another folder"
+      )
     in_files = _in_files(jobs)
     bad = [f"{jobs[i].where()}: {fault}" for i in in_files for fault in jobs[i].faults]
     if bad and not skip_bad:
-      raise _annotation_error(f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", bad)
+      raise _annotation_error(
+        f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", bad
+      )
     if not jobs:
-      counts = f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} are drawn by sampling_strategy and --subset"
-      raise store.StoreError(f"no samples to write: {counts}, and none of these has exactly one image or video, or none where text_samples is true{_passed_over(reason for file in files for _, reason in file.passed)}")
+      counts = (
+        f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} "
+        f"are drawn by sampling_strategy and --subset"
+      )
+      raise store.StoreError(
+        f"no samples to write: {counts}, and none of these has exactly one image or video, or none "
+        f"where text_samples is "
+        f"true{_passed_over(reason for file in files for _, reason in file.passed)}"
+      )
     _agree(folder, plan, restart)
     work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), per_shard)
     _undo_finish(work)
@@ -130,21 +166,45 @@ def predecode(
       encode = (lambda job: _spool_features(work, job, tower)) if tower else None
       with progress(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
         shards.run(
-          work, work.shards, workers=workers, timeout=timeout, skip_bad=skip_bad, encode=encode, report=lambda: bar.update()
+          work,
+          work.shards,
+          workers=workers,
+          timeout=timeout,
+          skip_bad=skip_bad,
+          encode=encode,
+          report=lambda: bar.update(),
         )
     entries = shards.entries(work)
-    lost = [f"{jobs[i].where()}: {entries[i]['reason']}" for i in in_files if "reason" in entries[i]]
+    lost = [
+      f"{jobs[i].where()}: {entries[i]['reason']}" for i in in_files if "reason" in entries[i]
+    ]
     if lost and not skip_bad:
-      kept = f"everything else is kept in {folder}: the same command tries these again, with --skip_bad it leaves them out"
-      raise video.VideoError(listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost))
+      kept = (
+        f"everything else is kept in {folder}: the same command tries these again, with "
+        f"--skip_bad it leaves them out"
+      )
+      raise video.VideoError(
+        listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost)
+      )
     if len(lost) == len(jobs):
       raise store.StoreError(listed("no samples to write, all are bad", lost))
-    info = dataclasses.asdict(settings) | {"subset": subset, "samples_per_shard": per_shard, "plan": _digest(plan)}
+    info = dataclasses.asdict(settings) | {
+      "subset": subset,
+      "samples_per_shard": per_shard,
+      "plan": _digest(plan),
+    }
     return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
 
 
-def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None = None, attention: Attention = "auto", dtype: Dtype | None = None) -> Tower:
-  """The tower of a checkpoint (directory, hub id, or export), whose merged tokens are taken before the projector.
+def load_tower(
+  checkpoint: str,
+  settings: Settings,
+  clips_per_chunk: int | None = None,
+  attention: Attention = "auto",
+  dtype: Dtype | None = None,
+) -> Tower:
+  """The tower of a checkpoint (directory, hub id, or export), whose merged tokens are taken before
+  the projector.
 
   dtype: to compute in; None: by the device.
 
@@ -161,19 +221,35 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None 
 
   directory = weights.resolve(checkpoint)
   card = kernels.here()
-  dtype = dtype or kernels.compute_dtype(card, (weights.read_tuned(directory) or Tuned(COSINE)).dtype)
+  dtype = dtype or kernels.compute_dtype(
+    card, (weights.read_tuned(directory) or Tuned(COSINE)).dtype
+  )
   kernels.check(attention, dtype)
-  model = ModelConfig(settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False)
-  cfg = weights.read_config(directory, model, COSINE, option="--clip_frames {own}")  # LP-Comp is the LLM's, which is not run
+  model = ModelConfig(
+    settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False
+  )
+  cfg = weights.read_config(
+    directory, model, COSINE, option="--clip_frames {own}"
+  )  # LP-Comp is the LLM's, which is not run
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size
-    raise ValueError(f"the tower of {checkpoint} takes {size} pixels, not {settings.image_size}; give --image_size {size}")
+    raise ValueError(
+      f"the tower of {checkpoint} takes {size} pixels, not {settings.image_size}; give "
+      f"--image_size {size}"
+    )
   # float16 has not all of a bfloat16's small numbers, and the identity is that of training's tower.
   vlm = weights.load(directory, cfg, dtype=None if dtype == "float16" else dtype)
   features = store.Features(encode.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
-  how = {"computed_in": dtype, "clips_per_chunk": cfg.clips_per_chunk, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+  how = {
+    "computed_in": dtype,
+    "clips_per_chunk": cfg.clips_per_chunk,
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+  }
   kernel = kernels.taken(cfg)["tower"]
-  if attention != "auto" or card.platform == "gpu":  # where an earlier version's rules may have given wrong numbers
+  if (
+    attention != "auto" or card.platform == "gpu"
+  ):  # where an earlier version's rules may have given wrong numbers
     how |= {"attention": kernel}
 
   def run(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -186,7 +262,9 @@ def load_tower(checkpoint: str, settings: Settings, clips_per_chunk: int | None 
 
 def _spool_features(work: Work, job: int, tower: Tower) -> None:
   entry, clips = shards.spooled_frames(work, job)
-  shards.spool(tower.encode(clips), entry["clip_frames"], work.layout, work.spool(job), entry["seconds"])
+  shards.spool(
+    tower.encode(clips), entry["clip_frames"], work.layout, work.spool(job), entry["seconds"]
+  )
 
 
 def _made(out: pathlib.Path) -> dict[str, Any] | None:
@@ -206,12 +284,16 @@ def _made(out: pathlib.Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _claimed(out: pathlib.Path) -> Generator[pathlib.Path]:
-  """The folder `<out>.incomplete`, for this process alone; it goes again if nothing but the lock was put into it."""
+  """The folder `<out>.incomplete`, for this process alone; it goes again if nothing but the lock
+  was put into it.
+  """
   folder = out.with_name(out.name + ".incomplete")
   with contextlib.ExitStack() as stack:
     try:
       folder.mkdir(parents=True, exist_ok=True)
-      taken = store.StoreError(f"another process is writing {out}; wait for it, or choose another folder")
+      taken = store.StoreError(
+        f"another process is writing {out}; wait for it, or choose another folder"
+      )
       stack.enter_context(locked(folder / "lock", taken, needed=True))
       sweep(folder)
     except OSError as error:
@@ -224,7 +306,9 @@ def _claimed(out: pathlib.Path) -> Generator[pathlib.Path]:
 
 
 def _per_shard(folder: pathlib.Path, made: dict[str, Any] | None, restart: bool) -> int:
-  """How many annotations a shard has, where nobody says: as many as in the store, or in the unfinished work, that is there."""
+  """How many annotations a shard has, where nobody says: as many as in the store, or in the
+  unfinished work, that is there.
+  """
   if made is not None:
     return made.get("samples_per_shard", PER_SHARD_BEFORE)
   plan = None if restart else _planned(folder)
@@ -241,16 +325,44 @@ def _planned(folder: pathlib.Path) -> dict[str, Any] | None:
     return None
   with contextlib.suppress(store.StoreError, OSError):  # of another program, or none
     plan = read_json(folder / "plan.json", store.StoreError)
-    if isinstance(plan, dict) and plan.keys() >= {"format", "mixture", "root"} and isinstance(plan.get("samples_per_shard"), int):
+    if (
+      isinstance(plan, dict)
+      and plan.keys() >= {"format", "mixture", "root"}
+      and isinstance(plan.get("samples_per_shard"), int)
+    ):
       return plan
-  raise store.StoreError(f"{folder} holds something else than work of this command; move it away, or choose another --out")
+  raise store.StoreError(
+    f"{folder} holds something else than work of this command; move it away, or choose another "
+    f"--out"
+  )
 
 
-def _plan(mixture, root, subset: float, per_shard: int, settings: Settings, layout: store.Layout, files, tower) -> dict[str, Any]:
-  """What two runs must have in common for the second to continue the first; names are for people."""
-  plan: dict[str, Any] = {"format": store.FORMAT, "mixture": hashlib.blake2b(pathlib.Path(mixture).read_bytes(), digest_size=8).hexdigest()}
-  plan |= {"root": str(root), "subset": float(subset), "samples_per_shard": per_shard} | dataclasses.asdict(settings)
-  plan |= {"fps": float(settings.fps), "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}"}
+def _plan(
+  mixture,
+  root,
+  subset: float,
+  per_shard: int,
+  settings: Settings,
+  layout: store.Layout,
+  files,
+  tower,
+) -> dict[str, Any]:
+  """What two runs must have in common for the second to continue the first; names are for
+  people.
+  """
+  plan: dict[str, Any] = {
+    "format": store.FORMAT,
+    "mixture": hashlib.blake2b(pathlib.Path(mixture).read_bytes(), digest_size=8).hexdigest(),
+  }
+  plan |= {
+    "root": str(root),
+    "subset": float(subset),
+    "samples_per_shard": per_shard,
+  } | dataclasses.asdict(settings)
+  plan |= {
+    "fps": float(settings.fps),
+    "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}",
+  }
   if tower:
     plan |= {"frames": "features", "tower": tower.features.identity} | tower.settings
   plan |= {"av": av.__version__, "pillow": PIL.__version__}  # they make the pixels
@@ -277,12 +389,26 @@ def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
     write_json(file, plan)
   elif there != plan:
     keys = [key for key in dict.fromkeys([*there, *plan]) if there.get(key) != plan.get(key)]
-    shown = [f"{key}: {there.get(key, 'nothing')} there, {plan.get(key, 'nothing')} now" for key in keys[:5]]
-    raise store.StoreError(f"{folder} has unfinished work of another kind ({'; '.join(shown)}); remove it, or add --restart to begin anew")
+    shown = [
+      f"{key}: {there.get(key, 'nothing')} there, {plan.get(key, 'nothing')} now"
+      for key in keys[:5]
+    ]
+    raise store.StoreError(
+      f"{folder} has unfinished work of another kind ({'; '.join(shown)}); remove it, or add "
+      f"--restart to begin anew"
+    )
 
 
-def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Sequence[mixtures.File], info: dict) -> dict[str, Any]:
-  """Makes the store from whole shards, and gives it its name; may be killed and done again at any point."""
+def _finish(
+  work: Work,
+  out: pathlib.Path,
+  entries: Sequence[dict],
+  files: Sequence[mixtures.File],
+  info: dict,
+) -> dict[str, Any]:
+  """Makes the store from whole shards, and gives it its name; may be killed and done again at any
+  point.
+  """
   from xcomp_jax.data import prompt  # brings jax
 
   folder = work.folder / "store"
@@ -293,21 +419,44 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
     crcs = tuple(entries[i]["crc32"] for i in work.members(n) if "crc32" in entries[i])
     for i in work.members(n):
       job, entry = work.jobs[i], entries[i]
-      line = {"annotation": job.sample.annotation, "position": job.sample.position, "source": job.sample.source}
+      line = {
+        "annotation": job.sample.annotation,
+        "position": job.sample.position,
+        "source": job.sample.source,
+      }
       if "reason" in entry:
         lines.append(line | {"reason": entry["reason"]})
         continue
       lines.append(line | {"sample": written, "frames": entry["frames"], "crc32": entry["crc32"]})
-      message = "" if entry["seconds"] is None else prompt.time_message(entry["seconds"], entry["frames"])
+      message = (
+        "" if entry["seconds"] is None else prompt.time_message(entry["seconds"], entry["frames"])
+      )
       records = len(entry["lengths"])
-      samples.append(dataclasses.replace(
-        job.sample, time_message=message, frames=entry["frames"], clip_frames=entry["clip_frames"], first_record=first,
-        records=records,
-      ))  # fmt: skip
+      samples.append(
+        dataclasses.replace(
+          job.sample,
+          time_message=message,
+          frames=entry["frames"],
+          clip_frames=entry["clip_frames"],
+          first_record=first,
+          records=records,
+        )
+      )
       first, written = first + records, written + 1
-    parts.append(store.Shard(str(work.shard(n, ".array_record")), tuple(samples), about["records"], about["bytes"], crcs))
+    parts.append(
+      store.Shard(
+        str(work.shard(n, ".array_record")),
+        tuple(samples),
+        about["records"],
+        about["bytes"],
+        crcs,
+      )
+    )
   for file in files:
-    lines += [{"annotation": file.annotation, "position": i, "passed_over": reason} for i, reason in file.passed]
+    lines += [
+      {"annotation": file.annotation, "position": i, "passed_over": reason}
+      for i, reason in file.passed
+    ]
   text = "".join(store.as_json(line) + "\n" for line in lines)
   (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
   counts, position = [], 0
@@ -325,11 +474,18 @@ def _finish(work: Work, out: pathlib.Path, entries: Sequence[dict], files: Seque
 
 
 def _undo_finish(work: Work) -> None:
-  """Puts back what a killed `_finish` had moved: a shard that is there may have to be made again."""
+  """Puts back what a killed `_finish` had moved: a shard that is there may have to be made
+  again.
+  """
   folder = work.folder / "store"
   if not folder.exists():
     return
-  whole = [n for n in work.shards if work.shard(n, ".json").exists() and read_json(work.shard(n, ".json"), store.StoreError)["records"]]
+  whole = [
+    n
+    for n in work.shards
+    if work.shard(n, ".json").exists()
+    and read_json(work.shard(n, ".json"), store.StoreError)["records"]
+  ]
   for n, file in zip(whole, store.shard_files(folder, work.layout, len(whole)), strict=True):
     if file.exists():
       os.rename(file, work.shard(n, ".array_record"))
@@ -337,7 +493,9 @@ def _undo_finish(work: Work) -> None:
 
 
 def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool) -> None:
-  """The same shards, decoded by the workers of a Beam pipeline; `work.folder` and all paths must be theirs too."""
+  """The same shards, decoded by the workers of a Beam pipeline; `work.folder` and all paths must be
+  theirs too.
+  """
   try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -346,7 +504,10 @@ def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool
 
   parts = [n for n in work.shards if not work.shard(n, ".json").exists()]
   print(f"{len(parts)} of {len(work.shards)} shards to decode through Beam", file=sys.stderr)
-  part = lambda n: dataclasses.replace(work, jobs={i: work.jobs[i] for i in work.members(n)})
+
+  def part(n):
+    return dataclasses.replace(work, jobs={i: work.jobs[i] for i in work.members(n)})
+
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
     tasks = pipeline | beam.Create([(part(n), n, timeout, skip_bad) for n in parts])
     _ = tasks | beam.Reshuffle() | beam.Map(shards.run_one)
@@ -359,14 +520,18 @@ def _annotation_error(text: str, lines: Sequence[str]) -> ValueError:
 
 
 def _passed_over(reasons: Iterable[str]) -> str:
-  counts = [f"{count} with {reason}" for reason, count in collections.Counter(reasons).most_common()]
+  counts = [
+    f"{count} with {reason}" for reason, count in collections.Counter(reasons).most_common()
+  ]
   return f"; passed over, as the release does: {', '.join(counts)}" if counts else ""
 
 
 def _in_files(jobs: Sequence[mixtures.Job]) -> list[int]:
   """The numbers of the jobs, which are shuffled, as their annotations stand in the files."""
   files = {name: n for n, name in enumerate(dict.fromkeys(job.sample.annotation for job in jobs))}
-  return sorted(range(len(jobs)), key=lambda i: (files[jobs[i].sample.annotation], jobs[i].sample.position))
+  return sorted(
+    range(len(jobs)), key=lambda i: (files[jobs[i].sample.annotation], jobs[i].sample.position)
+  )
 
 
 class _Path(flags.ArgumentParser):
@@ -400,33 +565,111 @@ def _define_path(name: str, default: str | None, text: str) -> None:
 def _define_flags() -> None:
   _define_path("mixture", None, "YAML with the datasets to read")
   _define_path("out", None, "folder to write; the same command continues one that is incomplete")
-  _define_path("verify", None, "instead: read everything in this folder again, and compare it with its manifest")
+  _define_path(
+    "verify",
+    None,
+    "instead: read everything in this folder again, and compare it with its manifest",
+  )
   _define_path("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
   _define_path("root", ".", "where relative paths of the mixture start")
-  _define_number("subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0)
-  _define_number("image_size", None, "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448", 1, store.PIXELS[-1])
+  _define_number(
+    "subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0
+  )
+  _define_number(
+    "image_size",
+    None,
+    "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448",
+    1,
+    store.PIXELS[-1],
+  )
   _define_number("max_frames", 1024, "frames of a video, at most", 1, 1_000_000)
   _define_number("min_frames", 128, "frames of a video, if it has as many", 1, 1_000_000)
   _define_number("fps", 8.0, "frames per second, at most", 0.001, video.FASTEST)
-  _define_number("clip_frames", None, "frames that the tower sees together; default: as --checkpoint was tuned, else 8", 1, store.FRAMES[-1])
+  _define_number(
+    "clip_frames",
+    None,
+    "frames that the tower sees together; default: as --checkpoint was tuned, else 8",
+    1,
+    store.FRAMES[-1],
+  )
   flags.DEFINE_enum("frames", "raw", ["raw", "jpeg"], "how frames are stored")
   _define_number("quality", 95, "of JPEG", 1, 100)
-  flags.DEFINE_bool("features", False, "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames")
-  _define_path("checkpoint", None, "with --features: directory, hub id, or export; with --inspect: whose tokenizer")
-  _define_number("clips_per_chunk", None, "with --features: clips in the tower at once; default: by the device's memory", 1, 1_000_000)
-  flags.DEFINE_enum("attention", "auto", get_args(Attention), "with --features: which implementation; auto: by the device")
-  flags.DEFINE_enum("dtype", None, get_args(Dtype), "with --features: what the tower computes in; default: bfloat16, but float16 on GPUs that have none, and float32 on CPUs")
-  _define_number("workers", os.cpu_count(), "decoding processes; 0: none beside this one, and no time limit", 0, 10_000)
-  _define_number("timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001, 1e6)
-  _define_number("samples_per_shard", None, f"annotations in one file of clips; default: as in the unfinished work that is there, else {PER_SHARD}", 1, 1_000_000)
-  flags.DEFINE_bool("skip_bad", False, "leave out what can't be used, and list it in manifest.jsonl")
-  flags.DEFINE_enum("rate", "own", get_args(video.Rate), "where frames have no constant rate: own: they have their own times; average: they lie as far apart as the average rate says, as in the release")
-  flags.DEFINE_bool("keep_tails", False, "take what can be read of videos that are cut off, instead of leaving them out")
+  flags.DEFINE_bool(
+    "features",
+    False,
+    "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames",
+  )
+  _define_path(
+    "checkpoint",
+    None,
+    "with --features: directory, hub id, or export; with --inspect: whose tokenizer",
+  )
+  _define_number(
+    "clips_per_chunk",
+    None,
+    "with --features: clips in the tower at once; default: by the device's memory",
+    1,
+    1_000_000,
+  )
+  flags.DEFINE_enum(
+    "attention",
+    "auto",
+    get_args(Attention),
+    "with --features: which implementation; auto: by the device",
+  )
+  flags.DEFINE_enum(
+    "dtype",
+    None,
+    get_args(Dtype),
+    "with --features: what the tower computes in; default: bfloat16, but float16 on GPUs that have "
+    "none, and float32 on CPUs",
+  )
+  _define_number(
+    "workers",
+    os.cpu_count(),
+    "decoding processes; 0: none beside this one, and no time limit",
+    0,
+    10_000,
+  )
+  _define_number(
+    "timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001, 1e6
+  )
+  _define_number(
+    "samples_per_shard",
+    None,
+    f"annotations in one file of clips; default: as in the unfinished work that is there, else "
+    f"{PER_SHARD}",
+    1,
+    1_000_000,
+  )
+  flags.DEFINE_bool(
+    "skip_bad", False, "leave out what can't be used, and list it in manifest.jsonl"
+  )
+  flags.DEFINE_enum(
+    "rate",
+    "own",
+    get_args(video.Rate),
+    "where frames have no constant rate: own: they have their own times; average: they lie as far "
+    "apart as the average rate says, as in the release",
+  )
+  flags.DEFINE_bool(
+    "keep_tails",
+    False,
+    "take what can be read of videos that are cut off, instead of leaving them out",
+  )
   flags.DEFINE_bool("restart", False, "throw away what a run that was stopped has done")
-  flags.DEFINE_string("beam", None, 'options of a Beam pipeline that decodes: "--runner=DirectRunner --direct_num_workers=2"')
-  _define_path("sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png")
+  flags.DEFINE_string(
+    "beam",
+    None,
+    'options of a Beam pipeline that decodes: "--runner=DirectRunner --direct_num_workers=2"',
+  )
+  _define_path(
+    "sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png"
+  )
   _define_number("prompts", 3, "with --inspect: prompts to show", 0, 1_000_000)
-  flags.DEFINE_enum("mask", "official", ["official", "assistant"], "with --inspect: which tokens are supervised")
+  flags.DEFINE_enum(
+    "mask", "official", ["official", "assistant"], "with --inspect: which tokens are supervised"
+  )
 
 
 def _tuned(checkpoint: str) -> tuple[int | None, int | None]:
@@ -440,27 +683,57 @@ def _tuned(checkpoint: str) -> tuple[int | None, int | None]:
 def _make(f) -> None:
   missing = [name for name in ("mixture", "out") if getattr(f, name) is None]
   if missing:
-    raise ValueError(f"--{missing[0]} is missing; give --mixture M.yaml --out DIR, or --verify DIR, or --inspect DIR")
+    raise ValueError(
+      f"--{missing[0]} is missing; give --mixture M.yaml --out DIR, or --verify DIR, or --inspect "
+      f"DIR"
+    )
   if f.features and (f.checkpoint is None or f.frames != "raw" or f.beam is not None):
-    raise ValueError("--features needs --checkpoint DIR, and goes neither with --frames jpeg nor with --beam")
+    raise ValueError(
+      "--features needs --checkpoint DIR, and goes neither with --frames jpeg nor with --beam"
+    )
   if f.attention != "auto" and not f.features:
     raise ValueError("--attention goes with --features")
   if f.dtype is not None and not f.features:
     raise ValueError("--dtype goes with --features")
   size, clip = _tuned(f.checkpoint) if f.features else (None, None)
-  settings = Settings(f.image_size or size or 448, f.max_frames, f.min_frames, f.fps, f.clip_frames or clip or 8, f.rate, f.keep_tails)
-  tower = load_tower(f.checkpoint, settings, f.clips_per_chunk, f.attention, f.dtype) if f.features else None
+  settings = Settings(
+    f.image_size or size or 448,
+    f.max_frames,
+    f.min_frames,
+    f.fps,
+    f.clip_frames or clip or 8,
+    f.rate,
+    f.keep_tails,
+  )
+  tower = (
+    load_tower(f.checkpoint, settings, f.clips_per_chunk, f.attention, f.dtype)
+    if f.features
+    else None
+  )
   if tower:
     print(tower.about, file=sys.stderr)
   info = predecode(
-    f.mixture, f.out, settings, root=f.root, subset=f.subset, workers=f.workers, samples_per_shard=f.samples_per_shard,
-    skip_bad=f.skip_bad, quality=f.quality if f.frames == "jpeg" else None, tower=tower, timeout=f.timeout,
-    restart=f.restart, beam=None if f.beam is None else shlex.split(f.beam),
-  )  # fmt: skip
+    f.mixture,
+    f.out,
+    settings,
+    root=f.root,
+    subset=f.subset,
+    workers=f.workers,
+    samples_per_shard=f.samples_per_shard,
+    skip_bad=f.skip_bad,
+    quality=f.quality if f.frames == "jpeg" else None,
+    tower=tower,
+    timeout=f.timeout,
+    restart=f.restart,
+    beam=None if f.beam is None else shlex.split(f.beam),
+  )
   passed = collections.Counter()
   for file in info["annotation_files"]:
     passed.update(file.get("passed_over", {}))  # not of an earlier version
-  print(f"{f.out}: {info['samples']} samples, {info['frames']} frames, {info['skipped']} skipped{_passed_over(passed.elements())}")
+  print(
+    f"{f.out}: {info['samples']} samples, {info['frames']} frames, {info['skipped']} "
+    f"skipped{_passed_over(passed.elements())}"
+  )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -16,7 +16,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from xcomp_jax import absent, chips, cost, forecast, generate, optim, rounds, sharding, steps, weights
+from xcomp_jax import (
+  absent,
+  chips,
+  cost,
+  forecast,
+  generate,
+  optim,
+  rounds,
+  sharding,
+  steps,
+  weights,
+)
 from xcomp_jax.chips import Chip
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check
 from xcomp_jax.data import packing, pipeline
@@ -32,15 +43,18 @@ ASKING = ("encode", "prefill", *ROUNDS, "decode")
 NAMES = (*TRAINING, *ASKING)
 ROOM = 64  # tokens to answer that prefill makes room for
 FRAMES, TOKENS = 1024, 512  # of a sample, where nothing is known of the data
-RELEASED = pathlib.Path(__file__).parents[1] / "configs"  # has the config.json of released checkpoints, by hub id
+RELEASED = (
+  pathlib.Path(__file__).parents[1] / "configs"
+)  # has the config.json of released checkpoints, by hub id
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """What is planned.
 
-  full: the model. layers: compiled ones; None: all. shapes: of micro-batches. effort: of the compiler, from -1
-  (an eighth of the time, a tenth more of temporaries) to 0 (as it is for training). lengths: of samples, or of those
+  full: the model. layers: compiled ones; None: all. shapes: of micro-batches. effort: of the
+  compiler, from -1 (an eighth of the time, a tenth more of temporaries) to 0 (as it is for
+  training). lengths: of samples, or of those
   that are assumed. steps: the micro-batches of each step of them. costs: by which they were packed.
   """
 
@@ -56,19 +70,27 @@ class Plan:
   costs: forecast.Costs
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- what is asked for
+# ------------------------------------------------------------------------------------------------
 
 
 def topology(name: str) -> list[Any]:
-  """The devices of a topology such as "v5e:4x4", "h100:8" or "h100:2x8" (two hosts), to compile for only.
+  """The devices of a topology such as "v5e:4x4", "h100:8" or "h100:2x8" (two hosts), to compile for
+  only.
 
   Raises:
     ConfigError: no compiler for it, or no such topology.
   """
-  chip = next((chip for chip in chips.CHIPS if chip.capability and chip is known(name.partition(":")[0])), None)
+  chip = next(
+    (chip for chip in chips.CHIPS if chip.capability and chip is known(name.partition(":")[0])),
+    None,
+  )
   if chip is None and not re.match(r"v\d", name):
     cards = ", ".join(chip.name for chip in chips.CHIPS if chip.gpu)
-    raise ConfigError(f"--topology={name}: TPUs are written v5e:2x2, v5e:4x4 or v5p:2x2x2, GPUs h100:8 or h100:2x8; GPUs that can be compiled for are {cards}")
+    raise ConfigError(
+      f"--topology={name}: TPUs are written v5e:2x2, v5e:4x4 or v5p:2x2x2, GPUs h100:8 or "
+      f"h100:2x8; GPUs that can be compiled for are {cards}"
+    )
   return _tpus(name) if chip is None else _gpus(name, chip)
 
 
@@ -83,26 +105,37 @@ def known(name: str) -> Chip | None:
 def _gpus(name: str, chip: Chip) -> list[Any]:
   found = re.fullmatch(r"(?:(\d+)x)?([1-8])", name.partition(":")[2])
   if not found or found[1] == "0":
-    raise ConfigError(f"--topology={name}: write the card and how many a host has, from 1 to 8, such as h100:8; h100:2x8 are two hosts")
+    raise ConfigError(
+      f"--topology={name}: write the card and how many a host has, from 1 to 8, such as h100:8; "
+      f"h100:2x8 are two hosts"
+    )
   try:
     return absent.gpus(chip.name, int(found[2]), int(found[1] or 1))
   except KeyError as error:
     raise ConfigError(f"--topology={error.args[0]}") from error
   except (RuntimeError, ValueError) as error:  # JAX has no backend "cuda", or it lacks a part
     raise ConfigError(
-      f"--topology={name} needs the GPU compiler: pip install 'xcomp_jax[plan-gpu]' (4.4 GB; no GPU needed): {one_line(error)}"
+      f"--topology={name} needs the GPU compiler: pip install 'xcomp_jax[plan-gpu]' (4.4 GB; no "
+      f"GPU needed): {one_line(error)}"
     ) from error
 
 
 def _tpus(name: str) -> list[Any]:
-  # Outside of a Google cloud nothing answers libtpu's questions; nothing here touches a TPU, so its lock is not needed.
-  quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  # Outside of a Google cloud nothing answers libtpu's questions; nothing here touches a TPU, so its
+  # lock is not needed.
+  quiet = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
   for key, value in quiet.items():
     os.environ.setdefault(key, value)
   try:
     import libtpu  # noqa: F401
   except ImportError as error:
-    raise ConfigError("--topology needs the TPU compiler: pip install 'xcomp_jax[plan]' (no TPU needed)") from error
+    raise ConfigError(
+      "--topology needs the TPU compiler: pip install 'xcomp_jax[plan]' (no TPU needed)"
+    ) from error
   from jax.experimental import topologies
 
   sizes = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
@@ -111,13 +144,16 @@ def _tpus(name: str) -> list[Any]:
     return list(topologies.get_topology_desc(name, "tpu", **one).devices)
   except jax.errors.JaxRuntimeError as error:
     raise ConfigError(
-      f"--topology={name}: {one_line(error)}. Write the version and the shape, such as v5e:2x2, v5e:16x16, v5p:2x2x2, "
+      f"--topology={name}: {one_line(error)}. Write the version and the shape, such as v5e:2x2, "
+      f"v5e:16x16, v5p:2x2x2, "
       "v6e:4x4; or a card, such as h100:8"
     ) from error
 
 
 def sizes(config: RunConfig, device: Any = None) -> VLMConfig:
-  """Reads the model's sizes: from `init_from` if it is a directory, of released checkpoints without a network; for a device."""
+  """Reads the model's sizes: from `init_from` if it is a directory, of released checkpoints without
+  a network; for a device.
+  """
   known = RELEASED / config.init_from
   directory = pathlib.Path(config.init_from)
   if not directory.is_dir():
@@ -126,11 +162,15 @@ def sizes(config: RunConfig, device: Any = None) -> VLMConfig:
 
 
 def cut(cfg: VLMConfig, layers: int, count: int) -> VLMConfig:
-  """The model with so many layers of the LLM, all with `count` tokens of a group, and of the tower."""
+  """The model with so many layers of the LLM, all with `count` tokens of a group, and of the
+  tower.
+  """
   return dataclasses.replace(
-    cfg, llm=dataclasses.replace(cfg.llm, layers=layers), lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(count,) * layers),
+    cfg,
+    llm=dataclasses.replace(cfg.llm, layers=layers),
+    lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(count,) * layers),
     vision=dataclasses.replace(cfg.vision, layers=min(layers, cfg.vision.layers)),
-  )  # fmt: skip
+  )
 
 
 def slots(cfg: VLMConfig, shape: Shape) -> int:
@@ -158,7 +198,8 @@ def make(
     where: a topology's name, or devices; None: those that are here.
     layers: compiled ones, from which the rest is extrapolated; None: all.
     frames: of the samples that are assumed, if there are no lengths,
-    text: and their tokens behind the frames; None for both: as `config.data.shapes` says, if it does.
+    text: and their tokens behind the frames; None for both: as `config.data.shapes` says, if it
+      does.
     lengths: of all samples. The mesh and the shapes are those that training on them has.
     like: devices that say what these can do, where these can't be asked (`forecast.chips`).
     effort: of the compiler; see `Plan`.
@@ -183,7 +224,7 @@ def make(
   device = cost.device_of(like or devices)
   return Plan(
     config, full, layers, mesh, device, schedule.shapes, effort, lengths, packed, schedule.costs
-  )  # fmt: skip
+  )
 
 
 def _assumed(
@@ -195,7 +236,9 @@ def _assumed(
     ConfigError: frames that don't fill clips.
   """
   if frames is not None and (frames < 1 or (frames % cfg.clip_frames and frames != 1)):
-    raise ConfigError(f"--frames {frames}: must be 1, or a multiple of the {cfg.clip_frames} frames of a clip")
+    raise ConfigError(
+      f"--frames {frames}: must be 1, or a multiple of the {cfg.clip_frames} frames of a clip"
+    )
   mesh, shapes, prefix = config.mesh, config.data.shapes, config.data.prefix_length
   if (mesh.fsdp, mesh.context) == (-1, -1):
     mesh = dataclasses.replace(mesh, context=1)
@@ -208,7 +251,8 @@ def _assumed(
   return dataclasses.replace(config, mesh=mesh, data=data), [length] * config.train.batch_size
 
 
-# --- programs ---------------------------------------------------------------------------------------------------------
+# --- programs
+# ----------------------------------------------------------------------------------------
 
 
 def asked(plan: Plan, names: Sequence[str]) -> list[tuple[str, Shape | None]]:
@@ -216,8 +260,12 @@ def asked(plan: Plan, names: Sequence[str]) -> list[tuple[str, Shape | None]]:
   most = max(plan.shapes, key=lambda shape: (slots(plan.full, shape), shape))
   prompts = dataclasses.replace(most, rows=sharding.batch_devices(plan.mesh), samples=1)
   shapes = {"gradient": plan.shapes, "evaluation": plan.shapes} | dict.fromkeys(ASKING, (prompts,))
-  left = ROUNDS if plan.full.lp_comp.keep == "attention" else ()  # which tokens stay depends on the question there
-  return [(name, shape) for name in names if name not in left for shape in shapes.get(name, (None,))]
+  left = (
+    ROUNDS if plan.full.lp_comp.keep == "attention" else ()
+  )  # which tokens stay depends on the question there
+  return [
+    (name, shape) for name in names if name not in left for shape in shapes.get(name, (None,))
+  ]
 
 
 def batch_of(plan: Plan, cfg: VLMConfig, shape: Shape) -> Batch:
@@ -247,14 +295,17 @@ def training(plan: Plan, cfg: VLMConfig) -> tuple[Any, nnx.GraphDef, steps.Train
   tx = optim.optimizer(plan.config.optim, 1000)
   graph, state = steps.abstract_state(plan.config, cfg, tx, plan.mesh)
   number = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(plan.mesh))
-  grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding), state.trained)
+  grads = jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding), state.trained
+  )
   return tx, graph, state, steps.Sums(grads, number, number, number)
 
 
 class Traced(NamedTuple):
   """A program, traced for the mesh.
 
-  given: bytes per device of its arguments, by what they are. beside: of what else is there meanwhile, temporaries aside.
+  given: bytes per device of its arguments, by what they are. beside: of what else is there
+  meanwhile, temporaries aside.
   """
 
   program: Any
@@ -272,8 +323,8 @@ def traced(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced
 def _training(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced:
   """Traces a program of training.
 
-  One batch, or chunk of clips, is copied while another is computed on, so training holds two; and all features of a
-  step wait for their micro-batches.
+  One batch, or chunk of clips, is copied while another is computed on, so training holds two; and
+  all features of a step wait for their micro-batches.
   """
   tx, graph, state, sums = training(plan, cfg)
   compiled = steps.compiled_steps(cfg, state, sums, plan.mesh)
@@ -285,11 +336,14 @@ def _training(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Tra
   if name == "tower":
     one, side = sharding.replicated(plan.mesh), cfg.vision.image_size
     part = state.frozen if "vision" in state.frozen else state.trained
-    tower = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=one), part["vision"])
+    tower = jax.tree.map(
+      lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=one), part["vision"]
+    )
     frames = jax.ShapeDtypeStruct(
-      (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, side, side, 3), np.dtype(np.uint8),
+      (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, side, side, 3),
+      np.dtype(np.uint8),
       sharding=sharding.clip_sharding(plan.mesh),
-    )  # fmt: skip
+    )
     given = {"tower": held(tower), "clips": held(frames)}
     beside = memory | optimizer | {"next clips": held(frames), "features": waiting(plan, cfg)}
     return Traced(compiled.encode.trace(tower, frames), given, beside)
@@ -299,22 +353,33 @@ def _training(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Tra
   beside = optimizer | {"other batches": max(size, waiting(plan, cfg))}
   if name == "evaluation":
     state = dataclasses.replace(state, opt=None)
-    return Traced(compiled.evaluate.trace(graph, state, batch), parameters | {"batch": held(batch)}, gradients | beside)
+    return Traced(
+      compiled.evaluate.trace(graph, state, batch),
+      parameters | {"batch": held(batch)},
+      gradients | beside,
+    )
   most = plan.config.train.projector_max_frames
   program = compiled.grad.trace(graph, state, sums, batch, clips, projector_max_frames=most)
   return Traced(program, memory | {"batch": size}, beside)
 
 
 def _asking(plan: Plan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
-  """Traces a program of asking: the whole model in the compute dtype, a question in each row group."""
+  """Traces a program of asking: the whole model in the compute dtype, a question in each row
+  group.
+  """
   graph, params = nnx.split(weights.abstract(cfg))
   at, dtype = sharding.param_shardings(params, plan.mesh), np.dtype(cfg.dtype)
   params = jax.tree.map(lambda p, at: jax.ShapeDtypeStruct(p.shape, dtype, sharding=at), params, at)
   memory, size = {"parameters": held(params)}, cfg.vision.image_size
-  split = lambda tree: jax.tree.map(lambda a: _rows(plan, a, shape.rows), tree)
+
+  def split(tree):
+    return jax.tree.map(lambda a: _rows(plan, a, shape.rows), tree)
+
   if name == "encode":
     frames = (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, size, size, 3)
-    clips = jax.ShapeDtypeStruct(frames, np.dtype(np.uint8), sharding=sharding.clip_sharding(plan.mesh))
+    clips = jax.ShapeDtypeStruct(
+      frames, np.dtype(np.uint8), sharding=sharding.clip_sharding(plan.mesh)
+    )
     run = jax.jit(lambda params, clips: vlm.encode(nnx.merge(graph, params), clips))
     return Traced(run.trace(params, clips), memory | {"clips": held(clips)}, {})
   batch = batch_of(plan, cfg, shape)
@@ -324,12 +389,21 @@ def _asking(plan: Plan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
   if name == "decode":
     state = split(prefill.eval_shape(params, batch))
     sampling = generate.Sampling(1, (0,))
-    run = lambda params, state: generate.decode(nnx.merge(graph, params), state, sampling, generate.STREAM)
-    return Traced(jax.jit(run, donate_argnums=1).trace(params, state), memory | {"caches": held(state)}, {})
+
+    def run(params, state):
+      return generate.decode(nnx.merge(graph, params), state, sampling, generate.STREAM)
+
+    return Traced(
+      jax.jit(run, donate_argnums=1).trace(params, state), memory | {"caches": held(state)}, {}
+    )
   of, rows = rounds.usual(cfg, shape.frames)
   rows, clips = shape.rows * rows, of.frames // cfg.clip_frames
   watch, score = rounds.scoring(graph, of, rounds.USUAL, rows, clip_frames=cfg.clip_frames)
-  features = split(jax.ShapeDtypeStruct((rows, clips, cfg.clip_frames * cfg.tokens_per_frame, cfg.vision.width), dtype))
+  features = split(
+    jax.ShapeDtypeStruct(
+      (rows, clips, cfg.clip_frames * cfg.tokens_per_frame, cfg.vision.width), dtype
+    )
+  )
   if name == "round":
     return Traced(jax.jit(watch).trace(params, features), memory | {"features": held(features)}, {})
   caches = split(jax.eval_shape(watch, params, features))
@@ -338,12 +412,18 @@ def _asking(plan: Plan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
 
 def _rows(plan: Plan, leaf: Any, rows: int) -> Any:
   """A ShapeDtypeStruct whose first axis, if it is of rows, is split over row groups."""
-  at = sharding.batch_sharding(plan.mesh) if leaf.ndim and leaf.shape[0] % rows == 0 else sharding.replicated(plan.mesh)
+  at = (
+    sharding.batch_sharding(plan.mesh)
+    if leaf.ndim and leaf.shape[0] % rows == 0
+    else sharding.replicated(plan.mesh)
+  )
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
 
 def waiting(plan: Plan, cfg: VLMConfig) -> float:
-  """Counts the bytes per device of a step's features, which wait for their micro-batches; 0 if the tower is trained."""
+  """Counts the bytes per device of a step's features, which wait for their micro-batches; 0 if the
+  tower is trained.
+  """
   if plan.config.train.vision:
     return 0.0
   sizes = {shape: held(batch_of(plan, cfg, shape).visual) for shape in plan.shapes}
@@ -353,4 +433,6 @@ def waiting(plan: Plan, cfg: VLMConfig) -> float:
 def held(tree: Any) -> float:
   """Bytes per device of arrays that have shardings."""
   leaves = jax.tree.leaves(tree)
-  return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves))
+  return float(
+    sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
+  )

@@ -9,7 +9,8 @@ SECONDS = 30.0  # between two lines of a log
 def progress(*things: Any, **how: Any) -> Any:
   """A bar of `tqdm` on stderr, by its arguments.
 
-  Where stderr is no terminal it is a line every half minute and a last one, and nothing at all of work that takes less.
+  Where stderr is no terminal it is a line every half minute and a last one, and nothing at all of
+  work that takes less.
   """
   from tqdm import tqdm  # not at the top: the benchmarks run without it
 

@@ -1,19 +1,23 @@
 """QC-Comp: the frames that a question attends to (paper 3.3, Algorithms A and C; FACTS.md 9).
 
 Three steps, all pure:
-  plan       rounds of clips that run through the LLM together, and windows inside a round: arithmetic
-  score      the attention of the question's rows to every clip of a window, at every layer that counts
-  aggregate  mean over windows and rounds, sum over layers; then the best frames
+  plan       rounds of clips that run through the LLM together, and windows inside a round:
+  arithmetic score      the attention of the question's rows to every clip of a window, at every
+  layer that counts aggregate  mean over windows and rounds, sum over layers; then the best frames
 
-The visual tokens of a round come before the question, so what they become does not depend on it: `watch` runs
-them once, `score` only the question's own rows. Scoring runs no MLP, no full attention map and no decoding of
-its own: the rows' queries against the keys of a window (prefix, clips, text), rotated to positions in the window.
+The visual tokens of a round come before the question, so what they become does not depend on it:
+`watch` runs them once, `score` only the question's own rows. Scoring runs no MLP, no full attention
+map and no decoding of
+its own: the rows' queries against the keys of a window (prefix, clips, text), rotated to positions
+in the window.
 
 Modes (`setting`):
-  official  every constant and quirk as released; rounds are shifted by parts of a clip, so they need their own
+  official  every constant and quirk as released; rounds are shifted by parts of a clip, so they
+  need their own
             pass through the tower, and frames are selected one by one
   aligned   rounds shifted by whole clips and whole clips selected: every clip is encoded once
-  local     every window is a round of its own: no token sees more than a window, cost linear in frames
+  local     every window is a round of its own: no token sees more than a window, cost linear in
+  frames
   global    one window per round: the paper's ablation, with the position bias that windows avoid
 """
 
@@ -39,8 +43,11 @@ DEPTH = 28  # layers that SelectConfig.layers refers to
 ROWS = 128  # of a question whose attention to all windows exists at once
 
 
-def setting(mode: str, frames: int, repeat: int | None = None, rows: str = "question") -> SelectConfig:
-  """A mode's values; `repeat` is 2 for "official", as in the paper's Table B, and 1 for the others by default.
+def setting(
+  mode: str, frames: int, repeat: int | None = None, rows: str = "question"
+) -> SelectConfig:
+  """A mode's values; `repeat` is 2 for "official", as in the paper's Table B, and 1 for the others
+  by default.
 
   Raises:
     ConfigError: an unknown mode or rows, or less than one frame or repetition.
@@ -51,16 +58,26 @@ def setting(mode: str, frames: int, repeat: int | None = None, rows: str = "ques
     raise ConfigError(f"select.rows = {rows!r}: known are question, answer")
   official = mode == "official"
   cfg = SelectConfig(
-    mode, frames, repeat=repeat if repeat is not None else 2 if official else 1,
-    round=512, window=0 if mode == "global" else 64, stride=32, layers=(6, 23),
-    causal=not official, bias=27 if official else None, rows=rows,
-  )  # fmt: skip
+    mode,
+    frames,
+    repeat=repeat if repeat is not None else 2 if official else 1,
+    round=512,
+    window=0 if mode == "global" else 64,
+    stride=32,
+    layers=(6, 23),
+    causal=not official,
+    bias=27 if official else None,
+    rows=rows,
+  )
   if cfg.frames < 1 or cfg.repeat < 1:
-    raise ConfigError(f"select.frames = {cfg.frames}, select.repeat = {cfg.repeat}: both must be at least 1")
+    raise ConfigError(
+      f"select.frames = {cfg.frames}, select.repeat = {cfg.repeat}: both must be at least 1"
+    )
   return cfg
 
 
-# --- planning --------------------------------------------------------------------------------------------------
+# --- planning
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +104,9 @@ class Plan:
 
 
 def windows(units: int, window: int, stride: int, cover: bool) -> np.ndarray:
-  """Windows of `window` units every `stride`: int[W, w]. cover: one more, right-aligned, if a tail is left over."""
+  """Windows of `window` units every `stride`: int[W, w]. cover: one more, right-aligned, if a tail
+  is left over.
+  """
   window = min(window or units, units)
   starts = list(range(0, units - window + 1, stride))
   if cover and starts[-1] + window < units:
@@ -99,13 +118,21 @@ def plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
   """The rounds and windows for a video of `frames` frames.
 
   Raises:
-    ConfigError: numbers that don't divide, by name; for "official" also a video it does not select from.
+    ConfigError: numbers that don't divide, by name; for "official" also a video it does not select
+      from.
   """
   unit = OFFICIAL_CLIP if cfg.mode == "official" else clip_frames
-  sizes = {"round": cfg.round, "window": cfg.window, "stride": cfg.stride, "number of sampled frames": frames}
+  sizes = {
+    "round": cfg.round,
+    "window": cfg.window,
+    "stride": cfg.stride,
+    "number of sampled frames": frames,
+  }
   for name, size in sizes.items():
     if size % unit or size < 0:
-      raise ConfigError(f"QC-Comp ({cfg.mode}): the {name}, {size} frames, is no multiple of a clip's {unit}")
+      raise ConfigError(
+        f"QC-Comp ({cfg.mode}): the {name}, {size} frames, is no multiple of a clip's {unit}"
+      )
   if cfg.mode == "official":
     return _official_plan(frames, clip_frames, cfg)
   n, window, stride = frames // unit, cfg.window // unit, cfg.stride // unit
@@ -113,8 +140,9 @@ def plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
     starts = windows(n, window, stride, cover=True)[:, 0]
     size = min(window, n)
     return Plan(starts * unit, size * unit, unit, np.arange(size)[None], np.ones(size, bool))
-  # A round reaches over into the next one by a window, so that clips at the seam are in whole windows too. Spread
-  # evenly, `repeat` times as many rounds have every clip `repeat` times, but for those near the ends.
+  # A round reaches over into the next one by a window, so that clips at the seam are in whole
+  # windows too. Spread evenly, `repeat` times as many rounds have every clip `repeat` times, but
+  # for those near the ends.
   step = cfg.round // unit
   size = min(step + window, n)
   count = max(1, -(-(n - window) // step)) * cfg.repeat
@@ -124,30 +152,46 @@ def plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
 
 
 def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
-  """FACTS.md 9: rounds wrap around, and only units in as many windows as any other count (quirk Q3)."""
+  """FACTS.md 9: rounds wrap around, and only units in as many windows as any other count (quirk
+  Q3).
+  """
   if frames < OFFICIAL_LEAST:
-    raise ConfigError(f"QC-Comp (official) selects from {OFFICIAL_LEAST} frames or more, not from {frames} (quirk Q13)")
+    raise ConfigError(
+      f"QC-Comp (official) selects from {OFFICIAL_LEAST} frames or more, not from {frames} (quirk "
+      f"Q13)"
+    )
   if cfg.frames % clip_frames:
     raise ConfigError(
-      f"QC-Comp (official) cuts the selected frames into clips of {clip_frames}, which {cfg.frames} are no multiple of"
+      f"QC-Comp (official) cuts the selected frames into clips of {clip_frames}, which "
+      f"{cfg.frames} are no multiple of"
     )
   if OFFICIAL_CLIP % clip_frames:
-    raise ConfigError(f"QC-Comp (official) scores {OFFICIAL_CLIP} frames at a time, which clips of {clip_frames} don't divide")
+    raise ConfigError(
+      f"QC-Comp (official) scores {OFFICIAL_CLIP} frames at a time, which clips of {clip_frames} "
+      f"don't divide"
+    )
   rounds = -(-frames // cfg.round)
   order = np.arange(rounds * cfg.repeat)
   shift = order // rounds
-  starts = (order * cfg.round + shift * (OFFICIAL_CLIP // cfg.repeat) + shift * (cfg.round // cfg.repeat)) % frames
+  starts = (
+    order * cfg.round + shift * (OFFICIAL_CLIP // cfg.repeat) + shift * (cfg.round // cfg.repeat)
+  ) % frames
   size = cfg.round + cfg.window
-  inside = windows(size // OFFICIAL_CLIP, cfg.window // OFFICIAL_CLIP, cfg.stride // OFFICIAL_CLIP, cover=False)
+  inside = windows(
+    size // OFFICIAL_CLIP, cfg.window // OFFICIAL_CLIP, cfg.stride // OFFICIAL_CLIP, cover=False
+  )
   times = np.bincount(inside.ravel(), minlength=size // OFFICIAL_CLIP)
   return Plan(starts, size, OFFICIAL_CLIP, inside, times == np.max(times))
 
 
-# --- scoring ---------------------------------------------------------------------------------------------------
+# --- scoring
+# ----------------------------------------------------------------------------------------
 
 
 def scored_layers(cfg: SelectConfig, layers: int) -> range:
-  """The layers whose attention counts, in a model of `layers` layers: 6..23 of 28 in the release."""
+  """The layers whose attention counts, in a model of `layers` layers: 6..23 of 28 in the
+  release.
+  """
   first, last = (round(layer * layers / DEPTH) for layer in cfg.layers)
   return range(first, min(last, layers - 1) + 1)
 
@@ -169,19 +213,27 @@ def watch(
     last: the last layer that counts; static. Those after it don't run.
 
   Returns:
-    keys (not rotated) and values of the layers up to that one, for `score`; of that one the keys alone.
+    keys (not rotated) and values of the layers up to that one, for `score`; of that one the keys
+    alone.
 
   Raises:
     ConfigError: keep="attention", where what stays depends on the question.
   """
   if model.cfg.lp_comp.keep == "attention":
-    raise ConfigError('QC-Comp can\'t score under lp_comp.keep = "attention", where the question decides which tokens stay')
+    raise ConfigError(
+      'QC-Comp can\'t score under lp_comp.keep = "attention", where the question decides which '
+      "tokens stay"
+    )
   B, _, N, _ = features.shape
   P = len(prefix)
   none = jnp.zeros((B, 1), jnp.int32)
-  x = vlm.place(model, jnp.asarray(features, model.cfg.dtype), jnp.broadcast_to(prefix, (B, P)), none[:, :0])
+  x = vlm.place(
+    model, jnp.asarray(features, model.cfg.dtype), jnp.broadcast_to(prefix, (B, P)), none[:, :0]
+  )
   lengths = Lengths(none + P, clips[:, None] * (N // model.cfg.lp_comp.group), none)
-  return decoder.run(model.llm, x, lengths, prefix=P, text=0, caches=True, rotated=False, stop=last).caches
+  return decoder.run(
+    model.llm, x, lengths, prefix=P, text=0, caches=True, rotated=False, stop=last
+  ).caches
 
 
 @jax.tree_util.register_dataclass
@@ -198,15 +250,18 @@ class Asked:
   asked: Leaf
 
 
-def asked(tokens: np.ndarray, question: int, header: int, cfg: SelectConfig, step: int = 1) -> Asked:
+def asked(
+  tokens: np.ndarray, question: int, header: int, cfg: SelectConfig, step: int = 1
+) -> Asked:
   """Which text rows score.
 
   Args:
     tokens: int32[L], the prompt after the visual slot.
     question: place in it of the question's first token; used unless cfg.bias says otherwise.
     header: place of the assistant's `<|im_start|>`; the rows that score end before it.
-    cfg: a mode's values. A window that is a whole round also shows the assistant's header, as released (FACTS.md 9);
-      the others need no row from there on, unless it is the last one that scores (rows="answer").
+    cfg: a mode's values. A window that is a whole round also shows the assistant's header, as
+      released (FACTS.md 9); the others need no row from there on, unless it is the last one that
+      scores (rows="answer").
     step: pad to a multiple of this.
 
   Raises:
@@ -215,7 +270,9 @@ def asked(tokens: np.ndarray, question: int, header: int, cfg: SelectConfig, ste
   last = len(tokens) if cfg.rows == "answer" else header
   first = last - 1 if cfg.rows == "answer" else question if cfg.bias is None else cfg.bias
   if not 0 <= first < last:
-    raise ConfigError(f"QC-Comp: no question token is left between text token {first} and the answer at {header}")
+    raise ConfigError(
+      f"QC-Comp: no question token is left between text token {first} and the answer at {header}"
+    )
   shown = len(tokens) if cfg.window == 0 else last
   i = np.arange(-(-shown // step) * step)
   text = np.zeros(len(i), np.int32)
@@ -234,7 +291,9 @@ def from_prompt(prompt: Prompt, cfg: SelectConfig, step: int = 1) -> Asked:
 def together(questions: Sequence[Asked], length: int = 0) -> Asked:
   """Several questions as one Asked of arrays [Q, L], padded to the longest, or to `length`."""
   L = max(length, *(len(q.text) for q in questions))
-  return jax.tree.map(lambda *rows: np.stack([np.pad(row, (0, L - len(row))) for row in rows]), *questions)
+  return jax.tree.map(
+    lambda *rows: np.stack([np.pad(row, (0, L - len(row))) for row in rows]), *questions
+  )
 
 
 def score(
@@ -265,14 +324,28 @@ def score(
   """
   asked = jax.tree.map(jnp.asarray, asked)
   B, L = len(caches[0].key), asked.text.shape[-1]
-  rows = lambda a: jnp.broadcast_to(a, (B, *a.shape))
+
+  def rows(a):
+    return jnp.broadcast_to(a, (B, *a.shape))
+
   # Which rows run and ask is the same for all questions, so that each needs no program of its own.
   count, some = decoder.pieces(asked.valid), asked.asked.any(0)
-  between, shown = (jnp.argmax(some), L - jnp.argmax(some[::-1])), jnp.minimum(count * decoder.PART, L)
+  between, shown = (
+    (jnp.argmax(some), L - jnp.argmax(some[::-1])),
+    jnp.minimum(count * decoder.PART, L),
+  )
 
   def one(asked):
     look = functools.partial(
-      _look, asked=asked, between=between, shown=shown, windows=windows, layers=layers, causal=causal, prefix=prefix, units=units
+      _look,
+      asked=asked,
+      between=between,
+      shown=shown,
+      windows=windows,
+      layers=layers,
+      causal=causal,
+      prefix=prefix,
+      units=units,
     )
     x = model.llm.embed(rows(asked.text))
     *_, seen = decoder.extend(model.llm, x, rows(asked.valid), caches, look, count)
@@ -281,50 +354,82 @@ def score(
   return jax.vmap(one)(asked)
 
 
-def _look(index, layer, cache, q, k, *, asked, between, shown, windows, layers, causal, prefix, units):
-  """float32[B, W, w] of one layer, or None; between: the first row that asks, and the one behind the last. shown: rows that run."""
+def _look(
+  index, layer, cache, q, k, *, asked, between, shown, windows, layers, causal, prefix, units
+):
+  """float32[B, W, w] of one layer, or None; between: the first row that asks, and the one behind
+  the last. shown: rows that run.
+  """
   if index not in layers:
     return None
   B, L = q.shape[:2]
   W, w = windows.shape
   head, visual = cache.key[:, :prefix], cache.key[:, prefix:]
   tokens = visual.shape[1] // units
-  visual = visual.reshape(B, units, tokens, *visual.shape[2:])[:, windows]  # [B, W, w, tokens, K, h]
+  visual = visual.reshape(B, units, tokens, *visual.shape[2:])[
+    :, windows
+  ]  # [B, W, w, tokens, K, h]
   inside = visual.reshape(B * W, w * tokens, *visual.shape[4:])
-  inside = layer.rotate(inside, prefix + jnp.arange(w * tokens)[None]).reshape(B, W, *inside.shape[1:])
-  # What lies around the frames has the same places in every window, and so the same part in its softmax.
+  inside = layer.rotate(inside, prefix + jnp.arange(w * tokens)[None]).reshape(
+    B, W, *inside.shape[1:]
+  )
+  # What lies around the frames has the same places in every window, and so the same part in its
+  # softmax.
   place = prefix + w * tokens + jnp.cumsum(asked.valid) - 1
-  around = layer.rotate(jnp.concatenate([head, k], axis=1), jnp.concatenate([jnp.arange(prefix), place])[None])
+  around = layer.rotate(
+    jnp.concatenate([head, k], axis=1), jnp.concatenate([jnp.arange(prefix), place])[None]
+  )
   valid = jnp.concatenate([jnp.ones(prefix, bool), asked.valid])
   share = asked.asked / asked.asked.sum()
   size = min(L, ROWS)
 
   def part(i, paid):
-    first = jnp.minimum(i * size, L - size)  # the last part begins earlier, and leaves out what the one before had
-    cut = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, first, size, axis)
+    first = jnp.minimum(
+      i * size, L - size
+    )  # the last part begins earlier, and leaves out what the one before had
+
+    def cut(a, axis):
+      return jax.lax.dynamic_slice_in_dim(a, first, size, axis)
+
     rows, places = first + jnp.arange(size), cut(place, 0)
     mine = layer.rotate(cut(q, 1), places[None])
-    seen = lambda slots: (valid[slots] & ((slots <= prefix + rows[:, None]) | (not causal)))[None]
-    _, others = attend_first(mine, around, around[..., :0], seen, prefix + (first + size if causal else shown))
+
+    def seen(slots):
+      return (valid[slots] & ((slots <= prefix + rows[:, None]) | (not causal)))[None]
+
+    _, others = attend_first(
+      mine, around, around[..., :0], seen, prefix + (first + size if causal else shown)
+    )
     counts = jnp.where(rows >= i * size, cut(share, 0), 0)
     return paid + question_scores(mine, inside, counts[None], others)
 
   paid = jnp.zeros((B, W, w * tokens))
-  paid = part(0, paid) if size == L else jax.lax.fori_loop(between[0] // size, -(-between[1] // size), part, paid)
+  paid = (
+    part(0, paid)
+    if size == L
+    else jax.lax.fori_loop(between[0] // size, -(-between[1] // size), part, paid)
+  )
   return paid.reshape(B, W, w, tokens).mean(-1)
 
 
-# --- selecting -------------------------------------------------------------------------------------------------
+# --- selecting
+# -------------------------------------------------------------------------------------------------
 
 
 def unit_scores(plan: Plan, scores: Float[np.ndarray, "R M W w"]) -> Float[np.ndarray, "R M units"]:
-  """Each unit's mean over the windows it is in, float64; meaningless where `plan.counted` is False."""
+  """Each unit's mean over the windows it is in, float64; meaningless where `plan.counted` is
+  False.
+  """
   member = np.zeros((plan.windows.size, plan.units))
   member[np.arange(plan.windows.size), plan.windows.ravel()] = 1
-  return scores.reshape(*scores.shape[:2], -1).astype(np.float64) @ member / np.maximum(member.sum(0), 1)
+  return (
+    scores.reshape(*scores.shape[:2], -1).astype(np.float64) @ member / np.maximum(member.sum(0), 1)
+  )
 
 
-def aggregate(plan: Plan, scores: Float[np.ndarray, "R M W w"], frames: int) -> Float[np.ndarray, " T"]:
+def aggregate(
+  plan: Plan, scores: Float[np.ndarray, "R M W w"], frames: int
+) -> Float[np.ndarray, " T"]:
   """Scores of frames: float64[T], from those of all rounds.
 
   A frame has its unit's score, mean over windows and rounds, sum over layers.
@@ -340,14 +445,17 @@ def aggregate(plan: Plan, scores: Float[np.ndarray, "R M W w"], frames: int) -> 
     total[:, where] += values.repeat(plan.unit, axis=1)[:, used]
   if not times.all():
     raise ConfigError(
-      f"QC-Comp: {int((times == 0).sum())} of {frames} frames are in no window, first frame {int(np.argmin(times))}; "
+      f"QC-Comp: {int((times == 0).sum())} of {frames} frames are in no window, first frame "
+      f"{int(np.argmin(times))}; "
       "sample a multiple of the round, or use a mode that covers the tail (quirk Q4)"
     )
   return (total / times).sum(0)
 
 
 def top(scores: Float[np.ndarray, " T"], k: int, unit: int = 1) -> Int[np.ndarray, " K"]:
-  """The k best frames in ascending order, of equal ones the earlier; in whole units of `unit` frames, so k rounded up."""
+  """The k best frames in ascending order, of equal ones the earlier; in whole units of `unit`
+  frames, so k rounded up.
+  """
   if unit > 1:
     best = top(scores.reshape(-1, unit).mean(1), -(-k // unit))
     return (best[:, None] * unit + np.arange(unit)).ravel()

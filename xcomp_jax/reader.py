@@ -1,4 +1,6 @@
-"""A checkpoint that is ready to watch videos and answer: what `ask`, `evaluate` and `needles` have in common."""
+"""A checkpoint that is ready to watch videos and answer: what `ask`, `evaluate` and `needles` have
+in common.
+"""
 
 import argparse
 import contextlib
@@ -38,7 +40,8 @@ TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stret
 COMPILED = "~/.cache/xcomp_jax"  # folder of compiled programs
 FRAMES = 1_000_000  # of a video, at most
 CLIPS = number(1, FRAMES, int)
-SAMPLED_CLIP = 8  # the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
+# the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
+SAMPLED_CLIP = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,51 +88,148 @@ def options(parser: argparse.ArgumentParser) -> None:
   """Adds an option for every setting; their defaults are those of `ask`."""
   add = parser.add_argument
   add("--checkpoint", type=expanduser, required=True, help="directory, hub id, or export")
-  add("--select", type=number(0, FRAMES, int), default=512, help="frames that QC-Comp keeps for a question; 0: all")
-  add("--mode", choices=("aligned", "local", "official", "global"), default="aligned", help="how QC-Comp scores them")
-  add("--repeat", type=number(1, 1000, int), help="times a frame is scored; default: 2 in official mode, 1 in the others")
-  add("--rows", choices=("question", "answer"), default="question", help="tokens whose attention scores frames: the question's, as in the paper, or the "
-    "one that the answer follows")
+  add(
+    "--select",
+    type=number(0, FRAMES, int),
+    default=512,
+    help="frames that QC-Comp keeps for a question; 0: all",
+  )
+  add(
+    "--mode",
+    choices=("aligned", "local", "official", "global"),
+    default="aligned",
+    help="how QC-Comp scores them",
+  )
+  add(
+    "--repeat",
+    type=number(1, 1000, int),
+    help="times a frame is scored; default: 2 in official mode, 1 in the others",
+  )
+  add(
+    "--rows",
+    choices=("question", "answer"),
+    default="question",
+    help="tokens whose attention scores frames: the question's, as in the paper, or the "
+    "one that the answer follows",
+  )
   add("--max-frames", type=number(1, FRAMES, int), default=1024, help="frames, at most")
-  add("--min-frames", type=number(1, FRAMES, int), default=128, help="frames, at least; a short video's are repeated")
-  add("--fps", type=number(0.001, video.FASTEST, float), default=8.0, help="frames per second, at most")
-  add("--rate", choices=get_args(video.Rate), default="own", help="where a video's frames have no constant rate: own: they have their own times; "
-    "average: they lie as far apart as the average rate says, as in the release")
-  add("--stream", type=number(0, 1000, int), help="number of the video's stream in its file; default: the one that players take")
-  add("--clip-frames", type=clip_frames, default="auto", help='frames the tower sees together; "auto": as tuned, else 8 as XComp was trained, 4 for InternVideo2; '
-    '"checkpoint": what config.json says (quirk Q1)')
-  add("--yarn", type=number(1.0, 1000.0, float), help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without compression); "
-    "1: not at all; default: as config.json says")
-  add("--context", type=number(1, 10_000_000, int), help="tokens that a prompt may have, 16 for each frame before compression; 131072 in the release's evaluation; "
-    "default: as tuned, else as config.json says")
-  add("--clips-per-chunk", type=clips, default="auto", help="clips in the tower at once; default: by the device's memory")
+  add(
+    "--min-frames",
+    type=number(1, FRAMES, int),
+    default=128,
+    help="frames, at least; a short video's are repeated",
+  )
+  add(
+    "--fps",
+    type=number(0.001, video.FASTEST, float),
+    default=8.0,
+    help="frames per second, at most",
+  )
+  add(
+    "--rate",
+    choices=get_args(video.Rate),
+    default="own",
+    help="where a video's frames have no constant rate: own: they have their own times; "
+    "average: they lie as far apart as the average rate says, as in the release",
+  )
+  add(
+    "--stream",
+    type=number(0, 1000, int),
+    help="number of the video's stream in its file; default: the one that players take",
+  )
+  add(
+    "--clip-frames",
+    type=clip_frames,
+    default="auto",
+    help='frames the tower sees together; "auto": as tuned, else 8 as XComp was trained, '
+    '4 for InternVideo2; "checkpoint": what config.json says (quirk Q1)',
+  )
+  add(
+    "--yarn",
+    type=number(1.0, 1000.0, float),
+    help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without "
+    "compression); 1: not at all; default: as config.json says",
+  )
+  add(
+    "--context",
+    type=number(1, 10_000_000, int),
+    help="tokens that a prompt may have, 16 for each frame before compression; 131072 in the "
+    "release's evaluation; default: as tuned, else as config.json says",
+  )
+  add(
+    "--clips-per-chunk",
+    type=clips,
+    default="auto",
+    help="clips in the tower at once; default: by the device's memory",
+  )
   add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
   add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
-  add("--dtype", choices=get_args(Dtype), help="default: bfloat16, but float16 on GPUs that have none, such as a T4, and float32 on CPUs; the release evaluates in float16")
-  add("--attention", choices=get_args(Attention), default="auto", help="auto: by the device. einsum, tiled and xla_chunked run on any; flash is a GPU's, mosaic, triton and cudnn (the tower) are NVIDIA's, splash is a TPU's")
+  add(
+    "--dtype",
+    choices=get_args(Dtype),
+    help="default: bfloat16, but float16 on GPUs that have none, such as a T4, and float32 on "
+    "CPUs; the release evaluates in float16",
+  )
+  add(
+    "--attention",
+    choices=get_args(Attention),
+    default="auto",
+    help="auto: by the device. einsum, tiled and xla_chunked run on any; flash "
+    "is a GPU's, mosaic, triton and cudnn (the tower) are NVIDIA's, splash is a TPU's",
+  )
   add("--max-new-tokens", type=number(1, 100_000, int), default=64)
-  add("--repetition-penalty", type=number(0.001, 1000.0, float), default=1.0, help="1.1 in the release's generation_config (quirk Q20)")
-  add("--temperature", type=number(0.0, 1000.0, float), default=0.0, help="0: the most probable token each time")
-  add("--top-k", type=number(0, 10_000_000, int), default=0, help="draw from this many tokens; 0: from all")
-  add("--top-p", type=number(1e-6, 1.0, float), default=1.0, help="draw from the fewest tokens of this probability")
+  add(
+    "--repetition-penalty",
+    type=number(0.001, 1000.0, float),
+    default=1.0,
+    help="1.1 in the release's generation_config (quirk Q20)",
+  )
+  add(
+    "--temperature",
+    type=number(0.0, 1000.0, float),
+    default=0.0,
+    help="0: the most probable token each time",
+  )
+  add(
+    "--top-k",
+    type=number(0, 10_000_000, int),
+    default=0,
+    help="draw from this many tokens; 0: from all",
+  )
+  add(
+    "--top-p",
+    type=number(1e-6, 1.0, float),
+    default=1.0,
+    help="draw from the fewest tokens of this probability",
+  )
   add("--seed", type=number(0, 2**32 - 1, int), default=0, help="of the draws")
-  add("--compilation-cache", type=expanduser, help=f"folder of compiled programs, for the next time; '': none; default: JAX_COMPILATION_CACHE_DIR, else {COMPILED}")
+  add(
+    "--compilation-cache",
+    type=expanduser,
+    help=f"folder of compiled programs, for the next time; '': none; "
+    f"default: JAX_COMPILATION_CACHE_DIR, else {COMPILED}",
+  )
 
 
 def settings(args: argparse.Namespace) -> Settings:
   """The settings among a command's arguments."""
-  return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+  return Settings(
+    **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+  )
 
 
 def default(checkpoint: str | os.PathLike, **changes) -> Settings:
   """The settings that `ask` has without options, but for `changes`."""
   parser = argparse.ArgumentParser()
   options(parser)
-  return dataclasses.replace(settings(parser.parse_args([f"--checkpoint={os.fspath(checkpoint)}"])), **changes)
+  return dataclasses.replace(
+    settings(parser.parse_args([f"--checkpoint={os.fspath(checkpoint)}"])), **changes
+  )
 
 
 def checked(s: Settings) -> Settings:
-  """The settings as the options of the command line read them, so that what Python code sets has the same bounds and choices.
+  """The settings as the options of the command line read them, so that what Python code sets has
+  the same bounds and choices.
 
   Raises:
     ConfigError: which one can't be, and why.
@@ -138,10 +238,14 @@ def checked(s: Settings) -> Settings:
   options(parser)
   given = {name: value for name, value in vars(s).items() if value is not None}
   try:
-    read = settings(parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in given.items()]))
+    read = settings(
+      parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
+    )
   except argparse.ArgumentError as error:
     raise ConfigError(one_line(error).removeprefix("argument ")) from error
-  if unset := [name for name, value in vars(read).items() if value is not None and name not in given]:
+  if unset := [
+    name for name, value in vars(read).items() if value is not None and name not in given
+  ]:
     raise ConfigError(f"--{unset[0].replace('_', '-')}: None is no value for it")
   return read
 
@@ -183,11 +287,23 @@ class Reader:
     self.check_clips()
     s = self.settings
     chosen = video.sample(
-      path, size=self.cfg.vision.image_size, max_frames=s.max_frames, min_frames=s.min_frames, fps=s.fps,
-      clip_frames=SAMPLED_CLIP, style="ask", start=start, end=end, read_type=video.kind(path), rate=s.rate, stream=s.stream,
-    )  # fmt: skip
+      path,
+      size=self.cfg.vision.image_size,
+      max_frames=s.max_frames,
+      min_frames=s.min_frames,
+      fps=s.fps,
+      clip_frames=SAMPLED_CLIP,
+      style="ask",
+      start=start,
+      end=end,
+      read_type=video.kind(path),
+      rate=s.rate,
+      stream=s.stream,
+    )
     if chosen.lost:
-      lost = f"last {chosen.lost:.2f} seconds are" if chosen.found else "end is"  # an animation doesn't say how long it should be
+      lost = (
+        f"last {chosen.lost:.2f} seconds are" if chosen.found else "end is"
+      )  # an animation doesn't say how long it should be
       print(f"{path}: its {lost} missing, the rest is used", file=sys.stderr)
     return chosen
 
@@ -214,11 +330,13 @@ class Reader:
     """
     if SAMPLED_CLIP % self.cfg.clip_frames:
       raise ConfigError(
-        f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so take a divisor of that"
+        f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so "
+        f"take a divisor of that"
       )
 
   def check(self, frames: int, seconds: float, question: str = "?") -> None:
-    """Checks, before any frame is decoded, that a question about so many frames can be scored and fits into the context.
+    """Checks, before any frame is decoded, that a question about so many frames can be scored and
+    fits into the context.
 
     Args:
       frames: that were sampled.
@@ -228,7 +346,15 @@ class Reader:
     Raises:
       AnnotationError, ConfigError: see `chat.prompt_of` and `qc_comp.plan`.
     """
-    chat.prompt_of(self.cfg, self.tokenizer, question, frames, seconds, self.select, self.sampling.max_new_tokens)
+    chat.prompt_of(
+      self.cfg,
+      self.tokenizer,
+      question,
+      frames,
+      seconds,
+      self.select,
+      self.sampling.max_new_tokens,
+    )
 
   def _encode(self, model, sample, source, decoded, identity, report):
     begun, decoding = time.perf_counter(), 0.0
@@ -245,7 +371,16 @@ class Reader:
         yield frame
 
     phases = self.phases(len(sample.indices))
-    film = encode.encode(model, frames(), sample.times, sample.seconds, source, phases=phases, tower=identity, report=report)
+    film = encode.encode(
+      model,
+      frames(),
+      sample.times,
+      sample.seconds,
+      source,
+      phases=phases,
+      tower=identity,
+      report=report,
+    )
     return film, {"decoding": decoding, "tower": time.perf_counter() - begun - decoding}
 
   def encode(
@@ -258,7 +393,8 @@ class Reader:
     identity: str | None = None,
     report: Callable[[int], None] = lambda clips: None,
   ) -> tuple[encode.EncodedVideo, dict[str, float]]:
-    """Decodes (unless `decoded` has the frames) and encodes a video; seconds went into "decoding" and "tower".
+    """Decodes (unless `decoded` has the frames) and encodes a video; seconds went into "decoding"
+    and "tower".
 
     Raises:
       VideoError: a frame can't be decoded.
@@ -282,7 +418,9 @@ class Reader:
         digest.update(opened.read(1 << 20))
     part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'}"
     sampled = f"{s.min_frames} to {s.max_frames} frames at up to {s.fps:g} per second"
-    sampled += ("" if s.rate == "own" else ", by the average rate") + ("" if s.stream is None else f", stream {s.stream}")
+    sampled += ("" if s.rate == "own" else ", by the average rate") + (
+      "" if s.stream is None else f", stream {s.stream}"
+    )
     return f"{printable(file.name)} ({size:,} bytes, {digest.hexdigest()}){part}, {sampled}"
 
 
@@ -301,7 +439,8 @@ def fault(error: BaseException) -> str:
   if isinstance(error, (video.VideoError, prompt.AnnotationError, ConfigError, OSError)):
     return one_line(error)
   last = traceback.extract_tb(error.__traceback__)[-1]
-  return f"unexpected {type(error).__name__} in {os.path.basename(last.filename)}, line {last.lineno}: {one_line(error)[:300]}"
+  place = f"{os.path.basename(last.filename)}, line {last.lineno}"
+  return f"unexpected {type(error).__name__} in {place}: {one_line(error)[:300]}"
 
 
 def prepare(s: Settings) -> Reader:
@@ -313,7 +452,9 @@ def prepare(s: Settings) -> Reader:
   s = checked(s)
   directory = weights.resolve(s.checkpoint)
   tuned = weights.read_tuned(directory) or Tuned(COSINE)
-  lp_comp = LPCompConfig(s.schedule or tuned.lp_comp.schedule, s.keep or tuned.lp_comp.keep, tuned.lp_comp.group)
+  lp_comp = LPCompConfig(
+    s.schedule or tuned.lp_comp.schedule, s.keep or tuned.lp_comp.keep, tuned.lp_comp.group
+  )
   dtype = s.dtype or kernels.compute_dtype(kernels.here(), tuned.dtype)
   kernels.check(s.attention, dtype)
   frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
@@ -321,11 +462,17 @@ def prepare(s: Settings) -> Reader:
   model = ModelConfig(frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False)
   cfg = weights.read_config(directory, model, lp_comp, option="--clip-frames checkpoint")
   if s.context not in (None, cfg.llm.context):
-    print(f"a context of {s.context:,} tokens (--context), not the {cfg.llm.context or 'unknown number'} of {directory}", file=sys.stderr)
+    print(
+      f"a context of {s.context:,} tokens (--context), not the "
+      f"{cfg.llm.context or 'unknown number'} of {directory}",
+      file=sys.stderr,
+    )
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, context=s.context))
   tokenizer = weights.read_tokenizer(directory, cfg)
   select = qc_comp.setting(s.mode, s.select, s.repeat, s.rows) if s.select else None
   if select and lp_comp.keep == "attention":
     raise ConfigError("--keep attention can't be scored by QC-Comp: add --select 0")
-  sampling = generate.Sampling(s.max_new_tokens, tokenizer.eos, s.repetition_penalty, s.temperature, s.top_k, s.top_p, s.seed)
+  sampling = generate.Sampling(
+    s.max_new_tokens, tokenizer.eos, s.repetition_penalty, s.temperature, s.top_k, s.top_p, s.seed
+  )
   return Reader(s, directory, cfg, tokenizer, select, sampling, dtype)

@@ -1,7 +1,8 @@
-"""What a video answered, as one HTML page: which frames a question kept, how relevant each was, what it cost.
+"""What a video answered, as one HTML page: which frames a question kept, how relevant each was,
+what it cost.
 
-The page needs nothing else: no script, no network, pictures inside. Plots are SVG whose drawing stretches
-with the page while their text does not.
+The page needs nothing else: no script, no network, pictures inside. Plots are SVG whose drawing
+stretches with the page while their text does not.
 """
 
 import base64
@@ -20,13 +21,36 @@ from xcomp_jax.encode import EncodedVideo
 from xcomp_jax.model.lp_comp import counts
 
 THUMBNAILS = 24  # of a question, at most
-_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200)  # seconds
+_TICKS = (
+  0.1,
+  0.2,
+  0.5,
+  1,
+  2,
+  5,
+  10,
+  15,
+  30,
+  60,
+  120,
+  300,
+  600,
+  900,
+  1800,
+  3600,
+  7200,
+  14400,
+  43200,
+)  # seconds
 
-# --- times -----------------------------------------------------------------------------------------------------
+# --- times
+# ----------------------------------------------------------------------------------------
 
 
 def clock(seconds: float, whole: float | None = None) -> str:
-  """A time as 1:02:03 or 2:03; as 3.5 where the `whole` video (by default: the time itself) is under a minute."""
+  """A time as 1:02:03 or 2:03; as 3.5 where the `whole` video (by default: the time itself) is
+  under a minute.
+  """
   if (seconds if whole is None else whole) < 60:
     return f"{seconds:.1f}"
   minutes, s = divmod(round(seconds), 60)
@@ -39,11 +63,13 @@ def ranges(
 ) -> list[tuple[float, float]]:
   """When chosen frames are seen, in seconds; neighbours and repeated frames merge.
 
-  A frame lasts until the next sampled one, the last as long as the one before it and not past the video's end.
+  A frame lasts until the next sampled one, the last as long as the one before it and not past the
+  video's end.
 
   Args:
     frames: int[K], ascending.
-    times: float64[T], seconds of all sampled frames, ascending; equal where a short video was stretched.
+    times: float64[T], seconds of all sampled frames, ascending; equal where a short video was
+      stretched.
     seconds: of the whole.
   """
   ends, out = _ends(times, seconds), []
@@ -55,7 +81,9 @@ def ranges(
 
 
 def best_clips(video: EncodedVideo, selection: Selection, most: int) -> Int[np.ndarray, " n"]:
-  """Chosen clips to be shown, in order of time: the best by score, at most so many; without scores, evenly spaced."""
+  """Chosen clips to be shown, in order of time: the best by score, at most so many; without scores,
+  evenly spaced.
+  """
   clips = np.unique(selection.frames // video.clip_frames)
   count = min(len(clips), most)
   if selection.scores is None:
@@ -70,7 +98,9 @@ def _ends(times, seconds: float) -> np.ndarray:
   """float64[T]: when each frame's time is over."""
   moments = np.unique(times)
   last = moments[-1] + (moments[-1] - moments[-2] if len(moments) > 1 else seconds)
-  if seconds > moments[-1]:  # else they are of a later part of the file, and `seconds` is that part's length
+  if (
+    seconds > moments[-1]
+  ):  # else they are of a later part of the file, and `seconds` is that part's length
     last = min(last, seconds)
   return np.append(moments, last)[np.searchsorted(moments, times, side="right")]
 
@@ -81,11 +111,15 @@ def _extent(video: EncodedVideo) -> tuple[float, float]:
   return begin, float(_ends(video.times, video.seconds)[-1])
 
 
-# --- the page --------------------------------------------------------------------------------------------------
+# --- the page
+# --------------------------------------------------------------------------------------------------
 
 
 def page(
-  video: EncodedVideo, answers: Sequence[tuple[str, Answer]], cfg: VLMConfig, spent: Mapping[str, float]
+  video: EncodedVideo,
+  answers: Sequence[tuple[str, Answer]],
+  cfg: VLMConfig,
+  spent: Mapping[str, float],
 ) -> str:
   """Questions that were asked of a video, as HTML.
 
@@ -101,7 +135,8 @@ def page(
     facts = {"Duration": _when(video.seconds, video.seconds)} | facts
     facts["Clips"] = f"{video.clips:,}, {_many(video.clip_frames, 'frame')} each"
   columns = {"video": spent} | {
-    "question" if len(answers) == 1 else f"question {i}": a.spent for i, (_, a) in enumerate(answers, 1)
+    "question" if len(answers) == 1 else f"question {i}": a.spent
+    for i, (_, a) in enumerate(answers, 1)
   }
   return f"""<!doctype html>
 <html lang="en">
@@ -123,7 +158,7 @@ def page(
 {"".join(_question(video, cfg, i, *pair) for i, pair in enumerate(answers, 1))}</main>
 </body>
 </html>
-"""
+"""  # noqa: E501
 
 
 def _costs(columns: Mapping[str, Mapping[str, float]]) -> str:
@@ -132,19 +167,26 @@ def _costs(columns: Mapping[str, Mapping[str, float]]) -> str:
   total = {stage: sum(spent.get(stage, 0.0) for spent in columns.values()) for stage in stages}
   columns = {"total": total, **columns}
   digits = 1 if sum(total.values()) >= 10 else 2
-  number = lambda s: "<td></td>" if s is None else f"<td>{s:,.{digits}f}</td>"
+
+  def number(s):
+    return "<td></td>" if s is None else f"<td>{s:,.{digits}f}</td>"
+
   # Every stage has a tint of the accent colour, from full to faint.
-  tints = {stage: f"--tint:{1 - 0.7 * i / max(1, len(stages) - 1):.2f}" for i, stage in enumerate(stages)}
+  tints = {
+    stage: f"--tint:{1 - 0.7 * i / max(1, len(stages) - 1):.2f}" for i, stage in enumerate(stages)
+  }
   bar = "".join(
-    f'<i style="{tints[stage]};flex-grow:{s:.4f}" title="{html.escape(stage)}: {s:,.{digits}f} s"></i>'
+    f'<i style="{tints[stage]};flex-grow:{s:.4f}" title="{html.escape(stage)}: {s:,.{digits}f} '
+    f's"></i>'
     for stage, s in total.items()
     if s > 0
   )
   rows = "".join(
     f'<tr><th scope="row"><i class="key" style="{tints[stage]}"></i>{html.escape(stage)}</th>'
-    + "".join(number(spent.get(stage)) for spent in columns.values()) + "</tr>"
+    + "".join(number(spent.get(stage)) for spent in columns.values())
+    + "</tr>"
     for stage in stages
-  )  # fmt: skip
+  )
   return f"""<h2 class="label">Seconds spent</h2>
 <div class="bar" aria-hidden="true">{bar}</div>
 <div class="wide" tabindex="0" role="region" aria-label="Seconds spent">
@@ -152,10 +194,12 @@ def _costs(columns: Mapping[str, Mapping[str, float]]) -> str:
 <thead><tr><td></td>{"".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)}</tr></thead>
 <tbody>{rows}</tbody>
 <tfoot><tr><th scope="row">total</th>{"".join(number(sum(s.values())) for s in columns.values())}</tr></tfoot>
-</table></div>"""
+</table></div>"""  # noqa: E501
 
 
-def _question(video: EncodedVideo, cfg: VLMConfig, number: int, question: str, answer: Answer) -> str:
+def _question(
+  video: EncodedVideo, cfg: VLMConfig, number: int, question: str, answer: Answer
+) -> str:
   """A section: question, answer, and how it came about."""
   selection, (_, end) = answer.selection, _extent(video)
   kept, sampled = len(selection.frames), len(video.times)
@@ -163,7 +207,7 @@ def _question(video: EncodedVideo, cfg: VLMConfig, number: int, question: str, a
   if kept < sampled:
     listed = "".join(f"<li>{_when(end, *span)}</li>" for span in spans)
     looked = f"""<p>{kept:,} of {_many(sampled, "sampled frame")}, in {_many(len(spans), "time range")}:</p>
-<ul class="times">{listed}</ul>"""
+<ul class="times">{listed}</ul>"""  # noqa: E501
   else:
     looked = f"<p>{'All ' * (sampled > 1)}{_many(sampled, 'sampled frame')}.</p>"
   if selection.note:
@@ -186,11 +230,16 @@ def _question(video: EncodedVideo, cfg: VLMConfig, number: int, question: str, a
 def _curve(video: EncodedVideo, scores: np.ndarray, spans: Sequence[tuple[float, float]]) -> str:
   """Relevance over time, a step per score, the chosen ranges shaded."""
   begin, end = _extent(video)
-  place = lambda t: np.round((t - begin) / ((end - begin) or 1) * 1000, 1)
+
+  def place(t):
+    return np.round((t - begin) / ((end - begin) or 1) * 1000, 1)
+
   low = scores.min()
   height = np.round(100 - 100 * (scores - low) / ((scores.max() - low) or 1), 1)
   steps = np.flatnonzero(np.append(True, np.diff(height) != 0))
-  line = "".join(f"H{x:g}V{y:g}" for x, y in zip(place(video.times[steps]), height[steps], strict=True))
+  line = "".join(
+    f"H{x:g}V{y:g}" for x, y in zip(place(video.times[steps]), height[steps], strict=True)
+  )
   bands = []
   for first, last in spans:
     x, width = place(first), max(place(last) - place(first), 1.5)  # narrower ones would not be seen
@@ -223,7 +272,9 @@ def _curve(video: EncodedVideo, scores: np.ndarray, spans: Sequence[tuple[float,
 
 
 def _thumbnails(video: EncodedVideo, selection: Selection, end: float) -> str:
-  """Pictures of the chosen clips: the best by score, in order of time; without scores, evenly spaced."""
+  """Pictures of the chosen clips: the best by score, in order of time; without scores, evenly
+  spaced.
+  """
   F = video.clip_frames
   clips = np.unique(selection.frames // F)
   shown = best_clips(video, selection, THUMBNAILS)
@@ -235,7 +286,9 @@ def _thumbnails(video: EncodedVideo, selection: Selection, end: float) -> str:
   items = []
   for clip in shown.tolist():
     when = _when(end, video.times[clip * F + F // 2])
-    image = f'<img src="{_jpeg(video.thumbnails[clip])}" alt="Frame at {when}" width="96" height="96">'
+    image = (
+      f'<img src="{_jpeg(video.thumbnails[clip])}" alt="Frame at {when}" width="96" height="96">'
+    )
     items.append(f"<li>{image}{when}</li>")
   more = len(clips) - count
   note = f'\n<p class="note">{rest}; {more:,} more.</p>' if more else ""
@@ -256,11 +309,16 @@ def _layers(cfg: VLMConfig, frames: int, text: int) -> str:
   scale, bars = 100 / (max(visual) + text), []
   for i, n in enumerate(visual):
     bars.append(
-      f'<g><title>layer {i + 1} of {len(visual)}: {n:,} visual and {text:,} text tokens</title>'
-      f'<rect class="visual" x="{i}" y="{100 - n * scale:.2f}" width=".8" height="{n * scale:.2f}"/>'
-      f'<rect class="text" x="{i}" y="{100 - (n + text) * scale:.2f}" width=".8" height="{text * scale:.2f}"/></g>'
+      f"<g><title>layer {i + 1} of {len(visual)}: {n:,} visual and {text:,} text tokens</title>"
+      f'<rect class="visual" x="{i}" y="{100 - n * scale:.2f}" width=".8" '
+      f'height="{n * scale:.2f}"/>'
+      f'<rect class="text" x="{i}" y="{100 - (n + text) * scale:.2f}" width=".8" '
+      f'height="{text * scale:.2f}"/></g>'
     )
-  label = f"{visual[0]:,} visual tokens in the first layer, {visual[-1]:,} in the last; {text:,} of text in each"
+  label = (
+    f"{visual[0]:,} visual tokens in the first layer, {visual[-1]:,} in the last; {text:,} "
+    f"of text in each"
+  )
   return f"""<figure class="layers">
 <svg width="100%" height="84" viewBox="0 0 {len(visual) - 0.2:g} 100" preserveAspectRatio="none" role="img"
  aria-label="{label}">
@@ -269,7 +327,7 @@ def _layers(cfg: VLMConfig, frames: int, text: int) -> str:
 <div><span>first of {len(visual)} layers<br><b>{visual[0]:,}</b> + {text:,}</span>
 <span>last<br><b>{visual[-1]:,}</b> + {text:,}</span></div>
 <figcaption><i class="key"></i>visual <i class="key ink"></i>text</figcaption>
-</figure>"""
+</figure>"""  # noqa: E501
 
 
 def _many(n: int, noun: str) -> str:
@@ -277,7 +335,9 @@ def _many(n: int, noun: str) -> str:
 
 
 def _when(whole: float, *times: float) -> str:
-  """A time, or both ends of a range (one, where they read the same), in a video of `whole` seconds."""
+  """A time, or both ends of a range (one, where they read the same), in a video of `whole`
+  seconds.
+  """
   return "–".join(dict.fromkeys(clock(t, whole) for t in times)) + " s" * (whole < 60)
 
 
@@ -342,4 +402,4 @@ figure { margin-top: 1rem; break-inside: avoid }
 .layers b { color: var(--ink) }
 .text, .ink { fill: var(--soft); background: var(--soft) }
 :focus-visible { outline: 2px solid var(--accent) }
-"""
+"""  # noqa: E501

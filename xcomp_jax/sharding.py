@@ -1,11 +1,13 @@
 """Where arrays live: the device mesh, and one table from an array's logical axes to mesh axes.
 
-The mesh has four axes: `data` and `fsdp` both split the rows of a batch, `fsdp` also splits parameters and optimizer state,
-`tensor` splits heads and MLP channels, and `context` a row's own sequence (and, as `fsdp` does, parameters), whose queries stay
-split while its few keys and values are gathered. A frozen tower's clips are split over all of them. The last three split the vocabulary: a device has
-some words' logits of all rows that a loss is taken of, which are few, and no word's parameters are sent. The compiler adds
-the collectives (Auto axes), but for those of a layer's kernels, which are `gathered`. An axis that does not divide a
-dimension is left out for that dimension, so every mesh runs every model; what would be wasted that way is refused where a run
+The mesh has four axes: `data` and `fsdp` both split the rows of a batch, `fsdp` also splits
+parameters and optimizer state, `tensor` splits heads and MLP channels, and `context` a row's own
+sequence (and, as `fsdp` does, parameters), whose queries stay split while its few keys and values
+are gathered. A frozen tower's clips are split over all of them. The last three split the
+vocabulary: a device has some words' logits of all rows that a loss is taken of, which are few, and
+no word's parameters are sent. The compiler adds the collectives (Auto axes), but for those of a
+layer's kernels, which are `gathered`. An axis that does not divide a dimension is left out for that
+dimension, so every mesh runs every model; what would be wasted that way is refused where a run
 begins (`check_tensor`, `data.packing`).
 """
 
@@ -36,9 +38,10 @@ LOGICAL: dict[str, tuple[str, ...]] = {
   "vocab": ("tensor", "fsdp", "context"),
 }
 
-# Path of a parameter -> logical axis per dimension; of several matches the one that splits into most parts counts, then the
-# first. Kernels are [in, out]: what widens puts its outputs on `tensor`, what narrows its inputs, so a block needs one sum
-# over `tensor`.
+# Path of a parameter -> logical axis per dimension; of several matches the one that splits into
+# most parts counts, then the
+# first. Kernels are [in, out]: what widens puts its outputs on `tensor`, what narrows its inputs,
+# so a block needs one sum over `tensor`.
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(q|k|v|qkv)/kernel", ("embed", "heads")),
   (r"(gate|up|fc1|patch_embed)/kernel", ("embed", "mlp")),
@@ -57,7 +60,8 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
-  """Devices along each of AXES; one size may be -1: what is left. (If fsdp and context are, `forecast.schedule` decides.)
+  """Devices along each of AXES; one size may be -1: what is left. (If fsdp and context are,
+  `forecast.schedule` decides.)
 
   Raises:
     ConfigError: sizes that are not positive, or whose product is not the device count.
@@ -67,30 +71,38 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise ConfigError(
-      f"mesh {shown}: sizes must be positive, and at most one may be -1 (what is left), or fsdp and context together"
+      f"mesh {shown}: sizes must be positive, and at most one may be -1 (what is left), or fsdp "
+      f"and context together"
     )
   if free:
     taken = math.prod(size for size in sizes.values() if size != -1)
     if devices % taken:
-      raise ConfigError(f"mesh {shown}: {taken} does not divide the {devices} devices there are; set config.mesh")
+      raise ConfigError(
+        f"mesh {shown}: {taken} does not divide the {devices} devices there are; set config.mesh"
+      )
     sizes[free[0]] = devices // taken
   if math.prod(sizes.values()) != devices:
     raise ConfigError(
-      f"mesh {shown} = {math.prod(sizes.values())} devices, but there are {devices}; set config.mesh so that the "
+      f"mesh {shown} = {math.prod(sizes.values())} devices, but there are {devices}; set "
+      f"config.mesh so that the "
       f"product is {devices}, or one axis to -1 for what is left"
     )
   return tuple(sizes.values())
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh of all devices (or of `devices`), with Auto axes data, fsdp, tensor, context; sizes and errors as `mesh_sizes`."""
+  """The mesh of all devices (or of `devices`), with Auto axes data, fsdp, tensor, context; sizes
+  and errors as `mesh_sizes`.
+  """
   devices = jax.devices() if devices is None else list(devices)
   sizes, types = mesh_sizes(config, len(devices)), (AxisType.Auto,) * len(AXES)
   try:
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
   except NotImplementedError:  # an axis that is no product of whole axes of the torus
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-  except AssertionError:  # the topologies of a TPU v4 list a chip as two devices, and JAX arranges only whole chips
+  except (
+    AssertionError
+  ):  # the topologies of a TPU v4 list a chip as two devices, and JAX arranges only whole chips
     grid = np.array(devices, object).reshape(sizes)
   return Mesh(grid, AXES, axis_types=types)
 
@@ -101,21 +113,26 @@ def check_tensor(tensor: int, cfg: VLMConfig) -> None:
   Raises:
     ConfigError: it does not divide the LLM's heads for queries and those for keys.
   """
-  if cfg.llm.heads % tensor or cfg.llm.kv_heads % tensor:  # attention would be computed whole by several devices
+  if (
+    cfg.llm.heads % tensor or cfg.llm.kv_heads % tensor
+  ):  # attention would be computed whole by several devices
     raise ConfigError(
-      f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and {cfg.llm.kv_heads} key heads of this LLM; "
+      f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and "
+      f"{cfg.llm.kv_heads} key heads of this LLM; "
       f"the most that does is {math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}"
     )
 
 
 def row_groups(mesh: Mesh) -> dict[int, tuple[int, ...]]:
-  """{process: the row groups that its devices hold, ascending}: data x fsdp splits a batch into so many, in order.
+  """{process: the row groups that its devices hold, ascending}: data x fsdp splits a batch into so
+  many, in order.
 
-  A process may hold any of them, as its devices lie on the torus. Processes whose devices hold the same ones (a `tensor` axis
-  over several) all read those.
+  A process may hold any of them, as its devices lie on the torus. Processes whose devices hold the
+  same ones (a `tensor` axis over several) all read those.
 
   Raises:
-    ConfigError: those of two processes are neither apart nor the same, or one has more than another.
+    ConfigError: those of two processes are neither apart nor the same, or one has more than
+      another.
   """
   count = batch_devices(mesh)
   held: dict[int, set[int]] = {}
@@ -125,8 +142,10 @@ def row_groups(mesh: Mesh) -> dict[int, tuple[int, ...]]:
   if len({len(some) for some in several}) > 1 or sum(map(len, several)) != count:
     each = "; ".join(f"{process} {sorted(some)}" for process, some in sorted(held.items()))
     raise ConfigError(
-      f"mesh {dict(mesh.shape)}: the devices of the processes hold rows that are neither apart nor the same, of every {count} "
-      f"(process: rows) {each}; choose config.mesh so that data x fsdp is a multiple of the processes"
+      f"mesh {dict(mesh.shape)}: the devices of the processes hold rows that are neither apart nor "
+      f"the same, of every {count} "
+      f"(process: rows) {each}; choose config.mesh so that data x fsdp is a multiple of the "
+      f"processes"
     )
   return {process: tuple(sorted(some)) for process, some in held.items()}
 
@@ -144,7 +163,12 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     ValueError: no rule for this path, or one that does not fit its shape.
   """
   found = [_fit(axes, shape, mesh) for axes in _rules(path, shape)]
-  return max(found, key=lambda spec: math.prod(mesh.shape[name] for names in spec if names for name in np.atleast_1d(names)))
+  return max(
+    found,
+    key=lambda spec: math.prod(
+      mesh.shape[name] for names in spec if names for name in np.atleast_1d(names)
+    ),
+  )
 
 
 def _rules(path: str, shape: Sequence[int]) -> list[tuple[str | None, ...]]:
@@ -153,20 +177,25 @@ def _rules(path: str, shape: Sequence[int]) -> list[tuple[str | None, ...]]:
     raise ValueError(f"parameter {path} has no rule in sharding.PARAMETERS; add one")
   for axes in found:
     if len(axes) > len(shape):
-      raise ValueError(f"parameter {path} has shape {tuple(shape)}, but its sharding rule {axes} has {len(axes)} axes")
+      raise ValueError(
+        f"parameter {path} has shape {tuple(shape)}, but its sharding rule {axes} has {len(axes)} "
+        f"axes"
+      )
   return found
 
 
 def param_shardings(state: Any, mesh: Mesh) -> Any:
-  """A NamedSharding per leaf of `state` (arrays or ShapeDtypeStructs), a tree whose paths end as parameters' do:
-  `nnx.State`, optimizer state, or both together. Scalars are on every device.
+  """A NamedSharding per leaf of `state` (arrays or ShapeDtypeStructs), a tree whose paths end as
+  parameters' do: `nnx.State`, optimizer state, or both together. Scalars are on every device.
 
   Raises:
     ValueError: see `parameter_spec`.
   """
 
   def one(path, leaf):
-    return NamedSharding(mesh, parameter_spec(path_name(path), leaf.shape, mesh) if leaf.shape else PartitionSpec())
+    return NamedSharding(
+      mesh, parameter_spec(path_name(path), leaf.shape, mesh) if leaf.shape else PartitionSpec()
+    )
 
   return jax.tree_util.tree_map_with_path(one, state)
 
@@ -177,7 +206,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def clip_sharding(mesh: Mesh) -> NamedSharding:
-  """Of an array with a clip for the frozen tower in each row: evenly over all devices, whatever they are otherwise for."""
+  """Of an array with a clip for the frozen tower in each row: evenly over all devices, whatever
+  they are otherwise for.
+  """
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
@@ -208,7 +239,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-  """How an activation is split over the mesh of `jax.set_mesh`; axes: a name of LOGICAL or None per dimension.
+  """How an activation is split over the mesh of `jax.set_mesh`; axes: a name of LOGICAL or None per
+  dimension.
 
   Raises:
     ValueError: two of the axes lie on the same mesh axis.
@@ -217,7 +249,8 @@ def split(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pins activation `x` to the mesh of `jax.set_mesh`; without one (or inside `shard_map`) returns `x`.
+  """Pins activation `x` to the mesh of `jax.set_mesh`; without one (or inside `shard_map`) returns
+  `x`.
 
   axes: as of `split`, for the leading dimensions; those beyond them are not split.
   """
@@ -231,11 +264,14 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 def gathered(module: Module, dtype: Any) -> Module:
-  """A layer with its kernels as it computes with them: in `dtype`, and whole along the residual stream's width.
+  """A layer with its kernels as it computes with them: in `dtype`, and whole along the residual
+  stream's width.
 
-  Left to itself the compiler may multiply by a sharded kernel piece by piece as it comes around the devices, reading and
-  writing all results once per piece: of 16 devices, with 96 rows of a kernel at once, memory then takes longer than
-  multiplying. Inside of `remat` kernels are gathered again for the gradient, not kept.
+  Left to itself the compiler may multiply by a sharded kernel piece by piece as it comes around the
+  devices, reading and
+  writing all results once per piece: of 16 devices, with 96 rows of a kernel at once, memory then
+  takes longer than multiplying. Inside of `remat` kernels are gathered again for the gradient, not
+  kept.
 
   Raises:
     ValueError: a parameter without a rule in PARAMETERS.
@@ -248,21 +284,28 @@ def gathered(module: Module, dtype: Any) -> Module:
     axes = _rules(path_name(path), leaf.shape)[0]
     if "embed" not in axes:
       return leaf
-    leaf = constrain(leaf.astype(dtype), *axes)  # or the compiler gathers before it rounds, twice as many bytes
+    leaf = constrain(
+      leaf.astype(dtype), *axes
+    )  # or the compiler gathers before it rounds, twice as many bytes
     return constrain(leaf, *(None if axis == "embed" else axis for axis in axes))
 
   return nnx.merge(graph, jax.tree_util.tree_map_with_path(one, weights))
 
 
 def parameter_table(state: Any, shardings: Any) -> str:
-  """A printable table: path, shape, dtype, split, bytes per device, and totals; equal layers on one line."""
+  """A printable table: path, shape, dtype, split, bytes per device, and totals; equal layers on one
+  line.
+  """
   rows: dict[tuple, list] = {}
   leaves = jax.tree_util.tree_leaves_with_path(state)
   count = total = 0
   for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
     name = path_name(path)
     bytes_here = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-    split = ", ".join("-" if axis is None else "+".join(np.atleast_1d(axis)) for axis in sharding.spec) or "-"
+    split = (
+      ", ".join("-" if axis is None else "+".join(np.atleast_1d(axis)) for axis in sharding.spec)
+      or "-"
+    )
     key = (re.sub(r"/\d+/", "/*/", name), leaf.shape, str(leaf.dtype), split)
     row = rows.setdefault(key, [[], 0])
     row[0] += [int(i) for i in re.findall(r"/(\d+)/", name)]
@@ -272,12 +315,16 @@ def parameter_table(state: Any, shardings: Any) -> str:
   lines = [("parameter", "shape", "dtype", "split over", "MiB per device")]
   for (name, shape, dtype, split), (layers, size) in rows.items():
     if layers:
-      name = name.replace("*", f"{min(layers)}..{max(layers)}" if len(layers) > 1 else str(layers[0]))
+      name = name.replace(
+        "*", f"{min(layers)}..{max(layers)}" if len(layers) > 1 else str(layers[0])
+      )
     lines.append((name, " x ".join(map(str, shape)), dtype, split, f"{size / 2**20:,.2f}"))
   lines.append((f"{len(leaves)} arrays", f"{count:,} numbers", "", "", f"{total / 2**20:,.2f}"))
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(
-    "  ".join(cell.rjust(w) if i == 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+    "  ".join(
+      cell.rjust(w) if i == 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))
+    )
     for line in lines
   )
 
@@ -291,7 +338,10 @@ def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partiti
     names = LOGICAL[axis] if axis else ()
     for name in names:
       if name in taken:
-        raise ValueError(f"an array of {tuple(axes)}: {taken[name]} and {axis} would both be split over mesh axis {name}")
+        raise ValueError(
+          f"an array of {tuple(axes)}: {taken[name]} and {axis} would both be split over mesh axis "
+          f"{name}"
+        )
       taken[name] = axis
     for name in names:
       size = mesh.shape.get(name, 1)

@@ -1,12 +1,15 @@
 """Supervised compression tuning: from a config to checkpoints.
 
-  python -m xcomp_jax.train --config=configs/sct.py --config.workdir=runs/sct --config.data.train=DIR
+  python -m xcomp_jax.train --config=configs/sct.py --config.workdir=runs/sct
+  --config.data.train=DIR
 
-A step runs the frozen tower over its clips, adds up the gradients of its micro-batches (`grad_step`, one compilation per shape) and
-applies them once (`apply_step`). What that will compute is said at the start. The same command continues a run from its latest checkpoint, on as many or other devices and hosts;
-SIGINT or SIGTERM saves and leaves.
+A step runs the frozen tower over its clips, adds up the gradients of its micro-batches
+(`grad_step`, one compilation per shape) and applies them once (`apply_step`). What that will
+compute is said at the start. The same command continues a run from its latest checkpoint, on as
+many or other devices and hosts; SIGINT or SIGTERM saves and leaves.
 
-Several folders, a quarter of the second in each epoch (any of them of frames, or all of features of this tower):
+Several folders, a quarter of the second in each epoch (any of them of frames, or all of features of
+this tower):
 
   --config.data.train="('data/a','data/b')" --config.data.weights="(1.0,0.25)"
 """
@@ -65,7 +68,9 @@ from xcomp_jax.steps import (
 
 
 class NotFiniteError(ValueError):
-  """A loss, gradient or update that is no number; the parameters are as they were before that step."""
+  """A loss, gradient or update that is no number; the parameters are as they were before that
+  step.
+  """
 
 
 class Prepared(NamedTuple):
@@ -99,21 +104,27 @@ class Prepared(NamedTuple):
 Watch = Callable[[int, str, Mapping[str, float]], None]  # (step, group, values)
 
 
-def run(config: RunConfig, watch: Watch = lambda step, group, values: None) -> dict[str, float | int]:
-  """Trains, from the latest checkpoint in the workdir if there is one, together with the other processes of the run.
+def run(
+  config: RunConfig, watch: Watch = lambda step, group, values: None
+) -> dict[str, float | int]:
+  """Trains, from the latest checkpoint in the workdir if there is one, together with the other
+  processes of the run.
 
   Args:
     config: of the run.
-    watch: called with what goes to TensorBoard, as it comes: "train" and "goodput" every `log_every` steps, "heldout".
+    watch: called with what goes to TensorBoard, as it comes: "train" and "goodput" every
+      `log_every` steps, "heldout".
 
   Returns:
-    what the last line says: step, steps (of the whole run), loss (mean over the steps done here, if any), and
+    what the last line says: step, steps (of the whole run), loss (mean over the steps done here, if
+      any), and
     heldout_loss, heldout_accuracy if there are held-out data.
 
   Raises:
     ConfigError, StoreError, CheckpointError, ...: whatever can't work, before weights are read.
     SaveError: a checkpoint could not be saved; the last one is good.
-    NotFiniteError: a loss, gradient or update became inf or nan; workdir/nan/ says in which samples.
+    NotFiniteError: a loss, gradient or update became inf or nan; workdir/nan/ says in which
+      samples.
   """
   with metrics.Goodput() as goodput, contextlib.ExitStack() as stack:
     check(config)
@@ -137,10 +148,15 @@ def run_whole(config: RunConfig) -> None:
 
 
 def prepare(config: RunConfig) -> Prepared:
-  """Reads what a config names, and makes sure that it goes together and that the workdir can be written."""
+  """Reads what a config names, and makes sure that it goes together and that the workdir can be
+  written.
+  """
   data = config.data.train if isinstance(config.data.train, tuple) else (config.data.train,)
   read = {"config.init_from": config.init_from, "config.data.heldout": config.data.heldout}
-  read |= {f"config.data.train[{i}]" if len(data) > 1 else "config.data.train": path for i, path in enumerate(data)}
+  read |= {
+    f"config.data.train[{i}]" if len(data) > 1 else "config.data.train": path
+    for i, path in enumerate(data)
+  }
   apart({"config.workdir": config.workdir}, read)
   keep_compiled(config.compilation_cache)
   kernels.check(config.model.attention, config.model.dtype)
@@ -155,12 +171,15 @@ def prepare(config: RunConfig) -> Prepared:
   for data in opened:
     if data.features is not None and config.train.vision:
       raise ConfigError(
-        f"config.train.vision = True, but {data.stores[0].path} holds features, which a tower that learns would not "
+        f"config.train.vision = True, but {data.stores[0].path} holds features, which a tower that "
+        f"learns would not "
         "make again; set it to False, or train on frames"
       )
   description = checkpoint.describe(config, cfg, blend, held)
   checkpoint.agree(description)
-  order = pipeline.run_order(blend, config.train.batch_size, config.seed, config.train.epochs)[: config.train.steps]
+  order = pipeline.run_order(blend, config.train.batch_size, config.seed, config.train.epochs)[
+    : config.train.steps
+  ]
   lengths = [pipeline.measure(data, tokenizer, config.data.mask) for data in opened]
   schedule = forecast.schedule(config, cfg, lengths[0], devices())
   forecast.check_memory(schedule)
@@ -177,11 +196,17 @@ def prepare(config: RunConfig) -> Prepared:
       other = forecast.schedule(config, cfg, lengths[1], devices(), schedule)
     seen = packing.pack_steps(lengths[1], parts, other.shapes, other.costs)
     whole = dataclasses.replace(share, trained=False)
-    heldout = functools.partial(pipeline.read, held, tokenizer, config.data, lengths[1], seen, whole)
+    heldout = functools.partial(
+      pipeline.read, held, tokenizer, config.data, lengths[1], seen, whole
+    )
   if not checkpoint.begun(config.workdir):
-    weights.stored(weights.resolve(config.init_from), cfg)  # what is missing or broken is said before anything is written
+    weights.stored(
+      weights.resolve(config.init_from), cfg
+    )  # what is missing or broken is said before anything is written
   workdir.claim(config.workdir)
-  return Prepared(cfg, mesh, opened, length_table(lengths[0]), schedule, plan, data, heldout, description)
+  return Prepared(
+    cfg, mesh, opened, length_table(lengths[0]), schedule, plan, data, heldout, description
+  )
 
 
 def devices() -> list[jax.Device]:
@@ -195,11 +220,15 @@ def share_of(mesh: Mesh, config: RunConfig, clips: int) -> pipeline.Share:
   Raises:
     ConfigError: see `row_share`.
   """
-  return pipeline.Share(*row_share(mesh), mesh.size, tuple(clip_share(mesh)), clips, config.train.vision)
+  return pipeline.Share(
+    *row_share(mesh), mesh.size, tuple(clip_share(mesh)), clips, config.train.vision
+  )
 
 
 class ClipEncoder:
-  """Brings clips through the frozen tower to the rows of micro-batches, in the order in which a reader gives both."""
+  """Brings clips through the frozen tower to the rows of micro-batches, in the order in which a
+  reader gives both.
+  """
 
   def __init__(self, functions: Steps, mesh: Mesh):
     self._functions, self._mesh = functions, mesh
@@ -211,7 +240,9 @@ class ClipEncoder:
     """Encodes clips, by the tower as it is in `state`."""
     if self._tower is None:
       self._tower = self._functions.tower(state)
-    if len(self._running) > 1:  # one may compute while the next is copied; more would pile up in the device's memory
+    if (
+      len(self._running) > 1
+    ):  # one may compute while the next is copied; more would pile up in the device's memory
       jax.block_until_ready(self._running.pop(0))
     features = self._functions.encode(self._tower, place_clips(call.frames, self._mesh))
     self._running.append(features)
@@ -220,9 +251,14 @@ class ClipEncoder:
       self._visual[fill.number] = self._functions.fill(visual, features, fill.place)
 
   def batch(self, micro: pipeline.MicroBatch) -> tuple[Batch, tuple[Clips, ...]]:
-    """Places a micro-batch on the mesh, with its visual tokens; all calls of its step come before."""
+    """Places a micro-batch on the mesh, with its visual tokens; all calls of its step come
+    before.
+    """
     self._tower, self._running = None, []  # memory
-    batch, clips = place(micro.batch, self._mesh), tuple(place(some, self._mesh) for some in micro.clips)
+    batch, clips = (
+      place(micro.batch, self._mesh),
+      tuple(place(some, self._mesh) for some in micro.clips),
+    )
     if batch.visual is None:
       batch = dataclasses.replace(batch, visual=self._room(micro.number, micro.shape))
     return batch, clips
@@ -232,8 +268,16 @@ class ClipEncoder:
     return self._functions.room(shape.rows, shape.frames) if visual is None else visual
 
 
-def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watch: Watch) -> dict[str, float | int]:
-  cfg, mesh, opened, data, steps = prepared.cfg, prepared.mesh, prepared.opened, prepared.data, prepared.steps
+def _train(
+  config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watch: Watch
+) -> dict[str, float | int]:
+  cfg, mesh, opened, data, steps = (
+    prepared.cfg,
+    prepared.mesh,
+    prepared.opened,
+    prepared.data,
+    prepared.steps,
+  )
   tx = optim.optimizer(config.optim, steps)
   precision = "highest" if config.model.dtype == "float32" else None
   first = jax.process_index() == 0
@@ -241,11 +285,18 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
     stack.enter_context(contextlib.closing(data))
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(jax.default_matmul_precision(precision))
-    checkpoints = stack.enter_context(checkpoint.closing(checkpoint.manager(config.workdir, config.train)))
+    checkpoints = stack.enter_context(
+      checkpoint.closing(checkpoint.manager(config.workdir, config.train))
+    )
     graph, wanted = abstract_state(config, cfg, tx, mesh)
     with goodput.part("restore"):
       found = checkpoint.restore(
-        checkpoints, (wanted.trained, wanted.frozen), wanted.opt, data, prepared.description, print if first else lambda _: None
+        checkpoints,
+        (wanted.trained, wanted.frozen),
+        wanted.opt,
+        data,
+        prepared.description,
+        print if first else lambda _: None,
       )
     if found is None:
       start, state = 0, init_state(config, cfg, tx, mesh)
@@ -260,19 +311,28 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
     if first:
       introduce(config, prepared, state, start)
     writer = stack.enter_context(
-      contextlib.closing(metrics.Writer(epath.Path(config.workdir) / "tensorboard", purge_step=start))
+      contextlib.closing(
+        metrics.Writer(epath.Path(config.workdir) / "tensorboard", purge_step=start)
+      )
     )
-    compilations = stack.enter_context(metrics.Compilations("encode_step", "grad_step", "apply_step", "eval_step"))
+    compilations = stack.enter_context(
+      metrics.Compilations("encode_step", "grad_step", "apply_step", "eval_step")
+    )
     stopping = stack.enter_context(hosts.stop_signal())
-    bar = stack.enter_context(progress(total=steps, initial=start, desc="train", unit="step", disable=not first))
+    bar = stack.enter_context(
+      progress(total=steps, initial=start, desc="train", unit="step", disable=not first)
+    )
     say = bar.write if first else lambda _: None
 
     def tell(step: int, group: str, values: Mapping[str, float]) -> None:
       writer.write(step, group, values)
       watch(step, group, values)
 
-    compiled = lambda name, what: report_compilations(compilations, name, what, say)
-    evaluates = lambda: prepared.heldout is not None and (done % config.train.eval_every == 0 or done == steps)
+    def compiled(name, what):
+      return report_compilations(compilations, name, what, say)
+
+    def evaluates():
+      return prepared.heldout is not None and (done % config.train.eval_every == 0 or done == steps)
 
     def encode(encoder: ClipEncoder, call: pipeline.TowerCall) -> None:
       encoder.encode(state, call)
@@ -286,7 +346,10 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
         while True:
           item = next(items, None)
           if item is None:
-            out = {"loss": total["loss"] / total["samples"], "accuracy": total["correct"] / total["samples"]}
+            out = {
+              "loss": total["loss"] / total["samples"],
+              "accuracy": total["correct"] / total["samples"],
+            }
             samples = f"{out['accuracy']:.1%} of {total['samples']:.0f}"
             say(f"held-out after step {done}: loss {out['loss']:.4f}  accuracy {samples}")
             tell(done, "heldout", out)
@@ -310,8 +373,13 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
     rate = optim.schedule(config.optim, steps)
     mine = len(mesh.local_devices) / mesh.size  # this process's part of the work
     clock, done = metrics.Clock(), start
-    losses, evaluated = [], None  # of each step; the last evaluation, None if it was not done or dropped
-    owed = evaluates() and (owed or done == steps)  # stopped within an evaluation, or nothing else is left to do
+    losses, evaluated = (
+      [],
+      None,
+    )  # of each step; the last evaluation, None if it was not done or dropped
+    owed = evaluates() and (
+      owed or done == steps
+    )  # stopped within an evaluation, or nothing else is left to do
     if owed:
       with goodput.part("evaluate"):
         evaluated = evaluate()
@@ -327,7 +395,9 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
         if isinstance(item, pipeline.TowerCall):
           encode(encoder, item)
           continue
-        if len(seen) > 1:  # one may compute while the next is copied; more would pile up in the device's memory
+        if (
+          len(seen) > 1
+        ):  # one may compute while the next is copied; more would pile up in the device's memory
           jax.block_until_ready(seen[-2][1])
         batch, clips = encoder.batch(item)
         sums, sample_losses = functions.grad(
@@ -351,7 +421,10 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
       if done % config.train.log_every == 0 or done == steps:
         recent = losses[-min(config.train.log_every, len(losses)) :]
         values = {
-          "loss": float(np.mean(recent)), "lr": np.asarray(rate(done - 1)).item(), "grad_norm": out["grad_norm"], **clock.report(),
+          "loss": float(np.mean(recent)),
+          "lr": np.asarray(rate(done - 1)).item(),
+          "grad_norm": out["grad_norm"],
+          **clock.report(),
           "real_share": prepared.account(prepared.plan[done - len(recent) : done]).all,
         }
         say(metrics.line(done, steps, values))
@@ -381,10 +454,21 @@ def _train(config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watc
     print(goodput.line())
     print(
       f"{'stopped by a signal' if stopped else 'done'}: step {done} of {steps}, "
-      + (f"mean loss {result['loss']:.4f}" if losses else "no step was left to do" if done == steps else "no step done")
-      + (f", held-out loss {result['heldout_loss']:.4f}, accuracy {result['heldout_accuracy']:.1%}" if evaluated else "")
+      + (
+        f"mean loss {result['loss']:.4f}"
+        if losses
+        else "no step was left to do"
+        if done == steps
+        else "no step done"
+      )
+      + (
+        f", held-out loss {result['heldout_loss']:.4f}, accuracy {result['heldout_accuracy']:.1%}"
+        if evaluated
+        else ""
+      )
       + f"; checkpoint {checkpoint.folder(config.workdir) / str(done)}"
-      + ("; the same command continues" if stopped else ""), flush=True,
+      + ("; the same command continues" if stopped else ""),
+      flush=True,
     )
   return result
 
@@ -397,11 +481,20 @@ def introduce(config: RunConfig, prepared: Prepared, state: TrainState, start: i
   if prepared.pixels:
     auto = " (auto: by its memory)" if config.model.clips_per_chunk == "auto" else ""
     print(f"the tower takes {cfg.clips_per_chunk} clips of a device at once{auto}")
-  table = lambda part: parameter_table(part, param_shardings(part, mesh))
+
+  def table(part):
+    return parameter_table(part, param_shardings(part, mesh))
+
   print(f"trained parameters\n{table(state.trained)}\nfrozen parameters\n{table(state.frozen)}")
-  print(f"optimizer state, split as the trained parameters: {table(state.opt).splitlines()[-1].split()[-1]} MiB per device")
+  print(
+    f"optimizer state, split as the trained parameters: "
+    f"{table(state.opt).splitlines()[-1].split()[-1]} MiB per device"
+  )
   schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
-  print(f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {' '.join(map(str, schedule))}")
+  print(
+    f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer "
+    f"{' '.join(map(str, schedule))}"
+  )
   print("\n".join(prepared.opened[0].made_with()))
   print(prepared.account(prepared.plan).paragraph())
   todo = f"steps {start + 1} to {prepared.steps}, {config.train.batch_size} samples each"
@@ -416,47 +509,65 @@ def _about_heldout() -> Generator[None]:
   try:
     yield
   except (ConfigError, StoreError) as error:
-    raise type(error)(f"held-out data in config.data.heldout (None: no evaluation): {error}") from error
+    raise type(error)(
+      f"held-out data in config.data.heldout (None: no evaluation): {error}"
+    ) from error
 
 
-def open_data(folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[float, ...] | None = None) -> Blend:
-  """Stores that the model can read; whether features are its own tower's only the weights can say (`check_tower`).
+def open_data(
+  folders: str | tuple[str, ...], cfg: VLMConfig, weights: tuple[float, ...] | None = None
+) -> Blend:
+  """Stores that the model can read; whether features are its own tower's only the weights can say
+  (`check_tower`).
 
   Raises:
     StoreError: see `open_store`.
-    ConfigError: frames have another size, clips another length, groups of LP-Comp don't fill a clip, or see `Blend`.
+    ConfigError: frames have another size, clips another length, groups of LP-Comp don't fill a
+      clip, or see `Blend`.
   """
   group = cfg.lp_comp.group
   stores = [open_store(folder) for folder in ((folders,) if isinstance(folders, str) else folders)]
   for store in stores:
     wanted: list[tuple[Store | Features, str, int]] = [
-      (store, "image_size", cfg.vision.image_size), (store, "clip_frames", cfg.clip_frames)
-    ]  # fmt: skip
+      (store, "image_size", cfg.vision.image_size),
+      (store, "clip_frames", cfg.clip_frames),
+    ]
     if store.features is not None:
-      wanted += [(store.features, "tokens_per_frame", cfg.tokens_per_frame), (store.features, "width", cfg.vision.width)]
+      wanted += [
+        (store.features, "tokens_per_frame", cfg.tokens_per_frame),
+        (store.features, "width", cfg.vision.width),
+      ]
     for has, name, value in wanted:
       if getattr(has, name) != value:
         raise ConfigError(
-          f"{store.path} was written with {name} {getattr(has, name)}, but the model takes {value}; run predecode again"
+          f"{store.path} was written with {name} {getattr(has, name)}, but the model takes "
+          f"{value}; run predecode again"
         )
     for frames in sorted({sample.clip_frames for sample in store.samples if sample.frames}):
       if (tokens := frames * cfg.tokens_per_frame) % group:
         raise ConfigError(
-          f"lp_comp.group = {group}: {store.path} has clips of {frames} frames, whose {tokens} tokens can't be cut "
+          f"lp_comp.group = {group}: {store.path} has clips of {frames} frames, whose {tokens} "
+          f"tokens can't be cut "
           f"into groups of {group}"
         )
   return Blend(stores, weights)
 
 
 def check_tower(model: vlm.VLM, name: str, data: Sequence[Blend]) -> None:
-  """Makes sure that features are of this model's tower. Where several processes share it, all of them must call this.
+  """Makes sure that features are of this model's tower. Where several processes share it, all of
+  them must call this.
 
   name: of the model, for the message.
 
   Raises:
     ConfigError: they are of other weights or settings.
   """
-  made = [(store.path, store.features.identity) for blend in data for store in blend.stores if store.features is not None]
+  made = [
+    (store.path, store.features.identity)
+    for blend in data
+    for store in blend.stores
+    if store.features is not None
+  ]
   identity = encode.tower_identity(model) if made else None
   for path, other in made:
     if other != identity:
@@ -473,7 +584,9 @@ def describe(shape: Shape) -> str:
 
 
 def report_compilations(compilations: metrics.Compilations, name: str, what: str, say) -> None:
-  """Says what calling `name` on `what` (a shape, in words) just compiled, and whether that is more than the shapes explain."""
+  """Says what calling `name` on `what` (a shape, in words) just compiled, and whether that is more
+  than the shapes explain.
+  """
   shapes = compilations.seen[name]
   shapes.add(what)
   for seconds in compilations.take(name):
@@ -485,12 +598,18 @@ def report_compilations(compilations: metrics.Compilations, name: str, what: str
       )
 
 
-def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, data: Blend) -> NotFiniteError:
-  """Writes workdir/nan/step_N.json, with every sample of the step and its loss; returns the error to raise."""
+def not_finite(
+  config: RunConfig, step: int, out: dict[str, Any], seen, data: Blend
+) -> NotFiniteError:
+  """Writes workdir/nan/step_N.json, with every sample of the step and its loss; returns the error
+  to raise.
+  """
   gather = functools.partial(multihost_utils.process_allgather, tiled=True)
   samples = []
   for index, losses in seen:
-    for i, loss in zip(gather(index).ravel().tolist(), gather(losses).ravel().tolist(), strict=True):
+    for i, loss in zip(
+      gather(index).ravel().tolist(), gather(losses).ravel().tolist(), strict=True
+    ):
       if i >= 0:
         store, place = data.find(i)
         sample = store.samples[place]
@@ -502,8 +621,10 @@ def not_finite(config: RunConfig, step: int, out: dict[str, Any], seen, data: Bl
     numbers = {name: _number(out[name]) for name in ("loss", "grad_norm", "update_norm")}
     file.write_text(json.dumps({"step": step + 1, **numbers, "samples": samples}, indent=2))
   return NotFiniteError(
-    f"step {step + 1}: loss {out['loss']}, norm of the gradient {out['grad_norm']}, of the update {out['update_norm']}. "
-    f"The step was not applied and nothing was saved after it; its samples and their losses are in {file}"
+    f"step {step + 1}: loss {out['loss']}, norm of the gradient {out['grad_norm']}, of the update "
+    f"{out['update_norm']}. "
+    f"The step was not applied and nothing was saved after it; its samples and their losses are in "
+    f"{file}"
   )
 
 
@@ -529,7 +650,8 @@ def main() -> None:
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # At exit JAX would wait for the other processes, and Orbax for the threads of a save that failed.
+    # At exit JAX would wait for the other processes, and Orbax for the threads of a save that
+    # failed.
     os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 

@@ -18,8 +18,8 @@ LAGS = 5  # seconds that a shared file system may take to show one host what ano
 
 
 def claim(workdir: str) -> None:
-  """Makes the work directory, and checks that it can be written and is the same for all processes, before anything expensive
-  happens. All of them must call this.
+  """Makes the work directory, and checks that it can be written and is the same for all processes,
+  before anything expensive happens. All of them must call this.
 
   Raises:
     ConfigError: it can't, or is not.
@@ -34,11 +34,14 @@ def claim(workdir: str) -> None:
     probe.unlink()
   except Exception as error:  # those of a bucket's clients have no common base
     raise ConfigError(
-      f"workdir {workdir} can't be written ({one_line(error)}); set config.workdir to a folder that can"
+      f"workdir {workdir} can't be written ({one_line(error)}); set config.workdir to a folder "
+      f"that can"
     ) from error
   if jax.process_count() == 1:
     return
-  mark = path / f".shared-{int(multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31))))}"
+  mark = (
+    path / f".shared-{int(multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31))))}"
+  )
   if jax.process_index() == 0:
     mark.write_text("")
   multihost_utils.sync_global_devices("the workdir is marked")
@@ -48,7 +51,8 @@ def claim(workdir: str) -> None:
     mark.unlink()
   if blind:
     raise ConfigError(
-      f"config.workdir = {workdir} is not one folder for all processes: process {', '.join(map(str, blind))} can't see what process 0 "
+      f"config.workdir = {workdir} is not one folder for all processes: process "
+      f"{', '.join(map(str, blind))} can't see what process 0 "
       "writes there; set it to a shared file system or a bucket (gs://)"
     )
 
@@ -57,10 +61,15 @@ def _check_own(path: epath.Path) -> None:
   """Refuses a folder whose config.json is not a run's, for a run would write its own there."""
   try:
     there = json.loads((path / "config.json").read_text())
-  except Exception:  # nothing there, or cut off by a kill; those of a bucket's clients have no common base
+  except (
+    Exception
+  ):  # nothing there, or cut off by a kill; those of a bucket's clients have no common base
     return
   if not isinstance(there, dict) or not there.keys() >= {"init_from", "workdir"}:
-    raise ConfigError(f"workdir {path} holds a config.json that is not a run's, such as a checkpoint's, which would be overwritten; set config.workdir to another folder")
+    raise ConfigError(
+      f"workdir {path} holds a config.json that is not a run's, such as a checkpoint's, which "
+      f"would be overwritten; set config.workdir to another folder"
+    )
 
 
 @contextlib.contextmanager
@@ -74,7 +83,8 @@ def held(workdir: str) -> Generator[None]:
     yield
     return
   taken = ConfigError(
-    f"another run is at work in {workdir}; set config.workdir to another folder, or if these are the processes of one run, see to it "
+    f"another run is at work in {workdir}; set config.workdir to another folder, or if these are "
+    f"the processes of one run, see to it "
     "that they find each other (config.distributed)"
   )
   with locked(epath.Path(workdir) / ".lock", taken):

@@ -29,7 +29,8 @@ class Blend:
     """Checks that the stores go together; `weights` None: an epoch reads every sample once.
 
     Raises:
-      ConfigError: no stores, weights that are not one positive number for each, a weight that reads nothing, or stores
+      ConfigError: no stores, weights that are not one positive number for each, a weight that reads
+        nothing, or stores
         of different kinds: frames and features, other sizes, another tower.
     """
     self.stores = tuple(stores)
@@ -38,19 +39,26 @@ class Blend:
       raise ConfigError("no data: config.data.train names no folder")
     if len(self.weights) != len(self.stores):
       raise ConfigError(
-        f"config.data.weights has {len(self.weights)} numbers for {len(self.stores)} folders in config.data.train; give one for each"
+        f"config.data.weights has {len(self.weights)} numbers for {len(self.stores)} folders in "
+        f"config.data.train; give one for each"
       )
     for store, weight, count in zip(self.stores, self.weights, self._counts()):
       if not count:
         raise ConfigError(
-          f"config.data.weights has {weight} for {store.path}: of its {len(store)} samples an epoch reads none; "
+          f"config.data.weights has {weight} for {store.path}: of its {len(store)} samples an "
+          f"epoch reads none; "
           "give a larger weight, or leave the folder out"
         )
     kinds = [_kind(store) for store in self.stores]
     for store, kind in zip(self.stores, kinds):
       if kind != kinds[0]:
-        raise ConfigError(f"{self.stores[0].path} holds {kinds[0]}, but {store.path} holds {kind}; a run reads one kind")
-    self.samples: tuple[Sample, ...] = tuple(itertools.chain.from_iterable(store.samples for store in self.stores))
+        raise ConfigError(
+          f"{self.stores[0].path} holds {kinds[0]}, but {store.path} holds {kind}; a run reads one "
+          f"kind"
+        )
+    self.samples: tuple[Sample, ...] = tuple(
+      itertools.chain.from_iterable(store.samples for store in self.stores)
+    )
     self._starts = [0, *itertools.accumulate(map(len, self.stores))]
 
   def __len__(self) -> int:
@@ -64,14 +72,18 @@ class Blend:
   def epoch(self, seed: int, epoch: int) -> list[int]:
     """The samples of an epoch, ascending; one that is read twice is there twice.
 
-    A store is gone through in random order again and again, and an epoch takes what comes next, so no sample is read
-    a second time before all others were read once: with a weight of 0.25 four epochs read all of it.
+    A store is gone through in random order again and again, and an epoch takes what comes next, so
+    no sample is read
+    a second time before all others were read once: with a weight of 0.25 four epochs read all of
+    it.
     """
     out = []
     for number, (store, count) in enumerate(zip(self.stores, self._counts())):
       n, first = len(store), epoch * count
       for turn in range(first // n, (first + count - 1) // n + 1):
-        drawn = permutation(n, seed, turn, 2, number)[max(0, first - turn * n) : first + count - turn * n]
+        drawn = permutation(n, seed, turn, 2, number)[
+          max(0, first - turn * n) : first + count - turn * n
+        ]
         out += [self._starts[number] + i for i in drawn]
     return sorted(out)
 
@@ -104,7 +116,9 @@ class Blend:
     return ", ".join(store.identity() for store in self.stores)
 
   def made_with(self) -> list[str]:
-    """For every store a line that says where it is, how it was made, and how much of it an epoch reads."""
+    """For every store a line that says where it is, how it was made, and how much of it an epoch
+    reads.
+    """
     return [
       f"{store.path}: {store.made_with()}; an epoch reads {count} of {len(store)} samples"
       for store, count in zip(self.stores, self._counts())
@@ -114,7 +128,9 @@ class Blend:
     """Samples of each store in an epoch."""
     if not all(0 < weight < math.inf for weight in self.weights):
       raise ConfigError(f"config.data.weights = {self.weights}: must be numbers above 0")
-    return [math.floor(weight * len(store) + 0.5) for weight, store in zip(self.weights, self.stores)]
+    return [
+      math.floor(weight * len(store) + 0.5) for weight, store in zip(self.weights, self.stores)
+    ]
 
 
 def _kind(store: Store) -> str:
@@ -122,5 +138,8 @@ def _kind(store: Store) -> str:
   what = f"frames of {store.image_size} pixels"
   if store.features is not None:
     f = store.features
-    what = f"features ({f.tokens_per_frame} tokens of {f.width} numbers a frame, by tower {f.identity}) of " + what
+    what = (
+      f"features ({f.tokens_per_frame} tokens of {f.width} numbers a frame, by tower {f.identity}) "
+      f"of " + what
+    )
   return f"{what} in clips of {store.clip_frames}"

@@ -21,7 +21,11 @@ from xcomp_jax.progress import progress
 
 THUMBNAIL = 112  # pixels
 THREADS = 32  # at most: each may hold a file open beside those of `store.OPEN`
-COMMON = {"annotation", "position", "source"}  # of lines of a manifest that are about what was selected
+COMMON = {
+  "annotation",
+  "position",
+  "source",
+}  # of lines of a manifest that are about what was selected
 PASSED = {"annotation", "position", "passed_over"}  # of the others
 
 
@@ -39,14 +43,25 @@ def verify(path: str | os.PathLike) -> None:
   wanted = {line["sample"]: line for line in lines if "sample" in line}
   with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
     found = pool.map(lambda i: _difference(store, i, wanted.get(i)), range(len(store)))
-    wrong += [text for text in progress(found, total=len(store), unit="sample", desc="verify") if text]
+    wrong += [
+      text for text in progress(found, total=len(store), unit="sample", desc="verify") if text
+    ]
   if wrong:
     raise StoreError(listed(f"{path} differs from its manifest", wrong))
   frames = sum(s.frames for s in store.samples)
-  print(f"{path}: {len(store)} samples, {frames} frames, {sum('reason' in line for line in lines)} skipped; all as the manifest says")
+  print(
+    f"{path}: {len(store)} samples, {frames} frames, {sum('reason' in line for line in lines)} "
+    f"skipped; all as the manifest says"
+  )
 
 
-def inspect(path: str | os.PathLike, sheet: str | os.PathLike, prompts: int, mask: Literal["official", "assistant"], checkpoint: str | None) -> None:
+def inspect(
+  path: str | os.PathLike,
+  sheet: str | os.PathLike,
+  prompts: int,
+  mask: Literal["official", "assistant"],
+  checkpoint: str | None,
+) -> None:
   """Prints what is in a store, and draws a contact sheet.
 
   Args:
@@ -57,13 +72,17 @@ def inspect(path: str | os.PathLike, sheet: str | os.PathLike, prompts: int, mas
     checkpoint: whose tokenizer splits them; None: into bytes.
 
   Raises:
-    StoreError: it is no store. OSError, ValueError: no such tokenizer, or the sheet can't be written.
+    StoreError: it is no store. OSError, ValueError: no such tokenizer, or the sheet can't be
+      written.
   """
   store = open_store(path)
   tokenizer = prompt.load_tokenizer(checkpoint) if checkpoint else bytes_tokenizer()
   print("\n".join(describe(store)))
   for i in _spread(len(store), prompts):
-    print(f"\nprompt of sample {i}; supervised by the {mask} mask: ⟦ ⟧\n{show_prompt(store, tokenizer, mask, i)}")
+    print(
+      f"\nprompt of sample {i}; supervised by the {mask} mask: ⟦ "
+      f"⟧\n{show_prompt(store, tokenizer, mask, i)}"
+    )
   if store.features:
     print("\nno contact sheet: features can't be looked at")
   elif any(s.frames for s in store.samples):
@@ -77,13 +96,27 @@ def describe(store: Store) -> Iterator[str]:
   layout = store.layout
   kind = f"JPEG {layout.quality}" if layout.quality else "raw"
   if store.features:
-    kind = f"features of tower {store.features.identity[:12]}: {store.features.tokens_per_frame} tokens of {store.features.width} per frame, from"
+    kind = (
+      f"features of tower {store.features.identity[:12]}: {store.features.tokens_per_frame} "
+      f"tokens of {store.features.width} per frame, from"
+    )
   size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
   frames = sum(s.frames for s in store.samples)
-  kinds = collections.Counter("text" if not s.frames else "image" if s.clip_frames == 1 else "video" for s in store.samples)
-  yield f"{store.path}: {kind} frames of {store.image_size} x {store.image_size} in clips of {store.clip_frames}; {store.made_with()}"
-  named = ", ".join(f"{count} {name}{'s' if count != 1 and name != 'text' else ''}" for name, count in kinds.most_common())
-  yield f"{len(store)} samples ({named}), {frames} frames, {size / 1e6:.1f} MB, {size / max(1, frames) / 1e3:.1f} kB per frame"
+  kinds = collections.Counter(
+    "text" if not s.frames else "image" if s.clip_frames == 1 else "video" for s in store.samples
+  )
+  yield (
+    f"{store.path}: {kind} frames of {store.image_size} x {store.image_size} in clips of "
+    f"{store.clip_frames}; {store.made_with()}"
+  )
+  named = ", ".join(
+    f"{count} {name}{'s' if count != 1 and name != 'text' else ''}"
+    for name, count in kinds.most_common()
+  )
+  yield (
+    f"{len(store)} samples ({named}), {frames} frames, {size / 1e6:.1f} MB, "
+    f"{size / max(1, frames) / 1e3:.1f} kB per frame"
+  )
   yield f"identity {store.identity()}"
   yield "\nframes      samples"
   bins = collections.Counter(s.frames.bit_length() for s in store.samples)
@@ -92,23 +125,39 @@ def describe(store: Store) -> Iterator[str]:
     span = f"{low}" if low >= high else f"{low} to {high}"
     yield f"{span:>12}{bins[b]:8}  {'#' * -(-40 * bins[b] // max(bins.values()))}"
   for file in store.info.get("annotation_files", ()):
-    counts = ", ".join(f"{name} {file[name]}" for name in ("annotations", "drawn", "selected", "written", "skipped"))
-    passed = "".join(f", {count} passed over: {reason}" for reason, count in file.get("passed_over", {}).items())
+    counts = ", ".join(
+      f"{name} {file[name]}" for name in ("annotations", "drawn", "selected", "written", "skipped")
+    )
+    passed = "".join(
+      f", {count} passed over: {reason}" for reason, count in file.get("passed_over", {}).items()
+    )
     yield f"{file['annotation']}: {counts}{passed}"
-  reasons = [line["reason"] for line in _manifest(store) if "reason" in line] if store.info.get("skipped") else []
+  reasons = (
+    [line["reason"] for line in _manifest(store) if "reason" in line]
+    if store.info.get("skipped")
+    else []
+  )
   yield from (f"  skipped: {reason}" for reason in reasons[:10])
   if len(reasons) > 10:
     yield f"  ... and {len(reasons) - 10} more in {store.path / 'manifest.jsonl'}"
 
 
-def show_prompt(store: Store, tokenizer: prompt.Tokenizer, mask: Literal["official", "assistant"], index: int) -> str:
+def show_prompt(
+  store: Store, tokenizer: prompt.Tokenizer, mask: Literal["official", "assistant"], index: int
+) -> str:
   """A sample's prompt as training sees it, with ⟦ ⟧ around what is supervised."""
   sample = store.samples[index]
-  built = prompt.train(tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask)
+  built = prompt.train(
+    tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask
+  )
   parts = []
-  for supervised, group in itertools.groupby(zip(built.tokens.tolist(), built.labels.tolist()), lambda pair: pair[1] != IGNORE):
+  for supervised, group in itertools.groupby(
+    zip(built.tokens.tolist(), built.labels.tolist()), lambda pair: pair[1] != IGNORE
+  ):
     text = ""
-    for slot, ids in itertools.groupby((token for token, _ in group), lambda token: token == IMAGE_TOKEN):
+    for slot, ids in itertools.groupby(
+      (token for token, _ in group), lambda token: token == IMAGE_TOKEN
+    ):
       text += f"<{sample.frames} frames>" if slot else tokenizer.decode(ids, keep_special=True)
     parts.append(f"⟦{text}⟧" if supervised else text)
   return "".join(parts)
@@ -123,7 +172,9 @@ def contact_sheet(store: Store, rows: int = 10, columns: int = 8) -> Image.Image
   draw = ImageDraw.Draw(sheet)
   for row, index in enumerate(chosen):
     sample, top = store.samples[index], row * (THUMBNAIL + line)
-    question = sample.conversations[0]["value"].replace(prompt.IMAGE, "") if sample.conversations else ""
+    question = (
+      sample.conversations[0]["value"].replace(prompt.IMAGE, "") if sample.conversations else ""
+    )
     count = f"{sample.frames} frames" if sample.frames > 1 else "an image"
     text = one_line(f"{index}: {count}, {pathlib.Path(sample.source).name}: {question}")
     draw.text((3, top + 3), text[: columns * THUMBNAIL // 3], fill="black")  # no letter is narrower
@@ -138,7 +189,9 @@ def contact_sheet(store: Store, rows: int = 10, columns: int = 8) -> Image.Image
 def bytes_tokenizer() -> prompt.Tokenizer:
   """A token per byte, for texts to be looked at without a checkpoint."""
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+  core = tokenizers.Tokenizer(
+    tokenizers.models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[])
+  )
   core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   core.decoder = tokenizers.decoders.ByteLevel()
   core.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
@@ -152,13 +205,24 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 def _manifest(store: Store) -> list[dict[str, Any]]:
   try:
-    lines = [json.loads(line) for line in inputs.text(store.path / "manifest.jsonl", StoreError).split("\n") if line]
+    lines = [
+      json.loads(line)
+      for line in inputs.text(store.path / "manifest.jsonl", StoreError).split("\n")
+      if line
+    ]
   except (OSError, ValueError) as error:
-    raise StoreError(f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes one") from error
+    raise StoreError(
+      f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes one"
+    ) from error
   for n, line in enumerate(lines, 1):
     keys = line.keys() if isinstance(line, dict) else set()
-    if keys != PASSED and not any(COMMON | more == keys for more in ({"reason"}, {"sample", "frames", "crc32"})):
-      raise StoreError(f"{store.path}: line {n} of its manifest.jsonl is not one of `predecode`: {json.dumps(line)[:200]}")
+    if keys != PASSED and not any(
+      COMMON | more == keys for more in ({"reason"}, {"sample", "frames", "crc32"})
+    ):
+      raise StoreError(
+        f"{store.path}: line {n} of its manifest.jsonl is not one of `predecode`: "
+        f"{json.dumps(line)[:200]}"
+      )
   return lines
 
 
@@ -168,14 +232,23 @@ def _count_differences(store: Store, lines: Sequence[dict[str, Any]]) -> Iterato
   numbers = [line["sample"] for line in lines if "sample" in line]
   if numbers != list(range(len(store))):
     yield f"manifest.jsonl names {len(numbers)} samples, not 0 to {len(store) - 1} in order"
-  if content_checksum(line["crc32"] for line in lines if "sample" in line) != store.info.get("content"):
+  if content_checksum(line["crc32"] for line in lines if "sample" in line) != store.info.get(
+    "content"
+  ):
     yield "store.json: its content is not that of manifest.jsonl"
-  begin, passed, lines = 0, [line for line in lines if "passed_over" in line], [line for line in lines if "passed_over" not in line]
+  begin, passed, lines = (
+    0,
+    [line for line in lines if "passed_over" in line],
+    [line for line in lines if "passed_over" not in line],
+  )
   for file in store.info.get("annotation_files", ()):
     mine = lines[begin : begin + file["selected"]]
     begin += file["selected"]
     written = sum("sample" in line for line in mine)
-    if {line["annotation"] for line in mine} - {file["annotation"]} or (written, len(mine) - written) != (file["written"], file["skipped"]):
+    if {line["annotation"] for line in mine} - {file["annotation"]} or (
+      written,
+      len(mine) - written,
+    ) != (file["written"], file["skipped"]):
       yield f"store.json: the counts of {file['annotation']} are not those of manifest.jsonl"
   counts = collections.Counter()
   for file in store.info.get("annotation_files", ()):
@@ -202,4 +275,10 @@ def _difference(store: Store, index: int, line: dict[str, Any] | None) -> str:
     if text := too_many_files(error):
       raise OSError(text) from error
     return f"sample {index} ({sample.source}) can't be read: {one_line(error)}"
-  return "" if crc == line["crc32"] else f"sample {index} ({sample.source}): its {store.layout.folder} are not those that were written"
+  return (
+    ""
+    if crc == line["crc32"]
+    else (
+      f"sample {index} ({sample.source}): its {store.layout.folder} are not those that were written"
+    )
+  )

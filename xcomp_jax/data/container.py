@@ -1,7 +1,7 @@
 """Reads video files by PyAV, which brings FFmpeg: which frames are shown when, and their pictures.
 
-A header's rate and number of frames may be wrong. What counts are the time stamps of the packets, which are read without
-decoding, and what the decoder makes of them.
+A header's rate and number of frames may be wrong. What counts are the time stamps of the packets,
+which are read without decoding, and what the decoder makes of them.
 """
 
 import array
@@ -24,8 +24,8 @@ from jaxtyping import Float, Int, UInt8
 from xcomp_jax.files import absolute
 from xcomp_jax.inputs import regular
 
-# What FFmpeg may take a file for: formats that hold all they show in one file. Others (playlists, lists, numbered images, streams)
-# name files and addresses, which it would open.
+# What FFmpeg may take a file for: formats that hold all they show in one file. Others (playlists,
+# lists, numbered images, streams) name files and addresses, which it would open.
 FORMATS = (
   "apng,asf,asf_o,av1,avi,avs2,avs3,bink,bmp_pipe,cavsvideo,dhav,dirac,dnxhd,dv,evc,flic,flv,gif,gxf,h261,h263,h264,hevc,ivf,j2k_pipe,jpeg_pipe,"
   "jpegxl_anim,jpegxl_pipe,kux,live_flv,lxf,m4v,matroska,mjpeg,mjpeg_2000,mov,mpeg,mpegts,mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,png_pipe,ppm_pipe,rm,"
@@ -33,18 +33,46 @@ FORMATS = (
 )
 PIXELS = 178_956_970  # of a picture, at most; Pillow has the same limit
 STATED = {"mov", "matroska", "avi", "flv", "asf"}  # formats whose header says how long the file is
-COUNTED = {"avi", "ivf"}  # of which FFmpeg says how long the file is now, while the header has its number of frames
+COUNTED = {
+  "avi",
+  "ivf",
+}  # of which FFmpeg says how long the file is now, while the header has its number of frames
 NONE = -(2**63)  # stands for a missing time stamp
-KEY, HIDDEN, BROKEN = 1, 2, 4  # bits of `_Packets.flags`: decoding can begin here; never shown; damaged
-SKIP = 8  # frames; a key frame that is no further ahead is reached sooner by decoding on than by seeking
-REORDERED = 32  # packets; a time stamp that is further out of order belongs to a second recording in the file
-HEAD = 16  # decoded frames that are compared with the packets' time stamps before all of these are believed
+KEY, HIDDEN, BROKEN = (
+  1,
+  2,
+  4,
+)  # bits of `_Packets.flags`: decoding can begin here; never shown; damaged
+SKIP = (
+  8  # frames; a key frame that is no further ahead is reached sooner by decoding on than by seeking
+)
+REORDERED = (
+  32  # packets; a time stamp that is further out of order belongs to a second recording in the file
+)
+# decoded frames that are compared with the packets' time stamps before all of these are believed
+HEAD = 16
 ROUNDED = 1.01  # time units by which rounding may move the time stamps of a constant rate
-MATRICES = {1: "ITU709", 4: "FCC", 7: "SMPTE240M"}  # H.273's number to PyAV's name; newer PyAV knows BT.2020's by itself
-ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # begins the part of an ASF header that says how long the file is
-TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}  # degrees counterclockwise, as a display matrix
-TITLES: dict[str, Any] = {} if int(av.__version__.partition(".")[0]) > 18 else {"metadata_errors": "replace"}  # that are no text; 19 replaces by itself
-NO_DECODER = "convert it, `ffmpeg -i FILE -c:v libx264 OUT.mp4`, or install a PyAV whose FFmpeg can: its own wheels have AV1, VP9 and HEVC"
+MATRICES = {
+  1: "ITU709",
+  4: "FCC",
+  7: "SMPTE240M",
+}  # H.273's number to PyAV's name; newer PyAV knows BT.2020's by itself
+ASF = bytes.fromhex(
+  "a1dcab8c47a9cf118ee400c00c205365"
+)  # begins the part of an ASF header that says how long the file is
+TURNS = {
+  0: (1, 0, 0, 1),
+  90: (0, -1, 1, 0),
+  180: (-1, 0, 0, -1),
+  270: (0, 1, -1, 0),
+}  # degrees counterclockwise, as a display matrix
+TITLES: dict[str, Any] = (
+  {} if int(av.__version__.partition(".")[0]) > 18 else {"metadata_errors": "replace"}
+)  # that are no text; 19 replaces by itself
+NO_DECODER = (
+  "convert it, `ffmpeg -i FILE -c:v libx264 OUT.mp4`, or install a PyAV whose FFmpeg "
+  "can: its own wheels have AV1, VP9 and HEVC"
+)
 
 
 class VideoError(ValueError):
@@ -78,8 +106,10 @@ class Index:
   seconds: from the start of the first frame to the end of the last.
   rate: frames per second if it is constant; None: it varies.
   average: frames per second by the header, which the release uses; None: it states none.
-  pts: int64[N], time stamps in the stream's units; None: they are unusable, and frames are counted as the decoder gives them.
-  keys: where decoding can begin, ascending; from there every frame shown at `Key.pts` or later is decoded rightly.
+  pts: int64[N], time stamps in the stream's units; None: they are unusable, and frames are counted
+  as the decoder gives them.
+  keys: where decoding can begin, ascending; from there every frame shown at `Key.pts` or later is
+  decoded rightly.
   lost: seconds that are missing at the end, by the header.
   stated: how many frames the header announces, or its duration at its rate; 0: it doesn't say.
   """
@@ -100,16 +130,22 @@ class Index:
       return self
     seconds = float(self.times[readable])
     return dataclasses.replace(
-      self, times=self.times[:readable], seconds=seconds, pts=None if self.pts is None else self.pts[:readable],
+      self,
+      times=self.times[:readable],
+      seconds=seconds,
+      pts=None if self.pts is None else self.pts[:readable],
       lost=self.lost + self.seconds - seconds,
-    )  # fmt: skip
+    )
 
 
-# --- which frames there are -----------------------------------------------------------------------------------------
+# --- which frames there are
+# -----------------------------------------------------------------------------------------
 
 
 class _Packets(NamedTuple):
-  """What a stream's packets say, in the order of the file: int64[P] each; flags of KEY, HIDDEN, BROKEN."""
+  """What a stream's packets say, in the order of the file: int64[P] each; flags of KEY, HIDDEN,
+  BROKEN.
+  """
 
   pts: np.ndarray
   dts: np.ndarray
@@ -118,7 +154,8 @@ class _Packets(NamedTuple):
 
 
 def index(path: pathlib.Path, stream: int | None = None) -> Index:
-  """Finds the frames of a video: one pass over its packets, and over its pictures only where packets don't say it.
+  """Finds the frames of a video: one pass over its packets, and over its pictures only where
+  packets don't say it.
 
   stream: a number among the file's streams; None: the one that players take.
 
@@ -130,8 +167,13 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
     packets = _packets(container, found)
     number, base, listed = found.index, float(found.time_base), found.frames
     average = None if not found.average_rate else float(found.average_rate)
-    rates = [float(rate) for rate in (found.average_rate, found.guessed_rate, found.base_rate) if rate]
-    formats, begin = set(container.format.name.split(",")), (container.start_time or 0) / av.time_base
+    rates = [
+      float(rate) for rate in (found.average_rate, found.guessed_rate, found.base_rate) if rate
+    ]
+    formats, begin = (
+      set(container.format.name.split(",")),
+      (container.start_time or 0) / av.time_base,
+    )
     end = (container.duration or 0) / av.time_base if formats & STATED else 0.0
     end += begin if end < begin else 0.0  # some count it from zero on
   if formats & COUNTED and listed and average:
@@ -152,22 +194,30 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
   times, rate, seconds = _times(pts, base, rates, last)
   stop, frame = float(pts[-1]) * base + seconds - times[-1], seconds / len(pts)
   whole, lost = 0 < listed <= len(packets.pts), 0.0
-  if packets.flags[-1] & BROKEN or (not whole and _short(path, number, stop, end, 1.5 * frame, bool(listed))):
+  if packets.flags[-1] & BROKEN or (
+    not whole and _short(path, number, stop, end, 1.5 * frame, bool(listed))
+  ):
     lost = float(max(end - stop, frame))
-  usual = average if average and abs(average * seconds / len(pts) - 1) < 0.1 else 0.0  # of a rate that varies the header knows no number
+  usual = (
+    average if average and abs(average * seconds / len(pts) - 1) < 0.1 else 0.0
+  )  # of a rate that varies the header knows no number
   stated = listed or round((end - float(pts[0]) * base) * usual)
   return Index(number, times, seconds, rate, average, pts, tuple(keys), lost, stated)
 
 
 def _stated_asf(path: pathlib.Path) -> float:
-  """Reads from an ASF header how many seconds the file has, which FFmpeg doesn't tell of a file that was cut; 0: it says nothing."""
+  """Reads from an ASF header how many seconds the file has, which FFmpeg doesn't tell of a file
+  that was cut; 0: it says nothing.
+  """
   with open(path, "rb") as file:
     head = file.read(1 << 16)
   at = head.find(ASF)
   if at < 0 or at + 92 > len(head):
     return 0.0
   play, _, preroll, flags = struct.unpack_from("<QQQI", head, at + 64)  # 100 ns, and milliseconds
-  return 0.0 if flags & 1 else max(0.0, play / 1e7 - preroll / 1e3)  # a live recording is open-ended
+  return (
+    0.0 if flags & 1 else max(0.0, play / 1e7 - preroll / 1e3)
+  )  # a live recording is open-ended
 
 
 @contextlib.contextmanager
@@ -183,23 +233,45 @@ def _opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]
   if not regular(path).stat().st_size:
     raise VideoError(f"{path} is empty (0 bytes)")
   try:  # "file:", for "12:30.mp4" would be read by protocol "12"
-    container = av.open("file:" + absolute(path), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}, **TITLES)
+    container = av.open(
+      "file:" + absolute(path),
+      options={"format_whitelist": FORMATS, "protocol_whitelist": "file"},
+      **TITLES,
+    )
   except (av.error.FFmpegError, OSError) as error:
     why = getattr(error, "strerror", None) or error
-    advice = "it may be truncated, or of a format that is not read; of lists of files, such as playlists, give the files"
+    advice = (
+      "it may be truncated, or of a format that is not read; of lists of files, such as "
+      "playlists, give the files"
+    )
     raise VideoError(f"{path} can't be read as a video ({why}); {advice}") from error
   with container:
     videos: Any = container.streams.video
-    found: Any = container.streams.best("video") if stream is None else next((s for s in videos if s.index == stream), None)
+    found: Any = (
+      container.streams.best("video")
+      if stream is None
+      else next((s for s in videos if s.index == stream), None)
+    )
     if found is None and stream is None and videos:
       found = videos[0]
     if found is None:
-      has = f"its video streams are {', '.join(str(s.index) for s in videos)}" if videos else "it has sound alone, or is truncated"
-      raise VideoError(f"{path} can't be read as a video: no video stream{'' if stream is None else f' {stream}'}; {has}")
+      has = (
+        f"its video streams are {', '.join(str(s.index) for s in videos)}"
+        if videos
+        else "it has sound alone, or is truncated"
+      )
+      raise VideoError(
+        f"{path} can't be read as a video: no video "
+        f"stream{'' if stream is None else f' {stream}'}; {has}"
+      )
     if found.codec_context is None:
-      raise VideoError(f"{path}: there is no decoder for its video stream {found.index}; {NO_DECODER}")
+      raise VideoError(
+        f"{path}: there is no decoder for its video stream {found.index}; {NO_DECODER}"
+      )
     if found.width * found.height > PIXELS:
-      raise VideoError(f"{path} has pictures of {found.width} x {found.height} pixels; {PIXELS:,} can be read")
+      raise VideoError(
+        f"{path} has pictures of {found.width} x {found.height} pixels; {PIXELS:,} can be read"
+      )
     found.codec_context.options = {"max_pixels": str(PIXELS)}  # they may grow on the way
     found.thread_type = "AUTO"
     yield container, found
@@ -220,13 +292,17 @@ def _packets(container: Any, stream: Any) -> _Packets:
       if packet.is_keyframe and _restarts(codec, packet):
         flag |= KEY
       elif codec.startswith("vp8") or codec == "libvpx":
-        flag |= HIDDEN * (not memoryview(packet)[0] & 16)  # a frame that others refer to, and nobody sees
+        flag |= HIDDEN * (
+          not memoryview(packet)[0] & 16
+        )  # a frame that others refer to, and nobody sees
       flags.append(flag)
   return _Packets(*(np.array(column, np.int64) for column in columns))
 
 
 def _demuxed(container: Any, *streams: Any) -> Iterator[Any]:
-  """Gives packets of some streams from here on. PyAV raises IndexError at each packet of a stream that the header didn't announce."""
+  """Gives packets of some streams from here on. PyAV raises IndexError at each packet of a stream
+  that the header didn't announce.
+  """
   while True:
     try:
       yield from container.demux(*streams)
@@ -238,7 +314,8 @@ def _demuxed(container: Any, *streams: Any) -> Iterator[Any]:
 def _restarts(codec: str, packet: Any) -> bool:
   """Says whether decoding that begins at a key packet gives right pictures.
 
-  The file's own flag is not enough: some files flag every packet, and with intra-refresh an H.264 picture gets whole over many frames.
+  The file's own flag is not enough: some files flag every packet, and with intra-refresh an H.264
+  picture gets whole over many frames.
   """
   if codec not in ("h264", "hevc", "mpeg4", "mpeg2video"):
     return True
@@ -247,7 +324,9 @@ def _restarts(codec: str, packet: Any) -> bool:
     unit = data[begin : begin + 8]
     if len(unit) < 4:
       break
-    if codec == "hevc" and (unit[0] >> 1) & 63 < 32:  # a slice; types 16 to 21 need no earlier picture
+    if (
+      codec == "hevc" and (unit[0] >> 1) & 63 < 32
+    ):  # a slice; types 16 to 21 need no earlier picture
       return 16 <= (unit[0] >> 1) & 63 <= 21
     if codec == "mpeg4" and unit[0] == 0xB6:
       return unit[1] >> 6 == 0
@@ -255,13 +334,19 @@ def _restarts(codec: str, packet: Any) -> bool:
       return (unit[2] >> 3) & 7 == 1
     if codec == "h264" and unit[0] & 31 == 5:  # IDR
       return True
-    if codec == "h264" and unit[0] & 31 == 6 and (recovered := _recovers(data[begin + 1 : begin + 257])) is not None:  # SEI
+    if (
+      codec == "h264"
+      and unit[0] & 31 == 6
+      and (recovered := _recovers(data[begin + 1 : begin + 257])) is not None
+    ):  # SEI
       return recovered
   return codec == "mpeg4"  # short headers
 
 
 def _recovers(messages: bytes) -> bool | None:
-  """Says whether an H.264 SEI unit announces right pictures at once; None: it holds no recovery point."""
+  """Says whether an H.264 SEI unit announces right pictures at once; None: it holds no recovery
+  point.
+  """
   at = 0
   while at + 2 < len(messages) and messages[at] != 0x80 and messages[at + 1] < 255:
     if messages[at] == 6:
@@ -273,8 +358,9 @@ def _recovers(messages: bytes) -> bool | None:
 def _units(codec: str, data: bytes) -> Iterator[int]:
   """Finds where the units of a packet begin.
 
-  H.264 and HEVC have lengths before units (MP4, Matroska) or start codes (TS, AVI), older codecs start codes only. The start code
-  00 00 01 xx reads as a length of 256 to 511, too, so lengths count only if they end where the packet does.
+  H.264 and HEVC have lengths before units (MP4, Matroska) or start codes (TS, AVI), older codecs
+  start codes only. The start code 00 00 01 xx reads as a length of 256 to 511, too, so lengths
+  count only if they end where the packet does.
   """
   at, begins = 0, []
   while codec in ("h264", "hevc") and at + 4 <= len(data):
@@ -290,7 +376,9 @@ def _units(codec: str, data: bytes) -> Iterator[int]:
 
 
 def _shown(packets: _Packets) -> tuple[np.ndarray | None, list[Key]]:
-  """Time stamps of frames in the order in which they are shown, None if packets don't tell; and where decoding can begin."""
+  """Time stamps of frames in the order in which they are shown, None if packets don't tell; and
+  where decoding can begin.
+  """
   end = len(packets.flags) - int(packets.flags[-1] & BROKEN != 0)  # the last one may have been cut
   pts, dts, flags = packets.pts[:end], packets.dts[:end], packets.flags[:end]
   starts = np.flatnonzero(flags & KEY)
@@ -307,14 +395,17 @@ def _shown(packets: _Packets) -> tuple[np.ndarray | None, list[Key]]:
   return shown, keys
 
 
-def _decoded(path, stream: int, pts: np.ndarray | None, keys: list[Key]) -> tuple[np.ndarray | None, list[Key]]:
+def _decoded(
+  path, stream: int, pts: np.ndarray | None, keys: list[Key]
+) -> tuple[np.ndarray | None, list[Key]]:
   """Has the decoder say which frames are shown.
 
-  If the first HEAD frames agree with `pts`, the packets are believed, less those before the first frame that can be decoded. If not,
-  the whole stream is decoded.
+  If the first HEAD frames agree with `pts`, the packets are believed, less those before the first
+  frame that can be decoded. If not, the whole stream is decoded.
 
   Returns:
-    time stamps, int64[N], or None if the decoder's are missing or don't ascend; and where decoding can begin.
+    time stamps, int64[N], or None if the decoder's are missing or don't ascend; and where decoding
+    can begin.
   """
   with _opened(path, stream) as (container, found):
     given = (image.pts for image in _whole(container, found))
@@ -332,9 +423,11 @@ def _decoded(path, stream: int, pts: np.ndarray | None, keys: list[Key]) -> tupl
 
 
 def _counted(path, stream: int, rates: Sequence[float], average: float | None) -> Index:
-  """Indexes a file whose time stamps are missing or go back: frames count in the order in which the decoder gives them.
+  """Indexes a file whose time stamps are missing or go back: frames count in the order in which the
+  decoder gives them.
 
-  Where most time stamps are unusable the header's rate says when frames are shown, or one per second if there is no rate.
+  Where most time stamps are unusable the header's rate says when frames are shown, or one per
+  second if there is no rate.
   """
   with _opened(path, stream) as (container, found):
     base = float(found.time_base)
@@ -345,7 +438,9 @@ def _counted(path, stream: int, rates: Sequence[float], average: float | None) -
   gaps = np.diff(known)
   good = (gaps > 0) & (known[:-1] > NONE * base) & (known[1:] > NONE * base)
   usual = float(np.median(gaps[good])) if good.any() else 1.0
-  rate = rates[0] if rates and good.sum() < max(1, 0.95 * len(good)) else None  # time stamps that mean nothing; else a few that go back
+  rate = (
+    rates[0] if rates and good.sum() < max(1, 0.95 * len(good)) else None
+  )  # time stamps that mean nothing; else a few that go back
   if rate is None:
     times = np.concatenate([[0.0], np.cumsum(np.where(good, gaps, usual))])
   else:
@@ -353,8 +448,12 @@ def _counted(path, stream: int, rates: Sequence[float], average: float | None) -
   return Index(stream, times, float(times[-1] + usual), rate, average, None, (), 0.0, len(times))
 
 
-def _times(pts: np.ndarray, base: float, rates: Sequence[float], last: float) -> tuple[np.ndarray, float | None, float]:
-  """Seconds from the first frame on, the rate if it is constant, and the end of the last frame, which may say how long it is."""
+def _times(
+  pts: np.ndarray, base: float, rates: Sequence[float], last: float
+) -> tuple[np.ndarray, float | None, float]:
+  """Seconds from the first frame on, the rate if it is constant, and the end of the last frame,
+  which may say how long it is.
+  """
   ticks, n = (pts - pts[0]).astype(np.float64), len(pts)
   mean = [(n - 1) / (ticks[-1] * base)] if n > 1 else []
   for rate in (*rates, *mean):
@@ -366,9 +465,11 @@ def _times(pts: np.ndarray, base: float, rates: Sequence[float], last: float) ->
 
 
 def _short(path, stream: int, stop: float, end: float, frame: float, listed: bool) -> bool:
-  """Says whether a file ends before it should: neither its video nor another stream comes near to `end`.
+  """Says whether a file ends before it should: neither its video nor another stream comes near to
+  `end`.
 
-  stop, end: seconds, by the file's clock. frame: seconds of slack. listed: the header also gives a number of frames.
+  stop, end: seconds, by the file's clock. frame: seconds of slack. listed: the header also gives a
+  number of frames.
   """
   slack = max(frame, 0.0 if listed else min(1.0, 0.1 * end))
   if not end or stop >= end - slack:
@@ -376,25 +477,36 @@ def _short(path, stream: int, stop: float, end: float, frame: float, listed: boo
   with _opened(path, stream) as (container, found):
     with contextlib.suppress(av.error.FFmpegError, OSError):
       container.seek(int(stop / found.time_base), stream=found)
-      for packet in _demuxed(container, *(s for s in container.streams if s.type in ("video", "audio"))):
-        if packet.pts is not None and not packet.is_corrupt and float((packet.pts + (packet.duration or 0)) * packet.time_base) >= end - slack:
+      for packet in _demuxed(
+        container, *(s for s in container.streams if s.type in ("video", "audio"))
+      ):
+        if (
+          packet.pts is not None
+          and not packet.is_corrupt
+          and float((packet.pts + (packet.duration or 0)) * packet.time_base) >= end - slack
+        ):
           return False
   return True
 
 
-# --- their pictures -------------------------------------------------------------------------------------------------
+# --- their pictures
+# -------------------------------------------------------------------------------------------------
 
 
-def pictures(path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+def pictures(
+  path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int
+) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
   """Decodes frames of a video, rotated as players do.
 
-  From one wanted frame to the next it decodes on, or begins again at the last key frame before the next, if that is ahead.
+  From one wanted frame to the next it decodes on, or begins again at the last key frame before the
+  next, if that is ahead.
 
   Args:
     path: the file.
     found: its `index`.
     wanted: numbers of frames, ascending.
-    stop: one more than the number of the last frame that may be chosen; that frame must be decodable, even if it is not wanted.
+    stop: one more than the number of the last frame that may be chosen; that frame must be
+      decodable, even if it is not wanted.
 
   Yields:
     uint8[H, W, 3], RGB, in the file's size.
@@ -411,7 +523,10 @@ def pictures(path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int)
         done += 1
         yield image
       return
-    except (_LostError, TailError):  # seeking can fail in a damaged file whose frames decode in order
+    except (
+      _LostError,
+      TailError,
+    ):  # seeking can fail in a damaged file whose frames decode in order
       if not way.keys:
         raise
 
@@ -420,7 +535,9 @@ class _LostError(Exception):
   """A key frame was not found again where it is."""
 
 
-def _pictures(path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int) -> Iterator[np.ndarray]:
+def _pictures(
+  path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int
+) -> Iterator[np.ndarray]:
   with _opened(path, found.stream) as (container, stream):
     run = _numbered(found, _whole(container, stream))
     number, image, matrix, convert = -1, None, None, VideoReformatter()
@@ -434,11 +551,19 @@ def _pictures(path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int
         number, image = next(run, (None, None))
         if number is None:
           lost = found.seconds - found.times[last + 1]
-          raise TailError(f"{path}: the last {lost:.2f} of {found.seconds:.2f} seconds can't be decoded; it is truncated or damaged", last + 1)
+          raise TailError(
+            f"{path}: the last {lost:.2f} of {found.seconds:.2f} seconds can't be decoded; it is "
+            f"truncated or damaged",
+            last + 1,
+          )
       if i in asked and number != i:
-        raise VideoError(f"{path}: the frame at {found.times[i]:.2f} seconds, number {i}, is damaged")
+        raise VideoError(
+          f"{path}: the frame at {found.times[i]:.2f} seconds, number {i}, is damaged"
+        )
       if i in asked:
-        matrix = _matrix(image) if matrix is None else matrix  # of the first alone: asking for side data makes a cycle, and frees a frame late
+        matrix = (
+          _matrix(image) if matrix is None else matrix
+        )  # of the first alone: asking for side data makes a cycle, and frees a frame late
         yield _upright(_rgb(convert, image), *matrix)
 
 
@@ -479,24 +604,39 @@ def _numbered(found: Index, run: Iterator[Any]) -> Iterator[tuple[int, Any]]:
   for n, image in enumerate(run):
     if found.pts is None:
       yield n, image
-    elif image.pts is not None and (i := _number(found, image.pts)) < len(found.pts) and found.pts[i] == image.pts:
+    elif (
+      image.pts is not None
+      and (i := _number(found, image.pts)) < len(found.pts)
+      and found.pts[i] == image.pts
+    ):
       yield i, image
 
 
 def _whole(container: Any, stream: Any, key: Key | None = None) -> Iterator[Any]:
   """Decodes from a key's packet on, or from where the file stands, and leaves out what is damaged.
 
-  The decoder doesn't mark all that it predicts from a damaged or lost frame. So after a bad packet every frame is left out, up to
-  the next packet at which decoding can begin. Frames that come after that packet but are shown before it are left out, too.
+  The decoder doesn't mark all that it predicts from a damaged or lost frame. So after a bad packet
+  every frame is left out, up to the next packet at which decoding can begin. Frames that come after
+  that packet but are shown before it are left out, too.
   """
   codec = stream.codec_context.name
-  flight = 3 + min(os.cpu_count() or 1, 16)  # packets that may be in the decoder's threads when it reports an error
-  order: collections.deque[int | None] = collections.deque(maxlen=256)  # time stamps of packets, as they were decoded
-  clean: collections.deque[int | None] = collections.deque(maxlen=64)  # those of packets that decoding can begin with
+  flight = 3 + min(
+    os.cpu_count() or 1, 16
+  )  # packets that may be in the decoder's threads when it reports an error
+  order: collections.deque[int | None] = collections.deque(
+    maxlen=256
+  )  # time stamps of packets, as they were decoded
+  clean: collections.deque[int | None] = collections.deque(
+    maxlen=64
+  )  # those of packets that decoding can begin with
   suspect: set[int | None] = set()  # time stamps of frames to leave out
   bad = False  # a packet was bad, and decoding could not begin anew since
-  leading: int | None = None  # where it began anew after a bad one; what is shown before refers to what was damaged
-  for packet, cut in _with_cut(_from(container, stream, key) if key else _demuxed(container, stream)):
+  leading: int | None = (
+    None  # where it began anew after a bad one; what is shown before refers to what was damaged
+  )
+  for packet, cut in _with_cut(
+    _from(container, stream, key) if key else _demuxed(container, stream)
+  ):
     if cut:
       continue
     if packet.size:
@@ -515,7 +655,11 @@ def _whole(container: Any, stream: Any, key: Key | None = None) -> Iterator[Any]
       suspect.update(list(order)[-flight:])
     for image in images:
       if image.is_corrupt:
-        after = list(order)[list(order).index(image.pts) :] if image.pts in order else list(order)[-flight:]
+        after = (
+          list(order)[list(order).index(image.pts) :]
+          if image.pts in order
+          else list(order)[-flight:]
+        )
         until = next((n for n, stamp in enumerate(after) if n and stamp in clean), None)
         suspect.update(after[:until])
         bad = bad or until is None
@@ -525,7 +669,9 @@ def _whole(container: Any, stream: Any, key: Key | None = None) -> Iterator[Any]
 
 
 def _with_cut(packets: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-  """Gives each packet, and whether the file was cut inside it: the last one, if it is marked as corrupt."""
+  """Gives each packet, and whether the file was cut inside it: the last one, if it is marked as
+  corrupt.
+  """
   held = None
   while True:
     try:
@@ -545,9 +691,13 @@ def _matrix(frame: Any) -> tuple[int, int, int, int]:
   """The display matrix [[a, b], [c, d]] of a frame: (x, y) is shown at (a x + c y, b x + d y)."""
   try:
     found = frame.side_data.get("DISPLAYMATRIX")
-  except ValueError as error:  # of a frame that has data of a type PyAV has no name for it tells the angle alone, and 14.0 nothing
+  # of a frame that has data of a type PyAV has no name for it tells the angle alone, and 14.0
+  # nothing
+  except ValueError as error:
     if not hasattr(frame, "rotation"):
-      raise VideoError(f"PyAV {av.__version__} can't tell how this video is rotated ({error}): pip install -U av") from error
+      raise VideoError(
+        f"PyAV {av.__version__} can't tell how this video is rotated ({error}): pip install -U av"
+      ) from error
     return TURNS.get(round(frame.rotation) % 360, TURNS[0])
   if found is None:
     return TURNS[0]
@@ -563,11 +713,21 @@ def _upright(image: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
 
 
 def _rgb(convert: VideoReformatter, frame: Any) -> np.ndarray:
-  """Pixels by the matrix and range that the file says (BT.601's where it says none), colours interpolated as by OpenCV."""
+  """Pixels by the matrix and range that the file says (BT.601's where it says none), colours
+  interpolated as by OpenCV.
+  """
   matrix, full = MATRICES.get(int(frame.colorspace)), int(frame.color_range) == 2
   if matrix is None and not full:
     return convert.reformat(frame, format="rgb24", interpolation="BICUBIC").to_ndarray()
   scale = "JPEG" if full else "MPEG"
-  # PyAV before 16 looks at the matrix only if the result, which as RGB has none, is said to have another.
+  # PyAV before 16 looks at the matrix only if the result, which as RGB has none, is said to have
+  # another.
   how: dict[str, Any] = {"src_colorspace": matrix, "dst_colorspace": "ITU601"} if matrix else {}
-  return convert.reformat(frame, format="rgb24", interpolation="BICUBIC", src_color_range=scale, dst_color_range=scale, **how).to_ndarray()
+  return convert.reformat(
+    frame,
+    format="rgb24",
+    interpolation="BICUBIC",
+    src_color_range=scale,
+    dst_color_range=scale,
+    **how,
+  ).to_ndarray()

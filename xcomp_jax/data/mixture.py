@@ -1,8 +1,9 @@
 """VideoChat-Flash's mixtures: which annotations are read, and what is wrong with them.
 
-A mixture is a YAML file with `datasets`, a list of json_path (json or jsonl), sampling_strategy, data_root,
-video_read_type, frame_rate and text_samples. An annotation is an object with "conversations" (or
-"messages"), at most one of "image", "images", "video" and "videos", and perhaps "id", "start" and "end".
+A mixture is a YAML file with `datasets`, a list of json_path (json or jsonl), sampling_strategy,
+data_root, video_read_type, frame_rate and text_samples. An annotation is an object with
+"conversations" (or "messages"), at most one of "image", "images", "video" and "videos", and perhaps
+"id", "start" and "end".
 """
 
 import concurrent.futures
@@ -27,7 +28,14 @@ from xcomp_jax.progress import progress
 
 # video_read_type, and what `video.sample` calls it
 READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
-KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "frame_rate", "text_samples")
+KEYS = (
+  "json_path",
+  "sampling_strategy",
+  "data_root",
+  "video_read_type",
+  "frame_rate",
+  "text_samples",
+)
 TEXT, SEVERAL = "text alone", "several images or videos"  # what the release passes over
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of those who speak
 VIDEO = "<video>"  # what others write for prompt.IMAGE
@@ -59,7 +67,9 @@ class File:
   digest: str  # of its bytes
   annotations: int
   drawn: int  # by strategy and subset
-  selected: int  # of these: with exactly one image or video, as the release wants them, or none where text is wanted, too
+  # of these: with exactly one image or video, as the release wants them, or none where text is
+  # wanted, too
+  selected: int
   passed: tuple[tuple[int, str], ...]  # of the others: position, and TEXT or SEVERAL
 
 
@@ -68,16 +78,20 @@ def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
 
   Args:
     count: annotations of the file.
-    strategy: "all", or first, first2, ..., end, a colon, and a count or a percentage: "first2:2.5%".
+    strategy: "all", or first, first2, ..., end, a colon, and a count or a percentage:
+      "first2:2.5%".
     subset: share that is kept after that; 0.25 in the release.
 
   Raises:
     AnnotationError: a strategy that does not exist.
   """
-  match = re.fullmatch(r"all|(first|end)(\d{0,9}):(\d{1,9}|\d{1,9}(?:\.\d{1,9})?%)", strategy.strip())
+  match = re.fullmatch(
+    r"all|(first|end)(\d{0,9}):(\d{1,9}|\d{1,9}(?:\.\d{1,9})?%)", strategy.strip()
+  )
   if not match or (match[1] == "end" and match[2]) or match[2] == "0":
     raise _error(
-      f"sampling_strategy {quoted(strategy)} is unknown; write all, first:100, first:2.5%, first2:10% (the second tenth) or end:100"
+      f"sampling_strategy {quoted(strategy)} is unknown; write all, first:100, first:2.5%, "
+      f"first2:10% (the second tenth) or end:100"
     )
   chosen = list(range(count))
   random.Random(12345).shuffle(chosen)
@@ -90,7 +104,10 @@ def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
 
 
 def select(
-  items: Sequence[Mapping[str, Any]], strategy: str = "all", subset: float = 1.0, text: bool = False
+  items: Sequence[Mapping[str, Any]],
+  strategy: str = "all",
+  subset: float = 1.0,
+  text: bool = False,
 ) -> tuple[list[int], list[int]]:
   """Draws annotations of a file (see `draw`), and picks the usable ones (FACTS.md 14).
 
@@ -101,11 +118,14 @@ def select(
   return drawn, [i for i in drawn if len(_visuals(items[i])) in ((0, 1) if text else (1,))]
 
 
-def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float) -> tuple[list[Job], list[File]]:
+def read_mixture(
+  path: str | os.PathLike, root: str | os.PathLike, subset: float
+) -> tuple[list[Job], list[File]]:
   """Reads a mixture and checks all its selected annotations; paths start from `root`.
 
   Returns:
-    jobs in the order of reading, with what is wrong with them; what was read of each annotation file.
+    jobs in the order of reading, with what is wrong with them; what was read of each annotation
+    file.
 
   Raises:
     AnnotationError: the mixture or an annotation file as a whole can't be read.
@@ -114,33 +134,56 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
   try:
     mixture = _yaml(inputs.text(path, ValueError, LARGEST))
   except Exception as error:  # its library raises more than its own
-    there = f"; there is {root / path}: give that" if not path.is_absolute() and not path.exists() and (root / path).exists() else ""
+    there = (
+      f"; there is {root / path}: give that"
+      if not path.is_absolute() and not path.exists() and (root / path).exists()
+      else ""
+    )
     raise _error(f"mixture {path} can't be read: {one_line(error)}{there}") from error
   datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
-  if not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets:
-    raise _error(f"mixture {path}: expected a list under `datasets`, each with json_path and data_root")
+  if (
+    not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets
+  ):
+    raise _error(
+      f"mixture {path}: expected a list under `datasets`, each with json_path and data_root"
+    )
   jobs, files = [], []
   for n, entry in enumerate(progress(datasets, unit="file", desc="check", delay=5.0, leave=False)):
     where = f"mixture {path}, dataset {n}"
     for key in entry.keys() - set(KEYS):
       near = difflib.get_close_matches(str(key)[:100], KEYS, 1)
-      raise _error(f"{where}: {str(key)[:100]} is unknown; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}"))
+      raise _error(
+        f"{where}: {str(key)[:100]} is unknown; "
+        + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}")
+      )
     if not isinstance(entry.get("json_path"), str):
       raise _error(f"{where}: json_path is missing")
     if not isinstance(entry.get("data_root") or "", str):
       raise _error(f"{where}: data_root must be a path, not {quoted(entry['data_root'])}")
     reader = entry.get("video_read_type") or "decord"
     if not isinstance(reader, str) or reader not in READERS:
-      raise _error(f"{where}: video_read_type {quoted(reader)} is unknown; known: {', '.join(READERS)}")
+      raise _error(
+        f"{where}: video_read_type {quoted(reader)} is unknown; known: {', '.join(READERS)}"
+      )
     rate = entry.get("frame_rate")
-    if rate is not None and (reader != "img" or isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= video.FASTEST):
-      raise _error(f"{where}: frame_rate is how many images of a folder make a second, a number above 0 and up to {video.FASTEST:g} beside `video_read_type: img`, not {quoted(rate)}")
+    if rate is not None and (
+      reader != "img"
+      or isinstance(rate, bool)
+      or not isinstance(rate, (int, float))
+      or not 0 < rate <= video.FASTEST
+    ):
+      raise _error(
+        f"{where}: frame_rate is how many images of a folder make a second, a number above 0 and "
+        f"up to {video.FASTEST:g} beside `video_read_type: img`, not {quoted(rate)}"
+      )
     text = entry.get("text_samples") or False
     if not isinstance(text, bool):
       raise _error(f"{where}: text_samples must be true or false, not {quoted(text)}")
     strategy = entry.get("sampling_strategy", "all")
     if not isinstance(strategy, str):
-      raise _error(f"{where}: sampling_strategy must be a text such as first:10%, not {quoted(strategy)}")
+      raise _error(
+        f"{where}: sampling_strategy must be a text such as first:10%, not {quoted(strategy)}"
+      )
     file = root / expanduser(entry["json_path"])
     items = read_annotations(file)
     try:
@@ -149,7 +192,9 @@ def read_mixture(path: str | os.PathLike, root: str | os.PathLike, subset: float
       raise _error(f"{where}: {error}") from error
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
-    files.append(File(entry["json_path"], digest, len(items), len(drawn), len(chosen), tuple(passed)))
+    files.append(
+      File(entry["json_path"], digest, len(items), len(drawn), len(chosen), tuple(passed))
+    )
     folder = root / expanduser(entry.get("data_root") or "")
     sources = [_source(items[i], folder, READERS[reader]) for i in chosen]
     for i, source, faults in zip(chosen, sources, _path_faults(sources), strict=True):
@@ -161,7 +206,8 @@ def _yaml(text: str) -> Any:
   """What YAML says.
 
   Raises:
-    ValueError: its aliases stand for too much: each may stand for several others, and so on, without end.
+    ValueError: its aliases stand for too much: each may stand for several others, and so on,
+      without end.
     yaml.YAMLError, RecursionError: and others.
   """
   import yaml
@@ -175,10 +221,21 @@ def _yaml(text: str) -> Any:
       if alias and id(node) not in sizes:
         raise ValueError(f"line {node.start_mark.line + 1}: something contains itself")
       if not alias:
-        parts = () if isinstance(node, yaml.ScalarNode) else (part for value in node.value for part in (value if isinstance(value, tuple) else [value]))
+        parts = (
+          ()
+          if isinstance(node, yaml.ScalarNode)
+          else (
+            part
+            for value in node.value
+            for part in (value if isinstance(value, tuple) else [value])
+          )
+        )
         sizes[id(node)] = len(node.value) + sum(sizes[id(part)] for part in parts)
       if sizes[id(node)] > LARGEST:
-        raise ValueError(f"line {node.start_mark.line + 1}: its aliases (*) stand for more than the {LARGEST:,} characters that a mixture may have")
+        raise ValueError(
+          f"line {node.start_mark.line + 1}: its aliases (*) stand for more than the {LARGEST:,} "
+          f"characters that a mixture may have"
+        )
       return node
 
   return yaml.load(text, Loader)
@@ -194,22 +251,39 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   try:
     text = inputs.text(path, ValueError)
   except (OSError, ValueError) as error:  # not UTF-8, or no path at all
-    where = "" if path.is_absolute() else f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
+    where = (
+      ""
+      if path.is_absolute()
+      else f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
+    )
     raise _error(f"annotations {path} can't be read: {one_line(error)}{where}") from error
-  # In jsonl every line is a document; split at "\n" only, as text may hold other separators that splitlines() knows.
-  documents = [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()] if path.suffix == ".jsonl" else [(1, text)]
+  # In jsonl every line is a document; split at "\n" only, as text may hold other separators that
+  # splitlines() knows.
+  documents = (
+    [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
+    if path.suffix == ".jsonl"
+    else [(1, text)]
+  )
   items = []
   for n, document in documents:
     try:
       items.append(json.loads(document))
     except json.JSONDecodeError as error:
-      raise _error(f"annotations {path}, line {n + error.lineno - 1}: not JSON: {error.msg}") from error
+      raise _error(
+        f"annotations {path}, line {n + error.lineno - 1}: not JSON: {error.msg}"
+      ) from error
     except RecursionError as error:
-      raise _error(f"annotations {path}, line {n}: lists or objects inside each other without end") from error
+      raise _error(
+        f"annotations {path}, line {n}: lists or objects inside each other without end"
+      ) from error
     except ValueError as error:  # a number of thousands of digits
       raise _error(f"annotations {path}, line {n}: {one_line(error)}") from error
   whole: Any = items if path.suffix == ".jsonl" else items[0]
-  wrong = next((i for i, item in enumerate(whole) if not isinstance(item, dict)), None) if isinstance(whole, list) else "whole"
+  wrong = (
+    next((i for i, item in enumerate(whole) if not isinstance(item, dict)), None)
+    if isinstance(whole, list)
+    else "whole"
+  )
   if wrong is not None:
     found = "" if wrong == "whole" else f"; annotation {wrong} is {quoted(whole[wrong], 100)}"
     raise _error(f"annotations {path}: expected a list of objects{found}")
@@ -217,7 +291,9 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
 
 
 def _visuals(item: Mapping[str, Any]) -> list[tuple[str, Any]]:
-  """An annotation's images and videos, as (key, path). Tables write null or NaN for what is not there, some an empty text."""
+  """An annotation's images and videos, as (key, path). Tables write null or NaN for what is not
+  there, some an empty text.
+  """
   found = []
   for key in ("image", "images", "video", "videos"):
     value = item.get(key)
@@ -227,7 +303,9 @@ def _visuals(item: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _talk(item: Mapping[str, Any], visual: bool) -> Any:
-  """An annotation's conversation under the names that the release knows; what is none is left as it is."""
+  """An annotation's conversation under the names that the release knows; what is none is left as it
+  is.
+  """
   talk = item.get("conversations")
   talk = item.get("messages") if talk is None else talk
   if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk):
@@ -235,15 +313,28 @@ def _talk(item: Mapping[str, Any], visual: bool) -> Any:
   turns = []
   for turn in talk:
     role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    turns.append({"from": ROLES.get(role, role) if isinstance(role, str) else role, "value": value} if {"from", "role"} & turn.keys() else turn)
+    turns.append(
+      {"from": ROLES.get(role, role) if isinstance(role, str) else role, "value": value}
+      if {"from", "role"} & turn.keys()
+      else turn
+    )
   texts = [text for turn in turns if isinstance(text := turn.get("value"), str)]
-  if visual and len(texts) == len(turns) and not any("<image>" in text for text in texts) and "".join(texts).count(VIDEO) == 1:
+  if (
+    visual
+    and len(texts) == len(turns)
+    and not any("<image>" in text for text in texts)
+    and "".join(texts).count(VIDEO) == 1
+  ):
     turns = [turn | {"value": turn["value"].replace(VIDEO, "<image>")} for turn in turns]
   return turns
 
 
-def _source(item: Mapping[str, Any], folder: pathlib.Path, reader: video.ReadType) -> tuple[str, video.ReadType | None, str]:
-  """Of an annotation that `select` has let through: its file or folder, how that is read, and what is wrong with its name."""
+def _source(
+  item: Mapping[str, Any], folder: pathlib.Path, reader: video.ReadType
+) -> tuple[str, video.ReadType | None, str]:
+  """Of an annotation that `select` has let through: its file or folder, how that is read, and what
+  is wrong with its name.
+  """
   for key, name in _visuals(item):
     good = isinstance(name, str) and name
     fault = "" if good else f"{key} must be a path, not {quoted(name)}"
@@ -252,7 +343,12 @@ def _source(item: Mapping[str, Any], folder: pathlib.Path, reader: video.ReadTyp
 
 
 def _job(
-  item: Mapping[str, Any], position: int, annotation: str, file: tuple[str, video.ReadType | None, str], faults: list[str], rate: float | None
+  item: Mapping[str, Any],
+  position: int,
+  annotation: str,
+  file: tuple[str, video.ReadType | None, str],
+  faults: list[str],
+  rate: float | None,
 ) -> Job:
   """The job of an annotation whose file is known, and what is wrong with that."""
   from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
@@ -263,29 +359,59 @@ def _job(
   try:
     prompt.check(talk, visual=kind is not None)
     turns = tuple({"from": t["from"], "value": t["value"]} for t in talk)
-    faults += [f"turn {i} has {VIDEO} beside <image>, or several: write <image> once, where the frames go" for i, t in enumerate(turns) if VIDEO in t["value"]]
-    faults += [f"turn {i}, an answer, is empty: write one, or leave out its question, too" for i in range(1, len(turns), 2) if not turns[i]["value"].strip()]
+    faults += [
+      f"turn {i} has {VIDEO} beside <image>, or several: write <image> once, where the frames go"
+      for i, t in enumerate(turns)
+      if VIDEO in t["value"]
+    ]
+    faults += [
+      f"turn {i}, an answer, is empty: write one, or leave out its question, too"
+      for i in range(1, len(turns), 2)
+      if not turns[i]["value"].strip()
+    ]
   except ValueError as error:
     faults.append(str(error))
   times = [None if t != t else t for t in (item.get("start"), item.get("end"))]
-  if not all(t is None or (isinstance(t, (int, float)) and not isinstance(t, bool) and abs(t) < 1e9) for t in times):
+  if not all(
+    t is None or (isinstance(t, (int, float)) and not isinstance(t, bool) and abs(t) < 1e9)
+    for t in times
+  ):
     faults.append(f"start {quoted(times[0])} and end {quoted(times[1])} must be seconds")
     times = [None, None]
   start, end = (t if t is None else float(t) for t in times)
   if (start or 0) < 0 or (end is not None and end <= (start or 0)):
     faults.append(f"start {times[0]} and end {times[1]}: expected 0 <= start < end")
-  sample = store.Sample(name if isinstance(name := position if item.get("id") is None else item["id"], str) else quoted(name), source, annotation, position, turns, "")
+  sample = store.Sample(
+    name
+    if isinstance(name := position if item.get("id") is None else item["id"], str)
+    else quoted(name),
+    source,
+    annotation,
+    position,
+    turns,
+    "",
+  )
   try:
     "".join((sample.id, source, annotation, *(turn["value"] for turn in turns))).encode()
   except UnicodeEncodeError:  # JSON can spell half of a character that takes two
     faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
     sample = store.Sample(str(position), ascii(source), annotation, position, (), "")
-  return Job(sample, kind, start, end, rate, tuple(ascii(f) if not f.isprintable() else f for f in faults))
+  return Job(
+    sample, kind, start, end, rate, tuple(ascii(f) if not f.isprintable() else f for f in faults)
+  )
 
 
 def _path_faults(sources: Sequence[tuple[str, video.ReadType | None, str]]) -> Iterator[list[str]]:
-  """What is wrong with each of some files; asked side by side, as a file system on a network takes its time to answer."""
-  look = lambda first: [[fault] if fault else _path_fault(path, kind) if kind else [] for path, kind, fault in sources[first : first + 64]]
+  """What is wrong with each of some files; asked side by side, as a file system on a network takes
+  its time to answer.
+  """
+
+  def look(first):
+    return [
+      [fault] if fault else _path_fault(path, kind) if kind else []
+      for path, kind, fault in sources[first : first + 64]
+    ]
+
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     for found in pool.map(look, range(0, len(sources), 64)):
       yield from found
@@ -299,7 +425,10 @@ def _path_fault(path: str, reader: str) -> list[str]:
       return [f"{path} is neither a file nor a folder"]  # reading a pipe would wait for ever
     if folder != (reader == "frames"):
       kind = "a folder" if folder else "a file"
-      return [f"{path} is {kind}; video_read_type img means folders of frames, all others files, and an image is a file"]
+      return [
+        f"{path} is {kind}; video_read_type img means folders of frames, all others files, and an "
+        f"image is a file"
+      ]
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
       return [f"{path} can't be read: no permission"]
   except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no path at all

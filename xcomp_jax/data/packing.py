@@ -1,6 +1,8 @@
-"""Packs a step's samples into micro-batches of few shapes, at the least predicted time, and chooses the shapes.
+"""Packs a step's samples into micro-batches of few shapes, at the least predicted time, and chooses
+the shapes.
 
-Everything here is a function of its arguments alone and computed in whole numbers, so all hosts of a run plan the same.
+Everything here is a function of its arguments alone and computed in whole numbers, so all hosts of
+a run plan the same.
 """
 
 import dataclasses
@@ -18,8 +20,22 @@ from xcomp_jax.data.batch import Length, Shape, length_table
 
 MOST = 4  # shapes of a run; each one is a program that takes minutes to compile
 TOGETHER = 7  # micro-batches that are planned together; a step that needs more is parted first
-SLACK = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 30)  # room beyond a step's size, in 64ths, with which combinations of shapes are tried
-HIDDEN = 16  # what goes on meanwhile costs one 16th of itself: it never hides completely, and padding is not free
+SLACK = (
+  0,
+  1,
+  2,
+  3,
+  4,
+  6,
+  8,
+  11,
+  15,
+  20,
+  30,
+)  # room beyond a step's size, in 64ths, with which combinations of shapes are tried
+# what goes on meanwhile costs one 16th of itself: it never hides completely, and padding is not
+# free
+HIDDEN = 16
 SAMPLED = 1024  # so many random samples decide on shapes
 SEED = 20_251_129  # of that draw
 NEVER = np.iinfo(np.int64).max // 4  # picoseconds of what can't be
@@ -30,23 +46,28 @@ class Micro(NamedTuple):
   """A micro-batch."""
 
   shape: Shape
-  rows: tuple[tuple[int, ...], ...]  # numbers of the samples of each row, in their order; as many rows as the shape has
+  rows: tuple[
+    tuple[int, ...], ...
+  ]  # numbers of the samples of each row, in their order; as many rows as the shape has
 
 
 @runtime_checkable
 class Costs(Protocol):
   """What a micro-batch takes, in whole picoseconds.
 
-  That is the slower of two: transfers, or operations with the attention of the busiest row group. A part of the faster is added
-  (HIDDEN).
+  That is the slower of two: transfers, or operations with the attention of the busiest row group. A
+  part of the faster is added (HIDDEN).
 
-  groups: of rows; each has devices of its own. attention: int64[N], what each sample's takes on its row's devices.
+  groups: of rows; each has devices of its own. attention: int64[N], what each sample's takes on its
+  row's devices.
   """
 
   @property
   def groups(self) -> int: ...
+
   @property
   def attention(self) -> np.ndarray: ...
+
   def price(self, shape: Shape) -> tuple[int, int]:
     """Picoseconds of a shape's operations without attention, and of its transfers."""
     ...
@@ -56,8 +77,9 @@ class Costs(Protocol):
 class Room:
   """What a mesh and a config leave to choose of a shape.
 
-  groups: of rows, which are a multiple of it. parts: a row is split into so many, evenly. step: frames are a multiple of
-  it, so that their tokens are split evenly in every layer. samples: the most of a row. prefix: token slots of a place
+  groups: of rows, which are a multiple of it. parts: a row is split into so many, evenly. step:
+  frames are a multiple of it, so that their tokens are split evenly in every layer. samples: the
+  most of a row. prefix: token slots of a place
   before its visual tokens. frames, text: the most of a row, if a row group has one.
   """
 
@@ -87,7 +109,8 @@ def samples(step: Sequence[Micro]) -> list[int]:
 def pack_steps(
   lengths: Lengths, steps: Sequence[Sequence[int]], shapes: Sequence[Shape], costs: Costs
 ) -> list[list[Micro]]:
-  """Packs the samples of every step into micro-batches. A step is packed the same alone and among others.
+  """Packs the samples of every step into micro-batches. A step is packed the same alone and among
+  others.
 
   Args:
     lengths: of all samples there are; each of the steps' must fit a shape.
@@ -97,22 +120,33 @@ def pack_steps(
   """
   table, shapes = _needs(lengths), sorted(shapes)
   out: list[list[Micro]] = [[] for _ in steps]
-  left = [(n, part) for n, ids in enumerate(steps) for part in _parts(table, np.array(ids, np.int64), shapes)]
+  left = [
+    (n, part)
+    for n, ids in enumerate(steps)
+    for part in _parts(table, np.array(ids, np.int64), shapes)
+  ]
   while left:
     some, left = left[:256], left[256:]  # bounds the memory
     found = _fastest(table, [ids for _, ids in some], shapes, costs)
     for (n, ids), mix, place in zip(some, found.mixes, found.places):
       place = place[: len(ids)]
       if (place < 0).all():  # no combination takes any of them, so the largest gets a micro-batch
-        mix, place = (int(_cheapest(table[ids[:1]], shapes, costs)[0]),), np.where(np.arange(len(ids)), -1, 0)
+        mix, place = (
+          (int(_cheapest(table[ids[:1]], shapes, costs)[0]),),
+          np.where(np.arange(len(ids)), -1, 0),
+        )
       out[n] += _micros(ids, mix, place, shapes)
       if (place < 0).any():
         left.append((n, ids[place < 0]))
   return out
 
 
-def _micros(ids: np.ndarray, mix: Sequence[int], place: np.ndarray, shapes: Sequence[Shape]) -> list[Micro]:
-  """Builds the micro-batches of a combination of shapes that have samples; the row of each sample is its place."""
+def _micros(
+  ids: np.ndarray, mix: Sequence[int], place: np.ndarray, shapes: Sequence[Shape]
+) -> list[Micro]:
+  """Builds the micro-batches of a combination of shapes that have samples; the row of each sample
+  is its place.
+  """
   rows: list[list[int]] = [[] for _ in range(sum(shapes[s].rows for s in mix))]
   for i, row in zip(ids.tolist(), place.tolist()):
     if row >= 0:
@@ -122,15 +156,16 @@ def _micros(ids: np.ndarray, mix: Sequence[int], place: np.ndarray, shapes: Sequ
   return [micro for micro in micros if any(micro.rows)]
 
 
-# --- the search for a packing -----------------------------------------------------------------------------------------
+# --- the search for a packing
+# -----------------------------------------------------------------------------------------
 
 
 class _Found(NamedTuple):
   """The best packings of some steps.
 
-  time: int64[B], picoseconds, as if each sample without a place got a micro-batch of its own. mixes: the shapes of each
-  step's micro-batches, as their numbers. places: int64[B, m], the row of each sample, counted over the step's
-  micro-batches; -1 for none.
+  time: int64[B], picoseconds, as if each sample without a place got a micro-batch of its own.
+  mixes: the shapes of each step's micro-batches, as their numbers. places: int64[B, m], the row of
+  each sample, counted over the step's micro-batches; -1 for none.
   """
 
   time: np.ndarray
@@ -138,8 +173,12 @@ class _Found(NamedTuple):
   places: np.ndarray
 
 
-def _fastest(table: np.ndarray, steps: Sequence[np.ndarray], shapes: Sequence[Shape], costs: Costs) -> _Found:
-  """Finds the fastest of the packings that are tried of each step, whose samples come the largest first."""
+def _fastest(
+  table: np.ndarray, steps: Sequence[np.ndarray], shapes: Sequence[Shape], costs: Costs
+) -> _Found:
+  """Finds the fastest of the packings that are tried of each step, whose samples come the largest
+  first.
+  """
   width = max(map(len, steps))
   ids = np.array([np.pad(step, (0, width - len(step)), constant_values=-1) for step in steps])
   there = ids >= 0
@@ -153,26 +192,38 @@ def _fastest(table: np.ndarray, steps: Sequence[np.ndarray], shapes: Sequence[Sh
   mixes, counts = _mixes(len(shapes), int(most.max()))
   # 64ths of what a step takes that each combination has room for, of what is scarcest.
   spare = ((counts @ room)[None] * 64 // np.maximum(total, 1)[:, None]).min(-1) - 64
-  spare = np.where(counts.sum(1)[None] <= most[:, None], spare, -1)  # so that no step depends on the others
+  spare = np.where(
+    counts.sum(1)[None] <= most[:, None], spare, -1
+  )  # so that no step depends on the others
   # At best attention is spread evenly over the row groups.
   work = (counts @ prices[:, 0])[None] + attention.sum(1)[:, None] // costs.groups
   least = np.maximum(work, (counts @ prices.max(1))[None])  # [B, mixes]
 
   allowed = (np.where(spare >= slack, least, NEVER) for slack in SLACK)
   tries = np.stack([cost.argmin(1) for cost in allowed], 1)  # [B, slack]
-  step, slack = np.nonzero((np.diff(tries, axis=1, prepend=-1) != 0) & (np.take_along_axis(spare, tries, 1) >= SLACK))
+  step, slack = np.nonzero(
+    (np.diff(tries, axis=1, prepend=-1) != 0) & (np.take_along_axis(spare, tries, 1) >= SLACK)
+  )
   tried = [mixes[i] for i in tries[step, slack]]
-  time, places = _place(needs[step], attention[step], alone[step], tried, shapes, prices, costs.groups)
+  time, places = _place(
+    needs[step], attention[step], alone[step], tried, shapes, prices, costs.groups
+  )
   order = np.lexsort((time, step))  # stable: of equal times the first try counts
   best = order[np.unique(step[order], return_index=True)[1]]
   return _Found(time[best], [tried[i] for i in best], places[best])
 
 
 def _place(
-  needs: np.ndarray, attention: np.ndarray, alone: np.ndarray, mixes: Sequence[tuple[int, ...]],
-  shapes: Sequence[Shape], prices: np.ndarray, groups: int,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-  """Gives each step's samples, one after the other, a place in the rows of its combination of shapes.
+  needs: np.ndarray,
+  attention: np.ndarray,
+  alone: np.ndarray,
+  mixes: Sequence[tuple[int, ...]],
+  shapes: Sequence[Shape],
+  prices: np.ndarray,
+  groups: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Gives each step's samples, one after the other, a place in the rows of its combination of
+  shapes.
 
   Returns:
     time and places as of `_Found`.
@@ -184,13 +235,18 @@ def _place(
   price = np.zeros((len(mixes), micros, 2), np.int64)
   for i, mix in enumerate(mixes):
     capacity, of = layouts[mix]
-    free[:, i, : len(of)], group[i, : len(of)], price[i, : len(mix)] = capacity.T, of, prices[list(mix)]
+    free[:, i, : len(of)], group[i, : len(of)], price[i, : len(mix)] = (
+      capacity.T,
+      of,
+      prices[list(mix)],
+    )
   load = np.zeros((len(mixes), micros * groups), np.int64)
   places = np.full(needs.shape[:2], -1)
   for j in range(needs.shape[1]):
     need = needs[:, j].T
     ok = np.all(free >= need[..., None], 0)
-    # Several row groups wait for the one with most attention; a single one is best filled where least is left.
+    # Several row groups wait for the one with most attention; a single one is best filled where
+    # least is left.
     score = np.take_along_axis(load, group, 1) if groups > 1 else free[1]
     row = np.where(ok, score, NEVER).argmin(1)
     put = np.flatnonzero((need[0] > 0) & ok[steps, row])
@@ -204,22 +260,38 @@ def _place(
 
 
 @functools.lru_cache(1024)
-def _layout(mix: tuple[int, ...], shapes: tuple[Shape, ...], groups: int) -> tuple[np.ndarray, np.ndarray]:
-  """Lists the rows of a combination of shapes: what each holds, int[rows, 3]; its row group, over all micro-batches."""
+def _layout(
+  mix: tuple[int, ...], shapes: tuple[Shape, ...], groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Lists the rows of a combination of shapes: what each holds, int[rows, 3]; its row group, over
+  all micro-batches.
+  """
   free = np.concatenate([np.tile(_sizes(shapes[s]), (shapes[s].rows, 1)) for s in mix])
-  group = [k * groups + row * groups // shapes[s].rows for k, s in enumerate(mix) for row in range(shapes[s].rows)]
+  group = [
+    k * groups + row * groups // shapes[s].rows
+    for k, s in enumerate(mix)
+    for row in range(shapes[s].rows)
+  ]
   return free, np.array(group)
 
 
 @functools.lru_cache(1024)
 def _mixes(shapes: int, most: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
-  """All combinations of up to so many micro-batches: the number of each one's shape, and how many of each shape."""
-  mixes = [mix for n in range(1, most + 1) for mix in itertools.combinations_with_replacement(range(shapes), n)]
+  """All combinations of up to so many micro-batches: the number of each one's shape, and how many
+  of each shape.
+  """
+  mixes = [
+    mix
+    for n in range(1, most + 1)
+    for mix in itertools.combinations_with_replacement(range(shapes), n)
+  ]
   return mixes, np.array([[mix.count(s) for s in range(shapes)] for mix in mixes])
 
 
 def _parts(table: np.ndarray, ids: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
-  """Sorts a step's samples, the largest first, and parts them alike where they need many micro-batches."""
+  """Sorts a step's samples, the largest first, and parts them alike where they need many
+  micro-batches.
+  """
   if not len(ids):
     return []
   room = _room(shapes)
@@ -230,7 +302,9 @@ def _parts(table: np.ndarray, ids: np.ndarray, shapes: Sequence[Shape]) -> list[
 
 
 def _micro_batches(total: np.ndarray, room: np.ndarray) -> np.ndarray:
-  """Counts the micro-batches of the one best shape that have room for each of these totals [B, 3]."""
+  """Counts the micro-batches of the one best shape that have room for each of these totals [B,
+  3].
+  """
   return (-(-total[:, None] // np.maximum(room, 1)[None])).max(-1).min(-1)
 
 
@@ -264,7 +338,8 @@ def _coarse(n: int, step: int) -> int:
   return _multiple(n, math.lcm(step, 1 << max(0, n.bit_length() - 5)))
 
 
-# --- the choice of shapes ---------------------------------------------------------------------------------------------
+# --- the choice of shapes
+# ---------------------------------------------------------------------------------------------
 
 # What the search multiplies a shape's (samples, frames, text) by.
 MOVES = (
@@ -273,16 +348,21 @@ MOVES = (
   *((Fraction(*s), 1, 1) for s in ((2, 3), (3, 2))),
   *((Fraction(*a), Fraction(*a), Fraction(*a)) for a in ((1, 2), (3, 4), (4, 3))),
 )
-# Frames of the first shapes beside the largest, in 20ths of what a row group's share of a step takes.
+# Frames of the first shapes beside the largest, in 20ths of what a row group's share of a step
+# takes.
 STARTS = ((28, 21, 14), (28, 14, 7), (28, 24, 20), (14, 7, 4))
 
 
 def average(lengths: Lengths, batch_size: int, shapes: Sequence[Shape], costs: Costs) -> int:
   """Picoseconds of the micro-batches of an average step, from some random steps."""
   table, count = _needs(lengths), max(8, SAMPLED // batch_size)
-  steps = np.resize(np.argsort(np.random.PCG64(SEED).random_raw(len(table)), kind="stable"), (count, batch_size))
+  steps = np.resize(
+    np.argsort(np.random.PCG64(SEED).random_raw(len(table)), kind="stable"), (count, batch_size)
+  )
   parts = [part for ids in steps for part in _parts(table, ids, shapes)]
-  return sum(_fastest(table, parts, shapes, costs).time.tolist()) // count  # of Python's numbers, which have no largest
+  return (
+    sum(_fastest(table, parts, shapes, costs).time.tolist()) // count
+  )  # of Python's numbers, which have no largest
 
 
 class Chosen(NamedTuple):
@@ -293,9 +373,15 @@ class Chosen(NamedTuple):
 
 
 def choose_shapes(
-  lengths: Lengths, batch_size: int, room: Room, costs: Costs, sweeps: int = 4, start: tuple[Shape, ...] = ()
+  lengths: Lengths,
+  batch_size: int,
+  room: Room,
+  costs: Costs,
+  sweeps: int = 4,
+  start: tuple[Shape, ...] = (),
 ) -> Chosen:
-  """Chooses at most MOST shapes for data of these lengths: all samples fit, and some random steps are packed fastest.
+  """Chooses at most MOST shapes for data of these lengths: all samples fit, and some random steps
+  are packed fastest.
 
   Args:
     lengths: of all samples.
@@ -308,7 +394,8 @@ def choose_shapes(
   table = _needs(lengths)
   n, total, largest = len(table), table.sum(0).tolist(), table.max(0).tolist()
   corners = _corners(table)
-  # No row group needs more text than twice its share of a step; where links decide, nothing else would bound it.
+  # No row group needs more text than twice its share of a step; where links decide, nothing else
+  # would bound it.
   share, places = total[2] * batch_size // (n * room.groups), min(batch_size, room.samples)
   room = dataclasses.replace(room, text=min(room.text, max(largest[2], 2 * share)))
 
@@ -318,19 +405,26 @@ def choose_shapes(
 
   def usual(frames: int) -> Shape:
     """With places and text in proportion to the frames, and something to spare."""
-    share = Fraction(frames * n, total[1]) if total[1] else Fraction(batch_size, room.groups)  # samples
+    share = (
+      Fraction(frames * n, total[1]) if total[1] else Fraction(batch_size, room.groups)
+    )  # samples
     text = (share + 1) * total[2] * 3 / (2 * n)
     return room.shape(min(places, 4 + math.ceil(share * 3 / 2)), frames, math.ceil(text))
 
   per_group = total[1] * batch_size // (n * room.groups)
   shape = usual(largest[1])
   first = room.shape(shape.samples, largest[1], max(largest[2], shape.text))
-  best = start or min((_set(first, *(usual(per_group * part // 20) for part in parts)) for parts in STARTS), key=time)
+  best = start or min(
+    (_set(first, *(usual(per_group * part // 20) for part in parts)) for parts in STARTS),
+    key=time,
+  )
 
   def moved(shape: Shape) -> list[Shape]:
     return [
       room.shape(min(samples, places), frames, text)
-      for samples, frames, text in ((max(1, int(size * by)) for size, by in zip(_sizes(shape), move)) for move in MOVES)
+      for samples, frames, text in (
+        (max(1, int(size * by)) for size, by in zip(_sizes(shape), move)) for move in MOVES
+      )
     ]
 
   def without(shape: Shape) -> tuple[Shape, ...]:
@@ -369,7 +463,9 @@ def named_shapes(given: Sequence[Sequence[int]], room: Room) -> tuple[Shape, ...
   Raises:
     ConfigError: shapes that the mesh can't split evenly.
   """
-  problems = [f"there are {len(given)}, and a run compiles at most {MOST}"] if len(given) > MOST else []
+  problems = (
+    [f"there are {len(given)}, and a run compiles at most {MOST}"] if len(given) > MOST else []
+  )
   shapes = []
   for sizes in given:
     where = f"{tuple(sizes)}"
@@ -379,16 +475,21 @@ def named_shapes(given: Sequence[Sequence[int]], room: Room) -> tuple[Shape, ...
     rows, samples, frames, text = sizes
     slots = samples * room.prefix + text
     if samples > room.samples == 1:
-      problems.append(f'{where}: lp_comp.keep = "attention" keeps other places in each sample, so a row can hold only one')
+      problems.append(
+        f'{where}: lp_comp.keep = "attention" keeps other places in each sample, so a row can hold '
+        f"only one"
+      )
     if rows % room.groups:
       problems.append(f"{where}: {rows} rows can't be split over data x fsdp = {room.groups}")
     if frames % room.step:
       problems.append(
-        f"{where}: {frames} frames can't be split over context = {room.parts}; it takes a multiple of {room.step}"
+        f"{where}: {frames} frames can't be split over context = {room.parts}; it takes a multiple "
+        f"of {room.step}"
       )
     if slots % room.parts:
       problems.append(
-        f"{where}: the {slots} token slots beside visual ones ({samples} x {room.prefix} + {text}) can't be split over "
+        f"{where}: the {slots} token slots beside visual ones ({samples} x {room.prefix} + {text}) "
+        f"can't be split over "
         f"context = {room.parts}"
       )
     shapes.append(Shape(rows, samples, room.prefix, frames, text))
@@ -400,19 +501,25 @@ def check_fit(lengths: Lengths, prefix: int, shapes: Sequence[Shape] | None = No
   """Refuses samples that fit no shape.
 
   Raises:
-    ConfigError: samples that fit none of `shapes` (None: that are still to be chosen, for the data), or that have more
-      tokens before the visual slot than there are slots.
+    ConfigError: samples that fit none of `shapes` (None: that are still to be chosen, for the
+      data), or that have more tokens before the visual slot than there are slots.
   """
   table = length_table(lengths)
   refuse(
-    f"the data does not fit config.data.prefix_length = {prefix}; make it {table[:, 2].max(initial=0)}",
-    [f"sample {i} has {table[i, 2]} tokens before the visual slot" for i in np.flatnonzero(table[:, 2] > prefix)],
+    f"the data does not fit config.data.prefix_length = {prefix}; make it "
+    f"{table[:, 2].max(initial=0)}",
+    [
+      f"sample {i} has {table[i, 2]} tokens before the visual slot"
+      for i in np.flatnonzero(table[:, 2] > prefix)
+    ],
   )
   if shapes is not None:
     held = " or ".join(f"{shape.frames:,} frames with {shape.text:,} tokens" for shape in shapes)
     refuse(
-      f"the data does not fit rows of {held} after the visual slot; name one in config.data.shapes that holds the most, "
-      f"{table[:, 0].max(initial=0):,} and {table[:, 3].max(initial=0):,}, or None to have them chosen",
+      f"the data does not fit rows of {held} after the visual slot; name one in config.data.shapes "
+      f"that holds the most, "
+      f"{table[:, 0].max(initial=0):,} and {table[:, 3].max(initial=0):,}, or None to have them "
+      f"chosen",
       [
         f"sample {i} has {table[i, 0]:,} frames and {table[i, 3]:,} tokens"
         for i in np.flatnonzero(~_fit(_needs(lengths), shapes))

@@ -1,8 +1,9 @@
 """From stores to what a step computes: which samples, in which order, in which rows.
 
-Which samples a step has is a function of (seed, step) and the data alone. Devices decide only how they are packed into
-micro-batches (`packing`). A plan of all steps is made at start, so each part of it can be read by itself: threads and processes
-change nothing, and a reader's state is one number, the steps that it has read.
+Which samples a step has is a function of (seed, step) and the data alone. Devices decide only how
+they are packed into micro-batches (`packing`). A plan of all steps is made at start, so each part
+of it can be read by itself: threads and processes change nothing, and a reader's state is one
+number, the steps that it has read.
 """
 
 import bisect
@@ -17,7 +18,16 @@ import numpy as np
 
 from xcomp_jax.config import ConfigError, DataConfig, Mask
 from xcomp_jax.data import packing, prompt
-from xcomp_jax.data.batch import IMAGE_TOKEN, Batch, Clips, Example, Length, Shape, collate, length_table
+from xcomp_jax.data.batch import (
+  IMAGE_TOKEN,
+  Batch,
+  Clips,
+  Example,
+  Length,
+  Shape,
+  collate,
+  length_table,
+)
 from xcomp_jax.data.blend import Blend, permutation
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.progress import progress
@@ -28,7 +38,8 @@ class Fill(NamedTuple):
 
   number: int  # of the micro-batch within its step
   shape: Shape
-  place: np.ndarray  # int32[K, 2], row and slot of each clip's first frame; -1 where it goes elsewhere, or is padding
+  # int32[K, 2], row and slot of each clip's first frame; -1 where it goes elsewhere, or is padding
+  place: np.ndarray
 
 
 class TowerCall(NamedTuple):
@@ -55,9 +66,9 @@ Item = TowerCall | MicroBatch
 class Share:
   """What of a run a process reads.
 
-  rows: which of the row groups, ascending; groups: how many there are. devices: how many there are; mine: which of them are this
-  process's. clips: that a device's tower takes at once. trained: the tower is trained, so it has the same number of clips in every
-  micro-batch.
+  rows: which of the row groups, ascending; groups: how many there are. devices: how many there are;
+  mine: which of them are this process's. clips: that a device's tower takes at once. trained: the
+  tower is trained, so it has the same number of clips in every micro-batch.
   """
 
   rows: tuple[int, ...]
@@ -69,20 +80,27 @@ class Share:
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
-  """Optimizer steps of an epoch; samples that do not fill a last batch wait for another epoch's order.
+  """Optimizer steps of an epoch; samples that do not fill a last batch wait for another epoch's
+  order.
 
   Raises:
     ConfigError: not even one batch.
   """
   if samples < batch_size:
-    raise ConfigError(f"train.batch_size = {batch_size}, but an epoch reads only {samples} samples; make it smaller")
+    raise ConfigError(
+      f"train.batch_size = {batch_size}, but an epoch reads only {samples} samples; make it smaller"
+    )
   return samples // batch_size
 
 
 def order(samples: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-  """The samples of each step of an epoch: random ones, images and videos mixed, as in the release (FACTS.md 14)."""
+  """The samples of each step of an epoch: random ones, images and videos mixed, as in the release
+  (FACTS.md 14).
+  """
   shuffled = [samples[i] for i in permutation(len(samples), seed, epoch, 0)]
-  return [shuffled[i : i + batch_size] for i in range(0, len(shuffled) - batch_size + 1, batch_size)]
+  return [
+    shuffled[i : i + batch_size] for i in range(0, len(shuffled) - batch_size + 1, batch_size)
+  ]
 
 
 def run_order(data: Blend, batch_size: int, seed: int, epochs: int) -> list[list[int]]:
@@ -92,34 +110,48 @@ def run_order(data: Blend, batch_size: int, seed: int, epochs: int) -> list[list
     ConfigError: not even one batch.
   """
   steps_per_epoch(data.per_epoch, batch_size)  # refuses too few
-  return [step for epoch in range(epochs) for step in order(data.epoch(seed, epoch), batch_size, seed, epoch)]
+  return [
+    step
+    for epoch in range(epochs)
+    for step in order(data.epoch(seed, epoch), batch_size, seed, epoch)
+  ]
 
 
 def example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
-  """Reads one sample, without its visual tokens where the tower makes them; `mask`: which tokens are supervised (FACTS.md 3)."""
+  """Reads one sample, without its visual tokens where the tower makes them; `mask`: which tokens
+  are supervised (FACTS.md 3).
+  """
   sample, visual = data.samples[index], None
   if data.features is not None and sample.frames:
-    visual = data.visual(index).reshape(sample.frames, data.features.tokens_per_frame, data.features.width)
+    visual = data.visual(index).reshape(
+      sample.frames, data.features.tokens_per_frame, data.features.width
+    )
   return Example(sample.frames, visual, *_tokens(data, tokenizer, mask, index), index=index)
 
 
 def measure(data: Blend, tokenizer, mask: Mask) -> list[Length]:
-  """Lengths of every sample under this tokenizer; a minute's work for the paper's 71,927, so there is a bar."""
+  """Lengths of every sample under this tokenizer; a minute's work for the paper's 71,927, so there
+  is a bar.
+  """
   lengths = []
-  for i, sample in enumerate(progress(data.samples, unit="sample", desc="tokens", delay=5.0, leave=False)):
+  for i, sample in enumerate(
+    progress(data.samples, unit="sample", desc="tokens", delay=5.0, leave=False)
+  ):
     tokens, _, _ = _tokens(data, tokenizer, mask, i)
     slots = np.flatnonzero(tokens == IMAGE_TOKEN)
     before = int(slots[0]) + 1 if len(slots) else 0
-    lengths.append(Length(sample.frames, sample.clip_frames, max(before - 1, 0), len(tokens) - before))
+    lengths.append(
+      Length(sample.frames, sample.clip_frames, max(before - 1, 0), len(tokens) - before)
+    )
   return lengths
 
 
 class Reader:
   """An iterator of a run's items: of each step the calls of the tower, then the micro-batches.
 
-  Its state is the number of steps that it has read. The state says nothing of devices, processes or threads: a reader for others
-  goes on with the samples of the same steps. With as many devices the items are the same too, bit by bit, however many processes
-  share them.
+  Its state is the number of steps that it has read. The state says nothing of devices, processes or
+  threads: a reader for others goes on with the samples of the same steps. With as many devices the
+  items are the same too, bit by bit, however many processes share them.
   """
 
   def __init__(self, ends: Sequence[int], open_from: Callable[[int], grain.IterDataset[Item]]):
@@ -137,7 +169,9 @@ class Reader:
     return item
 
   def get_state(self) -> dict[str, int]:
-    """{"step": steps read}; one that was read in part does not count, and is read again from the state."""
+    """{"step": steps read}; one that was read in part does not count, and is read again from the
+    state.
+    """
     return {"step": bisect.bisect_right(self._ends, self._item) - 1}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
@@ -148,7 +182,9 @@ class Reader:
     """
     step = state["step"]
     if not 0 <= step < len(self._ends):
-      raise ConfigError(f"the data was read up to step {step}, but the run has {len(self._ends) - 1} steps")
+      raise ConfigError(
+        f"the data was read up to step {step}, but the run has {len(self._ends) - 1} steps"
+      )
     self.close()
     self._item = self._ends[step]
 
@@ -160,9 +196,15 @@ class Reader:
 
 
 def read(
-  data: Blend, tokenizer, cfg: DataConfig, lengths: Sequence[Length], steps: Sequence[Sequence[Micro]], share: Share
+  data: Blend,
+  tokenizer,
+  cfg: DataConfig,
+  lengths: Sequence[Length],
+  steps: Sequence[Sequence[Micro]],
+  share: Share,
 ) -> Reader:
-  """Reads what some steps compute. At any time at most cfg.prefetch items are read or being read ahead.
+  """Reads what some steps compute. At any time at most cfg.prefetch items are read or being read
+  ahead.
 
   Args:
     data: what they are of.
@@ -179,17 +221,28 @@ def read(
     if shape.rows % share.groups:
       raise ConfigError(f"{shape.rows} rows can't be split evenly over {share.groups} row groups")
   items = _Items(data, lengths, steps, share)
-  load = functools.partial(_load, data, tokenizer, cfg.mask, {length.clip_frames for length in lengths if length.frames}, share)
+  load = functools.partial(
+    _load,
+    data,
+    tokenizer,
+    cfg.mask,
+    {length.clip_frames for length in lengths if length.frames},
+    share,
+  )
   options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.prefetch)
 
   def open_from(first: int) -> grain.IterDataset[Item]:
-    return grain.MapDataset.source(items).slice(slice(first, None)).map(load).to_iter_dataset(options)
+    return (
+      grain.MapDataset.source(items).slice(slice(first, None)).map(load).to_iter_dataset(options)
+    )
 
   return Reader(items.ends, open_from)
 
 
 class _Planned(NamedTuple):
-  """An item before it is read: a call's clips, as (sample, clip) int32[devices, n, 2], -1 for padding; or a micro-batch."""
+  """An item before it is read: a call's clips, as (sample, clip) int32[devices, n, 2], -1 for
+  padding; or a micro-batch.
+  """
 
   clips: np.ndarray | None
   clip_frames: int
@@ -202,7 +255,9 @@ class _Planned(NamedTuple):
 class _Items:
   """A run's items, in order. A step's are made when one of them is wanted: a run has a million."""
 
-  def __init__(self, data: Blend, lengths: Sequence[Length], steps: Sequence[Sequence[Micro]], share: Share):
+  def __init__(
+    self, data: Blend, lengths: Sequence[Length], steps: Sequence[Sequence[Micro]], share: Share
+  ):
     self._lengths, self._steps, self._share = lengths, steps, share
     self._encodes = data.features is None and not share.trained
     table = length_table(lengths)
@@ -228,7 +283,9 @@ class _Items:
     """Calls of the tower."""
     if not self._encodes:
       return 0
-    each = [-(-int(self._clips[samples].sum()) // self._share.devices) for _, samples in self._kinds(step)]
+    each = [
+      -(-int(self._clips[samples].sum()) // self._share.devices) for _, samples in self._kinds(step)
+    ]
     return sum(n // self._share.clips + n % self._share.clips for n in each)
 
   def _make(self, number: int) -> list[_Planned]:
@@ -240,9 +297,13 @@ class _Items:
     return [*items, *(_Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
 
   def _calls(self, step: Sequence[Micro], kind: int) -> list[_Planned]:
-    """The tower's calls on all clips of so many frames. Those of a call are neighbours, so that a host reads few records."""
+    """The tower's calls on all clips of so many frames. Those of a call are neighbours, so that a
+    host reads few records.
+    """
     devices, size = self._share.devices, self._share.clips
-    lists: list[list[tuple[int, ...]]] = [[] for _ in range(devices)]  # of each device: sample, clip, micro-batch, row, slot
+    lists: list[list[tuple[int, ...]]] = [
+      [] for _ in range(devices)
+    ]  # of each device: sample, clip, micro-batch, row, slot
     turn = 0  # whose turn it is to take one more than others
     for number, micro in enumerate(step):
       found = list(self._clips_of(micro, number, kind))
@@ -279,10 +340,15 @@ def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> _Planned:
   return _Planned(table[..., :2], kind, tuple(fills), None, -1, False)
 
 
-def _load(data: Blend, tokenizer, mask: Mask, kinds: set[int], share: Share, planned: _Planned) -> Item:
+def _load(
+  data: Blend, tokenizer, mask: Mask, kinds: set[int], share: Share, planned: _Planned
+) -> Item:
   """Reads an item. kinds: frames of the clips that the data has."""
   if planned.clips is not None:
-    return TowerCall(_read_clips(data, planned.clips[list(share.mine)].reshape(-1, 2), planned.clip_frames), planned.fills)
+    return TowerCall(
+      _read_clips(data, planned.clips[list(share.mine)].reshape(-1, 2), planned.clip_frames),
+      planned.fills,
+    )
   micro = planned.micro
   assert micro is not None
   each = micro.shape.rows // share.groups
@@ -304,7 +370,11 @@ def _read_clips(data: Blend, wanted: np.ndarray, clip_frames: int) -> np.ndarray
   out = np.zeros((len(wanted), *shape), dtype)
   begin = 0
   for end in range(1, len(wanted) + 1):  # neighbours of one sample are read together
-    if end == len(wanted) or wanted[end, 0] != wanted[begin, 0] or wanted[end, 1] != wanted[end - 1, 1] + 1:
+    if (
+      end == len(wanted)
+      or wanted[end, 0] != wanted[begin, 0]
+      or wanted[end, 1] != wanted[end - 1, 1] + 1
+    ):
       sample, first = wanted[begin].tolist()
       if sample >= 0:
         out[begin:end] = data.clips(sample, first, end - begin)
@@ -316,7 +386,10 @@ def _static(data: Blend, rows: Sequence[Sequence[int]], shape: Shape, clip_frame
   """All clips of so many frames of some rows, in lists as long as they can be."""
   most = shape.frames // clip_frames if clip_frames > 1 else shape.samples
   kind, dtype = data.clip_spec(clip_frames)
-  frames, place = np.zeros((shape.rows, most, *kind), dtype), np.full((shape.rows, most), -1, np.int32)
+  frames, place = (
+    np.zeros((shape.rows, most, *kind), dtype),
+    np.full((shape.rows, most), -1, np.int32),
+  )
   for r, row in enumerate(rows):
     slot = held = 0
     for i in row:
@@ -330,7 +403,11 @@ def _static(data: Blend, rows: Sequence[Sequence[int]], shape: Shape, clip_frame
   return Clips(frames, place)
 
 
-def _tokens(data: Blend, tokenizer, mask: Mask, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tokens(
+  data: Blend, tokenizer, mask: Mask, index: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   sample = data.samples[index]
-  built = prompt.train(tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask)
+  built = prompt.train(
+    tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask
+  )
   return built.tokens, built.labels, built.query

@@ -1,10 +1,13 @@
-"""Calls in other processes, which may hang or die at them: a process that dies costs the call that it was at, nothing else.
+"""Calls in other processes, which may hang or die at them: a process that dies costs the call that
+it was at, nothing else.
 
-Each process has a pipe of its own, and answers its calls in order, so that it is always known which one it is at. The
-system ends a call that takes too long, by the signal of a timer: a decoder that hangs may never come back to Python.
+Each process has a pipe of its own, and answers its calls in order, so that it is always known which
+one it is at. The system ends a call that takes too long, by the signal of a timer: a decoder that
+hangs may never come back to Python.
 
-A process is a fresh Python that imports what its calls need, and nothing of the program that started it: a fork would copy
-the locks of threads, and what `multiprocessing` starts runs the program's own file again.
+A process is a fresh Python that imports what its calls need, and nothing of the program that
+started it: a fork would copy the locks of threads, and what `multiprocessing` starts runs the
+program's own file again.
 """
 
 import collections
@@ -22,9 +25,14 @@ from collections.abc import Callable, Hashable, Sequence
 from multiprocessing import connection
 from typing import Any
 
-CODE = "import sys; sys.path[:] = sys.argv[3:]; from xcomp_jax.data import processes; processes.serve(int(sys.argv[1]), sys.argv[2])"
+CODE = (
+  "import sys; sys.path[:] = sys.argv[3:]; from xcomp_jax.data import processes; "
+  "processes.serve(int(sys.argv[1]), sys.argv[2])"
+)
 TRIES = 3  # to start a process
-AHEAD = 2  # calls that a process has: the one it is at, and the next, so that it does not wait for this process
+# calls that a process has: the one it is at, and the next, so that it does not wait for this
+# process
+AHEAD = 2
 
 Ended = tuple[Any, Any, Exception | None]  # key of a call, its value, its error
 
@@ -49,9 +57,10 @@ class DiedError(Exception):
 class Processes:
   """So many processes that do calls.
 
-  A call is a function that returns what it has used up of the life of its process, and a value. A process that has no life left is
-  replaced by a fresh one. The first lives have different lengths, so that they do not end together. `module` is what the functions need,
-  which a process imports before it is given a call.
+  A call is a function that returns what it has used up of the life of its process, and a value. A
+  process that has no life left is replaced by a fresh one. The first lives have different lengths,
+  so that they do not end together. `module` is what the functions need, which a process imports
+  before it is given a call.
   """
 
   def __init__(self, count: int, life: int, module: str):
@@ -61,7 +70,13 @@ class Processes:
     for i in range(count):
       self._each.append(_Process(life * (i + 1) // count, module))
 
-  def call(self, key: Hashable, function: Callable[..., tuple[int, Any]], *args: Any, timeout: float | None = None) -> None:
+  def call(
+    self,
+    key: Hashable,
+    function: Callable[..., tuple[int, Any]],
+    *args: Any,
+    timeout: float | None = None,
+  ) -> None:
     """Begins a call, or puts it behind others; after `timeout` seconds its process is killed."""
     self._waiting.append((key, (function, args, timeout)))
     self._feed()
@@ -75,7 +90,9 @@ class Processes:
     if not self._waiting and not any(each.calls for each in self._each):
       return []
     ready = connection.wait([each.pipe for each in self._each])
-    found = [one for i, each in enumerate(self._each) if each.pipe in ready for one in self._news(i)]
+    found = [
+      one for i, each in enumerate(self._each) if each.pipe in ready for one in self._news(i)
+    ]
     self._feed()
     return found
 
@@ -127,7 +144,13 @@ class Here:
   def __init__(self):
     self._ended: list[Ended] = []
 
-  def call(self, key: Hashable, function: Callable[..., tuple[int, Any]], *args: Any, timeout: float | None = None) -> None:
+  def call(
+    self,
+    key: Hashable,
+    function: Callable[..., tuple[int, Any]],
+    *args: Any,
+    timeout: float | None = None,
+  ) -> None:
     """Does a call."""
     self._ended.append((key, *_outcome(function, args)[1:]))
 
@@ -143,7 +166,9 @@ class Here:
 class _Process:
   def __init__(self, life: int, module: str):
     ours, theirs = socket.socketpair()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of Ctrl-C, which it would answer with a trace; it inherits this
+    before = signal.pthread_sigmask(
+      signal.SIG_BLOCK, {signal.SIGINT}
+    )  # of Ctrl-C, which it would answer with a trace; it inherits this
     try:
       line = [sys.executable, "-c", CODE, str(theirs.fileno()), module, *sys.path]
       self.process = subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
@@ -164,11 +189,15 @@ class _Process:
 def serve(handle: int, module: str) -> None:
   """Does calls that come through a socket, until the process at its other end is gone."""
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
-  threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # its end comes at once, also within a call
+  threading.Thread(
+    target=lambda: (os.read(0, 1), os._exit(1)), daemon=True
+  ).start()  # its end comes at once, also within a call
   pipe = connection.Connection(handle)
   importlib.import_module(module)
   pipe.send("ready")
-  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg complains at length; the reason comes back as an exception
+  os.dup2(
+    os.open(os.devnull, os.O_WRONLY), 2
+  )  # FFmpeg complains at length; the reason comes back as an exception
   while True:
     try:
       function, args, timeout = pipe.recv()
@@ -181,7 +210,8 @@ def serve(handle: int, module: str) -> None:
     used, value, error = _outcome(function, args)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if used:
-      gc.collect()  # small objects in cycles, of PyAV, hold much memory that Python does not know of
+      # small objects in cycles, of PyAV, hold much memory that Python does not know of
+      gc.collect()
     pipe.send((used, value, error and _portable(error)))
 
 
@@ -189,7 +219,9 @@ def _fail(error: Exception) -> tuple[int, Any]:
   raise error
 
 
-def _outcome(function: Callable[..., tuple[int, Any]], args: Sequence[Any]) -> tuple[int, Any, Exception | None]:
+def _outcome(
+  function: Callable[..., tuple[int, Any]], args: Sequence[Any]
+) -> tuple[int, Any, Exception | None]:
   """What a call used up, its value, and its error."""
   try:
     return *function(*args), None

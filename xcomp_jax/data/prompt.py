@@ -1,6 +1,8 @@
-"""From text to tokens: the chat template, what is supervised, where the frames go, where the question is.
+"""From text to tokens: the chat template, what is supervised, where the frames go, where the
+question is.
 
-Training and asking share `_build`; they differ only in the text of a turn that shows frames (quirk Q15).
+Training and asking share `_build`; they differ only in the text of a turn that shows frames (quirk
+Q15).
 """
 
 import dataclasses
@@ -36,8 +38,8 @@ class TokenizerError(ValueError):
 class Tokenizer:
   """A Qwen2 tokenizer, or a smaller one with the same special tokens.
 
-  im_start, im_end, pad, newline: token ids. eos: the ids that end an answer (quirk Q20). vocab_size: all ids
-  are below it (a model's table is often larger).
+  im_start, im_end, pad, newline: token ids. eos: the ids that end an answer (quirk Q20).
+  vocab_size: all ids are below it (a model's table is often larger).
   """
 
   def __init__(self, core: Any, source: str):  # a tokenizers.Tokenizer
@@ -48,13 +50,17 @@ class Tokenizer:
     special = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     missing = [token for token in special if token not in vocabulary]
     if missing:
-      raise ValueError(f"the tokenizer in {source} lacks {', '.join(missing)}; the chat template needs them")
+      raise ValueError(
+        f"the tokenizer in {source} lacks {', '.join(missing)}; the chat template needs them"
+      )
     self.im_start, self.im_end, self.pad = (vocabulary[token] for token in special)
     self.eos = (self.im_end, self.pad)
     self.vocab_size = max(vocabulary.values()) + 1
     newline = self.encode("\n")
     if len(newline) != 1:
-      raise ValueError(f"the tokenizer in {source} makes {len(newline)} tokens of a newline; it must be one")
+      raise ValueError(
+        f"the tokenizer in {source} makes {len(newline)} tokens of a newline; it must be one"
+      )
     self.newline = newline[0]
 
   def encode(self, text: str) -> list[int]:
@@ -88,7 +94,8 @@ class Prompt:
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
-  """Reads tokenizer.json, or else vocab.json, merges.txt and tokenizer_config.json (Qwen2's byte-level BPE).
+  """Reads tokenizer.json, or else vocab.json, merges.txt and tokenizer_config.json (Qwen2's
+  byte-level BPE).
 
   Raises:
     FileNotFoundError: the files that are missing.
@@ -105,7 +112,9 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
   import tokenizers  # not at the top: a model runs without
 
   for file in [whole] if whole.exists() else parts:
-    inputs.text(file, TokenizerError)  # not a pipe, which the library would wait for, nor what fits into no memory
+    inputs.text(
+      file, TokenizerError
+    )  # not a pipe, which the library would wait for, nor what fits into no memory
   with reading(whole if whole.exists() else directory, TokenizerError, "tokenizer"):
     core = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else _read_parts(*parts)
   return Tokenizer(core, str(directory))
@@ -113,21 +122,28 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
 
 def time_message(seconds: float, frames: int) -> str:
   """What a prompt says about the video (FACTS.md 4)."""
-  return f"\nThe video lasts for {seconds:.2f} seconds, and {frames} frames are uniformly sampled from it. "
+  return (
+    f"\nThe video lasts for {seconds:.2f} seconds, and {frames} frames are uniformly sampled "
+    f"from it. "
+  )
 
 
 def check(conversations: Any, visual: bool) -> list[tuple[str, str]]:
   """An annotation's turns `{"from": "human" | "gpt", "value": text}`, as (role, text).
 
   Raises:
-    AnnotationError: no turns, roles out of order or unknown, or not exactly one `<image>` (none, unless
-      `visual`), in a question.
+    AnnotationError: no turns, roles out of order or unknown, or not exactly one `<image>` (none,
+      unless `visual`), in a question.
   """
   if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
-    raise AnnotationError(f"an annotation needs conversations, a list of turns, not {quoted(conversations)}")
+    raise AnnotationError(
+      f"an annotation needs conversations, a list of turns, not {quoted(conversations)}"
+    )
   turns = []
   for i, turn in enumerate(conversations):
-    if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
+    if not isinstance(turn, Mapping) or not all(
+      isinstance(turn.get(key), str) for key in ("from", "value")
+    ):
       raise AnnotationError(f'turn {i} must be {{"from": ..., "value": ...}}, not {quoted(turn)}')
     if turn["from"] not in _ROLES:
       raise AnnotationError(
@@ -152,19 +168,14 @@ def check(conversations: Any, visual: bool) -> list[tuple[str, str]]:
   return turns
 
 
-def train(
-  tokenizer: Tokenizer,
-  conversations: Any,
-  message: str | None,
-  *,
-  mask: Mask,
-) -> Prompt:
+def train(tokenizer: Tokenizer, conversations: Any, message: str | None, *, mask: Mask) -> Prompt:
   """An annotation's conversation with its answers supervised (FACTS.md 3, 4).
 
   conversations: turns `{"from": "human" | "gpt", "value": text}`, questions and answers in turn.
   message: the time message of a video, "" with a still image, None for text alone.
-  mask: "official" supervises the assistant's turns with their template, and every newline, `<|im_start|>` and
-    `<|im_end|>` elsewhere (quirk Q16); "assistant" the answers and the `<|im_end|>` after them.
+  mask: "official" supervises the assistant's turns with their template, and every newline,
+    `<|im_start|>` and `<|im_end|>` elsewhere (quirk Q16); "assistant" the answers and the
+    `<|im_end|>` after them.
 
   Raises:
     AnnotationError: see `check`.
@@ -184,14 +195,19 @@ def train(
 
 
 def ask(
-  tokenizer: Tokenizer, question: str, message: str | None, history: Sequence[tuple[str, str]] = ()
+  tokenizer: Tokenizer,
+  question: str,
+  message: str | None,
+  history: Sequence[tuple[str, str]] = (),
 ) -> Prompt:
-  """A question to be answered, after the (question, answer) pairs in `history` about the same frames.
+  """A question to be answered, after the (question, answer) pairs in `history` about the same
+  frames.
 
   message: as for `train`; it and the frames stand in the first question (FACTS.md 4).
 
   Raises:
-    AnnotationError: an empty question, bytes that are no UTF-8, or `<image>` in any text: its place is decided here.
+    AnnotationError: an empty question, bytes that are no UTF-8, or `<image>` in any text: its place
+      is decided here.
   """
   if not question.strip():
     raise AnnotationError("the question is empty")
@@ -199,17 +215,24 @@ def ask(
     plain(text, "the text", AnnotationError)
     if IMAGE in text:
       raise AnnotationError(
-        f"{IMAGE} must not be written in a question or answer, frames go first by themselves: {quoted(text)}"
+        f"{IMAGE} must not be written in a question or answer, frames go first by themselves: "
+        f"{quoted(text)}"
       )
   turns = [(role, text) for pair in history for role, text in zip(("user", "assistant"), pair)]
   turns.append(("user", question))
   if message is not None:
-    turns[0] = "user", f"{IMAGE}\n{message.strip()} {turns[0][1]}" if message else f"{IMAGE}\n{turns[0][1]}"
+    turns[0] = (
+      "user",
+      f"{IMAGE}\n{message.strip()} {turns[0][1]}" if message else f"{IMAGE}\n{turns[0][1]}",
+    )
   return _build(tokenizer, turns, question, None)
 
 
-def _build(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str, mask: Mask | None) -> Prompt:
-  """The chat template. With `mask` None a header for the answer ends the prompt and nothing is supervised.
+def _build(
+  tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str, mask: Mask | None
+) -> Prompt:
+  """The chat template. With `mask` None a header for the answer ends the prompt and nothing is
+  supervised.
 
   turns: (role, content); at most one content has IMAGE, at its start.
   question: the tail of the last user turn.
@@ -233,9 +256,13 @@ def _build(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str
       if mask == "official":
         supervised[:] = True
       elif mask == "assistant":
-        supervised[answer:] = [left <= end for left, _ in spans[answer:]]  # <|im_end|> starts at `end`
+        supervised[answer:] = [
+          left <= end for left, _ in spans[answer:]
+        ]  # <|im_end|> starts at `end`
     elif role == "user":
-      own = [k for k, (left, right) in enumerate(spans) if right > end - len(question) and left < end]
+      own = [
+        k for k, (left, right) in enumerate(spans) if right > end - len(question) and left < end
+      ]
       first = own[0] if own else len(ids) - 2  # no question: nothing, at <|im_end|>
       span = (len(tokens) + first, len(tokens) + first + len(own))
     if mask == "official":
@@ -247,14 +274,20 @@ def _build(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str
 
 
 def _encode_turn(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-  """Like `encode_spans`, with IMAGE_TOKEN for IMAGE; the text on its two sides is tokenized apart."""
+  """Like `encode_spans`, with IMAGE_TOKEN for IMAGE; the text on its two sides is tokenized
+  apart.
+  """
   before, image, after = text.partition(IMAGE)
   ids, spans = tokenizer.encode_spans(before)
   if image:
     shift = len(before) + len(image)
     rest, rest_spans = tokenizer.encode_spans(after)
     ids = [*ids, IMAGE_TOKEN, *rest]
-    spans = [*spans, (len(before), shift), *((left + shift, right + shift) for left, right in rest_spans)]
+    spans = [
+      *spans,
+      (len(before), shift),
+      *((left + shift, right + shift) for left, right in rest_spans),
+    ]
   return ids, spans
 
 
@@ -263,18 +296,24 @@ def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path)
   from tokenizers import decoders, models, normalizers, pre_tokenizers
 
   added = {
-    token["content"]: (int(i), tokenizers.AddedToken(**{k: v for k, v in token.items() if k != "__type"}))
+    token["content"]: (
+      int(i),
+      tokenizers.AddedToken(**{k: v for k, v in token.items() if k != "__type"}),
+    )
     for i, token in read_json(config, TokenizerError)["added_tokens_decoder"].items()
   }
   ids, pairs = models.BPE.read_file(str(vocab), str(merges))
-  # added tokens take the ids they have in the vocabulary; otherwise the library would count on from its size
+  # added tokens take the ids they have in the vocabulary; otherwise the library would count on from
+  # its size
   ids |= {content: i for content, (i, _) in added.items()}
   core = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
   core.normalizer = normalizers.NFC()
-  core.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  ])
+  core.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   core.decoder = decoders.ByteLevel()
   tokens = [token for _, token in added.values()]
   core.add_special_tokens([token for token in tokens if token.special])

@@ -1,15 +1,16 @@
-"""From annotations to shards: decoding in processes that may hang or die, in steps that a killed run need not do again.
+"""From annotations to shards: decoding in processes that may hang or die, in steps that a killed
+run need not do again.
 
 In a folder:
 
-    spool/0000012.records       annotation 12 is decoded, or bad: its records, one after the other, and an entry (see `decode`)
-    spool/0000012.pixels        the same, of frames that wait for the tower
-    shards/000003.array_record  the records of a shard's annotations
+    spool/0000012.records       annotation 12 is decoded, or bad: its records, one after the other,
+    and an entry (see `decode`) spool/0000012.pixels        the same, of frames that wait for the
+    tower shards/000003.array_record  the records of a shard's annotations
     shards/000003.json          shard 3 is whole: its entries
 
-Each file appears by a rename, and the .json of a shard after its records; so what is there is whole, whenever the process
-was killed. What a machine that stopped has lost of a spool is decoded again. The result does not depend on the number of
-processes, on their order, or on interruptions.
+Each file appears by a rename, and the .json of a shard after its records; so what is there is
+whole, whenever the process was killed. What a machine that stopped has lost of a spool is decoded
+again. The result does not depend on the number of processes, on their order, or on interruptions.
 """
 
 import collections
@@ -29,7 +30,8 @@ from xcomp_jax.data.processes import DiedError, Here, Processes, StartError
 from xcomp_jax.files import one_line, replacing, too_many_files, write_json
 from xcomp_jax.inputs import read_json
 
-# Frames of videos that a process decodes before a fresh one takes its place: decoders of videos leak, in the worst case seen 3 kB a frame.
+# Frames of videos that a process decodes before a fresh one takes its place: decoders of videos
+# leak, in the worst case seen 3 kB a frame.
 LIFE = 1 << 16
 
 
@@ -79,12 +81,13 @@ def _spool(folder: str, job: int, suffix: str = ".records") -> str:
   return os.path.join(folder, "spool", f"{job:07d}{suffix}")
 
 
-# What processes do. Entries are written as JSON: {"frames", "clip_frames", "seconds", "lengths", "crc32"}, with the bytes
-# of each record and the CRC-32 of what they hold, or {"reason", "stamp"}.
+# What processes do. Entries are written as JSON: {"frames", "clip_frames", "seconds", "lengths",
+# "crc32"}, with the bytes of each record and the CRC-32 of what they hold, or {"reason", "stamp"}.
 
 
 def decode(job: Job, settings: Settings, layout: store.Layout, target: str) -> tuple[int, bool]:
-  """Decodes a job into the file `target`; what the decoder can't do becomes the reason in its entry.
+  """Decodes a job into the file `target`; what the decoder can't do becomes the reason in its
+  entry.
 
   Memory is bounded by one record, whatever the length of the video.
 
@@ -117,7 +120,13 @@ def decode(job: Job, settings: Settings, layout: store.Layout, target: str) -> t
   return decoded, True
 
 
-def spool(clips: Iterator[np.ndarray], clip_frames: int, layout: store.Layout, target: str, seconds: float | None) -> None:
+def spool(
+  clips: Iterator[np.ndarray],
+  clip_frames: int,
+  layout: store.Layout,
+  target: str,
+  seconds: float | None,
+) -> None:
   """Writes clips, and the entry behind them, into the file `target`."""
   count, lengths, crc = 0, [], 0
   with spools.writing(target) as write:
@@ -126,18 +135,29 @@ def spool(clips: Iterator[np.ndarray], clip_frames: int, layout: store.Layout, t
       lengths.append(len(record))
       crc = store.content_crc(content, crc)
       count += n
-    write({"frames": count * clip_frames, "clip_frames": clip_frames, "seconds": seconds, "lengths": lengths, "crc32": crc})
+    write(
+      {
+        "frames": count * clip_frames,
+        "clip_frames": clip_frames,
+        "seconds": seconds,
+        "lengths": lengths,
+        "crc32": crc,
+      }
+    )
 
 
 def write_bad(target: str, reason: str, at: Any) -> None:
-  """Writes the file `target` of a job that can't be used; `at` is the `stamp` of what should have been decoded."""
+  """Writes the file `target` of a job that can't be used; `at` is the `stamp` of what should have
+  been decoded.
+  """
   reason = reason.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
   with spools.writing(target) as write:
     write({"reason": one_line(reason), "stamp": at})
 
 
 def assemble(folder: str, shard: str, members: range) -> tuple[int, bool]:
-  """Joins the spools of a shard's jobs, in a folder, into `shard`.array_record and .json, and removes them.
+  """Joins the spools of a shard's jobs, in a folder, into `shard`.array_record and .json, and
+  removes them.
 
   Raises:
     spools.DamagedError: of a spool. OSError: the files can't be written.
@@ -166,13 +186,19 @@ def assemble(folder: str, shard: str, members: range) -> tuple[int, bool]:
 
 
 def stamp(path: str | os.PathLike) -> list[int] | None:
-  """Sizes and times of a file, or of those in a folder; None if there is nothing. Another stamp: try again."""
+  """Sizes and times of a file, or of those in a folder; None if there is nothing. Another stamp:
+  try again.
+  """
   if not path:  # of text
     return None
   try:
     path = pathlib.Path(path)
     stats = [p.stat() for p in sorted(path.iterdir())] if path.is_dir() else [path.stat()]
-    return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+    return [
+      len(stats),
+      sum(s.st_size for s in stats),
+      max((s.st_mtime_ns for s in stats), default=0),
+    ]
   except (OSError, ValueError):
     return None
 
@@ -180,14 +206,26 @@ def stamp(path: str | os.PathLike) -> list[int] | None:
 def _chosen(job: Job, settings: Settings) -> video.Sample:
   assert job.reader is not None  # text has no frames
   return video.sample(
-    job.sample.source, size=settings.image_size, max_frames=settings.max_frames, min_frames=settings.min_frames,
-    fps=settings.fps, clip_frames=settings.clip_frames, style="train", start=job.start, end=job.end, read_type=job.reader,
-    rate=settings.rate, folder_rate=job.frame_rate, tails=settings.keep_tails,
-  )  # fmt: skip
+    job.sample.source,
+    size=settings.image_size,
+    max_frames=settings.max_frames,
+    min_frames=settings.min_frames,
+    fps=settings.fps,
+    clip_frames=settings.clip_frames,
+    style="train",
+    start=job.start,
+    end=job.end,
+    read_type=job.reader,
+    rate=settings.rate,
+    folder_rate=job.frame_rate,
+    tails=settings.keep_tails,
+  )
 
 
 def _decoded(chosen: video.Sample) -> int:
-  """How many frames of a video are decoded for a sample of it: all from the first that is wanted on."""
+  """How many frames of a video are decoded for a sample of it: all from the first that is wanted
+  on.
+  """
   return 0 if chosen.found is None else chosen.stop - int(chosen.indices[0])
 
 
@@ -215,28 +253,36 @@ def _blaming(job: Job) -> Generator[None]:
   except Exception as error:
     if text := too_many_files(error):  # not the file's fault
       raise OSError(text) from error
-    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):  # others may be to blame
+    if isinstance(error, MemoryError) or isinstance(
+      error.__cause__, MemoryError
+    ):  # others may be to blame
       raise MemoryError(str(error)) from error
     if isinstance(error, video.VideoError):
       raise
     if isinstance(error, OSError):
       raise video.VideoError(str(error)) from error
-    raise video.VideoError(f"{job.sample.source} can't be decoded: {type(error).__name__}: {error}") from error
+    raise video.VideoError(
+      f"{job.sample.source} can't be decoded: {type(error).__name__}: {error}"
+    ) from error
 
 
 def sampling(settings: Settings) -> dict[str, Any]:
   """Keywords of `video.frame_indices`."""
   return {
-    "max_frames": settings.max_frames, "min_frames": settings.min_frames, "target_fps": settings.fps,
-    "clip_frames": settings.clip_frames, "style": "train",
-  }  # fmt: skip
+    "max_frames": settings.max_frames,
+    "min_frames": settings.min_frames,
+    "target_fps": settings.fps,
+    "clip_frames": settings.clip_frames,
+    "style": "train",
+  }
 
 
 # What the main process does.
 
 
 def prepare(work: Work, skip_bad: bool) -> int:
-  """Makes the folders, and clears what a run that was stopped left half done; returns how many annotations are done.
+  """Makes the folders, and clears what a run that was stopped left half done; returns how many
+  annotations are done.
 
   What was bad is tried again if its file has changed, and always unless `skip_bad`.
   """
@@ -244,7 +290,12 @@ def prepare(work: Work, skip_bad: bool) -> int:
     (work.folder / name).mkdir(exist_ok=True)
   for file in (work.folder / "shards").glob("*.tmp"):
     file.unlink()
-  again = lambda entry, job: "reason" in entry and (not skip_bad or entry["stamp"] != stamp(work.jobs[job].sample.source))
+
+  def again(entry, job):
+    return "reason" in entry and (
+      not skip_bad or entry["stamp"] != stamp(work.jobs[job].sample.source)
+    )
+
   done, whole = 0, set()
   for number in work.shards:
     file = work.shard(number, ".json")
@@ -257,7 +308,9 @@ def prepare(work: Work, skip_bad: bool) -> int:
   for file in (work.folder / "spool").iterdir():
     number, _, suffix = file.name.partition(".")
     kept = suffix == "records" and int(number) // work.per_shard not in whole
-    with contextlib.suppress(spools.DamagedError):  # the machine had stopped before it was on the disk
+    with contextlib.suppress(
+      spools.DamagedError
+    ):  # the machine had stopped before it was on the disk
       if kept and not again(spools.read(str(file))[0], int(number)):
         done += 1
         continue
@@ -289,27 +342,42 @@ def run(
     report: called after each annotation.
 
   Raises:
-    OSError, StoreError: what keeps processes from starting, or the files from being written, for want of space perhaps.
+    OSError, StoreError: what keeps processes from starting, or the files from being written, for
+      want of space perhaps.
   """
   missing = {n: set(work.members(n)) for n in shards if not work.shard(n, ".json").exists()}
   if not missing:
     return
-  there = {int(name.split(".")[0]) for name in os.listdir(work.folder / "spool") if name.endswith(".records")}
+  there = {
+    int(name.split(".")[0])
+    for name in os.listdir(work.folder / "spool")
+    if name.endswith(".records")
+  }
   waiting = collections.deque(job for n in missing for job in work.members(n))
-  suspects, tried = collections.deque(), set()  # jobs whose process died, and all that has been tried again; jobs run alone then
+  suspects, tried = (
+    collections.deque(),
+    set(),
+  )  # jobs whose process died, and all that has been tried again; jobs run alone then
   spoiled, running = set(), set()
   layout = dataclasses.replace(work.layout, features=None)
-  target = lambda job: work.spool(job, ".pixels" if encode else ".records")
+
+  def target(job):
+    return work.spool(job, ".pixels" if encode else ".records")
+
   pool = Processes(workers, LIFE, __name__) if workers else Here()
 
   def join(n: int) -> None:
     running.add(("shard", n))
-    pool.call(("shard", n), assemble, os.fspath(work.folder), str(work.shard(n, "")), work.members(n))
+    pool.call(
+      ("shard", n), assemble, os.fspath(work.folder), str(work.shard(n, "")), work.members(n)
+    )
 
   def start(job: int) -> None:
     running.add(("job", job))
     task = work.jobs[job]
-    task = dataclasses.replace(task, sample=dataclasses.replace(task.sample, conversations=()))  # what decoding doesn't need may be long
+    task = dataclasses.replace(
+      task, sample=dataclasses.replace(task.sample, conversations=())
+    )  # what decoding doesn't need may be long
     pool.call(("job", job), decode, task, work.settings, layout, target(job), timeout=timeout)
 
   def settle(job: int, good: bool) -> None:
@@ -338,7 +406,11 @@ def run(
       tried.add(("job", job))
       suspects.append(job)
     else:
-      give_up(job, f"{source}: {_how(error)}, also when tried again alone: a damaged file, or too little memory")
+      give_up(
+        job,
+        f"{source}: {_how(error)}, also when tried again alone: a damaged file, or too little "
+        f"memory",
+      )
 
   try:
     while waiting or running or suspects:
@@ -374,15 +446,22 @@ def run(
           tried.add((kind, n))
           join(n)
         else:
-          raise store.StoreError(f"writing a shard failed: {_how(error)}; run the same command again")
+          raise store.StoreError(
+            f"writing a shard failed: {_how(error)}; run the same command again"
+          )
   except StartError as error:
-    raise store.StoreError(f"processes for decoding die as they start ({error}; what they said is above); with workers=0 none are needed") from error
+    raise store.StoreError(
+      f"processes for decoding die as they start ({error}; what they said is above); with "
+      f"workers=0 none are needed"
+    ) from error
   finally:
     pool.stop()
 
 
 def entries(work: Work) -> list[dict[str, Any]]:
-  """What became of every annotation, after `run` of all shards: entries of `decode`, with the number of their records."""
+  """What became of every annotation, after `run` of all shards: entries of `decode`, with the
+  number of their records.
+  """
   found = []
   for n in work.shards:
     file = work.shard(n, ".json")
@@ -423,7 +502,9 @@ def spooled_frames(work: Work, job: int) -> tuple[dict[str, Any], Iterator[np.nd
 
 
 def run_one(task: tuple[Work, int, float, bool]) -> int:
-  """`run` for one shard, in a worker of another machine; its own process below, so that time limits hold there."""
+  """`run` for one shard, in a worker of another machine; its own process below, so that time limits
+  hold there.
+  """
   work, number, timeout, skip_bad = task
   run(work, [number], workers=1, timeout=timeout, skip_bad=skip_bad)
   return number

@@ -1,7 +1,8 @@
-"""Files that hold what became of one annotation, until its shard is written: records one after the other, and an entry about them.
+"""Files that hold what became of one annotation, until its shard is written: records one after the
+other, and an entry about them.
 
-They are many, small and short-lived, so nothing waits until they have reached the disk. Should the machine stop, what it lost of them
-is noticed as they are read, by the CRC-32 at their end.
+They are many, small and short-lived, so nothing waits until they have reached the disk. Should the
+machine stop, what it lost of them is noticed as they are read, by the CRC-32 at their end.
 """
 
 import contextlib
@@ -16,7 +17,9 @@ from typing import Any
 
 from xcomp_jax.data.store import StoreError
 
-TRAILER = struct.Struct(">QI")  # the last bytes: how many the entry before them has, and the CRC-32 of all before this
+TRAILER = struct.Struct(
+  ">QI"
+)  # the last bytes: how many the entry before them has, and the CRC-32 of all before this
 
 
 class DamagedError(StoreError):
@@ -27,12 +30,17 @@ class DamagedError(StoreError):
     self.file = file
 
   def __str__(self) -> str:
-    return f"{self.file} is not what was written, as if the disk were failing; the same command tries again"
+    return (
+      f"{self.file} is not what was written, as if the disk were failing; the same command "
+      f"tries again"
+    )
 
 
 @contextlib.contextmanager
 def writing(target: str) -> Generator[Callable[[bytes | dict[str, Any]], None]]:
-  """A file that appears whole: the function that is given takes its records, and in the end its entry."""
+  """A file that appears whole: the function that is given takes its records, and in the end its
+  entry.
+  """
   temporary = f"{target}.{uuid.uuid4().hex}.tmp"
   crc = 0
 
@@ -56,7 +64,8 @@ def writing(target: str) -> Generator[Callable[[bytes | dict[str, Any]], None]]:
 
 
 def read(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:
-  """The entry, and the records, which are read one by one; whether they are what was written is known after the last.
+  """The entry, and the records, which are read one by one; whether they are what was written is
+  known after the last.
 
   Raises:
     DamagedError: they are not, or there is no entry.

@@ -1,6 +1,8 @@
-"""From a video file to the frames the model sees: which ones, when they are shown, decoded, resized.
+"""From a video file to the frames the model sees: which ones, when they are shown, decoded,
+resized.
 
-A video's rotation tag is applied; the EXIF tag of still images is not, as in the release. Interlaced frames stay as they are.
+A video's rotation tag is applied; the EXIF tag of still images is not, as in the release.
+Interlaced frames stay as they are.
 """
 
 import contextlib
@@ -26,12 +28,29 @@ Style = Literal["train", "ask"]
 Rate = Literal["own", "average"]
 ReadType = Literal["video", "gif", "img", "frames"]
 
-PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for some others Pillow starts other programs
+PICTURES = (
+  "AVIF",
+  "BMP",
+  "GIF",
+  "JPEG",
+  "PNG",
+  "PPM",
+  "TIFF",
+  "WEBP",
+)  # for some others Pillow starts other programs
 STILLS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp")
 FASTEST = 1000.0  # frames per second that may be asked for
-SHORTEST, USUAL = 0.011, 0.1  # seconds: browsers show frames of animations that state less as long as the second
-TAIL = 0.1  # seconds before the end of a video at which a part of it ends at the latest, in the release (FACTS.md 5)
-FOLDER_RATES = {"tvqa": 3.0}  # frames per second of folders whose path has this in it, in the release; of others 1 (FACTS.md 5)
+SHORTEST, USUAL = (
+  0.011,
+  0.1,
+)  # seconds: browsers show frames of animations that state less as long as the second
+# seconds before the end of a video at which a part of it ends at the latest, in the release
+# (FACTS.md 5)
+TAIL = 0.1
+FOLDER_RATES = {
+  "tvqa": 3.0
+  # frames per second of folders whose path has this in it, in the release; of others 1 (FACTS.md 5)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +59,8 @@ class Video:
 
   frames: uint8[T, S, S, 3], RGB.
   seconds: duration of what was sampled from, as the time message states it; 0 for a still image.
-  indices: int[T], each frame's number in the file; ascending, with repeats where a short video was stretched.
+  indices: int[T], each frame's number in the file; ascending, with repeats where a short video was
+  stretched.
   """
 
   frames: UInt8[np.ndarray, "T S S 3"]
@@ -58,11 +78,13 @@ def frame_indices(
   clip_frames: int,
   style: Style,
 ) -> Int[np.ndarray, " T"]:
-  """Which of `vlen` frames at `fps` to take (FACTS.md 5; the paper: 128 to 1024 frames at up to 8 fps).
+  """Which of `vlen` frames at `fps` to take (FACTS.md 5; the paper: 128 to 1024 frames at up to 8
+  fps).
 
-  T is a multiple of `clip_frames`: whole clips at `target_fps`, at most `max_frames` and `vlen`, but at least
-  `min_frames` where the video has them. Frames are the middles of T equal intervals. With fewer than
-  `clip_frames` frames there is no clip to train on (T = 0), while asking repeats frames to fill one.
+  T is a multiple of `clip_frames`: whole clips at `target_fps`, at most `max_frames` and `vlen`,
+  but at least `min_frames` where the video has them. Frames are the middles of T equal intervals.
+  With fewer than `clip_frames` frames there is no clip to train on (T = 0), while asking repeats
+  frames to fill one.
 
   Raises:
     ValueError: limits that are no multiples of `clip_frames`, or contradict each other.
@@ -78,12 +100,21 @@ def frame_indices(
 
 
 def folder_indices(
-  first: int, last: int, seconds: float, rate: float, *, max_frames: int, min_frames: int, target_fps: float, clip_frames: int
+  first: int,
+  last: int,
+  seconds: float,
+  rate: float,
+  *,
+  max_frames: int,
+  min_frames: int,
+  target_fps: float,
+  clip_frames: int,
 ) -> Int[np.ndarray, " T"]:
   """Which images to take of a part of a folder, from `first` to `last`, both included (FACTS.md 5).
 
-  Whole clips at one frame per second, or `target_fps` if that is less; at most `max_frames`, at least `min_frames` where `seconds` at
-  `rate` have them. T points at equal distances; images repeat where there are fewer.
+  Whole clips at one frame per second, or `target_fps` if that is less; at most `max_frames`, at
+  least `min_frames` where `seconds` at `rate` have them. T points at equal distances; images repeat
+  where there are fewer.
 
   Raises:
     ValueError: see `frame_indices`.
@@ -122,9 +153,11 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], size: int) -> UInt8[np.ndarray,
 class Sample:
   """Says which frames were chosen, before they are decoded.
 
-  indices: int[T], as in `Video`. times: float64[T], seconds from the first frame of the file on, at which they are shown. seconds:
-  as in `Video`. size: pixels, square. lost: seconds at the end of the file that can't be read. stop: as in `container.pictures`.
-  names: the images of a folder, else (). found: the index of a video, else None. how: the other arguments of `sample`, to pick again.
+  indices: int[T], as in `Video`. times: float64[T], seconds from the first frame of the file on, at
+  which they are shown. seconds: as in `Video`. size: pixels, square. lost: seconds at the end of
+  the file that can't be read. stop: as in `container.pictures`.
+  names: the images of a folder, else (). found: the index of a video, else None. how: the other
+  arguments of `sample`, to pick again.
   """
 
   path: pathlib.Path
@@ -142,8 +175,15 @@ class Sample:
 
 def address(path: str | os.PathLike) -> str:
   """Says what to do about an address of the web, which is no path; "" if it is none."""
-  found = re.search(r"(?:^|/)(https?|ftp|rtsp|rtmp):/+(.*)", os.fspath(path))  # a pathlib.Path has one slash left
-  return f"{found[1]}://{found[2]} is an address; nothing is downloaded here: give a file of this machine" if found else ""
+  found = re.search(
+    r"(?:^|/)(https?|ftp|rtsp|rtmp):/+(.*)", os.fspath(path)
+  )  # a pathlib.Path has one slash left
+  return (
+    f"{found[1]}://{found[2]} is an address; nothing is downloaded here: give a file of this "
+    f"machine"
+    if found
+    else ""
+  )
 
 
 def kind(path: str | os.PathLike) -> ReadType:
@@ -154,8 +194,13 @@ def kind(path: str | os.PathLike) -> ReadType:
   suffix = file.suffix.lower()
   if suffix not in (*STILLS, ".gif"):
     return "video"
-  with contextlib.suppress(Exception), Image.open(regular(file), formats=PICTURES) as image:  # what is wrong shows when it is read
-    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a photo with its preview
+  with (
+    contextlib.suppress(Exception),
+    Image.open(regular(file), formats=PICTURES) as image,
+  ):  # what is wrong shows when it is read
+    several = (
+      getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
+    )  # a photo with its preview
     return "gif" if suffix == ".gif" or several else "img"
   return "gif" if suffix == ".gif" else "img"
 
@@ -180,13 +225,15 @@ def sample(
 ) -> Sample:
   """Looks at a file and picks frames by `frame_indices`, to be decoded at `size` pixels square.
 
-  `read_type` has the words of the annotations: "video" is any file that FFmpeg reads, "gif" an animation (asking
-  goes by its own times, training by one frame per second, as the release does), "frames" or "img" a folder of
-  images in natural order of their names, "img" also one still image (T = 1). A folder holds one frame per second, or
-  three where its path contains "tvqa", or `folder_rate`, unless a file `<folder>.json` states the "duration" in
-  seconds; a whole folder is sampled as if it were one per second even then, as in the release. `start` and `end`, in
-  seconds from the first frame on, cut out a part, which begins with the frame that is shown at `start`; of a video it
-  ends 0.1 seconds before the end at the latest, as in the release. Asking stretches a short video to `min_frames`.
+  `read_type` has the words of the annotations: "video" is any file that FFmpeg reads, "gif" an
+  animation (asking goes by its own times, training by one frame per second, as the release does),
+  "frames" or "img" a folder of images in natural order of their names, "img" also one still image
+  (T = 1). A folder holds one frame per second, or three where its path contains "tvqa", or
+  `folder_rate`, unless a file `<folder>.json` states the "duration" in seconds; a whole folder is
+  sampled as if it were one per second even then, as in the release. `start` and `end`, in seconds
+  from the first frame on, cut out a part, which begins with the frame that is shown at `start`; of
+  a video it ends 0.1 seconds before the end at the latest, as in the release. Asking stretches a
+  short video to `min_frames`.
 
   Args:
     path: file or folder.
@@ -200,9 +247,11 @@ def sample(
     end: seconds.
     read_type: see above.
     stream: number of the video stream in the file; None: the one that players take.
-    rate: "own": frames have their own times; "average": they lie as far apart as the header's average rate says, which the release
-      goes by. Only where frames have no constant rate these differ.
-    folder_rate: frames per second of a folder without `<folder>.json`; None: as the release guesses.
+    rate: "own": frames have their own times; "average": they lie as far apart as the header's
+      average rate says, which the release goes by. Only where frames have no constant rate these
+      differ.
+    folder_rate: frames per second of a folder without `<folder>.json`; None: as the release
+      guesses.
     tails: whether a video that ends before it should is used all the same; None: when asking.
     found: the file's index, if it is known.
 
@@ -215,9 +264,20 @@ def sample(
   """
   tails = style == "ask" if tails is None else tails
   how: dict[str, Any] = dict(
-    size=size, max_frames=max_frames, min_frames=min_frames, fps=fps, clip_frames=clip_frames, style=style, start=start, end=end,
-    read_type=read_type, stream=stream, rate=rate, folder_rate=folder_rate, tails=tails,
-  )  # fmt: skip
+    size=size,
+    max_frames=max_frames,
+    min_frames=min_frames,
+    fps=fps,
+    clip_frames=clip_frames,
+    style=style,
+    start=start,
+    end=end,
+    read_type=read_type,
+    stream=stream,
+    rate=rate,
+    folder_rate=folder_rate,
+    tails=tails,
+  )
   path = local(path, "videos are read as files")
   if not all(math.isfinite(t) for t in (start, end) if t is not None) or (start or 0) < 0:
     raise VideoError(f"{path}: start={start} and end={end} must be numbers of seconds, from 0 on")
@@ -233,9 +293,24 @@ def sample(
 
 
 def _sample(
-  path: pathlib.Path, found: Index | None, how: Mapping[str, Any], *, size, max_frames, min_frames, fps, clip_frames, style, start, end,
-  read_type, stream, rate, folder_rate, tails,
-) -> Sample:  # fmt: skip
+  path: pathlib.Path,
+  found: Index | None,
+  how: Mapping[str, Any],
+  *,
+  size,
+  max_frames,
+  min_frames,
+  fps,
+  clip_frames,
+  style,
+  start,
+  end,
+  read_type,
+  stream,
+  rate,
+  folder_rate,
+  tails,
+) -> Sample:
   names: list[pathlib.Path] = []
   lost = 0.0
   if read_type == "video":
@@ -243,8 +318,15 @@ def _sample(
     lost = found.lost
     if found.lost and not tails:
       there = len(found.times)
-      announced = f"{found.stated} frames" if found.stated else f"{found.seconds + found.lost:.2f} seconds"
-      words = f"it announces {announced} and has the data of {there if found.stated else f'{found.seconds:.2f}'}; the last {found.lost:.2f} seconds are missing"
+      announced = (
+        f"{found.stated} frames" if found.stated else f"{found.seconds + found.lost:.2f} seconds"
+      )
+      words = (
+        f"it announces {announced} and has the data of "
+        f"{there if found.stated else f'{found.seconds:.2f}'}; the last {found.lost:.2f} seconds "
+        f"are "
+        f"missing"
+      )
       raise TailError(f"{path} is truncated: {words}", there)
     times, duration, constant = found.times, found.seconds, found.rate
     if rate == "average" and constant is None and found.average:
@@ -258,21 +340,39 @@ def _sample(
     constant = _folder_rate(path, len(names), folder_rate)
     times, duration = np.arange(len(names)) / constant, len(names) / constant
 
-  limits: dict[str, Any] = dict(max_frames=max_frames, min_frames=min_frames, target_fps=fps, clip_frames=clip_frames)
+  limits: dict[str, Any] = dict(
+    max_frames=max_frames, min_frames=min_frames, target_fps=fps, clip_frames=clip_frames
+  )
   if read_type == "frames" and (start is not None or end is not None):
     assert constant is not None
     first, count, seconds = _cut_folder(path, len(names), duration, constant, start, end)
     picked = folder_indices(first, first + count - 1, seconds, constant, **limits)
   else:
-    first, count, seconds = _cut(path, times, duration, constant, start, end, TAIL if read_type == "video" else 0.0)
-    per_second = 1.0 if read_type == "frames" else constant or count / seconds  # in the release, whatever they state
+    first, count, seconds = _cut(
+      path, times, duration, constant, start, end, TAIL if read_type == "video" else 0.0
+    )
+    per_second = (
+      1.0 if read_type == "frames" else constant or count / seconds
+    )  # in the release, whatever they state
     picked = first + frame_indices(count, per_second, style=style, **limits)
   if not len(picked):
     raise VideoError(
       f"{path} has {count} frames to sample from; training needs at least one clip of {clip_frames}"
     )
   picked = stretch(picked, min_frames) if style == "ask" else picked
-  return Sample(path, read_type, picked, times[picked], seconds, size, lost, first + count, tuple(names), found, how)
+  return Sample(
+    path,
+    read_type,
+    picked,
+    times[picked],
+    seconds,
+    size,
+    lost,
+    first + count,
+    tuple(names),
+    found,
+    how,
+  )
 
 
 def without_tail(chosen: Sample, error: TailError) -> Sample:
@@ -292,7 +392,8 @@ def frames(chosen: Sample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
   """Decodes a sample's frames one by one, in order.
 
   Raises:
-    TailError: the end of what was sampled from can't be decoded, even if only behind the last chosen frame.
+    TailError: the end of what was sampled from can't be decoded, even if only behind the last
+      chosen frame.
     VideoError: a frame can't be decoded.
   """
   wanted, repeats = np.unique(chosen.indices, return_counts=True)
@@ -301,7 +402,9 @@ def frames(chosen: Sample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
   elif chosen.read_type == "gif":
     decoded = _decode_gif(chosen.path, wanted)
   else:
-    decoded = (_read_still(chosen.names[i] if chosen.names else chosen.path) for i in wanted.tolist())
+    decoded = (
+      _read_still(chosen.names[i] if chosen.names else chosen.path) for i in wanted.tolist()
+    )
   with reading(chosen.path, VideoError):
     for i, image in enumerate(decoded):
       image = resize(image[None], chosen.size)[0]
@@ -313,8 +416,8 @@ def load(path: str | os.PathLike, *, size: int, **settings) -> Video:
   """All frames of a `sample` with these settings.
 
   Raises:
-    FileNotFoundError, VideoError: see `sample` and `frames`. No frames come back in such a case, not even the
-      good ones.
+    FileNotFoundError, VideoError: see `sample` and `frames`. No frames come back in such a case,
+      not even the good ones.
   """
   chosen = sample(path, size=size, **settings)
   try:
@@ -335,9 +438,17 @@ def _all(chosen: Sample) -> np.ndarray:
 
 
 def _cut(
-  path, times: np.ndarray, duration: float, rate: float | None, start: float | None, end: float | None, tail: float
+  path,
+  times: np.ndarray,
+  duration: float,
+  rate: float | None,
+  start: float | None,
+  end: float | None,
+  tail: float,
 ) -> tuple[int, int, float]:
-  """First frame, number of frames, and seconds of the part between `start` and `end`. rate: None: `times` say when frames are shown."""
+  """First frame, number of frames, and seconds of the part between `start` and `end`. rate: None:
+  `times` say when frames are shown.
+  """
   if start is None and end is None:
     return 0, len(times), duration
   begin = max(0.0, start or 0.0)
@@ -355,7 +466,9 @@ def _cut(
   return first, count, float(stop - begin)
 
 
-def _cut_folder(path, count: int, duration: float, rate: float, start: float | None, end: float | None) -> tuple[int, int, float]:
+def _cut_folder(
+  path, count: int, duration: float, rate: float, start: float | None, end: float | None
+) -> tuple[int, int, float]:
   """The same of a folder: from the second image on, and with both ends, as in the release."""
   begin = max(0.0, start or 0.0)
   stop = duration if end is None else min(duration, end)
@@ -364,25 +477,32 @@ def _cut_folder(path, count: int, duration: float, rate: float, start: float | N
     raise _nothing(path, duration, start, end)
   if first > last:
     raise VideoError(
-      f"{path}: no image lies between start={start} and end={end}; a part of a folder never has its first image, as in the release, and "
+      f"{path}: no image lies between start={start} and end={end}; a part of a folder never has "
+      f"its first image, as in the release, and "
       f"this folder has {count}"
     )
   return first, last - first + 1, stop - begin
 
 
 def _nothing(path, duration: float, start: float | None, end: float | None) -> VideoError:
-  return VideoError(f"{path} lasts {duration:.2f} seconds; nothing lies between start={start} and end={end}")
+  return VideoError(
+    f"{path} lasts {duration:.2f} seconds; nothing lies between start={start} and end={end}"
+  )
 
 
 def _animation(path, tails: bool) -> tuple[np.ndarray, float, float]:
-  """When the frames of an animation are shown, float64[N]; for how long all of them; and at least how many seconds of its end can't be read.
+  """When the frames of an animation are shown, float64[N]; for how long all of them; and at least
+  how many seconds of its end can't be read.
 
   Raises:
     TailError: there are such, and `tails` is false. VideoError: nothing can be read.
   """
   shown: list[float] = []
   lost = 0.0
-  with reading(path, VideoError, "animation that can be read"), Image.open(regular(path), formats=PICTURES) as image:
+  with (
+    reading(path, VideoError, "animation that can be read"),
+    Image.open(regular(path), formats=PICTURES) as image,
+  ):
     for i in itertools.count():
       try:
         image.seek(i)
@@ -390,14 +510,19 @@ def _animation(path, tails: bool) -> tuple[np.ndarray, float, float]:
       except Exception as error:
         if not shown or isinstance(error, MemoryError):
           raise
-        lost = 0.0 if isinstance(error, EOFError) else USUAL  # a GIF doesn't say how many frames it has: behind the last one is its end
+        lost = (
+          0.0 if isinstance(error, EOFError) else USUAL
+        )  # a GIF doesn't say how many frames it has: behind the last one is its end
         break
       own = image.info.get("duration", 0) / 1000
       shown.append(own if own >= SHORTEST else USUAL)
       if image.format != "GIF" and i + 1 == getattr(image, "n_frames", 1):
         break
   if lost and not tails:
-    raise TailError(f"{path} can't be read behind its first {len(shown)} frames; it is truncated or damaged", len(shown))
+    raise TailError(
+      f"{path} can't be read behind its first {len(shown)} frames; it is truncated or damaged",
+      len(shown),
+    )
   ends = np.cumsum(shown)
   return np.concatenate([[0.0], ends[:-1]]), float(ends[-1]), lost
 
@@ -416,7 +541,9 @@ def _folder(path) -> list[pathlib.Path]:
     raise VideoError(f"{path} is a file; a folder of images was expected")
 
   def natural(file: pathlib.Path) -> tuple[list[int | str], str]:
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", file.name))], file.name
+    return [
+      int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", file.name))
+    ], file.name
 
   names = sorted((p for p in path.iterdir() if p.suffix.lower() in STILLS), key=natural)
   if not names:
@@ -425,11 +552,15 @@ def _folder(path) -> list[pathlib.Path]:
 
 
 def _folder_rate(path, vlen: int, given: float | None) -> float:
-  """Frames per second of a folder: of `<folder>.json`, which gives the duration, else `given`, else the release's guess."""
+  """Frames per second of a folder: of `<folder>.json`, which gives the duration, else `given`, else
+  the release's guess.
+  """
   path = pathlib.Path(absolute(path))
   side = path.with_name(path.name + ".json")
   if not side.exists():
-    return given or next((rate for name, rate in FOLDER_RATES.items() if name in str(path).lower()), 1.0)
+    return given or next(
+      (rate for name, rate in FOLDER_RATES.items() if name in str(path).lower()), 1.0
+    )
   said = read_json(side, VideoError)
   duration = said.get("duration") if isinstance(said, dict) else None
   if not isinstance(duration, (int, float)) or not 1e-9 <= duration <= 1e9:
@@ -439,7 +570,10 @@ def _folder_rate(path, vlen: int, given: float | None) -> float:
 
 def _read_still(path) -> np.ndarray:
   file = regular(path)
-  with reading(file, VideoError, "image that can be read"), Image.open(file, formats=PICTURES) as image:
+  with (
+    reading(file, VideoError, "image that can be read"),
+    Image.open(file, formats=PICTURES) as image,
+  ):
     if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would make almost all of it white
       image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return np.asarray(image.convert("RGB"))

@@ -1,4 +1,6 @@
-"""Attention: one function, a reference in plain einsum, and memory-linear implementations of the same numbers."""
+"""Attention: one function, a reference in plain einsum, and memory-linear implementations of the
+same numbers.
+"""
 
 import dataclasses
 import functools
@@ -19,7 +21,9 @@ from xcomp_jax.sharding import constrain, split
 
 IMPLEMENTATIONS = get_args(Attention)
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
-TILE = 384  # queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for nothing
+# queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for
+# nothing
+TILE = 384
 SMALL = 1e-30  # sum of weights that none has but a row that sees nothing
 LARGE = 1e30  # sum of weights that float32 holds with room to spare
 BLOCK = 128  # queries whose scores with all keys exist at once, in gradients on a CPU
@@ -33,7 +37,8 @@ KEYS = 512  # at once, of those that are there by now; with 2,048 a CPU takes fo
 def remat(layer: Callable[..., Any]) -> Callable[..., Any]:
   """The layer, computed again in the backward pass from its input and from what attention gave.
 
-  What attention gives is as large as the input, and attention is a third of a long sequence's work, so it is kept. "flash" is
+  What attention gives is as large as the input, and attention is a third of a long sequence's work,
+  so it is kept. "flash" is
   computed again all the same: its kernels do not name the sums that their gradient needs.
   """
   return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(ATTENDED))
@@ -66,17 +71,20 @@ def attend(
 ) -> Float[Array, "B L H h"]:
   """Softmax attention with grouped key/value heads; scores and softmax in float32, scale h**-0.5.
 
-  Causal attention is over samples, whose queries stay split over the mesh where their sequence is, while the fewer keys
-  and values are gathered; other attention is over the clips of a tower, each of them whole.
+  Causal attention is over samples, whose queries stay split over the mesh where their sequence is,
+  while the fewer keys and values are gathered; other attention is over the clips of a tower, each
+  of them whole.
 
   Args:
     q: [B, L, H, h].
     k: [B, S, K, h], H a multiple of K.
     v: [B, S, K, h].
     mask: who sees what.
-    implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs: `kernels.choose` says which kernel),
-      "mosaic", "triton" (that one), "cudnn" (where all see all, as in a tower; else as "auto"), "splash" (TPUs), "xla_chunked" (any backend), "tiled" (any backend, and a causal half is left
-      out, which makes it the fastest on CPUs); or "auto": einsum for few queries, else by the device.
+    implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs:
+      `kernels.choose` says which kernel), "mosaic", "triton" (that one), "cudnn" (where all see
+      all, as in a tower; else as "auto"), "splash" (TPUs), "xla_chunked" (any backend), "tiled"
+      (any backend, and a causal half is left out, which makes it the fastest on CPUs); or "auto":
+      einsum for few queries, else by the device.
 
   Returns:
     [B, L, H, h] in q's dtype.
@@ -90,18 +98,28 @@ def attend(
   if causal and L > S:
     raise ValueError(f"causal attention of {L} queries over {S} keys: there can't be more queries")
   if sample is not None and (not causal or valid is not None or L != S):
-    raise ValueError(f"several samples in a row: {L} queries of {S} keys must be all, causal, and without `valid`")
+    raise ValueError(
+      f"several samples in a row: {L} queries of {S} keys must be all, causal, and without `valid`"
+    )
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"attention implementation {implementation!r}: known are {', '.join(IMPLEMENTATIONS)}")
-  if implementation == "auto" or (implementation == "cudnn" and (causal or valid is not None)):  # padding lies inside of rows
+    raise ValueError(
+      f"attention implementation {implementation!r}: known are {', '.join(IMPLEMENTATIONS)}"
+    )
+  if implementation == "auto" or (
+    implementation == "cudnn" and (causal or valid is not None)
+  ):  # padding lies inside of rows
     implementation = kernels.automatic(L, S, causal, kernels.here())
-  if L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled"):
+  if (
+    L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled")
+  ):
     implementation = "einsum"  # a few rows; the kernels disagree on which slots these are
   if implementation == "einsum":
     if causal:
       k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
     return _einsum(q, k, v, causal, valid, sample)
-  if implementation == "tiled" and q.dtype == jnp.float16:  # it masks by -1e30, and has weights beyond 65,504
+  if (
+    implementation == "tiled" and q.dtype == jnp.float16
+  ):  # it masks by -1e30, and has weights beyond 65,504
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     return attend(*wide, mask, implementation=implementation).astype(q.dtype)
   if implementation == "tiled" and causal and split((None, "sequence"), q.shape)[1]:
@@ -114,7 +132,9 @@ def attend(
   if implementation == "splash":
     return _splash(q, k, v, valid, causal, sample)
   if implementation != "cudnn" and kernels.library() is None:
-    raise ValueError(f"attention implementation {implementation!r} needs tokamax: pip install tokamax")
+    raise ValueError(
+      f"attention implementation {implementation!r} needs tokamax: pip install tokamax"
+    )
   if sample is not None:
     return _flash_packed(q, k, v, sample, implementation)
   return _flash(q, k, v, valid, causal, implementation)
@@ -141,7 +161,8 @@ def packed_pairs(lengths: np.ndarray, block: int, edges: float = 3.0) -> np.ndar
 
 
 def _sample_order(sample: Int[Array, "B S"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Orders the slots of a row so that those of a sample are next to each other, and padding is last.
+  """Orders the slots of a row so that those of a sample are next to each other, and padding is
+  last.
 
   Returns:
     int32[B, S] each: the slot at every place of that order; the place of every slot; and the place
@@ -157,7 +178,9 @@ def _sample_order(sample: Int[Array, "B S"]) -> tuple[jax.Array, jax.Array, jax.
 
 @jax.custom_vjp
 def _moved(x, order, back):
-  """Gives x[:, order]; its gradient is moved back, which is faster than the sum that a gather has as gradient."""
+  """Gives x[:, order]; its gradient is moved back, which is faster than the sum that a gather has
+  as gradient.
+  """
   return jnp.take_along_axis(x, order[:, :, None, None], 1)
 
 
@@ -173,16 +196,19 @@ _moved.defvjp(_moved_forward, _moved_backward)
 
 
 def _parts(q, k, causal):
-  """How kernels, which the compiler can't split, are run on every device's own samples (or clips), heads and queries.
+  """How kernels, which the compiler can't split, are run on every device's own samples (or clips),
+  heads and queries.
 
   Returns:
-    the mesh of `jax.set_mesh`, and the PartitionSpecs of queries [B, L, H, h] and of keys [B, S, K, h]; (None, None, None)
-    where arrays are not split, or already are.
+    the mesh of `jax.set_mesh`, and the PartitionSpecs of queries [B, L, H, h] and of keys [B, S, K,
+    h]; (None, None, None) where arrays are not split, or already are.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return None, None, None
-  keys = split(("batch" if causal else "clips", None, "heads", None), k.shape)  # the fewer heads decide
+  keys = split(
+    ("batch" if causal else "clips", None, "heads", None), k.shape
+  )  # the fewer heads decide
   rows = split((None, "sequence"), q.shape)[1] if causal else None
   return mesh, PartitionSpec(keys[0], rows, *keys[2:]), keys
 
@@ -198,25 +224,43 @@ def _splash(q, k, v, key_valid, causal, sample=None, interpret=False):
 
   mesh, queries, keys = _parts(q, k, causal)
   S, scale = k.shape[1], q.shape[-1] ** -0.5
-  L, H = q.shape[1:3] if mesh is None else NamedSharding(mesh, queries).shard_shape(q.shape)[1:3]  # of a device
+  L, H = (
+    q.shape[1:3] if mesh is None else NamedSharding(mesh, queries).shard_shape(q.shape)[1:3]
+  )  # of a device
   (q_block, q_length), (k_block, k_length) = _blocks(L), _blocks(S)
   parts = q.shape[1] // L  # of the queries; each is padded
   mask = masks.FullMask((parts * q_length, k_length))
   if causal:
     mask = masks.CausalMask((parts * q_length, k_length))
-    mask.q_sequence = (np.arange(parts)[:, None] * L + np.arange(q_length)).reshape(-1).astype(np.int32)  # their slots
+    mask.q_sequence = (
+      (np.arange(parts)[:, None] * L + np.arange(q_length)).reshape(-1).astype(np.int32)
+    )  # their slots
   blocks = splash.BlockSizes(
-    block_q=q_block, block_kv=k_block, block_kv_compute=k_block, block_q_dkv=q_block, block_kv_dkv=k_block,
-    block_kv_dkv_compute=k_block, block_q_dq=q_block, block_kv_dq=k_block,
-  )  # fmt: skip
+    block_q=q_block,
+    block_kv=k_block,
+    block_kv_compute=k_block,
+    block_q_dkv=q_block,
+    block_kv_dkv=k_block,
+    block_kv_dkv_compute=k_block,
+    block_q_dq=q_block,
+    block_kv_dq=k_block,
+  )
   kernel = splash.make_splash_mha(
-    masks.MultiHeadMask([mask] * H), block_sizes=blocks, head_shards=1, q_seq_shards=parts, interpret=interpret,
+    masks.MultiHeadMask([mask] * H),
+    block_sizes=blocks,
+    head_shards=1,
+    q_seq_shards=parts,
+    interpret=interpret,
     residual_checkpoint_name=ATTENDED,
   )
 
   def one(kernel, q, k, v, q_segment, k_segment):
-    pad = lambda x, length: jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-    heads = lambda x, length: jnp.swapaxes(pad(x, length), 1, 2)
+    def pad(x, length):
+      return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+    def heads(x, length):
+      return jnp.swapaxes(pad(x, length), 1, 2)
+
     ids = splash.SegmentIds(pad(q_segment, q_length), pad(k_segment, k_length))
 
     def row(q, k, v, ids):
@@ -235,7 +279,9 @@ def _splash(q, k, v, key_valid, causal, sample=None, interpret=False):
     return one(kernel, q, k, v, segment, segment)
   spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries[1])))
   specs = spec, queries, keys, keys, PartitionSpec(*queries[:2]), PartitionSpec(*keys[:1])
-  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(kernel, q, k, v, segment, segment)
+  return jax.shard_map(one, in_specs=specs, out_specs=queries, check_vma=False)(
+    kernel, q, k, v, segment, segment
+  )
 
 
 def _with_blocks_of_samples(kernel, ids, q_block, k_block):
@@ -263,19 +309,30 @@ def _with_blocks_of_samples(kernel, ids, q_block, k_block):
 
   def tables(info, by_keys=False):
     blocks = jnp.where(on, info.block_mask[0], 0)
-    # While a block is left out the kernel fetches the next one that is not, in the order in which it visits them.
+    # While a block is left out the kernel fetches the next one that is not, in the order in which
+    # it visits them.
     visited = blocks.T if by_keys else blocks
-    places = jnp.where(visited > 0, jnp.arange(visited.size).reshape(visited.shape), visited.size).reshape(-1)
-    following = (jax.lax.cummin(places, reverse=True) % visited.size % visited.shape[1]).reshape(visited.shape)
+    places = jnp.where(
+      visited > 0, jnp.arange(visited.size).reshape(visited.shape), visited.size
+    ).reshape(-1)
+    following = (jax.lax.cummin(places, reverse=True) % visited.size % visited.shape[1]).reshape(
+      visited.shape
+    )
     following = (following.T if by_keys else following).astype(info.data_next.dtype)
     return info._replace(block_mask=blocks[None], data_next=following[None])
 
-  infos = tables(kernel.fwd_mask_info), tables(kernel.dq_mask_info), tables(kernel.dkv_mask_info, by_keys=True)
+  infos = (
+    tables(kernel.fwd_mask_info),
+    tables(kernel.dq_mask_info),
+    tables(kernel.dkv_mask_info, by_keys=True),
+  )
   return type(kernel)(*infos, **kernel.kwargs)
 
 
 def _blocks(length: int) -> tuple[int, int]:
-  """(size of a block, length in whole ones): a multiple of 128, of the largest ones that which needs least padding."""
+  """(size of a block, length in whole ones): a multiple of 128, of the largest ones that which
+  needs least padding.
+  """
   sizes = range(1024, 384, -128) if length > 512 else (-(-length // 128) * 128,)
   block = min(sizes, key=lambda size: -(-length // size) * size)
   return block, -(-length // block) * block
@@ -313,13 +370,19 @@ def _flash_packed(q, k, v, sample, implementation):
     order, place, start = _sample_order(sample)
     k, v = _moved(k, order, place), _moved(v, order, place)
     whole = q.shape[1] == k.shape[1]
-    last = jnp.broadcast_to(jnp.arange(k.shape[1]), place.shape)  # key of each query in order: its own
+    last = jnp.broadcast_to(
+      jnp.arange(k.shape[1]), place.shape
+    )  # key of each query in order: its own
     if not whole:
-      mine = jax.lax.dynamic_slice_in_dim(place, jax.lax.axis_index(queries[1]) * q.shape[1], q.shape[1], 1)
+      mine = jax.lax.dynamic_slice_in_dim(
+        place, jax.lax.axis_index(queries[1]) * q.shape[1], q.shape[1], 1
+      )
       order = jnp.argsort(mine, axis=1)
       place, last = jnp.argsort(order, axis=1), jnp.take_along_axis(mine, order, 1)
       start = jnp.take_along_axis(start, last, 1)
-    out = _kernel(_moved(q, order, place), k, v, kernels.Ranges(start, last + 1), whole, implementation)
+    out = _kernel(
+      _moved(q, order, place), k, v, kernels.Ranges(start, last + 1), whole, implementation
+    )
     return _moved(out, place, order)
 
   if mesh is None:
@@ -331,17 +394,24 @@ def _flash_packed(q, k, v, sample, implementation):
 def _valid_key_first(k, v, valid):
   """Moves the first valid key of every sample to slot 0, so that every row sees a key.
 
-  Kernels that mask with minus infinity give a NaN gradient for a row without one, and it spreads to all parameters. Two kinds of
-  rows see none otherwise: those before the first valid slot, and those of a sample that is all padding, whose slot 0 counts now.
+  Kernels that mask with minus infinity give a NaN gradient for a row without one, and it spreads to
+  all parameters. Two kinds of
+  rows see none otherwise: those before the first valid slot, and those of a sample that is all
+  padding, whose slot 0 counts now.
   """
   first = jnp.argmax(valid, 1)
-  take = lambda x: x.at[:, 0].set(jnp.take_along_axis(x, first[:, None, None, None], 1)[:, 0])
+
+  def take(x):
+    return x.at[:, 0].set(jnp.take_along_axis(x, first[:, None, None, None], 1)[:, 0])
+
   slots = jnp.arange(valid.shape[1])
   return take(k), take(v), (valid & (slots != first[:, None])) | (slots == 0)
 
 
 def _rows(q, k, v, seen, first, implementation):
-  """Causal attention of rows from slot `first` on. The kernels know no such rows: a mask says what some of them see."""
+  """Causal attention of rows from slot `first` on. The kernels know no such rows: a mask says what
+  some of them see.
+  """
   B, L = q.shape[:2]
   count = -(-L // ROWS)
   size = -(-L // count)
@@ -352,7 +422,9 @@ def _rows(q, k, v, seen, first, implementation):
     before = (jnp.arange(k.shape[1]) <= first + jnp.arange(size)[:, None])[None]
     return _kernel(q, k, v, before if seen is None else seen & before, False, implementation)
 
-  q = jnp.pad(q, ((0, 0), (0, count * size - L), (0, 0), (0, 0))).reshape(B, count, size, *q.shape[2:])
+  q = jnp.pad(q, ((0, 0), (0, count * size - L), (0, 0), (0, 0))).reshape(
+    B, count, size, *q.shape[2:]
+  )
   out = jax.lax.map(one, (jnp.moveaxis(q, 1, 0), first + jnp.arange(count) * size))
   return jnp.moveaxis(out, 0, 1).reshape(B, count * size, *out.shape[3:])[:, :L]
 
@@ -367,7 +439,9 @@ def _kernel(q, k, v, seen, causal, implementation):
 
 
 def _kernel_forward(q, k, v, seen, causal, implementation):
-  return jax.vjp(lambda q, k, v: _chosen(q, k, v, seen, causal, implementation, gradient=True), q, k, v)
+  return jax.vjp(
+    lambda q, k, v: _chosen(q, k, v, seen, causal, implementation, gradient=True), q, k, v
+  )
 
 
 def _kernel_backward(causal, implementation, vjp, gradient):
@@ -379,21 +453,36 @@ _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 def _chosen(q, k, v, seen, causal, implementation, gradient):
   card, version, (B, L, H, h) = kernels.here(), kernels.library() or "", q.shape
-  call = kernels.Call(B, L, k.shape[1], H, k.shape[2], h, str(q.dtype), causal, kernels.mask_kind(seen), gradient)
+  call = kernels.Call(
+    B, L, k.shape[1], H, k.shape[2], h, str(q.dtype), causal, kernels.mask_kind(seen), gradient
+  )
   if implementation == "cudnn" and gradient and L % 2:  # its gradient takes even lengths only
     implementation = "flash"
-  kernel = kernels.choose(card, version, call, kernels.compiles) if implementation == "flash" else implementation
-  return kernels.run(kernel, kernels.block(card, version, kernel, call.dtype), q, k, v, seen, causal)
+  kernel = (
+    kernels.choose(card, version, call, kernels.compiles)
+    if implementation == "flash"
+    else implementation
+  )
+  return kernels.run(
+    kernel, kernels.block(card, version, kernel, call.dtype), q, k, v, seen, causal
+  )
 
 
 def tile_sizes(L: int, S: int, causal: bool) -> tuple[int, int]:
-  """Queries and keys of a tile: as few tiles as the largest size allows, then as small as they may be: less padding."""
-  even = lambda n, most: -(-n // -(-n // most) // 2) * 2
+  """Queries and keys of a tile: as few tiles as the largest size allows, then as small as they may
+  be: less padding.
+  """
+
+  def even(n, most):
+    return -(-n // -(-n // most) // 2) * 2
+
   return even(L, TILE if causal else TALL), even(S, TILE if causal else WIDE)
 
 
 def tiled_scores(L: int, S: int, causal: bool) -> int:
-  """How many scores of a head the tiled `attend` computes: what lies in tiles of which something is seen."""
+  """How many scores of a head the tiled `attend` computes: what lies in tiles of which something is
+  seen.
+  """
   rows, keys = tile_sizes(L, S, causal)
   ends = [min((i + 1) * rows + S - L, S) if causal else S for i in range(-(-L // rows))]
   return sum(rows * keys * -(-end // keys) for end in ends)
@@ -406,7 +495,8 @@ def _tiled(q, k, v, key_valid, causal):
 
 @jax.jit
 def causal_attention(q, k, v, key_valid, start=None):
-  """The tiled `attend`; jitted for a name in programs and profiles, by which `cost.count_flops` knows it.
+  """The tiled `attend`; jitted for a name in programs and profiles, by which `cost.count_flops`
+  knows it.
 
   start: int32[B, S], the first key that each row sees; None: key 0.
   """
@@ -415,20 +505,29 @@ def causal_attention(q, k, v, key_valid, start=None):
 
 @jax.jit
 def full_attention(q, k, v, key_valid):
-  """Likewise where rows see all keys: all queries of a head against a few keys, whose scores a CPU's cache holds."""
+  """Likewise where rows see all keys: all queries of a head against a few keys, whose scores a
+  CPU's cache holds.
+  """
   K = k.shape[2]
-  heads = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, x.shape[-1]), 2, 0)  # [K, B, L, H / K, h]
-  one = lambda qkv: _over_tiles(*qkv, key_valid, False)
+
+  def heads(x):
+    return jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, x.shape[-1]), 2, 0)  # [K, B, L, H / K, h]
+
+  def one(qkv):
+    return _over_tiles(*qkv, key_valid, False)
+
   return jnp.moveaxis(jax.lax.map(one, (heads(q), heads(k), heads(v))), 0, 2).reshape(q.shape)
 
 
 def _over_tiles(q, k, v, key_valid, causal, start=None):
-  """Softmax from tile to tile (Milakov and Gimelshein, "Online normalizer calculation for softmax").
+  """Softmax from tile to tile (Milakov and Gimelshein, "Online normalizer calculation for
+  softmax").
 
-  For each tile of queries a loop over the tiles of keys on the edge of what is seen, and one over those that all of them
-  see. On a CPU going along rows costs as much as an eighth of a matrix product: one more column of the keys adds what
-  masks padding, one more of the values, all ones, adds up the weights, and the maximum is that of the edge: any number
-  near it would do. Where weights grow too large for float32 the tile of queries is done again with all maxima.
+  For each tile of queries a loop over the tiles of keys on the edge of what is seen, and one over
+  those that all of them see. On a CPU going along rows costs as much as an eighth of a matrix
+  product: one more column of the keys adds what masks padding, one more of the values, all ones,
+  adds up the weights, and the maximum is that of the edge: any number near it would do. Where
+  weights grow too large for float32 the tile of queries is done again with all maxima.
 
   Rows with a `start` see keys from there on: the tiles around these starts are an edge, too, and
   those before are left out.
@@ -442,26 +541,46 @@ def _over_tiles(q, k, v, key_valid, causal, start=None):
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
 
-  wider = lambda x, column: jnp.concatenate([x, jnp.broadcast_to(column, (*x.shape[:3], 1)).astype(x.dtype)], -1)
+  def wider(x, column):
+    return jnp.concatenate([x, jnp.broadcast_to(column, (*x.shape[:3], 1)).astype(x.dtype)], -1)
+
   masked = jnp.where(key_valid, 0, MASKED)[:, :, None, None]
   q, k, v = wider(q * h**-0.5, 1), wider(k, masked), wider(v, 1)
-  reference = jnp.take_along_axis(k, jnp.argmax(key_valid, 1)[:, None, None, None], axis=1)[:, 0]  # a key that counts
-  # A key/value head's queries are rows of one matrix: [n, B, K, G * rows, h] against [n, B, K, keys, h].
-  q = tiles(q.reshape(B, L, K, G, h + 1), rows).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, G * rows, h + 1)
-  padding = jnp.where(jnp.arange(-(-S // keys) * keys) < S, 0, MASKED).reshape(-1, keys)  # of the last tile
+  reference = jnp.take_along_axis(k, jnp.argmax(key_valid, 1)[:, None, None, None], axis=1)[
+    :, 0
+  ]  # a key that counts
+  # A key/value head's queries are rows of one matrix: [n, B, K, G * rows, h] against [n, B, K,
+  # keys, h].
+  q = (
+    tiles(q.reshape(B, L, K, G, h + 1), rows)
+    .transpose(0, 1, 3, 4, 2, 5)
+    .reshape(-1, B, K, G * rows, h + 1)
+  )
+  padding = jnp.where(jnp.arange(-(-S // keys) * keys) < S, 0, MASKED).reshape(
+    -1, keys
+  )  # of the last tile
   k, v = jnp.swapaxes(tiles(k, keys), 2, 3), jnp.swapaxes(tiles(v, keys), 2, 3)
   row = jnp.tile(jnp.arange(rows), G)[:, None] + offset
-  # What is padded starts as the last row does: a later start would make an edge of all that its tile sees.
-  some = () if start is None else (tiles(jnp.pad(start, ((0, 0), (0, -S % rows)), mode="edge"), rows),)
+  # What is padded starts as the last row does: a later start would make an edge of all that its
+  # tile sees.
+  some = (
+    () if start is None else (tiles(jnp.pad(start, ((0, 0), (0, -S % rows)), mode="edge"), rows),)
+  )
 
   def one(tile):
     i, q, *starts = tile
-    first, last = (i * rows + offset, (i + 1) * rows + offset) if causal else (S, S)  # rows see up to their own key
+    first, last = (
+      (i * rows + offset, (i + 1) * rows + offset) if causal else (S, S)
+    )  # rows see up to their own key
     whole, seen = jnp.minimum(first + 1, S - 1) // keys, -(-jnp.minimum(last, S) // keys)
-    scores = lambda j: jnp.einsum("bkrh,bkth->bkrt", q, k[j], preferred_element_type=jnp.float32)
-    weigh = lambda weights, j: jnp.einsum(
-      "bkrt,bkth->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32
-    )
+
+    def scores(j):
+      return jnp.einsum("bkrh,bkth->bkrt", q, k[j], preferred_element_type=jnp.float32)
+
+    def weigh(weights, j):
+      return jnp.einsum(
+        "bkrt,bkth->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32
+      )
 
     def edge(j, carry):
       shown = scores(j) + padding[j]
@@ -476,7 +595,10 @@ def _over_tiles(q, k, v, key_valid, causal, start=None):
       shrink = jnp.exp(largest - new)
       return new, out * shrink[..., None] + weigh(jnp.exp(scores - new[..., None]), j)
 
-    begun = jnp.einsum("bkrh,bkh->bkr", q, reference, preferred_element_type=jnp.float32), jnp.zeros(q.shape)
+    begun = (
+      jnp.einsum("bkrh,bkh->bkr", q, reference, preferred_element_type=jnp.float32),
+      jnp.zeros(q.shape),
+    )
     inner = 0
     if starts:
       begun = jnp.full_like(begun[0], MASKED), begun[1]  # the reference may be of another sample
@@ -484,8 +606,13 @@ def _over_tiles(q, k, v, key_valid, causal, start=None):
     if starts:
       inner = jnp.minimum(-(-starts[0].max() // keys), whole)
       largest, out = begun = jax.lax.fori_loop(starts[0].min() // keys, inner, edge, begun)
-    out = jax.lax.fori_loop(inner, whole, lambda j, out: out + weigh(jnp.exp(scores(j) - largest[..., None]), j), out)
-    again = lambda: jax.lax.fori_loop(inner, whole, lambda j, carry: exact(scores(j), j, carry), begun)[1]
+    out = jax.lax.fori_loop(
+      inner, whole, lambda j, out: out + weigh(jnp.exp(scores(j) - largest[..., None]), j), out
+    )
+
+    def again():
+      return jax.lax.fori_loop(inner, whole, lambda j, carry: exact(scores(j), j, carry), begun)[1]
+
     out = jax.lax.cond(out[..., h].max() < LARGE, lambda: out, again)
     return out[..., :h] / jnp.maximum(out[..., h:], SMALL)
 
@@ -507,7 +634,9 @@ _tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
 def _blocked(q, k, v, key_valid, causal):
-  """The same block of queries after block, each with all keys; for gradients, which compute it again."""
+  """The same block of queries after block, each with all keys; for gradients, which compute it
+  again.
+  """
   (B, L), S = q.shape[:2], k.shape[1]
   count = -(-L // BLOCK)
   size = -(-L // count)
@@ -518,7 +647,9 @@ def _blocked(q, k, v, key_valid, causal):
     weights = attention_weights(q, k, causal=causal, key_valid=key_valid, offset=offset)
     return jnp.einsum("bkgls,bskh->blkgh", weights.astype(v.dtype), v).reshape(q.shape)
 
-  q = jnp.pad(q, ((0, 0), (0, count * size - L), (0, 0), (0, 0))).reshape(B, count, size, *q.shape[2:])
+  q = jnp.pad(q, ((0, 0), (0, count * size - L), (0, 0), (0, 0))).reshape(
+    B, count, size, *q.shape[2:]
+  )
   out = jax.lax.map(one, (jnp.moveaxis(q, 1, 0), jnp.arange(count) * size + S - L))
   return jnp.moveaxis(out, 0, 1).reshape(B, count * size, *out.shape[3:])[:, :L].astype(v.dtype)
 
@@ -560,7 +691,11 @@ def _packed_backward(saved, gradient):
 
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   q, gradient, k, v = (tiles(x.reshape(B, S, K, -1, h)) for x in (q * scale, gradient, k, v))
-  start = jnp.pad(start, ((0, 0), (0, count * rows - S)), mode="edge").reshape(B, count, rows).swapaxes(0, 1)
+  start = (
+    jnp.pad(start, ((0, 0), (0, count * rows - S)), mode="edge")
+    .reshape(B, count, rows)
+    .swapaxes(0, 1)
+  )
   row = jnp.tile(jnp.arange(rows), G)[:, None]
 
   def one(sums, tile):
@@ -570,7 +705,9 @@ def _packed_backward(saved, gradient):
     def scores(j):
       key = j * rows + jnp.arange(rows)
       seen = (key <= i * rows + row) & (key >= first) & (key < S)
-      return jnp.where(seen, product("bkrh,bkth->bkrt", q, k[j]), MASKED), product("bkrh,bkth->bkrt", gradient, v[j])
+      return jnp.where(seen, product("bkrh,bkth->bkrt", q, k[j]), MASKED), product(
+        "bkrh,bkth->bkrt", gradient, v[j]
+      )
 
     def sum_up(j, carry):
       largest, total, mean = carry
@@ -590,7 +727,9 @@ def _packed_backward(saved, gradient):
 
     begun = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape[:-1])
     largest, total, mean = jax.lax.fori_loop(start.min() // rows, i + 1, sum_up, begun)
-    dq, *sums = jax.lax.fori_loop(start.min() // rows, i + 1, add, (jnp.zeros(q.shape, jnp.float32), *sums))
+    dq, *sums = jax.lax.fori_loop(
+      start.min() // rows, i + 1, add, (jnp.zeros(q.shape, jnp.float32), *sums)
+    )
     return tuple(sums), dq * scale
 
   begun = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
@@ -618,12 +757,16 @@ def attention_weights(
   sample: Int[Array, "B S"] | None = None,
   offset: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B K G L S"]:
-  """The softmax weights themselves, float32[B, K, H // K, L, S]; row i is slot i + offset of the sequence."""
+  """The softmax weights themselves, float32[B, K, H // K, L, S]; row i is slot i + offset of the
+  sequence.
+  """
   B, L, H, h = q.shape
   S, K = k.shape[1:3]
   q = q.reshape(B, L, K, H // K, h)
   scores = jnp.einsum("blkgh,bskh->bkgls", q, k, preferred_element_type=jnp.float32) * h**-0.5
-  allowed = jnp.ones((1, 1, 1, 1, S), bool) if key_valid is None else key_valid[:, None, None, None, :]
+  allowed = (
+    jnp.ones((1, 1, 1, 1, S), bool) if key_valid is None else key_valid[:, None, None, None, :]
+  )
   if causal:
     allowed = allowed & (jnp.arange(S) <= jnp.arange(L)[:, None] + offset)
   if sample is not None:
@@ -644,7 +787,8 @@ def attend_first(
     q: [B, L, H, h].
     k: [B, S, K, h], H a multiple of K.
     v: [B, S, K, n].
-    seen: from slots int32[s] to which of them a row sees, bool[B or 1, L, s]; each sees at least one.
+    seen: from slots int32[s] to which of them a row sees, bool[B or 1, L, s]; each sees at least
+      one.
     count: may be traced.
 
   Returns:
@@ -656,38 +800,71 @@ def attend_first(
 
   def block(j, carry):
     largest, total, out = carry
-    first = jnp.minimum(j * size, S - size)  # the last block begins earlier, and leaves out what the one before had
-    part = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1)
+    first = jnp.minimum(
+      j * size, S - size
+    )  # the last block begins earlier, and leaves out what the one before had
+
+    def part(x):
+      return jax.lax.dynamic_slice_in_dim(x, first, size, 1)
+
     slots = first + jnp.arange(size)
-    scores = jnp.einsum("blkgh,bskh->bkgls", q, part(k), preferred_element_type=jnp.float32) * h**-0.5
+    scores = (
+      jnp.einsum("blkgh,bskh->bkgls", q, part(k), preferred_element_type=jnp.float32) * h**-0.5
+    )
     scores = jnp.where((seen(slots) & (slots >= j * size))[:, None, None], scores, MASKED)
     new = jnp.maximum(largest, scores.max(-1))
     shrink, weights = jnp.exp(largest - new), jnp.exp(scores - new[..., None])
-    more = jnp.einsum("bkgls,bskn->bkgln", weights.astype(v.dtype), part(v), preferred_element_type=jnp.float32)
+    more = jnp.einsum(
+      "bkgls,bskn->bkgln", weights.astype(v.dtype), part(v), preferred_element_type=jnp.float32
+    )
     return new, total * shrink + weights.sum(-1), out * shrink[..., None] + more
 
-  begun = jnp.full((B, K, H // K, L), MASKED), jnp.zeros((B, K, H // K, L)), jnp.zeros((B, K, H // K, L, v.shape[-1]))
-  largest, total, out = block(0, begun) if size == S else jax.lax.fori_loop(0, -(-count // size), block, begun)
-  heads = lambda x: jnp.moveaxis(x, 3, 1).reshape(B, L, H, *x.shape[4:])
+  begun = (
+    jnp.full((B, K, H // K, L), MASKED),
+    jnp.zeros((B, K, H // K, L)),
+    jnp.zeros((B, K, H // K, L, v.shape[-1])),
+  )
+  largest, total, out = (
+    block(0, begun) if size == S else jax.lax.fori_loop(0, -(-count // size), block, begun)
+  )
+
+  def heads(x):
+    return jnp.moveaxis(x, 3, 1).reshape(B, L, H, *x.shape[4:])
+
   return heads(out / total[..., None]), heads(largest + jnp.log(total))
 
 
 def question_scores(
-  q: Float[Array, "B L H h"], k: Float[Array, "B W S K h"], share: Float[Array, "#B L"], others: Float[Array, "B L H"]
+  q: Float[Array, "B L H h"],
+  k: Float[Array, "B W S K h"],
+  share: Float[Array, "#B L"],
+  others: Float[Array, "B L H"],
 ) -> Float[Array, "B W S"]:
-  """The attention that question rows pay to each key of windows (paper 3.3): softmax weights, mean over heads, sum over rows.
+  """The attention that question rows pay to each key of windows (paper 3.3): softmax weights, mean
+  over heads, sum over rows.
 
   Args:
     q: [B, L, H, h].
     k: [B, W, S, K, h], H a multiple of K, of W windows.
     share: float32[B or 1, L], what a row counts; 0: it does not ask.
-    others: float32[B, L, H], logarithm of the sum of exp(scores) of the other keys that a row sees, the same in all windows.
+    others: float32[B, L, H], logarithm of the sum of exp(scores) of the other keys that a row sees,
+      the same in all windows.
   """
   B, L, H, h = q.shape
   K = k.shape[3]
-  scores = jnp.einsum("blkgh,bwskh->bwkgls", q.reshape(B, L, K, H // K, h), k, preferred_element_type=jnp.float32) * h**-0.5
+  scores = (
+    jnp.einsum(
+      "blkgh,bwskh->bwkgls",
+      q.reshape(B, L, K, H // K, h),
+      k,
+      preferred_element_type=jnp.float32,
+    )
+    * h**-0.5
+  )
   others = jnp.moveaxis(others.reshape(B, L, K, H // K), 1, 3)[:, None]
   total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), others)
   weights = jnp.exp(scores - total[..., None])
   share = jnp.broadcast_to(share / H, (B, L))
-  return jnp.einsum("bwkgls,bl->bws", weights, share, precision="highest")  # weights of bfloat16 would tie clips
+  return jnp.einsum(
+    "bwkgls,bl->bws", weights, share, precision="highest"
+  )  # weights of bfloat16 would tie clips

@@ -1,4 +1,6 @@
-"""The InternVideo2 clip encoder (FACTS.md 7): learned positions, a class token, and norms that are RMS."""
+"""The InternVideo2 clip encoder (FACTS.md 7): learned positions, a class token, and norms that are
+RMS.
+"""
 
 import functools
 
@@ -19,9 +21,11 @@ LAYER_SCALE = 1e-5  # that a tower begins with
 
 
 def position_start(width: int, frames: int, grid: int) -> np.ndarray:
-  """What learned positions begin with: float32[1, 1 + F*P, D], order (class token, frame, row, column).
+  """What learned positions begin with: float32[1, 1 + F*P, D], order (class token, frame, row,
+  column).
 
-  A quarter of the channels tells the frame, the rest column and row; each sines, then cosines. The class token has zeros.
+  A quarter of the channels tells the frame, the rest column and row; each sines, then cosines. The
+  class token has zeros.
   """
 
   def wave(index, channels):
@@ -35,7 +39,9 @@ def position_start(width: int, frames: int, grid: int) -> np.ndarray:
 
 
 class Attention(nnx.Module):
-  """Self-attention over all tokens of a clip; queries and keys are normalised before they are cut into heads."""
+  """Self-attention over all tokens of a clip; queries and keys are normalised before they are cut
+  into heads.
+  """
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     width, dtype = cfg.vision.width, jnp.dtype(cfg.dtype)
@@ -48,9 +54,16 @@ class Attention(nnx.Module):
 
   def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-    split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
+
+    def split(y):
+      return y.reshape(*y.shape[:-1], self.heads, -1)
+
     q, k = split(self.q_norm(q)), split(self.k_norm(k))
-    return self.proj(attend(q, k, split(v), AttentionMask(causal=False), implementation=self.implementation).reshape(x.shape))
+    return self.proj(
+      attend(
+        q, k, split(v), AttentionMask(causal=False), implementation=self.implementation
+      ).reshape(x.shape)
+    )
 
 
 class Block(nnx.Module):
@@ -66,7 +79,9 @@ class Block(nnx.Module):
     self.ls1, self.ls2 = (nnx.Param(jnp.full(v.width, LAYER_SCALE, param_dtype)) for _ in range(2))
 
   def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
-    scaled = lambda y, scale: (y.astype(jnp.float32) * scale[...].astype(jnp.float32)).astype(y.dtype)
+    def scaled(y, scale):
+      return (y.astype(jnp.float32) * scale[...].astype(jnp.float32)).astype(y.dtype)
+
     block = gathered(self, x.dtype)
     x = x + scaled(block.attn(block.norm1(x)), block.ls1)
     y = block.fc2(jax.nn.gelu(block.fc1(block.norm2(x)), approximate=False))
@@ -80,12 +95,17 @@ class InternVideo2(nnx.Module):
     v = cfg.vision
     assert isinstance(v, InternVideo2Config)  # by which `vlm` chooses this tower
     check_sizes(v)
-    start = lambda frames: position_start(v.width, frames, v.image_size // v.patch_size).astype(param_dtype)
+
+    def start(frames):
+      return position_start(v.width, frames, v.image_size // v.patch_size).astype(param_dtype)
+
     self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
     self.cls_token = nnx.Param(jnp.zeros((1, 1, v.width), param_dtype))
     self.pos_embed = nnx.Param(jnp.asarray(start(v.frames)))
     self.img_pos_embed = nnx.Param(jnp.asarray(start(1)))
-    self.blocks = nnx.List([Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)])
+    self.blocks = nnx.List(
+      [Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)]
+    )
     self.cfg, self.frames = cfg, v.frames
 
   def embed(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C M D"]:
@@ -96,7 +116,10 @@ class InternVideo2(nnx.Module):
     """
     length = frames.shape[1]
     if length not in (1, self.frames):
-      raise ValueError(f"the InternVideo2 tower takes clips of {self.frames} frames, or single images, not clips of {length}")
+      raise ValueError(
+        f"the InternVideo2 tower takes clips of {self.frames} frames, or single images, not clips "
+        f"of {length}"
+      )
     x = self.patch_embed(frames)
     first = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
     positions = self.img_pos_embed if length == 1 else self.pos_embed
@@ -110,7 +133,8 @@ class InternVideo2(nnx.Module):
     return x
 
   def __call__(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C N D"]:
-    """Clips of frames to features of their patches in the compute dtype, tokens in order (frame, row, column).
+    """Clips of frames to features of their patches in the compute dtype, tokens in order (frame,
+    row, column).
 
     Frames of a clip see each other, clips don't. F = 1 is the single-image path.
     """

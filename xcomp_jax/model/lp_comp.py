@@ -1,8 +1,8 @@
 """LP-Comp: between the layers, the tokens of every group thin out to one (paper 3.2, FACTS.md 1).
 
-Pure functions on static shapes: no parameters and no state. A group is `group` (16) *consecutive visual
-tokens* of the sequence, not the tokens of one frame. Before layer l every group is reduced from the count of
-layer l - 1 to its own; positions are renumbered by the decoder.
+Pure functions on static shapes: no parameters and no state. A group is `group` (16) *consecutive
+visual tokens* of the sequence, not the tokens of one frame. Before layer l every group is reduced
+from the count of layer l - 1 to its own; positions are renumbered by the decoder.
 """
 
 import itertools
@@ -19,8 +19,9 @@ from xcomp_jax.config import ConfigError, LPCompConfig
 def counts(cfg: LPCompConfig, layers: int) -> tuple[int, ...]:
   """Tokens per group that each layer processes.
 
-  "cosine" rounds half up as the released code does, "cosine_ceil" is the paper's Eq. 1; a tuple of `layers`
-  integers is taken as it is (step-wise schedules). With keep="none" every layer sees whole groups.
+  "cosine" rounds half up as the released code does, "cosine_ceil" is the paper's Eq. 1; a tuple of
+  `layers` integers is taken as it is (step-wise schedules). With keep="none" every layer sees whole
+  groups.
 
   Raises:
     ConfigError: a list of another length, increasing, or outside 1..group; an unknown name.
@@ -29,25 +30,36 @@ def counts(cfg: LPCompConfig, layers: int) -> tuple[int, ...]:
   if cfg.keep == "none":
     return (g,) * layers
   if isinstance(cfg.schedule, str):
-    # Layer l runs after l + 1 steps of the curve, so that the last one reaches 1. The 1e-9 keeps the rounding of
-    # cos away from integers.
+    # Layer l runs after l + 1 steps of the curve, so that the last one reaches 1. The 1e-9 keeps
+    # the rounding of cos away from integers.
     curve = [(g - 1) / 2 * (1 + math.cos(math.pi * (l + 1) / layers)) for l in range(layers)]
     if cfg.schedule == "cosine":
       return tuple(1 + math.floor(c + 0.5 + 1e-9) for c in curve)
     if cfg.schedule == "cosine_ceil":
       return tuple(1 + math.ceil(c - 1e-9) for c in curve)
-    raise ConfigError(f"lp_comp.schedule = {cfg.schedule!r}: known are 'cosine', 'cosine_ceil', or a list of {layers} counts")
+    raise ConfigError(
+      f"lp_comp.schedule = {cfg.schedule!r}: known are 'cosine', 'cosine_ceil', or a list of "
+      f"{layers} counts"
+    )
   got = cfg.schedule
-  if len(got) != layers or any(not 1 <= n <= g for n in got) or any(a < b for a, b in itertools.pairwise(got)):
-    raise ConfigError(f"lp_comp.schedule = {got}: expected {layers} counts (one per layer), none above the one before, within 1..{g}")
+  if (
+    len(got) != layers
+    or any(not 1 <= n <= g for n in got)
+    or any(a < b for a, b in itertools.pairwise(got))
+  ):
+    raise ConfigError(
+      f"lp_comp.schedule = {got}: expected {layers} counts (one per layer), none above the one "
+      f"before, within 1..{g}"
+    )
   return tuple(got)
 
 
 def survivors(cfg: LPCompConfig, layers: int) -> tuple[tuple[int, ...], ...]:
-  """Which tokens of a group (0-based, by their first place) each layer processes, for the rules that only select.
+  """Which tokens of a group (0-based, by their first place) each layer processes, for the rules
+  that only select.
 
-  "suffix" keeps the last ones, "stride" the last of each of equal windows (the release's older rule), "uniform"
-  the released greedy lists.
+  "suffix" keeps the last ones, "stride" the last of each of equal windows (the release's older
+  rule), "uniform" the released greedy lists.
   """
   kept, out = tuple(range(cfg.group)), []
   for n in counts(cfg, layers):
@@ -62,12 +74,16 @@ def survivors(cfg: LPCompConfig, layers: int) -> tuple[tuple[int, ...], ...]:
 
 
 def only_selects(cfg: LPCompConfig) -> bool:
-  """Whether what stays is known before a layer has run, and stays as it is: what goes need not be finished."""
+  """Whether what stays is known before a layer has run, and stays as it is: what goes need not be
+  finished.
+  """
   return cfg.keep not in ("avgpool", "attention")
 
 
 def _thin_evenly(kept: tuple[int, ...], n: int, group: int) -> tuple[int, ...]:
-  """Greedy removal of the released lists: each time the token whose loss leaves the most even spacing."""
+  """Greedy removal of the released lists: each time the token whose loss leaves the most even
+  spacing.
+  """
   while len(kept) > n:
     m = len(kept) - 1
     even = [(j + 1) / m * group for j in range(m - 1)]  # the last token is no part of the sum
@@ -88,7 +104,8 @@ def reduce(
     after: `survivors` of the layer that comes.
 
   Returns:
-    [B, G * len(after), ...]; nothing is computed on kept states except by "avgpool", which averages windows.
+    [B, G * len(after), ...]; nothing is computed on kept states except by "avgpool", which averages
+    windows.
   """
   n, m = len(before), len(after)
   if n == m:
@@ -105,7 +122,9 @@ def reduce(
 
 
 def _windows(n: int, m: int) -> np.ndarray:
-  """float[m, n]: the mean over m windows that cover n tokens; windows share a token where m does not divide n."""
+  """float[m, n]: the mean over m windows that cover n tokens; windows share a token where m does
+  not divide n.
+  """
   i, j = np.arange(m)[:, None], np.arange(n)
   inside = (j >= i * n // m) & (j < -(-(i + 1) * n // m))
   return inside / inside.sum(1, keepdims=True)
@@ -118,7 +137,8 @@ def keep_attended(
   keep: Int[Array, " B"],
   slots: int,
 ) -> Float[Array, "B slots D"]:
-  """VideoChat-Flash's own drop, the paper's heuristic baseline (FACTS.md 13): the most attended tokens stay, in order.
+  """VideoChat-Flash's own drop, the paper's heuristic baseline (FACTS.md 13): the most attended
+  tokens stay, in order.
 
   Args:
     x: [B, N, D] visual tokens, right-padded.

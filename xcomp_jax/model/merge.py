@@ -1,8 +1,9 @@
 """Token merging (ToMe), 784 features per frame to 16, and the projector into the LLM (FACTS.md 8).
 
-Deterministic from run to run and on any device: a merge is a matmul with a one-hot matrix instead of a
-scatter, and ties have a rule: the lowest position wins, as partner and in the ranking. (The official order
-of ties is unspecified, so only there may results differ.)
+Deterministic from run to run and on any device: a merge is a matmul with a one-hot matrix instead
+of a
+scatter, and ties have a rule: the lowest position wins, as partner and in the ranking. (The
+official order of ties is unspecified, so only there may results differ.)
 """
 
 import functools
@@ -15,17 +16,23 @@ from jaxtyping import Array, Float, Int
 from xcomp_jax.config import VLMConfig
 from xcomp_jax.sharding import gathered
 
-EXACT = jax.lax.Precision.HIGHEST  # merging costs 2% of the tower, and its choices hang on small gaps
+EXACT = (
+  jax.lax.Precision.HIGHEST
+)  # merging costs 2% of the tower, and its choices hang on small gaps
 
 
 def merge_steps(tokens: int, target: int) -> list[int]:
-  """How many tokens each step merges away, from `tokens` to `target`: at most half of what is there.
+  """How many tokens each step merges away, from `tokens` to `target`: at most half of what is
+  there.
 
   Raises:
     ValueError: fewer tokens than the target.
   """
   if tokens < target:
-    raise ValueError(f"{tokens} tokens can't be merged into {target}: frames are too small; use a larger image_size")
+    raise ValueError(
+      f"{tokens} tokens can't be merged into {target}: frames are too small; use a larger "
+      f"image_size"
+    )
   steps = []
   while tokens != target:
     steps.append(min(tokens - target, tokens // 2))
@@ -44,7 +51,8 @@ def match(
   """The best partner of each even token (A) among the odd ones (B).
 
   Returns:
-    score float32[C, A], cosine similarity to the best partner; partner int32[C, A], which B token that is; and order
+    score float32[C, A], cosine similarity to the best partner; partner int32[C, A], which B token
+    that is; and order
     int32[C, A], A tokens by descending score: the first ones get merged.
   """
   y = metric(x, heads)
@@ -59,8 +67,8 @@ def merge_step(
 ) -> tuple[Float[Array, "C M D"], Float[Array, "C M 1"]]:
   """Merges the r most similar even tokens into their partners, weighted by size; M = N - r.
 
-  Returns float32 features and sizes, in the order: the even tokens that stay, by descending score, then all
-  odd tokens by position. So while r is half of the tokens, positions keep their order.
+  Returns float32 features and sizes, in the order: the even tokens that stay, by descending score,
+  then all odd tokens by position. So while r is half of the tokens, positions keep their order.
   """
   _, partner, order = match(x, heads)
   a, b = x[:, ::2].astype(jnp.float32), x[:, 1::2].astype(jnp.float32)
@@ -72,7 +80,10 @@ def merge_step(
     into = jnp.where((rank < r)[..., None], into, 0)
   total = jnp.einsum("cab,cad->cbd", into, a * size_a, precision=EXACT) + b * size_b
   size_b = jnp.einsum("cab,cad->cbd", into, size_a, precision=EXACT) + size_b
-  take = lambda y: jnp.take_along_axis(y, stay, axis=1)
+
+  def take(y):
+    return jnp.take_along_axis(y, stay, axis=1)
+
   return jnp.concatenate([take(a), total / size_b], 1), jnp.concatenate([take(size_a), size_b], 1)
 
 
@@ -111,7 +122,9 @@ class Projector(nnx.Module):
   """Merged tower features to embeddings of the LLM."""
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs)
+    linear = functools.partial(
+      nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
+    )
     self.fc1 = linear(cfg.vision.width, cfg.llm.width)
     self.fc2 = linear(cfg.llm.width, cfg.llm.width)
 

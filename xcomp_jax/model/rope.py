@@ -1,4 +1,6 @@
-"""Rotary positions of the LLM, stretched by YaRN where a model's context is longer than what it was trained on."""
+"""Rotary positions of the LLM, stretched by YaRN where a model's context is longer than what it was
+trained on.
+"""
 
 import math
 
@@ -9,13 +11,18 @@ from jaxtyping import Array, Float, Int
 from xcomp_jax.config import LLMConfig, Yarn
 
 
-def rotate(x: Float[Array, "B L H h"], positions: Int[Array, "#B L"], llm: LLMConfig) -> Float[Array, "B L H h"]:
+def rotate(
+  x: Float[Array, "B L H h"], positions: Int[Array, "#B L"], llm: LLMConfig
+) -> Float[Array, "B L H h"]:
   """Rotary embedding, half-split; x [B, L, H, h], positions int32[B or 1, L]; angles in float32."""
   half = x.shape[-1] // 2
   frequency = llm.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   scale = 1.0
   if llm.rope_scaling is not None:
-    frequency, scale = frequency * slower(llm.rope_scaling, half, llm.rope_theta), llm.rope_scaling.attention
+    frequency, scale = (
+      frequency * slower(llm.rope_scaling, half, llm.rope_theta),
+      llm.rope_scaling.attention,
+    )
   angle = positions[:, :, None, None] * frequency
   cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
@@ -23,11 +30,13 @@ def rotate(x: Float[Array, "B L H h"], positions: Int[Array, "#B L"], llm: LLMCo
 
 
 def slower(yarn: Yarn, half: int, theta: float) -> np.ndarray:
-  """What YaRN multiplies each of the `half` frequencies by, float32[h / 2] (Peng et al. 2023, section 3.2).
+  """What YaRN multiplies each of the `half` frequencies by, float32[h / 2] (Peng et al. 2023,
+  section 3.2).
 
-  A frequency that turns at least `beta_fast` times within the trained positions stays: it tells neighbours apart. One
-  that turns at most `beta_slow` times is divided by the factor, so that it meets no angle it has not been trained on.
-  Between those two, counted in whole frequencies, a ramp. Queries and keys are also multiplied by `attention` each.
+  A frequency that turns at least `beta_fast` times within the trained positions stays: it tells
+  neighbours apart. One that turns at most `beta_slow` times is divided by the factor, so that it
+  meets no angle it has not been trained on. Between those two, counted in whole frequencies, a
+  ramp. Queries and keys are also multiplied by `attention` each.
   """
 
   def turning(times: float) -> float:  # the index of the frequency that turns so often

@@ -19,10 +19,12 @@ TABLE_FRAMES, TABLE_GRID = 4, 14  # the fixed position table is made for 4 frame
 
 @functools.lru_cache(maxsize=8)
 def position_table(cfg: VisionConfig, frames: int) -> np.ndarray:
-  """The fixed position table float32[F*P, D] of a clip of `frames` frames, order (frame, row, column).
+  """The fixed position table float32[F*P, D] of a clip of `frames` frames, order (frame, row,
+  column).
 
-  Sine and cosine of the flattened index, made at the pre-training geometry, then stretched: bicubic over
-  rows and columns, linear over frames. A single frame has the table of a first frame (FACTS.md 7).
+  Sine and cosine of the flattened index, made at the pre-training geometry, then stretched: bicubic
+  over rows and columns, linear over frames. A single frame has the table of a first frame (FACTS.md
+  7).
   """
   size = cfg.image_size // cfg.patch_size
   grid = TABLE_GRID if cfg.table == "umt-hd" else size
@@ -31,7 +33,9 @@ def position_table(cfg: VisionConfig, frames: int) -> np.ndarray:
   angle = np.arange(time * grid * grid)[:, None] / 10000.0 ** (2 * (channel // 2) / cfg.width)
   table = np.where(channel % 2, np.cos(angle), np.sin(angle)).reshape(time, grid, grid, cfg.width)
   space = _cubic_resize(grid, size)
-  table = np.einsum("tT,yY,xX,TYXd->tyxd", _linear_resize(time, frames), space, space, table, optimize=True)
+  table = np.einsum(
+    "tT,yY,xX,TYXd->tyxd", _linear_resize(time, frames), space, space, table, optimize=True
+  )
   return table.reshape(-1, cfg.width).astype(np.float32)
 
 
@@ -48,7 +52,8 @@ def _linear_resize(n: int, m: int) -> np.ndarray:
 def _cubic_resize(n: int, m: int) -> np.ndarray:
   """Matrix [m, n] of PyTorch's bicubic interpolation, align_corners=False.
 
-  By hand, since jax.image.resize has A = -0.5 and renormalises at borders; PyTorch has A = -0.75 and clamps.
+  By hand, since jax.image.resize has A = -0.5 and renormalises at borders; PyTorch has A = -0.75
+  and clamps.
   """
   a = -0.75
   source = (np.arange(m) + 0.5) * n / m - 0.5
@@ -70,7 +75,9 @@ def normalise(frames: UInt8[Array, "*B 3"]) -> Float[Array, "*B 3"]:
 def check_sizes(v: TowerConfig) -> None:
   """Raises a ValueError if frames can't be cut into patches, or the width into heads."""
   if v.image_size % v.patch_size:
-    raise ValueError(f"image size {v.image_size} is not a multiple of the patch size {v.patch_size}")
+    raise ValueError(
+      f"image size {v.image_size} is not a multiple of the patch size {v.patch_size}"
+    )
   if v.width % v.heads:
     raise ValueError(f"tower width {v.width} is not a multiple of its {v.heads} heads")
 
@@ -80,7 +87,9 @@ class Attention(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     width = cfg.vision.width
-    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs)
+    linear = functools.partial(
+      nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
+    )
     self.qkv = linear(width, 3 * width, use_bias=False)
     self.q_bias = nnx.Param(jnp.zeros(width, param_dtype))
     self.v_bias = nnx.Param(jnp.zeros(width, param_dtype))
@@ -91,8 +100,17 @@ class Attention(nnx.Module):
   def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
     q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
     q, v = q + self.q_bias[...].astype(q.dtype), v + self.v_bias[...].astype(v.dtype)
-    split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    out = attend(split(q), split(k), split(v), AttentionMask(causal=False), implementation=self.implementation)
+
+    def split(y):
+      return y.reshape(*y.shape[:-1], self.heads, -1)
+
+    out = attend(
+      split(q),
+      split(k),
+      split(v),
+      AttentionMask(causal=False),
+      implementation=self.implementation,
+    )
     return self.proj(out.reshape(x.shape))
 
 
@@ -101,7 +119,9 @@ class Block(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     v = cfg.vision
-    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs)
+    linear = functools.partial(
+      nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
+    )
     self.norm1 = _norm(cfg, 1e-6, rngs, param_dtype)
     self.attn = Attention(cfg, rngs=rngs, param_dtype=param_dtype)
     self.norm2 = _norm(cfg, 1e-6, rngs, param_dtype)
@@ -119,7 +139,9 @@ class PatchEmbed(nnx.Module):
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     p, width = cfg.vision.patch_size, cfg.vision.width
-    self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (p * p * 3, width), param_dtype))
+    self.kernel = nnx.Param(
+      nnx.initializers.lecun_normal()(rngs.params(), (p * p * 3, width), param_dtype)
+    )
     self.bias = nnx.Param(jnp.zeros(width, param_dtype))
     self.patch_size = p
     self.dtype = jnp.dtype(cfg.dtype)
@@ -127,7 +149,13 @@ class PatchEmbed(nnx.Module):
   def __call__(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C N D"]:
     c, f, s, _, _ = frames.shape
     p, g = self.patch_size, s // self.patch_size
-    x = normalise(frames).astype(self.dtype).reshape(c, f, g, p, g, p, 3).transpose(0, 1, 2, 4, 3, 5, 6).reshape(c, f * g * g, -1)
+    x = (
+      normalise(frames)
+      .astype(self.dtype)
+      .reshape(c, f, g, p, g, p, 3)
+      .transpose(0, 1, 2, 4, 3, 5, 6)
+      .reshape(c, f * g * g, -1)
+    )
     kernel = constrain(self.kernel[...].astype(self.dtype), None, "mlp")  # as `gathered` has it
     return x @ kernel + self.bias[...].astype(self.dtype)
 
@@ -139,7 +167,9 @@ class Vision(nnx.Module):
     v = cfg.vision
     check_sizes(v)
     self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
-    self.blocks = nnx.List([Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)])
+    self.blocks = nnx.List(
+      [Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)]
+    )
     self.norm = _norm(cfg, 1e-12, rngs, param_dtype)
     self.cfg = cfg
 
@@ -162,5 +192,10 @@ class Vision(nnx.Module):
 def _norm(cfg: VLMConfig, epsilon: float, rngs: nnx.Rngs, param_dtype) -> nnx.LayerNorm:
   # The fast variance E[x^2] - E[x]^2 loses digits, so not that one.
   return nnx.LayerNorm(
-    cfg.vision.width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
+    cfg.vision.width,
+    epsilon=epsilon,
+    use_fast_variance=False,
+    dtype=jnp.dtype(cfg.dtype),
+    param_dtype=param_dtype,
+    rngs=rngs,
   )

@@ -1,4 +1,5 @@
-"""The whole model: encode(clips) -> fill(rows) -> place(visual, text) -> decoder -> logits; and the loss.
+"""The whole model: encode(clips) -> fill(rows) -> place(visual, text) -> decoder -> logits; and the
+loss.
 
 Training, asking and evaluation call these same functions.
 """
@@ -23,7 +24,9 @@ from xcomp_jax.sharding import constrain, divides, parts
 
 VOCABULARY = "vocabulary"  # name in compiled programs of what is there once, whatever the layers
 LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
-GATHERED_ROWS = 16 * LOGIT_ROWS  # and at most in all, since every device that has some of the words has all rows
+GATHERED_ROWS = (
+  16 * LOGIT_ROWS
+)  # and at most in all, since every device that has some of the words has all rows
 NOWHERE = 2**30  # an index that no array has
 
 
@@ -39,7 +42,8 @@ class VLM(nnx.Module):
 
 
 def encode(model: VLM, frames: UInt8[Array | np.ndarray, "C F S S 3"]) -> Float[Array, "C N D"]:
-  """Tower and token merging of clips, a chunk at a time so that peak memory does not grow with their number.
+  """Tower and token merging of clips, a chunk at a time so that peak memory does not grow with
+  their number.
 
   Args:
     model: the parameters.
@@ -69,7 +73,9 @@ def encode_clips(
   whole = C // X // size * size
   split = each[:, :whole].reshape(X, -1, size, *frames.shape[1:])
   out = jax.lax.map(chunk, jnp.moveaxis(split, 1, 0).reshape(-1, X * size, *frames.shape[1:]))
-  out = jnp.moveaxis(out.reshape(-1, X, size, *out.shape[2:]), 0, 1).reshape(X, whole, *out.shape[2:])
+  out = jnp.moveaxis(out.reshape(-1, X, size, *out.shape[2:]), 0, 1).reshape(
+    X, whole, *out.shape[2:]
+  )
   if whole < C // X:
     rest = chunk(each[:, whole:].reshape(-1, *frames.shape[1:]))
     out = jnp.concatenate([out, rest.reshape(X, -1, *rest.shape[1:])], axis=1)
@@ -84,17 +90,22 @@ def fill(
   Args:
     visual: [B, T, n, D], n merged tokens of every frame.
     features: [C, F * n, D] of `encode`.
-    place: int32[C, 2], row and slot of each clip's first frame. Frames whose row or slot is not there are dropped.
+    place: int32[C, 2], row and slot of each clip's first frame. Frames whose row or slot is not
+      there are dropped.
   """
   n, D = visual.shape[2:]
   frames = features.reshape(len(features), -1, n, D)
   rows, slots = place[:, :1], place[:, 1:] + jnp.arange(frames.shape[1])
-  rows, slots = (jnp.where(index < 0, NOWHERE, index) for index in (rows, slots))  # below 0 would count from the end
+  rows, slots = (
+    jnp.where(index < 0, NOWHERE, index) for index in (rows, slots)
+  )  # below 0 would count from the end
   return visual.at[rows, slots].set(frames.astype(visual.dtype), mode="drop")
 
 
 def seen(model: VLM, batch: Batch, clips: tuple[Clips, ...]) -> Batch:
-  """Fills in the visual tokens of a batch from its clips; those of several frames and images are apart."""
+  """Fills in the visual tokens of a batch from its clips; those of several frames and images are
+  apart.
+  """
   visual = batch.visual
   for some in clips:
     rows = jnp.where(some.place < 0, NOWHERE, jnp.arange(len(visual))[:, None])
@@ -104,7 +115,10 @@ def seen(model: VLM, batch: Batch, clips: tuple[Clips, ...]) -> Batch:
 
 
 def place(
-  model: VLM, features: Float[Array, "B T N D"], prefix: Int[Array, "B P"], text: Int[Array, "B L"]
+  model: VLM,
+  features: Float[Array, "B T N D"],
+  prefix: Int[Array, "B P"],
+  text: Int[Array, "B L"],
 ) -> Float[Array, "B S E"]:
   """Projects features and puts them between the two parts of the text.
 
@@ -122,15 +136,20 @@ def place(
 
   @jax.named_scope(VOCABULARY)
   def embed(tokens):
-    # Text is little: it stays in one piece until it is part of a sequence, and every device looks up the words it has.
+    # Text is little: it stays in one piece until it is part of a sequence, and every device looks
+    # up the words it has.
     samples, _ = _beside_words(model)
     return constrain(constrain(model.llm.embed(constrain(tokens, samples)), samples), "batch")
 
-  return constrain(jnp.concatenate([embed(prefix), visual, embed(text)], axis=1), "batch", "sequence", None)
+  return constrain(
+    jnp.concatenate([embed(prefix), visual, embed(text)], axis=1), "batch", "sequence", None
+  )
 
 
 def _beside_words(model: VLM) -> tuple[str, str | None]:
-  """Logical axes of samples and rows beside the vocabulary, which is split as its parameters are, if it can be."""
+  """Logical axes of samples and rows beside the vocabulary, which is split as its parameters are,
+  if it can be.
+  """
   return ("replica", None) if divides("vocab", model.cfg.llm.vocab_size) else ("batch", "sequence")
 
 
@@ -143,14 +162,20 @@ def lengths(model: VLM, batch: Batch) -> Lengths:
 
 
 def forward(
-  model: VLM, batch: Batch, *, projector_max_frames: int | None = None, caches: bool = False, entering: bool = False
+  model: VLM,
+  batch: Batch,
+  *,
+  projector_max_frames: int | None = None,
+  caches: bool = False,
+  entering: bool = False,
 ):
   """Decoded states of a batch, up to the last layer; training and asking begin with this.
 
   Args:
     model: the parameters.
     batch: features and text.
-    projector_max_frames: samples of at least this many frames give the projector no gradient (quirk Q17).
+    projector_max_frames: samples of at least this many frames give the projector no gradient (quirk
+      Q17).
     caches: return every layer's keys and values.
     entering: return the states entering every layer.
   """
@@ -166,16 +191,22 @@ def forward(
     slot = jnp.arange(x.shape[1])
     long = (frames >= projector_max_frames) & (slot >= before) & (slot < before + visual)
     x = jnp.where(long[..., None], jax.lax.stop_gradient(x), x)
-  return decoder.run(model.llm, x, of, prefix=before, text=L, query=batch.query, caches=caches, entering=entering)
+  return decoder.run(
+    model.llm, x, of, prefix=before, text=L, query=batch.query, caches=caches, entering=entering
+  )
 
 
 def forward_in_pieces(model: VLM, batch: Batch) -> decoder.Decoded:
-  """`forward` with caches for a prompt a row, whose text follows the frames in pieces: what it is padded to costs memory alone.
+  """`forward` with caches for a prompt a row, whose text follows the frames in pieces: what it is
+  padded to costs memory alone.
 
-  Of the states it returns those of the text, [B, L, D]. For rules of keeping that don't ask the text.
+  Of the states it returns those of the text, [B, L, D]. For rules of keeping that don't ask the
+  text.
   """
   (B, M, P), L = batch.prefix.shape, batch.text.shape[1]
-  x = place(model, batch.visual.astype(model.cfg.dtype), batch.prefix.reshape(B, M * P), batch.text[:, :0])
+  x = place(
+    model, batch.visual.astype(model.cfg.dtype), batch.prefix.reshape(B, M * P), batch.text[:, :0]
+  )
   of = lengths(model, batch)
   of = dataclasses.replace(of, text=jnp.zeros_like(of.text))
   seen = decoder.run(model.llm, x, of, prefix=M * P, text=0, caches=True, rotated=False)
@@ -185,17 +216,20 @@ def forward_in_pieces(model: VLM, batch: Batch) -> decoder.Decoded:
 
 
 def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B R D"]:
-  """The rows of x [B, S', D] that can have a target: prefixes, each sample's last visual token, texts -> [B, M * P + M + L, D].
+  """The rows of x [B, S', D] that can have a target: prefixes, each sample's last visual token,
+  texts -> [B, M * P + M + L, D].
 
   Never a row per visual token: at 1,024 frames those are nearly all rows (FACTS.md 3).
   """
   P, L = math.prod(batch.prefix.shape[1:]), batch.text.shape[1]
   end = x.shape[1] - L
-  # In one piece: it is one token per group by now, and XLA (of jax 0.10) gets the gradient of slices of split rows wrong
-  # on a mesh of tensor and context (tests/test_context.py).
+  # In one piece: it is one token per group by now, and XLA (of jax 0.10) gets the gradient of
+  # slices of split rows wrong on a mesh of tensor and context (tests/test_context.py).
   x = constrain(x, "batch", None, None)
   if visual := end - P:
-    kept = visual // (math.prod(batch.visual.shape[1:3]) // model.cfg.lp_comp.group)  # tokens of a group
+    kept = visual // (
+      math.prod(batch.visual.shape[1:3]) // model.cfg.lp_comp.group
+    )  # tokens of a group
     last = P + jnp.cumsum(lengths(model, batch).groups, axis=1) * kept - 1
     last = jnp.take_along_axis(x, jnp.maximum(last, 0)[..., None], axis=1)
   else:
@@ -206,10 +240,12 @@ def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float
 def predictions(
   model: VLM, rows: Float[Array, "B R D"], targets: Int[Array, "B R"]
 ) -> tuple[Float[Array, "B R"], Bool[Array, "B R"]]:
-  """Next-token losses float32[B, R], 0 where not supervised, and whether the most probable token is the target.
+  """Next-token losses float32[B, R], 0 where not supervised, and whether the most probable token is
+  the target.
 
-  Logits exist for LOGIT_ROWS rows per device at once, and are made again for the gradient: all of 8,192 rows of 152k
-  words would take 5 GB. A device has its share of the words, and all rows; if the words can't be split, its own rows.
+  Logits exist for LOGIT_ROWS rows per device at once, and are made again for the gradient: all of
+  8,192 rows of 152k words would take 5 GB. A device has its share of the words, and all rows; if
+  the words can't be split, its own rows.
 
   Args:
     model: the parameters.
@@ -222,7 +258,9 @@ def predictions(
     rows, targets = part
     rows, targets = (constrain(x, samples, slots) for x in (rows, targets))
     logits, supervised = model.llm.logits(rows), targets != IGNORE
-    picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)[..., 0]
+    picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)[
+      ..., 0
+    ]
     loss = jnp.where(supervised, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
     return loss, (jnp.argmax(logits, -1) == targets) & supervised
 
@@ -241,17 +279,24 @@ def predictions(
 
 
 def _means(values: jax.Array, where: jax.Array, batch: Batch) -> jax.Array:
-  """float32[B, M]: means over each sample's own rows `where` of values [B, R]; 0 where there is none."""
+  """float32[B, M]: means over each sample's own rows `where` of values [B, R]; 0 where there is
+  none.
+  """
   (B, M, P), ends = batch.prefix.shape, jnp.cumsum(batch.text_length, axis=1)
   text = (jnp.arange(batch.text.shape[1])[:, None] >= ends[:, None]).sum(-1)
-  around = jnp.broadcast_to(jnp.concatenate([jnp.arange(M * P) // max(1, P), jnp.arange(M)]), (B, M * P + M))
+  around = jnp.broadcast_to(
+    jnp.concatenate([jnp.arange(M * P) // max(1, P), jnp.arange(M)]), (B, M * P + M)
+  )
   of = jnp.concatenate([around, text], axis=1)[..., None] == jnp.arange(M)
   of = jnp.where(where[..., None], of, False)
   return jnp.where(of, values[..., None], 0).sum(1) / jnp.maximum(of.sum(1), 1)
 
 
-def loss(model: VLM, batch: Batch, *, projector_max_frames: int | None = None) -> Float[Array, "B M"]:
-  """float32[B, M]: next-token loss of each sample, its mean over supervised rows, as trained officially (FACTS.md 3).
+def loss(
+  model: VLM, batch: Batch, *, projector_max_frames: int | None = None
+) -> Float[Array, "B M"]:
+  """float32[B, M]: next-token loss of each sample, its mean over supervised rows, as trained
+  officially (FACTS.md 3).
 
   Not weighted by batch.weight; 0 where nothing is supervised.
   """
@@ -263,10 +308,12 @@ def loss(model: VLM, batch: Batch, *, projector_max_frames: int | None = None) -
 def evaluate(model: VLM, batch: Batch) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
   """Held-out measures of each sample: loss float32[B, M], and correct float32[B, M].
 
-  `correct` is the share of answers whose first token is the most probable one: for an answer of a single letter,
-  greedy decoding's accuracy.
+  `correct` is the share of answers whose first token is the most probable one: for an answer of a
+  single letter, greedy decoding's accuracy.
   """
-  losses, hit = predictions(model, supervised_rows(model, forward(model, batch).x, batch), batch.targets)
+  losses, hit = predictions(
+    model, supervised_rows(model, forward(model, batch).x, batch), batch.targets
+  )
   supervised = batch.targets != IGNORE
   around = supervised.shape[1] - batch.query.shape[1]
   asked = jnp.pad(batch.query, ((0, 0), (around, 0)))
