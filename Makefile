@@ -45,6 +45,7 @@ base: env
 
 lint: env
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/ty check
 
 test: lint
