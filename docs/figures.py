@@ -13,10 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-from xcomp_jax import draw, qc_comp
 from xcomp_jax.config import Keep, LPCompConfig, VisionConfig
-from xcomp_jax.draw import BLUE, GREY, LIGHT, ORANGE, STYLE
-from xcomp_jax.model import lp_comp
+from xcomp_jax.model import lp_comp, qc_comp
+from xcomp_jax.viz import plots
+from xcomp_jax.viz.plots import BLUE, GREY, LIGHT, ORANGE, STYLE
 
 OUT = pathlib.Path(__file__).parent / "figures"
 LAYERS = qc_comp.DEPTH  # of the released LLMs
@@ -98,7 +98,7 @@ def schedules() -> None:
   """Tokens per group and layer: as released, and by the paper's formula."""
   names = {"cosine, as released": "cosine", "cosine_ceil, the paper's Eq. 1": "cosine_ceil"}
   save(
-    draw.schedule(
+    plots.schedule(
       {name: LPCompConfig(kind, "suffix", GROUP) for name, kind in names.items()}, LAYERS
     ),
     "schedule",
@@ -108,7 +108,7 @@ def schedules() -> None:
 def survivors() -> None:
   """Which tokens of a group each layer works on, by keep rule."""
   save(
-    draw.survivors(
+    plots.survivors(
       [LPCompConfig("cosine", rule, GROUP) for rule in ("suffix", "uniform", "stride")], LAYERS
     ),
     "survivors",
@@ -169,7 +169,7 @@ def tuning() -> None:
   400.
   """
   right = {"no compression": 356, "LP-Comp,\nnot trained": 268, "LP-Comp\nafter SCT": 313}
-  save(draw.bars(right, 400, 0.25), "tuning")
+  save(plots.bars(right, 400, 0.25), "tuning")
 
 
 if __name__ == "__main__":

@@ -94,10 +94,13 @@ out = "runs/notebooks/ask"  # @param {type: "string"}
 # %%
 from matplotlib import pyplot as plt
 
-from xcomp_jax import draw, files, reader, report, world
-from xcomp_jax.chat import Chat
+from xcomp_jax import files
+from xcomp_jax.inference import video_model
+from xcomp_jax.inference.chat import Chat
+from xcomp_jax.synthetic import world
+from xcomp_jax.viz import html_report, plots
 
-plt.rcParams.update(draw.STYLE | {"figure.dpi": 110})
+plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
 checkpoint = checkpoint or next(
   c for c in ("runs/notebooks/tune/export", "assets/tiny") if os.path.exists(c)
@@ -119,7 +122,7 @@ if not video:
 # ## Encode it once
 
 # %%
-watching = reader.prepare(reader.default(checkpoint, select=frames, mode=mode, min_frames=8))
+watching = video_model.prepare(video_model.default(checkpoint, select=frames, mode=mode, min_frames=8))
 model = watching.load()
 with watching.precision():
   film, encoding = watching.encode(model, watching.sample(path), watching.source(path))
@@ -153,13 +156,13 @@ if shown:
 # answer: a selection that misses it leaves the model to guess.
 
 # %% tags=["picture-relevance"]
-draw.relevance(film, answers, shown and [(scene, scene + 1) for scene in shown])
+plots.relevance(film, answers, shown and [(scene, scene + 1) for scene in shown])
 
 # %% [markdown]
 # The best clips of the first question, with their score as a share of the highest:
 
 # %% tags=["picture-thumbnails"]
-draw.thumbnails(film, answers[0][1])
+plots.thumbnails(film, answers[0][1])
 
 # %% [markdown]
 # ## What was spent
@@ -168,7 +171,7 @@ draw.thumbnails(film, answers[0][1])
 # tokens left in the LLM.
 
 # %% tags=["picture-spent"]
-draw.spent(
+plots.spent(
   {"video": encoding} | {f"question {i}": answer.spent for i, (_, answer) in enumerate(answers, 1)}
 )
 
@@ -176,5 +179,5 @@ draw.spent(
 # The same as a page that needs nothing else:
 
 # %%
-files.write(out / "report.html", report.page(film, answers, watching.cfg, encoding))
+files.write(out / "report.html", html_report.page(film, answers, watching.cfg, encoding))
 print(out / "report.html")

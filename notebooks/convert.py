@@ -88,28 +88,21 @@ import numpy as np
 from flax import nnx
 from matplotlib import pyplot as plt
 
-from xcomp_jax import (
-  comparison,
-  draw,
-  export,
-  generate,
-  inside,
-  official,
-  parity,
-  reader,
-  weights,
-  world,
-)
-from xcomp_jax.chat import Chat
+from xcomp_jax.checkpoints import loading, saving, tensor_names
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
+from xcomp_jax.inference import generate, video_model
+from xcomp_jax.inference.chat import Chat
 from xcomp_jax.model import vlm
+from xcomp_jax.parity import comparison, parity
+from xcomp_jax.synthetic import world
+from xcomp_jax.viz import flow, plots
 
-plt.rcParams.update(draw.STYLE | {"figure.dpi": 110})
+plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
-watching = reader.prepare(reader.default(checkpoint, select=0, min_frames=8, max_frames=8))
-stored = weights.stored(watching.directory, watching.cfg)
-for count, entry in official.families(official.names(watching.cfg)):
+watching = video_model.prepare(video_model.default(checkpoint, select=0, min_frames=8, max_frames=8))
+stored = loading.stored(watching.directory, watching.cfg)
+for count, entry in tensor_names.families(tensor_names.names(watching.cfg)):
   print(f"{count:3} x {entry.name:67} {list(entry.shape)!s:19} {entry.form:9} {entry.path}")
 print(
   f"{len(stored)} tensors as {', '.join(sorted({str(dtype) for dtype in stored.values()}))} in "
@@ -147,7 +140,7 @@ if beside_cpu:
     dataclasses.replace(watching.cfg, dtype="float32", attention="xla_chunked"),
   )
   exact = jax.tree.map(lambda a: jax.device_put(np.asarray(a, np.float32), cpu), nnx.state(model))
-  exact = nnx.merge(nnx.graphdef(weights.abstract(cfg)), exact)
+  exact = nnx.merge(nnx.graphdef(loading.abstract(cfg)), exact)
   frames = np.stack(list(movies.frames(watching.sample(path))))
   clips = frames.reshape(-1, film.clip_frames, *frames.shape[1:])
   asked = prompt.ask(
@@ -167,7 +160,7 @@ if beside_cpu:
     ours = logits(model)
   with jax.default_device(cpu), jax.default_matmul_precision("highest"):
     theirs = logits(exact)
-  (same,), (apart,) = inside.agreement(ours, theirs)
+  (same,), (apart,) = flow.agreement(ours, theirs)
   print(
     f"{jax.devices()[0].device_kind}, {watching.dtype}: largest difference "
     f"{np.abs(ours - theirs).max():.2e} of logits up to {np.abs(theirs).max():.1f}"
@@ -188,7 +181,7 @@ print(
   f"{parity.LOSS:.0e} of the loss, {parity.QC_SCORES:.0e} of scores"
 )
 print(comparison.show(rows))
-draw.errors(rows)
+plots.errors(rows)
 
 # %% [markdown]
 # ## Out and back
@@ -197,9 +190,9 @@ draw.errors(rows)
 
 # %%
 if exports:
-  kept = weights.parameters(weights.load(watching.directory, watching.cfg))
+  kept = loading.parameters(loading.load(watching.directory, watching.cfg))
   for form in ("torch", "orbax"):
-    export.main(
+    saving.main(
       [
         "--checkpoint",
         str(watching.directory),
@@ -209,7 +202,7 @@ if exports:
         "--overwrite",
       ]
     )
-    back = weights.parameters(weights.load(out / form, watching.cfg))
+    back = loading.parameters(loading.load(out / form, watching.cfg))
     equal = sum(
       np.asarray(a).tobytes() == np.asarray(back[path]).tobytes() for path, a in kept.items()
     )

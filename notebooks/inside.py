@@ -88,20 +88,24 @@ out = "runs/notebooks/inside"  # @param {type: "string"}
 import numpy as np
 from matplotlib import pyplot as plt
 
-from xcomp_jax import draw, generate, inside, reader, weights, world
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import COSINE, LPCompConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
-from xcomp_jax.model import lp_comp, merge
+from xcomp_jax.inference import generate, video_model
+from xcomp_jax.model import lp_comp, token_merging
+from xcomp_jax.synthetic import world
+from xcomp_jax.viz import plots
+from xcomp_jax.viz.flow import agreement, flow
 
-plt.rcParams.update(draw.STYLE | {"figure.dpi": 110})
+plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
-watching = reader.prepare(reader.default(checkpoint, select=0, min_frames=8, max_frames=64))
+watching = video_model.prepare(video_model.default(checkpoint, select=0, min_frames=8, max_frames=64))
 models = {"not tuned": watching.load()}
 looked = COSINE
 if tuned and pathlib.Path(tuned).exists():
-  models["tuned"] = weights.load(weights.resolve(tuned), watching.cfg, dtype=watching.dtype)
-  if known := weights.read_tuned(weights.resolve(tuned)):
+  models["tuned"] = loading.load(loading.resolve(tuned), watching.cfg, dtype=watching.dtype)
+  if known := loading.read_tuned(loading.resolve(tuned)):
     looked = known.lp_comp
 model, layers = models["not tuned"], watching.cfg.llm.layers
 
@@ -132,7 +136,7 @@ print(f"{', '.join(models)}; {len(batches)} questions; looking at {looked}")
 # %% tags=["picture-schedule"]
 cosine, paper = COSINE, LPCompConfig("cosine_ceil", "suffix", looked.group)
 tuning = {} if looked == cosine else {"as tuned": looked}
-draw.schedule(tuning | {"cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers)
+plots.schedule(tuning | {"cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers)
 
 # %% [markdown]
 # ## Which tokens survive, and where they are on the frames
@@ -151,7 +155,7 @@ clip = np.stack(list(movies.frames(watching.sample(path))))[
   scene * 8 : scene * 8 + watching.cfg.clip_frames
 ]
 sources = jax.jit(
-  lambda model, clips: merge.sources(
+  lambda model, clips: token_merging.sources(
     model.vision(clips), watching.cfg.clip_tokens, watching.cfg.vision.heads
   )
 )
@@ -159,7 +163,7 @@ with watching.precision():
   into = sources(model, clip[None])
 counts = lp_comp.counts(looked, layers)
 steps = [layer for layer in range(layers) if layer == 0 or counts[layer] < counts[layer - 1]]
-draw.places(clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(steps) // 5)][::-1])
+plots.places(clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(steps) // 5)][::-1])
 
 # %% [markdown]
 # ## Where attention goes
@@ -170,14 +174,14 @@ draw.places(clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(step
 # others know before those go.
 
 # %% tags=["picture-flow"]
-flow = jax.jit(inside.flow)
-under = {name: weights.with_lp_comp(one, looked) for name, one in models.items()}
+kept_flow = jax.jit(flow)
+under = {name: loading.with_lp_comp(one, looked) for name, one in models.items()}
 with watching.precision():
   shares = {
-    name: np.mean([np.asarray(flow(one, batch)[0]) for batch in batches], axis=0)
+    name: np.mean([np.asarray(kept_flow(one, batch)[0]) for batch in batches], axis=0)
     for name, one in under.items()
   }
-draw.flow(shares, dict.fromkeys(shares, looked))
+plots.flow(shares, dict.fromkeys(shares, looked))
 
 # %% [markdown]
 # Of the attention that the text pays to visual tokens, how much goes to those that stay to the end?
@@ -185,7 +189,7 @@ draw.flow(shares, dict.fromkeys(shares, looked))
 # their number explains.
 
 # %% tags=["picture-kept"]
-draw.kept_share(shares, dict.fromkeys(shares, looked))
+plots.kept_share(shares, dict.fromkeys(shares, looked))
 
 # %% [markdown]
 # ## How far the answers move
@@ -215,11 +219,11 @@ given = {}
 with watching.precision():
   for name, one in models.items():
     for schedule, left in schedules.items():
-      squeezed = weights.with_lp_comp(one, LPCompConfig(left, "suffix", looked.group))
+      squeezed = loading.with_lp_comp(one, LPCompConfig(left, "suffix", looked.group))
       given[name, schedule] = np.stack([np.asarray(logits(squeezed, batch)) for batch in batches])
 work = {schedule: float(np.mean(left)) / looked.group for schedule, left in schedules.items()}
 against = {
-  key: [np.asarray(a) for a in inside.agreement(one, given["not tuned", "none"])]
+  key: [np.asarray(a) for a in agreement(one, given["not tuned", "none"])]
   for key, one in given.items()
 }
 for (name, schedule), (same, apart) in against.items():
@@ -236,4 +240,4 @@ def pick(which):
   return {name: [against[name, schedule][which] for schedule in schedules] for name in models}
 
 
-draw.agreement(work, pick(0), pick(1))
+plots.agreement(work, pick(0), pick(1))

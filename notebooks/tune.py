@@ -85,12 +85,16 @@ import dataclasses
 
 from matplotlib import pyplot as plt
 
-from xcomp_jax import demo, draw, export, train, world
+from xcomp_jax import demo
+from xcomp_jax.checkpoints import saving
 from xcomp_jax.config import LPCompConfig, from_command_line
-from xcomp_jax.data.check import contact_sheet
+from xcomp_jax.data.inspection import contact_sheet
 from xcomp_jax.data.store import open_store
+from xcomp_jax.synthetic import world
+from xcomp_jax.training import loop
+from xcomp_jax.viz import plots
 
-plt.rcParams.update(draw.STYLE | {"figure.dpi": 110})
+plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
 demo.clear(out, demo.MADE)
 splits = [world.Split("train", videos, 4, 6, 4), dataclasses.replace(demo.HELDOUT, videos=heldout)]
@@ -136,7 +140,7 @@ seen = {"train": [], "heldout": [(0, right["LP-Comp,\nnot trained"].mean())], "g
 watched = {"train": "loss", "heldout": "accuracy", "goodput": "step"}
 
 # %%
-result = train.run(
+result = loop.run(
   config, watch=lambda step, group, values: seen[group].append((step, values[watched[group]]))
 )
 
@@ -144,7 +148,7 @@ result = train.run(
 # ## Watch it learn
 
 # %% tags=["picture-learning"]
-draw.learning(seen["train"], seen["heldout"], heldout, chance=0.25)
+plots.learning(seen["train"], seen["heldout"], heldout, chance=0.25)
 
 # %% [markdown]
 # ## After
@@ -153,7 +157,7 @@ draw.learning(seen["train"], seen["heldout"], heldout, chance=0.25)
 # questions.
 
 # %%
-export.main(
+saving.main(
   [
     "--checkpoint",
     str(out / "run"),
@@ -169,4 +173,4 @@ more, low, high = demo.gain(untrained, tuned)
 print(f"gain by SCT, question by question: {more:+.1%}, 95% interval {low:+.1%} to {high:+.1%}")
 
 # %% tags=["picture-accuracy"]
-draw.bars({name: int(one.sum()) for name, one in right.items()}, heldout, chance=0.25)
+plots.bars({name: int(one.sum()) for name, one in right.items()}, heldout, chance=0.25)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from xcomp_jax import chips
+from xcomp_jax.parallel import chips
 
 
 @dataclasses.dataclass(frozen=True)

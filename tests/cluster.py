@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from xcomp_jax import checkpoint
 from xcomp_jax.config import to_dict
+from xcomp_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 

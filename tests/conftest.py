@@ -118,7 +118,7 @@ def tiny_run(tmp_path_factory, reference):
   import numpy as np
   from flax import nnx
 
-  from xcomp_jax import export, weights
+  from xcomp_jax.checkpoints import loading, saving
   from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig, from_dict
   from xcomp_jax.data import prompt
   from xcomp_jax.data.store import Sample, write_store
@@ -175,8 +175,8 @@ def tiny_run(tmp_path_factory, reference):
     remat=True,
   )
   lp = LPCompConfig((8, 1), "suffix", 16)
-  cfg = weights.read_config(init, model, lp)
-  export.save_torch(
+  cfg = loading.read_config(init, model, lp)
+  saving.save_torch(
     root / "base", jax.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32
   )
 
@@ -277,22 +277,23 @@ def write_features():
   import ml_dtypes
   import numpy as np
 
-  from xcomp_jax import encode, weights
+  from xcomp_jax.checkpoints import loading
   from xcomp_jax.data.store import Features, open_store, write_store
+  from xcomp_jax.inference import encoded_video
 
   def write(config, folder):
-    cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
-    model = weights.load(
-      weights.resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype)
+    cfg = loading.read_config(loading.resolve(config.init_from), config.model, config.lp_comp)
+    model = loading.load(
+      loading.resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype)
     )
     frames = open_store(config.data.train)
 
     def items():
       for i, sample in enumerate(frames.samples):
-        clips = list(encode.encode_clips(model, frames.visual(i))) if sample.frames else None
+        clips = list(encoded_video.encode_clips(model, frames.visual(i))) if sample.frames else None
         yield sample, clips and np.stack(clips).astype(ml_dtypes.bfloat16)
 
-    made = Features(encode.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)
+    made = Features(encoded_video.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)
     write_store(
       folder, items(), image_size=frames.image_size, clip_frames=frames.clip_frames, features=made
     )

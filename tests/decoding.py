@@ -17,9 +17,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from xcomp_jax import predecode as predecode_lib
+from xcomp_jax.data import predecoding as predecode_lib
+from xcomp_jax.data.predecoding import Settings, Tower, predecode
 from xcomp_jax.data.store import Features
-from xcomp_jax.predecode import Settings, Tower, predecode
 
 SETTINGS = Settings(image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
 SAMPLING = {

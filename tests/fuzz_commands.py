@@ -22,8 +22,12 @@ from fuzz_subjects import (
 )
 from fuzzing import Command, Subject
 
-from xcomp_jax import encode, evaluate, parity, weights  # noqa: F401  (what commands import is imported before the first fork)
+# What commands import is imported before the first fork.
+from xcomp_jax.checkpoints import loading  # noqa: F401
 from xcomp_jax.data import prompt, store, video
+from xcomp_jax.evaluation import scores  # noqa: F401
+from xcomp_jax.inference import encoded_video  # noqa: F401
+from xcomp_jax.parity import parity  # noqa: F401
 
 Line = Callable[[pathlib.Path, pathlib.Path, pathlib.Path], list[str]]
 
@@ -66,8 +70,8 @@ def read_asked(given, file) -> Any:
 
 def read_film(given, file) -> Any:
   """Of this model's tower, unlike `read_encoded`."""
-  model = weights.load(given / "tiny", weights.read_config(given / "tiny", MODEL, LP_COMP))
-  found = encode.load(file, model)
+  model = loading.load(given / "tiny", loading.read_config(given / "tiny", MODEL, LP_COMP))
+  found = encoded_video.load(file, model)
   return {
     "features": [list(found.features[0].shape), digest(found.features[0])],
     "times": digest(found.times),

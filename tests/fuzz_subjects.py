@@ -24,19 +24,13 @@ from PIL import Image
 
 # All that readers import is imported before the first child is forked; JAX itself begins in the
 # children.
-from xcomp_jax import (
-  ask,
-  comparison,
-  encode,
-  export,
-  needles,
-  official,
-  predecode,
-  tasks,
-  weights,
-)
+from xcomp_jax import ask
+from xcomp_jax.checkpoints import loading, saving, tensor_names
 from xcomp_jax.config import LPCompConfig, ModelConfig
-from xcomp_jax.data import check, mixture, prompt, store, video
+from xcomp_jax.data import inspection, mixture, predecoding, prompt, store, video
+from xcomp_jax.evaluation import benchmarks, needles
+from xcomp_jax.inference import encoded_video
+from xcomp_jax.parity import comparison
 
 MODEL = ModelConfig(
   8, "checkpoint", "float32", "float32", clips_per_chunk=2, attention="auto", remat=False
@@ -57,12 +51,12 @@ def make(good: pathlib.Path) -> None:
   """Writes the good files."""
   shutil.copytree(ROOT / "assets" / "tiny", good / "tiny")
   tiny = good / "tiny"
-  cfg = weights.read_config(tiny, MODEL, LP_COMP)
-  model = weights.load(tiny, cfg)
+  cfg = loading.read_config(tiny, MODEL, LP_COMP)
+  model = loading.load(tiny, cfg)
   (tiny / "xcomp.json").unlink()
-  export.save_torch(good / "sharded", model, cfg, tiny, shard_bytes=1 << 20)
-  export.save_orbax(good / "orbax", model, cfg, tiny)
-  weights.write_tuned(tiny, weights.read_tuned(good / "sharded"))
+  saving.save_torch(good / "sharded", model, cfg, tiny, shard_bytes=1 << 20)
+  saving.save_orbax(good / "orbax", model, cfg, tiny)
+  loading.write_tuned(tiny, loading.read_tuned(good / "sharded"))
   shutil.copytree(tiny, good / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
   prompt.load_tokenizer(tiny)._core.save(str(good / "tokenizer" / "tokenizer.json"))
 
@@ -82,13 +76,13 @@ def make(good: pathlib.Path) -> None:
     ("film.webm", "libvpx-vp9"),
   ):
     film(videos / name, codec)
-  settings = predecode.Settings(image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
+  settings = predecoding.Settings(image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
   for name, more in (
     ("store", {}),
     ("jpeg", {"quality": 90}),
     ("features", {"tower": decoding.summing_tower()}),
   ):
-    predecode.predecode(
+    predecoding.predecode(
       world / "mixture.yaml",
       good / name / "data",
       settings,
@@ -103,9 +97,9 @@ def make(good: pathlib.Path) -> None:
   watched, _ = reader_of.encode(
     reader_of.load(), sample, reader_of.source(str(videos / "film.mp4"))
   )
-  encode.save(watched, good / "film" / "film.npz")
+  encoded_video.save(watched, good / "film" / "film.npz")
   (good / "other").mkdir()
-  encode.save(dataclasses.replace(watched, identity=IDENTITY), good / "other" / "film.npz")
+  encoded_video.save(dataclasses.replace(watched, identity=IDENTITY), good / "other" / "film.npz")
 
   (good / "bench").mkdir()
   questions = [
@@ -188,9 +182,9 @@ def parsed(file: pathlib.Path) -> Any:
 
 
 def read_config(given, file) -> Any:
-  cfg = weights.read_config(file.parent, MODEL, LP_COMP)
-  weights.stored(file.parent, cfg)
-  tuned = weights.read_tuned(file.parent)
+  cfg = loading.read_config(file.parent, MODEL, LP_COMP)
+  loading.stored(file.parent, cfg)
+  tuned = loading.read_tuned(file.parent)
   return {"cfg": dataclasses.asdict(cfg), "tuned": tuned and dataclasses.asdict(tuned)}
 
 
@@ -228,11 +222,11 @@ def right_config(given, file, good, found) -> str:
 
 def read_weights(given, file) -> Any:
   folder = next(folder for folder in file.parents if folder.parent == given)
-  cfg = weights.read_config(folder, MODEL, LP_COMP)
-  model = weights.load(folder, cfg)
+  cfg = loading.read_config(folder, MODEL, LP_COMP)
+  model = loading.load(folder, cfg)
   return {
     path: [list(leaf.shape), str(leaf.dtype), digest(leaf)]
-    for path, leaf in weights.parameters(model).items()
+    for path, leaf in loading.parameters(model).items()
   }
 
 
@@ -252,7 +246,7 @@ def right_tensors(given, file, good, found) -> str:
     return wrong
   now, before = tensors(file), tensors(given.parent / "good" / file.name)
   paths = {
-    e.name: e.path for e in official.names(weights.read_config(given / "tiny", MODEL, LP_COMP))
+    e.name: e.path for e in tensor_names.names(loading.read_config(given / "tiny", MODEL, LP_COMP))
   }
   for name, path in paths.items():
     if (now.get(name) == before.get(name)) != (found[path] == good[path]):
@@ -291,8 +285,8 @@ WORDS = ("Which digit was shown?", "äöü 12 <|im_start|>\n\n'll", "\U0001f600 
 
 
 def read_tokenizer(given, file) -> Any:
-  tokenizer = weights.read_tokenizer(
-    file.parent, weights.read_config(given / "tiny", MODEL, LP_COMP)
+  tokenizer = loading.read_tokenizer(
+    file.parent, loading.read_config(given / "tiny", MODEL, LP_COMP)
   )
   ids = [tokenizer.encode(text) for text in WORDS]
   return {
@@ -369,7 +363,7 @@ def read_store(given, file) -> Any:
 
 
 def verify_store(given, file) -> Any:
-  check.verify(next(folder for folder in file.parents if (folder.parent.parent == given)))
+  inspection.verify(next(folder for folder in file.parents if (folder.parent.parent == given)))
   return read_store(given, file)
 
 
@@ -388,9 +382,9 @@ def right_store(given, file, good, found) -> str:
 
 
 def read_encoded(given, file) -> Any:
-  model = weights.abstract(weights.read_config(given / "tiny", MODEL, LP_COMP))
-  encode.identity = lambda _: IDENTITY
-  found = encode.load(file, model)
+  model = loading.abstract(loading.read_config(given / "tiny", MODEL, LP_COMP))
+  encoded_video.identity = lambda _: IDENTITY
+  found = encoded_video.load(file, model)
   arrays = {f"features {phase}": a for phase, a in found.features.items()} | {
     "times": found.times,
     "thumbnails": found.thumbnails,
@@ -472,7 +466,7 @@ def right_frames(given, file, good, found) -> str:
 
 
 def read_questions(given, file) -> Any:
-  return [dataclasses.asdict(q) for q in tasks.read(tasks.TASKS["lvbench"], file)]
+  return [dataclasses.asdict(q) for q in benchmarks.read(benchmarks.TASKS["lvbench"], file)]
 
 
 def right_questions(given, file, good, found) -> str:

@@ -186,15 +186,15 @@ def tensors(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
   """What a command that only reads finds of a checkpoint."""
   import numpy as np
 
-  from xcomp_jax import export, weights
+  from xcomp_jax.checkpoints import loading, saving
 
   with _reading:
-    found = weights.resolve(str(folder))
-    cfg = weights.read_config(found, export.AS_IT_IS, export.NOT_TUNED)
-    weights.read_tokenizer(found, cfg)
+    found = loading.resolve(str(folder))
+    cfg = loading.read_config(found, saving.AS_IT_IS, saving.NOT_TUNED)
+    loading.read_tokenizer(found, cfg)
     return {
       path: (str(leaf.dtype), np.asarray(leaf).tobytes())
-      for path, leaf in weights.parameters(weights.load(found, cfg)).items()
+      for path, leaf in loading.parameters(loading.load(found, cfg)).items()
     }
 
 
@@ -337,12 +337,12 @@ def make(shared: pathlib.Path) -> None:
   """Writes what the commands read."""
   import decoding
 
-  from xcomp_jax import predecode
+  from xcomp_jax.data import predecoding
 
   shutil.copytree(ROOT / "assets" / "tiny", shared / "tiny")
   world = decoding.make_world(shared / "world")
-  settings = predecode.Settings(image_size=48, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
-  predecode.predecode(world / "mixture.yaml", shared / "store", settings, root=world)
+  settings = predecoding.Settings(image_size=48, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
+  predecoding.predecode(world / "mixture.yaml", shared / "store", settings, root=world)
   questions = [
     {
       "video": f"v{i}",

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xcomp_jax import ask, encode, generate, qc_comp, weights
-from xcomp_jax import chat as chats
-from xcomp_jax import reader as readers
+from xcomp_jax import ask
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError, ModelConfig
 from xcomp_jax.data import prompt, video
-from xcomp_jax.model import vlm
+from xcomp_jax.inference import chat as chats
+from xcomp_jax.inference import encoded_video, generate
+from xcomp_jax.inference import video_model as readers
+from xcomp_jax.model import qc_comp, vlm
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +78,8 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   run(checkpoint, film)
   printed = capsys.readouterr()
   assert "8 frames of 1.50 s" in printed.err
-  tuned = weights.read_tuned(checkpoint).lp_comp
-  cfg = weights.read_config(
+  tuned = loading.read_tuned(checkpoint).lp_comp
+  cfg = loading.read_config(
     checkpoint,
     ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
     tuned,
@@ -85,7 +87,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   frames = video.load(
     film, size=48, max_frames=8, min_frames=8, fps=8, clip_frames=4, style="ask"
   ).frames
-  tokenizer, model = prompt.load_tokenizer(checkpoint), weights.load(checkpoint, cfg)
+  tokenizer, model = prompt.load_tokenizer(checkpoint), loading.load(checkpoint, cfg)
   question, tokens = prompt.ask(tokenizer, "Which?", prompt.time_message(1.5, 8)), []
   forward = jax.jit(lambda model, batch: model.llm.logits(vlm.forward(model, batch).x))
   while len(tokens) < 3:
@@ -243,8 +245,8 @@ def answers(capsys):
 def test_several_questions_encode_once_and_select_their_own_frames(
   checkpoint, film, tmp_path, capsys, monkeypatch
 ):
-  count, whole = [], encode.encode
-  monkeypatch.setattr(encode, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
+  count, whole = [], encoded_video.encode
+  monkeypatch.setattr(encoded_video, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
   (tmp_path / "q.txt").write_text("What colour?\n\nAnd who?\n")
   run(
     checkpoint,
@@ -437,7 +439,7 @@ def test_official_mode_answers_from_torn_clips_and_from_its_file(
   checkpoint, film, tmp_path, capsys, monkeypatch
 ):
   file, again = tmp_path / "film.npz", []
-  encode_clips = encode.encode_clips
+  encode_clips = encoded_video.encode_clips
 
   def count(model, clips):
     return (again.append(1) or clip for clip in encode_clips(model, clips))
@@ -449,7 +451,7 @@ def test_official_mode_answers_from_torn_clips_and_from_its_file(
   answered = answers(capsys)
   for got in answered:
     assert len(got["frames"]) == 512 and got["sampled_frames"] == 1024 and not got["note"]
-  assert sorted(encode.load(file, load(checkpoint)).features) == [0, 1, 2, 3]
+  assert sorted(encoded_video.load(file, load(checkpoint)).features) == [0, 1, 2, 3]
   clips = np.array([got["frames"] for got in answered]).reshape(-1, 4)
   assert len(again) == (clips[:, 3] - clips[:, 0] > 3).sum()  # the others were there
   ask.main(
@@ -491,12 +493,12 @@ def test_a_file_without_the_phases_of_official_mode_is_refused(checkpoint, film,
 
 
 def load(checkpoint):
-  cfg = weights.read_config(
+  cfg = loading.read_config(
     checkpoint,
     ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
-    weights.read_tuned(checkpoint).lp_comp,
+    loading.read_tuned(checkpoint).lp_comp,
   )
-  return weights.load(checkpoint, cfg)
+  return loading.load(checkpoint, cfg)
 
 
 def test_a_gif_and_a_folder_of_frames_are_videos_too(checkpoint, film, tmp_path, capsys):
@@ -556,8 +558,8 @@ def test_a_question_too_long_for_the_context_is_refused_before_anything_is_encod
   run(short, film)  # 8 frames are 128 tokens
   run(short, film, "--question", "Which? " * 60, "--context=1000")
   assert "a context of 1,000 tokens (--context), not the 300 of" in capsys.readouterr().err
-  monkeypatch.setattr(encode, "encode", lambda *a, **k: pytest.fail("encoded"))
-  monkeypatch.setattr(weights, "load", lambda *a, **k: pytest.fail("loaded"))
+  monkeypatch.setattr(encoded_video, "encode", lambda *a, **k: pytest.fail("encoded"))
+  monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("loaded"))
   with pytest.raises(SystemExit):
     run(short, film, "--question", "Which? " * 60)
   assert (
@@ -652,7 +654,7 @@ def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch
   only.
   """
   asked = []
-  video = encode.EncodedVideo(
+  video = encoded_video.EncodedVideo(
     {0: np.zeros((256, 64, 32))},
     np.arange(1024) / 8,
     128.0,
@@ -661,12 +663,12 @@ def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch
     "",
     "",
   )
-  cfg = weights.read_config(
+  cfg = loading.read_config(
     checkpoint,
     ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
-    weights.read_tuned(checkpoint).lp_comp,
+    loading.read_tuned(checkpoint).lp_comp,
   )
-  model = weights.load(checkpoint, cfg)
+  model = loading.load(checkpoint, cfg)
   monkeypatch.setattr(
     chats,
     "select",

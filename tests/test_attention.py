@@ -16,12 +16,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask,
 )
 
-from xcomp_jax import absent, bench
-from xcomp_jax import bench_parts as parts
+from xcomp_jax.bench import bench, parts
 from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.model import attention, kernels
 from xcomp_jax.model.attention import AttentionMask, attend
-from xcomp_jax.sharding import make_mesh
+from xcomp_jax.parallel.mesh import make_mesh
+from xcomp_jax.plan import absent
 
 LENGTHS = (1, 7, 8, 14, 127, 128, 129, 255, 256, 257, 300)
 CLIPS = (

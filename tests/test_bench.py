@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from xcomp_jax import bench, bench_profile, bench_scaling
-from xcomp_jax import bench_parts as parts
+from xcomp_jax.bench import bench, parts, profile, scaling
 from xcomp_jax.data.batch import Shape
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -114,7 +113,7 @@ def test_a_profile_names_the_functions_that_take_time(tmp_path):
   part = parts.prefill(SMALL, 64, 86)
   call, program, _ = bench.calling(part)
   bench.seconds_of(call)
-  shares = bench_profile.shares(bench_profile.traced(call, tmp_path), program.as_text())
+  shares = profile.shares(profile.traced(call, tmp_path), program.as_text())
   assert sum(shares.values()) == pytest.approx(1) and list(shares.values()) == sorted(
     shares.values(), reverse=True
   )
@@ -128,7 +127,7 @@ def test_a_profile_names_the_functions_that_take_time(tmp_path):
 
 def test_time_inside_a_loop_is_not_the_loops():
   spent = dict(
-    bench_profile._own([(2.0, 5.0, "a"), (0.0, 10.0, "while"), (5.0, 9.0, "b"), (11.0, 12.0, "a")])
+    profile._own([(2.0, 5.0, "a"), (0.0, 10.0, "while"), (5.0, 9.0, "b"), (11.0, 12.0, "a")])
   )
   assert spent == {"while": 3.0, "a": 4.0, "b": 4.0}
 
@@ -214,14 +213,14 @@ def test_bad_sizes_are_one_line(capsys):
     bench.main(["--preset=smoke", "--frames", "12"])
   assert left.value.code == 1 and "multiples of 8" in capsys.readouterr().err
   with pytest.raises(SystemExit) as left:
-    bench_scaling.main(["--preset=smoke", "--frames", "12", "--out", "scaling"])
+    scaling.main(["--preset=smoke", "--frames", "12", "--out", "scaling"])
   assert left.value.code == 1 and "multiples of 8" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_scaling_is_measured_and_drawn(tmp_path):
   out = tmp_path / "scaling"
-  bench_scaling.main(
+  scaling.main(
     [
       "--preset=smoke",
       "--frames",

@@ -5,14 +5,14 @@ import re
 import decoding
 import pytest
 
-from xcomp_jax import bench_data
+from xcomp_jax.bench import data
 
 
 def test_run(tmp_path, capsys, monkeypatch):
-  monkeypatch.setenv("PYTHONPATH", str(decoding.pathlib.Path(bench_data.__file__).parents[1]))
+  monkeypatch.setenv("PYTHONPATH", str(decoding.pathlib.Path(data.__file__).parents[1]))
   path = str(tmp_path / "a.mp4")
-  bench_data.main(["make", path, "--seconds", "6", "--width", "64", "--height", "48"])
-  bench_data.main(["run", path, "--image-size", "32", "--samples", "1", "--repeat", "1"])
+  data.main(["make", path, "--seconds", "6", "--width", "64", "--height", "48"])
+  data.main(["run", path, "--image-size", "32", "--samples", "1", "--repeat", "1"])
   out = capsys.readouterr().out
   assert "decoding 180 frames, 128 of them sampled and resized to 32" in out
   assert all(
@@ -28,5 +28,5 @@ def test_run(tmp_path, capsys, monkeypatch):
 
 def test_errors_are_one_line(tmp_path, capsys):
   with pytest.raises(SystemExit) as end:
-    bench_data.main(["run", str(tmp_path / "none.mp4")])
+    data.main(["run", str(tmp_path / "none.mp4")])
   assert end.value.code == 1 and capsys.readouterr().err.startswith("error: ")

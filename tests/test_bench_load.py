@@ -7,7 +7,8 @@ import pytest
 import test_weights as w
 from safetensors.numpy import load_file
 
-from xcomp_jax import bench_load, weights
+from xcomp_jax.bench import load
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.data import prompt
 
 
@@ -17,32 +18,32 @@ def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path
   )  # one large tensor
   for file in (reference / "qwen_subset").iterdir():
     shutil.copy(file, like)
-  bench_load.main(["random", "--like", str(like), "--out", str(tmp_path / "out")])
+  load.main(["random", "--like", str(like), "--out", str(tmp_path / "out")])
   assert (
     prompt.load_tokenizer(tmp_path / "out").vocab_size == prompt.load_tokenizer(like).vocab_size
   )  # `ask` takes it
   tensors = load_file(tmp_path / "out" / "model.safetensors")
   assert {name: t.shape for name, t in tensors.items()} == {
-    e.name: e.shape for e in weights.names(w.read_config(like))
+    e.name: e.shape for e in loading.names(w.read_config(like))
   }
   embedding = tensors["model.embed_tokens.weight"].astype(np.float32)
   assert abs(embedding.std() - 0.02) < 1e-3 and len(np.unique(embedding[:, 0])) > 1000
   assert (
     tensors["model.norm.weight"].all() and not tensors["model.layers.0.self_attn.q_proj.bias"].any()
   )
-  measured = bench_load.load(tmp_path / "out")
+  measured = load.measured_loading(tmp_path / "out")
   assert measured["parameters_GB"] == pytest.approx(sum(t.nbytes for t in tensors.values()) / 1e9)
   assert (
     measured["peak_above_parameters_GB"] < 0.5 * measured["parameters_GB"]
   )  # no second copy of it
   assert measured["load_s"] > 0 and measured["read_GB/s"] > 0
   capsys.readouterr()
-  bench_load.main(["load", "--checkpoint", str(tmp_path / "out")])
+  load.main(["load", "--checkpoint", str(tmp_path / "out")])
   assert "load_GB/s" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
   with pytest.raises(SystemExit) as left:
-    bench_load.main(["random", "--like", str(tmp_path), "--out", str(tmp_path / "out")])
+    load.main(["random", "--like", str(tmp_path), "--out", str(tmp_path / "out")])
   assert left.value.code == 1 and "has no config.json" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()

@@ -6,14 +6,16 @@ import shutil
 import numpy as np
 import pytest
 
-from xcomp_jax import bench_parts, bench_qc, world
+from xcomp_jax.bench import parts, qc
+from xcomp_jax.bench.parts import SMALL_LLM, SMALL_TOWER
+from xcomp_jax.synthetic import world
 
 BASE = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 
 
 def test_a_later_question_leaves_out_the_tower_and_the_visual_rounds():
   for mode in ("aligned", "local"):
-    got = bench_qc.questions(BASE, mode, 128, 64, 8)
+    got = qc.questions(BASE, mode, 128, 64, 8)
     parts = [
       got[f"{name}, TFLOP"] for name in ("tower", "visual rounds", "question's rows", "answer")
     ]
@@ -25,7 +27,7 @@ def test_a_later_question_leaves_out_the_tower_and_the_visual_rounds():
 
 def test_needles_count_the_clips_that_were_kept(tmp_path):
   world.write_world(tmp_path / "w", [world.Split("heldout", 1, 16, 16, 4)], seed=0, workers=1)
-  asked = bench_qc.needles(BASE, tmp_path / "w", ("local",), kept=64)
+  asked = qc.needles(BASE, tmp_path / "w", ("local",), kept=64)
   assert set(asked) == {"local", "uniform"} and all(n == 4 for _, n in asked.values())
   (annotation,) = world.read_annotations(tmp_path / "w", "heldout")
   even = np.linspace(0, 15, 8).round()
@@ -33,18 +35,18 @@ def test_needles_count_the_clips_that_were_kept(tmp_path):
   bare = shutil.copytree(
     BASE, tmp_path / "bare", ignore=shutil.ignore_patterns("xcomp.json")
   )  # as released checkpoints are
-  assert bench_qc.needles(bare, tmp_path / "w", ("local",), kept=128)["local"] == (4, 4)
+  assert qc.needles(bare, tmp_path / "w", ("local",), kept=128)["local"] == (4, 4)
 
 
 def test_the_cost_of_scoring_is_measured_and_counted(monkeypatch, capsys):
-  monkeypatch.setattr(bench_parts, "MEASURED", bench_parts.SMALL_LLM)
-  monkeypatch.setattr(bench_parts, "TOWER", bench_parts.SMALL_TOWER)
-  got = {mode: bench_qc.select(mode, 128) for mode in ("aligned", "local", "global")}
+  monkeypatch.setattr(parts, "MEASURED", SMALL_LLM)
+  monkeypatch.setattr(parts, "TOWER", SMALL_TOWER)
+  got = {mode: qc.select(mode, 128) for mode in ("aligned", "local", "global")}
   for out in got.values():
     assert min(out[name] for name in ("visual_s", "question_s", "TFLOP", "memory_GB")) > 0
     assert out["official_TFLOP_ratio"] == pytest.approx(
-      bench_qc.OFFICIAL_FLOPS / 8 / out["TFLOP"] / 1e12
+      qc.OFFICIAL_FLOPS / 8 / out["TFLOP"] / 1e12
     )
   assert got["local"]["calls"] == 1 and got["local"]["memory_GB"] < got["aligned"]["memory_GB"] * 2
-  bench_qc.main(["select", "--frames=64", "--mode=local"])
+  qc.main(["select", "--frames=64", "--mode=local"])
   assert "official_TFLOP_ratio" in capsys.readouterr().out

@@ -18,15 +18,17 @@ import pytest
 from cluster import Cluster, arrays
 from etils import epath
 
-from xcomp_jax import checkpoint, export, files, weights, workdir
-from xcomp_jax.answers import Answers
+from xcomp_jax import files
+from xcomp_jax.checkpoints import loading, saving
 from xcomp_jax.config import ConfigError
+from xcomp_jax.data.decode_jobs import Settings
 from xcomp_jax.data.mixture import read_mixture
-from xcomp_jax.data.shards import Settings
+from xcomp_jax.data.predecoding import predecode
 from xcomp_jax.data.store import open_store, write_store
 from xcomp_jax.data.video import sample
-from xcomp_jax.predecode import predecode
-from xcomp_jax.reader import Reader
+from xcomp_jax.evaluation.runner import Answers
+from xcomp_jax.inference.video_model import Reader
+from xcomp_jax.training import checkpoint, workdir
 
 
 def emulator() -> str | None:
@@ -142,7 +144,7 @@ def test_a_run_in_a_bucket_that_was_killed_and_damaged_ends_as_one_on_a_disk(
   assert run.trace() == (losses[:done] + losses[before:], samples) and before < done
   assert arrays(run.config) == arrays(whole.config)
   for name, run_in in (("a", bucket / "run"), ("b", tmp_path / "whole" / "w")):
-    export.main(["--checkpoint", str(run_in), "--format=torch", "--out", str(tmp_path / name)])
+    saving.main(["--checkpoint", str(run_in), "--format=torch", "--out", str(tmp_path / name)])
   assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
     tmp_path / "b" / "model.safetensors"
   ).read_bytes()
@@ -168,8 +170,8 @@ def test_a_bucket_that_is_not_there_is_said(bucket):
     ConfigError, match=r"workdir gs://another/run can't be written \(.*\); set config\.workdir"
   ):
     workdir.claim("gs://another/run")
-  with pytest.raises(weights.CheckpointError, match=r"^gs://another/run has no checkpoints/"):
-    export.read("gs://another/run")
+  with pytest.raises(loading.CheckpointError, match=r"^gs://another/run has no checkpoints/"):
+    saving.read("gs://another/run")
 
 
 def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
@@ -188,14 +190,14 @@ def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
   ):
     workdir.claim("gs://bucket/run")
   with pytest.raises(OSError, match=r"^gs://bucket/run can't be read: 401 no credentials$"):
-    export.read("gs://bucket/run")
+    saving.read("gs://bucket/run")
 
 
 @pytest.mark.parametrize(
   "use, why",
   [
     (open_store, "data is read as files. Copy it to this machine .* or mount the bucket"),
-    (weights.resolve, "a checkpoint is read from files .* or mount the bucket"),
+    (loading.resolve, "a checkpoint is read from files .* or mount the bucket"),
     (
       lambda path: read_mixture(path, ".", 1.0),
       "annotations and videos are read as files. Copy",

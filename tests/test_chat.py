@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax import answers, encode, generate, qc_comp, world
-from xcomp_jax import chat as chats
-from xcomp_jax.chat import Chat
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import video
-from xcomp_jax.metrics import BACKEND_COMPILE, Compilations
+from xcomp_jax.evaluation import runner
+from xcomp_jax.inference import chat as chats
+from xcomp_jax.inference import encoded_video, generate
+from xcomp_jax.inference.chat import Chat
+from xcomp_jax.inference.video_model import default, options, prepare, settings
+from xcomp_jax.model import qc_comp
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.reader import default, options, prepare, settings
+from xcomp_jax.synthetic import world
+from xcomp_jax.training.metrics import BACKEND_COMPILE, Compilations
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 QUESTIONS = [  # of two to sixty tokens: texts of two padded lengths, when alone
@@ -62,7 +65,7 @@ def film(model):
   ]
   size = model.cfg.vision.image_size
   frames = (frame for scene in scenes for frame in video.resize(world.render(scene), size))
-  return encode.encode(model, frames, np.arange(96) / 8, 12.0, "")
+  return encoded_video.encode(model, frames, np.arange(96) / 8, 12.0, "")
 
 
 @pytest.fixture
@@ -138,10 +141,10 @@ def test_prompts_of_a_batch_are_filled_by_the_program_of_one(chat):
 def test_questions_are_cut_into_few_sizes_and_none_is_asked_twice():
   for n in range(1, 40):
     for size in (1, 4, 5, 8):
-      parts = list(answers.batches(range(n), size))
+      parts = list(runner.batches(range(n), size))
       assert [i for part in parts for i in part] == list(range(n))
       assert all(len(part) == size or len(part) in (1, 2, 4) for part in parts)
-  assert [len(part) for part in answers.batches("abcdefghijk", 8)] == [8, 2, 1]
+  assert [len(part) for part in runner.batches("abcdefghijk", 8)] == [8, 2, 1]
 
 
 TEXT = "What is it that was to be seen there, at the beginning and at the end of it all? "

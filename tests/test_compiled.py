@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax import bench_parts as parts
-from xcomp_jax import steps
+from xcomp_jax.bench import parts
 from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.model import vlm
+from xcomp_jax.training import steps
 
 VOCABULARY, ROWS = (
   211,

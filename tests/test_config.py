@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from xcomp_jax.config import ConfigError, RunConfig, from_dict, to_dict
-from xcomp_jax.train import from_command_line
+from xcomp_jax.training.loop import from_command_line
 
 SCT = str(pathlib.Path(__file__).parents[1] / "configs" / "sct.py")
 

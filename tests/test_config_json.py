@@ -8,9 +8,9 @@ import pytest
 import test_weights as w
 from safetensors.numpy import load_file
 
-from xcomp_jax import export, weights
+from xcomp_jax.checkpoints import loading, saving
+from xcomp_jax.checkpoints.loading import CheckpointError
 from xcomp_jax.model import rope
-from xcomp_jax.weights import CheckpointError
 
 # XComp's own config.json and, where they differ, that which its release lays over it.
 OFFICIAL = {
@@ -81,7 +81,7 @@ YARN = {
   "factor": 4.0,
   "original_max_position_embeddings": 32768,
 }
-QWEN = weights.yarn_of(4.0, 32768)
+QWEN = loading.yarn_of(4.0, 32768)
 
 
 @pytest.mark.parametrize("config", [OFFICIAL, RELEASE], ids=["XComp", "release"])
@@ -243,8 +243,8 @@ def test_exports_have_the_keys_that_the_official_code_reads(reference, tmp_path,
   changes = FIVE | {"rope_parameters": YARN, "torch_dtype": ..., "dtype": "float32"}
   source = w.tiny(tmp_path / "in", w.tiny_tensors(reference), **changes)
   cfg = w.read_config(source)
-  save = export.save_torch if layout == "torch" else export.save_orbax
-  save(tmp_path / "out", weights.load(source, cfg), cfg, source, dtype="bfloat16")
+  save = saving.save_torch if layout == "torch" else saving.save_orbax
+  save(tmp_path / "out", loading.load(source, cfg), cfg, source, dtype="bfloat16")
   written = json.loads((tmp_path / "out" / "config.json").read_text())
   assert (written["rope_theta"], written["rope_scaling"]["factor"], written["torch_dtype"]) == (
     1e6,
@@ -268,14 +268,14 @@ def test_a_head_that_is_no_embedding_is_kept_and_exported_untied(
     "config.json says tie_word_embeddings, but lm_head.weight is another matrix"
     in capsys.readouterr().err
   )
-  model = weights.load(source, cfg)
+  model = loading.load(source, cfg)
   np.testing.assert_array_equal(model.llm.lm_head.kernel[...], head.T)
-  save = export.save_torch if layout == "torch" else export.save_orbax
+  save = saving.save_torch if layout == "torch" else saving.save_orbax
   save(tmp_path / "out", model, cfg, source)
   assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
   capsys.readouterr()
   assert w.read_config(tmp_path / "out") == cfg and "tie_word" not in capsys.readouterr().err
-  np.testing.assert_array_equal(weights.load(tmp_path / "out", cfg).llm.lm_head.kernel[...], head.T)
+  np.testing.assert_array_equal(loading.load(tmp_path / "out", cfg).llm.lm_head.kernel[...], head.T)
 
 
 def test_a_head_that_is_the_embedding_once_more_is_tied(reference, tmp_path, capsys):
@@ -287,5 +287,5 @@ def test_a_head_that_is_the_embedding_once_more_is_tied(reference, tmp_path, cap
   )
   cfg = w.read_config(source)
   assert cfg.llm.tied and "tie_word" not in capsys.readouterr().err
-  export.save_torch(tmp_path / "out", weights.load(source, cfg), cfg, source)
+  saving.save_torch(tmp_path / "out", loading.load(source, cfg), cfg, source)
   assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")

@@ -15,11 +15,11 @@ import tokamax
 from flax import nnx
 from packed import one_each
 
-from xcomp_jax import steps
 from xcomp_jax.config import ConfigError, MeshConfig
-from xcomp_jax.model import attention, decoder, vlm
+from xcomp_jax.model import attention, qwen2, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
-from xcomp_jax.sharding import check_tensor, make_mesh, param_shardings
+from xcomp_jax.parallel.mesh import check_tensor, make_mesh, param_shardings
+from xcomp_jax.training import steps
 
 SPLIT = MeshConfig(1, 2, 2, 2)
 
@@ -90,7 +90,7 @@ def test_a_sample_over_two_devices_gives_the_loss_and_gradient_of_one(tiny, samp
 
   alone = jax.device_get(both()(state, batch))
   # On the mesh with all that saves memory.
-  monkeypatch.setattr(decoder, "MLP_ROWS", 20)
+  monkeypatch.setattr(qwen2, "MLP_ROWS", 20)
   graph = nnx.graphdef(
     nnx.eval_shape(lambda: vlm.VLM(dataclasses.replace(cfg, remat=True), rngs=nnx.Rngs(0)))
   )

@@ -19,9 +19,9 @@ import pytest
 from decoding import make, make_video, manifest, mixture, talk, write
 from PIL import Image
 
-from xcomp_jax import predecode as predecode_lib
-from xcomp_jax.data import check, video
+from xcomp_jax.data import inspection, video
 from xcomp_jax.data import mixture as mixtures
+from xcomp_jax.data import predecoding as predecode_lib
 from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.data.store import open_store
 
@@ -396,7 +396,7 @@ def test_the_corpus(world):
         lines[key],
       )
   assert info["skipped"] == len(reasons) and info["samples"] == len(wanted) - len(reasons)
-  check.verify(world.parent / "out")
+  inspection.verify(world.parent / "out")
 
   store = open_store(world.parent / "out")
   by_name = {pathlib.Path(s.source).name: store.visual(i) for i, s in enumerate(store.samples)}

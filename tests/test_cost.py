@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from xcomp_jax import cost
-from xcomp_jax.cost import GIB, count_flops, device_of, read_program
 from xcomp_jax.data.batch import Shape, batch_spec
-from xcomp_jax.model import attention, decoder, lp_comp, vlm
+from xcomp_jax.model import attention, lp_comp, qwen2, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
+from xcomp_jax.plan import cost
+from xcomp_jax.plan.cost import GIB, count_flops, device_of, read_program
 
 P = PartitionSpec
 
@@ -244,7 +244,7 @@ def test_what_attention_gave_is_not_computed_again_for_the_gradient(tiny, monkey
     ).products
 
   kept = products()
-  monkeypatch.setattr(decoder, "remat", jax.checkpoint)
+  monkeypatch.setattr(qwen2, "remat", jax.checkpoint)
   per_score = 4 * cfg.llm.heads * cfg.llm.head_dim
   lengths = [16 + 32 * count + 48 for count in lp_comp.counts(cfg.lp_comp, cfg.llm.layers)]
   assert products() - kept == per_score * sum(attention.tiled_scores(n, n, True) for n in lengths)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from xcomp_jax import checkpoint, optim, weights, workdir
+from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.loading import CheckpointError
 from xcomp_jax.config import to_dict
 from xcomp_jax.data import pipeline
-from xcomp_jax.sharding import make_mesh
-from xcomp_jax.steps import abstract_state
-from xcomp_jax.weights import CheckpointError
+from xcomp_jax.parallel.mesh import make_mesh
+from xcomp_jax.training import checkpoint, optim, workdir
+from xcomp_jax.training.steps import abstract_state
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ class Run:
   def __init__(self, config):
     self.config = config
     self.mesh = make_mesh(config.mesh, jax.devices()[:1])
-    cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
+    cfg = loading.read_config(loading.resolve(config.init_from), config.model, config.lp_comp)
     _, self.wanted = abstract_state(config, cfg, optim.optimizer(config.optim, 4), self.mesh)
     self.description = json.loads(
       json.dumps({"format": checkpoint.FORMAT, "run": to_dict(config), "vlm": to_dict(cfg)})

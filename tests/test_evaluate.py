@@ -18,11 +18,13 @@ import jax
 import numpy as np
 import pytest
 
-from xcomp_jax import answers, ask, encode, evaluate, tasks
-from xcomp_jax.chat import Chat
+from xcomp_jax import ask
 from xcomp_jax.config import ConfigError
-from xcomp_jax.reader import prepare, settings
-from xcomp_jax.tasks import TASKS
+from xcomp_jax.evaluation import benchmarks, runner, scores
+from xcomp_jax.evaluation.benchmarks import TASKS
+from xcomp_jax.inference import encoded_video
+from xcomp_jax.inference.chat import Chat
+from xcomp_jax.inference.video_model import prepare, settings
 
 OPTIONS = [
   "--clip-frames=4",
@@ -73,7 +75,7 @@ def go(checkpoint, bench):
   """A function (out, *more, annotations, videos) that evaluates."""
 
   def run(out, *more, annotations=bench / "q.json", videos=bench / "videos"):
-    evaluate.main(
+    scores.main(
       [
         "--task=lvbench",
         "--annotations",
@@ -105,12 +107,12 @@ def lines(out):
 def test_answers_are_those_of_ask_and_every_video_is_encoded_once(
   go, checkpoint, bench, tmp_path, capsys, monkeypatch
 ):
-  count, whole = [], encode.encode
-  monkeypatch.setattr(encode, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
+  count, whole = [], encoded_video.encode
+  monkeypatch.setattr(encoded_video, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
   go(tmp_path / "out")
   assert len(count) == 2
   assert "micro" in capsys.readouterr().out
-  questions = tasks.read(TASKS["lvbench"], bench / "q.json")
+  questions = benchmarks.read(TASKS["lvbench"], bench / "q.json")
   for name in ("one", "two"):
     texts = [q.prompt for q in questions if q.videos == (name,)]
     ask.main(
@@ -137,7 +139,7 @@ def test_answers_are_those_of_ask_and_every_video_is_encoded_once(
     "type",
     "question type",
   }
-  right = sum(tasks.any_letter(line["answer"]) == "B" for line in lines(tmp_path / "out"))
+  right = sum(benchmarks.any_letter(line["answer"]) == "B" for line in lines(tmp_path / "out"))
   assert found["score"]["counts"]["right"] == right
 
 
@@ -169,7 +171,7 @@ def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, monkeypatch, c
     key(tmp_path / "out") == key(tmp_path / "whole")
     and len(results(tmp_path / "out")["sessions"]) == 2
   )
-  monkeypatch.setattr(answers.Reader, "load", lambda self: pytest.fail("nothing was left to do"))
+  monkeypatch.setattr(runner.Reader, "load", lambda self: pytest.fail("nothing was left to do"))
   go(tmp_path / "out")
 
 
@@ -195,8 +197,8 @@ def test_two_devices_give_the_same(go, tmp_path):
 
 def test_every_question_alone_gives_the_same(go, tmp_path, monkeypatch):
   go(tmp_path / "once")
-  count, whole = [], encode.encode
-  monkeypatch.setattr(encode, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
+  count, whole = [], encoded_video.encode
+  monkeypatch.setattr(encoded_video, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
   go(tmp_path / "alone", "--each-alone", "--ahead=0")
   assert len(count) == 6
   assert [line["answer"] for line in lines(tmp_path / "alone")] == [
@@ -277,7 +279,7 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(
   ]
   items.append(items[-1] | {"question": "Half a character \ud83d?"})
   (tmp_path / "q.json").write_text(json.dumps(items))
-  decode, encode_all = answers.frames, answers.Reader.encode
+  decode, encode_all = runner.frames, runner.Reader.encode
 
   def frames(sample):
     if sample.path.stem in errors and sample.path.stem not in ("device", "panic"):
@@ -289,8 +291,8 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(
       raise errors[sample.path.stem]
     return encode_all(self, model, sample, *rest, **how)
 
-  monkeypatch.setattr(answers, "frames", frames)
-  monkeypatch.setattr(answers.Reader, "encode", encoded)
+  monkeypatch.setattr(runner, "frames", frames)
+  monkeypatch.setattr(runner.Reader, "encode", encoded)
   with pytest.raises(SystemExit) as stop:
     go(tmp_path / "out", annotations=tmp_path / "q.json", videos=folder)
   printed, found = capsys.readouterr(), results(tmp_path / "out")
@@ -323,13 +325,13 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(
   } and len(answered) == 4
   asked = []
   monkeypatch.setattr(
-    answers.Reader,
+    runner.Reader,
     "encode",
     lambda self, model, sample, *rest, **how: (
       asked.append(sample.path.stem) or encode_all(self, model, sample, *rest, **how)
     ),
   )
-  monkeypatch.setattr(answers, "frames", decode)
+  monkeypatch.setattr(runner, "frames", decode)
   with pytest.raises(SystemExit):
     go(tmp_path / "out", annotations=tmp_path / "q.json", videos=folder)
   assert sorted(asked) == sorted(errors)
@@ -369,7 +371,7 @@ def test_a_folder_from_before_rows_could_be_chosen_goes_on(go, tmp_path, capsys)
 
 
 def test_a_full_disk_is_named_and_loses_nothing(go, tmp_path, capsys, monkeypatch):
-  add, out = answers.Answers.add, tmp_path / "out"
+  add, out = runner.Answers.add, tmp_path / "out"
 
   def full(self, line):
     if len(self.lines) == 2:
@@ -377,12 +379,12 @@ def test_a_full_disk_is_named_and_loses_nothing(go, tmp_path, capsys, monkeypatc
       self._opened = open("/dev/full", "a")
     add(self, line)
 
-  monkeypatch.setattr(answers.Answers, "add", full)
+  monkeypatch.setattr(runner.Answers, "add", full)
   refused(capsys, "No space left on device; what is in it stays", lambda: go(out))
   assert (out / "answers-0-of-1.jsonl").read_text().count('"answer"') == 2 and not (
     out / "results.json"
   ).exists()
-  monkeypatch.setattr(answers.Answers, "add", add)
+  monkeypatch.setattr(runner.Answers, "add", add)
   go(out)
   assert (
     results(out)["score"]["counts"]["questions"] == 6
@@ -468,8 +470,8 @@ def test_a_second_process_on_the_same_share_is_refused(go, checkpoint, tmp_path,
     f"--checkpoint={checkpoint}",
     "--preset=none",
   ]
-  reader = prepare(settings(evaluate.parse([*arguments, *OPTIONS])))
-  with answers.Answers(tmp_path / "out", reader, (0, 1)):
+  reader = prepare(settings(scores.parse([*arguments, *OPTIONS])))
+  with runner.Answers(tmp_path / "out", reader, (0, 1)):
     refused(capsys, "another process writes", lambda: go(tmp_path / "out"))
 
 
@@ -513,9 +515,9 @@ def test_presets_and_what_overrides_them(name, task, wanted):
     "--checkpoint=x",
     f"--preset={name}",
   ]
-  args = vars(evaluate.parse(arguments))
+  args = vars(scores.parse(arguments))
   assert {key: args[key] for key in wanted} == wanted
-  assert evaluate.parse([*arguments, "--select=64"]).select == 64
+  assert scores.parse([*arguments, "--select=64"]).select == 64
 
 
 @pytest.mark.slow

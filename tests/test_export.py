@@ -14,11 +14,12 @@ import test_weights as w
 from flax import nnx
 from safetensors.numpy import load_file
 
-from xcomp_jax import checkpoint, export, train, weights
-from xcomp_jax import reader as readers
+from xcomp_jax.checkpoints import loading, saving
 from xcomp_jax.config import ConfigError, RunConfig, from_dict, to_dict
-from xcomp_jax.data import check, pipeline
+from xcomp_jax.data import inspection, pipeline
+from xcomp_jax.inference import video_model as readers
 from xcomp_jax.model import kernels
+from xcomp_jax.training import checkpoint, loop
 
 TRAINED = ("llm/", "projector/")
 
@@ -86,7 +87,7 @@ def run(base, tmp_path) -> pathlib.Path:
       },
     },
   )
-  cfg = weights.read_config(base, config.model, config.lp_comp)
+  cfg = loading.read_config(base, config.model, config.lp_comp)
 
   def is_trained(path):
     return path.startswith(TRAINED)
@@ -94,7 +95,7 @@ def run(base, tmp_path) -> pathlib.Path:
   def dtype(path):
     return config.model.param_dtype if is_trained(path) else config.model.dtype
 
-  state = nnx.state(weights.load(base, cfg, dtype=dtype))
+  state = nnx.state(loading.load(base, cfg, dtype=dtype))
   data = pipeline.Reader([0], lambda _: None)
   manager = checkpoint.manager(config.workdir, config.train)
   for step in (1, 2):
@@ -126,13 +127,13 @@ def expected(base: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
 
 
 def test_run_to_torch_keeps_what_was_not_trained_bit_by_bit(base, run, tmp_path, capsys):
-  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  saving.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   assert "60 tensors" in capsys.readouterr().out
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
   assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_local_num_frames"] == 8
-  assert weights.read_tuned(tmp_path / "out").lp_comp.schedule == (16, 4)
+  assert loading.read_tuned(tmp_path / "out").lp_comp.schedule == (16, 4)
   assert (tmp_path / "out" / "vocab.json").exists()
-  export.main(
+  saving.main(
     ["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "one"), "--step=1"]
   )
   w.equal(load_file(tmp_path / "one" / "model.safetensors"), expected(base, 1))
@@ -149,12 +150,12 @@ def test_run_of_another_version_of_the_config(base, run, tmp_path, monkeypatch):
     )
 
   monkeypatch.setattr(checkpoint, "read_config", other)
-  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  saving.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
 
 
 def test_run_with_stretched_positions_says_so_in_config_json(base, run, tmp_path, monkeypatch):
-  original, yarn = checkpoint.read_config, weights.yarn_of(4.0, 32768)
+  original, yarn = checkpoint.read_config, loading.yarn_of(4.0, 32768)
 
   def stretched(*arguments):
     saved, step = original(*arguments)
@@ -162,25 +163,25 @@ def test_run_with_stretched_positions_says_so_in_config_json(base, run, tmp_path
     return saved | {"vlm": saved["vlm"] | {"llm": {"rope_scaling": to_dict(yarn)}}}, step
 
   monkeypatch.setattr(checkpoint, "read_config", stretched)
-  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  saving.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   assert w.read_config(tmp_path / "out").llm.rope_scaling == yarn
   assert w.read_config(base).llm.rope_scaling is None
 
 
 def test_run_to_orbax_to_torch(base, run, tmp_path):
-  export.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
+  saving.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
   assert not list((tmp_path / "orbax").glob("*.safetensors"))
-  export.main(
+  saving.main(
     ["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")]
   )
   w.equal(load_file(tmp_path / "torch" / "model.safetensors"), expected(base, 2))
-  assert weights.read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
+  assert loading.read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
 
 
 def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(
   base, run, tmp_path, capsys, monkeypatch
 ):
-  export.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
+  saving.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
   config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4096}
   (tmp_path / "orbax" / "config.json").write_text(
     json.dumps(config | {"tokenizer_model_max_length": 512})
@@ -208,12 +209,12 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(
     json.dumps(said | {"clip_frames": 2, "context": 1024, "dtype": "float32"})
   )
   assert auto().clip_frames == 2 and auto().llm.context == 1024
-  export.main(
+  saving.main(
     ["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")]
   )
-  assert weights.read_tuned(tmp_path / "torch") == weights.read_tuned(tmp_path / "orbax")
+  assert loading.read_tuned(tmp_path / "torch") == loading.read_tuned(tmp_path / "orbax")
   capsys.readouterr()
-  monkeypatch.setattr(weights, "read_tokenizer", lambda *a: check.bytes_tokenizer())
+  monkeypatch.setattr(loading, "read_tokenizer", lambda *a: inspection.bytes_tokenizer())
   reader = readers.prepare(readers.default(str(tmp_path / "torch"), context=2048))
   assert (
     reader.cfg.clip_frames == 2
@@ -246,7 +247,7 @@ def test_what_is_wrong_with_xcomp_json_is_named(base, tmp_path, change, message)
   shutil.copytree(base, tmp_path / "copy")
   lp_comp = {"schedule": [16, 4], "keep": "suffix", "group": 16}
   (tmp_path / "copy" / "xcomp.json").write_text(json.dumps({"lp_comp": lp_comp} | change))
-  with pytest.raises((weights.CheckpointError, ConfigError), match=message):
+  with pytest.raises((loading.CheckpointError, ConfigError), match=message):
     w.read_config(tmp_path / "copy")
 
 
@@ -258,7 +259,7 @@ def test_the_dtype_that_weights_were_tuned_in_counts(tuned, dtype):
 
 
 def test_plain_checkpoint_keeps_its_clip_length(base, tmp_path):
-  export.main(
+  saving.main(
     [
       "--checkpoint",
       str(base),
@@ -270,7 +271,7 @@ def test_plain_checkpoint_keeps_its_clip_length(base, tmp_path):
   )
   assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_local_num_frames"] == 4
   cfg = w.read_config(tmp_path / "out")
-  assert set(weights.stored(tmp_path / "out", cfg).values()) == {np.dtype(ml_dtypes.bfloat16)}
+  assert set(loading.stored(tmp_path / "out", cfg).values()) == {np.dtype(ml_dtypes.bfloat16)}
 
 
 @pytest.mark.parametrize("layout", ["orbax", "torch"])
@@ -280,9 +281,9 @@ def test_conversion_changes_nothing_of_what_is_known_of_lp_comp(base, tmp_path, 
     (base / "xcomp.json").write_text(
       json.dumps({"lp_comp": {"schedule": [16, 4], "keep": keep, "group": 16}})
     )
-  before = weights.read_tuned(base)
-  export.main(["--checkpoint", str(base), f"--format={layout}", "--out", str(tmp_path / "out")])
-  assert weights.read_tuned(tmp_path / "out") == before and (before is None) == (keep is None)
+  before = loading.read_tuned(base)
+  saving.main(["--checkpoint", str(base), f"--format={layout}", "--out", str(tmp_path / "out")])
+  assert loading.read_tuned(tmp_path / "out") == before and (before is None) == (keep is None)
 
 
 @pytest.mark.parametrize(
@@ -308,11 +309,11 @@ def test_another_start_is_refused_if_what_was_not_trained_differs(
     str(other),
   ]
   if not refused:  # it was trained: the run has its own
-    export.main(arguments)
+    saving.main(arguments)
     w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
     return
   with pytest.raises(SystemExit):
-    export.main(arguments)
+    saving.main(arguments)
   said = capsys.readouterr().err
   assert (
     "other is not what " in said
@@ -324,7 +325,7 @@ def test_another_start_is_refused_if_what_was_not_trained_differs(
 def test_a_checkpoint_without_its_parameters_is_said(run, tmp_path, capsys):
   shutil.rmtree(run / "checkpoints" / "2" / "params")
   with pytest.raises(SystemExit):
-    export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+    saving.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   assert "2 is damaged: it lacks params; remove it" in capsys.readouterr().err
 
 
@@ -332,13 +333,13 @@ def test_starting_checkpoint_that_has_moved(base, run, tmp_path, capsys):
   base.rename(tmp_path / "moved")
   arguments = ["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")]
   with pytest.raises(SystemExit) as left:
-    export.main(arguments)
+    saving.main(arguments)
   assert left.value.code == 1
   assert (
     f"error: {run}, step 2 started from another place: there is no directory {base}; --init-from "
     f"DIR says" in capsys.readouterr().err
   )
-  export.main([*arguments, "--init-from", str(tmp_path / "moved")])
+  saving.main([*arguments, "--init-from", str(tmp_path / "moved")])
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(tmp_path / "moved", 2))
 
 
@@ -378,10 +379,10 @@ def test_bad_input_is_one_line_and_writes_nothing(
   base, run, tmp_path, monkeypatch, capsys, arguments, message
 ):
   monkeypatch.chdir(tmp_path)
-  (base / ".export.json").write_text(json.dumps(export.sizes(base)))  # it could be replaced
+  (base / ".export.json").write_text(json.dumps(saving.sizes(base)))  # it could be replaced
   before = sorted(tmp_path.iterdir())
   with pytest.raises(SystemExit) as left:
-    export.main(["--out=out", *arguments])
+    saving.main(["--out=out", *arguments])
   said = capsys.readouterr().err
   assert left.value.code == 1
   assert message in said and said.count("error:") == 1 and "Traceback" not in said
@@ -393,24 +394,24 @@ def test_only_an_export_is_replaced_and_nothing_beside_it_goes(base, tmp_path, c
   unfinished.mkdir()
   (unfinished / "plan.json").write_text("{}")
   arguments = ["--checkpoint", str(base), "--format=torch", "--out", str(tmp_path / "out")]
-  export.main(arguments)
+  saving.main(arguments)
   for name in ("notes.txt", "mine.py", "params/notes.txt", "model-backup.safetensors"):
     (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "out" / name).write_text("mine")
     with pytest.raises(SystemExit):
-      export.main([*arguments, "--overwrite"])
+      saving.main([*arguments, "--overwrite"])
     assert f"also holds {name}, which is not what the export wrote" in capsys.readouterr().err
     (tmp_path / "out" / name).unlink()
   (tmp_path / "out" / "params").rmdir()
   with pytest.raises(SystemExit):  # a checkpoint that no export made
-    export.main(
+    saving.main(
       ["--checkpoint", str(tmp_path / "out"), "--format=torch", "--out", str(base), "--overwrite"]
     )
   assert (
     "base is not empty and no export" in capsys.readouterr().err and (base / "config.json").exists()
   )
   before = (tmp_path / "out").stat().st_ino
-  export.main([*arguments, "--overwrite"])
+  saving.main([*arguments, "--overwrite"])
   assert (tmp_path / "out").stat().st_ino != before
   assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "out.incomplete"]
   assert [path.name for path in unfinished.iterdir()] == ["plan.json"]
@@ -435,7 +436,7 @@ def exported(
   directory: pathlib.Path, out: pathlib.Path, *more: str, layout: str = "torch"
 ) -> tuple[dict | None, list[str]]:
   """What the export has of `auto_map` and of Python files."""
-  export.main(["--checkpoint", str(directory), f"--format={layout}", "--out", str(out), *more])
+  saving.main(["--checkpoint", str(directory), f"--format={layout}", "--out", str(out), *more])
   return json.loads((out / "config.json").read_text()).get("auto_map"), sorted(
     f.name for f in out.glob("*.py")
   )
@@ -512,21 +513,21 @@ def test_a_run_that_was_tied_stays_so_whatever_lies_beside_its_start(base, run, 
     tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1},
     tie_word_embeddings=True,
   )
-  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+  saving.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
   assert w.read_config(tmp_path / "out").llm.tied
 
 
 def test_a_run_says_where_it_began_as_any_folder_finds_it(tmp_path, monkeypatch, tiny_run):
   config = tiny_run(tmp_path / "run")
-  cfg = weights.read_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
+  cfg = loading.read_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
   monkeypatch.chdir(pathlib.Path(config.init_from).parent)
 
   def say(place):
     return checkpoint.describe(
       dataclasses.replace(config, init_from=place),
       cfg,
-      train.open_data(config.data.train, cfg),
+      loop.open_data(config.data.train, cfg),
       None,
     )["run"]["init_from"]
 
@@ -560,7 +561,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_of_a_run_is_one_error_with_its_name(run, tmp_path, damage, capsys):
   DAMAGES[damage](run / "checkpoints" / "2")
   with pytest.raises(SystemExit):
-    export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
+    saving.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   said = capsys.readouterr().err.splitlines()[-1]
   assert said.startswith(f"error: {run}") and "2" in said and len(said) < 1000
   assert not (tmp_path / "out").exists()

@@ -20,7 +20,8 @@ from huggingface_hub import (
 )  # here, where there is a home: it looks for one when it is imported
 from tqdm import tqdm
 
-from xcomp_jax import files, weights
+from xcomp_jax import files
+from xcomp_jax.checkpoints import loading
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -456,6 +457,6 @@ def test_without_a_home_a_hub_id_names_the_variable_to_set(homeless, monkeypatch
   monkeypatch.setattr(
     constants, "HF_HOME", os.path.expanduser("~/.cache/huggingface")
   )  # as at an import without a home
-  with pytest.raises(weights.CheckpointError, match="set HF_HOME to a folder"):
-    weights.resolve("org/name")
+  with pytest.raises(loading.CheckpointError, match="set HF_HOME to a folder"):
+    loading.resolve("org/name")
   assert os.listdir() == []

@@ -9,11 +9,12 @@ import re
 import numpy as np
 import pytest
 
-from xcomp_jax import films, findings, predecode, world
-from xcomp_jax.data import prompt
+from xcomp_jax.data import predecoding, prompt
 from xcomp_jax.data.store import open_store
-from xcomp_jax.films import FRAMES, KINDS, Split
-from xcomp_jax.miniature import PRESETS, SEED, STAGES, Study
+from xcomp_jax.study import findings
+from xcomp_jax.study.miniature import PRESETS, SEED, STAGES, Study
+from xcomp_jax.synthetic import films, world
+from xcomp_jax.synthetic.films import FRAMES, KINDS, Split
 
 HELDOUT = Split("heldout", 4, (12, 12), (3, 5), 0)
 NUMBERS = ["one", "two", "three", "four", "five"]
@@ -148,10 +149,10 @@ def test_answers_are_single_tokens(tmp_path):
 
 def test_the_real_path_shows_a_scene_in_each_clip(tmp_path):
   films.write(tmp_path / "films", Split("heldout", 1, (5, 5), (3, 3), 0), seed=2, workers=1)
-  settings = predecode.Settings(
+  settings = predecoding.Settings(
     image_size=96, max_frames=1024, min_frames=FRAMES, fps=world.FPS, clip_frames=FRAMES
   )
-  predecode.predecode(
+  predecoding.predecode(
     tmp_path / "films" / "heldout.yaml", tmp_path / "frames", settings, root=tmp_path / "films"
   )
   store = open_store(str(tmp_path / "frames"))

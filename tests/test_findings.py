@@ -6,8 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from xcomp_jax import demo, findings, miniature, study
-from xcomp_jax.films import KINDS
+from xcomp_jax import demo
+from xcomp_jax.study import findings, miniature, study
+from xcomp_jax.synthetic.films import KINDS
 
 
 def drawn(seed, films, share=0.7):

@@ -6,8 +6,10 @@ import jax
 import pytest
 from cards import Device
 
-from xcomp_jax import chips, cost, fits, metrics, programs
 from xcomp_jax.config import ConfigError, from_command_line
+from xcomp_jax.parallel import chips
+from xcomp_jax.plan import cost, fits, programs
+from xcomp_jax.training import metrics
 
 STATE = {"parameters": 4e9, "gradients": 2e9, "optimizer state": 4e9}
 CELL = {

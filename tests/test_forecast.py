@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from test_packing import mixture
 
-from xcomp_jax import forecast, metrics, plan_table
 from xcomp_jax.config import (
   ConfigError,
   LLMConfig,
@@ -20,6 +19,8 @@ from xcomp_jax.config import (
 )
 from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Length, Shape
+from xcomp_jax.plan import table
+from xcomp_jax.training import forecast, metrics
 
 CFG = VLMConfig(
   vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
@@ -227,7 +228,7 @@ def test_the_command_prints_a_table(config, tmp_path):
   file, lengths = tmp_path / "lengths.json", mixture(200)
   file.write_text(json.dumps({"frames": lengths[:, 0].tolist(), "text": lengths[:, 3].tolist()}))
   fixed = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1, 1))
-  out = plan_table.table(fixed, CFG, plan_table.read_lengths(file, CFG), "2,64", "v5e")
+  out = table.table(fixed, CFG, table.read_lengths(file, CFG), "2,64", "v5e")
   rows = [line.split() for line in out.splitlines()]
   assert rows[0][:4] == ["devices", "batch", "mesh", "data"]
   assert [row[:4] for row in rows[1:5]] == [
@@ -254,25 +255,25 @@ def test_the_command_prints_a_table(config, tmp_path):
 def test_a_file_of_lengths_that_is_none_is_refused(tmp_path, text, words):
   (tmp_path / "lengths.json").write_text(text)
   with pytest.raises(ConfigError, match=words):
-    plan_table.read_lengths(tmp_path / "lengths.json", CFG)
+    table.read_lengths(tmp_path / "lengths.json", CFG)
 
 
 def test_wrong_arguments_are_named(config, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"none\.json"):
-    plan_table.read_lengths(tmp_path / "none.json", CFG)
+    table.read_lengths(tmp_path / "none.json", CFG)
   for devices, chip, words in (
     ("8,x", "v5e", "--devices 8,x: must be numbers"),
     ("8", "v9", "--chip v9: known are v6e, v5e, .* h100, a100-40"),
   ):
     with pytest.raises(ConfigError, match=words):
-      plan_table.table(config, CFG, np.array([[1, 1, 14, 9]] * 40), devices, chip)
+      table.table(config, CFG, np.array([[1, 1, 14, 9]] * 40), devices, chip)
   with pytest.raises(ConfigError, match="batch_size = 32, but an epoch reads only 20 samples"):
-    plan_table.table(config, CFG, np.array([[1, 1, 14, 9]] * 20), "64", "v5e")
+    table.table(config, CFG, np.array([[1, 1, 14, 9]] * 20), "64", "v5e")
 
 
 def test_a_count_of_devices_that_can_not_hold_the_samples_has_a_note(config):
   lengths = np.array([[1, 1, 14, 9]] * 39 + [[2048, 8, 14, 100]])
-  out = plan_table.table(config, CFG, lengths, "1,2", "h100")
+  out = table.table(config, CFG, lengths, "1,2", "h100")
   assert [line.split()[0] for line in out.splitlines()[1:3]] == ["2", "2"] and out.splitlines()[
     1
   ].endswith("yes")
@@ -280,6 +281,6 @@ def test_a_count_of_devices_that_can_not_hold_the_samples_has_a_note(config):
     "1 x h100: the data does not fit 1,024 frames with 8,192 tokens" in out
     and "sample 39 has 2,048 frames" in out
   )
-  assert "DOES NOT FIT: this run does not fit 1 x TPU v5 lite" in plan_table.table(
+  assert "DOES NOT FIT: this run does not fit 1 x TPU v5 lite" in table.table(
     config, CFG, lengths[:39], "1", "v5e"
   )

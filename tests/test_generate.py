@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 from packed import one_each
 
-from xcomp_jax import generate
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.batch import Example
-from xcomp_jax.generate import Sampling
-from xcomp_jax.metrics import Compilations
-from xcomp_jax.model import attention, decoder, vlm
+from xcomp_jax.inference import generate
+from xcomp_jax.inference.generate import Sampling
+from xcomp_jax.model import attention, qwen2, vlm
+from xcomp_jax.training.metrics import Compilations
 
 SHAPE = 32, 8, 32  # frames, prefix, text
 
@@ -53,7 +53,7 @@ def test_a_text_in_pieces_is_the_text_in_one(model, sample, monkeypatch, keep):
   batch = one_each([sample(2, 3, 9, 0), sample(4, 6, 21, 1)], *SHAPE)
   whole = jax.jit(lambda model, batch: generate.prefill(model, batch, 5))(model, batch)
   for name, size in {"SHORT": 8, "PART": 4}.items():
-    monkeypatch.setattr(decoder, name, size)
+    monkeypatch.setattr(qwen2, name, size)
   monkeypatch.setattr(attention, "KEYS", 24)
   pieces = jax.jit(lambda model, batch: generate.prefill(model, batch, 5, in_pieces=True))(
     model, batch

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xcomp_jax import absent, accounts, chips, cost, forecast, plan, programs, sharding
 from xcomp_jax.config import MeshConfig, from_command_line
 from xcomp_jax.model import kernels
 from xcomp_jax.model.attention import AttentionMask, attend
+from xcomp_jax.parallel import chips
+from xcomp_jax.parallel.mesh import make_mesh
+from xcomp_jax.plan import absent, accounts, cost, plan, programs
+from xcomp_jax.training import forecast
 
 pytest.importorskip("jax_cuda13_plugin", reason="needs the CUDA packages: make test-gpu-compile")
 
@@ -83,7 +86,7 @@ def test_attention_of_clips_by_cudnn_compiles(kind, slots, heads, size, gradient
   without a GPU.
   """
   devices = absent.gpus(kind, 2)
-  mesh = sharding.make_mesh(MeshConfig(1, 2, 1, 1), devices)
+  mesh = make_mesh(MeshConfig(1, 2, 1, 1), devices)
   x = jax.ShapeDtypeStruct(
     (4, slots, heads, size), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp"))
   )
@@ -118,7 +121,7 @@ def test_attention_of_several_samples_in_a_row_compiles(kind, slots, devices, gr
   cards = absent.gpus(kind, devices)
   card = kernels.card_of(cards[0])
   dtype = jnp.dtype(kernels.compute_dtype(card, gradient=True))  # only training has them
-  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, devices), cards)
+  mesh = make_mesh(MeshConfig(1, 1, 1, devices), cards)
 
   def array(*shape, dtype=dtype, split="context"):
     place = NamedSharding(mesh, PartitionSpec(None, split))

@@ -7,7 +7,7 @@ import time
 import pytest
 import tokamax
 
-from xcomp_jax import gpu_check
+from xcomp_jax.bench import gpu_check
 
 
 @pytest.mark.parametrize("case", gpu_check.SMALL, ids=lambda case: case.name)

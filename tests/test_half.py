@@ -15,13 +15,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax import absent, encode, fits, generate, parity, predecode, reader, train, weights
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import COSINE, ConfigError, ModelConfig, from_command_line
-from xcomp_jax.data.shards import Settings
-from xcomp_jax.model import kernels, merge, norm, vision, vlm
+from xcomp_jax.data import predecoding
+from xcomp_jax.data.decode_jobs import Settings
+from xcomp_jax.inference import encoded_video, generate, video_model
+from xcomp_jax.model import kernels, layers, token_merging, umt, vlm
 from xcomp_jax.model.attention import AttentionMask, attend, attend_first, question_scores
-from xcomp_jax.model.decoder import Decoder
-from xcomp_jax.parity_tower import frames_of, in_clips
+from xcomp_jax.model.qwen2 import Decoder
+from xcomp_jax.parity import parity
+from xcomp_jax.parity.tower import frames_of, in_clips
+from xcomp_jax.plan import absent, fits
+from xcomp_jax.training import loop
 
 HALVES = ("float16", "bfloat16")
 QUICK = {
@@ -34,12 +39,12 @@ GREEDY = {"bfloat16": 36, "float16": 40}  # tokens of 40, at least
 
 def load(directory, dtype):
   """The recorded model."""
-  cfg = weights.read_config(
+  cfg = loading.read_config(
     directory,
     ModelConfig("checkpoint", "checkpoint", dtype, dtype, 1, "einsum", remat=False),
     COSINE,
   )
-  return weights.load(directory, cfg, dtype=dtype)
+  return loading.load(directory, cfg, dtype=dtype)
 
 
 def together(sources):
@@ -49,7 +54,7 @@ def together(sources):
 
 def test_how_often_token_merging_decides_otherwise(reference):
   into, recorded = {}, parity.read(reference / "dev" / "vision.npz")
-  run = jax.jit(lambda tower, clips: merge.sources(tower(clips), clips.shape[1] * 16, 4))
+  run = jax.jit(lambda tower, clips: token_merging.sources(tower(clips), clips.shape[1] * 16, 4))
   for dtype in ("float32", *HALVES):
     tower, clips = load(reference / "dev", dtype).vision, in_clips(frames_of(recorded), recorded)
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
@@ -80,7 +85,7 @@ def test_how_often_greedy_decoding_decides_otherwise(reference, dtype):
   model, x, same = load(reference / "dev", dtype), jnp.asarray(recorded["inputs_embeds"], dtype), []
   with jax.default_matmul_precision(None):
     for name, tokens in wanted.items():
-      varied = weights.with_lp_comp(model, parity.lp_comp_of(name, model.cfg.llm.layers))
+      varied = loading.with_lp_comp(model, parity.lp_comp_of(name, model.cfg.llm.layers))
       program = parity.prefill_and_decode.lower(varied, x, prefix, text, 8).compile(QUICK)
       _, logits, new, _ = program(varied, x)
       same.append(np.asarray(new) == tokens)
@@ -122,8 +127,8 @@ def close(half, whole, of=2e-3):
 def test_norms_of_the_largest_numbers(tiny):
   x = near(2, 5, 32)
   for make in (
-    lambda dtype: norm.RMSNorm(32, 1e-6, dtype, jnp.float32),
-    lambda dtype: vision._norm(tiny(dtype=dtype.__name__), 1e-12, nnx.Rngs(0), jnp.float32),
+    lambda dtype: layers.RMSNorm(32, 1e-6, dtype, jnp.float32),
+    lambda dtype: umt._norm(tiny(dtype=dtype.__name__), 1e-12, nnx.Rngs(0), jnp.float32),
   ):
     out = make(jnp.float16)(x)
     assert out.dtype == jnp.float16
@@ -131,7 +136,7 @@ def test_norms_of_the_largest_numbers(tiny):
 
 
 def test_merging_the_largest_numbers():
-  x, run = near(2, 36, 24), jax.jit(lambda x: merge.merge(x, 24, 4))
+  x, run = near(2, 36, 24), jax.jit(lambda x: token_merging.merge(x, 24, 4))
   out = run(x)
   assert out.dtype == jnp.float16
   np.testing.assert_array_equal(
@@ -200,7 +205,7 @@ def test_numbers_that_float16_has_not_are_no_answer(tiny, monkeypatch):
     ConfigError,
     match=r"features of the tower left the range of float16.*65,504: take --dtype float32",
   ):
-    encode.encode(model, frames, np.arange(8) / 8, 1.0, "it")
+    encoded_video.encode(model, frames, np.arange(8) / 8, 1.0, "it")
   kernels.check_finite(np.array([np.inf]), "logits", "float32")  # not looked at
   state = generate.State(
     jnp.full((1, 64), jnp.nan), (), jnp.int32(8), jnp.zeros((1, 64), bool), jnp.zeros(1, bool)
@@ -283,7 +288,7 @@ def test_tpus_and_training_have_no_float16(tmp_path):
     with pytest.raises(
       ConfigError, match=f"config.model.{name} = 'float16': it is for asking.*loss scaling"
     ):
-      train.run(config)
+      loop.run(config)
 
 
 def test_kernels_of_cards_take_it():
@@ -307,29 +312,29 @@ def test_an_encoded_video_of_another_dtype_is_refused(tiny, tmp_path):
   def make(dtype):
     return vlm.VLM(tiny(dtype=dtype), rngs=nnx.Rngs(0))
 
-  video = encode.encode(
+  video = encoded_video.encode(
     make("float16"), np.zeros((8, 48, 48, 3), np.uint8), np.arange(8) / 8, 1.0, "it"
   )
   assert video.features[0].dtype == np.float16 and video.identity.endswith("-float16")
-  encode.save(video, tmp_path / "v.npz")
+  encoded_video.save(video, tmp_path / "v.npz")
   np.testing.assert_array_equal(
-    encode.load(tmp_path / "v.npz", make("float16")).features[0], video.features[0]
+    encoded_video.load(tmp_path / "v.npz", make("float16")).features[0], video.features[0]
   )
   with pytest.raises(
-    encode.EncodedVideoError,
+    encoded_video.EncodedVideoError,
     match="was encoded in float16, and this is to be computed in bfloat16; give that --dtype",
   ):
-    encode.load(tmp_path / "v.npz", make("bfloat16"))
+    encoded_video.load(tmp_path / "v.npz", make("bfloat16"))
 
 
 def test_a_store_of_features_says_that_it_was_computed_in_float16(reference):
   assets = str(reference.parents[1] / "assets" / "tiny")
   wide, half = (
-    predecode.load_tower(assets, Settings(48, 16, 8, 8.0, 8), 4, dtype=dtype)
+    predecoding.load_tower(assets, Settings(48, 16, 8, 8.0, 8), 4, dtype=dtype)
     for dtype in ("float32", "float16")
   )
   assert half.features == wide.features  # one tower; training takes both
   assert half.settings == wide.settings | {"computed_in": "float16"} and "float16" in half.about
   (made,) = half.encode(iter(np.zeros((1, 8, 48, 48, 3), np.uint8)))
   assert made.dtype == ml_dtypes.bfloat16 and np.isfinite(made.astype(np.float32)).all()
-  assert reader.prepare(reader.default(assets, dtype="float16")).cfg.dtype == "float16"
+  assert video_model.prepare(video_model.default(assets, dtype="float16")).cfg.dtype == "float16"

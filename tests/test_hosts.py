@@ -10,8 +10,8 @@ import time
 import jax
 import pytest
 
-from xcomp_jax import hosts
 from xcomp_jax.config import ConfigError, DistributedConfig
+from xcomp_jax.parallel import hosts
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from packed import one_each
 
-from xcomp_jax import inside, weights
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError, LPCompConfig
 from xcomp_jax.model import lp_comp, vlm
+from xcomp_jax.viz import flow
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_even_attention_goes_where_tokens_are(small, sample, keep):
     layer.q.kernel[...] = jnp.zeros_like(layer.q.kernel[...])
     layer.q.bias[...] = jnp.zeros_like(layer.q.bias[...])
   batch = one_each([sample(1, 3, 6), sample(2, 2, 4, seed=1)], 16, 4, 8)
-  shares = np.asarray(jax.jit(inside.flow)(model, batch))
+  shares = np.asarray(jax.jit(flow.flow)(model, batch))
   assert shares.shape == (2, 2, 2, 18)
   kept = lp_comp.survivors(cfg.lp_comp, 2)
   for row, (clips, prefix, text) in enumerate([(1, 3, 6), (2, 2, 4)]):
@@ -54,25 +55,25 @@ def test_even_attention_goes_where_tokens_are(small, sample, keep):
 def test_attention_has_no_place_to_go_where_tokens_are_averaged(small, sample):
   model = vlm.VLM(small("cosine", "avgpool"), rngs=nnx.Rngs(0))
   with pytest.raises(ConfigError, match="avgpool"):
-    inside.flow(model, one_each([sample(1, 3, 6)], 8, 4, 8))
+    flow.flow(model, one_each([sample(1, 3, 6)], 8, 4, 8))
 
 
 def test_agreement_by_hand():
   log = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
-  same, apart = inside.agreement(log[::-1] + 3.0, log)  # a constant moves no probability
+  same, apart = flow.agreement(log[::-1] + 3.0, log)  # a constant moves no probability
   assert same.tolist() == [False, False]
   expected = [
     0.5 * np.log(5) + 0.25 * np.log(0.25 / 0.8) + 0.25 * np.log(2.5),
     0.1 * np.log(0.2) + 0.8 * np.log(3.2) + 0.1 * np.log(0.4),
   ]
   np.testing.assert_allclose(apart, expected, rtol=1e-5)
-  same, apart = inside.agreement(log, log)
+  same, apart = flow.agreement(log, log)
   assert same.all() and np.abs(apart).max() < 1e-7
 
 
 def test_another_lp_comp_shares_the_parameters(small, sample):
   model = vlm.VLM(small((9, 3), "suffix"), rngs=nnx.Rngs(0))
-  whole = weights.with_lp_comp(model, LPCompConfig("cosine", "none", 16))
+  whole = loading.with_lp_comp(model, LPCompConfig("cosine", "none", 16))
   assert all(
     a is b
     for a, b in zip(

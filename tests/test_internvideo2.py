@@ -14,19 +14,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from xcomp_jax import (
-  ask,
-  encode,
-  evaluate,
-  export,
-  layouts,
-  parity_tower,
-  predecode,
-  sharding,
-  train,
-  weights,
-  world,
-)
+from xcomp_jax import ask
+from xcomp_jax.checkpoints import loading, saving, tensor_files
 from xcomp_jax.config import (
   ConfigError,
   InternVideo2Config,
@@ -37,10 +26,16 @@ from xcomp_jax.config import (
   from_dict,
   to_dict,
 )
-from xcomp_jax.data import store
+from xcomp_jax.data import predecoding, store
+from xcomp_jax.evaluation import scores
+from xcomp_jax.inference import encoded_video
 from xcomp_jax.model import vlm
 from xcomp_jax.model.internvideo2 import InternVideo2
 from xcomp_jax.model.vlm import VLM
+from xcomp_jax.parallel.mesh import constrain, make_mesh, param_shardings, path_name
+from xcomp_jax.parity.tower import tower_sizes
+from xcomp_jax.synthetic import world
+from xcomp_jax.training import loop
 
 SIZES = InternVideo2Config(
   image_size=70, patch_size=14, width=32, layers=2, heads=4, mlp_width=64, frames=4
@@ -110,18 +105,18 @@ def test_clips_of_another_length_have_no_positions(tower):
 
 
 def test_layers_split_over_a_mesh_give_the_same(cfg, tower):
-  mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
+  mesh = make_mesh(MeshConfig(2, 2, 2, 1))
   graph, state = nnx.split(tower)
-  shardings = sharding.param_shardings({"vision": state}, mesh)["vision"]
+  shardings = param_shardings({"vision": state}, mesh)["vision"]
   kernels = {
-    sharding.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)
+    path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)
   }
   assert kernels["blocks/0/attn/qkv/kernel"].spec == P("fsdp", "tensor") and kernels[
     "blocks/1/fc2/kernel"
   ].spec == P("tensor", "fsdp")
   assert kernels["pos_embed"].spec == P(None, None, "fsdp") and kernels["blocks/0/ls1"].spec == P()
   split = jax.jit(
-    lambda state, frames: nnx.merge(graph, state)(sharding.constrain(frames, "clips"))
+    lambda state, frames: nnx.merge(graph, state)(constrain(frames, "clips"))
   )
   with jax.set_mesh(mesh):
     out = split(jax.device_put(state, shardings), clips(4))
@@ -130,10 +125,10 @@ def test_layers_split_over_a_mesh_give_the_same(cfg, tower):
 
 
 def test_every_parameter_of_such_a_model_has_a_rule(cfg):
-  state = nnx.state(weights.abstract(cfg))
+  state = nnx.state(loading.abstract(cfg))
   assert len(
-    jax.tree.leaves(sharding.param_shardings(state, sharding.make_mesh(MeshConfig(1, 2, 2, 2))))
-  ) == len(weights.names(cfg))
+    jax.tree.leaves(param_shardings(state, make_mesh(MeshConfig(1, 2, 2, 2))))
+  ) == len(loading.names(cfg))
 
 
 def test_remat_changes_no_gradient_and_all_but_the_positions_of_images_have_one(cfg):
@@ -176,7 +171,7 @@ def test_clips_of_four_become_64_tokens_and_an_image_16(cfg):
 
 
 def test_sizes_come_from_the_tensors(reference):
-  sizes = parity_tower.tower_sizes(reference / "internvideo2_tiny", 84, 4)
+  sizes = tower_sizes(reference / "internvideo2_tiny", 84, 4)
   assert sizes == InternVideo2Config(84, 14, 48, 3, 4, 209, 4)
 
 
@@ -212,15 +207,15 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
     seed=0,
     workers=1,
   )
-  settings = predecode.Settings(image_size=70, max_frames=16, min_frames=8, fps=8.0, clip_frames=4)
+  settings = predecoding.Settings(image_size=70, max_frames=16, min_frames=8, fps=8.0, clip_frames=4)
   with pytest.raises(
     ConfigError,
     match=r"has positions for clips of 4 frames, not of 8: .* --clip_frames 4 of predecode",
   ):
-    predecode.load_tower(str(checkpoint), dataclasses.replace(settings, clip_frames=8), 2)
-  tower = predecode.load_tower(str(checkpoint), settings, 2)
+    predecoding.load_tower(str(checkpoint), dataclasses.replace(settings, clip_frames=8), 2)
+  tower = predecoding.load_tower(str(checkpoint), settings, 2)
   for name, features in (("frames", None), ("features", tower)):
-    predecode.predecode(
+    predecoding.predecode(
       tmp_path / "world/train.yaml",
       tmp_path / name,
       settings,
@@ -251,7 +246,7 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
         *(f"--config.{k}={v}" for k, v in overrides.items()),
       ]
     )
-    train.run(config)
+    loop.run(config)
     runs[name] = [
       float(loss)
       for loss in re.findall(r"^step \d/3  loss (\S+)", capsys.readouterr().out, re.MULTILINE)
@@ -261,7 +256,7 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
     runs["frames"], runs["features"], rtol=2e-3
   )  # features are kept in bfloat16
 
-  export.main(
+  saving.main(
     [
       "--checkpoint",
       str(tmp_path / "run-frames"),
@@ -270,18 +265,18 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
       str(tmp_path / "orbax"),
     ]
   )
-  export.main(
+  saving.main(
     ["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")]
   )
-  assert layouts.shapes(tmp_path / "torch") == layouts.shapes(checkpoint)
+  assert tensor_files.shapes(tmp_path / "torch") == tensor_files.shapes(checkpoint)
   before, after = (
-    weights.load(place, weights.read_config(place, export.AS_IT_IS, export.NOT_TUNED))
+    loading.load(place, loading.read_config(place, saving.AS_IT_IS, saving.NOT_TUNED))
     for place in (checkpoint, tmp_path / "torch")
   )
-  assert encode.tower_identity(before) == encode.tower_identity(after)  # bit by bit as it was
-  assert weights.read_config(
-    tmp_path / "torch", export.AS_IT_IS, export.NOT_TUNED
-  ).llm.rope_scaling == weights.yarn_of(2.0, 64)
+  assert encoded_video.tower_identity(before) == encoded_video.tower_identity(after)  # bit by bit as it was
+  assert loading.read_config(
+    tmp_path / "torch", saving.AS_IT_IS, saving.NOT_TUNED
+  ).llm.rope_scaling == loading.yarn_of(2.0, 64)
   assert not np.array_equal(before.llm.layers[0].q.kernel[...], after.llm.layers[0].q.kernel[...])
 
   film = next((tmp_path / "world/heldout").glob("*.mp4"))
@@ -321,7 +316,7 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
     for text in world.QUESTIONS.values()
   ]
   (tmp_path / "q.json").write_text(json.dumps(items))
-  evaluate.main(
+  scores.main(
     [
       "--task=lvbench",
       "--annotations",

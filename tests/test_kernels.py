@@ -12,12 +12,14 @@ import pytest
 import tokamax
 from flax import nnx
 
-from xcomp_jax import absent, bench, generate, qc_comp, rounds, weights
-from xcomp_jax import bench_parts as parts
+from xcomp_jax.bench import bench, parts
+from xcomp_jax.bench.gpu_check import distance
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import COSINE, ModelConfig
 from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
-from xcomp_jax.gpu_check import distance
-from xcomp_jax.model import kernels, vlm
+from xcomp_jax.inference import generate, rounds
+from xcomp_jax.model import kernels, qc_comp, vlm
+from xcomp_jax.plan import absent
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +68,7 @@ def towers():
     )
 
   def read(folder, frames):
-    return weights.read_config(
+    return loading.read_config(
       bench.RELEASED.parent / folder,
       ModelConfig(frames, None, "bfloat16", "bfloat16", 1, "auto", remat=False),
       COSINE,

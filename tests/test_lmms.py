@@ -15,7 +15,9 @@ from PIL import Image
 
 pytest.importorskip("lmms_eval")
 
-from xcomp_jax import ask, evaluate, lmms_tasks, world
+from xcomp_jax import ask
+from xcomp_jax.evaluation import lmms_tasks, scores
+from xcomp_jax.synthetic import world
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 SETTINGS = {"min_frames": 8, "max_frames": 64, "select": 16, "clips_per_chunk": 8}
@@ -38,7 +40,7 @@ def task(tmp_path_factory):
     f"--videos={root / 'world' / 'heldout'}",
   ]
   lmms_tasks.main([*files, f"--out={root / 'tasks'}"])
-  evaluate.main(
+  scores.main(
     [
       *files,
       f"--out={root / 'own'}",

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from xcomp_jax import chat, measures, miniature
 from xcomp_jax.data.store import open_store
-from xcomp_jax.films import FRAMES, KINDS, Split
-from xcomp_jax.miniature import Study
+from xcomp_jax.inference import chat
+from xcomp_jax.study import measures, miniature
+from xcomp_jax.study.miniature import Study
+from xcomp_jax.synthetic.films import FRAMES, KINDS, Split
 
 SCENES, KEPT = 8, 3
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax.model.merge import Projector, match, merge, merge_step, merge_steps, sources
+from xcomp_jax.model.token_merging import Projector, match, merge, merge_step, merge_steps, sources
 
 
 def features(*shape, seed=0):

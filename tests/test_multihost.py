@@ -18,9 +18,9 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from xcomp_jax import train
 from xcomp_jax.config import RunConfig, from_dict, to_dict
-from xcomp_jax.sharding import AXES
+from xcomp_jax.parallel.mesh import AXES
+from xcomp_jax.training import loop
 
 
 def note_batches(place, out):
@@ -49,16 +49,16 @@ def one_of_two(port, number, config, out, order):
   """
   jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
   noted, local, result, said = [], [], None, None
-  place = note_batches(train.place, noted)
+  place = note_batches(loop.place, noted)
   if order:
-    train.make_mesh = lambda mesh, _: Mesh(
+    loop.make_mesh = lambda mesh, _: Mesh(
       np.array(jax.devices())[list(map(int, order))].reshape(1, -1, 1, 1),
       AXES,
       axis_types=(AxisType.Auto,) * 4,
     )
-  train.place = lambda batch, mesh: (local.append(batch.index.size), place(batch, mesh))[1]
+  loop.place = lambda batch, mesh: (local.append(batch.index.size), place(batch, mesh))[1]
   try:
-    result = train.run(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
+    result = loop.run(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
   except ValueError as error:
     said = str(error)
   pathlib.Path(out).write_text(
@@ -103,15 +103,15 @@ def test_two_processes_go_on_with_a_run_of_one(
 ):
   data = {"data.train": features} if kind == "features" else {}
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 1, "tensor": 1} | {axis: 2}, **data)
-  noted, losses, original = [], [], train.metrics.line
-  monkeypatch.setattr(train, "devices", lambda: jax.devices()[:2])
-  monkeypatch.setattr(train, "place", note_batches(train.place, noted))
+  noted, losses, original = [], [], loop.metrics.line
+  monkeypatch.setattr(loop, "devices", lambda: jax.devices()[:2])
+  monkeypatch.setattr(loop, "place", note_batches(loop.place, noted))
   monkeypatch.setattr(
-    train.metrics,
+    loop.metrics,
     "line",
     lambda step, *rest: (losses.append(rest[1]["loss"]), original(step, *rest))[1],
   )
-  assert train.run(config)["step"] == 4
+  assert loop.run(config)["step"] == 4
   shutil.copytree(tmp_path / "one", tmp_path / "two")
   shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
   ways = two(
@@ -134,9 +134,9 @@ def test_rows_scattered_over_the_hosts_are_the_same_samples_and_losses(
 ):
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 4, "tensor": 1})
   noted = []
-  monkeypatch.setattr(train, "devices", lambda: jax.devices()[:4])
-  monkeypatch.setattr(train, "place", note_batches(train.place, noted))
-  alone = train.run(config)
+  monkeypatch.setattr(loop, "devices", lambda: jax.devices()[:4])
+  monkeypatch.setattr(loop, "place", note_batches(loop.place, noted))
+  alone = loop.run(config)
   # As a ring lies on a torus: the first host has the first and the last row, or every other one.
   for order in ("0231", "0213"):
     config = dataclasses.replace(config, workdir=str(tmp_path / order))

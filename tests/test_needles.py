@@ -11,8 +11,8 @@ import odd
 import pytest
 from PIL import Image
 
-from xcomp_jax import needles
-from xcomp_jax import reader as readers
+from xcomp_jax.evaluation import needles
+from xcomp_jax.inference import video_model as readers
 from xcomp_jax.model.vlm import VLM
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"

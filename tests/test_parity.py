@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import parity, parity_tower
-from xcomp_jax.comparison import ParityError, compare, show
 from xcomp_jax.config import LPCompConfig
+from xcomp_jax.parity import parity, tower
+from xcomp_jax.parity.comparison import ParityError, compare, show
 
 TENSORS = "model.vision_tower.vision_tower"
 # Every stage of the command; `python -m xcomp_jax.parity` on the whole directory compares more
@@ -260,9 +260,9 @@ def test_compare_fails_on_shape_nan_and_integers(ours):
 def test_only_ties_may_be_ordered_differently():
   score = np.array([[0.5, 0.9, 0.5 + 1e-7, 0.1]])
   ours, official = np.array([[1, 2, 0, 3]]), np.array([[1, 0, 2, 3]])
-  np.testing.assert_array_equal(parity_tower.same_ties(ours, official, score), official)
+  np.testing.assert_array_equal(tower.same_ties(ours, official, score), official)
   wrong = np.array([[0, 1, 2, 3]])
-  assert (parity_tower.same_ties(wrong, official, score) != official).any()
+  assert (tower.same_ties(wrong, official, score) != official).any()
 
 
 def test_variant_names_give_their_schedules():

@@ -11,21 +11,15 @@ import numpy as np
 import pytest
 from test_packing import mixture
 
-from xcomp_jax import (
-  accounts,
-  bench_parts,
-  forecast,
-  optim,
-  plan,
-  programs,
-  sharding,
-  steps,
-  train,
-  weights,
-)
+from xcomp_jax.bench import parts
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError, from_command_line
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Length, Shape, fake_batch
+from xcomp_jax.parallel import mesh as meshes
+from xcomp_jax.parallel.mesh import PARAMETERS, batch_sharding, make_mesh
+from xcomp_jax.plan import accounts, plan, programs
+from xcomp_jax.training import forecast, loop, optim, steps
 
 
 def paper(*extra):
@@ -115,7 +109,7 @@ def test_operations_are_those_of_the_step_that_runs(small):
   )
   row = row_of(rows, "gradient")
   with accounts.inside(made):
-    assert row["flops"]["executed"] == bench_parts.flops(step, *arguments)
+    assert row["flops"]["executed"] == parts.flops(step, *arguments)
   assert 0 < row["flops"]["model"] < row["flops"]["executed"]  # masked halves and recomputation
 
 
@@ -162,10 +156,10 @@ def test_fewer_layers_give_state_and_operations_of_all_and_say_that_the_rest_is_
 
 
 def test_released_sizes_are_known_without_a_network(monkeypatch):
-  monkeypatch.setattr(weights, "resolve", lambda name: pytest.fail(f"asked for {name}"))
+  monkeypatch.setattr(loading, "resolve", lambda name: pytest.fail(f"asked for {name}"))
   for variant, billions in (("", 1.838), (":7b", 7.923)):  # FACTS.md 11
     cfg = programs.sizes(from_command_line(["plan", f"--config=configs/sct.py{variant}"]))
-    numbers = sum(math.prod(e.shape) for e in weights.names(cfg))
+    numbers = sum(math.prod(e.shape) for e in loading.names(cfg))
     assert round(numbers / 1e9, 3) == billions
 
 
@@ -259,10 +253,10 @@ def test_seconds_of_a_step_are_those_of_its_programs():
 def test_a_large_array_that_is_not_split_is_refused(monkeypatch, replicated, axes):
   made = programs.make(paper("--config.mesh.tensor=2"), None)
   rules = tuple(
-    (pattern, () if pattern == axes else split) for pattern, split in sharding.PARAMETERS
+    (pattern, () if pattern == axes else split) for pattern, split in PARAMETERS
   )
-  assert rules != sharding.PARAMETERS
-  monkeypatch.setattr(sharding, "PARAMETERS", rules)
+  assert rules != PARAMETERS
+  monkeypatch.setattr(meshes, "PARAMETERS", rules)
   monkeypatch.setattr(
     plan, "account_program", lambda *_: pytest.fail("compiled before it was refused")
   )
@@ -281,9 +275,9 @@ def test_an_axis_left_out_of_a_rule_is_refused_too_and_nothing_else(monkeypatch)
   fine = programs.training(made, made.full)
   assert plan.unsplit(fine[2], made.mesh) == plan.unsplit(fine[3], made.mesh) == []
   rules = tuple(
-    (p, ("embed",) if p == "embed/embedding" else axes) for p, axes in sharding.PARAMETERS
+    (p, ("embed",) if p == "embed/embedding" else axes) for p, axes in PARAMETERS
   )
-  monkeypatch.setattr(sharding, "PARAMETERS", rules)
+  monkeypatch.setattr(meshes, "PARAMETERS", rules)
   words = plan.unsplit(programs.training(made, made.full)[2], made.mesh)
   assert len(words) == 3 and all(
     "llm/embed/embedding" in w and "tensor = 2" in w for w in words
@@ -301,7 +295,7 @@ def test_what_does_not_fit_is_refused_with_remedies_in_numbers(small, tiny_run, 
 
   def words(name, size, like=made.device, **changes):
     device = dataclasses.replace(like, hbm=size)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     return plan.problems(
       dataclasses.replace(made, config=config, mesh=mesh, device=device, **changes),
       [row_of(rows, name)],
@@ -355,9 +349,9 @@ def test_a_program_that_the_compiler_refuses_is_accounted_for(small, monkeypatch
 
 def test_the_command_ends_with_1_and_one_error_if_something_is_wrong(monkeypatch, capsys):
   monkeypatch.setattr(
-    sharding,
+    meshes,
     "PARAMETERS",
-    tuple((p, () if "embedding" in p else a) for p, a in sharding.PARAMETERS),
+    tuple((p, () if "embedding" in p else a) for p, a in PARAMETERS),
   )
   with pytest.raises(SystemExit) as ended:
     plan.main(["--config=configs/sct.py", "--programs", "gradient"])
@@ -404,7 +398,7 @@ def test_a_topology_without_the_compiler_says_what_to_install(monkeypatch):
 
 def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
-  prepared = train.prepare(config)
+  prepared = loop.prepare(config)
   prepared.data.close()
   assert plan.stored_lengths(config, prepared.cfg, config.data.train) == [
     tuple(n) for n in prepared.lengths.tolist()
@@ -414,13 +408,13 @@ def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
 def test_a_checkpoint_directory_is_taken_before_what_is_known(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
   assert programs.sizes(config).llm.width == 32
-  with pytest.raises(weights.CheckpointError, match="no directory"):
+  with pytest.raises(loading.CheckpointError, match="no directory"):
     programs.sizes(dataclasses.replace(config, init_from="./nowhere"))
 
 
 def test_kinds_of_arrays_have_their_bytes(small):
   made, _, _ = small
-  at = sharding.batch_sharding(made.mesh)
+  at = batch_sharding(made.mesh)
   assert (
     programs.held([jax.ShapeDtypeStruct((16, 3), np.dtype(np.int32), sharding=at)]) == 2 * 3 * 4
   )

@@ -34,11 +34,11 @@ from decoding import (
 )
 from PIL import Image
 
-from xcomp_jax import predecode as predecode_lib
 from xcomp_jax import progress
-from xcomp_jax.data import check, processes, prompt, shards, video
+from xcomp_jax.data import decode_jobs, inspection, processes, prompt, video
+from xcomp_jax.data import predecoding as predecode_lib
+from xcomp_jax.data.predecoding import Settings, Tower
 from xcomp_jax.data.store import Features, StoreError, open_store
-from xcomp_jax.predecode import Settings, Tower
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_skip_bad_after_a_run_without_decodes_nothing_again(world, monkeypatch):
   make_video(world / "videos" / "v1.mp4", 7)
   with pytest.raises(video.VideoError):
     make(world, samples_per_shard=2)
-  monkeypatch.setattr(shards, "decode", lambda *a: pytest.fail("decoded"))
+  monkeypatch.setattr(decode_jobs, "decode", lambda *a: pytest.fail("decoded"))
   info = make(world, samples_per_shard=2, skip_bad=True)
   assert info["samples"] == 6 and info["skipped"] == 1
   assert info["annotation_files"][0]["written"] == 2 and info["annotation_files"][0]["skipped"] == 1
@@ -216,7 +216,7 @@ def test_jpeg(world):
     np.testing.assert_array_equal(
       jpeg.visual(i).reshape(-1, 16, 16, 3)[-1], cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1]
     )
-  check.verify(world.parent / "jpeg")
+  inspection.verify(world.parent / "jpeg")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -229,7 +229,7 @@ def test_features(world, workers):
     wanted = np.stack(list(decoding.summing_tower().encode(pixels.visual(i))))
     np.testing.assert_array_equal(store.visual(i).view(np.uint16), wanted.view(np.uint16))
     assert store.samples[i].time_message == pixels.samples[i].time_message
-  check.verify(world.parent / "out")
+  inspection.verify(world.parent / "out")
 
 
 def test_features_resume(world):
@@ -328,7 +328,7 @@ def test_one_run_at_a_time(world):
 
 def test_done_work_is_not_done_again(world, monkeypatch):
   info = make(world)
-  monkeypatch.setattr(shards, "run", lambda *a, **k: pytest.fail("ran"))
+  monkeypatch.setattr(decode_jobs, "run", lambda *a, **k: pytest.fail("ran"))
   assert make(world) == info
   with pytest.raises(StoreError, match="already exists, made from other data"):
     make(world, subset=0.5)
@@ -508,11 +508,11 @@ def test_a_decoder_that_hangs_or_dies_costs_one_sample(world, deed, message):
   }
   jobs[1] = predecode_lib.dataclasses.replace(jobs[1], sample=decoding.Trap(**fields, deed=deed))
   layout = predecode_lib.store.Layout(16, 8, None, None)
-  work = shards.Work(world.parent / "work", SETTINGS, layout, dict(enumerate(jobs)), len(jobs), 4)
+  work = decode_jobs.Work(world.parent / "work", SETTINGS, layout, dict(enumerate(jobs)), len(jobs), 4)
   work.folder.mkdir()
-  assert shards.prepare(work, True) == 0
-  shards.run(work, work.shards, workers=2, timeout=8.0, skip_bad=True)
-  entries = shards.entries(work)
+  assert decode_jobs.prepare(work, True) == 0
+  decode_jobs.run(work, work.shards, workers=2, timeout=8.0, skip_bad=True)
+  entries = decode_jobs.entries(work)
   assert [i for i, entry in enumerate(entries) if "reason" in entry] == [1]
   assert re.search(message, entries[1]["reason"]) and entries[1]["reason"].startswith(
     str(world / "videos")
@@ -548,7 +548,7 @@ def test_what_a_process_died_at_is_tried_again_alone(world, monkeypatch):
         )
       ]
 
-  monkeypatch.setattr(shards, "Processes", Pool)
+  monkeypatch.setattr(decode_jobs, "Processes", Pool)
   assert make(world, workers=2, skip_bad=True)["samples"] == 6
   assert company == [4, 1]
 
@@ -592,7 +592,7 @@ def test_processes_are_renewed_one_by_one_by_the_frames_of_videos(world, monkeyp
     processes, "_Process", lambda life, module: (begun.append(life), real(life, module))[1]
   )
   monkeypatch.setattr(
-    shards, "LIFE", 100
+    decode_jobs, "LIFE", 100
   )  # frames of videos; there are 27 to 67 in each file that is decoded
   mixture(
     world,
@@ -773,7 +773,7 @@ def test_verify_finds_what_has_changed(world, capsys):
     ],
   )
   make(world, samples_per_shard=3, skip_bad=True)
-  check.verify(out)
+  inspection.verify(out)
   assert (
     capsys.readouterr().out == f"{out}: 7 samples, 65 frames, 1 skipped; all as the manifest says\n"
   )
@@ -787,16 +787,16 @@ def test_verify_finds_what_has_changed(world, capsys):
   ]:
     (out / "manifest.jsonl").write_text(re.sub(old, new, lines, count=1))
     with pytest.raises(StoreError, match=f"differs from its manifest:\n(.|\n)*{message}"):
-      check.verify(out)
+      inspection.verify(out)
   for line in ("{}", "3", '{"annotation": "a", "position": 1, "source": ""}'):
     (out / "manifest.jsonl").write_text(lines + line)
     with pytest.raises(StoreError, match=r"line 9 of its manifest\.jsonl is not"):
-      check.verify(out)
+      inspection.verify(out)
   (out / "manifest.jsonl").write_text(lines)
   info = json.loads((out / "store.json").read_text())
   (out / "store.json").write_text(json.dumps(info | {"checksum": 1}))
   with pytest.raises(StoreError, match="ids, frame counts or texts"):
-    check.verify(out)
+    inspection.verify(out)
   (out / "store.json").write_text(json.dumps(info))
   clips = next((out / "clips").glob("*-00001-of-*"))
   damaged = bytearray(clips.read_bytes())
@@ -806,10 +806,10 @@ def test_verify_finds_what_has_changed(world, capsys):
   with pytest.raises(
     StoreError, match=r"sample [345] .*can't be read|its clips are not|can't be read"
   ):
-    check.verify(out)
+    inspection.verify(out)
   (out / "manifest.jsonl").unlink()
   with pytest.raises(StoreError, match=r"manifest\.jsonl is missing"):
-    check.verify(out)
+    inspection.verify(out)
 
 
 def test_inspect(world, capsys):
@@ -822,7 +822,7 @@ def test_inspect(world, capsys):
   )
   make(world, skip_bad=True)
   sheet = world.parent / "sheet.png"
-  check.inspect(world.parent / "out", sheet, 1, "assistant", None)
+  inspection.inspect(world.parent / "out", sheet, 1, "assistant", None)
   text = capsys.readouterr().out
   assert (
     "raw frames of 16 x 16 in clips of 8" in text
@@ -836,16 +836,16 @@ def test_inspect(world, capsys):
   assert "<|im_start|>user\n<8 frames>\nThe video lasts for 1.50 seconds, and 8 frames" in text
   assert "<|im_start|>assistant\n⟦That.<|im_end|>⟧" in text
   image = cv2.imread(str(sheet))
-  assert image.shape == (7 * (check.THUMBNAIL + 18), 8 * check.THUMBNAIL, 3)
+  assert image.shape == (7 * (inspection.THUMBNAIL + 18), 8 * inspection.THUMBNAIL, 3)
   top = image[18 + 20, 20]  # inside the first frame of the first row
-  frame = check.video.resize(
-    open_store(world.parent / "out").visual(0)[0, 1:2], check.THUMBNAIL - 2
+  frame = inspection.video.resize(
+    open_store(world.parent / "out").visual(0)[0, 1:2], inspection.THUMBNAIL - 2
   )[0]
   np.testing.assert_array_equal(top[::-1], frame[20, 19])
 
 
 def test_the_bytes_tokenizer_shows_every_text(world):
-  tokenizer = check.bytes_tokenizer()
+  tokenizer = inspection.bytes_tokenizer()
   text = "Wie heißt 'das'? 🐕\n<|im_end|>"
   assert tokenizer.decode(tokenizer.encode(text), keep_special=True) == text
   assert tokenizer.decode(tokenizer.encode(text)) == text.removesuffix("<|im_end|>")
@@ -911,7 +911,7 @@ def test_what_is_passed_over_is_counted_and_text_is_taken_where_it_is_wanted(wor
   assert (
     data.samples[1].frames == 0 and data.visual(1).shape[0] == 0 and data.samples[1].source == ""
   )
-  check.verify(world.parent / "out")
+  inspection.verify(world.parent / "out")
   manifest = world.parent / "out" / "manifest.jsonl"
   lines = [json.loads(line) for line in manifest.read_text().splitlines()]
   assert [(line["position"], line["passed_over"]) for line in lines[2:]] == [
@@ -921,11 +921,11 @@ def test_what_is_passed_over_is_counted_and_text_is_taken_where_it_is_wanted(wor
   ]
   assert (
     "videos.json: annotations 4, drawn 4, selected 1, written 1, skipped 0, 2 passed over: text "
-    "alone, 1 passed over: several" in "\n".join(check.describe(data))
+    "alone, 1 passed over: several" in "\n".join(inspection.describe(data))
   )
   manifest.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
   with pytest.raises(StoreError, match="what was passed over is not as in manifest"):
-    check.verify(world.parent / "out")
+    inspection.verify(world.parent / "out")
 
 
 def test_unfinished_work_goes_on_with_its_own_shards(world, monkeypatch):
@@ -970,7 +970,7 @@ def test_bad_annotations_are_listed_in_the_order_of_their_files(world):
 
 def test_too_many_open_files_are_no_fault_of_a_video(world, monkeypatch):
   full = OSError(errno.EMFILE, os.strerror(errno.EMFILE), "v0.mp4")
-  monkeypatch.setattr(shards.video, "sample", lambda *a, **k: (_ for _ in ()).throw(full))
+  monkeypatch.setattr(decode_jobs.video, "sample", lambda *a, **k: (_ for _ in ()).throw(full))
   with pytest.raises(OSError, match=r"^Too many open files: a process may have"):
     make(world, skip_bad=True)
   monkeypatch.undo()
@@ -983,6 +983,6 @@ def test_verify_tells_too_many_open_files_as_such(world, monkeypatch):
   def read(self, index):
     raise RuntimeError("open() failed: Too many open files; opening clips")
 
-  monkeypatch.setattr(check.Store, "stored", read)
+  monkeypatch.setattr(inspection.Store, "stored", read)
   with pytest.raises(OSError, match=r"^Too many open files: a process may have"):
-    check.verify(world.parent / "out")
+    inspection.verify(world.parent / "out")

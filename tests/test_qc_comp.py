@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax import chat, qc_comp
 from xcomp_jax.config import ConfigError, LPCompConfig
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.encode import EncodedVideo
-from xcomp_jax.metrics import Compilations
-from xcomp_jax.model import attention, decoder, vlm
-from xcomp_jax.model.decoder import Lengths
+from xcomp_jax.inference import chat
+from xcomp_jax.inference.encoded_video import EncodedVideo
+from xcomp_jax.model import attention, qc_comp, qwen2, vlm
+from xcomp_jax.model.qwen2 import Lengths
 from xcomp_jax.model.rope import rotate
+from xcomp_jax.training.metrics import Compilations
 
 SETTING = {
   "round": 64,
@@ -201,7 +201,7 @@ def entering(llm, x, P, G, L):
   def one(n):
     return jnp.full((1, 1), n)
 
-  return decoder.run(
+  return qwen2.run(
     llm, x, Lengths(one(P), one(G), one(L)), prefix=P, text=L, entering=True
   ).entering
 
@@ -349,8 +349,8 @@ def test_long_texts_score_in_pieces_as_in_one(model, causal, monkeypatch):
 
   whole = score()
   for module, name, size in (
-    (decoder, "SHORT", 16),
-    (decoder, "PART", 8),
+    (qwen2, "SHORT", 16),
+    (qwen2, "PART", 8),
     (qc_comp, "ROWS", 12),
     (attention, "KEYS", 24),
   ):

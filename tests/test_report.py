@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from xcomp_jax import report
-from xcomp_jax.chat import Answer, Selection
 from xcomp_jax.config import LPCompConfig
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.encode import EncodedVideo
+from xcomp_jax.inference.chat import Answer, Selection
+from xcomp_jax.inference.encoded_video import EncodedVideo
+from xcomp_jax.viz import html_report
 
 VOID = {"meta", "img", "br"}
 
@@ -79,7 +79,7 @@ class Balanced(html.parser.HTMLParser):
   ],
 )
 def test_clock(seconds, whole, text):
-  assert report.clock(seconds, whole) == text
+  assert html_report.clock(seconds, whole) == text
 
 
 @pytest.mark.parametrize(
@@ -102,13 +102,13 @@ def test_clock(seconds, whole, text):
   ],
 )
 def test_ranges(frames, times, seconds, expected):
-  assert report.ranges(np.array(frames, int), np.array(times), seconds) == expected
+  assert html_report.ranges(np.array(frames, int), np.array(times), seconds) == expected
 
 
 def test_text_is_escaped(tiny):
   bad = '<script>"&'
   video = film(16, 4.0, source=bad)
-  page = report.page(
+  page = html_report.page(
     video, [(bad, answer(range(16), note=bad, text=bad, spent={bad: 1.0}))], tiny(), {bad: 1.0}
   )
   assert "<script" not in page
@@ -122,7 +122,7 @@ def test_a_page_says_what_was_chosen_and_what_it_cost(tiny):
   asked = answer(
     [*range(8, 16), *range(24, 32)], scores, spent={"scoring": 1.25, "generation": 0.5}
   )
-  page = Balanced(report.page(video, [("What?", asked)], tiny(), {"decode": 2.0, "tower": 3.0}))
+  page = Balanced(html_report.page(video, [("What?", asked)], tiny(), {"decode": 2.0, "tower": 3.0}))
   text = " ".join(page.text.split())
   assert "16 of 32 sampled frames, in 2 time ranges" in text
   assert "1:04–2:04" in text and "3:04–4:00" in text
@@ -138,11 +138,11 @@ def test_a_page_says_what_was_chosen_and_what_it_cost(tiny):
 
 def test_nothing_selected(tiny):
   page = Balanced(
-    report.page(film(512, 100.0), [("What?", answer(range(512), note="no need"))], tiny(), {})
+    html_report.page(film(512, 100.0), [("What?", answer(range(512), note="no need"))], tiny(), {})
   )
   assert "All 512 sampled frames." in page.text and "No need." in page.text
   assert not page.all("path")
-  assert len(page.all("img")) == report.THUMBNAILS
+  assert len(page.all("img")) == html_report.THUMBNAILS
   assert "24 of 64 clips, evenly spaced; 40 more" in page.text
 
 
@@ -150,11 +150,11 @@ def test_the_best_clips_are_shown_in_order_of_time(tiny):
   scores = np.random.default_rng(0).permutation(64).astype(float)
   chosen = np.arange(40 * 8)
   page = Balanced(
-    report.page(film(512, 512.0), [("What?", answer(chosen, scores.repeat(8)))], tiny(), {})
+    html_report.page(film(512, 512.0), [("What?", answer(chosen, scores.repeat(8)))], tiny(), {})
   )
   best = np.sort(np.argsort(-scores[:40])[:24])
   assert [i["alt"] for i in page.all("img")] == [
-    f"Frame at {report.clock(c * 8 + 4.5, 512)}" for c in best
+    f"Frame at {html_report.clock(c * 8 + 4.5, 512)}" for c in best
   ]
   assert "The 24 most relevant of 40 chosen clips; 16 more" in page.text
 
@@ -163,15 +163,15 @@ def test_a_still_image_and_no_compression(tiny):
   cfg = dataclasses.replace(tiny(), lp_comp=LPCompConfig("cosine", "none", 16))
   video = dataclasses.replace(film(1, 0.0, clip=1), seconds=0.0)
   page = Balanced(
-    report.page(video, [("What?", answer([0], note="no selection asked for"))], cfg, {"tower": 0.1})
+    html_report.page(video, [("What?", answer([0], note="no selection asked for"))], cfg, {"tower": 0.1})
   )
   assert "Duration" not in page.text and page.text.count("16 + 50") == 2
 
 
 def test_equal_scores_and_no_questions(tiny):
   video = film(16, 4.0)
-  Balanced(report.page(video, [("What?", answer(range(8), np.ones(16)))], tiny(), {}))
-  assert "<section" not in report.page(video, [], tiny(), {"decode": 1.0})
+  Balanced(html_report.page(video, [("What?", answer(range(8), np.ones(16)))], tiny(), {}))
+  assert "<section" not in html_report.page(video, [], tiny(), {"decode": 1.0})
 
 
 def test_a_long_video_makes_a_small_page_that_needs_nothing_else(tiny):
@@ -179,7 +179,7 @@ def test_a_long_video_makes_a_small_page_that_needs_nothing_else(tiny):
   asked = []
   for _ in range(3):  # the worst case: every frame has its own score, chosen ones stand alone
     asked.append(("What?", answer(np.arange(0, 4096, 8), rng.random(4096))))
-  page = report.page(film(4096, 2048.0), asked, tiny(), {"decode": 1.0})
+  page = html_report.page(film(4096, 2048.0), asked, tiny(), {"decode": 1.0})
   assert len(page) < 2_000_000
   assert not re.search(r"https?:|url\(|<link|<script", page)
   curve = Balanced(page).all("path")[0]["d"]
@@ -187,7 +187,7 @@ def test_a_long_video_makes_a_small_page_that_needs_nothing_else(tiny):
 
 
 def test_equal_neighbours_are_one_step(tiny):
-  page = report.page(
+  page = html_report.page(
     film(32, 32.0), [("What?", answer(range(8), np.repeat([0.0, 1, 1, 0.5], 8)))], tiny(), {}
   )
   (curve,) = Balanced(page).all("path")

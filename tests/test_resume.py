@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import pytest
 
-from xcomp_jax import checkpoint, metrics, train, workdir
 from xcomp_jax.config import ConfigError, to_dict
 from xcomp_jax.data.store import open_store, write_store
+from xcomp_jax.training import checkpoint, loop, metrics, workdir
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +29,13 @@ def few_devices(monkeypatch):
   def several(config):
     return jax.devices()[: config.data * config.fsdp * config.tensor]
 
-  prepare = train.prepare
+  prepare = loop.prepare
 
   def prepared(config):
-    monkeypatch.setattr(train, "devices", lambda: several(config.mesh))
+    monkeypatch.setattr(loop, "devices", lambda: several(config.mesh))
     return prepare(config)
 
-  monkeypatch.setattr(train, "prepare", prepared)
+  monkeypatch.setattr(loop, "prepare", prepared)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,10 @@ def straight(tiny_run, tmp_path_factory):
   checkpoint.
   """
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "devices", lambda: jax.devices()[:1])
+    patch.setattr(loop, "devices", lambda: jax.devices()[:1])
     order = record(patch)
     config = make(tiny_run, tmp_path_factory.mktemp("straight") / "w")
-    return config, train.run(config), order, items(config)
+    return config, loop.run(config), order, items(config)
 
 
 def make(tiny_run, workdir, **changes):
@@ -58,9 +58,9 @@ def make(tiny_run, workdir, **changes):
 
 def record(patch):
   """Notes the samples of every micro-batch that training takes."""
-  order, original = [], train.place
+  order, original = [], loop.place
   patch.setattr(
-    train,
+    loop,
     "place",
     lambda batch, mesh: (order.append(batch.index.ravel().tolist()), original(batch, mesh))[1],
   )
@@ -109,11 +109,11 @@ def test_two_steps_then_resumed_to_four_equal_four_straight_bit_by_bit(
   order, handler = record(monkeypatch), signal.getsignal(number)
   with monkeypatch.context() as patch:
     interrupt(patch, 2, number)
-    assert train.run(config)["step"] == 2
+    assert loop.run(config)["step"] == 2
   said = capsys.readouterr().out  # launch/slurm.sh and pod.sh look for the last words
   assert "stopped by a signal: step 2 of 4" in said and "; the same command continues\n" in said
   assert signal.getsignal(number) is handler
-  assert train.run(config)["step"] == 4
+  assert loop.run(config)["step"] == 4
   assert order == straight[2]
   assert items(config) == straight[3]
 
@@ -125,15 +125,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run, straight, tmp_p
       metrics, "line", lambda done, *_: exec("raise KeyboardInterrupt") if done == 3 else ""
     )
     with pytest.raises(KeyboardInterrupt):
-      train.run(config)
+      loop.run(config)
   order = record(monkeypatch)
-  assert train.run(config)["step"] == 4
+  assert loop.run(config)["step"] == 4
   assert order == straight[2][-len(order) :] and 0 < len(order) < len(straight[2])
   assert items(config) == straight[3]
 
 
 def test_a_finished_run_has_nothing_left_to_do(straight, capsys):
-  assert train.run(straight[0]) == {"step": 4, "steps": 4}
+  assert loop.run(straight[0]) == {"step": 4, "steps": 4}
   said = capsys.readouterr().out
   assert "\nall 4 steps are done\n" in said and "steps 5 to 4" not in said
   assert "no step was left to do" in said and "loss" not in said.splitlines()[-1]
@@ -147,7 +147,7 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
   config = make(
     tiny_run, tmp_path / "w", **{"data.heldout": heldout, "train.steps": 2, "train.eval_every": 1}
   )
-  evaluated, original = [], train.report_compilations
+  evaluated, original = [], loop.report_compilations
 
   def report(compilations, name, *rest):
     if name == "eval_step":
@@ -156,18 +156,18 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
         os.kill(os.getpid(), signal.SIGTERM)
     return original(compilations, name, *rest)
 
-  monkeypatch.setattr(train, "report_compilations", report)
+  monkeypatch.setattr(loop, "report_compilations", report)
 
   def logged(said):
     return [int(step) for step in re.findall(r"held-out after step (\d+):", said)]
 
   stop = 1  # at the first of two batches of the first evaluation
-  assert "heldout_loss" not in train.run(config) and len(evaluated) == 1
+  assert "heldout_loss" not in loop.run(config) and len(evaluated) == 1
   said = capsys.readouterr().out
   assert "stopped by a signal: step 1 of 2" in said and not logged(said)
 
   stop = 1 + 2 + 1  # after all of that, and a batch of the one after the last step
-  assert train.run(config)["step"] == 2 and len(evaluated) == stop
+  assert loop.run(config)["step"] == 2 and len(evaluated) == stop
   said = capsys.readouterr().out
   assert (
     "stopped by a signal: step 2 of 2" in said
@@ -176,7 +176,7 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
   )
 
   stop = None
-  assert train.run(config)["heldout_loss"] > 0
+  assert loop.run(config)["heldout_loss"] > 0
   said = capsys.readouterr().out
   assert "\nall 2 steps are done\n" in said and "done: step 2 of 2" in said and logged(said) == [2]
 
@@ -187,7 +187,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_ends_the_same(
   shutil.copytree(straight[0].workdir, tmp_path / "w")
   shutil.rmtree(tmp_path / "w" / "checkpoints" / "4" / "opt")
   config = make(tiny_run, tmp_path / "w")
-  assert train.run(config)["step"] == 4
+  assert loop.run(config)["step"] == 4
   said = capsys.readouterr().out
   assert "checkpoints/4 is damaged and is skipped: " in said and "steps 3 to 4" in said
   assert items(config) == straight[3]
@@ -204,15 +204,15 @@ def test_a_second_run_in_a_workdir_is_refused_while_the_first_is_at_work(
       ConfigError, match=r"another run is at work in .*; set config\.workdir to another"
     ),
   ):
-    train.run(config)
-  train.run(config)
+    loop.run(config)
+  loop.run(config)
 
 
 def test_a_run_goes_on_without_the_weights_that_it_started_from(tiny_run, straight, tmp_path):
   shutil.copytree(straight[0].init_from, tmp_path / "base")
   (tmp_path / "base" / "model.safetensors").unlink()
   assert (
-    train.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))["step"] == 4
+    loop.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))["step"] == 4
   )
 
 
@@ -302,10 +302,10 @@ def test_a_folder_that_is_lost_while_training_stops_the_run_and_the_last_good_on
       checkpoint.SaveError,
       match=rf"could not be saved in {steps}: .*bring the folder back; then the same command",
     ):
-      train.run(config)
+      loop.run(config)
   steps.unlink()
   away.rename(steps)
-  assert train.run(config)["step"] == 4
+  assert loop.run(config)["step"] == 4
   assert items(config) == straight[3]
 
 
@@ -318,7 +318,7 @@ def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
     "train.log_every": 7,
     "train.save_every": 3,
   }
-  assert train.run(make(tiny_run, tmp_path / "moved", **changes))["step"] == 4
+  assert loop.run(make(tiny_run, tmp_path / "moved", **changes))["step"] == 4
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
 def test_another_run_is_refused(tiny_run, straight, changes, words):
   before = items(straight[0])
   with pytest.raises(ConfigError, match=rf"(?=.*{words}).*Set config\.workdir to another folder"):
-    train.run(make(tiny_run, straight[0].workdir, **changes))
+    loop.run(make(tiny_run, straight[0].workdir, **changes))
   assert items(straight[0]) == before
 
 
@@ -349,7 +349,7 @@ def test_another_model_is_refused(tiny_run, straight, tmp_path):
   values = json.loads((base / "config.json").read_text())
   (tmp_path / "base" / "config.json").write_text(json.dumps(values | {"intermediate_size": 128}))
   with pytest.raises(ConfigError, match=r"vlm\.llm\.mlp_width was 64, is 128"):
-    train.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))
+    loop.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))
 
 
 def by_step(order):
@@ -369,7 +369,7 @@ def test_on_other_devices_a_run_goes_on_with_the_same_samples(
     with monkeypatch.context() as patch:
       orders.append(record(patch))
       mesh = {"data": 1, "fsdp": devices, "tensor": 1}
-      out = train.run(make(tiny_run, workdir, mesh=mesh, **{"data.shapes": [shape]}))
+      out = loop.run(make(tiny_run, workdir, mesh=mesh, **{"data.shapes": [shape]}))
     assert out["step"] == 4
     losses.append(out["loss"])
   assert (
@@ -383,7 +383,7 @@ def test_other_data_is_refused(tiny_run, straight, tmp_path):
   items = [(s, first.visual(i) if s.frames else None) for i, s in enumerate(first.samples)]
   write_store(tmp_path / "same", items, image_size=48, clip_frames=4)
   assert (
-    train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / "same")}))["step"]
+    loop.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / "same")}))["step"]
     == 4
   )
   talk, visual = (items[5][0].conversations[0], {"from": "gpt", "value": "C"}), items[5][1]
@@ -397,7 +397,7 @@ def test_other_data_is_refused(tiny_run, straight, tmp_path):
         r"Set"
       ),
     ):
-      train.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / f"{number}")}))
+      loop.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / f"{number}")}))
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(tiny_run, straight, tmp_path, monkeypatch):
@@ -405,7 +405,7 @@ def test_a_checkpoint_of_a_later_format_is_refused(tiny_run, straight, tmp_path,
   with pytest.raises(
     ConfigError, match=r"checkpoints holds step 4 in format 3, this version .* up to 0"
   ):
-    train.run(straight[0])
+    loop.run(straight[0])
   with pytest.raises(ConfigError, match="format 3"):
     checkpoint.read_config(straight[0].workdir)
 
@@ -420,7 +420,7 @@ def test_a_checkpoint_of_an_earlier_format_is_refused(tiny_run, straight, tmp_pa
     r"config\.data\.frame_buckets and config\.data\.text_buckets.*group_by_text_length"
   )
   with pytest.raises(ConfigError, match=words + ".*version .* that began the run"):
-    train.run(make(tiny_run, tmp_path / "w"))
+    loop.run(make(tiny_run, tmp_path / "w"))
   assert checkpoint.read_config(str(tmp_path / "w"))[1] == 4  # an export goes on reading it
 
 
@@ -457,7 +457,7 @@ def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys, monkeypatc
     checkpoint, "restore", lambda *a: (restored.append(restore(*a)[1:]), (4, *restored[0]))[1]
   )
   config = make(tiny_run, straight[0].workdir, mesh={"data": 1, "fsdp": 1, "tensor": 2})
-  assert train.run(config)["step"] == 4
+  assert loop.run(config)["step"] == 4
   ((parts, opt),) = restored
   params = checkpoint.nest({name: part[name] for part in parts for name in part})
   assert as_bytes(params, checkpoint.nest(opt)) == straight[3][0]

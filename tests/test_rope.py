@@ -11,11 +11,12 @@ import pytest
 import test_weights as w
 from flax import nnx
 
-from xcomp_jax import config, export, weights
+from xcomp_jax import config
+from xcomp_jax.checkpoints import loading, saving
 from xcomp_jax.model import rope
-from xcomp_jax.model.decoder import Decoder, Lengths, run
+from xcomp_jax.model.qwen2 import Decoder, Lengths, run
 
-QWEN = weights.yarn_of(4.0, 32768)
+QWEN = loading.yarn_of(4.0, 32768)
 
 
 def qwen_frequencies(head_dim, theta, factor, trained, fast=32, slow=1):
@@ -57,10 +58,10 @@ def test_yarn_is_the_formula(head_dim, theta, factor):
   wanted, first, last = qwen_frequencies(head_dim, theta, factor, 32768)
   half = head_dim // 2
   ours = theta ** (-np.arange(half) / half) * rope.slower(
-    weights.yarn_of(factor, 32768), half, theta
+    loading.yarn_of(factor, 32768), half, theta
   )
   np.testing.assert_allclose(ours, wanted, rtol=1e-6)
-  stretch = rope.slower(weights.yarn_of(factor, 32768), half, theta)
+  stretch = rope.slower(loading.yarn_of(factor, 32768), half, theta)
   assert (
     (stretch[: first + 1] == 1).all()
     and np.allclose(stretch[last:], 1 / factor)
@@ -134,8 +135,8 @@ def test_a_decoder_with_yarn_is_another_one(tiny):
     )(decoder, x)
 
   plain = out(None)
-  np.testing.assert_array_equal(plain, out(weights.yarn_of(1.0, 4)))
-  assert np.abs(plain - out(weights.yarn_of(4.0, 4))).max() > 1e-3
+  np.testing.assert_array_equal(plain, out(loading.yarn_of(1.0, 4)))
+  assert np.abs(plain - out(loading.yarn_of(4.0, 4))).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
@@ -149,7 +150,7 @@ def test_yarn_of_a_config_json(tmp_path, kind):
     4.0, 32768, 16.0, 2.0, 1.0
   )
   assert (
-    weights.read_yarn("", weights.rope_scaling(config.Yarn(4.0, 32768, 16.0, 2.0, 1.0))).beta_fast
+    loading.read_yarn("", loading.rope_scaling(config.Yarn(4.0, 32768, 16.0, 2.0, 1.0))).beta_fast
     == 16.0
   )
   assert (
@@ -189,8 +190,8 @@ def test_yarn_in_a_run_is_checked():
 def test_yarn_is_exported(reference, tmp_path, layout):
   source = w.tiny(tmp_path / "in", w.tiny_tensors(reference), rope_scaling=None)
   cfg = w.read_config(source, yarn=(4.0, 32768))
-  save = export.save_torch if layout == "torch" else export.save_orbax
-  save(tmp_path / "out", weights.load(source, cfg), cfg, source)
+  save = saving.save_torch if layout == "torch" else saving.save_orbax
+  save(tmp_path / "out", loading.load(source, cfg), cfg, source)
   written = json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]
   assert written == {
     "type": "yarn",
@@ -200,5 +201,5 @@ def test_yarn_is_exported(reference, tmp_path, layout):
   }
   assert w.read_config(tmp_path / "out") == cfg
   plain = w.read_config(tmp_path / "out", yarn=None)
-  save(tmp_path / "back", weights.load(tmp_path / "out", plain), plain, tmp_path / "out")
+  save(tmp_path / "back", loading.load(tmp_path / "out", plain), plain, tmp_path / "out")
   assert json.loads((tmp_path / "back" / "config.json").read_text())["rope_scaling"] is None

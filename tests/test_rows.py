@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from packed import one_each
 
-from xcomp_jax import steps
 from xcomp_jax.config import LPCompConfig, MeshConfig
 from xcomp_jax.data.batch import Shape, batch_spec, collate
 from xcomp_jax.model import vlm
-from xcomp_jax.sharding import make_mesh, param_shardings
+from xcomp_jax.parallel.mesh import make_mesh, param_shardings
+from xcomp_jax.training import steps
 
 SHAPE = Shape(rows=4, samples=4, prefix=8, frames=64, text=48)
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.sharding import (
+from xcomp_jax.parallel.mesh import (
   batch_devices,
   batch_sharding,
   constrain,

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packed import one_each
 
-from xcomp_jax import bench_parts, metrics, optim, sharding, steps, train, weights
+from xcomp_jax.bench.parts import flops
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import (
   ConfigError,
   LLMConfig,
@@ -28,7 +29,9 @@ from xcomp_jax.config import (
 from xcomp_jax.data import packing, pipeline, prompt
 from xcomp_jax.data.batch import Length, Shape, batch_spec
 from xcomp_jax.model import vlm
-from xcomp_jax.sharding import make_mesh
+from xcomp_jax.parallel import mesh as meshes
+from xcomp_jax.parallel.mesh import make_mesh, row_groups
+from xcomp_jax.training import loop, metrics, optim, steps
 
 ONE = MeshConfig(1, 1, 1, 1)
 
@@ -43,7 +46,7 @@ class Prepared:
 
   def __init__(self, config, devices):
     self.mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    self.cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
+    self.cfg = loading.read_config(loading.resolve(config.init_from), config.model, config.lp_comp)
     self.config, self.tx = config, optim.optimizer(config.optim, 10)
     with jax.set_mesh(self.mesh):
       self.graph, _ = steps.abstract_state(config, self.cfg, self.tx, self.mesh)
@@ -135,7 +138,7 @@ def test_every_process_reads_the_rows_of_its_devices(monkeypatch):
       for n, rows in enumerate(several)
     }
     monkeypatch.setattr(
-      sharding,
+      meshes,
       "batch_sharding",
       lambda mesh: types.SimpleNamespace(devices_indices_map=lambda shape: indices),
     )
@@ -156,7 +159,7 @@ def test_every_process_reads_the_rows_of_its_devices(monkeypatch):
     ([[(None, None)], [(None, None)]], [tuple(range(8))] * 2),
   ):
     held(*processes)
-    assert list(sharding.row_groups(mesh).values()) == groups
+    assert list(row_groups(mesh).values()) == groups
   for processes in ([[(0, 3)], [(3, 8)]], [[(0, 4)], [(2, 6)], [(4, 8)]]):
     held(*processes)
     with pytest.raises(
@@ -232,13 +235,13 @@ def test_losses_and_gradients_on_features_are_those_on_frames(
   tokenizer, out = prompt.load_tokenizer(config.init_from), []
   for folder in (config.data.train, str(tmp_path / "features")):
     it = Prepared(config, 1)
-    data = train.open_data(folder, it.cfg)
+    data = loop.open_data(folder, it.cfg)
     micro = packing.Micro(
       Shape(4, 3, 80, 32, 400), tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3))
     )
     lengths, encoder = (
       pipeline.measure(data, tokenizer, "assistant"),
-      train.ClipEncoder(it.steps, it.mesh),
+      loop.ClipEncoder(it.steps, it.mesh),
     )
     with jax.set_mesh(it.mesh):
       for item in pipeline.read(
@@ -247,7 +250,7 @@ def test_losses_and_gradients_on_features_are_those_on_frames(
         config.data,
         lengths,
         [[micro]],
-        train.share_of(it.mesh, config, it.cfg.clips_per_chunk),
+        loop.share_of(it.mesh, config, it.cfg.clips_per_chunk),
       ):
         if isinstance(item, pipeline.TowerCall):
           encoder.encode(it.state, item)
@@ -279,14 +282,14 @@ def test_features_are_known_by_their_tower_wherever_it_lies(
       dataclasses.replace(tiny_run(tmp_path, **{"model.dtype": dtype}), mesh=mesh), devices
     )
     model = nnx.merge(it.graph, it.state.trained, it.state.frozen)
-    train.check_tower(model, "m", [train.open_data(features, it.cfg)])
+    loop.check_tower(model, "m", [loop.open_data(features, it.cfg)])
     kernel = model.vision.blocks[0].fc1.kernel
     kernel[...] = kernel[...].at[0, 0].add(1)
     with pytest.raises(
       ConfigError,
       match=r"train holds features by another tower: its identity is [0-9a-f]+, .* in m [0-9a-f]+",
     ):
-      train.check_tower(model, "m", [train.open_data(features, it.cfg)])
+      loop.check_tower(model, "m", [loop.open_data(features, it.cfg)])
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tiny_run, examples, tmp_path):
@@ -335,7 +338,7 @@ def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
     vision=dataclasses.replace(cfg.vision, width=256, mlp_width=1024),
     llm=dataclasses.replace(cfg.llm, width=256, head_dim=64, mlp_width=1024),
   )
-  graph, state = nnx.split(weights.abstract(cfg))
+  graph, state = nnx.split(loading.abstract(cfg))
 
   def loss(state, batch):
     return vlm.loss(nnx.merge(graph, state), batch).sum()
@@ -378,10 +381,10 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   step, arguments = steps.abstract_step(
     config, cfg, batch_spec(Shape(1, 1, 16, 1024, 512), ((16, 1024), ml_dtypes.bfloat16))
   )
-  features = bench_parts.flops(step, *arguments)
-  graph, state = nnx.split(weights.abstract(cfg))
+  features = flops(step, *arguments)
+  graph, state = nnx.split(loading.abstract(cfg))
   clips = jax.ShapeDtypeStruct((128, 8, 448, 448, 3), np.uint8)
-  tower = bench_parts.flops(
+  tower = flops(
     lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, clips
   )
   length = [Length(1024, 8, 16, 512)]

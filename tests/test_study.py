@@ -12,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xcomp_jax import chat, files, films, findings, measures, miniature, study, train
+from xcomp_jax import files
 from xcomp_jax.data.store import Store
-from xcomp_jax.miniature import Study, rule
-from xcomp_jax.model import decoder, lp_comp
+from xcomp_jax.inference import chat
+from xcomp_jax.model import lp_comp, qwen2
+from xcomp_jax.study import findings, measures, miniature, study
+from xcomp_jax.study.miniature import Study, rule
+from xcomp_jax.synthetic import films
+from xcomp_jax.training import loop
 
 FULL = miniature.PRESETS["full"]
 
@@ -253,7 +257,7 @@ def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, capsys):
     "cells",
     lambda its: iter([study.Cell("a", [], [], lambda: its.tuned("progressive", 0))]),
   )
-  monkeypatch.setattr(train, "run", lambda config: {"step": 3, "steps": 160})
+  monkeypatch.setattr(loop, "run", lambda config: {"step": 3, "steps": 160})
   with pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path / "work")])
   assert "the same command goes on" in capsys.readouterr().err
@@ -373,7 +377,7 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
   far = films.Split("far", 30, (48, 48), (3, 5), 0)
   quick[0].splits["far"] = far
   assert tuned(quick[0], "far").mean() > FAR
-  rotate, groups = decoder.Layer.rotate, far.scenes[0] * films.FRAMES
+  rotate, groups = qwen2.Layer.rotate, far.scenes[0] * films.FRAMES
 
   def old(layer, x, positions):
     kept = (x.shape[1] - measures.PREFIX - measures.TEXT) // groups
@@ -395,7 +399,7 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
       ),
     )
 
-  mutated.setattr(decoder.Layer, "rotate", old)
+  mutated.setattr(qwen2.Layer, "rotate", old)
   jax.clear_caches()
   assert tuned(quick[0], "far").mean() < FAR
 

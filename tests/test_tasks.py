@@ -7,8 +7,19 @@ import pathlib
 
 import pytest
 
-from xcomp_jax import tasks
-from xcomp_jax.tasks import CLOSING, TASKS, Question
+from xcomp_jax.evaluation.benchmarks import (
+  CLOSING,
+  TASKS,
+  Question,
+  TaskError,
+  any_letter,
+  bracketed_letter,
+  find,
+  first_capital,
+  read,
+  score,
+  unanswerable,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +34,25 @@ def prompts(benchmarks):
 
 @pytest.mark.parametrize("name,source", [("lvbench", "lvbench.json"), ("mlvu", "mlvu")])
 def test_prompts_of_50_real_questions_are_the_release_s(benchmarks, prompts, name, source):
-  questions = tasks.read(TASKS[name], benchmarks / source)
+  questions = read(TASKS[name], benchmarks / source)
   assert [q.prompt for q in questions] == prompts[name] and len(questions) == 50
   assert len({q.id for q in questions}) == 50
 
 
 def test_prompts_letter_by_letter(benchmarks):  # FACTS.md 12, written out
-  first = tasks.read(TASKS["lvbench"], benchmarks / "lvbench.json")[0]
+  first = read(TASKS["lvbench"], benchmarks / "lvbench.json")[0]
   assert first.prompt == (
     "What year appears in the opening caption of the video?\nA. (A) 1636\nB. (B) 1366\nC. (C) "
     "1363\nD. (D) 1633\n"
     "Answer with the option's letter from the given choices directly."
   )
   assert (first.answer, first.videos, first.groups["type"]) == ("D", ("00000000",), "cartoon")
-  first = tasks.read(TASKS["mlvu"], benchmarks / "mlvu" / "4_count.json")[0]
+  first = read(TASKS["mlvu"], benchmarks / "mlvu" / "4_count.json")[0]
   item = json.loads((benchmarks / "mlvu" / "4_count.json").read_text())[0]
   options = "".join(f"({letter}) {text}\n" for letter, text in zip("ABCD", item["candidates"]))
   assert first.prompt == f"Question:{item['question']}\nOption:\n{options}{CLOSING}"
   assert first.videos == (f"4_count/{item['video']}", item["video"])
-  other = tasks.read(TASKS["mlvu_best_option"], benchmarks / "mlvu" / "4_count.json")[0]
+  other = read(TASKS["mlvu_best_option"], benchmarks / "mlvu" / "4_count.json")[0]
   assert (
     other.prompt == f"Question:{item['question']}\nOption:\n{options}\nOnly give the best option."
   )
@@ -51,25 +62,25 @@ def test_prompts_of_the_other_benchmarks(benchmarks, prompts, tmp_path):
   made = json.loads((benchmarks / "others.json").read_text())
   for name in ("mvbench", "videomme_long"):
     (tmp_path / f"{name}.json").write_text(json.dumps([made[name]]))
-    (question,) = tasks.read(TASKS[name], tmp_path / f"{name}.json")
+    (question,) = read(TASKS[name], tmp_path / f"{name}.json")
     assert question.prompt == prompts[name][0]
   (tmp_path / "y_en.json").write_text(json.dumps(made["subtitles"]))
   for duration, wanted in zip((20.4, 2000.0), prompts["longvideobench"], strict=True):
     (tmp_path / "lvb.json").write_text(
       json.dumps([made["longvideobench"] | {"duration": duration}])
     )
-    (question,) = tasks.read(TASKS["longvideobench"], tmp_path / "lvb.json", tmp_path)
+    (question,) = read(TASKS["longvideobench"], tmp_path / "lvb.json", tmp_path)
     assert question.prompt == wanted and question.answer == "C" and len(question.options) == 5
-  with pytest.raises(tasks.TaskError, match=r"question 0: .*--subtitles"):
-    tasks.read(TASKS["longvideobench"], tmp_path / "lvb.json")
+  with pytest.raises(TaskError, match=r"question 0: .*--subtitles"):
+    read(TASKS["longvideobench"], tmp_path / "lvb.json")
 
 
 def test_answers_of_many_shapes_count_as_the_release_counts_them(benchmarks):
   recorded = json.loads((benchmarks / "parsed.json").read_text())
-  for answer, any_letter, capital, bracketed in recorded["answers"]:
-    assert tasks.any_letter(answer) == any_letter, answer
-    assert tasks.first_capital(answer) == capital, answer
-    assert tasks.bracketed_letter(answer, recorded["options"]) == bracketed, answer
+  for answer, letter, capital, bracketed in recorded["answers"]:
+    assert any_letter(answer) == letter, answer
+    assert first_capital(answer) == capital, answer
+    assert bracketed_letter(answer, recorded["options"]) == bracketed, answer
 
 
 @pytest.mark.parametrize(
@@ -85,7 +96,7 @@ def test_answers_of_many_shapes_count_as_the_release_counts_them(benchmarks):
   ],
 )
 def test_answers_by_hand(answer, letter):
-  assert tasks.any_letter(answer) == letter
+  assert any_letter(answer) == letter
 
 
 def question(i, answer="A", **groups):
@@ -109,7 +120,7 @@ def test_averages_are_those_of_the_released_log():
   for name, (n, accuracy) in log.items():
     right = round(n * accuracy / 100)
     pairs += [(question(i, task=name), "A" if i < right else "B") for i in range(n)]
-  found = tasks.score(TASKS["mlvu"], pairs)
+  found = score(TASKS["mlvu"], pairs)
   assert found["micro"] == pytest.approx(66.6667, abs=1e-4) and found["macro"] == pytest.approx(
     63.972, abs=1e-3
   )
@@ -126,7 +137,7 @@ def test_empty_answers_and_videos_that_failed():
     (question(3), "pear"),
     (question(4, ""), "."),
   ]
-  found = tasks.score(TASKS["lvbench"], pairs)
+  found = score(TASKS["lvbench"], pairs)
   assert found["counts"] == {
     "questions": 5,
     "counted": 4,
@@ -136,19 +147,19 @@ def test_empty_answers_and_videos_that_failed():
     "failed": 1,
   }
   assert found["micro"] == 25.0  # the empty one left the denominator; the video that failed did not
-  assert tasks.score(TASKS["videomme_long"], pairs)["counts"]["counted"] == 5
+  assert score(TASKS["videomme_long"], pairs)["counts"]["counted"] == 5
 
 
 def test_a_question_without_a_right_option_is_always_wrong(benchmarks):
-  without = [q for q in tasks.read(TASKS["mlvu"], benchmarks / "mlvu") if not q.answer]
+  without = [q for q in read(TASKS["mlvu"], benchmarks / "mlvu") if not q.answer]
   assert len(without) == 1
   for answer in ("A", "B", "C", "D", ".", without[0].options[0]):
-    assert tasks.score(TASKS["mlvu"], [(without[0], answer)])["counts"]["right"] == 0
+    assert score(TASKS["mlvu"], [(without[0], answer)])["counts"]["right"] == 0
 
 
 def test_several_groups_of_a_question():
   pairs = [(question(0, kind="a; b"), "A"), (question(1, kind="b"), "B")]
-  groups = tasks.score(TASKS["lvbench"], pairs)["groups"]["kind"]
+  groups = score(TASKS["lvbench"], pairs)["groups"]["kind"]
   assert {name: (cell["right"], cell["counted"]) for name, cell in groups.items()} == {
     "a": (1, 1),
     "b": (1, 2),
@@ -164,8 +175,8 @@ def test_the_1549_questions_as_lvbench_publishes_them(benchmarks, tmp_path):
     "qa": [{"uid": "0", "question": text, "answer": "D", "question_type": ["a", "b"]}] * 2,
   }
   (tmp_path / "meta.jsonl").write_text(json.dumps(line) + "\n")
-  first, _ = tasks.read(TASKS["lvbench"], tmp_path / "meta.jsonl")
-  assert first.prompt == tasks.read(TASKS["lvbench"], benchmarks / "lvbench.json")[0].prompt
+  first, _ = read(TASKS["lvbench"], tmp_path / "meta.jsonl")
+  assert first.prompt == read(TASKS["lvbench"], benchmarks / "lvbench.json")[0].prompt
   assert (first.answer, first.videos) == ("D", ("Cm73ma6Ibcs",))
 
 
@@ -174,10 +185,10 @@ def test_only_long_videos_of_videomme(benchmarks, tmp_path):
   (tmp_path / "v.json").write_text(
     json.dumps([made | {"duration": "short"}, made, made | {"duration": "medium"}])
   )
-  assert len(tasks.read(TASKS["videomme_long"], tmp_path / "v.json")) == 1
+  assert len(read(TASKS["videomme_long"], tmp_path / "v.json")) == 1
   (tmp_path / "v.json").write_text(json.dumps([made | {"duration": "short"}]))
-  with pytest.raises(tasks.TaskError, match="holds no question"):
-    tasks.read(TASKS["videomme_long"], tmp_path / "v.json")
+  with pytest.raises(TaskError, match="holds no question"):
+    read(TASKS["videomme_long"], tmp_path / "v.json")
 
 
 @pytest.mark.parametrize(
@@ -186,24 +197,24 @@ def test_only_long_videos_of_videomme(benchmarks, tmp_path):
 )
 def test_annotations_of_another_kind_are_refused(tmp_path, text, words):
   (tmp_path / "x.json").write_text(text)
-  with pytest.raises(tasks.TaskError, match=words):
-    tasks.read(TASKS["lvbench"], tmp_path / "x.json")
+  with pytest.raises(TaskError, match=words):
+    read(TASKS["lvbench"], tmp_path / "x.json")
 
 
 def test_annotations_that_are_no_utf8_are_named(tmp_path):
   (tmp_path / "x.json").write_bytes('[{"question": "é"}]'.encode("latin1"))
-  with pytest.raises(tasks.TaskError, match=r"x\.json, line 1: byte 0xe9 is no UTF-8"):
-    tasks.read(TASKS["lvbench"], tmp_path / "x.json")
+  with pytest.raises(TaskError, match=r"x\.json, line 1: byte 0xe9 is no UTF-8"):
+    read(TASKS["lvbench"], tmp_path / "x.json")
 
 
 def test_videos_are_found_with_and_without_their_suffix(tmp_path):
   asked = Question("0", ("a/film", "film"), "", (), "A", {})
-  assert tasks.find(tmp_path, asked) == tmp_path / "a" / "film"  # nowhere: the likeliest
+  assert find(tmp_path, asked) == tmp_path / "a" / "film"  # nowhere: the likeliest
   (tmp_path / "film.mkv").touch()
-  assert tasks.find(tmp_path, asked) == tmp_path / "film.mkv"
+  assert find(tmp_path, asked) == tmp_path / "film.mkv"
   (tmp_path / "a" / "film").mkdir(parents=True)  # a folder of frames
-  assert tasks.find(tmp_path, asked) == tmp_path / "a" / "film"
-  assert isinstance(tasks.find(tmp_path, asked), pathlib.Path)
+  assert find(tmp_path, asked) == tmp_path / "a" / "film"
+  assert isinstance(find(tmp_path, asked), pathlib.Path)
 
 
 def letters(tmp_path, *answers, **more):
@@ -216,7 +227,7 @@ def letters(tmp_path, *answers, **more):
   (tmp_path / "q.json").write_text(
     json.dumps([{"video": "v.mp4", **talk(answer), **more} for answer in answers])
   )
-  return tasks.read(TASKS["letters"], tmp_path / "q.json")
+  return read(TASKS["letters"], tmp_path / "q.json")
 
 
 def test_truths_of_many_shapes_are_letters(tmp_path):
@@ -228,25 +239,25 @@ def test_truths_of_many_shapes_are_letters(tmp_path):
     "blue",
     "green",
   )
-  assert tasks.score(TASKS["letters"], [(q, "(B)") for q in questions])["micro"] == 100
+  assert score(TASKS["letters"], [(q, "(B)") for q in questions])["micro"] == 100
 
 
 def test_truths_that_are_no_letters_are_all_listed_in_their_order(tmp_path):
   with pytest.raises(
-    tasks.TaskError,
+    TaskError,
     match=(
       r"^\S+/q.json has bad questions:\n  .*, questions 1, 4: its answer 'blue' is none of "
       r"the letters A to C; write one.*\n  .*, question 2: .*'D'.*\n  .*, question 3: .*''"
     ),
   ):
     letters(tmp_path, "A", "blue", "D", "", "blue")
-  with pytest.raises(tasks.TaskError, match=r"q.json, question 0: its answer 'a blue one'"):
+  with pytest.raises(TaskError, match=r"q.json, question 0: its answer 'a blue one'"):
     letters(tmp_path, "a blue one")
   with pytest.raises(
-    tasks.TaskError, match=r"q.json, question 0: no annotation of letters: it has no 'video'"
+    TaskError, match=r"q.json, question 0: no annotation of letters: it has no 'video'"
   ):
     (tmp_path / "q.json").write_text(json.dumps([{"question": "?", "answer": "A"}]))
-    tasks.read(TASKS["letters"], tmp_path / "q.json")
+    read(TASKS["letters"], tmp_path / "q.json")
 
 
 def test_conversations_of_roles_are_read_and_others_refused(tmp_path):
@@ -265,11 +276,11 @@ def test_conversations_of_roles_are_read_and_others_refused(tmp_path):
   ):
     (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "messages": talk}]))
     if words is None:
-      (question,) = tasks.read(TASKS["letters"], tmp_path / "q.json")
+      (question,) = read(TASKS["letters"], tmp_path / "q.json")
       assert (question.prompt, question.answer) == ("Which?", "A")
     else:
-      with pytest.raises(tasks.TaskError, match=f"question 0: .*{words}"):
-        tasks.read(TASKS["letters"], tmp_path / "q.json")
+      with pytest.raises(TaskError, match=f"question 0: .*{words}"):
+        read(TASKS["letters"], tmp_path / "q.json")
 
 
 def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
@@ -277,18 +288,18 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
   right = "ABCD"[item["candidates"].index(item["answer"])]
   for answer in (right, f"({right})", f"{right}.", right.lower()):
     (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": answer}]))
-    (question,) = tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")
-    assert question.answer == right and not tasks.unanswerable([question])
+    (question,) = read(TASKS["mlvu"], tmp_path / "4_count.json")
+    assert question.answer == right and not unanswerable([question])
   (tmp_path / "4_count.json").write_text(json.dumps([item, item | {"answer": "E"}]))
-  assert tasks.unanswerable(tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")).startswith(
+  assert unanswerable(read(TASKS["mlvu"], tmp_path / "4_count.json")).startswith(
     "1 of 2 questions have an answer that is none"
   )
   (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": "E"}]))
-  with pytest.raises(tasks.TaskError, match="no question's answer is one of its options"):
-    tasks.read(TASKS["mlvu"], tmp_path / "4_count.json")
+  with pytest.raises(TaskError, match="no question's answer is one of its options"):
+    read(TASKS["mlvu"], tmp_path / "4_count.json")
   made = json.loads((benchmarks / "others.json").read_text())
   (tmp_path / "v.json").write_text(json.dumps([made["videomme_long"] | {"answer": "(c)"}]))
-  assert tasks.read(TASKS["videomme_long"], tmp_path / "v.json")[0].answer == "C"
+  assert read(TASKS["videomme_long"], tmp_path / "v.json")[0].answer == "C"
   (tmp_path / "y_en.json").write_text(json.dumps(made["subtitles"]))
   for choice, words in (
     ("b", None),
@@ -299,10 +310,10 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
       json.dumps([made["longvideobench"] | {"correct_choice": choice}])
     )
     if words:
-      with pytest.raises(tasks.TaskError, match=words):
-        tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)
+      with pytest.raises(TaskError, match=words):
+        read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)
     else:
-      assert tasks.read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)[0].answer == "B"
+      assert read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)[0].answer == "B"
 
 
 @pytest.mark.parametrize(
@@ -320,10 +331,10 @@ def test_videos_of_questions_are_one_file(tmp_path, video, words):
     json.dumps([video | {"question": "Which?\n(A) red\n(B) blue", "answer": "A"}])
   )
   if words:
-    with pytest.raises(tasks.TaskError, match=words):
-      tasks.read(TASKS["letters"], tmp_path / "q.json")
+    with pytest.raises(TaskError, match=words):
+      read(TASKS["letters"], tmp_path / "q.json")
   else:
-    (question,) = tasks.read(TASKS["letters"], tmp_path / "q.json")
+    (question,) = read(TASKS["letters"], tmp_path / "q.json")
     assert question.videos == ("v.mp4",)
 
 
@@ -333,5 +344,5 @@ def test_a_place_for_frames_inside_a_question_is_refused(tmp_path):
     {"from": "gpt", "value": "A"},
   ]
   (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "conversations": talk}]))
-  with pytest.raises(tasks.TaskError, match="<video> is inside a question; leave it out"):
-    tasks.read(TASKS["letters"], tmp_path / "q.json")
+  with pytest.raises(TaskError, match="<video> is inside a question; leave it out"):
+    read(TASKS["letters"], tmp_path / "q.json")

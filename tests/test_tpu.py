@@ -13,22 +13,15 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import NamedSharding, PartitionSpec
 from test_packing import mixture
 
-from xcomp_jax import (
-  absent,
-  accounts,
-  bench,
-  cost,
-  plan,
-  programs,
-  qc_comp,
-  rounds,
-  sharding,
-  weights,
-)
-from xcomp_jax import bench_parts as parts
+from xcomp_jax.bench import bench, parts
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import MeshConfig, from_command_line
 from xcomp_jax.data import packing
+from xcomp_jax.inference import rounds
+from xcomp_jax.model import qc_comp
 from xcomp_jax.model.attention import AttentionMask, attend
+from xcomp_jax.parallel.mesh import batch_devices, batch_sharding, make_mesh, replicated, row_groups
+from xcomp_jax.plan import absent, accounts, cost, plan, programs
 
 pytestmark = pytest.mark.slow
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
@@ -42,7 +35,7 @@ def compiler():
 
 
 def mesh_on(name):
-  return sharding.make_mesh(MeshConfig(1, -1, 1, 1), programs.topology(name))
+  return make_mesh(MeshConfig(1, -1, 1, 1), programs.topology(name))
 
 
 def short(made, layers):
@@ -79,7 +72,7 @@ def test_training_would_start_on_every_slice_with_the_default_mesh(name, monkeyp
   )
   devices = list(made.mesh.devices.flat)
   assert made.mesh.size == len(programs.topology(name))
-  held, groups = sharding.row_groups(made.mesh), sharding.batch_devices(made.mesh)
+  held, groups = row_groups(made.mesh), batch_devices(made.mesh)
   assert all(shape.rows % groups == 0 for shape in made.shapes)
   assert held.keys() == {device.process_index for device in devices}
   assert {group for some in held.values() for group in some} == set(range(groups))
@@ -98,7 +91,7 @@ def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads
   mesh = mesh_on(name)
 
   def array(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct((4, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+    return jax.ShapeDtypeStruct((4, *shape), dtype, sharding=batch_sharding(mesh))
 
   q, kv = array(length, heads, size), array(length, kv_heads, size)
 
@@ -128,7 +121,7 @@ def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads
   "rows, length, context", [(4, 16640, 1), (8, 2577, 1), (2, 4160, 2)]
 )  # 1, 2 and 1 rows a device
 def test_splash_attention_of_several_samples_in_a_row_compiles(name, rows, length, context):
-  mesh = sharding.make_mesh(MeshConfig(1, -1, 1, context), programs.topology(name))
+  mesh = make_mesh(MeshConfig(1, -1, 1, context), programs.topology(name))
 
   def array(*shape, dtype=jnp.bfloat16, split="context"):
     place = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), split))
@@ -170,11 +163,11 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(
     return handed.append(mask.shape) or make(mask, **more)
 
   monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", note)
-  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), [device])
+  mesh = make_mesh(MeshConfig(1, 1, 1, 1), [device])
 
   def here(tree):
     return jax.tree.map(
-      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding.replicated(mesh)), tree
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated(mesh)), tree
     )
 
   def compiled(run, *args):
@@ -203,7 +196,7 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(
       [],
     )  # one row against all keys
     cfg = parts.without_tower(cfg)
-    graph, params = nnx.split(weights.abstract(cfg))
+    graph, params = nnx.split(loading.abstract(cfg))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
     setting = dataclasses.replace(qc_comp.setting("aligned", 64), layers=(0, 27))
     plan = qc_comp.plan(128, 8, setting)

@@ -20,22 +20,23 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import forecast, metrics, train, weights
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, from_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Shape
+from xcomp_jax.training import forecast, loop, metrics
 
 
 @pytest.fixture
 def one_device(monkeypatch):
   """Runs on the first device: compiles in a fraction of the time."""
-  monkeypatch.setattr(train, "devices", lambda: jax.devices()[:1])
+  monkeypatch.setattr(loop, "devices", lambda: jax.devices()[:1])
 
 
 def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
   tiny_run, tmp_path, capsys, one_device
 ):
-  from xcomp_jax import checkpoint
+  from xcomp_jax.training import checkpoint
 
   jax.clear_caches()  # compilations are counted below, whatever ran before
   config = tiny_run(tmp_path / "w", **{"train.epochs": 3})
@@ -46,7 +47,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
     ),
   )
   told = []
-  result = train.run(config, watch=lambda *what: told.append(what))
+  result = loop.run(config, watch=lambda *what: told.append(what))
   text = capsys.readouterr().out
   assert [step for step, group, _ in told if group == "train"] == list(range(1, 13))
   assert [values["loss"] for _, group, values in told if group == "heldout"][-1] == result[
@@ -83,11 +84,11 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
   saved, step = checkpoint.read_config(config.workdir)
   assert from_dict(RunConfig, saved["run"]) == config and step == 12
   cfg = from_dict(VLMConfig, saved["vlm"])
-  before = nnx.state(weights.load(weights.resolve(config.init_from), cfg))
+  before = nnx.state(loading.load(loading.resolve(config.init_from), cfg))
   after = checkpoint.read_params(
     config.workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), before)
   )
-  before, after = weights.parameters(before), weights.parameters(after)
+  before, after = loading.parameters(before), loading.parameters(after)
   for path in before:
     same = np.asarray(before[path]).tobytes() == np.asarray(after[path]).tobytes()
     assert same == path.startswith("vision"), path
@@ -97,7 +98,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
 def losses(config):
   """Those of every step of a run."""
   out = []
-  train.run(
+  loop.run(
     config,
     watch=lambda step, group, values: out.append(values["loss"]) if group == "train" else None,
   )
@@ -124,7 +125,7 @@ def test_features_of_another_tower_are_refused_before_a_step(
   with pytest.raises(
     ConfigError, match=r"holds features by another tower: .* Make the features again"
   ):
-    train.run(dataclasses.replace(config, init_from=str(tmp_path / "base")))
+    loop.run(dataclasses.replace(config, init_from=str(tmp_path / "base")))
   assert (
     not list((tmp_path / "w" / "checkpoints").iterdir())
     and not (tmp_path / "w" / "config.json").exists()
@@ -135,7 +136,7 @@ def test_features_that_cannot_be_used_are_refused_before_anything_is_written(
   tiny_run, features, tmp_path
 ):
   def run(**changes):
-    return train.run(tiny_run(tmp_path / "w", **{"data.train": features} | changes))
+    return loop.run(tiny_run(tmp_path / "w", **{"data.train": features} | changes))
 
   with pytest.raises(
     ConfigError, match=r"config\.train\.vision = True, but .*train holds features"
@@ -155,7 +156,7 @@ def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, one_
   data = tiny_run(tmp_path).data.train
   both = {"data.train": [data, data.removesuffix("train") + "heldout"], "data.weights": [0.5, 1.0]}
   config = tiny_run(tmp_path / "w", **both, **{"train.steps": 1})
-  assert train.run(config)["step"] == 1
+  assert loop.run(config)["step"] == 1
   said = capsys.readouterr().out
   assert "train: sampling not recorded; an epoch reads 6 of 12 samples" in said
   assert "heldout: sampling not recorded; an epoch reads 5 of 5 samples" in said
@@ -170,7 +171,7 @@ def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, one_
     ),
   ):
     with pytest.raises(ConfigError, match=words):
-      train.run(tiny_run(tmp_path / "w", **both | changes, **{"train.steps": 1}))
+      loop.run(tiny_run(tmp_path / "w", **both | changes, **{"train.steps": 1}))
 
 
 def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
@@ -185,12 +186,12 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
       batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32)
     )
 
-  cfg = weights.read_config(weights.resolve(config.init_from), config.model, config.lp_comp)
-  third = pipeline.run_order(train.open_data(config.data.train, cfg), 3, 0, 1)[2]
+  cfg = loading.read_config(loading.resolve(config.init_from), config.model, config.lp_comp)
+  third = pipeline.run_order(loop.open_data(config.data.train, cfg), 3, 0, 1)[2]
   bad = third[1]
   monkeypatch.setattr(pipeline, "collate", poisoned)
-  with pytest.raises(train.NotFiniteError, match=r"step 3: .*step_3\.json"):
-    train.run(config)
+  with pytest.raises(loop.NotFiniteError, match=r"step 3: .*step_3\.json"):
+    loop.run(config)
   report = json.loads((tmp_path / "w" / "nan" / "step_3.json").read_text())
   assert report["step"] == 3 and report["loss"] == "nan"
   assert sorted(s["index"] for s in report["samples"]) == sorted(third)
@@ -203,14 +204,14 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
 def test_a_compilation_that_no_new_shape_explains_is_said():
   said = []
   compilations = metrics.Compilations("grad_step", "apply_step", "eval_step")
-  specs = [train.describe(Shape(rows, 2, 8, 16, 32)) for rows in (1, 2)]
+  specs = [loop.describe(Shape(rows, 2, 8, 16, 32)) for rows in (1, 2)]
 
   def call(name, what, compiles):
     for _ in range(compiles):
       compilations._listen(
         "/jax/core/compile/backend_compile_duration", 1.0, fun_name=f"jit({name})"
       )
-    train.report_compilations(compilations, name, what, said.append)
+    loop.report_compilations(compilations, name, what, said.append)
 
   for spec in specs:
     call("grad_step", spec, 1)
@@ -305,10 +306,10 @@ def test_waiting_for_other_hosts_is_neither_start_nor_step(tiny_run, tmp_path, c
     passes(15)
     yield
 
-  monkeypatch.setattr(train.hosts, "joined", joined)
-  monkeypatch.setattr(train, "prepare", lambda config: passes(5))
-  monkeypatch.setattr(train, "_train", lambda config, prepared, goodput, watch: goodput.shares())
-  shares = train.run(tiny_run(tmp_path))
+  monkeypatch.setattr(loop.hosts, "joined", joined)
+  monkeypatch.setattr(loop, "prepare", lambda config: passes(5))
+  monkeypatch.setattr(loop, "_train", lambda config, prepared, goodput, watch: goodput.shares())
+  shares = loop.run(tiny_run(tmp_path))
   assert shares == dict.fromkeys(metrics.Goodput.PARTS, 0) | {"connect": 0.75, "start": 0.25}
 
 
@@ -317,7 +318,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
   for folder in (str(tmp_path / "c"), None):  # None leaves it as it is
     try:
       with pytest.raises(ValueError, match="/nowhere"):  # at the start, before anything compiles
-        train.run(tiny_run(tmp_path / "w", init_from="/nowhere", compilation_cache=folder))
+        loop.run(tiny_run(tmp_path / "w", init_from="/nowhere", compilation_cache=folder))
       assert jax.config.jax_compilation_cache_dir == (folder or before)
     finally:
       jax.config.update("jax_compilation_cache_dir", before)
@@ -387,7 +388,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
 )
 def test_what_cannot_work_is_said_before_anything_is_written(tiny_run, tmp_path, changes, words):
   with pytest.raises((ValueError, FileNotFoundError), match=words):
-    train.run(tiny_run(tmp_path / "w", **changes))
+    loop.run(tiny_run(tmp_path / "w", **changes))
   assert not (tmp_path / "w").exists()
 
 
@@ -396,7 +397,7 @@ def test_what_devices_can_not_hold_is_said_before_anything_is_written(
 ):
   monkeypatch.setattr(forecast, "CPU", forecast.CPU | {"hbm": 1e5})
   with pytest.raises(ConfigError, match=r"does not fit 8 x cpu: each has 0\.0 GB, and takes "):
-    train.run(tiny_run(tmp_path / "w"))
+    loop.run(tiny_run(tmp_path / "w"))
   assert not (tmp_path / "w").exists()
 
 
@@ -427,8 +428,8 @@ def shrink(base):
 def test_a_damaged_start_is_said_before_anything_is_written(tiny_run, tmp_path, damage, words):
   shutil.copytree(tiny_run(tmp_path).init_from, tmp_path / "base")
   damage(tmp_path / "base")
-  with pytest.raises(weights.CheckpointError, match=words):
-    train.run(tiny_run(tmp_path / "w", init_from=str(tmp_path / "base")))
+  with pytest.raises(loading.CheckpointError, match=words):
+    loop.run(tiny_run(tmp_path / "w", init_from=str(tmp_path / "base")))
   assert not (tmp_path / "w").exists()
 
 
@@ -436,11 +437,11 @@ def test_a_workdir_is_no_folder_of_others(tiny_run, tmp_path):
   config = tiny_run(tmp_path / "w")
   for workdir in (config.init_from, config.data.train):
     with pytest.raises(ValueError, match=r"config\.workdir .* is config"):
-      train.run(dataclasses.replace(config, workdir=workdir))
+      loop.run(dataclasses.replace(config, workdir=workdir))
   shutil.copytree(config.init_from, tmp_path / "other")
   before = (tmp_path / "other" / "config.json").read_bytes()
   with pytest.raises(ConfigError, match="not a run's, such as a checkpoint's"):
-    train.run(dataclasses.replace(config, workdir=str(tmp_path / "other")))
+    loop.run(dataclasses.replace(config, workdir=str(tmp_path / "other")))
   assert (tmp_path / "other" / "config.json").read_bytes() == before
 
 
@@ -448,16 +449,16 @@ def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(
   tiny_run, tmp_path, monkeypatch
 ):
   (tmp_path / "file").write_text("")
-  monkeypatch.setattr(weights, "load", lambda *a, **k: pytest.fail("weights were read"))
+  monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("weights were read"))
   with pytest.raises(ConfigError, match=r"workdir .*file/w can't be written .*config\.workdir"):
-    train.run(tiny_run(tmp_path / "file" / "w"))
+    loop.run(tiny_run(tmp_path / "file" / "w"))
   for name in ("checkpoints", "tensorboard"):
     (tmp_path / "w").mkdir(exist_ok=True)
     (tmp_path / "w" / name).write_text("")
     with pytest.raises(
       ConfigError, match=rf"workdir .*w can't be written .*w/{name}'\); set config\.workdir"
     ):
-      train.run(tiny_run(tmp_path / "w"))
+      loop.run(tiny_run(tmp_path / "w"))
     (tmp_path / "w" / name).unlink()
 
 
@@ -481,7 +482,7 @@ def test_the_command_says_errors_in_one_line_and_exits_with_1(tmp_path):
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_the_command_explains_itself(monkeypatch, capsys, flag):
   monkeypatch.setattr(sys, "argv", ["train", flag])
-  train.main()
+  loop.main()
   assert "python -m xcomp_jax.train --config=configs/sct.py" in capsys.readouterr().out
 
 

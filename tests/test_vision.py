@@ -8,7 +8,7 @@ from flax import nnx
 
 from xcomp_jax.config import VisionConfig
 from xcomp_jax.model import vlm
-from xcomp_jax.model.vision import PIXEL_MEAN, PIXEL_STD, Vision, position_table
+from xcomp_jax.model.umt import PIXEL_MEAN, PIXEL_STD, Vision, position_table
 
 OFFICIAL = VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd")
 

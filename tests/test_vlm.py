@@ -10,8 +10,8 @@ from packed import one_each
 from xcomp_jax.config import LPCompConfig, MeshConfig
 from xcomp_jax.data.batch import Batch, Clips, Shape, batch_spec, fake_batch, split
 from xcomp_jax.model import vlm
-from xcomp_jax.model.decoder import Lengths
-from xcomp_jax.sharding import make_mesh
+from xcomp_jax.model.qwen2 import Lengths
+from xcomp_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_gradients_of_a_mixed_batch_are_the_sum_of_those_alone(tiny, mixed, clip
 
 
 def test_sharded_over_eight_devices_equals_one(tiny, mixed):
-  from xcomp_jax.sharding import batch_sharding, param_shardings
+  from xcomp_jax.parallel.mesh import batch_sharding, param_shardings
 
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   batch = one_each(mixed, 48, 8, 16, 4)

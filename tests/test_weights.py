@@ -21,14 +21,15 @@ from jax.sharding import PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax import export, layouts, sharding, weights
+from xcomp_jax.checkpoints import loading, saving, tensor_files
+from xcomp_jax.checkpoints.loading import CheckpointError
+from xcomp_jax.checkpoints.tensor_names import families
 from xcomp_jax.config import ConfigError, InternVideo2Config, LPCompConfig, MeshConfig, ModelConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.inputs import NoFileError
 from xcomp_jax.model import vlm
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.official import families
-from xcomp_jax.weights import CheckpointError
+from xcomp_jax.parallel.mesh import make_mesh, param_shardings
 
 MODEL = ModelConfig(
   clip_frames=8,
@@ -135,7 +136,7 @@ def tiny(directory: pathlib.Path, tensors: dict[str, np.ndarray], **changes) -> 
 
 
 def read_config(directory, **changes):
-  return weights.read_config(directory, dataclasses.replace(MODEL, **changes), LP_COMP)
+  return loading.read_config(directory, dataclasses.replace(MODEL, **changes), LP_COMP)
 
 
 def equal(a: dict, b: dict):
@@ -174,10 +175,10 @@ RELEASED = {  # variant -> official table, config.json beside CONFIG, image size
 def test_every_released_variant_maps_one_to_one_by_init_from_alone(reference, tmp_path, variant):
   official, changes, size = RELEASED[variant]
   cfg = read_config(configured(tmp_path, **changes), clip_frames="auto")
-  entries = weights.names(cfg)
+  entries = loading.names(cfg)
   assert len({e.name for e in entries}) == len({e.path for e in entries}) == len(entries)
   assert {e.name: e.shape for e in entries} == table(reference, official)
-  leaves = weights.parameters(weights.abstract(cfg))
+  leaves = loading.parameters(loading.abstract(cfg))
   assert {e.path: e.ours for e in entries} == {path: leaf.shape for path, leaf in leaves.items()}
   shown = families(entries)  # counts, and one entry for all layers
   assert (
@@ -188,11 +189,11 @@ def test_every_released_variant_maps_one_to_one_by_init_from_alone(reference, tm
   assert cfg.vision.image_size == size
   assert cfg.clip_frames == (4 if "InternVideo2" in variant else 8)
   frames = jax.ShapeDtypeStruct((2, cfg.clip_frames, size, size, 3), np.uint8)
-  features = jax.eval_shape(vlm.encode, weights.abstract(cfg), frames)
+  features = jax.eval_shape(vlm.encode, loading.abstract(cfg), frames)
   assert features.shape == (2, cfg.clip_tokens, changes.get("mm_hidden_size", 1024))
   text = jax.ShapeDtypeStruct((1, 16), np.int32)
   placed = jax.eval_shape(
-    lambda m, f, t: vlm.place(m, f[None], t, t), weights.abstract(cfg), features, text
+    lambda m, f, t: vlm.place(m, f[None], t, t), loading.abstract(cfg), features, text
   )
   assert placed.shape == (1, 32 + 2 * cfg.clip_tokens, cfg.llm.width)
   known = pathlib.Path(__file__).parents[1] / "configs/OpenGVLab" / f"VideoChat-Flash-{variant}"
@@ -233,12 +234,12 @@ def test_clips_that_the_internvideo2_tower_does_not_take_are_refused(tmp_path, w
 def test_abstract_model_is_the_model(reference, tmp_path):
   cfg = read_config(configured(tmp_path, **TINY))
   graph, state = nnx.split(nnx.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0))))
-  assert nnx.split(weights.abstract(cfg))[0] == graph
+  assert nnx.split(loading.abstract(cfg))[0] == graph
 
   def like(s):
-    return {path: (leaf.shape, leaf.dtype) for path, leaf in weights.parameters(s).items()}
+    return {path: (leaf.shape, leaf.dtype) for path, leaf in loading.parameters(s).items()}
 
-  assert like(weights.abstract(cfg)) == like(state)
+  assert like(loading.abstract(cfg)) == like(state)
 
 
 def test_config_of_the_official_2b(tmp_path):
@@ -328,7 +329,7 @@ def test_no_or_broken_config_json(tmp_path):
     read_config(tmp_path)
   (tmp_path / "xcomp.json").write_text('{"lp_comp": 3}')
   with pytest.raises(ConfigError, match=r"xcomp\.json\.lp_comp must be a group of keys, not 3"):
-    weights.read_tuned(tmp_path)
+    loading.read_tuned(tmp_path)
 
 
 def test_a_run_is_told_to_be_exported_first(tmp_path):
@@ -346,18 +347,18 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(reference, tmp_pat
   def cfg(size):
     return read_config(configured(tmp_path, vocab_size=size))
 
-  assert weights.read_tokenizer(reference / "qwen_subset", cfg(own)).vocab_size == own
+  assert loading.read_tokenizer(reference / "qwen_subset", cfg(own)).vocab_size == own
   with pytest.raises(
     CheckpointError,
     match=rf"ids go up to {own - 1}, but the embedding table has only {own - 1} rows",
   ):
-    weights.read_tokenizer(reference / "qwen_subset", cfg(own - 1))
+    loading.read_tokenizer(reference / "qwen_subset", cfg(own - 1))
 
 
 def test_every_tensor_arrives_in_its_place(reference, tmp_path):
   tensors = tiny_tensors(reference, tied=False)
   directory = tiny(tmp_path, tensors)
-  model = weights.load(directory, read_config(directory))
+  model = loading.load(directory, read_config(directory))
 
   def value(v):
     return np.asarray(v[...])
@@ -391,9 +392,9 @@ def test_round_trip_is_exact(reference, tmp_path, dtype, tied):
   tensors = tiny_tensors(reference, dtype, tied)
   source = tiny(tmp_path / "in", tensors)
   cfg = read_config(source)
-  model = weights.load(source, cfg, dtype="float32")  # as masters of a training run
-  assert {leaf.dtype for leaf in weights.parameters(model).values()} == {np.dtype(np.float32)}
-  export.save_torch(tmp_path / "out", model, cfg, source)
+  model = loading.load(source, cfg, dtype="float32")  # as masters of a training run
+  assert {leaf.dtype for leaf in loading.parameters(model).values()} == {np.dtype(np.float32)}
+  saving.save_torch(tmp_path / "out", model, cfg, source)
   equal(load_file(tmp_path / "out" / "model.safetensors"), tensors)
   with safe_open(tmp_path / "out" / "model.safetensors", "numpy") as f:
     assert f.metadata() == {"format": "pt"}
@@ -406,15 +407,15 @@ def test_round_trip_is_exact(reference, tmp_path, dtype, tied):
   ]
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert config == json.loads((source / "config.json").read_text()) | {"mm_local_num_frames": 8}
-  assert weights.read_tuned(tmp_path / "out").lp_comp == LP_COMP
-  assert weights.read_tuned(source) is None
+  assert loading.read_tuned(tmp_path / "out").lp_comp == LP_COMP
+  assert loading.read_tuned(source) is None
 
 
 def test_round_trip_through_several_files(reference, tmp_path):
   tensors = tiny_tensors(reference, ml_dtypes.bfloat16)
   source = tiny(tmp_path / "in", tensors)
   cfg = read_config(source)
-  export.save_torch(tmp_path / "out", weights.load(source, cfg), cfg, source, shard_bytes=50_000)
+  saving.save_torch(tmp_path / "out", loading.load(source, cfg), cfg, source, shard_bytes=50_000)
   index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
   files = sorted((tmp_path / "out").glob("*.safetensors"))
   assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
@@ -425,24 +426,24 @@ def test_round_trip_through_several_files(reference, tmp_path):
     assert all(index["weight_map"][name] == file.name for name in part)
     both |= part
   equal(both, tensors)
-  again = weights.load(tmp_path / "out", cfg)
-  equal(weights.parameters(again), weights.parameters(weights.load(source, cfg)))
+  again = loading.load(tmp_path / "out", cfg)
+  equal(loading.parameters(again), loading.parameters(loading.load(source, cfg)))
 
   files[1].unlink()
   with pytest.raises(CheckpointError, match=rf"names {files[1].name}, which is not there"):
-    weights.load(tmp_path / "out", cfg)
-  (tmp_path / "out" / weights.INDEX).write_text('{"weight_map": 3}')
+    loading.load(tmp_path / "out", cfg)
+  (tmp_path / "out" / loading.INDEX).write_text('{"weight_map": 3}')
   with pytest.raises(
     CheckpointError,
     match=r"index\.json: weight_map must be an object of tensor names and file names",
   ):
-    weights.load(tmp_path / "out", cfg)
+    loading.load(tmp_path / "out", cfg)
 
 
 def test_dtype_of_a_saved_directory_can_be_chosen(reference, tmp_path):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  export.save_torch(tmp_path / "out", weights.load(source, cfg), cfg, source, dtype="bfloat16")
+  saving.save_torch(tmp_path / "out", loading.load(source, cfg), cfg, source, dtype="bfloat16")
   assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {
     np.dtype(ml_dtypes.bfloat16)
   }
@@ -454,21 +455,21 @@ def test_load_into_shardings_and_dtypes(reference, tmp_path, layout):
   tensors = tiny_tensors(reference, tied=False)
   directory = tiny(tmp_path / "in", tensors)
   cfg = read_config(directory)
-  whole = weights.load(directory, cfg)
+  whole = loading.load(directory, cfg)
   if layout == "orbax":
-    export.save_orbax(tmp_path / "out", whole, cfg, directory)
+    saving.save_orbax(tmp_path / "out", whole, cfg, directory)
     directory = tmp_path / "out"
-  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, context=1))
-  shardings = sharding.param_shardings(nnx.state(whole), mesh)
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, context=1))
+  shardings = param_shardings(nnx.state(whole), mesh)
 
   def dtype(path):
     return jnp.bfloat16 if path.startswith("vision/") else jnp.float32
 
-  split = weights.load(directory, cfg, shardings=shardings, dtype=dtype)
+  split = loading.load(directory, cfg, shardings=shardings, dtype=dtype)
   assert split.llm.layers[0].gate.kernel[...].sharding.spec == PartitionSpec("fsdp", "tensor")
   assert split.llm.layers[0].gate.kernel[...].addressable_shards[0].data.shape == (12, 20)
-  one, many = weights.parameters(whole), weights.parameters(split)
-  placed = weights.parameters(shardings)
+  one, many = loading.parameters(whole), loading.parameters(split)
+  placed = loading.parameters(shardings)
   for path, leaf in many.items():
     assert leaf.sharding == placed[path], path
     assert leaf.dtype == dtype(path), path
@@ -480,19 +481,19 @@ def test_orbax_export_is_read_by_init_from_and_by_plain_orbax(reference, tmp_pat
 
   source = tiny(tmp_path / "in", tiny_tensors(reference, ml_dtypes.bfloat16))
   cfg = read_config(source)
-  model = weights.load(source, cfg, dtype="float32")
-  export.save_orbax(tmp_path / "out", model, cfg, source)
+  model = loading.load(source, cfg, dtype="float32")
+  saving.save_orbax(tmp_path / "out", model, cfg, source)
   assert (
-    read_config(tmp_path / "out") == cfg and weights.read_tuned(tmp_path / "out").lp_comp == LP_COMP
+    read_config(tmp_path / "out") == cfg and loading.read_tuned(tmp_path / "out").lp_comp == LP_COMP
   )
   equal(
-    weights.parameters(weights.load(tmp_path / "out", cfg)),
-    weights.parameters(weights.load(source, cfg)),
+    loading.parameters(loading.load(tmp_path / "out", cfg)),
+    loading.parameters(loading.load(source, cfg)),
   )
   with ocp.StandardCheckpointer() as reader:
     plain = reader.restore(tmp_path / "out" / "params")
   assert plain["llm"]["layers"]["1"]["o"]["kernel"].dtype == jnp.bfloat16
-  export.save_torch(tmp_path / "back", weights.load(tmp_path / "out", cfg), cfg, tmp_path / "out")
+  saving.save_torch(tmp_path / "back", loading.load(tmp_path / "out", cfg), cfg, tmp_path / "out")
   equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(source / "model.safetensors"))
 
 
@@ -503,8 +504,8 @@ def test_tied_head_and_rotary_buffers_are_accepted(reference, tmp_path):
     "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
   }
   directory = tiny(tmp_path, tensors | extra, tie_word_embeddings=True)
-  assert "llm/lm_head/kernel" not in weights.parameters(
-    weights.load(directory, read_config(directory))
+  assert "llm/lm_head/kernel" not in loading.parameters(
+    loading.load(directory, read_config(directory))
   )
 
 
@@ -516,7 +517,7 @@ def test_all_differences_are_in_one_error(reference, tmp_path):
   tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(24, np.int32)
   directory = tiny(tmp_path, tensors)
   with pytest.raises(CheckpointError) as raised:
-    weights.load(directory, read_config(directory))
+    loading.load(directory, read_config(directory))
   lines = str(raised.value).splitlines()
   assert lines[1:] == [
     "  2 missing: model.layers.1.mlp.up_proj.weight; model.norm.weight",
@@ -529,7 +530,7 @@ def test_all_differences_are_in_one_error(reference, tmp_path):
 def test_orbax_export_of_another_model(reference, tmp_path):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  export.save_orbax(tmp_path / "out", weights.load(source, cfg), cfg, source)
+  saving.save_orbax(tmp_path / "out", loading.load(source, cfg), cfg, source)
   other = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tied=False, mlp_width=48))
   with pytest.raises(
     CheckpointError,
@@ -538,12 +539,12 @@ def test_orbax_export_of_another_model(reference, tmp_path):
       r"\[24, 40\]"
     ),
   ):
-    weights.load(tmp_path / "out", other)
+    loading.load(tmp_path / "out", other)
   for file in (tmp_path / "out" / "params").iterdir():
     if file.is_file():
       file.unlink()
   with pytest.raises(CheckpointError, match="params has no _METADATA"):
-    weights.load(tmp_path / "out", cfg)
+    loading.load(tmp_path / "out", cfg)
 
 
 def test_truncated_empty_and_absent_files(reference, tmp_path):
@@ -554,24 +555,24 @@ def test_truncated_empty_and_absent_files(reference, tmp_path):
   with pytest.raises(
     CheckpointError, match=r"model\.safetensors is no safetensors file, or cut short"
   ):
-    weights.load(directory, cfg)
+    loading.load(directory, cfg)
   file.write_bytes(b"")
   with pytest.raises(
     CheckpointError, match=r"model\.safetensors is no safetensors file, or cut short"
   ):
-    weights.load(directory, cfg)
+    loading.load(directory, cfg)
   file.unlink()
   with pytest.raises(CheckpointError, match=r"has neither \*\.safetensors nor params/"):
-    weights.load(directory, cfg)
+    loading.load(directory, cfg)
 
 
-@pytest.mark.parametrize("save", [export.save_torch, export.save_orbax])
+@pytest.mark.parametrize("save", [saving.save_torch, saving.save_orbax])
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
   reference, tmp_path, monkeypatch, save
 ):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  model = weights.load(source, cfg)
+  model = loading.load(source, cfg)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
   with pytest.raises(
     CheckpointError, match=r"out can't be written: it takes 0\.\d MB, and 0\.0 MB are free there"
@@ -583,31 +584,31 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
 def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  model = weights.load(source, cfg)
+  model = loading.load(source, cfg)
   out = tmp_path / "out"
-  export.save_torch(out, model, cfg, source)
+  saving.save_torch(out, model, cfg, source)
   with pytest.raises(CheckpointError, match="out is not empty"):
-    export.save_torch(out, model, cfg, source)
+    saving.save_torch(out, model, cfg, source)
   with pytest.raises(CheckpointError, match="out is not empty"):
-    export.save_orbax(out, model, cfg, source)
-  export.save_orbax(out, model, cfg, source, overwrite=True)
+    saving.save_orbax(out, model, cfg, source)
+  saving.save_orbax(out, model, cfg, source, overwrite=True)
   assert not (out / "model.safetensors").exists()
 
   def full_disk(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(export, "write_safetensors", full_disk)
+  monkeypatch.setattr(saving, "write_safetensors", full_disk)
   with pytest.raises(CheckpointError, match=r"other can't be written: .*No space left"):
-    export.save_torch(tmp_path / "other", model, cfg, source)
+    saving.save_torch(tmp_path / "other", model, cfg, source)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
   (tmp_path / "in" / "config.json").unlink()
   with pytest.raises(CheckpointError, match="in is not empty and no export"):
-    export.check_free(tmp_path / "in", overwrite=True)
+    saving.check_free(tmp_path / "in", overwrite=True)
   (tmp_path / "file").write_text("")
   with pytest.raises(CheckpointError, match="file is a file"):
-    export.save_torch(tmp_path / "file", model, cfg, source)
+    saving.save_torch(tmp_path / "file", model, cfg, source)
   with pytest.raises(CheckpointError, match="can't be written"):
-    export.save_torch(tmp_path / "file" / "below", model, cfg, source)
+    saving.save_torch(tmp_path / "file" / "below", model, cfg, source)
 
 
 @pytest.fixture
@@ -626,36 +627,36 @@ def test_hub_id_from_the_local_cache(reference, tmp_path, hub):
   snapshot = tiny(repo / "snapshots" / commit, tiny_tensors(reference))
   (repo / "refs").mkdir()
   (repo / "refs" / "main").write_text(commit)
-  found = weights.resolve("org/name")
+  found = loading.resolve("org/name")
   assert found == snapshot
-  weights.load(found, read_config(found))
+  loading.load(found, read_config(found))
   (snapshot / "model.safetensors").unlink()  # a download that broke off
   with pytest.raises(
     CheckpointError,
     match=r"org/name, and as a hub id it can't be fetched: .*only a part of it is there",
   ):
-    weights.resolve("org/name")
+    loading.resolve("org/name")
 
 
 def test_init_from_that_is_nowhere(tmp_path, hub):
   with pytest.raises(
     CheckpointError, match=r"there is no directory org/other, and as a hub id it can't be fetched"
   ):
-    weights.resolve("org/other")
+    loading.resolve("org/other")
   with pytest.raises(CheckpointError, match=r"there is no directory .*absent$"):
-    weights.resolve(str(tmp_path / "absent"))
+    loading.resolve(str(tmp_path / "absent"))
   (tmp_path / "file").write_text("")
   with pytest.raises(CheckpointError, match="is a file; give the directory"):
-    weights.resolve(str(tmp_path / "file"))
-  assert weights.resolve(str(tmp_path)) == tmp_path
+    loading.resolve(str(tmp_path / "file"))
+  assert loading.resolve(str(tmp_path)) == tmp_path
 
 
 def test_loaded_parameters_can_be_donated(reference, tmp_path):
   """Loading on CPU takes over host memory; a donated update must not disturb it."""
   directory = tiny(tmp_path, tensors := tiny_tensors(reference))
-  state = nnx.state(weights.load(directory, read_config(directory)))
+  state = nnx.state(loading.load(directory, read_config(directory)))
   step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-  after = weights.parameters(step(step(state)))
+  after = loading.parameters(step(step(state)))
   np.testing.assert_array_equal(
     np.asarray(after["llm/embed/embedding"]), tensors["model.embed_tokens.weight"] + 1 + 1
   )
@@ -682,13 +683,13 @@ def test_clips_at_once_are_by_memory(memory, dtype, clips):
     remat=False,
   )
   released = (
-    pathlib.Path(weights.__file__).parents[1]
+    pathlib.Path(loading.__file__).parents[1]
     / "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"
   )
   device = types.SimpleNamespace(
     device_kind="none", process_index=0, memory_stats=lambda: memory and {"bytes_limit": memory}
   )
-  assert weights.read_config(released, model, LP_COMP, device).clips_per_chunk == clips
+  assert loading.read_config(released, model, LP_COMP, device).clips_per_chunk == clips
 
 
 @pytest.mark.parametrize(
@@ -713,7 +714,7 @@ def test_prefixes_of_training_frameworks_are_named_and_the_python_of_the_message
   )
   cfg = read_config(directory)
   with pytest.raises(CheckpointError) as raised:
-    weights.load(directory, cfg)
+    loading.load(directory, cfg)
   said, python = str(raised.value).split(" This Python takes it off, in the files themselves:\n")
   changed = [name for name in tensors if rename(name) != name]
   assert (
@@ -729,7 +730,7 @@ def test_prefixes_of_training_frameworks_are_named_and_the_python_of_the_message
   assert json.loads(index.read_text()) == {
     "weight_map": dict.fromkeys(tensors, "model.safetensors")
   }
-  weights.load(directory, cfg)
+  loading.load(directory, cfg)
 
 
 def test_lora_adapters_are_to_be_merged_first(reference, tmp_path):
@@ -741,7 +742,7 @@ def test_lora_adapters_are_to_be_merged_first(reference, tmp_path):
     CheckpointError,
     match=r"both holds LoRA adapters \(.*q_proj\.lora_A\.weight\).*: merge them first",
   ):
-    weights.load(directory, read_config(directory))
+    loading.load(directory, read_config(directory))
   (tmp_path / "adapter_config.json").write_text("{}")
   with pytest.raises(CheckpointError, match=r"holds LoRA adapters \(adapter_config\.json\)"):
     read_config(tmp_path)
@@ -792,7 +793,7 @@ def test_numbers_of_xcomp_json_have_bounds(tmp_path, changes):
     json.dumps({"lp_comp": {"schedule": "cosine", "keep": "suffix", "group": 16}} | changes)
   )
   with pytest.raises(CheckpointError, match=r"xcomp\.json: .* must be an integer from 1 to "):
-    weights.read_tuned(tmp_path)
+    loading.read_tuned(tmp_path)
 
 
 def test_a_model_of_a_thousand_layers_is_refused_by_its_files_before_it_is_made(
@@ -800,9 +801,9 @@ def test_a_model_of_a_thousand_layers_is_refused_by_its_files_before_it_is_made(
 ):
   directory = tiny(tmp_path, tiny_tensors(reference), num_hidden_layers=1000)
   cfg = read_config(directory)
-  monkeypatch.setattr(weights, "abstract", None)
+  monkeypatch.setattr(loading, "abstract", None)
   with pytest.raises(CheckpointError, match=r"\d+ missing: .*; and \d+ more"):
-    weights.load(directory, cfg)
+    loading.load(directory, cfg)
 
 
 @pytest.mark.parametrize(
@@ -811,17 +812,17 @@ def test_a_model_of_a_thousand_layers_is_refused_by_its_files_before_it_is_made(
 def test_an_index_names_only_files_beside_it(reference, tmp_path, name):
   directory = tiny(tmp_path / "in", tiny_tensors(reference))
   (directory / "model.safetensors").rename(tmp_path / "a.safetensors")
-  (directory / weights.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+  (directory / loading.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
   with pytest.raises(
     CheckpointError, match=r"index\.json: weight_map must name files of its own folder, not "
   ):
-    weights.load(directory, read_config(directory))
+    loading.load(directory, read_config(directory))
 
 
 def test_links_in_a_checkpoint_are_followed_as_in_the_cache_of_the_hub(reference, tmp_path):
   directory = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(directory)
-  export.save_orbax(tmp_path / "orbax", weights.load(directory, cfg), cfg, directory)
+  saving.save_orbax(tmp_path / "orbax", loading.load(directory, cfg), cfg, directory)
   blobs = tmp_path / "blobs"
   blobs.mkdir()
   for folder in ("in", "orbax"):
@@ -830,12 +831,12 @@ def test_links_in_a_checkpoint_are_followed_as_in_the_cache_of_the_hub(reference
     ):
       file.symlink_to(file.rename(blobs / f"{folder}{i}"))
     equal(
-      weights.parameters(weights.load(tmp_path / folder, read_config(tmp_path / folder))),
-      weights.parameters(weights.load(tmp_path / "orbax", cfg)),
+      loading.parameters(loading.load(tmp_path / folder, read_config(tmp_path / folder))),
+      loading.parameters(loading.load(tmp_path / "orbax", cfg)),
     )
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", weights.INDEX, "xcomp.json"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", loading.INDEX, "xcomp.json"])
 def test_pipes_and_devices_in_a_checkpoint_are_never_opened(reference, tmp_path, file):
   directory = tiny(tmp_path, tiny_tensors(reference))
   cfg = read_config(directory)
@@ -845,9 +846,9 @@ def test_pipes_and_devices_in_a_checkpoint_are_never_opened(reference, tmp_path,
     with pytest.raises(
       (CheckpointError, OSError), match=f"{file} is a (pipe|device), and must be a file"
     ):
-      weights.load(
+      loading.load(
         directory, cfg if file != "config.json" else read_config(directory)
-      ) if file != "xcomp.json" else weights.read_tuned(directory)
+      ) if file != "xcomp.json" else loading.read_tuned(directory)
 
 
 def deep(file):
@@ -888,7 +889,7 @@ def orbax(reference, tmp_path_factory):
   root = tmp_path_factory.mktemp("orbax")
   directory = tiny(root / "in", tiny_tensors(reference))
   cfg = read_config(directory)
-  export.save_orbax(root / "out", weights.load(directory, cfg), cfg, directory)
+  saving.save_orbax(root / "out", loading.load(directory, cfg), cfg, directory)
   return root / "out", cfg
 
 
@@ -897,7 +898,7 @@ def test_a_damaged_orbax_export_is_one_error_with_its_name(orbax, tmp_path, dama
   shutil.copytree(orbax[0], tmp_path / "x")
   ORBAX[damage](tmp_path / "x" / "params")
   with pytest.raises((CheckpointError, NoFileError)) as raised:
-    weights.load(tmp_path / "x", orbax[1])
+    loading.load(tmp_path / "x", orbax[1])
   first = str(raised.value).splitlines()[0]
   assert first.startswith(f"{tmp_path}/x/params") and len(first) < 1000
 
@@ -905,13 +906,13 @@ def test_a_damaged_orbax_export_is_one_error_with_its_name(orbax, tmp_path, dama
 def test_arrays_that_can_not_be_in_so_few_bytes_are_refused_before_memory_is_asked_for(
   orbax, monkeypatch
 ):
-  monkeypatch.setattr(layouts, "PACKED", 0.1)
+  monkeypatch.setattr(tensor_files, "PACKED", 0.1)
   with pytest.raises(CheckpointError, match=r"GB of arrays can't be in .* MB of files"):
-    weights.load(*orbax)
+    loading.load(*orbax)
 
 
 def test_a_path_and_the_default_device_are_obeyed(reference, tmp_path):
-  directory = weights.resolve(tiny(tmp_path, tiny_tensors(reference)))
+  directory = loading.resolve(tiny(tmp_path, tiny_tensors(reference)))
   with jax.default_device(jax.devices()[3]):
-    leaf = next(iter(weights.parameters(weights.load(directory, read_config(directory))).values()))
+    leaf = next(iter(loading.parameters(loading.load(directory, read_config(directory))).values()))
   assert leaf.devices() == {jax.devices()[3]}

@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from xcomp_jax import world
 from xcomp_jax.data import prompt
-from xcomp_jax.world import QUESTIONS, VALUES, Split
+from xcomp_jax.synthetic import world
+from xcomp_jax.synthetic.world import QUESTIONS, VALUES, Split
 
 
 @pytest.fixture(scope="module")

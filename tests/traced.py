@@ -14,7 +14,7 @@ import threading
 
 import jax
 
-from xcomp_jax import checkpoint, metrics, train
+from xcomp_jax.training import checkpoint, loop, metrics
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
       threading.Timer(kill["delay"], os.kill, (os.getpid(), signal.SIGKILL)).start()
       kill.clear()
 
-  line, wait, place, save = metrics.line, metrics.Clock.wait, train.place, checkpoint.save
+  line, wait, place, save = metrics.line, metrics.Clock.wait, loop.place, checkpoint.save
 
   def lined(step, steps, values):
     note("step", [step, float(values["loss"]).hex(), sorted(samples)])
@@ -57,8 +57,8 @@ def main():
     phase("save", step)
     return save(checkpoints, step, *rest)
 
-  metrics.line, metrics.Clock.wait, train.place, checkpoint.save = lined, waited, placed, saved
-  train.main()
+  metrics.line, metrics.Clock.wait, loop.place, checkpoint.save = lined, waited, placed, saved
+  loop.main()
 
 
 if __name__ == "__main__":

@@ -19,13 +19,15 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from xcomp_jax import encode, files, inputs, report
-from xcomp_jax.chat import Answer, Chat
+from xcomp_jax import files, inputs
 from xcomp_jax.data import prompt, video
 from xcomp_jax.files import expanduser
+from xcomp_jax.inference import encoded_video
+from xcomp_jax.inference.chat import Answer, Chat
+from xcomp_jax.inference.video_model import COMPILED, Reader, fault, options, prepare, settings
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
-from xcomp_jax.reader import COMPILED, Reader, fault, options, prepare, settings
+from xcomp_jax.viz import html_report
 
 QUESTIONS = 1 << 24  # bytes of all, or letters of a typed one, at most
 NEW = "/new"  # typed instead of a question
@@ -76,7 +78,7 @@ def encoded(
   model: VLM,
   sample: video.Sample | None,
   spent: dict[str, float],
-) -> encode.EncodedVideo:
+) -> encoded_video.EncodedVideo:
   """The video, read from --encoded, or decoded and encoded, and then written there if wanted.
 
   Raises:
@@ -84,16 +86,16 @@ def encoded(
   """
   if sample is None:
     begun = time.perf_counter()
-    film = encode.load(args.encoded, model)
+    film = encoded_video.load(args.encoded, model)
     wanted = args.video and reader.source(args.video, args.start, args.end)
     if wanted and wanted != film.source:
-      raise encode.EncodedVideoError(
+      raise encoded_video.EncodedVideoError(
         f"{args.encoded} holds {film.source}, not {wanted}; leave --video out, or name another file"
       )
     T = len(film.times)
     reader.check(T, film.seconds)
     if lacking := set(reader.phases(T)) - set(film.features):
-      raise encode.EncodedVideoError(
+      raise encoded_video.EncodedVideoError(
         f"--mode {args.mode} needs clips that start at frame "
         f"{', '.join(map(str, sorted(lacking)))} too, which {args.encoded} "
         "does not hold; give --video and another --encoded file"
@@ -113,7 +115,7 @@ def encoded(
   spent |= seconds
   if args.encoded:
     try:
-      encode.save(film, args.encoded)
+      encoded_video.save(film, args.encoded)
       say(
         f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features"
       )
@@ -166,7 +168,7 @@ def together(video: dict[str, float], question: dict[str, float]) -> dict[str, f
 
 
 def as_json(
-  question: str, answer: Answer, film: encode.EncodedVideo, spent: dict[str, float]
+  question: str, answer: Answer, film: encoded_video.EncodedVideo, spent: dict[str, float]
 ) -> str:
   """One line of --json."""
   kept = answer.selection
@@ -181,7 +183,7 @@ def as_json(
       "seconds": film.seconds,
       "sampled_frames": len(film.times),
       "frames": kept.frames.tolist(),
-      "ranges": report.ranges(kept.frames, film.times, film.seconds),
+      "ranges": html_report.ranges(kept.frames, film.times, film.seconds),
       "note": kept.note,
       "clip_scores": scores,
       "spent": together(spent, answer.spent),
@@ -272,11 +274,11 @@ def answer(args: argparse.Namespace) -> None:
           continue
       print(as_json(question, got, film, spent) if args.json else "", flush=True)
       done.append((question, got))
-      kept, clock = got.selection, lambda t: report.clock(t, film.seconds)
+      kept, clock = got.selection, lambda t: html_report.clock(t, film.seconds)
       if kept.note and reader.select and len(film.times) > 1:
         say(kept.note)
       elif kept.scores is not None:
-        spans = report.ranges(kept.frames, film.times, film.seconds)
+        spans = html_report.ranges(kept.frames, film.times, film.seconds)
         say(
           f"looked at {len(kept.frames)} of {len(film.times)} frames: "
           + ", ".join(f"{clock(a)} to {clock(b)}" for a, b in spans)
@@ -291,7 +293,7 @@ def answer(args: argparse.Namespace) -> None:
         say(ending + ("" if fixed else f"; {NEW} does so here"))
       if page:
         try:
-          files.write(page, report.page(film, done, reader.cfg, spent))
+          files.write(page, html_report.page(film, done, reader.cfg, spent))
         except OSError as error:
           if fixed:
             raise

@@ -18,13 +18,17 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from xcomp_jax import ask, encode, export, predecode, train, weights, world
+from xcomp_jax import ask
+from xcomp_jax.checkpoints import loading, saving
 from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
-from xcomp_jax.data import pipeline, prompt
+from xcomp_jax.data import pipeline, predecoding, prompt
 from xcomp_jax.data.batch import Example, Shape, collate
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.files import alone, command, expanduser, made_by
+from xcomp_jax.inference import encoded_video
 from xcomp_jax.model import vlm
+from xcomp_jax.synthetic import world
+from xcomp_jax.training import loop
 
 BASE = "assets/tiny"
 ROWS = 8  # questions that are evaluated at once
@@ -66,11 +70,11 @@ def gain(before: np.ndarray, after: np.ndarray, z: float = 1.96) -> tuple[float,
 
 def answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.ndarray:
   """Which held-out questions of config.data.heldout a checkpoint answers rightly: bool[n]."""
-  directory = weights.resolve(checkpoint)
-  cfg = weights.read_config(directory, config.model, lp_comp)
-  model, evaluate = weights.load(directory, cfg), jax.jit(vlm.evaluate)
+  directory = loading.resolve(checkpoint)
+  cfg = loading.read_config(directory, config.model, lp_comp)
+  model, evaluate = loading.load(directory, cfg), jax.jit(vlm.evaluate)
   assert config.data.heldout is not None  # `show` says where they are
-  data = train.open_data(config.data.heldout, cfg)
+  data = loop.open_data(config.data.heldout, cfg)
   tokenizer, right = prompt.load_tokenizer(directory), np.zeros(len(data), bool)
   lengths = pipeline.measure(data, tokenizer, config.data.mask)
   shape = Shape(
@@ -93,20 +97,20 @@ def watched(model: vlm.VLM, data: Blend, example: Example) -> Example:
   """A sample with what the tower makes of its video, if it has one and that is not there yet."""
   if example.visual is not None or not example.frames:
     return example
-  clips = np.stack(list(encode.encode_clips(model, data.visual(example.index))))
+  clips = np.stack(list(encoded_video.encode_clips(model, data.visual(example.index))))
   return dataclasses.replace(example, visual=clips.reshape(example.frames, -1, clips.shape[-1]))
 
 
 def decode(source: pathlib.Path, out: pathlib.Path, split: str) -> None:
   """Pre-decodes a world's split at the base's input size."""
-  settings = predecode.Settings(
+  settings = predecoding.Settings(
     image_size=world.MODEL["tiny_vision"]["image_size"],
     max_frames=1024,
     min_frames=8,
     fps=world.FPS,
     clip_frames=world.FRAMES,
   )
-  predecode.predecode(source / f"{split}.yaml", out, settings, root=source, workers=2)
+  predecoding.predecode(source / f"{split}.yaml", out, settings, root=source, workers=2)
 
 
 def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
@@ -124,7 +128,7 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   for split in ("train", "heldout"):
     decode(out / "world", out / "data" / split, split)
   say("converting the base model")
-  export.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "start")])
+  saving.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "start")])
   overrides = {
     "init_from": out / "start",
     "workdir": out / "run",
@@ -151,10 +155,10 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   )
   untrained = measure("LP-Comp, not trained", out / "start", config.lp_comp)
   say("supervised compression tuning")
-  train.run_whole(
+  loop.run_whole(
     dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=None))
   )  # measured below
-  export.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export")])
+  saving.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export")])
   tuned = measure("LP-Comp after SCT", out / "export", config.lp_comp)
   more, low, high = gain(untrained, tuned)
   table.append(
@@ -190,7 +194,7 @@ def train_base(out: pathlib.Path) -> None:
     world.write_world(stage / "world", [split], seed=100 + number, workers=2)
     decode(stage / "world", stage / "train", "train")
     paths = {"init_from": before, "workdir": stage / "run", "data.train": stage / "train"}
-    train.run_whole(
+    loop.run_whole(
       from_command_line(
         [
           "demo",
@@ -200,7 +204,7 @@ def train_base(out: pathlib.Path) -> None:
       )
     )
     before = stage / "model"
-    export.main(["--checkpoint", str(stage / "run"), "--format=torch", "--out", str(before)])
+    saving.main(["--checkpoint", str(stage / "run"), "--format=torch", "--out", str(before)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from xcomp_jax.config import Attention
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import kernels
-from xcomp_jax.sharding import constrain, split
+from xcomp_jax.parallel.mesh import constrain, split
 
 IMPLEMENTATIONS = get_args(Attention)
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.config import InternVideo2Config, VLMConfig
 from xcomp_jax.model.attention import AttentionMask, attend, remat
-from xcomp_jax.model.norm import RMSNorm
-from xcomp_jax.model.vision import PatchEmbed, check_sizes
-from xcomp_jax.sharding import gathered
+from xcomp_jax.model.layers import RMSNorm
+from xcomp_jax.model.umt import PatchEmbed, check_sizes
+from xcomp_jax.parallel.mesh import gathered
 
 EPS = 1e-6  # of all norms
 LAYER_SCALE = 1e-5  # that a tower begins with

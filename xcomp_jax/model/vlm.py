@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from xcomp_jax.config import InternVideo2Config, VLMConfig
 from xcomp_jax.data.batch import IGNORE, Batch, Clips
-from xcomp_jax.model import decoder
-from xcomp_jax.model.decoder import Decoder, Lengths
+from xcomp_jax.model import qwen2
 from xcomp_jax.model.internvideo2 import InternVideo2
-from xcomp_jax.model.merge import Projector, merge
-from xcomp_jax.model.vision import Vision
-from xcomp_jax.sharding import constrain, divides, parts
+from xcomp_jax.model.qwen2 import Decoder, Lengths
+from xcomp_jax.model.token_merging import Projector, merge
+from xcomp_jax.model.umt import Vision
+from xcomp_jax.parallel.mesh import constrain, divides, parts
 
 VOCABULARY = "vocabulary"  # name in compiled programs of what is there once, whatever the layers
 LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
@@ -191,12 +191,12 @@ def forward(
     slot = jnp.arange(x.shape[1])
     long = (frames >= projector_max_frames) & (slot >= before) & (slot < before + visual)
     x = jnp.where(long[..., None], jax.lax.stop_gradient(x), x)
-  return decoder.run(
+  return qwen2.run(
     model.llm, x, of, prefix=before, text=L, query=batch.query, caches=caches, entering=entering
   )
 
 
-def forward_in_pieces(model: VLM, batch: Batch) -> decoder.Decoded:
+def forward_in_pieces(model: VLM, batch: Batch) -> qwen2.Decoded:
   """`forward` with caches for a prompt a row, whose text follows the frames in pieces: what it is
   padded to costs memory alone.
 
@@ -209,10 +209,10 @@ def forward_in_pieces(model: VLM, batch: Batch) -> decoder.Decoded:
   )
   of = lengths(model, batch)
   of = dataclasses.replace(of, text=jnp.zeros_like(of.text))
-  seen = decoder.run(model.llm, x, of, prefix=M * P, text=0, caches=True, rotated=False)
+  seen = qwen2.run(model.llm, x, of, prefix=M * P, text=0, caches=True, rotated=False)
   valid = jnp.arange(L) < batch.text_length
-  x, caches, _ = decoder.extend(model.llm, model.llm.embed(batch.text), valid, seen.caches)
-  return decoder.Decoded(x, caches, ())
+  x, caches, _ = qwen2.extend(model.llm, model.llm.embed(batch.text), valid, seen.caches)
+  return qwen2.Decoded(x, caches, ())
 
 
 def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B R D"]:

@@ -1,0 +1,546 @@
+"""How fast every part is on the device that is here, beside what that device could do.
+
+python -m xcomp_jax.bench --preset=cpu --out bench.json [--only tower prefill] [--like DIR]
+[--torch] [--profile DIR]
+
+Every row is timed with plain matrix products before and after each run, so that shares hold on a
+busy machine. Beside the JSON a PNG shows the roofline (with matplotlib; `--plot bench.json` draws
+it later). Needs jax, flax, optax, orbax-checkpoint, numpy and jaxtyping alone, on GPUs tokamax too
+for attention at speed ("attention" in the JSON says what ran); rows that want more (`data`) say so
+and are left out.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import pathlib
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from xcomp_jax import files, inputs
+from xcomp_jax.bench import parts
+from xcomp_jax.bench.parts import Part
+from xcomp_jax.bench.profile import shares, traced
+from xcomp_jax.config import Dtype
+from xcomp_jax.data.batch import Shape
+from xcomp_jax.files import expanduser
+from xcomp_jax.inference.rounds import PREFIX, TEXT
+from xcomp_jax.model import kernels
+from xcomp_jax.plan import cost
+
+PAPER = {
+  1024: 0.12,
+  2048: 0.25,
+  4096: 0.66,
+}  # seconds of LP-Comp prefill on one H200, 863 text tokens
+WANTED = {1024: 0.075, 2048: 0.16, 4096: 0.45}  # likewise
+RELEASED = (
+  pathlib.Path(__file__).parents[1] / "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"
+)  # its sizes
+GROUPS = ("tower", "merge", "prefill", "plain", "select", "decode", "features", "frames", "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """Sizes of all rows.
+
+  like: a directory with config.json, None for the official CPU benchmark's sizes, "small" for tiny
+  ones. side: of the
+  plain matrix product. copied: bytes of the plain copy. frames, text: of prefills; plain: of those
+  without compression.
+  clips: in the tower, `chunk` at once. tokens: of an answer. scored: frames that QC-Comp scores.
+  row: samples, frames and text
+  tokens of a full row of SCT. batch: samples per optimizer step.
+  """
+
+  like: str | None
+  dtype: Dtype
+  side: int
+  copied: int
+  runs: int
+  frames: tuple[int, ...]
+  plain: tuple[int, ...]
+  text: int
+  clips: int
+  chunk: int
+  tokens: int
+  scored: int
+  row: tuple[int, int, int]
+  batch: int
+
+
+PRESETS = {
+  "smoke": Preset(
+    "small", "float32", 256, 1 << 20, 2, (16,), (16,), 86, 2, 1, 4, 64, (2, 32, 64), 8
+  ),
+  "cpu": Preset(
+    None,
+    "float32",
+    4096,
+    1 << 28,
+    3,
+    (256, 1024),
+    (256,),
+    PREFIX + TEXT,
+    1,
+    1,
+    16,
+    1024,
+    (4, 128, 512),
+    256,
+  ),
+  "gpu": Preset(
+    str(RELEASED),
+    "bfloat16",
+    8192,
+    1 << 32,
+    5,
+    (1024, 2048, 4096),
+    (1024, 2048, 4096),
+    863,
+    32,
+    8,
+    64,
+    1024,
+    (4, 1056, 1024),
+    32,  # about the mean of the paper's mixture
+  ),
+}
+
+
+def seconds_of(call: Callable[[], Any], times: int = 1) -> float:
+  """Wall time of a call, of `times` in a row."""
+  begun = time.perf_counter()
+  jax.block_until_ready([call() for _ in range(times)])
+  return (time.perf_counter() - begun) / times
+
+
+def calling(part: Part) -> tuple[Callable[[], Any], Any, float]:
+  """A call that runs the compiled part again and again, the compiled program, and the seconds of
+  compiling.
+  """
+  begun = time.perf_counter()
+  with cost.own_names():  # for profiles
+    program = jax.jit(part.run, donate_argnums=part.donated).lower(*part.args).compile()
+  spent = time.perf_counter() - begun
+  args = list(part.args)
+
+  def call():
+    out = program(*args)
+    for place in part.donated:  # the call has used these up, and returned what takes their place
+      args[place] = out[place]
+    return out if not part.donated else out[-1]
+
+  return call, program, spent
+
+
+def measure(
+  part: Part, preset: Preset, copy: float | None = None, traces: pathlib.Path | None = None
+) -> dict[str, Any]:
+  """A row: seconds (median, fastest, slowest), operations, bytes and their rates, shares of the
+  plain programs' rates.
+
+  copy: bytes per second of a plain copy. traces: folder for a trace of one more call; `profile` is
+  where its time went (`bench_profile.shares`), what has a hundredth or more. bytes are those that a
+  call must move: arguments and results once; `least_s` is what operations and bytes take at the
+  plain programs' rates, `bound` says which of both takes longer.
+  """
+  call, program, compiling = calling(part)
+  product, _, _ = calling(parts.product(preset.side, preset.dtype))
+  many = 3 if jax.default_backend() == "cpu" else 20
+  runs, products = [], []
+  seconds_of(call), seconds_of(product)
+  for _ in range(preset.runs):
+    products.append(seconds_of(product, many))
+    runs.append(seconds_of(call))
+  products.append(seconds_of(product, many))
+  used = program.memory_analysis()
+  held = float(used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes)
+  moved = part.bytes or held
+  middle, matmul = statistics.median(runs), 2.0 * preset.side**3 / min(products)
+  row = {
+    "seconds": middle,
+    "fastest_s": min(runs),
+    "slowest_s": max(runs),
+    "compile_s": compiling,
+    "flops": part.flops,
+    "bytes": moved,
+    "flops/s": part.flops / middle,
+    "bytes/s": moved / middle,
+    part.unit + "/s": part.amount / middle,
+    "matmul_flops/s": matmul,
+    "of_matmul": part.flops / middle / matmul,
+    "temporary_bytes": used.temp_size_in_bytes,
+    "memory_bytes": used.temp_size_in_bytes + held,
+  }
+  if copy is not None:
+    by = {"operations": part.flops / matmul, "bytes": moved / copy}
+    row |= {
+      "of_copy": moved / middle / copy,
+      "least_s": max(by.values()),
+      "bound": max(by, key=by.__getitem__),
+    }
+  if traces is not None:
+    spent = shares(traced(call, traces), program.as_text())
+    row["profile"] = {name: share for name, share in spent.items() if share >= 0.01}
+  return row
+
+
+def rows(
+  preset: Preset, groups: Sequence[str], torch: bool, profile: pathlib.Path | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Measures group after group; yields the name and the values of each row. profile: folder of
+  traces, None for none.
+  """
+  copied = measure(parts.copying(preset.copied), preset)
+  product = measure(parts.product(preset.side, preset.dtype), preset)
+  yield f"matrix product of {preset.side}", product
+  yield "copy", copied
+
+  def one(name: str, part: Part, **more) -> tuple[str, dict[str, Any]]:
+    folder = None if profile is None else profile / re.sub("[^a-z0-9]+", "-", name)
+    return name, measure(part, preset, copied["bytes/s"], folder) | more
+
+  cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)
+  if "tower" in groups:
+    yield one(f"tower, {8 * preset.clips} frames", parts.tower(cfg, preset.clips))
+  if "merge" in groups:
+    yield one(f"merge, {8 * preset.chunk} frames", parts.merging(cfg, preset.chunk))
+  for group, frames, compressed in (
+    ("prefill", preset.frames, True),
+    ("plain", preset.plain, False),
+  ):
+    published = compressed and preset.like not in (None, "small")
+    for n in frames if group in groups else ():
+      beside = {"paper_s": PAPER.get(n), "wanted_s": WANTED.get(n)} if published else {}
+      yield one(f"{group}, {n} frames", parts.prefill(cfg, n, preset.text, compressed), **beside)
+  if torch:
+    for n in preset.frames:
+      yield f"PyTorch without compression, {n} frames", torch_prefill(cfg, n, preset.text)
+  if "select" in groups:
+    for mode in ("official", "aligned", "local", "global"):
+      if mode == "official" and preset.scored < 1024:
+        continue  # has no rounds that short (quirk Q13)
+      seen, asked, calls = parts.selecting(cfg, mode, preset.scored)
+      yield one(f"select {mode}, {calls} visual rounds", seen, calls=calls)
+      yield one(f"select {mode}, the question's rows", asked, calls=calls)
+  if "decode" in groups:
+    for answers in (1, 5, 10):
+      part = parts.decoding(cfg, preset.frames[0], preset.text, preset.tokens, answers)
+      yield one(
+        f"decode, {preset.tokens} tokens" + (f" of {answers} answers" if answers > 1 else ""),
+        part,
+      )
+  for group in ("features", "frames"):
+    if group in groups:
+      yield from training(preset, one, pixels=group == "frames")
+  if "data" in groups:
+    yield from data(preset)
+
+
+def training(
+  preset: Preset, one: Callable[[str, Part], tuple[str, dict]], pixels: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Measures SCT's programs on full rows, and says how many samples per second they make.
+
+  one: measures a part, returns the row's name and its values. pixels: the frozen tower runs, too.
+  """
+  kind = "frames" if pixels else "features"
+  cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
+  samples, frames, text = preset.row
+  shape = Shape(1, samples, 16, frames, text)
+  gradient, _ = parts.training(cfg, shape, "float32")
+  rows = [
+    (one(f"gradient, a row of {samples} samples, {frames} frames, {kind}", gradient), 1 / samples)
+  ]
+  del gradient
+  gc.collect()
+  _, apply = parts.training(cfg, shape, "float32")
+  rows.append((one(f"optimizer's step, {kind}", apply), 1 / preset.batch))
+  del apply
+  gc.collect()
+  if pixels:
+    rows.append(
+      (
+        one(f"frozen tower, {preset.clips} clips", parts.tower(cfg, preset.clips)),
+        frames / samples / (8 * preset.clips),
+      )
+    )
+  yield from (row for row, _ in rows)
+  seconds, work = (
+    sum(row[key] * share for (_, row), share in rows) for key in ("seconds", "flops")
+  )
+  matmul = max(row["matmul_flops/s"] for (_, row), _ in rows)
+  yield (
+    f"SCT on {kind}",
+    {
+      "seconds": seconds,
+      "samples/s": 1 / seconds,
+      "flops": work,
+      "flops/s": work / seconds,
+      "of_matmul": work / seconds / matmul,
+    },
+  )
+
+
+def data(preset: Preset) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Batches per second that the reader makes of stored frames."""
+  try:
+    from xcomp_jax.bench.data import storing
+  except ImportError as error:
+    yield "data", {"not run": f"{error.name} is not installed"}
+    return
+  size = 48 if preset.like == "small" else 448
+  frames = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
+  for kind, row in storing(frames, 4, preset.runs).items():
+    yield f"data, {kind}, read by one thread", row
+
+
+def torch_prefill(cfg, frames: int, text: int) -> dict[str, Any]:
+  """A plain Qwen2 in PyTorch over the same tokens: fused attention, no compression, float32, no
+  caches.
+
+  Raises:
+    ImportError: there is no PyTorch.
+  """
+  import torch
+  from torch.nn import functional as F
+
+  m = cfg.llm
+
+  def random(*shape):
+    return torch.randn(*shape) * 0.02
+
+  heads = {"q": m.heads, "k": m.kv_heads, "v": m.kv_heads}
+
+  def layer():
+    return {
+      **{name: random(n * m.head_dim, m.width) for name, n in heads.items()},
+      "o": random(m.width, m.heads * m.head_dim),
+      "gate": random(m.mlp_width, m.width),
+      "up": random(m.mlp_width, m.width),
+      "down": random(m.width, m.mlp_width),
+    }
+
+  layers, one = [layer() for _ in range(m.layers)], torch.ones(m.width)
+  length = text + frames * cfg.tokens_per_frame
+  angle = torch.arange(length)[:, None] * m.rope_theta ** -(
+    torch.arange(m.head_dim // 2) / (m.head_dim // 2)
+  )
+  cos, sin = angle.cos(), angle.sin()
+
+  def rotated(x):
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+  @torch.inference_mode()
+  def run(x):
+    for w in layers:
+      y = F.rms_norm(x, (m.width,), one, m.norm_eps)
+      q, k, v = (
+        F.linear(y, w[name]).view(length, n, m.head_dim).transpose(0, 1)[None]
+        for name, n in heads.items()
+      )
+      out = F.scaled_dot_product_attention(
+        rotated(q), rotated(k), v, is_causal=True, enable_gqa=True
+      )
+      x = x + F.linear(out[0].transpose(0, 1).reshape(length, -1), w["o"])
+      y = F.rms_norm(x, (m.width,), one, m.norm_eps)
+      x = x + F.linear(F.silu(F.linear(y, w["gate"])) * F.linear(y, w["up"]), w["down"])
+    return x
+
+  x, spent = torch.randn(length, m.width), []
+  for _ in range(3):
+    begun = time.perf_counter()
+    run(x)
+    spent.append(time.perf_counter() - begun)
+  return {"seconds": statistics.median(spent), "fastest_s": min(spent), "slowest_s": max(spent)}
+
+
+def show(name: str, row: Mapping[str, Any]) -> str:
+  """A row as one line."""
+  if "not run" in row:
+    return f"{name:42} not run: {row['not run']}"
+  rate = next(
+    (
+      key
+      for key in row
+      if key.endswith("/s") and key not in ("flops/s", "bytes/s", "matmul_flops/s")
+    ),
+    None,
+  )
+  shown = f"{name:42} {row['seconds']:10.4f} s"
+  shown += f" {row[rate]:12,.1f} {rate}" if rate else " " * 13
+  shown += f"  {row['of_matmul']:6.1%} of matmul" if row.get("of_matmul") else ""
+  shown += f"  {row['of_copy']:6.1%} of copy" if row.get("bound") == "bytes" else ""
+  shown += f"  paper {row['paper_s']} s" if row.get("paper_s") else ""
+  shown += f"  compiled in {row['compile_s']:.1f} s" if "compile_s" in row else ""
+  return shown + "".join(
+    f"\n    {share:6.1%} {what}" for what, share in list(row.get("profile", {}).items())[:8]
+  )
+
+
+def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
+  """Draws the roofline: operations per second against operations per byte, under what plain
+  programs reach.
+
+  Rates are scaled by that of the plain product around each row, which a busy machine changes.
+
+  Raises:
+    ImportError: there is no matplotlib.
+  """
+  import matplotlib
+  from matplotlib import pyplot
+
+  matplotlib.use("Agg")
+  table = {
+    name: row for name, row in result["rows"].items() if row.get("flops") and row.get("bytes")
+  }
+  matmul, copy = result["matmul_flops/s"], result["copy_bytes/s"]
+  places = {
+    name: (row["flops"] / row["bytes"], row["of_matmul"] * matmul) for name, row in table.items()
+  }
+  low, high = min(x for x, _ in places.values()) / 3, max(x for x, _ in places.values()) * 3
+  figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+  roof = [low * (high / low) ** (i / 200) for i in range(201)]
+  axis.plot(roof, [min(matmul, copy * x) for x in roof], color="black", linewidth=1)
+  axis.annotate(
+    "plain matrix product",
+    (high, matmul),
+    (0, 4),
+    textcoords="offset points",
+    ha="right",
+    fontsize=8,
+  )
+  for number, (name, (x, y)) in enumerate(sorted(places.items(), key=lambda place: place[1]), 1):
+    axis.plot(x, y, "o", markersize=5, label=f"{number}  {name}")
+    place = ((4, 4), (4, -10), (-12, 4), (-12, -10))[
+      number % 4
+    ]  # neighbours in rate are often neighbours here
+    axis.annotate(str(number), (x, y), place, textcoords="offset points", fontsize=8)
+  axis.set(
+    xscale="log",
+    yscale="log",
+    xlim=(low, high),
+    xlabel="operations per byte that must be moved",
+    ylabel="operations per second",
+    title=f"{result['device']}, {result['dtype']}",
+  )
+  axis.spines[["top", "right"]].set_visible(False)
+  axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+  figure.savefig(file, dpi=130)
+  pyplot.close(figure)
+
+
+def run(
+  preset: Preset,
+  name: str,
+  groups: Sequence[str],
+  torch: bool,
+  out: pathlib.Path | None,
+  profile: pathlib.Path | None,
+) -> dict[str, Any]:
+  """Measures, prints, and writes after every row what there is so far."""
+  device = jax.devices()[0]
+  result: dict[str, Any] = {
+    "preset": name,
+    "device": device.device_kind,
+    "jax": jax.__version__,
+    "dtype": preset.dtype,
+  }
+  result |= {
+    "attention": kernels.describe(
+      parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)
+    ),
+    "rows": {},
+  }
+  print(result["attention"], file=sys.stderr)
+  for title, row in rows(preset, groups, torch, profile):
+    result["rows"][title] = parts.as_json(row)
+    if "copy_bytes/s" not in result and title == "copy":
+      result |= {
+        "matmul_flops/s": next(iter(result["rows"].values()))["flops/s"],
+        "copy_bytes/s": row["bytes/s"],
+      }
+    print(show(title, row), flush=True)
+    if out is not None:
+      files.write(out, json.dumps(result, indent=1) + "\n")
+    gc.collect()
+  return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.bench", description=__doc__.splitlines()[0]
+  )
+  default = "cpu" if jax.default_backend() == "cpu" else "gpu"
+  parser.add_argument(
+    "--preset",
+    choices=tuple(PRESETS),
+    default=default,
+    help="sizes; default: those for the device that is here",
+  )
+  parser.add_argument("--out", type=files.path_of, help="JSON to be written, and a PNG beside it")
+  parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows")
+  parser.add_argument(
+    "--like",
+    type=expanduser,
+    help="a directory with config.json, for other sizes than the preset's",
+  )
+  parser.add_argument(
+    "--frames", type=int, nargs="+", help="of the prefills, instead of the preset's"
+  )
+  parser.add_argument("--text", type=int, help="tokens of the prefills")
+  parser.add_argument("--runs", type=int, help="of each row")
+  parser.add_argument(
+    "--torch", action="store_true", help="and a plain PyTorch Qwen2 without compression"
+  )
+  parser.add_argument(
+    "--profile",
+    type=files.path_of,
+    help="folder of traces, one more call of every row; prints where its time went",
+  )
+  parser.add_argument("--plot", type=files.path_of, help="draw this JSON instead")
+  args = parser.parse_args(argv)
+  with files.command(ImportError):
+    if args.plot:
+      plot(inputs.read_json(args.plot, ValueError), args.plot.with_suffix(".png"))
+      return
+    given = {
+      "like": args.like,
+      "text": args.text,
+      "runs": args.runs,
+      "frames": tuple(args.frames or ()) or None,
+    }
+    preset = dataclasses.replace(
+      PRESETS[args.preset], **{key: value for key, value in given.items() if value is not None}
+    )
+    if any(n % 8 or n < 8 for n in preset.frames) or preset.text <= PREFIX or preset.runs < 1:
+      raise ValueError(
+        f"--frames must be multiples of 8, --text more than {PREFIX} and --runs at least 1"
+      )
+    for folder in (args.out and args.out.parent, args.profile):
+      if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    result = run(preset, args.preset, args.only, args.torch, args.out, args.profile)
+    if args.out is not None:
+      try:
+        plot(result, args.out.with_suffix(".png"))
+      except ImportError as error:
+        print(
+          f"no PNG: {error.name} is not installed; draw it elsewhere with --plot {args.out}",
+          file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,437 @@
+"""Checks that a GPU computes the right numbers, then measures how fast.
+
+  python -m xcomp_jax.gpu_check --out check [--minutes 8]
+
+The parts run in the order of their importance, each in a process of its own: kernels against
+einsum, the recorded outputs of the official code, a gradient step, a question about a clip, the
+benchmark. A part writes what it finds at once, so a check that is cut short has told something. It
+ends with exit code 1 if a number is wrong or a part fails. It needs a clone of the repository.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xcomp_jax import files
+from xcomp_jax.bench import bench, parts
+from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
+from xcomp_jax.model import kernels, vlm
+from xcomp_jax.model.attention import AttentionMask, attend
+
+ROOT = pathlib.Path(__file__).parents[1]
+MEASURED = (
+  ("prefill", "--frames", "1024"),
+  ("tower",),
+  ("decode",),
+  ("select",),
+  ("features",),
+)  # of the benchmark, in this order
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A shape of attention: [batch, slots, heads or kv_heads, size].
+
+  padded: the samples have other lengths and holes, and the last one begins with padding.
+  """
+
+  name: str
+  batch: int
+  slots: int
+  heads: int
+  kv_heads: int
+  size: int
+  causal: bool
+  padded: bool
+  dtype: str = "bfloat16"
+
+  @property
+  def precision(self) -> str | None:
+    """Of matrix products: float32 is not rounded to TF32."""
+    return "highest" if self.dtype == "float32" else None
+
+
+CASES = (
+  Case("clip of 8 frames, 448 px", 1, 6272, 16, 16, 64, False, False),
+  Case("prefill of 256 frames after a prefix of 14", 3, 14 + 256 * 16 + 96, 12, 2, 128, True, True),
+  Case("clip of 8 frames, 224 px", 4, 1568, 16, 16, 64, False, False),
+  Case("clip of 4 frames, 448 px", 1, 3136, 16, 16, 64, False, False),
+  Case("clip of InternVideo2", 4, 1025, 16, 16, 88, False, False),
+  Case("images", 8, 16 + 16 + 1007, 12, 2, 128, True, True),
+  Case("7B", 2, 2062, 28, 4, 128, True, True),
+  Case("prefill in float32", 2, 1134, 12, 2, 128, True, True, "float32"),
+  Case("clip in float32", 1, 1568, 16, 16, 64, False, False, "float32"),
+  Case("prefill in float16", 2, 1134, 12, 2, 128, True, True, "float16"),
+)
+SMALL = (
+  Case("small clip", 2, 130, 4, 4, 64, False, False),
+  Case("small prefill", 3, 142, 4, 2, 64, True, True),
+  Case("small prefill in float32", 3, 142, 4, 2, 64, True, True, "float32"),
+)
+
+
+def distance(got: Any, wanted: Any) -> float:
+  """Gives the L2 distance of two trees relative to the wanted one; infinite if a number is not
+  finite.
+  """
+  got, wanted = (
+    np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+    for tree in (got, wanted)
+  )
+  return (
+    float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    if np.isfinite(got).all()
+    else float("inf")
+  )
+
+
+def seconds(call: Callable[[], Any]) -> float:
+  """Gives the median time of five calls, in seconds; it has been made before."""
+  spent = []
+  for _ in range(5):
+    begun = time.perf_counter()
+    jax.block_until_ready(call())
+    spent.append(time.perf_counter() - begun)
+  return statistics.median(spent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """What implementations of a case are compared with.
+
+  program: (implementation, precision) -> a function of q, k, v that gives results and gradients.
+  inputs: q, k, v. oracle: what
+  einsum gives in float32. own: what it gives in the case's dtype.
+  """
+
+  program: Callable[[str, str | None], Callable]
+  inputs: tuple[jax.Array, ...]
+  oracle: Any
+  own: Any
+
+
+@functools.cache
+def prepared(case: Case) -> Prepared:
+  """Draws the inputs of a case, and computes it by einsum."""
+  B, S, dtype = case.batch, case.slots, jnp.dtype(case.dtype)
+
+  def draw(i, heads):
+    return jax.random.normal(jax.random.key(i), (B, S, heads, case.size), dtype)
+
+  inputs = draw(0, case.heads), draw(1, case.kv_heads), draw(2, case.kv_heads)
+  slots, length = jnp.arange(S), S - jnp.arange(B)[:, None] * (S // 7)
+  valid = (
+    ((slots < length) & ((slots < S // 3) | (slots >= S // 3 + 9))).at[-1, :14].set(not case.padded)
+  )
+  mask = AttentionMask(case.causal, valid if case.padded else None)
+  counts = valid[:, :, None, None] if case.padded else True
+
+  def program(how, precision):
+    def shown(q, k, v):
+      return jnp.where(counts, attend(q, k, v, mask, implementation=how), 0).astype(jnp.float32)
+
+    both = jax.jit(
+      lambda *args: (
+        shown(*args),
+        jax.grad(lambda *a: jnp.sin(shown(*a)).sum(), (0, 1, 2))(*args),
+      )
+    )
+
+    def run(*args):
+      with jax.default_matmul_precision(precision):
+        return both(*args)
+
+    return run
+
+  oracle = program("einsum", "highest")(*(x.astype(jnp.float32) for x in inputs))
+  return Prepared(program, inputs, oracle, program("einsum", case.precision)(*inputs))
+
+
+def compare(case: Case, implementation: str) -> dict[str, Any]:
+  """Compares an implementation's results and gradients with einsum in float32.
+
+  Returns:
+    "result" and "gradient": distances from it, and those of einsum in the same dtype; "result
+    right", "gradient right", "right": they are not much larger; "seconds": of both together.
+  """
+  made = prepared(case)
+  run = made.program(implementation, case.precision)
+  got = run(*made.inputs)
+  out: dict[str, Any] = {}
+  for i, part in enumerate(("result", "gradient")):
+    out |= {
+      part: distance(got[i], made.oracle[i]),
+      f"{part} by einsum": distance(made.own[i], made.oracle[i]),
+    }
+    out[f"{part} right"] = out[part] <= 2 * out[f"{part} by einsum"] + (
+      1e-5 if case.dtype == "float32" else 1e-3
+    )
+  return out | {
+    "seconds": seconds(lambda: run(*made.inputs)),
+    "right": out["result right"] and out["gradient right"],
+  }
+
+
+def check_kernels(out: pathlib.Path, small: bool) -> bool:
+  """Compares every kernel that the card can have, the chosen one of every case first; writes
+  kernels.json.
+
+  Returns:
+    Whether the chosen ones are right.
+
+  Raises:
+    ValueError: there is no GPU.
+  """
+  card, found, right = kernels.here(), {}, True
+  if card.platform != "gpu" and not small:
+    raise ValueError(
+      f"there is no GPU: JAX computes on {card.kind}; `python -c 'import jax; "
+      f"print(jax.devices())'` says what it finds"
+    )
+  usable = [
+    k
+    for k in get_args(kernels.Kernel)
+    if not kernels.unusable(k, card, kernels.library(), "bfloat16")
+  ]
+  print(f"{card}, jax {jax.__version__}, tokamax {kernels.library()}")
+  for implementation in ("flash", *usable):
+    for case in SMALL if small else CASES:
+      if (
+        case.dtype == "bfloat16" and card.float16 and not card.bfloat16
+      ):  # what such a card takes instead
+        case = dataclasses.replace(case, dtype="float16")
+      if kernels.unusable(implementation, card, kernels.library(), case.dtype) or (
+        implementation == "cudnn" and case.causal
+      ):
+        continue
+      try:
+        row = compare(case, implementation)
+      except Exception as error:  # one that does not compile is a result, too
+        row = {"right": False, "error": files.one_line(error)[:300]}
+      wrong = not row["right"] and implementation == "flash"  # what nobody takes may fail
+      right &= not wrong
+      found[f"{implementation}: {case.name}"] = row
+      files.write_json(out / "kernels.json", found, indent=1)
+      figures = ", ".join(
+        f"{key} {value:.2g}" for key, value in row.items() if type(value) is float
+      )
+      print(
+        f"{'WRONG' if wrong else 'right' if row['right'] else 'no'}  {implementation}: "
+        f"{case.name}: {row.get('error') or figures}",
+        flush=True,
+      )
+  return right
+
+
+def check_step(out: pathlib.Path, small: bool) -> bool:
+  """Compares loss and gradient of two layers of the LLM by the chosen kernels and by einsum; writes
+  step.json.
+
+  One of the samples has no video, so its first slots are padding.
+
+  Returns:
+    Whether they agree.
+  """
+  dtype = kernels.compute_dtype(kernels.here(), gradient=True)
+  cfg = parts.without_tower(
+    parts.sized("small" if small else str(bench.RELEASED), dtype, remat=True)
+  )
+  cfg = dataclasses.replace(
+    cfg,
+    llm=dataclasses.replace(cfg.llm, layers=2),
+    lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(16, 9)),
+  )
+  spec = batch_spec(Shape(2, 1, 16, 32 if small else 256, 96), ((16, cfg.vision.width), np.float32))
+  batch = fake_batch(spec, cfg.llm.vocab_size)
+  batch = dataclasses.replace(
+    batch,
+    frames=batch.frames * [[1], [0]],
+    prefix_length=batch.prefix_length * [[1], [0]],
+    text_length=batch.text_length - [[0], [9]],
+  )
+  batch.targets[1, :17] = batch.targets[1, -9:] = -100
+
+  def make(cfg):
+    return vlm.VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+
+  state = nnx.split(jax.jit(lambda: make(cfg))())[1]
+
+  def gradient(how):
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(dataclasses.replace(cfg, attention=how))))
+
+    def total(state):
+      return vlm.loss(nnx.merge(graph, state), batch).sum()
+
+    loss, grads = jax.jit(jax.value_and_grad(total))(state)
+    return float(loss), {"llm": grads["llm"]}
+
+  with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+    (loss, got), (wanted_loss, wanted) = gradient("flash"), gradient("einsum")
+  row = {
+    "loss": loss,
+    "loss by einsum": wanted_loss,
+    "gradient": distance(got, wanted),
+    "computed in": dtype,
+  }
+  row["right"] = abs(loss - wanted_loss) < 0.01 * abs(wanted_loss) and row["gradient"] < (
+    0.05 if dtype == "bfloat16" else 1e-3
+  )
+  files.write_json(out / "step.json", row, indent=1)
+  print(f"{'right' if row['right'] else 'WRONG'}  {row}")
+  return row["right"]
+
+
+def stages(out: pathlib.Path, small: bool) -> dict[str, list[list[str]]]:
+  """Commands of each part."""
+
+  def run(module, *args):
+    return [sys.executable, "-m", f"xcomp_jax.{module}", *map(str, args)]
+
+  def mine(stage):
+    return [run("gpu_check", "--stage", stage, "--out", out, *["--small"] * small)]
+
+  world = out / "world"
+  clip = world / "heldout" / "00000.mp4"
+
+  ask = run(
+    "ask",
+    "--checkpoint",
+    ROOT / "assets" / "tiny",
+    "--video",
+    clip,
+    "--question",
+    "Which digit was shown?",
+    "--min-frames",
+    8,
+    "--max-frames",
+    32,
+    "--compilation-cache",
+    "",
+    "--attention",
+    "flash",
+  )
+
+  def measure(group, *more):
+    return run(
+      "bench",
+      "--preset",
+      "smoke" if small else "gpu",
+      "--out",
+      out / f"bench_{group}.json",
+      "--profile",
+      out / "profile",
+      "--only",
+      group,
+      *() if small else more,
+    )
+
+  return {
+    "kernels": mine("kernels"),
+    "parity": [
+      run("parity", ROOT / "tests" / "reference" / name)
+      for name in ("internvideo2_tiny", "dev")[: 1 if small else 2]
+    ],
+    "step": mine("step"),
+    "ask": [run("world", "--out", world, "--train", 1, "--heldout", 1), ask],
+    "bench": [measure(*group) for group in MEASURED],
+  }
+
+
+def supervise(out: pathlib.Path, minutes: float, small: bool) -> bool:
+  """Runs the parts in order, and writes their output and summary.json.
+
+  Each of the first four may take 0.4 of the time, the benchmark takes the rest.
+
+  Returns:
+    Whether all have ended well; a benchmark that is cut short has.
+  """
+  begun, results = time.monotonic(), {}
+  os.environ["PYTHONUNBUFFERED"] = "1"  # what a part has said is there if it is cut short
+  for name, commands in stages(out, small).items():
+    left = minutes * 60 - (time.monotonic() - begun)
+    limit, status, part = (
+      left if name == "bench" else min(left, 0.4 * 60 * minutes),
+      "done",
+      time.monotonic(),
+    )
+    print(f"=== {name}, at most {limit:.0f} s", flush=True)
+    with open(out / f"{name}.txt", "w") as log:
+      for command in commands:
+        try:
+          spent = time.monotonic() - part
+          code = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=max(1.0, limit - spent),
+            cwd=ROOT,
+          ).returncode
+        except subprocess.TimeoutExpired:
+          status = "cut short"
+          break
+        if code:
+          status = f"exit code {code}"
+          break
+    results[name] = {"status": status, "seconds": round(time.monotonic() - part, 1)}
+    files.write_json(out / "summary.json", results, indent=1)
+    tail = (out / f"{name}.txt").read_text(errors="replace").splitlines()[-30:]
+    print(*tail, f"=== {name}: {status}, {results[name]['seconds']} s", sep="\n", flush=True)
+    if name == "kernels" and any(line.startswith("error: there is no GPU") for line in tail):
+      return False
+  print(", ".join(f"{name}: {row['status']}" for name, row in results.items()))
+  return all(
+    row["status"] == "done" or (name, row["status"]) == ("bench", "cut short")
+    for name, row in results.items()
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.gpu_check", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument("--out", type=files.path_of, required=True, help="folder of results")
+  parser.add_argument(
+    "--minutes",
+    type=float,
+    default=8.0,
+    help="for all parts together (8); the benchmark takes what the others leave",
+  )
+  parser.add_argument(
+    "--small", action="store_true", help="tiny sizes, to try the check itself without a GPU"
+  )
+  parser.add_argument(
+    "--stage",
+    choices=("kernels", "step"),
+    help="what the check itself starts: one part, in this process",
+  )
+  args = parser.parse_args(argv)
+  with files.command():
+    if args.minutes <= 0:
+      raise ValueError(f"--minutes {args.minutes:g}: must be more than 0")
+    if not args.stage and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+      raise ValueError(f"--out {args.out} is there and not an empty folder; choose another one")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.stage:
+      right = {"kernels": check_kernels, "step": check_step}[args.stage](args.out, args.small)
+    else:
+      os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+      right = supervise(args.out.resolve(), args.minutes, args.small)
+  sys.exit(not right)
+
+
+if __name__ == "__main__":
+  main()

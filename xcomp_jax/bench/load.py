@@ -1,0 +1,160 @@
+"""What loading a checkpoint costs, in time and memory.
+
+python -m xcomp_jax.bench_load random --like DIR --out DIR   a checkpoint of random weights of any
+size (DIR has config.json) python -m xcomp_jax.bench_load load --checkpoint DIR         seconds,
+memory above the parameters
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from xcomp_jax.checkpoints import saving, tensor_files, tensor_names
+from xcomp_jax.checkpoints.loading import load, read_config, resolve
+from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
+from xcomp_jax.files import command, expanduser
+
+
+def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
+  """Streams random bfloat16 weights of the model that config.json in `like` describes into
+  directory `out`.
+
+  Raises:
+    CheckpointError: a config that can't be used, or a directory that is not free.
+  """
+  cfg = read_config(like, AS_IT_IS, NOT_TUNED)
+  rng = np.random.default_rng(0)
+  dtype = np.dtype(ml_dtypes.bfloat16)
+
+  def blocks(entry: tensor_names.Entry) -> Iterator[np.ndarray]:
+    if len(entry.shape) == 1:  # norms near one, so that a forward pass stays finite
+      yield np.full(
+        entry.shape, float("norm" in entry.name and entry.name.endswith("weight")), dtype
+      )
+      return
+    for start in range(0, entry.shape[0], tensor_files.ROWS):
+      shape = (min(tensor_files.ROWS, entry.shape[0] - start), *entry.shape[1:])
+      yield (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype)
+
+  tensors = [
+    saving.Tensor(e.name, e.shape, dtype, lambda e=e: blocks(e))
+    for e in sorted(tensor_names.names(cfg), key=lambda e: e.name)
+  ]
+  with saving.appearing(out, overwrite=False) as temporary:
+    shutil.copyfile(like / "config.json", temporary / "config.json")
+    saving.copy_tokenizer(temporary, like)
+    saving.write_safetensors(temporary, tensors)
+
+
+def measured_loading(directory: pathlib.Path) -> dict[str, float]:
+  """Loads a checkpoint as stored, after merely reading its files; both from a cold page cache where
+  that can be had.
+
+  Returns:
+    seconds, GB/s and processor seconds of both; gigabytes of parameters, and of anonymous memory
+    above them at its peak.
+
+  Raises:
+    CheckpointError: see `weights.load`.
+  """
+  cfg = read_config(directory, AS_IT_IS, NOT_TUNED)
+  files = sorted(directory.rglob("*.safetensors")) or [
+    f for f in sorted((directory / "params").rglob("*")) if f.is_file()
+  ]
+  size = sum(file.stat().st_size for file in files)
+  _forget(files)
+  began, cpu = time.perf_counter(), time.process_time()
+  buffer = memoryview(bytearray(1 << 24))
+  for file in files:
+    with open(file, "rb", buffering=0) as opened:
+      while opened.readinto(buffer):
+        pass
+  reading, reading_cpu = time.perf_counter() - began, time.process_time() - cpu
+  _forget(files)
+  del buffer
+  before = _anonymous()
+  with _Peak() as peak:
+    began, cpu = time.perf_counter(), time.process_time()
+    model = load(directory, cfg)
+    loading, loading_cpu = time.perf_counter() - began, time.process_time() - cpu
+  resident = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+  return {
+    "read_s": reading,
+    "read_GB/s": size / reading / 1e9,
+    "read_cpu_s": reading_cpu,
+    "load_s": loading,
+    "load_GB/s": size / loading / 1e9,
+    "load_cpu_s": loading_cpu,
+    "parameters_GB": resident / 1e9,
+    "peak_above_parameters_GB": (peak.bytes - before - resident) / 1e9,
+  }
+
+
+class _Peak:
+  """Largest anonymous memory of this process within a `with` block."""
+
+  def __enter__(self) -> "_Peak":
+    self.bytes, self._over = 0, threading.Event()
+    self._thread = threading.Thread(target=self._watch)
+    self._thread.start()
+    return self
+
+  def _watch(self) -> None:
+    while not self._over.wait(0.005):
+      self.bytes = max(self.bytes, _anonymous())
+
+  def __exit__(self, *_) -> None:
+    self._over.set()
+    self._thread.join()
+
+
+def _anonymous() -> int:
+  """Bytes of anonymous memory now: not of mapped files, whose pages the system can drop."""
+  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def _forget(files: Sequence[pathlib.Path]) -> None:
+  """Drops files from the page cache, so that they are read from where they lie."""
+  for file in files:
+    with open(file, "rb") as opened:
+      os.fsync(opened.fileno())
+      os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.bench_load", description=__doc__.splitlines()[0]
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  random = commands.add_parser("random", help="write a checkpoint of random weights")
+  random.add_argument("--like", type=expanduser, required=True, help="a directory with config.json")
+  random.add_argument("--out", type=expanduser, required=True, help="directory to be made")
+  loading = commands.add_parser("load", help="measure loading")
+  loading.add_argument(
+    "--checkpoint",
+    type=expanduser,
+    required=True,
+    help="a directory with config.json and weights",
+  )
+  args = parser.parse_args(argv)
+  with command():
+    if args.command == "random":
+      random_checkpoint(pathlib.Path(args.like), pathlib.Path(args.out))
+      return
+    for name, value in measured_loading(resolve(args.checkpoint)).items():
+      print(f"{name:>26} {value:10.3f}")
+
+
+if __name__ == "__main__":
+  main()

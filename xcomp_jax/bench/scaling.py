@@ -1,0 +1,133 @@
+"""Time and memory of prefill and encoding, against frames and against text.
+
+python -m xcomp_jax.bench_scaling --out docs/scaling [--run-up-to 2048]
+
+What is longer than --run-up-to is compiled and counted, and not run.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from xcomp_jax import files
+from xcomp_jax.bench import bench, parts
+from xcomp_jax.bench.parts import Part
+from xcomp_jax.inference.rounds import PREFIX, TEXT
+
+
+def row(part: Part, x: int, preset: bench.Preset | None) -> dict[str, Any]:
+  """Seconds (None without a preset), counted operations, the share of a matrix product's rate that
+  these are, memory.
+  """
+  counted = parts.flops(part.run, *part.args)
+  out = {"x": x, "seconds": None, "TFLOP": counted / 1e12, "of_matmul": None}
+  if preset is None:
+    used = jax.jit(part.run).lower(*part.args).compile().memory_analysis()
+    assert used is not None  # every backend has it
+    return out | {"temporary_GB": used.temp_size_in_bytes / 1e9}
+  got = bench.measure(part, preset)
+  share = counted / got["fastest_s"] / got["matmul_flops/s"]
+  return out | {
+    "seconds": got["fastest_s"],
+    "of_matmul": share,
+    "temporary_GB": got["temporary_bytes"] / 1e9,
+  }
+
+
+def measure(
+  preset: bench.Preset, frames: Sequence[int], texts: Sequence[int], most: int
+) -> dict[str, list[dict[str, Any]]]:
+  """Rows of prefill against frames ("frames") and text ("text"), and of encoding ("encoding", not
+  run).
+  """
+  cfg, out = (
+    parts.sized(preset.like, preset.dtype, clips_per_chunk=1),
+    {"frames": [], "text": [], "encoding": []},
+  )
+
+  def add(group, part, x, run):
+    out[group].append(row(part, x, preset if run else None))
+    print(json.dumps({group: out[group][-1]}), flush=True)
+
+  for n in frames:
+    add("frames", parts.prefill(cfg, n, PREFIX + TEXT, real=n <= most), n, n <= most)
+  for n in texts:
+    add("text", parts.prefill(cfg, min(frames), n), n, True)
+  for n in frames:
+    add("encoding", parts.tower(cfg, n // 8, real=False), n, False)
+  return out
+
+
+def draw(rows: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> None:
+  """Draws what `measure` gives.
+
+  Raises:
+    ImportError: there is no matplotlib.
+  """
+  import matplotlib
+  from matplotlib import pyplot
+
+  matplotlib.use("Agg")
+  figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+  least = rows["frames"][0]["x"]
+  panels = (
+    ("frames", "seconds", "Prefill: seconds"),
+    ("frames", "TFLOP", "Prefill: TFLOP, counted"),
+    ("text", "seconds", f"Prefill of {least} frames: seconds"),
+    ("frames", "temporary_GB", "Temporaries, GB"),
+  )
+  for axis, (group, name, title) in zip(axes.flat, panels, strict=True):
+    shown = [(row["x"], row[name]) for row in rows[group] if row[name] is not None]
+    axis.plot(*zip(*shown), "o-", label="prefill")
+    if name == "temporary_GB":
+      axis.plot(
+        *zip(*[(row["x"], row[name]) for row in rows["encoding"]]),
+        "s-",
+        label="encoding, a clip at a time",
+      )
+      axis.legend(frameon=False)
+    axis.set(
+      title=title,
+      xlabel="text tokens" if group == "text" else "frames",
+      ylim=(0, None),
+      xlim=(0, None),
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+  figure.savefig(file, dpi=120)
+  pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.bench_scaling", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+    "--preset",
+    choices=tuple(bench.PRESETS),
+    default="cpu" if jax.default_backend() == "cpu" else "gpu",
+  )
+  parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
+  parser.add_argument("--text", type=int, nargs="+", default=[86, 512, 1024], help="tokens")
+  parser.add_argument(
+    "--run-up-to", type=int, default=2048, help="frames; what is longer is compiled and counted"
+  )
+  parser.add_argument(
+    "--out", type=files.path_of, required=True, help="name of the .json and the .png"
+  )
+  args = parser.parse_args(argv)
+  with files.command(ImportError):
+    if any(n % 8 or n < 8 for n in args.frames) or min(args.text) <= PREFIX:
+      raise ValueError(f"--frames must be multiples of 8, and --text more than {PREFIX}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = measure(bench.PRESETS[args.preset], sorted(args.frames), args.text, args.run_up_to)
+    files.write(args.out.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
+    draw(rows, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,155 @@
+"""What a checkpoint's config.json may say: values that this code computes with, and keys that don't
+change the model.
+
+A config.json has no schema: transformers, the official code and training frameworks all write keys
+of their own. A key that is passed over may be one that makes another model of the same weights, so
+every key has to be known here by its name.
+"""
+
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
+
+# Keys that do change the model, and the values that this code computes with: those of the released
+# variants, and Qwen2's.
+ONLY: dict[str, tuple[Any, ...]] = {
+  "model_type": ("videochat_flash_qwen", "llava_qwen", "qwen2"),
+  "hidden_act": ("silu",),
+  "use_sliding_window": (False,),
+  "attention_bias": (True,),  # of queries, keys and values
+  "mlp_bias": (False,),
+  "attention_dropout": (0.0,),
+  "partial_rotary_factor": (1.0,),
+  "is_decoder": (False,),  # is said of decoders with cross-attention
+  "is_encoder_decoder": (False,),
+  "add_cross_attention": (False,),
+  "tie_encoder_decoder": (False,),
+  "pruned_heads": ({},),
+  "use_mm_proj": (True,),
+  "mm_projector_type": ("tome16_mlp_hd64",),
+  "mm_num_attention_heads": (16,),  # of all towers
+  "mm_projector_num_tome_tokens": (64,),  # of a clip of 4 frames, 16 each
+  "mm_resampler_type": (None,),
+  "mm_vision_select_feature": ("patch",),
+  "mm_patch_merge_type": ("spatial_nopad", "flat"),
+  "mm_use_im_start_end": (False,),
+  "mm_use_im_patch_token": (False,),
+  "mm_llm_compress": (False,),  # LP-Comp is chosen by the run, not by config.json
+  "vision_encode_type": ("video_image",),
+  "frame_aspect_ratio": ("square",),
+}
+IGNORED = frozenset(
+  # Names, tokens and outputs.
+  "_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash _note "
+  "architectures auto_map attn_implementation "
+  "transformers_version unsloth_version unsloth_fixed bos_token_id eos_token_id pad_token_id "
+  "sep_token_id decoder_start_token_id "
+  "tokenizer_class tokenizer_padding_side id2label label2id num_labels problem_type "
+  "finetuning_task task_specific_params prefix "
+  "output_attentions output_hidden_states output_scores return_dict return_dict_in_generate "
+  "use_return_dict use_cache torchscript "
+  # What the weights' files say themselves, and what only matters to memory or to new weights.
+  "dtype torch_dtype use_bfloat16 chunk_size_feed_forward gradient_checkpointing initializer_range "
+  # Generation (generation_config.json and the command's options say it).
+  "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping "
+  "encoder_no_repeat_ngram_size "
+  "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty "
+  "max_length min_length "
+  "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values "
+  "repetition_penalty suppress_tokens "
+  "temperature tf_legacy_loss top_k top_p typical_p cross_attention_hidden_size "
+  # Sizes of a sliding window, which is off, and of compression inside the LLM, which is off.
+  "sliding_window max_window_layers llm_compress_layer_list llm_compress_type "
+  "llm_image_token_ratio_list "
+  # Single images, and frames cut into parts.
+  "image_aspect_ratio image_crop_resolution image_grid_pinpoints image_split_resolution "
+  "frame_grid_pinpoints max_num_pixels "
+  # Training, other towers and other projectors.
+  "delay_load freeze_mm_mlp_adapter freeze_mm_vision_resampler max_sequence_length "
+  "min_slow_num_frames mm_close_init "
+  "mm_num_compress_latents mm_num_compress_query_type mm_pos_num_frames mm_projector_lr "
+  "mm_spatial_pool_mode "
+  "mm_spatial_pool_out_channels mm_spatial_pool_stride mm_tunable_parts mm_vision_tower_lr "
+  "pos_skipping_range "
+  "tune_mm_mlp_adapter tune_mm_vision_resampler unfreeze_mm_vision_tower use_pos_skipping "
+  "vision_tower_pretrained".split()
+)
+
+
+def check(file: pathlib.Path, c: Mapping[str, Any], read: Collection[str]) -> None:
+  """Checks that nothing in config.json asks for another model than the one that is built.
+
+  Args:
+    file: config.json, for the message.
+    c: what it says; null is as good as absent, as transformers has it.
+    read: keys that the caller computes with.
+
+  Raises:
+    CheckpointError: keys that are not known, and values that this code can't compute with, all of
+      them.
+  """
+  c = {key: value for key, value in c.items() if value is not None}
+  problems = [
+    f"{key} = {c[key]!r} is not supported; only {' or '.join(map(repr, values))} is"
+    for key, values in ONLY.items()
+    if key in c and c[key] not in values
+  ]
+  merge, newline = c.get("mm_patch_merge_type", "flat"), c.get("mm_newline_position", "nothing")
+  if newline != "nothing" and merge != "flat":
+    problems.append(
+      f"mm_newline_position = {newline!r} with mm_patch_merge_type = {merge!r} is not supported; "
+      f"only 'nothing' is"
+    )
+  types, layers = c.get("layer_types"), c.get("num_hidden_layers")
+  if types is not None and types != ["full_attention"] * (layers or 0):
+    kinds = sorted(set(map(str, types))) if isinstance(types, list) else types
+    problems.append(
+      f"layer_types = {kinds} is not supported; only 'full_attention' of all {layers} layers is"
+    )
+  known = {*ONLY, *IGNORED, *read, "mm_newline_position", "layer_types"}
+  if unknown := sorted(c.keys() - known):
+    problems.append(
+      f"{', '.join(unknown)}: not known here, so it may ask for another model; what changes "
+      f"nothing can be taken out of the file"
+    )
+  if problems:
+    raise CheckpointError(f"{file}: {'; '.join(problems)}")
+
+
+def agreed(file: pathlib.Path, said: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+  """Gives the one value that several keys of config.json give; None if there are none.
+
+  Which of them counts depends on the version of transformers that reads the file, so there is no
+  right one to choose.
+
+  Args:
+    file: config.json, for the message.
+    said: key -> what stands there.
+    values: key -> what that means.
+
+  Raises:
+    CheckpointError: they differ.
+  """
+  if any(value != next(iter(values.values())) for value in values.values()):
+    words = ", but ".join(f"{key} = {said[key]!r}" for key in values)
+    raise CheckpointError(
+      f"{file}: {words}; keep the one that the weights were trained with, and take the other out"
+    )
+  return next(iter(values.values()), None)
+
+
+def rope_theta(file: pathlib.Path, c: Mapping[str, Any]) -> Any:
+  """Reads the base of rotary positions: a key of its own up to transformers 4, in `rope_parameters`
+  from 5 on; None: nowhere.
+
+  Raises:
+    CheckpointError: several that differ.
+  """
+  said = {"rope_theta": c.get("rope_theta")}
+  for key in ("rope_scaling", "rope_parameters"):
+    if isinstance(c.get(key), Mapping):
+      said[f"{key}.rope_theta"] = c[key].get("rope_theta")
+  said = {key: value for key, value in said.items() if value is not None}
+  return agreed(file, said, said)

@@ -1,0 +1,541 @@
+"""Writes a checkpoint for others: `orbax` (parameters for `init_from`, notebooks, other JAX code)
+or `torch` (official layout).
+
+  python -m xcomp_jax.export --checkpoint runs/sct --format=torch --out exports/sct
+
+`--checkpoint` is the workdir of a run, or whatever `init_from` takes. Every tensor is written in
+the dtype of the checkpoint that the run started from, so what was not trained is equal bit by bit;
+`--dtype=float32` keeps the precision of trained parameters.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import nnx
+
+from xcomp_jax import files, inputs
+from xcomp_jax.checkpoints import loading, tensor_files, tensor_names
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
+from xcomp_jax.config import Dtype, LPCompConfig, ModelConfig, Tuned, VLMConfig, Yarn, from_dict
+from xcomp_jax.files import expanduser
+from xcomp_jax.inputs import reading
+from xcomp_jax.parallel.mesh import path_name
+from xcomp_jax.training import checkpoint
+
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "added_tokens.json",
+  "special_tokens_map.json",
+  "generation_config.json",
+  "chat_template.jinja",
+)
+RELATIVE = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # of modules in the same folder
+SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
+CODES = {dtype: code for code, dtype in tensor_files.DTYPES.items()}
+
+# What `read_config` needs beside the sizes; none of it changes a parameter.
+AS_IT_IS = ModelConfig(
+  clip_frames="checkpoint",
+  yarn="checkpoint",
+  dtype="float32",
+  param_dtype="float32",
+  clips_per_chunk=1,
+  attention="auto",
+  remat=False,
+)
+NOT_TUNED = LPCompConfig(schedule="cosine", keep="none", group=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Parameters to be written, and the checkpoint that gives config.json, tokenizer files and
+  dtypes.
+  """
+
+  state: nnx.State
+  cfg: VLMConfig
+  directory: pathlib.Path
+  tuned: (
+    Tuned | bool
+  )  # what the parameters were tuned with; True: as `cfg` says; False: it is not known
+
+
+def read(path: str, *, step: int | None = None, init_from: str | None = None) -> Source:
+  """Parameters of a run's workdir or of an `init_from`.
+
+  Args:
+    path: either of the two.
+    step: of a run; None: the latest checkpoint.
+    init_from: of a run, if what it started from has moved.
+
+  Raises:
+    CheckpointError, FileNotFoundError: no such checkpoint, a broken one, or not what the run
+      started from.
+  """
+  if not checkpoint.there(path):
+    if step is not None or init_from is not None:
+      raise CheckpointError(
+        f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of"
+      )
+    if "://" in path:
+      raise CheckpointError(
+        f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; "
+        f"copy it here"
+      )
+    directory = loading.resolve(path)
+    tuned = loading.read_tuned(directory)
+    cfg = loading.read_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
+    return Source(nnx.state(loading.load(directory, cfg)), cfg, directory, tuned or False)
+  saved, step = checkpoint.read_config(path, step)
+  where = f"{path}, step {step}"
+  with reading(where, CheckpointError):
+    run, vlm = saved["run"], saved["vlm"]
+    lp_comp, yarn = (
+      from_dict(LPCompConfig, run["lp_comp"], "lp_comp"),
+      vlm["llm"].get("rope_scaling"),
+    )
+    trained, dtypes = (
+      run["train"],
+      {key: np.dtype(run["model"][key]) for key in ("param_dtype", "dtype")},
+    )
+    clip_frames, yarn = int(vlm["clip_frames"]), yarn and from_dict(Yarn, yarn, "rope_scaling")
+  try:
+    directory = loading.resolve(init_from or run["init_from"])
+  except CheckpointError as error:
+    raise (
+      error
+      if init_from
+      else CheckpointError(
+        f"{where} started from another place: {error}; --init-from DIR says where that is now"
+      )
+    ) from error
+  cfg = loading.read_config(directory, AS_IT_IS, lp_comp)
+  llm = dataclasses.replace(cfg.llm, rope_scaling=yarn, tied=vlm["llm"].get("tied", cfg.llm.tied))
+  cfg = dataclasses.replace(cfg, llm=llm, clip_frames=clip_frames)
+  # A run may keep what it does not train in a shorter dtype, so that comes from where the run
+  # started.
+  state = nnx.state(loading.load(directory, cfg))
+
+  def is_trained(path):
+    return trained[path_name(path).split("/")[0]]
+
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def like(path, leaf):
+    return jax.ShapeDtypeStruct(
+      leaf.shape, dtypes["param_dtype" if is_trained(path) else "dtype"], sharding=device
+    )
+
+  def choose(name, started, saved):
+    if is_trained(name):
+      return saved
+    if np.asarray(started).astype(saved.dtype).tobytes() != np.asarray(saved).tobytes():
+      raise CheckpointError(
+        f"{directory} is not what {path} started from: {path_name(name)}, which was not trained, "
+        f"differs; "
+        "give the checkpoint that it did start from (--init-from)"
+      )
+    return started
+
+  saved = checkpoint.read_params(path, jax.tree_util.tree_map_with_path(like, state), step)
+  state = jax.tree_util.tree_map_with_path(choose, state, saved)
+  return Source(state, dataclasses.replace(cfg, dtype=run["model"]["dtype"]), directory, tuned=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor to be written: its blocks of leading rows come one after the other."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  blocks: Callable[[], Iterable[np.ndarray]]
+
+  @property
+  def bytes(self) -> int:
+    """Size in the file."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_torch(
+  directory: pathlib.Path,
+  model: nnx.Module | nnx.State,
+  cfg: VLMConfig,
+  source: pathlib.Path,
+  *,
+  tuned: Tuned | bool = True,
+  dtype: Any | None = None,
+  overwrite: bool = False,
+  code: pathlib.Path | None = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes an official-layout directory, and checks its names, shapes and dtypes against `source`
+  before it appears.
+
+  Args:
+    directory: to be made; appears whole or not at all.
+    model: parameters of `cfg`.
+    cfg: of the model; config.json gets its clip length (quirk Q1).
+    source: the checkpoint that the model was made from: gives config.json, tokenizer files and
+      dtypes.
+    tuned: what xcomp.json says; True: what `cfg` says; False: none is written, as in official
+      checkpoints, whose LP-Comp their user chooses.
+    dtype: of all tensors; None: each as in `source`, so a parameter that was not trained is equal
+      bit by bit.
+    overwrite: replace a checkpoint that is there.
+    code: where the Python files lie that `auto_map` of config.json names; None: in `source`.
+    shard_bytes: largest size of one file (a larger single tensor gets a file of its own).
+
+  Raises:
+    CheckpointError: see `check_free`; a directory that can't be written; a broken source.
+  """
+  entries, arrays = tensor_names.names(cfg), loading.parameters(model)
+  own = loading.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
+  tensors = [
+    Tensor(e.name, e.shape, own[e.path], lambda e=e: _official(e, arrays[e.path], own[e.path]))
+    for e in sorted(entries, key=lambda e: e.name)
+  ]
+  with appearing(directory, overwrite, sum(tensor.bytes for tensor in tensors)) as temporary:
+    write_safetensors(temporary, tensors, shard_bytes)
+    _copy_rest(temporary, source, cfg, tuned, dtype, code)
+    written = loading.stored(temporary, cfg)
+    wrong = [f"{e.name} is {written[e.path]}" for e in entries if written[e.path] != own[e.path]]
+    if wrong:
+      raise CheckpointError(f"{directory} would not be as {source}: {'; '.join(wrong)}")
+
+
+def save_orbax(
+  directory: pathlib.Path,
+  model: nnx.Module | nnx.State,
+  cfg: VLMConfig,
+  source: pathlib.Path,
+  *,
+  tuned: Tuned | bool = True,
+  dtype: Any | None = None,
+  overwrite: bool = False,
+  code: pathlib.Path | None = None,
+) -> None:
+  """Writes parameters (params/, nested dicts by path), config.json, xcomp.json and tokenizer files.
+
+  Arguments and errors as in `save_torch`. Other JAX code reads it with
+  `orbax.checkpoint.StandardCheckpointer().restore(directory / "params")`.
+  """
+  import orbax.checkpoint as ocp
+
+  arrays = loading.parameters(model)
+  own = loading.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
+  tensor_files.report(
+    pathlib.Path(directory),
+    tensor_names.names(cfg),
+    {path: a.shape for path, a in arrays.items()},
+    True,
+  )
+  with appearing(
+    directory, overwrite, sum(a.size * own[path].itemsize for path, a in arrays.items())
+  ) as temporary:
+    settings = tensor_files.nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
+    try:
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(
+          (temporary / "params").absolute(),
+          args=ocp.args.PyTreeSave(tensor_files.nest(arrays), save_args=settings),
+        )
+    except Exception as error:  # of a disk that has become full TensorStore says so by a ValueError
+      raise OSError(files.one_line(error)[:500]) from error
+    _copy_rest(temporary, source, cfg, tuned, dtype, code)
+
+
+def _official(entry: tensor_names.Entry, array: jax.Array, dtype: np.dtype) -> Iterator[np.ndarray]:
+  """The official tensor of our parameter, in blocks of rows."""
+  if array.shape != entry.ours:
+    raise CheckpointError(f"{entry.path} is {list(array.shape)}, must be {list(entry.ours)}")
+  ours = np.asarray(array)
+  if entry.form == "patch":
+    width, rgb, _, p, _ = entry.shape
+    yield np.ascontiguousarray(
+      ours.reshape(p, p, rgb, width).transpose(3, 2, 0, 1).reshape(entry.shape), dtype
+    )
+    return
+  rows = ours.T if entry.form == "transpose" else ours
+  for start in range(0, len(rows), tensor_files.ROWS):
+    yield np.ascontiguousarray(rows[start : start + tensor_files.ROWS], dtype)
+
+
+def write_safetensors(
+  directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES
+) -> None:
+  """Streams tensors into model.safetensors, or into numbered files with an index if they exceed
+  `shard_bytes`.
+  """
+  shards: list[list[Tensor]] = [[]]
+  size = 0
+  for tensor in tensors:
+    if shards[-1] and size + tensor.bytes > shard_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(tensor)
+    size += tensor.bytes
+  count = len(shards)
+  names = (
+    [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count > 1
+    else ["model.safetensors"]
+  )
+  for file, shard in zip(names, shards):
+    stops = list(itertools.accumulate(tensor.bytes for tensor in shard))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for tensor, stop in zip(shard, stops):
+      offsets = [stop - tensor.bytes, stop]
+      header[tensor.name] = {
+        "dtype": CODES[tensor.dtype],
+        "shape": list(tensor.shape),
+        "data_offsets": offsets,
+      }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(directory / file, "wb") as out:
+      out.write(len(text).to_bytes(8, "little") + text)
+      for tensor in shard:
+        for block in tensor.blocks():
+          out.write(block.view(np.uint8).data)
+  if count > 1:
+    total = sum(tensor.bytes for tensor in tensors)
+    places = {tensor.name: file for file, shard in zip(names, shards) for tensor in shard}
+    files.write_json(
+      directory / tensor_files.INDEX,
+      {"metadata": {"total_size": total}, "weight_map": places},
+      indent=2,
+    )
+
+
+def _copy_rest(
+  directory: pathlib.Path,
+  source: pathlib.Path,
+  cfg: VLMConfig,
+  tuned: Tuned | bool,
+  dtype: Any | None,
+  code: pathlib.Path | None,
+) -> None:
+  """config.json and the code that it names, xcomp.json if `tuned`, and tokenizer files."""
+  source = pathlib.Path(source)
+  file = source / "config.json"
+  config: dict[str, Any] = tensor_files.read_json(file) | {
+    "mm_local_num_frames": cfg.clip_frames,
+    "tie_word_embeddings": cfg.llm.tied,
+  }
+  if loading.read_scaling(file, config) != cfg.llm.rope_scaling or "rope_parameters" in config:
+    # The official code reads the keys of transformers 4, and transformers 5 reads these, too.
+    config |= {
+      "rope_theta": cfg.llm.rope_theta,
+      "rope_scaling": loading.rope_scaling(cfg.llm.rope_scaling),
+    }
+    config.pop("rope_parameters", None)
+  stated = config.pop("dtype", None)
+  if stated is not None or dtype is not None:
+    config["torch_dtype"] = stated if dtype is None else np.dtype(dtype).name
+  if not isinstance(config.get("auto_map", {}), (dict, type(None))):
+    raise CheckpointError(f"{file}: auto_map = {config['auto_map']!r}: must be an object")
+  if config.get("auto_map"):
+    folder = code or source
+    if missing := missing_code(config["auto_map"], folder):
+      del config["auto_map"]
+      print(
+        f"auto_map is left out of config.json: {folder} has no {', '.join(missing)}. --code "
+        f"ORG/NAME fetches such files, or takes "
+        "them from a directory; without them the official code has to be imported by hand",
+        file=sys.stderr,
+      )
+    for python in [] if missing else folder.glob("*.py"):
+      shutil.copyfile(python, directory / python.name)
+  files.write_json(directory / "config.json", config, indent=2)
+  if tuned:
+    own = Tuned(
+      cfg.lp_comp, cfg.clip_frames, cfg.vision.image_size, cast(Dtype, cfg.dtype), cfg.llm.context
+    )
+    loading.write_tuned(directory, own if tuned is True else tuned)
+  copy_tokenizer(directory, source)
+
+
+def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
+  """Lists the Python files that `auto_map` of a config.json and what it names ask for, and that
+  `folder` lacks.
+  """
+  names = [
+    name
+    for value in auto_map.values()
+    for name in ([value] if isinstance(value, str) else value or [])
+    if name
+  ]
+  wanted = [
+    f"{name.split('.')[0]}.py" for name in names if "--" not in name
+  ]  # ORG/NAME--module.Class is at the hub
+  for name in wanted:  # grows
+    if inputs.beside(name) and (folder / name).is_file():
+      imported = RELATIVE.findall(inputs.text(folder / name, CheckpointError))
+      wanted += [file for file in (f"{module}.py" for module in imported) if file not in wanted]
+  return sorted(
+    {name for name in wanted if not (inputs.beside(name) and (folder / name).is_file())}
+  )
+
+
+def copy_tokenizer(directory: pathlib.Path, source: pathlib.Path) -> None:
+  """Copies those of TOKENIZER_FILES that lie in `source`."""
+  for name in TOKENIZER_FILES:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, directory / name)
+
+
+def check_free(directory: pathlib.Path, overwrite: bool) -> None:
+  """Checks that a checkpoint may be written to `directory`; worth doing before weights are read.
+
+  Raises:
+    CheckpointError: a file; or not empty, unless `overwrite` and it holds an export and nothing
+      else.
+  """
+  directory = pathlib.Path(directory)
+  files.settle(directory)
+  if directory.exists() and not directory.is_dir():
+    raise CheckpointError(f"{directory} is a file; give a directory")
+  if not directory.exists() or not any(directory.iterdir()):
+    return
+  if not overwrite:
+    raise CheckpointError(
+      f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)"
+    )
+  if not (directory / tensor_files.EXPORTED).is_file():
+    raise CheckpointError(
+      f"{directory} is not empty and no export (it has no {tensor_files.EXPORTED}, which lists what one "
+      f"wrote), so it is not replaced; remove it yourself, or choose another directory"
+    )
+  wrote = tensor_files.read_json(directory / tensor_files.EXPORTED)
+  if other := [name for name, size in sizes(directory).items() if wrote.get(name) != size]:
+    more = f" and {len(other) - 1} more" * (len(other) > 1)
+    raise CheckpointError(
+      f"{directory} also holds {other[0]}{more}, which is not what the export wrote, so it is not "
+      f"replaced; choose another directory"
+    )
+
+
+def sizes(directory: pathlib.Path) -> dict[str, int]:
+  """Bytes of all files in a folder and its folders, by name, but for the list of them."""
+  found = sorted(file for file in directory.rglob("*") if file.is_symlink() or not file.is_dir())
+  return {
+    name: file.lstat().st_size
+    for file in found
+    if (name := file.relative_to(directory).as_posix()) != tensor_files.EXPORTED
+  }
+
+
+@contextlib.contextmanager
+def appearing(directory: pathlib.Path, overwrite: bool, size: int = 0) -> Generator[pathlib.Path]:
+  """`files.fresh_folder` where `check_free` lets it be, and so many bytes have room; what goes
+  wrong is a CheckpointError.
+  """
+  check_free(directory, overwrite)
+  try:
+    with files.fresh_folder(directory, "export", overwrite) as temporary:
+      if (free := shutil.disk_usage(temporary).free) < size:
+        raise OSError(f"it takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there")
+      yield temporary
+      files.write_json(temporary / tensor_files.EXPORTED, sizes(temporary), indent=2)
+  except OSError as error:
+    text = str(error)
+    raise CheckpointError(
+      text if " can't be written: " in text else f"{directory} can't be written: {text}"
+    ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.export", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+    "--checkpoint",
+    type=expanduser,
+    required=True,
+    help="workdir of a run, or what init_from takes",
+  )
+  parser.add_argument("--format", required=True, choices=("orbax", "torch"))
+  parser.add_argument("--out", type=expanduser, required=True, help="directory to be made")
+  parser.add_argument("--step", type=int, help="of a run; default: its latest checkpoint")
+  parser.add_argument(
+    "--init-from",
+    type=expanduser,
+    help="of a run: where its starting checkpoint is, if that has moved",
+  )
+  parser.add_argument(
+    "--dtype",
+    choices=("bfloat16", "float32"),
+    help="of all tensors; default: as in the starting checkpoint",
+  )
+  parser.add_argument(
+    "--code",
+    type=expanduser,
+    metavar="ORG/NAME",
+    help="hub id or directory with the Python files that config.json's auto_map names; "
+    "default: beside the starting checkpoint, or else auto_map is left out",
+  )
+  parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+  args = parser.parse_args(argv)
+  save = save_torch if args.format == "torch" else save_orbax
+  logging.getLogger("absl").setLevel(
+    logging.ERROR
+  )  # Orbax warns of what a reader of checkpoints always does
+  with files.command():
+    out = files.local(args.out, "an export appears by a rename", written=True)
+    files.apart(
+      {"--out": out},
+      {"--checkpoint": args.checkpoint, "--init-from": args.init_from, "--code": args.code},
+      nested=True,
+    )
+    check_free(out, args.overwrite)
+    code = loading.resolve(args.code, code=True) if args.code else None
+    source = read(args.checkpoint, step=args.step, init_from=args.init_from)
+    files.apart({"--out": out}, {"where the run started,": source.directory}, nested=True)
+    if code:
+      named_in = source.directory / "config.json"
+      auto_map = tensor_files.read_json(named_in).get("auto_map")
+      if not auto_map:
+        raise CheckpointError(
+          f"{named_in} has no auto_map, which would name the files of --code; leave --code out"
+        )
+      if missing := missing_code(auto_map, code):
+        raise CheckpointError(
+          f"{code} has no {', '.join(missing)}, which auto_map of {named_in} asks for"
+        )
+    save(
+      out,
+      source.state,
+      source.cfg,
+      source.directory,
+      tuned=source.tuned,
+      dtype=args.dtype,
+      overwrite=args.overwrite,
+      code=code,
+    )
+  leaves = jax.tree.leaves(source.state)
+  print(
+    f"{args.out}: {len(leaves)} tensors, {sum(leaf.size for leaf in leaves):,} parameters, "
+    f"{args.format} layout"
+  )
+
+
+if __name__ == "__main__":
+  main()

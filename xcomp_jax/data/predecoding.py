@@ -1,0 +1,767 @@
+"""Decodes the videos and images of a mixture once, into a store that training reads (docs/DATA.md).
+
+    python -m xcomp_jax.predecode --mixture M.yaml --out DIR                     frames, raw (or
+    --frames jpeg) python -m xcomp_jax.predecode --mixture M.yaml --out DIR --features --checkpoint
+    DIR    what the frozen tower makes of them python -m xcomp_jax.predecode --verify DIR
+    python -m xcomp_jax.predecode --inspect DIR
+
+A mixture is VideoChat-Flash's YAML: `datasets`, a list of json_path (json or jsonl),
+sampling_strategy, data_root and video_read_type. Relative paths start from --root. All annotations
+are checked before the first frame is decoded. The same command continues a run that was stopped or
+killed, and its result is the same.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, get_args
+
+import av
+import numpy as np
+import PIL
+from absl import app, flags, logging
+
+from xcomp_jax.config import Attention, Dtype
+from xcomp_jax.data import decode_jobs, store, video
+from xcomp_jax.data import mixture as mixtures
+from xcomp_jax.data.decode_jobs import Settings, Work
+from xcomp_jax.files import (
+  apart,
+  become,
+  command,
+  expanduser,
+  listed,
+  local,
+  locked,
+  sweep,
+  write_json,
+)
+from xcomp_jax.inputs import number, read_json
+from xcomp_jax.progress import progress
+
+# Annotations in a file of clips. The paper's 71,927 make 281 files: other readers (TFDS's own) keep
+# all of them open, and a process may often have 1,024. Larger files would need more room for the
+# one that is being written: see docs/DATA.md.
+PER_SHARD = 256
+PER_SHARD_BEFORE = 64  # of stores that don't say
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+  """What turns frames into features."""
+
+  features: store.Features
+  settings: dict[str, Any]  # what else decides their last bits
+  encoded_video: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]  # clips to bfloat16[N, D]
+  about: str = ""  # what it computes with, in a line
+
+
+def predecode(
+  mixture: str | os.PathLike,
+  out: str | os.PathLike,
+  settings: Settings,
+  *,
+  root: str | os.PathLike = ".",
+  subset: float = 1.0,
+  workers: int = 0,
+  samples_per_shard: int | None = None,
+  skip_bad: bool = False,
+  quality: int | None = None,
+  tower: Tower | None = None,
+  timeout: float = 600.0,
+  restart: bool = False,
+  beam: Sequence[str] | None = None,
+) -> dict[str, Any]:
+  """Writes the store `out` and returns what its store.json says.
+
+  The result is the same for every number of workers, and however often the work was interrupted.
+  Until it is whole everything is in `<out>.incomplete`, where the next call with the same arguments
+  goes on; if `out` is already there and was made by the same arguments nothing is done.
+
+  Args:
+    mixture: YAML file.
+    out: folder to be.
+    settings: frames and pixels.
+    root: where relative paths of the mixture start.
+    subset: share of each annotation file's selection (0.25 in the release).
+    workers: decoding processes; 0 decodes in this one, without time limit.
+    samples_per_shard: annotations in one file of clips; None: as in what is there, else 256.
+    skip_bad: leave out annotations and videos that can't be used, and say so in the manifest,
+      instead of stopping.
+    quality: of JPEG, 1 to 100; None: raw frames.
+    tower: store what it makes of the frames.
+    timeout: seconds for decoding one annotation.
+    restart: begin anew if another work, or the same, has been left half done.
+    beam: options of an Apache Beam pipeline that decodes instead of processes here.
+
+  Raises:
+    AnnotationError: problems with the mixture or its annotations, all listed, before anything is
+      decoded.
+    VideoError: videos that can't be used, all listed, after everything else was decoded and kept
+      for the next call.
+    ValueError: frame limits that contradict each other, or a relative root for Beam.
+    StoreError: `out` is there and is something else, another run is at work or left other work, or
+      no sample is left.
+  """
+  video.frame_indices(
+    0, 1.0, **decode_jobs.sampling(settings)
+  )  # refuses limits that contradict each other
+  if tower and (quality is not None or beam is not None):
+    raise ValueError("features are neither stored as JPEG nor computed through Beam")
+  if beam is not None and not pathlib.Path(root).is_absolute():
+    raise ValueError(
+      f"--beam needs a --root that is the same for all workers: an absolute path, not {root}"
+    )
+  out = local(out, "a store appears by a rename", written=True)
+  out = pathlib.Path(
+    os.path.realpath(out)
+  )  # a rename can't take the place of what a link points to
+  made = _made(out)
+  with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
+    jobs, files = mixtures.read_mixture(mixture, root, subset)
+    layout = store.Layout(
+      settings.image_size, settings.clip_frames, quality, tower.features if tower else None
+    )
+    per_shard = samples_per_shard or _per_shard(folder, made, restart)
+    plan = _plan(mixture, root, subset, per_shard, settings, layout, files, tower)
+    if made is not None:
+      if made["plan"] == _digest(plan):
+        shutil.rmtree(folder)
+        return made
+      raise store.StoreError(
+        f"{out} already exists, made from other data or with other settings; remove it or choose "
+        f"another folder"
+      )
+    in_files = _in_files(jobs)
+    bad = [f"{jobs[i].where()}: {fault}" for i in in_files for fault in jobs[i].faults]
+    if bad and not skip_bad:
+      raise _annotation_error(
+        f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", bad
+      )
+    if not jobs:
+      counts = (
+        f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} "
+        f"are drawn by sampling_strategy and --subset"
+      )
+      raise store.StoreError(
+        f"no samples to write: {counts}, and none of these has exactly one image or video, or none "
+        f"where text_samples is "
+        f"true{_passed_over(reason for file in files for _, reason in file.passed)}"
+      )
+    _agree(folder, plan, restart)
+    work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), per_shard)
+    _undo_finish(work)
+    done = decode_jobs.prepare(work, skip_bad)
+    if beam is not None:
+      _run_beam(work, beam, timeout, skip_bad)
+    else:
+      encode = (lambda job: _spool_features(work, job, tower)) if tower else None
+      with progress(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
+        decode_jobs.run(
+          work,
+          work.shards,
+          workers=workers,
+          timeout=timeout,
+          skip_bad=skip_bad,
+          encode=encode,
+          report=lambda: bar.update(),
+        )
+    entries = decode_jobs.entries(work)
+    lost = [
+      f"{jobs[i].where()}: {entries[i]['reason']}" for i in in_files if "reason" in entries[i]
+    ]
+    if lost and not skip_bad:
+      kept = (
+        f"everything else is kept in {folder}: the same command tries these again, with "
+        f"--skip_bad it leaves them out"
+      )
+      raise video.VideoError(
+        listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost)
+      )
+    if len(lost) == len(jobs):
+      raise store.StoreError(listed("no samples to write, all are bad", lost))
+    info = dataclasses.asdict(settings) | {
+      "subset": subset,
+      "samples_per_shard": per_shard,
+      "plan": _digest(plan),
+    }
+    return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
+
+
+def load_tower(
+  checkpoint: str,
+  settings: Settings,
+  clips_per_chunk: int | None = None,
+  attention: Attention = "auto",
+  dtype: Dtype | None = None,
+) -> Tower:
+  """The tower of a checkpoint (directory, hub id, or export), whose merged tokens are taken before
+  the projector.
+
+  dtype: to compute in; None: by the device.
+
+  Raises:
+    CheckpointError, ConfigError, OSError: what is wrong with it.
+    ValueError: it takes frames of another size.
+  """
+  import jax
+  import ml_dtypes
+
+  from xcomp_jax.checkpoints import loading
+  from xcomp_jax.config import COSINE, ModelConfig, Tuned
+  from xcomp_jax.inference import encoded_video
+  from xcomp_jax.model import kernels
+
+  directory = loading.resolve(checkpoint)
+  card = kernels.here()
+  dtype = dtype or kernels.compute_dtype(
+    card, (loading.read_tuned(directory) or Tuned(COSINE)).dtype
+  )
+  kernels.check(attention, dtype)
+  model = ModelConfig(
+    settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False
+  )
+  cfg = loading.read_config(
+    directory, model, COSINE, option="--clip_frames {own}"
+  )  # LP-Comp is the LLM's, which is not run
+  if cfg.vision.image_size != settings.image_size:
+    size = cfg.vision.image_size
+    raise ValueError(
+      f"the tower of {checkpoint} takes {size} pixels, not {settings.image_size}; give "
+      f"--image_size {size}"
+    )
+  # float16 has not all of a bfloat16's small numbers, and the identity is that of training's tower.
+  vlm = loading.load(directory, cfg, dtype=None if dtype == "float16" else dtype)
+  features = store.Features(encoded_video.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
+  how = {
+    "computed_in": dtype,
+    "clips_per_chunk": cfg.clips_per_chunk,
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+  }
+  kernel = kernels.taken(cfg)["tower"]
+  if (
+    attention != "auto" or card.platform == "gpu"
+  ):  # where an earlier version's rules may have given wrong numbers
+    how |= {"attention": kernel}
+
+  def run(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+      for one in encoded_video.encode_clips(vlm, clips):
+        yield one.astype(ml_dtypes.bfloat16)
+
+  return Tower(features, how, run, f"attention of the tower on {card.kind}, {dtype}: {kernel}")
+
+
+def _spool_features(work: Work, job: int, tower: Tower) -> None:
+  entry, clips = decode_jobs.spooled_frames(work, job)
+  decode_jobs.spool(
+    tower.encode(clips), entry["clip_frames"], work.layout, work.spool(job), entry["seconds"]
+  )
+
+
+def _made(out: pathlib.Path) -> dict[str, Any] | None:
+  """store.json of a store that this command has made at `out`; None if nothing is there."""
+  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if os.path.ismount(out):  # a rename can't replace it, which would be found at the very end
+      raise store.StoreError(f"{out} is where a file system is mounted; choose a folder inside it")
+    return None
+  try:
+    info = read_json(out / "store.json", ValueError)
+    if isinstance(info["plan"], str):
+      return info
+  except (OSError, ValueError, KeyError, TypeError):
+    pass
+  raise store.StoreError(f"{out} already exists; remove it or choose another folder")
+
+
+@contextlib.contextmanager
+def _claimed(out: pathlib.Path) -> Generator[pathlib.Path]:
+  """The folder `<out>.incomplete`, for this process alone; it goes again if nothing but the lock
+  was put into it.
+  """
+  folder = out.with_name(out.name + ".incomplete")
+  with contextlib.ExitStack() as stack:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      taken = store.StoreError(
+        f"another process is writing {out}; wait for it, or choose another folder"
+      )
+      stack.enter_context(locked(folder / "lock", taken, needed=True))
+      sweep(folder)
+    except OSError as error:
+      raise store.StoreError(f"{out} can't be written: {error.strerror or error}") from error
+    try:
+      yield folder
+    finally:
+      if folder.exists() and [p.name for p in folder.iterdir()] == ["lock"]:
+        shutil.rmtree(folder)
+
+
+def _per_shard(folder: pathlib.Path, made: dict[str, Any] | None, restart: bool) -> int:
+  """How many annotations a shard has, where nobody says: as many as in the store, or in the
+  unfinished work, that is there.
+  """
+  if made is not None:
+    return made.get("samples_per_shard", PER_SHARD_BEFORE)
+  plan = None if restart else _planned(folder)
+  return plan["samples_per_shard"] if plan else PER_SHARD
+
+
+def _planned(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The plan of the unfinished work in a folder; None: nothing is in it.
+
+  Raises:
+    StoreError: something else is.
+  """
+  if {path.name for path in folder.iterdir()} <= {"lock"}:
+    return None
+  with contextlib.suppress(store.StoreError, OSError):  # of another program, or none
+    plan = read_json(folder / "plan.json", store.StoreError)
+    if (
+      isinstance(plan, dict)
+      and plan.keys() >= {"format", "mixture", "root"}
+      and isinstance(plan.get("samples_per_shard"), int)
+    ):
+      return plan
+  raise store.StoreError(
+    f"{folder} holds something else than work of this command; move it away, or choose another "
+    f"--out"
+  )
+
+
+def _plan(
+  mixture,
+  root,
+  subset: float,
+  per_shard: int,
+  settings: Settings,
+  layout: store.Layout,
+  files,
+  tower,
+) -> dict[str, Any]:
+  """What two runs must have in common for the second to continue the first; names are for
+  people.
+  """
+  plan: dict[str, Any] = {
+    "format": store.FORMAT,
+    "mixture": hashlib.blake2b(pathlib.Path(mixture).read_bytes(), digest_size=8).hexdigest(),
+  }
+  plan |= {
+    "root": str(root),
+    "subset": float(subset),
+    "samples_per_shard": per_shard,
+  } | dataclasses.asdict(settings)
+  plan |= {
+    "fps": float(settings.fps),
+    "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}",
+  }
+  if tower:
+    plan |= {"frames": "features", "tower": tower.features.identity} | tower.settings
+  plan |= {"av": av.__version__, "pillow": PIL.__version__}  # they make the pixels
+  return plan | {f"annotations {n}, {file.annotation}": file.digest for n, file in enumerate(files)}
+
+
+def _digest(plan: dict[str, Any]) -> str:
+  return hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
+  """Writes the plan, or sees that it is the one of the work in `folder`."""
+  file = folder / "plan.json"
+  if _planned(folder):
+    for name in ("shards", "store", "spool"):  # in this order what is left at any instant is whole
+      if restart and (folder / name).exists():
+        (folder / name).rename(folder / f"{name}.tmp")
+      if (folder / f"{name}.tmp").exists():
+        shutil.rmtree(folder / f"{name}.tmp")
+    if restart:
+      file.unlink()
+  there = _planned(folder)
+  if there is None:
+    write_json(file, plan)
+  elif there != plan:
+    keys = [key for key in dict.fromkeys([*there, *plan]) if there.get(key) != plan.get(key)]
+    shown = [
+      f"{key}: {there.get(key, 'nothing')} there, {plan.get(key, 'nothing')} now"
+      for key in keys[:5]
+    ]
+    raise store.StoreError(
+      f"{folder} has unfinished work of another kind ({'; '.join(shown)}); remove it, or add "
+      f"--restart to begin anew"
+    )
+
+
+def _finish(
+  work: Work,
+  out: pathlib.Path,
+  entries: Sequence[dict],
+  files: Sequence[mixtures.File],
+  info: dict,
+) -> dict[str, Any]:
+  """Makes the store from whole shards, and gives it its name; may be killed and done again at any
+  point.
+  """
+  from xcomp_jax.data import prompt  # brings jax
+
+  folder = work.folder / "store"
+  folder.mkdir(exist_ok=True)
+  parts, lines, written = [], [], 0
+  for n in work.shards:
+    about, samples, first = read_json(work.shard(n, ".json"), store.StoreError), [], 0
+    crcs = tuple(entries[i]["crc32"] for i in work.members(n) if "crc32" in entries[i])
+    for i in work.members(n):
+      job, entry = work.jobs[i], entries[i]
+      line = {
+        "annotation": job.sample.annotation,
+        "position": job.sample.position,
+        "source": job.sample.source,
+      }
+      if "reason" in entry:
+        lines.append(line | {"reason": entry["reason"]})
+        continue
+      lines.append(line | {"sample": written, "frames": entry["frames"], "crc32": entry["crc32"]})
+      message = (
+        "" if entry["seconds"] is None else prompt.time_message(entry["seconds"], entry["frames"])
+      )
+      records = len(entry["lengths"])
+      samples.append(
+        dataclasses.replace(
+          job.sample,
+          time_message=message,
+          frames=entry["frames"],
+          clip_frames=entry["clip_frames"],
+          first_record=first,
+          records=records,
+        )
+      )
+      first, written = first + records, written + 1
+    parts.append(
+      store.Shard(
+        str(work.shard(n, ".array_record")),
+        tuple(samples),
+        about["records"],
+        about["bytes"],
+        crcs,
+      )
+    )
+  for file in files:
+    lines += [
+      {"annotation": file.annotation, "position": i, "passed_over": reason}
+      for i, reason in file.passed
+    ]
+  text = "".join(store.as_json(line) + "\n" for line in lines)
+  (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
+  counts, position = [], 0
+  for file in files:
+    mine = entries[position : position + file.selected]
+    position += file.selected
+    skipped = sum("reason" in entry for entry in mine)
+    about = dataclasses.asdict(file)
+    about["passed_over"] = dict(collections.Counter(reason for _, reason in about.pop("passed")))
+    counts.append(about | {"written": len(mine) - skipped, "skipped": skipped})
+  info = info | {"annotation_files": counts, "skipped": sum(c["skipped"] for c in counts)}
+  info = store.finish(folder, parts, work.layout, info)
+  become(work.folder, "store", out)
+  return info
+
+
+def _undo_finish(work: Work) -> None:
+  """Puts back what a killed `_finish` had moved: a shard that is there may have to be made
+  again.
+  """
+  folder = work.folder / "store"
+  if not folder.exists():
+    return
+  whole = [
+    n
+    for n in work.shards
+    if work.shard(n, ".json").exists()
+    and read_json(work.shard(n, ".json"), store.StoreError)["records"]
+  ]
+  for n, file in zip(whole, store.shard_files(folder, work.layout, len(whole)), strict=True):
+    if file.exists():
+      os.rename(file, work.shard(n, ".array_record"))
+  shutil.rmtree(folder)
+
+
+def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool) -> None:
+  """The same shards, decoded by the workers of a Beam pipeline; `work.folder` and all paths must be
+  theirs too.
+  """
+  try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+  except ImportError as error:
+    raise ValueError("--beam needs Apache Beam: pip install 'xcomp_jax[beam]'") from error
+
+  parts = [n for n in work.shards if not work.shard(n, ".json").exists()]
+  print(f"{len(parts)} of {len(work.shards)} shards to decode through Beam", file=sys.stderr)
+
+  def part(n):
+    return dataclasses.replace(work, jobs={i: work.jobs[i] for i in work.members(n)})
+
+  with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+    tasks = pipeline | beam.Create([(part(n), n, timeout, skip_bad) for n in parts])
+    _ = tasks | beam.Reshuffle() | beam.Map(decode_jobs.run_one)
+
+
+def _annotation_error(text: str, lines: Sequence[str]) -> ValueError:
+  from xcomp_jax.data import prompt  # see `_finish`
+
+  return prompt.AnnotationError(listed(text, lines))
+
+
+def _passed_over(reasons: Iterable[str]) -> str:
+  counts = [
+    f"{count} with {reason}" for reason, count in collections.Counter(reasons).most_common()
+  ]
+  return f"; passed over, as the release does: {', '.join(counts)}" if counts else ""
+
+
+def _in_files(jobs: Sequence[mixtures.Job]) -> list[int]:
+  """The numbers of the jobs, which are shuffled, as their annotations stand in the files."""
+  files = {name: n for n, name in enumerate(dict.fromkeys(job.sample.annotation for job in jobs))}
+  return sorted(
+    range(len(jobs)), key=lambda i: (files[jobs[i].sample.annotation], jobs[i].sample.position)
+  )
+
+
+class _Path(flags.ArgumentParser):
+  """A leading ~ is the home directory."""
+
+  def parse(self, argument: str) -> str:
+    return expanduser(argument)
+
+
+class _Number(flags.ArgumentParser):
+  """A number within bounds; absl's own lets through what is no number."""
+
+  def __init__(self, low: float, high: float):
+    self._read = number(low, high, type(low))
+
+  def flag_type(self) -> str:
+    return "number"
+
+  def parse(self, argument: Any) -> float:
+    return self._read(str(argument))  # a default is a number already
+
+
+def _define_number(name: str, default: float | None, text: str, low: float, high: float) -> None:
+  flags.DEFINE(_Number(low, high), name, default, text)
+
+
+def _define_path(name: str, default: str | None, text: str) -> None:
+  flags.DEFINE(_Path(), name, default, text)
+
+
+def _define_flags() -> None:
+  _define_path("mixture", None, "YAML with the datasets to read")
+  _define_path("out", None, "folder to write; the same command continues one that is incomplete")
+  _define_path(
+    "verify",
+    None,
+    "instead: read everything in this folder again, and compare it with its manifest",
+  )
+  _define_path("inspect", None, "instead: show what is in this folder, and draw a contact sheet")
+  _define_path("root", ".", "where relative paths of the mixture start")
+  _define_number(
+    "subset", 1.0, "share of each annotation file's selection; 0.25 in the release", 0.0, 1.0
+  )
+  _define_number(
+    "image_size",
+    None,
+    "pixels, square: of the checkpoint's tower; default: as --checkpoint was tuned, else 448",
+    1,
+    store.PIXELS[-1],
+  )
+  _define_number("max_frames", 1024, "frames of a video, at most", 1, 1_000_000)
+  _define_number("min_frames", 128, "frames of a video, if it has as many", 1, 1_000_000)
+  _define_number("fps", 8.0, "frames per second, at most", 0.001, video.FASTEST)
+  _define_number(
+    "clip_frames",
+    None,
+    "frames that the tower sees together; default: as --checkpoint was tuned, else 8",
+    1,
+    store.FRAMES[-1],
+  )
+  flags.DEFINE_enum("frames", "raw", ["raw", "jpeg"], "how frames are stored")
+  _define_number("quality", 95, "of JPEG", 1, 100)
+  flags.DEFINE_bool(
+    "features",
+    False,
+    "store the merged tokens of the tower of --checkpoint (bfloat16) instead of frames",
+  )
+  _define_path(
+    "checkpoint",
+    None,
+    "with --features: directory, hub id, or export; with --inspect: whose tokenizer",
+  )
+  _define_number(
+    "clips_per_chunk",
+    None,
+    "with --features: clips in the tower at once; default: by the device's memory",
+    1,
+    1_000_000,
+  )
+  flags.DEFINE_enum(
+    "attention",
+    "auto",
+    get_args(Attention),
+    "with --features: which implementation; auto: by the device",
+  )
+  flags.DEFINE_enum(
+    "dtype",
+    None,
+    get_args(Dtype),
+    "with --features: what the tower computes in; default: bfloat16, but float16 on GPUs that have "
+    "none, and float32 on CPUs",
+  )
+  _define_number(
+    "workers",
+    os.cpu_count(),
+    "decoding processes; 0: none beside this one, and no time limit",
+    0,
+    10_000,
+  )
+  _define_number(
+    "timeout", 600.0, "seconds for decoding one annotation, which then is bad", 0.001, 1e6
+  )
+  _define_number(
+    "samples_per_shard",
+    None,
+    f"annotations in one file of clips; default: as in the unfinished work that is there, else "
+    f"{PER_SHARD}",
+    1,
+    1_000_000,
+  )
+  flags.DEFINE_bool(
+    "skip_bad", False, "leave out what can't be used, and list it in manifest.jsonl"
+  )
+  flags.DEFINE_enum(
+    "rate",
+    "own",
+    get_args(video.Rate),
+    "where frames have no constant rate: own: they have their own times; average: they lie as far "
+    "apart as the average rate says, as in the release",
+  )
+  flags.DEFINE_bool(
+    "keep_tails",
+    False,
+    "take what can be read of videos that are cut off, instead of leaving them out",
+  )
+  flags.DEFINE_bool("restart", False, "throw away what a run that was stopped has done")
+  flags.DEFINE_string(
+    "beam",
+    None,
+    'options of a Beam pipeline that decodes: "--runner=DirectRunner --direct_num_workers=2"',
+  )
+  _define_path(
+    "sheet", None, "with --inspect: the contact sheet; default: the folder's name with .png"
+  )
+  _define_number("prompts", 3, "with --inspect: prompts to show", 0, 1_000_000)
+  flags.DEFINE_enum(
+    "mask", "official", ["official", "assistant"], "with --inspect: which tokens are supervised"
+  )
+
+
+def _tuned(checkpoint: str) -> tuple[int | None, int | None]:
+  """Image size and clip length that a checkpoint was tuned with, as far as it says."""
+  from xcomp_jax.checkpoints import loading  # brings jax
+
+  tuned = loading.read_tuned(loading.resolve(checkpoint, whole=False))
+  return (tuned.image_size, tuned.clip_frames) if tuned else (None, None)
+
+
+def _make(f) -> None:
+  missing = [name for name in ("mixture", "out") if getattr(f, name) is None]
+  if missing:
+    raise ValueError(
+      f"--{missing[0]} is missing; give --mixture M.yaml --out DIR, or --verify DIR, or --inspect "
+      f"DIR"
+    )
+  if f.features and (f.checkpoint is None or f.frames != "raw" or f.beam is not None):
+    raise ValueError(
+      "--features needs --checkpoint DIR, and goes neither with --frames jpeg nor with --beam"
+    )
+  if f.attention != "auto" and not f.features:
+    raise ValueError("--attention goes with --features")
+  if f.dtype is not None and not f.features:
+    raise ValueError("--dtype goes with --features")
+  size, clip = _tuned(f.checkpoint) if f.features else (None, None)
+  settings = Settings(
+    f.image_size or size or 448,
+    f.max_frames,
+    f.min_frames,
+    f.fps,
+    f.clip_frames or clip or 8,
+    f.rate,
+    f.keep_tails,
+  )
+  tower = (
+    load_tower(f.checkpoint, settings, f.clips_per_chunk, f.attention, f.dtype)
+    if f.features
+    else None
+  )
+  if tower:
+    print(tower.about, file=sys.stderr)
+  info = predecode(
+    f.mixture,
+    f.out,
+    settings,
+    root=f.root,
+    subset=f.subset,
+    workers=f.workers,
+    samples_per_shard=f.samples_per_shard,
+    skip_bad=f.skip_bad,
+    quality=f.quality if f.frames == "jpeg" else None,
+    tower=tower,
+    timeout=f.timeout,
+    restart=f.restart,
+    beam=None if f.beam is None else shlex.split(f.beam),
+  )
+  passed = collections.Counter()
+  for file in info["annotation_files"]:
+    passed.update(file.get("passed_over", {}))  # not of an earlier version
+  print(
+    f"{f.out}: {info['samples']} samples, {info['frames']} frames, {info['skipped']} "
+    f"skipped{_passed_over(passed.elements())}"
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command; an error is one line on stderr (and a list of what is bad), exit code 1."""
+  f = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)  # TFDS tells which files it opens
+  again = "interrupted" + ("" if f.out is None else "; the same command continues")
+  with command(interrupted=again):
+    if argv[1:]:
+      raise ValueError(f"unexpected argument {argv[1]!r}; everything is given by flags, see --help")
+    modes = [name for name in ("out", "verify", "inspect") if getattr(f, name) is not None]
+    if len(modes) > 1:
+      raise ValueError(f"--{modes[0]} and --{modes[1]} exclude each other")
+    if f.verify is None and f.inspect is None:
+      _make(f)
+      return
+    from xcomp_jax.data import inspection  # brings jax
+
+    if f.verify is not None:
+      inspection.verify(f.verify)
+    else:
+      sheet = f.sheet or f"{f.inspect.rstrip('/')}.png"
+      apart({"--sheet": sheet}, {"--inspect": f.inspect, "--checkpoint": f.checkpoint}, nested=True)
+      inspection.inspect(f.inspect, sheet, f.prompts, f.mask, f.checkpoint)
+
+
+if __name__ == "__main__":
+  _define_flags()  # not on import: those who call `predecode` have flags of their own
+  with command():  # absl prints, too
+    app.run(main)

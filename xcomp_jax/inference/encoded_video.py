@@ -1,0 +1,358 @@
+"""What the tower makes of a video, apart from any question: encode once, ask many."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from xcomp_jax import inputs
+from xcomp_jax.config import ConfigError
+from xcomp_jax.files import replacing
+from xcomp_jax.inputs import reading, regular
+from xcomp_jax.model import kernels, vlm
+
+THUMBNAIL = 96  # pixels
+
+
+class EncodedVideoError(ValueError):
+  """An encoded video that can't be read, or belongs to another model or video; the message says
+  what differs.
+  """
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedVideo:
+  """What the tower makes of a video: encode once, ask many.
+
+  features: {phase: [C, N, D]}, merged tokens of clips that start at frame `phase` (and go on at the
+    first frame after the last). Phase 0 serves everything but the "official" selection, whose
+    rounds need others.
+  times: float64[T], seconds at which the sampled frames are shown; seconds: of the whole, as
+  prompts state it.
+  thumbnails: uint8[C, 96, 96, 3], a frame from the middle of each clip.
+  frames: uint8[T, S, S, 3], only where the "official" selection will encode selected frames again;
+  else None.
+  identity: of the tower's weights and settings; see `identity`.
+  source: which file, sampled how; in words.
+  """
+
+  features: dict[int, np.ndarray]
+  times: np.ndarray
+  seconds: float
+  thumbnails: np.ndarray
+  frames: np.ndarray | None
+  identity: str
+  source: str
+
+  @property
+  def clips(self) -> int:
+    """C."""
+    return len(self.features[0])
+
+  @property
+  def clip_frames(self) -> int:
+    """Frames of a clip; 1 for a still image."""
+    return len(self.times) // self.clips
+
+
+def tower_identity(model: vlm.VLM) -> str:
+  """A hash of the tower's sizes, settings and weights (as bfloat16), whatever it computes in; the
+  projector comes later.
+
+  Where several processes share the parameters, all of them must call this; each holds one whole
+  array at a time.
+  """
+  cfg = model.cfg
+  digest = hashlib.blake2b(
+    repr((cfg.vision, cfg.clip_frames, cfg.tokens_per_frame)).encode(), digest_size=16
+  )
+  for path, leaf in sorted(
+    jax.tree_util.tree_leaves_with_path(nnx.state(model.vision)), key=lambda item: str(item[0])
+  ):
+    digest.update(str(path).encode())
+    whole = (
+      leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    )
+    digest.update(np.ascontiguousarray(whole).astype(ml_dtypes.bfloat16).view(np.uint8).data)
+  return digest.hexdigest()
+
+
+def identity(model: vlm.VLM) -> str:
+  """`tower_identity`, and what it computes in."""
+  return f"{tower_identity(model)}-{model.cfg.dtype}"
+
+
+_encode = jax.jit(vlm.encode)
+
+
+def encode_clips(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+  """Merged features [N, D] of clips uint8[F, S, S, 3], a chunk at a time: one compilation, bounded
+  memory.
+
+  Raises:
+    ConfigError: numbers that float16 does not have.
+  """
+  size, waiting = model.cfg.clips_per_chunk, []
+
+  def run():
+    chunk = np.stack(waiting + [waiting[-1]] * (size - len(waiting)))
+    done = np.asarray(_encode(model, chunk))[: len(waiting)]
+    kernels.check_finite(done, "features of the tower", model.cfg.dtype)
+    return done
+
+  for clip in clips:
+    waiting.append(clip)
+    if len(waiting) == size:
+      yield from run()
+      waiting = []
+  if waiting:
+    yield from run()
+
+
+def encode(
+  model: vlm.VLM,
+  frames: Iterable[np.ndarray],
+  times: np.ndarray,
+  seconds: float,
+  source: str,
+  *,
+  phases: Sequence[int] = (0,),
+  tower: str | None = None,
+  report: Callable[[int], None] = lambda clips: None,
+) -> EncodedVideo:
+  """Encodes a video, whose frames may come one by one from a decoder.
+
+  Args:
+    model: the parameters.
+    frames: uint8[S, S, 3] each, len(times) of them: whole clips, or one frame (an image).
+    times: float64[T], seconds of the frames.
+    seconds: of the whole.
+    source: what this is, in words; kept.
+    phases: starts of clips to encode; others than 0 keep the frames in memory.
+    tower: `identity(model)`, where many videos are encoded; None: find it out, which reads all of
+      the tower's weights.
+    report: called with the number of clips done since the last call.
+
+  Raises:
+    ConfigError: frames that make no whole clips.
+  """
+  T = len(times)
+  F = 1 if T == 1 else model.cfg.clip_frames
+  if not T or T % F:
+    raise ConfigError(f"{T} frames are no whole clips of {F}")
+  from xcomp_jax.data.video import (
+    resize,  # brings OpenCV, which a given encoded video does not need
+  )
+
+  size = model.cfg.vision.image_size
+  later = sorted(set(phases) - {0})
+  kept = np.empty((T, size, size, 3), np.uint8) if later else None
+  thumbnails = []
+
+  def clips():
+    clip = []
+    for i, frame in enumerate(frames):
+      clip.append(frame)
+      if kept is not None:
+        kept[i] = frame
+      if len(clip) == F:
+        thumbnails.append(resize(clip[F // 2][None], THUMBNAIL)[0])
+        yield np.stack(clip)
+        clip = []
+
+  def run(clips):
+    done = []
+    for one in encode_clips(model, clips):
+      done.append(one)
+      report(1)
+    return np.stack(done)
+
+  features = {0: run(clips())}
+  if kept is not None:
+    for phase in later:
+      features[phase] = run(kept[(phase + start + np.arange(F)) % T] for start in range(0, T, F))
+  return EncodedVideo(
+    features,
+    np.asarray(times, np.float64),
+    seconds,
+    np.stack(thumbnails),
+    kept,
+    tower or identity(model),
+    source,
+  )
+
+
+def save(video: EncodedVideo, path: str | os.PathLike) -> None:
+  """Writes an .npz file: `about` (json: seconds, identity, source, dtype), times, thumbnails,
+  features_PHASE (bfloat16 as uint16), and frames if there are any.
+
+  Nothing is left behind if it is interrupted.
+
+  Raises:
+    OSError: the file can't be written.
+  """
+  path = pathlib.Path(path)
+  about = {
+    "seconds": video.seconds,
+    "identity": video.identity,
+    "source": video.source,
+    "dtype": str(video.features[0].dtype),
+  }
+
+  def raw(a):
+    return a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
+
+  arrays = {f"features_{phase}": raw(a) for phase, a in video.features.items()}
+  arrays |= {
+    "times": video.times,
+    "thumbnails": video.thumbnails,
+    "about": np.array(json.dumps(about)),
+  }
+  arrays |= {} if video.frames is None else {"frames": video.frames}
+  with replacing(path) as temporary, open(temporary, "wb") as file:
+    np.savez(file, **arrays)
+
+
+FIXED = {"about", "times", "thumbnails", "frames"}  # arrays of a file, beside features_PHASE
+FRAMES = 1_000_000  # of a video, at most
+
+
+def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
+  """Reads what `save` wrote. What it says of itself is checked before an array is read: nothing in
+  a file makes it take more memory than the file is large.
+
+  Raises:
+    EncodedVideoError: no encoded video, a damaged one, or not by the weights and settings of
+      `model`.
+    OSError: it can't be read.
+  """
+  file = regular(path)
+  with reading(file, EncodedVideoError, "encoded video"), zipfile.ZipFile(file) as archive:
+    headers = _headers(archive, file.stat().st_size)
+    about = inputs.parse_json(str(_array(archive, "about")), file, EncodedVideoError)
+    _check_identity(file, str(about["identity"]), identity(model))
+    cfg, T = model.cfg, headers["times"][0][0]
+    F = 1 if T == 1 else cfg.clip_frames
+    if not 0 < T <= FRAMES or T % F:
+      raise ValueError(f"{T:,} frames are no whole clips of {F}, from 1 to {FRAMES:,}")
+    phases = sorted(int(name.removeprefix("features_")) for name in headers if name not in FIXED)
+    if 0 not in phases or not all(0 <= phase < F for phase in phases):
+      raise ValueError(f"its features begin at frames {phases}, and clips have {F}")
+    dtype, size = np.dtype(cfg.dtype), cfg.vision.image_size
+    stored = np.dtype(np.uint16) if dtype == ml_dtypes.bfloat16 else dtype
+    wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+      "about": ((), headers["about"][1]),
+      "times": ((T,), np.dtype(np.float64)),
+      "thumbnails": ((T // F, THUMBNAIL, THUMBNAIL, 3), np.dtype(np.uint8)),
+    }
+    wanted |= {
+      f"features_{phase}": ((T // F, F * cfg.tokens_per_frame, cfg.vision.width), stored)
+      for phase in phases
+    }
+    if "frames" in headers:
+      wanted["frames"] = ((T, size, size, 3), np.dtype(np.uint8))
+    if headers != wanted:
+      name = next(name for name in headers | wanted if headers.get(name) != wanted.get(name))
+      raise ValueError(f"{name} is {_shown(headers.get(name))}, must be {_shown(wanted.get(name))}")
+    times, seconds = _array(archive, "times"), float(about["seconds"])
+    if (
+      not np.isfinite(times).all()
+      or (np.diff(times) < 0).any()
+      or not 0 <= seconds < 1e9
+      or not isinstance(about["source"], str)
+    ):
+      raise ValueError("its times, seconds or source are none that a video has")
+    if "frames" not in headers:
+      phases = [0]  # the others are of no use without them
+    features = {phase: _array(archive, f"features_{phase}").view(dtype) for phase in phases}
+    for phase, tokens in features.items():
+      if not all(np.isfinite(clip).all() for clip in tokens):
+        raise ValueError(f"features_{phase} holds numbers that are not finite")
+    frames = _array(archive, "frames") if "frames" in headers else None
+    return EncodedVideo(
+      features,
+      times,
+      seconds,
+      _array(archive, "thumbnails"),
+      frames,
+      about["identity"],
+      about["source"],
+    )
+
+
+def _headers(archive: zipfile.ZipFile, size: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """Shape and dtype of each array; what the archive says of its sizes fits the file."""
+  found = {}
+  for entry in archive.infolist():
+    name = entry.filename.removesuffix(".npy")
+    if name in found or (name not in FIXED and not re.fullmatch(r"features_\d{1,6}", name)):
+      raise ValueError(
+        f"it holds {name!r}" + (" twice" if name in found else ", which is no part of one")
+      )
+    if (
+      entry.compress_type != zipfile.ZIP_STORED
+      or entry.flag_bits & 1
+      or entry.file_size != entry.compress_size
+      or entry.file_size > size
+    ):
+      raise ValueError(f"{name} is packed, encrypted, or larger than the file")
+    with archive.open(entry) as opened:
+      version = np.lib.format.read_magic(opened)
+      read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+      )
+      shape, by_columns, dtype = read(opened)
+      if (
+        dtype.hasobject
+        or (by_columns and len(shape) > 1)
+        or opened.tell() + math.prod(shape) * dtype.itemsize != entry.file_size
+      ):
+        raise ValueError(f"{name} is {_shown((shape, dtype))} in {entry.file_size:,} bytes")
+    found[name] = shape, dtype
+  if lacking := {"about", "times", "thumbnails", "features_0"} - found.keys():
+    raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+  if (
+    found["about"][0] != ()
+    or found["about"][1].kind != "U"
+    or found["about"][1].itemsize > 1 << 20
+    or len(found["times"][0]) != 1
+  ):
+    raise ValueError(f"about is {_shown(found['about'])}, and times are {_shown(found['times'])}")
+  return found
+
+
+def _shown(array: tuple[tuple[int, ...], np.dtype] | None) -> str:
+  return "absent" if array is None else f"{array[1]}{list(array[0])}"
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+  with archive.open(f"{name}.npy") as opened:
+    return np.lib.format.read_array(opened, allow_pickle=False)
+
+
+def _check_identity(file: pathlib.Path, own: str, mine: str) -> None:
+  (_, _, dtype), (_, _, wanted) = own.rpartition("-"), mine.rpartition("-")
+  if dtype != wanted:
+    raise EncodedVideoError(
+      f"{file} was encoded in {dtype or 'another dtype'}, and this is to be computed in {wanted}; "
+      f"give that --dtype, or another file"
+    )
+  if own != mine:
+    raise EncodedVideoError(
+      f"{file} was encoded by another tower or with other settings (its identity is {own[:12]}, "
+      f"this "
+      f"checkpoint's {mine[:12]}); encode the video again"
+    )

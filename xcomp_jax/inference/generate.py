@@ -1,0 +1,253 @@
+"""From prompts to new tokens: prefill, choose, decode. `chat` makes the prompts."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from xcomp_jax.config import ConfigError
+from xcomp_jax.data.batch import Batch, Example, Leaf, Shape, collate, split
+from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.model import kernels, qwen2, vlm
+from xcomp_jax.model.qwen2 import LayerCache
+
+# texts are padded to a multiple of this many tokens, long ones of `decoder.SHORT`, so that few
+# lengths are compiled
+TEXT_STEP = 64
+CLIP_STEP = 8  # and videos to a multiple of this many clips
+STREAM = 8  # tokens between two looks at what was generated
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are chosen.
+
+  max_new_tokens: of an answer, at most; room is made for them in every layer's cache.
+  eos: token ids that end an answer.
+  repetition_penalty: 1.0 is none; the release's generation_config has 1.1, applied to new tokens
+  only (quirk Q20).
+  temperature: 0 takes the most probable token; the others then don't matter.
+  top_k: draw from the k most probable tokens; 0: from all.
+  top_p: draw from the fewest tokens that together have this probability; 1.0: from all.
+  seed: of the draws.
+  """
+
+  max_new_tokens: int
+  eos: tuple[int, ...]
+  repetition_penalty: float = 1.0
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+
+  def __post_init__(self):
+    """Refuses values that mean nothing.
+
+    Raises:
+      ConfigError: which one, and its range.
+    """
+    ranges = {
+      "max_new_tokens": self.max_new_tokens >= 1,
+      "repetition_penalty": self.repetition_penalty > 0,
+      "temperature": self.temperature >= 0,
+      "top_k": self.top_k >= 0,
+      "top_p": 0 < self.top_p <= 1,
+    }
+    bad = [f"{name} = {getattr(self, name)}" for name, good in ranges.items() if not good]
+    if bad:
+      raise ConfigError(
+        f"sampling: {', '.join(bad)} makes no sense: max_new_tokens >= 1, repetition_penalty > 0, "
+        f"temperature and top_k >= 0, 0 < top_p <= 1"
+      )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """Between two tokens.
+
+  logits: float32[B, V] of the next one. caches: one per layer, with free slots at their end. free:
+  int32[], how
+  many. seen: bool[B, V], tokens generated so far. done: bool[B], answers that have ended.
+  """
+
+  logits: Leaf
+  caches: tuple[LayerCache, ...]
+  free: Leaf
+  seen: Leaf
+  done: Leaf
+
+
+def prefill(model: vlm.VLM, batch: Batch, room: int, in_pieces: bool = False) -> State:
+  """Runs a batch of prompts, one a row, and keeps every layer's own, shorter cache.
+
+  in_pieces: run long texts piece by piece, so that their padding takes no time, where the rule of
+  keeping allows it.
+  """
+  text = batch.text.shape[1]
+  in_pieces = in_pieces and text > qwen2.SHORT and model.cfg.lp_comp.keep != "attention"
+  out = vlm.forward_in_pieces(model, batch) if in_pieces else vlm.forward(model, batch, caches=True)
+  return start(model, out, text, batch.text_length[:, 0], room)
+
+
+def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int) -> State:
+  """Makes a pass with caches ready for `room` new tokens; `text`: slots of the last part, int32[B]
+  of them valid.
+  """
+  last = out.x.shape[1] - text + text_length - 1
+  logits = model.llm.logits(jnp.take_along_axis(out.x, last[:, None, None], axis=1))[:, 0]
+
+  def widen(a):
+    return jnp.pad(a, [(0, 0), (0, room)] + [(0, 0)] * (a.ndim - 2))
+
+  return State(
+    logits,
+    jax.tree.map(widen, out.caches),
+    jnp.int32(room),
+    jnp.zeros(logits.shape, bool),
+    jnp.zeros(len(logits), bool),
+  )
+
+
+def choose(
+  logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Array | None
+) -> jax.Array:
+  """The next tokens int32[B] from float32[B, V]; penalty, temperature, top_k and top_p in this
+  order, as Hugging Face's generate does.
+  """
+  penalised = jnp.where(
+    logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
+  )
+  logits = jnp.where(seen, penalised, logits)
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, -1).astype(jnp.int32)
+  logits = logits / sampling.temperature
+  ranked = jnp.flip(jnp.sort(logits, axis=-1), -1)
+  if sampling.top_k:
+    ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
+  share = jax.nn.softmax(ranked, -1)
+  ranked = jnp.where(
+    jnp.cumsum(share, -1) - share < sampling.top_p, ranked, -jnp.inf
+  )  # never none: nothing is before the first
+  least = jnp.min(jnp.where(jnp.isinf(ranked), jnp.inf, ranked), -1, keepdims=True)
+  assert key is not None  # only temperature 0 does without
+  # The same noise for all rows, so that none depends on which others there are.
+  draw = jax.vmap(lambda logits: jax.random.categorical(key, logits))
+  return draw(jnp.where(logits < least, -jnp.inf, logits)).astype(jnp.int32)
+
+
+def decode(
+  model: vlm.VLM, state: State, sampling: Sampling, steps: int, key: jax.Array | None = None
+):
+  """`steps` more tokens of every answer, int32[B, steps], and the state behind them.
+
+  After its end an answer goes on with the first eos id. The state must have room for `steps`
+  tokens.
+  """
+  eos = jnp.array(sampling.eos, jnp.int32)
+  keys = None if key is None else jax.random.split(key, steps)
+
+  def one(state, key):
+    token = choose(state.logits, state.seen, sampling, key)
+    token = jnp.where(state.done, eos[0], token) if sampling.eos else token
+    x, caches = qwen2.step(model.llm, model.llm.embed(token[:, None]), state.caches, state.free)
+    seen = state.seen.at[jnp.arange(len(token)), token].set(True)
+    done = state.done | jnp.isin(token, eos)
+    return State(model.llm.logits(x)[:, 0], caches, state.free - 1, seen, done), token
+
+  state, tokens = jax.lax.scan(one, state, keys, length=steps)
+  return tokens.T, state
+
+
+def put(whole: State, one: State, row: Int[Array, ""]) -> State:
+  """`whole` with the only prompt of `one` as that row."""
+  return jax.tree.map(lambda a, b: a.at[row].set(b[0]) if a.ndim else b, whole, one)
+
+
+_prefill = jax.jit(functools.partial(prefill, in_pieces=True), static_argnames="room")
+_decode = jax.jit(decode, static_argnames=("sampling", "steps"), donate_argnames="state")
+_put = jax.jit(put, donate_argnames="whole")
+
+
+def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
+  """Prompts of one row each and of one shape, one after another: a prompt of many frames fills a
+  device by itself.
+
+  So their program is that of a single one, and what exists at once is the caches of all, those of
+  one more, and one prompt's activations.
+  """
+  whole = first = _prefill(model, prompts[0], room=room)
+  if len(prompts) > 1:
+    whole = jax.tree.map(
+      lambda a: jnp.zeros((len(prompts), *a.shape[1:]), a.dtype) if a.ndim else a, first
+    )
+    whole = _put(whole, first, 0)
+    del first
+    for row, batch in enumerate(prompts[1:], 1):
+      whole = _put(whole, _prefill(model, batch, room=room), row)
+  return whole
+
+
+def stream(
+  model: vlm.VLM, prompts: Batch | Sequence[Batch], sampling: Sampling
+) -> Iterator[np.ndarray]:
+  """New tokens of every prompt, int32[B, n] at a time, until all have ended; prompts as one Batch,
+  or see `prefill_each`.
+
+  Raises:
+    ConfigError: numbers that float16 does not have.
+  """
+  total = up(sampling.max_new_tokens, STREAM)
+  state = (
+    _prefill(model, prompts, room=total)
+    if isinstance(prompts, Batch)
+    else prefill_each(model, prompts, room=total)
+  )
+  once = dataclasses.replace(sampling, max_new_tokens=1, seed=0)  # neither changes the program
+  for done in range(0, sampling.max_new_tokens, STREAM):
+    kernels.check_finite(state.logits, "the LLM's logits", model.cfg.dtype)
+    key = jax.random.fold_in(jax.random.key(sampling.seed), done) if sampling.temperature else None
+    tokens, state = _decode(model, state, once, steps=STREAM, key=key)
+    yield np.asarray(tokens)[:, : sampling.max_new_tokens - done]
+    if np.asarray(state.done).all():
+      return
+
+
+def ended(tokens: np.ndarray, eos: Sequence[int]) -> np.ndarray:
+  """The tokens before the first eos."""
+  end = np.flatnonzero(np.isin(tokens, eos))
+  return tokens[: end[0]] if len(end) else tokens
+
+
+def generate(model: vlm.VLM, batch: Batch, sampling: Sampling) -> list[np.ndarray]:
+  """New tokens of each prompt, up to and without its eos."""
+  return [
+    ended(row, sampling.eos) for row in np.concatenate(list(stream(model, batch, sampling)), axis=1)
+  ]
+
+
+def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int = 1) -> Batch:
+  """One prompt as a Batch of one row, padded to few shapes.
+
+  visual: [C, N, D] merged features of clips of `clip_frames` frames. text: slots for it, at least.
+  """
+  frames = len(visual) * clip_frames
+  visual = visual.reshape(frames, -1, visual.shape[-1])
+  example = Example(frames, visual, question.tokens, question.labels, question.query, index=0)
+  before, after = split(example)
+  slots = frames if len(visual) == clip_frames else up(len(visual), CLIP_STEP * clip_frames)
+  return collate([[example]], Shape(1, 1, before, slots, text_slots(max(text, after))))
+
+
+def text_slots(tokens: int, step: int = TEXT_STEP) -> int:
+  """What a text is padded to."""
+  return up(tokens, step if tokens <= qwen2.SHORT else qwen2.SHORT)
+
+
+def up(n: int, step: int) -> int:
+  """The next multiple of `step`."""
+  return -(-n // step) * step

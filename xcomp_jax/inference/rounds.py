@@ -1,0 +1,86 @@
+"""QC-Comp's two programs as functions of parameters, for what times and compiles them without a
+video or a question.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xcomp_jax.config import SelectConfig, VLMConfig
+from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
+from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.inference import chat
+from xcomp_jax.model import qc_comp
+
+PREFIX, TEXT = (
+  14,
+  72,
+)  # tokens before and behind the visual ones, as the official code's benchmark has them
+USUAL = qc_comp.setting("aligned", 512)  # as `ask` has it
+
+
+def usual(cfg: VLMConfig, frames: int) -> tuple[qc_comp.Plan, int]:
+  """The rounds of so many frames by `ask`'s defaults, and how many of them a call has."""
+  plan = qc_comp.plan(-(-frames // cfg.clip_frames) * cfg.clip_frames, cfg.clip_frames, USUAL)
+  return plan, max(1, min(USUAL.round // plan.frames, len(plan.starts)))
+
+
+def scored(cfg: VLMConfig) -> int:
+  """Layers that run in a round before the last one that scores, of which keys are enough; at least
+  one.
+  """
+  return max(1, qc_comp.scored_layers(USUAL, cfg.llm.layers)[-1])
+
+
+def asked_tokens() -> Prompt:
+  """A prompt of PREFIX and TEXT tokens, with a question in it."""
+  tokens = np.arange(PREFIX + 1 + TEXT, dtype=np.int32)
+  tokens[PREFIX] = IMAGE_TOKEN
+  none = np.zeros(len(tokens), bool)
+  return Prompt(
+    tokens, np.full_like(tokens, IGNORE), none, (PREFIX + 1 + 27, PREFIX + 1 + TEXT - 5)
+  )
+
+
+def scoring(
+  graph: nnx.GraphDef,
+  plan: qc_comp.Plan,
+  setting: SelectConfig,
+  rows: int,
+  question: Prompt | None = None,
+  clip_frames: int = 8,
+) -> tuple[Callable, Callable]:
+  """Functions (state, features [rows, C, N, D]) -> caches and (state, caches) -> scores: a call of
+  `watch` and of `score`.
+
+  question: None: `asked_tokens`. clip_frames: of the C clips.
+  """
+  question, clips = question or asked_tokens(), plan.frames // clip_frames
+  prefix = int(np.flatnonzero(question.tokens < 0)[0])
+  asked = qc_comp.together([qc_comp.from_prompt(question, setting, chat.SCORE_STEP)])
+
+  def watch(state, features):
+    model = nnx.merge(graph, state)
+    last = qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1]
+    return qc_comp.watch(
+      model, features, jnp.full(rows, clips), jnp.asarray(question.tokens[:prefix]), last=last
+    )
+
+  def score(state, caches):
+    model = nnx.merge(graph, state)
+    layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
+    windows = jnp.asarray(plan.windows)
+    return qc_comp.score(
+      model,
+      caches,
+      asked,
+      windows,
+      layers=layers,
+      causal=setting.causal,
+      prefix=prefix,
+      units=plan.frames // plan.unit,
+    )
+
+  return watch, score

@@ -1,0 +1,201 @@
+"""The UMT-L clip encoder (FACTS.md 7): frames of a clip in, one feature per patch out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from xcomp_jax.config import TowerConfig, VisionConfig, VLMConfig
+from xcomp_jax.model.attention import AttentionMask, attend, remat
+from xcomp_jax.parallel.mesh import constrain, gathered
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)  # FACTS.md 6
+PIXEL_STD = (0.229, 0.224, 0.225)
+TABLE_FRAMES, TABLE_GRID = 4, 14  # the fixed position table is made for 4 frames of 14x14 patches
+
+
+@functools.lru_cache(maxsize=8)
+def position_table(cfg: VisionConfig, frames: int) -> np.ndarray:
+  """The fixed position table float32[F*P, D] of a clip of `frames` frames, order (frame, row,
+  column).
+
+  Sine and cosine of the flattened index, made at the pre-training geometry, then stretched: bicubic
+  over rows and columns, linear over frames. A single frame has the table of a first frame (FACTS.md
+  7).
+  """
+  size = cfg.image_size // cfg.patch_size
+  grid = TABLE_GRID if cfg.table == "umt-hd" else size
+  time = TABLE_FRAMES if frames > 1 else 1  # an image is not stretched over time
+  channel = np.arange(cfg.width)
+  angle = np.arange(time * grid * grid)[:, None] / 10000.0 ** (2 * (channel // 2) / cfg.width)
+  table = np.where(channel % 2, np.cos(angle), np.sin(angle)).reshape(time, grid, grid, cfg.width)
+  space = _cubic_resize(grid, size)
+  table = np.einsum(
+    "tT,yY,xX,TYXd->tyxd", _linear_resize(time, frames), space, space, table, optimize=True
+  )
+  return table.reshape(-1, cfg.width).astype(np.float32)
+
+
+def _linear_resize(n: int, m: int) -> np.ndarray:
+  """Matrix [m, n] of PyTorch's linear interpolation, align_corners=False."""
+  source = np.maximum((np.arange(m) + 0.5) * n / m - 0.5, 0)
+  first = np.floor(source).astype(int)
+  matrix = np.zeros((m, n))
+  np.add.at(matrix, (np.arange(m), first), 1 - (source - first))
+  np.add.at(matrix, (np.arange(m), np.minimum(first + 1, n - 1)), source - first)
+  return matrix
+
+
+def _cubic_resize(n: int, m: int) -> np.ndarray:
+  """Matrix [m, n] of PyTorch's bicubic interpolation, align_corners=False.
+
+  By hand, since jax.image.resize has A = -0.5 and renormalises at borders; PyTorch has A = -0.75
+  and clamps.
+  """
+  a = -0.75
+  source = (np.arange(m) + 0.5) * n / m - 0.5
+  first = np.floor(source).astype(int)
+  matrix = np.zeros((m, n))
+  for tap in range(-1, 3):
+    x = np.abs(source - (first + tap))
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    np.add.at(matrix, (np.arange(m), np.clip(first + tap, 0, n - 1)), np.where(x <= 1, near, far))
+  return matrix
+
+
+def normalise(frames: UInt8[Array, "*B 3"]) -> Float[Array, "*B 3"]:
+  """Pixels as the tower was trained on (FACTS.md 6), float32."""
+  return (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+
+
+def check_sizes(v: TowerConfig) -> None:
+  """Raises a ValueError if frames can't be cut into patches, or the width into heads."""
+  if v.image_size % v.patch_size:
+    raise ValueError(
+      f"image size {v.image_size} is not a multiple of the patch size {v.patch_size}"
+    )
+  if v.width % v.heads:
+    raise ValueError(f"tower width {v.width} is not a multiple of its {v.heads} heads")
+
+
+class Attention(nnx.Module):
+  """Self-attention over all patches of a clip; queries and values have a bias, keys have none."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    width = cfg.vision.width
+    linear = functools.partial(
+      nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
+    )
+    self.qkv = linear(width, 3 * width, use_bias=False)
+    self.q_bias = nnx.Param(jnp.zeros(width, param_dtype))
+    self.v_bias = nnx.Param(jnp.zeros(width, param_dtype))
+    self.proj = linear(width, width)
+    self.heads = cfg.vision.heads
+    self.implementation = cfg.attention
+
+  def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
+    q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+    q, v = q + self.q_bias[...].astype(q.dtype), v + self.v_bias[...].astype(v.dtype)
+
+    def split(y):
+      return y.reshape(*y.shape[:-1], self.heads, -1)
+
+    out = attend(
+      split(q),
+      split(k),
+      split(v),
+      AttentionMask(causal=False),
+      implementation=self.implementation,
+    )
+    return self.proj(out.reshape(x.shape))
+
+
+class Block(nnx.Module):
+  """A pre-norm transformer block."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    v = cfg.vision
+    linear = functools.partial(
+      nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
+    )
+    self.norm1 = _norm(cfg, 1e-6, rngs, param_dtype)
+    self.attn = Attention(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.norm2 = _norm(cfg, 1e-6, rngs, param_dtype)
+    self.fc1 = linear(v.width, v.mlp_width)
+    self.fc2 = linear(v.mlp_width, v.width)
+
+  def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
+    block = gathered(self, x.dtype)
+    x = x + block.attn(block.norm1(x))
+    return x + block.fc2(jax.nn.gelu(block.fc1(block.norm2(x)), approximate=False))
+
+
+class PatchEmbed(nnx.Module):
+  """Pixels of a patch to a feature: the official convolution written as a matmul."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    p, width = cfg.vision.patch_size, cfg.vision.width
+    self.kernel = nnx.Param(
+      nnx.initializers.lecun_normal()(rngs.params(), (p * p * 3, width), param_dtype)
+    )
+    self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+    self.patch_size = p
+    self.dtype = jnp.dtype(cfg.dtype)
+
+  def __call__(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C N D"]:
+    c, f, s, _, _ = frames.shape
+    p, g = self.patch_size, s // self.patch_size
+    x = (
+      normalise(frames)
+      .astype(self.dtype)
+      .reshape(c, f, g, p, g, p, 3)
+      .transpose(0, 1, 2, 4, 3, 5, 6)
+      .reshape(c, f * g * g, -1)
+    )
+    kernel = constrain(self.kernel[...].astype(self.dtype), None, "mlp")  # as `gathered` has it
+    return x @ kernel + self.bias[...].astype(self.dtype)
+
+
+class Vision(nnx.Module):
+  """The tower. `patch_embed`, `blocks` and `norm` may be called one by one, as parity checks do."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    v = cfg.vision
+    check_sizes(v)
+    self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.blocks = nnx.List(
+      [Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)]
+    )
+    self.norm = _norm(cfg, 1e-12, rngs, param_dtype)
+    self.cfg = cfg
+
+  def embed(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C N D"]:
+    """Patch features with their positions, in the compute dtype."""
+    x = self.patch_embed(frames)
+    return x + position_table(self.cfg.vision, frames.shape[1]).astype(x.dtype)
+
+  def __call__(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C N D"]:
+    """Clips of frames to features in the compute dtype, tokens in order (frame, row, column).
+
+    Frames of a clip see each other, clips don't. F = 1 is the single-image path.
+    """
+    x = self.embed(frames)
+    for block in self.blocks:
+      x = remat(block.__call__)(x) if self.cfg.remat else block(x)
+    return self.norm(x)
+
+
+def _norm(cfg: VLMConfig, epsilon: float, rngs: nnx.Rngs, param_dtype) -> nnx.LayerNorm:
+  # The fast variance E[x^2] - E[x]^2 loses digits, so not that one.
+  return nnx.LayerNorm(
+    cfg.vision.width,
+    epsilon=epsilon,
+    use_fast_variance=False,
+    dtype=jnp.dtype(cfg.dtype),
+    param_dtype=param_dtype,
+    rngs=rngs,
+  )

@@ -1,0 +1,445 @@
+"""Is a converted model the official one? Every stage against recorded outputs of the official code.
+
+  python -m xcomp_jax.parity DIR
+
+DIR has the form that VECTORS.md describes: config.json, weights, and npz files of arrays; or
+vectors.npz and one *.safetensors, of an InternVideo2 tower alone; or both, that in a folder
+internvideo2_tiny; or JSON files of chosen frames, such as cuts.json, of which DIR may also be one.
+Prints a table of stages; exit status 0 only if everything that is there passes. A stage whose
+arrays are not there is listed as absent. Runs in float32 at highest matmul precision; tolerances
+are those of VECTORS.md.
+
+Where a stage's official input is recorded it starts from that, so that one wrong stage does not
+fail those behind it; towers, merged tokens, projector, inserted sequence and training run from the
+pixels.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xcomp_jax.checkpoints import loading
+from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
+from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
+from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.files import command, path_of
+from xcomp_jax.inference import chat, encoded_video, generate
+from xcomp_jax.model import qc_comp, qwen2, vlm
+from xcomp_jax.model.qwen2 import Lengths, Places
+from xcomp_jax.model.vlm import VLM
+from xcomp_jax.parity.comparison import Arrays, ParityError, Row, absent, compare, read, show
+from xcomp_jax.parity.frames import cases, choices
+from xcomp_jax.parity.tower import frames_of, in_clips, internvideo2, tables, vision
+
+LLM = 1e-4  # absolute
+LOSS = 1e-5  # of the loss
+GRADIENT = (2e-5, 1e-4)  # absolute, or of an array's largest value
+QC_SCORES, QC_CHAT = 1e-5, 1e-3  # of each score
+
+
+@functools.partial(jax.jit, static_argnames=("prefix", "text", "room"))
+def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int):
+  """From an inserted sequence [S, D]: all states of the prefill, its logits, and `room` greedy
+  tokens and logits.
+  """
+
+  def one(n):
+    return jnp.full((1, 1), n, jnp.int32)
+
+  lengths = Lengths(
+    one(prefix), one((len(x) - prefix - text) // model.cfg.lp_comp.group), one(text)
+  )
+  out = qwen2.run(
+    model.llm, x[None], lengths, prefix=prefix, text=text, caches=True, entering=True
+  )
+
+  def step(state, _):
+    tokens, after = generate.decode(model, state, generate.Sampling(room, ()), 1)
+    return after, (tokens[0, 0], state.logits[0])
+
+  _, (tokens, new_logits) = jax.lax.scan(
+    step, generate.start(model, out, text, one(text)[0], room), length=room
+  )
+  return out, model.llm.logits(out.x)[0], tokens, new_logits
+
+
+def slot_of(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Token ids before and after the visual slot."""
+  slots = np.flatnonzero(ids == IMAGE_TOKEN)
+  if len(slots) != 1:
+    raise ParityError(f"input_ids has {len(slots)} visual slots ({IMAGE_TOKEN}); expected one")
+  return ids[: slots[0]], ids[slots[0] + 1 :]
+
+
+def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arrays) -> list[Row]:
+  """From the inserted sequence to greedy tokens, for the released setting and every other recorded
+  one.
+
+  features: [C, N, D] merged tokens of the same frames, if there are any.
+  """
+  prefix, text = slot_of(recorded["input_ids"])
+  rows, x = [], recorded.get("inputs_embeds")
+  if features is not None:
+    placed = vlm.place(model, features[None], jnp.asarray(prefix[None]), jnp.asarray(text[None]))[0]
+    rows.append(compare("inserted sequence", {"inputs_embeds": placed}, recorded, LLM))
+    x = placed if x is None else x
+  if x is None:
+    raise ParityError("llm.npz has no inputs_embeds, and there are no frames to make it from")
+
+  def go(model, room):
+    return prefill_and_decode(model, jnp.asarray(x), len(prefix), len(text), room)
+
+  room = len(recorded.get("generated", ()))
+  out, logits, tokens, new_logits = go(model, room)
+  for i, state in enumerate(out.entering):
+    rows.append(
+      compare(f"state entering layer {i}", {f"hidden_in_{i:02}": state[0]}, recorded, LLM)
+    )
+  ours = {}
+  for i, (layer, state, cache) in enumerate(
+    zip(model.llm.layers, out.entering, out.caches, strict=True)
+  ):
+    names = {f"layer_out_pre_drop_{i:02}", f"layer_out_{i:02}"} & recorded.keys()
+    if names:
+      position = jnp.arange(state.shape[1])[None]
+      places = Places(jnp.where(cache.valid[:, : state.shape[1]], 0, -1), position, several=False)
+      ours |= dict.fromkeys(names, layer(state, places)[0][0])
+  rows.append(compare("layer outputs", ours, recorded, LLM))
+  rows.append(compare("final norm", {"final_norm": model.llm.norm(out.x)[0]}, recorded, LLM))
+  rows.append(compare("logits", {"logits": logits}, recorded, LLM))
+
+  lengths = np.array([int(cache.valid.sum()) for cache in out.caches])
+  ours = {f"layer_out_len_{i:02}": np.array(state.shape[1]) for i, state in enumerate(out.entering)}
+  rows.append(compare("cache lengths", ours | {"kv_len": lengths}, recorded))
+  ours = {}
+  for i, cache in enumerate(out.caches):
+    ours[f"k_cache_{i:02}"], ours[f"v_cache_{i:02}"] = (
+      jnp.moveaxis(a[0], 0, 1) for a in (cache.key, cache.value)
+    )
+  rows.append(compare("cached keys and values", ours, recorded, LLM))
+  ours = {"prefill_first_pos": np.zeros_like(lengths), "prefill_last_pos": lengths - 1}
+  rows.append(compare("prefill positions", ours, recorded))
+  # Positions count the valid tokens of a layer, and a new token's is the length of that layer's own
+  # cache; that keys are rotated by these shows in the caches and logits. Row 0 is the last token of
+  # the prefill.
+  ours = {"decode_pos": lengths - 1 + np.arange(room)[:, None]}
+  rows.append(compare("decode positions", ours, recorded))
+  rows.append(compare("greedy tokens", {"generated": tokens}, recorded))
+  rows.append(compare("decode logits", {"gen_logits": new_logits}, recorded, LLM))
+
+  for name in sorted({key.partition(":")[0] for key in variants if ":" in key} - {"untied"}):
+    mine = {
+      key.partition(":")[2]: value for key, value in variants.items() if key.startswith(f"{name}:")
+    }
+    other = loading.with_lp_comp(model, lp_comp_of(name, model.cfg.llm.layers))
+    varied, all_logits, tokens, new_logits = go(other, len(mine.get("generated", ())))
+    ours = {f"hidden_in_{i:02}": state[0] for i, state in enumerate(varied.entering)}
+    ours |= {"logits": all_logits, "gen_logits": new_logits}
+    rows.append(compare(f"{name}: states, logits", ours, mine, LLM))
+    ours = {
+      "generated": tokens,
+      "kv_len": np.array([int(cache.valid.sum()) for cache in varied.caches]),
+    }
+    rows.append(compare(f"{name}: tokens, cache lengths", ours, mine))
+  if "untied_lm_head_weight" in variants:
+    cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, tied=False))
+    untied = nnx.eval_shape(lambda: qwen2.Decoder(cfg, rngs=nnx.Rngs(0)))
+    nnx.update(untied, nnx.state(model.llm))
+    untied.lm_head.kernel = nnx.Param(jnp.asarray(variants["untied_lm_head_weight"].T))
+    rows.append(compare("untied head", {"untied:logits": untied.logits(out.x)[0]}, variants, LLM))
+  return rows
+
+
+def lp_comp_of(name: str, layers: int) -> LPCompConfig:
+  """The LP-Comp setting that a name in llm_variants.npz stands for (VECTORS.md)."""
+  known: dict[str, Keep] = {"cosine_suffix": "suffix", "cosine_nosuffix": "uniform", "none": "none"}
+  if name in known:
+    return LPCompConfig("cosine", known[name], 16)
+  if found := re.fullmatch(r"(nexthalf|avgpool)_(\d+(?:_\d+)*)_stride(\d+)", name):
+    kind, after, stride = found[1], [int(n) for n in found[2].split("_")], int(found[3])
+    schedule = tuple(16 // stride ** sum(layer >= n for n in after) for layer in range(layers))
+    return LPCompConfig(schedule, "stride" if kind == "nexthalf" else "avgpool", 16)
+  raise ParityError(f"llm_variants.npz has the setting {name!r}, which is not one of VECTORS.md")
+
+
+def training(model: VLM, recorded: Arrays) -> list[Row]:
+  """Loss, logits and gradients of one sample, from its frames."""
+  ids, labels = recorded["input_ids"], recorded["labels"]
+  prefix, text = slot_of(ids)
+  frames = frames_of(recorded)
+  clips = frames.reshape(
+    -1, min(8, len(frames)), *frames.shape[1:]
+  )  # the release trains with clips of 8 frames
+  example = Example(
+    len(frames), None, ids.astype(np.int32), labels.astype(np.int32), np.zeros(len(ids), bool), 0
+  )
+  batch = collate([[example]], Shape(1, 1, len(prefix), len(frames), len(text)))
+  shown = Clips(clips[None], np.arange(0, len(frames), clips.shape[1], dtype=np.int32)[None])
+  none = np.zeros(
+    (1, len(frames), model.cfg.tokens_per_frame, model.cfg.vision.width), model.cfg.dtype
+  )
+  batch = dataclasses.replace(batch, visual=none)
+  graph, tuned, frozen = nnx.split(
+    model, nnx.Any(nnx.PathContains("llm"), nnx.PathContains("projector")), ...
+  )
+
+  @jax.jit
+  def run(tuned, frozen, batch, clips):
+    def loss_and_logits(tuned):
+      model = nnx.merge(graph, tuned, frozen)
+      whole = vlm.seen(model, batch, (clips,))
+      loss = vlm.loss(model, whole, projector_max_frames=512).sum()  # quirk Q17
+      return loss, model.llm.logits(vlm.forward(model, whole).x)[0]
+
+    return jax.value_and_grad(loss_and_logits, has_aux=True)(tuned)
+
+  (loss, logits), grads = run(tuned, frozen, batch, shown)
+  rows = [compare("training loss", {"loss": loss, "loss_fp64": loss}, recorded, relative=LOSS)]
+  rows.append(compare("training logits", {"logits": logits}, recorded, LLM))
+  # Row by row the next token's label; the very first token has none that predicts it.
+  P, visual = len(prefix), len(logits) - len(prefix) - len(text)
+  targets = np.concatenate(
+    [batch.targets[0, :P], np.full(visual - 1, IGNORE), batch.targets[0, P:]]
+  )
+  after = np.concatenate([labels[:1], targets[:-1]])
+  rows.append(compare("training labels", {"labels_after_drops": after}, recorded))
+  by_path = loading.parameters(grads)
+  entries = {e.name: e for e in loading.names(model.cfg) if e.path in by_path}
+  ours = {
+    f"grad:{e.name}": by_path[e.path].T if e.form == "transpose" else by_path[e.path]
+    for e in entries.values()
+  }
+  rows.append(compare("gradients", ours, recorded, *GRADIENT))
+  pairs = zip(recorded.get("grad_names", ()), recorded.get("grad_norms_fp64", ()))
+  norms = {str(name): np.asarray(norm) for name, norm in pairs}
+  ours = {name: jnp.linalg.norm(by_path[e.path].ravel()) for name, e in entries.items()}
+  rows.append(compare("gradient norms", ours, norms, *GRADIENT))
+  if strange := sorted(norms.keys() - ours.keys()):
+    raise ParityError(
+      f"train.npz has gradients of parameters that are not trained here: {', '.join(strange)}"
+    )
+  return rows
+
+
+def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
+  """QC-Comp's scores of every layer in one prefill of given visual tokens, for each recorded cut
+  into windows.
+  """
+  prefix, text = slot_of(recorded["input_ids"])
+  layers, units = model.cfg.llm.layers, int(recorded["n_clips"])
+  header = int(recorded["first_conv_length"]) - len(prefix) - 1
+  x = jnp.concatenate(
+    [model.llm.embed(jnp.asarray(prefix)), jnp.asarray(recorded["visual_tokens"])]
+  )
+
+  def one(n):
+    return jnp.full((1, 1), n, jnp.int32)
+
+  lengths = Lengths(
+    one(len(prefix)), one((len(x) - len(prefix)) // model.cfg.lp_comp.group), one(0)
+  )
+  caches = jax.jit(
+    lambda llm, x: (
+      qwen2.run(
+        llm,
+        x,
+        lengths,
+        prefix=len(prefix),
+        text=0,
+        caches=True,
+        rotated=False,
+        stop=layers - 1,
+      ).caches
+    )
+  )(model.llm, x[None])
+  rows = []
+  for name in sorted(recorded):
+    if not (found := re.fullmatch(r"scores_(?:default|segments_(\d+)_(\d+))", name)):
+      continue
+    window, stride = (int(n or 0) for n in found.groups())
+    cfg = dataclasses.replace(
+      qc_comp.setting("official", 1), window=window, bias=int(recorded["query_bias"])
+    )
+    inside = qc_comp.windows(units, window, stride or 1, cover=False)
+    times = np.bincount(inside.ravel(), minlength=units)
+    plan = qc_comp.Plan(np.zeros(1, int), units, 1, inside, times == np.max(times))
+    asked = qc_comp.together([qc_comp.asked(text, 0, header, cfg)])
+    score = functools.partial(
+      qc_comp.score, layers=range(layers), causal=False, prefix=len(prefix), units=units
+    )
+    ours = qc_comp.unit_scores(plan, np.asarray(jax.jit(score)(model, caches, asked, inside)[0]))[0]
+    rows.append(scores_row(f"QC-Comp: {name}", ours, plan, recorded[name], QC_SCORES))
+  return rows
+
+
+def scores_row(
+  stage: str, ours: np.ndarray, plan: qc_comp.Plan, recorded: np.ndarray, tolerance: float
+) -> Row:
+  """Scores [..., units] relative to the recorded ones, which are 1e9 exactly where a unit does not
+  count (quirk Q3).
+  """
+  if ours.shape != recorded.shape:
+    return Row(stage, 1, "shape", np.inf, tolerance)
+  ours = np.where(plan.counted, ours, 1e9)
+  return Row(
+    stage,
+    1,
+    stage.rpartition(" ")[2],
+    float(np.nan_to_num(np.abs(ours / recorded - 1), nan=np.inf).max()),
+    tolerance,
+  )
+
+
+def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[Row]:
+  """The whole of the official chat(): rounds, scores, selected frames, and the answer about
+  them.
+  """
+  small = dataclasses.replace(cfg.vision, image_size=int(recorded["image_size"]))
+  cfg = dataclasses.replace(
+    cfg,
+    vision=small,
+    clip_frames=int(recorded["mm_local_num_frames"]),
+    clips_per_chunk=16,
+    attention="auto",
+  )
+  model = loading.load(directory, cfg, dtype=np.float32)
+  frames, ids = frames_of(recorded), recorded["input_ids"].astype(np.int32)
+  T, header = len(frames), int(recorded["first_conv_length"])
+  rounds = len(recorded["round_starts"])
+  mode = qc_comp.setting("official", int(recorded["select"]), repeat=rounds // -(-T // 512))
+  plan = qc_comp.plan(T, cfg.clip_frames, mode)
+  rows = [compare("QC-Comp: rounds", {"round_starts": plan.starts}, recorded)]
+  none = np.zeros(len(ids), bool)
+  question = Prompt(
+    ids, np.full_like(ids, IGNORE), none, (0, header - 2)
+  )  # a user's turn ends in two tokens
+  film = encoded_video.encode(
+    model, iter(frames), np.arange(T) / 8, T / 8, "", phases=chat.phases(T, cfg.clip_frames, mode)
+  )
+  scores = chat.score_rounds(model, film, [question], plan, mode)[0]
+  layers = qc_comp.scored_layers(mode, cfg.llm.layers)
+  mine = qc_comp.unit_scores(plan, scores)
+  rows.append(
+    scores_row(
+      "QC-Comp: round_scores",
+      mine,
+      plan,
+      recorded["round_scores"][:, layers[0] : layers[-1] + 1],
+      QC_CHAT,
+    )
+  )
+  kept = qc_comp.top(qc_comp.aggregate(plan, scores, T), mode.frames)
+  rows.append(compare("QC-Comp: selected frames", {"selected_idx": kept}, recorded))
+  wanted = recorded["final_generated"]
+  batch = generate.as_batch(question, chat.selected(model, film, kept), cfg.clip_frames)
+  (tokens,) = generate.generate(model, batch, generate.Sampling(len(wanted), ()))
+  return [*rows, compare("QC-Comp: answer", {"final_generated": tokens}, recorded)]
+
+
+def check(directory: pathlib.Path) -> list[Row]:
+  """Every stage of a directory.
+
+  Raises:
+    ParityError, weights.CheckpointError: a directory whose files can't be read or don't fit
+      together.
+  """
+  if directory.is_file():
+    if not (found := cases(directory)):
+      raise ParityError(
+        f"{directory} has no cases of chosen frames as VECTORS.md describes (cuts.json)"
+      )
+    return choices(directory.name, found)
+  towers = [
+    place
+    for place in (directory, directory / "internvideo2_tiny")
+    if (place / "vectors.npz").exists()
+  ]
+  chosen = {
+    file.name: found
+    for file in sorted(directory.glob("*.json"))
+    if (found := cases(file))
+  }
+  with jax.default_matmul_precision("highest"):
+    rows = []
+    for name in ("pos_embed_tables.npz", "pos_embed_1024_rows.npz"):
+      found = read(directory / name) or read(directory.parent / name)
+      rows.append(tables(found, name) if found else absent(name))
+    for name, found in chosen.items():
+      rows += choices(name, found)
+    if (directory / "config.json").exists() or not (towers or chosen):
+      rows += whole_model(directory)
+    for place in towers:
+      rows += internvideo2(place)
+  rows += [] if chosen else [absent("cuts.json")]
+  return rows if towers else [*rows, absent("internvideo2_tiny/vectors.npz")]
+
+
+def whole_model(directory: pathlib.Path) -> list[Row]:
+  """Every stage of a checkpoint and what is recorded beside it; errors as of `check`."""
+  model_config = ModelConfig(
+    clip_frames="checkpoint",
+    yarn="checkpoint",
+    dtype="float32",
+    param_dtype="float32",
+    clips_per_chunk=1,
+    attention="einsum",
+    remat=False,
+  )
+  cfg = loading.read_config(directory, model_config, COSINE)
+  model = loading.load(directory, cfg, dtype=np.float32)
+  rows, features = [], None
+  if main := read(directory / "vision.npz"):
+    if isinstance(cfg.vision, InternVideo2Config):
+      raise ParityError(
+        f"{directory}: vision.npz is recorded of a UMT tower, and config.json names {cfg.vision}"
+      )
+    frames = frames_of(main)
+    rows, features = vision(model, in_clips(frames, main), main, "vision")
+    for file in sorted(directory.glob("vision_local*.npz")):
+      other = read(file)
+      rows += vision(model, in_clips(frames, other), other, file.stem)[0]
+  else:
+    rows.append(absent("vision.npz"))
+  prompts, samples = read(directory / "llm.npz"), read(directory / "train.npz")
+  rows += (
+    llm(model, features, prompts, read(directory / "llm_variants.npz"))
+    if prompts
+    else [absent("llm.npz")]
+  )
+  rows += training(model, samples) if samples else [absent("train.npz")]
+  scores, chat = read(directory / "qc_scores.npz"), read(directory / "qc_chat.npz")
+  rows += qc_scores(model, scores) if scores else [absent("qc_scores.npz")]
+  return rows + (qc_chat(directory, cfg, chat) if chat else [absent("qc_chat.npz")])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.parity", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+    "directory",
+    type=path_of,
+    help="config.json, weights and recorded arrays, or a JSON file of chosen frames (VECTORS.md)",
+  )
+  args = parser.parse_args(argv)
+  with command():
+    rows = check(args.directory)
+  print(show(rows))
+  results = {row.result for row in rows}
+  if "pass" not in results:
+    print(f"error: nothing to compare in {args.directory}", file=sys.stderr)
+  sys.exit(0 if "pass" in results and "FAIL" not in results else 1)
+
+
+if __name__ == "__main__":
+  main()

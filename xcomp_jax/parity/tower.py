@@ -1,0 +1,226 @@
+"""Stages of `parity` up to the LLM: position tables, towers, token merging, projector."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xcomp_jax.checkpoints import tensor_files, tensor_names
+from xcomp_jax.config import InternVideo2Config, LLMConfig, LPCompConfig, VisionConfig, VLMConfig
+from xcomp_jax.model import vlm
+from xcomp_jax.model.internvideo2 import InternVideo2, position_start
+from xcomp_jax.model.token_merging import match, merge_step, merge_steps, metric
+from xcomp_jax.model.umt import normalise, position_table
+from xcomp_jax.model.vlm import VLM
+from xcomp_jax.parallel.mesh import path_name
+from xcomp_jax.parity.comparison import Arrays, ParityError, Row, compare, read
+
+VISION = 5e-5  # absolute
+INTERNVIDEO2 = 1e-4  # likewise
+TIE = (
+  1e-6  # similarities closer than float32 noise are a tie, whose order is unspecified (FACTS.md 8)
+)
+
+
+def tables(recorded: Arrays, stage: str) -> Row:
+  """Position tables of the real geometries, at any width: whole (1, N, D), or the rows in
+  NAME_rows.
+  """
+  ours = {}
+  for name, array in recorded.items():
+    if found := re.fullmatch(r"(hd|s224)_(8f|4f|img)", name):
+      size, frames = found.groups()
+      image_size, kind = (448, "umt-hd") if size == "hd" else (224, "umt")
+      cfg = VisionConfig(
+        image_size, 16, array.shape[-1], layers=1, heads=1, mlp_width=1, table=kind
+      )
+      table = position_table(cfg, {"8f": 8, "4f": 4, "img": 1}[frames])
+      ours[name] = table[recorded[f"{name}_rows"]] if f"{name}_rows" in recorded else table[None]
+  return compare(stage, ours, recorded, VISION)
+
+
+def frames_of(recorded: Arrays) -> np.ndarray:
+  """uint8[T, S, S, 3]; the files hold them without their enlargement."""
+  n = int(recorded["upsample"])
+  return recorded["frames_lowres_u8"].repeat(n, axis=1).repeat(n, axis=2)
+
+
+def in_clips(frames: np.ndarray, recorded: Arrays) -> np.ndarray:
+  """Cuts frames [T, ...] into clips [C, F, ...] as the recorded outputs were."""
+  outputs = ("patch_embed", "vision_out", "tome_out", "projector_out")
+  count = next((len(recorded[name]) for name in outputs if name in recorded), None)
+  if not count or len(frames) % count:
+    raise ParityError(
+      f"no array of {', '.join(outputs)} says into how many clips {len(frames)} frames go"
+    )
+  return frames.reshape(count, -1, *frames.shape[1:])
+
+
+def vision(
+  model: VLM, clips: np.ndarray, recorded: Arrays, label: str
+) -> tuple[list[Row], jax.Array]:
+  """Position table to projector, for clips [C, F, S, S, 3]; also returns the merged tokens [C, N,
+  D].
+  """
+  cfg, tower = model.cfg.vision, model.vision
+  frames = clips.shape[1]
+  table = position_table(cfg, frames)
+  ours = {"pos_embed": table[None], "img_pos_embed": position_table(cfg, 1)[None]}
+  rows = [compare(f"{label}: position tables", ours, recorded, VISION)]
+
+  # One clip at a time, as attention matrices of many clips may not fit.
+  each = jax.jit(lambda module, x: jax.lax.map(lambda clip: module(clip[None])[0], x))
+  embedded = each(tower.patch_embed, clips)
+  pixels = jnp.moveaxis(normalise(jnp.asarray(clips[0, :1])), -1, 1)
+  ours = {"pixel_values_frame0": pixels, "patch_embed": embedded}
+  rows.append(compare(f"{label}: patch embedding", ours, recorded, VISION))
+
+  x = recorded.get("patch_embed", embedded) + table
+  for i, block in enumerate(tower.blocks):
+    y = each(block, x)
+    rows.append(compare(f"{label}: block {i}", {f"block{i}": y}, recorded, VISION))
+    x = recorded.get(f"block{i}", y)
+
+  ours = {"vision_out": each(tower, clips), "vision_out_image": tower(jnp.asarray(clips[:1, :1]))}
+  rows.append(compare(f"{label}: tower", ours, recorded, VISION))
+
+  x, size = (
+    recorded.get("vision_out", ours["vision_out"]),
+    jnp.ones((*ours["vision_out"].shape[:2], 1)),
+  )
+  steps = merge_steps(x.shape[1], frames * model.cfg.tokens_per_frame)
+  rows.append(compare(f"{label}: merge steps", {"tome_r": np.array(steps)}, recorded))
+  for i, r in enumerate(steps):
+    name, stage = f"tome{i}_", f"{label}: merge {i}"
+    x = jnp.asarray(x)
+    score, partner, order = map(np.asarray, match(x, cfg.heads))
+    merged, merged_size = merge_step(x, jnp.asarray(size), r, cfg.heads)
+    ours = {f"{name}metric": metric(x, cfg.heads), f"{name}node_max": score, f"{name}x": merged}
+    rows.append(compare(f"{stage}, x", ours, recorded, VISION))
+    exact = {f"{name}node_idx": partner, f"{name}size": merged_size}
+    if r < order.shape[1]:  # if all are merged, then their order changes nothing (VECTORS.md)
+      exact[f"{name}order"] = same_ties(order, recorded.get(f"{name}order", order), score)
+    rows.append(compare(f"{stage}, partner, order, size", exact, recorded))
+    x, size = recorded.get(f"{name}x", merged), recorded.get(f"{name}size", merged_size)
+
+  features = jax.jit(vlm.encode)(model, clips)
+  rows.append(compare(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION))
+  rows.append(
+    compare(f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION)
+  )
+  return rows, features
+
+
+def same_ties(order: np.ndarray, recorded: np.ndarray, score: np.ndarray) -> np.ndarray:
+  """`order` with the recorded choice wherever that has the same score."""
+  if order.shape != recorded.shape:
+    return order
+
+  def take(o):
+    return np.take_along_axis(score, o, axis=-1)
+
+  return np.where(np.abs(take(order) - take(recorded)) < TIE, recorded, order)
+
+
+def internvideo2(directory: pathlib.Path) -> list[Row]:
+  """An InternVideo2 tower alone: its vectors.npz, of keys SET:NAME or NAME, and its one
+  *.safetensors.
+
+  Raises:
+    ParityError: files that are not of this form. CheckpointError: tensors missing, unexpected or of
+      other shapes.
+  """
+  recorded = read(directory / "vectors.npz")
+  rows = []
+  for name in sorted({key.rpartition(":")[0] for key in recorded}):
+    mine = {
+      key.rpartition(":")[2]: array
+      for key, array in recorded.items()
+      if key.rpartition(":")[0] == name
+    }
+    if missing := {"lowres_u8", "image_size", "heads"} - mine.keys():
+      raise ParityError(
+        f"{directory / 'vectors.npz'} lacks {', '.join(sorted(f'{name}:{key}' for key in missing))}"
+      )
+    rows += _internvideo2(directory, mine, f"{directory.name} {name}".rstrip())
+  return rows
+
+
+def _internvideo2(directory: pathlib.Path, recorded: Arrays, label: str) -> list[Row]:
+  v = tower_sizes(directory, int(recorded["image_size"]), int(recorded["heads"]))
+  small = LLMConfig(1, 2, 1, 1, 1, 2, 1, 1.0, None, 1.0, True, None)  # it is not built
+  cfg = VLMConfig(
+    v, small, LPCompConfig("cosine", "none", 16), v.frames, 16, "float32", 1, "einsum", False
+  )
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def target(path, stored):
+    return (first, np.dtype(np.float32))
+
+  arrays = tensor_files.read_torch(directory, tensor_names.tower_names(v), target, by="vectors.npz")
+  graph, state = nnx.split(nnx.eval_shape(lambda: InternVideo2(cfg, rngs=nnx.Rngs(0))))
+  tower = nnx.merge(
+    graph,
+    jax.tree_util.tree_map_with_path(lambda path, _: arrays[f"vision/{path_name(path)}"], state),
+  )
+
+  grid = v.image_size // v.patch_size
+  ours = {
+    f"{kind}_init_sincos": position_start(v.width, n, grid)
+    for kind, n in (("pos_embed", v.frames), ("img_pos_embed", 1))
+  }
+  rows = [compare(f"{label}: first positions", ours, recorded, VISION)]
+  frames = _enlarged(recorded["lowres_u8"], v.image_size)
+  run = jax.jit(lambda tower, frames: tower.with_class_token(frames))
+  every, image = run(tower, frames), run(tower, frames[:, :1])
+  rows.append(
+    compare(
+      f"{label}: tower",
+      {"out_with_cls": every, "tower_out": every[:, 1:]},
+      recorded,
+      INTERNVIDEO2,
+    )
+  )
+  return [
+    *rows,
+    compare(f"{label}: tower, image", {"tower_out_image": image[:, 1:]}, recorded, INTERNVIDEO2),
+  ]
+
+
+def tower_sizes(directory: pathlib.Path, image_size: int, heads: int) -> InternVideo2Config:
+  """Sizes of an InternVideo2 tower by the shapes of its tensors.
+
+  Raises:
+    ParityError: not one *.safetensors, or without the tensors that tell. CheckpointError: a file
+      that can't be read.
+  """
+  if len(files := sorted(directory.glob("*.safetensors"))) != 1:
+    raise ParityError(
+      f"{directory} has vectors.npz and {len(files)} *.safetensors; there must be one"
+    )
+  shapes = tensor_files.shapes(directory)
+  telling = [
+    f"{tensor_names.TOWER}.{name}"
+    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+  ]
+  if missing := [name for name in telling if name not in shapes]:
+    raise ParityError(f"{files[0]} lacks {', '.join(missing)}: no InternVideo2 tower")
+  (width, _, _, patch, _), (_, tokens, _), (mlp_width, _) = (shapes[name] for name in telling)
+  layers = 1 + max(
+    int(found[1])
+    for name in shapes
+    if (found := re.match(rf"{re.escape(tensor_names.TOWER)}\.blocks\.(\d+)\.", name))
+  )
+  frames = (tokens - 1) // (image_size // patch) ** 2
+  return InternVideo2Config(image_size, patch, width, layers, heads, mlp_width, frames)
+
+
+def _enlarged(lowres: np.ndarray, size: int) -> np.ndarray:
+  """The frames uint8[C, F, S, S, 3] that VECTORS.md says are stored as [C, F, g, g, 3]."""
+  times = size // lowres.shape[2]
+  frames = lowres.repeat(times, axis=2).repeat(times, axis=3).astype(int) // 2
+  row, column = np.indices((size, size))
+  return (frames + ((row * 7 + column * 13) % 101)[:, :, None]).astype(np.uint8)

@@ -1,0 +1,441 @@
+"""The programs of a run and of asking, traced for devices that need not be there.
+
+Those of a topology come from the TPU's or GPU's compiler, without a TPU or GPU.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from xcomp_jax.checkpoints import loading
+from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check
+from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data.batch import Batch, Clips, Length, Shape, batch_spec
+from xcomp_jax.data.packing import Lengths, Micro
+from xcomp_jax.files import one_line
+from xcomp_jax.inference import generate, rounds
+from xcomp_jax.model import lp_comp, vlm
+from xcomp_jax.parallel import chips
+from xcomp_jax.parallel.chips import Chip
+from xcomp_jax.parallel.mesh import (
+  batch_devices,
+  batch_sharding,
+  clip_sharding,
+  make_mesh,
+  mesh_sizes,
+  param_shardings,
+  replicated,
+  row_groups,
+)
+from xcomp_jax.plan import absent, cost
+from xcomp_jax.training import forecast, optim, steps
+
+TRAINING = ("gradient", "tower", "apply", "evaluation")
+ROUNDS = ("round", "question")
+VISION = ("tower", "encode")  # those of the tower
+ASKING = ("encode", "prefill", *ROUNDS, "decode")
+NAMES = (*TRAINING, *ASKING)
+ROOM = 64  # tokens to answer that prefill makes room for
+FRAMES, TOKENS = 1024, 512  # of a sample, where nothing is known of the data
+RELEASED = (
+  pathlib.Path(__file__).parents[1] / "configs"
+)  # has the config.json of released checkpoints, by hub id
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is planned.
+
+  full: the model. layers: compiled ones; None: all. shapes: of micro-batches. effort: of the
+  compiler, from -1 (an eighth of the time, a tenth more of temporaries) to 0 (as it is for
+  training). lengths: of samples, or of those
+  that are assumed. steps: the micro-batches of each step of them. costs: by which they were packed.
+  """
+
+  config: RunConfig
+  full: VLMConfig
+  layers: int | None
+  mesh: Mesh
+  device: cost.Device
+  shapes: tuple[Shape, ...]
+  effort: float
+  lengths: Lengths
+  steps: Sequence[Sequence[Micro]]
+  costs: forecast.Costs
+
+
+# --- what is asked for
+# ------------------------------------------------------------------------------------------------
+
+
+def topology(name: str) -> list[Any]:
+  """The devices of a topology such as "v5e:4x4", "h100:8" or "h100:2x8" (two hosts), to compile for
+  only.
+
+  Raises:
+    ConfigError: no compiler for it, or no such topology.
+  """
+  chip = next(
+    (chip for chip in chips.CHIPS if chip.capability and chip is known(name.partition(":")[0])),
+    None,
+  )
+  if chip is None and not re.match(r"v\d", name):
+    cards = ", ".join(chip.name for chip in chips.CHIPS if chip.gpu)
+    raise ConfigError(
+      f"--topology={name}: TPUs are written v5e:2x2, v5e:4x4 or v5p:2x2x2, GPUs h100:8 or "
+      f"h100:2x8; GPUs that can be compiled for are {cards}"
+    )
+  return _tpus(name) if chip is None else _gpus(name, chip)
+
+
+def known(name: str) -> Chip | None:
+  """The chip of this name, if there is one."""
+  try:
+    return chips.named(name)
+  except KeyError:
+    return None
+
+
+def _gpus(name: str, chip: Chip) -> list[Any]:
+  found = re.fullmatch(r"(?:(\d+)x)?([1-8])", name.partition(":")[2])
+  if not found or found[1] == "0":
+    raise ConfigError(
+      f"--topology={name}: write the card and how many a host has, from 1 to 8, such as h100:8; "
+      f"h100:2x8 are two hosts"
+    )
+  try:
+    return absent.gpus(chip.name, int(found[2]), int(found[1] or 1))
+  except KeyError as error:
+    raise ConfigError(f"--topology={error.args[0]}") from error
+  except (RuntimeError, ValueError) as error:  # JAX has no backend "cuda", or it lacks a part
+    raise ConfigError(
+      f"--topology={name} needs the GPU compiler: pip install 'xcomp_jax[plan-gpu]' (4.4 GB; no "
+      f"GPU needed): {one_line(error)}"
+    ) from error
+
+
+def _tpus(name: str) -> list[Any]:
+  # Outside of a Google cloud nothing answers libtpu's questions; nothing here touches a TPU, so its
+  # lock is not needed.
+  quiet = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
+  for key, value in quiet.items():
+    os.environ.setdefault(key, value)
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as error:
+    raise ConfigError(
+      "--topology needs the TPU compiler: pip install 'xcomp_jax[plan]' (no TPU needed)"
+    ) from error
+  from jax.experimental import topologies
+
+  sizes = [int(n) for n in re.findall(r"\d+", name.partition(":")[2])]
+  one = {"chips_per_host_bounds": [1] * 3} if math.prod(sizes) == 1 else {}
+  try:
+    return list(topologies.get_topology_desc(name, "tpu", **one).devices)
+  except jax.errors.JaxRuntimeError as error:
+    raise ConfigError(
+      f"--topology={name}: {one_line(error)}. Write the version and the shape, such as v5e:2x2, "
+      f"v5e:16x16, v5p:2x2x2, "
+      "v6e:4x4; or a card, such as h100:8"
+    ) from error
+
+
+def sizes(config: RunConfig, device: Any = None) -> VLMConfig:
+  """Reads the model's sizes: from `init_from` if it is a directory, of released checkpoints without
+  a network; for a device.
+  """
+  known = RELEASED / config.init_from
+  directory = pathlib.Path(config.init_from)
+  if not directory.is_dir():
+    directory = known if (known / "config.json").is_file() else loading.resolve(config.init_from)
+  return loading.read_config(directory, config.model, config.lp_comp, device)
+
+
+def cut(cfg: VLMConfig, layers: int, count: int) -> VLMConfig:
+  """The model with so many layers of the LLM, all with `count` tokens of a group, and of the
+  tower.
+  """
+  return dataclasses.replace(
+    cfg,
+    llm=dataclasses.replace(cfg.llm, layers=layers),
+    lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(count,) * layers),
+    vision=dataclasses.replace(cfg.vision, layers=min(layers, cfg.vision.layers)),
+  )
+
+
+def slots(cfg: VLMConfig, shape: Shape) -> int:
+  """Counts the token slots of a row in all layers."""
+  groups = shape.frames * cfg.tokens_per_frame // cfg.lp_comp.group
+  around = shape.samples * shape.prefix + shape.text
+  return sum(around + groups * count for count in lp_comp.counts(cfg.lp_comp, cfg.llm.layers))
+
+
+def make(
+  config: RunConfig,
+  where: str | Sequence[Any] | None,
+  *,
+  layers: int | None = None,
+  frames: int | None = None,
+  text: int | None = None,
+  lengths: Lengths | None = None,
+  like: Sequence[Any] | None = None,
+  effort: float = 0.0,
+) -> Plan:
+  """Makes a plan.
+
+  Args:
+    config: of the run.
+    where: a topology's name, or devices; None: those that are here.
+    layers: compiled ones, from which the rest is extrapolated; None: all.
+    frames: of the samples that are assumed, if there are no lengths,
+    text: and their tokens behind the frames; None for both: as `config.data.shapes` says, if it
+      does.
+    lengths: of all samples. The mesh and the shapes are those that training on them has.
+    like: devices that say what these can do, where these can't be asked (`forecast.chips`).
+    effort: of the compiler; see `Plan`.
+
+  Raises:
+    ConfigError: values that can't be.
+    CheckpointError: no such checkpoint.
+  """
+  check(config)
+  devices = jax.devices() if where is None else topology(where) if isinstance(where, str) else where
+  full, seen, size = sizes(config, (like or devices)[0]), config, config.train.batch_size
+  if layers is not None and not 0 < layers < full.llm.layers:
+    raise ConfigError(f"--layers {layers}: the model has {full.llm.layers}")
+  if lengths is None:
+    seen, lengths = _assumed(config, full, len(devices), frames, text)
+  pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
+  schedule = forecast.schedule(seen, full, lengths, like or devices)
+  mesh = make_mesh(MeshConfig(*schedule.mesh), devices)
+  row_groups(mesh)  # refuses what training would
+  order = pipeline.order(range(len(lengths)), size, config.seed, 0)
+  packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)
+  device = cost.device_of(like or devices)
+  return Plan(
+    config, full, layers, mesh, device, schedule.shapes, effort, lengths, packed, schedule.costs
+  )
+
+
+def _assumed(
+  config: RunConfig, cfg: VLMConfig, devices: int, frames: int | None, text: int | None
+) -> tuple[RunConfig, Lengths]:
+  """Closes what a config leaves open, and assumes samples that fill a row each, for a step.
+
+  Raises:
+    ConfigError: frames that don't fill clips.
+  """
+  if frames is not None and (frames < 1 or (frames % cfg.clip_frames and frames != 1)):
+    raise ConfigError(
+      f"--frames {frames}: must be 1, or a multiple of the {cfg.clip_frames} frames of a clip"
+    )
+  mesh, shapes, prefix = config.mesh, config.data.shapes, config.data.prefix_length
+  if (mesh.fsdp, mesh.context) == (-1, -1):
+    mesh = dataclasses.replace(mesh, context=1)
+  if shapes is None or (frames, text) != (None, None):
+    groups = math.prod(mesh_sizes(mesh, devices)[:2])
+    shapes = ((groups, 1, FRAMES if frames is None else frames, TOKENS if text is None else text),)
+  data = dataclasses.replace(config.data, shapes=shapes)
+  _, _, frames, text = max(shapes, key=lambda shape: shape[2:])
+  length = Length(frames, cfg.clip_frames if frames > 1 else 1, prefix, text)
+  return dataclasses.replace(config, mesh=mesh, data=data), [length] * config.train.batch_size
+
+
+# --- programs
+# ----------------------------------------------------------------------------------------
+
+
+def asked(plan: Plan, names: Sequence[str]) -> list[tuple[str, Shape | None]]:
+  """Lists programs of these names, with the shape of what each takes."""
+  most = max(plan.shapes, key=lambda shape: (slots(plan.full, shape), shape))
+  prompts = dataclasses.replace(most, rows=batch_devices(plan.mesh), samples=1)
+  shapes = {"gradient": plan.shapes, "evaluation": plan.shapes} | dict.fromkeys(ASKING, (prompts,))
+  left = (
+    ROUNDS if plan.full.lp_comp.keep == "attention" else ()
+  )  # which tokens stay depends on the question there
+  return [
+    (name, shape) for name in names if name not in left for shape in shapes.get(name, (None,))
+  ]
+
+
+def batch_of(plan: Plan, cfg: VLMConfig, shape: Shape) -> Batch:
+  """Makes a micro-batch of ShapeDtypeStructs with shardings."""
+  return _placed(plan, batch_spec(shape, ((cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)))
+
+
+def clips_of(plan: Plan, cfg: VLMConfig, shape: Shape) -> tuple[Clips, ...]:
+  """Makes the clips of a micro-batch, if the tower is trained: those of videos."""
+  if not plan.config.train.vision:
+    return ()
+  each = cfg.clip_frames if shape.frames > 1 else 1
+  clips, side = (shape.rows, shape.frames // each), cfg.vision.image_size
+  frames = jax.ShapeDtypeStruct((*clips, each, side, side, 3), np.dtype(np.uint8))
+  return (_placed(plan, Clips(frames, jax.ShapeDtypeStruct(clips, np.dtype(np.int32)))),)
+
+
+def _placed(plan: Plan, spec: Any) -> Any:
+  def one(leaf, at):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+
+  return jax.tree.map(one, spec, steps.batch_shardings(spec, plan.mesh))
+
+
+def training(plan: Plan, cfg: VLMConfig) -> tuple[Any, nnx.GraphDef, steps.TrainState, steps.Sums]:
+  """The optimizer, the model's graph, and state and sums as ShapeDtypeStructs with shardings."""
+  tx = optim.optimizer(plan.config.optim, 1000)
+  graph, state = steps.abstract_state(plan.config, cfg, tx, plan.mesh)
+  number = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(plan.mesh))
+  grads = jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding), state.trained
+  )
+  return tx, graph, state, steps.Sums(grads, number, number, number)
+
+
+class Traced(NamedTuple):
+  """A program, traced for the mesh.
+
+  given: bytes per device of its arguments, by what they are. beside: of what else is there
+  meanwhile, temporaries aside.
+  """
+
+  program: Any
+  given: dict[str, float]
+  beside: dict[str, float]
+
+
+def traced(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced:
+  """Traces a program for the mesh."""
+  if shape is not None and name in ASKING:
+    return _asking(plan, cfg, name, shape)
+  return _training(plan, cfg, name, shape)
+
+
+def _training(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced:
+  """Traces a program of training.
+
+  One batch, or chunk of clips, is copied while another is computed on, so training holds two; and
+  all features of a step wait for their micro-batches.
+  """
+  tx, graph, state, sums = training(plan, cfg)
+  compiled = steps.compiled_steps(cfg, state, sums, plan.mesh)
+  parameters = {"parameters": held((state.trained, state.frozen))}
+  gradients, optimizer = {"gradients": held(sums)}, {"optimizer state": held(state.opt)}
+  memory = parameters | gradients
+  if name == "apply":
+    return Traced(compiled.apply.trace(tx, state, sums), memory | optimizer, {})
+  if name == "tower":
+    one, side = replicated(plan.mesh), cfg.vision.image_size
+    part = state.frozen if "vision" in state.frozen else state.trained
+    tower = jax.tree.map(
+      lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=one), part["vision"]
+    )
+    frames = jax.ShapeDtypeStruct(
+      (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, side, side, 3),
+      np.dtype(np.uint8),
+      sharding=clip_sharding(plan.mesh),
+    )
+    given = {"tower": held(tower), "clips": held(frames)}
+    beside = memory | optimizer | {"next clips": held(frames), "features": waiting(plan, cfg)}
+    return Traced(compiled.encode.trace(tower, frames), given, beside)
+  assert shape is not None
+  batch, clips = batch_of(plan, cfg, shape), clips_of(plan, cfg, shape)
+  size = held((batch, clips))
+  beside = optimizer | {"other batches": max(size, waiting(plan, cfg))}
+  if name == "evaluation":
+    state = dataclasses.replace(state, opt=None)
+    return Traced(
+      compiled.evaluate.trace(graph, state, batch),
+      parameters | {"batch": held(batch)},
+      gradients | beside,
+    )
+  most = plan.config.train.projector_max_frames
+  program = compiled.grad.trace(graph, state, sums, batch, clips, projector_max_frames=most)
+  return Traced(program, memory | {"batch": size}, beside)
+
+
+def _asking(plan: Plan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
+  """Traces a program of asking: the whole model in the compute dtype, a question in each row
+  group.
+  """
+  graph, params = nnx.split(loading.abstract(cfg))
+  at, dtype = param_shardings(params, plan.mesh), np.dtype(cfg.dtype)
+  params = jax.tree.map(lambda p, at: jax.ShapeDtypeStruct(p.shape, dtype, sharding=at), params, at)
+  memory, size = {"parameters": held(params)}, cfg.vision.image_size
+
+  def split(tree):
+    return jax.tree.map(lambda a: _rows(plan, a, shape.rows), tree)
+
+  if name == "encode":
+    frames = (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, size, size, 3)
+    clips = jax.ShapeDtypeStruct(
+      frames, np.dtype(np.uint8), sharding=clip_sharding(plan.mesh)
+    )
+    run = jax.jit(lambda params, clips: vlm.encode(nnx.merge(graph, params), clips))
+    return Traced(run.trace(params, clips), memory | {"clips": held(clips)}, {})
+  batch = batch_of(plan, cfg, shape)
+  prefill = jax.jit(lambda params, batch: generate.prefill(nnx.merge(graph, params), batch, ROOM))
+  if name == "prefill":
+    return Traced(prefill.trace(params, batch), memory | {"batch": held(batch)}, {})
+  if name == "decode":
+    state = split(prefill.eval_shape(params, batch))
+    sampling = generate.Sampling(1, (0,))
+
+    def run(params, state):
+      return generate.decode(nnx.merge(graph, params), state, sampling, generate.STREAM)
+
+    return Traced(
+      jax.jit(run, donate_argnums=1).trace(params, state), memory | {"caches": held(state)}, {}
+    )
+  of, rows = rounds.usual(cfg, shape.frames)
+  rows, clips = shape.rows * rows, of.frames // cfg.clip_frames
+  watch, score = rounds.scoring(graph, of, rounds.USUAL, rows, clip_frames=cfg.clip_frames)
+  features = split(
+    jax.ShapeDtypeStruct(
+      (rows, clips, cfg.clip_frames * cfg.tokens_per_frame, cfg.vision.width), dtype
+    )
+  )
+  if name == "round":
+    return Traced(jax.jit(watch).trace(params, features), memory | {"features": held(features)}, {})
+  caches = split(jax.eval_shape(watch, params, features))
+  return Traced(jax.jit(score).trace(params, caches), memory | {"caches": held(caches)}, {})
+
+
+def _rows(plan: Plan, leaf: Any, rows: int) -> Any:
+  """A ShapeDtypeStruct whose first axis, if it is of rows, is split over row groups."""
+  at = (
+    batch_sharding(plan.mesh)
+    if leaf.ndim and leaf.shape[0] % rows == 0
+    else replicated(plan.mesh)
+  )
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+
+
+def waiting(plan: Plan, cfg: VLMConfig) -> float:
+  """Counts the bytes per device of a step's features, which wait for their micro-batches; 0 if the
+  tower is trained.
+  """
+  if plan.config.train.vision:
+    return 0.0
+  sizes = {shape: held(batch_of(plan, cfg, shape).visual) for shape in plan.shapes}
+  return max(sum(sizes[micro.shape] for micro in micros) for micros in plan.steps)
+
+
+def held(tree: Any) -> float:
+  """Bytes per device of arrays that have shardings."""
+  leaves = jax.tree.leaves(tree)
+  return float(
+    sum(math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
+  )

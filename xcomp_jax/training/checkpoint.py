@@ -1,0 +1,528 @@
+"""Checkpoints of a run: Orbax `CheckpointManager` under workdir/checkpoints, saved in the
+background.
+
+Every step folder has four items:
+  params   all parameters, trained and frozen, as nested dicts by path (xcomp_jax model tree)
+  opt      optimizer state, nested by path
+  data     JSON of `pipeline.Reader.get_state`: how many steps of the data were read
+  config   JSON of `describe`
+All of it restores onto any mesh and any number of processes. Every later step then has the samples
+that it would have had; its sums are taken in another order, so equal bits need the same mesh. What
+does not change stays in `init_from`, which a resumed run and an export read again: config.json and
+the tokenizer, and for an export the parameters that were not trained, in the dtype in which they
+came.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import fsspec.config
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from xcomp_jax.checkpoints import tensor_files
+from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, to_dict
+from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.pipeline import Reader
+from xcomp_jax.files import absolute, one_line
+from xcomp_jax.parallel.mesh import path_name
+
+# Other processes, and TensorStore in this one, change a bucket's folders: what a listing said must
+# not be remembered.
+fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+
+AGAIN_AFTER = 1.0  # seconds, after which a checkpoint that could not be read is tried once more
+FORMAT = 3  # of a checkpoint; raised when an older reader would misread it
+EARLIER = {  # what another format means for a run that goes on
+  1: "which says the position in the data otherwise",
+  2: (
+    "whose steps have other samples and shapes: config.data.shapes took the place of "
+    "config.data.frame_buckets and "
+    "config.data.text_buckets, and config.data.group_by_text_length is gone, since a step has "
+    "random samples as in the release"
+  ),
+}
+
+PLACES = (  # what may differ between the processes of a run
+  "run.workdir",
+  "run.init_from",
+  "run.compilation_cache",
+  "run.data.train",
+  "run.data.heldout",
+  "run.data.threads",
+  "run.data.prefetch",
+  "run.distributed",
+)
+# What may differ when a run continues: places, pace and reports. All else would make it another
+# run.
+FREE = (
+  *PLACES,
+  "format",
+  "heldout",
+  "evaluation_due",
+  "run.mesh",
+  "run.data.shapes",
+  "run.data.frames_per_device",
+  "run.data.text_per_device",
+  "run.model.clip_frames",
+  "run.model.yarn",  # as resolved they are in vlm
+  "run.model.clips_per_chunk",
+  "run.model.attention",
+  "run.model.remat",
+  "run.train.log_every",
+  "run.train.eval_every",
+  "run.train.save_every",
+  "run.train.keep_last",
+  "run.train.keep_every",
+  "vlm.clips_per_chunk",
+  "vlm.attention",
+  "vlm.remat",
+  "vlm.lp_comp",
+  "vlm.dtype",  # run has these too
+)
+NAMES = {
+  "samples": "samples in config.data.train",
+  "data": "identity of the data in config.data.train",
+  "heldout": "identity of the data in config.data.heldout",
+}
+
+
+class SaveError(OSError):
+  """A checkpoint could not be written; those before it are whole."""
+
+
+def nest(state: Any) -> dict:
+  """Leaves of any pytree as nested dicts by path, e.g. {"llm": {"layers": {"0": {"q": {"kernel":
+  ...}}}}}.
+  """
+  return tensor_files.nest(
+    {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+  )
+
+
+def unnest(tree: Mapping, like: Any) -> Any:
+  """The inverse of `nest`: a pytree like `like` with the leaves of `tree`; leaves of `tree` not in
+  it are ignored.
+  """
+
+  def leaf(path, _):
+    node: Any = tree
+    for name in path_name(path).split("/"):
+      node = node[name]
+    return node
+
+  return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def folder(workdir: str) -> epath.Path:
+  """Where a run keeps its checkpoints."""
+  path = epath.Path(workdir)
+  return (
+    path if "://" in workdir else path.absolute()
+  ) / "checkpoints"  # a bucket has no working directory
+
+
+def there(workdir: str) -> bool:
+  """Whether a workdir has a folder of checkpoints.
+
+  Raises:
+    OSError: it is in a bucket that can't be reached.
+  """
+  try:
+    return folder(workdir).is_dir()
+  except Exception as error:  # those of a bucket's clients have no common base
+    raise OSError(f"{workdir} can't be read: {one_line(error)}") from error
+
+
+def begun(workdir: str) -> bool:
+  """Whether there is a checkpoint to go on from."""
+  return bool(_finished(folder(workdir)))
+
+
+def manager(workdir: str, train: TrainConfig) -> ocp.CheckpointManager:
+  """Opens a run's checkpoints for saving and restoring; `close()` it at the end, which waits for a
+  running save.
+  """
+  logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates every save
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=train.keep_last,
+    keep_period=train.keep_every,
+    cleanup_tmp_directories=True,
+    # What can't be made is then an error at once, and no thread waits minutes for it.
+    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+  )
+  return ocp.CheckpointManager(folder(workdir), options=options)
+
+
+def save(
+  checkpoints: ocp.CheckpointManager,
+  step: int,
+  params: Sequence[Any],
+  opt: Any,
+  data: Reader,
+  config: Mapping,
+) -> None:
+  """Begins saving; returns as soon as the arrays are copied. Does nothing if `step` is already
+  saved.
+
+  Args:
+    checkpoints: of `manager`.
+    step: optimizer steps done.
+    params: `nnx.State`s that together are the model, such as trained and frozen.
+    opt: optimizer state.
+    data: what training reads, between two steps.
+    config: of `describe`.
+  """
+  if checkpoints.latest_step() == step:
+    return
+  with saving(checkpoints):
+    checkpoints.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(nest(_whole(params))),
+        opt=ocp.args.StandardSave(nest(opt)),
+        data=ocp.args.JsonSave(data.get_state()),
+        config=ocp.args.JsonSave(dict(config)),
+      ),
+      force=True,
+    )
+
+
+@contextlib.contextmanager
+def saving(checkpoints: ocp.CheckpointManager) -> Generator[None]:
+  """Around what may hear of a save that failed, now or in the background.
+
+  Raises:
+    SaveError: it did.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError:  # a process that is gone, whom `hosts` names
+    raise
+  except Exception as error:  # an OSError, TensorStore's ValueError, what a bucket's client raises
+    steps = _finished(checkpoints.directory)
+    last = f"the last good one is of step {steps[-1]}" if steps else "there is none yet"
+    raise SaveError(
+      f"a checkpoint could not be saved in {checkpoints.directory}: {one_line(error)[:500]}; "
+      f"{last}. Make room there (or set "
+      "config.train.keep_last lower), or bring the folder back; then the same command goes on from "
+      "the last good one"
+    ) from error
+
+
+def finish(checkpoints: ocp.CheckpointManager) -> None:
+  """Waits until all is saved.
+
+  Raises:
+    SaveError: it can't be.
+  """
+  with saving(checkpoints):
+    checkpoints.wait_until_finished()
+    checkpoints.check_for_errors()
+
+
+@contextlib.contextmanager
+def closing(checkpoints: ocp.CheckpointManager) -> Generator[ocp.CheckpointManager]:
+  """Closes at the end; an error that ends the block is not hidden behind that of an unfinished
+  save.
+  """
+  try:
+    yield checkpoints
+  except BaseException:
+    with contextlib.suppress(Exception):
+      checkpoints.close()
+    raise
+  checkpoints.close()
+
+
+def restore(
+  checkpoints: ocp.CheckpointManager,
+  params: Sequence[Any],
+  opt: Any,
+  data: Reader,
+  config: Mapping,
+  say: Callable[[str], Any] = print,
+) -> tuple[int, tuple[Any, ...], Any] | None:
+  """(step, params, opt) of the newest checkpoint that can be read; None if there is none. Moves
+  `data` in place.
+
+  Those that can't be read are said, and moved to workdir/damaged, where a later save is not in
+  their way. All processes take the same step. Arrays come in the shardings and dtypes of the given
+  ShapeDtypeStructs; arguments as of `save`.
+
+  Raises:
+    ConfigError: the run was started with a config or data that this one can't continue, or by a
+      version with another format.
+    CheckpointError: there are checkpoints, and none can be read.
+  """
+  damaged: dict[int, str] = {}
+  for step in _steps(checkpoints):
+    place, reason = checkpoints.directory / str(step), ""
+    for attempt in range(2):  # a bucket that was busy, or a file system that lags, is no damage
+      found = None
+      try:
+        found = _restore(place, step, params, opt, data, config)
+      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+      except (
+        Exception
+      ) as error:  # whatever Orbax, TensorStore and JSON make of files that are not as they were
+        reason = one_line(error)[:300] or type(error).__name__
+      everywhere = np.all(multihost_utils.process_allgather(np.array(found is not None)))
+      if found is not None and everywhere:
+        _put_aside(checkpoints, damaged, say)
+        return step, *found
+      if not attempt:
+        time.sleep(AGAIN_AFTER)
+    damaged[step] = reason or "another process can't read it"
+    say(f"warning: checkpoint {place} is damaged and is skipped: {damaged[step]}")
+  if damaged:
+    raise tensor_files.CheckpointError(
+      f"none of the checkpoints in {checkpoints.directory} can be read "
+      f"({', '.join(map(str, damaged))}; see above). Bring "
+      "one back from a copy, or set config.workdir to another folder to start afresh"
+    )
+  return None
+
+
+def _steps(checkpoints: ocp.CheckpointManager) -> list[int]:
+  """Steps of which process 0 sees checkpoints, newest first: all processes try the same ones,
+  whatever the others see yet.
+  """
+  mine = sorted(checkpoints.all_steps(), reverse=True)
+  if jax.process_count() == 1:
+    return mine
+  count = int(multihost_utils.broadcast_one_to_all(np.array(len(mine))))
+  steps = np.zeros(count, np.int32)
+  steps[: len(mine)] = mine[:count]
+  return multihost_utils.broadcast_one_to_all(steps).tolist() if count else []
+
+
+def _restore(
+  place: epath.Path, step: int, params, opt, data: Reader, config: Mapping
+) -> tuple[tuple[Any, ...], Any]:
+  """(params, opt) of a step; waits for no other process."""
+  if missing := _lacks(place, "config", "params", "opt", "data"):
+    raise ValueError(f"it lacks {missing}")
+  tensor_files.only_files(place)
+  saved = _config(place)
+  if (version := saved.get("format", 1)) < FORMAT:
+    raise ConfigError(
+      f"{place.parent} holds step {step} in format {version}, {EARLIER[version]}. Go "
+      "on with the version of xcomp_jax that began the run, or set config.workdir to another "
+      "folder and config.init_from "
+      "to an export of this one"
+    )
+  if changed := _changes(saved, config, FREE, "was", "is"):
+    raise ConfigError(
+      f"{place.parent} holds step {step} of a run that this config can't continue: {changed}. Set "
+      "config.workdir to another folder to start afresh, with config.init_from from what this run "
+      "learned (an export of it); or undo the change"
+    )
+  position = ocp.JsonCheckpointHandler().restore(place / "data")
+  if position["step"] != step:
+    raise ValueError(f"its data was read up to step {position['step']}")
+
+  def read(name, like):
+    return ocp.StandardCheckpointHandler().restore(
+      place / name, args=ocp.args.StandardRestore(like)
+    )
+
+  restored, state = read("params", nest(_whole(params))), read("opt", nest(opt))
+  data.set_state(position)
+  return tuple(unnest(restored, part) for part in params), unnest(state, opt)
+
+
+def _put_aside(
+  checkpoints: ocp.CheckpointManager, steps: Mapping[int, str], say: Callable[[str], Any]
+) -> None:
+  """Moves checkpoints that can't be read to workdir/damaged, a file with the reason beside each;
+  loses nothing.
+  """
+  if not steps:
+    return
+  aside = checkpoints.directory.parent / "damaged"
+  if jax.process_index() == 0:
+    aside.mkdir(exist_ok=True)
+    for step, reason in steps.items():
+      target = aside / str(step)
+      if target.exists():
+        target.rmtree()  # of an earlier time
+      (aside / f"{step}.txt").write_text(
+        f"{reason}\n"
+      )  # also what makes the folder be there: a bucket has no empty ones
+      (checkpoints.directory / str(step)).rename(target)
+    say(f"moved to {aside}: {', '.join(map(str, sorted(steps)))}")
+  multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+  checkpoints.reload()
+
+
+def describe(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | None) -> dict:
+  """What a checkpoint says about its run; plain JSON. data: what it trains on."""
+  # As an export from another folder finds it; a hub id and a bucket stay what they are.
+  place = {"init_from": absolute(run.init_from)} if os.path.isdir(run.init_from) else {}
+  values = {
+    "format": FORMAT,
+    "run": to_dict(run) | place,
+    "vlm": to_dict(vlm),
+    "samples": len(data),
+    "data": data.identity(),
+    "heldout": None if heldout is None else heldout.identity(),
+  }
+  return json.loads(json.dumps(values))
+
+
+def agree(config: Mapping) -> None:
+  """Makes sure that all processes run the same: else they would wait for each other for ever.
+
+  Raises:
+    ConfigError: in every process, if the `describe` of one differs from the first's in more than
+      PLACES.
+  """
+  text = np.frombuffer(json.dumps(config).encode(), np.uint8)
+  sizes = np.atleast_1d(multihost_utils.process_allgather(np.array(len(text))))
+  texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text)))).reshape(
+    len(sizes), -1
+  )
+  first, *others = (json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True))
+  for number, other in enumerate(others, 1):
+    if changed := _changes(first, other, PLACES, "in process 0 is", f"in process {number}"):
+      raise ConfigError(
+        f"the processes of this run differ: {changed}. Give all of them the same config and data"
+      )
+
+
+def read_config(workdir: str, step: int | None = None) -> tuple[Mapping[str, Any], int]:
+  """What `describe` said when a checkpoint (default: the latest) was saved, and its step.
+
+  As it was saved: a later version may have more keys.
+
+  Raises:
+    FileNotFoundError: there is no such checkpoint.
+    CheckpointError: a part of it is missing.
+    ConfigError: a later version wrote it, with another format.
+  """
+  with _reader(workdir) as checkpoints:
+    step = _step(checkpoints, step)
+    return _config(checkpoints.directory / str(step), "params"), step
+
+
+def evaluation_due(workdir: str, step: int) -> bool:
+  """Whether the run was stopped before it had done the evaluation after that step, of which there
+  is a checkpoint.
+  """
+  return _config(folder(workdir) / str(step)).get("evaluation_due", False)
+
+
+def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
+  """All parameters of a checkpoint (default: the latest), without optimizer state.
+
+  like: `nnx.State` of the whole model, of ShapeDtypeStructs; their dtypes and, if given, shardings
+  are what comes.
+
+  Raises:
+    FileNotFoundError: there is no such checkpoint.
+    CheckpointError: it is damaged.
+  """
+  with _reader(workdir) as checkpoints:
+    step = _step(checkpoints, step)
+    with tensor_files.reading_orbax(checkpoints.directory / str(step)):
+      out = checkpoints.restore(
+        step, args=ocp.args.Composite(params=ocp.args.StandardRestore(nest(like)))
+      )
+  return unnest(out.params, like)
+
+
+def _reader(workdir: str) -> ocp.CheckpointManager:
+  if not there(workdir):
+    raise FileNotFoundError(f"no checkpoints in {workdir}: expected {folder(workdir)}")
+  return ocp.CheckpointManager(
+    folder(workdir), options=ocp.CheckpointManagerOptions(read_only=True)
+  )
+
+
+def _lacks(place: epath.Path, *items: str) -> str:
+  """Which of a step's items are not there, in words."""
+  return ", ".join(item for item in items if not (place / item).is_dir())
+
+
+def _config(place: epath.Path, *needed: str) -> Mapping[str, Any]:
+  """What `describe` said; an error if a step's folder lacks that or what else is needed, or is of a
+  later format.
+  """
+  if missing := _lacks(place, "config", *needed):
+    raise tensor_files.CheckpointError(
+      f"{place} is damaged: it lacks {missing}; remove it to go on from the one before"
+    )
+  with tensor_files.reading_orbax(place / "config"):
+    saved = ocp.JsonCheckpointHandler().restore(place / "config")
+    version = int(saved.get("format", 1))  # the first ones did not say
+  if version > FORMAT:
+    raise ConfigError(
+      f"{place.parent} holds step {place.name} in format {version}, this version of xcomp_jax "
+      f"reads up to {FORMAT}; "
+      "install a later one"
+    )
+  return saved
+
+
+def _finished(path: epath.Path) -> list[int]:
+  """Steps whose checkpoints are whole, as far as names say, or in a bucket the file that is written
+  last.
+  """
+  try:
+    steps = [step for step in path.iterdir() if step.name.isdigit()]
+    return sorted(int(step.name) for step in steps if ocp.utils.is_checkpoint_finalized(step))
+  except Exception:  # no such folder; `claim` says what is wrong with it
+    return []
+
+
+def _step(checkpoints: ocp.CheckpointManager, step: int | None) -> int:
+  steps = sorted(checkpoints.all_steps())
+  if not steps or step not in (None, *steps):
+    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+    raise FileNotFoundError(f"no {wanted} in {checkpoints.directory}; there are {steps or 'none'}")
+  return steps[-1] if step is None else step
+
+
+def _whole(params: Sequence[Any]) -> dict:
+  """Disjoint states as one pytree with the paths of the model."""
+  return {name: part[name] for part in params for name in part}
+
+
+def _changes(old: Mapping, new: Mapping, free: Sequence[str], was: str, now: str) -> str:
+  """What differs between two of `describe`, in words with both values; keys and groups in `free`
+  may.
+  """
+  old, new = _flat(old), _flat(new)
+
+  def may(key):
+    return any(key == name or key.startswith(name + ".") for name in free)
+
+  changed = [
+    key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not may(key)
+  ]
+
+  def shown(key):
+    return NAMES.get(key, key.replace("run.", "config.", 1))
+
+  return "; ".join(
+    f"{shown(key)} {was} {old.get(key)!r}, {now} {new.get(key)!r}" for key in changed
+  )
+
+
+def _flat(tree: Mapping, where: str = "") -> dict[str, Any]:
+  out = {}
+  for key, value in tree.items():
+    out |= (
+      _flat(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value}
+    )
+  return out

@@ -1,0 +1,531 @@
+"""Pictures of what the package computes, for notebooks and the documentation; every function
+returns a figure of matplotlib.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from matplotlib.colors import ListedColormap, PowerNorm
+from matplotlib.figure import Figure
+
+from xcomp_jax.config import LPCompConfig
+from xcomp_jax.data.video import resize
+from xcomp_jax.demo import wilson
+from xcomp_jax.inference.chat import Answer
+from xcomp_jax.inference.encoded_video import EncodedVideo
+from xcomp_jax.model import lp_comp
+from xcomp_jax.parity.comparison import Row
+from xcomp_jax.viz import html_report
+
+BLUE, ORANGE, GREY, LIGHT, INK = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea", "#333333"
+STYLE: Any = {  # the types of matplotlib want every key by name
+  "font.size": 10,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.edgecolor": GREY,
+}
+FRAME = 168  # pixels of a frame with its patches, about
+_COLOURS = matplotlib.color_sequences["tab10"]
+
+
+# --- LP-Comp
+# ----------------------------------------------------------------------------------------
+
+
+def schedule(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
+  """Tokens of a group in each layer: bars for the first setting, lines for the others."""
+  figure, ax = plt.subplots(figsize=(8, 3.1))
+  x, group = np.arange(layers), 0
+  for i, (name, cfg) in enumerate(settings.items()):
+    n, group = lp_comp.counts(cfg, layers), max(group, cfg.group)
+    label = f"{name}: mean {np.mean(n):.2f}"
+    if i:
+      color = (ORANGE, INK, GREY)[(i - 1) % 3]
+      ax.step(
+        np.append(x - 0.5, layers - 0.5),
+        np.append(n, n[-1]),
+        where="post",
+        color=color,
+        lw=1.8,
+        label=label,
+      )
+      continue
+    ax.bar(x, n, color=BLUE, width=0.8, label=label)
+    for layer, count in zip(x, n, strict=True):
+      ax.text(
+        float(layer),
+        count - 0.25,
+        str(count),
+        ha="center",
+        va="top",
+        color="white",
+        fontsize=7.5,
+        weight="bold",
+      )
+  ax.set(
+    xlabel="layer",
+    ylabel=f"tokens of a group of {group}",
+    xticks=x[:: max(1, layers // 9)],
+    yticks=range(0, group + 1, 4),
+  )
+  ax.legend(frameon=False, loc="upper right")
+  return figure
+
+
+def survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
+  """Which tokens of a group each layer works on."""
+  figure, axes = plt.subplots(1, len(settings), figsize=(10, 3.6), sharey=True)
+  step = max(1, layers // 3)
+  for ax, cfg in zip(np.atleast_1d(axes), settings, strict=True):
+    alive = np.zeros((layers, cfg.group))
+    for layer, kept in enumerate(lp_comp.survivors(cfg, layers)):
+      alive[layer, list(kept)] = 1
+    ax.pcolormesh(
+      alive,
+      cmap=ListedColormap([LIGHT, BLUE]),
+      edgecolors="white",
+      linewidth=0.6,
+      rasterized=True,
+    )
+    ax.invert_yaxis()
+    ax.set(
+      title=f'keep = "{cfg.keep}"',
+      xlabel="token of the group",
+      xticks=np.arange(0, cfg.group, 5) + 0.5,
+      yticks=np.arange(0, layers, step) + 0.5,
+    )
+    ax.set_xticklabels(range(0, cfg.group, 5))
+    ax.set_yticklabels(range(0, layers, step))
+    ax.spines[:].set_visible(False)
+  np.atleast_1d(axes)[0].set_ylabel("layer")
+  return figure
+
+
+def places(
+  frames: UInt8[np.ndarray, "F S S 3"],
+  into: Int[np.ndarray, " N"],
+  cfg: LPCompConfig,
+  layers: int,
+  shown: Sequence[int],
+) -> Figure:
+  """Which patches of a clip the visual tokens of a layer stand for; the others are faded.
+
+  Args:
+    frames: the clip.
+    into: int32[N], the merged token of each patch (`merge.sources`), in order (frame, row, column).
+    cfg: LP-Comp; a rule that only selects.
+    layers: of the LLM.
+    shown: a row for each of these layers; in the last row every token has its group's colour.
+  """
+  F = len(frames)
+  grid = round((len(into) // F) ** 0.5)
+  scale = max(3, FRAME // grid)
+  large = resize(frames, grid * scale).astype(np.float64) / 255
+
+  def enlarge(a):
+    return a.reshape(F, grid, grid).repeat(scale, 1).repeat(scale, 2)
+
+  group, place = into // cfg.group, into % cfg.group
+  kept = lp_comp.survivors(cfg, layers)
+  figure, axes = plt.subplots(len(shown), 1, figsize=(10, 1.52 * len(shown)), squeeze=False)
+  for ax, layer in zip(axes[:, 0], shown, strict=True):
+    alive = np.isin(place, kept[layer])
+    faded = 0.9 + 0.1 * large.mean(-1, keepdims=True)
+    picture = np.where(enlarge(alive)[..., None], large, faded)
+    if layer == shown[-1]:
+      tint = np.array(_COLOURS)[enlarge(group) % len(_COLOURS)]
+      picture = np.where(enlarge(alive)[..., None], 0.25 * picture + 0.75 * tint, picture)
+    token = enlarge(np.where(alive, into, -1))
+    edge = np.zeros(token.shape, bool)  # where one token's patches end and another's begin
+    edge[:, 1:] |= token[:, 1:] != token[:, :-1]
+    edge[:, :, 1:] |= token[:, :, 1:] != token[:, :, :-1]
+    picture = np.where(edge[..., None], 1.0, picture)
+    picture = np.pad(picture, ((0, 0), (0, 0), (0, 8), (0, 0)), constant_values=1.0)
+    ax.imshow(np.concatenate(picture, axis=1)[:, :-8], interpolation="nearest")
+    ax.set_title(
+      f"layer {layer}: {len(kept[layer])} of {cfg.group} tokens of every group, which stand for "
+      f"{alive.mean():.0%} of the patches",
+      loc="left",
+      fontsize=9.5,
+      pad=3,
+    )
+    ax.axis("off")
+  figure.tight_layout(pad=0.4)
+  return figure
+
+
+def flow(
+  shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str, LPCompConfig]
+) -> Figure:
+  """Where attention goes in each layer, a column of panels for each model.
+
+  Args:
+    shares: of `inside.flow`, by name of the model.
+    settings: their LP-Comp, likewise.
+  """
+  figure, axes = plt.subplots(
+    2,
+    len(shares),
+    figsize=(10, 1.4 + 0.34 * 2 * len(next(iter(shares.values())))),
+    squeeze=False,
+    sharex=True,
+    layout="constrained",
+  )
+  whose = ("text looks at", "visual tokens that stay to the end look at")
+  for column, (name, share) in enumerate(shares.items()):
+    kept, group = lp_comp.survivors(settings[name], len(share)), settings[name].group
+    gone = np.array(
+      [[False, *(place not in alive for place in range(group)), False] for alive in kept]
+    )
+    for row, words in enumerate(whose):
+      ax, cells = axes[row, column], np.ma.array(share[:, row], mask=gone)
+      colors = ax.pcolormesh(
+        cells, cmap="Blues", norm=PowerNorm(0.5, 0, 1), edgecolors="white", linewidth=0.6
+      )
+      if len(share) <= 12:
+        for layer, place in zip(*np.nonzero(~gone & (share[:, row] >= 0.005)), strict=True):
+          value = share[layer, row, place]
+          color = "white" if value > 0.35 else INK
+          ax.text(
+            place + 0.5,
+            layer + 0.5,
+            f"{100 * value:.0f}",
+            ha="center",
+            va="center",
+            fontsize=6.5,
+            color=color,
+          )
+      step = max(1, len(share) // 7)
+      ax.set(
+        xticks=np.arange(group + 2) + 0.5,
+        yticks=np.arange(0, len(share), step) + 0.5,
+        facecolor=LIGHT,
+      )
+      ax.set_xticklabels(["prefix", *range(group), "text"], fontsize=7.5)
+      for label in ax.get_xticklabels()[:1] + ax.get_xticklabels()[-1:]:  # of the lower panel alone
+        label.set_rotation(60)
+      ax.set_yticklabels(range(0, len(share), step))
+      ax.invert_yaxis()
+      ax.spines[:].set_visible(False)
+      ax.set_title(f"{name}: {words}", fontsize=9.5, loc="left")
+    axes[1, column].set_xlabel("token of the group (grey: dropped before this layer)")
+  for ax in axes[:, 0]:
+    ax.set_ylabel("layer")
+  figure.colorbar(
+    colors, ax=axes, shrink=0.6, format=lambda v, _: f"{v:.0%}", label="share of attention"
+  )
+  return figure
+
+
+def kept_share(
+  shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str, LPCompConfig]
+) -> Figure:
+  """Of the attention that text pays to visual tokens, the share of those that stay to the end;
+  arguments of `flow`.
+
+  Dotted: what they would get if all visual tokens of the layer got the same.
+  """
+  figure, ax = plt.subplots(figsize=(8, 3))
+  for i, (name, share) in enumerate(shares.items()):
+    kept = lp_comp.survivors(settings[name], len(share))
+    paid = share[:, 0, 1 + np.array(kept[-1])].sum(-1) / share[:, 0, 1:-1].sum(-1)
+    ax.plot(paid, "o-", color=(ORANGE, BLUE, GREY)[i % 3], label=name, ms=5)
+    even = [len(kept[-1]) / len(alive) for alive in kept]
+    ax.plot(
+      even,
+      ":",
+      color=GREY,
+      lw=1.3,
+      label="all visual tokens alike" if i == len(shares) - 1 else None,
+    )
+  ax.set(
+    xlabel="layer",
+    ylabel="of the attention\nto visual tokens",
+    ylim=(0, 1.03),
+    xticks=range(0, len(share), max(1, len(share) // 7)),
+  )
+  ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+  ax.legend(frameon=False, loc="lower right")
+  return figure
+
+
+def agreement(
+  work: Mapping[str, float],
+  same: Mapping[str, Sequence[np.ndarray]],
+  apart: Mapping[str, Sequence[np.ndarray]],
+) -> Figure:
+  """How far compression moves the first token of answers, by schedule.
+
+  Args:
+    work: mean tokens of a group over the layers, as a share of the group, by name of the schedule.
+    same: bool[n] per schedule, whether the most probable token is that without compression; by name
+      of the model.
+    apart: float[n] per schedule, KL in nats; likewise.
+  """
+  figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+  x, order = np.array(list(work.values())), np.argsort(list(work.values()))
+  for i, name in enumerate(same):
+    color, shift = (ORANGE, BLUE, GREY)[i % 3], 0.004 * (2 * i - len(same) + 1)
+    share = np.array([one.mean() for one in same[name]])
+    low, high = np.array([wilson(int(one.sum()), len(one)) for one in same[name]]).T
+    bars = [np.maximum(share - low, 0)[order], np.maximum(high - share, 0)[order]]
+    axes[0].errorbar(
+      x[order] + shift,
+      share[order],
+      yerr=bars,
+      fmt="o-",
+      color=color,
+      ms=4,
+      capsize=3,
+      lw=1.3,
+      label=name,
+    )
+    mean = np.array([one.mean() for one in apart[name]])
+    error = np.array([1.96 * one.std(ddof=1) / len(one) ** 0.5 for one in apart[name]])
+    axes[1].errorbar(
+      x[order] + shift,
+      mean[order],
+      yerr=error[order],
+      fmt="o-",
+      color=color,
+      ms=4,
+      capsize=3,
+      lw=1.3,
+      label=name,
+    )
+  axes[0].set(ylabel="same first token", ylim=(0, 1.03))
+  axes[0].yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+  axes[1].set(ylabel="KL, nats", ylim=(0, None))
+  for ax in axes:
+    ax.set(xlabel="visual tokens per layer, of those without compression", xlim=(0, 1.03))
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    for name, value in work.items():
+      ax.axvline(value, color=LIGHT, lw=1, zorder=0)
+      ax.text(
+        value,
+        1.015,
+        name,
+        transform=ax.get_xaxis_transform(),
+        rotation=50,
+        fontsize=8,
+        ha="left",
+        va="bottom",
+        color=INK,
+      )
+  axes[1].legend(frameon=False)
+  return figure
+
+
+# --- questions
+# ----------------------------------------------------------------------------------------
+
+
+def relevance(
+  video: EncodedVideo,
+  answers: Sequence[tuple[str, Answer]],
+  shown: Sequence[tuple[float, float]] | None = None,
+) -> Figure:
+  """Scores over time for each question; blue: selected frames.
+
+  Args:
+    video: that was asked.
+    answers: (question, answer).
+    shown: seconds between which each question's answer is really to be seen, if that is known.
+  """
+  figure, axes = plt.subplots(
+    len(answers),
+    1,
+    figsize=(10, 1.75 * len(answers) + 0.3),
+    sharex=True,
+    squeeze=False,
+    layout="constrained",
+  )
+  for i, (ax, (question, answer)) in enumerate(zip(axes[:, 0], answers, strict=True)):
+    kept = answer.selection
+    for first, last in html_report.ranges(kept.frames, video.times, video.seconds):
+      ax.axvspan(first, last, color=BLUE, alpha=0.25, lw=0)
+    if kept.scores is None:
+      ax.text(0.5, 0.5, kept.note, transform=ax.transAxes, ha="center", va="center", color=INK)
+    else:
+      ends = np.append(video.times, max(video.seconds, video.times[-1]))
+      ax.stairs(kept.scores, ends, color=INK, lw=1.1, baseline=None)
+      ax.set_ylim(min(0, kept.scores.min()), kept.scores.max() * 1.22)
+    if shown is not None:
+      ax.plot(
+        np.mean(shown[i]),
+        0.93,
+        "v",
+        color=ORANGE,
+        ms=8,
+        transform=ax.get_xaxis_transform(),
+        clip_on=False,
+      )
+    first, *rest = question.splitlines()
+    told = next((line for line in rest if line.startswith(f"{answer.text}.")), answer.text)
+    ax.set_title(f"{first}  {told}", loc="left", fontsize=10)
+    ax.set(
+      yticks=[0],
+      ylabel="relevance",
+      xlim=(min(video.times[0], 0), max(video.seconds, video.times[-1])),
+    )
+  axes[-1, 0].set_xlabel("time, " + ("seconds" if video.seconds < 60 else "minutes:seconds"))
+  axes[-1, 0].xaxis.set_major_formatter(lambda t, _: html_report.clock(t, video.seconds))
+  return figure
+
+
+def thumbnails(video: EncodedVideo, answer: Answer, most: int = 10) -> Figure:
+  """A frame of each of the best selected clips, in order of time, with its time and its score as a
+  share of the best.
+  """
+  clips, scores = html_report.best_clips(video, answer.selection, most), answer.selection.scores
+  columns = min(len(clips), 10)
+  rows = -(-len(clips) // columns)
+  figure, axes = plt.subplots(
+    rows,
+    columns,
+    figsize=(10, 1.35 * rows * 10 / columns if columns > 4 else 3),
+    squeeze=False,
+    layout="constrained",
+  )
+  for ax in axes.flat:
+    ax.axis("off")
+  for ax, clip in zip(axes.flat, clips.tolist(), strict=False):
+    middle = clip * video.clip_frames + video.clip_frames // 2
+    ax.imshow(video.thumbnails[clip])
+    score = "" if scores is None else f", {scores[middle] / scores.max():.0%}"
+    ax.set_title(html_report.clock(video.times[middle], video.seconds) + score, fontsize=8.5, pad=3)
+  return figure
+
+
+def spent(columns: Mapping[str, Mapping[str, float]]) -> Figure:
+  """Seconds by what they went into, a bar for each of the columns."""
+  stages = list(dict.fromkeys(stage for seconds in columns.values() for stage in seconds))
+  shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(stages)))
+  figure, ax = plt.subplots(figsize=(10, 0.42 * len(columns) + 1.2), layout="constrained")
+  for stage, color in zip(stages, shades, strict=True):
+    values = np.array([seconds.get(stage, 0.0) for seconds in columns.values()])
+    before = [
+      sum(seconds.get(s, 0.0) for s in stages[: stages.index(stage)])
+      for seconds in columns.values()
+    ]
+    ax.barh(range(len(columns)), values, left=before, color=color, label=stage, height=0.7)
+  for row, seconds in enumerate(columns.values()):
+    total = sum(seconds.values())
+    ax.text(total, row, f" {total:.2f} s", va="center", fontsize=9)
+  ax.set(yticks=range(len(columns)), yticklabels=list(columns), xlabel="seconds")
+  ax.margins(x=0.08)
+  ax.invert_yaxis()
+  ax.legend(
+    frameon=False,
+    ncols=min(len(stages), 6),
+    loc="lower left",
+    bbox_to_anchor=(0, 1),
+    fontsize=8.5,
+  )
+  return figure
+
+
+# --- training and checking
+# ---------------------------------------------------------------------------------------
+
+
+def learning(
+  losses: Sequence[tuple[int, float]],
+  right: Sequence[tuple[int, float]],
+  asked: int,
+  chance: float,
+  window: int = 20,
+) -> Figure:
+  """A run: the loss of every step with its mean over so many, and the share of held-out questions
+  answered rightly.
+
+  Args:
+    losses: (step, loss).
+    right: (step, share of `asked` questions); shown with 95% intervals.
+    asked: how many questions.
+    chance: the share that guessing has.
+    window: steps.
+  """
+  figure, (left, ax) = plt.subplots(1, 2, figsize=(10, 3.1), layout="constrained")
+  steps, values = np.array(losses).T
+  window = min(window, max(1, len(values) // 4))
+  mean = np.convolve(values, np.ones(window) / window, "valid")
+  left.plot(steps, values, color=GREY, lw=0.8, label="of a step")
+  left.plot(steps[window - 1 :], mean, color=BLUE, lw=2, label=f"mean of {window} steps")
+  left.set(xlabel="step", ylabel="loss", ylim=(0, None))
+  left.legend(frameon=False)
+  steps, share = np.array(right).T
+  low, high = np.array([wilson(one * asked, asked) for one in share]).T
+  ax.errorbar(steps, share, yerr=[share - low, high - share], fmt="o-", color=BLUE, capsize=4, ms=5)
+  ax.axhline(chance, color=GREY, ls=":", lw=1, label="chance")
+  ax.set(
+    xlabel="step",
+    ylabel=f"right, of {asked} held-out questions",
+    ylim=(0, 1),
+    xlim=(-0.05 * steps[-1], None),
+  )
+  ax.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+  ax.legend(frameon=False)
+  return figure
+
+
+def bars(right: Mapping[str, int], asked: int, chance: float) -> Figure:
+  """Right answers of so many, with 95% intervals, beside a share that guessing has."""
+  figure, ax = plt.subplots(figsize=(5.2, 3))
+  colors = (GREY, ORANGE, BLUE)
+  for i, n in enumerate(right.values()):
+    low, high = wilson(n, asked)
+    ax.bar(i, 100 * n / asked, color=colors[i % 3], width=0.6)
+    ax.errorbar(
+      i,
+      100 * n / asked,
+      yerr=[[100 * (n / asked - low)], [100 * (high - n / asked)]],
+      color=INK,
+      capsize=4,
+      lw=1.2,
+    )
+    ax.text(i + 0.08, 100 * high + 0.8, f"{100 * n / asked:.1f}%", ha="left", fontsize=9)
+  ax.axhline(100 * chance, color=GREY, ls=":", lw=1)
+  ax.text(len(right) - 0.64, 100 * chance, "chance", va="center", fontsize=8, color=INK)
+  ax.set(
+    xticks=range(len(right)),
+    xticklabels=list(right),
+    ylabel=f"right, of {asked} (%)",
+    ylim=(0, 100),
+  )
+  return figure
+
+
+def errors(rows: Sequence[Row]) -> Figure:
+  """How much of its tolerance each stage of `parity` takes; stages that are compared exactly have
+  no point of their own.
+  """
+  near = [row for row in rows if row.arrays and row.tolerance]
+  exact = [row for row in rows if row.arrays and not row.tolerance]
+  figure, ax = plt.subplots(figsize=(9, 0.19 * len(near) + 1.2), layout="constrained")
+  share = np.array([max(row.error / row.tolerance, 1e-5) for row in near])
+  colors = [BLUE if row.result == "pass" else ORANGE for row in near]
+  ax.hlines(range(len(near)), 1e-5, share, color=colors, lw=1)
+  ax.scatter(share, range(len(near)), color=colors, s=16, zorder=2)
+  ax.axvline(1, color=INK, lw=1.2)
+  ax.set(
+    xscale="log",
+    xlim=(1e-5, max(3, 2 * share.max(initial=0))),
+    yticks=range(len(near)),
+    xlabel="largest error, of what is tolerated",
+  )
+  ax.set_yticklabels([row.stage for row in near], fontsize=7)
+  ax.invert_yaxis()
+  ax.margins(y=0.01)
+  same = sum(row.result == "pass" for row in exact)
+  ax.set_title(
+    f"{sum(row.result == 'pass' for row in near)} of {len(near)} stages within; {same} of "
+    f"{len(exact)} others exactly equal",
+    loc="left",
+    fontsize=10,
+  )
+  return figure
