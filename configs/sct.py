@@ -43,39 +43,33 @@ def _paper() -> ConfigDict:
   c.seed = 42  # of the data order; the release's trainer default
   c.workdir = "runs/sct"  # checkpoints, logs, the resolved config
   c.init_from = "OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"  # directory, hub id, or Orbax export
-  c.compilation_cache = _open(
-    "runs/compiled"
-  )  # folder: a stopped run goes on without compiling again; None: none
+  # folder: a stopped run goes on without compiling again; None: none
+  c.compilation_cache = _open("runs/compiled")
 
   c.model = ConfigDict()
-  c.model.clip_frames = _open(
-    "auto"
-  )  # frames: 8, 4 for InternVideo2; or a number, or "checkpoint": what config.json says (quirk Q1)
-  c.model.yarn = _open(
-    "checkpoint"
-  )  # what config.json's rope_scaling says; None; or (4.0, 32768), Qwen2.5's factor and positions
+  # frames: 8, 4 for InternVideo2; or a number, or "checkpoint": what config.json says (quirk Q1)
+  c.model.clip_frames = _open("auto")
+  # what config.json's rope_scaling says; None; or (4.0, 32768), Qwen2.5's factor and positions
+  c.model.yarn = _open("checkpoint")
   c.model.dtype = "bfloat16"  # of the computation
   c.model.param_dtype = "float32"  # of trained parameters and optimizer state
-  c.model.clips_per_chunk = _open(
-    "auto"
-  )  # clips of a device in the tower at once: by its memory; or a number
+  # clips of a device in the tower at once: by its memory; or a number
+  c.model.clips_per_chunk = _open("auto")
   c.model.attention = "auto"  # the fastest that the device has
   c.model.remat = (
     True  # recompute activations in the backward pass (gradient checkpointing in train.sh)
   )
 
   c.lp_comp = ConfigDict()
-  c.lp_comp.schedule = _open(
-    "cosine"
-  )  # as the release rounds it; "cosine_ceil" is the paper's Eq. 1
+  # as the release rounds it; "cosine_ceil" is the paper's Eq. 1
+  c.lp_comp.schedule = _open("cosine")
   c.lp_comp.keep = "suffix"  # the last tokens of every group (paper 3.2)
   c.lp_comp.group = 16  # consecutive visual tokens
 
   c.data = ConfigDict()
   c.data.train = _open("data/sct")  # folder written by predecode, or several: ("data/a", "data/b")
-  c.data.weights = _open(
-    None
-  )  # how often an epoch reads a sample of each, e.g. (1.0, 0.25); None: once
+  # how often an epoch reads a sample of each, e.g. (1.0, 0.25); None: once
+  c.data.weights = _open(None)
   c.data.heldout = _open(None)  # folder written by predecode; None: no evaluation
   # Of micro-batches: rows over all devices; samples, frames, and tokens after the visual slots of a
   # row. ((8, 4, 1024, 2048), ...);
@@ -108,9 +102,8 @@ def _paper() -> ConfigDict:
   c.train.vision = False  # frozen
   c.train.projector = True  # as in train.sh; the paper's Table A lists the LLM only
   c.train.llm = True
-  c.train.projector_max_frames = _open(
-    512
-  )  # frames from which a sample gives the projector no gradient (quirk Q17); None: never
+  # frames from which a sample gives the projector no gradient (quirk Q17); None: never
+  c.train.projector_max_frames = _open(512)
   c.train.log_every = 1  # steps
   c.train.eval_every = 500  # steps
   c.train.save_every = 250  # steps
@@ -119,18 +112,16 @@ def _paper() -> ConfigDict:
 
   c.mesh = ConfigDict()
   c.mesh.data = 1  # devices
-  c.mesh.fsdp = (
-    -1
-  )  # and context: what is predicted to be fastest. Splits rows, parameters and optimizer state
+  # and context: what is predicted to be fastest. Splits rows, parameters and optimizer state
+  c.mesh.fsdp = -1
   c.mesh.tensor = (
     1  # heads (must divide those of keys), MLP channels and the vocabulary; within a host
   )
   c.mesh.context = -1  # splits each row's sequence, parameters and optimizer state
 
   c.distributed = ConfigDict()
-  c.distributed.coordinator = _open(
-    "auto"
-  )  # as TPU pods, GKE and SLURM say; HOST:PORT of process 0; None: one process
+  # as TPU pods, GKE and SLURM say; HOST:PORT of process 0; None: one process
+  c.distributed.coordinator = _open("auto")
   c.distributed.processes = _open(None)  # with HOST:PORT: how many,
   c.distributed.process = _open(None)  # and which of them this is
   c.distributed.start_seconds = 600  # in which all must have come up

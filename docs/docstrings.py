@@ -5,12 +5,10 @@ import re
 
 import griffe
 
-SECTION = re.compile(
-  r"(Args|Returns|Raises|Yields):$"
-)  # of Google's style, which mkdocstrings reads itself
-FIELD = re.compile(
-  r"([a-z_]\w*(?:, [a-z_]\w*)*): (.+)"
-)  # "starts: int[R], first frame of each round"
+# of Google's style, which mkdocstrings reads itself
+SECTION = re.compile(r"(Args|Returns|Raises|Yields):$")
+# "starts: int[R], first frame of each round"
+FIELD = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.+)")
 
 
 class Blocks(griffe.Extension):

@@ -20,11 +20,12 @@ from xcomp_jax.viz.plots import BLUE, GREY, LIGHT, ORANGE, STYLE
 
 OUT = pathlib.Path(__file__).parent / "figures"
 LAYERS = qc_comp.DEPTH  # of the released LLMs
+# frames of a clip, tokens of a group, tokens of a frame after merging
 CLIP, GROUP, PER_FRAME = (
   8,
   16,
   16,
-)  # frames of a clip, tokens of a group, tokens of a frame after merging
+)
 
 
 def save(figure, name: str) -> None:

@@ -25,9 +25,8 @@ def main() -> int:
   except ImportError:
     return 3
   except config.ConfigError as error:
-    lacks = isinstance(
-      error.__cause__, ImportError
-    )  # what is not here may be there where it trains
+    # what is not here may be there where it trains
+    lacks = isinstance(error.__cause__, ImportError)
     print(f"{'note' if lacks else 'error'}: {error}", file=sys.stderr)
     return 3 if lacks else 1
   return 0

@@ -30,21 +30,14 @@ import pathlib
 import subprocess
 import sys
 
-REPOSITORY = (
-  "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
-)
+# EDIT: where this project lives, as in the link above
+REPOSITORY = "https://github.com/OWNER/xcomp_jax"
 
 if importlib.util.find_spec("xcomp_jax") is None:
-  extra = (
-    "tpu,"
-    if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    else "gpu,"
-    if glob.glob("/dev/nvidia[0-9]*")
-    else ""
-  )
-  home = (
-    ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"
-  )  # the notebook's own clone, or a new one
+  tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+  extra = "tpu," if tpu else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
+  # the notebook's own clone, or a new one
+  home = ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"
   if not os.path.isdir(home):
     if "/OWNER/" in REPOSITORY:
       raise SystemExit(
@@ -122,7 +115,9 @@ if not video:
 # ## Encode it once
 
 # %%
-watching = video_model.prepare(video_model.default(checkpoint, select=frames, mode=mode, min_frames=8))
+watching = video_model.prepare(
+  video_model.default(checkpoint, select=frames, mode=mode, min_frames=8)
+)
 model = watching.load()
 with watching.precision():
   film, encoding = watching.encode(model, watching.sample(path), watching.source(path))

@@ -30,21 +30,14 @@ import pathlib
 import subprocess
 import sys
 
-REPOSITORY = (
-  "https://github.com/OWNER/xcomp_jax"  # EDIT: where this project lives, as in the link above
-)
+# EDIT: where this project lives, as in the link above
+REPOSITORY = "https://github.com/OWNER/xcomp_jax"
 
 if importlib.util.find_spec("xcomp_jax") is None:
-  extra = (
-    "tpu,"
-    if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    else "gpu,"
-    if glob.glob("/dev/nvidia[0-9]*")
-    else ""
-  )
-  home = (
-    ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"
-  )  # the notebook's own clone, or a new one
+  tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+  extra = "tpu," if tpu else "gpu," if glob.glob("/dev/nvidia[0-9]*") else ""
+  # the notebook's own clone, or a new one
+  home = ".." if os.path.isfile("../xcomp_jax/__init__.py") else "xcomp"
   if not os.path.isdir(home):
     if "/OWNER/" in REPOSITORY:
       raise SystemExit(
@@ -100,7 +93,9 @@ from xcomp_jax.viz import flow, plots
 
 plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
-watching = video_model.prepare(video_model.default(checkpoint, select=0, min_frames=8, max_frames=8))
+watching = video_model.prepare(
+  video_model.default(checkpoint, select=0, min_frames=8, max_frames=8)
+)
 stored = loading.stored(watching.directory, watching.cfg)
 for count, entry in tensor_names.families(tensor_names.names(watching.cfg)):
   print(f"{count:3} x {entry.name:67} {list(entry.shape)!s:19} {entry.form:9} {entry.path}")

@@ -19,9 +19,8 @@ from absl import flags
 from beartype import BeartypeConf, beartype
 
 typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int serves as a float
-jaxtyping.install_import_hook(
-  "xcomp_jax", "conftest.typechecker"
-)  # shapes and types of annotations are checked
+# shapes and types of annotations are checked
+jaxtyping.install_import_hook("xcomp_jax", "conftest.typechecker")
 
 flags.FLAGS.mark_as_parsed()  # grain's readers look at absl flags
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -128,9 +127,8 @@ def tiny_run(tmp_path_factory, reference):
   init = root / "init"
   init.mkdir()
   vocabulary = json.loads((reference / "qwen_subset" / "vocab.json").read_text())
-  vocabulary = {
-    token: i for i, token in enumerate(sorted(vocabulary, key=vocabulary.get))
-  }  # a small table
+  # a small table
+  vocabulary = {token: i for i, token in enumerate(sorted(vocabulary, key=vocabulary.get))}
   (init / "vocab.json").write_text(json.dumps(vocabulary))
   (init / "merges.txt").write_text((reference / "qwen_subset" / "merges.txt").read_text())
   tokenizer = json.loads((reference / "qwen_subset" / "tokenizer_config.json").read_text())

@@ -372,9 +372,8 @@ def in_npz(r: random.Random, data: bytes) -> bytes:
   content = out.getvalue()
   if what == "table":
     places = [match.start() for match in re.finditer(b"PK\x01\x02", content)]
-    field, width = r.choice(
-      ((8, 2), (10, 2), (20, 4), (24, 4), (42, 4))
-    )  # encrypted, method, sizes, where it begins
+    # encrypted, method, sizes, where it begins
+    field, width = r.choice(((8, 2), (10, 2), (20, 4), (24, 4), (42, 4)))
     place = r.choice(places) + field
     content = (
       content[:place]
@@ -477,13 +476,14 @@ def linked(file: pathlib.Path, elsewhere: pathlib.Path) -> None:
 
 
 AT = (pipe, bound, device, loop, folder, gone, vast, linked)
+# are no file that anything could be read from
 NEVER = {
   "pipe",
   "bound",
   "device",
   "loop",
   "folder",
-}  # are no file that anything could be read from
+}
 OPERATIONS = {operation.__name__: operation for operation in (*BYTES, *AT)}
 
 

@@ -184,7 +184,6 @@ class Trap(predecode_lib.store.Sample):
     import ctypes
 
     if self.deed == "sleep":
-      ctypes.PyDLL(None).sleep(
-        600
-      )  # as a decoder that never comes back to Python: nobody else gets its lock
+      # as a decoder that never comes back to Python: nobody else gets its lock
+      ctypes.PyDLL(None).sleep(600)
     os.kill(os.getpid(), signal.SIGKILL)

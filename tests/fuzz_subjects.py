@@ -76,7 +76,9 @@ def make(good: pathlib.Path) -> None:
     ("film.webm", "libvpx-vp9"),
   ):
     film(videos / name, codec)
-  settings = predecoding.Settings(image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
+  settings = predecoding.Settings(
+    image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8
+  )
   for name, more in (
     ("store", {}),
     ("jpeg", {"quality": 90}),

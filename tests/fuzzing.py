@@ -76,9 +76,8 @@ class Command:
   files: tuple[str, ...]
   line: Callable[[pathlib.Path, pathlib.Path, pathlib.Path], list[str]]
   result: Callable[[pathlib.Path, pathlib.Path, pathlib.Path, str], Any]
-  apart: Callable[[Any, Any], str] = lambda good, found: (
-    ""
-  )  # what a command that failed must have done all the same
+  # what a command that failed must have done all the same
+  apart: Callable[[Any, Any], str] = lambda good, found: ""
   verdict: str = (
     ""  # what stdout says where it fails for what it was made to find, and not for an error
   )

@@ -341,7 +341,9 @@ def make(shared: pathlib.Path) -> None:
 
   shutil.copytree(ROOT / "assets" / "tiny", shared / "tiny")
   world = decoding.make_world(shared / "world")
-  settings = predecoding.Settings(image_size=48, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
+  settings = predecoding.Settings(
+    image_size=48, max_frames=16, min_frames=8, fps=8.0, clip_frames=8
+  )
   predecoding.predecode(world / "mixture.yaml", shared / "store", settings, root=world)
   questions = [
     {
@@ -551,9 +553,8 @@ if __name__ == "__main__":
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ["JAX_NUM_CPU_DEVICES"] = "1"
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-  os.environ.setdefault(
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2"
-  )  # or every run would compile again
+  # or every run would compile again
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
   os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
   sys.path.insert(0, str(ROOT))
   if sys.argv[1:2] == ["trap"]:

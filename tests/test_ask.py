@@ -110,9 +110,8 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
 def test_frames_are_sampled_in_clips_of_eight_whatever_the_tower_takes(
   checkpoint, film, capsys
 ):  # FACTS.md 5
-  run(
-    checkpoint, film, "--max-frames=16"
-  )  # 12 frames: one clip of 8, where clips of 4 would take all
+  # 12 frames: one clip of 8, where clips of 4 would take all
+  run(checkpoint, film, "--max-frames=16")
   assert "8 frames of 1.50 s" in capsys.readouterr().err
 
 
@@ -214,9 +213,8 @@ def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, monkeypatch, 
 def test_settings_of_python_are_held_to_what_the_options_allow(checkpoint, wrong, words):
   settings = readers.default(checkpoint)
   for name, value in wrong.items():
-    object.__setattr__(
-      settings, name, value
-    )  # the tests' checker of types would refuse some before
+    # the tests' checker of types would refuse some before
+    object.__setattr__(settings, name, value)
   with pytest.raises(ConfigError, match=words):
     readers.prepare(settings)
 
@@ -273,10 +271,11 @@ def test_several_questions_encode_once_and_select_their_own_frames(
   assert (tmp_path / "r.html").read_text().count("And who?") >= 1
   run(checkpoint, film, *LONG, "--json", "--forget-rounds", "--question", "And who?")
   again = answers(capsys)[1]
+  # as if asked alone
   assert (again["clip_scores"], again["answer"]) == (
     third["clip_scores"],
     third["answer"],
-  )  # as if asked alone
+  )
 
 
 def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkeypatch):
@@ -509,9 +508,8 @@ def test_a_gif_and_a_folder_of_frames_are_videos_too(checkpoint, film, tmp_path,
     picture.save(tmp_path / "frames" / f"{i}.png")
   for name in ("film.gif", "frames"):
     run(checkpoint, tmp_path / name)
-    seconds = {"film.gif": 0.9, "frames": 9.0}[
-      name
-    ]  # no times of its own: a tenth of a second each, as browsers show it
+    # no times of its own: a tenth of a second each, as browsers show it
+    seconds = {"film.gif": 0.9, "frames": 9.0}[name]
     assert f"{name}: 8 frames of {seconds:.2f} s" in capsys.readouterr().err
 
 

@@ -24,18 +24,20 @@ from xcomp_jax.parallel.mesh import make_mesh
 from xcomp_jax.plan import absent
 
 LENGTHS = (1, 7, 8, 14, 127, 128, 129, 255, 256, 257, 300)
+# tokens of a clip: 224 px with 4 frames, InternVideo2, 224/8, 448/4, 448/8
 CLIPS = (
   784,
   1025,
   1568,
   3136,
   6272,
-)  # tokens of a clip: 224 px with 4 frames, InternVideo2, 224/8, 448/4, 448/8
+)
+# slots of the LLM after a prefix of 14
 FILMS = (
   14 + 8 * 16 + 96,
   14 + 256 * 16 + 96,
   14 + 1024 * 16 + 64,
-)  # slots of the LLM after a prefix of 14
+)
 LLM = kernels.Call(1, 16462, 16462, 12, 2, 128, "bfloat16", True, "keys", gradient=False)
 CLIP = kernels.Call(4, 6272, 6272, 16, 16, 64, "bfloat16", False, None, gradient=False)
 
@@ -102,9 +104,8 @@ def test_few_rows_on_a_b200_are_not_split_by_their_keys():
     and of(batch=4, heads=8, queries=1025, keys=1025) == "mosaic"
   )
   assert of(batch=1, heads=1, causal=True) == of(batch=1, heads=1, mask="ranges") == "mosaic"
-  few = dataclasses.replace(
-    CLIP, batch=1, heads=2, size=96, queries=1792, keys=1792
-  )  # no rule knows heads of 96
+  # no rule knows heads of 96
+  few = dataclasses.replace(CLIP, batch=1, heads=2, size=96, queries=1792, keys=1792)
   card = kernels.card_of(cards.gpu("b200"))
   assert (
     kernels.choose(card, "0.0.12", few, lambda *_: True)
@@ -173,9 +174,8 @@ def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_
     return q
 
   def refuse(*_):
-    raise ValueError(
-      "exceeds\nshared memory"
-    )  # or nothing, as an assert does: then the kind of error is said
+    # or nothing, as an assert does: then the kind of error is said
+    raise ValueError("exceeds\nshared memory")
 
   only_forward.defvjp(refuse, refuse)
   monkeypatch.setattr(
@@ -399,9 +399,8 @@ def test_numbers_and_gradients_of_any_length_by_exactly_what_is_handed(
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("implementation", ["xla_chunked", "tiled", "auto"])
 def test_attention_in_pieces_equals_the_oracle(causal, implementation):
-  slots = (
-    1100 if implementation == "auto" else 600
-  )  # more than a tile, no multiple of one; auto is in pieces from 1,024
+  # more than a tile, no multiple of one; auto is in pieces from 1,024
+  slots = 1100 if implementation == "auto" else 600
   q, k, v = (
     jax.random.normal(jax.random.key(i), (2, slots, heads, 8)) for i, heads in enumerate((4, 2, 2))
   )
@@ -469,9 +468,8 @@ def test_kernels_run_on_every_device_of_a_mesh(kv_heads):
       lambda q, k, v: attend(q, k, v, AttentionMask(True, valid), implementation="xla_chunked")
     )
     close(program(q, k, v), alone)
-    assert (
-      "4,500,4,8" not in program.lower(q, k, v).compile().as_text().split("ENTRY")[0]
-    )  # no device has it all
+    # no device has it all
+    assert "4,500,4,8" not in program.lower(q, k, v).compile().as_text().split("ENTRY")[0]
 
 
 def test_a_gpu_without_the_kernel_library_still_attends(monkeypatch, library):

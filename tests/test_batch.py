@@ -63,9 +63,8 @@ def test_targets_are_the_next_labels_and_the_last_visual_token_predicts_the_firs
   # Labels are the tokens at even places: 107 _ 109 | image | 111 _ 113 _ 115, and 101 _ | image | _
   # 105 _
   prefix, visual, text = np.split(batch.targets[0], [8, 10])
-  assert (
-    prefix.tolist() == [IGNORE, 109, IGNORE, IGNORE] + [IGNORE] * 4
-  )  # the token before the slot has none to predict
+  # the token before the slot has none to predict
+  assert prefix.tolist() == [IGNORE, 109, IGNORE, IGNORE] + [IGNORE] * 4
   assert visual.tolist() == [111, IGNORE]
   assert text.tolist() == [IGNORE, 113, IGNORE, 115, IGNORE, 105, IGNORE, IGNORE, IGNORE]
 

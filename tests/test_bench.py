@@ -38,9 +38,8 @@ def test_operations_of_attention_in_tiles(causal):
 
   needed = 4 * 2 * 8 * 16 * 1300**2 * (0.5 if causal else 1.0)
   counted = parts.flops(run, q, k)
-  assert (
-    needed < counted < needed * (1.3 if causal else 1.02)
-  )  # tiles on the diagonal are computed whole
+  # tiles on the diagonal are computed whole
+  assert needed < counted < needed * (1.3 if causal else 1.02)
   backward = (
     parts.flops(jax.value_and_grad(lambda q, k: jnp.sin(run(q, k)).sum(), (0, 1)), q, k) - counted
   )
@@ -135,9 +134,8 @@ def test_time_inside_a_loop_is_not_the_loops():
 def test_a_training_step_is_timed_as_often_as_wanted():
   gradient, _ = parts.training(SMALL, Shape(1, 2, 8, 16, 32), "float32")
   call, _, _ = bench.calling(gradient)
-  losses = [
-    float(call()[0].sum()) for _ in range(2)
-  ]  # the sums of the first call are an argument of the second
+  # the sums of the first call are an argument of the second
+  losses = [float(call()[0].sum()) for _ in range(2)]
   assert losses[0] == losses[1] > 0
   _, apply = parts.training(SMALL, Shape(1, 2, 8, 16, 32), "float32")
   call, _, _ = bench.calling(apply)
@@ -239,7 +237,6 @@ def test_scaling_is_measured_and_drawn(tmp_path):
   assert (
     rows["frames"][1]["seconds"] is None and rows["frames"][1]["TFLOP"] > rows["frames"][0]["TFLOP"]
   )
-  assert (
-    rows["encoding"][0]["temporary_GB"] == rows["encoding"][1]["temporary_GB"]
-  )  # a clip at a time, however many
+  # a clip at a time, however many
+  assert rows["encoding"][0]["temporary_GB"] == rows["encoding"][1]["temporary_GB"]
   assert out.with_suffix(".png").stat().st_size > 10_000

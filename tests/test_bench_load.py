@@ -13,15 +13,15 @@ from xcomp_jax.data import prompt
 
 
 def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path, capsys):
-  like = w.configured(
-    tmp_path / "like", **(w.TINY | {"vocab_size": 400_000, "hidden_size": 96})
-  )  # one large tensor
+  # one large tensor
+  like = w.configured(tmp_path / "like", **(w.TINY | {"vocab_size": 400_000, "hidden_size": 96}))
   for file in (reference / "qwen_subset").iterdir():
     shutil.copy(file, like)
   load.main(["random", "--like", str(like), "--out", str(tmp_path / "out")])
+  # `ask` takes it
   assert (
     prompt.load_tokenizer(tmp_path / "out").vocab_size == prompt.load_tokenizer(like).vocab_size
-  )  # `ask` takes it
+  )
   tensors = load_file(tmp_path / "out" / "model.safetensors")
   assert {name: t.shape for name, t in tensors.items()} == {
     e.name: e.shape for e in loading.names(w.read_config(like))
@@ -33,9 +33,8 @@ def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path
   )
   measured = load.measured_loading(tmp_path / "out")
   assert measured["parameters_GB"] == pytest.approx(sum(t.nbytes for t in tensors.values()) / 1e9)
-  assert (
-    measured["peak_above_parameters_GB"] < 0.5 * measured["parameters_GB"]
-  )  # no second copy of it
+  # no second copy of it
+  assert measured["peak_above_parameters_GB"] < 0.5 * measured["parameters_GB"]
   assert measured["load_s"] > 0 and measured["read_GB/s"] > 0
   capsys.readouterr()
   load.main(["load", "--checkpoint", str(tmp_path / "out")])

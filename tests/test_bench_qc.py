@@ -32,9 +32,8 @@ def test_needles_count_the_clips_that_were_kept(tmp_path):
   (annotation,) = world.read_annotations(tmp_path / "w", "heldout")
   even = np.linspace(0, 15, 8).round()
   assert asked["uniform"][0] == sum(scene in even for scene in annotation["scenes"])
-  bare = shutil.copytree(
-    BASE, tmp_path / "bare", ignore=shutil.ignore_patterns("xcomp.json")
-  )  # as released checkpoints are
+  # as released checkpoints are
+  bare = shutil.copytree(BASE, tmp_path / "bare", ignore=shutil.ignore_patterns("xcomp.json"))
   assert qc.needles(bare, tmp_path / "w", ("local",), kept=128)["local"] == (4, 4)
 
 
@@ -44,9 +43,7 @@ def test_the_cost_of_scoring_is_measured_and_counted(monkeypatch, capsys):
   got = {mode: qc.select(mode, 128) for mode in ("aligned", "local", "global")}
   for out in got.values():
     assert min(out[name] for name in ("visual_s", "question_s", "TFLOP", "memory_GB")) > 0
-    assert out["official_TFLOP_ratio"] == pytest.approx(
-      qc.OFFICIAL_FLOPS / 8 / out["TFLOP"] / 1e12
-    )
+    assert out["official_TFLOP_ratio"] == pytest.approx(qc.OFFICIAL_FLOPS / 8 / out["TFLOP"] / 1e12)
   assert got["local"]["calls"] == 1 and got["local"]["memory_GB"] < got["aligned"]["memory_GB"] * 2
   qc.main(["select", "--frames=64", "--mode=local"])
   assert "official_TFLOP_ratio" in capsys.readouterr().out

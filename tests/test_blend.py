@@ -79,9 +79,8 @@ def test_an_epoch_reads_each_store_as_often_as_its_weight_says(stores):
     assert len(ids) == 18 and ids == sorted(ids) and ids[:10] == list(range(10))
     assert collections.Counter(ids[12:]) == {18: 2, 19: 2, 20: 2}
   quarters = [ids[10:12] for ids in epochs]
-  assert sorted(i for quarter in quarters for i in quarter) == list(
-    range(10, 18)
-  )  # all of it in four epochs
+  # all of it in four epochs
+  assert sorted(i for quarter in quarters for i in quarter) == list(range(10, 18))
   assert len({tuple(quarter) for quarter in quarters}) == 4
   assert Blend(stores, (1.0, 0.25, 2.0)).epoch(7, 2) == epochs[2]  # of seed and epoch alone
   assert [blend.epoch(8, epoch)[10:12] for epoch in range(4)] != quarters

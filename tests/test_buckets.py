@@ -61,9 +61,8 @@ def bucket():
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("STORAGE_EMULATOR_HOST", url)  # of gcsfs and google-cloud-storage
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
-    patch.setenv(
-      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
-    )  # it would ask the real service for the kind of the bucket
+    # it would ask the real service for the kind of the bucket
+    patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     patch.setenv("NO_GCE_CHECK", "true")  # and look for credentials there
     patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
     try:

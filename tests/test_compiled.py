@@ -16,10 +16,11 @@ from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.model import vlm
 from xcomp_jax.training import steps
 
+# a number that no other side has; prefix, last visual token, text
 VOCABULARY, ROWS = (
   211,
   16 + 1 + 48,
-)  # a number that no other side has; prefix, last visual token, text
+)
 FRAMES = 64  # 1,024 visual tokens
 HOST = r"infeed|outfeed|\b(send|recv)\(|callback|annotate_device_placement|S\(5\)"
 
@@ -97,9 +98,8 @@ def test_a_host_callback_is_seen():
 @pytest.mark.parametrize("attention, held", [("auto", False), ("einsum", True)])
 def test_the_tower_holds_no_scores_of_a_clip(attention, held):
   cfg = parts.sized("small", "float32", clips_per_chunk=1, attention=attention)
-  cfg = dataclasses.replace(
-    cfg, vision=dataclasses.replace(cfg.vision, image_size=160)
-  )  # 8 x 400 patches
+  # 8 x 400 patches
+  cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, image_size=160))
   part = parts.tower(cfg, 2, real=False)
   text = jax.jit(part.run).lower(*part.args).compile().as_text()
   assert (scores(text) >= 3200) == held

@@ -104,9 +104,8 @@ def test_every_released_variant_has_the_frequencies_of_transformers_in_either_fo
       llm = w.read_config(
         w.configured(tmp_path / f"{i}-{form}", **(changes | keys)), clip_frames="auto"
       ).llm
-      ones = (
-        jnp.zeros((1, 1, 1, 128)).at[..., :64].set(1)
-      )  # turned by a position, each shows its frequency as an angle
+      # turned by a position, each shows its frequency as an angle
+      ones = jnp.zeros((1, 1, 1, 128)).at[..., :64].set(1)
       turned = np.asarray(rope.rotate(ones, jnp.ones((1, 1), jnp.int32), llm), np.float64).reshape(
         2, 64
       )

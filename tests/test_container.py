@@ -29,9 +29,8 @@ def x264(**options):
   return {"x264-params": ":".join(f"{key}={value}" for key, value in options.items())} | GOP
 
 
-AV1 = next(
-  name for name in ("libsvtav1", "libaom-av1") if name in av.codecs_available
-)  # wheels have one of them
+# wheels have one of them
+AV1 = next(name for name in ("libsvtav1", "libaom-av1") if name in av.codecs_available)
 
 # name: times in milliseconds (HALVES: a frame per second, then 30; BROWSER: 20 to 120 ms apart, as
 # browsers record), codec, what else `odd.write` is given
@@ -187,9 +186,8 @@ def test_edits_are_shown_in_their_order(tmp_path, seconds, numbers):
     struct.unpack(">i", data[at + 20 : at + 24])[0],
     struct.unpack(">I", data[at : at + 4])[0],
   )
-  entries = b"".join(
-    struct.pack(">IiI", 1000, begin + n * second, 1 << 16) for n in seconds
-  )  # for how long, from when on, how fast
+  # for how long, from when on, how fast
+  entries = b"".join(struct.pack(">IiI", 1000, begin + n * second, 1 << 16) for n in seconds)
   for box in (b"edts", b"trak", b"moov"):
     head = data.rindex(box, 0, at) - 4
     data[head : head + 4] = struct.pack(
@@ -210,9 +208,8 @@ def test_a_cut_begins_with_the_frame_that_is_shown_at_its_start(corpus):
   part = sample("variable.mp4", start=4.5, end=6.5)
   assert part.indices.tolist() == [4] * 6 + [5] * 6 + [6] * 4
   assert part.seconds == 2.0 and part.times.min() == 4.0
-  assert set(sample("gap.mp4", start=30.0, end=61.0).indices) == {
-    49
-  }  # what is shown until the gap ends
+  # what is shown until the gap ends
+  assert set(sample("gap.mp4", start=30.0, end=61.0).indices) == {49}
   steady = sample("late.mkv", start=1.0, end=3.0)
   assert (
     steady.indices[0] >= int(1.0 * 25)
@@ -304,9 +301,8 @@ def test_a_cut_tail_costs_the_tail_when_asking_and_the_sample_in_training(tmp_pa
   path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.7)])
   chosen = video.sample(path, style="ask", **LIMITS)
   assert 0.5 < chosen.lost < 3 and chosen.seconds + chosen.lost == pytest.approx(4, abs=0.1)
-  assert (
-    odd.read(video.frames(chosen)) == np.rint(chosen.times * 25).tolist()
-  )  # the last ones may refer to some that are lost
+  # the last ones may refer to some that are lost
+  assert odd.read(video.frames(chosen)) == np.rint(chosen.times * 25).tolist()
   for how in ({}, {"tails": False}):
     with pytest.raises(
       video.TailError,
@@ -415,9 +411,8 @@ def test_not_all_that_is_called_a_key_frame_is_one(tmp_path):
       else {"g": "12", "b": "4M", "base": Fraction(1, 25)}
     )
     path = odd.write(tmp_path / f"{codec}.mp4", 60, codec, **how)
-    path.write_bytes(
-      path.read_bytes().replace(b"stss", b"free")
-    )  # the table of key frames: without it all are
+    # the table of key frames: without it all are
+    path.write_bytes(path.read_bytes().replace(b"stss", b"free"))
     found = container.index(path)
     assert 5 <= len(found.keys) <= 7
     assert [odd.read(container.pictures(path, found, [i], i + 1)) for i in (11, 30, 59)] == [
@@ -663,8 +658,7 @@ def test_still_images_are_no_animations(tmp_path):
       ).frames
     ) == [5]
   photo, preview = Image.fromarray(odd.picture(5)), Image.fromarray(odd.picture(6))
-  photo.save(
-    tmp_path / "photo.jpg", format="MPO", save_all=True, append_images=[preview]
-  )  # as cameras do
+  # as cameras do
+  photo.save(tmp_path / "photo.jpg", format="MPO", save_all=True, append_images=[preview])
   assert video.kind(tmp_path / "photo.jpg") == "img"
   assert video.kind(tmp_path) == "frames" and video.kind(tmp_path / "a.mp4") == "video"

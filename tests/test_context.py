@@ -58,9 +58,8 @@ def test_queries_are_split_and_see_what_they_should(implementation, monkeypatch)
     jax.tree.map(close, program(q, k, v), alone)
     if implementation == "xla_chunked":
       text = program.lower(q, k, v).compile().as_text().split("ENTRY")[0]
-      assert re.search(r"f32\[\d+,1,\d+,2,8\]", text) and not re.search(
-        r"\b1,300,[24],8\b", text
-      )  # queries of half a sequence
+      # queries of half a sequence
+      assert re.search(r"f32\[\d+,1,\d+,2,8\]", text) and not re.search(r"\b1,300,[24],8\b", text)
 
 
 def test_the_tpu_kernel_lowers_for_split_queries():

@@ -413,9 +413,8 @@ def test_the_corpus(world):
     level = frames[:, -2, -2].mean(-1) if name != "portrait.mp4" else frames.max((1, 2, 3))
     assert (np.diff(level) > 0).all() and level[0] < 60 and level[-1] > 160, name
   turned = by_name["portrait.mp4"][-1, -1].astype(int)
-  assert (
-    abs(turned[2, 2] - turned[-3, 2]).max() < 30 < abs(turned[2, 2] - turned[2, -3]).max()
-  )  # the halves lie side by side
+  # the halves lie side by side
+  assert abs(turned[2, 2] - turned[-3, 2]).max() < 30 < abs(turned[2, 2] - turned[2, -3]).max()
   for name in ("sixteen.png", "colour sixteen.png"):
     assert 100 < by_name[name].mean() < 155  # not white
 

@@ -19,9 +19,8 @@ def test_a_gain_is_paired():
     np.array([True, True, False, True] * 25),
   )
   mean, low, high = demo.gain(before, after)
-  half = 1.96 * np.sqrt(
-    0.25 * 0.75 / 99
-  )  # a quarter of the answers changed for the better, none for the worse
+  # a quarter of the answers changed for the better, none for the worse
+  half = 1.96 * np.sqrt(0.25 * 0.75 / 99)
   assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half))
 
 

@@ -61,9 +61,8 @@ def test_frames_that_make_no_clips_are_refused(model, count):
 def test_what_is_saved_is_loaded(tiny, tmp_path, dtype):
   model = vlm.VLM(tiny(dtype=dtype), rngs=nnx.Rngs(0))
   video = encoded_video.encode(model, frames(16), np.arange(16) / 8, 2.0, "it")
-  assert video.features[0].nbytes == 16 * 16 * 32 * (
-    2 if dtype == "bfloat16" else 4
-  )  # 32 KiB a frame at 1,024 channels
+  # 32 KiB a frame at 1,024 channels
+  assert video.features[0].nbytes == 16 * 16 * 32 * (2 if dtype == "bfloat16" else 4)
   encoded_video.save(video, tmp_path / "v.npz")
   got = encoded_video.load(tmp_path / "v.npz", model)
   assert got.features[0].dtype == video.features[0].dtype

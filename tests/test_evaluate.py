@@ -226,9 +226,8 @@ def test_a_video_that_cannot_be_decoded_costs_its_questions(go, bench, tmp_path,
     "two.mp4 (3 questions)" in said.out
     and "3 of 6 questions could not be asked, and count as wrong" in said.err
   )
-  (videos / "two.mp4").write_bytes(
-    (bench / "videos" / "two.mp4").read_bytes()
-  )  # mended: the same command tries again
+  # mended: the same command tries again
+  (videos / "two.mp4").write_bytes((bench / "videos" / "two.mp4").read_bytes())
   go(tmp_path / "out", videos=videos)
   assert (
     results(tmp_path / "out")["score"]["counts"]["failed"] == 0

@@ -493,9 +493,8 @@ def test_code_from_the_hub(base, tmp_path, monkeypatch):
     AUTO_MAP,
     ["modeling_stand.py"],
   )
-  assert asked == [
-    ("org/name", ["*.py"], False)
-  ]  # of what is in the cache nobody knows whether it is all
+  # of what is in the cache nobody knows whether it is all
+  assert asked == [("org/name", ["*.py"], False)]
 
 
 def test_code_for_a_config_that_names_none_is_refused(base, tmp_path, capsys):

@@ -15,9 +15,11 @@ import textwrap
 
 import jax
 import pytest
+
+# here, where there is a home: it looks for one when it is imported
 from huggingface_hub import (
   constants,
-)  # here, where there is a home: it looks for one when it is imported
+)
 from tqdm import tqdm
 
 from xcomp_jax import files
@@ -401,9 +403,8 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
         and said.count("\n") == 1
         and f"{bad} can't be written" in said
       )
-    jax.config.update(
-      "jax_compilation_cache_dir", str(tmp_path / "file" / "inside")
-    )  # as by an environment variable
+    # as by an environment variable
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "inside"))
     files.keep_compiled(None, str(tmp_path / "c"))
     assert (
       jax.config.jax_compilation_cache_dir is None
@@ -454,9 +455,8 @@ def test_without_a_home_no_program_is_kept_and_no_folder_is_made(homeless, capsy
 
 
 def test_without_a_home_a_hub_id_names_the_variable_to_set(homeless, monkeypatch):
-  monkeypatch.setattr(
-    constants, "HF_HOME", os.path.expanduser("~/.cache/huggingface")
-  )  # as at an import without a home
+  # as at an import without a home
+  monkeypatch.setattr(constants, "HF_HOME", os.path.expanduser("~/.cache/huggingface"))
   with pytest.raises(loading.CheckpointError, match="set HF_HOME to a folder"):
     loading.resolve("org/name")
   assert os.listdir() == []

@@ -78,12 +78,10 @@ def test_questions_that_do_not_count_are_left_out():
 
 def test_a_share_that_no_resample_changes_has_the_exact_interval():
   every = findings.interval([np.ones((20, 6), bool)] * 3)
-  assert every.mean == every.high == 1 and every.low**20 == pytest.approx(
-    0.025
-  )  # all of 20 films right, by 1 in 40
-  none = findings.interval(
-    [np.where(np.arange(40)[:, None] < 20, np.zeros((40, 6)), np.nan)]
-  )  # half of the films don't count
+  # all of 20 films right, by 1 in 40
+  assert every.mean == every.high == 1 and every.low**20 == pytest.approx(0.025)
+  # half of the films don't count
+  none = findings.interval([np.where(np.arange(40)[:, None] < 20, np.zeros((40, 6)), np.nan)])
   assert none.mean == none.low == 0 and (1 - none.high) ** 20 == pytest.approx(0.025)
 
 
@@ -96,9 +94,8 @@ def test_the_bound_is_what_was_shown_and_chance():
   hits[:5] = True
   none = {"hits": bits(np.zeros_like(hits))}
   assert findings.bound([{"hits": bits(hits)}]) == pytest.approx(0.5 + 0.5 * chance)
-  assert findings.bound([{"hits": bits(hits)}, none]) == pytest.approx(
-    0.25 + 0.75 * chance
-  )  # of several seeds their mean
+  # of several seeds their mean
+  assert findings.bound([{"hits": bits(hits)}, none]) == pytest.approx(0.25 + 0.75 * chance)
 
 
 def measure(seed, share=0.7):
@@ -185,12 +182,10 @@ def test_modes_of_selection_are_paired_and_tell_what_they_cost(tmp_path):
     less("uniform", "local")
   )
   assert same[3:5] == ["-", "0.0 (0.0 to 0.0)"] and local[3:5] == ["0.0 (0.0 to 0.0)", "-"]
-  assert (
-    answer[3].startswith(less("local_answer", "global_answer")) and answer[4] == "-"
-  )  # by the same rows
-  assert uniform[6].startswith(
-    f"{100 * few[:, :3].mean():.1f} ("
-  )  # of the kinds that need one scene
+  # by the same rows
+  assert answer[3].startswith(less("local_answer", "global_answer")) and answer[4] == "-"
+  # of the kinds that need one scene
+  assert uniform[6].startswith(f"{100 * few[:, :3].mean():.1f} (")
   assert local[5] == "100.0" and local[7:] == ["2", "1.000", "10"]
   uniform, _, local, _, answer = cells_of(findings.retrieval(findings.Cells(tmp_path)))
   assert uniform[1:] == ["uniform", "100.0 (83.2 to 100.0)", "-", "-", "-"]
@@ -240,11 +235,12 @@ def test_frames_are_compared_with_as_many_and_half_of_them(tmp_path):
 
 
 def test_longer_tunings_are_compared_with_shorter_ones_and_with_other_rules(tmp_path):
+  # of early only the longer one is there
   shares = {
     "none": (0.8, 0.85),
     "progressive": (0.6, 0.75),
     "early": (None, 0.8),
-  }  # of early only the longer one is there
+  }
   right = {}
   for rule, pair in shares.items():
     for cell, share in zip(("tune", "longer"), pair):
@@ -298,10 +294,11 @@ def test_longer_tunings_are_compared_with_shorter_ones_and_with_other_rules(tmp_
 
 
 def test_places_tell_what_happens_in_each_quarter(tmp_path):
+  # the fourth kind needs several, or one
   place, rank = (
     [0.02, 0.3, 0.98, 0.1, None, None] * 10,
     [1, 0, 0, 0, None, None] * 10,
-  )  # the fourth kind needs several, or one
+  )
   place[6:8], rank[6:8] = [0.2, 0.6], [0, 0]
   one = {
     "rank": rank,

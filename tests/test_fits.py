@@ -23,10 +23,11 @@ def test_a_device_is_found_by_its_whole_name():
   def found(kind):
     return (chip := chips.find(kind)) and chip.name
 
+  # another chip, 16 GB
   assert (
     found("NVIDIA GeForce RTX 4090") == "rtx4090"
     and found("NVIDIA GeForce RTX 4090 Laptop GPU") is None
-  )  # another chip, 16 GB
+  )
   assert found("NVIDIA H100 NVL") is None
   kinds = (
     "NVIDIA A100-SXM4-40GB",
@@ -95,9 +96,8 @@ def test_a_topology_of_gpus_that_is_none_is_refused(name, words):
 
 def test_state_is_shared_and_the_rest_is_not():
   assert fits.needed(CELL, 8) == 16e9 and fits.needed(CELL, 16) == 11e9
-  assert (
-    fits.needed(CELL, 1) == 88e9
-  )  # the optimizer's step: all that it makes is of the state's size
+  # the optimizer's step: all that it makes is of the state's size
+  assert fits.needed(CELL, 1) == 88e9
   assert (
     fits.answer(chips.named("h100"), [CELL]) == "2 cards, 46.0 GB"
     and fits.answer(chips.named("b200"), [CELL]) == "88.0 GB"

@@ -20,9 +20,8 @@ SHAPE = 32, 8, 32  # frames, prefix, text
 @pytest.fixture(scope="module")
 def model(tiny):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
-  model.llm.norm.scale[...] = jax.random.normal(
-    jax.random.key(1), 32
-  )  # else the tied head repeats its input
+  # else the tied head repeats its input
+  model.llm.norm.scale[...] = jax.random.normal(jax.random.key(1), 32)
   return model
 
 
@@ -128,9 +127,10 @@ def test_temperature_sharpens():
 
 def test_top_k_and_top_p_leave_out_the_tail():
   np.testing.assert_allclose(drawn(4000, temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
+  # the second one crosses 0.6
   np.testing.assert_allclose(
     drawn(4000, temperature=1.0, top_p=0.6), [0.625, 0.375, 0, 0], atol=0.03
-  )  # the second one crosses 0.6
+  )
   assert drawn(temperature=1.0, top_p=0.01)[0] == 1  # never none
 
 

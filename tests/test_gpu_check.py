@@ -68,6 +68,5 @@ def test_parts_run_one_after_another_and_what_is_cut_short_is_kept(tmp_path, mon
   monkeypatch.setattr(
     gpu_check, "stages", lambda out, small: {name: found[name] for name in ("kernels", "bench")}
   )
-  assert gpu_check.supervise(
-    tmp_path, 0.02, small=True
-  )  # a benchmark that ran out of time is no fault
+  # a benchmark that ran out of time is no fault
+  assert gpu_check.supervise(tmp_path, 0.02, small=True)

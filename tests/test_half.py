@@ -29,10 +29,11 @@ from xcomp_jax.plan import absent, fits
 from xcomp_jax.training import loop
 
 HALVES = ("float16", "bfloat16")
+# programs that run once
 QUICK = {
   "xla_backend_optimization_level": 0,
   "xla_llvm_disable_expensive_passes": True,
-}  # programs that run once
+}
 LARGEST = 65504.0
 GREEDY = {"bfloat16": 36, "float16": 40}  # tokens of 40, at least
 
@@ -76,9 +77,8 @@ def test_how_often_greedy_decoding_decides_otherwise(reference, dtype):
     parity.read(reference / "dev" / f"{name}.npz") for name in ("llm", "llm_variants")
   )
   prefix, text = map(len, parity.slot_of(recorded["input_ids"]))
-  wanted = {
-    "cosine_suffix": recorded["generated"]
-  }  # float32 gives all of these (tests/test_parity.py)
+  # float32 gives all of these (tests/test_parity.py)
+  wanted = {"cosine_suffix": recorded["generated"]}
   wanted |= {
     key.partition(":")[0]: tokens for key, tokens in variants.items() if key.endswith(":generated")
   }
@@ -139,9 +139,8 @@ def test_merging_the_largest_numbers():
   x, run = near(2, 36, 24), jax.jit(lambda x: token_merging.merge(x, 24, 4))
   out = run(x)
   assert out.dtype == jnp.float16
-  np.testing.assert_array_equal(
-    out, run(x.astype(jnp.float32)).astype(jnp.float16)
-  )  # choices included
+  # choices included
+  np.testing.assert_array_equal(out, run(x.astype(jnp.float32)).astype(jnp.float16))
 
 
 @pytest.mark.parametrize("how", ["einsum", "tiled"])

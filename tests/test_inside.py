@@ -38,9 +38,8 @@ def test_even_attention_goes_where_tokens_are(small, sample, keep):
   kept = lp_comp.survivors(cfg.lp_comp, 2)
   for row, (clips, prefix, text) in enumerate([(1, 3, 6), (2, 2, 4)]):
     for layer, alive in enumerate(kept):
-      slots = (
-        [0] * prefix + [place + 1 for place in alive] * (clips * 8) + [17] * text
-      )  # without padding
+      # without padding
+      slots = [0] * prefix + [place + 1 for place in alive] * (clips * 8) + [17] * text
       rows = [
         [i for i, slot in enumerate(slots) if slot == 17],
         [i for i, slot in enumerate(slots) if slot - 1 in kept[-1]],

@@ -108,16 +108,12 @@ def test_layers_split_over_a_mesh_give_the_same(cfg, tower):
   mesh = make_mesh(MeshConfig(2, 2, 2, 1))
   graph, state = nnx.split(tower)
   shardings = param_shardings({"vision": state}, mesh)["vision"]
-  kernels = {
-    path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)
-  }
+  kernels = {path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
   assert kernels["blocks/0/attn/qkv/kernel"].spec == P("fsdp", "tensor") and kernels[
     "blocks/1/fc2/kernel"
   ].spec == P("tensor", "fsdp")
   assert kernels["pos_embed"].spec == P(None, None, "fsdp") and kernels["blocks/0/ls1"].spec == P()
-  split = jax.jit(
-    lambda state, frames: nnx.merge(graph, state)(constrain(frames, "clips"))
-  )
+  split = jax.jit(lambda state, frames: nnx.merge(graph, state)(constrain(frames, "clips")))
   with jax.set_mesh(mesh):
     out = split(jax.device_put(state, shardings), clips(4))
   assert len(out.sharding.device_set) == 8
@@ -126,9 +122,9 @@ def test_layers_split_over_a_mesh_give_the_same(cfg, tower):
 
 def test_every_parameter_of_such_a_model_has_a_rule(cfg):
   state = nnx.state(loading.abstract(cfg))
-  assert len(
-    jax.tree.leaves(param_shardings(state, make_mesh(MeshConfig(1, 2, 2, 2))))
-  ) == len(loading.names(cfg))
+  assert len(jax.tree.leaves(param_shardings(state, make_mesh(MeshConfig(1, 2, 2, 2))))) == len(
+    loading.names(cfg)
+  )
 
 
 def test_remat_changes_no_gradient_and_all_but_the_positions_of_images_have_one(cfg):
@@ -207,7 +203,9 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
     seed=0,
     workers=1,
   )
-  settings = predecoding.Settings(image_size=70, max_frames=16, min_frames=8, fps=8.0, clip_frames=4)
+  settings = predecoding.Settings(
+    image_size=70, max_frames=16, min_frames=8, fps=8.0, clip_frames=4
+  )
   with pytest.raises(
     ConfigError,
     match=r"has positions for clips of 4 frames, not of 8: .* --clip_frames 4 of predecode",
@@ -252,9 +250,8 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
       for loss in re.findall(r"^step \d/3  loss (\S+)", capsys.readouterr().out, re.MULTILINE)
     ]
   assert len(runs["frames"]) == 3 and runs["frames"][-1] < runs["frames"][0]
-  np.testing.assert_allclose(
-    runs["frames"], runs["features"], rtol=2e-3
-  )  # features are kept in bfloat16
+  # features are kept in bfloat16
+  np.testing.assert_allclose(runs["frames"], runs["features"], rtol=2e-3)
 
   saving.main(
     [
@@ -273,7 +270,9 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
     loading.load(place, loading.read_config(place, saving.AS_IT_IS, saving.NOT_TUNED))
     for place in (checkpoint, tmp_path / "torch")
   )
-  assert encoded_video.tower_identity(before) == encoded_video.tower_identity(after)  # bit by bit as it was
+  assert encoded_video.tower_identity(before) == encoded_video.tower_identity(
+    after
+  )  # bit by bit as it was
   assert loading.read_config(
     tmp_path / "torch", saving.AS_IT_IS, saving.NOT_TUNED
   ).llm.rope_scaling == loading.yarn_of(2.0, 64)

@@ -100,9 +100,8 @@ def shown(script, *arguments, folder, **settings):
           and "--worker=all" in copied
         )
         name = copied[7].removeprefix("run:")
-        shutil.copy(
-          copied[6], folder / name
-        )  # the home of a worker, where the repository is beside it
+        # the home of a worker, where the repository is beside it
+        shutil.copy(copied[6], folder / name)
         words = [word.replace(f"--config=../{name}", f"--config={folder}/{name}") for word in words]
   return words[words.index("xcomp_jax.train") + 1 :]
 
@@ -245,11 +244,12 @@ def test_an_own_config_goes_to_where_it_is_read(script, tmp_path):
     run = from_command_line(
       ["train", *shown(script, "--config.seed=5", *options, folder=folder, **settings)]
     )
+    # of :7b and :tiny
     assert (run.train.batch_size, run.seed, run.data.threads) == (
       3,
       5,
       (4, 1)[number],
-    )  # of :7b and :tiny
+    )
     if script in ("tpu_pod.sh", "gke.sh"):
       assert next(folder.iterdir()).read_text().split() == own.read_text().split()
 
@@ -279,7 +279,7 @@ def tools(tmp_path):
       (
         script,
         "--config=configs/sct.py:8b",
-        "configs/sct.py, line 30: no variant '8b'; known: tiny, 7b",
+        "configs/sct.py, line 32: no variant '8b'; known: tiny, 7b",
       )
       for script in LAUNCHERS
     ),

@@ -143,9 +143,8 @@ def test_killed_in_the_middle_and_continued_it_has_the_answers_of_evaluate_and_a
     metrics["micro,none"] == own["score"]["micro"]
     and metrics["macro,none"] == own["score"]["macro"]
   )
-  assert (
-    own["score"]["counts"]["failed"] == QUESTIONS
-  )  # of the damaged video, which stopped nothing
+  # of the damaged video, which stopped nothing
+  assert own["score"]["counts"]["failed"] == QUESTIONS
   mine = [json.loads(line) for line in (task / "own" / "samples.jsonl").read_text().splitlines()]
   assert given == {line["id"]: line.get("answer", lmms_tasks.FAILED) for line in mine}
   made = json.loads((tmp_path / "answers" / "xcomp_letters" / "run.json").read_text())
@@ -194,9 +193,8 @@ def test_two_processes_share_the_videos(task, env, tmp_path):
       json.loads(line) for line in (folder / f"answers-{share}-of-2.jsonl").read_text().splitlines()
     ]
     mine[share] = {line["video"] for line in lines if "key" in line}
-  assert (
-    len(mine[0]) == len(mine[1]) == VIDEOS // 2 and not mine[0] & mine[1]
-  )  # no video was encoded twice
+  # no video was encoded twice
+  assert len(mine[0]) == len(mine[1]) == VIDEOS // 2 and not mine[0] & mine[1]
   own = json.loads((task / "own" / "results.json").read_text())
   assert found(tmp_path)[0]["micro,none"] == own["score"]["micro"]
 

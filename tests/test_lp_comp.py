@@ -103,9 +103,8 @@ def test_keep_attended_keeps_order_and_breaks_ties_by_place():
   score = jnp.array([[5, 1, 5, 9, 5, 0, 99, 99]], jnp.float32)
   valid = jnp.arange(8)[None] < 6
   got = lp_comp.keep_attended(x, score, valid, jnp.array([3]), 4)
-  np.testing.assert_array_equal(
-    got[0, :3, 0], [0, 2, 3]
-  )  # of the three fives the first two, and no padding
+  # of the three fives the first two, and no padding
+  np.testing.assert_array_equal(got[0, :3, 0], [0, 2, 3])
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,5 @@ def test_a_prompt_says_how_many_frames_are_shown(study, shown, scores):
     and (2, whole.replace("and 16 frames", "and 4 frames")) in said
     and "and 16 frames" in whole
   )
-  assert {message for clips, message in said if clips == KEPT} == {
-    None
-  }  # as chat: the whole film's
+  # as chat: the whole film's
+  assert {message for clips, message in said if clips == KEPT} == {None}

@@ -120,9 +120,8 @@ def test_two_processes_go_on_with_a_run_of_one(
   for way in ways:
     assert way["said"] is None and way["result"]["step"] == 4
     batches = [(samples, digest) for samples, digest in way["noted"]]
-    assert (
-      0 < len(batches) < len(noted) and batches == noted[-len(batches) :]
-    )  # the same global batches, bit by bit
+    # the same global batches, bit by bit
+    assert 0 < len(batches) < len(noted) and batches == noted[-len(batches) :]
     assert way["local"] == [len(samples) // (2 if axis == "fsdp" else 1) for samples, _ in batches]
     assert sum(i >= 0 for samples, _ in batches for i in samples) == 2 * 3
     np.testing.assert_allclose(way["result"]["loss"], np.mean(losses[2:]), rtol=1e-5)

@@ -69,9 +69,8 @@ def run(tmp_path_factory):
     done = notebooks.execute(name, {"out": str(folder / name)} | values, then, env)
     found = notebooks.pictures(done)
     assert set(found) == set(pictures)
-    assert all(
-      len(set(picture.convert("L").tobytes())) > 3 for picture in found.values()
-    )  # not empty
+    # not empty
+    assert all(len(set(picture.convert("L").tobytes())) > 3 for picture in found.values())
     return folder / name
 
   return execute

@@ -145,10 +145,11 @@ def test_data_of_one_kind_has_shapes_too(kind):
 
 
 def test_shapes_of_a_config():
+  # larger than those that are chosen may be
   assert packing.named_shapes([(4, 8, 1024, 512), (2, 1, 8192, 64)], ROOM) == (
     Shape(2, 1, 16, 8192, 64),
     Shape(4, 8, 16, 1024, 512),
-  )  # larger than those that are chosen may be
+  )
   for sizes, words in (
     ((3, 8, 1024, 512), "3 rows can't be split over data x fsdp = 2"),
     ((2, 8, 1022, 512), "1022 frames can't be split over context = 4; it takes a multiple of 4"),

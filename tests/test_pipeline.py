@@ -45,6 +45,7 @@ CONFIG = DataConfig(
 )
 SHAPE = Shape(rows=2, samples=3, prefix=16, frames=24, text=160)
 ALONE = Share(rows=(0, 1), groups=2, devices=2, mine=(0, 1), clips=2, trained=False)
+# 13 samples: videos, images (1), text alone (0)
 FRAMES = (
   8,
   1,
@@ -59,7 +60,7 @@ FRAMES = (
   0,
   1,
   8,
-)  # 13 samples: videos, images (1), text alone (0)
+)
 
 
 @pytest.fixture(scope="session")
@@ -336,9 +337,10 @@ def test_a_hosts_clips_of_a_call_are_neighbours(store, tokenizer):
   ):
     if isinstance(item, TowerCall) and item.frames.shape[1] == CLIP:
       samples = item.frames[:, 0, 0, 0, 0].tolist()
+      # none is come back to
       assert [a for a, b in zip(samples, [None, *samples]) if a != b] == list(
         dict.fromkeys(samples)
-      )  # none is come back to
+      )
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 3), (4, 4)])

@@ -32,9 +32,8 @@ def small(tiny_run, tmp_path_factory):
   its programs.
   """
   config = tiny_run(tmp_path_factory.mktemp("plan"))
-  config = dataclasses.replace(
-    config, model=dataclasses.replace(config.model, attention="einsum")
-  )  # soonest compiled
+  # soonest compiled
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="einsum"))
   made = programs.make(config, None)
   said = []
   return made, plan.run(made, programs.NAMES, said.append), "\n".join(said)
@@ -58,9 +57,8 @@ def test_every_program_is_accounted_for_and_said(small):
     and "8 rows of up to 2 samples, 16 frames, 160 tokens" in said
   )
   assert "tower with merging, 2 clips of 4 frames a device" in said
-  assert (
-    "not known: no figures for cpu" in said and "fits" not in said
-  )  # nothing is known of a CPU's memory
+  # nothing is known of a CPU's memory
+  assert "not known: no figures for cpu" in said and "fits" not in said
   assert all(
     row["memory"]["temporaries"] > 0 and row["hbm"] > 0 and not row["not counted"] for row in rows
   )
@@ -83,9 +81,8 @@ def test_memory_is_what_a_run_allocates(small):
   memory = row_of(rows, "gradient")["memory"]
   assert memory["parameters"] == here((state.trained, state.frozen))
   assert memory["optimizer state"] == here(state.opt) and memory["gradients"] == here(sums)
-  assert (
-    memory["batch"] == memory["other batches"] == here(batch)
-  )  # one is copied while another is computed on
+  # one is copied while another is computed on
+  assert memory["batch"] == memory["other batches"] == here(batch)
   during = row_of(rows, "tower")["memory"]
   assert {
     kind: during[kind] for kind in ("parameters", "optimizer state", "gradients")
@@ -130,9 +127,8 @@ def test_a_tower_that_is_trained_is_a_part_of_the_gradient(tiny_run, tmp_path):
       programs.make(tiny_run(tmp_path), None), made.full, "gradient", made.shapes[0]
     )
     computed = accounts.executed_flops(made.full, program.jaxpr).total
-  assert given["batch"] - frozen[1]["batch"] == 4 * (
-    4 * 48 * 48 * 3 + 4
-  )  # clips of a row, and their places
+  # clips of a row, and their places
+  assert given["batch"] - frozen[1]["batch"] == 4 * (4 * 48 * 48 * 3 + 4)
   assert computed > accounts.executed_flops(made.full, frozen[0].jaxpr).total
   assert programs.waiting(made, made.full) == 0 and beside["other batches"] == given["batch"]
 
@@ -252,9 +248,7 @@ def test_seconds_of_a_step_are_those_of_its_programs():
 )
 def test_a_large_array_that_is_not_split_is_refused(monkeypatch, replicated, axes):
   made = programs.make(paper("--config.mesh.tensor=2"), None)
-  rules = tuple(
-    (pattern, () if pattern == axes else split) for pattern, split in PARAMETERS
-  )
+  rules = tuple((pattern, () if pattern == axes else split) for pattern, split in PARAMETERS)
   assert rules != PARAMETERS
   monkeypatch.setattr(meshes, "PARAMETERS", rules)
   monkeypatch.setattr(
@@ -274,14 +268,11 @@ def test_an_axis_left_out_of_a_rule_is_refused_too_and_nothing_else(monkeypatch)
   made = programs.make(paper("--config.mesh.tensor=2"), None)
   fine = programs.training(made, made.full)
   assert plan.unsplit(fine[2], made.mesh) == plan.unsplit(fine[3], made.mesh) == []
-  rules = tuple(
-    (p, ("embed",) if p == "embed/embedding" else axes) for p, axes in PARAMETERS
-  )
+  rules = tuple((p, ("embed",) if p == "embed/embedding" else axes) for p, axes in PARAMETERS)
   monkeypatch.setattr(meshes, "PARAMETERS", rules)
   words = plan.unsplit(programs.training(made, made.full)[2], made.mesh)
-  assert len(words) == 3 and all(
-    "llm/embed/embedding" in w and "tensor = 2" in w for w in words
-  )  # and both moments
+  # and both moments
+  assert len(words) == 3 and all("llm/embed/embedding" in w and "tensor = 2" in w for w in words)
 
 
 def test_what_does_not_fit_is_refused_with_remedies_in_numbers(small, tiny_run, tmp_path):

@@ -246,9 +246,8 @@ def test_sigterm_to_one_host_within_an_evaluation_leaves_it_to_the_continued_run
       if "held-out after step" in line
     ]
 
-  assert steps(said) and steps(said) + steps(more) == list(
-    range(1, 13)
-  )  # each once, wherever the signal came
+  # each once, wherever the signal came
+  assert steps(said) and steps(said) + steps(more) == list(range(1, 13))
   assert [step for step, _ in cluster.trace()[0]] == list(range(1, 13))
 
 

@@ -431,9 +431,8 @@ def test_killed_at_random_instants(world, kills):
     )
     enough = rng.randrange(0, 30)
     wait_for(lambda process=process, enough=enough: done() >= enough or process.poll() is not None)
-    time.sleep(
-      rng.uniform(0, 0.1 if enough else 3)
-    )  # what comes before the first sample takes longest
+    # what comes before the first sample takes longest
+    time.sleep(rng.uniform(0, 0.1 if enough else 3))
     process.kill()
     codes.append(process.wait())
     try:
@@ -456,9 +455,8 @@ def test_killed_at_random_instants(world, kills):
 def test_interrupt(world):
   make_video(world / "videos" / "long.mp4", 3000)
   write(world / "videos.json", [{"video": "long.mp4", "conversations": talk()}] * 200)
-  before = signal.signal(
-    signal.SIGINT, signal.default_int_handler
-  )  # in the background it is ignored, also by children
+  # in the background it is ignored, also by children
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   process = command(
     world,
     "--workers=1",
@@ -508,7 +506,9 @@ def test_a_decoder_that_hangs_or_dies_costs_one_sample(world, deed, message):
   }
   jobs[1] = predecode_lib.dataclasses.replace(jobs[1], sample=decoding.Trap(**fields, deed=deed))
   layout = predecode_lib.store.Layout(16, 8, None, None)
-  work = decode_jobs.Work(world.parent / "work", SETTINGS, layout, dict(enumerate(jobs)), len(jobs), 4)
+  work = decode_jobs.Work(
+    world.parent / "work", SETTINGS, layout, dict(enumerate(jobs)), len(jobs), 4
+  )
   work.folder.mkdir()
   assert decode_jobs.prepare(work, True) == 0
   decode_jobs.run(work, work.shards, workers=2, timeout=8.0, skip_bad=True)
@@ -591,9 +591,8 @@ def test_processes_are_renewed_one_by_one_by_the_frames_of_videos(world, monkeyp
   monkeypatch.setattr(
     processes, "_Process", lambda life, module: (begun.append(life), real(life, module))[1]
   )
-  monkeypatch.setattr(
-    decode_jobs, "LIFE", 100
-  )  # frames of videos; there are 27 to 67 in each file that is decoded
+  # frames of videos; there are 27 to 67 in each file that is decoded
+  monkeypatch.setattr(decode_jobs, "LIFE", 100)
   mixture(
     world,
     {"json_path": "images.json"},
@@ -691,9 +690,8 @@ def test_a_disk_that_is_full_of_records(world, monkeypatch, file):
 def test_command(world):
   done = command(world, "--workers=1", "--subset=1.0")
   assert done.returncode == 0, done.stderr
-  assert (
-    done.stdout.endswith("out: 7 samples, 65 frames, 0 skipped\n") and not done.stderr
-  )  # of less than half a minute a log has no line
+  # of less than half a minute a log has no line
+  assert done.stdout.endswith("out: 7 samples, 65 frames, 0 skipped\n") and not done.stderr
   assert len(open_store(world.parent / "out")) == 7
   again = command(world, "--workers=0", "--fps=4")
   assert (

@@ -20,9 +20,8 @@ def work(**how) -> None:
 
 @pytest.mark.parametrize("how", [{}, {"leave": False}])
 def test_a_log_gets_lines_and_a_last_one(monkeypatch, capsys, how):
-  monkeypatch.setattr(
-    progress, "SECONDS", 0.0
-  )  # a line whenever there would be one every half minute
+  # a line whenever there would be one every half minute
+  monkeypatch.setattr(progress, "SECONDS", 0.0)
   work(**how)
   lines = capsys.readouterr().err.split("\n")
   assert lines.pop() == "" and "\r" not in "".join(lines)

@@ -18,12 +18,13 @@ from xcomp_jax.model.qwen2 import Lengths
 from xcomp_jax.model.rope import rotate
 from xcomp_jax.training.metrics import Compilations
 
+# small ones, of clips of 4 frames
 SETTING = {
   "round": 64,
   "window": 32,
   "stride": 16,
   "layers": (6, 23),
-}  # small ones, of clips of 4 frames
+}
 
 
 def setting(mode, frames=8, **changes):
@@ -38,6 +39,7 @@ def test_official_rounds_are_those_of_the_release():
   assert plan.starts.tolist() == [0, 512, 260, 772]
   assert (plan.frames, plan.unit, plan.windows.shape) == (576, 8, (17, 8))
   assert plan.windows[:, 0].tolist() == list(range(0, 65, 4))
+  # in one window instead of two (quirk Q3)
   assert np.flatnonzero(~plan.counted).tolist() == [
     0,
     1,
@@ -47,7 +49,7 @@ def test_official_rounds_are_those_of_the_release():
     69,
     70,
     71,
-  ]  # in one window instead of two (quirk Q3)
+  ]
   eight = qc_comp.plan(2048, 4, qc_comp.setting("official", 512, repeat=8))
   assert len(eight.starts) == 32 and sorted({int(s) % 8 for s in eight.starts}) == list(range(8))
 
@@ -67,9 +69,8 @@ def test_every_frame_counts_in_each_official_repetition():
 def test_every_clip_is_in_a_window_of_whole_clips(mode, frames, repeat):
   plan = qc_comp.plan(frames, 8, qc_comp.setting(mode, 8, repeat))
   assert plan.counted.all() and not (plan.starts % 8).any()
-  assert (
-    plan.starts.min() >= 0 and plan.starts.max() + plan.frames <= frames
-  )  # nothing wraps around
+  # nothing wraps around
+  assert plan.starts.min() >= 0 and plan.starts.max() + plan.frames <= frames
   times = np.zeros(frames // 8, int)
   for start in plan.starts:
     np.add.at(times, start // 8 + plan.windows.ravel(), 1)
@@ -125,9 +126,8 @@ def test_frames_that_no_round_scores_are_named():
 
 
 def test_scores_are_means_over_windows_and_rounds_and_a_sum_over_layers():
-  plan = qc_comp.Plan(
-    np.array([0, 4]), 6, 2, np.array([[0, 1], [1, 2]]), np.ones(3, bool)
-  )  # 8 frames, the second round wraps
+  # 8 frames, the second round wraps
+  plan = qc_comp.Plan(np.array([0, 4]), 6, 2, np.array([[0, 1], [1, 2]]), np.ones(3, bool))
   scores = np.arange(16.0).reshape(2, 2, 2, 2)
   first = [[0, (1 + 2) / 2, 3], [4, (5 + 6) / 2, 7]]
   second = [[8, (9 + 10) / 2, 11], [12, (13 + 14) / 2, 15]]
@@ -145,12 +145,13 @@ def test_scores_are_means_over_windows_and_rounds_and_a_sum_over_layers():
 
 def test_of_equal_scores_the_earlier_frame_is_kept():
   assert qc_comp.top(np.array([1.0, 3, 3, 2, 3]), 2).tolist() == [1, 2]
+  # whole clips, rounded up
   assert qc_comp.top(np.array([1.0, 1, 3, 3, 3, 3]), 3, unit=2).tolist() == [
     2,
     3,
     4,
     5,
-  ]  # whole clips, rounded up
+  ]
 
 
 def test_layers_are_scaled_to_other_depths():
@@ -281,9 +282,8 @@ def test_official_rounds_go_on_at_the_first_frame(model):
 
 
 def test_questions_and_videos_of_few_lengths_compile_few_programs(tiny):
-  model = vlm.VLM(
-    tiny(clip_frames=4, attention="einsum"), rngs=nnx.Rngs(0)
-  )  # nothing of which is compiled yet
+  # nothing of which is compiled yet
+  model = vlm.VLM(tiny(clip_frames=4, attention="einsum"), rngs=nnx.Rngs(0))
   cfg = setting("aligned")
   with Compilations("watch", "score") as compilations:
     for frames, length in ((84, 9), (88, 12), (96, 14)):  # 21 to 24 clips, texts of up to 16
@@ -393,9 +393,8 @@ def test_a_later_question_scores_as_a_fresh_one(model, mode):
   kept = dict(rounds)
   later = chat.select(model, video, [question(length=20, seed=2)], cfg, rounds=rounds)[0]
   fresh = chat.select(model, video, [question(length=20, seed=2)], cfg)[0]
-  assert (
-    kept and rounds.keys() == kept.keys() and all(rounds[key] is kept[key] for key in kept)
-  )  # none was run again
+  # none was run again
+  assert kept and rounds.keys() == kept.keys() and all(rounds[key] is kept[key] for key in kept)
   np.testing.assert_array_equal(later.scores, fresh.scores)
   np.testing.assert_array_equal(later.frames, fresh.frames)
 
@@ -449,16 +448,14 @@ def test_the_newest_question_scores_from_its_first_token():
   biased = qc_comp.from_prompt(question(length=12, start=6), setting("aligned", bias=3))
   assert np.flatnonzero(biased.asked).tolist() == list(range(3, 12))
   with pytest.raises(ConfigError, match="no question token"):
-    qc_comp.from_prompt(
-      question(length=12), setting("official")
-    )  # 27 tokens are skipped, there are 12
+    # 27 tokens are skipped, there are 12
+    qc_comp.from_prompt(question(length=12), setting("official"))
 
 
 def test_the_token_before_the_answer_can_score_instead():
   for cfg in (setting("aligned", rows="answer"), setting("official", rows="answer")):
-    asked = qc_comp.from_prompt(
-      question(length=12), cfg, step=16
-    )  # 12 tokens, and three of the assistant's header
+    # 12 tokens, and three of the assistant's header
+    asked = qc_comp.from_prompt(question(length=12), cfg, step=16)
     assert np.flatnonzero(asked.asked).tolist() == [14] and np.flatnonzero(
       asked.valid
     ).tolist() == list(range(15))

@@ -122,7 +122,9 @@ def test_a_page_says_what_was_chosen_and_what_it_cost(tiny):
   asked = answer(
     [*range(8, 16), *range(24, 32)], scores, spent={"scoring": 1.25, "generation": 0.5}
   )
-  page = Balanced(html_report.page(video, [("What?", asked)], tiny(), {"decode": 2.0, "tower": 3.0}))
+  page = Balanced(
+    html_report.page(video, [("What?", asked)], tiny(), {"decode": 2.0, "tower": 3.0})
+  )
   text = " ".join(page.text.split())
   assert "16 of 32 sampled frames, in 2 time ranges" in text
   assert "1:04–2:04" in text and "3:04–4:00" in text
@@ -163,7 +165,9 @@ def test_a_still_image_and_no_compression(tiny):
   cfg = dataclasses.replace(tiny(), lp_comp=LPCompConfig("cosine", "none", 16))
   video = dataclasses.replace(film(1, 0.0, clip=1), seconds=0.0)
   page = Balanced(
-    html_report.page(video, [("What?", answer([0], note="no selection asked for"))], cfg, {"tower": 0.1})
+    html_report.page(
+      video, [("What?", answer([0], note="no selection asked for"))], cfg, {"tower": 0.1}
+    )
   )
   assert "Duration" not in page.text and page.text.count("16 + 50") == 2
 

@@ -94,9 +94,8 @@ def test_rotation_with_and_without_yarn(tiny, scaling):
     np.asarray(rope.rotate(jnp.asarray(x), jnp.asarray(positions)[None], cfg))[0], 1, 0
   )
   np.testing.assert_allclose(ours[:, :3], wanted[:, :3], rtol=0, atol=5e-5)
-  np.testing.assert_allclose(
-    ours, wanted, rtol=0, atol=1e-2
-  )  # angles of 16,384 radians in float32 have 1e-3 left
+  # angles of 16,384 radians in float32 have 1e-3 left
+  np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-2)
 
 
 def test_scores_are_multiplied_by_the_square_of_the_factor(tiny):

@@ -75,9 +75,8 @@ def alone(model, examples):
   run = jax.jit(
     jax.value_and_grad(lambda state, batch: vlm.loss(nnx.merge(graph, state), batch).sum())
   )
-  found = {
-    e.index: jax.device_get(run(state, one_each([e], 40, 8, 30))) for e in examples
-  }  # padded: one program
+  # padded: one program
+  found = {e.index: jax.device_get(run(state, one_each([e], 40, 8, 30))) for e in examples}
   return graph, state, found
 
 
@@ -199,9 +198,8 @@ def test_what_keeps_other_places_in_each_sample_takes_one_a_row(tiny, examples):
 def test_the_last_visual_token_of_a_sample_far_into_a_row_is_found(tiny):
   cfg = tiny(lp_comp=LPCompConfig("cosine", "none", 16))
   model = nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0)))
-  frames = np.array(
-    [[9000, 7000]], np.int32
-  )  # frames times tokens of a row are more than int32 holds
+  # frames times tokens of a row are more than int32 holds
+  frames = np.array([[9000, 7000]], np.int32)
   batch = dataclasses.replace(
     batch_spec(Shape(1, 2, 1, 16000, 1), ((16, 32), np.float32)), frames=jnp.asarray(frames)
   )

@@ -115,6 +115,7 @@ def test_the_printed_table_collapses_layers_and_adds_up(tiny, mesh):
   state = nnx.split(nnx.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0))))[1]
   lines = parameter_table(state, param_shardings(state, mesh)).splitlines()
   row = next(line.split() for line in lines if line.startswith("llm/layers/0..3/gate/kernel"))
+  # 4 layers x 2,048 numbers / 4, in MiB
   assert row[1:] == [
     "32",
     "x",
@@ -123,7 +124,7 @@ def test_the_printed_table_collapses_layers_and_adds_up(tiny, mesh):
     "fsdp,",
     "tensor",
     "0.01",
-  ]  # 4 layers x 2,048 numbers / 4, in MiB
+  ]
   leaves = jax.tree.leaves(state)
   assert (
     f"{len(leaves)} arrays" in lines[-1] and f"{sum(x.size for x in leaves):,} numbers" in lines[-1]

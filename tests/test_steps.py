@@ -96,9 +96,8 @@ def test_accumulated_gradients_of_mixed_buckets_equal_the_ungrouped_batch(
   whole, parts = Prepared(config, 1), Prepared(config, 1)
   whole.add(one_each(examples, 12, 8, 16))
   losses = [parts.add(one_each([examples[i] for i in (1, 4)], 16, 6, 32))]
-  losses += [
-    parts.add(one_each([examples[i] for i in (0, 2)], 8, 4, 16, 4))[:2]
-  ]  # two rows of padding
+  # two rows of padding
+  losses += [parts.add(one_each([examples[i] for i in (0, 2)], 8, 4, 16, 4))[:2]]
   losses += [parts.add(one_each(examples[3:4], 0, 8, 16, 2))[:1]]
   jax.tree.map(close, parts.sums, whole.sums)
   assert float(parts.sums.samples) == 5 and float(parts.sums.frames) == 4 * 9
@@ -266,9 +265,8 @@ def test_losses_and_gradients_on_features_are_those_on_frames(
   def norm(tree):
     return np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))
 
-  loss, gradient = (
-    (2e-3, 4e-3) if dtype == "float32" else (2e-2, 1e-1)
-  )  # a tower in bfloat16 differs with the batch's shape
+  # a tower in bfloat16 differs with the batch's shape
+  loss, gradient = (2e-3, 4e-3) if dtype == "float32" else (2e-2, 1e-1)
   np.testing.assert_allclose(got, want, rtol=loss)
   assert norm(jax.tree.map(np.subtract, gradients, wanted)) < gradient * norm(wanted)
 
@@ -304,9 +302,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_run, examples, tmp_path)
 
 def test_an_update_that_is_not_finite_is_not_applied(tiny_run, examples, tmp_path):
   config = tiny_run(tmp_path, mesh={"data": 1, "fsdp": 1, "tensor": 1})
-  it = Prepared(
-    dataclasses.replace(config, optim=dataclasses.replace(config.optim, b1=1.0)), 1
-  )  # corrects by 1 - b1: 0 / 0
+  # corrects by 1 - b1: 0 / 0
+  it = Prepared(dataclasses.replace(config, optim=dataclasses.replace(config.optim, b1=1.0)), 1)
   it.add(one_each(examples[:2], 12, 8, 16))
   before = jax.device_get(it.state)
   out = it.apply()
@@ -384,9 +381,7 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   features = flops(step, *arguments)
   graph, state = nnx.split(loading.abstract(cfg))
   clips = jax.ShapeDtypeStruct((128, 8, 448, 448, 3), np.uint8)
-  tower = flops(
-    lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, clips
-  )
+  tower = flops(lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, clips)
   length = [Length(1024, 8, 16, 512)]
   assert tower == pytest.approx(
     metrics.forward_flops(cfg, length, pixels=True)["vision"].sum(), rel=0.02

@@ -119,16 +119,14 @@ def test_some_clips_are_read_from_the_records_that_hold_them(tmp_path, monkeypat
 def test_is_a_pair_of_tfds_datasets(tmp_path):
   write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
   rows = tfds.builder_from_directory(tmp_path / "s" / "samples").as_data_source(split="train")
-  assert [r["id"].decode() for r in rows] == [
-    f"id-{i}" for i in range(5)
-  ]  # written order, not shuffled
+  # written order, not shuffled
+  assert [r["id"].decode() for r in rows] == [f"id-{i}" for i in range(5)]
   assert json.loads(rows[0]["conversations"])[1]["value"] == "Ein Hund 🐕."
   clips = tfds.builder_from_directory(tmp_path / "s" / "clips").as_data_source(split="train")
   np.testing.assert_array_equal(clips[0]["frames"].reshape(5, 4, SIZE, SIZE, 3), items()[0][1])
   feature = clips.dataset_info.features["frames"]
-  assert (
-    feature.np_dtype == np.uint8 and feature._encoded_to_bytes
-  )  # else every pixel is a 64-bit integer
+  # else every pixel is a 64-bit integer
+  assert feature.np_dtype == np.uint8 and feature._encoded_to_bytes
 
 
 def test_many_shards_keep_their_order_and_empty_ones_vanish(tmp_path):

@@ -341,9 +341,8 @@ def test_selecting_costs_more_than_answering(quick):
   uniform = long["uniform"]
   for mode in ("global", "local", "aligned"):
     assert long[mode]["tokens"] == uniform["tokens"]
-    assert (
-      long[mode]["TFLOP"] > 3 * uniform["TFLOP"]
-    )  # 128 scenes by a sixth for each question, and 12
+    # 128 scenes by a sixth for each question, and 12
+    assert long[mode]["TFLOP"] > 3 * uniform["TFLOP"]
 
 
 @pytest.mark.slow
@@ -361,9 +360,8 @@ def test_prefixes_instead_of_suffixes_fall_through(quick, mutated, tmp_path):
   )
   for name in ("tuning", "heldout"):
     (tmp_path / name).symlink_to(quick[0].out / name)
-  answers = tuned(
-    Study(tmp_path, quick[0].preset), "heldout"
-  )  # tuned with prefixes, as it would be if the code kept them
+  # tuned with prefixes, as it would be if the code kept them
+  answers = tuned(Study(tmp_path, quick[0].preset), "heldout")
   assert answers.mean() < TUNED and needles(answers) < NEEDLE
 
 
@@ -381,9 +379,8 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
 
   def old(layer, x, positions):
     kept = (x.shape[1] - measures.PREFIX - measures.TEXT) // groups
-    place = (
-      np.arange(groups)[:, None] * 16 + 16 - kept + np.arange(kept)
-    )  # of what is left among all visual tokens
+    # of what is left among all visual tokens
+    place = np.arange(groups)[:, None] * 16 + 16 - kept + np.arange(kept)
     begin, end = measures.PREFIX, measures.PREFIX + groups * kept
     first = positions[:, begin : begin + 1]
     return rotate(

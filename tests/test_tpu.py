@@ -106,14 +106,14 @@ def test_splash_attention_and_its_gradient_compile(name, length, heads, kv_heads
     for function, kernels in ((run, 1), (jax.grad(run, (0, 1, 2)), 3)):
       compiled = jax.jit(function).lower(q, kv, kv, array(length, dtype=bool)).compile()
       assert compiled.as_text().count(KERNEL) == kernels
+  # of queries; of keys and values
   assert cost.read_kernels(compiled.as_text()) == {
     "splash forward": (1, 0),
     "splash gradient": (2, 0),
-  }  # of queries; of keys and values
+  }
   one = length * heads * size * 2
-  assert (
-    compiled.memory_analysis().temp_size_in_bytes < 40 * one
-  )  # linear in the length: scores would take 100 times as much
+  # linear in the length: scores would take 100 times as much
+  assert compiled.memory_analysis().temp_size_in_bytes < 40 * one
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
@@ -138,9 +138,8 @@ def test_splash_attention_of_several_samples_in_a_row_compiles(name, rows, lengt
     for function, kernels in ((run, 1), (jax.grad(run, (0, 1, 2)), 3)):
       args = array(12, 128), array(2, 128), array(2, 128), array(dtype=jnp.int32, split=None)
       compiled = jax.jit(function).lower(*args).compile()
-      assert (
-        compiled.as_text().count(KERNEL) == kernels
-      )  # whose tables of blocks are made on the device
+      # whose tables of blocks are made on the device
+      assert compiled.as_text().count(KERNEL) == kernels
   assert compiled.memory_analysis().temp_size_in_bytes < 40 * length * 12 * 128 * 2
 
 
@@ -150,9 +149,10 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(
   name, dtype, monkeypatch
 ):
   released = parts.sized(str(bench.RELEASED), dtype)
+  # heads of the real size
   llm = dataclasses.replace(
     released.llm, layers=2, width=512, mlp_width=1024, heads=4, vocab_size=2048
-  )  # heads of the real size
+  )
   cfg = dataclasses.replace(
     released, llm=llm, lp_comp=dataclasses.replace(released.lp_comp, schedule=(16, 9))
   )
@@ -187,14 +187,16 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(
   ):
     part = parts.prefill(cfg, 128, 14 + 96, real=False, room=8)
     state, kernels, masks = compiled(part.run, *part.args)
+    # 14 + 128 x 16 + 96 in three blocks, and x 9 in two
     assert kernels == 2 and masks == [
       (2304, 2304),
       (1280, 1280),
-    ]  # 14 + 128 x 16 + 96 in three blocks, and x 9 in two
+    ]
+    # one row against all keys
     assert compiled(parts.decode(cfg, 8), part.args[0], state)[1:] == (
       0,
       [],
-    )  # one row against all keys
+    )
     cfg = parts.without_tower(cfg)
     graph, params = nnx.split(loading.abstract(cfg))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
@@ -264,13 +266,11 @@ def test_two_layers_of_a_training_step_compile_and_are_accounted_for(name, tmp_p
   # blocks.
   pairs = sum(n * n * (b + 1) / (2 * b) for n, b in ((2688, 3), (1792, 2)))
   assert gradient["flops"]["kernels"] == 4 * 9 * 2 * 4 * 128 * pairs
-  assert (
-    gradient["collectives"] and gradient["hbm"] > 2 * gradient["memory"]["gradients"]
-  )  # read and written
+  # read and written
+  assert gradient["collectives"] and gradient["hbm"] > 2 * gradient["memory"]["gradients"]
   assert set(gradient["seconds"]) == {"compute", "memory", "links"}
-  assert (
-    apply["flops"]["model"] == 0 and apply["hbm"] >= 2 * apply["memory"]["optimizer state"]
-  )  # likewise
+  # likewise
+  assert apply["flops"]["model"] == 0 and apply["hbm"] >= 2 * apply["memory"]["optimizer state"]
 
 
 def test_on_many_devices_kernels_are_gathered_and_not_multiplied_piece_by_piece():
@@ -308,17 +308,17 @@ def test_kernels_are_gathered_as_they_are_computed_with():
   _, gathered = accounts.account_program(made, "gradient", made.shapes[0])["collectives"][
     "all-gather"
   ]
-  assert (
-    1 < gathered / (2 * kernels * size * 15 / 16) < 1.5
-  )  # forth and back; the rest is projector and embeddings
+  # forth and back; the rest is projector and embeddings
+  assert 1 < gathered / (2 * kernels * size * 15 / 16) < 1.5
 
 
 @pytest.mark.parametrize("name", ("v4:2x2x1", "v5e:1x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
 def test_the_compiler_has_as_much_memory_as_the_table_of_chips_says(name):
   mesh = mesh_on(name)
+  # 120 GiB
   x = jax.ShapeDtypeStruct(
     (120 * 2**11, 1024, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
-  )  # 120 GiB
+  )
   with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refused:
     jax.jit(lambda x: x + 1).lower(x).compile()
   device = cost.device_of(list(mesh.devices.flat))

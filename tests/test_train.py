@@ -109,9 +109,8 @@ def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path
   want = losses(tiny_run(tmp_path / "frames"))
   got = losses(tiny_run(tmp_path / "features", **{"data.train": features}))
   assert len(want) == 4 and np.ptp(want) > 1
-  np.testing.assert_allclose(
-    got, want, rtol=1e-2
-  )  # bfloat16 has 8 bits, and every step grows the difference
+  # bfloat16 has 8 bits, and every step grows the difference
+  np.testing.assert_allclose(got, want, rtol=1e-2)
 
 
 def test_features_of_another_tower_are_refused_before_a_step(

@@ -20,9 +20,8 @@ from PIL import Image
 from xcomp_jax import files
 from xcomp_jax.data import container, prompt, video
 
-LIMITS = dict(
-  max_frames=32, min_frames=16, fps=4.0, clip_frames=8
-)  # a small recipe for small files
+# a small recipe for small files
+LIMITS = dict(max_frames=32, min_frames=16, fps=4.0, clip_frames=8)
 
 
 def frame(i: int) -> np.ndarray:
@@ -114,9 +113,8 @@ def test_frame_indices_refuse_limits_that_are_no_whole_clips(low, high):
 
 
 def test_resize_equals_the_official_preprocessing(reference):
-  data = np.load(
-    reference / "preprocess" / "out.npz"
-  )  # uint8 codes of the official numbers in `levels`, float32[3, 256]
+  # uint8 codes of the official numbers in `levels`, float32[3, 256]
+  data = np.load(reference / "preprocess" / "out.npz")
   mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
   for i in range(5):
     pixels = np.asarray(Image.open(reference / "preprocess" / f"in{i}.png"))
@@ -154,9 +152,8 @@ def test_load_gives_the_pixels_of_another_decoder(tmp_path):
   with av.open(str(path)) as file:
     pictures = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
   expected = video.resize(np.stack([pictures[i] for i in got.indices]), 48)
-  assert (
-    np.abs(got.frames.astype(int) - expected).max() <= 2
-  )  # two builds of the colour conversion may round apart
+  # two builds of the colour conversion may round apart
+  assert np.abs(got.frames.astype(int) - expected).max() <= 2
 
 
 def test_load_reads_what_opencv_writes(tmp_path):
@@ -176,12 +173,10 @@ def test_load_cuts_from_start_to_end(tmp_path):
   assert got.seconds == 3.0 and len(got.frames) == 16  # 4 fps * 3 s = 12, raised to min_frames
   assert got.indices[0] == 16 and got.indices[-1] == 38
   tail = video.load(path, size=16, style="train", start=8.0, end=99.0, **LIMITS)
-  assert (
-    tail.seconds == pytest.approx(1.9) and tail.indices[0] == 64 and tail.indices[-1] == 77
-  )  # of int(1.9 * 8) frames
-  assert (
-    video.load(path, size=16, style="ask", start=9.9, **LIMITS).indices.tolist() == [79] * 16
-  )  # there is no other
+  # of int(1.9 * 8) frames
+  assert tail.seconds == pytest.approx(1.9) and tail.indices[0] == 64 and tail.indices[-1] == 77
+  # there is no other
+  assert video.load(path, size=16, style="ask", start=9.9, **LIMITS).indices.tolist() == [79] * 16
   for bounds in (dict(start=5.0, end=5.0), dict(start=10.5), dict(end=-1.0)):
     with pytest.raises(video.VideoError, match=r"lasts 10\.00 seconds; nothing lies between"):
       video.load(path, size=16, style="train", **bounds, **LIMITS)
@@ -407,9 +402,8 @@ def test_wrong_kinds_of_path_are_refused(tmp_path):
 
 def test_a_picture_that_needs_another_program_is_refused(tmp_path):
   path = tmp_path / "drawing.jpg"
-  path.write_text(
-    "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
-  )  # Pillow would ask Ghostscript
+  # Pillow would ask Ghostscript
+  path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
   with pytest.raises(video.VideoError, match="is no image that can be read"):
     video.load(path, size=8, style="train", read_type="img", **LIMITS)
 

@@ -59,9 +59,8 @@ def test_position_table_at_224_needs_no_bicubic():
 
 def test_patch_embedding_is_the_official_convolution(model):
   frames = clips(2, 3)
-  kernel = np.asarray(model.patch_embed.kernel[...]).reshape(
-    1, 8, 8, 3, 32
-  )  # frame, row, column, colour
+  # frame, row, column, colour
+  kernel = np.asarray(model.patch_embed.kernel[...]).reshape(1, 8, 8, 3, 32)
   pixels = (np.asarray(frames) / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
   conv = jax.lax.conv_general_dilated(
     jnp.asarray(pixels, jnp.float32),

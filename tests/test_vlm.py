@@ -230,6 +230,5 @@ def test_logits_of_a_large_vocabulary_never_exist_at_once(tiny):
     return vlm.loss(nnx.merge(graph, state), batch).sum()
 
   memory = jax.jit(jax.grad(loss)).lower(state, batch).compile().memory_analysis()
-  assert (
-    memory.temp_size_in_bytes < 0.6 * 8192 * 50_000 * 4
-  )  # and three times as much with all of them
+  # and three times as much with all of them
+  assert memory.temp_size_in_bytes < 0.6 * 8192 * 50_000 * 4

@@ -147,12 +147,13 @@ def equal(a: dict, b: dict):
     assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
 
 
+# Qwen2.5-7B-Instruct-1M
 HIGH = {
   "rope_scaling": None,
   "max_position_embeddings": 1010000,
   "rope_theta": 1e7,
   "rms_norm_eps": 1e-5,
-}  # Qwen2.5-7B-Instruct-1M
+}
 RELEASED = {  # variant -> official table, config.json beside CONFIG, image size
   "Qwen2_5-2B_res448": ("2b_448", {}, 448),
   "Qwen2-7B_res448": ("7b_448", SEVEN, 448),

@@ -67,9 +67,8 @@ def test_what_is_asked_is_answered_by_the_scene_that_shows_it(made):
   for annotation in world.read_annotations(made, "train"):
     asked = world.asked(annotation)
     assert sorted(text.splitlines()[0] for text, _, _ in asked) == sorted(QUESTIONS.values())
-    assert (
-      len({scene for text, _, scene in asked if "shape" in text}) == 1
-    )  # one scene shows all of it
+    # one scene shows all of it
+    assert len({scene for text, _, scene in asked if "shape" in text}) == 1
     assert all(letter in "ABCD" for _, letter, _ in asked)
 
 

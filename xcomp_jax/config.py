@@ -96,15 +96,15 @@ class LLMConfig:
   rope_scaling: Yarn | None
   norm_eps: float
   tied: bool  # the embedding table is the output head
-  context: (
-    int | None
-  )  # tokens of a prompt, visual ones before compression included; None: not known
+  # tokens of a prompt, visual ones before compression included; None: not known
+  context: int | None
 
 
 Dtype = Literal["bfloat16", "float32", "float16"]  # training has no float16: `check_trained`
+# see `attention.attend`
 Attention = Literal[
   "auto", "einsum", "flash", "mosaic", "triton", "cudnn", "splash", "xla_chunked", "tiled"
-]  # see `attention.attend`
+]
 Keep = Literal["suffix", "uniform", "stride", "avgpool", "none", "attention"]
 
 
@@ -143,9 +143,8 @@ class ModelConfig:
   yarn: tuple[float, ...] | Literal["checkpoint"] | None
   dtype: Dtype  # of the computation
   param_dtype: Dtype  # of trained parameters and optimizer state
-  clips_per_chunk: (
-    int | Literal["auto"]
-  )  # clips in the tower at once; "auto": by the device's memory (`weights.clips_at_once`)
+  # clips in the tower at once; "auto": by the device's memory (`weights.clips_at_once`)
+  clips_per_chunk: int | Literal["auto"]
   attention: Attention
   remat: bool  # recompute each layer's activations in the backward pass
 
@@ -187,9 +186,8 @@ class SelectConfig:
   round: int  # frames scored together, without the overlap
   window: int  # frames that share a softmax; 0: a whole round
   stride: int  # frames from one window to the next
-  layers: tuple[
-    int, int
-  ]  # first and last layer whose attention counts, of 28; other depths in proportion
+  # first and last layer whose attention counts, of 28; other depths in proportion
+  layers: tuple[int, int]
   causal: bool  # a question's row sees the text up to itself; False: all of it (quirk Q2)
   bias: int | None  # text tokens before the question; None: as many as there are (quirk Q11)
   # whose attention counts: its tokens' (paper), or that of the prompt's last one, which the answer
@@ -238,9 +236,8 @@ class TrainConfig:
   vision: bool  # train the tower (SCT freezes it)
   projector: bool
   llm: bool
-  projector_max_frames: (
-    int | None
-  )  # samples of this many frames give the projector no gradient (512 in the release, quirk Q17)
+  # samples of this many frames give the projector no gradient (512 in the release, quirk Q17)
+  projector_max_frames: int | None
   log_every: int  # steps, as all below
   eval_every: int
   save_every: int
@@ -264,9 +261,8 @@ class MeshConfig:
 class DistributedConfig:
   """How the processes of a run find each other (`hosts.joined`)."""
 
-  coordinator: (
-    str | None
-  )  # HOST:PORT of process 0, reached by all; "auto": as the cluster says; None: one process
+  # HOST:PORT of process 0, reached by all; "auto": as the cluster says; None: one process
+  coordinator: str | None
   processes: int | None  # with HOST:PORT: how many,
   process: int | None  # and which of them this is
   start_seconds: int  # in which all must have come up
@@ -280,9 +276,8 @@ class RunConfig:
   seed: int
   workdir: Path  # checkpoints, logs, and the resolved config
   init_from: Path  # checkpoint directory, hub id, or Orbax export
-  compilation_cache: (
-    Path | None
-  )  # folder where compiled programs are kept for later runs; None: as JAX is set up
+  # folder where compiled programs are kept for later runs; None: as JAX is set up
+  compilation_cache: Path | None
   model: ModelConfig
   lp_comp: LPCompConfig
   data: DataConfig

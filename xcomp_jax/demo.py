@@ -155,9 +155,8 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   )
   untrained = measure("LP-Comp, not trained", out / "start", config.lp_comp)
   say("supervised compression tuning")
-  loop.run_whole(
-    dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=None))
-  )  # measured below
+  # measured below
+  loop.run_whole(dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=None)))
   saving.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export")])
   tuned = measure("LP-Comp after SCT", out / "export", config.lp_comp)
   more, low, high = gain(untrained, tuned)

@@ -20,9 +20,8 @@ from xcomp_jax.files import one_line, too_many_files
 Number = TypeVar("Number", int, float)
 
 TEXT = 1 << 30  # bytes of a text file, at most: ten times the largest annotations known
-ABOUT = (
-  64 << 20
-)  # likewise of one that describes other files; the largest tokenizers have half of that
+# likewise of one that describes other files; the largest tokenizers have half of that
+ABOUT = 64 << 20
 ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # are no fault of a file
 
 

@@ -36,15 +36,15 @@ from xcomp_jax.inference.rounds import PREFIX, TEXT
 from xcomp_jax.model import kernels
 from xcomp_jax.plan import cost
 
+# seconds of LP-Comp prefill on one H200, 863 text tokens
 PAPER = {
   1024: 0.12,
   2048: 0.25,
   4096: 0.66,
-}  # seconds of LP-Comp prefill on one H200, 863 text tokens
+}
 WANTED = {1024: 0.075, 2048: 0.16, 4096: 0.45}  # likewise
-RELEASED = (
-  pathlib.Path(__file__).parents[1] / "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"
-)  # its sizes
+# its sizes
+RELEASED = pathlib.Path(__file__).parents[1] / "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"
 GROUPS = ("tower", "merge", "prefill", "plain", "select", "decode", "features", "frames", "data")
 
 
@@ -422,9 +422,8 @@ def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
   )
   for number, (name, (x, y)) in enumerate(sorted(places.items(), key=lambda place: place[1]), 1):
     axis.plot(x, y, "o", markersize=5, label=f"{number}  {name}")
-    place = ((4, 4), (4, -10), (-12, 4), (-12, -10))[
-      number % 4
-    ]  # neighbours in rate are often neighbours here
+    # neighbours in rate are often neighbours here
+    place = ((4, 4), (4, -10), (-12, 4), (-12, -10))[number % 4]
     axis.annotate(str(number), (x, y), place, textcoords="offset points", fontsize=8)
   axis.set(
     xscale="log",

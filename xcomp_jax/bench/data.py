@@ -202,9 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       return
     if not pathlib.Path(args.path).is_file():
       raise FileNotFoundError(f"there is no file {args.path}")
-    print(
-      memory(args.path, args.image_size), flush=True
-    )  # first: a process counts what its parent had when it was made
+    # first: a process counts what its parent had when it was made
+    print(memory(args.path, args.image_size), flush=True)
     frames, table = decoding(args.path, args.image_size, args.repeat)
     print(table, flush=True)
     print(

@@ -32,13 +32,14 @@ from xcomp_jax.model import kernels, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
 
 ROOT = pathlib.Path(__file__).parents[1]
+# of the benchmark, in this order
 MEASURED = (
   ("prefill", "--frames", "1024"),
   ("tower",),
   ("decode",),
   ("select",),
   ("features",),
-)  # of the benchmark, in this order
+)
 
 
 @dataclasses.dataclass(frozen=True)

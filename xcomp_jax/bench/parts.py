@@ -194,9 +194,8 @@ def prefill(
 
   x = _array(real, (1, text + frames * cfg.tokens_per_frame, cfg.llm.width), cfg.dtype)
   useful = _useful(cfg, frames, text, False)["llm"]
-  useful -= (
-    2.0 * cfg.llm.width * cfg.llm.vocab_size * text
-  )  # of logits the last row's alone are made
+  # of logits the last row's alone are made
+  useful -= 2.0 * cfg.llm.width * cfg.llm.vocab_size * text
   return Part(run, (state, x), useful, frames, "frames")
 
 
@@ -222,9 +221,8 @@ def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: int =
     + 2.0 * m.width * m.vocab_size
     + 4.0 * keys * m.heads * m.head_dim
   )
-  held = sum(
-    leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches))
-  )  # all of it for every token
+  # all of it for every token
+  held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))
   tokens_of_all = tokens * answers
   return Part(
     decode(cfg, tokens),

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 
 PACKAGE = str(pathlib.Path(__file__).parent)
+# lines of a TPU that repeat what others have
 NOT_OPERATIONS = (
   "Steps",
   "XLA Modules",
   "XLA TraceMe",
   "Async XLA Ops",
-)  # lines of a TPU that repeat what others have
+)
 
 
 def traced(call: Callable[[], Any], folder: pathlib.Path) -> pathlib.Path:
@@ -97,9 +98,8 @@ def written_by(text: str) -> dict[str, str]:
     _table(text, "StackFrames"),
     re.M,
   )
-  shift = any(
-    frame == parent for frame, _, parent in frames
-  )  # jax 0.10 prints a parent's number plus one
+  # jax 0.10 prints a parent's number plus one
+  shift = any(frame == parent for frame, _, parent in frames)
   parents = {int(frame): (place, int(parent or shift) - shift) for frame, place, parent in frames}
 
   def function(frame: str | None) -> str | None:

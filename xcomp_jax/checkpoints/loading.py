@@ -639,9 +639,8 @@ def load(
   """
   directory = pathlib.Path(directory)
   entries = names(cfg)
-  stored(
-    directory, cfg
-  )  # refuses what is not there before a model is made, which takes a minute for a thousand layers
+  # refuses what is not there before a model is made, which takes a minute for a thousand layers
+  stored(directory, cfg)
   graph, state = nnx.split(abstract(cfg))
   leaves, tree = jax.tree_util.tree_flatten_with_path(state)
   paths = [path_name(path) for path, _ in leaves]

@@ -71,9 +71,8 @@ class Source:
   state: nnx.State
   cfg: VLMConfig
   directory: pathlib.Path
-  tuned: (
-    Tuned | bool
-  )  # what the parameters were tuned with; True: as `cfg` says; False: it is not known
+  # what the parameters were tuned with; True: as `cfg` says; False: it is not known
+  tuned: Tuned | bool
 
 
 def read(path: str, *, step: int | None = None, init_from: str | None = None) -> Source:
@@ -382,9 +381,8 @@ def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
     for name in ([value] if isinstance(value, str) else value or [])
     if name
   ]
-  wanted = [
-    f"{name.split('.')[0]}.py" for name in names if "--" not in name
-  ]  # ORG/NAME--module.Class is at the hub
+  # ORG/NAME--module.Class is at the hub
+  wanted = [f"{name.split('.')[0]}.py" for name in names if "--" not in name]
   for name in wanted:  # grows
     if inputs.beside(name) and (folder / name).is_file():
       imported = RELATIVE.findall(inputs.text(folder / name, CheckpointError))
@@ -420,7 +418,8 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
     )
   if not (directory / tensor_files.EXPORTED).is_file():
     raise CheckpointError(
-      f"{directory} is not empty and no export (it has no {tensor_files.EXPORTED}, which lists what one "
+      f"{directory} is not empty and no export (it has no {tensor_files.EXPORTED}, which lists "
+      f"what one "
       f"wrote), so it is not replaced; remove it yourself, or choose another directory"
     )
   wrote = tensor_files.read_json(directory / tensor_files.EXPORTED)
@@ -495,9 +494,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
   args = parser.parse_args(argv)
   save = save_torch if args.format == "torch" else save_orbax
-  logging.getLogger("absl").setLevel(
-    logging.ERROR
-  )  # Orbax warns of what a reader of checkpoints always does
+  # Orbax warns of what a reader of checkpoints always does
+  logging.getLogger("absl").setLevel(logging.ERROR)
   with files.command():
     out = files.local(args.out, "an export appears by a rename", written=True)
     files.apart(

@@ -84,9 +84,8 @@ def read_json(file: pathlib.Path, *required: str) -> dict[str, Any]:
   return values
 
 
-Target = Callable[
-  [str, np.dtype], tuple[Sharding, np.dtype]
-]  # (path, stored dtype) -> where to, and as what
+# (path, stored dtype) -> where to, and as what
+Target = Callable[[str, np.dtype], tuple[Sharding, np.dtype]]
 
 
 def report(

@@ -176,9 +176,8 @@ def collate(
       prefix[r, m, :p], text[r, l : l + n] = example.tokens[:p], example.tokens[first:]
       before[r, m * P : m * P + max(p - 1, 0)] = example.labels[1:p]
       if example.frames:
-        last[r, m] = example.labels[
-          first
-        ]  # the last visual token predicts the first token of the text
+        # the last visual token predicts the first token of the text
+        last[r, m] = example.labels[first]
       after[r, l : l + n - 1] = example.labels[first + 1 :]
       query[r, l : l + n] = example.query[first:]
       if tokens is not None and example.visual is not None:

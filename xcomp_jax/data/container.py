@@ -33,16 +33,18 @@ FORMATS = (
 )
 PIXELS = 178_956_970  # of a picture, at most; Pillow has the same limit
 STATED = {"mov", "matroska", "avi", "flv", "asf"}  # formats whose header says how long the file is
+# of which FFmpeg says how long the file is now, while the header has its number of frames
 COUNTED = {
   "avi",
   "ivf",
-}  # of which FFmpeg says how long the file is now, while the header has its number of frames
+}
 NONE = -(2**63)  # stands for a missing time stamp
+# bits of `_Packets.flags`: decoding can begin here; never shown; damaged
 KEY, HIDDEN, BROKEN = (
   1,
   2,
   4,
-)  # bits of `_Packets.flags`: decoding can begin here; never shown; damaged
+)
 SKIP = (
   8  # frames; a key frame that is no further ahead is reached sooner by decoding on than by seeking
 )
@@ -52,23 +54,25 @@ REORDERED = (
 # decoded frames that are compared with the packets' time stamps before all of these are believed
 HEAD = 16
 ROUNDED = 1.01  # time units by which rounding may move the time stamps of a constant rate
+# H.273's number to PyAV's name; newer PyAV knows BT.2020's by itself
 MATRICES = {
   1: "ITU709",
   4: "FCC",
   7: "SMPTE240M",
-}  # H.273's number to PyAV's name; newer PyAV knows BT.2020's by itself
-ASF = bytes.fromhex(
-  "a1dcab8c47a9cf118ee400c00c205365"
-)  # begins the part of an ASF header that says how long the file is
+}
+# begins the part of an ASF header that says how long the file is
+ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+# degrees counterclockwise, as a display matrix
 TURNS = {
   0: (1, 0, 0, 1),
   90: (0, -1, 1, 0),
   180: (-1, 0, 0, -1),
   270: (0, 1, -1, 0),
-}  # degrees counterclockwise, as a display matrix
+}
+# that are no text; 19 replaces by itself
 TITLES: dict[str, Any] = (
   {} if int(av.__version__.partition(".")[0]) > 18 else {"metadata_errors": "replace"}
-)  # that are no text; 19 replaces by itself
+)
 NO_DECODER = (
   "convert it, `ffmpeg -i FILE -c:v libx264 OUT.mp4`, or install a PyAV whose FFmpeg "
   "can: its own wheels have AV1, VP9 and HEVC"
@@ -198,9 +202,8 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
     not whole and _short(path, number, stop, end, 1.5 * frame, bool(listed))
   ):
     lost = float(max(end - stop, frame))
-  usual = (
-    average if average and abs(average * seconds / len(pts) - 1) < 0.1 else 0.0
-  )  # of a rate that varies the header knows no number
+  # of a rate that varies the header knows no number
+  usual = average if average and abs(average * seconds / len(pts) - 1) < 0.1 else 0.0
   stated = listed or round((end - float(pts[0]) * base) * usual)
   return Index(number, times, seconds, rate, average, pts, tuple(keys), lost, stated)
 
@@ -215,9 +218,8 @@ def _stated_asf(path: pathlib.Path) -> float:
   if at < 0 or at + 92 > len(head):
     return 0.0
   play, _, preroll, flags = struct.unpack_from("<QQQI", head, at + 64)  # 100 ns, and milliseconds
-  return (
-    0.0 if flags & 1 else max(0.0, play / 1e7 - preroll / 1e3)
-  )  # a live recording is open-ended
+  # a live recording is open-ended
+  return 0.0 if flags & 1 else max(0.0, play / 1e7 - preroll / 1e3)
 
 
 @contextlib.contextmanager
@@ -292,9 +294,8 @@ def _packets(container: Any, stream: Any) -> _Packets:
       if packet.is_keyframe and _restarts(codec, packet):
         flag |= KEY
       elif codec.startswith("vp8") or codec == "libvpx":
-        flag |= HIDDEN * (
-          not memoryview(packet)[0] & 16
-        )  # a frame that others refer to, and nobody sees
+        # a frame that others refer to, and nobody sees
+        flag |= HIDDEN * (not memoryview(packet)[0] & 16)
       flags.append(flag)
   return _Packets(*(np.array(column, np.int64) for column in columns))
 
@@ -438,9 +439,8 @@ def _counted(path, stream: int, rates: Sequence[float], average: float | None) -
   gaps = np.diff(known)
   good = (gaps > 0) & (known[:-1] > NONE * base) & (known[1:] > NONE * base)
   usual = float(np.median(gaps[good])) if good.any() else 1.0
-  rate = (
-    rates[0] if rates and good.sum() < max(1, 0.95 * len(good)) else None
-  )  # time stamps that mean nothing; else a few that go back
+  # time stamps that mean nothing; else a few that go back
+  rate = rates[0] if rates and good.sum() < max(1, 0.95 * len(good)) else None
   if rate is None:
     times = np.concatenate([[0.0], np.cumsum(np.where(good, gaps, usual))])
   else:
@@ -561,9 +561,8 @@ def _pictures(
           f"{path}: the frame at {found.times[i]:.2f} seconds, number {i}, is damaged"
         )
       if i in asked:
-        matrix = (
-          _matrix(image) if matrix is None else matrix
-        )  # of the first alone: asking for side data makes a cycle, and frees a frame late
+        # of the first alone: asking for side data makes a cycle, and frees a frame late
+        matrix = _matrix(image) if matrix is None else matrix
         yield _upright(_rgb(convert, image), *matrix)
 
 
@@ -620,15 +619,12 @@ def _whole(container: Any, stream: Any, key: Key | None = None) -> Iterator[Any]
   that packet but are shown before it are left out, too.
   """
   codec = stream.codec_context.name
-  flight = 3 + min(
-    os.cpu_count() or 1, 16
-  )  # packets that may be in the decoder's threads when it reports an error
-  order: collections.deque[int | None] = collections.deque(
-    maxlen=256
-  )  # time stamps of packets, as they were decoded
-  clean: collections.deque[int | None] = collections.deque(
-    maxlen=64
-  )  # those of packets that decoding can begin with
+  # packets that may be in the decoder's threads when it reports an error
+  flight = 3 + min(os.cpu_count() or 1, 16)
+  # time stamps of packets, as they were decoded
+  order: collections.deque[int | None] = collections.deque(maxlen=256)
+  # those of packets that decoding can begin with
+  clean: collections.deque[int | None] = collections.deque(maxlen=64)
   suspect: set[int | None] = set()  # time stamps of frames to leave out
   bad = False  # a packet was bad, and decoding could not begin anew since
   leading: int | None = (

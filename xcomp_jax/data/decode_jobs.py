@@ -354,10 +354,11 @@ def run(
     if name.endswith(".records")
   }
   waiting = collections.deque(job for n in missing for job in work.members(n))
+  # jobs whose process died, and all that has been tried again; jobs run alone then
   suspects, tried = (
     collections.deque(),
     set(),
-  )  # jobs whose process died, and all that has been tried again; jobs run alone then
+  )
   spoiled, running = set(), set()
   layout = dataclasses.replace(work.layout, features=None)
 
@@ -375,9 +376,8 @@ def run(
   def start(job: int) -> None:
     running.add(("job", job))
     task = work.jobs[job]
-    task = dataclasses.replace(
-      task, sample=dataclasses.replace(task.sample, conversations=())
-    )  # what decoding doesn't need may be long
+    # what decoding doesn't need may be long
+    task = dataclasses.replace(task, sample=dataclasses.replace(task.sample, conversations=()))
     pool.call(("job", job), decode, task, work.settings, layout, target(job), timeout=timeout)
 
   def settle(job: int, good: bool) -> None:

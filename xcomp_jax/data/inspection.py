@@ -21,11 +21,12 @@ from xcomp_jax.progress import progress
 
 THUMBNAIL = 112  # pixels
 THREADS = 32  # at most: each may hold a file open beside those of `store.OPEN`
+# of lines of a manifest that are about what was selected
 COMMON = {
   "annotation",
   "position",
   "source",
-}  # of lines of a manifest that are about what was selected
+}
 PASSED = {"annotation", "position", "passed_over"}  # of the others
 
 

@@ -20,6 +20,7 @@ from xcomp_jax.data.batch import Length, Shape, length_table
 
 MOST = 4  # shapes of a run; each one is a program that takes minutes to compile
 TOGETHER = 7  # micro-batches that are planned together; a step that needs more is parted first
+# room beyond a step's size, in 64ths, with which combinations of shapes are tried
 SLACK = (
   0,
   1,
@@ -32,7 +33,7 @@ SLACK = (
   15,
   20,
   30,
-)  # room beyond a step's size, in 64ths, with which combinations of shapes are tried
+)
 # what goes on meanwhile costs one 16th of itself: it never hides completely, and padding is not
 # free
 HIDDEN = 16
@@ -46,9 +47,8 @@ class Micro(NamedTuple):
   """A micro-batch."""
 
   shape: Shape
-  rows: tuple[
-    tuple[int, ...], ...
-  ]  # numbers of the samples of each row, in their order; as many rows as the shape has
+  # numbers of the samples of each row, in their order; as many rows as the shape has
+  rows: tuple[tuple[int, ...], ...]
 
 
 @runtime_checkable
@@ -192,9 +192,8 @@ def _fastest(
   mixes, counts = _mixes(len(shapes), int(most.max()))
   # 64ths of what a step takes that each combination has room for, of what is scarcest.
   spare = ((counts @ room)[None] * 64 // np.maximum(total, 1)[:, None]).min(-1) - 64
-  spare = np.where(
-    counts.sum(1)[None] <= most[:, None], spare, -1
-  )  # so that no step depends on the others
+  # so that no step depends on the others
+  spare = np.where(counts.sum(1)[None] <= most[:, None], spare, -1)
   # At best attention is spread evenly over the row groups.
   work = (counts @ prices[:, 0])[None] + attention.sum(1)[:, None] // costs.groups
   least = np.maximum(work, (counts @ prices.max(1))[None])  # [B, mixes]
@@ -360,9 +359,8 @@ def average(lengths: Lengths, batch_size: int, shapes: Sequence[Shape], costs: C
     np.argsort(np.random.PCG64(SEED).random_raw(len(table)), kind="stable"), (count, batch_size)
   )
   parts = [part for ids in steps for part in _parts(table, ids, shapes)]
-  return (
-    sum(_fastest(table, parts, shapes, costs).time.tolist()) // count
-  )  # of Python's numbers, which have no largest
+  # of Python's numbers, which have no largest
+  return sum(_fastest(table, parts, shapes, costs).time.tolist()) // count
 
 
 class Chosen(NamedTuple):
@@ -405,9 +403,8 @@ def choose_shapes(
 
   def usual(frames: int) -> Shape:
     """With places and text in proportion to the frames, and something to spare."""
-    share = (
-      Fraction(frames * n, total[1]) if total[1] else Fraction(batch_size, room.groups)
-    )  # samples
+    # samples
+    share = Fraction(frames * n, total[1]) if total[1] else Fraction(batch_size, room.groups)
     text = (share + 1) * total[2] * 3 / (2 * n)
     return room.shape(min(places, 4 + math.ceil(share * 3 / 2)), frames, math.ceil(text))
 

@@ -301,9 +301,8 @@ class _Items:
     host reads few records.
     """
     devices, size = self._share.devices, self._share.clips
-    lists: list[list[tuple[int, ...]]] = [
-      [] for _ in range(devices)
-    ]  # of each device: sample, clip, micro-batch, row, slot
+    # of each device: sample, clip, micro-batch, row, slot
+    lists: list[list[tuple[int, ...]]] = [[] for _ in range(devices)]
     turn = 0  # whose turn it is to take one more than others
     for number, micro in enumerate(step):
       found = list(self._clips_of(micro, number, kind))

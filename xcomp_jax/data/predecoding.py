@@ -111,9 +111,8 @@ def predecode(
     StoreError: `out` is there and is something else, another run is at work or left other work, or
       no sample is left.
   """
-  video.frame_indices(
-    0, 1.0, **decode_jobs.sampling(settings)
-  )  # refuses limits that contradict each other
+  # refuses limits that contradict each other
+  video.frame_indices(0, 1.0, **decode_jobs.sampling(settings))
   if tower and (quality is not None or beam is not None):
     raise ValueError("features are neither stored as JPEG nor computed through Beam")
   if beam is not None and not pathlib.Path(root).is_absolute():
@@ -121,9 +120,8 @@ def predecode(
       f"--beam needs a --root that is the same for all workers: an absolute path, not {root}"
     )
   out = local(out, "a store appears by a rename", written=True)
-  out = pathlib.Path(
-    os.path.realpath(out)
-  )  # a rename can't take the place of what a link points to
+  # a rename can't take the place of what a link points to
+  out = pathlib.Path(os.path.realpath(out))
   made = _made(out)
   with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
     jobs, files = mixtures.read_mixture(mixture, root, subset)
@@ -229,9 +227,8 @@ def load_tower(
   model = ModelConfig(
     settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False
   )
-  cfg = loading.read_config(
-    directory, model, COSINE, option="--clip_frames {own}"
-  )  # LP-Comp is the LLM's, which is not run
+  # LP-Comp is the LLM's, which is not run
+  cfg = loading.read_config(directory, model, COSINE, option="--clip_frames {own}")
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size
     raise ValueError(
@@ -240,7 +237,9 @@ def load_tower(
     )
   # float16 has not all of a bfloat16's small numbers, and the identity is that of training's tower.
   vlm = loading.load(directory, cfg, dtype=None if dtype == "float16" else dtype)
-  features = store.Features(encoded_video.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
+  features = store.Features(
+    encoded_video.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width
+  )
   how = {
     "computed_in": dtype,
     "clips_per_chunk": cfg.clips_per_chunk,

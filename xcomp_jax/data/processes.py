@@ -166,9 +166,8 @@ class Here:
 class _Process:
   def __init__(self, life: int, module: str):
     ours, theirs = socket.socketpair()
-    before = signal.pthread_sigmask(
-      signal.SIG_BLOCK, {signal.SIGINT}
-    )  # of Ctrl-C, which it would answer with a trace; it inherits this
+    # of Ctrl-C, which it would answer with a trace; it inherits this
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
       line = [sys.executable, "-c", CODE, str(theirs.fileno()), module, *sys.path]
       self.process = subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
@@ -195,9 +194,8 @@ def serve(handle: int, module: str) -> None:
   pipe = connection.Connection(handle)
   importlib.import_module(module)
   pipe.send("ready")
-  os.dup2(
-    os.open(os.devnull, os.O_WRONLY), 2
-  )  # FFmpeg complains at length; the reason comes back as an exception
+  # FFmpeg complains at length; the reason comes back as an exception
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
   while True:
     try:
       function, args, timeout = pipe.recv()

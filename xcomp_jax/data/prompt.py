@@ -112,9 +112,8 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
   import tokenizers  # not at the top: a model runs without
 
   for file in [whole] if whole.exists() else parts:
-    inputs.text(
-      file, TokenizerError
-    )  # not a pipe, which the library would wait for, nor what fits into no memory
+    # not a pipe, which the library would wait for, nor what fits into no memory
+    inputs.text(file, TokenizerError)
   with reading(whole if whole.exists() else directory, TokenizerError, "tokenizer"):
     core = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else _read_parts(*parts)
   return Tokenizer(core, str(directory))
@@ -256,9 +255,8 @@ def _build(
       if mask == "official":
         supervised[:] = True
       elif mask == "assistant":
-        supervised[answer:] = [
-          left <= end for left, _ in spans[answer:]
-        ]  # <|im_end|> starts at `end`
+        # <|im_end|> starts at `end`
+        supervised[answer:] = [left <= end for left, _ in spans[answer:]]
     elif role == "user":
       own = [
         k for k, (left, right) in enumerate(spans) if right > end - len(question) and left < end

@@ -17,9 +17,8 @@ from typing import Any
 
 from xcomp_jax.data.store import StoreError
 
-TRAILER = struct.Struct(
-  ">QI"
-)  # the last bytes: how many the entry before them has, and the CRC-32 of all before this
+# the last bytes: how many the entry before them has, and the CRC-32 of all before this
+TRAILER = struct.Struct(">QI")
 
 
 class DamagedError(StoreError):

@@ -41,9 +41,8 @@ from xcomp_jax.files import fresh_folder, local, one_line, too_many_files
 from xcomp_jax.inputs import reading, regular
 
 FORMAT = 2  # of the folder; raised when an older reader would misread it
-RECORD_BYTES = (
-  64 << 20
-)  # of arrays in one record: a protobuf holds at most 2 GB, and a reader holds a whole record
+# of arrays in one record: a protobuf holds at most 2 GB, and a reader holds a whole record
+RECORD_BYTES = 64 << 20
 RECENT = 4  # records that are kept in memory, of all stores together
 # Files that are kept open, of all stores together. A process may have 1,024, on some systems 256,
 # and a run has others. To open one again takes 0.3 ms, far less than to read and decode the
@@ -59,6 +58,7 @@ PIXELS, FRAMES, TOKENS, COUNT = (
   range(1, 1_000_001),
   range(1_000_000_001),
 )
+# how frames and samples were chosen
 SAMPLING = (
   "image_size",
   "clip_frames",
@@ -66,7 +66,7 @@ SAMPLING = (
   "min_frames",
   "max_frames",
   "subset",
-)  # how frames and samples were chosen
+)
 
 
 class StoreError(ValueError):
@@ -289,9 +289,8 @@ class Rows:
     described = inputs.read_json(about, StoreError, inputs.ABOUT)
     with reading(about, StoreError):
       (split,) = described["splits"]
-      lengths = [
-        int(length) for length in tuple(split["shardLengths"])
-      ]  # text: protobuf has no other integers in JSON
+      # text: protobuf has no other integers in JSON
+      lengths = [int(length) for length in tuple(split["shardLengths"])]
       if split.get("filepathTemplate", FILES) != FILES:
         raise ValueError(f"filepathTemplate must be {FILES}")
       if not lengths or not all(length in COUNT for length in lengths):
@@ -327,9 +326,10 @@ def _reader(rows: Rows, number: int):
   """
   from array_record.python.array_record_module import ArrayRecordReader
 
+  # for random access
   reader = ArrayRecordReader(
     rows.file(number), options="readahead_buffer_size:0", file_reader_buffer_size=32768
-  )  # for random access
+  )
   if not reader.ok():
     reader.read([0])  # raises what went wrong when it was opened
   return reader
@@ -637,6 +637,7 @@ def example(fields: Mapping[str, str | int | np.ndarray | Sequence[bytes]]) -> b
     if isinstance(value, int):
       kind, values = 3, [_varint(value)]  # Int64List
     else:
+      # BytesList
       kind, values = (
         1,
         [value.encode()]
@@ -644,7 +645,7 @@ def example(fields: Mapping[str, str | int | np.ndarray | Sequence[bytes]]) -> b
         else [np.ascontiguousarray(value).data.cast("B")]
         if isinstance(value, np.ndarray)
         else value,
-      )  # BytesList
+      )
     inner = [part for one in values for part in (_head(1, len(one)), one)]
     size = sum(map(len, inner))
     feature = _head(kind, size)

@@ -28,6 +28,7 @@ Style = Literal["train", "ask"]
 Rate = Literal["own", "average"]
 ReadType = Literal["video", "gif", "img", "frames"]
 
+# for some others Pillow starts other programs
 PICTURES = (
   "AVIF",
   "BMP",
@@ -37,13 +38,14 @@ PICTURES = (
   "PPM",
   "TIFF",
   "WEBP",
-)  # for some others Pillow starts other programs
+)
 STILLS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp")
 FASTEST = 1000.0  # frames per second that may be asked for
+# seconds: browsers show frames of animations that state less as long as the second
 SHORTEST, USUAL = (
   0.011,
   0.1,
-)  # seconds: browsers show frames of animations that state less as long as the second
+)
 # seconds before the end of a video at which a part of it ends at the latest, in the release
 # (FACTS.md 5)
 TAIL = 0.1
@@ -175,9 +177,8 @@ class Sample:
 
 def address(path: str | os.PathLike) -> str:
   """Says what to do about an address of the web, which is no path; "" if it is none."""
-  found = re.search(
-    r"(?:^|/)(https?|ftp|rtsp|rtmp):/+(.*)", os.fspath(path)
-  )  # a pathlib.Path has one slash left
+  # a pathlib.Path has one slash left
+  found = re.search(r"(?:^|/)(https?|ftp|rtsp|rtmp):/+(.*)", os.fspath(path))
   return (
     f"{found[1]}://{found[2]} is an address; nothing is downloaded here: give a file of this "
     f"machine"
@@ -198,9 +199,8 @@ def kind(path: str | os.PathLike) -> ReadType:
     contextlib.suppress(Exception),
     Image.open(regular(file), formats=PICTURES) as image,
   ):  # what is wrong shows when it is read
-    several = (
-      getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
-    )  # a photo with its preview
+    # a photo with its preview
+    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
     return "gif" if suffix == ".gif" or several else "img"
   return "gif" if suffix == ".gif" else "img"
 
@@ -351,9 +351,8 @@ def _sample(
     first, count, seconds = _cut(
       path, times, duration, constant, start, end, TAIL if read_type == "video" else 0.0
     )
-    per_second = (
-      1.0 if read_type == "frames" else constant or count / seconds
-    )  # in the release, whatever they state
+    # in the release, whatever they state
+    per_second = 1.0 if read_type == "frames" else constant or count / seconds
     picked = first + frame_indices(count, per_second, style=style, **limits)
   if not len(picked):
     raise VideoError(
@@ -510,9 +509,8 @@ def _animation(path, tails: bool) -> tuple[np.ndarray, float, float]:
       except Exception as error:
         if not shown or isinstance(error, MemoryError):
           raise
-        lost = (
-          0.0 if isinstance(error, EOFError) else USUAL
-        )  # a GIF doesn't say how many frames it has: behind the last one is its end
+        # a GIF doesn't say how many frames it has: behind the last one is its end
+        lost = 0.0 if isinstance(error, EOFError) else USUAL
         break
       own = image.info.get("duration", 0) / 1000
       shown.append(own if own >= SHORTEST else USUAL)

@@ -21,6 +21,7 @@ from xcomp_jax.inputs import parse_json, quoted, read_json, text
 CLOSING = "Answer with the option's letter from the given choices directly."
 BEST_OPTION = "\nOnly give the best option."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# tried in turn behind a video's name
 SUFFIXES = (
   "",
   ".mp4",
@@ -29,7 +30,7 @@ SUFFIXES = (
   ".avi",
   ".mov",
   ".MP4",
-)  # tried in turn behind a video's name
+)
 SUBTITLE_FRAMES = 512  # LongVideoBench: moments at which a subtitle has to be seen
 MVBENCH_FOLDERS = {  # of MVBench's own archive, below its video folder
   "action_sequence": "star/Charades_v1_480",
@@ -123,9 +124,8 @@ def any_letter(answer: str, options: Sequence[str] = ()) -> str:
   for mark in _MARKS:
     beside = f"{mark} " in text or f" {mark}" in text or number
     out = out.replace(mark, "" if beside else " ")
-  out = re.sub(
-    r"\.(?!\d)", "", out, count=32
-  )  # the release passes re.UNICODE, which is 32, as the count
+  # the release passes re.UNICODE, which is 32, as the count
+  out = re.sub(r"\.(?!\d)", "", out, count=32)
   out = out.strip("'").strip('"').strip().lower()
   alone = re.search(r"\b[a-e]\b", out)
   return alone[0].upper() if alone else out
@@ -570,9 +570,8 @@ def subtitles_of(videos: pathlib.Path, given: str | None) -> pathlib.Path | None
 def find(videos: pathlib.Path, question: Question) -> pathlib.Path:
   """The video file, or folder of frames, of a question; where none is there, the likeliest name."""
   names = [videos / f"{name}{suffix}" for name in question.videos for suffix in SUFFIXES]
-  return next(
-    (name for name in names if os.path.exists(name)), names[0]
-  )  # where pathlib raises, it is not there
+  # where pathlib raises, it is not there
+  return next((name for name in names if os.path.exists(name)), names[0])
 
 
 def missing(videos: pathlib.Path, questions: Sequence[Question]) -> str:

@@ -29,12 +29,13 @@ from xcomp_jax.inference.video_model import COMPILED, Settings, options, prepare
 
 LOG = logging.getLogger(__name__)
 GIVEN = {"max_new_tokens", "temperature", "top_p", "top_k"}  # by a task, in place of the settings
+# read below, or without meaning for a greedy answer
 IGNORED = {
   "do_sample",
   "num_beams",
   "until",
   "repetition_penalty",
-}  # read below, or without meaning for a greedy answer
+}
 
 
 def manifest() -> ModelManifest:

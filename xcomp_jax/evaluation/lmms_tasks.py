@@ -96,7 +96,9 @@ def _score(lines) -> dict[str, Any]:
   def question(line):
     return Question(line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"])
 
-  return benchmarks.score(TASKS[lines[0]["task"]], [(question(line), line["answer"]) for line in lines])
+  return benchmarks.score(
+    TASKS[lines[0]["task"]], [(question(line), line["answer"]) for line in lines]
+  )
 
 
 def write(
@@ -112,7 +114,9 @@ def write(
     FileNotFoundError, TaskError: see `tasks.read`.
   """
   questions = benchmarks.read(task, annotations, subtitles)
-  for note in filter(None, (benchmarks.unanswerable(questions), benchmarks.missing(videos, questions))):
+  for note in filter(
+    None, (benchmarks.unanswerable(questions), benchmarks.missing(videos, questions))
+  ):
     print(note, file=sys.stderr)
   listed, yaml = out / f"{task.name}.jsonl", out / f"{PREFIX}{task.name}.yaml"
   for file in (listed, yaml):

@@ -321,13 +321,14 @@ def _asked(
       {0: features}, np.arange(c.frames) / rate, seconds, none, None, "", ""
     )
     message = "" if film else prompt.time_message(seconds, c.frames)
-    rounds = (
-      None if film else {}
-    )  # of a large model and many rounds they would not fit into a device
+    # of a large model and many rounds they would not fit into a device
+    rounds = None if film else {}
     for kind in kinds:
       text, letter = needle.questions[kind]
       answer, kept = ask(reader, model, watched, text, message, rounds)
-      given = answer.replace("(", "").replace(")", "").upper() if film else benchmarks.any_letter(answer)
+      given = (
+        answer.replace("(", "").replace(")", "").upper() if film else benchmarks.any_letter(answer)
+      )
       found = bool(((kept >= starts[-1]) & (kept < starts[-1] + F)).any())
       yield line(kind) | {
         "answer": answer,

@@ -45,9 +45,8 @@ from xcomp_jax.viz import html_report
 # Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that
 # "auto" stands for.
 FREE = ("checkpoint", "clips_per_chunk", "clip_frames", "attention")
-ADDED = {
-  "rows": "question"
-}  # settings that older folders do not have, and what they were made with
+# settings that older folders do not have, and what they were made with
+ADDED = {"rows": "question"}
 PACKAGES = (
   "xcomp_jax",
   "jax",
@@ -58,12 +57,13 @@ PACKAGES = (
   "pillow",
   "tokenizers",
 )
+# by who asks, beside the answers
 WRITTEN = (
   "results.json",
   "samples.jsonl",
   "heatmap.png",
   "run.json",
-)  # by who asks, beside the answers
+)
 
 
 class AnswersError(ValueError):
@@ -97,7 +97,9 @@ class Wanted:
 def checkpoint_identity(directory: pathlib.Path) -> str:
   """A hash of all that a checkpoint's folder holds, by content, but for an export's list of it."""
   digest = hashlib.blake2b(digest_size=16)
-  for file in sorted(f for f in directory.rglob("*") if f.is_file() and f.name != tensor_files.EXPORTED):
+  for file in sorted(
+    f for f in directory.rglob("*") if f.is_file() and f.name != tensor_files.EXPORTED
+  ):
     with open(file, "rb") as opened:
       content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
     digest.update(os.fsencode(file.relative_to(directory)) + b"\0" + content.digest())
@@ -457,7 +459,9 @@ def batches(things: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     things = things[n:]
 
 
-def _answered(got: Answer, film: encoded_video.EncodedVideo, spent: dict[str, float]) -> dict[str, Any]:
+def _answered(
+  got: Answer, film: encoded_video.EncodedVideo, spent: dict[str, float]
+) -> dict[str, Any]:
   kept = got.selection
   return {
     "answer": got.text,
@@ -465,7 +469,8 @@ def _answered(got: Answer, film: encoded_video.EncodedVideo, spent: dict[str, fl
     "kept": len(kept.frames),
     "note": kept.note,
     "ranges": [
-      [round(t, 3) for t in span] for span in html_report.ranges(kept.frames, film.times, film.seconds)
+      [round(t, 3) for t in span]
+      for span in html_report.ranges(kept.frames, film.times, film.seconds)
     ],
     "seconds": {
       name: round(spent.get(name, 0.0) + got.spent.get(name, 0.0), 4) for name in spent | got.spent

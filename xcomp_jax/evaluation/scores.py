@@ -27,16 +27,18 @@ from xcomp_jax.files import expanduser
 from xcomp_jax.inference.video_model import COMPILED, options, prepare, settings
 from xcomp_jax.inputs import number
 
+# selected; Table B
 PAPER_FRAMES = {
   "lvbench": 2048,
   "mlvu": 1024,
   "videomme_long": 512,
   "longvideobench": 256,
-}  # selected; Table B
+}
+# FACTS.md 9
 LOGS = {
   "mlvu": {"select": 256, "repeat": 2},
   "videomme_long": {"select": 512, "repeat": 8},
-}  # FACTS.md 9
+}
 
 
 def preset(name: str, task: str) -> dict[str, Any]:
@@ -174,7 +176,9 @@ def read_questions(args: argparse.Namespace, task: Task) -> tuple[list[Question]
   about = {"annotations": source.name, "questions": len(questions), "questions_identity": digest}
   about |= {"preset": args.preset, "limit": args.limit}
   questions = questions[: args.limit]
-  for note in filter(None, (benchmarks.unanswerable(questions), benchmarks.missing(videos, questions))):
+  for note in filter(
+    None, (benchmarks.unanswerable(questions), benchmarks.missing(videos, questions))
+  ):
     print(note, file=sys.stderr)
   return questions, about
 
@@ -217,10 +221,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     print(f"{rest}; the last one writes {out / 'results.json'}", file=sys.stderr)
     return None
   found = results(task, questions, asked, answers, about)
+  # as in `Answers`
   files.write(
     out / "samples.jsonl",
     samples(task, questions, asked, answers).encode("utf-8", "backslashreplace"),
-  )  # as in `Answers`
+  )
   files.write_json(out / "results.json", found, indent=2)
   return found
 

@@ -130,9 +130,8 @@ def choose(
   if sampling.top_k:
     ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
   share = jax.nn.softmax(ranked, -1)
-  ranked = jnp.where(
-    jnp.cumsum(share, -1) - share < sampling.top_p, ranked, -jnp.inf
-  )  # never none: nothing is before the first
+  # never none: nothing is before the first
+  ranked = jnp.where(jnp.cumsum(share, -1) - share < sampling.top_p, ranked, -jnp.inf)
   least = jnp.min(jnp.where(jnp.isinf(ranked), jnp.inf, ranked), -1, keepdims=True)
   assert key is not None  # only temperature 0 does without
   # The same noise for all rows, so that none depends on which others there are.

@@ -14,10 +14,11 @@ from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.inference import chat
 from xcomp_jax.model import qc_comp
 
+# tokens before and behind the visual ones, as the official code's benchmark has them
 PREFIX, TEXT = (
   14,
   72,
-)  # tokens before and behind the visual ones, as the official code's benchmark has them
+)
 USUAL = qc_comp.setting("aligned", 512)  # as `ask` has it
 
 

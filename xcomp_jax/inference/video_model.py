@@ -302,9 +302,8 @@ class Reader:
       stream=s.stream,
     )
     if chosen.lost:
-      lost = (
-        f"last {chosen.lost:.2f} seconds are" if chosen.found else "end is"
-      )  # an animation doesn't say how long it should be
+      # an animation doesn't say how long it should be
+      lost = f"last {chosen.lost:.2f} seconds are" if chosen.found else "end is"
       print(f"{path}: its {lost} missing, the rest is used", file=sys.stderr)
     return chosen
 
@@ -440,8 +439,8 @@ def fault(error: BaseException) -> str:
   if isinstance(error, (video.VideoError, prompt.AnnotationError, ConfigError, OSError)):
     return one_line(error)
   last = traceback.extract_tb(error.__traceback__)[-1]
-  place = f"{os.path.basename(last.filename)}, line {last.lineno}"
-  return f"unexpected {type(error).__name__} in {place}: {one_line(error)[:300]}"
+  where, said = os.path.basename(last.filename), one_line(error)[:300]
+  return f"unexpected {type(error).__name__} in {where}, line {last.lineno}: {said}"
 
 
 def prepare(s: Settings) -> Reader:

@@ -206,9 +206,8 @@ def _parts(q, k, causal):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return None, None, None
-  keys = split(
-    ("batch" if causal else "clips", None, "heads", None), k.shape
-  )  # the fewer heads decide
+  # the fewer heads decide
+  keys = split(("batch" if causal else "clips", None, "heads", None), k.shape)
   rows = split((None, "sequence"), q.shape)[1] if causal else None
   return mesh, PartitionSpec(keys[0], rows, *keys[2:]), keys
 
@@ -224,17 +223,17 @@ def _splash(q, k, v, key_valid, causal, sample=None, interpret=False):
 
   mesh, queries, keys = _parts(q, k, causal)
   S, scale = k.shape[1], q.shape[-1] ** -0.5
-  L, H = (
-    q.shape[1:3] if mesh is None else NamedSharding(mesh, queries).shard_shape(q.shape)[1:3]
-  )  # of a device
+  # of a device
+  L, H = q.shape[1:3] if mesh is None else NamedSharding(mesh, queries).shard_shape(q.shape)[1:3]
   (q_block, q_length), (k_block, k_length) = _blocks(L), _blocks(S)
   parts = q.shape[1] // L  # of the queries; each is padded
   mask = masks.FullMask((parts * q_length, k_length))
   if causal:
     mask = masks.CausalMask((parts * q_length, k_length))
+    # their slots
     mask.q_sequence = (
       (np.arange(parts)[:, None] * L + np.arange(q_length)).reshape(-1).astype(np.int32)
-    )  # their slots
+    )
   blocks = splash.BlockSizes(
     block_q=q_block,
     block_kv=k_block,
@@ -370,9 +369,8 @@ def _flash_packed(q, k, v, sample, implementation):
     order, place, start = _sample_order(sample)
     k, v = _moved(k, order, place), _moved(v, order, place)
     whole = q.shape[1] == k.shape[1]
-    last = jnp.broadcast_to(
-      jnp.arange(k.shape[1]), place.shape
-    )  # key of each query in order: its own
+    # key of each query in order: its own
+    last = jnp.broadcast_to(jnp.arange(k.shape[1]), place.shape)
     if not whole:
       mine = jax.lax.dynamic_slice_in_dim(
         place, jax.lax.axis_index(queries[1]) * q.shape[1], q.shape[1], 1
@@ -546,9 +544,8 @@ def _over_tiles(q, k, v, key_valid, causal, start=None):
 
   masked = jnp.where(key_valid, 0, MASKED)[:, :, None, None]
   q, k, v = wider(q * h**-0.5, 1), wider(k, masked), wider(v, 1)
-  reference = jnp.take_along_axis(k, jnp.argmax(key_valid, 1)[:, None, None, None], axis=1)[
-    :, 0
-  ]  # a key that counts
+  # a key that counts
+  reference = jnp.take_along_axis(k, jnp.argmax(key_valid, 1)[:, None, None, None], axis=1)[:, 0]
   # A key/value head's queries are rows of one matrix: [n, B, K, G * rows, h] against [n, B, K,
   # keys, h].
   q = (
@@ -556,9 +553,8 @@ def _over_tiles(q, k, v, key_valid, causal, start=None):
     .transpose(0, 1, 3, 4, 2, 5)
     .reshape(-1, B, K, G * rows, h + 1)
   )
-  padding = jnp.where(jnp.arange(-(-S // keys) * keys) < S, 0, MASKED).reshape(
-    -1, keys
-  )  # of the last tile
+  # of the last tile
+  padding = jnp.where(jnp.arange(-(-S // keys) * keys) < S, 0, MASKED).reshape(-1, keys)
   k, v = jnp.swapaxes(tiles(k, keys), 2, 3), jnp.swapaxes(tiles(v, keys), 2, 3)
   row = jnp.tile(jnp.arange(rows), G)[:, None] + offset
   # What is padded starts as the last row does: a later start would make an edge of all that its
@@ -569,9 +565,8 @@ def _over_tiles(q, k, v, key_valid, causal, start=None):
 
   def one(tile):
     i, q, *starts = tile
-    first, last = (
-      (i * rows + offset, (i + 1) * rows + offset) if causal else (S, S)
-    )  # rows see up to their own key
+    # rows see up to their own key
+    first, last = (i * rows + offset, (i + 1) * rows + offset) if causal else (S, S)
     whole, seen = jnp.minimum(first + 1, S - 1) // keys, -(-jnp.minimum(last, S) // keys)
 
     def scores(j):
@@ -800,9 +795,8 @@ def attend_first(
 
   def block(j, carry):
     largest, total, out = carry
-    first = jnp.minimum(
-      j * size, S - size
-    )  # the last block begins earlier, and leaves out what the one before had
+    # the last block begins earlier, and leaves out what the one before had
+    first = jnp.minimum(j * size, S - size)
 
     def part(x):
       return jax.lax.dynamic_slice_in_dim(x, first, size, 1)
@@ -865,6 +859,5 @@ def question_scores(
   total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=-1), others)
   weights = jnp.exp(scores - total[..., None])
   share = jnp.broadcast_to(share / H, (B, L))
-  return jnp.einsum(
-    "bwkgls,bl->bws", weights, share, precision="highest"
-  )  # weights of bfloat16 would tie clips
+  # weights of bfloat16 would tie clips
+  return jnp.einsum("bwkgls,bl->bws", weights, share, precision="highest")

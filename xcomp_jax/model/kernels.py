@@ -25,22 +25,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from xcomp_jax.config import ConfigError, Dtype, VLMConfig
 
 Kernel = Literal["mosaic", "triton", "cudnn", "xla_chunked"]
+# of tokamax; cuDNN's is called by jax.nn
 KERNELS: tuple[Kernel, ...] = (
   "mosaic",
   "triton",
   "xla_chunked",
-)  # of tokamax; cuDNN's is called by jax.nn
+)
+# versions of tokamax that the rules are made from; docs/LOG.md has what compiles where
 TRIED = (
   "0.0.12",
   "0.0.17",
-)  # versions of tokamax that the rules are made from; docs/LOG.md has what compiles where
+)
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0))  # likewise
 SIZES = (64, 88, 128)  # of heads, likewise
+# compute capability: first and last major version
 MAJORS = {
   "mosaic": (9, 10),
   "triton": (8, None),
   "cudnn": (8, None),
-}  # compute capability: first and last major version
+}
 # Triton in float32, where a block of threads has 100 KB of shared memory: (size of heads, with a
 # gradient) that compile.
 SMALL_FLOAT32 = {(64, False), (64, True), (128, False)}
@@ -240,9 +243,8 @@ def choose(card: Card, version: str, call: Call, attempt: Callable[[Kernel, Call
   """
   if known := rule(card, version, call):
     return known
-  wanted: tuple[Kernel, ...] = (
-    ("triton",) if _splits(card, call) else ("mosaic", "triton")
-  )  # what is wrong compiles, too
+  # what is wrong compiles, too
+  wanted: tuple[Kernel, ...] = ("triton",) if _splits(card, call) else ("mosaic", "triton")
   could = (kernel for kernel in wanted if unusable(kernel, card, version, call.dtype) is None)
   return next((kernel for kernel in could if attempt(kernel, call)), "xla_chunked")
 
@@ -346,9 +348,8 @@ def run(
     seen = jnp.ones((1, 1, S), bool)
   if seen is not None:
     seen = _padded(seen, 2, more_keys, False)
-    seen = _padded(
-      seen, 1, more_rows if seen.shape[1] > 1 else 0, True
-    )  # rows that see nothing have NaN as gradient
+    # rows that see nothing have NaN as gradient
+    seen = _padded(seen, 1, more_rows if seen.shape[1] > 1 else 0, True)
     seen = seen[:, None]
   q, k, v = _padded(q, 1, more_rows, 0), _padded(k, 1, more_keys, 0), _padded(v, 1, more_keys, 0)
   out = tokamax.dot_product_attention(q, k, v, mask=seen, is_causal=causal, implementation=kernel)

@@ -366,9 +366,8 @@ def _look(
   W, w = windows.shape
   head, visual = cache.key[:, :prefix], cache.key[:, prefix:]
   tokens = visual.shape[1] // units
-  visual = visual.reshape(B, units, tokens, *visual.shape[2:])[
-    :, windows
-  ]  # [B, W, w, tokens, K, h]
+  # [B, W, w, tokens, K, h]
+  visual = visual.reshape(B, units, tokens, *visual.shape[2:])[:, windows]
   inside = visual.reshape(B * W, w * tokens, *visual.shape[4:])
   inside = layer.rotate(inside, prefix + jnp.arange(w * tokens)[None]).reshape(
     B, W, *inside.shape[1:]
@@ -384,9 +383,8 @@ def _look(
   size = min(L, ROWS)
 
   def part(i, paid):
-    first = jnp.minimum(
-      i * size, L - size
-    )  # the last part begins earlier, and leaves out what the one before had
+    # the last part begins earlier, and leaves out what the one before had
+    first = jnp.minimum(i * size, L - size)
 
     def cut(a, axis):
       return jax.lax.dynamic_slice_in_dim(a, first, size, axis)

@@ -300,9 +300,8 @@ def _each_part_backward(graph, kept, dy):
     return jax.tree.map(jnp.add, sums, new), dx
 
   first, begun = one(x[0], dy[0])
-  first, rest = jax.lax.optimization_barrier(
-    (first, (x[1:], dy[1:]))
-  )  # or the compiler works at both at once
+  # or the compiler works at both at once
+  first, rest = jax.lax.optimization_barrier((first, (x[1:], dy[1:])))
   sums, dx = jax.lax.scan(more, first, rest)
   return sums, jnp.concatenate([begun[None], dx])
 
@@ -388,9 +387,8 @@ def run(
       'lp_comp.keep = "attention" keeps other places in every sample, so a row can hold only one'
     )
   all_caches, all_entering = [], []
-  held = before = tuple(
-    range(lp.group)
-  )  # what x holds of every group, and what the layer before has seen
+  # what x holds of every group, and what the layer before has seen
+  held = before = tuple(range(lp.group))
   places = lengths.places(prefix, groups, text, len(before))
   layers = list(decoder.layers)
   for index, after in enumerate(kept):
@@ -490,9 +488,8 @@ def in_pieces(run: Callable, count: Any, *rows: jax.Array) -> Any:
     return [jax.lax.dynamic_slice_in_dim(a, first, PART, 1) for a in rows]
 
   def one(i, out):
-    first = jnp.minimum(
-      i * PART, L - PART
-    )  # the last piece begins earlier, and makes some rows once more
+    # the last piece begins earlier, and makes some rows once more
+    first = jnp.minimum(i * PART, L - PART)
 
     def put(whole, new):
       return jax.lax.dynamic_update_slice_in_dim(whole, new, first, 1)

@@ -16,9 +16,8 @@ from jaxtyping import Array, Float, Int
 from xcomp_jax.config import VLMConfig
 from xcomp_jax.parallel.mesh import gathered
 
-EXACT = (
-  jax.lax.Precision.HIGHEST
-)  # merging costs 2% of the tower, and its choices hang on small gaps
+# merging costs 2% of the tower, and its choices hang on small gaps
+EXACT = jax.lax.Precision.HIGHEST
 
 
 def merge_steps(tokens: int, target: int) -> list[int]:

@@ -24,9 +24,8 @@ from xcomp_jax.parallel.mesh import constrain, divides, parts
 
 VOCABULARY = "vocabulary"  # name in compiled programs of what is there once, whatever the layers
 LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
-GATHERED_ROWS = (
-  16 * LOGIT_ROWS
-)  # and at most in all, since every device that has some of the words has all rows
+# and at most in all, since every device that has some of the words has all rows
+GATHERED_ROWS = 16 * LOGIT_ROWS
 NOWHERE = 2**30  # an index that no array has
 
 
@@ -96,9 +95,8 @@ def fill(
   n, D = visual.shape[2:]
   frames = features.reshape(len(features), -1, n, D)
   rows, slots = place[:, :1], place[:, 1:] + jnp.arange(frames.shape[1])
-  rows, slots = (
-    jnp.where(index < 0, NOWHERE, index) for index in (rows, slots)
-  )  # below 0 would count from the end
+  # below 0 would count from the end
+  rows, slots = (jnp.where(index < 0, NOWHERE, index) for index in (rows, slots))
   return visual.at[rows, slots].set(frames.astype(visual.dtype), mode="drop")
 
 
@@ -227,9 +225,8 @@ def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float
   # slices of split rows wrong on a mesh of tensor and context (tests/test_context.py).
   x = constrain(x, "batch", None, None)
   if visual := end - P:
-    kept = visual // (
-      math.prod(batch.visual.shape[1:3]) // model.cfg.lp_comp.group
-    )  # tokens of a group
+    # tokens of a group
+    kept = visual // (math.prod(batch.visual.shape[1:3]) // model.cfg.lp_comp.group)
     last = P + jnp.cumsum(lengths(model, batch).groups, axis=1) * kept - 1
     last = jnp.take_along_axis(x, jnp.maximum(last, 0)[..., None], axis=1)
   else:

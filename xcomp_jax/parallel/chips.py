@@ -264,10 +264,11 @@ CHIPS = (
   ),
 )
 OTHER_NAMES = {"a100": "a100-80"}
+# JAX looks at the first, then at the older second
 SHARES = (
   "XLA_CLIENT_MEM_FRACTION",
   "XLA_PYTHON_CLIENT_MEM_FRACTION",
-)  # JAX looks at the first, then at the older second
+)
 
 
 def find(kind: str) -> Chip | None:

@@ -285,10 +285,11 @@ class Roll:
     ):  # somebody else at this port
       return line.close()
     process = int(process)
+    # in this order: who is named can be told
     self._lines[process], self.names[process] = (
       line,
       name,
-    )  # in this order: who is named can be told
+    )
     try:
       last = said.readline().strip()
     except OSError:
@@ -405,9 +406,8 @@ def stop_signal() -> Generator[Any]:
   got = []
 
   def note(number, _):
-    os.write(
-      2, b"told to stop: what is under way is finished and saved; once more stops at once\n"
-    )  # print is not safe here
+    # print is not safe here
+    os.write(2, b"told to stop: what is under way is finished and saved; once more stops at once\n")
     got.append(number)
     signal.signal(number, old[number])
 

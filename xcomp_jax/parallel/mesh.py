@@ -284,9 +284,8 @@ def gathered(module: Module, dtype: Any) -> Module:
     axes = _rules(path_name(path), leaf.shape)[0]
     if "embed" not in axes:
       return leaf
-    leaf = constrain(
-      leaf.astype(dtype), *axes
-    )  # or the compiler gathers before it rounds, twice as many bytes
+    # or the compiler gathers before it rounds, twice as many bytes
+    leaf = constrain(leaf.astype(dtype), *axes)
     return constrain(leaf, *(None if axis == "embed" else axis for axis in axes))
 
   return nnx.merge(graph, jax.tree_util.tree_map_with_path(one, weights))

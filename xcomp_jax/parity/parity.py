@@ -58,9 +58,7 @@ def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int):
   lengths = Lengths(
     one(prefix), one((len(x) - prefix - text) // model.cfg.lp_comp.group), one(text)
   )
-  out = qwen2.run(
-    model.llm, x[None], lengths, prefix=prefix, text=text, caches=True, entering=True
-  )
+  out = qwen2.run(model.llm, x[None], lengths, prefix=prefix, text=text, caches=True, entering=True)
 
   def step(state, _):
     tokens, after = generate.decode(model, state, generate.Sampling(room, ()), 1)
@@ -176,9 +174,8 @@ def training(model: VLM, recorded: Arrays) -> list[Row]:
   ids, labels = recorded["input_ids"], recorded["labels"]
   prefix, text = slot_of(ids)
   frames = frames_of(recorded)
-  clips = frames.reshape(
-    -1, min(8, len(frames)), *frames.shape[1:]
-  )  # the release trains with clips of 8 frames
+  # the release trains with clips of 8 frames
+  clips = frames.reshape(-1, min(8, len(frames)), *frames.shape[1:])
   example = Example(
     len(frames), None, ids.astype(np.int32), labels.astype(np.int32), np.zeros(len(ids), bool), 0
   )
@@ -319,9 +316,8 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
   plan = qc_comp.plan(T, cfg.clip_frames, mode)
   rows = [compare("QC-Comp: rounds", {"round_starts": plan.starts}, recorded)]
   none = np.zeros(len(ids), bool)
-  question = Prompt(
-    ids, np.full_like(ids, IGNORE), none, (0, header - 2)
-  )  # a user's turn ends in two tokens
+  # a user's turn ends in two tokens
+  question = Prompt(ids, np.full_like(ids, IGNORE), none, (0, header - 2))
   film = encoded_video.encode(
     model, iter(frames), np.arange(T) / 8, T / 8, "", phases=chat.phases(T, cfg.clip_frames, mode)
   )
@@ -363,11 +359,7 @@ def check(directory: pathlib.Path) -> list[Row]:
     for place in (directory, directory / "internvideo2_tiny")
     if (place / "vectors.npz").exists()
   ]
-  chosen = {
-    file.name: found
-    for file in sorted(directory.glob("*.json"))
-    if (found := cases(file))
-  }
+  chosen = {file.name: found for file in sorted(directory.glob("*.json")) if (found := cases(file))}
   with jax.default_matmul_precision("highest"):
     rows = []
     for name in ("pos_embed_tables.npz", "pos_embed_1024_rows.npz"):

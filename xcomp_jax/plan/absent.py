@@ -27,9 +27,8 @@ def target(chip: Chip) -> str:
   gpu = chip.gpu
   assert gpu is not None and chip.capability is not None  # see `gpus`
   major, minor = chip.capability
-  feature = (
-    "ACCELERATED_FEATURES" if major >= 9 else "NONE"
-  )  # the instructions of sm_90a and sm_100a
+  # the instructions of sm_90a and sm_100a
+  feature = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
   return f"""
     gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152

@@ -43,9 +43,8 @@ def model_flops(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> f
   if name not in ("evaluation", "prefill"):
     return None
   parts = metrics.forward_flops(cfg, rows, pixels=False)
-  logits = (
-    2.0 * cfg.llm.width * cfg.llm.vocab_size * shape.rows * (shape.prefix + shape.text)
-  )  # prefill needs one
+  # prefill needs one
+  logits = 2.0 * cfg.llm.width * cfg.llm.vocab_size * shape.rows * (shape.prefix + shape.text)
   return float(
     parts["projector"].sum() + parts["llm"].sum() - (logits if name == "prefill" else 0.0)
   )

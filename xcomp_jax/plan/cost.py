@@ -127,9 +127,8 @@ def count_flops(jaxpr: Any, causal: Callable[[tuple[int, ...]], bool], side: int
     side: products with a matrix of this side are counted apart, too.
   """
   total, jaxpr = Flops(), getattr(jaxpr, "jaxpr", jaxpr)
-  jaxpr, _ = partial_eval.dce_jaxpr(
-    jaxpr, [True] * len(jaxpr.outvars)
-  )  # what nobody uses is not compiled either
+  # what nobody uses is not compiled either
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   _count(jaxpr, 1.0, causal, side, total)
   return total
 
@@ -254,12 +253,13 @@ NO_TRAFFIC = {
   "async-update",
 }
 SLICES = {"slice", "dynamic-slice", "gather"}
+# of a buffer, inside of a fusion
 PASSED_ON = {
   "tuple",
   "get-tuple-element",
   "custom-call",
   *COLLECTIVES,
-}  # of a buffer, inside of a fusion
+}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
 
@@ -497,9 +497,8 @@ def _traffic(op: _Op, ops, computations) -> float:
     return _bytes(op.type, hbm=True)
   if code.endswith("-start"):
     whole = sum(map(read, op.operands))
-    return (
-      min(whole, _bytes(op.type)) if "slice" in op.name else whole
-    )  # a slice on its way into vector memory
+    # a slice on its way into vector memory
+    return min(whole, _bytes(op.type)) if "slice" in op.name else whole
   if code in SLICES:
     return _bytes(op.type) + _bytes(op.type, hbm=True)
   if code == "dynamic-update-slice":

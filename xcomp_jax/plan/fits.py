@@ -31,26 +31,30 @@ MODELS = {
   "2B": "OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448",
   "7B": "OpenGVLab/VideoChat-Flash-Qwen2-7B_res448",
 }
+# frames sampled, of which `rounds.USUAL` keeps 512
 ASK = {
   "ask 256": 256,
   "ask 1,024": 1024,
   "ask 4,096": 4096,
-}  # frames sampled, of which `rounds.USUAL` keeps 512
+}
 WHOLE = "ask 4,096, all kept"  # --select 0
+# a sample of 1,024 frames and 512 tokens on each card
 FEATURES, FRAMES = (
   "SCT on features",
   "SCT on frames",
-)  # a sample of 1,024 frames and 512 tokens on each card
+)
+# programs; training on frames has both
 TUNE = {
   FEATURES: ("gradient", "apply"),
   FRAMES: ("tower",),
-}  # programs; training on frames has both
+}
 JOBS = (*ASK, WHOLE, *TUNE)
 COUNTS = (1, 2, 4, 8, 16, 32)  # cards that share a run's state
+# of a card's memory that JAX may have: its own choice, and one that leaves CUDA enough
 SHARES = (
   0.75,
   0.9,
-)  # of a card's memory that JAX may have: its own choice, and one that leaves CUDA enough
+)
 KEPT = 512  # frames
 STATE = ("parameters", "gradients", "optimizer state")
 LAYERS = 2  # compiled of all programs but the gradient step

@@ -81,13 +81,7 @@ def unsplit(state: Any, mesh: Mesh) -> list[str]:
 
   state: ShapeDtypeStructs with shardings.
   """
-  axes = {
-    axis
-    for _, names in PARAMETERS
-    for name in names
-    if name
-    for axis in LOGICAL[name]
-  }
+  axes = {axis for _, names in PARAMETERS for name in names if name for axis in LOGICAL[name]}
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     used = {name for names in leaf.sharding.spec for name in np.atleast_1d(names) if name}
@@ -146,9 +140,7 @@ def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
     more = f"XLA_PYTHON_CLIENT_MEM_FRACTION={SHARE}, of which JAX takes {chips.memory_share():g}"
     out.append((more, total - plan.device.reserve + (1 - SHARE) * limit))
   if row["name"] in TRAINING and data > 1:
-    whole = make_mesh(
-      MeshConfig(1, data * fsdp, tensor, context), list(plan.mesh.devices.flat)
-    )
+    whole = make_mesh(MeshConfig(1, data * fsdp, tensor, context), list(plan.mesh.devices.flat))
     _, _, new, sums = programs.training(dataclasses.replace(plan, mesh=whole), plan.full)
     split = "--config.mesh.data=1 --config.mesh.fsdp=-1 splits the state further"
     out.append((split, total - state + held((new.trained, new.frozen, new.opt)) + held(sums)))
@@ -213,9 +205,8 @@ def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
       )
     )
   if row["name"] in TRAINING:
-    shared = state + (
-      memory["temporaries"] if row["name"] == "apply" else 0.0
-    )  # of the optimizer, which are as large as the state
+    # of the optimizer, which are as large as the state
+    shared = state + (memory["temporaries"] if row["name"] == "apply" else 0.0)
     count, size = enough(total, shared, plan.device.count, limit)
     out.append((f"{count} devices of this kind: the state alone", size))
   return [
@@ -547,9 +538,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given:
       stored = args.data is not None
       lengths = (
-        stored_lengths(config, cfg, args.data)
-        if stored
-        else read_lengths(args.lengths, cfg)
+        stored_lengths(config, cfg, args.data) if stored else read_lengths(args.lengths, cfg)
       )
     if lengths is not None and args.topology is None:
       print(table(config, cfg, lengths, args.devices or "1,8,32,256", args.chip))

@@ -46,9 +46,8 @@ ASKING = ("encode", "prefill", *ROUNDS, "decode")
 NAMES = (*TRAINING, *ASKING)
 ROOM = 64  # tokens to answer that prefill makes room for
 FRAMES, TOKENS = 1024, 512  # of a sample, where nothing is known of the data
-RELEASED = (
-  pathlib.Path(__file__).parents[1] / "configs"
-)  # has the config.json of released checkpoints, by hub id
+# has the config.json of released checkpoints, by hub id
+RELEASED = pathlib.Path(__file__).parents[1] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,9 +262,8 @@ def asked(plan: Plan, names: Sequence[str]) -> list[tuple[str, Shape | None]]:
   most = max(plan.shapes, key=lambda shape: (slots(plan.full, shape), shape))
   prompts = dataclasses.replace(most, rows=batch_devices(plan.mesh), samples=1)
   shapes = {"gradient": plan.shapes, "evaluation": plan.shapes} | dict.fromkeys(ASKING, (prompts,))
-  left = (
-    ROUNDS if plan.full.lp_comp.keep == "attention" else ()
-  )  # which tokens stay depends on the question there
+  # which tokens stay depends on the question there
+  left = ROUNDS if plan.full.lp_comp.keep == "attention" else ()
   return [
     (name, shape) for name in names if name not in left for shape in shapes.get(name, (None,))
   ]
@@ -380,9 +378,7 @@ def _asking(plan: Plan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
 
   if name == "encode":
     frames = (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, size, size, 3)
-    clips = jax.ShapeDtypeStruct(
-      frames, np.dtype(np.uint8), sharding=clip_sharding(plan.mesh)
-    )
+    clips = jax.ShapeDtypeStruct(frames, np.dtype(np.uint8), sharding=clip_sharding(plan.mesh))
     run = jax.jit(lambda params, clips: vlm.encode(nnx.merge(graph, params), clips))
     return Traced(run.trace(params, clips), memory | {"clips": held(clips)}, {})
   batch = batch_of(plan, cfg, shape)
@@ -416,9 +412,7 @@ def _asking(plan: Plan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
 def _rows(plan: Plan, leaf: Any, rows: int) -> Any:
   """A ShapeDtypeStruct whose first axis, if it is of rows, is split over row groups."""
   at = (
-    batch_sharding(plan.mesh)
-    if leaf.ndim and leaf.shape[0] % rows == 0
-    else replicated(plan.mesh)
+    batch_sharding(plan.mesh) if leaf.ndim and leaf.shape[0] % rows == 0 else replicated(plan.mesh)
   )
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 

@@ -123,9 +123,7 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
     for pixels in (True, False):
       a = forecast.account(plan, steps, lengths, pixels)
       hours = a.step * total / 3600
-      mesh = (
-        " x ".join(f"{axis}={size}" for axis, size in zip(AXES, a.mesh) if size > 1) or "1"
-      )
+      mesh = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, a.mesh) if size > 1) or "1"
       lines.append(
         (
           f"{count}",

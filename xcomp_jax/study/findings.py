@@ -35,11 +35,12 @@ ANY_SHOT = {
   "count": 1,
   "whole": 0.60,
 }
+# rules that are also tuned for 1,200 steps, and measured with ever more clips
 LONGER = (
   "none",
   "progressive",
   "early",
-)  # rules that are also tuned for 1,200 steps, and measured with ever more clips
+)
 SINGLE = np.isin(KINDS, ("needle", "attribute", "motion"))  # kinds that need one scene
 
 
@@ -52,9 +53,8 @@ class Share:
   high: float
 
   def __str__(self) -> str:
-    mean, low, high = (
-      round(100 * value, 1) + 0.0 for value in (self.mean, self.low, self.high)
-    )  # no -0.0
+    # no -0.0
+    mean, low, high = (round(100 * value, 1) + 0.0 for value in (self.mean, self.low, self.high))
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 

@@ -93,9 +93,8 @@ def selected(
   scenes, frames = study.splits[name].scenes[0], SELECTED[name]
   settings = {mode: setting(mode, frames) for mode in modes if mode != "uniform"}
   kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
-  few: dict[str, list[np.ndarray]] = {
-    mode: [] for mode in modes if mode != "official"
-  }  # it scores four scenes together
+  # it scores four scenes together
+  few: dict[str, list[np.ndarray]] = {mode: [] for mode in modes if mode != "official"}
   needed: dict[str, dict[str, list[float | None]]] = {
     mode: {"rank": [], "other": [], "score": []} for mode in settings
   }
@@ -146,9 +145,8 @@ def selected(
         answers(model, study.tokenizer, store, list(zip(asked, few[mode], strict=True)))
       )
     if mode in settings:
-      out[mode]["seconds"] += float(
-        np.median(took[mode])
-      )  # of a film: the first one's has compilation in it
+      # of a film: the first one's has compilation in it
+      out[mode]["seconds"] += float(np.median(took[mode]))
       out[mode]["TFLOP"] += work[mode] / 1e12
       out[mode] |= needed[mode]
       out[mode]["relevance"] = (

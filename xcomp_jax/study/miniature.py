@@ -117,9 +117,8 @@ class Study:
       "seed": SEED,
       "rules": {name: to_dict(rule(name)) for name in rules},
     }
-    return made | (
-      settings("progressive", train__epochs=epochs) if "tuning" in splits else {}
-    )  # of all rules the same
+    # of all rules the same
+    return made | (settings("progressive", train__epochs=epochs) if "tuning" in splits else {})
 
   @functools.cached_property
   def _digest(self) -> str:
@@ -178,9 +177,8 @@ def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> 
     fps=world.FPS,
     clip_frames=FRAMES,
   )
-  clips = min(
-    16, 1 << (split.scenes[1] - 1).bit_length()
-  )  # at once: a film's, which are filled up to as many
+  # at once: a film's, which are filled up to as many
+  clips = min(16, 1 << (split.scenes[1] - 1).bit_length())
   made = predecoding.load_tower(tower, settings, clips) if tower else None
   predecoding.predecode(
     folder / "films" / f"{split.name}.yaml",

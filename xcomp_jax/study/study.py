@@ -75,9 +75,8 @@ def cells(study: Study) -> Iterator[Cell]:
     )
   for seed in preset.seeds:
     for name in (*preset.rules, *preset.others):
-      under = (
-        preset.rules if name == "none" else (name,)
-      )  # the same tuning, and then compression without tuning for it
+      # the same tuning, and then compression without tuning for it
+      under = preset.rules if name == "none" else (name,)
       yield Cell(
         f"tune_{name}_{seed}",
         ["tuning", "heldout", *wide],
@@ -216,9 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   instead.add_argument("--base", action="store_true", help="train a base instead")
   f = parser.parse_args(argv)
-  full = (
-    f.preset == "full" and f.model == pathlib.Path(BASE) and not f.base
-  )  # the one that the page is about
+  # the one that the page is about
+  full = f.preset == "full" and f.model == pathlib.Path(BASE) and not f.base
   if f.out is None and not full:
     parser.error("--preset quick, --model and --base need a folder of their own: --out DIR")
   out = f.out or pathlib.Path("study")

@@ -161,9 +161,8 @@ def render(scene: Scene, count: int = FRAMES) -> np.ndarray:
   if scene.shape is not None:
     assert scene.colour and scene.motion  # of the shape: `scenes` gives all three or none
     dx, dy = MOTIONS[scene.motion]
-    u = x - (start[0] + dx * step)[:, None, None].astype(
-      np.float32
-    )  # [F, 96, 96], pixels from the centre
+    # [F, 96, 96], pixels from the centre
+    u = x - (start[0] + dx * step)[:, None, None].astype(np.float32)
     v = y - (start[1] + dy * step)[:, None, None].astype(np.float32)
     body = _coverage(scene.shape, u, v)[..., None]
     frames = frames * (1 - body) + np.asarray(COLOURS[scene.colour], np.float32) * body

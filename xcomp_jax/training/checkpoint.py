@@ -356,9 +356,8 @@ def _put_aside(
       target = aside / str(step)
       if target.exists():
         target.rmtree()  # of an earlier time
-      (aside / f"{step}.txt").write_text(
-        f"{reason}\n"
-      )  # also what makes the folder be there: a bucket has no empty ones
+      # also what makes the folder be there: a bucket has no empty ones
+      (aside / f"{step}.txt").write_text(f"{reason}\n")
       (checkpoints.directory / str(step)).rename(target)
     say(f"moved to {aside}: {', '.join(map(str, sorted(steps)))}")
   multihost_utils.sync_global_devices("damaged checkpoints are put aside")

@@ -32,11 +32,12 @@ PICO = 10**12
 # Of a virtual CPU device, whose figures nobody knows: collectives among threads cost more than what
 # they send.
 CPU = {"flops": 2e10, "bandwidth": 1e10, "links": 2e8}
+# likewise of a GPU that `chips.CHIPS` does not have
 OTHER = {
   "flops": 1e14,
   "bandwidth": 1e12,
   "links": 3e10,
-}  # likewise of a GPU that `chips.CHIPS` does not have
+}
 # of meshes within a 20th of the fastest the one with least context is taken: gathered keys and
 # values are waited for
 CONTEXT = 20
@@ -135,11 +136,12 @@ class Costs:
     assert self.device.flops is not None  # see `_rates`
     m, v, parts, rows = self.cfg.llm, self.cfg.vision, fsdp * context, shape.rows // self.groups
     times, backward = passes(self.cfg, self.train), metrics.passes(self.train)["llm"] > 1
+    # a frozen tower runs before
     inside = (
       "projector",
       "llm",
       *(("vision",) if self.train.vision else ()),
-    )  # a frozen tower runs before
+    )
     flops = rows * sum(times[part] * row_flops(self.cfg, shape)[part] for part in inside)
     flops += self.squares(shape) * tensor * context * self.device.flops
     slots = rows * sum(entering for entering, _ in _slots(self.cfg, shape))
@@ -214,9 +216,8 @@ def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np
   """Operations of the LLM's attention in each sample's forward pass, as executed: with what kernels
   can't leave out.
   """
-  edges = (
-    3.0 if device.kind.startswith("TPU") else 1.5
-  )  # elsewhere slots are brought into sample order
+  # elsewhere slots are brought into sample order
+  edges = 3.0 if device.kind.startswith("TPU") else 1.5
   table = length_table(lengths)
   around, groups = (
     table[:, 2] + table[:, 3],
@@ -325,9 +326,8 @@ def schedule(
     try:
       room = _room(data, cfg, mesh, lengths)
       if several:
-        row_groups(
-          make_mesh(MeshConfig(*mesh), devices)
-        )  # refuses what hosts can't share
+        # refuses what hosts can't share
+        row_groups(make_mesh(MeshConfig(*mesh), devices))
       if like is not None and packing.fits(lengths, like.shapes):
         return Schedule(mesh, like.shapes, costs)
       if data.shapes is None:
@@ -597,9 +597,8 @@ def _tower(
       metrics.forward_flops(cfg, [Length(size, size, 0, 0)], pixels=True)["vision"][0]
     )
     tokens += each * v.tokens(size)
-    sent += (
-      clips * size * cfg.tokens_per_frame * 2 * v.width
-    )  # merged features, gathered by every device
+    # merged features, gathered by every device
+    sent += clips * size * cfg.tokens_per_frame * 2 * v.width
   weights = 2 * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp_width)
   moved = 2 * weights + TRAFFIC * tokens * v.layers * _activations(v.width, 2 * v.mlp_width // 3)
   return flops * n, _seconds(device, flops, (sent + weights) * (n - 1) / n, moved)

@@ -203,9 +203,8 @@ def prepare(config: RunConfig) -> Prepared:
       pipeline.read, held, tokenizer, config.data, lengths[1], seen, whole
     )
   if not checkpoint.begun(config.workdir):
-    loading.stored(
-      loading.resolve(config.init_from), cfg
-    )  # what is missing or broken is said before anything is written
+    # what is missing or broken is said before anything is written
+    loading.stored(loading.resolve(config.init_from), cfg)
   workdir.claim(config.workdir)
   return Prepared(
     cfg, mesh, opened, length_table(lengths[0]), schedule, plan, data, heldout, description
@@ -376,13 +375,13 @@ def _train(
     rate = optim.schedule(config.optim, steps)
     mine = len(mesh.local_devices) / mesh.size  # this process's part of the work
     clock, done = metrics.Clock(), start
+    # of each step; the last evaluation, None if it was not done or dropped
     losses, evaluated = (
       [],
       None,
-    )  # of each step; the last evaluation, None if it was not done or dropped
-    owed = evaluates() and (
-      owed or done == steps
-    )  # stopped within an evaluation, or nothing else is left to do
+    )
+    # stopped within an evaluation, or nothing else is left to do
+    owed = evaluates() and (owed or done == steps)
     if owed:
       with goodput.part("evaluate"):
         evaluated = evaluate()

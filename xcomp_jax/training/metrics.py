@@ -54,9 +54,8 @@ def forward_flops(
 
   v = cfg.vision
   sizes, kind = np.unique(per_clip, return_inverse=True)
-  n = np.array([v.tokens(int(size)) for size in sizes], np.float64)[
-    kind
-  ]  # that a clip's blocks work on
+  # that a clip's blocks work on
+  n = np.array([v.tokens(int(size)) for size in sizes], np.float64)[kind]
   block = 2 * n * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 4 * n**2 * v.width
   clip = 2 * per_clip * v.patches * v.patch_size**2 * 3 * v.width + v.layers * block
   tower = frames / per_clip * clip * pixels
@@ -230,9 +229,8 @@ class Compilations:
 
   def __init__(self, *names: str):
     self.count = dict.fromkeys(names, 0)
-    self.seen: dict[str, set] = {
-      name: set() for name in names
-    }  # shapes that each one was called on, kept by the loop
+    # shapes that each one was called on, kept by the loop
+    self.seen: dict[str, set] = {name: set() for name in names}
     self.new: dict[str, list[float]] = {name: [] for name in names}
 
   def __enter__(self):

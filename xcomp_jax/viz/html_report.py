@@ -21,6 +21,7 @@ from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model.lp_comp import counts
 
 THUMBNAILS = 24  # of a question, at most
+# seconds
 _TICKS = (
   0.1,
   0.2,
@@ -41,7 +42,7 @@ _TICKS = (
   7200,
   14400,
   43200,
-)  # seconds
+)
 
 # --- times
 # ----------------------------------------------------------------------------------------
