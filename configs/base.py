@@ -1,4 +1,4 @@
-"""The embedded base model: a miniature VideoChat-Flash, trained from nothing and without
+r"""The embedded base model: a miniature VideoChat-Flash, trained from nothing and without
 compression.
 
   make base
@@ -9,9 +9,10 @@ CPU cores; the last steps of the stages had loss 0.006 (see), 0.044 (answer) and
 hand, for stage `see`:
 
   python -m xcomp_jax.world --init demo/base/init
-  python -m xcomp_jax.world --out demo/base/see/world --train 5000 --heldout 0 --scenes 1 1
-  --questions 0 --seed 100 python -m xcomp_jax.predecode --root demo/base/see/world --mixture
-      demo/base/see/world/train.yaml --out demo/base/see/train --image_size 48 --min_frames 8
+  python -m xcomp_jax.world --out demo/base/see/world --train 5000 --heldout 0 --scenes 1 1 \
+      --questions 0 --seed 100
+  python -m xcomp_jax.predecode --root demo/base/see/world --mixture demo/base/see/world/train.yaml \
+      --out demo/base/see/train --image_size 48 --min_frames 8
   python -m xcomp_jax.train --config=configs/base.py:see
   python -m xcomp_jax.export --checkpoint demo/base/see/run --format=torch --out demo/base/see/model
 """

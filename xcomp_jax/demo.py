@@ -1,8 +1,9 @@
 """All of it on the embedded default, with nothing but the project's own commands.
 
-  python -m xcomp_jax.demo --out demo          what SCT recovers of the accuracy that LP-Comp costs;
-  minutes python -m xcomp_jax.demo --base --out demo/base   trains the base model of assets/tiny
-  again; three quarters of an hour
+  # what SCT recovers of the accuracy that LP-Comp costs; minutes
+  python -m xcomp_jax.demo --out demo
+  # trains the base model of assets/tiny again; three quarters of an hour
+  python -m xcomp_jax.demo --base --out demo/base
 
 Run it where configs/ and assets/ are. `make demo` and `make base` do.
 """

@@ -1,12 +1,13 @@
 """Measures pre-decoding: decoding, writing, reading, memory.
 
-  python -m xcomp_jax.bench_data make hour.mp4 --seconds 3600        a synthetic video, 30 frames
-  per second python -m xcomp_jax.bench_data run hour.mp4
+  # a synthetic video, 30 frames per second
+  python -m xcomp_jax.bench_data make hour.mp4 --seconds 3600
+  python -m xcomp_jax.bench_data run hour.mp4
 
-`run` pre-decodes the file by the command itself and prints the peak of its resident memory. Then it
-takes the frames of one training sample from the video (FACTS.md 5) and prints two tables: how fast
-they are decoded, beside converting every frame of the file; and sizes and rates of a store that
-holds them raw, as JPEG, or as features. Times are the best of several.
+`run` pre-decodes the file by the command itself and prints the peak of its resident memory. Then
+it takes the frames of one training sample from the video (FACTS.md 5) and prints two tables: how
+fast they are decoded, beside converting every frame of the file; and sizes and rates of a store
+that holds them raw, as JPEG, or as features. Times are the best of several.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Measures what a question of `evaluate` takes: videos encoded once or for every question, in
+r"""Measures what a question of `evaluate` takes: videos encoded once or for every question, in
 batches, by two processes.
 
-  python -m xcomp_jax.bench_evaluate --checkpoint assets/tiny --out DIR [--videos 4 --questions 10
-  --scenes 32 --rounds 3]
+  python -m xcomp_jax.bench_evaluate --checkpoint assets/tiny --out DIR \
+      [--videos 4 --questions 10 --scenes 32 --rounds 3]
 
-On videos of `xcomp_jax.world`. Every variant runs as a command of its own, after one that compiled
-its programs, and the variants take turns, so that whatever else the machine does falls on all of
-them. Options of `evaluate` may follow.
+On videos of `xcomp_jax.world`. Every variant runs as a command of its own, after one that
+compiled its programs, and the variants take turns, so that whatever else the machine does falls
+on all of them. Options of `evaluate` may follow.
 """
 
 import argparse

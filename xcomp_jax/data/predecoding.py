@@ -1,14 +1,16 @@
 """Decodes the videos and images of a mixture once, into a store that training reads (docs/DATA.md).
 
-    python -m xcomp_jax.predecode --mixture M.yaml --out DIR                     frames, raw (or
-    --frames jpeg) python -m xcomp_jax.predecode --mixture M.yaml --out DIR --features --checkpoint
-    DIR    what the frozen tower makes of them python -m xcomp_jax.predecode --verify DIR
-    python -m xcomp_jax.predecode --inspect DIR
+  # frames, raw (or --frames jpeg)
+  python -m xcomp_jax.predecode --mixture M.yaml --out DIR
+  # what the frozen tower makes of them
+  python -m xcomp_jax.predecode --mixture M.yaml --out DIR --features --checkpoint DIR
+  python -m xcomp_jax.predecode --verify DIR
+  python -m xcomp_jax.predecode --inspect DIR
 
 A mixture is VideoChat-Flash's YAML: `datasets`, a list of json_path (json or jsonl),
-sampling_strategy, data_root and video_read_type. Relative paths start from --root. All annotations
-are checked before the first frame is decoded. The same command continues a run that was stopped or
-killed, and its result is the same.
+sampling_strategy, data_root and video_read_type. Relative paths start from --root. All
+annotations are checked before the first frame is decoded. The same command continues a run that
+was stopped or killed, and its result is the same.
 """
 
 import collections

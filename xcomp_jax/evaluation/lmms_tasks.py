@@ -1,9 +1,10 @@
-"""Task files for lmms-eval: the release's protocol over local annotations and videos
+r"""Task files for lmms-eval: the release's protocol over local annotations and videos
 (docs/EVALUATION.md).
 
-  python -m xcomp_jax.lmms_tasks --task lvbench --annotations lvbench_clean.json --videos DIR --out
-  tasks lmms-eval --model xcomp_jax --model_args checkpoint=exports/sct,out=answers --tasks
-  xcomp_lvbench --include_path tasks ...
+  python -m xcomp_jax.lmms_tasks --task lvbench --annotations lvbench_clean.json --videos DIR \
+      --out tasks
+  lmms-eval --model xcomp_jax --model_args checkpoint=exports/sct,out=answers --tasks \
+      xcomp_lvbench --include_path tasks ...
 
 The folder gets a YAML and the questions, ready to be asked; the functions here are the ones that
 the YAML names. It takes no lmms-eval to write task files.

@@ -1,18 +1,17 @@
-"""Needle in a haystack: pictures hidden in a long video, frames against depth, as a heat map.
+r"""Needle in a haystack: pictures hidden in a long video, frames against depth, as a heat map.
 
-  python -m xcomp_jax.needles --checkpoint exports/sct --out DIR --needles
-      niah-coco-singlehop_20.json --images DIR --haystack video_haystack.mkv
-  python -m xcomp_jax.needles --checkpoint demo/export --out DIR --synthetic 8 --frames 1024 2048
-  4096
+  python -m xcomp_jax.needles --checkpoint exports/sct --out DIR \
+      --needles niah-coco-singlehop_20.json --images DIR --haystack video_haystack.mkv
+  python -m xcomp_jax.needles --checkpoint demo/export --out DIR --synthetic 8 \
+      --frames 1024 2048 4096
 
 The first is VideoChat-Flash's protocol: one picture per question, or (its multi-hop file) a chain
-of pictures spread over the
-video, each pointing to the next. The second makes its own: a scene of `xcomp_jax.world` between
-scenes that show nothing. As there, a picture becomes a clip of its own, and the video is cut and
-joined behind the tower, where a frame is 16 tokens: so the haystack is encoded once. By default one
-frame is selected, every frame being scored 8 times (the paper's Figure A); `--keep none` gives
-QC-Comp on a model that does not compress, `--select 0` no selection. A run that was stopped
-continues.
+of pictures spread over the video, each pointing to the next. The second makes its own: a scene of
+`xcomp_jax.world` between scenes that show nothing. As there, a picture becomes a clip of its own,
+and the video is cut and joined behind the tower, where a frame is 16 tokens: so the haystack is
+encoded once. By default one frame is selected, every frame being scored 8 times (the paper's
+Figure A); `--keep none` gives QC-Comp on a model that does not compress, `--select 0` no
+selection. A run that was stopped continues.
 """
 
 import argparse

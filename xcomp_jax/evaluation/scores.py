@@ -1,14 +1,14 @@
-"""Asks a benchmark's questions and scores the answers: the numbers that lmms-eval gives with the
+r"""Asks a benchmark's questions and scores the answers: the numbers that lmms-eval gives with the
 same settings.
 
-  python -m xcomp_jax.evaluate --task lvbench --annotations lvbench_clean.json --videos DIR
-  --checkpoint exports/sct --out DIR
+  python -m xcomp_jax.evaluate --task lvbench --annotations lvbench_clean.json --videos DIR \
+      --checkpoint exports/sct --out DIR
 
 Annotations and videos are files (docs/EVALUATION.md says where they come from). --preset has all
 settings of the paper, or of the released logs; options override it. Every answer goes to --out at
 once and the same command continues a run that was stopped; videos that can't be read are tried
-again. Several processes share the videos with --share 0/4, 1/4, ..., or by their place among JAX's
-processes; who finishes last writes results.json and samples.jsonl.
+again. Several processes share the videos with --share 0/4, 1/4, ..., or by their place among
+JAX's processes; who finishes last writes results.json and samples.jsonl.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Says what a run would take, before there is a pod: compiles its programs for a topology, and
+r"""Says what a run would take, before there is a pod: compiles its programs for a topology, and
 whether they fit.
 
   python -m xcomp_jax.plan --config=configs/sct.py --topology=v5e:4x4
-  python -m xcomp_jax.plan --config=configs/sct.py:7b --topology=v5p:2x2x2 --programs gradient apply
-  --text 2048 python -m xcomp_jax.plan --config=configs/sct.py --topology=v5e:4x4 --lengths FILE
-  --quick python -m xcomp_jax.plan --config=configs/sct.py --lengths FILE --devices 1,8,32,256
-  --chip v5e python -m xcomp_jax.plan --config=configs/sct.py --topology=h100:8 --layers 2
+  python -m xcomp_jax.plan --config=configs/sct.py:7b --topology=v5p:2x2x2 --programs gradient \
+      apply --text 2048
+  python -m xcomp_jax.plan --config=configs/sct.py --topology=v5e:4x4 --lengths FILE --quick
+  python -m xcomp_jax.plan --config=configs/sct.py --lengths FILE --devices 1,8,32,256 --chip v5e
+  python -m xcomp_jax.plan --config=configs/sct.py --topology=h100:8 --layers 2
   python -m xcomp_jax.plan --config=configs/sct.py --fits fits --cards h100 l4
 
 The compiler of TPUs (pip install 'xcomp_jax[plan]') or of NVIDIA's GPUs ('xcomp_jax[plan-gpu]')
@@ -13,14 +14,14 @@ does it, and needs none of them; without --topology the programs are compiled fo
 are here. Programs are those of training (a gradient step for each shape of micro-batches, the
 tower, the optimizer's step, evaluation) and of asking (the tower, prefill, a round that scores
 frames, the question's rows, a token of the answer). With --lengths FILE (JSON, {"frames": [...],
-"text": [...]}, a number per sample) or --data STORE (a folder written by predecode) mesh and shapes
-are those that training on these samples has and the seconds of an average step are predicted.
-Without, samples of 1,024 frames and 512 tokens fill a row each. Lengths without --topology print a
-table of what the whole run takes at least, and nothing is compiled.
+"text": [...]}, a number per sample) or --data STORE (a folder written by predecode) mesh and
+shapes are those that training on these samples has and the seconds of an average step are
+predicted. Without, samples of 1,024 frames and 512 tokens fill a row each. Lengths without
+--topology print a table of what the whole run takes at least, and nothing is compiled.
 
-With all 28 layers a program takes many minutes; --quick has the compiler try less hard, --layers 2
-compiles two layers and extrapolates. Ends with exit code 1 if something does not fit, and says what
-would help.
+With all 28 layers a program takes many minutes; --quick has the compiler try less hard, --layers
+2 compiles two layers and extrapolates. Ends with exit code 1 if something does not fit, and says
+what would help.
 """
 
 import argparse

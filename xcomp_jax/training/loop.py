@@ -1,15 +1,15 @@
-"""Supervised compression tuning: from a config to checkpoints.
+r"""Supervised compression tuning: from a config to checkpoints.
 
-  python -m xcomp_jax.train --config=configs/sct.py --config.workdir=runs/sct
-  --config.data.train=DIR
+  python -m xcomp_jax.train --config=configs/sct.py --config.workdir=runs/sct \
+      --config.data.train=DIR
 
 A step runs the frozen tower over its clips, adds up the gradients of its micro-batches
 (`grad_step`, one compilation per shape) and applies them once (`apply_step`). What that will
 compute is said at the start. The same command continues a run from its latest checkpoint, on as
 many or other devices and hosts; SIGINT or SIGTERM saves and leaves.
 
-Several folders, a quarter of the second in each epoch (any of them of frames, or all of features of
-this tower):
+Several folders, a quarter of the second in each epoch (any of them of frames, or all of features
+of this tower):
 
   --config.data.train="('data/a','data/b')" --config.data.weights="(1.0,0.25)"
 """
