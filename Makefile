@@ -9,7 +9,8 @@ COMPILE_FAST = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_p
 # The newest XLA, which Python 3.12 and later get, does not know this flag, and ends a process that names it.
 FUSION = $(shell $(BIN)/python -c 'import sys; print("--xla_cpu_use_fusion_emitters=false" * (sys.version_info < (3, 12)))')
 # Slow tests that train for minutes, or look at what the compiler makes.
-OPTIMISED := $(patsubst %,tests/test_%.py,demo kernels notebooks steps study tpu)
+OPTIMISED := $(patsubst %.py,tests/%.py,$(addsuffix .py,whole/test_demo model/test_kernels whole/test_notebooks \
+  training/test_steps study/test_study plan/test_tpu))
 
 .PHONY: help env demo base test test-slow fuzz kill test-beam test-buckets test-lmms test-gpu-compile test-gpu-programs lint docs notebooks
 
@@ -46,6 +47,7 @@ base: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/ty check
 
 test: lint
@@ -63,19 +65,19 @@ test-slow: .venv/ready-tpu
 CASES ?= 3000
 
 fuzz: env
-	$(BIN)/python tests/fuzzing.py $(SEED:%=--seed %) --cases $(CASES) --commands $$(($(CASES) / 20))
+	$(BIN)/python tests/helpers/fuzzing.py $(SEED:%=--seed %) --cases $(CASES) --commands $$(($(CASES) / 20))
 
 kill: env
-	$(BIN)/python tests/killing.py $(SEED:%=--seed %)
+	$(BIN)/python tests/helpers/killing.py $(SEED:%=--seed %)
 
 test-beam: .venv-beam/ready
-	.venv-beam/bin/python -m pytest tests/test_beam.py
+	.venv-beam/bin/python -m pytest tests/data/test_beam.py
 
 test-buckets: .venv-buckets/ready
-	.venv-buckets/bin/python -m pytest tests/test_buckets.py
+	.venv-buckets/bin/python -m pytest tests/whole/test_buckets.py
 
 test-lmms: .venv-lmms/ready
-	.venv-lmms/bin/python -m pytest tests/test_lmms.py
+	.venv-lmms/bin/python -m pytest tests/evaluation/test_lmms.py
 
 # The GPU compiler needs no GPU, but a process of its own for every architecture, and 4.4 GB for each set of versions.
 PYTHON311 ?= python3.11
@@ -83,11 +85,11 @@ PYTHON313 ?= python3.13
 
 test-gpu-compile: .venv-gpu311/ready .venv-gpu313/ready
 	for env in $(^D); do for card in h100 h200 b200 a100 a10 l4 t4; do \
-	  $$env/bin/python -m pytest tests/test_gpu.py -k "$$card and (attention or rules or plan)" || exit 1; done; done
+	  $$env/bin/python -m pytest tests/model/test_gpu.py -k "$$card and (attention or rules or plan)" || exit 1; done; done
 
 test-gpu-programs: .venv-gpu311/ready .venv-gpu313/ready
 	for env in $(^D); do for card in h100 h200 a100; do \
-	  $$env/bin/python -m pytest tests/test_gpu.py -k "$$card and programs" || exit 1; done; done
+	  $$env/bin/python -m pytest tests/model/test_gpu.py -k "$$card and programs" || exit 1; done; done
 
 .venv-gpu%/ready: pyproject.toml constraints/py%.txt
 	$(PYTHON$*) -m venv .venv-gpu$*

@@ -11,10 +11,11 @@ hand, for stage `see`:
   python -m xcomp_jax.world --init demo/base/init
   python -m xcomp_jax.world --out demo/base/see/world --train 5000 --heldout 0 --scenes 1 1 \
       --questions 0 --seed 100
-  python -m xcomp_jax.predecode --root demo/base/see/world --mixture demo/base/see/world/train.yaml \
-      --out demo/base/see/train --image_size 48 --min_frames 8
+  python -m xcomp_jax.predecode --root demo/base/see/world --out demo/base/see/train \
+      --mixture demo/base/see/world/train.yaml --image_size 48 --min_frames 8
   python -m xcomp_jax.train --config=configs/base.py:see
-  python -m xcomp_jax.export --checkpoint demo/base/see/run --format=torch --out demo/base/see/model
+  python -m xcomp_jax.export --checkpoint demo/base/see/run --format=torch \
+      --out demo/base/see/model
 """
 
 from ml_collections import ConfigDict, FieldReference

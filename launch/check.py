@@ -16,10 +16,10 @@ def main() -> int:
   """The command; its exit code."""
   # An own config may import what lies where the command runs, as with `python -m`.
   sys.path[:1] = [os.getcwd(), str(pathlib.Path(__file__).resolve().parents[1])]
-  from xcomp_jax import config
+  from xcomp_jax import config, config_io
 
   try:
-    run = config.from_command_line(sys.argv)
+    run = config_io.from_command_line(sys.argv)
     config.check(run)
     config.check_trained(run.model)
   except ImportError:

@@ -81,7 +81,8 @@ import numpy as np
 from flax import nnx
 from matplotlib import pyplot as plt
 
-from xcomp_jax.checkpoints import loading, saving, tensor_names
+from xcomp_jax import export
+from xcomp_jax.checkpoints import loading, tensor_names
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
 from xcomp_jax.inference import generate, video_model
@@ -187,7 +188,7 @@ plots.errors(rows)
 if exports:
   kept = loading.parameters(loading.load(watching.directory, watching.cfg))
   for form in ("torch", "orbax"):
-    saving.main(
+    export.main(
       [
         "--checkpoint",
         str(watching.directory),

@@ -78,9 +78,9 @@ import dataclasses
 
 from matplotlib import pyplot as plt
 
-from xcomp_jax import demo
-from xcomp_jax.checkpoints import saving
-from xcomp_jax.config import LPCompConfig, from_command_line
+from xcomp_jax import demo, export
+from xcomp_jax.config import LPCompConfig
+from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data.inspection import contact_sheet
 from xcomp_jax.data.store import open_store
 from xcomp_jax.synthetic import world
@@ -150,7 +150,7 @@ plots.learning(seen["train"], seen["heldout"], heldout, chance=0.25)
 # questions.
 
 # %%
-saving.main(
+export.main(
   [
     "--checkpoint",
     str(out / "run"),

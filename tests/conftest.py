@@ -28,7 +28,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_addoption(parser):
   parser.addoption(
-    "--kills", type=int, default=3, help="how often tests/test_pods.py kills a run (default: 3)"
+    "--kills",
+    type=int,
+    default=3,
+    help="how often tests/training/test_pods.py kills a run (default: 3)",
   )
   parser.addoption("--kills-seed", type=int, default=0, help="of the moments when it does")
 
@@ -118,7 +121,8 @@ def tiny_run(tmp_path_factory, reference):
   from flax import nnx
 
   from xcomp_jax.checkpoints import loading, saving
-  from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig, from_dict
+  from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig
+  from xcomp_jax.config_io import from_dict
   from xcomp_jax.data import prompt
   from xcomp_jax.data.store import Sample, write_store
   from xcomp_jax.model.vlm import VLM
@@ -291,7 +295,7 @@ def write_features():
         clips = list(encoded_video.encode_clips(model, frames.visual(i))) if sample.frames else None
         yield sample, clips and np.stack(clips).astype(ml_dtypes.bfloat16)
 
-    made = Features(encoded_video.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)
+    made = Features(loading.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)
     write_store(
       folder, items(), image_size=frames.image_size, clip_frames=frames.clip_frames, features=made
     )

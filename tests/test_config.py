@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from xcomp_jax.config import ConfigError, RunConfig, from_dict, to_dict
+from xcomp_jax.config import ConfigError, RunConfig
+from xcomp_jax.config_io import from_dict, to_dict
 from xcomp_jax.training.loop import from_command_line
 
 SCT = str(pathlib.Path(__file__).parents[1] / "configs" / "sct.py")

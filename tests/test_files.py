@@ -22,7 +22,7 @@ from huggingface_hub import (
 )
 from tqdm import tqdm
 
-from xcomp_jax import files
+from xcomp_jax import cli, files
 from xcomp_jax.checkpoints import loading
 
 
@@ -353,13 +353,13 @@ def test_streams_that_are_closed_full_or_no_text(shell, body, code, said):
   ],
 )
 def test_a_command_ends_with_one_line(capsys, error, kinds, code, said):
-  with pytest.raises(SystemExit) as stop, files.command(*kinds):
+  with pytest.raises(SystemExit) as stop, cli.command(*kinds):
     raise error
   assert stop.value.code == code and capsys.readouterr().err == said
 
 
 def test_a_fault_of_the_program_keeps_its_trace():
-  with pytest.raises(ImportError), files.command():
+  with pytest.raises(ImportError), cli.command():
     raise ImportError("a bug")
 
 
@@ -372,7 +372,7 @@ def test_a_progress_bar_of_a_command_starts_no_thread(monkeypatch):
   monkeypatch.setattr(tqdm, "monitor", None)
   tqdm(total=1, file=io.StringIO()).close()
   assert len(started) == 1
-  with files.command():
+  with cli.command():
     tqdm(total=1, file=io.StringIO()).close()
   assert len(started) == 1
 
@@ -381,22 +381,22 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
   before = jax.config.jax_compilation_cache_dir
   try:
     jax.config.update("jax_compilation_cache_dir", None)
-    files.keep_compiled(None)
+    cli.keep_compiled(None)
     assert jax.config.jax_compilation_cache_dir is None
-    files.keep_compiled(None, str(tmp_path / "a" / "b"))
+    cli.keep_compiled(None, str(tmp_path / "a" / "b"))
     assert (
       jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
       and (tmp_path / "a" / "b").is_dir()
     )
-    files.keep_compiled(None, str(tmp_path / "c"))  # one that is set stays,
+    cli.keep_compiled(None, str(tmp_path / "c"))  # one that is set stays,
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
-    files.keep_compiled(str(tmp_path / "c"))  # unless another is asked for,
+    cli.keep_compiled(str(tmp_path / "c"))  # unless another is asked for,
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "c")
-    files.keep_compiled("")  # or none
+    cli.keep_compiled("")  # or none
     assert jax.config.jax_compilation_cache_dir is None and capsys.readouterr().err == ""
     (tmp_path / "file").touch()
     for bad in (str(tmp_path / "file"), "nothing://bucket/compiled"):
-      files.keep_compiled(bad)
+      cli.keep_compiled(bad)
       said = capsys.readouterr().err
       assert (
         jax.config.jax_compilation_cache_dir is None
@@ -405,7 +405,7 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
       )
     # as by an environment variable
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "inside"))
-    files.keep_compiled(None, str(tmp_path / "c"))
+    cli.keep_compiled(None, str(tmp_path / "c"))
     assert (
       jax.config.jax_compilation_cache_dir is None
       and "compiled programs are not kept" in capsys.readouterr().err
@@ -415,7 +415,7 @@ def test_compiled_programs_are_kept_where_they_can_be(tmp_path, capsys):
 
 
 def test_names_that_are_no_utf8_are_printed_with_escapes(capsys):
-  with files.command():
+  with cli.command():
     print("caf\udcff")
   assert capsys.readouterr().out == "caf\\udcff\n"
 
@@ -443,7 +443,7 @@ def test_without_a_home_no_program_is_kept_and_no_folder_is_made(homeless, capsy
   before = jax.config.jax_compilation_cache_dir
   try:
     jax.config.update("jax_compilation_cache_dir", None)
-    files.keep_compiled(None, "~/.cache/xcomp_jax")
+    cli.keep_compiled(None, "~/.cache/xcomp_jax")
     assert jax.config.jax_compilation_cache_dir is None
   finally:
     jax.config.update("jax_compilation_cache_dir", before)

@@ -1,5 +1,6 @@
-"""Asks a video (or an image) questions; the video is encoded once, and every question picks the
-frames it needs.
+"""Asks a video, or an image, questions.
+
+The video is encoded once, and every question picks the frames it needs.
 
   python -m xcomp_jax.ask --checkpoint exports/sct --video film.mp4 --question "What happens first?"
 
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from xcomp_jax import files, inputs
+from xcomp_jax import cli, files, inputs
 from xcomp_jax.data import prompt, video
 from xcomp_jax.files import expanduser
 from xcomp_jax.inference import encoded_video
@@ -198,7 +199,7 @@ def answer(args: argparse.Namespace) -> None:
     CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad
     arguments, by name.
   """
-  files.keep_compiled(args.compilation_cache, COMPILED)
+  cli.keep_compiled(args.compilation_cache, COMPILED)
   reader = prepare(settings(args))
   page = pathlib.Path(args.report) if args.report else None
   check_target("--report", args.report)
@@ -349,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   add("--end", type=inputs.number(0.0, 1e9, float), help="and until which")
   args = parser.parse_args(argv)
-  with files.command(OverflowError):
+  with cli.command(OverflowError):
     answer(args)
 
 

@@ -6,20 +6,11 @@ of the wrong type dies at start, and so does a value that no run can have (`chec
 The sizes of the model are not in a config: they come from the checkpoint (`weights.read_config`).
 """
 
-import contextlib
 import dataclasses
-import difflib
 import math
 import operator
-import os
-import runpy
-import traceback
-import types
-import typing
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import beyond
 
 Path = Annotated[str, "path"]  # a leading ~ is the home directory
@@ -287,70 +278,6 @@ class RunConfig:
   distributed: DistributedConfig
 
 
-REPLACED = {
-  "frame_buckets": "data.shapes",
-  "text_buckets": "data.shapes",
-  "group_by_text_length": "nothing: a step has random samples",
-}
-
-
-def from_dict(cls: type, values: Any, where: str = "config"):
-  """Builds dataclass `cls` from nested mappings.
-
-  Raises:
-    ConfigError: unknown or missing keys (all of them, with the nearest known name) or a value of
-      another type.
-  """
-  if not isinstance(values, Mapping):
-    raise ConfigError(f"{where} must be a group of keys, not {values!r}")
-  hints = typing.get_type_hints(cls, include_extras=True)
-  problems = []
-  for key in values.keys() - hints.keys():
-    known = [f"{where}.{name}" for name in difflib.get_close_matches(key, hints, 1)]
-    known += _same(
-      key,
-      [f"{where}.{name}" for name in hints]
-      + (keys(RunConfig) if where.startswith("config") else []),
-    )
-    hint = f"did you mean {known[0]}?" if known else f"known: {', '.join(hints)}"
-    problems.append(
-      f"{where}.{key} is unknown; "
-      + (f"it gave way to {REPLACED[key]}" if key in REPLACED else hint)
-    )
-  for key in hints.keys() - values.keys():
-    problems.append(f"{where}.{key} is missing")
-  if problems:
-    raise ConfigError("; ".join(sorted(problems)))
-  return cls(**{key: _convert(hint, values[key], f"{where}.{key}") for key, hint in hints.items()})
-
-
-def keys(cls: type, where: str = "config") -> list[str]:
-  """Full names of a dataclass's values, those of its groups included."""
-  names = []
-  for key, hint in typing.get_type_hints(cls).items():
-    names += keys(hint, f"{where}.{key}") if dataclasses.is_dataclass(hint) else [f"{where}.{key}"]
-  return names
-
-
-def _same(key: str, names: list[str]) -> list[str]:
-  """The full names that end in a key, or in words with it as initials, as `lr` for
-  `config.optim.learning_rate`.
-  """
-  ends = {name: name.rpartition(".")[2] for name in names}
-  return [
-    name for name, end in ends.items() if key in (end, "".join(word[0] for word in end.split("_")))
-  ]
-
-
-def to_dict(config) -> dict[str, Any]:
-  """The nested plain dict (tuples as lists) that `from_dict` reads back."""
-
-  def plain(v):
-    return to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
-
-  return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-
-
 MOST = 1_000_000  # of nearly everything that is counted
 BOUNDS = {  # of a run's integers
   "seed": range(2**32),
@@ -446,140 +373,5 @@ def check_trained(model: ModelConfig) -> None:
       )
 
 
-def from_command_line(argv: list[str]) -> RunConfig:
-  """The RunConfig of `--config=FILE[:VARIANT]` and overrides such as
-  `--config.optim.learning_rate=1e-4`.
-
-  The last `--config` counts, and the last override of each key, wherever they stand: a launcher's
-  come first, its user's after them.
-
-  Raises:
-    ConfigError: flags or keys that do not exist, values of the wrong type, a file that is not there
-      or no config.
-  """
-  from absl import flags
-  from ml_collections import config_flags
-
-  chosen, overrides = "", argv[:1]
-  arguments = iter(argv[1:])
-  for argument in arguments:
-    name, equals, value = argument.partition("=")
-    if name in ("--config", "-config"):
-      chosen = value if equals else next(arguments, "")
-    else:
-      overrides.append(argument)
-  if not chosen:
-    raise ConfigError("no config; add --config=configs/sct.py")
-  made = _load(chosen)
-  values = flags.FlagValues()
-  try:
-    # New keys are let through here, so that `from_dict` can name the nearest known one.
-    config_flags.DEFINE_config_dict(
-      "config",
-      made,
-      lock_config=False,
-      accept_new_attributes=True,
-      flag_values=values,
-      sys_argv=overrides,
-    )
-    rest = values(overrides)
-  except (flags.Error, AttributeError, KeyError) as error:
-    text = str(error.args[0] if error.args else error)
-    if isinstance(error, KeyError):  # an override in a group that is unknown
-      known = keys(RunConfig)
-      given = [
-        name
-        for name in (arg.lstrip("-").partition("=")[0] for arg in overrides)
-        if name.startswith("config.")
-      ]
-      wrong = next((name for name in given if name not in known), text)
-      near = _same(wrong.rpartition(".")[2], known) + difflib.get_close_matches(
-        wrong, known, 1, cutoff=0.8
-      )
-      text = f"{wrong} is unknown" + (f"; did you mean {near[0]}?" if near else "")
-    raise ConfigError(" ".join(text.split())) from error
-  if len(rest) > 1:
-    raise ConfigError(
-      f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10"
-    )
-  return from_dict(RunConfig, made.to_dict())
-
-
-def _load(chosen: str):
-  """The ConfigDict that `get_config` of FILE[:VARIANT] makes."""
-  from ml_collections import ConfigDict
-
-  file, colon, variant = expanduser(chosen).partition(":")
-  if not os.path.isfile(file):
-    where = "" if os.path.isabs(file) else f" in {os.getcwd()}"
-    hint = (
-      "; configs/ is in the repository, not in the package: run there, or copy the file"
-      if file.startswith("configs/")
-      else ""
-    )
-    raise ConfigError(f"no config file {file}{where}{hint}")
-  try:
-    found = runpy.run_path(file)
-    if "get_config" not in found:
-      raise ConfigError("it has no function get_config, as configs/sct.py has")
-    made = found["get_config"](*([variant] if colon else []))
-  except Exception as error:  # whatever the file's own code does
-    lines = [
-      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
-    ]
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    raise ConfigError(
-      f"{file}{f', line {lines[-1]}' if lines else ''}: {kind}{' '.join(str(error).split())}"
-    ) from error
-  if not isinstance(made, ConfigDict):
-    raise ConfigError(
-      f"{file}: get_config has to return an ml_collections.ConfigDict, not {type(made).__name__}"
-    )
-  return made
-
-
 def _is_shape(values: tuple[int, ...]) -> bool:
   return len(values) == 4 and 1 <= min(values) and max(values) <= MOST
-
-
-def _convert(hint, value, where: str):
-  if dataclasses.is_dataclass(hint):
-    return from_dict(hint, value, where)
-  options = (
-    typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-  )
-  for option in options:
-    origin = typing.get_origin(option)
-    if (
-      dataclasses.is_dataclass(option)
-      and isinstance(value, Mapping)
-      and value.keys() == typing.get_type_hints(option).keys()
-    ):
-      return from_dict(option, value, where)
-    if origin is Literal and value in typing.get_args(option):
-      return value
-    if option is type(None) and value is None:
-      return None
-    if origin is tuple and isinstance(value, (list, tuple)):
-      item = typing.get_args(option)[0]
-      with contextlib.suppress(ConfigError):
-        return tuple(_convert(item, v, where) for v in value)
-    if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-      return float(value)
-    if option == Path and isinstance(value, str):
-      return expanduser(value)
-    if option in (int, str, bool) and type(value) is option:
-      return value
-  wanted = " or ".join(
-    " or ".join(repr(a) for a in typing.get_args(o))
-    if typing.get_origin(o) is Literal
-    else "None"
-    if o is type(None)
-    else str(o)
-    if typing.get_origin(o)
-    else o.__name__
-    for o in options
-  )
-  example = ", such as ((8, 4, 1024, 2048),)" if "tuple[tuple" in wanted else ""
-  wanted = wanted.replace(str(Path), "str")
-  raise ConfigError(f"{where} = {value!r}: expected {wanted}{example}")

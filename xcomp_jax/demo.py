@@ -18,14 +18,17 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from scipy.stats import binomtest
 
-from xcomp_jax import ask
-from xcomp_jax.checkpoints import loading, saving
-from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line
+from xcomp_jax import ask, export
+from xcomp_jax.checkpoints import loading
+from xcomp_jax.cli import command
+from xcomp_jax.config import LPCompConfig, RunConfig
+from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data import pipeline, predecoding, prompt
 from xcomp_jax.data.batch import Example, Shape, collate
 from xcomp_jax.data.blend import Blend
-from xcomp_jax.files import alone, command, expanduser, made_by
+from xcomp_jax.files import alone, expanduser, made_by
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.model import vlm
 from xcomp_jax.synthetic import world
@@ -50,14 +53,6 @@ def clear(folder: pathlib.Path, made: Sequence[str]) -> None:
     for path in (folder / name, *folder.glob(f"{name}.*incomplete")):
       if path.exists():
         shutil.rmtree(path)
-
-
-def wilson(correct: float, n: int, z: float = 1.96) -> tuple[float, float]:
-  """The 95% interval of a share of n."""
-  share = correct / n
-  middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-  half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-  return middle - half, middle + half
 
 
 def gain(before: np.ndarray, after: np.ndarray, z: float = 1.96) -> tuple[float, float, float]:
@@ -129,7 +124,7 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   for split in ("train", "heldout"):
     decode(out / "world", out / "data" / split, split)
   say("converting the base model")
-  saving.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "start")])
+  export.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "start")])
   overrides = {
     "init_from": out / "start",
     "workdir": out / "run",
@@ -144,8 +139,10 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
 
   def measure(name: str, checkpoint: pathlib.Path, lp_comp: LPCompConfig) -> np.ndarray:
     right = answers(str(checkpoint), lp_comp, config)
-    low, high = wilson(int(right.sum()), len(right))
-    table.append(f"  {name:34} {right.mean():6.1%}   95% interval {low:.1%} to {high:.1%}")
+    share = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    table.append(
+      f"  {name:34} {right.mean():6.1%}   95% interval {share.low:.1%} to {share.high:.1%}"
+    )
     say(table[-1].strip())
     return right
 
@@ -158,7 +155,7 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   say("supervised compression tuning")
   # measured below
   loop.run_whole(dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=None)))
-  saving.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export")])
+  export.main(["--checkpoint", str(out / "run"), "--format=torch", "--out", str(out / "export")])
   tuned = measure("LP-Comp after SCT", out / "export", config.lp_comp)
   more, low, high = gain(untrained, tuned)
   table.append(
@@ -204,7 +201,7 @@ def train_base(out: pathlib.Path) -> None:
       )
     )
     before = stage / "model"
-    saving.main(["--checkpoint", str(stage / "run"), "--format=torch", "--out", str(before)])
+    export.main(["--checkpoint", str(stage / "run"), "--format=torch", "--out", str(before)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,19 +7,15 @@ import contextlib
 import errno
 import fcntl
 import glob
-import io
 import json
 import os
 import pathlib
 import re
 import resource
-import select
 import shutil
-import sys
-import tempfile
 import uuid
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 
 def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.Path:
@@ -112,9 +108,8 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
         sync(temporary)
         os.replace(temporary, os.path.realpath(target))
   except BaseException as error:
-    with contextlib.suppress(
-      OSError
-    ):  # a file system that can't be written says so, even if there is no file
+    # a file system that can't be written says so, even if there is no file
+    with contextlib.suppress(OSError):
       temporary.unlink()
     if (
       isinstance(error, OSError)
@@ -141,10 +136,11 @@ def sweep(folder: str | os.PathLike, name: str = "") -> None:
   """
   for path in pathlib.Path(folder).glob(f"{glob.escape(_stem(name)) or '*'}.*.tmp"):
     if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):
+      # no locks here, or no permission: it stays
       with (
         contextlib.suppress(OSError),
         open(path, "rb") as left,
-      ):  # no locks here, or no permission: it stays
+      ):
         fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
 
@@ -271,9 +267,8 @@ def settle(target: str | os.PathLike) -> None:
   except ValueError:  # no path at all
     return
   for work in target.parent.glob(f"{glob.escape(target.name)}.*.incomplete"):
-    with contextlib.suppress(
-      OSError
-    ):  # no permission: nothing changes, and who needs the folder says that it is not there
+    # no permission: nothing changes, and who needs the folder says that it is not there
+    with contextlib.suppress(OSError):
       if (work / "old").exists():
         with locked(work / "lock", None):
           _settle(work, target)
@@ -428,38 +423,6 @@ def apart(
         )
 
 
-def keep_compiled(folder: str | None, default: str | None = None) -> None:
-  """Has JAX keep compiled programs; where that can't be written, it says so in a line and keeps
-  none.
-
-  folder: where; "": nowhere; None: as the environment says, else in `default`.
-  """
-  import jax
-
-  before = jax.config.jax_compilation_cache_dir  # ty: ignore[missing-attribute]  (made at run time)
-  wanted = (before or default) if folder is None else folder
-  try:
-    if wanted and "://" in wanted:
-      from etils import epath
-
-      epath.Path(wanted).mkdir(parents=True, exist_ok=True)
-    elif wanted:
-      wanted = absolute(expanduser(wanted))
-      os.makedirs(wanted, exist_ok=True)
-      with tempfile.TemporaryFile(dir=wanted):
-        pass
-  except Exception as error:  # a bucket's client has errors of its own
-    why = (
-      one_line(error)
-      if isinstance(error, HomeError)
-      else f"{wanted} can't be written: {one_line(error)}"
-    )
-    print(f"compiled programs are not kept: {why}", file=sys.stderr)
-    wanted = None
-  if (wanted or None) != before:
-    jax.config.update("jax_compilation_cache_dir", wanted or None)
-
-
 def too_many_files(error: BaseException) -> str:
   """Says what to do if an error, or what led to it, is that this process has as many files open as
   it may; else "".
@@ -492,9 +455,10 @@ def out_of_memory(error: BaseException) -> str:
   "".
   """
   text = str(error)
+  # JAX's
   if not isinstance(error, MemoryError) and not (
     isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text
-  ):  # JAX's
+  ):
     return ""
   return (
     "it needs more memory than there is: take fewer frames (--max-frames, --select), or less at "
@@ -512,92 +476,3 @@ def listed(text: str, lines: Sequence[str], shown: int = 50) -> str:
 def one_line(error: BaseException | str) -> str:
   """What an error says, on one line."""
   return " ".join(str(error).split())
-
-
-@contextlib.contextmanager
-def command(*errors: type[Exception], interrupted: str = "interrupted") -> Generator[None]:
-  """The body of a command: an error of the user's is one line on stderr and exit code 1, Ctrl-C
-  ends with 130.
-
-  Who stops reading what it prints (`| head`) ends it with 141 and no word. What stdout can't spell
-  is escaped.
-
-  Args:
-    errors: kinds that are the user's, beside ValueError and OSError.
-    interrupted: what is said after Ctrl-C.
-  """
-  with contextlib.suppress(ModuleNotFoundError):  # the benchmarks run without it
-    from tqdm import tqdm
-
-    # an interrupt that comes while tqdm starts its thread of this is taken for the thread's error,
-    # and lost
-    tqdm.monitor_interval = 0
-  try:
-    _streams()
-    yield
-    sys.stdout.flush()
-  except Exception as error:
-    if isinstance(error, BrokenPipeError) and _unread(sys.stdout):
-      _give_up_stdout()
-      sys.exit(141)
-    memory, advice = out_of_memory(error), too_many_files(error)
-    if not (memory or advice or isinstance(error, (ValueError, OSError, *errors))):
-      raise
-    text = memory or str(error)
-    if (
-      isinstance(error, OSError)
-      and error.errno in (errno.ENOSPC, errno.EDQUOT)
-      and error.filename is None
-    ):
-      text += ", for what stdout goes to, or a temporary file"  # what else is written has a name
-    print(f"error: {text}" + (f"; {advice}" if advice not in text else ""), file=sys.stderr)
-    _give_up_stdout()
-    sys.exit(1)
-  except KeyboardInterrupt:
-    print(interrupted, file=sys.stderr)
-    sys.exit(130)
-
-
-def _give_up_stdout() -> None:
-  """Drops what can't be printed, or Python would fail at it once more at its end."""
-  try:
-    sys.stdout.flush()
-  except OSError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def _unread(stream: TextIO) -> bool:
-  """Whether a stream goes to a pipe whose reader has left; a broken pipe may also be a
-  network's.
-  """
-  look = select.poll()
-  look.register(stream.fileno(), 0)
-  return any(events & select.POLLERR for _, events in look.poll(0))
-
-
-def _streams() -> None:
-  """Makes what a shell has closed safe to use: the next file that is opened would become stdout.
-
-  Raises:
-    OSError: stdout is closed, and answers would be lost.
-  """
-  missing = [
-    number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None
-  ]
-  while missing and (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
-    pass
-  if missing:
-    os.close(null)
-  sys.stdin = sys.stdin or open(0, closefd=False)
-  sys.stdout = sys.stdout or open(1, "w", closefd=False)
-  sys.stderr = sys.stderr or open(2, "w", closefd=False)
-  if 1 in missing:
-    raise OSError(
-      "stdout is closed, and what is printed would be lost; send it to a file, or to /dev/null"
-    )
-  for stream, handling in (
-    (sys.stdin, "surrogateescape"),
-    (sys.stdout, "backslashreplace"),
-  ):  # as stderr does
-    if isinstance(stream, io.TextIOWrapper):  # not in a test
-      stream.reconfigure(errors=handling)

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from xcomp_jax import files, inputs
+from xcomp_jax import cli, files, inputs
 from xcomp_jax.bench import parts
 from xcomp_jax.bench.parts import Part
 from xcomp_jax.bench.profile import shares, traced
@@ -510,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument("--plot", type=files.path_of, help="draw this JSON instead")
   args = parser.parse_args(argv)
-  with files.command(ImportError):
+  with cli.command(ImportError):
     if args.plot:
       plot(inputs.read_json(args.plot, ValueError), args.plot.with_suffix(".png"))
       return
@@ -539,7 +539,3 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"no PNG: {error.name} is not installed; draw it elsewhere with --plot {args.out}",
           file=sys.stderr,
         )
-
-
-if __name__ == "__main__":
-  main()

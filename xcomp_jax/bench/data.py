@@ -27,8 +27,9 @@ import cv2
 import ml_dtypes
 import numpy as np
 
+from xcomp_jax.cli import command
 from xcomp_jax.data import container, store, video
-from xcomp_jax.files import command, expanduser
+from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import plain
 
 CLIP = 8  # frames
@@ -217,7 +218,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"kB{row['written']:10,.0f}{row['frames/s']:10,.0f}{row['by two threads']:10,.0f}",
         flush=True,
       )
-
-
-if __name__ == "__main__":
-  main()

@@ -1,5 +1,6 @@
-r"""Measures what a question of `evaluate` takes: videos encoded once or for every question, in
-batches, by two processes.
+r"""Measures what a question of `evaluate` takes.
+
+Videos are encoded once or for every question, in batches, by two processes.
 
   python -m xcomp_jax.bench_evaluate --checkpoint assets/tiny --out DIR \
       [--videos 4 --questions 10 --scenes 32 --rounds 3]
@@ -21,7 +22,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from xcomp_jax import files
+from xcomp_jax import cli, files
 from xcomp_jax.files import expanduser
 from xcomp_jax.synthetic import world
 
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--rounds", type=int, default=3, help="in which every variant has its turn")
   add("--variant", action="append", choices=VARIANTS, help="may be repeated; default: all")
   args, more = parser.parse_known_args(argv)
-  with files.command(BenchError, interrupted="interrupted"):
+  with cli.command(BenchError, interrupted="interrupted"):
     options = write_questions(args.out / "world", args.videos, args.questions, args.scenes)
     options += [
       f"--checkpoint={args.checkpoint}",
@@ -171,7 +172,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = measure(options, args.out, args.rounds, args.variant or list(VARIANTS))
     files.write_json(args.out / "bench.json", found, indent=2)
     print(table(found))
-
-
-if __name__ == "__main__":
-  main()

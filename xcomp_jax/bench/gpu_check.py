@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax import files
+from xcomp_jax import cli, files
 from xcomp_jax.bench import bench, parts
 from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
 from xcomp_jax.model import kernels, vlm
@@ -210,9 +210,8 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
   print(f"{card}, jax {jax.__version__}, tokamax {kernels.library()}")
   for implementation in ("flash", *usable):
     for case in SMALL if small else CASES:
-      if (
-        case.dtype == "bfloat16" and card.float16 and not card.bfloat16
-      ):  # what such a card takes instead
+      # what such a card takes instead
+      if case.dtype == "bfloat16" and card.float16 and not card.bfloat16:
         case = dataclasses.replace(case, dtype="float16")
       if kernels.unusable(implementation, card, kernels.library(), case.dtype) or (
         implementation == "cudnn" and case.causal
@@ -420,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     help="what the check itself starts: one part, in this process",
   )
   args = parser.parse_args(argv)
-  with files.command():
+  with cli.command():
     if args.minutes <= 0:
       raise ValueError(f"--minutes {args.minutes:g}: must be more than 0")
     if not args.stage and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
@@ -432,7 +431,3 @@ def main(argv: Sequence[str] | None = None) -> None:
       os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
       right = supervise(args.out.resolve(), args.minutes, args.small)
   sys.exit(not right)
-
-
-if __name__ == "__main__":
-  main()

@@ -21,7 +21,8 @@ from flax import nnx
 from xcomp_jax.checkpoints import saving, tensor_files, tensor_names
 from xcomp_jax.checkpoints.loading import load, read_config, resolve
 from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
-from xcomp_jax.files import command, expanduser
+from xcomp_jax.cli import command
+from xcomp_jax.files import expanduser
 
 
 def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
@@ -154,7 +155,3 @@ def main(argv: Sequence[str] | None = None) -> None:
       return
     for name, value in measured_loading(resolve(args.checkpoint)).items():
       print(f"{name:>26} {value:10.3f}")
-
-
-if __name__ == "__main__":
-  main()

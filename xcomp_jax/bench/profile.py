@@ -121,9 +121,8 @@ def written_by(text: str) -> dict[str, str]:
     if said:
       primitive, writer = said.group(1).rsplit("/", 1)[-1], function(said.group(2))
       out[op.group(2)] = f"{writer}: {primitive}" if writer else primitive
-    elif (
-      called and called.group(1) in roots
-    ):  # a fusion without a word of its own: what ends it, or begins
+    # a fusion without a word of its own: what ends it, or begins
+    elif called and called.group(1) in roots:
       out[op.group(2)] = roots[called.group(1)]
     if op.group(2) in out and (op.group(1) or inside not in roots):
       roots[inside] = out[op.group(2)]

@@ -23,10 +23,11 @@ from xcomp_jax.bench import parts
 from xcomp_jax.bench.parts import flops
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.saving import AS_IT_IS
+from xcomp_jax.cli import command
 from xcomp_jax.config import COSINE, ModelConfig, Tuned
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import Shape, batch_spec
-from xcomp_jax.files import command, expanduser
+from xcomp_jax.files import expanduser
 from xcomp_jax.inference import chat, encoded_video, generate
 from xcomp_jax.inference.rounds import PREFIX, TEXT, scoring
 from xcomp_jax.model import qc_comp, vlm
@@ -219,7 +220,3 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parser.parse_args(argv)
   with command():
     _run(args)
-
-
-if __name__ == "__main__":
-  main()

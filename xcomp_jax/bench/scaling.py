@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from xcomp_jax import files
+from xcomp_jax import cli, files
 from xcomp_jax.bench import bench, parts
 from xcomp_jax.bench.parts import Part
 from xcomp_jax.inference.rounds import PREFIX, TEXT
@@ -120,14 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--out", type=files.path_of, required=True, help="name of the .json and the .png"
   )
   args = parser.parse_args(argv)
-  with files.command(ImportError):
+  with cli.command(ImportError):
     if any(n % 8 or n < 8 for n in args.frames) or min(args.text) <= PREFIX:
       raise ValueError(f"--frames must be multiples of 8, and --text more than {PREFIX}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = measure(bench.PRESETS[args.preset], sorted(args.frames), args.text, args.run_up_to)
     files.write(args.out.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
     draw(rows, args.out.with_suffix(".png"))
-
-
-if __name__ == "__main__":
-  main()

@@ -9,6 +9,7 @@ image size, dtype, context.
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import pathlib
@@ -18,8 +19,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from xcomp_jax import inputs
@@ -50,11 +53,11 @@ from xcomp_jax.config import (
   VisionConfig,
   VLMConfig,
   Yarn,
-  from_dict,
-  to_dict,
 )
+from xcomp_jax.config_io import from_dict, to_dict
 from xcomp_jax.data import prompt
 from xcomp_jax.files import local, write_json
+from xcomp_jax.model import vlm
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.parallel import chips
 from xcomp_jax.parallel.mesh import path_name
@@ -520,9 +523,8 @@ def read_tuned(directory: pathlib.Path) -> Tuned | None:
     ConfigError: keys in it that are unknown or missing.
   """
   file = pathlib.Path(directory) / EXTRA
-  if not os.path.lexists(
-    file
-  ):  # a link that leads nowhere is an error: without it LP-Comp would be another one
+  # a link that leads nowhere is an error: without it LP-Comp would be another one
+  if not os.path.lexists(file):
     return None
   values = dict(read_json(file, "lp_comp"))
   if (version := values.pop("version", VERSION)) != VERSION:
@@ -660,3 +662,25 @@ def load(
   read = read_orbax if is_orbax(directory) else read_torch
   arrays = read(directory, entries, target)
   return nnx.merge(graph, jax.tree_util.tree_unflatten(tree, [arrays[path] for path in paths]))
+
+
+def tower_identity(model: vlm.VLM) -> str:
+  """A hash of the tower's sizes, settings and weights (as bfloat16), whatever it computes in; the
+  projector comes later.
+
+  Where several processes share the parameters, all of them must call this; each holds one whole
+  array at a time.
+  """
+  cfg = model.cfg
+  digest = hashlib.blake2b(
+    repr((cfg.vision, cfg.clip_frames, cfg.tokens_per_frame)).encode(), digest_size=16
+  )
+  for path, leaf in sorted(
+    jax.tree_util.tree_leaves_with_path(nnx.state(model.vision)), key=lambda item: str(item[0])
+  ):
+    digest.update(str(path).encode())
+    whole = (
+      leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    )
+    digest.update(np.ascontiguousarray(whole).astype(ml_dtypes.bfloat16).view(np.uint8).data)
+  return digest.hexdigest()

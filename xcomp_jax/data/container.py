@@ -325,9 +325,8 @@ def _restarts(codec: str, packet: Any) -> bool:
     unit = data[begin : begin + 8]
     if len(unit) < 4:
       break
-    if (
-      codec == "hevc" and (unit[0] >> 1) & 63 < 32
-    ):  # a slice; types 16 to 21 need no earlier picture
+    # a slice; types 16 to 21 need no earlier picture
+    if codec == "hevc" and (unit[0] >> 1) & 63 < 32:
       return 16 <= (unit[0] >> 1) & 63 <= 21
     if codec == "mpeg4" and unit[0] == 0xB6:
       return unit[1] >> 6 == 0
@@ -335,11 +334,12 @@ def _restarts(codec: str, packet: Any) -> bool:
       return (unit[2] >> 3) & 7 == 1
     if codec == "h264" and unit[0] & 31 == 5:  # IDR
       return True
+    # SEI
     if (
       codec == "h264"
       and unit[0] & 31 == 6
       and (recovered := _recovers(data[begin + 1 : begin + 257])) is not None
-    ):  # SEI
+    ):
       return recovered
   return codec == "mpeg4"  # short headers
 

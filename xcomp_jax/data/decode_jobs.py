@@ -253,9 +253,8 @@ def _blaming(job: Job) -> Generator[None]:
   except Exception as error:
     if text := too_many_files(error):  # not the file's fault
       raise OSError(text) from error
-    if isinstance(error, MemoryError) or isinstance(
-      error.__cause__, MemoryError
-    ):  # others may be to blame
+    # others may be to blame
+    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
       raise MemoryError(str(error)) from error
     if isinstance(error, video.VideoError):
       raise
@@ -308,9 +307,8 @@ def prepare(work: Work, skip_bad: bool) -> int:
   for file in (work.folder / "spool").iterdir():
     number, _, suffix = file.name.partition(".")
     kept = suffix == "records" and int(number) // work.per_shard not in whole
-    with contextlib.suppress(
-      spools.DamagedError
-    ):  # the machine had stopped before it was on the disk
+    # the machine had stopped before it was on the disk
+    with contextlib.suppress(spools.DamagedError):
       if kept and not again(spools.read(str(file))[0], int(number)):
         done += 1
         continue

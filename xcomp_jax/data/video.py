@@ -195,10 +195,11 @@ def kind(path: str | os.PathLike) -> ReadType:
   suffix = file.suffix.lower()
   if suffix not in (*STILLS, ".gif"):
     return "video"
+  # what is wrong shows when it is read
   with (
     contextlib.suppress(Exception),
     Image.open(regular(file), formats=PICTURES) as image,
-  ):  # what is wrong shows when it is read
+  ):
     # a photo with its preview
     several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
     return "gif" if suffix == ".gif" or several else "img"

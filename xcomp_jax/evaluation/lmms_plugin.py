@@ -21,10 +21,10 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from xcomp_jax import files
+from xcomp_jax import cli, files
 from xcomp_jax.evaluation.lmms_tasks import FAILED, PREFIX
+from xcomp_jax.evaluation.presets import preset
 from xcomp_jax.evaluation.runner import Answers, AnswersError, Wanted, run
-from xcomp_jax.evaluation.scores import preset
 from xcomp_jax.inference.video_model import COMPILED, Settings, options, prepare, settings
 
 LOG = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class XComp(lmms):
     if self.preset != "none":
       parser.set_defaults(**preset(self.preset, task or "mlvu"))
     args = parser.parse_args(self.options)
-    files.keep_compiled(args.compilation_cache, COMPILED)
+    cli.keep_compiled(args.compilation_cache, COMPILED)
     if unknown := sorted(set(wishes) - GIVEN - IGNORED):
       LOG.warning(
         "xcomp_jax does not know the generation_kwargs %s of task %s", ", ".join(unknown), task

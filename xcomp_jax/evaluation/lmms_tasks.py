@@ -1,5 +1,4 @@
-r"""Task files for lmms-eval: the release's protocol over local annotations and videos
-(docs/EVALUATION.md).
+r"""Writes task files for lmms-eval: the release's protocol over local annotations and videos.
 
   python -m xcomp_jax.lmms_tasks --task lvbench --annotations lvbench_clean.json --videos DIR \
       --out tasks
@@ -18,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xcomp_jax import files
+from xcomp_jax import cli, files
 from xcomp_jax.evaluation import benchmarks
 from xcomp_jax.evaluation.benchmarks import TASKS, Question
 from xcomp_jax.files import expanduser
@@ -155,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     help="folder of task files, for lmms-eval's --include_path",
   )
   args = parser.parse_args(argv)
-  with files.command():
+  with cli.command():
     videos = pathlib.Path(args.videos)
     subtitles = benchmarks.subtitles_of(videos, args.subtitles)
     print(
@@ -167,7 +166,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         subtitles,
       )
     )
-
-
-if __name__ == "__main__":
-  main()

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from xcomp_jax import files
+from xcomp_jax import cli, files
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt, video
 from xcomp_jax.evaluation import benchmarks
@@ -475,7 +475,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     {"--out": args.out},
     {f"--{name}": getattr(args, name) for name in ("needles", "images", "haystack", "checkpoint")},
   )
-  files.keep_compiled(args.compilation_cache, COMPILED)
+  cli.keep_compiled(args.compilation_cache, COMPILED)
   share, reader, out = parse_share(args.share), prepare(settings(args)), pathlib.Path(args.out)
   print(reader.introduce(), file=sys.stderr)
   reader.check_clips()
@@ -600,7 +600,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     select=1, repeat=8, mode="official", fps=1.0, max_frames=10000, max_new_tokens=1
   )
   args = parser.parse_args(argv)
-  with files.command(interrupted="interrupted; the same command continues"):
+  with cli.command(interrupted="interrupted; the same command continues"):
     found = run(args)
     if found:
       shares = f"right {found['right']:.1f}%, needle among the kept frames {found['found']:.1f}%"
@@ -617,7 +617,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         file=sys.stderr,
       )
       sys.exit(1)
-
-
-if __name__ == "__main__":
-  main()

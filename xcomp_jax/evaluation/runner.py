@@ -214,9 +214,8 @@ class Answers:
 
   def _all(self) -> Iterator[dict[str, Any]]:
     for file in sorted(self.folder.glob("answers-*.jsonl")):
-      for text in file.read_text(encoding="utf-8", errors="replace").split(
-        "\n"
-      ):  # splitlines would split at U+2028 too
+      # splitlines would split at U+2028 too
+      for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError):
           line = json.loads(text)
           if isinstance(line, dict):

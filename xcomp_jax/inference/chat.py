@@ -235,9 +235,8 @@ def score_rounds(
   size = plan.frames // F
   padded = up(size, CLIP_STEP)
   windows = plan.windows
-  if (
-    padded != size and cfg.window
-  ):  # as many windows as a padded round would have, so that its program serves
+  # as many windows as a padded round would have, so that its program serves
+  if padded != size and cfg.window:
     more = qc_comp.windows(
       padded * F // plan.unit, cfg.window // plan.unit, cfg.stride // plan.unit, cover=True
     )
@@ -512,9 +511,8 @@ class Chat:
         note("prefill and first tokens")
       tokens = np.concatenate([tokens, new], axis=1)
       whole = text(tokens[0])
-      if whole.startswith(written) and not whole.endswith(
-        "\ufffd"
-      ):  # a character may need the next token
+      # a character may need the next token
+      if whole.startswith(written) and not whole.endswith("\ufffd"):
         write(whole[len(written) :])
         written = whole
     note("generation")

@@ -1,7 +1,6 @@
 """What the tower makes of a video, apart from any question: encode once, ask many."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -13,10 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
-from jax.experimental import multihost_utils
 
 from xcomp_jax import inputs
+from xcomp_jax.checkpoints.loading import tower_identity
 from xcomp_jax.config import ConfigError
 from xcomp_jax.files import replacing
 from xcomp_jax.inputs import reading, regular
@@ -64,28 +62,6 @@ class EncodedVideo:
   def clip_frames(self) -> int:
     """Frames of a clip; 1 for a still image."""
     return len(self.times) // self.clips
-
-
-def tower_identity(model: vlm.VLM) -> str:
-  """A hash of the tower's sizes, settings and weights (as bfloat16), whatever it computes in; the
-  projector comes later.
-
-  Where several processes share the parameters, all of them must call this; each holds one whole
-  array at a time.
-  """
-  cfg = model.cfg
-  digest = hashlib.blake2b(
-    repr((cfg.vision, cfg.clip_frames, cfg.tokens_per_frame)).encode(), digest_size=16
-  )
-  for path, leaf in sorted(
-    jax.tree_util.tree_leaves_with_path(nnx.state(model.vision)), key=lambda item: str(item[0])
-  ):
-    digest.update(str(path).encode())
-    whole = (
-      leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-    )
-    digest.update(np.ascontiguousarray(whole).astype(ml_dtypes.bfloat16).view(np.uint8).data)
-  return digest.hexdigest()
 
 
 def identity(model: vlm.VLM) -> str:

@@ -105,9 +105,8 @@ def attend(
     raise ValueError(
       f"attention implementation {implementation!r}: known are {', '.join(IMPLEMENTATIONS)}"
     )
-  if implementation == "auto" or (
-    implementation == "cudnn" and (causal or valid is not None)
-  ):  # padding lies inside of rows
+  # padding lies inside of rows
+  if implementation == "auto" or (implementation == "cudnn" and (causal or valid is not None)):
     implementation = kernels.automatic(L, S, causal, kernels.here())
   if (
     L != S and (causal or implementation == "splash") and implementation not in ("einsum", "tiled")
@@ -117,9 +116,8 @@ def attend(
     if causal:
       k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
     return _einsum(q, k, v, causal, valid, sample)
-  if (
-    implementation == "tiled" and q.dtype == jnp.float16
-  ):  # it masks by -1e30, and has weights beyond 65,504
+  # it masks by -1e30, and has weights beyond 65,504
+  if implementation == "tiled" and q.dtype == jnp.float16:
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     return attend(*wide, mask, implementation=implementation).astype(q.dtype)
   if implementation == "tiled" and causal and split((None, "sequence"), q.shape)[1]:

@@ -206,9 +206,8 @@ def rule(card: Card, version: str, call: Call) -> Kernel | None:
   major = card.capability[0]
   if version not in TRIED or call.size not in SIZES or card.capability not in CAPABILITIES:
     return None
-  if (
-    call.dtype == "float32"
-  ):  # Mosaic has none, and Triton's blocks take twice as much shared memory
+  # Mosaic has none, and Triton's blocks take twice as much shared memory
+  if call.dtype == "float32":
     return (
       "triton"
       if card.shared_memory >= 160 * 1024 or (call.size, call.gradient) in SMALL_FLOAT32
@@ -329,9 +328,8 @@ def run(
   import tokamax
   from absl import flags
 
-  if (
-    not flags.FLAGS.is_parsed()
-  ):  # tokamax reads them, and would parse a command line that is not absl's
+  # tokamax reads them, and would parse a command line that is not absl's
+  if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   _quiet()
   L, S = q.shape[1], k.shape[1]
@@ -473,9 +471,8 @@ def check(implementation: str, dtype: str) -> None:
     ConfigError: it can't.
   """
   card = here()
-  if (
-    dtype == "float16" and card.platform == "tpu"
-  ):  # products round to 8 bits, and splash attention does not compile
+  # products round to 8 bits, and splash attention does not compile
+  if dtype == "float16" and card.platform == "tpu":
     raise ConfigError(
       f"float16 on {card.kind}: TPUs have no float16 products, and round its numbers to bfloat16's "
       f"digits; take bfloat16"

@@ -21,8 +21,7 @@ from xcomp_jax.config import LPCompConfig, VLMConfig
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import lp_comp
 from xcomp_jax.model.attention import AttentionMask, attend, attend_first, attention_weights, remat
-from xcomp_jax.model.layers import RMSNorm
-from xcomp_jax.model.rope import rotate
+from xcomp_jax.model.layers import RMSNorm, rotate
 from xcomp_jax.parallel.mesh import constrain, gathered, parts
 
 SHORT = 512  # tokens that follow a cached sequence and run in one piece, padding too

@@ -222,7 +222,7 @@ def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float
   P, L = math.prod(batch.prefix.shape[1:]), batch.text.shape[1]
   end = x.shape[1] - L
   # In one piece: it is one token per group by now, and XLA (of jax 0.10) gets the gradient of
-  # slices of split rows wrong on a mesh of tensor and context (tests/test_context.py).
+  # slices of split rows wrong on a mesh of tensor and context (tests/model/test_context.py).
   x = constrain(x, "batch", None, None)
   if visual := end - P:
     # tokens of a group

@@ -125,9 +125,8 @@ def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
   finally:
     late.cancel()
   if config.coordinator == "auto" and jax.process_count() > 1:
-    if not np.all(
-      multihost_utils.process_allgather(np.array(roll is not None))
-    ):  # one of them found its cluster otherwise
+    # one of them found its cluster otherwise
+    if not np.all(multihost_utils.process_allgather(np.array(roll is not None))):
       if roll:
         roll.close(well=True)
       roll = _first_calls()
@@ -280,9 +279,8 @@ class Roll:
       process, _, name = said.readline().strip().partition(" ")
     except OSError:  # a port scanner or a health check that resets what it opened
       process, name = "", ""
-    if (
-      not name or not process.isdecimal() or not 0 < int(process) < self.processes
-    ):  # somebody else at this port
+    # somebody else at this port
+    if not name or not process.isdecimal() or not 0 < int(process) < self.processes:
       return line.close()
     process = int(process)
     # in this order: who is named can be told

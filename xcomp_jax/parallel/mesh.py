@@ -113,9 +113,8 @@ def check_tensor(tensor: int, cfg: VLMConfig) -> None:
   Raises:
     ConfigError: it does not divide the LLM's heads for queries and those for keys.
   """
-  if (
-    cfg.llm.heads % tensor or cfg.llm.kv_heads % tensor
-  ):  # attention would be computed whole by several devices
+  # attention would be computed whole by several devices
+  if cfg.llm.heads % tensor or cfg.llm.kv_heads % tensor:
     raise ConfigError(
       f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and "
       f"{cfg.llm.kv_heads} key heads of this LLM; "

@@ -28,10 +28,11 @@ import numpy as np
 from flax import nnx
 
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.cli import command
 from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.files import command, path_of
+from xcomp_jax.files import path_of
 from xcomp_jax.inference import chat, encoded_video, generate
 from xcomp_jax.model import qc_comp, qwen2, vlm
 from xcomp_jax.model.qwen2 import Lengths, Places
@@ -431,7 +432,3 @@ def main(argv: Sequence[str] | None = None) -> None:
   if "pass" not in results:
     print(f"error: nothing to compare in {args.directory}", file=sys.stderr)
   sys.exit(0 if "pass" in results and "FAIL" not in results else 1)
-
-
-if __name__ == "__main__":
-  main()

@@ -17,6 +17,7 @@ from xcomp_jax.data.batch import Length, Shape
 from xcomp_jax.files import one_line
 from xcomp_jax.inference import rounds
 from xcomp_jax.model import lp_comp, vlm
+from xcomp_jax.parallel import roofline
 from xcomp_jax.plan import absent, cost
 from xcomp_jax.plan.programs import VISION, Plan, Traced, cut, traced
 from xcomp_jax.progress import progress
@@ -207,7 +208,7 @@ def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[s
     "program": found.code,
     "reserve": plan.device.reserve,
   }
-  seconds = cost.seconds(
+  seconds = roofline.seconds(
     plan.device,
     executed / plan.device.count,
     found.hbm,

@@ -1,5 +1,6 @@
-r"""Says what a run would take, before there is a pod: compiles its programs for a topology, and
-whether they fit.
+r"""Says what a run would take, and whether it fits, before there is a pod.
+
+It compiles the run's programs for a topology.
 
   python -m xcomp_jax.plan --config=configs/sct.py --topology=v5e:4x4
   python -m xcomp_jax.plan --config=configs/sct.py:7b --topology=v5p:2x2x2 --programs gradient \
@@ -38,18 +39,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xcomp_jax.checkpoints import loading
-from xcomp_jax.config import (
-  ConfigError,
-  MeshConfig,
-  RunConfig,
-  VLMConfig,
-  check_trained,
-  from_command_line,
-)
+from xcomp_jax.cli import command
+from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_trained
+from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Length, length_table
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.files import command, expanduser, path_of
+from xcomp_jax.files import expanduser, path_of
 from xcomp_jax.inference import generate
 from xcomp_jax.parallel import chips
 from xcomp_jax.parallel.mesh import AXES, LOGICAL, PARAMETERS, make_mesh, path_name
@@ -554,7 +550,3 @@ def main(argv: Sequence[str] | None = None) -> None:
       effort=-1.0 if args.quick else 0.0,
     )
     run(plan, args.programs)
-
-
-if __name__ == "__main__":
-  main()

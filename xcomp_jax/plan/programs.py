@@ -24,7 +24,7 @@ from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.files import one_line
 from xcomp_jax.inference import generate, rounds
 from xcomp_jax.model import lp_comp, vlm
-from xcomp_jax.parallel import chips
+from xcomp_jax.parallel import chips, roofline
 from xcomp_jax.parallel.chips import Chip
 from xcomp_jax.parallel.mesh import (
   batch_devices,
@@ -36,7 +36,7 @@ from xcomp_jax.parallel.mesh import (
   replicated,
   row_groups,
 )
-from xcomp_jax.plan import absent, cost
+from xcomp_jax.plan import absent
 from xcomp_jax.training import forecast, optim, steps
 
 TRAINING = ("gradient", "tower", "apply", "evaluation")
@@ -64,7 +64,7 @@ class Plan:
   full: VLMConfig
   layers: int | None
   mesh: Mesh
-  device: cost.Device
+  device: roofline.Device
   shapes: tuple[Shape, ...]
   effort: float
   lengths: Lengths
@@ -223,7 +223,7 @@ def make(
   row_groups(mesh)  # refuses what training would
   order = pipeline.order(range(len(lengths)), size, config.seed, 0)
   packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)
-  device = cost.device_of(like or devices)
+  device = roofline.device_of(like or devices)
   return Plan(
     config, full, layers, mesh, device, schedule.shapes, effort, lengths, packed, schedule.costs
   )

@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from xcomp_jax.checkpoints import saving
-from xcomp_jax.config import LPCompConfig, RunConfig, from_command_line, to_dict
+from xcomp_jax import export, predecode
+from xcomp_jax.config import LPCompConfig, RunConfig
+from xcomp_jax.config_io import from_command_line, to_dict
 from xcomp_jax.data import predecoding, prompt
 from xcomp_jax.data.store import Store, open_store
 from xcomp_jax.files import write_json
@@ -179,7 +180,7 @@ def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> 
   )
   # at once: a film's, which are filled up to as many
   clips = min(16, 1 << (split.scenes[1] - 1).bit_length())
-  made = predecoding.load_tower(tower, settings, clips) if tower else None
+  made = predecode.load_tower(tower, settings, clips) if tower else None
   predecoding.predecode(
     folder / "films" / f"{split.name}.yaml",
     folder / ("features" if tower else "frames"),
@@ -209,7 +210,7 @@ def trained(folder: pathlib.Path, variant: str, **values: Any) -> pathlib.Path:
   run, model = folder / "run", folder / "model"
   if not model.exists():
     loop.run_whole(configured(variant, workdir=run, **values))
-    saving.main(["--checkpoint", str(run), "--format=torch", "--out", str(model)])
+    export.main(["--checkpoint", str(run), "--format=torch", "--out", str(model)])
   shutil.rmtree(run, ignore_errors=True)
   return model
 

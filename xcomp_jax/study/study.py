@@ -1,5 +1,6 @@
-"""The paper in miniature: its comparisons on films whose answers are known, with several seeds and
-intervals.
+"""The paper in miniature: its comparisons on films whose answers are known.
+
+Every comparison has several seeds and intervals.
 
   python -m xcomp_jax.study --out study                 all cells; hours on 2 cores, goes on where
   it stopped python -m xcomp_jax.study --out study --only tune     those whose names begin so
@@ -23,7 +24,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from xcomp_jax.files import alone, command, path_of, write_json
+from xcomp_jax.cli import command
+from xcomp_jax.files import alone, path_of, write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.study import findings
 from xcomp_jax.study.measures import FEW, SELECTED, measured, selected, setting
@@ -234,7 +236,3 @@ def main(argv: Sequence[str] | None = None) -> None:
       with alone(out, "study"), alone(where, "study"):
         run(study, where, f.only)
     findings.report(where, *((PAGE, FIGURES) if full else ()))
-
-
-if __name__ == "__main__":
-  main()

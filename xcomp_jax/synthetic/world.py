@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from xcomp_jax.files import command, expanduser, fresh_folder
+from xcomp_jax.cli import command
+from xcomp_jax.files import expanduser, fresh_folder
 from xcomp_jax.inputs import plain
 from xcomp_jax.progress import progress
 
@@ -487,7 +488,3 @@ def main(argv: Sequence[str] | None = None) -> None:
       train = [Split("train", f.train, *f.scenes, f.questions)] if f.train else []
       heldout = [Split("heldout", f.heldout, *f.scenes, f.heldout_questions)] if f.heldout else []
       write_world(pathlib.Path(f.out), train + heldout, f.seed, f.workers)
-
-
-if __name__ == "__main__":
-  main()

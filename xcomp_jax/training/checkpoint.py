@@ -29,7 +29,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from xcomp_jax.checkpoints import tensor_files
-from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig, to_dict
+from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig
+from xcomp_jax.config_io import to_dict
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import Reader
 from xcomp_jax.files import absolute, one_line

@@ -19,9 +19,9 @@ from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Length, Shape, length_table
 from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.model import attention
+from xcomp_jax.parallel import roofline
 from xcomp_jax.parallel.chips import find, named
 from xcomp_jax.parallel.mesh import check_tensor, make_mesh, mesh_sizes, row_groups
-from xcomp_jax.plan import cost
 from xcomp_jax.training import metrics
 
 BLOCK = 512  # queries, and keys, of a block of attention's kernels
@@ -79,9 +79,9 @@ def chips(name: str, count: int) -> list[Any]:
   return [_Chip(kind, at) for at in np.ndindex(*sizes, left)]
 
 
-def _rates(devices: Sequence[Any], dtype: str = "bfloat16") -> cost.Device:
+def _rates(devices: Sequence[Any], dtype: str = "bfloat16") -> roofline.Device:
   """Looks devices up, and fills in what is not known."""
-  found = cost.device_of(devices, dtype)
+  found = roofline.device_of(devices, dtype)
   assumed = CPU if found.kind == "cpu" else OTHER
   return dataclasses.replace(
     found, **{key: rate for key, rate in assumed.items() if getattr(found, key) is None}
@@ -103,7 +103,7 @@ class Costs:
   cfg: VLMConfig
   train: TrainConfig
   mesh: tuple[int, ...]
-  device: cost.Device
+  device: roofline.Device
   attention: np.ndarray
   prices: dict[Shape, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
@@ -212,7 +212,7 @@ def row_flops(cfg: VLMConfig, shape: Shape) -> dict[str, float]:
   }
 
 
-def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np.ndarray:
+def attention_flops(cfg: VLMConfig, lengths: Lengths, device: roofline.Device) -> np.ndarray:
   """Operations of the LLM's attention in each sample's forward pass, as executed: with what kernels
   can't leave out.
   """
@@ -229,7 +229,7 @@ def attention_flops(cfg: VLMConfig, lengths: Lengths, device: cost.Device) -> np
   return pairs * (4.0 * cfg.llm.heads * cfg.llm.head_dim)
 
 
-def square_flops(cfg: VLMConfig, shape: Shape, device: cost.Device, context: int) -> float:
+def square_flops(cfg: VLMConfig, shape: Shape, device: roofline.Device, context: int) -> float:
   """Operations of a row's attention in one of `square_passes`: of its square what the kernel can't
   leave out.
 
@@ -243,7 +243,7 @@ def square_flops(cfg: VLMConfig, shape: Shape, device: cost.Device, context: int
   return pairs * 4.0 * cfg.llm.heads * cfg.llm.head_dim
 
 
-def square_passes(cfg: VLMConfig, train: TrainConfig, device: cost.Device) -> int:
+def square_passes(cfg: VLMConfig, train: TrainConfig, device: roofline.Device) -> int:
   """Of the passes over the LLM, those whose attention computes whole rows, whatever samples they
   hold.
   """
@@ -256,7 +256,7 @@ def square_passes(cfg: VLMConfig, train: TrainConfig, device: cost.Device) -> in
   return times - 1 if kernels else times
 
 
-def capability(device: cost.Device) -> tuple[int, int]:
+def capability(device: roofline.Device) -> tuple[int, int]:
   """Gives the compute capability of a GPU, and (0, 0) of all else."""
   chip = find(device.kind)
   return (0, 0) if chip is None or chip.capability is None else chip.capability
@@ -269,8 +269,8 @@ def _activations(width: int, mlp_width: int) -> int:
   return 2 * (7 * width + 3 * mlp_width)
 
 
-def _seconds(device: cost.Device, flops: float, sent: float, moved: float) -> dict[str, float]:
-  found = cost.seconds(device, flops, moved, sent)
+def _seconds(device: roofline.Device, flops: float, sent: float, moved: float) -> dict[str, float]:
+  found = roofline.seconds(device, flops, moved, sent)
   return {"operations": found["compute"], "links": found["links"], "memory": found["memory"]}
 
 
@@ -414,7 +414,11 @@ def _room(data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Length
 
 
 def _costs(
-  cfg: VLMConfig, train: TrainConfig, mesh: tuple[int, ...], device: cost.Device, lengths: Lengths
+  cfg: VLMConfig,
+  train: TrainConfig,
+  mesh: tuple[int, ...],
+  device: roofline.Device,
+  lengths: Lengths,
 ) -> Costs:
   assert device.flops is not None  # see _rates
   skipping = passes(cfg, train)["llm"] - square_passes(cfg, train, device)
@@ -469,7 +473,7 @@ class Account:
   """
 
   mesh: tuple[int, ...]
-  device: cost.Device
+  device: roofline.Device
   pixels: bool
   steps: int
   batch_size: int
@@ -583,7 +587,7 @@ def account(
 
 
 def _tower(
-  cfg: VLMConfig, device: cost.Device, table: np.ndarray
+  cfg: VLMConfig, device: roofline.Device, table: np.ndarray
 ) -> tuple[float, dict[str, float]]:
   """Operations of the frozen tower over a step's clips, spread evenly over all devices; and its
   seconds by kind.

@@ -33,23 +33,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from xcomp_jax.checkpoints import loading
-from xcomp_jax.config import (
-  ConfigError,
-  MeshConfig,
-  RunConfig,
-  VLMConfig,
-  check,
-  check_trained,
-  from_command_line,
-  to_dict,
-)
+from xcomp_jax.cli import command, keep_compiled
+from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check, check_trained
+from xcomp_jax.config_io import from_command_line, to_dict
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Batch, Clips, Shape, length_table
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import Features, Store, StoreError, open_store
-from xcomp_jax.files import apart, command, keep_compiled
-from xcomp_jax.inference import encoded_video
+from xcomp_jax.files import apart
 from xcomp_jax.model import kernels, lp_comp, vlm
 from xcomp_jax.parallel import hosts
 from xcomp_jax.parallel.mesh import make_mesh, param_shardings, parameter_table
@@ -242,9 +234,8 @@ class ClipEncoder:
     """Encodes clips, by the tower as it is in `state`."""
     if self._tower is None:
       self._tower = self._functions.tower(state)
-    if (
-      len(self._running) > 1
-    ):  # one may compute while the next is copied; more would pile up in the device's memory
+    # one may compute while the next is copied; more would pile up in the device's memory
+    if len(self._running) > 1:
       jax.block_until_ready(self._running.pop(0))
     features = self._functions.encode(self._tower, place_clips(call.frames, self._mesh))
     self._running.append(features)
@@ -397,9 +388,8 @@ def _train(
         if isinstance(item, pipeline.TowerCall):
           encode(encoder, item)
           continue
-        if (
-          len(seen) > 1
-        ):  # one may compute while the next is copied; more would pile up in the device's memory
+        # one may compute while the next is copied; more would pile up in the device's memory
+        if len(seen) > 1:
           jax.block_until_ready(seen[-2][1])
         batch, clips = encoder.batch(item)
         sums, sample_losses = functions.grad(
@@ -570,7 +560,7 @@ def check_tower(model: vlm.VLM, name: str, data: Sequence[Blend]) -> None:
     for store in blend.stores
     if store.features is not None
   ]
-  identity = encoded_video.tower_identity(model) if made else None
+  identity = loading.tower_identity(model) if made else None
   for path, other in made:
     if other != identity:
       raise ConfigError(
@@ -655,7 +645,3 @@ def main() -> None:
     # At exit JAX would wait for the other processes, and Orbax for the threads of a save that
     # failed.
     os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
-
-
-if __name__ == "__main__":
-  main()

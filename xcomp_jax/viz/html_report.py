@@ -99,9 +99,8 @@ def _ends(times, seconds: float) -> np.ndarray:
   """float64[T]: when each frame's time is over."""
   moments = np.unique(times)
   last = moments[-1] + (moments[-1] - moments[-2] if len(moments) > 1 else seconds)
-  if (
-    seconds > moments[-1]
-  ):  # else they are of a later part of the file, and `seconds` is that part's length
+  # else they are of a later part of the file, and `seconds` is that part's length
+  if seconds > moments[-1]:
     last = min(last, seconds)
   return np.append(moments, last)[np.searchsorted(moments, times, side="right")]
 

@@ -8,17 +8,16 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 from jaxtyping import Float, Int, UInt8
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 
 from xcomp_jax.config import LPCompConfig
 from xcomp_jax.data.video import resize
-from xcomp_jax.demo import wilson
 from xcomp_jax.inference.chat import Answer
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model import lp_comp
-from xcomp_jax.parity.comparison import Row
 from xcomp_jax.viz import html_report
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea", "#333333"
@@ -271,7 +270,7 @@ def agreement(
   for i, name in enumerate(same):
     color, shift = (ORANGE, BLUE, GREY)[i % 3], 0.004 * (2 * i - len(same) + 1)
     share = np.array([one.mean() for one in same[name]])
-    low, high = np.array([wilson(int(one.sum()), len(one)) for one in same[name]]).T
+    low, high = np.array([_interval(int(one.sum()), len(one)) for one in same[name]]).T
     bars = [np.maximum(share - low, 0)[order], np.maximum(high - share, 0)[order]]
     axes[0].errorbar(
       x[order] + shift,
@@ -459,7 +458,7 @@ def learning(
   left.set(xlabel="step", ylabel="loss", ylim=(0, None))
   left.legend(frameon=False)
   steps, share = np.array(right).T
-  low, high = np.array([wilson(one * asked, asked) for one in share]).T
+  low, high = np.array([_interval(round(one * asked), asked) for one in share]).T
   ax.errorbar(steps, share, yerr=[share - low, high - share], fmt="o-", color=BLUE, capsize=4, ms=5)
   ax.axhline(chance, color=GREY, ls=":", lw=1, label="chance")
   ax.set(
@@ -473,12 +472,18 @@ def learning(
   return figure
 
 
+def _interval(right: int, asked: int) -> tuple[float, float]:
+  """The 95% interval of a share of questions, by Wilson."""
+  found = scipy.stats.binomtest(right, asked).proportion_ci(method="wilson")
+  return found.low, found.high
+
+
 def bars(right: Mapping[str, int], asked: int, chance: float) -> Figure:
   """Right answers of so many, with 95% intervals, beside a share that guessing has."""
   figure, ax = plt.subplots(figsize=(5.2, 3))
   colors = (GREY, ORANGE, BLUE)
   for i, n in enumerate(right.values()):
-    low, high = wilson(n, asked)
+    low, high = _interval(n, asked)
     ax.bar(i, 100 * n / asked, color=colors[i % 3], width=0.6)
     ax.errorbar(
       i,
@@ -500,9 +505,12 @@ def bars(right: Mapping[str, int], asked: int, chance: float) -> Figure:
   return figure
 
 
-def errors(rows: Sequence[Row]) -> Figure:
+def errors(rows: Sequence[Any]) -> Figure:
   """How much of its tolerance each stage of `parity` takes; stages that are compared exactly have
   no point of their own.
+
+  Args:
+    rows: of `parity`, `parity.comparison.Row`.
   """
   near = [row for row in rows if row.arrays and row.tolerance]
   exact = [row for row in rows if row.arrays and not row.tolerance]

@@ -1,0 +1,285 @@
+"""What a run is said to compute and take, before anything is compiled."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+from test_packing import mixture
+
+from xcomp_jax.config import (
+  ConfigError,
+  LLMConfig,
+  LPCompConfig,
+  MeshConfig,
+  VisionConfig,
+  VLMConfig,
+)
+from xcomp_jax.config_io import from_command_line
+from xcomp_jax.data import packing
+from xcomp_jax.data.batch import Length, Shape
+from xcomp_jax.plan import table
+from xcomp_jax.training import forecast, metrics
+
+CFG = VLMConfig(
+  vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
+  llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, None, 1e-6, True, None),
+  lp_comp=LPCompConfig("cosine", "suffix", 16),
+  clip_frames=8,
+  tokens_per_frame=16,
+  dtype="bfloat16",
+  clips_per_chunk=4,
+  attention="auto",
+  remat=True,
+)
+
+
+@pytest.fixture(scope="module")
+def config():
+  return from_command_line(["forecast", "--config=configs/sct.py"])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  """Chooses shapes by fewer steps, and looks at fewer."""
+  monkeypatch.setattr(packing, "SAMPLED", 256)
+  monkeypatch.setattr(packing, "MOVES", packing.MOVES[1::2])
+
+
+@pytest.mark.parametrize("devices", [1, 8, 32])
+def test_a_mixture_is_computed_with_little_padding(config, devices):
+  lengths = mixture(1800)
+  plan = forecast.schedule(config, CFG, lengths, forecast.chips("v5e", devices))
+  assert np.prod(plan.mesh) == devices and len(plan.shapes) <= 4
+  steps = packing.pack_steps(
+    lengths, np.arange(1792).reshape(-1, 32).tolist(), plan.shapes, plan.costs
+  )
+  frames, features = (forecast.account(plan, steps, lengths, pixels) for pixels in (True, False))
+  assert frames.tower >= (0.97 if devices <= 16 else 0.95) and frames.all >= 0.9
+  assert (
+    features.llm == frames.llm >= (0.75 if devices <= 8 else 0.58) and features.all == features.llm
+  )
+  assert features.step <= (1.3 if devices <= 8 else 1.8) * features.alone
+  assert features.alone <= features.linked <= features.step < frames.step
+  assert frames.programs <= 4 and frames.steps == 56 and frames.batch_size == 32
+  assert (
+    "56 steps of 32 samples" in frames.paragraph() and "bound by operations" in frames.paragraph()
+  )
+
+
+def test_real_operations_are_those_that_metrics_counts(config):
+  lengths = mixture(64)
+  plan = forecast.Schedule(
+    (1, 1, 1, 1),
+    (Shape(1, 16, 16, 4096, 8192),),
+    forecast._costs(
+      CFG, config.train, (1, 1, 1, 1), forecast._rates(forecast.chips("h100", 1)), lengths
+    ),
+  )
+  steps = packing.pack_steps(lengths, [range(32), range(32, 64)], plan.shapes, plan.costs)
+  a = forecast.account(plan, steps, lengths, True)
+  again = metrics.forward_flops(CFG, lengths, True)["llm"].sum()  # recomputed
+  assert a.alone * 2 * 989e12 == pytest.approx(
+    metrics.training_flops(CFG, config.train, lengths, True) + again
+  )
+
+
+def test_a_full_row_has_no_padding_but_what_attention_can_not_leave_out():
+  sample, row = [Length(1024, 8, 16, 512)], Shape(1, 1, 16, 1024, 512)
+  real, executed = metrics.forward_flops(CFG, sample, False), forecast.row_flops(CFG, row)
+  device = forecast._rates(forecast.chips("h100", 1))
+  attended = forecast.attention_flops(CFG, sample, device)
+  assert executed["projector"] == real["projector"][0]
+  assert 1 < (executed["llm"] + attended[0]) / real["llm"][0] < 1.06
+
+
+def test_links_and_memory_are_near_those_of_compiled_programs(config):
+  # As compiled (docs/LOG.md): one sample of 1,024 frames and 512 text tokens on each device, on
+  # features.
+  for chip, devices, hbm, gathered in (
+    ("v5e", 4, 287.7e9, 3.95e9),
+    ("v5p", 4, 287.7e9, 3.95e9),
+    ("v5e", 16, 282.5e9, 4.97e9),
+  ):
+    device = forecast._rates(forecast.chips(chip, devices))
+    costs = forecast._costs(CFG, config.train, (1, devices, 1, 1), device, mixture(1))
+    spent = costs.spent(Shape(devices, 1, 16, 1024, 512))
+    assert spent["memory"] * device.bandwidth == pytest.approx(hbm, rel=0.25)
+    # and as much again for gradients
+    assert spent["links"] * device.links == pytest.approx(2 * gathered, rel=0.1)
+
+
+def test_the_torus_of_a_count_of_chips():
+  def links(chip, n):
+    return forecast._rates(forecast.chips(chip, n)).links
+
+  assert [links("v5e", n) / 50e9 for n in (1, 2, 8, 16, 256)] == [0, 1, 2, 2, 4]
+  assert [links("v5p", n) / 100e9 for n in (4, 8, 64)] == [2, 3, 6]
+  assert links("h100", 8) == 450e9 and links("h100", 64) == 400e9 and links("a100", 16) == 200e9
+
+
+def test_what_can_not_fit_is_refused_with_numbers(config):
+  def plan(devices, **data):
+    return forecast.schedule(
+      dataclasses.replace(config, data=dataclasses.replace(config.data, **data)),
+      CFG,
+      mixture(64),
+      forecast.chips("v5e", devices),
+    )
+
+  with pytest.raises(
+    ConfigError,
+    match=(
+      r"1 x TPU v5 lite: each has 16\.9 GB, and takes 24\.8 GB for trained .*; use more "
+      r"devices$"
+    ),
+  ):
+    forecast.check_memory(plan(1))
+  forecast.check_memory(plan(4))
+  huge = plan(4, shapes=((4, 64, 100_000, 100_000),))
+  inputs = (
+    4
+    // huge.costs.groups
+    * sum(entering for entering, _ in forecast._slots(CFG, huge.shapes[0]))
+    * CFG.llm.width
+    * 2
+  )
+  said = (
+    f"{inputs / huge.mesh[3] / 1e9:.1f} GB for a micro-batch of 4 x (64 samples, 100,000 "
+    f"frames, 100,000 tokens); use more devices, or"
+  )
+  with pytest.raises(ConfigError, match=re.escape(said)):
+    forecast.check_memory(huge)
+
+
+def test_context_splits_what_sums_gather(config):
+  lengths, device = mixture(8), forecast._rates(forecast.chips("v5e", 8))
+  one, two = (
+    forecast._costs(CFG, config.train, (1, 8 // n, 1, n), device, lengths) for n in (1, 2)
+  )
+  shape = Shape(8, 4, 16, 1024, 1024)
+  assert two.price(dataclasses.replace(shape, rows=4))[0] == pytest.approx(one.price(shape)[0] / 2)
+  assert (two.attention * 2 == pytest.approx(one.attention, abs=2)) and two.spent(shape)[
+    "links"
+  ] > one.spent(shape)["links"]
+
+
+def test_a_mesh_or_shapes_of_the_config_are_taken(config):
+  lengths, devices = mixture(64), forecast.chips("v5e", 8)
+  shapes = ((4, 8, 1024, 3328), (4, 30, 2048, 4000))
+  named = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, shapes=shapes), mesh=MeshConfig(1, 4, 1, -1)
+  )
+  plan = forecast.schedule(named, CFG, lengths, devices)
+  assert plan.mesh == (1, 4, 1, 2) and plan.shapes == (
+    Shape(4, 8, 16, 1024, 3328),
+    Shape(4, 30, 16, 2048, 4000),
+  )
+  heldout = forecast.schedule(named, CFG, mixture(20, seed=1), devices, plan)
+  assert (
+    heldout.shapes == plan.shapes
+    and heldout.mesh == plan.mesh
+    and len(heldout.costs.attention) == 20
+  )
+  wrong = dataclasses.replace(named, mesh=MeshConfig(1, 8, 1, 1))
+  with pytest.raises(ConfigError, match="4 rows can't be split over data x fsdp = 8"):
+    forecast.schedule(wrong, CFG, lengths, devices)
+  lengths[5, 0] = 4096
+  with pytest.raises(ConfigError, match="sample 5 has 4,096 frames"):
+    forecast.schedule(named, CFG, lengths, devices)
+
+
+def test_a_sample_that_is_larger_than_rows_may_be_takes_more_devices(config):
+  lengths = np.array([[4096, 8, 14, 100], [8, 8, 14, 9000]] * 16)
+  with pytest.raises(
+    ConfigError,
+    match=(
+      r"row on 2 devices by .* has is 4,096 and 9,000: raise .*: sample 0 has 4,096 frames "
+      r"and 100 tokens; "
+    ),
+  ):
+    forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 2))
+  plan = forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 8))
+  assert plan.mesh[3] >= 4 and packing.fits(lengths, plan.shapes)
+
+
+def test_a_tower_that_learns_is_computed_with_its_rows(config):
+  train = dataclasses.replace(config.train, vision=True)
+  lengths = mixture(32)
+  device = forecast._rates(forecast.chips("v5e", 1))
+  plan = [
+    forecast.Schedule(
+      (1,) * 4,
+      (Shape(1, 32, 16, 8192, 16384),),
+      forecast._costs(CFG, t, (1,) * 4, device, lengths),
+    )
+    for t in (config.train, train)
+  ]
+  frozen, learning = (
+    forecast.account(p, packing.pack_steps(lengths, [range(32)], p.shapes, p.costs), lengths, True)
+    for p in plan
+  )
+  assert frozen.tower == 1 and learning.tower < 1 and learning.step > 2.9 * frozen.step
+
+
+def test_the_command_prints_a_table(config, tmp_path):
+  file, lengths = tmp_path / "lengths.json", mixture(200)
+  file.write_text(json.dumps({"frames": lengths[:, 0].tolist(), "text": lengths[:, 3].tolist()}))
+  fixed = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1, 1))
+  out = table.table(fixed, CFG, table.read_lengths(file, CFG), "2,64", "v5e")
+  rows = [line.split() for line in out.splitlines()]
+  assert rows[0][:4] == ["devices", "batch", "mesh", "data"]
+  assert [row[:4] for row in rows[1:5]] == [
+    [n, size, f"fsdp={n}", kind]
+    for n, size in (("2", "32"), ("64", "64"))
+    for kind in ("frames", "features")
+  ]
+  assert "2 x v5e: 2 x (" in out
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("[1, 2", "is no JSON"),
+    ("[1, 2]", "expected"),
+    ('{"frames": [1], "text": []}', "expected"),
+    ('{"frames": [1, 8], "text": [5]}', "2 numbers in frames, but 1 in text"),
+    (
+      '{"frames": [1, 12, -8], "text": [5, 0, 2.5]}',
+      r"or a multiple of the 8 frames .*: frames\[1\] = 12; .*text\[2\] = 2.5",
+    ),
+  ],
+)
+def test_a_file_of_lengths_that_is_none_is_refused(tmp_path, text, words):
+  (tmp_path / "lengths.json").write_text(text)
+  with pytest.raises(ConfigError, match=words):
+    table.read_lengths(tmp_path / "lengths.json", CFG)
+
+
+def test_wrong_arguments_are_named(config, tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"none\.json"):
+    table.read_lengths(tmp_path / "none.json", CFG)
+  for devices, chip, words in (
+    ("8,x", "v5e", "--devices 8,x: must be numbers"),
+    ("8", "v9", "--chip v9: known are v6e, v5e, .* h100, a100-40"),
+  ):
+    with pytest.raises(ConfigError, match=words):
+      table.table(config, CFG, np.array([[1, 1, 14, 9]] * 40), devices, chip)
+  with pytest.raises(ConfigError, match="batch_size = 32, but an epoch reads only 20 samples"):
+    table.table(config, CFG, np.array([[1, 1, 14, 9]] * 20), "64", "v5e")
+
+
+def test_a_count_of_devices_that_can_not_hold_the_samples_has_a_note(config):
+  lengths = np.array([[1, 1, 14, 9]] * 39 + [[2048, 8, 14, 100]])
+  out = table.table(config, CFG, lengths, "1,2", "h100")
+  assert [line.split()[0] for line in out.splitlines()[1:3]] == ["2", "2"] and out.splitlines()[
+    1
+  ].endswith("yes")
+  assert (
+    "1 x h100: the data does not fit 1,024 frames with 8,192 tokens" in out
+    and "sample 39 has 2,048 frames" in out
+  )
+  assert "DOES NOT FIT: this run does not fit 1 x TPU v5 lite" in table.table(
+    config, CFG, lengths[:39], "1", "v5e"
+  )

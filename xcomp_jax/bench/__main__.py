@@ -1,0 +1,6 @@
+"""Runs the command `python -m xcomp_jax.bench`."""
+
+from xcomp_jax.bench.bench import main
+
+if __name__ == "__main__":
+  main()

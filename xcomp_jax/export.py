@@ -1,0 +1,213 @@
+"""Writes a checkpoint for others.
+
+Formats are `orbax` (parameters for `init_from`, notebooks, other JAX code) and `torch` (the
+official layout).
+
+  python -m xcomp_jax.export --checkpoint runs/sct --format=torch --out exports/sct
+
+`--checkpoint` is the workdir of a run, or whatever `init_from` takes. Every tensor is written in
+the dtype of the checkpoint that the run started from, so what was not trained is equal bit by bit;
+`--dtype=float32` keeps the precision of trained parameters.
+"""
+
+import argparse
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from xcomp_jax import cli, files
+from xcomp_jax.checkpoints import loading, tensor_files
+from xcomp_jax.checkpoints.saving import (
+  AS_IT_IS,
+  NOT_TUNED,
+  check_free,
+  missing_code,
+  save_orbax,
+  save_torch,
+)
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
+from xcomp_jax.config import LPCompConfig, Tuned, VLMConfig, Yarn
+from xcomp_jax.config_io import from_dict
+from xcomp_jax.files import expanduser
+from xcomp_jax.inputs import reading
+from xcomp_jax.parallel.mesh import path_name
+from xcomp_jax.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Parameters to be written, and the checkpoint that gives config.json, tokenizer files and
+  dtypes.
+  """
+
+  state: nnx.State
+  cfg: VLMConfig
+  directory: pathlib.Path
+  # what the parameters were tuned with; True: as `cfg` says; False: it is not known
+  tuned: Tuned | bool
+
+
+def read(path: str, *, step: int | None = None, init_from: str | None = None) -> Source:
+  """Parameters of a run's workdir or of an `init_from`.
+
+  Args:
+    path: either of the two.
+    step: of a run; None: the latest checkpoint.
+    init_from: of a run, if what it started from has moved.
+
+  Raises:
+    CheckpointError, FileNotFoundError: no such checkpoint, a broken one, or not what the run
+      started from.
+  """
+  if not checkpoint.there(path):
+    if step is not None or init_from is not None:
+      raise CheckpointError(
+        f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of"
+      )
+    if "://" in path:
+      raise CheckpointError(
+        f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; "
+        f"copy it here"
+      )
+    directory = loading.resolve(path)
+    tuned = loading.read_tuned(directory)
+    cfg = loading.read_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
+    return Source(nnx.state(loading.load(directory, cfg)), cfg, directory, tuned or False)
+  saved, step = checkpoint.read_config(path, step)
+  where = f"{path}, step {step}"
+  with reading(where, CheckpointError):
+    run, vlm = saved["run"], saved["vlm"]
+    lp_comp, yarn = (
+      from_dict(LPCompConfig, run["lp_comp"], "lp_comp"),
+      vlm["llm"].get("rope_scaling"),
+    )
+    trained, dtypes = (
+      run["train"],
+      {key: np.dtype(run["model"][key]) for key in ("param_dtype", "dtype")},
+    )
+    clip_frames, yarn = int(vlm["clip_frames"]), yarn and from_dict(Yarn, yarn, "rope_scaling")
+  try:
+    directory = loading.resolve(init_from or run["init_from"])
+  except CheckpointError as error:
+    raise (
+      error
+      if init_from
+      else CheckpointError(
+        f"{where} started from another place: {error}; --init-from DIR says where that is now"
+      )
+    ) from error
+  cfg = loading.read_config(directory, AS_IT_IS, lp_comp)
+  llm = dataclasses.replace(cfg.llm, rope_scaling=yarn, tied=vlm["llm"].get("tied", cfg.llm.tied))
+  cfg = dataclasses.replace(cfg, llm=llm, clip_frames=clip_frames)
+  # A run may keep what it does not train in a shorter dtype, so that comes from where the run
+  # started.
+  state = nnx.state(loading.load(directory, cfg))
+
+  def is_trained(path):
+    return trained[path_name(path).split("/")[0]]
+
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def like(path, leaf):
+    return jax.ShapeDtypeStruct(
+      leaf.shape, dtypes["param_dtype" if is_trained(path) else "dtype"], sharding=device
+    )
+
+  def choose(name, started, saved):
+    if is_trained(name):
+      return saved
+    if np.asarray(started).astype(saved.dtype).tobytes() != np.asarray(saved).tobytes():
+      raise CheckpointError(
+        f"{directory} is not what {path} started from: {path_name(name)}, which was not trained, "
+        f"differs; "
+        "give the checkpoint that it did start from (--init-from)"
+      )
+    return started
+
+  saved = checkpoint.read_params(path, jax.tree_util.tree_map_with_path(like, state), step)
+  state = jax.tree_util.tree_map_with_path(choose, state, saved)
+  return Source(state, dataclasses.replace(cfg, dtype=run["model"]["dtype"]), directory, tuned=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xcomp_jax.export", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+    "--checkpoint",
+    type=expanduser,
+    required=True,
+    help="workdir of a run, or what init_from takes",
+  )
+  parser.add_argument("--format", required=True, choices=("orbax", "torch"))
+  parser.add_argument("--out", type=expanduser, required=True, help="directory to be made")
+  parser.add_argument("--step", type=int, help="of a run; default: its latest checkpoint")
+  parser.add_argument(
+    "--init-from",
+    type=expanduser,
+    help="of a run: where its starting checkpoint is, if that has moved",
+  )
+  parser.add_argument(
+    "--dtype",
+    choices=("bfloat16", "float32"),
+    help="of all tensors; default: as in the starting checkpoint",
+  )
+  parser.add_argument(
+    "--code",
+    type=expanduser,
+    metavar="ORG/NAME",
+    help="hub id or directory with the Python files that config.json's auto_map names; "
+    "default: beside the starting checkpoint, or else auto_map is left out",
+  )
+  parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+  args = parser.parse_args(argv)
+  save = save_torch if args.format == "torch" else save_orbax
+  # Orbax warns of what a reader of checkpoints always does
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  with cli.command():
+    out = files.local(args.out, "an export appears by a rename", written=True)
+    files.apart(
+      {"--out": out},
+      {"--checkpoint": args.checkpoint, "--init-from": args.init_from, "--code": args.code},
+      nested=True,
+    )
+    check_free(out, args.overwrite)
+    code = loading.resolve(args.code, code=True) if args.code else None
+    source = read(args.checkpoint, step=args.step, init_from=args.init_from)
+    files.apart({"--out": out}, {"where the run started,": source.directory}, nested=True)
+    if code:
+      named_in = source.directory / "config.json"
+      auto_map = tensor_files.read_json(named_in).get("auto_map")
+      if not auto_map:
+        raise CheckpointError(
+          f"{named_in} has no auto_map, which would name the files of --code; leave --code out"
+        )
+      if missing := missing_code(auto_map, code):
+        raise CheckpointError(
+          f"{code} has no {', '.join(missing)}, which auto_map of {named_in} asks for"
+        )
+    save(
+      out,
+      source.state,
+      source.cfg,
+      source.directory,
+      tuned=source.tuned,
+      dtype=args.dtype,
+      overwrite=args.overwrite,
+      code=code,
+    )
+  leaves = jax.tree.leaves(source.state)
+  print(
+    f"{args.out}: {len(leaves)} tensors, {sum(leaf.size for leaf in leaves):,} parameters, "
+    f"{args.format} layout"
+  )
+
+
+if __name__ == "__main__":
+  main()

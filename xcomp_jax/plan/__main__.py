@@ -1,0 +1,6 @@
+"""Runs the command `python -m xcomp_jax.plan`."""
+
+from xcomp_jax.plan.plan import main
+
+if __name__ == "__main__":
+  main()
