@@ -4,10 +4,10 @@
   python -m xcomp_jax.study --out study
 
 A base is a miniature VideoChat-Flash of eight layers, trained from nothing and without compression
-on films of `xcomp_jax.synthetic.films`: stages `see`, `answer`, `tell`, `again`, `ask`, `watch`, the first
-with the tower; every one starts from the last one's export. (The one in
-assets/study had ten, by hand: docs/LOG.md.) A row of the study's tables is tuned by the variant of
-its rule, as `configs/study.py:progressive`; the command sets seeds.
+on films of `xcomp_jax.synthetic.films`: stages `see`, `answer`, `tell`, `again`, `ask`, `watch`,
+the first with the tower; every one starts from the last one's export. (The one in assets/study had
+ten, by hand: docs/LOG.md.) A row of the study's tables is tuned by the variant of its rule, as
+`configs/study.py:progressive`; the command sets seeds.
 """
 
 import pathlib

@@ -99,7 +99,7 @@ def schedules() -> None:
   """Tokens per group and layer: as released, and by the paper's formula."""
   names = {"cosine, as released": "cosine", "cosine_ceil, the paper's Eq. 1": "cosine_ceil"}
   save(
-    plots.schedule(
+    plots.draw_schedules(
       {name: LPCompConfig(kind, "suffix", GROUP) for name, kind in names.items()}, LAYERS
     ),
     "schedule",
@@ -109,7 +109,7 @@ def schedules() -> None:
 def survivors() -> None:
   """Which tokens of a group each layer works on, by keep rule."""
   save(
-    plots.survivors(
+    plots.draw_survivors(
       [LPCompConfig("cosine", rule, GROUP) for rule in ("suffix", "uniform", "stride")], LAYERS
     ),
     "survivors",
@@ -120,7 +120,9 @@ def windows() -> None:
   """The rounds of 1,024 frames in each mode, and the windows of the first ones."""
   frames = 1024
   modes = ("official", "aligned", "local", "global")
-  plans = {mode: qc_comp.plan(frames, CLIP, qc_comp.setting(mode, 512)) for mode in modes}
+  plans = {
+    mode: qc_comp.plan_rounds(frames, CLIP, qc_comp.select_config(mode, 512)) for mode in modes
+  }
   figure, axes = plt.subplots(
     len(modes),
     1,
@@ -170,7 +172,7 @@ def tuning() -> None:
   400.
   """
   right = {"no compression": 356, "LP-Comp,\nnot trained": 268, "LP-Comp\nafter SCT": 313}
-  save(plots.bars(right, 400, 0.25), "tuning")
+  save(plots.draw_bars(right, 400, 0.25), "tuning")
 
 
 if __name__ == "__main__":

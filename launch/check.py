@@ -20,7 +20,7 @@ def main() -> int:
 
   try:
     run = config_io.from_command_line(sys.argv)
-    config.check(run)
+    config.check_run(run)
     config.check_trained(run.model)
   except ImportError:
     return 3

@@ -104,10 +104,10 @@ if video and not question.strip():
 if not video:
   made = out / f"world_{scenes}"
   if not made.exists():
-    world.write_world(made, [world.Split("heldout", 1, scenes, scenes, 4)], seed=5, workers=1)
-  (annotation,) = world.read_annotations(made, "heldout")
+    world.write_world(made, [world.WorldSplit("heldout", 1, scenes, scenes, 4)], seed=5, workers=1)
+  (annotation,) = world.read_split(made, "heldout")
   path = str(made / "heldout" / annotation["video"])
-  questions, truths, shown = zip(*world.asked(annotation), strict=True)
+  questions, truths, shown = zip(*world.questions_in(annotation), strict=True)
   for text, truth, scene in zip(questions, truths, shown, strict=True):
     print(f"scene {scene:4}  {text.splitlines()[0]}  {truth}")
 
@@ -115,7 +115,7 @@ if not video:
 # ## Encode it once
 
 # %%
-watching = video_model.prepare(
+watching = video_model.prepare_model(
   video_model.default(checkpoint, select=frames, mode=mode, min_frames=8)
 )
 model = watching.load()
@@ -174,5 +174,5 @@ plots.spent(
 # The same as a page that needs nothing else:
 
 # %%
-files.write(out / "report.html", html_report.page(film, answers, watching.cfg, encoding))
+files.write_file(out / "report.html", html_report.page(film, answers, watching.cfg, encoding))
 print(out / "report.html")

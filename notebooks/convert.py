@@ -94,7 +94,7 @@ from xcomp_jax.viz import flow, plots
 
 plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
-watching = video_model.prepare(
+watching = video_model.prepare_model(
   video_model.default(checkpoint, select=0, min_frames=8, max_frames=8)
 )
 stored = loading.stored(watching.directory, watching.cfg)
@@ -112,14 +112,14 @@ print(
 model = watching.load()
 made = out / "world"
 if not made.exists():
-  world.write_world(made, [world.Split("heldout", 1, 1, 1, 4)], seed=1, workers=1)
-(annotation,) = world.read_annotations(made, "heldout")
+  world.write_world(made, [world.WorldSplit("heldout", 1, 1, 1, 4)], seed=1, workers=1)
+(annotation,) = world.read_split(made, "heldout")
 path = str(made / "heldout" / annotation["video"])
 with watching.precision():
   film, _ = watching.encode(model, watching.sample(path), path)
   chat = Chat(model, watching.tokenizer, film, select=None, sampling=watching.sampling)
-  answers = chat.ask_apart([text for text, _, _ in world.asked(annotation)])
-for (text, truth, _), answer in zip(world.asked(annotation), answers, strict=True):
+  answers = chat.ask_apart([text for text, _, _ in world.questions_in(annotation)])
+for (text, truth, _), answer in zip(world.questions_in(annotation), answers, strict=True):
   print(f"{text.splitlines()[0]}  {answer.text}  (right: {truth})")
 
 # %% [markdown]
@@ -139,14 +139,14 @@ if beside_cpu:
   exact = nnx.merge(nnx.graphdef(loading.abstract(cfg)), exact)
   frames = np.stack(list(movies.frames(watching.sample(path))))
   clips = frames.reshape(-1, film.clip_frames, *frames.shape[1:])
-  asked = prompt.ask(
+  asked = prompt.question_prompt(
     watching.tokenizer,
-    world.asked(annotation)[0][0],
+    world.questions_in(annotation)[0][0],
     prompt.time_message(film.seconds, len(film.times)),
   )
 
   def logits(model):
-    features = np.asarray(jax.jit(vlm.encode)(model, clips))
+    features = np.asarray(jax.jit(vlm.encode_frames)(model, clips))
     batch = generate.as_batch(asked, features, film.clip_frames)
     return np.asarray(
       jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits)(model, batch)
@@ -171,13 +171,13 @@ if beside_cpu:
 # CPUs and are never loosened: a device whose float32 products are less exact shows here.
 
 # %% tags=["picture-parity"]
-rows = parity.check(pathlib.Path(vectors))
+rows = parity.compare_directory(pathlib.Path(vectors))
 print(
   f"{jax.devices()[0].device_kind}: tolerance {parity.LLM:.0e} for states and logits, "
   f"{parity.LOSS:.0e} of the loss, {parity.QC_SCORES:.0e} of scores"
 )
-print(comparison.show(rows))
-plots.errors(rows)
+print(comparison.comparison_table(rows))
+plots.draw_errors(rows)
 
 # %% [markdown]
 # ## Out and back
@@ -186,7 +186,7 @@ plots.errors(rows)
 
 # %%
 if exports:
-  kept = loading.parameters(loading.load(watching.directory, watching.cfg))
+  kept = loading.parameters(loading.load_model(watching.directory, watching.cfg))
   for form in ("torch", "orbax"):
     export.main(
       [
@@ -198,7 +198,7 @@ if exports:
         "--overwrite",
       ]
     )
-    back = loading.parameters(loading.load(out / form, watching.cfg))
+    back = loading.parameters(loading.load_model(out / form, watching.cfg))
     equal = sum(
       np.asarray(a).tobytes() == np.asarray(back[path]).tobytes() for path, a in kept.items()
     )

@@ -89,34 +89,36 @@ from xcomp_jax.inference import generate, video_model
 from xcomp_jax.model import lp_comp, token_merging
 from xcomp_jax.synthetic import world
 from xcomp_jax.viz import plots
-from xcomp_jax.viz.flow import agreement, flow
+from xcomp_jax.viz.flow import agreement, attention_flow
 
 plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
-watching = video_model.prepare(
+watching = video_model.prepare_model(
   video_model.default(checkpoint, select=0, min_frames=8, max_frames=64)
 )
 models = {"not tuned": watching.load()}
 looked = COSINE
 if tuned and pathlib.Path(tuned).exists():
-  models["tuned"] = loading.load(loading.resolve(tuned), watching.cfg, dtype=watching.dtype)
+  models["tuned"] = loading.load_model(loading.resolve(tuned), watching.cfg, dtype=watching.dtype)
   if known := loading.read_tuned(loading.resolve(tuned)):
     looked = known.lp_comp
 model, layers = models["not tuned"], watching.cfg.llm.layers
 
 made = out / f"world_{videos}"
 if not made.exists():
-  world.write_world(made, [world.Split("heldout", videos, 4, 6, 4)], seed=7, workers=2)
+  world.write_world(made, [world.WorldSplit("heldout", videos, 4, 6, 4)], seed=7, workers=2)
 batches, truths = [], []
 with watching.precision():
-  for annotation in world.read_annotations(made, "heldout"):
+  for annotation in world.read_split(made, "heldout"):
     path = str(made / "heldout" / annotation["video"])
     film, _ = watching.encode(model, watching.sample(path), path, identity="not kept")
     message = prompt.time_message(film.seconds, len(film.times))
-    for text, truth, _ in world.asked(annotation):
+    for text, truth, _ in world.questions_in(annotation):
       batches.append(
         generate.as_batch(
-          prompt.ask(watching.tokenizer, text, message), film.features[0], film.clip_frames
+          prompt.question_prompt(watching.tokenizer, text, message),
+          film.features[0],
+          film.clip_frames,
         )
       )
       truths.append(truth)
@@ -131,7 +133,9 @@ print(f"{', '.join(models)}; {len(batches)} questions; looking at {looked}")
 # %% tags=["picture-schedule"]
 cosine, paper = COSINE, LPCompConfig("cosine_ceil", "suffix", looked.group)
 tuning = {} if looked == cosine else {"as tuned": looked}
-plots.schedule(tuning | {"cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers)
+plots.draw_schedules(
+  tuning | {"cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers
+)
 
 # %% [markdown]
 # ## Which tokens survive, and where they are on the frames
@@ -141,10 +145,10 @@ plots.schedule(tuning | {"cosine, as released": cosine, "cosine_ceil, the paper'
 # last row a colour is a group: one token per frame's worth, but not one frame's.
 
 # %% tags=["picture-places"]
-first = world.read_annotations(made, "heldout")[0]
+first = world.read_split(made, "heldout")[0]
 path = str(made / "heldout" / first["video"])
 scene = next(
-  where for text, _, where in world.asked(first) if text.startswith(world.QUESTIONS["shape"])
+  where for text, _, where in world.questions_in(first) if text.startswith(world.QUESTIONS["shape"])
 )
 clip = np.stack(list(movies.frames(watching.sample(path))))[
   scene * 8 : scene * 8 + watching.cfg.clip_frames
@@ -158,7 +162,9 @@ with watching.precision():
   into = sources(model, clip[None])
 counts = lp_comp.counts(looked, layers)
 steps = [layer for layer in range(layers) if layer == 0 or counts[layer] < counts[layer - 1]]
-plots.places(clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(steps) // 5)][::-1])
+plots.patch_places(
+  clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(steps) // 5)][::-1]
+)
 
 # %% [markdown]
 # ## Where attention goes
@@ -169,14 +175,14 @@ plots.places(clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(ste
 # others know before those go.
 
 # %% tags=["picture-flow"]
-kept_flow = jax.jit(flow)
+kept_flow = jax.jit(attention_flow)
 under = {name: loading.with_lp_comp(one, looked) for name, one in models.items()}
 with watching.precision():
   shares = {
     name: np.mean([np.asarray(kept_flow(one, batch)[0]) for batch in batches], axis=0)
     for name, one in under.items()
   }
-plots.flow(shares, dict.fromkeys(shares, looked))
+plots.draw_flow(shares, dict.fromkeys(shares, looked))
 
 # %% [markdown]
 # Of the attention that the text pays to visual tokens, how much goes to those that stay to the end?
@@ -235,4 +241,4 @@ def pick(which):
   return {name: [against[name, schedule][which] for schedule in schedules] for name in models}
 
 
-plots.agreement(work, pick(0), pick(1))
+plots.draw_agreement(work, pick(0), pick(1))

@@ -90,10 +90,13 @@ from xcomp_jax.viz import plots
 plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
 demo.clear(out, demo.MADE)
-splits = [world.Split("train", videos, 4, 6, 4), dataclasses.replace(demo.HELDOUT, videos=heldout)]
+splits = [
+  world.WorldSplit("train", videos, 4, 6, 4),
+  dataclasses.replace(demo.HELDOUT, videos=heldout),
+]
 world.write_world(out / "world", splits, seed=demo.SEED, workers=2)
 for split in splits:
-  demo.decode(out / "world", out / "data" / split.name, split.name)
+  demo.decode_world(out / "world", out / "data" / split.name, split.name)
 contact_sheet(open_store(out / "data" / "train"), rows=4)
 
 # %% [markdown]
@@ -116,8 +119,8 @@ config = from_command_line(
 )
 whole = LPCompConfig(config.lp_comp.schedule, "none", config.lp_comp.group)
 right = {
-  "no compression": demo.answers(demo.BASE, whole, config),
-  "LP-Comp,\nnot trained": demo.answers(demo.BASE, config.lp_comp, config),
+  "no compression": demo.right_answers(demo.BASE, whole, config),
+  "LP-Comp,\nnot trained": demo.right_answers(demo.BASE, config.lp_comp, config),
 }
 print(f"LP-Comp: {config.lp_comp.schedule} tokens of {config.lp_comp.group} in the layers")
 for name, one in right.items():
@@ -133,7 +136,7 @@ seen = {"train": [], "heldout": [(0, right["LP-Comp,\nnot trained"].mean())], "g
 watched = {"train": "loss", "heldout": "accuracy", "goodput": "step"}
 
 # %%
-result = loop.run(
+result = loop.train(
   config, watch=lambda step, group, values: seen[group].append((step, values[watched[group]]))
 )
 
@@ -160,10 +163,10 @@ export.main(
     "--overwrite",
   ]
 )
-right["LP-Comp\nafter SCT"] = demo.answers(str(out / "export"), config.lp_comp, config)
+right["LP-Comp\nafter SCT"] = demo.right_answers(str(out / "export"), config.lp_comp, config)
 _, untrained, tuned = right.values()
 more, low, high = demo.gain(untrained, tuned)
 print(f"gain by SCT, question by question: {more:+.1%}, 95% interval {low:+.1%} to {high:+.1%}")
 
 # %% tags=["picture-accuracy"]
-plots.bars({name: int(one.sum()) for name, one in right.items()}, heldout, chance=0.25)
+plots.draw_bars({name: int(one.sum()) for name, one in right.items()}, heldout, chance=0.25)

@@ -124,7 +124,7 @@ def tiny_run(tmp_path_factory, reference):
   from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig
   from xcomp_jax.config_io import from_dict
   from xcomp_jax.data import prompt
-  from xcomp_jax.data.store import Sample, write_store
+  from xcomp_jax.data.store import StoredSample, write_store
   from xcomp_jax.model.vlm import VLM
 
   root = tmp_path_factory.mktemp("tiny_run")
@@ -177,7 +177,7 @@ def tiny_run(tmp_path_factory, reference):
     remat=True,
   )
   lp = LPCompConfig((8, 1), "suffix", 16)
-  cfg = loading.read_config(init, model, lp)
+  cfg = loading.read_vlm_config(init, model, lp)
   saving.save_torch(
     root / "base", jax.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32
   )
@@ -193,7 +193,7 @@ def tiny_run(tmp_path_factory, reference):
       )
       message = prompt.time_message(clips / 2, clips * 4) if clips else ""
       visual = rng.integers(0, 256, (clips, 4, 48, 48, 3)).astype(np.uint8) if clips else None
-      yield Sample(f"s{i}", f"{i}.mp4", "a.json", i, talk, message), visual
+      yield StoredSample(f"s{i}", f"{i}.mp4", "a.json", i, talk, message), visual
 
   write_store(root / "train", items(12, 0), image_size=48, clip_frames=4)
   write_store(root / "heldout", items(5, 1), image_size=48, clip_frames=4)
@@ -284,15 +284,17 @@ def write_features():
   from xcomp_jax.inference import encoded_video
 
   def write(config, folder):
-    cfg = loading.read_config(loading.resolve(config.init_from), config.model, config.lp_comp)
-    model = loading.load(
+    cfg = loading.read_vlm_config(loading.resolve(config.init_from), config.model, config.lp_comp)
+    model = loading.load_model(
       loading.resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype)
     )
     frames = open_store(config.data.train)
 
     def items():
       for i, sample in enumerate(frames.samples):
-        clips = list(encoded_video.encode_clips(model, frames.visual(i))) if sample.frames else None
+        clips = (
+          list(encoded_video.encode_in_chunks(model, frames.visual(i))) if sample.frames else None
+        )
         yield sample, clips and np.stack(clips).astype(ml_dtypes.bfloat16)
 
     made = Features(loading.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)

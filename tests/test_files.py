@@ -33,7 +33,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     out.write_bytes(b"half")
     raise KeyboardInterrupt
   assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
-  files.write(file, "new \u00e4")
+  files.write_file(file, "new \u00e4")
   assert file.read_bytes() == "new \u00e4".encode() and list(tmp_path.iterdir()) == [file]
 
 
@@ -47,7 +47,7 @@ def test_only_files_are_replaced_and_not_links_to_them(tmp_path):
   (tmp_path / "folder").mkdir()
   (tmp_path / "link").symlink_to("folder/file")
   for text in ("new", "newer"):
-    files.write(tmp_path / "link", text)
+    files.write_file(tmp_path / "link", text)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == text
   os.mkfifo(tmp_path / "pipe")
   for name in ("pipe", "folder"):
@@ -71,7 +71,7 @@ def test_names_may_be_as_long_as_the_system_allows(tmp_path):
     raise ZeroDivisionError
   kept.rename(left)  # as a kill leaves it
   files.sweep(tmp_path, name)
-  files.write(tmp_path / name, "")
+  files.write_file(tmp_path / name, "")
   assert [path.name for path in tmp_path.iterdir()] == [name]
 
 

@@ -55,7 +55,7 @@ def test_only_regular_files(tmp_path):
   at.bind(os.fspath(tmp_path / "socket"))
   for name in ("pipe", "link", "socket", ".", "/dev/zero"):
     with pytest.raises(OSError, match="must be a file"):
-      inputs.text(tmp_path / name, Fault)
+      inputs.read_text(tmp_path / name, Fault)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_text_too_large_is_not_read(tmp_path):
   with open(tmp_path / "a", "wb") as file:
     file.truncate(inputs.TEXT + 1)
   with pytest.raises(Fault, match="more than"):
-    inputs.text(tmp_path / "a", Fault)
+    inputs.read_text(tmp_path / "a", Fault)
 
 
 def test_bytes_that_are_no_text_are_named():
@@ -101,14 +101,14 @@ def test_numbers_within_bounds():
 
 def test_a_pipe_is_read_where_it_may_be_one(tmp_path):
   os.mkfifo(tmp_path / "pipe")
-  assert inputs.text(tmp_path / "pipe", Fault, pipes=True) == ""  # nobody writes to it
+  assert inputs.read_text(tmp_path / "pipe", Fault, pipes=True) == ""  # nobody writes to it
   out, into = os.pipe()
   os.write(into, "ä\n".encode())
   os.close(into)
-  assert inputs.text(f"/dev/fd/{out}", Fault, pipes=True) == "ä\n"
+  assert inputs.read_text(f"/dev/fd/{out}", Fault, pipes=True) == "ä\n"
   os.close(out)
   with pytest.raises(inputs.NoFileError, match="a device, and must be a file or a pipe"):
-    inputs.text("/dev/zero", Fault, pipes=True)
+    inputs.read_text("/dev/zero", Fault, pipes=True)
 
 
 def test_a_pipe_has_a_limit_too():
@@ -116,7 +116,7 @@ def test_a_pipe_has_a_limit_too():
   os.write(into, b"a" * 11)
   os.close(into)
   with pytest.raises(Fault, match="more than the 10 bytes"):
-    inputs.text(f"/dev/fd/{out}", Fault, 10, pipes=True)
+    inputs.read_text(f"/dev/fd/{out}", Fault, 10, pipes=True)
   os.close(out)
 
 

@@ -25,7 +25,14 @@ from xcomp_jax.data import prompt, video
 from xcomp_jax.files import expanduser
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Answer, Chat
-from xcomp_jax.inference.video_model import COMPILED, Reader, fault, options, prepare, settings
+from xcomp_jax.inference.video_model import (
+  COMPILED,
+  VideoModel,
+  add_options,
+  fault,
+  prepare_model,
+  settings_of,
+)
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.viz import html_report
@@ -59,7 +66,7 @@ def check_target(option: str, path: str | None) -> None:
     raise type(error)(f"{option} {file}: {error.strerror}") from error
 
 
-def sampled(args: argparse.Namespace, reader: Reader) -> video.Sample | None:
+def sampled(args: argparse.Namespace, reader: VideoModel) -> video.FrameSample | None:
   """Which frames to decode; None if --encoded is there to be read.
 
   Raises:
@@ -75,9 +82,9 @@ def sampled(args: argparse.Namespace, reader: Reader) -> video.Sample | None:
 
 def encoded(
   args: argparse.Namespace,
-  reader: Reader,
+  reader: VideoModel,
   model: VLM,
-  sample: video.Sample | None,
+  sample: video.FrameSample | None,
   spent: dict[str, float],
 ) -> encoded_video.EncodedVideo:
   """The video, read from --encoded, or decoded and encoded, and then written there if wanted.
@@ -87,7 +94,7 @@ def encoded(
   """
   if sample is None:
     begun = time.perf_counter()
-    film = encoded_video.load(args.encoded, model)
+    film = encoded_video.load_video(args.encoded, model)
     wanted = args.video and reader.source(args.video, args.start, args.end)
     if wanted and wanted != film.source:
       raise encoded_video.EncodedVideoError(
@@ -116,7 +123,7 @@ def encoded(
   spent |= seconds
   if args.encoded:
     try:
-      encoded_video.save(film, args.encoded)
+      encoded_video.save_video(film, args.encoded)
       say(
         f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features"
       )
@@ -130,7 +137,7 @@ def encoded(
   return film
 
 
-def listed(args: argparse.Namespace) -> list[str]:
+def questions_of(args: argparse.Namespace) -> list[str]:
   """The questions of the command line.
 
   Raises:
@@ -138,7 +145,9 @@ def listed(args: argparse.Namespace) -> list[str]:
   """
   found: list[str] = list(args.question or ())
   if args.questions:
-    lines = inputs.text(args.questions, prompt.AnnotationError, QUESTIONS, pipes=True).splitlines()
+    lines = inputs.read_text(
+      args.questions, prompt.AnnotationError, QUESTIONS, pipes=True
+    ).splitlines()
     found += (asked := [line.strip() for line in lines if line.strip()])
     if not asked:
       raise prompt.AnnotationError(
@@ -163,12 +172,12 @@ def typed() -> Iterator[str]:
       yield line.strip()
 
 
-def together(video: dict[str, float], question: dict[str, float]) -> dict[str, float]:
+def seconds_spent(video: dict[str, float], question: dict[str, float]) -> dict[str, float]:
   """Seconds spent on the video and on a question."""
   return {name: video.get(name, 0) + question.get(name, 0) for name in video | question}
 
 
-def as_json(
+def answer_line(
   question: str, answer: Answer, film: encoded_video.EncodedVideo, spent: dict[str, float]
 ) -> str:
   """One line of --json."""
@@ -187,12 +196,12 @@ def as_json(
       "ranges": html_report.ranges(kept.frames, film.times, film.seconds),
       "note": kept.note,
       "clip_scores": scores,
-      "spent": together(spent, answer.spent),
+      "spent": seconds_spent(spent, answer.spent),
     }
   )
 
 
-def answer(args: argparse.Namespace) -> None:
+def answer_all(args: argparse.Namespace) -> None:
   """Answers all questions.
 
   Raises:
@@ -200,7 +209,7 @@ def answer(args: argparse.Namespace) -> None:
     arguments, by name.
   """
   cli.keep_compiled(args.compilation_cache, COMPILED)
-  reader = prepare(settings(args))
+  reader = prepare_model(settings_of(args))
   page = pathlib.Path(args.report) if args.report else None
   check_target("--report", args.report)
   files.apart(
@@ -212,9 +221,11 @@ def answer(args: argparse.Namespace) -> None:
     check_target("--encoded", args.encoded)
     files.apart({"--encoded": args.encoded}, {"--checkpoint": args.checkpoint}, nested=True)
 
-  fixed = listed(args)
+  fixed = questions_of(args)
   for question in fixed:
-    prompt.ask(reader.tokenizer, question, "")  # what is wrong with it shows before any work
+    prompt.question_prompt(
+      reader.tokenizer, question, ""
+    )  # what is wrong with it shows before any work
   sample = sampled(args, reader)
   if sample is not None:
     for question in fixed or ["?"]:
@@ -273,7 +284,7 @@ def answer(args: argparse.Namespace) -> None:
           failed += 1
           say(f"error: {fault(error)}")  # the conversation goes on
           continue
-      print(as_json(question, got, film, spent) if args.json else "", flush=True)
+      print(answer_line(question, got, film, spent) if args.json else "", flush=True)
       done.append((question, got))
       kept, clock = got.selection, lambda t: html_report.clock(t, film.seconds)
       if kept.note and reader.select and len(film.times) > 1:
@@ -287,14 +298,14 @@ def answer(args: argparse.Namespace) -> None:
       say(
         "spent "
         + ", ".join(
-          f"{name} {seconds:.1f} s" for name, seconds in together(spent, got.spent).items()
+          f"{name} {seconds:.1f} s" for name, seconds in seconds_spent(spent, got.spent).items()
         )
       )
       if talk and (ending := chat.ending()):
         say(ending + ("" if fixed else f"; {NEW} does so here"))
       if page:
         try:
-          files.write(page, html_report.page(film, done, reader.cfg, spent))
+          files.write_file(page, html_report.page(film, done, reader.cfg, spent))
         except OSError as error:
           if fixed:
             raise
@@ -313,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="python -m xcomp_jax.ask", description=__doc__.splitlines()[0]
   )
-  options(parser)
+  add_options(parser)
   add = parser.add_argument
   add("--video", type=expanduser, help="a video file, a GIF, a folder of frames, or an image")
   add(
@@ -351,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--end", type=inputs.number(0.0, 1e9, float), help="and until which")
   args = parser.parse_args(argv)
   with cli.command(OverflowError):
-    answer(args)
+    answer_all(args)
 
 
 if __name__ == "__main__":

@@ -314,7 +314,7 @@ YARN = (
 )
 
 
-def check(config: RunConfig) -> None:
+def check_run(config: RunConfig) -> None:
   """Values that no run can have.
 
   Raises:

@@ -37,11 +37,11 @@ from xcomp_jax.training import loop
 BASE = "assets/tiny"
 ROWS = 8  # questions that are evaluated at once
 STAGES = {  # of the base's training: the worlds of configs/base.py's variants
-  "see": world.Split("train", 5000, 1, 1, 0),
-  "answer": world.Split("train", 8000, 1, 1, 4),
-  "find": world.Split("train", 4800, 2, 6, 4),
+  "see": world.WorldSplit("train", 5000, 1, 1, 0),
+  "answer": world.WorldSplit("train", 8000, 1, 1, 4),
+  "find": world.WorldSplit("train", 4800, 2, 6, 4),
 }
-HELDOUT = world.Split("heldout", 400, 4, 6, 1)
+HELDOUT = world.WorldSplit("heldout", 400, 4, 6, 1)
 SEED = 3  # of the videos shown; settings were picked on those of seed 2
 MADE = ("world", "data", "start", "run", "export")  # folders of the demo, in the order of making
 STAGE_MADE = ("world", "train", "run", "model")  # likewise of a stage of the base's training
@@ -64,15 +64,15 @@ def gain(before: np.ndarray, after: np.ndarray, z: float = 1.96) -> tuple[float,
   return change.mean(), change.mean() - half, change.mean() + half
 
 
-def answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.ndarray:
+def right_answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.ndarray:
   """Which held-out questions of config.data.heldout a checkpoint answers rightly: bool[n]."""
   directory = loading.resolve(checkpoint)
-  cfg = loading.read_config(directory, config.model, lp_comp)
-  model, evaluate = loading.load(directory, cfg), jax.jit(vlm.evaluate)
+  cfg = loading.read_vlm_config(directory, config.model, lp_comp)
+  model, evaluate = loading.load_model(directory, cfg), jax.jit(vlm.heldout_measures)
   assert config.data.heldout is not None  # `show` says where they are
   data = loop.open_data(config.data.heldout, cfg)
   tokenizer, right = prompt.load_tokenizer(directory), np.zeros(len(data), bool)
-  lengths = pipeline.measure(data, tokenizer, config.data.mask)
+  lengths = pipeline.measure_lengths(data, tokenizer, config.data.mask)
   shape = Shape(
     ROWS,
     1,
@@ -83,7 +83,8 @@ def answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.nda
   for first in range(0, len(data), ROWS):
     part = range(first, min(first + ROWS, len(data)))
     rows = [
-      [watched(model, data, pipeline.example(data, tokenizer, config.data.mask, i))] for i in part
+      [watched(model, data, pipeline.read_example(data, tokenizer, config.data.mask, i))]
+      for i in part
     ]
     right[part] = np.asarray(evaluate(model, collate(rows, shape))[1])[: len(part), 0] > 0.5
   return right
@@ -93,13 +94,13 @@ def watched(model: vlm.VLM, data: Blend, example: Example) -> Example:
   """A sample with what the tower makes of its video, if it has one and that is not there yet."""
   if example.visual is not None or not example.frames:
     return example
-  clips = np.stack(list(encoded_video.encode_clips(model, data.visual(example.index))))
+  clips = np.stack(list(encoded_video.encode_in_chunks(model, data.visual(example.index))))
   return dataclasses.replace(example, visual=clips.reshape(example.frames, -1, clips.shape[-1]))
 
 
-def decode(source: pathlib.Path, out: pathlib.Path, split: str) -> None:
+def decode_world(source: pathlib.Path, out: pathlib.Path, split: str) -> None:
   """Pre-decodes a world's split at the base's input size."""
-  settings = predecoding.Settings(
+  settings = predecoding.FrameSettings(
     image_size=world.MODEL["tiny_vision"]["image_size"],
     max_frames=1024,
     min_frames=8,
@@ -109,7 +110,7 @@ def decode(source: pathlib.Path, out: pathlib.Path, split: str) -> None:
   predecoding.predecode(source / f"{split}.yaml", out, settings, root=source, workers=2)
 
 
-def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
+def run_demo(out: pathlib.Path, videos: int, steps: int | None) -> None:
   """The demo."""
   begun = time.perf_counter()
 
@@ -119,10 +120,10 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   clear(out, MADE)
   say("making videos")
   world.write_world(
-    out / "world", [world.Split("train", videos, 4, 6, 4), HELDOUT], seed=SEED, workers=2
+    out / "world", [world.WorldSplit("train", videos, 4, 6, 4), HELDOUT], seed=SEED, workers=2
   )
   for split in ("train", "heldout"):
-    decode(out / "world", out / "data" / split, split)
+    decode_world(out / "world", out / "data" / split, split)
   say("converting the base model")
   export.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "start")])
   overrides = {
@@ -138,7 +139,7 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   table = []
 
   def measure(name: str, checkpoint: pathlib.Path, lp_comp: LPCompConfig) -> np.ndarray:
-    right = answers(str(checkpoint), lp_comp, config)
+    right = right_answers(str(checkpoint), lp_comp, config)
     share = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
     table.append(
       f"  {name:34} {right.mean():6.1%}   95% interval {share.low:.1%} to {share.high:.1%}"
@@ -162,8 +163,8 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
     f"  {'gain by SCT, question by question':34} {more:+6.1%}   95% interval {low:+.1%} to "
     f"{high:+.1%}"
   )
-  sample = world.read_annotations(out / "world", "heldout")[0]
-  ((question, truth, _),) = world.asked(sample)
+  sample = world.read_split(out / "world", "heldout")[0]
+  ((question, truth, _),) = world.questions_in(sample)
   video = out / "world" / "heldout" / sample["video"]
   say(f"asking {video} (true answer: {truth})\n{question}")
   ask.main(
@@ -180,16 +181,16 @@ def show(out: pathlib.Path, videos: int, steps: int | None) -> None:
   say(f"accuracy over {len(tuned)} held-out questions of four options\n" + "\n".join(table))
 
 
-def train_base(out: pathlib.Path) -> None:
+def train_tiny_base(out: pathlib.Path) -> None:
   """The base's stages; the result is out/find/model."""
   before = out / "init"
   clear(out, ("init",))
-  world.write_untrained(before, 0, world.MODEL, world.words())
+  world.write_untrained(before, 0, world.MODEL, world.world_words())
   for number, (name, split) in enumerate(STAGES.items()):
     stage = out / name
     clear(stage, STAGE_MADE)
     world.write_world(stage / "world", [split], seed=100 + number, workers=2)
-    decode(stage / "world", stage / "train", "train")
+    decode_world(stage / "world", stage / "train", "train")
     paths = {"init_from": before, "workdir": stage / "run", "data.train": stage / "train"}
     loop.run_whole(
       from_command_line(
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"--out {out} holds what no demo has made; choose another folder, or remove it"
       )
     with alone(out, "demo"):
-      (train_base(out) if f.base else show(out, f.videos, f.steps))
+      (train_tiny_base(out) if f.base else run_demo(out, f.videos, f.steps))
 
 
 if __name__ == "__main__":

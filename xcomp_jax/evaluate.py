@@ -21,16 +21,18 @@ from typing import Any
 
 from xcomp_jax import cli, files
 from xcomp_jax.evaluation import benchmarks
-from xcomp_jax.evaluation.benchmarks import TASKS, Question, Task
+from xcomp_jax.evaluation.benchmarks import TASKS, BenchmarkQuestion, Task
 from xcomp_jax.evaluation.presets import preset
-from xcomp_jax.evaluation.runner import Answers, parse_share, run
-from xcomp_jax.evaluation.scores import results, samples, table, wanted
+from xcomp_jax.evaluation.runner import Answers, answer_wanted, parse_share
+from xcomp_jax.evaluation.scores import results, results_table, sample_lines, wanted
 from xcomp_jax.files import expanduser
-from xcomp_jax.inference.video_model import COMPILED, options, prepare, settings
+from xcomp_jax.inference.video_model import COMPILED, add_options, prepare_model, settings_of
 from xcomp_jax.inputs import number
 
 
-def read_questions(args: argparse.Namespace, task: Task) -> tuple[list[Question], dict[str, Any]]:
+def questions_of_command(
+  args: argparse.Namespace, task: Task
+) -> tuple[list[BenchmarkQuestion], dict[str, Any]]:
   """The questions, and what results.json says about where they come from.
 
   Raises:
@@ -42,7 +44,9 @@ def read_questions(args: argparse.Namespace, task: Task) -> tuple[list[Question]
   )
   if not videos.is_dir():
     raise FileNotFoundError(f"--videos {videos} is no folder")
-  questions = benchmarks.read(task, source, benchmarks.subtitles_of(videos, args.subtitles))
+  questions = benchmarks.read_questions(
+    task, source, benchmarks.subtitles_of(videos, args.subtitles)
+  )
   if task.sizes and len(questions) not in task.sizes:
     sizes = " or ".join(f"{n:,}" for n in task.sizes)
     print(
@@ -61,7 +65,7 @@ def read_questions(args: argparse.Namespace, task: Task) -> tuple[list[Question]
   return questions, about
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
+def evaluate_command(args: argparse.Namespace) -> dict[str, Any] | None:
   """The command's work; results, or None where other shares are not done yet.
 
   Raises:
@@ -76,14 +80,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
       for name in ("annotations", "videos", "subtitles", "checkpoint")
     },
   )
-  questions, about = read_questions(args, task)
+  questions, about = questions_of_command(args, task)
   asked = wanted(questions, pathlib.Path(args.videos))
-  reader = prepare(settings(args))
+  reader = prepare_model(settings_of(args))
   print(reader.introduce(), file=sys.stderr)
   how = {name: getattr(args, name) for name in ("batch", "devices", "each_alone")}
   answers = Answers(out, reader, share, how=how)
   with answers:
-    run(
+    answer_wanted(
       reader,
       asked,
       answers,
@@ -100,9 +104,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     return None
   found = results(task, questions, asked, answers, about)
   # as in `Answers`
-  files.write(
+  files.write_file(
     out / "samples.jsonl",
-    samples(task, questions, asked, answers).encode("utf-8", "backslashreplace"),
+    sample_lines(task, questions, asked, answers).encode("utf-8", "backslashreplace"),
   )
   files.write_json(out / "results.json", found, indent=2)
   return found
@@ -118,7 +122,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prog="python -m xcomp_jax.evaluate", description=__doc__.splitlines()[0]
   )
   add = parser.add_argument
-  benchmarks.options(parser)
+  benchmarks.add_benchmark_options(parser)
   add(
     "--out",
     type=expanduser,
@@ -155,7 +159,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     action="store_true",
     help="encode a video again for every question, to measure what encoding once saves",
   )
-  options(parser)
+  add_options(parser)
   first, _ = parser.parse_known_args(argv)
   if first.preset != "none":
     parser.set_defaults(**preset(first.preset, first.task))
@@ -167,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   code 1.
   """
   with cli.command(interrupted="interrupted; the same command continues"):
-    found = evaluate(parse(argv))
+    found = evaluate_command(parse(argv))
     if found:
-      print(table(found))
+      print(results_table(found))
     if found and (failed := sum(f["questions"] for f in found["failed"])):
       print(
         f"error: {failed:,} of {found['score']['counts']['questions']:,} questions could not be "

@@ -52,7 +52,7 @@ class Source:
   tuned: Tuned | bool
 
 
-def read(path: str, *, step: int | None = None, init_from: str | None = None) -> Source:
+def read_source(path: str, *, step: int | None = None, init_from: str | None = None) -> Source:
   """Parameters of a run's workdir or of an `init_from`.
 
   Args:
@@ -76,9 +76,9 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
       )
     directory = loading.resolve(path)
     tuned = loading.read_tuned(directory)
-    cfg = loading.read_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
-    return Source(nnx.state(loading.load(directory, cfg)), cfg, directory, tuned or False)
-  saved, step = checkpoint.read_config(path, step)
+    cfg = loading.read_vlm_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
+    return Source(nnx.state(loading.load_model(directory, cfg)), cfg, directory, tuned or False)
+  saved, step = checkpoint.read_description(path, step)
   where = f"{path}, step {step}"
   with reading(where, CheckpointError):
     run, vlm = saved["run"], saved["vlm"]
@@ -101,12 +101,12 @@ def read(path: str, *, step: int | None = None, init_from: str | None = None) ->
         f"{where} started from another place: {error}; --init-from DIR says where that is now"
       )
     ) from error
-  cfg = loading.read_config(directory, AS_IT_IS, lp_comp)
+  cfg = loading.read_vlm_config(directory, AS_IT_IS, lp_comp)
   llm = dataclasses.replace(cfg.llm, rope_scaling=yarn, tied=vlm["llm"].get("tied", cfg.llm.tied))
   cfg = dataclasses.replace(cfg, llm=llm, clip_frames=clip_frames)
   # A run may keep what it does not train in a shorter dtype, so that comes from where the run
   # started.
-  state = nnx.state(loading.load(directory, cfg))
+  state = nnx.state(loading.load_model(directory, cfg))
 
   def is_trained(path):
     return trained[path_name(path).split("/")[0]]
@@ -179,11 +179,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     check_free(out, args.overwrite)
     code = loading.resolve(args.code, code=True) if args.code else None
-    source = read(args.checkpoint, step=args.step, init_from=args.init_from)
+    source = read_source(args.checkpoint, step=args.step, init_from=args.init_from)
     files.apart({"--out": out}, {"where the run started,": source.directory}, nested=True)
     if code:
       named_in = source.directory / "config.json"
-      auto_map = tensor_files.read_json(named_in).get("auto_map")
+      auto_map = tensor_files.read_object(named_in).get("auto_map")
       if not auto_map:
         raise CheckpointError(
           f"{named_in} has no auto_map, which would name the files of --code; leave --code out"

@@ -145,7 +145,7 @@ def sweep(folder: str | os.PathLike, name: str = "") -> None:
         path.unlink()
 
 
-def write(target: str | os.PathLike, content: str | bytes) -> None:
+def write_file(target: str | os.PathLike, content: str | bytes) -> None:
   """Writes a file (text as UTF-8) that is there whole or not at all."""
   with replacing(target) as temporary:
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -153,7 +153,7 @@ def write(target: str | os.PathLike, content: str | bytes) -> None:
 
 def write_json(target: str | os.PathLike, value: Any, indent: int | None = None) -> None:
   """Writes a value as JSON, whole or not at all; with `indent` for people: lines, sorted keys."""
-  write(
+  write_file(
     target,
     json.dumps(value, indent=indent, sort_keys=indent is not None)
     + ("" if indent is None else "\n"),

@@ -94,7 +94,7 @@ def regular(path: str | os.PathLike, pipes: bool = False) -> pathlib.Path:
   return pathlib.Path(path)
 
 
-def text(
+def read_text(
   path: str | os.PathLike, kind: type[Exception], most: int = TEXT, pipes: bool = False
 ) -> str:
   """The text of a file in UTF-8, with or without a mark at its start.
@@ -139,7 +139,7 @@ def read_json(path: str | os.PathLike, kind: type[Exception], most: int = TEXT) 
     OSError: it can't be read.
     kind: no UTF-8, no JSON, or nested too deeply.
   """
-  return parse_json(text(path, kind, most), path, kind)
+  return parse_json(read_text(path, kind, most), path, kind)
 
 
 def parse_json(content: str, where: str | os.PathLike, kind: type[Exception]) -> Any:

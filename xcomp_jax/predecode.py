@@ -26,7 +26,7 @@ from absl import app, flags, logging
 from xcomp_jax.cli import command
 from xcomp_jax.config import Attention, Dtype
 from xcomp_jax.data import store, video
-from xcomp_jax.data.decode_jobs import Settings
+from xcomp_jax.data.decode_jobs import FrameSettings
 from xcomp_jax.data.predecoding import PER_SHARD, Tower, _passed_over, predecode
 from xcomp_jax.files import apart, expanduser
 from xcomp_jax.inputs import number
@@ -34,7 +34,7 @@ from xcomp_jax.inputs import number
 
 def load_tower(
   checkpoint: str,
-  settings: Settings,
+  settings: FrameSettings,
   clips_per_chunk: int | None = None,
   attention: Attention = "auto",
   dtype: Dtype | None = None,
@@ -61,12 +61,12 @@ def load_tower(
   dtype = dtype or kernels.compute_dtype(
     card, (loading.read_tuned(directory) or Tuned(COSINE)).dtype
   )
-  kernels.check(attention, dtype)
+  kernels.check_implementation(attention, dtype)
   model = ModelConfig(
     settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False
   )
   # LP-Comp is the LLM's, which is not run
-  cfg = loading.read_config(directory, model, COSINE, option="--clip_frames {own}")
+  cfg = loading.read_vlm_config(directory, model, COSINE, option="--clip_frames {own}")
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size
     raise ValueError(
@@ -74,7 +74,7 @@ def load_tower(
       f"--image_size {size}"
     )
   # float16 has not all of a bfloat16's small numbers, and the identity is that of training's tower.
-  vlm = loading.load(directory, cfg, dtype=None if dtype == "float16" else dtype)
+  vlm = loading.load_model(directory, cfg, dtype=None if dtype == "float16" else dtype)
   features = store.Features(loading.tower_identity(vlm), cfg.tokens_per_frame, cfg.vision.width)
   how = {
     "computed_in": dtype,
@@ -82,14 +82,14 @@ def load_tower(
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
   }
-  kernel = kernels.taken(cfg)["tower"]
+  kernel = kernels.kernels_taken(cfg)["tower"]
   # where an earlier version's rules may have given wrong numbers
   if attention != "auto" or card.platform == "gpu":
     how |= {"attention": kernel}
 
   def run(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-      for one in encoded_video.encode_clips(vlm, clips):
+      for one in encoded_video.encode_in_chunks(vlm, clips):
         yield one.astype(ml_dtypes.bfloat16)
 
   return Tower(features, how, run, f"attention of the tower on {card.kind}, {dtype}: {kernel}")
@@ -257,7 +257,7 @@ def _make(f) -> None:
   if f.dtype is not None and not f.features:
     raise ValueError("--dtype goes with --features")
   size, clip = _tuned(f.checkpoint) if f.features else (None, None)
-  settings = Settings(
+  settings = FrameSettings(
     f.image_size or size or 448,
     f.max_frames,
     f.min_frames,

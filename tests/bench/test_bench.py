@@ -48,15 +48,15 @@ def test_operations_of_attention_in_tiles(causal):
 
 def test_useful_operations_are_at_most_those_counted():
   for part in (
-    parts.prefill(SMALL, 64, 30, real=False),
-    parts.prefill(SMALL, 64, 30, False, real=False),
+    parts.prefill_part(SMALL, 64, 30, real=False),
+    parts.prefill_part(SMALL, 64, 30, False, real=False),
     parts.tower(SMALL, 2, real=False),
   ):
     counted = parts.flops(part.run, *part.args)
     assert 0.4 * counted < part.flops < counted
   plain, ours = (
-    parts.prefill(SMALL, 64, 30, False, real=False).flops,
-    parts.prefill(SMALL, 64, 30, real=False).flops,
+    parts.prefill_part(SMALL, 64, 30, False, real=False).flops,
+    parts.prefill_part(SMALL, 64, 30, real=False).flops,
   )
   assert plain > 1.5 * ours
 
@@ -109,10 +109,10 @@ def test_rows_are_timed_beside_a_product_and_drawn(tmp_path, capsys):
 
 
 def test_a_profile_names_the_functions_that_take_time(tmp_path):
-  part = parts.prefill(SMALL, 64, 86)
+  part = parts.prefill_part(SMALL, 64, 86)
   call, program, _ = bench.calling(part)
   bench.seconds_of(call)
-  shares = profile.shares(profile.traced(call, tmp_path), program.as_text())
+  shares = profile.shares(profile.trace_call(call, tmp_path), program.as_text())
   assert sum(shares.values()) == pytest.approx(1) and list(shares.values()) == sorted(
     shares.values(), reverse=True
   )
@@ -132,12 +132,12 @@ def test_time_inside_a_loop_is_not_the_loops():
 
 
 def test_a_training_step_is_timed_as_often_as_wanted():
-  gradient, _ = parts.training(SMALL, Shape(1, 2, 8, 16, 32), "float32")
+  gradient, _ = parts.training_parts(SMALL, Shape(1, 2, 8, 16, 32), "float32")
   call, _, _ = bench.calling(gradient)
   # the sums of the first call are an argument of the second
   losses = [float(call()[0].sum()) for _ in range(2)]
   assert losses[0] == losses[1] > 0
-  _, apply = parts.training(SMALL, Shape(1, 2, 8, 16, 32), "float32")
+  _, apply = parts.training_parts(SMALL, Shape(1, 2, 8, 16, 32), "float32")
   call, _, _ = bench.calling(apply)
   assert [bool(call()["finite"]) for _ in range(2)] == [True, True]
 

@@ -12,14 +12,14 @@ from xcomp_jax.bench import gpu_check
 
 @pytest.mark.parametrize("case", gpu_check.SMALL, ids=lambda case: case.name)
 def test_a_kernel_that_is_right_and_one_that_sees_too_much(case, monkeypatch):
-  assert gpu_check.compare(case, "xla_chunked")["right"]
+  assert gpu_check.compare_implementation(case, "xla_chunked")["right"]
   own = tokamax.dot_product_attention
   monkeypatch.setattr(
     tokamax,
     "dot_product_attention",
     lambda q, k, v, *, mask, **more: own(q, k * 1.05, v, mask=mask, **more),
   )
-  row = gpu_check.compare(case, "xla_chunked")
+  row = gpu_check.compare_implementation(case, "xla_chunked")
   assert not row["right"] and row["result"] > 2 * row["result by einsum"]
 
 

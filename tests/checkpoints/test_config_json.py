@@ -243,7 +243,7 @@ def test_exports_have_the_keys_that_the_official_code_reads(reference, tmp_path,
   source = w.tiny(tmp_path / "in", w.tiny_tensors(reference), **changes)
   cfg = w.read_config(source)
   save = saving.save_torch if layout == "torch" else saving.save_orbax
-  save(tmp_path / "out", loading.load(source, cfg), cfg, source, dtype="bfloat16")
+  save(tmp_path / "out", loading.load_model(source, cfg), cfg, source, dtype="bfloat16")
   written = json.loads((tmp_path / "out" / "config.json").read_text())
   assert (written["rope_theta"], written["rope_scaling"]["factor"], written["torch_dtype"]) == (
     1e6,
@@ -267,14 +267,16 @@ def test_a_head_that_is_no_embedding_is_kept_and_exported_untied(
     "config.json says tie_word_embeddings, but lm_head.weight is another matrix"
     in capsys.readouterr().err
   )
-  model = loading.load(source, cfg)
+  model = loading.load_model(source, cfg)
   np.testing.assert_array_equal(model.llm.lm_head.kernel[...], head.T)
   save = saving.save_torch if layout == "torch" else saving.save_orbax
   save(tmp_path / "out", model, cfg, source)
   assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
   capsys.readouterr()
   assert w.read_config(tmp_path / "out") == cfg and "tie_word" not in capsys.readouterr().err
-  np.testing.assert_array_equal(loading.load(tmp_path / "out", cfg).llm.lm_head.kernel[...], head.T)
+  np.testing.assert_array_equal(
+    loading.load_model(tmp_path / "out", cfg).llm.lm_head.kernel[...], head.T
+  )
 
 
 def test_a_head_that_is_the_embedding_once_more_is_tied(reference, tmp_path, capsys):
@@ -286,5 +288,5 @@ def test_a_head_that_is_the_embedding_once_more_is_tied(reference, tmp_path, cap
   )
   cfg = w.read_config(source)
   assert cfg.llm.tied and "tie_word" not in capsys.readouterr().err
-  saving.save_torch(tmp_path / "out", loading.load(source, cfg), cfg, source)
+  saving.save_torch(tmp_path / "out", loading.load_model(source, cfg), cfg, source)
   assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")

@@ -136,7 +136,7 @@ def tiny(directory: pathlib.Path, tensors: dict[str, np.ndarray], **changes) -> 
 
 
 def read_config(directory, **changes):
-  return loading.read_config(directory, dataclasses.replace(MODEL, **changes), LP_COMP)
+  return loading.read_vlm_config(directory, dataclasses.replace(MODEL, **changes), LP_COMP)
 
 
 def equal(a: dict, b: dict):
@@ -190,11 +190,11 @@ def test_every_released_variant_maps_one_to_one_by_init_from_alone(reference, tm
   assert cfg.vision.image_size == size
   assert cfg.clip_frames == (4 if "InternVideo2" in variant else 8)
   frames = jax.ShapeDtypeStruct((2, cfg.clip_frames, size, size, 3), np.uint8)
-  features = jax.eval_shape(vlm.encode, loading.abstract(cfg), frames)
+  features = jax.eval_shape(vlm.encode_frames, loading.abstract(cfg), frames)
   assert features.shape == (2, cfg.clip_tokens, changes.get("mm_hidden_size", 1024))
   text = jax.ShapeDtypeStruct((1, 16), np.int32)
   placed = jax.eval_shape(
-    lambda m, f, t: vlm.place(m, f[None], t, t), loading.abstract(cfg), features, text
+    lambda m, f, t: vlm.place_tokens(m, f[None], t, t), loading.abstract(cfg), features, text
   )
   assert placed.shape == (1, 32 + 2 * cfg.clip_tokens, cfg.llm.width)
   known = pathlib.Path(__file__).parents[2] / "configs/OpenGVLab" / f"VideoChat-Flash-{variant}"
@@ -359,7 +359,7 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(reference, tmp_pat
 def test_every_tensor_arrives_in_its_place(reference, tmp_path):
   tensors = tiny_tensors(reference, tied=False)
   directory = tiny(tmp_path, tensors)
-  model = loading.load(directory, read_config(directory))
+  model = loading.load_model(directory, read_config(directory))
 
   def value(v):
     return np.asarray(v[...])
@@ -393,7 +393,7 @@ def test_round_trip_is_exact(reference, tmp_path, dtype, tied):
   tensors = tiny_tensors(reference, dtype, tied)
   source = tiny(tmp_path / "in", tensors)
   cfg = read_config(source)
-  model = loading.load(source, cfg, dtype="float32")  # as masters of a training run
+  model = loading.load_model(source, cfg, dtype="float32")  # as masters of a training run
   assert {leaf.dtype for leaf in loading.parameters(model).values()} == {np.dtype(np.float32)}
   saving.save_torch(tmp_path / "out", model, cfg, source)
   equal(load_file(tmp_path / "out" / "model.safetensors"), tensors)
@@ -416,7 +416,9 @@ def test_round_trip_through_several_files(reference, tmp_path):
   tensors = tiny_tensors(reference, ml_dtypes.bfloat16)
   source = tiny(tmp_path / "in", tensors)
   cfg = read_config(source)
-  saving.save_torch(tmp_path / "out", loading.load(source, cfg), cfg, source, shard_bytes=50_000)
+  saving.save_torch(
+    tmp_path / "out", loading.load_model(source, cfg), cfg, source, shard_bytes=50_000
+  )
   index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
   files = sorted((tmp_path / "out").glob("*.safetensors"))
   assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
@@ -427,24 +429,26 @@ def test_round_trip_through_several_files(reference, tmp_path):
     assert all(index["weight_map"][name] == file.name for name in part)
     both |= part
   equal(both, tensors)
-  again = loading.load(tmp_path / "out", cfg)
-  equal(loading.parameters(again), loading.parameters(loading.load(source, cfg)))
+  again = loading.load_model(tmp_path / "out", cfg)
+  equal(loading.parameters(again), loading.parameters(loading.load_model(source, cfg)))
 
   files[1].unlink()
   with pytest.raises(CheckpointError, match=rf"names {files[1].name}, which is not there"):
-    loading.load(tmp_path / "out", cfg)
+    loading.load_model(tmp_path / "out", cfg)
   (tmp_path / "out" / loading.INDEX).write_text('{"weight_map": 3}')
   with pytest.raises(
     CheckpointError,
     match=r"index\.json: weight_map must be an object of tensor names and file names",
   ):
-    loading.load(tmp_path / "out", cfg)
+    loading.load_model(tmp_path / "out", cfg)
 
 
 def test_dtype_of_a_saved_directory_can_be_chosen(reference, tmp_path):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  saving.save_torch(tmp_path / "out", loading.load(source, cfg), cfg, source, dtype="bfloat16")
+  saving.save_torch(
+    tmp_path / "out", loading.load_model(source, cfg), cfg, source, dtype="bfloat16"
+  )
   assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {
     np.dtype(ml_dtypes.bfloat16)
   }
@@ -456,7 +460,7 @@ def test_load_into_shardings_and_dtypes(reference, tmp_path, layout):
   tensors = tiny_tensors(reference, tied=False)
   directory = tiny(tmp_path / "in", tensors)
   cfg = read_config(directory)
-  whole = loading.load(directory, cfg)
+  whole = loading.load_model(directory, cfg)
   if layout == "orbax":
     saving.save_orbax(tmp_path / "out", whole, cfg, directory)
     directory = tmp_path / "out"
@@ -466,7 +470,7 @@ def test_load_into_shardings_and_dtypes(reference, tmp_path, layout):
   def dtype(path):
     return jnp.bfloat16 if path.startswith("vision/") else jnp.float32
 
-  split = loading.load(directory, cfg, shardings=shardings, dtype=dtype)
+  split = loading.load_model(directory, cfg, shardings=shardings, dtype=dtype)
   assert split.llm.layers[0].gate.kernel[...].sharding.spec == PartitionSpec("fsdp", "tensor")
   assert split.llm.layers[0].gate.kernel[...].addressable_shards[0].data.shape == (12, 20)
   one, many = loading.parameters(whole), loading.parameters(split)
@@ -482,19 +486,21 @@ def test_orbax_export_is_read_by_init_from_and_by_plain_orbax(reference, tmp_pat
 
   source = tiny(tmp_path / "in", tiny_tensors(reference, ml_dtypes.bfloat16))
   cfg = read_config(source)
-  model = loading.load(source, cfg, dtype="float32")
+  model = loading.load_model(source, cfg, dtype="float32")
   saving.save_orbax(tmp_path / "out", model, cfg, source)
   assert (
     read_config(tmp_path / "out") == cfg and loading.read_tuned(tmp_path / "out").lp_comp == LP_COMP
   )
   equal(
-    loading.parameters(loading.load(tmp_path / "out", cfg)),
-    loading.parameters(loading.load(source, cfg)),
+    loading.parameters(loading.load_model(tmp_path / "out", cfg)),
+    loading.parameters(loading.load_model(source, cfg)),
   )
   with ocp.StandardCheckpointer() as reader:
     plain = reader.restore(tmp_path / "out" / "params")
   assert plain["llm"]["layers"]["1"]["o"]["kernel"].dtype == jnp.bfloat16
-  saving.save_torch(tmp_path / "back", loading.load(tmp_path / "out", cfg), cfg, tmp_path / "out")
+  saving.save_torch(
+    tmp_path / "back", loading.load_model(tmp_path / "out", cfg), cfg, tmp_path / "out"
+  )
   equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(source / "model.safetensors"))
 
 
@@ -506,7 +512,7 @@ def test_tied_head_and_rotary_buffers_are_accepted(reference, tmp_path):
   }
   directory = tiny(tmp_path, tensors | extra, tie_word_embeddings=True)
   assert "llm/lm_head/kernel" not in loading.parameters(
-    loading.load(directory, read_config(directory))
+    loading.load_model(directory, read_config(directory))
   )
 
 
@@ -518,7 +524,7 @@ def test_all_differences_are_in_one_error(reference, tmp_path):
   tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(24, np.int32)
   directory = tiny(tmp_path, tensors)
   with pytest.raises(CheckpointError) as raised:
-    loading.load(directory, read_config(directory))
+    loading.load_model(directory, read_config(directory))
   lines = str(raised.value).splitlines()
   assert lines[1:] == [
     "  2 missing: model.layers.1.mlp.up_proj.weight; model.norm.weight",
@@ -531,7 +537,7 @@ def test_all_differences_are_in_one_error(reference, tmp_path):
 def test_orbax_export_of_another_model(reference, tmp_path):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  saving.save_orbax(tmp_path / "out", loading.load(source, cfg), cfg, source)
+  saving.save_orbax(tmp_path / "out", loading.load_model(source, cfg), cfg, source)
   other = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, tied=False, mlp_width=48))
   with pytest.raises(
     CheckpointError,
@@ -540,12 +546,12 @@ def test_orbax_export_of_another_model(reference, tmp_path):
       r"\[24, 40\]"
     ),
   ):
-    loading.load(tmp_path / "out", other)
+    loading.load_model(tmp_path / "out", other)
   for file in (tmp_path / "out" / "params").iterdir():
     if file.is_file():
       file.unlink()
   with pytest.raises(CheckpointError, match="params has no _METADATA"):
-    loading.load(tmp_path / "out", cfg)
+    loading.load_model(tmp_path / "out", cfg)
 
 
 def test_truncated_empty_and_absent_files(reference, tmp_path):
@@ -556,15 +562,15 @@ def test_truncated_empty_and_absent_files(reference, tmp_path):
   with pytest.raises(
     CheckpointError, match=r"model\.safetensors is no safetensors file, or cut short"
   ):
-    loading.load(directory, cfg)
+    loading.load_model(directory, cfg)
   file.write_bytes(b"")
   with pytest.raises(
     CheckpointError, match=r"model\.safetensors is no safetensors file, or cut short"
   ):
-    loading.load(directory, cfg)
+    loading.load_model(directory, cfg)
   file.unlink()
   with pytest.raises(CheckpointError, match=r"has neither \*\.safetensors nor params/"):
-    loading.load(directory, cfg)
+    loading.load_model(directory, cfg)
 
 
 @pytest.mark.parametrize("save", [saving.save_torch, saving.save_orbax])
@@ -573,7 +579,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
 ):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  model = loading.load(source, cfg)
+  model = loading.load_model(source, cfg)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
   with pytest.raises(
     CheckpointError, match=r"out can't be written: it takes 0\.\d MB, and 0\.0 MB are free there"
@@ -585,7 +591,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
 def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  model = loading.load(source, cfg)
+  model = loading.load_model(source, cfg)
   out = tmp_path / "out"
   saving.save_torch(out, model, cfg, source)
   with pytest.raises(CheckpointError, match="out is not empty"):
@@ -630,7 +636,7 @@ def test_hub_id_from_the_local_cache(reference, tmp_path, hub):
   (repo / "refs" / "main").write_text(commit)
   found = loading.resolve("org/name")
   assert found == snapshot
-  loading.load(found, read_config(found))
+  loading.load_model(found, read_config(found))
   (snapshot / "model.safetensors").unlink()  # a download that broke off
   with pytest.raises(
     CheckpointError,
@@ -655,7 +661,7 @@ def test_init_from_that_is_nowhere(tmp_path, hub):
 def test_loaded_parameters_can_be_donated(reference, tmp_path):
   """Loading on CPU takes over host memory; a donated update must not disturb it."""
   directory = tiny(tmp_path, tensors := tiny_tensors(reference))
-  state = nnx.state(loading.load(directory, read_config(directory)))
+  state = nnx.state(loading.load_model(directory, read_config(directory)))
   step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
   after = loading.parameters(step(step(state)))
   np.testing.assert_array_equal(
@@ -689,7 +695,7 @@ def test_clips_at_once_are_by_memory(memory, dtype, clips):
   device = types.SimpleNamespace(
     device_kind="none", process_index=0, memory_stats=lambda: memory and {"bytes_limit": memory}
   )
-  assert loading.read_config(released, model, LP_COMP, device).clips_per_chunk == clips
+  assert loading.read_vlm_config(released, model, LP_COMP, device).clips_per_chunk == clips
 
 
 @pytest.mark.parametrize(
@@ -714,7 +720,7 @@ def test_prefixes_of_training_frameworks_are_named_and_the_python_of_the_message
   )
   cfg = read_config(directory)
   with pytest.raises(CheckpointError) as raised:
-    loading.load(directory, cfg)
+    loading.load_model(directory, cfg)
   said, python = str(raised.value).split(" This Python takes it off, in the files themselves:\n")
   changed = [name for name in tensors if rename(name) != name]
   assert (
@@ -730,7 +736,7 @@ def test_prefixes_of_training_frameworks_are_named_and_the_python_of_the_message
   assert json.loads(index.read_text()) == {
     "weight_map": dict.fromkeys(tensors, "model.safetensors")
   }
-  loading.load(directory, cfg)
+  loading.load_model(directory, cfg)
 
 
 def test_lora_adapters_are_to_be_merged_first(reference, tmp_path):
@@ -742,7 +748,7 @@ def test_lora_adapters_are_to_be_merged_first(reference, tmp_path):
     CheckpointError,
     match=r"both holds LoRA adapters \(.*q_proj\.lora_A\.weight\).*: merge them first",
   ):
-    loading.load(directory, read_config(directory))
+    loading.load_model(directory, read_config(directory))
   (tmp_path / "adapter_config.json").write_text("{}")
   with pytest.raises(CheckpointError, match=r"holds LoRA adapters \(adapter_config\.json\)"):
     read_config(tmp_path)
@@ -803,7 +809,7 @@ def test_a_model_of_a_thousand_layers_is_refused_by_its_files_before_it_is_made(
   cfg = read_config(directory)
   monkeypatch.setattr(loading, "abstract", None)
   with pytest.raises(CheckpointError, match=r"\d+ missing: .*; and \d+ more"):
-    loading.load(directory, cfg)
+    loading.load_model(directory, cfg)
 
 
 @pytest.mark.parametrize(
@@ -816,13 +822,13 @@ def test_an_index_names_only_files_beside_it(reference, tmp_path, name):
   with pytest.raises(
     CheckpointError, match=r"index\.json: weight_map must name files of its own folder, not "
   ):
-    loading.load(directory, read_config(directory))
+    loading.load_model(directory, read_config(directory))
 
 
 def test_links_in_a_checkpoint_are_followed_as_in_the_cache_of_the_hub(reference, tmp_path):
   directory = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(directory)
-  saving.save_orbax(tmp_path / "orbax", loading.load(directory, cfg), cfg, directory)
+  saving.save_orbax(tmp_path / "orbax", loading.load_model(directory, cfg), cfg, directory)
   blobs = tmp_path / "blobs"
   blobs.mkdir()
   for folder in ("in", "orbax"):
@@ -831,8 +837,8 @@ def test_links_in_a_checkpoint_are_followed_as_in_the_cache_of_the_hub(reference
     ):
       file.symlink_to(file.rename(blobs / f"{folder}{i}"))
     equal(
-      loading.parameters(loading.load(tmp_path / folder, read_config(tmp_path / folder))),
-      loading.parameters(loading.load(tmp_path / "orbax", cfg)),
+      loading.parameters(loading.load_model(tmp_path / folder, read_config(tmp_path / folder))),
+      loading.parameters(loading.load_model(tmp_path / "orbax", cfg)),
     )
 
 
@@ -846,7 +852,7 @@ def test_pipes_and_devices_in_a_checkpoint_are_never_opened(reference, tmp_path,
     with pytest.raises(
       (CheckpointError, OSError), match=f"{file} is a (pipe|device), and must be a file"
     ):
-      loading.load(
+      loading.load_model(
         directory, cfg if file != "config.json" else read_config(directory)
       ) if file != "xcomp.json" else loading.read_tuned(directory)
 
@@ -889,7 +895,7 @@ def orbax(reference, tmp_path_factory):
   root = tmp_path_factory.mktemp("orbax")
   directory = tiny(root / "in", tiny_tensors(reference))
   cfg = read_config(directory)
-  saving.save_orbax(root / "out", loading.load(directory, cfg), cfg, directory)
+  saving.save_orbax(root / "out", loading.load_model(directory, cfg), cfg, directory)
   return root / "out", cfg
 
 
@@ -898,7 +904,7 @@ def test_a_damaged_orbax_export_is_one_error_with_its_name(orbax, tmp_path, dama
   shutil.copytree(orbax[0], tmp_path / "x")
   ORBAX[damage](tmp_path / "x" / "params")
   with pytest.raises((CheckpointError, NoFileError)) as raised:
-    loading.load(tmp_path / "x", orbax[1])
+    loading.load_model(tmp_path / "x", orbax[1])
   first = str(raised.value).splitlines()[0]
   assert first.startswith(f"{tmp_path}/x/params") and len(first) < 1000
 
@@ -908,11 +914,13 @@ def test_arrays_that_can_not_be_in_so_few_bytes_are_refused_before_memory_is_ask
 ):
   monkeypatch.setattr(tensor_files, "PACKED", 0.1)
   with pytest.raises(CheckpointError, match=r"GB of arrays can't be in .* MB of files"):
-    loading.load(*orbax)
+    loading.load_model(*orbax)
 
 
 def test_a_path_and_the_default_device_are_obeyed(reference, tmp_path):
   directory = loading.resolve(tiny(tmp_path, tiny_tensors(reference)))
   with jax.default_device(jax.devices()[3]):
-    leaf = next(iter(loading.parameters(loading.load(directory, read_config(directory))).values()))
+    leaf = next(
+      iter(loading.parameters(loading.load_model(directory, read_config(directory))).values())
+    )
   assert leaf.devices() == {jax.devices()[3]}

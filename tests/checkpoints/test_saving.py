@@ -89,7 +89,7 @@ def run(base, tmp_path) -> pathlib.Path:
       },
     },
   )
-  cfg = loading.read_config(base, config.model, config.lp_comp)
+  cfg = loading.read_vlm_config(base, config.model, config.lp_comp)
 
   def is_trained(path):
     return path.startswith(TRAINED)
@@ -97,8 +97,8 @@ def run(base, tmp_path) -> pathlib.Path:
   def dtype(path):
     return config.model.param_dtype if is_trained(path) else config.model.dtype
 
-  state = nnx.state(loading.load(base, cfg, dtype=dtype))
-  data = pipeline.Reader([0], lambda _: None)
+  state = nnx.state(loading.load_model(base, cfg, dtype=dtype))
+  data = pipeline.BatchReader([0], lambda _: None)
   manager = checkpoint.manager(config.workdir, config.train)
   for step in (1, 2):
 
@@ -106,7 +106,7 @@ def run(base, tmp_path) -> pathlib.Path:
       return x + 1 if is_trained(checkpoint.path_name(path)) else x
 
     state = jax.tree_util.tree_map_with_path(add, state)
-    checkpoint.save(
+    checkpoint.save_checkpoint(
       manager,
       step,
       (state,),
@@ -142,7 +142,7 @@ def test_run_to_torch_keeps_what_was_not_trained_bit_by_bit(base, run, tmp_path,
 
 
 def test_run_of_another_version_of_the_config(base, run, tmp_path, monkeypatch):
-  original = checkpoint.read_config
+  original = checkpoint.read_description
 
   def other(*arguments):
     saved, step = original(*arguments)
@@ -151,20 +151,20 @@ def test_run_of_another_version_of_the_config(base, run, tmp_path, monkeypatch):
       step,
     )
 
-  monkeypatch.setattr(checkpoint, "read_config", other)
+  monkeypatch.setattr(checkpoint, "read_description", other)
   export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
 
 
 def test_run_with_stretched_positions_says_so_in_config_json(base, run, tmp_path, monkeypatch):
-  original, yarn = checkpoint.read_config, loading.yarn_of(4.0, 32768)
+  original, yarn = checkpoint.read_description, loading.yarn_of(4.0, 32768)
 
   def stretched(*arguments):
     saved, step = original(*arguments)
     assert saved["vlm"]["llm"]["rope_scaling"] is None
     return saved | {"vlm": saved["vlm"] | {"llm": {"rope_scaling": to_dict(yarn)}}}, step
 
-  monkeypatch.setattr(checkpoint, "read_config", stretched)
+  monkeypatch.setattr(checkpoint, "read_description", stretched)
   export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   assert w.read_config(tmp_path / "out").llm.rope_scaling == yarn
   assert w.read_config(base).llm.rope_scaling is None
@@ -217,13 +217,13 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(
   assert loading.read_tuned(tmp_path / "torch") == loading.read_tuned(tmp_path / "orbax")
   capsys.readouterr()
   monkeypatch.setattr(loading, "read_tokenizer", lambda *a: inspection.bytes_tokenizer())
-  reader = readers.prepare(readers.default(str(tmp_path / "torch"), context=2048))
+  reader = readers.prepare_model(readers.default(str(tmp_path / "torch"), context=2048))
   assert (
     reader.cfg.clip_frames == 2
     and reader.cfg.llm.context == 2048
     and "a context of 2,048 tokens (--context), not the 1024" in capsys.readouterr().err
   )
-  readers.prepare(readers.default(str(tmp_path / "torch"), clip_frames="8"))
+  readers.prepare_model(readers.default(str(tmp_path / "torch"), clip_frames="8"))
   assert "config.json; --clip-frames checkpoint takes those" in capsys.readouterr().err
 
 
@@ -381,7 +381,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
   base, run, tmp_path, monkeypatch, capsys, arguments, message
 ):
   monkeypatch.chdir(tmp_path)
-  (base / ".export.json").write_text(json.dumps(saving.sizes(base)))  # it could be replaced
+  (base / ".export.json").write_text(json.dumps(saving.file_sizes(base)))  # it could be replaced
   before = sorted(tmp_path.iterdir())
   with pytest.raises(SystemExit) as left:
     export.main(["--out=out", *arguments])
@@ -521,11 +521,11 @@ def test_a_run_that_was_tied_stays_so_whatever_lies_beside_its_start(base, run, 
 
 def test_a_run_says_where_it_began_as_any_folder_finds_it(tmp_path, monkeypatch, tiny_run):
   config = tiny_run(tmp_path / "run")
-  cfg = loading.read_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
+  cfg = loading.read_vlm_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
   monkeypatch.chdir(pathlib.Path(config.init_from).parent)
 
   def say(place):
-    return checkpoint.describe(
+    return checkpoint.description(
       dataclasses.replace(config, init_from=place),
       cfg,
       loop.open_data(config.data.train, cfg),

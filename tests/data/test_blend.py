@@ -12,7 +12,7 @@ from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.data.store import Features, Sample, open_store, write_store
+from xcomp_jax.data.store import Features, StoredSample, open_store, write_store
 
 SIZE, CLIP = 8, 4
 FEATURES = Features("0123456789abcdef", 16, 32)
@@ -27,7 +27,7 @@ def write(path, count, value, size=SIZE, features=None):
     else ((1, CLIP * 16, 32), ml_dtypes.bfloat16)
   )
   items = [
-    (Sample(f"{path.name}{i}", "", "a.json", i, talk, " "), np.full(shape, value, dtype))
+    (StoredSample(f"{path.name}{i}", "", "a.json", i, talk, " "), np.full(shape, value, dtype))
     for i in range(count)
   ]
   write_store(path, items, image_size=size, clip_frames=CLIP, features=features)
@@ -125,9 +125,9 @@ def test_training_reads_the_blend(stores, reference):
   plan = [[Micro(shape, tuple((i,) for i in step))] for step in pipeline.run_order(blend, 6, 0, 2)]
   assert len(plan) == 2 * (19 // 6)
   order = []
-  share = pipeline.Share((0,), 1, 1, (0,), 4, trained=True)
-  for item in pipeline.read(
-    blend, tokenizer, cfg, pipeline.measure(blend, tokenizer, cfg.mask), plan, share
+  share = pipeline.ProcessShare((0,), 1, 1, (0,), 4, trained=True)
+  for item in pipeline.read_steps(
+    blend, tokenizer, cfg, pipeline.measure_lengths(blend, tokenizer, cfg.mask), plan, share
   ):
     for index, frames in zip(item.batch.index[:, 0].tolist(), item.clips[0].frames):
       order.append(index)

@@ -448,7 +448,7 @@ def test_what_may_not_be_read(world):
         os.seteuid(65534)
       found = [*mixtures._path_faults([(str(at / name), "video", "") for name in names])]
       with pytest.raises(video.VideoError, match="secret"):
-        video.load(at / "secret.mp4", **decoding.SAMPLING)
+        video.load_frames(at / "secret.mp4", **decoding.SAMPLING)
     finally:
       if root:
         os.seteuid(0)

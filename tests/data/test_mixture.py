@@ -10,7 +10,12 @@ import pytest
 import yaml
 from decoding import mixture
 
-from xcomp_jax.data.mixture import draw, read_annotations, read_mixture, select
+from xcomp_jax.data.mixture import (
+  drawn_annotations,
+  read_annotations,
+  read_mixture,
+  select_annotations,
+)
 from xcomp_jax.data.prompt import AnnotationError
 
 
@@ -72,7 +77,7 @@ def test_selection_of_sct(strategy, subset):
         {"n": i},
         {"n": i, "image": "a"},
       )[i // 11 % 4]
-    assert [items[i] for i in select(items, strategy, subset)[1]] == by_the_book(
+    assert [items[i] for i in select_annotations(items, strategy, subset)[1]] == by_the_book(
       items, strategy, subset
     )
 
@@ -120,12 +125,19 @@ def test_the_amounts_of_a_strategy():
   """Worked out by hand: ceil(173 * 10%) = 18, of which int(18 * 0.25) = 4 are kept; the second
   tenth has other members than the first.
   """
-  second, first = draw(173, "first2:10%", 0.25), draw(173, "first:10%", 1.0)
-  assert len(second) == 4 and len(first) == 18 and not set(first) & set(draw(173, "first2:10%"))
+  second, first = (
+    drawn_annotations(173, "first2:10%", 0.25),
+    drawn_annotations(173, "first:10%", 1.0),
+  )
   assert (
-    len(draw(173, "first2:2.5%")) == 5
-    and len(draw(173, "end:9")) == 9
-    and len(draw(10, "first6:20%")) == 0
+    len(second) == 4
+    and len(first) == 18
+    and not set(first) & set(drawn_annotations(173, "first2:10%"))
+  )
+  assert (
+    len(drawn_annotations(173, "first2:2.5%")) == 5
+    and len(drawn_annotations(173, "end:9")) == 9
+    and len(drawn_annotations(10, "first6:20%")) == 0
   )
 
 
@@ -135,7 +147,7 @@ def test_selection_leaves_the_random_state_alone(monkeypatch):
     monkeypatch.setattr(
       random, name, lambda *a: pytest.fail("the process's own generator was used")
     )
-  assert len(select([{"video": "a"}] * 9, "first:3")[1]) == 3
+  assert len(select_annotations([{"video": "a"}] * 9, "first:3")[1]) == 3
 
 
 @pytest.mark.parametrize(
@@ -154,7 +166,7 @@ def test_selection_leaves_the_random_state_alone(monkeypatch):
 )
 def test_unknown_strategy(strategy):
   with pytest.raises(AnnotationError, match="write all, first:100"):
-    select([{"video": "a"}] * 9, strategy)
+    select_annotations([{"video": "a"}] * 9, strategy)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Length, Shape
-from xcomp_jax.data.packing import Room
+from xcomp_jax.data.packing import ShapeRoom
 
 
 def mixture(n: int, seed: int = 0) -> np.ndarray:
@@ -40,7 +40,7 @@ def costs(lengths, groups: int = 2) -> Slots:
 
 
 SHAPES = (Shape(2, 3, 16, 1024, 3200), Shape(2, 8, 16, 512, 1500), Shape(4, 12, 16, 1024, 1500))
-ROOM = Room(groups=2, parts=4, step=4, samples=32, prefix=16, frames=4096, text=32768)
+ROOM = ShapeRoom(groups=2, parts=4, step=4, samples=32, prefix=16, frames=4096, text=32768)
 
 
 def batches(n: int, size: int, seed: int = 0) -> list[list[int]]:

@@ -15,20 +15,20 @@ import pytest
 
 from xcomp_jax.config import ConfigError, DataConfig
 from xcomp_jax.data import pipeline, prompt
-from xcomp_jax.data.batch import IGNORE, Shape, collate, split
+from xcomp_jax.data.batch import IGNORE, Shape, collate, split_text
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.pipeline import (
   MicroBatch,
-  Share,
+  ProcessShare,
   TowerCall,
-  example,
-  measure,
+  measure_lengths,
   order,
+  read_example,
   run_order,
   steps_per_epoch,
 )
-from xcomp_jax.data.store import Features, Sample, open_store, write_store
+from xcomp_jax.data.store import Features, StoredSample, open_store, write_store
 
 SIZE, CLIP = 8, 4
 CONFIG = DataConfig(
@@ -44,7 +44,7 @@ CONFIG = DataConfig(
   prefetch=2,
 )
 SHAPE = Shape(rows=2, samples=3, prefix=16, frames=24, text=160)
-ALONE = Share(rows=(0, 1), groups=2, devices=2, mine=(0, 1), clips=2, trained=False)
+ALONE = ProcessShare(rows=(0, 1), groups=2, devices=2, mine=(0, 1), clips=2, trained=False)
 # 13 samples: videos, images (1), text alone (0)
 FRAMES = (
   8,
@@ -84,7 +84,7 @@ def store(tmp_path_factory):
       visual = (
         np.full((frames // per_clip, per_clip, SIZE, SIZE, 3), i + 1, np.uint8) if frames else None
       )
-      yield Sample(f"s{i}", "", "a.json", i, talk, message), visual
+      yield StoredSample(f"s{i}", "", "a.json", i, talk, message), visual
 
   write_store(path, items(), image_size=SIZE, clip_frames=CLIP)
   return Blend([open_store(path)])
@@ -117,8 +117,8 @@ def planned(batch_size=5, seed=3, epochs=2) -> list[list[Micro]]:
 
 def run(store, tokenizer, cfg=CONFIG, plan=None, **share):
   share = dataclasses.replace(ALONE, **share)
-  return pipeline.read(
-    store, tokenizer, cfg, measure(store, tokenizer, cfg.mask), plan or planned(), share
+  return pipeline.read_steps(
+    store, tokenizer, cfg, measure_lengths(store, tokenizer, cfg.mask), plan or planned(), share
   )
 
 
@@ -161,10 +161,12 @@ def test_less_than_a_batch():
 
 
 def test_measure_counts_the_tokens_around_the_visual_slot(store, tokenizer):
-  for i, n in enumerate(measure(store, tokenizer, "official")):
-    e = example(store, tokenizer, "official", i)
+  for i, n in enumerate(measure_lengths(store, tokenizer, "official")):
+    e = read_example(store, tokenizer, "official", i)
     assert (n.frames, n.clip_frames) == (FRAMES[i], CLIP if FRAMES[i] > 1 else 1)
-    assert (n.prefix, n.text) == split(e) and n.prefix + n.text + (FRAMES[i] > 0) == len(e.tokens)
+    assert (n.prefix, n.text) == split_text(e) and n.prefix + n.text + (FRAMES[i] > 0) == len(
+      e.tokens
+    )
 
 
 def test_micro_batches_hold_the_samples_of_the_plan(store, tokenizer):
@@ -179,7 +181,7 @@ def test_micro_batches_hold_the_samples_of_the_plan(store, tokenizer):
       assert equal(
         got.batch,
         collate(
-          [[example(store, tokenizer, CONFIG.mask, i) for i in row] for row in micro.rows],
+          [[read_example(store, tokenizer, CONFIG.mask, i) for i in row] for row in micro.rows],
           SHAPE,
         ),
       )

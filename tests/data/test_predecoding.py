@@ -37,7 +37,7 @@ from PIL import Image
 from xcomp_jax import predecode, progress
 from xcomp_jax.data import decode_jobs, inspection, processes, prompt, video
 from xcomp_jax.data import predecoding as predecode_lib
-from xcomp_jax.data.predecoding import Settings, Tower
+from xcomp_jax.data.predecoding import FrameSettings, Tower
 from xcomp_jax.data.store import Features, StoreError, open_store
 
 
@@ -62,7 +62,7 @@ def test_mixture_becomes_a_store(world):
   cuts = [{}] * 3 + [{"start": 1.0, "end": 2.5}] + [{}] * 3
   kinds = ["video"] * 4 + ["img", "gif", "frames"]
   for i, (name, cut, kind) in enumerate(zip(names, cuts, kinds, strict=True)):
-    loaded = video.load(world / "videos" / name, read_type=kind, **cut, **SAMPLING)
+    loaded = video.load_frames(world / "videos" / name, read_type=kind, **cut, **SAMPLING)
     got = store.visual(i)
     assert got.shape[1] == (1 if kind == "img" else 8)
     np.testing.assert_array_equal(got.reshape(loaded.frames.shape), loaded.frames)
@@ -136,7 +136,7 @@ def test_skip_bad_after_a_run_without_decodes_nothing_again(world, monkeypatch):
   make_video(world / "videos" / "v1.mp4", 7)
   with pytest.raises(video.VideoError):
     make(world, samples_per_shard=2)
-  monkeypatch.setattr(decode_jobs, "decode", lambda *a: pytest.fail("decoded"))
+  monkeypatch.setattr(decode_jobs, "decode_job", lambda *a: pytest.fail("decoded"))
   info = make(world, samples_per_shard=2, skip_bad=True)
   assert info["samples"] == 6 and info["skipped"] == 1
   assert info["annotation_files"][0]["written"] == 2 and info["annotation_files"][0]["skipped"] == 1
@@ -201,7 +201,7 @@ def test_a_folder_that_no_rename_can_replace_is_refused_at_once(world, monkeypat
 
 def test_contradicting_limits(world):
   with pytest.raises(ValueError, match="multiples of clip_frames=8"):
-    make(world, settings=Settings(16, 12, 8, 8.0, 8))
+    make(world, settings=FrameSettings(16, 12, 8, 8.0, 8))
   assert list(world.parent.iterdir()) == [world]
 
 
@@ -253,7 +253,7 @@ def test_features_resume(world):
 
 def test_features_of_a_checkpoint(world):
   assets = pathlib.Path(__file__).parents[2] / "assets" / "tiny"
-  settings = Settings(48, 16, 8, 8.0, 8)
+  settings = FrameSettings(48, 16, 8, 8.0, 8)
   make(world, "pixels", settings=settings)
   tower = predecode.load_tower(str(assets), settings, 4)
   make(world, tower=tower, settings=settings)
@@ -328,7 +328,7 @@ def test_one_run_at_a_time(world):
 
 def test_done_work_is_not_done_again(world, monkeypatch):
   info = make(world)
-  monkeypatch.setattr(decode_jobs, "run", lambda *a, **k: pytest.fail("ran"))
+  monkeypatch.setattr(decode_jobs, "decode_shards", lambda *a, **k: pytest.fail("ran"))
   assert make(world) == info
   with pytest.raises(StoreError, match="already exists, made from other data"):
     make(world, subset=0.5)
@@ -509,8 +509,8 @@ def test_a_decoder_that_hangs_or_dies_costs_one_sample(world, deed, message):
     world.parent / "work", SETTINGS, layout, dict(enumerate(jobs)), len(jobs), 4
   )
   work.folder.mkdir()
-  assert decode_jobs.prepare(work, True) == 0
-  decode_jobs.run(work, work.shards, workers=2, timeout=8.0, skip_bad=True)
+  assert decode_jobs.prepare_work(work, True) == 0
+  decode_jobs.decode_shards(work, work.shards, workers=2, timeout=8.0, skip_bad=True)
   entries = decode_jobs.entries(work)
   assert [i for i, entry in enumerate(entries) if "reason" in entry] == [1]
   assert re.search(message, entries[1]["reason"]) and entries[1]["reason"].startswith(
@@ -918,7 +918,7 @@ def test_what_is_passed_over_is_counted_and_text_is_taken_where_it_is_wanted(wor
   ]
   assert (
     "videos.json: annotations 4, drawn 4, selected 1, written 1, skipped 0, 2 passed over: text "
-    "alone, 1 passed over: several" in "\n".join(inspection.describe(data))
+    "alone, 1 passed over: several" in "\n".join(inspection.describe_store(data))
   )
   manifest.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
   with pytest.raises(StoreError, match="what was passed over is not as in manifest"):

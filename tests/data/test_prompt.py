@@ -54,7 +54,7 @@ def test_training_ids_and_labels_equal_the_official_ones_q15_q16(tokenizer, case
   assert len(cases) == 2
   for case in cases:
     assert case["time_msg"] == MESSAGE
-    got = prompt.train(tokenizer, case["conversation"], case["time_msg"], mask="official")
+    got = prompt.training_prompt(tokenizer, case["conversation"], case["time_msg"], mask="official")
     assert got.tokens.tolist() == case["input_ids"] and got.tokens.dtype == np.int32
     assert got.labels.tolist() == case["labels"] and got.labels.dtype == np.int32
 
@@ -63,14 +63,14 @@ def test_asking_ids_equal_the_official_ones_without_the_newline_of_training_q15(
   cases = [case for case in cases if case["kind"] == "eval"]
   assert len(cases) == 2
   for case in cases:
-    got = prompt.ask(tokenizer, case["question"], case["time_msg"])
+    got = prompt.question_prompt(tokenizer, case["question"], case["time_msg"])
     assert got.tokens.tolist() == case["input_ids"]
     assert (got.labels == IGNORE).all()
     assert np.flatnonzero(got.query).tolist() == [len(got.tokens) - 1]
 
 
 def test_the_assistant_mask_supervises_answers_and_their_ends_only(tokenizer, cases):
-  got = prompt.train(tokenizer, cases[0]["conversation"], MESSAGE, mask="assistant")
+  got = prompt.training_prompt(tokenizer, cases[0]["conversation"], MESSAGE, mask="assistant")
   answers = tokenizer.encode("A dog runs.<|im_end|>") + tokenizer.encode(
     "It sleeps.\nThe end.<|im_end|>"
   )
@@ -82,7 +82,7 @@ def test_the_assistant_mask_supervises_answers_and_their_ends_only(tokenizer, ca
 
 @pytest.mark.parametrize("mask", ["official", "assistant"])
 def test_query_marks_the_newline_before_each_answer(tokenizer, cases, mask):
-  got = prompt.train(tokenizer, cases[0]["conversation"], MESSAGE, mask=mask)
+  got = prompt.training_prompt(tokenizer, cases[0]["conversation"], MESSAGE, mask=mask)
   rows = np.flatnonzero(got.query)
   assert [tokenizer.decode([got.tokens[i + 1]]) for i in rows] == ["A", "It"]
   assert got.tokens[rows].tolist() == [tokenizer.newline] * 2
@@ -91,22 +91,22 @@ def test_query_marks_the_newline_before_each_answer(tokenizer, cases, mask):
 def test_question_is_the_last_question_without_the_time_message(tokenizer, cases):
   def train(case):
     return own_question(
-      tokenizer, prompt.train(tokenizer, case["conversation"], MESSAGE, mask="official")
+      tokenizer, prompt.training_prompt(tokenizer, case["conversation"], MESSAGE, mask="official")
     )
 
   assert [train(case) for case in cases[:2]] == ["And then?", "Describe the video."]
   for case in cases[2:]:
-    got = prompt.ask(tokenizer, case["question"], MESSAGE)
+    got = prompt.question_prompt(tokenizer, case["question"], MESSAGE)
     assert own_question(tokenizer, got) == " " + case["question"]
     assert got.tokens[got.question[1]] == tokenizer.im_end
-  got = prompt.ask(tokenizer, "And then?", MESSAGE, [("Who is speaking?", "A dog.")])
+  got = prompt.question_prompt(tokenizer, "And then?", MESSAGE, [("Who is speaking?", "A dog.")])
   assert own_question(tokenizer, got) == "And then?"
-  got = prompt.train(tokenizer, turns("<image>", "A dog."), MESSAGE, mask="official")
+  got = prompt.training_prompt(tokenizer, turns("<image>", "A dog."), MESSAGE, mask="official")
   assert own_question(tokenizer, got) == "" and got.tokens[got.question[0]] == tokenizer.im_end
 
 
 def test_history_puts_the_frames_into_the_first_question(tokenizer):
-  got = prompt.ask(tokenizer, "And then?", MESSAGE, [("Who is speaking?", "A dog.")])
+  got = prompt.question_prompt(tokenizer, "And then?", MESSAGE, [("Who is speaking?", "A dog.")])
   assert text_of(tokenizer, got) == (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     f"<|im_start|>user\n\n{MESSAGE.strip()} Who is speaking?<|im_end|>\n"
@@ -119,8 +119,10 @@ def test_history_puts_the_frames_into_the_first_question(tokenizer):
 
 
 def test_a_still_image_has_no_time_message(tokenizer):
-  asked = prompt.ask(tokenizer, "What happens?", "")
-  trained = prompt.train(tokenizer, turns("What happens?<image>", "A dog."), "", mask="assistant")
+  asked = prompt.question_prompt(tokenizer, "What happens?", "")
+  trained = prompt.training_prompt(
+    tokenizer, turns("What happens?<image>", "A dog."), "", mask="assistant"
+  )
   user = "<|im_start|>user\n\nWhat happens?<|im_end|>\n"
   for got in (asked, trained):
     assert user in text_of(tokenizer, got)
@@ -130,8 +132,10 @@ def test_a_still_image_has_no_time_message(tokenizer):
 
 
 def test_text_alone_has_no_visual_slot(tokenizer):
-  asked = prompt.ask(tokenizer, "What happens?", None)
-  trained = prompt.train(tokenizer, turns("What happens?", "A dog."), None, mask="official")
+  asked = prompt.question_prompt(tokenizer, "What happens?", None)
+  trained = prompt.training_prompt(
+    tokenizer, turns("What happens?", "A dog."), None, mask="official"
+  )
   for got in (asked, trained):
     assert IMAGE_TOKEN not in got.tokens
     assert "<|im_start|>user\nWhat happens?<|im_end|>" in text_of(tokenizer, got)
@@ -140,7 +144,7 @@ def test_text_alone_has_no_visual_slot(tokenizer):
 
 @pytest.mark.parametrize("answer", ["", " And", "\nAnd", "\n\n And"])
 def test_answers_of_odd_shape_keep_mask_and_query_together(tokenizer, answer):
-  got = prompt.train(tokenizer, turns("What?", answer), None, mask="assistant")
+  got = prompt.training_prompt(tokenizer, turns("What?", answer), None, mask="assistant")
   (row,) = np.flatnonzero(got.query)
   supervised = np.flatnonzero(got.labels != IGNORE)
   assert supervised[0] == row + 1 and got.tokens[supervised[-1]] == tokenizer.im_end
@@ -160,7 +164,7 @@ def test_decoding_gives_back_any_text(tokenizer):
 
 def test_a_tokenizer_json_is_the_same_tokenizer(tokenizer, cases, tmp_path):
   tokenizer._core.save(str(tmp_path / "tokenizer.json"))
-  got = prompt.ask(prompt.load_tokenizer(tmp_path), cases[2]["question"], MESSAGE)
+  got = prompt.question_prompt(prompt.load_tokenizer(tmp_path), cases[2]["question"], MESSAGE)
   assert got.tokens.tolist() == cases[2]["input_ids"]
 
 
@@ -178,7 +182,10 @@ def test_a_small_vocabulary_has_its_own_ids(reference, tmp_path, cases):
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   big, small = prompt.load_tokenizer(source), prompt.load_tokenizer(tmp_path)
   assert small.vocab_size == len(vocab) + 3 and small.newline == vocab["Ċ"] != big.newline
-  a, b = (prompt.train(t, cases[0]["conversation"], MESSAGE, mask="official") for t in (big, small))
+  a, b = (
+    prompt.training_prompt(t, cases[0]["conversation"], MESSAGE, mask="official")
+    for t in (big, small)
+  )
 
   def name(t, ids):
     return [t._core.id_to_token(int(i)) for i in ids if i != IMAGE_TOKEN]
@@ -223,16 +230,16 @@ def test_a_small_vocabulary_has_its_own_ids(reference, tmp_path, cases):
 )
 def test_annotations_that_cannot_be_used_are_quoted(tokenizer, conversations, message, error):
   with pytest.raises(prompt.AnnotationError, match=error.replace("?", r"\?")):
-    prompt.train(tokenizer, conversations, message, mask="official")
+    prompt.training_prompt(tokenizer, conversations, message, mask="official")
 
 
 def test_questions_that_cannot_be_asked_are_quoted(tokenizer):
   with pytest.raises(prompt.AnnotationError, match="the question is empty"):
-    prompt.ask(tokenizer, " \n", MESSAGE)
+    prompt.question_prompt(tokenizer, " \n", MESSAGE)
   with pytest.raises(prompt.AnnotationError, match=r"must not be written .*'What <image>'"):
-    prompt.ask(tokenizer, "What <image>", MESSAGE)
+    prompt.question_prompt(tokenizer, "What <image>", MESSAGE)
   with pytest.raises(prompt.AnnotationError, match="'a<image>'"):
-    prompt.ask(tokenizer, "What?", MESSAGE, [("Why?", "a<image>")])
+    prompt.question_prompt(tokenizer, "What?", MESSAGE, [("Why?", "a<image>")])
 
 
 def test_a_directory_without_a_tokenizer_names_what_is_missing(reference, tmp_path):

@@ -22,9 +22,9 @@ from xcomp_jax.data import store as store_lib
 from xcomp_jax.data.store import (
   Features,
   Layout,
-  Sample,
+  StoredSample,
   StoreError,
-  finish,
+  finish_store,
   open_store,
   write_shard,
   write_store,
@@ -37,8 +37,8 @@ TOWER = Features("tower", tokens_per_frame=2, width=6)
 TALK = ({"from": "human", "value": "<image>\nWas läuft?"}, {"from": "gpt", "value": "Ein Hund 🐕."})
 
 
-def sample(name: str, time_message: str = "") -> Sample:
-  return Sample(f"id-{name}", f"{name}.mp4", "a.json", int(name), TALK, time_message)
+def sample(name: str, time_message: str = "") -> StoredSample:
+  return StoredSample(f"id-{name}", f"{name}.mp4", "a.json", int(name), TALK, time_message)
 
 
 def frames(seed: int, clips: int, per_clip: int) -> np.ndarray:
@@ -139,7 +139,7 @@ def test_many_shards_keep_their_order_and_empty_ones_vanish(tmp_path):
       ]
       shards.append(write_shard(folder / f"shard-{s}", part, RAW))
       assert (folder / f"shard-{s}").exists() != empty
-    finish(folder, shards, RAW, {})
+    finish_store(folder, shards, RAW, {})
   store = open_store(tmp_path / "s")
   assert len(list((tmp_path / "s" / "clips").glob("*.array_record-*-of-00010"))) == 10
   assert len(store) == 36
@@ -343,7 +343,7 @@ def test_writer_refuses_other_arrays_and_empty_stores(tmp_path):
 def many(tmp_path):
   """A folder with 90 files of clips, a sample in each."""
   with fresh_folder(tmp_path / "many", "store") as folder:
-    finish(
+    finish_store(
       folder,
       [write_shard(folder / f"{i}", [(sample(str(i)), frames(i, 1, 4))], RAW) for i in range(90)],
       RAW,
@@ -421,12 +421,12 @@ def test_records_are_those_of_tfds(shape):
     (Layout(SIZE, 4, 90, None), {"frames": files}),
     (Layout(SIZE, 4, None, TOWER), {"tokens": tokens}),
   ):
-    assert store_lib.example(row) == by_tfds(store_lib.record_features(layout), row)
+    assert store_lib.encode_record(row) == by_tfds(store_lib.record_features(layout), row)
   one = dataclasses.replace(
     sample("7", "ü" * shape[0]), position=shape[0], first_record=1 << 40, records=127
   )
   row = vars(one) | {"conversations": store_lib.as_json(one.conversations)}
-  assert store_lib.example(row) == by_tfds(store_lib._sample_features(), row)
+  assert store_lib.encode_record(row) == by_tfds(store_lib._sample_features(), row)
 
 
 def described(**changes):

@@ -135,7 +135,7 @@ def test_resize_equals_the_official_preprocessing(reference):
 def test_load_decodes_the_sampled_frames_only_and_in_order(tmp_path, suffix, codec):
   # 10 s at 8 fps: every second frame would be 40, the limit is 32
   path = write(tmp_path / f"a.{suffix}", 80, codec=codec)
-  got = video.load(path, size=32, style="train", **LIMITS)
+  got = video.load_frames(path, size=32, style="train", **LIMITS)
   assert (
     got.frames.shape == (32, 32, 32, 3) and got.frames.dtype == np.uint8 and got.seconds == 10.0
   )
@@ -148,7 +148,7 @@ def test_load_decodes_the_sampled_frames_only_and_in_order(tmp_path, suffix, cod
 
 def test_load_gives_the_pixels_of_another_decoder(tmp_path):
   path = write(tmp_path / "a.mp4", 40)
-  got = video.load(path, size=48, style="train", **LIMITS)
+  got = video.load_frames(path, size=48, style="train", **LIMITS)
   with av.open(str(path)) as file:
     pictures = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
   expected = video.resize(np.stack([pictures[i] for i in got.indices]), 48)
@@ -162,24 +162,26 @@ def test_load_reads_what_opencv_writes(tmp_path):
   for i in range(24):
     writer.write(frame(i)[..., ::-1])
   writer.release()
-  got = video.load(path, size=16, style="train", **LIMITS)
+  got = video.load_frames(path, size=16, style="train", **LIMITS)
   assert got.seconds == 3.0 and len(got.frames) == 16
   assert numbers(got.frames) == got.indices.tolist()
 
 
 def test_load_cuts_from_start_to_end(tmp_path):
   path = write(tmp_path / "a.mp4", 80)
-  got = video.load(path, size=16, style="train", start=2.0, end=5.0, **LIMITS)
+  got = video.load_frames(path, size=16, style="train", start=2.0, end=5.0, **LIMITS)
   assert got.seconds == 3.0 and len(got.frames) == 16  # 4 fps * 3 s = 12, raised to min_frames
   assert got.indices[0] == 16 and got.indices[-1] == 38
-  tail = video.load(path, size=16, style="train", start=8.0, end=99.0, **LIMITS)
+  tail = video.load_frames(path, size=16, style="train", start=8.0, end=99.0, **LIMITS)
   # of int(1.9 * 8) frames
   assert tail.seconds == pytest.approx(1.9) and tail.indices[0] == 64 and tail.indices[-1] == 77
   # there is no other
-  assert video.load(path, size=16, style="ask", start=9.9, **LIMITS).indices.tolist() == [79] * 16
+  assert (
+    video.load_frames(path, size=16, style="ask", start=9.9, **LIMITS).indices.tolist() == [79] * 16
+  )
   for bounds in (dict(start=5.0, end=5.0), dict(start=10.5), dict(end=-1.0)):
     with pytest.raises(video.VideoError, match=r"lasts 10\.00 seconds; nothing lies between"):
-      video.load(path, size=16, style="train", **bounds, **LIMITS)
+      video.load_frames(path, size=16, style="train", **bounds, **LIMITS)
 
 
 def test_a_path_through_a_link_is_the_systems(tmp_path, monkeypatch):
@@ -188,15 +190,15 @@ def test_a_path_through_a_link_is_the_systems(tmp_path, monkeypatch):
   pathlib.Path("link").symlink_to("films/cuts")
   write("a.mp4", 8)
   write("films/a.mp4", 16)
-  assert len(video.load("link/../a.mp4", size=16, style="train", **LIMITS).frames) == 16
+  assert len(video.load_frames("link/../a.mp4", size=16, style="train", **LIMITS).frames) == 16
   assert files.absolute("link/../a.mp4") == f"{tmp_path}/link/../a.mp4"
 
 
 def test_fewer_frames_than_a_clip_are_refused_in_training_and_repeated_when_asking(tmp_path):
   path = write(tmp_path / "a.mp4", 5)
   with pytest.raises(video.VideoError, match=r"a\.mp4 has 5 frames .* at least one clip of 8"):
-    video.load(path, size=16, style="train", **LIMITS)
-  got = video.load(path, size=16, style="ask", **LIMITS)
+    video.load_frames(path, size=16, style="train", **LIMITS)
+  got = video.load_frames(path, size=16, style="ask", **LIMITS)
   assert got.indices.tolist() == [[0, 0, 1, 1, 2, 3, 3, 4][i // 2] for i in range(16)]
   assert len(got.frames) == 16 and got.seconds == 5 / 8
   assert numbers(got.frames) == got.indices.tolist()
@@ -204,7 +206,7 @@ def test_fewer_frames_than_a_clip_are_refused_in_training_and_repeated_when_aski
 
 def test_a_missing_path_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"nowhere\.mp4 does not exist"):
-    video.load(tmp_path / "nowhere.mp4", size=16, style="train", **LIMITS)
+    video.load_frames(tmp_path / "nowhere.mp4", size=16, style="train", **LIMITS)
 
 
 def test_an_address_is_named_as_it_was_given(tmp_path):
@@ -213,7 +215,7 @@ def test_an_address_is_named_as_it_was_given(tmp_path):
       FileNotFoundError,
       match=r"^https://example\.org/a\.mp4 is an address; nothing is downloaded here",
     ):
-      video.load(path, size=16, style="ask", **LIMITS)
+      video.load_frames(path, size=16, style="ask", **LIMITS)
 
 
 @pytest.mark.parametrize("style", ["train", "ask"])
@@ -224,7 +226,7 @@ def test_an_empty_or_unreadable_file_is_refused(tmp_path, style, content, messag
   path = tmp_path / "bad.mp4"
   path.write_bytes(content)
   with pytest.raises(video.VideoError, match=rf"bad\.mp4 {message}"):
-    video.load(path, size=16, style=style, **LIMITS)
+    video.load_frames(path, size=16, style=style, **LIMITS)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -237,20 +239,20 @@ def test_a_truncated_file_is_refused_with_both_counts(tmp_path, suffix, share):
     movflags="faststart",
   )
   whole = path.read_bytes()
-  video.load(path, size=16, style="train", **LIMITS)
+  video.load_frames(path, size=16, style="train", **LIMITS)
   path.write_bytes(whole[: int(len(whole) * share)])
   with pytest.raises(
     video.VideoError,
     match=rf"cut\.{suffix} is truncated: it announces 80 frames and has the data of \d",
   ):
-    video.load(path, size=16, style="train", **LIMITS)
+    video.load_frames(path, size=16, style="train", **LIMITS)
 
 
 def test_an_mp4_that_lacks_its_last_frame_is_refused(tmp_path):
   path = write(tmp_path / "cut.mp4", 80, movflags="faststart")
   path.write_bytes(path.read_bytes()[:-1])
   with pytest.raises(video.VideoError, match=r"cut\.mp4 .* 80 frames"):
-    video.load(path, size=16, style="train", **LIMITS)
+    video.load_frames(path, size=16, style="train", **LIMITS)
 
 
 def test_sound_that_outlasts_the_pictures_is_no_truncation(tmp_path):
@@ -267,25 +269,27 @@ def test_sound_that_outlasts_the_pictures_is_no_truncation(tmp_path):
       block.sample_rate, block.pts = 8000, i * 800
       output.mux(sound.encode(block))
     output.mux(sound.encode())
-  assert video.load(path, size=16, style="train", **LIMITS).seconds == 10.0  # of the pictures
+  assert (
+    video.load_frames(path, size=16, style="train", **LIMITS).seconds == 10.0
+  )  # of the pictures
 
 
 def test_a_gif_runs_at_one_frame_per_second(tmp_path):
   path = tmp_path / "a.gif"
   pictures = [Image.fromarray(frame(i)) for i in range(20)]
   pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
-  got = video.load(path, size=16, style="train", read_type="gif", **LIMITS)
+  got = video.load_frames(path, size=16, style="train", read_type="gif", **LIMITS)
   assert got.seconds == 20.0 and len(got.frames) == 16
   assert numbers(got.frames) == got.indices.tolist()
   path.write_bytes(path.read_bytes()[:40])
   with pytest.raises(video.VideoError, match=r"a\.gif"):
-    video.load(path, size=16, style="train", read_type="gif", **LIMITS)
+    video.load_frames(path, size=16, style="train", read_type="gif", **LIMITS)
   pictures[0].save(path, "JPEG")  # no GIF at all, and cut
   path.write_bytes(path.read_bytes()[:-20])
   with pytest.raises(
     video.VideoError, match=r"a\.gif is no animation that can be read: image file is truncated"
   ):
-    video.load(path, size=16, style="ask", read_type="gif", **LIMITS)
+    video.load_frames(path, size=16, style="ask", read_type="gif", **LIMITS)
 
 
 def test_a_folder_is_read_in_natural_order_at_one_frame_per_second(tmp_path):
@@ -295,12 +299,12 @@ def test_a_folder_is_read_in_natural_order_at_one_frame_per_second(tmp_path):
     Image.fromarray(frame(i)).save(folder / f"img_{i}.png")
   (folder / "notes.txt").write_text("no image")
   for read_type in ("frames", "img"):  # annotations say img
-    got = video.load(folder, size=16, style="train", read_type=read_type, **LIMITS)
+    got = video.load_frames(folder, size=16, style="train", read_type=read_type, **LIMITS)
     assert got.seconds == 20.0 and len(got.frames) == 16
     assert numbers(got.frames) == got.indices.tolist()
   (folder / "img_12.png").write_bytes((folder / "img_12.png").read_bytes()[:60])
   with pytest.raises(video.VideoError, match=r"img_12\.png is no image that can be read"):
-    video.load(folder, size=16, style="train", read_type="frames", **LIMITS)
+    video.load_frames(folder, size=16, style="train", read_type="frames", **LIMITS)
 
 
 def test_a_folder_with_a_stated_duration_is_sampled_as_if_it_had_an_image_per_second(tmp_path):
@@ -309,13 +313,13 @@ def test_a_folder_with_a_stated_duration_is_sampled_as_if_it_had_an_image_per_se
   for i in range(64):
     Image.fromarray(frame(i)).save(folder / f"{i}.png")
   (tmp_path / "clip.1.json").write_text('{"duration": 4.0}')
-  ask = video.load(folder, size=16, style="ask", read_type="frames", **LIMITS)
-  train = video.load(folder, size=16, style="train", read_type="frames", **LIMITS)
+  ask = video.load_frames(folder, size=16, style="ask", read_type="frames", **LIMITS)
+  train = video.load_frames(folder, size=16, style="train", read_type="frames", **LIMITS)
   assert ask.seconds == train.seconds == 4.0
   assert len(ask.frames) == len(train.frames) == 32  # 64 s at 4 fps, at most 32, not 4 s
   (tmp_path / "clip.1.json").write_text('{"length": 4.0}')
   with pytest.raises(video.VideoError, match=r"clip\.1\.json must be"):
-    video.load(folder, size=16, style="ask", read_type="frames", **LIMITS)
+    video.load_frames(folder, size=16, style="ask", read_type="frames", **LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -390,14 +394,14 @@ def test_the_length_of_a_part_of_a_folder_is_that_of_its_seconds(tmp_path, name,
 
 def test_wrong_kinds_of_path_are_refused(tmp_path):
   with pytest.raises(video.VideoError, match="holds no images"):
-    video.load(tmp_path, size=16, style="train", read_type="img", **LIMITS)
+    video.load_frames(tmp_path, size=16, style="train", read_type="img", **LIMITS)
   with pytest.raises(video.VideoError, match="is a folder"):
-    video.load(tmp_path, size=16, style="train", **LIMITS)
+    video.load_frames(tmp_path, size=16, style="train", **LIMITS)
   (tmp_path / "a.png").write_bytes(b"no image")
   with pytest.raises(video.VideoError, match=r"a\.png is a file"):
-    video.load(tmp_path / "a.png", size=16, style="train", read_type="frames", **LIMITS)
+    video.load_frames(tmp_path / "a.png", size=16, style="train", read_type="frames", **LIMITS)
   with pytest.raises(video.VideoError, match=r"a\.png is no image that can be read"):
-    video.load(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
+    video.load_frames(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
 
 
 def test_a_picture_that_needs_another_program_is_refused(tmp_path):
@@ -405,11 +409,11 @@ def test_a_picture_that_needs_another_program_is_refused(tmp_path):
   # Pillow would ask Ghostscript
   path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
   with pytest.raises(video.VideoError, match="is no image that can be read"):
-    video.load(path, size=8, style="train", read_type="img", **LIMITS)
+    video.load_frames(path, size=8, style="train", read_type="img", **LIMITS)
 
 
 def ask(path):
-  return video.load(path, size=8, style="ask", read_type=video.kind(path), **LIMITS)
+  return video.load_frames(path, size=8, style="ask", read_type=video.kind(path), **LIMITS)
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -467,7 +471,7 @@ def test_no_other_program_is_started(tmp_path, monkeypatch):
       ask(_text(tmp_path / name, drawing))
     for kind in ("gif", "img", "video"):
       with pytest.raises(video.VideoError, match=name):
-        video.load(tmp_path / name, size=8, style="train", read_type=kind, **LIMITS)
+        video.load_frames(tmp_path / name, size=8, style="train", read_type=kind, **LIMITS)
   assert not (tmp_path / "started").exists()
 
 
@@ -644,7 +648,7 @@ def test_a_folders_file_may_hold_anything(tmp_path, said):
 
 def test_a_still_image_is_one_frame(tmp_path):
   Image.fromarray(frame(3)).convert("L").save(tmp_path / "a.png")  # grey files become RGB
-  got = video.load(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
+  got = video.load_frames(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
   assert got.frames.shape == (1, 16, 16, 3) and got.seconds == 0.0
 
 
@@ -660,4 +664,4 @@ def test_a_rotation_tag_is_applied(tmp_path):
   capture = cv2.VideoCapture(str(path))
   assert capture.read()[1].shape == (64, 48, 3)
   capture.release()
-  assert video.load(path, size=16, style="train", **LIMITS).frames.shape == (16, 16, 16, 3)
+  assert video.load_frames(path, size=16, style="train", **LIMITS).frames.shape == (16, 16, 16, 3)

@@ -10,14 +10,14 @@ import pytest
 from xcomp_jax.evaluation.benchmarks import (
   CLOSING,
   TASKS,
-  Question,
+  BenchmarkQuestion,
   TaskError,
   any_letter,
   bracketed_letter,
-  find,
+  find_video,
   first_capital,
-  read,
-  score,
+  read_questions,
+  score_answers,
   unanswerable,
 )
 
@@ -34,25 +34,25 @@ def prompts(benchmarks):
 
 @pytest.mark.parametrize("name,source", [("lvbench", "lvbench.json"), ("mlvu", "mlvu")])
 def test_prompts_of_50_real_questions_are_the_release_s(benchmarks, prompts, name, source):
-  questions = read(TASKS[name], benchmarks / source)
+  questions = read_questions(TASKS[name], benchmarks / source)
   assert [q.prompt for q in questions] == prompts[name] and len(questions) == 50
   assert len({q.id for q in questions}) == 50
 
 
 def test_prompts_letter_by_letter(benchmarks):  # FACTS.md 12, written out
-  first = read(TASKS["lvbench"], benchmarks / "lvbench.json")[0]
+  first = read_questions(TASKS["lvbench"], benchmarks / "lvbench.json")[0]
   assert first.prompt == (
     "What year appears in the opening caption of the video?\nA. (A) 1636\nB. (B) 1366\nC. (C) "
     "1363\nD. (D) 1633\n"
     "Answer with the option's letter from the given choices directly."
   )
   assert (first.answer, first.videos, first.groups["type"]) == ("D", ("00000000",), "cartoon")
-  first = read(TASKS["mlvu"], benchmarks / "mlvu" / "4_count.json")[0]
+  first = read_questions(TASKS["mlvu"], benchmarks / "mlvu" / "4_count.json")[0]
   item = json.loads((benchmarks / "mlvu" / "4_count.json").read_text())[0]
   options = "".join(f"({letter}) {text}\n" for letter, text in zip("ABCD", item["candidates"]))
   assert first.prompt == f"Question:{item['question']}\nOption:\n{options}{CLOSING}"
   assert first.videos == (f"4_count/{item['video']}", item["video"])
-  other = read(TASKS["mlvu_best_option"], benchmarks / "mlvu" / "4_count.json")[0]
+  other = read_questions(TASKS["mlvu_best_option"], benchmarks / "mlvu" / "4_count.json")[0]
   assert (
     other.prompt == f"Question:{item['question']}\nOption:\n{options}\nOnly give the best option."
   )
@@ -62,17 +62,17 @@ def test_prompts_of_the_other_benchmarks(benchmarks, prompts, tmp_path):
   made = json.loads((benchmarks / "others.json").read_text())
   for name in ("mvbench", "videomme_long"):
     (tmp_path / f"{name}.json").write_text(json.dumps([made[name]]))
-    (question,) = read(TASKS[name], tmp_path / f"{name}.json")
+    (question,) = read_questions(TASKS[name], tmp_path / f"{name}.json")
     assert question.prompt == prompts[name][0]
   (tmp_path / "y_en.json").write_text(json.dumps(made["subtitles"]))
   for duration, wanted in zip((20.4, 2000.0), prompts["longvideobench"], strict=True):
     (tmp_path / "lvb.json").write_text(
       json.dumps([made["longvideobench"] | {"duration": duration}])
     )
-    (question,) = read(TASKS["longvideobench"], tmp_path / "lvb.json", tmp_path)
+    (question,) = read_questions(TASKS["longvideobench"], tmp_path / "lvb.json", tmp_path)
     assert question.prompt == wanted and question.answer == "C" and len(question.options) == 5
   with pytest.raises(TaskError, match=r"question 0: .*--subtitles"):
-    read(TASKS["longvideobench"], tmp_path / "lvb.json")
+    read_questions(TASKS["longvideobench"], tmp_path / "lvb.json")
 
 
 def test_answers_of_many_shapes_count_as_the_release_counts_them(benchmarks):
@@ -100,7 +100,9 @@ def test_answers_by_hand(answer, letter):
 
 
 def question(i, answer="A", **groups):
-  return Question(str(i), ("v",), "?", ("x", "y", "z", "w"), answer, groups or {"task": "one"})
+  return BenchmarkQuestion(
+    str(i), ("v",), "?", ("x", "y", "z", "w"), answer, groups or {"task": "one"}
+  )
 
 
 def test_averages_are_those_of_the_released_log():
@@ -120,7 +122,7 @@ def test_averages_are_those_of_the_released_log():
   for name, (n, accuracy) in log.items():
     right = round(n * accuracy / 100)
     pairs += [(question(i, task=name), "A" if i < right else "B") for i in range(n)]
-  found = score(TASKS["mlvu"], pairs)
+  found = score_answers(TASKS["mlvu"], pairs)
   assert found["micro"] == pytest.approx(66.6667, abs=1e-4) and found["macro"] == pytest.approx(
     63.972, abs=1e-3
   )
@@ -137,7 +139,7 @@ def test_empty_answers_and_videos_that_failed():
     (question(3), "pear"),
     (question(4, ""), "."),
   ]
-  found = score(TASKS["lvbench"], pairs)
+  found = score_answers(TASKS["lvbench"], pairs)
   assert found["counts"] == {
     "questions": 5,
     "counted": 4,
@@ -147,19 +149,19 @@ def test_empty_answers_and_videos_that_failed():
     "failed": 1,
   }
   assert found["micro"] == 25.0  # the empty one left the denominator; the video that failed did not
-  assert score(TASKS["videomme_long"], pairs)["counts"]["counted"] == 5
+  assert score_answers(TASKS["videomme_long"], pairs)["counts"]["counted"] == 5
 
 
 def test_a_question_without_a_right_option_is_always_wrong(benchmarks):
-  without = [q for q in read(TASKS["mlvu"], benchmarks / "mlvu") if not q.answer]
+  without = [q for q in read_questions(TASKS["mlvu"], benchmarks / "mlvu") if not q.answer]
   assert len(without) == 1
   for answer in ("A", "B", "C", "D", ".", without[0].options[0]):
-    assert score(TASKS["mlvu"], [(without[0], answer)])["counts"]["right"] == 0
+    assert score_answers(TASKS["mlvu"], [(without[0], answer)])["counts"]["right"] == 0
 
 
 def test_several_groups_of_a_question():
   pairs = [(question(0, kind="a; b"), "A"), (question(1, kind="b"), "B")]
-  groups = score(TASKS["lvbench"], pairs)["groups"]["kind"]
+  groups = score_answers(TASKS["lvbench"], pairs)["groups"]["kind"]
   assert {name: (cell["right"], cell["counted"]) for name, cell in groups.items()} == {
     "a": (1, 1),
     "b": (1, 2),
@@ -175,8 +177,8 @@ def test_the_1549_questions_as_lvbench_publishes_them(benchmarks, tmp_path):
     "qa": [{"uid": "0", "question": text, "answer": "D", "question_type": ["a", "b"]}] * 2,
   }
   (tmp_path / "meta.jsonl").write_text(json.dumps(line) + "\n")
-  first, _ = read(TASKS["lvbench"], tmp_path / "meta.jsonl")
-  assert first.prompt == read(TASKS["lvbench"], benchmarks / "lvbench.json")[0].prompt
+  first, _ = read_questions(TASKS["lvbench"], tmp_path / "meta.jsonl")
+  assert first.prompt == read_questions(TASKS["lvbench"], benchmarks / "lvbench.json")[0].prompt
   assert (first.answer, first.videos) == ("D", ("Cm73ma6Ibcs",))
 
 
@@ -185,10 +187,10 @@ def test_only_long_videos_of_videomme(benchmarks, tmp_path):
   (tmp_path / "v.json").write_text(
     json.dumps([made | {"duration": "short"}, made, made | {"duration": "medium"}])
   )
-  assert len(read(TASKS["videomme_long"], tmp_path / "v.json")) == 1
+  assert len(read_questions(TASKS["videomme_long"], tmp_path / "v.json")) == 1
   (tmp_path / "v.json").write_text(json.dumps([made | {"duration": "short"}]))
   with pytest.raises(TaskError, match="holds no question"):
-    read(TASKS["videomme_long"], tmp_path / "v.json")
+    read_questions(TASKS["videomme_long"], tmp_path / "v.json")
 
 
 @pytest.mark.parametrize(
@@ -198,23 +200,23 @@ def test_only_long_videos_of_videomme(benchmarks, tmp_path):
 def test_annotations_of_another_kind_are_refused(tmp_path, text, words):
   (tmp_path / "x.json").write_text(text)
   with pytest.raises(TaskError, match=words):
-    read(TASKS["lvbench"], tmp_path / "x.json")
+    read_questions(TASKS["lvbench"], tmp_path / "x.json")
 
 
 def test_annotations_that_are_no_utf8_are_named(tmp_path):
   (tmp_path / "x.json").write_bytes('[{"question": "é"}]'.encode("latin1"))
   with pytest.raises(TaskError, match=r"x\.json, line 1: byte 0xe9 is no UTF-8"):
-    read(TASKS["lvbench"], tmp_path / "x.json")
+    read_questions(TASKS["lvbench"], tmp_path / "x.json")
 
 
 def test_videos_are_found_with_and_without_their_suffix(tmp_path):
-  asked = Question("0", ("a/film", "film"), "", (), "A", {})
-  assert find(tmp_path, asked) == tmp_path / "a" / "film"  # nowhere: the likeliest
+  asked = BenchmarkQuestion("0", ("a/film", "film"), "", (), "A", {})
+  assert find_video(tmp_path, asked) == tmp_path / "a" / "film"  # nowhere: the likeliest
   (tmp_path / "film.mkv").touch()
-  assert find(tmp_path, asked) == tmp_path / "film.mkv"
+  assert find_video(tmp_path, asked) == tmp_path / "film.mkv"
   (tmp_path / "a" / "film").mkdir(parents=True)  # a folder of frames
-  assert find(tmp_path, asked) == tmp_path / "a" / "film"
-  assert isinstance(find(tmp_path, asked), pathlib.Path)
+  assert find_video(tmp_path, asked) == tmp_path / "a" / "film"
+  assert isinstance(find_video(tmp_path, asked), pathlib.Path)
 
 
 def letters(tmp_path, *answers, **more):
@@ -227,7 +229,7 @@ def letters(tmp_path, *answers, **more):
   (tmp_path / "q.json").write_text(
     json.dumps([{"video": "v.mp4", **talk(answer), **more} for answer in answers])
   )
-  return read(TASKS["letters"], tmp_path / "q.json")
+  return read_questions(TASKS["letters"], tmp_path / "q.json")
 
 
 def test_truths_of_many_shapes_are_letters(tmp_path):
@@ -239,7 +241,7 @@ def test_truths_of_many_shapes_are_letters(tmp_path):
     "blue",
     "green",
   )
-  assert score(TASKS["letters"], [(q, "(B)") for q in questions])["micro"] == 100
+  assert score_answers(TASKS["letters"], [(q, "(B)") for q in questions])["micro"] == 100
 
 
 def test_truths_that_are_no_letters_are_all_listed_in_their_order(tmp_path):
@@ -257,7 +259,7 @@ def test_truths_that_are_no_letters_are_all_listed_in_their_order(tmp_path):
     TaskError, match=r"q.json, question 0: no annotation of letters: it has no 'video'"
   ):
     (tmp_path / "q.json").write_text(json.dumps([{"question": "?", "answer": "A"}]))
-    read(TASKS["letters"], tmp_path / "q.json")
+    read_questions(TASKS["letters"], tmp_path / "q.json")
 
 
 def test_conversations_of_roles_are_read_and_others_refused(tmp_path):
@@ -276,11 +278,11 @@ def test_conversations_of_roles_are_read_and_others_refused(tmp_path):
   ):
     (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "messages": talk}]))
     if words is None:
-      (question,) = read(TASKS["letters"], tmp_path / "q.json")
+      (question,) = read_questions(TASKS["letters"], tmp_path / "q.json")
       assert (question.prompt, question.answer) == ("Which?", "A")
     else:
       with pytest.raises(TaskError, match=f"question 0: .*{words}"):
-        read(TASKS["letters"], tmp_path / "q.json")
+        read_questions(TASKS["letters"], tmp_path / "q.json")
 
 
 def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
@@ -288,18 +290,18 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
   right = "ABCD"[item["candidates"].index(item["answer"])]
   for answer in (right, f"({right})", f"{right}.", right.lower()):
     (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": answer}]))
-    (question,) = read(TASKS["mlvu"], tmp_path / "4_count.json")
+    (question,) = read_questions(TASKS["mlvu"], tmp_path / "4_count.json")
     assert question.answer == right and not unanswerable([question])
   (tmp_path / "4_count.json").write_text(json.dumps([item, item | {"answer": "E"}]))
-  assert unanswerable(read(TASKS["mlvu"], tmp_path / "4_count.json")).startswith(
+  assert unanswerable(read_questions(TASKS["mlvu"], tmp_path / "4_count.json")).startswith(
     "1 of 2 questions have an answer that is none"
   )
   (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": "E"}]))
   with pytest.raises(TaskError, match="no question's answer is one of its options"):
-    read(TASKS["mlvu"], tmp_path / "4_count.json")
+    read_questions(TASKS["mlvu"], tmp_path / "4_count.json")
   made = json.loads((benchmarks / "others.json").read_text())
   (tmp_path / "v.json").write_text(json.dumps([made["videomme_long"] | {"answer": "(c)"}]))
-  assert read(TASKS["videomme_long"], tmp_path / "v.json")[0].answer == "C"
+  assert read_questions(TASKS["videomme_long"], tmp_path / "v.json")[0].answer == "C"
   (tmp_path / "y_en.json").write_text(json.dumps(made["subtitles"]))
   for choice, words in (
     ("b", None),
@@ -311,9 +313,9 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
     )
     if words:
       with pytest.raises(TaskError, match=words):
-        read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)
+        read_questions(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)
     else:
-      assert read(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)[0].answer == "B"
+      assert read_questions(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)[0].answer == "B"
 
 
 @pytest.mark.parametrize(
@@ -332,9 +334,9 @@ def test_videos_of_questions_are_one_file(tmp_path, video, words):
   )
   if words:
     with pytest.raises(TaskError, match=words):
-      read(TASKS["letters"], tmp_path / "q.json")
+      read_questions(TASKS["letters"], tmp_path / "q.json")
   else:
-    (question,) = read(TASKS["letters"], tmp_path / "q.json")
+    (question,) = read_questions(TASKS["letters"], tmp_path / "q.json")
     assert question.videos == ("v.mp4",)
 
 
@@ -345,4 +347,4 @@ def test_a_place_for_frames_inside_a_question_is_refused(tmp_path):
   ]
   (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "conversations": talk}]))
   with pytest.raises(TaskError, match="<video> is inside a question; leave it out"):
-    read(TASKS["letters"], tmp_path / "q.json")
+    read_questions(TASKS["letters"], tmp_path / "q.json")

@@ -24,7 +24,7 @@ from xcomp_jax.evaluation import benchmarks, runner
 from xcomp_jax.evaluation.benchmarks import TASKS
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Chat
-from xcomp_jax.inference.video_model import prepare, settings
+from xcomp_jax.inference.video_model import prepare_model, settings_of
 
 OPTIONS = [
   "--clip-frames=4",
@@ -107,12 +107,14 @@ def lines(out):
 def test_answers_are_those_of_ask_and_every_video_is_encoded_once(
   go, checkpoint, bench, tmp_path, capsys, monkeypatch
 ):
-  count, whole = [], encoded_video.encode
-  monkeypatch.setattr(encoded_video, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
+  count, whole = [], encoded_video.encode_video
+  monkeypatch.setattr(
+    encoded_video, "encode_video", lambda *a, **k: count.append(1) or whole(*a, **k)
+  )
   go(tmp_path / "out")
   assert len(count) == 2
   assert "micro" in capsys.readouterr().out
-  questions = benchmarks.read(TASKS["lvbench"], bench / "q.json")
+  questions = benchmarks.read_questions(TASKS["lvbench"], bench / "q.json")
   for name in ("one", "two"):
     texts = [q.prompt for q in questions if q.videos == (name,)]
     ask.main(
@@ -171,7 +173,7 @@ def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, monkeypatch, c
     key(tmp_path / "out") == key(tmp_path / "whole")
     and len(results(tmp_path / "out")["sessions"]) == 2
   )
-  monkeypatch.setattr(runner.Reader, "load", lambda self: pytest.fail("nothing was left to do"))
+  monkeypatch.setattr(runner.VideoModel, "load", lambda self: pytest.fail("nothing was left to do"))
   go(tmp_path / "out")
 
 
@@ -197,8 +199,10 @@ def test_two_devices_give_the_same(go, tmp_path):
 
 def test_every_question_alone_gives_the_same(go, tmp_path, monkeypatch):
   go(tmp_path / "once")
-  count, whole = [], encoded_video.encode
-  monkeypatch.setattr(encoded_video, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
+  count, whole = [], encoded_video.encode_video
+  monkeypatch.setattr(
+    encoded_video, "encode_video", lambda *a, **k: count.append(1) or whole(*a, **k)
+  )
   go(tmp_path / "alone", "--each-alone", "--ahead=0")
   assert len(count) == 6
   assert [line["answer"] for line in lines(tmp_path / "alone")] == [
@@ -278,7 +282,7 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(
   ]
   items.append(items[-1] | {"question": "Half a character \ud83d?"})
   (tmp_path / "q.json").write_text(json.dumps(items))
-  decode, encode_all = runner.frames, runner.Reader.encode
+  decode, encode_all = runner.frames, runner.VideoModel.encode
 
   def frames(sample):
     if sample.path.stem in errors and sample.path.stem not in ("device", "panic"):
@@ -291,7 +295,7 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(
     return encode_all(self, model, sample, *rest, **how)
 
   monkeypatch.setattr(runner, "frames", frames)
-  monkeypatch.setattr(runner.Reader, "encode", encoded)
+  monkeypatch.setattr(runner.VideoModel, "encode", encoded)
   with pytest.raises(SystemExit) as stop:
     go(tmp_path / "out", annotations=tmp_path / "q.json", videos=folder)
   printed, found = capsys.readouterr(), results(tmp_path / "out")
@@ -324,7 +328,7 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(
   } and len(answered) == 4
   asked = []
   monkeypatch.setattr(
-    runner.Reader,
+    runner.VideoModel,
     "encode",
     lambda self, model, sample, *rest, **how: (
       asked.append(sample.path.stem) or encode_all(self, model, sample, *rest, **how)
@@ -469,7 +473,7 @@ def test_a_second_process_on_the_same_share_is_refused(go, checkpoint, tmp_path,
     f"--checkpoint={checkpoint}",
     "--preset=none",
   ]
-  reader = prepare(settings(evaluate.parse([*arguments, *OPTIONS])))
+  reader = prepare_model(settings_of(evaluate.parse([*arguments, *OPTIONS])))
   with runner.Answers(tmp_path / "out", reader, (0, 1)):
     refused(capsys, "another process writes", lambda: go(tmp_path / "out"))
 

@@ -30,7 +30,7 @@ def task(tmp_path_factory):
   """Folder with a world whose last video is damaged, task files, and the results of `evaluate`."""
   root = tmp_path_factory.mktemp("lmms")
   world.write_world(
-    root / "world", [world.Split("heldout", VIDEOS, 3, 5, QUESTIONS)], seed=31, workers=1
+    root / "world", [world.WorldSplit("heldout", VIDEOS, 3, 5, QUESTIONS)], seed=31, workers=1
   )
   damaged = root / "world" / "heldout" / f"{VIDEOS - 1:05d}.mp4"
   damaged.write_bytes(damaged.read_bytes()[:500])

@@ -21,7 +21,7 @@ def written(reference, tmp_path):
   """The YAML's values, and the documents, of 50 real questions of MLVU."""
   (tmp_path / "videos").mkdir()
   source = reference / "benchmarks" / "mlvu"
-  for question in benchmarks.read(TASKS["mlvu"], source)[:10]:
+  for question in benchmarks.read_questions(TASKS["mlvu"], source)[:10]:
     (tmp_path / "videos" / question.videos[1]).touch()
   lmms_tasks.main(
     [
@@ -39,13 +39,13 @@ def written(reference, tmp_path):
 
 def test_documents_are_the_questions_and_scores_those_of_evaluate(reference, written, tmp_path):
   _, docs = written
-  questions = benchmarks.read(TASKS["mlvu"], reference / "benchmarks" / "mlvu")
+  questions = benchmarks.read_questions(TASKS["mlvu"], reference / "benchmarks" / "mlvu")
   assert [lmms_tasks.text(doc) for doc in docs] == [q.prompt for q in questions]
   assert lmms_tasks.visual(docs[0]) == [str(tmp_path / "videos" / questions[0].videos[1])]
   assert lmms_tasks.visual(docs[0] | {"start": 1.5, "end": 3.0})[1] == {"start": 1.5, "end": 3.0}
   answers = [["A", "(B)", "", lmms_tasks.FAILED, "C. x"][i % 5] for i in range(50)]
   lines = [lmms_tasks.scored(doc, [answer]) for doc, answer in zip(docs, answers, strict=True)]
-  wanted = benchmarks.score(
+  wanted = benchmarks.score_answers(
     TASKS["mlvu"], zip(questions, [None if a == lmms_tasks.FAILED else a for a in answers])
   )
   assert lmms_tasks.micro([line["micro"] for line in lines]) == wanted["micro"] > 0

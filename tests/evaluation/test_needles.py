@@ -20,7 +20,7 @@ TINY = pathlib.Path(__file__).parents[2] / "assets" / "tiny"
 
 def hidden(frames, hops, depth=0.0, clip_frames=8, hay=10_000):
   """Numbers in place of features: the haystack's frames from 0 up, the needles' from -1 down."""
-  starts = needles.places(frames, hops, clip_frames, depth)
+  starts = needles.needle_places(frames, hops, clip_frames, depth)
   numbers = [np.full((clip_frames, 1, 1), -1.0 - j) for j in range(hops)]
   return (
     starts,
@@ -56,7 +56,7 @@ def go(out, *more):
 
 def test_synthetic_needles_as_a_heat_map_and_a_run_that_goes_on(tmp_path, capsys, monkeypatch):
   arguments = ["--synthetic=2", "--frames", "64", "--depths", "0", "1", "--select=8"]
-  asked, whole = [], needles.ask
+  asked, whole = [], needles.ask_needle
 
   def stop(*a):
     if len(asked) == 5:
@@ -64,11 +64,11 @@ def test_synthetic_needles_as_a_heat_map_and_a_run_that_goes_on(tmp_path, capsys
     asked.append(a)
     return whole(*a)
 
-  monkeypatch.setattr(needles, "ask", stop)
+  monkeypatch.setattr(needles, "ask_needle", stop)
   with pytest.raises(SystemExit) as stopped:
     go(tmp_path, *arguments)
   assert stopped.value.code == 130
-  monkeypatch.setattr(needles, "ask", lambda *a: asked.append(a) or whole(*a))
+  monkeypatch.setattr(needles, "ask_needle", lambda *a: asked.append(a) or whole(*a))
   go(tmp_path, *arguments)
   assert len(asked) == 2 * 2 * 4  # none was asked twice
   found = json.loads((tmp_path / "results.json").read_text())
@@ -207,11 +207,11 @@ def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path, monkeypatc
     )
   )
   reader, model, hay = (
-    readers.prepare(readers.default(str(TINY))),
+    readers.prepare_model(readers.default(str(TINY))),
     object.__new__(VLM),
     np.zeros((8, 16, 4)),
   )
-  cells = [needles.Cell(64, 0.5, n) for n in range(2)]
+  cells = [needles.NeedleCell(64, 0.5, n) for n in range(2)]
   monkeypatch.setattr(needles, "per_frame", lambda *a: {}["a mistake"])
   lines = [
     line

@@ -18,10 +18,10 @@ import yaml
 from PIL import Image
 
 from xcomp_jax.data import predecoding as predecode_lib
-from xcomp_jax.data.predecoding import Settings, Tower, predecode
+from xcomp_jax.data.predecoding import FrameSettings, Tower, predecode
 from xcomp_jax.data.store import Features
 
-SETTINGS = Settings(image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
+SETTINGS = FrameSettings(image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8)
 SAMPLING = {
   "max_frames": 16,
   "min_frames": 8,

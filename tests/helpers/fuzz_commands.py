@@ -70,8 +70,10 @@ def read_asked(given, file) -> Any:
 
 def read_film(given, file) -> Any:
   """Of this model's tower, unlike `read_encoded`."""
-  model = loading.load(given / "tiny", loading.read_config(given / "tiny", MODEL, LP_COMP))
-  found = encoded_video.load(file, model)
+  model = loading.load_model(
+    given / "tiny", loading.read_vlm_config(given / "tiny", MODEL, LP_COMP)
+  )
+  found = encoded_video.load_video(file, model)
   return {
     "features": [list(found.features[0].shape), digest(found.features[0])],
     "times": digest(found.times),
@@ -125,7 +127,7 @@ def read_world(given, file) -> Any:
   for job in found["jobs"]:
     if job["reader"] is not None:
       part = {"read_type": job["reader"], "start": job["start"], "end": job["end"]}
-      video.load(
+      video.load_frames(
         job["sample"]["source"],
         size=16,
         max_frames=16,

@@ -51,8 +51,8 @@ def make(good: pathlib.Path) -> None:
   """Writes the good files."""
   shutil.copytree(ROOT / "assets" / "tiny", good / "tiny")
   tiny = good / "tiny"
-  cfg = loading.read_config(tiny, MODEL, LP_COMP)
-  model = loading.load(tiny, cfg)
+  cfg = loading.read_vlm_config(tiny, MODEL, LP_COMP)
+  model = loading.load_model(tiny, cfg)
   (tiny / "xcomp.json").unlink()
   saving.save_torch(good / "sharded", model, cfg, tiny, shard_bytes=1 << 20)
   saving.save_orbax(good / "orbax", model, cfg, tiny)
@@ -76,7 +76,7 @@ def make(good: pathlib.Path) -> None:
     ("film.webm", "libvpx-vp9"),
   ):
     film(videos / name, codec)
-  settings = predecoding.Settings(
+  settings = predecoding.FrameSettings(
     image_size=16, max_frames=16, min_frames=8, fps=8.0, clip_frames=8
   )
   for name, more in (
@@ -94,14 +94,16 @@ def make(good: pathlib.Path) -> None:
     )
 
   (good / "film").mkdir()
-  reader_of = ask.prepare(ask.settings(ask_arguments(tiny)))
+  reader_of = ask.prepare_model(ask.settings_of(ask_arguments(tiny)))
   sample = reader_of.sample(str(videos / "film.mp4"))
   watched, _ = reader_of.encode(
     reader_of.load(), sample, reader_of.source(str(videos / "film.mp4"))
   )
-  encoded_video.save(watched, good / "film" / "film.npz")
+  encoded_video.save_video(watched, good / "film" / "film.npz")
   (good / "other").mkdir()
-  encoded_video.save(dataclasses.replace(watched, identity=IDENTITY), good / "other" / "film.npz")
+  encoded_video.save_video(
+    dataclasses.replace(watched, identity=IDENTITY), good / "other" / "film.npz"
+  )
 
   (good / "bench").mkdir()
   questions = [
@@ -150,7 +152,7 @@ def ask_arguments(checkpoint: pathlib.Path):
   import argparse
 
   parser = argparse.ArgumentParser()
-  ask.options(parser)
+  ask.add_options(parser)
   return parser.parse_args([f"--checkpoint={checkpoint}", *LOOK])
 
 
@@ -184,7 +186,7 @@ def parsed(file: pathlib.Path) -> Any:
 
 
 def read_config(given, file) -> Any:
-  cfg = loading.read_config(file.parent, MODEL, LP_COMP)
+  cfg = loading.read_vlm_config(file.parent, MODEL, LP_COMP)
   loading.stored(file.parent, cfg)
   tuned = loading.read_tuned(file.parent)
   return {"cfg": dataclasses.asdict(cfg), "tuned": tuned and dataclasses.asdict(tuned)}
@@ -224,8 +226,8 @@ def right_config(given, file, good, found) -> str:
 
 def read_weights(given, file) -> Any:
   folder = next(folder for folder in file.parents if folder.parent == given)
-  cfg = loading.read_config(folder, MODEL, LP_COMP)
-  model = loading.load(folder, cfg)
+  cfg = loading.read_vlm_config(folder, MODEL, LP_COMP)
+  model = loading.load_model(folder, cfg)
   return {
     path: [list(leaf.shape), str(leaf.dtype), digest(leaf)]
     for path, leaf in loading.parameters(model).items()
@@ -248,7 +250,8 @@ def right_tensors(given, file, good, found) -> str:
     return wrong
   now, before = tensors(file), tensors(given.parent / "good" / file.name)
   paths = {
-    e.name: e.path for e in tensor_names.names(loading.read_config(given / "tiny", MODEL, LP_COMP))
+    e.name: e.path
+    for e in tensor_names.names(loading.read_vlm_config(given / "tiny", MODEL, LP_COMP))
   }
   for name, path in paths.items():
     if (now.get(name) == before.get(name)) != (found[path] == good[path]):
@@ -288,7 +291,7 @@ WORDS = ("Which digit was shown?", "äöü 12 <|im_start|>\n\n'll", "\U0001f600 
 
 def read_tokenizer(given, file) -> Any:
   tokenizer = loading.read_tokenizer(
-    file.parent, loading.read_config(given / "tiny", MODEL, LP_COMP)
+    file.parent, loading.read_vlm_config(given / "tiny", MODEL, LP_COMP)
   )
   ids = [tokenizer.encode(text) for text in WORDS]
   return {
@@ -384,9 +387,9 @@ def right_store(given, file, good, found) -> str:
 
 
 def read_encoded(given, file) -> Any:
-  model = loading.abstract(loading.read_config(given / "tiny", MODEL, LP_COMP))
+  model = loading.abstract(loading.read_vlm_config(given / "tiny", MODEL, LP_COMP))
   encoded_video.identity = lambda _: IDENTITY
-  found = encoded_video.load(file, model)
+  found = encoded_video.load_video(file, model)
   arrays = {f"features {phase}": a for phase, a in found.features.items()} | {
     "times": found.times,
     "thumbnails": found.thumbnails,
@@ -432,7 +435,7 @@ def right_encoded(given, file, good, found) -> str:
 
 
 def read_frames(given, file, style: str = "ask") -> Any:
-  got = video.load(
+  got = video.load_frames(
     file,
     size=16,
     max_frames=16,
@@ -468,7 +471,9 @@ def right_frames(given, file, good, found) -> str:
 
 
 def read_questions(given, file) -> Any:
-  return [dataclasses.asdict(q) for q in benchmarks.read(benchmarks.TASKS["lvbench"], file)]
+  return [
+    dataclasses.asdict(q) for q in benchmarks.read_questions(benchmarks.TASKS["lvbench"], file)
+  ]
 
 
 def right_questions(given, file, good, found) -> str:
@@ -485,7 +490,8 @@ def right_questions(given, file, good, found) -> str:
 
 def read_recorded(given, file) -> Any:
   return {
-    name: [list(a.shape), str(a.dtype), digest(a)] for name, a in comparison.read(file).items()
+    name: [list(a.shape), str(a.dtype), digest(a)]
+    for name, a in comparison.read_arrays(file).items()
   }
 
 

@@ -191,11 +191,11 @@ def tensors(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
 
   with _reading:
     found = loading.resolve(str(folder))
-    cfg = loading.read_config(found, saving.AS_IT_IS, saving.NOT_TUNED)
+    cfg = loading.read_vlm_config(found, saving.AS_IT_IS, saving.NOT_TUNED)
     loading.read_tokenizer(found, cfg)
     return {
       path: (str(leaf.dtype), np.asarray(leaf).tobytes())
-      for path, leaf in loading.parameters(loading.load(found, cfg)).items()
+      for path, leaf in loading.parameters(loading.load_model(found, cfg)).items()
     }
 
 
@@ -342,7 +342,7 @@ def make(shared: pathlib.Path) -> None:
 
   shutil.copytree(ROOT / "assets" / "tiny", shared / "tiny")
   world = decoding.make_world(shared / "world")
-  settings = predecoding.Settings(
+  settings = predecoding.FrameSettings(
     image_size=48, max_frames=16, min_frames=8, fps=8.0, clip_frames=8
   )
   predecoding.predecode(world / "mixture.yaml", shared / "store", settings, root=world)

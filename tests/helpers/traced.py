@@ -36,7 +36,12 @@ def main():
       threading.Timer(kill["delay"], os.kill, (os.getpid(), signal.SIGKILL)).start()
       kill.clear()
 
-  line, wait, place, save = metrics.line, metrics.Clock.wait, loop.place, checkpoint.save
+  line, wait, place, save = (
+    metrics.line,
+    metrics.Clock.wait,
+    loop.place_rows,
+    checkpoint.save_checkpoint,
+  )
 
   def lined(step, steps, values):
     note("step", [step, float(values["loss"]).hex(), sorted(samples)])
@@ -57,7 +62,12 @@ def main():
     phase("save", step)
     return save(checkpoints, step, *rest)
 
-  metrics.line, metrics.Clock.wait, loop.place, checkpoint.save = lined, waited, placed, saved
+  metrics.line, metrics.Clock.wait, loop.place_rows, checkpoint.save_checkpoint = (
+    lined,
+    waited,
+    placed,
+    saved,
+  )
   loop.main()
 
 

@@ -79,16 +79,16 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   printed = capsys.readouterr()
   assert "8 frames of 1.50 s" in printed.err
   tuned = loading.read_tuned(checkpoint).lp_comp
-  cfg = loading.read_config(
+  cfg = loading.read_vlm_config(
     checkpoint,
     ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
     tuned,
   )
-  frames = video.load(
+  frames = video.load_frames(
     film, size=48, max_frames=8, min_frames=8, fps=8, clip_frames=4, style="ask"
   ).frames
-  tokenizer, model = prompt.load_tokenizer(checkpoint), loading.load(checkpoint, cfg)
-  question, tokens = prompt.ask(tokenizer, "Which?", prompt.time_message(1.5, 8)), []
+  tokenizer, model = prompt.load_tokenizer(checkpoint), loading.load_model(checkpoint, cfg)
+  question, tokens = prompt.question_prompt(tokenizer, "Which?", prompt.time_message(1.5, 8)), []
   forward = jax.jit(lambda model, batch: model.llm.logits(vlm.forward(model, batch).x))
   while len(tokens) < 3:
     longer = prompt.Prompt(
@@ -97,7 +97,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
       question=question.question,
     )
     batch = generate.as_batch(
-      longer, np.asarray(vlm.encode(model, frames.reshape(-1, 4, 48, 48, 3))), 4
+      longer, np.asarray(vlm.encode_frames(model, frames.reshape(-1, 4, 48, 48, 3))), 4
     )
     row = int(batch.text_length[0, 0]) - 1 - batch.text.shape[1]
     tokens.append(int(forward(model, batch)[0, row].argmax()))
@@ -116,8 +116,10 @@ def test_frames_are_sampled_in_clips_of_eight_whatever_the_tower_takes(
 
 
 def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys, monkeypatch):
-  texts, build = [], prompt.ask
-  monkeypatch.setattr(prompt, "ask", lambda t, q, m, *h: texts.append(m) or build(t, q, m, *h))
+  texts, build = [], prompt.question_prompt
+  monkeypatch.setattr(
+    prompt, "question_prompt", lambda t, q, m, *h: texts.append(m) or build(t, q, m, *h)
+  )
   cv2.imwrite(str(tmp_path / "still.png"), np.zeros((20, 30, 3), np.uint8))
   run(checkpoint, tmp_path / "still.png", "--mode=aligned", "--select=1")
   assert "still.png: 1 frame\n" in capsys.readouterr().err and set(texts) == {""}
@@ -136,7 +138,7 @@ def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys, 
 def test_questions_that_are_no_text_and_pipes_are_refused_before_any_work(
   checkpoint, film, tmp_path, capsys, monkeypatch, more, words
 ):
-  monkeypatch.setattr(readers.Reader, "load", lambda self: pytest.fail("loaded"))
+  monkeypatch.setattr(readers.VideoModel, "load", lambda self: pytest.fail("loaded"))
   (tmp_path / "latin").write_bytes("Why?\nCafé?".encode("latin1"))
   os.mkfifo(tmp_path / "fifo")
   with pytest.raises(SystemExit) as stop:
@@ -160,7 +162,9 @@ def test_questions_come_from_pipes_too(checkpoint, film, capsys, monkeypatch):
       kept = os.dup(0)
       os.dup2(out, 0)
     try:
-      assert ask.listed(argparse.Namespace(question=["Wer?"], questions=name.format(out))) == [
+      assert ask.questions_of(
+        argparse.Namespace(question=["Wer?"], questions=name.format(out))
+      ) == [
         "Wer?",
         "Woran?",
         "Warum, Käthe?",
@@ -183,7 +187,7 @@ def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, monkeypatch, 
   def load(self):
     raise error
 
-  monkeypatch.setattr(readers.Reader, "load", load)
+  monkeypatch.setattr(readers.VideoModel, "load", load)
   with pytest.raises(SystemExit) as stop:
     run(checkpoint, film)
   assert stop.value.code == 1 and capsys.readouterr().err.splitlines()[-1].startswith(
@@ -216,7 +220,7 @@ def test_settings_of_python_are_held_to_what_the_options_allow(checkpoint, wrong
     # the tests' checker of types would refuse some before
     object.__setattr__(settings, name, value)
   with pytest.raises(ConfigError, match=words):
-    readers.prepare(settings)
+    readers.prepare_model(settings)
 
 
 def test_settings_of_python_are_read_as_the_options_are(checkpoint):
@@ -243,8 +247,10 @@ def answers(capsys):
 def test_several_questions_encode_once_and_select_their_own_frames(
   checkpoint, film, tmp_path, capsys, monkeypatch
 ):
-  count, whole = [], encoded_video.encode
-  monkeypatch.setattr(encoded_video, "encode", lambda *a, **k: count.append(1) or whole(*a, **k))
+  count, whole = [], encoded_video.encode_video
+  monkeypatch.setattr(
+    encoded_video, "encode_video", lambda *a, **k: count.append(1) or whole(*a, **k)
+  )
   (tmp_path / "q.txt").write_text("What colour?\n\nAnd who?\n")
   run(
     checkpoint,
@@ -279,9 +285,9 @@ def test_several_questions_encode_once_and_select_their_own_frames(
 
 
 def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkeypatch):
-  texts, build = [], prompt.ask
+  texts, build = [], prompt.question_prompt
   monkeypatch.setattr(
-    prompt, "ask", lambda t, q, m, h=(): texts.append((q, list(h))) or build(t, q, m, h)
+    prompt, "question_prompt", lambda t, q, m, h=(): texts.append((q, list(h))) or build(t, q, m, h)
   )
   monkeypatch.setattr("sys.stdin", io.StringIO("What colour?\n\n<image>?\nAnd who?\n"))
   with pytest.raises(SystemExit):  # a question of a pipe has failed
@@ -438,19 +444,19 @@ def test_official_mode_answers_from_torn_clips_and_from_its_file(
   checkpoint, film, tmp_path, capsys, monkeypatch
 ):
   file, again = tmp_path / "film.npz", []
-  encode_clips = encoded_video.encode_clips
+  encode_clips = encoded_video.encode_in_chunks
 
   def count(model, clips):
     return (again.append(1) or clip for clip in encode_clips(model, clips))
 
-  monkeypatch.setattr(chats, "encode_clips", count)
+  monkeypatch.setattr(chats, "encode_in_chunks", count)
   # longer than the bias of 27
   text = "Which colour does it have, and where does it go after that, up or down?"
   run(checkpoint, film, *OFFICIAL, "--repeat=8", "--question", text, "--encoded", str(file))
   answered = answers(capsys)
   for got in answered:
     assert len(got["frames"]) == 512 and got["sampled_frames"] == 1024 and not got["note"]
-  assert sorted(encoded_video.load(file, load(checkpoint)).features) == [0, 1, 2, 3]
+  assert sorted(encoded_video.load_video(file, load(checkpoint)).features) == [0, 1, 2, 3]
   clips = np.array([got["frames"] for got in answered]).reshape(-1, 4)
   assert len(again) == (clips[:, 3] - clips[:, 0] > 3).sum()  # the others were there
   ask.main(
@@ -492,12 +498,12 @@ def test_a_file_without_the_phases_of_official_mode_is_refused(checkpoint, film,
 
 
 def load(checkpoint):
-  cfg = loading.read_config(
+  cfg = loading.read_vlm_config(
     checkpoint,
     ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
     loading.read_tuned(checkpoint).lp_comp,
   )
-  return loading.load(checkpoint, cfg)
+  return loading.load_model(checkpoint, cfg)
 
 
 def test_a_gif_and_a_folder_of_frames_are_videos_too(checkpoint, film, tmp_path, capsys):
@@ -556,8 +562,8 @@ def test_a_question_too_long_for_the_context_is_refused_before_anything_is_encod
   run(short, film)  # 8 frames are 128 tokens
   run(short, film, "--question", "Which? " * 60, "--context=1000")
   assert "a context of 1,000 tokens (--context), not the 300 of" in capsys.readouterr().err
-  monkeypatch.setattr(encoded_video, "encode", lambda *a, **k: pytest.fail("encoded"))
-  monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("loaded"))
+  monkeypatch.setattr(encoded_video, "encode_video", lambda *a, **k: pytest.fail("encoded"))
+  monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("loaded"))
   with pytest.raises(SystemExit):
     run(short, film, "--question", "Which? " * 60)
   assert (
@@ -661,15 +667,15 @@ def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch
     "",
     "",
   )
-  cfg = loading.read_config(
+  cfg = loading.read_vlm_config(
     checkpoint,
     ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
     loading.read_tuned(checkpoint).lp_comp,
   )
-  model = loading.load(checkpoint, cfg)
+  model = loading.load_model(checkpoint, cfg)
   monkeypatch.setattr(
     chats,
-    "select",
+    "select_frames",
     lambda m, v, q, c, **k: asked.append((q[0], c)) or [chats.Selection(np.arange(8), None, "")],
   )
   monkeypatch.setattr(chats, "stream", lambda *a: iter([np.array([[5, 6]])]))
@@ -677,7 +683,7 @@ def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch
     model,
     prompt.load_tokenizer(checkpoint),
     video,
-    select=qc_comp.setting("official", 8),
+    select=qc_comp.select_config("official", 8),
     sampling=generate.Sampling(2, ()),
   )
   for question in ("Which colour is it, and where does it go?", "And then?"):

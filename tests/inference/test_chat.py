@@ -15,7 +15,7 @@ from xcomp_jax.evaluation import runner
 from xcomp_jax.inference import chat as chats
 from xcomp_jax.inference import encoded_video, generate
 from xcomp_jax.inference.chat import Chat
-from xcomp_jax.inference.video_model import default, options, prepare, settings
+from xcomp_jax.inference.video_model import add_options, default, prepare_model, settings_of
 from xcomp_jax.model import qc_comp
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.synthetic import world
@@ -35,12 +35,12 @@ QUESTIONS = [  # of two to sixty tokens: texts of two padded lengths, when alone
 @pytest.fixture(scope="module")
 def reader():
   parser = argparse.ArgumentParser()
-  options(parser)
-  chosen = settings(
+  add_options(parser)
+  chosen = settings_of(
     parser.parse_args([f"--checkpoint={TINY}", "--select=16", "--clips-per-chunk=8"])
   )
   assert chosen == default(str(TINY), select=16, clips_per_chunk=8)
-  reader = prepare(chosen)
+  reader = prepare_model(chosen)
   assert reader.dtype == "float32"
   return reader
 
@@ -65,7 +65,7 @@ def film(model):
   ]
   size = model.cfg.vision.image_size
   frames = (frame for scene in scenes for frame in video.resize(world.render(scene), size))
-  return encoded_video.encode(model, frames, np.arange(96) / 8, 12.0, "")
+  return encoded_video.encode_video(model, frames, np.arange(96) / 8, 12.0, "")
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def talk(model, reader, film, monkeypatch):
     frames = film.clip_frames * 2 * cfg.tokens_per_frame
     llm = dataclasses.replace(cfg.llm, context=tokens + frames + answer)
     small = VLM(dataclasses.replace(cfg, llm=llm), rngs=nnx.Rngs(0))
-    select = qc_comp.setting("local", 16)
+    select = qc_comp.select_config("local", 16)
     return Chat(
       small,
       reader.tokenizer,

@@ -28,8 +28,10 @@ def frames(count, seed=0):
 def test_chunks_of_clips_give_what_one_pass_gives(model):
   video = frames(40)  # 5 clips, in chunks of 2
   done = []
-  got = encoded_video.encode(model, iter(video), np.arange(40) / 8, 5.0, "it", report=done.append)
-  expected = vlm.encode(model, jnp.asarray(video.reshape(5, 8, 48, 48, 3)))
+  got = encoded_video.encode_video(
+    model, iter(video), np.arange(40) / 8, 5.0, "it", report=done.append
+  )
+  expected = vlm.encode_frames(model, jnp.asarray(video.reshape(5, 8, 48, 48, 3)))
   np.testing.assert_allclose(got.features[0], expected, atol=1e-5)
   assert (
     got.thumbnails.shape == (5, 96, 96, 3) and sum(done) == got.clips == 5 and got.frames is None
@@ -38,33 +40,35 @@ def test_chunks_of_clips_give_what_one_pass_gives(model):
 
 def test_phases_start_at_their_frame_and_wrap_around(model):
   video = frames(24)
-  got = encoded_video.encode(model, iter(video), np.arange(24) / 8, 3.0, "it", phases=(0, 4))
+  got = encoded_video.encode_video(model, iter(video), np.arange(24) / 8, 3.0, "it", phases=(0, 4))
   rolled = np.concatenate([video[4:], video[:4]]).reshape(3, 8, 48, 48, 3)
-  np.testing.assert_allclose(got.features[4], vlm.encode(model, jnp.asarray(rolled)), atol=1e-5)
+  np.testing.assert_allclose(
+    got.features[4], vlm.encode_frames(model, jnp.asarray(rolled)), atol=1e-5
+  )
   np.testing.assert_array_equal(got.frames, video)
-  alone = encoded_video.encode(model, iter(video), np.arange(24) / 8, 3.0, "it", phases=(4,))
+  alone = encoded_video.encode_video(model, iter(video), np.arange(24) / 8, 3.0, "it", phases=(4,))
   np.testing.assert_array_equal(alone.features[4], got.features[4])
 
 
 def test_an_image_is_one_clip_of_one_frame(model):
-  got = encoded_video.encode(model, frames(1), np.zeros(1), 0.0, "it")
+  got = encoded_video.encode_video(model, frames(1), np.zeros(1), 0.0, "it")
   assert got.features[0].shape == (1, 16, 32) and got.clip_frames == 1
 
 
 @pytest.mark.parametrize("count", [0, 12])
 def test_frames_that_make_no_clips_are_refused(model, count):
   with pytest.raises(ConfigError, match=f"{count} frames"):
-    encoded_video.encode(model, frames(count), np.arange(count), 1.0, "it")
+    encoded_video.encode_video(model, frames(count), np.arange(count), 1.0, "it")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_saved_is_loaded(tiny, tmp_path, dtype):
   model = vlm.VLM(tiny(dtype=dtype), rngs=nnx.Rngs(0))
-  video = encoded_video.encode(model, frames(16), np.arange(16) / 8, 2.0, "it")
+  video = encoded_video.encode_video(model, frames(16), np.arange(16) / 8, 2.0, "it")
   # 32 KiB a frame at 1,024 channels
   assert video.features[0].nbytes == 16 * 16 * 32 * (2 if dtype == "bfloat16" else 4)
-  encoded_video.save(video, tmp_path / "v.npz")
-  got = encoded_video.load(tmp_path / "v.npz", model)
+  encoded_video.save_video(video, tmp_path / "v.npz")
+  got = encoded_video.load_video(tmp_path / "v.npz", model)
   assert got.features[0].dtype == video.features[0].dtype
   np.testing.assert_array_equal(got.features[0], video.features[0])
   np.testing.assert_array_equal(got.thumbnails, video.thumbnails)
@@ -88,8 +92,11 @@ def test_identity_is_that_of_the_tower_alone(tiny, model):
 def saved(model, tmp_path_factory):
   """An encoded video in a file: 3 clips, of which it has a second phase and the frames."""
   file = tmp_path_factory.mktemp("saved") / "v.npz"
-  encoded_video.save(
-    encoded_video.encode(model, iter(frames(24)), np.arange(24) / 8, 3.0, "it", phases=(0, 4)), file
+  encoded_video.save_video(
+    encoded_video.encode_video(
+      model, iter(frames(24)), np.arange(24) / 8, 3.0, "it", phases=(0, 4)
+    ),
+    file,
   )
   return file
 
@@ -197,7 +204,7 @@ def test_nothing_of_an_encoded_video_is_believed_before_it_is_checked(
   if not file.exists():
     np.savez(file, **arrays)
   with pytest.raises(EncodedVideoError) as raised:
-    encoded_video.load(file, model)
+    encoded_video.load_video(file, model)
   assert str(raised.value).startswith(f"{file} is no ") and len(str(raised.value)) < 1000
 
 
@@ -205,7 +212,7 @@ def test_pipes_and_devices_are_no_encoded_videos(model, tmp_path):
   os.mkfifo(tmp_path / "pipe.npz")
   for file in (tmp_path / "pipe.npz", "/dev/zero"):
     with pytest.raises(OSError, match="must be a file"):
-      encoded_video.load(file, model)
+      encoded_video.load_video(file, model)
 
 
 def test_files_of_earlier_versions_that_kept_no_frames_serve_all_but_other_phases(
@@ -215,5 +222,5 @@ def test_files_of_earlier_versions_that_kept_no_frames_serve_all_but_other_phase
     np.savez(
       tmp_path / "old.npz", **{name: array for name, array in archive.items() if name != "frames"}
     )
-  got = encoded_video.load(tmp_path / "old.npz", model)
+  got = encoded_video.load_video(tmp_path / "old.npz", model)
   assert list(got.features) == [0] and got.frames is None

@@ -110,7 +110,7 @@ def drawn(count=400, logits=LOGITS, seen=None, **how):
   sampling = Sampling(1, (), **how)
 
   def one(key):
-    return generate.choose(logits, seen, sampling, key)[0]
+    return generate.choose_tokens(logits, seen, sampling, key)[0]
 
   return np.bincount(jax.vmap(one)(jax.random.split(jax.random.key(0), count)), minlength=4) / count
 
@@ -138,7 +138,7 @@ def test_a_penalty_divides_positive_and_multiplies_negative_logits():
   logits = jnp.array([[2.0, 1.5, -1.0, -3.0]])
   seen = jnp.array([[True, False, True, False]])
   np.testing.assert_array_equal(
-    generate.choose(logits, seen, Sampling(1, (), repetition_penalty=2.0), None), [1]
+    generate.choose_tokens(logits, seen, Sampling(1, (), repetition_penalty=2.0), None), [1]
   )
 
 

@@ -58,7 +58,7 @@ def library(monkeypatch):
 
 
 def rule(kind, version, call, **changes):
-  return kernels.rule(
+  return kernels.kernel_rule(
     kernels.card_of(cards.gpu(kind)), version, dataclasses.replace(call, **changes)
   )
 
@@ -108,15 +108,18 @@ def test_few_rows_on_a_b200_are_not_split_by_their_keys():
   few = dataclasses.replace(CLIP, batch=1, heads=2, size=96, queries=1792, keys=1792)
   card = kernels.card_of(cards.gpu("b200"))
   assert (
-    kernels.choose(card, "0.0.12", few, lambda *_: True)
-    == kernels.choose(card, "0.0.13", few, lambda *_: True)
+    kernels.choose_kernel(card, "0.0.12", few, lambda *_: True)
+    == kernels.choose_kernel(card, "0.0.13", few, lambda *_: True)
     == "triton"
   )
   assert (
-    kernels.choose(card, "0.0.13", dataclasses.replace(few, batch=8), lambda *_: True) == "mosaic"
+    kernels.choose_kernel(card, "0.0.13", dataclasses.replace(few, batch=8), lambda *_: True)
+    == "mosaic"
   )
   assert (
-    kernels.choose(card, "0.0.13", dataclasses.replace(few, dtype="float32"), lambda *_: False)
+    kernels.choose_kernel(
+      card, "0.0.13", dataclasses.replace(few, dtype="float32"), lambda *_: False
+    )
     == "xla_chunked"
   )
 
@@ -124,7 +127,7 @@ def test_few_rows_on_a_b200_are_not_split_by_their_keys():
 def test_gpus_that_are_not_nvidias_get_no_kernel():
   card = kernels.card_of(cards.Device("rocm", "AMD Instinct MI300X", "gfx942"))
   assert card.platform == "gpu" and card.capability is None and card.bfloat16
-  assert kernels.rule(card, "0.0.12", CLIP) == "xla_chunked"
+  assert kernels.kernel_rule(card, "0.0.12", CLIP) == "xla_chunked"
 
 
 @pytest.mark.parametrize(
@@ -147,17 +150,17 @@ def test_what_no_rule_knows_is_tried(kind, version, of_card, of_call):
     return answers[kernel]
 
   tried = ["mosaic", "triton"] if (9, 0) <= card.capability < (11, 0) else ["triton"]
-  assert kernels.choose(card, version, call, compiles) == "triton" and asked == [
+  assert kernels.choose_kernel(card, version, call, compiles) == "triton" and asked == [
     (kernel, call) for kernel in tried
   ]
   answers["triton"] = False
-  assert kernels.choose(card, version, call, compiles) == "xla_chunked"
+  assert kernels.choose_kernel(card, version, call, compiles) == "xla_chunked"
   answers["mosaic"] = True
-  assert kernels.choose(card, version, call, compiles) == (
+  assert kernels.choose_kernel(card, version, call, compiles) == (
     "mosaic" if "mosaic" in tried else "xla_chunked"
   )
   assert (
-    kernels.choose(card, version, dataclasses.replace(call, dtype="float32"), compiles)
+    kernels.choose_kernel(card, version, dataclasses.replace(call, dtype="float32"), compiles)
     == "xla_chunked"
   )
 
@@ -286,7 +289,9 @@ def test_cudnn_has_what_it_can_say_and_no_more(monkeypatch, library):
       array(1100, 2, 64),
       array(1100, dtype=bool),
     )
-    assert kernels.taken(parts.sized(str(bench.RELEASED), "bfloat16", attention="cudnn")) == {
+    assert kernels.kernels_taken(
+      parts.sized(str(bench.RELEASED), "bfloat16", attention="cudnn")
+    ) == {
       "tower": "cudnn",
       "LLM": "mosaic of tokamax 0.0.12",
     }
@@ -774,7 +779,7 @@ def test_what_attention_runs_as_is_said_in_a_line(device, version, changes, said
   library(version)
   cfg = dataclasses.replace(parts.sized(str(bench.RELEASED), "bfloat16"), **changes)
   with absent.computing_on([device]):
-    line = kernels.describe(cfg, gradient=True)
+    line = kernels.describe_kernels(cfg, gradient=True)
   assert said in line and "\n" not in line and ("einsum" in line) == ("attention" not in changes)
 
 
@@ -799,10 +804,10 @@ def test_an_implementation_that_a_device_can_not_run_is_refused_before_any_work(
   library(version)
   with absent.computing_on([device]):
     for name in taken:
-      kernels.check(name, "bfloat16")
+      kernels.check_implementation(name, "bfloat16")
     for name in refused:
       with pytest.raises(ConfigError, match=f"attention '{name}' on {device.device_kind}: .*"):
-        kernels.check(name, "bfloat16")
+        kernels.check_implementation(name, "bfloat16")
 
 
 def test_a_kernel_without_float32_is_refused_in_it(library):
@@ -811,7 +816,7 @@ def test_a_kernel_without_float32_is_refused_in_it(library):
     absent.computing_on([cards.gpu("h100")]),
     pytest.raises(ConfigError, match="mosaic kernels have no float32"),
   ):
-    kernels.check("mosaic", "float32")
+    kernels.check_implementation("mosaic", "float32")
 
 
 def test_cards_compute_in_bfloat16_if_they_have_it():

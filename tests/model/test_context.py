@@ -93,7 +93,7 @@ def test_a_sample_over_two_devices_gives_the_loss_and_gradient_of_one(tiny, samp
     nnx.eval_shape(lambda: vlm.VLM(dataclasses.replace(cfg, remat=True), rngs=nnx.Rngs(0)))
   )
   mesh = make_mesh(SPLIT)
-  placed = steps.place(batch, mesh)
+  placed = steps.place_rows(batch, mesh)
   assert placed.visual.addressable_shards[0].data.shape[:2] == (1, 16)  # a row, half of its frames
   with jax.set_mesh(mesh):
     got = both()(jax.device_put(state, param_shardings(state, mesh)), placed)

@@ -71,7 +71,7 @@ def test_attention_compiles(kind, shape, gradient):
     )
     program = lowered.compile()
   call = kernels.Call(1, S, S, H, K, h, str(dtype), causal, "keys" if padded else None, gradient)
-  wanted = kernels.rule(card, kernels.library(), call)
+  wanted = kernels.kernel_rule(card, kernels.library(), call)
   assert kernels_in(program) == {wanted} - {"xla_chunked"}
   # Kernels keep nothing but copies of what they are given; XLA's own keeps more, and its gradient
   # all of a part's scores.
@@ -103,7 +103,7 @@ def test_attention_of_clips_by_cudnn_compiles(kind, slots, heads, size, gradient
   if gradient and slots % 2:  # which JAX refuses
     call = kernels.Call(2, slots, slots, heads, heads, size, "bfloat16", False, None, True)
     assert kernels_in(program) == {
-      kernels.rule(kernels.card_of(devices[0]), kernels.library(), call)
+      kernels.kernel_rule(kernels.card_of(devices[0]), kernels.library(), call)
     }
     return
   assert kernels_in(program) == {"cudnn"}
@@ -142,7 +142,7 @@ def test_attention_of_several_samples_in_a_row_compiles(kind, slots, devices, gr
   call = kernels.Call(
     1, slots // devices, slots, 12, 2, 128, str(dtype), devices == 1, "ranges", gradient
   )
-  wanted = kernels.rule(card, kernels.library(), call)
+  wanted = kernels.kernel_rule(card, kernels.library(), call)
   assert kernels_in(program) == {wanted} - {"xla_chunked"}
   # A mask of all rows and keys would be 277 MB at 16,640 slots; Triton's gradient has one of a
   # strip and all keys.
@@ -176,13 +176,13 @@ def test_the_rules_say_what_compiles(kind, dtype, size):
       absent.computing_on([device]),
       jax.default_matmul_precision("highest" if dtype == jnp.float32 else None),
     ):
-      wanted = kernels.rule(card, kernels.library(), call)
+      wanted = kernels.kernel_rule(card, kernels.library(), call)
       for mask in ("keys", "ranges"):
         assert wanted == "xla_chunked" or kernels.compiles(
           wanted, dataclasses.replace(call, mask=mask)
         )
       if (kind, gradient) != ("b200", True):  # where one that compiles, in a minute, is not taken
-        assert kernels.choose(card, "unknown", call, kernels.compiles) == wanted
+        assert kernels.choose_kernel(card, "unknown", call, kernels.compiles) == wanted
 
 
 def compiled(kind: str, name: str, mesh: MeshConfig, devices: int, frames: int, text: int):
@@ -196,9 +196,11 @@ def compiled(kind: str, name: str, mesh: MeshConfig, devices: int, frames: int, 
   made = programs.make(
     config, absent.gpus(kind, devices), layers=2, frames=frames, text=text, like=like
   )
-  ((_, shape),) = programs.asked(made, (name,))
+  ((_, shape),) = programs.asked_programs(made, (name,))
   with accounts.inside(made):
-    return programs.traced(made, programs.cut(made.full, 2, 16), name, shape)[0].lower().compile()
+    return (
+      programs.trace_program(made, programs.cut(made.full, 2, 16), name, shape)[0].lower().compile()
+    )
 
 
 @pytest.mark.parametrize("kind", CARDS)
@@ -210,7 +212,7 @@ def test_a_plan_says_what_a_card_has_to_do(kind):
   )
   said = []
   made = programs.make(config, f"{kind}:2", layers=1, frames=256, text=96)
-  prefill, scoring = plan.run(made, ("prefill", "round"), said.append)
+  prefill, scoring = plan.account_programs(made, ("prefill", "round"), said.append)
   assert (
     prefill["of"] == 28
     and prefill["hbm"] > 0

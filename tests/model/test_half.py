@@ -19,7 +19,7 @@ from xcomp_jax import predecode
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import COSINE, ConfigError, ModelConfig
 from xcomp_jax.config_io import from_command_line
-from xcomp_jax.data.decode_jobs import Settings
+from xcomp_jax.data.decode_jobs import FrameSettings
 from xcomp_jax.inference import encoded_video, generate, video_model
 from xcomp_jax.model import kernels, layers, token_merging, umt, vlm
 from xcomp_jax.model.attention import AttentionMask, attend, attend_first, question_scores
@@ -41,12 +41,12 @@ GREEDY = {"bfloat16": 36, "float16": 40}  # tokens of 40, at least
 
 def load(directory, dtype):
   """The recorded model."""
-  cfg = loading.read_config(
+  cfg = loading.read_vlm_config(
     directory,
     ModelConfig("checkpoint", "checkpoint", dtype, dtype, 1, "einsum", remat=False),
     COSINE,
   )
-  return loading.load(directory, cfg, dtype=dtype)
+  return loading.load_model(directory, cfg, dtype=dtype)
 
 
 def together(sources):
@@ -55,7 +55,7 @@ def together(sources):
 
 
 def test_how_often_token_merging_decides_otherwise(reference):
-  into, recorded = {}, parity.read(reference / "dev" / "vision.npz")
+  into, recorded = {}, parity.read_arrays(reference / "dev" / "vision.npz")
   run = jax.jit(lambda tower, clips: token_merging.sources(tower(clips), clips.shape[1] * 16, 4))
   for dtype in ("float32", *HALVES):
     tower, clips = load(reference / "dev", dtype).vision, in_clips(frames_of(recorded), recorded)
@@ -75,7 +75,7 @@ def test_how_often_token_merging_decides_otherwise(reference):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_how_often_greedy_decoding_decides_otherwise(reference, dtype):
   recorded, variants = (
-    parity.read(reference / "dev" / f"{name}.npz") for name in ("llm", "llm_variants")
+    parity.read_arrays(reference / "dev" / f"{name}.npz") for name in ("llm", "llm_variants")
   )
   prefix, text = map(len, parity.slot_of(recorded["input_ids"]))
   # float32 gives all of these (tests/parity/test_parity.py)
@@ -205,7 +205,7 @@ def test_numbers_that_float16_has_not_are_no_answer(tiny, monkeypatch):
     ConfigError,
     match=r"features of the tower left the range of float16.*65,504: take --dtype float32",
   ):
-    encoded_video.encode(model, frames, np.arange(8) / 8, 1.0, "it")
+    encoded_video.encode_video(model, frames, np.arange(8) / 8, 1.0, "it")
   kernels.check_finite(np.array([np.inf]), "logits", "float32")  # not looked at
   state = generate.State(
     jnp.full((1, 64), jnp.nan), (), jnp.int32(8), jnp.zeros((1, 64), bool), jnp.zeros(1, bool)
@@ -240,7 +240,7 @@ def test_cells_of_another_dtype_are_made_again(tmp_path, monkeypatch, capsys):
   for model in fits.MODELS:
     for job in fits.JOBS:
       cell = {
-        "stamp": fits.stamp(config),
+        "stamp": fits.cell_stamp(config),
         "job": job,
         "dtype": fits.computed_in((7, 5), job),
         "clips": 4,
@@ -248,7 +248,7 @@ def test_cells_of_another_dtype_are_made_again(tmp_path, monkeypatch, capsys):
         "programs": {"decode": {"temporaries": 1e9}},
       }
       (tmp_path / f"{fits.key((7, 5), model, job)}.json").write_text(json.dumps(cell))
-  assert fits.table(config, tmp_path, ["t4"]).splitlines()[1].split()[:5] == [
+  assert fits.fits_table(config, tmp_path, ["t4"]).splitlines()[1].split()[:5] == [
     "t4",
     "16",
     "2B",
@@ -262,7 +262,7 @@ def test_cells_of_another_dtype_are_made_again(tmp_path, monkeypatch, capsys):
     fits.concurrent.futures, "ProcessPoolExecutor", lambda *_: pytest.fail("made again")
   )
   with pytest.raises(pytest.fail.Exception, match="made again"):
-    fits.table(config, tmp_path, ["t4"])
+    fits.fits_table(config, tmp_path, ["t4"])
   assert "1 cells" in capsys.readouterr().err
 
 
@@ -271,11 +271,11 @@ def test_tpus_and_training_have_no_float16(tmp_path):
     absent.computing_on([cards.V5E]),
     pytest.raises(ConfigError, match=r"float16 on TPU v5 lite: .*take bfloat16"),
   ):
-    kernels.check("auto", "float16")
+    kernels.check_implementation("auto", "float16")
   with pytest.raises(
     ConfigError, match="attention 'xla_chunked' on cpu: xla_chunked has no float16 on CPUs"
   ):
-    kernels.check("xla_chunked", "float16")
+    kernels.check_implementation("xla_chunked", "float16")
   for name in ("dtype", "param_dtype"):
     config = from_command_line(
       [
@@ -288,7 +288,7 @@ def test_tpus_and_training_have_no_float16(tmp_path):
     with pytest.raises(
       ConfigError, match=f"config.model.{name} = 'float16': it is for asking.*loss scaling"
     ):
-      loop.run(config)
+      loop.train(config)
 
 
 def test_kernels_of_cards_take_it():
@@ -296,9 +296,9 @@ def test_kernels_of_cards_take_it():
     card = kernels.card_of(cards.gpu(kind))
     call = kernels.Call(1, 6272, 6272, 16, 16, 64, "bfloat16", False, None, gradient=False)
     half = dataclasses.replace(call, dtype="float16")
-    assert kernels.rule(card, "0.0.12", half) == kernels.rule(card, "0.0.12", call)
+    assert kernels.kernel_rule(card, "0.0.12", half) == kernels.kernel_rule(card, "0.0.12", call)
     with absent.computing_on([cards.gpu(kind)]):
-      kernels.check("auto", "float16")
+      kernels.check_implementation("auto", "float16")
     assert kernels.unusable("cudnn", card, "0.0.12", "float16") == kernels.unusable(
       "cudnn", card, "0.0.12", "bfloat16"
     )
@@ -312,29 +312,31 @@ def test_an_encoded_video_of_another_dtype_is_refused(tiny, tmp_path):
   def make(dtype):
     return vlm.VLM(tiny(dtype=dtype), rngs=nnx.Rngs(0))
 
-  video = encoded_video.encode(
+  video = encoded_video.encode_video(
     make("float16"), np.zeros((8, 48, 48, 3), np.uint8), np.arange(8) / 8, 1.0, "it"
   )
   assert video.features[0].dtype == np.float16 and video.identity.endswith("-float16")
-  encoded_video.save(video, tmp_path / "v.npz")
+  encoded_video.save_video(video, tmp_path / "v.npz")
   np.testing.assert_array_equal(
-    encoded_video.load(tmp_path / "v.npz", make("float16")).features[0], video.features[0]
+    encoded_video.load_video(tmp_path / "v.npz", make("float16")).features[0], video.features[0]
   )
   with pytest.raises(
     encoded_video.EncodedVideoError,
     match="was encoded in float16, and this is to be computed in bfloat16; give that --dtype",
   ):
-    encoded_video.load(tmp_path / "v.npz", make("bfloat16"))
+    encoded_video.load_video(tmp_path / "v.npz", make("bfloat16"))
 
 
 def test_a_store_of_features_says_that_it_was_computed_in_float16(reference):
   assets = str(reference.parents[1] / "assets" / "tiny")
   wide, half = (
-    predecode.load_tower(assets, Settings(48, 16, 8, 8.0, 8), 4, dtype=dtype)
+    predecode.load_tower(assets, FrameSettings(48, 16, 8, 8.0, 8), 4, dtype=dtype)
     for dtype in ("float32", "float16")
   )
   assert half.features == wide.features  # one tower; training takes both
   assert half.settings == wide.settings | {"computed_in": "float16"} and "float16" in half.about
   (made,) = half.encode(iter(np.zeros((1, 8, 48, 48, 3), np.uint8)))
   assert made.dtype == ml_dtypes.bfloat16 and np.isfinite(made.astype(np.float32)).all()
-  assert video_model.prepare(video_model.default(assets, dtype="float16")).cfg.dtype == "float16"
+  assert (
+    video_model.prepare_model(video_model.default(assets, dtype="float16")).cfg.dtype == "float16"
+  )

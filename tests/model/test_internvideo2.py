@@ -150,7 +150,7 @@ def test_clips_of_four_become_64_tokens_and_an_image_16(cfg):
 
   def shape(frames):
     return jax.eval_shape(
-      vlm.encode, model, jax.ShapeDtypeStruct((3, frames, 70, 70, 3), np.uint8)
+      vlm.encode_frames, model, jax.ShapeDtypeStruct((3, frames, 70, 70, 3), np.uint8)
     ).shape
 
   assert shape(4) == (3, 64, 32) and shape(1) == (3, 16, 32)
@@ -179,7 +179,7 @@ def checkpoint(tmp_path, monkeypatch):
   own = {"mm_vision_tower": "internvideo2", "mm_local_num_frames": 4, "tiny_vision": tower}
   monkeypatch.setattr(world, "MODEL", world.MODEL | own)
   monkeypatch.setattr("xcomp_jax.model.internvideo2.LAYER_SCALE", 0.5)
-  world.write_untrained(tmp_path / "init", 0, world.MODEL, world.words())
+  world.write_untrained(tmp_path / "init", 0, world.MODEL, world.world_words())
   return tmp_path / "init"
 
 
@@ -189,11 +189,11 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
 ):
   world.write_world(
     tmp_path / "world",
-    [world.Split("train", 8, 1, 2, 2), world.Split("heldout", 2, 2, 2, 2)],
+    [world.WorldSplit("train", 8, 1, 2, 2), world.WorldSplit("heldout", 2, 2, 2, 2)],
     seed=0,
     workers=1,
   )
-  settings = predecoding.Settings(
+  settings = predecoding.FrameSettings(
     image_size=70, max_frames=16, min_frames=8, fps=8.0, clip_frames=4
   )
   with pytest.raises(
@@ -234,7 +234,7 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
         *(f"--config.{k}={v}" for k, v in overrides.items()),
       ]
     )
-    loop.run(config)
+    loop.train(config)
     runs[name] = [
       float(loss)
       for loss in re.findall(r"^step \d/3  loss (\S+)", capsys.readouterr().out, re.MULTILINE)
@@ -257,11 +257,11 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
   )
   assert tensor_files.shapes(tmp_path / "torch") == tensor_files.shapes(checkpoint)
   before, after = (
-    loading.load(place, loading.read_config(place, saving.AS_IT_IS, saving.NOT_TUNED))
+    loading.load_model(place, loading.read_vlm_config(place, saving.AS_IT_IS, saving.NOT_TUNED))
     for place in (checkpoint, tmp_path / "torch")
   )
   assert loading.tower_identity(before) == loading.tower_identity(after)  # bit by bit as it was
-  assert loading.read_config(
+  assert loading.read_vlm_config(
     tmp_path / "torch", saving.AS_IT_IS, saving.NOT_TUNED
   ).llm.rope_scaling == loading.yarn_of(2.0, 64)
   assert not np.array_equal(before.llm.layers[0].q.kernel[...], after.llm.layers[0].q.kernel[...])

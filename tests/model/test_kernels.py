@@ -68,7 +68,7 @@ def towers():
     )
 
   def read(folder, frames):
-    return loading.read_config(
+    return loading.read_vlm_config(
       bench.RELEASED.parent / folder,
       ModelConfig(frames, None, "bfloat16", "bfloat16", 1, "auto", remat=False),
       COSINE,
@@ -145,8 +145,8 @@ def test_prefill_decoding_scores_and_gradients_are_those_by_einsum(kind, on):
   )
   batch.targets[1, -46:] = batch.targets[2, :15] = -100
   batch = jax.tree.map(jnp.asarray, batch)
-  setting = dataclasses.replace(qc_comp.setting("aligned", 64), layers=(0, 27))
-  plan = qc_comp.plan(112, 8, setting)
+  setting = dataclasses.replace(qc_comp.select_config("aligned", 64), layers=(0, 27))
+  plan = qc_comp.plan_rounds(112, 8, setting)
 
   def run(graph):
     watch, score = rounds.scoring(graph, plan, setting, 1)
@@ -154,7 +154,7 @@ def test_prefill_decoding_scores_and_gradients_are_those_by_einsum(kind, on):
     def programs(state):
       model = nnx.merge(graph, state)
       begun = generate.prefill(model, batch, room=4)
-      _, ended = generate.decode(model, begun, generate.Sampling(4, ()), 4)
+      _, ended = generate.decode_tokens(model, begun, generate.Sampling(4, ()), 4)
       loss, grads = jax.value_and_grad(
         lambda state: vlm.loss(nnx.merge(graph, state), batch).sum()
       )(state)

@@ -14,7 +14,7 @@ from flax import nnx
 from xcomp_jax import config, config_io
 from xcomp_jax.checkpoints import loading, saving
 from xcomp_jax.model import layers
-from xcomp_jax.model.qwen2 import Decoder, Lengths, run
+from xcomp_jax.model.qwen2 import Decoder, Lengths, run_layers
 
 QWEN = loading.yarn_of(4.0, 32768)
 
@@ -132,7 +132,7 @@ def test_a_decoder_with_yarn_is_another_one(tiny):
     )
     decoder = jax.jit(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))()
     return jax.jit(
-      lambda decoder, x: run(decoder, x, Lengths(one(2), one(1), one(2)), prefix=2, text=2).x
+      lambda decoder, x: run_layers(decoder, x, Lengths(one(2), one(1), one(2)), prefix=2, text=2).x
     )(decoder, x)
 
   plain = out(None)
@@ -177,9 +177,9 @@ def test_yarn_in_a_run_is_checked():
       config.ConfigError,
       match=r"config\.model\.yarn = .*: must be \(factor, positions trained on\)",
     ):
-      config.check(read(wrong))
+      config.check_run(read(wrong))
   run = read("(4.0, 32768)")
-  config.check(run)
+  config.check_run(run)
   assert run.model.yarn == (4.0, 32768.0)
   with pytest.raises(
     config.ConfigError, match=r"model\.yarn = 'on': expected .* 'checkpoint' or None"
@@ -192,7 +192,7 @@ def test_yarn_is_exported(reference, tmp_path, layout):
   source = w.tiny(tmp_path / "in", w.tiny_tensors(reference), rope_scaling=None)
   cfg = w.read_config(source, yarn=(4.0, 32768))
   save = saving.save_torch if layout == "torch" else saving.save_orbax
-  save(tmp_path / "out", loading.load(source, cfg), cfg, source)
+  save(tmp_path / "out", loading.load_model(source, cfg), cfg, source)
   written = json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]
   assert written == {
     "type": "yarn",
@@ -202,5 +202,5 @@ def test_yarn_is_exported(reference, tmp_path, layout):
   }
   assert w.read_config(tmp_path / "out") == cfg
   plain = w.read_config(tmp_path / "out", yarn=None)
-  save(tmp_path / "back", loading.load(tmp_path / "out", plain), plain, tmp_path / "out")
+  save(tmp_path / "back", loading.load_model(tmp_path / "out", plain), plain, tmp_path / "out")
   assert json.loads((tmp_path / "back" / "config.json").read_text())["rope_scaling"] is None

@@ -29,13 +29,13 @@ SETTING = {
 
 def setting(mode, frames=8, **changes):
   return dataclasses.replace(
-    qc_comp.setting(mode, frames),
+    qc_comp.select_config(mode, frames),
     **(SETTING | ({"window": 0} if mode == "global" else {}) | changes),
   )
 
 
 def test_official_rounds_are_those_of_the_release():
-  plan = qc_comp.plan(1024, 8, qc_comp.setting("official", 512))
+  plan = qc_comp.plan_rounds(1024, 8, qc_comp.select_config("official", 512))
   assert plan.starts.tolist() == [0, 512, 260, 772]
   assert (plan.frames, plan.unit, plan.windows.shape) == (576, 8, (17, 8))
   assert plan.windows[:, 0].tolist() == list(range(0, 65, 4))
@@ -50,13 +50,13 @@ def test_official_rounds_are_those_of_the_release():
     70,
     71,
   ]
-  eight = qc_comp.plan(2048, 4, qc_comp.setting("official", 512, repeat=8))
+  eight = qc_comp.plan_rounds(2048, 4, qc_comp.select_config("official", 512, repeat=8))
   assert len(eight.starts) == 32 and sorted({int(s) % 8 for s in eight.starts}) == list(range(8))
 
 
 def test_every_frame_counts_in_each_official_repetition():
   for frames, repeat in ((1024, 2), (2048, 2), (1536, 8)):
-    plan = qc_comp.plan(frames, 8, qc_comp.setting("official", 512, repeat))
+    plan = qc_comp.plan_rounds(frames, 8, qc_comp.select_config("official", 512, repeat))
     times = np.zeros(frames, int)
     for start in plan.starts:
       np.add.at(times, (start + np.flatnonzero(plan.counted.repeat(8))) % frames, 1)
@@ -67,7 +67,7 @@ def test_every_frame_counts_in_each_official_repetition():
 @pytest.mark.parametrize("frames", [8, 56, 64, 72, 128, 512, 520, 576, 584, 1024, 1032, 4096])
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_every_clip_is_in_a_window_of_whole_clips(mode, frames, repeat):
-  plan = qc_comp.plan(frames, 8, qc_comp.setting(mode, 8, repeat))
+  plan = qc_comp.plan_rounds(frames, 8, qc_comp.select_config(mode, 8, repeat))
   assert plan.counted.all() and not (plan.starts % 8).any()
   # nothing wraps around
   assert plan.starts.min() >= 0 and plan.starts.max() + plan.frames <= frames
@@ -80,9 +80,11 @@ def test_every_clip_is_in_a_window_of_whole_clips(mode, frames, repeat):
 
 
 def test_an_aligned_plan_of_1024_frames_has_two_rounds():
-  plan = qc_comp.plan(1024, 8, qc_comp.setting("aligned", 512))
+  plan = qc_comp.plan_rounds(1024, 8, qc_comp.select_config("aligned", 512))
   assert plan.starts.tolist() == [0, 448] and plan.frames == 576
-  assert qc_comp.plan(1024, 8, qc_comp.setting("aligned", 512, repeat=2)).starts.tolist() == [
+  assert qc_comp.plan_rounds(
+    1024, 8, qc_comp.select_config("aligned", 512, repeat=2)
+  ).starts.tolist() == [
     0,
     152,
     296,
@@ -108,7 +110,7 @@ def test_windows_cover_a_tail_only_if_asked():
 )
 def test_numbers_that_do_not_divide_are_named(mode, frames, clip, what):
   with pytest.raises(ConfigError, match=what):
-    qc_comp.plan(frames, clip, qc_comp.setting(mode, 8))
+    qc_comp.plan_rounds(frames, clip, qc_comp.select_config(mode, 8))
 
 
 @pytest.mark.parametrize(
@@ -116,18 +118,18 @@ def test_numbers_that_do_not_divide_are_named(mode, frames, clip, what):
 )
 def test_settings_that_mean_nothing_are_refused(mode, frames, repeat):
   with pytest.raises(ConfigError):
-    qc_comp.setting(mode, frames, repeat)
+    qc_comp.select_config(mode, frames, repeat)
 
 
 def test_frames_that_no_round_scores_are_named():
-  plan = qc_comp.Plan(np.array([0]), 16, 8, np.array([[0, 1]]), np.array([True, False]))
+  plan = qc_comp.RoundPlan(np.array([0]), 16, 8, np.array([[0, 1]]), np.array([True, False]))
   with pytest.raises(ConfigError, match="8 of 16 frames are in no window, first frame 8"):
     qc_comp.aggregate(plan, np.ones((1, 2, 1, 2)), 16)
 
 
 def test_scores_are_means_over_windows_and_rounds_and_a_sum_over_layers():
   # 8 frames, the second round wraps
-  plan = qc_comp.Plan(np.array([0, 4]), 6, 2, np.array([[0, 1], [1, 2]]), np.ones(3, bool))
+  plan = qc_comp.RoundPlan(np.array([0, 4]), 6, 2, np.array([[0, 1], [1, 2]]), np.ones(3, bool))
   scores = np.arange(16.0).reshape(2, 2, 2, 2)
   first = [[0, (1 + 2) / 2, 3], [4, (5 + 6) / 2, 7]]
   second = [[8, (9 + 10) / 2, 11], [12, (13 + 14) / 2, 15]]
@@ -202,7 +204,7 @@ def entering(llm, x, P, G, L):
   def one(n):
     return jnp.full((1, 1), n)
 
-  return qwen2.run(
+  return qwen2.run_layers(
     llm, x, Lengths(one(P), one(G), one(L)), prefix=P, text=L, entering=True
   ).entering
 
@@ -248,7 +250,7 @@ def oracle(
 )
 def test_scores_are_the_attention_of_a_full_map(model, mode, rows):
   video, asked, cfg = film(80), question(), setting(mode, rows=rows)
-  plan = qc_comp.plan(80, 4, cfg)
+  plan = qc_comp.plan_rounds(80, 4, cfg)
   got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
   layers = qc_comp.scored_layers(cfg, 4)
   assert got.shape == (len(plan.starts), len(layers), *plan.windows.shape)
@@ -266,9 +268,12 @@ def test_official_rounds_go_on_at_the_first_frame(model):
   """Clips of 4 frames in units of 8, and rounds that wrap around: scores are those of a full map
   over just these clips.
   """
-  cfg, asked = dataclasses.replace(qc_comp.setting("official", 8), **SETTING), question(length=40)
+  cfg, asked = (
+    dataclasses.replace(qc_comp.select_config("official", 8), **SETTING),
+    question(length=40),
+  )
   video = film(1024)
-  plan = qc_comp.plan(1024, 4, cfg)
+  plan = qc_comp.plan_rounds(1024, 4, cfg)
   got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
   last = int(np.flatnonzero(plan.starts + plan.frames > 1024)[0])
   layers = qc_comp.scored_layers(cfg, 4)
@@ -287,9 +292,9 @@ def test_questions_and_videos_of_few_lengths_compile_few_programs(tiny):
   cfg = setting("aligned")
   with Compilations("watch", "score") as compilations:
     for frames, length in ((84, 9), (88, 12), (96, 14)):  # 21 to 24 clips, texts of up to 16
-      chat.select(model, film(frames), [question(length=length)], cfg)
+      chat.select_frames(model, film(frames), [question(length=length)], cfg)
     assert compilations.count == {"watch": 1, "score": 1}
-    chat.select(model, film(500), [question(length=30)], cfg)
+    chat.select_frames(model, film(500), [question(length=30)], cfg)
   assert compilations.count == {"watch": 1, "score": 2}
 
 
@@ -300,12 +305,12 @@ def test_a_follow_up_is_scored_by_its_own_question_after_all_that_was_said(model
   """
   official = mode == "official"
   cfg = (
-    dataclasses.replace(qc_comp.setting("official", 8), **SETTING, bias=None)
+    dataclasses.replace(qc_comp.select_config("official", 8), **SETTING, bias=None)
     if official
     else setting(mode)
   )
   video, asked = film(1024 if official else 64), question(length=60, start=45)
-  plan = qc_comp.plan(len(video.times), 4, cfg)
+  plan = qc_comp.plan_rounds(len(video.times), 4, cfg)
   got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
   clips = plan.frames // 4
   inside = (plan.windows[0][:, None] * (plan.unit // 4) + np.arange(plan.unit // 4)).ravel()
@@ -330,8 +335,8 @@ def test_long_texts_score_in_pieces_as_in_one(model, causal, monkeypatch):
   """Two questions of other lengths, whose rows that ask lie in several parts."""
   video, cfg = film(40), setting("aligned", causal=causal)
   several = [question(length=60, start=21, seed=1), question(length=50, start=38, seed=2)]
-  asked = qc_comp.together([qc_comp.from_prompt(one, cfg) for one in several], 62)
-  plan, layers = qc_comp.plan(40, 4, cfg), qc_comp.scored_layers(cfg, 4)
+  asked = qc_comp.stack_questions([qc_comp.from_prompt(one, cfg) for one in several], 62)
+  plan, layers = qc_comp.plan_rounds(40, 4, cfg), qc_comp.scored_layers(cfg, 4)
   caches = chat._watch(
     model,
     video.features[0][None],
@@ -342,7 +347,7 @@ def test_long_texts_score_in_pieces_as_in_one(model, causal, monkeypatch):
 
   def score():
     return jax.jit(
-      lambda model: qc_comp.score(
+      lambda model: qc_comp.score_windows(
         model, caches, asked, plan.windows, layers=layers, causal=causal, prefix=5, units=10
       )
     )(model)
@@ -361,7 +366,7 @@ def test_long_texts_score_in_pieces_as_in_one(model, causal, monkeypatch):
 def test_without_a_causal_mask_all_shown_text_is_seen(model):
   video, asked = film(32), question()
   cfg = setting("aligned", causal=False)
-  got = chat.score_rounds(model, video, [asked], qc_comp.plan(32, 4, cfg), cfg)[0]
+  got = chat.score_rounds(model, video, [asked], qc_comp.plan_rounds(32, 4, cfg), cfg)[0]
   expected = oracle(model, video.features[0], asked, 3, range(8), causal=False)
   np.testing.assert_allclose(got[0, -1, 0], expected, rtol=2e-5)
 
@@ -372,7 +377,7 @@ def test_other_rules_of_keeping_are_scored_too(tiny, keep):
     tiny(clip_frames=4, lp_comp=LPCompConfig((8, 4, 2, 1), keep, 16)), rngs=nnx.Rngs(0)
   )
   video, asked, cfg = film(32), question(), setting("aligned")
-  got = chat.score_rounds(model, video, [asked], qc_comp.plan(32, 4, cfg), cfg)[0]
+  got = chat.score_rounds(model, video, [asked], qc_comp.plan_rounds(32, 4, cfg), cfg)[0]
   np.testing.assert_allclose(
     got[0, -1, 0], oracle(model, video.features[0], asked, 3, range(8)), rtol=2e-5
   )
@@ -383,16 +388,16 @@ def test_attention_ranked_keeping_is_refused(tiny):
     tiny(clip_frames=4, lp_comp=LPCompConfig("cosine", "attention", 16)), rngs=nnx.Rngs(0)
   )
   with pytest.raises(ConfigError, match="attention"):
-    chat.select(model, film(32), [question()], setting("aligned"))
+    chat.select_frames(model, film(32), [question()], setting("aligned"))
 
 
 @pytest.mark.parametrize("mode", ["aligned", "local", "global"])
 def test_a_later_question_scores_as_a_fresh_one(model, mode):
   video, cfg, rounds = film(96), setting(mode), {}
-  chat.select(model, video, [question(seed=1)], cfg, rounds=rounds)
+  chat.select_frames(model, video, [question(seed=1)], cfg, rounds=rounds)
   kept = dict(rounds)
-  later = chat.select(model, video, [question(length=20, seed=2)], cfg, rounds=rounds)[0]
-  fresh = chat.select(model, video, [question(length=20, seed=2)], cfg)[0]
+  later = chat.select_frames(model, video, [question(length=20, seed=2)], cfg, rounds=rounds)[0]
+  fresh = chat.select_frames(model, video, [question(length=20, seed=2)], cfg)[0]
   # none was run again
   assert kept and rounds.keys() == kept.keys() and all(rounds[key] is kept[key] for key in kept)
   np.testing.assert_array_equal(later.scores, fresh.scores)
@@ -401,7 +406,7 @@ def test_a_later_question_scores_as_a_fresh_one(model, mode):
 
 def test_padding_of_text_and_clips_changes_no_score(model):
   video, asked, cfg = film(40), question(), setting("aligned")  # 10 clips, padded to 16
-  plan = qc_comp.plan(40, 4, cfg)
+  plan = qc_comp.plan_rounds(40, 4, cfg)
   got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
   layers = qc_comp.scored_layers(cfg, 4)
   caches = chat._watch(
@@ -415,7 +420,7 @@ def test_padding_of_text_and_clips_changes_no_score(model):
   exact = chat._score(
     model,
     caches,
-    qc_comp.together([text]),
+    qc_comp.stack_questions([text]),
     jnp.asarray(plan.windows),
     layers=layers,
     causal=True,
@@ -431,7 +436,8 @@ def test_local_windows_do_not_depend_on_the_rest_of_the_video(model):
   other = dataclasses.replace(video, features={0: video.features[0].copy()})
   other.features[0][16:] += 1
   a, b = (
-    chat.score_rounds(model, v, [asked], qc_comp.plan(96, 4, cfg), cfg)[0] for v in (video, other)
+    chat.score_rounds(model, v, [asked], qc_comp.plan_rounds(96, 4, cfg), cfg)[0]
+    for v in (video, other)
   )
   np.testing.assert_array_equal(a[:3], b[:3])  # frames 0 to 64
   assert np.abs(a[3:] - b[3:]).max() > 0
@@ -460,26 +466,30 @@ def test_the_token_before_the_answer_can_score_instead():
       asked.valid
     ).tolist() == list(range(15))
   with pytest.raises(ConfigError, match=r"select\.rows = 'all': known are question, answer"):
-    qc_comp.setting("aligned", 8, rows="all")
+    qc_comp.select_config("aligned", 8, rows="all")
 
 
 def test_nothing_is_selected_where_all_frames_may_stay(model):
-  got = chat.select(model, film(32), [question()], setting("aligned", frames=32))[0]
+  got = chat.select_frames(model, film(32), [question()], setting("aligned", frames=32))[0]
   assert (
     got.scores is None
     and got.frames.tolist() == list(range(32))
     and "nothing is selected" in got.note
   )
-  assert chat.select(model, film(32), [question()], None)[0].frames.tolist() == list(range(32))
+  assert chat.select_frames(model, film(32), [question()], None)[0].frames.tolist() == list(
+    range(32)
+  )
   assert (
     "1024 frames or more"
-    in chat.select(model, film(32), [question()], qc_comp.setting("official", 8))[0].note
+    in chat.select_frames(model, film(32), [question()], qc_comp.select_config("official", 8))[
+      0
+    ].note
   )
 
 
 def test_a_count_that_is_no_multiple_of_a_clip_keeps_whole_clips(model):
   for mode in ("aligned", "local"):
-    got = chat.select(model, film(96), [question()], setting(mode, frames=1))[0]
+    got = chat.select_frames(model, film(96), [question()], setting(mode, frames=1))[0]
     assert len(got.frames) == 4 and got.frames[0] % 4 == 0
     best = got.scores.argmax()
     assert best in got.frames
@@ -487,19 +497,21 @@ def test_a_count_that_is_no_multiple_of_a_clip_keeps_whole_clips(model):
 
 def test_official_selection_names_what_its_tower_takes(model):
   with pytest.raises(ConfigError, match="clips of 4, which 2 are no multiple"):
-    chat.select(model, film(1024), [question(length=40)], qc_comp.setting("official", 2))
+    chat.select_frames(
+      model, film(1024), [question(length=40)], qc_comp.select_config("official", 2)
+    )
 
 
 def test_official_rounds_read_the_phase_they_start_in(model):
   """Clips that start at another frame have other features; with repeat 4 rounds start at frames 0,
   2, 4, 6 of a clip.
   """
-  cfg = dataclasses.replace(qc_comp.setting("official", 8, repeat=4))
+  cfg = dataclasses.replace(qc_comp.select_config("official", 8, repeat=4))
   assert chat.phases(1024, 4, cfg) == (0, 2)
   video = film(1024, phases=(0, 2))
   other = dataclasses.replace(video, features={0: video.features[0], 2: video.features[2] + 1})
   asked = question(length=40)
-  plan = qc_comp.plan(1024, 4, cfg)
+  plan = qc_comp.plan_rounds(1024, 4, cfg)
   a, b = (chat.score_rounds(model, v, [asked], plan, cfg)[0] for v in (video, other))
   changed = [bool(np.abs(x - y).max() > 0) for x, y in zip(a, b, strict=True)]
   assert changed == [bool(start % 4) for start in plan.starts] and sorted(set(plan.starts % 4)) == [
@@ -513,14 +525,15 @@ def test_selected_clips_are_taken_and_torn_ones_encoded_again(model):
   frames = rng.integers(0, 256, (16, 48, 48, 3)).astype(np.uint8)
   video = dataclasses.replace(film(16), frames=frames)
   np.testing.assert_array_equal(
-    chat.selected(model, video, np.arange(4, 12)), video.features[0][1:3]
+    chat.selected_features(model, video, np.arange(4, 12)), video.features[0][1:3]
   )
   torn, done = np.array([0, 1, 2, 5, 6, 7, 8, 9]), []
-  expected = vlm.encode(model, jnp.asarray(frames[torn].reshape(2, 4, 48, 48, 3)))
-  got = chat.selected(model, video, torn, lambda *a: done.append(a))
+  expected = vlm.encode_frames(model, jnp.asarray(frames[torn].reshape(2, 4, 48, 48, 3)))
+  got = chat.selected_features(model, video, torn, lambda *a: done.append(a))
   np.testing.assert_allclose(got, expected, atol=2e-5)
   assert done == [(1, 2), (2, 2)]
   video.features[2] = video.features[0] + 1
   np.testing.assert_array_equal(
-    chat.selected(model, video, np.array([0, 1, 2, 3, 6, 7, 8, 9]))[1], video.features[2][1]
+    chat.selected_features(model, video, np.array([0, 1, 2, 3, 6, 7, 8, 9]))[1],
+    video.features[2][1],
   )

@@ -101,7 +101,7 @@ def test_a_packed_sample_gives_the_loss_and_gradient_that_it_gives_alone(alone, 
   with jax.set_mesh(made):
     placed = jax.device_put(state, param_shardings(state, made))
     (_, losses), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(
-      placed, steps.place(batch, made)
+      placed, steps.place_rows(batch, made)
     )
   got = by_sample(losses, batch)
   assert got.keys() == found.keys()
@@ -162,7 +162,7 @@ def test_what_is_beside_a_sample_changes_nothing_bit_by_bit(model, examples):
 
 
 def test_evaluation_of_packed_samples_is_that_of_each_alone(model, examples):
-  run = jax.jit(vlm.evaluate)
+  run = jax.jit(vlm.heldout_measures)
   batch = packed(examples, [(0, 3, 1), (2,), (4, 5, 6)])
   losses, correct = (by_sample(values, batch) for values in run(model, batch))
   for e in examples:

@@ -121,7 +121,7 @@ def test_memory_of_encoding_does_not_grow_with_the_frames(tiny):
     return jax.ShapeDtypeStruct((n, 8, 48, 48, 3), np.uint8)
 
   compiled = [
-    jax.jit(vlm.encode).lower(model, frames(n)).compile().memory_analysis() for n in (4, 16)
+    jax.jit(vlm.encode_frames).lower(model, frames(n)).compile().memory_analysis() for n in (4, 16)
   ]
   assert compiled[1].output_size_in_bytes == 4 * compiled[0].output_size_in_bytes
   assert compiled[0].temp_size_in_bytes == compiled[1].temp_size_in_bytes > 0

@@ -8,7 +8,7 @@ from flax import nnx
 from packed import one_each
 
 from xcomp_jax.config import LPCompConfig, MeshConfig
-from xcomp_jax.data.batch import Batch, Clips, Shape, batch_spec, fake_batch, split
+from xcomp_jax.data.batch import Batch, Clips, Shape, batch_spec, fake_batch, split_text
 from xcomp_jax.model import vlm
 from xcomp_jax.model.qwen2 import Lengths
 from xcomp_jax.parallel.mesh import make_mesh
@@ -29,7 +29,7 @@ def close(got, want):
 
 def alone(example):
   """A batch of one sample, without padding."""
-  return one_each([example], example.frames, *split(example))
+  return one_each([example], example.frames, *split_text(example))
 
 
 ALL, ONE = slice(3), slice(1, 2)  # samples; each alone is a program to compile
@@ -88,7 +88,7 @@ def test_a_clip_chunk_of_any_size_gives_the_same_features(tiny):
   features = []
   for size in (1, 2, 8):
     model = vlm.VLM(tiny(clips_per_chunk=size), rngs=nnx.Rngs(0))
-    features.append(jax.jit(vlm.encode)(model, frames))
+    features.append(jax.jit(vlm.encode_frames)(model, frames))
   close(features[1], features[0])
   close(features[2], features[0])
 
@@ -105,7 +105,7 @@ def test_clips_fill_the_rows_that_they_are_of(tiny):
   got = jax.jit(vlm.seen)(model, batch, (videos, images)).visual
 
   def alone(frames):
-    return jax.jit(vlm.encode)(model, frames[None])[0].reshape(-1, 16, 32)
+    return jax.jit(vlm.encode_frames)(model, frames[None])[0].reshape(-1, 16, 32)
 
   close(got[0, 9:17], alone(videos.frames[0, 0]))
   close(got[0, :8], alone(videos.frames[0, 1]))
@@ -159,14 +159,16 @@ def test_projector_gets_no_gradient_from_long_samples_on_request(tiny, mixed):  
 def test_evaluate_counts_greedy_first_tokens(tiny, mixed):
   model = vlm.VLM(tiny(), rngs=nnx.Rngs(0))
   batch = alone(mixed[0])
-  _, wrong = jax.jit(vlm.evaluate)(model, batch)
+  _, wrong = jax.jit(vlm.heldout_measures)(model, batch)
   logits = model.llm.logits(jax.jit(vlm.forward)(model, batch).x)
   row = int(np.flatnonzero(batch.query[0])[0])
   best = int(jnp.argmax(logits[0, -batch.text.shape[1] + row]))
   targets = batch.targets.copy()
   assert wrong[0, 0] == (targets[0, 4 + row] == best)
   targets[0, 4 + row] = best
-  assert jax.jit(vlm.evaluate)(model, dataclasses.replace(batch, targets=targets))[1][0, 0] == 1
+  assert (
+    jax.jit(vlm.heldout_measures)(model, dataclasses.replace(batch, targets=targets))[1][0, 0] == 1
+  )
 
 
 def test_parameters_are_a_tree_per_layer(tiny):
@@ -211,7 +213,7 @@ def test_losses_in_chunks_are_those_of_all_logits(tiny, sample, monkeypatch, row
     def total(state):
       return (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([[1.0], [2.0]])).sum()
 
-    return jax.value_and_grad(total)(state), vlm.evaluate(nnx.merge(graph, state), batch)
+    return jax.value_and_grad(total)(state), vlm.heldout_measures(nnx.merge(graph, state), batch)
 
   whole = jax.jit(run)(state, batch)
   monkeypatch.setattr(vlm, "LOGIT_ROWS", rows)

@@ -21,7 +21,7 @@ from xcomp_jax.parallel.mesh import (
   parameter_spec,
   parameter_table,
   path_name,
-  split,
+  split_axes,
   visual_sharding,
 )
 
@@ -176,7 +176,7 @@ def test_two_axes_on_the_same_mesh_axis_are_refused_by_name(mesh):
     jax.set_mesh(mesh),
     pytest.raises(ValueError, match="heads and mlp would both be split over mesh axis tensor"),
   ):
-    split((None, "heads", "mlp"), (1, 8, 8))
+    split_axes((None, "heads", "mlp"), (1, 8, 8))
   with pytest.raises(ValueError, match="batch and embed would both be split over mesh axis fsdp"):
     with jax.set_mesh(mesh):
       jax.jit(lambda x: constrain(x, "batch", "embed"))(jnp.zeros((8, 8)))

@@ -50,16 +50,16 @@ def one_of_two(port, number, config, out, order):
   """
   jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
   noted, local, result, said = [], [], None, None
-  place = note_batches(loop.place, noted)
+  place = note_batches(loop.place_rows, noted)
   if order:
     loop.make_mesh = lambda mesh, _: Mesh(
       np.array(jax.devices())[list(map(int, order))].reshape(1, -1, 1, 1),
       AXES,
       axis_types=(AxisType.Auto,) * 4,
     )
-  loop.place = lambda batch, mesh: (local.append(batch.index.size), place(batch, mesh))[1]
+  loop.place_rows = lambda batch, mesh: (local.append(batch.index.size), place(batch, mesh))[1]
   try:
-    result = loop.run(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
+    result = loop.train(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
   except ValueError as error:
     said = str(error)
   pathlib.Path(out).write_text(
@@ -106,13 +106,13 @@ def test_two_processes_go_on_with_a_run_of_one(
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 1, "tensor": 1} | {axis: 2}, **data)
   noted, losses, original = [], [], loop.metrics.line
   monkeypatch.setattr(loop, "devices", lambda: jax.devices()[:2])
-  monkeypatch.setattr(loop, "place", note_batches(loop.place, noted))
+  monkeypatch.setattr(loop, "place_rows", note_batches(loop.place_rows, noted))
   monkeypatch.setattr(
     loop.metrics,
     "line",
     lambda step, *rest: (losses.append(rest[1]["loss"]), original(step, *rest))[1],
   )
-  assert loop.run(config)["step"] == 4
+  assert loop.train(config)["step"] == 4
   shutil.copytree(tmp_path / "one", tmp_path / "two")
   shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
   ways = two(
@@ -135,8 +135,8 @@ def test_rows_scattered_over_the_hosts_are_the_same_samples_and_losses(
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 4, "tensor": 1})
   noted = []
   monkeypatch.setattr(loop, "devices", lambda: jax.devices()[:4])
-  monkeypatch.setattr(loop, "place", note_batches(loop.place, noted))
-  alone = loop.run(config)
+  monkeypatch.setattr(loop, "place_rows", note_batches(loop.place_rows, noted))
+  alone = loop.train(config)
   # As a ring lies on a torus: the first host has the first and the last row, or every other one.
   for order in ("0231", "0213"):
     config = dataclasses.replace(config, workdir=str(tmp_path / order))

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from xcomp_jax.config import LPCompConfig
 from xcomp_jax.parity import parity, tower
-from xcomp_jax.parity.comparison import ParityError, compare, show
+from xcomp_jax.parity.comparison import ParityError, compare_arrays, comparison_table
 
 TENSORS = "model.vision_tower.vision_tower"
 # Every stage of the command; `python -m xcomp_jax.parity` on the whole directory compares more
@@ -75,7 +75,9 @@ def checked(reference, target, *recorded):
   others = {f.name for f in (reference / "dev").glob("*.npz")} - {
     f"{name}.npz" for name in recorded
   }
-  return {row.stage: row for row in parity.check(linked(reference / "dev", target, *others))}
+  return {
+    row.stage: row for row in parity.compare_directory(linked(reference / "dev", target, *others))
+  }
 
 
 @pytest.mark.slow
@@ -103,7 +105,7 @@ def test_stage_equals_the_official_code(rows, stage):
 def test_nothing_fails_and_all_gradient_norms_are_compared(rows):
   assert not [row for row in rows.values() if row.result == "FAIL"]
   assert rows["gradient norms"].arrays == 342
-  assert "0 fail" in show(list(rows.values()))
+  assert "0 fail" in comparison_table(list(rows.values()))
 
 
 TOWER = ("first positions", "tower", "tower, image")
@@ -132,7 +134,7 @@ def internvideo2(reference, target, name="dev", **changes):
 def test_internvideo2_equals_the_official_tower(reference, tmp_path, name):
   rows = {
     row.stage: row
-    for row in parity.check(internvideo2(reference, tmp_path / "some", name))
+    for row in parity.compare_directory(internvideo2(reference, tmp_path / "some", name))
     if row.arrays
   }
   assert list(rows) == [f"some {name}".rstrip() + f": {stage}" for stage in TOWER]
@@ -244,17 +246,19 @@ def test_bad_directories_are_named(directory, tmp_path, capsys):
 
 def test_compare_takes_the_array_nearest_to_failing():
   recorded = {"a": np.zeros(3), "b": np.full(3, 100.0), "other": np.ones(1)}
-  row = compare(
+  row = compare_arrays(
     "s", {"a": np.full(3, 4e-5), "b": np.full(3, 100 + 3e-5), "mine": 0}, recorded, 5e-5
   )
   assert (row.arrays, row.worst, row.result) == (2, "a", "pass")
-  row = compare("s", {"a": np.full(3, 6e-5), "b": np.full(3, 100 + 6e-3)}, recorded, 5e-5, 1e-4)
+  row = compare_arrays(
+    "s", {"a": np.full(3, 6e-5), "b": np.full(3, 100 + 6e-3)}, recorded, 5e-5, 1e-4
+  )
   assert (row.worst, row.result) == ("a", "FAIL")
 
 
 @pytest.mark.parametrize("ours", [np.zeros(4), np.full(3, np.nan), np.array([0, 0, 1])])
 def test_compare_fails_on_shape_nan_and_integers(ours):
-  assert compare("s", {"a": ours}, {"a": np.zeros(3, int)}).result == "FAIL"
+  assert compare_arrays("s", {"a": ours}, {"a": np.zeros(3, int)}).result == "FAIL"
 
 
 def test_only_ties_may_be_ordered_differently():
@@ -282,7 +286,7 @@ def test_chosen_frames_are_those_of_the_official_readers(reference, tmp_path, ca
   assert len(recorded) == 24
   (tmp_path / "cuts.json").write_text(json.dumps(recorded))
   (tmp_path / "other.json").write_text('{"duration": 3}')
-  rows = {row.stage: row for row in parity.check(tmp_path) if row.arrays}
+  rows = {row.stage: row for row in parity.compare_directory(tmp_path) if row.arrays}
   assert {stage: row.arrays for stage, row in rows.items()} == {
     "cuts.json: frames, train": 16,
     "cuts.json: frames, ask": 16,
@@ -308,4 +312,4 @@ def test_chosen_frames_are_those_of_the_official_readers(reference, tmp_path, ca
   with pytest.raises(
     ParityError, match=r"mine\.json, case 3 is not as VECTORS\.md says: KeyError\('path'\)"
   ):
-    parity.check(tmp_path / "mine.json")
+    parity.compare_directory(tmp_path / "mine.json")

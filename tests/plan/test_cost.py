@@ -224,12 +224,12 @@ def test_devices_have_their_share_of_a_chip_and_the_links_that_there_are(
 
 def test_time_is_the_largest_and_unknown_devices_have_none():
   device = device_of(chips("TPU v5 lite", 2, 2, 1))
-  assert roofline.seconds(device, 197e12, 819e9 / 2, 1e9) == {
+  assert roofline.least_seconds(device, 197e12, 819e9 / 2, 1e9) == {
     "compute": 1.0,
     "memory": 0.5,
     "links": 0.01,
   }
-  assert roofline.seconds(device_of(jax.devices()), 1e12, 1e9, 0) == {}
+  assert roofline.least_seconds(device_of(jax.devices()), 1e12, 1e9, 0) == {}
 
 
 def test_what_attention_gave_is_not_computed_again_for_the_gradient(tiny, monkeypatch):

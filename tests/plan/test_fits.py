@@ -22,7 +22,7 @@ CELL = {
 
 def test_a_device_is_found_by_its_whole_name():
   def found(kind):
-    return (chip := chips.find(kind)) and chip.name
+    return (chip := chips.find_chip(kind)) and chip.name
 
   # another chip, 16 GB
   assert (
@@ -50,7 +50,7 @@ def test_a_device_is_found_by_its_whole_name():
   ]
   assert chips.named("A100") is chips.named("a100-80") and chips.named("v5p").ring == 4
   for chip in chips.CHIPS:
-    assert chip.gpu is None or chips.find(chip.gpu.model) is chip
+    assert chip.gpu is None or chips.find_chip(chip.gpu.model) is chip
     assert (
       metrics.peak_flops(chip.gpu.model if chip.gpu else chip.kind) == chip.flops > chip.flops32
     )
@@ -96,31 +96,31 @@ def test_a_topology_of_gpus_that_is_none_is_refused(name, words):
 
 
 def test_state_is_shared_and_the_rest_is_not():
-  assert fits.needed(CELL, 8) == 16e9 and fits.needed(CELL, 16) == 11e9
+  assert fits.bytes_per_card(CELL, 8) == 16e9 and fits.bytes_per_card(CELL, 16) == 11e9
   # the optimizer's step: all that it makes is of the state's size
-  assert fits.needed(CELL, 1) == 88e9
+  assert fits.bytes_per_card(CELL, 1) == 88e9
   assert (
-    fits.answer(chips.named("h100"), [CELL]) == "2 cards, 46.0 GB"
-    and fits.answer(chips.named("b200"), [CELL]) == "88.0 GB"
+    fits.verdict(chips.named("h100"), [CELL]) == "2 cards, 46.0 GB"
+    and fits.verdict(chips.named("b200"), [CELL]) == "88.0 GB"
   )
-  assert fits.answer(chips.named("l4"), [CELL]) == "8 cards, 16.0 GB"
-  assert fits.answer(chips.named("t4"), [CELL]) == "16 cards, 11.0 GB"
+  assert fits.verdict(chips.named("l4"), [CELL]) == "8 cards, 16.0 GB"
+  assert fits.verdict(chips.named("t4"), [CELL]) == "16 cards, 11.0 GB"
 
   def tower(size):
     return CELL | {"job": "SCT on frames", "programs": {"tower": {"temporaries": size}}}
 
-  assert fits.answer(chips.named("l4"), [CELL, tower(13e9)]) == "8 cards, 16.0 GB"
-  assert fits.answer(chips.named("l4"), [CELL, tower(17e9)]) == "8 cards, 17.0 GB"
-  assert fits.answer(chips.named("t4"), [CELL, tower(17e9)]) == "no: 17.0 GB on each of 32 cards"
+  assert fits.verdict(chips.named("l4"), [CELL, tower(13e9)]) == "8 cards, 16.0 GB"
+  assert fits.verdict(chips.named("l4"), [CELL, tower(17e9)]) == "8 cards, 17.0 GB"
+  assert fits.verdict(chips.named("t4"), [CELL, tower(17e9)]) == "no: 17.0 GB on each of 32 cards"
 
   def alone(size):
     return CELL | {"job": "ask 256", "cards": 1, "programs": {"decode": {"temporaries": size}}}
 
   assert (
-    fits.answer(chips.named("t4"), [alone(16e9)]) == "no: 16.0 GB"
-    and fits.answer(chips.named("a100-40"), [alone(16e9)]) == "16.0 GB"
+    fits.verdict(chips.named("t4"), [alone(16e9)]) == "no: 16.0 GB"
+    and fits.verdict(chips.named("a100-40"), [alone(16e9)]) == "16.0 GB"
   )
-  assert fits.answer(chips.named("l4"), [alone(20e9)]) == "20.0 GB*"
+  assert fits.verdict(chips.named("l4"), [alone(20e9)]) == "20.0 GB*"
 
 
 def test_the_table_is_made_of_cells_that_are_there(tmp_path, monkeypatch, capsys):
@@ -128,14 +128,14 @@ def test_the_table_is_made_of_cells_that_are_there(tmp_path, monkeypatch, capsys
   for model in fits.MODELS:
     for job in fits.JOBS:
       cell = CELL | {
-        "stamp": fits.stamp(config),
+        "stamp": fits.cell_stamp(config),
         "job": job,
         "dtype": "bfloat16",
         "clips": 4,
         "cards": 8 if job in fits.TUNE else 1,
       }
       (tmp_path / f"{fits.key((8, 9), model, job)}.json").write_text(json.dumps(cell))
-  out = fits.table(config, tmp_path, ["l4", "rtx4090"]).splitlines()
+  out = fits.fits_table(config, tmp_path, ["l4", "rtx4090"]).splitlines()
   assert [line.split()[:5] for line in out[1:5]] == [
     [card, size, model, "bfloat16", "4"]
     for card, size in (("l4", "24"), ("rtx4090", "25"))
@@ -149,21 +149,21 @@ def test_the_table_is_made_of_cells_that_are_there(tmp_path, monkeypatch, capsys
   )
   # cells of another config are not believed
   with pytest.raises(pytest.fail.Exception, match="made again"):
-    fits.table(other, tmp_path, ["l4"])
+    fits.fits_table(other, tmp_path, ["l4"])
   # nor are damaged ones
   for text in (
     "",
     '{"stamp":',
     "[1, 2]",
-    json.dumps({"stamp": fits.stamp(config)}),
+    json.dumps({"stamp": fits.cell_stamp(config)}),
   ):
     (tmp_path / f"{fits.key((8, 9), '7B', 'ask 256')}.json").write_text(text)
     with pytest.raises(pytest.fail.Exception, match="made again"):
-      fits.table(config, tmp_path, ["l4"])
+      fits.fits_table(config, tmp_path, ["l4"])
     assert "1 cells in" in capsys.readouterr().err.splitlines()[-1]
   (tmp_path / "file").write_text("")
   with pytest.raises(ConfigError, match=r"this is, or lies in, a file"):
-    fits.table(config, tmp_path / "file" / "cells", ["l4"])
+    fits.fits_table(config, tmp_path / "file" / "cells", ["l4"])
 
 
 @pytest.mark.parametrize("name", chips.SHARES)

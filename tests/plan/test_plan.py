@@ -37,7 +37,7 @@ def small(tiny_run, tmp_path_factory):
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="einsum"))
   made = programs.make(config, None)
   said = []
-  return made, plan.run(made, programs.NAMES, said.append), "\n".join(said)
+  return made, plan.account_programs(made, programs.NAMES, said.append), "\n".join(said)
 
 
 def row_of(rows, name):
@@ -78,7 +78,7 @@ def test_memory_is_what_a_run_allocates(small):
     tower = functions.tower(state)
     clips = steps.place_clips(np.zeros((8 * 2, 4, 48, 48, 3), np.uint8), made.mesh)
   spec = programs.batch_of(made, made.full, made.shapes[0])
-  batch = steps.place(fake_batch(spec, made.full.llm.vocab_size), made.mesh)
+  batch = steps.place_rows(fake_batch(spec, made.full.llm.vocab_size), made.mesh)
   memory = row_of(rows, "gradient")["memory"]
   assert memory["parameters"] == here((state.trained, state.frozen))
   assert memory["optimizer state"] == here(state.opt) and memory["gradients"] == here(sums)
@@ -96,7 +96,7 @@ def test_features_of_a_whole_step_wait_for_their_micro_batches(small):
   made, _, _ = small
   longer = dataclasses.replace(made, steps=[*made.steps, made.steps[0] * 3])
   assert programs.waiting(longer, made.full) == 3 * programs.waiting(made, made.full)
-  _, _, beside = programs.traced(longer, made.full, "gradient", made.shapes[0])
+  _, _, beside = programs.trace_program(longer, made.full, "gradient", made.shapes[0])
   assert beside["other batches"] == programs.waiting(longer, made.full)
 
 
@@ -115,7 +115,7 @@ def test_operations_are_those_of_the_step_that_runs(small):
 def test_what_a_program_is_given_has_the_size_that_the_compiler_sees(small, name):
   made, _, _ = small
   with accounts.inside(made):
-    traced, given, _ = programs.traced(made, made.full, name, None)
+    traced, given, _ = programs.trace_program(made, made.full, name, None)
     compiled = traced.lower().compile()
   assert compiled.memory_analysis().argument_size_in_bytes == sum(given.values())
 
@@ -123,8 +123,8 @@ def test_what_a_program_is_given_has_the_size_that_the_compiler_sees(small, name
 def test_a_tower_that_is_trained_is_a_part_of_the_gradient(tiny_run, tmp_path):
   made = programs.make(tiny_run(tmp_path, train={"vision": True}), None)
   with accounts.inside(made):
-    program, given, beside = programs.traced(made, made.full, "gradient", made.shapes[0])
-    frozen = programs.traced(
+    program, given, beside = programs.trace_program(made, made.full, "gradient", made.shapes[0])
+    frozen = programs.trace_program(
       programs.make(tiny_run(tmp_path), None), made.full, "gradient", made.shapes[0]
     )
     computed = accounts.executed_flops(made.full, program.jaxpr).total
@@ -147,15 +147,15 @@ def test_fewer_layers_give_state_and_operations_of_all_and_say_that_the_rest_is_
   assert b["memory"]["temporaries"] == pytest.approx(a["memory"]["temporaries"], rel=0.5)
   sent = [sum(size for _, size in row["collectives"].values()) for row in (a, b)]
   assert sent[1] == pytest.approx(sent[0], rel=0.5)
-  assert "EXTRAPOLATED to 2 layers from 1" in plan.describe(
+  assert "EXTRAPOLATED to 2 layers from 1" in plan.describe_program(
     part, b
-  ) and "EXTRAPOLATED" not in plan.describe(whole, a)
+  ) and "EXTRAPOLATED" not in plan.describe_program(whole, a)
 
 
 def test_released_sizes_are_known_without_a_network(monkeypatch):
   monkeypatch.setattr(loading, "resolve", lambda name: pytest.fail(f"asked for {name}"))
   for variant, billions in (("", 1.838), (":7b", 7.923)):  # FACTS.md 11
-    cfg = programs.sizes(from_command_line(["plan", f"--config=configs/sct.py{variant}"]))
+    cfg = programs.model_sizes(from_command_line(["plan", f"--config=configs/sct.py{variant}"]))
     numbers = sum(math.prod(e.shape) for e in loading.names(cfg))
     assert round(numbers / 1e9, 3) == billions
 
@@ -168,7 +168,7 @@ def test_without_data_a_sample_fills_a_row_of_every_row_group():
   assert made.mesh.shape["fsdp"] == 4 and made.shapes == (Shape(4, 1, 16, 4096, 600),)
   made = programs.make(paper("--config.data.shapes=((8,4,1024,512),(16,1,8,256))"), None)
   assert made.shapes == (Shape(8, 4, 16, 1024, 512), Shape(16, 1, 16, 8, 256))
-  assert programs.asked(made, ("gradient", "apply", "prefill")) == [
+  assert programs.asked_programs(made, ("gradient", "apply", "prefill")) == [
     *(("gradient", shape) for shape in made.shapes),
     ("apply", None),
     ("prefill", Shape(8, 1, 16, 1024, 512)),
@@ -179,7 +179,7 @@ def test_lengths_choose_mesh_and_shapes(monkeypatch):
   monkeypatch.setattr(packing, "SAMPLED", 256)
   config, lengths = paper("--config.mesh.fsdp=4"), mixture(200)
   made = programs.make(config, None, lengths=lengths)
-  chosen = forecast.schedule(config, made.full, lengths, jax.devices())
+  chosen = forecast.schedule_run(config, made.full, lengths, jax.devices())
   assert made.shapes == chosen.shapes and tuple(made.mesh.shape.values()) == chosen.mesh == (
     1,
     4,
@@ -262,16 +262,16 @@ def test_a_large_array_that_is_not_split_is_refused(monkeypatch, replicated, axe
       rf"split it"
     ),
   ):
-    plan.run(made, ("gradient",))
+    plan.account_programs(made, ("gradient",))
 
 
 def test_an_axis_left_out_of_a_rule_is_refused_too_and_nothing_else(monkeypatch):
   made = programs.make(paper("--config.mesh.tensor=2"), None)
-  fine = programs.training(made, made.full)
+  fine = programs.abstract_training(made, made.full)
   assert plan.unsplit(fine[2], made.mesh) == plan.unsplit(fine[3], made.mesh) == []
   rules = tuple((p, ("embed",) if p == "embed/embedding" else axes) for p, axes in PARAMETERS)
   monkeypatch.setattr(meshes, "PARAMETERS", rules)
-  words = plan.unsplit(programs.training(made, made.full)[2], made.mesh)
+  words = plan.unsplit(programs.abstract_training(made, made.full)[2], made.mesh)
   # and both moments
   assert len(words) == 3 and all("llm/embed/embedding" in w and "tensor = 2" in w for w in words)
 
@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_refused_with_remedies_in_numbers(small, tiny_run, 
   made, rows, _ = small
   config = tiny_run(tmp_path, mesh={"data": 8, "fsdp": 1, "tensor": 1, "context": 1})
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False))
-  sizes = {row["name"]: plan.needed(row, rows) for row in rows}
+  sizes = {row["name"]: plan.bytes_needed(row, rows) for row in rows}
   assert sizes["gradient"] == sum(row_of(rows, "gradient")["memory"].values()) + sum(
     row_of(rows, name)["memory"]["program"] for name in ("tower", "apply", "evaluation")
   )
@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_refused_with_remedies_in_numbers(small, tiny_run, 
     )
 
   row = row_of(rows, "gradient")
-  size = plan.needed(row)
+  size = plan.bytes_needed(row)
   (found,) = words("gradient", size - 1e4)
   assert f"gradient step does not fit: needs {plan._size(size)} per device, cpu has" in found
   for remedy in (
@@ -332,10 +332,10 @@ def test_a_program_that_the_compiler_refuses_is_accounted_for(small, monkeypatch
     "available HBM (1.75G)."
   )
   monkeypatch.setattr(accounts, "compiled", lambda lowered, what, effort: (refusal, 1.0))
-  for name, shape in programs.asked(made, ("gradient", "tower")):
+  for name, shape in programs.asked_programs(made, ("gradient", "tower")):
     row = accounts.account_program(made, name, shape)
     assert row["memory"]["temporaries"] == pytest.approx(2.5 * 2**30, rel=1e-3)
-    assert "exceeds available HBM" in plan.describe(made, row)
+    assert "exceeds available HBM" in plan.describe_program(made, row)
     assert "does not fit" in plan.problems(made, [row])[0]
 
 
@@ -390,7 +390,7 @@ def test_a_topology_without_the_compiler_says_what_to_install(monkeypatch):
 
 def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
-  prepared = loop.prepare(config)
+  prepared = loop.prepare_run(config)
   prepared.data.close()
   assert plan.stored_lengths(config, prepared.cfg, config.data.train) == [
     tuple(n) for n in prepared.lengths.tolist()
@@ -399,16 +399,17 @@ def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
 
 def test_a_checkpoint_directory_is_taken_before_what_is_known(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
-  assert programs.sizes(config).llm.width == 32
+  assert programs.model_sizes(config).llm.width == 32
   with pytest.raises(loading.CheckpointError, match="no directory"):
-    programs.sizes(dataclasses.replace(config, init_from="./nowhere"))
+    programs.model_sizes(dataclasses.replace(config, init_from="./nowhere"))
 
 
 def test_kinds_of_arrays_have_their_bytes(small):
   made, _, _ = small
   at = batch_sharding(made.mesh)
   assert (
-    programs.held([jax.ShapeDtypeStruct((16, 3), np.dtype(np.int32), sharding=at)]) == 2 * 3 * 4
+    programs.bytes_held([jax.ShapeDtypeStruct((16, 3), np.dtype(np.int32), sharding=at)])
+    == 2 * 3 * 4
   )
 
 

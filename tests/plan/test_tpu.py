@@ -187,7 +187,7 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(
     jax.set_mesh(mesh),
     jax.default_matmul_precision("highest" if dtype == "float32" else None),
   ):
-    part = parts.prefill(cfg, 128, 14 + 96, real=False, room=8)
+    part = parts.prefill_part(cfg, 128, 14 + 96, real=False, room=8)
     state, kernels, masks = compiled(part.run, *part.args)
     # 14 + 128 x 16 + 96 in three blocks, and x 9 in two
     assert kernels == 2 and masks == [
@@ -195,15 +195,15 @@ def test_programs_that_ask_compile_and_only_whole_sequences_reach_the_kernel(
       (1280, 1280),
     ]
     # one row against all keys
-    assert compiled(parts.decode(cfg, 8), part.args[0], state)[1:] == (
+    assert compiled(parts.decode_function(cfg, 8), part.args[0], state)[1:] == (
       0,
       [],
     )
     cfg = parts.without_tower(cfg)
     graph, params = nnx.split(loading.abstract(cfg))
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
-    setting = dataclasses.replace(qc_comp.setting("aligned", 64), layers=(0, 27))
-    plan = qc_comp.plan(128, 8, setting)
+    setting = dataclasses.replace(qc_comp.select_config("aligned", 64), layers=(0, 27))
+    plan = qc_comp.plan_rounds(128, 8, setting)
     watch, score = rounds.scoring(graph, plan, setting, 1)
     features = jax.ShapeDtypeStruct((1, plan.frames // 8, 128, cfg.vision.width), dtype)
     caches, kernels, masks = compiled(watch, params, features)
@@ -259,7 +259,7 @@ def test_two_layers_of_a_training_step_compile_and_are_accounted_for(name, tmp_p
   )
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4))
   made, said = programs.make(config, name, frames=128, text=512, effort=-1.0), []
-  rows = plan.run(made, ("gradient", "apply"), said.append)
+  rows = plan.account_programs(made, ("gradient", "apply"), said.append)
   words = "\n".join(said)
   assert "all of it fits" in words and "bound by" in words and f"4 x {made.device.kind}" in words
   assert "1.00 x 4 rows of up to 1 samples" in words and "on features at least" in words

@@ -86,7 +86,7 @@ def test_a_share_that_no_resample_changes_has_the_exact_interval():
 
 
 def test_no_share_is_less_than_nothing():
-  assert str(findings.Share(-0.0001, -0.021, -0.0004)) == "0.0 (-2.1 to 0.0)"
+  assert str(findings.RightShare(-0.0001, -0.021, -0.0004)) == "0.0 (-2.1 to 0.0)"
 
 
 def test_the_bound_is_what_was_shown_and_chance():
@@ -116,7 +116,7 @@ def test_tables_have_what_is_there(tmp_path, capsys):
       f"<!-- {name} -->\n<!-- end -->\n" for name in findings.TABLES if name != "compression"
     )
   )
-  printed = findings.report(tmp_path, page)
+  printed = findings.report_findings(tmp_path, page)
   assert printed in capsys.readouterr().out
   lines = {
     line.split(" | ")[0].strip("| "): [cell.strip("| ") for cell in line.split(" | ")]
@@ -136,7 +136,7 @@ def test_tables_have_what_is_there(tmp_path, capsys):
   )
   page.write_text("nothing")
   with pytest.raises(ValueError, match="has 0 places between <!-- compression -->"):
-    findings.report(tmp_path, page)
+    findings.report_findings(tmp_path, page)
 
 
 def cells_of(table):
@@ -308,7 +308,7 @@ def test_places_tell_what_happens_in_each_quarter(tmp_path):
   (tmp_path / "select_progressive_0.json").write_text(
     json.dumps({"result": {"window": {"place": place, "global": one}}})
   )
-  (line,) = cells_of(findings.places(findings.Cells(tmp_path)))
+  (line,) = cells_of(findings.position_bias(findings.Cells(tmp_path)))
   assert line[:2] == ["32 scenes, LP-Comp after SCT", "global"]
   assert [cell.split(" (")[0] for cell in line[2:7]] == ["10.0", "100.0", "100.0", "100.0", "90.0"]
   assert line[7:] == ["100, 100, 100, 100", "2.0, 3.0, 3.0, 4.0"]
@@ -346,11 +346,11 @@ def test_the_plot_of_bias_tells_where_what_is_needed_is_ranked_first(tmp_path):
 def test_the_page_has_what_the_cells_say(tmp_path):
   page = tmp_path / "STUDY.md"
   page.write_text(study.PAGE.read_text())
-  findings.report(pathlib.Path(study.CELLS), page)
+  findings.report_findings(pathlib.Path(study.CELLS), page)
   assert page.read_text() == study.PAGE.read_text()
 
 
 def test_the_cells_are_what_would_be_made_now(tmp_path):
   its, where = miniature.Study(tmp_path, miniature.PRESETS["full"]), pathlib.Path(study.CELLS)
-  study.check(its, where)
+  study.check_cells(its, where)
   assert {file.stem for file in where.glob("*.json")} == {cell.name for cell in study.cells(its)}

@@ -7,7 +7,7 @@ from xcomp_jax.data.store import open_store
 from xcomp_jax.inference import chat
 from xcomp_jax.study import measures, miniature
 from xcomp_jax.study.miniature import Study
-from xcomp_jax.synthetic.films import FRAMES, KINDS, Split
+from xcomp_jax.synthetic.films import FRAMES, KINDS, FilmSplit
 
 SCENES, KEPT = 8, 3
 
@@ -17,8 +17,8 @@ def study(tmp_path_factory):
   """Two films of eight scenes, as frames: nothing here looks at them."""
   out = tmp_path_factory.mktemp("study")
   its = Study(out, miniature.PRESETS["quick"])
-  its.splits["long"] = Split("long", 2, (SCENES, SCENES), (2, 2), 0)
-  miniature.decode(out / "long", its.splits["long"], 3, None)
+  its.splits["long"] = FilmSplit("long", 2, (SCENES, SCENES), (2, 2), 0)
+  miniature.decode_films(out / "long", its.splits["long"], 3, None)
   return its
 
 
@@ -34,7 +34,7 @@ def shown(study, monkeypatch):
     return np.array([set(one.scenes) <= set(clips) for one, clips in asked])  # right if it is seen
 
   monkeypatch.setattr(Study, "store", lambda its, name: store)
-  monkeypatch.setattr(measures, "answers", answers)
+  monkeypatch.setattr(measures, "answered_rightly", answers)
   monkeypatch.setattr(measures, "cost", lambda *_: 2e12)
   monkeypatch.setattr(measures, "scoring_cost", lambda *_: 3e12)
   monkeypatch.setitem(measures.SELECTED, "long", KEPT * FRAMES)
@@ -54,18 +54,20 @@ def scores(monkeypatch):
 
   def select(model, film, prompts, cfg):
     own = next(films)
-    assert len(prompts) == len(own) and cfg == measures.setting("local", KEPT * FRAMES)
+    assert len(prompts) == len(own) and cfg == measures.measured_setting("local", KEPT * FRAMES)
     best = np.sort(np.argsort(-own, axis=1)[:, :KEPT])
     frames = (best[:, :, None] * FRAMES + np.arange(FRAMES)).reshape(len(own), -1)
     return [chat.Selection(f, np.repeat(s, FRAMES), "") for f, s in zip(frames, own)]
 
-  monkeypatch.setattr(chat, "select", select)
+  monkeypatch.setattr(chat, "select_frames", select)
   return drawn
 
 
 def test_a_selection_is_measured_by_what_is_needed(study, shown, scores):
   got, asked = (
-    measures.selected(study, miniature.BASE, miniature.rule("none"), "long", ("uniform", "local")),
+    measures.selected_answers(
+      study, miniature.BASE, miniature.study_rule("none"), "long", ("uniform", "local")
+    ),
     study.asked("long"),
   )
   local, uniform = got["local"], got["uniform"]
@@ -93,9 +95,9 @@ def test_a_selection_is_measured_by_what_is_needed(study, shown, scores):
 
 def test_relevance_is_by_place_and_by_whether_there_is_something_to_see(study, shown, scores):
   relevance = np.array(
-    measures.selected(study, miniature.BASE, miniature.rule("none"), "long", ("local",))["local"][
-      "relevance"
-    ]
+    measures.selected_answers(
+      study, miniature.BASE, miniature.study_rule("none"), "long", ("local",)
+    )["local"]["relevance"]
   )
   shots = [
     set().union(*(one.scenes for one in study.asked("long") if one.film == film))
@@ -116,9 +118,9 @@ def test_relevance_is_by_place_and_by_whether_there_is_something_to_see(study, s
 
 def test_a_prompt_says_how_many_frames_are_shown(study, shown, scores):
   whole = study.store("long").samples[0].time_message
-  measures.measured(study, miniature.BASE, miniature.rule("none"), "long")
-  measures.measured(study, miniature.BASE, miniature.rule("none"), "long", 2)
-  measures.selected(study, miniature.BASE, miniature.rule("none"), "long", ("local",))
+  measures.measured(study, miniature.BASE, miniature.study_rule("none"), "long")
+  measures.measured(study, miniature.BASE, miniature.study_rule("none"), "long", 2)
+  measures.selected_answers(study, miniature.BASE, miniature.study_rule("none"), "long", ("local",))
   said = [(len(clips[0]), message) for clips, message in shown]
   assert (
     (SCENES, whole) in said

@@ -17,7 +17,7 @@ from xcomp_jax.data.store import Store
 from xcomp_jax.inference import chat
 from xcomp_jax.model import lp_comp, qwen2
 from xcomp_jax.study import findings, measures, miniature, study
-from xcomp_jax.study.miniature import Study, rule
+from xcomp_jax.study.miniature import Study, study_rule
 from xcomp_jax.synthetic import films
 from xcomp_jax.training import loop
 
@@ -25,7 +25,7 @@ FULL = miniature.PRESETS["full"]
 
 
 def test_all_rules_keep_as_many_tokens_on_average():
-  counts = {name: lp_comp.counts(rule(name), 8) for name in (*FULL.rules, *FULL.others)}
+  counts = {name: lp_comp.counts(study_rule(name), 8) for name in (*FULL.rules, *FULL.others)}
   assert set(counts.pop("none")) == {16} and len(counts) == 7
   assert {np.mean(one) for one in counts.values()} == {7.625} and {
     one[-1] for one in counts.values()
@@ -90,20 +90,20 @@ def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch):
   def cells(_):
     return iter(
       [
-        study.Cell(name, [], [], lambda name=name: done.append(name) or {"of": name})
+        study.StudyCell(name, [], [], lambda name=name: done.append(name) or {"of": name})
         for name in ("a", "b_1", "b_2")
       ]
     )
 
   monkeypatch.setattr(study, "cells", cells)
-  study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "b")
+  study.run_cells(quick_in(tmp_path / "work"), tmp_path / "cells", "b")
   assert done == ["b_1", "b_2"]
   (tmp_path / "cells" / "b_2.json").unlink()
-  study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "")
+  study.run_cells(quick_in(tmp_path / "work"), tmp_path / "cells", "")
   assert done == ["b_1", "b_2", "a", "b_2"]
   assert json.loads((tmp_path / "cells" / "a.json").read_text())["result"] == {"of": "a"}
   with pytest.raises(ValueError, match="--only c: no cell's name begins so; there are a, b_1, b_2"):
-    study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "c")
+    study.run_cells(quick_in(tmp_path / "work"), tmp_path / "cells", "c")
 
 
 def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch):
@@ -111,9 +111,9 @@ def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch
   monkeypatch.setattr(study.time, "perf_counter", lambda: stored and next(clock))
   monkeypatch.setattr(Study, "store", lambda its, name: stored.append(name))
   monkeypatch.setattr(
-    study, "cells", lambda _: iter([study.Cell("a", ["long", "wide"], [], lambda: {})])
+    study, "cells", lambda _: iter([study.StudyCell("a", ["long", "wide"], [], lambda: {})])
   )
-  study.run(quick_in(tmp_path / "work"), tmp_path / "cells", "")
+  study.run_cells(quick_in(tmp_path / "work"), tmp_path / "cells", "")
   assert (
     stored == ["long", "wide"]
     and json.loads((tmp_path / "cells" / "a.json").read_text())["seconds"] == 2
@@ -140,14 +140,14 @@ def another(tmp_path):
 def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, another):
   done = []
   cells = [
-    study.Cell(name, [split], ["early"], lambda name=name: done.append(name) or {})
+    study.StudyCell(name, [split], ["early"], lambda name=name: done.append(name) or {})
     for name, split in (("a", "heldout"), ("b", "long"))
   ]
   monkeypatch.setattr(study, "cells", lambda _: iter(cells))
   monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
 
   def run(preset=miniature.PRESETS["quick"], base=miniature.BASE):
-    return study.run(Study(tmp_path / "work", preset, base), tmp_path / "cells", "")
+    return study.run_cells(Study(tmp_path / "work", preset, base), tmp_path / "cells", "")
 
   run()
   with pytest.raises(
@@ -156,7 +156,9 @@ def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, another):
   ):
     run(FULL)
   with monkeypatch.context() as patched:
-    patched.setattr(miniature, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform"))
+    patched.setattr(
+      miniature, "study_rule", lambda name: dataclasses.replace(study_rule(name), keep="uniform")
+    )
     with pytest.raises(ValueError, match=r"a\.json \(rules\); "):
       run()
   with monkeypatch.context() as patched:
@@ -171,7 +173,7 @@ def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, another):
 
 def test_films_that_were_made_otherwise_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(
-    miniature, "decode", lambda folder, split, seed, tower: (folder / "features").mkdir()
+    miniature, "decode_films", lambda folder, split, seed, tower: (folder / "features").mkdir()
   )
   monkeypatch.setattr(miniature, "open_store", lambda path: object.__new__(Store))
   for _ in range(2):
@@ -187,7 +189,7 @@ def test_films_that_were_made_otherwise_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_stage_that_comes_after_another_model_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(miniature, "decode", lambda *_: None)
+  monkeypatch.setattr(miniature, "decode_films", lambda *_: None)
 
   def trained(folder, stage, **values):
     (folder / "model").mkdir(exist_ok=True)
@@ -196,20 +198,22 @@ def test_a_stage_that_comes_after_another_model_is_refused(tmp_path, monkeypatch
     )
     return folder / "model"
 
-  monkeypatch.setattr(miniature, "trained", trained)
+  monkeypatch.setattr(miniature, "train_variant", trained)
   again = False
-  miniature.train_base(tmp_path)
-  miniature.train_base(tmp_path)
+  miniature.train_study_base(tmp_path)
+  miniature.train_study_base(tmp_path)
   again = True
   with pytest.raises(ValueError, match=r"answer/made\.json was made otherwise \(before\)"):
-    miniature.train_base(tmp_path)
+    miniature.train_study_base(tmp_path)
 
 
 def test_cells_of_another_base_stay_out_of_the_docs(tmp_path, monkeypatch, another):
   monkeypatch.setattr(
-    study, "cells", lambda its: iter([study.Cell("a", [], [], lambda: {"base": its.base.name})])
+    study,
+    "cells",
+    lambda its: iter([study.StudyCell("a", [], [], lambda: {"base": its.base.name})]),
   )
-  monkeypatch.setattr(findings, "report", lambda where: None)
+  monkeypatch.setattr(findings, "report_findings", lambda where: None)
   study.main(["--out", str(tmp_path / "work"), "--model", str(another)])
   assert json.loads((tmp_path / "work" / "cells" / "a.json").read_text())["result"] == {
     "base": "another"
@@ -222,7 +226,7 @@ def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch):
   (tmp_path / "early_1" / "model").mkdir(parents=True)
   assert its.tuned("early", 1) == tmp_path / "early_1" / "model" and its.tuned("early", 1)
   monkeypatch.setattr(
-    miniature, "rule", lambda name: dataclasses.replace(rule(name), keep="uniform")
+    miniature, "study_rule", lambda name: dataclasses.replace(study_rule(name), keep="uniform")
   )
   with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(rules\)"):
     its.tuned("early", 1)
@@ -235,7 +239,7 @@ def test_a_longer_tuning_is_another_model(tmp_path, monkeypatch):
   given = []
   monkeypatch.setattr(
     miniature,
-    "trained",
+    "train_variant",
     lambda folder, name, **values: given.append((folder, values["train__epochs"])) or folder,
   )
   monkeypatch.setattr(Study, "store", lambda its, name: None)
@@ -243,7 +247,7 @@ def test_a_longer_tuning_is_another_model(tmp_path, monkeypatch):
   assert its.tuned("early", 1) != its.tuned("early", 1, 3)
   assert given == [(tmp_path / "early_1", 1), (tmp_path / "early_1_3_epochs", 3)]
   made = {
-    cell.name: study.made(its, cell)["train"]["epochs"]
+    cell.name: study.cell_origin(its, cell)["train"]["epochs"]
     for cell in study.cells(its)
     if cell.name in ("tune_early_1", "longer_early_1")
   }
@@ -255,9 +259,9 @@ def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(
     study,
     "cells",
-    lambda its: iter([study.Cell("a", [], [], lambda: its.tuned("progressive", 0))]),
+    lambda its: iter([study.StudyCell("a", [], [], lambda: its.tuned("progressive", 0))]),
   )
-  monkeypatch.setattr(loop, "run", lambda config: {"step": 3, "steps": 160})
+  monkeypatch.setattr(loop, "train", lambda config: {"step": 3, "steps": 160})
   with pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path / "work")])
   assert "the same command goes on" in capsys.readouterr().err
@@ -295,7 +299,7 @@ def mutated(monkeypatch):
 def tuned(its, name):
   """Whether questions are answered rightly: bool[films, kinds]."""
   return findings.right(
-    measures.measured(its, its.tuned("progressive", 0), rule("progressive"), name)
+    measures.measured(its, its.tuned("progressive", 0), study_rule("progressive"), name)
   )
 
 
@@ -304,8 +308,8 @@ def needles(answers):
 
 
 def found(quick, mode):
-  return measures.selected(
-    quick[0], quick[0].tuned("progressive", 0), rule("progressive"), "long", (mode,)
+  return measures.selected_answers(
+    quick[0], quick[0].tuned("progressive", 0), study_rule("progressive"), "long", (mode,)
   )[mode]
 
 
@@ -372,7 +376,7 @@ def _first(x, before, after):
 @pytest.mark.slow
 def test_positions_as_before_compression_fall_through(quick, mutated):
   # Short films hardly need positions; these are four times as long as what the model was tuned on.
-  far = films.Split("far", 30, (48, 48), (3, 5), 0)
+  far = films.FilmSplit("far", 30, (48, 48), (3, 5), 0)
   quick[0].splits["far"] = far
   assert tuned(quick[0], "far").mean() > FAR
   rotate, groups = qwen2.Layer.rotate, far.scenes[0] * films.FRAMES

@@ -14,9 +14,9 @@ from xcomp_jax.data.store import open_store
 from xcomp_jax.study import findings
 from xcomp_jax.study.miniature import PRESETS, SEED, STAGES, Study
 from xcomp_jax.synthetic import films, world
-from xcomp_jax.synthetic.films import FRAMES, KINDS, Split
+from xcomp_jax.synthetic.films import FRAMES, KINDS, FilmSplit
 
-HELDOUT = Split("heldout", 4, (12, 12), (3, 5), 0)
+HELDOUT = FilmSplit("heldout", 4, (12, 12), (3, 5), 0)
 NUMBERS = ["one", "two", "three", "four", "five"]
 
 
@@ -53,7 +53,7 @@ def conversations(split, numbers, seed=0):
 
 
 @pytest.mark.parametrize(
-  "split", [HELDOUT, Split("train", 1, (4, 12), (1, 5), 8)], ids=lambda s: s.name
+  "split", [HELDOUT, FilmSplit("train", 1, (4, 12), (1, 5), 8)], ids=lambda s: s.name
 )
 def test_every_answer_follows_from_the_scenes(split):
   seen = collections.Counter()
@@ -69,12 +69,12 @@ def test_every_answer_follows_from_the_scenes(split):
 
 def test_no_two_shots_share_a_colour_or_a_digit():
   for seed in range(50):
-    shots = [s for s in films.draw(np.random.default_rng(seed), 12, 5) if s.colour]
+    shots = [s for s in films.draw_film(np.random.default_rng(seed), 12, 5) if s.colour]
     assert len(shots) == len({s.colour for s in shots}) == len({s.digit for s in shots}) == 5
 
 
 def test_a_conversation_asks_once_for_order_and_nothing_twice():
-  for _, _, turns in conversations(Split("train", 1, (8, 8), (4, 5), 99), range(60)):
+  for _, _, turns in conversations(FilmSplit("train", 1, (8, 8), (4, 5), 99), range(60)):
     assert (
       len(turns) == len(set(turns))
       and sum("came" in text or "number" in text for text, _ in turns) == 1
@@ -141,22 +141,24 @@ def test_splits_share_no_scene():
 
 
 def test_answers_are_single_tokens(tmp_path):
-  world.write_tokenizer(tmp_path, films.words())
+  world.write_tokenizer(tmp_path, films.film_words())
   tokenizer = prompt.load_tokenizer(tmp_path)
   for word in [*sum(films.VALUES.values(), ()), *films.COUNTS.values()]:
     assert len(tokenizer.encode_spans(word)[0]) == 1, word
 
 
 def test_the_real_path_shows_a_scene_in_each_clip(tmp_path):
-  films.write(tmp_path / "films", Split("heldout", 1, (5, 5), (3, 3), 0), seed=2, workers=1)
-  settings = predecoding.Settings(
+  films.write_films(
+    tmp_path / "films", FilmSplit("heldout", 1, (5, 5), (3, 3), 0), seed=2, workers=1
+  )
+  settings = predecoding.FrameSettings(
     image_size=96, max_frames=1024, min_frames=FRAMES, fps=world.FPS, clip_frames=FRAMES
   )
   predecoding.predecode(
     tmp_path / "films" / "heldout.yaml", tmp_path / "frames", settings, root=tmp_path / "films"
   )
   store = open_store(str(tmp_path / "frames"))
-  film, _ = films._annotated(Split("heldout", 1, (5, 5), (3, 3), 0), 2, 0)
+  film, _ = films._annotated(FilmSplit("heldout", 1, (5, 5), (3, 3), 0), 2, 0)
   for clip, scene in zip(store.visual(0), film, strict=True):
     shown = world.render(scene, FRAMES)
     assert np.abs(clip.astype(float) - shown).mean() < 12  # mp4 blurs
@@ -178,11 +180,13 @@ def test_bars_of_the_shots_colour_are_beside_its_digit_and_nowhere_else():
     > 90
   )
   assert changed.sum() == FRAMES * world.LABEL * 2 * world.BAR
-  film = films.draw(np.random.default_rng(0), 12, 4)
+  film = films.draw_film(np.random.default_rng(0), 12, 4)
   assert all(scene.bars == scene.colour for scene in film)
 
 
 def test_a_split_can_begin_each_conversation_with_a_kind():
-  for _, _, turns in conversations(Split("train", 1, (2, 8), (2, 5), 4, first="order"), range(40)):
+  for _, _, turns in conversations(
+    FilmSplit("train", 1, (2, 8), (2, 5), 4, first="order"), range(40)
+  ):
     assert "came" in turns[0][0] or "number" in turns[0][0]
     assert len(turns) == 4

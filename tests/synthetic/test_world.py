@@ -8,14 +8,14 @@ import pytest
 
 from xcomp_jax.data import prompt
 from xcomp_jax.synthetic import world
-from xcomp_jax.synthetic.world import QUESTIONS, VALUES, Split
+from xcomp_jax.synthetic.world import QUESTIONS, VALUES, WorldSplit
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
   out = tmp_path_factory.mktemp("world") / "out"
   world.write_world(
-    out, [Split("train", 3, 2, 4, 4), Split("heldout", 8, 1, 3, 1)], seed=3, workers=1
+    out, [WorldSplit("train", 3, 2, 4, 4), WorldSplit("heldout", 8, 1, 3, 1)], seed=3, workers=1
   )
   return out
 
@@ -64,8 +64,8 @@ def test_files_are_videos_with_annotations_of_both_kinds(made):
 
 
 def test_what_is_asked_is_answered_by_the_scene_that_shows_it(made):
-  for annotation in world.read_annotations(made, "train"):
-    asked = world.asked(annotation)
+  for annotation in world.read_split(made, "train"):
+    asked = world.questions_in(annotation)
     assert sorted(text.splitlines()[0] for text, _, _ in asked) == sorted(QUESTIONS.values())
     # one scene shows all of it
     assert len({scene for text, _, scene in asked if "shape" in text}) == 1
@@ -73,7 +73,7 @@ def test_what_is_asked_is_answered_by_the_scene_that_shows_it(made):
 
 
 def test_the_same_seed_makes_the_same_videos(made, tmp_path):
-  world.write_world(tmp_path / "again", [Split("train", 3, 2, 4, 4)], seed=3, workers=1)
+  world.write_world(tmp_path / "again", [WorldSplit("train", 3, 2, 4, 4)], seed=3, workers=1)
   for file in (made / "train").iterdir():
     assert file.read_bytes() == (tmp_path / "again" / "train" / file.name).read_bytes()
 
@@ -86,7 +86,7 @@ def test_train_and_heldout_share_no_video(made):
 
 
 def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
-  world.write_tokenizer(tmp_path, world.words())
+  world.write_tokenizer(tmp_path, world.world_words())
   tokenizer = prompt.load_tokenizer(tmp_path)
   assert len({tokenizer.im_start, tokenizer.im_end, tokenizer.pad, tokenizer.newline}) == 4
   assert tokenizer.vocab_size <= world.VOCABULARY
@@ -99,10 +99,10 @@ def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
 @pytest.mark.parametrize(
   "split",
   [
-    Split("train", 0, 1, 1, 4),
-    Split("train", 1, 0, 1, 4),
-    Split("train", 1, 1, 4097, 4),
-    Split("train", 1, 1, 1, 5),
+    WorldSplit("train", 0, 1, 1, 4),
+    WorldSplit("train", 1, 0, 1, 4),
+    WorldSplit("train", 1, 1, 4097, 4),
+    WorldSplit("train", 1, 1, 1, 5),
   ],
 )
 def test_impossible_worlds_are_refused_and_leave_nothing(split, tmp_path):
@@ -117,5 +117,5 @@ def test_a_folder_that_is_no_utf8_is_refused(tmp_path):
     world.WorldError,
     match=r"the name of the folder .*caf\\udcff.*' holds bytes that are no UTF-8",
   ):
-    world.write_world(out, [world.Split("heldout", 1, 1, 1, 1)], seed=0, workers=1)
+    world.write_world(out, [world.WorldSplit("heldout", 1, 1, 1, 1)], seed=0, workers=1)
   assert not out.exists()

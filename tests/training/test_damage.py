@@ -35,12 +35,12 @@ class Run:
   def __init__(self, config):
     self.config = config
     self.mesh = make_mesh(config.mesh, jax.devices()[:1])
-    cfg = loading.read_config(loading.resolve(config.init_from), config.model, config.lp_comp)
+    cfg = loading.read_vlm_config(loading.resolve(config.init_from), config.model, config.lp_comp)
     _, self.wanted = abstract_state(config, cfg, optim.optimizer(config.optim, 4), self.mesh)
     self.description = json.loads(
       json.dumps({"format": checkpoint.FORMAT, "run": to_dict(config), "vlm": to_dict(cfg)})
     )
-    self.data = pipeline.Reader(range(9), lambda _: None)
+    self.data = pipeline.BatchReader(range(9), lambda _: None)
 
   def state(self, step):
     number = iter(range(10**6))
@@ -58,16 +58,16 @@ class Run:
       for step in steps:
         state = self.state(step)
         self.data.set_state({"step": step})
-        checkpoint.save(
+        checkpoint.save_checkpoint(
           checkpoints, step, (state.trained, state.frozen), state.opt, self.data, self.description
         )
-        checkpoint.finish(checkpoints)
+        checkpoint.wait_until_saved(checkpoints)
 
   def restore(self, said=None):
     """The step that is restored, after a look at every number."""
     say = (lambda text: None) if said is None else said.append
     with checkpoint.manager(self.config.workdir, self.config.train) as checkpoints:
-      step, (trained, frozen), opt = checkpoint.restore(
+      step, (trained, frozen), opt = checkpoint.restore_checkpoint(
         checkpoints,
         (self.wanted.trained, self.wanted.frozen),
         self.wanted.opt,

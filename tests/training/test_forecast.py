@@ -50,7 +50,7 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("devices", [1, 8, 32])
 def test_a_mixture_is_computed_with_little_padding(config, devices):
   lengths = mixture(1800)
-  plan = forecast.schedule(config, CFG, lengths, forecast.chips("v5e", devices))
+  plan = forecast.schedule_run(config, CFG, lengths, forecast.chips("v5e", devices))
   assert np.prod(plan.mesh) == devices and len(plan.shapes) <= 4
   steps = packing.pack_steps(
     lengths, np.arange(1792).reshape(-1, 32).tolist(), plan.shapes, plan.costs
@@ -121,7 +121,7 @@ def test_the_torus_of_a_count_of_chips():
 
 def test_what_can_not_fit_is_refused_with_numbers(config):
   def plan(devices, **data):
-    return forecast.schedule(
+    return forecast.schedule_run(
       dataclasses.replace(config, data=dataclasses.replace(config.data, **data)),
       CFG,
       mixture(64),
@@ -171,12 +171,12 @@ def test_a_mesh_or_shapes_of_the_config_are_taken(config):
   named = dataclasses.replace(
     config, data=dataclasses.replace(config.data, shapes=shapes), mesh=MeshConfig(1, 4, 1, -1)
   )
-  plan = forecast.schedule(named, CFG, lengths, devices)
+  plan = forecast.schedule_run(named, CFG, lengths, devices)
   assert plan.mesh == (1, 4, 1, 2) and plan.shapes == (
     Shape(4, 8, 16, 1024, 3328),
     Shape(4, 30, 16, 2048, 4000),
   )
-  heldout = forecast.schedule(named, CFG, mixture(20, seed=1), devices, plan)
+  heldout = forecast.schedule_run(named, CFG, mixture(20, seed=1), devices, plan)
   assert (
     heldout.shapes == plan.shapes
     and heldout.mesh == plan.mesh
@@ -184,10 +184,10 @@ def test_a_mesh_or_shapes_of_the_config_are_taken(config):
   )
   wrong = dataclasses.replace(named, mesh=MeshConfig(1, 8, 1, 1))
   with pytest.raises(ConfigError, match="4 rows can't be split over data x fsdp = 8"):
-    forecast.schedule(wrong, CFG, lengths, devices)
+    forecast.schedule_run(wrong, CFG, lengths, devices)
   lengths[5, 0] = 4096
   with pytest.raises(ConfigError, match="sample 5 has 4,096 frames"):
-    forecast.schedule(named, CFG, lengths, devices)
+    forecast.schedule_run(named, CFG, lengths, devices)
 
 
 def test_a_sample_that_is_larger_than_rows_may_be_takes_more_devices(config):
@@ -199,8 +199,8 @@ def test_a_sample_that_is_larger_than_rows_may_be_takes_more_devices(config):
       r"and 100 tokens; "
     ),
   ):
-    forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 2))
-  plan = forecast.schedule(config, CFG, lengths, forecast.chips("v5e", 8))
+    forecast.schedule_run(config, CFG, lengths, forecast.chips("v5e", 2))
+  plan = forecast.schedule_run(config, CFG, lengths, forecast.chips("v5e", 8))
   assert plan.mesh[3] >= 4 and packing.fits(lengths, plan.shapes)
 
 
@@ -227,7 +227,7 @@ def test_the_command_prints_a_table(config, tmp_path):
   file, lengths = tmp_path / "lengths.json", mixture(200)
   file.write_text(json.dumps({"frames": lengths[:, 0].tolist(), "text": lengths[:, 3].tolist()}))
   fixed = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1, 1))
-  out = table.table(fixed, CFG, table.read_lengths(file, CFG), "2,64", "v5e")
+  out = table.run_table(fixed, CFG, table.read_lengths(file, CFG), "2,64", "v5e")
   rows = [line.split() for line in out.splitlines()]
   assert rows[0][:4] == ["devices", "batch", "mesh", "data"]
   assert [row[:4] for row in rows[1:5]] == [
@@ -265,14 +265,14 @@ def test_wrong_arguments_are_named(config, tmp_path):
     ("8", "v9", "--chip v9: known are v6e, v5e, .* h100, a100-40"),
   ):
     with pytest.raises(ConfigError, match=words):
-      table.table(config, CFG, np.array([[1, 1, 14, 9]] * 40), devices, chip)
+      table.run_table(config, CFG, np.array([[1, 1, 14, 9]] * 40), devices, chip)
   with pytest.raises(ConfigError, match="batch_size = 32, but an epoch reads only 20 samples"):
-    table.table(config, CFG, np.array([[1, 1, 14, 9]] * 20), "64", "v5e")
+    table.run_table(config, CFG, np.array([[1, 1, 14, 9]] * 20), "64", "v5e")
 
 
 def test_a_count_of_devices_that_can_not_hold_the_samples_has_a_note(config):
   lengths = np.array([[1, 1, 14, 9]] * 39 + [[2048, 8, 14, 100]])
-  out = table.table(config, CFG, lengths, "1,2", "h100")
+  out = table.run_table(config, CFG, lengths, "1,2", "h100")
   assert [line.split()[0] for line in out.splitlines()[1:3]] == ["2", "2"] and out.splitlines()[
     1
   ].endswith("yes")
@@ -280,6 +280,6 @@ def test_a_count_of_devices_that_can_not_hold_the_samples_has_a_note(config):
     "1 x h100: the data does not fit 1,024 frames with 8,192 tokens" in out
     and "sample 39 has 2,048 frames" in out
   )
-  assert "DOES NOT FIT: this run does not fit 1 x TPU v5 lite" in table.table(
+  assert "DOES NOT FIT: this run does not fit 1 x TPU v5 lite" in table.run_table(
     config, CFG, lengths[:39], "1", "v5e"
   )

@@ -48,7 +48,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
     ),
   )
   told = []
-  result = loop.run(config, watch=lambda *what: told.append(what))
+  result = loop.train(config, watch=lambda *what: told.append(what))
   text = capsys.readouterr().out
   assert [step for step, group, _ in told if group == "train"] == list(range(1, 13))
   assert [values["loss"] for _, group, values in told if group == "heldout"][-1] == result[
@@ -82,10 +82,10 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
     and min(shares["compile"], shares["step"]) > 0
   )
 
-  saved, step = checkpoint.read_config(config.workdir)
+  saved, step = checkpoint.read_description(config.workdir)
   assert from_dict(RunConfig, saved["run"]) == config and step == 12
   cfg = from_dict(VLMConfig, saved["vlm"])
-  before = nnx.state(loading.load(loading.resolve(config.init_from), cfg))
+  before = nnx.state(loading.load_model(loading.resolve(config.init_from), cfg))
   after = checkpoint.read_params(
     config.workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), before)
   )
@@ -99,7 +99,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
 def losses(config):
   """Those of every step of a run."""
   out = []
-  loop.run(
+  loop.train(
     config,
     watch=lambda step, group, values: out.append(values["loss"]) if group == "train" else None,
   )
@@ -125,7 +125,7 @@ def test_features_of_another_tower_are_refused_before_a_step(
   with pytest.raises(
     ConfigError, match=r"holds features by another tower: .* Make the features again"
   ):
-    loop.run(dataclasses.replace(config, init_from=str(tmp_path / "base")))
+    loop.train(dataclasses.replace(config, init_from=str(tmp_path / "base")))
   assert (
     not list((tmp_path / "w" / "checkpoints").iterdir())
     and not (tmp_path / "w" / "config.json").exists()
@@ -136,7 +136,7 @@ def test_features_that_cannot_be_used_are_refused_before_anything_is_written(
   tiny_run, features, tmp_path
 ):
   def run(**changes):
-    return loop.run(tiny_run(tmp_path / "w", **{"data.train": features} | changes))
+    return loop.train(tiny_run(tmp_path / "w", **{"data.train": features} | changes))
 
   with pytest.raises(
     ConfigError, match=r"config\.train\.vision = True, but .*train holds features"
@@ -156,7 +156,7 @@ def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, one_
   data = tiny_run(tmp_path).data.train
   both = {"data.train": [data, data.removesuffix("train") + "heldout"], "data.weights": [0.5, 1.0]}
   config = tiny_run(tmp_path / "w", **both, **{"train.steps": 1})
-  assert loop.run(config)["step"] == 1
+  assert loop.train(config)["step"] == 1
   said = capsys.readouterr().out
   assert "train: sampling not recorded; an epoch reads 6 of 12 samples" in said
   assert "heldout: sampling not recorded; an epoch reads 5 of 5 samples" in said
@@ -171,7 +171,7 @@ def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, one_
     ),
   ):
     with pytest.raises(ConfigError, match=words):
-      loop.run(tiny_run(tmp_path / "w", **both | changes, **{"train.steps": 1}))
+      loop.train(tiny_run(tmp_path / "w", **both | changes, **{"train.steps": 1}))
 
 
 def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
@@ -186,12 +186,12 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
       batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32)
     )
 
-  cfg = loading.read_config(loading.resolve(config.init_from), config.model, config.lp_comp)
+  cfg = loading.read_vlm_config(loading.resolve(config.init_from), config.model, config.lp_comp)
   third = pipeline.run_order(loop.open_data(config.data.train, cfg), 3, 0, 1)[2]
   bad = third[1]
   monkeypatch.setattr(pipeline, "collate", poisoned)
   with pytest.raises(loop.NotFiniteError, match=r"step 3: .*step_3\.json"):
-    loop.run(config)
+    loop.train(config)
   report = json.loads((tmp_path / "w" / "nan" / "step_3.json").read_text())
   assert report["step"] == 3 and report["loss"] == "nan"
   assert sorted(s["index"] for s in report["samples"]) == sorted(third)
@@ -204,7 +204,7 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
 def test_a_compilation_that_no_new_shape_explains_is_said():
   said = []
   compilations = metrics.Compilations("grad_step", "apply_step", "eval_step")
-  specs = [loop.describe(Shape(rows, 2, 8, 16, 32)) for rows in (1, 2)]
+  specs = [loop.describe_shape(Shape(rows, 2, 8, 16, 32)) for rows in (1, 2)]
 
   def call(name, what, compiles):
     for _ in range(compiles):
@@ -307,9 +307,9 @@ def test_waiting_for_other_hosts_is_neither_start_nor_step(tiny_run, tmp_path, c
     yield
 
   monkeypatch.setattr(loop.hosts, "joined", joined)
-  monkeypatch.setattr(loop, "prepare", lambda config: passes(5))
+  monkeypatch.setattr(loop, "prepare_run", lambda config: passes(5))
   monkeypatch.setattr(loop, "_train", lambda config, prepared, goodput, watch: goodput.shares())
-  shares = loop.run(tiny_run(tmp_path))
+  shares = loop.train(tiny_run(tmp_path))
   assert shares == dict.fromkeys(metrics.Goodput.PARTS, 0) | {"connect": 0.75, "start": 0.25}
 
 
@@ -318,7 +318,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
   for folder in (str(tmp_path / "c"), None):  # None leaves it as it is
     try:
       with pytest.raises(ValueError, match="/nowhere"):  # at the start, before anything compiles
-        loop.run(tiny_run(tmp_path / "w", init_from="/nowhere", compilation_cache=folder))
+        loop.train(tiny_run(tmp_path / "w", init_from="/nowhere", compilation_cache=folder))
       assert jax.config.jax_compilation_cache_dir == (folder or before)
     finally:
       jax.config.update("jax_compilation_cache_dir", before)
@@ -388,7 +388,7 @@ def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
 )
 def test_what_cannot_work_is_said_before_anything_is_written(tiny_run, tmp_path, changes, words):
   with pytest.raises((ValueError, FileNotFoundError), match=words):
-    loop.run(tiny_run(tmp_path / "w", **changes))
+    loop.train(tiny_run(tmp_path / "w", **changes))
   assert not (tmp_path / "w").exists()
 
 
@@ -397,7 +397,7 @@ def test_what_devices_can_not_hold_is_said_before_anything_is_written(
 ):
   monkeypatch.setattr(forecast, "CPU", forecast.CPU | {"hbm": 1e5})
   with pytest.raises(ConfigError, match=r"does not fit 8 x cpu: each has 0\.0 GB, and takes "):
-    loop.run(tiny_run(tmp_path / "w"))
+    loop.train(tiny_run(tmp_path / "w"))
   assert not (tmp_path / "w").exists()
 
 
@@ -429,7 +429,7 @@ def test_a_damaged_start_is_said_before_anything_is_written(tiny_run, tmp_path, 
   shutil.copytree(tiny_run(tmp_path).init_from, tmp_path / "base")
   damage(tmp_path / "base")
   with pytest.raises(loading.CheckpointError, match=words):
-    loop.run(tiny_run(tmp_path / "w", init_from=str(tmp_path / "base")))
+    loop.train(tiny_run(tmp_path / "w", init_from=str(tmp_path / "base")))
   assert not (tmp_path / "w").exists()
 
 
@@ -437,11 +437,11 @@ def test_a_workdir_is_no_folder_of_others(tiny_run, tmp_path):
   config = tiny_run(tmp_path / "w")
   for workdir in (config.init_from, config.data.train):
     with pytest.raises(ValueError, match=r"config\.workdir .* is config"):
-      loop.run(dataclasses.replace(config, workdir=workdir))
+      loop.train(dataclasses.replace(config, workdir=workdir))
   shutil.copytree(config.init_from, tmp_path / "other")
   before = (tmp_path / "other" / "config.json").read_bytes()
   with pytest.raises(ConfigError, match="not a run's, such as a checkpoint's"):
-    loop.run(dataclasses.replace(config, workdir=str(tmp_path / "other")))
+    loop.train(dataclasses.replace(config, workdir=str(tmp_path / "other")))
   assert (tmp_path / "other" / "config.json").read_bytes() == before
 
 
@@ -449,16 +449,16 @@ def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(
   tiny_run, tmp_path, monkeypatch
 ):
   (tmp_path / "file").write_text("")
-  monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("weights were read"))
+  monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("weights were read"))
   with pytest.raises(ConfigError, match=r"workdir .*file/w can't be written .*config\.workdir"):
-    loop.run(tiny_run(tmp_path / "file" / "w"))
+    loop.train(tiny_run(tmp_path / "file" / "w"))
   for name in ("checkpoints", "tensorboard"):
     (tmp_path / "w").mkdir(exist_ok=True)
     (tmp_path / "w" / name).write_text("")
     with pytest.raises(
       ConfigError, match=rf"workdir .*w can't be written .*w/{name}'\); set config\.workdir"
     ):
-      loop.run(tiny_run(tmp_path / "w"))
+      loop.train(tiny_run(tmp_path / "w"))
     (tmp_path / "w" / name).unlink()
 
 
@@ -496,13 +496,13 @@ def test_1200_files_of_clips_under_256_open_files(tmp_path):
   with fresh_folder(tmp_path / "data", "store") as folder:
     parts = []
     for i in range(1200):
-      sample = store.Sample(str(i), f"{i}.png", "a.json", i, talk, "")
+      sample = store.StoredSample(str(i), f"{i}.png", "a.json", i, talk, "")
       parts.append(
         store.write_shard(
           folder / f"{i}", [(sample, rng.integers(0, 256, (1, 1, 48, 48, 3), np.uint8))], layout
         )
       )
-    store.finish(folder, parts, layout, {})
+    store.finish_store(folder, parts, layout, {})
   line = [
     sys.executable,
     "-m",

@@ -30,13 +30,13 @@ def few_devices(monkeypatch):
   def several(config):
     return jax.devices()[: config.data * config.fsdp * config.tensor]
 
-  prepare = loop.prepare
+  prepare = loop.prepare_run
 
   def prepared(config):
     monkeypatch.setattr(loop, "devices", lambda: several(config.mesh))
     return prepare(config)
 
-  monkeypatch.setattr(loop, "prepare", prepared)
+  monkeypatch.setattr(loop, "prepare_run", prepared)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def straight(tiny_run, tmp_path_factory):
     patch.setattr(loop, "devices", lambda: jax.devices()[:1])
     order = record(patch)
     config = make(tiny_run, tmp_path_factory.mktemp("straight") / "w")
-    return config, loop.run(config), order, items(config)
+    return config, loop.train(config), order, items(config)
 
 
 def make(tiny_run, workdir, **changes):
@@ -59,10 +59,10 @@ def make(tiny_run, workdir, **changes):
 
 def record(patch):
   """Notes the samples of every micro-batch that training takes."""
-  order, original = [], loop.place
+  order, original = [], loop.place_rows
   patch.setattr(
     loop,
-    "place",
+    "place_rows",
     lambda batch, mesh: (order.append(batch.index.ravel().tolist()), original(batch, mesh))[1],
   )
   return order
@@ -110,11 +110,11 @@ def test_two_steps_then_resumed_to_four_equal_four_straight_bit_by_bit(
   order, handler = record(monkeypatch), signal.getsignal(number)
   with monkeypatch.context() as patch:
     interrupt(patch, 2, number)
-    assert loop.run(config)["step"] == 2
+    assert loop.train(config)["step"] == 2
   said = capsys.readouterr().out  # launch/slurm.sh and pod.sh look for the last words
   assert "stopped by a signal: step 2 of 4" in said and "; the same command continues\n" in said
   assert signal.getsignal(number) is handler
-  assert loop.run(config)["step"] == 4
+  assert loop.train(config)["step"] == 4
   assert order == straight[2]
   assert items(config) == straight[3]
 
@@ -126,15 +126,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run, straight, tmp_p
       metrics, "line", lambda done, *_: exec("raise KeyboardInterrupt") if done == 3 else ""
     )
     with pytest.raises(KeyboardInterrupt):
-      loop.run(config)
+      loop.train(config)
   order = record(monkeypatch)
-  assert loop.run(config)["step"] == 4
+  assert loop.train(config)["step"] == 4
   assert order == straight[2][-len(order) :] and 0 < len(order) < len(straight[2])
   assert items(config) == straight[3]
 
 
 def test_a_finished_run_has_nothing_left_to_do(straight, capsys):
-  assert loop.run(straight[0]) == {"step": 4, "steps": 4}
+  assert loop.train(straight[0]) == {"step": 4, "steps": 4}
   said = capsys.readouterr().out
   assert "\nall 4 steps are done\n" in said and "steps 5 to 4" not in said
   assert "no step was left to do" in said and "loss" not in said.splitlines()[-1]
@@ -163,12 +163,12 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
     return [int(step) for step in re.findall(r"held-out after step (\d+):", said)]
 
   stop = 1  # at the first of two batches of the first evaluation
-  assert "heldout_loss" not in loop.run(config) and len(evaluated) == 1
+  assert "heldout_loss" not in loop.train(config) and len(evaluated) == 1
   said = capsys.readouterr().out
   assert "stopped by a signal: step 1 of 2" in said and not logged(said)
 
   stop = 1 + 2 + 1  # after all of that, and a batch of the one after the last step
-  assert loop.run(config)["step"] == 2 and len(evaluated) == stop
+  assert loop.train(config)["step"] == 2 and len(evaluated) == stop
   said = capsys.readouterr().out
   assert (
     "stopped by a signal: step 2 of 2" in said
@@ -177,7 +177,7 @@ def test_a_run_stopped_within_an_evaluation_saves_and_its_continuation_has_all_o
   )
 
   stop = None
-  assert loop.run(config)["heldout_loss"] > 0
+  assert loop.train(config)["heldout_loss"] > 0
   said = capsys.readouterr().out
   assert "\nall 2 steps are done\n" in said and "done: step 2 of 2" in said and logged(said) == [2]
 
@@ -188,7 +188,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_ends_the_same(
   shutil.copytree(straight[0].workdir, tmp_path / "w")
   shutil.rmtree(tmp_path / "w" / "checkpoints" / "4" / "opt")
   config = make(tiny_run, tmp_path / "w")
-  assert loop.run(config)["step"] == 4
+  assert loop.train(config)["step"] == 4
   said = capsys.readouterr().out
   assert "checkpoints/4 is damaged and is skipped: " in said and "steps 3 to 4" in said
   assert items(config) == straight[3]
@@ -200,20 +200,20 @@ def test_a_second_run_in_a_workdir_is_refused_while_the_first_is_at_work(
   shutil.copytree(straight[0].workdir, tmp_path / "w")
   config = make(tiny_run, tmp_path / "w")
   with (
-    workdir.held(config.workdir),
+    workdir.holding(config.workdir),
     pytest.raises(
       ConfigError, match=r"another run is at work in .*; set config\.workdir to another"
     ),
   ):
-    loop.run(config)
-  loop.run(config)
+    loop.train(config)
+  loop.train(config)
 
 
 def test_a_run_goes_on_without_the_weights_that_it_started_from(tiny_run, straight, tmp_path):
   shutil.copytree(straight[0].init_from, tmp_path / "base")
   (tmp_path / "base" / "model.safetensors").unlink()
   assert (
-    loop.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))["step"] == 4
+    loop.train(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))["step"] == 4
   )
 
 
@@ -303,10 +303,10 @@ def test_a_folder_that_is_lost_while_training_stops_the_run_and_the_last_good_on
       checkpoint.SaveError,
       match=rf"could not be saved in {steps}: .*bring the folder back; then the same command",
     ):
-      loop.run(config)
+      loop.train(config)
   steps.unlink()
   away.rename(steps)
-  assert loop.run(config)["step"] == 4
+  assert loop.train(config)["step"] == 4
   assert items(config) == straight[3]
 
 
@@ -319,7 +319,7 @@ def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
     "train.log_every": 7,
     "train.save_every": 3,
   }
-  assert loop.run(make(tiny_run, tmp_path / "moved", **changes))["step"] == 4
+  assert loop.train(make(tiny_run, tmp_path / "moved", **changes))["step"] == 4
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_what_only_changes_the_pace_may_change(tiny_run, straight, tmp_path):
 def test_another_run_is_refused(tiny_run, straight, changes, words):
   before = items(straight[0])
   with pytest.raises(ConfigError, match=rf"(?=.*{words}).*Set config\.workdir to another folder"):
-    loop.run(make(tiny_run, straight[0].workdir, **changes))
+    loop.train(make(tiny_run, straight[0].workdir, **changes))
   assert items(straight[0]) == before
 
 
@@ -350,7 +350,7 @@ def test_another_model_is_refused(tiny_run, straight, tmp_path):
   values = json.loads((base / "config.json").read_text())
   (tmp_path / "base" / "config.json").write_text(json.dumps(values | {"intermediate_size": 128}))
   with pytest.raises(ConfigError, match=r"vlm\.llm\.mlp_width was 64, is 128"):
-    loop.run(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))
+    loop.train(make(tiny_run, straight[0].workdir, init_from=str(tmp_path / "base")))
 
 
 def by_step(order):
@@ -370,7 +370,7 @@ def test_on_other_devices_a_run_goes_on_with_the_same_samples(
     with monkeypatch.context() as patch:
       orders.append(record(patch))
       mesh = {"data": 1, "fsdp": devices, "tensor": 1}
-      out = loop.run(make(tiny_run, workdir, mesh=mesh, **{"data.shapes": [shape]}))
+      out = loop.train(make(tiny_run, workdir, mesh=mesh, **{"data.shapes": [shape]}))
     assert out["step"] == 4
     losses.append(out["loss"])
   assert (
@@ -384,7 +384,9 @@ def test_other_data_is_refused(tiny_run, straight, tmp_path):
   items = [(s, first.visual(i) if s.frames else None) for i, s in enumerate(first.samples)]
   write_store(tmp_path / "same", items, image_size=48, clip_frames=4)
   assert (
-    loop.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / "same")}))["step"]
+    loop.train(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / "same")}))[
+      "step"
+    ]
     == 4
   )
   talk, visual = (items[5][0].conversations[0], {"from": "gpt", "value": "C"}), items[5][1]
@@ -398,7 +400,7 @@ def test_other_data_is_refused(tiny_run, straight, tmp_path):
         r"Set"
       ),
     ):
-      loop.run(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / f"{number}")}))
+      loop.train(make(tiny_run, straight[0].workdir, **{"data.train": str(tmp_path / f"{number}")}))
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(tiny_run, straight, tmp_path, monkeypatch):
@@ -406,9 +408,9 @@ def test_a_checkpoint_of_a_later_format_is_refused(tiny_run, straight, tmp_path,
   with pytest.raises(
     ConfigError, match=r"checkpoints holds step 4 in format 3, this version .* up to 0"
   ):
-    loop.run(straight[0])
+    loop.train(straight[0])
   with pytest.raises(ConfigError, match="format 3"):
-    checkpoint.read_config(straight[0].workdir)
+    checkpoint.read_description(straight[0].workdir)
 
 
 def test_a_checkpoint_of_an_earlier_format_is_refused(tiny_run, straight, tmp_path):
@@ -421,8 +423,8 @@ def test_a_checkpoint_of_an_earlier_format_is_refused(tiny_run, straight, tmp_pa
     r"config\.data\.frame_buckets and config\.data\.text_buckets.*group_by_text_length"
   )
   with pytest.raises(ConfigError, match=words + ".*version .* that began the run"):
-    loop.run(make(tiny_run, tmp_path / "w"))
-  assert checkpoint.read_config(str(tmp_path / "w"))[1] == 4  # an export goes on reading it
+    loop.train(make(tiny_run, tmp_path / "w"))
+  assert checkpoint.read_description(str(tmp_path / "w"))[1] == 4  # an export goes on reading it
 
 
 def test_processes_that_would_run_something_else_are_refused(monkeypatch):
@@ -453,15 +455,17 @@ def test_processes_that_would_run_something_else_are_refused(monkeypatch):
 
 
 def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys, monkeypatch):
-  restored, restore = [], checkpoint.restore
+  restored, restore = [], checkpoint.restore_checkpoint
   monkeypatch.setattr(
-    checkpoint, "restore", lambda *a: (restored.append(restore(*a)[1:]), (4, *restored[0]))[1]
+    checkpoint,
+    "restore_checkpoint",
+    lambda *a: (restored.append(restore(*a)[1:]), (4, *restored[0]))[1],
   )
   config = make(tiny_run, straight[0].workdir, mesh={"data": 1, "fsdp": 1, "tensor": 2})
-  assert loop.run(config)["step"] == 4
+  assert loop.train(config)["step"] == 4
   ((parts, opt),) = restored
-  params = checkpoint.nest({name: part[name] for part in parts for name in part})
-  assert as_bytes(params, checkpoint.nest(opt)) == straight[3][0]
+  params = checkpoint.nest_leaves({name: part[name] for part in parts for name in part})
+  assert as_bytes(params, checkpoint.nest_leaves(opt)) == straight[3][0]
   kernel = params["llm"]["layers"]["0"]["gate"]["kernel"]
   assert kernel.addressable_shards[0].data.size == kernel.size // 2
   row = next(
@@ -473,8 +477,8 @@ def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys, monkeypatc
 
 
 def test_checkpoints_of_a_missing_step_are_named(straight, tmp_path):
-  assert checkpoint.read_config(straight[0].workdir)[1] == 4
+  assert checkpoint.read_description(straight[0].workdir)[1] == 4
   with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*there are \[2, 4\]"):
-    checkpoint.read_config(straight[0].workdir, 3)
+    checkpoint.read_description(straight[0].workdir, 3)
   with pytest.raises(FileNotFoundError, match="no checkpoints in"):
-    checkpoint.read_config(str(tmp_path))
+    checkpoint.read_description(str(tmp_path))

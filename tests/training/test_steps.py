@@ -46,7 +46,9 @@ class Prepared:
 
   def __init__(self, config, devices):
     self.mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    self.cfg = loading.read_config(loading.resolve(config.init_from), config.model, config.lp_comp)
+    self.cfg = loading.read_vlm_config(
+      loading.resolve(config.init_from), config.model, config.lp_comp
+    )
     self.config, self.tx = config, optim.optimizer(config.optim, 10)
     with jax.set_mesh(self.mesh):
       self.graph, _ = steps.abstract_state(config, self.cfg, self.tx, self.mesh)
@@ -60,7 +62,7 @@ class Prepared:
         self.graph,
         self.state,
         self.sums,
-        steps.place(batch, self.mesh),
+        steps.place_rows(batch, self.mesh),
         (),
         projector_max_frames=self.config.train.projector_max_frames,
       )
@@ -196,13 +198,13 @@ def test_quirk_q17_long_samples_give_the_projector_no_gradient(tiny_run, example
 
 def test_warm_up_and_cosine_are_those_of_the_release(tiny_run, tmp_path):
   config = dataclasses.replace(tiny_run(tmp_path).optim, learning_rate=1e-5, warmup=0.03)
-  rate = optim.schedule(config, 2247)  # 68 steps of warm-up
+  rate = optim.learning_rate(config, 2247)  # 68 steps of warm-up
   np.testing.assert_allclose(
     [rate(0), rate(1), rate(67), rate(68)], [0, 1e-5 / 68, 67e-5 / 68, 1e-5], rtol=1e-6
   )
   np.testing.assert_allclose(rate(68 + 2179 / 2), 0.5e-5, rtol=1e-5)
   assert 0 < rate(2246) < 1e-10 and rate(2247) == 0
-  whole = optim.schedule(dataclasses.replace(config, warmup=1.0), 4)  # nothing but warm-up
+  whole = optim.learning_rate(dataclasses.replace(config, warmup=1.0), 4)  # nothing but warm-up
   np.testing.assert_allclose(
     [whole(step) for step in range(4)], [0, 0.25e-5, 0.5e-5, 0.75e-5], rtol=1e-6
   )
@@ -239,11 +241,11 @@ def test_losses_and_gradients_on_features_are_those_on_frames(
       Shape(4, 3, 80, 32, 400), tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3))
     )
     lengths, encoder = (
-      pipeline.measure(data, tokenizer, "assistant"),
+      pipeline.measure_lengths(data, tokenizer, "assistant"),
       loop.ClipEncoder(it.steps, it.mesh),
     )
     with jax.set_mesh(it.mesh):
-      for item in pipeline.read(
+      for item in pipeline.read_steps(
         data,
         tokenizer,
         config.data,
@@ -352,7 +354,7 @@ def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
   flops = metrics.forward_flops(cfg, [Length(16, 8, 4, 8)], pixels=True)
   assert flops["projector"] + flops["llm"] == near(counted(loss, features))
   assert flops["vision"] == near(
-    counted(lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), clips)
+    counted(lambda state, clips: vlm.encode_frames(nnx.merge(graph, state), clips), clips)
   )
 
   everything = TrainConfig(1, 1, None, False, True, True, None, 1, 1, 1, 1, None)
@@ -381,7 +383,9 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   features = flops(step, *arguments)
   graph, state = nnx.split(loading.abstract(cfg))
   clips = jax.ShapeDtypeStruct((128, 8, 448, 448, 3), np.uint8)
-  tower = flops(lambda state, clips: vlm.encode(nnx.merge(graph, state), clips), state, clips)
+  tower = flops(
+    lambda state, clips: vlm.encode_frames(nnx.merge(graph, state), clips), state, clips
+  )
   length = [Length(1024, 8, 16, 512)]
   assert tower == pytest.approx(
     metrics.forward_flops(cfg, length, pixels=True)["vision"].sum(), rel=0.02

@@ -33,7 +33,7 @@ def test_even_attention_goes_where_tokens_are(small, sample, keep):
     layer.q.kernel[...] = jnp.zeros_like(layer.q.kernel[...])
     layer.q.bias[...] = jnp.zeros_like(layer.q.bias[...])
   batch = one_each([sample(1, 3, 6), sample(2, 2, 4, seed=1)], 16, 4, 8)
-  shares = np.asarray(jax.jit(flow.flow)(model, batch))
+  shares = np.asarray(jax.jit(flow.attention_flow)(model, batch))
   assert shares.shape == (2, 2, 2, 18)
   kept = lp_comp.survivors(cfg.lp_comp, 2)
   for row, (clips, prefix, text) in enumerate([(1, 3, 6), (2, 2, 4)]):
@@ -54,7 +54,7 @@ def test_even_attention_goes_where_tokens_are(small, sample, keep):
 def test_attention_has_no_place_to_go_where_tokens_are_averaged(small, sample):
   model = vlm.VLM(small("cosine", "avgpool"), rngs=nnx.Rngs(0))
   with pytest.raises(ConfigError, match="avgpool"):
-    flow.flow(model, one_each([sample(1, 3, 6)], 8, 4, 8))
+    flow.attention_flow(model, one_each([sample(1, 3, 6)], 8, 4, 8))
 
 
 def test_agreement_by_hand():

@@ -21,13 +21,13 @@ from etils import epath
 from xcomp_jax import export, files
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError
-from xcomp_jax.data.decode_jobs import Settings
+from xcomp_jax.data.decode_jobs import FrameSettings
 from xcomp_jax.data.mixture import read_mixture
 from xcomp_jax.data.predecoding import predecode
 from xcomp_jax.data.store import open_store, write_store
 from xcomp_jax.data.video import sample
 from xcomp_jax.evaluation.runner import Answers
-from xcomp_jax.inference.video_model import Reader
+from xcomp_jax.inference.video_model import VideoModel
 from xcomp_jax.training import checkpoint, workdir
 
 
@@ -170,7 +170,7 @@ def test_a_bucket_that_is_not_there_is_said(bucket):
   ):
     workdir.claim("gs://another/run")
   with pytest.raises(loading.CheckpointError, match=r"^gs://another/run has no checkpoints/"):
-    export.read("gs://another/run")
+    export.read_source("gs://another/run")
 
 
 def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
@@ -189,7 +189,7 @@ def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
   ):
     workdir.claim("gs://bucket/run")
   with pytest.raises(OSError, match=r"^gs://bucket/run can't be read: 401 no credentials$"):
-    export.read("gs://bucket/run")
+    export.read_source("gs://bucket/run")
 
 
 @pytest.mark.parametrize(
@@ -212,11 +212,11 @@ def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
       "a folder .* by a rename. Give a folder of",
     ),
     (
-      lambda path: predecode("mixture.yaml", path, Settings(48, 8, 8, 1.0, 8)),
+      lambda path: predecode("mixture.yaml", path, FrameSettings(48, 8, 8, 1.0, 8)),
       "a store appears by a rename. Give a folder of this machine, and copy it when it is done",
     ),
     (
-      lambda path: Answers(path, object.__new__(Reader), (0, 1)),
+      lambda path: Answers(path, object.__new__(VideoModel), (0, 1)),
       "answers are written line by line. Give a folder of",
     ),
     (lambda path: files.local(pathlib.Path(path), "so it is"), "so it is. Copy"),

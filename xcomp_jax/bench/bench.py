@@ -28,7 +28,7 @@ import numpy as np
 from xcomp_jax import cli, files, inputs
 from xcomp_jax.bench import parts
 from xcomp_jax.bench.parts import Part
-from xcomp_jax.bench.profile import shares, traced
+from xcomp_jax.bench.profile import shares, trace_call
 from xcomp_jax.config import Dtype
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.files import expanduser
@@ -49,7 +49,7 @@ GROUPS = ("tower", "merge", "prefill", "plain", "select", "decode", "features", 
 
 
 @dataclasses.dataclass(frozen=True)
-class Preset:
+class Sizes:
   """Sizes of all rows.
 
   like: a directory with config.json, None for the official CPU benchmark's sizes, "small" for tiny
@@ -78,10 +78,10 @@ class Preset:
 
 
 PRESETS = {
-  "smoke": Preset(
+  "smoke": Sizes(
     "small", "float32", 256, 1 << 20, 2, (16,), (16,), 86, 2, 1, 4, 64, (2, 32, 64), 8
   ),
-  "cpu": Preset(
+  "cpu": Sizes(
     None,
     "float32",
     4096,
@@ -97,7 +97,7 @@ PRESETS = {
     (4, 128, 512),
     256,
   ),
-  "gpu": Preset(
+  "gpu": Sizes(
     str(RELEASED),
     "bfloat16",
     8192,
@@ -142,8 +142,8 @@ def calling(part: Part) -> tuple[Callable[[], Any], Any, float]:
   return call, program, spent
 
 
-def measure(
-  part: Part, preset: Preset, copy: float | None = None, traces: pathlib.Path | None = None
+def measured_row(
+  part: Part, preset: Sizes, copy: float | None = None, traces: pathlib.Path | None = None
 ) -> dict[str, Any]:
   """A row: seconds (median, fastest, slowest), operations, bytes and their rates, shares of the
   plain programs' rates.
@@ -189,25 +189,25 @@ def measure(
       "bound": max(by, key=by.__getitem__),
     }
   if traces is not None:
-    spent = shares(traced(call, traces), program.as_text())
+    spent = shares(trace_call(call, traces), program.as_text())
     row["profile"] = {name: share for name, share in spent.items() if share >= 0.01}
   return row
 
 
-def rows(
-  preset: Preset, groups: Sequence[str], torch: bool, profile: pathlib.Path | None
+def measured_rows(
+  preset: Sizes, groups: Sequence[str], torch: bool, profile: pathlib.Path | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
   """Measures group after group; yields the name and the values of each row. profile: folder of
   traces, None for none.
   """
-  copied = measure(parts.copying(preset.copied), preset)
-  product = measure(parts.product(preset.side, preset.dtype), preset)
+  copied = measured_row(parts.copying(preset.copied), preset)
+  product = measured_row(parts.product(preset.side, preset.dtype), preset)
   yield f"matrix product of {preset.side}", product
   yield "copy", copied
 
   def one(name: str, part: Part, **more) -> tuple[str, dict[str, Any]]:
     folder = None if profile is None else profile / re.sub("[^a-z0-9]+", "-", name)
-    return name, measure(part, preset, copied["bytes/s"], folder) | more
+    return name, measured_row(part, preset, copied["bytes/s"], folder) | more
 
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)
   if "tower" in groups:
@@ -221,7 +221,9 @@ def rows(
     published = compressed and preset.like not in (None, "small")
     for n in frames if group in groups else ():
       beside = {"paper_s": PAPER.get(n), "wanted_s": WANTED.get(n)} if published else {}
-      yield one(f"{group}, {n} frames", parts.prefill(cfg, n, preset.text, compressed), **beside)
+      yield one(
+        f"{group}, {n} frames", parts.prefill_part(cfg, n, preset.text, compressed), **beside
+      )
   if torch:
     for n in preset.frames:
       yield f"PyTorch without compression, {n} frames", torch_prefill(cfg, n, preset.text)
@@ -234,20 +236,20 @@ def rows(
       yield one(f"select {mode}, the question's rows", asked, calls=calls)
   if "decode" in groups:
     for answers in (1, 5, 10):
-      part = parts.decoding(cfg, preset.frames[0], preset.text, preset.tokens, answers)
+      part = parts.decoding_part(cfg, preset.frames[0], preset.text, preset.tokens, answers)
       yield one(
         f"decode, {preset.tokens} tokens" + (f" of {answers} answers" if answers > 1 else ""),
         part,
       )
   for group in ("features", "frames"):
     if group in groups:
-      yield from training(preset, one, pixels=group == "frames")
+      yield from measure_training(preset, one, pixels=group == "frames")
   if "data" in groups:
     yield from data(preset)
 
 
-def training(
-  preset: Preset, one: Callable[[str, Part], tuple[str, dict]], pixels: bool
+def measure_training(
+  preset: Sizes, one: Callable[[str, Part], tuple[str, dict]], pixels: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
   """Measures SCT's programs on full rows, and says how many samples per second they make.
 
@@ -257,13 +259,13 @@ def training(
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
   samples, frames, text = preset.row
   shape = Shape(1, samples, 16, frames, text)
-  gradient, _ = parts.training(cfg, shape, "float32")
+  gradient, _ = parts.training_parts(cfg, shape, "float32")
   rows = [
     (one(f"gradient, a row of {samples} samples, {frames} frames, {kind}", gradient), 1 / samples)
   ]
   del gradient
   gc.collect()
-  _, apply = parts.training(cfg, shape, "float32")
+  _, apply = parts.training_parts(cfg, shape, "float32")
   rows.append((one(f"optimizer's step, {kind}", apply), 1 / preset.batch))
   del apply
   gc.collect()
@@ -291,7 +293,7 @@ def training(
   )
 
 
-def data(preset: Preset) -> Iterator[tuple[str, dict[str, Any]]]:
+def data(preset: Sizes) -> Iterator[tuple[str, dict[str, Any]]]:
   """Batches per second that the reader makes of stored frames."""
   try:
     from xcomp_jax.bench.data import storing
@@ -365,7 +367,7 @@ def torch_prefill(cfg, frames: int, text: int) -> dict[str, Any]:
   return {"seconds": statistics.median(spent), "fastest_s": min(spent), "slowest_s": max(spent)}
 
 
-def show(name: str, row: Mapping[str, Any]) -> str:
+def row_line(name: str, row: Mapping[str, Any]) -> str:
   """A row as one line."""
   if "not run" in row:
     return f"{name:42} not run: {row['not run']}"
@@ -388,7 +390,7 @@ def show(name: str, row: Mapping[str, Any]) -> str:
   )
 
 
-def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
+def plot_roofline(result: Mapping[str, Any], file: pathlib.Path) -> None:
   """Draws the roofline: operations per second against operations per byte, under what plain
   programs reach.
 
@@ -439,8 +441,8 @@ def plot(result: Mapping[str, Any], file: pathlib.Path) -> None:
   pyplot.close(figure)
 
 
-def run(
-  preset: Preset,
+def run_benchmarks(
+  preset: Sizes,
   name: str,
   groups: Sequence[str],
   torch: bool,
@@ -456,22 +458,22 @@ def run(
     "dtype": preset.dtype,
   }
   result |= {
-    "attention": kernels.describe(
+    "attention": kernels.describe_kernels(
       parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)
     ),
     "rows": {},
   }
   print(result["attention"], file=sys.stderr)
-  for title, row in rows(preset, groups, torch, profile):
+  for title, row in measured_rows(preset, groups, torch, profile):
     result["rows"][title] = parts.as_json(row)
     if "copy_bytes/s" not in result and title == "copy":
       result |= {
         "matmul_flops/s": next(iter(result["rows"].values()))["flops/s"],
         "copy_bytes/s": row["bytes/s"],
       }
-    print(show(title, row), flush=True)
+    print(row_line(title, row), flush=True)
     if out is not None:
-      files.write(out, json.dumps(result, indent=1) + "\n")
+      files.write_file(out, json.dumps(result, indent=1) + "\n")
     gc.collect()
   return result
 
@@ -512,7 +514,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parser.parse_args(argv)
   with cli.command(ImportError):
     if args.plot:
-      plot(inputs.read_json(args.plot, ValueError), args.plot.with_suffix(".png"))
+      plot_roofline(inputs.read_json(args.plot, ValueError), args.plot.with_suffix(".png"))
       return
     given = {
       "like": args.like,
@@ -530,10 +532,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for folder in (args.out and args.out.parent, args.profile):
       if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    result = run(preset, args.preset, args.only, args.torch, args.out, args.profile)
+    result = run_benchmarks(preset, args.preset, args.only, args.torch, args.out, args.profile)
     if args.out is not None:
       try:
-        plot(result, args.out.with_suffix(".png"))
+        plot_roofline(result, args.out.with_suffix(".png"))
       except ImportError as error:
         print(
           f"no PNG: {error.name} is not installed; draw it elsewhere with --plot {args.out}",

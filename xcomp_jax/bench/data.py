@@ -67,7 +67,7 @@ def timed(work: Callable[[], object], repeat: int = 1) -> tuple[float, float]:
   return min(wall), min(cpu)
 
 
-def decoding(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
+def decoding_costs(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
   """Frames uint8[T, S, S, 3] of a training sample, and a table of what they cost."""
   chosen = sample(path, size=size)
   frames = np.stack(list(video.frames(chosen)))
@@ -126,7 +126,7 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
     for name, (visual, how) in kinds.items():
       folders = (pathlib.Path(place) / f"{name} {n}" for n in range(repeat))
       talk = ({"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""})
-      items = [(store.Sample(str(i), "", "", i, talk, ""), visual) for i in range(samples)]
+      items = [(store.StoredSample(str(i), "", "", i, talk, ""), visual) for i in range(samples)]
 
       def write(items=items, how=how, folders=folders):
         return store.write_store(next(folders), items, image_size=size, clip_frames=CLIP, **how)
@@ -152,7 +152,7 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
   return out
 
 
-def memory(path: str, size: int, more: Sequence[str] = ()) -> str:
+def decoding_memory(path: str, size: int, more: Sequence[str] = ()) -> str:
   """Pre-decodes the file by the command, in one process; its peak resident memory, and time."""
   with tempfile.TemporaryDirectory() as place:
     at = pathlib.Path(place)
@@ -205,8 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not pathlib.Path(args.path).is_file():
       raise FileNotFoundError(f"there is no file {args.path}")
     # first: a process counts what its parent had when it was made
-    print(memory(args.path, args.image_size), flush=True)
-    frames, table = decoding(args.path, args.image_size, args.repeat)
+    print(decoding_memory(args.path, args.image_size), flush=True)
+    frames, table = decoding_costs(args.path, args.image_size, args.repeat)
     print(table, flush=True)
     print(
       f"storing {args.samples} x {len(frames):,} frames: kB per frame; frames per second written, "

@@ -50,12 +50,12 @@ def write_questions(folder: pathlib.Path, videos: int, questions: int, scenes: i
   if not folder.exists():
     world.write_world(
       folder,
-      [world.Split("heldout", videos, scenes, scenes, len(world.QUESTIONS))],
+      [world.WorldSplit("heldout", videos, scenes, scenes, len(world.QUESTIONS))],
       seed=0,
       workers=1,
     )
   asked = []
-  for annotation in world.read_annotations(folder, "heldout"):
+  for annotation in world.read_split(folder, "heldout"):
     turns, talk = annotation["conversations"], []
     for i in range(questions):  # the same few, in other words
       human, answer = turns[2 * i % len(turns)], turns[2 * i % len(turns) + 1]
@@ -107,7 +107,7 @@ def once(
     )
 
 
-def measure(
+def measure_variants(
   options: Sequence[str], out: pathlib.Path, rounds: int, variants: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
   """What each variant took, by its name: "seconds", "cpu_seconds" and "asking" (without starting
@@ -134,7 +134,7 @@ def measure(
   return found
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def variants_table(found: dict[str, dict[str, Any]]) -> str:
   """Medians and extremes for people."""
   lines = [f"{'seconds per question':44} {'asking':>8} {'all':>8} {'processors':>11}   of all"]
   for name, row in found.items():
@@ -169,6 +169,6 @@ def main(argv: Sequence[str] | None = None) -> None:
       "--min-frames=8",
       *more,
     ]
-    found = measure(options, args.out, args.rounds, args.variant or list(VARIANTS))
+    found = measure_variants(options, args.out, args.rounds, args.variant or list(VARIANTS))
     files.write_json(args.out / "bench.json", found, indent=2)
-    print(table(found))
+    print(variants_table(found))

@@ -99,7 +99,7 @@ def distance(got: Any, wanted: Any) -> float:
   )
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def median_seconds(call: Callable[[], Any]) -> float:
   """Gives the median time of five calls, in seconds; it has been made before."""
   spent = []
   for _ in range(5):
@@ -110,7 +110,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class Oracle:
   """What implementations of a case are compared with.
 
   program: (implementation, precision) -> a function of q, k, v that gives results and gradients.
@@ -125,7 +125,7 @@ class Prepared:
 
 
 @functools.cache
-def prepared(case: Case) -> Prepared:
+def prepared(case: Case) -> Oracle:
   """Draws the inputs of a case, and computes it by einsum."""
   B, S, dtype = case.batch, case.slots, jnp.dtype(case.dtype)
 
@@ -158,10 +158,10 @@ def prepared(case: Case) -> Prepared:
     return run
 
   oracle = program("einsum", "highest")(*(x.astype(jnp.float32) for x in inputs))
-  return Prepared(program, inputs, oracle, program("einsum", case.precision)(*inputs))
+  return Oracle(program, inputs, oracle, program("einsum", case.precision)(*inputs))
 
 
-def compare(case: Case, implementation: str) -> dict[str, Any]:
+def compare_implementation(case: Case, implementation: str) -> dict[str, Any]:
   """Compares an implementation's results and gradients with einsum in float32.
 
   Returns:
@@ -181,7 +181,7 @@ def compare(case: Case, implementation: str) -> dict[str, Any]:
       1e-5 if case.dtype == "float32" else 1e-3
     )
   return out | {
-    "seconds": seconds(lambda: run(*made.inputs)),
+    "seconds": median_seconds(lambda: run(*made.inputs)),
     "right": out["result right"] and out["gradient right"],
   }
 
@@ -218,7 +218,7 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
       ):
         continue
       try:
-        row = compare(case, implementation)
+        row = compare_implementation(case, implementation)
       except Exception as error:  # one that does not compile is a result, too
         row = {"right": False, "error": files.one_line(error)[:300]}
       wrong = not row["right"] and implementation == "flash"  # what nobody takes may fail

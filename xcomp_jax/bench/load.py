@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from xcomp_jax.checkpoints import saving, tensor_files, tensor_names
-from xcomp_jax.checkpoints.loading import load, read_config, resolve
+from xcomp_jax.checkpoints.loading import load_model, read_vlm_config, resolve
 from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
 from xcomp_jax.cli import command
 from xcomp_jax.files import expanduser
@@ -32,7 +32,7 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
   Raises:
     CheckpointError: a config that can't be used, or a directory that is not free.
   """
-  cfg = read_config(like, AS_IT_IS, NOT_TUNED)
+  cfg = read_vlm_config(like, AS_IT_IS, NOT_TUNED)
   rng = np.random.default_rng(0)
   dtype = np.dtype(ml_dtypes.bfloat16)
 
@@ -67,7 +67,7 @@ def measured_loading(directory: pathlib.Path) -> dict[str, float]:
   Raises:
     CheckpointError: see `weights.load`.
   """
-  cfg = read_config(directory, AS_IT_IS, NOT_TUNED)
+  cfg = read_vlm_config(directory, AS_IT_IS, NOT_TUNED)
   files = sorted(directory.rglob("*.safetensors")) or [
     f for f in sorted((directory / "params").rglob("*")) if f.is_file()
   ]
@@ -85,7 +85,7 @@ def measured_loading(directory: pathlib.Path) -> dict[str, float]:
   before = _anonymous()
   with _Peak() as peak:
     began, cpu = time.perf_counter(), time.process_time()
-    model = load(directory, cfg)
+    model = load_model(directory, cfg)
     loading, loading_cpu = time.perf_counter() - began, time.process_time() - cpu
   resident = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
   return {

@@ -100,7 +100,7 @@ def sized(like: str | None, dtype: Dtype, **model) -> VLMConfig:
     ModelConfig(8, "checkpoint", dtype, dtype, 4, "auto", remat=False), **model
   )
   if like not in (None, "small"):
-    return loading.read_config(pathlib.Path(like), m, COSINE)
+    return loading.read_vlm_config(pathlib.Path(like), m, COSINE)
   vision, llm = (SMALL_TOWER, SMALL_LLM) if like else (TOWER, MEASURED)
   return VLMConfig(vision, llm, COSINE, 8, 16, dtype, int(m.clips_per_chunk), m.attention, m.remat)
 
@@ -150,7 +150,7 @@ def tower(cfg: VLMConfig, clips: int, real: bool = True) -> Part:
   frames = _array(real, (clips, 8, size, size, 3), np.uint8)
 
   def run(state, frames):
-    return vlm.encode(nnx.merge(graph, state), frames)
+    return vlm.encode_frames(nnx.merge(graph, state), frames)
 
   useful = _useful(cfg, 8 * clips, PREFIX + 1, True)["vision"]
   return Part(run, (state, frames), useful, 8 * clips, "frames")
@@ -166,7 +166,7 @@ def merging(cfg: VLMConfig, clips: int) -> Part:
   return Part(run, (x,), flops(run, x), 8 * clips, "frames")
 
 
-def prefill(
+def prefill_part(
   cfg: VLMConfig,
   frames: int,
   text: int,
@@ -189,7 +189,7 @@ def prefill(
   def run(state, x):
     model, one = nnx.merge(graph, state), lambda n: jnp.full((1, 1), n)
     lengths = qwen2.Lengths(one(PREFIX), one(groups), one(after))
-    out = qwen2.run(model.llm, x, lengths, prefix=PREFIX, text=after, caches=True)
+    out = qwen2.run_layers(model.llm, x, lengths, prefix=PREFIX, text=after, caches=True)
     return generate.start(model, out, after, one(after)[0], room)
 
   x = _array(real, (1, text + frames * cfg.tokens_per_frame, cfg.llm.width), cfg.dtype)
@@ -199,18 +199,20 @@ def prefill(
   return Part(run, (state, x), useful, frames, "frames")
 
 
-def decode(cfg: VLMConfig, tokens: int) -> Callable:
+def decode_function(cfg: VLMConfig, tokens: int) -> Callable:
   """A function (state, what `prefill` leaves) -> so many tokens int32[B, tokens]."""
   graph, _ = _random(without_tower(cfg), False)
   sampling = generate.Sampling(tokens, ())
-  return lambda params, state: generate.decode(nnx.merge(graph, params), state, sampling, tokens)[0]
+  return lambda params, state: generate.decode_tokens(
+    nnx.merge(graph, params), state, sampling, tokens
+  )[0]
 
 
-def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: int = 1) -> Part:
+def decoding_part(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: int = 1) -> Part:
   """So many tokens of answers, one after the other, behind so many frames each; a token is a
   product with every parameter.
   """
-  begun = prefill(cfg, frames, text, room=tokens)
+  begun = prefill_part(cfg, frames, text, room=tokens)
   state = dataclasses.replace(_ones(begun.run, *begun.args), free=jnp.int32(tokens))
   state = jax.tree.map(lambda a: a.repeat(answers, 0) if a.ndim else a, state)
   m = cfg.llm
@@ -225,7 +227,7 @@ def decoding(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: int =
   held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))
   tokens_of_all = tokens * answers
   return Part(
-    decode(cfg, tokens),
+    decode_function(cfg, tokens),
     (begun.args[0], state),
     tokens_of_all * useful,
     tokens_of_all,
@@ -238,9 +240,9 @@ def selecting(cfg: VLMConfig, mode: str, frames: int) -> tuple[Part, Part, int]:
   """QC-Comp of a video of given visual tokens: the visual rounds, the question's rows, and how many
   calls of each.
   """
-  cfg, setting = without_tower(cfg), qc_comp.setting(mode, 8)
+  cfg, setting = without_tower(cfg), qc_comp.select_config(mode, 8)
   graph, state = _random(cfg, True)
-  plan = qc_comp.plan(frames, 8, setting)
+  plan = qc_comp.plan_rounds(frames, 8, setting)
   rows, clips = max(1, setting.round // plan.frames), plan.frames // 8
   calls = -(-len(plan.starts) // rows)
   watch, score = scoring(graph, plan, setting, rows)
@@ -254,7 +256,7 @@ def selecting(cfg: VLMConfig, mode: str, frames: int) -> tuple[Part, Part, int]:
   )
 
 
-def training(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part, Part]:
+def training_parts(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part, Part]:
   """SCT's two programs, as `train` compiles them: gradients of a micro-batch of full rows, and the
   optimizer's step.
   """

@@ -20,7 +20,7 @@ NOT_OPERATIONS = (
 )
 
 
-def traced(call: Callable[[], Any], folder: pathlib.Path) -> pathlib.Path:
+def trace_call(call: Callable[[], Any], folder: pathlib.Path) -> pathlib.Path:
   """Runs a call under the profiler; returns the trace, which xprof and TensorBoard open too (with
   `folder` as --logdir).
   """

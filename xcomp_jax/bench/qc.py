@@ -38,7 +38,7 @@ MODES = ("official", "aligned", "local", "global")
 OFFICIAL_FLOPS = 15.3e12  # that the official code counts for its rounds over 1,024 frames
 
 
-def select(mode: str, frames: int) -> dict[str, float]:
+def time_scoring(mode: str, frames: int) -> dict[str, float]:
   """Scores a video of given visual tokens by a random model of the official benchmark's sizes.
 
   Returns:
@@ -67,16 +67,16 @@ def select(mode: str, frames: int) -> dict[str, float]:
   }
 
 
-def questions(
+def question_costs(
   like: pathlib.Path, mode: str, frames: int, kept: int, tokens: int
 ) -> dict[str, float]:
   """Operations of a first and a later question about an encoded video, of the model that `like`
   describes; none are run.
   """
-  cfg = dataclasses.replace(loading.read_config(like, AS_IT_IS, COSINE), clip_frames=8)
+  cfg = dataclasses.replace(loading.read_vlm_config(like, AS_IT_IS, COSINE), clip_frames=8)
   graph, state = nnx.split(loading.abstract(cfg))
-  setting, D = qc_comp.setting(mode, kept), cfg.vision.width
-  plan = qc_comp.plan(frames, 8, setting)
+  setting, D = qc_comp.select_config(mode, kept), cfg.vision.width
+  plan = qc_comp.plan_rounds(frames, 8, setting)
   rows, clips, size = max(1, setting.round // plan.frames), plan.frames // 8, cfg.vision.image_size
   calls = -(-len(plan.starts) // rows)
   watch, score = scoring(graph, plan, setting, rows)
@@ -87,12 +87,12 @@ def questions(
 
   def answer(state, batch):
     model = nnx.merge(graph, state)
-    return generate.decode(
+    return generate.decode_tokens(
       model, generate.prefill(model, batch, tokens), generate.Sampling(tokens, ()), tokens
     )[0]
 
   encode_clip = flops(
-    lambda state, clips: vlm.encode(nnx.merge(graph, state), clips),
+    lambda state, clips: vlm.encode_frames(nnx.merge(graph, state), clips),
     state,
     jax.ShapeDtypeStruct((1, 8, size, size, 3), np.uint8),
   )
@@ -129,11 +129,11 @@ def needles(
   model_config = ModelConfig(
     world.FRAMES, "checkpoint", "float32", "float32", 16, "auto", remat=False
   )
-  cfg = loading.read_config(checkpoint, model_config, lp_comp)
-  model, tokenizer = loading.load(checkpoint, cfg), prompt.load_tokenizer(checkpoint)
-  settings = {mode: qc_comp.setting(mode, kept) for mode in modes}
+  cfg = loading.read_vlm_config(checkpoint, model_config, lp_comp)
+  model, tokenizer = loading.load_model(checkpoint, cfg), prompt.load_tokenizer(checkpoint)
+  settings = {mode: qc_comp.select_config(mode, kept) for mode in modes}
   hits, asked = dict.fromkeys([*modes, "uniform"], 0), 0
-  for annotation in progress(world.read_annotations(folder, "heldout"), unit="video"):
+  for annotation in progress(world.read_split(folder, "heldout"), unit="video"):
     sample = video.sample(
       folder / "heldout" / annotation["video"],
       size=cfg.vision.image_size,
@@ -147,19 +147,19 @@ def needles(
     phases = sorted(
       {phase for setting in settings.values() for phase in chat.phases(T, world.FRAMES, setting)}
     )
-    film = encoded_video.encode(
+    film = encoded_video.encode_video(
       model, video.frames(sample), sample.times, sample.seconds, "", phases=phases
     )
     even = np.linspace(0, film.clips - 1, kept // world.FRAMES).round().astype(int)
     rounds = {}
     for turn, scene in zip(annotation["conversations"][::2], annotation["scenes"], strict=True):
-      question = prompt.ask(
+      question = prompt.question_prompt(
         tokenizer, turn["value"].removeprefix("<image>\n"), prompt.time_message(film.seconds, T)
       )
       asked += 1
       hits["uniform"] += scene in even
       for mode, setting in settings.items():
-        frames = chat.select(model, film, [question], setting, rounds=rounds)[0].frames
+        frames = chat.select_frames(model, film, [question], setting, rounds=rounds)[0].frames
         hits[mode] += scene in frames // world.FRAMES
   return {mode: (int(n), asked) for mode, n in hits.items()}
 
@@ -177,9 +177,9 @@ def _run(args: argparse.Namespace) -> None:
     return
   for mode in modes:
     if args.command == "select":
-      out = select(mode, args.frames)
+      out = time_scoring(mode, args.frames)
     else:
-      out = questions(pathlib.Path(args.like), mode, args.frames, args.keep, args.tokens)
+      out = question_costs(pathlib.Path(args.like), mode, args.frames, args.keep, args.tokens)
     print(
       f"{mode}, {args.frames} frames\n"
       + "\n".join(f"{name:>26} {value:10.3f}" for name, value in out.items()),

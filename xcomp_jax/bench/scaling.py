@@ -19,7 +19,7 @@ from xcomp_jax.bench.parts import Part
 from xcomp_jax.inference.rounds import PREFIX, TEXT
 
 
-def row(part: Part, x: int, preset: bench.Preset | None) -> dict[str, Any]:
+def row(part: Part, x: int, preset: bench.Sizes | None) -> dict[str, Any]:
   """Seconds (None without a preset), counted operations, the share of a matrix product's rate that
   these are, memory.
   """
@@ -29,7 +29,7 @@ def row(part: Part, x: int, preset: bench.Preset | None) -> dict[str, Any]:
     used = jax.jit(part.run).lower(*part.args).compile().memory_analysis()
     assert used is not None  # every backend has it
     return out | {"temporary_GB": used.temp_size_in_bytes / 1e9}
-  got = bench.measure(part, preset)
+  got = bench.measured_row(part, preset)
   share = counted / got["fastest_s"] / got["matmul_flops/s"]
   return out | {
     "seconds": got["fastest_s"],
@@ -38,8 +38,8 @@ def row(part: Part, x: int, preset: bench.Preset | None) -> dict[str, Any]:
   }
 
 
-def measure(
-  preset: bench.Preset, frames: Sequence[int], texts: Sequence[int], most: int
+def scaling_rows(
+  preset: bench.Sizes, frames: Sequence[int], texts: Sequence[int], most: int
 ) -> dict[str, list[dict[str, Any]]]:
   """Rows of prefill against frames ("frames") and text ("text"), and of encoding ("encoding", not
   run).
@@ -54,15 +54,15 @@ def measure(
     print(json.dumps({group: out[group][-1]}), flush=True)
 
   for n in frames:
-    add("frames", parts.prefill(cfg, n, PREFIX + TEXT, real=n <= most), n, n <= most)
+    add("frames", parts.prefill_part(cfg, n, PREFIX + TEXT, real=n <= most), n, n <= most)
   for n in texts:
-    add("text", parts.prefill(cfg, min(frames), n), n, True)
+    add("text", parts.prefill_part(cfg, min(frames), n), n, True)
   for n in frames:
     add("encoding", parts.tower(cfg, n // 8, real=False), n, False)
   return out
 
 
-def draw(rows: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> None:
+def draw_scaling(rows: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> None:
   """Draws what `measure` gives.
 
   Raises:
@@ -124,6 +124,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(n % 8 or n < 8 for n in args.frames) or min(args.text) <= PREFIX:
       raise ValueError(f"--frames must be multiples of 8, and --text more than {PREFIX}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = measure(bench.PRESETS[args.preset], sorted(args.frames), args.text, args.run_up_to)
-    files.write(args.out.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
-    draw(rows, args.out.with_suffix(".png"))
+    rows = scaling_rows(bench.PRESETS[args.preset], sorted(args.frames), args.text, args.run_up_to)
+    files.write_file(args.out.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
+    draw_scaling(rows, args.out.with_suffix(".png"))

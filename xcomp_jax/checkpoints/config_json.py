@@ -78,7 +78,7 @@ IGNORED = frozenset(
 )
 
 
-def check(file: pathlib.Path, c: Mapping[str, Any], read: Collection[str]) -> None:
+def check_config_json(file: pathlib.Path, c: Mapping[str, Any], read: Collection[str]) -> None:
   """Checks that nothing in config.json asks for another model than the one that is built.
 
   Args:

@@ -36,7 +36,7 @@ from xcomp_jax.checkpoints.tensor_files import (
   is_orbax,
   open_torch,
   orbax_dtypes,
-  read_json,
+  read_object,
   read_orbax,
   read_torch,
   shards,
@@ -234,7 +234,7 @@ def clips_at_once(cfg: VLMConfig, memory: float | None) -> int:
   return min(MOST_CLIPS, 1 << max(0, int((memory or UNKNOWN) / CLIP_SHARE / clip).bit_length() - 1))
 
 
-def read_config(
+def read_vlm_config(
   directory: pathlib.Path,
   model: ModelConfig,
   lp_comp: LPCompConfig,
@@ -261,7 +261,7 @@ def read_config(
   file = directory / "config.json"
   if not file.exists() and (directory / "adapter_config.json").exists():
     raise adapters(directory, "adapter_config.json")
-  c = read_json(file)
+  c = read_object(file)
   if c.keys() >= {"init_from", "workdir"}:
     raise CheckpointError(
       f"{directory} is a run; export it first: "
@@ -270,7 +270,7 @@ def read_config(
   theta = config_json.rope_theta(file, c)
   c |= {} if theta is None else {"rope_theta": theta}
   _check(file, c, SIZES | {key: kind for key, kind in OPTIONAL.items() if c.get(key) is not None})
-  config_json.check(file, c, (*SIZES, *OPTIONAL, *SCALINGS, "tiny_vision"))
+  config_json.check_config_json(file, c, (*SIZES, *OPTIONAL, *SCALINGS, "tiny_vision"))
   if c["tie_word_embeddings"] and not equal(
     directory, "lm_head.weight", "model.embed_tokens.weight"
   ):
@@ -311,7 +311,7 @@ def read_config(
   )
   if not auto:
     return cfg
-  memory = chips.memory(jax.local_devices()[0] if device is None else device)
+  memory = chips.device_memory(jax.local_devices()[0] if device is None else device)
   return dataclasses.replace(cfg, clips_per_chunk=clips_at_once(cfg, memory))
 
 
@@ -526,7 +526,7 @@ def read_tuned(directory: pathlib.Path) -> Tuned | None:
   # a link that leads nowhere is an error: without it LP-Comp would be another one
   if not os.path.lexists(file):
     return None
-  values = dict(read_json(file, "lp_comp"))
+  values = dict(read_object(file, "lp_comp"))
   if (version := values.pop("version", VERSION)) != VERSION:
     raise CheckpointError(
       f"{file} has version {version!r}, this xcomp_jax reads {VERSION}: install a newer one"
@@ -615,7 +615,7 @@ def parameters(model: nnx.Module | nnx.State) -> dict[str, Any]:
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def load(
+def load_model(
   directory: pathlib.Path,
   cfg: VLMConfig,
   *,

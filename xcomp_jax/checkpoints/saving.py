@@ -130,7 +130,7 @@ def save_orbax(
 
   arrays = loading.parameters(model)
   own = loading.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
-  tensor_files.report(
+  tensor_files.raise_differences(
     pathlib.Path(directory),
     tensor_names.names(cfg),
     {path: a.shape for path, a in arrays.items()},
@@ -139,12 +139,12 @@ def save_orbax(
   with appearing(
     directory, overwrite, sum(a.size * own[path].itemsize for path, a in arrays.items())
   ) as temporary:
-    settings = tensor_files.nest({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
+    settings = tensor_files.nest_paths({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
     try:
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
         writer.save(
           (temporary / "params").absolute(),
-          args=ocp.args.PyTreeSave(tensor_files.nest(arrays), save_args=settings),
+          args=ocp.args.PyTreeSave(tensor_files.nest_paths(arrays), save_args=settings),
         )
     except Exception as error:  # of a disk that has become full TensorStore says so by a ValueError
       raise OSError(files.one_line(error)[:500]) from error
@@ -225,7 +225,7 @@ def _copy_rest(
   """config.json and the code that it names, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
   file = source / "config.json"
-  config: dict[str, Any] = tensor_files.read_json(file) | {
+  config: dict[str, Any] = tensor_files.read_object(file) | {
     "mm_local_num_frames": cfg.clip_frames,
     "tie_word_embeddings": cfg.llm.tied,
   }
@@ -276,7 +276,7 @@ def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
   wanted = [f"{name.split('.')[0]}.py" for name in names if "--" not in name]
   for name in wanted:  # grows
     if inputs.beside(name) and (folder / name).is_file():
-      imported = RELATIVE.findall(inputs.text(folder / name, CheckpointError))
+      imported = RELATIVE.findall(inputs.read_text(folder / name, CheckpointError))
       wanted += [file for file in (f"{module}.py" for module in imported) if file not in wanted]
   return sorted(
     {name for name in wanted if not (inputs.beside(name) and (folder / name).is_file())}
@@ -313,8 +313,8 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
       f"what one "
       f"wrote), so it is not replaced; remove it yourself, or choose another directory"
     )
-  wrote = tensor_files.read_json(directory / tensor_files.EXPORTED)
-  if other := [name for name, size in sizes(directory).items() if wrote.get(name) != size]:
+  wrote = tensor_files.read_object(directory / tensor_files.EXPORTED)
+  if other := [name for name, size in file_sizes(directory).items() if wrote.get(name) != size]:
     more = f" and {len(other) - 1} more" * (len(other) > 1)
     raise CheckpointError(
       f"{directory} also holds {other[0]}{more}, which is not what the export wrote, so it is not "
@@ -322,7 +322,7 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
     )
 
 
-def sizes(directory: pathlib.Path) -> dict[str, int]:
+def file_sizes(directory: pathlib.Path) -> dict[str, int]:
   """Bytes of all files in a folder and its folders, by name, but for the list of them."""
   found = sorted(file for file in directory.rglob("*") if file.is_symlink() or not file.is_dir())
   return {
@@ -343,7 +343,7 @@ def appearing(directory: pathlib.Path, overwrite: bool, size: int = 0) -> Genera
       if (free := shutil.disk_usage(temporary).free) < size:
         raise OSError(f"it takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there")
       yield temporary
-      files.write_json(temporary / tensor_files.EXPORTED, sizes(temporary), indent=2)
+      files.write_json(temporary / tensor_files.EXPORTED, file_sizes(temporary), indent=2)
   except OSError as error:
     text = str(error)
     raise CheckpointError(

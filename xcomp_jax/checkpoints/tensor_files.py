@@ -54,7 +54,7 @@ def shards(directory: pathlib.Path) -> list[pathlib.Path]:
   """The files that the index names, all of them in its folder; what lies there may be a link, as in
   the hub's cache.
   """
-  places = read_json(directory / INDEX, "weight_map")["weight_map"]
+  places = read_object(directory / INDEX, "weight_map")["weight_map"]
   if not isinstance(places, dict):
     raise CheckpointError(
       f"{directory / INDEX}: weight_map must be an object of tensor names and file names"
@@ -67,7 +67,7 @@ def shards(directory: pathlib.Path) -> list[pathlib.Path]:
   return sorted({directory / shard for shard in places.values()})
 
 
-def read_json(file: pathlib.Path, *required: str) -> dict[str, Any]:
+def read_object(file: pathlib.Path, *required: str) -> dict[str, Any]:
   """The object in a JSON file.
 
   Raises:
@@ -88,7 +88,7 @@ def read_json(file: pathlib.Path, *required: str) -> dict[str, Any]:
 Target = Callable[[str, np.dtype], tuple[Sharding, np.dtype]]
 
 
-def report(
+def raise_differences(
   directory: pathlib.Path,
   entries: Iterable[Entry],
   found: Mapping[str, tuple[int, ...]],
@@ -260,7 +260,9 @@ def open_torch(
     for name, it in tensors.items()
     if it.dtype not in DTYPES
   ]
-  report(directory, entries, {name: it.shape for name, it in tensors.items()}, False, problems, by)
+  raise_differences(
+    directory, entries, {name: it.shape for name, it in tensors.items()}, False, problems, by
+  )
   return tensors
 
 
@@ -377,12 +379,12 @@ def orbax_dtypes(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str,
     # opened.
     keys = [
       tree["key_metadata"]
-      for tree in read_json(folder / "_METADATA", "tree_metadata")["tree_metadata"].values()
+      for tree in read_object(folder / "_METADATA", "tree_metadata")["tree_metadata"].values()
     ]
     here = {"/".join(str(part["key"]) for part in key) for key in keys}
     wanted = {e.path: e.ours for e in entries}
     if here - wanted.keys():
-      report(folder, entries, {path: wanted.get(path, ()) for path in here}, True)
+      raise_differences(folder, entries, {path: wanted.get(path, ()) for path in here}, True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       metadata = reader.metadata(folder.absolute()).item_metadata
     if metadata is None:
@@ -399,7 +401,7 @@ def orbax_dtypes(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str,
       for path, dtype in dtypes.items()
       if dtype not in known
     ]
-    report(
+    raise_differences(
       folder, entries, {path: tuple(leaf.shape) for path, leaf in found.items()}, True, problems
     )
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -429,7 +431,7 @@ def read_orbax(
   # Orbax reads as many arrays at once as it is allowed to; this keeps host memory near the largest
   # of them.
   handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
-  tree = nest(item)
+  tree = nest_paths(item)
   arguments = ocp.args.PyTreeRestore(
     item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
   )
@@ -438,7 +440,7 @@ def read_orbax(
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest_paths(flat: Mapping[str, Any]) -> dict[str, Any]:
   """{'a/0/b': x} -> {'a': {'0': {'b': x}}}."""
   tree: dict[str, Any] = {}
   for path, leaf in flat.items():

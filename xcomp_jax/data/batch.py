@@ -111,7 +111,7 @@ class Clips:
   place: Leaf
 
 
-def split(example: Example) -> tuple[int, int]:
+def split_text(example: Example) -> tuple[int, int]:
   """Gives (tokens before, tokens after) the visual slot of a sample.
 
   Raises:
@@ -165,7 +165,7 @@ def collate(
   for r, row in enumerate(rows):
     t = l = 0  # frames and text tokens that the row holds already
     for m, example in enumerate(row):
-      p, n = split(example)
+      p, n = split_text(example)
       if m >= M or p > P or t + example.frames > shape.frames or l + n > L:
         raise ValueError(
           f"sample {example.index} has {example.frames} frames, {p} tokens before and {n} after "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xcomp_jax.config import ConfigError
-from xcomp_jax.data.store import Features, Sample, Store
+from xcomp_jax.data.store import Features, Store, StoredSample
 
 
 def permutation(n: int, *key: int) -> list[int]:
@@ -56,7 +56,7 @@ class Blend:
           f"{self.stores[0].path} holds {kinds[0]}, but {store.path} holds {kind}; a run reads one "
           f"kind"
         )
-    self.samples: tuple[Sample, ...] = tuple(
+    self.samples: tuple[StoredSample, ...] = tuple(
       itertools.chain.from_iterable(store.samples for store in self.stores)
     )
     self._starts = [0, *itertools.accumulate(map(len, self.stores))]

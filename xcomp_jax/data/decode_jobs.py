@@ -36,7 +36,7 @@ LIFE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class FrameSettings:
   """How frames are chosen (FACTS.md 5 and 6)."""
 
   image_size: int  # pixels, square
@@ -53,7 +53,7 @@ class Work:
   """Everything that decides what is in the shards."""
 
   folder: pathlib.Path
-  settings: Settings
+  settings: FrameSettings
   layout: store.Layout
   jobs: Mapping[int, Job]  # by number; those of some shards are enough to `run` them
   count: int  # of all jobs
@@ -85,7 +85,9 @@ def _spool(folder: str, job: int, suffix: str = ".records") -> str:
 # "crc32"}, with the bytes of each record and the CRC-32 of what they hold, or {"reason", "stamp"}.
 
 
-def decode(job: Job, settings: Settings, layout: store.Layout, target: str) -> tuple[int, bool]:
+def decode_job(
+  job: Job, settings: FrameSettings, layout: store.Layout, target: str
+) -> tuple[int, bool]:
   """Decodes a job into the file `target`; what the decoder can't do becomes the reason in its
   entry.
 
@@ -100,7 +102,7 @@ def decode(job: Job, settings: Settings, layout: store.Layout, target: str) -> t
   if job.reader is None:
     spool(iter(()), 1, layout, target, None)
     return 0, True
-  before, decoded = stamp(job.sample.source), 0
+  before, decoded = file_stamp(job.sample.source), 0
   clip_frames = 1 if job.reader == "img" else settings.clip_frames
   try:
     with _blaming(job):
@@ -129,7 +131,7 @@ def spool(
 ) -> None:
   """Writes clips, and the entry behind them, into the file `target`."""
   count, lengths, crc = 0, [], 0
-  with spools.writing(target) as write:
+  with spools.writing_spool(target) as write:
     for record, n, content in store.records(layout, clips, clip_frames):
       write(record)
       lengths.append(len(record))
@@ -151,7 +153,7 @@ def write_bad(target: str, reason: str, at: Any) -> None:
   been decoded.
   """
   reason = reason.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
-  with spools.writing(target) as write:
+  with spools.writing_spool(target) as write:
     write({"reason": one_line(reason), "stamp": at})
 
 
@@ -165,10 +167,10 @@ def assemble(folder: str, shard: str, members: range) -> tuple[int, bool]:
   files = [_spool(folder, job) for job in members]
   if not os.path.exists(f"{shard}.json"):  # else a process died before it had removed all spools
     entries, size, count, writer = [], 0, 0, None
-    with replacing(f"{shard}.array_record") as temporary, store.writing(temporary):
+    with replacing(f"{shard}.array_record") as temporary, store.writing_records(temporary):
       try:
         for file in files:
-          entry, records = spools.read(file)
+          entry, records = spools.read_spool(file)
           entries.append(entry)
           for record in records:
             writer = writer or store.array_record(temporary)
@@ -185,7 +187,7 @@ def assemble(folder: str, shard: str, members: range) -> tuple[int, bool]:
   return 0, True
 
 
-def stamp(path: str | os.PathLike) -> list[int] | None:
+def file_stamp(path: str | os.PathLike) -> list[int] | None:
   """Sizes and times of a file, or of those in a folder; None if there is nothing. Another stamp:
   try again.
   """
@@ -203,7 +205,7 @@ def stamp(path: str | os.PathLike) -> list[int] | None:
     return None
 
 
-def _chosen(job: Job, settings: Settings) -> video.Sample:
+def _chosen(job: Job, settings: FrameSettings) -> video.FrameSample:
   assert job.reader is not None  # text has no frames
   return video.sample(
     job.sample.source,
@@ -222,19 +224,19 @@ def _chosen(job: Job, settings: Settings) -> video.Sample:
   )
 
 
-def _decoded(chosen: video.Sample) -> int:
+def _decoded(chosen: video.FrameSample) -> int:
   """How many frames of a video are decoded for a sample of it: all from the first that is wanted
   on.
   """
   return 0 if chosen.found is None else chosen.stop - int(chosen.indices[0])
 
 
-def _seconds(job: Job, chosen: video.Sample) -> float | None:
+def _seconds(job: Job, chosen: video.FrameSample) -> float | None:
   """None of an image."""
   return None if job.reader == "img" else chosen.seconds
 
 
-def _clips(job: Job, chosen: video.Sample, size: int) -> Iterator[np.ndarray]:
+def _clips(job: Job, chosen: video.FrameSample, size: int) -> Iterator[np.ndarray]:
   """Clips uint8[F, S, S, 3] one by one; whatever goes wrong is a VideoError."""
   with _blaming(job):
     images = []
@@ -265,7 +267,7 @@ def _blaming(job: Job) -> Generator[None]:
     ) from error
 
 
-def sampling(settings: Settings) -> dict[str, Any]:
+def sampling(settings: FrameSettings) -> dict[str, Any]:
   """Keywords of `video.frame_indices`."""
   return {
     "max_frames": settings.max_frames,
@@ -279,7 +281,7 @@ def sampling(settings: Settings) -> dict[str, Any]:
 # What the main process does.
 
 
-def prepare(work: Work, skip_bad: bool) -> int:
+def prepare_work(work: Work, skip_bad: bool) -> int:
   """Makes the folders, and clears what a run that was stopped left half done; returns how many
   annotations are done.
 
@@ -292,7 +294,7 @@ def prepare(work: Work, skip_bad: bool) -> int:
 
   def again(entry, job):
     return "reason" in entry and (
-      not skip_bad or entry["stamp"] != stamp(work.jobs[job].sample.source)
+      not skip_bad or entry["stamp"] != file_stamp(work.jobs[job].sample.source)
     )
 
   done, whole = 0, set()
@@ -309,14 +311,14 @@ def prepare(work: Work, skip_bad: bool) -> int:
     kept = suffix == "records" and int(number) // work.per_shard not in whole
     # the machine had stopped before it was on the disk
     with contextlib.suppress(spools.DamagedError):
-      if kept and not again(spools.read(str(file))[0], int(number)):
+      if kept and not again(spools.read_spool(str(file))[0], int(number)):
         done += 1
         continue
     file.unlink()
   return done
 
 
-def run(
+def decode_shards(
   work: Work,
   shards: Sequence[int],
   *,
@@ -376,7 +378,7 @@ def run(
     task = work.jobs[job]
     # what decoding doesn't need may be long
     task = dataclasses.replace(task, sample=dataclasses.replace(task.sample, conversations=()))
-    pool.call(("job", job), decode, task, work.settings, layout, target(job), timeout=timeout)
+    pool.call(("job", job), decode_job, task, work.settings, layout, target(job), timeout=timeout)
 
   def settle(job: int, good: bool) -> None:
     """Goes on with a job that is decoded, and with its shard if it was the last."""
@@ -390,7 +392,7 @@ def run(
       join(n)
 
   def give_up(job: int, reason: str) -> None:
-    write_bad(target(job), reason, stamp(work.jobs[job].sample.source))
+    write_bad(target(job), reason, file_stamp(work.jobs[job].sample.source))
     settle(job, False)
     report()
 
@@ -418,7 +420,7 @@ def run(
       while waiting and not suspects and not alone and len(running) < max(1, 2 * workers):
         job = waiting.popleft()
         if job in there:
-          settle(job, "reason" not in spools.read(work.spool(job))[0])
+          settle(job, "reason" not in spools.read_spool(work.spool(job))[0])
         elif work.jobs[job].faults:
           give_up(job, "; ".join(work.jobs[job].faults))
         else:
@@ -466,7 +468,7 @@ def entries(work: Work) -> list[dict[str, Any]]:
     if file.exists():
       found += read_json(file, store.StoreError)["entries"]
     else:
-      found += [spools.read(work.spool(job))[0] for job in work.members(n)]
+      found += [spools.read_spool(work.spool(job))[0] for job in work.members(n)]
   return found
 
 
@@ -479,7 +481,7 @@ def _how(error: Exception) -> str:
 def _encode(work: Work, job: int, encode: Callable[[int], None]) -> None:
   pixels = work.spool(job, ".pixels")
   if not os.path.exists(work.spool(job)):
-    if "reason" in spools.read(pixels)[0]:
+    if "reason" in spools.read_spool(pixels)[0]:
       os.replace(pixels, work.spool(job))
     else:
       encode(job)
@@ -488,7 +490,7 @@ def _encode(work: Work, job: int, encode: Callable[[int], None]) -> None:
 
 def spooled_frames(work: Work, job: int) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
   """The entry of decoded pixels, and their clips uint8[F, S, S, 3] one by one."""
-  entry, records = spools.read(work.spool(job, ".pixels"))
+  entry, records = spools.read_spool(work.spool(job, ".pixels"))
   coder = store.record_features(dataclasses.replace(work.layout, features=None))
 
   def clips():
@@ -504,5 +506,5 @@ def run_one(task: tuple[Work, int, float, bool]) -> int:
   hold there.
   """
   work, number, timeout, skip_bad = task
-  run(work, [number], workers=1, timeout=timeout, skip_bad=skip_bad)
+  decode_shards(work, [number], workers=1, timeout=timeout, skip_bad=skip_bad)
   return number

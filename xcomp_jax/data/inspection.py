@@ -78,7 +78,7 @@ def inspect(
   """
   store = open_store(path)
   tokenizer = prompt.load_tokenizer(checkpoint) if checkpoint else bytes_tokenizer()
-  print("\n".join(describe(store)))
+  print("\n".join(describe_store(store)))
   for i in _spread(len(store), prompts):
     print(
       f"\nprompt of sample {i}; supervised by the {mask} mask: ⟦ "
@@ -92,7 +92,7 @@ def inspect(
     print(f"\ncontact sheet: {sheet}")
 
 
-def describe(store: Store) -> Iterator[str]:
+def describe_store(store: Store) -> Iterator[str]:
   """Kind, sizes, counts and histogram, line by line."""
   layout = store.layout
   kind = f"JPEG {layout.quality}" if layout.quality else "raw"
@@ -148,7 +148,7 @@ def show_prompt(
 ) -> str:
   """A sample's prompt as training sees it, with ⟦ ⟧ around what is supervised."""
   sample = store.samples[index]
-  built = prompt.train(
+  built = prompt.training_prompt(
     tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask
   )
   parts = []
@@ -208,7 +208,7 @@ def _manifest(store: Store) -> list[dict[str, Any]]:
   try:
     lines = [
       json.loads(line)
-      for line in inputs.text(store.path / "manifest.jsonl", StoreError).split("\n")
+      for line in inputs.read_text(store.path / "manifest.jsonl", StoreError).split("\n")
       if line
     ]
   except (OSError, ValueError) as error:

@@ -47,7 +47,7 @@ THREADS = 16  # that ask the file system
 class Job:
   """A selected annotation that waits for its pixels."""
 
-  sample: store.Sample  # without time message, frames and records
+  sample: store.StoredSample  # without time message, frames and records
   reader: video.ReadType | None  # None: text alone
   start: float | None  # seconds
   end: float | None
@@ -73,7 +73,7 @@ class File:
   passed: tuple[tuple[int, str], ...]  # of the others: position, and TEXT or SEVERAL
 
 
-def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
+def drawn_annotations(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
   """Which of a file's `count` annotations are drawn, in the order of reading (FACTS.md 14).
 
   Args:
@@ -103,7 +103,7 @@ def draw(count: int, strategy: str = "all", subset: float = 1.0) -> list[int]:
   return chosen[: int(len(chosen) * subset)]
 
 
-def select(
+def select_annotations(
   items: Sequence[Mapping[str, Any]],
   strategy: str = "all",
   subset: float = 1.0,
@@ -114,7 +114,7 @@ def select(
   Returns:
     positions that are drawn; of these, those with exactly one image or video, or with `text` none.
   """
-  drawn = draw(len(items), strategy, subset)
+  drawn = drawn_annotations(len(items), strategy, subset)
   return drawn, [i for i in drawn if len(_visuals(items[i])) in ((0, 1) if text else (1,))]
 
 
@@ -132,7 +132,7 @@ def read_mixture(
   """
   path, root = (local(each, "annotations and videos are read as files") for each in (path, root))
   try:
-    mixture = _yaml(inputs.text(path, ValueError, LARGEST))
+    mixture = _yaml(inputs.read_text(path, ValueError, LARGEST))
   except Exception as error:  # its library raises more than its own
     there = (
       f"; there is {root / path}: give that"
@@ -187,7 +187,7 @@ def read_mixture(
     file = root / expanduser(entry["json_path"])
     items = read_annotations(file)
     try:
-      drawn, chosen = select(items, strategy, subset, text)
+      drawn, chosen = select_annotations(items, strategy, subset, text)
     except ValueError as error:
       raise _error(f"{where}: {error}") from error
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
@@ -249,7 +249,7 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   """
   path = pathlib.Path(path)
   try:
-    text = inputs.text(path, ValueError)
+    text = inputs.read_text(path, ValueError)
   except (OSError, ValueError) as error:  # not UTF-8, or no path at all
     where = (
       ""
@@ -357,7 +357,7 @@ def _job(
   talk: Any = _talk(item, kind is not None)  # checked below
   turns = ()
   try:
-    prompt.check(talk, visual=kind is not None)
+    prompt.checked_turns(talk, visual=kind is not None)
     turns = tuple({"from": t["from"], "value": t["value"]} for t in talk)
     faults += [
       f"turn {i} has {VIDEO} beside <image>, or several: write <image> once, where the frames go"
@@ -381,7 +381,7 @@ def _job(
   start, end = (t if t is None else float(t) for t in times)
   if (start or 0) < 0 or (end is not None and end <= (start or 0)):
     faults.append(f"start {times[0]} and end {times[1]}: expected 0 <= start < end")
-  sample = store.Sample(
+  sample = store.StoredSample(
     name
     if isinstance(name := position if item.get("id") is None else item["id"], str)
     else quoted(name),
@@ -395,7 +395,7 @@ def _job(
     "".join((sample.id, source, annotation, *(turn["value"] for turn in turns))).encode()
   except UnicodeEncodeError:  # JSON can spell half of a character that takes two
     faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
-    sample = store.Sample(str(position), ascii(source), annotation, position, (), "")
+    sample = store.StoredSample(str(position), ascii(source), annotation, position, (), "")
   return Job(
     sample, kind, start, end, rate, tuple(ascii(f) if not f.isprintable() else f for f in faults)
   )

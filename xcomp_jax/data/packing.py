@@ -52,7 +52,7 @@ class Micro(NamedTuple):
 
 
 @runtime_checkable
-class Costs(Protocol):
+class MicroCosts(Protocol):
   """What a micro-batch takes, in whole picoseconds.
 
   That is the slower of two: transfers, or operations with the attention of the busiest row group. A
@@ -74,7 +74,7 @@ class Costs(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class ShapeRoom:
   """What a mesh and a config leave to choose of a shape.
 
   groups: of rows, which are a multiple of it. parts: a row is split into so many, evenly. step:
@@ -101,13 +101,13 @@ class Room:
     return Shape(self.groups, samples, self.prefix, frames, around - before)
 
 
-def samples(step: Sequence[Micro]) -> list[int]:
+def samples_of(step: Sequence[Micro]) -> list[int]:
   """Lists the samples of a step."""
   return [i for micro in step for row in micro.rows for i in row]
 
 
 def pack_steps(
-  lengths: Lengths, steps: Sequence[Sequence[int]], shapes: Sequence[Shape], costs: Costs
+  lengths: Lengths, steps: Sequence[Sequence[int]], shapes: Sequence[Shape], costs: MicroCosts
 ) -> list[list[Micro]]:
   """Packs the samples of every step into micro-batches. A step is packed the same alone and among
   others.
@@ -174,7 +174,7 @@ class _Found(NamedTuple):
 
 
 def _fastest(
-  table: np.ndarray, steps: Sequence[np.ndarray], shapes: Sequence[Shape], costs: Costs
+  table: np.ndarray, steps: Sequence[np.ndarray], shapes: Sequence[Shape], costs: MicroCosts
 ) -> _Found:
   """Finds the fastest of the packings that are tried of each step, whose samples come the largest
   first.
@@ -307,7 +307,7 @@ def _micro_batches(total: np.ndarray, room: np.ndarray) -> np.ndarray:
   return (-(-total[:, None] // np.maximum(room, 1)[None])).max(-1).min(-1)
 
 
-def _cheapest(needs: np.ndarray, shapes: Sequence[Shape], costs: Costs) -> np.ndarray:
+def _cheapest(needs: np.ndarray, shapes: Sequence[Shape], costs: MicroCosts) -> np.ndarray:
   """The number of the cheapest shape that holds each of these samples [..., 3]."""
   ok = (needs[..., None, :] <= np.array([_sizes(shape) for shape in shapes])).all(-1)
   return np.where(ok, [max(costs.price(shape)) for shape in shapes], NEVER).argmin(-1)
@@ -352,7 +352,7 @@ MOVES = (
 STARTS = ((28, 21, 14), (28, 14, 7), (28, 24, 20), (14, 7, 4))
 
 
-def average(lengths: Lengths, batch_size: int, shapes: Sequence[Shape], costs: Costs) -> int:
+def average(lengths: Lengths, batch_size: int, shapes: Sequence[Shape], costs: MicroCosts) -> int:
   """Picoseconds of the micro-batches of an average step, from some random steps."""
   table, count = _needs(lengths), max(8, SAMPLED // batch_size)
   steps = np.resize(
@@ -373,8 +373,8 @@ class Chosen(NamedTuple):
 def choose_shapes(
   lengths: Lengths,
   batch_size: int,
-  room: Room,
-  costs: Costs,
+  room: ShapeRoom,
+  costs: MicroCosts,
   sweeps: int = 4,
   start: tuple[Shape, ...] = (),
 ) -> Chosen:
@@ -454,7 +454,7 @@ def _corners(table: np.ndarray) -> np.ndarray:
   return np.array(found)
 
 
-def named_shapes(given: Sequence[Sequence[int]], room: Room) -> tuple[Shape, ...]:
+def named_shapes(given: Sequence[Sequence[int]], room: ShapeRoom) -> tuple[Shape, ...]:
   """Makes the shapes that a config names as (rows, samples, frames, text).
 
   Raises:

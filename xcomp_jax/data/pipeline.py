@@ -63,7 +63,7 @@ Item = TowerCall | MicroBatch
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class ProcessShare:
   """What of a run a process reads.
 
   rows: which of the row groups, ascending; groups: how many there are. devices: how many there are;
@@ -117,7 +117,7 @@ def run_order(data: Blend, batch_size: int, seed: int, epochs: int) -> list[list
   ]
 
 
-def example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
+def read_example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
   """Reads one sample, without its visual tokens where the tower makes them; `mask`: which tokens
   are supervised (FACTS.md 3).
   """
@@ -129,7 +129,7 @@ def example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
   return Example(sample.frames, visual, *_tokens(data, tokenizer, mask, index), index=index)
 
 
-def measure(data: Blend, tokenizer, mask: Mask) -> list[Length]:
+def measure_lengths(data: Blend, tokenizer, mask: Mask) -> list[Length]:
   """Lengths of every sample under this tokenizer; a minute's work for the paper's 71,927, so there
   is a bar.
   """
@@ -146,7 +146,7 @@ def measure(data: Blend, tokenizer, mask: Mask) -> list[Length]:
   return lengths
 
 
-class Reader:
+class BatchReader:
   """An iterator of a run's items: of each step the calls of the tower, then the micro-batches.
 
   Its state is the number of steps that it has read. The state says nothing of devices, processes or
@@ -195,14 +195,14 @@ class Reader:
       self._iterator, self._item = None, self._ends[self.get_state()["step"]]
 
 
-def read(
+def read_steps(
   data: Blend,
   tokenizer,
   cfg: DataConfig,
   lengths: Sequence[Length],
   steps: Sequence[Sequence[Micro]],
-  share: Share,
-) -> Reader:
+  share: ProcessShare,
+) -> BatchReader:
   """Reads what some steps compute. At any time at most cfg.prefetch items are read or being read
   ahead.
 
@@ -236,7 +236,7 @@ def read(
       grain.MapDataset.source(items).slice(slice(first, None)).map(load).to_iter_dataset(options)
     )
 
-  return Reader(items.ends, open_from)
+  return BatchReader(items.ends, open_from)
 
 
 class _Planned(NamedTuple):
@@ -256,7 +256,11 @@ class _Items:
   """A run's items, in order. A step's are made when one of them is wanted: a run has a million."""
 
   def __init__(
-    self, data: Blend, lengths: Sequence[Length], steps: Sequence[Sequence[Micro]], share: Share
+    self,
+    data: Blend,
+    lengths: Sequence[Length],
+    steps: Sequence[Sequence[Micro]],
+    share: ProcessShare,
   ):
     self._lengths, self._steps, self._share = lengths, steps, share
     self._encodes = data.features is None and not share.trained
@@ -275,7 +279,7 @@ class _Items:
 
   def _kinds(self, step: Sequence[Micro]) -> list[tuple[int, list[int]]]:
     """(frames of a clip, samples with such clips): images are apart from videos."""
-    samples = [i for i in packing.samples(step) if self._clips[i]]
+    samples = [i for i in packing.samples_of(step) if self._clips[i]]
     kinds = sorted({int(self._clip_frames[i]) for i in samples}, reverse=True)
     return [(kind, [i for i in samples if self._clip_frames[i] == kind]) for kind in kinds]
 
@@ -340,7 +344,7 @@ def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> _Planned:
 
 
 def _load(
-  data: Blend, tokenizer, mask: Mask, kinds: set[int], share: Share, planned: _Planned
+  data: Blend, tokenizer, mask: Mask, kinds: set[int], share: ProcessShare, planned: _Planned
 ) -> Item:
   """Reads an item. kinds: frames of the clips that the data has."""
   if planned.clips is not None:
@@ -356,7 +360,9 @@ def _load(
   held = None
   if data.features is not None:
     held = (data.features.tokens_per_frame, data.features.width), data.clip_spec(1)[1]
-  batch = collate([[example(data, tokenizer, mask, i) for i in row] for row in rows], shape, held)
+  batch = collate(
+    [[read_example(data, tokenizer, mask, i) for i in row] for row in rows], shape, held
+  )
   clips = ()
   if share.trained:
     clips = tuple(_static(data, rows, shape, kind) for kind in sorted(kinds, reverse=True))
@@ -406,7 +412,7 @@ def _tokens(
   data: Blend, tokenizer, mask: Mask, index: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   sample = data.samples[index]
-  built = prompt.train(
+  built = prompt.training_prompt(
     tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask
   )
   return built.tokens, built.labels, built.query

@@ -18,7 +18,7 @@ import PIL
 
 from xcomp_jax.data import decode_jobs, store, video
 from xcomp_jax.data import mixture as mixtures
-from xcomp_jax.data.decode_jobs import Settings, Work
+from xcomp_jax.data.decode_jobs import FrameSettings, Work
 from xcomp_jax.files import become, listed, local, locked, sweep, write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.progress import progress
@@ -43,7 +43,7 @@ class Tower:
 def predecode(
   mixture: str | os.PathLike,
   out: str | os.PathLike,
-  settings: Settings,
+  settings: FrameSettings,
   *,
   root: str | os.PathLike = ".",
   subset: float = 1.0,
@@ -133,13 +133,13 @@ def predecode(
     _agree(folder, plan, restart)
     work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), per_shard)
     _undo_finish(work)
-    done = decode_jobs.prepare(work, skip_bad)
+    done = decode_jobs.prepare_work(work, skip_bad)
     if beam is not None:
       _run_beam(work, beam, timeout, skip_bad)
     else:
       encode = (lambda job: _spool_features(work, job, tower)) if tower else None
       with progress(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
-        decode_jobs.run(
+        decode_jobs.decode_shards(
           work,
           work.shards,
           workers=workers,
@@ -252,7 +252,7 @@ def _plan(
   root,
   subset: float,
   per_shard: int,
-  settings: Settings,
+  settings: FrameSettings,
   layout: store.Layout,
   files,
   tower,
@@ -378,7 +378,7 @@ def _finish(
     about["passed_over"] = dict(collections.Counter(reason for _, reason in about.pop("passed")))
     counts.append(about | {"written": len(mine) - skipped, "skipped": skipped})
   info = info | {"annotation_files": counts, "skipped": sum(c["skipped"] for c in counts)}
-  info = store.finish(folder, parts, work.layout, info)
+  info = store.finish_store(folder, parts, work.layout, info)
   become(work.folder, "store", out)
   return info
 

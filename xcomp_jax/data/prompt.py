@@ -113,7 +113,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
 
   for file in [whole] if whole.exists() else parts:
     # not a pipe, which the library would wait for, nor what fits into no memory
-    inputs.text(file, TokenizerError)
+    inputs.read_text(file, TokenizerError)
   with reading(whole if whole.exists() else directory, TokenizerError, "tokenizer"):
     core = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else _read_parts(*parts)
   return Tokenizer(core, str(directory))
@@ -127,7 +127,7 @@ def time_message(seconds: float, frames: int) -> str:
   )
 
 
-def check(conversations: Any, visual: bool) -> list[tuple[str, str]]:
+def checked_turns(conversations: Any, visual: bool) -> list[tuple[str, str]]:
   """An annotation's turns `{"from": "human" | "gpt", "value": text}`, as (role, text).
 
   Raises:
@@ -167,7 +167,9 @@ def check(conversations: Any, visual: bool) -> list[tuple[str, str]]:
   return turns
 
 
-def train(tokenizer: Tokenizer, conversations: Any, message: str | None, *, mask: Mask) -> Prompt:
+def training_prompt(
+  tokenizer: Tokenizer, conversations: Any, message: str | None, *, mask: Mask
+) -> Prompt:
   """An annotation's conversation with its answers supervised (FACTS.md 3, 4).
 
   conversations: turns `{"from": "human" | "gpt", "value": text}`, questions and answers in turn.
@@ -179,7 +181,7 @@ def train(tokenizer: Tokenizer, conversations: Any, message: str | None, *, mask
   Raises:
     AnnotationError: see `check`.
   """
-  turns = check(conversations, visual=message is not None)
+  turns = checked_turns(conversations, visual=message is not None)
   question = ""
   for i, (role, value) in enumerate(turns):
     if role == "user":
@@ -193,7 +195,7 @@ def train(tokenizer: Tokenizer, conversations: Any, message: str | None, *, mask
   return _build(tokenizer, turns, question, mask)
 
 
-def ask(
+def question_prompt(
   tokenizer: Tokenizer,
   question: str,
   message: str | None,

@@ -36,7 +36,7 @@ class DamagedError(StoreError):
 
 
 @contextlib.contextmanager
-def writing(target: str) -> Generator[Callable[[bytes | dict[str, Any]], None]]:
+def writing_spool(target: str) -> Generator[Callable[[bytes | dict[str, Any]], None]]:
   """A file that appears whole: the function that is given takes its records, and in the end its
   entry.
   """
@@ -62,7 +62,7 @@ def writing(target: str) -> Generator[Callable[[bytes | dict[str, Any]], None]]:
     raise
 
 
-def read(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:
+def read_spool(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:
   """The entry, and the records, which are read one by one; whether they are what was written is
   known after the last.
 

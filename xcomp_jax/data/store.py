@@ -106,7 +106,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class StoredSample:
   """One sample without its pixels; the fields are those of `samples/`."""
 
   id: str
@@ -128,7 +128,7 @@ class Shard:
   """
 
   path: str  # "" if no sample had frames
-  samples: tuple[Sample, ...]
+  samples: tuple[StoredSample, ...]
   records: int
   bytes: int
   crcs: tuple[int, ...]  # of each sample: `content_crc` of its records, one after the other
@@ -142,7 +142,7 @@ class Store:
     path: pathlib.Path,
     info: dict[str, Any],
     layout: Layout,
-    samples: Sequence[Sample],
+    samples: Sequence[StoredSample],
     rows: "Rows | tuple[()]",
   ):
     self.path, self.info, self.layout, self.samples, self._rows = (
@@ -348,7 +348,7 @@ def clips_per_record(layout: Layout, clip_frames: int) -> int:
   return max(1, RECORD_BYTES // (math.prod(shape) * dtype.itemsize))
 
 
-def checksum(samples: Iterable[Sample]) -> int:
+def checksum(samples: Iterable[StoredSample]) -> int:
   """See `Store.checksum`."""
   crc = 0
   for s in samples:  # ids alone may be mere positions in an annotation file
@@ -414,7 +414,7 @@ def open_store(path: str | os.PathLike) -> Store:
   return Store(path, info, layout, samples, rows)
 
 
-def _check(layout: Layout, sample: Sample, records: int, what: str) -> None:
+def _check(layout: Layout, sample: StoredSample, records: int, what: str) -> None:
   """Raises a StoreError unless a sample's numbers go together, and its records are there."""
   numbers = (
     f"{sample.frames} frames in clips of {sample.clip_frames}, records "
@@ -465,11 +465,11 @@ def records(
       content = content.view(np.uint16)
     elif layout.quality is not None:
       content = [_jpeg(frame, layout.quality) for frame in content]
-    yield example({"tokens" if layout.features else "frames": content}), count, content
+    yield encode_record({"tokens" if layout.features else "frames": content}), count, content
 
 
 def write_shard(
-  path: str | os.PathLike, items: Iterable[tuple[Sample, np.ndarray | None]], layout: Layout
+  path: str | os.PathLike, items: Iterable[tuple[StoredSample, np.ndarray | None]], layout: Layout
 ) -> Shard:
   """Writes the visual part of some samples into one ArrayRecord file at `path`.
 
@@ -522,7 +522,7 @@ def write_shard(
   return Shard(os.fspath(path) if first else "", tuple(samples), first, written, tuple(crcs))
 
 
-def finish(
+def finish_store(
   folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Turns a folder with written shards, in this order, into a store; returns what its store.json
@@ -557,11 +557,11 @@ def finish(
     )
   (folder / "samples").mkdir(exist_ok=True)
   size, base, file = 0, 0, folder / "samples" / "samples-train.array_record-00000-of-00001"
-  with writing(file):
+  with writing_records(file):
     writer = array_record(file)
     for shard in shards:
       for s in shard.samples:
-        record = example(
+        record = encode_record(
           vars(s)
           | {"first_record": s.first_record + base, "conversations": as_json(s.conversations)}
         )
@@ -607,7 +607,7 @@ def files_of(dataset: pathlib.Path, count: int) -> list[pathlib.Path]:
 
 def write_store(
   target: str | os.PathLike,
-  items: Iterable[tuple[Sample, np.ndarray | None]],
+  items: Iterable[tuple[StoredSample, np.ndarray | None]],
   *,
   image_size: int,
   clip_frames: int,
@@ -619,10 +619,10 @@ def write_store(
   """
   layout = Layout(image_size, clip_frames, quality, features)
   with fresh_folder(target, "store") as folder:
-    finish(folder, [write_shard(folder / "shard", items, layout)], layout, {})
+    finish_store(folder, [write_shard(folder / "shard", items, layout)], layout, {})
 
 
-def example(fields: Mapping[str, str | int | np.ndarray | Sequence[bytes]]) -> bytes:
+def encode_record(fields: Mapping[str, str | int | np.ndarray | Sequence[bytes]]) -> bytes:
   """A record of TFDS, a tf.train.Example, with its fields in the order of their names.
 
   TFDS's own writing takes ten times as long, processes for decoding would have to import it, and
@@ -677,7 +677,7 @@ def array_record(path: str | os.PathLike):
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Generator[None]:
+def writing_records(path: str | os.PathLike) -> Generator[None]:
   """What goes wrong with the writer at `path`, a full disk perhaps, is an OSError: ArrayRecord
   raises a RuntimeError.
   """
@@ -720,7 +720,7 @@ def _layout(info: Mapping[str, Any], where: pathlib.Path) -> Layout:
   return Layout(info["image_size"], info["clip_frames"], info["quality"], features)
 
 
-def _sample(row: Mapping[str, Any]) -> Sample:
+def _sample(row: Mapping[str, Any]) -> StoredSample:
   def text(key):
     return row[key].decode("utf-8")
 
@@ -730,7 +730,7 @@ def _sample(row: Mapping[str, Any]) -> Sample:
   talk = json.loads(text("conversations"))
   if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk):
     raise ValueError(f"conversations = {inputs.quoted(talk, 100)}: must be a list of objects")
-  return Sample(
+  return StoredSample(
     id=text("id"),
     source=text("source"),
     annotation=text("annotation"),
@@ -766,7 +766,7 @@ def _sample_features():
 
   kinds = {str: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
   return tfds.features.FeaturesDict(
-    {f.name: kinds.get(f.type, tfds.features.Text)() for f in dataclasses.fields(Sample)}
+    {f.name: kinds.get(f.type, tfds.features.Text)() for f in dataclasses.fields(StoredSample)}
   )
 
 

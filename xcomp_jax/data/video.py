@@ -152,7 +152,7 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], size: int) -> UInt8[np.ndarray,
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class FrameSample:
   """Says which frames were chosen, before they are decoded.
 
   indices: int[T], as in `Video`. times: float64[T], seconds from the first frame of the file on, at
@@ -223,7 +223,7 @@ def sample(
   folder_rate: float | None = None,
   tails: bool | None = None,
   found: Index | None = None,
-) -> Sample:
+) -> FrameSample:
   """Looks at a file and picks frames by `frame_indices`, to be decoded at `size` pixels square.
 
   `read_type` has the words of the annotations: "video" is any file that FFmpeg reads, "gif" an
@@ -287,7 +287,7 @@ def sample(
   if not path.is_dir():
     regular(path)
   if read_type == "img" and not path.is_dir():
-    return Sample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 0.0, 1, (), None, how)
+    return FrameSample(path, "img", np.zeros(1, int), np.zeros(1), 0.0, size, 0.0, 1, (), None, how)
   _check_limits(max_frames, min_frames, clip_frames)
   with reading(path, VideoError):
     return _sample(path, found, how, **how)
@@ -311,7 +311,7 @@ def _sample(
   rate,
   folder_rate,
   tails,
-) -> Sample:
+) -> FrameSample:
   names: list[pathlib.Path] = []
   lost = 0.0
   if read_type == "video":
@@ -360,7 +360,7 @@ def _sample(
       f"{path} has {count} frames to sample from; training needs at least one clip of {clip_frames}"
     )
   picked = stretch(picked, min_frames) if style == "ask" else picked
-  return Sample(
+  return FrameSample(
     path,
     read_type,
     picked,
@@ -375,7 +375,7 @@ def _sample(
   )
 
 
-def without_tail(chosen: Sample, error: TailError) -> Sample:
+def without_tail(chosen: FrameSample, error: TailError) -> FrameSample:
   """Picks again, from those frames of a video that can be decoded.
 
   Raises:
@@ -388,7 +388,7 @@ def without_tail(chosen: Sample, error: TailError) -> Sample:
   return sample(chosen.path, **how, found=chosen.found.cut(error.readable))
 
 
-def frames(chosen: Sample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
+def frames(chosen: FrameSample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
   """Decodes a sample's frames one by one, in order.
 
   Raises:
@@ -412,7 +412,7 @@ def frames(chosen: Sample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
         yield image
 
 
-def load(path: str | os.PathLike, *, size: int, **settings) -> Video:
+def load_frames(path: str | os.PathLike, *, size: int, **settings) -> Video:
   """All frames of a `sample` with these settings.
 
   Raises:
@@ -430,7 +430,7 @@ def load(path: str | os.PathLike, *, size: int, **settings) -> Video:
   return Video(images, chosen.seconds, chosen.indices)
 
 
-def _all(chosen: Sample) -> np.ndarray:
+def _all(chosen: FrameSample) -> np.ndarray:
   images = np.empty((len(chosen.indices), chosen.size, chosen.size, 3), np.uint8)
   for i, image in enumerate(frames(chosen)):
     images[i] = image

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from xcomp_jax.files import expanduser, listed
-from xcomp_jax.inputs import parse_json, quoted, read_json, text
+from xcomp_jax.inputs import parse_json, quoted, read_json, read_text
 
 CLOSING = "Answer with the option's letter from the given choices directly."
 BEST_OPTION = "\nOnly give the best option."
@@ -61,7 +61,7 @@ class TaskError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
   """A question of a benchmark, ready to be asked.
 
   id: unique within the task. videos: names relative to the folder of videos, the likeliest first,
@@ -96,7 +96,7 @@ class Task:
   """
 
   name: str
-  question: Callable[[Mapping[str, Any], str, pathlib.Path | None], Question | None]
+  question: Callable[[Mapping[str, Any], str, pathlib.Path | None], BenchmarkQuestion | None]
   letter: Callable[[str, Sequence[str]], str]
   macro: str
   skip_empty: bool
@@ -254,12 +254,14 @@ def _lvbench(item, stem, _):
   options = item["candidates"]
   groups = {"type": item.get("type", ""), "question type": "; ".join(item.get("question_type", ()))}
   prompt = lvbench_prompt(item["question"], options)
-  return Question("", (item["video"],), prompt, tuple(options), _right(item, options), groups)
+  return BenchmarkQuestion(
+    "", (item["video"],), prompt, tuple(options), _right(item, options), groups
+  )
 
 
 def _mlvu(item, stem, _, closing=CLOSING):
   options = item["candidates"]
-  return Question(
+  return BenchmarkQuestion(
     "",
     (f"{stem}/{item['video']}", item["video"]),
     mlvu_prompt(item["question"], options, closing),
@@ -275,7 +277,7 @@ def _mlvu_best_option(item, stem, subtitles):
 
 def _mvbench(item, stem, _):
   options, folder = item["candidates"], MVBENCH_FOLDERS.get(stem, stem)
-  return Question(
+  return BenchmarkQuestion(
     "",
     (f"{folder}/{item['video']}", f"{stem}/{item['video']}", item["video"]),
     mvbench_prompt(item["question"], options),
@@ -297,7 +299,7 @@ def _videomme_long(item, stem, _):
   }
   options = tuple(item["options"])
   names = (item["videoID"], f"videos/{item['videoID']}", f"data/{item['videoID']}")
-  return Question(
+  return BenchmarkQuestion(
     "",
     names,
     videomme_prompt(item["question"], options),
@@ -329,13 +331,13 @@ def _longvideobench(item, stem, subtitles):
   prompt = longvideobench_prompt(item["question"], options, listed)
   choice = item["correct_choice"]
   answer = LETTERS[choice] if choice in range(len(options)) else _letter(choice, options)
-  return Question("", names, prompt, tuple(options), answer, groups)
+  return BenchmarkQuestion("", names, prompt, tuple(options), answer, groups)
 
 
 def _letters(item, stem, _):
   options = tuple(re.findall(r"^(?:\([A-E]\)|[A-E][.:)]) (.*)$", item["question"], re.MULTILINE))
   part = item.get("start"), item.get("end")
-  return Question(
+  return BenchmarkQuestion(
     "",
     (item["video"],),
     item["question"],
@@ -393,9 +395,9 @@ TASKS = {
 }
 
 
-def read(
+def read_questions(
   task: Task, annotations: pathlib.Path, subtitles: pathlib.Path | None = None
-) -> list[Question]:
+) -> list[BenchmarkQuestion]:
   """The questions of a file (a JSON list, or JSON lines), or of all such files in a folder, in the
   order of their names.
 
@@ -455,7 +457,7 @@ def _places(numbers: Sequence[int]) -> str:
   )
 
 
-def unanswerable(questions: Sequence[Question]) -> str:
+def unanswerable(questions: Sequence[BenchmarkQuestion]) -> str:
   """How many questions have an answer that is none of their options, in words; "" if none."""
   lost = [q.id for q in questions if not q.answer]
   if not lost:
@@ -467,7 +469,7 @@ def unanswerable(questions: Sequence[Question]) -> str:
 
 
 def _items(file: pathlib.Path) -> list[Any]:
-  content = text(file, TaskError)
+  content = read_text(file, TaskError)
   if content.lstrip().startswith("["):
     return parse_json(content, file, TaskError)
   return [
@@ -567,21 +569,25 @@ def subtitles_of(videos: pathlib.Path, given: str | None) -> pathlib.Path | None
   return folder if folder.is_dir() else None
 
 
-def find(videos: pathlib.Path, question: Question) -> pathlib.Path:
+def find_video(videos: pathlib.Path, question: BenchmarkQuestion) -> pathlib.Path:
   """The video file, or folder of frames, of a question; where none is there, the likeliest name."""
   names = [videos / f"{name}{suffix}" for name in question.videos for suffix in SUFFIXES]
   # where pathlib raises, it is not there
   return next((name for name in names if os.path.exists(name)), names[0])
 
 
-def missing(videos: pathlib.Path, questions: Sequence[Question]) -> str:
+def missing(videos: pathlib.Path, questions: Sequence[BenchmarkQuestion]) -> str:
   """How many videos are not there, in words; "" if all are.
 
   Raises:
     FileNotFoundError: not one of them is.
   """
   every = {q.videos[0] for q in questions}
-  lost = {q.videos[0]: find(videos, q) for q in questions if not os.path.exists(find(videos, q))}
+  lost = {
+    q.videos[0]: find_video(videos, q)
+    for q in questions
+    if not os.path.exists(find_video(videos, q))
+  }
   if len(lost) == len(every):
     raise FileNotFoundError(
       f"--videos {videos} has none of the {len(lost)} videos, such as {min(lost.values())}"
@@ -598,7 +604,9 @@ def missing(videos: pathlib.Path, questions: Sequence[Question]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def score(task: Task, answered: Iterable[tuple[Question, str | None]]) -> dict[str, Any]:
+def score_answers(
+  task: Task, answered: Iterable[tuple[BenchmarkQuestion, str | None]]
+) -> dict[str, Any]:
   """Accuracies of questions with their answers (None: its video could not be read, which counts as
   wrong).
 
@@ -646,7 +654,7 @@ def score(task: Task, answered: Iterable[tuple[Question, str | None]]) -> dict[s
   }
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
   """Adds the options that say which questions: --task, --annotations, --videos and --subtitles."""
   add = parser.add_argument
   add("--task", required=True, choices=TASKS)

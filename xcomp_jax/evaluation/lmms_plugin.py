@@ -24,8 +24,14 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from xcomp_jax import cli, files
 from xcomp_jax.evaluation.lmms_tasks import FAILED, PREFIX
 from xcomp_jax.evaluation.presets import preset
-from xcomp_jax.evaluation.runner import Answers, AnswersError, Wanted, run
-from xcomp_jax.inference.video_model import COMPILED, Settings, options, prepare, settings
+from xcomp_jax.evaluation.runner import Answers, AnswersError, Wanted, answer_wanted
+from xcomp_jax.inference.video_model import (
+  COMPILED,
+  AskSettings,
+  add_options,
+  prepare_model,
+  settings_of,
+)
 
 LOG = logging.getLogger(__name__)
 GIVEN = {"max_new_tokens", "temperature", "top_p", "top_k"}  # by a task, in place of the settings
@@ -76,10 +82,10 @@ class XComp(lmms):
     self.device = "cpu"  # where the harness puts the counts that its processes exchange
     self._settings("", {})  # what is wrong with the options shows at once
 
-  def _settings(self, task: str, wishes: dict[str, Any]) -> Settings:
+  def _settings(self, task: str, wishes: dict[str, Any]) -> AskSettings:
     """The settings of a task: the preset's, then model_args, then what the task itself asks for."""
     parser = argparse.ArgumentParser(prog="--model_args of xcomp_jax")
-    options(parser)
+    add_options(parser)
     if self.preset != "none":
       parser.set_defaults(**preset(self.preset, task or "mlvu"))
     args = parser.parse_args(self.options)
@@ -96,7 +102,7 @@ class XComp(lmms):
     given = {key: wishes[key] for key in GIVEN & set(wishes) if wishes[key] is not None}
     if not wishes.get("do_sample"):
       given["temperature"] = 0.0
-    return dataclasses.replace(settings(args), **given)  # `prepare` checks them
+    return dataclasses.replace(settings_of(args), **given)  # `prepare` checks them
 
   def generate_until(self, requests: Sequence[Instance]) -> list[str]:
     """Answers in the order of the requests.
@@ -115,7 +121,7 @@ class XComp(lmms):
     return [answers[task, w.key] for task, w, _ in asked]
 
   def _answers(self, task: str, wanted: list[Wanted], wishes: dict[str, Any]) -> list[str]:
-    reader = prepare(self._settings(task.removeprefix(PREFIX), wishes))
+    reader = prepare_model(self._settings(task.removeprefix(PREFIX), wishes))
     share = (self.rank, self.world_size)
     everything = [w for part in _gathered(wanted, self.world_size) for w in part]
     everything = sorted(
@@ -125,7 +131,7 @@ class XComp(lmms):
       self.out / task, reader, share, how={"batch": self.batch, "preset": self.preset}
     )
     with folder:
-      run(
+      answer_wanted(
         reader,
         everything,
         folder,

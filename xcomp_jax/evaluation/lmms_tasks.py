@@ -19,7 +19,7 @@ from typing import Any
 
 from xcomp_jax import cli, files
 from xcomp_jax.evaluation import benchmarks
-from xcomp_jax.evaluation.benchmarks import TASKS, Question
+from xcomp_jax.evaluation.benchmarks import TASKS, BenchmarkQuestion
 from xcomp_jax.files import expanduser
 
 # what the plugin answers about a video that can't be read: no letter stands alone in it
@@ -94,14 +94,16 @@ def macro(lines: Sequence[Mapping[str, Any]]) -> float:
 
 def _score(lines) -> dict[str, Any]:
   def question(line):
-    return Question(line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"])
+    return BenchmarkQuestion(
+      line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"]
+    )
 
-  return benchmarks.score(
+  return benchmarks.score_answers(
     TASKS[lines[0]["task"]], [(question(line), line["answer"]) for line in lines]
   )
 
 
-def write(
+def write_task(
   out: pathlib.Path,
   task: benchmarks.Task,
   annotations: pathlib.Path,
@@ -113,7 +115,7 @@ def write(
   Raises:
     FileNotFoundError, TaskError: see `tasks.read`.
   """
-  questions = benchmarks.read(task, annotations, subtitles)
+  questions = benchmarks.read_questions(task, annotations, subtitles)
   for note in filter(
     None, (benchmarks.unanswerable(questions), benchmarks.missing(videos, questions))
   ):
@@ -127,12 +129,13 @@ def write(
     )
   out.mkdir(parents=True, exist_ok=True)
   docs = [
-    dataclasses.asdict(q) | {"task": task.name, "path": files.absolute(benchmarks.find(videos, q))}
+    dataclasses.asdict(q)
+    | {"task": task.name, "path": files.absolute(benchmarks.find_video(videos, q))}
     for q in questions
   ]
-  files.write(listed, "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
+  files.write_file(listed, "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
   where, count = json.dumps(files.absolute(listed)), f"{len(docs):,}"
-  files.write(
+  files.write_file(
     yaml,
     YAML.format(
       count=count, source=annotations.name, prefix=PREFIX, name=task.name, questions=where
@@ -146,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="python -m xcomp_jax.lmms_tasks", description=__doc__.splitlines()[0]
   )
-  benchmarks.options(parser)
+  benchmarks.add_benchmark_options(parser)
   parser.add_argument(
     "--out",
     type=expanduser,
@@ -158,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     videos = pathlib.Path(args.videos)
     subtitles = benchmarks.subtitles_of(videos, args.subtitles)
     print(
-      write(
+      write_task(
         pathlib.Path(args.out),
         TASKS[args.task],
         pathlib.Path(args.annotations),

@@ -38,11 +38,11 @@ from xcomp_jax.inference import chat, encoded_video, generate
 from xcomp_jax.inference.video_model import (
   COMPILED,
   FRAMES,
-  Reader,
+  VideoModel,
+  add_options,
   fault,
-  options,
-  prepare,
-  settings,
+  prepare_model,
+  settings_of,
 )
 from xcomp_jax.inputs import number, quoted, read_json
 from xcomp_jax.model.vlm import VLM
@@ -81,7 +81,7 @@ def read_needles(
     NeedleError: another kind of file. OSError: it can't be read.
   """
   load = functools.partial(
-    video.load,
+    video.load_frames,
     size=size,
     max_frames=8,
     min_frames=8,
@@ -143,7 +143,7 @@ def synthetic_hay(clips: int, seed: int) -> Iterator[np.ndarray]:
     )
 
 
-def places(frames: int, hops: int, clip_frames: int, depth: float) -> list[int]:
+def needle_places(frames: int, hops: int, clip_frames: int, depth: float) -> list[int]:
   """First frames of the needles in a video of `frames`, needles included.
 
   One needle lies at `depth`, from 0 (the beginning) to 1 (the end); several are spread from the
@@ -173,18 +173,18 @@ def hide(
 
 
 def per_frame(
-  reader: Reader, model: VLM, clips: Iterator[np.ndarray]
+  reader: VideoModel, model: VLM, clips: Iterator[np.ndarray]
 ) -> Float[np.ndarray, "T N D"]:
   """Features of clips of pictures, cut into frames of 16 tokens."""
   size = reader.cfg.vision.image_size
   features = np.stack(
-    list(encoded_video.encode_clips(model, (video.resize(clip, size) for clip in clips)))
+    list(encoded_video.encode_in_chunks(model, (video.resize(clip, size) for clip in clips)))
   )
   return features.reshape(-1, reader.cfg.tokens_per_frame, features.shape[-1])
 
 
 def haystack(
-  reader: Reader, model: VLM, file: str | None, frames: int, seed: int
+  reader: VideoModel, model: VLM, file: str | None, frames: int, seed: int
 ) -> Float[np.ndarray, "T N D"]:
   """Features of a video, sampled at --fps, or of synthetic scenes.
 
@@ -197,7 +197,7 @@ def haystack(
     with progress(total=count, desc="haystack", unit="clip", leave=False) as bar:
       return per_frame(reader, model, (clip for clip in clips if bar.update() or True))
 
-  def film(sample: video.Sample) -> np.ndarray:
+  def film(sample: video.FrameSample) -> np.ndarray:
     decoded, count = video.frames(sample), len(sample.indices) // F
     return read((np.stack([next(decoded) for _ in range(F)]) for _ in range(count)), count)
 
@@ -210,8 +210,8 @@ def haystack(
     return film(reader.shortened(sample, error))
 
 
-def ask(
-  reader: Reader,
+def ask_needle(
+  reader: VideoModel,
   model: VLM,
   film: encoded_video.EncodedVideo,
   text: str,
@@ -219,17 +219,17 @@ def ask(
   rounds: dict | None,
 ) -> tuple[str, np.ndarray]:
   """The answer, and which frames gave it."""
-  question = prompt.ask(reader.tokenizer, text, message)
+  question = prompt.question_prompt(reader.tokenizer, text, message)
   # The official bias counts the tokens of a message that may be missing here.
   select = reader.select and dataclasses.replace(reader.select, bias=None)
-  (selection,) = chat.select(model, film, [question], select, rounds=rounds)
+  (selection,) = chat.select_frames(model, film, [question], select, rounds=rounds)
   visual = film.features[0][selection.frames]
   (tokens,) = generate.generate(model, generate.as_batch(question, visual, 1), reader.sampling)
   return reader.tokenizer.decode(tokens).strip(), selection.frames
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class NeedleCell:
   """One needle in one haystack. frames: of the whole. depth: 0 to 1. needle: its number. pictures:
   a hash of them, "" if they can't be read.
   """
@@ -245,9 +245,9 @@ class Cell:
 
 
 def search(
-  reader: Reader,
+  reader: VideoModel,
   needles: Sequence[Needle],
-  cells: Sequence[Cell],
+  cells: Sequence[NeedleCell],
   answers: Answers,
   film: str | None,
   seed: int,
@@ -292,12 +292,12 @@ def search(
 
 
 def _asked(
-  reader: Reader,
+  reader: VideoModel,
   model: VLM,
   needle: Needle,
   hidden: dict[int, list[np.ndarray]],
   hay: np.ndarray,
-  c: Cell,
+  c: NeedleCell,
   kinds: Sequence[str],
   film: str | None,
 ) -> Iterator[dict[str, Any]]:
@@ -313,7 +313,7 @@ def _asked(
       raise NeedleError(needle.fault)
     if c.needle not in hidden:
       hidden[c.needle] = np.split(per_frame(reader, model, iter(needle.clips)), len(needle.clips))
-    starts = places(c.frames, len(needle.clips), F, c.depth)
+    starts = needle_places(c.frames, len(needle.clips), F, c.depth)
     features = hide(hay, hidden[c.needle], c.frames, starts)
     seconds, none = c.frames / rate, np.zeros((c.frames, 1, 1, 3), np.uint8)
     watched = encoded_video.EncodedVideo(
@@ -324,7 +324,7 @@ def _asked(
     rounds = None if film else {}
     for kind in kinds:
       text, letter = needle.questions[kind]
-      answer, kept = ask(reader, model, watched, text, message, rounds)
+      answer, kept = ask_needle(reader, model, watched, text, message, rounds)
       given = (
         answer.replace("(", "").replace(")", "").upper() if film else benchmarks.any_letter(answer)
       )
@@ -385,7 +385,7 @@ def summary(lines: Sequence[Mapping[str, Any]], row: str) -> dict[str, Any]:
   }
 
 
-def plot(found: Mapping[str, Any], title: str, file: pathlib.Path) -> None:
+def plot_needles(found: Mapping[str, Any], title: str, file: pathlib.Path) -> None:
   """The heat map, as PNG: frames to the right, depth (or the kind of question) downwards; answers
   left, selections right.
   """
@@ -429,7 +429,7 @@ def plot(found: Mapping[str, Any], title: str, file: pathlib.Path) -> None:
     figure.savefig(temporary, dpi=130, format="png")
 
 
-def hidden_things(args: argparse.Namespace, reader: Reader) -> list[Needle]:
+def hidden_things(args: argparse.Namespace, reader: VideoModel) -> list[Needle]:
   """The needles that the arguments ask for.
 
   Raises:
@@ -447,7 +447,7 @@ def hidden_things(args: argparse.Namespace, reader: Reader) -> list[Needle]:
   return synthetic(args.synthetic, args.seed)
 
 
-def check(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
   """Arguments that can be judged by themselves.
 
   Raises:
@@ -463,20 +463,24 @@ def check(args: argparse.Namespace) -> None:
     raise NeedleError("the heat map needs matplotlib: pip install 'xcomp_jax[plot]'")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any] | None:
+def run_needles(args: argparse.Namespace) -> dict[str, Any] | None:
   """The command's work; None where other shares are not done yet.
 
   Raises:
     NeedleError, VideoError, CheckpointError, ConfigError, AnswersError, OSError: bad arguments, by
     name.
   """
-  check(args)
+  check_arguments(args)
   files.apart(
     {"--out": args.out},
     {f"--{name}": getattr(args, name) for name in ("needles", "images", "haystack", "checkpoint")},
   )
   cli.keep_compiled(args.compilation_cache, COMPILED)
-  share, reader, out = parse_share(args.share), prepare(settings(args)), pathlib.Path(args.out)
+  share, reader, out = (
+    parse_share(args.share),
+    prepare_model(settings_of(args)),
+    pathlib.Path(args.out),
+  )
   print(reader.introduce(), file=sys.stderr)
   reader.check_clips()
   needles = hidden_things(args, reader)
@@ -502,7 +506,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     for needle in needles
   ]
   cells = [
-    Cell(n, depth, i, pictures[i])
+    NeedleCell(n, depth, i, pictures[i])
     for n in args.frames
     for depth in depths
     for i in range(len(needles))
@@ -531,11 +535,11 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     found | {"made_with": answers.settings, "sessions": answers.sessions()},
     indent=2,
   )
-  plot(found, title(reader, found["questions"]), out / "heatmap.png")
+  plot_needles(found, title(reader, found["questions"]), out / "heatmap.png")
   return found
 
 
-def title(reader: Reader, questions: int) -> str:
+def title(reader: VideoModel, questions: int) -> str:
   """What a heat map is of."""
   select = reader.select
   how = (
@@ -595,13 +599,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   add("--limit", type=number(1, 100_000, int), help="only the first needles, for a trial")
   add("--share", help="i/n: every n-th needle from the i-th on; default: by JAX's processes")
-  options(parser)
+  add_options(parser)
   parser.set_defaults(
     select=1, repeat=8, mode="official", fps=1.0, max_frames=10000, max_new_tokens=1
   )
   args = parser.parse_args(argv)
   with cli.command(interrupted="interrupted; the same command continues"):
-    found = run(args)
+    found = run_needles(args)
     if found:
       shares = f"right {found['right']:.1f}%, needle among the kept frames {found['found']:.1f}%"
       print(f"{shares} ({found['questions']} questions): {args.out}/heatmap.png")

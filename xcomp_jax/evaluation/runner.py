@@ -33,11 +33,11 @@ from flax import nnx
 from xcomp_jax.checkpoints import tensor_files
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
-from xcomp_jax.data.video import Sample, TailError, frames
+from xcomp_jax.data.video import FrameSample, TailError, frames
 from xcomp_jax.files import absolute, local, sweep, write_json
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Answer, Chat
-from xcomp_jax.inference.video_model import Reader, fault
+from xcomp_jax.inference.video_model import VideoModel, fault
 from xcomp_jax.inputs import quoted, read_json
 from xcomp_jax.progress import progress
 from xcomp_jax.viz import html_report
@@ -134,7 +134,7 @@ class Answers:
   def __init__(
     self,
     folder: str | os.PathLike,
-    reader: Reader,
+    reader: VideoModel,
     share: tuple[int, int],
     *,
     about: Mapping[str, Any] | None = None,
@@ -307,8 +307,8 @@ def parse_share(text: str | None) -> tuple[int, int]:
   return i, n
 
 
-def run(
-  reader: Reader,
+def answer_wanted(
+  reader: VideoModel,
   wanted: Sequence[Wanted],
   answers: Answers,
   *,
@@ -477,7 +477,7 @@ def _answered(
   }
 
 
-def _askable(reader: Reader, sample: Sample, group: Sequence[Wanted]) -> None:
+def _askable(reader: VideoModel, sample: FrameSample, group: Sequence[Wanted]) -> None:
   """Sees to it before anything is decoded that at least one of the questions can be asked.
 
   Raises:
@@ -494,8 +494,8 @@ def _askable(reader: Reader, sample: Sample, group: Sequence[Wanted]) -> None:
 
 
 def _decoded(
-  reader: Reader, todo: Sequence[list[Wanted]], ahead: int
-) -> Generator[tuple[list[Wanted], Sample | None, list[np.ndarray] | BaseException, float]]:
+  reader: VideoModel, todo: Sequence[list[Wanted]], ahead: int
+) -> Generator[tuple[list[Wanted], FrameSample | None, list[np.ndarray] | BaseException, float]]:
   """Each group with its sample, the frames (or why there are none), and the seconds that decoding
   took.
   """

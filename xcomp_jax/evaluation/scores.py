@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from xcomp_jax.evaluation import benchmarks
-from xcomp_jax.evaluation.benchmarks import Question, Task
+from xcomp_jax.evaluation.benchmarks import BenchmarkQuestion, Task
 from xcomp_jax.evaluation.runner import Answers, Wanted
 
 
-def wanted(questions: Sequence[Question], videos: pathlib.Path) -> list[Wanted]:
+def wanted(questions: Sequence[BenchmarkQuestion], videos: pathlib.Path) -> list[Wanted]:
   """The questions with their video files, in the same order."""
-  return [Wanted(benchmarks.find(videos, q), q.prompt, q.start, q.end) for q in questions]
+  return [Wanted(benchmarks.find_video(videos, q), q.prompt, q.start, q.end) for q in questions]
 
 
 def results(
   task: Task,
-  questions: Sequence[Question],
+  questions: Sequence[BenchmarkQuestion],
   asked: Sequence[Wanted],
   answers: Answers,
   about: dict[str, Any],
@@ -31,7 +31,7 @@ def results(
   return {
     "task": task.name,
     **about,
-    "score": benchmarks.score(task, pairs),
+    "score": benchmarks.score_answers(task, pairs),
     "failed": answers.failed(asked),
     "shortened": answers.shortened(asked),
     "made_with": answers.settings,
@@ -40,8 +40,8 @@ def results(
   }
 
 
-def samples(
-  task: Task, questions: Sequence[Question], asked: Sequence[Wanted], answers: Answers
+def sample_lines(
+  task: Task, questions: Sequence[BenchmarkQuestion], asked: Sequence[Wanted], answers: Answers
 ) -> str:
   """All that samples.jsonl holds: a line per question, in the order of the annotations."""
   lines = []
@@ -55,7 +55,7 @@ def samples(
   return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def table(found: dict[str, Any]) -> str:
+def results_table(found: dict[str, Any]) -> str:
   """Results for people."""
   score, counts = found["score"], found["score"]["counts"]
   lines = [

@@ -14,7 +14,7 @@ import numpy as np
 from xcomp_jax.config import ConfigError, SelectConfig, VLMConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data.prompt import Prompt, Tokenizer
-from xcomp_jax.inference.encoded_video import EncodedVideo, encode_clips
+from xcomp_jax.inference.encoded_video import EncodedVideo, encode_in_chunks
 from xcomp_jax.inference.generate import (
   CLIP_STEP,
   Sampling,
@@ -49,7 +49,7 @@ class Selection:
 
 
 _watch = jax.jit(qc_comp.watch, static_argnames="last")
-_score = jax.jit(qc_comp.score, static_argnames=("layers", "causal", "prefix", "units"))
+_score = jax.jit(qc_comp.score_windows, static_argnames=("layers", "causal", "prefix", "units"))
 
 
 def phases(frames: int, clip_frames: int, cfg: SelectConfig | None) -> tuple[int, ...]:
@@ -57,7 +57,9 @@ def phases(frames: int, clip_frames: int, cfg: SelectConfig | None) -> tuple[int
   if cfg is None or cfg.mode != "official" or why_not(frames, cfg):
     return (0,)
   return tuple(
-    sorted({0} | {int(s) % clip_frames for s in qc_comp.plan(frames, clip_frames, cfg).starts})
+    sorted(
+      {0} | {int(s) % clip_frames for s in qc_comp.plan_rounds(frames, clip_frames, cfg).starts}
+    )
   )
 
 
@@ -76,7 +78,7 @@ def why_not(frames: int, cfg: SelectConfig | None) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class ContextRoom:
   """What a pass of the LLM leaves of its context for text.
 
   text: tokens. frames, answer: that take the rest. what, advice: which frames, and how there can be
@@ -90,7 +92,9 @@ class Room:
   advice: str
 
 
-def rooms(model: VLMConfig, frames: int, select: SelectConfig | None, answer: int) -> list[Room]:
+def rooms(
+  model: VLMConfig, frames: int, select: SelectConfig | None, answer: int
+) -> list[ContextRoom]:
   """The passes that a question needs; none where nobody knows the model's context. Arguments as of
   `prompt_of`.
   """
@@ -106,11 +110,18 @@ def rooms(model: VLMConfig, frames: int, select: SelectConfig | None, answer: in
     clip = min(model.clip_frames, frames)
     parts = [(up(select.frames, clip), answer, "kept", "keep fewer frames (--select)")]
     parts += [
-      (qc_comp.plan(frames, clip, select).frames, 0, "scored together", "take another --mode")
+      (
+        qc_comp.plan_rounds(frames, clip, select).frames,
+        0,
+        "scored together",
+        "take another --mode",
+      )
     ]
   context = model.llm.context
   return [
-    Room(context - part[0] * model.tokens_per_frame - part[1], *part) for part in parts if context
+    ContextRoom(context - part[0] * model.tokens_per_frame - part[1], *part)
+    for part in parts
+    if context
   ]
 
 
@@ -142,7 +153,7 @@ def prompt_of(
     ConfigError: no token of the question is left to score frames by; or the model's context does
       not hold the final prompt with its answer, or a round that scores.
   """
-  asked = prompt.ask(
+  asked = prompt.question_prompt(
     tokenizer, question, "" if frames == 1 else prompt.time_message(seconds, frames), history
   )
   if select and not why_not(frames, select):
@@ -161,7 +172,7 @@ def prompt_of(
   return asked
 
 
-def select(
+def select_frames(
   model: vlm.VLM,
   video: EncodedVideo,
   questions: Sequence[Prompt],
@@ -189,7 +200,7 @@ def select(
   note = why_not(T, cfg)
   if cfg is None or note:
     return [Selection(np.arange(T), None, note) for _ in questions]
-  plan = qc_comp.plan(T, F, cfg)
+  plan = qc_comp.plan_rounds(T, F, cfg)
   paid = score_rounds(model, video, questions, plan, cfg, text=text, rounds=rounds, report=report)
   scores = [qc_comp.aggregate(plan, one, T) for one in paid]
   kernels.check_finite(np.array(scores), "the scores of frames", model.cfg.dtype)
@@ -203,7 +214,7 @@ def score_rounds(
   model: vlm.VLM,
   video: EncodedVideo,
   questions: Sequence[Prompt],
-  plan: qc_comp.Plan,
+  plan: qc_comp.RoundPlan,
   cfg: SelectConfig,
   *,
   text: int = 0,
@@ -228,7 +239,7 @@ def score_rounds(
   slot = int(np.flatnonzero(questions[0].tokens < 0)[0])
   prefix = questions[0].tokens[:slot]
   rows = [qc_comp.from_prompt(question, cfg) for question in questions]
-  asked = qc_comp.together(
+  asked = qc_comp.stack_questions(
     rows, text_slots(max(text, *(len(one.text) for one in rows)), SCORE_STEP)
   )
   layers = qc_comp.scored_layers(cfg, model.cfg.llm.layers)
@@ -271,7 +282,7 @@ def score_rounds(
   return np.concatenate(scores, axis=1)
 
 
-def selected(
+def selected_features(
   model: vlm.VLM,
   video: EncodedVideo,
   frames: np.ndarray,
@@ -295,7 +306,7 @@ def selected(
     return out
   assert video.frames is not None  # where `phases` are such that clips may be torn, they were kept
   for done, (i, features) in enumerate(
-    zip(torn, encode_clips(model, (video.frames[clips[i]] for i in torn)), strict=True)
+    zip(torn, encode_in_chunks(model, (video.frames[clips[i]] for i in torn)), strict=True)
   ):
     out[i] = features
     report(done + 1, len(torn))
@@ -397,7 +408,7 @@ class Chat:
     """Tokens of text of the shortest question after others."""
     frames = len(self.video.times)
     message = "" if frames == 1 else prompt.time_message(self.video.seconds, frames)
-    return len(prompt.ask(self.tokenizer, "?", message, history).tokens) - 1
+    return len(prompt.question_prompt(self.tokenizer, "?", message, history).tokens) - 1
 
   def ask(
     self,
@@ -481,7 +492,7 @@ class Chat:
       spent[name], begun = (time.perf_counter() - begun) / len(asked), time.perf_counter()
 
     model, video = self.model, self.video
-    kept = select(
+    kept = select_frames(
       model,
       video,
       asked,
@@ -492,7 +503,7 @@ class Chat:
     )
     note("scoring")
     encoding = functools.partial(report, "encoding")
-    visual = [selected(model, video, one.frames, encoding) for one in kept]
+    visual = [selected_features(model, video, one.frames, encoding) for one in kept]
     note("tower")
     longest = max(
       least, *(len(one.tokens) - int(np.flatnonzero(one.tokens < 0)[0]) - 1 for one in asked)

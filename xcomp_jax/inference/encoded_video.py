@@ -69,10 +69,10 @@ def identity(model: vlm.VLM) -> str:
   return f"{tower_identity(model)}-{model.cfg.dtype}"
 
 
-_encode = jax.jit(vlm.encode)
+_encode = jax.jit(vlm.encode_frames)
 
 
-def encode_clips(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def encode_in_chunks(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
   """Merged features [N, D] of clips uint8[F, S, S, 3], a chunk at a time: one compilation, bounded
   memory.
 
@@ -96,7 +96,7 @@ def encode_clips(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.nda
     yield from run()
 
 
-def encode(
+def encode_video(
   model: vlm.VLM,
   frames: Iterable[np.ndarray],
   times: np.ndarray,
@@ -127,9 +127,7 @@ def encode(
   F = 1 if T == 1 else model.cfg.clip_frames
   if not T or T % F:
     raise ConfigError(f"{T} frames are no whole clips of {F}")
-  from xcomp_jax.data.video import (
-    resize,  # brings OpenCV, which a given encoded video does not need
-  )
+  from xcomp_jax.data.video import resize
 
   size = model.cfg.vision.image_size
   later = sorted(set(phases) - {0})
@@ -149,7 +147,7 @@ def encode(
 
   def run(clips):
     done = []
-    for one in encode_clips(model, clips):
+    for one in encode_in_chunks(model, clips):
       done.append(one)
       report(1)
     return np.stack(done)
@@ -169,7 +167,7 @@ def encode(
   )
 
 
-def save(video: EncodedVideo, path: str | os.PathLike) -> None:
+def save_video(video: EncodedVideo, path: str | os.PathLike) -> None:
   """Writes an .npz file: `about` (json: seconds, identity, source, dtype), times, thumbnails,
   features_PHASE (bfloat16 as uint16), and frames if there are any.
 
@@ -204,7 +202,7 @@ FIXED = {"about", "times", "thumbnails", "frames"}  # arrays of a file, beside f
 FRAMES = 1_000_000  # of a video, at most
 
 
-def load(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
+def load_video(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
   """Reads what `save` wrote. What it says of itself is checked before an array is read: nothing in
   a file makes it take more memory than the file is large.
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from xcomp_jax.config import ConfigError
-from xcomp_jax.data.batch import Batch, Example, Leaf, Shape, collate, split
+from xcomp_jax.data.batch import Batch, Example, Leaf, Shape, collate, split_text
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import kernels, qwen2, vlm
 from xcomp_jax.model.qwen2 import LayerCache
@@ -113,7 +113,7 @@ def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int)
   )
 
 
-def choose(
+def choose_tokens(
   logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Array | None
 ) -> jax.Array:
   """The next tokens int32[B] from float32[B, V]; penalty, temperature, top_k and top_p in this
@@ -139,7 +139,7 @@ def choose(
   return draw(jnp.where(logits < least, -jnp.inf, logits)).astype(jnp.int32)
 
 
-def decode(
+def decode_tokens(
   model: vlm.VLM, state: State, sampling: Sampling, steps: int, key: jax.Array | None = None
 ):
   """`steps` more tokens of every answer, int32[B, steps], and the state behind them.
@@ -151,7 +151,7 @@ def decode(
   keys = None if key is None else jax.random.split(key, steps)
 
   def one(state, key):
-    token = choose(state.logits, state.seen, sampling, key)
+    token = choose_tokens(state.logits, state.seen, sampling, key)
     token = jnp.where(state.done, eos[0], token) if sampling.eos else token
     x, caches = qwen2.step(model.llm, model.llm.embed(token[:, None]), state.caches, state.free)
     seen = state.seen.at[jnp.arange(len(token)), token].set(True)
@@ -168,7 +168,7 @@ def put(whole: State, one: State, row: Int[Array, ""]) -> State:
 
 
 _prefill = jax.jit(functools.partial(prefill, in_pieces=True), static_argnames="room")
-_decode = jax.jit(decode, static_argnames=("sampling", "steps"), donate_argnames="state")
+_decode = jax.jit(decode_tokens, static_argnames=("sampling", "steps"), donate_argnames="state")
 _put = jax.jit(put, donate_argnames="whole")
 
 
@@ -237,7 +237,7 @@ def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int =
   frames = len(visual) * clip_frames
   visual = visual.reshape(frames, -1, visual.shape[-1])
   example = Example(frames, visual, question.tokens, question.labels, question.query, index=0)
-  before, after = split(example)
+  before, after = split_text(example)
   slots = frames if len(visual) == clip_frames else up(len(visual), CLIP_STEP * clip_frames)
   return collate([[example]], Shape(1, 1, before, slots, text_slots(max(text, after))))
 

@@ -19,16 +19,18 @@ PREFIX, TEXT = (
   14,
   72,
 )
-USUAL = qc_comp.setting("aligned", 512)  # as `ask` has it
+USUAL = qc_comp.select_config("aligned", 512)  # as `ask` has it
 
 
-def usual(cfg: VLMConfig, frames: int) -> tuple[qc_comp.Plan, int]:
+def usual(cfg: VLMConfig, frames: int) -> tuple[qc_comp.RoundPlan, int]:
   """The rounds of so many frames by `ask`'s defaults, and how many of them a call has."""
-  plan = qc_comp.plan(-(-frames // cfg.clip_frames) * cfg.clip_frames, cfg.clip_frames, USUAL)
+  plan = qc_comp.plan_rounds(
+    -(-frames // cfg.clip_frames) * cfg.clip_frames, cfg.clip_frames, USUAL
+  )
   return plan, max(1, min(USUAL.round // plan.frames, len(plan.starts)))
 
 
-def scored(cfg: VLMConfig) -> int:
+def scored_layer_count(cfg: VLMConfig) -> int:
   """Layers that run in a round before the last one that scores, of which keys are enough; at least
   one.
   """
@@ -47,7 +49,7 @@ def asked_tokens() -> Prompt:
 
 def scoring(
   graph: nnx.GraphDef,
-  plan: qc_comp.Plan,
+  plan: qc_comp.RoundPlan,
   setting: SelectConfig,
   rows: int,
   question: Prompt | None = None,
@@ -60,7 +62,7 @@ def scoring(
   """
   question, clips = question or asked_tokens(), plan.frames // clip_frames
   prefix = int(np.flatnonzero(question.tokens < 0)[0])
-  asked = qc_comp.together([qc_comp.from_prompt(question, setting, chat.SCORE_STEP)])
+  asked = qc_comp.stack_questions([qc_comp.from_prompt(question, setting, chat.SCORE_STEP)])
 
   def watch(state, features):
     model = nnx.merge(graph, state)
@@ -73,7 +75,7 @@ def scoring(
     model = nnx.merge(graph, state)
     layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
     windows = jnp.asarray(plan.windows)
-    return qc_comp.score(
+    return qc_comp.score_windows(
       model,
       caches,
       asked,

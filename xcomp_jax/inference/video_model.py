@@ -46,7 +46,7 @@ SAMPLED_CLIP = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class AskSettings:
   """How videos are watched and questions answered; `options` explains each."""
 
   checkpoint: str
@@ -85,7 +85,7 @@ def clip_frames(text: str) -> str:
   return text if text in ("auto", "checkpoint") else str(CLIPS(text))
 
 
-def options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
   """Adds an option for every setting; their defaults are those of `ask`."""
   add = parser.add_argument
   add("--checkpoint", type=expanduser, required=True, help="directory, hub id, or export")
@@ -212,23 +212,23 @@ def options(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def settings(args: argparse.Namespace) -> Settings:
+def settings_of(args: argparse.Namespace) -> AskSettings:
   """The settings among a command's arguments."""
-  return Settings(
-    **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+  return AskSettings(
+    **{field.name: getattr(args, field.name) for field in dataclasses.fields(AskSettings)}
   )
 
 
-def default(checkpoint: str | os.PathLike, **changes) -> Settings:
+def default(checkpoint: str | os.PathLike, **changes) -> AskSettings:
   """The settings that `ask` has without options, but for `changes`."""
   parser = argparse.ArgumentParser()
-  options(parser)
+  add_options(parser)
   return dataclasses.replace(
-    settings(parser.parse_args([f"--checkpoint={os.fspath(checkpoint)}"])), **changes
+    settings_of(parser.parse_args([f"--checkpoint={os.fspath(checkpoint)}"])), **changes
   )
 
 
-def checked(s: Settings) -> Settings:
+def checked(s: AskSettings) -> AskSettings:
   """The settings as the options of the command line read them, so that what Python code sets has
   the same bounds and choices.
 
@@ -236,10 +236,10 @@ def checked(s: Settings) -> Settings:
     ConfigError: which one can't be, and why.
   """
   parser = argparse.ArgumentParser(exit_on_error=False, add_help=False)
-  options(parser)
+  add_options(parser)
   given = {name: value for name, value in vars(s).items() if value is not None}
   try:
-    read = settings(
+    read = settings_of(
       parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
     )
   except argparse.ArgumentError as error:
@@ -252,13 +252,13 @@ def checked(s: Settings) -> Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class VideoModel:
   """A checkpoint and its settings, understood and checked; `load` reads the parameters.
 
   select: None where all frames are kept. dtype: of computation and parameters.
   """
 
-  settings: Settings
+  settings: AskSettings
   directory: pathlib.Path
   cfg: VLMConfig
   tokenizer: prompt.Tokenizer
@@ -272,13 +272,15 @@ class Reader:
     Raises:
       CheckpointError: see `weights.load`.
     """
-    return loading.load(self.directory, self.cfg, dtype=self.dtype)
+    return loading.load_model(self.directory, self.cfg, dtype=self.dtype)
 
   def precision(self) -> contextlib.AbstractContextManager:
     """In which to compute."""
     return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
 
-  def sample(self, path: str, start: float | None = None, end: float | None = None) -> video.Sample:
+  def sample(
+    self, path: str, start: float | None = None, end: float | None = None
+  ) -> video.FrameSample:
     """Which frames of a video, folder of frames, GIF or image to decode.
 
     Raises:
@@ -307,7 +309,7 @@ class Reader:
       print(f"{path}: its {lost} missing, the rest is used", file=sys.stderr)
     return chosen
 
-  def shortened(self, sample: video.Sample, error: video.TailError) -> video.Sample:
+  def shortened(self, sample: video.FrameSample, error: video.TailError) -> video.FrameSample:
     """What can be read of a video whose end can't; says so.
 
     Raises:
@@ -320,7 +322,7 @@ class Reader:
 
   def introduce(self) -> str:
     """What it computes with, in a line."""
-    return kernels.describe(self.cfg)
+    return kernels.describe_kernels(self.cfg)
 
   def check_clips(self) -> None:
     """Sees to it that sampled clips are whole clips of the tower.
@@ -371,7 +373,7 @@ class Reader:
         yield frame
 
     phases = self.phases(len(sample.indices))
-    film = encoded_video.encode(
+    film = encoded_video.encode_video(
       model,
       frames(),
       sample.times,
@@ -386,7 +388,7 @@ class Reader:
   def encode(
     self,
     model: VLM,
-    sample: video.Sample,
+    sample: video.FrameSample,
     source: str,
     *,
     decoded: Iterable[np.ndarray] | None = None,
@@ -443,7 +445,7 @@ def fault(error: BaseException) -> str:
   return f"unexpected {type(error).__name__} in {where}, line {last.lineno}: {said}"
 
 
-def prepare(s: Settings) -> Reader:
+def prepare_model(s: AskSettings) -> VideoModel:
   """Reads what a checkpoint says about itself, and checks the settings against it.
 
   Raises:
@@ -456,11 +458,11 @@ def prepare(s: Settings) -> Reader:
     s.schedule or tuned.lp_comp.schedule, s.keep or tuned.lp_comp.keep, tuned.lp_comp.group
   )
   dtype = s.dtype or kernels.compute_dtype(kernels.here(), tuned.dtype)
-  kernels.check(s.attention, dtype)
+  kernels.check_implementation(s.attention, dtype)
   frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
   yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
   model = ModelConfig(frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False)
-  cfg = loading.read_config(directory, model, lp_comp, option="--clip-frames checkpoint")
+  cfg = loading.read_vlm_config(directory, model, lp_comp, option="--clip-frames checkpoint")
   if s.context not in (None, cfg.llm.context):
     print(
       f"a context of {s.context:,} tokens (--context), not the "
@@ -469,10 +471,10 @@ def prepare(s: Settings) -> Reader:
     )
     cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, context=s.context))
   tokenizer = loading.read_tokenizer(directory, cfg)
-  select = qc_comp.setting(s.mode, s.select, s.repeat, s.rows) if s.select else None
+  select = qc_comp.select_config(s.mode, s.select, s.repeat, s.rows) if s.select else None
   if select and lp_comp.keep == "attention":
     raise ConfigError("--keep attention can't be scored by QC-Comp: add --select 0")
   sampling = generate.Sampling(
     s.max_new_tokens, tokenizer.eos, s.repetition_penalty, s.temperature, s.top_k, s.top_p, s.seed
   )
-  return Reader(s, directory, cfg, tokenizer, select, sampling, dtype)
+  return VideoModel(s, directory, cfg, tokenizer, select, sampling, dtype)

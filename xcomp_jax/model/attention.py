@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from xcomp_jax.config import Attention
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import kernels
-from xcomp_jax.parallel.mesh import constrain, split
+from xcomp_jax.parallel.mesh import constrain, split_axes
 
 IMPLEMENTATIONS = get_args(Attention)
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
@@ -120,7 +120,7 @@ def attend(
   if implementation == "tiled" and q.dtype == jnp.float16:
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     return attend(*wide, mask, implementation=implementation).astype(q.dtype)
-  if implementation == "tiled" and causal and split((None, "sequence"), q.shape)[1]:
+  if implementation == "tiled" and causal and split_axes((None, "sequence"), q.shape)[1]:
     implementation = "xla_chunked"  # tiles are laid out for a whole sequence
   if implementation == "tiled" and sample is not None:
     return checkpoint_name(_packed(q, k, v, sample), ATTENDED)
@@ -205,8 +205,8 @@ def _parts(q, k, causal):
   if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return None, None, None
   # the fewer heads decide
-  keys = split(("batch" if causal else "clips", None, "heads", None), k.shape)
-  rows = split((None, "sequence"), q.shape)[1] if causal else None
+  keys = split_axes(("batch" if causal else "clips", None, "heads", None), k.shape)
+  rows = split_axes((None, "sequence"), q.shape)[1] if causal else None
   return mesh, PartitionSpec(keys[0], rows, *keys[2:]), keys
 
 
@@ -455,11 +455,11 @@ def _chosen(q, k, v, seen, causal, implementation, gradient):
   if implementation == "cudnn" and gradient and L % 2:  # its gradient takes even lengths only
     implementation = "flash"
   kernel = (
-    kernels.choose(card, version, call, kernels.compiles)
+    kernels.choose_kernel(card, version, call, kernels.compiles)
     if implementation == "flash"
     else implementation
   )
-  return kernels.run(
+  return kernels.run_kernel(
     kernel, kernels.block(card, version, kernel, call.dtype), q, k, v, seen, causal
   )
 

@@ -38,7 +38,7 @@ def position_start(width: int, frames: int, grid: int) -> np.ndarray:
   return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
 
 
-class Attention(nnx.Module):
+class ClipAttention(nnx.Module):
   """Self-attention over all tokens of a clip; queries and keys are normalised before they are cut
   into heads.
   """
@@ -66,14 +66,14 @@ class Attention(nnx.Module):
     )
 
 
-class Block(nnx.Module):
+class ClipBlock(nnx.Module):
   """A pre-norm transformer block; what it adds is scaled per channel."""
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     v, dtype = cfg.vision, jnp.dtype(cfg.dtype)
     linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.norm1, self.norm2 = (RMSNorm(v.width, EPS, dtype, param_dtype) for _ in range(2))
-    self.attn = Attention(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.attn = ClipAttention(cfg, rngs=rngs, param_dtype=param_dtype)
     self.fc1 = linear(v.width, v.mlp_width)
     self.fc2 = linear(v.mlp_width, v.width)
     self.ls1, self.ls2 = (nnx.Param(jnp.full(v.width, LAYER_SCALE, param_dtype)) for _ in range(2))
@@ -104,7 +104,7 @@ class InternVideo2(nnx.Module):
     self.pos_embed = nnx.Param(jnp.asarray(start(v.frames)))
     self.img_pos_embed = nnx.Param(jnp.asarray(start(1)))
     self.blocks = nnx.List(
-      [Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)]
+      [ClipBlock(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)]
     )
     self.cfg, self.frames = cfg, v.frames
 

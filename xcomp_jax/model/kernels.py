@@ -196,7 +196,7 @@ def block(card: Card, version: str, kernel: Kernel, dtype: str) -> int:
   )
 
 
-def rule(card: Card, version: str, call: Call) -> Kernel | None:
+def kernel_rule(card: Card, version: str, call: Call) -> Kernel | None:
   """Gives the kernel of a call where it is known which ones compile; None where it is not.
 
   version: of tokamax.
@@ -234,13 +234,15 @@ def _splits(card: Card, call: Call) -> bool:
   return call.batch * call.heads * -(-call.queries // 128) < SPLITS
 
 
-def choose(card: Card, version: str, call: Call, attempt: Callable[[Kernel, Call], bool]) -> Kernel:
+def choose_kernel(
+  card: Card, version: str, call: Call, attempt: Callable[[Kernel, Call], bool]
+) -> Kernel:
   """Gives the kernel of a call: by rule, else the first one that compiles.
 
   attempt: says whether a kernel compiles for a call, with its gradient if one is wanted; `compiles`
   outside of tests.
   """
-  if known := rule(card, version, call):
+  if known := kernel_rule(card, version, call):
     return known
   # what is wrong compiles, too
   wanted: tuple[Kernel, ...] = ("triton",) if _splits(card, call) else ("mosaic", "triton")
@@ -276,7 +278,7 @@ def _compiles(kernel: Kernel, call: Call, device: Any, precision: str | None) ->
   size = block(card_of(device), library() or "", kernel, c.dtype)
 
   def forward(q, k, v, seen):
-    return run(kernel, size, q, k, v, seen, c.causal)
+    return run_kernel(kernel, size, q, k, v, seen, c.causal)
 
   def total(*args):
     return forward(*args).astype(jnp.float32).sum()
@@ -295,7 +297,7 @@ def _compiles(kernel: Kernel, call: Call, device: Any, precision: str | None) ->
   return True
 
 
-def run(
+def run_kernel(
   kernel: Kernel,
   block_size: int,
   q: jax.Array,
@@ -461,7 +463,7 @@ def automatic(L: int, S: int, causal: bool, card: Card) -> str:
   return {"tpu": "splash", "gpu": "flash"}.get(card.platform, "tiled")
 
 
-def check(implementation: str, dtype: str) -> None:
+def check_implementation(implementation: str, dtype: str) -> None:
   """Refuses float16 where this process's device has no products of it, and an implementation that
   can't run there in `dtype`.
 
@@ -485,7 +487,7 @@ def check(implementation: str, dtype: str) -> None:
     raise ConfigError(f"attention {implementation!r} on {card.kind}: {why}; leave it to auto")
 
 
-def taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
+def kernels_taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
   """Says what the attention of the "tower" and long attention of the "LLM" run as on this process's
   device.
 
@@ -516,15 +518,15 @@ def taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
     if how == "auto" or (how == "cudnn" and (call.causal or call.mask)):
       how = automatic(call.queries, call.keys, call.causal, card)
     if how == "flash" and version is not None:
-      how = rule(card, version, call) or "the first kernel that compiles"
+      how = kernel_rule(card, version, call) or "the first kernel that compiles"
     return f"{how} of tokamax {version}" if how in KERNELS else how
 
   return {part: name(call) for part, call in calls.items()}
 
 
-def describe(cfg: VLMConfig, gradient: bool = False) -> str:
+def describe_kernels(cfg: VLMConfig, gradient: bool = False) -> str:
   """Says `taken` in a line, and what it is computed in."""
-  card, how = here(), taken(cfg, gradient)
+  card, how = here(), kernels_taken(cfg, gradient)
   line = (
     how["tower"]
     if how["tower"] == how["LLM"]

@@ -43,7 +43,7 @@ DEPTH = 28  # layers that SelectConfig.layers refers to
 ROWS = 128  # of a question whose attention to all windows exists at once
 
 
-def setting(
+def select_config(
   mode: str, frames: int, repeat: int | None = None, rows: str = "question"
 ) -> SelectConfig:
   """A mode's values; `repeat` is 2 for "official", as in the paper's Table B, and 1 for the others
@@ -81,7 +81,7 @@ def setting(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RoundPlan:
   """What runs through the LLM together, and what shares a softmax.
 
   starts: int[R], first frame of each round.
@@ -114,7 +114,7 @@ def windows(units: int, window: int, stride: int, cover: bool) -> np.ndarray:
   return np.array(starts)[:, None] + np.arange(window)
 
 
-def plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
+def plan_rounds(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPlan:
   """The rounds and windows for a video of `frames` frames.
 
   Raises:
@@ -139,7 +139,7 @@ def plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
   if cfg.mode == "local":
     starts = windows(n, window, stride, cover=True)[:, 0]
     size = min(window, n)
-    return Plan(starts * unit, size * unit, unit, np.arange(size)[None], np.ones(size, bool))
+    return RoundPlan(starts * unit, size * unit, unit, np.arange(size)[None], np.ones(size, bool))
   # A round reaches over into the next one by a window, so that clips at the seam are in whole
   # windows too. Spread evenly, `repeat` times as many rounds have every clip `repeat` times, but
   # for those near the ends.
@@ -148,10 +148,10 @@ def plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
   count = max(1, -(-(n - window) // step)) * cfg.repeat
   starts = np.unique(np.linspace(0, n - size, count).round().astype(int))
   inside = windows(size, window, stride, cover=True)
-  return Plan(starts * unit, size * unit, unit, inside, np.ones(size, bool))
+  return RoundPlan(starts * unit, size * unit, unit, inside, np.ones(size, bool))
 
 
-def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
+def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPlan:
   """FACTS.md 9: rounds wrap around, and only units in as many windows as any other count (quirk
   Q3).
   """
@@ -181,7 +181,7 @@ def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> Plan:
     size // OFFICIAL_CLIP, cfg.window // OFFICIAL_CLIP, cfg.stride // OFFICIAL_CLIP, cover=False
   )
   times = np.bincount(inside.ravel(), minlength=size // OFFICIAL_CLIP)
-  return Plan(starts, size, OFFICIAL_CLIP, inside, times == np.max(times))
+  return RoundPlan(starts, size, OFFICIAL_CLIP, inside, times == np.max(times))
 
 
 # --- scoring
@@ -227,18 +227,18 @@ def watch(
   B, _, N, _ = features.shape
   P = len(prefix)
   none = jnp.zeros((B, 1), jnp.int32)
-  x = vlm.place(
+  x = vlm.place_tokens(
     model, jnp.asarray(features, model.cfg.dtype), jnp.broadcast_to(prefix, (B, P)), none[:, :0]
   )
   lengths = Lengths(none + P, clips[:, None] * (N // model.cfg.lp_comp.group), none)
-  return qwen2.run(
+  return qwen2.run_layers(
     model.llm, x, lengths, prefix=P, text=0, caches=True, rotated=False, stop=last
   ).caches
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class AskedText:
   """The text of a prompt that scores, or with a leading Q those of several; arrays of numpy or jax.
 
   text: int32[L], the tokens after the visual slot that a window holds, padded.
@@ -250,9 +250,9 @@ class Asked:
   asked: Leaf
 
 
-def asked(
+def asked_text(
   tokens: np.ndarray, question: int, header: int, cfg: SelectConfig, step: int = 1
-) -> Asked:
+) -> AskedText:
   """Which text rows score.
 
   Args:
@@ -277,18 +277,18 @@ def asked(
   i = np.arange(-(-shown // step) * step)
   text = np.zeros(len(i), np.int32)
   text[:shown] = tokens[:shown]
-  return Asked(text, i < shown, (i >= first) & (i < last))
+  return AskedText(text, i < shown, (i >= first) & (i < last))
 
 
-def from_prompt(prompt: Prompt, cfg: SelectConfig, step: int = 1) -> Asked:
+def from_prompt(prompt: Prompt, cfg: SelectConfig, step: int = 1) -> AskedText:
   """`asked` for a prompt that ends in the assistant's header; its newest question scores."""
   slot = int(np.flatnonzero(prompt.tokens < 0)[0])
   start, end = prompt.question
   # A user's turn ends in two tokens, <|im_end|> and a newline.
-  return asked(prompt.tokens[slot + 1 :], start - slot - 1, end - slot - 1 + 2, cfg, step)
+  return asked_text(prompt.tokens[slot + 1 :], start - slot - 1, end - slot - 1 + 2, cfg, step)
 
 
-def together(questions: Sequence[Asked], length: int = 0) -> Asked:
+def stack_questions(questions: Sequence[AskedText], length: int = 0) -> AskedText:
   """Several questions as one Asked of arrays [Q, L], padded to the longest, or to `length`."""
   L = max(length, *(len(q.text) for q in questions))
   return jax.tree.map(
@@ -296,10 +296,10 @@ def together(questions: Sequence[Asked], length: int = 0) -> Asked:
   )
 
 
-def score(
+def score_windows(
   model: vlm.VLM,
   caches: tuple[LayerCache, ...],
-  asked: Asked,
+  asked: AskedText,
   windows: Int[Array | np.ndarray, "W w"],
   *,
   layers: range,
@@ -414,7 +414,9 @@ def _look(
 # -------------------------------------------------------------------------------------------------
 
 
-def unit_scores(plan: Plan, scores: Float[np.ndarray, "R M W w"]) -> Float[np.ndarray, "R M units"]:
+def unit_scores(
+  plan: RoundPlan, scores: Float[np.ndarray, "R M W w"]
+) -> Float[np.ndarray, "R M units"]:
   """Each unit's mean over the windows it is in, float64; meaningless where `plan.counted` is
   False.
   """
@@ -426,7 +428,7 @@ def unit_scores(plan: Plan, scores: Float[np.ndarray, "R M W w"]) -> Float[np.nd
 
 
 def aggregate(
-  plan: Plan, scores: Float[np.ndarray, "R M W w"], frames: int
+  plan: RoundPlan, scores: Float[np.ndarray, "R M W w"], frames: int
 ) -> Float[np.ndarray, " T"]:
   """Scores of frames: float64[T], from those of all rounds.
 

@@ -340,7 +340,7 @@ class Decoder(nnx.Module):
     return jnp.matmul(x, head.T if tied else head, preferred_element_type=jnp.float32)
 
 
-def run(
+def run_layers(
   decoder: Decoder,
   x: Float[Array, "B S D"],
   lengths: Lengths,

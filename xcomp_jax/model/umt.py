@@ -82,7 +82,7 @@ def check_sizes(v: TowerConfig) -> None:
     raise ValueError(f"tower width {v.width} is not a multiple of its {v.heads} heads")
 
 
-class Attention(nnx.Module):
+class PatchAttention(nnx.Module):
   """Self-attention over all patches of a clip; queries and values have a bias, keys have none."""
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
@@ -114,7 +114,7 @@ class Attention(nnx.Module):
     return self.proj(out.reshape(x.shape))
 
 
-class Block(nnx.Module):
+class PatchBlock(nnx.Module):
   """A pre-norm transformer block."""
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
@@ -123,7 +123,7 @@ class Block(nnx.Module):
       nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
     )
     self.norm1 = _norm(cfg, 1e-6, rngs, param_dtype)
-    self.attn = Attention(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.attn = PatchAttention(cfg, rngs=rngs, param_dtype=param_dtype)
     self.norm2 = _norm(cfg, 1e-6, rngs, param_dtype)
     self.fc1 = linear(v.width, v.mlp_width)
     self.fc2 = linear(v.mlp_width, v.width)
@@ -168,7 +168,7 @@ class Vision(nnx.Module):
     check_sizes(v)
     self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
     self.blocks = nnx.List(
-      [Block(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)]
+      [PatchBlock(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)]
     )
     self.norm = _norm(cfg, 1e-12, rngs, param_dtype)
     self.cfg = cfg

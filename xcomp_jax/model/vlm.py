@@ -40,7 +40,9 @@ class VLM(nnx.Module):
     self.llm = Decoder(cfg, rngs=rngs, param_dtype=param_dtype)
 
 
-def encode(model: VLM, frames: UInt8[Array | np.ndarray, "C F S S 3"]) -> Float[Array, "C N D"]:
+def encode_frames(
+  model: VLM, frames: UInt8[Array | np.ndarray, "C F S S 3"]
+) -> Float[Array, "C N D"]:
   """Tower and token merging of clips, a chunk at a time so that peak memory does not grow with
   their number.
 
@@ -51,10 +53,10 @@ def encode(model: VLM, frames: UInt8[Array | np.ndarray, "C F S S 3"]) -> Float[
   Returns:
     [C, F * 16, D], merged features before the projector.
   """
-  return encode_clips(model.vision, model.cfg, frames)
+  return tower_features(model.vision, model.cfg, frames)
 
 
-def encode_clips(
+def tower_features(
   tower: Vision | InternVideo2, cfg: VLMConfig, frames: UInt8[Array | np.ndarray, "C F S S 3"]
 ) -> Float[Array, "C N D"]:
   """Does what `encode` does with the tower alone."""
@@ -107,12 +109,12 @@ def seen(model: VLM, batch: Batch, clips: tuple[Clips, ...]) -> Batch:
   visual = batch.visual
   for some in clips:
     rows = jnp.where(some.place < 0, NOWHERE, jnp.arange(len(visual))[:, None])
-    features = encode(model, some.frames.reshape(-1, *some.frames.shape[2:]))
+    features = encode_frames(model, some.frames.reshape(-1, *some.frames.shape[2:]))
     visual = fill(visual, features, jnp.stack([rows, some.place], axis=-1).reshape(-1, 2))
   return dataclasses.replace(batch, visual=constrain(visual, "batch", "sequence"))
 
 
-def place(
+def place_tokens(
   model: VLM,
   features: Float[Array, "B T N D"],
   prefix: Int[Array, "B P"],
@@ -180,7 +182,9 @@ def forward(
   cfg = model.cfg
   (B, M, P), L = batch.prefix.shape, batch.text.shape[1]
   before, visual = M * P, batch.visual.shape[1] * batch.visual.shape[2]  # slots
-  x = place(model, batch.visual.astype(cfg.dtype), batch.prefix.reshape(B, before), batch.text)
+  x = place_tokens(
+    model, batch.visual.astype(cfg.dtype), batch.prefix.reshape(B, before), batch.text
+  )
   of = lengths(model, batch)
   if projector_max_frames is not None:
     group = cfg.lp_comp.group
@@ -189,7 +193,7 @@ def forward(
     slot = jnp.arange(x.shape[1])
     long = (frames >= projector_max_frames) & (slot >= before) & (slot < before + visual)
     x = jnp.where(long[..., None], jax.lax.stop_gradient(x), x)
-  return qwen2.run(
+  return qwen2.run_layers(
     model.llm, x, of, prefix=before, text=L, query=batch.query, caches=caches, entering=entering
   )
 
@@ -202,12 +206,12 @@ def forward_in_pieces(model: VLM, batch: Batch) -> qwen2.Decoded:
   text.
   """
   (B, M, P), L = batch.prefix.shape, batch.text.shape[1]
-  x = place(
+  x = place_tokens(
     model, batch.visual.astype(model.cfg.dtype), batch.prefix.reshape(B, M * P), batch.text[:, :0]
   )
   of = lengths(model, batch)
   of = dataclasses.replace(of, text=jnp.zeros_like(of.text))
-  seen = qwen2.run(model.llm, x, of, prefix=M * P, text=0, caches=True, rotated=False)
+  seen = qwen2.run_layers(model.llm, x, of, prefix=M * P, text=0, caches=True, rotated=False)
   valid = jnp.arange(L) < batch.text_length
   x, caches, _ = qwen2.extend(model.llm, model.llm.embed(batch.text), valid, seen.caches)
   return qwen2.Decoded(x, caches, ())
@@ -302,7 +306,7 @@ def loss(
   return _means(losses, batch.targets != IGNORE, batch)
 
 
-def evaluate(model: VLM, batch: Batch) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+def heldout_measures(model: VLM, batch: Batch) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
   """Held-out measures of each sample: loss float32[B, M], and correct float32[B, M].
 
   `correct` is the share of answers whose first token is the most probable one: for an answer of a

@@ -271,7 +271,7 @@ SHARES = (
 )
 
 
-def find(kind: str) -> Chip | None:
+def find_chip(kind: str) -> Chip | None:
   """Finds the chip of a device by how it calls itself (`jax.Device.device_kind`)."""
   return next((chip for chip in CHIPS if re.search(rf"\b{chip.kind}\b", kind)), None)
 
@@ -307,11 +307,11 @@ def memory_share() -> float:
   return share
 
 
-def memory(device: Any) -> float | None:
+def device_memory(device: Any) -> float | None:
   """Bytes that programs can have of a device, which may be one to compile for only; None if no
   table knows it.
   """
-  limit, chip = None, find(device.device_kind)
+  limit, chip = None, find_chip(device.device_kind)
   try:
     if device.process_index == jax.process_index():  # others can't be asked
       limit = (device.memory_stats() or {}).get("bytes_limit")

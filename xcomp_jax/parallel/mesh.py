@@ -237,7 +237,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def split(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+def split_axes(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
   """How an activation is split over the mesh of `jax.set_mesh`; axes: a name of LOGICAL or None per
   dimension.
 
@@ -256,7 +256,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return x
-  return jax.lax.with_sharding_constraint(x, split(axes, x.shape))
+  return jax.lax.with_sharding_constraint(x, split_axes(axes, x.shape))
 
 
 Module = TypeVar("Module", bound=nnx.Module)

@@ -34,7 +34,7 @@ def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
   through several hosts crosses between them on all adapters of a host at once.
   """
   kind, count = devices[0].device_kind, len(devices)
-  chip = chips.find(kind)
+  chip = chips.find_chip(kind)
   if chip is None:
     return Device(kind, count, None, 0.0, None, None, None)
   flops = chip.flops32 if dtype == "float32" else chip.flops
@@ -42,7 +42,7 @@ def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
     mine = next(
       (device for device in devices if device.process_index == jax.process_index()), devices[0]
     )
-    allowed = chips.memory(mine) or chip.memory
+    allowed = chips.device_memory(mine) or chip.memory
     hbm = max(chip.memory, allowed)  # of which JAX has not taken all
     reserve = hbm - allowed
     links = min(chip.link, chip.network) if _hosts(devices) > 1 else chip.link
@@ -71,7 +71,7 @@ def _hosts(devices: Sequence[Any]) -> int:
   return max(processes if processes < len(devices) else 1, -(-len(devices) // 8))
 
 
-def seconds(device: Device, flops: float, hbm: float, sent: float) -> dict[str, float]:
+def least_seconds(device: Device, flops: float, hbm: float, sent: float) -> dict[str, float]:
   """The least time of each kind, by what a device can do at best: {"compute", "memory", "links"};
   unknown ones left out.
 

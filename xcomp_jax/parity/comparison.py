@@ -33,7 +33,7 @@ class Row:
     return "absent" if not self.arrays else "pass" if self.error <= self.tolerance else "FAIL"
 
 
-def compare(
+def compare_arrays(
   stage: str, ours: Mapping, recorded: Arrays, absolute: float = 0.0, relative: float = 0.0
 ) -> Row:
   """Compares each of our arrays that is recorded under the same name; tolerance 0 means exactly.
@@ -56,7 +56,7 @@ def compare(
   return Row(stage, len(rows), name, error, tolerance)
 
 
-def read(file: pathlib.Path) -> Arrays:
+def read_arrays(file: pathlib.Path) -> Arrays:
   """All arrays of an npz file; none if it is not there.
 
   Raises:
@@ -82,7 +82,7 @@ def absent(file: str) -> Row:
   return Row(file, 0, "", 0.0, 0.0)
 
 
-def show(rows: Sequence[Row]) -> str:
+def comparison_table(rows: Sequence[Row]) -> str:
   """The table."""
   width = max(len(row.stage) for row in rows)
   lines = [f"{'stage':{width}}  arrays  max error  tolerance  result  worst array"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from xcomp_jax.data import container, prompt, video
 from xcomp_jax.inputs import read_json
-from xcomp_jax.parity.comparison import ParityError, Row, compare
+from xcomp_jax.parity.comparison import ParityError, Row, compare_arrays
 
 KEYS = {"kind", "clip", "style", "count", "indices", "message"}
 
@@ -47,7 +47,7 @@ def choices(name: str, recorded: list[dict[str, Any]]) -> list[Row]:
       except Exception as error:  # it may hold anything
         raise ParityError(f"{name}, case {n} is not as VECTORS.md says: {error!r}") from error
       ours |= {f"frames {n}": indices, f"message {n}": _letters(message)}
-  return [compare(stage, *both) for stage, both in found.items()]
+  return [compare_arrays(stage, *both) for stage, both in found.items()]
 
 
 def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:

@@ -37,7 +37,15 @@ from xcomp_jax.inference import chat, encoded_video, generate
 from xcomp_jax.model import qc_comp, qwen2, vlm
 from xcomp_jax.model.qwen2 import Lengths, Places
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.parity.comparison import Arrays, ParityError, Row, absent, compare, read, show
+from xcomp_jax.parity.comparison import (
+  Arrays,
+  ParityError,
+  Row,
+  absent,
+  compare_arrays,
+  comparison_table,
+  read_arrays,
+)
 from xcomp_jax.parity.frames import cases, choices
 from xcomp_jax.parity.tower import frames_of, in_clips, internvideo2, tables, vision
 
@@ -59,10 +67,12 @@ def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int):
   lengths = Lengths(
     one(prefix), one((len(x) - prefix - text) // model.cfg.lp_comp.group), one(text)
   )
-  out = qwen2.run(model.llm, x[None], lengths, prefix=prefix, text=text, caches=True, entering=True)
+  out = qwen2.run_layers(
+    model.llm, x[None], lengths, prefix=prefix, text=text, caches=True, entering=True
+  )
 
   def step(state, _):
-    tokens, after = generate.decode(model, state, generate.Sampling(room, ()), 1)
+    tokens, after = generate.decode_tokens(model, state, generate.Sampling(room, ()), 1)
     return after, (tokens[0, 0], state.logits[0])
 
   _, (tokens, new_logits) = jax.lax.scan(
@@ -88,8 +98,10 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
   prefix, text = slot_of(recorded["input_ids"])
   rows, x = [], recorded.get("inputs_embeds")
   if features is not None:
-    placed = vlm.place(model, features[None], jnp.asarray(prefix[None]), jnp.asarray(text[None]))[0]
-    rows.append(compare("inserted sequence", {"inputs_embeds": placed}, recorded, LLM))
+    placed = vlm.place_tokens(
+      model, features[None], jnp.asarray(prefix[None]), jnp.asarray(text[None])
+    )[0]
+    rows.append(compare_arrays("inserted sequence", {"inputs_embeds": placed}, recorded, LLM))
     x = placed if x is None else x
   if x is None:
     raise ParityError("llm.npz has no inputs_embeds, and there are no frames to make it from")
@@ -101,7 +113,7 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
   out, logits, tokens, new_logits = go(model, room)
   for i, state in enumerate(out.entering):
     rows.append(
-      compare(f"state entering layer {i}", {f"hidden_in_{i:02}": state[0]}, recorded, LLM)
+      compare_arrays(f"state entering layer {i}", {f"hidden_in_{i:02}": state[0]}, recorded, LLM)
     )
   ours = {}
   for i, (layer, state, cache) in enumerate(
@@ -112,28 +124,28 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
       position = jnp.arange(state.shape[1])[None]
       places = Places(jnp.where(cache.valid[:, : state.shape[1]], 0, -1), position, several=False)
       ours |= dict.fromkeys(names, layer(state, places)[0][0])
-  rows.append(compare("layer outputs", ours, recorded, LLM))
-  rows.append(compare("final norm", {"final_norm": model.llm.norm(out.x)[0]}, recorded, LLM))
-  rows.append(compare("logits", {"logits": logits}, recorded, LLM))
+  rows.append(compare_arrays("layer outputs", ours, recorded, LLM))
+  rows.append(compare_arrays("final norm", {"final_norm": model.llm.norm(out.x)[0]}, recorded, LLM))
+  rows.append(compare_arrays("logits", {"logits": logits}, recorded, LLM))
 
   lengths = np.array([int(cache.valid.sum()) for cache in out.caches])
   ours = {f"layer_out_len_{i:02}": np.array(state.shape[1]) for i, state in enumerate(out.entering)}
-  rows.append(compare("cache lengths", ours | {"kv_len": lengths}, recorded))
+  rows.append(compare_arrays("cache lengths", ours | {"kv_len": lengths}, recorded))
   ours = {}
   for i, cache in enumerate(out.caches):
     ours[f"k_cache_{i:02}"], ours[f"v_cache_{i:02}"] = (
       jnp.moveaxis(a[0], 0, 1) for a in (cache.key, cache.value)
     )
-  rows.append(compare("cached keys and values", ours, recorded, LLM))
+  rows.append(compare_arrays("cached keys and values", ours, recorded, LLM))
   ours = {"prefill_first_pos": np.zeros_like(lengths), "prefill_last_pos": lengths - 1}
-  rows.append(compare("prefill positions", ours, recorded))
+  rows.append(compare_arrays("prefill positions", ours, recorded))
   # Positions count the valid tokens of a layer, and a new token's is the length of that layer's own
   # cache; that keys are rotated by these shows in the caches and logits. Row 0 is the last token of
   # the prefill.
   ours = {"decode_pos": lengths - 1 + np.arange(room)[:, None]}
-  rows.append(compare("decode positions", ours, recorded))
-  rows.append(compare("greedy tokens", {"generated": tokens}, recorded))
-  rows.append(compare("decode logits", {"gen_logits": new_logits}, recorded, LLM))
+  rows.append(compare_arrays("decode positions", ours, recorded))
+  rows.append(compare_arrays("greedy tokens", {"generated": tokens}, recorded))
+  rows.append(compare_arrays("decode logits", {"gen_logits": new_logits}, recorded, LLM))
 
   for name in sorted({key.partition(":")[0] for key in variants if ":" in key} - {"untied"}):
     mine = {
@@ -143,18 +155,20 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
     varied, all_logits, tokens, new_logits = go(other, len(mine.get("generated", ())))
     ours = {f"hidden_in_{i:02}": state[0] for i, state in enumerate(varied.entering)}
     ours |= {"logits": all_logits, "gen_logits": new_logits}
-    rows.append(compare(f"{name}: states, logits", ours, mine, LLM))
+    rows.append(compare_arrays(f"{name}: states, logits", ours, mine, LLM))
     ours = {
       "generated": tokens,
       "kv_len": np.array([int(cache.valid.sum()) for cache in varied.caches]),
     }
-    rows.append(compare(f"{name}: tokens, cache lengths", ours, mine))
+    rows.append(compare_arrays(f"{name}: tokens, cache lengths", ours, mine))
   if "untied_lm_head_weight" in variants:
     cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, tied=False))
     untied = nnx.eval_shape(lambda: qwen2.Decoder(cfg, rngs=nnx.Rngs(0)))
     nnx.update(untied, nnx.state(model.llm))
     untied.lm_head.kernel = nnx.Param(jnp.asarray(variants["untied_lm_head_weight"].T))
-    rows.append(compare("untied head", {"untied:logits": untied.logits(out.x)[0]}, variants, LLM))
+    rows.append(
+      compare_arrays("untied head", {"untied:logits": untied.logits(out.x)[0]}, variants, LLM)
+    )
   return rows
 
 
@@ -170,7 +184,7 @@ def lp_comp_of(name: str, layers: int) -> LPCompConfig:
   raise ParityError(f"llm_variants.npz has the setting {name!r}, which is not one of VECTORS.md")
 
 
-def training(model: VLM, recorded: Arrays) -> list[Row]:
+def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
   """Loss, logits and gradients of one sample, from its frames."""
   ids, labels = recorded["input_ids"], recorded["labels"]
   prefix, text = slot_of(ids)
@@ -201,26 +215,28 @@ def training(model: VLM, recorded: Arrays) -> list[Row]:
     return jax.value_and_grad(loss_and_logits, has_aux=True)(tuned)
 
   (loss, logits), grads = run(tuned, frozen, batch, shown)
-  rows = [compare("training loss", {"loss": loss, "loss_fp64": loss}, recorded, relative=LOSS)]
-  rows.append(compare("training logits", {"logits": logits}, recorded, LLM))
+  rows = [
+    compare_arrays("training loss", {"loss": loss, "loss_fp64": loss}, recorded, relative=LOSS)
+  ]
+  rows.append(compare_arrays("training logits", {"logits": logits}, recorded, LLM))
   # Row by row the next token's label; the very first token has none that predicts it.
   P, visual = len(prefix), len(logits) - len(prefix) - len(text)
   targets = np.concatenate(
     [batch.targets[0, :P], np.full(visual - 1, IGNORE), batch.targets[0, P:]]
   )
   after = np.concatenate([labels[:1], targets[:-1]])
-  rows.append(compare("training labels", {"labels_after_drops": after}, recorded))
+  rows.append(compare_arrays("training labels", {"labels_after_drops": after}, recorded))
   by_path = loading.parameters(grads)
   entries = {e.name: e for e in loading.names(model.cfg) if e.path in by_path}
   ours = {
     f"grad:{e.name}": by_path[e.path].T if e.form == "transpose" else by_path[e.path]
     for e in entries.values()
   }
-  rows.append(compare("gradients", ours, recorded, *GRADIENT))
+  rows.append(compare_arrays("gradients", ours, recorded, *GRADIENT))
   pairs = zip(recorded.get("grad_names", ()), recorded.get("grad_norms_fp64", ()))
   norms = {str(name): np.asarray(norm) for name, norm in pairs}
   ours = {name: jnp.linalg.norm(by_path[e.path].ravel()) for name, e in entries.items()}
-  rows.append(compare("gradient norms", ours, norms, *GRADIENT))
+  rows.append(compare_arrays("gradient norms", ours, norms, *GRADIENT))
   if strange := sorted(norms.keys() - ours.keys()):
     raise ParityError(
       f"train.npz has gradients of parameters that are not trained here: {', '.join(strange)}"
@@ -247,7 +263,7 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
   )
   caches = jax.jit(
     lambda llm, x: (
-      qwen2.run(
+      qwen2.run_layers(
         llm,
         x,
         lengths,
@@ -265,14 +281,14 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
       continue
     window, stride = (int(n or 0) for n in found.groups())
     cfg = dataclasses.replace(
-      qc_comp.setting("official", 1), window=window, bias=int(recorded["query_bias"])
+      qc_comp.select_config("official", 1), window=window, bias=int(recorded["query_bias"])
     )
     inside = qc_comp.windows(units, window, stride or 1, cover=False)
     times = np.bincount(inside.ravel(), minlength=units)
-    plan = qc_comp.Plan(np.zeros(1, int), units, 1, inside, times == np.max(times))
-    asked = qc_comp.together([qc_comp.asked(text, 0, header, cfg)])
+    plan = qc_comp.RoundPlan(np.zeros(1, int), units, 1, inside, times == np.max(times))
+    asked = qc_comp.stack_questions([qc_comp.asked_text(text, 0, header, cfg)])
     score = functools.partial(
-      qc_comp.score, layers=range(layers), causal=False, prefix=len(prefix), units=units
+      qc_comp.score_windows, layers=range(layers), causal=False, prefix=len(prefix), units=units
     )
     ours = qc_comp.unit_scores(plan, np.asarray(jax.jit(score)(model, caches, asked, inside)[0]))[0]
     rows.append(scores_row(f"QC-Comp: {name}", ours, plan, recorded[name], QC_SCORES))
@@ -280,7 +296,7 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
 
 
 def scores_row(
-  stage: str, ours: np.ndarray, plan: qc_comp.Plan, recorded: np.ndarray, tolerance: float
+  stage: str, ours: np.ndarray, plan: qc_comp.RoundPlan, recorded: np.ndarray, tolerance: float
 ) -> Row:
   """Scores [..., units] relative to the recorded ones, which are 1e9 exactly where a unit does not
   count (quirk Q3).
@@ -309,17 +325,17 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
     clips_per_chunk=16,
     attention="auto",
   )
-  model = loading.load(directory, cfg, dtype=np.float32)
+  model = loading.load_model(directory, cfg, dtype=np.float32)
   frames, ids = frames_of(recorded), recorded["input_ids"].astype(np.int32)
   T, header = len(frames), int(recorded["first_conv_length"])
   rounds = len(recorded["round_starts"])
-  mode = qc_comp.setting("official", int(recorded["select"]), repeat=rounds // -(-T // 512))
-  plan = qc_comp.plan(T, cfg.clip_frames, mode)
-  rows = [compare("QC-Comp: rounds", {"round_starts": plan.starts}, recorded)]
+  mode = qc_comp.select_config("official", int(recorded["select"]), repeat=rounds // -(-T // 512))
+  plan = qc_comp.plan_rounds(T, cfg.clip_frames, mode)
+  rows = [compare_arrays("QC-Comp: rounds", {"round_starts": plan.starts}, recorded)]
   none = np.zeros(len(ids), bool)
   # a user's turn ends in two tokens
   question = Prompt(ids, np.full_like(ids, IGNORE), none, (0, header - 2))
-  film = encoded_video.encode(
+  film = encoded_video.encode_video(
     model, iter(frames), np.arange(T) / 8, T / 8, "", phases=chat.phases(T, cfg.clip_frames, mode)
   )
   scores = chat.score_rounds(model, film, [question], plan, mode)[0]
@@ -335,14 +351,14 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
     )
   )
   kept = qc_comp.top(qc_comp.aggregate(plan, scores, T), mode.frames)
-  rows.append(compare("QC-Comp: selected frames", {"selected_idx": kept}, recorded))
+  rows.append(compare_arrays("QC-Comp: selected frames", {"selected_idx": kept}, recorded))
   wanted = recorded["final_generated"]
-  batch = generate.as_batch(question, chat.selected(model, film, kept), cfg.clip_frames)
+  batch = generate.as_batch(question, chat.selected_features(model, film, kept), cfg.clip_frames)
   (tokens,) = generate.generate(model, batch, generate.Sampling(len(wanted), ()))
-  return [*rows, compare("QC-Comp: answer", {"final_generated": tokens}, recorded)]
+  return [*rows, compare_arrays("QC-Comp: answer", {"final_generated": tokens}, recorded)]
 
 
-def check(directory: pathlib.Path) -> list[Row]:
+def compare_directory(directory: pathlib.Path) -> list[Row]:
   """Every stage of a directory.
 
   Raises:
@@ -364,7 +380,7 @@ def check(directory: pathlib.Path) -> list[Row]:
   with jax.default_matmul_precision("highest"):
     rows = []
     for name in ("pos_embed_tables.npz", "pos_embed_1024_rows.npz"):
-      found = read(directory / name) or read(directory.parent / name)
+      found = read_arrays(directory / name) or read_arrays(directory.parent / name)
       rows.append(tables(found, name) if found else absent(name))
     for name, found in chosen.items():
       rows += choices(name, found)
@@ -387,10 +403,10 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
     attention="einsum",
     remat=False,
   )
-  cfg = loading.read_config(directory, model_config, COSINE)
-  model = loading.load(directory, cfg, dtype=np.float32)
+  cfg = loading.read_vlm_config(directory, model_config, COSINE)
+  model = loading.load_model(directory, cfg, dtype=np.float32)
   rows, features = [], None
-  if main := read(directory / "vision.npz"):
+  if main := read_arrays(directory / "vision.npz"):
     if isinstance(cfg.vision, InternVideo2Config):
       raise ParityError(
         f"{directory}: vision.npz is recorded of a UMT tower, and config.json names {cfg.vision}"
@@ -398,18 +414,18 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
     frames = frames_of(main)
     rows, features = vision(model, in_clips(frames, main), main, "vision")
     for file in sorted(directory.glob("vision_local*.npz")):
-      other = read(file)
+      other = read_arrays(file)
       rows += vision(model, in_clips(frames, other), other, file.stem)[0]
   else:
     rows.append(absent("vision.npz"))
-  prompts, samples = read(directory / "llm.npz"), read(directory / "train.npz")
+  prompts, samples = read_arrays(directory / "llm.npz"), read_arrays(directory / "train.npz")
   rows += (
-    llm(model, features, prompts, read(directory / "llm_variants.npz"))
+    llm(model, features, prompts, read_arrays(directory / "llm_variants.npz"))
     if prompts
     else [absent("llm.npz")]
   )
-  rows += training(model, samples) if samples else [absent("train.npz")]
-  scores, chat = read(directory / "qc_scores.npz"), read(directory / "qc_chat.npz")
+  rows += compare_training(model, samples) if samples else [absent("train.npz")]
+  scores, chat = read_arrays(directory / "qc_scores.npz"), read_arrays(directory / "qc_chat.npz")
   rows += qc_scores(model, scores) if scores else [absent("qc_scores.npz")]
   return rows + (qc_chat(directory, cfg, chat) if chat else [absent("qc_chat.npz")])
 
@@ -426,8 +442,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   with command():
-    rows = check(args.directory)
-  print(show(rows))
+    rows = compare_directory(args.directory)
+  print(comparison_table(rows))
   results = {row.result for row in rows}
   if "pass" not in results:
     print(f"error: nothing to compare in {args.directory}", file=sys.stderr)

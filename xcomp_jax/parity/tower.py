@@ -16,7 +16,7 @@ from xcomp_jax.model.token_merging import match, merge_step, merge_steps, metric
 from xcomp_jax.model.umt import normalise, position_table
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.parallel.mesh import path_name
-from xcomp_jax.parity.comparison import Arrays, ParityError, Row, compare, read
+from xcomp_jax.parity.comparison import Arrays, ParityError, Row, compare_arrays, read_arrays
 
 VISION = 5e-5  # absolute
 INTERNVIDEO2 = 1e-4  # likewise
@@ -39,7 +39,7 @@ def tables(recorded: Arrays, stage: str) -> Row:
       )
       table = position_table(cfg, {"8f": 8, "4f": 4, "img": 1}[frames])
       ours[name] = table[recorded[f"{name}_rows"]] if f"{name}_rows" in recorded else table[None]
-  return compare(stage, ours, recorded, VISION)
+  return compare_arrays(stage, ours, recorded, VISION)
 
 
 def frames_of(recorded: Arrays) -> np.ndarray:
@@ -69,47 +69,49 @@ def vision(
   frames = clips.shape[1]
   table = position_table(cfg, frames)
   ours = {"pos_embed": table[None], "img_pos_embed": position_table(cfg, 1)[None]}
-  rows = [compare(f"{label}: position tables", ours, recorded, VISION)]
+  rows = [compare_arrays(f"{label}: position tables", ours, recorded, VISION)]
 
   # One clip at a time, as attention matrices of many clips may not fit.
   each = jax.jit(lambda module, x: jax.lax.map(lambda clip: module(clip[None])[0], x))
   embedded = each(tower.patch_embed, clips)
   pixels = jnp.moveaxis(normalise(jnp.asarray(clips[0, :1])), -1, 1)
   ours = {"pixel_values_frame0": pixels, "patch_embed": embedded}
-  rows.append(compare(f"{label}: patch embedding", ours, recorded, VISION))
+  rows.append(compare_arrays(f"{label}: patch embedding", ours, recorded, VISION))
 
   x = recorded.get("patch_embed", embedded) + table
   for i, block in enumerate(tower.blocks):
     y = each(block, x)
-    rows.append(compare(f"{label}: block {i}", {f"block{i}": y}, recorded, VISION))
+    rows.append(compare_arrays(f"{label}: block {i}", {f"block{i}": y}, recorded, VISION))
     x = recorded.get(f"block{i}", y)
 
   ours = {"vision_out": each(tower, clips), "vision_out_image": tower(jnp.asarray(clips[:1, :1]))}
-  rows.append(compare(f"{label}: tower", ours, recorded, VISION))
+  rows.append(compare_arrays(f"{label}: tower", ours, recorded, VISION))
 
   x, size = (
     recorded.get("vision_out", ours["vision_out"]),
     jnp.ones((*ours["vision_out"].shape[:2], 1)),
   )
   steps = merge_steps(x.shape[1], frames * model.cfg.tokens_per_frame)
-  rows.append(compare(f"{label}: merge steps", {"tome_r": np.array(steps)}, recorded))
+  rows.append(compare_arrays(f"{label}: merge steps", {"tome_r": np.array(steps)}, recorded))
   for i, r in enumerate(steps):
     name, stage = f"tome{i}_", f"{label}: merge {i}"
     x = jnp.asarray(x)
     score, partner, order = map(np.asarray, match(x, cfg.heads))
     merged, merged_size = merge_step(x, jnp.asarray(size), r, cfg.heads)
     ours = {f"{name}metric": metric(x, cfg.heads), f"{name}node_max": score, f"{name}x": merged}
-    rows.append(compare(f"{stage}, x", ours, recorded, VISION))
+    rows.append(compare_arrays(f"{stage}, x", ours, recorded, VISION))
     exact = {f"{name}node_idx": partner, f"{name}size": merged_size}
     if r < order.shape[1]:  # if all are merged, then their order changes nothing (VECTORS.md)
       exact[f"{name}order"] = same_ties(order, recorded.get(f"{name}order", order), score)
-    rows.append(compare(f"{stage}, partner, order, size", exact, recorded))
+    rows.append(compare_arrays(f"{stage}, partner, order, size", exact, recorded))
     x, size = recorded.get(f"{name}x", merged), recorded.get(f"{name}size", merged_size)
 
-  features = jax.jit(vlm.encode)(model, clips)
-  rows.append(compare(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION))
+  features = jax.jit(vlm.encode_frames)(model, clips)
+  rows.append(compare_arrays(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION))
   rows.append(
-    compare(f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION)
+    compare_arrays(
+      f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION
+    )
   )
   return rows, features
 
@@ -133,7 +135,7 @@ def internvideo2(directory: pathlib.Path) -> list[Row]:
     ParityError: files that are not of this form. CheckpointError: tensors missing, unexpected or of
       other shapes.
   """
-  recorded = read(directory / "vectors.npz")
+  recorded = read_arrays(directory / "vectors.npz")
   rows = []
   for name in sorted({key.rpartition(":")[0] for key in recorded}):
     mine = {
@@ -172,12 +174,12 @@ def _internvideo2(directory: pathlib.Path, recorded: Arrays, label: str) -> list
     f"{kind}_init_sincos": position_start(v.width, n, grid)
     for kind, n in (("pos_embed", v.frames), ("img_pos_embed", 1))
   }
-  rows = [compare(f"{label}: first positions", ours, recorded, VISION)]
+  rows = [compare_arrays(f"{label}: first positions", ours, recorded, VISION)]
   frames = _enlarged(recorded["lowres_u8"], v.image_size)
   run = jax.jit(lambda tower, frames: tower.with_class_token(frames))
   every, image = run(tower, frames), run(tower, frames[:, :1])
   rows.append(
-    compare(
+    compare_arrays(
       f"{label}: tower",
       {"out_with_cls": every, "tower_out": every[:, 1:]},
       recorded,
@@ -186,7 +188,9 @@ def _internvideo2(directory: pathlib.Path, recorded: Arrays, label: str) -> list
   )
   return [
     *rows,
-    compare(f"{label}: tower, image", {"tower_out_image": image[:, 1:]}, recorded, INTERNVIDEO2),
+    compare_arrays(
+      f"{label}: tower, image", {"tower_out_image": image[:, 1:]}, recorded, INTERNVIDEO2
+    ),
   ]
 
 

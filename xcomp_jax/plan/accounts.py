@@ -19,12 +19,12 @@ from xcomp_jax.inference import rounds
 from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.parallel import roofline
 from xcomp_jax.plan import absent, cost
-from xcomp_jax.plan.programs import VISION, Plan, Traced, cut, traced
+from xcomp_jax.plan.programs import VISION, ProgramPlan, Traced, cut, trace_program
 from xcomp_jax.progress import progress
 from xcomp_jax.training import metrics
 
 
-def model_flops(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> float | None:
+def model_flops(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None) -> float | None:
   """Counts useful operations of a program on all devices as metrics.py does, as if one sample
   filled each row.
 
@@ -64,7 +64,7 @@ def executed_flops(cfg: VLMConfig, jaxpr: Any) -> cost.Flops:
 
 
 @contextlib.contextmanager
-def inside(plan: Plan) -> Generator[None]:
+def inside(plan: ProgramPlan) -> Generator[None]:
   """The devices, the mesh and the precision that training has."""
   precision = "highest" if plan.full.dtype == "float32" else None
   devices = list(plan.mesh.devices.flat)
@@ -134,10 +134,10 @@ class Taken(NamedTuple):
   seconds: float
 
 
-def taken(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Taken:
+def compiled_account(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None) -> Taken:
   """Compiles a program of a model and reads what it takes."""
   with inside(plan):
-    program = traced(plan, cfg, name, shape).program
+    program = trace_program(plan, cfg, name, shape).program
     products = executed_flops(cfg, program.jaxpr)
     out, spent = compiled(program.lower(), name, plan.effort)
   if isinstance(out, jax.errors.JaxRuntimeError):
@@ -160,7 +160,7 @@ def taken(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Taken:
   )
 
 
-def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, Any]:
+def account_program(plan: ProgramPlan, name: str, shape: Shape | None = None) -> dict[str, Any]:
   """Compiles one program and says what it takes. Bytes and seconds are a device's, operations those
   of all.
 
@@ -173,10 +173,10 @@ def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[s
   least = 2 if name == "round" else 1  # of a model of one layer a round makes nothing but keys
   layers = of if plan.layers is None else min(max(plan.layers, least), of)
   with inside(plan):
-    whole = traced(plan, full, name, shape)
+    whole = trace_program(plan, full, name, shape)
     products = executed_flops(full, whole.program.jaxpr)
   found = (
-    taken(plan, full, name, shape)
+    compiled_account(plan, full, name, shape)
     if layers == of
     else _extrapolated(plan, name, shape, layers, of, whole)
   )
@@ -208,7 +208,7 @@ def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[s
     "program": found.code,
     "reserve": plan.device.reserve,
   }
-  seconds = roofline.seconds(
+  seconds = roofline.least_seconds(
     plan.device,
     executed / plan.device.count,
     found.hbm,
@@ -219,7 +219,7 @@ def account_program(plan: Plan, name: str, shape: Shape | None = None) -> dict[s
 
 
 def _extrapolated(
-  plan: Plan, name: str, shape: Shape | None, layers: int, of: int, whole: Traced
+  plan: ProgramPlan, name: str, shape: Shape | None, layers: int, of: int, whole: Traced
 ) -> Taken:
   """Compiles a program with so many layers, and with one more, and says what it takes with all.
 
@@ -230,8 +230,8 @@ def _extrapolated(
   full = plan.full
   counts = lp_comp.counts(full.lp_comp, full.llm.layers)
   with inside(plan):
-    part = traced(plan, cut(full, layers, counts[0]), name, shape)
-  first = taken(plan, cut(full, layers, counts[0]), name, shape)
+    part = trace_program(plan, cut(full, layers, counts[0]), name, shape)
+  first = compiled_account(plan, cut(full, layers, counts[0]), name, shape)
   if first.problem:
     return first
   if name == "apply":
@@ -247,16 +247,18 @@ def _extrapolated(
   # Of a round the layers after the last one that scores don't run, and of that one only the keys
   # are made.
   run = (
-    rounds.scored
+    rounds.scored_layer_count
     if name == "round"
     else lambda cfg: (cfg.vision if name in VISION else cfg.llm).layers
   )
   here, all_of_them = run(cut(full, layers, counts[0])), run(full)
   longer = next(n for n in range(layers + 1, layers + 3) if run(cut(full, n, counts[0])) > here)
   more = run(cut(full, longer, counts[0])) - here
-  programs = [first, taken(plan, cut(full, longer, counts[0]), name, shape)]
+  programs = [first, compiled_account(plan, cut(full, longer, counts[0]), name, shape)]
   if name not in VISION and counts[-1] != counts[0]:
-    programs += [taken(plan, cut(full, n, counts[-1]), name, shape) for n in (layers, longer)]
+    programs += [
+      compiled_account(plan, cut(full, n, counts[-1]), name, shape) for n in (layers, longer)
+    ]
 
   def grown(numbers: Sequence[float]) -> float:
     """A number that each layer adds to: something whatever its tokens, and something for each of
@@ -315,7 +317,7 @@ def _caching(first: Taken, last: Taken, results: float) -> float:
   return max(first.temporaries, last.temporaries + max(0.0, results - last.results))
 
 
-def memory_of(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, float]:
+def memory_of(plan: ProgramPlan, name: str, shape: Shape | None = None) -> dict[str, float]:
   """Bytes of a device by kind while a program runs, as of `account_program`, but compiling less.
 
   Raises:
@@ -335,8 +337,8 @@ def memory_of(plan: Plan, name: str, shape: Shape | None = None) -> dict[str, fl
     for count in ((counts[0], counts[-1]) if name in ("prefill", "round") else (counts[0],))
   ]
   with inside(plan):
-    whole, part = traced(plan, full, name, shape), traced(plan, like[0], name, shape)
-  programs = [taken(plan, cfg, name, shape) for cfg in like]
+    whole, part = trace_program(plan, full, name, shape), trace_program(plan, like[0], name, shape)
+  programs = [compiled_account(plan, cfg, name, shape) for cfg in like]
   if problem := next((one.problem for one in programs if one.problem), None):
     raise jax.errors.JaxRuntimeError(problem)
   results, temporaries = (
@@ -368,7 +370,7 @@ def _attended(cfg: VLMConfig, name: str, shape: Shape | None) -> list[float]:
   )
   if name == "round":  # of the last layer that scores, keys are enough
     around, frames = rounds.PREFIX, rounds.usual(cfg, shape.frames)[0].frames
-    counts = counts[: rounds.scored(cfg)]
+    counts = counts[: rounds.scored_layer_count(cfg)]
   return [
     float(around + frames * cfg.tokens_per_frame // cfg.lp_comp.group * count) ** 2
     for count in counts

@@ -60,7 +60,7 @@ STATE = ("parameters", "gradients", "optimizer state")
 LAYERS = 2  # compiled of all programs but the gradient step
 
 
-def say(text: str) -> None:
+def note(text: str) -> None:
   """Says what is being done, on stderr."""
   print(text, file=sys.stderr, flush=True)
 
@@ -70,7 +70,7 @@ def key(capability: tuple[int, int], model: str, job: str) -> str:
   return f"{capability[0]}.{capability[1]} {model} {job}".replace(",", "").replace(" ", "_")
 
 
-def stamp(config: RunConfig) -> str:
+def cell_stamp(config: RunConfig) -> str:
   """Gives all that a cell depends on beside its name; a cell with another stamp is made again."""
   own = (MODELS, KEPT, LAYERS, programs.TOKENS, rounds.TEXT, jax.__version__, kernels.library())
   return repr(
@@ -91,12 +91,14 @@ def computed_in(capability: tuple[int, int], job: str) -> Dtype:
   return kernels.compute_dtype(kernels.Card("gpu", "", capability), gradient=job in TUNE)
 
 
-def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -> dict[str, Any]:
+def make_cell(
+  config: RunConfig, capability: tuple[int, int], model: str, job: str
+) -> dict[str, Any]:
   """Compiles a cell's programs for one card of a run, and gives the bytes of each by kind, under
   "programs".
   """
   jax.config.update("jax_platforms", "cpu")  # a card that is here is left alone
-  about = stamp(config)
+  about = cell_stamp(config)
   chip = next(chip for name in CARDS if (chip := chips.named(name)).capability == capability)
   dtype = computed_in(capability, job)
   count = 8 if job in TUNE else 1
@@ -116,7 +118,7 @@ def made(config: RunConfig, capability: tuple[int, int], model: str, job: str) -
     )
     plan = programs.make(config, f"{chip.name}:{count}", layers=layers, frames=shown, text=text)
     clips = plan.full.clips_per_chunk
-    ((_, shape),) = programs.asked(plan, (name,))
+    ((_, shape),) = programs.asked_programs(plan, (name,))
     held[name] = accounts.memory_of(plan, name, shape) | {"rounds": kept}
     if name == "round":  # what they leave stays for the next question
       of, rows = rounds.usual(plan.full, frames)
@@ -140,7 +142,7 @@ def _programs(job: str, frames: int) -> Sequence[str]:
   return ("encode", *scored, "prefill", "decode")
 
 
-def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) -> str:
+def fits_table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) -> str:
   """Makes the cells that are not in `out` yet, or were made by another config or version of JAX,
   and the table of all.
 
@@ -163,7 +165,7 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
     if chip.capability
   ]
   cells = {cell: out / f"{key(*cell)}.json" for cell in dict.fromkeys(wanted)}
-  about = stamp(config)
+  about = cell_stamp(config)
   read = {
     cell: whole
     for cell, file in cells.items()
@@ -171,7 +173,7 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
   }
   missing = [cell for cell in cells if cell not in read]
   if stale := sum(cells[cell].exists() for cell in missing):
-    say(
+    note(
       f"{stale} cells in {out} are damaged, or of another config or version of JAX or tokamax: "
       f"made again"
     )
@@ -181,7 +183,7 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
       for cell in (cell for cell in missing if cell[0] == capability):
         begun = time.perf_counter()
         try:
-          result = pool.submit(made, config, *cell).result()
+          result = pool.submit(make_cell, config, *cell).result()
         except concurrent.futures.process.BrokenProcessPool as error:
           raise ConfigError(
             f"--fits: compiling {cells[cell].stem} died, probably for memory; the same command "
@@ -190,7 +192,7 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
         with files.replacing(cells[cell]) as temporary:
           temporary.write_text(json.dumps(result, indent=1))
         read[cell] = result
-        say(
+        note(
           f"{len(read)} of {len(cells)} cells: {cells[cell].stem}, "
           f"{time.perf_counter() - begun:.0f} s"
         )
@@ -208,7 +210,7 @@ def table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) ->
       first = row[0][0]
       dtypes = dict.fromkeys(cell["dtype"] for cells in row for cell in cells)
       of = (chip.name, f"{chip.memory / 1e9:.0f}", model, "/".join(dtypes), str(first["clips"]))
-      lines.append((*of, *(answer(chip, one) for one in row)))
+      lines.append((*of, *(verdict(chip, one) for one in row)))
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(
     ["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines]
@@ -225,7 +227,7 @@ def _read(file: pathlib.Path, about: str) -> dict[str, Any] | None:
     return None
 
 
-def needed(cell: Mapping[str, Any], count: int) -> float:
+def bytes_per_card(cell: Mapping[str, Any], count: int) -> float:
   """Gives the bytes that one of `count` cards needs: those of the program that needs most.
 
   The cards share the parts of `STATE` and the temporaries of the optimizer's step; all else each
@@ -242,12 +244,12 @@ def needed(cell: Mapping[str, Any], count: int) -> float:
   return max(sizes)
 
 
-def answer(chip: Chip, cells: Sequence[Mapping[str, Any]]) -> str:
+def verdict(chip: Chip, cells: Sequence[Mapping[str, Any]]) -> str:
   """Says whether a job of these cells fits, in how many GB, on how many cards, and with how much of
   the memory for JAX.
   """
   counts = COUNTS if cells[0]["job"] in TUNE else (1,)
-  sizes = {count: max(needed(cell, count) for cell in cells) for count in counts}
+  sizes = {count: max(bytes_per_card(cell, count) for cell in cells) for count in counts}
   for count, size in sizes.items():
     for share in SHARES:
       if size <= share * chip.memory:

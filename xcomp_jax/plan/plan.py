@@ -51,8 +51,8 @@ from xcomp_jax.parallel import chips
 from xcomp_jax.parallel.mesh import AXES, LOGICAL, PARAMETERS, make_mesh, path_name
 from xcomp_jax.plan import fits, programs
 from xcomp_jax.plan.accounts import account_program
-from xcomp_jax.plan.programs import NAMES, TRAINING, Plan, held
-from xcomp_jax.plan.table import read_lengths, table
+from xcomp_jax.plan.programs import NAMES, TRAINING, ProgramPlan, bytes_held
+from xcomp_jax.plan.table import read_lengths, run_table
 from xcomp_jax.training import forecast, loop, metrics
 
 GB = 1e9
@@ -82,7 +82,7 @@ def unsplit(state: Any, mesh: Mesh) -> list[str]:
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     used = {name for names in leaf.sharding.spec for name in np.atleast_1d(names) if name}
-    here, size = leaf.sharding.shard_shape(leaf.shape), held(leaf)
+    here, size = leaf.sharding.shard_shape(leaf.shape), bytes_held(leaf)
     parts = {axis: mesh.shape[axis] for axis in sorted(axes - used)}
     could = [axis for axis, n in parts.items() if n > 1 and any(side % n == 0 for side in here)]
     if size >= LARGE and could:
@@ -95,7 +95,7 @@ def unsplit(state: Any, mesh: Mesh) -> list[str]:
   return found
 
 
-def needed(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> float:
+def bytes_needed(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> float:
   """Bytes per device while a program runs, what the runtime keeps for itself included.
 
   rows: all programs; those of training stay loaded together.
@@ -120,7 +120,7 @@ def enough(total: float, shared: float, count: int, limit: float) -> tuple[int, 
   )
 
 
-def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
+def remedies(plan: ProgramPlan, row: Mapping[str, Any], total: float) -> list[str]:
   """Says what would make a program that needs `total` bytes smaller, and what it would need
   then.
   """
@@ -138,9 +138,11 @@ def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
     out.append((more, total - plan.device.reserve + (1 - SHARE) * limit))
   if row["name"] in TRAINING and data > 1:
     whole = make_mesh(MeshConfig(1, data * fsdp, tensor, context), list(plan.mesh.devices.flat))
-    _, _, new, sums = programs.training(dataclasses.replace(plan, mesh=whole), plan.full)
+    _, _, new, sums = programs.abstract_training(dataclasses.replace(plan, mesh=whole), plan.full)
     split = "--config.mesh.data=1 --config.mesh.fsdp=-1 splits the state further"
-    out.append((split, total - state + held((new.trained, new.frozen, new.opt)) + held(sums)))
+    out.append(
+      (split, total - state + bytes_held((new.trained, new.frozen, new.opt)) + bytes_held(sums))
+    )
   if row["name"] == "gradient":
     # What the backward pass needs of a layer beside its input, if nothing is computed again: about
     # queries, keys, values, what is attended, two norms' and two residuals' outputs, and three
@@ -212,14 +214,14 @@ def remedies(plan: Plan, row: Mapping[str, Any], total: float) -> list[str]:
   ]
 
 
-def _trained(plan: Plan) -> float:
-  return held(programs.training(plan, plan.full)[2].trained)
+def _trained(plan: ProgramPlan) -> float:
+  return bytes_held(programs.abstract_training(plan, plan.full)[2].trained)
 
 
-def describe(plan: Plan, row: Mapping[str, Any]) -> str:
+def describe_program(plan: ProgramPlan, row: Mapping[str, Any]) -> str:
   """A program's account, for people."""
   count, cfg = plan.device.count, plan.full
-  shape = "" if row["shape"] is None else f", {loop.describe(row['shape'])}"
+  shape = "" if row["shape"] is None else f", {loop.describe_shape(row['shape'])}"
   if row["name"] in ("tower", "encode"):
     shape = f", {cfg.clips_per_chunk} clips of {cfg.clip_frames} frames a device"
   if row["name"] == "decode":
@@ -240,7 +242,7 @@ def describe(plan: Plan, row: Mapping[str, Any]) -> str:
   lines = [f"{TITLES[row['name']]}{shape}; compiled in {row['compile_s']:.0f} s{quick}{layers}"]
   kinds = "  ".join(f"{kind} {_size(size)}" for kind, size in row["memory"].items())
   of = f" of {_size(plan.device.hbm)}" if plan.device.hbm else ""
-  lines.append(f"  per device       {kinds}  = {_size(needed(row))}{of}")
+  lines.append(f"  per device       {kinds}  = {_size(bytes_needed(row))}{of}")
   if row["problem"]:
     return "\n".join([*lines, f"  the compiler     {row['problem']}"])
   flops = {kind: f"{number / count / 1e12:.4g}" for kind, number in row["flops"].items()}
@@ -296,7 +298,7 @@ TITLES = {
 }
 
 
-def step_lines(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def step_lines(plan: ProgramPlan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
   """Predicts the seconds of an average step, on features and on frames, by the programs that were
   compiled.
   """
@@ -311,7 +313,7 @@ def step_lines(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
   rest = max(of["apply", None]["seconds"].values())
   lines = [
     f"a step of {plan.config.train.batch_size} samples, the average of {count:,}:",
-    *(f"  {n / count:.2f} x {loop.describe(shape)}" for shape, n in sorted(each.items())),
+    *(f"  {n / count:.2f} x {loop.describe_shape(shape)}" for shape, n in sorted(each.items())),
     f"  on features at least {gradients + rest:.3f} s: gradients {gradients:.3f} s, optimizer "
     f"{rest:.3f} s",
   ]
@@ -329,7 +331,7 @@ def step_lines(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
   return [*lines, f"compiled in {sum(row['compile_s'] for row in rows):.0f} s in all"]
 
 
-def _micro_seconds(plan: Plan, row: Mapping[str, Any], micro: Micro) -> float:
+def _micro_seconds(plan: ProgramPlan, row: Mapping[str, Any], micro: Micro) -> float:
   """Predicts a micro-batch: as its program, whose attention computes what the samples need."""
   spent, costs, device = dict(row["seconds"]), plan.costs, plan.device
   if row["flops"]["kernels"] and not plan.config.train.vision:
@@ -347,7 +349,7 @@ def _micro_seconds(plan: Plan, row: Mapping[str, Any], micro: Micro) -> float:
   return max(spent.values())
 
 
-def _tower_seconds(plan: Plan, row: Mapping[str, Any]) -> tuple[float, float]:
+def _tower_seconds(plan: ProgramPlan, row: Mapping[str, Any]) -> tuple[float, float]:
   """Predicts the calls of the tower in an average step, and seconds, those of sending weights and
   results included.
   """
@@ -363,7 +365,7 @@ def _tower_seconds(plan: Plan, row: Mapping[str, Any]) -> tuple[float, float]:
   }
   calls = clips = frames = 0.0
   for micros in plan.steps:
-    ids = packing.samples(micros)
+    ids = packing.samples_of(micros)
     frames += table[ids, 0].sum() / count
     for size, share in kinds.items():
       each = -(-int(table[ids, 0][table[ids, 1] == size].sum()) // (size * n))  # clips of a device
@@ -376,12 +378,12 @@ def _tower_seconds(plan: Plan, row: Mapping[str, Any]) -> tuple[float, float]:
   return calls, seconds
 
 
-def problems(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def problems(plan: ProgramPlan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
   """What does not fit, with remedies."""
   out = []
   limit = plan.device.hbm or math.inf
   for row in rows:
-    total = needed(row, rows)
+    total = bytes_needed(row, rows)
     if row["problem"] or total > limit:
       over = f"needs {_size(total)} per device, {plan.device.kind} has {_size(limit)}"
       words = f"{TITLES[row['name']]} does not fit: {over}; what would help:"
@@ -393,8 +395,8 @@ def problems(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 # ----------------------------------------------------------------------------------------
 
 
-def run(
-  plan: Plan, names: Sequence[str], say: Callable[[str], None] = _say
+def account_programs(
+  plan: ProgramPlan, names: Sequence[str], say: Callable[[str], None] = _say
 ) -> list[dict[str, Any]]:
   """Accounts for each program, and says so.
 
@@ -410,7 +412,7 @@ def run(
     f"{plan.config.init_from}: "
     f"{cfg.llm.layers} layers of width {cfg.llm.width}, tower of {cfg.vision.layers}"
   )
-  _, _, state, sums = programs.training(plan, cfg)
+  _, _, state, sums = programs.abstract_training(plan, cfg)
   if found := unsplit(state, plan.mesh) + unsplit(sums, plan.mesh):
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     odd = [f"{axis} = {n}" for axis, n in plan.mesh.shape.items() if n & (n - 1)]
@@ -422,9 +424,9 @@ def run(
     )
     raise PlanError("; ".join(found[:SHOWN]) + more + help)
   rows = []
-  for name, shape in programs.asked(plan, names):
+  for name, shape in programs.asked_programs(plan, names):
     rows.append(account_program(plan, name, shape))
-    say(describe(plan, rows[-1]))
+    say(describe_program(plan, rows[-1]))
   for line in step_lines(plan, rows):
     say(line)
   if found := problems(plan, rows):
@@ -443,7 +445,7 @@ def stored_lengths(config: RunConfig, cfg: VLMConfig, store: str) -> list[Length
     CheckpointError, ...: there is no tokenizer.
   """
   data = loop.open_data(store, cfg)
-  return pipeline.measure(
+  return pipeline.measure_lengths(
     data, loading.read_tokenizer(loading.resolve(config.init_from), cfg), config.data.mask
   )
 
@@ -528,9 +530,9 @@ def main(argv: Sequence[str] | None = None) -> None:
       jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left alone
     config = from_command_line(["plan", *rest])
     if args.fits:
-      print(fits.table(config, args.fits, args.cards or fits.CARDS))
+      print(fits.fits_table(config, args.fits, args.cards or fits.CARDS))
       return
-    cfg = programs.sizes(config)
+    cfg = programs.model_sizes(config)
     lengths = None
     if given:
       stored = args.data is not None
@@ -538,7 +540,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stored_lengths(config, cfg, args.data) if stored else read_lengths(args.lengths, cfg)
       )
     if lengths is not None and args.topology is None:
-      print(table(config, cfg, lengths, args.devices or "1,8,32,256", args.chip))
+      print(run_table(config, cfg, lengths, args.devices or "1,8,32,256", args.chip))
       return
     plan = programs.make(
       config,
@@ -549,4 +551,4 @@ def main(argv: Sequence[str] | None = None) -> None:
       lengths=lengths,
       effort=-1.0 if args.quick else 0.0,
     )
-    run(plan, args.programs)
+    account_programs(plan, args.programs)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from xcomp_jax.checkpoints import loading
-from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check
+from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_run
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Batch, Clips, Length, Shape, batch_spec
 from xcomp_jax.data.packing import Lengths, Micro
@@ -51,7 +51,7 @@ RELEASED = pathlib.Path(__file__).parents[1] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ProgramPlan:
   """What is planned.
 
   full: the model. layers: compiled ones; None: all. shapes: of micro-batches. effort: of the
@@ -69,7 +69,7 @@ class Plan:
   effort: float
   lengths: Lengths
   steps: Sequence[Sequence[Micro]]
-  costs: forecast.Costs
+  costs: forecast.MeshCosts
 
 
 # --- what is asked for
@@ -152,7 +152,7 @@ def _tpus(name: str) -> list[Any]:
     ) from error
 
 
-def sizes(config: RunConfig, device: Any = None) -> VLMConfig:
+def model_sizes(config: RunConfig, device: Any = None) -> VLMConfig:
   """Reads the model's sizes: from `init_from` if it is a directory, of released checkpoints without
   a network; for a device.
   """
@@ -160,7 +160,7 @@ def sizes(config: RunConfig, device: Any = None) -> VLMConfig:
   directory = pathlib.Path(config.init_from)
   if not directory.is_dir():
     directory = known if (known / "config.json").is_file() else loading.resolve(config.init_from)
-  return loading.read_config(directory, config.model, config.lp_comp, device)
+  return loading.read_vlm_config(directory, config.model, config.lp_comp, device)
 
 
 def cut(cfg: VLMConfig, layers: int, count: int) -> VLMConfig:
@@ -192,7 +192,7 @@ def make(
   lengths: Lengths | None = None,
   like: Sequence[Any] | None = None,
   effort: float = 0.0,
-) -> Plan:
+) -> ProgramPlan:
   """Makes a plan.
 
   Args:
@@ -210,21 +210,21 @@ def make(
     ConfigError: values that can't be.
     CheckpointError: no such checkpoint.
   """
-  check(config)
+  check_run(config)
   devices = jax.devices() if where is None else topology(where) if isinstance(where, str) else where
-  full, seen, size = sizes(config, (like or devices)[0]), config, config.train.batch_size
+  full, seen, size = model_sizes(config, (like or devices)[0]), config, config.train.batch_size
   if layers is not None and not 0 < layers < full.llm.layers:
     raise ConfigError(f"--layers {layers}: the model has {full.llm.layers}")
   if lengths is None:
     seen, lengths = _assumed(config, full, len(devices), frames, text)
   pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
-  schedule = forecast.schedule(seen, full, lengths, like or devices)
+  schedule = forecast.schedule_run(seen, full, lengths, like or devices)
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices)
   row_groups(mesh)  # refuses what training would
   order = pipeline.order(range(len(lengths)), size, config.seed, 0)
   packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)
   device = roofline.device_of(like or devices)
-  return Plan(
+  return ProgramPlan(
     config, full, layers, mesh, device, schedule.shapes, effort, lengths, packed, schedule.costs
   )
 
@@ -257,7 +257,7 @@ def _assumed(
 # ----------------------------------------------------------------------------------------
 
 
-def asked(plan: Plan, names: Sequence[str]) -> list[tuple[str, Shape | None]]:
+def asked_programs(plan: ProgramPlan, names: Sequence[str]) -> list[tuple[str, Shape | None]]:
   """Lists programs of these names, with the shape of what each takes."""
   most = max(plan.shapes, key=lambda shape: (slots(plan.full, shape), shape))
   prompts = dataclasses.replace(most, rows=batch_devices(plan.mesh), samples=1)
@@ -269,12 +269,12 @@ def asked(plan: Plan, names: Sequence[str]) -> list[tuple[str, Shape | None]]:
   ]
 
 
-def batch_of(plan: Plan, cfg: VLMConfig, shape: Shape) -> Batch:
+def batch_of(plan: ProgramPlan, cfg: VLMConfig, shape: Shape) -> Batch:
   """Makes a micro-batch of ShapeDtypeStructs with shardings."""
   return _placed(plan, batch_spec(shape, ((cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)))
 
 
-def clips_of(plan: Plan, cfg: VLMConfig, shape: Shape) -> tuple[Clips, ...]:
+def clips_of(plan: ProgramPlan, cfg: VLMConfig, shape: Shape) -> tuple[Clips, ...]:
   """Makes the clips of a micro-batch, if the tower is trained: those of videos."""
   if not plan.config.train.vision:
     return ()
@@ -284,14 +284,16 @@ def clips_of(plan: Plan, cfg: VLMConfig, shape: Shape) -> tuple[Clips, ...]:
   return (_placed(plan, Clips(frames, jax.ShapeDtypeStruct(clips, np.dtype(np.int32)))),)
 
 
-def _placed(plan: Plan, spec: Any) -> Any:
+def _placed(plan: ProgramPlan, spec: Any) -> Any:
   def one(leaf, at):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
   return jax.tree.map(one, spec, steps.batch_shardings(spec, plan.mesh))
 
 
-def training(plan: Plan, cfg: VLMConfig) -> tuple[Any, nnx.GraphDef, steps.TrainState, steps.Sums]:
+def abstract_training(
+  plan: ProgramPlan, cfg: VLMConfig
+) -> tuple[Any, nnx.GraphDef, steps.TrainState, steps.Sums]:
   """The optimizer, the model's graph, and state and sums as ShapeDtypeStructs with shardings."""
   tx = optim.optimizer(plan.config.optim, 1000)
   graph, state = steps.abstract_state(plan.config, cfg, tx, plan.mesh)
@@ -314,23 +316,23 @@ class Traced(NamedTuple):
   beside: dict[str, float]
 
 
-def traced(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced:
+def trace_program(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced:
   """Traces a program for the mesh."""
   if shape is not None and name in ASKING:
     return _asking(plan, cfg, name, shape)
   return _training(plan, cfg, name, shape)
 
 
-def _training(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced:
+def _training(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced:
   """Traces a program of training.
 
   One batch, or chunk of clips, is copied while another is computed on, so training holds two; and
   all features of a step wait for their micro-batches.
   """
-  tx, graph, state, sums = training(plan, cfg)
+  tx, graph, state, sums = abstract_training(plan, cfg)
   compiled = steps.compiled_steps(cfg, state, sums, plan.mesh)
-  parameters = {"parameters": held((state.trained, state.frozen))}
-  gradients, optimizer = {"gradients": held(sums)}, {"optimizer state": held(state.opt)}
+  parameters = {"parameters": bytes_held((state.trained, state.frozen))}
+  gradients, optimizer = {"gradients": bytes_held(sums)}, {"optimizer state": bytes_held(state.opt)}
   memory = parameters | gradients
   if name == "apply":
     return Traced(compiled.apply.trace(tx, state, sums), memory | optimizer, {})
@@ -345,18 +347,18 @@ def _training(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Tra
       np.dtype(np.uint8),
       sharding=clip_sharding(plan.mesh),
     )
-    given = {"tower": held(tower), "clips": held(frames)}
-    beside = memory | optimizer | {"next clips": held(frames), "features": waiting(plan, cfg)}
+    given = {"tower": bytes_held(tower), "clips": bytes_held(frames)}
+    beside = memory | optimizer | {"next clips": bytes_held(frames), "features": waiting(plan, cfg)}
     return Traced(compiled.encode.trace(tower, frames), given, beside)
   assert shape is not None
   batch, clips = batch_of(plan, cfg, shape), clips_of(plan, cfg, shape)
-  size = held((batch, clips))
+  size = bytes_held((batch, clips))
   beside = optimizer | {"other batches": max(size, waiting(plan, cfg))}
   if name == "evaluation":
     state = dataclasses.replace(state, opt=None)
     return Traced(
       compiled.evaluate.trace(graph, state, batch),
-      parameters | {"batch": held(batch)},
+      parameters | {"batch": bytes_held(batch)},
       gradients | beside,
     )
   most = plan.config.train.projector_max_frames
@@ -364,14 +366,14 @@ def _training(plan: Plan, cfg: VLMConfig, name: str, shape: Shape | None) -> Tra
   return Traced(program, memory | {"batch": size}, beside)
 
 
-def _asking(plan: Plan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
+def _asking(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
   """Traces a program of asking: the whole model in the compute dtype, a question in each row
   group.
   """
   graph, params = nnx.split(loading.abstract(cfg))
   at, dtype = param_shardings(params, plan.mesh), np.dtype(cfg.dtype)
   params = jax.tree.map(lambda p, at: jax.ShapeDtypeStruct(p.shape, dtype, sharding=at), params, at)
-  memory, size = {"parameters": held(params)}, cfg.vision.image_size
+  memory, size = {"parameters": bytes_held(params)}, cfg.vision.image_size
 
   def split(tree):
     return jax.tree.map(lambda a: _rows(plan, a, shape.rows), tree)
@@ -379,21 +381,23 @@ def _asking(plan: Plan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
   if name == "encode":
     frames = (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, size, size, 3)
     clips = jax.ShapeDtypeStruct(frames, np.dtype(np.uint8), sharding=clip_sharding(plan.mesh))
-    run = jax.jit(lambda params, clips: vlm.encode(nnx.merge(graph, params), clips))
-    return Traced(run.trace(params, clips), memory | {"clips": held(clips)}, {})
+    run = jax.jit(lambda params, clips: vlm.encode_frames(nnx.merge(graph, params), clips))
+    return Traced(run.trace(params, clips), memory | {"clips": bytes_held(clips)}, {})
   batch = batch_of(plan, cfg, shape)
   prefill = jax.jit(lambda params, batch: generate.prefill(nnx.merge(graph, params), batch, ROOM))
   if name == "prefill":
-    return Traced(prefill.trace(params, batch), memory | {"batch": held(batch)}, {})
+    return Traced(prefill.trace(params, batch), memory | {"batch": bytes_held(batch)}, {})
   if name == "decode":
     state = split(prefill.eval_shape(params, batch))
     sampling = generate.Sampling(1, (0,))
 
     def run(params, state):
-      return generate.decode(nnx.merge(graph, params), state, sampling, generate.STREAM)
+      return generate.decode_tokens(nnx.merge(graph, params), state, sampling, generate.STREAM)
 
     return Traced(
-      jax.jit(run, donate_argnums=1).trace(params, state), memory | {"caches": held(state)}, {}
+      jax.jit(run, donate_argnums=1).trace(params, state),
+      memory | {"caches": bytes_held(state)},
+      {},
     )
   of, rows = rounds.usual(cfg, shape.frames)
   rows, clips = shape.rows * rows, of.frames // cfg.clip_frames
@@ -404,12 +408,14 @@ def _asking(plan: Plan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
     )
   )
   if name == "round":
-    return Traced(jax.jit(watch).trace(params, features), memory | {"features": held(features)}, {})
+    return Traced(
+      jax.jit(watch).trace(params, features), memory | {"features": bytes_held(features)}, {}
+    )
   caches = split(jax.eval_shape(watch, params, features))
-  return Traced(jax.jit(score).trace(params, caches), memory | {"caches": held(caches)}, {})
+  return Traced(jax.jit(score).trace(params, caches), memory | {"caches": bytes_held(caches)}, {})
 
 
-def _rows(plan: Plan, leaf: Any, rows: int) -> Any:
+def _rows(plan: ProgramPlan, leaf: Any, rows: int) -> Any:
   """A ShapeDtypeStruct whose first axis, if it is of rows, is split over row groups."""
   at = (
     batch_sharding(plan.mesh) if leaf.ndim and leaf.shape[0] % rows == 0 else replicated(plan.mesh)
@@ -417,17 +423,17 @@ def _rows(plan: Plan, leaf: Any, rows: int) -> Any:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
 
-def waiting(plan: Plan, cfg: VLMConfig) -> float:
+def waiting(plan: ProgramPlan, cfg: VLMConfig) -> float:
   """Counts the bytes per device of a step's features, which wait for their micro-batches; 0 if the
   tower is trained.
   """
   if plan.config.train.vision:
     return 0.0
-  sizes = {shape: held(batch_of(plan, cfg, shape).visual) for shape in plan.shapes}
+  sizes = {shape: bytes_held(batch_of(plan, cfg, shape).visual) for shape in plan.shapes}
   return max(sum(sizes[micro.shape] for micro in micros) for micros in plan.steps)
 
 
-def held(tree: Any) -> float:
+def bytes_held(tree: Any) -> float:
   """Bytes per device of arrays that have shardings."""
   leaves = jax.tree.leaves(tree)
   return float(

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from xcomp_jax import inputs
-from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check, check_trained
+from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check_run, check_trained
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.data.packing import Lengths
@@ -75,7 +75,7 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
   return np.stack([f, np.where(f > 1, cfg.clip_frames, 1), before, t + PREFIX - before], 1)
 
 
-def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chip: str) -> str:
+def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chip: str) -> str:
   """Makes the table of a run on these samples.
 
   A step has a sample for each device, if the config has fewer and there are as many.
@@ -90,7 +90,7 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
   Raises:
     ConfigError: see `forecast.schedule`; arguments that can't be; fewer samples than a step has.
   """
-  check(config)
+  check_run(config)
   check_trained(config.model)
   counts = [int(n) if n.strip().isdecimal() else 0 for n in devices.split(",")]
   if min(counts) < 1:
@@ -102,7 +102,7 @@ def table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chi
     some = dataclasses.replace(config.train, batch_size=size)
     pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
     try:
-      plan = forecast.schedule(
+      plan = forecast.schedule_run(
         dataclasses.replace(config, train=some), cfg, lengths, forecast.chips(chip, count)
       )
     except ConfigError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from xcomp_jax.files import write
+from xcomp_jax.files import write_file
 from xcomp_jax.inputs import read_json
 from xcomp_jax.synthetic.films import KINDS
 
@@ -45,7 +45,7 @@ SINGLE = np.isin(KINDS, ("needle", "attribute", "motion"))  # kinds that need on
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class RightShare:
   """A share of right answers and its 95% interval."""
 
   mean: float
@@ -63,7 +63,7 @@ def interval(
   against: Sequence[Shaped[np.ndarray, "films kinds"]] = (),
   *,
   same: bool = False,
-) -> Share:
+) -> RightShare:
   """The mean over seeds and questions, or its difference to another one over the same films.
 
   The interval is that of a bootstrap over films, whose questions go together, and over seeds, where
@@ -96,11 +96,11 @@ def interval(
       values -= share(against, drawn if same else draw(against))
   *again, mean = values
   if np.isnan(mean):
-    return Share(mean, mean, mean)
+    return RightShare(mean, mean, mean)
   if not against and mean in (0, 1):
     far = 0.025 ** (1 / np.any(~np.isnan(np.asarray(seeds, float)), axis=(0, 2)).sum())
-    return Share(mean, far, 1.0) if mean else Share(mean, 0.0, 1 - far)
-  return Share(float(mean), *map(float, np.nanpercentile(again, (2.5, 97.5))))
+    return RightShare(mean, far, 1.0) if mean else RightShare(mean, 0.0, 1 - far)
+  return RightShare(float(mean), *map(float, np.nanpercentile(again, (2.5, 97.5))))
 
 
 def right(measure: Mapping[str, Any], key: str = "right") -> Bool[np.ndarray, "films kinds"]:
@@ -130,7 +130,7 @@ class Cells:
     return found
 
 
-def rows(names: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+def markdown_table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
   """A table in Markdown."""
   return "\n".join(
     [
@@ -205,7 +205,7 @@ def compression(cells: Cells, rules: Sequence[str]) -> str:
     "less none, tuned",
     "less progressive",
   ]
-  return rows([*names, "seeds", *COST], out)
+  return markdown_table([*names, "seeds", *COST], out)
 
 
 COST = ("visual tokens per layer", "GFLOP", "ms per question")
@@ -248,7 +248,7 @@ def by_kind(cells: Cells) -> str:
           *(str(interval([right(m)[:, k : k + 1] for m in found])) for k in range(len(KINDS))),
         ]
       )
-  return rows(["", *KINDS], out)
+  return markdown_table(["", *KINDS], out)
 
 
 def by_frames(cells: Cells) -> str:
@@ -284,7 +284,7 @@ def by_frames(cells: Cells) -> str:
         [f"{name.split(',')[0]}: {what}", *values] for what, values in zip(COST, spent, strict=True)
       ]
   shown = next((found[0] for path in CURVES.values() if (found := cells.seeds(*path))), ())
-  return rows(["", *(f"{n} frames" for n in shown)], out)
+  return markdown_table(["", *(f"{n} frames" for n in shown)], out)
 
 
 CURVES = {
@@ -342,7 +342,7 @@ def longer(cells: Cells) -> str:
             f"{len(others[0])} and {len(long)}",
           ]
         )
-  return rows(
+  return markdown_table(
     [
       "films of",
       "rule",
@@ -400,7 +400,7 @@ def selection(cells: Cells) -> str:
     "right from two scenes",
     "seeds",
   ]
-  return rows([*names, *COST[1:]], out)
+  return markdown_table([*names, *COST[1:]], out)
 
 
 def retrieval(cells: Cells) -> str:
@@ -429,7 +429,7 @@ def retrieval(cells: Cells) -> str:
       ]
     )
   single = ", ".join(kind for kind, one in zip(KINDS, SINGLE) if one)
-  return rows(
+  return markdown_table(
     [
       "",
       "frames by",
@@ -482,7 +482,7 @@ def _single(values: Sequence[float | None]) -> Float[np.ndarray, "films kinds"]:
 QUARTERS = ("first", "second", "third", "last")
 
 
-def places(cells: Cells) -> str:
+def position_bias(cells: Cells) -> str:
   """Position bias: what happens to the one scene that is needed, by the quarter of the film that it
   is in.
   """
@@ -499,7 +499,7 @@ def places(cells: Cells) -> str:
       scores = by_quarter(found, [_single(m["score"]) for m in measures])
       of.append(", ".join(f"{np.nanmean(one):.1f}" for one in scores))
       out.append([name, mode.replace("_answer", ", the answer's row"), *of])
-  return rows(
+  return markdown_table(
     ["", "frames by", *QUARTERS, "last less first", "selected, by quarter", "score, by quarter"],
     out,
   )
@@ -525,7 +525,7 @@ TABLES = {
   "frames": by_frames,
   "selection": selection,
   "retrieval": retrieval,
-  "places": places,
+  "places": position_bias,
 }
 
 
@@ -574,7 +574,7 @@ def plot_frames(cells: Cells) -> Any:
   return figure
 
 
-def _error(shares: Sequence[Share]) -> np.ndarray:
+def _error(shares: Sequence[RightShare]) -> np.ndarray:
   return np.array([[s.mean - s.low, s.high - s.mean] for s in shares]).T
 
 
@@ -641,7 +641,7 @@ def plot_bias(cells: Cells) -> Any:
 PLOTS = {"study_frames": plot_frames, "study_bias": plot_bias}
 
 
-def report(
+def report_findings(
   folder: pathlib.Path, page: pathlib.Path | None = None, figures: pathlib.Path | None = None
 ) -> str:
   """All tables, printed; with a page also put between its marks, and the plots into a folder.
@@ -668,7 +668,7 @@ def report(
         raise ValueError(
           f"{page} has {found} places between <!-- {name} --> and <!-- end -->; there must be one"
         )
-    write(page, content)
+    write_file(page, content)
   if figures is not None:
     for name, plot in PLOTS.items():
       figure = plot(cells)

@@ -19,7 +19,7 @@ from xcomp_jax.data.store import Store
 from xcomp_jax.inference import chat
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model import lp_comp, qc_comp, vlm
-from xcomp_jax.study.miniature import Asked, Study
+from xcomp_jax.study.miniature import AskedFilm, Study
 from xcomp_jax.synthetic import world
 from xcomp_jax.synthetic.films import FRAMES
 
@@ -50,7 +50,7 @@ def measured(
   message = prompt.time_message(scenes * FRAMES / world.FPS, len(shown) * FRAMES)
   return _answered(
     study,
-    load(checkpoint, cfg),
+    load_for_measures(checkpoint, cfg),
     study.store(name),
     [(one, shown) for one in study.asked(name)],
     message,
@@ -61,11 +61,14 @@ def _answered(
   study: Study,
   model: vlm.VLM,
   store: Store,
-  asked: Sequence[tuple[Asked, np.ndarray]],
+  asked: Sequence[tuple[AskedFilm, np.ndarray]],
   message: str | None = None,
 ) -> dict[str, Any]:
-  answers(model, study.tokenizer, store, asked[:ROWS], message)  # compiles
-  begun, right = time.perf_counter(), answers(model, study.tokenizer, store, asked, message)
+  answered_rightly(model, study.tokenizer, store, asked[:ROWS], message)  # compiles
+  begun, right = (
+    time.perf_counter(),
+    answered_rightly(model, study.tokenizer, store, asked, message),
+  )
   seconds, clips = (time.perf_counter() - begun) / len(asked), len(asked[0][1])
   kept = float(np.mean(lp_comp.counts(model.cfg.lp_comp, model.cfg.llm.layers)))
   hits = np.array([set(one.scenes) <= set(shown) for one, shown in asked])
@@ -73,7 +76,7 @@ def _answered(
   return {"right": bits(right), "hits": bits(hits)} | spent
 
 
-def selected(
+def selected_answers(
   study: Study, checkpoint: str | pathlib.Path, cfg: LPCompConfig, name: str, modes: Sequence[str]
 ) -> dict[str, Any]:
   """Answers from what QC-Comp selects of a split's films, and what it found, by mode.
@@ -89,9 +92,9 @@ def selected(
     see, and of shots; few: right, from the two scenes with the highest scores. Scores are relative
     to their film's mean.
   """
-  model, store, asked = load(checkpoint, cfg), study.store(name), study.asked(name)
+  model, store, asked = load_for_measures(checkpoint, cfg), study.store(name), study.asked(name)
   scenes, frames = study.splits[name].scenes[0], SELECTED[name]
-  settings = {mode: setting(mode, frames) for mode in modes if mode != "uniform"}
+  settings = {mode: measured_setting(mode, frames) for mode in modes if mode != "uniform"}
   kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
   # it scores four scenes together
   few: dict[str, list[np.ndarray]] = {mode: [] for mode in modes if mode != "official"}
@@ -109,7 +112,7 @@ def selected(
     where = visible * BINS + np.arange(scenes) * BINS // scenes
     counts += len(several) * np.bincount(where, minlength=2 * BINS)
     prompts = [
-      prompt.ask(study.tokenizer, one.question, store.samples[number].time_message)
+      prompt.question_prompt(study.tokenizer, one.question, store.samples[number].time_message)
       for one in several
     ]
     if "uniform" in modes:
@@ -118,7 +121,7 @@ def selected(
     for mode, select in settings.items():
       work[mode] = work.get(mode) or scoring_cost(model, scenes, prompts, select)
       begun = time.perf_counter()
-      chosen = chat.select(model, film, prompts, select)
+      chosen = chat.select_frames(model, film, prompts, select)
       took[mode].append((time.perf_counter() - begun) / len(several))
       kept[mode] += [np.unique(got.frames // FRAMES) for got in chosen]
       scores = np.stack([_by_scene(got, scenes) for got in chosen])
@@ -142,7 +145,7 @@ def selected(
     out[mode] = _answered(study, model, store, list(zip(asked, clips, strict=True)))
     if mode in few:
       out[mode]["few"] = bits(
-        answers(model, study.tokenizer, store, list(zip(asked, few[mode], strict=True)))
+        answered_rightly(model, study.tokenizer, store, list(zip(asked, few[mode], strict=True)))
       )
     if mode in settings:
       # of a film: the first one's has compilation in it
@@ -155,14 +158,14 @@ def selected(
   return out
 
 
-_evaluate = jax.jit(vlm.evaluate)
+_evaluate = jax.jit(vlm.heldout_measures)
 
 
-def answers(
+def answered_rightly(
   model: vlm.VLM,
   tokenizer: prompt.Tokenizer,
   store: Store,
-  asked: Sequence[tuple[Asked, np.ndarray]],
+  asked: Sequence[tuple[AskedFilm, np.ndarray]],
   message: str | None = None,
 ) -> np.ndarray:
   """Which questions are answered rightly, each from some clips int[C] of its film, as many for all:
@@ -182,10 +185,10 @@ def answers(
 
 
 def _example(
-  tokenizer: prompt.Tokenizer, store: Store, one: Asked, clips: np.ndarray, message: str | None
+  tokenizer: prompt.Tokenizer, store: Store, one: AskedFilm, clips: np.ndarray, message: str | None
 ) -> Example:
   turns = world.conversation([(one.question, one.answer)])
-  built = prompt.train(
+  built = prompt.training_prompt(
     tokenizer, turns, message or store.samples[one.film].time_message, mask="assistant"
   )
   visual = store.visual(one.film)[clips]
@@ -197,11 +200,13 @@ def _shape(rows: int, clips: int) -> Shape:
   return Shape(rows, 1, PREFIX, clips * FRAMES, TEXT)
 
 
-def setting(mode: str, frames: int) -> SelectConfig:
+def measured_setting(mode: str, frames: int) -> SelectConfig:
   """Of a mode of QC-Comp, whose name may end in `_answer`, that keeps so many frames."""
   name, _, rows = mode.partition("_")
   # The official mode counts the tokens before a question for the real tokenizer (quirk Q11).
-  return dataclasses.replace(qc_comp.setting(name, frames, rows=rows or "question"), bias=None)
+  return dataclasses.replace(
+    qc_comp.select_config(name, frames, rows=rows or "question"), bias=None
+  )
 
 
 def cost(model: vlm.VLM, clips: int) -> float:
@@ -210,7 +215,9 @@ def cost(model: vlm.VLM, clips: int) -> float:
   batch = batch_spec(
     _shape(1, clips), ((model.cfg.tokens_per_frame, model.cfg.vision.width), np.float32)
   )
-  return flops(lambda state, batch: vlm.evaluate(nnx.merge(graph, state), batch)[0], state, batch)
+  return flops(
+    lambda state, batch: vlm.heldout_measures(nnx.merge(graph, state), batch)[0], state, batch
+  )
 
 
 def scoring_cost(
@@ -219,7 +226,7 @@ def scoring_cost(
   """Operations of QC-Comp's scores for one of several questions about a film of so many clips, seen
   once for all of them.
   """
-  plan = qc_comp.plan(clips * FRAMES, FRAMES, select)
+  plan = qc_comp.plan_rounds(clips * FRAMES, FRAMES, select)
   rows = min(max(1, select.round // plan.frames), len(plan.starts))
   graph, state = nnx.split(model)
   watch, score = scoring(graph, plan, select, rows, questions[0], FRAMES)
@@ -232,11 +239,11 @@ def scoring_cost(
   return -(-len(plan.starts) // rows) * (seen / len(questions) + paid)
 
 
-def load(checkpoint: str | pathlib.Path, cfg: LPCompConfig) -> vlm.VLM:
+def load_for_measures(checkpoint: str | pathlib.Path, cfg: LPCompConfig) -> vlm.VLM:
   """A checkpoint to be measured under a rule, in float32."""
   directory = loading.resolve(str(checkpoint))
   model = ModelConfig(FRAMES, None, "float32", "float32", ROWS, "auto", remat=False)
-  return loading.load(directory, loading.read_config(directory, model, cfg))
+  return loading.load_model(directory, loading.read_vlm_config(directory, model, cfg))
 
 
 def _by_scene(selection: chat.Selection, scenes: int) -> np.ndarray:

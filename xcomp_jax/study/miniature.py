@@ -19,7 +19,7 @@ from xcomp_jax.data.store import Store, open_store
 from xcomp_jax.files import write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.synthetic import films, world
-from xcomp_jax.synthetic.films import FRAMES, Split
+from xcomp_jax.synthetic.films import FRAMES, FilmSplit
 from xcomp_jax.training import loop
 
 BASE = "assets/study"
@@ -28,7 +28,7 @@ SEED = 11  # of the films
 
 
 @dataclasses.dataclass(frozen=True)
-class Preset:
+class Amounts:
   """How much of everything; films are measured by six questions each.
 
   tuning, heldout: films of 12 scenes. wide: of 24, measured with ever more of their frames. long:
@@ -52,7 +52,7 @@ class Preset:
 
 
 PRESETS = {
-  "full": Preset(
+  "full": Amounts(
     3200,
     120,
     90,
@@ -64,11 +64,11 @@ PRESETS = {
     ("late", "average"),
     3,
   ),
-  "quick": Preset(1280, 60, 0, 0, 8, 0, (0,), ("progressive",)),
+  "quick": Amounts(1280, 60, 0, 0, 8, 0, (0,), ("progressive",)),
 }
 
 
-class Asked(NamedTuple):
+class AskedFilm(NamedTuple):
   """A question about the stored film of that number. scenes: that have to be seen to answer it."""
 
   film: int
@@ -85,7 +85,7 @@ class Study:
     FileNotFoundError: there is no such base.
   """
 
-  def __init__(self, out: pathlib.Path, preset: Preset, base: str | pathlib.Path = BASE):
+  def __init__(self, out: pathlib.Path, preset: Amounts, base: str | pathlib.Path = BASE):
     self.out, self.preset, self.base = out, preset, pathlib.Path(base)
     if not (self.base / "model.safetensors").exists():
       raise FileNotFoundError(
@@ -99,7 +99,7 @@ class Study:
     }
     sizes |= {"window": (preset.window, 32), "long": (preset.long, 128), "hour": (preset.hour, 512)}
     self.splits = {
-      name: Split(
+      name: FilmSplit(
         name, count, (scenes, scenes), (3, 5), len(films.KINDS) if name == "tuning" else 0
       )
       for name, (count, scenes) in sizes.items()
@@ -116,10 +116,12 @@ class Study:
       "base": self._digest,
       "films": films,
       "seed": SEED,
-      "rules": {name: to_dict(rule(name)) for name in rules},
+      "rules": {name: to_dict(study_rule(name)) for name in rules},
     }
     # of all rules the same
-    return made | (settings("progressive", train__epochs=epochs) if "tuning" in splits else {})
+    return made | (
+      variant_settings("progressive", train__epochs=epochs) if "tuning" in splits else {}
+    )
 
   @functools.cached_property
   def _digest(self) -> str:
@@ -137,18 +139,18 @@ class Study:
       ValueError: what is there was made otherwise.
     """
     folder = self.out / name
-    stamp(folder, self.made([name]))
+    write_origin(folder, self.made([name]))
     if not (folder / "features").exists():
-      decode(folder, self.splits[name], SEED, tower=str(self.base))
+      decode_films(folder, self.splits[name], SEED, tower=str(self.base))
     return open_store(str(folder / "features"))
 
-  def asked(self, name: str) -> list[Asked]:
+  def asked(self, name: str) -> list[AskedFilm]:
     """The questions about a split's films, film by film as they are stored, each in the order of
     KINDS.
     """
-    store, annotations = self.store(name), world.read_annotations(self.out / name / "films", name)
-    told = (world.asked(annotations[sample.position]) for sample in store.samples)
-    return [Asked(film, *one) for film, several in enumerate(told) for one in several]
+    store, annotations = self.store(name), world.read_split(self.out / name / "films", name)
+    told = (world.questions_in(annotations[sample.position]) for sample in store.samples)
+    return [AskedFilm(film, *one) for film, several in enumerate(told) for one in several]
 
   def tuned(self, name: str, seed: int, epochs: int = 1) -> pathlib.Path:
     """The base, tuned under a rule on all films so many times; goes on with a tuning that was
@@ -158,20 +160,20 @@ class Study:
       ValueError: what is there was made otherwise.
     """
     folder = self.out / (f"{name}_{seed}" if epochs == 1 else f"{name}_{seed}_{epochs}_epochs")
-    stamp(folder, self.made(["tuning"], [name], epochs))
+    write_origin(folder, self.made(["tuning"], [name], epochs))
     if not (folder / "model").exists():
       self.store("tuning")
     films = self.out / "tuning" / "features"
-    return trained(
+    return train_variant(
       folder, name, seed=seed, init_from=self.base, data__train=films, train__epochs=epochs
     )
 
 
-def decode(folder: pathlib.Path, split: Split, seed: int, tower: str | None) -> None:
+def decode_films(folder: pathlib.Path, split: FilmSplit, seed: int, tower: str | None) -> None:
   """folder/films and folder/features (with a tower's checkpoint) or folder/frames."""
   if not (folder / "films").exists():
-    films.write(folder / "films", split, seed, workers=2)
-  settings = predecoding.Settings(
+    films.write_films(folder / "films", split, seed, workers=2)
+  settings = predecoding.FrameSettings(
     image_size=films.MODEL["tiny_vision"]["image_size"],
     max_frames=1024,
     min_frames=FRAMES,
@@ -197,13 +199,13 @@ def configured(variant: str, **values: Any) -> RunConfig:
   return from_command_line(["study", f"--config={CONFIG}:{variant}", *changes])
 
 
-def settings(variant: str, **values: Any) -> dict[str, Any]:
+def variant_settings(variant: str, **values: Any) -> dict[str, Any]:
   """What a model that is trained by a variant depends on, but for its rule."""
   config = to_dict(configured(variant, **values))
   return {part: config[part] for part in ("data", "optim", "train")}
 
 
-def trained(folder: pathlib.Path, variant: str, **values: Any) -> pathlib.Path:
+def train_variant(folder: pathlib.Path, variant: str, **values: Any) -> pathlib.Path:
   """folder/model, trained by a variant of configs/study.py with other values if it is not there;
   goes on with a run that was stopped.
   """
@@ -215,50 +217,50 @@ def trained(folder: pathlib.Path, variant: str, **values: Any) -> pathlib.Path:
   return model
 
 
-def rule(name: str) -> LPCompConfig:
+def study_rule(name: str) -> LPCompConfig:
   """One of configs/study.py."""
   return configured(name).lp_comp
 
 
 STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
-  "see": (Split("see", 12000, (1, 1), (1, 1), 8, described=1.0), False),
+  "see": (FilmSplit("see", 12000, (1, 1), (1, 1), 8, described=1.0), False),
   # No stage after `see` has films of a single shot: nothing has to be found to answer about it, and
   # an average with many of them falls although nothing else is learned.
-  "answer": (Split("answer", 8000, (2, 3), (2, 3), 8), True),
-  "tell": (Split("tell", 13000, (2, 3), (2, 3), 8, described=0.35), True),
-  "again": (Split("again", 13000, (2, 3), (2, 3), 8, described=0.2), True),
-  "ask": (Split("ask", 4000, (4, 12), (2, 5), 4, first="order"), True),
-  "watch": (Split("watch", 2000, (8, 32), (2, 5), 4, first="order"), True),
+  "answer": (FilmSplit("answer", 8000, (2, 3), (2, 3), 8), True),
+  "tell": (FilmSplit("tell", 13000, (2, 3), (2, 3), 8, described=0.35), True),
+  "again": (FilmSplit("again", 13000, (2, 3), (2, 3), 8, described=0.2), True),
+  "ask": (FilmSplit("ask", 4000, (4, 12), (2, 5), 4, first="order"), True),
+  "watch": (FilmSplit("watch", 2000, (8, 32), (2, 5), 4, first="order"), True),
 }
 
 
-def train_base(out: pathlib.Path) -> None:
+def train_study_base(out: pathlib.Path) -> None:
   """The base's stages; the result is out/watch/model. Goes on where it stopped.
 
   Raises:
     ValueError: what is there was made otherwise.
   """
-  before, words = out / "init", films.words()
-  stamp(out, {"model": films.MODEL, "words": words})
+  before, words = out / "init", films.film_words()
+  write_origin(out, {"model": films.MODEL, "words": words})
   if not before.exists():
     # In random layers embeddings soon drown, and what a question asks about is found much later.
     world.write_untrained(before, 0, films.MODEL, words, silent_layers=True)
   for stage, (split, frozen) in STAGES.items():
     folder = out / stage
-    stamp(
+    write_origin(
       folder,
       {"before": digest(before), "films": dataclasses.asdict(split), "seed": SEED}
-      | settings(stage),
+      | variant_settings(stage),
     )
     if not (folder / "model").exists():
-      decode(folder, split, SEED, str(before) if frozen else None)
-    before = trained(
+      decode_films(folder, split, SEED, str(before) if frozen else None)
+    before = train_variant(
       folder, stage, init_from=before, data__train=folder / ("features" if frozen else "frames")
     )
   print(f"a base: {before}; to study it: --model {before} --out DIR", flush=True)
 
 
-def stamp(folder: pathlib.Path, made: dict[str, Any]) -> None:
+def write_origin(folder: pathlib.Path, made: dict[str, Any]) -> None:
   """Says in a folder what it comes from.
 
   Raises:

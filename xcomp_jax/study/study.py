@@ -28,8 +28,15 @@ from xcomp_jax.cli import command
 from xcomp_jax.files import alone, path_of, write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.study import findings
-from xcomp_jax.study.measures import FEW, SELECTED, measured, selected, setting
-from xcomp_jax.study.miniature import BASE, PRESETS, Study, differences, rule, train_base
+from xcomp_jax.study.measures import FEW, SELECTED, measured, measured_setting, selected_answers
+from xcomp_jax.study.miniature import (
+  BASE,
+  PRESETS,
+  Study,
+  differences,
+  study_rule,
+  train_study_base,
+)
 from xcomp_jax.synthetic.films import FRAMES
 
 CELLS, PAGE, FIGURES = "docs/study", pathlib.Path("docs/STUDY.md"), pathlib.Path("docs/figures")
@@ -42,7 +49,7 @@ MODES = {
 }
 
 
-class Cell(NamedTuple):
+class StudyCell(NamedTuple):
   """name, splits and rules that it comes from, what does it, and how often its tuning sees all
   films.
   """
@@ -54,22 +61,22 @@ class Cell(NamedTuple):
   epochs: int = 1
 
 
-def cells(study: Study) -> Iterator[Cell]:
+def cells(study: Study) -> Iterator[StudyCell]:
   """All cells."""
   preset = study.preset
   rules = list(dict.fromkeys(("none", *preset.rules, *preset.others)))
   wide, window = (["wide"] if preset.wide else []), (["window"] if preset.window else [])
-  yield Cell(
+  yield StudyCell(
     "base",
     ["heldout"],
     rules,
     lambda: {
-      "heldout": {name: measured(study, study.base, rule(name), "heldout") for name in rules}
+      "heldout": {name: measured(study, study.base, study_rule(name), "heldout") for name in rules}
     },
   )
   if wide:
     both = ["none", "progressive"]
-    yield Cell(
+    yield StudyCell(
       "base_frames",
       wide,
       both,
@@ -79,7 +86,7 @@ def cells(study: Study) -> Iterator[Cell]:
     for name in (*preset.rules, *preset.others):
       # the same tuning, and then compression without tuning for it
       under = preset.rules if name == "none" else (name,)
-      yield Cell(
+      yield StudyCell(
         f"tune_{name}_{seed}",
         ["tuning", "heldout", *wide],
         under,
@@ -87,7 +94,7 @@ def cells(study: Study) -> Iterator[Cell]:
       )
     for name in (name for name in ("none", "progressive") if name in preset.rules):
       splits = ["long", *window]
-      yield Cell(
+      yield StudyCell(
         f"select_{name}_{seed}",
         ["tuning", *splits],
         [name],
@@ -96,9 +103,11 @@ def cells(study: Study) -> Iterator[Cell]:
   for seed in preset.seeds if preset.longer else ():
     for name in findings.LONGER:
       do = functools.partial(_tuning, study, name, seed, (name,), preset.longer)
-      yield Cell(f"longer_{name}_{seed}", ["tuning", "heldout", *wide], (name,), do, preset.longer)
+      yield StudyCell(
+        f"longer_{name}_{seed}", ["tuning", "heldout", *wide], (name,), do, preset.longer
+      )
   for seed in preset.seeds if preset.hour else ():
-    yield Cell(
+    yield StudyCell(
       f"official_{seed}",
       ["tuning", "hour"],
       ["progressive"],
@@ -111,7 +120,7 @@ def _tuning(
 ) -> dict[str, Any]:
   model = study.tuned(name, seed, epochs)
   out: dict[str, Any] = {
-    "heldout": {other: measured(study, model, rule(other), "heldout") for other in under}
+    "heldout": {other: measured(study, model, study_rule(other), "heldout") for other in under}
   }
   if study.preset.wide and name in findings.LONGER:
     out["wide"] = {name: _by_frames(study, model, name)}
@@ -120,18 +129,22 @@ def _tuning(
 
 def _selections(study: Study, name: str, seed: int, splits: Sequence[str]) -> dict[str, Any]:
   model = study.tuned(name, seed)
-  return {split: selected(study, model, rule(name), split, MODES[split]) for split in splits}
+  return {
+    split: selected_answers(study, model, study_rule(name), split, MODES[split]) for split in splits
+  }
 
 
 def _by_frames(study: Study, model: str | pathlib.Path, name: str) -> dict[str, dict[str, Any]]:
-  return {str(clips * FRAMES): measured(study, model, rule(name), "wide", clips) for clips in WIDE}
+  return {
+    str(clips * FRAMES): measured(study, model, study_rule(name), "wide", clips) for clips in WIDE
+  }
 
 
-def made(study: Study, cell: Cell) -> dict[str, Any]:
+def cell_origin(study: Study, cell: StudyCell) -> dict[str, Any]:
   """What a cell comes from, to be compared with what it was made from."""
 
   def how(mode, frames):
-    return frames if mode == "uniform" else dataclasses.asdict(setting(mode, frames))
+    return frames if mode == "uniform" else dataclasses.asdict(measured_setting(mode, frames))
 
   measures: dict[str, Any] = {
     split: [FEW, {mode: how(mode, SELECTED[split]) for mode in MODES[split]}]
@@ -142,7 +155,7 @@ def made(study: Study, cell: Cell) -> dict[str, Any]:
   return study.made(cell.splits, cell.rules, cell.epochs) | {"measures": measures}
 
 
-def check(study: Study, where: pathlib.Path) -> None:
+def check_cells(study: Study, where: pathlib.Path) -> None:
   """That the cells that are there are what would be made now.
 
   Raises:
@@ -152,14 +165,14 @@ def check(study: Study, where: pathlib.Path) -> None:
   for cell in cells(study):
     file = where / f"{cell.name}.json"
     if file.exists() and (
-      other := differences(read_json(file, ValueError).get("made", {}), made(study, cell))
+      other := differences(read_json(file, ValueError).get("made", {}), cell_origin(study, cell))
     ):
       old.append(f"{file} ({', '.join(other)})")
   if old:
     raise ValueError(f"made otherwise: {'; '.join(old)}: remove them to do them again")
 
 
-def run(study: Study, where: pathlib.Path, only: str) -> None:
+def run_cells(study: Study, where: pathlib.Path, only: str) -> None:
   """Does the cells whose names begin with `only` and that are not in `where` yet.
 
   A cell's `seconds` are those of its last start: of a tuning that was stopped only what came after,
@@ -175,7 +188,7 @@ def run(study: Study, where: pathlib.Path, only: str) -> None:
     raise ValueError(
       f"--only {only}: no cell's name begins so; there are {', '.join(cell.name for cell in every)}"
     )
-  check(study, where)  # others too: they are reported beside them
+  check_cells(study, where)  # others too: they are reported beside them
   where.mkdir(parents=True, exist_ok=True)
   for number, cell in enumerate(todo, 1):
     file = where / f"{cell.name}.json"
@@ -187,7 +200,11 @@ def run(study: Study, where: pathlib.Path, only: str) -> None:
     begun = time.perf_counter()
     write_json(
       file,
-      {"made": made(study, cell), "result": cell.do(), "seconds": time.perf_counter() - begun},
+      {
+        "made": cell_origin(study, cell),
+        "result": cell.do(),
+        "seconds": time.perf_counter() - begun,
+      },
     )
 
 
@@ -225,14 +242,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   with command(interrupted="interrupted; what was finished stays, and the same command goes on"):
     if f.base:
       with alone(out, "study"):
-        return train_base(out)
+        return train_study_base(out)
     where = pathlib.Path(CELLS) if full else out / "cells"
     if full and importlib.util.find_spec("matplotlib") is None:
       raise ValueError("the plots need matplotlib: pip install 'xcomp_jax[plot]'")
     study = Study(out, PRESETS[f.preset], f.model)
     if f.report:
-      check(study, where)
+      check_cells(study, where)
     else:
       with alone(out, "study"), alone(where, "study"):
-        run(study, where, f.only)
-    findings.report(where, *((PAGE, FIGURES) if full else ()))
+        run_cells(study, where, f.only)
+    findings.report_findings(where, *((PAGE, FIGURES) if full else ()))

@@ -56,7 +56,7 @@ MODEL: dict[str, Any] = world.MODEL | {
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class FilmQuestion:
   """kind: of KINDS. scenes: that have to be seen to answer it."""
 
   kind: str
@@ -66,7 +66,7 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class FilmSplit:
   """Films of one purpose: numbers of scenes and of shots, fewest and most.
 
   questions: about each film, in one conversation; 0: one of each kind, to measure with.
@@ -83,7 +83,7 @@ class Split:
   described: float = 0.0
 
 
-def words() -> list[str]:
+def film_words() -> list[str]:
   """The texts of this world, for its tokenizer."""
   values = [*sum(VALUES.values(), ()), *COUNTS.values()]
   asked = [COUNT, WHOLE, DESCRIBE, *(_number(k) for k in COUNTS)]
@@ -103,7 +103,7 @@ def shots(film: Sequence[Scene]) -> list[int]:
   return [i for i, scene in enumerate(film) if scene.colour is not None]
 
 
-def draw(rng: np.random.Generator, scenes: int, count: int) -> list[Scene]:
+def draw_film(rng: np.random.Generator, scenes: int, count: int) -> list[Scene]:
   """A film of so many scenes, `count` of them shots."""
   seeds = rng.integers(2**31, size=scenes)
   film = [Scene(None, None, None, None, int(seed)) for seed in seeds]
@@ -115,7 +115,7 @@ def draw(rng: np.random.Generator, scenes: int, count: int) -> list[Scene]:
   return film
 
 
-def questions(film: Sequence[Scene]) -> list[Question]:
+def film_questions(film: Sequence[Scene]) -> list[FilmQuestion]:
   """All that can be asked about a film."""
   at = shots(film)
   seen = [film[i] for i in at]
@@ -123,26 +123,26 @@ def questions(film: Sequence[Scene]) -> list[Question]:
   for place, (i, shot) in enumerate(zip(at, seen, strict=True), 1):
     assert shot.colour and shot.digit and shot.shape and shot.motion  # a shot shows all of them
     out += [
-      Question("needle", _digit_with(shot.colour), shot.digit, (i,)),
-      Question("attribute", _shape_of(shot.colour), shot.shape, (i,)),
-      Question("motion", _motion_of(shot.colour), shot.motion, (i,)),
-      Question("order", _number(place), shot.colour, tuple(at[:place])),
+      FilmQuestion("needle", _digit_with(shot.colour), shot.digit, (i,)),
+      FilmQuestion("attribute", _shape_of(shot.colour), shot.shape, (i,)),
+      FilmQuestion("motion", _motion_of(shot.colour), shot.motion, (i,)),
+      FilmQuestion("order", _number(place), shot.colour, tuple(at[:place])),
     ]
   for (i, first), (k, second) in zip(zip(at, seen), zip(at[1:], seen[1:])):
     assert first.colour and second.colour
     out += [
-      Question("order", _after(first.colour), second.colour, (i, k)),
-      Question("order", _before(second.colour), first.colour, (i, k)),
+      FilmQuestion("order", _after(first.colour), second.colour, (i, k)),
+      FilmQuestion("order", _before(second.colour), first.colour, (i, k)),
     ]
-  out.append(Question("count", COUNT, COUNTS[len(seen)], tuple(at)))
+  out.append(FilmQuestion("count", COUNT, COUNTS[len(seen)], tuple(at)))
   shapes = collections.Counter(shot.shape for shot in seen).most_common(2)
   if len(shapes) == 1 or shapes[0][1] > shapes[1][1]:
     assert shapes[0][0]
-    out.append(Question("whole", WHOLE, shapes[0][0], tuple(at)))
+    out.append(FilmQuestion("whole", WHOLE, shapes[0][0], tuple(at)))
   return out
 
 
-def description(film: Sequence[Scene]) -> str:
+def describe_film(film: Sequence[Scene]) -> str:
   """A film's shots, such as "red ring, red left, red 7, blue cross, blue up, blue 0": each value
   right after what it is found by.
   """
@@ -150,19 +150,19 @@ def description(film: Sequence[Scene]) -> str:
   return ", ".join(f"{s.colour} {value}" for s in seen for value in (s.shape, s.motion, s.digit))
 
 
-def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]:
+def _annotated(split: FilmSplit, seed: int, number: int) -> tuple[list[Scene], dict]:
   """A film and its annotation; of a film to measure with, `scenes` says what each question
   needs.
   """
   rng = np.random.default_rng((seed, int.from_bytes(split.name.encode()), number))
   scenes = int(rng.integers(split.scenes[0], split.scenes[1] + 1))
   count = int(rng.integers(split.shots[0], min(split.shots[1], scenes) + 1))
-  film = draw(rng, scenes, count)
-  asked = questions(film)
+  film = draw_film(rng, scenes, count)
+  asked = film_questions(film)
   if not split.questions:
     while len({q.kind for q in asked}) < len(KINDS):  # another one, in which each kind can be asked
-      film = draw(rng, scenes, count)
-      asked = questions(film)
+      film = draw_film(rng, scenes, count)
+      asked = film_questions(film)
     each = [
       of[rng.integers(len(of))] for of in ([q for q in asked if q.kind == kind] for kind in KINDS)
     ]
@@ -171,7 +171,7 @@ def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]
       "scenes": [q.scenes for q in each],
     }
   if rng.random() < split.described:
-    return film, {"conversations": world.conversation([(DESCRIBE, description(film))])}
+    return film, {"conversations": world.conversation([(DESCRIBE, describe_film(film))])}
   # Kinds in turn, so that there are as many of the rare ones. No answer tells another; of order,
   # whose answers together tell what others can't be, there is one: with several, they were learned
   # from the text before them and not from the film.
@@ -188,7 +188,7 @@ def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]
   return film, {"conversations": world.conversation(chosen[: split.questions])}
 
 
-def write(out: pathlib.Path, split: Split, seed: int, workers: int) -> None:
+def write_films(out: pathlib.Path, split: FilmSplit, seed: int, workers: int) -> None:
   """out/NAME/*.mp4, out/NAME.json and out/NAME.yaml; `out` appears whole or not at all."""
   with fresh_folder(out, "films") as temporary:
     world.write_split(

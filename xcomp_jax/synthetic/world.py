@@ -201,7 +201,7 @@ def value(shown: Sequence[Scene], kind: str) -> str:
   return only
 
 
-def description(shown: Sequence[Scene]) -> str:
+def describe_scenes(shown: Sequence[Scene]) -> str:
   """All that is asked about a video, such as "red ring left 7"."""
   return " ".join(value(shown, kind) for kind in VALUES)
 
@@ -216,7 +216,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 512
 
 
-def words() -> list[str]:
+def world_words() -> list[str]:
   """The texts of this world, for its tokenizer."""
   values = sum(VALUES.values(), ())
   texts = [text for v in values for text in (v, *(f"{name}. {v}\n" for name in "ABCD"))]
@@ -293,7 +293,7 @@ def write_tokenizer(out: pathlib.Path, texts: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class WorldSplit:
   """Videos of one purpose.
 
   fewest, most: scenes of a video. questions: about each, 1 to 4; where it is one, the kinds take
@@ -308,7 +308,7 @@ class Split:
   questions: int
 
 
-def write_world(out: pathlib.Path, splits: Sequence[Split], seed: int, workers: int) -> None:
+def write_world(out: pathlib.Path, splits: Sequence[WorldSplit], seed: int, workers: int) -> None:
   """Videos, annotations and mixtures of all splits; `out` appears whole or not at all.
 
   Raises:
@@ -328,12 +328,12 @@ def write_world(out: pathlib.Path, splits: Sequence[Split], seed: int, workers: 
       write_videos(temporary, split, seed, workers)
 
 
-def read_annotations(out: pathlib.Path, name: str) -> list[dict]:
+def read_split(out: pathlib.Path, name: str) -> list[dict]:
   """The annotations of a split."""
   return json.loads((out / f"{name}.json").read_text())
 
 
-def asked(annotation: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+def questions_in(annotation: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
   """The questions of an annotation, each with its right answer and the scene that shows it (or in
   `films`, all of them).
   """
@@ -366,7 +366,7 @@ def write_untrained(
     source = pathlib.Path(folder)
     write_tokenizer(source, texts)
     (source / "config.json").write_text(json.dumps(sizes, indent=2))
-    cfg = loading.read_config(source, AS_IT_IS, NOT_TUNED)
+    cfg = loading.read_vlm_config(source, AS_IT_IS, NOT_TUNED)
     model = VLM(cfg, rngs=nnx.Rngs(seed))
     for layer in model.llm.layers if silent_layers else ():
       layer.o.kernel[...] = jnp.zeros_like(layer.o.kernel[...])
@@ -374,14 +374,14 @@ def write_untrained(
     saving.save_torch(out, model, cfg, source, dtype=jnp.float32)
 
 
-def write_videos(out: pathlib.Path, split: Split, seed: int, workers: int) -> None:
+def write_videos(out: pathlib.Path, split: WorldSplit, seed: int, workers: int) -> None:
   """out/NAME/*.mp4, out/NAME.json and out/NAME.yaml."""
   write_split(
     out, split.name, split.videos, functools.partial(_annotated, split, seed), FRAMES, workers
   )
 
 
-def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]:
+def _annotated(split: WorldSplit, seed: int, number: int) -> tuple[list[Scene], dict]:
   """A video's scenes and its annotation, whose `scenes` say where the answer to each question is
   shown.
   """
@@ -394,7 +394,7 @@ def _annotated(split: Split, seed: int, number: int) -> tuple[list[Scene], dict]
     if split.questions == 1
     else rng.permutation(kinds)[: split.questions]
   )
-  turns = [turn(shown, str(kind)) for kind in asked] or [(DESCRIBE, description(shown))]
+  turns = [turn(shown, str(kind)) for kind in asked] or [(DESCRIBE, describe_scenes(shown))]
   where = [
     next(i for i, scene in enumerate(shown) if getattr(scene, kind) is not None) for kind in asked
   ]
@@ -483,8 +483,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not f.out and not f.init:
       raise WorldError("nothing to write; give --out for videos or --init for an untrained model")
     if f.init:
-      write_untrained(pathlib.Path(f.init), f.seed, MODEL, words())
+      write_untrained(pathlib.Path(f.init), f.seed, MODEL, world_words())
     if f.out:
-      train = [Split("train", f.train, *f.scenes, f.questions)] if f.train else []
-      heldout = [Split("heldout", f.heldout, *f.scenes, f.heldout_questions)] if f.heldout else []
+      train = [WorldSplit("train", f.train, *f.scenes, f.questions)] if f.train else []
+      heldout = (
+        [WorldSplit("heldout", f.heldout, *f.scenes, f.heldout_questions)] if f.heldout else []
+      )
       write_world(pathlib.Path(f.out), train + heldout, f.seed, f.workers)

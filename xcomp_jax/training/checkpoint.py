@@ -32,7 +32,7 @@ from xcomp_jax.checkpoints import tensor_files
 from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig
 from xcomp_jax.config_io import to_dict
 from xcomp_jax.data.blend import Blend
-from xcomp_jax.data.pipeline import Reader
+from xcomp_jax.data.pipeline import BatchReader
 from xcomp_jax.files import absolute, one_line
 from xcomp_jax.parallel.mesh import path_name
 
@@ -100,16 +100,16 @@ class SaveError(OSError):
   """A checkpoint could not be written; those before it are whole."""
 
 
-def nest(state: Any) -> dict:
+def nest_leaves(state: Any) -> dict:
   """Leaves of any pytree as nested dicts by path, e.g. {"llm": {"layers": {"0": {"q": {"kernel":
   ...}}}}}.
   """
-  return tensor_files.nest(
+  return tensor_files.nest_paths(
     {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
   )
 
 
-def unnest(tree: Mapping, like: Any) -> Any:
+def unnest_leaves(tree: Mapping, like: Any) -> Any:
   """The inverse of `nest`: a pytree like `like` with the leaves of `tree`; leaves of `tree` not in
   it are ignored.
   """
@@ -163,12 +163,12 @@ def manager(workdir: str, train: TrainConfig) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(folder(workdir), options=options)
 
 
-def save(
+def save_checkpoint(
   checkpoints: ocp.CheckpointManager,
   step: int,
   params: Sequence[Any],
   opt: Any,
-  data: Reader,
+  data: BatchReader,
   config: Mapping,
 ) -> None:
   """Begins saving; returns as soon as the arrays are copied. Does nothing if `step` is already
@@ -188,8 +188,8 @@ def save(
     checkpoints.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(nest(_whole(params))),
-        opt=ocp.args.StandardSave(nest(opt)),
+        params=ocp.args.StandardSave(nest_leaves(_whole(params))),
+        opt=ocp.args.StandardSave(nest_leaves(opt)),
         data=ocp.args.JsonSave(data.get_state()),
         config=ocp.args.JsonSave(dict(config)),
       ),
@@ -219,7 +219,7 @@ def saving(checkpoints: ocp.CheckpointManager) -> Generator[None]:
     ) from error
 
 
-def finish(checkpoints: ocp.CheckpointManager) -> None:
+def wait_until_saved(checkpoints: ocp.CheckpointManager) -> None:
   """Waits until all is saved.
 
   Raises:
@@ -244,11 +244,11 @@ def closing(checkpoints: ocp.CheckpointManager) -> Generator[ocp.CheckpointManag
   checkpoints.close()
 
 
-def restore(
+def restore_checkpoint(
   checkpoints: ocp.CheckpointManager,
   params: Sequence[Any],
   opt: Any,
-  data: Reader,
+  data: BatchReader,
   config: Mapping,
   say: Callable[[str], Any] = print,
 ) -> tuple[int, tuple[Any, ...], Any] | None:
@@ -308,7 +308,7 @@ def _steps(checkpoints: ocp.CheckpointManager) -> list[int]:
 
 
 def _restore(
-  place: epath.Path, step: int, params, opt, data: Reader, config: Mapping
+  place: epath.Path, step: int, params, opt, data: BatchReader, config: Mapping
 ) -> tuple[tuple[Any, ...], Any]:
   """(params, opt) of a step; waits for no other process."""
   if missing := _lacks(place, "config", "params", "opt", "data"):
@@ -337,9 +337,9 @@ def _restore(
       place / name, args=ocp.args.StandardRestore(like)
     )
 
-  restored, state = read("params", nest(_whole(params))), read("opt", nest(opt))
+  restored, state = read("params", nest_leaves(_whole(params))), read("opt", nest_leaves(opt))
   data.set_state(position)
-  return tuple(unnest(restored, part) for part in params), unnest(state, opt)
+  return tuple(unnest_leaves(restored, part) for part in params), unnest_leaves(state, opt)
 
 
 def _put_aside(
@@ -365,7 +365,7 @@ def _put_aside(
   checkpoints.reload()
 
 
-def describe(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | None) -> dict:
+def description(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | None) -> dict:
   """What a checkpoint says about its run; plain JSON. data: what it trains on."""
   # As an export from another folder finds it; a hub id and a bucket stay what they are.
   place = {"init_from": absolute(run.init_from)} if os.path.isdir(run.init_from) else {}
@@ -400,7 +400,7 @@ def agree(config: Mapping) -> None:
       )
 
 
-def read_config(workdir: str, step: int | None = None) -> tuple[Mapping[str, Any], int]:
+def read_description(workdir: str, step: int | None = None) -> tuple[Mapping[str, Any], int]:
   """What `describe` said when a checkpoint (default: the latest) was saved, and its step.
 
   As it was saved: a later version may have more keys.
@@ -436,9 +436,9 @@ def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
     step = _step(checkpoints, step)
     with tensor_files.reading_orbax(checkpoints.directory / str(step)):
       out = checkpoints.restore(
-        step, args=ocp.args.Composite(params=ocp.args.StandardRestore(nest(like)))
+        step, args=ocp.args.Composite(params=ocp.args.StandardRestore(nest_leaves(like)))
       )
-  return unnest(out.params, like)
+  return unnest_leaves(out.params, like)
 
 
 def _reader(workdir: str) -> ocp.CheckpointManager:

@@ -20,7 +20,7 @@ from xcomp_jax.data.batch import Length, Shape, length_table
 from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.model import attention
 from xcomp_jax.parallel import roofline
-from xcomp_jax.parallel.chips import find, named
+from xcomp_jax.parallel.chips import find_chip, named
 from xcomp_jax.parallel.mesh import check_tensor, make_mesh, mesh_sizes, row_groups
 from xcomp_jax.training import metrics
 
@@ -93,7 +93,7 @@ def _rates(devices: Sequence[Any], dtype: str = "bfloat16") -> roofline.Device:
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
+class MeshCosts:
   """What micro-batches take on a mesh; see `packing.Costs`.
 
   mesh: sizes along data, fsdp, tensor, context. attention: of each sample, in picoseconds of its
@@ -135,7 +135,10 @@ class Costs:
     data, fsdp, tensor, context = self.mesh
     assert self.device.flops is not None  # see `_rates`
     m, v, parts, rows = self.cfg.llm, self.cfg.vision, fsdp * context, shape.rows // self.groups
-    times, backward = passes(self.cfg, self.train), metrics.passes(self.train)["llm"] > 1
+    times, backward = (
+      executed_passes(self.cfg, self.train),
+      metrics.training_passes(self.train)["llm"] > 1,
+    )
     # a frozen tower runs before
     inside = (
       "projector",
@@ -171,13 +174,13 @@ class Costs:
     return _seconds(self.device, flops / (tensor * context), sent, moved)
 
 
-def passes(cfg: VLMConfig, train: TrainConfig) -> dict[str, int]:
+def executed_passes(cfg: VLMConfig, train: TrainConfig) -> dict[str, int]:
   """How many times the operations of its forward pass each part executes: `metrics.passes`, and
   what is recomputed.
 
   Attention, which remat does not compute again, has kernels that compute scores again instead.
   """
-  times = metrics.passes(train)
+  times = metrics.training_passes(train)
   return times | {"llm": times["llm"] + (cfg.remat and times["llm"] > 1)}
 
 
@@ -247,7 +250,7 @@ def square_passes(cfg: VLMConfig, train: TrainConfig, device: roofline.Device) -
   """Of the passes over the LLM, those whose attention computes whole rows, whatever samples they
   hold.
   """
-  times = passes(cfg, train)["llm"]
+  times = executed_passes(cfg, train)["llm"]
   if cfg.attention == "einsum":
     return times
   if device.kind == "cpu" or device.kind.startswith("TPU"):
@@ -258,7 +261,7 @@ def square_passes(cfg: VLMConfig, train: TrainConfig, device: roofline.Device) -
 
 def capability(device: roofline.Device) -> tuple[int, int]:
   """Gives the compute capability of a GPU, and (0, 0) of all else."""
-  chip = find(device.kind)
+  chip = find_chip(device.kind)
   return (0, 0) if chip is None or chip.capability is None else chip.capability
 
 
@@ -270,7 +273,7 @@ def _activations(width: int, mlp_width: int) -> int:
 
 
 def _seconds(device: roofline.Device, flops: float, sent: float, moved: float) -> dict[str, float]:
-  found = roofline.seconds(device, flops, moved, sent)
+  found = roofline.least_seconds(device, flops, moved, sent)
   return {"operations": found["compute"], "links": found["links"], "memory": found["memory"]}
 
 
@@ -284,10 +287,10 @@ class Schedule:
 
   mesh: tuple[int, ...]
   shapes: tuple[Shape, ...]
-  costs: Costs
+  costs: MeshCosts
 
 
-def schedule(
+def schedule_run(
   config: RunConfig,
   cfg: VLMConfig,
   lengths: Lengths,
@@ -359,8 +362,8 @@ class _Choice(NamedTuple):
 
   shapes: tuple[Shape, ...]
   time: int
-  costs: Costs
-  room: packing.Room
+  costs: MeshCosts
+  room: packing.ShapeRoom
 
   def improved(self, lengths: Lengths, batch_size: int, sweeps: int) -> "_Choice":
     """Searches for better shapes."""
@@ -387,7 +390,9 @@ def _meshes(config: RunConfig, cfg: VLMConfig, devices: int) -> list[tuple[int, 
   return [(data, left // n, tensor, n) for n in range(1, left + 1) if left % n == 0]
 
 
-def _room(data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Lengths) -> packing.Room:
+def _room(
+  data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Lengths
+) -> packing.ShapeRoom:
   """What shapes may be: what devices hold by the config.
 
   Raises:
@@ -410,7 +415,9 @@ def _room(data: DataConfig, cfg: VLMConfig, mesh: Sequence[int], lengths: Length
       ],
     )
   samples = 1 if cfg.lp_comp.keep == "attention" else len(lengths)
-  return packing.Room(mesh[0] * mesh[1], parts, step, samples, data.prefix_length, frames, text)
+  return packing.ShapeRoom(
+    mesh[0] * mesh[1], parts, step, samples, data.prefix_length, frames, text
+  )
 
 
 def _costs(
@@ -419,11 +426,11 @@ def _costs(
   mesh: tuple[int, ...],
   device: roofline.Device,
   lengths: Lengths,
-) -> Costs:
+) -> MeshCosts:
   assert device.flops is not None  # see _rates
-  skipping = passes(cfg, train)["llm"] - square_passes(cfg, train, device)
+  skipping = executed_passes(cfg, train)["llm"] - square_passes(cfg, train, device)
   seconds = attention_flops(cfg, lengths, device) * skipping / (mesh[2] * mesh[3] * device.flops)
-  return Costs(cfg, train, mesh, device, np.rint(seconds * PICO).astype(np.int64))
+  return MeshCosts(cfg, train, mesh, device, np.rint(seconds * PICO).astype(np.int64))
 
 
 def check_memory(plan: Schedule) -> None:
@@ -436,7 +443,7 @@ def check_memory(plan: Schedule) -> None:
     ConfigError: it takes more.
   """
   device, costs = plan.costs.device, plan.costs
-  there, state = (device.hbm or math.inf) - device.reserve, 4 * 4 * trained(costs)
+  there, state = (device.hbm or math.inf) - device.reserve, 4 * 4 * trained_numbers(costs)
   shape = max(plan.shapes, key=lambda shape: kept(costs, shape))
   rows = kept(costs, shape)
   if state + rows <= there:
@@ -522,11 +529,11 @@ def account(
 ) -> Account:
   """Accounts for steps that were packed as planned; pixels: the tower runs, too."""
   costs = plan.costs
-  ids = np.unique([i for micros in steps for i in packing.samples(micros)]).astype(np.int64)
+  ids = np.unique([i for micros in steps for i in packing.samples_of(micros)]).astype(np.int64)
   table = length_table(lengths)[ids]  # of what these steps have
   cfg, train, device, n = costs.cfg, costs.train, costs.device, costs.device.count
   assert device.flops is not None and device.bandwidth is not None  # see _rates
-  times, real = passes(cfg, train), metrics.forward_flops(cfg, table, pixels)
+  times, real = executed_passes(cfg, train), metrics.forward_flops(cfg, table, pixels)
   count, all_passes = max(1, len(steps)), times["llm"]
   whole = square_passes(cfg, train, device) / all_passes
   attended = attention_flops(cfg, table, device) * (1 - whole)
@@ -542,7 +549,7 @@ def account(
     seconds[bound] += kinds[bound] / count
 
   for micros in steps:
-    own = np.searchsorted(ids, packing.samples(micros))
+    own = np.searchsorted(ids, packing.samples_of(micros))
     for part, flops in real.items():
       done[part] += flops[own].sum()
     executed["llm"] += attended[own].sum()
@@ -567,7 +574,7 @@ def account(
   links = min(kinds["links"] for kinds in spent.values())
   linked = needed["vision"] + max(needed["projector"] + needed["llm"], links)
   micro_batches = sum(map(len, steps))
-  samples = sum(len(packing.samples(micros)) for micros in steps)
+  samples = sum(len(packing.samples_of(micros)) for micros in steps)
   used = {micro.shape for micros in steps for micro in micros}
   return Account(
     plan.mesh,
@@ -608,14 +615,14 @@ def _tower(
   return flops * n, _seconds(device, flops, (sent + weights) * (n - 1) / n, moved)
 
 
-def _optimizer_bytes(costs: Costs) -> float:
+def _optimizer_bytes(costs: MeshCosts) -> float:
   """Memory traffic of the optimizer's step on a device: parameters and moments are read and
   written, gradients read.
   """
-  return 2 * 7 * 4 * trained(costs)  # the compiler's program moves twice what must be moved
+  return 2 * 7 * 4 * trained_numbers(costs)  # the compiler's program moves twice what must be moved
 
 
-def kept(costs: Costs, shape: Shape) -> float:
+def kept(costs: MeshCosts, shape: Shape) -> float:
   """Bytes on a device of what each layer of the LLM receives in a micro-batch, which its backward
   pass needs.
   """
@@ -624,7 +631,7 @@ def kept(costs: Costs, shape: Shape) -> float:
   return slots * costs.cfg.llm.width * size / costs.mesh[3]
 
 
-def trained(costs: Costs) -> float:
+def trained_numbers(costs: MeshCosts) -> float:
   """Numbers that are trained on each device."""
   m, v, train = costs.cfg.llm, costs.cfg.vision, costs.train
   numbers = train.llm * (

@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.cli import command, keep_compiled
-from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check, check_trained
+from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_run, check_trained
 from xcomp_jax.config_io import from_command_line, to_dict
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Batch, Clips, Shape, length_table
@@ -55,8 +55,8 @@ from xcomp_jax.training.steps import (
   clip_share,
   compiled_steps,
   init_state,
-  place,
   place_clips,
+  place_rows,
   row_share,
   zero_sums,
 )
@@ -68,7 +68,7 @@ class NotFiniteError(ValueError):
   """
 
 
-class Prepared(NamedTuple):
+class PreparedRun(NamedTuple):
   """What a run is of, before any weight is read."""
 
   cfg: VLMConfig
@@ -77,8 +77,8 @@ class Prepared(NamedTuple):
   lengths: np.ndarray  # int64[n, 4] of the samples that it trains on, columns as `Length`
   schedule: Schedule
   plan: list[list[Micro]]  # the micro-batches of each step
-  data: pipeline.Reader
-  heldout: Callable[[], pipeline.Reader] | None  # reads all of it, from the beginning
+  data: pipeline.BatchReader
+  heldout: Callable[[], pipeline.BatchReader] | None  # reads all of it, from the beginning
   description: dict  # of `checkpoint.describe`
 
   @property
@@ -99,7 +99,7 @@ class Prepared(NamedTuple):
 Watch = Callable[[int, str, Mapping[str, float]], None]  # (step, group, values)
 
 
-def run(
+def train(
   config: RunConfig, watch: Watch = lambda step, group, values: None
 ) -> dict[str, float | int]:
   """Trains, from the latest checkpoint in the workdir if there is one, together with the other
@@ -122,12 +122,12 @@ def run(
       samples.
   """
   with metrics.Goodput() as goodput, contextlib.ExitStack() as stack:
-    check(config)
+    check_run(config)
     check_trained(config.model)
     with goodput.part("connect"):
       stack.enter_context(hosts.joined(config.distributed))
-    prepared = prepare(config)
-    stack.enter_context(workdir.held(config.workdir))
+    prepared = prepare_run(config)
+    stack.enter_context(workdir.holding(config.workdir))
     return _train(config, prepared, goodput, watch)
 
 
@@ -137,12 +137,12 @@ def run_whole(config: RunConfig) -> None:
   Raises:
     KeyboardInterrupt: a signal stopped it, after saving; the same call continues.
   """
-  result = run(config)
+  result = train(config)
   if result["step"] < result["steps"]:
     raise KeyboardInterrupt
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare_run(config: RunConfig) -> PreparedRun:
   """Reads what a config names, and makes sure that it goes together and that the workdir can be
   written.
   """
@@ -154,9 +154,9 @@ def prepare(config: RunConfig) -> Prepared:
   }
   apart({"config.workdir": config.workdir}, read)
   keep_compiled(config.compilation_cache)
-  kernels.check(config.model.attention, config.model.dtype)
+  kernels.check_implementation(config.model.attention, config.model.dtype)
   directory = loading.resolve(config.init_from, whole=False)
-  cfg = loading.read_config(directory, config.model, config.lp_comp)
+  cfg = loading.read_vlm_config(directory, config.model, config.lp_comp)
   lp_comp.counts(cfg.lp_comp, cfg.llm.layers)  # refuses schedules that can't be
   tokenizer = loading.read_tokenizer(directory, cfg)
   blend = open_data(config.data.train, cfg, config.data.weights)
@@ -170,35 +170,35 @@ def prepare(config: RunConfig) -> Prepared:
         f"learns would not "
         "make again; set it to False, or train on frames"
       )
-  description = checkpoint.describe(config, cfg, blend, held)
+  description = checkpoint.description(config, cfg, blend, held)
   checkpoint.agree(description)
   order = pipeline.run_order(blend, config.train.batch_size, config.seed, config.train.epochs)[
     : config.train.steps
   ]
-  lengths = [pipeline.measure(data, tokenizer, config.data.mask) for data in opened]
-  schedule = forecast.schedule(config, cfg, lengths[0], devices())
+  lengths = [pipeline.measure_lengths(data, tokenizer, config.data.mask) for data in opened]
+  schedule = forecast.schedule_run(config, cfg, lengths[0], devices())
   forecast.check_memory(schedule)
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices())
   plan = packing.pack_steps(lengths[0], order, schedule.shapes, schedule.costs)
   checkpoint.agree({"plan of the steps": zlib.crc32(repr((schedule.mesh, plan)).encode())})
   share = share_of(mesh, config, cfg.clips_per_chunk)
-  data = pipeline.read(blend, tokenizer, config.data, lengths[0], plan, share)
+  data = pipeline.read_steps(blend, tokenizer, config.data, lengths[0], plan, share)
   heldout = None
   if held is not None:
     size = config.train.batch_size
     parts = [range(first, min(first + size, len(held))) for first in range(0, len(held), size)]
     with _about_heldout():
-      other = forecast.schedule(config, cfg, lengths[1], devices(), schedule)
+      other = forecast.schedule_run(config, cfg, lengths[1], devices(), schedule)
     seen = packing.pack_steps(lengths[1], parts, other.shapes, other.costs)
     whole = dataclasses.replace(share, trained=False)
     heldout = functools.partial(
-      pipeline.read, held, tokenizer, config.data, lengths[1], seen, whole
+      pipeline.read_steps, held, tokenizer, config.data, lengths[1], seen, whole
     )
   if not checkpoint.begun(config.workdir):
     # what is missing or broken is said before anything is written
     loading.stored(loading.resolve(config.init_from), cfg)
   workdir.claim(config.workdir)
-  return Prepared(
+  return PreparedRun(
     cfg, mesh, opened, length_table(lengths[0]), schedule, plan, data, heldout, description
   )
 
@@ -208,13 +208,13 @@ def devices() -> list[jax.Device]:
   return jax.devices()
 
 
-def share_of(mesh: Mesh, config: RunConfig, clips: int) -> pipeline.Share:
+def share_of(mesh: Mesh, config: RunConfig, clips: int) -> pipeline.ProcessShare:
   """What this process reads of a run on a mesh; clips: of a device in the tower at once.
 
   Raises:
     ConfigError: see `row_share`.
   """
-  return pipeline.Share(
+  return pipeline.ProcessShare(
     *row_share(mesh), mesh.size, tuple(clip_share(mesh)), clips, config.train.vision
   )
 
@@ -249,8 +249,8 @@ class ClipEncoder:
     """
     self._tower, self._running = None, []  # memory
     batch, clips = (
-      place(micro.batch, self._mesh),
-      tuple(place(some, self._mesh) for some in micro.clips),
+      place_rows(micro.batch, self._mesh),
+      tuple(place_rows(some, self._mesh) for some in micro.clips),
     )
     if batch.visual is None:
       batch = dataclasses.replace(batch, visual=self._room(micro.number, micro.shape))
@@ -262,7 +262,7 @@ class ClipEncoder:
 
 
 def _train(
-  config: RunConfig, prepared: Prepared, goodput: metrics.Goodput, watch: Watch
+  config: RunConfig, prepared: PreparedRun, goodput: metrics.Goodput, watch: Watch
 ) -> dict[str, float | int]:
   cfg, mesh, opened, data, steps = (
     prepared.cfg,
@@ -283,7 +283,7 @@ def _train(
     )
     graph, wanted = abstract_state(config, cfg, tx, mesh)
     with goodput.part("restore"):
-      found = checkpoint.restore(
+      found = checkpoint.restore_checkpoint(
         checkpoints,
         (wanted.trained, wanted.frozen),
         wanted.opt,
@@ -353,7 +353,7 @@ def _train(
           if stopping():
             break
           out = functions.evaluate(graph, state, encoder.batch(item)[0])
-          compiled("eval_step", describe(item.shape))
+          compiled("eval_step", describe_shape(item.shape))
           total = {key: total[key] + float(value) for key, value in out.items()}
       say(f"the evaluation after step {done} is left to the run that continues this one")
       return None
@@ -361,9 +361,11 @@ def _train(
     def save() -> None:
       about = prepared.description | ({"evaluation_due": True} if owed else {})
       with goodput.part("save"):
-        checkpoint.save(checkpoints, done, (state.trained, state.frozen), state.opt, data, about)
+        checkpoint.save_checkpoint(
+          checkpoints, done, (state.trained, state.frozen), state.opt, data, about
+        )
 
-    rate = optim.schedule(config.optim, steps)
+    rate = optim.learning_rate(config.optim, steps)
     mine = len(mesh.local_devices) / mesh.size  # this process's part of the work
     clock, done = metrics.Clock(), start
     # of each step; the last evaluation, None if it was not done or dropped
@@ -395,7 +397,7 @@ def _train(
         sums, sample_losses = functions.grad(
           graph, state, sums, batch, clips, projector_max_frames=config.train.projector_max_frames
         )
-        compiled("grad_step", describe(item.shape))
+        compiled("grad_step", describe_shape(item.shape))
         seen.append((batch.index, sample_losses))
         last = item.last
       state, sums, out = functions.apply(tx, state, sums)
@@ -407,7 +409,7 @@ def _train(
       losses.append(out["loss"])
       clock.samples += out["samples"]
       clock.frames += out["frames"]
-      of = prepared.lengths[packing.samples(prepared.plan[done - 1])]
+      of = prepared.lengths[packing.samples_of(prepared.plan[done - 1])]
       clock.flops += metrics.training_flops(cfg, config.train, of, prepared.pixels) * mine
       bar.update()
       if done % config.train.log_every == 0 or done == steps:
@@ -436,7 +438,7 @@ def _train(
     stopped = done < steps or owed
     save()
     bar.close()
-    checkpoint.finish(checkpoints)
+    checkpoint.wait_until_saved(checkpoints)
   result = {"step": done, "steps": steps}
   if losses:
     result["loss"] = float(np.mean(losses))
@@ -465,11 +467,11 @@ def _train(
   return result
 
 
-def introduce(config: RunConfig, prepared: Prepared, state: TrainState, start: int) -> None:
+def introduce(config: RunConfig, prepared: PreparedRun, state: TrainState, start: int) -> None:
   """Says what is about to run, where every parameter lies, and writes the resolved config."""
   cfg, mesh = prepared.cfg, prepared.mesh
   print(f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-  print(kernels.describe(cfg, gradient=True))
+  print(kernels.describe_kernels(cfg, gradient=True))
   if prepared.pixels:
     auto = " (auto: by its memory)" if config.model.clips_per_chunk == "auto" else ""
     print(f"the tower takes {cfg.clips_per_chunk} clips of a device at once{auto}")
@@ -569,7 +571,7 @@ def check_tower(model: vlm.VLM, name: str, data: Sequence[Blend]) -> None:
       )
 
 
-def describe(shape: Shape) -> str:
+def describe_shape(shape: Shape) -> str:
   """A micro-batch's shape, in words."""
   rows = f"{shape.rows} rows of up to " if shape.rows > 1 else "a row of up to "
   return f"{rows}{shape.samples} samples, {shape.frames} frames, {shape.text} tokens of text"
@@ -634,7 +636,7 @@ def main() -> None:
       if {"-h", "--help"} & set(sys.argv):
         print(__doc__.strip())
         return
-      run(from_command_line(sys.argv))
+      train(from_command_line(sys.argv))
   except BaseException as error:
     if isinstance(error, SystemExit) and not error.code:
       raise

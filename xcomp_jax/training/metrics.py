@@ -28,7 +28,7 @@ COMPILE_EVENTS = (
 
 def peak_flops(kind: str) -> float | None:
   """FLOP/s of a device of this kind, in bfloat16; None if no table knows it (CPUs)."""
-  chip = chips.find(kind)
+  chip = chips.find_chip(kind)
   return None if chip is None else chip.flops
 
 
@@ -90,7 +90,7 @@ def entering_and_leaving(cfg: VLMConfig) -> list[tuple[int, int]]:
   return list(zip(counts, ahead, strict=True))
 
 
-def passes(train: TrainConfig) -> dict[str, int]:
+def training_passes(train: TrainConfig) -> dict[str, int]:
   """How many times the operations of its forward pass each part of the model takes in training.
 
   There is one more for the gradients of a part's activations, and one more for those of its
@@ -110,7 +110,7 @@ def training_flops(
   """Counts the operations of forward and backward passes of these samples, all together; arguments
   as `forward_flops`.
   """
-  times = passes(train)
+  times = training_passes(train)
   return float(
     sum(times[part] * flops.sum() for part, flops in forward_flops(cfg, lengths, pixels).items())
   )

@@ -11,7 +11,7 @@ import optax
 from xcomp_jax.config import OptimConfig, TrainConfig
 
 
-def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
   """Learning rate at a step, counted from 0: rises linearly from 0, then falls as a cosine to 0 at
   `steps`.
 
@@ -32,7 +32,7 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(
-      schedule(config, steps),
+      learning_rate(config, steps),
       config.b1,
       config.b2,
       config.eps,
@@ -42,7 +42,7 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
   )
 
 
-def trained(train: TrainConfig) -> Callable[..., bool]:
+def trained_parts(train: TrainConfig) -> Callable[..., bool]:
   """A filter for `nnx.split`: the parts of the model (vision, projector, llm) that the config
   trains.
   """

@@ -71,7 +71,7 @@ def abstract_state(
   Trained parameters and optimizer state have `model.param_dtype`, frozen ones the compute dtype.
   """
   model = loading.abstract(cfg)
-  graph, trained, frozen = nnx.split(model, optim.trained(config.train), ...)
+  graph, trained, frozen = nnx.split(model, optim.trained_parts(config.train), ...)
 
   def cast(state, dtype):
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)), state)
@@ -98,13 +98,13 @@ def init_state(
   shardings = param_shardings(wanted, mesh)
   leaves = jax.tree_util.tree_leaves_with_path((wanted.trained, wanted.frozen))
   dtypes = {path_name(path[1:]): leaf.dtype for path, leaf in leaves}
-  model = loading.load(
+  model = loading.load_model(
     loading.resolve(config.init_from),
     cfg,
     shardings=nnx.merge_state(shardings.trained, shardings.frozen),
     dtype=dtypes.__getitem__,
   )
-  _, trained, frozen = nnx.split(model, optim.trained(config.train), ...)
+  _, trained, frozen = nnx.split(model, optim.trained_parts(config.train), ...)
   opt = jax.jit(tx.init, out_shardings=shardings.opt)(trained)
   return TrainState(trained, frozen, opt)
 
@@ -129,7 +129,7 @@ def encode_step(
   """
 
   def one(tower, frames):
-    return vlm.encode_clips(nnx.merge(graph, tower), cfg, frames)
+    return vlm.tower_features(nnx.merge(graph, tower), cfg, frames)
 
   every = PartitionSpec(AXES)
   return jax.shard_map(
@@ -223,7 +223,7 @@ def apply_step(
 
 def eval_step(graph: nnx.GraphDef, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
   """Sums over a batch's samples: loss, correct (vlm.evaluate), samples."""
-  losses, correct = vlm.evaluate(nnx.merge(graph, state.trained, state.frozen), batch)
+  losses, correct = vlm.heldout_measures(nnx.merge(graph, state.trained, state.frozen), batch)
 
   def total(x):
     return jnp.sum(x * batch.weight)
@@ -235,7 +235,7 @@ def abstract_step(config: RunConfig, cfg: VLMConfig, batch: Batch) -> tuple[Call
   """A function and the ShapeDtypeStructs to trace it with: `grad_step` on a `batch_spec`. Nothing
   is allocated or run.
   """
-  graph, trained, frozen = nnx.split(loading.abstract(cfg), optim.trained(config.train), ...)
+  graph, trained, frozen = nnx.split(loading.abstract(cfg), optim.trained_parts(config.train), ...)
 
   def cast(tree, dtype):
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)), tree)
@@ -339,7 +339,7 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
   return shardings
 
 
-def place(batch: Any, mesh: Mesh) -> Any:
+def place_rows(batch: Any, mesh: Mesh) -> Any:
   """The rows of a Batch or Clips that this process has (`row_share`), as global arrays."""
   held, groups = row_share(mesh)
   whole = jax.tree.map(

@@ -73,7 +73,7 @@ def _check_own(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def held(workdir: str) -> Generator[None]:
+def holding(workdir: str) -> Generator[None]:
   """Keeps other runs out of a workdir, as far as its file system has locks; a bucket has none.
 
   Raises:

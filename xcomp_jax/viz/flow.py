@@ -11,7 +11,7 @@ from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.model.attention import attention_weights
 
 
-def flow(model: vlm.VLM, batch: Batch) -> Float[Array, "B M 2 Q"]:
+def attention_flow(model: vlm.VLM, batch: Batch) -> Float[Array, "B M 2 Q"]:
   """Where attention goes in every layer.
 
   All of a layer's attention weights exist at once, float32[B, H, S, S]: 0.06 GB for 64 frames at

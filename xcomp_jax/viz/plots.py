@@ -35,7 +35,7 @@ _COLOURS = matplotlib.color_sequences["tab10"]
 # ----------------------------------------------------------------------------------------
 
 
-def schedule(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
+def draw_schedules(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
   """Tokens of a group in each layer: bars for the first setting, lines for the others."""
   figure, ax = plt.subplots(figsize=(8, 3.1))
   x, group = np.arange(layers), 0
@@ -75,7 +75,7 @@ def schedule(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
   return figure
 
 
-def survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
+def draw_survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
   """Which tokens of a group each layer works on."""
   figure, axes = plt.subplots(1, len(settings), figsize=(10, 3.6), sharey=True)
   step = max(1, layers // 3)
@@ -104,7 +104,7 @@ def survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
   return figure
 
 
-def places(
+def patch_places(
   frames: UInt8[np.ndarray, "F S S 3"],
   into: Int[np.ndarray, " N"],
   cfg: LPCompConfig,
@@ -157,7 +157,7 @@ def places(
   return figure
 
 
-def flow(
+def draw_flow(
   shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str, LPCompConfig]
 ) -> Figure:
   """Where attention goes in each layer, a column of panels for each model.
@@ -252,7 +252,7 @@ def kept_share(
   return figure
 
 
-def agreement(
+def draw_agreement(
   work: Mapping[str, float],
   same: Mapping[str, Sequence[np.ndarray]],
   apart: Mapping[str, Sequence[np.ndarray]],
@@ -478,7 +478,7 @@ def _interval(right: int, asked: int) -> tuple[float, float]:
   return found.low, found.high
 
 
-def bars(right: Mapping[str, int], asked: int, chance: float) -> Figure:
+def draw_bars(right: Mapping[str, int], asked: int, chance: float) -> Figure:
   """Right answers of so many, with 95% intervals, beside a share that guessing has."""
   figure, ax = plt.subplots(figsize=(5.2, 3))
   colors = (GREY, ORANGE, BLUE)
@@ -505,7 +505,7 @@ def bars(right: Mapping[str, int], asked: int, chance: float) -> Figure:
   return figure
 
 
-def errors(rows: Sequence[Any]) -> Figure:
+def draw_errors(rows: Sequence[Any]) -> Figure:
   """How much of its tolerance each stage of `parity` takes; stages that are compared exactly have
   no point of their own.
 
