@@ -2,8 +2,8 @@
 
 `configs/*.py` hold every value as a nested `ml_collections.ConfigDict`; `from_command_line` and
 `from_dict` turn one into a `RunConfig` here and nowhere else, so a key that is unknown, missing or
-of the wrong type dies at start, and so does a value that no run can have (`check`).
-The sizes of the model are not in a config: they come from the checkpoint (`weights.read_config`).
+of the wrong type dies at start, and so does a value that no run can have (`check_run`).
+The sizes of the model are not in a config: they come from the checkpoint (`loading.read_vlm_config`).
 """
 
 import dataclasses
@@ -134,7 +134,7 @@ class ModelConfig:
   yarn: tuple[float, ...] | Literal["checkpoint"] | None
   dtype: Dtype  # of the computation
   param_dtype: Dtype  # of trained parameters and optimizer state
-  # clips in the tower at once; "auto": by the device's memory (`weights.clips_at_once`)
+  # clips in the tower at once; "auto": by the device's memory (`loading.clips_at_once`)
   clips_per_chunk: int | Literal["auto"]
   attention: Attention
   remat: bool  # recompute each layer's activations in the backward pass
@@ -167,7 +167,7 @@ Mask = Literal["official", "assistant"]
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-  """QC-Comp (paper 3.3): which frames a question keeps. `qc_comp.setting` has the values of each
+  """QC-Comp (paper 3.3): which frames a question keeps. `qc_comp.select_config` has the values of each
   mode.
   """
 
@@ -239,7 +239,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices per axis; one of them, or fsdp and context, may be -1: what is left
-  (`sharding.mesh_sizes`).
+  (`mesh.mesh_sizes`).
   """
 
   data: int  # splits samples

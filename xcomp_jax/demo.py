@@ -69,7 +69,7 @@ def right_answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> 
   directory = loading.resolve(checkpoint)
   cfg = loading.read_vlm_config(directory, config.model, lp_comp)
   model, evaluate = loading.load_model(directory, cfg), jax.jit(vlm.heldout_measures)
-  assert config.data.heldout is not None  # `show` says where they are
+  assert config.data.heldout is not None  # `run_demo` says where they are
   data = loop.open_data(config.data.heldout, cfg)
   tokenizer, right = prompt.load_tokenizer(directory), np.zeros(len(data), bool)
   lengths = pipeline.measure_lengths(data, tokenizer, config.data.mask)

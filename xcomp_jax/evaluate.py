@@ -36,7 +36,7 @@ def questions_of_command(
   """The questions, and what results.json says about where they come from.
 
   Raises:
-    FileNotFoundError, TaskError: see `tasks.read`.
+    FileNotFoundError, TaskError: see `benchmarks.read_questions`.
   """
   source, videos = (
     files.local(path, "questions and videos are read as files")

@@ -149,7 +149,7 @@ def measured_row(
   plain programs' rates.
 
   copy: bytes per second of a plain copy. traces: folder for a trace of one more call; `profile` is
-  where its time went (`bench_profile.shares`), what has a hundredth or more. bytes are those that a
+  where its time went (`profile.shares`), what has a hundredth or more. bytes are those that a
   call must move: arguments and results once; `least_s` is what operations and bytes take at the
   plain programs' rates, `bound` says which of both takes longer.
   """

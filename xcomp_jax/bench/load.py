@@ -65,7 +65,7 @@ def measured_loading(directory: pathlib.Path) -> dict[str, float]:
     above them at its peak.
 
   Raises:
-    CheckpointError: see `weights.load`.
+    CheckpointError: see `loading.load_model`.
   """
   cfg = read_vlm_config(directory, AS_IT_IS, NOT_TUNED)
   files = sorted(directory.rglob("*.safetensors")) or [

@@ -200,7 +200,7 @@ def prefill_part(
 
 
 def decode_function(cfg: VLMConfig, tokens: int) -> Callable:
-  """A function (state, what `prefill` leaves) -> so many tokens int32[B, tokens]."""
+  """A function (state, what `prefill_part` leaves) -> so many tokens int32[B, tokens]."""
   graph, _ = _random(without_tower(cfg), False)
   sampling = generate.Sampling(tokens, ())
   return lambda params, state: generate.decode_tokens(

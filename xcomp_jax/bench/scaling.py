@@ -63,7 +63,7 @@ def scaling_rows(
 
 
 def draw_scaling(rows: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> None:
-  """Draws what `measure` gives.
+  """Draws what `scaling_rows` gives.
 
   Raises:
     ImportError: there is no matplotlib.

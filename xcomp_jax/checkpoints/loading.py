@@ -600,7 +600,7 @@ def stored(directory: pathlib.Path, cfg: VLMConfig) -> dict[str, np.dtype]:
   """The dtype of every parameter, by path, as the checkpoint holds it.
 
   Raises:
-    CheckpointError: a checkpoint that is not this model's (see `load`).
+    CheckpointError: a checkpoint that is not this model's (see `load_model`).
   """
   directory = pathlib.Path(directory)
   if is_orbax(directory):
@@ -630,8 +630,8 @@ def load_model(
 
   Args:
     directory: of the torch or the Orbax layout.
-    cfg: from `read_config`.
-    shardings: a Sharding per parameter (`sharding.param_shardings`); None: `jax.default_device`
+    cfg: from `read_vlm_config`.
+    shardings: a Sharding per parameter (`mesh.param_shardings`); None: `jax.default_device`
       holds all, else the first device.
     dtype: of the parameters, or path -> dtype; None: as stored.
 

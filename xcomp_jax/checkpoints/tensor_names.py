@@ -19,7 +19,7 @@ class Entry:
   """One parameter under both names.
 
   name: the official one. shape: the official one; ours is `ours`.
-  path: ours, as `sharding.path_name` writes it ('llm/layers/0/q/kernel').
+  path: ours, as `mesh.path_name` writes it ('llm/layers/0/q/kernel').
   form: how official becomes ours: 'copy'; 'transpose' [out, in] -> [in, out]; 'patch' [D, 3, 1, p,
   p] -> [p*p*3, D].
   """

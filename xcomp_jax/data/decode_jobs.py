@@ -4,7 +4,7 @@ run need not do again.
 In a folder:
 
     spool/0000012.records       annotation 12 is decoded, or bad: its records, one after the other,
-    and an entry (see `decode`) spool/0000012.pixels        the same, of frames that wait for the
+    and an entry (see `decode_job`) spool/0000012.pixels        the same, of frames that wait for the
     tower shards/000003.array_record  the records of a shard's annotations
     shards/000003.json          shard 3 is whole: its entries
 
@@ -55,7 +55,7 @@ class Work:
   folder: pathlib.Path
   settings: FrameSettings
   layout: store.Layout
-  jobs: Mapping[int, Job]  # by number; those of some shards are enough to `run` them
+  jobs: Mapping[int, Job]  # by number; those of some shards are enough to `decode_shards` them
   count: int  # of all jobs
   per_shard: int  # annotations, good and bad
 
@@ -149,7 +149,7 @@ def spool(
 
 
 def write_bad(target: str, reason: str, at: Any) -> None:
-  """Writes the file `target` of a job that can't be used; `at` is the `stamp` of what should have
+  """Writes the file `target` of a job that can't be used; `at` is the `file_stamp` of what should have
   been decoded.
   """
   reason = reason.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
@@ -333,7 +333,7 @@ def decode_shards(
   Shards with bad annotations are only assembled if `skip_bad`; otherwise their spools stay.
 
   Args:
-    work: what to do, after `prepare`.
+    work: what to do, after `prepare_work`.
     shards: numbers.
     workers: processes; 0: in this one, where no time limit holds.
     timeout: seconds after which the decoding of one annotation is given up.
@@ -459,7 +459,7 @@ def decode_shards(
 
 
 def entries(work: Work) -> list[dict[str, Any]]:
-  """What became of every annotation, after `run` of all shards: entries of `decode`, with the
+  """What became of every annotation, after `decode_shards` of all shards: entries of `decode_job`, with the
   number of their records.
   """
   found = []
@@ -502,7 +502,7 @@ def spooled_frames(work: Work, job: int) -> tuple[dict[str, Any], Iterator[np.nd
 
 
 def run_one(task: tuple[Work, int, float, bool]) -> int:
-  """`run` for one shard, in a worker of another machine; its own process below, so that time limits
+  """`decode_shards` for one shard, in a worker of another machine; its own process below, so that time limits
   hold there.
   """
   work, number, timeout, skip_bad = task

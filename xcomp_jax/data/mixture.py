@@ -109,7 +109,7 @@ def select_annotations(
   subset: float = 1.0,
   text: bool = False,
 ) -> tuple[list[int], list[int]]:
-  """Draws annotations of a file (see `draw`), and picks the usable ones (FACTS.md 14).
+  """Draws annotations of a file (see `drawn_annotations`), and picks the usable ones (FACTS.md 14).
 
   Returns:
     positions that are drawn; of these, those with exactly one image or video, or with `text` none.
@@ -332,7 +332,7 @@ def _talk(item: Mapping[str, Any], visual: bool) -> Any:
 def _source(
   item: Mapping[str, Any], folder: pathlib.Path, reader: video.ReadType
 ) -> tuple[str, video.ReadType | None, str]:
-  """Of an annotation that `select` has let through: its file or folder, how that is read, and what
+  """Of an annotation that `select_annotations` has let through: its file or folder, how that is read, and what
   is wrong with its name.
   """
   for key, name in _visuals(item):

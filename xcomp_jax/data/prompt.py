@@ -179,7 +179,7 @@ def training_prompt(
     `<|im_end|>` after them.
 
   Raises:
-    AnnotationError: see `check`.
+    AnnotationError: see `checked_turns`.
   """
   turns = checked_turns(conversations, visual=message is not None)
   question = ""
@@ -204,7 +204,7 @@ def question_prompt(
   """A question to be answered, after the (question, answer) pairs in `history` about the same
   frames.
 
-  message: as for `train`; it and the frames stand in the first question (FACTS.md 4).
+  message: as for `training_prompt`; it and the frames stand in the first question (FACTS.md 4).
 
   Raises:
     AnnotationError: an empty question, bytes that are no UTF-8, or `<image>` in any text: its place

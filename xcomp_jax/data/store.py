@@ -5,7 +5,7 @@ A store is a folder (docs/DATA.md has it field by field):
     store.json            what it was made with, and counts
     manifest.jsonl        of predecode only: a line per selected annotation, what became of it
     samples/              TFDS dataset (ArrayRecord, split "train"), one record per sample, in
-    order: the fields of `Sample` clips/ or features/   TFDS dataset, several shards; absent if no
+    order: the fields of `StoredSample` clips/ or features/   TFDS dataset, several shards; absent if no
       sample has frames. A record holds whole clips of one
                           sample, at most 64 MB of them once they are arrays:
       frames                uint8[k * clip_frames, S, S, 3], or as many JPEG files
@@ -77,7 +77,7 @@ class StoreError(ValueError):
 class Features:
   """Which tower's features a store holds."""
 
-  identity: str  # of the tower's weights: `encode.tower_identity`
+  identity: str  # of the tower's weights: `loading.tower_identity`
   tokens_per_frame: int
   width: int
 
@@ -594,7 +594,7 @@ def finish_store(
 
 
 def shard_files(folder: pathlib.Path, layout: Layout, count: int) -> list[pathlib.Path]:
-  """What `finish` calls the shards that have records."""
+  """What `finish_store` calls the shards that have records."""
   return files_of(folder / layout.folder, count)
 
 

@@ -64,7 +64,7 @@ class XComp(lmms):
     max_batch_size: int | None = None,
     **more: Any,
   ):
-    """model_args; `more` are those of `reader.options`. The last line's are the harness's own, only
+    """model_args; `more` are those of `video_model.add_options`. The last line's are the harness's own, only
     --batch_size has an effect: the questions about a video that are answered together.
     """
     super().__init__()

@@ -113,7 +113,7 @@ def write_task(
   """Writes the questions and the YAML, whose path comes back.
 
   Raises:
-    FileNotFoundError, TaskError: see `tasks.read`.
+    FileNotFoundError, TaskError: see `benchmarks.read_questions`.
   """
   questions = benchmarks.read_questions(task, annotations, subtitles)
   for note in filter(

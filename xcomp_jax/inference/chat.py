@@ -53,7 +53,7 @@ _score = jax.jit(qc_comp.score_windows, static_argnames=("layers", "causal", "pr
 
 
 def phases(frames: int, clip_frames: int, cfg: SelectConfig | None) -> tuple[int, ...]:
-  """Which phases of a video `select` will need encoded."""
+  """Which phases of a video `select_frames` will need encoded."""
   if cfg is None or cfg.mode != "official" or why_not(frames, cfg):
     return (0,)
   return tuple(

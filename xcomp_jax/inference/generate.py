@@ -15,7 +15,7 @@ from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import kernels, qwen2, vlm
 from xcomp_jax.model.qwen2 import LayerCache
 
-# texts are padded to a multiple of this many tokens, long ones of `decoder.SHORT`, so that few
+# texts are padded to a multiple of this many tokens, long ones of `qwen2.SHORT`, so that few
 # lengths are compiled
 TEXT_STEP = 64
 CLIP_STEP = 8  # and videos to a multiple of this many clips

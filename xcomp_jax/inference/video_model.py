@@ -47,7 +47,7 @@ SAMPLED_CLIP = 8
 
 @dataclasses.dataclass(frozen=True)
 class AskSettings:
-  """How videos are watched and questions answered; `options` explains each."""
+  """How videos are watched and questions answered; `add_options` explains each."""
 
   checkpoint: str
   select: int
@@ -270,7 +270,7 @@ class VideoModel:
     """The model, on the first device of this process.
 
     Raises:
-      CheckpointError: see `weights.load`.
+      CheckpointError: see `loading.load_model`.
     """
     return loading.load_model(self.directory, self.cfg, dtype=self.dtype)
 
@@ -346,7 +346,7 @@ class VideoModel:
       question: its text; "?": the shortest one there is, where none is known yet.
 
     Raises:
-      AnnotationError, ConfigError: see `chat.prompt_of` and `qc_comp.plan`.
+      AnnotationError, ConfigError: see `chat.prompt_of` and `qc_comp.plan_rounds`.
     """
     chat.prompt_of(
       self.cfg,

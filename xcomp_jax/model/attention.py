@@ -81,7 +81,7 @@ def attend(
     v: [B, S, K, h].
     mask: who sees what.
     implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs:
-      `kernels.choose` says which kernel), "mosaic", "triton" (that one), "cudnn" (where all see
+      `kernels.choose_kernel` says which kernel), "mosaic", "triton" (that one), "cudnn" (where all see
       all, as in a tower; else as "auto"), "splash" (TPUs), "xla_chunked" (any backend), "tiled"
       (any backend, and a causal half is left out, which makes it the fastest on CPUs); or "auto":
       einsum for few queries, else by the device.
@@ -427,7 +427,7 @@ def _rows(q, k, v, seen, first, implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _kernel(q, k, v, seen, causal, implementation):
-  """Runs a kernel on what one device has; seen: as of `kernels.run`.
+  """Runs a kernel on what one device has; seen: as of `kernels.run_kernel`.
 
   The choice depends on whether there is a gradient.
   """

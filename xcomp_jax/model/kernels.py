@@ -467,7 +467,7 @@ def check_implementation(implementation: str, dtype: str) -> None:
   """Refuses float16 where this process's device has no products of it, and an implementation that
   can't run there in `dtype`.
 
-  bfloat16 is let through on any device; `describe` says where it is emulated.
+  bfloat16 is let through on any device; `describe_kernels` says where it is emulated.
 
   Raises:
     ConfigError: it can't.
@@ -525,7 +525,7 @@ def kernels_taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
 
 
 def describe_kernels(cfg: VLMConfig, gradient: bool = False) -> str:
-  """Says `taken` in a line, and what it is computed in."""
+  """Says `kernels_taken` in a line, and what it is computed in."""
   card, how = here(), kernels_taken(cfg, gradient)
   line = (
     how["tower"]

@@ -6,12 +6,12 @@ Three steps, all pure:
   layer that counts aggregate  mean over windows and rounds, sum over layers; then the best frames
 
 The visual tokens of a round come before the question, so what they become does not depend on it:
-`watch` runs them once, `score` only the question's own rows. Scoring runs no MLP, no full attention
+`watch` runs them once, `score_windows` only the question's own rows. Scoring runs no MLP, no full attention
 map and no decoding of
 its own: the rows' queries against the keys of a window (prefix, clips, text), rotated to positions
 in the window.
 
-Modes (`setting`):
+Modes (`select_config`):
   official  every constant and quirk as released; rounds are shifted by parts of a clip, so they
   need their own
             pass through the tower, and frames are selected one by one
@@ -213,7 +213,7 @@ def watch(
     last: the last layer that counts; static. Those after it don't run.
 
   Returns:
-    keys (not rotated) and values of the layers up to that one, for `score`; of that one the keys
+    keys (not rotated) and values of the layers up to that one, for `score_windows`; of that one the keys
     alone.
 
   Raises:
@@ -281,7 +281,7 @@ def asked_text(
 
 
 def from_prompt(prompt: Prompt, cfg: SelectConfig, step: int = 1) -> AskedText:
-  """`asked` for a prompt that ends in the assistant's header; its newest question scores."""
+  """`asked_text` for a prompt that ends in the assistant's header; its newest question scores."""
   slot = int(np.flatnonzero(prompt.tokens < 0)[0])
   start, end = prompt.question
   # A user's turn ends in two tokens, <|im_end|> and a newline.

@@ -520,7 +520,7 @@ def extend(
     decoder: the parameters.
     x: [B, L, D] embedded rows, valid ones first.
     valid: bool[B, L].
-    caches: of the first layers, as `run` gives them with rotated=False.
+    caches: of the first layers, as `run_layers` gives them with rotated=False.
     look: called with a layer's index, the layer, its cache, and the q and k of the rows (not
       rotated).
     count: int32[], the pieces that run; None: as many as there are.

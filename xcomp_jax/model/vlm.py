@@ -59,7 +59,7 @@ def encode_frames(
 def tower_features(
   tower: Vision | InternVideo2, cfg: VLMConfig, frames: UInt8[Array | np.ndarray, "C F S S 3"]
 ) -> Float[Array, "C N D"]:
-  """Does what `encode` does with the tower alone."""
+  """Does what `encode_frames` does with the tower alone."""
   C, F = frames.shape[:2]
   target = F * cfg.tokens_per_frame
   if C == 0:
@@ -90,7 +90,7 @@ def fill(
 
   Args:
     visual: [B, T, n, D], n merged tokens of every frame.
-    features: [C, F * n, D] of `encode`.
+    features: [C, F * n, D] of `encode_frames`.
     place: int32[C, 2], row and slot of each clip's first frame. Frames whose row or slot is not
       there are dropped.
   """

@@ -61,7 +61,7 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   """Devices along each of AXES; one size may be -1: what is left. (If fsdp and context are,
-  `forecast.schedule` decides.)
+  `forecast.schedule_run` decides.)
 
   Raises:
     ConfigError: sizes that are not positive, or whose product is not the device count.
@@ -251,7 +251,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins activation `x` to the mesh of `jax.set_mesh`; without one (or inside `shard_map`) returns
   `x`.
 
-  axes: as of `split`, for the leading dimensions; those beyond them are not split.
+  axes: as of `split_axes`, for the leading dimensions; those beyond them are not split.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):

@@ -204,7 +204,7 @@ def make(
       does.
     lengths: of all samples. The mesh and the shapes are those that training on them has.
     like: devices that say what these can do, where these can't be asked (`forecast.chips`).
-    effort: of the compiler; see `Plan`.
+    effort: of the compiler; see `ProgramPlan`.
 
   Raises:
     ConfigError: values that can't be.

@@ -5,7 +5,7 @@ Every step folder has four items:
   params   all parameters, trained and frozen, as nested dicts by path (xcomp_jax model tree)
   opt      optimizer state, nested by path
   data     JSON of `pipeline.Reader.get_state`: how many steps of the data were read
-  config   JSON of `describe`
+  config   JSON of `description`
 All of it restores onto any mesh and any number of processes. Every later step then has the samples
 that it would have had; its sums are taken in another order, so equal bits need the same mesh. What
 does not change stays in `init_from`, which a resumed run and an export read again: config.json and
@@ -110,7 +110,7 @@ def nest_leaves(state: Any) -> dict:
 
 
 def unnest_leaves(tree: Mapping, like: Any) -> Any:
-  """The inverse of `nest`: a pytree like `like` with the leaves of `tree`; leaves of `tree` not in
+  """The inverse of `nest_leaves`: a pytree like `like` with the leaves of `tree`; leaves of `tree` not in
   it are ignored.
   """
 
@@ -180,7 +180,7 @@ def save_checkpoint(
     params: `nnx.State`s that together are the model, such as trained and frozen.
     opt: optimizer state.
     data: what training reads, between two steps.
-    config: of `describe`.
+    config: of `description`.
   """
   if checkpoints.latest_step() == step:
     return
@@ -257,7 +257,7 @@ def restore_checkpoint(
 
   Those that can't be read are said, and moved to workdir/damaged, where a later save is not in
   their way. All processes take the same step. Arrays come in the shardings and dtypes of the given
-  ShapeDtypeStructs; arguments as of `save`.
+  ShapeDtypeStructs; arguments as of `save_checkpoint`.
 
   Raises:
     ConfigError: the run was started with a config or data that this one can't continue, or by a
@@ -384,7 +384,7 @@ def agree(config: Mapping) -> None:
   """Makes sure that all processes run the same: else they would wait for each other for ever.
 
   Raises:
-    ConfigError: in every process, if the `describe` of one differs from the first's in more than
+    ConfigError: in every process, if the `description` of one differs from the first's in more than
       PLACES.
   """
   text = np.frombuffer(json.dumps(config).encode(), np.uint8)
@@ -401,7 +401,7 @@ def agree(config: Mapping) -> None:
 
 
 def read_description(workdir: str, step: int | None = None) -> tuple[Mapping[str, Any], int]:
-  """What `describe` said when a checkpoint (default: the latest) was saved, and its step.
+  """What `description` said when a checkpoint (default: the latest) was saved, and its step.
 
   As it was saved: a later version may have more keys.
 
@@ -455,7 +455,7 @@ def _lacks(place: epath.Path, *items: str) -> str:
 
 
 def _config(place: epath.Path, *needed: str) -> Mapping[str, Any]:
-  """What `describe` said; an error if a step's folder lacks that or what else is needed, or is of a
+  """What `description` said; an error if a step's folder lacks that or what else is needed, or is of a
   later format.
   """
   if missing := _lacks(place, "config", *needed):
@@ -499,7 +499,7 @@ def _whole(params: Sequence[Any]) -> dict:
 
 
 def _changes(old: Mapping, new: Mapping, free: Sequence[str], was: str, now: str) -> str:
-  """What differs between two of `describe`, in words with both values; keys and groups in `free`
+  """What differs between two of `description`, in words with both values; keys and groups in `free`
   may.
   """
   old, new = _flat(old), _flat(new)

@@ -1,7 +1,7 @@
 """Says what a run's steps will compute and how long they take at least, before anything is
 compiled.
 
-The same prediction chooses the mesh and the shapes of the micro-batches (`schedule`). Each part of
+The same prediction chooses the mesh and the shapes of the micro-batches (`schedule_run`). Each part of
 a step (a micro-batch, the tower, the optimizer) is predicted to take the longest of three:
 operations of the most loaded device, bytes over links, and bytes of memory. Rates are those of data
 sheets (`chips.CHIPS`), so real runs take longer.
@@ -49,7 +49,7 @@ CONTEXT = 20
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:
-  """A device that is not there, for `cost.device_of`."""
+  """A device that is not there, for `roofline.device_of`."""
 
   device_kind: str
   coords: tuple[int, ...]
@@ -94,7 +94,7 @@ def _rates(devices: Sequence[Any], dtype: str = "bfloat16") -> roofline.Device:
 
 @dataclasses.dataclass(frozen=True)
 class MeshCosts:
-  """What micro-batches take on a mesh; see `packing.Costs`.
+  """What micro-batches take on a mesh; see `packing.MicroCosts`.
 
   mesh: sizes along data, fsdp, tensor, context. attention: of each sample, in picoseconds of its
   row's devices.
@@ -175,7 +175,7 @@ class MeshCosts:
 
 
 def executed_passes(cfg: VLMConfig, train: TrainConfig) -> dict[str, int]:
-  """How many times the operations of its forward pass each part executes: `metrics.passes`, and
+  """How many times the operations of its forward pass each part executes: `metrics.training_passes`, and
   what is recomputed.
 
   Attention, which remat does not compute again, has kernels that compute scores again instead.

@@ -79,7 +79,7 @@ class PreparedRun(NamedTuple):
   plan: list[list[Micro]]  # the micro-batches of each step
   data: pipeline.BatchReader
   heldout: Callable[[], pipeline.BatchReader] | None  # reads all of it, from the beginning
-  description: dict  # of `checkpoint.describe`
+  description: dict  # of `checkpoint.description`
 
   @property
   def steps(self) -> int:
@@ -132,7 +132,7 @@ def train(
 
 
 def run_whole(config: RunConfig) -> None:
-  """`run` for a program that goes on with what was trained.
+  """`train` for a program that goes on with what was trained.
 
   Raises:
     KeyboardInterrupt: a signal stopped it, after saving; the same call continues.

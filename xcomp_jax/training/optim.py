@@ -24,7 +24,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """Clipping by the global norm, then AdamW on `schedule`.
+  """Clipping by the global norm, then AdamW on `learning_rate`.
 
   Weight decay, 0 in the release, is decoupled and applies to kernels and the embedding table, not
   to biases and norms.

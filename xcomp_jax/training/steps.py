@@ -92,7 +92,7 @@ def init_state(
   optimizer state.
 
   Raises:
-    CheckpointError: see `weights.load`.
+    CheckpointError: see `loading.load_model`.
   """
   _, wanted = abstract_state(config, cfg, tx, mesh)
   shardings = param_shardings(wanted, mesh)
@@ -311,7 +311,7 @@ def compiled_steps(cfg: VLMConfig, state: TrainState, sums: Sums, mesh: Mesh) ->
 
 def row_share(mesh: Mesh) -> tuple[tuple[int, ...], int]:
   """Gives the row groups that this process's devices hold, ascending, and how many there are;
-  errors as `sharding.row_groups`.
+  errors as `mesh.row_groups`.
   """
   return row_groups(mesh)[jax.process_index()], batch_devices(mesh)
 

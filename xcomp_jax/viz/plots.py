@@ -115,7 +115,7 @@ def patch_places(
 
   Args:
     frames: the clip.
-    into: int32[N], the merged token of each patch (`merge.sources`), in order (frame, row, column).
+    into: int32[N], the merged token of each patch (`token_merging.sources`), in order (frame, row, column).
     cfg: LP-Comp; a rule that only selects.
     layers: of the LLM.
     shown: a row for each of these layers; in the last row every token has its group's colour.
@@ -163,7 +163,7 @@ def draw_flow(
   """Where attention goes in each layer, a column of panels for each model.
 
   Args:
-    shares: of `inside.flow`, by name of the model.
+    shares: of `flow.attention_flow`, by name of the model.
     settings: their LP-Comp, likewise.
   """
   figure, axes = plt.subplots(
@@ -224,7 +224,7 @@ def kept_share(
   shares: Mapping[str, Float[np.ndarray, "M 2 Q"]], settings: Mapping[str, LPCompConfig]
 ) -> Figure:
   """Of the attention that text pays to visual tokens, the share of those that stay to the end;
-  arguments of `flow`.
+  arguments of `draw_flow`.
 
   Dotted: what they would get if all visual tokens of the layer got the same.
   """
