@@ -1,7 +1,7 @@
-"""Supervised compression tuning: every value of a run, with its unit and where it comes from.
+r"""Supervised compression tuning: every value of a run, with its unit and where it comes from.
 
-  python -m xcomp_jax.train --config=configs/sct.py --config.data.train=DIR
-  --config.workdir=runs/sct
+  python -m xcomp_jax.train --config=configs/sct.py --config.data.train=DIR \
+      --config.workdir=runs/sct
 
 DIR is written by `python -m xcomp_jax.predecode`; the recipe is that command's defaults (128 to
 1,024 frames, at most 8 a second) and --subset=0.25, and training prints what DIR was written with.
@@ -11,7 +11,8 @@ Without suffix this is the paper's 2B recipe (Table A, train.sh of the release, 
   loss      0.63 at the first step, 0.69 on average (released log)
 Variants, as in `configs/sct.py:tiny`:
   tiny      the model that comes with the package, on its synthetic videos; minutes on a laptop's
-  CPU 7b        the 7B model, same recipe; the paper has no numbers for it
+            CPU
+  7b        the 7B model, same recipe; the paper has no numbers for it
 Of `predecode --features` with this checkpoint DIR holds what the frozen tower makes of the frames;
 training on it is the same without the tower, at 1,024 frames a sixth of the work (docs/LOG.md).
 Override any value: `--config.optim.learning_rate=2e-5`, `--config.train.steps=100`,

@@ -3,7 +3,8 @@
 `configs/*.py` hold every value as a nested `ml_collections.ConfigDict`; `from_command_line` and
 `from_dict` turn one into a `RunConfig` here and nowhere else, so a key that is unknown, missing or
 of the wrong type dies at start, and so does a value that no run can have (`check_run`).
-The sizes of the model are not in a config: they come from the checkpoint (`loading.read_vlm_config`).
+The sizes of the model are not in a config: they come from the checkpoint
+(`loading.read_vlm_config`).
 """
 
 import dataclasses
@@ -167,8 +168,8 @@ Mask = Literal["official", "assistant"]
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-  """QC-Comp (paper 3.3): which frames a question keeps. `qc_comp.select_config` has the values of each
-  mode.
+  """QC-Comp (paper 3.3): which frames a question keeps. `qc_comp.select_config` has the values of
+  each mode.
   """
 
   mode: Mode

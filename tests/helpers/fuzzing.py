@@ -3,8 +3,9 @@
 `damaging` says how files are damaged, `fuzz_subjects` and `fuzz_commands` which, and what reads
 them.
 
-  python tests/helpers/fuzzing.py --cases 3000 --commands 100            with a new seed, which is
-  printed python tests/helpers/fuzzing.py --seed 7 --cases 3000 --commands 100   the same again
+  # with a new seed, which is printed
+  python tests/helpers/fuzzing.py --cases 3000 --commands 100
+  python tests/helpers/fuzzing.py --seed 7 --cases 3000 --commands 100   the same again
   python tests/helpers/fuzzing.py --seed 7 --number 123                  one of them, in all words
 
 What must be: an error is one of the documented ones, names the file and is a line; nothing crashes,

@@ -2,9 +2,9 @@
 its files must be those of a run that nobody disturbed, bit by bit, logs and times aside, and
 nothing may be left beside them.
 
-  python tests/helpers/killing.py                       ten kills of each command, with a new seed,
-  which is printed python tests/helpers/killing.py --seed 7 export       the same again, of one
-  command
+  # ten kills of each command, with a new seed, which is printed
+  python tests/helpers/killing.py
+  python tests/helpers/killing.py --seed 7 export       the same again, of one command
 
 A round begins afresh: killed, the same command killed again while it mends and goes on, then the
 same command until it is done.

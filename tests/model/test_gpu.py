@@ -167,7 +167,9 @@ def test_attention_of_several_samples_in_a_row_compiles(kind, slots, devices, gr
   ],
 )
 def test_the_rules_say_what_compiles(kind, dtype, size):
-  """The kernel of `kernels.kernel_rule` compiles, and nothing better does, as trying all of them shows."""
+  """The kernel of `kernels.kernel_rule` compiles, and nothing better does, as trying all of them
+  shows.
+  """
   (device,) = absent.gpus(kind)
   card = kernels.card_of(device)
   for gradient in (False, True):

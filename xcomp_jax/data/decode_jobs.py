@@ -4,8 +4,9 @@ run need not do again.
 In a folder:
 
     spool/0000012.records       annotation 12 is decoded, or bad: its records, one after the other,
-    and an entry (see `decode_job`) spool/0000012.pixels        the same, of frames that wait for the
-    tower shards/000003.array_record  the records of a shard's annotations
+                                and an entry (see `decode_job`)
+    spool/0000012.pixels        the same, of frames that wait for the tower
+    shards/000003.array_record  the records of a shard's annotations
     shards/000003.json          shard 3 is whole: its entries
 
 Each file appears by a rename, and the .json of a shard after its records; so what is there is
@@ -149,8 +150,8 @@ def spool(
 
 
 def write_bad(target: str, reason: str, at: Any) -> None:
-  """Writes the file `target` of a job that can't be used; `at` is the `file_stamp` of what should have
-  been decoded.
+  """Writes the file `target` of a job that can't be used; `at` is the `file_stamp` of what should
+  have been decoded.
   """
   reason = reason.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
   with spools.writing_spool(target) as write:
@@ -459,8 +460,8 @@ def decode_shards(
 
 
 def entries(work: Work) -> list[dict[str, Any]]:
-  """What became of every annotation, after `decode_shards` of all shards: entries of `decode_job`, with the
-  number of their records.
+  """What became of every annotation, after `decode_shards` of all shards: entries of `decode_job`,
+  with the number of their records.
   """
   found = []
   for n in work.shards:
@@ -502,8 +503,8 @@ def spooled_frames(work: Work, job: int) -> tuple[dict[str, Any], Iterator[np.nd
 
 
 def run_one(task: tuple[Work, int, float, bool]) -> int:
-  """`decode_shards` for one shard, in a worker of another machine; its own process below, so that time limits
-  hold there.
+  """`decode_shards` for one shard, in a worker of another machine; its own process below, so that
+  time limits hold there.
   """
   work, number, timeout, skip_bad = task
   decode_shards(work, [number], workers=1, timeout=timeout, skip_bad=skip_bad)

@@ -332,8 +332,8 @@ def _talk(item: Mapping[str, Any], visual: bool) -> Any:
 def _source(
   item: Mapping[str, Any], folder: pathlib.Path, reader: video.ReadType
 ) -> tuple[str, video.ReadType | None, str]:
-  """Of an annotation that `select_annotations` has let through: its file or folder, how that is read, and what
-  is wrong with its name.
+  """Of an annotation that `select_annotations` has let through: its file or folder, how that is
+  read, and what is wrong with its name.
   """
   for key, name in _visuals(item):
     good = isinstance(name, str) and name

@@ -5,12 +5,13 @@ A store is a folder (docs/DATA.md has it field by field):
     store.json            what it was made with, and counts
     manifest.jsonl        of predecode only: a line per selected annotation, what became of it
     samples/              TFDS dataset (ArrayRecord, split "train"), one record per sample, in
-    order: the fields of `StoredSample` clips/ or features/   TFDS dataset, several shards; absent if no
-      sample has frames. A record holds whole clips of one
-                          sample, at most 64 MB of them once they are arrays:
+                          order: the fields of `StoredSample`
+    clips/ or features/   TFDS dataset, several shards; absent if no sample has frames. A record
+                          holds whole clips of one sample, at most 64 MB of them once they are
+                          arrays:
       frames                uint8[k * clip_frames, S, S, 3], or as many JPEG files
       tokens                uint16[k * clip_frames * tokens_per_frame, D]: bfloat16 by its bits, the
-      tower's merged tokens
+                            tower's merged tokens
 
 All open with `tfds.builder_from_directory(folder).as_data_source(split="train")`, without
 TensorFlow. Records keep the order in which they were written. Lengths in tokens are not here: they

@@ -64,8 +64,8 @@ class XComp(lmms):
     max_batch_size: int | None = None,
     **more: Any,
   ):
-    """model_args; `more` are those of `video_model.add_options`. The last line's are the harness's own, only
-    --batch_size has an effect: the questions about a video that are answered together.
+    """model_args; `more` are those of `video_model.add_options`. The last line's are the harness's
+    own, only --batch_size has an effect: the questions about a video that are answered together.
     """
     super().__init__()
     self.out, self.preset, self.ahead, self.devices = pathlib.Path(out), preset, int(ahead), devices

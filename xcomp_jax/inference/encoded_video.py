@@ -203,8 +203,8 @@ FRAMES = 1_000_000  # of a video, at most
 
 
 def load_video(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
-  """Reads what `save_video` wrote. What it says of itself is checked before an array is read: nothing in
-  a file makes it take more memory than the file is large.
+  """Reads what `save_video` wrote. What it says of itself is checked before an array is read:
+  nothing in a file makes it take more memory than the file is large.
 
   Raises:
     EncodedVideoError: no encoded video, a damaged one, or not by the weights and settings of

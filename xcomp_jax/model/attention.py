@@ -81,8 +81,8 @@ def attend(
     v: [B, S, K, h].
     mask: who sees what.
     implementation: "einsum" (the oracle, memory L*S); of memory linear in L: "flash" (GPUs:
-      `kernels.choose_kernel` says which kernel), "mosaic", "triton" (that one), "cudnn" (where all see
-      all, as in a tower; else as "auto"), "splash" (TPUs), "xla_chunked" (any backend), "tiled"
+      `kernels.choose_kernel` says which kernel), "mosaic", "triton" (that one), "cudnn" (where all
+      see all, as in a tower; else as "auto"), "splash" (TPUs), "xla_chunked" (any backend), "tiled"
       (any backend, and a causal half is left out, which makes it the fastest on CPUs); or "auto":
       einsum for few queries, else by the device.
 

@@ -2,22 +2,22 @@
 
 Three steps, all pure:
   plan       rounds of clips that run through the LLM together, and windows inside a round:
-  arithmetic score      the attention of the question's rows to every clip of a window, at every
-  layer that counts aggregate  mean over windows and rounds, sum over layers; then the best frames
+             arithmetic
+  score      the attention of the question's rows to every clip of a window, at every layer that
+             counts
+  aggregate  mean over windows and rounds, sum over layers; then the best frames
 
 The visual tokens of a round come before the question, so what they become does not depend on it:
-`watch` runs them once, `score_windows` only the question's own rows. Scoring runs no MLP, no full attention
-map and no decoding of
-its own: the rows' queries against the keys of a window (prefix, clips, text), rotated to positions
-in the window.
+`watch` runs them once, `score_windows` only the question's own rows. Scoring runs no MLP, no full
+attention map and no decoding of its own: the rows' queries against the keys of a window (prefix,
+clips, text), rotated to positions in the window.
 
 Modes (`select_config`):
   official  every constant and quirk as released; rounds are shifted by parts of a clip, so they
-  need their own
-            pass through the tower, and frames are selected one by one
+            need their own pass through the tower, and frames are selected one by one
   aligned   rounds shifted by whole clips and whole clips selected: every clip is encoded once
   local     every window is a round of its own: no token sees more than a window, cost linear in
-  frames
+            frames
   global    one window per round: the paper's ablation, with the position bias that windows avoid
 """
 
@@ -213,8 +213,8 @@ def watch(
     last: the last layer that counts; static. Those after it don't run.
 
   Returns:
-    keys (not rotated) and values of the layers up to that one, for `score_windows`; of that one the keys
-    alone.
+    keys (not rotated) and values of the layers up to that one, for `score_windows`; of that one the
+    keys alone.
 
   Raises:
     ConfigError: keep="attention", where what stays depends on the question.

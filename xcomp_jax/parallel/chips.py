@@ -1,16 +1,17 @@
 """What TPUs and GPUs can do, by what their makers say, and what the GPU compiler asks about a card.
 
 Operations and bytes are per second unless said otherwise. Sources, of all figures that no line
-  names another for: TPUs       "System architecture" of each version in the Cloud TPU documentation
-  (v4: Jouppi et al. 2023, Table 4). A link is the
-             bandwidth of all ports (400 GB/s of v5e count both directions) over ports and
-             directions; `reserve` is what libtpu 0.0.42 leaves free of a program that is too large.
+names another for:
+  TPUs       "System architecture" of each version in the Cloud TPU documentation (v4: Jouppi et al.
+             2023, Table 4). A link is the bandwidth of all ports (400 GB/s of v5e count both
+             directions) over ports and directions; `reserve` is what libtpu 0.0.42 leaves free of a
+             program that is too large.
   GPUs       NVIDIA's data sheets of each card, dense products (a sheet with sparsity has twice as
-  much); links are NVLink or, where
-             there is none, 16 lanes of PCIe, all together in one direction.
+             much); links are NVLink or, where there is none, 16 lanes of PCIe, all together in one
+             direction.
   compiler   the specifications that OpenXLA publishes with its compiler (H100, H200, B200, A100),
-  which have the bytes of memory
-             that a driver reports, too; the white papers of Ampere, Ada and Turing for the others.
+             which have the bytes of memory that a driver reports, too; the white papers of Ampere,
+             Ada and Turing for the others.
 """
 
 import dataclasses

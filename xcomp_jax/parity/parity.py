@@ -393,7 +393,9 @@ def compare_directory(directory: pathlib.Path) -> list[Row]:
 
 
 def whole_model(directory: pathlib.Path) -> list[Row]:
-  """Every stage of a checkpoint and what is recorded beside it; errors as of `compare_directory`."""
+  """Every stage of a checkpoint and what is recorded beside it; errors as of
+  `compare_directory`.
+  """
   model_config = ModelConfig(
     clip_frames="checkpoint",
     yarn="checkpoint",

@@ -88,7 +88,8 @@ def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str,
     chip: their kind, such as "v5e" or "h100".
 
   Raises:
-    ConfigError: see `forecast.schedule_run`; arguments that can't be; fewer samples than a step has.
+    ConfigError: see `forecast.schedule_run`; arguments that can't be; fewer samples than a step
+      has.
   """
   check_run(config)
   check_trained(config.model)

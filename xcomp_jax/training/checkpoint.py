@@ -4,7 +4,7 @@ background.
 Every step folder has four items:
   params   all parameters, trained and frozen, as nested dicts by path (xcomp_jax model tree)
   opt      optimizer state, nested by path
-  data     JSON of `pipeline.Reader.get_state`: how many steps of the data were read
+  data     JSON of `pipeline.BatchReader.get_state`: how many steps of the data were read
   config   JSON of `description`
 All of it restores onto any mesh and any number of processes. Every later step then has the samples
 that it would have had; its sums are taken in another order, so equal bits need the same mesh. What
@@ -110,8 +110,8 @@ def nest_leaves(state: Any) -> dict:
 
 
 def unnest_leaves(tree: Mapping, like: Any) -> Any:
-  """The inverse of `nest_leaves`: a pytree like `like` with the leaves of `tree`; leaves of `tree` not in
-  it are ignored.
+  """The inverse of `nest_leaves`: a pytree like `like` with the leaves of `tree`; leaves of `tree`
+  not in it are ignored.
   """
 
   def leaf(path, _):
@@ -455,8 +455,8 @@ def _lacks(place: epath.Path, *items: str) -> str:
 
 
 def _config(place: epath.Path, *needed: str) -> Mapping[str, Any]:
-  """What `description` said; an error if a step's folder lacks that or what else is needed, or is of a
-  later format.
+  """What `description` said; an error if a step's folder lacks that or what else is needed, or is
+  of a later format.
   """
   if missing := _lacks(place, "config", *needed):
     raise tensor_files.CheckpointError(

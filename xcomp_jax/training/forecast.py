@@ -1,8 +1,8 @@
 """Says what a run's steps will compute and how long they take at least, before anything is
 compiled.
 
-The same prediction chooses the mesh and the shapes of the micro-batches (`schedule_run`). Each part of
-a step (a micro-batch, the tower, the optimizer) is predicted to take the longest of three:
+The same prediction chooses the mesh and the shapes of the micro-batches (`schedule_run`). Each part
+of a step (a micro-batch, the tower, the optimizer) is predicted to take the longest of three:
 operations of the most loaded device, bytes over links, and bytes of memory. Rates are those of data
 sheets (`chips.CHIPS`), so real runs take longer.
 """
@@ -175,8 +175,8 @@ class MeshCosts:
 
 
 def executed_passes(cfg: VLMConfig, train: TrainConfig) -> dict[str, int]:
-  """How many times the operations of its forward pass each part executes: `metrics.training_passes`, and
-  what is recomputed.
+  """How many times the operations of its forward pass each part executes:
+  `metrics.training_passes`, and what is recomputed.
 
   Attention, which remat does not compute again, has kernels that compute scores again instead.
   """

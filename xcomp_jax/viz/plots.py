@@ -115,7 +115,8 @@ def patch_places(
 
   Args:
     frames: the clip.
-    into: int32[N], the merged token of each patch (`token_merging.sources`), in order (frame, row, column).
+    into: int32[N], the merged token of each patch (`token_merging.sources`), in order (frame, row,
+      column).
     cfg: LP-Comp; a rule that only selects.
     layers: of the LLM.
     shown: a row for each of these layers; in the last row every token has its group's colour.
