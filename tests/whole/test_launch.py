@@ -279,7 +279,7 @@ def tools(tmp_path):
       (
         script,
         "--config=configs/sct.py:8b",
-        "configs/sct.py, line 32: no variant '8b'; known: tiny, 7b",
+        "configs/sct.py, line 33: no variant '8b'; known: tiny, 7b",
       )
       for script in LAUNCHERS
     ),

@@ -1,8 +1,9 @@
 """What loading a checkpoint costs, in time and memory.
 
-python -m xcomp_jax.bench_load random --like DIR --out DIR   a checkpoint of random weights of any
-size (DIR has config.json) python -m xcomp_jax.bench_load load --checkpoint DIR         seconds,
-memory above the parameters
+# a checkpoint of random weights of any size (DIR has config.json)
+python -m xcomp_jax.bench_load random --like DIR --out DIR
+# seconds, memory above the parameters
+python -m xcomp_jax.bench_load load --checkpoint DIR
 """
 
 import argparse

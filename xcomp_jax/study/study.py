@@ -2,12 +2,17 @@
 
 Every comparison has several seeds and intervals.
 
-  python -m xcomp_jax.study --out study                 all cells; hours on 2 cores, goes on where
-  it stopped python -m xcomp_jax.study --out study --only tune     those whose names begin so
-  python -m xcomp_jax.study --preset quick --out DIR    one tuning and its measures, minutes
-  python -m xcomp_jax.study --report                    tables of docs/STUDY.md and plots, from the
-  cells that are there python -m xcomp_jax.study --base --out study/base     trains another base
-  python -m xcomp_jax.study --model study/base/watch/model --out DIR      all cells with it
+  # all cells; hours on 2 cores, goes on where it stopped
+  python -m xcomp_jax.study --out study
+  # those whose names begin so
+  python -m xcomp_jax.study --out study --only tune
+  # one tuning and its measures, minutes
+  python -m xcomp_jax.study --preset quick --out DIR
+  # tables of docs/STUDY.md and plots, from the cells that are there
+  python -m xcomp_jax.study --report
+  # trains another base, and all cells with it
+  python -m xcomp_jax.study --base --out study/base
+  python -m xcomp_jax.study --model study/base/watch/model --out DIR
 
 A cell is one tuning or what needs none, with all that is measured of it, in docs/study/NAME.json
 (quick, or another base: OUT/cells/NAME.json). What is there is not done again, and refused if it
