@@ -12,12 +12,13 @@ import math
 import operator
 from typing import Annotated, Literal
 
+from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import beyond
 
 Path = Annotated[str, "path"]  # a leading ~ is the home directory
 
 
-class ConfigError(ValueError):
+class ConfigError(XCompError, ValueError):
   """A config that can't be run; the message says which key and what to write instead."""
 
 

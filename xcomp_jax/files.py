@@ -17,6 +17,8 @@ import uuid
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+from xcomp_jax.errors import XCompError
+
 
 def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.Path:
   """A path of this machine; what a killed command left between two renames is put there first.
@@ -45,7 +47,8 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
   return found
 
 
-class HomeError(ValueError, argparse.ArgumentTypeError):  # argparse shows the text of the latter
+# argparse shows the text of its own kind of error
+class HomeError(XCompError, ValueError, argparse.ArgumentTypeError):
   """A path begins with ~, and there is no home directory."""
 
 

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import one_line, too_many_files
 
 Number = TypeVar("Number", int, float)
@@ -25,7 +26,7 @@ ABOUT = 64 << 20
 ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # are no fault of a file
 
 
-class NoFileError(OSError):
+class NoFileError(XCompError, OSError):
   """A pipe, a device or a folder where a file has to be; the message names it."""
 
 

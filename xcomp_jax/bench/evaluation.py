@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xcomp_jax import cli, files
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import expanduser
 from xcomp_jax.synthetic import world
 
@@ -39,7 +40,7 @@ VARIANTS = {  # options of each process
 }
 
 
-class BenchError(RuntimeError):
+class BenchError(XCompError, RuntimeError):
   """A measurement that failed; the message says why."""
 
 

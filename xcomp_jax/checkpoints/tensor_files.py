@@ -22,6 +22,7 @@ from jax.sharding import Sharding
 
 from xcomp_jax import inputs
 from xcomp_jax.checkpoints.tensor_names import Entry
+from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import reading, regular
 from xcomp_jax.parallel.mesh import path_name
 
@@ -44,7 +45,7 @@ DTYPES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(XCompError, ValueError):
   """A checkpoint that can't be found, read or written; the message says which file, key or
   tensor.
   """

@@ -21,6 +21,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int, UInt8
 
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import absolute
 from xcomp_jax.inputs import regular
 
@@ -79,7 +80,7 @@ NO_DECODER = (
 )
 
 
-class VideoError(ValueError):
+class VideoError(XCompError, ValueError):
   """A video or image that can't be used; the message names the file and why."""
 
 
@@ -531,7 +532,7 @@ def pictures(
         raise
 
 
-class _LostError(Exception):
+class _LostError(XCompError):
   """A key frame was not found again where it is."""
 
 

@@ -25,6 +25,8 @@ from collections.abc import Callable, Hashable, Sequence
 from multiprocessing import connection
 from typing import Any
 
+from xcomp_jax.errors import XCompError
+
 CODE = (
   "import sys; sys.path[:] = sys.argv[3:]; from xcomp_jax.data import processes; "
   "processes.serve(int(sys.argv[1]), sys.argv[2])"
@@ -37,11 +39,11 @@ AHEAD = 2
 Ended = tuple[Any, Any, Exception | None]  # key of a call, its value, its error
 
 
-class StartError(Exception):
+class StartError(XCompError):
   """Processes die before they take any call."""
 
 
-class DiedError(Exception):
+class DiedError(XCompError):
   """The process of a call died at it."""
 
   def __init__(self, code: int):

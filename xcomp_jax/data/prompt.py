@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from xcomp_jax import inputs
 from xcomp_jax.config import Mask
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
+from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import plain, quoted, read_json, reading
 
 IMAGE = "<image>"  # where the frames go, in annotations
@@ -27,11 +28,11 @@ WORDS = (  # Qwen2's split, before the merges
 )
 
 
-class AnnotationError(ValueError):
+class AnnotationError(XCompError, ValueError):
   """A conversation that can't be used; the message quotes it."""
 
 
-class TokenizerError(ValueError):
+class TokenizerError(XCompError, ValueError):
   """Files that make no tokenizer; the message names them."""
 
 

@@ -38,6 +38,7 @@ import ml_dtypes
 import numpy as np
 
 from xcomp_jax import inputs
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import fresh_folder, local, one_line, too_many_files
 from xcomp_jax.inputs import reading, regular
 
@@ -70,7 +71,7 @@ SAMPLING = (
 )
 
 
-class StoreError(ValueError):
+class StoreError(XCompError, ValueError):
   """A folder that is not a store, or can't become one."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import expanduser, listed
 from xcomp_jax.inputs import parse_json, quoted, read_json, read_text
 
@@ -56,7 +57,7 @@ MVBENCH_FOLDERS = {  # of MVBench's own archive, below its video folder
 }
 
 
-class TaskError(ValueError):
+class TaskError(XCompError, ValueError):
   """Annotations that can't be used; the message says where and why."""
 
 

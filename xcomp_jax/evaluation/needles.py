@@ -31,6 +31,7 @@ from jaxtyping import Float
 from xcomp_jax import cli, files
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt, video
+from xcomp_jax.errors import XCompError
 from xcomp_jax.evaluation import benchmarks
 from xcomp_jax.evaluation.runner import Answers, parse_share
 from xcomp_jax.files import expanduser
@@ -52,7 +53,7 @@ from xcomp_jax.synthetic import world
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-class NeedleError(ValueError):
+class NeedleError(XCompError, ValueError):
   """Needles or a haystack that can't be used; the message says why."""
 
 

@@ -34,6 +34,7 @@ from xcomp_jax.checkpoints import tensor_files
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.data.video import FrameSample, TailError, frames
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import absolute, local, sweep, write_json
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Answer, Chat
@@ -66,7 +67,7 @@ WRITTEN = (
 )
 
 
-class AnswersError(ValueError):
+class AnswersError(XCompError, ValueError):
   """A folder of answers that can't be used; the message says why."""
 
 

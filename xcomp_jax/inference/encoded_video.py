@@ -16,6 +16,7 @@ import numpy as np
 from xcomp_jax import inputs
 from xcomp_jax.checkpoints.loading import tower_identity
 from xcomp_jax.config import ConfigError
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import replacing
 from xcomp_jax.inputs import reading, regular
 from xcomp_jax.model import kernels, vlm
@@ -23,7 +24,7 @@ from xcomp_jax.model import kernels, vlm
 THUMBNAIL = 96  # pixels
 
 
-class EncodedVideoError(ValueError):
+class EncodedVideoError(XCompError, ValueError):
   """An encoded video that can't be read, or belongs to another model or video; the message says
   what differs.
   """

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import reading, regular
 
 MOST = 64 << 30  # bytes of all arrays of a recording, however small they are packed
 Arrays = Mapping[str, np.ndarray]
 
 
-class ParityError(ValueError):
+class ParityError(XCompError, ValueError):
   """A directory that can't be compared; the message says which file and why."""
 
 

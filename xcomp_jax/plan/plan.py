@@ -45,6 +45,7 @@ from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Length, length_table
 from xcomp_jax.data.packing import Micro
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import expanduser, path_of
 from xcomp_jax.inference import generate
 from xcomp_jax.parallel import chips
@@ -64,7 +65,7 @@ LARGE = 4 * 2**20  # bytes on every device from which on an array should be spli
 _say = functools.partial(print, flush=True)
 
 
-class PlanError(ValueError):
+class PlanError(XCompError, ValueError):
   """Something does not fit, or is not split; the message says by how much and what would help."""
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from xcomp_jax.cli import command
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import expanduser, fresh_folder
 from xcomp_jax.inputs import plain
 from xcomp_jax.progress import progress
@@ -108,7 +109,7 @@ MODEL: dict[str, Any] = {
 }
 
 
-class WorldError(ValueError):
+class WorldError(XCompError, ValueError):
   """A world that can't be made; the message says what to change."""
 
 

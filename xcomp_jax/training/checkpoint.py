@@ -33,6 +33,7 @@ from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig
 from xcomp_jax.config_io import to_dict
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import BatchReader
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import absolute, one_line
 from xcomp_jax.parallel.mesh import path_name
 
@@ -96,7 +97,7 @@ NAMES = {
 }
 
 
-class SaveError(OSError):
+class SaveError(XCompError, OSError):
   """A checkpoint could not be written; those before it are whole."""
 
 

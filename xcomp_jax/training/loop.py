@@ -41,6 +41,7 @@ from xcomp_jax.data.batch import Batch, Clips, Shape, length_table
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import Features, Store, StoreError, open_store
+from xcomp_jax.errors import XCompError
 from xcomp_jax.files import apart
 from xcomp_jax.model import kernels, lp_comp, vlm
 from xcomp_jax.parallel import hosts
@@ -62,7 +63,7 @@ from xcomp_jax.training.steps import (
 )
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(XCompError, ValueError):
   """A loss, gradient or update that is no number; the parameters are as they were before that
   step.
   """
