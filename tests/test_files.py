@@ -303,7 +303,7 @@ def test_no_output_is_an_input(tmp_path, monkeypatch, output, source, nested, ho
 
 def ends(shell, body):
   """Exit code and stderr of a command whose body is given, run by a shell as `shell` says."""
-  code = f"from xcomp_jax import files\nimport sys\nwith files.command():\n  {body}"
+  code = f"from xcomp_jax import cli\nimport sys\nwith cli.command():\n  {body}"
   line = shell.format(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
   done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
   return done.returncode, done.stderr

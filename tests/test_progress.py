@@ -50,4 +50,4 @@ def test_a_terminal_gets_a_bar_at_once(monkeypatch):
 
 def test_nothing_else_shows_bars():
   files = pathlib.Path(xcomp_jax.__file__).parent.rglob("*.py")
-  assert {f.name for f in files if "import tqdm" in f.read_text()} == {"progress.py", "files.py"}
+  assert {f.name for f in files if "import tqdm" in f.read_text()} == {"progress.py", "cli.py"}

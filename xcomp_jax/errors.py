@@ -1,6 +1,6 @@
 """The base of all errors that are raised about what a user gave."""
 
-from typing import Any, Self
+from typing import Any
 
 
 class XCompError(Exception):
@@ -10,7 +10,7 @@ class XCompError(Exception):
   is the file, config key or option that is wrong; other fields are said where they are raised.
   """
 
-  def __new__(cls, *args: Any, **fields: Any) -> Self:
+  def __new__(cls, *args: Any, **fields: Any):
     """Keeps fields from bases that take none, such as OSError."""
     return super().__new__(cls, *args)
 

@@ -168,7 +168,7 @@ class Absent:
   def find_spec(self, name, path=None, target=None):
     if name.split(".")[0] in {absent!r}: raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Absent())
-from xcomp_jax import bench
+from xcomp_jax.bench import bench
 bench.main({["--preset=smoke", *map(str, arguments)]!r})
 """
   return subprocess.run(

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_weights as w
+import test_loading as w
 from safetensors.numpy import load_file
 
 from xcomp_jax.checkpoints import loading, saving
@@ -93,7 +93,7 @@ def test_official_files_are_understood(tmp_path, config):
 def test_every_released_variant_has_the_frequencies_of_transformers_in_either_form(
   reference, tmp_path
 ):
-  recorded = json.loads((reference / "layers.json").read_text())
+  recorded = json.loads((reference / "rope.json").read_text())
   assert {case["variant"] for case in recorded["cases"]} == w.RELEASED.keys()
   for i, case in enumerate(recorded["cases"]):
     changes = w.RELEASED[case["variant"]][1]

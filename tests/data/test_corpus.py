@@ -353,7 +353,7 @@ def world(tmp_path):
 
 
 def test_bad_annotations_are_all_listed_before_anything_is_decoded(world, monkeypatch):
-  monkeypatch.setattr(predecode_lib.shards, "decode", lambda *a: pytest.fail("decoded"))
+  monkeypatch.setattr(predecode_lib.decode_jobs, "decode_job", lambda *a: pytest.fail("decoded"))
   write(world / "bad.json", [item for item, _ in BAD.values()])
   mixture(world, {"json_path": "bad.json"}, {"json_path": "videos.json"})
   with pytest.raises(AnnotationError, match=f"{len(BAD)} bad annotations") as error:

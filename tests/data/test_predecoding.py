@@ -722,8 +722,8 @@ def test_command_with_a_bad_annotation(world):
   ],
 )
 def test_flags_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, message):
-  values = predecode_lib.flags.FlagValues()
-  monkeypatch.setattr(predecode_lib.flags, "FLAGS", values)
+  values = predecode.flags.FlagValues()
+  monkeypatch.setattr(predecode.flags, "FLAGS", values)
   for kind in (
     "DEFINE",
     "DEFINE_string",
@@ -732,9 +732,9 @@ def test_flags_that_do_not_go_together(tmp_path, monkeypatch, capsys, flags, mes
     "DEFINE_enum",
     "DEFINE_bool",
   ):
-    define = getattr(predecode_lib.flags, kind)
+    define = getattr(predecode.flags, kind)
     monkeypatch.setattr(
-      predecode_lib.flags,
+      predecode.flags,
       kind,
       lambda *a, define=define, **k: define(*a, flag_values=values, **k),
     )

@@ -167,7 +167,7 @@ def group_lives(group: int) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trap(predecode_lib.store.Sample):
+class Trap(predecode_lib.store.StoredSample):
   """A sample whose file does something bad to the process that decodes it; pickled by name into
   such processes.
   """

@@ -324,7 +324,7 @@ def test_an_encoded_video_that_can_not_be_written_costs_no_answer(
   def full_disk(*_):
     raise OSError(28, "No space left on device", str(tmp_path / "film.npz"))
 
-  monkeypatch.setattr(ask.encode, "save", full_disk)
+  monkeypatch.setattr(ask.encoded_video, "save_video", full_disk)
   ask.main(
     [
       "--checkpoint",
@@ -366,10 +366,10 @@ def test_a_bad_turn_costs_itself_and_not_the_conversation(
   monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
   page = tmp_path / "folder" / "r.html"
   page.parent.mkdir()
-  write = ask.files.write
+  write = ask.files.write_file
   monkeypatch.setattr(
     ask.files,
-    "write",
+    "write_file",
     lambda *a: write(*a) if len(asked) > 1 else (_ for _ in ()).throw(OSError("disk full")),
   )
   more = [

@@ -232,7 +232,7 @@ def slurm(numbers, seconds):
   with socket.create_server(("", 0)) as server:
     port = server.getsockname()[1]
   code = (
-    "import os\nimport jax\nfrom xcomp_jax import hosts\nfrom xcomp_jax.config import "
+    "import os\nimport jax\nfrom xcomp_jax.parallel import hosts\nfrom xcomp_jax.config import "
     "DistributedConfig\n"
     f"with hosts.joined(DistributedConfig('auto', None, None, {seconds}, 10)):\n"
     "  print('gpus', jax.config.read('jax_cuda_visible_devices'), flush=True)\n"

@@ -55,6 +55,12 @@ class Met(Exception):
   """Instead of parsing."""
 
 
+def command(program):
+  """The module that a program is: of a package its __main__."""
+  package = (ROOT / "xcomp_jax" / program).is_dir()
+  return importlib.import_module(f"xcomp_jax.{program}" + ".__main__" * package)
+
+
 def parser(program, monkeypatch):
   """The one that a program makes."""
 
@@ -64,7 +70,7 @@ def parser(program, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(argparse.ArgumentParser, "parse_known_args", meet)
     with pytest.raises(Met) as met:
-      importlib.import_module(f"xcomp_jax.{program}").main([])
+      command(program).main([])
   return met.value.args[0]
 
 
@@ -148,7 +154,7 @@ def test_every_promise_has_its_test():
     if line.startswith("| ") and not set(line) <= set("|- ")
   ]
   for row in rows:
-    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", row)
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)(?:::(test_\w+))?`", row)
     assert named or "the same" in row or "Held by" in row, row
     for file, test in named:
       assert (

@@ -17,9 +17,10 @@ from xcomp_jax.data import mixture
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = [
-  f.stem
-  for f in (ROOT / "xcomp_jax").glob("*.py")
-  if "def main(argv: Sequence[str] | None" in f.read_text()
+  f.parent.name if f.stem == "__main__" else f.stem
+  for pattern in ("*.py", "*/__main__.py")
+  for f in (ROOT / "xcomp_jax").glob(pattern)
+  if 'if __name__ == "__main__":' in f.read_text() and f.stem not in ("train", "predecode")
 ]
 # Options and values of any text that are no paths.
 TEXTS = {

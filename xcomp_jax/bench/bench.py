@@ -44,7 +44,7 @@ PAPER = {
 }
 WANTED = {1024: 0.075, 2048: 0.16, 4096: 0.45}  # likewise
 # its sizes
-RELEASED = pathlib.Path(__file__).parents[1] / "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"
+RELEASED = pathlib.Path(__file__).parents[2] / "configs/OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448"
 GROUPS = ("tower", "merge", "prefill", "plain", "select", "decode", "features", "frames", "data")
 
 

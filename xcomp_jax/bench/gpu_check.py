@@ -31,7 +31,7 @@ from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
 from xcomp_jax.model import kernels, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # of the benchmark, in this order
 MEASURED = (
   ("prefill", "--frames", "1024"),

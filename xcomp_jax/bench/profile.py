@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-PACKAGE = str(pathlib.Path(__file__).parent)
+PACKAGE = str(pathlib.Path(__file__).parents[1])
 # lines of a TPU that repeat what others have
 NOT_OPERATIONS = (
   "Steps",

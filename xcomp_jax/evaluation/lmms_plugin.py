@@ -46,7 +46,9 @@ IGNORED = {
 
 def manifest() -> ModelManifest:
   """How lmms-eval finds the model."""
-  return ModelManifest(model_id="xcomp_jax", simple_class_path="xcomp_jax.lmms_plugin.XComp")
+  return ModelManifest(
+    model_id="xcomp_jax", simple_class_path="xcomp_jax.evaluation.lmms_plugin.XComp"
+  )
 
 
 class XComp(lmms):

@@ -47,7 +47,7 @@ NAMES = (*TRAINING, *ASKING)
 ROOM = 64  # tokens to answer that prefill makes room for
 FRAMES, TOKENS = 1024, 512  # of a sample, where nothing is known of the data
 # has the config.json of released checkpoints, by hub id
-RELEASED = pathlib.Path(__file__).parents[1] / "configs"
+RELEASED = pathlib.Path(__file__).parents[2] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
