@@ -12,6 +12,7 @@ import shlex
 import tomllib
 
 import pytest
+import yaml
 from absl import flags
 
 from xcomp_jax.config_io import from_command_line
@@ -198,3 +199,8 @@ def test_troubleshooting_has_the_messages_as_they_are():
       assert max(len(words(quote) & other) for other in said) >= 0.6 * len(words(quote)), (
         f"no message like: {quote}"
       )
+
+
+def test_the_citation_has_the_version_of_the_package():
+  stated = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+  assert stated == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
