@@ -12,11 +12,12 @@ FUSION = $(shell $(BIN)/python -c 'import sys; print("--xla_cpu_use_fusion_emitt
 OPTIMISED := $(patsubst %.py,tests/%.py,$(addsuffix .py,whole/test_demo model/test_kernels whole/test_notebooks \
   training/test_steps study/test_study plan/test_tpu))
 
-.PHONY: help env demo base test test-slow fuzz kill test-beam test-buckets test-lmms test-gpu-compile test-gpu-programs lint docs notebooks
+.PHONY: help env demo base check test test-slow fuzz kill test-beam test-buckets test-lmms test-gpu-compile test-gpu-programs lint docs notebooks
 
 help:
 	@echo 'make demo       tune the embedded tiny model with SCT, and ask it a question'
-	@echo 'make test       lint and test suite'
+	@echo 'make check      lint, and the tests of pure functions'
+	@echo 'make test       lint, and all tests but the slow ones'
 	@echo 'make test-slow  what takes minutes: the whole demo, runs that are killed, the recorded chat, programs for TPUs'
 	@echo 'make fuzz       3,000 damaged files for readers and commands, others each time; SEED=... CASES=... for the same again (half an hour)'
 	@echo 'make kill       every command that writes, killed ten times; SEED=... for the same again (about 20 minutes)'
@@ -49,6 +50,9 @@ lint: env
 	$(BIN)/ruff format --check -q .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/ty check
+
+check: lint
+	XLA_FLAGS="$$XLA_FLAGS $(COMPILE_FAST)" $(BIN)/python -m pytest -m 'pure and not slow' -n 2 --dist loadfile
 
 test: lint
 	XLA_FLAGS="$$XLA_FLAGS $(COMPILE_FAST)" $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile

@@ -1,7 +1,7 @@
 """XComp in JAX: a video language model whose layers compress every frame to one token.
 
 Read `model/lp_comp.py` (the idea), then `model/vlm.py` (the whole model in four functions), then
-`loop.py`.
+`training/loop.py`.
 
 Axis letters, used by every docstring and einsum:
   B batch, T frames, C clips, F frames of a clip, P patches of a frame,

@@ -1,1 +1,1 @@
-
+"""From a checkpoint on disk to a model, and back: names, files, sizes, parameters."""

@@ -1,1 +1,1 @@
-
+"""From annotations and videos to rows of samples: decoding, stores, prompts, packing."""

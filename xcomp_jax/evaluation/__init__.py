@@ -1,1 +1,1 @@
-
+"""Benchmarks as released: their questions, answers on disk, scores, needles, lmms-eval."""

@@ -1,1 +1,1 @@
-
+"""Compares every stage with recorded outputs of the official code."""

@@ -1,1 +1,1 @@
-
+"""The paper in miniature: its comparisons, with seeds and intervals."""

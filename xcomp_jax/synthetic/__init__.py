@@ -1,1 +1,1 @@
-
+"""Worlds of synthetic videos whose answers are known."""

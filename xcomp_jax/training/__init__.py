@@ -1,1 +1,1 @@
-
+"""Supervised compression tuning: the loop, its step, its checkpoints, what it reports."""

@@ -1,1 +1,1 @@
-
+"""Pictures and pages of what the model did."""
