@@ -16,7 +16,7 @@ from xcomp_jax import files
 from xcomp_jax.data.store import Store
 from xcomp_jax.inference import chat
 from xcomp_jax.model import lp_comp, qwen2
-from xcomp_jax.study import findings, measures, miniature, study
+from xcomp_jax.study import cell_results, findings, measures, miniature, study
 from xcomp_jax.study.miniature import Study, study_rule
 from xcomp_jax.synthetic import films
 from xcomp_jax.training import loop
@@ -279,7 +279,7 @@ def quick(tmp_path_factory):
   """The quick preset, run by its command."""
   out = tmp_path_factory.mktemp("study")
   study.main(["--preset", "quick", "--out", str(out)])
-  return Study(out, miniature.PRESETS["quick"]), findings.Cells(out / "cells")
+  return Study(out, miniature.PRESETS["quick"]), cell_results.Cells(out / "cells")
 
 
 # Shares of right answers, and of scenes that were found: about half way between what was measured
@@ -298,7 +298,7 @@ def mutated(monkeypatch):
 
 def tuned(its, name):
   """Whether questions are answered rightly: bool[films, kinds]."""
-  return findings.right(
+  return cell_results.right(
     measures.measured(its, its.tuned("progressive", 0), study_rule("progressive"), name)
   )
 
@@ -314,7 +314,7 @@ def found(quick, mode):
 
 
 def hits(measure):
-  return findings.right(measure, "hits")[:, :3].mean()  # kinds that need one scene
+  return cell_results.right(measure, "hits")[:, :3].mean()  # kinds that need one scene
 
 
 @pytest.mark.slow
@@ -327,14 +327,14 @@ def test_quality_holds(quick):
     quick[1].seeds("base", "heldout", "progressive"),
     quick[1].seeds("select_progressive_{seed}", "long"),
   )
-  assert findings.right(base).mean() > UNCOMPRESSED
+  assert cell_results.right(base).mean() > UNCOMPRESSED
   assert (
-    findings.right(after).mean() > TUNED > findings.right(before).mean()
-    and needles(findings.right(after)) > NEEDLE
+    cell_results.right(after).mean() > TUNED > cell_results.right(before).mean()
+    and needles(cell_results.right(after)) > NEEDLE
   )
   assert hits(long["aligned"]) > FOUND > hits(long["uniform"])
   own, others = (
-    findings.ranked_first(long["local_answer"], key).mean() for key in ("rank", "other")
+    cell_results.ranked_first(long["local_answer"], key).mean() for key in ("rank", "other")
   )
   assert own > FIRST > others
 
@@ -418,4 +418,4 @@ def test_shuffled_scores_fall_through(quick, mutated):
 def test_scores_of_another_question_fall_through(quick, mutated):
   rounds = chat.score_rounds
   mutated.setattr(chat, "score_rounds", lambda *args, **kw: np.roll(rounds(*args, **kw), 1, axis=0))
-  assert findings.ranked_first(found(quick, "local_answer")).mean() < FIRST
+  assert cell_results.ranked_first(found(quick, "local_answer")).mean() < FIRST

@@ -11,7 +11,7 @@ import pytest
 
 from xcomp_jax.data import predecoding, prompt
 from xcomp_jax.data.store import open_store
-from xcomp_jax.study import findings
+from xcomp_jax.study import cell_results
 from xcomp_jax.study.miniature import PRESETS, SEED, STAGES, Study
 from xcomp_jax.synthetic import films, world
 from xcomp_jax.synthetic.films import FRAMES, KINDS, FilmSplit
@@ -121,10 +121,12 @@ def test_chance_is_what_is_right_without_looking_it_up():
         any_shot[kind] += shown.count(answer) / len(shown)
   for kind, counts in answers.items():
     assert counts.most_common(1)[0][1] / films_drawn == pytest.approx(
-      findings.CHANCE[kind], abs=0.02
+      cell_results.CHANCE[kind], abs=0.02
     ), kind
   for kind in fields:
-    assert any_shot[kind] / films_drawn == pytest.approx(findings.ANY_SHOT[kind], abs=0.02), kind
+    assert any_shot[kind] / films_drawn == pytest.approx(cell_results.ANY_SHOT[kind], abs=0.02), (
+      kind
+    )
 
 
 def test_splits_share_no_scene():

@@ -33,6 +33,7 @@ from xcomp_jax.cli import command
 from xcomp_jax.files import alone, path_of, write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.study import findings
+from xcomp_jax.study.cell_results import LONGER
 from xcomp_jax.study.measures import FEW, SELECTED, measured, measured_setting, selected_answers
 from xcomp_jax.study.miniature import (
   BASE,
@@ -106,7 +107,7 @@ def cells(study: Study) -> Iterator[StudyCell]:
         functools.partial(_selections, study, name, seed, splits),
       )
   for seed in preset.seeds if preset.longer else ():
-    for name in findings.LONGER:
+    for name in LONGER:
       do = functools.partial(_tuning, study, name, seed, (name,), preset.longer)
       yield StudyCell(
         f"longer_{name}_{seed}", ["tuning", "heldout", *wide], (name,), do, preset.longer
@@ -127,7 +128,7 @@ def _tuning(
   out: dict[str, Any] = {
     "heldout": {other: measured(study, model, study_rule(other), "heldout") for other in under}
   }
-  if study.preset.wide and name in findings.LONGER:
+  if study.preset.wide and name in LONGER:
     out["wide"] = {name: _by_frames(study, model, name)}
   return out
 
