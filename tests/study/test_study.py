@@ -308,9 +308,9 @@ def needles(answers):
 
 
 def found(quick, mode):
-  return measures.selected_answers(
-    quick[0], quick[0].tuned("progressive", 0), study_rule("progressive"), "long", (mode,)
-  )[mode]
+  its, frames = quick[0], measures.SELECTED["long"]
+  model, rule = its.tuned("progressive", 0), study_rule("progressive")
+  return measures.selected_answers(its, model, rule, "long", (mode,), frames)[mode]
 
 
 def hits(measure):

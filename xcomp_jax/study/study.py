@@ -136,7 +136,8 @@ def _tuning(
 def _selections(study: Study, name: str, seed: int, splits: Sequence[str]) -> dict[str, Any]:
   model = study.tuned(name, seed)
   return {
-    split: selected_answers(study, model, study_rule(name), split, MODES[split]) for split in splits
+    split: selected_answers(study, model, study_rule(name), split, MODES[split], SELECTED[split])
+    for split in splits
   }
 
 
