@@ -135,8 +135,9 @@ def test_tables_have_what_is_there(tmp_path, capsys):
     and "after" in page.read_text()
   )
   page.write_text("nothing")
-  with pytest.raises(ValueError, match="has 0 places between <!-- compression -->"):
+  with pytest.raises(miniature.StudyError) as caught:
     findings.report_findings(tmp_path, page)
+  assert caught.value.fields == {"where": "compression", "found": 0}
 
 
 def cells_of(table):
@@ -356,5 +357,5 @@ def test_the_page_has_what_the_cells_say(tmp_path):
 
 def test_the_cells_are_what_would_be_made_now(tmp_path):
   its, where = miniature.Study(tmp_path, miniature.PRESETS["full"]), pathlib.Path(study.CELLS)
-  study.check_cells(its, where)
+  study.check_cells(its, study.cells(its), where)
   assert {file.stem for file in where.glob("*.json")} == {cell.name for cell in study.cells(its)}

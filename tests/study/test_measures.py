@@ -17,7 +17,9 @@ def study(tmp_path_factory):
   """Two films of eight scenes, as frames: nothing here looks at them."""
   out = tmp_path_factory.mktemp("study")
   its = Stored(out, miniature.PRESETS["quick"])
-  its.splits["long"] = FilmSplit("long", 2, (SCENES, SCENES), (2, 2), 0)
+  its.splits["long"] = FilmSplit(
+    name="long", films=2, scenes=(SCENES, SCENES), shots=(2, 2), questions=0
+  )
   miniature.decode_films(out / "long", its.splits["long"], 3, None)
   return its
 

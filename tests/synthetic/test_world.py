@@ -15,7 +15,13 @@ from xcomp_jax.synthetic.world import QUESTIONS, VALUES, WorldSplit
 def made(tmp_path_factory):
   out = tmp_path_factory.mktemp("world") / "out"
   world.write_world(
-    out, [WorldSplit("train", 3, 2, 4, 4), WorldSplit("heldout", 8, 1, 3, 1)], seed=3, workers=1
+    out,
+    [
+      WorldSplit(name="train", videos=3, fewest=2, most=4, questions=4),
+      WorldSplit(name="heldout", videos=8, fewest=1, most=3, questions=1),
+    ],
+    seed=3,
+    workers=1,
   )
   return out
 
@@ -41,11 +47,11 @@ def test_answers_are_balanced():
 
 
 def test_a_scene_shows_its_colour_and_its_motion():
-  still = world.Scene(None, None, None, None, 5)
+  still = world.Scene(seed=5)
   for motion, (dx, dy) in world.MOTIONS.items():
     difference = (
       np.abs(
-        world.render(world.Scene("red", "square", motion, None, 5)).astype(int)
+        world.render(world.Scene(seed=5, colour="red", shape="square", motion=motion)).astype(int)
         - world.render(still)
       ).sum(-1)
       > 60
@@ -73,7 +79,12 @@ def test_what_is_asked_is_answered_by_the_scene_that_shows_it(made):
 
 
 def test_the_same_seed_makes_the_same_videos(made, tmp_path):
-  world.write_world(tmp_path / "again", [WorldSplit("train", 3, 2, 4, 4)], seed=3, workers=1)
+  world.write_world(
+    tmp_path / "again",
+    [WorldSplit(name="train", videos=3, fewest=2, most=4, questions=4)],
+    seed=3,
+    workers=1,
+  )
   for file in (made / "train").iterdir():
     assert file.read_bytes() == (tmp_path / "again" / "train" / file.name).read_bytes()
 
@@ -99,10 +110,10 @@ def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
 @pytest.mark.parametrize(
   "split",
   [
-    WorldSplit("train", 0, 1, 1, 4),
-    WorldSplit("train", 1, 0, 1, 4),
-    WorldSplit("train", 1, 1, 4097, 4),
-    WorldSplit("train", 1, 1, 1, 5),
+    WorldSplit(name="train", videos=0, fewest=1, most=1, questions=4),
+    WorldSplit(name="train", videos=1, fewest=0, most=1, questions=4),
+    WorldSplit(name="train", videos=1, fewest=1, most=4097, questions=4),
+    WorldSplit(name="train", videos=1, fewest=1, most=1, questions=5),
   ],
 )
 def test_impossible_worlds_are_refused_and_leave_nothing(split, tmp_path):
@@ -117,5 +128,10 @@ def test_a_folder_that_is_no_utf8_is_refused(tmp_path):
     world.WorldError,
     match=r"the name of the folder .*caf\\udcff.*' holds bytes that are no UTF-8",
   ):
-    world.write_world(out, [world.WorldSplit("heldout", 1, 1, 1, 1)], seed=0, workers=1)
+    world.write_world(
+      out,
+      [world.WorldSplit(name="heldout", videos=1, fewest=1, most=1, questions=1)],
+      seed=0,
+      workers=1,
+    )
   assert not out.exists()

@@ -71,13 +71,13 @@ def text(doc: Mapping[str, Any]) -> str:
 def scored(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:
   """One answer, for both averages."""
   task, answer = TASKS[doc["task"]], None if results[0] == FAILED else results[0]
-  letter = None if answer is None else task.letter(answer, doc["options"])
+  letter, right = task.judge(answer, doc["options"], doc["answer"])
   line = {key: doc[key] for key in ("id", "task", "path", "options", "groups")}
   line |= {
     "answer": answer,
     "letter": letter,
     "truth": doc["answer"],
-    "right": letter == doc["answer"] != "",
+    "right": right,
   }
   return {"micro": line, "macro": line}
 
@@ -95,7 +95,12 @@ def macro(lines: Sequence[Mapping[str, Any]]) -> float:
 def _score(lines) -> dict[str, Any]:
   def question(line):
     return BenchmarkQuestion(
-      line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"]
+      id=line["id"],
+      videos=(),
+      prompt="",
+      options=tuple(line["options"]),
+      answer=line["truth"],
+      groups=line["groups"],
     )
 
   return benchmarks.score_answers(

@@ -139,9 +139,8 @@ def synthetic(count: int, seed: int) -> list[Needle]:
 def synthetic_hay(clips: int, seed: int) -> Iterator[np.ndarray]:
   """Scenes that show nothing: uint8[8, 96, 96, 3] each."""
   for i in range(clips):
-    yield world.render(
-      world.Scene(None, None, None, None, int(np.random.default_rng((seed, 1, i)).integers(2**31)))
-    )
+    drawn = np.random.default_rng((seed, 1, i)).integers(2**31)
+    yield world.render(world.Scene(seed=int(drawn)))
 
 
 def needle_places(frames: int, hops: int, clip_frames: int, depth: float) -> list[int]:

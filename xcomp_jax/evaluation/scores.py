@@ -46,12 +46,9 @@ def sample_lines(
   """All that samples.jsonl holds: a line per question, in the order of the annotations."""
   lines = []
   for q, w in zip(questions, asked, strict=True):
-    answer = answers.answer(w)
-    letter = None if answer is None else task.letter(answer, q.options)
-    right = letter == q.answer != ""
-    lines.append(
-      {"id": q.id, "right": right, "letter": letter, "truth": q.answer, **answers.lines[w.key]}
-    )
+    letter, right = task.judge(answers.answer(w), q.options, q.answer)
+    judged = {"id": q.id, "right": right, "letter": letter, "truth": q.answer}
+    lines.append(judged | answers.lines[w.key])
   return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 

@@ -24,6 +24,7 @@ from xcomp_jax.study.cell_results import (
 )
 from xcomp_jax.study.figures import PLOTS
 from xcomp_jax.study.intervals import interval
+from xcomp_jax.study.miniature import StudyError
 from xcomp_jax.synthetic.films import KINDS
 
 COST = ("visual tokens per layer", "GFLOP", "ms per question")
@@ -265,12 +266,13 @@ def report_findings(
   """All tables, printed; with a page also put between its marks, and the plots into a folder.
 
   Raises:
-    ValueError: there are no cells, or a table's marks are not on the page, or twice.
+    StudyError: there are no cells, or a table's marks are not on the page, or twice.
   """
   cells = Cells(folder)
   if not cells.results:
-    raise ValueError(
-      f"{folder} has no cells to report; the same command without --report makes them"
+    raise StudyError(
+      f"{folder} has no cells to report; the same command without --report makes them",
+      where=folder,
     )
   made = {name: table(cells) for name, table in TABLES.items()}
   text = "\n\n".join(f"{name}\n{table}" for name, table in made.items())
@@ -283,8 +285,10 @@ def report_findings(
         place, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", content, flags=re.DOTALL
       )
       if found != 1:
-        raise ValueError(
-          f"{page} has {found} places between <!-- {name} --> and <!-- end -->; there must be one"
+        raise StudyError(
+          f"{page} has {found} places between <!-- {name} --> and <!-- end -->; there must be one",
+          where=name,
+          found=found,
         )
     write_file(page, content)
   if figures is not None:
