@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -373,6 +374,17 @@ def missing(videos: pathlib.Path, questions: Sequence[BenchmarkQuestion]) -> str
     f"{len(lost)} of {len(every)} videos are missing, such as {min(lost.values())}: their "
     f"questions will count as wrong"
   )
+
+
+def say_doubts(videos: pathlib.Path, questions: Sequence[BenchmarkQuestion]) -> None:
+  """Says on stderr which questions nobody can answer rightly, and which videos are not there.
+
+  Raises:
+    FileNotFoundError: not one video is.
+  """
+  for note in (unanswerable(questions), missing(videos, questions)):
+    if note:
+      print(note, file=sys.stderr)
 
 
 def score_answers(

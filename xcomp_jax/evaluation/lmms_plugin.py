@@ -22,9 +22,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from xcomp_jax import cli, files
+from xcomp_jax.evaluation.answers import Answers, AnswersError, Wanted
 from xcomp_jax.evaluation.lmms_tasks import FAILED, PREFIX
 from xcomp_jax.evaluation.presets import preset
-from xcomp_jax.evaluation.runner import Answers, AnswersError, Wanted, answer_wanted
+from xcomp_jax.evaluation.runner import answer_wanted
 from xcomp_jax.inference.video_model import (
   COMPILED,
   AskSettings,

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,10 +120,7 @@ def write_task(
     FileNotFoundError, TaskError: see `benchmarks.read_questions`.
   """
   questions = benchmarks.read_questions(task, annotations, subtitles)
-  for note in filter(
-    None, (benchmarks.unanswerable(questions), benchmarks.missing(videos, questions))
-  ):
-    print(note, file=sys.stderr)
+  benchmarks.say_doubts(videos, questions)
   listed, yaml = out / f"{task.name}.jsonl", out / f"{PREFIX}{task.name}.yaml"
   for file in (listed, yaml):
     files.apart(

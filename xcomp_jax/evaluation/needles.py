@@ -33,7 +33,7 @@ from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt, video
 from xcomp_jax.errors import XCompError
 from xcomp_jax.evaluation import benchmarks
-from xcomp_jax.evaluation.runner import Answers, parse_share
+from xcomp_jax.evaluation.answers import Answers, parse_share
 from xcomp_jax.files import expanduser
 from xcomp_jax.inference import chat, encoded_video, generate
 from xcomp_jax.inference.video_model import (

@@ -1,18 +1,12 @@
 """From answers to scores: results.json, samples.jsonl and the table."""
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from xcomp_jax.evaluation import benchmarks
+from xcomp_jax.evaluation.answers import Answers, Wanted
 from xcomp_jax.evaluation.benchmarks import BenchmarkQuestion, Task
-from xcomp_jax.evaluation.runner import Answers, Wanted
-
-
-def wanted(questions: Sequence[BenchmarkQuestion], videos: pathlib.Path) -> list[Wanted]:
-  """The questions with their video files, in the same order."""
-  return [Wanted(benchmarks.find_video(videos, q), q.prompt, q.start, q.end) for q in questions]
 
 
 def results(
