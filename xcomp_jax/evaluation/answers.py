@@ -270,11 +270,7 @@ class Answers:
 
   def failed(self, wanted: Iterable[Wanted]) -> list[dict[str, Any]]:
     """Videos that could not be read, or asked: {"video", "error", "questions"}."""
-    lines = [self.lines[w.key] for w in wanted if "error" in self.lines.get(w.key, {})]
-    counts = collections.Counter((line["video"], line["error"]) for line in lines)
-    return [
-      {"video": video, "error": error, "questions": n} for (video, error), n in counts.items()
-    ]
+    return failures([self.lines.get(w.key, {}) for w in wanted], "video")
 
   def shortened(self, wanted: Iterable[Wanted]) -> dict[str, float]:
     """Videos whose end could not be read, and how many seconds of it."""
@@ -284,6 +280,14 @@ class Answers:
   def sessions(self) -> list[dict[str, Any]]:
     """Versions and devices of all processes that have answered here."""
     return [line["session"] for line in self._all() if "session" in line]
+
+
+def failures(lines: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+  """What could not be asked about: {NAME, "error", "questions"}. name: what lines are about,
+  "video" or "needle".
+  """
+  counts = collections.Counter((line[name], line["error"]) for line in lines if "error" in line)
+  return [{name: about, "error": error, "questions": n} for (about, error), n in counts.items()]
 
 
 def parse_share(text: str | None) -> tuple[int, int]:
