@@ -513,6 +513,7 @@ def test_a_second_process_on_the_same_share_is_refused(go, checkpoint, tmp_path,
     refused(capsys, "another process writes", lambda: go(tmp_path / "out"))
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "name,task,wanted",
   [

@@ -19,6 +19,7 @@ def bits(rows):
   return "".join("01"[int(v)] for v in rows.ravel())
 
 
+@pytest.mark.pure
 def test_an_interval_of_independent_questions_is_that_of_a_share():
   rows = drawn(0, 400)
   share = intervals.interval([rows])
@@ -27,6 +28,7 @@ def test_an_interval_of_independent_questions_is_that_of_a_share():
   assert (share.low, share.high) == pytest.approx((whole.low, whole.high), abs=0.006)
 
 
+@pytest.mark.pure
 def test_questions_about_one_film_are_not_independent():
   films = np.random.default_rng(1).random((200, 1)) < 0.7
   together, apart = (
@@ -36,6 +38,7 @@ def test_questions_about_one_film_are_not_independent():
   assert together.high - together.low > 2 * (apart.high - apart.low)
 
 
+@pytest.mark.pure
 def test_seeds_that_differ_widen_the_interval():
   same = [drawn(seed, 400) for seed in range(3)]
   differ = [drawn(seed, 400, share) for seed, share in enumerate((0.6, 0.7, 0.8))]
@@ -46,6 +49,7 @@ def test_seeds_that_differ_widen_the_interval():
   assert wide(differ) > 3 * wide(same)
 
 
+@pytest.mark.pure
 def test_a_difference_is_paired_by_film():
   rows = drawn(0, 200, 0.5)
   better = rows.copy()
@@ -58,6 +62,7 @@ def test_a_difference_is_paired_by_film():
   assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
 
 
+@pytest.mark.pure
 def test_a_difference_between_measures_of_the_same_models_is_paired_by_seed():
   seeds = [drawn(seed, 200, share) for seed, share in enumerate((0.5, 0.7, 0.9))]
   nothing = intervals.interval(seeds, seeds, same=True)
@@ -66,6 +71,7 @@ def test_a_difference_between_measures_of_the_same_models_is_paired_by_seed():
   assert apart.mean == 0 and apart.high - apart.low > 0.3
 
 
+@pytest.mark.pure
 def test_questions_that_do_not_count_are_left_out():
   rows = drawn(0, 300)
   rows[:, 3:] = False
@@ -76,6 +82,7 @@ def test_questions_that_do_not_count_are_left_out():
   assert (share.low, share.high) == pytest.approx((alone.low, alone.high), abs=0.01)
 
 
+@pytest.mark.pure
 def test_a_share_that_no_resample_changes_has_the_exact_interval():
   every = intervals.interval([np.ones((20, 6), bool)] * 3)
   # all of 20 films right, by 1 in 40
@@ -85,10 +92,12 @@ def test_a_share_that_no_resample_changes_has_the_exact_interval():
   assert none.mean == none.low == 0 and (1 - none.high) ** 20 == pytest.approx(0.025)
 
 
+@pytest.mark.pure
 def test_no_share_is_less_than_nothing():
   assert str(intervals.RightShare(-0.0001, -0.021, -0.0004)) == "0.0 (-2.1 to 0.0)"
 
 
+@pytest.mark.pure
 def test_the_bound_is_what_was_shown_and_chance():
   hits, chance = np.zeros((10, len(KINDS)), bool), np.mean(list(cell_results.CHANCE.values()))
   hits[:5] = True
@@ -102,6 +111,7 @@ def measure(seed, share=0.7):
   return {"right": bits(drawn(seed, 20, share)), "tokens": 187.2, "TFLOP": 0.001, "seconds": 0.01}
 
 
+@pytest.mark.pure
 def test_tables_have_what_is_there(tmp_path, capsys):
   def write(name, result):
     return (tmp_path / f"{name}.json").write_text(json.dumps({"result": result}))
@@ -140,10 +150,13 @@ def test_tables_have_what_is_there(tmp_path, capsys):
   assert caught.value.fields == {"where": "compression", "found": 0}
 
 
-def cells_of(table):
-  return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()[2:]]
+def cells_of(rows):
+  names, *lines = map(list, rows)
+  assert all(len(line) == len(names) for line in lines)
+  return lines
 
 
+@pytest.mark.pure
 def test_modes_of_selection_are_paired_and_tell_what_they_cost(tmp_path):
   few, ranks = drawn(4, 20), [0, 1, 0, None, None, None] * 20
   hits = {
@@ -198,6 +211,7 @@ def test_modes_of_selection_are_paired_and_tell_what_they_cost(tmp_path):
   assert local[5] == "100, 0, 100"
 
 
+@pytest.mark.pure
 def test_frames_are_compared_with_as_many_and_half_of_them(tmp_path):
   hits = {"hits": bits(np.ones((20, len(KINDS)), bool))}
   wide = {"none": {6: 0.3, 12: 0.4}, "progressive": {6: 0.5, 12: 0.9}, "early": {6: 0.6, 12: 0.5}}
@@ -237,6 +251,7 @@ def test_frames_are_compared_with_as_many_and_half_of_them(tmp_path):
     )
 
 
+@pytest.mark.pure
 def test_longer_tunings_are_compared_with_shorter_ones_and_with_other_rules(tmp_path):
   # of early only the longer one is there
   shares = {
@@ -298,6 +313,7 @@ def test_longer_tunings_are_compared_with_shorter_ones_and_with_other_rules(tmp_
     ]
 
 
+@pytest.mark.pure
 def test_places_tell_what_happens_in_each_quarter(tmp_path):
   # the fourth kind needs several, or one
   place, rank = (
@@ -319,6 +335,7 @@ def test_places_tell_what_happens_in_each_quarter(tmp_path):
   assert line[7:] == ["100, 100, 100, 100", "2.0, 3.0, 3.0, 4.0"]
 
 
+@pytest.mark.pure
 def test_the_plot_of_bias_tells_where_what_is_needed_is_ranked_first(tmp_path):
   place, ranks = (
     [0.02, 0.03, 0.98, None, None, None],

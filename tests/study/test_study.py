@@ -24,6 +24,7 @@ from xcomp_jax.training import loop
 FULL = miniature.PRESETS["full"]
 
 
+@pytest.mark.pure
 def test_all_rules_keep_as_many_tokens_on_average():
   counts = {name: lp_comp.counts(study_rule(name), 8) for name in (*FULL.rules, *FULL.others)}
   assert set(counts.pop("none")) == {16} and len(counts) == 7
@@ -32,11 +33,13 @@ def test_all_rules_keep_as_many_tokens_on_average():
   } == {1}
 
 
+@pytest.mark.pure
 def test_clips_at_equal_distances():
   np.testing.assert_array_equal(measures.even(12, 12), np.arange(12))
   np.testing.assert_array_equal(measures.even(24, 3), [4, 12, 20])
 
 
+@pytest.mark.pure
 def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
   names = [cell.name for cell in study.cells(Study(tmp_path, FULL))]
   assert len(set(names)) == len(names)
@@ -45,6 +48,7 @@ def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
   } <= set(names)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("given", [["--preset", "quick"], ["--base"], ["--model", "some"]])
 def test_what_is_not_the_full_study_needs_a_folder_of_its_own(given, capsys):
   with pytest.raises(SystemExit):
@@ -67,6 +71,7 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
   assert "the plots need matplotlib: pip install 'xcomp_jax[plot]'" in capsys.readouterr().err
 
 
+@pytest.mark.pure
 def test_a_base_that_is_not_there_is_said(tmp_path, capsys):
   with pytest.raises(SystemExit):
     study.main(
@@ -98,6 +103,7 @@ def cell(name, do, splits=(), rules=()):
   return study.StudyCell(name=name, splits=splits, rules=rules, do=do)
 
 
+@pytest.mark.pure
 def test_a_cell_that_is_there_is_not_done_again(tmp_path):
   done = []
   every = [cell(n, lambda n=n: done.append(n) or {"of": n}) for n in ("a", "b_1", "b_2")]
@@ -113,6 +119,7 @@ def test_a_cell_that_is_there_is_not_done_again(tmp_path):
   assert caught.value.fields == {"where": "--only", "value": "c", "allowed": ["a", "b_1", "b_2"]}
 
 
+@pytest.mark.pure
 def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path):
   its = WithoutFilms(tmp_path / "work", miniature.PRESETS["quick"])
   times = iter([5.0, 7.0])
@@ -126,6 +133,7 @@ def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path):
   assert json.loads((tmp_path / "cells" / "a.json").read_text())["seconds"] == 2
 
 
+@pytest.mark.pure
 def test_one_command_at_a_time(tmp_path, capsys):
   with files.alone(tmp_path, "study"), pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path)])

@@ -52,6 +52,7 @@ def conversations(split, numbers, seed=0):
     yield film, one, list(zip(texts[::2], texts[1::2], strict=True))
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "split",
   [HELDOUT, FilmSplit(name="train", films=1, scenes=(4, 12), shots=(1, 5), questions=8)],
@@ -69,12 +70,14 @@ def test_every_answer_follows_from_the_scenes(split):
   assert len(seen) == 8 and min(seen.values()) > 20
 
 
+@pytest.mark.pure
 def test_no_two_shots_share_a_colour_or_a_digit():
   for seed in range(50):
     shots = [s for s in films.draw_film(np.random.default_rng(seed), 12, 5) if s.colour]
     assert len(shots) == len({s.colour for s in shots}) == len({s.digit for s in shots}) == 5
 
 
+@pytest.mark.pure
 def test_a_conversation_asks_once_for_order_and_nothing_twice():
   for _, _, turns in conversations(
     FilmSplit(name="train", films=1, scenes=(8, 8), shots=(4, 5), questions=99), range(60)
@@ -85,6 +88,7 @@ def test_a_conversation_asks_once_for_order_and_nothing_twice():
     )
 
 
+@pytest.mark.pure
 def test_each_film_that_measures_is_asked_one_question_of_each_kind():
   for film, one, turns in conversations(HELDOUT, range(40)):
     assert len(turns) == len(one["scenes"]) == len(KINDS)
@@ -133,6 +137,7 @@ def test_chance_is_what_is_right_without_looking_it_up():
     )
 
 
+@pytest.mark.pure
 def test_splits_share_no_scene():
   splits = [
     *Study(pathlib.Path(), PRESETS["full"]).splits.values(),
@@ -146,6 +151,7 @@ def test_splits_share_no_scene():
   assert not any(one & other for one, other in itertools.combinations(seeds.values(), 2))
 
 
+@pytest.mark.pure
 def test_answers_are_single_tokens(tmp_path):
   world.write_tokenizer(tmp_path, films.film_words())
   tokenizer = prompt.load_tokenizer(tmp_path)
@@ -181,6 +187,7 @@ def test_the_real_path_shows_a_scene_in_each_clip(tmp_path):
     assert np.abs(clip.astype(float) - shown).mean() < min(others) / 2
 
 
+@pytest.mark.pure
 def test_bars_of_the_shots_colour_are_beside_its_digit_and_nowhere_else():
   shot = world.Scene(seed=3, colour="red", shape="ring", motion="left", digit="7")
   changed = (
@@ -195,6 +202,7 @@ def test_bars_of_the_shots_colour_are_beside_its_digit_and_nowhere_else():
   assert all(scene.bars == scene.colour for scene in film)
 
 
+@pytest.mark.pure
 def test_a_split_can_begin_each_conversation_with_a_kind():
   for _, _, turns in conversations(
     FilmSplit(name="train", films=1, scenes=(2, 8), shots=(2, 5), questions=4, first="order"),

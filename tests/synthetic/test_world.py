@@ -26,6 +26,7 @@ def made(tmp_path_factory):
   return out
 
 
+@pytest.mark.pure
 def test_each_attribute_is_shown_in_exactly_one_scene():
   for seed in range(50):
     shown = world.scenes(np.random.default_rng(seed), 5)
@@ -33,6 +34,7 @@ def test_each_attribute_is_shown_in_exactly_one_scene():
       assert sum(getattr(scene, kind) is not None for scene in shown) == 1
 
 
+@pytest.mark.pure
 def test_the_letter_names_the_value_that_was_shown():
   shown = world.scenes(np.random.default_rng(0), 4)
   for kind in QUESTIONS:
@@ -41,11 +43,13 @@ def test_the_letter_names_the_value_that_was_shown():
     assert value in {getattr(scene, kind) for scene in shown}
 
 
+@pytest.mark.pure
 def test_answers_are_balanced():
   letters = [world.turn(world.scenes(np.random.default_rng(i), 3), "digit")[1] for i in range(400)]
   assert all(70 < letters.count(letter) < 130 for letter in "ABCD")
 
 
+@pytest.mark.pure
 def test_a_scene_shows_its_colour_and_its_motion():
   still = world.Scene(seed=5)
   for motion, (dx, dy) in world.MOTIONS.items():
@@ -96,6 +100,7 @@ def test_train_and_heldout_share_no_video(made):
   assert not frames("train") & frames("heldout")
 
 
+@pytest.mark.pure
 def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
   world.write_tokenizer(tmp_path, world.world_words())
   tokenizer = prompt.load_tokenizer(tmp_path)
@@ -107,21 +112,30 @@ def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
-  "split",
+  "videos, scenes, questions, where",
   [
-    WorldSplit(name="train", videos=0, fewest=1, most=1, questions=4),
-    WorldSplit(name="train", videos=1, fewest=0, most=1, questions=4),
-    WorldSplit(name="train", videos=1, fewest=1, most=4097, questions=4),
-    WorldSplit(name="train", videos=1, fewest=1, most=1, questions=5),
+    (0, (1, 1), 4, "videos"),
+    (1, (0, 1), 4, "scenes"),
+    (1, (3, 2), 4, "scenes"),
+    (1, (1, 4097), 4, "scenes"),
+    (1, (1, 1), 5, "questions"),
+    (1, (1, 1), -1, "questions"),
   ],
 )
-def test_impossible_worlds_are_refused_and_leave_nothing(split, tmp_path):
-  with pytest.raises(world.WorldError):
+def test_impossible_worlds_are_refused_and_leave_nothing(
+  videos, scenes, questions, where, tmp_path
+):
+  fewest, most = scenes
+  split = WorldSplit(name="train", videos=videos, fewest=fewest, most=most, questions=questions)
+  with pytest.raises(world.WorldError) as caught:
     world.write_world(tmp_path / "out", [split], seed=0, workers=1)
+  assert caught.value.fields["where"] == where
   assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.pure
 def test_a_folder_that_is_no_utf8_is_refused(tmp_path):
   out = tmp_path / os.fsdecode(b"caf\xff")
   with pytest.raises(

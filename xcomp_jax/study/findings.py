@@ -1,8 +1,9 @@
 """What the study's cells say: tables with intervals. `xcomp_jax.study` makes the cells."""
 
+import functools
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -43,11 +44,13 @@ LESS = (
 )
 
 
-def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+Rows = Iterator[Sequence[str]]  # of a table; the first one has the names of its columns
+
+
+def markdown_table(rows: Rows) -> str:
   """A table in Markdown."""
-  line = "|---" * len(names) + "|"
-  head, *body = ("| " + " | ".join(row) + " |" for row in (names, *rows))
-  return "\n".join([head, line, *body])
+  head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+  return "\n".join([head, "|---" * (head.count(" | ") + 1) + "|", *body])
 
 
 def _share(measures: Sequence[Measure], key: str = "right") -> str:
@@ -75,7 +78,7 @@ def _cost(measures: Sequence[Measure]) -> list[str]:
   ]
 
 
-def compression(cells: Cells, rules: Sequence[str]) -> str:
+def compression(cells: Cells, rules: Sequence[str]) -> Rows:
   """Accuracy of keep rules and schedules, before and after tuning under them (paper, Tables 2 and
   3).
   """
@@ -83,87 +86,81 @@ def compression(cells: Cells, rules: Sequence[str]) -> str:
   def after(rule):
     return cells.seeds(f"tune_{rule}_{{seed}}", "heldout", rule)
 
-  rows = []
+  less = ("less not tuned for", "less tuned without", "less none, tuned", "less progressive")
+  yield ["", "not tuned for", "tuned without", "after SCT", *less, "seeds", *COST]
   for rule in rules:
     free = cells.seeds("base", "heldout", rule)
-    if not free:
-      continue
-    without, tuned = cells.seeds("tune_none_{seed}", "heldout", rule), after(rule)
-    others = [free, without if rule != "none" else [], *_reference_rules(after, rule)]
-    # Costs of cells that measured all rules: machines differ, and so does one from hour to hour.
-    cost = _cost([*free, *without])
-    less = [_less(tuned, other) for other in others]
-    rows.append([rule, *map(_share, (free, without, tuned)), *less, str(len(tuned)), *cost])
-  names = [
-    "",
-    "not tuned for",
-    "tuned without",
-    "after SCT",
-    "less not tuned for",
-    "less tuned without",
-    "less none, tuned",
-    "less progressive",
-  ]
-  return markdown_table([*names, "seeds", *COST], rows)
+    if free:
+      without, tuned = cells.seeds("tune_none_{seed}", "heldout", rule), after(rule)
+      others = [free, without if rule != "none" else [], *_reference_rules(after, rule)]
+      yield [
+        rule,
+        *map(_share, (free, without, tuned)),
+        *(_less(tuned, other) for other in others),
+        str(len(tuned)),
+        # of cells that measured all rules: machines differ, and so does one from hour to hour
+        *_cost([*free, *without]),
+      ]
 
 
-def by_kind(cells: Cells) -> str:
+def by_kind(cells: Cells) -> Rows:
   """Accuracy by kind of question."""
+  tuned = ("progressive", "uniform", "stepwise", "heuristic", "early", "late", "average")
   choices = {
     "no compression": ("base", "heldout", "none"),
     "no compression, tuned": ("tune_none_{seed}", "heldout", "none"),
     "progressive, not tuned for": ("base", "heldout", "progressive"),
     "tuned without compression, then progressive": ("tune_none_{seed}", "heldout", "progressive"),
+    **{f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in tuned},
+    **{
+      f"{rule}, tuned for 1,200 steps": (f"longer_{rule}_{{seed}}", "heldout", rule)
+      for rule in LONGER
+    },
   }
-  tuned = ("progressive", "uniform", "stepwise", "heuristic", "early", "late", "average")
-  choices |= {f"{rule}, tuned": (f"tune_{rule}_{{seed}}", "heldout", rule) for rule in tuned}
-  choices |= {
-    f"{rule}, tuned for 1,200 steps": (f"longer_{rule}_{{seed}}", "heldout", rule)
-    for rule in LONGER
-  }
-  rows = [
-    [name, *(f"{100 * of[kind]:.0f}" for kind in KINDS)]
-    for name, of in (("chance", CHANCE), ("by any shot", ANY_SHOT))
-  ]
+  yield ["", *KINDS]
+  for name, of in (("chance", CHANCE), ("by any shot", ANY_SHOT)):
+    yield [name, *(f"{100 * of[kind]:.0f}" for kind in KINDS)]
   for name, path in choices.items():
     if found := [right(m) for m in cells.seeds(*path)]:
       kinds = ([of[:, k : k + 1] for of in found] for k in range(len(KINDS)))
-      rows.append([name, *(str(interval(one)) for one in kinds)])
-  return markdown_table(["", *KINDS], rows)
+      yield [name, *(str(interval(one)) for one in kinds)]
 
 
-def by_frames(cells: Cells) -> str:
+def by_frames(cells: Cells) -> Rows:
   """Accuracy against frames that are sampled of a longer film (paper, Figure 1)."""
   curves = {name: cells.seeds(*path) for name, path in (CURVES | LONGER_CURVES).items()}
   first = next((found[0] for found in curves.values() if found), {})  # its measures by frames
-  rows = []
+  yield ["", *(f"{n} frames" for n in first)]
   if first:
-    rows.append(["chance", *[f"{100 * np.mean(list(CHANCE.values())):.1f}"] * len(first)])
-    rows.append(["shown, else chance", *(f"{100 * bound([one]):.1f}" for one in first.values())])
+    yield ["chance", *[f"{100 * np.mean(list(CHANCE.values())):.1f}"] * len(first)]
+    yield ["shown, else chance", *(f"{100 * bound([one]):.1f}" for one in first.values())]
   for name, found in curves.items():
     if found:
-      rows.append([name, *(_share([m[n] for m in found]) for n in found[0])])
+      yield [name, *(_share([m[n] for m in found]) for n in found[0])]
   for name, other, factor in LESS:
     some, less = curves[name], curves[other]
     if some and less:
-      compared = []
-      for n in some[0]:
-        part = str(int(n) // factor)
-        compared.append(_less([m[n] for m in some], [m[part] for m in less if part in m]))
+      parts = {n: str(int(n) // factor) for n in some[0]}
       with_part = "half of the" if factor == 2 else "as many"
-      rows.append([f"{name} less {other}, with {with_part} frames", *compared])
+      yield [
+        f"{name} less {other}, with {with_part} frames",
+        *(
+          _less([m[n] for m in some], [m[part] for m in less if part in m])
+          for n, part in parts.items()
+        ),
+      ]
   for name in ("no compression", "LP-Comp, not tuned for"):  # of one cell: machines differ
     if found := curves[name]:
       spent = zip(*(_cost([one]) for one in found[0].values()))
-      rows += [[f"{name.split(',')[0]}: {what}", *values] for what, values in zip(COST, spent)]
-  return markdown_table(["", *(f"{n} frames" for n in first)], rows)
+      yield from ([f"{name.split(',')[0]}: {what}", *row] for what, row in zip(COST, spent))
 
 
-def longer(cells: Cells) -> str:
+def longer(cells: Cells) -> Rows:
   """What a tuning three times as long changes, on films of 12 scenes and on all frames of those of
   24.
   """
-  rows = []
+  names = ("films of", "rule", "400 steps", "1,200 steps", "gained")
+  yield [*names, "less none, as long", "less progressive, as long", "seeds"]
   for films_of, split, *frames in (
     ("12 scenes", "heldout"),
     ("24 scenes, 48 frames", "wide", "48"),
@@ -175,75 +172,79 @@ def longer(cells: Cells) -> str:
     for rule in LONGER:
       if long := of("longer", rule):
         short = of("tune", rule)
-        others = [short, *_reference_rules(lambda other, of=of: of("longer", other), rule)]
-        less = [_less(long, other) for other in others]
+        others = [short, *_reference_rules(functools.partial(of, "longer"), rule)]
+        less = (_less(long, other) for other in others)
         seeds = f"{len(short)} and {len(long)}"
-        rows.append([films_of, rule, _share(short), _share(long), *less, seeds])
-  names = ["films of", "rule", "400 steps", "1,200 steps", "gained"]
-  return markdown_table([*names, "less none, as long", "less progressive, as long", "seeds"], rows)
+        yield [films_of, rule, _share(short), _share(long), *less, seeds]
 
 
-def _mode_name(mode: str) -> str:
-  return mode.replace("_answer", ", the answer's row")
-
-
-def selection(cells: Cells) -> str:
-  """Accuracy and cost by mode of QC-Comp (paper, Tables 4 to 6)."""
-  rows = []
+def _by_mode(cells: Cells) -> Iterator[tuple[str, str, str, dict[str, list[Measure]]]]:
+  """Films and model, mode, how it is shown, and the measures of all modes."""
   for name, _, modes in cells.selections():
-    for mode, of in modes.items():
-      others = (f"{other}{'_answer' * mode.endswith('_answer')}" for other in ("global", "local"))
-      less = [_less(of, modes.get(other, []) if other != mode else [], True) for other in others]
-      few = str(interval([right(m, "few")[:, SINGLE] for m in of])) if "few" in of[0] else "-"
-      shown = f"{100 * bound(of):.1f}"
-      _, *spent = _cost(of)  # tokens are those of answering alone
-      rows.append([name, _mode_name(mode), _share(of), *less, shown, few, str(len(of)), *spent])
-  names = ["", "frames by", "right", "less global", "less local", "selected, else chance"]
-  return markdown_table([*names, "right from two scenes", "seeds", *COST[1:]], rows)
+    for mode in modes:
+      yield name, mode, mode.replace("_answer", ", the answer's row"), modes
 
 
-def retrieval(cells: Cells) -> str:
+def selection(cells: Cells) -> Rows:
+  """Accuracy and cost by mode of QC-Comp (paper, Tables 4 to 6)."""
+  names = ("", "frames by", "right", "less global", "less local", "selected, else chance")
+  yield [*names, "right from two scenes", "seeds", *COST[1:]]
+  for name, mode, shown, modes in _by_mode(cells):
+    of = modes[mode]
+    others = (f"{other}{'_answer' * mode.endswith('_answer')}" for other in ("global", "local"))
+    yield [
+      name,
+      shown,
+      _share(of),
+      *(_less(of, modes.get(other, []) if other != mode else [], True) for other in others),
+      f"{100 * bound(of):.1f}",
+      str(interval([right(m, "few")[:, SINGLE] for m in of])) if "few" in of[0] else "-",
+      str(len(of)),
+      *_cost(of)[1:],  # tokens are those of answering alone
+    ]
+
+
+def retrieval(cells: Cells) -> Rows:
   """How often QC-Comp selects all that is needed, and how often the one scene that is has the
   highest score.
   """
-  rows = []
-  for name, _, modes in cells.selections():
-    for mode, of in modes.items():
-      first = ["-"] * 3
-      if mode not in ("uniform", "official"):  # the official mode scores four scenes together
-        own = [ranked_first(m) for m in of]
-        kinds = ", ".join(f"{100 * share:.0f}" for share in np.mean(own, axis=(0, 1)))
-        first = [str(interval(own)), str(interval([ranked_first(m, "other") for m in of])), kinds]
-      rows.append([name, _mode_name(mode), _share(of, "hits"), *first])
-  names = ["", "frames by", "all that is needed selected", "needed scene first"]
   kinds = ", ".join(kind for kind, one in zip(KINDS, SINGLE) if one)
-  return markdown_table([*names, "by another question's scores", f"first, by kind ({kinds})"], rows)
+  names = ("", "frames by", "all that is needed selected", "needed scene first")
+  yield [*names, "by another question's scores", f"first, by kind ({kinds})"]
+  for name, mode, shown, modes in _by_mode(cells):
+    first = ["-"] * 3
+    if mode not in ("uniform", "official"):  # the official mode scores four scenes together
+      own, other = ([ranked_first(m, by) for m in modes[mode]] for by in ("rank", "other"))
+      shares = np.mean(own, axis=(0, 1))  # [kinds]
+      first = [
+        str(interval(own)),
+        str(interval(other)),
+        ", ".join(f"{100 * s:.0f}" for s in shares),
+      ]
+    yield [name, shown, _share(modes[mode], "hits"), *first]
 
 
-def position_bias(cells: Cells) -> str:
+def position_bias(cells: Cells) -> Rows:
   """Position bias: what happens to the one scene that is needed, by the quarter of the film that it
   is in.
   """
-  rows = []
-  for name, place, modes in cells.selections():
-    for mode, of in modes.items():
-      if mode in ("uniform", "official"):
-        continue
+  names = ("", "frames by", *QUARTERS, "last less first")
+  yield [*names, "selected, by quarter", "score, by quarter"]
+  places = {name: place for name, place, _ in cells.selections()}
+  for name, mode, shown, modes in _by_mode(cells):
+    if mode not in ("uniform", "official"):
+      of, place = modes[mode], places[name]
       first = by_quarter(place, [ranked_first(m) for m in of])
       hits = by_quarter(place, [right(m, "hits")[:, SINGLE] for m in of])
       scores = by_quarter(place, [single(m["score"]) for m in of])
-      rows.append(
-        [
-          name,
-          _mode_name(mode),
-          *(str(interval(one)) for one in first),
-          str(interval(first[-1], first[0], same=True)),
-          ", ".join(f"{100 * np.nanmean(one):.0f}" for one in hits),
-          ", ".join(f"{np.nanmean(one):.1f}" for one in scores),
-        ]
-      )
-  names = ["", "frames by", *QUARTERS, "last less first", "selected, by quarter"]
-  return markdown_table([*names, "score, by quarter"], rows)
+      yield [
+        name,
+        shown,
+        *(str(interval(one)) for one in first),
+        str(interval(first[-1], first[0], same=True)),
+        ", ".join(f"{100 * np.nanmean(one):.0f}" for one in hits),
+        ", ".join(f"{np.nanmean(one):.1f}" for one in scores),
+      ]
 
 
 TABLES = {
@@ -274,7 +275,7 @@ def report_findings(
       f"{folder} has no cells to report; the same command without --report makes them",
       where=folder,
     )
-  made = {name: table(cells) for name, table in TABLES.items()}
+  made = {name: markdown_table(table(cells)) for name, table in TABLES.items()}
   text = "\n\n".join(f"{name}\n{table}" for name, table in made.items())
   print(text)
   if page is not None and page.exists():

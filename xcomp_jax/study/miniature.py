@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xcomp_jax import demo
-from xcomp_jax.config import LPCompConfig, RunConfig
+from xcomp_jax.config import LPCompConfig
 from xcomp_jax.config_io import to_dict
 from xcomp_jax.data import prompt
 from xcomp_jax.data.store import Store, open_store
@@ -79,20 +79,15 @@ class AskedFilm(NamedTuple):
   scenes: Sequence[int]
 
 
-def study_config(variant: str, changes: Mapping[str, Any]) -> RunConfig:
-  """A variant of configs/study.py with other values."""
-  return demo.configured(f"{CONFIG}:{variant}", changes)
-
-
 def variant_settings(variant: str, changes: Mapping[str, Any]) -> dict[str, Any]:
   """What a model that is trained by a variant depends on, but for its rule."""
-  config = to_dict(study_config(variant, changes))
+  config = to_dict(demo.configured(f"{CONFIG}:{variant}", changes))
   return {part: config[part] for part in ("data", "optim", "train")}
 
 
 def study_rule(name: str) -> LPCompConfig:
   """One of configs/study.py."""
-  return study_config(name, {}).lp_comp
+  return demo.configured(f"{CONFIG}:{name}", {}).lp_comp
 
 
 def train_variant(folder: pathlib.Path, variant: str, changes: Mapping[str, Any]) -> pathlib.Path:
