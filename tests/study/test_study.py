@@ -103,10 +103,20 @@ def cell(name, do, splits=(), rules=()):
   return study.StudyCell(name=name, splits=splits, rules=rules, do=do)
 
 
+def noting(done, name, splits=(), rules=()):
+  """A cell that notes when it is done."""
+
+  def do():
+    done.append(name)
+    return {"of": name}
+
+  return cell(name, do, splits, rules)
+
+
 @pytest.mark.pure
 def test_a_cell_that_is_there_is_not_done_again(tmp_path):
   done = []
-  every = [cell(n, lambda n=n: done.append(n) or {"of": n}) for n in ("a", "b_1", "b_2")]
+  every = [noting(done, name) for name in ("a", "b_1", "b_2")]
   its, where = quick_in(tmp_path / "work"), tmp_path / "cells"
   study.run_cells(its, every, where, "b")
   assert done == ["b_1", "b_2"]
@@ -157,10 +167,7 @@ def uniform_rule(name):
 
 def test_what_was_made_otherwise_is_refused(tmp_path, another):
   done = []
-  every = [
-    cell(name, lambda name=name: done.append(name) or {}, [split], ["early"])
-    for name, split in (("a", "heldout"), ("b", "long"))
-  ]
+  every = [noting(done, "a", ["heldout"], ["early"]), noting(done, "b", ["long"], ["early"])]
 
   def run(preset=miniature.PRESETS["quick"], **how):
     its = WithoutFilms(tmp_path / "work", preset, **how)

@@ -1,5 +1,6 @@
 """From answers to scores: results.json, samples.jsonl and the table."""
 
+import collections
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +18,9 @@ def results(
   about: dict[str, Any],
 ) -> dict[str, Any]:
   """All that results.json holds; about: where the questions come from."""
-  spent: dict[str, float] = {}
+  spent = collections.Counter()  # seconds by what they went into
   for w in asked:
-    for name, seconds in answers.lines[w.key].get("seconds", {}).items():
-      spent[name] = spent.get(name, 0.0) + seconds
+    spent.update(answers.lines[w.key].get("seconds", {}))
   pairs = ((q, answers.answer(w)) for q, w in zip(questions, asked, strict=True))
   return {
     "task": task.name,
@@ -48,22 +48,26 @@ def sample_lines(
 
 def results_table(found: dict[str, Any]) -> str:
   """Results for people."""
-  score, counts = found["score"], found["score"]["counts"]
-  lines = [
-    f"{found['task']}: micro {score['micro']:.2f}%, macro over {score['macro_over']} "
-    f"{score['macro']:.2f}%"
-  ]
-  lines.append(", ".join(f"{n} {name}" for name, n in counts.items()))
-  for kind, cells in score["groups"].items():
-    for name, cell in cells.items():
-      lines.append(
+  score = found["score"]
+  cells = (
+    (kind, name, cell) for kind, names in score["groups"].items() for name, cell in names.items()
+  )
+  return "\n".join(
+    [
+      f"{found['task']}: micro {score['micro']:.2f}%, macro over {score['macro_over']} "
+      f"{score['macro']:.2f}%",
+      ", ".join(f"{n} {name}" for name, n in score["counts"].items()),
+      *(
         f"  {kind}: {name:40} {cell['accuracy']:6.2f}%  {cell['right']} of {cell['counted']}"
-      )
-  lines += [
-    f"  failed: {f['video']} ({f['questions']} questions): {f['error']}" for f in found["failed"]
-  ]
-  lines += [
-    f"  its last {lost:.2f} seconds could not be read: {video}"
-    for video, lost in found["shortened"].items()
-  ]
-  return "\n".join(lines)
+        for kind, name, cell in cells
+      ),
+      *(
+        f"  failed: {f['video']} ({f['questions']} questions): {f['error']}"
+        for f in found["failed"]
+      ),
+      *(
+        f"  its last {lost:.2f} seconds could not be read: {video}"
+        for video, lost in found["shortened"].items()
+      ),
+    ]
+  )
