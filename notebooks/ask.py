@@ -104,7 +104,12 @@ if video and not question.strip():
 if not video:
   made = out / f"world_{scenes}"
   if not made.exists():
-    world.write_world(made, [world.WorldSplit("heldout", 1, scenes, scenes, 4)], seed=5, workers=1)
+    world.write_world(
+      made,
+      [world.WorldSplit(name="heldout", videos=1, fewest=scenes, most=scenes, questions=4)],
+      seed=5,
+      workers=1,
+    )
   (annotation,) = world.read_split(made, "heldout")
   path = str(made / "heldout" / annotation["video"])
   questions, truths, shown = zip(*world.questions_in(annotation), strict=True)

@@ -112,7 +112,12 @@ print(
 model = watching.load()
 made = out / "world"
 if not made.exists():
-  world.write_world(made, [world.WorldSplit("heldout", 1, 1, 1, 4)], seed=1, workers=1)
+  world.write_world(
+    made,
+    [world.WorldSplit(name="heldout", videos=1, fewest=1, most=1, questions=4)],
+    seed=1,
+    workers=1,
+  )
 (annotation,) = world.read_split(made, "heldout")
 path = str(made / "heldout" / annotation["video"])
 with watching.precision():

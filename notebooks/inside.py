@@ -106,7 +106,12 @@ model, layers = models["not tuned"], watching.cfg.llm.layers
 
 made = out / f"world_{videos}"
 if not made.exists():
-  world.write_world(made, [world.WorldSplit("heldout", videos, 4, 6, 4)], seed=7, workers=2)
+  world.write_world(
+    made,
+    [world.WorldSplit(name="heldout", videos=videos, fewest=4, most=6, questions=4)],
+    seed=7,
+    workers=2,
+  )
 batches, truths = [], []
 with watching.precision():
   for annotation in world.read_split(made, "heldout"):

@@ -91,7 +91,7 @@ plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
 demo.clear(out, demo.MADE)
 splits = [
-  world.WorldSplit("train", videos, 4, 6, 4),
+  world.WorldSplit(name="train", videos=videos, fewest=4, most=6, questions=4),
   dataclasses.replace(demo.HELDOUT, videos=heldout),
 ]
 world.write_world(out / "world", splits, seed=demo.SEED, workers=2)

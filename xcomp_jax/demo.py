@@ -10,17 +10,17 @@ Run it where configs/ and assets/ are. `make demo` and `make base` do.
 
 import argparse
 import dataclasses
-import math
 import pathlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, sem
 
-from xcomp_jax import ask, export
+from xcomp_jax import ask, export, predecode
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.cli import command
 from xcomp_jax.config import LPCompConfig, RunConfig
@@ -37,11 +37,11 @@ from xcomp_jax.training import loop
 BASE = "assets/tiny"
 ROWS = 8  # questions that are evaluated at once
 STAGES = {  # of the base's training: the worlds of configs/base.py's variants
-  "see": world.WorldSplit("train", 5000, 1, 1, 0),
-  "answer": world.WorldSplit("train", 8000, 1, 1, 4),
-  "find": world.WorldSplit("train", 4800, 2, 6, 4),
+  "see": world.WorldSplit(name="train", videos=5000, fewest=1, most=1, questions=0),
+  "answer": world.WorldSplit(name="train", videos=8000, fewest=1, most=1, questions=4),
+  "find": world.WorldSplit(name="train", videos=4800, fewest=2, most=6, questions=4),
 }
-HELDOUT = world.WorldSplit("heldout", 400, 4, 6, 1)
+HELDOUT = world.WorldSplit(name="heldout", videos=400, fewest=4, most=6, questions=1)
 SEED = 3  # of the videos shown; settings were picked on those of seed 2
 MADE = ("world", "data", "start", "run", "export")  # folders of the demo, in the order of making
 STAGE_MADE = ("world", "train", "run", "model")  # likewise of a stage of the base's training
@@ -55,12 +55,12 @@ def clear(folder: pathlib.Path, made: Sequence[str]) -> None:
         shutil.rmtree(path)
 
 
-def gain(before: np.ndarray, after: np.ndarray, z: float = 1.96) -> tuple[float, float, float]:
+def gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
   """Mean difference of two bool[n] of answers to the same questions, and its 95% interval (normal,
   paired).
   """
   change = after.astype(float) - before
-  half = z * change.std(ddof=1) / math.sqrt(len(change))
+  half = 1.96 * sem(change)
   return change.mean(), change.mean() - half, change.mean() + half
 
 
@@ -98,16 +98,76 @@ def watched(model: vlm.VLM, data: Blend, example: Example) -> Example:
   return dataclasses.replace(example, visual=clips.reshape(example.frames, -1, clips.shape[-1]))
 
 
-def decode_world(source: pathlib.Path, out: pathlib.Path, split: str) -> None:
-  """Pre-decodes a world's split at the base's input size."""
+def decode_world(
+  source: pathlib.Path,
+  out: pathlib.Path,
+  split: str,
+  *,
+  sizes: Mapping[str, Any] = world.MODEL,
+  tower: str | None = None,
+  chunk: int | None = None,
+) -> None:
+  """Pre-decodes a split of a world, or of films, at the input size of a base.
+
+  sizes: of the base. tower: checkpoint whose features are stored in place of frames, so many clips
+  (`chunk`) at a time.
+  """
   settings = predecoding.FrameSettings(
-    image_size=world.MODEL["tiny_vision"]["image_size"],
+    image_size=sizes["tiny_vision"]["image_size"],
     max_frames=1024,
-    min_frames=8,
+    min_frames=sizes["mm_local_num_frames"],
     fps=world.FPS,
-    clip_frames=world.FRAMES,
+    clip_frames=sizes["mm_local_num_frames"],
   )
-  predecoding.predecode(source / f"{split}.yaml", out, settings, root=source, workers=2)
+  made = predecode.load_tower(tower, settings, chunk) if tower else None
+  mixture = source / f"{split}.yaml"
+  predecoding.predecode(mixture, out, settings, root=source, workers=2, tower=made)
+
+
+def configured(config: str, changes: Mapping[str, Any]) -> RunConfig:
+  """The config of FILE:VARIANT, with other values of keys such as "data.train"."""
+  overrides = (f"--config.{key}={value}" for key, value in changes.items())
+  return from_command_line(["demo", f"--config={config}", *overrides])
+
+
+def train_exported(folder: pathlib.Path, config: str, changes: Mapping[str, Any]) -> pathlib.Path:
+  """folder/model, trained in folder/run by FILE:VARIANT with changes; goes on with a run that was
+  stopped.
+  """
+  run, model = folder / "run", folder / "model"
+  loop.run_whole(configured(config, {"workdir": run, **changes}))
+  export.main(["--checkpoint", str(run), "--format=torch", "--out", str(model)])
+  return model
+
+
+def train_base(
+  out: pathlib.Path,
+  stages: Iterable[str],
+  *,
+  data: Callable[[pathlib.Path, str, pathlib.Path], pathlib.Path],
+  train: Callable[[pathlib.Path, str, Mapping[str, Any]], pathlib.Path],
+  sizes: Mapping[str, Any],
+  words: Sequence[str],
+  silent_layers: bool = False,
+) -> pathlib.Path:
+  """Trains a base from nothing; every stage starts from the last one's model, which is returned.
+
+  Args:
+    out: folder of the untrained model and of the stages.
+    stages: variants of a config, in their order.
+    data: (folder of the stage, stage, checkpoint before it) to the data that it is trained on.
+    train: (folder, stage, changes of the config) to the stage's model.
+    sizes: of the model, as in config.json.
+    words: that its tokenizer learns.
+    silent_layers: see `world.write_untrained`.
+  """
+  before = out / "init"
+  if not before.exists():
+    world.write_untrained(before, 0, sizes, words, silent_layers=silent_layers)
+  for stage in stages:
+    shown = data(out / stage, stage, before)
+    before = train(out / stage, stage, {"init_from": before, "data.train": shown})
+  return before
 
 
 def run_demo(out: pathlib.Path, videos: int, steps: int | None) -> None:
@@ -119,9 +179,8 @@ def run_demo(out: pathlib.Path, videos: int, steps: int | None) -> None:
 
   clear(out, MADE)
   say("making videos")
-  world.write_world(
-    out / "world", [world.WorldSplit("train", videos, 4, 6, 4), HELDOUT], seed=SEED, workers=2
-  )
+  train = world.WorldSplit(name="train", videos=videos, fewest=4, most=6, questions=4)
+  world.write_world(out / "world", [train, HELDOUT], seed=SEED, workers=2)
   for split in ("train", "heldout"):
     decode_world(out / "world", out / "data" / split, split)
   say("converting the base model")
@@ -133,9 +192,7 @@ def run_demo(out: pathlib.Path, videos: int, steps: int | None) -> None:
     "data.heldout": out / "data/heldout",
     **({} if steps is None else {"train.steps": steps}),
   }
-  config = from_command_line(
-    ["demo", "--config=configs/sct.py:tiny", *(f"--config.{k}={v}" for k, v in overrides.items())]
-  )
+  config = configured("configs/sct.py:tiny", overrides)
   table = []
 
   def measure(name: str, checkpoint: pathlib.Path, lp_comp: LPCompConfig) -> np.ndarray:
@@ -183,26 +240,20 @@ def run_demo(out: pathlib.Path, videos: int, steps: int | None) -> None:
 
 def train_tiny_base(out: pathlib.Path) -> None:
   """The base's stages; the result is out/find/model."""
-  before = out / "init"
+
+  def videos(folder, stage, before):
+    clear(folder, STAGE_MADE)
+    seed = 100 + list(STAGES).index(stage)
+    world.write_world(folder / "world", [STAGES[stage]], seed=seed, workers=2)
+    decode_world(folder / "world", folder / "train", "train")
+    return folder / "train"
+
+  def train(folder, stage, changes):
+    return train_exported(folder, f"configs/base.py:{stage}", changes)
+
   clear(out, ("init",))
-  world.write_untrained(before, 0, world.MODEL, world.world_words())
-  for number, (name, split) in enumerate(STAGES.items()):
-    stage = out / name
-    clear(stage, STAGE_MADE)
-    world.write_world(stage / "world", [split], seed=100 + number, workers=2)
-    decode_world(stage / "world", stage / "train", "train")
-    paths = {"init_from": before, "workdir": stage / "run", "data.train": stage / "train"}
-    loop.run_whole(
-      from_command_line(
-        [
-          "demo",
-          f"--config=configs/base.py:{name}",
-          *(f"--config.{k}={v}" for k, v in paths.items()),
-        ]
-      )
-    )
-    before = stage / "model"
-    export.main(["--checkpoint", str(stage / "run"), "--format=torch", "--out", str(before)])
+  words = world.world_words()
+  train_base(out, STAGES, data=videos, train=train, sizes=world.MODEL, words=words)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -229,7 +280,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"--out {out} holds what no demo has made; choose another folder, or remove it"
       )
     with alone(out, "demo"):
-      (train_tiny_base(out) if f.base else run_demo(out, f.videos, f.steps))
+      if f.base:
+        train_tiny_base(out)
+      else:
+        run_demo(out, f.videos, f.steps)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,25 @@ import argparse
 import hashlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from xcomp_jax import cli, files
 from xcomp_jax.evaluation import benchmarks
+from xcomp_jax.evaluation.answers import Answers, Wanted, parse_share
 from xcomp_jax.evaluation.benchmarks import TASKS, BenchmarkQuestion, Task
 from xcomp_jax.evaluation.presets import preset
-from xcomp_jax.evaluation.runner import Answers, answer_wanted, parse_share
-from xcomp_jax.evaluation.scores import results, results_table, sample_lines, wanted
+from xcomp_jax.evaluation.runner import answer_wanted
+from xcomp_jax.evaluation.scores import results, results_table, sample_lines
 from xcomp_jax.files import expanduser
-from xcomp_jax.inference.video_model import COMPILED, add_options, prepare_model, settings_of
+from xcomp_jax.inference.video_model import (
+  COMPILED,
+  AskSettings,
+  VideoModel,
+  add_options,
+  prepare_model,
+  settings_of,
+)
 from xcomp_jax.inputs import number
 
 
@@ -58,35 +66,35 @@ def questions_of_command(
   about = {"annotations": source.name, "questions": len(questions), "questions_identity": digest}
   about |= {"preset": args.preset, "limit": args.limit}
   questions = questions[: args.limit]
-  for note in filter(
-    None, (benchmarks.unanswerable(questions), benchmarks.missing(videos, questions))
-  ):
-    print(note, file=sys.stderr)
+  benchmarks.say_doubts(videos, questions)
   return questions, about
 
 
-def evaluate_command(args: argparse.Namespace) -> dict[str, Any] | None:
+def evaluate_command(
+  args: argparse.Namespace,
+  *,
+  prepare: Callable[[AskSettings], VideoModel] = prepare_model,
+  folder: Callable[..., Answers] = Answers,
+  **parts: Any,
+) -> dict[str, Any] | None:
   """The command's work; results, or None where other shares are not done yet.
+
+  prepare, folder: make the model and the folder of answers. parts: see `answer_wanted`.
 
   Raises:
     CheckpointError, ConfigError, TaskError, AnswersError, OSError: bad arguments, by name.
   """
   cli.keep_compiled(args.compilation_cache, COMPILED)
-  task, share, out = TASKS[args.task], parse_share(args.share), pathlib.Path(args.out)
-  files.apart(
-    {"--out": out},
-    {
-      f"--{name}": getattr(args, name)
-      for name in ("annotations", "videos", "subtitles", "checkpoint")
-    },
-  )
+  task, share = TASKS[args.task], parse_share(args.share)
+  out, videos = pathlib.Path(args.out), pathlib.Path(args.videos)
+  read = ("annotations", "videos", "subtitles", "checkpoint")
+  files.apart({"--out": out}, {f"--{name}": getattr(args, name) for name in read})
   questions, about = questions_of_command(args, task)
-  asked = wanted(questions, pathlib.Path(args.videos))
-  reader = prepare_model(settings_of(args))
+  asked = [Wanted(benchmarks.find_video(videos, q), q.prompt, q.start, q.end) for q in questions]
+  reader = prepare(settings_of(args))
   print(reader.introduce(), file=sys.stderr)
   how = {name: getattr(args, name) for name in ("batch", "devices", "each_alone")}
-  answers = Answers(out, reader, share, how=how)
-  with answers:
+  with folder(out, reader, share, how=how) as answers:
     answer_wanted(
       reader,
       asked,
@@ -96,6 +104,7 @@ def evaluate_command(args: argparse.Namespace) -> dict[str, Any] | None:
       ahead=args.ahead,
       batch=args.batch,
       once=not args.each_alone,
+      **parts,
     )
   answers.read()
   if left := answers.missing(asked):
@@ -103,11 +112,9 @@ def evaluate_command(args: argparse.Namespace) -> dict[str, Any] | None:
     print(f"{rest}; the last one writes {out / 'results.json'}", file=sys.stderr)
     return None
   found = results(task, questions, asked, answers, about)
+  lines = sample_lines(task, questions, asked, answers)
   # as in `Answers`
-  files.write_file(
-    out / "samples.jsonl",
-    sample_lines(task, questions, asked, answers).encode("utf-8", "backslashreplace"),
-  )
+  files.write_file(out / "samples.jsonl", lines.encode("utf-8", "backslashreplace"))
   files.write_json(out / "results.json", found, indent=2)
   return found
 
@@ -166,12 +173,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, **parts: Any) -> None:
   """The command; an error, or questions that could not be asked, is one line on stderr and exit
   code 1.
+
+  parts: see `evaluate_command`.
   """
   with cli.command(interrupted="interrupted; the same command continues"):
-    found = evaluate_command(parse(argv))
+    found = evaluate_command(parse(argv), **parts)
     if found:
       print(results_table(found))
     if found and (failed := sum(f["questions"] for f in found["failed"])):

@@ -26,7 +26,12 @@ def test_a_later_question_leaves_out_the_tower_and_the_visual_rounds():
 
 
 def test_needles_count_the_clips_that_were_kept(tmp_path):
-  world.write_world(tmp_path / "w", [world.WorldSplit("heldout", 1, 16, 16, 4)], seed=0, workers=1)
+  world.write_world(
+    tmp_path / "w",
+    [world.WorldSplit(name="heldout", videos=1, fewest=16, most=16, questions=4)],
+    seed=0,
+    workers=1,
+  )
   asked = qc.needles(BASE, tmp_path / "w", ("local",), kept=64)
   assert set(asked) == {"local", "uniform"} and all(n == 4 for _, n in asked.values())
   (annotation,) = world.read_split(tmp_path / "w", "heldout")

@@ -7,19 +7,26 @@ import pathlib
 
 import pytest
 
+from xcomp_jax.evaluation.annotations import TaskError
 from xcomp_jax.evaluation.benchmarks import (
-  CLOSING,
   TASKS,
   BenchmarkQuestion,
-  TaskError,
-  any_letter,
-  bracketed_letter,
   find_video,
-  first_capital,
   read_questions,
   score_answers,
   unanswerable,
 )
+from xcomp_jax.evaluation.protocol import CLOSING, any_letter, bracketed_letter, first_capital
+
+pytestmark = pytest.mark.pure
+
+
+def refused(task, file, *subtitles):
+  """What is said of each bad question of a file, as fields."""
+  with pytest.raises(TaskError) as caught:
+    read_questions(TASKS[task], file, *subtitles)
+  assert caught.value.fields["where"] == file
+  return caught.value.fields["faults"]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +78,11 @@ def test_prompts_of_the_other_benchmarks(benchmarks, prompts, tmp_path):
     )
     (question,) = read_questions(TASKS["longvideobench"], tmp_path / "lvb.json", tmp_path)
     assert question.prompt == wanted and question.answer == "C" and len(question.options) == 5
-  with pytest.raises(TaskError, match=r"question 0: .*--subtitles"):
-    read_questions(TASKS["longvideobench"], tmp_path / "lvb.json")
+  assert refused("longvideobench", tmp_path / "lvb.json") == [
+    {"where": "--subtitles", "file": "lvb.json", "questions": [0]}
+  ]
+  (missing,) = refused("longvideobench", tmp_path / "lvb.json", tmp_path / "nowhere")
+  assert missing["where"] == tmp_path / "nowhere" / "y_en.json"
 
 
 def test_answers_of_many_shapes_count_as_the_release_counts_them(benchmarks):
@@ -101,7 +111,12 @@ def test_answers_by_hand(answer, letter):
 
 def question(i, answer="A", **groups):
   return BenchmarkQuestion(
-    str(i), ("v",), "?", ("x", "y", "z", "w"), answer, groups or {"task": "one"}
+    id=str(i),
+    videos=("v",),
+    prompt="?",
+    options=("x", "y", "z", "w"),
+    answer=answer,
+    groups=groups or {"task": "one"},
   )
 
 
@@ -189,17 +204,26 @@ def test_only_long_videos_of_videomme(benchmarks, tmp_path):
   )
   assert len(read_questions(TASKS["videomme_long"], tmp_path / "v.json")) == 1
   (tmp_path / "v.json").write_text(json.dumps([made | {"duration": "short"}]))
-  with pytest.raises(TaskError, match="holds no question"):
+  with pytest.raises(TaskError) as caught:
     read_questions(TASKS["videomme_long"], tmp_path / "v.json")
+  assert caught.value.fields == {"where": tmp_path / "v.json", "found": 0}
 
 
-@pytest.mark.parametrize(
-  "text,words",
-  [("[{}]", "question 0"), ("[3]", "question 0"), ("{", "is no JSON"), ("[]", "no question")],
-)
-def test_annotations_of_another_kind_are_refused(tmp_path, text, words):
+@pytest.mark.parametrize("text,where", [("[{}]", "candidates"), ("[3]", "TypeError")])
+def test_annotations_of_another_kind_are_refused(tmp_path, text, where):
   (tmp_path / "x.json").write_text(text)
-  with pytest.raises(TaskError, match=words):
+  assert refused("lvbench", tmp_path / "x.json") == [
+    {"where": where, "file": "x.json", "questions": [0]}
+  ]
+
+
+def test_annotations_that_are_no_json_or_empty_are_refused(tmp_path):
+  (tmp_path / "x.json").write_text("[]")
+  with pytest.raises(TaskError) as caught:
+    read_questions(TASKS["lvbench"], tmp_path / "x.json")
+  assert caught.value.fields == {"where": tmp_path / "x.json", "found": 0}
+  (tmp_path / "x.json").write_text("{")
+  with pytest.raises(TaskError, match=r"x\.json, line 1, is no JSON"):
     read_questions(TASKS["lvbench"], tmp_path / "x.json")
 
 
@@ -210,7 +234,7 @@ def test_annotations_that_are_no_utf8_are_named(tmp_path):
 
 
 def test_videos_are_found_with_and_without_their_suffix(tmp_path):
-  asked = BenchmarkQuestion("0", ("a/film", "film"), "", (), "A", {})
+  asked = BenchmarkQuestion(videos=("a/film", "film"), prompt="", options=(), answer="A", groups={})
   assert find_video(tmp_path, asked) == tmp_path / "a" / "film"  # nowhere: the likeliest
   (tmp_path / "film.mkv").touch()
   assert find_video(tmp_path, asked) == tmp_path / "film.mkv"
@@ -251,15 +275,19 @@ def test_truths_that_are_no_letters_are_all_listed_in_their_order(tmp_path):
       r"^\S+/q.json has bad questions:\n  .*, questions 1, 4: its answer 'blue' is none of "
       r"the letters A to C; write one.*\n  .*, question 2: .*'D'.*\n  .*, question 3: .*''"
     ),
-  ):
+  ) as caught:
     letters(tmp_path, "A", "blue", "D", "", "blue")
-  with pytest.raises(TaskError, match=r"q.json, question 0: its answer 'a blue one'"):
+  wrong = {"where": "answer", "allowed": "ABC", "file": "q.json"}
+  assert caught.value.fields["faults"] == [
+    wrong | {"value": value, "questions": n}
+    for value, n in (("blue", [1, 4]), ("D", [2]), ("", [3]))
+  ]
+  with pytest.raises(TaskError) as caught:
     letters(tmp_path, "a blue one")
-  with pytest.raises(
-    TaskError, match=r"q.json, question 0: no annotation of letters: it has no 'video'"
-  ):
-    (tmp_path / "q.json").write_text(json.dumps([{"question": "?", "answer": "A"}]))
-    read_questions(TASKS["letters"], tmp_path / "q.json")
+  assert caught.value.fields["faults"] == [wrong | {"value": "a blue one", "questions": [0]}]
+  (tmp_path / "q.json").write_text(json.dumps([{"question": "?", "answer": "A"}]))
+  (missing,) = refused("letters", tmp_path / "q.json")
+  assert missing == {"where": "video", "file": "q.json", "questions": [0]}
 
 
 def test_conversations_of_roles_are_read_and_others_refused(tmp_path):
@@ -268,21 +296,24 @@ def test_conversations_of_roles_are_read_and_others_refused(tmp_path):
     {"role": "user", "content": "<image>\nWhich?"},
     {"role": "assistant", "content": "(A)"},
   ]
-  for talk, words in (
-    (turns, None),
-    (turns[:2], "does not end with an answer"),
-    (turns[1:2] * 2, "turn 1 of the conversation is {'from': 'user'"),
-    ([turns[1], {"role": "assistant", "content": [{"type": "text"}]}], "turn 1"),
-    ([], "does not end"),
-    ([3], "AttributeError"),
+  file = tmp_path / "q.json"
+
+  def write(talk):
+    file.write_text(json.dumps([{"video": "v.mp4", "messages": talk}]))
+
+  write(turns)
+  (question,) = read_questions(TASKS["letters"], file)
+  assert (question.prompt, question.answer) == ("Which?", "A")
+  said = {"where": "conversations"}
+  for talk, fields in (
+    (turns[:2], said | {"turns": 1}),
+    (turns[1:2] * 2, said | {"turn": 1}),
+    ([turns[1], {"role": "assistant", "content": [{"type": "text"}]}], said | {"turn": 1}),
+    ([], said | {"turns": 0}),
+    ([3], {"where": "AttributeError"}),
   ):
-    (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "messages": talk}]))
-    if words is None:
-      (question,) = read_questions(TASKS["letters"], tmp_path / "q.json")
-      assert (question.prompt, question.answer) == ("Which?", "A")
-    else:
-      with pytest.raises(TaskError, match=f"question 0: .*{words}"):
-        read_questions(TASKS["letters"], tmp_path / "q.json")
+    write(talk)
+    assert refused("letters", file) == [{**fields, "file": "q.json", "questions": [0]}]
 
 
 def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
@@ -297,47 +328,51 @@ def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
     "1 of 2 questions have an answer that is none"
   )
   (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": "E"}]))
-  with pytest.raises(TaskError, match="no question's answer is one of its options"):
+  with pytest.raises(TaskError) as caught:
     read_questions(TASKS["mlvu"], tmp_path / "4_count.json")
+  assert caught.value.fields == {"where": tmp_path / "4_count.json", "found": 1}
   made = json.loads((benchmarks / "others.json").read_text())
   (tmp_path / "v.json").write_text(json.dumps([made["videomme_long"] | {"answer": "(c)"}]))
   assert read_questions(TASKS["videomme_long"], tmp_path / "v.json")[0].answer == "C"
   (tmp_path / "y_en.json").write_text(json.dumps(made["subtitles"]))
-  for choice, words in (
-    ("b", None),
-    (-1, "its answer -1 is none of the letters A to E"),
-    (5, "answer 5"),
-  ):
-    (tmp_path / "l.json").write_text(
-      json.dumps([made["longvideobench"] | {"correct_choice": choice}])
-    )
-    if words:
-      with pytest.raises(TaskError, match=words):
-        read_questions(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)
-    else:
-      assert read_questions(TASKS["longvideobench"], tmp_path / "l.json", tmp_path)[0].answer == "B"
+
+  def choose(choice):
+    item = made["longvideobench"] | {"correct_choice": choice}
+    (tmp_path / "l.json").write_text(json.dumps([item]))
+    return tmp_path / "l.json"
+
+  (question,) = read_questions(TASKS["longvideobench"], choose("b"), tmp_path)
+  assert question.answer == "B"
+  for choice in (-1, 5):
+    (wrong,) = refused("longvideobench", choose(choice), tmp_path)
+    assert (wrong["where"], wrong["value"], wrong["allowed"]) == ("answer", choice, "ABCDE")
+
+
+def one_question(tmp_path, **about):
+  """A file with a question about a video."""
+  item = {"question": "Which?\n(A) red\n(B) blue", "answer": "A", **about}
+  (tmp_path / "q.json").write_text(json.dumps([item]))
+  return tmp_path / "q.json"
+
+
+@pytest.mark.parametrize("video", [{"video": ["v.mp4"]}, {"videos": ["v.mp4"], "video": None}])
+def test_videos_of_questions_may_be_lists_of_one(tmp_path, video):
+  (question,) = read_questions(TASKS["letters"], one_question(tmp_path, **video))
+  assert question.videos == ("v.mp4",)
 
 
 @pytest.mark.parametrize(
-  "video, words",
+  "video, where, value",
   [
-    ({"video": ["v.mp4"]}, None),
-    ({"videos": ["v.mp4"], "video": None}, None),
-    ({"video": ["a.mp4", "b.mp4"]}, "it must have one video, the name of a file"),
-    ({"video": 3}, "it must have one video"),
-    ({"video": "v.mp4", "start": "1"}, "its start is '1'; write seconds"),
+    ({"video": ["a.mp4", "b.mp4"]}, "video", ["a.mp4", "b.mp4"]),
+    ({"video": 3}, "video", [3]),
+    ({"video": "v.mp4", "start": "1"}, "start", "1"),
+    ({"video": "v.mp4", "end": [2]}, "end", [2]),
   ],
 )
-def test_videos_of_questions_are_one_file(tmp_path, video, words):
-  (tmp_path / "q.json").write_text(
-    json.dumps([video | {"question": "Which?\n(A) red\n(B) blue", "answer": "A"}])
-  )
-  if words:
-    with pytest.raises(TaskError, match=words):
-      read_questions(TASKS["letters"], tmp_path / "q.json")
-  else:
-    (question,) = read_questions(TASKS["letters"], tmp_path / "q.json")
-    assert question.videos == ("v.mp4",)
+def test_videos_of_questions_are_one_file(tmp_path, video, where, value):
+  (wrong,) = refused("letters", one_question(tmp_path, **video))
+  assert wrong == {"where": where, "value": value, "file": "q.json", "questions": [0]}
 
 
 def test_a_place_for_frames_inside_a_question_is_refused(tmp_path):
@@ -346,5 +381,5 @@ def test_a_place_for_frames_inside_a_question_is_refused(tmp_path):
     {"from": "gpt", "value": "A"},
   ]
   (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "conversations": talk}]))
-  with pytest.raises(TaskError, match="<video> is inside a question; leave it out"):
-    read_questions(TASKS["letters"], tmp_path / "q.json")
+  (wrong,) = refused("letters", tmp_path / "q.json")
+  assert (wrong["where"], wrong["found"]) == ("conversations", "<video>")

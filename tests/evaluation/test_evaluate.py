@@ -2,6 +2,7 @@
 being stopped.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from typing import ClassVar
 
 import cv2
 import jax
@@ -20,11 +22,13 @@ import pytest
 
 from xcomp_jax import ask, evaluate
 from xcomp_jax.config import ConfigError
-from xcomp_jax.evaluation import benchmarks, runner
+from xcomp_jax.data import video
+from xcomp_jax.evaluation import benchmarks
+from xcomp_jax.evaluation.answers import Answers
 from xcomp_jax.evaluation.benchmarks import TASKS
-from xcomp_jax.inference import encoded_video
+from xcomp_jax.evaluation.protocol import any_letter
 from xcomp_jax.inference.chat import Chat
-from xcomp_jax.inference.video_model import prepare_model, settings_of
+from xcomp_jax.inference.video_model import VideoModel, prepare_model, settings_of
 
 OPTIONS = [
   "--clip-frames=4",
@@ -72,9 +76,9 @@ def bench(tmp_path_factory):
 
 @pytest.fixture
 def go(checkpoint, bench):
-  """A function (out, *more, annotations, videos) that evaluates."""
+  """A function (out, *more, annotations, videos, **parts) that evaluates."""
 
-  def run(out, *more, annotations=bench / "q.json", videos=bench / "videos"):
+  def run(out, *more, annotations=bench / "q.json", videos=bench / "videos", **parts):
     evaluate.main(
       [
         "--task=lvbench",
@@ -90,10 +94,54 @@ def go(checkpoint, bench):
         "--out",
         str(out),
         *more,
-      ]
+      ],
+      **parts,
     )
 
   return run
+
+
+class Watching(VideoModel):
+  """A model that goes wrong where a test says so, and notes what it encoded."""
+
+  encoded: ClassVar[list[str]]
+  errors: ClassVar[dict[str, BaseException]]
+
+  def encode(self, model, sample, *rest, **how):
+    self.encoded.append(sample.path.stem)
+    if error := self.errors.get(sample.path.stem):
+      raise error
+    return super().encode(model, sample, *rest, **how)
+
+
+def watching(**errors):
+  """A class of models; errors: by the name of the video at which they are raised."""
+  return type("Watching", (Watching,), {"encoded": [], "errors": errors})
+
+
+def preparing(kind):
+  """What makes a model of a kind."""
+  return lambda settings: kind(**vars(prepare_model(settings)))
+
+
+class Asking(Chat):
+  """A chat that is told before it asks (`before`, with the questions) and checks (`checked`)."""
+
+  def __init__(self, *args, before=lambda questions: None, checked=lambda question: None, **how):
+    super().__init__(*args, **how)
+    self.before, self.checked = before, checked
+
+  def ask_apart(self, questions):
+    self.before(questions)
+    return super().ask_apart(questions)
+
+  def check(self, question):
+    self.checked(question)
+    super().check(question)
+
+
+def asking(**how):
+  return functools.partial(Asking, **how)
 
 
 def results(out):
@@ -105,14 +153,11 @@ def lines(out):
 
 
 def test_answers_are_those_of_ask_and_every_video_is_encoded_once(
-  go, checkpoint, bench, tmp_path, capsys, monkeypatch
+  go, checkpoint, bench, tmp_path, capsys
 ):
-  count, whole = [], encoded_video.encode_video
-  monkeypatch.setattr(
-    encoded_video, "encode_video", lambda *a, **k: count.append(1) or whole(*a, **k)
-  )
-  go(tmp_path / "out")
-  assert len(count) == 2
+  kind = watching()
+  go(tmp_path / "out", prepare=preparing(kind))
+  assert kind.encoded == ["one", "two"]
   assert "micro" in capsys.readouterr().out
   questions = benchmarks.read_questions(TASKS["lvbench"], bench / "q.json")
   for name in ("one", "two"):
@@ -141,29 +186,26 @@ def test_answers_are_those_of_ask_and_every_video_is_encoded_once(
     "type",
     "question type",
   }
-  right = sum(benchmarks.any_letter(line["answer"]) == "B" for line in lines(tmp_path / "out"))
+  right = sum(any_letter(line["answer"]) == "B" for line in lines(tmp_path / "out"))
   assert found["score"]["counts"]["right"] == right
 
 
-def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, capsys):
   go(tmp_path / "whole")
-  asked, whole = [], Chat.ask_apart
+  asked = []
 
-  def stop(self, questions):
+  def stop(questions):
     if len(asked) == 2:
       raise KeyboardInterrupt
     asked.extend(questions)
-    return whole(self, questions)
 
-  monkeypatch.setattr(Chat, "ask_apart", stop)
   with pytest.raises(SystemExit) as stopped:
-    go(tmp_path / "out")
+    go(tmp_path / "out", chat=asking(before=stop))
   assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err
   file = tmp_path / "out" / "answers-0-of-1.jsonl"
   file.write_text(file.read_text() + '{"key": "half a li')  # as a kill leaves it
   assert not (tmp_path / "out" / "results.json").exists()
-  monkeypatch.setattr(Chat, "ask_apart", lambda self, q: asked.extend(q) or whole(self, q))
-  go(tmp_path / "out")
+  go(tmp_path / "out", chat=asking(before=asked.extend))
   assert len(asked) == 6
 
   def key(out):
@@ -173,8 +215,12 @@ def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, monkeypatch, c
     key(tmp_path / "out") == key(tmp_path / "whole")
     and len(results(tmp_path / "out")["sessions"]) == 2
   )
-  monkeypatch.setattr(runner.VideoModel, "load", lambda self: pytest.fail("nothing was left to do"))
-  go(tmp_path / "out")
+
+  class Unread(VideoModel):
+    def load(self):
+      pytest.fail("nothing was left to do")
+
+  go(tmp_path / "out", prepare=preparing(Unread))
 
 
 def test_two_shares_make_the_whole(go, tmp_path, capsys):
@@ -197,14 +243,11 @@ def test_two_devices_give_the_same(go, tmp_path):
   assert results(tmp_path / "two")["score"] == results(tmp_path / "one")["score"]
 
 
-def test_every_question_alone_gives_the_same(go, tmp_path, monkeypatch):
+def test_every_question_alone_gives_the_same(go, tmp_path):
   go(tmp_path / "once")
-  count, whole = [], encoded_video.encode_video
-  monkeypatch.setattr(
-    encoded_video, "encode_video", lambda *a, **k: count.append(1) or whole(*a, **k)
-  )
-  go(tmp_path / "alone", "--each-alone", "--ahead=0")
-  assert len(count) == 6
+  kind = watching()
+  go(tmp_path / "alone", "--each-alone", "--ahead=0", prepare=preparing(kind))
+  assert len(kind.encoded) == 6
   assert [line["answer"] for line in lines(tmp_path / "alone")] == [
     line["answer"] for line in lines(tmp_path / "once")
   ]
@@ -243,9 +286,7 @@ class Panic(BaseException):
   """What libraries in Rust raise."""
 
 
-def test_one_bad_video_costs_its_own_questions_whatever_it_raises(
-  go, bench, tmp_path, capsys, monkeypatch
-):
+def test_one_bad_video_costs_its_own_questions_whatever_it_raises(go, bench, tmp_path, capsys):
   folder = tmp_path / "videos"
   folder.mkdir()
   errors = {
@@ -282,22 +323,21 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(
   ]
   items.append(items[-1] | {"question": "Half a character \ud83d?"})
   (tmp_path / "q.json").write_text(json.dumps(items))
-  decode, encode_all = runner.frames, runner.VideoModel.encode
+  encoding = {name: errors.pop(name) for name in ("device", "panic")}
 
-  def frames(sample):
-    if sample.path.stem in errors and sample.path.stem not in ("device", "panic"):
-      raise errors[sample.path.stem]
-    return decode(sample)
+  def decode(sample):
+    if error := errors.get(sample.path.stem):
+      raise error
+    return video.frames(sample)
 
-  def encoded(self, model, sample, *rest, **how):
-    if sample.path.stem in ("device", "panic"):
-      raise errors[sample.path.stem]
-    return encode_all(self, model, sample, *rest, **how)
-
-  monkeypatch.setattr(runner, "frames", frames)
-  monkeypatch.setattr(runner.VideoModel, "encode", encoded)
   with pytest.raises(SystemExit) as stop:
-    go(tmp_path / "out", annotations=tmp_path / "q.json", videos=folder)
+    go(
+      tmp_path / "out",
+      annotations=tmp_path / "q.json",
+      videos=folder,
+      decode=decode,
+      prepare=preparing(watching(**encoding)),
+    )
   printed, found = capsys.readouterr(), results(tmp_path / "out")
   assert (
     stop.value.code == 1
@@ -326,18 +366,15 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(
   assert {pathlib.Path(line["video"]).name for line in answered} == {
     f"{name}.mp4" for name in good
   } and len(answered) == 4
-  asked = []
-  monkeypatch.setattr(
-    runner.VideoModel,
-    "encode",
-    lambda self, model, sample, *rest, **how: (
-      asked.append(sample.path.stem) or encode_all(self, model, sample, *rest, **how)
-    ),
-  )
-  monkeypatch.setattr(runner, "frames", decode)
+  kind = watching()
   with pytest.raises(SystemExit):
-    go(tmp_path / "out", annotations=tmp_path / "q.json", videos=folder)
-  assert sorted(asked) == sorted(errors)
+    go(
+      tmp_path / "out",
+      annotations=tmp_path / "q.json",
+      videos=folder,
+      prepare=preparing(kind),
+    )
+  assert sorted(kind.encoded) == sorted([*errors, *encoding])
   assert results(tmp_path / "out")["score"]["counts"]["failed"] == 5
 
 
@@ -373,21 +410,22 @@ def test_a_folder_from_before_rows_could_be_chosen_goes_on(go, tmp_path, capsys)
   refused(capsys, "rows was question, now answer", lambda: go(tmp_path / "out", "--rows=answer"))
 
 
-def test_a_full_disk_is_named_and_loses_nothing(go, tmp_path, capsys, monkeypatch):
-  add, out = runner.Answers.add, tmp_path / "out"
+class FullDisk(Answers):
+  """Answers on a disk that has room for two."""
 
-  def full(self, line):
+  def add(self, line):
     if len(self.lines) == 2:
-      self._opened.close()
-      self._opened = open("/dev/full", "a")
-    add(self, line)
+      self.opened.close()
+      self.opened = open("/dev/full", "a")
+    super().add(line)
 
-  monkeypatch.setattr(runner.Answers, "add", full)
-  refused(capsys, "No space left on device; what is in it stays", lambda: go(out))
+
+def test_a_full_disk_is_named_and_loses_nothing(go, tmp_path, capsys):
+  out = tmp_path / "out"
+  refused(capsys, "No space left on device; what is in it stays", lambda: go(out, folder=FullDisk))
   assert (out / "answers-0-of-1.jsonl").read_text().count('"answer"') == 2 and not (
     out / "results.json"
   ).exists()
-  monkeypatch.setattr(runner.Answers, "add", add)
   go(out)
   assert (
     results(out)["score"]["counts"]["questions"] == 6
@@ -396,11 +434,10 @@ def test_a_full_disk_is_named_and_loses_nothing(go, tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.slow
-def test_batches_give_the_same_and_are_on_record(go, tmp_path, monkeypatch):
+def test_batches_give_the_same_and_are_on_record(go, tmp_path):
   go(tmp_path / "one")
-  sizes, whole = [], Chat.ask_apart
-  monkeypatch.setattr(Chat, "ask_apart", lambda self, q: sizes.append(len(q)) or whole(self, q))
-  go(tmp_path / "two", "--batch=2")
+  sizes = []
+  go(tmp_path / "two", "--batch=2", chat=asking(before=lambda q: sizes.append(len(q))))
   assert sizes == [2, 1, 2, 1]
   assert [line["answer"] for line in lines(tmp_path / "two")] == [
     line["answer"] for line in lines(tmp_path / "one")
@@ -410,18 +447,16 @@ def test_batches_give_the_same_and_are_on_record(go, tmp_path, monkeypatch):
   go(tmp_path / "two", "--batch=3")  # a batch is no setting that answers depend on
 
 
-def test_a_question_that_is_too_long_costs_itself_alone(go, tmp_path, capsys, monkeypatch):
-  whole, seen = Chat.check, []
+def test_a_question_that_is_too_long_costs_itself_alone(go, tmp_path, capsys):
+  seen = []
 
-  def check(self, question):
+  def checked(question):
     seen.append(question)
     if len(seen) == 2:
       raise ConfigError("too long for the model")
-    whole(self, question)
 
-  monkeypatch.setattr(Chat, "check", check)
   with pytest.raises(SystemExit):
-    go(tmp_path / "out", "--batch=2")
+    go(tmp_path / "out", "--batch=2", chat=asking(checked=checked))
   assert (
     results(tmp_path / "out")["score"]["counts"]["failed"] == 1
     and "1 question failed" in capsys.readouterr().err
@@ -474,10 +509,11 @@ def test_a_second_process_on_the_same_share_is_refused(go, checkpoint, tmp_path,
     "--preset=none",
   ]
   reader = prepare_model(settings_of(evaluate.parse([*arguments, *OPTIONS])))
-  with runner.Answers(tmp_path / "out", reader, (0, 1)):
+  with Answers(tmp_path / "out", reader, (0, 1)):
     refused(capsys, "another process writes", lambda: go(tmp_path / "out"))
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "name,task,wanted",
   [

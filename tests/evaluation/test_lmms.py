@@ -30,7 +30,10 @@ def task(tmp_path_factory):
   """Folder with a world whose last video is damaged, task files, and the results of `evaluate`."""
   root = tmp_path_factory.mktemp("lmms")
   world.write_world(
-    root / "world", [world.WorldSplit("heldout", VIDEOS, 3, 5, QUESTIONS)], seed=31, workers=1
+    root / "world",
+    [world.WorldSplit(name="heldout", videos=VIDEOS, fewest=3, most=5, questions=QUESTIONS)],
+    seed=31,
+    workers=1,
   )
   damaged = root / "world" / "heldout" / f"{VIDEOS - 1:05d}.mp4"
   damaged.write_bytes(damaged.read_bytes()[:500])
@@ -237,7 +240,9 @@ def test_a_task_of_others_with_pictures_in_memory(task, env, tmp_path, capsys):
     tmp_path / "one.png",
     "Which shape was shown?\nA. square\nB. triangle\nC. cross\nD. ring",
   )
-  Image.fromarray(world.render(world.Scene("red", "ring", "up", None, 3))[4]).save(picture)
+  Image.fromarray(
+    world.render(world.Scene(seed=3, colour="red", shape="ring", motion="up"))[4]
+  ).save(picture)
   ask.main(
     [
       "--checkpoint",

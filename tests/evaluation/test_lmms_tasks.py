@@ -37,6 +37,7 @@ def written(reference, tmp_path):
   ]
 
 
+@pytest.mark.pure
 def test_documents_are_the_questions_and_scores_those_of_evaluate(reference, written, tmp_path):
   _, docs = written
   questions = benchmarks.read_questions(TASKS["mlvu"], reference / "benchmarks" / "mlvu")
@@ -53,6 +54,7 @@ def test_documents_are_the_questions_and_scores_those_of_evaluate(reference, wri
   assert wanted["counts"]["failed"] == wanted["counts"]["empty"] == 10
 
 
+@pytest.mark.pure
 def test_the_yaml_names_functions_that_are_there(written):
   values, docs = written
   names = [values[key] for key in ("doc_to_visual", "doc_to_text", "process_results")]
@@ -67,6 +69,7 @@ def test_the_yaml_names_functions_that_are_there(written):
   )
 
 
+@pytest.mark.pure
 def test_no_letter_stands_alone_in_what_is_said_of_a_video_that_failed():
   for task in TASKS.values():
     assert task.letter(lmms_tasks.FAILED, ["x"] * 5) not in tuple("ABCDE")

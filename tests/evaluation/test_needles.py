@@ -11,7 +11,8 @@ import odd
 import pytest
 from PIL import Image
 
-from xcomp_jax.evaluation import needles
+from xcomp_jax.evaluation import haystacks, needles
+from xcomp_jax.evaluation.answers import failures
 from xcomp_jax.inference import video_model as readers
 from xcomp_jax.model.vlm import VLM
 
@@ -20,14 +21,15 @@ TINY = pathlib.Path(__file__).parents[2] / "assets" / "tiny"
 
 def hidden(frames, hops, depth=0.0, clip_frames=8, hay=10_000):
   """Numbers in place of features: the haystack's frames from 0 up, the needles' from -1 down."""
-  starts = needles.needle_places(frames, hops, clip_frames, depth)
+  starts = haystacks.needle_places(frames, hops, clip_frames, depth)
   numbers = [np.full((clip_frames, 1, 1), -1.0 - j) for j in range(hops)]
   return (
     starts,
-    needles.hide(np.arange(hay, dtype=float)[:, None, None], numbers, frames, starts)[:, 0, 0],
+    haystacks.hide(np.arange(hay, dtype=float)[:, None, None], numbers, frames, starts)[:, 0, 0],
   )
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("depth,start", [(0.0, 0), (0.2, 198), (0.5, 496), (1.0, 992)])
 def test_a_needle_lies_at_its_depth_and_the_haystack_goes_on_behind_it(depth, start):
   (at,), video = hidden(1000, 1, depth)
@@ -35,6 +37,7 @@ def test_a_needle_lies_at_its_depth_and_the_haystack_goes_on_behind_it(depth, st
   np.testing.assert_array_equal(video[video >= 0], np.arange(992))
 
 
+@pytest.mark.pure
 def test_a_chain_is_spread_from_the_first_frame_to_the_last():
   starts, video = hidden(1000, 5, clip_frames=4)
   assert starts[0] == 0 and starts[-1] == 996 and len(set(np.diff(starts))) <= 2
@@ -42,6 +45,7 @@ def test_a_chain_is_spread_from_the_first_frame_to_the_last():
   np.testing.assert_array_equal(video[video >= 0], np.arange(980))
 
 
+@pytest.mark.pure
 def test_a_haystack_that_is_too_short_is_taken_again():
   _, video = hidden(100, 1, 0.0, hay=40)
   np.testing.assert_array_equal(video[8:], np.arange(92) % 40)
@@ -50,26 +54,25 @@ def test_a_haystack_that_is_too_short_is_taken_again():
 SMALL = ["--mode=aligned", "--repeat=1", "--clips-per-chunk=8"]
 
 
-def go(out, *more):
-  needles.main(["--checkpoint", str(TINY), "--out", str(out), *SMALL, *more])
+def go(out, *more, **parts):
+  needles.main(["--checkpoint", str(TINY), "--out", str(out), *SMALL, *more], **parts)
 
 
-def test_synthetic_needles_as_a_heat_map_and_a_run_that_goes_on(tmp_path, capsys, monkeypatch):
+def test_synthetic_needles_as_a_heat_map_and_a_run_that_goes_on(tmp_path, capsys):
   arguments = ["--synthetic=2", "--frames", "64", "--depths", "0", "1", "--select=8"]
-  asked, whole = [], needles.ask_needle
+  asked, most = [], 5
 
-  def stop(*a):
-    if len(asked) == 5:
+  def ask(*a):
+    if len(asked) == most:
       raise KeyboardInterrupt
     asked.append(a)
-    return whole(*a)
+    return needles.ask_needle(*a)
 
-  monkeypatch.setattr(needles, "ask_needle", stop)
   with pytest.raises(SystemExit) as stopped:
-    go(tmp_path, *arguments)
+    go(tmp_path, *arguments, ask=ask)
   assert stopped.value.code == 130
-  monkeypatch.setattr(needles, "ask_needle", lambda *a: asked.append(a) or whole(*a))
-  go(tmp_path, *arguments)
+  most = None
+  go(tmp_path, *arguments, ask=ask)
   assert len(asked) == 2 * 2 * 4  # none was asked twice
   found = json.loads((tmp_path / "results.json").read_text())
   assert [(c["frames"], c["depth"], c["questions"]) for c in found["cells"]] == [
@@ -89,6 +92,7 @@ def test_synthetic_needles_as_a_heat_map_and_a_run_that_goes_on(tmp_path, capsys
   assert "holds answers made otherwise (needles was" in capsys.readouterr().err
 
 
+@pytest.mark.pure
 def test_cells_average_over_needles_and_kinds():
   def line(frames, depth, right, found):
     return {"frames": frames, "depth": depth, "right": right, "found": found}
@@ -184,7 +188,7 @@ def test_numbers_have_bounds_that_are_said(tmp_path, capsys, option):
   )
 
 
-def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path):
   Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
   (tmp_path / "bad.png").write_bytes(b"no image")
   os.mkfifo(tmp_path / "pipe.png")
@@ -197,7 +201,7 @@ def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path, monkeypatc
       ]
     )
   )
-  found = needles.read_needles(tmp_path / "n.json", tmp_path, 8, 16)
+  found = haystacks.read_needles(tmp_path / "n.json", tmp_path, 8, 16)
   assert [len(needle.clips) for needle in found] == [0, 1, 0, 0, 0]
   assert all(
     words in needle.fault
@@ -212,32 +216,37 @@ def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path, monkeypatc
     np.zeros((8, 16, 4)),
   )
   cells = [needles.NeedleCell(64, 0.5, n) for n in range(2)]
-  monkeypatch.setattr(needles, "per_frame", lambda *a: {}["a mistake"])
-  lines = [
-    line
-    for c in cells
-    for line in needles._asked(reader, model, found[c.needle], {}, hay, c, ["question"], "film")
-  ]
+  searching = needles.NeedleSearch(
+    reader, model, found, hay, "film", encode=lambda *a: {}["a mistake"]
+  )
+  lines = [line for c in cells for line in searching.ask(c, ["question"])]
   assert (
     [line["right"] for line in lines] == [False, False]
     and "bad.png" in lines[0]["error"]
     and "unexpected KeyError in test_needles.py" in lines[1]["error"]
   )
-  assert [(f["needle"], f["questions"]) for f in needles.failed(lines)] == [(0, 1), (1, 1)]
+  assert [(f["needle"], f["questions"]) for f in failures(lines, "needle")] == [(0, 1), (1, 1)]
   assert needles.summary(lines, "depth")["right"] == 0
 
 
-@pytest.mark.parametrize(
-  "said",
-  [
-    "{}",
-    "[" * 100_000,
-    "[3]",
-    '[{"image": 3, "question": "?", "answer": "A"}]',
-    '[{"image": "a", "question": ["?"], "answer": "A"}]',
-  ],
-)
-def test_needles_that_are_none_are_named(tmp_path, said):
-  (tmp_path / "n.json").write_text(said)
-  with pytest.raises(needles.NeedleError, match=r"n\.json"):
-    needles.read_needles(tmp_path / "n.json", tmp_path, 8, 16)
+@pytest.mark.pure
+@pytest.mark.parametrize("changes", [None, {"answer": 3}, {"image": 3}, {"question": ["?"]}])
+def test_needles_that_are_none_are_named(tmp_path, changes):
+  good = {"image": "a", "question": "?", "answer": "A"}
+  bad = {"image": "a", "question": "?"} if changes is None else good | changes
+  for second in (bad, 3):
+    (tmp_path / "n.json").write_text(json.dumps([good, second]))
+    with pytest.raises(haystacks.NeedleError) as caught:
+      haystacks.read_needles(tmp_path / "n.json", tmp_path, 8, 16)
+    assert caught.value.fields == {"where": tmp_path / "n.json", "needle": 1}
+
+
+@pytest.mark.pure
+def test_files_without_needles_are_named(tmp_path):
+  (tmp_path / "n.json").write_text("{}")
+  with pytest.raises(haystacks.NeedleError) as caught:
+    haystacks.read_needles(tmp_path / "n.json", tmp_path, 8, 16)
+  assert caught.value.fields == {"where": tmp_path / "n.json", "value": {}}
+  (tmp_path / "n.json").write_text("[" * 100_000)
+  with pytest.raises(haystacks.NeedleError, match=r"n\.json"):
+    haystacks.read_needles(tmp_path / "n.json", tmp_path, 8, 16)

@@ -54,14 +54,12 @@ def model(reader):
 def film(model):
   rng = np.random.default_rng(1)
 
-  def drawn(kind):
-    return str(rng.choice(world.VALUES[kind]))
-
-  def moving():
-    return (drawn("colour"), drawn("shape"), drawn("motion"), None)
+  def drawn(*kinds):
+    return {kind: str(rng.choice(world.VALUES[kind])) for kind in kinds}
 
   scenes = [
-    world.Scene(*(moving() if i % 2 else (None, None, None, drawn("digit"))), i) for i in range(12)
+    world.Scene(seed=i, **drawn(*(("colour", "shape", "motion") if i % 2 else ("digit",))))
+    for i in range(12)
   ]
   size = model.cfg.vision.image_size
   frames = (frame for scene in scenes for frame in video.resize(world.render(scene), size))

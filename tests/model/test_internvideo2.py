@@ -189,7 +189,10 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
 ):
   world.write_world(
     tmp_path / "world",
-    [world.WorldSplit("train", 8, 1, 2, 2), world.WorldSplit("heldout", 2, 2, 2, 2)],
+    [
+      world.WorldSplit(name="train", videos=8, fewest=1, most=2, questions=2),
+      world.WorldSplit(name="heldout", videos=2, fewest=2, most=2, questions=2),
+    ],
     seed=0,
     workers=1,
   )

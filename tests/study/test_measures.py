@@ -16,33 +16,31 @@ SCENES, KEPT = 8, 3
 def study(tmp_path_factory):
   """Two films of eight scenes, as frames: nothing here looks at them."""
   out = tmp_path_factory.mktemp("study")
-  its = Study(out, miniature.PRESETS["quick"])
-  its.splits["long"] = FilmSplit("long", 2, (SCENES, SCENES), (2, 2), 0)
+  its = Stored(out, miniature.PRESETS["quick"])
+  its.splits["long"] = FilmSplit(
+    name="long", films=2, scenes=(SCENES, SCENES), shots=(2, 2), questions=0
+  )
   miniature.decode_films(out / "long", its.splits["long"], 3, None)
   return its
 
 
+class Stored(Study):
+  """The study, whose films are frames."""
+
+  def store(self, name):
+    return open_store(str(self.out / name / "frames"))
+
+
 @pytest.fixture
-def shown(study, monkeypatch):
+def shown():
   """What the model is asked: for every call the clips of all questions, and what the prompt
-  says.
+  says; filled by `programs`.
   """
-  store, calls = open_store(str(study.out / "long" / "frames")), []
-
-  def answers(model, tokenizer, store, asked, message=None):
-    calls.append(([clips.tolist() for _, clips in asked], message))
-    return np.array([set(one.scenes) <= set(clips) for one, clips in asked])  # right if it is seen
-
-  monkeypatch.setattr(Study, "store", lambda its, name: store)
-  monkeypatch.setattr(measures, "answered_rightly", answers)
-  monkeypatch.setattr(measures, "cost", lambda *_: 2e12)
-  monkeypatch.setattr(measures, "scoring_cost", lambda *_: 3e12)
-  monkeypatch.setitem(measures.SELECTED, "long", KEPT * FRAMES)
-  return calls
+  return []
 
 
-@pytest.fixture
-def scores(monkeypatch):
+@pytest.fixture(scope="module")
+def scores():
   """What QC-Comp will score scenes with: [films, questions, scenes]; of the second film they fall
   from its first scene on.
   """
@@ -50,7 +48,17 @@ def scores(monkeypatch):
     np.tile(np.arange(1.0, SCENES + 1), (2, len(KINDS), 1)), axis=2
   )
   drawn[1] = np.arange(SCENES, 0, -1)
-  films = iter(drawn)
+  return drawn
+
+
+@pytest.fixture
+def programs(shown, scores):
+  """Answers that are right if all that is needed is seen, selections by `scores`, fixed costs."""
+  films = iter(scores)
+
+  def answers(model, tokenizer, store, asked, message=None):
+    shown.append(([clips.tolist() for _, clips in asked], message))
+    return np.array([set(one.scenes) <= set(clips) for one, clips in asked])
 
   def select(model, film, prompts, cfg):
     own = next(films)
@@ -59,17 +67,18 @@ def scores(monkeypatch):
     frames = (best[:, :, None] * FRAMES + np.arange(FRAMES)).reshape(len(own), -1)
     return [chat.Selection(f, np.repeat(s, FRAMES), "") for f, s in zip(frames, own)]
 
-  monkeypatch.setattr(chat, "select_frames", select)
-  return drawn
+  return measures.Programs(answers, select, lambda *_: 2e12, lambda *_: 3e12)
 
 
-def test_a_selection_is_measured_by_what_is_needed(study, shown, scores):
-  got, asked = (
-    measures.selected_answers(
-      study, miniature.BASE, miniature.study_rule("none"), "long", ("uniform", "local")
-    ),
-    study.asked("long"),
+def selected(study, programs, *modes):
+  rule = miniature.study_rule("none")
+  return measures.selected_answers(
+    study, miniature.BASE, rule, "long", modes, KEPT * FRAMES, programs
   )
+
+
+def test_a_selection_is_measured_by_what_is_needed(study, programs, scores):
+  got, asked = selected(study, programs, "uniform", "local"), study.asked("long")
   local, uniform = got["local"], got["uniform"]
   assert [len(one.scenes) for one in asked[:3]] == [1, 1, 1]
   few = []
@@ -93,12 +102,8 @@ def test_a_selection_is_measured_by_what_is_needed(study, shown, scores):
   assert local["TFLOP"] == 5 and uniform["TFLOP"] == 2 and uniform["tokens"] == KEPT * FRAMES * 16
 
 
-def test_relevance_is_by_place_and_by_whether_there_is_something_to_see(study, shown, scores):
-  relevance = np.array(
-    measures.selected_answers(
-      study, miniature.BASE, miniature.study_rule("none"), "long", ("local",)
-    )["local"]["relevance"]
-  )
+def test_relevance_is_by_place_and_by_whether_there_is_something_to_see(study, programs, scores):
+  relevance = np.array(selected(study, programs, "local")["local"]["relevance"])
   shots = [
     set().union(*(one.scenes for one in study.asked("long") if one.film == film))
     for film in range(2)
@@ -116,11 +121,11 @@ def test_relevance_is_by_place_and_by_whether_there_is_something_to_see(study, s
       )
 
 
-def test_a_prompt_says_how_many_frames_are_shown(study, shown, scores):
-  whole = study.store("long").samples[0].time_message
-  measures.measured(study, miniature.BASE, miniature.study_rule("none"), "long")
-  measures.measured(study, miniature.BASE, miniature.study_rule("none"), "long", 2)
-  measures.selected_answers(study, miniature.BASE, miniature.study_rule("none"), "long", ("local",))
+def test_a_prompt_says_how_many_frames_are_shown(study, programs, shown):
+  whole, rule = study.store("long").samples[0].time_message, miniature.study_rule("none")
+  for clips in (None, 2):
+    measures.measured(study, miniature.BASE, rule, "long", clips, programs)
+  selected(study, programs, "local")
   said = [(len(clips[0]), message) for clips, message in shown]
   assert (
     (SCENES, whole) in said

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 
 from xcomp_jax import files
-from xcomp_jax.data.store import Store
+from xcomp_jax.data.store import StoredSample, write_store
 from xcomp_jax.inference import chat
 from xcomp_jax.model import lp_comp, qwen2
-from xcomp_jax.study import findings, measures, miniature, study
-from xcomp_jax.study.miniature import Study, study_rule
+from xcomp_jax.study import cell_results, measures, miniature, study
+from xcomp_jax.study.miniature import Study, StudyError, study_rule
 from xcomp_jax.synthetic import films
 from xcomp_jax.training import loop
 
 FULL = miniature.PRESETS["full"]
 
 
+@pytest.mark.pure
 def test_all_rules_keep_as_many_tokens_on_average():
   counts = {name: lp_comp.counts(study_rule(name), 8) for name in (*FULL.rules, *FULL.others)}
   assert set(counts.pop("none")) == {16} and len(counts) == 7
@@ -32,11 +33,13 @@ def test_all_rules_keep_as_many_tokens_on_average():
   } == {1}
 
 
+@pytest.mark.pure
 def test_clips_at_equal_distances():
   np.testing.assert_array_equal(measures.even(12, 12), np.arange(12))
   np.testing.assert_array_equal(measures.even(24, 3), [4, 12, 20])
 
 
+@pytest.mark.pure
 def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
   names = [cell.name for cell in study.cells(Study(tmp_path, FULL))]
   assert len(set(names)) == len(names)
@@ -45,6 +48,7 @@ def test_cells_have_names_of_their_own_and_all_rules_all_seeds(tmp_path):
   } <= set(names)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("given", [["--preset", "quick"], ["--base"], ["--model", "some"]])
 def test_what_is_not_the_full_study_needs_a_folder_of_its_own(given, capsys):
   with pytest.raises(SystemExit):
@@ -55,19 +59,19 @@ def test_what_is_not_the_full_study_needs_a_folder_of_its_own(given, capsys):
   )
 
 
-def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+def test_what_is_not_there_is_said(tmp_path, capsys):
   with pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path), "--report"])
   assert (
     "cells has no cells to report; the same command without --report makes them"
     in capsys.readouterr().err
   )
-  monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(SystemExit):
-    study.main(["--out", str(tmp_path)])
+    study.main(["--out", str(tmp_path)], found=lambda name: None)
   assert "the plots need matplotlib: pip install 'xcomp_jax[plot]'" in capsys.readouterr().err
 
 
+@pytest.mark.pure
 def test_a_base_that_is_not_there_is_said(tmp_path, capsys):
   with pytest.raises(SystemExit):
     study.main(
@@ -84,42 +88,62 @@ def quick_in(folder, base=miniature.BASE):
   return Study(folder, miniature.PRESETS["quick"], base)
 
 
-def test_a_cell_that_is_there_is_not_done_again(tmp_path, monkeypatch):
+class WithoutFilms(Study):
+  """A study whose films nobody needs; `asked_for` has the splits that were."""
+
+  def __init__(self, *args, **how):
+    super().__init__(*args, **how)
+    self.asked_for = []
+
+  def store(self, name):
+    self.asked_for.append(name)
+
+
+def cell(name, do, splits=(), rules=()):
+  return study.StudyCell(name=name, splits=splits, rules=rules, do=do)
+
+
+def noting(done, name, splits=(), rules=()):
+  """A cell that notes when it is done."""
+
+  def do():
+    done.append(name)
+    return {"of": name}
+
+  return cell(name, do, splits, rules)
+
+
+@pytest.mark.pure
+def test_a_cell_that_is_there_is_not_done_again(tmp_path):
   done = []
-
-  def cells(_):
-    return iter(
-      [
-        study.StudyCell(name, [], [], lambda name=name: done.append(name) or {"of": name})
-        for name in ("a", "b_1", "b_2")
-      ]
-    )
-
-  monkeypatch.setattr(study, "cells", cells)
-  study.run_cells(quick_in(tmp_path / "work"), tmp_path / "cells", "b")
+  every = [noting(done, name) for name in ("a", "b_1", "b_2")]
+  its, where = quick_in(tmp_path / "work"), tmp_path / "cells"
+  study.run_cells(its, every, where, "b")
   assert done == ["b_1", "b_2"]
-  (tmp_path / "cells" / "b_2.json").unlink()
-  study.run_cells(quick_in(tmp_path / "work"), tmp_path / "cells", "")
+  (where / "b_2.json").unlink()
+  study.run_cells(its, every, where)
   assert done == ["b_1", "b_2", "a", "b_2"]
-  assert json.loads((tmp_path / "cells" / "a.json").read_text())["result"] == {"of": "a"}
-  with pytest.raises(ValueError, match="--only c: no cell's name begins so; there are a, b_1, b_2"):
-    study.run_cells(quick_in(tmp_path / "work"), tmp_path / "cells", "c")
+  assert json.loads((where / "a.json").read_text())["result"] == {"of": "a"}
+  with pytest.raises(StudyError) as caught:
+    study.run_cells(its, every, where, "c")
+  assert caught.value.fields == {"where": "--only", "value": "c", "allowed": ["a", "b_1", "b_2"]}
 
 
-def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path, monkeypatch):
-  clock, stored = iter([5.0, 7.0]), []
-  monkeypatch.setattr(study.time, "perf_counter", lambda: stored and next(clock))
-  monkeypatch.setattr(Study, "store", lambda its, name: stored.append(name))
-  monkeypatch.setattr(
-    study, "cells", lambda _: iter([study.StudyCell("a", ["long", "wide"], [], lambda: {})])
-  )
-  study.run_cells(quick_in(tmp_path / "work"), tmp_path / "cells", "")
-  assert (
-    stored == ["long", "wide"]
-    and json.loads((tmp_path / "cells" / "a.json").read_text())["seconds"] == 2
-  )
+@pytest.mark.pure
+def test_the_films_of_a_cell_are_made_before_its_time_runs(tmp_path):
+  its = WithoutFilms(tmp_path / "work", miniature.PRESETS["quick"])
+  times = iter([5.0, 7.0])
+
+  def clock():
+    assert its.asked_for == ["long", "wide"]
+    return next(times)
+
+  every = [cell("a", dict, splits=["long", "wide"])]
+  study.run_cells(its, every, tmp_path / "cells", clock=clock)
+  assert json.loads((tmp_path / "cells" / "a.json").read_text())["seconds"] == 2
 
 
+@pytest.mark.pure
 def test_one_command_at_a_time(tmp_path, capsys):
   with files.alone(tmp_path, "study"), pytest.raises(SystemExit):
     study.main(["--preset", "quick", "--out", str(tmp_path)])
@@ -137,113 +161,103 @@ def another(tmp_path):
   return tmp_path / "another"
 
 
-def test_what_was_made_otherwise_is_refused(tmp_path, monkeypatch, another):
-  done = []
-  cells = [
-    study.StudyCell(name, [split], ["early"], lambda name=name: done.append(name) or {})
-    for name, split in (("a", "heldout"), ("b", "long"))
-  ]
-  monkeypatch.setattr(study, "cells", lambda _: iter(cells))
-  monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
+def uniform_rule(name):
+  return dataclasses.replace(study_rule(name), keep="uniform")
 
-  def run(preset=miniature.PRESETS["quick"], base=miniature.BASE):
-    return study.run_cells(Study(tmp_path / "work", preset, base), tmp_path / "cells", "")
+
+def test_what_was_made_otherwise_is_refused(tmp_path, another):
+  done = []
+  every = [noting(done, "a", ["heldout"], ["early"]), noting(done, "b", ["long"], ["early"])]
+
+  def run(preset=miniature.PRESETS["quick"], **how):
+    its = WithoutFilms(tmp_path / "work", preset, **how)
+    return study.run_cells(its, every, tmp_path / "cells")
 
   run()
-  with pytest.raises(
-    ValueError,
-    match=r"made otherwise: \S+/cells/a\.json \(films\); \S+/cells/b\.json \(films\): remove them",
+  for preset, how, differ in (
+    (FULL, {}, ["films"]),
+    (miniature.PRESETS["quick"], {"rule": uniform_rule}, ["rules"]),
+    (miniature.PRESETS["quick"], {"base": another}, ["base"]),
   ):
+    with pytest.raises(StudyError) as caught:
+      run(preset, **how)
+    assert caught.value.fields == {"where": ["a", "b"], "differ": [differ] * 2}
+  (tmp_path / "cells" / "a.json").unlink()
+  its, modes = quick_in(tmp_path / "work"), study.MODES | {"long": ("uniform", "global")}
+  with pytest.raises(StudyError) as caught:
+    study.check_cells(its, every, tmp_path / "cells", modes)
+  assert caught.value.fields == {"where": ["b"], "differ": [["measures"]]}
+  assert "remove them to do them again" in str(caught.value)
+  with pytest.raises(StudyError):
     run(FULL)
-  with monkeypatch.context() as patched:
-    patched.setattr(
-      miniature, "study_rule", lambda name: dataclasses.replace(study_rule(name), keep="uniform")
-    )
-    with pytest.raises(ValueError, match=r"a\.json \(rules\); "):
-      run()
-  with monkeypatch.context() as patched:
-    patched.setitem(study.MODES, "long", ("uniform", "global"))
-    (tmp_path / "cells" / "a.json").unlink()
-    with pytest.raises(ValueError, match=r"made otherwise: \S+/b\.json \(measures\): remove"):
-      run()
   assert done == ["a", "b"]  # refused before anything is done
-  with pytest.raises(ValueError, match=r"b\.json \(base\)"):
-    run(base=another)
 
 
-def test_films_that_were_made_otherwise_are_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(
-    miniature, "decode_films", lambda folder, split, seed, tower: (folder / "features").mkdir()
-  )
-  monkeypatch.setattr(miniature, "open_store", lambda path: object.__new__(Store))
+def test_films_that_were_made_otherwise_are_refused(tmp_path):
+  def decode(folder, split, seed, tower):
+    talk = ({"from": "human", "value": "?"}, {"from": "gpt", "value": "A"})
+    film = StoredSample("s", "s.mp4", "a.json", 0, talk, ""), None
+    write_store(folder / "features", [film], image_size=48, clip_frames=2)
+
+  its = Study(tmp_path, miniature.PRESETS["quick"], decode=decode)
   for _ in range(2):
-    quick_in(tmp_path).store("heldout")
-  with pytest.raises(
-    ValueError,
-    match=(
-      r"heldout/made\.json was made otherwise \(films\): give --out another folder, or remove "
-      r"\S+/heldout"
-    ),
-  ):
+    its.store("heldout")
+  with pytest.raises(StudyError) as caught:
     Study(tmp_path, FULL).store("heldout")
+  assert caught.value.fields == {"where": "heldout", "differ": ["films"]}
 
 
-def test_a_stage_that_comes_after_another_model_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(miniature, "decode_films", lambda *_: None)
+def test_a_stage_that_comes_after_another_model_is_refused(tmp_path):
+  content = b"tuned"
 
-  def trained(folder, stage, **values):
+  def trained(folder, stage, changes):
     (folder / "model").mkdir(exist_ok=True)
-    (folder / "model" / "model.safetensors").write_bytes(
-      b"".join([b"tuned:", *([b"anew"] if again else [])])
-    )
+    (folder / "model" / "model.safetensors").write_bytes(content)
     return folder / "model"
 
-  monkeypatch.setattr(miniature, "train_variant", trained)
-  again = False
-  miniature.train_study_base(tmp_path)
-  miniature.train_study_base(tmp_path)
-  again = True
-  with pytest.raises(ValueError, match=r"answer/made\.json was made otherwise \(before\)"):
-    miniature.train_study_base(tmp_path)
+  for _ in range(2):
+    miniature.train_study_base(tmp_path, decode=lambda *_: None, train=trained)
+  content = b"tuned anew"
+  with pytest.raises(StudyError) as caught:
+    miniature.train_study_base(tmp_path, decode=lambda *_: None, train=trained)
+  assert caught.value.fields == {"where": "answer", "differ": ["before"]}
 
 
-def test_cells_of_another_base_stay_out_of_the_docs(tmp_path, monkeypatch, another):
-  monkeypatch.setattr(
-    study,
-    "cells",
-    lambda its: iter([study.StudyCell("a", [], [], lambda: {"base": its.base.name})]),
+def test_cells_of_another_base_stay_out_of_the_docs(tmp_path, another):
+  reported = []
+  study.main(
+    ["--out", str(tmp_path / "work"), "--model", str(another)],
+    cells=lambda its: [cell("a", lambda: {"base": its.base.name})],
+    report=reported.append,
   )
-  monkeypatch.setattr(findings, "report_findings", lambda where: None)
-  study.main(["--out", str(tmp_path / "work"), "--model", str(another)])
-  assert json.loads((tmp_path / "work" / "cells" / "a.json").read_text())["result"] == {
-    "base": "another"
-  }
+  where = tmp_path / "work" / "cells"
+  assert reported == [where]
+  assert json.loads((where / "a.json").read_text())["result"] == {"base": "another"}
   assert not (pathlib.Path(study.CELLS) / "a.json").exists()
 
 
-def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path, monkeypatch):
+def test_a_model_that_was_tuned_otherwise_is_refused(tmp_path):
   its = Study(tmp_path, FULL)
   (tmp_path / "early_1" / "model").mkdir(parents=True)
   assert its.tuned("early", 1) == tmp_path / "early_1" / "model" and its.tuned("early", 1)
-  monkeypatch.setattr(
-    miniature, "study_rule", lambda name: dataclasses.replace(study_rule(name), keep="uniform")
-  )
-  with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(rules\)"):
-    its.tuned("early", 1)
-  monkeypatch.undo()
-  with pytest.raises(ValueError, match=r"early_1/made\.json was made otherwise \(films\)"):
-    Study(tmp_path, dataclasses.replace(FULL, tuning=7)).tuned("early", 1)
+  fewer = dataclasses.replace(FULL, films=FULL.films | {"tuning": 7})
+  for other, differ in (
+    (Study(tmp_path, FULL, rule=uniform_rule), ["rules"]),
+    (Study(tmp_path, fewer), ["films"]),
+  ):
+    with pytest.raises(StudyError) as caught:
+      other.tuned("early", 1)
+    assert caught.value.fields == {"where": "early_1", "differ": differ}
 
 
-def test_a_longer_tuning_is_another_model(tmp_path, monkeypatch):
+def test_a_longer_tuning_is_another_model(tmp_path):
   given = []
-  monkeypatch.setattr(
-    miniature,
-    "train_variant",
-    lambda folder, name, **values: given.append((folder, values["train__epochs"])) or folder,
-  )
-  monkeypatch.setattr(Study, "store", lambda its, name: None)
-  its = Study(tmp_path, FULL)
+
+  def trained(folder, name, changes):
+    given.append((folder, changes["train.epochs"]))
+    return folder
+
+  its = WithoutFilms(tmp_path, FULL, train=trained)
   assert its.tuned("early", 1) != its.tuned("early", 1, 3)
   assert given == [(tmp_path / "early_1", 1), (tmp_path / "early_1_3_epochs", 3)]
   made = {
@@ -255,15 +269,14 @@ def test_a_longer_tuning_is_another_model(tmp_path, monkeypatch):
 
 
 def test_a_tuning_that_was_stopped_is_no_model(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(Study, "store", lambda its, name: None)  # the films
-  monkeypatch.setattr(
-    study,
-    "cells",
-    lambda its: iter([study.StudyCell("a", [], [], lambda: its.tuned("progressive", 0))]),
-  )
   monkeypatch.setattr(loop, "train", lambda config: {"step": 3, "steps": 160})
+
+  def cells(its):
+    quiet = WithoutFilms(its.out, its.preset)
+    return [cell("a", lambda: quiet.tuned("progressive", 0))]
+
   with pytest.raises(SystemExit):
-    study.main(["--preset", "quick", "--out", str(tmp_path / "work")])
+    study.main(["--preset", "quick", "--out", str(tmp_path / "work")], cells=cells)
   assert "the same command goes on" in capsys.readouterr().err
   assert not (tmp_path / "work" / "progressive_0" / "model").exists() and not list(
     (tmp_path / "work" / "cells").glob("*.json")
@@ -279,7 +292,7 @@ def quick(tmp_path_factory):
   """The quick preset, run by its command."""
   out = tmp_path_factory.mktemp("study")
   study.main(["--preset", "quick", "--out", str(out)])
-  return Study(out, miniature.PRESETS["quick"]), findings.Cells(out / "cells")
+  return Study(out, miniature.PRESETS["quick"]), cell_results.Cells(out / "cells")
 
 
 # Shares of right answers, and of scenes that were found: about half way between what was measured
@@ -298,7 +311,7 @@ def mutated(monkeypatch):
 
 def tuned(its, name):
   """Whether questions are answered rightly: bool[films, kinds]."""
-  return findings.right(
+  return cell_results.right(
     measures.measured(its, its.tuned("progressive", 0), study_rule("progressive"), name)
   )
 
@@ -308,13 +321,13 @@ def needles(answers):
 
 
 def found(quick, mode):
-  return measures.selected_answers(
-    quick[0], quick[0].tuned("progressive", 0), study_rule("progressive"), "long", (mode,)
-  )[mode]
+  its, frames = quick[0], measures.SELECTED["long"]
+  model, rule = its.tuned("progressive", 0), study_rule("progressive")
+  return measures.selected_answers(its, model, rule, "long", (mode,), frames)[mode]
 
 
 def hits(measure):
-  return findings.right(measure, "hits")[:, :3].mean()  # kinds that need one scene
+  return cell_results.right(measure, "hits")[:, :3].mean()  # kinds that need one scene
 
 
 @pytest.mark.slow
@@ -327,14 +340,14 @@ def test_quality_holds(quick):
     quick[1].seeds("base", "heldout", "progressive"),
     quick[1].seeds("select_progressive_{seed}", "long"),
   )
-  assert findings.right(base).mean() > UNCOMPRESSED
+  assert cell_results.right(base).mean() > UNCOMPRESSED
   assert (
-    findings.right(after).mean() > TUNED > findings.right(before).mean()
-    and needles(findings.right(after)) > NEEDLE
+    cell_results.right(after).mean() > TUNED > cell_results.right(before).mean()
+    and needles(cell_results.right(after)) > NEEDLE
   )
   assert hits(long["aligned"]) > FOUND > hits(long["uniform"])
   own, others = (
-    findings.ranked_first(long["local_answer"], key).mean() for key in ("rank", "other")
+    cell_results.ranked_first(long["local_answer"], key).mean() for key in ("rank", "other")
   )
   assert own > FIRST > others
 
@@ -376,7 +389,7 @@ def _first(x, before, after):
 @pytest.mark.slow
 def test_positions_as_before_compression_fall_through(quick, mutated):
   # Short films hardly need positions; these are four times as long as what the model was tuned on.
-  far = films.FilmSplit("far", 30, (48, 48), (3, 5), 0)
+  far = films.FilmSplit(name="far", films=30, scenes=(48, 48), shots=(3, 5), questions=0)
   quick[0].splits["far"] = far
   assert tuned(quick[0], "far").mean() > FAR
   rotate, groups = qwen2.Layer.rotate, far.scenes[0] * films.FRAMES
@@ -418,4 +431,4 @@ def test_shuffled_scores_fall_through(quick, mutated):
 def test_scores_of_another_question_fall_through(quick, mutated):
   rounds = chat.score_rounds
   mutated.setattr(chat, "score_rounds", lambda *args, **kw: np.roll(rounds(*args, **kw), 1, axis=0))
-  assert findings.ranked_first(found(quick, "local_answer")).mean() < FIRST
+  assert cell_results.ranked_first(found(quick, "local_answer")).mean() < FIRST

@@ -11,12 +11,12 @@ import pytest
 
 from xcomp_jax.data import predecoding, prompt
 from xcomp_jax.data.store import open_store
-from xcomp_jax.study import findings
+from xcomp_jax.study import cell_results
 from xcomp_jax.study.miniature import PRESETS, SEED, STAGES, Study
 from xcomp_jax.synthetic import films, world
 from xcomp_jax.synthetic.films import FRAMES, KINDS, FilmSplit
 
-HELDOUT = FilmSplit("heldout", 4, (12, 12), (3, 5), 0)
+HELDOUT = FilmSplit(name="heldout", films=4, scenes=(12, 12), shots=(3, 5), questions=0)
 NUMBERS = ["one", "two", "three", "four", "five"]
 
 
@@ -47,13 +47,16 @@ def solve(shots, text):
 
 def conversations(split, numbers, seed=0):
   for number in numbers:
-    film, one = films._annotated(split, seed, number)
+    film, one = films.annotated_film(split, seed, number)
     texts = [turn["value"].removeprefix("<image>\n") for turn in one["conversations"]]
     yield film, one, list(zip(texts[::2], texts[1::2], strict=True))
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
-  "split", [HELDOUT, FilmSplit("train", 1, (4, 12), (1, 5), 8)], ids=lambda s: s.name
+  "split",
+  [HELDOUT, FilmSplit(name="train", films=1, scenes=(4, 12), shots=(1, 5), questions=8)],
+  ids=lambda s: s.name,
 )
 def test_every_answer_follows_from_the_scenes(split):
   seen = collections.Counter()
@@ -67,20 +70,25 @@ def test_every_answer_follows_from_the_scenes(split):
   assert len(seen) == 8 and min(seen.values()) > 20
 
 
+@pytest.mark.pure
 def test_no_two_shots_share_a_colour_or_a_digit():
   for seed in range(50):
     shots = [s for s in films.draw_film(np.random.default_rng(seed), 12, 5) if s.colour]
     assert len(shots) == len({s.colour for s in shots}) == len({s.digit for s in shots}) == 5
 
 
+@pytest.mark.pure
 def test_a_conversation_asks_once_for_order_and_nothing_twice():
-  for _, _, turns in conversations(FilmSplit("train", 1, (8, 8), (4, 5), 99), range(60)):
+  for _, _, turns in conversations(
+    FilmSplit(name="train", films=1, scenes=(8, 8), shots=(4, 5), questions=99), range(60)
+  ):
     assert (
       len(turns) == len(set(turns))
       and sum("came" in text or "number" in text for text, _ in turns) == 1
     )
 
 
+@pytest.mark.pure
 def test_each_film_that_measures_is_asked_one_question_of_each_kind():
   for film, one, turns in conversations(HELDOUT, range(40)):
     assert len(turns) == len(one["scenes"]) == len(KINDS)
@@ -121,25 +129,29 @@ def test_chance_is_what_is_right_without_looking_it_up():
         any_shot[kind] += shown.count(answer) / len(shown)
   for kind, counts in answers.items():
     assert counts.most_common(1)[0][1] / films_drawn == pytest.approx(
-      findings.CHANCE[kind], abs=0.02
+      cell_results.CHANCE[kind], abs=0.02
     ), kind
   for kind in fields:
-    assert any_shot[kind] / films_drawn == pytest.approx(findings.ANY_SHOT[kind], abs=0.02), kind
+    assert any_shot[kind] / films_drawn == pytest.approx(cell_results.ANY_SHOT[kind], abs=0.02), (
+      kind
+    )
 
 
+@pytest.mark.pure
 def test_splits_share_no_scene():
   splits = [
     *Study(pathlib.Path(), PRESETS["full"]).splits.values(),
     *(split for split, _ in STAGES.values()),
   ]
   seeds = {
-    split.name: {scene.seed for i in range(30) for scene in films._annotated(split, SEED, i)[0]}
+    split.name: {scene.seed for i in range(30) for scene in films.annotated_film(split, SEED, i)[0]}
     for split in splits
   }
   assert len(seeds) == 12 and all(seeds.values())
   assert not any(one & other for one, other in itertools.combinations(seeds.values(), 2))
 
 
+@pytest.mark.pure
 def test_answers_are_single_tokens(tmp_path):
   world.write_tokenizer(tmp_path, films.film_words())
   tokenizer = prompt.load_tokenizer(tmp_path)
@@ -149,7 +161,10 @@ def test_answers_are_single_tokens(tmp_path):
 
 def test_the_real_path_shows_a_scene_in_each_clip(tmp_path):
   films.write_films(
-    tmp_path / "films", FilmSplit("heldout", 1, (5, 5), (3, 3), 0), seed=2, workers=1
+    tmp_path / "films",
+    FilmSplit(name="heldout", films=1, scenes=(5, 5), shots=(3, 3), questions=0),
+    seed=2,
+    workers=1,
   )
   settings = predecoding.FrameSettings(
     image_size=96, max_frames=1024, min_frames=FRAMES, fps=world.FPS, clip_frames=FRAMES
@@ -158,7 +173,9 @@ def test_the_real_path_shows_a_scene_in_each_clip(tmp_path):
     tmp_path / "films" / "heldout.yaml", tmp_path / "frames", settings, root=tmp_path / "films"
   )
   store = open_store(str(tmp_path / "frames"))
-  film, _ = films._annotated(FilmSplit("heldout", 1, (5, 5), (3, 3), 0), 2, 0)
+  film, _ = films.annotated_film(
+    FilmSplit(name="heldout", films=1, scenes=(5, 5), shots=(3, 3), questions=0), 2, 0
+  )
   for clip, scene in zip(store.visual(0), film, strict=True):
     shown = world.render(scene, FRAMES)
     assert np.abs(clip.astype(float) - shown).mean() < 12  # mp4 blurs
@@ -170,8 +187,9 @@ def test_the_real_path_shows_a_scene_in_each_clip(tmp_path):
     assert np.abs(clip.astype(float) - shown).mean() < min(others) / 2
 
 
+@pytest.mark.pure
 def test_bars_of_the_shots_colour_are_beside_its_digit_and_nowhere_else():
-  shot = world.Scene("red", "ring", "left", "7", 3)
+  shot = world.Scene(seed=3, colour="red", shape="ring", motion="left", digit="7")
   changed = (
     np.abs(
       world.render(dataclasses.replace(shot, bars="red"), FRAMES).astype(int)
@@ -184,9 +202,11 @@ def test_bars_of_the_shots_colour_are_beside_its_digit_and_nowhere_else():
   assert all(scene.bars == scene.colour for scene in film)
 
 
+@pytest.mark.pure
 def test_a_split_can_begin_each_conversation_with_a_kind():
   for _, _, turns in conversations(
-    FilmSplit("train", 1, (2, 8), (2, 5), 4, first="order"), range(40)
+    FilmSplit(name="train", films=1, scenes=(2, 8), shots=(2, 5), questions=4, first="order"),
+    range(40),
   ):
     assert "came" in turns[0][0] or "number" in turns[0][0]
     assert len(turns) == 4

@@ -15,11 +15,18 @@ from xcomp_jax.synthetic.world import QUESTIONS, VALUES, WorldSplit
 def made(tmp_path_factory):
   out = tmp_path_factory.mktemp("world") / "out"
   world.write_world(
-    out, [WorldSplit("train", 3, 2, 4, 4), WorldSplit("heldout", 8, 1, 3, 1)], seed=3, workers=1
+    out,
+    [
+      WorldSplit(name="train", videos=3, fewest=2, most=4, questions=4),
+      WorldSplit(name="heldout", videos=8, fewest=1, most=3, questions=1),
+    ],
+    seed=3,
+    workers=1,
   )
   return out
 
 
+@pytest.mark.pure
 def test_each_attribute_is_shown_in_exactly_one_scene():
   for seed in range(50):
     shown = world.scenes(np.random.default_rng(seed), 5)
@@ -27,6 +34,7 @@ def test_each_attribute_is_shown_in_exactly_one_scene():
       assert sum(getattr(scene, kind) is not None for scene in shown) == 1
 
 
+@pytest.mark.pure
 def test_the_letter_names_the_value_that_was_shown():
   shown = world.scenes(np.random.default_rng(0), 4)
   for kind in QUESTIONS:
@@ -35,17 +43,19 @@ def test_the_letter_names_the_value_that_was_shown():
     assert value in {getattr(scene, kind) for scene in shown}
 
 
+@pytest.mark.pure
 def test_answers_are_balanced():
   letters = [world.turn(world.scenes(np.random.default_rng(i), 3), "digit")[1] for i in range(400)]
   assert all(70 < letters.count(letter) < 130 for letter in "ABCD")
 
 
+@pytest.mark.pure
 def test_a_scene_shows_its_colour_and_its_motion():
-  still = world.Scene(None, None, None, None, 5)
+  still = world.Scene(seed=5)
   for motion, (dx, dy) in world.MOTIONS.items():
     difference = (
       np.abs(
-        world.render(world.Scene("red", "square", motion, None, 5)).astype(int)
+        world.render(world.Scene(seed=5, colour="red", shape="square", motion=motion)).astype(int)
         - world.render(still)
       ).sum(-1)
       > 60
@@ -73,7 +83,12 @@ def test_what_is_asked_is_answered_by_the_scene_that_shows_it(made):
 
 
 def test_the_same_seed_makes_the_same_videos(made, tmp_path):
-  world.write_world(tmp_path / "again", [WorldSplit("train", 3, 2, 4, 4)], seed=3, workers=1)
+  world.write_world(
+    tmp_path / "again",
+    [WorldSplit(name="train", videos=3, fewest=2, most=4, questions=4)],
+    seed=3,
+    workers=1,
+  )
   for file in (made / "train").iterdir():
     assert file.read_bytes() == (tmp_path / "again" / "train" / file.name).read_bytes()
 
@@ -85,6 +100,7 @@ def test_train_and_heldout_share_no_video(made):
   assert not frames("train") & frames("heldout")
 
 
+@pytest.mark.pure
 def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
   world.write_tokenizer(tmp_path, world.world_words())
   tokenizer = prompt.load_tokenizer(tmp_path)
@@ -96,26 +112,40 @@ def test_the_tokenizer_has_the_template_and_one_token_per_letter(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
-  "split",
+  "videos, scenes, questions, where",
   [
-    WorldSplit("train", 0, 1, 1, 4),
-    WorldSplit("train", 1, 0, 1, 4),
-    WorldSplit("train", 1, 1, 4097, 4),
-    WorldSplit("train", 1, 1, 1, 5),
+    (0, (1, 1), 4, "videos"),
+    (1, (0, 1), 4, "scenes"),
+    (1, (3, 2), 4, "scenes"),
+    (1, (1, 4097), 4, "scenes"),
+    (1, (1, 1), 5, "questions"),
+    (1, (1, 1), -1, "questions"),
   ],
 )
-def test_impossible_worlds_are_refused_and_leave_nothing(split, tmp_path):
-  with pytest.raises(world.WorldError):
+def test_impossible_worlds_are_refused_and_leave_nothing(
+  videos, scenes, questions, where, tmp_path
+):
+  fewest, most = scenes
+  split = WorldSplit(name="train", videos=videos, fewest=fewest, most=most, questions=questions)
+  with pytest.raises(world.WorldError) as caught:
     world.write_world(tmp_path / "out", [split], seed=0, workers=1)
+  assert caught.value.fields["where"] == where
   assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.pure
 def test_a_folder_that_is_no_utf8_is_refused(tmp_path):
   out = tmp_path / os.fsdecode(b"caf\xff")
   with pytest.raises(
     world.WorldError,
     match=r"the name of the folder .*caf\\udcff.*' holds bytes that are no UTF-8",
   ):
-    world.write_world(out, [world.WorldSplit("heldout", 1, 1, 1, 1)], seed=0, workers=1)
+    world.write_world(
+      out,
+      [world.WorldSplit(name="heldout", videos=1, fewest=1, most=1, questions=1)],
+      seed=0,
+      workers=1,
+    )
   assert not out.exists()

@@ -8,6 +8,7 @@ import pytest
 from xcomp_jax import demo
 
 
+@pytest.mark.pure
 def test_a_gain_is_paired():
   before, after = (
     np.array([True, False, False, True] * 25),
@@ -19,6 +20,7 @@ def test_a_gain_is_paired():
   assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half))
 
 
+@pytest.mark.pure
 def test_only_what_an_earlier_demo_made_is_cleared(tmp_path, capsys):
   theirs = {"notes.txt", "base/many/model/weights", "run.txt"}
   for name in ("world/mine", *theirs):

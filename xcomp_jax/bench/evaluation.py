@@ -51,7 +51,11 @@ def write_questions(folder: pathlib.Path, videos: int, questions: int, scenes: i
   if not folder.exists():
     world.write_world(
       folder,
-      [world.WorldSplit("heldout", videos, scenes, scenes, len(world.QUESTIONS))],
+      [
+        world.WorldSplit(
+          name="heldout", videos=videos, fewest=scenes, most=scenes, questions=len(world.QUESTIONS)
+        )
+      ],
       seed=0,
       workers=1,
     )

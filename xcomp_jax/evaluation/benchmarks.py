@@ -1,27 +1,38 @@
-"""Benchmarks as the release asks and scores them: annotations to questions, answers to letters,
-letters to averages.
+"""Benchmarks as the release asks and scores them: annotations to questions, letters to averages.
 
-All of it is pure text (FACTS.md 12): nothing here knows of models. `evaluate` and the lmms-eval
-task files share it, so both have the same prompts and the same numbers.
+Nothing here knows of models. `evaluate` and the lmms-eval task files share it, so both have the
+same prompts and the same numbers.
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from xcomp_jax.errors import XCompError
+from xcomp_jax.evaluation.annotations import TaskError, read_annotations
+from xcomp_jax.evaluation.protocol import (
+  BEST_OPTION,
+  CLOSING,
+  LETTERS,
+  any_letter,
+  bracketed_letter,
+  first_capital,
+  longvideobench_prompt,
+  lvbench_prompt,
+  mlvu_prompt,
+  mvbench_prompt,
+  seen_subtitles,
+  stated,
+  videomme_prompt,
+)
 from xcomp_jax.files import expanduser, listed
-from xcomp_jax.inputs import parse_json, quoted, read_json, read_text
+from xcomp_jax.inputs import quoted, read_json
 
-CLOSING = "Answer with the option's letter from the given choices directly."
-BEST_OPTION = "\nOnly give the best option."
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # tried in turn behind a video's name
 SUFFIXES = (
   "",
@@ -32,7 +43,6 @@ SUFFIXES = (
   ".mov",
   ".MP4",
 )
-SUBTITLE_FRAMES = 512  # LongVideoBench: moments at which a subtitle has to be seen
 MVBENCH_FOLDERS = {  # of MVBench's own archive, below its video folder
   "action_sequence": "star/Charades_v1_480",
   "action_prediction": "star/Charades_v1_480",
@@ -57,11 +67,7 @@ MVBENCH_FOLDERS = {  # of MVBench's own archive, below its video folder
 }
 
 
-class TaskError(XCompError, ValueError):
-  """Annotations that can't be used; the message says where and why."""
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkQuestion:
   """A question of a benchmark, ready to be asked.
 
@@ -73,7 +79,7 @@ class BenchmarkQuestion:
   {kind of group: its name}; several names are joined by "; ".
   """
 
-  id: str
+  id: str = ""
   videos: tuple[str, ...]
   prompt: str
   options: tuple[str, ...]
@@ -83,12 +89,12 @@ class BenchmarkQuestion:
   end: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
   """How a benchmark is read and scored.
 
-  question: (annotation, stem of its file, folder of subtitles) to Question, or None for what is not
-  asked.
+  question: (annotation, stem of its file, folder of subtitles) to the question, whose `id` comes
+  later, or None for what is not asked.
   letter: (answer, options) to the letter that counts as answered, or to something that is no
   letter.
   macro: the kind of group whose accuracies the macro average is over.
@@ -98,215 +104,69 @@ class Task:
 
   name: str
   question: Callable[[Mapping[str, Any], str, pathlib.Path | None], BenchmarkQuestion | None]
-  letter: Callable[[str, Sequence[str]], str]
-  macro: str
-  skip_empty: bool
-  sizes: tuple[int, ...]
+  letter: Callable[[str, Sequence[str]], str] = any_letter
+  macro: str = "task"
+  skip_empty: bool = True
+  sizes: tuple[int, ...] = ()
+
+  def judge(
+    self, answer: str | None, options: Sequence[str], truth: str
+  ) -> tuple[str | None, bool]:
+    """Which letter an answer counts as, and whether that is right; no answer is no letter."""
+    letter = None if answer is None else self.letter(answer, options)
+    return letter, truth != "" and letter == truth
 
 
-# --- answers
-# ----------------------------------------------------------------------------------------
-
-_MARKS = ';/[]"{}()=+\\_-><@`,?!'
-
-
-def any_letter(answer: str, options: Sequence[str] = ()) -> str:
-  """LVBench, MLVU, MVBench: "X. text" is X; else the first A to E (or a to e) that stands alone;
-  else the text (FACTS.md 12).
-
-  So "A man" counts as A, and so does "a man". Marks go away where a blank is at their side (or a
-  number has a comma), and become blanks elsewhere, as released.
-  """
-  stated = re.fullmatch(r"([A-E])\.\s*(.+)", answer.strip(), re.IGNORECASE)
-  if stated:
-    return stated[1].upper()
-  text = answer.replace("\n", " ").replace("\t", " ").strip()
-  number, out = re.search(r"\d,\d", text), text
-  for mark in _MARKS:
-    beside = f"{mark} " in text or f" {mark}" in text or number
-    out = out.replace(mark, "" if beside else " ")
-  # the release passes re.UNICODE, which is 32, as the count
-  out = re.sub(r"\.(?!\d)", "", out, count=32)
-  out = out.strip("'").strip('"').strip().lower()
-  alone = re.search(r"\b[a-e]\b", out)
-  return alone[0].upper() if alone else out
-
-
-def first_capital(answer: str, options: Sequence[str] = ()) -> str:
-  """VideoMME: the first capital A to D, wherever it stands, once some openings are cut; else
-  nothing.
-
-  So "b" counts as no answer, and "Best answer: C" as B: the release means to cut that opening, but
-  lacks a comma.
-  """
-  for opening in ("The best answer is", "The correct answer is", "The answer is", "The answer"):
-    answer = answer.replace(opening, "")
-  found = re.search("[ABCD]", answer)
-  return found[0] if found else ""
-
-
-def bracketed_letter(answer: str, options: Sequence[str]) -> str:
-  """LongVideoBench: the last "(X)", else the last "X ", else the last "X.", else the last option
-  that is quoted; else nothing.
-
-  Where the release finds nothing it draws a letter; here that is a wrong answer, so that numbers
-  can be repeated.
-  """
-  for mark in ",.!?;:'":
-    answer = answer.strip(mark)
-  answer, letters = f" {answer} ", LETTERS[: len(options)]
-  for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-    found = [letter for letter in letters if form.format(letter) in answer]
-    if found:
-      return found[int(np.argmax([answer.rfind(place.format(letter)) for letter in found]))]
-  places = [answer.lower().rfind(option.lower()) for option in options]
-  return letters[int(np.argmax(places))] if len(answer.split()) > 5 and max(places) >= 0 else ""
-
-
-# --- prompts
-# ----------------------------------------------------------------------------------------
-
-
-def lvbench_prompt(question: str, options: Sequence[str]) -> str:
-  """LVBench; the options carry letters of their own, hence "A. (A) ..."."""
-  return (
-    f"{question}\n"
-    + "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options))
-    + CLOSING
-  )
-
-
-def mlvu_prompt(question: str, options: Sequence[str], closing: str = CLOSING) -> str:
-  """MLVU, multiple choice. closing: the release's default; VideoChat-Flash's own configuration has
-  BEST_OPTION.
-  """
-  return f"Question:{question}\nOption:\n{_bracketed(options)}{closing}"
-
-
-def mvbench_prompt(question: str, options: Sequence[str]) -> str:
-  """MVBench."""
-  return f"Question: {question}\nOption:\n{_bracketed(options)}{BEST_OPTION}"
-
-
-def videomme_prompt(question: str, options: Sequence[str]) -> str:
-  """VideoMME without subtitles; the options carry "A. "."""
-  opening = (
-    "These are the frames of a video. Select the best answer to the following multiple-choice "
-    "question based on the video. "
-    "Respond with only the letter (A, B, C, or D) of the correct option."
-  )
-  return f"{opening}\nQuestion: {question}\nOption:\n" + "\n".join(options) + f"\n{CLOSING}"
-
-
-def longvideobench_prompt(question: str, options: Sequence[str], subtitles: str) -> str:
-  """LongVideoBench with its subtitles, one per line."""
-  listed = "\n".join(f"({letter}). {option}" for letter, option in zip(LETTERS, options))
-  return (
-    f" This video's subtitles are listed below: \n{subtitles}.\n Select the best answer to the "
-    f"following multiple-choice "
-    "question based on the video and the subtitles. Respond with only the letter of the correct "
-    "option.\n"
-    f"Question: {question}\n{listed}\n{CLOSING}\n"
-  )
-
-
-def _bracketed(options: Sequence[str]) -> str:
-  return "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options))
-
-
-def seen_subtitles(subtitles: Iterable[Mapping[str, Any]], duration: float, offset: float) -> str:
-  """The subtitles that one of up to 512 evenly spaced moments falls into, one per line (FACTS.md
-  12).
-
-  Args:
-    subtitles: {"timestamp": [start, end], "text"} in seconds, or {"start", "end", "line"} as
-      "H:M:S.s".
-    duration: of the video, seconds; also where an end that is no fraction is taken to be, as
-      released.
-    offset: what the subtitles' times start from.
-  """
-  count = SUBTITLE_FRAMES if duration > SUBTITLE_FRAMES else int(duration)
-  moments = np.arange(count) * (duration / SUBTITLE_FRAMES if duration > SUBTITLE_FRAMES else 1.0)
-  lines = []
-  for subtitle in subtitles:
-    if "timestamp" in subtitle:
-      start, end = subtitle["timestamp"]
-      end, text = end if isinstance(end, float) else duration, subtitle["text"]
-    else:
-      start, end, text = _seconds(subtitle["start"]), _seconds(subtitle["end"]), subtitle["line"]
-    start, end = start - offset, end - offset
-    if end - start < 1:
-      start, end = (start + end) / 2 - 0.5, (start + end) / 2 + 0.5
-    if ((start < moments) & (moments < end)).any():
-      lines.append(text)
-  return "\n".join(lines)
-
-
-def _seconds(clock: str) -> float:
-  hours, minutes, seconds = clock.split(":")
-  return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-
-
-# --- annotations
-# -----------------------------------------------------------------------------------------------
+# --- annotations of each benchmark to questions
 
 
 def _lvbench(item, stem, _):
   options = item["candidates"]
-  groups = {"type": item.get("type", ""), "question type": "; ".join(item.get("question_type", ()))}
-  prompt = lvbench_prompt(item["question"], options)
+  kinds = "; ".join(item.get("question_type", ()))
   return BenchmarkQuestion(
-    "", (item["video"],), prompt, tuple(options), _right(item, options), groups
+    prompt=lvbench_prompt(item["question"], options),
+    videos=(item["video"],),
+    options=tuple(options),
+    answer=_right(item, options),
+    groups={"type": item.get("type", ""), "question type": kinds},
   )
 
 
 def _mlvu(item, stem, _, closing=CLOSING):
   options = item["candidates"]
   return BenchmarkQuestion(
-    "",
-    (f"{stem}/{item['video']}", item["video"]),
-    mlvu_prompt(item["question"], options, closing),
-    tuple(options),
-    _right(item, options),
-    {"task": item["question_type"]},
+    videos=(f"{stem}/{item['video']}", item["video"]),
+    prompt=mlvu_prompt(item["question"], options, closing),
+    options=tuple(options),
+    answer=_right(item, options),
+    groups={"task": item["question_type"]},
   )
-
-
-def _mlvu_best_option(item, stem, subtitles):
-  return _mlvu(item, stem, subtitles, BEST_OPTION)
 
 
 def _mvbench(item, stem, _):
   options, folder = item["candidates"], MVBENCH_FOLDERS.get(stem, stem)
   return BenchmarkQuestion(
-    "",
-    (f"{folder}/{item['video']}", f"{stem}/{item['video']}", item["video"]),
-    mvbench_prompt(item["question"], options),
-    tuple(options),
-    _right(item, options),
-    {"task": stem},
-    item.get("start"),
-    item.get("end"),
+    videos=(f"{folder}/{item['video']}", f"{stem}/{item['video']}", item["video"]),
+    prompt=mvbench_prompt(item["question"], options),
+    options=tuple(options),
+    answer=_right(item, options),
+    groups={"task": stem},
+    start=item.get("start"),
+    end=item.get("end"),
   )
 
 
 def _videomme_long(item, stem, _):
   if item["duration"] != "long":
     return None
-  groups = {
-    "task": item.get("task_type", ""),
-    "domain": item.get("domain", ""),
-    "category": item.get("sub_category", ""),
-  }
   options = tuple(item["options"])
-  names = (item["videoID"], f"videos/{item['videoID']}", f"data/{item['videoID']}")
+  kinds = {"task": "task_type", "domain": "domain", "category": "sub_category"}
   return BenchmarkQuestion(
-    "",
-    names,
-    videomme_prompt(item["question"], options),
-    options,
-    _letter(item["answer"], options),
-    groups,
+    videos=tuple(f"{folder}{item['videoID']}" for folder in ("", "videos/", "data/")),
+    prompt=videomme_prompt(item["question"], options),
+    options=options,
+    answer=_letter(item["answer"], options),
+    groups={kind: item.get(key, "") for kind, key in kinds.items()},
   )
 
 
@@ -316,7 +176,8 @@ def _longvideobench(item, stem, subtitles):
   ]
   if subtitles is None:
     raise TaskError(
-      "LongVideoBench is asked with subtitles: give the folder that has them, --subtitles"
+      "LongVideoBench is asked with subtitles: give the folder that has them, --subtitles",
+      where="--subtitles",
     )
   name = item["subtitle_path"]
   file = subtitles / (name if "_en.json" in name else name.replace(".json", "_en.json"))
@@ -324,28 +185,29 @@ def _longvideobench(item, stem, subtitles):
     spoken = read_json(file, TaskError)
   except FileNotFoundError:
     raise TaskError(
-      f"{file} does not exist; --subtitles is the folder of LongVideoBench's subtitles"
+      f"{file} does not exist; --subtitles is the folder of LongVideoBench's subtitles", where=file
     ) from None
-  listed = seen_subtitles(spoken, item["duration"], item["starting_timestamp_for_subtitles"])
+  seen = seen_subtitles(spoken, item["duration"], item["starting_timestamp_for_subtitles"])
   groups = {"duration": str(item["duration_group"]), "question category": item["question_category"]}
-  names = (item["video_path"], f"videos/{item['video_path']}")
-  prompt = longvideobench_prompt(item["question"], options, listed)
+  videos = (item["video_path"], f"videos/{item['video_path']}")
+  prompt = longvideobench_prompt(item["question"], options, seen)
   choice = item["correct_choice"]
   answer = LETTERS[choice] if choice in range(len(options)) else _letter(choice, options)
-  return BenchmarkQuestion("", names, prompt, tuple(options), answer, groups)
+  return BenchmarkQuestion(
+    videos=videos, prompt=prompt, options=tuple(options), answer=answer, groups=groups
+  )
 
 
 def _letters(item, stem, _):
   options = tuple(re.findall(r"^(?:\([A-E]\)|[A-E][.:)]) (.*)$", item["question"], re.MULTILINE))
-  part = item.get("start"), item.get("end")
   return BenchmarkQuestion(
-    "",
-    (item["video"],),
-    item["question"],
-    options,
-    _letter(item["answer"], options),
-    {"file": stem},
-    *part,
+    videos=(item["video"],),
+    prompt=item["question"],
+    options=options,
+    answer=_letter(item["answer"], options),
+    groups={"file": stem},
+    start=item.get("start"),
+    end=item.get("end"),
   )
 
 
@@ -364,34 +226,38 @@ def _letter(answer: Any, options: Sequence[str]) -> str:
     return letter
   raise TaskError(
     f"its answer {quoted(answer)} is none of the letters A to {LETTERS[count - 1]}; write one of "
-    f'them, such as "A"'
+    f'them, such as "A"',
+    where="answer",
+    value=answer,
+    allowed=LETTERS[:count],
   )
 
 
-def stated(answer: Any, count: int) -> str:
-  """The letter of one of `count` options that an annotation's answer begins with: "A", "a", "A.",
-  "(A)", "A. text"; "" if none.
-  """
-  found = re.fullmatch(
-    r"\(?([a-z])([.:)]+(\s.*)?)?", str(answer).strip(), re.IGNORECASE | re.DOTALL
-  )
-  return found[1].upper() if found and found[1].upper() in LETTERS[:count] else ""
-
-
+_best_option = functools.partial(_mlvu, closing=BEST_OPTION)  # VideoChat-Flash's own closing words
 TASKS = {
   task.name: task
   for task in (
-    Task("lvbench", _lvbench, any_letter, "type", True, (1519, 1549)),
-    Task("mlvu", _mlvu, any_letter, "task", True, (2175,)),
+    Task(name="lvbench", question=_lvbench, macro="type", sizes=(1519, 1549)),
+    Task(name="mlvu", question=_mlvu, sizes=(2175,)),
+    Task(name="mlvu_best_option", question=_best_option, sizes=(2175,)),
     Task(
-      "mlvu_best_option", _mlvu_best_option, any_letter, "task", True, (2175,)
-    ),  # VideoChat-Flash's own closing words
-    Task("videomme_long", _videomme_long, first_capital, "task", False, (900,)),
-    Task("longvideobench", _longvideobench, bracketed_letter, "duration", False, (1337,)),
-    Task("mvbench", _mvbench, any_letter, "task", True, (4000,)),
+      name="videomme_long",
+      question=_videomme_long,
+      letter=first_capital,
+      skip_empty=False,
+      sizes=(900,),
+    ),
     Task(
-      "letters", _letters, any_letter, "file", True, ()
-    ),  # any VideoChat-Flash annotations whose answers are letters
+      name="longvideobench",
+      question=_longvideobench,
+      letter=bracketed_letter,
+      macro="duration",
+      skip_empty=False,
+      sizes=(1337,),
+    ),
+    Task(name="mvbench", question=_mvbench, sizes=(4000,)),
+    # any VideoChat-Flash annotations whose answers are letters
+    Task(name="letters", question=_letters, macro="file"),
   )
 }
 
@@ -407,55 +273,59 @@ def read_questions(
 
   Raises:
     FileNotFoundError: there is no such file or folder.
-    TaskError: no annotations of this task; the message says where.
+    TaskError: no annotations of this task; the message says where. fields: `faults`, for each
+      reason the fields of its error, the `file` and numbers of `questions`.
   """
-  files = (
-    sorted(f for f in annotations.iterdir() if f.suffix in (".json", ".jsonl"))
-    if annotations.is_dir()
-    else [annotations]
-  )
-  found, faults = [], []
+  files = [annotations]
+  if annotations.is_dir():
+    files = sorted(f for f in annotations.iterdir() if f.suffix in (".json", ".jsonl"))
+  found, lines, faults = [], [], []
   for file in files:
-    wrong: dict[str, list[int]] = {}  # by the reason
-    for i, item in enumerate(_questions(file)):
+    wrong: dict[str, dict[str, Any]] = {}  # by the reason
+    for i, item in enumerate(read_annotations(file)):
       try:
-        question = task.question(_whole(item), file.stem, subtitles)
+        if isinstance(item, Exception):
+          raise item
+        question = task.question(item, file.stem, subtitles)
       except Exception as error:  # it may hold anything
-        wrong.setdefault(_reason(task, error), []).append(i)
+        fault = _fault(task, error)
+        about = {**fault.fields, "file": file.name, "questions": []}
+        wrong.setdefault(str(fault), about)["questions"].append(i)
         continue
       if question is not None:
         found.append(dataclasses.replace(question, id=f"{file.stem}/{i}"))
-    faults += [
-      f"{file}, question{'s' * (len(n) > 1)} {_places(n)}: {reason}" for reason, n in wrong.items()
-    ]
+    for reason, about in wrong.items():
+      n = about["questions"]
+      lines.append(f"{file}, question{'s' * (len(n) > 1)} {_places(n)}: {reason}")
+    faults += wrong.values()
   if faults:
-    raise TaskError(
-      faults[0] if len(faults) == 1 else listed(f"{annotations} has bad questions", faults)
-    )
+    says = lines[0] if len(lines) == 1 else listed(f"{annotations} has bad questions", lines)
+    raise TaskError(says, where=annotations, faults=faults)
   if not found:
-    raise TaskError(f"{annotations} holds no question of {task.name}")
+    raise TaskError(f"{annotations} holds no question of {task.name}", where=annotations, found=0)
   if not any(q.answer for q in found):
     raise TaskError(
       f"{annotations}: no question's answer is one of its options; write the option as it is in "
-      f"the list, or its letter"
+      f"the list, or its letter",
+      where=annotations,
+      found=len(found),
     )
   return found
 
 
-def _reason(task: Task, error: Exception) -> str:
+def _fault(task: Task, error: Exception) -> TaskError:
+  """What is wrong with an annotation."""
   if isinstance(error, TaskError):
-    return str(error)
-  return f"no annotation of {task.name}: " + (
-    f"it has no {error}"
-    if isinstance(error, KeyError)
-    else f"{type(error).__name__}: {str(error)[:300]}"
-  )
+    return error
+  says, where = f"{type(error).__name__}: {str(error)[:300]}", type(error).__name__
+  if isinstance(error, KeyError):
+    says, where = f"it has no {error}", error.args[0]
+  return TaskError(f"no annotation of {task.name}: {says}", where=where)
 
 
 def _places(numbers: Sequence[int]) -> str:
-  return ", ".join(map(str, numbers[:20])) + (
-    f" and {len(numbers) - 20} more" if len(numbers) > 20 else ""
-  )
+  more = f" and {len(numbers) - 20} more" if len(numbers) > 20 else ""
+  return ", ".join(map(str, numbers[:20])) + more
 
 
 def unanswerable(questions: Sequence[BenchmarkQuestion]) -> str:
@@ -467,101 +337,6 @@ def unanswerable(questions: Sequence[BenchmarkQuestion]) -> str:
     f"{len(lost)} of {len(questions)} questions have an answer that is none of their "
     f"options, such as {lost[0]}: nothing is right there"
   )
-
-
-def _items(file: pathlib.Path) -> list[Any]:
-  content = read_text(file, TaskError)
-  if content.lstrip().startswith("["):
-    return parse_json(content, file, TaskError)
-  return [
-    parse_json(line, f"{file}, line {n},", TaskError)
-    for n, line in enumerate(content.split("\n"), 1)
-    if line.strip()
-  ]
-
-
-def _questions(file: pathlib.Path) -> Iterator[Any]:
-  """The questions of a file's annotations, with an error in the place of what can't be read."""
-  for item in _items(file):
-    try:
-      yield from _each(item)
-    except Exception as error:
-      yield error
-
-
-def _whole(item: Any) -> Any:
-  if isinstance(item, Exception):
-    raise item
-  return item
-
-
-def _each(item: Any) -> Iterable[Any]:
-  """The questions that an annotation holds: itself, LVBench's own lines, or those of a
-  conversation.
-  """
-  if isinstance(item, dict) and ("videos" in item or not isinstance(item.get("video", ""), str)):
-    paths = [
-      path
-      for key in ("video", "videos")
-      for path in (item[key] if isinstance(item.get(key), list) else [item.get(key)])
-      if path is not None
-    ]
-    if len(paths) != 1 or not isinstance(paths[0], str):
-      raise TaskError(f"it must have one video, the name of a file, not {quoted(paths, 60)}")
-    item = {key: value for key, value in item.items() if key != "videos"} | {"video": paths[0]}
-  if isinstance(item, dict) and (
-    bad := [
-      key for key in ("start", "end") if not isinstance(item.get(key), (int, float, type(None)))
-    ]
-  ):
-    raise TaskError(f"its {bad[0]} is {quoted(item[bad[0]], 60)}; write seconds")
-  if isinstance(item, dict) and "qa" in item:
-    return _published(item)
-  if isinstance(item, dict) and ("conversations" in item or "messages" in item):
-    return _rounds(item)
-  return [item]
-
-
-def _rounds(item: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-  """The questions of a conversation, of {"from", "value"} or {"role", "content"}; what a system
-  turn says is left out.
-  """
-  turns = [
-    (t.get("from") or t.get("role"), t.get("value", t.get("content")))
-    for t in item.get("conversations") or item["messages"]
-  ]
-  turns = [turn for turn in turns if turn[0] != "system"]
-  for n, (who, said) in enumerate(turns):
-    if who not in (("human", "user"), ("gpt", "assistant"))[n % 2] or not isinstance(said, str):
-      raise TaskError(
-        f"turn {n} of the conversation is {quoted({'from': who, 'value': said}, 100)}; write "
-        f'questions "from": "human" and answers "from": "gpt" in turn, with text as "value"'
-      )
-  if len(turns) % 2 or not turns:
-    raise TaskError(
-      "the conversation does not end with an answer; write the right letter as its last turn, "
-      '"from": "gpt"'
-    )
-  for (_, question), (_, answer) in zip(turns[::2], turns[1::2]):
-    question = re.sub("^<(image|video)>\n?", "", question)
-    if found := re.search("<(image|video)>", question):
-      raise TaskError(
-        f"{found[0]} is inside a question; leave it out, frames go first by themselves"
-      )
-    yield {**item, "question": question, "answer": answer}
-
-
-def _published(video: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-  """LVBench's own lines: {"key", "type", "qa": [{"question": text and options, "answer": letter,
-  ...}]}.
-  """
-  for item in video["qa"]:
-    question, *options = re.split(r"\n(?=\([A-Z]\) )", item["question"])
-    answer = next(
-      (option for option in options if option.startswith(f"({item['answer']})")), item["answer"]
-    )
-    about = {"video": video["key"], "type": video.get("type", "")}
-    yield item | about | {"question": question, "candidates": options, "answer": answer}
 
 
 def subtitles_of(videos: pathlib.Path, given: str | None) -> pathlib.Path | None:
@@ -601,8 +376,15 @@ def missing(videos: pathlib.Path, questions: Sequence[BenchmarkQuestion]) -> str
   )
 
 
-# --- averages
-# --------------------------------------------------------------------------------------------------
+def say_doubts(videos: pathlib.Path, questions: Sequence[BenchmarkQuestion]) -> None:
+  """Says on stderr which questions nobody can answer rightly, and which videos are not there.
+
+  Raises:
+    FileNotFoundError: not one video is.
+  """
+  for note in (unanswerable(questions), missing(videos, questions)):
+    if note:
+      print(note, file=sys.stderr)
 
 
 def score_answers(
@@ -617,37 +399,34 @@ def score_answers(
     {name: {"accuracy", "right", "counted"}}}.
   """
   counts = dict.fromkeys(("questions", "counted", "right", "empty", "unparsed", "failed"), 0)
-  tally: dict[str, dict[str, list[int]]] = {}
+  tally: dict[str, dict[str, list[bool]]] = {}  # which answers were right
   for question, answer in answered:
-    letter = "" if answer is None else task.letter(answer, question.options)
+    letter, right = task.judge(answer, question.options, question.answer)
     counts["questions"] += 1
     counts["failed"] += answer is None
     counts["empty"] += answer == ""
     counts["unparsed"] += bool(answer) and letter not in tuple(LETTERS[: len(question.options)])
     if answer == "" and task.skip_empty:
       continue
-    right = answer is not None and question.answer != "" and letter == question.answer
     counts["counted"] += 1
     counts["right"] += right
     for kind, names in question.groups.items():
       for name in names.split("; "):
-        cell = tally.setdefault(kind, {}).setdefault(name, [0, 0])
-        cell[0] += right
-        cell[1] += 1
-
-  def share(right, counted):
-    return 100 * right / counted if counted else 0.0
-
+        tally.setdefault(kind, {}).setdefault(name, []).append(right)
   groups = {
     kind: {
-      name: {"accuracy": share(*cell), "right": cell[0], "counted": cell[1]}
-      for name, cell in sorted(cells.items())
+      name: {
+        "accuracy": 100 * sum(right) / len(right),
+        "right": sum(right),
+        "counted": len(right),
+      }
+      for name, right in sorted(names.items())
     }
-    for kind, cells in sorted(tally.items())
+    for kind, names in sorted(tally.items())
   }
   macro = [cell["accuracy"] for cell in groups.get(task.macro, {}).values()]
   return {
-    "micro": share(counts["right"], counts["counted"]),
+    "micro": 100 * counts["right"] / counts["counted"] if counts["counted"] else 0.0,
     "macro": sum(macro) / len(macro) if macro else 0.0,
     "macro_over": task.macro,
     "counts": counts,

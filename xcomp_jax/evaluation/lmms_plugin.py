@@ -22,9 +22,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from xcomp_jax import cli, files
+from xcomp_jax.evaluation.answers import Answers, AnswersError, Wanted
 from xcomp_jax.evaluation.lmms_tasks import FAILED, PREFIX
 from xcomp_jax.evaluation.presets import preset
-from xcomp_jax.evaluation.runner import Answers, AnswersError, Wanted, answer_wanted
+from xcomp_jax.evaluation.runner import answer_wanted
 from xcomp_jax.inference.video_model import (
   COMPILED,
   AskSettings,
@@ -74,7 +75,9 @@ class XComp(lmms):
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
       raise AnswersError(
         f"--batch_size {batch_size}: must be a number from 1 on, of questions about a video "
-        f"answered together"
+        f"answered together",
+        where="--batch_size",
+        value=batch_size,
       )
     self.batch = int(batch_size)
     self.options = [
@@ -99,7 +102,9 @@ class XComp(lmms):
     if int(wishes.get("num_beams") or 1) != 1:
       raise AnswersError(
         f"task {task} asks for {wishes['num_beams']} beams; xcomp_jax has none: --gen_kwargs "
-        f"num_beams=1"
+        f"num_beams=1",
+        where="num_beams",
+        value=wishes["num_beams"],
       )
     given = {key: wishes[key] for key in GIVEN & set(wishes) if wishes[key] is not None}
     if not wishes.get("do_sample"):
@@ -170,7 +175,9 @@ class XComp(lmms):
       if len(seen) - bool(part) != 1:
         raise AnswersError(
           f"task {task}, document {number}: xcomp_jax needs one video or image, and here are "
-          f"{len(seen)}"
+          f"{len(seen)}",
+          where=task,
+          found=len(seen),
         )
       return Wanted(self._file(seen[0]), context, part.get("start"), part.get("end"))
     except AnswersError:
@@ -187,7 +194,8 @@ class XComp(lmms):
       return pathlib.Path(seen)
     if not hasattr(seen, "tobytes") or not hasattr(seen, "save"):
       raise AnswersError(
-        f"xcomp_jax answers about videos and images, not about {type(seen).__name__}"
+        f"xcomp_jax answers about videos and images, not about {type(seen).__name__}",
+        where=type(seen).__name__,
       )
     picture = seen.convert("RGB")
     file = (

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,13 +70,13 @@ def text(doc: Mapping[str, Any]) -> str:
 def scored(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:
   """One answer, for both averages."""
   task, answer = TASKS[doc["task"]], None if results[0] == FAILED else results[0]
-  letter = None if answer is None else task.letter(answer, doc["options"])
+  letter, right = task.judge(answer, doc["options"], doc["answer"])
   line = {key: doc[key] for key in ("id", "task", "path", "options", "groups")}
   line |= {
     "answer": answer,
     "letter": letter,
     "truth": doc["answer"],
-    "right": letter == doc["answer"] != "",
+    "right": right,
   }
   return {"micro": line, "macro": line}
 
@@ -95,7 +94,12 @@ def macro(lines: Sequence[Mapping[str, Any]]) -> float:
 def _score(lines) -> dict[str, Any]:
   def question(line):
     return BenchmarkQuestion(
-      line["id"], (), "", tuple(line["options"]), line["truth"], line["groups"]
+      id=line["id"],
+      videos=(),
+      prompt="",
+      options=tuple(line["options"]),
+      answer=line["truth"],
+      groups=line["groups"],
     )
 
   return benchmarks.score_answers(
@@ -116,10 +120,7 @@ def write_task(
     FileNotFoundError, TaskError: see `benchmarks.read_questions`.
   """
   questions = benchmarks.read_questions(task, annotations, subtitles)
-  for note in filter(
-    None, (benchmarks.unanswerable(questions), benchmarks.missing(videos, questions))
-  ):
-    print(note, file=sys.stderr)
+  benchmarks.say_doubts(videos, questions)
   listed, yaml = out / f"{task.name}.jsonl", out / f"{PREFIX}{task.name}.yaml"
   for file in (listed, yaml):
     files.apart(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from xcomp_jax.evaluation.benchmarks import TaskError
+from xcomp_jax.evaluation.annotations import TaskError
 
 # selected; Table B
 PAPER_FRAMES = {
@@ -16,6 +16,15 @@ PAPER_FRAMES = {
 LOGS = {
   "mlvu": {"select": 256, "repeat": 2},
   "videomme_long": {"select": 512, "repeat": 8},
+}
+COMMON = {
+  "mode": "official",
+  "min_frames": 128,
+  "fps": 8.0,
+  "rate": "average",
+  "context": 131072,
+  "max_new_tokens": 16,
+  "temperature": 0.0,
 }
 
 
@@ -33,30 +42,20 @@ def preset(name: str, task: str) -> dict[str, Any]:
     TaskError: the release has no log of this task.
   """
   task = task.removesuffix("_best_option")
-  same = {
-    "mode": "official",
-    "min_frames": 128,
-    "fps": 8.0,
-    "rate": "average",
-    "context": 131072,
-    "max_new_tokens": 16,
-    "temperature": 0.0,
-  }
   if name == "paper":
     select = PAPER_FRAMES.get(task, 512)
-    own = {
-      "select": select,
-      "repeat": 2,
-      "max_frames": max(1024, 2 * select),
-      "clip_frames": "auto",
-      "repetition_penalty": 1.0,
-    }
-  elif name == "released-logs":
-    if task not in LOGS:
-      raise TaskError(
-        f"the release has no log of {task}, only of {' and '.join(LOGS)}; take --preset paper"
-      )
-    own = LOGS[task] | {"max_frames": 1024, "clip_frames": "checkpoint", "repetition_penalty": 1.1}
-  else:
-    raise TaskError(f"there is no preset {name}; known: paper, released-logs, none")
-  return same | own
+    frames = {"select": select, "repeat": 2, "max_frames": max(1024, 2 * select)}
+    return COMMON | frames | {"clip_frames": "auto", "repetition_penalty": 1.0}
+  if name != "released-logs":
+    raise TaskError(
+      f"there is no preset {name}; known: paper, released-logs, none", where="--preset", value=name
+    )
+  if task not in LOGS:
+    raise TaskError(
+      f"the release has no log of {task}, only of {' and '.join(LOGS)}; take --preset paper",
+      where="--task",
+      value=task,
+      allowed=list(LOGS),
+    )
+  clips = {"max_frames": 1024, "clip_frames": "checkpoint", "repetition_penalty": 1.1}
+  return COMMON | LOGS[task] | clips

@@ -1,18 +1,13 @@
 """From answers to scores: results.json, samples.jsonl and the table."""
 
+import collections
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from xcomp_jax.evaluation import benchmarks
+from xcomp_jax.evaluation.answers import Answers, Wanted
 from xcomp_jax.evaluation.benchmarks import BenchmarkQuestion, Task
-from xcomp_jax.evaluation.runner import Answers, Wanted
-
-
-def wanted(questions: Sequence[BenchmarkQuestion], videos: pathlib.Path) -> list[Wanted]:
-  """The questions with their video files, in the same order."""
-  return [Wanted(benchmarks.find_video(videos, q), q.prompt, q.start, q.end) for q in questions]
 
 
 def results(
@@ -23,10 +18,9 @@ def results(
   about: dict[str, Any],
 ) -> dict[str, Any]:
   """All that results.json holds; about: where the questions come from."""
-  spent: dict[str, float] = {}
+  spent = collections.Counter()  # seconds by what they went into
   for w in asked:
-    for name, seconds in answers.lines[w.key].get("seconds", {}).items():
-      spent[name] = spent.get(name, 0.0) + seconds
+    spent.update(answers.lines[w.key].get("seconds", {}))
   pairs = ((q, answers.answer(w)) for q, w in zip(questions, asked, strict=True))
   return {
     "task": task.name,
@@ -46,33 +40,34 @@ def sample_lines(
   """All that samples.jsonl holds: a line per question, in the order of the annotations."""
   lines = []
   for q, w in zip(questions, asked, strict=True):
-    answer = answers.answer(w)
-    letter = None if answer is None else task.letter(answer, q.options)
-    right = letter == q.answer != ""
-    lines.append(
-      {"id": q.id, "right": right, "letter": letter, "truth": q.answer, **answers.lines[w.key]}
-    )
+    letter, right = task.judge(answers.answer(w), q.options, q.answer)
+    judged = {"id": q.id, "right": right, "letter": letter, "truth": q.answer}
+    lines.append(judged | answers.lines[w.key])
   return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def results_table(found: dict[str, Any]) -> str:
   """Results for people."""
-  score, counts = found["score"], found["score"]["counts"]
-  lines = [
-    f"{found['task']}: micro {score['micro']:.2f}%, macro over {score['macro_over']} "
-    f"{score['macro']:.2f}%"
-  ]
-  lines.append(", ".join(f"{n} {name}" for name, n in counts.items()))
-  for kind, cells in score["groups"].items():
-    for name, cell in cells.items():
-      lines.append(
+  score = found["score"]
+  cells = (
+    (kind, name, cell) for kind, names in score["groups"].items() for name, cell in names.items()
+  )
+  return "\n".join(
+    [
+      f"{found['task']}: micro {score['micro']:.2f}%, macro over {score['macro_over']} "
+      f"{score['macro']:.2f}%",
+      ", ".join(f"{n} {name}" for name, n in score["counts"].items()),
+      *(
         f"  {kind}: {name:40} {cell['accuracy']:6.2f}%  {cell['right']} of {cell['counted']}"
-      )
-  lines += [
-    f"  failed: {f['video']} ({f['questions']} questions): {f['error']}" for f in found["failed"]
-  ]
-  lines += [
-    f"  its last {lost:.2f} seconds could not be read: {video}"
-    for video, lost in found["shortened"].items()
-  ]
-  return "\n".join(lines)
+        for kind, name, cell in cells
+      ),
+      *(
+        f"  failed: {f['video']} ({f['questions']} questions): {f['error']}"
+        for f in found["failed"]
+      ),
+      *(
+        f"  its last {lost:.2f} seconds could not be read: {video}"
+        for video, lost in found["shortened"].items()
+      ),
+    ]
+  )

@@ -1,9 +1,10 @@
 """What a model answers about the study's films, what QC-Comp finds in them, and what both cost."""
 
 import dataclasses
+import itertools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,134 +29,6 @@ BINS = 16  # of places in a film
 SELECTED = {"window": 24, "long": 24, "hour": 48}  # frames that QC-Comp keeps of a film, by split
 PREFIX, TEXT = 16, 48  # slots for a measured question's tokens before and after the frames
 FEW = 2  # scenes that are kept when there is no room for all shots
-
-
-def measured(
-  study: Study,
-  checkpoint: str | pathlib.Path,
-  cfg: LPCompConfig,
-  name: str,
-  clips: int | None = None,
-) -> dict[str, Any]:
-  """Answers to a split's questions from so many clips at equal distances; None: all.
-
-  Returns:
-    right: "1" or "0" for every question, film by film in the order of KINDS; hits: likewise, "1"
-      where every scene that
-    is needed was shown; tokens: visual ones a layer works on, on average; TFLOP and seconds: of the
-    LLM for one question.
-  """
-  scenes = study.splits[name].scenes[0]
-  shown = even(scenes, clips or scenes)
-  message = prompt.time_message(scenes * FRAMES / world.FPS, len(shown) * FRAMES)
-  return _answered(
-    study,
-    load_for_measures(checkpoint, cfg),
-    study.store(name),
-    [(one, shown) for one in study.asked(name)],
-    message,
-  )
-
-
-def _answered(
-  study: Study,
-  model: vlm.VLM,
-  store: Store,
-  asked: Sequence[tuple[AskedFilm, np.ndarray]],
-  message: str | None = None,
-) -> dict[str, Any]:
-  answered_rightly(model, study.tokenizer, store, asked[:ROWS], message)  # compiles
-  begun, right = (
-    time.perf_counter(),
-    answered_rightly(model, study.tokenizer, store, asked, message),
-  )
-  seconds, clips = (time.perf_counter() - begun) / len(asked), len(asked[0][1])
-  kept = float(np.mean(lp_comp.counts(model.cfg.lp_comp, model.cfg.llm.layers)))
-  hits = np.array([set(one.scenes) <= set(shown) for one, shown in asked])
-  spent = {"tokens": kept * clips * FRAMES, "seconds": seconds, "TFLOP": cost(model, clips) / 1e12}
-  return {"right": bits(right), "hits": bits(hits)} | spent
-
-
-def selected_answers(
-  study: Study, checkpoint: str | pathlib.Path, cfg: LPCompConfig, name: str, modes: Sequence[str]
-) -> dict[str, Any]:
-  """Answers from what QC-Comp selects of a split's films, and what it found, by mode.
-
-  Returns:
-    place: of the needed scene, 0 to 1, where it is one, else null.
-    MODE: as of `measured`, cost and time with what one of a film's six questions takes to select;
-      rank: how many scenes
-    have a higher score than the one that is needed, or null; other: the same by the scores of the
-    question before it on the film, of the first by the last one's;
-    score: of the needed scene, or null; relevance: mean score by place (16 bins) of scenes in which
-      there is nothing to
-    see, and of shots; few: right, from the two scenes with the highest scores. Scores are relative
-    to their film's mean.
-  """
-  model, store, asked = load_for_measures(checkpoint, cfg), study.store(name), study.asked(name)
-  scenes, frames = study.splits[name].scenes[0], SELECTED[name]
-  settings = {mode: measured_setting(mode, frames) for mode in modes if mode != "uniform"}
-  kept: dict[str, list[np.ndarray]] = {mode: [] for mode in modes}
-  # it scores four scenes together
-  few: dict[str, list[np.ndarray]] = {mode: [] for mode in modes if mode != "official"}
-  needed: dict[str, dict[str, list[float | None]]] = {
-    mode: {"rank": [], "other": [], "score": []} for mode in settings
-  }
-  took: dict[str, list[float]] = {mode: [] for mode in settings}
-  sums, counts, work = {mode: np.zeros(2 * BINS) for mode in modes}, np.zeros(2 * BINS), {}
-  for number in range(len(store.samples)):
-    film, several = as_film(store, number), [one for one in asked if one.film == number]
-    visible = np.zeros(scenes, int)
-    visible[sorted({scene for one in several for scene in one.scenes})] = (
-      1  # all shots: one question needs them all
-    )
-    where = visible * BINS + np.arange(scenes) * BINS // scenes
-    counts += len(several) * np.bincount(where, minlength=2 * BINS)
-    prompts = [
-      prompt.question_prompt(study.tokenizer, one.question, store.samples[number].time_message)
-      for one in several
-    ]
-    if "uniform" in modes:
-      kept["uniform"] += [even(scenes, frames // FRAMES)] * len(several)
-      few["uniform"] += [even(scenes, FEW)] * len(several)
-    for mode, select in settings.items():
-      work[mode] = work.get(mode) or scoring_cost(model, scenes, prompts, select)
-      begun = time.perf_counter()
-      chosen = chat.select_frames(model, film, prompts, select)
-      took[mode].append((time.perf_counter() - begun) / len(several))
-      kept[mode] += [np.unique(got.frames // FRAMES) for got in chosen]
-      scores = np.stack([_by_scene(got, scenes) for got in chosen])
-      if mode in few:
-        few[mode] += list(np.sort(np.argsort(-scores, axis=1)[:, :FEW]))
-      sums[mode] += np.bincount(where, scores.sum(0), 2 * BINS)
-      for k, one in enumerate(several):
-        scene, own, other = one.scenes[0], scores[k], scores[k - 1]
-        values = (
-          int((own > own[scene]).sum()),
-          int((other > other[scene]).sum()),
-          round(float(own[scene]), 3),
-        )
-        for name_of, value in zip(("rank", "other", "score"), values, strict=True):
-          needed[mode][name_of].append(value if len(one.scenes) == 1 else None)
-  single = [one.scenes[0] if len(one.scenes) == 1 else None for one in asked]
-  out: dict[str, Any] = {
-    "place": [None if scene is None else round((scene + 0.5) / scenes, 4) for scene in single]
-  }
-  for mode, clips in kept.items():
-    out[mode] = _answered(study, model, store, list(zip(asked, clips, strict=True)))
-    if mode in few:
-      out[mode]["few"] = bits(
-        answered_rightly(model, study.tokenizer, store, list(zip(asked, few[mode], strict=True)))
-      )
-    if mode in settings:
-      # of a film: the first one's has compilation in it
-      out[mode]["seconds"] += float(np.median(took[mode]))
-      out[mode]["TFLOP"] += work[mode] / 1e12
-      out[mode] |= needed[mode]
-      out[mode]["relevance"] = (
-        np.round(sums[mode] / np.maximum(counts, 1), 4).reshape(2, BINS).tolist()
-      )
-  return out
 
 
 _evaluate = jax.jit(vlm.heldout_measures)
@@ -246,10 +119,198 @@ def load_for_measures(checkpoint: str | pathlib.Path, cfg: LPCompConfig) -> vlm.
   return loading.load_model(directory, loading.read_vlm_config(directory, model, cfg))
 
 
-def _by_scene(selection: chat.Selection, scenes: int) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """What measuring runs, with other functions in tests."""
+
+  answer: Callable[..., np.ndarray] = answered_rightly
+  select: Callable[..., list[chat.Selection]] = chat.select_frames
+  cost: Callable[..., float] = cost
+  scoring_cost: Callable[..., float] = scoring_cost
+
+
+PROGRAMS = Programs()
+
+
+def measured(
+  study: Study,
+  checkpoint: str | pathlib.Path,
+  cfg: LPCompConfig,
+  name: str,
+  clips: int | None = None,
+  programs: Programs = PROGRAMS,
+) -> dict[str, Any]:
+  """Answers to a split's questions from so many clips at equal distances; None: all.
+
+  Returns:
+    right: "1" or "0" for every question, film by film in the order of KINDS; hits: likewise, "1"
+      where every scene that is needed was shown; tokens: visual ones a layer works on, on average;
+      TFLOP and seconds: of the LLM for one question.
+  """
+  model, scenes = load_for_measures(checkpoint, cfg), study.splits[name].scenes[0]
+  shown = even(scenes, clips or scenes)
+  message = prompt.time_message(scenes * FRAMES / world.FPS, len(shown) * FRAMES)
+  asked = [(one, shown) for one in study.asked(name)]
+  return _answered(study, model, study.store(name), asked, programs, message)
+
+
+def _answered(
+  study: Study,
+  model: vlm.VLM,
+  store: Store,
+  asked: Sequence[tuple[AskedFilm, np.ndarray]],
+  programs: Programs,
+  message: str | None = None,
+) -> dict[str, Any]:
+  programs.answer(model, study.tokenizer, store, asked[:ROWS], message)  # compiles
+  begun = time.perf_counter()
+  right = programs.answer(model, study.tokenizer, store, asked, message)
+  seconds, clips = (time.perf_counter() - begun) / len(asked), len(asked[0][1])
+  kept = float(np.mean(lp_comp.counts(model.cfg.lp_comp, model.cfg.llm.layers)))
+  hits = [set(one.scenes) <= set(shown) for one, shown in asked]
+  return {
+    "right": bits(right),
+    "hits": bits(hits),
+    "tokens": kept * clips * FRAMES,
+    "seconds": seconds,
+    "TFLOP": programs.cost(model, clips) / 1e12,
+  }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoundScenes:
+  """What QC-Comp finds for a question among the scenes of its film.
+
+  kept: int[K], the scenes that it selects, ascending.
+  scores: float[S], of all scenes, relative to their mean.
+  others: likewise, by the question before it on the film, of the first by the last one's.
+  seconds: that selecting took.
+  """
+
+  asked: AskedFilm
+  kept: np.ndarray
+  scores: np.ndarray
+  others: np.ndarray
+  seconds: float
+
+  def needed(self) -> dict[str, float | None]:
+    """Of the one scene that is needed, if it is one: how many others have a higher score, likewise
+    by the other question's scores, and its own.
+    """
+    if len(self.asked.scenes) > 1:
+      return dict.fromkeys(("rank", "other", "score"))
+    (scene,) = self.asked.scenes
+    return {
+      "rank": int((self.scores > self.scores[scene]).sum()),
+      "other": int((self.others > self.others[scene]).sum()),
+      "score": round(float(self.scores[scene]), 3),
+    }
+
+
+def selected_answers(
+  study: Study,
+  checkpoint: str | pathlib.Path,
+  cfg: LPCompConfig,
+  name: str,
+  modes: Sequence[str],
+  frames: int,
+  programs: Programs = PROGRAMS,
+) -> dict[str, Any]:
+  """Answers from so many frames that QC-Comp selects of a split's films, and what it found, by
+  mode.
+
+  Returns:
+    place: of the needed scene, 0 to 1, where it is one, else null.
+    MODE: as of `measured`, cost and time with what one of a film's six questions takes to select;
+      rank: how many scenes have a higher score than the one that is needed, or null; other: the
+      same by the scores of the question before it on the film, of the first by the last one's;
+      score: of the needed scene, or null; relevance: mean score by place (16 bins) of scenes in
+      which there is nothing to see, and of shots; few: right, from the two scenes with the highest
+      scores. Scores are relative to their film's mean.
+  """
+  model, store, asked = load_for_measures(checkpoint, cfg), study.store(name), study.asked(name)
+  scenes = study.splits[name].scenes[0]
+
+  def answered(kept):  # scenes for each question
+    return _answered(study, model, store, list(zip(asked, kept, strict=True)), programs)
+
+  def answered_from_few(best):
+    questions = list(zip(asked, best, strict=True))
+    return {"few": bits(programs.answer(model, study.tokenizer, store, questions))}
+
+  out: dict[str, Any] = {
+    "place": [
+      round((one.scenes[0] + 0.5) / scenes, 4) if len(one.scenes) == 1 else None for one in asked
+    ]
+  }
+  for mode in modes:
+    if mode == "uniform":
+      out[mode] = answered([even(scenes, frames // FRAMES)] * len(asked))
+      out[mode] |= answered_from_few([even(scenes, FEW)] * len(asked))
+      continue
+    select = measured_setting(mode, frames)
+    found = find_scenes(study, model, store, asked, select, programs)
+    result = out[mode] = answered([one.kept for one in found])
+    if mode != "official":  # it scores four scenes together
+      result |= answered_from_few([np.sort(np.argsort(-one.scores)[:FEW]) for one in found])
+    # of a film: the first one's has compilation in it
+    result["seconds"] += float(np.median([one.seconds for one in found]))
+    prompts = _prompts(study, store, [one for one in asked if one.film == 0])
+    result["TFLOP"] += programs.scoring_cost(model, scenes, prompts, select) / 1e12
+    needed = [one.needed() for one in found]
+    result |= {key: [one[key] for one in needed] for key in needed[0]}
+    result["relevance"] = relevance(found)
+  return out
+
+
+def find_scenes(
+  study: Study,
+  model: vlm.VLM,
+  store: Store,
+  asked: Sequence[AskedFilm],
+  select: SelectConfig,
+  programs: Programs = PROGRAMS,
+) -> list[FoundScenes]:
+  """What QC-Comp finds for the questions about all films."""
+  found = []
+  for number in range(len(store.samples)):
+    several, film = [one for one in asked if one.film == number], as_film(store, number)
+    prompts = _prompts(study, store, several)
+    begun = time.perf_counter()
+    chosen = programs.select(model, film, prompts, select)
+    seconds = (time.perf_counter() - begun) / len(several)
+    scores = [_by_scene(one) for one in chosen]
+    for k, one in enumerate(several):
+      kept = np.unique(chosen[k].frames // FRAMES)
+      of = {"scores": scores[k], "others": scores[k - 1], "seconds": seconds}
+      found.append(FoundScenes(asked=one, kept=kept, **of))
+  return found
+
+
+def _prompts(study: Study, store: Store, asked: Sequence[AskedFilm]) -> list[prompt.Prompt]:
+  """Of questions about one film."""
+  message = store.samples[asked[0].film].time_message
+  return [prompt.question_prompt(study.tokenizer, one.question, message) for one in asked]
+
+
+def relevance(found: Sequence[FoundScenes]) -> list[list[float]]:
+  """Mean scores by place, [2, BINS]: of scenes in which there is nothing to see, and of shots."""
+  sums, counts = np.zeros(2 * BINS), np.zeros(2 * BINS)
+  for _, several in itertools.groupby(found, lambda one: one.asked.film):
+    several = list(several)
+    scenes = np.arange(len(several[0].scores))
+    # all shots: one question needs them all
+    shot = np.isin(scenes, [scene for one in several for scene in one.asked.scenes])
+    where = shot * BINS + scenes * BINS // len(scenes)
+    counts += len(several) * np.bincount(where, minlength=2 * BINS)
+    sums += np.bincount(where, np.sum([one.scores for one in several], axis=0), 2 * BINS)
+  return np.round(sums / np.maximum(counts, 1), 4).reshape(2, BINS).tolist()
+
+
+def _by_scene(selection: chat.Selection) -> np.ndarray:
   """Scores by scene, relative to their mean."""
   assert selection.scores is not None  # more frames than are kept
-  scores = selection.scores.reshape(scenes, FRAMES).mean(1)
+  scores = selection.scores.reshape(-1, FRAMES).mean(1)
   return scores / scores.mean()
 
 
@@ -273,6 +334,6 @@ def even(scenes: int, clips: int) -> np.ndarray:
   return ((np.arange(clips) + 0.5) * scenes / clips).astype(int)
 
 
-def bits(values: np.ndarray) -> str:
+def bits(values: Sequence[bool] | np.ndarray) -> str:
   """bool[n] as a text of 0 and 1."""
   return "".join("01"[int(v)] for v in values)

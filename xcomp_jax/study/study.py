@@ -26,20 +26,21 @@ import functools
 import importlib.util
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from xcomp_jax.cli import command
 from xcomp_jax.files import alone, path_of, write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.study import findings
+from xcomp_jax.study.cell_results import LONGER
 from xcomp_jax.study.measures import FEW, SELECTED, measured, measured_setting, selected_answers
 from xcomp_jax.study.miniature import (
   BASE,
   PRESETS,
   Study,
+  StudyError,
   differences,
-  study_rule,
   train_study_base,
 )
 from xcomp_jax.synthetic.films import FRAMES
@@ -54,9 +55,11 @@ MODES = {
 }
 
 
-class StudyCell(NamedTuple):
-  """name, splits and rules that it comes from, what does it, and how often its tuning sees all
-  films.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyCell:
+  """One tuning or what needs none, with all that is measured of it.
+
+  splits, rules: that it comes from. do: measures. epochs: how often its tuning sees all films.
   """
 
   name: str
@@ -69,131 +72,154 @@ class StudyCell(NamedTuple):
 def cells(study: Study) -> Iterator[StudyCell]:
   """All cells."""
   preset = study.preset
-  rules = list(dict.fromkeys(("none", *preset.rules, *preset.others)))
-  wide, window = (["wide"] if preset.wide else []), (["window"] if preset.window else [])
-  yield StudyCell(
-    "base",
-    ["heldout"],
-    rules,
-    lambda: {
-      "heldout": {name: measured(study, study.base, study_rule(name), "heldout") for name in rules}
-    },
-  )
+  tuned = (*preset.rules, *preset.others)
+  wide, window = ([name] * bool(preset.films[name]) for name in ("wide", "window"))
+  yield base_cell(study, "base", "heldout", list(dict.fromkeys(("none", *tuned))))
   if wide:
-    both = ["none", "progressive"]
-    yield StudyCell(
-      "base_frames",
-      wide,
-      both,
-      lambda: {"wide": {name: _by_frames(study, study.base, name) for name in both}},
-    )
+    yield base_cell(study, "base_frames", "wide", ["none", "progressive"])
   for seed in preset.seeds:
-    for name in (*preset.rules, *preset.others):
+    for name in tuned:
       # the same tuning, and then compression without tuning for it
       under = preset.rules if name == "none" else (name,)
       yield StudyCell(
-        f"tune_{name}_{seed}",
-        ["tuning", "heldout", *wide],
-        under,
-        functools.partial(_tuning, study, name, seed, under),
+        name=f"tune_{name}_{seed}",
+        splits=["tuning", "heldout", *wide],
+        rules=under,
+        do=functools.partial(_tuning, study, name, seed, under),
       )
-    for name in (name for name in ("none", "progressive") if name in preset.rules):
-      splits = ["long", *window]
-      yield StudyCell(
-        f"select_{name}_{seed}",
-        ["tuning", *splits],
-        [name],
-        functools.partial(_selections, study, name, seed, splits),
-      )
+    for name in ("none", "progressive"):
+      if name in preset.rules:
+        yield selection_cell(study, f"select_{name}_{seed}", name, seed, ["long", *window])
   for seed in preset.seeds if preset.longer else ():
-    for name in findings.LONGER:
-      do = functools.partial(_tuning, study, name, seed, (name,), preset.longer)
+    for name in LONGER:
       yield StudyCell(
-        f"longer_{name}_{seed}", ["tuning", "heldout", *wide], (name,), do, preset.longer
+        name=f"longer_{name}_{seed}",
+        splits=["tuning", "heldout", *wide],
+        rules=(name,),
+        do=functools.partial(_tuning, study, name, seed, (name,), preset.longer),
+        epochs=preset.longer,
       )
-  for seed in preset.seeds if preset.hour else ():
-    yield StudyCell(
-      f"official_{seed}",
-      ["tuning", "hour"],
-      ["progressive"],
-      functools.partial(_selections, study, "progressive", seed, ["hour"]),
-    )
+  for seed in preset.seeds if preset.films["hour"] else ():
+    yield selection_cell(study, f"official_{seed}", "progressive", seed, ["hour"])
+
+
+def base_cell(study: Study, name: str, split: str, rules: Sequence[str]) -> StudyCell:
+  """What the base answers under rules."""
+
+  def do():
+    measure = _by_frames if split == "wide" else _heldout
+    return {split: {rule: measure(study, study.base, rule) for rule in rules}}
+
+  return StudyCell(name=name, splits=[split], rules=rules, do=do)
+
+
+def selection_cell(
+  study: Study, name: str, rule: str, seed: int, splits: Sequence[str]
+) -> StudyCell:
+  """What is answered from frames that QC-Comp selects, by a model that was tuned under a rule."""
+
+  def do():
+    model, cfg = study.tuned(rule, seed), study.rule(rule)
+    return {
+      split: selected_answers(study, model, cfg, split, MODES[split], SELECTED[split])
+      for split in splits
+    }
+
+  return StudyCell(name=name, splits=["tuning", *splits], rules=[rule], do=do)
 
 
 def _tuning(
   study: Study, name: str, seed: int, under: Sequence[str], epochs: int = 1
 ) -> dict[str, Any]:
   model = study.tuned(name, seed, epochs)
-  out: dict[str, Any] = {
-    "heldout": {other: measured(study, model, study_rule(other), "heldout") for other in under}
-  }
-  if study.preset.wide and name in findings.LONGER:
+  out: dict[str, Any] = {"heldout": {other: _heldout(study, model, other) for other in under}}
+  if study.preset.films["wide"] and name in LONGER:
     out["wide"] = {name: _by_frames(study, model, name)}
   return out
 
 
-def _selections(study: Study, name: str, seed: int, splits: Sequence[str]) -> dict[str, Any]:
-  model = study.tuned(name, seed)
+def _heldout(study: Study, model: pathlib.Path, name: str) -> dict[str, Any]:
+  return measured(study, model, study.rule(name), "heldout")
+
+
+def _by_frames(study: Study, model: pathlib.Path, name: str) -> dict[str, dict[str, Any]]:
   return {
-    split: selected_answers(study, model, study_rule(name), split, MODES[split]) for split in splits
+    str(clips * FRAMES): measured(study, model, study.rule(name), "wide", clips) for clips in WIDE
   }
 
 
-def _by_frames(study: Study, model: str | pathlib.Path, name: str) -> dict[str, dict[str, Any]]:
-  return {
-    str(clips * FRAMES): measured(study, model, study_rule(name), "wide", clips) for clips in WIDE
-  }
-
-
-def cell_origin(study: Study, cell: StudyCell) -> dict[str, Any]:
+def cell_origin(
+  study: Study, cell: StudyCell, modes: Mapping[str, Sequence[str]] = MODES
+) -> dict[str, Any]:
   """What a cell comes from, to be compared with what it was made from."""
 
   def how(mode, frames):
     return frames if mode == "uniform" else dataclasses.asdict(measured_setting(mode, frames))
 
   measures: dict[str, Any] = {
-    split: [FEW, {mode: how(mode, SELECTED[split]) for mode in MODES[split]}]
+    split: [FEW, {mode: how(mode, SELECTED[split]) for mode in modes[split]}]
     for split in cell.splits
-    if split in MODES
+    if split in modes
   }
-  measures |= {"wide": WIDE} if "wide" in cell.splits else {}
+  if "wide" in cell.splits:
+    measures["wide"] = WIDE
   return study.made(cell.splits, cell.rules, cell.epochs) | {"measures": measures}
 
 
-def check_cells(study: Study, where: pathlib.Path) -> None:
+def check_cells(
+  study: Study,
+  every: Iterable[StudyCell],
+  where: pathlib.Path,
+  modes: Mapping[str, Sequence[str]] = MODES,
+) -> None:
   """That the cells that are there are what would be made now.
 
   Raises:
-    ValueError: which ones are not.
+    StudyError: which ones are not. fields: `where`, names of the cells; `differ`, what of each.
   """
-  old = []
-  for cell in cells(study):
+  old = {}
+  for cell in every:
     file = where / f"{cell.name}.json"
-    if file.exists() and (
-      other := differences(read_json(file, ValueError).get("made", {}), cell_origin(study, cell))
-    ):
-      old.append(f"{file} ({', '.join(other)})")
+    if file.exists():
+      before = read_json(file, StudyError).get("made", {})
+      if other := differences(before, cell_origin(study, cell, modes)):
+        old[cell.name] = other
   if old:
-    raise ValueError(f"made otherwise: {'; '.join(old)}: remove them to do them again")
+    files = (f"{where / name}.json ({', '.join(other)})" for name, other in old.items())
+    raise StudyError(
+      f"made otherwise: {'; '.join(files)}: remove them to do them again",
+      where=list(old),
+      differ=list(old.values()),
+    )
 
 
-def run_cells(study: Study, where: pathlib.Path, only: str) -> None:
+def run_cells(
+  study: Study,
+  every: Sequence[StudyCell],
+  where: pathlib.Path,
+  only: str = "",
+  *,
+  clock: Callable[[], float] = time.perf_counter,
+) -> None:
   """Does the cells whose names begin with `only` and that are not in `where` yet.
 
   A cell's `seconds` are those of its last start: of a tuning that was stopped only what came after,
   of one that is there none.
 
   Raises:
-    ValueError: no cell is called so, or what is in `where` or the study's folder was made
+    StudyError: no cell is called so, or what is in `where` or the study's folder was made
       otherwise.
   """
-  every = list(cells(study))
+  names = [cell.name for cell in every]
   todo = [cell for cell in every if cell.name.startswith(only)]
   if not todo:
-    raise ValueError(
-      f"--only {only}: no cell's name begins so; there are {', '.join(cell.name for cell in every)}"
+    raise StudyError(
+      f"--only {only}: no cell's name begins so; there are {', '.join(names)}",
+      where="--only",
+      value=only,
+      allowed=names,
     )
-  check_cells(study, where)  # others too: they are reported beside them
+  check_cells(study, every, where)  # others too: they are reported beside them
   where.mkdir(parents=True, exist_ok=True)
   for number, cell in enumerate(todo, 1):
     file = where / f"{cell.name}.json"
@@ -202,19 +228,19 @@ def run_cells(study: Study, where: pathlib.Path, only: str) -> None:
     print(f"cell {number} of {len(todo)}: {cell.name}", flush=True)
     for split in cell.splits:
       study.store(split)  # several cells': not part of this one's time
-    begun = time.perf_counter()
-    write_json(
-      file,
-      {
-        "made": cell_origin(study, cell),
-        "result": cell.do(),
-        "seconds": time.perf_counter() - begun,
-      },
-    )
+    begun = clock()
+    made, result = cell_origin(study, cell), cell.do()
+    write_json(file, {"made": made, "result": result, "seconds": clock() - begun})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """The command."""
+def main(
+  argv: Sequence[str] | None = None,
+  *,
+  cells: Callable[[Study], Iterable[StudyCell]] = cells,
+  found: Callable[[str], Any] = importlib.util.find_spec,
+  report: Callable[..., Any] = findings.report_findings,
+) -> None:
+  """The command. cells, found, report: with others, tests do less."""
   parser = argparse.ArgumentParser(
     prog="python -m xcomp_jax.study",
     description=__doc__,
@@ -249,12 +275,15 @@ def main(argv: Sequence[str] | None = None) -> None:
       with alone(out, "study"):
         return train_study_base(out)
     where = pathlib.Path(CELLS) if full else out / "cells"
-    if full and importlib.util.find_spec("matplotlib") is None:
-      raise ValueError("the plots need matplotlib: pip install 'xcomp_jax[plot]'")
+    if full and found("matplotlib") is None:
+      raise StudyError(
+        "the plots need matplotlib: pip install 'xcomp_jax[plot]'", where="matplotlib"
+      )
     study = Study(out, PRESETS[f.preset], f.model)
+    every = list(cells(study))
     if f.report:
-      check_cells(study, where)
+      check_cells(study, every, where)
     else:
       with alone(out, "study"), alone(where, "study"):
-        run_cells(study, where, f.only)
-    findings.report_findings(where, *((PAGE, FIGURES) if full else ()))
+        run_cells(study, every, where, f.only)
+    report(where, *((PAGE, FIGURES) if full else ()))

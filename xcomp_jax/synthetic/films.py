@@ -38,11 +38,16 @@ VALUES = {
   "digit": tuple(world.DIGITS),
 }
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
-COUNT, WHOLE, DESCRIBE = (
-  "How many shapes were shown?",
-  "Which shape was shown most?",
-  "Describe the video.",
-)
+COUNT = "How many shapes were shown?"
+WHOLE = "Which shape was shown most?"
+NUMBER = "Which colour was number {}?"
+ABOUT = {  # questions about a colour
+  "digit": "Which digit was with {}?",
+  "shape": "Which shape was {}?",
+  "motion": "Which way went {}?",
+  "after": "Which colour came after {}?",
+  "before": "Which colour came before {}?",
+}
 
 # The base's sizes. Eight layers, so that a cosine has as many lengths.
 MODEL: dict[str, Any] = world.MODEL | {
@@ -65,7 +70,7 @@ class FilmQuestion:
   scenes: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FilmSplit:
   """Films of one purpose: numbers of scenes and of shots, fewest and most.
 
@@ -86,15 +91,8 @@ class FilmSplit:
 def film_words() -> list[str]:
   """The texts of this world, for its tokenizer."""
   values = [*sum(VALUES.values(), ()), *COUNTS.values()]
-  asked = [COUNT, WHOLE, DESCRIBE, *(_number(k) for k in COUNTS)]
-  for colour in VALUES["colour"]:
-    asked += [
-      _digit_with(colour),
-      _shape_of(colour),
-      _motion_of(colour),
-      _after(colour),
-      _before(colour),
-    ]
+  asked = [COUNT, WHOLE, world.DESCRIBE, *(NUMBER.format(count) for count in COUNTS.values())]
+  asked += [text.format(colour) for colour in VALUES["colour"] for text in ABOUT.values()]
   return [*asked, *values, *(f" {v}" for v in values), *(f"{v}, " for v in VALUES["digit"])]
 
 
@@ -105,8 +103,7 @@ def shots(film: Sequence[Scene]) -> list[int]:
 
 def draw_film(rng: np.random.Generator, scenes: int, count: int) -> list[Scene]:
   """A film of so many scenes, `count` of them shots."""
-  seeds = rng.integers(2**31, size=scenes)
-  film = [Scene(None, None, None, None, int(seed)) for seed in seeds]
+  film = [Scene(seed=int(seed)) for seed in rng.integers(2**31, size=scenes)]
   distinct = {name: rng.permutation(VALUES[name])[:count] for name in ("colour", "digit")}
   free = {name: rng.choice(VALUES[name], count) for name in ("shape", "motion")}
   for k, place in enumerate(np.sort(rng.choice(scenes, count, replace=False))):
@@ -123,16 +120,16 @@ def film_questions(film: Sequence[Scene]) -> list[FilmQuestion]:
   for place, (i, shot) in enumerate(zip(at, seen, strict=True), 1):
     assert shot.colour and shot.digit and shot.shape and shot.motion  # a shot shows all of them
     out += [
-      FilmQuestion("needle", _digit_with(shot.colour), shot.digit, (i,)),
-      FilmQuestion("attribute", _shape_of(shot.colour), shot.shape, (i,)),
-      FilmQuestion("motion", _motion_of(shot.colour), shot.motion, (i,)),
-      FilmQuestion("order", _number(place), shot.colour, tuple(at[:place])),
+      FilmQuestion("needle", ABOUT["digit"].format(shot.colour), shot.digit, (i,)),
+      FilmQuestion("attribute", ABOUT["shape"].format(shot.colour), shot.shape, (i,)),
+      FilmQuestion("motion", ABOUT["motion"].format(shot.colour), shot.motion, (i,)),
+      FilmQuestion("order", NUMBER.format(COUNTS[place]), shot.colour, tuple(at[:place])),
     ]
   for (i, first), (k, second) in zip(zip(at, seen), zip(at[1:], seen[1:])):
     assert first.colour and second.colour
     out += [
-      FilmQuestion("order", _after(first.colour), second.colour, (i, k)),
-      FilmQuestion("order", _before(second.colour), first.colour, (i, k)),
+      FilmQuestion("order", ABOUT["after"].format(first.colour), second.colour, (i, k)),
+      FilmQuestion("order", ABOUT["before"].format(second.colour), first.colour, (i, k)),
     ]
   out.append(FilmQuestion("count", COUNT, COUNTS[len(seen)], tuple(at)))
   shapes = collections.Counter(shot.shape for shot in seen).most_common(2)
@@ -150,7 +147,7 @@ def describe_film(film: Sequence[Scene]) -> str:
   return ", ".join(f"{s.colour} {value}" for s in seen for value in (s.shape, s.motion, s.digit))
 
 
-def _annotated(split: FilmSplit, seed: int, number: int) -> tuple[list[Scene], dict]:
+def annotated_film(split: FilmSplit, seed: int, number: int) -> tuple[list[Scene], dict]:
   """A film and its annotation; of a film to measure with, `scenes` says what each question
   needs.
   """
@@ -159,67 +156,43 @@ def _annotated(split: FilmSplit, seed: int, number: int) -> tuple[list[Scene], d
   count = int(rng.integers(split.shots[0], min(split.shots[1], scenes) + 1))
   film = draw_film(rng, scenes, count)
   asked = film_questions(film)
-  if not split.questions:
-    while len({q.kind for q in asked}) < len(KINDS):  # another one, in which each kind can be asked
-      film = draw_film(rng, scenes, count)
-      asked = film_questions(film)
-    each = [
-      of[rng.integers(len(of))] for of in ([q for q in asked if q.kind == kind] for kind in KINDS)
-    ]
-    return film, {
-      "conversations": world.conversation([(q.text, q.answer) for q in each]),
-      "scenes": [q.scenes for q in each],
-    }
-  if rng.random() < split.described:
-    return film, {"conversations": world.conversation([(DESCRIBE, describe_film(film))])}
-  # Kinds in turn, so that there are as many of the rare ones. No answer tells another; of order,
-  # whose answers together tell what others can't be, there is one: with several, they were learned
-  # from the text before them and not from the film.
-  turns: dict[str, dict] = {
-    str(kind): {} for kind in sorted(rng.permutation(KINDS), key=lambda kind: kind != split.first)
-  }
+  if split.questions:
+    if rng.random() < split.described:
+      turns = [(world.DESCRIBE, describe_film(film))]
+    else:
+      turns = [(q.text, q.answer) for q in _in_turn(rng, asked, split.first)][: split.questions]
+    return film, {"conversations": world.conversation(turns)}
+  while len({q.kind for q in asked}) < len(KINDS):  # another one, in which each kind can be asked
+    film = draw_film(rng, scenes, count)
+    asked = film_questions(film)
+  by_kind = ([q for q in asked if q.kind == kind] for kind in KINDS)
+  each = [of[rng.integers(len(of))] for of in by_kind]
+  turns = [(q.text, q.answer) for q in each]
+  return film, {"conversations": world.conversation(turns), "scenes": [q.scenes for q in each]}
+
+
+def _in_turn(
+  rng: np.random.Generator, asked: Sequence[FilmQuestion], first: str | None
+) -> list[FilmQuestion]:
+  """Questions of a conversation, their kinds in turn, so that there are as many of the rare ones.
+
+  No answer tells another; of order, whose answers together tell what others can't be, there is one:
+  with several, they were learned from the text before them and not from the film.
+
+  first: the kind that goes first; None: any.
+  """
+  kinds = sorted(map(str, rng.permutation(KINDS)), key=lambda kind: kind != first)
+  of_kind: dict[str, dict[Any, FilmQuestion]] = {kind: {} for kind in kinds}
   for i in rng.permutation(len(asked)):
     question = asked[i]
-    turns[question.kind].setdefault(
-      "once" if question.kind == "order" else question.scenes, question
-    )
-  rows = itertools.zip_longest(*(of.values() for of in turns.values()))
-  chosen = [(q.text, q.answer) for row in rows for q in row if q]
-  return film, {"conversations": world.conversation(chosen[: split.questions])}
+    same = "once" if question.kind == "order" else question.scenes
+    of_kind[question.kind].setdefault(same, question)
+  rows = itertools.zip_longest(*(of.values() for of in of_kind.values()))
+  return [question for row in rows for question in row if question]
 
 
 def write_films(out: pathlib.Path, split: FilmSplit, seed: int, workers: int) -> None:
   """out/NAME/*.mp4, out/NAME.json and out/NAME.yaml; `out` appears whole or not at all."""
+  film = functools.partial(annotated_film, split, seed)
   with fresh_folder(out, "films") as temporary:
-    world.write_split(
-      temporary,
-      split.name,
-      split.films,
-      functools.partial(_annotated, split, seed),
-      FRAMES,
-      workers,
-    )
-
-
-def _digit_with(colour: str) -> str:
-  return f"Which digit was with {colour}?"
-
-
-def _number(place: int) -> str:
-  return f"Which colour was number {COUNTS[place]}?"
-
-
-def _shape_of(colour: str) -> str:
-  return f"Which shape was {colour}?"
-
-
-def _motion_of(colour: str) -> str:
-  return f"Which way went {colour}?"
-
-
-def _after(colour: str) -> str:
-  return f"Which colour came after {colour}?"
-
-
-def _before(colour: str) -> str:
-  return f"Which colour came before {colour}?"
+    world.write_split(temporary, split.name, split.films, film, FRAMES, workers)

@@ -113,7 +113,7 @@ class WorldError(XCompError, ValueError):
   """A world that can't be made; the message says what to change."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
   """What one scene shows, in words (None: nothing of the kind), and the seed of everything that
   nobody asks about.
@@ -121,11 +121,11 @@ class Scene:
   bars: colour at both sides of the digit; None: black, as all that is around it.
   """
 
-  colour: str | None
-  shape: str | None
-  motion: str | None
-  digit: str | None
   seed: int
+  colour: str | None = None
+  shape: str | None = None
+  motion: str | None = None
+  digit: str | None = None
   bars: str | None = None
 
 
@@ -133,15 +133,10 @@ def scenes(rng: np.random.Generator, count: int) -> list[Scene]:
   """The scenes of a video."""
   drawn = {kind: str(rng.choice(values)) for kind, values in VALUES.items()}
   moving, labelled = rng.integers(count, size=2)
-
-  def kept(i, kind):
-    return drawn[kind] if i == (labelled if kind == "digit" else moving) else None
-
-  seeds = rng.integers(2**31, size=count)
-  return [
-    Scene(**{kind: kept(i, kind) for kind in VALUES}, seed=int(seed))
-    for i, seed in enumerate(seeds)
-  ]
+  shown = [Scene(seed=int(seed)) for seed in rng.integers(2**31, size=count)]
+  shown[labelled] = dataclasses.replace(shown[labelled], digit=drawn.pop("digit"))
+  shown[moving] = dataclasses.replace(shown[moving], **drawn)
+  return shown
 
 
 def render(scene: Scene, count: int = FRAMES) -> np.ndarray:
@@ -293,13 +288,12 @@ def write_tokenizer(out: pathlib.Path, texts: Sequence[str]) -> None:
   (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WorldSplit:
   """Videos of one purpose.
 
   fewest, most: scenes of a video. questions: about each, 1 to 4; where it is one, the kinds take
-  turns over the videos, else
-    they come in random order. 0: a description is asked for instead.
+  turns over the videos, else they come in random order. 0: a description is asked for instead.
   """
 
   name: str
@@ -318,15 +312,22 @@ def write_world(out: pathlib.Path, splits: Sequence[WorldSplit], seed: int, work
   """
   for split in splits:
     if not 1 <= split.fewest <= split.most <= MOST_SCENES:
-      raise WorldError(f"{split.fewest} to {split.most} scenes: a video has 1 to {MOST_SCENES}")
+      raise WorldError(
+        f"{split.fewest} to {split.most} scenes: a video has 1 to {MOST_SCENES}",
+        where="scenes",
+        value=(split.fewest, split.most),
+      )
     if split.videos < 1 or not 0 <= split.questions <= len(QUESTIONS):
       raise WorldError(
         f"{split.videos} videos, {split.questions} questions each: must be at least 1, and 0 to "
-        f"{len(QUESTIONS)}"
+        f"{len(QUESTIONS)}",
+        where="videos" if split.videos < 1 else "questions",
+        value=(split.videos, split.questions),
       )
   with fresh_folder(out, "films") as temporary:
     for split in splits:
-      write_videos(temporary, split, seed, workers)
+      film = functools.partial(_annotated, split, seed)
+      write_split(temporary, split.name, split.videos, film, FRAMES, workers)
 
 
 def read_split(out: pathlib.Path, name: str) -> list[dict]:
@@ -375,13 +376,6 @@ def write_untrained(
     saving.save_torch(out, model, cfg, source, dtype=jnp.float32)
 
 
-def write_videos(out: pathlib.Path, split: WorldSplit, seed: int, workers: int) -> None:
-  """out/NAME/*.mp4, out/NAME.json and out/NAME.yaml."""
-  write_split(
-    out, split.name, split.videos, functools.partial(_annotated, split, seed), FRAMES, workers
-  )
-
-
 def _annotated(split: WorldSplit, seed: int, number: int) -> tuple[list[Scene], dict]:
   """A video's scenes and its annotation, whose `scenes` say where the answer to each question is
   shown.
@@ -390,12 +384,11 @@ def _annotated(split: WorldSplit, seed: int, number: int) -> tuple[list[Scene], 
   rng = np.random.default_rng(source)
   shown = scenes(rng, int(rng.integers(split.fewest, split.most + 1)))
   kinds = list(QUESTIONS)
-  asked = (
-    [kinds[number % len(kinds)]]
-    if split.questions == 1
-    else rng.permutation(kinds)[: split.questions]
-  )
-  turns = [turn(shown, str(kind)) for kind in asked] or [(DESCRIBE, describe_scenes(shown))]
+  if split.questions == 1:
+    asked = [kinds[number % len(kinds)]]
+  else:
+    asked = [str(kind) for kind in rng.permutation(kinds)[: split.questions]]
+  turns = [turn(shown, kind) for kind in asked] or [(DESCRIBE, describe_scenes(shown))]
   where = [
     next(i for i, scene in enumerate(shown) if getattr(scene, kind) is not None) for kind in asked
   ]
@@ -486,8 +479,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if f.init:
       write_untrained(pathlib.Path(f.init), f.seed, MODEL, world_words())
     if f.out:
-      train = [WorldSplit("train", f.train, *f.scenes, f.questions)] if f.train else []
-      heldout = (
-        [WorldSplit("heldout", f.heldout, *f.scenes, f.heldout_questions)] if f.heldout else []
-      )
-      write_world(pathlib.Path(f.out), train + heldout, f.seed, f.workers)
+      fewest, most = f.scenes
+      amounts = {"train": (f.train, f.questions), "heldout": (f.heldout, f.heldout_questions)}
+      splits = [
+        WorldSplit(name=name, videos=videos, fewest=fewest, most=most, questions=questions)
+        for name, (videos, questions) in amounts.items()
+        if videos
+      ]
+      write_world(pathlib.Path(f.out), splits, f.seed, f.workers)
