@@ -22,8 +22,9 @@ from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data.decode_jobs import FrameSettings
 from xcomp_jax.inference import encoded_video, generate, video_model
 from xcomp_jax.model import kernels, layers, token_merging, umt, vlm
-from xcomp_jax.model.attention import AttentionMask, attend, attend_first, question_scores
+from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.model.qwen2 import Decoder
+from xcomp_jax.model.softmax import attend_first, question_scores
 from xcomp_jax.parity import parity
 from xcomp_jax.parity.tower import frames_of, in_clips
 from xcomp_jax.plan import absent, fits
@@ -294,7 +295,18 @@ def test_tpus_and_training_have_no_float16(tmp_path):
 def test_kernels_of_cards_take_it():
   for kind in ("h100", "b200", "a100", "l4", "t4"):
     card = kernels.card_of(cards.gpu(kind))
-    call = kernels.Call(1, 6272, 6272, 16, 16, 64, "bfloat16", False, None, gradient=False)
+    call = kernels.Call(
+      batch=1,
+      queries=6272,
+      keys=6272,
+      heads=16,
+      kv_heads=16,
+      size=64,
+      dtype="bfloat16",
+      causal=False,
+      mask=None,
+      gradient=False,
+    )
     half = dataclasses.replace(call, dtype="float16")
     assert kernels.kernel_rule(card, "0.0.12", half) == kernels.kernel_rule(card, "0.0.12", call)
     with absent.computing_on([cards.gpu(kind)]):

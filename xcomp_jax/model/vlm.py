@@ -213,8 +213,8 @@ def forward_in_pieces(model: VLM, batch: Batch) -> qwen2.Decoded:
   of = dataclasses.replace(of, text=jnp.zeros_like(of.text))
   seen = qwen2.run_layers(model.llm, x, of, prefix=M * P, text=0, caches=True, rotated=False)
   valid = jnp.arange(L) < batch.text_length
-  x, caches, _ = qwen2.extend(model.llm, model.llm.embed(batch.text), valid, seen.caches)
-  return qwen2.Decoded(x, caches, ())
+  out = qwen2.extend(model.llm, model.llm.embed(batch.text), valid, seen.caches)
+  return qwen2.Decoded(out.x, out.caches, ())
 
 
 def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float[Array, "B R D"]:
