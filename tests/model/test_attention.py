@@ -20,6 +20,7 @@ from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.model import attention, kernels, layout, splash, tiles
 from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.model.kernel_calls import Library, compiles, drop_cache_misses
+from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.splash import attend_splash
 from xcomp_jax.parallel.mesh import make_mesh
 from xcomp_jax.plan import absent
@@ -510,14 +511,31 @@ def test_rows_after_a_sequence_attend_as_within_it(implementation):
 def test_kernels_need_their_library():
   library = cards.FakeKernels(installed=None)
   x = jnp.zeros((1, 4, 2, 8))
-  with pytest.raises(ValueError, match="'xla_chunked' needs tokamax: pip install tokamax"):
+  with pytest.raises(ShapeError) as caught:
     attend(x, x, x, AttentionMask(True), implementation="xla_chunked", library=library)
+  assert caught.value.fields == {
+    "where": "implementation",
+    "value": "xla_chunked",
+    "missing": "tokamax",
+  }
+
+
+def test_an_implementation_that_nobody_knows_is_refused():
+  x = jnp.zeros((1, 4, 2, 8))
+  with pytest.raises(ShapeError) as caught:
+    attend(x, x, x, AttentionMask(True), implementation="flush")
+  assert caught.value.fields == {
+    "where": "implementation",
+    "value": "flush",
+    "allowed": attention.IMPLEMENTATIONS,
+  }
 
 
 def test_causal_attention_of_more_rows_than_keys_is_refused():
   q, k = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 3, 2, 8))
-  with pytest.raises(ValueError, match="more queries"):
+  with pytest.raises(ShapeError) as caught:
     attend(q, k, k, AttentionMask(True))
+  assert caught.value.fields == {"where": "mask.causal", "queries": 4, "keys": 3}
 
 
 # --- several samples in a row
@@ -739,8 +757,9 @@ def test_pairs_are_as_many_as_the_tables_of_blocks_say():
 )
 def test_samples_of_a_row_are_causal_and_say_what_is_padding_themselves(mask):
   x = jnp.zeros((1, 8, 2, 8))
-  with pytest.raises(ValueError, match="several samples"):
+  with pytest.raises(ShapeError) as caught:
     attend(x, x, x, mask)
+  assert caught.value.fields == {"where": "mask.sample"}
 
 
 # --- what is said and refused

@@ -10,7 +10,8 @@ from packed import one_each
 from xcomp_jax.config import LPCompConfig, MeshConfig
 from xcomp_jax.data.batch import Batch, Clips, Shape, batch_spec, fake_batch, split_text
 from xcomp_jax.model import vlm
-from xcomp_jax.model.qwen2 import Lengths
+from xcomp_jax.model.layers import ShapeError
+from xcomp_jax.model.qwen2 import Decoder, Lengths, run_layers
 from xcomp_jax.parallel.mesh import make_mesh
 
 
@@ -186,8 +187,29 @@ def test_a_spec_and_its_fake_have_the_shapes_of_a_batch(mixed):
 
 def test_a_group_that_does_not_divide_a_clip_is_refused(tiny, mixed):
   model = vlm.VLM(tiny(lp_comp=LPCompConfig("cosine", "suffix", 24)), rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="groups of 24"):
+  with pytest.raises(ShapeError) as caught:
     vlm.lengths(model, one_each(mixed, 48, 8, 16))
+  assert caught.value.fields == {"where": "lp_comp.group", "value": 24, "clip": 128}
+
+
+def test_what_rows_lack_is_named(tiny):
+  """Visual slots that are no whole groups, and rules that need the text's queries."""
+  none = jnp.zeros((1, 1), jnp.int32)
+
+  def run(slots, keep, group):
+    cfg = tiny(lp_comp=LPCompConfig("cosine", keep, group))
+    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((1, slots, 32), np.float32)
+    with pytest.raises(ShapeError) as caught:
+      jax.eval_shape(
+        lambda model, x: run_layers(model, x, Lengths(none, none, none), prefix=2, text=3).x,
+        model,
+        x,
+      )
+    return caught.value.fields
+
+  assert run(25, "suffix", 16) == {"where": "lp_comp.group", "value": 16, "slots": 20}
+  assert run(21, "attention", 16) == {"where": "query"}
 
 
 def test_places_say_what_lies_in_a_slot():

@@ -15,6 +15,7 @@ from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import kernels, tiles
 from xcomp_jax.model.flash import attend_flash
 from xcomp_jax.model.kernel_calls import LIBRARY, Library
+from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.softmax import attend_einsum
 from xcomp_jax.model.splash import ATTENDED, attend_splash
 from xcomp_jax.parallel.mesh import constrain, split_axes
@@ -80,7 +81,7 @@ def attend(
     [B, L, H, h] in q's dtype.
 
   Raises:
-    ValueError: causal attention of more queries than keys, several samples in a row with another
+    ShapeError: causal attention of more queries than keys, several samples in a row with another
       mask than theirs, or an implementation that is unknown or not installed.
   """
   _check(q, k, mask, implementation)
@@ -106,7 +107,12 @@ def attend(
   if how == "splash":
     return attend_splash(q, k, v, causal=causal, valid=valid, sample=sample)
   if how != "cudnn" and library.version is None:
-    raise ValueError(f"attention implementation {how!r} needs tokamax: pip install tokamax")
+    raise ShapeError(
+      f"attention implementation {how!r} needs tokamax: pip install tokamax",
+      where="implementation",
+      value=how,
+      missing="tokamax",
+    )
   return attend_flash(
     q, k, v, causal=causal, valid=valid, sample=sample, kernel=how, library=library
   )
@@ -116,15 +122,24 @@ def _check(q, k, mask: AttentionMask, implementation: str) -> None:
   """Raises what `attend` says."""
   L, S = q.shape[1], k.shape[1]
   if mask.causal and L > S:
-    raise ValueError(f"causal attention of {L} queries over {S} keys: there can't be more queries")
+    raise ShapeError(
+      f"causal attention of {L} queries over {S} keys: there can't be more queries",
+      where="mask.causal",
+      queries=L,
+      keys=S,
+    )
   # padding lies inside of rows
   if mask.sample is not None and (not mask.causal or mask.valid is not None or L != S):
-    raise ValueError(
-      f"several samples in a row: {L} queries of {S} keys must be all, causal, and without `valid`"
+    raise ShapeError(
+      f"several samples in a row: {L} queries of {S} keys must be all, causal, and without `valid`",
+      where="mask.sample",
     )
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"attention implementation {implementation!r}: known are {', '.join(IMPLEMENTATIONS)}"
+    raise ShapeError(
+      f"attention implementation {implementation!r}: known are {', '.join(IMPLEMENTATIONS)}",
+      where="implementation",
+      value=implementation,
+      allowed=IMPLEMENTATIONS,
     )
 
 

@@ -40,7 +40,10 @@ def counts(cfg: LPCompConfig, layers: int) -> tuple[int, ...]:
       return tuple(1 + math.ceil(c - 1e-9) for c in curve)
     raise ConfigError(
       f"lp_comp.schedule = {cfg.schedule!r}: known are 'cosine', 'cosine_ceil', or a list of "
-      f"{layers} counts"
+      f"{layers} counts",
+      where="lp_comp.schedule",
+      value=cfg.schedule,
+      allowed=("cosine", "cosine_ceil"),
     )
   got = cfg.schedule
   if (
@@ -50,7 +53,11 @@ def counts(cfg: LPCompConfig, layers: int) -> tuple[int, ...]:
   ):
     raise ConfigError(
       f"lp_comp.schedule = {got}: expected {layers} counts (one per layer), none above the one "
-      f"before, within 1..{g}"
+      f"before, within 1..{g}",
+      where="lp_comp.schedule",
+      value=got,
+      counts=layers,
+      most=g,
     )
   return tuple(got)
 

@@ -53,9 +53,15 @@ def select_config(
     ConfigError: an unknown mode or rows, or less than one frame or repetition.
   """
   if mode not in ("official", "aligned", "local", "global"):
-    raise ConfigError(f"select.mode = {mode!r}: known are official, aligned, local, global")
+    raise ConfigError(
+      f"select.mode = {mode!r}: known are official, aligned, local, global",
+      where="select.mode",
+      value=mode,
+    )
   if rows not in ("question", "answer"):
-    raise ConfigError(f"select.rows = {rows!r}: known are question, answer")
+    raise ConfigError(
+      f"select.rows = {rows!r}: known are question, answer", where="select.rows", value=rows
+    )
   official = mode == "official"
   cfg = SelectConfig(
     mode,
@@ -71,7 +77,8 @@ def select_config(
   )
   if cfg.frames < 1 or cfg.repeat < 1:
     raise ConfigError(
-      f"select.frames = {cfg.frames}, select.repeat = {cfg.repeat}: both must be at least 1"
+      f"select.frames = {cfg.frames}, select.repeat = {cfg.repeat}: both must be at least 1",
+      where="select.frames" if cfg.frames < 1 else "select.repeat",
     )
   return cfg
 
@@ -131,7 +138,10 @@ def plan_rounds(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPlan:
   for name, size in sizes.items():
     if size % unit or size < 0:
       raise ConfigError(
-        f"QC-Comp ({cfg.mode}): the {name}, {size} frames, is no multiple of a clip's {unit}"
+        f"QC-Comp ({cfg.mode}): the {name}, {size} frames, is no multiple of a clip's {unit}",
+        where=name,
+        value=size,
+        unit=unit,
       )
   if cfg.mode == "official":
     return _official_plan(frames, clip_frames, cfg)
@@ -158,17 +168,25 @@ def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPla
   if frames < OFFICIAL_LEAST:
     raise ConfigError(
       f"QC-Comp (official) selects from {OFFICIAL_LEAST} frames or more, not from {frames} (quirk "
-      f"Q13)"
+      f"Q13)",
+      where="frames",
+      value=frames,
+      least=OFFICIAL_LEAST,
     )
   if cfg.frames % clip_frames:
     raise ConfigError(
       f"QC-Comp (official) cuts the selected frames into clips of {clip_frames}, which "
-      f"{cfg.frames} are no multiple of"
+      f"{cfg.frames} are no multiple of",
+      where="select.frames",
+      value=cfg.frames,
+      unit=clip_frames,
     )
   if OFFICIAL_CLIP % clip_frames:
     raise ConfigError(
       f"QC-Comp (official) scores {OFFICIAL_CLIP} frames at a time, which clips of {clip_frames} "
-      f"don't divide"
+      f"don't divide",
+      where="clip_frames",
+      value=clip_frames,
     )
   rounds = -(-frames // cfg.round)
   order = np.arange(rounds * cfg.repeat)
@@ -222,7 +240,9 @@ def watch(
   if model.cfg.lp_comp.keep == "attention":
     raise ConfigError(
       'QC-Comp can\'t score under lp_comp.keep = "attention", where the question decides which '
-      "tokens stay"
+      "tokens stay",
+      where="lp_comp.keep",
+      value="attention",
     )
   B, _, N, _ = features.shape
   P = len(prefix)
@@ -272,7 +292,10 @@ def asked_text(
   first = last - 1 if cfg.rows == "answer" else question if cfg.bias is None else cfg.bias
   if not 0 <= first < last:
     raise ConfigError(
-      f"QC-Comp: no question token is left between text token {first} and the answer at {header}"
+      f"QC-Comp: no question token is left between text token {first} and the answer at {header}",
+      where="question",
+      first=first,
+      end=last,
     )
   shown = len(tokens) if cfg.window == 0 else last
   i = np.arange(-(-shown // step) * step)
@@ -457,7 +480,9 @@ def aggregate(
     raise ConfigError(
       f"QC-Comp: {int((times == 0).sum())} of {frames} frames are in no window, first frame "
       f"{int(np.argmin(times))}; "
-      "sample a multiple of the round, or use a mode that covers the tail (quirk Q4)"
+      "sample a multiple of the round, or use a mode that covers the tail (quirk Q4)",
+      where="frames",
+      missing=np.flatnonzero(times == 0).tolist(),
     )
   return (total / times).sum(0)
 

@@ -21,7 +21,7 @@ from xcomp_jax.config import LPCompConfig, VLMConfig
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import lp_comp
 from xcomp_jax.model.attention import AttentionMask, attend, remat
-from xcomp_jax.model.layers import RMSNorm, rotate
+from xcomp_jax.model.layers import RMSNorm, ShapeError, rotate
 from xcomp_jax.model.softmax import attend_first, attention_weights
 from xcomp_jax.parallel.mesh import constrain, gathered, parts
 
@@ -386,20 +386,27 @@ class _Rows:
 def _lay_out(
   cfg: VLMConfig, slots: int, lengths: Lengths, prefix: int, text: int, query: Any
 ) -> _Rows:
-  """Raises a ValueError where rows of so many slots can't be reduced as the config says."""
+  """Raises a ShapeError where rows of so many slots can't be reduced as the config says."""
   lp = cfg.lp_comp
   groups, rest = divmod(slots - prefix - text, lp.group)
   if rest:
-    raise ValueError(
-      f"{slots - prefix - text} visual slots are no multiple of the group of {lp.group} tokens"
+    raise ShapeError(
+      f"{slots - prefix - text} visual slots are no multiple of the group of {lp.group} tokens",
+      where="lp_comp.group",
+      value=lp.group,
+      slots=slots - prefix - text,
     )
   if lp.keep == "attention" and query is None:
-    raise ValueError(
-      'lp_comp.keep = "attention" needs the query rows whose attention ranks the visual tokens'
+    raise ShapeError(
+      'lp_comp.keep = "attention" needs the query rows whose attention ranks the visual tokens',
+      where="query",
     )
   if lp.keep == "attention" and lengths.prefix.shape[1] > 1:
-    raise ValueError(
-      'lp_comp.keep = "attention" keeps other places in every sample, so a row can hold only one'
+    raise ShapeError(
+      'lp_comp.keep = "attention" keeps other places in every sample, so a row can hold only one',
+      where="lp_comp.keep",
+      value=lp.keep,
+      samples=lengths.prefix.shape[1],
     )
   return _Rows(lp=lp, lengths=lengths, prefix=prefix, groups=groups, text=text)
 

@@ -17,6 +17,7 @@ from xcomp_jax.config import InternVideo2Config, VLMConfig
 from xcomp_jax.data.batch import IGNORE, Batch, Clips
 from xcomp_jax.model import qwen2
 from xcomp_jax.model.internvideo2 import InternVideo2
+from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.qwen2 import Decoder, Lengths
 from xcomp_jax.model.token_merging import Projector, merge
 from xcomp_jax.model.umt import Vision
@@ -157,7 +158,12 @@ def lengths(model: VLM, batch: Batch) -> Lengths:
   """Valid lengths of a batch's samples."""
   group, tokens = model.cfg.lp_comp.group, batch.visual.shape[2]
   if (clip := model.cfg.clip_frames * tokens) % group:
-    raise ValueError(f"a clip of {clip} visual tokens can't be cut into groups of {group}")
+    raise ShapeError(
+      f"a clip of {clip} visual tokens can't be cut into groups of {group}",
+      where="lp_comp.group",
+      value=group,
+      clip=clip,
+    )
   return Lengths(batch.prefix_length, batch.frames * tokens // group, batch.text_length)
 
 
