@@ -14,7 +14,7 @@ from flax import nnx
 from packed import one_each
 
 from xcomp_jax.config import ConfigError, MeshConfig
-from xcomp_jax.model import qwen2, vlm
+from xcomp_jax.model import mlp, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.model.kernel_calls import Library
 from xcomp_jax.model.splash import attend_splash
@@ -89,7 +89,7 @@ def test_a_sample_over_two_devices_gives_the_loss_and_gradient_of_one(tiny, samp
 
   alone = jax.device_get(both()(state, batch))
   # On the mesh with all that saves memory.
-  monkeypatch.setattr(qwen2, "MLP_ROWS", 20)
+  monkeypatch.setattr(mlp, "ROWS", 20)
   graph = nnx.graphdef(
     nnx.eval_shape(lambda: vlm.VLM(dataclasses.replace(cfg, remat=True), rngs=nnx.Rngs(0)))
   )

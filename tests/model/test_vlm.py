@@ -8,7 +8,7 @@ from flax import nnx
 from packed import one_each
 
 from xcomp_jax.config import LPCompConfig, MeshConfig
-from xcomp_jax.data.batch import Batch, Clips, Shape, batch_spec, fake_batch, split_text
+from xcomp_jax.data.batch import IGNORE, Batch, Clips, Shape, batch_spec, fake_batch, split_text
 from xcomp_jax.model import vlm
 from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.qwen2 import Decoder, Lengths, run_layers
@@ -226,21 +226,21 @@ def test_places_say_what_lies_in_a_slot():
 
 
 @pytest.mark.parametrize("rows", [14, 32])  # of two samples: chunks of 7 and 16
-def test_losses_in_chunks_are_those_of_all_logits(tiny, sample, monkeypatch, rows):
-  model = vlm.VLM(tiny(remat=False), rngs=nnx.Rngs(0))
-  batch = one_each([sample(2, 3, 9, 0), sample(1, 6, 14, 1)], 16, 8, 16)  # 25 rows of each
-  graph, state = nnx.split(model)
+def test_losses_in_chunks_are_those_of_all_logits(tiny, rows):
+  rng = np.random.default_rng(0)
+  graph, state = nnx.split(vlm.VLM(tiny(remat=False), rngs=nnx.Rngs(0)))
+  states = jnp.asarray(rng.normal(size=(2, 25, 32)).astype(np.float32))
+  targets = jnp.asarray(np.where(rng.random((2, 25)) < 0.5, rng.integers(0, 64, (2, 25)), IGNORE))
+  weight = jnp.asarray(rng.random((2, 25)))
 
-  def run(state, batch):
-    def total(state):
-      return (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([[1.0], [2.0]])).sum()
+  def run(**how):
+    def total(state, states):
+      losses, hits = vlm.predictions(nnx.merge(graph, state), states, targets, **how)
+      return (losses * weight).sum(), (losses, hits)
 
-    return jax.value_and_grad(total)(state), vlm.heldout_measures(nnx.merge(graph, state), batch)
+    return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(state, states)
 
-  whole = jax.jit(run)(state, batch)
-  monkeypatch.setattr(vlm, "LOGIT_ROWS", rows)
-  chunks = jax.jit(lambda *a: run(*a))(state, batch)  # not the program of before
-  for a, b in zip(jax.tree.leaves(chunks), jax.tree.leaves(whole), strict=True):
+  for a, b in zip(jax.tree.leaves(run(logit_rows=rows)), jax.tree.leaves(run()), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
 

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 from xcomp_jax.config import Attention
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import kernels, tiles
-from xcomp_jax.model.flash import attend_flash
-from xcomp_jax.model.kernel_calls import LIBRARY, Library
+from xcomp_jax.model.kernel_calls import LIBRARY, Library, attend_flash
 from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.softmax import attend_einsum
 from xcomp_jax.model.splash import ATTENDED, attend_splash

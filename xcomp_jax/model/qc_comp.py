@@ -364,7 +364,7 @@ def score_windows(
   def one(asked):
     """float32[B, M, W, w] of one question."""
     text, valid = (jnp.broadcast_to(a, (B, L)) for a in (asked.text, asked.valid))
-    projected = qwen2.extend(model.llm, model.llm.embed(text), valid, caches, count).projected
+    _, _, projected = qwen2.extend(model.llm, model.llm.embed(text), valid, caches, count)
     scores = [look(model.llm.layers[i], caches[i].key, *projected[i], asked) for i in layers]
     return jnp.stack(scores, axis=1)
 

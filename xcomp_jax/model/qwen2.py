@@ -22,14 +22,12 @@ from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import lp_comp
 from xcomp_jax.model.attention import AttentionMask, attend, remat
 from xcomp_jax.model.layers import RMSNorm, ShapeError, rotate
+from xcomp_jax.model.mlp import gated_mlp, mlp_in_parts
 from xcomp_jax.model.softmax import attend_first, attention_weights
-from xcomp_jax.parallel.mesh import constrain, gathered, parts
+from xcomp_jax.parallel.mesh import constrain, gathered
 
 SHORT = 512  # tokens that follow a cached sequence and run in one piece, padding too
 PART = 256  # longer texts run in pieces of this many tokens, as many as there are
-MLP_ROWS = (
-  4096  # whose six times as wide middle exists at once in training: 0.07 GB at the 2B sizes
-)
 
 
 @jax.tree_util.register_dataclass
@@ -187,7 +185,7 @@ class Layer(nnx.Module):
     """Output projection, residuals and MLP; x [B, L, D], attended [B, L, H, h]."""
     x = x + self.o(attended.reshape(*attended.shape[:2], -1))
     modules = self.post_norm, self.gate, self.up, self.down
-    y = _in_parts(*nnx.split(modules), x) if self.cfg.remat else _mlp(modules, x)
+    y = mlp_in_parts(modules, x) if self.cfg.remat else gated_mlp(modules, x)
     return constrain(x + y, "batch", "sequence", None)
 
   def __call__(self, x, places: Places, pick=lambda x: x):
@@ -248,69 +246,6 @@ class Layer(nnx.Module):
       implementation="einsum",
     )
     return self.finish(x, attended), cache
-
-
-def _mlp(modules, x):
-  """The gated MLP of x [B, L, D]; modules: norm, gate, up and down."""
-  norm, gate, up, down = modules
-  y = norm(x)
-  return down(constrain(jax.nn.silu(gate(y)) * up(y), "batch", "sequence", "mlp"))
-
-
-def _in_parts(graph: nnx.GraphDef, weights: nnx.State, x: jax.Array) -> jax.Array:
-  """`_mlp` of x [B, L, D], MLP_ROWS rows of a device's share of L at once, computed again part by
-  part for the gradient.
-  """
-  B, L, D = x.shape
-  X = parts("sequence") if L % parts("sequence") == 0 else 1
-  count = -(-L // X // MLP_ROWS)
-  if count == 1:
-    return _mlp(nnx.merge(graph, weights), x)
-  size = -(-L // X // count)
-  x = jnp.pad(x.reshape(B, X, L // X, D), ((0, 0), (0, 0), (0, count * size - L // X), (0, 0)))
-  y = _each_part(graph, weights, jnp.moveaxis(x.reshape(B, X, count, size, D), 2, 0))
-  return jnp.moveaxis(y, 0, 2).reshape(B, X, count * size, D)[:, :, : L // X].reshape(B, L, D)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _each_part(graph: nnx.GraphDef, weights: nnx.State, x: jax.Array) -> jax.Array:
-  """`_mlp` of every part of x [parts, B, X, rows, D], one after the other.
-
-  The gradient is our own for its sums over the parts: those of a loop of JAX's begin as zeros,
-  which the compiler keeps for all layers from the program's first instruction on.
-  """
-  return jax.lax.map(lambda part: _one_part(graph, weights, part), x)
-
-
-def _one_part(graph, weights, part):
-  B, X, rows, D = part.shape
-  return _mlp(
-    nnx.merge(graph, weights), constrain(part.reshape(B, X * rows, D), "batch", "sequence")
-  ).reshape(part.shape)
-
-
-def _each_part_forward(graph, weights, x):
-  return _each_part(graph, weights, x), (weights, x)
-
-
-def _each_part_backward(graph, kept, dy):
-  weights, x = kept
-
-  def one(x, dy):
-    return jax.vjp(functools.partial(_one_part, graph), weights, x)[1](dy)
-
-  def more(sums, part):
-    new, dx = one(*part)
-    return jax.tree.map(jnp.add, sums, new), dx
-
-  first, begun = one(x[0], dy[0])
-  # or the compiler works at both at once
-  first, rest = jax.lax.optimization_barrier((first, (x[1:], dy[1:])))
-  sums, dx = jax.lax.scan(more, first, rest)
-  return sums, jnp.concatenate([begun[None], dx])
-
-
-_each_part.defvjp(_each_part_forward, _each_part_backward)
 
 
 class Decoder(nnx.Module):
@@ -530,27 +465,13 @@ def pieces(valid: Bool[Array, "*B L"]) -> Int[Array, ""]:
   return -(-valid.sum(-1).max() // PART)
 
 
-@dataclasses.dataclass(frozen=True)
-class Extended:
-  """What `extend` gives.
-
-  x: [B, L, D] after the last cached layer.
-  caches: those with the rows, rotated.
-  projected: q [B, L, H, h] and k [B, L, K, h] of the rows in every cached layer, not rotated.
-  """
-
-  x: Leaf
-  caches: tuple[LayerCache, ...]
-  projected: tuple[tuple[jax.Array, jax.Array], ...]
-
-
 def extend(
   decoder: Decoder,
   x: Float[Array, "B L D"],
   valid: Bool[Array, "B L"],
   caches: tuple[LayerCache, ...],
   count: Any = None,
-) -> Extended:
+) -> tuple[jax.Array, tuple[LayerCache, ...], list[tuple[jax.Array, jax.Array]]]:
   """Runs rows that follow cached sequences.
 
   Args:
@@ -560,6 +481,10 @@ def extend(
     caches: of the first layers, as `run_layers` gives them with rotated=False. A layer whose cache
       has no values projects the rows, but is not run.
     count: int32[], the pieces that run; None: as many as there are.
+
+  Returns:
+    x after the last cached layer, the caches with the rows, rotated, and q [B, L, H, h] and k [B,
+    L, K, h] of the rows in every cached layer, not rotated.
   """
   count = pieces(valid) if count is None else count
   longer, projected = [], []
@@ -569,7 +494,7 @@ def extend(
     if cache.value is not None:
       x, cache = layer.extend(x, valid, cache, (q, k, v), count)
       longer.append(cache)
-  return Extended(x, tuple(longer), tuple(projected))
+  return x, tuple(longer), projected
 
 
 def step(
