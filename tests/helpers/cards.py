@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from xcomp_jax.model.kernel_calls import Library
 from xcomp_jax.parallel import chips
 
 
@@ -57,3 +58,36 @@ def fake_kernel(handed: list, computes: bool = True):
     return jnp.einsum("bkgls,bskh->blkgh", weights.astype(v.dtype), v).reshape(q.shape)
 
   return dot_product_attention
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FakeKernels(Library):
+  """Kernels that note what they are handed, and compute exactly that, as `fake_kernel` does.
+
+  installed: their version. handed: what they were, but for those of ranges. computes: or give 0.
+  """
+
+  installed: str | None = "0.0.12"
+  handed: list = dataclasses.field(default_factory=list)
+  computes: bool = True
+
+  @property
+  def version(self):
+    return self.installed
+
+  def cudnn(self, q, k, v):
+    self.handed.append(("cudnn", q.shape, k.shape, None, False))
+    return q
+
+  def masked(self, kernel, q, k, v, mask, causal):
+    run = fake_kernel(self.handed, self.computes)
+    return run(q, k, v, mask=mask, is_causal=causal, implementation=kernel)
+
+  def ranged(self, kernel, q, k, v, seen, causal):
+    assert kernel == "mosaic" and q.shape[1] % 128 == k.shape[1] % 128 == 0
+    slots, (start, end) = jnp.arange(k.shape[1]), seen
+    shown = (slots >= start[..., None]) & (
+      slots <= jnp.arange(q.shape[1])[:, None] if causal else slots < end[..., None]
+    )
+    run = fake_kernel([])
+    return run(q, k, v, mask=shown[:, None], is_causal=False, implementation=kernel)

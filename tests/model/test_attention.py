@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokamax
 from absl import logging
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel,
@@ -18,8 +17,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from xcomp_jax.bench import bench, parts
 from xcomp_jax.config import ConfigError, MeshConfig
-from xcomp_jax.model import attention, kernels
+from xcomp_jax.model import attention, kernels, layout, splash, tiles
 from xcomp_jax.model.attention import AttentionMask, attend
+from xcomp_jax.model.kernel_calls import Library, compiles, drop_cache_misses
+from xcomp_jax.model.layers import ShapeError
+from xcomp_jax.model.splash import attend_splash
 from xcomp_jax.parallel.mesh import make_mesh
 from xcomp_jax.plan import absent
 
@@ -38,19 +40,35 @@ FILMS = (
   14 + 256 * 16 + 96,
   14 + 1024 * 16 + 64,
 )
-LLM = kernels.Call(1, 16462, 16462, 12, 2, 128, "bfloat16", True, "keys", gradient=False)
-CLIP = kernels.Call(4, 6272, 6272, 16, 16, 64, "bfloat16", False, None, gradient=False)
+LLM = kernels.Call(
+  batch=1,
+  queries=16462,
+  keys=16462,
+  heads=12,
+  kv_heads=2,
+  size=128,
+  dtype="bfloat16",
+  causal=True,
+  mask="keys",
+  gradient=False,
+)
+CLIP = kernels.Call(
+  batch=4,
+  queries=6272,
+  keys=6272,
+  heads=16,
+  kv_heads=16,
+  size=64,
+  dtype="bfloat16",
+  causal=False,
+  mask=None,
+  gradient=False,
+)
 
 
 def close(got, want):
   """Within 1e-5 of the largest absolute value."""
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
-
-
-@pytest.fixture
-def library(monkeypatch):
-  """A function (version) that has kernels believe in this tokamax."""
-  return lambda version: monkeypatch.setattr(kernels, "library", lambda: version)
 
 
 # --- which kernel
@@ -165,12 +183,9 @@ def test_what_no_rule_knows_is_tried(kind, version, of_card, of_call):
   )
 
 
-def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_traced(
-  monkeypatch, capsys
-):
+def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_traced(capsys):
   forward = dataclasses.replace(CLIP, batch=1, queries=30, keys=30, size=8, mask="keys")
   backward = dataclasses.replace(forward, gradient=True)
-  handed = []
 
   @jax.custom_vjp
   def only_forward(q, k, v):
@@ -181,25 +196,23 @@ def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_
     raise ValueError("exceeds\nshared memory")
 
   only_forward.defvjp(refuse, refuse)
-  monkeypatch.setattr(
-    tokamax,
-    "dot_product_attention",
-    lambda q, k, v, **more: handed.append((q.shape, more)) or only_forward(q, k, v),
-  )
+
+  class OnlyForward(cards.FakeKernels):
+    def masked(self, kernel, q, k, v, mask, causal):
+      self.handed.append((kernel, q.shape, k.shape, mask.shape, causal))
+      return only_forward(q, k, v)
+
+  library = OnlyForward()
+  asked = functools.partial(compiles, "mosaic", library=library)
 
   @jax.jit
   def traced(x):
-    assert (
-      kernels.compiles("mosaic", forward)
-      and kernels.compiles("mosaic", forward)
-      and not kernels.compiles("mosaic", backward)
-    )
+    assert asked(forward) and asked(forward) and not asked(backward)
     return x + 1
 
   assert traced(1) == 2
-  assert [shape for shape, _ in handed] == [(1, 128, 16, 8)] * 2 and handed[0][1][
-    "implementation"
-  ] == "mosaic"
+  padded = (1, 128, 16, 8)
+  assert library.handed == [("mosaic", padded, padded, (1, 1, 1, 128), False)] * 2
   said = capsys.readouterr().err
   assert (
     said.count("\n") == 1
@@ -219,12 +232,9 @@ def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_
     ("b200", "0.0.17"),
   ],
 )
-def test_no_kernel_sees_a_length_that_is_not_whole_or_padding_without_a_mask(
-  kind, version, library, monkeypatch
-):
-  handed, dtype = [], jnp.float32 if kind == "t4" else jnp.bfloat16
-  monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel(handed, computes=False))
-  library(version)
+def test_no_kernel_sees_a_length_that_is_not_whole_or_padding_without_a_mask(kind, version):
+  library = cards.FakeKernels(installed=version, computes=False)
+  dtype = jnp.float32 if kind == "t4" else jnp.bfloat16
   calls = [(length, causal) for length in range(1, 301) for causal in (True, False)]
   calls += [(length, False) for length in CLIPS] + [(length, True) for length in FILMS]
 
@@ -240,7 +250,8 @@ def test_no_kernel_sees_a_length_that_is_not_whole_or_padding_without_a_mask(
 
   def every(args):
     def run(q, k, *valid):
-      return attend(q, k, k, AttentionMask(bool(valid), *valid), implementation="flash")
+      mask = AttentionMask(bool(valid), *valid)
+      return attend(q, k, k, mask, implementation="flash", library=library)
 
     return [run(*each) for each in args]
 
@@ -251,35 +262,33 @@ def test_no_kernel_sees_a_length_that_is_not_whole_or_padding_without_a_mask(
     kind, "mosaic"
   )
   block = {"xla_chunked": 1}.get(wanted, 256 if (kind, version) == ("b200", "0.0.12") else 128)
-  for (length, causal), (kernel, rows, keys, mask, was_causal) in zip(calls, handed, strict=True):
+  for (length, causal), (kernel, rows, keys, mask, was_causal) in zip(
+    calls, library.handed, strict=True
+  ):
     whole = -(-length // block) * block
     assert (kernel, was_causal, rows[1], keys[1]) == (wanted, causal, whole, whole)
     assert mask == (None if whole == length and not causal else (16 if causal else 1, 1, 1, whole))
 
 
-def test_a_whole_clip_reaches_the_kernel_as_it_is(monkeypatch, library):
-  handed = []
-  monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel(handed, computes=False))
-  library("0.0.12")
+def test_a_whole_clip_reaches_the_kernel_as_it_is():
+  library = cards.FakeKernels(computes=False)
   x = jax.ShapeDtypeStruct((4, 6272, 16, 64), jnp.bfloat16)
   with absent.computing_on([cards.gpu("h100")]):
-    program = jax.make_jaxpr(lambda x: attend(x, x, x, AttentionMask(causal=False)))(x)
-  assert handed == [("mosaic", x.shape, x.shape, None, False)] and "pad" not in str(program)
+    program = jax.make_jaxpr(
+      lambda x: attend(x, x, x, AttentionMask(causal=False), library=library)
+    )(x)
+  assert library.handed == [("mosaic", x.shape, x.shape, None, False)] and "pad" not in str(program)
 
 
-def test_cudnn_has_what_it_can_say_and_no_more(monkeypatch, library):
-  handed, own = [], []
-  monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel(handed, computes=False))
-  monkeypatch.setattr(
-    jax.nn, "dot_product_attention", lambda q, k, v, **how: own.append((q.shape, how)) or q
-  )
-  library("0.0.12")
+def test_cudnn_has_what_it_can_say_and_no_more():
+  library = cards.FakeKernels(computes=False)
 
   def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct((2, *shape), dtype)
 
   def run(q, k, valid, causal):
-    return attend(q, k, k, AttentionMask(causal, valid), implementation="cudnn")
+    mask = AttentionMask(causal, valid)
+    return attend(q, k, k, mask, implementation="cudnn", library=library)
 
   with absent.computing_on([cards.gpu("h100")]):
     jax.eval_shape(lambda x: run(x, x, None, False), array(1025, 16, 88))
@@ -289,15 +298,13 @@ def test_cudnn_has_what_it_can_say_and_no_more(monkeypatch, library):
       array(1100, 2, 64),
       array(1100, dtype=bool),
     )
-    assert kernels.kernels_taken(
-      parts.sized(str(bench.RELEASED), "bfloat16", attention="cudnn")
-    ) == {
-      "tower": "cudnn",
-      "LLM": "mosaic of tokamax 0.0.12",
-    }
-  assert own == [((2, 1025, 16, 88), {"implementation": "cudnn"})] and [
-    (how, q[1]) for how, q, *_ in handed
-  ] == [("mosaic", 1152)]
+    taken = kernels.kernels_taken(
+      parts.sized(str(bench.RELEASED), "bfloat16", attention="cudnn"), installed=lambda: "0.0.12"
+    )
+    assert taken == {"tower": "cudnn", "LLM": "mosaic of tokamax 0.0.12"}
+  clip = 2, 1025, 16, 88
+  assert library.handed[0] == ("cudnn", clip, clip, None, False)
+  assert [(how, q[1]) for how, q, *_ in library.handed[1:]] == [("mosaic", 1152)]
 
   def unusable(kind, dtype):
     return kernels.unusable("cudnn", kernels.card_of(cards.gpu(kind)), None, dtype) or ""
@@ -366,12 +373,10 @@ def test_what_reaches_the_tpu_kernel_is_whole_and_padding_a_segment_of_its_own(d
   "kind, version, kernel",
   [("h100", "0.0.12", "mosaic"), ("b200", "0.0.12", "mosaic"), ("t4", "0.0.12", "xla_chunked")],
 )
-def test_numbers_and_gradients_of_any_length_by_exactly_what_is_handed(
-  kind, version, kernel, library, monkeypatch
-):
-  if kernel != "xla_chunked":  # which is plain XLA, and runs here
-    monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel([]))
-  library(version)
+def test_numbers_and_gradients_of_any_length_by_exactly_what_is_handed(kind, version, kernel):
+  library = cards.FakeKernels(installed=version)
+  if kernel == "xla_chunked":  # which is plain XLA, and runs here
+    library = Library()
 
   def run(how, length, causal):
     q, k, v = (
@@ -387,9 +392,8 @@ def test_numbers_and_gradients_of_any_length_by_exactly_what_is_handed(
     mask = AttentionMask(causal, valid if causal else None)
 
     def shown(q, k, v):
-      return jnp.where(
-        valid[:, :, None, None] if causal else True, attend(q, k, v, mask, implementation=how), 0
-      )
+      out = attend(q, k, v, mask, implementation=how, library=library)
+      return jnp.where(valid[:, :, None, None] if causal else True, out, 0)
 
     return shown(q, k, v), jax.grad(lambda *args: jnp.sin(shown(*args)).sum(), (0, 1, 2))(q, k, v)
 
@@ -441,7 +445,7 @@ def test_the_tpu_kernel_equals_the_oracle(causal):
   valid = jnp.arange(slots) < jnp.array([[slots], [317]])
 
   def kernel(q, k, v):
-    return attention._splash(q, k, v, valid, causal, interpret=True)
+    return attend_splash(q, k, v, causal=causal, valid=valid, interpret=True)
 
   def oracle(q, k, v):
     return attend(q, k, v, AttentionMask(causal, valid), implementation="einsum")
@@ -477,19 +481,19 @@ def test_kernels_run_on_every_device_of_a_mesh(kv_heads):
     assert "4,500,4,8" not in program.lower(q, k, v).compile().as_text().split("ENTRY")[0]
 
 
-def test_a_gpu_without_the_kernel_library_still_attends(monkeypatch, library):
+def test_a_gpu_without_the_kernel_library_still_attends(monkeypatch):
   q, k = (
     jax.random.normal(jax.random.key(0), (1, 1100, 2, 8)),
     jax.random.normal(jax.random.key(1), (1, 1100, 1, 8)),
   )
   oracle = attend(q, k, k, AttentionMask(True), implementation="einsum")
-  library(None)
   monkeypatch.setitem(sys.modules, "tokamax", None)
   with (
     absent.computing_on([cards.gpu("h100")]),
     pytest.warns(UserWarning, match="pip install tokamax"),
   ):
-    got = jax.jit(lambda: attend(q, k, k, AttentionMask(True)))()
+    library = cards.FakeKernels(installed=None)
+    got = jax.jit(lambda: attend(q, k, k, AttentionMask(True), library=library))()
   close(got, oracle)
 
 
@@ -504,17 +508,34 @@ def test_rows_after_a_sequence_attend_as_within_it(implementation):
   )
 
 
-def test_kernels_need_their_library(library):
-  library(None)
+def test_kernels_need_their_library():
+  library = cards.FakeKernels(installed=None)
   x = jnp.zeros((1, 4, 2, 8))
-  with pytest.raises(ValueError, match="'xla_chunked' needs tokamax: pip install tokamax"):
-    attend(x, x, x, AttentionMask(causal=True), implementation="xla_chunked")
+  with pytest.raises(ShapeError) as caught:
+    attend(x, x, x, AttentionMask(True), implementation="xla_chunked", library=library)
+  assert caught.value.fields == {
+    "where": "implementation",
+    "value": "xla_chunked",
+    "missing": "tokamax",
+  }
+
+
+def test_an_implementation_that_nobody_knows_is_refused():
+  x = jnp.zeros((1, 4, 2, 8))
+  with pytest.raises(ShapeError) as caught:
+    attend(x, x, x, AttentionMask(True), implementation="flush")
+  assert caught.value.fields == {
+    "where": "implementation",
+    "value": "flush",
+    "allowed": attention.IMPLEMENTATIONS,
+  }
 
 
 def test_causal_attention_of_more_rows_than_keys_is_refused():
   q, k = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 3, 2, 8))
-  with pytest.raises(ValueError, match="more queries"):
+  with pytest.raises(ShapeError) as caught:
     attend(q, k, k, AttentionMask(True))
+  assert caught.value.fields == {"where": "mask.causal", "queries": 4, "keys": 3}
 
 
 # --- several samples in a row
@@ -565,10 +586,22 @@ def with_gradient(run, shown=SAMPLE >= 0):
   )
 
 
-def together(how):
-  return lambda q, k, v: attend(
-    q, k, v, AttentionMask(True, sample=jnp.asarray(SAMPLE)), implementation=how
-  )
+def small_blocks(length):
+  """As `splash.block_sizes`: a short row has several."""
+  return 128, -(-length // 128) * 128
+
+
+def together(how, sample=SAMPLE):
+  """A function of q, k and v by tiles, blocks and strips of which a short row has several."""
+  mask = AttentionMask(True, sample=jnp.asarray(sample))
+  if how == "tiled":
+    return functools.partial(tiles.attend_samples, sample=mask.sample, tile=64)
+  if how == "splash":
+    return functools.partial(
+      attend_splash, causal=True, sample=mask.sample, sizes=small_blocks, interpret=True
+    )
+  library = Library(strip=128) if how == "xla_chunked" else cards.FakeKernels(strip=128)
+  return lambda q, k, v: attend(q, k, v, mask, implementation=how, library=library)
 
 
 @functools.cache
@@ -589,35 +622,9 @@ def alone():
   return with_gradient(run)(*queries_keys_values())
 
 
-def only_ranges(kernel, q, k, v, seen, causal):
-  """Stands for a kernel: einsum over the keys that it is handed, NaN for a row without any."""
-  slots, (start, end) = jnp.arange(k.shape[1]), seen
-  shown = (slots >= start[..., None]) & (
-    slots <= jnp.arange(q.shape[1])[:, None] if causal else slots < end[..., None]
-  )
-  assert kernel == "mosaic" and q.shape[1] % 128 == k.shape[1] % 128 == 0
-  scores = (
-    jnp.einsum("blkgh,bskh->bkgls", q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3]), k)
-    * q.shape[3] ** -0.5
-  )
-  weights = jax.nn.softmax(jnp.where(shown[:, None, None], scores, -jnp.inf), axis=-1)
-  return jnp.einsum("bkgls,bskh->blkgh", weights, v).reshape(q.shape)
-
-
-@pytest.fixture
-def pieces(monkeypatch):
-  """Tiles, blocks and strips of which a short row has several, and kernels that run here."""
-  monkeypatch.setattr(attention, "TILE", 64)
-  monkeypatch.setattr(attention, "_blocks", lambda length: (128, -(-length // 128) * 128))
-  monkeypatch.setattr(attention, "_splash", functools.partial(attention._splash, interpret=True))
-  monkeypatch.setattr(kernels, "STRIP", 128)
-  run = {"xla_chunked": kernels._ranged, "mosaic": only_ranges}
-  monkeypatch.setattr(kernels, "_ranged", lambda kernel, *args: run[kernel](kernel, *args))
-
-
 @pytest.mark.parametrize("implementation", ["einsum", "tiled", "xla_chunked", "mosaic", "splash"])
 def test_samples_of_a_row_attend_as_if_alone_and_do_not_feel_their_neighbours(
-  implementation, pieces
+  implementation,
 ):
   program, arrays = with_gradient(together(implementation)), queries_keys_values()
   got = program(*arrays)
@@ -630,36 +637,56 @@ def test_samples_of_a_row_attend_as_if_alone_and_do_not_feel_their_neighbours(
     assert np.isfinite(x).all()
 
 
+def test_tiles_and_the_tpu_kernel_get_what_attend_gets():
+  q, k, v = (jnp.asarray(x) for x in queries_keys_values())
+  sample, valid = jnp.asarray(SAMPLE), jnp.asarray(SAMPLE >= 0)
+
+  def program(run):
+    return str(jax.make_jaxpr(run)(q, k, v))
+
+  for mask in (
+    AttentionMask(True, valid),
+    AttentionMask(False, valid),
+    AttentionMask(True, sample=sample),
+  ):
+    parts = {"causal": mask.causal, "valid": mask.valid, "sample": mask.sample}
+    assert program(
+      lambda *a: attend(*a, mask, implementation="splash")  # noqa: B023
+    ) == program(lambda *a: attend_splash(*a, **parts))  # noqa: B023
+  close(
+    with_gradient(
+      lambda *a: attend(*a, AttentionMask(True, sample=sample), implementation="tiled")
+    )(q, k, v)[0],
+    alone()[0],
+  )
+
+
 @pytest.mark.parametrize("implementation", ["tiled", "splash"])
-def test_blocks_without_a_pair_of_one_sample_are_not_computed(implementation, pieces, monkeypatch):
+def test_blocks_without_a_pair_of_one_sample_are_not_computed(implementation):
   # Whole blocks of two samples and of padding by turns: NaN comes through where it is only masked.
-  monkeypatch.setattr(attention, "TILE", 128)
   sample = jnp.repeat(jnp.array([[0, 1, -1, 0, 1, -1, 0]]), 128, axis=1)
   q, k, v = (
     jax.random.normal(jax.random.key(i), (1, 896, heads, 8)) for i, heads in enumerate((4, 2, 2))
   )
   mine = np.array(sample == 0)
-  run = with_gradient(
-    lambda *a: attend(*a, AttentionMask(True, sample=sample), implementation=implementation), mine
-  )
+  run = with_gradient(together(implementation, sample), mine)
   want = run(q, k, v)
   got = run(*(jnp.where(mine[:, :, None, None], x, jnp.nan) for x in (q, k, v)))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[mine], b[mine]), got, want)
 
 
 @pytest.mark.parametrize("implementation", ["xla_chunked", "mosaic", "splash"])
-def test_samples_of_a_row_that_is_split_attend_as_if_alone(implementation, pieces):
+def test_samples_of_a_row_that_is_split_attend_as_if_alone(implementation):
   with jax.set_mesh(make_mesh(MeshConfig(1, 2, 1, 4))):  # 75 queries a device
     jax.tree.map(close, with_gradient(together(implementation))(*queries_keys_values()), alone())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla_chunked", "splash"])
-def test_samples_of_a_long_row_attend_as_by_einsum(implementation, monkeypatch):
+def test_samples_of_a_long_row_attend_as_by_einsum(implementation):
   """With tiles, blocks and strips as they are: of 4,500 slots there are several, and keys in
   windows of three sizes.
   """
-  monkeypatch.setattr(attention, "_splash", functools.partial(attention._splash, interpret=True))
   rows = (
     [(14, 1900, 60), (0, 0, 500), (12, 640, 90), (14, 320, 200)],
     [(0, 0, 300), (0, 0, 250), (1, 16, 1), (16, 2600, 40)],
@@ -670,11 +697,15 @@ def test_samples_of_a_long_row_attend_as_by_einsum(implementation, monkeypatch):
     for i, heads in enumerate((2, 1, 1))
   ]
 
+  mask = AttentionMask(True, sample=jnp.asarray(sample))
+
   def run(how):
-    mask = AttentionMask(True, sample=jnp.asarray(sample))
-    return with_gradient(lambda *args: attend(*args, mask, implementation=how), sample >= 0)(
-      *arrays
-    )
+    def out(*args):
+      if how == "splash":
+        return attend_splash(*args, causal=True, sample=mask.sample, interpret=True)
+      return attend(*args, mask, implementation=how)
+
+    return with_gradient(out, sample >= 0)(*arrays)
 
   jax.tree.map(close, run(implementation), run("einsum"))
 
@@ -690,11 +721,10 @@ def test_pairs_are_as_many_as_the_tables_of_blocks_say():
   @jax.jit
   def tables(ids):
     segments = splash_attention_kernel.SegmentIds(ids + 1, ids + 1)
-    made = attention._with_blocks_of_samples(kernel, segments, block, block)
+    made = splash.only_shared_blocks(kernel, segments, block, block)
     infos = made.fwd_mask_info, made.dq_mask_info, made.dkv_mask_info
-    return [(info.block_mask[0], info.data_next[0]) for info in infos], attention._sample_order(
-      ids[None]
-    )[2][0]
+    _, _, start = layout.sample_order(ids[None])
+    return [(info.block_mask[0], info.data_next[0]) for info in infos], start[0]
 
   for _ in range(20):
     samples = []
@@ -727,8 +757,9 @@ def test_pairs_are_as_many_as_the_tables_of_blocks_say():
 )
 def test_samples_of_a_row_are_causal_and_say_what_is_padding_themselves(mask):
   x = jnp.zeros((1, 8, 2, 8))
-  with pytest.raises(ValueError, match="several samples"):
+  with pytest.raises(ShapeError) as caught:
     attend(x, x, x, mask)
+  assert caught.value.fields == {"where": "mask.sample"}
 
 
 # --- what is said and refused
@@ -775,11 +806,10 @@ def test_samples_of_a_row_are_causal_and_say_what_is_padding_themselves(mask):
     (cards.V5E, None, {}, "attention on TPU v5 lite, bfloat16: splash; einsum"),
   ],
 )
-def test_what_attention_runs_as_is_said_in_a_line(device, version, changes, said, library):
-  library(version)
+def test_what_attention_runs_as_is_said_in_a_line(device, version, changes, said):
   cfg = dataclasses.replace(parts.sized(str(bench.RELEASED), "bfloat16"), **changes)
   with absent.computing_on([device]):
-    line = kernels.describe_kernels(cfg, gradient=True)
+    line = kernels.describe_kernels(cfg, gradient=True, installed=lambda: version)
   assert said in line and "\n" not in line and ("einsum" in line) == ("attention" not in changes)
 
 
@@ -799,24 +829,28 @@ def test_what_attention_runs_as_is_said_in_a_line(device, version, changes, said
   ],
 )
 def test_an_implementation_that_a_device_can_not_run_is_refused_before_any_work(
-  device, version, taken, refused, library
+  device, version, taken, refused
 ):
-  library(version)
+  check = functools.partial(kernels.check_implementation, installed=lambda: version)
   with absent.computing_on([device]):
     for name in taken:
-      kernels.check_implementation(name, "bfloat16")
+      check(name, "bfloat16")
     for name in refused:
-      with pytest.raises(ConfigError, match=f"attention '{name}' on {device.device_kind}: .*"):
-        kernels.check_implementation(name, "bfloat16")
+      with pytest.raises(ConfigError) as caught:
+        check(name, "bfloat16")
+      assert caught.value.fields == {
+        "where": "model.attention",
+        "value": name,
+        "device": device.device_kind,
+      }
 
 
-def test_a_kernel_without_float32_is_refused_in_it(library):
-  library("0.0.17")
-  with (
-    absent.computing_on([cards.gpu("h100")]),
-    pytest.raises(ConfigError, match="mosaic kernels have no float32"),
-  ):
-    kernels.check_implementation("mosaic", "float32")
+def test_a_kernel_without_float32_is_refused_in_it():
+  card = kernels.card_of(cards.gpu("h100"))
+  assert kernels.unusable("mosaic", card, "0.0.17", "float32") == "mosaic kernels have no float32"
+  with absent.computing_on([cards.gpu("h100")]), pytest.raises(ConfigError) as caught:
+    kernels.check_implementation("mosaic", "float32", installed=lambda: "0.0.17")
+  assert caught.value.fields["value"] == "mosaic"
 
 
 def test_cards_compute_in_bfloat16_if_they_have_it():
@@ -835,7 +869,7 @@ def test_cards_compute_in_bfloat16_if_they_have_it():
 
 
 def test_notes_on_missing_measurements_are_left_out_and_others_are_not(caplog):
-  kernels._quiet()
+  drop_cache_misses()
   logging.warning("Autotuning cache miss for %s on %s with key %s", 1, 2, 3)
   logging.warning("something else")
   assert [record.getMessage() for record in caplog.records] == ["something else"]

@@ -3,7 +3,6 @@ no device has it all.
 """
 
 import dataclasses
-import functools
 import re
 
 import cards
@@ -11,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokamax
 from flax import nnx
 from packed import one_each
 
 from xcomp_jax.config import ConfigError, MeshConfig
-from xcomp_jax.model import attention, qwen2, vlm
+from xcomp_jax.model import mlp, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
+from xcomp_jax.model.kernel_calls import Library
+from xcomp_jax.model.splash import attend_splash
 from xcomp_jax.parallel.mesh import check_tensor, make_mesh, param_shardings
 from xcomp_jax.training import steps
 
@@ -29,12 +29,11 @@ def close(got, want):
 
 
 @pytest.mark.parametrize("implementation", ["xla_chunked", "splash", "mosaic"])
-def test_queries_are_split_and_see_what_they_should(implementation, monkeypatch):
-  # by einsum over what it is handed: 150 rows of a device, in blocks of 128
-  if implementation == "mosaic":
-    monkeypatch.setattr(tokamax, "dot_product_attention", cards.fake_kernel([]))
-  monkeypatch.setattr(attention, "ROWS", 128)  # two masks of a device's 150 rows
-  monkeypatch.setattr(attention, "_splash", functools.partial(attention._splash, interpret=True))
+def test_queries_are_split_and_see_what_they_should(implementation):
+  # two masks of a device's 150 rows
+  library = Library(rows=128)
+  if implementation == "mosaic":  # by einsum over what it is handed, in blocks of 128
+    library = cards.FakeKernels(rows=128)
   q, k, v = (
     jax.random.normal(jax.random.key(i), (2, 300, heads, 8)) for i, heads in enumerate((4, 2, 2))
   )
@@ -42,7 +41,9 @@ def test_queries_are_split_and_see_what_they_should(implementation, monkeypatch)
 
   def run(how):
     def out(q, k, v):
-      return attend(q, k, v, AttentionMask(True, valid), implementation=how)
+      if how == "splash":
+        return attend_splash(q, k, v, causal=True, valid=valid, interpret=True)
+      return attend(q, k, v, AttentionMask(True, valid), implementation=how, library=library)
 
     def shown(*a):
       return jnp.where(valid[:, :, None, None], out(*a), 0)  # rows of padding are garbage
@@ -88,7 +89,7 @@ def test_a_sample_over_two_devices_gives_the_loss_and_gradient_of_one(tiny, samp
 
   alone = jax.device_get(both()(state, batch))
   # On the mesh with all that saves memory.
-  monkeypatch.setattr(qwen2, "MLP_ROWS", 20)
+  monkeypatch.setattr(mlp, "ROWS", 20)
   graph = nnx.graphdef(
     nnx.eval_shape(lambda: vlm.VLM(dataclasses.replace(cfg, remat=True), rngs=nnx.Rngs(0)))
   )

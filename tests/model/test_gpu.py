@@ -17,6 +17,7 @@ from xcomp_jax.config import MeshConfig
 from xcomp_jax.config_io import from_command_line
 from xcomp_jax.model import kernels
 from xcomp_jax.model.attention import AttentionMask, attend
+from xcomp_jax.model.kernel_calls import LIBRARY, compiles
 from xcomp_jax.parallel import chips
 from xcomp_jax.parallel.mesh import make_mesh
 from xcomp_jax.plan import absent, accounts, cost, plan, programs
@@ -70,7 +71,18 @@ def test_attention_compiles(kind, shape, gradient):
       array(1, S, H, h), array(1, S, K, h), array(1, S, K, h), array(1, S, dtype=bool)
     )
     program = lowered.compile()
-  call = kernels.Call(1, S, S, H, K, h, str(dtype), causal, "keys" if padded else None, gradient)
+  call = kernels.Call(
+    batch=1,
+    queries=S,
+    keys=S,
+    heads=H,
+    kv_heads=K,
+    size=h,
+    dtype=str(dtype),
+    causal=causal,
+    mask="keys" if padded else None,
+    gradient=gradient,
+  )
   wanted = kernels.kernel_rule(card, kernels.library(), call)
   assert kernels_in(program) == {wanted} - {"xla_chunked"}
   # Kernels keep nothing but copies of what they are given; XLA's own keeps more, and its gradient
@@ -101,7 +113,18 @@ def test_attention_of_clips_by_cudnn_compiles(kind, slots, heads, size, gradient
   with absent.computing_on(devices), jax.set_mesh(mesh):
     program = jax.jit(jax.grad(total, (0, 1, 2)) if gradient else forward).lower(x, x, x).compile()
   if gradient and slots % 2:  # which JAX refuses
-    call = kernels.Call(2, slots, slots, heads, heads, size, "bfloat16", False, None, True)
+    call = kernels.Call(
+      batch=2,
+      queries=slots,
+      keys=slots,
+      heads=heads,
+      kv_heads=heads,
+      size=size,
+      dtype="bfloat16",
+      causal=False,
+      mask=None,
+      gradient=True,
+    )
     assert kernels_in(program) == {
       kernels.kernel_rule(kernels.card_of(devices[0]), kernels.library(), call)
     }
@@ -140,14 +163,23 @@ def test_attention_of_several_samples_in_a_row_compiles(kind, slots, devices, gr
     args = array(12, 128), array(2, 128), array(2, 128), array(dtype=jnp.int32, split=None)
     program = jax.jit(run).lower(*args).compile()
   call = kernels.Call(
-    1, slots // devices, slots, 12, 2, 128, str(dtype), devices == 1, "ranges", gradient
+    batch=1,
+    queries=slots // devices,
+    keys=slots,
+    heads=12,
+    kv_heads=2,
+    size=128,
+    dtype=str(dtype),
+    causal=devices == 1,
+    mask="ranges",
+    gradient=gradient,
   )
   wanted = kernels.kernel_rule(card, kernels.library(), call)
   assert kernels_in(program) == {wanted} - {"xla_chunked"}
   # A mask of all rows and keys would be 277 MB at 16,640 slots; Triton's gradient has one of a
   # strip and all keys.
   strip = (
-    min(slots, kernels.STRIP)
+    min(slots, LIBRARY.strip)
     * slots
     * {"mosaic": 0, "triton": 4, "xla_chunked": 12 * 4 * 8}[wanted]
   )
@@ -173,18 +205,27 @@ def test_the_rules_say_what_compiles(kind, dtype, size):
   (device,) = absent.gpus(kind)
   card = kernels.card_of(device)
   for gradient in (False, True):
-    call = kernels.Call(4, 1152, 1152, 4, 2, size, jnp.dtype(dtype).name, True, "keys", gradient)
+    call = kernels.Call(
+      batch=4,
+      queries=1152,
+      keys=1152,
+      heads=4,
+      kv_heads=2,
+      size=size,
+      dtype=jnp.dtype(dtype).name,
+      causal=True,
+      mask="keys",
+      gradient=gradient,
+    )
     with (
       absent.computing_on([device]),
       jax.default_matmul_precision("highest" if dtype == jnp.float32 else None),
     ):
       wanted = kernels.kernel_rule(card, kernels.library(), call)
       for mask in ("keys", "ranges"):
-        assert wanted == "xla_chunked" or kernels.compiles(
-          wanted, dataclasses.replace(call, mask=mask)
-        )
+        assert wanted == "xla_chunked" or compiles(wanted, dataclasses.replace(call, mask=mask))
       if (kind, gradient) != ("b200", True):  # where one that compiles, in a minute, is not taken
-        assert kernels.choose_kernel(card, "unknown", call, kernels.compiles) == wanted
+        assert kernels.choose_kernel(card, "unknown", call, compiles) == wanted
 
 
 def compiled(kind: str, name: str, mesh: MeshConfig, devices: int, frames: int, text: int):

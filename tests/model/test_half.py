@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from packed import one_each
 
 from xcomp_jax import predecode
 from xcomp_jax.checkpoints import loading
@@ -22,8 +23,9 @@ from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data.decode_jobs import FrameSettings
 from xcomp_jax.inference import encoded_video, generate, video_model
 from xcomp_jax.model import kernels, layers, token_merging, umt, vlm
-from xcomp_jax.model.attention import AttentionMask, attend, attend_first, question_scores
+from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.model.qwen2 import Decoder
+from xcomp_jax.model.softmax import attend_first, question_scores
 from xcomp_jax.parity import parity
 from xcomp_jax.parity.tower import frames_of, in_clips
 from xcomp_jax.plan import absent, fits
@@ -129,7 +131,7 @@ def test_norms_of_the_largest_numbers(tiny):
   x = near(2, 5, 32)
   for make in (
     lambda dtype: layers.RMSNorm(32, 1e-6, dtype, jnp.float32),
-    lambda dtype: umt._norm(tiny(dtype=dtype.__name__), 1e-12, nnx.Rngs(0), jnp.float32),
+    lambda dtype: umt.layer_norm(tiny(dtype=dtype.__name__), 1e-12, nnx.Rngs(0), jnp.float32),
   ):
     out = make(jnp.float16)(x)
     assert out.dtype == jnp.float16
@@ -197,22 +199,20 @@ def test_logits_are_float32(tiny):
   np.testing.assert_allclose(logits, 32 * 3e4, rtol=2e-3)
 
 
-def test_numbers_that_float16_has_not_are_no_answer(tiny, monkeypatch):
+def test_numbers_that_float16_has_not_are_no_answer(tiny, sample):
   model = vlm.VLM(tiny(dtype="float16"), rngs=nnx.Rngs(0), param_dtype=jnp.float16)
   frames = np.zeros((8, 48, 48, 3), np.uint8)
   model.vision.norm.bias[...] = jnp.full(32, jnp.inf, jnp.float16)
-  with pytest.raises(
-    ConfigError,
-    match=r"features of the tower left the range of float16.*65,504: take --dtype float32",
-  ):
+  with pytest.raises(ConfigError) as caught:
     encoded_video.encode_video(model, frames, np.arange(8) / 8, 1.0, "it")
+  assert caught.value.fields == {"where": "features of the tower", "value": "float16"}
+  assert "float16, whose largest number is 65,504: take --dtype float32" in str(caught.value)
   kernels.check_finite(np.array([np.inf]), "logits", "float32")  # not looked at
-  state = generate.State(
-    jnp.full((1, 64), jnp.nan), (), jnp.int32(8), jnp.zeros((1, 64), bool), jnp.zeros(1, bool)
-  )
-  monkeypatch.setattr(generate, "prefill_each", lambda *_, **__: state)
-  with pytest.raises(ConfigError, match="the LLM's logits left the range of float16"):
-    next(generate.stream(model, [], generate.Sampling(8, ())))
+  model.llm.norm.scale[...] = jnp.full(32, jnp.inf, jnp.float16)
+  prompt = one_each([sample(0, 0, 9)], 0, 0, 16)
+  with pytest.raises(ConfigError) as caught:
+    next(generate.stream(model, [prompt], generate.Sampling(8, ())))
+  assert caught.value.fields == {"where": "the LLM's logits", "value": "float16"}
 
 
 # --- where it is taken, and where not
@@ -269,13 +269,25 @@ def test_cells_of_another_dtype_are_made_again(tmp_path, monkeypatch, capsys):
 def test_tpus_and_training_have_no_float16(tmp_path):
   with (
     absent.computing_on([cards.V5E]),
-    pytest.raises(ConfigError, match=r"float16 on TPU v5 lite: .*take bfloat16"),
+    pytest.raises(ConfigError) as caught,
   ):
     kernels.check_implementation("auto", "float16")
-  with pytest.raises(
-    ConfigError, match="attention 'xla_chunked' on cpu: xla_chunked has no float16 on CPUs"
-  ):
+  assert caught.value.fields == {
+    "where": "model.dtype",
+    "value": "float16",
+    "device": "TPU v5 lite",
+    "allowed": "bfloat16",
+  }
+  with pytest.raises(ConfigError) as caught:
     kernels.check_implementation("xla_chunked", "float16")
+  assert caught.value.fields == {
+    "where": "model.attention",
+    "value": "xla_chunked",
+    "device": "cpu",
+  }
+  for name in ("xla_chunked", "flash"):
+    why = kernels.unusable(name, kernels.here(), kernels.library(), "float16")
+    assert why == f"{name} has no float16 on CPUs"
   for name in ("dtype", "param_dtype"):
     config = from_command_line(
       [
@@ -294,7 +306,18 @@ def test_tpus_and_training_have_no_float16(tmp_path):
 def test_kernels_of_cards_take_it():
   for kind in ("h100", "b200", "a100", "l4", "t4"):
     card = kernels.card_of(cards.gpu(kind))
-    call = kernels.Call(1, 6272, 6272, 16, 16, 64, "bfloat16", False, None, gradient=False)
+    call = kernels.Call(
+      batch=1,
+      queries=6272,
+      keys=6272,
+      heads=16,
+      kv_heads=16,
+      size=64,
+      dtype="bfloat16",
+      causal=False,
+      mask=None,
+      gradient=False,
+    )
     half = dataclasses.replace(call, dtype="float16")
     assert kernels.kernel_rule(card, "0.0.12", half) == kernels.kernel_rule(card, "0.0.12", call)
     with absent.computing_on([cards.gpu(kind)]):

@@ -21,6 +21,7 @@ from xcomp_jax.config_io import from_command_line, from_dict, to_dict
 from xcomp_jax.data import predecoding, store
 from xcomp_jax.model import vlm
 from xcomp_jax.model.internvideo2 import InternVideo2
+from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.parallel.mesh import constrain, make_mesh, param_shardings, path_name
 from xcomp_jax.parity.tower import tower_sizes
@@ -88,10 +89,9 @@ def test_the_class_token_is_the_first_and_has_a_position(tower):
 
 
 def test_clips_of_another_length_have_no_positions(tower):
-  with pytest.raises(
-    ValueError, match=r"takes clips of 4 frames, or single images, not clips of 8"
-  ):
+  with pytest.raises(ShapeError) as caught:
     tower(clips(1, 8))
+  assert caught.value.fields == {"where": "frames", "value": 8, "allowed": (1, 4)}
 
 
 def test_layers_split_over_a_mesh_give_the_same(cfg, tower):

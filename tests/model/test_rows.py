@@ -12,6 +12,7 @@ from packed import one_each
 from xcomp_jax.config import LPCompConfig, MeshConfig
 from xcomp_jax.data.batch import Shape, batch_spec, collate
 from xcomp_jax.model import vlm
+from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.parallel.mesh import make_mesh, param_shardings
 from xcomp_jax.training import steps
 
@@ -191,8 +192,9 @@ def test_what_keeps_other_places_in_each_sample_takes_one_a_row(tiny, examples):
   model = nnx.eval_shape(
     lambda: vlm.VLM(tiny(lp_comp=LPCompConfig((16, 8, 4, 1), "attention", 16)), rngs=nnx.Rngs(0))
   )
-  with pytest.raises(ValueError, match="a row can hold only one"):
+  with pytest.raises(ShapeError) as caught:
     jax.eval_shape(vlm.loss, model, packed(examples, ROWS))
+  assert caught.value.fields == {"where": "lp_comp.keep", "value": "attention", "samples": 4}
 
 
 def test_the_last_visual_token_of_a_sample_far_into_a_row_is_found(tiny):

@@ -8,6 +8,7 @@ from flax import nnx
 
 from xcomp_jax.config import VisionConfig
 from xcomp_jax.model import vlm
+from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.umt import PIXEL_MEAN, PIXEL_STD, Vision, position_table
 
 OFFICIAL = VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd")
@@ -128,7 +129,10 @@ def test_memory_of_encoding_does_not_grow_with_the_frames(tiny):
 
 
 def test_sizes_that_do_not_divide_are_named(tiny):
-  with pytest.raises(ValueError, match="patch size 8"):
-    Vision(tiny(vision=dataclasses.replace(tiny().vision, image_size=50)), rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="5 heads"):
-    Vision(tiny(vision=dataclasses.replace(tiny().vision, heads=5)), rngs=nnx.Rngs(0))
+  for key, value, divisor, changes in (
+    ("image_size", 50, 8, {"image_size": 50}),
+    ("width", 32, 5, {"heads": 5}),
+  ):
+    with pytest.raises(ShapeError) as caught:
+      Vision(tiny(vision=dataclasses.replace(tiny().vision, **changes)), rngs=nnx.Rngs(0))
+    assert caught.value.fields == {"where": key, "value": value, "divisor": divisor}

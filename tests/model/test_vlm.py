@@ -8,9 +8,10 @@ from flax import nnx
 from packed import one_each
 
 from xcomp_jax.config import LPCompConfig, MeshConfig
-from xcomp_jax.data.batch import Batch, Clips, Shape, batch_spec, fake_batch, split_text
+from xcomp_jax.data.batch import IGNORE, Batch, Clips, Shape, batch_spec, fake_batch, split_text
 from xcomp_jax.model import vlm
-from xcomp_jax.model.qwen2 import Lengths
+from xcomp_jax.model.layers import ShapeError
+from xcomp_jax.model.qwen2 import Decoder, Lengths, run_layers
 from xcomp_jax.parallel.mesh import make_mesh
 
 
@@ -186,8 +187,29 @@ def test_a_spec_and_its_fake_have_the_shapes_of_a_batch(mixed):
 
 def test_a_group_that_does_not_divide_a_clip_is_refused(tiny, mixed):
   model = vlm.VLM(tiny(lp_comp=LPCompConfig("cosine", "suffix", 24)), rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="groups of 24"):
+  with pytest.raises(ShapeError) as caught:
     vlm.lengths(model, one_each(mixed, 48, 8, 16))
+  assert caught.value.fields == {"where": "lp_comp.group", "value": 24, "clip": 128}
+
+
+def test_what_rows_lack_is_named(tiny):
+  """Visual slots that are no whole groups, and rules that need the text's queries."""
+  none = jnp.zeros((1, 1), jnp.int32)
+
+  def run(slots, keep, group):
+    cfg = tiny(lp_comp=LPCompConfig("cosine", keep, group))
+    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((1, slots, 32), np.float32)
+    with pytest.raises(ShapeError) as caught:
+      jax.eval_shape(
+        lambda model, x: run_layers(model, x, Lengths(none, none, none), prefix=2, text=3).x,
+        model,
+        x,
+      )
+    return caught.value.fields
+
+  assert run(25, "suffix", 16) == {"where": "lp_comp.group", "value": 16, "slots": 20}
+  assert run(21, "attention", 16) == {"where": "query"}
 
 
 def test_places_say_what_lies_in_a_slot():
@@ -204,21 +226,21 @@ def test_places_say_what_lies_in_a_slot():
 
 
 @pytest.mark.parametrize("rows", [14, 32])  # of two samples: chunks of 7 and 16
-def test_losses_in_chunks_are_those_of_all_logits(tiny, sample, monkeypatch, rows):
-  model = vlm.VLM(tiny(remat=False), rngs=nnx.Rngs(0))
-  batch = one_each([sample(2, 3, 9, 0), sample(1, 6, 14, 1)], 16, 8, 16)  # 25 rows of each
-  graph, state = nnx.split(model)
+def test_losses_in_chunks_are_those_of_all_logits(tiny, rows):
+  rng = np.random.default_rng(0)
+  graph, state = nnx.split(vlm.VLM(tiny(remat=False), rngs=nnx.Rngs(0)))
+  states = jnp.asarray(rng.normal(size=(2, 25, 32)).astype(np.float32))
+  targets = jnp.asarray(np.where(rng.random((2, 25)) < 0.5, rng.integers(0, 64, (2, 25)), IGNORE))
+  weight = jnp.asarray(rng.random((2, 25)))
 
-  def run(state, batch):
-    def total(state):
-      return (vlm.loss(nnx.merge(graph, state), batch) * jnp.array([[1.0], [2.0]])).sum()
+  def run(**how):
+    def total(state, states):
+      losses, hits = vlm.predictions(nnx.merge(graph, state), states, targets, **how)
+      return (losses * weight).sum(), (losses, hits)
 
-    return jax.value_and_grad(total)(state), vlm.heldout_measures(nnx.merge(graph, state), batch)
+    return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(state, states)
 
-  whole = jax.jit(run)(state, batch)
-  monkeypatch.setattr(vlm, "LOGIT_ROWS", rows)
-  chunks = jax.jit(lambda *a: run(*a))(state, batch)  # not the program of before
-  for a, b in zip(jax.tree.leaves(chunks), jax.tree.leaves(whole), strict=True):
+  for a, b in zip(jax.tree.leaves(run(logit_rows=rows)), jax.tree.leaves(run()), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from xcomp_jax.data.batch import Shape, batch_spec
-from xcomp_jax.model import attention, lp_comp, qwen2, vlm
+from xcomp_jax.model import lp_comp, qwen2, tiles, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.parallel import roofline
 from xcomp_jax.parallel.roofline import device_of
@@ -249,7 +249,7 @@ def test_what_attention_gave_is_not_computed_again_for_the_gradient(tiny, monkey
   monkeypatch.setattr(qwen2, "remat", jax.checkpoint)
   per_score = 4 * cfg.llm.heads * cfg.llm.head_dim
   lengths = [16 + 32 * count + 48 for count in lp_comp.counts(cfg.lp_comp, cfg.llm.layers)]
-  assert products() - kept == per_score * sum(attention.tiled_scores(n, n, True) for n in lengths)
+  assert products() - kept == per_score * sum(tiles.tiled_scores(n, n, True) for n in lengths)
 
 
 GPU = r"""HloModule jit_step, is_scheduled=true

@@ -4,17 +4,14 @@ RMS.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.config import InternVideo2Config, VLMConfig
-from xcomp_jax.model.attention import AttentionMask, attend, remat
-from xcomp_jax.model.layers import RMSNorm
-from xcomp_jax.model.umt import PatchEmbed, check_sizes
-from xcomp_jax.parallel.mesh import gathered
+from xcomp_jax.model.layers import RMSNorm, ShapeError
+from xcomp_jax.model.umt import PatchEmbed, TowerAttention, TowerBlock, check_sizes, run_blocks
 
 EPS = 1e-6  # of all norms
 LAYER_SCALE = 1e-5  # that a tower begins with
@@ -38,54 +35,30 @@ def position_start(width: int, frames: int, grid: int) -> np.ndarray:
   return np.concatenate([np.zeros((1, width)), table])[None].astype(np.float32)
 
 
-class ClipAttention(nnx.Module):
-  """Self-attention over all tokens of a clip; queries and keys are normalised before they are cut
-  into heads.
-  """
+class ClipAttention(TowerAttention):
+  """Queries and keys are normalised before they are cut into heads."""
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-    width, dtype = cfg.vision.width, jnp.dtype(cfg.dtype)
-    linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    self.qkv = linear(width, 3 * width, use_bias=False)
-    self.q_norm, self.k_norm = (RMSNorm(width, EPS, dtype, param_dtype) for _ in range(2))
-    self.proj = linear(width, width)
-    self.heads = cfg.vision.heads
-    self.implementation = cfg.attention
+    super().__init__(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.q_norm, self.k_norm = (_norm(cfg, param_dtype) for _ in range(2))
 
-  def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
-    q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-
-    def split(y):
-      return y.reshape(*y.shape[:-1], self.heads, -1)
-
-    q, k = split(self.q_norm(q)), split(self.k_norm(k))
-    return self.proj(
-      attend(
-        q, k, split(v), AttentionMask(causal=False), implementation=self.implementation
-      ).reshape(x.shape)
-    )
+  def project(self, x):
+    q, k, v = super().project(x)
+    return self.q_norm(q), self.k_norm(k), v
 
 
-class ClipBlock(nnx.Module):
-  """A pre-norm transformer block; what it adds is scaled per channel."""
+class ClipBlock(TowerBlock):
+  """A block whose additions are scaled per channel."""
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-    v, dtype = cfg.vision, jnp.dtype(cfg.dtype)
-    linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    self.norm1, self.norm2 = (RMSNorm(v.width, EPS, dtype, param_dtype) for _ in range(2))
-    self.attn = ClipAttention(cfg, rngs=rngs, param_dtype=param_dtype)
-    self.fc1 = linear(v.width, v.mlp_width)
-    self.fc2 = linear(v.mlp_width, v.width)
-    self.ls1, self.ls2 = (nnx.Param(jnp.full(v.width, LAYER_SCALE, param_dtype)) for _ in range(2))
+    norm = functools.partial(_norm, cfg, param_dtype)
+    super().__init__(cfg, ClipAttention, norm, rngs=rngs, param_dtype=param_dtype)
+    start = jnp.full(cfg.vision.width, LAYER_SCALE, param_dtype)
+    self.ls1, self.ls2 = nnx.Param(start), nnx.Param(start)
 
-  def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
-    def scaled(y, scale):
-      return (y.astype(jnp.float32) * scale[...].astype(jnp.float32)).astype(y.dtype)
 
-    block = gathered(self, x.dtype)
-    x = x + scaled(block.attn(block.norm1(x)), block.ls1)
-    y = block.fc2(jax.nn.gelu(block.fc1(block.norm2(x)), approximate=False))
-    return x + scaled(y, block.ls2)
+def _norm(cfg: VLMConfig, param_dtype) -> RMSNorm:
+  return RMSNorm(cfg.vision.width, EPS, jnp.dtype(cfg.dtype), param_dtype)
 
 
 class InternVideo2(nnx.Module):
@@ -112,13 +85,16 @@ class InternVideo2(nnx.Module):
     """The class token and patch features, with their positions, in the compute dtype; M = 1 + F*P.
 
     Raises:
-      ValueError: clips of another length than the positions are for.
+      ShapeError: clips of another length than the positions are for.
     """
     length = frames.shape[1]
     if length not in (1, self.frames):
-      raise ValueError(
+      raise ShapeError(
         f"the InternVideo2 tower takes clips of {self.frames} frames, or single images, not clips "
-        f"of {length}"
+        f"of {length}",
+        where="frames",
+        value=length,
+        allowed=(1, self.frames),
       )
     x = self.patch_embed(frames)
     first = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
@@ -127,10 +103,7 @@ class InternVideo2(nnx.Module):
 
   def with_class_token(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C M D"]:
     """What the last block gives, M = 1 + F*P; there is no norm behind it."""
-    x = self.embed(frames)
-    for block in self.blocks:
-      x = remat(block.__call__)(x) if self.cfg.remat else block(x)
-    return x
+    return run_blocks(self.blocks, self.embed(frames), self.cfg.remat)
 
   def __call__(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C N D"]:
     """Clips of frames to features of their patches in the compute dtype, tokens in order (frame,

@@ -6,50 +6,33 @@ known about the device and the installed library (tokamax). What no rule knows i
 its own.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
-import logging
-import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xcomp_jax.config import ConfigError, Dtype, VLMConfig
 
 Kernel = Literal["mosaic", "triton", "cudnn", "xla_chunked"]
-# of tokamax; cuDNN's is called by jax.nn
-KERNELS: tuple[Kernel, ...] = (
-  "mosaic",
-  "triton",
-  "xla_chunked",
-)
+KERNELS: tuple[Kernel, ...] = ("mosaic", "triton", "xla_chunked")  # of tokamax
 # versions of tokamax that the rules are made from; docs/LOG.md has what compiles where
-TRIED = (
-  "0.0.12",
-  "0.0.17",
-)
+TRIED = ("0.0.12", "0.0.17")
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0))  # likewise
 SIZES = (64, 88, 128)  # of heads, likewise
 # compute capability: first and last major version
-MAJORS = {
-  "mosaic": (9, 10),
-  "triton": (8, None),
-  "cudnn": (8, None),
-}
+MAJORS = {"mosaic": (9, 10), "triton": (8, None), "cudnn": (8, None)}
 # Triton in float32, where a block of threads has 100 KB of shared memory: (size of heads, with a
 # gradient) that compile.
 SMALL_FLOAT32 = {(64, False), (64, True), (128, False)}
 FEW = 384  # queries, of which einsum computes attention: a tile of `attention`
 LONG = 16384  # slots of the LLM for 1,024 frames without text
-STRIP = 2048  # rows whose ranges are made a mask at once
 SPLITS = 80  # tiles of 128 rows, a little more than half of a B200's 148 multiprocessors
 
 
@@ -119,11 +102,13 @@ def check_finite(x: jax.Array | np.ndarray, what: str, dtype: str) -> None:
   if dtype == "float16" and not bool(jnp.isfinite(x).all()):
     raise ConfigError(
       f"{what} left the range of float16, whose largest number is 65,504: take --dtype float32, or "
-      f"bfloat16 if the device has it"
+      f"bfloat16 if the device has it",
+      where=what,
+      value=dtype,
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
   """One call of a kernel on one device, before padding.
 
@@ -144,28 +129,6 @@ class Call:
   causal: bool
   mask: Literal["keys", "rows", "ranges"] | None
   gradient: bool
-
-
-class Ranges(NamedTuple):
-  """The keys that rows see: of each those from `start` on, up to the one before `end`. At least
-  one.
-
-  int32[B, L] each. Rows that see neighbouring ranges should be neighbours: what no row of a block
-  sees is left out.
-  """
-
-  start: jax.Array
-  end: jax.Array
-
-
-Seen = jax.Array | Ranges | None  # bool[B or 1, L or 1, S], where every row sees a key; None: all
-
-
-def mask_kind(seen: Seen) -> Literal["keys", "rows", "ranges"] | None:
-  """Gives the `mask` of a Call."""
-  if seen is None or isinstance(seen, Ranges):
-    return None if seen is None else "ranges"
-  return "keys" if seen.shape[1] == 1 else "rows"
 
 
 @functools.cache
@@ -250,185 +213,6 @@ def choose_kernel(
   return next((kernel for kernel in could if attempt(kernel, call)), "xla_chunked")
 
 
-def compiles(kernel: Kernel, call: Call) -> bool:
-  """Says whether this process's device compiles a kernel for exactly this call.
-
-  It is tried once in a process. A refusal is a line on stderr.
-  """
-  device = jax.extend.backend.get_default_device()
-  precision = jax.config.jax_default_matmul_precision  # ty: ignore[missing-attribute]
-  return _compiles(kernel, call, device, precision)
-
-
-@functools.cache
-def _compiles(kernel: Kernel, call: Call, device: Any, precision: str | None) -> bool:
-  c = call
-  mesh = Mesh(np.array([device]), "x")
-  place = NamedSharding(mesh, PartitionSpec())
-
-  def array(*shape):
-    return jax.ShapeDtypeStruct(shape, c.dtype, sharding=place)
-
-  q, k = array(c.batch, c.queries, c.heads, c.size), array(c.batch, c.keys, c.kv_heads, c.size)
-  shape = None if c.mask is None else (c.batch, 1 if c.mask == "keys" else c.queries, c.keys)
-  seen = shape and jax.ShapeDtypeStruct(shape, np.bool_, sharding=place)
-  if c.mask == "ranges":
-    bound: Any = jax.ShapeDtypeStruct((c.batch, c.queries), np.int32, sharding=place)
-    seen = Ranges(bound, bound)
-  size = block(card_of(device), library() or "", kernel, c.dtype)
-
-  def forward(q, k, v, seen):
-    return run_kernel(kernel, size, q, k, v, seen, c.causal)
-
-  def total(*args):
-    return forward(*args).astype(jnp.float32).sum()
-
-  def attempt():
-    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
-      jax.jit(jax.grad(total, (0, 1, 2)) if c.gradient else forward).lower(q, k, k, seen).compile()
-
-  try:  # in a thread of its own, which knows nothing of what is being traced here
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      pool.submit(attempt).result()
-  except Exception as error:
-    why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    print(f"attention: {kernel} does not compile for {call}: {why}", file=sys.stderr)
-    return False
-  return True
-
-
-def run_kernel(
-  kernel: Kernel,
-  block_size: int,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  seen: Seen,
-  causal: bool,
-) -> jax.Array:
-  """Has a library, tokamax but for cuDNN's kernel, compute attention over whole blocks.
-
-  All padding is masked. A kernel that attended to zeros would give wrong numbers without an error.
-
-  Args:
-    kernel: which one; "cudnn" where all see all.
-    block_size: rows and keys are padded to multiples of it.
-    q: [B, L, H, h].
-    k: [B, S, K, h] in q's dtype; S = L where it is causal.
-    v: [B, S, K, h], likewise.
-    seen: which keys a row sees.
-    causal: a row sees keys up to its own, where the ends of ranges are, too.
-
-  Returns:
-    [B, L, H, h] in q's dtype.
-
-  Raises:
-    NotImplementedError: tokamax has no such kernel for this device or dtype.
-  """
-  if kernel == "cudnn":
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-  import tokamax
-  from absl import flags
-
-  # tokamax reads them, and would parse a command line that is not absl's
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-  _quiet()
-  L, S = q.shape[1], k.shape[1]
-  more_rows, more_keys = -L % block_size, -S % block_size
-  if isinstance(seen, Ranges):
-    q, k, v = _padded(q, 1, more_rows, 0), _padded(k, 1, more_keys, 0), _padded(v, 1, more_keys, 0)
-    seen = Ranges(*(jnp.pad(x, ((0, 0), (0, more_rows)), mode="edge") for x in seen))
-    if kernel == "mosaic":
-      out = _ranged(kernel, q, k, v, seen, causal)
-    else:
-      out = _in_strips(kernel, block_size, q, k, v, seen)
-    return out[:, :L].astype(q.dtype)
-  if more_keys and seen is None:
-    seen = jnp.ones((1, 1, S), bool)
-  if seen is not None:
-    seen = _padded(seen, 2, more_keys, False)
-    # rows that see nothing have NaN as gradient
-    seen = _padded(seen, 1, more_rows if seen.shape[1] > 1 else 0, True)
-    seen = seen[:, None]
-  q, k, v = _padded(q, 1, more_rows, 0), _padded(k, 1, more_keys, 0), _padded(v, 1, more_keys, 0)
-  out = tokamax.dot_product_attention(q, k, v, mask=seen, is_causal=causal, implementation=kernel)
-  return out[:, :L].astype(q.dtype)
-
-
-def _ranged(
-  kernel: Kernel, q: jax.Array, k: jax.Array, v: jax.Array, seen: Ranges, causal: bool
-) -> jax.Array:
-  """Runs a kernel with ranges, which `tokamax.dot_product_attention` has no argument for."""
-  from tokamax._src.ops.attention import api, base
-
-  start, end = (x[:, None] for x in seen)
-  # Only the causal flag has Mosaic's gradient leave blocks out.
-  mask = (
-    base.Mask(None, k_start=start, is_causal=True)
-    if causal
-    else base.Mask(None, k_start=start, k_end=end)
-  )
-  return api.IMPLEMENTATIONS["mosaic_gpu" if kernel == "mosaic" else kernel](
-    q, k, v, mask=mask, precision=None
-  )
-
-
-def _in_strips(
-  kernel: Kernel, block_size: int, q: jax.Array, k: jax.Array, v: jax.Array, seen: Ranges
-) -> jax.Array:
-  """Runs a kernel on STRIP rows at once, and on those keys among which theirs are: a quarter, a
-  half, or all.
-
-  These kernels make a mask of ranges: "xla_chunked" always, and "triton" for the gradient, where it
-  skips nothing, either.
-  """
-  (B, L), S = q.shape[:2], k.shape[1]
-  count = -(-L // STRIP)
-  rows = -(-L // (count * block_size)) * block_size
-  sizes = sorted({min(S, -(-S // (parts * 128)) * 128) for parts in (4, 2, 1)})
-
-  def window(size, first, q, k, v, seen):
-    first = jnp.minimum(first, S - size)
-    k, v = (jax.lax.dynamic_slice_in_dim(x, first, size, 1) for x in (k, v))
-    return _ranged(kernel, q, k, v, Ranges(seen.start - first, seen.end - first), False)
-
-  @jax.checkpoint  # masks are not kept for the gradient
-  def strip(part):
-    q, seen = part
-    first = seen.start.min()
-    fits = sum((seen.end.max() - first > size).astype(jnp.int32) for size in sizes[:-1])
-    return jax.lax.switch(
-      fits, [functools.partial(window, size) for size in sizes], first, q, k, v, seen
-    )
-
-  def strips(x, mode):
-    x = jnp.pad(x, ((0, 0), (0, count * rows - L)) + ((0, 0),) * (x.ndim - 2), mode=mode)
-    return jnp.moveaxis(x.reshape(B, count, rows, *x.shape[2:]), 1, 0)
-
-  out = jax.lax.map(strip, (strips(q, "constant"), Ranges(*(strips(x, "edge") for x in seen))))
-  return jnp.moveaxis(out, 0, 1).reshape(B, count * rows, *out.shape[3:])[:, :L]
-
-
-def _padded(x: jax.Array, axis: int, count: int, value: bool | int) -> jax.Array:
-  """Pads the end of an axis with `count` values."""
-  return (
-    jax.lax.pad(x, np.array(value, x.dtype), [(0, count * (i == axis), 0) for i in range(x.ndim)])
-    if count
-    else x
-  )
-
-
-@functools.cache
-def _quiet() -> None:
-  """Drops a warning of tokamax at every traced call: it has no measured settings for this shape,
-  and takes a rule's.
-  """
-  logging.getLogger("absl").addFilter(
-    lambda record: not str(record.msg).startswith("Autotuning cache miss")
-  )
-
-
 def unusable(implementation: str, card: Card, version: str | None, dtype: str) -> str | None:
   """Says why a device can't have an implementation in a dtype; None: it can."""
   if implementation in MAJORS:
@@ -449,13 +233,30 @@ def unusable(implementation: str, card: Card, version: str | None, dtype: str) -
   return None
 
 
-def automatic(L: int, S: int, causal: bool, card: Card) -> str:
-  """Gives the implementation that "auto" takes for L queries and S keys on a device."""
+def implementation_of(
+  asked: str,
+  L: int,
+  S: int,
+  *,
+  causal: bool,
+  masked: bool,
+  card: Card,
+  version: str | None,
+) -> str:
+  """Gives the implementation of L queries and S keys where one is `asked` for.
+
+  Any stands for itself but "auto", and "cudnn" where keys are masked: those are what is best on a
+  device.
+
+  version: of tokamax; None: there is none.
+  """
+  if asked != "auto" and not (asked == "cudnn" and (causal or masked)):
+    return asked
   # A small score matrix is the fastest to compile and to run, but half of a causal one is for
   # nothing.
   if L <= FEW or (L * S <= 1024 * 1024 and not (causal and card.platform == "cpu")):
     return "einsum"
-  if card.platform == "gpu" and library() is None:
+  if card.platform == "gpu" and version is None:
     warnings.warn(
       "no tokamax, so attention runs without kernels, slowly; `pip install tokamax`", stacklevel=2
     )
@@ -463,11 +264,15 @@ def automatic(L: int, S: int, causal: bool, card: Card) -> str:
   return {"tpu": "splash", "gpu": "flash"}.get(card.platform, "tiled")
 
 
-def check_implementation(implementation: str, dtype: str) -> None:
+def check_implementation(
+  implementation: str, dtype: str, installed: Callable[[], str | None] = library
+) -> None:
   """Refuses float16 where this process's device has no products of it, and an implementation that
   can't run there in `dtype`.
 
   bfloat16 is let through on any device; `describe_kernels` says where it is emulated.
+
+  installed: gives the version of tokamax.
 
   Raises:
     ConfigError: it can't.
@@ -477,46 +282,76 @@ def check_implementation(implementation: str, dtype: str) -> None:
   if dtype == "float16" and card.platform == "tpu":
     raise ConfigError(
       f"float16 on {card.kind}: TPUs have no float16 products, and round its numbers to bfloat16's "
-      f"digits; take bfloat16"
+      f"digits; take bfloat16",
+      where="model.dtype",
+      value=dtype,
+      device=card.kind,
+      allowed="bfloat16",
     )
   if dtype == "float16" and card.platform == "gpu" and not card.float16:
     raise ConfigError(
-      f"float16 on {card.kind}: it has no float16 products with sums in float32; take float32"
+      f"float16 on {card.kind}: it has no float16 products with sums in float32; take float32",
+      where="model.dtype",
+      value=dtype,
+      device=card.kind,
+      allowed="float32",
     )
-  if why := unusable(implementation, card, library(), dtype):
-    raise ConfigError(f"attention {implementation!r} on {card.kind}: {why}; leave it to auto")
+  if why := unusable(implementation, card, installed(), dtype):
+    raise ConfigError(
+      f"attention {implementation!r} on {card.kind}: {why}; leave it to auto",
+      where="model.attention",
+      value=implementation,
+      device=card.kind,
+    )
 
 
-def kernels_taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
+def kernels_taken(
+  cfg: VLMConfig, gradient: bool = False, installed: Callable[[], str | None] = library
+) -> dict[str, str]:
   """Says what the attention of the "tower" and long attention of the "LLM" run as on this process's
   device.
 
-  gradient: of the LLM's, in training.
+  gradient: of the LLM's, in training. installed: gives the version of tokamax.
   """
-  card, version, v, llm = here(), library(), cfg.vision, cfg.llm
+  card, version, v, llm = here(), installed(), cfg.vision, cfg.llm
   clip = v.tokens(cfg.clip_frames)
   calls = {
     "tower": Call(
-      cfg.clips_per_chunk,
-      clip,
-      clip,
-      v.heads,
-      v.heads,
-      v.width // v.heads,
-      cfg.dtype,
-      False,
-      None,
-      False,
+      batch=cfg.clips_per_chunk,
+      queries=clip,
+      keys=clip,
+      heads=v.heads,
+      kv_heads=v.heads,
+      size=v.width // v.heads,
+      dtype=cfg.dtype,
+      causal=False,
+      mask=None,
+      gradient=False,
     ),
     "LLM": Call(
-      1, LONG, LONG, llm.heads, llm.kv_heads, llm.head_dim, cfg.dtype, True, "keys", gradient
+      batch=1,
+      queries=LONG,
+      keys=LONG,
+      heads=llm.heads,
+      kv_heads=llm.kv_heads,
+      size=llm.head_dim,
+      dtype=cfg.dtype,
+      causal=True,
+      mask="keys",
+      gradient=gradient,
     ),
   }
 
   def name(call: Call) -> str:
-    how = cfg.attention
-    if how == "auto" or (how == "cudnn" and (call.causal or call.mask)):
-      how = automatic(call.queries, call.keys, call.causal, card)
+    how = implementation_of(
+      cfg.attention,
+      call.queries,
+      call.keys,
+      causal=call.causal,
+      masked=call.mask is not None,
+      card=card,
+      version=version,
+    )
     if how == "flash" and version is not None:
       how = kernel_rule(card, version, call) or "the first kernel that compiles"
     return f"{how} of tokamax {version}" if how in KERNELS else how
@@ -524,9 +359,11 @@ def kernels_taken(cfg: VLMConfig, gradient: bool = False) -> dict[str, str]:
   return {part: name(call) for part, call in calls.items()}
 
 
-def describe_kernels(cfg: VLMConfig, gradient: bool = False) -> str:
+def describe_kernels(
+  cfg: VLMConfig, gradient: bool = False, installed: Callable[[], str | None] = library
+) -> str:
   """Says `kernels_taken` in a line, and what it is computed in."""
-  card, how = here(), kernels_taken(cfg, gradient)
+  card, how = here(), kernels_taken(cfg, gradient, installed)
   line = (
     how["tower"]
     if how["tower"] == how["LLM"]

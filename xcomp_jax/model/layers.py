@@ -9,6 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from xcomp_jax.config import LLMConfig, Yarn
+from xcomp_jax.errors import XCompError
+
+
+class ShapeError(XCompError, ValueError):
+  """Arrays or sizes that don't fit together; `where` is the argument or key that is wrong."""
 
 
 class RMSNorm(nnx.Module):

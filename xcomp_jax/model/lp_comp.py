@@ -5,6 +5,7 @@ visual tokens* of the sequence, not the tokens of one frame. Before layer l ever
 from the count of layer l - 1 to its own; positions are renumbered by the decoder.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -39,7 +40,10 @@ def counts(cfg: LPCompConfig, layers: int) -> tuple[int, ...]:
       return tuple(1 + math.ceil(c - 1e-9) for c in curve)
     raise ConfigError(
       f"lp_comp.schedule = {cfg.schedule!r}: known are 'cosine', 'cosine_ceil', or a list of "
-      f"{layers} counts"
+      f"{layers} counts",
+      where="lp_comp.schedule",
+      value=cfg.schedule,
+      allowed=("cosine", "cosine_ceil"),
     )
   got = cfg.schedule
   if (
@@ -49,7 +53,11 @@ def counts(cfg: LPCompConfig, layers: int) -> tuple[int, ...]:
   ):
     raise ConfigError(
       f"lp_comp.schedule = {got}: expected {layers} counts (one per layer), none above the one "
-      f"before, within 1..{g}"
+      f"before, within 1..{g}",
+      where="lp_comp.schedule",
+      value=got,
+      counts=layers,
+      most=g,
     )
   return tuple(got)
 
@@ -78,6 +86,31 @@ def only_selects(cfg: LPCompConfig) -> bool:
   finished.
   """
   return cfg.keep not in ("avgpool", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTokens:
+  """The tokens of a group at one layer, as `survivors` names them.
+
+  arriving: those that the layer before hands on. seen: those that the layer has queries, keys and
+  values of. leaving: those of its rows that it finishes and hands on.
+  """
+
+  arriving: tuple[int, ...]
+  seen: tuple[int, ...]
+  leaving: tuple[int, ...]
+
+
+def layer_tokens(cfg: LPCompConfig, layers: int) -> tuple[LayerTokens, ...]:
+  """What each layer gets, sees and hands on.
+
+  Under a rule that only selects, a layer hands on what the next one sees: what that one drops is
+  needed as keys and values here, and no further.
+  """
+  seen = survivors(cfg, layers)
+  leaving = (*seen[1:], seen[-1]) if only_selects(cfg) else seen
+  arriving = (tuple(range(cfg.group)), *leaving[:-1])
+  return tuple(LayerTokens(*tokens) for tokens in zip(arriving, seen, leaving, strict=True))
 
 
 def _thin_evenly(kept: tuple[int, ...], n: int, group: int) -> tuple[int, ...]:

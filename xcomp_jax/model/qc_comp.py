@@ -34,8 +34,8 @@ from xcomp_jax.config import ConfigError, SelectConfig
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import qwen2, vlm
-from xcomp_jax.model.attention import attend_first, question_scores
 from xcomp_jax.model.qwen2 import LayerCache, Lengths
+from xcomp_jax.model.softmax import attend_first, question_scores
 
 OFFICIAL_CLIP = 8  # frames that the release scores together, whatever its tower's clips are
 OFFICIAL_LEAST = 1024  # frames from which the release selects at all (quirk Q13)
@@ -53,9 +53,15 @@ def select_config(
     ConfigError: an unknown mode or rows, or less than one frame or repetition.
   """
   if mode not in ("official", "aligned", "local", "global"):
-    raise ConfigError(f"select.mode = {mode!r}: known are official, aligned, local, global")
+    raise ConfigError(
+      f"select.mode = {mode!r}: known are official, aligned, local, global",
+      where="select.mode",
+      value=mode,
+    )
   if rows not in ("question", "answer"):
-    raise ConfigError(f"select.rows = {rows!r}: known are question, answer")
+    raise ConfigError(
+      f"select.rows = {rows!r}: known are question, answer", where="select.rows", value=rows
+    )
   official = mode == "official"
   cfg = SelectConfig(
     mode,
@@ -71,7 +77,8 @@ def select_config(
   )
   if cfg.frames < 1 or cfg.repeat < 1:
     raise ConfigError(
-      f"select.frames = {cfg.frames}, select.repeat = {cfg.repeat}: both must be at least 1"
+      f"select.frames = {cfg.frames}, select.repeat = {cfg.repeat}: both must be at least 1",
+      where="select.frames" if cfg.frames < 1 else "select.repeat",
     )
   return cfg
 
@@ -131,7 +138,10 @@ def plan_rounds(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPlan:
   for name, size in sizes.items():
     if size % unit or size < 0:
       raise ConfigError(
-        f"QC-Comp ({cfg.mode}): the {name}, {size} frames, is no multiple of a clip's {unit}"
+        f"QC-Comp ({cfg.mode}): the {name}, {size} frames, is no multiple of a clip's {unit}",
+        where=name,
+        value=size,
+        unit=unit,
       )
   if cfg.mode == "official":
     return _official_plan(frames, clip_frames, cfg)
@@ -158,17 +168,25 @@ def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPla
   if frames < OFFICIAL_LEAST:
     raise ConfigError(
       f"QC-Comp (official) selects from {OFFICIAL_LEAST} frames or more, not from {frames} (quirk "
-      f"Q13)"
+      f"Q13)",
+      where="frames",
+      value=frames,
+      least=OFFICIAL_LEAST,
     )
   if cfg.frames % clip_frames:
     raise ConfigError(
       f"QC-Comp (official) cuts the selected frames into clips of {clip_frames}, which "
-      f"{cfg.frames} are no multiple of"
+      f"{cfg.frames} are no multiple of",
+      where="select.frames",
+      value=cfg.frames,
+      unit=clip_frames,
     )
   if OFFICIAL_CLIP % clip_frames:
     raise ConfigError(
       f"QC-Comp (official) scores {OFFICIAL_CLIP} frames at a time, which clips of {clip_frames} "
-      f"don't divide"
+      f"don't divide",
+      where="clip_frames",
+      value=clip_frames,
     )
   rounds = -(-frames // cfg.round)
   order = np.arange(rounds * cfg.repeat)
@@ -222,15 +240,18 @@ def watch(
   if model.cfg.lp_comp.keep == "attention":
     raise ConfigError(
       'QC-Comp can\'t score under lp_comp.keep = "attention", where the question decides which '
-      "tokens stay"
+      "tokens stay",
+      where="lp_comp.keep",
+      value="attention",
     )
   B, _, N, _ = features.shape
   P = len(prefix)
-  none = jnp.zeros((B, 1), jnp.int32)
-  x = vlm.place_tokens(
-    model, jnp.asarray(features, model.cfg.dtype), jnp.broadcast_to(prefix, (B, P)), none[:, :0]
-  )
-  lengths = Lengths(none + P, clips[:, None] * (N // model.cfg.lp_comp.group), none)
+  features = jnp.asarray(features, model.cfg.dtype)
+  before, nothing = jnp.broadcast_to(prefix, (B, P)), jnp.zeros((B, 0), jnp.int32)
+  x = vlm.place_tokens(model, features, before, nothing)  # [B, P + C * N, E]
+  zero = jnp.zeros((B, 1), jnp.int32)
+  groups = clips[:, None] * (N // model.cfg.lp_comp.group)  # [B, 1]
+  lengths = Lengths(prefix=zero + P, groups=groups, text=zero)
   return qwen2.run_layers(
     model.llm, x, lengths, prefix=P, text=0, caches=True, rotated=False, stop=last
   ).caches
@@ -271,7 +292,10 @@ def asked_text(
   first = last - 1 if cfg.rows == "answer" else question if cfg.bias is None else cfg.bias
   if not 0 <= first < last:
     raise ConfigError(
-      f"QC-Comp: no question token is left between text token {first} and the answer at {header}"
+      f"QC-Comp: no question token is left between text token {first} and the answer at {header}",
+      where="question",
+      first=first,
+      end=last,
     )
   shown = len(tokens) if cfg.window == 0 else last
   i = np.arange(-(-shown // step) * step)
@@ -324,90 +348,99 @@ def score_windows(
   """
   asked = jax.tree.map(jnp.asarray, asked)
   B, L = len(caches[0].key), asked.text.shape[-1]
-
-  def rows(a):
-    return jnp.broadcast_to(a, (B, *a.shape))
-
   # Which rows run and ask is the same for all questions, so that each needs no program of its own.
   count, some = qwen2.pieces(asked.valid), asked.asked.any(0)
-  between, shown = (
-    (jnp.argmax(some), L - jnp.argmax(some[::-1])),
-    jnp.minimum(count * qwen2.PART, L),
+  look = functools.partial(
+    _look,
+    first=jnp.argmax(some),
+    end=L - jnp.argmax(some[::-1]),
+    shown=jnp.minimum(count * qwen2.PART, L),
+    windows=windows,
+    causal=causal,
+    prefix=prefix,
+    units=units,
   )
 
   def one(asked):
-    look = functools.partial(
-      _look,
-      asked=asked,
-      between=between,
-      shown=shown,
-      windows=windows,
-      layers=layers,
-      causal=causal,
-      prefix=prefix,
-      units=units,
-    )
-    x = model.llm.embed(rows(asked.text))
-    *_, seen = qwen2.extend(model.llm, x, rows(asked.valid), caches, look, count)
-    return jnp.stack([s for s in seen if s is not None], axis=1)
+    """float32[B, M, W, w] of one question."""
+    text, valid = (jnp.broadcast_to(a, (B, L)) for a in (asked.text, asked.valid))
+    _, _, projected = qwen2.extend(model.llm, model.llm.embed(text), valid, caches, count)
+    scores = [look(model.llm.layers[i], caches[i].key, *projected[i], asked) for i in layers]
+    return jnp.stack(scores, axis=1)
 
-  return jax.vmap(one)(asked)
+  return jax.vmap(one)(asked)  # [Q, B, M, W, w]
 
 
 def _look(
-  index, layer, cache, q, k, *, asked, between, shown, windows, layers, causal, prefix, units
+  layer, keys, q, k, asked, *, first, end, shown, windows, causal, prefix, units, at_once=ROWS
 ):
-  """float32[B, W, w] of one layer, or None; between: the first row that asks, and the one behind
-  the last. shown: rows that run.
+  """The attention of one question at one layer: float32[B, W, w].
+
+  Args:
+    layer: of the LLM.
+    keys: [B, P + units * t, K, h], t tokens of a unit, not rotated; likewise
+    q: [B, L, H, h], of the text's rows, and
+    k: [B, L, K, h].
+    asked: the question.
+    first: the first row that asks.
+    end: the one behind the last.
+    shown: rows that run.
+    windows: int[W, w]; this and what follows as in `score_windows`.
+    causal: of the text.
+    prefix: P.
+    units: of a round.
+    at_once: rows whose attention to all windows exists at once.
   """
-  if index not in layers:
-    return None
   B, L = q.shape[:2]
   W, w = windows.shape
-  head, visual = cache.key[:, :prefix], cache.key[:, prefix:]
-  tokens = visual.shape[1] // units
-  # [B, W, w, tokens, K, h]
-  visual = visual.reshape(B, units, tokens, *visual.shape[2:])[:, windows]
-  inside = visual.reshape(B * W, w * tokens, *visual.shape[4:])
-  inside = layer.rotate(inside, prefix + jnp.arange(w * tokens)[None]).reshape(
-    B, W, *inside.shape[1:]
-  )
+  t = (keys.shape[1] - prefix) // units
+  inside = _window_keys(layer, keys[:, prefix:], windows, prefix, units)  # [B, W, w * t, K, h]
   # What lies around the frames has the same places in every window, and so the same part in its
   # softmax.
-  place = prefix + w * tokens + jnp.cumsum(asked.valid) - 1
-  around = layer.rotate(
-    jnp.concatenate([head, k], axis=1), jnp.concatenate([jnp.arange(prefix), place])[None]
-  )
-  valid = jnp.concatenate([jnp.ones(prefix, bool), asked.valid])
-  share = asked.asked / asked.asked.sum()
-  size = min(L, ROWS)
+  place = prefix + w * t + jnp.cumsum(asked.valid) - 1  # [L]
+  places = jnp.concatenate([jnp.arange(prefix), place])  # [P + L]
+  around = layer.rotate(jnp.concatenate([keys[:, :prefix], k], axis=1), places[None])
+  valid = jnp.concatenate([jnp.ones(prefix, bool), asked.valid])  # [P + L]
+  share = asked.asked / asked.asked.sum()  # [L]
+  size = min(L, at_once)
 
-  def part(i, paid):
+  def add_part(i, paid):
     # the last part begins earlier, and leaves out what the one before had
-    first = jnp.minimum(i * size, L - size)
+    begin = jnp.minimum(i * size, L - size)
 
-    def cut(a, axis):
-      return jax.lax.dynamic_slice_in_dim(a, first, size, axis)
+    def cut(a, axis=0):
+      return jax.lax.dynamic_slice_in_dim(a, begin, size, axis)
 
-    rows, places = first + jnp.arange(size), cut(place, 0)
-    mine = layer.rotate(cut(q, 1), places[None])
+    rows = begin + jnp.arange(size)  # [r]
+    queries = layer.rotate(cut(q, 1), cut(place)[None])  # [B, r, H, h]
 
-    def seen(slots):
+    def seen(slots):  # int[s] -> bool[1, r, s]
       return (valid[slots] & ((slots <= prefix + rows[:, None]) | (not causal)))[None]
 
-    _, others = attend_first(
-      mine, around, around[..., :0], seen, prefix + (first + size if causal else shown)
-    )
-    counts = jnp.where(rows >= i * size, cut(share, 0), 0)
-    return paid + question_scores(mine, inside, counts[None], others)
+    count = prefix + (begin + size if causal else shown)
+    _, others = attend_first(queries, around, around[..., :0], seen, count)  # [B, r, H]
+    counts = jnp.where(rows >= i * size, cut(share), 0)  # [r]
+    return paid + question_scores(queries, inside, counts[None], others)  # [B, W, w * t]
 
-  paid = jnp.zeros((B, W, w * tokens))
-  paid = (
-    part(0, paid)
-    if size == L
-    else jax.lax.fori_loop(between[0] // size, -(-between[1] // size), part, paid)
-  )
-  return paid.reshape(B, W, w, tokens).mean(-1)
+  paid = jnp.zeros((B, W, w * t))
+  if size == L:
+    paid = add_part(0, paid)
+  else:
+    paid = jax.lax.fori_loop(first // size, -(-end // size), add_part, paid)
+  return paid.reshape(B, W, w, t).mean(-1)  # [B, W, w]
+
+
+def _window_keys(layer, visual, windows, prefix: int, units: int):
+  """Keys of the units of windows, rotated to their places there: [B, W, w * t, K, h].
+
+  visual: [B, units * t, K, h], not rotated.
+  """
+  B, _, K, h = visual.shape
+  W = len(windows)
+  visual = visual.reshape(B, units, -1, K, h)  # [B, units, t, K, h]
+  inside = visual[:, windows].reshape(B * W, -1, K, h)  # [B * W, w * t, K, h]
+  places = prefix + jnp.arange(inside.shape[1])
+  return layer.rotate(inside, places[None]).reshape(B, W, -1, K, h)
 
 
 # --- selecting
@@ -447,7 +480,9 @@ def aggregate(
     raise ConfigError(
       f"QC-Comp: {int((times == 0).sum())} of {frames} frames are in no window, first frame "
       f"{int(np.argmin(times))}; "
-      "sample a multiple of the round, or use a mode that covers the tail (quirk Q4)"
+      "sample a multiple of the round, or use a mode that covers the tail (quirk Q4)",
+      where="frames",
+      missing=np.flatnonzero(times == 0).tolist(),
     )
   return (total / times).sum(0)
 

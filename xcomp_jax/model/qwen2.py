@@ -8,7 +8,7 @@ alone. Positions count a sample's valid tokens and are renumbered after every re
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,15 +20,14 @@ from jaxtyping import Array, Bool, Float, Int
 from xcomp_jax.config import LPCompConfig, VLMConfig
 from xcomp_jax.data.batch import Leaf
 from xcomp_jax.model import lp_comp
-from xcomp_jax.model.attention import AttentionMask, attend, attend_first, attention_weights, remat
-from xcomp_jax.model.layers import RMSNorm, rotate
-from xcomp_jax.parallel.mesh import constrain, gathered, parts
+from xcomp_jax.model.attention import AttentionMask, attend, remat
+from xcomp_jax.model.layers import RMSNorm, ShapeError, rotate
+from xcomp_jax.model.mlp import gated_mlp, mlp_in_parts
+from xcomp_jax.model.softmax import attend_first, attention_weights
+from xcomp_jax.parallel.mesh import constrain, gathered
 
 SHORT = 512  # tokens that follow a cached sequence and run in one piece, padding too
 PART = 256  # longer texts run in pieces of this many tokens, as many as there are
-MLP_ROWS = (
-  4096  # whose six times as wide middle exists at once in training: 0.07 GB at the 2B sizes
-)
 
 
 @jax.tree_util.register_dataclass
@@ -169,6 +168,10 @@ class Layer(nnx.Module):
     """The k of `project` alone."""
     return self._heads(self.k(self.input_norm(x)))
 
+  def cached(self, k, v, places: Places, rotated: bool) -> LayerCache:
+    """The cache of whole sequences; `rotated`: with keys at their positions."""
+    return LayerCache(self.rotate(k, places.position) if rotated else k, v, places.valid)
+
   def _heads(self, z):
     return constrain(
       z.reshape(*z.shape[:2], -1, self.cfg.llm.head_dim), "batch", "sequence", "heads", None
@@ -182,7 +185,7 @@ class Layer(nnx.Module):
     """Output projection, residuals and MLP; x [B, L, D], attended [B, L, H, h]."""
     x = x + self.o(attended.reshape(*attended.shape[:2], -1))
     modules = self.post_norm, self.gate, self.up, self.down
-    y = _in_parts(*nnx.split(modules), x) if self.cfg.remat else _mlp(modules, x)
+    y = mlp_in_parts(modules, x) if self.cfg.remat else gated_mlp(modules, x)
     return constrain(x + y, "batch", "sequence", None)
 
   def __call__(self, x, places: Places, pick=lambda x: x):
@@ -245,69 +248,6 @@ class Layer(nnx.Module):
     return self.finish(x, attended), cache
 
 
-def _mlp(modules, x):
-  """The gated MLP of x [B, L, D]; modules: norm, gate, up and down."""
-  norm, gate, up, down = modules
-  y = norm(x)
-  return down(constrain(jax.nn.silu(gate(y)) * up(y), "batch", "sequence", "mlp"))
-
-
-def _in_parts(graph: nnx.GraphDef, weights: nnx.State, x: jax.Array) -> jax.Array:
-  """`_mlp` of x [B, L, D], MLP_ROWS rows of a device's share of L at once, computed again part by
-  part for the gradient.
-  """
-  B, L, D = x.shape
-  X = parts("sequence") if L % parts("sequence") == 0 else 1
-  count = -(-L // X // MLP_ROWS)
-  if count == 1:
-    return _mlp(nnx.merge(graph, weights), x)
-  size = -(-L // X // count)
-  x = jnp.pad(x.reshape(B, X, L // X, D), ((0, 0), (0, 0), (0, count * size - L // X), (0, 0)))
-  y = _each_part(graph, weights, jnp.moveaxis(x.reshape(B, X, count, size, D), 2, 0))
-  return jnp.moveaxis(y, 0, 2).reshape(B, X, count * size, D)[:, :, : L // X].reshape(B, L, D)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _each_part(graph: nnx.GraphDef, weights: nnx.State, x: jax.Array) -> jax.Array:
-  """`_mlp` of every part of x [parts, B, X, rows, D], one after the other.
-
-  The gradient is our own for its sums over the parts: those of a loop of JAX's begin as zeros,
-  which the compiler keeps for all layers from the program's first instruction on.
-  """
-  return jax.lax.map(lambda part: _one_part(graph, weights, part), x)
-
-
-def _one_part(graph, weights, part):
-  B, X, rows, D = part.shape
-  return _mlp(
-    nnx.merge(graph, weights), constrain(part.reshape(B, X * rows, D), "batch", "sequence")
-  ).reshape(part.shape)
-
-
-def _each_part_forward(graph, weights, x):
-  return _each_part(graph, weights, x), (weights, x)
-
-
-def _each_part_backward(graph, kept, dy):
-  weights, x = kept
-
-  def one(x, dy):
-    return jax.vjp(functools.partial(_one_part, graph), weights, x)[1](dy)
-
-  def more(sums, part):
-    new, dx = one(*part)
-    return jax.tree.map(jnp.add, sums, new), dx
-
-  first, begun = one(x[0], dy[0])
-  # or the compiler works at both at once
-  first, rest = jax.lax.optimization_barrier((first, (x[1:], dy[1:])))
-  sums, dx = jax.lax.scan(more, first, rest)
-  return sums, jnp.concatenate([begun[None], dx])
-
-
-_each_part.defvjp(_each_part_forward, _each_part_backward)
-
-
 class Decoder(nnx.Module):
   """The LLM's parameters: embedding, layers/0.., norm and, if untied, the head."""
 
@@ -340,6 +280,72 @@ class Decoder(nnx.Module):
     return jnp.matmul(x, head.T if tied else head, preferred_element_type=jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows:
+  """How rows [prefix | visual | text] are laid out, and how their visual part is reduced."""
+
+  lp: LPCompConfig
+  lengths: Lengths
+  prefix: int
+  groups: int
+  text: int
+
+  def places(self, tokens: Sequence[int]) -> Places:
+    """What lies where in a layer that sees these tokens of every group."""
+    return self.lengths.places(self.prefix, self.groups, self.text, len(tokens))
+
+  def thin(self, x, before: Sequence[int], after: Sequence[int], score=None):
+    """Reduces groups of x [B, S, ...] from the tokens `before` to those `after`.
+
+    score: float32[B, S], attention paid to each slot, for keep="attention".
+    """
+    if len(before) == len(after):
+      return x
+    end = x.shape[1] - self.text
+    visual = x[:, self.prefix : end]  # [B, G * before, ...]
+    if score is None:
+      visual = lp_comp.reduce(visual, self.lp, before, after)  # [B, G * after, ...]
+    else:
+      groups = self.lengths.groups[:, 0]  # of the only sample
+      valid = jnp.arange(visual.shape[1]) < (groups * len(before))[:, None]
+      visual = lp_comp.keep_attended(
+        visual,
+        score[:, self.prefix : end],
+        valid,
+        groups * len(after),
+        self.groups * len(after),
+      )
+    return jnp.concatenate([x[:, : self.prefix], visual, x[:, end:]], axis=1)
+
+
+def _lay_out(
+  cfg: VLMConfig, slots: int, lengths: Lengths, prefix: int, text: int, query: Any
+) -> _Rows:
+  """Raises a ShapeError where rows of so many slots can't be reduced as the config says."""
+  lp = cfg.lp_comp
+  groups, rest = divmod(slots - prefix - text, lp.group)
+  if rest:
+    raise ShapeError(
+      f"{slots - prefix - text} visual slots are no multiple of the group of {lp.group} tokens",
+      where="lp_comp.group",
+      value=lp.group,
+      slots=slots - prefix - text,
+    )
+  if lp.keep == "attention" and query is None:
+    raise ShapeError(
+      'lp_comp.keep = "attention" needs the query rows whose attention ranks the visual tokens',
+      where="query",
+    )
+  if lp.keep == "attention" and lengths.prefix.shape[1] > 1:
+    raise ShapeError(
+      'lp_comp.keep = "attention" keeps other places in every sample, so a row can hold only one',
+      where="lp_comp.keep",
+      value=lp.keep,
+      samples=lengths.prefix.shape[1],
+    )
+  return _Rows(lp=lp, lengths=lengths, prefix=prefix, groups=groups, text=text)
+
+
 def run_layers(
   decoder: Decoder,
   x: Float[Array, "B S D"],
@@ -370,64 +376,33 @@ def run_layers(
     stop: a layer that is not run any more; the last cache then has its keys, and None for values.
   """
   cfg = decoder.cfg
-  lp = cfg.lp_comp
-  kept = lp_comp.survivors(lp, cfg.llm.layers)
-  groups, rest = divmod(x.shape[1] - prefix - text, lp.group)
-  if rest:
-    raise ValueError(
-      f"{x.shape[1] - prefix - text} visual slots are no multiple of the group of {lp.group} tokens"
-    )
-  if lp.keep == "attention" and query is None:
-    raise ValueError(
-      'lp_comp.keep = "attention" needs the query rows whose attention ranks the visual tokens'
-    )
-  if lp.keep == "attention" and lengths.prefix.shape[1] > 1:
-    raise ValueError(
-      'lp_comp.keep = "attention" keeps other places in every sample, so a row can hold only one'
-    )
-  all_caches, all_entering = [], []
-  # what x holds of every group, and what the layer before has seen
-  held = before = tuple(range(lp.group))
-  places = lengths.places(prefix, groups, text, len(before))
+  rows = _lay_out(cfg, x.shape[1], lengths, prefix, text, query)
   layers = list(decoder.layers)
-  for index, after in enumerate(kept):
+  all_caches, all_entering = [], []
+  seen_before = tuple(range(cfg.lp_comp.group))
+  places = rows.places(seen_before)
+  for index, tokens in enumerate(lp_comp.layer_tokens(cfg.lp_comp, len(layers))):
     if cfg.remat and index + 1 < len(layers):
       x, layers[index + 1] = _not_before(x, layers[index + 1])
     layer = layers[index]
-    if len(after) != len(held):
-      score = _attention_paid(layer, x, places, query, text) if lp.keep == "attention" else None
-      x = _thin(x, lp, held, after, prefix, text, lengths, score)
-    if len(after) != len(before):
-      places = lengths.places(prefix, groups, text, len(after))
-    held = before = after
+    score = None
+    if cfg.lp_comp.keep == "attention" and len(tokens.seen) != len(tokens.arriving):
+      score = _attention_paid(layer, x, places, query, text)
+    x = rows.thin(x, tokens.arriving, tokens.seen, score)
+    if len(tokens.seen) != len(seen_before):
+      places, seen_before = rows.places(tokens.seen), tokens.seen
     if entering:
       all_entering.append(x)
     if index == stop:
-      k = layer.keys(x)
-      all_caches.append(
-        LayerCache(layer.rotate(k, places.position) if rotated else k, None, places.valid)
-      )
+      all_caches.append(layer.cached(layer.keys(x), None, places, rotated))
       break
-    if lp_comp.only_selects(lp):
-      # What the next layer drops is needed as keys and values here, and no further.
-      held = kept[min(index + 1, len(kept) - 1)]
-    pick = functools.partial(
-      _thin,
-      lp=lp,
-      before=after,
-      after=held,
-      prefix=prefix,
-      text=text,
-      lengths=lengths,
-      score=None,
-    )
+    pick = functools.partial(rows.thin, before=tokens.seen, after=tokens.leaving)
     call = functools.partial(layer.__call__, pick=pick)
     x, k, v = (remat(call) if cfg.remat else call)(x, places)
     if caches:
-      cache = LayerCache(layer.rotate(k, places.position) if rotated else k, v, places.valid)
       # Or the compiler for GPUs takes them out of the layer's projections at the end, and keeps
       # these, four times as large, until then.
-      x, cache = jax.lax.optimization_barrier((x, cache))
+      x, cache = jax.lax.optimization_barrier((x, layer.cached(k, v, places, rotated)))
       all_caches.append(cache)
   return Decoded(x, tuple(all_caches), tuple(all_entering))
 
@@ -441,22 +416,6 @@ def _not_before(x: jax.Array, layer: Layer) -> tuple[jax.Array, Layer]:
   graph, weights = nnx.split(layer)
   x, weights = jax.lax.optimization_barrier((x, weights))
   return x, nnx.merge(graph, weights)
-
-
-def _thin(x, lp: LPCompConfig, before, after, prefix: int, text: int, lengths: Lengths, score):
-  """Reduces the visual part of x [B, S, ...]."""
-  if len(before) == len(after):
-    return x
-  end = x.shape[1] - text
-  visual = x[:, prefix:end]
-  if lp.keep == "attention":
-    slots = visual.shape[1] // len(before) * len(after)
-    groups = lengths.groups[:, 0]  # of the only sample
-    valid = jnp.arange(visual.shape[1]) < (groups * len(before))[:, None]
-    visual = lp_comp.keep_attended(visual, score[:, prefix:end], valid, groups * len(after), slots)
-  else:
-    visual = lp_comp.reduce(visual, lp, before, after)
-  return jnp.concatenate([x[:, :prefix], visual, x[:, end:]], axis=1)
 
 
 def _attention_paid(layer: Layer, x, places: Places, query, text: int):
@@ -511,33 +470,31 @@ def extend(
   x: Float[Array, "B L D"],
   valid: Bool[Array, "B L"],
   caches: tuple[LayerCache, ...],
-  look: Callable[[int, Layer, LayerCache, jax.Array, jax.Array], Any] = lambda *_: None,
   count: Any = None,
-) -> tuple[jax.Array, tuple[LayerCache, ...], list]:
-  """Runs rows that follow cached sequences, and has them looked at on their way.
+) -> tuple[jax.Array, tuple[LayerCache, ...], list[tuple[jax.Array, jax.Array]]]:
+  """Runs rows that follow cached sequences.
 
   Args:
     decoder: the parameters.
     x: [B, L, D] embedded rows, valid ones first.
     valid: bool[B, L].
-    caches: of the first layers, as `run_layers` gives them with rotated=False.
-    look: called with a layer's index, the layer, its cache, and the q and k of the rows (not
-      rotated).
+    caches: of the first layers, as `run_layers` gives them with rotated=False. A layer whose cache
+      has no values projects the rows, but is not run.
     count: int32[], the pieces that run; None: as many as there are.
 
   Returns:
-    x after the last cached layer, the caches with the rows, rotated, and what `look` returned for
-    every cached layer. A layer whose cache has no values is looked at, but not run.
+    x after the last cached layer, the caches with the rows, rotated, and q [B, L, H, h] and k [B,
+    L, K, h] of the rows in every cached layer, not rotated.
   """
   count = pieces(valid) if count is None else count
-  longer, seen = [], []
-  for index, (layer, cache) in enumerate(zip(decoder.layers, caches, strict=False)):
+  longer, projected = [], []
+  for layer, cache in zip(decoder.layers, caches, strict=False):
     q, k, v = in_pieces(lambda _, x, layer=layer: layer.project(x), count, x)
-    seen.append(look(index, layer, cache, q, k))
+    projected.append((q, k))
     if cache.value is not None:
       x, cache = layer.extend(x, valid, cache, (q, k, v), count)
       longer.append(cache)
-  return x, tuple(longer), seen
+  return x, tuple(longer), projected
 
 
 def step(

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from xcomp_jax.config import VLMConfig
+from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.parallel.mesh import gathered
 
 # merging costs 2% of the tower, and its choices hang on small gaps
@@ -25,12 +26,15 @@ def merge_steps(tokens: int, target: int) -> list[int]:
   there.
 
   Raises:
-    ValueError: fewer tokens than the target.
+    ShapeError: fewer tokens than the target.
   """
   if tokens < target:
-    raise ValueError(
+    raise ShapeError(
       f"{tokens} tokens can't be merged into {target}: frames are too small; use a larger "
-      f"image_size"
+      f"image_size",
+      where="tokens",
+      value=tokens,
+      target=target,
     )
   steps = []
   while tokens != target:
@@ -90,7 +94,7 @@ def merge(x: Float[Array, "C N D"], target: int, heads: int) -> Float[Array, "C 
   """The N features of each clip merged into `target`, in the dtype of x.
 
   Raises:
-    ValueError: fewer features than the target.
+    ShapeError: fewer features than the target.
   """
   merged, size = x, jnp.ones((*x.shape[:2], 1), jnp.float32)
   for r in merge_steps(x.shape[1], target):
@@ -102,7 +106,7 @@ def sources(x: Float[Array, "C N D"], target: int, heads: int) -> Int[Array, "C 
   """Which of the `target` tokens of `merge` each of the N features went into: int32[C, N].
 
   Raises:
-    ValueError: fewer features than the target.
+    ShapeError: fewer features than the target.
   """
   merged, size = x, jnp.ones((*x.shape[:2], 1), jnp.float32)
   into = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])

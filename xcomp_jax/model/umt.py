@@ -1,6 +1,7 @@
 """The UMT-L clip encoder (FACTS.md 7): frames of a clip in, one feature per patch out."""
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.config import TowerConfig, VisionConfig, VLMConfig
 from xcomp_jax.model.attention import AttentionMask, attend, remat
+from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.parallel.mesh import constrain, gathered
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # FACTS.md 6
@@ -32,38 +34,35 @@ def position_table(cfg: VisionConfig, frames: int) -> np.ndarray:
   channel = np.arange(cfg.width)
   angle = np.arange(time * grid * grid)[:, None] / 10000.0 ** (2 * (channel // 2) / cfg.width)
   table = np.where(channel % 2, np.cos(angle), np.sin(angle)).reshape(time, grid, grid, cfg.width)
-  space = _cubic_resize(grid, size)
-  table = np.einsum(
-    "tT,yY,xX,TYXd->tyxd", _linear_resize(time, frames), space, space, table, optimize=True
-  )
+  space, over_time = _resize(grid, size, _cubic, 2), _resize(time, frames, _linear, 1)
+  table = np.einsum("tT,yY,xX,TYXd->tyxd", over_time, space, space, table, optimize=True)
   return table.reshape(-1, cfg.width).astype(np.float32)
 
 
-def _linear_resize(n: int, m: int) -> np.ndarray:
-  """Matrix [m, n] of PyTorch's linear interpolation, align_corners=False."""
-  source = np.maximum((np.arange(m) + 0.5) * n / m - 0.5, 0)
-  first = np.floor(source).astype(int)
-  matrix = np.zeros((m, n))
-  np.add.at(matrix, (np.arange(m), first), 1 - (source - first))
-  np.add.at(matrix, (np.arange(m), np.minimum(first + 1, n - 1)), source - first)
-  return matrix
+def _linear(x: np.ndarray) -> np.ndarray:
+  """The weight at distance x of PyTorch's linear interpolation."""
+  return 1 - x
 
 
-def _cubic_resize(n: int, m: int) -> np.ndarray:
-  """Matrix [m, n] of PyTorch's bicubic interpolation, align_corners=False.
-
-  By hand, since jax.image.resize has A = -0.5 and renormalises at borders; PyTorch has A = -0.75
-  and clamps.
-  """
+def _cubic(x: np.ndarray) -> np.ndarray:
+  """That of its bicubic one: jax.image.resize has A = -0.5 and renormalises at borders."""
   a = -0.75
+  near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+  far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+  return np.where(x <= 1, near, far)
+
+
+def _resize(n: int, m: int, weight: Callable[[np.ndarray], np.ndarray], reach: int) -> np.ndarray:
+  """Matrix [m, n] of PyTorch's interpolation with align_corners=False, which clamps at borders.
+
+  weight: by distance. reach: how many points at each side have one.
+  """
   source = (np.arange(m) + 0.5) * n / m - 0.5
   first = np.floor(source).astype(int)
   matrix = np.zeros((m, n))
-  for tap in range(-1, 3):
-    x = np.abs(source - (first + tap))
-    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
-    np.add.at(matrix, (np.arange(m), np.clip(first + tap, 0, n - 1)), np.where(x <= 1, near, far))
+  for point in (first + tap for tap in range(1 - reach, 1 + reach)):
+    place = np.arange(m), np.clip(point, 0, n - 1)
+    np.add.at(matrix, place, weight(np.abs(source - point)))
   return matrix
 
 
@@ -73,65 +72,89 @@ def normalise(frames: UInt8[Array, "*B 3"]) -> Float[Array, "*B 3"]:
 
 
 def check_sizes(v: TowerConfig) -> None:
-  """Raises a ValueError if frames can't be cut into patches, or the width into heads."""
+  """Raises a ShapeError if frames can't be cut into patches, or the width into heads."""
   if v.image_size % v.patch_size:
-    raise ValueError(
-      f"image size {v.image_size} is not a multiple of the patch size {v.patch_size}"
+    raise ShapeError(
+      f"image size {v.image_size} is not a multiple of the patch size {v.patch_size}",
+      where="image_size",
+      value=v.image_size,
+      divisor=v.patch_size,
     )
   if v.width % v.heads:
-    raise ValueError(f"tower width {v.width} is not a multiple of its {v.heads} heads")
+    raise ShapeError(
+      f"tower width {v.width} is not a multiple of its {v.heads} heads",
+      where="width",
+      value=v.width,
+      divisor=v.heads,
+    )
 
 
-class PatchAttention(nnx.Module):
-  """Self-attention over all patches of a clip; queries and values have a bias, keys have none."""
+class TowerAttention(nnx.Module):
+  """Self-attention over all tokens of a clip."""
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-    width = cfg.vision.width
-    linear = functools.partial(
-      nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
-    )
+    width, dtype = cfg.vision.width, jnp.dtype(cfg.dtype)
+    linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.qkv = linear(width, 3 * width, use_bias=False)
-    self.q_bias = nnx.Param(jnp.zeros(width, param_dtype))
-    self.v_bias = nnx.Param(jnp.zeros(width, param_dtype))
     self.proj = linear(width, width)
     self.heads = cfg.vision.heads
     self.implementation = cfg.attention
 
+  def project(self, x: Float[Array, "C N D"]) -> Sequence[Float[Array, "C N D"]]:
+    """Queries, keys and values before they are cut into heads."""
+    return jnp.split(self.qkv(x), 3, axis=-1)
+
   def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
-    q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-    q, v = q + self.q_bias[...].astype(q.dtype), v + self.v_bias[...].astype(v.dtype)
-
-    def split(y):
-      return y.reshape(*y.shape[:-1], self.heads, -1)
-
-    out = attend(
-      split(q),
-      split(k),
-      split(v),
-      AttentionMask(causal=False),
-      implementation=self.implementation,
-    )
+    heads = (y.reshape(*y.shape[:-1], self.heads, -1) for y in self.project(x))  # [C, N, H, h]
+    out = attend(*heads, AttentionMask(causal=False), implementation=self.implementation)
     return self.proj(out.reshape(x.shape))
 
 
-class PatchBlock(nnx.Module):
+class TowerBlock(nnx.Module):
   """A pre-norm transformer block."""
 
-  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-    v = cfg.vision
-    linear = functools.partial(
-      nnx.Linear, dtype=jnp.dtype(cfg.dtype), param_dtype=param_dtype, rngs=rngs
-    )
-    self.norm1 = _norm(cfg, 1e-6, rngs, param_dtype)
-    self.attn = PatchAttention(cfg, rngs=rngs, param_dtype=param_dtype)
-    self.norm2 = _norm(cfg, 1e-6, rngs, param_dtype)
+  ls1 = ls2 = None  # scales of what is added, per channel
+
+  def __init__(
+    self,
+    cfg: VLMConfig,
+    attention: type[TowerAttention],
+    norm: Callable[[], Callable[[jax.Array], jax.Array]],
+    *,
+    rngs: nnx.Rngs,
+    param_dtype=jnp.float32,
+  ):
+    v, dtype = cfg.vision, jnp.dtype(cfg.dtype)
+    linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.norm1 = norm()
+    self.attn = attention(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.norm2 = norm()
     self.fc1 = linear(v.width, v.mlp_width)
     self.fc2 = linear(v.mlp_width, v.width)
 
   def __call__(self, x: Float[Array, "C N D"]) -> Float[Array, "C N D"]:
+    def scaled(y, scale):
+      if scale is None:
+        return y
+      return (y.astype(jnp.float32) * scale[...].astype(jnp.float32)).astype(y.dtype)
+
     block = gathered(self, x.dtype)
-    x = x + block.attn(block.norm1(x))
-    return x + block.fc2(jax.nn.gelu(block.fc1(block.norm2(x)), approximate=False))
+    x = x + scaled(block.attn(block.norm1(x)), block.ls1)
+    y = block.fc2(jax.nn.gelu(block.fc1(block.norm2(x)), approximate=False))
+    return x + scaled(y, block.ls2)
+
+
+class PatchAttention(TowerAttention):
+  """Queries and values have a bias, keys have none."""
+
+  def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    super().__init__(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.q_bias = nnx.Param(jnp.zeros(cfg.vision.width, param_dtype))
+    self.v_bias = nnx.Param(jnp.zeros(cfg.vision.width, param_dtype))
+
+  def project(self, x):
+    q, k, v = super().project(x)
+    return q + self.q_bias[...].astype(q.dtype), k, v + self.v_bias[...].astype(v.dtype)
 
 
 class PatchEmbed(nnx.Module):
@@ -167,10 +190,14 @@ class Vision(nnx.Module):
     v = cfg.vision
     check_sizes(v)
     self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
+    norm = functools.partial(layer_norm, cfg, 1e-6, rngs, param_dtype)
     self.blocks = nnx.List(
-      [PatchBlock(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)]
+      [
+        TowerBlock(cfg, PatchAttention, norm, rngs=rngs, param_dtype=param_dtype)
+        for _ in range(v.layers)
+      ]
     )
-    self.norm = _norm(cfg, 1e-12, rngs, param_dtype)
+    self.norm = layer_norm(cfg, 1e-12, rngs, param_dtype)
     self.cfg = cfg
 
   def embed(self, frames: UInt8[Array, "C F S S 3"]) -> Float[Array, "C N D"]:
@@ -183,14 +210,18 @@ class Vision(nnx.Module):
 
     Frames of a clip see each other, clips don't. F = 1 is the single-image path.
     """
-    x = self.embed(frames)
-    for block in self.blocks:
-      x = remat(block.__call__)(x) if self.cfg.remat else block(x)
-    return self.norm(x)
+    return self.norm(run_blocks(self.blocks, self.embed(frames), self.cfg.remat))
 
 
-def _norm(cfg: VLMConfig, epsilon: float, rngs: nnx.Rngs, param_dtype) -> nnx.LayerNorm:
-  # The fast variance E[x^2] - E[x]^2 loses digits, so not that one.
+def run_blocks(blocks: Iterable[TowerBlock], x: jax.Array, recompute: bool) -> jax.Array:
+  """Runs all blocks; `recompute`: again for the gradient."""
+  for block in blocks:
+    x = remat(block.__call__)(x) if recompute else block(x)
+  return x
+
+
+def layer_norm(cfg: VLMConfig, epsilon: float, rngs: nnx.Rngs, param_dtype) -> nnx.LayerNorm:
+  """The norm; not by the fast variance E[x^2] - E[x]^2, which loses digits."""
   return nnx.LayerNorm(
     cfg.vision.width,
     epsilon=epsilon,

@@ -1,7 +1,11 @@
-"""The whole model: encode(clips) -> fill(rows) -> place(visual, text) -> decoder -> logits; and the
-loss.
+"""The whole model as functions of its parameters and a batch. Training, asking and evaluation call
+these same functions.
 
-Training, asking and evaluation call these same functions.
+  encode_frames  pixels of clips -> merged features of the tower, 16 a frame
+  fill, seen     merged features -> their places in the rows of a batch
+  place_tokens   features and text -> embedded rows [prefix | visual | text]
+  forward        rows through the LLM's layers, with LP-Comp between them
+  loss           rows that have a target -> logits -> next-token loss of each sample
 """
 
 import dataclasses
@@ -17,6 +21,8 @@ from xcomp_jax.config import InternVideo2Config, VLMConfig
 from xcomp_jax.data.batch import IGNORE, Batch, Clips
 from xcomp_jax.model import qwen2
 from xcomp_jax.model.internvideo2 import InternVideo2
+from xcomp_jax.model.layers import ShapeError
+from xcomp_jax.model.layout import in_blocks, joined
 from xcomp_jax.model.qwen2 import Decoder, Lengths
 from xcomp_jax.model.token_merging import Projector, merge
 from xcomp_jax.model.umt import Vision
@@ -60,27 +66,26 @@ def tower_features(
   tower: Vision | InternVideo2, cfg: VLMConfig, frames: UInt8[Array | np.ndarray, "C F S S 3"]
 ) -> Float[Array, "C N D"]:
   """Does what `encode_frames` does with the tower alone."""
-  C, F = frames.shape[:2]
+  C, F, *pixels = frames.shape
   target = F * cfg.tokens_per_frame
   if C == 0:
     return jnp.zeros((0, target, cfg.vision.width), cfg.dtype)
 
-  def chunk(frames):  # uint8[parts * c, F, S, S, 3]
+  def chunk(frames):  # [n, F, S, S, 3] -> [n, F * 16, D]
     return merge(tower(constrain(frames, "clips")), target, cfg.vision.heads)
 
   X = parts("clips") if C % parts("clips") == 0 else 1  # every device has clips in each chunk
-  each = frames.reshape(X, C // X, *frames.shape[1:])
+  each = frames.reshape(X, C // X, F, *pixels)
   size = min(cfg.clips_per_chunk, C // X)
-  whole = C // X // size * size
-  split = each[:, :whole].reshape(X, -1, size, *frames.shape[1:])
-  out = jax.lax.map(chunk, jnp.moveaxis(split, 1, 0).reshape(-1, X * size, *frames.shape[1:]))
-  out = jnp.moveaxis(out.reshape(-1, X, size, *out.shape[2:]), 0, 1).reshape(
-    X, whole, *out.shape[2:]
-  )
+  whole = C // X // size * size  # clips of a device in chunks of this size; the rest is one more
+  chunks = jnp.moveaxis(each[:, :whole].reshape(X, -1, size, F, *pixels), 1, 0)
+  out = jax.lax.map(chunk, chunks.reshape(-1, X * size, F, *pixels))  # [chunks, X * size, N, D]
+  N, D = out.shape[2:]
+  out = jnp.moveaxis(out.reshape(-1, X, size, N, D), 0, 1).reshape(X, whole, N, D)
   if whole < C // X:
-    rest = chunk(each[:, whole:].reshape(-1, *frames.shape[1:]))
-    out = jnp.concatenate([out, rest.reshape(X, -1, *rest.shape[1:])], axis=1)
-  return constrain(out.reshape(C, *out.shape[2:]), "clips")
+    rest = chunk(each[:, whole:].reshape(-1, F, *pixels)).reshape(X, -1, N, D)
+    out = jnp.concatenate([out, rest], axis=1)
+  return constrain(out.reshape(C, N, D), "clips")
 
 
 def fill(
@@ -157,7 +162,12 @@ def lengths(model: VLM, batch: Batch) -> Lengths:
   """Valid lengths of a batch's samples."""
   group, tokens = model.cfg.lp_comp.group, batch.visual.shape[2]
   if (clip := model.cfg.clip_frames * tokens) % group:
-    raise ValueError(f"a clip of {clip} visual tokens can't be cut into groups of {group}")
+    raise ShapeError(
+      f"a clip of {clip} visual tokens can't be cut into groups of {group}",
+      where="lp_comp.group",
+      value=group,
+      clip=clip,
+    )
   return Lengths(batch.prefix_length, batch.frames * tokens // group, batch.text_length)
 
 
@@ -179,23 +189,37 @@ def forward(
     caches: return every layer's keys and values.
     entering: return the states entering every layer.
   """
-  cfg = model.cfg
-  (B, M, P), L = batch.prefix.shape, batch.text.shape[1]
-  before, visual = M * P, batch.visual.shape[1] * batch.visual.shape[2]  # slots
-  x = place_tokens(
-    model, batch.visual.astype(cfg.dtype), batch.prefix.reshape(B, before), batch.text
-  )
-  of = lengths(model, batch)
+  x = _embedded(model, batch, batch.text)  # [B, M * P + T * n + L, E]
+  (_, M, P), L = batch.prefix.shape, batch.text.shape[1]
   if projector_max_frames is not None:
-    group = cfg.lp_comp.group
-    sample = of.places(before, visual // group, L, group).sample
-    frames = jnp.take_along_axis(batch.frames, jnp.maximum(sample, 0), axis=1)
-    slot = jnp.arange(x.shape[1])
-    long = (frames >= projector_max_frames) & (slot >= before) & (slot < before + visual)
-    x = jnp.where(long[..., None], jax.lax.stop_gradient(x), x)
+    x = _without_gradient(model, batch, x, projector_max_frames)
   return qwen2.run_layers(
-    model.llm, x, of, prefix=before, text=L, query=batch.query, caches=caches, entering=entering
+    model.llm,
+    x,
+    lengths(model, batch),
+    prefix=M * P,
+    text=L,
+    query=batch.query,
+    caches=caches,
+    entering=entering,
   )
+
+
+def _embedded(model: VLM, batch: Batch, text: jax.Array) -> jax.Array:
+  """The embedded rows of a batch, with this text."""
+  prefix = batch.prefix.reshape(len(batch.prefix), -1)
+  return place_tokens(model, batch.visual.astype(model.cfg.dtype), prefix, text)
+
+
+def _without_gradient(model: VLM, batch: Batch, x: jax.Array, frames: int) -> jax.Array:
+  """Embedded rows x [B, S, E]; no gradient flows to visual tokens of samples of so many frames."""
+  (_, M, P), group = batch.prefix.shape, model.cfg.lp_comp.group
+  before, visual = M * P, batch.visual.shape[1] * batch.visual.shape[2]  # slots
+  places = lengths(model, batch).places(before, visual // group, batch.text.shape[1], group)
+  length = jnp.take_along_axis(batch.frames, jnp.maximum(places.sample, 0), axis=1)  # [B, S]
+  slot = jnp.arange(x.shape[1])
+  long = (length >= frames) & (slot >= before) & (slot < before + visual)
+  return jnp.where(long[..., None], jax.lax.stop_gradient(x), x)
 
 
 def forward_in_pieces(model: VLM, batch: Batch) -> qwen2.Decoded:
@@ -205,14 +229,12 @@ def forward_in_pieces(model: VLM, batch: Batch) -> qwen2.Decoded:
   Of the states it returns those of the text, [B, L, D]. For rules of keeping that don't ask the
   text.
   """
-  (B, M, P), L = batch.prefix.shape, batch.text.shape[1]
-  x = place_tokens(
-    model, batch.visual.astype(model.cfg.dtype), batch.prefix.reshape(B, M * P), batch.text[:, :0]
-  )
+  before = batch.prefix.shape[1] * batch.prefix.shape[2]
+  x = _embedded(model, batch, batch.text[:, :0])  # [B, before + T * n, E]
   of = lengths(model, batch)
   of = dataclasses.replace(of, text=jnp.zeros_like(of.text))
-  seen = qwen2.run_layers(model.llm, x, of, prefix=M * P, text=0, caches=True, rotated=False)
-  valid = jnp.arange(L) < batch.text_length
+  seen = qwen2.run_layers(model.llm, x, of, prefix=before, text=0, caches=True, rotated=False)
+  valid = jnp.arange(batch.text.shape[1]) < batch.text_length  # [B, L]
   x, caches, _ = qwen2.extend(model.llm, model.llm.embed(batch.text), valid, seen.caches)
   return qwen2.Decoded(x, caches, ())
 
@@ -239,12 +261,15 @@ def supervised_rows(model: VLM, x: Float[Array, "B S D"], batch: Batch) -> Float
 
 
 def predictions(
-  model: VLM, rows: Float[Array, "B R D"], targets: Int[Array, "B R"]
+  model: VLM,
+  rows: Float[Array, "B R D"],
+  targets: Int[Array, "B R"],
+  logit_rows: int = LOGIT_ROWS,
 ) -> tuple[Float[Array, "B R"], Bool[Array, "B R"]]:
   """Next-token losses float32[B, R], 0 where not supervised, and whether the most probable token is
   the target.
 
-  Logits exist for LOGIT_ROWS rows per device at once, and are made again for the gradient: all of
+  Logits exist for `logit_rows` rows per device at once, and are made again for the gradient: all of
   8,192 rows of 152k words would take 5 GB. A device has its share of the words, and all rows; if
   the words can't be split, its own rows.
 
@@ -252,45 +277,42 @@ def predictions(
     model: the parameters.
     rows: [B, R, D], of `supervised_rows`.
     targets: int32[B, R], IGNORE where not supervised.
+    logit_rows: see above.
   """
+  samples, slots = _beside_words(model)
 
   @jax.named_scope(VOCABULARY)
   def one(part):
-    rows, targets = part
-    rows, targets = (constrain(x, samples, slots) for x in (rows, targets))
-    logits, supervised = model.llm.logits(rows), targets != IGNORE
-    picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)[
-      ..., 0
-    ]
-    loss = jnp.where(supervised, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
-    return loss, (jnp.argmax(logits, -1) == targets) & supervised
+    rows, targets = (constrain(x, samples, slots) for x in part)
+    logits, supervised = model.llm.logits(rows), targets != IGNORE  # [B, r, V], [B, r]
+    picked = jnp.take_along_axis(logits, jnp.where(supervised, targets, 0)[..., None], axis=-1)
+    surprise = jax.nn.logsumexp(logits, axis=-1) - picked[..., 0]
+    hit = (jnp.argmax(logits, -1) == targets) & supervised
+    return jnp.where(supervised, surprise, 0), hit
 
-  B, R, D = rows.shape
-  samples, slots = _beside_words(model)
-  size = max(1, LOGIT_ROWS // -(-B // parts("batch"))) * parts("sequence")
+  B, R = targets.shape
+  size = max(1, logit_rows // -(-B // parts("batch"))) * parts("sequence")
   if slots is None:
     size = max(1, min(size, GATHERED_ROWS // -(-B // parts(samples))))
   if R <= size:
     return one((rows, targets))
-  pad = -R % size
-  rows = jnp.pad(rows, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, size, D)
-  targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE).reshape(B, -1, size)
-  out = jax.lax.map(jax.checkpoint(one), (jnp.moveaxis(rows, 1, 0), jnp.moveaxis(targets, 1, 0)))
-  return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :R], out)
+  nothing = jnp.pad(targets, ((0, 0), (0, -R % size)), constant_values=IGNORE)
+  blocks = in_blocks(rows, size), in_blocks(nothing, size)  # [n, B, size, D], [n, B, size]
+  losses, hits = jax.lax.map(jax.checkpoint(one), blocks)
+  return joined(losses, R), joined(hits, R)
 
 
 def _means(values: jax.Array, where: jax.Array, batch: Batch) -> jax.Array:
   """float32[B, M]: means over each sample's own rows `where` of values [B, R]; 0 where there is
-  none.
+  none. Rows are those of `supervised_rows`.
   """
-  (B, M, P), ends = batch.prefix.shape, jnp.cumsum(batch.text_length, axis=1)
-  text = (jnp.arange(batch.text.shape[1])[:, None] >= ends[:, None]).sum(-1)
-  around = jnp.broadcast_to(
-    jnp.concatenate([jnp.arange(M * P) // max(1, P), jnp.arange(M)]), (B, M * P + M)
-  )
-  of = jnp.concatenate([around, text], axis=1)[..., None] == jnp.arange(M)
-  of = jnp.where(where[..., None], of, False)
-  return jnp.where(of, values[..., None], 0).sum(1) / jnp.maximum(of.sum(1), 1)
+  (B, M, P), sample = batch.prefix.shape, jnp.arange(batch.prefix.shape[1])
+  before = jnp.concatenate([jnp.arange(M * P) // max(1, P), sample])  # [M * P + M], whose row it is
+  ends = jnp.cumsum(batch.text_length, axis=1)  # [B, M]
+  text = (jnp.arange(batch.text.shape[1])[:, None] >= ends[:, None]).sum(-1)  # [B, L], likewise
+  owner = jnp.concatenate([jnp.broadcast_to(before, (B, M * P + M)), text], axis=1)  # [B, R]
+  own = (owner[..., None] == sample) & where[..., None]  # [B, R, M]
+  return jnp.where(own, values[..., None], 0).sum(1) / jnp.maximum(own.sum(1), 1)
 
 
 def loss(

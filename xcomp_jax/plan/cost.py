@@ -18,7 +18,7 @@ import jax.extend.core
 import numpy as np
 from jax.interpreters import partial_eval
 
-from xcomp_jax.model import attention
+from xcomp_jax.model import tiles
 
 GIB = 2**30
 
@@ -83,7 +83,7 @@ def _count(jaxpr, times: float, causal, side: int, total: Flops) -> None:
     elif params.get("name") in ("causal_attention", "full_attention"):
       (B, L, H, h), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
       total.products += (
-        times * 4.0 * B * H * h * attention.tiled_scores(L, S, params["name"] == "causal_attention")
+        times * 4.0 * B * H * h * tiles.tiled_scores(L, S, params["name"] == "causal_attention")
       )
     elif name == "pallas_call":
       flops = _splash(equation, causal)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.batch import Batch
 from xcomp_jax.model import lp_comp, vlm
-from xcomp_jax.model.attention import attention_weights
+from xcomp_jax.model.softmax import attention_weights
 
 
 def attention_flow(model: vlm.VLM, batch: Batch) -> Float[Array, "B M 2 Q"]:
