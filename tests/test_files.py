@@ -23,7 +23,8 @@ from huggingface_hub import (
 from tqdm import tqdm
 
 from xcomp_jax import cli, files
-from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -457,6 +458,6 @@ def test_without_a_home_no_program_is_kept_and_no_folder_is_made(homeless, capsy
 def test_without_a_home_a_hub_id_names_the_variable_to_set(homeless, monkeypatch):
   # as at an import without a home
   monkeypatch.setattr(constants, "HF_HOME", os.path.expanduser("~/.cache/huggingface"))
-  with pytest.raises(loading.CheckpointError, match="set HF_HOME to a folder"):
-    loading.resolve("org/name")
+  with pytest.raises(CheckpointError, match="set HF_HOME to a folder"):
+    resolve("org/name")
   assert os.listdir() == []

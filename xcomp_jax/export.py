@@ -22,6 +22,7 @@ from flax import nnx
 
 from xcomp_jax import cli, files
 from xcomp_jax.checkpoints import loading, tensor_files
+from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.saving import (
   AS_IT_IS,
   NOT_TUNED,
@@ -30,7 +31,9 @@ from xcomp_jax.checkpoints.saving import (
   save_orbax,
   save_torch,
 )
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
+from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import LPCompConfig, Tuned, VLMConfig, Yarn
 from xcomp_jax.config_io import from_dict
 from xcomp_jax.files import expanduser
@@ -74,9 +77,9 @@ def read_source(path: str, *, step: int | None = None, init_from: str | None = N
         f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; "
         f"copy it here"
       )
-    directory = loading.resolve(path)
-    tuned = loading.read_tuned(directory)
-    cfg = loading.read_vlm_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
+    directory = resolve(path)
+    tuned = read_tuned(directory)
+    cfg = read_vlm_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
     return Source(nnx.state(loading.load_model(directory, cfg)), cfg, directory, tuned or False)
   saved, step = checkpoint.read_description(path, step)
   where = f"{path}, step {step}"
@@ -92,7 +95,7 @@ def read_source(path: str, *, step: int | None = None, init_from: str | None = N
     )
     clip_frames, yarn = int(vlm["clip_frames"]), yarn and from_dict(Yarn, yarn, "rope_scaling")
   try:
-    directory = loading.resolve(init_from or run["init_from"])
+    directory = resolve(init_from or run["init_from"])
   except CheckpointError as error:
     raise (
       error
@@ -101,7 +104,7 @@ def read_source(path: str, *, step: int | None = None, init_from: str | None = N
         f"{where} started from another place: {error}; --init-from DIR says where that is now"
       )
     ) from error
-  cfg = loading.read_vlm_config(directory, AS_IT_IS, lp_comp)
+  cfg = read_vlm_config(directory, AS_IT_IS, lp_comp)
   llm = dataclasses.replace(cfg.llm, rope_scaling=yarn, tied=vlm["llm"].get("tied", cfg.llm.tied))
   cfg = dataclasses.replace(cfg, llm=llm, clip_frames=clip_frames)
   # A run may keep what it does not train in a shorter dtype, so that comes from where the run
@@ -178,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       nested=True,
     )
     check_free(out, args.overwrite)
-    code = loading.resolve(args.code, code=True) if args.code else None
+    code = resolve(args.code, code=True) if args.code else None
     source = read_source(args.checkpoint, step=args.step, init_from=args.init_from)
     files.apart({"--out": out}, {"where the run started,": source.directory}, nested=True)
     if code:

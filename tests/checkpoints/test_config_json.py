@@ -9,7 +9,8 @@ import test_loading as w
 from safetensors.numpy import load_file
 
 from xcomp_jax.checkpoints import loading, saving
-from xcomp_jax.checkpoints.loading import CheckpointError
+from xcomp_jax.checkpoints.rotary import yarn_of
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.model import layers
 
 # XComp's own config.json and, where they differ, that which its release lays over it.
@@ -81,7 +82,7 @@ YARN = {
   "factor": 4.0,
   "original_max_position_embeddings": 32768,
 }
-QWEN = loading.yarn_of(4.0, 32768)
+QWEN = yarn_of(4.0, 32768)
 
 
 @pytest.mark.parametrize("config", [OFFICIAL, RELEASE], ids=["XComp", "release"])

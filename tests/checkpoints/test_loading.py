@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import gzip
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -21,9 +22,12 @@ from jax.sharding import PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from xcomp_jax.checkpoints import loading, saving, tensor_files
-from xcomp_jax.checkpoints.loading import CheckpointError
+from xcomp_jax.checkpoints import loading, orbax_files, saving, tensor_files, tensor_names
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.checkpoints.tensor_names import families
+from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import ConfigError, InternVideo2Config, LPCompConfig, MeshConfig, ModelConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.inputs import NoFileError
@@ -136,7 +140,7 @@ def tiny(directory: pathlib.Path, tensors: dict[str, np.ndarray], **changes) -> 
 
 
 def read_config(directory, **changes):
-  return loading.read_vlm_config(directory, dataclasses.replace(MODEL, **changes), LP_COMP)
+  return read_vlm_config(directory, dataclasses.replace(MODEL, **changes), LP_COMP)
 
 
 def equal(a: dict, b: dict):
@@ -176,7 +180,7 @@ RELEASED = {  # variant -> official table, config.json beside CONFIG, image size
 def test_every_released_variant_maps_one_to_one_by_init_from_alone(reference, tmp_path, variant):
   official, changes, size = RELEASED[variant]
   cfg = read_config(configured(tmp_path, **changes), clip_frames="auto")
-  entries = loading.names(cfg)
+  entries = tensor_names.names(cfg)
   assert len({e.name for e in entries}) == len({e.path for e in entries}) == len(entries)
   assert {e.name: e.shape for e in entries} == table(reference, official)
   leaves = loading.parameters(loading.abstract(cfg))
@@ -330,7 +334,7 @@ def test_no_or_broken_config_json(tmp_path):
     read_config(tmp_path)
   (tmp_path / "xcomp.json").write_text('{"lp_comp": 3}')
   with pytest.raises(ConfigError, match=r"xcomp\.json\.lp_comp must be a group of keys, not 3"):
-    loading.read_tuned(tmp_path)
+    read_tuned(tmp_path)
 
 
 def test_a_run_is_told_to_be_exported_first(tmp_path):
@@ -408,8 +412,8 @@ def test_round_trip_is_exact(reference, tmp_path, dtype, tied):
   ]
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert config == json.loads((source / "config.json").read_text()) | {"mm_local_num_frames": 8}
-  assert loading.read_tuned(tmp_path / "out").lp_comp == LP_COMP
-  assert loading.read_tuned(source) is None
+  assert read_tuned(tmp_path / "out").lp_comp == LP_COMP
+  assert read_tuned(source) is None
 
 
 def test_round_trip_through_several_files(reference, tmp_path):
@@ -435,7 +439,7 @@ def test_round_trip_through_several_files(reference, tmp_path):
   files[1].unlink()
   with pytest.raises(CheckpointError, match=rf"names {files[1].name}, which is not there"):
     loading.load_model(tmp_path / "out", cfg)
-  (tmp_path / "out" / loading.INDEX).write_text('{"weight_map": 3}')
+  (tmp_path / "out" / tensor_files.INDEX).write_text('{"weight_map": 3}')
   with pytest.raises(
     CheckpointError,
     match=r"index\.json: weight_map must be an object of tensor names and file names",
@@ -488,9 +492,7 @@ def test_orbax_export_is_read_by_init_from_and_by_plain_orbax(reference, tmp_pat
   cfg = read_config(source)
   model = loading.load_model(source, cfg, dtype="float32")
   saving.save_orbax(tmp_path / "out", model, cfg, source)
-  assert (
-    read_config(tmp_path / "out") == cfg and loading.read_tuned(tmp_path / "out").lp_comp == LP_COMP
-  )
+  assert read_config(tmp_path / "out") == cfg and read_tuned(tmp_path / "out").lp_comp == LP_COMP
   equal(
     loading.parameters(loading.load_model(tmp_path / "out", cfg)),
     loading.parameters(loading.load_model(source, cfg)),
@@ -634,7 +636,7 @@ def test_hub_id_from_the_local_cache(reference, tmp_path, hub):
   snapshot = tiny(repo / "snapshots" / commit, tiny_tensors(reference))
   (repo / "refs").mkdir()
   (repo / "refs" / "main").write_text(commit)
-  found = loading.resolve("org/name")
+  found = resolve("org/name")
   assert found == snapshot
   loading.load_model(found, read_config(found))
   (snapshot / "model.safetensors").unlink()  # a download that broke off
@@ -642,20 +644,20 @@ def test_hub_id_from_the_local_cache(reference, tmp_path, hub):
     CheckpointError,
     match=r"org/name, and as a hub id it can't be fetched: .*only a part of it is there",
   ):
-    loading.resolve("org/name")
+    resolve("org/name")
 
 
 def test_init_from_that_is_nowhere(tmp_path, hub):
   with pytest.raises(
     CheckpointError, match=r"there is no directory org/other, and as a hub id it can't be fetched"
   ):
-    loading.resolve("org/other")
+    resolve("org/other")
   with pytest.raises(CheckpointError, match=r"there is no directory .*absent$"):
-    loading.resolve(str(tmp_path / "absent"))
+    resolve(str(tmp_path / "absent"))
   (tmp_path / "file").write_text("")
   with pytest.raises(CheckpointError, match="is a file; give the directory"):
-    loading.resolve(str(tmp_path / "file"))
-  assert loading.resolve(str(tmp_path)) == tmp_path
+    resolve(str(tmp_path / "file"))
+  assert resolve(str(tmp_path)) == tmp_path
 
 
 def test_loaded_parameters_can_be_donated(reference, tmp_path):
@@ -695,7 +697,7 @@ def test_clips_at_once_are_by_memory(memory, dtype, clips):
   device = types.SimpleNamespace(
     device_kind="none", process_index=0, memory_stats=lambda: memory and {"bytes_limit": memory}
   )
-  assert loading.read_vlm_config(released, model, LP_COMP, device).clips_per_chunk == clips
+  assert read_vlm_config(released, model, LP_COMP, device).clips_per_chunk == clips
 
 
 @pytest.mark.parametrize(
@@ -799,7 +801,7 @@ def test_numbers_of_xcomp_json_have_bounds(tmp_path, changes):
     json.dumps({"lp_comp": {"schedule": "cosine", "keep": "suffix", "group": 16}} | changes)
   )
   with pytest.raises(CheckpointError, match=r"xcomp\.json: .* must be an integer from 1 to "):
-    loading.read_tuned(tmp_path)
+    read_tuned(tmp_path)
 
 
 def test_a_model_of_a_thousand_layers_is_refused_by_its_files_before_it_is_made(
@@ -818,7 +820,7 @@ def test_a_model_of_a_thousand_layers_is_refused_by_its_files_before_it_is_made(
 def test_an_index_names_only_files_beside_it(reference, tmp_path, name):
   directory = tiny(tmp_path / "in", tiny_tensors(reference))
   (directory / "model.safetensors").rename(tmp_path / "a.safetensors")
-  (directory / loading.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+  (directory / tensor_files.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
   with pytest.raises(
     CheckpointError, match=r"index\.json: weight_map must name files of its own folder, not "
   ):
@@ -842,7 +844,9 @@ def test_links_in_a_checkpoint_are_followed_as_in_the_cache_of_the_hub(reference
     )
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", loading.INDEX, "xcomp.json"])
+@pytest.mark.parametrize(
+  "file", ["config.json", "model.safetensors", tensor_files.INDEX, "xcomp.json"]
+)
 def test_pipes_and_devices_in_a_checkpoint_are_never_opened(reference, tmp_path, file):
   directory = tiny(tmp_path, tiny_tensors(reference))
   cfg = read_config(directory)
@@ -854,7 +858,7 @@ def test_pipes_and_devices_in_a_checkpoint_are_never_opened(reference, tmp_path,
     ):
       loading.load_model(
         directory, cfg if file != "config.json" else read_config(directory)
-      ) if file != "xcomp.json" else loading.read_tuned(directory)
+      ) if file != "xcomp.json" else read_tuned(directory)
 
 
 def deep(file):
@@ -909,16 +913,18 @@ def test_a_damaged_orbax_export_is_one_error_with_its_name(orbax, tmp_path, dama
   assert first.startswith(f"{tmp_path}/x/params") and len(first) < 1000
 
 
-def test_arrays_that_can_not_be_in_so_few_bytes_are_refused_before_memory_is_asked_for(
-  orbax, monkeypatch
-):
-  monkeypatch.setattr(tensor_files, "PACKED", 0.1)
-  with pytest.raises(CheckpointError, match=r"GB of arrays can't be in .* MB of files"):
-    loading.load_model(*orbax)
+def test_arrays_that_can_not_be_in_so_few_bytes_are_refused_before_memory_is_asked_for(orbax):
+  directory, cfg = orbax
+  entries = tensor_names.names(cfg)
+  with pytest.raises(CheckpointError) as caught:
+    orbax_files.orbax_dtypes(directory, entries, packed=0.1)
+  fields = caught.value.fields
+  assert fields["where"] == directory / "params"
+  assert fields["value"] == sum(4 * math.prod(e.ours) for e in entries) > fields["allowed"] > 0
 
 
 def test_a_path_and_the_default_device_are_obeyed(reference, tmp_path):
-  directory = loading.resolve(tiny(tmp_path, tiny_tensors(reference)))
+  directory = resolve(tiny(tmp_path, tiny_tensors(reference)))
   with jax.default_device(jax.devices()[3]):
     leaf = next(
       iter(loading.parameters(loading.load_model(directory, read_config(directory))).values())

@@ -16,6 +16,10 @@ from safetensors.numpy import load_file
 
 from xcomp_jax import export
 from xcomp_jax.checkpoints import loading, saving
+from xcomp_jax.checkpoints.rotary import yarn_of
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
+from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import ConfigError, RunConfig
 from xcomp_jax.config_io import from_dict, to_dict
 from xcomp_jax.data import inspection, pipeline
@@ -89,7 +93,7 @@ def run(base, tmp_path) -> pathlib.Path:
       },
     },
   )
-  cfg = loading.read_vlm_config(base, config.model, config.lp_comp)
+  cfg = read_vlm_config(base, config.model, config.lp_comp)
 
   def is_trained(path):
     return path.startswith(TRAINED)
@@ -133,7 +137,7 @@ def test_run_to_torch_keeps_what_was_not_trained_bit_by_bit(base, run, tmp_path,
   assert "60 tensors" in capsys.readouterr().out
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
   assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_local_num_frames"] == 8
-  assert loading.read_tuned(tmp_path / "out").lp_comp.schedule == (16, 4)
+  assert read_tuned(tmp_path / "out").lp_comp.schedule == (16, 4)
   assert (tmp_path / "out" / "vocab.json").exists()
   export.main(
     ["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "one"), "--step=1"]
@@ -157,7 +161,7 @@ def test_run_of_another_version_of_the_config(base, run, tmp_path, monkeypatch):
 
 
 def test_run_with_stretched_positions_says_so_in_config_json(base, run, tmp_path, monkeypatch):
-  original, yarn = checkpoint.read_description, loading.yarn_of(4.0, 32768)
+  original, yarn = checkpoint.read_description, yarn_of(4.0, 32768)
 
   def stretched(*arguments):
     saved, step = original(*arguments)
@@ -177,7 +181,7 @@ def test_run_to_orbax_to_torch(base, run, tmp_path):
     ["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")]
   )
   w.equal(load_file(tmp_path / "torch" / "model.safetensors"), expected(base, 2))
-  assert loading.read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
+  assert read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
 
 
 def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(
@@ -214,7 +218,7 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(
   export.main(
     ["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")]
   )
-  assert loading.read_tuned(tmp_path / "torch") == loading.read_tuned(tmp_path / "orbax")
+  assert read_tuned(tmp_path / "torch") == read_tuned(tmp_path / "orbax")
   capsys.readouterr()
   monkeypatch.setattr(loading, "read_tokenizer", lambda *a: inspection.bytes_tokenizer())
   reader = readers.prepare_model(readers.default(str(tmp_path / "torch"), context=2048))
@@ -249,7 +253,7 @@ def test_what_is_wrong_with_xcomp_json_is_named(base, tmp_path, change, message)
   shutil.copytree(base, tmp_path / "copy")
   lp_comp = {"schedule": [16, 4], "keep": "suffix", "group": 16}
   (tmp_path / "copy" / "xcomp.json").write_text(json.dumps({"lp_comp": lp_comp} | change))
-  with pytest.raises((loading.CheckpointError, ConfigError), match=message):
+  with pytest.raises((CheckpointError, ConfigError), match=message):
     w.read_config(tmp_path / "copy")
 
 
@@ -283,9 +287,9 @@ def test_conversion_changes_nothing_of_what_is_known_of_lp_comp(base, tmp_path, 
     (base / "xcomp.json").write_text(
       json.dumps({"lp_comp": {"schedule": [16, 4], "keep": keep, "group": 16}})
     )
-  before = loading.read_tuned(base)
+  before = read_tuned(base)
   export.main(["--checkpoint", str(base), f"--format={layout}", "--out", str(tmp_path / "out")])
-  assert loading.read_tuned(tmp_path / "out") == before and (before is None) == (keep is None)
+  assert read_tuned(tmp_path / "out") == before and (before is None) == (keep is None)
 
 
 @pytest.mark.parametrize(
@@ -521,7 +525,7 @@ def test_a_run_that_was_tied_stays_so_whatever_lies_beside_its_start(base, run, 
 
 def test_a_run_says_where_it_began_as_any_folder_finds_it(tmp_path, monkeypatch, tiny_run):
   config = tiny_run(tmp_path / "run")
-  cfg = loading.read_vlm_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
+  cfg = read_vlm_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
   monkeypatch.chdir(pathlib.Path(config.init_from).parent)
 
   def say(place):

@@ -24,6 +24,7 @@ from fuzzing import Command, Subject
 
 # What commands import is imported before the first fork.
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.data import prompt, store, video
 from xcomp_jax.evaluation import scores  # noqa: F401
 from xcomp_jax.inference import encoded_video
@@ -70,9 +71,7 @@ def read_asked(given, file) -> Any:
 
 def read_film(given, file) -> Any:
   """Of this model's tower, unlike `read_encoded`."""
-  model = loading.load_model(
-    given / "tiny", loading.read_vlm_config(given / "tiny", MODEL, LP_COMP)
-  )
+  model = loading.load_model(given / "tiny", read_vlm_config(given / "tiny", MODEL, LP_COMP))
   found = encoded_video.load_video(file, model)
   return {
     "features": [list(found.features[0].shape), digest(found.features[0])],

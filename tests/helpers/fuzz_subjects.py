@@ -26,6 +26,8 @@ from PIL import Image
 # children.
 from xcomp_jax import ask
 from xcomp_jax.checkpoints import loading, saving, tensor_names
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tuned import read_tuned, write_tuned
 from xcomp_jax.config import LPCompConfig, ModelConfig
 from xcomp_jax.data import inspection, mixture, predecoding, prompt, store, video
 from xcomp_jax.evaluation import benchmarks, needles
@@ -51,12 +53,12 @@ def make(good: pathlib.Path) -> None:
   """Writes the good files."""
   shutil.copytree(ROOT / "assets" / "tiny", good / "tiny")
   tiny = good / "tiny"
-  cfg = loading.read_vlm_config(tiny, MODEL, LP_COMP)
+  cfg = read_vlm_config(tiny, MODEL, LP_COMP)
   model = loading.load_model(tiny, cfg)
   (tiny / "xcomp.json").unlink()
   saving.save_torch(good / "sharded", model, cfg, tiny, shard_bytes=1 << 20)
   saving.save_orbax(good / "orbax", model, cfg, tiny)
-  loading.write_tuned(tiny, loading.read_tuned(good / "sharded"))
+  write_tuned(tiny, read_tuned(good / "sharded"))
   shutil.copytree(tiny, good / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
   prompt.load_tokenizer(tiny)._core.save(str(good / "tokenizer" / "tokenizer.json"))
 
@@ -186,9 +188,9 @@ def parsed(file: pathlib.Path) -> Any:
 
 
 def read_config(given, file) -> Any:
-  cfg = loading.read_vlm_config(file.parent, MODEL, LP_COMP)
+  cfg = read_vlm_config(file.parent, MODEL, LP_COMP)
   loading.stored(file.parent, cfg)
-  tuned = loading.read_tuned(file.parent)
+  tuned = read_tuned(file.parent)
   return {"cfg": dataclasses.asdict(cfg), "tuned": tuned and dataclasses.asdict(tuned)}
 
 
@@ -226,7 +228,7 @@ def right_config(given, file, good, found) -> str:
 
 def read_weights(given, file) -> Any:
   folder = next(folder for folder in file.parents if folder.parent == given)
-  cfg = loading.read_vlm_config(folder, MODEL, LP_COMP)
+  cfg = read_vlm_config(folder, MODEL, LP_COMP)
   model = loading.load_model(folder, cfg)
   return {
     path: [list(leaf.shape), str(leaf.dtype), digest(leaf)]
@@ -250,8 +252,7 @@ def right_tensors(given, file, good, found) -> str:
     return wrong
   now, before = tensors(file), tensors(given.parent / "good" / file.name)
   paths = {
-    e.name: e.path
-    for e in tensor_names.names(loading.read_vlm_config(given / "tiny", MODEL, LP_COMP))
+    e.name: e.path for e in tensor_names.names(read_vlm_config(given / "tiny", MODEL, LP_COMP))
   }
   for name, path in paths.items():
     if (now.get(name) == before.get(name)) != (found[path] == good[path]):
@@ -290,9 +291,7 @@ WORDS = ("Which digit was shown?", "äöü 12 <|im_start|>\n\n'll", "\U0001f600 
 
 
 def read_tokenizer(given, file) -> Any:
-  tokenizer = loading.read_tokenizer(
-    file.parent, loading.read_vlm_config(given / "tiny", MODEL, LP_COMP)
-  )
+  tokenizer = loading.read_tokenizer(file.parent, read_vlm_config(given / "tiny", MODEL, LP_COMP))
   ids = [tokenizer.encode(text) for text in WORDS]
   return {
     "ids": ids,
@@ -387,7 +386,7 @@ def right_store(given, file, good, found) -> str:
 
 
 def read_encoded(given, file) -> Any:
-  model = loading.abstract(loading.read_vlm_config(given / "tiny", MODEL, LP_COMP))
+  model = loading.abstract(read_vlm_config(given / "tiny", MODEL, LP_COMP))
   encoded_video.identity = lambda _: IDENTITY
   found = encoded_video.load_video(file, model)
   arrays = {f"features {phase}": a for phase, a in found.features.items()} | {

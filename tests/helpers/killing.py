@@ -188,10 +188,12 @@ def tensors(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
   import numpy as np
 
   from xcomp_jax.checkpoints import loading, saving
+  from xcomp_jax.checkpoints.finding import resolve
+  from xcomp_jax.checkpoints.sizes import read_vlm_config
 
   with _reading:
-    found = loading.resolve(str(folder))
-    cfg = loading.read_vlm_config(found, saving.AS_IT_IS, saving.NOT_TUNED)
+    found = resolve(str(folder))
+    cfg = read_vlm_config(found, saving.AS_IT_IS, saving.NOT_TUNED)
     loading.read_tokenizer(found, cfg)
     return {
       path: (str(leaf.dtype), np.asarray(leaf).tobytes())

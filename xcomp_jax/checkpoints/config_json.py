@@ -7,10 +7,24 @@ every key has to be known here by its name.
 """
 
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
+from xcomp_jax.inputs import beyond, quoted
+
+# Bounds of numbers: what no model has is refused at once, and not when memory or patience end.
+LAYERS, FRAMES, PIXELS = range(1, 1_001), range(1, 1_001), range(1, 4_097)
+WIDTH, POSITIONS = range(1, 1_000_001), range(1, 1_000_000_001)
+ABOVE_0 = "a number above 0 and below 1e38"  # float32 has them
+UP_TO_100 = "a number above 0, at most 100"
+Kind = str | range  # a range is one of integers
+KINDS: dict[str, Callable[[Any], bool]] = {
+  ABOVE_0: lambda v: type(v) in (int, float) and 0 < v < 1e38,
+  UP_TO_100: lambda v: type(v) in (int, float) and 0 < v <= 100,
+  "true or false": lambda v: type(v) is bool,
+  "text": lambda v: type(v) is str,
+}
 
 # Keys that do change the model, and the values that this code computes with: those of the released
 # variants, and Qwen2's.
@@ -78,6 +92,34 @@ IGNORED = frozenset(
 )
 
 
+def check_kinds(where: Any, values: Any, kinds: Mapping[str, Kind]) -> None:
+  """Raises a CheckpointError unless `values` is an object with all keys of `kinds`, of these kinds.
+
+  where: the file, and the key of it that has the values.
+  """
+  if not isinstance(values, dict):
+    raise CheckpointError(
+      f"{where} = {quoted(values, 100)}: must be an object", where=where, value=values
+    )
+  if missing := [key for key in kinds if key not in values]:
+    raise CheckpointError(f"{where} lacks {', '.join(missing)}", where=where, missing=missing)
+  wrong = {key: said for key, kind in kinds.items() if (said := _unlike(key, values[key], kind))}
+  if wrong:
+    raise CheckpointError(
+      f"{where}: {'; '.join(wrong.values())}",
+      where=where,
+      wrong={key: values[key] for key in wrong},
+      allowed={key: kinds[key] for key in wrong},
+    )
+
+
+def _unlike(key: str, value: Any, kind: Kind) -> str:
+  """Says that a value is not of its kind; "" if it is."""
+  if isinstance(kind, range):
+    return beyond(key, value, kind)
+  return "" if KINDS[kind](value) else f"{key} = {quoted(value, 100)}: must be {kind}"
+
+
 def check_config_json(file: pathlib.Path, c: Mapping[str, Any], read: Collection[str]) -> None:
   """Checks that nothing in config.json asks for another model than the one that is built.
 
@@ -91,65 +133,35 @@ def check_config_json(file: pathlib.Path, c: Mapping[str, Any], read: Collection
       them.
   """
   c = {key: value for key, value in c.items() if value is not None}
-  problems = [
-    f"{key} = {c[key]!r} is not supported; only {' or '.join(map(repr, values))} is"
+  wrong = {
+    key: f"{key} = {c[key]!r} is not supported; only {' or '.join(map(repr, values))} is"
     for key, values in ONLY.items()
     if key in c and c[key] not in values
-  ]
+  }
   merge, newline = c.get("mm_patch_merge_type", "flat"), c.get("mm_newline_position", "nothing")
   if newline != "nothing" and merge != "flat":
-    problems.append(
+    wrong["mm_newline_position"] = (
       f"mm_newline_position = {newline!r} with mm_patch_merge_type = {merge!r} is not supported; "
       f"only 'nothing' is"
     )
   types, layers = c.get("layer_types"), c.get("num_hidden_layers")
   if types is not None and types != ["full_attention"] * (layers or 0):
     kinds = sorted(set(map(str, types))) if isinstance(types, list) else types
-    problems.append(
+    wrong["layer_types"] = (
       f"layer_types = {kinds} is not supported; only 'full_attention' of all {layers} layers is"
     )
   known = {*ONLY, *IGNORED, *read, "mm_newline_position", "layer_types"}
-  if unknown := sorted(c.keys() - known):
+  unknown = sorted(c.keys() - known)
+  problems = list(wrong.values())
+  if unknown:
     problems.append(
       f"{', '.join(unknown)}: not known here, so it may ask for another model; what changes "
       f"nothing can be taken out of the file"
     )
   if problems:
-    raise CheckpointError(f"{file}: {'; '.join(problems)}")
-
-
-def agreed(file: pathlib.Path, said: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-  """Gives the one value that several keys of config.json give; None if there are none.
-
-  Which of them counts depends on the version of transformers that reads the file, so there is no
-  right one to choose.
-
-  Args:
-    file: config.json, for the message.
-    said: key -> what stands there.
-    values: key -> what that means.
-
-  Raises:
-    CheckpointError: they differ.
-  """
-  if any(value != next(iter(values.values())) for value in values.values()):
-    words = ", but ".join(f"{key} = {said[key]!r}" for key in values)
     raise CheckpointError(
-      f"{file}: {words}; keep the one that the weights were trained with, and take the other out"
+      f"{file}: {'; '.join(problems)}",
+      where=file,
+      wrong={key: c[key] for key in wrong},
+      unknown=unknown,
     )
-  return next(iter(values.values()), None)
-
-
-def rope_theta(file: pathlib.Path, c: Mapping[str, Any]) -> Any:
-  """Reads the base of rotary positions: a key of its own up to transformers 4, in `rope_parameters`
-  from 5 on; None: nowhere.
-
-  Raises:
-    CheckpointError: several that differ.
-  """
-  said = {"rope_theta": c.get("rope_theta")}
-  for key in ("rope_scaling", "rope_parameters"):
-    if isinstance(c.get(key), Mapping):
-      said[f"{key}.rope_theta"] = c[key].get("rope_theta")
-  said = {key: value for key, value in said.items() if value is not None}
-  return agreed(file, said, said)

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints import loading, tensor_names
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.cli import command
 from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
@@ -227,7 +228,7 @@ def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
   after = np.concatenate([labels[:1], targets[:-1]])
   rows.append(compare_arrays("training labels", {"labels_after_drops": after}, recorded))
   by_path = loading.parameters(grads)
-  entries = {e.name: e for e in loading.names(model.cfg) if e.path in by_path}
+  entries = {e.name: e for e in tensor_names.names(model.cfg) if e.path in by_path}
   ours = {
     f"grad:{e.name}": by_path[e.path].T if e.form == "transpose" else by_path[e.path]
     for e in entries.values()
@@ -405,7 +406,7 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
     attention="einsum",
     remat=False,
   )
-  cfg = loading.read_vlm_config(directory, model_config, COSINE)
+  cfg = read_vlm_config(directory, model_config, COSINE)
   model = loading.load_model(directory, cfg, dtype=np.float32)
   rows, features = [], None
   if main := read_arrays(directory / "vision.npz"):
