@@ -9,7 +9,7 @@ import test_loading as w
 from safetensors.numpy import load_file
 
 from xcomp_jax.checkpoints import loading, saving
-from xcomp_jax.checkpoints.rotary import yarn_of
+from xcomp_jax.checkpoints.config_json import yarn_of
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.model import layers
 

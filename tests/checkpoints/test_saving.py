@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from xcomp_jax import export
 from xcomp_jax.checkpoints import loading, saving
-from xcomp_jax.checkpoints.rotary import yarn_of
+from xcomp_jax.checkpoints.config_json import yarn_of
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.checkpoints.tuned import read_tuned

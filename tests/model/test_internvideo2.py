@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from xcomp_jax import ask, evaluate, export, predecode
 from xcomp_jax.checkpoints import loading, saving, tensor_files, tensor_names
-from xcomp_jax.checkpoints.rotary import yarn_of
+from xcomp_jax.checkpoints.config_json import yarn_of
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import ConfigError, InternVideo2Config, MeshConfig, VLMConfig, Yarn
 from xcomp_jax.config_io import from_command_line, from_dict, to_dict

@@ -13,7 +13,7 @@ from flax import nnx
 
 from xcomp_jax import config, config_io
 from xcomp_jax.checkpoints import loading, rotary, saving
-from xcomp_jax.checkpoints.rotary import read_yarn, yarn_of
+from xcomp_jax.checkpoints.config_json import read_yarn, yarn_of
 from xcomp_jax.model import layers
 from xcomp_jax.model.qwen2 import Decoder, Lengths, run_layers
 

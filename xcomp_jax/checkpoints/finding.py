@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from xcomp_jax.checkpoints.orbax_files import is_orbax
 from xcomp_jax.checkpoints.tensor_files import INDEX, CheckpointError, shards
-from xcomp_jax.files import local, one_line
+from xcomp_jax.errors import one_line
+from xcomp_jax.files import local
 
 ABOUT = ["*.json", "*.txt", "*.jinja"]  # files that describe a model
 

@@ -17,10 +17,11 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from xcomp_jax import files, inputs
-from xcomp_jax.checkpoints import loading, rotary, tensor_files, tensor_names
+from xcomp_jax.checkpoints import config_json, loading, tensor_files, tensor_names
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.checkpoints.tuned import write_tuned
 from xcomp_jax.config import Dtype, LPCompConfig, ModelConfig, Tuned, VLMConfig
+from xcomp_jax.errors import one_line
 
 TOKENIZER_FILES = (
   "tokenizer.json",
@@ -147,7 +148,7 @@ def save_orbax(
           ),
         )
     except Exception as error:  # of a disk that has become full TensorStore says so by a ValueError
-      raise OSError(files.one_line(error)[:500]) from error
+      raise OSError(one_line(error)[:500]) from error
     _copy_rest(temporary, source, cfg, tuned, dtype, code)
 
 
@@ -274,11 +275,11 @@ def _exported_config(file: pathlib.Path, cfg: VLMConfig, dtype: Any | None) -> d
     "mm_local_num_frames": cfg.clip_frames,
     "tie_word_embeddings": cfg.llm.tied,
   }
-  if rotary.read_scaling(file, config) != cfg.llm.rope_scaling or "rope_parameters" in config:
+  if config_json.read_scaling(file, config) != cfg.llm.rope_scaling or "rope_parameters" in config:
     # The official code reads the keys of transformers 4, and transformers 5 reads these, too.
     config |= {
       "rope_theta": cfg.llm.rope_theta,
-      "rope_scaling": rotary.rope_scaling(cfg.llm.rope_scaling),
+      "rope_scaling": config_json.rope_scaling(cfg.llm.rope_scaling),
     }
     config.pop("rope_parameters", None)
   stated = config.pop("dtype", None)

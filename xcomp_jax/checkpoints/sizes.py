@@ -15,13 +15,16 @@ from xcomp_jax.checkpoints.config_json import (
   LAYERS,
   PIXELS,
   POSITIONS,
+  SCALINGS,
   UP_TO_100,
   WIDTH,
   Kind,
   check_config_json,
   check_kinds,
+  read_scaling,
+  rope_theta,
+  yarn_of,
 )
-from xcomp_jax.checkpoints.rotary import SCALINGS, read_scaling, rope_theta, yarn_of
 from xcomp_jax.checkpoints.tensor_files import CheckpointError, adapters, equal, read_object
 from xcomp_jax.checkpoints.tuned import EXTRA, read_tuned
 from xcomp_jax.config import (

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from xcomp_jax.errors import XCompError
-from xcomp_jax.files import expanduser, listed
+from xcomp_jax.errors import XCompError, listed
+from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import parse_json, quoted, read_json, read_text
 
 CLOSING = "Answer with the option's letter from the given choices directly."

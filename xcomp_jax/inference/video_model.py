@@ -34,7 +34,8 @@ from xcomp_jax.config import (
   VLMConfig,
 )
 from xcomp_jax.data import prompt, video
-from xcomp_jax.files import expanduser, one_line, out_of_memory
+from xcomp_jax.errors import one_line, out_of_memory
+from xcomp_jax.files import expanduser
 from xcomp_jax.inference import chat, encoded_video, generate
 from xcomp_jax.inputs import ENDINGS, number, printable
 from xcomp_jax.model import kernels, qc_comp

@@ -23,7 +23,7 @@ from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, chec
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Batch, Clips, Length, Shape, batch_spec
 from xcomp_jax.data.packing import Lengths, Micro
-from xcomp_jax.files import one_line
+from xcomp_jax.errors import one_line
 from xcomp_jax.inference import generate, rounds
 from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.parallel import chips, roofline

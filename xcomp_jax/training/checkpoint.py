@@ -34,8 +34,8 @@ from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig
 from xcomp_jax.config_io import to_dict
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import BatchReader
-from xcomp_jax.errors import XCompError
-from xcomp_jax.files import absolute, one_line
+from xcomp_jax.errors import XCompError, one_line
+from xcomp_jax.files import absolute
 from xcomp_jax.parallel.mesh import path_name
 
 # Other processes, and TensorStore in this one, change a bucket's folders: what a listing said must
