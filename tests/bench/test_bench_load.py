@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-import test_loading as w
+import tiny_checkpoints as w
 from safetensors.numpy import load_file
 
 from xcomp_jax.bench import load

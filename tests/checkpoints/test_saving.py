@@ -10,7 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import test_loading as w
+import tiny_checkpoints as w
 from flax import nnx
 from safetensors.numpy import load_file
 

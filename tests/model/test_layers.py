@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_loading as w
+import tiny_checkpoints as w
 from flax import nnx
 
 from xcomp_jax import config, config_io
