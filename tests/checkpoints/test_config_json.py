@@ -85,6 +85,7 @@ YARN = {
 QWEN = yarn_of(4.0, 32768)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("config", [OFFICIAL, RELEASE], ids=["XComp", "release"])
 def test_official_files_are_understood(tmp_path, config):
   cfg = w.read_config(w.configured(tmp_path, **config))
@@ -120,6 +121,7 @@ def test_every_released_variant_has_the_frequencies_of_transformers_in_either_fo
       np.testing.assert_allclose(np.hypot(*turned), case["attention"], rtol=1e-6)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "changes, scaling",
   [
@@ -152,6 +154,7 @@ def test_rope_parameters_alone_and_beside_old_keys_that_agree(tmp_path, changes,
   assert (llm.rope_theta, llm.rope_scaling) == (1e6, scaling)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "changes, key, fields",
   [
@@ -242,6 +245,7 @@ def test_what_asks_for_another_model_or_contradicts_itself_is_named(tmp_path, ch
   assert caught.value.fields == fields
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "changes, message",
   [
@@ -265,6 +269,7 @@ def test_a_message_says_what_could_stand_there(tmp_path, changes, message):
     w.read_config(w.configured(tmp_path, **changes))
 
 
+@pytest.mark.pure
 def test_null_is_as_good_as_absent(tmp_path):
   nothing = {
     "quantization_config": None,

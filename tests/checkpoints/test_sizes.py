@@ -12,6 +12,8 @@ from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import ConfigError, InternVideo2Config, ModelConfig
 
+pytestmark = pytest.mark.pure
+
 
 def test_rope_fields_come_from_config_json(tmp_path):
   llm = read_config(configured(tmp_path, **SEVEN, **HIGH)).llm
