@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import types
 
@@ -316,20 +317,18 @@ def test_saving_is_all_or_nothing(reference, tmp_path):
 
 
 def test_a_writer_that_fails_leaves_nothing(reference, tmp_path):
-  """An array that ends the writing halfway."""
   source = tiny(tmp_path / "in", tiny_tensors(reference))
   cfg = read_config(source)
-  state = nnx.state(loading.load_model(source, cfg))
-
-  class Lost:
-    shape = state["llm"]["norm"]["scale"][...].shape
-
-    def __array__(self, *_, **__):
-      raise OSError(28, "No space left on device")
-
-  state["llm"]["norm"]["scale"] = Lost()
-  with pytest.raises(CheckpointError, match=r"other can't be written: .*No space left"):
-    saving.save_torch(tmp_path / "other", state, cfg, source)
+  model = loading.load_model(source, cfg)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+  try:
+    with pytest.raises(CheckpointError) as caught:
+      saving.save_torch(tmp_path / "other", model, cfg, source)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert caught.value.fields["where"] == tmp_path / "other"
+  assert "File too large" in caught.value.fields["found"]
   assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
