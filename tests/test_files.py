@@ -371,7 +371,8 @@ def test_a_progress_bar_of_a_command_starts_no_thread():
   # on.
   body = """
     import threading
-        from xcomp_jax import cli
+    from tqdm import tqdm
+    from xcomp_jax import cli
     with cli.command():
       tqdm(total=1).close()
     print(threading.active_count())
