@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import av
+import command_lines
 import cv2
 import decoding
 import numpy as np
 import yaml
-from fuzzing import ROOT, Subject
+from command_lines import ROOT
+from fuzzing import Subject
 from PIL import Image
 
 # All that readers import is imported before the first child is forked; JAX itself begins in the
@@ -28,15 +30,13 @@ from xcomp_jax import ask
 from xcomp_jax.checkpoints import loading, saving, tensor_names
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.checkpoints.tuned import read_tuned, write_tuned
-from xcomp_jax.config import LPCompConfig, ModelConfig
+from xcomp_jax.config import LPCompConfig
 from xcomp_jax.data import inspection, mixture, predecoding, prompt, store, video
 from xcomp_jax.evaluation import benchmarks, needles
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.parity import comparison
 
-MODEL = ModelConfig(
-  8, "checkpoint", "float32", "float32", clips_per_chunk=2, attention="auto", remat=False
-)
+MODEL = dataclasses.replace(saving.AS_IT_IS, clip_frames=8, clips_per_chunk=2)
 LP_COMP = LPCompConfig("cosine", "suffix", 16)
 IDENTITY = (
   "0123456789abcdef-float32"  # of the tower, so that readers of encoded videos need no weights
@@ -108,18 +108,7 @@ def make(good: pathlib.Path) -> None:
   )
 
   (good / "bench").mkdir()
-  questions = [
-    {
-      "video": name,
-      "type": "a",
-      "question": f"{text}?",
-      "candidates": ["(A) x", "(B) y"],
-      "answer": "(B) y",
-      "question_type": ["a"],
-    }
-    for name in ("film", "v0")
-    for text in ("Who", "Where")
-  ]
+  questions = command_lines.questions(["film", "v0"])
   (good / "bench" / "questions.json").write_text(json.dumps(questions, indent=1))
   (good / "needles").mkdir()
   hidden = [
