@@ -82,6 +82,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import COSINE, LPCompConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
@@ -99,8 +101,8 @@ watching = video_model.prepare_model(
 models = {"not tuned": watching.load()}
 looked = COSINE
 if tuned and pathlib.Path(tuned).exists():
-  models["tuned"] = loading.load_model(loading.resolve(tuned), watching.cfg, dtype=watching.dtype)
-  if known := loading.read_tuned(loading.resolve(tuned)):
+  models["tuned"] = loading.load_model(resolve(tuned), watching.cfg, dtype=watching.dtype)
+  if known := read_tuned(resolve(tuned)):
     looked = known.lp_comp
 model, layers = models["not tuned"], watching.cfg.llm.layers
 

@@ -120,7 +120,8 @@ def tiny_run(tmp_path_factory, reference):
   import numpy as np
   from flax import nnx
 
-  from xcomp_jax.checkpoints import loading, saving
+  from xcomp_jax.checkpoints import saving
+  from xcomp_jax.checkpoints.sizes import read_vlm_config
   from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig
   from xcomp_jax.config_io import from_dict
   from xcomp_jax.data import prompt
@@ -177,7 +178,7 @@ def tiny_run(tmp_path_factory, reference):
     remat=True,
   )
   lp = LPCompConfig((8, 1), "suffix", 16)
-  cfg = loading.read_vlm_config(init, model, lp)
+  cfg = read_vlm_config(init, model, lp)
   saving.save_torch(
     root / "base", jax.jit(lambda: VLM(cfg, rngs=nnx.Rngs(0)))(), cfg, init, dtype=jnp.float32
   )
@@ -280,14 +281,14 @@ def write_features():
   import numpy as np
 
   from xcomp_jax.checkpoints import loading
+  from xcomp_jax.checkpoints.finding import resolve
+  from xcomp_jax.checkpoints.sizes import read_vlm_config
   from xcomp_jax.data.store import Features, open_store, write_store
   from xcomp_jax.inference import encoded_video
 
   def write(config, folder):
-    cfg = loading.read_vlm_config(loading.resolve(config.init_from), config.model, config.lp_comp)
-    model = loading.load_model(
-      loading.resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype)
-    )
+    cfg = read_vlm_config(resolve(config.init_from), config.model, config.lp_comp)
+    model = loading.load_model(resolve(config.init_from), cfg, dtype=lambda _: np.dtype(cfg.dtype))
     frames = open_store(config.data.train)
 
     def items():

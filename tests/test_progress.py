@@ -1,5 +1,6 @@
 """progress.py: a bar for people, lines for logs."""
 
+import contextlib
 import io
 import pathlib
 import sys
@@ -8,6 +9,8 @@ import pytest
 
 import xcomp_jax
 from xcomp_jax import progress
+
+pytestmark = pytest.mark.pure
 
 
 def work(**how) -> None:
@@ -19,10 +22,8 @@ def work(**how) -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"leave": False}])
-def test_a_log_gets_lines_and_a_last_one(monkeypatch, capsys, how):
-  # a line whenever there would be one every half minute
-  monkeypatch.setattr(progress, "SECONDS", 0.0)
-  work(**how)
+def test_a_log_gets_lines_and_a_last_one(capsys, how):
+  work(seconds=0.0, **how)  # a line whenever there would be one every half minute
   lines = capsys.readouterr().err.split("\n")
   assert lines.pop() == "" and "\r" not in "".join(lines)
   assert [line.split("[")[0].strip() for line in lines] == [
@@ -40,11 +41,14 @@ def test_short_work_leaves_no_line_in_a_log(capsys):
   assert capsys.readouterr().err == "a line of something else\n"
 
 
-def test_a_terminal_gets_a_bar_at_once(monkeypatch):
-  terminal = io.StringIO()
-  terminal.isatty = lambda: True
-  monkeypatch.setattr(sys, "stderr", terminal)
-  work()
+class Terminal(io.StringIO):
+  def isatty(self) -> bool:
+    return True
+
+
+def test_a_terminal_gets_a_bar_at_once():
+  with contextlib.redirect_stderr(Terminal()) as terminal:
+    work()
   assert terminal.getvalue().startswith("\rwork:   0%") and "3/3" in terminal.getvalue()
 
 

@@ -22,6 +22,7 @@ import jax
 
 from xcomp_jax import cli, files, inputs
 from xcomp_jax.data import prompt, video
+from xcomp_jax.errors import one_line
 from xcomp_jax.files import expanduser
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Answer, Chat
@@ -132,7 +133,7 @@ def encoded(
     ) as error:  # it only saves the next one time; the answer has cost most of its own already
       say(
         f"warning: {args.encoded} is not written, and the next time the video is encoded again: "
-        f"{files.one_line(error)}"
+        f"{one_line(error)}"
       )
   return film
 

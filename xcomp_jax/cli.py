@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Generator
 from typing import TextIO
 
-from xcomp_jax.files import HomeError, absolute, expanduser, one_line, out_of_memory, too_many_files
+from xcomp_jax.errors import one_line, out_of_memory, too_many_files
+from xcomp_jax.files import HomeError, absolute, expanduser
 
 
 def keep_compiled(folder: str | None, default: str | None = None) -> None:

@@ -4,7 +4,7 @@
 `from_dict` turn one into a `RunConfig` here and nowhere else, so a key that is unknown, missing or
 of the wrong type dies at start, and so does a value that no run can have (`check_run`).
 The sizes of the model are not in a config: they come from the checkpoint
-(`loading.read_vlm_config`).
+(`sizes.read_vlm_config`).
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ class ModelConfig:
   yarn: tuple[float, ...] | Literal["checkpoint"] | None
   dtype: Dtype  # of the computation
   param_dtype: Dtype  # of trained parameters and optimizer state
-  # clips in the tower at once; "auto": by the device's memory (`loading.clips_at_once`)
+  # clips in the tower at once; "auto": by the device's memory (`sizes.clips_at_once`)
   clips_per_chunk: int | Literal["auto"]
   attention: Attention
   remat: bool  # recompute each layer's activations in the backward pass

@@ -22,6 +22,8 @@ from scipy.stats import binomtest, sem
 
 from xcomp_jax import ask, export, predecode
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.cli import command
 from xcomp_jax.config import LPCompConfig, RunConfig
 from xcomp_jax.config_io import from_command_line
@@ -66,8 +68,8 @@ def gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
 
 def right_answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.ndarray:
   """Which held-out questions of config.data.heldout a checkpoint answers rightly: bool[n]."""
-  directory = loading.resolve(checkpoint)
-  cfg = loading.read_vlm_config(directory, config.model, lp_comp)
+  directory = resolve(checkpoint)
+  cfg = read_vlm_config(directory, config.model, lp_comp)
   model, evaluate = loading.load_model(directory, cfg), jax.jit(vlm.heldout_measures)
   assert config.data.heldout is not None  # `run_demo` says where they are
   data = loop.open_data(config.data.heldout, cfg)

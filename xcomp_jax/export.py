@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from flax import nnx
 
 from xcomp_jax import cli, files
 from xcomp_jax.checkpoints import loading, tensor_files
+from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.saving import (
   AS_IT_IS,
   NOT_TUNED,
@@ -30,7 +32,9 @@ from xcomp_jax.checkpoints.saving import (
   save_orbax,
   save_torch,
 )
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
+from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import LPCompConfig, Tuned, VLMConfig, Yarn
 from xcomp_jax.config_io import from_dict
 from xcomp_jax.files import expanduser
@@ -64,74 +68,87 @@ def read_source(path: str, *, step: int | None = None, init_from: str | None = N
     CheckpointError, FileNotFoundError: no such checkpoint, a broken one, or not what the run
       started from.
   """
-  if not checkpoint.there(path):
-    if step is not None or init_from is not None:
-      raise CheckpointError(
-        f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of"
-      )
-    if "://" in path:
-      raise CheckpointError(
-        f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; "
-        f"copy it here"
-      )
-    directory = loading.resolve(path)
-    tuned = loading.read_tuned(directory)
-    cfg = loading.read_vlm_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
-    return Source(nnx.state(loading.load_model(directory, cfg)), cfg, directory, tuned or False)
+  if checkpoint.there(path):
+    return _read_run(path, step, init_from)
+  if step is not None or init_from is not None:
+    raise CheckpointError(
+      f"{path} is not the workdir of a run: it has no checkpoints/ to take a step of",
+      where=path,
+      missing="checkpoints",
+    )
+  if "://" in path:
+    raise CheckpointError(
+      f"{path} has no checkpoints/, and of what is in a bucket only a run's workdir can be read; "
+      f"copy it here",
+      where=path,
+      found="a bucket",
+    )
+  directory = resolve(path)
+  tuned = read_tuned(directory)
+  cfg = read_vlm_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
+  return Source(nnx.state(loading.load_model(directory, cfg)), cfg, directory, tuned or False)
+
+
+def _read_run(path: str, step: int | None, init_from: str | None) -> Source:
   saved, step = checkpoint.read_description(path, step)
   where = f"{path}, step {step}"
   with reading(where, CheckpointError):
     run, vlm = saved["run"], saved["vlm"]
-    lp_comp, yarn = (
-      from_dict(LPCompConfig, run["lp_comp"], "lp_comp"),
-      vlm["llm"].get("rope_scaling"),
-    )
-    trained, dtypes = (
-      run["train"],
-      {key: np.dtype(run["model"][key]) for key in ("param_dtype", "dtype")},
-    )
-    clip_frames, yarn = int(vlm["clip_frames"]), yarn and from_dict(Yarn, yarn, "rope_scaling")
-  try:
-    directory = loading.resolve(init_from or run["init_from"])
-  except CheckpointError as error:
-    raise (
-      error
-      if init_from
-      else CheckpointError(
-        f"{where} started from another place: {error}; --init-from DIR says where that is now"
-      )
-    ) from error
-  cfg = loading.read_vlm_config(directory, AS_IT_IS, lp_comp)
+    trained = run["train"]
+    lp_comp = from_dict(LPCompConfig, run["lp_comp"], "lp_comp")
+    clip_frames = int(vlm["clip_frames"])
+    stretched = vlm["llm"].get("rope_scaling")
+    yarn = stretched and from_dict(Yarn, stretched, "rope_scaling")
+    dtypes = {
+      True: np.dtype(run["model"]["param_dtype"]),  # of what is trained
+      False: np.dtype(run["model"]["dtype"]),
+    }
+  directory = _resolve_start(where, run, init_from)
+  cfg = read_vlm_config(directory, AS_IT_IS, lp_comp)
   llm = dataclasses.replace(cfg.llm, rope_scaling=yarn, tied=vlm["llm"].get("tied", cfg.llm.tied))
   cfg = dataclasses.replace(cfg, llm=llm, clip_frames=clip_frames)
   # A run may keep what it does not train in a shorter dtype, so that comes from where the run
   # started.
-  state = nnx.state(loading.load_model(directory, cfg))
-
-  def is_trained(path):
-    return trained[path_name(path).split("/")[0]]
-
+  started = nnx.state(loading.load_model(directory, cfg))
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-  def like(path, leaf):
-    return jax.ShapeDtypeStruct(
-      leaf.shape, dtypes["param_dtype" if is_trained(path) else "dtype"], sharding=device
-    )
+  def is_trained(key):
+    return trained[path_name(key).split("/")[0]]
 
-  def choose(name, started, saved):
-    if is_trained(name):
+  def as_saved(key, leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, dtypes[is_trained(key)], sharding=device)
+
+  def choose(key, started, saved):
+    if is_trained(key):
       return saved
     if np.asarray(started).astype(saved.dtype).tobytes() != np.asarray(saved).tobytes():
       raise CheckpointError(
-        f"{directory} is not what {path} started from: {path_name(name)}, which was not trained, "
+        f"{directory} is not what {path} started from: {path_name(key)}, which was not trained, "
         f"differs; "
-        "give the checkpoint that it did start from (--init-from)"
+        "give the checkpoint that it did start from (--init-from)",
+        where=directory,
+        differs=path_name(key),
       )
     return started
 
-  saved = checkpoint.read_params(path, jax.tree_util.tree_map_with_path(like, state), step)
-  state = jax.tree_util.tree_map_with_path(choose, state, saved)
+  like = jax.tree_util.tree_map_with_path(as_saved, started)
+  params = checkpoint.read_params(path, like, step)
+  state = jax.tree_util.tree_map_with_path(choose, started, params)
   return Source(state, dataclasses.replace(cfg, dtype=run["model"]["dtype"]), directory, tuned=True)
+
+
+def _resolve_start(where: str, run: dict[str, Any], init_from: str | None) -> pathlib.Path:
+  """The checkpoint that a run started from."""
+  if init_from:
+    return resolve(init_from)
+  try:
+    return resolve(run["init_from"])
+  except CheckpointError as error:
+    raise CheckpointError(
+      f"{where} started from another place: {error}; --init-from DIR says where that is now",
+      where=where,
+      missing=run["init_from"],
+    ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -178,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       nested=True,
     )
     check_free(out, args.overwrite)
-    code = loading.resolve(args.code, code=True) if args.code else None
+    code = resolve(args.code, code=True) if args.code else None
     source = read_source(args.checkpoint, step=args.step, init_from=args.init_from)
     files.apart({"--out": out}, {"where the run started,": source.directory}, nested=True)
     if code:
@@ -186,11 +203,15 @@ def main(argv: Sequence[str] | None = None) -> None:
       auto_map = tensor_files.read_object(named_in).get("auto_map")
       if not auto_map:
         raise CheckpointError(
-          f"{named_in} has no auto_map, which would name the files of --code; leave --code out"
+          f"{named_in} has no auto_map, which would name the files of --code; leave --code out",
+          where=named_in,
+          missing="auto_map",
         )
       if missing := missing_code(auto_map, code):
         raise CheckpointError(
-          f"{code} has no {', '.join(missing)}, which auto_map of {named_in} asks for"
+          f"{code} has no {', '.join(missing)}, which auto_map of {named_in} asks for",
+          where=code,
+          missing=missing,
         )
     save(
       out,

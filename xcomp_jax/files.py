@@ -1,6 +1,4 @@
-"""Files and folders that are there whole or not at all, and what commands say when something goes
-wrong.
-"""
+"""Where files are, and files and folders that are there whole or not at all."""
 
 import argparse
 import contextlib
@@ -11,10 +9,9 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from xcomp_jax.errors import XCompError
@@ -29,7 +26,7 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
     written: it is a result, not what is read.
 
   Raises:
-    ValueError: it is in a bucket.
+    PathError: it is in a bucket.
   """
   if found := re.match("(gs|s3|az):/+(.*)", os.fspath(path)):  # a pathlib.Path has one slash left
     advice = (
@@ -40,11 +37,24 @@ def local(path: str | os.PathLike, why: str, written: bool = False) -> pathlib.P
         "give that path"
       )
     )
-    raise ValueError(f"{found[1]}://{found[2]} is in a bucket, but {why}. {advice}")
+    place = f"{found[1]}://{found[2]}"
+    raise PathError(f"{place} is in a bucket, but {why}. {advice}", where=place)
   found = path_of(path)
   if not found.exists():
     settle(found)
   return found
+
+
+class PathError(XCompError, ValueError):
+  """A path that can't be used for what it was given for."""
+
+
+class WriteError(XCompError, OSError):
+  """A folder that can't be written."""
+
+
+class TakenError(XCompError, FileExistsError):
+  """Something is where a folder would be made."""
 
 
 # argparse shows the text of its own kind of error
@@ -64,7 +74,8 @@ def expanduser(path: str | os.PathLike) -> str:
   if found.partition(os.sep)[0] == "~":
     raise HomeError(
       f"{found}: ~ is the home directory, and this user has none; give a path without it, or set "
-      f"HOME"
+      f"HOME",
+      where=found,
     )
   return os.fspath(found)
 
@@ -98,7 +109,7 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
   temporary = pathlib.Path(f"{_stem(os.path.realpath(target))}.{uuid.uuid4().hex}.tmp")
   try:
     if target.exists() and not target.is_file():
-      raise OSError(
+      raise FileExistsError(
         errno.EEXIST,
         "is a folder, a pipe or a device, where a file has to be",
         os.fspath(temporary),
@@ -192,9 +203,9 @@ def fresh_folder(
     replace: a folder that is there may give way.
 
   Raises:
-    FileExistsError: target is already there; or something else is where the work folder would be.
-    OSError: it can't be made, or another process is making it.
-    ValueError: it is in a bucket, where no folder can be renamed.
+    TakenError: target is already there; or something else is where the work folder would be.
+    WriteError: it can't be made, or another process is making it.
+    PathError: it is in a bucket, where no folder can be renamed.
   """
   target = pathlib.Path(
     os.path.realpath(
@@ -211,10 +222,17 @@ def fresh_folder(
     ):
       raise FileExistsError(f"{work} is in the way, and `{by}` did not make it; move it away")
   except OSError as error:
-    raise type(error)(f"{target} can't be written: {error.strerror or error}") from error
+    kind = TakenError if isinstance(error, FileExistsError) else WriteError
+    raise kind(
+      f"{target} can't be written: {error.strerror or error}", where=target, work=work
+    ) from error
   with locked(
     work / "lock",
-    OSError(f"another process is writing {target}; wait for it, or choose another folder"),
+    WriteError(
+      f"another process is writing {target}; wait for it, or choose another folder",
+      where=target,
+      found="another process",
+    ),
   ):
     (work / "lock").write_text(mark)
     _settle(work, target)
@@ -232,14 +250,22 @@ def fresh_folder(
 
 def _check_free(target: pathlib.Path, replace: bool) -> None:
   if target.is_symlink():  # a path without links, but for those that go round in a circle
-    raise OSError(f"{target} can't be written: {os.strerror(errno.ELOOP)}")
+    raise WriteError(
+      f"{target} can't be written: {os.strerror(errno.ELOOP)}", where=target, found="a circle"
+    )
   if os.path.ismount(target):
-    raise FileExistsError(
+    raise TakenError(
       f"{target} is where a file system is mounted, which no rename can replace; choose a folder "
-      f"inside it"
+      f"inside it",
+      where=target,
+      found="a mount",
     )
   if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-    raise FileExistsError(f"{target} already exists; remove it or choose another folder")
+    raise TakenError(
+      f"{target} already exists; remove it or choose another folder",
+      where=target,
+      found="a file or folder",
+    )
 
 
 def become(work: pathlib.Path, name: str, target: pathlib.Path, replace: bool = False) -> None:
@@ -285,9 +311,11 @@ def _settle(work: pathlib.Path, target: pathlib.Path) -> None:
     except OSError:
       os.rename(work / "old", target)
   if (work / "old").exists() and (work / "new").exists():
-    raise FileExistsError(
+    raise TakenError(
       f"{target} was made by somebody else at the same time; what was there before is "
-      f"{work / 'old'}: move it away"
+      f"{work / 'old'}: move it away",
+      where=target,
+      found=work / "old",
     )
 
 
@@ -349,14 +377,19 @@ def alone(folder: str | os.PathLike, by: str) -> Generator[None]:
   who was there first.
 
   Raises:
-    OSError: it can't be made, or another process is at work in it.
+    WriteError: another process is at work in it.
+    OSError: it can't be made.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   lock = folder / ".lock"
   with locked(
     lock,
-    OSError(f"another command is at work in {folder}; wait for it, or give --out another folder"),
+    WriteError(
+      f"another command is at work in {folder}; wait for it, or give --out another folder",
+      where=folder,
+      found="another command",
+    ),
   ):
     if not lock.stat().st_size:
       lock.write_text(_mark(by))
@@ -388,94 +421,42 @@ def apart(
     nested: nor may an output lie in an input.
 
   Raises:
-    ValueError: which ones are the same.
+    PathError: which ones are the same.
   """
-
-  def there(paths):
-    return {
-      name: pathlib.Path(os.path.realpath(path_of(path)))
-      for name, path in paths.items()
-      if path and "://" not in os.fspath(path)
-    }
-
-  def around(outer, inner):
-    return any(
-      part == outer or (outer.exists() and part.exists() and part.samefile(outer))
-      for part in (inner, *inner.parents)
-    )
-
-  for option, output in there(outputs).items():
+  for option, output in _named_paths(outputs).items():
     for number, stream in enumerate(("standard input", "standard output", "standard error")):
       with contextlib.suppress(OSError):  # it is closed, or there is no output yet
         if output.is_file() and os.path.samestat(os.fstat(number), os.stat(output)):
-          raise ValueError(
-            f"{option} {output} is also {stream}, which would be damaged; give another {option}"
+          raise PathError(
+            f"{option} {output} is also {stream}, which would be damaged; give another {option}",
+            where=option,
+            how="is also",
+            other=stream,
           )
-    for name, source in there(inputs).items():
-      how = (
-        "contains"
-        if around(output, source)
-        else "lies in"
-        if nested and around(source, output)
-        else ""
-      )
-      if how:
-        how = "is" if around(source, output) and how == "contains" else how
-        raise ValueError(
-          f"{option} {output} {how} {name} {source}, which would be damaged; give another {option}"
+    for name, source in _named_paths(inputs).items():
+      within, around = _contains(source, output), _contains(output, source)
+      how = "is" if within and around else "contains" if around else "lies in"
+      if around or (within and nested):
+        raise PathError(
+          f"{option} {output} {how} {name} {source}, which would be damaged; give another {option}",
+          where=option,
+          how=how,
+          other=name,
         )
 
 
-def too_many_files(error: BaseException) -> str:
-  """Says what to do if an error, or what led to it, is that this process has as many files open as
-  it may; else "".
-  """
-  seen: BaseException | None = error
-  for _ in range(20):  # causes may go round in a circle
-    if seen is None:
-      return ""
-    # Some libraries pass the system's words on without its number.
-    if getattr(seen, "errno", None) == errno.EMFILE or re.search(
-      f"{os.strerror(errno.EMFILE)}(?! in system)", str(seen)
-    ):
-      limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-      more = 4096 if most == resource.RLIM_INFINITY else min(most, 4096)
-      advice = (
-        f"`ulimit -n {more}` allows more"
-        if more > limit
-        else "to allow more, raise the hard limit (`ulimit -Hn`)"
-      )
-      return (
-        f"Too many open files: a process may have {limit} here; {advice}, and the same "
-        f"command goes on"
-      )
-    seen = seen.__cause__ or seen.__context__
-  return ""
+def _named_paths(paths: Mapping[str, str | os.PathLike | None]) -> dict[str, pathlib.Path]:
+  """Those that are given, and of this machine."""
+  return {
+    name: pathlib.Path(os.path.realpath(path_of(path)))
+    for name, path in paths.items()
+    if path and "://" not in os.fspath(path)
+  }
 
 
-def out_of_memory(error: BaseException) -> str:
-  """Says what to do if an error is that the memory of the machine, or of a device, is used up; else
-  "".
-  """
-  text = str(error)
-  # JAX's
-  if not isinstance(error, MemoryError) and not (
-    isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text
-  ):
-    return ""
-  return (
-    "it needs more memory than there is: take fewer frames (--max-frames, --select), or less at "
-    "once (--clips-per-chunk, --batch, "
-    f"--ahead, --workers); {one_line(text)[:200] or type(error).__name__}"
+def _contains(outer: pathlib.Path, inner: pathlib.Path) -> bool:
+  """Whether a path is another, or a folder around it, under whatever name."""
+  return any(
+    part == outer or (outer.exists() and part.exists() and part.samefile(outer))
+    for part in (inner, *inner.parents)
   )
-
-
-def listed(text: str, lines: Sequence[str], shown: int = 50) -> str:
-  """A message with a list, of which it shows the first lines."""
-  more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
-  return f"{text}:\n  " + "\n  ".join([*lines[:shown], *more])
-
-
-def one_line(error: BaseException | str) -> str:
-  """What an error says, on one line."""
-  return " ".join(str(error).split())

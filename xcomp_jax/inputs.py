@@ -15,8 +15,7 @@ import stat
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
-from xcomp_jax.errors import XCompError
-from xcomp_jax.files import one_line, too_many_files
+from xcomp_jax.errors import XCompError, one_line, too_many_files
 
 Number = TypeVar("Number", int, float)
 
@@ -30,7 +29,7 @@ class NoFileError(XCompError, OSError):
   """A pipe, a device or a folder where a file has to be; the message names it."""
 
 
-class BoundsError(argparse.ArgumentTypeError, ValueError):
+class BoundsError(XCompError, ValueError, argparse.ArgumentTypeError):
   """An option's value that is no number, or out of bounds."""
 
 
@@ -71,9 +70,18 @@ def reading(path: str | os.PathLike, kind: type[Exception], what: str = "") -> G
       if isinstance(error, MemoryError)
       else one_line(inner) or type(inner).__name__
     )
-    raise kind(
-      f"{printable(path)} is {f'no {what}' if what else 'damaged'}: {says[:500]}"
+    raise _made(
+      kind,
+      f"{printable(path)} is {f'no {what}' if what else 'damaged'}: {says[:500]}",
+      where=path,
+      expected=what,
+      found=says,
     ) from error
+
+
+def _made(kind: type[Exception], text: str, **fields: Any) -> Exception:
+  """An error of a kind, with fields if that has them."""
+  return kind(text, **fields) if issubclass(kind, XCompError) else kind(text)
 
 
 def regular(path: str | os.PathLike, pipes: bool = False) -> pathlib.Path:
@@ -88,9 +96,12 @@ def regular(path: str | os.PathLike, pipes: bool = False) -> pathlib.Path:
   mode = os.stat(path).st_mode
   if not stat.S_ISREG(mode) and not (pipes and stat.S_ISFIFO(mode)):
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    found = kinds.get(stat.S_IFMT(mode), "a device")
     raise NoFileError(
-      f"{printable(path)} is {kinds.get(stat.S_IFMT(mode), 'a device')}, and must be a "
-      f"file{' or a pipe' * pipes}"
+      f"{printable(path)} is {found}, and must be a file{' or a pipe' * pipes}",
+      where=path,
+      found=found,
+      allowed=("a file", "a pipe") if pipes else ("a file",),
     )
   return pathlib.Path(path)
 
@@ -115,14 +126,23 @@ def read_text(
     size = os.fstat(opened.fileno()).st_size  # 0 of a pipe
     content = b"" if size > most else opened.read(most + 1) if pipes else opened.read()
     if max(size, len(content)) > most:
-      raise kind(f"{printable(path)} has more than the {most:,} bytes that it may have")
+      raise _made(
+        kind,
+        f"{printable(path)} has more than the {most:,} bytes that it may have",
+        where=path,
+        allowed=most,
+      )
   try:
     return content.decode("utf-8-sig")
   except UnicodeDecodeError as error:
     line = content.count(b"\n", 0, error.start) + 1
-    raise kind(
+    raise _made(
+      kind,
       f"{printable(path)}, line {line}: byte {content[error.start]:#04x} is no UTF-8; save it as "
-      f"UTF-8"
+      f"UTF-8",
+      where=path,
+      line=line,
+      value=content[error.start],
     ) from error
 
 
@@ -153,7 +173,9 @@ def parse_json(content: str, where: str | os.PathLike, kind: type[Exception]) ->
     return json.loads(content)
   except (ValueError, RecursionError) as error:
     says = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-    raise kind(f"{printable(where)} is no JSON: {says}") from error
+    raise _made(
+      kind, f"{printable(where)} is no JSON: {says}", where=where, expected="JSON", found=says
+    ) from error
 
 
 def plain(said: str, what: str, kind: type[Exception] = ValueError) -> str:
@@ -166,7 +188,9 @@ def plain(said: str, what: str, kind: type[Exception] = ValueError) -> str:
   try:
     said.encode()
   except UnicodeEncodeError as error:
-    raise kind(f"{what} {quoted(said)} holds bytes that are no UTF-8") from error
+    raise _made(
+      kind, f"{what} {quoted(said)} holds bytes that are no UTF-8", where=what, value=said
+    ) from error
   return said
 
 
@@ -218,7 +242,10 @@ def number(low: Number, high: Number, kind: type[Number]) -> Callable[[str], Num
       value = None
     if value is None or not low <= value <= high:  # also what is no number
       raise BoundsError(
-        f"{said}: must be {'an integer' if kind is int else 'a number'} from {low:,} to {high:,}"
+        f"{said}: must be {'an integer' if kind is int else 'a number'} from {low:,} to {high:,}",
+        value=said,
+        allowed=(low, high),
+        kind=kind,
       )
     return value
 

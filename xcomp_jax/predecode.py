@@ -52,21 +52,22 @@ def load_tower(
   import ml_dtypes
 
   from xcomp_jax.checkpoints import loading
+  from xcomp_jax.checkpoints.finding import resolve
+  from xcomp_jax.checkpoints.sizes import read_vlm_config
+  from xcomp_jax.checkpoints.tuned import read_tuned
   from xcomp_jax.config import COSINE, ModelConfig, Tuned
   from xcomp_jax.inference import encoded_video
   from xcomp_jax.model import kernels
 
-  directory = loading.resolve(checkpoint)
+  directory = resolve(checkpoint)
   card = kernels.here()
-  dtype = dtype or kernels.compute_dtype(
-    card, (loading.read_tuned(directory) or Tuned(COSINE)).dtype
-  )
+  dtype = dtype or kernels.compute_dtype(card, (read_tuned(directory) or Tuned(COSINE)).dtype)
   kernels.check_implementation(attention, dtype)
   model = ModelConfig(
     settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False
   )
   # LP-Comp is the LLM's, which is not run
-  cfg = loading.read_vlm_config(directory, model, COSINE, option="--clip_frames {own}")
+  cfg = read_vlm_config(directory, model, COSINE, option="--clip_frames {own}")
   if cfg.vision.image_size != settings.image_size:
     size = cfg.vision.image_size
     raise ValueError(
@@ -235,9 +236,10 @@ def _define_flags() -> None:
 
 def _tuned(checkpoint: str) -> tuple[int | None, int | None]:
   """Image size and clip length that a checkpoint was tuned with, as far as it says."""
-  from xcomp_jax.checkpoints import loading  # brings jax
+  from xcomp_jax.checkpoints.finding import resolve
+  from xcomp_jax.checkpoints.tuned import read_tuned  # brings jax
 
-  tuned = loading.read_tuned(loading.resolve(checkpoint, whole=False))
+  tuned = read_tuned(resolve(checkpoint, whole=False))
   return (tuned.image_size, tuned.clip_frames) if tuned else (None, None)
 
 

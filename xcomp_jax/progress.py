@@ -6,16 +6,16 @@ from typing import Any
 SECONDS = 30.0  # between two lines of a log
 
 
-def progress(*things: Any, **how: Any) -> Any:
+def progress(*things: Any, seconds: float = SECONDS, **how: Any) -> Any:
   """A bar of `tqdm` on stderr, by its arguments.
 
-  Where stderr is no terminal it is a line every half minute and a last one, and nothing at all of
-  work that takes less.
+  Where stderr is no terminal it is a line every half minute (`seconds`) and a last one, and nothing
+  at all of work that takes less.
   """
   from tqdm import tqdm  # not at the top: the benchmarks run without it
 
   if not sys.stderr.isatty():
-    how |= {"file": _Log(), "mininterval": SECONDS, "delay": SECONDS, "miniters": 1}
+    how |= {"file": _Log(), "mininterval": seconds, "delay": seconds, "miniters": 1}
   return tqdm(*things, **how)
 
 

@@ -4,11 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
-import test_loading as w
+import tiny_checkpoints as w
 from safetensors.numpy import load_file
 
 from xcomp_jax.bench import load
-from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints import tensor_names
 from xcomp_jax.data import prompt
 
 
@@ -24,7 +24,7 @@ def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path
   )
   tensors = load_file(tmp_path / "out" / "model.safetensors")
   assert {name: t.shape for name, t in tensors.items()} == {
-    e.name: e.shape for e in loading.names(w.read_config(like))
+    e.name: e.shape for e in tensor_names.names(w.read_config(like))
   }
   embedding = tensors["model.embed_tokens.weight"].astype(np.float32)
   assert abs(embedding.std() - 0.02) < 1e-3 and len(np.unique(embedding[:, 0])) > 1000

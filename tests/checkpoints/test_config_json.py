@@ -5,11 +5,12 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_loading as w
+import tiny_checkpoints as w
 from safetensors.numpy import load_file
 
 from xcomp_jax.checkpoints import loading, saving
-from xcomp_jax.checkpoints.loading import CheckpointError
+from xcomp_jax.checkpoints.config_json import yarn_of
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.model import layers
 
 # XComp's own config.json and, where they differ, that which its release lays over it.
@@ -81,9 +82,10 @@ YARN = {
   "factor": 4.0,
   "original_max_position_embeddings": 32768,
 }
-QWEN = loading.yarn_of(4.0, 32768)
+QWEN = yarn_of(4.0, 32768)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("config", [OFFICIAL, RELEASE], ids=["XComp", "release"])
 def test_official_files_are_understood(tmp_path, config):
   cfg = w.read_config(w.configured(tmp_path, **config))
@@ -119,6 +121,7 @@ def test_every_released_variant_has_the_frequencies_of_transformers_in_either_fo
       np.testing.assert_allclose(np.hypot(*turned), case["attention"], rtol=1e-6)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "changes, scaling",
   [
@@ -151,80 +154,122 @@ def test_rope_parameters_alone_and_beside_old_keys_that_agree(tmp_path, changes,
   assert (llm.rope_theta, llm.rope_scaling) == (1e6, scaling)
 
 
+@pytest.mark.pure
+@pytest.mark.parametrize(
+  "changes, key, fields",
+  [
+    (
+      {"rope_parameters": {"rope_theta": 1e4}},
+      "",
+      {"differ": {"rope_theta": 1e6, "rope_parameters.rope_theta": 1e4}},
+    ),
+    (
+      {"rope_scaling": w.YARN | {"rope_theta": 1e4}},
+      "",
+      {"differ": {"rope_theta": 1e6, "rope_scaling.rope_theta": 1e4}},
+    ),
+    (
+      {"rope_parameters": YARN | {"factor": 2.0}, "rope_scaling": w.YARN},
+      "",
+      {"differ": {"rope_scaling": w.YARN, "rope_parameters": YARN | {"factor": 2.0}}},
+    ),
+    (
+      {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": w.YARN},
+      "",
+      {"differ": {"rope_scaling": w.YARN, "rope_parameters": {"rope_theta": 1e6}}},
+    ),
+    (FIVE | {"rope_parameters": {"rope_type": "default"}}, "", {"missing": ["rope_theta"]}),
+    (
+      FIVE | {"rope_parameters": {"full_attention": YARN}, "rope_theta": 1e6},
+      "rope_parameters",
+      {"value": None, "allowed": ("default", "yarn")},
+    ),
+    (
+      {"rope_scaling": {"type": "yarn", "rope_type": "default"}},
+      "rope_scaling",
+      {"differ": {"type": "yarn", "rope_type": "default"}},
+    ),
+    (
+      {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
+      "rope_parameters",
+      {"value": "llama3", "allowed": ("default", "yarn")},
+    ),
+    (
+      {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+      "rope_parameters",
+      {"unknown": ["partial_rotary_factor"]},
+    ),
+    (
+      {"rope_parameters": YARN | {"truncate": False}},
+      "rope_parameters",
+      {"unknown": ["truncate"]},
+    ),
+    (
+      {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]},
+      "",
+      {
+        "wrong": {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]},
+        "unknown": [],
+      },
+    ),
+    (
+      {"layer_types": ["full_attention"] * 27},
+      "",
+      {"wrong": {"layer_types": ["full_attention"] * 27}, "unknown": []},
+    ),
+    ({"model_type": "qwen3"}, "", {"wrong": {"model_type": "qwen3"}, "unknown": []}),
+    ({"attention_bias": False}, "", {"wrong": {"attention_bias": False}, "unknown": []}),
+    (
+      {"mm_llm_compress": True, "frame_aspect_ratio": "anyres"},
+      "",
+      {"wrong": {"mm_llm_compress": True, "frame_aspect_ratio": "anyres"}, "unknown": []},
+    ),
+    (
+      {"mm_patch_merge_type": "spatial_nopad", "mm_newline_position": "one_token"},
+      "",
+      {"wrong": {"mm_newline_position": "one_token"}, "unknown": []},
+    ),
+    (
+      {"quantization_config": {"bits": 4}, "num_experts": 8},
+      "",
+      {"wrong": {}, "unknown": ["num_experts", "quantization_config"]},
+    ),
+    ({"rope_thetta": 1e4}, "", {"wrong": {}, "unknown": ["rope_thetta"]}),
+  ],
+)
+def test_what_asks_for_another_model_or_contradicts_itself_is_named(tmp_path, changes, key, fields):
+  with pytest.raises(CheckpointError) as caught:
+    w.read_config(w.configured(tmp_path, **changes))
+  where = caught.value.fields.pop("where")
+  assert str(where) == str(tmp_path / "config.json") + (f": {key}" if key else "")
+  assert caught.value.fields == fields
+
+
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "changes, message",
   [
     (
-      {"rope_parameters": {"rope_theta": 1e4}},
-      r"rope_theta = 1000000\.0, but rope_parameters\.rope_theta = 10000\.0; keep the one",
-    ),
-    (
-      {"rope_scaling": w.YARN | {"rope_theta": 1e4}},
-      r"rope_theta = 1000000\.0, but rope_scaling\.rope_theta = 10000\.0",
-    ),
-    (
-      {"rope_parameters": YARN | {"factor": 2.0}, "rope_scaling": w.YARN},
-      r"rope_scaling = .*4\.0.*, but rope_parameters = .*2\.0",
-    ),
-    (
-      {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": w.YARN},
-      "rope_scaling = .*yarn.*, but rope_parameters = ",
-    ),
-    (FIVE | {"rope_parameters": {"rope_type": "default"}}, r"config\.json lacks rope_theta"),
-    (
-      FIVE | {"rope_parameters": {"full_attention": YARN}, "rope_theta": 1e6},
-      "rope_parameters: type None is not supported",
-    ),
-    (
-      {"rope_scaling": {"type": "yarn", "rope_type": "default"}},
-      "rope_scaling: type 'yarn' and rope_type 'default' differ; take the wrong one out",
-    ),
-    (
-      {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
-      "rope_parameters: type 'llama3' is not supported; yarn is",
-    ),
-    (
-      {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-      "rope_parameters: partial_rotary_factor of YaRN not",
-    ),
-    (
-      {"rope_parameters": YARN | {"truncate": False}},
-      "rope_parameters: truncate of YaRN not supported",
-    ),
-    (
-      {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]},
-      r"layer_types = \['full_attention', 'sliding_attention'\] is not",
+      {"model_type": "qwen3"},
+      "model_type = 'qwen3' is not supported; only 'videochat_flash_qwen' or 'llava_qwen' or "
+      "'qwen2' is",
     ),
     (
       {"layer_types": ["full_attention"] * 27},
       "layer_types = .* only 'full_attention' of all 28 layers is",
     ),
     (
-      {"model_type": "qwen3"},
-      "model_type = 'qwen3' is not supported; only 'videochat_flash_qwen' or 'llava_qwen' or "
-      "'qwen2' is",
+      {"rope_parameters": {"rope_theta": 1e4}},
+      r"rope_theta = 1000000\.0, but rope_parameters\.rope_theta = 10000\.0; keep the one",
     ),
-    ({"attention_bias": False}, "attention_bias = False is not supported; only True is"),
-    (
-      {"mm_llm_compress": True, "frame_aspect_ratio": "anyres"},
-      "mm_llm_compress = True .*; frame_aspect_ratio = 'anyres' is not supported",
-    ),
-    (
-      {"mm_patch_merge_type": "spatial_nopad", "mm_newline_position": "one_token"},
-      "mm_newline_position = 'one_token' with mm_patch_merge",
-    ),
-    (
-      {"quantization_config": {"bits": 4}, "num_experts": 8},
-      "num_experts, quantization_config: not known here, so it may ask for another model",
-    ),
-    ({"rope_thetta": 1e4}, "rope_thetta: not known here"),
   ],
 )
-def test_what_asks_for_another_model_or_contradicts_itself_is_named(tmp_path, changes, message):
+def test_a_message_says_what_could_stand_there(tmp_path, changes, message):
   with pytest.raises(CheckpointError, match=message):
     w.read_config(w.configured(tmp_path, **changes))
 
 
+@pytest.mark.pure
 def test_null_is_as_good_as_absent(tmp_path):
   nothing = {
     "quantization_config": None,

@@ -10,20 +10,25 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import test_loading as w
+import tiny_checkpoints as w
 from flax import nnx
 from safetensors.numpy import load_file
 
 from xcomp_jax import export
 from xcomp_jax.checkpoints import loading, saving
+from xcomp_jax.checkpoints.config_json import yarn_of
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
+from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import ConfigError, RunConfig
 from xcomp_jax.config_io import from_dict, to_dict
-from xcomp_jax.data import inspection, pipeline
+from xcomp_jax.data import pipeline
 from xcomp_jax.inference import video_model as readers
 from xcomp_jax.model import kernels
 from xcomp_jax.training import checkpoint, loop
 
 TRAINED = ("llm/", "projector/")
+ASSETS = pathlib.Path(__file__).parents[2] / "assets" / "tiny"
 
 
 @pytest.fixture
@@ -89,7 +94,7 @@ def run(base, tmp_path) -> pathlib.Path:
       },
     },
   )
-  cfg = loading.read_vlm_config(base, config.model, config.lp_comp)
+  cfg = read_vlm_config(base, config.model, config.lp_comp)
 
   def is_trained(path):
     return path.startswith(TRAINED)
@@ -133,7 +138,7 @@ def test_run_to_torch_keeps_what_was_not_trained_bit_by_bit(base, run, tmp_path,
   assert "60 tensors" in capsys.readouterr().out
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
   assert json.loads((tmp_path / "out" / "config.json").read_text())["mm_local_num_frames"] == 8
-  assert loading.read_tuned(tmp_path / "out").lp_comp.schedule == (16, 4)
+  assert read_tuned(tmp_path / "out").lp_comp.schedule == (16, 4)
   assert (tmp_path / "out" / "vocab.json").exists()
   export.main(
     ["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "one"), "--step=1"]
@@ -141,30 +146,32 @@ def test_run_to_torch_keeps_what_was_not_trained_bit_by_bit(base, run, tmp_path,
   w.equal(load_file(tmp_path / "one" / "model.safetensors"), expected(base, 1))
 
 
-def test_run_of_another_version_of_the_config(base, run, tmp_path, monkeypatch):
-  original = checkpoint.read_description
+def rewrite_description(run: pathlib.Path, change) -> None:
+  """Changes what the last checkpoint of a run says of its config: `change` gets that."""
+  file = run / "checkpoints" / "2" / "config" / "metadata"
+  saved = json.loads(file.read_text())
+  change(saved)
+  file.write_text(json.dumps(saved))
 
-  def other(*arguments):
-    saved, step = original(*arguments)
-    return (
-      saved | {"run": saved["run"] | {"optim": {}, "new": 1}, "vlm": saved["vlm"] | {"new": 1}},
-      step,
-    )
 
-  monkeypatch.setattr(checkpoint, "read_description", other)
+def test_run_of_another_version_of_the_config(base, run, tmp_path):
+  def change(saved):
+    saved["run"] |= {"optim": {}, "new": 1}
+    saved["vlm"] |= {"new": 1}
+
+  rewrite_description(run, change)
   export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   w.equal(load_file(tmp_path / "out" / "model.safetensors"), expected(base, 2))
 
 
-def test_run_with_stretched_positions_says_so_in_config_json(base, run, tmp_path, monkeypatch):
-  original, yarn = checkpoint.read_description, loading.yarn_of(4.0, 32768)
+def test_run_with_stretched_positions_says_so_in_config_json(base, run, tmp_path):
+  yarn = yarn_of(4.0, 32768)
 
-  def stretched(*arguments):
-    saved, step = original(*arguments)
+  def change(saved):
     assert saved["vlm"]["llm"]["rope_scaling"] is None
-    return saved | {"vlm": saved["vlm"] | {"llm": {"rope_scaling": to_dict(yarn)}}}, step
+    saved["vlm"]["llm"] = {"rope_scaling": to_dict(yarn)}
 
-  monkeypatch.setattr(checkpoint, "read_description", stretched)
+  rewrite_description(run, change)
   export.main(["--checkpoint", str(run), "--format=torch", "--out", str(tmp_path / "out")])
   assert w.read_config(tmp_path / "out").llm.rope_scaling == yarn
   assert w.read_config(base).llm.rope_scaling is None
@@ -177,12 +184,10 @@ def test_run_to_orbax_to_torch(base, run, tmp_path):
     ["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")]
   )
   w.equal(load_file(tmp_path / "torch" / "model.safetensors"), expected(base, 2))
-  assert loading.read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
+  assert read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
 
 
-def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(
-  base, run, tmp_path, capsys, monkeypatch
-):
+def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path, capsys):
   export.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
   config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4096}
   (tmp_path / "orbax" / "config.json").write_text(
@@ -214,9 +219,10 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(
   export.main(
     ["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")]
   )
-  assert loading.read_tuned(tmp_path / "torch") == loading.read_tuned(tmp_path / "orbax")
+  assert read_tuned(tmp_path / "torch") == read_tuned(tmp_path / "orbax")
   capsys.readouterr()
-  monkeypatch.setattr(loading, "read_tokenizer", lambda *a: inspection.bytes_tokenizer())
+  for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+    shutil.copyfile(ASSETS / name, tmp_path / "torch" / name)
   reader = readers.prepare_model(readers.default(str(tmp_path / "torch"), context=2048))
   assert (
     reader.cfg.clip_frames == 2
@@ -227,30 +233,53 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(
   assert "config.json; --clip-frames checkpoint takes those" in capsys.readouterr().err
 
 
+LP_COMP = {"schedule": [16, 4], "keep": "suffix", "group": 16}
+
+
+def with_tuned(base: pathlib.Path, copy: pathlib.Path, **change) -> pathlib.Path:
+  """A copy of a checkpoint with an xcomp.json."""
+  shutil.copytree(base, copy)
+  (copy / "xcomp.json").write_text(json.dumps({"lp_comp": LP_COMP} | change))
+  return copy
+
+
 @pytest.mark.parametrize(
-  "change, message",
+  "change, fields",
   [
-    ({"version": 2}, r"xcomp\.json has version 2, this xcomp_jax reads 1: install a newer one"),
-    ({"clip_size": 4}, r"xcomp\.json\.clip_size is unknown"),
-    ({"clip_frames": "4"}, r"xcomp\.json\.clip_frames"),
+    ({"version": 2}, {"value": 2, "allowed": 1}),
     (
       {"clip_frames": -4, "context": 0},
-      r"xcomp\.json: clip_frames = -4: must be an integer from 1 to 1,000; context = 0: must be an "
-      r"integer",
+      {
+        "wrong": {"clip_frames": -4, "context": 0},
+        "allowed": {"clip_frames": range(1, 1_001), "context": range(1, 1_000_000_001)},
+      },
     ),
     (
       {"lp_comp": {"schedule": [16, 4], "keep": "none", "group": 0}},
-      r"xcomp\.json: lp_comp\.group = 0: must be an integer from 1",
+      {"wrong": {"lp_comp.group": 0}, "allowed": {"lp_comp.group": range(1, 1_000_001)}},
     ),
-    ({"image_size": 224}, "says tuned with 224 pixels, and the tower of config.json takes 64"),
+    ({"image_size": 224}, {"value": 224, "expected": 64}),
   ],
 )
-def test_what_is_wrong_with_xcomp_json_is_named(base, tmp_path, change, message):
-  shutil.copytree(base, tmp_path / "copy")
-  lp_comp = {"schedule": [16, 4], "keep": "suffix", "group": 16}
-  (tmp_path / "copy" / "xcomp.json").write_text(json.dumps({"lp_comp": lp_comp} | change))
-  with pytest.raises((loading.CheckpointError, ConfigError), match=message):
-    w.read_config(tmp_path / "copy")
+def test_what_is_wrong_with_xcomp_json_is_named(base, tmp_path, change, fields):
+  copy = with_tuned(base, tmp_path / "copy", **change)
+  with pytest.raises(CheckpointError) as caught:
+    w.read_config(copy)
+  assert caught.value.fields == {"where": copy / "xcomp.json"} | fields
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"clip_size": 4}, r"xcomp\.json\.clip_size is unknown"),
+    ({"clip_frames": "4"}, r"xcomp\.json\.clip_frames"),
+  ],
+)
+def test_keys_of_xcomp_json_that_are_unknown_or_of_another_type_are_named(
+  base, tmp_path, change, message
+):
+  with pytest.raises(ConfigError, match=message):
+    w.read_config(with_tuned(base, tmp_path / "copy", **change))
 
 
 @pytest.mark.parametrize(
@@ -283,9 +312,9 @@ def test_conversion_changes_nothing_of_what_is_known_of_lp_comp(base, tmp_path, 
     (base / "xcomp.json").write_text(
       json.dumps({"lp_comp": {"schedule": [16, 4], "keep": keep, "group": 16}})
     )
-  before = loading.read_tuned(base)
+  before = read_tuned(base)
   export.main(["--checkpoint", str(base), f"--format={layout}", "--out", str(tmp_path / "out")])
-  assert loading.read_tuned(tmp_path / "out") == before and (before is None) == (keep is None)
+  assert read_tuned(tmp_path / "out") == before and (before is None) == (keep is None)
 
 
 @pytest.mark.parametrize(
@@ -521,7 +550,7 @@ def test_a_run_that_was_tied_stays_so_whatever_lies_beside_its_start(base, run, 
 
 def test_a_run_says_where_it_began_as_any_folder_finds_it(tmp_path, monkeypatch, tiny_run):
   config = tiny_run(tmp_path / "run")
-  cfg = loading.read_vlm_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
+  cfg = read_vlm_config(pathlib.Path(config.init_from), config.model, config.lp_comp)
   monkeypatch.chdir(pathlib.Path(config.init_from).parent)
 
   def say(place):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import command_lines
 import fuzz_subjects
 from fuzz_subjects import (
   FILMS,
@@ -24,6 +25,7 @@ from fuzzing import Command, Subject
 
 # What commands import is imported before the first fork.
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.data import prompt, store, video
 from xcomp_jax.evaluation import scores  # noqa: F401
 from xcomp_jax.inference import encoded_video
@@ -70,9 +72,7 @@ def read_asked(given, file) -> Any:
 
 def read_film(given, file) -> Any:
   """Of this model's tower, unlike `read_encoded`."""
-  model = loading.load_model(
-    given / "tiny", loading.read_vlm_config(given / "tiny", MODEL, LP_COMP)
-  )
+  model = loading.load_model(given / "tiny", read_vlm_config(given / "tiny", MODEL, LP_COMP))
   found = encoded_video.load_video(file, model)
   return {
     "features": [list(found.features[0].shape), digest(found.features[0])],
@@ -92,19 +92,7 @@ FILM = Subject(name="encoded video of tiny", files=(), read=read_film, right=rig
 
 
 def predecode_line(given, file, out) -> list[str]:
-  return [
-    "xcomp_jax.predecode",
-    "--mixture",
-    str(given / "world" / "mixture.yaml"),
-    "--root",
-    str(given / "world"),
-    "--image_size=16",
-    "--min_frames=8",
-    "--max_frames=16",
-    "--workers=0",
-    "--out",
-    str(out),
-  ]
+  return command_lines.predecode(given / "world", out, "--workers=0")
 
 
 def predecoded(given, file, out, stdout) -> Any:
@@ -164,14 +152,7 @@ def inspect_line(given, file, out) -> list[str]:
 
 
 def export_line(given, file, out) -> list[str]:
-  return [
-    "xcomp_jax.export",
-    "--format=torch",
-    "--checkpoint",
-    str(above(file, given)),
-    "--out",
-    str(out),
-  ]
+  return command_lines.export(above(file, given), out)
 
 
 def exported(given, file, out, stdout) -> Any:
@@ -180,20 +161,8 @@ def exported(given, file, out, stdout) -> Any:
 
 
 def evaluate_line(given, file, out) -> list[str]:
-  return [
-    "xcomp_jax.evaluate",
-    "--task=lvbench",
-    "--annotations",
-    str(given / "bench" / "questions.json"),
-    "--videos",
-    str(given / "world" / "videos"),
-    f"--checkpoint={given / 'tiny'}",
-    "--preset=none",
-    "--devices=1",
-    *LOOK,
-    "--out",
-    str(out),
-  ]
+  questions, videos = given / "bench" / "questions.json", given / "world" / "videos"
+  return command_lines.evaluate(given / "tiny", questions, videos, out, *LOOK)
 
 
 def evaluated(given, file, out, stdout) -> Any:
@@ -217,27 +186,10 @@ def others_answered(good, found) -> str:
 
 
 def needles_line(given, file, out) -> list[str]:
-  return [
-    "xcomp_jax.needles",
-    f"--checkpoint={given / 'tiny'}",
-    "--needles",
-    str(given / "needles" / "needles.json"),
-    "--images",
-    str(given / "needles"),
-    "--haystack",
-    str(given / "world" / "videos" / "film.mp4"),
-    "--mode=aligned",
-    "--repeat=1",
-    "--clips-per-chunk=2",
-    "--select=8",
-    "--frames",
-    "32",
-    "--depths",
-    "0.5",
-    "--min-frames=8",
-    "--out",
-    str(out),
-  ]
+  own = ["--needles", str(given / "needles" / "needles.json"), "--images", str(given / "needles")]
+  haystack = ["--haystack", str(given / "world" / "videos" / "film.mp4")]
+  size = ["--clips-per-chunk=2", "--frames", "32", "--depths", "0.5", "--min-frames=8"]
+  return command_lines.needles(given / "tiny", out, *own, *haystack, *size)
 
 
 def found_needles(given, file, out, stdout) -> Any:

@@ -15,26 +15,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import av
+import command_lines
 import cv2
 import decoding
 import numpy as np
 import yaml
-from fuzzing import ROOT, Subject
+from command_lines import ROOT
+from fuzzing import Subject
 from PIL import Image
 
 # All that readers import is imported before the first child is forked; JAX itself begins in the
 # children.
 from xcomp_jax import ask
 from xcomp_jax.checkpoints import loading, saving, tensor_names
-from xcomp_jax.config import LPCompConfig, ModelConfig
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tuned import read_tuned, write_tuned
+from xcomp_jax.config import LPCompConfig
 from xcomp_jax.data import inspection, mixture, predecoding, prompt, store, video
 from xcomp_jax.evaluation import benchmarks, needles
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.parity import comparison
 
-MODEL = ModelConfig(
-  8, "checkpoint", "float32", "float32", clips_per_chunk=2, attention="auto", remat=False
-)
+MODEL = dataclasses.replace(saving.AS_IT_IS, clip_frames=8, clips_per_chunk=2)
 LP_COMP = LPCompConfig("cosine", "suffix", 16)
 IDENTITY = (
   "0123456789abcdef-float32"  # of the tower, so that readers of encoded videos need no weights
@@ -51,12 +53,12 @@ def make(good: pathlib.Path) -> None:
   """Writes the good files."""
   shutil.copytree(ROOT / "assets" / "tiny", good / "tiny")
   tiny = good / "tiny"
-  cfg = loading.read_vlm_config(tiny, MODEL, LP_COMP)
+  cfg = read_vlm_config(tiny, MODEL, LP_COMP)
   model = loading.load_model(tiny, cfg)
   (tiny / "xcomp.json").unlink()
   saving.save_torch(good / "sharded", model, cfg, tiny, shard_bytes=1 << 20)
   saving.save_orbax(good / "orbax", model, cfg, tiny)
-  loading.write_tuned(tiny, loading.read_tuned(good / "sharded"))
+  write_tuned(tiny, read_tuned(good / "sharded"))
   shutil.copytree(tiny, good / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
   prompt.load_tokenizer(tiny)._core.save(str(good / "tokenizer" / "tokenizer.json"))
 
@@ -106,18 +108,7 @@ def make(good: pathlib.Path) -> None:
   )
 
   (good / "bench").mkdir()
-  questions = [
-    {
-      "video": name,
-      "type": "a",
-      "question": f"{text}?",
-      "candidates": ["(A) x", "(B) y"],
-      "answer": "(B) y",
-      "question_type": ["a"],
-    }
-    for name in ("film", "v0")
-    for text in ("Who", "Where")
-  ]
+  questions = command_lines.questions(["film", "v0"])
   (good / "bench" / "questions.json").write_text(json.dumps(questions, indent=1))
   (good / "needles").mkdir()
   hidden = [
@@ -186,9 +177,9 @@ def parsed(file: pathlib.Path) -> Any:
 
 
 def read_config(given, file) -> Any:
-  cfg = loading.read_vlm_config(file.parent, MODEL, LP_COMP)
+  cfg = read_vlm_config(file.parent, MODEL, LP_COMP)
   loading.stored(file.parent, cfg)
-  tuned = loading.read_tuned(file.parent)
+  tuned = read_tuned(file.parent)
   return {"cfg": dataclasses.asdict(cfg), "tuned": tuned and dataclasses.asdict(tuned)}
 
 
@@ -226,7 +217,7 @@ def right_config(given, file, good, found) -> str:
 
 def read_weights(given, file) -> Any:
   folder = next(folder for folder in file.parents if folder.parent == given)
-  cfg = loading.read_vlm_config(folder, MODEL, LP_COMP)
+  cfg = read_vlm_config(folder, MODEL, LP_COMP)
   model = loading.load_model(folder, cfg)
   return {
     path: [list(leaf.shape), str(leaf.dtype), digest(leaf)]
@@ -250,8 +241,7 @@ def right_tensors(given, file, good, found) -> str:
     return wrong
   now, before = tensors(file), tensors(given.parent / "good" / file.name)
   paths = {
-    e.name: e.path
-    for e in tensor_names.names(loading.read_vlm_config(given / "tiny", MODEL, LP_COMP))
+    e.name: e.path for e in tensor_names.names(read_vlm_config(given / "tiny", MODEL, LP_COMP))
   }
   for name, path in paths.items():
     if (now.get(name) == before.get(name)) != (found[path] == good[path]):
@@ -290,9 +280,7 @@ WORDS = ("Which digit was shown?", "äöü 12 <|im_start|>\n\n'll", "\U0001f600 
 
 
 def read_tokenizer(given, file) -> Any:
-  tokenizer = loading.read_tokenizer(
-    file.parent, loading.read_vlm_config(given / "tiny", MODEL, LP_COMP)
-  )
+  tokenizer = loading.read_tokenizer(file.parent, read_vlm_config(given / "tiny", MODEL, LP_COMP))
   ids = [tokenizer.encode(text) for text in WORDS]
   return {
     "ids": ids,
@@ -387,7 +375,7 @@ def right_store(given, file, good, found) -> str:
 
 
 def read_encoded(given, file) -> Any:
-  model = loading.abstract(loading.read_vlm_config(given / "tiny", MODEL, LP_COMP))
+  model = loading.abstract(read_vlm_config(given / "tiny", MODEL, LP_COMP))
   encoded_video.identity = lambda _: IDENTITY
   found = encoded_video.load_video(file, model)
   arrays = {f"features {phase}": a for phase, a in found.features.items()} | {

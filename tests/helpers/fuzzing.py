@@ -35,8 +35,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import damaging
+from command_lines import ROOT, environment
 
-ROOT = pathlib.Path(__file__).parents[2]
 DATA = 6 << 30  # bytes that a process may ask for, threads' stacks included
 LONGEST = 1500  # characters of a message
 READER, COMMAND = (30, 900 << 20), (120, 2 << 30)  # seconds, and bytes that are resident at most
@@ -84,7 +84,7 @@ class Command:
   )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Ended:
   """How a child ended. code: None: it was killed. told: what it wrote for its parent."""
 
@@ -179,7 +179,13 @@ def forked(case: pathlib.Path, limits: tuple[int, int], deed: Callable[[], Any])
   for name in ("told", "stdout", "stderr"):
     (case / name).unlink(missing_ok=True)
   return Ended(
-    code if code >= 0 else None, max(0, -code), late, used.ru_maxrss << 10, told, out, err
+    code=code if code >= 0 else None,
+    signal=max(0, -code),
+    late=late,
+    resident=used.ru_maxrss << 10,
+    told=told,
+    out=out,
+    err=err,
   )
 
 
@@ -250,14 +256,8 @@ class Survey:
     commands: Sequence[Command],
     seed: int,
   ):
-    self.good, self.work, self.keep, self.subjects, self.commands, self.seed = (
-      good,
-      work,
-      keep,
-      subjects,
-      commands,
-      seed,
-    )
+    self.good, self.work, self.keep = good, work, keep
+    self.subjects, self.commands, self.seed = subjects, commands, seed
     self.same = False  # whether the last reader has read what it reads of the good file
     self.known: dict[tuple[str, str], Any] = {}
 
@@ -534,12 +534,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ["JAX_NUM_CPU_DEVICES"] = "1"
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-  os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
-  sys.path.insert(0, str(ROOT))
+  environment()
   import fuzzing  # not this module, which has its classes a second time
 
   fuzzing.main()

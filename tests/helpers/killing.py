@@ -29,7 +29,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[2]
+import command_lines
+from command_lines import ROOT, environment
+
 MOMENTS = (
   "os.rename",
   "os.remove",
@@ -41,12 +43,8 @@ MOMENTS = (
   "shutil.move",
 )
 LOOK = ("--min-frames=8", "--max-frames=16", "--select=8", "--max-new-tokens=3")
-AGAIN, PAUSE = (
-  4,
-  2.0,
-  # times a command is given until it is done, with seconds between them for what a kill has
-  # orphaned
-)
+AGAIN = 4  # times a command is given until it is done,
+PAUSE = 2.0  # with seconds between them for what a kill has orphaned
 
 
 # --- the process that is killed
@@ -57,11 +55,8 @@ def trap(number: int, log: str, place: str, line: list[str]) -> None:
   """`python -m` of a line, killed just before its `number`-th rename, removal or the like below
   `place`; notes all of them.
   """
-  count, me, notes = (
-    itertools.count(1),
-    os.getpid(),
-    os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
-  )
+  count, me = itertools.count(1), os.getpid()
+  notes = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
   def hook(event: str, arguments: tuple) -> None:
     if event not in MOMENTS or os.getpid() != me:
@@ -188,10 +183,12 @@ def tensors(folder: pathlib.Path) -> dict[str, tuple[str, bytes]]:
   import numpy as np
 
   from xcomp_jax.checkpoints import loading, saving
+  from xcomp_jax.checkpoints.finding import resolve
+  from xcomp_jax.checkpoints.sizes import read_vlm_config
 
   with _reading:
-    found = loading.resolve(str(folder))
-    cfg = loading.read_vlm_config(found, saving.AS_IT_IS, saving.NOT_TUNED)
+    found = resolve(str(folder))
+    cfg = read_vlm_config(found, saving.AS_IT_IS, saving.NOT_TUNED)
     loading.read_tokenizer(found, cfg)
     return {
       path: (str(leaf.dtype), np.asarray(leaf).tobytes())
@@ -210,6 +207,10 @@ def old_or_new(shared: pathlib.Path, own: pathlib.Path) -> str:
     if found in (tensors(shared / "old"), tensors(shared / "new"))
     else "the export is neither the old nor the new one"
   )
+
+
+def old_export(shared: pathlib.Path, own: pathlib.Path) -> None:
+  shutil.copytree(shared / "old", own / "out")
 
 
 def tiny_training(shared: pathlib.Path, own: pathlib.Path) -> list[str]:
@@ -237,37 +238,19 @@ COMMANDS = (
     name="predecode",
     leaves={"out"},
     result=lambda own, said: contents(own / "out"),
-    line=lambda shared, own: [
-      "xcomp_jax.predecode",
-      "--mixture",
-      str(shared / "world" / "mixture.yaml"),
-      "--root",
-      str(shared / "world"),
-      "--image_size=16",
-      "--min_frames=8",
-      "--max_frames=16",
-      "--workers=2",
-      "--samples_per_shard=2",
-      "--out",
-      str(own / "out"),
-    ],
+    line=lambda shared, own: command_lines.predecode(
+      shared / "world", own / "out", "--workers=2", "--samples_per_shard=2"
+    ),
   ),
   Killed(
     name="export",
     leaves={"out"},
     result=lambda own, said: contents(own / "out"),
     between=old_or_new,
-    before=lambda shared, own: shutil.copytree(shared / "old", own / "out") and None,
-    line=lambda shared, own: [
-      "xcomp_jax.export",
-      "--checkpoint",
-      str(shared / "tiny"),
-      "--format=torch",
-      "--dtype=bfloat16",
-      "--overwrite",
-      "--out",
-      str(own / "out"),
-    ],
+    before=old_export,
+    line=lambda shared, own: command_lines.export(
+      shared / "tiny", own / "out", "--dtype=bfloat16", "--overwrite"
+    ),
   ),
   Killed(
     name="ask",
@@ -292,43 +275,29 @@ COMMANDS = (
     name="evaluate",
     leaves={"out"},
     result=lambda own, said: answered(own / "out"),
-    line=lambda shared, own: [
-      "xcomp_jax.evaluate",
-      "--task=lvbench",
-      "--annotations",
-      str(shared / "questions.json"),
-      "--videos",
-      str(shared / "world" / "videos"),
-      "--checkpoint",
-      str(shared / "tiny"),
-      "--preset=none",
-      "--devices=1",
+    line=lambda shared, own: command_lines.evaluate(
+      shared / "tiny",
+      shared / "questions.json",
+      shared / "world" / "videos",
+      own / "out",
       *LOOK,
-      "--out",
-      str(own / "out"),
-    ],
+    ),
   ),
   Killed(
     name="needles",
     leaves={"out"},
     result=lambda own, said: answered(own / "out"),
-    line=lambda shared, own: [
-      "xcomp_jax.needles",
-      "--checkpoint",
-      str(shared / "tiny"),
+    line=lambda shared, own: command_lines.needles(
+      shared / "tiny",
+      own / "out",
       "--synthetic=2",
       "--frames",
       "64",
       "--depths",
       "0",
       "1",
-      "--select=8",
-      "--mode=aligned",
-      "--repeat=1",
       "--clips-per-chunk=8",
-      "--out",
-      str(own / "out"),
-    ],
+    ),
   ),
   Killed(name="train", leaves={"run"}, result=trained, line=tiny_training),
 )
@@ -346,29 +315,10 @@ def make(shared: pathlib.Path) -> None:
     image_size=48, max_frames=16, min_frames=8, fps=8.0, clip_frames=8
   )
   predecoding.predecode(world / "mixture.yaml", shared / "store", settings, root=world)
-  questions = [
-    {
-      "video": f"v{i}",
-      "type": "a",
-      "question": f"{text}?",
-      "candidates": ["(A) x", "(B) y"],
-      "answer": "(B) y",
-      "question_type": ["a"],
-    }
-    for i in range(3)
-    for text in ("Who", "Where")
-  ]
+  questions = command_lines.questions(["v0", "v1", "v2"])
   (shared / "questions.json").write_text(json.dumps(questions))
   for name, dtype in (("old", "float32"), ("new", "bfloat16")):
-    line = [
-      "xcomp_jax.export",
-      "--checkpoint",
-      str(shared / "tiny"),
-      "--format=torch",
-      f"--dtype={dtype}",
-      "--out",
-      str(shared / name),
-    ]
+    line = command_lines.export(shared / "tiny", shared / name, f"--dtype={dtype}")
     subprocess.run([sys.executable, "-m", *line], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -534,30 +484,19 @@ def main() -> None:
   args.work.mkdir(parents=True)
   make(args.work / "shared")
   chosen = [command for command in COMMANDS if command.name in (args.commands or [command.name])]
+
+  def faults(command):
+    chance = random.Random(f"{args.seed}/{command.name}")
+    return Kills(command, args.work / "shared", args.work, chance).faults(args.kills)
+
   with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-    shared, chance = (
-      args.work / "shared",
-      lambda command: random.Random(f"{args.seed}/{command.name}"),
-    )
-    every = list(
-      pool.map(
-        lambda command: Kills(command, shared, args.work, chance(command)).faults(args.kills),
-        chosen,
-      )
-    )
-  found = [fault for faults in every for fault in faults]
+    found = [fault for some in pool.map(faults, chosen) for fault in some]
   print(f"seed {args.seed}: {len(found)} faults")
   sys.exit(bool(found))
 
 
 if __name__ == "__main__":
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ["JAX_NUM_CPU_DEVICES"] = "1"
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-  # or every run would compile again
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-  os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".cache" / "matplotlib"))
-  sys.path.insert(0, str(ROOT))
+  environment()
   if sys.argv[1:2] == ["trap"]:
     number, log, place, *line = sys.argv[2:]
     trap(int(number), log, place, line)

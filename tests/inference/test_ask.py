@@ -19,6 +19,8 @@ from PIL import Image
 
 from xcomp_jax import ask
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import ConfigError, ModelConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.inference import chat as chats
@@ -78,8 +80,8 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   run(checkpoint, film)
   printed = capsys.readouterr()
   assert "8 frames of 1.50 s" in printed.err
-  tuned = loading.read_tuned(checkpoint).lp_comp
-  cfg = loading.read_vlm_config(
+  tuned = read_tuned(checkpoint).lp_comp
+  cfg = read_vlm_config(
     checkpoint,
     ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
     tuned,
@@ -498,10 +500,10 @@ def test_a_file_without_the_phases_of_official_mode_is_refused(checkpoint, film,
 
 
 def load(checkpoint):
-  cfg = loading.read_vlm_config(
+  cfg = read_vlm_config(
     checkpoint,
     ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
-    loading.read_tuned(checkpoint).lp_comp,
+    read_tuned(checkpoint).lp_comp,
   )
   return loading.load_model(checkpoint, cfg)
 
@@ -667,10 +669,10 @@ def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch
     "",
     "",
   )
-  cfg = loading.read_vlm_config(
+  cfg = read_vlm_config(
     checkpoint,
     ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
-    loading.read_tuned(checkpoint).lp_comp,
+    read_tuned(checkpoint).lp_comp,
   )
   model = loading.load_model(checkpoint, cfg)
   monkeypatch.setattr(

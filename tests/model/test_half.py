@@ -18,6 +18,7 @@ from packed import one_each
 
 from xcomp_jax import predecode
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import COSINE, ConfigError, ModelConfig
 from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data.decode_jobs import FrameSettings
@@ -43,7 +44,7 @@ GREEDY = {"bfloat16": 36, "float16": 40}  # tokens of 40, at least
 
 def load(directory, dtype):
   """The recorded model."""
-  cfg = loading.read_vlm_config(
+  cfg = read_vlm_config(
     directory,
     ModelConfig("checkpoint", "checkpoint", dtype, dtype, 1, "einsum", remat=False),
     COSINE,

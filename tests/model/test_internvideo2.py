@@ -15,7 +15,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from xcomp_jax import ask, evaluate, export, predecode
-from xcomp_jax.checkpoints import loading, saving, tensor_files
+from xcomp_jax.checkpoints import loading, saving, tensor_files, tensor_names
+from xcomp_jax.checkpoints.config_json import yarn_of
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import ConfigError, InternVideo2Config, MeshConfig, VLMConfig, Yarn
 from xcomp_jax.config_io import from_command_line, from_dict, to_dict
 from xcomp_jax.data import predecoding, store
@@ -113,7 +115,7 @@ def test_layers_split_over_a_mesh_give_the_same(cfg, tower):
 def test_every_parameter_of_such_a_model_has_a_rule(cfg):
   state = nnx.state(loading.abstract(cfg))
   assert len(jax.tree.leaves(param_shardings(state, make_mesh(MeshConfig(1, 2, 2, 2))))) == len(
-    loading.names(cfg)
+    tensor_names.names(cfg)
   )
 
 
@@ -260,13 +262,13 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
   )
   assert tensor_files.shapes(tmp_path / "torch") == tensor_files.shapes(checkpoint)
   before, after = (
-    loading.load_model(place, loading.read_vlm_config(place, saving.AS_IT_IS, saving.NOT_TUNED))
+    loading.load_model(place, read_vlm_config(place, saving.AS_IT_IS, saving.NOT_TUNED))
     for place in (checkpoint, tmp_path / "torch")
   )
   assert loading.tower_identity(before) == loading.tower_identity(after)  # bit by bit as it was
-  assert loading.read_vlm_config(
+  assert read_vlm_config(
     tmp_path / "torch", saving.AS_IT_IS, saving.NOT_TUNED
-  ).llm.rope_scaling == loading.yarn_of(2.0, 64)
+  ).llm.rope_scaling == yarn_of(2.0, 64)
   assert not np.array_equal(before.llm.layers[0].q.kernel[...], after.llm.layers[0].q.kernel[...])
 
   film = next((tmp_path / "world/heldout").glob("*.mp4"))

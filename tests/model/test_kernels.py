@@ -14,7 +14,7 @@ from flax import nnx
 
 from xcomp_jax.bench import bench, parts
 from xcomp_jax.bench.gpu_check import distance
-from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import COSINE, ModelConfig
 from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
 from xcomp_jax.inference import generate, rounds
@@ -68,7 +68,7 @@ def towers():
     )
 
   def read(folder, frames):
-    return loading.read_vlm_config(
+    return read_vlm_config(
       bench.RELEASED.parent / folder,
       ModelConfig(frames, None, "bfloat16", "bfloat16", 1, "auto", remat=False),
       COSINE,

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_loading as w
+import tiny_checkpoints as w
 from flax import nnx
 
 from xcomp_jax import config, config_io
-from xcomp_jax.checkpoints import loading, saving
+from xcomp_jax.checkpoints import loading, rotary, saving
+from xcomp_jax.checkpoints.config_json import read_yarn, yarn_of
 from xcomp_jax.model import layers
 from xcomp_jax.model.qwen2 import Decoder, Lengths, run_layers
 
-QWEN = loading.yarn_of(4.0, 32768)
+QWEN = yarn_of(4.0, 32768)
 
 
 def qwen_frequencies(head_dim, theta, factor, trained, fast=32, slow=1):
@@ -57,11 +58,9 @@ def llm(tiny, **changes):
 def test_yarn_is_the_formula(head_dim, theta, factor):
   wanted, first, last = qwen_frequencies(head_dim, theta, factor, 32768)
   half = head_dim // 2
-  ours = theta ** (-np.arange(half) / half) * layers.slower(
-    loading.yarn_of(factor, 32768), half, theta
-  )
+  ours = theta ** (-np.arange(half) / half) * layers.slower(yarn_of(factor, 32768), half, theta)
   np.testing.assert_allclose(ours, wanted, rtol=1e-6)
-  stretch = layers.slower(loading.yarn_of(factor, 32768), half, theta)
+  stretch = layers.slower(yarn_of(factor, 32768), half, theta)
   assert (
     (stretch[: first + 1] == 1).all()
     and np.allclose(stretch[last:], 1 / factor)
@@ -136,8 +135,8 @@ def test_a_decoder_with_yarn_is_another_one(tiny):
     )(decoder, x)
 
   plain = out(None)
-  np.testing.assert_array_equal(plain, out(loading.yarn_of(1.0, 4)))
-  assert np.abs(plain - out(loading.yarn_of(4.0, 4))).max() > 1e-3
+  np.testing.assert_array_equal(plain, out(yarn_of(1.0, 4)))
+  assert np.abs(plain - out(yarn_of(4.0, 4))).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
@@ -151,8 +150,7 @@ def test_yarn_of_a_config_json(tmp_path, kind):
     4.0, 32768, 16.0, 2.0, 1.0
   )
   assert (
-    loading.read_yarn("", loading.rope_scaling(config.Yarn(4.0, 32768, 16.0, 2.0, 1.0))).beta_fast
-    == 16.0
+    read_yarn("", rotary.rope_scaling(config.Yarn(4.0, 32768, 16.0, 2.0, 1.0))).beta_fast == 16.0
   )
   assert (
     w.read_config(w.configured(tmp_path, rope_scaling={kind: "default"})).llm.rope_scaling is None

@@ -12,7 +12,8 @@ import pytest
 from test_packing import mixture
 
 from xcomp_jax.bench import parts
-from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints import tensor_names
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.config import ConfigError
 from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data import packing, pipeline
@@ -153,10 +154,10 @@ def test_fewer_layers_give_state_and_operations_of_all_and_say_that_the_rest_is_
 
 
 def test_released_sizes_are_known_without_a_network(monkeypatch):
-  monkeypatch.setattr(loading, "resolve", lambda name: pytest.fail(f"asked for {name}"))
+  monkeypatch.setattr(programs, "resolve", lambda name: pytest.fail(f"asked for {name}"))
   for variant, billions in (("", 1.838), (":7b", 7.923)):  # FACTS.md 11
     cfg = programs.model_sizes(from_command_line(["plan", f"--config=configs/sct.py{variant}"]))
-    numbers = sum(math.prod(e.shape) for e in loading.names(cfg))
+    numbers = sum(math.prod(e.shape) for e in tensor_names.names(cfg))
     assert round(numbers / 1e9, 3) == billions
 
 
@@ -400,7 +401,7 @@ def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
 def test_a_checkpoint_directory_is_taken_before_what_is_known(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
   assert programs.model_sizes(config).llm.width == 32
-  with pytest.raises(loading.CheckpointError, match="no directory"):
+  with pytest.raises(CheckpointError, match="no directory"):
     programs.model_sizes(dataclasses.replace(config, init_from="./nowhere"))
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from xcomp_jax.checkpoints import loading
-from xcomp_jax.checkpoints.loading import CheckpointError
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.config_io import to_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.parallel.mesh import make_mesh
@@ -35,7 +36,7 @@ class Run:
   def __init__(self, config):
     self.config = config
     self.mesh = make_mesh(config.mesh, jax.devices()[:1])
-    cfg = loading.read_vlm_config(loading.resolve(config.init_from), config.model, config.lp_comp)
+    cfg = read_vlm_config(resolve(config.init_from), config.model, config.lp_comp)
     _, self.wanted = abstract_state(config, cfg, optim.optimizer(config.optim, 4), self.mesh)
     self.description = json.loads(
       json.dumps({"format": checkpoint.FORMAT, "run": to_dict(config), "vlm": to_dict(cfg)})

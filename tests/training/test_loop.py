@@ -21,6 +21,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig
 from xcomp_jax.config_io import from_dict
 from xcomp_jax.data import pipeline
@@ -85,7 +88,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
   saved, step = checkpoint.read_description(config.workdir)
   assert from_dict(RunConfig, saved["run"]) == config and step == 12
   cfg = from_dict(VLMConfig, saved["vlm"])
-  before = nnx.state(loading.load_model(loading.resolve(config.init_from), cfg))
+  before = nnx.state(loading.load_model(resolve(config.init_from), cfg))
   after = checkpoint.read_params(
     config.workdir, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), before)
   )
@@ -186,7 +189,7 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
       batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32)
     )
 
-  cfg = loading.read_vlm_config(loading.resolve(config.init_from), config.model, config.lp_comp)
+  cfg = read_vlm_config(resolve(config.init_from), config.model, config.lp_comp)
   third = pipeline.run_order(loop.open_data(config.data.train, cfg), 3, 0, 1)[2]
   bad = third[1]
   monkeypatch.setattr(pipeline, "collate", poisoned)
@@ -428,7 +431,7 @@ def shrink(base):
 def test_a_damaged_start_is_said_before_anything_is_written(tiny_run, tmp_path, damage, words):
   shutil.copytree(tiny_run(tmp_path).init_from, tmp_path / "base")
   damage(tmp_path / "base")
-  with pytest.raises(loading.CheckpointError, match=words):
+  with pytest.raises(CheckpointError, match=words):
     loop.train(tiny_run(tmp_path / "w", init_from=str(tmp_path / "base")))
   assert not (tmp_path / "w").exists()
 

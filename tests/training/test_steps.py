@@ -17,6 +17,8 @@ from packed import one_each
 
 from xcomp_jax.bench.parts import flops
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import (
   ConfigError,
   LLMConfig,
@@ -46,9 +48,7 @@ class Prepared:
 
   def __init__(self, config, devices):
     self.mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    self.cfg = loading.read_vlm_config(
-      loading.resolve(config.init_from), config.model, config.lp_comp
-    )
+    self.cfg = read_vlm_config(resolve(config.init_from), config.model, config.lp_comp)
     self.config, self.tx = config, optim.optimizer(config.optim, 10)
     with jax.set_mesh(self.mesh):
       self.graph, _ = steps.abstract_state(config, self.cfg, self.tx, self.mesh)

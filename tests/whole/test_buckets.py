@@ -19,7 +19,8 @@ from cluster import Cluster, arrays
 from etils import epath
 
 from xcomp_jax import export, files
-from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.decode_jobs import FrameSettings
 from xcomp_jax.data.mixture import read_mixture
@@ -169,7 +170,7 @@ def test_a_bucket_that_is_not_there_is_said(bucket):
     ConfigError, match=r"workdir gs://another/run can't be written \(.*\); set config\.workdir"
   ):
     workdir.claim("gs://another/run")
-  with pytest.raises(loading.CheckpointError, match=r"^gs://another/run has no checkpoints/"):
+  with pytest.raises(CheckpointError, match=r"^gs://another/run has no checkpoints/"):
     export.read_source("gs://another/run")
 
 
@@ -196,7 +197,7 @@ def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
   "use, why",
   [
     (open_store, "data is read as files. Copy it to this machine .* or mount the bucket"),
-    (loading.resolve, "a checkpoint is read from files .* or mount the bucket"),
+    (resolve, "a checkpoint is read from files .* or mount the bucket"),
     (
       lambda path: read_mixture(path, ".", 1.0),
       "annotations and videos are read as files. Copy",

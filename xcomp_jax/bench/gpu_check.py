@@ -28,6 +28,7 @@ from flax import nnx
 from xcomp_jax import cli, files
 from xcomp_jax.bench import bench, parts
 from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
+from xcomp_jax.errors import one_line
 from xcomp_jax.model import kernels, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
 
@@ -220,7 +221,7 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
       try:
         row = compare_implementation(case, implementation)
       except Exception as error:  # one that does not compile is a result, too
-        row = {"right": False, "error": files.one_line(error)[:300]}
+        row = {"right": False, "error": one_line(error)[:300]}
       wrong = not row["right"] and implementation == "flash"  # what nobody takes may fail
       right &= not wrong
       found[f"{implementation}: {case.name}"] = row

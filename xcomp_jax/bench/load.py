@@ -20,8 +20,10 @@ import numpy as np
 from flax import nnx
 
 from xcomp_jax.checkpoints import saving, tensor_files, tensor_names
-from xcomp_jax.checkpoints.loading import load_model, read_vlm_config, resolve
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.loading import load_model
 from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.cli import command
 from xcomp_jax.files import expanduser
 

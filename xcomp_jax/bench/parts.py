@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import (
   COSINE,
   Dtype,
@@ -100,7 +100,7 @@ def sized(like: str | None, dtype: Dtype, **model) -> VLMConfig:
     ModelConfig(8, "checkpoint", dtype, dtype, 4, "auto", remat=False), **model
   )
   if like not in (None, "small"):
-    return loading.read_vlm_config(pathlib.Path(like), m, COSINE)
+    return read_vlm_config(pathlib.Path(like), m, COSINE)
   vision, llm = (SMALL_TOWER, SMALL_LLM) if like else (TOWER, MEASURED)
   return VLMConfig(vision, llm, COSINE, 8, 16, dtype, int(m.clips_per_chunk), m.attention, m.remat)
 

@@ -22,7 +22,10 @@ from flax import nnx
 from xcomp_jax.bench import parts
 from xcomp_jax.bench.parts import flops
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.saving import AS_IT_IS
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.cli import command
 from xcomp_jax.config import COSINE, ModelConfig, Tuned
 from xcomp_jax.data import prompt, video
@@ -73,7 +76,7 @@ def question_costs(
   """Operations of a first and a later question about an encoded video, of the model that `like`
   describes; none are run.
   """
-  cfg = dataclasses.replace(loading.read_vlm_config(like, AS_IT_IS, COSINE), clip_frames=8)
+  cfg = dataclasses.replace(read_vlm_config(like, AS_IT_IS, COSINE), clip_frames=8)
   graph, state = nnx.split(loading.abstract(cfg))
   setting, D = qc_comp.select_config(mode, kept), cfg.vision.width
   plan = qc_comp.plan_rounds(frames, 8, setting)
@@ -125,11 +128,11 @@ def needles(
 
   A hit is any frame of that clip. "uniform" takes clips at equal distances, whatever the question.
   """
-  lp_comp = (loading.read_tuned(checkpoint) or Tuned(COSINE)).lp_comp
+  lp_comp = (read_tuned(checkpoint) or Tuned(COSINE)).lp_comp
   model_config = ModelConfig(
     world.FRAMES, "checkpoint", "float32", "float32", 16, "auto", remat=False
   )
-  cfg = loading.read_vlm_config(checkpoint, model_config, lp_comp)
+  cfg = read_vlm_config(checkpoint, model_config, lp_comp)
   model, tokenizer = loading.load_model(checkpoint, cfg), prompt.load_tokenizer(checkpoint)
   settings = {mode: qc_comp.select_config(mode, kept) for mode in modes}
   hits, asked = dict.fromkeys([*modes, "uniform"], 0), 0
@@ -167,7 +170,7 @@ def needles(
 def _run(args: argparse.Namespace) -> None:
   modes = args.mode or MODES
   if args.command == "needles":
-    found = needles(loading.resolve(args.checkpoint), pathlib.Path(args.world), modes, args.keep)
+    found = needles(resolve(args.checkpoint), pathlib.Path(args.world), modes, args.keep)
     print(
       "\n".join(
         f"{mode:>10} {n:5} of {asked} questions  {n / asked:6.1%}"

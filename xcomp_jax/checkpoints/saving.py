@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import pathlib
@@ -15,11 +14,14 @@ from typing import Any, cast
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from xcomp_jax import files, inputs
-from xcomp_jax.checkpoints import loading, tensor_files, tensor_names
+from xcomp_jax.checkpoints import config_json, loading, tensor_files, tensor_names
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
+from xcomp_jax.checkpoints.tuned import write_tuned
 from xcomp_jax.config import Dtype, LPCompConfig, ModelConfig, Tuned, VLMConfig
+from xcomp_jax.errors import one_line
 
 TOKENIZER_FILES = (
   "tokenizer.json",
@@ -35,7 +37,7 @@ RELATIVE = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # of module
 SHARD_BYTES = 5_000_000_000  # of one written safetensors file, as HF cuts them
 CODES = {dtype: code for code, dtype in tensor_files.DTYPES.items()}
 
-# What `read_config` needs beside the sizes; none of it changes a parameter.
+# What `read_vlm_config` needs beside the sizes; none of it changes a parameter.
 AS_IT_IS = ModelConfig(
   clip_frames="checkpoint",
   yarn="checkpoint",
@@ -95,19 +97,24 @@ def save_torch(
   Raises:
     CheckpointError: see `check_free`; a directory that can't be written; a broken source.
   """
-  entries, arrays = tensor_names.names(cfg), loading.parameters(model)
-  own = loading.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
+  arrays, dtypes = _parameters(directory, model, cfg, source, dtype)
   tensors = [
-    Tensor(e.name, e.shape, own[e.path], lambda e=e: _official(e, arrays[e.path], own[e.path]))
-    for e in sorted(entries, key=lambda e: e.name)
+    Tensor(
+      e.name, e.shape, dtypes[e.path], lambda e=e: _official(e, arrays[e.path], dtypes[e.path])
+    )
+    for e in sorted(tensor_names.names(cfg), key=lambda e: e.name)
   ]
   with appearing(directory, overwrite, sum(tensor.bytes for tensor in tensors)) as temporary:
     write_safetensors(temporary, tensors, shard_bytes)
     _copy_rest(temporary, source, cfg, tuned, dtype, code)
     written = loading.stored(temporary, cfg)
-    wrong = [f"{e.name} is {written[e.path]}" for e in entries if written[e.path] != own[e.path]]
-    if wrong:
-      raise CheckpointError(f"{directory} would not be as {source}: {'; '.join(wrong)}")
+    if wrong := [path for path in dtypes if written[path] != dtypes[path]]:
+      raise CheckpointError(
+        f"{directory} would not be as {source}: "
+        + "; ".join(f"{path} is {written[path]}" for path in wrong),
+        where=directory,
+        wrong=wrong,
+      )
 
 
 def save_orbax(
@@ -128,33 +135,43 @@ def save_orbax(
   """
   import orbax.checkpoint as ocp
 
-  arrays = loading.parameters(model)
-  own = loading.stored(source, cfg) if dtype is None else dict.fromkeys(arrays, np.dtype(dtype))
-  tensor_files.raise_differences(
-    pathlib.Path(directory),
-    tensor_names.names(cfg),
-    {path: a.shape for path, a in arrays.items()},
-    True,
-  )
-  with appearing(
-    directory, overwrite, sum(a.size * own[path].itemsize for path, a in arrays.items())
-  ) as temporary:
-    settings = tensor_files.nest_paths({path: ocp.SaveArgs(dtype=own[path]) for path in arrays})
+  arrays, dtypes = _parameters(directory, model, cfg, source, dtype)
+  settings = {path: ocp.SaveArgs(dtype=dtypes[path]) for path in arrays}
+  size = sum(a.size * dtypes[path].itemsize for path, a in arrays.items())
+  with appearing(directory, overwrite, size) as temporary:
     try:
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
         writer.save(
           (temporary / "params").absolute(),
-          args=ocp.args.PyTreeSave(tensor_files.nest_paths(arrays), save_args=settings),
+          args=ocp.args.PyTreeSave(
+            unflatten_dict(arrays, sep="/"), save_args=unflatten_dict(settings, sep="/")
+          ),
         )
     except Exception as error:  # of a disk that has become full TensorStore says so by a ValueError
-      raise OSError(files.one_line(error)[:500]) from error
+      raise OSError(one_line(error)[:500]) from error
     _copy_rest(temporary, source, cfg, tuned, dtype, code)
+
+
+def _parameters(
+  directory: pathlib.Path,
+  model: nnx.Module | nnx.State,
+  cfg: VLMConfig,
+  source: pathlib.Path,
+  dtype: Any | None,
+) -> tuple[dict[str, jax.Array], dict[str, np.dtype]]:
+  """Parameters by path, all that `cfg` has, and the dtype in which each is written."""
+  arrays = loading.parameters(model)
+  wanted = {e.path: e.ours for e in tensor_names.names(cfg)}
+  tensor_files.raise_differences(
+    pathlib.Path(directory), wanted, {path: a.shape for path, a in arrays.items()}
+  )
+  if dtype is None:
+    return arrays, loading.stored(source, cfg)
+  return arrays, dict.fromkeys(arrays, np.dtype(dtype))
 
 
 def _official(entry: tensor_names.Entry, array: jax.Array, dtype: np.dtype) -> Iterator[np.ndarray]:
   """The official tensor of our parameter, in blocks of rows."""
-  if array.shape != entry.ours:
-    raise CheckpointError(f"{entry.path} is {list(array.shape)}, must be {list(entry.ours)}")
   ours = np.asarray(array)
   if entry.form == "patch":
     width, rgb, _, p, _ = entry.shape
@@ -174,44 +191,44 @@ def write_safetensors(
   `shard_bytes`.
   """
   shards: list[list[Tensor]] = [[]]
-  size = 0
   for tensor in tensors:
-    if shards[-1] and size + tensor.bytes > shard_bytes:
+    if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > shard_bytes:
       shards.append([])
-      size = 0
     shards[-1].append(tensor)
-    size += tensor.bytes
-  count = len(shards)
-  names = (
-    [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    if count > 1
-    else ["model.safetensors"]
+  if len(shards) == 1:
+    _write_file(directory / "model.safetensors", shards[0])
+    return
+  places = {}
+  for i, shard in enumerate(shards):
+    name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+    _write_file(directory / name, shard)
+    places |= {tensor.name: name for tensor in shard}
+  total = sum(tensor.bytes for tensor in tensors)
+  files.write_json(
+    directory / tensor_files.INDEX,
+    {"metadata": {"total_size": total}, "weight_map": places},
+    indent=2,
   )
-  for file, shard in zip(names, shards):
-    stops = list(itertools.accumulate(tensor.bytes for tensor in shard))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for tensor, stop in zip(shard, stops):
-      offsets = [stop - tensor.bytes, stop]
-      header[tensor.name] = {
-        "dtype": CODES[tensor.dtype],
-        "shape": list(tensor.shape),
-        "data_offsets": offsets,
-      }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(directory / file, "wb") as out:
-      out.write(len(text).to_bytes(8, "little") + text)
-      for tensor in shard:
-        for block in tensor.blocks():
-          out.write(block.view(np.uint8).data)
-  if count > 1:
-    total = sum(tensor.bytes for tensor in tensors)
-    places = {tensor.name: file for file, shard in zip(names, shards) for tensor in shard}
-    files.write_json(
-      directory / tensor_files.INDEX,
-      {"metadata": {"total_size": total}, "weight_map": places},
-      indent=2,
-    )
+
+
+def _write_file(file: pathlib.Path, tensors: Sequence[Tensor]) -> None:
+  """Writes one safetensors file, block by block; the library would need all of it in memory."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  stop = 0
+  for tensor in tensors:
+    start, stop = stop, stop + tensor.bytes
+    header[tensor.name] = {
+      "dtype": CODES[tensor.dtype],
+      "shape": list(tensor.shape),
+      "data_offsets": [start, stop],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with open(file, "wb") as out:
+    out.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors:
+      for block in tensor.blocks():
+        out.write(block.view(np.uint8).data)
 
 
 def _copy_rest(
@@ -224,23 +241,7 @@ def _copy_rest(
 ) -> None:
   """config.json and the code that it names, xcomp.json if `tuned`, and tokenizer files."""
   source = pathlib.Path(source)
-  file = source / "config.json"
-  config: dict[str, Any] = tensor_files.read_object(file) | {
-    "mm_local_num_frames": cfg.clip_frames,
-    "tie_word_embeddings": cfg.llm.tied,
-  }
-  if loading.read_scaling(file, config) != cfg.llm.rope_scaling or "rope_parameters" in config:
-    # The official code reads the keys of transformers 4, and transformers 5 reads these, too.
-    config |= {
-      "rope_theta": cfg.llm.rope_theta,
-      "rope_scaling": loading.rope_scaling(cfg.llm.rope_scaling),
-    }
-    config.pop("rope_parameters", None)
-  stated = config.pop("dtype", None)
-  if stated is not None or dtype is not None:
-    config["torch_dtype"] = stated if dtype is None else np.dtype(dtype).name
-  if not isinstance(config.get("auto_map", {}), (dict, type(None))):
-    raise CheckpointError(f"{file}: auto_map = {config['auto_map']!r}: must be an object")
+  config = _exported_config(source / "config.json", cfg, dtype)
   if config.get("auto_map"):
     folder = code or source
     if missing := missing_code(config["auto_map"], folder):
@@ -251,15 +252,46 @@ def _copy_rest(
         "them from a directory; without them the official code has to be imported by hand",
         file=sys.stderr,
       )
-    for python in [] if missing else folder.glob("*.py"):
-      shutil.copyfile(python, directory / python.name)
+    else:
+      for python in folder.glob("*.py"):
+        shutil.copyfile(python, directory / python.name)
   files.write_json(directory / "config.json", config, indent=2)
-  if tuned:
-    own = Tuned(
-      cfg.lp_comp, cfg.clip_frames, cfg.vision.image_size, cast(Dtype, cfg.dtype), cfg.llm.context
+  if tuned is True:
+    tuned = Tuned(
+      lp_comp=cfg.lp_comp,
+      clip_frames=cfg.clip_frames,
+      image_size=cfg.vision.image_size,
+      dtype=cast(Dtype, cfg.dtype),
+      context=cfg.llm.context,
     )
-    loading.write_tuned(directory, own if tuned is True else tuned)
+  if tuned:
+    write_tuned(directory, tuned)
   copy_tokenizer(directory, source)
+
+
+def _exported_config(file: pathlib.Path, cfg: VLMConfig, dtype: Any | None) -> dict[str, Any]:
+  """The source's config.json as the official code reads it, with what differs in the model."""
+  config = tensor_files.read_object(file) | {
+    "mm_local_num_frames": cfg.clip_frames,
+    "tie_word_embeddings": cfg.llm.tied,
+  }
+  if config_json.read_scaling(file, config) != cfg.llm.rope_scaling or "rope_parameters" in config:
+    # The official code reads the keys of transformers 4, and transformers 5 reads these, too.
+    config |= {
+      "rope_theta": cfg.llm.rope_theta,
+      "rope_scaling": config_json.rope_scaling(cfg.llm.rope_scaling),
+    }
+    config.pop("rope_parameters", None)
+  stated = config.pop("dtype", None)
+  if stated is not None or dtype is not None:
+    config["torch_dtype"] = stated if dtype is None else np.dtype(dtype).name
+  if not isinstance(config.get("auto_map", {}), (dict, type(None))):
+    raise CheckpointError(
+      f"{file}: auto_map = {config['auto_map']!r}: must be an object",
+      where=file,
+      wrong={"auto_map": config["auto_map"]},
+    )
+  return config
 
 
 def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
@@ -274,13 +306,14 @@ def missing_code(auto_map: dict[str, Any], folder: pathlib.Path) -> list[str]:
   ]
   # ORG/NAME--module.Class is at the hub
   wanted = [f"{name.split('.')[0]}.py" for name in names if "--" not in name]
+  missing = set()
   for name in wanted:  # grows
-    if inputs.beside(name) and (folder / name).is_file():
-      imported = RELATIVE.findall(inputs.read_text(folder / name, CheckpointError))
-      wanted += [file for file in (f"{module}.py" for module in imported) if file not in wanted]
-  return sorted(
-    {name for name in wanted if not (inputs.beside(name) and (folder / name).is_file())}
-  )
+    if not (inputs.beside(name) and (folder / name).is_file()):
+      missing.add(name)
+      continue
+    imported = RELATIVE.findall(inputs.read_text(folder / name, CheckpointError))
+    wanted += [file for file in (f"{module}.py" for module in imported) if file not in wanted]
+  return sorted(missing)
 
 
 def copy_tokenizer(directory: pathlib.Path, source: pathlib.Path) -> None:
@@ -300,25 +333,33 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
   directory = pathlib.Path(directory)
   files.settle(directory)
   if directory.exists() and not directory.is_dir():
-    raise CheckpointError(f"{directory} is a file; give a directory")
+    raise CheckpointError(
+      f"{directory} is a file; give a directory", where=directory, found="a file"
+    )
   if not directory.exists() or not any(directory.iterdir()):
     return
   if not overwrite:
     raise CheckpointError(
-      f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)"
+      f"{directory} is not empty; choose another directory, or allow its replacement (--overwrite)",
+      where=directory,
+      missing="overwrite",
     )
   if not (directory / tensor_files.EXPORTED).is_file():
     raise CheckpointError(
       f"{directory} is not empty and no export (it has no {tensor_files.EXPORTED}, which lists "
       f"what one "
-      f"wrote), so it is not replaced; remove it yourself, or choose another directory"
+      f"wrote), so it is not replaced; remove it yourself, or choose another directory",
+      where=directory,
+      missing=tensor_files.EXPORTED,
     )
   wrote = tensor_files.read_object(directory / tensor_files.EXPORTED)
   if other := [name for name, size in file_sizes(directory).items() if wrote.get(name) != size]:
     more = f" and {len(other) - 1} more" * (len(other) > 1)
     raise CheckpointError(
       f"{directory} also holds {other[0]}{more}, which is not what the export wrote, so it is not "
-      f"replaced; choose another directory"
+      f"replaced; choose another directory",
+      where=directory,
+      found=other,
     )
 
 
@@ -347,5 +388,7 @@ def appearing(directory: pathlib.Path, overwrite: bool, size: int = 0) -> Genera
   except OSError as error:
     text = str(error)
     raise CheckpointError(
-      text if " can't be written: " in text else f"{directory} can't be written: {text}"
+      text if " can't be written: " in text else f"{directory} can't be written: {text}",
+      where=directory,
+      found=text,
     ) from error

@@ -1,5 +1,9 @@
-"""Tensors of a checkpoint straight from their files into shardings, strictly: safetensors under
-official names, Orbax under ours.
+"""Tensors of a checkpoint in the torch layout, under official names: strictly, straight from
+safetensors files into shardings.
+
+Files are read here and not by the library, which takes memory maps: those are slower by two fifths,
+and a file that is cut short meanwhile would kill the process. (Its reading without maps takes a
+whole tensor for every block of rows.)
 """
 
 import contextlib
@@ -11,7 +15,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +41,6 @@ FRAMEWORKS = re.compile(
 )
 LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
 SHOWN = 100  # tensors of a kind in a message
-PACKED = 1000  # bytes of arrays in a byte of an Orbax directory's files, at most
 DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
   "F16": np.dtype(np.float16),
@@ -55,15 +58,19 @@ def shards(directory: pathlib.Path) -> list[pathlib.Path]:
   """The files that the index names, all of them in its folder; what lies there may be a link, as in
   the hub's cache.
   """
-  places = read_object(directory / INDEX, "weight_map")["weight_map"]
+  index = directory / INDEX
+  places = read_object(index, "weight_map")["weight_map"]
   if not isinstance(places, dict):
     raise CheckpointError(
-      f"{directory / INDEX}: weight_map must be an object of tensor names and file names"
+      f"{index}: weight_map must be an object of tensor names and file names",
+      where=index,
+      value=places,
     )
   if wrong := [shard for shard in places.values() if not inputs.beside(shard)]:
     raise CheckpointError(
-      f"{directory / INDEX}: weight_map must name files of its own folder, not "
-      f"{inputs.quoted(wrong[0], 100)}"
+      f"{index}: weight_map must name files of its own folder, not {inputs.quoted(wrong[0], 100)}",
+      where=index,
+      value=wrong[0],
     )
   return sorted({directory / shard for shard in places.values()})
 
@@ -75,13 +82,12 @@ def read_object(file: pathlib.Path, *required: str) -> dict[str, Any]:
     CheckpointError: no such file, not a JSON object, or keys missing.
   """
   if not file.exists():
-    raise CheckpointError(f"{file.parent} has no {file.name}")
+    raise CheckpointError(f"{file.parent} has no {file.name}", where=file.parent, missing=file.name)
   values = inputs.read_json(file, CheckpointError, inputs.ABOUT)
   if not isinstance(values, dict):
-    raise CheckpointError(f"{file} does not hold a JSON object")
-  missing = [key for key in required if key not in values]
-  if missing:
-    raise CheckpointError(f"{file} lacks {', '.join(missing)}")
+    raise CheckpointError(f"{file} does not hold a JSON object", where=file, value=values)
+  if missing := [key for key in required if key not in values]:
+    raise CheckpointError(f"{file} lacks {', '.join(missing)}", where=file, missing=missing)
   return values
 
 
@@ -91,38 +97,47 @@ Target = Callable[[str, np.dtype], tuple[Sharding, np.dtype]]
 
 def raise_differences(
   directory: pathlib.Path,
-  entries: Iterable[Entry],
+  wanted: Mapping[str, tuple[int, ...]],
   found: Mapping[str, tuple[int, ...]],
-  orbax: bool,
-  problems=(),
-  by="config.json",
-):
-  """Raises one CheckpointError about all differences between what is there and what should be; by:
-  the file that says so.
+  unreadable: Sequence[str] = (),
+  by: str = "config.json",
+) -> None:
+  """Raises one CheckpointError about all differences between the shapes that are there and those
+  that should be; by: the file that says so.
   """
-  wanted = {e.path: e.ours for e in entries} if orbax else {e.name: e.shape for e in entries}
   missing = [name for name in wanted if name not in found]
-  extra = sorted(found.keys() - wanted.keys())
-  shaped = [
+  unexpected = sorted(found.keys() - wanted.keys())
+  misshapen = [
     f"{name} is {list(found[name])}, must be {list(shape)}"
     for name, shape in wanted.items()
     if name in found and tuple(found[name]) != tuple(shape)
   ]
-  groups = (
-    ("missing", missing),
-    ("unexpected", extra),
-    ("of another shape", shaped),
-    ("unreadable", list(problems)),
-  )
-
-  def shown(group):
-    return "; ".join(group[:SHOWN]) + (
-      f"; and {len(group) - SHOWN} more" if len(group) > SHOWN else ""
+  groups = {
+    "missing": missing,
+    "unexpected": unexpected,
+    "of another shape": misshapen,
+    "unreadable": unreadable,
+  }
+  lines = [
+    f"\n  {len(group)} {what}: {'; '.join(group[:SHOWN])}"
+    + (f"; and {len(group) - SHOWN} more" if len(group) > SHOWN else "")
+    for what, group in groups.items()
+    if group
+  ]
+  if lines:
+    raise CheckpointError(
+      f"{directory} does not hold the model that its {by} describes:{''.join(lines)}",
+      where=directory,
+      missing=missing,
+      unexpected=unexpected,
+      misshapen=misshapen,
+      unreadable=list(unreadable),
     )
 
-  text = "".join(f"\n  {len(group)} {what}: {shown(group)}" for what, group in groups if group)
-  if text:
-    raise CheckpointError(f"{directory} does not hold the model that its {by} describes:{text}")
+
+def by_path(tree: Any) -> dict[str, Any]:
+  """Leaves of a tree by path, as in `Entry.path`."""
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +168,16 @@ def _headers(directory: pathlib.Path) -> tuple[dict[str, _Stored], list[str]]:
   absent = [file.name for file in files if not file.exists()]
   if absent:
     raise CheckpointError(
-      f"{index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
+      f"{index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there",
+      where=index,
+      missing=absent,
     )
   if not files:
-    raise CheckpointError(f"{directory} has neither *.safetensors nor params/ (an Orbax export)")
+    raise CheckpointError(
+      f"{directory} has neither *.safetensors nor params/ (an Orbax export)",
+      where=directory,
+      missing=["*.safetensors", "params/"],
+    )
   tensors, problems = {}, []
   for file in files:
     regular(file)
@@ -182,7 +203,9 @@ def adapters(directory: pathlib.Path, example: str) -> CheckpointError:
   return CheckpointError(
     f"{directory} holds LoRA adapters ({example}), which are no whole model: merge them first, "
     f"where they were trained, with "
-    "model.merge_and_unload().save_pretrained(DIR), and give DIR"
+    "model.merge_and_unload().save_pretrained(DIR), and give DIR",
+    where=directory,
+    adapters=example,
   )
 
 
@@ -216,7 +239,10 @@ def check_names(directory: pathlib.Path, wanted: Collection[str], found: Collect
     "  index = json.loads(file.read_text())\n"
     f"  index['weight_map'] = {{re.sub(r'{FRAMEWORKS.pattern}', '', name): shard for name, shard "
     f"in index['weight_map'].items()}}\n"
-    "  file.write_text(json.dumps(index))"
+    "  file.write_text(json.dumps(index))",
+    where=directory,
+    added=added,
+    renamed=list(named),
   )
 
 
@@ -262,7 +288,11 @@ def open_torch(
     if it.dtype not in DTYPES
   ]
   raise_differences(
-    directory, entries, {name: it.shape for name, it in tensors.items()}, False, problems, by
+    directory,
+    {e.name: e.shape for e in entries},
+    {name: it.shape for name, it in tensors.items()},
+    problems,
+    by,
   )
   return tensors
 
@@ -298,7 +328,7 @@ def _read_rows(opened: io.FileIO, it: _Stored, start: int, stop: int) -> np.ndar
   row = math.prod(it.shape[1:]) * DTYPES[it.dtype].itemsize
   data = os.pread(opened.fileno(), (stop - start) * row, it.offset + start * row)
   if len(data) != (stop - start) * row:
-    raise CheckpointError(f"{it.file} ended while it was read")
+    raise CheckpointError(f"{it.file} ended while it was read", where=it.file)
   return np.frombuffer(data, DTYPES[it.dtype]).reshape(stop - start, *it.shape[1:])
 
 
@@ -341,113 +371,3 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
   memory = np.empty(size + 64, np.uint8)
   start = -memory.ctypes.data % 64
   return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def is_orbax(directory: pathlib.Path) -> bool:
-  """Whether a checkpoint has the Orbax layout."""
-  return (directory / "params").is_dir()
-
-
-def only_files(folder: str | os.PathLike) -> None:
-  """Raises an OSError if a folder of this machine holds anything but files and folders: pipes and
-  devices are never opened.
-  """
-  for where, _, files in os.walk(folder):
-    for file in files:
-      regular(os.path.join(where, file))
-
-
-@contextlib.contextmanager
-def reading_orbax(folder: str | os.PathLike) -> Generator[None]:
-  """Around what Orbax reads of a folder.
-
-  Raises:
-    CheckpointError: whatever Orbax, TensorStore or JSON raise of files that are missing, damaged or
-      of another kind.
-  """
-  with reading(folder, CheckpointError):
-    only_files(folder)
-    yield
-
-
-def orbax_dtypes(directory: pathlib.Path, entries: Sequence[Entry]) -> dict[str, np.dtype]:
-  """Path -> stored dtype, checked against the table, and the sizes against those of the files."""
-  import orbax.checkpoint as ocp
-
-  folder = directory / "params"
-  with reading_orbax(folder):
-    # Names first: they may be names of files, and those of another model's parameters are never
-    # opened.
-    keys = [
-      tree["key_metadata"]
-      for tree in read_object(folder / "_METADATA", "tree_metadata")["tree_metadata"].values()
-    ]
-    here = {"/".join(str(part["key"]) for part in key) for key in keys}
-    wanted = {e.path: e.ours for e in entries}
-    if here - wanted.keys():
-      raise_differences(folder, entries, {path: wanted.get(path, ()) for path in here}, True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      metadata = reader.metadata(folder.absolute()).item_metadata
-    if metadata is None:
-      raise CheckpointError(
-        f"{folder} is damaged: a file that describes its arrays is missing or broken"
-      )
-    found = {
-      path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree)
-    }
-    dtypes = {path: str(leaf.dtype) for path, leaf in found.items()}
-    known = [str(dtype) for dtype in DTYPES.values()]
-    problems = [
-      f"{path} is {dtype}, not one of {', '.join(known)}"
-      for path, dtype in dtypes.items()
-      if dtype not in known
-    ]
-    raise_differences(
-      folder, entries, {path: tuple(leaf.shape) for path, leaf in found.items()}, True, problems
-    )
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    asked = sum(math.prod(e.ours) * np.dtype(dtypes[e.path]).itemsize for e in entries)
-    if asked > PACKED * there:
-      raise CheckpointError(
-        f"{folder} is damaged: {asked / 1e9:,.1f} GB of arrays can't be in {there / 1e6:,.1f} MB "
-        f"of files"
-      )
-  return {path: np.dtype(dtype) for path, dtype in dtypes.items()}
-
-
-def read_orbax(
-  directory: pathlib.Path, entries: Sequence[Entry], target: Target
-) -> dict[str, jax.Array]:
-  """Likewise of an Orbax directory."""
-  import orbax.checkpoint as ocp
-
-  own = orbax_dtypes(directory, entries)
-  item = {}
-  for e in entries:
-    sharding, dtype = target(e.path, own[e.path])
-    item[e.path] = jax.ShapeDtypeStruct(e.ours, dtype, sharding=sharding)
-  largest = max(
-    math.prod(e.ours) * max(own[e.path].itemsize, item[e.path].dtype.itemsize) for e in entries
-  )
-  # Orbax reads as many arrays at once as it is allowed to; this keeps host memory near the largest
-  # of them.
-  handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
-  tree = nest_paths(item)
-  arguments = ocp.args.PyTreeRestore(
-    item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
-  )
-  with reading_orbax(directory / "params"), ocp.Checkpointer(handler) as reader:
-    tree = reader.restore((directory / "params").absolute(), args=arguments)
-  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def nest_paths(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """{'a/0/b': x} -> {'a': {'0': {'b': x}}}."""
-  tree: dict[str, Any] = {}
-  for path, leaf in flat.items():
-    *parents, last = path.split("/")
-    node = tree
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[last] = leaf
-  return tree

@@ -28,7 +28,8 @@ import numpy as np
 from xcomp_jax.data import spools, store, video
 from xcomp_jax.data.mixture import Job
 from xcomp_jax.data.processes import DiedError, Here, Processes, StartError
-from xcomp_jax.files import one_line, replacing, too_many_files, write_json
+from xcomp_jax.errors import one_line, too_many_files
+from xcomp_jax.files import replacing, write_json
 from xcomp_jax.inputs import read_json
 
 # Frames of videos that a process decodes before a fresh one takes its place: decoders of videos

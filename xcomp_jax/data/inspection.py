@@ -16,7 +16,8 @@ from xcomp_jax import inputs
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
-from xcomp_jax.files import listed, one_line, replacing, too_many_files
+from xcomp_jax.errors import listed, one_line, too_many_files
+from xcomp_jax.files import replacing
 from xcomp_jax.progress import progress
 
 THUMBNAIL = 112  # pixels

@@ -22,7 +22,8 @@ from typing import Any
 
 from xcomp_jax import inputs
 from xcomp_jax.data import store, video
-from xcomp_jax.files import expanduser, local, one_line
+from xcomp_jax.errors import one_line
+from xcomp_jax.files import expanduser, local
 from xcomp_jax.inputs import quoted
 from xcomp_jax.progress import progress
 

@@ -19,7 +19,8 @@ import PIL
 from xcomp_jax.data import decode_jobs, store, video
 from xcomp_jax.data import mixture as mixtures
 from xcomp_jax.data.decode_jobs import FrameSettings, Work
-from xcomp_jax.files import become, listed, local, locked, sweep, write_json
+from xcomp_jax.errors import listed
+from xcomp_jax.files import become, local, locked, sweep, write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.progress import progress
 

@@ -38,8 +38,8 @@ import ml_dtypes
 import numpy as np
 
 from xcomp_jax import inputs
-from xcomp_jax.errors import XCompError
-from xcomp_jax.files import fresh_folder, local, one_line, too_many_files
+from xcomp_jax.errors import XCompError, one_line, too_many_files
+from xcomp_jax.files import fresh_folder, local
 from xcomp_jax.inputs import reading, regular
 
 FORMAT = 2  # of the folder; raised when an older reader would misread it

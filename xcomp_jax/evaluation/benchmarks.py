@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from xcomp_jax.errors import listed
 from xcomp_jax.evaluation.annotations import TaskError, read_annotations
 from xcomp_jax.evaluation.protocol import (
   BEST_OPTION,
@@ -30,7 +31,7 @@ from xcomp_jax.evaluation.protocol import (
   stated,
   videomme_prompt,
 )
-from xcomp_jax.files import expanduser, listed
+from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import quoted, read_json
 
 # tried in turn behind a video's name

@@ -18,6 +18,9 @@ import jax
 import numpy as np
 
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import (
   COSINE,
   Attention,
@@ -31,7 +34,8 @@ from xcomp_jax.config import (
   VLMConfig,
 )
 from xcomp_jax.data import prompt, video
-from xcomp_jax.files import expanduser, one_line, out_of_memory
+from xcomp_jax.errors import one_line, out_of_memory
+from xcomp_jax.files import expanduser
 from xcomp_jax.inference import chat, encoded_video, generate
 from xcomp_jax.inputs import ENDINGS, number, printable
 from xcomp_jax.model import kernels, qc_comp
@@ -452,8 +456,8 @@ def prepare_model(s: AskSettings) -> VideoModel:
     CheckpointError, ConfigError, OSError: bad settings, by name.
   """
   s = checked(s)
-  directory = loading.resolve(s.checkpoint)
-  tuned = loading.read_tuned(directory) or Tuned(COSINE)
+  directory = resolve(s.checkpoint)
+  tuned = read_tuned(directory) or Tuned(COSINE)
   lp_comp = LPCompConfig(
     s.schedule or tuned.lp_comp.schedule, s.keep or tuned.lp_comp.keep, tuned.lp_comp.group
   )
@@ -462,7 +466,7 @@ def prepare_model(s: AskSettings) -> VideoModel:
   frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
   yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
   model = ModelConfig(frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False)
-  cfg = loading.read_vlm_config(directory, model, lp_comp, option="--clip-frames checkpoint")
+  cfg = read_vlm_config(directory, model, lp_comp, option="--clip-frames checkpoint")
   if s.context not in (None, cfg.llm.context):
     print(
       f"a context of {s.context:,} tokens (--context), not the "

@@ -1,5 +1,6 @@
 """Rows of `parity`'s table: our arrays against recorded ones."""
 
+import collections
 import dataclasses
 import pathlib
 import zipfile
@@ -18,7 +19,7 @@ class ParityError(XCompError, ValueError):
   """A directory that can't be compared; the message says which file and why."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
   """A line of the table; error and tolerance are those of the array that is nearest to failing."""
 
@@ -41,20 +42,31 @@ def compare_arrays(
 
   `absolute` or `relative` to an array's largest value, whichever is larger.
   """
-  rows = []
-  for name in ours.keys() & recorded.keys():
-    a, b = np.asarray(ours[name]), np.asarray(recorded[name])
-    error = np.abs(a.astype(np.float64) - b).max(initial=0) if a.shape == b.shape else np.inf
-    largest = np.abs(b).max(initial=0)
-    rows.append(
-      (name, float(np.nan_to_num(error, nan=np.inf)), max(absolute, float(relative * largest)))
+  pairs = {
+    name: (np.asarray(ours[name]), np.asarray(recorded[name]))
+    for name in ours.keys() & recorded.keys()
+  }
+  rows = [
+    Row(
+      stage=stage,
+      arrays=len(pairs),
+      worst=name,
+      error=_largest_difference(a, b),
+      tolerance=max(absolute, float(relative * np.abs(b).max(initial=0))),
     )
+    for name, (a, b) in pairs.items()
+  ]
 
   def nearness(row):
-    return (row[1] > row[2], row[1] / row[2] if row[2] else row[1])
+    worse = row.error / row.tolerance if row.tolerance else row.error
+    return row.error > row.tolerance, worse
 
-  name, error, tolerance = max(rows, key=nearness, default=("", 0.0, 0.0))
-  return Row(stage, len(rows), name, error, tolerance)
+  return max(rows, key=nearness, default=absent(stage))
+
+
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+  error = np.abs(a.astype(np.float64) - b).max(initial=0) if a.shape == b.shape else np.inf
+  return float(np.nan_to_num(error, nan=np.inf))
 
 
 def read_arrays(file: pathlib.Path) -> Arrays:
@@ -72,15 +84,18 @@ def read_arrays(file: pathlib.Path) -> Arrays:
     ) as archive:  # recordings are as the official code made them, packed ones too
       if (size := sum(entry.file_size for entry in archive.infolist())) > MOST:
         raise ParityError(
-          f"{file} claims {size / 1e9:,.0f} GB of arrays; {MOST / 1e9:,.0f} is the most"
+          f"{file} claims {size / 1e9:,.0f} GB of arrays; {MOST / 1e9:,.0f} is the most",
+          where=file,
+          value=size,
+          allowed=MOST,
         )
     with np.load(file, allow_pickle=False) as arrays:
       return dict(arrays)
 
 
-def absent(file: str) -> Row:
-  """A line for a file that is not there."""
-  return Row(file, 0, "", 0.0, 0.0)
+def absent(stage: str) -> Row:
+  """A line for a file, or a stage's arrays, that are not there."""
+  return Row(stage=stage, arrays=0, worst="", error=0.0, tolerance=0.0)
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
@@ -92,9 +107,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
     lines.append(
       f"{row.stage:{width}}  {row.arrays:6}  {numbers}  {row.result:6}  {row.worst}".rstrip()
     )
-  count = {
-    result: sum(row.result == result for row in rows) for result in ("pass", "FAIL", "absent")
-  }
+  count = collections.Counter(row.result for row in rows)
   return "\n".join(
     [*lines, f"{count['pass']} stages pass, {count['FAIL']} fail, {count['absent']} absent"]
   )

@@ -37,17 +37,21 @@ def choices(name: str, recorded: list[dict[str, Any]]) -> list[Row]:
     for n, case in enumerate(recorded):
       try:
         ours, theirs = found.setdefault(f"{name}: {case['kind']}, {case['style']}", ({}, {}))
-        theirs |= {
-          f"frames {n}": np.array(case["indices"]),
-          f"message {n}": _letters(case["message"]),
-        }
+        theirs |= _named(n, np.array(case["indices"]), case["message"])
         indices, message = _chosen(pathlib.Path(folder) / str(n), case)
       except video.VideoError as error:  # nothing is chosen where the official code chooses
         indices, message = np.zeros(0, int), str(error)
       except Exception as error:  # it may hold anything
-        raise ParityError(f"{name}, case {n} is not as VECTORS.md says: {error!r}") from error
-      ours |= {f"frames {n}": indices, f"message {n}": _letters(message)}
+        raise ParityError(
+          f"{name}, case {n} is not as VECTORS.md says: {error!r}", where=name, case=n
+        ) from error
+      ours |= _named(n, indices, message)
   return [compare_arrays(stage, *both) for stage, both in found.items()]
+
+
+def _named(n: int, indices: np.ndarray, message: str) -> dict[str, np.ndarray]:
+  letters = np.frombuffer(message.encode(), np.uint8)
+  return {f"frames {n}": indices, f"message {n}": letters}
 
 
 def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:
@@ -56,9 +60,8 @@ def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:
   """
   count, (start, end), index = case["count"], case["clip"] or (None, None), None
   if case["kind"] == "frames":
-    path = root.joinpath(
-      *(part for part in pathlib.PurePosixPath(case["path"]).parts if part not in ("/", ".."))
-    )
+    parts = pathlib.PurePosixPath(case["path"]).parts
+    path = root.joinpath(*(part for part in parts if part not in ("/", "..")))
     path.mkdir(parents=True)
     for i in range(count):
       (path / f"img_{i + 1:05}.jpg").touch()
@@ -67,7 +70,15 @@ def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:
     root.mkdir()
     path.touch()
     index = container.Index(
-      0, np.arange(count) / rate, count / rate, rate, rate, np.arange(count), (), 0.0, count
+      stream=0,
+      times=np.arange(count) / rate,
+      seconds=count / rate,
+      rate=rate,
+      average=rate,
+      pts=np.arange(count),
+      keys=(),
+      lost=0.0,
+      stated=count,
     )
   chosen = video.sample(
     path,
@@ -83,7 +94,3 @@ def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:
     found=index,
   )
   return chosen.indices, prompt.time_message(chosen.seconds, len(chosen.indices))
-
-
-def _letters(text: str) -> np.ndarray:
-  return np.frombuffer(text.encode(), np.uint8)

@@ -20,16 +20,19 @@ import functools
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints import loading, tensor_names
+from xcomp_jax.checkpoints.saving import AS_IT_IS
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.cli import command
-from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, ModelConfig, VLMConfig
+from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.files import path_of
@@ -53,39 +56,62 @@ LLM = 1e-4  # absolute
 LOSS = 1e-5  # of the loss
 GRADIENT = (2e-5, 1e-4)  # absolute, or of an array's largest value
 QC_SCORES, QC_CHAT = 1e-5, 1e-3  # of each score
+# How the recorded outputs were computed.
+EXACT = dataclasses.replace(AS_IT_IS, attention="einsum")
+
+
+class Answered(NamedTuple):
+  """What a prompt gives: all states and caches of the prefill, its logits [S, V], and greedy tokens
+  [T] with their logits [T, V].
+  """
+
+  prefill: Any
+  logits: jax.Array
+  tokens: jax.Array
+  new_logits: jax.Array
+
+  @property
+  def cached(self) -> np.ndarray:
+    """int[layers], valid tokens in each layer's cache."""
+    return np.array([int(cache.valid.sum()) for cache in self.prefill.caches])
+
+
+def _one(n: int) -> jax.Array:
+  return jnp.full((1, 1), n, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("prefix", "text", "room"))
-def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int):
-  """From an inserted sequence [S, D]: all states of the prefill, its logits, and `room` greedy
-  tokens and logits.
-  """
-
-  def one(n):
-    return jnp.full((1, 1), n, jnp.int32)
-
-  lengths = Lengths(
-    one(prefix), one((len(x) - prefix - text) // model.cfg.lp_comp.group), one(text)
-  )
+def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int) -> Answered:
+  """From an inserted sequence [S, D] to `room` greedy tokens."""
+  visual = (len(x) - prefix - text) // model.cfg.lp_comp.group
   out = qwen2.run_layers(
-    model.llm, x[None], lengths, prefix=prefix, text=text, caches=True, entering=True
+    model.llm,
+    x[None],
+    Lengths(_one(prefix), _one(visual), _one(text)),
+    prefix=prefix,
+    text=text,
+    caches=True,
+    entering=True,
   )
 
   def step(state, _):
     tokens, after = generate.decode_tokens(model, state, generate.Sampling(room, ()), 1)
     return after, (tokens[0, 0], state.logits[0])
 
-  _, (tokens, new_logits) = jax.lax.scan(
-    step, generate.start(model, out, text, one(text)[0], room), length=room
-  )
-  return out, model.llm.logits(out.x)[0], tokens, new_logits
+  begun = generate.start(model, out, text, _one(text)[0], room)
+  _, (tokens, new_logits) = jax.lax.scan(step, begun, length=room)
+  return Answered(out, model.llm.logits(out.x)[0], tokens, new_logits)
 
 
 def slot_of(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Token ids before and after the visual slot."""
   slots = np.flatnonzero(ids == IMAGE_TOKEN)
   if len(slots) != 1:
-    raise ParityError(f"input_ids has {len(slots)} visual slots ({IMAGE_TOKEN}); expected one")
+    raise ParityError(
+      f"input_ids has {len(slots)} visual slots ({IMAGE_TOKEN}); expected one",
+      where="input_ids",
+      found=len(slots),
+    )
   return ids[: slots[0]], ids[slots[0] + 1 :]
 
 
@@ -101,87 +127,120 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
     placed = vlm.place_tokens(
       model, features[None], jnp.asarray(prefix[None]), jnp.asarray(text[None])
     )[0]
-    rows.append(compare_arrays("inserted sequence", {"inputs_embeds": placed}, recorded, LLM))
+    rows = [compare_arrays("inserted sequence", {"inputs_embeds": placed}, recorded, LLM)]
     x = placed if x is None else x
   if x is None:
-    raise ParityError("llm.npz has no inputs_embeds, and there are no frames to make it from")
+    raise ParityError(
+      "llm.npz has no inputs_embeds, and there are no frames to make it from",
+      where="llm.npz",
+      missing="inputs_embeds",
+    )
 
-  def go(model, room):
+  def answer(model, like):
+    room = len(like.get("generated", ()))
     return prefill_and_decode(model, jnp.asarray(x), len(prefix), len(text), room)
 
-  room = len(recorded.get("generated", ()))
-  out, logits, tokens, new_logits = go(model, room)
-  for i, state in enumerate(out.entering):
-    rows.append(
-      compare_arrays(f"state entering layer {i}", {f"hidden_in_{i:02}": state[0]}, recorded, LLM)
-    )
-  ours = {}
-  for i, (layer, state, cache) in enumerate(
-    zip(model.llm.layers, out.entering, out.caches, strict=True)
-  ):
-    names = {f"layer_out_pre_drop_{i:02}", f"layer_out_{i:02}"} & recorded.keys()
-    if names:
-      position = jnp.arange(state.shape[1])[None]
-      places = Places(jnp.where(cache.valid[:, : state.shape[1]], 0, -1), position, several=False)
-      ours |= dict.fromkeys(names, layer(state, places)[0][0])
-  rows.append(compare_arrays("layer outputs", ours, recorded, LLM))
-  rows.append(compare_arrays("final norm", {"final_norm": model.llm.norm(out.x)[0]}, recorded, LLM))
-  rows.append(compare_arrays("logits", {"logits": logits}, recorded, LLM))
-
-  lengths = np.array([int(cache.valid.sum()) for cache in out.caches])
-  ours = {f"layer_out_len_{i:02}": np.array(state.shape[1]) for i, state in enumerate(out.entering)}
-  rows.append(compare_arrays("cache lengths", ours | {"kv_len": lengths}, recorded))
-  ours = {}
-  for i, cache in enumerate(out.caches):
-    ours[f"k_cache_{i:02}"], ours[f"v_cache_{i:02}"] = (
-      jnp.moveaxis(a[0], 0, 1) for a in (cache.key, cache.value)
-    )
-  rows.append(compare_arrays("cached keys and values", ours, recorded, LLM))
-  ours = {"prefill_first_pos": np.zeros_like(lengths), "prefill_last_pos": lengths - 1}
-  rows.append(compare_arrays("prefill positions", ours, recorded))
-  # Positions count the valid tokens of a layer, and a new token's is the length of that layer's own
-  # cache; that keys are rotated by these shows in the caches and logits. Row 0 is the last token of
-  # the prefill.
-  ours = {"decode_pos": lengths - 1 + np.arange(room)[:, None]}
-  rows.append(compare_arrays("decode positions", ours, recorded))
-  rows.append(compare_arrays("greedy tokens", {"generated": tokens}, recorded))
-  rows.append(compare_arrays("decode logits", {"gen_logits": new_logits}, recorded, LLM))
-
+  released = answer(model, recorded)
+  rows += released_setting(model, released, recorded)
   for name in sorted({key.partition(":")[0] for key in variants if ":" in key} - {"untied"}):
     mine = {
       key.partition(":")[2]: value for key, value in variants.items() if key.startswith(f"{name}:")
     }
     other = loading.with_lp_comp(model, lp_comp_of(name, model.cfg.llm.layers))
-    varied, all_logits, tokens, new_logits = go(other, len(mine.get("generated", ())))
-    ours = {f"hidden_in_{i:02}": state[0] for i, state in enumerate(varied.entering)}
-    ours |= {"logits": all_logits, "gen_logits": new_logits}
-    rows.append(compare_arrays(f"{name}: states, logits", ours, mine, LLM))
-    ours = {
-      "generated": tokens,
-      "kv_len": np.array([int(cache.valid.sum()) for cache in varied.caches]),
-    }
-    rows.append(compare_arrays(f"{name}: tokens, cache lengths", ours, mine))
+    rows += other_setting(name, answer(other, mine), mine)
   if "untied_lm_head_weight" in variants:
-    cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, tied=False))
-    untied = nnx.eval_shape(lambda: qwen2.Decoder(cfg, rngs=nnx.Rngs(0)))
-    nnx.update(untied, nnx.state(model.llm))
-    untied.lm_head.kernel = nnx.Param(jnp.asarray(variants["untied_lm_head_weight"].T))
-    rows.append(
-      compare_arrays("untied head", {"untied:logits": untied.logits(out.x)[0]}, variants, LLM)
-    )
+    logits = untied_logits(model, released, variants["untied_lm_head_weight"])
+    rows.append(compare_arrays("untied head", {"untied:logits": logits}, variants, LLM))
   return rows
+
+
+def released_setting(model: VLM, got: Answered, recorded: Arrays) -> list[Row]:
+  """Every state of the prefill, caches, positions and greedy tokens."""
+  out, cached = got.prefill, got.cached
+  caches = {f"k_cache_{i:02}": cache.key for i, cache in enumerate(out.caches)}
+  caches |= {f"v_cache_{i:02}": cache.value for i, cache in enumerate(out.caches)}
+  lengths = {
+    f"layer_out_len_{i:02}": np.array(state.shape[1]) for i, state in enumerate(out.entering)
+  }
+  # Positions count the valid tokens of a layer, and a new token's is the length of that layer's own
+  # cache; that keys are rotated by these shows in the caches and logits. Row 0 is the last token of
+  # the prefill.
+  decoded = cached - 1 + np.arange(len(got.tokens))[:, None]
+  return [
+    *(
+      compare_arrays(f"state entering layer {i}", {f"hidden_in_{i:02}": state[0]}, recorded, LLM)
+      for i, state in enumerate(out.entering)
+    ),
+    compare_arrays("layer outputs", layer_outputs(model, out, recorded), recorded, LLM),
+    compare_arrays("final norm", {"final_norm": model.llm.norm(out.x)[0]}, recorded, LLM),
+    compare_arrays("logits", {"logits": got.logits}, recorded, LLM),
+    compare_arrays("cache lengths", lengths | {"kv_len": cached}, recorded),
+    compare_arrays(
+      "cached keys and values",
+      {name: jnp.moveaxis(a[0], 0, 1) for name, a in caches.items()},
+      recorded,
+      LLM,
+    ),
+    compare_arrays(
+      "prefill positions",
+      {"prefill_first_pos": np.zeros_like(cached), "prefill_last_pos": cached - 1},
+      recorded,
+    ),
+    compare_arrays("decode positions", {"decode_pos": decoded}, recorded),
+    compare_arrays("greedy tokens", {"generated": got.tokens}, recorded),
+    compare_arrays("decode logits", {"gen_logits": got.new_logits}, recorded, LLM),
+  ]
+
+
+def layer_outputs(model: VLM, out: Any, recorded: Arrays) -> dict[str, jax.Array]:
+  """The output [S, D] of each recorded layer, from what enters it here, under the recorded name."""
+  ours = {}
+  for i, (layer, state, cache) in enumerate(
+    zip(model.llm.layers, out.entering, out.caches, strict=True)
+  ):
+    if names := {f"layer_out_pre_drop_{i:02}", f"layer_out_{i:02}"} & recorded.keys():
+      size = state.shape[1]
+      places = Places(
+        jnp.where(cache.valid[:, :size], 0, -1), jnp.arange(size)[None], several=False
+      )
+      ours |= dict.fromkeys(names, layer(state, places)[0][0])
+  return ours
+
+
+def other_setting(name: str, got: Answered, recorded: Arrays) -> list[Row]:
+  """States, logits and greedy tokens of another LP-Comp."""
+  states = {f"hidden_in_{i:02}": state[0] for i, state in enumerate(got.prefill.entering)}
+  numbers = states | {"logits": got.logits, "gen_logits": got.new_logits}
+  exact = {"generated": got.tokens, "kv_len": got.cached}
+  return [
+    compare_arrays(f"{name}: states, logits", numbers, recorded, LLM),
+    compare_arrays(f"{name}: tokens, cache lengths", exact, recorded),
+  ]
+
+
+def untied_logits(model: VLM, got: Answered, weight: np.ndarray) -> jax.Array:
+  """Logits of the same states by an output head [V, D] of its own."""
+  cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, tied=False))
+  untied = nnx.eval_shape(lambda: qwen2.Decoder(cfg, rngs=nnx.Rngs(0)))
+  nnx.update(untied, nnx.state(model.llm))
+  untied.lm_head.kernel = nnx.Param(jnp.asarray(weight.T))
+  return untied.logits(got.prefill.x)[0]
 
 
 def lp_comp_of(name: str, layers: int) -> LPCompConfig:
   """The LP-Comp setting that a name in llm_variants.npz stands for (VECTORS.md)."""
   known: dict[str, Keep] = {"cosine_suffix": "suffix", "cosine_nosuffix": "uniform", "none": "none"}
   if name in known:
-    return LPCompConfig("cosine", known[name], 16)
+    return LPCompConfig(schedule="cosine", keep=known[name], group=16)
   if found := re.fullmatch(r"(nexthalf|avgpool)_(\d+(?:_\d+)*)_stride(\d+)", name):
     kind, after, stride = found[1], [int(n) for n in found[2].split("_")], int(found[3])
     schedule = tuple(16 // stride ** sum(layer >= n for n in after) for layer in range(layers))
     return LPCompConfig(schedule, "stride" if kind == "nexthalf" else "avgpool", 16)
-  raise ParityError(f"llm_variants.npz has the setting {name!r}, which is not one of VECTORS.md")
+  raise ParityError(
+    f"llm_variants.npz has the setting {name!r}, which is not one of VECTORS.md",
+    where="llm_variants.npz",
+    value=name,
+  )
 
 
 def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
@@ -215,33 +274,36 @@ def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
     return jax.value_and_grad(loss_and_logits, has_aux=True)(tuned)
 
   (loss, logits), grads = run(tuned, frozen, batch, shown)
-  rows = [
-    compare_arrays("training loss", {"loss": loss, "loss_fp64": loss}, recorded, relative=LOSS)
-  ]
-  rows.append(compare_arrays("training logits", {"logits": logits}, recorded, LLM))
   # Row by row the next token's label; the very first token has none that predicts it.
-  P, visual = len(prefix), len(logits) - len(prefix) - len(text)
+  before, visual = len(prefix), len(logits) - len(prefix) - len(text)
   targets = np.concatenate(
-    [batch.targets[0, :P], np.full(visual - 1, IGNORE), batch.targets[0, P:]]
+    [batch.targets[0, :before], np.full(visual - 1, IGNORE), batch.targets[0, before:]]
   )
   after = np.concatenate([labels[:1], targets[:-1]])
-  rows.append(compare_arrays("training labels", {"labels_after_drops": after}, recorded))
   by_path = loading.parameters(grads)
-  entries = {e.name: e for e in loading.names(model.cfg) if e.path in by_path}
+  trained = [e for e in tensor_names.names(model.cfg) if e.path in by_path]
   ours = {
     f"grad:{e.name}": by_path[e.path].T if e.form == "transpose" else by_path[e.path]
-    for e in entries.values()
+    for e in trained
   }
-  rows.append(compare_arrays("gradients", ours, recorded, *GRADIENT))
-  pairs = zip(recorded.get("grad_names", ()), recorded.get("grad_norms_fp64", ()))
-  norms = {str(name): np.asarray(norm) for name, norm in pairs}
-  ours = {name: jnp.linalg.norm(by_path[e.path].ravel()) for name, e in entries.items()}
-  rows.append(compare_arrays("gradient norms", ours, norms, *GRADIENT))
-  if strange := sorted(norms.keys() - ours.keys()):
+  recorded_norms = {
+    str(name): np.asarray(norm)
+    for name, norm in zip(recorded.get("grad_names", ()), recorded.get("grad_norms_fp64", ()))
+  }
+  norms = {e.name: jnp.linalg.norm(by_path[e.path].ravel()) for e in trained}
+  if strange := sorted(recorded_norms.keys() - norms.keys()):
     raise ParityError(
-      f"train.npz has gradients of parameters that are not trained here: {', '.join(strange)}"
+      f"train.npz has gradients of parameters that are not trained here: {', '.join(strange)}",
+      where="train.npz",
+      unknown=strange,
     )
-  return rows
+  return [
+    compare_arrays("training loss", {"loss": loss, "loss_fp64": loss}, recorded, relative=LOSS),
+    compare_arrays("training logits", {"logits": logits}, recorded, LLM),
+    compare_arrays("training labels", {"labels_after_drops": after}, recorded),
+    compare_arrays("gradients", ours, recorded, *GRADIENT),
+    compare_arrays("gradient norms", norms, recorded_norms, *GRADIENT),
+  ]
 
 
 def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
@@ -255,26 +317,16 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
     [model.llm.embed(jnp.asarray(prefix)), jnp.asarray(recorded["visual_tokens"])]
   )
 
-  def one(n):
-    return jnp.full((1, 1), n, jnp.int32)
+  groups = (len(x) - len(prefix)) // model.cfg.lp_comp.group
+  lengths = Lengths(_one(len(prefix)), _one(groups), _one(0))
 
-  lengths = Lengths(
-    one(len(prefix)), one((len(x) - len(prefix)) // model.cfg.lp_comp.group), one(0)
-  )
-  caches = jax.jit(
-    lambda llm, x: (
-      qwen2.run_layers(
-        llm,
-        x,
-        lengths,
-        prefix=len(prefix),
-        text=0,
-        caches=True,
-        rotated=False,
-        stop=layers - 1,
-      ).caches
-    )
-  )(model.llm, x[None])
+  @jax.jit
+  def prefill(llm, x):
+    return qwen2.run_layers(
+      llm, x, lengths, prefix=len(prefix), text=0, caches=True, rotated=False, stop=layers - 1
+    ).caches
+
+  caches = prefill(model.llm, x[None])
   rows = []
   for name in sorted(recorded):
     if not (found := re.fullmatch(r"scores_(?:default|segments_(\d+)_(\d+))", name)):
@@ -302,15 +354,12 @@ def scores_row(
   count (quirk Q3).
   """
   if ours.shape != recorded.shape:
-    return Row(stage, 1, "shape", np.inf, tolerance)
-  ours = np.where(plan.counted, ours, 1e9)
-  return Row(
-    stage,
-    1,
-    stage.rpartition(" ")[2],
-    float(np.nan_to_num(np.abs(ours / recorded - 1), nan=np.inf).max()),
-    tolerance,
-  )
+    worst, error = "shape", np.inf
+  else:
+    ours = np.where(plan.counted, ours, 1e9)
+    worst = stage.rpartition(" ")[2]
+    error = float(np.nan_to_num(np.abs(ours / recorded - 1), nan=np.inf).max())
+  return Row(stage=stage, arrays=1, worst=worst, error=error, tolerance=tolerance)
 
 
 def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[Row]:
@@ -331,44 +380,40 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
   rounds = len(recorded["round_starts"])
   mode = qc_comp.select_config("official", int(recorded["select"]), repeat=rounds // -(-T // 512))
   plan = qc_comp.plan_rounds(T, cfg.clip_frames, mode)
-  rows = [compare_arrays("QC-Comp: rounds", {"round_starts": plan.starts}, recorded)]
-  none = np.zeros(len(ids), bool)
   # a user's turn ends in two tokens
-  question = Prompt(ids, np.full_like(ids, IGNORE), none, (0, header - 2))
+  question = Prompt(ids, np.full_like(ids, IGNORE), np.zeros(len(ids), bool), (0, header - 2))
   film = encoded_video.encode_video(
     model, iter(frames), np.arange(T) / 8, T / 8, "", phases=chat.phases(T, cfg.clip_frames, mode)
   )
   scores = chat.score_rounds(model, film, [question], plan, mode)[0]
   layers = qc_comp.scored_layers(mode, cfg.llm.layers)
-  mine = qc_comp.unit_scores(plan, scores)
-  rows.append(
-    scores_row(
-      "QC-Comp: round_scores",
-      mine,
-      plan,
-      recorded["round_scores"][:, layers[0] : layers[-1] + 1],
-      QC_CHAT,
-    )
-  )
+  recorded_scores = recorded["round_scores"][:, layers[0] : layers[-1] + 1]
   kept = qc_comp.top(qc_comp.aggregate(plan, scores, T), mode.frames)
-  rows.append(compare_arrays("QC-Comp: selected frames", {"selected_idx": kept}, recorded))
-  wanted = recorded["final_generated"]
   batch = generate.as_batch(question, chat.selected_features(model, film, kept), cfg.clip_frames)
-  (tokens,) = generate.generate(model, batch, generate.Sampling(len(wanted), ()))
-  return [*rows, compare_arrays("QC-Comp: answer", {"final_generated": tokens}, recorded)]
+  room = len(recorded["final_generated"])
+  (tokens,) = generate.generate(model, batch, generate.Sampling(room, ()))
+  return [
+    compare_arrays("QC-Comp: rounds", {"round_starts": plan.starts}, recorded),
+    scores_row(
+      "QC-Comp: round_scores", qc_comp.unit_scores(plan, scores), plan, recorded_scores, QC_CHAT
+    ),
+    compare_arrays("QC-Comp: selected frames", {"selected_idx": kept}, recorded),
+    compare_arrays("QC-Comp: answer", {"final_generated": tokens}, recorded),
+  ]
 
 
 def compare_directory(directory: pathlib.Path) -> list[Row]:
   """Every stage of a directory.
 
   Raises:
-    ParityError, weights.CheckpointError: a directory whose files can't be read or don't fit
+    ParityError, CheckpointError: a directory whose files can't be read or don't fit
       together.
   """
   if directory.is_file():
     if not (found := cases(directory)):
       raise ParityError(
-        f"{directory} has no cases of chosen frames as VECTORS.md describes (cuts.json)"
+        f"{directory} has no cases of chosen frames as VECTORS.md describes (cuts.json)",
+        where=directory,
       )
     return choices(directory.name, found)
   towers = [
@@ -396,22 +441,15 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
   """Every stage of a checkpoint and what is recorded beside it; errors as of
   `compare_directory`.
   """
-  model_config = ModelConfig(
-    clip_frames="checkpoint",
-    yarn="checkpoint",
-    dtype="float32",
-    param_dtype="float32",
-    clips_per_chunk=1,
-    attention="einsum",
-    remat=False,
-  )
-  cfg = loading.read_vlm_config(directory, model_config, COSINE)
+  cfg = read_vlm_config(directory, EXACT, COSINE)
   model = loading.load_model(directory, cfg, dtype=np.float32)
   rows, features = [], None
   if main := read_arrays(directory / "vision.npz"):
     if isinstance(cfg.vision, InternVideo2Config):
       raise ParityError(
-        f"{directory}: vision.npz is recorded of a UMT tower, and config.json names {cfg.vision}"
+        f"{directory}: vision.npz is recorded of a UMT tower, and config.json names {cfg.vision}",
+        where=directory / "vision.npz",
+        found=cfg.vision,
       )
     frames = frames_of(main)
     rows, features = vision(model, in_clips(frames, main), main, "vision")
@@ -420,16 +458,20 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
       rows += vision(model, in_clips(frames, other), other, file.stem)[0]
   else:
     rows.append(absent("vision.npz"))
-  prompts, samples = read_arrays(directory / "llm.npz"), read_arrays(directory / "train.npz")
-  rows += (
-    llm(model, features, prompts, read_arrays(directory / "llm_variants.npz"))
-    if prompts
-    else [absent("llm.npz")]
-  )
-  rows += compare_training(model, samples) if samples else [absent("train.npz")]
-  scores, chat = read_arrays(directory / "qc_scores.npz"), read_arrays(directory / "qc_chat.npz")
-  rows += qc_scores(model, scores) if scores else [absent("qc_scores.npz")]
-  return rows + (qc_chat(directory, cfg, chat) if chat else [absent("qc_chat.npz")])
+
+  def prompts(recorded):
+    return llm(model, features, recorded, read_arrays(directory / "llm_variants.npz"))
+
+  stages: dict[str, Callable[[Arrays], list[Row]]] = {
+    "llm.npz": prompts,
+    "train.npz": functools.partial(compare_training, model),
+    "qc_scores.npz": functools.partial(qc_scores, model),
+    "qc_chat.npz": functools.partial(qc_chat, directory, cfg),
+  }
+  for file, compare in stages.items():
+    recorded = read_arrays(directory / file)
+    rows += compare(recorded) if recorded else [absent(file)]
+  return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:

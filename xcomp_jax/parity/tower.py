@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from xcomp_jax.model.internvideo2 import InternVideo2, position_start
 from xcomp_jax.model.token_merging import match, merge_step, merge_steps, metric
 from xcomp_jax.model.umt import normalise, position_table
 from xcomp_jax.model.vlm import VLM
-from xcomp_jax.parallel.mesh import path_name
 from xcomp_jax.parity.comparison import Arrays, ParityError, Row, compare_arrays, read_arrays
 
 VISION = 5e-5  # absolute
@@ -32,12 +32,17 @@ def tables(recorded: Arrays, stage: str) -> Row:
   ours = {}
   for name, array in recorded.items():
     if found := re.fullmatch(r"(hd|s224)_(8f|4f|img)", name):
-      size, frames = found.groups()
-      image_size, kind = (448, "umt-hd") if size == "hd" else (224, "umt")
+      image_size, kind = {"hd": (448, "umt-hd"), "s224": (224, "umt")}[found[1]]
       cfg = VisionConfig(
-        image_size, 16, array.shape[-1], layers=1, heads=1, mlp_width=1, table=kind
+        image_size=image_size,
+        patch_size=16,
+        width=array.shape[-1],
+        layers=1,
+        heads=1,
+        mlp_width=1,
+        table=kind,
       )
-      table = position_table(cfg, {"8f": 8, "4f": 4, "img": 1}[frames])
+      table = position_table(cfg, {"8f": 8, "4f": 4, "img": 1}[found[2]])
       ours[name] = table[recorded[f"{name}_rows"]] if f"{name}_rows" in recorded else table[None]
   return compare_arrays(stage, ours, recorded, VISION)
 
@@ -54,7 +59,10 @@ def in_clips(frames: np.ndarray, recorded: Arrays) -> np.ndarray:
   count = next((len(recorded[name]) for name in outputs if name in recorded), None)
   if not count or len(frames) % count:
     raise ParityError(
-      f"no array of {', '.join(outputs)} says into how many clips {len(frames)} frames go"
+      f"no array of {', '.join(outputs)} says into how many clips {len(frames)} frames go",
+      where=outputs,
+      frames=len(frames),
+      found=count,
     )
   return frames.reshape(count, -1, *frames.shape[1:])
 
@@ -65,55 +73,64 @@ def vision(
   """Position table to projector, for clips [C, F, S, S, 3]; also returns the merged tokens [C, N,
   D].
   """
-  cfg, tower = model.cfg.vision, model.vision
   frames = clips.shape[1]
-  table = position_table(cfg, frames)
-  ours = {"pos_embed": table[None], "img_pos_embed": position_table(cfg, 1)[None]}
-  rows = [compare_arrays(f"{label}: position tables", ours, recorded, VISION)]
-
+  table = position_table(model.cfg.vision, frames)  # [N, D]
   # One clip at a time, as attention matrices of many clips may not fit.
   each = jax.jit(lambda module, x: jax.lax.map(lambda clip: module(clip[None])[0], x))
-  embedded = each(tower.patch_embed, clips)
-  pixels = jnp.moveaxis(normalise(jnp.asarray(clips[0, :1])), -1, 1)
-  ours = {"pixel_values_frame0": pixels, "patch_embed": embedded}
-  rows.append(compare_arrays(f"{label}: patch embedding", ours, recorded, VISION))
-
+  embedded = each(model.vision.patch_embed, clips)  # [C, N, D]
+  pixels = jnp.moveaxis(normalise(jnp.asarray(clips[0, :1])), -1, 1)  # [1, 3, S, S]
+  out = each(model.vision, clips)  # [C, N, D]
+  image = model.vision(jnp.asarray(clips[:1, :1]))  # [1, N / F, D]
+  features = jax.jit(vlm.encode_frames)(model, clips)  # [C, tokens, D]
+  tables = {"pos_embed": table[None], "img_pos_embed": position_table(model.cfg.vision, 1)[None]}
   x = recorded.get("patch_embed", embedded) + table
-  for i, block in enumerate(tower.blocks):
+  merged = recorded.get("vision_out", out)
+  rows = [
+    compare_arrays(f"{label}: position tables", tables, recorded, VISION),
+    compare_arrays(
+      f"{label}: patch embedding",
+      {"pixel_values_frame0": pixels, "patch_embed": embedded},
+      recorded,
+      VISION,
+    ),
+    *_blocks(each, model.vision.blocks, x, recorded, label),
+    compare_arrays(
+      f"{label}: tower", {"vision_out": out, "vision_out_image": image}, recorded, VISION
+    ),
+    *_merges(merged, frames * model.cfg.tokens_per_frame, model.cfg.vision.heads, recorded, label),
+    compare_arrays(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION),
+    compare_arrays(
+      f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION
+    ),
+  ]
+  return rows, features
+
+
+def _blocks(each: Callable, blocks: Iterable, x, recorded: Arrays, label: str) -> Iterator[Row]:
+  """Each block, from what enters it [C, N, D]."""
+  for i, block in enumerate(blocks):
     y = each(block, x)
-    rows.append(compare_arrays(f"{label}: block {i}", {f"block{i}": y}, recorded, VISION))
+    yield compare_arrays(f"{label}: block {i}", {f"block{i}": y}, recorded, VISION)
     x = recorded.get(f"block{i}", y)
 
-  ours = {"vision_out": each(tower, clips), "vision_out_image": tower(jnp.asarray(clips[:1, :1]))}
-  rows.append(compare_arrays(f"{label}: tower", ours, recorded, VISION))
 
-  x, size = (
-    recorded.get("vision_out", ours["vision_out"]),
-    jnp.ones((*ours["vision_out"].shape[:2], 1)),
-  )
-  steps = merge_steps(x.shape[1], frames * model.cfg.tokens_per_frame)
-  rows.append(compare_arrays(f"{label}: merge steps", {"tome_r": np.array(steps)}, recorded))
+def _merges(x, tokens: int, heads: int, recorded: Arrays, label: str) -> Iterator[Row]:
+  """Each merge of tokens [C, N, D] down to so many, from what enters it."""
+  size = jnp.ones((*x.shape[:2], 1))  # how many tokens each stands for
+  steps = merge_steps(x.shape[1], tokens)
+  yield compare_arrays(f"{label}: merge steps", {"tome_r": np.array(steps)}, recorded)
   for i, r in enumerate(steps):
     name, stage = f"tome{i}_", f"{label}: merge {i}"
     x = jnp.asarray(x)
-    score, partner, order = map(np.asarray, match(x, cfg.heads))
-    merged, merged_size = merge_step(x, jnp.asarray(size), r, cfg.heads)
-    ours = {f"{name}metric": metric(x, cfg.heads), f"{name}node_max": score, f"{name}x": merged}
-    rows.append(compare_arrays(f"{stage}, x", ours, recorded, VISION))
+    score, partner, order = map(np.asarray, match(x, heads))  # [C, N / 2]
+    merged, merged_size = merge_step(x, jnp.asarray(size), r, heads)  # [C, N - r, D], [C, N - r, 1]
+    numbers = {f"{name}metric": metric(x, heads), f"{name}node_max": score, f"{name}x": merged}
     exact = {f"{name}node_idx": partner, f"{name}size": merged_size}
     if r < order.shape[1]:  # if all are merged, then their order changes nothing (VECTORS.md)
       exact[f"{name}order"] = same_ties(order, recorded.get(f"{name}order", order), score)
-    rows.append(compare_arrays(f"{stage}, partner, order, size", exact, recorded))
+    yield compare_arrays(f"{stage}, x", numbers, recorded, VISION)
+    yield compare_arrays(f"{stage}, partner, order, size", exact, recorded)
     x, size = recorded.get(f"{name}x", merged), recorded.get(f"{name}size", merged_size)
-
-  features = jax.jit(vlm.encode_frames)(model, clips)
-  rows.append(compare_arrays(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION))
-  rows.append(
-    compare_arrays(
-      f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION
-    )
-  )
-  return rows, features
 
 
 def same_ties(order: np.ndarray, recorded: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -135,63 +152,79 @@ def internvideo2(directory: pathlib.Path) -> list[Row]:
     ParityError: files that are not of this form. CheckpointError: tensors missing, unexpected or of
       other shapes.
   """
-  recorded = read_arrays(directory / "vectors.npz")
+  sets: dict[str, dict[str, np.ndarray]] = {}
+  for key, array in read_arrays(directory / "vectors.npz").items():
+    name, _, inner = key.rpartition(":")
+    sets.setdefault(name, {})[inner] = array
   rows = []
-  for name in sorted({key.rpartition(":")[0] for key in recorded}):
-    mine = {
-      key.rpartition(":")[2]: array
-      for key, array in recorded.items()
-      if key.rpartition(":")[0] == name
-    }
-    if missing := {"lowres_u8", "image_size", "heads"} - mine.keys():
+  for name, recorded in sorted(sets.items()):
+    if missing := {"lowres_u8", "image_size", "heads"} - recorded.keys():
+      keys = sorted(f"{name}:{key}" for key in missing)
       raise ParityError(
-        f"{directory / 'vectors.npz'} lacks {', '.join(sorted(f'{name}:{key}' for key in missing))}"
+        f"{directory / 'vectors.npz'} lacks {', '.join(keys)}",
+        where=directory / "vectors.npz",
+        missing=keys,
       )
-    rows += _internvideo2(directory, mine, f"{directory.name} {name}".rstrip())
+    rows += _internvideo2(directory, recorded, f"{directory.name} {name}".rstrip())
   return rows
 
 
 def _internvideo2(directory: pathlib.Path, recorded: Arrays, label: str) -> list[Row]:
   v = tower_sizes(directory, int(recorded["image_size"]), int(recorded["heads"]))
-  small = LLMConfig(1, 2, 1, 1, 1, 2, 1, 1.0, None, 1.0, True, None)  # it is not built
-  cfg = VLMConfig(
-    v, small, LPCompConfig("cosine", "none", 16), v.frames, 16, "float32", 1, "einsum", False
-  )
   first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-  def target(path, stored):
-    return (first, np.dtype(np.float32))
-
-  arrays = tensor_files.read_torch(directory, tensor_names.tower_names(v), target, by="vectors.npz")
-  graph, state = nnx.split(nnx.eval_shape(lambda: InternVideo2(cfg, rngs=nnx.Rngs(0))))
-  tower = nnx.merge(
-    graph,
-    jax.tree_util.tree_map_with_path(lambda path, _: arrays[f"vision/{path_name(path)}"], state),
+  arrays = tensor_files.read_torch(
+    directory,
+    tensor_names.tower_names(v),
+    lambda path, stored: (first, np.dtype(np.float32)),
+    by="vectors.npz",
   )
+  graph, state = nnx.split(nnx.eval_shape(lambda: InternVideo2(_around(v), rngs=nnx.Rngs(0))))
+  leaves = [arrays[f"vision/{path}"] for path in tensor_files.by_path(state)]
+  tower = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
   grid = v.image_size // v.patch_size
-  ours = {
-    f"{kind}_init_sincos": position_start(v.width, n, grid)
-    for kind, n in (("pos_embed", v.frames), ("img_pos_embed", 1))
+  starts = {
+    "pos_embed_init_sincos": position_start(v.width, v.frames, grid),
+    "img_pos_embed_init_sincos": position_start(v.width, 1, grid),
   }
-  rows = [compare_arrays(f"{label}: first positions", ours, recorded, VISION)]
   frames = _enlarged(recorded["lowres_u8"], v.image_size)
   run = jax.jit(lambda tower, frames: tower.with_class_token(frames))
-  every, image = run(tower, frames), run(tower, frames[:, :1])
-  rows.append(
-    compare_arrays(
-      f"{label}: tower",
-      {"out_with_cls": every, "tower_out": every[:, 1:]},
-      recorded,
-      INTERNVIDEO2,
-    )
-  )
+  every, image = run(tower, frames), run(tower, frames[:, :1])  # [C, 1 + N, D]
+  outputs = {"out_with_cls": every, "tower_out": every[:, 1:]}
+  of_image = {"tower_out_image": image[:, 1:]}
   return [
-    *rows,
-    compare_arrays(
-      f"{label}: tower, image", {"tower_out_image": image[:, 1:]}, recorded, INTERNVIDEO2
-    ),
+    compare_arrays(f"{label}: first positions", starts, recorded, VISION),
+    compare_arrays(f"{label}: tower", outputs, recorded, INTERNVIDEO2),
+    compare_arrays(f"{label}: tower, image", of_image, recorded, INTERNVIDEO2),
   ]
+
+
+def _around(v: InternVideo2Config) -> VLMConfig:
+  """A config around a tower; its LLM is not built."""
+  return VLMConfig(
+    vision=v,
+    llm=LLMConfig(
+      vocab_size=1,
+      width=2,
+      layers=1,
+      heads=1,
+      kv_heads=1,
+      head_dim=2,
+      mlp_width=1,
+      rope_theta=1.0,
+      rope_scaling=None,
+      norm_eps=1.0,
+      tied=True,
+      context=None,
+    ),
+    lp_comp=LPCompConfig(schedule="cosine", keep="none", group=16),
+    clip_frames=v.frames,
+    tokens_per_frame=16,
+    dtype="float32",
+    clips_per_chunk=1,
+    attention="einsum",
+    remat=False,
+  )
 
 
 def tower_sizes(directory: pathlib.Path, image_size: int, heads: int) -> InternVideo2Config:
@@ -203,7 +236,9 @@ def tower_sizes(directory: pathlib.Path, image_size: int, heads: int) -> InternV
   """
   if len(files := sorted(directory.glob("*.safetensors"))) != 1:
     raise ParityError(
-      f"{directory} has vectors.npz and {len(files)} *.safetensors; there must be one"
+      f"{directory} has vectors.npz and {len(files)} *.safetensors; there must be one",
+      where=directory,
+      found=len(files),
     )
   shapes = tensor_files.shapes(directory)
   telling = [
@@ -211,15 +246,26 @@ def tower_sizes(directory: pathlib.Path, image_size: int, heads: int) -> InternV
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
   ]
   if missing := [name for name in telling if name not in shapes]:
-    raise ParityError(f"{files[0]} lacks {', '.join(missing)}: no InternVideo2 tower")
+    raise ParityError(
+      f"{files[0]} lacks {', '.join(missing)}: no InternVideo2 tower",
+      where=files[0],
+      missing=missing,
+    )
   (width, _, _, patch, _), (_, tokens, _), (mlp_width, _) = (shapes[name] for name in telling)
   layers = 1 + max(
     int(found[1])
     for name in shapes
     if (found := re.match(rf"{re.escape(tensor_names.TOWER)}\.blocks\.(\d+)\.", name))
   )
-  frames = (tokens - 1) // (image_size // patch) ** 2
-  return InternVideo2Config(image_size, patch, width, layers, heads, mlp_width, frames)
+  return InternVideo2Config(
+    image_size=image_size,
+    patch_size=patch,
+    width=width,
+    layers=layers,
+    heads=heads,
+    mlp_width=mlp_width,
+    frames=(tokens - 1) // (image_size // patch) ** 2,
+  )
 
 
 def _enlarged(lowres: np.ndarray, size: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from xcomp_jax.config import VLMConfig
 from xcomp_jax.data.batch import Length, Shape
-from xcomp_jax.files import one_line
+from xcomp_jax.errors import one_line
 from xcomp_jax.inference import rounds
 from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.parallel import roofline

@@ -39,6 +39,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.cli import command
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_trained
 from xcomp_jax.config_io import from_command_line
@@ -447,7 +448,7 @@ def stored_lengths(config: RunConfig, cfg: VLMConfig, store: str) -> list[Length
   """
   data = loop.open_data(store, cfg)
   return pipeline.measure_lengths(
-    data, loading.read_tokenizer(loading.resolve(config.init_from), cfg), config.data.mask
+    data, loading.read_tokenizer(resolve(config.init_from), cfg), config.data.mask
   )
 
 

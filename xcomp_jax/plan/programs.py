@@ -17,11 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_run
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Batch, Clips, Length, Shape, batch_spec
 from xcomp_jax.data.packing import Lengths, Micro
-from xcomp_jax.files import one_line
+from xcomp_jax.errors import one_line
 from xcomp_jax.inference import generate, rounds
 from xcomp_jax.model import lp_comp, vlm
 from xcomp_jax.parallel import chips, roofline
@@ -159,8 +161,8 @@ def model_sizes(config: RunConfig, device: Any = None) -> VLMConfig:
   known = RELEASED / config.init_from
   directory = pathlib.Path(config.init_from)
   if not directory.is_dir():
-    directory = known if (known / "config.json").is_file() else loading.resolve(config.init_from)
-  return loading.read_vlm_config(directory, config.model, config.lp_comp, device)
+    directory = known if (known / "config.json").is_file() else resolve(config.init_from)
+  return read_vlm_config(directory, config.model, config.lp_comp, device)
 
 
 def cut(cfg: VLMConfig, layers: int, count: int) -> VLMConfig:

@@ -13,6 +13,8 @@ from flax import nnx
 
 from xcomp_jax.bench.parts import flops, scoring
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import LPCompConfig, ModelConfig, SelectConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import Example, Shape, batch_spec, collate
@@ -114,9 +116,9 @@ def scoring_cost(
 
 def load_for_measures(checkpoint: str | pathlib.Path, cfg: LPCompConfig) -> vlm.VLM:
   """A checkpoint to be measured under a rule, in float32."""
-  directory = loading.resolve(str(checkpoint))
+  directory = resolve(str(checkpoint))
   model = ModelConfig(FRAMES, None, "float32", "float32", ROWS, "auto", remat=False)
-  return loading.load_model(directory, loading.read_vlm_config(directory, model, cfg))
+  return loading.load_model(directory, read_vlm_config(directory, model, cfg))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -359,8 +359,9 @@ def write_untrained(
   import jax.numpy as jnp
   from flax import nnx
 
-  from xcomp_jax.checkpoints import loading, saving
+  from xcomp_jax.checkpoints import saving
   from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
+  from xcomp_jax.checkpoints.sizes import read_vlm_config
   from xcomp_jax.model.vlm import VLM
 
   saving.check_free(out, overwrite=False)
@@ -368,7 +369,7 @@ def write_untrained(
     source = pathlib.Path(folder)
     write_tokenizer(source, texts)
     (source / "config.json").write_text(json.dumps(sizes, indent=2))
-    cfg = loading.read_vlm_config(source, AS_IT_IS, NOT_TUNED)
+    cfg = read_vlm_config(source, AS_IT_IS, NOT_TUNED)
     model = VLM(cfg, rngs=nnx.Rngs(seed))
     for layer in model.llm.layers if silent_layers else ():
       layer.o.kernel[...] = jnp.zeros_like(layer.o.kernel[...])

@@ -26,15 +26,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
-from xcomp_jax.checkpoints import tensor_files
+from xcomp_jax.checkpoints import orbax_files, tensor_files
 from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig
 from xcomp_jax.config_io import to_dict
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import BatchReader
-from xcomp_jax.errors import XCompError
-from xcomp_jax.files import absolute, one_line
+from xcomp_jax.errors import XCompError, one_line
+from xcomp_jax.files import absolute
 from xcomp_jax.parallel.mesh import path_name
 
 # Other processes, and TensorStore in this one, change a bucket's folders: what a listing said must
@@ -105,9 +106,7 @@ def nest_leaves(state: Any) -> dict:
   """Leaves of any pytree as nested dicts by path, e.g. {"llm": {"layers": {"0": {"q": {"kernel":
   ...}}}}}.
   """
-  return tensor_files.nest_paths(
-    {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-  )
+  return unflatten_dict(tensor_files.by_path(state), sep="/")
 
 
 def unnest_leaves(tree: Mapping, like: Any) -> Any:
@@ -314,7 +313,7 @@ def _restore(
   """(params, opt) of a step; waits for no other process."""
   if missing := _lacks(place, "config", "params", "opt", "data"):
     raise ValueError(f"it lacks {missing}")
-  tensor_files.only_files(place)
+  orbax_files.only_files(place)
   saved = _config(place)
   if (version := saved.get("format", 1)) < FORMAT:
     raise ConfigError(
@@ -435,7 +434,7 @@ def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
   """
   with _reader(workdir) as checkpoints:
     step = _step(checkpoints, step)
-    with tensor_files.reading_orbax(checkpoints.directory / str(step)):
+    with orbax_files.reading_orbax(checkpoints.directory / str(step)):
       out = checkpoints.restore(
         step, args=ocp.args.Composite(params=ocp.args.StandardRestore(nest_leaves(like)))
       )
@@ -463,7 +462,7 @@ def _config(place: epath.Path, *needed: str) -> Mapping[str, Any]:
     raise tensor_files.CheckpointError(
       f"{place} is damaged: it lacks {missing}; remove it to go on from the one before"
     )
-  with tensor_files.reading_orbax(place / "config"):
+  with orbax_files.reading_orbax(place / "config"):
     saved = ocp.JsonCheckpointHandler().restore(place / "config")
     version = int(saved.get("format", 1))  # the first ones did not say
   if version > FORMAT:

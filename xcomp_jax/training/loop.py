@@ -33,6 +33,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.cli import command, keep_compiled
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_run, check_trained
 from xcomp_jax.config_io import from_command_line, to_dict
@@ -156,8 +158,8 @@ def prepare_run(config: RunConfig) -> PreparedRun:
   apart({"config.workdir": config.workdir}, read)
   keep_compiled(config.compilation_cache)
   kernels.check_implementation(config.model.attention, config.model.dtype)
-  directory = loading.resolve(config.init_from, whole=False)
-  cfg = loading.read_vlm_config(directory, config.model, config.lp_comp)
+  directory = resolve(config.init_from, whole=False)
+  cfg = read_vlm_config(directory, config.model, config.lp_comp)
   lp_comp.counts(cfg.lp_comp, cfg.llm.layers)  # refuses schedules that can't be
   tokenizer = loading.read_tokenizer(directory, cfg)
   blend = open_data(config.data.train, cfg, config.data.weights)
@@ -197,7 +199,7 @@ def prepare_run(config: RunConfig) -> PreparedRun:
     )
   if not checkpoint.begun(config.workdir):
     # what is missing or broken is said before anything is written
-    loading.stored(loading.resolve(config.init_from), cfg)
+    loading.stored(resolve(config.init_from), cfg)
   workdir.claim(config.workdir)
   return PreparedRun(
     cfg, mesh, opened, length_table(lengths[0]), schedule, plan, data, heldout, description

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from xcomp_jax.checkpoints import loading
+from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.config import RunConfig, VLMConfig
 from xcomp_jax.data.batch import Batch, Clips
 from xcomp_jax.model import vlm
@@ -99,7 +100,7 @@ def init_state(
   leaves = jax.tree_util.tree_leaves_with_path((wanted.trained, wanted.frozen))
   dtypes = {path_name(path[1:]): leaf.dtype for path, leaf in leaves}
   model = loading.load_model(
-    loading.resolve(config.init_from),
+    resolve(config.init_from),
     cfg,
     shardings=nnx.merge_state(shardings.trained, shardings.frozen),
     dtype=dtypes.__getitem__,

@@ -12,7 +12,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from xcomp_jax.config import ConfigError
-from xcomp_jax.files import locked, one_line
+from xcomp_jax.errors import one_line
+from xcomp_jax.files import locked
 
 LAGS = 5  # seconds that a shared file system may take to show one host what another wrote
 
