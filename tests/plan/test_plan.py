@@ -20,7 +20,7 @@ from xcomp_jax.data.batch import Length, Shape, fake_batch
 from xcomp_jax.parallel import mesh as meshes
 from xcomp_jax.parallel.mesh import PARAMETERS, batch_sharding, make_mesh
 from xcomp_jax.plan import accounts, plan, programs
-from xcomp_jax.training import forecast, loop, optim, steps
+from xcomp_jax.training import costs, forecast, loop, optim, steps
 
 
 def paper(*extra):
@@ -227,7 +227,7 @@ def test_seconds_of_a_step_are_those_of_its_programs():
   )
   attention = (
     sum(max(made.costs.attention[list(row)].sum() for row in micro.rows) for micro in made.steps[0])
-    / forecast.PICO
+    / costs.PICO
   )
   found = re.search(
     r"2.00 x 2 rows of .*on features at least ([\d.]+) s.*on frames at least ([\d.]+) s",

@@ -38,6 +38,7 @@ from xcomp_jax.parallel.mesh import (
 )
 from xcomp_jax.plan import absent
 from xcomp_jax.training import forecast, optim, steps
+from xcomp_jax.training.costs import MeshCosts
 
 TRAINING = ("gradient", "tower", "apply", "evaluation")
 ROUNDS = ("round", "question")
@@ -69,7 +70,7 @@ class ProgramPlan:
   effort: float
   lengths: Lengths
   steps: Sequence[Sequence[Micro]]
-  costs: forecast.MeshCosts
+  costs: MeshCosts
 
 
 # --- what is asked for

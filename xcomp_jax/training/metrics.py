@@ -5,7 +5,7 @@ line, TensorBoard.
 import contextlib
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -160,8 +160,9 @@ class Goodput:
 
   PARTS = ("connect", "start", "restore", "compile", "data", "step", "evaluate", "save")
 
-  def __init__(self):
-    self.begun = self._charged = time.perf_counter()  # what is before `_charged` has its part
+  def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    self._clock = clock
+    self.begun = self._charged = clock()  # what is before `_charged` has its part
     self._seconds = dict.fromkeys(self.PARTS, 0.0)
     self._now, self._thread = "start", threading.get_ident()
     self._compiled: list[tuple[float, float]] = []  # from, to: apart, ascending
@@ -199,7 +200,7 @@ class Goodput:
     return f"of {self._charged - self.begun:.0f} s: {shares}"
 
   def _charge(self) -> float:
-    now = time.perf_counter()
+    now = self._clock()
     self._seconds[self._now] += now - self._charged
     self._charged = now
     return now
@@ -229,9 +230,8 @@ class Compilations:
 
   def __init__(self, *names: str):
     self.count = dict.fromkeys(names, 0)
-    # shapes that each one was called on, kept by the loop
-    self.seen: dict[str, set] = {name: set() for name in names}
-    self.new: dict[str, list[float]] = {name: [] for name in names}
+    self._seen: dict[str, set[str]] = {name: set() for name in names}  # what each was called on
+    self._new: dict[str, list[float]] = {name: [] for name in names}  # seconds, not yet said
 
   def __enter__(self):
     jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -246,12 +246,23 @@ class Compilations:
     )
     if event == BACKEND_COMPILE and name in self.count:
       self.count[name] += 1
-      self.new[name].append(duration_secs)
+      self._new[name].append(duration_secs)
 
-  def take(self, name: str) -> list[float]:
-    """Seconds of each compilation of a function since the last call."""
-    new, self.new[name] = self.new[name], []
-    return new
+  def lines(self, name: str, what: str) -> list[str]:
+    """What calling `name` on `what` (a shape, in words) just compiled, and whether that is more
+    than the shapes explain.
+    """
+    self._seen[name].add(what)
+    count, shapes, lines = self.count[name], len(self._seen[name]), []
+    for seconds in self._new[name]:
+      lines.append(f"compiled {name}{what and f' for {what}'} in {seconds:.1f} s")
+      if count > shapes:
+        lines.append(
+          f"warning: {name} was compiled {count} times for {shapes} shapes; something else changes "
+          "from step to step"
+        )
+    self._new[name].clear()
+    return lines
 
 
 def line(step: int, steps: int, values: Mapping[str, float]) -> str:
