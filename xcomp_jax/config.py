@@ -324,13 +324,15 @@ def check_run(config: RunConfig) -> None:
   """
   t, o, d, yarn = config.train, config.optim, config.data, config.model.yarn
   found = {key: operator.attrgetter(key)(config) for key in BOUNDS}
-  problems = [
-    beyond(f"config.{key}", value, BOUNDS[key])
+  problems = {
+    f"config.{key}": text
     for key, value in found.items()
-    if isinstance(value, int)
-  ]
+    if isinstance(value, int) and (text := beyond(f"config.{key}", value, BOUNDS[key]))
+  }
   if not (t.vision or t.projector or t.llm):
-    problems.append("config.train trains nothing: set one of vision, projector, llm to True")
+    problems["config.train"] = (
+      "config.train trains nothing: set one of vision, projector, llm to True"
+    )
   rules = [
     (
       "model.yarn",
@@ -351,13 +353,13 @@ def check_run(config: RunConfig) -> None:
     ("optim.b2", 0 <= o.b2 < 1, "must be from 0 to below 1"),
     ("optim.eps", 0 < o.eps < math.inf, "must be a number above 0"),
   ]
-  problems += [
-    f"config.{key} = {operator.attrgetter(key)(config)}: {words}"
+  problems |= {
+    f"config.{key}": f"config.{key} = {operator.attrgetter(key)(config)}: {words}"
     for key, holds, words in rules
     if not holds
-  ]
-  if problems := list(filter(None, problems)):
-    raise ConfigError("; ".join(problems))
+  }
+  if problems:
+    raise ConfigError("; ".join(problems.values()), where=list(problems))
 
 
 def check_trained(model: ModelConfig) -> None:
@@ -371,7 +373,9 @@ def check_trained(model: ModelConfig) -> None:
       raise ConfigError(
         f"config.model.{name} = 'float16': it is for asking. Small gradients would be 0 in it, and "
         f"loss scaling, which would "
-        "help, is not built: take bfloat16, or float32 on a card without it (T4)"
+        "help, is not built: take bfloat16, or float32 on a card without it (T4)",
+        where=f"config.model.{name}",
+        value="float16",
       )
 
 

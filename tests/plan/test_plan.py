@@ -20,7 +20,7 @@ from xcomp_jax.data.batch import Length, Shape, fake_batch
 from xcomp_jax.parallel import mesh as meshes
 from xcomp_jax.parallel.mesh import PARAMETERS, batch_sharding, make_mesh
 from xcomp_jax.plan import accounts, plan, programs
-from xcomp_jax.training import costs, forecast, loop, optim, steps
+from xcomp_jax.training import costs, forecast, optim, prepare, steps
 
 
 def paper(*extra):
@@ -390,7 +390,7 @@ def test_a_topology_without_the_compiler_says_what_to_install(monkeypatch):
 
 def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
-  prepared = loop.prepare_run(config)
+  prepared = prepare.prepare_run(config)
   prepared.data.close()
   assert plan.stored_lengths(config, prepared.cfg, config.data.train) == [
     tuple(n) for n in prepared.lengths.tolist()

@@ -23,6 +23,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xcomp_jax.config import ConfigError, MeshConfig, VLMConfig
+from xcomp_jax.errors import XCompError
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -59,6 +60,10 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+class RuleError(XCompError, ValueError):
+  """An array that the tables above can't split."""
+
+
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   """Devices along each of AXES; one size may be -1: what is left. (If fsdp and context are,
   `forecast.schedule_run` decides.)
@@ -72,20 +77,28 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise ConfigError(
       f"mesh {shown}: sizes must be positive, and at most one may be -1 (what is left), or fsdp "
-      f"and context together"
+      f"and context together",
+      where="config.mesh",
+      sizes=sizes,
     )
   if free:
     taken = math.prod(size for size in sizes.values() if size != -1)
     if devices % taken:
       raise ConfigError(
-        f"mesh {shown}: {taken} does not divide the {devices} devices there are; set config.mesh"
+        f"mesh {shown}: {taken} does not divide the {devices} devices there are; set config.mesh",
+        where="config.mesh",
+        taken=taken,
+        devices=devices,
       )
     sizes[free[0]] = devices // taken
   if math.prod(sizes.values()) != devices:
     raise ConfigError(
       f"mesh {shown} = {math.prod(sizes.values())} devices, but there are {devices}; set "
       f"config.mesh so that the "
-      f"product is {devices}, or one axis to -1 for what is left"
+      f"product is {devices}, or one axis to -1 for what is left",
+      where="config.mesh",
+      sizes=sizes,
+      devices=devices,
     )
   return tuple(sizes.values())
 
@@ -118,7 +131,10 @@ def check_tensor(tensor: int, cfg: VLMConfig) -> None:
     raise ConfigError(
       f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and "
       f"{cfg.llm.kv_heads} key heads of this LLM; "
-      f"the most that does is {math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}"
+      f"the most that does is {math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}",
+      where="config.mesh.tensor",
+      value=tensor,
+      most=math.gcd(cfg.llm.heads, cfg.llm.kv_heads),
     )
 
 
@@ -144,7 +160,10 @@ def row_groups(mesh: Mesh) -> dict[int, tuple[int, ...]]:
       f"mesh {dict(mesh.shape)}: the devices of the processes hold rows that are neither apart nor "
       f"the same, of every {count} "
       f"(process: rows) {each}; choose config.mesh so that data x fsdp is a multiple of the "
-      f"processes"
+      f"processes",
+      where="config.mesh",
+      rows={process: sorted(some) for process, some in held.items()},
+      count=count,
     )
   return {process: tuple(sorted(some)) for process, some in held.items()}
 
@@ -159,7 +178,7 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
   """How the parameter at `path` is split over `mesh`.
 
   Raises:
-    ValueError: no rule for this path, or one that does not fit its shape.
+    RuleError: no rule for this path, or one that does not fit its shape.
   """
   found = [_fit(axes, shape, mesh) for axes in _rules(path, shape)]
   return max(
@@ -173,12 +192,15 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
 def _rules(path: str, shape: Sequence[int]) -> list[tuple[str | None, ...]]:
   found = [axes for pattern, axes in PARAMETERS if re.search(rf"(^|/){pattern}$", path)]
   if not found:
-    raise ValueError(f"parameter {path} has no rule in sharding.PARAMETERS; add one")
+    raise RuleError(f"parameter {path} has no rule in sharding.PARAMETERS; add one", where=path)
   for axes in found:
     if len(axes) > len(shape):
-      raise ValueError(
+      raise RuleError(
         f"parameter {path} has shape {tuple(shape)}, but its sharding rule {axes} has {len(axes)} "
-        f"axes"
+        f"axes",
+        where=path,
+        shape=tuple(shape),
+        rule=axes,
       )
   return found
 
@@ -188,7 +210,7 @@ def param_shardings(state: Any, mesh: Mesh) -> Any:
   parameters' do: `nnx.State`, optimizer state, or both together. Scalars are on every device.
 
   Raises:
-    ValueError: see `parameter_spec`.
+    RuleError: see `parameter_spec`.
   """
 
   def one(path, leaf):
@@ -242,7 +264,7 @@ def split_axes(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpe
   dimension.
 
   Raises:
-    ValueError: two of the axes lie on the same mesh axis.
+    RuleError: two of the axes lie on the same mesh axis.
   """
   return _fit(axes, shape, jax.sharding.get_abstract_mesh())
 
@@ -273,7 +295,7 @@ def gathered(module: Module, dtype: Any) -> Module:
   kept.
 
   Raises:
-    ValueError: a parameter without a rule in PARAMETERS.
+    RuleError: a parameter without a rule in PARAMETERS.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return module
@@ -336,9 +358,11 @@ def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partiti
     names = LOGICAL[axis] if axis else ()
     for name in names:
       if name in taken:
-        raise ValueError(
+        raise RuleError(
           f"an array of {tuple(axes)}: {taken[name]} and {axis} would both be split over mesh axis "
-          f"{name}"
+          f"{name}",
+          where=name,
+          axes=[taken[name], axis],
         )
       taken[name] = axis
     for name in names:

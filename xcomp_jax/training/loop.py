@@ -392,7 +392,9 @@ def train(
   config: RunConfig,
   watch: Watch = lambda step, group, values: None,
   devices: Callable[[], Sequence[Any]] = jax.devices,
-  kind: type[Loop] = Loop,
+  kind: Callable[..., Loop] = Loop,
+  join: Callable[..., contextlib.AbstractContextManager] = hosts.joined,
+  goodput: metrics.Goodput | None = None,
 ) -> dict[str, float | int]:
   """Trains, from the latest checkpoint in the workdir if there is one, together with the other
   processes of the run.
@@ -403,6 +405,8 @@ def train(
       `log_every` steps, "heldout".
     devices: says what the run computes on, when its processes are connected.
     kind: of the loop.
+    join: connects the processes.
+    goodput: sees where the time goes.
 
   Returns:
     what the last line says: step, steps (of the whole run), loss (mean over the steps done here, if
@@ -415,11 +419,11 @@ def train(
     NotFiniteError: a loss, gradient or update became inf or nan; workdir/nan/ says in which
       samples.
   """
-  with metrics.Goodput() as goodput, contextlib.ExitStack() as held:
+  with goodput or metrics.Goodput() as goodput, contextlib.ExitStack() as held:
     check_run(config)
     check_trained(config.model)
     with goodput.part("connect"):
-      held.enter_context(hosts.joined(config.distributed))
+      held.enter_context(join(config.distributed))
     prepared = prepare_run(config, devices())
     held.enter_context(workdir.holding(config.workdir))
     with contextlib.ExitStack() as stack:
