@@ -9,6 +9,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from gradient import abstract_step
 from test_packing import mixture
 
 from xcomp_jax.bench import parts
@@ -102,7 +103,7 @@ def test_features_of_a_whole_step_wait_for_their_micro_batches(small):
 
 def test_operations_are_those_of_the_step_that_runs(small):
   made, rows, _ = small
-  step, arguments = steps.abstract_step(
+  step, arguments = abstract_step(
     made.config, made.full, programs.batch_of(made, made.full, made.shapes[0])
   )
   row = row_of(rows, "gradient")

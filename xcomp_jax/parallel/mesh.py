@@ -13,7 +13,7 @@ begins (`check_tensor`, `data.packing`).
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -150,14 +150,23 @@ def row_groups(mesh: Mesh) -> dict[int, tuple[int, ...]]:
       another.
   """
   count = batch_devices(mesh)
+  return groups_of(batch_sharding(mesh).devices_indices_map((count,)), count, dict(mesh.shape))
+
+
+def groups_of(
+  indices: Mapping[Any, tuple[slice, ...]], count: int, shape: Mapping[str, int]
+) -> dict[int, tuple[int, ...]]:
+  """`row_groups` by which of `count` rows each device holds; shape: of the mesh, for the
+  message.
+  """
   held: dict[int, set[int]] = {}
-  for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
+  for device, index in indices.items():
     held.setdefault(device.process_index, set()).update(range(count)[index[0]])
   several = {tuple(sorted(some)) for some in held.values()}
   if len({len(some) for some in several}) > 1 or sum(map(len, several)) != count:
     each = "; ".join(f"{process} {sorted(some)}" for process, some in sorted(held.items()))
     raise ConfigError(
-      f"mesh {dict(mesh.shape)}: the devices of the processes hold rows that are neither apart nor "
+      f"mesh {shape}: the devices of the processes hold rows that are neither apart nor "
       f"the same, of every {count} "
       f"(process: rows) {each}; choose config.mesh so that data x fsdp is a multiple of the "
       f"processes",
