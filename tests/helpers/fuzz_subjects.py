@@ -33,7 +33,13 @@ from xcomp_jax.inference import encoded_video
 from xcomp_jax.parity import comparison
 
 MODEL = ModelConfig(
-  8, "checkpoint", "float32", "float32", clips_per_chunk=2, attention="auto", remat=False
+  clip_frames=8,
+  yarn="checkpoint",
+  dtype="float32",
+  param_dtype="float32",
+  clips_per_chunk=2,
+  attention="auto",
+  remat=False,
 )
 LP_COMP = LPCompConfig("cosine", "suffix", 16)
 IDENTITY = (

@@ -144,14 +144,25 @@ def test_a_decoder_with_yarn_is_another_one(tiny):
 def test_yarn_of_a_config_json(tmp_path, kind):
   values = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
   cfg = w.read_config(w.configured(tmp_path, rope_scaling=values, max_position_embeddings=32768))
-  assert cfg.llm.rope_scaling == QWEN == config.Yarn(4.0, 32768, 32.0, 1.0, 0.1 * math.log(4) + 1)
+  assert (
+    cfg.llm.rope_scaling
+    == QWEN
+    == config.Yarn(
+      factor=4.0, positions=32768, beta_fast=32.0, beta_slow=1.0, attention=0.1 * math.log(4) + 1
+    )
+  )
   assert cfg.llm.context == 131072
   more = values | {"attention_factor": 1.0, "beta_fast": 16, "beta_slow": 2, "rope_theta": 1e6}
   assert w.read_config(w.configured(tmp_path, rope_scaling=more)).llm.rope_scaling == config.Yarn(
-    4.0, 32768, 16.0, 2.0, 1.0
+    factor=4.0, positions=32768, beta_fast=16.0, beta_slow=2.0, attention=1.0
   )
   assert (
-    loading.read_yarn("", loading.rope_scaling(config.Yarn(4.0, 32768, 16.0, 2.0, 1.0))).beta_fast
+    loading.read_yarn(
+      "",
+      loading.rope_scaling(
+        config.Yarn(factor=4.0, positions=32768, beta_fast=16.0, beta_slow=2.0, attention=1.0)
+      ),
+    ).beta_fast
     == 16.0
   )
   assert (

@@ -392,8 +392,23 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   # Counted over the traced program, recomputation included: 1,024 frames and 512 text tokens.
   config = tiny_run(tmp_path, **{"train.projector_max_frames": 512, "model.dtype": "bfloat16"})
   cfg = VLMConfig(
-    vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
-    llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, None, 1e-6, True, None),
+    vision=VisionConfig(
+      image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd"
+    ),
+    llm=LLMConfig(
+      vocab_size=151936,
+      width=1536,
+      layers=28,
+      heads=12,
+      kv_heads=2,
+      head_dim=128,
+      mlp_width=8960,
+      rope_theta=1e6,
+      rope_scaling=None,
+      norm_eps=1e-6,
+      tied=True,
+      context=None,
+    ),
     lp_comp=LPCompConfig("cosine", "suffix", 16),
     clip_frames=8,
     tokens_per_frame=16,

@@ -280,7 +280,7 @@ def read_vlm_config(
       file=sys.stderr,
     )
     c["tie_word_embeddings"] = False
-  tuned = read_tuned(directory) or Tuned(lp_comp)
+  tuned = read_tuned(directory) or Tuned(lp_comp=lp_comp)
   if tuned.context is not None:
     own = c.get("tokenizer_model_max_length") or c.get("max_position_embeddings")
     if own not in (None, tuned.context):
@@ -419,8 +419,8 @@ def yarn_of(
   """
   gain = 0.1 * math.log(factor) + 1 if attention is None else attention
   return Yarn(
-    float(factor),
-    int(positions),
+    factor=float(factor),
+    positions=int(positions),
     **{key: float(v) for key, v in (BETAS | betas).items()},
     attention=float(gain),
   )

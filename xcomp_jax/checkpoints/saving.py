@@ -256,7 +256,11 @@ def _copy_rest(
   files.write_json(directory / "config.json", config, indent=2)
   if tuned:
     own = Tuned(
-      cfg.lp_comp, cfg.clip_frames, cfg.vision.image_size, cast(Dtype, cfg.dtype), cfg.llm.context
+      lp_comp=cfg.lp_comp,
+      clip_frames=cfg.clip_frames,
+      image_size=cfg.vision.image_size,
+      dtype=cast(Dtype, cfg.dtype),
+      context=cfg.llm.context,
     )
     loading.write_tuned(directory, own if tuned is True else tuned)
   copy_tokenizer(directory, source)

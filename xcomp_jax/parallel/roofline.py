@@ -10,7 +10,7 @@ import jax.extend.core
 from xcomp_jax.parallel import chips
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
   """One device of a mesh; rates are per second, None where unknown. links: bytes/s that it sends
   over all its links.
@@ -36,7 +36,9 @@ def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
   kind, count = devices[0].device_kind, len(devices)
   chip = chips.find_chip(kind)
   if chip is None:
-    return Device(kind, count, None, 0.0, None, None, None)
+    return Device(
+      kind=kind, count=count, hbm=None, reserve=0.0, flops=None, bandwidth=None, links=None
+    )
   flops = chip.flops32 if dtype == "float32" else chip.flops
   if not chip.ring:
     mine = next(
@@ -46,7 +48,15 @@ def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
     hbm = max(chip.memory, allowed)  # of which JAX has not taken all
     reserve = hbm - allowed
     links = min(chip.link, chip.network) if _hosts(devices) > 1 else chip.link
-    return Device(kind, count, hbm, reserve, flops, chip.bandwidth, links)
+    return Device(
+      kind=kind,
+      count=count,
+      hbm=hbm,
+      reserve=reserve,
+      flops=flops,
+      bandwidth=chip.bandwidth,
+      links=links,
+    )
   coords = {tuple(device.coords) for device in devices}
   sizes = [1 + max(axis) - min(axis) for axis in zip(*coords)]
   closed = all(size % chip.ring == 0 for size in sizes) if chip.ring == 4 else None
@@ -55,13 +65,13 @@ def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
   )
   share = len(coords) / count
   return Device(
-    kind,
-    count,
-    chip.memory * share,
-    chip.reserve * share,
-    flops * share,
-    chip.bandwidth * share,
-    chip.link * links * share,
+    kind=kind,
+    count=count,
+    hbm=chip.memory * share,
+    reserve=chip.reserve * share,
+    flops=flops * share,
+    bandwidth=chip.bandwidth * share,
+    links=chip.link * links * share,
   )
 
 

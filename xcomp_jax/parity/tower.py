@@ -35,7 +35,13 @@ def tables(recorded: Arrays, stage: str) -> Row:
       size, frames = found.groups()
       image_size, kind = (448, "umt-hd") if size == "hd" else (224, "umt")
       cfg = VisionConfig(
-        image_size, 16, array.shape[-1], layers=1, heads=1, mlp_width=1, table=kind
+        image_size=image_size,
+        patch_size=16,
+        width=array.shape[-1],
+        layers=1,
+        heads=1,
+        mlp_width=1,
+        table=kind,
       )
       table = position_table(cfg, {"8f": 8, "4f": 4, "img": 1}[frames])
       ours[name] = table[recorded[f"{name}_rows"]] if f"{name}_rows" in recorded else table[None]
@@ -153,9 +159,30 @@ def internvideo2(directory: pathlib.Path) -> list[Row]:
 
 def _internvideo2(directory: pathlib.Path, recorded: Arrays, label: str) -> list[Row]:
   v = tower_sizes(directory, int(recorded["image_size"]), int(recorded["heads"]))
-  small = LLMConfig(1, 2, 1, 1, 1, 2, 1, 1.0, None, 1.0, True, None)  # it is not built
+  small = LLMConfig(
+    vocab_size=1,
+    width=2,
+    layers=1,
+    heads=1,
+    kv_heads=1,
+    head_dim=2,
+    mlp_width=1,
+    rope_theta=1.0,
+    rope_scaling=None,
+    norm_eps=1.0,
+    tied=True,
+    context=None,
+  )  # it is not built
   cfg = VLMConfig(
-    v, small, LPCompConfig("cosine", "none", 16), v.frames, 16, "float32", 1, "einsum", False
+    vision=v,
+    llm=small,
+    lp_comp=LPCompConfig("cosine", "none", 16),
+    clip_frames=v.frames,
+    tokens_per_frame=16,
+    dtype="float32",
+    clips_per_chunk=1,
+    attention="einsum",
+    remat=False,
   )
   first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -219,7 +246,15 @@ def tower_sizes(directory: pathlib.Path, image_size: int, heads: int) -> InternV
     if (found := re.match(rf"{re.escape(tensor_names.TOWER)}\.blocks\.(\d+)\.", name))
   )
   frames = (tokens - 1) // (image_size // patch) ** 2
-  return InternVideo2Config(image_size, patch, width, layers, heads, mlp_width, frames)
+  return InternVideo2Config(
+    image_size=image_size,
+    patch_size=patch,
+    width=width,
+    layers=layers,
+    heads=heads,
+    mlp_width=mlp_width,
+    frames=frames,
+  )
 
 
 def _enlarged(lowres: np.ndarray, size: int) -> np.ndarray:
