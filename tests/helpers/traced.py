@@ -56,7 +56,7 @@ def main():
       phase("save", self.done)
       super().save()
 
-  loop.main(Traced)
+  loop.main(kind=Traced)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def test_who_leaves_well_is_not_missed(ended, order):
   assert not ended
 
 
+@pytest.mark.pure
 def test_who_never_came_is_known_to_the_first_and_told_to_the_others(ended):
   first, third = ended.rolls(4, missing=(1, 3))
   assert first.missing() == [1, 3]
@@ -151,6 +152,7 @@ def distributed(coordinator, processes=None, process=None, start_seconds=10):
   )
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "values, key, value",
   [
@@ -167,6 +169,7 @@ def test_processes_that_cannot_be_counted_are_refused(values, key, value):
   assert caught.value.fields.get("value") == value
 
 
+@pytest.mark.pure
 def test_a_port_that_is_taken_is_said():
   with socket.create_server(("", 0)) as taken:
     port = taken.getsockname()[1]
@@ -200,6 +203,7 @@ def test_a_cluster_that_jax_can_not_join_is_said():
   assert "must be called before any JAX calls" in str(caught.value)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "processes, nodes, local, gpus, visible, mine",
   [
@@ -317,6 +321,7 @@ def test_a_process_that_slurm_did_not_start_is_named():
     assert process.returncode == 1 and words in said, said
 
 
+@pytest.mark.pure
 def test_a_lost_process_is_seen_behind_a_failed_save():
   def saved(reason):
     try:

@@ -26,6 +26,8 @@ from xcomp_jax.parallel.mesh import (
   visual_sharding,
 )
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.fixture(scope="module")
 def mesh():

@@ -82,6 +82,7 @@ def test_a_mixture_is_computed_with_little_padding(config, devices):
   )
 
 
+@pytest.mark.pure
 def test_real_operations_are_those_that_metrics_counts(config):
   lengths = mixture(64)
   plan = forecast.Schedule(
@@ -99,6 +100,7 @@ def test_real_operations_are_those_that_metrics_counts(config):
   )
 
 
+@pytest.mark.pure
 def test_a_full_row_has_no_padding_but_what_attention_can_not_leave_out():
   sample, row = [Length(1024, 8, 16, 512)], Shape(1, 1, 16, 1024, 512)
   real, executed = metrics.forward_flops(CFG, sample, False), costs.row_flops(CFG, row)
@@ -108,6 +110,7 @@ def test_a_full_row_has_no_padding_but_what_attention_can_not_leave_out():
   assert 1 < (executed["llm"] + attended[0]) / real["llm"][0] < 1.06
 
 
+@pytest.mark.pure
 def test_links_and_memory_are_near_those_of_compiled_programs(config):
   # As compiled (docs/LOG.md): one sample of 1,024 frames and 512 text tokens on each device, on
   # features.
@@ -124,6 +127,7 @@ def test_links_and_memory_are_near_those_of_compiled_programs(config):
     assert spent["links"] * device.links == pytest.approx(2 * gathered, rel=0.1)
 
 
+@pytest.mark.pure
 def test_the_torus_of_a_count_of_chips():
   def links(chip, n):
     return costs.rates(forecast.chips(chip, n)).links
@@ -166,6 +170,7 @@ def test_what_can_not_fit_is_refused_with_numbers(config):
   )
 
 
+@pytest.mark.pure
 def test_context_splits_what_sums_gather(config):
   lengths, device = mixture(8), costs.rates(forecast.chips("v5e", 8))
   one, two = (
@@ -253,6 +258,7 @@ def test_the_command_prints_a_table(config, tmp_path):
   assert "2 x v5e: 2 x (" in out
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "text, words",
   [
@@ -272,6 +278,7 @@ def test_a_file_of_lengths_that_is_none_is_refused(tmp_path, text, words):
     table.read_lengths(tmp_path / "lengths.json", CFG)
 
 
+@pytest.mark.pure
 def test_wrong_arguments_are_named(config, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"none\.json"):
     table.read_lengths(tmp_path / "none.json", CFG)

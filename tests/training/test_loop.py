@@ -506,9 +506,8 @@ def test_the_command_says_errors_in_one_line_and_exits_with_1(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_the_command_explains_itself(monkeypatch, capsys, flag):
-  monkeypatch.setattr(sys, "argv", ["train", flag])
-  loop.main()
+def test_the_command_explains_itself(capsys, flag):
+  loop.main([flag])
   assert "python -m xcomp_jax.train --config=configs/sct.py" in capsys.readouterr().out
 
 

@@ -11,7 +11,9 @@ dimension, so every mesh runs every model; what would be wasted that way is refu
 begins (`check_tensor`, `data.packing`).
 """
 
+import itertools
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -325,35 +327,30 @@ def parameter_table(state: Any, shardings: Any) -> str:
   """A printable table: path, shape, dtype, split, bytes per device, and totals; equal layers on one
   line.
   """
-  rows: dict[tuple, list] = {}
   leaves = jax.tree_util.tree_leaves_with_path(state)
-  count = total = 0
+  layers: dict[tuple[str, ...], list[int]] = {}  # of each row
+  sizes: dict[tuple[str, ...], int] = {}
   for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
     name = path_name(path)
-    bytes_here = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-    split = (
-      ", ".join("-" if axis is None else "+".join(np.atleast_1d(axis)) for axis in sharding.spec)
-      or "-"
-    )
-    key = (re.sub(r"/\d+/", "/*/", name), leaf.shape, str(leaf.dtype), split)
-    row = rows.setdefault(key, [[], 0])
-    row[0] += [int(i) for i in re.findall(r"/(\d+)/", name)]
-    row[1] += bytes_here
-    count += math.prod(leaf.shape)
-    total += bytes_here
+    split = ["-" if axis is None else "+".join(np.atleast_1d(axis)) for axis in sharding.spec]
+    shape = " x ".join(map(str, leaf.shape))
+    row = re.sub(r"/\d+/", "/*/", name), shape, str(leaf.dtype), ", ".join(split) or "-"
+    layers.setdefault(row, []).extend(int(i) for i in re.findall(r"/(\d+)/", name))
+    here = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+    sizes[row] = sizes.get(row, 0) + here
   lines = [("parameter", "shape", "dtype", "split over", "MiB per device")]
-  for (name, shape, dtype, split), (layers, size) in rows.items():
-    if layers:
-      name = name.replace(
-        "*", f"{min(layers)}..{max(layers)}" if len(layers) > 1 else str(layers[0])
-      )
-    lines.append((name, " x ".join(map(str, shape)), dtype, split, f"{size / 2**20:,.2f}"))
+  for (name, *about), size in sizes.items():
+    which = layers[(name, *about)]
+    if which:
+      which = f"{min(which)}..{max(which)}" if len(which) > 1 else str(which[0])
+      name = name.replace("*", which)
+    lines.append((name, *about, f"{size / 2**20:,.2f}"))
+  count = sum(math.prod(leaf.shape) for _, leaf in leaves)
+  total = sum(sizes.values())
   lines.append((f"{len(leaves)} arrays", f"{count:,} numbers", "", "", f"{total / 2**20:,.2f}"))
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(
-    "  ".join(
-      cell.rjust(w) if i == 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))
-    )
+    "  ".join([*(cell.ljust(w) for cell, w in zip(line[:4], widths)), line[4].rjust(widths[4])])
     for line in lines
   )
 
@@ -363,7 +360,6 @@ def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partiti
   taken: dict[str, str | None] = {}
   spec = []
   for dim, axis in zip(shape, axes):
-    kept, parts = [], 1
     names = LOGICAL[axis] if axis else ()
     for name in names:
       if name in taken:
@@ -374,13 +370,8 @@ def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partiti
           axes=[taken[name], axis],
         )
       taken[name] = axis
-    for name in names:
-      size = mesh.shape.get(name, 1)
-      if size == 1:
-        continue
-      if dim % (parts * size):
-        break
-      kept.append(name)
-      parts *= size
-    spec.append(None if not kept else kept[0] if len(kept) == 1 else tuple(kept))
+    used = [name for name in names if mesh.shape.get(name, 1) > 1]
+    sizes = itertools.accumulate((mesh.shape[name] for name in used), operator.mul)
+    kept = used[: sum(dim % size == 0 for size in sizes)]  # a product divides if a longer one does
+    spec.append(kept[0] if len(kept) == 1 else tuple(kept) or None)
   return PartitionSpec(*spec)

@@ -515,17 +515,18 @@ def _number(value: float) -> float | str:
   return value if np.isfinite(value) else str(value)  # JSON has no nan
 
 
-def main(kind: type[Loop] = Loop) -> None:
+def main(argv: Sequence[str] | None = None, kind: type[Loop] = Loop) -> None:
   """The command."""
   from absl import flags
 
   flags.FLAGS.mark_as_parsed()  # Grain's readers look at absl flags
+  argv = sys.argv if argv is None else ["train", *argv]
   try:
     with command():
-      if {"-h", "--help"} & set(sys.argv):
+      if {"-h", "--help"} & set(argv):
         print(__doc__.strip())
         return
-      train(from_command_line(sys.argv), kind=kind)
+      train(from_command_line(list(argv)), kind=kind)
   except BaseException as error:
     if isinstance(error, SystemExit) and not error.code:
       raise
