@@ -201,7 +201,9 @@ class Roll:
     exit: Callable[[str], Any] | None = None,
     grace: float = GRACE,
   ):
-    self.process, self.processes, self.grace = process, processes, grace
+    self.process = process
+    self.processes = processes
+    self.grace = grace
     self.exit = exit or _end
     self.names = {process: socket.gethostname()}  # of those that are there
     self.lines: dict[int, socket.socket] = {}  # at process 0 to each, elsewhere to 0

@@ -66,7 +66,10 @@ class NotFiniteError(XCompError, ValueError):
 
 
 class Loop:
-  """A run at work. A test may say by a class of its own what else happens at a step."""
+  """A run at work: its state, its programs, and what is told of it.
+
+  `run` is the algorithm. A class made from this one may add to any of its parts, as tests do.
+  """
 
   def __init__(
     self,
@@ -77,8 +80,12 @@ class Loop:
     stack: contextlib.ExitStack,
   ):
     """Restores or begins; what has to be closed at the end is left to `stack`."""
-    self.config, self.prepared, self.goodput, self.watch = config, prepared, goodput, watch
-    self.mesh, self.first = prepared.mesh, jax.process_index() == 0
+    self.config = config
+    self.prepared = prepared
+    self.goodput = goodput
+    self.watch = watch
+    self.mesh = prepared.mesh
+    self.first = jax.process_index() == 0  # who speaks
     self.tx = optim.optimizer(config.optim, prepared.steps)
     self.rate = optim.learning_rate(config.optim, prepared.steps)
     stack.enter_context(contextlib.closing(prepared.data))

@@ -150,7 +150,22 @@ class Clock:
     }
 
 
-class Goodput:
+class Listener:
+  """Hears how long JAX traces, lowers and compiles, within a `with` block."""
+
+  def __enter__(self):
+    jax.monitoring.register_event_duration_secs_listener(self.listen)
+    return self
+
+  def __exit__(self, *_):
+    jax.monitoring.unregister_event_duration_listener(self.listen)
+
+  def listen(self, event: str, duration_secs: float, **about: str | int) -> None:
+    """Takes notice of what has just ended."""
+    raise NotImplementedError
+
+
+class Goodput(Listener):
   """Where the wall time of a run goes: at every moment one part, so that they add up to all of it.
   A context manager.
 
@@ -166,13 +181,6 @@ class Goodput:
     self._seconds = dict.fromkeys(self.PARTS, 0.0)
     self._now, self._thread = "start", threading.get_ident()
     self._compiled: list[tuple[float, float]] = []  # from, to: apart, ascending
-
-  def __enter__(self):
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
-    return self
-
-  def __exit__(self, *_):
-    jax.monitoring.unregister_event_duration_listener(self._listen)
 
   def enter(self, name: str) -> None:
     """From now on time belongs to `name`."""
@@ -205,7 +213,7 @@ class Goodput:
     self._charged = now
     return now
 
-  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+  def listen(self, event: str, duration_secs: float, **about: str | int) -> None:
     """Takes the time of an event that just ended from the part at hand; what ended within it was
     taken before.
     """
@@ -223,7 +231,7 @@ class Goodput:
     self._seconds["compile"] += seconds
 
 
-class Compilations:
+class Compilations(Listener):
   """Counts XLA compilations of the named jitted functions, from JAX's own events; a context
   manager.
   """
@@ -233,14 +241,8 @@ class Compilations:
     self._seen: dict[str, set[str]] = {name: set() for name in names}  # what each was called on
     self._new: dict[str, list[float]] = {name: [] for name in names}  # seconds, not yet said
 
-  def __enter__(self):
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
-    return self
-
-  def __exit__(self, *_):
-    jax.monitoring.unregister_event_duration_listener(self._listen)
-
-  def _listen(self, event: str, duration_secs: float, **about: str | int):
+  def listen(self, event: str, duration_secs: float, **about: str | int) -> None:
+    """Notes a compilation of one of the functions."""
     name = (
       str(about.get("fun_name", "")).removeprefix("jit(").removeprefix("jit_").removesuffix(")")
     )
