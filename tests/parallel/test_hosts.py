@@ -268,7 +268,9 @@ def slurm(numbers, seconds):
   code = (
     "import os\nimport jax\nfrom xcomp_jax.parallel import hosts\nfrom xcomp_jax.config import "
     "DistributedConfig\n"
-    f"with hosts.joined(DistributedConfig('auto', None, None, {seconds}, 10)):\n"
+    f"config = DistributedConfig(coordinator='auto', processes=None, process=None, "
+    f"start_seconds={seconds}, heartbeat_seconds=10)\n"
+    "with hosts.joined(config):\n"
     "  print('gpus', jax.config.read('jax_cuda_visible_devices'), flush=True)\n"
     # Gloo, which CPUs talk by, sometimes waits for ever where Python ends
     "jax.distributed.shutdown()\nos._exit(0)\n"

@@ -446,7 +446,13 @@ def test_arrays_restore_onto_another_mesh(tiny_run, straight, capsys):
 
 def test_checkpoints_of_a_missing_step_are_named(straight, tmp_path):
   assert checkpoint.read_description(straight[0].workdir)[1] == 4
-  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 3 .*there are \[2, 4\]"):
+  with pytest.raises(checkpoint.NoCheckpointError) as caught:
     checkpoint.read_description(straight[0].workdir, 3)
-  with pytest.raises(FileNotFoundError, match="no checkpoints in"):
+  assert caught.value.fields == {
+    "where": f"{straight[0].workdir}/checkpoints",
+    "step": 3,
+    "steps": [2, 4],
+  }
+  with pytest.raises(checkpoint.NoCheckpointError) as caught:
     checkpoint.read_description(str(tmp_path))
+  assert caught.value.fields == {"where": str(tmp_path)}

@@ -98,6 +98,10 @@ NAMES = {
 }
 
 
+class NoCheckpointError(XCompError, FileNotFoundError):
+  """There is no checkpoint, or none of the step that was asked for."""
+
+
 class SaveError(XCompError, OSError):
   """A checkpoint could not be written; those before it are whole."""
 
@@ -404,7 +408,7 @@ def read_description(workdir: str, step: int | None = None) -> tuple[Mapping[str
   As it was saved: a later version may have more keys.
 
   Raises:
-    FileNotFoundError: there is no such checkpoint.
+    NoCheckpointError: there is no such checkpoint.
     CheckpointError: a part of it is missing.
     ConfigError: a later version wrote it, with another format.
   """
@@ -426,7 +430,7 @@ def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
   are what comes.
 
   Raises:
-    FileNotFoundError: there is no such checkpoint.
+    NoCheckpointError: there is no such checkpoint.
     CheckpointError: it is damaged.
   """
   place = _place(workdir, step)
@@ -438,11 +442,13 @@ def _place(workdir: str, step: int | None) -> epath.Path:
   """The folder of a checkpoint (None: the latest)."""
   path = folder(workdir)
   if not there(workdir):
-    raise FileNotFoundError(f"no checkpoints in {workdir}: expected {path}")
+    raise NoCheckpointError(f"no checkpoints in {workdir}: expected {path}", where=workdir)
   steps = _finished(path)
   if not steps or step not in (None, *steps):
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-    raise FileNotFoundError(f"no {wanted} in {path}; there are {steps or 'none'}")
+    raise NoCheckpointError(
+      f"no {wanted} in {path}; there are {steps or 'none'}", where=str(path), step=step, steps=steps
+    )
   return path / str(steps[-1] if step is None else step)
 
 
