@@ -18,97 +18,71 @@ hand, for stage `see`:
       --out demo/base/see/model
 """
 
-from ml_collections import ConfigDict, FieldReference
+import pathlib
+import runpy
 
-# learning rate, epochs, tower trained, shapes: rows; samples, frames and tokens of text in a row
+from ml_collections import ConfigDict
+
+SCT = runpy.run_path(str(pathlib.Path(__file__).with_name("sct.py")))  # wherever this runs
+
+# What a stage has of its own: the stage it goes on from, and learning rate, epochs, whether the
+# tower is trained; shapes are rows; samples, frames and tokens of text in a row.
 STAGES = {
-  "see": (2e-3, 2, True, ((8, 1, 8, 64),)),  # videos of one scene to describe
-  "answer": (1e-3, 1, True, ((8, 1, 8, 160),)),  # four questions about one scene
-  "find": (1e-3, 1, False, None),  # four questions about two to six scenes
+  # videos of one scene to describe
+  "see": {"after": "init", "rate": 2e-3, "epochs": 2, "vision": True, "shapes": ((8, 1, 8, 64),)},
+  # four questions about one scene
+  "answer": {
+    "after": "see/model",
+    "rate": 1e-3,
+    "epochs": 1,
+    "vision": True,
+    "shapes": ((8, 1, 8, 160),),
+  },
+  # four questions about two to six scenes
+  "find": {"after": "answer/model", "rate": 1e-3, "epochs": 1, "vision": False, "shapes": None},
 }
 
 
 def get_config(stage: str = "see") -> ConfigDict:
-  """The values of a stage.
+  """The values of a stage: those of `configs/sct.py:tiny`, and what differs.
 
   Raises:
     ValueError: there is no such stage.
   """
   if stage not in STAGES:
     raise ValueError(f"no stage {stage!r}; known: {', '.join(STAGES)}")
-  rate, epochs, vision, shapes = STAGES[stage]
-
-  def free(value):
-    return FieldReference(value, field_type=object)
-
-  before = {"see": "init", "answer": "see/model", "find": "answer/model"}[stage]
-  c = ConfigDict()
-  c.seed = 0
-  c.workdir = f"demo/base/{stage}/run"
-  c.init_from = f"demo/base/{before}"
-  c.compilation_cache = free(None)
-
-  c.model = ConfigDict()
-  c.model.clip_frames = free(8)
-  c.model.yarn = free(None)  # positions as trained
-  c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
-  c.model.param_dtype = "float32"
-  c.model.clips_per_chunk = 8  # all of a video: a chunk costs little memory at 48 pixels
-  c.model.attention = "einsum"
-  c.model.remat = False
-
-  c.lp_comp = ConfigDict()
-  c.lp_comp.schedule = free("cosine")
-  c.lp_comp.keep = "none"  # the base is trained without compression
-  c.lp_comp.group = 16
-
-  c.data = ConfigDict()
-  c.data.train = free(f"demo/base/{stage}/train")
-  c.data.weights = free(None)
-  c.data.heldout = free(None)
-  c.data.shapes = free(shapes)
-  c.data.prefix_length = 16
-  c.data.frames_per_device = 192
-  c.data.text_per_device = 8192
-  c.data.mask = (
-    "assistant"  # nothing but answers: everything else in these texts is the same each time
+  own = STAGES[stage]
+  c = SCT["get_config"]("tiny")
+  c.update(
+    {
+      "seed": 0,
+      "workdir": f"demo/base/{stage}/run",
+      "init_from": f"demo/base/{own['after']}",
+      "model": {
+        "clip_frames": 8,  # the base is made, so no checkpoint says it
+        "yarn": None,  # positions as trained
+      },
+      "lp_comp": {
+        "schedule": "cosine",  # has no effect,
+        "keep": "none",  # since the base is trained without compression
+      },
+      "data": {
+        "train": f"demo/base/{stage}/train",
+        "heldout": None,  # the demo measures the tuned model
+        "shapes": own["shapes"],  # of one length, but for those of `find`
+        "frames_per_device": 192,
+      },
+      "optim": {"learning_rate": own["rate"], "warmup": 0.05},
+      "train": {
+        "epochs": own["epochs"],
+        "vision": own["vision"],  # it starts from nothing, too
+        "projector_max_frames": None,  # so does the projector
+        "log_every": 50,
+        "eval_every": 250,
+        "save_every": 1000,
+        "keep_last": 1,
+      },
+      "mesh": {"context": 1},  # rows are short
+    }
   )
-  c.data.threads = 1
-  c.data.prefetch = 2
-
-  c.optim = ConfigDict()
-  c.optim.learning_rate = rate
-  c.optim.warmup = 0.05
-  c.optim.weight_decay = 0.0
-  c.optim.clip_norm = 1.0
-  c.optim.b1 = 0.9
-  c.optim.b2 = 0.98
-  c.optim.eps = 1e-8
-
-  c.train = ConfigDict()
-  c.train.batch_size = 8
-  c.train.epochs = epochs
-  c.train.steps = free(None)
-  c.train.vision = vision
-  c.train.projector = True
-  c.train.llm = True
-  c.train.projector_max_frames = free(None)
-  c.train.log_every = 50
-  c.train.eval_every = 250
-  c.train.save_every = 1000
-  c.train.keep_last = 1
-  c.train.keep_every = free(None)
-
-  c.mesh = ConfigDict()
-  c.mesh.data = 1
-  c.mesh.fsdp = -1
-  c.mesh.tensor = 1
-  c.mesh.context = 1
-
-  c.distributed = ConfigDict()
-  c.distributed.coordinator = free(None)
-  c.distributed.processes = free(None)
-  c.distributed.process = free(None)
-  c.distributed.start_seconds = 600
-  c.distributed.heartbeat_seconds = 100
   return c

@@ -21,6 +21,49 @@ Override any value: `--config.optim.learning_rate=2e-5`, `--config.train.steps=1
 
 from ml_collections import ConfigDict, FieldReference
 
+# What differs from the paper's recipe, by variant.
+VARIANTS = {
+  "": {},
+  "tiny": {
+    "workdir": "runs/tiny",
+    "init_from": "assets/tiny",  # the miniature VideoChat-Flash of configs/base.py
+    "compilation_cache": None,  # too small to need it
+    "distributed": {"coordinator": None},  # one process
+    "model": {
+      "dtype": "float32",  # CPUs gain nothing from bfloat16
+      "clips_per_chunk": 8,  # all of a video
+      # the fastest to train with on a CPU as long as the score matrix is small
+      "attention": "einsum",
+      "remat": False,  # so small a model's activations fit
+    },
+    # Half of the tokens at every layer: faster than the cosine, costs more, and gains more by
+    # tuning (docs/LOG.md).
+    "lp_comp": {"schedule": (8, 4, 2, 1, 1, 1)},
+    "data": {
+      "train": "demo/data/train",  # `make demo` makes both
+      "heldout": "demo/data/heldout",
+      "frames_per_device": 384,  # all of a step fits one micro-batch
+      "mask": "assistant",  # all other texts of these videos are alike
+      "threads": 1,  # a laptop has few cores
+      "prefetch": 2,
+    },
+    "optim": {
+      "learning_rate": 1e-3,  # so small a model takes larger steps
+      "b2": 0.98,  # a few hundred steps
+    },
+    "train": {
+      "batch_size": 8,
+      "log_every": 10,  # a step takes a fraction of a second
+      "eval_every": 100,
+      "save_every": 100,
+    },
+  },
+  "7b": {
+    "workdir": "runs/sct_7b",
+    "init_from": "OpenGVLab/VideoChat-Flash-Qwen2-7B_res448",
+  },
+}
+
 
 def get_config(variant: str = "") -> ConfigDict:
   """The values of a variant.
@@ -28,10 +71,11 @@ def get_config(variant: str = "") -> ConfigDict:
   Raises:
     ValueError: there is no such variant.
   """
-  variants = {"": _paper, "tiny": _tiny, "7b": _7b}
-  if variant not in variants:
-    raise ValueError(f"no variant {variant!r}; known: {', '.join(v for v in variants if v)}")
-  return variants[variant]()
+  if variant not in VARIANTS:
+    raise ValueError(f"no variant {variant!r}; known: {', '.join(v for v in VARIANTS if v)}")
+  c = _paper()
+  c.update(VARIANTS[variant])
+  return c
 
 
 def _open(value) -> FieldReference:
@@ -127,42 +171,4 @@ def _paper() -> ConfigDict:
   c.distributed.process = _open(None)  # and which of them this is
   c.distributed.start_seconds = 600  # in which all must have come up
   c.distributed.heartbeat_seconds = 100  # a process that gives no sign for so long is gone
-  return c
-
-
-def _tiny() -> ConfigDict:
-  c = _paper()
-  c.workdir = "runs/tiny"
-  c.init_from = "assets/tiny"  # the miniature VideoChat-Flash of configs/base.py
-  c.compilation_cache = None  # too small to need it
-  c.distributed.coordinator = None  # one process
-  c.model.dtype = "float32"  # CPUs gain nothing from bfloat16
-  c.model.clips_per_chunk = 8  # all of a video
-  c.model.attention = (
-    "einsum"  # the fastest to train with on a CPU as long as the score matrix is small
-  )
-  c.model.remat = False
-  # Half of the tokens at every layer: faster than the cosine, costs more, and gains more by tuning
-  # (docs/LOG.md).
-  c.lp_comp.schedule = _open((8, 4, 2, 1, 1, 1))
-  c.data.train = "demo/data/train"  # `make demo` makes both
-  c.data.heldout = _open("demo/data/heldout")
-  c.data.frames_per_device = 384  # all of a step fits one micro-batch
-  c.data.mask = "assistant"  # all other texts of these videos are alike
-  c.data.threads = 1
-  c.data.prefetch = 2
-  c.optim.learning_rate = 1e-3
-  c.optim.b2 = 0.98
-  c.train.batch_size = 8
-  c.train.epochs = 1
-  c.train.log_every = 10
-  c.train.eval_every = 100
-  c.train.save_every = 100
-  return c
-
-
-def _7b() -> ConfigDict:
-  c = _paper()
-  c.workdir = "runs/sct_7b"
-  c.init_from = "OpenGVLab/VideoChat-Flash-Qwen2-7B_res448"
   return c

@@ -22,7 +22,7 @@ class ConfigError(XCompError, ValueError):
   """A config that can't be run; the message says which key and what to write instead."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
   """Sizes that every tower has."""
 
@@ -43,14 +43,14 @@ class TowerConfig:
     return frames * self.patches
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(TowerConfig):
   """The UMT-L tower (FACTS.md 7)."""
 
   table: Literal["umt", "umt-hd"]  # how the fixed position table is resized
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InternVideo2Config(TowerConfig):
   """The InternVideo2 tower (FACTS.md 7)."""
 
@@ -61,7 +61,7 @@ class InternVideo2Config(TowerConfig):
     return 1 + frames * self.patches
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
   """YaRN's stretched rotary positions (`model.rope`); Qwen2.5's rule is factor 4 over 32,768
   positions.
@@ -74,7 +74,7 @@ class Yarn:
   attention: float  # what rotated queries and keys are multiplied by ("mscale")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LLMConfig:
   """Sizes of the Qwen2 decoder."""
 
@@ -113,7 +113,7 @@ class LPCompConfig:
 COSINE = LPCompConfig(schedule="cosine", keep="suffix", group=16)  # as released
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuned:
   """Says what a checkpoint was tuned with; None: it doesn't say."""
 
@@ -124,7 +124,7 @@ class Tuned:
   context: int | None = None  # tokens of a prompt, visual ones before compression included
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """What a run decides about the model, beside its checkpoint."""
 
@@ -142,7 +142,7 @@ class ModelConfig:
   remat: bool  # recompute each layer's activations in the backward pass
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VLMConfig:
   """A model that can be built: sizes from the checkpoint, choices from the run."""
 
@@ -167,7 +167,7 @@ Rows = Literal["question", "answer"]
 Mask = Literal["official", "assistant"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectConfig:
   """QC-Comp (paper 3.3): which frames a question keeps. `qc_comp.select_config` has the values of
   each mode.
@@ -188,7 +188,7 @@ class SelectConfig:
   rows: Rows
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   """What is read, and the few shapes that it is packed into."""
 
@@ -206,7 +206,7 @@ class DataConfig:
   prefetch: int  # micro-batches, and calls of the tower, read ahead
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
   """AdamW with warm-up and cosine decay to zero."""
 
@@ -219,7 +219,7 @@ class OptimConfig:
   eps: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
   """The loop."""
 
@@ -250,7 +250,7 @@ class MeshConfig:
   context: int  # splits every sample's own sequence, parameters and optimizer state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
   """How the processes of a run find each other (`hosts.joined`)."""
 
@@ -262,7 +262,7 @@ class DistributedConfig:
   heartbeat_seconds: int  # a process that gives no sign for so long is gone
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
   """All of a training run."""
 
@@ -324,13 +324,15 @@ def check_run(config: RunConfig) -> None:
   """
   t, o, d, yarn = config.train, config.optim, config.data, config.model.yarn
   found = {key: operator.attrgetter(key)(config) for key in BOUNDS}
-  problems = [
-    beyond(f"config.{key}", value, BOUNDS[key])
+  problems = {
+    f"config.{key}": text
     for key, value in found.items()
-    if isinstance(value, int)
-  ]
+    if isinstance(value, int) and (text := beyond(f"config.{key}", value, BOUNDS[key]))
+  }
   if not (t.vision or t.projector or t.llm):
-    problems.append("config.train trains nothing: set one of vision, projector, llm to True")
+    problems["config.train"] = (
+      "config.train trains nothing: set one of vision, projector, llm to True"
+    )
   rules = [
     (
       "model.yarn",
@@ -351,13 +353,13 @@ def check_run(config: RunConfig) -> None:
     ("optim.b2", 0 <= o.b2 < 1, "must be from 0 to below 1"),
     ("optim.eps", 0 < o.eps < math.inf, "must be a number above 0"),
   ]
-  problems += [
-    f"config.{key} = {operator.attrgetter(key)(config)}: {words}"
+  problems |= {
+    f"config.{key}": f"config.{key} = {operator.attrgetter(key)(config)}: {words}"
     for key, holds, words in rules
     if not holds
-  ]
-  if problems := list(filter(None, problems)):
-    raise ConfigError("; ".join(problems))
+  }
+  if problems:
+    raise ConfigError("; ".join(problems.values()), where=list(problems))
 
 
 def check_trained(model: ModelConfig) -> None:
@@ -371,7 +373,9 @@ def check_trained(model: ModelConfig) -> None:
       raise ConfigError(
         f"config.model.{name} = 'float16': it is for asking. Small gradients would be 0 in it, and "
         f"loss scaling, which would "
-        "help, is not built: take bfloat16, or float32 on a card without it (T4)"
+        "help, is not built: take bfloat16, or float32 on a card without it (T4)",
+        where=f"config.model.{name}",
+        value="float16",
       )
 
 

@@ -14,12 +14,6 @@ from typing import Any, Literal
 from xcomp_jax.config import ConfigError, Path, RunConfig
 from xcomp_jax.files import expanduser
 
-REPLACED = {
-  "frame_buckets": "data.shapes",
-  "text_buckets": "data.shapes",
-  "group_by_text_length": "nothing: a step has random samples",
-}
-
 
 def from_dict(cls: type, values: Any, where: str = "config"):
   """Builds dataclass `cls` from nested mappings.
@@ -29,9 +23,10 @@ def from_dict(cls: type, values: Any, where: str = "config"):
       another type.
   """
   if not isinstance(values, Mapping):
-    raise ConfigError(f"{where} must be a group of keys, not {values!r}")
+    raise ConfigError(f"{where} must be a group of keys, not {values!r}", where=where, value=values)
   hints = typing.get_type_hints(cls, include_extras=True)
-  problems = []
+  problems = [f"{where}.{key} is missing" for key in hints.keys() - values.keys()]
+  nearest = {}
   for key in values.keys() - hints.keys():
     known = [f"{where}.{name}" for name in difflib.get_close_matches(key, hints, 1)]
     known += _same(
@@ -39,15 +34,16 @@ def from_dict(cls: type, values: Any, where: str = "config"):
       [f"{where}.{name}" for name in hints]
       + (keys(RunConfig) if where.startswith("config") else []),
     )
+    nearest[f"{where}.{key}"] = known[0] if known else None
     hint = f"did you mean {known[0]}?" if known else f"known: {', '.join(hints)}"
-    problems.append(
-      f"{where}.{key} is unknown; "
-      + (f"it gave way to {REPLACED[key]}" if key in REPLACED else hint)
-    )
-  for key in hints.keys() - values.keys():
-    problems.append(f"{where}.{key} is missing")
+    problems.append(f"{where}.{key} is unknown; {hint}")
   if problems:
-    raise ConfigError("; ".join(sorted(problems)))
+    raise ConfigError(
+      "; ".join(sorted(problems)),
+      where=where,
+      missing=sorted(hints.keys() - values.keys()),
+      nearest=nearest,
+    )
   return cls(**{key: _convert(hint, values[key], f"{where}.{key}") for key, hint in hints.items()})
 
 
@@ -116,25 +112,29 @@ def from_command_line(argv: list[str]) -> RunConfig:
     )
     rest = values(overrides)
   except (flags.Error, AttributeError, KeyError) as error:
-    text = str(error.args[0] if error.args else error)
     if isinstance(error, KeyError):  # an override in a group that is unknown
-      known = keys(RunConfig)
-      given = [
-        name
-        for name in (arg.lstrip("-").partition("=")[0] for arg in overrides)
-        if name.startswith("config.")
-      ]
-      wrong = next((name for name in given if name not in known), text)
-      near = _same(wrong.rpartition(".")[2], known) + difflib.get_close_matches(
-        wrong, known, 1, cutoff=0.8
-      )
-      text = f"{wrong} is unknown" + (f"; did you mean {near[0]}?" if near else "")
-    raise ConfigError(" ".join(text.split())) from error
+      raise _unknown_group(overrides, str(error.args[0])) from error
+    text = str(error.args[0] if error.args else error)
+    raise ConfigError(" ".join(text.split()), where=" ".join(overrides[1:])) from error
   if len(rest) > 1:
     raise ConfigError(
-      f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10"
+      f"don't know what to do with {' '.join(rest[1:])}; options look like --config.train.steps=10",
+      where=rest[1],
     )
   return from_dict(RunConfig, made.to_dict())
+
+
+def _unknown_group(overrides: list[str], text: str) -> ConfigError:
+  """Names the override in a group that no config has, with the nearest key there is."""
+  known = keys(RunConfig)
+  given = [argument.lstrip("-").partition("=")[0] for argument in overrides]
+  wrong = next((name for name in given if name.startswith("config.") and name not in known), text)
+  near = _same(wrong.rpartition(".")[2], known)
+  near += difflib.get_close_matches(wrong, known, 1, cutoff=0.8)
+  hint = f"; did you mean {near[0]}?" if near else ""
+  return ConfigError(
+    f"{wrong} is unknown{hint}", where=wrong, nearest={wrong: near[0] if near else None}
+  )
 
 
 def _load(chosen: str):
@@ -149,7 +149,7 @@ def _load(chosen: str):
       if file.startswith("configs/")
       else ""
     )
-    raise ConfigError(f"no config file {file}{where}{hint}")
+    raise ConfigError(f"no config file {file}{where}{hint}", where=file)
   try:
     found = runpy.run_path(file)
     if "get_config" not in found:
@@ -161,11 +161,15 @@ def _load(chosen: str):
     ]
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     raise ConfigError(
-      f"{file}{f', line {lines[-1]}' if lines else ''}: {kind}{' '.join(str(error).split())}"
+      f"{file}{f', line {lines[-1]}' if lines else ''}: {kind}{' '.join(str(error).split())}",
+      where=file,
+      line=lines[-1] if lines else None,
     ) from error
   if not isinstance(made, ConfigDict):
     raise ConfigError(
-      f"{file}: get_config has to return an ml_collections.ConfigDict, not {type(made).__name__}"
+      f"{file}: get_config has to return an ml_collections.ConfigDict, not {type(made).__name__}",
+      where=file,
+      found=type(made).__name__,
     )
   return made
 
@@ -198,16 +202,18 @@ def _convert(hint, value, where: str):
       return expanduser(value)
     if option in (int, str, bool) and type(value) is option:
       return value
-  wanted = " or ".join(
-    " or ".join(repr(a) for a in typing.get_args(o))
-    if typing.get_origin(o) is Literal
-    else "None"
-    if o is type(None)
-    else str(o)
-    if typing.get_origin(o)
-    else o.__name__
-    for o in options
-  )
+  wanted = " or ".join(map(_named, options))
   example = ", such as ((8, 4, 1024, 2048),)" if "tuple[tuple" in wanted else ""
-  wanted = wanted.replace(str(Path), "str")
-  raise ConfigError(f"{where} = {value!r}: expected {wanted}{example}")
+  raise ConfigError(
+    f"{where} = {value!r}: expected {wanted}{example}", where=where, value=value, expected=wanted
+  )
+
+
+def _named(option) -> str:
+  """A type in words."""
+  if typing.get_origin(option) is Literal:
+    return " or ".join(map(repr, typing.get_args(option)))
+  if option is type(None):
+    return "None"
+  name = str(option) if typing.get_origin(option) else option.__name__
+  return name.replace(str(Path), "str")

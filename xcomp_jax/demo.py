@@ -35,6 +35,7 @@ from xcomp_jax.inference import encoded_video
 from xcomp_jax.model import vlm
 from xcomp_jax.synthetic import world
 from xcomp_jax.training import loop
+from xcomp_jax.training.prepare import open_data
 
 BASE = "assets/tiny"
 ROWS = 8  # questions that are evaluated at once
@@ -72,7 +73,7 @@ def right_answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> 
   cfg = read_vlm_config(directory, config.model, lp_comp)
   model, evaluate = loading.load_model(directory, cfg), jax.jit(vlm.heldout_measures)
   assert config.data.heldout is not None  # `run_demo` says where they are
-  data = loop.open_data(config.data.heldout, cfg)
+  data = open_data(config.data.heldout, cfg)
   tokenizer, right = prompt.load_tokenizer(directory), np.zeros(len(data), bool)
   lengths = pipeline.measure_lengths(data, tokenizer, config.data.mask)
   shape = Shape(

@@ -61,10 +61,18 @@ def load_tower(
 
   directory = resolve(checkpoint)
   card = kernels.here()
-  dtype = dtype or kernels.compute_dtype(card, (read_tuned(directory) or Tuned(COSINE)).dtype)
+  dtype = dtype or kernels.compute_dtype(
+    card, (read_tuned(directory) or Tuned(lp_comp=COSINE)).dtype
+  )
   kernels.check_implementation(attention, dtype)
   model = ModelConfig(
-    settings.clip_frames, None, dtype, dtype, clips_per_chunk or "auto", attention, remat=False
+    clip_frames=settings.clip_frames,
+    yarn=None,
+    dtype=dtype,
+    param_dtype=dtype,
+    clips_per_chunk=clips_per_chunk or "auto",
+    attention=attention,
+    remat=False,
   )
   # LP-Comp is the LLM's, which is not run
   cfg = read_vlm_config(directory, model, COSINE, option="--clip_frames {own}")

@@ -25,7 +25,7 @@ from xcomp_jax.config_io import from_dict, to_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.inference import video_model as readers
 from xcomp_jax.model import kernels
-from xcomp_jax.training import checkpoint, loop
+from xcomp_jax.training import checkpoint, prepare
 
 TRAINED = ("llm/", "projector/")
 ASSETS = pathlib.Path(__file__).parents[2] / "assets" / "tiny"
@@ -557,7 +557,7 @@ def test_a_run_says_where_it_began_as_any_folder_finds_it(tmp_path, monkeypatch,
     return checkpoint.description(
       dataclasses.replace(config, init_from=place),
       cfg,
-      loop.open_data(config.data.train, cfg),
+      prepare.open_data(config.data.train, cfg),
       None,
     )["run"]["init_from"]
 

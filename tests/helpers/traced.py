@@ -14,13 +14,13 @@ import threading
 
 import jax
 
-from xcomp_jax.training import checkpoint, loop, metrics
+from xcomp_jax.training import loop
 
 
 def main():
   jax.config.update("jax_default_matmul_precision", "highest")
   options = json.loads(sys.argv.pop(1))
-  kill, done, samples = options.get("kill"), [None], []
+  kill, samples = options.get("kill"), []
 
   def note(kind, value):
     with open(f"{options['trace']}.{jax.process_index()}", "a") as file:
@@ -36,39 +36,27 @@ def main():
       threading.Timer(kill["delay"], os.kill, (os.getpid(), signal.SIGKILL)).start()
       kill.clear()
 
-  line, wait, place, save = (
-    metrics.line,
-    metrics.Clock.wait,
-    loop.place_rows,
-    checkpoint.save_checkpoint,
-  )
+  class Traced(loop.Loop):
+    def read(self):
+      phase("data", self.done + 1)
+      return super().read()
 
-  def lined(step, steps, values):
-    note("step", [step, float(values["loss"]).hex(), sorted(samples)])
-    samples.clear()
-    done[0] = step
-    return line(step, steps, values)
+    def add(self, micro):
+      phase("step", self.done + 1)
+      samples.extend(i for i in micro.batch.index.ravel().tolist() if i >= 0)
+      return super().add(micro)
 
-  def waited(self, iterator):
-    phase("data", (done[0] or 0) + 1)
-    return wait(self, iterator)
+    def tell(self, group, values):
+      if group == "train":
+        note("step", [self.done, float(values["loss"]).hex(), sorted(samples)])
+        samples.clear()
+      super().tell(group, values)
 
-  def placed(batch, mesh):
-    phase("step", (done[0] or 0) + 1)
-    samples.extend(i for i in batch.index.ravel().tolist() if i >= 0)
-    return place(batch, mesh)
+    def save(self):
+      phase("save", self.done)
+      super().save()
 
-  def saved(checkpoints, step, *rest):
-    phase("save", step)
-    return save(checkpoints, step, *rest)
-
-  metrics.line, metrics.Clock.wait, loop.place_rows, checkpoint.save_checkpoint = (
-    lined,
-    waited,
-    placed,
-    saved,
-  )
-  loop.main()
+  loop.main(kind=Traced)
 
 
 if __name__ == "__main__":

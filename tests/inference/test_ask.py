@@ -83,7 +83,15 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
   tuned = read_tuned(checkpoint).lp_comp
   cfg = read_vlm_config(
     checkpoint,
-    ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
+    ModelConfig(
+      clip_frames=4,
+      yarn="checkpoint",
+      dtype="float32",
+      param_dtype="float32",
+      clips_per_chunk=4,
+      attention="einsum",
+      remat=False,
+    ),
     tuned,
   )
   frames = video.load_frames(
@@ -502,7 +510,15 @@ def test_a_file_without_the_phases_of_official_mode_is_refused(checkpoint, film,
 def load(checkpoint):
   cfg = read_vlm_config(
     checkpoint,
-    ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
+    ModelConfig(
+      clip_frames=4,
+      yarn="checkpoint",
+      dtype="float32",
+      param_dtype="float32",
+      clips_per_chunk=4,
+      attention="einsum",
+      remat=False,
+    ),
     read_tuned(checkpoint).lp_comp,
   )
   return loading.load_model(checkpoint, cfg)
@@ -671,7 +687,15 @@ def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch
   )
   cfg = read_vlm_config(
     checkpoint,
-    ModelConfig(4, "checkpoint", "float32", "float32", 4, "einsum", remat=False),
+    ModelConfig(
+      clip_frames=4,
+      yarn="checkpoint",
+      dtype="float32",
+      param_dtype="float32",
+      clips_per_chunk=4,
+      attention="einsum",
+      remat=False,
+    ),
     read_tuned(checkpoint).lp_comp,
   )
   model = loading.load_model(checkpoint, cfg)

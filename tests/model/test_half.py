@@ -46,7 +46,15 @@ def load(directory, dtype):
   """The recorded model."""
   cfg = read_vlm_config(
     directory,
-    ModelConfig("checkpoint", "checkpoint", dtype, dtype, 1, "einsum", remat=False),
+    ModelConfig(
+      clip_frames="checkpoint",
+      yarn="checkpoint",
+      dtype=dtype,
+      param_dtype=dtype,
+      clips_per_chunk=1,
+      attention="einsum",
+      remat=False,
+    ),
     COSINE,
   )
   return loading.load_model(directory, cfg, dtype=dtype)

@@ -49,7 +49,11 @@ def cfg(tiny):
 
 def test_sizes_are_read_back_as_those_of_their_tower(tiny, cfg):
   stretched = dataclasses.replace(
-    cfg, llm=dataclasses.replace(cfg.llm, rope_scaling=Yarn(4.0, 32768, 32.0, 1.0, 1.1))
+    cfg,
+    llm=dataclasses.replace(
+      cfg.llm,
+      rope_scaling=Yarn(factor=4.0, positions=32768, beta_fast=32.0, beta_slow=1.0, attention=1.1),
+    ),
   )
   for sizes in (tiny(), cfg, stretched):
     assert from_dict(VLMConfig, json.loads(json.dumps(to_dict(sizes)))) == sizes
@@ -160,7 +164,9 @@ def test_clips_of_four_become_64_tokens_and_an_image_16(cfg):
 
 def test_sizes_come_from_the_tensors(reference):
   sizes = tower_sizes(reference / "internvideo2_tiny", 84, 4)
-  assert sizes == InternVideo2Config(84, 14, 48, 3, 4, 209, 4)
+  assert sizes == InternVideo2Config(
+    image_size=84, patch_size=14, width=48, layers=3, heads=4, mlp_width=209, frames=4
+  )
 
 
 # --- from end to end, as a user does

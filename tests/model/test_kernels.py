@@ -70,7 +70,15 @@ def towers():
   def read(folder, frames):
     return read_vlm_config(
       bench.RELEASED.parent / folder,
-      ModelConfig(frames, None, "bfloat16", "bfloat16", 1, "auto", remat=False),
+      ModelConfig(
+        clip_frames=frames,
+        yarn=None,
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        clips_per_chunk=1,
+        attention="auto",
+        remat=False,
+      ),
       COSINE,
     )
 

@@ -12,7 +12,7 @@ import tiny_checkpoints as w
 from flax import nnx
 
 from xcomp_jax import config, config_io
-from xcomp_jax.checkpoints import loading, rotary, saving
+from xcomp_jax.checkpoints import config_json, loading, saving
 from xcomp_jax.checkpoints.config_json import read_yarn, yarn_of
 from xcomp_jax.model import layers
 from xcomp_jax.model.qwen2 import Decoder, Lengths, run_layers
@@ -143,14 +143,26 @@ def test_a_decoder_with_yarn_is_another_one(tiny):
 def test_yarn_of_a_config_json(tmp_path, kind):
   values = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
   cfg = w.read_config(w.configured(tmp_path, rope_scaling=values, max_position_embeddings=32768))
-  assert cfg.llm.rope_scaling == QWEN == config.Yarn(4.0, 32768, 32.0, 1.0, 0.1 * math.log(4) + 1)
+  assert (
+    cfg.llm.rope_scaling
+    == QWEN
+    == config.Yarn(
+      factor=4.0, positions=32768, beta_fast=32.0, beta_slow=1.0, attention=0.1 * math.log(4) + 1
+    )
+  )
   assert cfg.llm.context == 131072
   more = values | {"attention_factor": 1.0, "beta_fast": 16, "beta_slow": 2, "rope_theta": 1e6}
   assert w.read_config(w.configured(tmp_path, rope_scaling=more)).llm.rope_scaling == config.Yarn(
-    4.0, 32768, 16.0, 2.0, 1.0
+    factor=4.0, positions=32768, beta_fast=16.0, beta_slow=2.0, attention=1.0
   )
   assert (
-    read_yarn("", rotary.rope_scaling(config.Yarn(4.0, 32768, 16.0, 2.0, 1.0))).beta_fast == 16.0
+    read_yarn(
+      "",
+      config_json.rope_scaling(
+        config.Yarn(factor=4.0, positions=32768, beta_fast=16.0, beta_slow=2.0, attention=1.0)
+      ),
+    ).beta_fast
+    == 16.0
   )
   assert (
     w.read_config(w.configured(tmp_path, rope_scaling={kind: "default"})).llm.rope_scaling is None

@@ -11,7 +11,9 @@ from xcomp_jax.model import vlm
 from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.umt import PIXEL_MEAN, PIXEL_STD, Vision, position_table
 
-OFFICIAL = VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd")
+OFFICIAL = VisionConfig(
+  image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd"
+)
 
 
 def clips(n, frames, size=48):

@@ -16,32 +16,36 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
 
 from xcomp_jax.config import RunConfig
 from xcomp_jax.config_io import from_dict, to_dict
-from xcomp_jax.parallel.mesh import AXES
-from xcomp_jax.training import loop
+from xcomp_jax.training import loop, steps
 
 
-def note_batches(place, out):
-  """train.place that also adds to `out` the samples of every global batch, and a hash of all its
-  arrays.
+def noting(noted, local, losses):
+  """A kind of loop that notes of every micro-batch the samples of all processes and a hash of all
+  arrays but visual tokens; how many rows are this process's; and the loss of every step.
   """
 
-  def placing(batch, mesh):
-    placed = place(batch, mesh)
-    whole = [
-      np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-      for leaf in jax.tree.leaves(placed)
-    ]
-    digest = hashlib.sha256(
-      b"".join(f"{x.dtype}{x.shape}".encode() + x.tobytes() for x in whole)
-    ).hexdigest()
-    out.append((whole[-1].ravel().tolist(), digest))
-    return placed
+  class Noting(loop.Loop):
+    def add(self, micro):
+      local.append(micro.batch.index.size)
+      whole = [
+        np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        for leaf in jax.tree.leaves(steps.place_rows(micro.batch, self.mesh))
+      ]
+      digest = hashlib.sha256(
+        b"".join(f"{x.dtype}{x.shape}".encode() + x.tobytes() for x in whole)
+      ).hexdigest()
+      noted.append((whole[-1].ravel().tolist(), digest))
+      return super().add(micro)
 
-  return placing
+    def tell(self, group, values):
+      if group == "train":
+        losses.append(values["loss"])
+      super().tell(group, values)
+
+  return Noting
 
 
 def one_of_two(port, number, config, out, order):
@@ -50,16 +54,15 @@ def one_of_two(port, number, config, out, order):
   """
   jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=number)
   noted, local, result, said = [], [], None, None
-  place = note_batches(loop.place_rows, noted)
-  if order:
-    loop.make_mesh = lambda mesh, _: Mesh(
-      np.array(jax.devices())[list(map(int, order))].reshape(1, -1, 1, 1),
-      AXES,
-      axis_types=(AxisType.Auto,) * 4,
-    )
-  loop.place_rows = lambda batch, mesh: (local.append(batch.index.size), place(batch, mesh))[1]
+
+  def devices():
+    return [jax.devices()[int(i)] for i in order] or jax.devices()
+
   try:
-    result = loop.train(from_dict(RunConfig, json.loads(pathlib.Path(config).read_text())))
+    values = json.loads(pathlib.Path(config).read_text())
+    result = loop.train(
+      from_dict(RunConfig, values), devices=devices, kind=noting(noted, local, [])
+    )
   except ValueError as error:
     said = str(error)
   pathlib.Path(out).write_text(
@@ -99,20 +102,12 @@ def two(tmp_path, *configs, devices=1, order=""):
 @pytest.mark.parametrize(
   "kind, axis", [("frames", "tensor"), ("features", "fsdp")]
 )  # the same rows in both; half in each
-def test_two_processes_go_on_with_a_run_of_one(
-  tiny_run, features, tmp_path, monkeypatch, kind, axis
-):
+def test_two_processes_go_on_with_a_run_of_one(tiny_run, features, tmp_path, kind, axis):
   data = {"data.train": features} if kind == "features" else {}
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 1, "tensor": 1} | {axis: 2}, **data)
-  noted, losses, original = [], [], loop.metrics.line
-  monkeypatch.setattr(loop, "devices", lambda: jax.devices()[:2])
-  monkeypatch.setattr(loop, "place_rows", note_batches(loop.place_rows, noted))
-  monkeypatch.setattr(
-    loop.metrics,
-    "line",
-    lambda step, *rest: (losses.append(rest[1]["loss"]), original(step, *rest))[1],
-  )
-  assert loop.train(config)["step"] == 4
+  noted, losses = [], []
+  two_devices = {"devices": lambda: jax.devices()[:2], "kind": noting(noted, [], losses)}
+  assert loop.train(config, **two_devices)["step"] == 4
   shutil.copytree(tmp_path / "one", tmp_path / "two")
   shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
   ways = two(
@@ -129,14 +124,10 @@ def test_two_processes_go_on_with_a_run_of_one(
 
 
 @pytest.mark.slow
-def test_rows_scattered_over_the_hosts_are_the_same_samples_and_losses(
-  tiny_run, tmp_path, monkeypatch
-):
+def test_rows_scattered_over_the_hosts_are_the_same_samples_and_losses(tiny_run, tmp_path):
   config = tiny_run(tmp_path / "one", mesh={"data": 1, "fsdp": 4, "tensor": 1})
   noted = []
-  monkeypatch.setattr(loop, "devices", lambda: jax.devices()[:4])
-  monkeypatch.setattr(loop, "place_rows", note_batches(loop.place_rows, noted))
-  alone = loop.train(config)
+  alone = loop.train(config, devices=lambda: jax.devices()[:4], kind=noting(noted, [], []))
   # As a ring lies on a torus: the first host has the first and the last row, or every other one.
   for order in ("0231", "0213"):
     config = dataclasses.replace(config, workdir=str(tmp_path / order))
@@ -159,7 +150,7 @@ def test_two_processes_that_differ_are_refused_by_both(tiny_run, features, tmp_p
 
 
 @pytest.mark.slow  # two processes that import JAX
-def test_a_workdir_that_is_not_shared_is_refused_by_both(tiny_run, tmp_path, monkeypatch):
+def test_a_workdir_that_is_not_shared_is_refused_by_both(tiny_run, tmp_path):
   config = tiny_run(tmp_path / "a", mesh={"data": 1, "fsdp": 2, "tensor": 1})
   for way in two(tmp_path, config, dataclasses.replace(config, workdir=str(tmp_path / "b"))):
     assert (

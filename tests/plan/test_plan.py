@@ -9,6 +9,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from gradient import abstract_step
 from test_packing import mixture
 
 from xcomp_jax.bench import parts
@@ -21,7 +22,7 @@ from xcomp_jax.data.batch import Length, Shape, fake_batch
 from xcomp_jax.parallel import mesh as meshes
 from xcomp_jax.parallel.mesh import PARAMETERS, batch_sharding, make_mesh
 from xcomp_jax.plan import accounts, plan, programs
-from xcomp_jax.training import forecast, loop, optim, steps
+from xcomp_jax.training import costs, forecast, optim, prepare, steps
 
 
 def paper(*extra):
@@ -103,7 +104,7 @@ def test_features_of_a_whole_step_wait_for_their_micro_batches(small):
 
 def test_operations_are_those_of_the_step_that_runs(small):
   made, rows, _ = small
-  step, arguments = steps.abstract_step(
+  step, arguments = abstract_step(
     made.config, made.full, programs.batch_of(made, made.full, made.shapes[0])
   )
   row = row_of(rows, "gradient")
@@ -228,7 +229,7 @@ def test_seconds_of_a_step_are_those_of_its_programs():
   )
   attention = (
     sum(max(made.costs.attention[list(row)].sum() for row in micro.rows) for micro in made.steps[0])
-    / forecast.PICO
+    / costs.PICO
   )
   found = re.search(
     r"2.00 x 2 rows of .*on features at least ([\d.]+) s.*on frames at least ([\d.]+) s",
@@ -391,7 +392,7 @@ def test_a_topology_without_the_compiler_says_what_to_install(monkeypatch):
 
 def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
-  prepared = loop.prepare_run(config)
+  prepared = prepare.prepare_run(config)
   prepared.data.close()
   assert plan.stored_lengths(config, prepared.cfg, config.data.train) == [
     tuple(n) for n in prepared.lengths.tolist()

@@ -28,20 +28,16 @@ from xcomp_jax.config import ConfigError, RunConfig, VLMConfig
 from xcomp_jax.config_io import from_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Shape
-from xcomp_jax.training import forecast, loop, metrics
+from xcomp_jax.data.store import open_store
+from xcomp_jax.training import checkpoint, loop, metrics, prepare
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-  """Runs on the first device: compiles in a fraction of the time."""
-  monkeypatch.setattr(loop, "devices", lambda: jax.devices()[:1])
+def one_device():
+  """The first device: programs for it compile in a fraction of the time."""
+  return jax.devices()[:1]
 
 
-def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
-  tiny_run, tmp_path, capsys, one_device
-):
-  from xcomp_jax.training import checkpoint
-
+def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(tiny_run, tmp_path, capsys):
   jax.clear_caches()  # compilations are counted below, whatever ran before
   config = tiny_run(tmp_path / "w", **{"train.epochs": 3})
   config = dataclasses.replace(
@@ -51,7 +47,7 @@ def test_a_run_trains_evaluates_and_leaves_the_tower_bit_unchanged(
     ),
   )
   told = []
-  result = loop.train(config, watch=lambda *what: told.append(what))
+  result = loop.train(config, watch=lambda *what: told.append(what), devices=one_device)
   text = capsys.readouterr().out
   assert [step for step, group, _ in told if group == "train"] == list(range(1, 13))
   assert [values["loss"] for _, group, values in told if group == "heldout"][-1] == result[
@@ -105,11 +101,12 @@ def losses(config):
   loop.train(
     config,
     watch=lambda step, group, values: out.append(values["loss"]) if group == "train" else None,
+    devices=one_device,
   )
   return np.array(out)
 
 
-def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path, one_device):
+def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path):
   want = losses(tiny_run(tmp_path / "frames"))
   got = losses(tiny_run(tmp_path / "features", **{"data.train": features}))
   assert len(want) == 4 and np.ptp(want) > 1
@@ -117,18 +114,17 @@ def test_training_on_features_is_training_on_frames(tiny_run, features, tmp_path
   np.testing.assert_allclose(got, want, rtol=1e-2)
 
 
-def test_features_of_another_tower_are_refused_before_a_step(
-  tiny_run, features, tmp_path, one_device
-):
+def test_features_of_another_tower_are_refused_before_a_step(tiny_run, features, tmp_path):
   config = tiny_run(tmp_path / "w", **{"data.train": features})
   shutil.copytree(config.init_from, tmp_path / "base")
   tensors = load_file(tmp_path / "base" / "model.safetensors")
   name = next(name for name in tensors if "vision" in name and tensors[name].ndim > 1)
   save_file(tensors | {name: tensors[name] * 1.5}, tmp_path / "base" / "model.safetensors")
-  with pytest.raises(
-    ConfigError, match=r"holds features by another tower: .* Make the features again"
-  ):
-    loop.train(dataclasses.replace(config, init_from=str(tmp_path / "base")))
+  with pytest.raises(ConfigError) as caught:
+    loop.train(dataclasses.replace(config, init_from=str(tmp_path / "base")), devices=one_device)
+  assert caught.value.fields["where"] == features
+  assert caught.value.fields["found"] == open_store(features).features.identity
+  assert caught.value.fields["expected"] != caught.value.fields["found"]
   assert (
     not list((tmp_path / "w" / "checkpoints").iterdir())
     and not (tmp_path / "w" / "config.json").exists()
@@ -141,61 +137,66 @@ def test_features_that_cannot_be_used_are_refused_before_anything_is_written(
   def run(**changes):
     return loop.train(tiny_run(tmp_path / "w", **{"data.train": features} | changes))
 
-  with pytest.raises(
-    ConfigError, match=r"config\.train\.vision = True, but .*train holds features"
-  ):
+  with pytest.raises(ConfigError) as caught:
     run(**{"train.vision": True})
+  assert caught.value.fields == {"where": "config.train.vision", "data": features}
   with pytest.raises(ConfigError, match=r"holds frames .* holds features"):
     run(**{"data.train": [tiny_run(tmp_path).data.train, features]})
   file = tmp_path / "narrow" / "store.json"
   shutil.copytree(features, file.parent)
   file.write_text(file.read_text().replace('"width": 32', '"width": 16'))
-  with pytest.raises(ConfigError, match="written with width 16, but the model takes 32"):
+  with pytest.raises(ConfigError) as caught:
     run(**{"data.train": str(file.parent)})
+  assert caught.value.fields == {
+    "where": str(file.parent),
+    "key": "width",
+    "found": 16,
+    "expected": 32,
+  }
   assert not (tmp_path / "w").exists()
 
 
-def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, one_device, capsys):
+def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, capsys):
   data = tiny_run(tmp_path).data.train
   both = {"data.train": [data, data.removesuffix("train") + "heldout"], "data.weights": [0.5, 1.0]}
   config = tiny_run(tmp_path / "w", **both, **{"train.steps": 1})
-  assert loop.train(config)["step"] == 1
+  assert loop.train(config, devices=one_device)["step"] == 1
   said = capsys.readouterr().out
   assert "train: sampling not recorded; an epoch reads 6 of 12 samples" in said
   assert "heldout: sampling not recorded; an epoch reads 5 of 5 samples" in said
-  for changes, words in (
-    (
-      {"data.weights": [1.0, 1.0]},
-      r"config\.data\.weights was \[0\.5, 1\.0\], is \[1\.0, 1\.0\]",
-    ),
-    (
-      {"data.train": both["data.train"][::-1], "data.weights": [0.5, 1.0]},
-      r"identity .* was '\w{16}, \w{16}', is '\w{16}, \w{16}'",
-    ),
+  for changes, key in (
+    ({"data.weights": [1.0, 1.0]}, "config.data.weights"),
+    ({"data.train": both["data.train"][::-1]}, "identity of the data in config.data.train"),
   ):
-    with pytest.raises(ConfigError, match=words):
-      loop.train(tiny_run(tmp_path / "w", **both | changes, **{"train.steps": 1}))
+    with pytest.raises(ConfigError) as caught:
+      loop.train(
+        tiny_run(tmp_path / "w", **both | changes, **{"train.steps": 1}), devices=one_device
+      )
+    was, now = caught.value.fields["changed"].pop(key)
+    if "data.weights" in changes:
+      assert (was, now) == ([0.5, 1.0], [1.0, 1.0])
+    else:
+      assert re.fullmatch(r"\w{16}, \w{16}", was) and was == ", ".join(now.split(", ")[::-1])
+    assert not caught.value.fields["changed"].keys() - {"samples in config.data.train"}
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
-  tiny_run, tmp_path, monkeypatch, one_device
-):
+def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run, tmp_path):
   config = tiny_run(tmp_path / "w", **{"train.save_every": 1})
-  original = pipeline.collate
-
-  def poisoned(*arguments):
-    batch = original(*arguments)
-    return dataclasses.replace(
-      batch, weight=np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32)
-    )
-
   cfg = read_vlm_config(resolve(config.init_from), config.model, config.lp_comp)
-  third = pipeline.run_order(loop.open_data(config.data.train, cfg), 3, 0, 1)[2]
+  third = pipeline.run_order(prepare.open_data(config.data.train, cfg), 3, 0, 1)[2]
   bad = third[1]
-  monkeypatch.setattr(pipeline, "collate", poisoned)
-  with pytest.raises(loop.NotFiniteError, match=r"step 3: .*step_3\.json"):
-    loop.train(config)
-  report = json.loads((tmp_path / "w" / "nan" / "step_3.json").read_text())
+
+  class Poisoned(loop.Loop):
+    def add(self, micro):
+      batch = micro.batch
+      weight = np.where(batch.index == bad, np.nan, batch.weight).astype(np.float32)
+      return super().add(micro._replace(batch=dataclasses.replace(batch, weight=weight)))
+
+  with pytest.raises(loop.NotFiniteError) as caught:
+    loop.train(config, devices=one_device, kind=Poisoned)
+  file = tmp_path / "w" / "nan" / "step_3.json"
+  assert caught.value.fields == {"where": str(file), "step": 3}
+  report = json.loads(file.read_text())
   assert report["step"] == 3 and report["loss"] == "nan"
   assert sorted(s["index"] for s in report["samples"]) == sorted(third)
   assert {s["id"] for s in report["samples"]} == {f"s{i}" for i in third}
@@ -204,6 +205,7 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
   ) == [1, 2]
 
 
+@pytest.mark.pure
 def test_a_compilation_that_no_new_shape_explains_is_said():
   said = []
   compilations = metrics.Compilations("grad_step", "apply_step", "eval_step")
@@ -211,38 +213,37 @@ def test_a_compilation_that_no_new_shape_explains_is_said():
 
   def call(name, what, compiles):
     for _ in range(compiles):
-      compilations._listen(
-        "/jax/core/compile/backend_compile_duration", 1.0, fun_name=f"jit({name})"
+      jax.monitoring.record_event_duration_secs(
+        metrics.BACKEND_COMPILE, 1.0, fun_name=f"jit({name})"
       )
-    loop.report_compilations(compilations, name, what, said.append)
+    said.extend(compilations.lines(name, what))
 
-  for spec in specs:
-    call("grad_step", spec, 1)
-    call("eval_step", spec, 1)
-  call("apply_step", "", 1)
-  call("grad_step", specs[0], 0)
-  assert len(said) == 5 and not any("warning" in line for line in said)
-  call("grad_step", specs[1], 1)  # other functions' shapes are no excuse
-  assert said[-1].startswith("warning: grad_step was compiled 3 times for 2 shapes")
-  call("apply_step", "", 1)
-  assert said[-1].startswith("warning: apply_step was compiled 2 times for 1 shapes")
-
-
-@pytest.fixture
-def clock(monkeypatch):
-  """The seconds that the program's clock shows, in a list: a test sets them."""
-  now = [0.0]
-  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-  return now
+  with compilations:
+    for spec in specs:
+      call("grad_step", spec, 1)
+      call("eval_step", spec, 1)
+    call("apply_step", "", 1)
+    call("grad_step", specs[0], 0)
+    assert said[0] == f"compiled grad_step for {specs[0]} in 1.0 s"
+    assert len(said) == 5 and not any("warning" in line for line in said)
+    call("grad_step", specs[1], 1)  # other functions' shapes are no excuse
+    assert said[-1].startswith("warning: grad_step was compiled 3 times for 2 shapes")
+    call("apply_step", "", 1)
+    assert said[-1].startswith("warning: apply_step was compiled 2 times for 1 shapes")
+  call("apply_step", "", 1)  # not heard
+  assert len(said) == 9
 
 
-def test_where_the_time_went_adds_up(clock):
+@pytest.mark.pure
+def test_where_the_time_went_adds_up():
+  clock = [0.0]
+
   def compiles(seconds, kind="backend_compile"):
     jax.monitoring.record_event_duration_secs(
       f"/jax/core/compile/{kind}_duration", seconds, fun_name="f"
     )
 
-  with metrics.Goodput() as goodput:
+  with metrics.Goodput(clock=lambda: clock[0]) as goodput:
     clock[0] = 10  # start
     compiles(2)  # of these
     with goodput.part("evaluate"):
@@ -300,7 +301,9 @@ def test_what_jax_traces_lowers_and_compiles_is_no_step():
   assert 0.2 / total < shares["step"] <= 1 - shares["compile"]
 
 
-def test_waiting_for_other_hosts_is_neither_start_nor_step(tiny_run, tmp_path, clock, monkeypatch):
+def test_waiting_for_other_hosts_is_neither_start_nor_step(tiny_run, tmp_path):
+  clock, shares = [0.0], []
+
   def passes(seconds):
     clock[0] += seconds
 
@@ -309,11 +312,21 @@ def test_waiting_for_other_hosts_is_neither_start_nor_step(tiny_run, tmp_path, c
     passes(15)
     yield
 
-  monkeypatch.setattr(loop.hosts, "joined", joined)
-  monkeypatch.setattr(loop, "prepare_run", lambda config: passes(5))
-  monkeypatch.setattr(loop, "_train", lambda config, prepared, goodput, watch: goodput.shares())
-  shares = loop.train(tiny_run(tmp_path))
-  assert shares == dict.fromkeys(metrics.Goodput.PARTS, 0) | {"connect": 0.75, "start": 0.25}
+  def devices():
+    passes(5)
+    return one_device()
+
+  class Ended(Exception):
+    pass
+
+  def kind(config, prepared, goodput, watch, stack):
+    shares.append(goodput.shares())
+    raise Ended
+
+  goodput = metrics.Goodput(clock=lambda: clock[0])
+  with pytest.raises(Ended):
+    loop.train(tiny_run(tmp_path / "w"), devices=devices, kind=kind, join=joined, goodput=goodput)
+  assert shares[0] == dict.fromkeys(metrics.Goodput.PARTS, 0) | {"connect": 0.75, "start": 0.25}
 
 
 def test_the_compilation_cache_is_where_the_config_says(tiny_run, tmp_path):
@@ -395,12 +408,22 @@ def test_what_cannot_work_is_said_before_anything_is_written(tiny_run, tmp_path,
   assert not (tmp_path / "w").exists()
 
 
-def test_what_devices_can_not_hold_is_said_before_anything_is_written(
-  tiny_run, tmp_path, monkeypatch
-):
-  monkeypatch.setattr(forecast, "CPU", forecast.CPU | {"hbm": 1e5})
-  with pytest.raises(ConfigError, match=r"does not fit 8 x cpu: each has 0\.0 GB, and takes "):
-    loop.train(tiny_run(tmp_path / "w"))
+class Small:
+  """A card with a tenth of a megabyte."""
+
+  device_kind, process_index, id = "NVIDIA L4", 0, 0
+
+  def memory_stats(self):
+    return {"bytes_limit": 100_000}
+
+
+def test_what_devices_can_not_hold_is_said_before_anything_is_written(tiny_run, tmp_path):
+  with pytest.raises(ConfigError) as caught:
+    loop.train(tiny_run(tmp_path / "w"), devices=lambda: [Small()])
+  fields = caught.value.fields
+  assert fields["where"] == "devices" and fields["memory"] == 100_000
+  assert fields["state"] + fields["rows"] > 100_000
+  assert "does not fit 1 x NVIDIA L4: each has 0.0 GB, and takes " in str(caught.value)
   assert not (tmp_path / "w").exists()
 
 
@@ -443,25 +466,28 @@ def test_a_workdir_is_no_folder_of_others(tiny_run, tmp_path):
       loop.train(dataclasses.replace(config, workdir=workdir))
   shutil.copytree(config.init_from, tmp_path / "other")
   before = (tmp_path / "other" / "config.json").read_bytes()
-  with pytest.raises(ConfigError, match="not a run's, such as a checkpoint's"):
+  with pytest.raises(ConfigError) as caught:
     loop.train(dataclasses.replace(config, workdir=str(tmp_path / "other")))
+  assert caught.value.fields == {"where": str(tmp_path / "other" / "config.json")}
   assert (tmp_path / "other" / "config.json").read_bytes() == before
 
 
-def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(
-  tiny_run, tmp_path, monkeypatch
-):
+def test_a_workdir_that_cannot_be_written_is_said_before_weights_are_read(tiny_run, tmp_path):
+  def reads(*parts):
+    pytest.fail("weights were read")
+
+  def refused(workdir, part):
+    with pytest.raises(ConfigError) as caught:
+      loop.train(tiny_run(workdir), kind=reads)
+    assert caught.value.fields == {"where": "config.workdir", "value": str(workdir)}
+    assert f"{part}'" in str(caught.value)
+
   (tmp_path / "file").write_text("")
-  monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("weights were read"))
-  with pytest.raises(ConfigError, match=r"workdir .*file/w can't be written .*config\.workdir"):
-    loop.train(tiny_run(tmp_path / "file" / "w"))
+  refused(tmp_path / "file" / "w", "file/w")
   for name in ("checkpoints", "tensorboard"):
     (tmp_path / "w").mkdir(exist_ok=True)
     (tmp_path / "w" / name).write_text("")
-    with pytest.raises(
-      ConfigError, match=rf"workdir .*w can't be written .*w/{name}'\); set config\.workdir"
-    ):
-      loop.train(tiny_run(tmp_path / "w"))
+    refused(tmp_path / "w", f"w/{name}")
     (tmp_path / "w" / name).unlink()
 
 
@@ -483,9 +509,8 @@ def test_the_command_says_errors_in_one_line_and_exits_with_1(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_the_command_explains_itself(monkeypatch, capsys, flag):
-  monkeypatch.setattr(sys, "argv", ["train", flag])
-  loop.main()
+def test_the_command_explains_itself(capsys, flag):
+  loop.main([flag])
   assert "python -m xcomp_jax.train --config=configs/sct.py" in capsys.readouterr().out
 
 

@@ -4,7 +4,6 @@ not finite changes nothing.
 
 import collections
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from gradient import abstract_step
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packed import one_each
 
@@ -31,9 +31,8 @@ from xcomp_jax.config import (
 from xcomp_jax.data import packing, pipeline, prompt
 from xcomp_jax.data.batch import Length, Shape, batch_spec
 from xcomp_jax.model import vlm
-from xcomp_jax.parallel import mesh as meshes
-from xcomp_jax.parallel.mesh import make_mesh, row_groups
-from xcomp_jax.training import loop, metrics, optim, steps
+from xcomp_jax.parallel.mesh import groups_of, make_mesh
+from xcomp_jax.training import loop, metrics, optim, prepare, steps
 
 ONE = MeshConfig(1, 1, 1, 1)
 
@@ -129,44 +128,54 @@ def test_a_step_over_eight_devices_equals_one_device(tiny_run, examples, tmp_pat
   jax.tree.map(close, results[1], results[0])
 
 
-def test_every_process_reads_the_rows_of_its_devices(monkeypatch):
-  Device = collections.namedtuple("Device", "process_index number")
+Device = collections.namedtuple("Device", "process_index number")
 
-  def held(*processes):  # rows of a batch of 8 that each process's devices hold
-    indices = {
-      Device(p, n): (slice(*rows),)
-      for p, several in enumerate(processes)
-      for n, rows in enumerate(several)
-    }
-    monkeypatch.setattr(
-      meshes,
-      "batch_sharding",
-      lambda mesh: types.SimpleNamespace(devices_indices_map=lambda shape: indices),
-    )
 
-  mesh = make_mesh(MeshConfig(2, 4, 1, 1))
-  assert steps.row_share(mesh) == (tuple(range(8)), 8)
-  for processes, groups in (
+def held(*processes):
+  """Rows of a batch of 8 that each process's devices hold, as a sharding says it."""
+  return {
+    Device(p, n): (slice(*rows),)
+    for p, several in enumerate(processes)
+    for n, rows in enumerate(several)
+  }
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(
+  "processes, groups",
+  [
     ([[(0, 4)], [(4, 6), (6, 8)]], [(0, 1, 2, 3), (4, 5, 6, 7)]),
     ([[(6, 8)], [(0, 2)], [(2, 4)], [(4, 6)]], [(6, 7), (0, 1), (2, 3), (4, 5)]),
+    # tensor over two processes
     (
       [[(0, 4)], [(0, 4)], [(4, 8)], [(4, 8)]],
       [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5, 6, 7), (4, 5, 6, 7)],
-    ),  # tensor over two processes
-    (
-      [[(0, 1), (1, 2), (6, 7), (7, 8)], [(2, 6)]],
-      [(0, 1, 6, 7), (2, 3, 4, 5)],
-    ),  # as a ring lies on a torus
+    ),
+    # as a ring lies on a torus
+    ([[(0, 1), (1, 2), (6, 7), (7, 8)], [(2, 6)]], [(0, 1, 6, 7), (2, 3, 4, 5)]),
     ([[(None, None)], [(None, None)]], [tuple(range(8))] * 2),
-  ):
-    held(*processes)
-    assert list(row_groups(mesh).values()) == groups
-  for processes in ([[(0, 3)], [(3, 8)]], [[(0, 4)], [(2, 6)], [(4, 8)]]):
-    held(*processes)
-    with pytest.raises(
-      ConfigError, match=r"neither apart nor the same, of every 8 \(process: rows\) 0 \[0, "
-    ):
-      steps.row_share(mesh)
+  ],
+)
+def test_every_process_reads_the_rows_of_its_devices(processes, groups):
+  assert list(groups_of(held(*processes), 8, {}).values()) == groups
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(
+  "processes, rows",
+  [
+    ([[(0, 3)], [(3, 8)]], {0: [0, 1, 2], 1: [3, 4, 5, 6, 7]}),
+    ([[(0, 4)], [(2, 6)], [(4, 8)]], {0: [0, 1, 2, 3], 1: [2, 3, 4, 5], 2: [4, 5, 6, 7]}),
+  ],
+)
+def test_rows_that_processes_can_not_share_are_refused(processes, rows):
+  with pytest.raises(ConfigError) as caught:
+    groups_of(held(*processes), 8, {})
+  assert caught.value.fields == {"where": "config.mesh", "rows": rows, "count": 8}
+
+
+def test_one_process_has_the_rows_of_all():
+  assert steps.row_share(make_mesh(MeshConfig(2, 4, 1, 1))) == (tuple(range(8)), 8)
 
 
 def test_rows_that_lie_scattered_are_placed_where_their_devices_are():
@@ -236,7 +245,7 @@ def test_losses_and_gradients_on_features_are_those_on_frames(
   tokenizer, out = prompt.load_tokenizer(config.init_from), []
   for folder in (config.data.train, str(tmp_path / "features")):
     it = Prepared(config, 1)
-    data = loop.open_data(folder, it.cfg)
+    data = prepare.open_data(folder, it.cfg)
     micro = packing.Micro(
       Shape(4, 3, 80, 32, 400), tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3))
     )
@@ -251,7 +260,7 @@ def test_losses_and_gradients_on_features_are_those_on_frames(
         config.data,
         lengths,
         [[micro]],
-        loop.share_of(it.mesh, config, it.cfg.clips_per_chunk),
+        prepare.share_of(it.mesh, config, it.cfg.clips_per_chunk),
       ):
         if isinstance(item, pipeline.TowerCall):
           encoder.encode(it.state, item)
@@ -282,14 +291,17 @@ def test_features_are_known_by_their_tower_wherever_it_lies(
       dataclasses.replace(tiny_run(tmp_path, **{"model.dtype": dtype}), mesh=mesh), devices
     )
     model = nnx.merge(it.graph, it.state.trained, it.state.frozen)
-    loop.check_tower(model, "m", [loop.open_data(features, it.cfg)])
+    prepare.check_tower(model, "m", [prepare.open_data(features, it.cfg)])
     kernel = model.vision.blocks[0].fc1.kernel
     kernel[...] = kernel[...].at[0, 0].add(1)
-    with pytest.raises(
-      ConfigError,
-      match=r"train holds features by another tower: its identity is [0-9a-f]+, .* in m [0-9a-f]+",
-    ):
-      loop.check_tower(model, "m", [loop.open_data(features, it.cfg)])
+    data = prepare.open_data(features, it.cfg)
+    with pytest.raises(ConfigError) as caught:
+      prepare.check_tower(model, "m", [data])
+    assert caught.value.fields == {
+      "where": features,
+      "found": data.features.identity,
+      "expected": loading.tower_identity(model),
+    }
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tiny_run, examples, tmp_path):
@@ -357,7 +369,20 @@ def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
     counted(lambda state, clips: vlm.encode_frames(nnx.merge(graph, state), clips), clips)
   )
 
-  everything = TrainConfig(1, 1, None, False, True, True, None, 1, 1, 1, 1, None)
+  everything = TrainConfig(
+    batch_size=1,
+    epochs=1,
+    steps=None,
+    vision=False,
+    projector=True,
+    llm=True,
+    projector_max_frames=None,
+    log_every=1,
+    eval_every=1,
+    save_every=1,
+    keep_last=1,
+    keep_every=None,
+  )
   trained = metrics.training_flops(cfg, everything, [Length(16, 8, 4, 8)], pixels=False)
   assert trained == near(counted(jax.grad(loss), features))
 
@@ -367,8 +392,23 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   # Counted over the traced program, recomputation included: 1,024 frames and 512 text tokens.
   config = tiny_run(tmp_path, **{"train.projector_max_frames": 512, "model.dtype": "bfloat16"})
   cfg = VLMConfig(
-    vision=VisionConfig(448, 16, 1024, 23, 16, 4096, "umt-hd"),
-    llm=LLMConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, None, 1e-6, True, None),
+    vision=VisionConfig(
+      image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd"
+    ),
+    llm=LLMConfig(
+      vocab_size=151936,
+      width=1536,
+      layers=28,
+      heads=12,
+      kv_heads=2,
+      head_dim=128,
+      mlp_width=8960,
+      rope_theta=1e6,
+      rope_scaling=None,
+      norm_eps=1e-6,
+      tied=True,
+      context=None,
+    ),
     lp_comp=LPCompConfig("cosine", "suffix", 16),
     clip_frames=8,
     tokens_per_frame=16,
@@ -377,7 +417,7 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
     attention="einsum",
     remat=True,
   )
-  step, arguments = steps.abstract_step(
+  step, arguments = abstract_step(
     config, cfg, batch_spec(Shape(1, 1, 16, 1024, 512), ((16, 1024), ml_dtypes.bfloat16))
   )
   features = flops(step, *arguments)
@@ -397,6 +437,7 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   assert with_tower - without == pytest.approx(tower, rel=0.02)
 
 
+@pytest.mark.pure
 def test_the_peak_is_that_of_the_whole_name():
   def peak(kind):
     return (metrics.peak_flops(kind) or 0) / 1e12

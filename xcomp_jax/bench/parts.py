@@ -97,12 +97,31 @@ def sized(like: str | None, dtype: Dtype, **model) -> VLMConfig:
     CheckpointError: a config.json that is missing or can't be used.
   """
   m = dataclasses.replace(
-    ModelConfig(8, "checkpoint", dtype, dtype, 4, "auto", remat=False), **model
+    ModelConfig(
+      clip_frames=8,
+      yarn="checkpoint",
+      dtype=dtype,
+      param_dtype=dtype,
+      clips_per_chunk=4,
+      attention="auto",
+      remat=False,
+    ),
+    **model,
   )
   if like not in (None, "small"):
     return read_vlm_config(pathlib.Path(like), m, COSINE)
   vision, llm = (SMALL_TOWER, SMALL_LLM) if like else (TOWER, MEASURED)
-  return VLMConfig(vision, llm, COSINE, 8, 16, dtype, int(m.clips_per_chunk), m.attention, m.remat)
+  return VLMConfig(
+    vision=vision,
+    llm=llm,
+    lp_comp=COSINE,
+    clip_frames=8,
+    tokens_per_frame=16,
+    dtype=dtype,
+    clips_per_chunk=int(m.clips_per_chunk),
+    attention=m.attention,
+    remat=m.remat,
+  )
 
 
 def without_tower(cfg: VLMConfig) -> VLMConfig:

@@ -128,9 +128,15 @@ def needles(
 
   A hit is any frame of that clip. "uniform" takes clips at equal distances, whatever the question.
   """
-  lp_comp = (read_tuned(checkpoint) or Tuned(COSINE)).lp_comp
+  lp_comp = (read_tuned(checkpoint) or Tuned(lp_comp=COSINE)).lp_comp
   model_config = ModelConfig(
-    world.FRAMES, "checkpoint", "float32", "float32", 16, "auto", remat=False
+    clip_frames=world.FRAMES,
+    yarn="checkpoint",
+    dtype="float32",
+    param_dtype="float32",
+    clips_per_chunk=16,
+    attention="auto",
+    remat=False,
   )
   cfg = read_vlm_config(checkpoint, model_config, lp_comp)
   model, tokenizer = loading.load_model(checkpoint, cfg), prompt.load_tokenizer(checkpoint)

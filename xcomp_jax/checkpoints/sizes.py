@@ -117,7 +117,7 @@ def read_vlm_config(
   directory = pathlib.Path(directory)
   file = directory / "config.json"
   c = _read_config_json(directory, file)
-  tuned = read_tuned(directory) or Tuned(lp_comp)
+  tuned = read_tuned(directory) or Tuned(lp_comp=lp_comp)
   tower = _tower(file, c)
   if tuned.image_size not in (None, tower.image_size):
     raise CheckpointError(

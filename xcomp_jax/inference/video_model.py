@@ -457,7 +457,7 @@ def prepare_model(s: AskSettings) -> VideoModel:
   """
   s = checked(s)
   directory = resolve(s.checkpoint)
-  tuned = read_tuned(directory) or Tuned(COSINE)
+  tuned = read_tuned(directory) or Tuned(lp_comp=COSINE)
   lp_comp = LPCompConfig(
     s.schedule or tuned.lp_comp.schedule, s.keep or tuned.lp_comp.keep, tuned.lp_comp.group
   )
@@ -465,7 +465,15 @@ def prepare_model(s: AskSettings) -> VideoModel:
   kernels.check_implementation(s.attention, dtype)
   frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
   yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
-  model = ModelConfig(frames, yarn, dtype, dtype, s.clips_per_chunk, s.attention, remat=False)
+  model = ModelConfig(
+    clip_frames=frames,
+    yarn=yarn,
+    dtype=dtype,
+    param_dtype=dtype,
+    clips_per_chunk=s.clips_per_chunk,
+    attention=s.attention,
+    remat=False,
+  )
   cfg = read_vlm_config(directory, model, lp_comp, option="--clip-frames checkpoint")
   if s.context not in (None, cfg.llm.context):
     print(

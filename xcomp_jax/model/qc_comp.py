@@ -64,8 +64,8 @@ def select_config(
     )
   official = mode == "official"
   cfg = SelectConfig(
-    mode,
-    frames,
+    mode=mode,
+    frames=frames,
     repeat=repeat if repeat is not None else 2 if official else 1,
     round=512,
     window=0 if mode == "global" else 64,

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:
   """Holds what the compiler asks about the processors of a GPU; sizes are in bytes.
 
@@ -147,7 +147,16 @@ CHIPS = (
     7672,
     900 * G,
     FASTER,
-    Gpu("NVIDIA B200", 148, 128, 2048, 233472, 232448, 132644864, 1.965),
+    Gpu(
+      model="NVIDIA B200",
+      multiprocessors=148,
+      cores=128,
+      threads=2048,
+      shared=233472,
+      shared_block=232448,
+      l2=132644864,
+      ghz=1.965,
+    ),
   ),
   _gpu("gh200", "GH200", (9, 0), 989, 67, 96 * G, 4000, 450 * G, FASTER, None),
   _gpu(
@@ -160,7 +169,16 @@ CHIPS = (
     4800,
     450 * G,
     FASTER,
-    Gpu("NVIDIA H200", 132, 128, 2048, 233472, 232448, 52428800, 1.98),
+    Gpu(
+      model="NVIDIA H200",
+      multiprocessors=132,
+      cores=128,
+      threads=2048,
+      shared=233472,
+      shared_block=232448,
+      l2=52428800,
+      ghz=1.98,
+    ),
   ),
   _gpu("h100-pcie", "H100 PCIe", (9, 0), 756, 51, 84_942_979_072, 2039, 300 * G, FASTER, None),
   _gpu(
@@ -173,7 +191,16 @@ CHIPS = (
     3352,
     450 * G,
     FASTER,
-    Gpu("NVIDIA H100 80GB HBM3", 132, 128, 2048, 233472, 232448, 52428800, 1.98),
+    Gpu(
+      model="NVIDIA H100 80GB HBM3",
+      multiprocessors=132,
+      cores=128,
+      threads=2048,
+      shared=233472,
+      shared_block=232448,
+      l2=52428800,
+      ghz=1.98,
+    ),
   ),
   _gpu(
     "a100-40",
@@ -185,7 +212,16 @@ CHIPS = (
     1555,
     300 * G,
     FAST,
-    Gpu("NVIDIA A100-SXM4-40GB", 108, 64, 2048, 167936, 166912, 41943040, 1.41),
+    Gpu(
+      model="NVIDIA A100-SXM4-40GB",
+      multiprocessors=108,
+      cores=64,
+      threads=2048,
+      shared=167936,
+      shared_block=166912,
+      l2=41943040,
+      ghz=1.41,
+    ),
   ),
   _gpu(
     "a100-80",
@@ -197,7 +233,16 @@ CHIPS = (
     2039,
     300 * G,
     FAST,
-    Gpu("NVIDIA A100-SXM4-80GB", 108, 64, 2048, 167936, 166912, 41943040, 1.41),
+    Gpu(
+      model="NVIDIA A100-SXM4-80GB",
+      multiprocessors=108,
+      cores=64,
+      threads=2048,
+      shared=167936,
+      shared_block=166912,
+      l2=41943040,
+      ghz=1.41,
+    ),
   ),
   _gpu("l40s", "L40S", (8, 9), 362, 91.6, 48 * G, 864, PCIE4, SLOW, None),
   _gpu(
@@ -210,7 +255,16 @@ CHIPS = (
     300,
     PCIE4,
     SLOW,
-    Gpu("NVIDIA L4", 58, 128, 1536, 102400, 101376, 50331648, 2.04),
+    Gpu(
+      model="NVIDIA L4",
+      multiprocessors=58,
+      cores=128,
+      threads=1536,
+      shared=102400,
+      shared_block=101376,
+      l2=50331648,
+      ghz=2.04,
+    ),
   ),
   # AWS's A10G has tensor cores at half of an A10's rate.
   _gpu(
@@ -223,7 +277,16 @@ CHIPS = (
     600,
     PCIE4,
     SLOW,
-    Gpu("NVIDIA A10G", 80, 128, 1536, 102400, 101376, 6291456, 1.71),
+    Gpu(
+      model="NVIDIA A10G",
+      multiprocessors=80,
+      cores=128,
+      threads=1536,
+      shared=102400,
+      shared_block=101376,
+      l2=6291456,
+      ghz=1.71,
+    ),
   ),
   _gpu(
     "a10",
@@ -235,7 +298,16 @@ CHIPS = (
     600,
     PCIE4,
     SLOW,
-    Gpu("NVIDIA A10", 72, 128, 1536, 102400, 101376, 6291456, 1.695),
+    Gpu(
+      model="NVIDIA A10",
+      multiprocessors=72,
+      cores=128,
+      threads=1536,
+      shared=102400,
+      shared_block=101376,
+      l2=6291456,
+      ghz=1.695,
+    ),
   ),
   # With sums in float32, as here, its tensor cores reach half of what the sheet says of float16
   # with sums in float16.
@@ -249,7 +321,16 @@ CHIPS = (
     1008,
     PCIE4,
     SLOW,
-    Gpu("NVIDIA GeForce RTX 4090", 128, 128, 1536, 102400, 101376, 75497472, 2.52),
+    Gpu(
+      model="NVIDIA GeForce RTX 4090",
+      multiprocessors=128,
+      cores=128,
+      threads=1536,
+      shared=102400,
+      shared_block=101376,
+      l2=75497472,
+      ghz=2.52,
+    ),
   ),
   _gpu(
     "t4",
@@ -261,7 +342,16 @@ CHIPS = (
     320,
     PCIE3,
     SLOW,
-    Gpu("Tesla T4", 40, 64, 1024, 65536, 65536, 4194304, 1.59),
+    Gpu(
+      model="Tesla T4",
+      multiprocessors=40,
+      cores=64,
+      threads=1024,
+      shared=65536,
+      shared_block=65536,
+      l2=4194304,
+      ghz=1.59,
+    ),
   ),
 )
 OTHER_NAMES = {"a100": "a100-80"}

@@ -4,9 +4,15 @@ Every process keeps a connection to the first one (`Roll`) beside JAX's own. A p
 come up, or ends before its time, is thereby named to all others at once, and they end too: in a
 collective they would wait for it for ever. What gives no sign at all, such as a host without power,
 JAX's heartbeats find.
+
+JAX's own service says less, and later: who is missing it does not say at all, who is gone only by a
+number and after a heartbeat's limit, who ended with an error after the limit of a shutdown (then it
+names those that still ran); and it aborts the others by a signal, so none ends with a message of
+its own.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -14,8 +20,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Generator
-from typing import Any, NoReturn
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NoReturn, TextIO
 
 import jax
 import numpy as np
@@ -29,19 +35,21 @@ AGAIN = "Start all of them again with the same command: the run goes on from its
 
 
 @contextlib.contextmanager
-def joined(config: DistributedConfig) -> Generator[None]:
+def joined(
+  config: DistributedConfig, initialize: Callable[..., Any] = jax.distributed.initialize
+) -> Generator[None]:
   """Connects this process with the others of its run, before JAX looks for devices; what is already
   connected stays.
 
   A run of one process (config.coordinator None, or "auto" where there is no cluster) has nothing to
-  connect.
+  connect. initialize: connects JAX.
 
   Raises:
     ConfigError: the processes can't be counted, or JAX looked for devices before.
   """
   roll = None
   if config.coordinator is not None and not jax.distributed.is_initialized():
-    roll = _connect(config.coordinator, config)
+    roll = _connect(config, initialize)
     found = jax.distributed.is_initialized()
     print(
       banner() if found else f"no cluster found: a run of one process, on {socket.gethostname()}",
@@ -51,7 +59,7 @@ def joined(config: DistributedConfig) -> Generator[None]:
     yield
   except BaseException as error:
     if roll:
-      if _in_collective(error):
+      if in_collective(error):
         time.sleep(3 * GRACE)  # most likely another is gone, and the roll says so and ends this one
       roll.close(well=False)
     raise
@@ -59,8 +67,8 @@ def joined(config: DistributedConfig) -> Generator[None]:
     roll.close(well=True)
 
 
-def _in_collective(error: BaseException | None) -> bool:
-  """Whether an error, or one behind it, is what processes that talk to each other meet."""
+def in_collective(error: BaseException | None) -> bool:
+  """Says whether an error, or one that led to it, comes from a collective over processes."""
   while error is not None:
     # Orbax hands those of its threads on as ValueErrors.
     if isinstance(error, jax.errors.JaxRuntimeError) or re.match(
@@ -71,48 +79,40 @@ def _in_collective(error: BaseException | None) -> bool:
   return False
 
 
-def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
+def _connect(config: DistributedConfig, initialize: Callable[..., Any]) -> "Roll | None":
   """Waits until all processes are there, or says who is not; None if there is only this one."""
   # SIGTERM is ours (`stop_signal`): JAX's service would swallow it even while nobody asks for it
   # yet.
   jax.config.update("jax_enable_preemption_service", False)
-  options: dict[str, Any] = {
-    "heartbeat_timeout_seconds": config.heartbeat_seconds,
-    "shutdown_timeout_seconds": config.heartbeat_seconds,
-    "initialization_timeout": config.start_seconds + 60,  # `_late` is before it, and says more
-    "local_device_ids": _slurm_gpus(),
-  }
-  roll = None
-  if coordinator != "auto":
-    address, port = _address(coordinator)
-    if (
-      config.processes is None
-      or config.process is None
-      or not 0 <= config.process < config.processes
-    ):
-      raise ConfigError(
-        f"config.distributed.coordinator = {coordinator!r} with process {config.process} of "
-        f"{config.processes}: "
-        "set config.distributed.processes to their number, and config.distributed.process from 0 "
-        "on in each"
-      )
-    options |= {
-      "coordinator_address": coordinator,
-      "num_processes": config.processes,
-      "process_id": config.process,
-    }
-    roll = Roll(config.process, config.processes)
-    roll.open(address, port + 1)
-  elif found := _detected(config.start_seconds):
-    coordinator, processes, process = found
+  coordinator, processes, process = config.coordinator, config.processes, config.process
+  if coordinator == "auto":
+    coordinator, processes, process = _detected(config.start_seconds)
+  elif processes is None or process is None or not 0 <= process < processes:
+    _address(coordinator or "")  # refuses what is none
+    raise ConfigError(
+      f"config.distributed.coordinator = {coordinator!r} with process {process} of {processes}: "
+      "set config.distributed.processes to their number, and config.distributed.process from 0 "
+      "on in each",
+      where="config.distributed.process" if processes else "config.distributed.processes",
+    )
+  gpus, roll = slurm_gpus(os.environ), None
+  if coordinator is not None and process is not None and processes is not None:
     address, port = _address(coordinator)
     roll = Roll(process, processes)
     roll.open(address, port + 1)
-  late = threading.Timer(config.start_seconds, _late, (roll, config, coordinator))
+  late = threading.Timer(config.start_seconds, report_late, (roll, config, coordinator))
   late.daemon = True
   late.start()
   try:
-    jax.distributed.initialize(**options)
+    initialize(
+      coordinator_address=coordinator,
+      num_processes=processes,
+      process_id=process,
+      heartbeat_timeout_seconds=config.heartbeat_seconds,
+      shutdown_timeout_seconds=config.heartbeat_seconds,
+      initialization_timeout=config.start_seconds + 60,  # `report_late` is before, and says more
+      local_device_ids=gpus,
+    )
   except (ValueError, RuntimeError) as error:
     if roll:
       roll.close(well=False)
@@ -120,40 +120,32 @@ def _connect(coordinator: str, config: DistributedConfig) -> "Roll | None":
       return None
     raise ConfigError(
       f"the processes of this run can't be connected: {error} (config.distributed.coordinator = "
-      f"None is a run of one process)"
+      f"None is a run of one process)",
+      where="config.distributed.coordinator",
     ) from error
   finally:
     late.cancel()
-  if config.coordinator == "auto" and jax.process_count() > 1:
-    # one of them found its cluster otherwise
-    if not np.all(multihost_utils.process_allgather(np.array(roll is not None))):
-      if roll:
-        roll.close(well=True)
-      roll = _first_calls()
   return roll
 
 
-def _detected(seconds: int) -> tuple[str, int, int] | None:
-  """(HOST:PORT of process 0, processes, which of them this is) as JAX will find them in the
-  cluster; None: it will not, or looks
-  in another way by now. Only for the roll: without it a process that does not come up is not named.
+def _detected(seconds: int) -> tuple[str | None, int | None, int | None]:
+  """(HOST:PORT of process 0, processes, which of them this is) by JAX's knowledge of clusters; all
+  None where it will find none, finds a single process, or looks in another way by now. JAX is told
+  what was found, so that it and the roll go by the same.
   """
   try:
     from jax._src.clusters import ClusterEnv  # no public way to ask before connecting
 
     address, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
-      None, None, None, None, None, seconds
+      os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, seconds
     )
   except Exception:  # whatever a cluster's own clients raise; `initialize` will say it
-    return None
-  return (
-    (address, processes, process)
-    if address and process is not None and processes and processes > 1
-    else None
-  )
+    return None, None, None
+  known = address and process is not None and processes and processes > 1
+  return (address, processes, process) if known else (None, None, None)
 
 
-def _slurm_gpus() -> list[int] | None:
+def slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
   """The equal part of a SLURM node's GPUs that is this process's, numbered as it sees them; None:
   JAX chooses.
 
@@ -164,17 +156,21 @@ def _slurm_gpus() -> list[int] | None:
     ConfigError: a node's GPUs can't be split evenly over its processes.
   """
   names = ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "SLURM_LOCALID", "SLURM_GPUS_ON_NODE")
-  if not all(name in os.environ for name in names):
+  if not all(name in environment for name in names):
     return None
-  processes, nodes, local, gpus = (int(os.environ[name]) for name in names)
-  seen = len(os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(","))
+  processes, nodes, local, gpus = (int(environment[name]) for name in names)
+  visible = environment.get("CUDA_VISIBLE_DEVICES")
+  seen = gpus if visible is None else len(visible.split(","))
   if seen < gpus:  # SLURM has split them itself (--gpus-per-task)
     return list(range(seen))
   if processes % nodes or gpus % (processes // nodes):
     raise ConfigError(
       f"{processes} processes on {nodes} nodes, and {gpus} GPUs on this one, can't be split "
       f"evenly; "
-      f"start a process per GPU (--ntasks-per-node={gpus}), or per node (--ntasks-per-node=1)"
+      f"start a process per GPU (--ntasks-per-node={gpus}), or per node (--ntasks-per-node=1)",
+      where="SLURM_NTASKS",
+      processes=processes,
+      gpus=gpus,
     )
   each = gpus // (processes // nodes)
   return list(range(local * each, (local + 1) * each))
@@ -194,12 +190,23 @@ def banner() -> str:
 class Roll:
   """Who is there, heard by process 0 over one connection from each of the others; all methods
   return at once.
+
+  exit: ends this process with a message. grace: seconds in which a process may end by itself.
   """
 
-  def __init__(self, process: int, processes: int):
-    self.process, self.processes = process, processes
+  def __init__(
+    self,
+    process: int,
+    processes: int,
+    exit: Callable[[str], Any] | None = None,
+    grace: float = GRACE,
+  ):
+    self.process = process
+    self.processes = processes
+    self.grace = grace
+    self.exit = exit or _end
     self.names = {process: socket.gethostname()}  # of those that are there
-    self._lines: dict[int, socket.socket] = {}  # at process 0 to each, elsewhere to 0
+    self.lines: dict[int, socket.socket] = {}  # at process 0 to each, elsewhere to 0
     self._well, self._ending = False, threading.Lock()
     self._server: socket.socket | None = None
 
@@ -217,7 +224,9 @@ class Roll:
         raise ConfigError(
           f"process 0 can't listen on port {port} ({error.strerror}), the one after "
           f"config.distributed.coordinator's; "
-          "choose another"
+          "choose another",
+          where="config.distributed.coordinator",
+          port=port,
         ) from error
       port = self._server.getsockname()[1]
       self._begin(self._accept, self._server)
@@ -238,12 +247,9 @@ class Roll:
       f"process {self.process} ({self.names[self.process]}) ended with an error; its own "
       f"output says why. {AGAIN}"
     )
-    for line in list(self._lines.values()):
-      with contextlib.suppress(OSError):
-        line.sendall(b"bye\n" if well else f"{reason}\n".encode())
-        line.shutdown(socket.SHUT_WR)
-    deadline = time.monotonic() + 2 * GRACE
-    while self.process == 0 and not well and self._lines and time.monotonic() < deadline:
+    self._tell("bye" if well else reason, last=True)
+    deadline = time.monotonic() + 2 * self.grace
+    while self.process == 0 and not well and self.lines and time.monotonic() < deadline:
       time.sleep(0.05)
     if self._server:
       self._server.close()
@@ -255,12 +261,17 @@ class Roll:
     if self._well or not self._ending.acquire(blocking=False):
       return
     if self.process == 0:
-      for line in list(self._lines.values()):
-        with contextlib.suppress(OSError):
-          line.sendall(f"{reason}\n".encode())
-    time.sleep(GRACE if seconds is None else seconds)
+      self._tell(reason)
+    time.sleep(self.grace if seconds is None else seconds)
     if not self._well:
-      _end(f"process {self.process}: {reason}")
+      self.exit(f"process {self.process}: {reason}")
+
+  def _tell(self, text: str, last: bool = False) -> None:
+    for line in list(self.lines.values()):
+      with contextlib.suppress(OSError):
+        line.sendall(f"{text}\n".encode())
+        if last:
+          line.shutdown(socket.SHUT_WR)
 
   def _begin(self, target, *arguments) -> None:
     threading.Thread(target=target, args=arguments, daemon=True).start()
@@ -275,24 +286,16 @@ class Roll:
 
   def _hear(self, line: socket.socket) -> None:
     said = line.makefile("r", errors="replace")
-    try:
-      process, _, name = said.readline().strip().partition(" ")
-    except OSError:  # a port scanner or a health check that resets what it opened
-      process, name = "", ""
+    process, _, name = _next(said).partition(" ")
     # somebody else at this port
     if not name or not process.isdecimal() or not 0 < int(process) < self.processes:
       return line.close()
     process = int(process)
     # in this order: who is named can be told
-    self._lines[process], self.names[process] = (
-      line,
-      name,
-    )
-    try:
-      last = said.readline().strip()
-    except OSError:
-      last = ""
-    self._lines.pop(process, None)
+    self.lines[process] = line
+    self.names[process] = name
+    last = _next(said)
+    self.lines.pop(process, None)
     if last != "bye":
       self.end(
         last
@@ -313,48 +316,26 @@ class Roll:
       return
     line.settimeout(None)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    self._lines[0] = line
-    try:
+    self.lines[0] = line
+    with contextlib.suppress(OSError):
       line.sendall(f"{self.process} {self.names[self.process]}\n".encode())
-      said = line.makefile("r", errors="replace").readline().strip()
-    except OSError:
-      said = ""
+    said = _next(line.makefile("r", errors="replace"))
     if said != "bye":  # without process 0 JAX aborts the others at once: no time for grace
       self.end(
         said or f"process 0 at {address} is gone; its own output says why. {AGAIN}",
-        GRACE if said else 0.0,
+        None if said else 0.0,
       )
 
 
-def _first_calls() -> Roll:
-  """The roll of processes that JAX has already connected: the first one tells its address to
-  all.
-  """
-  roll = Roll(jax.process_index(), jax.process_count())
-  port = roll.open("", 0) if roll.process == 0 else 0
-  text = np.zeros(256, np.uint8)
-  mine = f"{port} {_own_address()}".encode()[:256]
-  text[: len(mine)] = np.frombuffer(mine, np.uint8)
-  said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode()
-  port, _, address = said.partition(" ")
-  if roll.process:
-    roll.open(address, int(port))
-  return roll
+def _next(said: TextIO) -> str:
+  """The next line from another process; "" when there is none any more."""
+  try:
+    return said.readline().strip()
+  except OSError:  # as port scanners and health checks reset what they opened
+    return ""
 
 
-def _own_address() -> str:
-  """Where other hosts reach this one: the address that its traffic to them comes from. Nothing is
-  sent.
-  """
-  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
-    try:
-      line.connect(("10.255.255.255", 1))
-      return line.getsockname()[0]
-    except OSError:
-      return socket.gethostname()
-
-
-def _late(roll: Roll | None, config: DistributedConfig, coordinator: str) -> None:
+def report_late(roll: Roll | None, config: DistributedConfig, coordinator: str | None) -> None:
   """Not all came up in time."""
   within = f"within config.distributed.start_seconds = {config.start_seconds} s"
   if roll is None:
@@ -372,7 +353,7 @@ def _late(roll: Roll | None, config: DistributedConfig, coordinator: str) -> Non
       1.0,
     )
   else:
-    time.sleep(GRACE)  # the first one knows more
+    time.sleep(roll.grace)  # the first one knows more
     roll.end(
       f"process 0 does not answer at {coordinator} {within}; is it running there, and may this "
       f"host reach it? {AGAIN}",
@@ -390,9 +371,21 @@ def _address(coordinator: str) -> tuple[str, int]:
   if not address or not port.isdigit() or not 0 < int(port) < 65535:
     raise ConfigError(
       f'config.distributed.coordinator = {coordinator!r}: expected HOST:PORT of process 0, "auto", '
-      f"or None for one process"
+      f"or None for one process",
+      where="config.distributed.coordinator",
+      value=coordinator,
     )
   return address, int(port)
+
+
+def gather(value: Any) -> list:
+  """What each process gives, as JSON holds it; all of them must call this."""
+  if jax.process_count() == 1:
+    return [json.loads(json.dumps(value))]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(text)))
+  texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text))))
+  return [json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True)]
 
 
 @contextlib.contextmanager

@@ -11,9 +11,11 @@ dimension, so every mesh runs every model; what would be wasted that way is refu
 begins (`check_tensor`, `data.packing`).
 """
 
+import itertools
 import math
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -23,6 +25,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xcomp_jax.config import ConfigError, MeshConfig, VLMConfig
+from xcomp_jax.errors import XCompError
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -59,6 +62,10 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+class RuleError(XCompError, ValueError):
+  """An array that the tables above can't split."""
+
+
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   """Devices along each of AXES; one size may be -1: what is left. (If fsdp and context are,
   `forecast.schedule_run` decides.)
@@ -72,20 +79,28 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise ConfigError(
       f"mesh {shown}: sizes must be positive, and at most one may be -1 (what is left), or fsdp "
-      f"and context together"
+      f"and context together",
+      where="config.mesh",
+      sizes=sizes,
     )
   if free:
     taken = math.prod(size for size in sizes.values() if size != -1)
     if devices % taken:
       raise ConfigError(
-        f"mesh {shown}: {taken} does not divide the {devices} devices there are; set config.mesh"
+        f"mesh {shown}: {taken} does not divide the {devices} devices there are; set config.mesh",
+        where="config.mesh",
+        taken=taken,
+        devices=devices,
       )
     sizes[free[0]] = devices // taken
   if math.prod(sizes.values()) != devices:
     raise ConfigError(
       f"mesh {shown} = {math.prod(sizes.values())} devices, but there are {devices}; set "
       f"config.mesh so that the "
-      f"product is {devices}, or one axis to -1 for what is left"
+      f"product is {devices}, or one axis to -1 for what is left",
+      where="config.mesh",
+      sizes=sizes,
+      devices=devices,
     )
   return tuple(sizes.values())
 
@@ -118,7 +133,10 @@ def check_tensor(tensor: int, cfg: VLMConfig) -> None:
     raise ConfigError(
       f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and "
       f"{cfg.llm.kv_heads} key heads of this LLM; "
-      f"the most that does is {math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}"
+      f"the most that does is {math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}",
+      where="config.mesh.tensor",
+      value=tensor,
+      most=math.gcd(cfg.llm.heads, cfg.llm.kv_heads),
     )
 
 
@@ -134,17 +152,29 @@ def row_groups(mesh: Mesh) -> dict[int, tuple[int, ...]]:
       another.
   """
   count = batch_devices(mesh)
+  return groups_of(batch_sharding(mesh).devices_indices_map((count,)), count, dict(mesh.shape))
+
+
+def groups_of(
+  indices: Mapping[Any, tuple[slice, ...]], count: int, shape: Mapping[str, int]
+) -> dict[int, tuple[int, ...]]:
+  """`row_groups` by which of `count` rows each device holds; shape: of the mesh, for the
+  message.
+  """
   held: dict[int, set[int]] = {}
-  for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
+  for device, index in indices.items():
     held.setdefault(device.process_index, set()).update(range(count)[index[0]])
   several = {tuple(sorted(some)) for some in held.values()}
   if len({len(some) for some in several}) > 1 or sum(map(len, several)) != count:
     each = "; ".join(f"{process} {sorted(some)}" for process, some in sorted(held.items()))
     raise ConfigError(
-      f"mesh {dict(mesh.shape)}: the devices of the processes hold rows that are neither apart nor "
+      f"mesh {shape}: the devices of the processes hold rows that are neither apart nor "
       f"the same, of every {count} "
       f"(process: rows) {each}; choose config.mesh so that data x fsdp is a multiple of the "
-      f"processes"
+      f"processes",
+      where="config.mesh",
+      rows={process: sorted(some) for process, some in held.items()},
+      count=count,
     )
   return {process: tuple(sorted(some)) for process, some in held.items()}
 
@@ -159,7 +189,7 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
   """How the parameter at `path` is split over `mesh`.
 
   Raises:
-    ValueError: no rule for this path, or one that does not fit its shape.
+    RuleError: no rule for this path, or one that does not fit its shape.
   """
   found = [_fit(axes, shape, mesh) for axes in _rules(path, shape)]
   return max(
@@ -173,12 +203,15 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
 def _rules(path: str, shape: Sequence[int]) -> list[tuple[str | None, ...]]:
   found = [axes for pattern, axes in PARAMETERS if re.search(rf"(^|/){pattern}$", path)]
   if not found:
-    raise ValueError(f"parameter {path} has no rule in sharding.PARAMETERS; add one")
+    raise RuleError(f"parameter {path} has no rule in sharding.PARAMETERS; add one", where=path)
   for axes in found:
     if len(axes) > len(shape):
-      raise ValueError(
+      raise RuleError(
         f"parameter {path} has shape {tuple(shape)}, but its sharding rule {axes} has {len(axes)} "
-        f"axes"
+        f"axes",
+        where=path,
+        shape=tuple(shape),
+        rule=axes,
       )
   return found
 
@@ -188,7 +221,7 @@ def param_shardings(state: Any, mesh: Mesh) -> Any:
   parameters' do: `nnx.State`, optimizer state, or both together. Scalars are on every device.
 
   Raises:
-    ValueError: see `parameter_spec`.
+    RuleError: see `parameter_spec`.
   """
 
   def one(path, leaf):
@@ -242,7 +275,7 @@ def split_axes(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpe
   dimension.
 
   Raises:
-    ValueError: two of the axes lie on the same mesh axis.
+    RuleError: two of the axes lie on the same mesh axis.
   """
   return _fit(axes, shape, jax.sharding.get_abstract_mesh())
 
@@ -273,7 +306,7 @@ def gathered(module: Module, dtype: Any) -> Module:
   kept.
 
   Raises:
-    ValueError: a parameter without a rule in PARAMETERS.
+    RuleError: a parameter without a rule in PARAMETERS.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return module
@@ -294,35 +327,30 @@ def parameter_table(state: Any, shardings: Any) -> str:
   """A printable table: path, shape, dtype, split, bytes per device, and totals; equal layers on one
   line.
   """
-  rows: dict[tuple, list] = {}
   leaves = jax.tree_util.tree_leaves_with_path(state)
-  count = total = 0
+  layers: dict[tuple[str, ...], list[int]] = {}  # of each row
+  sizes: dict[tuple[str, ...], int] = {}
   for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
     name = path_name(path)
-    bytes_here = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-    split = (
-      ", ".join("-" if axis is None else "+".join(np.atleast_1d(axis)) for axis in sharding.spec)
-      or "-"
-    )
-    key = (re.sub(r"/\d+/", "/*/", name), leaf.shape, str(leaf.dtype), split)
-    row = rows.setdefault(key, [[], 0])
-    row[0] += [int(i) for i in re.findall(r"/(\d+)/", name)]
-    row[1] += bytes_here
-    count += math.prod(leaf.shape)
-    total += bytes_here
+    split = ["-" if axis is None else "+".join(np.atleast_1d(axis)) for axis in sharding.spec]
+    shape = " x ".join(map(str, leaf.shape))
+    row = re.sub(r"/\d+/", "/*/", name), shape, str(leaf.dtype), ", ".join(split) or "-"
+    layers.setdefault(row, []).extend(int(i) for i in re.findall(r"/(\d+)/", name))
+    here = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+    sizes[row] = sizes.get(row, 0) + here
   lines = [("parameter", "shape", "dtype", "split over", "MiB per device")]
-  for (name, shape, dtype, split), (layers, size) in rows.items():
-    if layers:
-      name = name.replace(
-        "*", f"{min(layers)}..{max(layers)}" if len(layers) > 1 else str(layers[0])
-      )
-    lines.append((name, " x ".join(map(str, shape)), dtype, split, f"{size / 2**20:,.2f}"))
+  for (name, *about), size in sizes.items():
+    which = layers[(name, *about)]
+    if which:
+      which = f"{min(which)}..{max(which)}" if len(which) > 1 else str(which[0])
+      name = name.replace("*", which)
+    lines.append((name, *about, f"{size / 2**20:,.2f}"))
+  count = sum(math.prod(leaf.shape) for _, leaf in leaves)
+  total = sum(sizes.values())
   lines.append((f"{len(leaves)} arrays", f"{count:,} numbers", "", "", f"{total / 2**20:,.2f}"))
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(
-    "  ".join(
-      cell.rjust(w) if i == 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))
-    )
+    "  ".join([*(cell.ljust(w) for cell, w in zip(line[:4], widths)), line[4].rjust(widths[4])])
     for line in lines
   )
 
@@ -332,22 +360,18 @@ def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partiti
   taken: dict[str, str | None] = {}
   spec = []
   for dim, axis in zip(shape, axes):
-    kept, parts = [], 1
     names = LOGICAL[axis] if axis else ()
     for name in names:
       if name in taken:
-        raise ValueError(
+        raise RuleError(
           f"an array of {tuple(axes)}: {taken[name]} and {axis} would both be split over mesh axis "
-          f"{name}"
+          f"{name}",
+          where=name,
+          axes=[taken[name], axis],
         )
       taken[name] = axis
-    for name in names:
-      size = mesh.shape.get(name, 1)
-      if size == 1:
-        continue
-      if dim % (parts * size):
-        break
-      kept.append(name)
-      parts *= size
-    spec.append(None if not kept else kept[0] if len(kept) == 1 else tuple(kept))
+    used = [name for name in names if mesh.shape.get(name, 1) > 1]
+    sizes = itertools.accumulate((mesh.shape[name] for name in used), operator.mul)
+    kept = used[: sum(dim % size == 0 for size in sizes)]  # a product divides if a longer one does
+    spec.append(kept[0] if len(kept) == 1 else tuple(kept) or None)
   return PartitionSpec(*spec)

@@ -10,7 +10,7 @@ import jax.extend.core
 from xcomp_jax.parallel import chips
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
   """One device of a mesh; rates are per second, None where unknown. links: bytes/s that it sends
   over all its links.
@@ -18,11 +18,11 @@ class Device:
 
   kind: str
   count: int
-  hbm: float | None
-  reserve: float
-  flops: float | None
-  bandwidth: float | None
-  links: float | None
+  hbm: float | None = None
+  reserve: float = 0.0
+  flops: float | None = None
+  bandwidth: float | None = None
+  links: float | None = None
 
 
 def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
@@ -36,33 +36,43 @@ def device_of(devices: Sequence[Any], dtype: str = "bfloat16") -> Device:
   kind, count = devices[0].device_kind, len(devices)
   chip = chips.find_chip(kind)
   if chip is None:
-    return Device(kind, count, None, 0.0, None, None, None)
+    return Device(kind=kind, count=count)
   flops = chip.flops32 if dtype == "float32" else chip.flops
-  if not chip.ring:
-    mine = next(
-      (device for device in devices if device.process_index == jax.process_index()), devices[0]
+  if chip.ring:
+    links, share = _torus(devices, chip.ring)
+    return Device(
+      kind=kind,
+      count=count,
+      hbm=chip.memory * share,
+      reserve=chip.reserve * share,
+      flops=flops * share,
+      bandwidth=chip.bandwidth * share,
+      links=chip.link * links * share,
     )
-    allowed = chips.device_memory(mine) or chip.memory
-    hbm = max(chip.memory, allowed)  # of which JAX has not taken all
-    reserve = hbm - allowed
-    links = min(chip.link, chip.network) if _hosts(devices) > 1 else chip.link
-    return Device(kind, count, hbm, reserve, flops, chip.bandwidth, links)
+  mine = [device for device in devices if device.process_index == jax.process_index()]
+  allowed = chips.device_memory(mine[0] if mine else devices[0]) or chip.memory
+  hbm = max(chip.memory, allowed)  # of which JAX has not taken all
+  return Device(
+    kind=kind,
+    count=count,
+    hbm=hbm,
+    reserve=hbm - allowed,
+    flops=flops,
+    bandwidth=chip.bandwidth,
+    links=min(chip.link, chip.network) if _hosts(devices) > 1 else chip.link,
+  )
+
+
+def _torus(devices: Sequence[Any], ring: int) -> tuple[int, float]:
+  """The links of a chip among these, and the chips per device. ring: of `Chip`."""
   coords = {tuple(device.coords) for device in devices}
   sizes = [1 + max(axis) - min(axis) for axis in zip(*coords)]
-  closed = all(size % chip.ring == 0 for size in sizes) if chip.ring == 4 else None
-  links = sum(
-    (2 if (size >= chip.ring if closed is None else closed) else 1) for size in sizes if size > 1
-  )
-  share = len(coords) / count
-  return Device(
-    kind,
-    count,
-    chip.memory * share,
-    chip.reserve * share,
-    flops * share,
-    chip.bandwidth * share,
-    chip.link * links * share,
-  )
+  if ring == 4:  # an axis of a cube is closed where all are
+    closed = [all(size % ring == 0 for size in sizes)] * len(sizes)
+  else:
+    closed = [size >= ring for size in sizes]
+  links = sum(1 + ends for size, ends in zip(sizes, closed) if size > 1)
+  return links, len(coords) / len(devices)
 
 
 def _hosts(devices: Sequence[Any]) -> int:
@@ -90,6 +100,7 @@ def least_seconds(device: Device, flops: float, hbm: float, sent: float) -> dict
     "memory": (hbm, device.bandwidth),
     "links": (sent, device.links),
   }
-  return {kind: amount / rate for kind, (amount, rate) in pairs.items() if rate} | (
-    {"links": 0.0} if device.links == 0 else {}
-  )
+  seconds = {kind: amount / rate for kind, (amount, rate) in pairs.items() if rate}
+  if device.links == 0:  # a single chip sends nothing
+    seconds["links"] = 0.0
+  return seconds

@@ -55,7 +55,9 @@ from xcomp_jax.plan import fits, programs
 from xcomp_jax.plan.accounts import account_program
 from xcomp_jax.plan.programs import NAMES, TRAINING, ProgramPlan, bytes_held
 from xcomp_jax.plan.table import read_lengths, run_table
-from xcomp_jax.training import forecast, loop, metrics
+from xcomp_jax.training import loop, metrics
+from xcomp_jax.training.costs import PICO, capability
+from xcomp_jax.training.prepare import open_data
 
 GB = 1e9
 SHARE = 0.9  # of a card's memory that JAX may have and CUDA gets along
@@ -135,7 +137,7 @@ def remedies(plan: ProgramPlan, row: Mapping[str, Any], total: float) -> list[st
   state = sum(memory.get(kind, 0.0) for kind in ("parameters", "optimizer state", "gradients"))
   data, fsdp, tensor, context = (plan.mesh.shape[axis] for axis in AXES)
   out: list[tuple[str, float]] = []
-  if plan.device.reserve > (1 - SHARE) * limit and forecast.capability(plan.device) > (0, 0):
+  if plan.device.reserve > (1 - SHARE) * limit and capability(plan.device) > (0, 0):
     more = f"XLA_PYTHON_CLIENT_MEM_FRACTION={SHARE}, of which JAX takes {chips.memory_share():g}"
     out.append((more, total - plan.device.reserve + (1 - SHARE) * limit))
   if row["name"] in TRAINING and data > 1:
@@ -344,7 +346,7 @@ def _micro_seconds(plan: ProgramPlan, row: Mapping[str, Any], micro: Micro) -> f
     )
     assert device.flops is not None  # or there were no seconds
     spent["compute"] += (
-      load.max() / forecast.PICO
+      load.max() / PICO
       + costs.squares(micro.shape)
       - row["flops"]["kernels"] / (device.count * device.flops)
     )
@@ -446,7 +448,7 @@ def stored_lengths(config: RunConfig, cfg: VLMConfig, store: str) -> list[Length
     ConfigError: one that is not for this model.
     CheckpointError, ...: there is no tokenizer.
   """
-  data = loop.open_data(store, cfg)
+  data = open_data(store, cfg)
   return pipeline.measure_lengths(
     data, loading.read_tokenizer(resolve(config.init_from), cfg), config.data.mask
   )

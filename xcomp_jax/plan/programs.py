@@ -40,6 +40,7 @@ from xcomp_jax.parallel.mesh import (
 )
 from xcomp_jax.plan import absent
 from xcomp_jax.training import forecast, optim, steps
+from xcomp_jax.training.costs import MeshCosts
 
 TRAINING = ("gradient", "tower", "apply", "evaluation")
 ROUNDS = ("round", "question")
@@ -71,7 +72,7 @@ class ProgramPlan:
   effort: float
   lengths: Lengths
   steps: Sequence[Sequence[Micro]]
-  costs: forecast.MeshCosts
+  costs: MeshCosts
 
 
 # --- what is asked for

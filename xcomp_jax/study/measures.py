@@ -117,7 +117,15 @@ def scoring_cost(
 def load_for_measures(checkpoint: str | pathlib.Path, cfg: LPCompConfig) -> vlm.VLM:
   """A checkpoint to be measured under a rule, in float32."""
   directory = resolve(str(checkpoint))
-  model = ModelConfig(FRAMES, None, "float32", "float32", ROWS, "auto", remat=False)
+  model = ModelConfig(
+    clip_frames=FRAMES,
+    yarn=None,
+    dtype="float32",
+    param_dtype="float32",
+    clips_per_chunk=ROWS,
+    attention="auto",
+    remat=False,
+  )
   return loading.load_model(directory, read_vlm_config(directory, model, cfg))
 
 

@@ -23,19 +23,20 @@ from typing import Any
 
 import fsspec.config
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from xcomp_jax.checkpoints import orbax_files, tensor_files
+from xcomp_jax.checkpoints import tensor_files
+from xcomp_jax.checkpoints.orbax_files import only_files, reading_orbax
 from xcomp_jax.config import ConfigError, RunConfig, TrainConfig, VLMConfig
 from xcomp_jax.config_io import to_dict
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.pipeline import BatchReader
 from xcomp_jax.errors import XCompError, one_line
 from xcomp_jax.files import absolute
+from xcomp_jax.parallel import hosts
 from xcomp_jax.parallel.mesh import path_name
 
 # Other processes, and TensorStore in this one, change a bucket's folders: what a listing said must
@@ -98,6 +99,10 @@ NAMES = {
 }
 
 
+class NoCheckpointError(XCompError, FileNotFoundError):
+  """There is no checkpoint, or none of the step that was asked for."""
+
+
 class SaveError(XCompError, OSError):
   """A checkpoint could not be written; those before it are whole."""
 
@@ -106,29 +111,24 @@ def nest_leaves(state: Any) -> dict:
   """Leaves of any pytree as nested dicts by path, e.g. {"llm": {"layers": {"0": {"q": {"kernel":
   ...}}}}}.
   """
-  return unflatten_dict(tensor_files.by_path(state), sep="/")
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return unflatten_dict({path_name(path): leaf for path, leaf in leaves}, sep="/")
 
 
 def unnest_leaves(tree: Mapping, like: Any) -> Any:
   """The inverse of `nest_leaves`: a pytree like `like` with the leaves of `tree`; leaves of `tree`
   not in it are ignored.
   """
-
-  def leaf(path, _):
-    node: Any = tree
-    for name in path_name(path).split("/"):
-      node = node[name]
-    return node
-
-  return jax.tree_util.tree_map_with_path(leaf, like)
+  leaves = flatten_dict(tree, sep="/")
+  return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], like)
 
 
 def folder(workdir: str) -> epath.Path:
   """Where a run keeps its checkpoints."""
   path = epath.Path(workdir)
-  return (
-    path if "://" in workdir else path.absolute()
-  ) / "checkpoints"  # a bucket has no working directory
+  if "://" not in workdir:  # a bucket has no working directory
+    path = path.absolute()
+  return path / "checkpoints"
 
 
 def there(workdir: str) -> bool:
@@ -215,7 +215,9 @@ def saving(checkpoints: ocp.CheckpointManager) -> Generator[None]:
       f"a checkpoint could not be saved in {checkpoints.directory}: {one_line(error)[:500]}; "
       f"{last}. Make room there (or set "
       "config.train.keep_last lower), or bring the folder back; then the same command goes on from "
-      "the last good one"
+      "the last good one",
+      where=str(checkpoints.directory),
+      steps=steps,
     ) from error
 
 
@@ -251,13 +253,14 @@ def restore_checkpoint(
   data: BatchReader,
   config: Mapping,
   say: Callable[[str], Any] = print,
+  wait: Callable[[float], None] = time.sleep,
 ) -> tuple[int, tuple[Any, ...], Any] | None:
   """(step, params, opt) of the newest checkpoint that can be read; None if there is none. Moves
   `data` in place.
 
   Those that can't be read are said, and moved to workdir/damaged, where a later save is not in
   their way. All processes take the same step. Arrays come in the shardings and dtypes of the given
-  ShapeDtypeStructs; arguments as of `save_checkpoint`.
+  ShapeDtypeStructs; arguments as of `save_checkpoint`. wait: lets seconds pass.
 
   Raises:
     ConfigError: the run was started with a config or data that this one can't continue, or by a
@@ -265,81 +268,81 @@ def restore_checkpoint(
     CheckpointError: there are checkpoints, and none can be read.
   """
   damaged: dict[int, str] = {}
-  for step in _steps(checkpoints):
-    place, reason = checkpoints.directory / str(step), ""
+  # all processes try those that process 0 sees, whatever the others see yet
+  for step in hosts.gather(sorted(checkpoints.all_steps(), reverse=True))[0]:
+    place = checkpoints.directory / str(step)
     for attempt in range(2):  # a bucket that was busy, or a file system that lags, is no damage
-      found = None
-      try:
-        found = _restore(place, step, params, opt, data, config)
-      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-      except (
-        Exception
-      ) as error:  # whatever Orbax, TensorStore and JSON make of files that are not as they were
-        reason = one_line(error)[:300] or type(error).__name__
-      everywhere = np.all(multihost_utils.process_allgather(np.array(found is not None)))
+      if attempt:
+        wait(AGAIN_AFTER)
+      found, reason = _attempt(place, params, opt, data, config)
+      everywhere = all(hosts.gather(found is not None))
       if found is not None and everywhere:
         _put_aside(checkpoints, damaged, say)
         return step, *found
-      if not attempt:
-        time.sleep(AGAIN_AFTER)
     damaged[step] = reason or "another process can't read it"
-    say(f"warning: checkpoint {place} is damaged and is skipped: {damaged[step]}")
+    if jax.process_index() == 0:
+      say(f"warning: checkpoint {place} is damaged and is skipped: {damaged[step]}")
   if damaged:
     raise tensor_files.CheckpointError(
       f"none of the checkpoints in {checkpoints.directory} can be read "
       f"({', '.join(map(str, damaged))}; see above). Bring "
-      "one back from a copy, or set config.workdir to another folder to start afresh"
+      "one back from a copy, or set config.workdir to another folder to start afresh",
+      where=str(checkpoints.directory),
+      damaged=list(damaged),
     )
   return None
 
 
-def _steps(checkpoints: ocp.CheckpointManager) -> list[int]:
-  """Steps of which process 0 sees checkpoints, newest first: all processes try the same ones,
-  whatever the others see yet.
-  """
-  mine = sorted(checkpoints.all_steps(), reverse=True)
-  if jax.process_count() == 1:
-    return mine
-  count = int(multihost_utils.broadcast_one_to_all(np.array(len(mine))))
-  steps = np.zeros(count, np.int32)
-  steps[: len(mine)] = mine[:count]
-  return multihost_utils.broadcast_one_to_all(steps).tolist() if count else []
+def _attempt(
+  place: epath.Path, params, opt, data: BatchReader, config: Mapping
+) -> tuple[tuple[tuple[Any, ...], Any] | None, str]:
+  """What `_restore` gives, or None and why."""
+  try:
+    return _restore(place, params, opt, data, config), ""
+  except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:  # whatever Orbax, TensorStore and JSON make of files that have changed
+    return None, one_line(error)[:300] or type(error).__name__
 
 
 def _restore(
-  place: epath.Path, step: int, params, opt, data: BatchReader, config: Mapping
+  place: epath.Path, params, opt, data: BatchReader, config: Mapping
 ) -> tuple[tuple[Any, ...], Any]:
   """(params, opt) of a step; waits for no other process."""
   if missing := _lacks(place, "config", "params", "opt", "data"):
     raise ValueError(f"it lacks {missing}")
-  orbax_files.only_files(place)
+  only_files(place)
   saved = _config(place)
   if (version := saved.get("format", 1)) < FORMAT:
     raise ConfigError(
-      f"{place.parent} holds step {step} in format {version}, {EARLIER[version]}. Go "
+      f"{place.parent} holds step {place.name} in format {version}, {EARLIER[version]}. Go "
       "on with the version of xcomp_jax that began the run, or set config.workdir to another "
       "folder and config.init_from "
-      "to an export of this one"
+      "to an export of this one",
+      where=str(place),
+      format=version,
     )
-  if changed := _changes(saved, config, FREE, "was", "is"):
+  if changed := _changes(saved, config, FREE):
     raise ConfigError(
-      f"{place.parent} holds step {step} of a run that this config can't continue: {changed}. Set "
+      f"{place.parent} holds step {place.name} of a run that this config can't continue: "
+      f"{_in_words(changed, 'was', 'is')}. Set "
       "config.workdir to another folder to start afresh, with config.init_from from what this run "
-      "learned (an export of it); or undo the change"
+      "learned (an export of it); or undo the change",
+      where=str(place),
+      changed=changed,
     )
   position = ocp.JsonCheckpointHandler().restore(place / "data")
-  if position["step"] != step:
+  if position["step"] != int(place.name):
     raise ValueError(f"its data was read up to step {position['step']}")
-
-  def read(name, like):
-    return ocp.StandardCheckpointHandler().restore(
-      place / name, args=ocp.args.StandardRestore(like)
-    )
-
-  restored, state = read("params", nest_leaves(_whole(params))), read("opt", nest_leaves(opt))
+  restored = _read(place / "params", nest_leaves(_whole(params)))
+  state = _read(place / "opt", nest_leaves(opt))
   data.set_state(position)
   return tuple(unnest_leaves(restored, part) for part in params), unnest_leaves(state, opt)
+
+
+def _read(place: epath.Path, like: Any) -> Any:
+  """Arrays of an item, nested by path."""
+  return ocp.StandardCheckpointHandler().restore(place, args=ocp.args.StandardRestore(like))
 
 
 def _put_aside(
@@ -365,7 +368,7 @@ def _put_aside(
   checkpoints.reload()
 
 
-def description(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | None) -> dict:
+def description(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | None = None) -> dict:
   """What a checkpoint says about its run; plain JSON. data: what it trains on."""
   # As an export from another folder finds it; a hub id and a bucket stay what they are.
   place = {"init_from": absolute(run.init_from)} if os.path.isdir(run.init_from) else {}
@@ -380,23 +383,23 @@ def description(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | No
   return json.loads(json.dumps(values))
 
 
-def agree(config: Mapping) -> None:
+def agree(config: Mapping, gather: Callable[[Any], list] = hosts.gather) -> None:
   """Makes sure that all processes run the same: else they would wait for each other for ever.
+
+  gather: gives what each process says.
 
   Raises:
     ConfigError: in every process, if the `description` of one differs from the first's in more than
       PLACES.
   """
-  text = np.frombuffer(json.dumps(config).encode(), np.uint8)
-  sizes = np.atleast_1d(multihost_utils.process_allgather(np.array(len(text))))
-  texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - len(text)))).reshape(
-    len(sizes), -1
-  )
-  first, *others = (json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True))
+  first, *others = gather(config)
   for number, other in enumerate(others, 1):
-    if changed := _changes(first, other, PLACES, "in process 0 is", f"in process {number}"):
+    if changed := _changes(first, other, PLACES):
+      words = _in_words(changed, "in process 0 is", f"in process {number}")
       raise ConfigError(
-        f"the processes of this run differ: {changed}. Give all of them the same config and data"
+        f"the processes of this run differ: {words}. Give all of them the same config and data",
+        changed=changed,
+        process=number,
       )
 
 
@@ -406,13 +409,12 @@ def read_description(workdir: str, step: int | None = None) -> tuple[Mapping[str
   As it was saved: a later version may have more keys.
 
   Raises:
-    FileNotFoundError: there is no such checkpoint.
+    NoCheckpointError: there is no such checkpoint.
     CheckpointError: a part of it is missing.
     ConfigError: a later version wrote it, with another format.
   """
-  with _reader(workdir) as checkpoints:
-    step = _step(checkpoints, step)
-    return _config(checkpoints.directory / str(step), "params"), step
+  place = _place(workdir, step)
+  return _config(place, "params"), int(place.name)
 
 
 def evaluation_due(workdir: str, step: int) -> bool:
@@ -429,24 +431,26 @@ def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
   are what comes.
 
   Raises:
-    FileNotFoundError: there is no such checkpoint.
+    NoCheckpointError: there is no such checkpoint.
     CheckpointError: it is damaged.
   """
-  with _reader(workdir) as checkpoints:
-    step = _step(checkpoints, step)
-    with orbax_files.reading_orbax(checkpoints.directory / str(step)):
-      out = checkpoints.restore(
-        step, args=ocp.args.Composite(params=ocp.args.StandardRestore(nest_leaves(like)))
-      )
-  return unnest_leaves(out.params, like)
+  place = _place(workdir, step)
+  with reading_orbax(place):
+    return unnest_leaves(_read(place / "params", nest_leaves(like)), like)
 
 
-def _reader(workdir: str) -> ocp.CheckpointManager:
+def _place(workdir: str, step: int | None) -> epath.Path:
+  """The folder of a checkpoint (None: the latest)."""
+  path = folder(workdir)
   if not there(workdir):
-    raise FileNotFoundError(f"no checkpoints in {workdir}: expected {folder(workdir)}")
-  return ocp.CheckpointManager(
-    folder(workdir), options=ocp.CheckpointManagerOptions(read_only=True)
-  )
+    raise NoCheckpointError(f"no checkpoints in {workdir}: expected {path}", where=workdir)
+  steps = _finished(path)
+  if not steps or step not in (None, *steps):
+    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+    raise NoCheckpointError(
+      f"no {wanted} in {path}; there are {steps or 'none'}", where=str(path), step=step, steps=steps
+    )
+  return path / str(steps[-1] if step is None else step)
 
 
 def _lacks(place: epath.Path, *items: str) -> str:
@@ -460,16 +464,20 @@ def _config(place: epath.Path, *needed: str) -> Mapping[str, Any]:
   """
   if missing := _lacks(place, "config", *needed):
     raise tensor_files.CheckpointError(
-      f"{place} is damaged: it lacks {missing}; remove it to go on from the one before"
+      f"{place} is damaged: it lacks {missing}; remove it to go on from the one before",
+      where=str(place),
+      missing=missing,
     )
-  with orbax_files.reading_orbax(place / "config"):
+  with reading_orbax(place / "config"):
     saved = ocp.JsonCheckpointHandler().restore(place / "config")
     version = int(saved.get("format", 1))  # the first ones did not say
   if version > FORMAT:
     raise ConfigError(
       f"{place.parent} holds step {place.name} in format {version}, this version of xcomp_jax "
       f"reads up to {FORMAT}; "
-      "install a later one"
+      "install a later one",
+      where=str(place),
+      format=version,
     )
   return saved
 
@@ -485,44 +493,24 @@ def _finished(path: epath.Path) -> list[int]:
     return []
 
 
-def _step(checkpoints: ocp.CheckpointManager, step: int | None) -> int:
-  steps = sorted(checkpoints.all_steps())
-  if not steps or step not in (None, *steps):
-    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-    raise FileNotFoundError(f"no {wanted} in {checkpoints.directory}; there are {steps or 'none'}")
-  return steps[-1] if step is None else step
-
-
 def _whole(params: Sequence[Any]) -> dict:
   """Disjoint states as one pytree with the paths of the model."""
   return {name: part[name] for part in params for name in part}
 
 
-def _changes(old: Mapping, new: Mapping, free: Sequence[str], was: str, now: str) -> str:
-  """What differs between two of `description`, in words with both values; keys and groups in `free`
+def _changes(old: Mapping, new: Mapping, free: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+  """What differs between two of `description`, by name: both values. Keys and groups in `free`
   may.
   """
-  old, new = _flat(old), _flat(new)
-
-  def may(key):
-    return any(key == name or key.startswith(name + ".") for name in free)
-
-  changed = [
-    key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not may(key)
-  ]
-
-  def shown(key):
-    return NAMES.get(key, key.replace("run.", "config.", 1))
-
-  return "; ".join(
-    f"{shown(key)} {was} {old.get(key)!r}, {now} {new.get(key)!r}" for key in changed
-  )
+  old, new = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
+  changed = {}
+  for key in sorted(old.keys() | new.keys()):
+    free_to = any(f"{key}.".startswith(f"{name}.") for name in free)
+    if old.get(key) != new.get(key) and not free_to:
+      name = NAMES.get(key, key.replace("run.", "config.", 1))
+      changed[name] = old.get(key), new.get(key)
+  return changed
 
 
-def _flat(tree: Mapping, where: str = "") -> dict[str, Any]:
-  out = {}
-  for key, value in tree.items():
-    out |= (
-      _flat(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value}
-    )
-  return out
+def _in_words(changed: Mapping[str, tuple[Any, Any]], was: str, now: str) -> str:
+  return "; ".join(f"{name} {was} {old!r}, {now} {new!r}" for name, (old, new) in changed.items())

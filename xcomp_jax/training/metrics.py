@@ -5,7 +5,7 @@ line, TensorBoard.
 import contextlib
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -150,7 +150,22 @@ class Clock:
     }
 
 
-class Goodput:
+class Listener:
+  """Hears how long JAX traces, lowers and compiles, within a `with` block."""
+
+  def __enter__(self):
+    jax.monitoring.register_event_duration_secs_listener(self.listen)
+    return self
+
+  def __exit__(self, *_):
+    jax.monitoring.unregister_event_duration_listener(self.listen)
+
+  def listen(self, event: str, duration_secs: float, **about: str | int) -> None:
+    """Takes notice of what has just ended."""
+    raise NotImplementedError
+
+
+class Goodput(Listener):
   """Where the wall time of a run goes: at every moment one part, so that they add up to all of it.
   A context manager.
 
@@ -160,18 +175,12 @@ class Goodput:
 
   PARTS = ("connect", "start", "restore", "compile", "data", "step", "evaluate", "save")
 
-  def __init__(self):
-    self.begun = self._charged = time.perf_counter()  # what is before `_charged` has its part
+  def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    self._clock = clock
+    self.begun = self._charged = clock()  # what is before `_charged` has its part
     self._seconds = dict.fromkeys(self.PARTS, 0.0)
     self._now, self._thread = "start", threading.get_ident()
     self._compiled: list[tuple[float, float]] = []  # from, to: apart, ascending
-
-  def __enter__(self):
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
-    return self
-
-  def __exit__(self, *_):
-    jax.monitoring.unregister_event_duration_listener(self._listen)
 
   def enter(self, name: str) -> None:
     """From now on time belongs to `name`."""
@@ -199,12 +208,12 @@ class Goodput:
     return f"of {self._charged - self.begun:.0f} s: {shares}"
 
   def _charge(self) -> float:
-    now = time.perf_counter()
+    now = self._clock()
     self._seconds[self._now] += now - self._charged
     self._charged = now
     return now
 
-  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+  def listen(self, event: str, duration_secs: float, **about: str | int) -> None:
     """Takes the time of an event that just ended from the part at hand; what ended within it was
     taken before.
     """
@@ -222,36 +231,40 @@ class Goodput:
     self._seconds["compile"] += seconds
 
 
-class Compilations:
+class Compilations(Listener):
   """Counts XLA compilations of the named jitted functions, from JAX's own events; a context
   manager.
   """
 
   def __init__(self, *names: str):
     self.count = dict.fromkeys(names, 0)
-    # shapes that each one was called on, kept by the loop
-    self.seen: dict[str, set] = {name: set() for name in names}
-    self.new: dict[str, list[float]] = {name: [] for name in names}
+    self._seen: dict[str, set[str]] = {name: set() for name in names}  # what each was called on
+    self._new: dict[str, list[float]] = {name: [] for name in names}  # seconds, not yet said
 
-  def __enter__(self):
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
-    return self
-
-  def __exit__(self, *_):
-    jax.monitoring.unregister_event_duration_listener(self._listen)
-
-  def _listen(self, event: str, duration_secs: float, **about: str | int):
+  def listen(self, event: str, duration_secs: float, **about: str | int) -> None:
+    """Notes a compilation of one of the functions."""
     name = (
       str(about.get("fun_name", "")).removeprefix("jit(").removeprefix("jit_").removesuffix(")")
     )
     if event == BACKEND_COMPILE and name in self.count:
       self.count[name] += 1
-      self.new[name].append(duration_secs)
+      self._new[name].append(duration_secs)
 
-  def take(self, name: str) -> list[float]:
-    """Seconds of each compilation of a function since the last call."""
-    new, self.new[name] = self.new[name], []
-    return new
+  def lines(self, name: str, what: str) -> list[str]:
+    """What calling `name` on `what` (a shape, in words) just compiled, and whether that is more
+    than the shapes explain.
+    """
+    self._seen[name].add(what)
+    count, shapes, lines = self.count[name], len(self._seen[name]), []
+    for seconds in self._new[name]:
+      lines.append(f"compiled {name}{what and f' for {what}'} in {seconds:.1f} s")
+      if count > shapes:
+        lines.append(
+          f"warning: {name} was compiled {count} times for {shapes} shapes; something else changes "
+          "from step to step"
+        )
+    self._new[name].clear()
+    return lines
 
 
 def line(step: int, steps: int, values: Mapping[str, float]) -> str:

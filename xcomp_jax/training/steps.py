@@ -232,28 +232,7 @@ def eval_step(graph: nnx.GraphDef, state: TrainState, batch: Batch) -> dict[str,
   return {"loss": total(losses), "correct": total(correct), "samples": batch.weight.sum()}
 
 
-def abstract_step(config: RunConfig, cfg: VLMConfig, batch: Batch) -> tuple[Callable, tuple]:
-  """A function and the ShapeDtypeStructs to trace it with: `grad_step` on a `batch_spec`. Nothing
-  is allocated or run.
-  """
-  graph, trained, frozen = nnx.split(loading.abstract(cfg), optim.trained_parts(config.train), ...)
-
-  def cast(tree, dtype):
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)), tree)
-
-  state = TrainState(
-    cast(trained, config.model.param_dtype), cast(frozen, config.model.dtype), None
-  )
-  scalar = jax.ShapeDtypeStruct((), np.float32)
-  sums = Sums(cast(trained, np.float32), scalar, scalar, scalar)
-
-  def step(state, sums, batch):
-    return grad_step(graph, state, sums, batch, (), config.train.projector_max_frames)
-
-  return step, (state, sums, batch)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Steps:
   """The functions above, compiled for a mesh: fill, grad and apply reuse the memory of what they
   replace.

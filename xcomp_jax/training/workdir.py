@@ -7,13 +7,13 @@ import time
 from collections.abc import Generator
 
 import jax
-import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.errors import one_line
 from xcomp_jax.files import locked
+from xcomp_jax.parallel import hosts
 
 LAGS = 5  # seconds that a shared file system may take to show one host what another wrote
 
@@ -36,25 +36,30 @@ def claim(workdir: str) -> None:
   except Exception as error:  # those of a bucket's clients have no common base
     raise ConfigError(
       f"workdir {workdir} can't be written ({one_line(error)}); set config.workdir to a folder "
-      f"that can"
+      f"that can",
+      where="config.workdir",
+      value=workdir,
     ) from error
   if jax.process_count() == 1:
     return
-  mark = (
-    path / f".shared-{int(multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31))))}"
-  )
+  mark = path / f".shared-{hosts.gather(secrets.randbits(31))[0]}"
   if jax.process_index() == 0:
     mark.write_text("")
   multihost_utils.sync_global_devices("the workdir is marked")
-  seen = any(mark.exists() or time.sleep(1) for _ in range(LAGS))
-  blind = np.flatnonzero(~np.atleast_1d(multihost_utils.process_allgather(np.array(seen)))).tolist()
+  waited = 0
+  while not (seen := mark.exists()) and waited < LAGS:
+    time.sleep(1)
+    waited += 1
+  blind = [i for i, sees in enumerate(hosts.gather(seen)) if not sees]
   if jax.process_index() == 0:
     mark.unlink()
   if blind:
     raise ConfigError(
       f"config.workdir = {workdir} is not one folder for all processes: process "
       f"{', '.join(map(str, blind))} can't see what process 0 "
-      "writes there; set it to a shared file system or a bucket (gs://)"
+      "writes there; set it to a shared file system or a bucket (gs://)",
+      where="config.workdir",
+      blind=blind,
     )
 
 
@@ -69,7 +74,8 @@ def _check_own(path: epath.Path) -> None:
   if not isinstance(there, dict) or not there.keys() >= {"init_from", "workdir"}:
     raise ConfigError(
       f"workdir {path} holds a config.json that is not a run's, such as a checkpoint's, which "
-      f"would be overwritten; set config.workdir to another folder"
+      f"would be overwritten; set config.workdir to another folder",
+      where=str(path / "config.json"),
     )
 
 
@@ -86,7 +92,9 @@ def holding(workdir: str) -> Generator[None]:
   taken = ConfigError(
     f"another run is at work in {workdir}; set config.workdir to another folder, or if these are "
     f"the processes of one run, see to it "
-    "that they find each other (config.distributed)"
+    "that they find each other (config.distributed)",
+    where="config.workdir",
+    value=workdir,
   )
   with locked(epath.Path(workdir) / ".lock", taken):
     yield
