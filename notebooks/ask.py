@@ -89,7 +89,6 @@ from matplotlib import pyplot as plt
 
 from xcomp_jax import files
 from xcomp_jax.inference import video_model
-from xcomp_jax.inference.chat import Chat
 from xcomp_jax.synthetic import world
 from xcomp_jax.viz import html_report, plots
 
@@ -116,7 +115,7 @@ if not video:
 
 # %%
 watching = video_model.prepare_model(
-  video_model.default(checkpoint, select=frames, mode=mode, min_frames=8)
+  video_model.AskSettings(checkpoint=str(checkpoint), select=frames, mode=mode, min_frames=8)
 )
 model = watching.load()
 with watching.precision():
@@ -133,7 +132,7 @@ print(
 # %%
 answers = []
 with watching.precision():
-  chat = Chat(model, watching.tokenizer, film, select=watching.select, sampling=watching.sampling)
+  chat = watching.chat(model, film)
   for text in questions:
     chat.forget()  # each question by itself; without this line it is a conversation
     answers.append((text, chat.ask(text)))

@@ -35,7 +35,8 @@ from xcomp_jax.errors import XCompError
 from xcomp_jax.evaluation import benchmarks
 from xcomp_jax.evaluation.runner import Answers, parse_share
 from xcomp_jax.files import expanduser
-from xcomp_jax.inference import chat, encoded_video, generate
+from xcomp_jax.inference import encoded_video, generate
+from xcomp_jax.inference.selection import frame_selector, select_frames
 from xcomp_jax.inference.video_model import (
   COMPILED,
   FRAMES,
@@ -222,8 +223,8 @@ def ask_needle(
   """The answer, and which frames gave it."""
   question = prompt.question_prompt(reader.tokenizer, text, message)
   # The official bias counts the tokens of a message that may be missing here.
-  select = reader.select and dataclasses.replace(reader.select, bias=None)
-  (selection,) = chat.select_frames(model, film, [question], select, rounds=rounds)
+  selector = frame_selector(len(film.times), film.clip_frames, reader.select).without_bias()
+  (selection,) = select_frames(model, film, [question], selector, rounds=rounds)
   visual = film.features[0][selection.frames]
   (tokens,) = generate.generate(model, generate.as_batch(question, visual, 1), reader.sampling)
   return reader.tokenizer.decode(tokens).strip(), selection.frames
@@ -316,9 +317,9 @@ def _asked(
       hidden[c.needle] = np.split(per_frame(reader, model, iter(needle.clips)), len(needle.clips))
     starts = needle_places(c.frames, len(needle.clips), F, c.depth)
     features = hide(hay, hidden[c.needle], c.frames, starts)
-    seconds, none = c.frames / rate, np.zeros((c.frames, 1, 1, 3), np.uint8)
+    seconds = c.frames / rate
     watched = encoded_video.EncodedVideo(
-      {0: features}, np.arange(c.frames) / rate, seconds, none, None, "", ""
+      features={0: features}, times=np.arange(c.frames) / rate, seconds=seconds
     )
     message = "" if film else prompt.time_message(seconds, c.frames)
     # of a large model and many rounds they would not fit into a device

@@ -37,7 +37,7 @@ from xcomp_jax.data.video import FrameSample, TailError, frames
 from xcomp_jax.errors import XCompError
 from xcomp_jax.files import absolute, local, sweep, write_json
 from xcomp_jax.inference import encoded_video
-from xcomp_jax.inference.chat import Answer, Chat
+from xcomp_jax.inference.chat import Answer
 from xcomp_jax.inference.video_model import VideoModel, fault
 from xcomp_jax.inputs import quoted, read_json
 from xcomp_jax.progress import progress
@@ -417,14 +417,7 @@ def _group(
     source = reader.source(str(first.video), first.start, first.end)
     film, spent = reader.encode(model, sample, source, decoded=decoded, identity=identity)
     spent["decoding"] = seconds
-    chat = Chat(
-      model,
-      reader.tokenizer,
-      film,
-      select=reader.select,
-      sampling=reader.sampling,
-      keep_rounds=several,
-    )
+    chat = reader.chat(model, film, keep_rounds=several)
   except (
     BaseException
   ) as error:  # whatever it is costs the questions about this video, not those about others

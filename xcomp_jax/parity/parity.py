@@ -33,7 +33,7 @@ from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, Mod
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.files import path_of
-from xcomp_jax.inference import chat, encoded_video, generate
+from xcomp_jax.inference import encoded_video, generate, selection
 from xcomp_jax.model import qc_comp, qwen2, vlm
 from xcomp_jax.model.qwen2 import Lengths, Places
 from xcomp_jax.model.vlm import VLM
@@ -330,15 +330,17 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
   T, header = len(frames), int(recorded["first_conv_length"])
   rounds = len(recorded["round_starts"])
   mode = qc_comp.select_config("official", int(recorded["select"]), repeat=rounds // -(-T // 512))
-  plan = qc_comp.plan_rounds(T, cfg.clip_frames, mode)
+  selector = selection.frame_selector(T, cfg.clip_frames, mode)
+  plan = selector.plan
+  assert plan is not None  # the release selected
   rows = [compare_arrays("QC-Comp: rounds", {"round_starts": plan.starts}, recorded)]
   none = np.zeros(len(ids), bool)
   # a user's turn ends in two tokens
   question = Prompt(ids, np.full_like(ids, IGNORE), none, (0, header - 2))
   film = encoded_video.encode_video(
-    model, iter(frames), np.arange(T) / 8, T / 8, "", phases=chat.phases(T, cfg.clip_frames, mode)
+    model, iter(frames), np.arange(T) / 8, T / 8, "", phases=selector.phases
   )
-  scores = chat.score_rounds(model, film, [question], plan, mode)[0]
+  scores = selection.score_rounds(model, film, [question], selector)[0]
   layers = qc_comp.scored_layers(mode, cfg.llm.layers)
   mine = qc_comp.unit_scores(plan, scores)
   rows.append(
@@ -350,10 +352,12 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
       QC_CHAT,
     )
   )
-  kept = qc_comp.top(qc_comp.aggregate(plan, scores, T), mode.frames)
+  kept = selector.pick(qc_comp.aggregate(plan, scores, T))
   rows.append(compare_arrays("QC-Comp: selected frames", {"selected_idx": kept}, recorded))
   wanted = recorded["final_generated"]
-  batch = generate.as_batch(question, chat.selected_features(model, film, kept), cfg.clip_frames)
+  batch = generate.as_batch(
+    question, selection.selected_features(model, film, kept), cfg.clip_frames
+  )
   (tokens,) = generate.generate(model, batch, generate.Sampling(len(wanted), ()))
   return [*rows, compare_arrays("QC-Comp: answer", {"final_generated": tokens}, recorded)]
 

@@ -16,7 +16,7 @@ from xcomp_jax.config import LPCompConfig, ModelConfig, SelectConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import Example, Shape, batch_spec, collate
 from xcomp_jax.data.store import Store
-from xcomp_jax.inference import chat
+from xcomp_jax.inference import selection
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model import lp_comp, qc_comp, vlm
 from xcomp_jax.study.miniature import AskedFilm, Study
@@ -121,7 +121,8 @@ def selected_answers(
     for mode, select in settings.items():
       work[mode] = work.get(mode) or scoring_cost(model, scenes, prompts, select)
       begun = time.perf_counter()
-      chosen = chat.select_frames(model, film, prompts, select)
+      selector = selection.frame_selector(len(film.times), film.clip_frames, select)
+      chosen = selection.select_frames(model, film, prompts, selector)
       took[mode].append((time.perf_counter() - begun) / len(several))
       kept[mode] += [np.unique(got.frames // FRAMES) for got in chosen]
       scores = np.stack([_by_scene(got, scenes) for got in chosen])
@@ -246,10 +247,10 @@ def load_for_measures(checkpoint: str | pathlib.Path, cfg: LPCompConfig) -> vlm.
   return loading.load_model(directory, loading.read_vlm_config(directory, model, cfg))
 
 
-def _by_scene(selection: chat.Selection, scenes: int) -> np.ndarray:
+def _by_scene(kept: selection.Selection, scenes: int) -> np.ndarray:
   """Scores by scene, relative to their mean."""
-  assert selection.scores is not None  # more frames than are kept
-  scores = selection.scores.reshape(scenes, FRAMES).mean(1)
+  assert kept.scores is not None  # more frames than are kept
+  scores = kept.scores.reshape(scenes, FRAMES).mean(1)
   return scores / scores.mean()
 
 
@@ -257,15 +258,7 @@ def as_film(store: Store, i: int) -> EncodedVideo:
   """A stored film as QC-Comp takes it."""
   features = store.visual(i).astype(np.float32)
   times = np.arange(len(features) * FRAMES) / world.FPS
-  return EncodedVideo(
-    {0: features},
-    times,
-    len(times) / world.FPS,
-    np.zeros((len(features), 1, 1, 3), np.uint8),
-    None,
-    "",
-    "",
-  )
+  return EncodedVideo(features={0: features}, times=times, seconds=len(times) / world.FPS)
 
 
 def even(scenes: int, clips: int) -> np.ndarray:

@@ -272,31 +272,21 @@ def draw_agreement(
     color, shift = (ORANGE, BLUE, GREY)[i % 3], 0.004 * (2 * i - len(same) + 1)
     share = np.array([one.mean() for one in same[name]])
     low, high = np.array([_interval(int(one.sum()), len(one)) for one in same[name]]).T
-    bars = [np.maximum(share - low, 0)[order], np.maximum(high - share, 0)[order]]
-    axes[0].errorbar(
-      x[order] + shift,
-      share[order],
-      yerr=bars,
-      fmt="o-",
-      color=color,
-      ms=4,
-      capsize=3,
-      lw=1.3,
-      label=name,
-    )
     mean = np.array([one.mean() for one in apart[name]])
     error = np.array([1.96 * one.std(ddof=1) / len(one) ** 0.5 for one in apart[name]])
-    axes[1].errorbar(
-      x[order] + shift,
-      mean[order],
-      yerr=error[order],
-      fmt="o-",
-      color=color,
-      ms=4,
-      capsize=3,
-      lw=1.3,
-      label=name,
-    )
+    around_share = np.maximum([share - low, high - share], 0)
+    for ax, y, bars in ((axes[0], share, around_share), (axes[1], mean, np.stack([error, error]))):
+      ax.errorbar(
+        x[order] + shift,
+        y[order],
+        yerr=bars[:, order],
+        fmt="o-",
+        color=color,
+        ms=4,
+        capsize=3,
+        lw=1.3,
+        label=name,
+      )
   axes[0].set(ylabel="same first token", ylim=(0, 1.03))
   axes[0].yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
   axes[1].set(ylabel="KL, nats", ylim=(0, None))
@@ -336,6 +326,7 @@ def relevance(
     answers: (question, answer).
     shown: seconds between which each question's answer is really to be seen, if that is known.
   """
+  begin, end = html_report.extent(video)
   figure, axes = plt.subplots(
     len(answers),
     1,
@@ -351,8 +342,7 @@ def relevance(
     if kept.scores is None:
       ax.text(0.5, 0.5, kept.note, transform=ax.transAxes, ha="center", va="center", color=INK)
     else:
-      ends = np.append(video.times, max(video.seconds, video.times[-1]))
-      ax.stairs(kept.scores, ends, color=INK, lw=1.1, baseline=None)
+      ax.stairs(kept.scores, np.append(video.times, end), color=INK, lw=1.1, baseline=None)
       ax.set_ylim(min(0, kept.scores.min()), kept.scores.max() * 1.22)
     if shown is not None:
       ax.plot(
@@ -370,7 +360,7 @@ def relevance(
     ax.set(
       yticks=[0],
       ylabel="relevance",
-      xlim=(min(video.times[0], 0), max(video.seconds, video.times[-1])),
+      xlim=(begin, end),
     )
   axes[-1, 0].set_xlabel("time, " + ("seconds" if video.seconds < 60 else "minutes:seconds"))
   axes[-1, 0].xaxis.set_major_formatter(lambda t, _: html_report.clock(t, video.seconds))
@@ -381,7 +371,9 @@ def thumbnails(video: EncodedVideo, answer: Answer, most: int = 10) -> Figure:
   """A frame of each of the best selected clips, in order of time, with its time and its score as a
   share of the best.
   """
+  assert video.thumbnails is not None  # `encode_video` makes them
   clips, scores = html_report.best_clips(video, answer.selection, most), answer.selection.scores
+  times = html_report.middle_times(video, clips)
   columns = min(len(clips), 10)
   rows = -(-len(clips) // columns)
   figure, axes = plt.subplots(
@@ -393,26 +385,25 @@ def thumbnails(video: EncodedVideo, answer: Answer, most: int = 10) -> Figure:
   )
   for ax in axes.flat:
     ax.axis("off")
-  for ax, clip in zip(axes.flat, clips.tolist(), strict=False):
-    middle = clip * video.clip_frames + video.clip_frames // 2
+  for ax, clip, time in zip(axes.flat, clips, times, strict=False):
     ax.imshow(video.thumbnails[clip])
-    score = "" if scores is None else f", {scores[middle] / scores.max():.0%}"
-    ax.set_title(html_report.clock(video.times[middle], video.seconds) + score, fontsize=8.5, pad=3)
+    title = html_report.clock(time, video.seconds)
+    if scores is not None:
+      title += f", {scores[clip * video.clip_frames] / scores.max():.0%}"
+    ax.set_title(title, fontsize=8.5, pad=3)
   return figure
 
 
 def spent(columns: Mapping[str, Mapping[str, float]]) -> Figure:
   """Seconds by what they went into, a bar for each of the columns."""
-  stages = list(dict.fromkeys(stage for seconds in columns.values() for stage in seconds))
+  stages = html_report.total_seconds(columns)
   shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(stages)))
   figure, ax = plt.subplots(figsize=(10, 0.42 * len(columns) + 1.2), layout="constrained")
+  before = np.zeros(len(columns))
   for stage, color in zip(stages, shades, strict=True):
     values = np.array([seconds.get(stage, 0.0) for seconds in columns.values()])
-    before = [
-      sum(seconds.get(s, 0.0) for s in stages[: stages.index(stage)])
-      for seconds in columns.values()
-    ]
     ax.barh(range(len(columns)), values, left=before, color=color, label=stage, height=0.7)
+    before = before + values
   for row, seconds in enumerate(columns.values()):
     total = sum(seconds.values())
     ax.text(total, row, f" {total:.2f} s", va="center", fontsize=9)
