@@ -153,25 +153,18 @@ if shown:
 plots.relevance(film, answers, shown and [(scene, scene + 1) for scene in shown])
 
 # %% [markdown]
-# The best clips of the first question, with their score as a share of the highest:
-
-# %% tags=["picture-thumbnails"]
-plots.thumbnails(film, answers[0][1])
-
-# %% [markdown]
-# ## What was spent
+# ## What it cost
 #
-# The first question waits for programs to be compiled. Later ones find them, and what the visual
-# tokens left in the LLM.
-
-# %% tags=["picture-spent"]
-plots.spent(
-  {"video": encoding} | {f"question {i}": answer.spent for i, (_, answer) in enumerate(answers, 1)}
-)
-
-# %% [markdown]
-# The same as a page that needs nothing else:
+# The same as a page that needs nothing else, with the best clips of every question and the seconds
+# that went into it. The first question waits for programs to be compiled. Later ones find them, and
+# what the visual tokens left in the LLM.
 
 # %%
-files.write_file(out / "report.html", html_report.page(film, answers, watching.cfg, encoding))
+from html import escape
+
+from IPython.display import HTML
+
+page = html_report.page(film, answers, watching.cfg, encoding)
+files.write_file(out / "report.html", page)
 print(out / "report.html")
+HTML(f'<iframe srcdoc="{escape(page)}" width="100%" height="800"></iframe>')

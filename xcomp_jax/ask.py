@@ -268,7 +268,7 @@ class Interview:
   def tell(self, question: str, answer: Answer) -> None:
     """Says what an answer looked at and what it cost."""
     film, kept = self.film, answer.selection
-    spent = seconds_spent(self.spent, answer.spent)
+    spent = html_report.total_seconds({"video": self.spent, "question": answer.spent})
     spans = html_report.ranges(kept.frames, film.times, film.seconds)
     print(answer_line(question, answer, film, spans, spent) if self.args.json else "", flush=True)
     if kept.note and self.reader.select and len(film.times) > 1:
@@ -291,11 +291,6 @@ class Interview:
       if not self.typed:
         raise
       say(f"error: {error}")
-
-
-def seconds_spent(video: dict[str, float], question: dict[str, float]) -> dict[str, float]:
-  """Seconds spent on the video and on a question."""
-  return {name: video.get(name, 0) + question.get(name, 0) for name in video | question}
 
 
 def answer_line(

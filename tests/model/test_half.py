@@ -208,7 +208,11 @@ def test_numbers_that_float16_has_not_are_no_answer(tiny, monkeypatch):
     encoded_video.encode_video(model, frames, np.arange(8) / 8, 1.0, "it")
   kernels.check_finite(np.array([np.inf]), "logits", "float32")  # not looked at
   state = generate.State(
-    jnp.full((1, 64), jnp.nan), (), jnp.int32(8), jnp.zeros((1, 64), bool), jnp.zeros(1, bool)
+    logits=jnp.full((1, 64), jnp.nan),
+    caches=(),
+    free=jnp.int32(8),
+    seen=jnp.zeros((1, 64), bool),
+    done=jnp.zeros(1, bool),
   )
   monkeypatch.setattr(generate, "prefill_each", lambda *_, **__: state)
   with pytest.raises(ConfigError, match="the LLM's logits left the range of float16"):
@@ -338,5 +342,6 @@ def test_a_store_of_features_says_that_it_was_computed_in_float16(reference):
   (made,) = half.encode(iter(np.zeros((1, 8, 48, 48, 3), np.uint8)))
   assert made.dtype == ml_dtypes.bfloat16 and np.isfinite(made.astype(np.float32)).all()
   assert (
-    video_model.prepare_model(video_model.default(assets, dtype="float16")).cfg.dtype == "float16"
+    video_model.prepare_model(video_model.AskSettings(checkpoint=assets, dtype="float16")).cfg.dtype
+    == "float16"
   )

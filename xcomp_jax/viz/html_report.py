@@ -19,6 +19,7 @@ from xcomp_jax.config import VLMConfig
 from xcomp_jax.inference.chat import Answer, Selection
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model.lp_comp import counts
+from xcomp_jax.model.qc_comp import top
 
 THUMBNAILS = 24  # of a question, at most
 # seconds
@@ -92,7 +93,7 @@ def best_clips(video: EncodedVideo, selection: Selection, most: int) -> Int[np.n
   chosen = np.full(len(selection.scores), -np.inf)
   chosen[selection.frames] = selection.scores[selection.frames]
   best = chosen.reshape(-1, video.clip_frames).max(1)[clips]
-  return np.sort(clips[np.argsort(-best, kind="stable")[:count]])
+  return clips[top(best, count)]
 
 
 def _ends(times, seconds: float) -> np.ndarray:
@@ -109,11 +110,6 @@ def extent(video: EncodedVideo) -> tuple[float, float]:
   """First and last second of an axis of time."""
   begin = float(video.times[0]) if video.times[-1] > video.seconds else 0.0
   return begin, float(_ends(video.times, video.seconds)[-1])
-
-
-def middle_times(video: EncodedVideo, clips: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-  """When the frames are seen that the clips' thumbnails show."""
-  return video.times[clips * video.clip_frames + video.clip_frames // 2]
 
 
 def total_seconds(columns: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -291,8 +287,9 @@ def _thumbnails(video: EncodedVideo, selection: Selection, end: float) -> str:
   chosen = len(np.unique(selection.frames // video.clip_frames))
   shown = best_clips(video, selection, THUMBNAILS)
   items = []
-  for clip, time in zip(shown, middle_times(video, shown), strict=True):
-    when, picture = _when(end, time), _jpeg(video.thumbnails[clip])
+  for clip in shown.tolist():
+    when = _when(end, video.times[clip * video.clip_frames + video.clip_frames // 2])
+    picture = _jpeg(video.thumbnails[clip])
     image = f'<img src="{picture}" alt="Frame at {when}" width="96" height="96">'
     items.append(f"<li>{image}{when}</li>")
   listed = f'<ul class="clips">{"".join(items)}</ul>'

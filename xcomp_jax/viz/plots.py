@@ -18,7 +18,7 @@ from xcomp_jax.data.video import resize
 from xcomp_jax.inference.chat import Answer
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model import lp_comp
-from xcomp_jax.viz import html_report
+from xcomp_jax.viz.html_report import clock, extent, ranges
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea", "#333333"
 STYLE: Any = {  # the types of matplotlib want every key by name
@@ -326,7 +326,7 @@ def relevance(
     answers: (question, answer).
     shown: seconds between which each question's answer is really to be seen, if that is known.
   """
-  begin, end = html_report.extent(video)
+  begin, end = extent(video)
   figure, axes = plt.subplots(
     len(answers),
     1,
@@ -337,7 +337,7 @@ def relevance(
   )
   for i, (ax, (question, answer)) in enumerate(zip(axes[:, 0], answers, strict=True)):
     kept = answer.selection
-    for first, last in html_report.ranges(kept.frames, video.times, video.seconds):
+    for first, last in ranges(kept.frames, video.times, video.seconds):
       ax.axvspan(first, last, color=BLUE, alpha=0.25, lw=0)
     if kept.scores is None:
       ax.text(0.5, 0.5, kept.note, transform=ax.transAxes, ha="center", va="center", color=INK)
@@ -363,60 +363,7 @@ def relevance(
       xlim=(begin, end),
     )
   axes[-1, 0].set_xlabel("time, " + ("seconds" if video.seconds < 60 else "minutes:seconds"))
-  axes[-1, 0].xaxis.set_major_formatter(lambda t, _: html_report.clock(t, video.seconds))
-  return figure
-
-
-def thumbnails(video: EncodedVideo, answer: Answer, most: int = 10) -> Figure:
-  """A frame of each of the best selected clips, in order of time, with its time and its score as a
-  share of the best.
-  """
-  assert video.thumbnails is not None  # `encode_video` makes them
-  clips, scores = html_report.best_clips(video, answer.selection, most), answer.selection.scores
-  times = html_report.middle_times(video, clips)
-  columns = min(len(clips), 10)
-  rows = -(-len(clips) // columns)
-  figure, axes = plt.subplots(
-    rows,
-    columns,
-    figsize=(10, 1.35 * rows * 10 / columns if columns > 4 else 3),
-    squeeze=False,
-    layout="constrained",
-  )
-  for ax in axes.flat:
-    ax.axis("off")
-  for ax, clip, time in zip(axes.flat, clips, times, strict=False):
-    ax.imshow(video.thumbnails[clip])
-    title = html_report.clock(time, video.seconds)
-    if scores is not None:
-      title += f", {scores[clip * video.clip_frames] / scores.max():.0%}"
-    ax.set_title(title, fontsize=8.5, pad=3)
-  return figure
-
-
-def spent(columns: Mapping[str, Mapping[str, float]]) -> Figure:
-  """Seconds by what they went into, a bar for each of the columns."""
-  stages = html_report.total_seconds(columns)
-  shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(stages)))
-  figure, ax = plt.subplots(figsize=(10, 0.42 * len(columns) + 1.2), layout="constrained")
-  before = np.zeros(len(columns))
-  for stage, color in zip(stages, shades, strict=True):
-    values = np.array([seconds.get(stage, 0.0) for seconds in columns.values()])
-    ax.barh(range(len(columns)), values, left=before, color=color, label=stage, height=0.7)
-    before = before + values
-  for row, seconds in enumerate(columns.values()):
-    total = sum(seconds.values())
-    ax.text(total, row, f" {total:.2f} s", va="center", fontsize=9)
-  ax.set(yticks=range(len(columns)), yticklabels=list(columns), xlabel="seconds")
-  ax.margins(x=0.08)
-  ax.invert_yaxis()
-  ax.legend(
-    frameon=False,
-    ncols=min(len(stages), 6),
-    loc="lower left",
-    bbox_to_anchor=(0, 1),
-    fontsize=8.5,
-  )
+  axes[-1, 0].xaxis.set_major_formatter(lambda t, _: clock(t, video.seconds))
   return figure
 
 
