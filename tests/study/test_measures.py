@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xcomp_jax.data.store import open_store
-from xcomp_jax.inference import chat
+from xcomp_jax.inference import selection
 from xcomp_jax.study import measures, miniature
 from xcomp_jax.study.miniature import Study
 from xcomp_jax.synthetic.films import FRAMES, KINDS, FilmSplit
@@ -52,14 +52,16 @@ def scores(monkeypatch):
   drawn[1] = np.arange(SCENES, 0, -1)
   films = iter(drawn)
 
-  def select(model, film, prompts, cfg):
+  def select(model, film, prompts, selector):
     own = next(films)
-    assert len(prompts) == len(own) and cfg == measures.measured_setting("local", KEPT * FRAMES)
+    assert len(prompts) == len(own) and selector.config == measures.measured_setting(
+      "local", KEPT * FRAMES
+    )
     best = np.sort(np.argsort(-own, axis=1)[:, :KEPT])
     frames = (best[:, :, None] * FRAMES + np.arange(FRAMES)).reshape(len(own), -1)
-    return [chat.Selection(f, np.repeat(s, FRAMES), "") for f, s in zip(frames, own)]
+    return [selection.Selection(f, np.repeat(s, FRAMES), "") for f, s in zip(frames, own)]
 
-  monkeypatch.setattr(chat, "select_frames", select)
+  monkeypatch.setattr(selection, "select_frames", select)
   return drawn
 
 
