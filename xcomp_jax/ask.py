@@ -17,7 +17,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
 import jax
@@ -128,7 +128,11 @@ def read_encoded(
 
 
 def encode(
-  args: argparse.Namespace, reader: VideoModel, model: VLM, sample: video.FrameSample
+  args: argparse.Namespace,
+  reader: VideoModel,
+  model: VLM,
+  sample: video.FrameSample,
+  save: Callable[[encoded_video.EncodedVideo, str], None] = encoded_video.save_video,
 ) -> tuple[encoded_video.EncodedVideo, dict[str, float]]:
   """Decodes and encodes the video, and writes it to --encoded if wanted; seconds by what for.
 
@@ -145,7 +149,7 @@ def encode(
     film, spent = reader.encode(model, sample, source, report=bar.update)
   if args.encoded:
     try:
-      encoded_video.save_video(film, args.encoded)
+      save(film, args.encoded)
       size = sum(features.nbytes for features in film.features.values())
       say(f"{args.encoded}: {size / 1e6:.1f} MB of features")
     except OSError as error:
@@ -176,9 +180,8 @@ def questions_of(args: argparse.Namespace) -> list[str]:
   return found
 
 
-def typed_lines(stdin: TextIO | None = None, most: int = QUESTIONS) -> Iterator[str]:
-  """Lines from stdin until it ends."""
-  stdin = stdin or sys.stdin
+def typed_lines(stdin: TextIO, most: int = QUESTIONS) -> Iterator[str]:
+  """Lines from stdin until it ends, each shorter than `most` letters."""
   while True:
     if stdin.isatty():
       print("? ", end="", file=sys.stderr, flush=True)
@@ -199,16 +202,15 @@ def typed_lines(stdin: TextIO | None = None, most: int = QUESTIONS) -> Iterator[
 class Interview:
   """Questions put to a video one after the other, and what is said of their answers.
 
-  film: that `chat` is about. spent: seconds that went into it. typed: the questions come from the
-  terminal, where a bad one does not end the conversation. talk: each continues the one before it.
+  args: of the command. spent: seconds that went into the video. typed: where questions are typed,
+  and a bad one does not end the conversation; None: they are all known. talk: each continues the
+  one before it.
   """
 
   args: argparse.Namespace
-  reader: VideoModel
-  film: encoded_video.EncodedVideo
   chat: Chat
   spent: dict[str, float]
-  typed: bool
+  typed: TextIO | None
   talk: bool
   answers: list[tuple[str, Answer]] = dataclasses.field(default_factory=list)
   failed: int = 0
@@ -231,12 +233,12 @@ class Interview:
         self.write_report()
     if question is None:
       raise prompt.AnnotationError("no --question, and none on stdin", where="--question")
-    if self.failed and not sys.stdin.isatty():
+    if self.typed and self.failed and not self.typed.isatty():
       raise prompt.AnnotationError(
         f"{self.failed} question{'s' * (self.failed > 1)} of standard input could not be answered, "
         f"as said above",
         where="stdin",
-        failed=self.failed,
+        value=self.failed,
       )
 
   def put(self, question: str) -> Answer | None:
@@ -267,11 +269,11 @@ class Interview:
 
   def tell(self, question: str, answer: Answer) -> None:
     """Says what an answer looked at and what it cost."""
-    film, kept = self.film, answer.selection
+    film, kept = self.chat.video, answer.selection
     spent = html_report.total_seconds({"video": self.spent, "question": answer.spent})
     spans = html_report.ranges(kept.frames, film.times, film.seconds)
     print(answer_line(question, answer, film, spans, spent) if self.args.json else "", flush=True)
-    if kept.note and self.reader.select and len(film.times) > 1:
+    if kept.note and self.chat.selector.config and len(film.times) > 1:
       say(kept.note)
     elif kept.scores is not None:
       listed = [f"{clock(a, film.seconds)} to {clock(b, film.seconds)}" for a, b in spans]
@@ -284,7 +286,7 @@ class Interview:
     """Writes --report anew, if wanted."""
     if not self.args.report:
       return
-    page = html_report.page(self.film, self.answers, self.reader.cfg, self.spent)
+    page = html_report.page(self.chat.video, self.answers, self.chat.model.cfg, self.spent)
     try:
       files.write_file(pathlib.Path(self.args.report), page)
     except OSError as error:
@@ -321,8 +323,10 @@ def answer_line(
   )
 
 
-def answer_all(args: argparse.Namespace) -> None:
-  """Answers all questions.
+def answer_all(
+  args: argparse.Namespace, stdin: TextIO, load: Callable[[VideoModel], VLM] = VideoModel.load
+) -> None:
+  """Answers all questions; without any, those that are typed.
 
   Raises:
     CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad
@@ -340,7 +344,7 @@ def answer_all(args: argparse.Namespace) -> None:
       reader.check(len(sample.indices), sample.seconds, question)
 
   begun = time.perf_counter()
-  model = reader.load()
+  model = load(reader)
   spent = {"loading": time.perf_counter() - begun}
   say(
     f"{args.checkpoint}: loaded in {spent['loading']:.1f} s; LP-Comp {reader.cfg.lp_comp.keep}, "
@@ -355,22 +359,24 @@ def answer_all(args: argparse.Namespace) -> None:
     else:
       film, seconds = encode(args, reader, model, sample)
       spent |= seconds
-    typed, talk = not fixed, not fixed or args.follow_up
+    talk = not fixed or args.follow_up
     keep_rounds = len(fixed) != 1 and not args.forget_rounds
-    if typed:
+    if not fixed:
       say(f"a conversation, question by question; {NEW} starts another one")
     Interview(
       args=args,
-      reader=reader,
-      film=film,
       chat=reader.chat(model, film, keep_rounds=keep_rounds, talk=talk),
       spent=spent,
-      typed=typed,
+      typed=None if fixed else stdin,
       talk=talk,
-    ).put_all(fixed or typed_lines())
+    ).put_all(fixed or typed_lines(stdin))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+  argv: Sequence[str] | None = None,
+  stdin: TextIO | None = None,
+  load: Callable[[VideoModel], VLM] = VideoModel.load,
+) -> None:
   """The command; an error is one line on stderr and exit code 1."""
   parser = argparse.ArgumentParser(
     prog="python -m xcomp_jax.ask", description=__doc__.splitlines()[0]
@@ -413,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--end", type=inputs.number(0.0, 1e9, float), help="and until which")
   args = parser.parse_args(argv)
   with cli.command(OverflowError):
-    answer_all(args)
+    answer_all(args, stdin or sys.stdin, load)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,10 @@ def prompt_of(
         f"context has {context}: {'start a new conversation, ' if history else ''}shorten the "
         f"question, {room.advice}, or give another --context",
         where="--context",
+        value=context,
         needed=needed,
         advice=room.advice,
+        turns=len(history),
       )
   return asked
 

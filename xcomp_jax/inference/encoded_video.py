@@ -126,7 +126,7 @@ def encode_video(
   T = len(times)
   F = 1 if T == 1 else model.cfg.clip_frames
   if not T or T % F:
-    raise ConfigError(f"{T} frames are no whole clips of {F}")
+    raise ConfigError(f"{T} frames are no whole clips of {F}", where="times", value=T)
   from xcomp_jax.data.video import resize
 
   size = model.cfg.vision.image_size
@@ -323,11 +323,16 @@ def _check_identity(file: pathlib.Path, own: str, mine: str) -> None:
   if dtype != wanted:
     raise EncodedVideoError(
       f"{file} was encoded in {dtype or 'another dtype'}, and this is to be computed in {wanted}; "
-      f"give that --dtype, or another file"
+      f"give that --dtype, or another file",
+      where=str(file),
+      found=dtype,
+      expected=wanted,
     )
   if own != mine:
     raise EncodedVideoError(
       f"{file} was encoded by another tower or with other settings (its identity is {own[:12]}, "
-      f"this "
-      f"checkpoint's {mine[:12]}); encode the video again"
+      f"this checkpoint's {mine[:12]}); encode the video again",
+      where=str(file),
+      found=own,
+      expected=mine,
     )
