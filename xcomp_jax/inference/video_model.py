@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import field
 from typing import Any, Literal, get_args
 
 import jax
@@ -63,31 +64,29 @@ def clip_frames(text: str) -> str:
 class AskSettings:
   """How videos are watched and questions answered; `add_options` makes an option of each."""
 
-  checkpoint: str = dataclasses.field(
-    metadata={"type": expanduser, "help": "directory, hub id, or export"}
-  )
-  select: int = dataclasses.field(
+  checkpoint: str = field(metadata={"type": expanduser, "help": "directory, hub id, or export"})
+  select: int = field(
     default=512,
     metadata={
       "type": number(0, FRAMES, int),
       "help": "frames that QC-Comp keeps for a question; 0: all",
     },
   )
-  mode: Mode = dataclasses.field(
+  mode: Mode = field(
     default="aligned",
     metadata={
       "choices": ("aligned", "local", "official", "global"),
       "help": "how QC-Comp scores them",
     },
   )
-  repeat: int | None = dataclasses.field(
+  repeat: int | None = field(
     default=None,
     metadata={
       "type": number(1, 1000, int),
       "help": "times a frame is scored; default: 2 in official mode, 1 in the others",
     },
   )
-  rows: Rows = dataclasses.field(
+  rows: Rows = field(
     default="question",
     metadata={
       "choices": get_args(Rows),
@@ -95,21 +94,21 @@ class AskSettings:
       "one that the answer follows",
     },
   )
-  max_frames: int = dataclasses.field(
+  max_frames: int = field(
     default=1024, metadata={"type": number(1, FRAMES, int), "help": "frames, at most"}
   )
-  min_frames: int = dataclasses.field(
+  min_frames: int = field(
     default=128,
     metadata={
       "type": number(1, FRAMES, int),
       "help": "frames, at least; a short video's are repeated",
     },
   )
-  fps: float = dataclasses.field(
+  fps: float = field(
     default=8.0,
     metadata={"type": number(0.001, video.FASTEST, float), "help": "frames per second, at most"},
   )
-  rate: video.Rate = dataclasses.field(
+  rate: video.Rate = field(
     default="own",
     metadata={
       "choices": get_args(video.Rate),
@@ -117,14 +116,14 @@ class AskSettings:
       "average: they lie as far apart as the average rate says, as in the release",
     },
   )
-  stream: int | None = dataclasses.field(
+  stream: int | None = field(
     default=None,
     metadata={
       "type": number(0, 1000, int),
       "help": "number of the video's stream in its file; default: the one that players take",
     },
   )
-  clip_frames: str = dataclasses.field(
+  clip_frames: str = field(
     default="auto",
     metadata={
       "type": clip_frames,
@@ -132,7 +131,7 @@ class AskSettings:
       '4 for InternVideo2; "checkpoint": what config.json says (quirk Q1)',
     },
   )
-  yarn: float | None = dataclasses.field(
+  yarn: float | None = field(
     default=None,
     metadata={
       "type": number(1.0, 1000.0, float),
@@ -140,7 +139,7 @@ class AskSettings:
       "compression); 1: not at all; default: as config.json says",
     },
   )
-  context: int | None = dataclasses.field(
+  context: int | None = field(
     default=None,
     metadata={
       "type": number(1, 10_000_000, int),
@@ -148,18 +147,18 @@ class AskSettings:
       "release's evaluation; default: as tuned, else as config.json says",
     },
   )
-  clips_per_chunk: int | Literal["auto"] = dataclasses.field(
+  clips_per_chunk: int | Literal["auto"] = field(
     default="auto",
     metadata={"type": clips, "help": "clips in the tower at once; default: by the device's memory"},
   )
-  keep: Keep | None = dataclasses.field(
+  keep: Keep | None = field(
     default=None, metadata={"choices": get_args(Keep), "help": "default: as tuned, else suffix"}
   )
-  schedule: str | None = dataclasses.field(
+  schedule: str | None = field(
     default=None,
     metadata={"choices": ("cosine", "cosine_ceil"), "help": "default: as tuned, else cosine"},
   )
-  dtype: Dtype | None = dataclasses.field(
+  dtype: Dtype | None = field(
     default=None,
     metadata={
       "choices": get_args(Dtype),
@@ -167,7 +166,7 @@ class AskSettings:
       "CPUs; the release evaluates in float16",
     },
   )
-  attention: Attention = dataclasses.field(
+  attention: Attention = field(
     default="auto",
     metadata={
       "choices": get_args(Attention),
@@ -175,35 +174,33 @@ class AskSettings:
       "is a GPU's, mosaic, triton and cudnn (the tower) are NVIDIA's, splash is a TPU's",
     },
   )
-  max_new_tokens: int = dataclasses.field(default=64, metadata={"type": number(1, 100_000, int)})
-  repetition_penalty: float = dataclasses.field(
+  max_new_tokens: int = field(default=64, metadata={"type": number(1, 100_000, int)})
+  repetition_penalty: float = field(
     default=1.0,
     metadata={
       "type": number(0.001, 1000.0, float),
       "help": "1.1 in the release's generation_config (quirk Q20)",
     },
   )
-  temperature: float = dataclasses.field(
+  temperature: float = field(
     default=0.0,
     metadata={"type": number(0.0, 1000.0, float), "help": "0: the most probable token each time"},
   )
-  top_k: int = dataclasses.field(
+  top_k: int = field(
     default=0,
     metadata={
       "type": number(0, 10_000_000, int),
       "help": "draw from this many tokens; 0: from all",
     },
   )
-  top_p: float = dataclasses.field(
+  top_p: float = field(
     default=1.0,
     metadata={
       "type": number(1e-6, 1.0, float),
       "help": "draw from the fewest tokens of this probability",
     },
   )
-  seed: int = dataclasses.field(
-    default=0, metadata={"type": number(0, 2**32 - 1, int), "help": "of the draws"}
-  )
+  seed: int = field(default=0, metadata={"type": number(0, 2**32 - 1, int), "help": "of the draws"})
 
 
 def option_of(name: str) -> str:
@@ -213,10 +210,10 @@ def option_of(name: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
   """Adds an option for every setting, and the folder of compiled programs."""
-  for field in dataclasses.fields(AskSettings):
-    needed = field.default is dataclasses.MISSING
-    how = {"required": True} if needed else {"default": field.default}
-    parser.add_argument(option_of(field.name), **how, **field.metadata)
+  for setting in dataclasses.fields(AskSettings):
+    needed = setting.default is dataclasses.MISSING
+    how = {"required": True} if needed else {"default": setting.default}
+    parser.add_argument(option_of(setting.name), **how, **setting.metadata)
   parser.add_argument(
     "--compilation-cache",
     type=expanduser,
@@ -228,7 +225,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def settings_of(args: argparse.Namespace) -> AskSettings:
   """The settings among a command's arguments."""
   return AskSettings(
-    **{field.name: getattr(args, field.name) for field in dataclasses.fields(AskSettings)}
+    **{one.name: getattr(args, one.name) for one in dataclasses.fields(AskSettings)}
   )
 
 
@@ -240,12 +237,12 @@ def checked(s: AskSettings) -> AskSettings:
     ConfigError: which one can't be, and why.
   """
   read = {}
-  for field in dataclasses.fields(s):
-    value, option = getattr(s, field.name), option_of(field.name)
-    if value is None and field.default is not None:
+  for setting in dataclasses.fields(s):
+    value, option = getattr(s, setting.name), option_of(setting.name)
+    if value is None and setting.default is not None:
       raise ConfigError(f"{option}: None is no value for it", where=option, value=None)
     try:
-      read[field.name] = value if value is None else _read(str(value), field.metadata)
+      read[setting.name] = value if value is None else _read(str(value), setting.metadata)
     except (argparse.ArgumentTypeError, ValueError) as error:
       raise ConfigError(f"{option}: {one_line(error)}", where=option, value=value) from error
   return AskSettings(**read)
