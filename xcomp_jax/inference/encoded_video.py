@@ -9,6 +9,7 @@ import pathlib
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -184,11 +185,12 @@ def save_video(video: EncodedVideo, path: str | os.PathLike) -> None:
     "source": video.source,
     "dtype": str(video.features[0].dtype),
   }
-
-  def raw(a):
-    return a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
-
-  arrays = {f"features_{phase}": raw(a) for phase, a in video.features.items()}
+  assert video.thumbnails is not None  # `encode_video` makes them
+  arrays: dict[str, Any] = {
+    # NumPy has no bfloat16
+    f"features_{phase}": a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
+    for phase, a in video.features.items()
+  }
   arrays |= {
     "times": video.times,
     "thumbnails": video.thumbnails,

@@ -27,6 +27,7 @@ STYLE: Any = {  # the types of matplotlib want every key by name
   "axes.spines.right": False,
   "axes.edgecolor": GREY,
 }
+WINDOW = 20  # steps whose mean loss is drawn
 FRAME = 168  # pixels of a frame with its patches, about
 _COLOURS = matplotlib.color_sequences["tab10"]
 
@@ -77,9 +78,9 @@ def draw_schedules(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
 
 def draw_survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
   """Which tokens of a group each layer works on."""
-  figure, axes = plt.subplots(1, len(settings), figsize=(10, 3.6), sharey=True)
+  figure, axes = plt.subplots(1, len(settings), figsize=(10, 3.6), sharey=True, squeeze=False)
   step = max(1, layers // 3)
-  for ax, cfg in zip(np.atleast_1d(axes), settings, strict=True):
+  for ax, cfg in zip(axes[0], settings, strict=True):
     alive = np.zeros((layers, cfg.group))
     for layer, kept in enumerate(lp_comp.survivors(cfg, layers)):
       alive[layer, list(kept)] = 1
@@ -100,7 +101,7 @@ def draw_survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
     ax.set_xticklabels(range(0, cfg.group, 5))
     ax.set_yticklabels(range(0, layers, step))
     ax.spines[:].set_visible(False)
-  np.atleast_1d(axes)[0].set_ylabel("layer")
+  axes[0, 0].set_ylabel("layer")
   return figure
 
 
@@ -376,7 +377,6 @@ def learning(
   right: Sequence[tuple[int, float]],
   asked: int,
   chance: float,
-  window: int = 20,
 ) -> Figure:
   """A run: the loss of every step with its mean over so many, and the share of held-out questions
   answered rightly.
@@ -386,11 +386,10 @@ def learning(
     right: (step, share of `asked` questions); shown with 95% intervals.
     asked: how many questions.
     chance: the share that guessing has.
-    window: steps.
   """
   figure, (left, ax) = plt.subplots(1, 2, figsize=(10, 3.1), layout="constrained")
   steps, values = np.array(losses).T
-  window = min(window, max(1, len(values) // 4))
+  window = min(WINDOW, max(1, len(values) // 4))
   mean = np.convolve(values, np.ones(window) / window, "valid")
   left.plot(steps, values, color=GREY, lw=0.8, label="of a step")
   left.plot(steps[window - 1 :], mean, color=BLUE, lw=2, label=f"mean of {window} steps")
