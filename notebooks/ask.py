@@ -89,7 +89,6 @@ from matplotlib import pyplot as plt
 
 from xcomp_jax import files
 from xcomp_jax.inference import video_model
-from xcomp_jax.inference.chat import Chat
 from xcomp_jax.synthetic import world
 from xcomp_jax.viz import html_report, plots
 
@@ -121,7 +120,7 @@ if not video:
 
 # %%
 watching = video_model.prepare_model(
-  video_model.default(checkpoint, select=frames, mode=mode, min_frames=8)
+  video_model.AskSettings(checkpoint=str(checkpoint), select=frames, mode=mode, min_frames=8)
 )
 model = watching.load()
 with watching.precision():
@@ -138,7 +137,7 @@ print(
 # %%
 answers = []
 with watching.precision():
-  chat = Chat(model, watching.tokenizer, film, select=watching.select, sampling=watching.sampling)
+  chat = watching.chat(model, film)
   for text in questions:
     chat.forget()  # each question by itself; without this line it is a conversation
     answers.append((text, chat.ask(text)))
@@ -159,25 +158,18 @@ if shown:
 plots.relevance(film, answers, shown and [(scene, scene + 1) for scene in shown])
 
 # %% [markdown]
-# The best clips of the first question, with their score as a share of the highest:
-
-# %% tags=["picture-thumbnails"]
-plots.thumbnails(film, answers[0][1])
-
-# %% [markdown]
-# ## What was spent
+# ## What it cost
 #
-# The first question waits for programs to be compiled. Later ones find them, and what the visual
-# tokens left in the LLM.
-
-# %% tags=["picture-spent"]
-plots.spent(
-  {"video": encoding} | {f"question {i}": answer.spent for i, (_, answer) in enumerate(answers, 1)}
-)
-
-# %% [markdown]
-# The same as a page that needs nothing else:
+# The same as a page that needs nothing else, with the best clips of every question and the seconds
+# that went into it. The first question waits for programs to be compiled. Later ones find them, and
+# what the visual tokens left in the LLM.
 
 # %%
-files.write_file(out / "report.html", html_report.page(film, answers, watching.cfg, encoding))
+from html import escape
+
+from IPython.display import HTML
+
+page = html_report.page(film, answers, watching.cfg, encoding)
+files.write_file(out / "report.html", page)
 print(out / "report.html")
+HTML(f'<iframe srcdoc="{escape(page)}" width="100%" height="800"></iframe>')

@@ -86,7 +86,6 @@ from xcomp_jax.checkpoints import loading, tensor_names
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
 from xcomp_jax.inference import generate, video_model
-from xcomp_jax.inference.chat import Chat
 from xcomp_jax.model import vlm
 from xcomp_jax.parity import comparison, parity
 from xcomp_jax.synthetic import world
@@ -95,7 +94,7 @@ from xcomp_jax.viz import flow, plots
 plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
 watching = video_model.prepare_model(
-  video_model.default(checkpoint, select=0, min_frames=8, max_frames=8)
+  video_model.AskSettings(checkpoint=str(checkpoint), select=0, min_frames=8, max_frames=8)
 )
 stored = loading.stored(watching.directory, watching.cfg)
 for count, entry in tensor_names.families(tensor_names.names(watching.cfg)):
@@ -122,7 +121,7 @@ if not made.exists():
 path = str(made / "heldout" / annotation["video"])
 with watching.precision():
   film, _ = watching.encode(model, watching.sample(path), path)
-  chat = Chat(model, watching.tokenizer, film, select=None, sampling=watching.sampling)
+  chat = watching.chat(model, film)
   answers = chat.ask_apart([text for text, _, _ in world.questions_in(annotation)])
 for (text, truth, _), answer in zip(world.questions_in(annotation), answers, strict=True):
   print(f"{text.splitlines()[0]}  {answer.text}  (right: {truth})")

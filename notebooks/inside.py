@@ -96,7 +96,7 @@ from xcomp_jax.viz.flow import agreement, attention_flow
 plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
 watching = video_model.prepare_model(
-  video_model.default(checkpoint, select=0, min_frames=8, max_frames=64)
+  video_model.AskSettings(checkpoint=str(checkpoint), select=0, min_frames=8, max_frames=64)
 )
 models = {"not tuned": watching.load()}
 looked = COSINE

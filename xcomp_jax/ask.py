@@ -11,12 +11,14 @@ video's are repeated up to --min-frames.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TextIO
 
 import jax
 
@@ -37,6 +39,7 @@ from xcomp_jax.inference.video_model import (
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.viz import html_report
+from xcomp_jax.viz.html_report import clock
 
 QUESTIONS = 1 << 24  # bytes of all, or letters of a typed one, at most
 NEW = "/new"  # typed instead of a question
@@ -67,6 +70,21 @@ def check_target(option: str, path: str | None) -> None:
     raise type(error)(f"{option} {file}: {error.strerror}") from error
 
 
+def check_files(args: argparse.Namespace) -> None:
+  """Sees to it before any work that what will be written can be, and is nothing that is read.
+
+  Raises:
+    OSError, FileNotFoundError: what can't be written, and why.
+  """
+  check_target("--report", args.report)
+  read = {f"--{name}": getattr(args, name) for name in ("video", "encoded", "questions")}
+  files.apart({"--report": args.report}, read)
+  files.apart({"--report": args.report}, {"--checkpoint": args.checkpoint}, nested=True)
+  if args.encoded and not pathlib.Path(args.encoded).exists():
+    check_target("--encoded", args.encoded)
+    files.apart({"--encoded": args.encoded}, {"--checkpoint": args.checkpoint}, nested=True)
+
+
 def sampled(args: argparse.Namespace, reader: VideoModel) -> video.FrameSample | None:
   """Which frames to decode; None if --encoded is there to be read.
 
@@ -81,61 +99,67 @@ def sampled(args: argparse.Namespace, reader: VideoModel) -> video.FrameSample |
   return reader.sample(args.video, args.start, args.end)
 
 
-def encoded(
+def read_encoded(
+  args: argparse.Namespace, reader: VideoModel, model: VLM
+) -> encoded_video.EncodedVideo:
+  """The video of --encoded, which must be that of --video, if one is given.
+
+  Raises:
+    EncodedVideoError, ConfigError, OSError: what is wrong with the file, or its frames.
+  """
+  film = encoded_video.load_video(args.encoded, model)
+  wanted = args.video and reader.source(args.video, args.start, args.end)
+  if wanted and wanted != film.source:
+    raise encoded_video.EncodedVideoError(
+      f"{args.encoded} holds {film.source}, not {wanted}; leave --video out, or name another file",
+      where=args.encoded,
+      found=film.source,
+      expected=wanted,
+    )
+  reader.check(len(film.times), film.seconds)
+  if lacking := set(reader.selector(len(film.times)).phases) - set(film.features):
+    raise encoded_video.EncodedVideoError(
+      f"--mode {args.mode} needs clips that start at frame "
+      f"{', '.join(map(str, sorted(lacking)))} too, which {args.encoded} "
+      "does not hold; give --video and another --encoded file",
+      where=args.encoded,
+      missing=sorted(lacking),
+    )
+  return film
+
+
+def encode(
   args: argparse.Namespace,
   reader: VideoModel,
   model: VLM,
-  sample: video.FrameSample | None,
-  spent: dict[str, float],
-) -> encoded_video.EncodedVideo:
-  """The video, read from --encoded, or decoded and encoded, and then written there if wanted.
+  sample: video.FrameSample,
+  save: Callable[[encoded_video.EncodedVideo, str], None] = encoded_video.save_video,
+) -> tuple[encoded_video.EncodedVideo, dict[str, float]]:
+  """Decodes and encodes the video, and writes it to --encoded if wanted; seconds by what for.
 
   Raises:
-    VideoError, EncodedVideoError, OSError: what is wrong with the video or the file.
+    VideoError: what is wrong with the video.
   """
-  if sample is None:
-    begun = time.perf_counter()
-    film = encoded_video.load_video(args.encoded, model)
-    wanted = args.video and reader.source(args.video, args.start, args.end)
-    if wanted and wanted != film.source:
-      raise encoded_video.EncodedVideoError(
-        f"{args.encoded} holds {film.source}, not {wanted}; leave --video out, or name another file"
-      )
-    T = len(film.times)
-    reader.check(T, film.seconds)
-    if lacking := set(reader.phases(T)) - set(film.features):
-      raise encoded_video.EncodedVideoError(
-        f"--mode {args.mode} needs clips that start at frame "
-        f"{', '.join(map(str, sorted(lacking)))} too, which {args.encoded} "
-        "does not hold; give --video and another --encoded file"
-      )
-    spent["reading"] = time.perf_counter() - begun
-    return film
   T = len(sample.indices)
-  say(
-    f"{args.video}: {T} frame{'s' if T > 1 else ''}"
-    + (f" of {sample.seconds:.2f} s" if sample.seconds else "")
-  )
-  clips = T // min(reader.cfg.clip_frames, T) * len(reader.phases(T))
+  lasts = f" of {sample.seconds:.2f} s" if sample.seconds else ""
+  say(f"{args.video}: {T} frame{'s' * (T > 1)}{lasts}")
+  selector = reader.selector(T)
+  clips = T // selector.clip_frames * len(selector.phases)
   with progress(total=clips, desc="encoding", unit="clip", leave=False) as bar:
-    film, seconds = reader.encode(
-      model, sample, reader.source(args.video, args.start, args.end), report=bar.update
-    )
-  spent |= seconds
+    source = reader.source(args.video, args.start, args.end)
+    film, spent = reader.encode(model, sample, source, report=bar.update)
   if args.encoded:
     try:
-      encoded_video.save_video(film, args.encoded)
-      say(
-        f"{args.encoded}: {sum(f.nbytes for f in film.features.values()) / 1e6:.1f} MB of features"
-      )
-    except (
-      OSError
-    ) as error:  # it only saves the next one time; the answer has cost most of its own already
+      save(film, args.encoded)
+      size = sum(features.nbytes for features in film.features.values())
+      say(f"{args.encoded}: {size / 1e6:.1f} MB of features")
+    except OSError as error:
+      # it only saves the next one time; the answer has cost most of its own already
       say(
         f"warning: {args.encoded} is not written, and the next time the video is encoded again: "
         f"{one_line(error)}"
       )
-  return film
+  return film, spent
 
 
 def questions_of(args: argparse.Namespace) -> list[str]:
@@ -157,35 +181,133 @@ def questions_of(args: argparse.Namespace) -> list[str]:
   return found
 
 
-def typed() -> Iterator[str]:
-  """Lines from stdin until it ends."""
+def typed_lines(stdin: TextIO, most: int = QUESTIONS) -> Iterator[str]:
+  """Lines from stdin until it ends, each shorter than `most` letters."""
   while True:
-    if sys.stdin.isatty():
+    if stdin.isatty():
       print("? ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline(QUESTIONS)
+    line = stdin.readline(most)
     if not line:
       return
-    if len(line) == QUESTIONS:  # it may never end
+    if len(line) == most:  # it may never end
       raise prompt.AnnotationError(
-        f"a line on stdin has more than the {QUESTIONS:,} letters that a question may have"
+        f"a line on stdin has more than the {most:,} letters that a question may have",
+        where="stdin",
+        allowed=most,
       )
     if line.strip():
       yield line.strip()
 
 
-def seconds_spent(video: dict[str, float], question: dict[str, float]) -> dict[str, float]:
-  """Seconds spent on the video and on a question."""
-  return {name: video.get(name, 0) + question.get(name, 0) for name in video | question}
+@dataclasses.dataclass(kw_only=True)
+class Interview:
+  """Questions put to a video one after the other, and what is said of their answers.
+
+  args: of the command. spent: seconds that went into the video. typed: where questions are typed,
+  and a bad one does not end the conversation; None: they are all known. talk: each continues the
+  one before it.
+  """
+
+  args: argparse.Namespace
+  chat: Chat
+  spent: dict[str, float]
+  typed: TextIO | None
+  talk: bool
+  answers: list[tuple[str, Answer]] = dataclasses.field(default_factory=list)
+  failed: int = 0
+
+  def put_all(self, questions: Iterable[str]) -> None:
+    """Asks all questions.
+
+    Raises:
+      AnnotationError: there is none; or one that came through a pipe could not be answered.
+      Exception: whatever went wrong with one that was not typed.
+    """
+    question = None
+    for question in questions:
+      if self.typed and question == NEW:
+        self.chat.forget()
+        say("a new conversation")
+      elif (answer := self.put(question)) is not None:
+        self.answers.append((question, answer))
+        self.tell(question, answer)
+        self.write_report()
+    if question is None:
+      raise prompt.AnnotationError("no --question, and none on stdin", where="--question")
+    if self.typed and self.failed and not self.typed.isatty():
+      raise prompt.AnnotationError(
+        f"{self.failed} question{'s' * (self.failed > 1)} of standard input could not be answered, "
+        f"as said above",
+        where="stdin",
+        value=self.failed,
+      )
+
+  def put(self, question: str) -> Answer | None:
+    """Asks one question; None where a typed one failed, which is said."""
+    if not self.talk:
+      self.chat.forget()
+    with progress(total=0, desc="scoring", leave=False) as bar:
+
+      def scored(what: str, done: int, total: int) -> None:
+        bar.set_description(what, refresh=False)
+        bar.total = total
+        bar.update(done - bar.n)
+
+      def write(text: str) -> None:
+        bar.close()
+        if not self.args.json:
+          print(text, end="", flush=True)
+
+      try:
+        return self.chat.ask(question, write=write, report=scored)
+      except Exception as error:
+        if not self.typed or isinstance(error, OSError):  # nobody reads the answers
+          raise
+        bar.close()
+        self.failed += 1
+        say(f"error: {fault(error)}")  # the conversation goes on
+        return None
+
+  def tell(self, question: str, answer: Answer) -> None:
+    """Says what an answer looked at and what it cost."""
+    film, kept = self.chat.video, answer.selection
+    spent = html_report.total_seconds({"video": self.spent, "question": answer.spent})
+    spans = html_report.ranges(kept.frames, film.times, film.seconds)
+    print(answer_line(question, answer, film, spans, spent) if self.args.json else "", flush=True)
+    if kept.note and self.chat.selector.config and len(film.times) > 1:
+      say(kept.note)
+    elif kept.scores is not None:
+      listed = [f"{clock(a, film.seconds)} to {clock(b, film.seconds)}" for a, b in spans]
+      say(f"looked at {len(kept.frames)} of {len(film.times)} frames: {', '.join(listed)}")
+    say("spent " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items()))
+    if self.talk and (ending := self.chat.ending()):
+      say(ending + (f"; {NEW} does so here" if self.typed else ""))
+
+  def write_report(self) -> None:
+    """Writes --report anew, if wanted."""
+    if not self.args.report:
+      return
+    page = html_report.page(self.chat.video, self.answers, self.chat.model.cfg, self.spent)
+    try:
+      files.write_file(pathlib.Path(self.args.report), page)
+    except OSError as error:
+      if not self.typed:
+        raise
+      say(f"error: {error}")
 
 
 def answer_line(
-  question: str, answer: Answer, film: encoded_video.EncodedVideo, spent: dict[str, float]
+  question: str,
+  answer: Answer,
+  film: encoded_video.EncodedVideo,
+  spans: Sequence[tuple[float, float]],
+  spent: dict[str, float],
 ) -> str:
   """One line of --json."""
   kept = answer.selection
-  scores = (
-    None if kept.scores is None else kept.scores.reshape(-1, film.clip_frames).mean(1).tolist()
-  )
+  scores = None
+  if kept.scores is not None:
+    scores = kept.scores.reshape(-1, film.clip_frames).mean(1).tolist()
   return json.dumps(
     {
       "question": question,
@@ -194,16 +316,18 @@ def answer_line(
       "seconds": film.seconds,
       "sampled_frames": len(film.times),
       "frames": kept.frames.tolist(),
-      "ranges": html_report.ranges(kept.frames, film.times, film.seconds),
+      "ranges": spans,
       "note": kept.note,
       "clip_scores": scores,
-      "spent": seconds_spent(spent, answer.spent),
+      "spent": spent,
     }
   )
 
 
-def answer_all(args: argparse.Namespace) -> None:
-  """Answers all questions.
+def answer_all(
+  args: argparse.Namespace, stdin: TextIO, load: Callable[[VideoModel], VLM] = VideoModel.load
+) -> None:
+  """Answers all questions; without any, those that are typed.
 
   Raises:
     CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad
@@ -211,116 +335,49 @@ def answer_all(args: argparse.Namespace) -> None:
   """
   cli.keep_compiled(args.compilation_cache, COMPILED)
   reader = prepare_model(settings_of(args))
-  page = pathlib.Path(args.report) if args.report else None
-  check_target("--report", args.report)
-  files.apart(
-    {"--report": args.report},
-    {f"--{name}": getattr(args, name) for name in ("video", "encoded", "questions")},
-  )
-  files.apart({"--report": args.report}, {"--checkpoint": args.checkpoint}, nested=True)
-  if args.encoded and not pathlib.Path(args.encoded).exists():
-    check_target("--encoded", args.encoded)
-    files.apart({"--encoded": args.encoded}, {"--checkpoint": args.checkpoint}, nested=True)
-
+  check_files(args)
   fixed = questions_of(args)
-  for question in fixed:
-    prompt.question_prompt(
-      reader.tokenizer, question, ""
-    )  # what is wrong with it shows before any work
+  for question in fixed:  # what is wrong with one shows before any work
+    prompt.question_prompt(reader.tokenizer, question, "")
   sample = sampled(args, reader)
   if sample is not None:
     for question in fixed or ["?"]:
       reader.check(len(sample.indices), sample.seconds, question)
 
-  spent, done = {}, []
   begun = time.perf_counter()
-  model = reader.load()
-  spent["loading"] = time.perf_counter() - begun
+  model = load(reader)
+  spent = {"loading": time.perf_counter() - begun}
   say(
     f"{args.checkpoint}: loaded in {spent['loading']:.1f} s; LP-Comp {reader.cfg.lp_comp.keep}, "
     f"{jax.devices()[0].device_kind}"
   )
   say(reader.introduce())
   with reader.precision():
-    film = encoded(args, reader, model, sample, spent)
-    kept_rounds = len(fixed) != 1 and not args.forget_rounds
+    if sample is None:
+      begun = time.perf_counter()
+      film = read_encoded(args, reader, model)
+      spent["reading"] = time.perf_counter() - begun
+    else:
+      film, seconds = encode(args, reader, model, sample)
+      spent |= seconds
     talk = not fixed or args.follow_up
-    chat = Chat(
-      model,
-      reader.tokenizer,
-      film,
-      select=reader.select,
-      sampling=reader.sampling,
-      keep_rounds=kept_rounds,
-      talk=talk,
-    )
+    keep_rounds = len(fixed) != 1 and not args.forget_rounds
     if not fixed:
       say(f"a conversation, question by question; {NEW} starts another one")
-    question, failed = None, 0
-    for question in fixed or typed():
-      new = question == NEW and not fixed
-      if new or not talk:
-        chat.forget()
-      if new:
-        say("a new conversation")
-        continue
-      with progress(total=0, desc="scoring", leave=False) as bar:
-
-        def scored(what, done, total, bar=bar):
-          bar.set_description(what, refresh=False)
-          bar.total = total
-          bar.update(done - bar.n)
-
-        def write(text, bar=bar):
-          bar.close()
-          if not args.json:
-            print(text, end="", flush=True)
-
-        try:
-          got = chat.ask(question, write=write, report=scored)
-        except Exception as error:
-          if fixed or isinstance(error, OSError):  # nobody reads the answers
-            raise
-          bar.close()
-          failed += 1
-          say(f"error: {fault(error)}")  # the conversation goes on
-          continue
-      print(answer_line(question, got, film, spent) if args.json else "", flush=True)
-      done.append((question, got))
-      kept, clock = got.selection, lambda t: html_report.clock(t, film.seconds)
-      if kept.note and reader.select and len(film.times) > 1:
-        say(kept.note)
-      elif kept.scores is not None:
-        spans = html_report.ranges(kept.frames, film.times, film.seconds)
-        say(
-          f"looked at {len(kept.frames)} of {len(film.times)} frames: "
-          + ", ".join(f"{clock(a)} to {clock(b)}" for a, b in spans)
-        )
-      say(
-        "spent "
-        + ", ".join(
-          f"{name} {seconds:.1f} s" for name, seconds in seconds_spent(spent, got.spent).items()
-        )
-      )
-      if talk and (ending := chat.ending()):
-        say(ending + ("" if fixed else f"; {NEW} does so here"))
-      if page:
-        try:
-          files.write_file(page, html_report.page(film, done, reader.cfg, spent))
-        except OSError as error:
-          if fixed:
-            raise
-          say(f"error: {error}")
-    if question is None:
-      raise prompt.AnnotationError("no --question, and none on stdin")
-    if failed and not sys.stdin.isatty():
-      raise prompt.AnnotationError(
-        f"{failed} question{'s' * (failed > 1)} of standard input could not be answered, as said "
-        f"above"
-      )
+    Interview(
+      args=args,
+      chat=reader.chat(model, film, keep_rounds=keep_rounds, talk=talk),
+      spent=spent,
+      typed=None if fixed else stdin,
+      talk=talk,
+    ).put_all(fixed or typed_lines(stdin))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+  argv: Sequence[str] | None = None,
+  stdin: TextIO | None = None,
+  load: Callable[[VideoModel], VLM] = VideoModel.load,
+) -> None:
   """The command; an error is one line on stderr and exit code 1."""
   parser = argparse.ArgumentParser(
     prog="python -m xcomp_jax.ask", description=__doc__.splitlines()[0]
@@ -363,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--end", type=inputs.number(0.0, 1e9, float), help="and until which")
   args = parser.parse_args(argv)
   with cli.command(OverflowError):
-    answer_all(args)
+    answer_all(args, stdin or sys.stdin, load)
 
 
 if __name__ == "__main__":

@@ -223,13 +223,15 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path
   capsys.readouterr()
   for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
     shutil.copyfile(ASSETS / name, tmp_path / "torch" / name)
-  reader = readers.prepare_model(readers.default(str(tmp_path / "torch"), context=2048))
+  reader = readers.prepare_model(
+    readers.AskSettings(checkpoint=str(tmp_path / "torch"), context=2048)
+  )
   assert (
     reader.cfg.clip_frames == 2
     and reader.cfg.llm.context == 2048
     and "a context of 2,048 tokens (--context), not the 1024" in capsys.readouterr().err
   )
-  readers.prepare_model(readers.default(str(tmp_path / "torch"), clip_frames="8"))
+  readers.prepare_model(readers.AskSettings(checkpoint=str(tmp_path / "torch"), clip_frames="8"))
   assert "config.json; --clip-frames checkpoint takes those" in capsys.readouterr().err
 
 

@@ -211,7 +211,7 @@ def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path):
     )
   )
   reader, model, hay = (
-    readers.prepare_model(readers.default(str(TINY))),
+    readers.prepare_model(readers.AskSettings(checkpoint=str(TINY))),
     object.__new__(VLM),
     np.zeros((8, 16, 4)),
   )

@@ -24,7 +24,7 @@ from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import ConfigError, ModelConfig
 from xcomp_jax.data import prompt, video
 from xcomp_jax.inference import chat as chats
-from xcomp_jax.inference import encoded_video, generate
+from xcomp_jax.inference import encoded_video, generate, selection
 from xcomp_jax.inference import video_model as readers
 from xcomp_jax.model import qc_comp, vlm
 
@@ -45,7 +45,7 @@ def film(tmp_path_factory):
   return path
 
 
-def run(checkpoint, film, *more):
+def run(checkpoint, film, *more, **inside):
   ask.main(
     [
       "--checkpoint",
@@ -59,8 +59,23 @@ def run(checkpoint, film, *more):
       "--max-frames=8",
       "--max-new-tokens=3",
       *more,
-    ]
+    ],
+    **inside,
   )
+
+
+@pytest.fixture(scope="module")
+def asked(checkpoint, film):
+  """A function (path, **settings) -> (VideoModel, model, encoded video) in clips of 4."""
+
+  def make(path=film, **settings):
+    chosen = {"clip_frames": "4", "min_frames": 8, "max_frames": 8, "max_new_tokens": 3} | settings
+    reader = readers.prepare_model(readers.AskSettings(checkpoint=str(checkpoint), **chosen))
+    model = reader.load()
+    watched, _ = reader.encode(model, reader.sample(str(path)), "it")
+    return reader, model, watched
+
+  return make
 
 
 def test_attention_is_the_one_that_is_asked_for(checkpoint, film, capsys):
@@ -125,14 +140,16 @@ def test_frames_are_sampled_in_clips_of_eight_whatever_the_tower_takes(
   assert "8 frames of 1.50 s" in capsys.readouterr().err
 
 
-def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys, monkeypatch):
-  texts, build = [], prompt.question_prompt
-  monkeypatch.setattr(
-    prompt, "question_prompt", lambda t, q, m, *h: texts.append(m) or build(t, q, m, *h)
-  )
-  cv2.imwrite(str(tmp_path / "still.png"), np.zeros((20, 30, 3), np.uint8))
-  run(checkpoint, tmp_path / "still.png", "--mode=aligned", "--select=1")
-  assert "still.png: 1 frame\n" in capsys.readouterr().err and set(texts) == {""}
+def test_an_image_is_asked_without_a_time_message(checkpoint, film, asked, tmp_path, capsys):
+  still = tmp_path / "still.png"
+  cv2.imwrite(str(still), np.zeros((20, 30, 3), np.uint8))
+  run(checkpoint, still, "--mode=aligned", "--select=1")
+  assert "still.png: 1 frame\n" in capsys.readouterr().err
+  for path, message in ((still, ""), (film, prompt.time_message(1.5, 8))):
+    reader, model, watched = asked(path, select=1)
+    answer = reader.chat(model, watched).ask("Which?")
+    expected = prompt.question_prompt(reader.tokenizer, "Which?", message)
+    np.testing.assert_array_equal(answer.prompt.tokens, expected.tokens)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +163,8 @@ def test_an_image_is_asked_without_a_time_message(checkpoint, tmp_path, capsys, 
   ],
 )
 def test_questions_that_are_no_text_and_pipes_are_refused_before_any_work(
-  checkpoint, film, tmp_path, capsys, monkeypatch, more, words
+  checkpoint, film, tmp_path, capsys, more, words
 ):
-  monkeypatch.setattr(readers.VideoModel, "load", lambda self: pytest.fail("loaded"))
   (tmp_path / "latin").write_bytes("Why?\nCafé?".encode("latin1"))
   os.mkfifo(tmp_path / "fifo")
   with pytest.raises(SystemExit) as stop:
@@ -159,11 +175,13 @@ def test_questions_that_are_no_text_and_pipes_are_refused_before_any_work(
         option.replace("LATIN", str(tmp_path / "latin")).replace("FIFO", str(tmp_path / "fifo"))
         for option in more
       ),
+      load=lambda reader: pytest.fail("loaded"),
     )
   assert stop.value.code == 1 and words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_questions_come_from_pipes_too(checkpoint, film, capsys, monkeypatch):
+@pytest.mark.pure
+def test_questions_come_from_pipes_too():
   for name in ("-", "/dev/fd/{}"):
     out, into = os.pipe()
     os.write(into, "Woran?\n\nWarum, Käthe?\n".encode())
@@ -193,24 +211,24 @@ def test_questions_come_from_pipes_too(checkpoint, film, capsys, monkeypatch):
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."),
   ],
 )
-def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, monkeypatch, error):
-  def load(self):
+def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, error):
+  def load(reader):
     raise error
 
-  monkeypatch.setattr(readers.VideoModel, "load", load)
   with pytest.raises(SystemExit) as stop:
-    run(checkpoint, film)
+    run(checkpoint, film, load=load)
   assert stop.value.code == 1 and capsys.readouterr().err.splitlines()[-1].startswith(
     "error: it needs more memory than there is: take fewer frames"
   )
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "wrong, words",
   [
     ({"keep": "foo"}, "--keep: invalid choice: 'foo'"),
     ({"dtype": "float64"}, "--dtype: invalid choice"),
-    ({"max_frames": 8_000_000_000}, "--max-frames: .* from 1 to 1,000,000"),
+    ({"max_frames": 8_000_000_000}, "from 1 to 1,000,000"),
     ({"fps": float("nan")}, "--fps: nan: must be a number from 0.001 to 1,000"),
     ({"select": True}, "--select: True: must be an integer"),
     ({"select": None}, "--select: None"),
@@ -224,17 +242,21 @@ def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, monkeypatch, 
     ({"clips_per_chunk": 0}, "--clips-per-chunk"),
   ],
 )
-def test_settings_of_python_are_held_to_what_the_options_allow(checkpoint, wrong, words):
-  settings = readers.default(checkpoint)
+def test_settings_of_python_are_held_to_what_the_options_allow(wrong, words):
+  settings = readers.AskSettings(checkpoint="nowhere")
   for name, value in wrong.items():
     # the tests' checker of types would refuse some before
     object.__setattr__(settings, name, value)
-  with pytest.raises(ConfigError, match=words):
+  with pytest.raises(ConfigError) as caught:
     readers.prepare_model(settings)
+  ((name, value),) = wrong.items()
+  fields = caught.value.fields
+  assert fields["where"] == f"--{name.replace('_', '-')}" and fields["value"] is value
+  assert str(caught.value).startswith(fields["where"]) and words in str(caught.value)
 
 
 def test_settings_of_python_are_read_as_the_options_are(checkpoint):
-  settings = readers.default(checkpoint, clips_per_chunk=8, schedule=None)
+  settings = readers.AskSettings(checkpoint="", clips_per_chunk=8, schedule=None)
   for name, value in {"checkpoint": checkpoint, "fps": 4, "clip_frames": 4}.items():
     object.__setattr__(settings, name, value)
   chosen = readers.checked(settings)
@@ -255,12 +277,8 @@ def answers(capsys):
 
 
 def test_several_questions_encode_once_and_select_their_own_frames(
-  checkpoint, film, tmp_path, capsys, monkeypatch
+  checkpoint, film, tmp_path, capsys
 ):
-  count, whole = [], encoded_video.encode_video
-  monkeypatch.setattr(
-    encoded_video, "encode_video", lambda *a, **k: count.append(1) or whole(*a, **k)
-  )
   (tmp_path / "q.txt").write_text("What colour?\n\nAnd who?\n")
   run(
     checkpoint,
@@ -272,12 +290,14 @@ def test_several_questions_encode_once_and_select_their_own_frames(
     "--report",
     str(tmp_path / "r.html"),
   )
-  first, second, third = answers(capsys)
+  printed = capsys.readouterr()
+  assert printed.err.count(": 64 frames of") == 1  # said before it is encoded
+  first, second, third = map(json.loads, printed.out.splitlines())
   assert [a["question"] for a in (first, second, third)] == [
     "Which?",
     "What colour?",
     "And who?",
-  ] and len(count) == 1
+  ]
   for got in (first, second, third):
     assert len(got["frames"]) == 8 and got["sampled_frames"] == 64 and len(got["clip_scores"]) == 16
     best = np.sort(np.argsort(-np.array(got["clip_scores"]), kind="stable")[:2])
@@ -294,12 +314,7 @@ def test_several_questions_encode_once_and_select_their_own_frames(
   )
 
 
-def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkeypatch):
-  texts, build = [], prompt.question_prompt
-  monkeypatch.setattr(
-    prompt, "question_prompt", lambda t, q, m, h=(): texts.append((q, list(h))) or build(t, q, m, h)
-  )
-  monkeypatch.setattr("sys.stdin", io.StringIO("What colour?\n\n<image>?\nAnd who?\n"))
+def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys):
   with pytest.raises(SystemExit):  # a question of a pipe has failed
     ask.main(
       [
@@ -310,105 +325,110 @@ def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys, monkey
         "--clip-frames=4",
         *LONG,
         "--max-new-tokens=3",
-      ]
+      ],
+      stdin=io.StringIO("What colour?\n\n<image>?\nAnd who?\n"),
     )
-  _, (first, none), _, (second, history) = texts  # the first is a check before anything is encoded
   printed, said = capsys.readouterr()
-  assert "error: <image> must not be written" in said
-  assert (first, second, none) == ("What colour?", "And who?", [])
-  assert history == [("What colour?", printed.splitlines()[0].strip())]
+  assert len(printed.splitlines()) == 2 and "error: <image> must not be written" in said
 
 
-def test_a_line_at_the_terminal_has_an_end(monkeypatch):
-  monkeypatch.setattr(ask, "QUESTIONS", 8)
-  monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n" + 9 * "x"))
-  lines = ask.typed()
+def test_a_question_sees_those_before_it_until_they_are_forgotten(asked):
+  reader, model, watched = asked()
+  chat, message = reader.chat(model, watched), prompt.time_message(1.5, 8)
+  first, second = chat.ask("What colour?"), chat.ask("And who?")
+  chat.forget()
+  third = chat.ask("And who?")
+  for answer, question, history in (
+    (first, "What colour?", []),
+    (second, "And who?", [("What colour?", first.text)]),
+    (third, "And who?", []),
+  ):
+    expected = prompt.question_prompt(reader.tokenizer, question, message, history)
+    np.testing.assert_array_equal(answer.prompt.tokens, expected.tokens)
+
+
+@pytest.mark.pure
+def test_a_line_at_the_terminal_has_an_end():
+  lines = ask.typed_lines(io.StringIO("Who?\n" + 9 * "x"), most=8)
   assert next(lines) == "Who?"
-  with pytest.raises(prompt.AnnotationError, match="a line on stdin has more than"):
+  with pytest.raises(prompt.AnnotationError) as caught:
     next(lines)
+  assert caught.value.fields == {"where": "stdin", "allowed": 8}
 
 
-def test_an_encoded_video_that_can_not_be_written_costs_no_answer(
-  checkpoint, film, tmp_path, capsys, monkeypatch
-):
-  def full_disk(*_):
-    raise OSError(28, "No space left on device", str(tmp_path / "film.npz"))
+def test_an_encoded_video_that_can_not_be_written_costs_no_answer(asked, film, tmp_path, capsys):
+  def full_disk(video, path):
+    raise OSError(28, "No space left on device", path)
 
-  monkeypatch.setattr(ask.encoded_video, "save_video", full_disk)
-  ask.main(
-    [
-      "--checkpoint",
-      str(checkpoint),
-      "--clip-frames=4",
-      "--max-new-tokens=3",
-      "--question",
-      "Which?",
-      "--video",
-      str(film),
-      "--encoded",
-      str(tmp_path / "film.npz"),
-    ]
-  )
-  said = capsys.readouterr()
-  assert (
-    said.out.count("\n") == 1
-    and f"warning: {tmp_path}/film.npz is not written" in said.err
-    and "No space left on device" in said.err
-  )
+  reader, model, _ = asked()
+  file = str(tmp_path / "film.npz")
+  args = argparse.Namespace(video=str(film), encoded=file, start=None, end=None)
+  watched, spent = ask.encode(args, reader, model, reader.sample(str(film)), save=full_disk)
+  said = capsys.readouterr().err
+  assert len(watched.times) == 8 and set(spent) == {"decoding", "tower"}
+  assert f"warning: {file} is not written" in said and "No space left on device" in said
+  assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_turn_costs_itself_and_not_the_conversation(
-  checkpoint, film, tmp_path, capsys, monkeypatch
-):
+class ForgetfulDevice(chats.Chat):
+  """Has no memory for one of the questions; makes the report's folder from the second one on."""
+
+  def __init__(self, *args, folder, **how):
+    super().__init__(*args, **how)
+    self.folder, self.asked = folder, []
+
+  def ask(self, question, **how):
+    if self.asked:
+      self.folder.mkdir(exist_ok=True)
+    self.asked.append((question, len(self.history)))
+    if question == "And where?":
+      raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
+    return super().ask(question, **how)
+
+
+def test_a_bad_turn_costs_itself_and_not_the_conversation(asked, tmp_path, capsys):
   """Bytes that are no text, a device without memory, and a report that can't be written; /new
   begins again.
   """
-  asked, ask_one = [], chats.Chat.ask
-
-  def ask_of(self, question, **how):
-    asked.append((question, len(self.history)))
-    if question == "And where?":
-      raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
-    return ask_one(self, question, **how)
-
-  monkeypatch.setattr(chats.Chat, "ask", ask_of)
+  reader, model, watched = asked()
   lines = io.BytesIO(b"Which?\nWhich \xff one?\nAnd where?\nWhich?\n/new\nWhich?\n")
-  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+  typed = io.TextIOWrapper(lines, encoding="utf-8", errors="surrogateescape")
   page = tmp_path / "folder" / "r.html"
-  page.parent.mkdir()
-  write = ask.files.write_file
-  monkeypatch.setattr(
-    ask.files,
-    "write_file",
-    lambda *a: write(*a) if len(asked) > 1 else (_ for _ in ()).throw(OSError("disk full")),
+  chat = ForgetfulDevice(
+    model,
+    reader.tokenizer,
+    watched,
+    selector=reader.selector(8),
+    sampling=reader.sampling,
+    talk=True,
+    folder=page.parent,
   )
-  more = [
-    "--max-new-tokens=3",
-    "--min-frames=8",
-    "--max-frames=8",
-    "--clip-frames=4",
-    f"--report={page}",
-    "--json",
-  ]
-  with pytest.raises(SystemExit):
-    ask.main(["--checkpoint", str(checkpoint), "--video", str(film), *more])
+  interview = ask.Interview(
+    args=argparse.Namespace(json=True, report=str(page)),
+    chat=chat,
+    spent={},
+    typed=typed,
+    talk=True,
+  )
+  with pytest.raises(prompt.AnnotationError) as caught:
+    interview.put_all(ask.typed_lines(typed))
+  assert caught.value.fields == {"where": "stdin", "value": 2}
   printed, said = capsys.readouterr()
-  assert [count for _, count in asked] == [0, 1, 1, 1, 0] and len(printed.splitlines()) == 3
+  assert [count for _, count in chat.asked] == [0, 1, 1, 1, 0] and len(printed.splitlines()) == 3
   assert (
-    said.count("error: ") == 4
-    and "2 questions of standard input could not be answered" in said
-    and "error: disk full" in said
+    said.count("error: ") == 3
+    and "r.html" in said
     and "RESOURCE_EXHAUSTED: out" in said
     and "a new conversation" in said
   )
   assert page.read_text().count("Which?") >= 3
 
 
-def test_without_a_question_the_command_fails(checkpoint, film, capsys, monkeypatch):
-  monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+def test_without_a_question_the_command_fails(checkpoint, film, capsys):
   with pytest.raises(SystemExit) as stop:
     ask.main(
-      ["--checkpoint", str(checkpoint), "--video", str(film), "--min-frames=8", "--max-frames=8"]
+      ["--checkpoint", str(checkpoint), "--video", str(film), "--min-frames=8", "--max-frames=8"],
+      stdin=io.StringIO("\n"),
     )
   assert (
     stop.value.code == 1 and "error: no --question, and none on stdin" in capsys.readouterr().err
@@ -451,15 +471,9 @@ OFFICIAL = ("--mode=official", "--min-frames=1024", "--max-frames=1024", "--sele
 
 
 def test_official_mode_answers_from_torn_clips_and_from_its_file(
-  checkpoint, film, tmp_path, capsys, monkeypatch
+  checkpoint, film, asked, tmp_path, capsys
 ):
-  file, again = tmp_path / "film.npz", []
-  encode_clips = encoded_video.encode_in_chunks
-
-  def count(model, clips):
-    return (again.append(1) or clip for clip in encode_clips(model, clips))
-
-  monkeypatch.setattr(chats, "encode_in_chunks", count)
+  file = tmp_path / "film.npz"
   # longer than the bias of 27
   text = "Which colour does it have, and where does it go after that, up or down?"
   run(checkpoint, film, *OFFICIAL, "--repeat=8", "--question", text, "--encoded", str(file))
@@ -467,8 +481,16 @@ def test_official_mode_answers_from_torn_clips_and_from_its_file(
   for got in answered:
     assert len(got["frames"]) == 512 and got["sampled_frames"] == 1024 and not got["note"]
   assert sorted(encoded_video.load_video(file, load(checkpoint)).features) == [0, 1, 2, 3]
-  clips = np.array([got["frames"] for got in answered]).reshape(-1, 4)
-  assert len(again) == (clips[:, 3] - clips[:, 0] > 3).sum()  # the others were there
+  _, model, watched = asked(mode="official", min_frames=1024, max_frames=1024, select=512, repeat=8)
+  for got in answered:
+    clips = np.array(got["frames"]).reshape(-1, 4)
+    torn, again = (clips[:, 3] - clips[:, 0] > 3).sum(), []
+
+    def count(done, total, again=again):
+      again.append((done, total))
+
+    selection.selected_features(model, watched, clips.ravel(), count)
+    assert again == [(n, torn) for n in range(1, torn + 1)]  # the others were there
   ask.main(
     [
       "--checkpoint",
@@ -571,7 +593,7 @@ def test_ctrl_c_leaves_no_half_written_file(checkpoint, film, tmp_path):
 
 
 def test_a_question_too_long_for_the_context_is_refused_before_anything_is_encoded(
-  checkpoint, film, tmp_path, capsys, monkeypatch
+  checkpoint, film, tmp_path, capsys
 ):
   short = tmp_path / "short"
   shutil.copytree(checkpoint, short)
@@ -580,16 +602,18 @@ def test_a_question_too_long_for_the_context_is_refused_before_anything_is_encod
   run(short, film)  # 8 frames are 128 tokens
   run(short, film, "--question", "Which? " * 60, "--context=1000")
   assert "a context of 1,000 tokens (--context), not the 300 of" in capsys.readouterr().err
-  monkeypatch.setattr(encoded_video, "encode_video", lambda *a, **k: pytest.fail("encoded"))
-  monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("loaded"))
+
+  def load(reader):
+    pytest.fail("loaded")
+
   with pytest.raises(SystemExit):
-    run(short, film, "--question", "Which? " * 60)
+    run(short, film, "--question", "Which? " * 60, load=load)
   assert (
     "the model's context has 300: shorten the question, keep fewer frames (--select), or give "
     "another --context" in capsys.readouterr().err
   )
   with pytest.raises(SystemExit):  # 8 frames would do, but 32 are scored together
-    run(short, film, "--min-frames=64", "--max-frames=64", "--select=8", "--mode=local")
+    run(short, film, "--min-frames=64", "--max-frames=64", "--select=8", "--mode=local", load=load)
   assert "64 frames scored together" in capsys.readouterr().err
 
 
@@ -671,51 +695,26 @@ def test_numbers_have_bounds_that_are_said(checkpoint, film, capsys, option, sai
   )
 
 
-def test_a_later_question_scores_without_those_before_it(checkpoint, monkeypatch):
+def test_a_later_question_scores_without_those_before_it(asked):
   """The official bias counts from the first question's message, so it is for the first question
   only.
   """
-  asked = []
+  rng = np.random.default_rng(0)
+  reader, model, _ = asked(mode="official", select=8)
   video = encoded_video.EncodedVideo(
-    {0: np.zeros((256, 64, 32))},
-    np.arange(1024) / 8,
-    128.0,
-    np.zeros((256, 96, 96, 3)),
-    None,
-    "",
-    "",
+    features={0: rng.normal(size=(256, 64, 32)).astype(np.float32)},
+    times=np.arange(1024) / 8,
+    seconds=128.0,
+    frames=rng.integers(0, 256, (1024, 48, 48, 3)).astype(np.uint8),
   )
-  cfg = read_vlm_config(
-    checkpoint,
-    ModelConfig(
-      clip_frames=4,
-      yarn="checkpoint",
-      dtype="float32",
-      param_dtype="float32",
-      clips_per_chunk=4,
-      attention="einsum",
-      remat=False,
-    ),
-    read_tuned(checkpoint).lp_comp,
-  )
-  model = loading.load_model(checkpoint, cfg)
-  monkeypatch.setattr(
-    chats,
-    "select_frames",
-    lambda m, v, q, c, **k: asked.append((q[0], c)) or [chats.Selection(np.arange(8), None, "")],
-  )
-  monkeypatch.setattr(chats, "stream", lambda *a: iter([np.array([[5, 6]])]))
-  chat = chats.Chat(
-    model,
-    prompt.load_tokenizer(checkpoint),
-    video,
-    select=qc_comp.select_config("official", 8),
-    sampling=generate.Sampling(2, ()),
-  )
-  for question in ("Which colour is it, and where does it go?", "And then?"):
-    chat.ask(question)
-  (_, first), (later, second) = asked
-  assert (first.bias, second.bias) == (27, None)
-  rows = qc_comp.from_prompt(later, second)
-  tokens = chat.tokenizer.decode(rows.text[rows.asked])
-  assert tokens.strip() == "And then?"
+  chat, selector = reader.chat(model, video), reader.selector(1024)
+  answers = [chat.ask("Which colour is it, and where does it go?"), chat.ask("And then?")]
+  for answer, first in zip(answers, (True, False), strict=True):
+    biased, plain = (
+      selection.select_frames(model, video, [answer.prompt], one)[0].scores
+      for one in (selector, selector.without_bias())
+    )
+    assert not np.allclose(biased, plain)
+    np.testing.assert_allclose(answer.selection.scores, biased if first else plain, rtol=1e-4)
+  rows = qc_comp.from_prompt(answers[1].prompt, selector.without_bias().config)
+  assert reader.tokenizer.decode(rows.text[rows.asked]).strip() == "And then?"

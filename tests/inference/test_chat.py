@@ -11,11 +11,12 @@ from flax import nnx
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import video
+from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.evaluation import runner
-from xcomp_jax.inference import chat as chats
 from xcomp_jax.inference import encoded_video, generate
-from xcomp_jax.inference.chat import Chat
-from xcomp_jax.inference.video_model import add_options, default, prepare_model, settings_of
+from xcomp_jax.inference.chat import SOON, Chat, prompt_of
+from xcomp_jax.inference.selection import frame_selector, select_frames, selected_features
+from xcomp_jax.inference.video_model import AskSettings, add_options, prepare_model, settings_of
 from xcomp_jax.model import qc_comp
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.synthetic import world
@@ -34,13 +35,7 @@ QUESTIONS = [  # of two to sixty tokens: texts of two padded lengths, when alone
 
 @pytest.fixture(scope="module")
 def reader():
-  parser = argparse.ArgumentParser()
-  add_options(parser)
-  chosen = settings_of(
-    parser.parse_args([f"--checkpoint={TINY}", "--select=16", "--clips-per-chunk=8"])
-  )
-  assert chosen == default(str(TINY), select=16, clips_per_chunk=8)
-  reader = prepare_model(chosen)
+  reader = prepare_model(AskSettings(checkpoint=str(TINY), select=16, clips_per_chunk=8))
   assert reader.dtype == "float32"
   return reader
 
@@ -72,9 +67,8 @@ def chat(reader, model, film):
 
   def make(select=True, **how):
     sampling = dataclasses.replace(reader.sampling, **({"max_new_tokens": 20} | how))
-    return Chat(
-      model, reader.tokenizer, film, select=reader.select if select else None, sampling=sampling
-    )
+    selector = frame_selector(len(film.times), film.clip_frames, reader.select if select else None)
+    return Chat(model, reader.tokenizer, film, selector=selector, sampling=sampling)
 
   return make
 
@@ -129,13 +123,24 @@ def test_a_conversation_is_neither_seen_nor_changed(chat):
 def test_prompts_of_a_batch_are_filled_by_the_program_of_one(chat):
   talk = chat(max_new_tokens=9)
   talk.ask_apart(QUESTIONS[:4])
-  with Compilations("prefill", "decode", "score") as compilations:
+  with Compilations("prefill", "decode_tokens", "score_windows") as compilations:
     talk.ask_apart([QUESTIONS[1], QUESTIONS[0], QUESTIONS[4], QUESTIONS[2]])
     assert not any(compilations.count.values())
     talk.ask(QUESTIONS[1])
   assert compilations.count["prefill"] == 0
 
 
+@pytest.mark.pure
+def test_options_and_settings_are_the_same():
+  parser = argparse.ArgumentParser()
+  add_options(parser)
+  chosen = settings_of(
+    parser.parse_args([f"--checkpoint={TINY}", "--select=16", "--clips-per-chunk=8"])
+  )
+  assert chosen == AskSettings(checkpoint=str(TINY), select=16, clips_per_chunk=8)
+
+
+@pytest.mark.pure
 def test_questions_are_cut_into_few_sizes_and_none_is_asked_twice():
   for n in range(1, 40):
     for size in (1, 4, 5, 8):
@@ -149,11 +154,10 @@ TEXT = "What is it that was to be seen there, at the beginning and at the end of
 
 
 @pytest.fixture
-def talk(model, reader, film, monkeypatch):
+def talk(model, reader, film):
   """A function (tokens) -> Chat of two layers: room for 700 tokens of text at first, and in the
   context for so many.
   """
-  monkeypatch.setattr(chats, "TALK", 700)
   cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, layers=2))
   answer = 8
   sampling = dataclasses.replace(reader.sampling, max_new_tokens=answer, eos=())
@@ -163,18 +167,31 @@ def talk(model, reader, film, monkeypatch):
     llm = dataclasses.replace(cfg.llm, context=tokens + frames + answer)
     small = VLM(dataclasses.replace(cfg, llm=llm), rngs=nnx.Rngs(0))
     select = qc_comp.select_config("local", 16)
-    return Chat(
-      small,
-      reader.tokenizer,
-      film,
-      select=dataclasses.replace(select, window=16, stride=16),
-      sampling=sampling,
+    selector = frame_selector(
+      len(film.times), film.clip_frames, dataclasses.replace(select, window=16, stride=16)
     )
+    return Chat(small, reader.tokenizer, film, selector=selector, sampling=sampling, text=700)
 
   return make
 
 
-def test_a_conversation_compiles_few_programs_up_to_the_end_of_its_context(talk, monkeypatch):
+def answered_alone(one, before, question):
+  """What a chat answers after others, by programs for just this text, in one piece."""
+  model, selector, sampling = one.model, one.selector.without_bias(), one.sampling
+  asked = prompt_of(
+    model.cfg, one.tokenizer, question, one.video.seconds, selector, sampling.max_new_tokens, before
+  )
+  (kept,) = select_frames(model, one.video, [asked], selector)
+  visual = selected_features(model, one.video, kept.frames)
+  batch = generate.as_batch(asked, visual, one.video.clip_frames)
+  room = sampling.max_new_tokens
+  state = jax.jit(generate.prefill, static_argnames="room")(model, batch, room=room)
+  decode = jax.jit(generate.decode_tokens, static_argnames=("sampling", "steps"))
+  tokens, _ = decode(model, state, sampling, steps=room)
+  return one.tokenizer.decode(np.asarray(tokens)[0]).strip()
+
+
+def test_a_conversation_compiles_few_programs_up_to_the_end_of_its_context(talk):
   one, compiled, said, lengths = talk(1300), [], [], []
 
   def listen(event, seconds, **about):
@@ -186,40 +203,39 @@ def test_a_conversation_compiles_few_programs_up_to_the_end_of_its_context(talk,
       one.ask(TEXT)
     assert one.ending() == ""
     second = len(compiled)
-    with pytest.raises(
-      ConfigError,
-      match=(
-        r"start a new conversation, shorten the question, keep fewer frames .* another "
-        r"--context"
-      ),
-    ):
+    with pytest.raises(ConfigError) as caught:
       while len(lengths) < 40:
         lengths.append(len(one.ask(TEXT * 2).prompt.tokens))
         said.append(one.ending())
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
+  fields = caught.value.fields
+  assert (fields["where"], fields["turns"]) == ("--context", len(one.history))
+  assert fields["needed"] > fields["value"] == one.model.cfg.llm.context
+  assert fields["advice"] == "keep fewer frames (--select)"
   later = [name.removeprefix("jit(").removesuffix(")") for name in compiled[second:]]
-  assert sorted(later) == ["decode", "prefill", "score"] and lengths[0] < 700 < lengths[-1]
+  assert (
+    sorted(later) == ["decode_tokens", "prefill", "score_windows"]
+    and lengths[0] < 700 < lengths[-1]
+  )
   first = next(i for i, text in enumerate(said) if text)
-  assert 3 <= len(said) - first <= 2 * chats.SOON and all(said[first:])
+  assert 3 <= len(said) - first <= 2 * SOON and all(said[first:])
   assert (
     f"holds {one.left():,} more tokens" in said[-1]
     and one.left() < len(one.tokenizer.encode(TEXT * 2)) + 40
   )
   # Nothing is lost by the refusal, and what the programs for long texts answer is what one for just
   # this text does.
-  *before, (question, answer) = one.history
-  monkeypatch.setattr(generate, "_prefill", jax.jit(generate.prefill, static_argnames="room"))
-  monkeypatch.setattr(Chat, "_least", lambda *_: 0)
-  one.history = before
-  assert one.ask(question).text == answer
+  *_, (question, answer) = one.history
+  assert answered_alone(one, one.history[:-1], question) == answer
   one.forget()
   assert one.ending() == "" and one.left() > 1000
 
 
 def test_what_can_not_be_asked_is_named_before_the_others_are_run(chat):
-  with pytest.raises(ConfigError, match="tokens"):
+  with pytest.raises(ConfigError) as caught:
     chat().check("word " * 100_000)
-  with pytest.raises(ValueError):
+  assert (caught.value.fields["where"], caught.value.fields["turns"]) == ("--context", 0)
+  with pytest.raises(AnnotationError):
     chat().check("  ")
   assert chat().check(QUESTIONS[2]) is None

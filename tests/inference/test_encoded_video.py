@@ -13,6 +13,7 @@ from flax import nnx
 from xcomp_jax.config import ConfigError
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.encoded_video import EncodedVideoError
+from xcomp_jax.inputs import NoFileError
 from xcomp_jax.model import vlm
 
 
@@ -57,8 +58,9 @@ def test_an_image_is_one_clip_of_one_frame(model):
 
 @pytest.mark.parametrize("count", [0, 12])
 def test_frames_that_make_no_clips_are_refused(model, count):
-  with pytest.raises(ConfigError, match=f"{count} frames"):
+  with pytest.raises(ConfigError) as caught:
     encoded_video.encode_video(model, frames(count), np.arange(count), 1.0, "it")
+  assert caught.value.fields == {"where": "times", "value": count}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -211,7 +213,7 @@ def test_nothing_of_an_encoded_video_is_believed_before_it_is_checked(
 def test_pipes_and_devices_are_no_encoded_videos(model, tmp_path):
   os.mkfifo(tmp_path / "pipe.npz")
   for file in (tmp_path / "pipe.npz", "/dev/zero"):
-    with pytest.raises(OSError, match="must be a file"):
+    with pytest.raises(NoFileError):
       encoded_video.load_video(file, model)
 
 

@@ -370,5 +370,6 @@ def test_a_store_of_features_says_that_it_was_computed_in_float16(reference):
   (made,) = half.encode(iter(np.zeros((1, 8, 48, 48, 3), np.uint8)))
   assert made.dtype == ml_dtypes.bfloat16 and np.isfinite(made.astype(np.float32)).all()
   assert (
-    video_model.prepare_model(video_model.default(assets, dtype="float16")).cfg.dtype == "float16"
+    video_model.prepare_model(video_model.AskSettings(checkpoint=assets, dtype="float16")).cfg.dtype
+    == "float16"
   )

@@ -11,7 +11,7 @@ from flax import nnx
 
 from xcomp_jax.config import ConfigError, LPCompConfig
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.inference import chat
+from xcomp_jax.inference import selection
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model import attention, qc_comp, qwen2, vlm
 from xcomp_jax.model.layers import rotate
@@ -181,18 +181,26 @@ def model(tiny):
   return vlm.VLM(tiny(clip_frames=4), rngs=nnx.Rngs(0))
 
 
+WATCH = jax.jit(qc_comp.watch, static_argnames="last")
+SCORE = jax.jit(qc_comp.score_windows, static_argnames=("layers", "causal", "prefix", "units"))
+
+
 def film(frames, seed=0, phases=(0,)):
   rng = np.random.default_rng(seed)
   features = {phase: rng.normal(size=(frames // 4, 64, 32)).astype(np.float32) for phase in phases}
-  return EncodedVideo(
-    features,
-    np.arange(frames) / 4.0,
-    frames / 4,
-    np.zeros((frames // 4, 96, 96, 3), np.uint8),
-    None,
-    "",
-    "",
-  )
+  return EncodedVideo(features=features, times=np.arange(frames) / 4.0, seconds=frames / 4)
+
+
+def selector_of(video, cfg):
+  return selection.frame_selector(len(video.times), video.clip_frames, cfg)
+
+
+def select_frames(model, video, questions, cfg, **how):
+  return selection.select_frames(model, video, questions, selector_of(video, cfg), **how)
+
+
+def score_rounds(model, video, asked, cfg):
+  return selection.score_rounds(model, video, [asked], selector_of(video, cfg))[0]
 
 
 def question(length=12, start=6, seed=0):
@@ -262,7 +270,7 @@ def oracle(
 def test_scores_are_the_attention_of_a_full_map(model, mode, rows):
   video, asked, cfg = film(80), question(), setting(mode, rows=rows)
   plan = qc_comp.plan_rounds(80, 4, cfg)
-  got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
+  got = score_rounds(model, video, asked, cfg)
   layers = qc_comp.scored_layers(cfg, 4)
   assert got.shape == (len(plan.starts), len(layers), *plan.windows.shape)
   for r, w in {(0, 0), (len(plan.starts) - 1, len(plan.windows) - 1)}:
@@ -285,7 +293,7 @@ def test_official_rounds_go_on_at_the_first_frame(model):
   )
   video = film(1024)
   plan = qc_comp.plan_rounds(1024, 4, cfg)
-  got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
+  got = score_rounds(model, video, asked, cfg)
   last = int(np.flatnonzero(plan.starts + plan.frames > 1024)[0])
   layers = qc_comp.scored_layers(cfg, 4)
   clips = (plan.starts[last] // 4 + np.arange(plan.frames // 4)) % 256
@@ -301,12 +309,12 @@ def test_questions_and_videos_of_few_lengths_compile_few_programs(tiny):
   # nothing of which is compiled yet
   model = vlm.VLM(tiny(clip_frames=4, attention="einsum"), rngs=nnx.Rngs(0))
   cfg = setting("aligned")
-  with Compilations("watch", "score") as compilations:
+  with Compilations("watch", "score_windows") as compilations:
     for frames, length in ((84, 9), (88, 12), (96, 14)):  # 21 to 24 clips, texts of up to 16
-      chat.select_frames(model, film(frames), [question(length=length)], cfg)
-    assert compilations.count == {"watch": 1, "score": 1}
-    chat.select_frames(model, film(500), [question(length=30)], cfg)
-  assert compilations.count == {"watch": 1, "score": 2}
+      select_frames(model, film(frames), [question(length=length)], cfg)
+    assert compilations.count == {"watch": 1, "score_windows": 1}
+    select_frames(model, film(500), [question(length=30)], cfg)
+  assert compilations.count == {"watch": 1, "score_windows": 2}
 
 
 @pytest.mark.parametrize("mode", ["official", "aligned", "local", "global"])
@@ -322,7 +330,7 @@ def test_a_follow_up_is_scored_by_its_own_question_after_all_that_was_said(model
   )
   video, asked = film(1024 if official else 64), question(length=60, start=45)
   plan = qc_comp.plan_rounds(len(video.times), 4, cfg)
-  got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
+  got = score_rounds(model, video, asked, cfg)
   clips = plan.frames // 4
   inside = (plan.windows[0][:, None] * (plan.unit // 4) + np.arange(plan.unit // 4)).ravel()
   layer = qc_comp.scored_layers(cfg, 4)[-1]
@@ -348,7 +356,7 @@ def test_long_texts_score_in_pieces_as_in_one(model, causal, monkeypatch):
   several = [question(length=60, start=21, seed=1), question(length=50, start=38, seed=2)]
   asked = qc_comp.stack_questions([qc_comp.from_prompt(one, cfg) for one in several], 62)
   plan, layers = qc_comp.plan_rounds(40, 4, cfg), qc_comp.scored_layers(cfg, 4)
-  caches = jax.jit(qc_comp.watch, static_argnames="last")(
+  caches = WATCH(
     model,
     video.features[0][None],
     np.array([10], np.int32),
@@ -377,7 +385,7 @@ def test_long_texts_score_in_pieces_as_in_one(model, causal, monkeypatch):
 def test_without_a_causal_mask_all_shown_text_is_seen(model):
   video, asked = film(32), question()
   cfg = setting("aligned", causal=False)
-  got = chat.score_rounds(model, video, [asked], qc_comp.plan_rounds(32, 4, cfg), cfg)[0]
+  got = score_rounds(model, video, asked, cfg)
   expected = oracle(model, video.features[0], asked, 3, range(8), causal=False)
   np.testing.assert_allclose(got[0, -1, 0], expected, rtol=2e-5)
 
@@ -388,7 +396,7 @@ def test_other_rules_of_keeping_are_scored_too(tiny, keep):
     tiny(clip_frames=4, lp_comp=LPCompConfig((8, 4, 2, 1), keep, 16)), rngs=nnx.Rngs(0)
   )
   video, asked, cfg = film(32), question(), setting("aligned")
-  got = chat.score_rounds(model, video, [asked], qc_comp.plan_rounds(32, 4, cfg), cfg)[0]
+  got = score_rounds(model, video, asked, cfg)
   np.testing.assert_allclose(
     got[0, -1, 0], oracle(model, video.features[0], asked, 3, range(8)), rtol=2e-5
   )
@@ -399,17 +407,17 @@ def test_attention_ranked_keeping_is_refused(tiny):
     tiny(clip_frames=4, lp_comp=LPCompConfig("cosine", "attention", 16)), rngs=nnx.Rngs(0)
   )
   with pytest.raises(ConfigError) as caught:
-    chat.select_frames(model, film(32), [question()], setting("aligned"))
+    select_frames(model, film(32), [question()], setting("aligned"))
   assert caught.value.fields == {"where": "lp_comp.keep", "value": "attention"}
 
 
 @pytest.mark.parametrize("mode", ["aligned", "local", "global"])
 def test_a_later_question_scores_as_a_fresh_one(model, mode):
   video, cfg, rounds = film(96), setting(mode), {}
-  chat.select_frames(model, video, [question(seed=1)], cfg, rounds=rounds)
+  select_frames(model, video, [question(seed=1)], cfg, rounds=rounds)
   kept = dict(rounds)
-  later = chat.select_frames(model, video, [question(length=20, seed=2)], cfg, rounds=rounds)[0]
-  fresh = chat.select_frames(model, video, [question(length=20, seed=2)], cfg)[0]
+  later = select_frames(model, video, [question(length=20, seed=2)], cfg, rounds=rounds)[0]
+  fresh = select_frames(model, video, [question(length=20, seed=2)], cfg)[0]
   # none was run again
   assert kept and rounds.keys() == kept.keys() and all(rounds[key] is kept[key] for key in kept)
   np.testing.assert_array_equal(later.scores, fresh.scores)
@@ -419,9 +427,9 @@ def test_a_later_question_scores_as_a_fresh_one(model, mode):
 def test_padding_of_text_and_clips_changes_no_score(model):
   video, asked, cfg = film(40), question(), setting("aligned")  # 10 clips, padded to 16
   plan = qc_comp.plan_rounds(40, 4, cfg)
-  got = chat.score_rounds(model, video, [asked], plan, cfg)[0]
+  got = score_rounds(model, video, asked, cfg)
   layers = qc_comp.scored_layers(cfg, 4)
-  caches = jax.jit(qc_comp.watch, static_argnames="last")(
+  caches = WATCH(
     model,
     jnp.asarray(video.features[0][None]),
     jnp.array([10]),
@@ -429,8 +437,7 @@ def test_padding_of_text_and_clips_changes_no_score(model):
     last=layers[-1],
   )
   text = qc_comp.from_prompt(asked, cfg)
-  static = ("layers", "causal", "prefix", "units")
-  exact = jax.jit(qc_comp.score_windows, static_argnames=static)(
+  exact = SCORE(
     model,
     caches,
     qc_comp.stack_questions([text]),
@@ -448,10 +455,7 @@ def test_local_windows_do_not_depend_on_the_rest_of_the_video(model):
   video, asked = film(96), question()
   other = dataclasses.replace(video, features={0: video.features[0].copy()})
   other.features[0][16:] += 1
-  a, b = (
-    chat.score_rounds(model, v, [asked], qc_comp.plan_rounds(96, 4, cfg), cfg)[0]
-    for v in (video, other)
-  )
+  a, b = (score_rounds(model, v, asked, cfg) for v in (video, other))
   np.testing.assert_array_equal(a[:3], b[:3])  # frames 0 to 64
   assert np.abs(a[3:] - b[3:]).max() > 0
 
@@ -485,26 +489,22 @@ def test_the_token_before_the_answer_can_score_instead():
 
 
 def test_nothing_is_selected_where_all_frames_may_stay(model):
-  got = chat.select_frames(model, film(32), [question()], setting("aligned", frames=32))[0]
+  got = select_frames(model, film(32), [question()], setting("aligned", frames=32))[0]
   assert (
     got.scores is None
     and got.frames.tolist() == list(range(32))
     and "nothing is selected" in got.note
   )
-  assert chat.select_frames(model, film(32), [question()], None)[0].frames.tolist() == list(
-    range(32)
-  )
+  assert select_frames(model, film(32), [question()], None)[0].frames.tolist() == list(range(32))
   assert (
     "1024 frames or more"
-    in chat.select_frames(model, film(32), [question()], qc_comp.select_config("official", 8))[
-      0
-    ].note
+    in select_frames(model, film(32), [question()], qc_comp.select_config("official", 8))[0].note
   )
 
 
 def test_a_count_that_is_no_multiple_of_a_clip_keeps_whole_clips(model):
   for mode in ("aligned", "local"):
-    got = chat.select_frames(model, film(96), [question()], setting(mode, frames=1))[0]
+    got = select_frames(model, film(96), [question()], setting(mode, frames=1))[0]
     assert len(got.frames) == 4 and got.frames[0] % 4 == 0
     best = got.scores.argmax()
     assert best in got.frames
@@ -512,9 +512,7 @@ def test_a_count_that_is_no_multiple_of_a_clip_keeps_whole_clips(model):
 
 def test_official_selection_names_what_its_tower_takes(model):
   with pytest.raises(ConfigError) as caught:
-    chat.select_frames(
-      model, film(1024), [question(length=40)], qc_comp.select_config("official", 2)
-    )
+    select_frames(model, film(1024), [question(length=40)], qc_comp.select_config("official", 2))
   assert caught.value.fields == {"where": "select.frames", "value": 2, "unit": 4}
 
 
@@ -523,12 +521,12 @@ def test_official_rounds_read_the_phase_they_start_in(model):
   2, 4, 6 of a clip.
   """
   cfg = dataclasses.replace(qc_comp.select_config("official", 8, repeat=4))
-  assert chat.phases(1024, 4, cfg) == (0, 2)
+  assert selection.frame_selector(1024, 4, cfg).phases == (0, 2)
   video = film(1024, phases=(0, 2))
   other = dataclasses.replace(video, features={0: video.features[0], 2: video.features[2] + 1})
   asked = question(length=40)
   plan = qc_comp.plan_rounds(1024, 4, cfg)
-  a, b = (chat.score_rounds(model, v, [asked], plan, cfg)[0] for v in (video, other))
+  a, b = (score_rounds(model, v, asked, cfg) for v in (video, other))
   changed = [bool(np.abs(x - y).max() > 0) for x, y in zip(a, b, strict=True)]
   assert changed == [bool(start % 4) for start in plan.starts] and sorted(set(plan.starts % 4)) == [
     0,
@@ -541,15 +539,15 @@ def test_selected_clips_are_taken_and_torn_ones_encoded_again(model):
   frames = rng.integers(0, 256, (16, 48, 48, 3)).astype(np.uint8)
   video = dataclasses.replace(film(16), frames=frames)
   np.testing.assert_array_equal(
-    chat.selected_features(model, video, np.arange(4, 12)), video.features[0][1:3]
+    selection.selected_features(model, video, np.arange(4, 12)), video.features[0][1:3]
   )
   torn, done = np.array([0, 1, 2, 5, 6, 7, 8, 9]), []
   expected = vlm.encode_frames(model, jnp.asarray(frames[torn].reshape(2, 4, 48, 48, 3)))
-  got = chat.selected_features(model, video, torn, lambda *a: done.append(a))
+  got = selection.selected_features(model, video, torn, lambda *a: done.append(a))
   np.testing.assert_allclose(got, expected, atol=2e-5)
   assert done == [(1, 2), (2, 2)]
   video.features[2] = video.features[0] + 1
   np.testing.assert_array_equal(
-    chat.selected_features(model, video, np.array([0, 1, 2, 3, 6, 7, 8, 9]))[1],
+    selection.selected_features(model, video, np.array([0, 1, 2, 3, 6, 7, 8, 9]))[1],
     video.features[2][1],
   )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xcomp_jax.data.store import open_store
-from xcomp_jax.inference import chat
+from xcomp_jax.inference import selection
 from xcomp_jax.study import measures, miniature
 from xcomp_jax.study.miniature import Study
 from xcomp_jax.synthetic.films import FRAMES, KINDS, FilmSplit
@@ -60,12 +60,14 @@ def programs(shown, scores):
     shown.append(([clips.tolist() for _, clips in asked], message))
     return np.array([set(one.scenes) <= set(clips) for one, clips in asked])
 
-  def select(model, film, prompts, cfg):
+  def select(model, film, prompts, selector):
     own = next(films)
-    assert len(prompts) == len(own) and cfg == measures.measured_setting("local", KEPT * FRAMES)
+    assert len(prompts) == len(own) and selector.config == measures.measured_setting(
+      "local", KEPT * FRAMES
+    )
     best = np.sort(np.argsort(-own, axis=1)[:, :KEPT])
     frames = (best[:, :, None] * FRAMES + np.arange(FRAMES)).reshape(len(own), -1)
-    return [chat.Selection(f, np.repeat(s, FRAMES), "") for f, s in zip(frames, own)]
+    return [selection.Selection(f, np.repeat(s, FRAMES), "") for f, s in zip(frames, own)]
 
   return measures.Programs(answers, select, lambda *_: 2e12, lambda *_: 3e12)
 

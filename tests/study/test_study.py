@@ -14,7 +14,7 @@ import pytest
 
 from xcomp_jax import files
 from xcomp_jax.data.store import StoredSample, write_store
-from xcomp_jax.inference import chat
+from xcomp_jax.inference import selection
 from xcomp_jax.model import lp_comp, qwen2
 from xcomp_jax.study import cell_results, measures, miniature, study
 from xcomp_jax.study.miniature import Study, StudyError, study_rule
@@ -420,15 +420,17 @@ def test_positions_as_before_compression_fall_through(quick, mutated):
 
 @pytest.mark.slow
 def test_shuffled_scores_fall_through(quick, mutated):
-  rounds, rng = chat.score_rounds, np.random.default_rng(0)
+  rounds, rng = selection.score_rounds, np.random.default_rng(0)
   mutated.setattr(
-    chat, "score_rounds", lambda *args, **kw: rng.permuted(rounds(*args, **kw), axis=-1)
+    selection, "score_rounds", lambda *args, **kw: rng.permuted(rounds(*args, **kw), axis=-1)
   )
   assert hits(found(quick, "aligned")) < FOUND
 
 
 @pytest.mark.slow
 def test_scores_of_another_question_fall_through(quick, mutated):
-  rounds = chat.score_rounds
-  mutated.setattr(chat, "score_rounds", lambda *args, **kw: np.roll(rounds(*args, **kw), 1, axis=0))
+  rounds = selection.score_rounds
+  mutated.setattr(
+    selection, "score_rounds", lambda *args, **kw: np.roll(rounds(*args, **kw), 1, axis=0)
+  )
   assert cell_results.ranked_first(found(quick, "local_answer")).mean() < FIRST

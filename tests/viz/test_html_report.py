@@ -11,6 +11,7 @@ from xcomp_jax.inference.chat import Answer, Selection
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.viz import html_report
 
+pytestmark = pytest.mark.pure
 VOID = {"meta", "img", "br"}
 
 
@@ -19,7 +20,13 @@ def film(frames, seconds, clip=8, source="film.mp4"):
   times = (np.arange(frames) + 0.5) * seconds / frames
   clips = frames // clip
   pictures = rng.integers(0, 256, (clips, 96, 96, 3)).astype(np.uint8)
-  return EncodedVideo({0: np.zeros((clips, 1, 1))}, times, seconds, pictures, None, "", source)
+  return EncodedVideo(
+    features={0: np.zeros((clips, 1, 1))},
+    times=times,
+    seconds=seconds,
+    thumbnails=pictures,
+    source=source,
+  )
 
 
 def answer(frames, scores=None, note="", text="Yes.", tokens=51, spent=None):

@@ -142,7 +142,7 @@ assert (out / "report.html").stat().st_size > 10_000
   run(
     "ask",
     then,
-    ["relevance", "thumbnails", "spent"],
+    ["relevance"],
     checkpoint="assets/tiny",
     scenes=16,
     frames=32,

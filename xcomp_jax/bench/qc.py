@@ -31,8 +31,9 @@ from xcomp_jax.config import COSINE, ModelConfig, Tuned
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import Shape, batch_spec
 from xcomp_jax.files import expanduser
-from xcomp_jax.inference import chat, encoded_video, generate
+from xcomp_jax.inference import encoded_video, generate
 from xcomp_jax.inference.rounds import PREFIX, TEXT, scoring
+from xcomp_jax.inference.selection import frame_selector, select_frames
 from xcomp_jax.model import qc_comp, vlm
 from xcomp_jax.progress import progress
 from xcomp_jax.synthetic import world
@@ -99,7 +100,7 @@ def question_costs(
     state,
     jax.ShapeDtypeStruct((1, 8, size, size, 3), np.uint8),
   )
-  phases = len(chat.phases(frames, 8, setting))
+  phases = len(frame_selector(frames, 8, setting).phases)
   tower = encode_clip * (frames // 8) * phases
   visual = flops(watch, state, features) * calls
   asking = flops(score, state, jax.eval_shape(watch, state, features)) * calls
@@ -153,9 +154,10 @@ def needles(
       style="ask",
     )
     T = len(sample.indices)
-    phases = sorted(
-      {phase for setting in settings.values() for phase in chat.phases(T, world.FRAMES, setting)}
-    )
+    selectors = {
+      mode: frame_selector(T, world.FRAMES, setting) for mode, setting in settings.items()
+    }
+    phases = sorted({phase for selector in selectors.values() for phase in selector.phases})
     film = encoded_video.encode_video(
       model, video.frames(sample), sample.times, sample.seconds, "", phases=phases
     )
@@ -167,8 +169,8 @@ def needles(
       )
       asked += 1
       hits["uniform"] += scene in even
-      for mode, setting in settings.items():
-        frames = chat.select_frames(model, film, [question], setting, rounds=rounds)[0].frames
+      for mode, selector in selectors.items():
+        frames = select_frames(model, film, [question], selector, rounds=rounds)[0].frames
         hits[mode] += scene in frames // world.FRAMES
   return {mode: (int(n), asked) for mode, n in hits.items()}
 

@@ -43,7 +43,8 @@ from xcomp_jax.evaluation.haystacks import (
 )
 from xcomp_jax.evaluation.protocol import any_letter
 from xcomp_jax.files import expanduser
-from xcomp_jax.inference import chat, encoded_video, generate
+from xcomp_jax.inference import encoded_video, generate
+from xcomp_jax.inference.selection import frame_selector, select_frames
 from xcomp_jax.inference.video_model import (
   COMPILED,
   FRAMES,
@@ -72,8 +73,8 @@ def ask_needle(
   """The answer, and which frames gave it."""
   question = prompt.question_prompt(reader.tokenizer, text, message)
   # The official bias counts the tokens of a message that may be missing here.
-  select = reader.select and dataclasses.replace(reader.select, bias=None)
-  (selection,) = chat.select_frames(model, film, [question], select, rounds=rounds)
+  selector = frame_selector(len(film.times), film.clip_frames, reader.select).without_bias()
+  (selection,) = select_frames(model, film, [question], selector, rounds=rounds)
   visual = film.features[0][selection.frames]
   (tokens,) = generate.generate(model, generate.as_batch(question, visual, 1), reader.sampling)
   return reader.tokenizer.decode(tokens).strip(), selection.frames
@@ -155,9 +156,10 @@ class NeedleSearch:
   def _hidden(self, c: NeedleCell, starts: Sequence[int]) -> encoded_video.EncodedVideo:
     """The haystack with a needle in it."""
     features = hide(self.hay, self.features(c.needle), c.frames, starts)
-    seconds, none = c.frames / self.rate, np.zeros((c.frames, 1, 1, 3), np.uint8)
     return encoded_video.EncodedVideo(
-      {0: features}, np.arange(c.frames) / self.rate, seconds, none, None, "", ""
+      features={0: features},
+      times=np.arange(c.frames) / self.rate,
+      seconds=c.frames / self.rate,
     )
 
   def _given(self, answer: str) -> str:

@@ -174,7 +174,7 @@ class AnsweringLoop:
         model,
         reader.tokenizer,
         film,
-        select=reader.select,
+        selector=reader.selector(len(film.times)),
         sampling=reader.sampling,
         keep_rounds=len(video.wanted) > self.batch,
       )

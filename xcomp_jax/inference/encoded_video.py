@@ -1,6 +1,7 @@
 """What the tower makes of a video, apart from any question: encode once, ask many."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import pathlib
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -30,18 +32,18 @@ class EncodedVideoError(XCompError, ValueError):
   """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedVideo:
   """What the tower makes of a video: encode once, ask many.
 
   features: {phase: [C, N, D]}, merged tokens of clips that start at frame `phase` (and go on at the
     first frame after the last). Phase 0 serves everything but the "official" selection, whose
     rounds need others.
-  times: float64[T], seconds at which the sampled frames are shown; seconds: of the whole, as
-  prompts state it.
-  thumbnails: uint8[C, 96, 96, 3], a frame from the middle of each clip.
+  times: float64[T], seconds at which the sampled frames are shown.
+  seconds: of the whole, as prompts state it.
+  thumbnails: uint8[C, 96, 96, 3], a frame from the middle of each clip; None: nobody will look.
   frames: uint8[T, S, S, 3], only where the "official" selection will encode selected frames again;
-  else None.
+    else None.
   identity: of the tower's weights and settings; see `identity`.
   source: which file, sampled how; in words.
   """
@@ -49,10 +51,10 @@ class EncodedVideo:
   features: dict[int, np.ndarray]
   times: np.ndarray
   seconds: float
-  thumbnails: np.ndarray
-  frames: np.ndarray | None
-  identity: str
-  source: str
+  thumbnails: np.ndarray | None = None
+  frames: np.ndarray | None = None
+  identity: str = ""
+  source: str = ""
 
   @property
   def clips(self) -> int:
@@ -70,6 +72,13 @@ def identity(model: vlm.VLM) -> str:
   return f"{tower_identity(model)}-{model.cfg.dtype}"
 
 
+def _batched(items: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+  """Runs of so many; the last may have fewer."""
+  left = iter(items)
+  while some := list(itertools.islice(left, size)):
+    yield some
+
+
 _encode = jax.jit(vlm.encode_frames)
 
 
@@ -80,21 +89,12 @@ def encode_in_chunks(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np
   Raises:
     ConfigError: numbers that float16 does not have.
   """
-  size, waiting = model.cfg.clips_per_chunk, []
-
-  def run():
-    chunk = np.stack(waiting + [waiting[-1]] * (size - len(waiting)))
-    done = np.asarray(_encode(model, chunk))[: len(waiting)]
-    kernels.check_finite(done, "features of the tower", model.cfg.dtype)
-    return done
-
-  for clip in clips:
-    waiting.append(clip)
-    if len(waiting) == size:
-      yield from run()
-      waiting = []
-  if waiting:
-    yield from run()
+  size = model.cfg.clips_per_chunk
+  for chunk in _batched(clips, size):
+    padded = chunk + chunk[-1:] * (size - len(chunk))
+    features = np.asarray(_encode(model, np.stack(padded)))[: len(chunk)]  # [chunk, N, D]
+    kernels.check_finite(features, "features of the tower", model.cfg.dtype)
+    yield from features
 
 
 def encode_video(
@@ -127,7 +127,7 @@ def encode_video(
   T = len(times)
   F = 1 if T == 1 else model.cfg.clip_frames
   if not T or T % F:
-    raise ConfigError(f"{T} frames are no whole clips of {F}")
+    raise ConfigError(f"{T} frames are no whole clips of {F}", where="times", value=T)
   from xcomp_jax.data.video import resize
 
   size = model.cfg.vision.image_size
@@ -135,36 +135,37 @@ def encode_video(
   kept = np.empty((T, size, size, 3), np.uint8) if later else None
   thumbnails = []
 
-  def clips():
-    clip = []
-    for i, frame in enumerate(frames):
-      clip.append(frame)
+  def decoded() -> Iterator[np.ndarray]:
+    """Clips uint8[F, S, S, 3] in order; keeps what is needed of them."""
+    for clip in _batched(frames, F):
       if kept is not None:
-        kept[i] = frame
-      if len(clip) == F:
-        thumbnails.append(resize(clip[F // 2][None], THUMBNAIL)[0])
-        yield np.stack(clip)
-        clip = []
+        start = len(thumbnails) * F
+        kept[start : start + F] = clip
+      thumbnails.append(resize(clip[F // 2][None], THUMBNAIL)[0])
+      yield np.stack(clip)
 
-  def run(clips):
+  def encoded(clips: Iterable[np.ndarray]) -> np.ndarray:
+    """[C, N, D], one of the phases."""
     done = []
     for one in encode_in_chunks(model, clips):
       done.append(one)
       report(1)
     return np.stack(done)
 
-  features = {0: run(clips())}
+  features = {0: encoded(decoded())}
   if kept is not None:
     for phase in later:
-      features[phase] = run(kept[(phase + start + np.arange(F)) % T] for start in range(0, T, F))
+      # the last clip goes on at the first frame
+      starts = range(phase, phase + T, F)
+      features[phase] = encoded(kept[(start + np.arange(F)) % T] for start in starts)
   return EncodedVideo(
-    features,
-    np.asarray(times, np.float64),
-    seconds,
-    np.stack(thumbnails),
-    kept,
-    tower or identity(model),
-    source,
+    features=features,
+    times=np.asarray(times, np.float64),
+    seconds=seconds,
+    thumbnails=np.stack(thumbnails),
+    frames=kept,
+    identity=tower or identity(model),
+    source=source,
   )
 
 
@@ -184,11 +185,12 @@ def save_video(video: EncodedVideo, path: str | os.PathLike) -> None:
     "source": video.source,
     "dtype": str(video.features[0].dtype),
   }
-
-  def raw(a):
-    return a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
-
-  arrays = {f"features_{phase}": raw(a) for phase, a in video.features.items()}
+  assert video.thumbnails is not None  # `encode_video` makes them
+  arrays: dict[str, Any] = {
+    # NumPy has no bfloat16
+    f"features_{phase}": a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
+    for phase, a in video.features.items()
+  }
   arrays |= {
     "times": video.times,
     "thumbnails": video.thumbnails,
@@ -256,13 +258,13 @@ def load_video(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
         raise ValueError(f"features_{phase} holds numbers that are not finite")
     frames = _array(archive, "frames") if "frames" in headers else None
     return EncodedVideo(
-      features,
-      times,
-      seconds,
-      _array(archive, "thumbnails"),
-      frames,
-      about["identity"],
-      about["source"],
+      features=features,
+      times=times,
+      seconds=seconds,
+      thumbnails=_array(archive, "thumbnails"),
+      frames=frames,
+      identity=about["identity"],
+      source=about["source"],
     )
 
 
@@ -323,11 +325,16 @@ def _check_identity(file: pathlib.Path, own: str, mine: str) -> None:
   if dtype != wanted:
     raise EncodedVideoError(
       f"{file} was encoded in {dtype or 'another dtype'}, and this is to be computed in {wanted}; "
-      f"give that --dtype, or another file"
+      f"give that --dtype, or another file",
+      where=str(file),
+      found=dtype,
+      expected=wanted,
     )
   if own != mine:
     raise EncodedVideoError(
       f"{file} was encoded by another tower or with other settings (its identity is {own[:12]}, "
-      f"this "
-      f"checkpoint's {mine[:12]}); encode the video again"
+      f"this checkpoint's {mine[:12]}); encode the video again",
+      where=str(file),
+      found=own,
+      expected=mine,
     )

@@ -38,6 +38,7 @@ class Sampling:
 
   max_new_tokens: int
   eos: tuple[int, ...]
+  _: dataclasses.KW_ONLY
   repetition_penalty: float = 1.0
   temperature: float = 0.0
   top_k: int = 0
@@ -57,22 +58,25 @@ class Sampling:
       "top_k": self.top_k >= 0,
       "top_p": 0 < self.top_p <= 1,
     }
-    bad = [f"{name} = {getattr(self, name)}" for name, good in ranges.items() if not good]
+    bad = {name: getattr(self, name) for name, good in ranges.items() if not good}
     if bad:
+      said = ", ".join(f"{name} = {value}" for name, value in bad.items())
       raise ConfigError(
-        f"sampling: {', '.join(bad)} makes no sense: max_new_tokens >= 1, repetition_penalty > 0, "
-        f"temperature and top_k >= 0, 0 < top_p <= 1"
+        f"sampling: {said} makes no sense: max_new_tokens >= 1, repetition_penalty > 0, "
+        f"temperature and top_k >= 0, 0 < top_p <= 1",
+        where="sampling",
+        value=bad,
       )
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
   """Between two tokens.
 
   logits: float32[B, V] of the next one. caches: one per layer, with free slots at their end. free:
-  int32[], how
-  many. seen: bool[B, V], tokens generated so far. done: bool[B], answers that have ended.
+  int32[], how many. seen: bool[B, V], tokens generated so far. done: bool[B], answers that have
+  ended.
   """
 
   logits: Leaf
@@ -105,11 +109,11 @@ def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int)
     return jnp.pad(a, [(0, 0), (0, room)] + [(0, 0)] * (a.ndim - 2))
 
   return State(
-    logits,
-    jax.tree.map(widen, out.caches),
-    jnp.int32(room),
-    jnp.zeros(logits.shape, bool),
-    jnp.zeros(len(logits), bool),
+    logits=logits,
+    caches=jax.tree.map(widen, out.caches),
+    free=jnp.int32(room),
+    seen=jnp.zeros(logits.shape, bool),
+    done=jnp.zeros(len(logits), bool),
   )
 
 
@@ -154,9 +158,14 @@ def decode_tokens(
     token = choose_tokens(state.logits, state.seen, sampling, key)
     token = jnp.where(state.done, eos[0], token) if sampling.eos else token
     x, caches = qwen2.step(model.llm, model.llm.embed(token[:, None]), state.caches, state.free)
-    seen = state.seen.at[jnp.arange(len(token)), token].set(True)
-    done = state.done | jnp.isin(token, eos)
-    return State(model.llm.logits(x)[:, 0], caches, state.free - 1, seen, done), token
+    after = State(
+      logits=model.llm.logits(x)[:, 0],
+      caches=caches,
+      free=state.free - 1,
+      seen=state.seen.at[jnp.arange(len(token)), token].set(True),
+      done=state.done | jnp.isin(token, eos),
+    )
+    return after, token
 
   state, tokens = jax.lax.scan(one, state, keys, length=steps)
   return tokens.T, state

@@ -11,14 +11,11 @@ from flax import nnx
 from xcomp_jax.config import SelectConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.inference import chat
+from xcomp_jax.inference.selection import SCORE_STEP, around_frames
 from xcomp_jax.model import qc_comp
 
 # tokens before and behind the visual ones, as the official code's benchmark has them
-PREFIX, TEXT = (
-  14,
-  72,
-)
+PREFIX, TEXT = 14, 72
 USUAL = qc_comp.select_config("aligned", 512)  # as `ask` has it
 
 
@@ -60,29 +57,27 @@ def scoring(
 
   question: None: `asked_tokens`. clip_frames: of the C clips.
   """
-  question, clips = question or asked_tokens(), plan.frames // clip_frames
-  prefix = int(np.flatnonzero(question.tokens < 0)[0])
-  asked = qc_comp.stack_questions([qc_comp.from_prompt(question, setting, chat.SCORE_STEP)])
+  question = question or asked_tokens()
+  prefix, _ = around_frames(question)
+  asked = qc_comp.stack_questions([qc_comp.from_prompt(question, setting, SCORE_STEP)])
 
   def watch(state, features):
     model = nnx.merge(graph, state)
     last = qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1]
-    return qc_comp.watch(
-      model, features, jnp.full(rows, clips), jnp.asarray(question.tokens[:prefix]), last=last
-    )
+    clips = jnp.full(rows, plan.frames // clip_frames)
+    return qc_comp.watch(model, features, clips, jnp.asarray(prefix), last=last)
 
   def score(state, caches):
     model = nnx.merge(graph, state)
     layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
-    windows = jnp.asarray(plan.windows)
     return qc_comp.score_windows(
       model,
       caches,
       asked,
-      windows,
+      jnp.asarray(plan.windows),
       layers=layers,
       causal=setting.causal,
-      prefix=prefix,
+      prefix=len(prefix),
       units=plan.frames // plan.unit,
     )
 

@@ -11,8 +11,9 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import field
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -28,7 +29,9 @@ from xcomp_jax.config import (
   Dtype,
   Keep,
   LPCompConfig,
+  Mode,
   ModelConfig,
+  Rows,
   SelectConfig,
   Tuned,
   VLMConfig,
@@ -36,7 +39,9 @@ from xcomp_jax.config import (
 from xcomp_jax.data import prompt, video
 from xcomp_jax.errors import one_line, out_of_memory
 from xcomp_jax.files import expanduser
-from xcomp_jax.inference import chat, encoded_video, generate
+from xcomp_jax.inference import encoded_video, generate
+from xcomp_jax.inference.chat import Chat, prompt_of
+from xcomp_jax.inference.selection import FrameSelector, frame_selector
 from xcomp_jax.inputs import ENDINGS, number, printable
 from xcomp_jax.model import kernels, qc_comp
 from xcomp_jax.model.vlm import VLM
@@ -49,36 +54,6 @@ CLIPS = number(1, FRAMES, int)
 SAMPLED_CLIP = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class AskSettings:
-  """How videos are watched and questions answered; `add_options` explains each."""
-
-  checkpoint: str
-  select: int
-  mode: str
-  repeat: int | None
-  rows: str
-  max_frames: int
-  min_frames: int
-  fps: float
-  rate: video.Rate
-  stream: int | None
-  clip_frames: str
-  yarn: float | None
-  context: int | None
-  clips_per_chunk: int | Literal["auto"]
-  keep: Keep | None
-  schedule: str | None
-  dtype: Dtype | None
-  attention: Attention
-  max_new_tokens: int
-  repetition_penalty: float
-  temperature: float
-  top_k: int
-  top_p: float
-  seed: int
-
-
 def clips(text: str) -> int | Literal["auto"]:
   """Reads --clips-per-chunk."""
   return "auto" if text == "auto" else CLIPS(text)
@@ -89,126 +64,161 @@ def clip_frames(text: str) -> str:
   return text if text in ("auto", "checkpoint") else str(CLIPS(text))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-  """Adds an option for every setting; their defaults are those of `ask`."""
-  add = parser.add_argument
-  add("--checkpoint", type=expanduser, required=True, help="directory, hub id, or export")
-  add(
-    "--select",
-    type=number(0, FRAMES, int),
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AskSettings:
+  """How videos are watched and questions answered; `add_options` makes an option of each."""
+
+  checkpoint: str = field(metadata={"type": expanduser, "help": "directory, hub id, or export"})
+  select: int = field(
     default=512,
-    help="frames that QC-Comp keeps for a question; 0: all",
+    metadata={
+      "type": number(0, FRAMES, int),
+      "help": "frames that QC-Comp keeps for a question; 0: all",
+    },
   )
-  add(
-    "--mode",
-    choices=("aligned", "local", "official", "global"),
+  mode: Mode = field(
     default="aligned",
-    help="how QC-Comp scores them",
+    metadata={
+      "choices": ("aligned", "local", "official", "global"),
+      "help": "how QC-Comp scores them",
+    },
   )
-  add(
-    "--repeat",
-    type=number(1, 1000, int),
-    help="times a frame is scored; default: 2 in official mode, 1 in the others",
+  repeat: int | None = field(
+    default=None,
+    metadata={
+      "type": number(1, 1000, int),
+      "help": "times a frame is scored; default: 2 in official mode, 1 in the others",
+    },
   )
-  add(
-    "--rows",
-    choices=("question", "answer"),
+  rows: Rows = field(
     default="question",
-    help="tokens whose attention scores frames: the question's, as in the paper, or the "
-    "one that the answer follows",
+    metadata={
+      "choices": get_args(Rows),
+      "help": "tokens whose attention scores frames: the question's, as in the paper, or the "
+      "one that the answer follows",
+    },
   )
-  add("--max-frames", type=number(1, FRAMES, int), default=1024, help="frames, at most")
-  add(
-    "--min-frames",
-    type=number(1, FRAMES, int),
+  max_frames: int = field(
+    default=1024, metadata={"type": number(1, FRAMES, int), "help": "frames, at most"}
+  )
+  min_frames: int = field(
     default=128,
-    help="frames, at least; a short video's are repeated",
+    metadata={
+      "type": number(1, FRAMES, int),
+      "help": "frames, at least; a short video's are repeated",
+    },
   )
-  add(
-    "--fps",
-    type=number(0.001, video.FASTEST, float),
+  fps: float = field(
     default=8.0,
-    help="frames per second, at most",
+    metadata={"type": number(0.001, video.FASTEST, float), "help": "frames per second, at most"},
   )
-  add(
-    "--rate",
-    choices=get_args(video.Rate),
+  rate: video.Rate = field(
     default="own",
-    help="where a video's frames have no constant rate: own: they have their own times; "
-    "average: they lie as far apart as the average rate says, as in the release",
+    metadata={
+      "choices": get_args(video.Rate),
+      "help": "where a video's frames have no constant rate: own: they have their own times; "
+      "average: they lie as far apart as the average rate says, as in the release",
+    },
   )
-  add(
-    "--stream",
-    type=number(0, 1000, int),
-    help="number of the video's stream in its file; default: the one that players take",
+  stream: int | None = field(
+    default=None,
+    metadata={
+      "type": number(0, 1000, int),
+      "help": "number of the video's stream in its file; default: the one that players take",
+    },
   )
-  add(
-    "--clip-frames",
-    type=clip_frames,
+  clip_frames: str = field(
     default="auto",
-    help='frames the tower sees together; "auto": as tuned, else 8 as XComp was trained, '
-    '4 for InternVideo2; "checkpoint": what config.json says (quirk Q1)',
+    metadata={
+      "type": clip_frames,
+      "help": 'frames the tower sees together; "auto": as tuned, else 8 as XComp was trained, '
+      '4 for InternVideo2; "checkpoint": what config.json says (quirk Q1)',
+    },
   )
-  add(
-    "--yarn",
-    type=number(1.0, 1000.0, float),
-    help=f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without "
-    "compression); 1: not at all; default: as config.json says",
+  yarn: float | None = field(
+    default=None,
+    metadata={
+      "type": number(1.0, 1000.0, float),
+      "help": f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without "
+      "compression); 1: not at all; default: as config.json says",
+    },
   )
-  add(
-    "--context",
-    type=number(1, 10_000_000, int),
-    help="tokens that a prompt may have, 16 for each frame before compression; 131072 in the "
-    "release's evaluation; default: as tuned, else as config.json says",
+  context: int | None = field(
+    default=None,
+    metadata={
+      "type": number(1, 10_000_000, int),
+      "help": "tokens that a prompt may have, 16 for each frame before compression; 131072 in the "
+      "release's evaluation; default: as tuned, else as config.json says",
+    },
   )
-  add(
-    "--clips-per-chunk",
-    type=clips,
+  clips_per_chunk: int | Literal["auto"] = field(
     default="auto",
-    help="clips in the tower at once; default: by the device's memory",
+    metadata={"type": clips, "help": "clips in the tower at once; default: by the device's memory"},
   )
-  add("--keep", choices=get_args(Keep), help="default: as tuned, else suffix")
-  add("--schedule", choices=("cosine", "cosine_ceil"), help="default: as tuned, else cosine")
-  add(
-    "--dtype",
-    choices=get_args(Dtype),
-    help="default: bfloat16, but float16 on GPUs that have none, such as a T4, and float32 on "
-    "CPUs; the release evaluates in float16",
+  keep: Keep | None = field(
+    default=None, metadata={"choices": get_args(Keep), "help": "default: as tuned, else suffix"}
   )
-  add(
-    "--attention",
-    choices=get_args(Attention),
+  schedule: str | None = field(
+    default=None,
+    metadata={"choices": ("cosine", "cosine_ceil"), "help": "default: as tuned, else cosine"},
+  )
+  dtype: Dtype | None = field(
+    default=None,
+    metadata={
+      "choices": get_args(Dtype),
+      "help": "default: bfloat16, but float16 on GPUs that have none, such as a T4, and float32 on "
+      "CPUs; the release evaluates in float16",
+    },
+  )
+  attention: Attention = field(
     default="auto",
-    help="auto: by the device. einsum, tiled and xla_chunked run on any; flash "
-    "is a GPU's, mosaic, triton and cudnn (the tower) are NVIDIA's, splash is a TPU's",
+    metadata={
+      "choices": get_args(Attention),
+      "help": "auto: by the device. einsum, tiled and xla_chunked run on any; flash "
+      "is a GPU's, mosaic, triton and cudnn (the tower) are NVIDIA's, splash is a TPU's",
+    },
   )
-  add("--max-new-tokens", type=number(1, 100_000, int), default=64)
-  add(
-    "--repetition-penalty",
-    type=number(0.001, 1000.0, float),
+  max_new_tokens: int = field(default=64, metadata={"type": number(1, 100_000, int)})
+  repetition_penalty: float = field(
     default=1.0,
-    help="1.1 in the release's generation_config (quirk Q20)",
+    metadata={
+      "type": number(0.001, 1000.0, float),
+      "help": "1.1 in the release's generation_config (quirk Q20)",
+    },
   )
-  add(
-    "--temperature",
-    type=number(0.0, 1000.0, float),
+  temperature: float = field(
     default=0.0,
-    help="0: the most probable token each time",
+    metadata={"type": number(0.0, 1000.0, float), "help": "0: the most probable token each time"},
   )
-  add(
-    "--top-k",
-    type=number(0, 10_000_000, int),
+  top_k: int = field(
     default=0,
-    help="draw from this many tokens; 0: from all",
+    metadata={
+      "type": number(0, 10_000_000, int),
+      "help": "draw from this many tokens; 0: from all",
+    },
   )
-  add(
-    "--top-p",
-    type=number(1e-6, 1.0, float),
+  top_p: float = field(
     default=1.0,
-    help="draw from the fewest tokens of this probability",
+    metadata={
+      "type": number(1e-6, 1.0, float),
+      "help": "draw from the fewest tokens of this probability",
+    },
   )
-  add("--seed", type=number(0, 2**32 - 1, int), default=0, help="of the draws")
-  add(
+  seed: int = field(default=0, metadata={"type": number(0, 2**32 - 1, int), "help": "of the draws"})
+
+
+def option_of(name: str) -> str:
+  """How a setting is written on the command line."""
+  return f"--{name.replace('_', '-')}"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+  """Adds an option for every setting, and the folder of compiled programs."""
+  for setting in dataclasses.fields(AskSettings):
+    needed = setting.default is dataclasses.MISSING
+    how = {"required": True} if needed else {"default": setting.default}
+    parser.add_argument(option_of(setting.name), **how, **setting.metadata)
+  parser.add_argument(
     "--compilation-cache",
     type=expanduser,
     help=f"folder of compiled programs, for the next time; '': none; "
@@ -219,16 +229,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def settings_of(args: argparse.Namespace) -> AskSettings:
   """The settings among a command's arguments."""
   return AskSettings(
-    **{field.name: getattr(args, field.name) for field in dataclasses.fields(AskSettings)}
-  )
-
-
-def default(checkpoint: str | os.PathLike, **changes) -> AskSettings:
-  """The settings that `ask` has without options, but for `changes`."""
-  parser = argparse.ArgumentParser()
-  add_options(parser)
-  return dataclasses.replace(
-    settings_of(parser.parse_args([f"--checkpoint={os.fspath(checkpoint)}"])), **changes
+    **{one.name: getattr(args, one.name) for one in dataclasses.fields(AskSettings)}
   )
 
 
@@ -239,23 +240,27 @@ def checked(s: AskSettings) -> AskSettings:
   Raises:
     ConfigError: which one can't be, and why.
   """
-  parser = argparse.ArgumentParser(exit_on_error=False, add_help=False)
-  add_options(parser)
-  given = {name: value for name, value in vars(s).items() if value is not None}
-  try:
-    read = settings_of(
-      parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
-    )
-  except argparse.ArgumentError as error:
-    raise ConfigError(one_line(error).removeprefix("argument ")) from error
-  if unset := [
-    name for name, value in vars(read).items() if value is not None and name not in given
-  ]:
-    raise ConfigError(f"--{unset[0].replace('_', '-')}: None is no value for it")
-  return read
+  read = {}
+  for setting in dataclasses.fields(s):
+    value, option = getattr(s, setting.name), option_of(setting.name)
+    if value is None and setting.default is not None:
+      raise ConfigError(f"{option}: None is no value for it", where=option, value=None)
+    try:
+      read[setting.name] = value if value is None else _read(str(value), setting.metadata)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+      raise ConfigError(f"{option}: {one_line(error)}", where=option, value=value) from error
+  return AskSettings(**read)
 
 
-@dataclasses.dataclass(frozen=True)
+def _read(said: str, option: Mapping[str, Any]) -> Any:
+  """The value of an option, as argparse reads it."""
+  choices = option.get("choices", (said,))
+  if said not in choices:
+    raise ValueError(f"invalid choice: {said!r} (choose from {', '.join(map(repr, choices))})")
+  return option.get("type", str)(said)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoModel:
   """A checkpoint and its settings, understood and checked; `load` reads the parameters.
 
@@ -324,6 +329,15 @@ class VideoModel:
     self.check(len(sample.indices), sample.seconds)
     return sample
 
+  def selector(self, frames: int) -> FrameSelector:
+    """How some of so many sampled frames are selected for a question.
+
+    Raises:
+      ConfigError: see `frame_selector`.
+    """
+    # a still image is a clip of one frame
+    return frame_selector(frames, min(self.cfg.clip_frames, frames), self.select)
+
   def introduce(self) -> str:
     """What it computes with, in a line."""
     return kernels.describe_kernels(self.cfg)
@@ -337,7 +351,8 @@ class VideoModel:
     if SAMPLED_CLIP % self.cfg.clip_frames:
       raise ConfigError(
         f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so "
-        f"take a divisor of that"
+        f"take a divisor of that",
+        where="--clip-frames",
       )
 
   def check(self, frames: int, seconds: float, question: str = "?") -> None:
@@ -350,19 +365,20 @@ class VideoModel:
       question: its text; "?": the shortest one there is, where none is known yet.
 
     Raises:
-      AnnotationError, ConfigError: see `chat.prompt_of` and `qc_comp.plan_rounds`.
+      AnnotationError, ConfigError: see `chat.prompt_of` and `frame_selector`.
     """
-    chat.prompt_of(
-      self.cfg,
-      self.tokenizer,
-      question,
-      frames,
-      seconds,
-      self.select,
-      self.sampling.max_new_tokens,
-    )
+    answer = self.sampling.max_new_tokens
+    prompt_of(self.cfg, self.tokenizer, question, seconds, self.selector(frames), answer)
 
-  def _encode(self, model, sample, source, decoded, identity, report):
+  def _encode(
+    self,
+    model: VLM,
+    sample: video.FrameSample,
+    source: str,
+    decoded: Iterable[np.ndarray] | None,
+    identity: str | None,
+    report: Callable[[int], None],
+  ) -> tuple[encoded_video.EncodedVideo, dict[str, float]]:
     begun, decoding = time.perf_counter(), 0.0
 
     def frames() -> Iterator[np.ndarray]:
@@ -376,14 +392,13 @@ class VideoModel:
           return
         yield frame
 
-    phases = self.phases(len(sample.indices))
     film = encoded_video.encode_video(
       model,
       frames(),
       sample.times,
       sample.seconds,
       source,
-      phases=phases,
+      phases=self.selector(len(sample.indices)).phases,
       tower=identity,
       report=report,
     )
@@ -410,9 +425,24 @@ class VideoModel:
     except video.TailError as error:  # once it is known, the other frames are others
       return self._encode(model, self.shortened(sample, error), source, None, identity, report)
 
-  def phases(self, frames: int) -> Sequence[int]:
-    """Which phases of so many frames selecting needs."""
-    return chat.phases(frames, min(self.cfg.clip_frames, frames), self.select)
+  def chat(
+    self,
+    model: VLM,
+    film: encoded_video.EncodedVideo,
+    *,
+    keep_rounds: bool = True,
+    talk: bool = False,
+  ) -> Chat:
+    """A conversation about an encoded video; see `Chat`."""
+    return Chat(
+      model,
+      self.tokenizer,
+      film,
+      selector=self.selector(len(film.times)),
+      sampling=self.sampling,
+      keep_rounds=keep_rounds,
+      talk=talk,
+    )
 
   def source(self, path: str, start: float | None = None, end: float | None = None) -> str:
     """Which video, sampled how; its size and beginning tell it from another one of its name."""
@@ -485,8 +515,22 @@ def prepare_model(s: AskSettings) -> VideoModel:
   tokenizer = loading.read_tokenizer(directory, cfg)
   select = qc_comp.select_config(s.mode, s.select, s.repeat, s.rows) if s.select else None
   if select and lp_comp.keep == "attention":
-    raise ConfigError("--keep attention can't be scored by QC-Comp: add --select 0")
+    raise ConfigError("--keep attention can't be scored by QC-Comp: add --select 0", where="--keep")
   sampling = generate.Sampling(
-    s.max_new_tokens, tokenizer.eos, s.repetition_penalty, s.temperature, s.top_k, s.top_p, s.seed
+    max_new_tokens=s.max_new_tokens,
+    eos=tokenizer.eos,
+    repetition_penalty=s.repetition_penalty,
+    temperature=s.temperature,
+    top_k=s.top_k,
+    top_p=s.top_p,
+    seed=s.seed,
   )
-  return VideoModel(s, directory, cfg, tokenizer, select, sampling, dtype)
+  return VideoModel(
+    settings=s,
+    directory=directory,
+    cfg=cfg,
+    tokenizer=tokenizer,
+    select=select,
+    sampling=sampling,
+    dtype=dtype,
+  )

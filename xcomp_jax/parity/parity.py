@@ -36,7 +36,7 @@ from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, VLM
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.files import path_of
-from xcomp_jax.inference import chat, encoded_video, generate
+from xcomp_jax.inference import encoded_video, generate, selection
 from xcomp_jax.model import qc_comp, qwen2, vlm
 from xcomp_jax.model.qwen2 import Lengths, Places
 from xcomp_jax.model.vlm import VLM
@@ -379,17 +379,21 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
   T, header = len(frames), int(recorded["first_conv_length"])
   rounds = len(recorded["round_starts"])
   mode = qc_comp.select_config("official", int(recorded["select"]), repeat=rounds // -(-T // 512))
-  plan = qc_comp.plan_rounds(T, cfg.clip_frames, mode)
+  selector = selection.frame_selector(T, cfg.clip_frames, mode)
+  plan = selector.plan
+  assert plan is not None  # the release selected
   # a user's turn ends in two tokens
   question = Prompt(ids, np.full_like(ids, IGNORE), np.zeros(len(ids), bool), (0, header - 2))
   film = encoded_video.encode_video(
-    model, iter(frames), np.arange(T) / 8, T / 8, "", phases=chat.phases(T, cfg.clip_frames, mode)
+    model, iter(frames), np.arange(T) / 8, T / 8, "", phases=selector.phases
   )
-  scores = chat.score_rounds(model, film, [question], plan, mode)[0]
+  scores = selection.score_rounds(model, film, [question], selector)[0]
   layers = qc_comp.scored_layers(mode, cfg.llm.layers)
   recorded_scores = recorded["round_scores"][:, layers[0] : layers[-1] + 1]
-  kept = qc_comp.top(qc_comp.aggregate(plan, scores, T), mode.frames)
-  batch = generate.as_batch(question, chat.selected_features(model, film, kept), cfg.clip_frames)
+  kept = selector.pick(qc_comp.aggregate(plan, scores, T))
+  batch = generate.as_batch(
+    question, selection.selected_features(model, film, kept), cfg.clip_frames
+  )
   room = len(recorded["final_generated"])
   (tokens,) = generate.generate(model, batch, generate.Sampling(room, ()))
   return [

@@ -19,7 +19,7 @@ from xcomp_jax.config import LPCompConfig, ModelConfig, SelectConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import Example, Shape, batch_spec, collate
 from xcomp_jax.data.store import Store
-from xcomp_jax.inference import chat
+from xcomp_jax.inference import selection
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model import lp_comp, qc_comp, vlm
 from xcomp_jax.study.miniature import AskedFilm, Study
@@ -134,7 +134,7 @@ class Programs:
   """What measuring runs, with other functions in tests."""
 
   answer: Callable[..., np.ndarray] = answered_rightly
-  select: Callable[..., list[chat.Selection]] = chat.select_frames
+  select: Callable[..., list[selection.Selection]] = selection.select_frames
   cost: Callable[..., float] = cost
   scoring_cost: Callable[..., float] = scoring_cost
 
@@ -287,7 +287,8 @@ def find_scenes(
     several, film = [one for one in asked if one.film == number], as_film(store, number)
     prompts = _prompts(study, store, several)
     begun = time.perf_counter()
-    chosen = programs.select(model, film, prompts, select)
+    selector = selection.frame_selector(len(film.times), film.clip_frames, select)
+    chosen = programs.select(model, film, prompts, selector)
     seconds = (time.perf_counter() - begun) / len(several)
     scores = [_by_scene(one) for one in chosen]
     for k, one in enumerate(several):
@@ -317,10 +318,10 @@ def relevance(found: Sequence[FoundScenes]) -> list[list[float]]:
   return np.round(sums / np.maximum(counts, 1), 4).reshape(2, BINS).tolist()
 
 
-def _by_scene(selection: chat.Selection) -> np.ndarray:
+def _by_scene(kept: selection.Selection) -> np.ndarray:
   """Scores by scene, relative to their mean."""
-  assert selection.scores is not None  # more frames than are kept
-  scores = selection.scores.reshape(-1, FRAMES).mean(1)
+  assert kept.scores is not None  # more frames than are kept
+  scores = kept.scores.reshape(-1, FRAMES).mean(1)
   return scores / scores.mean()
 
 
@@ -328,15 +329,7 @@ def as_film(store: Store, i: int) -> EncodedVideo:
   """A stored film as QC-Comp takes it."""
   features = store.visual(i).astype(np.float32)
   times = np.arange(len(features) * FRAMES) / world.FPS
-  return EncodedVideo(
-    {0: features},
-    times,
-    len(times) / world.FPS,
-    np.zeros((len(features), 1, 1, 3), np.uint8),
-    None,
-    "",
-    "",
-  )
+  return EncodedVideo(features={0: features}, times=times, seconds=len(times) / world.FPS)
 
 
 def even(scenes: int, clips: int) -> np.ndarray:

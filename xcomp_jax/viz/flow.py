@@ -36,7 +36,9 @@ def attention_flow(model: vlm.VLM, batch: Batch) -> Float[Array, "B M 2 Q"]:
   if not lp_comp.only_selects(lp):
     raise ConfigError(
       f'lp_comp.keep = "{lp.keep}": attention has places of a group to go to only where tokens are '
-      f"selected"
+      f"selected",
+      where="lp_comp.keep",
+      value=lp.keep,
     )
   if batch.frames.shape[1] > 1:
     raise ValueError(

@@ -19,6 +19,7 @@ from xcomp_jax.config import VLMConfig
 from xcomp_jax.inference.chat import Answer, Selection
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model.lp_comp import counts
+from xcomp_jax.model.qc_comp import top
 
 THUMBNAILS = 24  # of a question, at most
 # seconds
@@ -92,7 +93,7 @@ def best_clips(video: EncodedVideo, selection: Selection, most: int) -> Int[np.n
   chosen = np.full(len(selection.scores), -np.inf)
   chosen[selection.frames] = selection.scores[selection.frames]
   best = chosen.reshape(-1, video.clip_frames).max(1)[clips]
-  return np.sort(clips[np.argsort(-best, kind="stable")[:count]])
+  return clips[top(best, count)]
 
 
 def _ends(times, seconds: float) -> np.ndarray:
@@ -105,10 +106,16 @@ def _ends(times, seconds: float) -> np.ndarray:
   return np.append(moments, last)[np.searchsorted(moments, times, side="right")]
 
 
-def _extent(video: EncodedVideo) -> tuple[float, float]:
-  """First and last second of an axis."""
+def extent(video: EncodedVideo) -> tuple[float, float]:
+  """First and last second of an axis of time."""
   begin = float(video.times[0]) if video.times[-1] > video.seconds else 0.0
   return begin, float(_ends(video.times, video.seconds)[-1])
+
+
+def total_seconds(columns: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+  """Seconds by what they went into, in the order in which that first comes up."""
+  stages = dict.fromkeys(stage for spent in columns.values() for stage in spent)
+  return {stage: sum(spent.get(stage, 0.0) for spent in columns.values()) for stage in stages}
 
 
 # --- the page
@@ -163,8 +170,8 @@ def page(
 
 def _costs(columns: Mapping[str, Mapping[str, float]]) -> str:
   """A bar and a table of seconds: {who: {what for: seconds}}."""
-  stages = list(dict.fromkeys(stage for spent in columns.values() for stage in spent))
-  total = {stage: sum(spent.get(stage, 0.0) for spent in columns.values()) for stage in stages}
+  total = total_seconds(columns)
+  stages = list(total)
   columns = {"total": total, **columns}
   digits = 1 if sum(total.values()) >= 10 else 2
 
@@ -201,7 +208,8 @@ def _question(
   video: EncodedVideo, cfg: VLMConfig, number: int, question: str, answer: Answer
 ) -> str:
   """A section: question, answer, and how it came about."""
-  selection, (_, end) = answer.selection, _extent(video)
+  selection = answer.selection
+  _, end = extent(video)
   kept, sampled = len(selection.frames), len(video.times)
   spans = ranges(selection.frames, video.times, video.seconds)
   if kept < sampled:
@@ -229,7 +237,7 @@ def _question(
 
 def _curve(video: EncodedVideo, scores: np.ndarray, spans: Sequence[tuple[float, float]]) -> str:
   """Relevance over time, a step per score, the chosen ranges shaded."""
-  begin, end = _extent(video)
+  begin, end = extent(video)
 
   def place(t):
     return np.round((t - begin) / ((end - begin) or 1) * 1000, 1)
@@ -275,24 +283,23 @@ def _thumbnails(video: EncodedVideo, selection: Selection, end: float) -> str:
   """Pictures of the chosen clips: the best by score, in order of time; without scores, evenly
   spaced.
   """
-  F = video.clip_frames
-  clips = np.unique(selection.frames // F)
+  assert video.thumbnails is not None  # `encode_video` makes them
+  chosen = len(np.unique(selection.frames // video.clip_frames))
   shown = best_clips(video, selection, THUMBNAILS)
-  count = len(shown)
-  if selection.scores is None:
-    rest = f"{count} of {len(clips):,} clips, evenly spaced"
-  else:
-    rest = f"The {count} most relevant of {len(clips):,} chosen clips"
   items = []
   for clip in shown.tolist():
-    when = _when(end, video.times[clip * F + F // 2])
-    image = (
-      f'<img src="{_jpeg(video.thumbnails[clip])}" alt="Frame at {when}" width="96" height="96">'
-    )
+    when = _when(end, video.times[clip * video.clip_frames + video.clip_frames // 2])
+    picture = _jpeg(video.thumbnails[clip])
+    image = f'<img src="{picture}" alt="Frame at {when}" width="96" height="96">'
     items.append(f"<li>{image}{when}</li>")
-  more = len(clips) - count
-  note = f'\n<p class="note">{rest}; {more:,} more.</p>' if more else ""
-  return f'<ul class="clips">{"".join(items)}</ul>{note}'
+  listed = f'<ul class="clips">{"".join(items)}</ul>'
+  more = chosen - len(shown)
+  if not more:
+    return listed
+  which = f"The {len(shown)} most relevant of {chosen:,} chosen clips"
+  if selection.scores is None:
+    which = f"{len(shown)} of {chosen:,} clips, evenly spaced"
+  return f'{listed}\n<p class="note">{which}; {more:,} more.</p>'
 
 
 def _jpeg(image: np.ndarray) -> str:

@@ -18,7 +18,7 @@ from xcomp_jax.data.video import resize
 from xcomp_jax.inference.chat import Answer
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model import lp_comp
-from xcomp_jax.viz import html_report
+from xcomp_jax.viz.html_report import clock, extent, ranges
 
 BLUE, ORANGE, GREY, LIGHT, INK = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea", "#333333"
 STYLE: Any = {  # the types of matplotlib want every key by name
@@ -27,6 +27,7 @@ STYLE: Any = {  # the types of matplotlib want every key by name
   "axes.spines.right": False,
   "axes.edgecolor": GREY,
 }
+WINDOW = 20  # steps whose mean loss is drawn
 FRAME = 168  # pixels of a frame with its patches, about
 _COLOURS = matplotlib.color_sequences["tab10"]
 
@@ -77,9 +78,9 @@ def draw_schedules(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
 
 def draw_survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
   """Which tokens of a group each layer works on."""
-  figure, axes = plt.subplots(1, len(settings), figsize=(10, 3.6), sharey=True)
+  figure, axes = plt.subplots(1, len(settings), figsize=(10, 3.6), sharey=True, squeeze=False)
   step = max(1, layers // 3)
-  for ax, cfg in zip(np.atleast_1d(axes), settings, strict=True):
+  for ax, cfg in zip(axes[0], settings, strict=True):
     alive = np.zeros((layers, cfg.group))
     for layer, kept in enumerate(lp_comp.survivors(cfg, layers)):
       alive[layer, list(kept)] = 1
@@ -100,7 +101,7 @@ def draw_survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
     ax.set_xticklabels(range(0, cfg.group, 5))
     ax.set_yticklabels(range(0, layers, step))
     ax.spines[:].set_visible(False)
-  np.atleast_1d(axes)[0].set_ylabel("layer")
+  axes[0, 0].set_ylabel("layer")
   return figure
 
 
@@ -272,31 +273,21 @@ def draw_agreement(
     color, shift = (ORANGE, BLUE, GREY)[i % 3], 0.004 * (2 * i - len(same) + 1)
     share = np.array([one.mean() for one in same[name]])
     low, high = np.array([_interval(int(one.sum()), len(one)) for one in same[name]]).T
-    bars = [np.maximum(share - low, 0)[order], np.maximum(high - share, 0)[order]]
-    axes[0].errorbar(
-      x[order] + shift,
-      share[order],
-      yerr=bars,
-      fmt="o-",
-      color=color,
-      ms=4,
-      capsize=3,
-      lw=1.3,
-      label=name,
-    )
     mean = np.array([one.mean() for one in apart[name]])
     error = np.array([1.96 * one.std(ddof=1) / len(one) ** 0.5 for one in apart[name]])
-    axes[1].errorbar(
-      x[order] + shift,
-      mean[order],
-      yerr=error[order],
-      fmt="o-",
-      color=color,
-      ms=4,
-      capsize=3,
-      lw=1.3,
-      label=name,
-    )
+    around_share = np.maximum([share - low, high - share], 0)
+    for ax, y, bars in ((axes[0], share, around_share), (axes[1], mean, np.stack([error, error]))):
+      ax.errorbar(
+        x[order] + shift,
+        y[order],
+        yerr=bars[:, order],
+        fmt="o-",
+        color=color,
+        ms=4,
+        capsize=3,
+        lw=1.3,
+        label=name,
+      )
   axes[0].set(ylabel="same first token", ylim=(0, 1.03))
   axes[0].yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
   axes[1].set(ylabel="KL, nats", ylim=(0, None))
@@ -336,6 +327,7 @@ def relevance(
     answers: (question, answer).
     shown: seconds between which each question's answer is really to be seen, if that is known.
   """
+  begin, end = extent(video)
   figure, axes = plt.subplots(
     len(answers),
     1,
@@ -346,13 +338,12 @@ def relevance(
   )
   for i, (ax, (question, answer)) in enumerate(zip(axes[:, 0], answers, strict=True)):
     kept = answer.selection
-    for first, last in html_report.ranges(kept.frames, video.times, video.seconds):
+    for first, last in ranges(kept.frames, video.times, video.seconds):
       ax.axvspan(first, last, color=BLUE, alpha=0.25, lw=0)
     if kept.scores is None:
       ax.text(0.5, 0.5, kept.note, transform=ax.transAxes, ha="center", va="center", color=INK)
     else:
-      ends = np.append(video.times, max(video.seconds, video.times[-1]))
-      ax.stairs(kept.scores, ends, color=INK, lw=1.1, baseline=None)
+      ax.stairs(kept.scores, np.append(video.times, end), color=INK, lw=1.1, baseline=None)
       ax.set_ylim(min(0, kept.scores.min()), kept.scores.max() * 1.22)
     if shown is not None:
       ax.plot(
@@ -370,62 +361,10 @@ def relevance(
     ax.set(
       yticks=[0],
       ylabel="relevance",
-      xlim=(min(video.times[0], 0), max(video.seconds, video.times[-1])),
+      xlim=(begin, end),
     )
   axes[-1, 0].set_xlabel("time, " + ("seconds" if video.seconds < 60 else "minutes:seconds"))
-  axes[-1, 0].xaxis.set_major_formatter(lambda t, _: html_report.clock(t, video.seconds))
-  return figure
-
-
-def thumbnails(video: EncodedVideo, answer: Answer, most: int = 10) -> Figure:
-  """A frame of each of the best selected clips, in order of time, with its time and its score as a
-  share of the best.
-  """
-  clips, scores = html_report.best_clips(video, answer.selection, most), answer.selection.scores
-  columns = min(len(clips), 10)
-  rows = -(-len(clips) // columns)
-  figure, axes = plt.subplots(
-    rows,
-    columns,
-    figsize=(10, 1.35 * rows * 10 / columns if columns > 4 else 3),
-    squeeze=False,
-    layout="constrained",
-  )
-  for ax in axes.flat:
-    ax.axis("off")
-  for ax, clip in zip(axes.flat, clips.tolist(), strict=False):
-    middle = clip * video.clip_frames + video.clip_frames // 2
-    ax.imshow(video.thumbnails[clip])
-    score = "" if scores is None else f", {scores[middle] / scores.max():.0%}"
-    ax.set_title(html_report.clock(video.times[middle], video.seconds) + score, fontsize=8.5, pad=3)
-  return figure
-
-
-def spent(columns: Mapping[str, Mapping[str, float]]) -> Figure:
-  """Seconds by what they went into, a bar for each of the columns."""
-  stages = list(dict.fromkeys(stage for seconds in columns.values() for stage in seconds))
-  shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(stages)))
-  figure, ax = plt.subplots(figsize=(10, 0.42 * len(columns) + 1.2), layout="constrained")
-  for stage, color in zip(stages, shades, strict=True):
-    values = np.array([seconds.get(stage, 0.0) for seconds in columns.values()])
-    before = [
-      sum(seconds.get(s, 0.0) for s in stages[: stages.index(stage)])
-      for seconds in columns.values()
-    ]
-    ax.barh(range(len(columns)), values, left=before, color=color, label=stage, height=0.7)
-  for row, seconds in enumerate(columns.values()):
-    total = sum(seconds.values())
-    ax.text(total, row, f" {total:.2f} s", va="center", fontsize=9)
-  ax.set(yticks=range(len(columns)), yticklabels=list(columns), xlabel="seconds")
-  ax.margins(x=0.08)
-  ax.invert_yaxis()
-  ax.legend(
-    frameon=False,
-    ncols=min(len(stages), 6),
-    loc="lower left",
-    bbox_to_anchor=(0, 1),
-    fontsize=8.5,
-  )
+  axes[-1, 0].xaxis.set_major_formatter(lambda t, _: clock(t, video.seconds))
   return figure
 
 
@@ -438,7 +377,6 @@ def learning(
   right: Sequence[tuple[int, float]],
   asked: int,
   chance: float,
-  window: int = 20,
 ) -> Figure:
   """A run: the loss of every step with its mean over so many, and the share of held-out questions
   answered rightly.
@@ -448,11 +386,10 @@ def learning(
     right: (step, share of `asked` questions); shown with 95% intervals.
     asked: how many questions.
     chance: the share that guessing has.
-    window: steps.
   """
   figure, (left, ax) = plt.subplots(1, 2, figsize=(10, 3.1), layout="constrained")
   steps, values = np.array(losses).T
-  window = min(window, max(1, len(values) // 4))
+  window = min(WINDOW, max(1, len(values) // 4))
   mean = np.convolve(values, np.ones(window) / window, "valid")
   left.plot(steps, values, color=GREY, lw=0.8, label="of a step")
   left.plot(steps[window - 1 :], mean, color=BLUE, lw=2, label=f"mean of {window} steps")
