@@ -124,7 +124,8 @@ def tiny_run(tmp_path_factory, reference):
   from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig
   from xcomp_jax.config_io import from_dict
   from xcomp_jax.data import prompt
-  from xcomp_jax.data.store import StoredSample, write_store
+  from xcomp_jax.data.store import StoredSample
+  from xcomp_jax.data.store_writing import write_store
   from xcomp_jax.model.vlm import VLM
 
   root = tmp_path_factory.mktemp("tiny_run")
@@ -280,7 +281,8 @@ def write_features():
   import numpy as np
 
   from xcomp_jax.checkpoints import loading
-  from xcomp_jax.data.store import Features, open_store, write_store
+  from xcomp_jax.data.store import Features, open_store
+  from xcomp_jax.data.store_writing import write_store
   from xcomp_jax.inference import encoded_video
 
   def write(config, folder):

@@ -12,7 +12,8 @@ from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.data.store import Features, StoredSample, open_store, write_store
+from xcomp_jax.data.store import Features, StoredSample, open_store
+from xcomp_jax.data.store_writing import write_store
 
 SIZE, CLIP = 8, 4
 FEATURES = Features("0123456789abcdef", 16, 32)

@@ -28,7 +28,8 @@ from xcomp_jax.data.pipeline import (
   run_order,
   steps_per_epoch,
 )
-from xcomp_jax.data.store import Features, StoredSample, open_store, write_store
+from xcomp_jax.data.store import Features, StoredSample, open_store
+from xcomp_jax.data.store_writing import write_store
 
 SIZE, CLIP = 8, 4
 CONFIG = DataConfig(

@@ -9,7 +9,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_packing import mixture
+from lengths import mixture
 
 from xcomp_jax.bench import parts
 from xcomp_jax.checkpoints import loading

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from test_packing import mixture
+from lengths import mixture
 
 from xcomp_jax.config import (
   ConfigError,

@@ -488,7 +488,7 @@ def test_the_command_explains_itself(monkeypatch, capsys, flag):
 
 @pytest.mark.slow
 def test_1200_files_of_clips_under_256_open_files(tmp_path):
-  from xcomp_jax.data import store
+  from xcomp_jax.data import store, store_writing
   from xcomp_jax.files import fresh_folder
 
   layout, rng = store.Layout(48, 8, None, None), np.random.default_rng(0)
@@ -498,11 +498,11 @@ def test_1200_files_of_clips_under_256_open_files(tmp_path):
     for i in range(1200):
       sample = store.StoredSample(str(i), f"{i}.png", "a.json", i, talk, "")
       parts.append(
-        store.write_shard(
+        store_writing.write_shard(
           folder / f"{i}", [(sample, rng.integers(0, 256, (1, 1, 48, 48, 3), np.uint8))], layout
         )
       )
-    store.finish_store(folder, parts, layout, {})
+    store_writing.finish_store(folder, parts, layout, {})
   line = [
     sys.executable,
     "-m",

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-IMAGE_TOKEN = -200  # stands in `Example.tokens` where the visual tokens go (FACTS.md 3)
-IGNORE = -100  # a label or target that is not supervised
+from xcomp_jax.data.prompt import IGNORE, IMAGE_TOKEN
+
 Leaf = Any  # an array of numpy or jax, or whatever a tree_map puts in its place (specs, shardings)
 
 

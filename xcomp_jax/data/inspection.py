@@ -48,7 +48,9 @@ def verify(path: str | os.PathLike) -> None:
       text for text in progress(found, total=len(store), unit="sample", desc="verify") if text
     ]
   if wrong:
-    raise StoreError(listed(f"{path} differs from its manifest", wrong))
+    raise StoreError(
+      listed(f"{path} differs from its manifest", wrong), where=path, differences=wrong
+    )
   frames = sum(s.frames for s in store.samples)
   print(
     f"{path}: {len(store)} samples, {frames} frames, {sum('reason' in line for line in lines)} "
@@ -205,15 +207,16 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def _manifest(store: Store) -> list[dict[str, Any]]:
+  file = store.path / "manifest.jsonl"
   try:
-    lines = [
-      json.loads(line)
-      for line in inputs.read_text(store.path / "manifest.jsonl", StoreError).split("\n")
-      if line
-    ]
+    text = inputs.read_text(file, StoreError)
+    lines = [json.loads(line) for line in text.split("\n") if line]
   except (OSError, ValueError) as error:
     raise StoreError(
-      f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes one"
+      f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes "
+      f"one",
+      where=file,
+      missing=isinstance(error, FileNotFoundError),
     ) from error
   for n, line in enumerate(lines, 1):
     keys = line.keys() if isinstance(line, dict) else set()
@@ -222,7 +225,9 @@ def _manifest(store: Store) -> list[dict[str, Any]]:
     ):
       raise StoreError(
         f"{store.path}: line {n} of its manifest.jsonl is not one of `predecode`: "
-        f"{json.dumps(line)[:200]}"
+        f"{json.dumps(line)[:200]}",
+        where=file,
+        line=n,
       )
   return lines
 

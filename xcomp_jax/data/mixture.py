@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xcomp_jax import inputs
-from xcomp_jax.data import store, video
+from xcomp_jax.data import prompt, store, video
 from xcomp_jax.files import expanduser, local, one_line
 from xcomp_jax.inputs import quoted
 from xcomp_jax.progress import progress
@@ -351,8 +351,6 @@ def _job(
   rate: float | None,
 ) -> Job:
   """The job of an annotation whose file is known, and what is wrong with that."""
-  from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
-
   source, kind, _ = file
   talk: Any = _talk(item, kind is not None)  # checked below
   turns = ()
@@ -439,6 +437,4 @@ def _path_fault(path: str, reader: str) -> list[str]:
 
 
 def _error(text: str) -> ValueError:
-  from xcomp_jax.data import prompt  # see `_job`
-
   return prompt.AnnotationError(text)

@@ -15,10 +15,11 @@ from jaxtyping import Bool, Int
 
 from xcomp_jax import inputs
 from xcomp_jax.config import Mask
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import plain, quoted, read_json, reading
 
+IMAGE_TOKEN = -200  # stands in tokens where the visual tokens go (FACTS.md 3)
+IGNORE = -100  # a label or target that is not supervised
 IMAGE = "<image>"  # where the frames go, in annotations
 SYSTEM = "You are a helpful assistant."
 _ROLES = {"human": "user", "gpt": "assistant"}  # the annotations' names

@@ -22,17 +22,7 @@ TRAILER = struct.Struct(">QI")
 
 
 class DamagedError(StoreError):
-  """A file is not what was written."""
-
-  def __init__(self, file: str):
-    super().__init__(file)
-    self.file = file
-
-  def __str__(self) -> str:
-    return (
-      f"{self.file} is not what was written, as if the disk were failing; the same command "
-      f"tries again"
-    )
+  """A file is not what was written. fields: where, the file."""
 
 
 @contextlib.contextmanager
@@ -78,11 +68,11 @@ def read_spool(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:
     entry = json.loads(text)
     lengths = entry.get("lengths", ())
     if sum(lengths) != end - size:
-      raise DamagedError(file)
+      raise _damaged(file)
   except FileNotFoundError:
     raise
   except (OSError, ValueError, AttributeError, TypeError, struct.error) as error:
-    raise DamagedError(file) from error
+    raise _damaged(file) from error
 
   def records() -> Iterator[bytes]:
     crc = 0
@@ -92,6 +82,13 @@ def read_spool(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:
         crc = zlib.crc32(record, crc)
         yield record
     if zlib.crc32(text, crc) != wanted:
-      raise DamagedError(file)
+      raise _damaged(file)
 
   return entry, records()
+
+
+def _damaged(file: str) -> DamagedError:
+  return DamagedError(
+    f"{file} is not what was written, as if the disk were failing; the same command tries again",
+    where=file,
+  )
