@@ -71,8 +71,9 @@ def reading(path: str | os.PathLike, kind: type[Exception], what: str = "") -> G
       if isinstance(error, MemoryError)
       else one_line(inner) or type(inner).__name__
     )
+    fields = {"where": path} if issubclass(kind, XCompError) else {}
     raise kind(
-      f"{printable(path)} is {f'no {what}' if what else 'damaged'}: {says[:500]}"
+      f"{printable(path)} is {f'no {what}' if what else 'damaged'}: {says[:500]}", **fields
     ) from error
 
 

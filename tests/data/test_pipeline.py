@@ -12,21 +12,18 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from refused import refused
 
 from xcomp_jax.config import ConfigError, DataConfig
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import IGNORE, Shape, collate, split_text
-from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.blend import Blend, measure_lengths, order, run_order, steps_per_epoch
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.pipeline import (
   MicroBatch,
   ProcessShare,
   TowerCall,
-  measure_lengths,
-  order,
   read_example,
-  run_order,
-  steps_per_epoch,
 )
 from xcomp_jax.data.store import Features, StoredSample, open_store
 from xcomp_jax.data.store_writing import write_store
@@ -85,7 +82,17 @@ def store(tmp_path_factory):
       visual = (
         np.full((frames // per_clip, per_clip, SIZE, SIZE, 3), i + 1, np.uint8) if frames else None
       )
-      yield StoredSample(f"s{i}", "", "a.json", i, talk, message), visual
+      yield (
+        StoredSample(
+          id=f"s{i}",
+          source="",
+          annotation="a.json",
+          position=i,
+          conversations=talk,
+          time_message=message,
+        ),
+        visual,
+      )
 
   write_store(path, items(), image_size=SIZE, clip_frames=CLIP)
   return Blend([open_store(path)])
@@ -154,9 +161,7 @@ def test_a_run_has_the_steps_of_its_epochs(store):
 
 
 def test_less_than_a_batch():
-  with pytest.raises(
-    ConfigError, match=r"train\.batch_size = 4, but an epoch reads only 3 samples"
-  ):
+  with refused(ConfigError, where="config.train.batch_size", value=4, found=3):
     steps_per_epoch(3, 4)
   assert steps_per_epoch(9, 4) == 2
 
@@ -372,7 +377,7 @@ def test_no_more_is_read_ahead_than_the_config_says(
 
 
 def test_rows_that_groups_cannot_share_are_refused(store, tokenizer):
-  with pytest.raises(ConfigError, match="2 rows can't be split evenly over 3 row groups"):
+  with refused(ConfigError, rows=2, groups=3):
     run(store, tokenizer, rows=(0,), groups=3)
 
 
@@ -397,7 +402,7 @@ def test_from_its_state_a_reader_gives_the_identical_rest(store, tokenizer):
     second.set_state(json.loads(json.dumps(state)))
     for a, b in zip([item for part in steps[done:] for item in part], second, strict=True):
       assert same(a, b)
-  with pytest.raises(ConfigError, match="up to step 5, but the run has 4 steps"):
+  with refused(ConfigError, where="step", value=5, allowed=4):
     second.set_state({"step": 5})
 
 

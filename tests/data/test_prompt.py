@@ -6,13 +6,17 @@ real ids.
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
 import pytest
+from refused import refused
 
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
+
+pytestmark = pytest.mark.pure
 
 MESSAGE = prompt.time_message(123.45, 128)
 
@@ -234,11 +238,11 @@ def test_annotations_that_cannot_be_used_are_quoted(tokenizer, conversations, me
 
 
 def test_questions_that_cannot_be_asked_are_quoted(tokenizer):
-  with pytest.raises(prompt.AnnotationError, match="the question is empty"):
+  with refused(prompt.AnnotationError, where="question", missing=True):
     prompt.question_prompt(tokenizer, " \n", MESSAGE)
-  with pytest.raises(prompt.AnnotationError, match=r"must not be written .*'What <image>'"):
+  with refused(prompt.AnnotationError, where="question", value="What <image>"):
     prompt.question_prompt(tokenizer, "What <image>", MESSAGE)
-  with pytest.raises(prompt.AnnotationError, match="'a<image>'"):
+  with refused(prompt.AnnotationError, where="history", value="a<image>"):
     prompt.question_prompt(tokenizer, "What?", MESSAGE, [("Why?", "a<image>")])
 
 
@@ -252,7 +256,8 @@ def test_a_directory_without_a_tokenizer_names_what_is_missing(reference, tmp_pa
   with pytest.raises(FileNotFoundError, match=r": tokenizer_config\.json missing"):
     prompt.load_tokenizer(tmp_path)
   (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {}}')
-  with pytest.raises(ValueError, match=r"lacks <\|im_start\|>, <\|im_end\|>, <\|endoftext\|>"):
+  missing = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+  with refused(prompt.TokenizerError, where=str(tmp_path), missing=missing):
     prompt.load_tokenizer(tmp_path)
   (tmp_path / "tokenizer_config.json").write_text("{")
   with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON"):
@@ -262,11 +267,9 @@ def test_a_directory_without_a_tokenizer_names_what_is_missing(reference, tmp_pa
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b"{}", b'{"model": 5}'])
 def test_a_damaged_tokenizer_is_one_error_with_its_name(tmp_path, content):
   (tmp_path / "tokenizer.json").write_bytes(content)
-  with pytest.raises(
-    prompt.TokenizerError,
-    match=r"tokenizer\.json( is no tokenizer: |, line 1: byte 0xff is no UTF-8)",
-  ):
+  with pytest.raises(prompt.TokenizerError) as caught:
     prompt.load_tokenizer(tmp_path)
+  assert re.search(r"tokenizer\.json( is no tokenizer: |, line 1: byte 0xff)", str(caught.value))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])

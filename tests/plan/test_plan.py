@@ -15,7 +15,7 @@ from xcomp_jax.bench import parts
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError
 from xcomp_jax.config_io import from_command_line
-from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data import blend, packing
 from xcomp_jax.data.batch import Length, Shape, fake_batch
 from xcomp_jax.parallel import mesh as meshes
 from xcomp_jax.parallel.mesh import PARAMETERS, batch_sharding, make_mesh
@@ -188,7 +188,7 @@ def test_lengths_choose_mesh_and_shapes(monkeypatch):
   )
   assert sorted(
     i for step in made.steps for micro in step for row in micro.rows for i in row
-  ) == sorted(i for step in pipeline.order(range(200), 32, config.seed, 0) for i in step)
+  ) == sorted(i for step in blend.order(range(200), 32, config.seed, 0) for i in step)
   with pytest.raises(ConfigError, match="an epoch reads only 20 samples"):
     programs.make(config, None, lengths=lengths[:20])
 

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig
 from xcomp_jax.config_io import from_dict
-from xcomp_jax.data import pipeline
+from xcomp_jax.data import blend, pipeline
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.training import forecast, loop, metrics
 
@@ -187,7 +187,7 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(
     )
 
   cfg = loading.read_vlm_config(loading.resolve(config.init_from), config.model, config.lp_comp)
-  third = pipeline.run_order(loop.open_data(config.data.train, cfg), 3, 0, 1)[2]
+  third = blend.run_order(loop.open_data(config.data.train, cfg), 3, 0, 1)[2]
   bad = third[1]
   monkeypatch.setattr(pipeline, "collate", poisoned)
   with pytest.raises(loop.NotFiniteError, match=r"step 3: .*step_3\.json"):
@@ -496,7 +496,14 @@ def test_1200_files_of_clips_under_256_open_files(tmp_path):
   with fresh_folder(tmp_path / "data", "store") as folder:
     parts = []
     for i in range(1200):
-      sample = store.StoredSample(str(i), f"{i}.png", "a.json", i, talk, "")
+      sample = store.StoredSample(
+        id=str(i),
+        source=f"{i}.png",
+        annotation="a.json",
+        position=i,
+        conversations=talk,
+        time_message="",
+      )
       parts.append(
         store_writing.write_shard(
           folder / f"{i}", [(sample, rng.integers(0, 256, (1, 1, 48, 48, 3), np.uint8))], layout

@@ -126,7 +126,15 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
     for name, (visual, how) in kinds.items():
       folders = (pathlib.Path(place) / f"{name} {n}" for n in range(repeat))
       talk = ({"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""})
-      items = [(store.StoredSample(str(i), "", "", i, talk, ""), visual) for i in range(samples)]
+      items = [
+        (
+          store.StoredSample(
+            id=str(i), source="", annotation="", position=i, conversations=talk, time_message=""
+          ),
+          visual,
+        )
+        for i in range(samples)
+      ]
 
       def write(items=items, how=how, folders=folders):
         return store_writing.write_store(

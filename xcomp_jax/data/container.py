@@ -42,7 +42,7 @@ ROUNDED = 1.01  # time units by which rounding may move the time stamps of a con
 ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Index:
   """Lists the frames of a video stream that are shown, in the order in which they are shown.
 
@@ -64,9 +64,9 @@ class Index:
   seconds: float
   rate: float | None
   average: float | None
-  pts: Int[np.ndarray, " N"] | None
-  keys: tuple[Key, ...]
-  lost: float
+  pts: Int[np.ndarray, " N"] | None = None
+  keys: tuple[Key, ...] = ()
+  lost: float = 0.0
   stated: int
 
   def cut(self, readable: int) -> "Index":
@@ -122,15 +122,20 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
   if "asf" in formats:
     end = max(end, _stated_asf(path))
   if not len(packets.pts) and listed:
-    raise VideoError(f"{path} is truncated: it announces {listed} frames and has the data of 0")
+    raise VideoError(
+      f"{path} is truncated: it announces {listed} frames and has the data of 0",
+      where=path,
+      stated=listed,
+      readable=0,
+    )
   if not len(packets.pts):
-    raise VideoError(f"{path} holds no frames")
+    raise VideoError(f"{path} holds no frames", where=path, packets=0)
   pts, keys = _shown(packets)
   pts, keys = _decoded(path, number, pts, keys)
   if pts is None:
     return _counted(path, number, rates, average)
   if not len(pts):
-    raise VideoError(f"{path} holds no frame that can be decoded")
+    raise VideoError(f"{path} holds no frame that can be decoded", where=path, readable=0)
   last = packets.length[packets.pts == pts[-1]].max(initial=0) * base
   times, rate, seconds = _times(pts, base, rates, last)
   stop, frame = float(pts[-1]) * base + seconds - times[-1], seconds / len(pts)
@@ -142,7 +147,17 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
   # of a rate that varies the header knows no number
   usual = average if average and abs(average * seconds / len(pts) - 1) < 0.1 else 0.0
   stated = listed or round((end - float(pts[0]) * base) * usual)
-  return Index(number, times, seconds, rate, average, pts, tuple(keys), lost, stated)
+  return Index(
+    stream=number,
+    times=times,
+    seconds=seconds,
+    rate=rate,
+    average=average,
+    pts=pts,
+    keys=tuple(keys),
+    lost=lost,
+    stated=stated,
+  )
 
 
 def _stated_asf(path: pathlib.Path) -> float:
@@ -238,7 +253,7 @@ def _counted(path, stream: int, rates: Sequence[float], average: float | None) -
     base = float(found.time_base)
     stamps = [NONE if image.pts is None else image.pts for image in whole_frames(container, found)]
   if not stamps:
-    raise VideoError(f"{path} holds no frame that can be decoded")
+    raise VideoError(f"{path} holds no frame that can be decoded", where=path, readable=0)
   known = np.array(stamps, np.float64) * base
   gaps = np.diff(known)
   good = (gaps > 0) & (known[:-1] > NONE * base) & (known[1:] > NONE * base)
@@ -249,7 +264,14 @@ def _counted(path, stream: int, rates: Sequence[float], average: float | None) -
     times = np.concatenate([[0.0], np.cumsum(np.where(good, gaps, usual))])
   else:
     times, usual = np.arange(len(stamps)) / rate, 1 / rate
-  return Index(stream, times, float(times[-1] + usual), rate, average, None, (), 0.0, len(times))
+  return Index(
+    stream=stream,
+    times=times,
+    seconds=float(times[-1] + usual),
+    rate=rate,
+    average=average,
+    stated=len(times),
+  )
 
 
 def _times(

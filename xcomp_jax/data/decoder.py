@@ -40,7 +40,7 @@ TURNS = {
 
 
 def pictures(
-  path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int
+  path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int, skip: int = SKIP
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
   """Decodes frames of a video, rotated as players do.
 
@@ -53,6 +53,7 @@ def pictures(
     wanted: numbers of frames, ascending.
     stop: one more than the number of the last frame that may be chosen; that frame must be
       decodable, even if it is not wanted.
+    skip: frames; a key frame that is no further ahead is reached by decoding on.
 
   Yields:
     uint8[H, W, 3], RGB, in the file's size.
@@ -65,7 +66,7 @@ def pictures(
   done = 0
   for way in (found, dataclasses.replace(found, keys=())):
     try:
-      for image in _pictures(path, way, wanted[done:], stop):
+      for image in _pictures(path, way, wanted[done:], stop, skip):
         done += 1
         yield image
       return
@@ -78,15 +79,15 @@ def pictures(
 
 
 def _pictures(
-  path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int
+  path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int, skip: int
 ) -> Iterator[np.ndarray]:
   with opened(path, found.stream) as (container, stream):
     run = _numbered(found, whole_frames(container, stream))
-    number, image, matrix, convert = -1, None, None, VideoReformatter()
+    number, image, turn, convert = -1, None, None, VideoReformatter()
     asked = set(wanted)
     for i in sorted(asked | {stop - 1}):
       key = _key(found, i)
-      if key is not None and number < i and _number(found, key.pts) > number + SKIP:
+      if key is not None and number < i and _number(found, key.pts) > number + skip:
         run = _numbered(found, whole_frames(container, stream, key))
       while number < i:
         last = number
@@ -101,12 +102,14 @@ def _pictures(
           )
       if i in asked and number != i:
         raise VideoError(
-          f"{path}: the frame at {found.times[i]:.2f} seconds, number {i}, is damaged"
+          f"{path}: the frame at {found.times[i]:.2f} seconds, number {i}, is damaged",
+          where=path,
+          frame=i,
         )
       if i in asked:
         # of the first alone: asking for side data makes a cycle, and frees a frame late
-        matrix = _matrix(image) if matrix is None else matrix
-        yield _upright(_rgb(convert, image), *matrix)
+        turn = display_matrix(image) if turn is None else turn
+        yield _upright(rgb(convert, image), *turn)
 
 
 def _numbered(found: Index, run: Iterator[Any]) -> Iterator[tuple[int, Any]]:
@@ -136,7 +139,7 @@ def _key(found: Index, i: int) -> Key | None:
   return found.keys[at - 1] if at else None
 
 
-def _matrix(frame: Any) -> tuple[int, int, int, int]:
+def display_matrix(frame: Any) -> tuple[int, int, int, int]:
   """The display matrix [[a, b], [c, d]] of a frame: (x, y) is shown at (a x + c y, b x + d y)."""
   try:
     found = frame.side_data.get("DISPLAYMATRIX")
@@ -145,7 +148,8 @@ def _matrix(frame: Any) -> tuple[int, int, int, int]:
   except ValueError as error:
     if not hasattr(frame, "rotation"):
       raise VideoError(
-        f"PyAV {av.__version__} can't tell how this video is rotated ({error}): pip install -U av"
+        f"PyAV {av.__version__} can't tell how this video is rotated ({error}): pip install -U av",
+        av=av.__version__,
       ) from error
     return TURNS.get(round(frame.rotation) % 360, TURNS[0])
   if found is None:
@@ -161,7 +165,7 @@ def _upright(image: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
   return image.swapaxes(0, 1)[:: -1 if b < 0 else 1, :: -1 if c < 0 else 1]
 
 
-def _rgb(convert: VideoReformatter, frame: Any) -> np.ndarray:
+def rgb(convert: VideoReformatter, frame: Any) -> np.ndarray:
   """Pixels by the matrix and range that the file says (BT.601's where it says none), colours
   interpolated as by OpenCV.
   """

@@ -7,12 +7,13 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
 from PIL import Image, ImageDraw
 
 from xcomp_jax import inputs
+from xcomp_jax.config import Mask
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
@@ -62,7 +63,7 @@ def inspect(
   path: str | os.PathLike,
   sheet: str | os.PathLike,
   prompts: int,
-  mask: Literal["official", "assistant"],
+  mask: Mask,
   checkpoint: str | None,
 ) -> None:
   """Prints what is in a store, and draws a contact sheet.
@@ -145,14 +146,10 @@ def describe_store(store: Store) -> Iterator[str]:
     yield f"  ... and {len(reasons) - 10} more in {store.path / 'manifest.jsonl'}"
 
 
-def show_prompt(
-  store: Store, tokenizer: prompt.Tokenizer, mask: Literal["official", "assistant"], index: int
-) -> str:
+def show_prompt(store: Store, tokenizer: prompt.Tokenizer, mask: Mask, index: int) -> str:
   """A sample's prompt as training sees it, with ⟦ ⟧ around what is supervised."""
   sample = store.samples[index]
-  built = prompt.training_prompt(
-    tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask
-  )
+  built = prompt.sample_prompt(tokenizer, sample, mask)
   parts = []
   for supervised, group in itertools.groupby(
     zip(built.tokens.tolist(), built.labels.tolist()), lambda pair: pair[1] != IGNORE

@@ -19,7 +19,6 @@ import numpy as np
 from xcomp_jax.config import ConfigError, DataConfig, Mask
 from xcomp_jax.data import packing, prompt
 from xcomp_jax.data.batch import (
-  IMAGE_TOKEN,
   Batch,
   Clips,
   Example,
@@ -28,9 +27,8 @@ from xcomp_jax.data.batch import (
   collate,
   length_table,
 )
-from xcomp_jax.data.blend import Blend, permutation
+from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.progress import progress
 
 
 class Fill(NamedTuple):
@@ -62,7 +60,7 @@ class MicroBatch(NamedTuple):
 Item = TowerCall | MicroBatch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessShare:
   """What of a run a process reads.
 
@@ -79,44 +77,6 @@ class ProcessShare:
   trained: bool
 
 
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-  """Optimizer steps of an epoch; samples that do not fill a last batch wait for another epoch's
-  order.
-
-  Raises:
-    ConfigError: not even one batch.
-  """
-  if samples < batch_size:
-    raise ConfigError(
-      f"train.batch_size = {batch_size}, but an epoch reads only {samples} samples; make it smaller"
-    )
-  return samples // batch_size
-
-
-def order(samples: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-  """The samples of each step of an epoch: random ones, images and videos mixed, as in the release
-  (FACTS.md 14).
-  """
-  shuffled = [samples[i] for i in permutation(len(samples), seed, epoch, 0)]
-  return [
-    shuffled[i : i + batch_size] for i in range(0, len(shuffled) - batch_size + 1, batch_size)
-  ]
-
-
-def run_order(data: Blend, batch_size: int, seed: int, epochs: int) -> list[list[int]]:
-  """The samples of each step of a run.
-
-  Raises:
-    ConfigError: not even one batch.
-  """
-  steps_per_epoch(data.per_epoch, batch_size)  # refuses too few
-  return [
-    step
-    for epoch in range(epochs)
-    for step in order(data.epoch(seed, epoch), batch_size, seed, epoch)
-  ]
-
-
 def read_example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
   """Reads one sample, without its visual tokens where the tower makes them; `mask`: which tokens
   are supervised (FACTS.md 3).
@@ -126,24 +86,15 @@ def read_example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
     visual = data.visual(index).reshape(
       sample.frames, data.features.tokens_per_frame, data.features.width
     )
-  return Example(sample.frames, visual, *_tokens(data, tokenizer, mask, index), index=index)
-
-
-def measure_lengths(data: Blend, tokenizer, mask: Mask) -> list[Length]:
-  """Lengths of every sample under this tokenizer; a minute's work for the paper's 71,927, so there
-  is a bar.
-  """
-  lengths = []
-  for i, sample in enumerate(
-    progress(data.samples, unit="sample", desc="tokens", delay=5.0, leave=False)
-  ):
-    tokens, _, _ = _tokens(data, tokenizer, mask, i)
-    slots = np.flatnonzero(tokens == IMAGE_TOKEN)
-    before = int(slots[0]) + 1 if len(slots) else 0
-    lengths.append(
-      Length(sample.frames, sample.clip_frames, max(before - 1, 0), len(tokens) - before)
-    )
-  return lengths
+  built = prompt.sample_prompt(tokenizer, sample, mask)
+  return Example(
+    frames=sample.frames,
+    visual=visual,
+    tokens=built.tokens,
+    labels=built.labels,
+    query=built.query,
+    index=index,
+  )
 
 
 class BatchReader:
@@ -183,7 +134,10 @@ class BatchReader:
     step = state["step"]
     if not 0 <= step < len(self._ends):
       raise ConfigError(
-        f"the data was read up to step {step}, but the run has {len(self._ends) - 1} steps"
+        f"the data was read up to step {step}, but the run has {len(self._ends) - 1} steps",
+        where="step",
+        value=step,
+        allowed=len(self._ends) - 1,
       )
     self.close()
     self._item = self._ends[step]
@@ -219,7 +173,12 @@ def read_steps(
   """
   for shape in sorted({micro.shape for step in steps for micro in step}):
     if shape.rows % share.groups:
-      raise ConfigError(f"{shape.rows} rows can't be split evenly over {share.groups} row groups")
+      raise ConfigError(
+        f"{shape.rows} rows can't be split evenly over {share.groups} row groups",
+        where=shape,
+        rows=shape.rows,
+        groups=share.groups,
+      )
   items = _Items(data, lengths, steps, share)
   load = functools.partial(
     _load,
@@ -406,13 +365,3 @@ def _static(data: Blend, rows: Sequence[Sequence[int]], shape: Shape, clip_frame
         held += n
       slot += sample.frames
   return Clips(frames, place)
-
-
-def _tokens(
-  data: Blend, tokenizer, mask: Mask, index: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  sample = data.samples[index]
-  built = prompt.training_prompt(
-    tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask
-  )
-  return built.tokens, built.labels, built.query

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 
 from xcomp_jax import inputs
 from xcomp_jax.config import Mask
+from xcomp_jax.data.store import StoredSample
 from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import plain, quoted, read_json, reading
 
@@ -52,16 +53,20 @@ class Tokenizer:
     special = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     missing = [token for token in special if token not in vocabulary]
     if missing:
-      raise ValueError(
-        f"the tokenizer in {source} lacks {', '.join(missing)}; the chat template needs them"
+      raise TokenizerError(
+        f"the tokenizer in {source} lacks {', '.join(missing)}; the chat template needs them",
+        where=source,
+        missing=missing,
       )
     self.im_start, self.im_end, self.pad = (vocabulary[token] for token in special)
     self.eos = (self.im_end, self.pad)
     self.vocab_size = max(vocabulary.values()) + 1
     newline = self.encode("\n")
     if len(newline) != 1:
-      raise ValueError(
-        f"the tokenizer in {source} makes {len(newline)} tokens of a newline; it must be one"
+      raise TokenizerError(
+        f"the tokenizer in {source} makes {len(newline)} tokens of a newline; it must be one",
+        where=source,
+        newline=newline,
       )
     self.newline = newline[0]
 
@@ -138,33 +143,50 @@ def checked_turns(conversations: Any, visual: bool) -> list[tuple[str, str]]:
   """
   if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
     raise AnnotationError(
-      f"an annotation needs conversations, a list of turns, not {quoted(conversations)}"
+      f"an annotation needs conversations, a list of turns, not {quoted(conversations)}",
+      where="conversations",
+      value=conversations,
     )
   turns = []
   for i, turn in enumerate(conversations):
     if not isinstance(turn, Mapping) or not all(
       isinstance(turn.get(key), str) for key in ("from", "value")
     ):
-      raise AnnotationError(f'turn {i} must be {{"from": ..., "value": ...}}, not {quoted(turn)}')
+      raise AnnotationError(
+        f'turn {i} must be {{"from": ..., "value": ...}}, not {quoted(turn)}', where=i, value=turn
+      )
     if turn["from"] not in _ROLES:
       raise AnnotationError(
-        f"turn {i} is from {turn['from']!r}; known: {', '.join(_ROLES)}: {quoted(turn['value'])}"
+        f"turn {i} is from {turn['from']!r}; known: {', '.join(_ROLES)}: {quoted(turn['value'])}",
+        where=i,
+        allowed=list(_ROLES),
+        value=turn["from"],
       )
     if turn["from"] != ("human", "gpt")[i % 2]:
       raise AnnotationError(
         f"turn {i} is from {turn['from']!r}; human and gpt must alternate, human first: "
-        f"{quoted(turn['value'])}"
+        f"{quoted(turn['value'])}",
+        where=i,
+        expected=("human", "gpt")[i % 2],
+        value=turn["from"],
       )
     turns.append((_ROLES[turn["from"]], turn["value"]))
   if len(turns) % 2:
-    raise AnnotationError(f"the conversation ends without an answer: {quoted(turns[-1][1])}")
+    raise AnnotationError(
+      f"the conversation ends without an answer: {quoted(turns[-1][1])}",
+      where=len(turns),
+      missing="answer",
+    )
 
   images = sum(value.count(IMAGE) for _, value in turns)
   wanted = int(visual)
   if images != wanted or any(IMAGE in value for role, value in turns if role == "assistant"):
     text = " / ".join(value for _, value in turns)
     raise AnnotationError(
-      f"{images} {IMAGE} in a conversation that needs {wanted}, in a question: {quoted(text)}"
+      f"{images} {IMAGE} in a conversation that needs {wanted}, in a question: {quoted(text)}",
+      where="conversations",
+      expected=wanted,
+      found=images,
     )
   return turns
 
@@ -197,6 +219,12 @@ def training_prompt(
   return _build(tokenizer, turns, question, mask)
 
 
+def sample_prompt(tokenizer: Tokenizer, sample: StoredSample, mask: Mask) -> Prompt:
+  """A stored sample's conversation, as training has it."""
+  message = sample.time_message if sample.frames else None
+  return training_prompt(tokenizer, sample.conversations, message, mask=mask)
+
+
 def question_prompt(
   tokenizer: Tokenizer,
   question: str,
@@ -213,13 +241,15 @@ def question_prompt(
       is decided here.
   """
   if not question.strip():
-    raise AnnotationError("the question is empty")
+    raise AnnotationError("the question is empty", where="question", missing=True)
   for text in (question, *(text for pair in history for text in pair)):
     plain(text, "the text", AnnotationError)
     if IMAGE in text:
       raise AnnotationError(
         f"{IMAGE} must not be written in a question or answer, frames go first by themselves: "
-        f"{quoted(text)}"
+        f"{quoted(text)}",
+        where="question" if text is question else "history",
+        value=text,
       )
   turns = [(role, text) for pair in history for role, text in zip(("user", "assistant"), pair)]
   turns.append(("user", question))

@@ -79,7 +79,7 @@ def images_of(path: pathlib.Path) -> list[pathlib.Path]:
     VideoError: it is no folder, or has none.
   """
   if not path.is_dir():
-    raise VideoError(f"{path} is a file; a folder of images was expected", where=path)
+    raise VideoError(f"{path} is a file; a folder of images was expected", where=path, found="file")
 
   def natural(file: pathlib.Path) -> tuple[list[int | str], str]:
     return [
@@ -88,7 +88,9 @@ def images_of(path: pathlib.Path) -> list[pathlib.Path]:
 
   names = sorted((p for p in path.iterdir() if p.suffix.lower() in SUFFIXES), key=natural)
   if not names:
-    raise VideoError(f"{path} holds no images ({', '.join(SUFFIXES)})", where=path)
+    raise VideoError(
+      f"{path} holds no images ({', '.join(SUFFIXES)})", where=path, found="no images"
+    )
   return names
 
 

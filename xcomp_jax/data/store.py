@@ -95,7 +95,7 @@ class Layout:
     return "features" if self.features else "clips"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredSample:
   """One sample without its pixels; the fields are those of `samples/`."""
 
@@ -212,11 +212,11 @@ class Store:
       except Exception as error:  # damaged records make the readers raise anything
         if text := too_many_files(error):
           raise OSError(text) from error
-        raise self._damaged(f"sample {index} can't be read ({one_line(error)})") from error
+        raise self._damaged(f"sample {index} can't be read ({one_line(error)})", index) from error
       unit = shape[0]  # frames or tokens of a clip
       if len(content) != held * unit:
         raise self._damaged(
-          f"a record of sample {index} does not hold the {held} clips that it should"
+          f"a record of sample {index} does not hold the {held} clips that it should", index
         )
       part = content[max(0, first - begin) * unit : min(held, last - begin) * unit]
       parts.append(part if self.layout.quality is None else self._decode(index, begin * unit, part))
@@ -238,12 +238,19 @@ class Store:
     for i, file in enumerate(files):
       image = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
       if image is None or image.shape != out.shape[1:]:
-        raise self._damaged(f"frame {first + i} of sample {index} is damaged")
+        raise self._damaged(
+          f"frame {first + i} of sample {index} is damaged", index, frame=first + i
+        )
       cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out[i])
     return out
 
-  def _damaged(self, what: str) -> StoreError:
-    return StoreError(f"{self.path}: {what}; find all damage with --verify, and predecode again")
+  def _damaged(self, what: str, sample: int, **fields: Any) -> StoreError:
+    return StoreError(
+      f"{self.path}: {what}; find all damage with --verify, and predecode again",
+      where=self.path,
+      sample=sample,
+      **fields,
+    )
 
 
 class Rows:
@@ -276,7 +283,9 @@ class Rows:
     self._files = [os.fspath(file) for file in files_of(folder, len(lengths))]
     if missing := [file for file in self._files if not os.path.exists(file)]:
       raise StoreError(
-        f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else "")
+        f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""),
+        where=folder,
+        missing=missing,
       )
     for file in self._files:
       regular(file)
@@ -356,23 +365,30 @@ def open_store(path: str | os.PathLike) -> Store:
   path = local(path, "data is read as files")
   advice = "make one with `python -m xcomp_jax.predecode --mixture M.yaml --out DIR`"
   if not path.is_dir():
-    raise StoreError(f"no data at {path}: not a folder; {advice}")
+    raise StoreError(f"no data at {path}: not a folder; {advice}", where=path, found=None)
   about = path / "store.json"
   if not about.exists():
-    raise StoreError(f"{path} is not a store: it has no store.json; {advice}")
+    raise StoreError(
+      f"{path} is not a store: it has no store.json; {advice}", where=about, missing=True
+    )
   try:
     info = inputs.read_json(about, StoreError, inputs.ABOUT)
     with reading(about, StoreError):
       version = info["format"]
       if type(version) is not int or version != FORMAT:
         raise StoreError(
-          f"{path} has format {inputs.quoted(version, 100)}, this version reads {FORMAT}"
+          f"{path} has format {inputs.quoted(version, 100)}, this version reads {FORMAT}",
+          where=about,
+          format=version,
         )
       layout = _layout(info, about)
     table = Rows(path / "samples", sample_features())
     if len(table) != info.get("samples"):
       raise StoreError(
-        f"{path} is damaged: {len(table)} samples where {info.get('samples')} were written"
+        f"{path} is damaged: {len(table)} samples where {info.get('samples')} were written",
+        where=path / "samples",
+        found=len(table),
+        expected=info.get("samples"),
       )
     with reading(path / "samples", StoreError):
       samples = [_sample(table[i]) for i in range(len(table))]
@@ -382,11 +398,15 @@ def open_store(path: str | os.PathLike) -> Store:
     for i, sample in enumerate(samples):
       _check(layout, sample, len(rows), f"{path} is damaged: sample {i}")
   except (StoreError, FileNotFoundError) as error:
-    raise StoreError(f"{one_line(error)}; {advice}") from error
+    fields = error.fields if isinstance(error, StoreError) else {"where": error.filename}
+    raise StoreError(f"{one_line(error)}; {advice}", **fields) from error
   wanted = max((s.first_record + s.records for s in samples), default=0)
   if len(rows) != wanted:
     raise StoreError(
-      f"{path} is damaged: {len(rows)} records of clips where {wanted} were written; {advice}"
+      f"{path} is damaged: {len(rows)} records of clips where {wanted} were written; {advice}",
+      where=path / layout.folder,
+      found=len(rows),
+      expected=wanted,
     )
   return Store(path, info, layout, samples, rows)
 
@@ -405,11 +425,13 @@ def _check(layout: Layout, sample: StoredSample, records: int, what: str) -> Non
   if not whole or sample.records != -(
     -sample.frames // sample.clip_frames // clips_per_record(layout, sample.clip_frames)
   ):
-    raise StoreError(f"{what} can't have {numbers}")
+    raise StoreError(f"{what} can't have {numbers}", where=sample.id, numbers=numbers)
   if sample.first_record < 0 or sample.first_record + sample.records > records:
     raise StoreError(
       f"{what} has records {sample.first_record} to {sample.first_record + sample.records}, and "
-      f"there are {records}"
+      f"there are {records}",
+      where=sample.id,
+      records=records,
     )
 
 
@@ -442,32 +464,20 @@ def _layout(info: Mapping[str, Any], where: pathlib.Path) -> Layout:
     ]
     problems += [] if isinstance(features.identity, str) else ["features.identity must be text"]
   if problems := list(filter(None, problems)):
-    raise StoreError(f"{where}: {'; '.join(problems)}")
+    raise StoreError(f"{where}: {'; '.join(problems)}", where=where, problems=problems)
   return Layout(info["image_size"], info["clip_frames"], info["quality"], features)
 
 
 def _sample(row: Mapping[str, Any]) -> StoredSample:
-  def text(key):
-    return row[key].decode("utf-8")
-
-  def number(key):
-    return int(row[key])
-
-  talk = json.loads(text("conversations"))
+  values: dict[str, Any] = {
+    field.name: int(row[field.name]) if field.type is int else row[field.name].decode("utf-8")
+    for field in dataclasses.fields(StoredSample)
+  }
+  talk: Any = json.loads(values["conversations"])
   if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk):
     raise ValueError(f"conversations = {inputs.quoted(talk, 100)}: must be a list of objects")
-  return StoredSample(
-    id=text("id"),
-    source=text("source"),
-    annotation=text("annotation"),
-    position=number("position"),
-    conversations=tuple(talk),
-    time_message=text("time_message"),
-    frames=number("frames"),
-    clip_frames=number("clip_frames"),
-    first_record=number("first_record"),
-    records=number("records"),
-  )
+  values["conversations"] = tuple(talk)
+  return StoredSample(**values)
 
 
 def record_features(layout: Layout):

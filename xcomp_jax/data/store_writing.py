@@ -16,7 +16,7 @@ from xcomp_jax.data import store
 from xcomp_jax.files import fresh_folder, one_line
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
   """A written file of clips and its samples, whose `first_record` counts from the beginning of that
   file.
@@ -75,9 +75,12 @@ def write_shard(
       per_clip = visual.shape[1] // per_clip if visual.ndim > 1 else 0
       shape, dtype = layout.clip_spec(per_clip)
       if visual.dtype != dtype or visual.shape[1:] != shape or not visual.size:
-        raise ValueError(
+        raise store.StoreError(
           f"{sample.source}: expected {dtype} [clips, {', '.join(map(str, shape))}], got "
-          f"{visual.dtype}{visual.shape}"
+          f"{visual.dtype}{visual.shape}",
+          where=sample.source,
+          expected=(dtype, shape),
+          found=(visual.dtype, visual.shape),
         )
       writer = writer or array_record(path)
       before, crc = first, 0
@@ -99,7 +102,13 @@ def write_shard(
   finally:
     if writer is not None:
       writer.close()
-  return Shard(os.fspath(path) if first else "", tuple(samples), first, written, tuple(crcs))
+  return Shard(
+    path=os.fspath(path) if first else "",
+    samples=tuple(samples),
+    records=first,
+    bytes=written,
+    crcs=tuple(crcs),
+  )
 
 
 def records(
@@ -154,7 +163,7 @@ def finish_store(
   """
   samples = [sample for shard in shards for sample in shard.samples]
   if not samples:
-    raise store.StoreError("no samples to write")
+    raise store.StoreError("no samples to write", samples=0)
   files = [shard for shard in shards if shard.records]
   if files:
     (folder / layout.folder).mkdir(exist_ok=True)

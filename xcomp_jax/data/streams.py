@@ -55,17 +55,21 @@ class Key(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]]:
-  """Opens a file and one of its video streams.
+def opened(
+  path: pathlib.Path, stream: int | None, pixels: int = PIXELS
+) -> Generator[tuple[Any, Any]]:
+  """Opens a file and one of its video streams, whose pictures have at most so many pixels.
 
   Raises:
     FileNotFoundError: there is no such file.
     VideoError: it can't be opened, has no such stream, or nothing decodes that.
   """
   if path.is_dir():
-    raise VideoError(f"{path} is a folder; read it as read_type='frames'")
+    raise VideoError(
+      f"{path} is a folder; read it as read_type='frames'", where=path, found="folder"
+    )
   if not regular(path).stat().st_size:
-    raise VideoError(f"{path} is empty (0 bytes)")
+    raise VideoError(f"{path} is empty (0 bytes)", where=path, bytes=0)
   try:  # "file:", for "12:30.mp4" would be read by protocol "12"
     container = av.open(
       "file:" + absolute(path),
@@ -78,7 +82,9 @@ def opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]]
       "it may be truncated, or of a format that is not read; of lists of files, such as "
       "playlists, give the files"
     )
-    raise VideoError(f"{path} can't be read as a video ({why}); {advice}") from error
+    raise VideoError(
+      f"{path} can't be read as a video ({why}); {advice}", where=path, why=why
+    ) from error
   with container:
     videos: Any = container.streams.video
     found: Any = (
@@ -96,17 +102,25 @@ def opened(path: pathlib.Path, stream: int | None) -> Generator[tuple[Any, Any]]
       )
       raise VideoError(
         f"{path} can't be read as a video: no video "
-        f"stream{'' if stream is None else f' {stream}'}; {has}"
+        f"stream{'' if stream is None else f' {stream}'}; {has}",
+        where=path,
+        stream=stream,
+        there=[s.index for s in videos],
       )
     if found.codec_context is None:
       raise VideoError(
-        f"{path}: there is no decoder for its video stream {found.index}; {NO_DECODER}"
+        f"{path}: there is no decoder for its video stream {found.index}; {NO_DECODER}",
+        where=path,
+        without_decoder=found.index,
       )
-    if found.width * found.height > PIXELS:
+    if found.width * found.height > pixels:
       raise VideoError(
-        f"{path} has pictures of {found.width} x {found.height} pixels; {PIXELS:,} can be read"
+        f"{path} has pictures of {found.width} x {found.height} pixels; {pixels:,} can be read",
+        where=path,
+        found=(found.width, found.height),
+        allowed=pixels,
       )
-    found.codec_context.options = {"max_pixels": str(PIXELS)}  # they may grow on the way
+    found.codec_context.options = {"max_pixels": str(pixels)}  # they may grow on the way
     found.thread_type = "AUTO"
     yield container, found
 
@@ -149,13 +163,13 @@ def restarts(codec: str, packet: Any) -> bool:
     if (
       codec == "h264"
       and unit[0] & 31 == 6
-      and (recovered := _recovers(data[begin + 1 : begin + 257])) is not None
+      and (recovered := recovers(data[begin + 1 : begin + 257])) is not None
     ):
       return recovered
   return codec == "mpeg4"  # short headers
 
 
-def _recovers(messages: bytes) -> bool | None:
+def recovers(messages: bytes) -> bool | None:
   """Says whether an H.264 SEI unit announces right pictures at once; None: it holds no recovery
   point.
   """

@@ -67,7 +67,13 @@ def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:
     root.mkdir()
     path.touch()
     index = container.Index(
-      0, np.arange(count) / rate, count / rate, rate, rate, np.arange(count), (), 0.0, count
+      stream=0,
+      times=np.arange(count) / rate,
+      seconds=count / rate,
+      rate=rate,
+      average=rate,
+      pts=np.arange(count),
+      stated=count,
     )
   chosen = video.sample(
     path,

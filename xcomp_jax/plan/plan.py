@@ -42,7 +42,7 @@ from xcomp_jax.checkpoints import loading
 from xcomp_jax.cli import command
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_trained
 from xcomp_jax.config_io import from_command_line
-from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data import blend, packing
 from xcomp_jax.data.batch import Length, length_table
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.errors import XCompError
@@ -446,7 +446,7 @@ def stored_lengths(config: RunConfig, cfg: VLMConfig, store: str) -> list[Length
     CheckpointError, ...: there is no tokenizer.
   """
   data = loop.open_data(store, cfg)
-  return pipeline.measure_lengths(
+  return blend.measure_lengths(
     data, loading.read_tokenizer(loading.resolve(config.init_from), cfg), config.data.mask
   )
 

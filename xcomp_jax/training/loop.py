@@ -38,7 +38,7 @@ from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, chec
 from xcomp_jax.config_io import from_command_line, to_dict
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import Batch, Clips, Shape, length_table
-from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.blend import Blend, measure_lengths, run_order
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import Features, Store, StoreError, open_store
 from xcomp_jax.errors import XCompError
@@ -173,10 +173,10 @@ def prepare_run(config: RunConfig) -> PreparedRun:
       )
   description = checkpoint.description(config, cfg, blend, held)
   checkpoint.agree(description)
-  order = pipeline.run_order(blend, config.train.batch_size, config.seed, config.train.epochs)[
+  order = run_order(blend, config.train.batch_size, config.seed, config.train.epochs)[
     : config.train.steps
   ]
-  lengths = [pipeline.measure_lengths(data, tokenizer, config.data.mask) for data in opened]
+  lengths = [measure_lengths(data, tokenizer, config.data.mask) for data in opened]
   schedule = forecast.schedule_run(config, cfg, lengths[0], devices())
   forecast.check_memory(schedule)
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices())
@@ -215,8 +215,14 @@ def share_of(mesh: Mesh, config: RunConfig, clips: int) -> pipeline.ProcessShare
   Raises:
     ConfigError: see `row_share`.
   """
+  rows, groups = row_share(mesh)
   return pipeline.ProcessShare(
-    *row_share(mesh), mesh.size, tuple(clip_share(mesh)), clips, config.train.vision
+    rows=rows,
+    groups=groups,
+    devices=mesh.size,
+    mine=tuple(clip_share(mesh)),
+    clips=clips,
+    trained=config.train.vision,
   )
 
 
