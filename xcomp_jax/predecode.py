@@ -303,7 +303,7 @@ def make_store(args: argparse.Namespace) -> None:
   )
   passed = collections.Counter()
   for file in info["annotation_files"]:
-    passed.update(file["passed_over"])
+    passed.update(file.get("passed_over", {}))  # not of an earlier version
   print(
     f"{args.out}: {info['samples']} samples, {info['frames']} frames, {info['skipped']} "
     f"skipped{passed_over(passed)}"

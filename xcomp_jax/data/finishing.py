@@ -112,9 +112,7 @@ def undo_finish(work: Work) -> None:
     if work.shard(n, ".json").exists()
     and read_json(work.shard(n, ".json"), store.StoreError)["records"]
   ]
-  for n, file in zip(
-    whole, store_writing.shard_files(folder, work.layout, len(whole)), strict=True
-  ):
+  for n, file in zip(whole, store.files_of(folder / work.layout.folder, len(whole)), strict=True):
     if file.exists():
       os.rename(file, work.shard(n, ".array_record"))
   shutil.rmtree(folder)

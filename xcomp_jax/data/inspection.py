@@ -239,27 +239,23 @@ def _count_differences(store: Store, lines: Sequence[dict[str, Any]]) -> Iterato
     "content"
   ):
     yield "store.json: its content is not that of manifest.jsonl"
-  begin, passed, lines = (
-    0,
-    [line for line in lines if "passed_over" in line],
-    [line for line in lines if "passed_over" not in line],
-  )
-  for file in store.info.get("annotation_files", ()):
-    mine = lines[begin : begin + file["selected"]]
+  files = store.info.get("annotation_files", ())
+  selected, begin = [line for line in lines if "passed_over" not in line], 0
+  for file in files:
+    mine = selected[begin : begin + file["selected"]]
     begin += file["selected"]
     written = sum("sample" in line for line in mine)
-    if {line["annotation"] for line in mine} - {file["annotation"]} or (
-      written,
-      len(mine) - written,
-    ) != (file["written"], file["skipped"]):
+    counts = written, len(mine) - written
+    others = {line["annotation"] for line in mine} - {file["annotation"]}
+    if others or counts != (file["written"], file["skipped"]):
       yield f"store.json: the counts of {file['annotation']} are not those of manifest.jsonl"
-  counts = collections.Counter()
-  for file in store.info.get("annotation_files", ()):
-    counts.update(file.get("passed_over", {}))
-  if counts != collections.Counter(line["passed_over"] for line in passed):
+  counted = sum(
+    (collections.Counter(file.get("passed_over", {})) for file in files), collections.Counter()
+  )
+  if counted != collections.Counter(line["passed_over"] for line in lines if "passed_over" in line):
     yield "store.json: what was passed over is not as in manifest.jsonl"
-  if begin != len(lines):
-    yield f"store.json: {begin} selected annotations, manifest.jsonl has {len(lines)}"
+  if begin != len(selected):
+    yield f"store.json: {begin} selected annotations, manifest.jsonl has {len(selected)}"
 
 
 def _difference(store: Store, index: int, line: dict[str, Any] | None) -> str:

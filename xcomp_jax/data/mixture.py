@@ -47,11 +47,6 @@ class Dataset:
   frame_rate: float | None = None
   text_samples: bool = False
 
-  @property
-  def reader(self) -> video.ReadType:
-    """How its videos are read."""
-    return READERS[self.video_read_type]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
@@ -255,7 +250,8 @@ def _read_dataset(
     passed=tuple(passed),
   )
   folder = root / expanduser(dataset.data_root)
-  sources = [_source(items[i], folder, dataset.reader) for i in chosen]
+  reader = READERS[dataset.video_read_type]
+  sources = [_source(items[i], folder, reader) for i in chosen]
   jobs = [
     _job(items[i], i, dataset, source, faults)
     for i, source, faults in zip(chosen, sources, path_faults(sources), strict=True)

@@ -29,6 +29,7 @@ from xcomp_jax.data.batch import (
 )
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
+from xcomp_jax.data.store import StoredSample
 
 
 class Fill(NamedTuple):
@@ -268,7 +269,9 @@ class _Items:
     lists: list[list[tuple[int, ...]]] = [[] for _ in range(devices)]
     turn = 0  # whose turn it is to take one more than others
     for number, micro in enumerate(step):
-      found = list(self._clips_of(micro, number, kind))
+      found = [
+        (i, clip, number, *at) for i, clip, *at in _clips_of(self._lengths, micro.rows, kind)
+      ]
       clips, (each, more) = iter(found), divmod(len(found), devices)
       for n in [size] * (each // size) + [1] * (each % size):
         for mine in lists:
@@ -283,14 +286,18 @@ class _Items:
     ends = [0, *itertools.accumulate([size] * (most // size) + [1] * (most % size))]
     return [_call(step, kind, table[:, a:b]) for a, b in itertools.pairwise(ends)]
 
-  def _clips_of(self, micro: Micro, number: int, kind: int) -> Iterator[tuple[int, ...]]:
-    for row, samples in enumerate(micro.rows):
-      slot = 0
-      for i in samples:
-        if self._clips[i] and self._clip_frames[i] == kind:
-          for clip in range(self._clips[i]):
-            yield i, clip, number, row, slot + clip * kind
-        slot += self._lengths[i].frames
+
+def _clips_of(
+  samples: Sequence[Length | StoredSample], rows: Sequence[Sequence[int]], kind: int
+) -> Iterator[tuple[int, int, int, int]]:
+  """All clips of so many frames of some rows: sample, clip, row, and slot of its first frame."""
+  for row, ids in enumerate(rows):
+    slot = 0
+    for i in ids:
+      if samples[i].frames and samples[i].clip_frames == kind:
+        for clip in range(samples[i].frames // kind):
+          yield i, clip, row, slot + clip * kind
+      slot += samples[i].frames
 
 
 def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> _Planned:
@@ -354,14 +361,9 @@ def _static(data: Blend, rows: Sequence[Sequence[int]], shape: Shape, clip_frame
     np.zeros((shape.rows, most, *kind), dtype),
     np.full((shape.rows, most), -1, np.int32),
   )
-  for r, row in enumerate(rows):
-    slot = held = 0
-    for i in row:
-      sample = data.samples[i]
-      if sample.frames and sample.clip_frames == clip_frames:
-        n = sample.frames // clip_frames
-        frames[r, held : held + n] = data.visual(i)
-        place[r, held : held + n] = slot + np.arange(n) * clip_frames
-        held += n
-      slot += sample.frames
+  found = np.array([*_clips_of(data.samples, rows, clip_frames)], np.int32).reshape(-1, 4)
+  for r in range(shape.rows):
+    mine = found[found[:, 2] == r]  # [k, 4]
+    frames[r, : len(mine)] = _read_clips(data, mine[:, :2], clip_frames)
+    place[r, : len(mine)] = mine[:, 3]
   return Clips(frames, place)

@@ -153,12 +153,13 @@ def predecode(
         )
     entries = decode_jobs.entries(work)
     _check_entries(work, entries, skip_bad)
-    info = dataclasses.asdict(settings) | {
+    info = {
+      **dataclasses.asdict(settings),
       "subset": subset,
       "samples_per_shard": per_shard,
       "plan": _digest(plan),
+      **({"tower": tower.settings} if tower else {}),
     }
-    info |= {"tower": tower.settings} if tower else {}
     return finishing.finish_work(work, out, entries, files, info)
 
 
@@ -227,12 +228,10 @@ def _made(out: pathlib.Path) -> dict[str, Any] | None:
         mounted=True,
       )
     return None
-  try:
+  with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of something else
     info = read_json(out / "store.json", ValueError)
     if isinstance(info["plan"], str):
       return info
-  except (OSError, ValueError, KeyError, TypeError):
-    pass
   raise store.StoreError(
     f"{out} already exists; remove it or choose another folder", where=out, found="other"
   )
@@ -312,23 +311,23 @@ def _plan(
   """What two runs must have in common for the second to continue the first; names are for
   people.
   """
-  plan: dict[str, Any] = {
+  frames: dict[str, Any] = {"frames": "raw" if layout.quality is None else f"jpeg {layout.quality}"}
+  if tower:
+    frames = {"frames": "features", "tower": tower.features.identity} | tower.settings
+  return {
     "format": store.FORMAT,
     "mixture": hashlib.blake2b(pathlib.Path(mixture).read_bytes(), digest_size=8).hexdigest(),
-  }
-  plan |= {
     "root": str(root),
     "subset": float(subset),
     "samples_per_shard": per_shard,
-  } | dataclasses.asdict(settings)
-  plan |= {
+    **dataclasses.asdict(settings),
     "fps": float(settings.fps),
-    "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}",
+    **frames,
+    # they make the pixels
+    "av": av.__version__,
+    "pillow": PIL.__version__,
+    **{f"annotations {n}, {file.annotation}": file.digest for n, file in enumerate(files)},
   }
-  if tower:
-    plan |= {"frames": "features", "tower": tower.features.identity} | tower.settings
-  plan |= {"av": av.__version__, "pillow": PIL.__version__}  # they make the pixels
-  return plan | {f"annotations {n}, {file.annotation}": file.digest for n, file in enumerate(files)}
 
 
 def _digest(plan: dict[str, Any]) -> str:

@@ -8,14 +8,13 @@ machine stop, what it lost of them is noticed as they are read, by the CRC-32 at
 import contextlib
 import json
 import os
-import pathlib
 import struct
-import uuid
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from xcomp_jax.data.store import StoreError
+from xcomp_jax.files import replacing
 
 # the last bytes: how many the entry before them has, and the CRC-32 of all before this
 TRAILER = struct.Struct(">QI")
@@ -30,7 +29,6 @@ def writing_spool(target: str) -> Generator[Callable[[bytes | dict[str, Any]], N
   """A file that appears whole: the function that is given takes its records, and in the end its
   entry.
   """
-  temporary = f"{target}.{uuid.uuid4().hex}.tmp"
   crc = 0
 
   def write(part: bytes | dict[str, Any]) -> None:
@@ -41,15 +39,9 @@ def writing_spool(target: str) -> Generator[Callable[[bytes | dict[str, Any]], N
     if not isinstance(part, bytes):
       file.write(TRAILER.pack(len(content), crc))
 
-  try:
-    with open(temporary, "wb") as file:
-      yield write
-    os.replace(temporary, target)
-  except BaseException as error:
-    pathlib.Path(temporary).unlink(missing_ok=True)
-    if isinstance(error, OSError) and error.filename is None:
-      error.filename = target  # a full disk doesn't say of what
-    raise
+  with replacing(target, synced=False) as temporary, open(temporary, "wb") as file:
+    yield write
+    file.flush()  # it takes its name before it is closed
 
 
 def read_spool(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:

@@ -167,7 +167,9 @@ def finish_store(
   files = [shard for shard in shards if shard.records]
   if files:
     (folder / layout.folder).mkdir(exist_ok=True)
-    for shard, target in zip(files, shard_files(folder, layout, len(files)), strict=True):
+    for shard, target in zip(
+      files, store.files_of(folder / layout.folder, len(files)), strict=True
+    ):
       if not target.exists():
         os.rename(shard.path, target)
     _metadata(
@@ -191,32 +193,23 @@ def finish_store(
       base += shard.records
     writer.close()
   _metadata(folder / "samples", store.sample_features(), [len(samples)], size)
-  counts = {"samples": len(samples), "frames": sum(s.frames for s in samples), "records": base}
-  counts |= {
-    "checksum": store.checksum(samples),
-    "content": store.content_checksum(crc for shard in shards for crc in shard.crcs),
-  }
-  kept = {
-    "quality": layout.quality,
-    "features": layout.features and dataclasses.asdict(layout.features),
-  }
   text = {
     "format": store.FORMAT,
     "image_size": layout.image_size,
     "clip_frames": layout.clip_frames,
-    **kept,
+    "quality": layout.quality,
+    "features": layout.features and dataclasses.asdict(layout.features),
     **info,
-    **counts,
+    "samples": len(samples),
+    "frames": sum(s.frames for s in samples),
+    "records": base,
+    "checksum": store.checksum(samples),
+    "content": store.content_checksum(crc for shard in shards for crc in shard.crcs),
   }
   (folder / "store.json").write_text(
     json.dumps(text, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
   )
   return text
-
-
-def shard_files(folder: pathlib.Path, layout: store.Layout, count: int) -> list[pathlib.Path]:
-  """What `finish_store` calls the shards that have records."""
-  return store.files_of(folder / layout.folder, count)
 
 
 def encode_record(fields: Mapping[str, str | int | np.ndarray | Sequence[bytes]]) -> bytes:
