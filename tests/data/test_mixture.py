@@ -319,22 +319,23 @@ def test_annotations_from_a_pipe_are_refused_for_they_are_read_again(world):
 
 
 @pytest.mark.parametrize(
-  ("name", "content", "message"),
+  ("name", "content", "fields"),
   [
-    ("a.json", b'[{"a": 1},\n{"b" 2}]', r"a\.json, line 2: not JSON"),
-    ("a.jsonl", b'{"a": 1}\n\n{"b" 2}\n', r"a\.jsonl, line 3: not JSON"),
-    ("a.json", b'{"a": 1}', "expected a list of objects"),
-    ("a.jsonl", b"3\n", "expected a list of objects"),
-    ("a.json", b'["\xff"]', "can't be read: .*no UTF-8"),
-    ("a.json", b"", "line 1: not JSON"),
-    ("a.json", b"[" * 100000, "inside each other without end"),
-    ("a.json", b'[{"id": ' + b"9" * 5000 + b"}]", r"a\.json, line 1: .*digits"),
-    ("a.jsonl", "[]".encode("utf-16"), "can't be read: .*no UTF-8"),
+    ("a.json", b'[{"a": 1},\n{"b" 2}]', {"line": 2}),
+    ("a.jsonl", b'{"a": 1}\n\n{"b" 2}\n', {"line": 3}),
+    ("a.json", b'{"a": 1}', {"value": {"a": 1}}),
+    ("a.json", b'[{"a": 1}, 3]', {"position": 1, "value": 3}),
+    ("a.jsonl", b"3\n", {"position": 0, "value": 3}),
+    ("a.json", b'["\xff"]', {"line": None}),
+    ("a.json", b"", {"line": 1}),
+    ("a.json", b"[" * 100000, {"line": 1}),
+    ("a.json", b'[{"id": ' + b"9" * 5000 + b"}]", {"line": 1}),
+    ("a.jsonl", "[]".encode("utf-16"), {"line": None}),
   ],
 )
-def test_annotation_files_that_are_not(tmp_path, name, content, message):
+def test_annotation_files_that_are_not(tmp_path, name, content, fields):
   (tmp_path / name).write_bytes(content)
-  with pytest.raises(AnnotationError, match=message):
+  with refused(AnnotationError, where=tmp_path / name, **fields):
     read_annotations(tmp_path / name)
 
 

@@ -123,11 +123,10 @@ def planned(batch_size=5, seed=3, epochs=2) -> list[list[Micro]]:
   return out
 
 
-def run(store, tokenizer, cfg=CONFIG, plan=None, **share):
+def run(store, tokenizer, cfg=CONFIG, plan=None, load=None, **share):
   share = dataclasses.replace(ALONE, **share)
-  return pipeline.read_steps(
-    store, tokenizer, cfg, measure_lengths(store, tokenizer, cfg.mask), plan or planned(), share
-  )
+  lengths = measure_lengths(store, tokenizer, cfg.mask)
+  return pipeline.read_steps(store, tokenizer, cfg, lengths, plan or planned(), share, load)
 
 
 def parts(items) -> list[list]:
@@ -352,23 +351,18 @@ def test_a_hosts_clips_of_a_call_are_neighbours(store, tokenizer):
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 3), (4, 4)])
-def test_no_more_is_read_ahead_than_the_config_says(
-  store, tokenizer, monkeypatch, threads, prefetch
-):
+def test_no_more_is_read_ahead_than_the_config_says(store, tokenizer, threads, prefetch):
   taken, read, lock = 0, 0, threading.Lock()
-  original = pipeline._load
 
   def counting(*arguments):
     nonlocal read
     with lock:
       read += 1
       assert read - taken <= prefetch + 1  # the one that is waited for
-    return original(*arguments)
+    return pipeline.load_item(*arguments)
 
-  monkeypatch.setattr(pipeline, "_load", counting)
-  with contextlib.closing(
-    run(store, tokenizer, dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch))
-  ) as reader:
+  cfg = dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch)
+  with contextlib.closing(run(store, tokenizer, cfg, load=counting)) as reader:
     for _ in reader:
       if prefetch:
         time.sleep(0.002)  # for threads that read more than they should

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from refused import refused
 
+from xcomp_jax import inputs
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 
@@ -36,7 +37,7 @@ def turns(*texts):
 
 
 def text_of(tokenizer, got):
-  return tokenizer._core.decode([int(i) for i in got.tokens if i >= 0], skip_special_tokens=False)
+  return tokenizer.core.decode([int(i) for i in got.tokens if i >= 0], skip_special_tokens=False)
 
 
 def own_question(tokenizer, got):
@@ -167,7 +168,7 @@ def test_decoding_gives_back_any_text(tokenizer):
 
 
 def test_a_tokenizer_json_is_the_same_tokenizer(tokenizer, cases, tmp_path):
-  tokenizer._core.save(str(tmp_path / "tokenizer.json"))
+  tokenizer.core.save(str(tmp_path / "tokenizer.json"))
   got = prompt.question_prompt(prompt.load_tokenizer(tmp_path), cases[2]["question"], MESSAGE)
   assert got.tokens.tolist() == cases[2]["input_ids"]
 
@@ -192,7 +193,7 @@ def test_a_small_vocabulary_has_its_own_ids(reference, tmp_path, cases):
   )
 
   def name(t, ids):
-    return [t._core.id_to_token(int(i)) for i in ids if i != IMAGE_TOKEN]
+    return [t.core.id_to_token(int(i)) for i in ids if i != IMAGE_TOKEN]
 
   assert name(big, a.tokens) == name(small, b.tokens)
   np.testing.assert_array_equal(a.labels == IGNORE, b.labels == IGNORE)
@@ -247,13 +248,12 @@ def test_questions_that_cannot_be_asked_are_quoted(tokenizer):
 
 
 def test_a_directory_without_a_tokenizer_names_what_is_missing(reference, tmp_path):
-  with pytest.raises(
-    FileNotFoundError, match=r"vocab\.json, merges\.txt, tokenizer_config\.json missing"
-  ):
+  names = ["vocab.json", "merges.txt", "tokenizer_config.json"]
+  with refused(prompt.NoTokenizerError, where=tmp_path, missing=names):
     prompt.load_tokenizer(tmp_path)
   for name in ("vocab.json", "merges.txt"):
     shutil.copy(reference / "qwen_subset" / name, tmp_path)
-  with pytest.raises(FileNotFoundError, match=r": tokenizer_config\.json missing"):
+  with refused(prompt.NoTokenizerError, where=tmp_path, missing=["tokenizer_config.json"]):
     prompt.load_tokenizer(tmp_path)
   (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {}}')
   missing = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -277,5 +277,6 @@ def test_a_tokenizer_is_never_read_from_a_pipe(reference, tmp_path, name):
   shutil.copytree(reference / "qwen_subset", tmp_path / "t")
   (tmp_path / "t" / name).unlink(missing_ok=True)
   os.mkfifo(tmp_path / "t" / name)
-  with pytest.raises(OSError, match=f"{name} is a pipe, and must be a file"):
+  with pytest.raises(inputs.NoFileError) as caught:
     prompt.load_tokenizer(tmp_path / "t")
+  assert name in str(caught.value)

@@ -390,7 +390,7 @@ def test_files_of_many_shards_are_not_all_open(many):
 
 def test_too_many_open_files_are_told_as_such(many):
   store, limits = open_store(many), resource.getrlimit(resource.RLIMIT_NOFILE)
-  store_lib._reader.cache_clear()  # files of other tests
+  store_lib.opened_file.cache_clear()  # files of other tests
   used = len(os.listdir("/proc/self/fd"))
   resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, limits[1]))
   try:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from refused import refused
 
-from xcomp_jax import files
+from xcomp_jax import files, inputs
 from xcomp_jax.data import decoder, prompt, sampling, streams, video
 
 # a small recipe for small files
@@ -289,10 +289,9 @@ def test_a_gif_runs_at_one_frame_per_second(tmp_path):
     video.load_frames(path, size=16, style="train", read_type="gif", **LIMITS)
   pictures[0].save(path, "JPEG")  # no GIF at all, and cut
   path.write_bytes(path.read_bytes()[:-20])
-  with pytest.raises(
-    video.VideoError, match=r"a\.gif is no animation that can be read: image file is truncated"
-  ):
+  with refused(video.VideoError, where=path, readable=None) as caught:
     video.load_frames(path, size=16, style="ask", read_type="gif", **LIMITS)
+  assert "image file is truncated" in str(caught.value)
 
 
 def test_a_folder_is_read_in_natural_order_at_one_frame_per_second(tmp_path):
@@ -560,8 +559,9 @@ def test_pipes_devices_and_sockets_are_refused_without_waiting(tmp_path):
   Image.fromarray(frame(0)).save(tmp_path / "clip" / "0.png")
   os.mkfifo(tmp_path / "inside" / "0.png")
   for name in ("a.png", "a.gif", "a.mp4", "link.jpg", "zero.png", "clip", "inside"):
-    with pytest.raises(OSError, match=f"{name}.* is a (pipe|device), and must be a file"):
+    with pytest.raises(inputs.NoFileError) as caught:
       ask(tmp_path / name)
+    assert name in str(caught.value)
 
 
 def test_names_that_are_no_utf8_work(tmp_path):

@@ -157,6 +157,7 @@ def read_steps(
   lengths: Sequence[Length],
   steps: Sequence[Sequence[Micro]],
   share: ProcessShare,
+  load: Callable[..., Item] | None = None,
 ) -> BatchReader:
   """Reads what some steps compute. At any time at most cfg.prefetch items are read or being read
   ahead.
@@ -168,6 +169,7 @@ def read_steps(
     lengths: of all samples.
     steps: the micro-batches of each, as planned.
     share: what is read here.
+    load: reads an item; None: as `load_item`.
 
   Raises:
     ConfigError: rows that can't be split over the row groups.
@@ -182,7 +184,7 @@ def read_steps(
       )
   items = _Items(data, lengths, steps, share)
   load = functools.partial(
-    _load,
+    load or load_item,
     data,
     tokenizer,
     cfg.mask,
@@ -199,7 +201,7 @@ def read_steps(
   return BatchReader(items.ends, open_from)
 
 
-class _Planned(NamedTuple):
+class Planned(NamedTuple):
   """An item before it is read: a call's clips, as (sample, clip) int32[devices, n, 2], -1 for
   padding; or a micro-batch.
   """
@@ -233,7 +235,7 @@ class _Items:
   def __len__(self) -> int:
     return self.ends[-1]
 
-  def __getitem__(self, index: int) -> _Planned:
+  def __getitem__(self, index: int) -> Planned:
     step = bisect.bisect_right(self.ends, index) - 1
     return self._step(step)[index - self.ends[step]]
 
@@ -252,15 +254,15 @@ class _Items:
     ]
     return sum(n // self._share.clips + n % self._share.clips for n in each)
 
-  def _make(self, number: int) -> list[_Planned]:
+  def _make(self, number: int) -> list[Planned]:
     step, items = self._steps[number], []
     if self._encodes:
       for kind, _ in self._kinds(step):
         items += self._calls(step, kind)
     last = len(step) - 1
-    return [*items, *(_Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
+    return [*items, *(Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
 
-  def _calls(self, step: Sequence[Micro], kind: int) -> list[_Planned]:
+  def _calls(self, step: Sequence[Micro], kind: int) -> list[Planned]:
     """The tower's calls on all clips of so many frames. Those of a call are neighbours, so that a
     host reads few records.
     """
@@ -300,17 +302,17 @@ def _clips_of(
       slot += samples[i].frames
 
 
-def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> _Planned:
+def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> Planned:
   flat, fills = table.reshape(-1, 5), []
   for number in np.unique(flat[:, 2]):
     if number >= 0:
       place = np.where(flat[:, 2:3] == number, flat[:, 3:], -1).astype(np.int32)
       fills.append(Fill(int(number), step[number].shape, place))
-  return _Planned(table[..., :2], kind, tuple(fills), None, -1, False)
+  return Planned(table[..., :2], kind, tuple(fills), None, -1, False)
 
 
-def _load(
-  data: Blend, tokenizer, mask: Mask, kinds: set[int], share: ProcessShare, planned: _Planned
+def load_item(
+  data: Blend, tokenizer, mask: Mask, kinds: set[int], share: ProcessShare, planned: Planned
 ) -> Item:
   """Reads an item. kinds: frames of the clips that the data has."""
   if planned.clips is not None:

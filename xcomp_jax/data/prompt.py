@@ -38,17 +38,22 @@ class TokenizerError(XCompError, ValueError):
   """Files that make no tokenizer; the message names them."""
 
 
+class NoTokenizerError(XCompError, FileNotFoundError):
+  """A directory without a tokenizer's files. fields: where, missing."""
+
+
 class Tokenizer:
   """A Qwen2 tokenizer, or a smaller one with the same special tokens.
 
-  im_start, im_end, pad, newline: token ids. eos: the ids that end an answer (quirk Q20).
-  vocab_size: all ids are below it (a model's table is often larger).
+  core: what does the work, a `tokenizers.Tokenizer`. im_start, im_end, pad, newline: token ids.
+  eos: the ids that end an answer (quirk Q20). vocab_size: all ids are below it (a model's table is
+  often larger).
   """
 
   def __init__(self, core: Any, source: str):  # a tokenizers.Tokenizer
     core.no_truncation()
     core.no_padding()
-    self._core = core
+    self.core = core
     vocabulary = core.get_vocab(with_added_tokens=True)
     special = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     missing = [token for token in special if token not in vocabulary]
@@ -72,16 +77,16 @@ class Tokenizer:
 
   def encode(self, text: str) -> list[int]:
     """Token ids; special tokens written out in the text count as such."""
-    return self._core.encode(text, add_special_tokens=False).ids
+    return self.core.encode(text, add_special_tokens=False).ids
 
   def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids, and the characters [start, end) that each one stands for."""
-    encoding = self._core.encode(text, add_special_tokens=False)
+    encoding = self.core.encode(text, add_special_tokens=False)
     return encoding.ids, encoding.offsets
 
   def decode(self, ids: Iterable[SupportsInt], keep_special: bool = False) -> str:
     """Text, without the special tokens unless they are to be seen."""
-    return self._core.decode([int(i) for i in ids], skip_special_tokens=not keep_special)
+    return self.core.decode([int(i) for i in ids], skip_special_tokens=not keep_special)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +110,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
   byte-level BPE).
 
   Raises:
-    FileNotFoundError: the files that are missing.
+    NoTokenizerError: the files that are missing.
     ValueError: a file that is no tokenizer, or one without the chat template's special tokens.
   """
   directory = pathlib.Path(directory)
@@ -113,8 +118,10 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
   parts = [directory / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")]
   missing = [path.name for path in parts if not path.exists()]
   if missing and not whole.exists():
-    raise FileNotFoundError(
-      f"no tokenizer in {directory}: {', '.join(missing)} missing, and no tokenizer.json instead"
+    raise NoTokenizerError(
+      f"no tokenizer in {directory}: {', '.join(missing)} missing, and no tokenizer.json instead",
+      where=directory,
+      missing=missing,
     )
   import tokenizers  # not at the top: a model runs without
 

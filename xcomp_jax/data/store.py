@@ -297,7 +297,7 @@ class Rows:
     if not 0 <= key < len(self):
       raise IndexError(f"record {key} of {len(self)}")
     number = bisect.bisect_right(self._ends, key)
-    (record,) = _reader(self, number).read([key - (self._ends[number - 1] if number else 0)])
+    (record,) = opened_file(self, number).read([key - (self._ends[number - 1] if number else 0)])
     return self._features.deserialize_example_np(record)
 
   def file(self, number: int) -> str:
@@ -306,7 +306,7 @@ class Rows:
 
 
 @functools.lru_cache(maxsize=OPEN)
-def _reader(rows: Rows, number: int):
+def opened_file(rows: Rows, number: int):
   """Opens a file. When OPEN others have been opened since, it is dropped here, and closed once no
   thread reads from it.
   """
