@@ -12,7 +12,7 @@ hand, for stage `see`:
   python -m xcomp_jax.world --out demo/base/see/world --train 5000 --heldout 0 --scenes 1 1 \
       --questions 0 --seed 100
   python -m xcomp_jax.predecode --root demo/base/see/world --out demo/base/see/train \
-      --mixture demo/base/see/world/train.yaml --image_size 48 --min_frames 8
+      --mixture demo/base/see/world/train.yaml --image-size 48 --min-frames 8
   python -m xcomp_jax.train --config=configs/base.py:see
   python -m xcomp_jax.export --checkpoint demo/base/see/run --format=torch \
       --out demo/base/see/model

@@ -104,7 +104,14 @@ def sample():
     query = np.zeros(len(tokens), bool)
     query[-2] = True
     visual = rng.normal(size=(clips * clip_frames, 16, 32)).astype(np.float32) if clips else None
-    return Example(clips * clip_frames, visual, tokens, labels, query, seed)
+    return Example(
+      frames=clips * clip_frames,
+      visual=visual,
+      tokens=tokens,
+      labels=labels,
+      query=query,
+      index=seed,
+    )
 
   return make
 
@@ -125,7 +132,8 @@ def tiny_run(tmp_path_factory, reference):
   from xcomp_jax.config import LPCompConfig, ModelConfig, RunConfig
   from xcomp_jax.config_io import from_dict
   from xcomp_jax.data import prompt
-  from xcomp_jax.data.store import StoredSample, write_store
+  from xcomp_jax.data.store import StoredSample
+  from xcomp_jax.data.store_writing import write_store
   from xcomp_jax.model.vlm import VLM
 
   root = tmp_path_factory.mktemp("tiny_run")
@@ -194,7 +202,17 @@ def tiny_run(tmp_path_factory, reference):
       )
       message = prompt.time_message(clips / 2, clips * 4) if clips else ""
       visual = rng.integers(0, 256, (clips, 4, 48, 48, 3)).astype(np.uint8) if clips else None
-      yield StoredSample(f"s{i}", f"{i}.mp4", "a.json", i, talk, message), visual
+      yield (
+        StoredSample(
+          id=f"s{i}",
+          source=f"{i}.mp4",
+          annotation="a.json",
+          position=i,
+          conversations=talk,
+          time_message=message,
+        ),
+        visual,
+      )
 
   write_store(root / "train", items(12, 0), image_size=48, clip_frames=4)
   write_store(root / "heldout", items(5, 1), image_size=48, clip_frames=4)
@@ -283,7 +301,8 @@ def write_features():
   from xcomp_jax.checkpoints import loading
   from xcomp_jax.checkpoints.finding import resolve
   from xcomp_jax.checkpoints.sizes import read_vlm_config
-  from xcomp_jax.data.store import Features, open_store, write_store
+  from xcomp_jax.data.store import Features, open_store
+  from xcomp_jax.data.store_writing import write_store
   from xcomp_jax.inference import encoded_video
 
   def write(config, folder):

@@ -4,10 +4,11 @@ import contextlib
 import errno
 import io
 import os
+import re
 import select
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TextIO
 
 from xcomp_jax.errors import one_line, out_of_memory, too_many_files
@@ -88,6 +89,25 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)
     sys.exit(130)
+
+
+def hyphenated(argv: Sequence[str] | None) -> list[str]:
+  """Returns a command's arguments with the names of options spelled as they are now: earlier
+  versions wrote some with underscores, which a line on stderr says.
+
+  argv: None: those of this process. The names of a config's values, which have dots, stay.
+  """
+  found, old = [], []
+  for argument in sys.argv[1:] if argv is None else argv:
+    name, equals, value = argument.partition("=")
+    if re.fullmatch(r"--\w[\w-]*", name) and "_" in name:
+      old.append(name)
+      name = name.replace("_", "-")
+    found.append(name + equals + value)
+  if old:
+    names = ", ".join(f"{name.replace('_', '-')} for {name}" for name in dict.fromkeys(old))
+    print(f"options have hyphens now: write {names}", file=sys.stderr)
+  return found
 
 
 def _give_up_stdout() -> None:

@@ -29,7 +29,7 @@ from xcomp_jax.config import LPCompConfig, RunConfig
 from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data import pipeline, predecoding, prompt
 from xcomp_jax.data.batch import Example, Shape, collate
-from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.blend import Blend, measure_lengths
 from xcomp_jax.files import alone, expanduser, made_by
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.model import vlm
@@ -75,7 +75,7 @@ def right_answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> 
   assert config.data.heldout is not None  # `run_demo` says where they are
   data = open_data(config.data.heldout, cfg)
   tokenizer, right = prompt.load_tokenizer(directory), np.zeros(len(data), bool)
-  lengths = pipeline.measure_lengths(data, tokenizer, config.data.mask)
+  lengths = measure_lengths(data, tokenizer, config.data.mask)
   shape = Shape(
     ROWS,
     1,

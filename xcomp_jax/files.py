@@ -93,12 +93,14 @@ def absolute(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
+def replacing(target: str | os.PathLike, synced: bool = True) -> Generator[pathlib.Path]:
   """A name to write a file to, which becomes `target`, and reaches the disk, when the block ends
   well.
 
   When the block fails the file is removed; if the block has removed it, none is made. What a killed
   process left, `sweep` removes. What a link points to is replaced, not the link.
+
+  synced: it reaches the disk before it takes its name.
 
   Raises:
     OSError: it can't be written, or is no file, such as /dev/null or a pipe; the message names
@@ -119,7 +121,8 @@ def replacing(target: str | os.PathLike) -> Generator[pathlib.Path]:
         fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
       yield temporary
       if temporary.exists():
-        sync(temporary)
+        if synced:
+          sync(temporary)
         os.replace(temporary, os.path.realpath(target))
   except BaseException as error:
     # a file system that can't be written says so, even if there is no file

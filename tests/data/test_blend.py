@@ -6,13 +6,16 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 import pytest
+from refused import refused
 
 from xcomp_jax.config import ConfigError
+from xcomp_jax.data import blend as blends
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.data.store import Features, StoredSample, open_store, write_store
+from xcomp_jax.data.store import Features, StoredSample, open_store
+from xcomp_jax.data.store_writing import write_store
 
 SIZE, CLIP = 8, 4
 FEATURES = Features("0123456789abcdef", 16, 32)
@@ -27,7 +30,17 @@ def write(path, count, value, size=SIZE, features=None):
     else ((1, CLIP * 16, 32), ml_dtypes.bfloat16)
   )
   items = [
-    (StoredSample(f"{path.name}{i}", "", "a.json", i, talk, " "), np.full(shape, value, dtype))
+    (
+      StoredSample(
+        id=f"{path.name}{i}",
+        source="",
+        annotation="a.json",
+        position=i,
+        conversations=talk,
+        time_message=" ",
+      ),
+      np.full(shape, value, dtype),
+    )
     for i in range(count)
   ]
   write_store(path, items, image_size=size, clip_frames=CLIP, features=features)
@@ -122,12 +135,12 @@ def test_training_reads_the_blend(stores, reference):
     prefetch=2,
   )
   shape = Shape(6, 1, 16, 4, 64)
-  plan = [[Micro(shape, tuple((i,) for i in step))] for step in pipeline.run_order(blend, 6, 0, 2)]
+  plan = [[Micro(shape, tuple((i,) for i in step))] for step in blends.run_order(blend, 6, 0, 2)]
   assert len(plan) == 2 * (19 // 6)
   order = []
-  share = pipeline.ProcessShare((0,), 1, 1, (0,), 4, trained=True)
+  share = pipeline.ProcessShare(rows=(0,), groups=1, devices=1, mine=(0,), clips=4, trained=True)
   for item in pipeline.read_steps(
-    blend, tokenizer, cfg, pipeline.measure_lengths(blend, tokenizer, cfg.mask), plan, share
+    blend, tokenizer, cfg, blends.measure_lengths(blend, tokenizer, cfg.mask), plan, share
   ):
     for index, frames in zip(item.batch.index[:, 0].tolist(), item.clips[0].frames):
       order.append(index)
@@ -141,47 +154,45 @@ def test_training_reads_the_blend(stores, reference):
   assert [line.rsplit("; ", 1)[1] for line in lines] == [
     f"an epoch reads {n} samples" for n in ("5 of 10", "8 of 8", "6 of 3")
   ]
-  with pytest.raises(ConfigError, match="batch_size = 20, but an epoch reads only 19 samples"):
-    pipeline.run_order(blend, 20, 0, 1)
+  with refused(ConfigError, where="config.train.batch_size", value=20, found=19):
+    blends.run_order(blend, 20, 0, 1)
 
 
 @pytest.mark.parametrize(
-  "weights, words",
+  "weights, fields",
   [
-    ((1.0,), "config.data.weights has 1 numbers for 3 folders"),
-    ((1.0, 0.0, 1.0), r"config.data.weights = \(1.0, 0.0, 1.0\): must be numbers above 0"),
-    ((1.0, float("nan"), 1.0), "must be numbers above 0"),
-    ((1.0, float("inf"), 1.0), "must be numbers above 0"),
-    ((1.0, 1.0, 0.1), "has 0.1 for .*c: of its 3 samples an epoch reads none"),
+    ((1.0,), {"found": 1, "expected": 3}),
+    ((1.0, 0.0, 1.0), {"value": (1.0, 0.0, 1.0)}),
+    ((1.0, float("nan"), 1.0), {}),
+    ((1.0, float("inf"), 1.0), {"value": (1.0, float("inf"), 1.0)}),
+    ((1.0, 1.0, 0.1), {"value": 0.1}),
   ],
 )
-def test_weights_that_cannot_be_are_said(stores, weights, words):
-  with pytest.raises(ConfigError, match=words):
+def test_weights_that_cannot_be_are_said(stores, weights, fields):
+  with refused(ConfigError, where="config.data.weights", **fields) as caught:
     Blend(stores, weights)
+  little = stores[2].path if weights[-1] == 0.1 else None
+  assert caught.value.fields.get("store") == little
 
 
 def test_stores_of_different_kinds_are_refused(stores, tmp_path):
-  with pytest.raises(ConfigError, match="no data"):
+  with refused(ConfigError, where="config.data.train", kinds=None):
     Blend([])
   large = write(tmp_path / "large", 1, 0, size=16)
-  with pytest.raises(
-    ConfigError,
-    match=r"a holds frames of 8 pixels in clips of 4, but .*large holds frames of 16 pixels",
-  ):
+  kinds = tuple(f"frames of {size} pixels in clips of 4" for size in (8, 16))
+  with refused(ConfigError, stores=(stores[0].path, large.path), kinds=kinds):
     Blend([stores[0], large])
   features = write(tmp_path / "features", 1, 0, features=FEATURES)
-  with pytest.raises(
-    ConfigError,
-    match=(
-      r"a holds frames .*features holds features \(16 tokens of 32 .* by tower "
-      r"0123456789abcdef"
-    ),
-  ):
+  with refused(ConfigError, stores=(stores[0].path, features.path)) as caught:
     Blend([stores[0], features])
+  assert caught.value.fields["kinds"][1] == (
+    "features (16 tokens of 32 numbers a frame, by tower 0123456789abcdef) of frames of 8 pixels "
+    "in clips of 4"
+  )
   other = write(
     tmp_path / "other", 1, 0, features=dataclasses.replace(FEATURES, identity="fedcba9876543210")
   )
-  with pytest.raises(ConfigError, match=r"tower 0123456789abcdef\).*tower fedcba9876543210\)"):
+  with refused(ConfigError, where="config.data.train", stores=(features.path, other.path)):
     Blend([features, other])
   blend = Blend([features, write(tmp_path / "same", 2, 1, features=FEATURES)])
   assert blend.features == FEATURES and blend.visual(2).dtype == ml_dtypes.bfloat16

@@ -5,19 +5,15 @@ import itertools
 
 import numpy as np
 import pytest
+from lengths import mixture
+from refused import refused
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Length, Shape
 from xcomp_jax.data.packing import ShapeRoom
 
-
-def mixture(n: int, seed: int = 0) -> np.ndarray:
-  """Lengths distributed about as those of the paper's data."""
-  rng = np.random.default_rng(seed)
-  frames = rng.choice([1, 128, 144, 288, 864, 1024], n, p=[0.18, 0.24, 0.28, 0.12, 0.09, 0.09])
-  text = np.clip(rng.lognormal(5.1, 0.75, n), 30, 3200).astype(int)
-  return np.stack([frames, np.where(frames > 1, 8, 1), np.full(n, 14), text], 1)
+pytestmark = pytest.mark.pure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +107,12 @@ def test_transfers_decide_how_many_micro_batches_there_are():
   assert counts == [3, 1]
 
 
-def test_chosen_shapes_hold_all_samples_and_waste_little(monkeypatch):
-  monkeypatch.setattr(packing, "SAMPLED", 256)  # quicker, as fewer moves are
-  monkeypatch.setattr(packing, "MOVES", packing.MOVES[1::2])
+def test_chosen_shapes_hold_all_samples_and_waste_little():
   lengths = mixture(1800)
-  shapes, time = packing.choose_shapes(lengths, 32, ROOM, costs(lengths))
+  few = dict(sampled=256, moves=packing.MOVES[1::2])  # quicker
+  shapes, time = packing.choose_shapes(lengths, 32, ROOM, costs(lengths), **few)
   assert 1 <= len(shapes) <= packing.MOST and packing.fits(lengths, shapes)
-  assert (shapes, time) == packing.choose_shapes(lengths, 32, ROOM, costs(lengths))
+  assert (shapes, time) == packing.choose_shapes(lengths, 32, ROOM, costs(lengths), **few)
   for shape in shapes:
     assert shape.rows == 2 and shape.frames % 4 == 0 and (shape.samples * 16 + shape.text) % 4 == 0
     assert shape.frames <= ROOM.frames and shape.text <= ROOM.text
@@ -150,19 +145,22 @@ def test_shapes_of_a_config():
     Shape(2, 1, 16, 8192, 64),
     Shape(4, 8, 16, 1024, 512),
   )
-  for sizes, words in (
+  for sizes, problem in (
     ((3, 8, 1024, 512), "3 rows can't be split over data x fsdp = 2"),
     ((2, 8, 1022, 512), "1022 frames can't be split over context = 4; it takes a multiple of 4"),
     (
       (2, 8, 1024, 510),
-      r"the 638 token slots .* \(8 x 16 \+ 510\) can't be split over context = 4",
+      "the 638 token slots beside visual ones (8 x 16 + 510) can't be split over context = 4",
     ),
+    ((0, 8, 1024, 512), "must be (rows, samples, frames, text), each at least 1"),
   ):
-    with pytest.raises(ConfigError, match=words):
+    with refused(ConfigError, problems=[f"{sizes}: {problem}"]):
       packing.named_shapes([sizes], ROOM)
-  with pytest.raises(ConfigError, match=r'keep = "attention" .* a row can hold only one'):
+  with refused(ConfigError) as caught:
     packing.named_shapes([(2, 2, 1024, 512)], dataclasses.replace(ROOM, samples=1))
-  with pytest.raises(ConfigError, match="there are 5, and a run compiles at most 4"):
+  (problem,) = caught.value.fields["problems"]
+  assert problem.endswith("so a row can hold only one")
+  with refused(ConfigError, problems=["there are 5, and a run compiles at most 4"]):
     packing.named_shapes([(2, n, 1024, 512) for n in range(4, 24, 4)], ROOM)
 
 
@@ -180,8 +178,10 @@ def test_samples_that_fit_nothing_are_named():
   lengths = mixture(20)
   lengths[3, 3], lengths[7, 2] = 5000, 20
   lengths[10:18, 3] = 4000
-  with pytest.raises(
-    ConfigError, match="prefix_length = 16; make it 20: sample 7 has 20 tokens before"
+  with refused(
+    ConfigError,
+    where="the data does not fit config.data.prefix_length = 16; make it 20",
+    problems=["sample 7 has 20 tokens before the visual slot"],
   ):
     packing.check_fit(lengths, 16)
   lengths[7, 2] = 14

@@ -12,23 +12,21 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from refused import refused
 
 from xcomp_jax.config import ConfigError, DataConfig
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import IGNORE, Shape, collate, split_text
-from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.blend import Blend, measure_lengths, order, run_order, steps_per_epoch
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.pipeline import (
   MicroBatch,
   ProcessShare,
   TowerCall,
-  measure_lengths,
-  order,
   read_example,
-  run_order,
-  steps_per_epoch,
 )
-from xcomp_jax.data.store import Features, StoredSample, open_store, write_store
+from xcomp_jax.data.store import Features, StoredSample, open_store
+from xcomp_jax.data.store_writing import write_store
 
 SIZE, CLIP = 8, 4
 CONFIG = DataConfig(
@@ -84,7 +82,17 @@ def store(tmp_path_factory):
       visual = (
         np.full((frames // per_clip, per_clip, SIZE, SIZE, 3), i + 1, np.uint8) if frames else None
       )
-      yield StoredSample(f"s{i}", "", "a.json", i, talk, message), visual
+      yield (
+        StoredSample(
+          id=f"s{i}",
+          source="",
+          annotation="a.json",
+          position=i,
+          conversations=talk,
+          time_message=message,
+        ),
+        visual,
+      )
 
   write_store(path, items(), image_size=SIZE, clip_frames=CLIP)
   return Blend([open_store(path)])
@@ -115,11 +123,10 @@ def planned(batch_size=5, seed=3, epochs=2) -> list[list[Micro]]:
   return out
 
 
-def run(store, tokenizer, cfg=CONFIG, plan=None, **share):
+def run(store, tokenizer, cfg=CONFIG, plan=None, load=None, **share):
   share = dataclasses.replace(ALONE, **share)
-  return pipeline.read_steps(
-    store, tokenizer, cfg, measure_lengths(store, tokenizer, cfg.mask), plan or planned(), share
-  )
+  lengths = measure_lengths(store, tokenizer, cfg.mask)
+  return pipeline.read_steps(store, tokenizer, cfg, lengths, plan or planned(), share, load)
 
 
 def parts(items) -> list[list]:
@@ -153,9 +160,7 @@ def test_a_run_has_the_steps_of_its_epochs(store):
 
 
 def test_less_than_a_batch():
-  with pytest.raises(
-    ConfigError, match=r"train\.batch_size = 4, but an epoch reads only 3 samples"
-  ):
+  with refused(ConfigError, where="config.train.batch_size", value=4, found=3):
     steps_per_epoch(3, 4)
   assert steps_per_epoch(9, 4) == 2
 
@@ -346,23 +351,18 @@ def test_a_hosts_clips_of_a_call_are_neighbours(store, tokenizer):
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 3), (4, 4)])
-def test_no_more_is_read_ahead_than_the_config_says(
-  store, tokenizer, monkeypatch, threads, prefetch
-):
+def test_no_more_is_read_ahead_than_the_config_says(store, tokenizer, threads, prefetch):
   taken, read, lock = 0, 0, threading.Lock()
-  original = pipeline._load
 
   def counting(*arguments):
     nonlocal read
     with lock:
       read += 1
       assert read - taken <= prefetch + 1  # the one that is waited for
-    return original(*arguments)
+    return pipeline.load_item(*arguments)
 
-  monkeypatch.setattr(pipeline, "_load", counting)
-  with contextlib.closing(
-    run(store, tokenizer, dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch))
-  ) as reader:
+  cfg = dataclasses.replace(CONFIG, threads=threads, prefetch=prefetch)
+  with contextlib.closing(run(store, tokenizer, cfg, load=counting)) as reader:
     for _ in reader:
       if prefetch:
         time.sleep(0.002)  # for threads that read more than they should
@@ -371,7 +371,7 @@ def test_no_more_is_read_ahead_than_the_config_says(
 
 
 def test_rows_that_groups_cannot_share_are_refused(store, tokenizer):
-  with pytest.raises(ConfigError, match="2 rows can't be split evenly over 3 row groups"):
+  with refused(ConfigError, rows=2, groups=3):
     run(store, tokenizer, rows=(0,), groups=3)
 
 
@@ -396,7 +396,7 @@ def test_from_its_state_a_reader_gives_the_identical_rest(store, tokenizer):
     second.set_state(json.loads(json.dumps(state)))
     for a, b in zip([item for part in steps[done:] for item in part], second, strict=True):
       assert same(a, b)
-  with pytest.raises(ConfigError, match="up to step 5, but the run has 4 steps"):
+  with refused(ConfigError, where="step", value=5, allowed=4):
     second.set_state({"step": 5})
 
 

@@ -6,13 +6,18 @@ real ids.
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
 import pytest
+from refused import refused
 
+from xcomp_jax import inputs
 from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
+
+pytestmark = pytest.mark.pure
 
 MESSAGE = prompt.time_message(123.45, 128)
 
@@ -32,7 +37,7 @@ def turns(*texts):
 
 
 def text_of(tokenizer, got):
-  return tokenizer._core.decode([int(i) for i in got.tokens if i >= 0], skip_special_tokens=False)
+  return tokenizer.core.decode([int(i) for i in got.tokens if i >= 0], skip_special_tokens=False)
 
 
 def own_question(tokenizer, got):
@@ -163,7 +168,7 @@ def test_decoding_gives_back_any_text(tokenizer):
 
 
 def test_a_tokenizer_json_is_the_same_tokenizer(tokenizer, cases, tmp_path):
-  tokenizer._core.save(str(tmp_path / "tokenizer.json"))
+  tokenizer.core.save(str(tmp_path / "tokenizer.json"))
   got = prompt.question_prompt(prompt.load_tokenizer(tmp_path), cases[2]["question"], MESSAGE)
   assert got.tokens.tolist() == cases[2]["input_ids"]
 
@@ -188,7 +193,7 @@ def test_a_small_vocabulary_has_its_own_ids(reference, tmp_path, cases):
   )
 
   def name(t, ids):
-    return [t._core.id_to_token(int(i)) for i in ids if i != IMAGE_TOKEN]
+    return [t.core.id_to_token(int(i)) for i in ids if i != IMAGE_TOKEN]
 
   assert name(big, a.tokens) == name(small, b.tokens)
   np.testing.assert_array_equal(a.labels == IGNORE, b.labels == IGNORE)
@@ -234,25 +239,25 @@ def test_annotations_that_cannot_be_used_are_quoted(tokenizer, conversations, me
 
 
 def test_questions_that_cannot_be_asked_are_quoted(tokenizer):
-  with pytest.raises(prompt.AnnotationError, match="the question is empty"):
+  with refused(prompt.AnnotationError, where="question", missing=True):
     prompt.question_prompt(tokenizer, " \n", MESSAGE)
-  with pytest.raises(prompt.AnnotationError, match=r"must not be written .*'What <image>'"):
+  with refused(prompt.AnnotationError, where="question", value="What <image>"):
     prompt.question_prompt(tokenizer, "What <image>", MESSAGE)
-  with pytest.raises(prompt.AnnotationError, match="'a<image>'"):
+  with refused(prompt.AnnotationError, where="history", value="a<image>"):
     prompt.question_prompt(tokenizer, "What?", MESSAGE, [("Why?", "a<image>")])
 
 
 def test_a_directory_without_a_tokenizer_names_what_is_missing(reference, tmp_path):
-  with pytest.raises(
-    FileNotFoundError, match=r"vocab\.json, merges\.txt, tokenizer_config\.json missing"
-  ):
+  names = ["vocab.json", "merges.txt", "tokenizer_config.json"]
+  with refused(prompt.NoTokenizerError, where=tmp_path, missing=names):
     prompt.load_tokenizer(tmp_path)
   for name in ("vocab.json", "merges.txt"):
     shutil.copy(reference / "qwen_subset" / name, tmp_path)
-  with pytest.raises(FileNotFoundError, match=r": tokenizer_config\.json missing"):
+  with refused(prompt.NoTokenizerError, where=tmp_path, missing=["tokenizer_config.json"]):
     prompt.load_tokenizer(tmp_path)
   (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {}}')
-  with pytest.raises(ValueError, match=r"lacks <\|im_start\|>, <\|im_end\|>, <\|endoftext\|>"):
+  missing = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+  with refused(prompt.TokenizerError, where=str(tmp_path), missing=missing):
     prompt.load_tokenizer(tmp_path)
   (tmp_path / "tokenizer_config.json").write_text("{")
   with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON"):
@@ -262,11 +267,9 @@ def test_a_directory_without_a_tokenizer_names_what_is_missing(reference, tmp_pa
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b"{}", b'{"model": 5}'])
 def test_a_damaged_tokenizer_is_one_error_with_its_name(tmp_path, content):
   (tmp_path / "tokenizer.json").write_bytes(content)
-  with pytest.raises(
-    prompt.TokenizerError,
-    match=r"tokenizer\.json( is no tokenizer: |, line 1: byte 0xff is no UTF-8)",
-  ):
+  with pytest.raises(prompt.TokenizerError) as caught:
     prompt.load_tokenizer(tmp_path)
+  assert re.search(r"tokenizer\.json( is no tokenizer: |, line 1: byte 0xff)", str(caught.value))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
@@ -274,5 +277,6 @@ def test_a_tokenizer_is_never_read_from_a_pipe(reference, tmp_path, name):
   shutil.copytree(reference / "qwen_subset", tmp_path / "t")
   (tmp_path / "t" / name).unlink(missing_ok=True)
   os.mkfifo(tmp_path / "t" / name)
-  with pytest.raises(OSError, match=f"{name} is a pipe, and must be a file"):
+  with pytest.raises(inputs.NoFileError) as caught:
     prompt.load_tokenizer(tmp_path / "t")
+  assert name in str(caught.value)

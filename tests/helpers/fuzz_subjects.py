@@ -60,7 +60,7 @@ def make(good: pathlib.Path) -> None:
   saving.save_orbax(good / "orbax", model, cfg, tiny)
   write_tuned(tiny, read_tuned(good / "sharded"))
   shutil.copytree(tiny, good / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
-  prompt.load_tokenizer(tiny)._core.save(str(good / "tokenizer" / "tokenizer.json"))
+  prompt.load_tokenizer(tiny).core.save(str(good / "tokenizer" / "tokenizer.json"))
 
   world = decoding.make_world(good / "world")
   pictures = [

@@ -239,7 +239,7 @@ COMMANDS = (
     leaves={"out"},
     result=lambda own, said: contents(own / "out"),
     line=lambda shared, own: command_lines.predecode(
-      shared / "world", own / "out", "--workers=2", "--samples_per_shard=2"
+      shared / "world", own / "out", "--workers=2", "--samples-per-shard=2"
     ),
   ),
   Killed(

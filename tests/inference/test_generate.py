@@ -39,7 +39,12 @@ def test_cached_decoding_equals_a_full_pass_at_every_step(model, sample):
       assert token == whole[i].argmax()
       longer = np.append(p.tokens, token).astype(np.int32)
       prompts[i] = Example(
-        p.frames, p.visual, longer, np.full_like(longer, -100), np.zeros(len(longer), bool), 0
+        frames=p.frames,
+        visual=p.visual,
+        tokens=longer,
+        labels=np.full_like(longer, -100),
+        query=np.zeros(len(longer), bool),
+        index=0,
       )
 
 

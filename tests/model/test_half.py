@@ -21,7 +21,7 @@ from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import COSINE, ConfigError, ModelConfig
 from xcomp_jax.config_io import from_command_line
-from xcomp_jax.data.decode_jobs import FrameSettings
+from xcomp_jax.data.sampling import FrameSettings
 from xcomp_jax.inference import encoded_video, generate, video_model
 from xcomp_jax.model import kernels, layers, token_merging, umt, vlm
 from xcomp_jax.model.attention import AttentionMask, attend
@@ -362,7 +362,7 @@ def test_an_encoded_video_of_another_dtype_is_refused(tiny, tmp_path):
 def test_a_store_of_features_says_that_it_was_computed_in_float16(reference):
   assets = str(reference.parents[1] / "assets" / "tiny")
   wide, half = (
-    predecode.load_tower(assets, FrameSettings(48, 16, 8, 8.0, 8), 4, dtype=dtype)
+    predecode.load_tower(assets, FrameSettings(image_size=48), 4, dtype=dtype)
     for dtype in ("float32", "float16")
   )
   assert half.features == wide.features  # one tower; training takes both

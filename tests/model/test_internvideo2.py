@@ -209,7 +209,7 @@ def test_a_model_with_this_tower_is_tuned_exported_asked_and_evaluated(
   )
   with pytest.raises(
     ConfigError,
-    match=r"has positions for clips of 4 frames, not of 8: .* --clip_frames 4 of predecode",
+    match=r"has positions for clips of 4 frames, not of 8: .* --clip-frames 4 of predecode",
   ):
     predecode.load_tower(str(checkpoint), dataclasses.replace(settings, clip_frames=8), 2)
   tower = predecode.load_tower(str(checkpoint), settings, 2)

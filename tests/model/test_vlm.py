@@ -102,7 +102,10 @@ def test_clips_fill_the_rows_that_they_are_of(tiny):
 
   videos = Clips(shown(2, 8), np.array([[9, 0], [0, -1]], np.int32))
   images = Clips(shown(1, 1), np.array([[8], [-1]], np.int32))
-  batch = Batch(np.zeros((2, 18, 16, 32), np.float32), *[None] * 9)
+  batch = Batch(
+    **dict.fromkeys(field.name for field in dataclasses.fields(Batch))
+    | {"visual": np.zeros((2, 18, 16, 32), np.float32)}
+  )
   got = jax.jit(vlm.seen)(model, batch, (videos, images)).visual
 
   def alone(frames):

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 from gradient import abstract_step
-from test_packing import mixture
+from lengths import mixture
 
 from xcomp_jax.bench import parts
 from xcomp_jax.checkpoints import tensor_names
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.config import ConfigError
 from xcomp_jax.config_io import from_command_line
-from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data import blend, packing
 from xcomp_jax.data.batch import Length, Shape, fake_batch
 from xcomp_jax.parallel import mesh as meshes
 from xcomp_jax.parallel.mesh import PARAMETERS, batch_sharding, make_mesh
@@ -190,7 +190,7 @@ def test_lengths_choose_mesh_and_shapes(monkeypatch):
   )
   assert sorted(
     i for step in made.steps for micro in step for row in micro.rows for i in row
-  ) == sorted(i for step in pipeline.order(range(200), 32, config.seed, 0) for i in step)
+  ) == sorted(i for step in blend.order(range(200), 32, config.seed, 0) for i in step)
   with pytest.raises(ConfigError, match="an epoch reads only 20 samples"):
     programs.make(config, None, lengths=lengths[:20])
 

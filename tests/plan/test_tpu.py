@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import NamedSharding, PartitionSpec
-from test_packing import mixture
+from lengths import mixture
 
 from xcomp_jax.bench import bench, parts
 from xcomp_jax.checkpoints import loading

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from xcomp_jax import files
-from xcomp_jax.data.store import StoredSample, write_store
+from xcomp_jax.data.store import StoredSample
+from xcomp_jax.data.store_writing import write_store
 from xcomp_jax.inference import selection
 from xcomp_jax.model import lp_comp, qwen2
 from xcomp_jax.study import cell_results, measures, miniature, study

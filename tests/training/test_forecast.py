@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_packing import mixture
+from lengths import mixture
 
 from xcomp_jax.config import (
   ConfigError,

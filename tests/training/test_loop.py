@@ -26,8 +26,8 @@ from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig
 from xcomp_jax.config_io import from_dict
-from xcomp_jax.data import pipeline
 from xcomp_jax.data.batch import Shape
+from xcomp_jax.data.blend import run_order
 from xcomp_jax.data.store import open_store
 from xcomp_jax.training import checkpoint, loop, metrics, prepare
 
@@ -183,7 +183,7 @@ def test_a_run_on_a_blend_goes_on_with_its_weights_only(tiny_run, tmp_path, caps
 def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run, tmp_path):
   config = tiny_run(tmp_path / "w", **{"train.save_every": 1})
   cfg = read_vlm_config(resolve(config.init_from), config.model, config.lp_comp)
-  third = pipeline.run_order(prepare.open_data(config.data.train, cfg), 3, 0, 1)[2]
+  third = run_order(prepare.open_data(config.data.train, cfg), 3, 0, 1)[2]
   bad = third[1]
 
   class Poisoned(loop.Loop):
@@ -516,7 +516,7 @@ def test_the_command_explains_itself(capsys, flag):
 
 @pytest.mark.slow
 def test_1200_files_of_clips_under_256_open_files(tmp_path):
-  from xcomp_jax.data import store
+  from xcomp_jax.data import store, store_writing
   from xcomp_jax.files import fresh_folder
 
   layout, rng = store.Layout(48, 8, None, None), np.random.default_rng(0)
@@ -524,13 +524,20 @@ def test_1200_files_of_clips_under_256_open_files(tmp_path):
   with fresh_folder(tmp_path / "data", "store") as folder:
     parts = []
     for i in range(1200):
-      sample = store.StoredSample(str(i), f"{i}.png", "a.json", i, talk, "")
+      sample = store.StoredSample(
+        id=str(i),
+        source=f"{i}.png",
+        annotation="a.json",
+        position=i,
+        conversations=talk,
+        time_message="",
+      )
       parts.append(
-        store.write_shard(
+        store_writing.write_shard(
           folder / f"{i}", [(sample, rng.integers(0, 256, (1, 1, 48, 48, 3), np.uint8))], layout
         )
       )
-    store.finish_store(folder, parts, layout, {})
+    store_writing.finish_store(folder, parts, layout, {})
   line = [
     sys.executable,
     "-m",

@@ -20,7 +20,8 @@ import pytest
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.config_io import to_dict
-from xcomp_jax.data.store import open_store, write_store
+from xcomp_jax.data.store import open_store
+from xcomp_jax.data.store_writing import write_store
 from xcomp_jax.training import checkpoint, loop, workdir
 
 

@@ -28,7 +28,7 @@ from xcomp_jax.config import (
   VisionConfig,
   VLMConfig,
 )
-from xcomp_jax.data import packing, pipeline, prompt
+from xcomp_jax.data import blend, packing, pipeline, prompt
 from xcomp_jax.data.batch import Length, Shape, batch_spec
 from xcomp_jax.model import vlm
 from xcomp_jax.parallel.mesh import groups_of, make_mesh
@@ -250,7 +250,7 @@ def test_losses_and_gradients_on_features_are_those_on_frames(
       Shape(4, 3, 80, 32, 400), tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3))
     )
     lengths, encoder = (
-      pipeline.measure_lengths(data, tokenizer, "assistant"),
+      blend.measure_lengths(data, tokenizer, "assistant"),
       loop.ClipEncoder(it.steps, it.mesh),
     )
     with jax.set_mesh(it.mesh):

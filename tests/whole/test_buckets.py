@@ -22,10 +22,11 @@ from xcomp_jax import export, files
 from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.tensor_files import CheckpointError
 from xcomp_jax.config import ConfigError
-from xcomp_jax.data.decode_jobs import FrameSettings
 from xcomp_jax.data.mixture import read_mixture
 from xcomp_jax.data.predecoding import predecode
-from xcomp_jax.data.store import open_store, write_store
+from xcomp_jax.data.sampling import FrameSettings
+from xcomp_jax.data.store import open_store
+from xcomp_jax.data.store_writing import write_store
 from xcomp_jax.data.video import sample
 from xcomp_jax.evaluation.runner import Answers
 from xcomp_jax.inference.video_model import VideoModel
@@ -213,7 +214,9 @@ def test_a_bucket_that_cant_be_reached_is_said_on_a_line(monkeypatch):
       "a folder .* by a rename. Give a folder of",
     ),
     (
-      lambda path: predecode("mixture.yaml", path, FrameSettings(48, 8, 8, 1.0, 8)),
+      lambda path: predecode(
+        "mixture.yaml", path, FrameSettings(image_size=48, max_frames=8, min_frames=8, fps=1.0)
+      ),
       "a store appears by a rename. Give a folder of this machine, and copy it when it is done",
     ),
     (

@@ -4,7 +4,6 @@ names is there.
 
 import argparse
 import ast
-import functools
 import importlib
 import pathlib
 import re
@@ -13,7 +12,6 @@ import tomllib
 
 import pytest
 import yaml
-from absl import flags
 
 from xcomp_jax.config_io import from_command_line
 
@@ -75,30 +73,12 @@ def parser(program, monkeypatch):
   return met.value.args[0]
 
 
-def predecode_flags(monkeypatch):
-  """The options of `predecode`, apart from those of this process."""
-  own = flags.FlagValues()
-  module = importlib.import_module("xcomp_jax.predecode")
-  kinds = {
-    kind: functools.partial(getattr(flags, kind), flag_values=own)
-    for kind in dir(flags)
-    if kind.startswith("DEFINE")
-  }
-  with monkeypatch.context() as patch:
-    patch.setattr(module, "flags", argparse.Namespace(**kinds))
-    module._define_flags()
-  return own
-
-
 def take(program, arguments, monkeypatch):
   """Has a program's own parser read the arguments, which ends the process (argparse) or raises
   where it can't.
   """
   if program == "train":
     from_command_line(["train", *arguments])
-  elif program == "predecode":
-    own = predecode_flags(monkeypatch)
-    assert own(["predecode", *arguments]) == ["predecode"]
   else:
     _, more = parser(program, monkeypatch).parse_known_args(arguments)
     if program == "plan":

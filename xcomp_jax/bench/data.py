@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from xcomp_jax.cli import command
-from xcomp_jax.data import container, store, video
+from xcomp_jax.data import decoder, store, store_writing, video
 from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import plain
 
@@ -76,7 +76,7 @@ def decoding_costs(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
     assert chosen.found is not None  # of a video
     wanted = set(chosen.indices.tolist())
     for i, image in enumerate(
-      container.pictures(pathlib.Path(path), chosen.found, range(chosen.stop), chosen.stop)
+      decoder.pictures(pathlib.Path(path), chosen.found, range(chosen.stop), chosen.stop)
     ):
       if i in wanted:
         video.resize(image[None], size)
@@ -126,10 +126,20 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
     for name, (visual, how) in kinds.items():
       folders = (pathlib.Path(place) / f"{name} {n}" for n in range(repeat))
       talk = ({"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""})
-      items = [(store.StoredSample(str(i), "", "", i, talk, ""), visual) for i in range(samples)]
+      items = [
+        (
+          store.StoredSample(
+            id=str(i), source="", annotation="", position=i, conversations=talk, time_message=""
+          ),
+          visual,
+        )
+        for i in range(samples)
+      ]
 
       def write(items=items, how=how, folders=folders):
-        return store.write_store(next(folders), items, image_size=size, clip_frames=CLIP, **how)
+        return store_writing.write_store(
+          next(folders), items, image_size=size, clip_frames=CLIP, **how
+        )
 
       written, _ = timed(write, repeat)
       folder = pathlib.Path(place) / f"{name} 0"
@@ -172,7 +182,7 @@ def decoding_memory(path: str, size: int, more: Sequence[str] = ()) -> str:
       "--out",
       str(at / "out"),
     ]
-    line += ["--workers=0", f"--image_size={size}", *more]
+    line += ["--workers=0", f"--image-size={size}", *more]
     took, _ = timed(lambda: subprocess.run(line, check=True, stdout=subprocess.DEVNULL))
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kB on Linux
   return (

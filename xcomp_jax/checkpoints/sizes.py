@@ -268,7 +268,7 @@ def _clip_frames(
     raise ConfigError(
       f"{file}: the InternVideo2 tower has positions for clips of {takes} frames, not of {frames}: "
       f"set model.clip_frames to "
-      f"{takes} or auto (--clip-frames {takes}; --clip_frames {takes} of predecode, so that the "
+      f"{takes} or auto (--clip-frames {takes}; --clip-frames {takes} of predecode, so that the "
       f"data has such clips)",
       where=file,
       value=frames,

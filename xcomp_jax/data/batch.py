@@ -13,12 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-IMAGE_TOKEN = -200  # stands in `Example.tokens` where the visual tokens go (FACTS.md 3)
-IGNORE = -100  # a label or target that is not supervised
+from xcomp_jax.data.prompt import IGNORE, IMAGE_TOKEN
+from xcomp_jax.errors import XCompError
+
 Leaf = Any  # an array of numpy or jax, or whatever a tree_map puts in its place (specs, shardings)
 
 
-@dataclasses.dataclass(frozen=True)
+class BatchError(XCompError, ValueError):
+  """Samples that make no batch; the message names the first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
   """One sample on the host.
 
@@ -70,7 +75,7 @@ class Shape:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
   """What the LLM takes: B rows of up to M samples. Arrays of numpy, jax, or ShapeDtypeStruct.
 
@@ -115,13 +120,16 @@ def split_text(example: Example) -> tuple[int, int]:
   """Gives (tokens before, tokens after) the visual slot of a sample.
 
   Raises:
-    ValueError: not one slot in a sample that has frames, or one in text alone.
+    BatchError: not one slot in a sample that has frames, or one in text alone.
   """
   slots = np.flatnonzero(example.tokens == IMAGE_TOKEN)
   if len(slots) != (example.frames > 0):
-    raise ValueError(
+    raise BatchError(
       f"sample {example.index}: {len(slots)} visual slots for {example.frames} frames; expected "
-      f"one slot, or no frames"
+      f"one slot, or no frames",
+      sample=example.index,
+      slots=len(slots),
+      frames=example.frames,
     )
   before = int(slots[0]) if len(slots) else 0
   return before, len(example.tokens) - before - len(slots)
@@ -140,17 +148,21 @@ def collate(
     visual: ((N, D), dtype) of a frame's merged tokens; None: as the samples have them, if they do.
 
   Raises:
-    ValueError: samples that do not fit the shape, or visual arrays of different kinds.
+    BatchError: samples that do not fit the shape, or visual arrays of different kinds.
   """
   if len(rows) > shape.rows:
-    raise ValueError(f"{len(rows)} rows for a batch of {shape.rows}")
+    raise BatchError(
+      f"{len(rows)} rows for a batch of {shape.rows}", found=len(rows), allowed=shape.rows
+    )
   B, M, P, L = shape.rows, shape.samples, shape.prefix, shape.text
   kinds = {
     (e.visual.shape[1:], e.visual.dtype) for row in rows for e in row if e.visual is not None
   }
   kinds |= set() if visual is None else {(visual[0], np.dtype(visual[1]))}
   if len(kinds) > 1:
-    raise ValueError(f"visual tokens of different kinds in one batch: {sorted(map(str, kinds))}")
+    raise BatchError(
+      f"visual tokens of different kinds in one batch: {sorted(map(str, kinds))}", kinds=kinds
+    )
   tokens = None
   for kind, dtype in kinds:
     tokens = np.zeros((B, shape.frames, *kind), dtype)
@@ -167,10 +179,14 @@ def collate(
     for m, example in enumerate(row):
       p, n = split_text(example)
       if m >= M or p > P or t + example.frames > shape.frames or l + n > L:
-        raise ValueError(
+        raise BatchError(
           f"sample {example.index} has {example.frames} frames, {p} tokens before and {n} after "
           f"the visual slot; behind {m} samples "
-          f"of {t} frames and {l} tokens in its row it does not fit {shape}"
+          f"of {t} frames and {l} tokens in its row it does not fit {shape}",
+          sample=example.index,
+          held=(example.frames, p, n),
+          taken=(t, l),
+          shape=shape,
         )
       first = len(example.tokens) - n  # of the tokens after the slot
       prefix[r, m, :p], text[r, l : l + n] = example.tokens[:p], example.tokens[first:]
@@ -185,9 +201,17 @@ def collate(
       frames[r, m], prefix_length[r, m], text_length[r, m] = example.frames, p, n
       weight[r, m], index[r, m] = 1, example.index
       t, l = t + example.frames, l + n
-  targets = np.concatenate([before, last, after], axis=1)
   return Batch(
-    tokens, frames, prefix, prefix_length, text, text_length, targets, query, weight, index
+    visual=tokens,
+    frames=frames,
+    prefix=prefix,
+    prefix_length=prefix_length,
+    text=text,
+    text_length=text_length,
+    targets=np.concatenate([before, last, after], axis=1),
+    query=query,
+    weight=weight,
+    index=index,
   )
 
 

@@ -1,4 +1,4 @@
-"""Stores one behind the other, and which of their samples an epoch reads."""
+"""Stores one behind the other: which of their samples each step reads, and how long they are."""
 
 import bisect
 import itertools
@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xcomp_jax.config import ConfigError
+from xcomp_jax.config import ConfigError, Mask
+from xcomp_jax.data import prompt
+from xcomp_jax.data.batch import Length
 from xcomp_jax.data.store import Features, Store, StoredSample
+from xcomp_jax.progress import progress
 
 
 def permutation(n: int, *key: int) -> list[int]:
@@ -36,25 +39,34 @@ class Blend:
     self.stores = tuple(stores)
     self.weights = (1.0,) * len(self.stores) if weights is None else tuple(weights)
     if not self.stores:
-      raise ConfigError("no data: config.data.train names no folder")
+      raise ConfigError("no data: config.data.train names no folder", where="config.data.train")
     if len(self.weights) != len(self.stores):
       raise ConfigError(
         f"config.data.weights has {len(self.weights)} numbers for {len(self.stores)} folders in "
-        f"config.data.train; give one for each"
+        f"config.data.train; give one for each",
+        where="config.data.weights",
+        found=len(self.weights),
+        expected=len(self.stores),
       )
     for store, weight, count in zip(self.stores, self.weights, self._counts()):
       if not count:
         raise ConfigError(
           f"config.data.weights has {weight} for {store.path}: of its {len(store)} samples an "
           f"epoch reads none; "
-          "give a larger weight, or leave the folder out"
+          "give a larger weight, or leave the folder out",
+          where="config.data.weights",
+          value=weight,
+          store=store.path,
         )
     kinds = [_kind(store) for store in self.stores]
     for store, kind in zip(self.stores, kinds):
       if kind != kinds[0]:
         raise ConfigError(
           f"{self.stores[0].path} holds {kinds[0]}, but {store.path} holds {kind}; a run reads one "
-          f"kind"
+          f"kind",
+          where="config.data.train",
+          stores=(self.stores[0].path, store.path),
+          kinds=(kinds[0], kind),
         )
     self.samples: tuple[StoredSample, ...] = tuple(
       itertools.chain.from_iterable(store.samples for store in self.stores)
@@ -127,7 +139,11 @@ class Blend:
   def _counts(self) -> list[int]:
     """Samples of each store in an epoch."""
     if not all(0 < weight < math.inf for weight in self.weights):
-      raise ConfigError(f"config.data.weights = {self.weights}: must be numbers above 0")
+      raise ConfigError(
+        f"config.data.weights = {self.weights}: must be numbers above 0",
+        where="config.data.weights",
+        value=self.weights,
+      )
     return [
       math.floor(weight * len(store) + 0.5) for weight, store in zip(self.weights, self.stores)
     ]
@@ -143,3 +159,63 @@ def _kind(store: Store) -> str:
       f"of " + what
     )
   return f"{what} in clips of {store.clip_frames}"
+
+
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+  """Optimizer steps of an epoch; samples that do not fill a last batch wait for another epoch's
+  order.
+
+  Raises:
+    ConfigError: not even one batch.
+  """
+  if samples < batch_size:
+    raise ConfigError(
+      f"train.batch_size = {batch_size}, but an epoch reads only {samples} samples; make "
+      f"it smaller",
+      where="config.train.batch_size",
+      value=batch_size,
+      found=samples,
+    )
+  return samples // batch_size
+
+
+def order(samples: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+  """The samples of each step of an epoch: random ones, images and videos mixed, as in the release
+  (FACTS.md 14).
+  """
+  shuffled = [samples[i] for i in permutation(len(samples), seed, epoch, 0)]
+  return [
+    shuffled[i : i + batch_size] for i in range(0, len(shuffled) - batch_size + 1, batch_size)
+  ]
+
+
+def run_order(data: Blend, batch_size: int, seed: int, epochs: int) -> list[list[int]]:
+  """The samples of each step of a run.
+
+  Raises:
+    ConfigError: not even one batch.
+  """
+  steps_per_epoch(data.per_epoch, batch_size)  # refuses too few
+  return [
+    step
+    for epoch in range(epochs)
+    for step in order(data.epoch(seed, epoch), batch_size, seed, epoch)
+  ]
+
+
+def measure_lengths(data: Blend, tokenizer, mask: Mask) -> list[Length]:
+  """Lengths of every sample under this tokenizer; a minute's work for the paper's 71,927, so there
+  is a bar.
+
+  Tokens are not kept: they would take hundreds of megabytes of every process, while making them
+  again takes less than reading the sample's clips.
+  """
+  lengths = []
+  for sample in progress(data.samples, unit="sample", desc="tokens", delay=5.0, leave=False):
+    tokens = prompt.sample_prompt(tokenizer, sample, mask).tokens
+    slots = np.flatnonzero(tokens == prompt.IMAGE_TOKEN)
+    before = int(slots[0]) + 1 if len(slots) else 0
+    lengths.append(
+      Length(sample.frames, sample.clip_frames, max(before - 1, 0), len(tokens) - before)
+    )
+  return lengths

@@ -21,13 +21,14 @@ import os
 import pathlib
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from xcomp_jax.data import spools, store, video
+from xcomp_jax.data import spools, store, store_writing, video
 from xcomp_jax.data.mixture import Job
 from xcomp_jax.data.processes import DiedError, Here, Processes, StartError
+from xcomp_jax.data.sampling import FrameSettings
 from xcomp_jax.errors import one_line, too_many_files
 from xcomp_jax.files import replacing, write_json
 from xcomp_jax.inputs import read_json
@@ -37,20 +38,7 @@ from xcomp_jax.inputs import read_json
 LIFE = 1 << 16
 
 
-@dataclasses.dataclass(frozen=True)
-class FrameSettings:
-  """How frames are chosen (FACTS.md 5 and 6)."""
-
-  image_size: int  # pixels, square
-  max_frames: int
-  min_frames: int
-  fps: float  # frames per second, at most
-  clip_frames: int  # frames of a clip
-  rate: video.Rate = "own"  # when frames of a video are shown
-  keep_tails: bool = False  # take what can be read of a video that ends before it should
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
   """Everything that decides what is in the shards."""
 
@@ -72,15 +60,11 @@ class Work:
 
   def spool(self, job: int, suffix: str = ".records") -> str:
     """A file of an annotation."""
-    return _spool(os.fspath(self.folder), job, suffix)
+    return os.path.join(self.folder, "spool", f"{job:07d}{suffix}")
 
   def shard(self, number: int, suffix: str) -> pathlib.Path:
     """A file of a shard."""
     return self.folder / "shards" / f"{number:06d}{suffix}"
-
-
-def _spool(folder: str, job: int, suffix: str = ".records") -> str:
-  return os.path.join(folder, "spool", f"{job:07d}{suffix}")
 
 
 # What processes do. Entries are written as JSON: {"frames", "clip_frames", "seconds", "lengths",
@@ -108,16 +92,17 @@ def decode_job(
   clip_frames = 1 if job.reader == "img" else settings.clip_frames
   try:
     with _blaming(job):
-      chosen = _chosen(job, settings)
-    decoded = _decoded(chosen)
-    try:
-      spool(_clips(job, chosen, clip_frames), clip_frames, layout, target, _seconds(job, chosen))
-    except video.TailError as error:
-      if not settings.keep_tails:
-        raise
-      chosen = video.without_tail(chosen, error)
-      decoded += _decoded(chosen)
-      spool(_clips(job, chosen, clip_frames), clip_frames, layout, target, _seconds(job, chosen))
+      chosen: video.FrameSample | None = _chosen(job, settings)
+    while chosen is not None:  # twice where its end can't be decoded
+      decoded += 0 if chosen.found is None else chosen.stop - int(chosen.indices[0])
+      seconds = None if job.reader == "img" else chosen.seconds
+      try:
+        spool(_clips(job, chosen, clip_frames), clip_frames, layout, target, seconds)
+        chosen = None
+      except video.TailError as error:
+        if not settings.keep_tails:
+          raise
+        chosen = video.without_tail(chosen, error)
   except video.VideoError as error:
     write_bad(target, str(error), before)
     return decoded, False
@@ -134,7 +119,7 @@ def spool(
   """Writes clips, and the entry behind them, into the file `target`."""
   count, lengths, crc = 0, [], 0
   with spools.writing_spool(target) as write:
-    for record, n, content in store.records(layout, clips, clip_frames):
+    for record, n, content in store_writing.records(layout, clips, clip_frames):
       write(record)
       lengths.append(len(record))
       crc = store.content_crc(content, crc)
@@ -159,23 +144,21 @@ def write_bad(target: str, reason: str, at: Any) -> None:
     write({"reason": one_line(reason), "stamp": at})
 
 
-def assemble(folder: str, shard: str, members: range) -> tuple[int, bool]:
-  """Joins the spools of a shard's jobs, in a folder, into `shard`.array_record and .json, and
-  removes them.
+def assemble(shard: str, files: Sequence[str]) -> tuple[int, bool]:
+  """Joins the spools of a shard's jobs into `shard`.array_record and .json, and removes them.
 
   Raises:
     spools.DamagedError: of a spool. OSError: the files can't be written.
   """
-  files = [_spool(folder, job) for job in members]
   if not os.path.exists(f"{shard}.json"):  # else a process died before it had removed all spools
     entries, size, count, writer = [], 0, 0, None
-    with replacing(f"{shard}.array_record") as temporary, store.writing_records(temporary):
+    with replacing(f"{shard}.array_record") as temporary, store_writing.writing_records(temporary):
       try:
         for file in files:
           entry, records = spools.read_spool(file)
           entries.append(entry)
           for record in records:
-            writer = writer or store.array_record(temporary)
+            writer = writer or store_writing.array_record(temporary)
             writer.write(record)
             size, count = size + len(record), count + 1
       finally:
@@ -226,18 +209,6 @@ def _chosen(job: Job, settings: FrameSettings) -> video.FrameSample:
   )
 
 
-def _decoded(chosen: video.FrameSample) -> int:
-  """How many frames of a video are decoded for a sample of it: all from the first that is wanted
-  on.
-  """
-  return 0 if chosen.found is None else chosen.stop - int(chosen.indices[0])
-
-
-def _seconds(job: Job, chosen: video.FrameSample) -> float | None:
-  """None of an image."""
-  return None if job.reader == "img" else chosen.seconds
-
-
 def _clips(job: Job, chosen: video.FrameSample, size: int) -> Iterator[np.ndarray]:
   """Clips uint8[F, S, S, 3] one by one; whatever goes wrong is a VideoError."""
   with _blaming(job):
@@ -267,17 +238,6 @@ def _blaming(job: Job) -> Generator[None]:
     raise video.VideoError(
       f"{job.sample.source} can't be decoded: {type(error).__name__}: {error}"
     ) from error
-
-
-def sampling(settings: FrameSettings) -> dict[str, Any]:
-  """Keywords of `video.frame_indices`."""
-  return {
-    "max_frames": settings.max_frames,
-    "min_frames": settings.min_frames,
-    "target_fps": settings.fps,
-    "clip_frames": settings.clip_frames,
-    "style": "train",
-  }
 
 
 # What the main process does.
@@ -320,6 +280,18 @@ def prepare_work(work: Work, skip_bad: bool) -> int:
   return done
 
 
+class Call(NamedTuple):
+  """What a process is asked for: a job to decode, or a shard to assemble."""
+
+  what: Literal["job", "shard"]
+  number: int
+
+
+def start_pool(workers: int) -> Processes | Here:
+  """Starts processes for decoding; 0: calls are done in this one."""
+  return Processes(workers, LIFE, __name__) if workers else Here()
+
+
 def decode_shards(
   work: Work,
   shards: Sequence[int],
@@ -329,6 +301,7 @@ def decode_shards(
   skip_bad: bool,
   encode: Callable[[int], None] | None = None,
   report: Callable[[], object] = lambda: None,
+  start: Callable[[int], Processes | Here] = start_pool,
 ) -> None:
   """Decodes and assembles those of `shards` that are not there.
 
@@ -342,6 +315,7 @@ def decode_shards(
     skip_bad: leave out what is bad.
     encode: makes the spool of a job from its pixels, in this process.
     report: called after each annotation.
+    start: makes what does the calls, from the number of workers.
 
   Raises:
     OSError, StoreError: what keeps processes from starting, or the files from being written, for
@@ -350,107 +324,20 @@ def decode_shards(
   missing = {n: set(work.members(n)) for n in shards if not work.shard(n, ".json").exists()}
   if not missing:
     return
-  there = {
-    int(name.split(".")[0])
-    for name in os.listdir(work.folder / "spool")
-    if name.endswith(".records")
-  }
-  waiting = collections.deque(job for n in missing for job in work.members(n))
-  # jobs whose process died, and all that has been tried again; jobs run alone then
-  suspects, tried = (
-    collections.deque(),
-    set(),
+  pool = start(workers)
+  schedule = _Schedule(
+    work=work,
+    pool=pool,
+    busy=max(1, 2 * workers),
+    timeout=timeout,
+    skip_bad=skip_bad,
+    encode=encode,
+    report=report,
+    missing=missing,
+    waiting=collections.deque(job for jobs in missing.values() for job in sorted(jobs)),
   )
-  spoiled, running = set(), set()
-  layout = dataclasses.replace(work.layout, features=None)
-
-  def target(job):
-    return work.spool(job, ".pixels" if encode else ".records")
-
-  pool = Processes(workers, LIFE, __name__) if workers else Here()
-
-  def join(n: int) -> None:
-    running.add(("shard", n))
-    pool.call(
-      ("shard", n), assemble, os.fspath(work.folder), str(work.shard(n, "")), work.members(n)
-    )
-
-  def start(job: int) -> None:
-    running.add(("job", job))
-    task = work.jobs[job]
-    # what decoding doesn't need may be long
-    task = dataclasses.replace(task, sample=dataclasses.replace(task.sample, conversations=()))
-    pool.call(("job", job), decode_job, task, work.settings, layout, target(job), timeout=timeout)
-
-  def settle(job: int, good: bool) -> None:
-    """Goes on with a job that is decoded, and with its shard if it was the last."""
-    if encode:
-      _encode(work, job, encode)
-    n = job // work.per_shard
-    if not good:
-      spoiled.add(n)
-    missing[n].remove(job)
-    if not missing[n] and (skip_bad or n not in spoiled):
-      join(n)
-
-  def give_up(job: int, reason: str) -> None:
-    write_bad(target(job), reason, file_stamp(work.jobs[job].sample.source))
-    settle(job, False)
-    report()
-
-  def lost(job: int, error: Exception) -> None:
-    source = work.jobs[job].sample.source
-    for file in pathlib.Path(work.folder, "spool").glob(f"{job:07d}.*.tmp"):
-      file.unlink()
-    if isinstance(error, DiedError) and error.late:
-      give_up(job, f"{source}: decoding took more than {timeout:g} seconds (--timeout)")
-    elif ("job", job) not in tried:
-      tried.add(("job", job))
-      suspects.append(job)
-    else:
-      give_up(
-        job,
-        f"{source}: {_how(error)}, also when tried again alone: a damaged file, or too little "
-        f"memory",
-      )
-
   try:
-    while waiting or running or suspects:
-      if suspects and not running:
-        start(suspects.popleft())
-      alone = any(kind == "job" for kind, _ in running & tried)
-      while waiting and not suspects and not alone and len(running) < max(1, 2 * workers):
-        job = waiting.popleft()
-        if job in there:
-          settle(job, "reason" not in spools.read_spool(work.spool(job))[0])
-        elif work.jobs[job].faults:
-          give_up(job, "; ".join(work.jobs[job].faults))
-        else:
-          start(job)
-      for (kind, n), good, error in pool.ended():
-        running.remove((kind, n))
-        if error is None:
-          if kind == "job":
-            settle(n, good)
-            report()
-        elif isinstance(error, spools.DamagedError) and kind == "shard" and error.file not in tried:
-          tried.add(error.file)
-          os.unlink(error.file)
-          job = int(os.path.basename(error.file).split(".")[0])
-          missing[n].add(job)
-          there.discard(job)
-          waiting.appendleft(job)
-        elif not isinstance(error, (DiedError, MemoryError)):
-          raise error
-        elif kind == "job":
-          lost(n, error)
-        elif (kind, n) not in tried:
-          tried.add((kind, n))
-          join(n)
-        else:
-          raise store.StoreError(
-            f"writing a shard failed: {_how(error)}; run the same command again"
-          )
+    schedule.run()
   except StartError as error:
     raise store.StoreError(
       f"processes for decoding die as they start ({error}; what they said is above); with "
@@ -458,6 +345,139 @@ def decode_shards(
     ) from error
   finally:
     pool.stop()
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Schedule:
+  """Which jobs are decoded when, and what follows from how they end.
+
+  A job whose process dies is suspect, and is tried again once, alone: whatever it does then, no
+  other job pays for it.
+  """
+
+  work: Work
+  pool: Processes | Here
+  busy: int  # calls that keep all processes busy
+  timeout: float | None
+  skip_bad: bool
+  encode: Callable[[int], None] | None
+  report: Callable[[], object]
+  missing: dict[int, set[int]]  # of each shard: jobs that are not done
+  waiting: collections.deque[int]  # jobs that were not begun
+  running: set[Call] = dataclasses.field(default_factory=set)
+  suspects: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
+  tried: set[Call] = dataclasses.field(default_factory=set)  # what has failed once
+  damaged: set[int] = dataclasses.field(default_factory=set)  # jobs that are decoded once more
+  spoiled: set[int] = dataclasses.field(default_factory=set)  # shards with bad annotations
+
+  def run(self) -> None:
+    """Goes on until nothing is left to do."""
+    while self.waiting or self.running or self.suspects:
+      self.begin()
+      for call, good, error in self.pool.ended():
+        self.running.remove(call)
+        if error is not None:
+          self.failed(call, error)
+        elif call.what == "job":
+          self.settle(call.number, good)
+          self.report()
+
+  def begin(self) -> None:
+    """Begins a suspect alone, or as many jobs as keep the processes busy."""
+    if self.suspects and not self.running:
+      self.decode(self.suspects.popleft())
+    alone = any(call.what == "job" for call in self.running & self.tried)
+    while self.waiting and not self.suspects and not alone and len(self.running) < self.busy:
+      job = self.waiting.popleft()
+      if os.path.exists(self.work.spool(job)):  # of a run that was stopped
+        self.settle(job, "reason" not in spools.read_spool(self.work.spool(job))[0])
+      elif self.work.jobs[job].faults:
+        self.give_up(job, "; ".join(self.work.jobs[job].faults))
+      else:
+        self.decode(job)
+
+  def decode(self, number: int) -> None:
+    """Calls for a job's decoding."""
+    job, call = self.work.jobs[number], Call("job", number)
+    # what decoding doesn't need may be long
+    job = dataclasses.replace(job, sample=dataclasses.replace(job.sample, conversations=()))
+    layout = dataclasses.replace(self.work.layout, features=None)
+    self.running.add(call)
+    self.pool.call(
+      call, decode_job, job, self.work.settings, layout, self.target(number), timeout=self.timeout
+    )
+
+  def assemble(self, number: int) -> None:
+    """Calls for a shard, all of whose jobs are done."""
+    call, files = Call("shard", number), [self.work.spool(i) for i in self.work.members(number)]
+    self.running.add(call)
+    self.pool.call(call, assemble, str(self.work.shard(number, "")), files, timeout=None)
+
+  def target(self, job: int) -> str:
+    """Where the pixels of a job go."""
+    return self.work.spool(job, ".pixels" if self.encode else ".records")
+
+  def settle(self, job: int, good: bool) -> None:
+    """Goes on with a job that is decoded, and with its shard if it was the last."""
+    if self.encode:
+      _encode(self.work, job, self.encode)
+    shard = job // self.work.per_shard
+    if not good:
+      self.spoiled.add(shard)
+    self.missing[shard].remove(job)
+    if not self.missing[shard] and (self.skip_bad or shard not in self.spoiled):
+      self.assemble(shard)
+
+  def give_up(self, job: int, reason: str) -> None:
+    """Writes down that a job can't be done."""
+    write_bad(self.target(job), reason, file_stamp(self.work.jobs[job].sample.source))
+    self.settle(job, False)
+    self.report()
+
+  def failed(self, call: Call, error: Exception) -> None:
+    """Tries again, once, what is no fault of the program's.
+
+    Raises:
+      StoreError: a shard can't be written. Others: what it is not.
+    """
+    first = call not in self.tried
+    if isinstance(error, (DiedError, MemoryError)):
+      self.tried.add(call)
+      if call.what == "job":
+        self.lost(call.number, error, first)
+      elif first:
+        self.assemble(call.number)
+      else:
+        raise store.StoreError(
+          f"writing a shard failed: {_how(error)}; run the same command again"
+        ) from error
+      return
+    if call.what == "job" or not isinstance(error, spools.DamagedError):
+      raise error
+    spool = error.fields["where"]
+    job = int(os.path.basename(spool).split(".")[0])
+    if job in self.damaged:
+      raise error
+    self.damaged.add(job)
+    os.unlink(spool)
+    self.missing[call.number].add(job)
+    self.waiting.appendleft(job)
+
+  def lost(self, job: int, error: Exception, first: bool) -> None:
+    """Goes on after a job's process has died, or had too little memory."""
+    source = self.work.jobs[job].sample.source
+    for file in pathlib.Path(self.work.folder, "spool").glob(f"{job:07d}.*.tmp"):
+      file.unlink()
+    if isinstance(error, DiedError) and error.late:
+      self.give_up(job, f"{source}: decoding took more than {self.timeout:g} seconds (--timeout)")
+    elif first:
+      self.suspects.append(job)
+    else:
+      self.give_up(
+        job,
+        f"{source}: {_how(error)}, also when tried again alone: a damaged file, or too little "
+        f"memory",
+      )
 
 
 def entries(work: Work) -> list[dict[str, Any]]:

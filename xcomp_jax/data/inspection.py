@@ -7,12 +7,13 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
 from PIL import Image, ImageDraw
 
 from xcomp_jax import inputs
+from xcomp_jax.config import Mask
 from xcomp_jax.data import prompt, video
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
@@ -49,7 +50,9 @@ def verify(path: str | os.PathLike) -> None:
       text for text in progress(found, total=len(store), unit="sample", desc="verify") if text
     ]
   if wrong:
-    raise StoreError(listed(f"{path} differs from its manifest", wrong))
+    raise StoreError(
+      listed(f"{path} differs from its manifest", wrong), where=path, differences=wrong
+    )
   frames = sum(s.frames for s in store.samples)
   print(
     f"{path}: {len(store)} samples, {frames} frames, {sum('reason' in line for line in lines)} "
@@ -61,7 +64,7 @@ def inspect(
   path: str | os.PathLike,
   sheet: str | os.PathLike,
   prompts: int,
-  mask: Literal["official", "assistant"],
+  mask: Mask,
   checkpoint: str | None,
 ) -> None:
   """Prints what is in a store, and draws a contact sheet.
@@ -144,14 +147,10 @@ def describe_store(store: Store) -> Iterator[str]:
     yield f"  ... and {len(reasons) - 10} more in {store.path / 'manifest.jsonl'}"
 
 
-def show_prompt(
-  store: Store, tokenizer: prompt.Tokenizer, mask: Literal["official", "assistant"], index: int
-) -> str:
+def show_prompt(store: Store, tokenizer: prompt.Tokenizer, mask: Mask, index: int) -> str:
   """A sample's prompt as training sees it, with ⟦ ⟧ around what is supervised."""
   sample = store.samples[index]
-  built = prompt.training_prompt(
-    tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask
-  )
+  built = prompt.sample_prompt(tokenizer, sample, mask)
   parts = []
   for supervised, group in itertools.groupby(
     zip(built.tokens.tolist(), built.labels.tolist()), lambda pair: pair[1] != IGNORE
@@ -206,15 +205,16 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def _manifest(store: Store) -> list[dict[str, Any]]:
+  file = store.path / "manifest.jsonl"
   try:
-    lines = [
-      json.loads(line)
-      for line in inputs.read_text(store.path / "manifest.jsonl", StoreError).split("\n")
-      if line
-    ]
+    text = inputs.read_text(file, StoreError)
+    lines = [json.loads(line) for line in text.split("\n") if line]
   except (OSError, ValueError) as error:
     raise StoreError(
-      f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes one"
+      f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes "
+      f"one",
+      where=file,
+      missing=isinstance(error, FileNotFoundError),
     ) from error
   for n, line in enumerate(lines, 1):
     keys = line.keys() if isinstance(line, dict) else set()
@@ -223,7 +223,9 @@ def _manifest(store: Store) -> list[dict[str, Any]]:
     ):
       raise StoreError(
         f"{store.path}: line {n} of its manifest.jsonl is not one of `predecode`: "
-        f"{json.dumps(line)[:200]}"
+        f"{json.dumps(line)[:200]}",
+        where=file,
+        line=n,
       )
   return lines
 
@@ -238,27 +240,23 @@ def _count_differences(store: Store, lines: Sequence[dict[str, Any]]) -> Iterato
     "content"
   ):
     yield "store.json: its content is not that of manifest.jsonl"
-  begin, passed, lines = (
-    0,
-    [line for line in lines if "passed_over" in line],
-    [line for line in lines if "passed_over" not in line],
-  )
-  for file in store.info.get("annotation_files", ()):
-    mine = lines[begin : begin + file["selected"]]
+  files = store.info.get("annotation_files", ())
+  selected, begin = [line for line in lines if "passed_over" not in line], 0
+  for file in files:
+    mine = selected[begin : begin + file["selected"]]
     begin += file["selected"]
     written = sum("sample" in line for line in mine)
-    if {line["annotation"] for line in mine} - {file["annotation"]} or (
-      written,
-      len(mine) - written,
-    ) != (file["written"], file["skipped"]):
+    counts = written, len(mine) - written
+    others = {line["annotation"] for line in mine} - {file["annotation"]}
+    if others or counts != (file["written"], file["skipped"]):
       yield f"store.json: the counts of {file['annotation']} are not those of manifest.jsonl"
-  counts = collections.Counter()
-  for file in store.info.get("annotation_files", ()):
-    counts.update(file.get("passed_over", {}))
-  if counts != collections.Counter(line["passed_over"] for line in passed):
+  counted = sum(
+    (collections.Counter(file.get("passed_over", {})) for file in files), collections.Counter()
+  )
+  if counted != collections.Counter(line["passed_over"] for line in lines if "passed_over" in line):
     yield "store.json: what was passed over is not as in manifest.jsonl"
-  if begin != len(lines):
-    yield f"store.json: {begin} selected annotations, manifest.jsonl has {len(lines)}"
+  if begin != len(selected):
+    yield f"store.json: {begin} selected annotations, manifest.jsonl has {len(selected)}"
 
 
 def _difference(store: Store, index: int, line: dict[str, Any] | None) -> str:

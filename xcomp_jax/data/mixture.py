@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xcomp_jax import inputs
-from xcomp_jax.data import store, video
+from xcomp_jax.data import prompt, store, video
+from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.errors import one_line
 from xcomp_jax.files import expanduser, local
 from xcomp_jax.inputs import quoted
@@ -29,14 +30,6 @@ from xcomp_jax.progress import progress
 
 # video_read_type, and what `video.sample` calls it
 READERS: dict[str, video.ReadType] = {"decord": "video", "gif": "gif", "img": "frames"}
-KEYS = (
-  "json_path",
-  "sampling_strategy",
-  "data_root",
-  "video_read_type",
-  "frame_rate",
-  "text_samples",
-)
 TEXT, SEVERAL = "text alone", "several images or videos"  # what the release passes over
 ROLES = {"user": "human", "assistant": "gpt"}  # other names of those who speak
 VIDEO = "<video>"  # what others write for prompt.IMAGE
@@ -44,7 +37,19 @@ LARGEST = 1 << 20  # characters of a mixture, at most, with what its aliases sta
 THREADS = 16  # that ask the file system
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+  """An entry of a mixture: docs/DATA.md says what its keys mean."""
+
+  json_path: str
+  sampling_strategy: str = "all"
+  data_root: str = ""
+  video_read_type: str = "decord"
+  frame_rate: float | None = None
+  text_samples: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
   """A selected annotation that waits for its pixels."""
 
@@ -60,7 +65,7 @@ class Job:
     return f"{self.sample.annotation}, annotation {self.sample.position}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class File:
   """What was read of an annotation file."""
 
@@ -90,9 +95,11 @@ def drawn_annotations(count: int, strategy: str = "all", subset: float = 1.0) ->
     r"all|(first|end)(\d{0,9}):(\d{1,9}|\d{1,9}(?:\.\d{1,9})?%)", strategy.strip()
   )
   if not match or (match[1] == "end" and match[2]) or match[2] == "0":
-    raise _error(
+    raise AnnotationError(
       f"sampling_strategy {quoted(strategy)} is unknown; write all, first:100, first:2.5%, "
-      f"first2:10% (the second tenth) or end:100"
+      f"first2:10% (the second tenth) or end:100",
+      where="sampling_strategy",
+      value=strategy,
     )
   chosen = list(range(count))
   random.Random(12345).shuffle(chosen)
@@ -132,75 +139,125 @@ def read_mixture(
     AnnotationError: the mixture or an annotation file as a whole can't be read.
   """
   path, root = (local(each, "annotations and videos are read as files") for each in (path, root))
+  jobs, files = [], []
+  entries = progress(_entries(path, root), unit="file", desc="check", delay=5.0, leave=False)
+  for n, entry in enumerate(entries):
+    where = f"mixture {path}, dataset {n}"
+    more, file = _read_dataset(_dataset(entry, where), root, subset, where)
+    jobs += more
+    files.append(file)
+  return jobs, files
+
+
+def _entries(path: pathlib.Path, root: pathlib.Path) -> list[dict[str, Any]]:
+  """What stands under `datasets` of a mixture.
+
+  Raises:
+    AnnotationError: it can't be read, or is no list of objects.
+  """
   try:
     mixture = _yaml(inputs.read_text(path, ValueError, LARGEST))
   except Exception as error:  # its library raises more than its own
-    there = (
-      f"; there is {root / path}: give that"
-      if not path.is_absolute() and not path.exists() and (root / path).exists()
-      else ""
-    )
-    raise _error(f"mixture {path} can't be read: {one_line(error)}{there}") from error
+    there = not path.is_absolute() and not path.exists() and (root / path).exists()
+    advice = f"; there is {root / path}: give that" if there else ""
+    raise AnnotationError(
+      f"mixture {path} can't be read: {one_line(error)}{advice}",
+      where=path,
+      there=root / path if there else None,
+    ) from error
   datasets = mixture.get("datasets") if isinstance(mixture, dict) else None
   if (
-    not isinstance(datasets, list) or not all(isinstance(d, dict) for d in datasets) or not datasets
+    not isinstance(datasets, list) or not datasets or not all(isinstance(d, dict) for d in datasets)
   ):
-    raise _error(
-      f"mixture {path}: expected a list under `datasets`, each with json_path and data_root"
+    raise AnnotationError(
+      f"mixture {path}: expected a list under `datasets`, each with json_path and data_root",
+      where=path,
+      value=datasets,
     )
-  jobs, files = [], []
-  for n, entry in enumerate(progress(datasets, unit="file", desc="check", delay=5.0, leave=False)):
-    where = f"mixture {path}, dataset {n}"
-    for key in entry.keys() - set(KEYS):
-      near = difflib.get_close_matches(str(key)[:100], KEYS, 1)
-      raise _error(
-        f"{where}: {str(key)[:100]} is unknown; "
-        + (f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}")
-      )
-    if not isinstance(entry.get("json_path"), str):
-      raise _error(f"{where}: json_path is missing")
-    if not isinstance(entry.get("data_root") or "", str):
-      raise _error(f"{where}: data_root must be a path, not {quoted(entry['data_root'])}")
-    reader = entry.get("video_read_type") or "decord"
-    if not isinstance(reader, str) or reader not in READERS:
-      raise _error(
-        f"{where}: video_read_type {quoted(reader)} is unknown; known: {', '.join(READERS)}"
-      )
-    rate = entry.get("frame_rate")
-    if rate is not None and (
-      reader != "img"
-      or isinstance(rate, bool)
-      or not isinstance(rate, (int, float))
-      or not 0 < rate <= video.FASTEST
-    ):
-      raise _error(
-        f"{where}: frame_rate is how many images of a folder make a second, a number above 0 and "
-        f"up to {video.FASTEST:g} beside `video_read_type: img`, not {quoted(rate)}"
-      )
-    text = entry.get("text_samples") or False
-    if not isinstance(text, bool):
-      raise _error(f"{where}: text_samples must be true or false, not {quoted(text)}")
-    strategy = entry.get("sampling_strategy", "all")
-    if not isinstance(strategy, str):
-      raise _error(
-        f"{where}: sampling_strategy must be a text such as first:10%, not {quoted(strategy)}"
-      )
-    file = root / expanduser(entry["json_path"])
-    items = read_annotations(file)
-    try:
-      drawn, chosen = select_annotations(items, strategy, subset, text)
-    except ValueError as error:
-      raise _error(f"{where}: {error}") from error
-    digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-    passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
-    files.append(
-      File(entry["json_path"], digest, len(items), len(drawn), len(chosen), tuple(passed))
+  return datasets
+
+
+def _dataset(entry: Mapping[str, Any], where: str) -> Dataset:
+  """Reads an entry of a mixture; what is null, or false, is not there.
+
+  Raises:
+    AnnotationError: a key that there isn't, or a value that can't be.
+  """
+  known = [field.name for field in dataclasses.fields(Dataset)]
+  for key in entry.keys() - set(known):
+    near = difflib.get_close_matches(str(key)[:100], known, 1)
+    advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    raise AnnotationError(f"{where}: {str(key)[:100]} is unknown; {advice}", where=key, near=near)
+  if not isinstance(entry.get("json_path"), str):
+    raise AnnotationError(f"{where}: json_path is missing", where="json_path", missing=True)
+  must = ("json_path", "sampling_strategy")  # may not be empty
+  given = {key: value for key, value in entry.items() if value or key in must}
+  rate, reader = entry.get("frame_rate"), given.get("video_read_type", "decord")
+  good_rate = rate is None or (
+    reader == "img"
+    and not isinstance(rate, bool)
+    and isinstance(rate, (int, float))
+    and 0 < rate <= video.FASTEST
+  )
+  for key, good, what in (
+    ("data_root", isinstance(given.get("data_root", ""), str), "must be a path, not {}"),
+    (
+      "video_read_type",
+      isinstance(reader, str) and reader in READERS,
+      f"{{}} is unknown; known: {', '.join(READERS)}",
+    ),
+    (
+      "frame_rate",
+      good_rate,
+      f"is how many images of a folder make a second, a number above 0 and up to "
+      f"{video.FASTEST:g} beside `video_read_type: img`, not {{}}",
+    ),
+    (
+      "text_samples",
+      isinstance(given.get("text_samples", False), bool),
+      "must be true or false, not {}",
+    ),
+    (
+      "sampling_strategy",
+      isinstance(given.get("sampling_strategy", "all"), str),
+      "must be a text such as first:10%, not {}",
+    ),
+  ):
+    if not good:
+      said = what.format(quoted(entry[key]))
+      raise AnnotationError(f"{where}: {key} {said}", where=key, value=entry[key])
+  return Dataset(**given)
+
+
+def _read_dataset(
+  dataset: Dataset, root: pathlib.Path, subset: float, where: str
+) -> tuple[list[Job], File]:
+  """Reads an annotation file, and looks at the files of its selected annotations."""
+  path = root / expanduser(dataset.json_path)
+  items = read_annotations(path)
+  try:
+    drawn, chosen = select_annotations(
+      items, dataset.sampling_strategy, subset, dataset.text_samples
     )
-    folder = root / expanduser(entry.get("data_root") or "")
-    sources = [_source(items[i], folder, READERS[reader]) for i in chosen]
-    for i, source, faults in zip(chosen, sources, _path_faults(sources), strict=True):
-      jobs.append(_job(items[i], i, entry["json_path"], source, faults, rate))
-  return jobs, files
+  except AnnotationError as error:
+    raise AnnotationError(f"{where}: {error}", **error.fields) from error
+  passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
+  file = File(
+    annotation=dataset.json_path,
+    digest=hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
+    annotations=len(items),
+    drawn=len(drawn),
+    selected=len(chosen),
+    passed=tuple(passed),
+  )
+  folder = root / expanduser(dataset.data_root)
+  reader = READERS[dataset.video_read_type]
+  sources = [_source(items[i], folder, reader) for i in chosen]
+  jobs = [
+    _job(items[i], i, dataset, source, faults)
+    for i, source, faults in zip(chosen, sources, path_faults(sources), strict=True)
+  ]
+  return jobs, file
 
 
 def _yaml(text: str) -> Any:
@@ -252,43 +309,53 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   try:
     text = inputs.read_text(path, ValueError)
   except (OSError, ValueError) as error:  # not UTF-8, or no path at all
-    where = (
-      ""
-      if path.is_absolute()
-      else f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
-    )
-    raise _error(f"annotations {path} can't be read: {one_line(error)}{where}") from error
+    where = ""
+    if not path.is_absolute():
+      where = f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
+    raise AnnotationError(
+      f"annotations {path} can't be read: {one_line(error)}{where}",
+      where=path,
+    ) from error
   # In jsonl every line is a document; split at "\n" only, as text may hold other separators that
   # splitlines() knows.
-  documents = (
-    [(n, t) for n, t in enumerate(text.split("\n"), 1) if t.strip()]
-    if path.suffix == ".jsonl"
-    else [(1, text)]
-  )
-  items = []
-  for n, document in documents:
-    try:
-      items.append(json.loads(document))
-    except json.JSONDecodeError as error:
-      raise _error(
-        f"annotations {path}, line {n + error.lineno - 1}: not JSON: {error.msg}"
-      ) from error
-    except RecursionError as error:
-      raise _error(
-        f"annotations {path}, line {n}: lists or objects inside each other without end"
-      ) from error
-    except ValueError as error:  # a number of thousands of digits
-      raise _error(f"annotations {path}, line {n}: {one_line(error)}") from error
-  whole: Any = items if path.suffix == ".jsonl" else items[0]
-  wrong = (
-    next((i for i, item in enumerate(whole) if not isinstance(item, dict)), None)
-    if isinstance(whole, list)
-    else "whole"
-  )
-  if wrong is not None:
-    found = "" if wrong == "whole" else f"; annotation {wrong} is {quoted(whole[wrong], 100)}"
-    raise _error(f"annotations {path}: expected a list of objects{found}")
+  whole: Any
+  if path.suffix == ".jsonl":
+    lines = enumerate(text.split("\n"), 1)
+    whole = [_parsed(line, path, n) for n, line in lines if line.strip()]
+  else:
+    whole = _parsed(text, path, 1)
+  if not isinstance(whole, list):
+    raise AnnotationError(
+      f"annotations {path}: expected a list of objects", where=path, value=whole
+    )
+  for i, item in enumerate(whole):
+    if not isinstance(item, dict):
+      raise AnnotationError(
+        f"annotations {path}: expected a list of objects; annotation {i} is {quoted(item, 100)}",
+        where=path,
+        position=i,
+        value=item,
+      )
   return whole
+
+
+def _parsed(document: str, path: pathlib.Path, line: int) -> Any:
+  """What a document of a file says that begins at a line.
+
+  Raises:
+    AnnotationError: it is no JSON.
+  """
+  try:
+    return json.loads(document)
+  except (ValueError, RecursionError) as error:
+    says = one_line(error)  # a number of thousands of digits
+    if isinstance(error, json.JSONDecodeError):
+      line, says = line + error.lineno - 1, f"not JSON: {error.msg}"
+    elif isinstance(error, RecursionError):
+      says = "lists or objects inside each other without end"
+    raise AnnotationError(
+      f"annotations {path}, line {line}: {says}", where=path, line=line
+    ) from error
 
 
 def _visuals(item: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -346,14 +413,11 @@ def _source(
 def _job(
   item: Mapping[str, Any],
   position: int,
-  annotation: str,
+  dataset: Dataset,
   file: tuple[str, video.ReadType | None, str],
   faults: list[str],
-  rate: float | None,
 ) -> Job:
   """The job of an annotation whose file is known, and what is wrong with that."""
-  from xcomp_jax.data import prompt  # brings jax, and decoding processes import this file
-
   source, kind, _ = file
   talk: Any = _talk(item, kind is not None)  # checked below
   turns = ()
@@ -382,27 +446,32 @@ def _job(
   start, end = (t if t is None else float(t) for t in times)
   if (start or 0) < 0 or (end is not None and end <= (start or 0)):
     faults.append(f"start {times[0]} and end {times[1]}: expected 0 <= start < end")
+  name = position if item.get("id") is None else item["id"]
   sample = store.StoredSample(
-    name
-    if isinstance(name := position if item.get("id") is None else item["id"], str)
-    else quoted(name),
-    source,
-    annotation,
-    position,
-    turns,
-    "",
+    id=name if isinstance(name, str) else quoted(name),
+    source=source,
+    annotation=dataset.json_path,
+    position=position,
+    conversations=turns,
+    time_message="",
   )
   try:
-    "".join((sample.id, source, annotation, *(turn["value"] for turn in turns))).encode()
+    texts = (sample.id, source, dataset.json_path, *(turn["value"] for turn in turns))
+    "".join(texts).encode()
   except UnicodeEncodeError:  # JSON can spell half of a character that takes two
     faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
-    sample = store.StoredSample(str(position), ascii(source), annotation, position, (), "")
+    sample = dataclasses.replace(sample, id=str(position), source=ascii(source), conversations=())
   return Job(
-    sample, kind, start, end, rate, tuple(ascii(f) if not f.isprintable() else f for f in faults)
+    sample=sample,
+    reader=kind,
+    start=start,
+    end=end,
+    frame_rate=dataset.frame_rate,
+    faults=tuple(ascii(f) if not f.isprintable() else f for f in faults),
   )
 
 
-def _path_faults(sources: Sequence[tuple[str, video.ReadType | None, str]]) -> Iterator[list[str]]:
+def path_faults(sources: Sequence[tuple[str, video.ReadType | None, str]]) -> Iterator[list[str]]:
   """What is wrong with each of some files; asked side by side, as a file system on a network takes
   its time to answer.
   """
@@ -437,9 +506,3 @@ def _path_fault(path: str, reader: str) -> list[str]:
   except OSError as error:
     return [f"{path} can't be read: {error.strerror}"]
   return []
-
-
-def _error(text: str) -> ValueError:
-  from xcomp_jax.data import prompt  # see `_job`
-
-  return prompt.AnnotationError(text)

@@ -73,7 +73,7 @@ class MicroCosts(Protocol):
     ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapeRoom:
   """What a mesh and a config leave to choose of a shape.
 
@@ -352,9 +352,15 @@ MOVES = (
 STARTS = ((28, 21, 14), (28, 14, 7), (28, 24, 20), (14, 7, 4))
 
 
-def average(lengths: Lengths, batch_size: int, shapes: Sequence[Shape], costs: MicroCosts) -> int:
-  """Picoseconds of the micro-batches of an average step, from some random steps."""
-  table, count = _needs(lengths), max(8, SAMPLED // batch_size)
+def average(
+  lengths: Lengths,
+  batch_size: int,
+  shapes: Sequence[Shape],
+  costs: MicroCosts,
+  sampled: int = SAMPLED,
+) -> int:
+  """Picoseconds of the micro-batches of an average step, from steps of so many random samples."""
+  table, count = _needs(lengths), max(8, sampled // batch_size)
   steps = np.resize(
     np.argsort(np.random.PCG64(SEED).random_raw(len(table)), kind="stable"), (count, batch_size)
   )
@@ -377,6 +383,8 @@ def choose_shapes(
   costs: MicroCosts,
   sweeps: int = 4,
   start: tuple[Shape, ...] = (),
+  sampled: int = SAMPLED,
+  moves: Sequence[Sequence[int | Fraction]] = MOVES,
 ) -> Chosen:
   """Chooses at most MOST shapes for data of these lengths: all samples fit, and some random steps
   are packed fastest.
@@ -388,6 +396,8 @@ def choose_shapes(
     costs: of these samples, on the mesh that `room` is of.
     sweeps: of a search that changes one shape at a time.
     start: shapes that it begins with, of the same room; none: some in proportion to the data.
+    sampled: random samples that decide.
+    moves: what the search multiplies a shape's (samples, frames, text) by.
   """
   table = _needs(lengths)
   n, total, largest = len(table), table.sum(0).tolist(), table.max(0).tolist()
@@ -399,7 +409,9 @@ def choose_shapes(
 
   @functools.cache
   def time(shapes: tuple[Shape, ...]) -> int:
-    return average(lengths, batch_size, shapes, costs) if _fit(corners, shapes).all() else NEVER
+    return (
+      average(lengths, batch_size, shapes, costs, sampled) if _fit(corners, shapes).all() else NEVER
+    )
 
   def usual(frames: int) -> Shape:
     """With places and text in proportion to the frames, and something to spare."""
@@ -420,7 +432,7 @@ def choose_shapes(
     return [
       room.shape(min(samples, places), frames, text)
       for samples, frames, text in (
-        (max(1, int(size * by)) for size, by in zip(_sizes(shape), move)) for move in MOVES
+        (max(1, int(size * by)) for size, by in zip(_sizes(shape), move)) for move in moves
       )
     ]
 
@@ -538,4 +550,4 @@ def refuse(what: str, problems: Sequence[str]) -> None:
   """Raises a ConfigError with the first problems, if there are any."""
   if problems:
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-    raise ConfigError(f"{what}: " + "; ".join(problems[:5]) + more)
+    raise ConfigError(f"{what}: " + "; ".join(problems[:5]) + more, where=what, problems=problems)

@@ -19,7 +19,6 @@ import numpy as np
 from xcomp_jax.config import ConfigError, DataConfig, Mask
 from xcomp_jax.data import packing, prompt
 from xcomp_jax.data.batch import (
-  IMAGE_TOKEN,
   Batch,
   Clips,
   Example,
@@ -28,9 +27,9 @@ from xcomp_jax.data.batch import (
   collate,
   length_table,
 )
-from xcomp_jax.data.blend import Blend, permutation
+from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.progress import progress
+from xcomp_jax.data.store import StoredSample
 
 
 class Fill(NamedTuple):
@@ -62,7 +61,7 @@ class MicroBatch(NamedTuple):
 Item = TowerCall | MicroBatch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessShare:
   """What of a run a process reads.
 
@@ -79,44 +78,6 @@ class ProcessShare:
   trained: bool
 
 
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-  """Optimizer steps of an epoch; samples that do not fill a last batch wait for another epoch's
-  order.
-
-  Raises:
-    ConfigError: not even one batch.
-  """
-  if samples < batch_size:
-    raise ConfigError(
-      f"train.batch_size = {batch_size}, but an epoch reads only {samples} samples; make it smaller"
-    )
-  return samples // batch_size
-
-
-def order(samples: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-  """The samples of each step of an epoch: random ones, images and videos mixed, as in the release
-  (FACTS.md 14).
-  """
-  shuffled = [samples[i] for i in permutation(len(samples), seed, epoch, 0)]
-  return [
-    shuffled[i : i + batch_size] for i in range(0, len(shuffled) - batch_size + 1, batch_size)
-  ]
-
-
-def run_order(data: Blend, batch_size: int, seed: int, epochs: int) -> list[list[int]]:
-  """The samples of each step of a run.
-
-  Raises:
-    ConfigError: not even one batch.
-  """
-  steps_per_epoch(data.per_epoch, batch_size)  # refuses too few
-  return [
-    step
-    for epoch in range(epochs)
-    for step in order(data.epoch(seed, epoch), batch_size, seed, epoch)
-  ]
-
-
 def read_example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
   """Reads one sample, without its visual tokens where the tower makes them; `mask`: which tokens
   are supervised (FACTS.md 3).
@@ -126,24 +87,15 @@ def read_example(data: Blend, tokenizer, mask: Mask, index: int) -> Example:
     visual = data.visual(index).reshape(
       sample.frames, data.features.tokens_per_frame, data.features.width
     )
-  return Example(sample.frames, visual, *_tokens(data, tokenizer, mask, index), index=index)
-
-
-def measure_lengths(data: Blend, tokenizer, mask: Mask) -> list[Length]:
-  """Lengths of every sample under this tokenizer; a minute's work for the paper's 71,927, so there
-  is a bar.
-  """
-  lengths = []
-  for i, sample in enumerate(
-    progress(data.samples, unit="sample", desc="tokens", delay=5.0, leave=False)
-  ):
-    tokens, _, _ = _tokens(data, tokenizer, mask, i)
-    slots = np.flatnonzero(tokens == IMAGE_TOKEN)
-    before = int(slots[0]) + 1 if len(slots) else 0
-    lengths.append(
-      Length(sample.frames, sample.clip_frames, max(before - 1, 0), len(tokens) - before)
-    )
-  return lengths
+  built = prompt.sample_prompt(tokenizer, sample, mask)
+  return Example(
+    frames=sample.frames,
+    visual=visual,
+    tokens=built.tokens,
+    labels=built.labels,
+    query=built.query,
+    index=index,
+  )
 
 
 class BatchReader:
@@ -183,7 +135,10 @@ class BatchReader:
     step = state["step"]
     if not 0 <= step < len(self._ends):
       raise ConfigError(
-        f"the data was read up to step {step}, but the run has {len(self._ends) - 1} steps"
+        f"the data was read up to step {step}, but the run has {len(self._ends) - 1} steps",
+        where="step",
+        value=step,
+        allowed=len(self._ends) - 1,
       )
     self.close()
     self._item = self._ends[step]
@@ -202,6 +157,7 @@ def read_steps(
   lengths: Sequence[Length],
   steps: Sequence[Sequence[Micro]],
   share: ProcessShare,
+  load: Callable[..., Item] | None = None,
 ) -> BatchReader:
   """Reads what some steps compute. At any time at most cfg.prefetch items are read or being read
   ahead.
@@ -213,16 +169,22 @@ def read_steps(
     lengths: of all samples.
     steps: the micro-batches of each, as planned.
     share: what is read here.
+    load: reads an item; None: as `load_item`.
 
   Raises:
     ConfigError: rows that can't be split over the row groups.
   """
   for shape in sorted({micro.shape for step in steps for micro in step}):
     if shape.rows % share.groups:
-      raise ConfigError(f"{shape.rows} rows can't be split evenly over {share.groups} row groups")
+      raise ConfigError(
+        f"{shape.rows} rows can't be split evenly over {share.groups} row groups",
+        where=shape,
+        rows=shape.rows,
+        groups=share.groups,
+      )
   items = _Items(data, lengths, steps, share)
   load = functools.partial(
-    _load,
+    load or load_item,
     data,
     tokenizer,
     cfg.mask,
@@ -239,7 +201,7 @@ def read_steps(
   return BatchReader(items.ends, open_from)
 
 
-class _Planned(NamedTuple):
+class Planned(NamedTuple):
   """An item before it is read: a call's clips, as (sample, clip) int32[devices, n, 2], -1 for
   padding; or a micro-batch.
   """
@@ -273,7 +235,7 @@ class _Items:
   def __len__(self) -> int:
     return self.ends[-1]
 
-  def __getitem__(self, index: int) -> _Planned:
+  def __getitem__(self, index: int) -> Planned:
     step = bisect.bisect_right(self.ends, index) - 1
     return self._step(step)[index - self.ends[step]]
 
@@ -292,15 +254,15 @@ class _Items:
     ]
     return sum(n // self._share.clips + n % self._share.clips for n in each)
 
-  def _make(self, number: int) -> list[_Planned]:
+  def _make(self, number: int) -> list[Planned]:
     step, items = self._steps[number], []
     if self._encodes:
       for kind, _ in self._kinds(step):
         items += self._calls(step, kind)
     last = len(step) - 1
-    return [*items, *(_Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
+    return [*items, *(Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
 
-  def _calls(self, step: Sequence[Micro], kind: int) -> list[_Planned]:
+  def _calls(self, step: Sequence[Micro], kind: int) -> list[Planned]:
     """The tower's calls on all clips of so many frames. Those of a call are neighbours, so that a
     host reads few records.
     """
@@ -309,7 +271,9 @@ class _Items:
     lists: list[list[tuple[int, ...]]] = [[] for _ in range(devices)]
     turn = 0  # whose turn it is to take one more than others
     for number, micro in enumerate(step):
-      found = list(self._clips_of(micro, number, kind))
+      found = [
+        (i, clip, number, *at) for i, clip, *at in _clips_of(self._lengths, micro.rows, kind)
+      ]
       clips, (each, more) = iter(found), divmod(len(found), devices)
       for n in [size] * (each // size) + [1] * (each % size):
         for mine in lists:
@@ -324,27 +288,31 @@ class _Items:
     ends = [0, *itertools.accumulate([size] * (most // size) + [1] * (most % size))]
     return [_call(step, kind, table[:, a:b]) for a, b in itertools.pairwise(ends)]
 
-  def _clips_of(self, micro: Micro, number: int, kind: int) -> Iterator[tuple[int, ...]]:
-    for row, samples in enumerate(micro.rows):
-      slot = 0
-      for i in samples:
-        if self._clips[i] and self._clip_frames[i] == kind:
-          for clip in range(self._clips[i]):
-            yield i, clip, number, row, slot + clip * kind
-        slot += self._lengths[i].frames
+
+def _clips_of(
+  samples: Sequence[Length | StoredSample], rows: Sequence[Sequence[int]], kind: int
+) -> Iterator[tuple[int, int, int, int]]:
+  """All clips of so many frames of some rows: sample, clip, row, and slot of its first frame."""
+  for row, ids in enumerate(rows):
+    slot = 0
+    for i in ids:
+      if samples[i].frames and samples[i].clip_frames == kind:
+        for clip in range(samples[i].frames // kind):
+          yield i, clip, row, slot + clip * kind
+      slot += samples[i].frames
 
 
-def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> _Planned:
+def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> Planned:
   flat, fills = table.reshape(-1, 5), []
   for number in np.unique(flat[:, 2]):
     if number >= 0:
       place = np.where(flat[:, 2:3] == number, flat[:, 3:], -1).astype(np.int32)
       fills.append(Fill(int(number), step[number].shape, place))
-  return _Planned(table[..., :2], kind, tuple(fills), None, -1, False)
+  return Planned(table[..., :2], kind, tuple(fills), None, -1, False)
 
 
-def _load(
-  data: Blend, tokenizer, mask: Mask, kinds: set[int], share: ProcessShare, planned: _Planned
+def load_item(
+  data: Blend, tokenizer, mask: Mask, kinds: set[int], share: ProcessShare, planned: Planned
 ) -> Item:
   """Reads an item. kinds: frames of the clips that the data has."""
   if planned.clips is not None:
@@ -395,24 +363,9 @@ def _static(data: Blend, rows: Sequence[Sequence[int]], shape: Shape, clip_frame
     np.zeros((shape.rows, most, *kind), dtype),
     np.full((shape.rows, most), -1, np.int32),
   )
-  for r, row in enumerate(rows):
-    slot = held = 0
-    for i in row:
-      sample = data.samples[i]
-      if sample.frames and sample.clip_frames == clip_frames:
-        n = sample.frames // clip_frames
-        frames[r, held : held + n] = data.visual(i)
-        place[r, held : held + n] = slot + np.arange(n) * clip_frames
-        held += n
-      slot += sample.frames
+  found = np.array([*_clips_of(data.samples, rows, clip_frames)], np.int32).reshape(-1, 4)
+  for r in range(shape.rows):
+    mine = found[found[:, 2] == r]  # [k, 4]
+    frames[r, : len(mine)] = _read_clips(data, mine[:, :2], clip_frames)
+    place[r, : len(mine)] = mine[:, 3]
   return Clips(frames, place)
-
-
-def _tokens(
-  data: Blend, tokenizer, mask: Mask, index: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  sample = data.samples[index]
-  built = prompt.training_prompt(
-    tokenizer, sample.conversations, sample.time_message if sample.frames else None, mask=mask
-  )
-  return built.tokens, built.labels, built.query

@@ -3,24 +3,27 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import av
 import numpy as np
 import PIL
 
-from xcomp_jax.data import decode_jobs, store, video
-from xcomp_jax.data import mixture as mixtures
-from xcomp_jax.data.decode_jobs import FrameSettings, Work
+from xcomp_jax.data import decode_jobs, finishing, prompt, store, video
+from xcomp_jax.data.decode_jobs import Work
+from xcomp_jax.data.mixture import File, Job, read_mixture
+from xcomp_jax.data.processes import Here, Processes
+from xcomp_jax.data.sampling import FrameSettings, check_limits
 from xcomp_jax.errors import listed
-from xcomp_jax.files import become, local, locked, sweep, write_json
+from xcomp_jax.files import local, locked, sweep, write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.progress import progress
 
@@ -56,6 +59,7 @@ def predecode(
   timeout: float = 600.0,
   restart: bool = False,
   beam: Sequence[str] | None = None,
+  start: Callable[[int], Processes | Here] = decode_jobs.start_pool,
 ) -> dict[str, Any]:
   """Writes the store `out` and returns what its store.json says.
 
@@ -78,6 +82,7 @@ def predecode(
     timeout: seconds for decoding one annotation.
     restart: begin anew if another work, or the same, has been left half done.
     beam: options of an Apache Beam pipeline that decodes instead of processes here.
+    start: see `decode_jobs.decode_shards`.
 
   Raises:
     AnnotationError: problems with the mixture or its annotations, all listed, before anything is
@@ -88,57 +93,54 @@ def predecode(
     StoreError: `out` is there and is something else, another run is at work or left other work, or
       no sample is left.
   """
-  # refuses limits that contradict each other
-  video.frame_indices(0, 1.0, **decode_jobs.sampling(settings))
+  check_limits(settings.max_frames, settings.min_frames, settings.clip_frames)
   if tower and (quality is not None or beam is not None):
     raise ValueError("features are neither stored as JPEG nor computed through Beam")
   if beam is not None and not pathlib.Path(root).is_absolute():
-    raise ValueError(
-      f"--beam needs a --root that is the same for all workers: an absolute path, not {root}"
+    raise store.StoreError(
+      f"--beam needs a --root that is the same for all workers: an absolute path, not {root}",
+      where="--root",
+      value=root,
     )
   out = local(out, "a store appears by a rename", written=True)
   # a rename can't take the place of what a link points to
   out = pathlib.Path(os.path.realpath(out))
   made = _made(out)
   with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
-    jobs, files = mixtures.read_mixture(mixture, root, subset)
+    jobs, files = read_mixture(mixture, root, subset)
     layout = store.Layout(
-      settings.image_size, settings.clip_frames, quality, tower.features if tower else None
+      image_size=settings.image_size,
+      clip_frames=settings.clip_frames,
+      quality=quality,
+      features=tower.features if tower else None,
     )
     per_shard = samples_per_shard or _per_shard(folder, made, restart)
     plan = _plan(mixture, root, subset, per_shard, settings, layout, files, tower)
     if made is not None:
-      if made["plan"] == _digest(plan):
-        shutil.rmtree(folder)
-        return made
-      raise store.StoreError(
-        f"{out} already exists, made from other data or with other settings; remove it or choose "
-        f"another folder"
-      )
-    in_files = _in_files(jobs)
-    bad = [f"{jobs[i].where()}: {fault}" for i in in_files for fault in jobs[i].faults]
-    if bad and not skip_bad:
-      raise _annotation_error(
-        f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip_bad leaves them out)", bad
-      )
-    if not jobs:
-      counts = (
-        f"of {sum(f.annotations for f in files)} annotations {sum(f.drawn for f in files)} "
-        f"are drawn by sampling_strategy and --subset"
-      )
-      raise store.StoreError(
-        f"no samples to write: {counts}, and none of these has exactly one image or video, or none "
-        f"where text_samples is "
-        f"true{_passed_over(reason for file in files for _, reason in file.passed)}"
-      )
+      if made["plan"] != _digest(plan):
+        raise store.StoreError(
+          f"{out} already exists, made from other data or with other settings; remove it or choose "
+          f"another folder",
+          where=out,
+          found=made["plan"],
+        )
+      shutil.rmtree(folder)
+      return made
+    _check_jobs(jobs, files, skip_bad)
     _agree(folder, plan, restart)
-    work = Work(folder, settings, layout, dict(enumerate(jobs)), len(jobs), per_shard)
-    _undo_finish(work)
+    work = Work(
+      folder=folder,
+      settings=settings,
+      layout=layout,
+      jobs=dict(enumerate(jobs)),
+      count=len(jobs),
+      per_shard=per_shard,
+    )
+    finishing.undo_finish(work)
     done = decode_jobs.prepare_work(work, skip_bad)
     if beam is not None:
       _run_beam(work, beam, timeout, skip_bad)
     else:
-      encode = (lambda job: _spool_features(work, job, tower)) if tower else None
       with progress(total=len(jobs), initial=done, unit="sample", desc="predecode") as bar:
         decode_jobs.decode_shards(
           work,
@@ -146,32 +148,71 @@ def predecode(
           workers=workers,
           timeout=timeout,
           skip_bad=skip_bad,
-          encode=encode,
-          report=lambda: bar.update(),
+          encode=functools.partial(_spool_features, work, tower) if tower else None,
+          report=bar.update,
+          start=start,
         )
     entries = decode_jobs.entries(work)
-    lost = [
-      f"{jobs[i].where()}: {entries[i]['reason']}" for i in in_files if "reason" in entries[i]
-    ]
-    if lost and not skip_bad:
-      kept = (
-        f"everything else is kept in {folder}: the same command tries these again, with "
-        f"--skip_bad it leaves them out"
-      )
-      raise video.VideoError(
-        listed(f"{len(lost)} of {len(jobs)} samples can't be used; {kept}", lost)
-      )
-    if len(lost) == len(jobs):
-      raise store.StoreError(listed("no samples to write, all are bad", lost))
-    info = dataclasses.asdict(settings) | {
+    _check_entries(work, entries, skip_bad)
+    info = {
+      **dataclasses.asdict(settings),
       "subset": subset,
       "samples_per_shard": per_shard,
       "plan": _digest(plan),
+      **({"tower": tower.settings} if tower else {}),
     }
-    return _finish(work, out, entries, files, info | {"tower": tower.settings} if tower else info)
+    return finishing.finish_work(work, out, entries, files, info)
 
 
-def _spool_features(work: Work, job: int, tower: Tower) -> None:
+def _check_jobs(jobs: Sequence[Job], files: Sequence[File], skip_bad: bool) -> None:
+  """Refuses annotations that can't be used, all of them listed, before anything is decoded.
+
+  Raises:
+    AnnotationError: there are such. StoreError: nothing is selected.
+  """
+  ordered = [jobs[i] for i in _in_files(dict(enumerate(jobs)))]
+  bad = [f"{job.where()}: {fault}" for job in ordered for fault in job.faults]
+  if bad and not skip_bad:
+    what = f"{len(bad)} bad annotation{'s' * (len(bad) > 1)} (--skip-bad leaves them out)"
+    raise prompt.AnnotationError(listed(what, bad), bad=bad)
+  if not jobs:
+    annotations, drawn = sum(f.annotations for f in files), sum(f.drawn for f in files)
+    reasons = collections.Counter(reason for file in files for _, reason in file.passed)
+    raise store.StoreError(
+      f"no samples to write: of {annotations} annotations {drawn} are drawn by sampling_strategy "
+      f"and --subset, and none of these has exactly one image or video, or none where text_samples "
+      f"is true{passed_over(reasons)}",
+      annotations=annotations,
+      drawn=drawn,
+    )
+
+
+def _check_entries(work: Work, entries: Sequence[dict[str, Any]], skip_bad: bool) -> None:
+  """Refuses samples that could not be decoded, all of them listed, once everything else is done.
+
+  Raises:
+    VideoError: there are such. StoreError: there are no others.
+  """
+  lost = [
+    f"{work.jobs[i].where()}: {entries[i]['reason']}"
+    for i in _in_files(work.jobs)
+    if "reason" in entries[i]
+  ]
+  if lost and not skip_bad:
+    raise video.VideoError(
+      listed(
+        f"{len(lost)} of {len(entries)} samples can't be used; everything else is kept in "
+        f"{work.folder}: the same command tries these again, with --skip-bad it leaves them out",
+        lost,
+      ),
+      where=work.folder,
+      lost=lost,
+    )
+  if len(lost) == len(entries):
+    raise store.StoreError(listed("no samples to write, all are bad", lost), lost=lost)
+
+
+def _spool_features(work: Work, tower: Tower, job: int) -> None:
   entry, clips = decode_jobs.spooled_frames(work, job)
   decode_jobs.spool(
     tower.encode(clips), entry["clip_frames"], work.layout, work.spool(job), entry["seconds"]
@@ -182,15 +223,19 @@ def _made(out: pathlib.Path) -> dict[str, Any] | None:
   """store.json of a store that this command has made at `out`; None if nothing is there."""
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     if os.path.ismount(out):  # a rename can't replace it, which would be found at the very end
-      raise store.StoreError(f"{out} is where a file system is mounted; choose a folder inside it")
+      raise store.StoreError(
+        f"{out} is where a file system is mounted; choose a folder inside it",
+        where=out,
+        mounted=True,
+      )
     return None
-  try:
+  with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of something else
     info = read_json(out / "store.json", ValueError)
     if isinstance(info["plan"], str):
       return info
-  except (OSError, ValueError, KeyError, TypeError):
-    pass
-  raise store.StoreError(f"{out} already exists; remove it or choose another folder")
+  raise store.StoreError(
+    f"{out} already exists; remove it or choose another folder", where=out, found="other"
+  )
 
 
 @contextlib.contextmanager
@@ -203,12 +248,16 @@ def _claimed(out: pathlib.Path) -> Generator[pathlib.Path]:
     try:
       folder.mkdir(parents=True, exist_ok=True)
       taken = store.StoreError(
-        f"another process is writing {out}; wait for it, or choose another folder"
+        f"another process is writing {out}; wait for it, or choose another folder",
+        where=out,
+        taken=True,
       )
       stack.enter_context(locked(folder / "lock", taken, needed=True))
       sweep(folder)
     except OSError as error:
-      raise store.StoreError(f"{out} can't be written: {error.strerror or error}") from error
+      raise store.StoreError(
+        f"{out} can't be written: {error.strerror or error}", where=out
+      ) from error
     try:
       yield folder
     finally:
@@ -244,7 +293,9 @@ def _planned(folder: pathlib.Path) -> dict[str, Any] | None:
       return plan
   raise store.StoreError(
     f"{folder} holds something else than work of this command; move it away, or choose another "
-    f"--out"
+    f"--out",
+    where=folder,
+    found="other",
   )
 
 
@@ -261,23 +312,23 @@ def _plan(
   """What two runs must have in common for the second to continue the first; names are for
   people.
   """
-  plan: dict[str, Any] = {
+  frames: dict[str, Any] = {"frames": "raw" if layout.quality is None else f"jpeg {layout.quality}"}
+  if tower:
+    frames = {"frames": "features", "tower": tower.features.identity} | tower.settings
+  return {
     "format": store.FORMAT,
     "mixture": hashlib.blake2b(pathlib.Path(mixture).read_bytes(), digest_size=8).hexdigest(),
-  }
-  plan |= {
     "root": str(root),
     "subset": float(subset),
     "samples_per_shard": per_shard,
-  } | dataclasses.asdict(settings)
-  plan |= {
+    **dataclasses.asdict(settings),
     "fps": float(settings.fps),
-    "frames": "raw" if layout.quality is None else f"jpeg {layout.quality}",
+    **frames,
+    # they make the pixels
+    "av": av.__version__,
+    "pillow": PIL.__version__,
+    **{f"annotations {n}, {file.annotation}": file.digest for n, file in enumerate(files)},
   }
-  if tower:
-    plan |= {"frames": "features", "tower": tower.features.identity} | tower.settings
-  plan |= {"av": av.__version__, "pillow": PIL.__version__}  # they make the pixels
-  return plan | {f"annotations {n}, {file.annotation}": file.digest for n, file in enumerate(files)}
 
 
 def _digest(plan: dict[str, Any]) -> str:
@@ -306,101 +357,10 @@ def _agree(folder: pathlib.Path, plan: dict[str, Any], restart: bool) -> None:
     ]
     raise store.StoreError(
       f"{folder} has unfinished work of another kind ({'; '.join(shown)}); remove it, or add "
-      f"--restart to begin anew"
+      f"--restart to begin anew",
+      where=folder,
+      changed={key: (there.get(key), plan.get(key)) for key in keys},
     )
-
-
-def _finish(
-  work: Work,
-  out: pathlib.Path,
-  entries: Sequence[dict],
-  files: Sequence[mixtures.File],
-  info: dict,
-) -> dict[str, Any]:
-  """Makes the store from whole shards, and gives it its name; may be killed and done again at any
-  point.
-  """
-  from xcomp_jax.data import prompt  # brings jax
-
-  folder = work.folder / "store"
-  folder.mkdir(exist_ok=True)
-  parts, lines, written = [], [], 0
-  for n in work.shards:
-    about, samples, first = read_json(work.shard(n, ".json"), store.StoreError), [], 0
-    crcs = tuple(entries[i]["crc32"] for i in work.members(n) if "crc32" in entries[i])
-    for i in work.members(n):
-      job, entry = work.jobs[i], entries[i]
-      line = {
-        "annotation": job.sample.annotation,
-        "position": job.sample.position,
-        "source": job.sample.source,
-      }
-      if "reason" in entry:
-        lines.append(line | {"reason": entry["reason"]})
-        continue
-      lines.append(line | {"sample": written, "frames": entry["frames"], "crc32": entry["crc32"]})
-      message = (
-        "" if entry["seconds"] is None else prompt.time_message(entry["seconds"], entry["frames"])
-      )
-      records = len(entry["lengths"])
-      samples.append(
-        dataclasses.replace(
-          job.sample,
-          time_message=message,
-          frames=entry["frames"],
-          clip_frames=entry["clip_frames"],
-          first_record=first,
-          records=records,
-        )
-      )
-      first, written = first + records, written + 1
-    parts.append(
-      store.Shard(
-        str(work.shard(n, ".array_record")),
-        tuple(samples),
-        about["records"],
-        about["bytes"],
-        crcs,
-      )
-    )
-  for file in files:
-    lines += [
-      {"annotation": file.annotation, "position": i, "passed_over": reason}
-      for i, reason in file.passed
-    ]
-  text = "".join(store.as_json(line) + "\n" for line in lines)
-  (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
-  counts, position = [], 0
-  for file in files:
-    mine = entries[position : position + file.selected]
-    position += file.selected
-    skipped = sum("reason" in entry for entry in mine)
-    about = dataclasses.asdict(file)
-    about["passed_over"] = dict(collections.Counter(reason for _, reason in about.pop("passed")))
-    counts.append(about | {"written": len(mine) - skipped, "skipped": skipped})
-  info = info | {"annotation_files": counts, "skipped": sum(c["skipped"] for c in counts)}
-  info = store.finish_store(folder, parts, work.layout, info)
-  become(work.folder, "store", out)
-  return info
-
-
-def _undo_finish(work: Work) -> None:
-  """Puts back what a killed `_finish` had moved: a shard that is there may have to be made
-  again.
-  """
-  folder = work.folder / "store"
-  if not folder.exists():
-    return
-  whole = [
-    n
-    for n in work.shards
-    if work.shard(n, ".json").exists()
-    and read_json(work.shard(n, ".json"), store.StoreError)["records"]
-  ]
-  for n, file in zip(whole, store.shard_files(folder, work.layout, len(whole)), strict=True):
-    if file.exists():
-      os.rename(file, work.shard(n, ".array_record"))
-  shutil.rmtree(folder)
 
 
 def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool) -> None:
@@ -424,22 +384,15 @@ def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool
     _ = tasks | beam.Reshuffle() | beam.Map(decode_jobs.run_one)
 
 
-def _annotation_error(text: str, lines: Sequence[str]) -> ValueError:
-  from xcomp_jax.data import prompt  # see `_finish`
-
-  return prompt.AnnotationError(listed(text, lines))
-
-
-def _passed_over(reasons: Iterable[str]) -> str:
-  counts = [
-    f"{count} with {reason}" for reason, count in collections.Counter(reasons).most_common()
-  ]
+def passed_over(reasons: collections.Counter[str]) -> str:
+  """Says how many annotations were passed over, by reason; "" if none were."""
+  counts = [f"{count} with {reason}" for reason, count in reasons.most_common()]
   return f"; passed over, as the release does: {', '.join(counts)}" if counts else ""
 
 
-def _in_files(jobs: Sequence[mixtures.Job]) -> list[int]:
+def _in_files(jobs: Mapping[int, Job]) -> list[int]:
   """The numbers of the jobs, which are shuffled, as their annotations stand in the files."""
-  files = {name: n for n, name in enumerate(dict.fromkeys(job.sample.annotation for job in jobs))}
-  return sorted(
-    range(len(jobs)), key=lambda i: (files[jobs[i].sample.annotation], jobs[i].sample.position)
-  )
+  files = {
+    name: n for n, name in enumerate(dict.fromkeys(j.sample.annotation for j in jobs.values()))
+  }
+  return sorted(jobs, key=lambda i: (files[jobs[i].sample.annotation], jobs[i].sample.position))

@@ -65,12 +65,12 @@ class Processes:
   before it is given a call.
   """
 
-  def __init__(self, count: int, life: int, module: str):
-    self._life, self._module, self._waiting = life, module, collections.deque()
+  def __init__(self, count: int, life: int, module: str, line: str = CODE):
+    """line: of Python, that a process runs."""
+    self._life, self._module, self._line, self._waiting = life, module, line, collections.deque()
+    self.lives: list[int] = []  # of all processes that were started
     self._stillborn = 0  # processes that died before they were ready, since the last that was
-    self._each: list[_Process] = []
-    for i in range(count):
-      self._each.append(_Process(life * (i + 1) // count, module))
+    self._each = [self._begin(life * (i + 1) // count) for i in range(count)]
 
   def call(
     self,
@@ -103,6 +103,10 @@ class Processes:
     for each in self._each:
       each.end()
 
+  def _begin(self, life: int) -> "_Process":
+    self.lives.append(life)
+    return _Process(life, self._module, self._line)
+
   def _news(self, i: int) -> list[Ended]:
     each, found = self._each[i], []
     try:
@@ -122,9 +126,9 @@ class Processes:
         found.append((each.calls.popleft()[0], None, DiedError(code)))
       self._stillborn += not each.ready
       if self._stillborn == TRIES:
-        raise StartError(f"exit code {code}") from error
+        raise StartError(f"exit code {code}", code=code) from error
       self._waiting.extendleft(reversed(each.calls))
-    self._each[i] = _Process(self._life, self._module)
+    self._each[i] = self._begin(self._life)
     return found
 
   def _feed(self) -> None:
@@ -166,12 +170,12 @@ class Here:
 
 
 class _Process:
-  def __init__(self, life: int, module: str):
+  def __init__(self, life: int, module: str, code: str):
     ours, theirs = socket.socketpair()
     # of Ctrl-C, which it would answer with a trace; it inherits this
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-      line = [sys.executable, "-c", CODE, str(theirs.fileno()), module, *sys.path]
+      line = [sys.executable, "-c", code, str(theirs.fileno()), module, *sys.path]
       self.process = subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
     finally:
       signal.pthread_sigmask(signal.SIG_SETMASK, before)

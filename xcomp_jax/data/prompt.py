@@ -15,10 +15,12 @@ from jaxtyping import Bool, Int
 
 from xcomp_jax import inputs
 from xcomp_jax.config import Mask
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
+from xcomp_jax.data.store import StoredSample
 from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import plain, quoted, read_json, reading
 
+IMAGE_TOKEN = -200  # stands in tokens where the visual tokens go (FACTS.md 3)
+IGNORE = -100  # a label or target that is not supervised
 IMAGE = "<image>"  # where the frames go, in annotations
 SYSTEM = "You are a helpful assistant."
 _ROLES = {"human": "user", "gpt": "assistant"}  # the annotations' names
@@ -36,46 +38,55 @@ class TokenizerError(XCompError, ValueError):
   """Files that make no tokenizer; the message names them."""
 
 
+class NoTokenizerError(XCompError, FileNotFoundError):
+  """A directory without a tokenizer's files. fields: where, missing."""
+
+
 class Tokenizer:
   """A Qwen2 tokenizer, or a smaller one with the same special tokens.
 
-  im_start, im_end, pad, newline: token ids. eos: the ids that end an answer (quirk Q20).
-  vocab_size: all ids are below it (a model's table is often larger).
+  core: what does the work, a `tokenizers.Tokenizer`. im_start, im_end, pad, newline: token ids.
+  eos: the ids that end an answer (quirk Q20). vocab_size: all ids are below it (a model's table is
+  often larger).
   """
 
   def __init__(self, core: Any, source: str):  # a tokenizers.Tokenizer
     core.no_truncation()
     core.no_padding()
-    self._core = core
+    self.core = core
     vocabulary = core.get_vocab(with_added_tokens=True)
     special = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     missing = [token for token in special if token not in vocabulary]
     if missing:
-      raise ValueError(
-        f"the tokenizer in {source} lacks {', '.join(missing)}; the chat template needs them"
+      raise TokenizerError(
+        f"the tokenizer in {source} lacks {', '.join(missing)}; the chat template needs them",
+        where=source,
+        missing=missing,
       )
     self.im_start, self.im_end, self.pad = (vocabulary[token] for token in special)
     self.eos = (self.im_end, self.pad)
     self.vocab_size = max(vocabulary.values()) + 1
     newline = self.encode("\n")
     if len(newline) != 1:
-      raise ValueError(
-        f"the tokenizer in {source} makes {len(newline)} tokens of a newline; it must be one"
+      raise TokenizerError(
+        f"the tokenizer in {source} makes {len(newline)} tokens of a newline; it must be one",
+        where=source,
+        newline=newline,
       )
     self.newline = newline[0]
 
   def encode(self, text: str) -> list[int]:
     """Token ids; special tokens written out in the text count as such."""
-    return self._core.encode(text, add_special_tokens=False).ids
+    return self.core.encode(text, add_special_tokens=False).ids
 
   def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids, and the characters [start, end) that each one stands for."""
-    encoding = self._core.encode(text, add_special_tokens=False)
+    encoding = self.core.encode(text, add_special_tokens=False)
     return encoding.ids, encoding.offsets
 
   def decode(self, ids: Iterable[SupportsInt], keep_special: bool = False) -> str:
     """Text, without the special tokens unless they are to be seen."""
-    return self._core.decode([int(i) for i in ids], skip_special_tokens=not keep_special)
+    return self.core.decode([int(i) for i in ids], skip_special_tokens=not keep_special)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +110,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
   byte-level BPE).
 
   Raises:
-    FileNotFoundError: the files that are missing.
+    NoTokenizerError: the files that are missing.
     ValueError: a file that is no tokenizer, or one without the chat template's special tokens.
   """
   directory = pathlib.Path(directory)
@@ -107,8 +118,10 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
   parts = [directory / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")]
   missing = [path.name for path in parts if not path.exists()]
   if missing and not whole.exists():
-    raise FileNotFoundError(
-      f"no tokenizer in {directory}: {', '.join(missing)} missing, and no tokenizer.json instead"
+    raise NoTokenizerError(
+      f"no tokenizer in {directory}: {', '.join(missing)} missing, and no tokenizer.json instead",
+      where=directory,
+      missing=missing,
     )
   import tokenizers  # not at the top: a model runs without
 
@@ -137,33 +150,50 @@ def checked_turns(conversations: Any, visual: bool) -> list[tuple[str, str]]:
   """
   if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
     raise AnnotationError(
-      f"an annotation needs conversations, a list of turns, not {quoted(conversations)}"
+      f"an annotation needs conversations, a list of turns, not {quoted(conversations)}",
+      where="conversations",
+      value=conversations,
     )
   turns = []
   for i, turn in enumerate(conversations):
     if not isinstance(turn, Mapping) or not all(
       isinstance(turn.get(key), str) for key in ("from", "value")
     ):
-      raise AnnotationError(f'turn {i} must be {{"from": ..., "value": ...}}, not {quoted(turn)}')
+      raise AnnotationError(
+        f'turn {i} must be {{"from": ..., "value": ...}}, not {quoted(turn)}', where=i, value=turn
+      )
     if turn["from"] not in _ROLES:
       raise AnnotationError(
-        f"turn {i} is from {turn['from']!r}; known: {', '.join(_ROLES)}: {quoted(turn['value'])}"
+        f"turn {i} is from {turn['from']!r}; known: {', '.join(_ROLES)}: {quoted(turn['value'])}",
+        where=i,
+        allowed=list(_ROLES),
+        value=turn["from"],
       )
     if turn["from"] != ("human", "gpt")[i % 2]:
       raise AnnotationError(
         f"turn {i} is from {turn['from']!r}; human and gpt must alternate, human first: "
-        f"{quoted(turn['value'])}"
+        f"{quoted(turn['value'])}",
+        where=i,
+        expected=("human", "gpt")[i % 2],
+        value=turn["from"],
       )
     turns.append((_ROLES[turn["from"]], turn["value"]))
   if len(turns) % 2:
-    raise AnnotationError(f"the conversation ends without an answer: {quoted(turns[-1][1])}")
+    raise AnnotationError(
+      f"the conversation ends without an answer: {quoted(turns[-1][1])}",
+      where=len(turns),
+      missing="answer",
+    )
 
   images = sum(value.count(IMAGE) for _, value in turns)
   wanted = int(visual)
   if images != wanted or any(IMAGE in value for role, value in turns if role == "assistant"):
     text = " / ".join(value for _, value in turns)
     raise AnnotationError(
-      f"{images} {IMAGE} in a conversation that needs {wanted}, in a question: {quoted(text)}"
+      f"{images} {IMAGE} in a conversation that needs {wanted}, in a question: {quoted(text)}",
+      where="conversations",
+      expected=wanted,
+      found=images,
     )
   return turns
 
@@ -196,6 +226,12 @@ def training_prompt(
   return _build(tokenizer, turns, question, mask)
 
 
+def sample_prompt(tokenizer: Tokenizer, sample: StoredSample, mask: Mask) -> Prompt:
+  """A stored sample's conversation, as training has it."""
+  message = sample.time_message if sample.frames else None
+  return training_prompt(tokenizer, sample.conversations, message, mask=mask)
+
+
 def question_prompt(
   tokenizer: Tokenizer,
   question: str,
@@ -212,13 +248,15 @@ def question_prompt(
       is decided here.
   """
   if not question.strip():
-    raise AnnotationError("the question is empty")
+    raise AnnotationError("the question is empty", where="question", missing=True)
   for text in (question, *(text for pair in history for text in pair)):
     plain(text, "the text", AnnotationError)
     if IMAGE in text:
       raise AnnotationError(
         f"{IMAGE} must not be written in a question or answer, frames go first by themselves: "
-        f"{quoted(text)}"
+        f"{quoted(text)}",
+        where="question" if text is question else "history",
+        value=text,
       )
   turns = [(role, text) for pair in history for role, text in zip(("user", "assistant"), pair)]
   turns.append(("user", question))

@@ -8,31 +8,20 @@ machine stop, what it lost of them is noticed as they are read, by the CRC-32 at
 import contextlib
 import json
 import os
-import pathlib
 import struct
-import uuid
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from xcomp_jax.data.store import StoreError
+from xcomp_jax.files import replacing
 
 # the last bytes: how many the entry before them has, and the CRC-32 of all before this
 TRAILER = struct.Struct(">QI")
 
 
 class DamagedError(StoreError):
-  """A file is not what was written."""
-
-  def __init__(self, file: str):
-    super().__init__(file)
-    self.file = file
-
-  def __str__(self) -> str:
-    return (
-      f"{self.file} is not what was written, as if the disk were failing; the same command "
-      f"tries again"
-    )
+  """A file is not what was written. fields: where, the file."""
 
 
 @contextlib.contextmanager
@@ -40,7 +29,6 @@ def writing_spool(target: str) -> Generator[Callable[[bytes | dict[str, Any]], N
   """A file that appears whole: the function that is given takes its records, and in the end its
   entry.
   """
-  temporary = f"{target}.{uuid.uuid4().hex}.tmp"
   crc = 0
 
   def write(part: bytes | dict[str, Any]) -> None:
@@ -51,15 +39,9 @@ def writing_spool(target: str) -> Generator[Callable[[bytes | dict[str, Any]], N
     if not isinstance(part, bytes):
       file.write(TRAILER.pack(len(content), crc))
 
-  try:
-    with open(temporary, "wb") as file:
-      yield write
-    os.replace(temporary, target)
-  except BaseException as error:
-    pathlib.Path(temporary).unlink(missing_ok=True)
-    if isinstance(error, OSError) and error.filename is None:
-      error.filename = target  # a full disk doesn't say of what
-    raise
+  with replacing(target, synced=False) as temporary, open(temporary, "wb") as file:
+    yield write
+    file.flush()  # it takes its name before it is closed
 
 
 def read_spool(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:
@@ -78,11 +60,11 @@ def read_spool(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:
     entry = json.loads(text)
     lengths = entry.get("lengths", ())
     if sum(lengths) != end - size:
-      raise DamagedError(file)
+      raise _damaged(file)
   except FileNotFoundError:
     raise
   except (OSError, ValueError, AttributeError, TypeError, struct.error) as error:
-    raise DamagedError(file) from error
+    raise _damaged(file) from error
 
   def records() -> Iterator[bytes]:
     crc = 0
@@ -92,6 +74,13 @@ def read_spool(file: str) -> tuple[dict[str, Any], Iterator[bytes]]:
         crc = zlib.crc32(record, crc)
         yield record
     if zlib.crc32(text, crc) != wanted:
-      raise DamagedError(file)
+      raise _damaged(file)
 
   return entry, records()
+
+
+def _damaged(file: str) -> DamagedError:
+  return DamagedError(
+    f"{file} is not what was written, as if the disk were failing; the same command tries again",
+    where=file,
+  )

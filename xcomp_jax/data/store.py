@@ -21,7 +21,6 @@ A store appears by one rename. Until then everything is in `<name>.incomplete` b
 """
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -31,15 +30,16 @@ import math
 import os
 import pathlib
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from xcomp_jax import inputs
+from xcomp_jax.data.sampling import CLIPS, SIZES
 from xcomp_jax.errors import XCompError, one_line, too_many_files
-from xcomp_jax.files import fresh_folder, local
+from xcomp_jax.files import local
 from xcomp_jax.inputs import reading, regular
 
 FORMAT = 2  # of the folder; raised when an older reader would misread it
@@ -53,22 +53,10 @@ OPEN = 64
 as_json = json.JSONEncoder(ensure_ascii=False).encode  # one for all: json.dumps makes one each time
 # what a dataset's files are called, as TFDS writes it
 FILES = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-# Bounds of a store's numbers.
-PIXELS, FRAMES, TOKENS, COUNT = (
-  range(1, 4_097),
-  range(1, 1_001),
-  range(1, 1_000_001),
-  range(1_000_000_001),
-)
-# how frames and samples were chosen
-SAMPLING = (
-  "image_size",
-  "clip_frames",
-  "fps",
-  "min_frames",
-  "max_frames",
-  "subset",
-)
+TOKENS = range(1, 1_000_001)  # of a frame, and numbers of a token
+COUNT = range(1_000_000_001)  # of anything
+# Fields of FrameSettings, and the subset, in the order that an identity has them for ever.
+SAMPLING = ("image_size", "clip_frames", "fps", "min_frames", "max_frames", "subset")
 
 
 class StoreError(XCompError, ValueError):
@@ -107,7 +95,7 @@ class Layout:
     return "features" if self.features else "clips"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredSample:
   """One sample without its pixels; the fields are those of `samples/`."""
 
@@ -121,19 +109,6 @@ class StoredSample:
   clip_frames: int = 1
   first_record: int = 0
   records: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-  """A written file of clips and its samples, whose `first_record` counts from the beginning of that
-  file.
-  """
-
-  path: str  # "" if no sample had frames
-  samples: tuple[StoredSample, ...]
-  records: int
-  bytes: int
-  crcs: tuple[int, ...]  # of each sample: `content_crc` of its records, one after the other
 
 
 class Store:
@@ -237,11 +212,11 @@ class Store:
       except Exception as error:  # damaged records make the readers raise anything
         if text := too_many_files(error):
           raise OSError(text) from error
-        raise self._damaged(f"sample {index} can't be read ({one_line(error)})") from error
+        raise self._damaged(f"sample {index} can't be read ({one_line(error)})", index) from error
       unit = shape[0]  # frames or tokens of a clip
       if len(content) != held * unit:
         raise self._damaged(
-          f"a record of sample {index} does not hold the {held} clips that it should"
+          f"a record of sample {index} does not hold the {held} clips that it should", index
         )
       part = content[max(0, first - begin) * unit : min(held, last - begin) * unit]
       parts.append(part if self.layout.quality is None else self._decode(index, begin * unit, part))
@@ -258,17 +233,24 @@ class Store:
       yield content
 
   def _decode(self, index: int, first: int, files: Sequence[Any]) -> np.ndarray:
-    cv2 = _cv2()
+    cv2 = opencv()
     out = np.empty((len(files), self.image_size, self.image_size, 3), np.uint8)
     for i, file in enumerate(files):
       image = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
       if image is None or image.shape != out.shape[1:]:
-        raise self._damaged(f"frame {first + i} of sample {index} is damaged")
+        raise self._damaged(
+          f"frame {first + i} of sample {index} is damaged", index, frame=first + i
+        )
       cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out[i])
     return out
 
-  def _damaged(self, what: str) -> StoreError:
-    return StoreError(f"{self.path}: {what}; find all damage with --verify, and predecode again")
+  def _damaged(self, what: str, sample: int, **fields: Any) -> StoreError:
+    return StoreError(
+      f"{self.path}: {what}; find all damage with --verify, and predecode again",
+      where=self.path,
+      sample=sample,
+      **fields,
+    )
 
 
 class Rows:
@@ -301,7 +283,9 @@ class Rows:
     self._files = [os.fspath(file) for file in files_of(folder, len(lengths))]
     if missing := [file for file in self._files if not os.path.exists(file)]:
       raise StoreError(
-        f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else "")
+        f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""),
+        where=folder,
+        missing=missing,
       )
     for file in self._files:
       regular(file)
@@ -313,7 +297,7 @@ class Rows:
     if not 0 <= key < len(self):
       raise IndexError(f"record {key} of {len(self)}")
     number = bisect.bisect_right(self._ends, key)
-    (record,) = _reader(self, number).read([key - (self._ends[number - 1] if number else 0)])
+    (record,) = opened_file(self, number).read([key - (self._ends[number - 1] if number else 0)])
     return self._features.deserialize_example_np(record)
 
   def file(self, number: int) -> str:
@@ -322,7 +306,7 @@ class Rows:
 
 
 @functools.lru_cache(maxsize=OPEN)
-def _reader(rows: Rows, number: int):
+def opened_file(rows: Rows, number: int):
   """Opens a file. When OPEN others have been opened since, it is dropped here, and closed once no
   thread reads from it.
   """
@@ -381,23 +365,30 @@ def open_store(path: str | os.PathLike) -> Store:
   path = local(path, "data is read as files")
   advice = "make one with `python -m xcomp_jax.predecode --mixture M.yaml --out DIR`"
   if not path.is_dir():
-    raise StoreError(f"no data at {path}: not a folder; {advice}")
+    raise StoreError(f"no data at {path}: not a folder; {advice}", where=path, found=None)
   about = path / "store.json"
   if not about.exists():
-    raise StoreError(f"{path} is not a store: it has no store.json; {advice}")
+    raise StoreError(
+      f"{path} is not a store: it has no store.json; {advice}", where=about, missing=True
+    )
   try:
     info = inputs.read_json(about, StoreError, inputs.ABOUT)
     with reading(about, StoreError):
       version = info["format"]
       if type(version) is not int or version != FORMAT:
         raise StoreError(
-          f"{path} has format {inputs.quoted(version, 100)}, this version reads {FORMAT}"
+          f"{path} has format {inputs.quoted(version, 100)}, this version reads {FORMAT}",
+          where=about,
+          format=version,
         )
       layout = _layout(info, about)
-    table = Rows(path / "samples", _sample_features())
+    table = Rows(path / "samples", sample_features())
     if len(table) != info.get("samples"):
       raise StoreError(
-        f"{path} is damaged: {len(table)} samples where {info.get('samples')} were written"
+        f"{path} is damaged: {len(table)} samples where {info.get('samples')} were written",
+        where=path / "samples",
+        found=len(table),
+        expected=info.get("samples"),
       )
     with reading(path / "samples", StoreError):
       samples = [_sample(table[i]) for i in range(len(table))]
@@ -407,11 +398,15 @@ def open_store(path: str | os.PathLike) -> Store:
     for i, sample in enumerate(samples):
       _check(layout, sample, len(rows), f"{path} is damaged: sample {i}")
   except (StoreError, FileNotFoundError) as error:
-    raise StoreError(f"{one_line(error)}; {advice}") from error
+    fields = error.fields if isinstance(error, StoreError) else {"where": error.filename}
+    raise StoreError(f"{one_line(error)}; {advice}", **fields) from error
   wanted = max((s.first_record + s.records for s in samples), default=0)
   if len(rows) != wanted:
     raise StoreError(
-      f"{path} is damaged: {len(rows)} records of clips where {wanted} were written; {advice}"
+      f"{path} is damaged: {len(rows)} records of clips where {wanted} were written; {advice}",
+      where=path / layout.folder,
+      found=len(rows),
+      expected=wanted,
     )
   return Store(path, info, layout, samples, rows)
 
@@ -430,174 +425,14 @@ def _check(layout: Layout, sample: StoredSample, records: int, what: str) -> Non
   if not whole or sample.records != -(
     -sample.frames // sample.clip_frames // clips_per_record(layout, sample.clip_frames)
   ):
-    raise StoreError(f"{what} can't have {numbers}")
+    raise StoreError(f"{what} can't have {numbers}", where=sample.id, numbers=numbers)
   if sample.first_record < 0 or sample.first_record + sample.records > records:
     raise StoreError(
       f"{what} has records {sample.first_record} to {sample.first_record + sample.records}, and "
-      f"there are {records}"
+      f"there are {records}",
+      where=sample.id,
+      records=records,
     )
-
-
-def records(
-  layout: Layout, clips: Iterable[np.ndarray], clip_frames: int
-) -> Iterator[tuple[bytes, int, Any]]:
-  """Packs the clips of one sample, which may come one by one; memory is bounded by one record.
-
-  Args:
-    layout: what the records hold.
-    clips: each as `layout.clip_spec` says.
-    clip_frames: frames of each.
-
-  Yields:
-    a record; the number of its clips; and what it holds, as `Store.stored` will give it.
-
-  Raises:
-    ValueError: a clip of another shape or dtype.
-  """
-  shape, dtype = layout.clip_spec(clip_frames)
-  step = clips_per_record(layout, clip_frames)
-  clips = iter(clips)
-  while part := list(itertools.islice(clips, step)):
-    for clip in part:
-      if clip.shape != shape or clip.dtype != dtype:
-        raise ValueError(f"expected clips of {dtype}{shape}, got {clip.dtype}{clip.shape}")
-    count, content = len(part), np.concatenate(part)
-    part.clear()  # memory
-    if layout.features:
-      content = content.view(np.uint16)
-    elif layout.quality is not None:
-      content = [_jpeg(frame, layout.quality) for frame in content]
-    yield encode_record({"tokens" if layout.features else "frames": content}), count, content
-
-
-def write_shard(
-  path: str | os.PathLike, items: Iterable[tuple[StoredSample, np.ndarray | None]], layout: Layout
-) -> Shard:
-  """Writes the visual part of some samples into one ArrayRecord file at `path`.
-
-  Args:
-    path: file to be; none is left if no item has frames.
-    items: samples and their uint8[C, F, S, S, 3] or bfloat16[C, N, D], None for text alone. The
-      sample's frames and records are set here.
-    layout: what the records hold.
-
-  Raises:
-    ValueError: visual of another shape or dtype.
-  """
-  writer, samples, crcs, first, written = None, [], [], 0, 0
-  try:
-    for sample, visual in items:
-      if visual is None:
-        samples.append(
-          dataclasses.replace(sample, frames=0, clip_frames=1, first_record=first, records=0)
-        )
-        crcs.append(0)
-        continue
-      per_clip = layout.features.tokens_per_frame if layout.features else 1
-      per_clip = visual.shape[1] // per_clip if visual.ndim > 1 else 0
-      shape, dtype = layout.clip_spec(per_clip)
-      if visual.dtype != dtype or visual.shape[1:] != shape or not visual.size:
-        raise ValueError(
-          f"{sample.source}: expected {dtype} [clips, {', '.join(map(str, shape))}], got "
-          f"{visual.dtype}{visual.shape}"
-        )
-      writer = writer or array_record(path)
-      before, crc = first, 0
-      for record, _, content in records(layout, visual, per_clip):
-        writer.write(record)
-        crc = content_crc(content, crc)
-        written += len(record)
-        first += 1
-      crcs.append(crc)
-      samples.append(
-        dataclasses.replace(
-          sample,
-          frames=len(visual) * per_clip,
-          clip_frames=per_clip,
-          first_record=before,
-          records=first - before,
-        )
-      )
-  finally:
-    if writer is not None:
-      writer.close()
-  return Shard(os.fspath(path) if first else "", tuple(samples), first, written, tuple(crcs))
-
-
-def finish_store(
-  folder: pathlib.Path, shards: Sequence[Shard], layout: Layout, info: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Turns a folder with written shards, in this order, into a store; returns what its store.json
-  says.
-
-  Every name follows from the shards alone, so that what a killed process left half done is simply
-  done again.
-
-  Args:
-    folder: to be; on the file system of the shards' files, which move into it.
-    shards: their samples become the store's, in order.
-    layout: what the records hold.
-    info: more for store.json.
-
-  Raises:
-    StoreError: no samples at all. OSError: it can't be written.
-  """
-  samples = [sample for shard in shards for sample in shard.samples]
-  if not samples:
-    raise StoreError("no samples to write")
-  files = [shard for shard in shards if shard.records]
-  if files:
-    (folder / layout.folder).mkdir(exist_ok=True)
-    for shard, target in zip(files, shard_files(folder, layout, len(files)), strict=True):
-      if not target.exists():
-        os.rename(shard.path, target)
-    _metadata(
-      folder / layout.folder,
-      record_features(layout),
-      [s.records for s in files],
-      sum(s.bytes for s in files),
-    )
-  (folder / "samples").mkdir(exist_ok=True)
-  size, base, file = 0, 0, folder / "samples" / "samples-train.array_record-00000-of-00001"
-  with writing_records(file):
-    writer = array_record(file)
-    for shard in shards:
-      for s in shard.samples:
-        record = encode_record(
-          vars(s)
-          | {"first_record": s.first_record + base, "conversations": as_json(s.conversations)}
-        )
-        writer.write(record)
-        size += len(record)
-      base += shard.records
-    writer.close()
-  _metadata(folder / "samples", _sample_features(), [len(samples)], size)
-  counts = {"samples": len(samples), "frames": sum(s.frames for s in samples), "records": base}
-  counts |= {
-    "checksum": checksum(samples),
-    "content": content_checksum(crc for shard in shards for crc in shard.crcs),
-  }
-  kept = {
-    "quality": layout.quality,
-    "features": layout.features and dataclasses.asdict(layout.features),
-  }
-  text = {
-    "format": FORMAT,
-    "image_size": layout.image_size,
-    "clip_frames": layout.clip_frames,
-    **kept,
-    **info,
-    **counts,
-  }
-  (folder / "store.json").write_text(
-    json.dumps(text, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-  )
-  return text
-
-
-def shard_files(folder: pathlib.Path, layout: Layout, count: int) -> list[pathlib.Path]:
-  """What `finish_store` calls the shards that have records."""
-  return files_of(folder / layout.folder, count)
 
 
 def files_of(dataset: pathlib.Path, count: int) -> list[pathlib.Path]:
@@ -607,90 +442,8 @@ def files_of(dataset: pathlib.Path, count: int) -> list[pathlib.Path]:
   ]
 
 
-def write_store(
-  target: str | os.PathLike,
-  items: Iterable[tuple[StoredSample, np.ndarray | None]],
-  *,
-  image_size: int,
-  clip_frames: int,
-  features: Features | None = None,
-  quality: int | None = None,
-) -> None:
-  """Writes a whole store from samples in memory, in one shard (see `write_shard`); `quality` makes
-  it JPEG.
-  """
-  layout = Layout(image_size, clip_frames, quality, features)
-  with fresh_folder(target, "store") as folder:
-    finish_store(folder, [write_shard(folder / "shard", items, layout)], layout, {})
-
-
-def encode_record(fields: Mapping[str, str | int | np.ndarray | Sequence[bytes]]) -> bytes:
-  """A record of TFDS, a tf.train.Example, with its fields in the order of their names.
-
-  TFDS's own writing takes ten times as long, processes for decoding would have to import it, and
-  its order of fields differs between processes.
-
-  Args:
-    fields: a text, a whole number from 0 on, an array (by its bytes), or several values.
-  """
-  parts = []  # large values are not copied before all are joined
-  for name in sorted(fields):
-    value, key = fields[name], name.encode()
-    if isinstance(value, int):
-      kind, values = 3, [_varint(value)]  # Int64List
-    else:
-      # BytesList
-      kind, values = (
-        1,
-        [value.encode()]
-        if isinstance(value, str)
-        else [np.ascontiguousarray(value).data.cast("B")]
-        if isinstance(value, np.ndarray)
-        else value,
-      )
-    inner = [part for one in values for part in (_head(1, len(one)), one)]
-    size = sum(map(len, inner))
-    feature = _head(kind, size)
-    size += len(feature)
-    entry = _head(1, len(key)) + key + _head(2, size)
-    parts += [_head(1, len(entry) + size), entry, feature, *inner]
-  return b"".join([_head(1, sum(map(len, parts))), *parts])
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def _head(number: int, size: int) -> bytes:
-  """What stands before a field of a protobuf that has so many bytes."""
-  return bytes([number << 3 | 2]) + _varint(size)
-
-
-def _varint(number: int) -> bytes:
-  found = bytearray()
-  while number > 127:
-    found.append(number & 127 | 128)
-    number >>= 7
-  return bytes([*found, number])
-
-
-def array_record(path: str | os.PathLike):
-  """A writer of one record per group: readers want random access to every record."""
-  from array_record.python.array_record_module import ArrayRecordWriter
-
-  return ArrayRecordWriter(os.fspath(path), "group_size:1")
-
-
-@contextlib.contextmanager
-def writing_records(path: str | os.PathLike) -> Generator[None]:
-  """What goes wrong with the writer at `path`, a full disk perhaps, is an OSError: ArrayRecord
-  raises a RuntimeError.
-  """
-  try:
-    yield
-  except RuntimeError as error:
-    raise OSError(f"{os.fspath(path)} can't be written: {one_line(error)}") from error
-
-
 @functools.cache
-def _cv2() -> Any:
+def opencv() -> Any:
   """OpenCV, which only JPEG needs."""
   import cv2
 
@@ -698,15 +451,8 @@ def _cv2() -> Any:
   return cv2
 
 
-def _jpeg(frame: np.ndarray, quality: int) -> bytes:
-  cv2 = _cv2()
-  return cv2.imencode(
-    ".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
-  )[1].tobytes()
-
-
 def _layout(info: Mapping[str, Any], where: pathlib.Path) -> Layout:
-  features, wanted = info["features"], {"image_size": PIXELS, "clip_frames": FRAMES}
+  features, wanted = info["features"], {"image_size": SIZES, "clip_frames": CLIPS}
   if info["quality"] is not None:
     wanted["quality"] = range(1, 101)
   problems = [inputs.beyond(key, info[key], bounds) for key, bounds in wanted.items()]
@@ -718,32 +464,20 @@ def _layout(info: Mapping[str, Any], where: pathlib.Path) -> Layout:
     ]
     problems += [] if isinstance(features.identity, str) else ["features.identity must be text"]
   if problems := list(filter(None, problems)):
-    raise StoreError(f"{where}: {'; '.join(problems)}")
+    raise StoreError(f"{where}: {'; '.join(problems)}", where=where, problems=problems)
   return Layout(info["image_size"], info["clip_frames"], info["quality"], features)
 
 
 def _sample(row: Mapping[str, Any]) -> StoredSample:
-  def text(key):
-    return row[key].decode("utf-8")
-
-  def number(key):
-    return int(row[key])
-
-  talk = json.loads(text("conversations"))
+  values: dict[str, Any] = {
+    field.name: int(row[field.name]) if field.type is int else row[field.name].decode("utf-8")
+    for field in dataclasses.fields(StoredSample)
+  }
+  talk: Any = json.loads(values["conversations"])
   if not isinstance(talk, list) or not all(isinstance(turn, dict) for turn in talk):
     raise ValueError(f"conversations = {inputs.quoted(talk, 100)}: must be a list of objects")
-  return StoredSample(
-    id=text("id"),
-    source=text("source"),
-    annotation=text("annotation"),
-    position=number("position"),
-    conversations=tuple(talk),
-    time_message=text("time_message"),
-    frames=number("frames"),
-    clip_frames=number("clip_frames"),
-    first_record=number("first_record"),
-    records=number("records"),
-  )
+  values["conversations"] = tuple(talk)
+  return StoredSample(**values)
 
 
 def record_features(layout: Layout):
@@ -763,25 +497,10 @@ def record_features(layout: Layout):
   )
 
 
-def _sample_features():
+def sample_features():
   import tensorflow_datasets as tfds
 
   kinds = {str: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
   return tfds.features.FeaturesDict(
     {f.name: kinds.get(f.type, tfds.features.Text)() for f in dataclasses.fields(StoredSample)}
-  )
-
-
-def _metadata(folder: pathlib.Path, features, lengths: Sequence[int], size: int) -> None:
-  import tensorflow_datasets as tfds
-
-  template = tfds.core.ShardedFileTemplate(
-    data_dir=folder, dataset_name=folder.name, split="train", filetype_suffix="array_record"
-  )
-  split = tfds.core.SplitInfo(
-    name="train", shard_lengths=list(lengths), num_bytes=size, filename_template=template
-  )
-  # The default check reads through TensorFlow.
-  tfds.folder_dataset.write_metadata(
-    data_dir=folder, features=features, split_infos=[split], check_data=False
   )

@@ -245,7 +245,14 @@ def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int =
   """
   frames = len(visual) * clip_frames
   visual = visual.reshape(frames, -1, visual.shape[-1])
-  example = Example(frames, visual, question.tokens, question.labels, question.query, index=0)
+  example = Example(
+    frames=frames,
+    visual=visual,
+    tokens=question.tokens,
+    labels=question.labels,
+    query=question.query,
+    index=0,
+  )
   before, after = split_text(example)
   slots = frames if len(visual) == clip_frames else up(len(visual), CLIP_STEP * clip_frames)
   return collate([[example]], Shape(1, 1, before, slots, text_slots(max(text, after))))

@@ -76,8 +76,6 @@ def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:
       rate=rate,
       average=rate,
       pts=np.arange(count),
-      keys=(),
-      lost=0.0,
       stated=count,
     )
   chosen = video.sample(

@@ -251,7 +251,12 @@ def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
   # the release trains with clips of 8 frames
   clips = frames.reshape(-1, min(8, len(frames)), *frames.shape[1:])
   example = Example(
-    len(frames), None, ids.astype(np.int32), labels.astype(np.int32), np.zeros(len(ids), bool), 0
+    frames=len(frames),
+    visual=None,
+    tokens=ids.astype(np.int32),
+    labels=labels.astype(np.int32),
+    query=np.zeros(len(ids), bool),
+    index=0,
   )
   batch = collate([[example]], Shape(1, 1, len(prefix), len(frames), len(text)))
   shown = Clips(clips[None], np.arange(0, len(frames), clips.shape[1], dtype=np.int32)[None])

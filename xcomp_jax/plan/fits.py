@@ -264,4 +264,4 @@ SCT: state over as many cards as it takes, a sample of 1,024 frames and 512 toke
 Two dtypes: of asking and of SCT.
 *: with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9; without, JAX takes 75% of the memory
 no: remedies when asking are --clips-per-chunk 1, --forget-rounds, --select 256 and fewer frames; when tuning features instead of frames,
-  shorter samples (predecode --max_frames), a smaller model"""  # noqa: E501
+  shorter samples (predecode --max-frames), a smaller model"""  # noqa: E501

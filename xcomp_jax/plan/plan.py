@@ -43,8 +43,9 @@ from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.cli import command
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_trained
 from xcomp_jax.config_io import from_command_line
-from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Length, length_table
+from xcomp_jax.data.blend import measure_lengths
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.errors import XCompError
 from xcomp_jax.files import expanduser, path_of
@@ -449,7 +450,7 @@ def stored_lengths(config: RunConfig, cfg: VLMConfig, store: str) -> list[Length
     CheckpointError, ...: there is no tokenizer.
   """
   data = open_data(store, cfg)
-  return pipeline.measure_lengths(
+  return measure_lengths(
     data, loading.read_tokenizer(resolve(config.init_from), cfg), config.data.mask
   )
 

@@ -20,7 +20,7 @@ from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_run
-from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data import blend, packing
 from xcomp_jax.data.batch import Batch, Clips, Length, Shape, batch_spec
 from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.errors import one_line
@@ -220,11 +220,11 @@ def make(
     raise ConfigError(f"--layers {layers}: the model has {full.llm.layers}")
   if lengths is None:
     seen, lengths = _assumed(config, full, len(devices), frames, text)
-  pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
+  blend.steps_per_epoch(len(lengths), size)  # refuses too few
   schedule = forecast.schedule_run(seen, full, lengths, like or devices)
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices)
   row_groups(mesh)  # refuses what training would
-  order = pipeline.order(range(len(lengths)), size, config.seed, 0)
+  order = blend.order(range(len(lengths)), size, config.seed, 0)
   packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)
   device = roofline.device_of(like or devices)
   return ProgramPlan(

@@ -10,7 +10,7 @@ import numpy as np
 
 from xcomp_jax import inputs
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check_run, check_trained
-from xcomp_jax.data import packing, pipeline
+from xcomp_jax.data import blend, packing
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.data.packing import Lengths
 from xcomp_jax.parallel.mesh import AXES
@@ -101,7 +101,7 @@ def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str,
   for count in progress(counts, desc="planning", unit="mesh", leave=False):
     size = max(config.train.batch_size, count if count <= len(lengths) else 0)
     some = dataclasses.replace(config.train, batch_size=size)
-    pipeline.steps_per_epoch(len(lengths), size)  # refuses too few
+    blend.steps_per_epoch(len(lengths), size)  # refuses too few
     try:
       plan = forecast.schedule_run(
         dataclasses.replace(config, train=some), cfg, lengths, forecast.chips(chip, count)
@@ -110,7 +110,7 @@ def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str,
       refused.append(error)
       notes.append(f"{count} x {chip}: {error}")
       continue
-    order = pipeline.order(range(len(lengths)), size, config.seed, 0)
+    order = blend.order(range(len(lengths)), size, config.seed, 0)
     steps = packing.pack_steps(lengths, order, plan.shapes, plan.costs)
     total = min(len(steps) * some.epochs, some.steps or math.inf)
     used = sorted({micro.shape for micros in steps for micro in micros})

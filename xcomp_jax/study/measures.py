@@ -68,7 +68,14 @@ def _example(
   )
   visual = store.visual(one.film)[clips]
   visual = visual.reshape(len(clips) * FRAMES, -1, visual.shape[-1])
-  return Example(len(visual), visual, built.tokens, built.labels, built.query, one.film)
+  return Example(
+    frames=len(visual),
+    visual=visual,
+    tokens=built.tokens,
+    labels=built.labels,
+    query=built.query,
+    index=one.film,
+  )
 
 
 def _shape(rows: int, clips: int) -> Shape:

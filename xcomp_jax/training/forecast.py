@@ -191,7 +191,13 @@ def _room(
     )
   samples = 1 if cfg.lp_comp.keep == "attention" else len(lengths)
   return packing.ShapeRoom(
-    mesh[0] * mesh[1], parts, step, samples, data.prefix_length, frames, text
+    groups=mesh[0] * mesh[1],
+    parts=parts,
+    step=step,
+    samples=samples,
+    prefix=data.prefix_length,
+    frames=frames,
+    text=text,
   )
 
 

@@ -18,7 +18,7 @@ from xcomp_jax.cli import keep_compiled
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig
 from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import length_table
-from xcomp_jax.data.blend import Blend
+from xcomp_jax.data.blend import Blend, measure_lengths, run_order
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import Features, Store, StoreError, open_store
 from xcomp_jax.files import apart
@@ -78,8 +78,8 @@ def prepare_run(config: RunConfig, devices: Sequence[Any] | None = None) -> Prep
 
   # which samples each step has, and what they take
   train, data = config.train, opened[0]
-  order = pipeline.run_order(data, train.batch_size, config.seed, train.epochs)[: train.steps]
-  lengths = [pipeline.measure_lengths(some, tokenizer, config.data.mask) for some in opened]
+  order = run_order(data, train.batch_size, config.seed, train.epochs)[: train.steps]
+  lengths = [measure_lengths(some, tokenizer, config.data.mask) for some in opened]
   schedule = forecast.schedule_run(config, cfg, lengths[0], devices)
   forecast.check_memory(schedule)
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices)
