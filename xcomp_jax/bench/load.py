@@ -11,7 +11,6 @@ import os
 import pathlib
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from xcomp_jax.bench.timing import timed
 from xcomp_jax.checkpoints import saving, tensor_files, tensor_names
 from xcomp_jax.checkpoints.loading import load_model, read_vlm_config, resolve
 from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
@@ -74,31 +74,30 @@ def measured_loading(directory: pathlib.Path) -> dict[str, float]:
   ]
   size = sum(file.stat().st_size for file in files)
   _forget(files)
-  began, cpu = time.perf_counter(), time.process_time()
+  reading = timed(lambda: _read(files))
+  _forget(files)
+  before = _anonymous()
+  with _Peak() as peak:
+    loading = timed(lambda: load_model(directory, cfg))
+  parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(loading.result)))
+  return {
+    "read_s": reading.seconds,
+    "read_GB/s": size / reading.seconds / 1e9,
+    "read_cpu_s": reading.cpu,
+    "load_s": loading.seconds,
+    "load_GB/s": size / loading.seconds / 1e9,
+    "load_cpu_s": loading.cpu,
+    "parameters_GB": parameters / 1e9,
+    "peak_above_parameters_GB": (peak.bytes - before - parameters) / 1e9,
+  }
+
+
+def _read(files: Sequence[pathlib.Path]) -> None:
   buffer = memoryview(bytearray(1 << 24))
   for file in files:
     with open(file, "rb", buffering=0) as opened:
       while opened.readinto(buffer):
         pass
-  reading, reading_cpu = time.perf_counter() - began, time.process_time() - cpu
-  _forget(files)
-  del buffer
-  before = _anonymous()
-  with _Peak() as peak:
-    began, cpu = time.perf_counter(), time.process_time()
-    model = load_model(directory, cfg)
-    loading, loading_cpu = time.perf_counter() - began, time.process_time() - cpu
-  resident = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-  return {
-    "read_s": reading,
-    "read_GB/s": size / reading / 1e9,
-    "read_cpu_s": reading_cpu,
-    "load_s": loading,
-    "load_GB/s": size / loading / 1e9,
-    "load_cpu_s": loading_cpu,
-    "parameters_GB": resident / 1e9,
-    "peak_above_parameters_GB": (peak.bytes - before - resident) / 1e9,
-  }
 
 
 class _Peak:
