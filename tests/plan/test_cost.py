@@ -33,6 +33,7 @@ def count(function, *args, causal=True):
   return count_flops(jax.make_jaxpr(function)(*args), lambda _: causal)
 
 
+@pytest.mark.pure
 def test_products_count_twice_loops_by_their_length_and_a_mesh_by_its_devices(mesh):
   def step(c, w):
     return (jnp.tanh(c @ w), None)
@@ -49,6 +50,7 @@ def test_products_count_twice_loops_by_their_length_and_a_mesh_by_its_devices(me
   assert several.total == 2 * 8 * 8 * 24 + 2 * 8**3
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("length, blocks", [(1024, 1), (2048, 2), (2688, 3)])
 def test_kernels_count_by_formula_and_of_causal_ones_the_blocks_that_are_visited(length, blocks):
   q, kv = spec(1, length, 4, 128, dtype=jnp.bfloat16), spec(1, length, 2, 128, dtype=jnp.bfloat16)
@@ -65,6 +67,7 @@ def test_kernels_count_by_formula_and_of_causal_ones_the_blocks_that_are_visited
   assert count(run, q, kv, kv, causal=False).kernels == 2 * square
 
 
+@pytest.mark.pure
 def test_a_kernel_that_is_not_known_is_named():
   from jax.experimental import pallas as pl
 
@@ -84,6 +87,7 @@ def chips(kind, *sizes, cores=1):
   return [types.SimpleNamespace(device_kind=kind, coords=p) for p in points for _ in range(cores)]
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "devices, hbm, flops, links",
   [
@@ -108,6 +112,7 @@ def test_devices_have_their_share_of_a_chip_and_the_links_that_there_are(
   assert (found.hbm, found.flops, found.links, found.count) == (hbm, flops, links, len(devices))
 
 
+@pytest.mark.pure
 def test_time_is_the_largest_and_unknown_devices_have_none():
   device = device_of(chips("TPU v5 lite", 2, 2, 1))
   assert roofline.least_seconds(device, 197e12, 819e9 / 2, 1e9) == {

@@ -12,6 +12,7 @@ from xcomp_jax.parallel import chips, roofline
 from xcomp_jax.plan import fits, programs
 from xcomp_jax.training import metrics
 
+pytestmark = pytest.mark.pure
 CARDS = ", ".join(chip.name for chip in chips.CHIPS if chip.gpu)
 STATE = {"parameters": 4e9, "gradients": 2e9, "optimizer state": 4e9}
 CELL = {

@@ -7,6 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from xcomp_jax.plan.hlo import read_costs
 
+pytestmark = pytest.mark.pure
 P = PartitionSpec
 
 

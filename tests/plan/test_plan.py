@@ -410,6 +410,7 @@ def test_errors_are_one_line(argv, words, capsys):
   assert ended.value.code == 1 and words in err.splitlines()[-1]
 
 
+@pytest.mark.pure
 def test_a_topology_without_the_compiler_says_what_to_install(monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
   with pytest.raises(ConfigError) as caught:
@@ -442,6 +443,7 @@ def test_kinds_of_arrays_have_their_bytes(small):
   )
 
 
+@pytest.mark.pure
 def test_so_many_devices_are_named_as_are_enough():
   """Of 55 GB 50 are shared by four devices: on sixteen 5 + 50 / 4 = 17.5; on any number more than
   5.

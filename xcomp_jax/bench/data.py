@@ -1,23 +1,18 @@
-"""Measures pre-decoding: decoding, writing, reading, memory.
+"""Measures pre-decoding: decoding, writing, reading.
 
   # a synthetic video, 30 frames per second
   python -m xcomp_jax.bench_data make hour.mp4 --seconds 3600
   python -m xcomp_jax.bench_data run hour.mp4
 
-`run` pre-decodes the file by the command itself and prints the peak of its resident memory. Then
-it takes the frames of one training sample from the video (FACTS.md 5) and prints two tables: how
-fast they are decoded; and sizes and rates of a store
-that holds them raw, as JPEG, or as features. Times are the best of several.
+`run` takes the frames of one training sample from the video (FACTS.md 5) and prints two tables: how
+fast they are decoded; and sizes and rates of a store that holds them raw, as JPEG, or as features.
+Times are the best of several.
 """
 
 import argparse
 import concurrent.futures
 import functools
-import json
 import pathlib
-import resource
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -137,23 +132,6 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
   return out
 
 
-def decoding_memory(path: str, size: int) -> str:
-  """Pre-decodes the file by the command, in one process; its peak resident memory, and time."""
-  with tempfile.TemporaryDirectory() as place:
-    at = pathlib.Path(place)
-    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A disc."}]
-    (at / "a.json").write_text(
-      json.dumps([{"video": str(pathlib.Path(path).absolute()), "conversations": talk}])
-    )
-    (at / "m.yaml").write_text("datasets: [{json_path: a.json}]")
-    options = [f"--mixture={at / 'm.yaml'}", f"--root={at}", f"--out={at / 'out'}"]
-    options += ["--workers=0", f"--image_size={size}"]
-    line = [sys.executable, "-m", "xcomp_jax.predecode", *options]
-    took = timed(lambda: subprocess.run(line, check=True, stdout=subprocess.DEVNULL)).seconds
-  peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kB on Linux
-  return f"predecode --workers=0: {took:.1f} s, peak resident memory {peak:.2f} GB"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
   """The command; an error is one line on stderr and exit code 1."""
   parser = argparse.ArgumentParser(
@@ -171,14 +149,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   run.add_argument("--samples", type=int, default=2, help="copies in the stores that are measured")
   run.add_argument("--repeat", type=int, default=3, help="the best of so many counts")
   args = parser.parse_args(argv)
-  with command(subprocess.CalledProcessError):
+  with command():
     if args.command == "make":
       make_video(args.path, args.seconds, args.width, args.height)
       return
     if not pathlib.Path(args.path).is_file():
       raise FileNotFoundError(f"there is no file {args.path}")
-    # first: a process counts what its parent had when it was made
-    print(decoding_memory(args.path, args.image_size), flush=True)
     frames, table = decoding_costs(args.path, args.image_size, args.repeat)
     print(table, flush=True)
     print(

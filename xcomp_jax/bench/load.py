@@ -7,7 +7,6 @@ python -m xcomp_jax.bench_load load --checkpoint DIR
 """
 
 import argparse
-import os
 import pathlib
 import shutil
 import threading
@@ -58,46 +57,26 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def measured_loading(directory: pathlib.Path) -> dict[str, float]:
-  """Loads a checkpoint as stored, after merely reading its files; both from a cold page cache where
-  that can be had.
+  """Loads a checkpoint as stored.
 
   Returns:
-    seconds, GB/s and processor seconds of both; gigabytes of parameters, and of anonymous memory
-    above them at its peak.
+    seconds, GB/s and processor seconds; gigabytes of parameters, and of anonymous memory above them
+    at its peak.
 
   Raises:
     CheckpointError: see `loading.load_model`.
   """
-  cfg = read_vlm_config(directory, AS_IT_IS, NOT_TUNED)
-  files = sorted(directory.rglob("*.safetensors")) or [
-    f for f in sorted((directory / "params").rglob("*")) if f.is_file()
-  ]
-  size = sum(file.stat().st_size for file in files)
-  _forget(files)
-  reading = timed(lambda: _read(files))
-  _forget(files)
-  before = _anonymous()
+  cfg, before = read_vlm_config(directory, AS_IT_IS, NOT_TUNED), _anonymous()
   with _Peak() as peak:
     loading = timed(lambda: load_model(directory, cfg))
   parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(loading.result)))
   return {
-    "read_s": reading.seconds,
-    "read_GB/s": size / reading.seconds / 1e9,
-    "read_cpu_s": reading.cpu,
     "load_s": loading.seconds,
-    "load_GB/s": size / loading.seconds / 1e9,
+    "load_GB/s": parameters / loading.seconds / 1e9,
     "load_cpu_s": loading.cpu,
     "parameters_GB": parameters / 1e9,
     "peak_above_parameters_GB": (peak.bytes - before - parameters) / 1e9,
   }
-
-
-def _read(files: Sequence[pathlib.Path]) -> None:
-  buffer = memoryview(bytearray(1 << 24))
-  for file in files:
-    with open(file, "rb", buffering=0) as opened:
-      while opened.readinto(buffer):
-        pass
 
 
 class _Peak:
@@ -122,14 +101,6 @@ def _anonymous() -> int:
   """Bytes of anonymous memory now: not of mapped files, whose pages the system can drop."""
   lines = pathlib.Path("/proc/self/status").read_text().splitlines()
   return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-def _forget(files: Sequence[pathlib.Path]) -> None:
-  """Drops files from the page cache, so that they are read from where they lie."""
-  for file in files:
-    with open(file, "rb") as opened:
-      os.fsync(opened.fileno())
-      os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 
 class Timed(NamedTuple):
   """What a call took, in seconds of the wall clock and of this process, and what it gave."""
@@ -24,4 +22,6 @@ def timed(work: Callable[[], Any]) -> Timed:
 
 def seconds_of(call: Callable[[], Any], times: int = 1) -> float:
   """Seconds of a call of JAX, of `times` in a row, until its results are there."""
+  import jax  # not needed where nothing but decoding is timed
+
   return timed(lambda: jax.block_until_ready([call() for _ in range(times)])).seconds / times
