@@ -44,9 +44,9 @@ def schedule(name: str = "cosine", keep: Keep = "suffix") -> tuple[int, ...]:
 
 def overview() -> None:
   """A clip on its way: what every stage makes of its tokens."""
-  tower = VisionConfig(
+  tower = VisionConfig(  # FACTS.md 7
     image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd"
-  )  # FACTS.md 7
+  )
   tokens, merged, counts = tower.tokens(CLIP), CLIP * PER_FRAME, schedule()
   figure, axes = plt.subplots(figsize=(10, 1.9))
   axes.set(xlim=(0, 100), ylim=(5.5, 25))

@@ -1,4 +1,4 @@
-"""Measures QC-Comp: the command `python -m xcomp_jax.bench_qc`."""
+"""Counts what QC-Comp costs: the command `python -m xcomp_jax.bench_qc`."""
 
 from xcomp_jax.bench.qc import main
 

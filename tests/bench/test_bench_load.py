@@ -35,7 +35,7 @@ def test_random_checkpoint_loads_with_little_memory_above_it(reference, tmp_path
   assert measured["parameters_GB"] == pytest.approx(sum(t.nbytes for t in tensors.values()) / 1e9)
   # no second copy of it
   assert measured["peak_above_parameters_GB"] < 0.5 * measured["parameters_GB"]
-  assert measured["load_s"] > 0 and measured["read_GB/s"] > 0
+  assert measured["load_s"] > 0 and measured["load_GB/s"] > 0
   capsys.readouterr()
   load.main(["load", "--checkpoint", str(tmp_path / "out")])
   assert "load_GB/s" in capsys.readouterr().out

@@ -5,34 +5,34 @@ import sys
 import time
 
 import pytest
-import tokamax
 
 from xcomp_jax.bench import gpu_check
+from xcomp_jax.model.attention import attend
 
 
 @pytest.mark.parametrize("case", gpu_check.SMALL, ids=lambda case: case.name)
-def test_a_kernel_that_is_right_and_one_that_sees_too_much(case, monkeypatch):
+def test_a_kernel_that_is_right_and_one_that_sees_too_much(case):
   assert gpu_check.compare_implementation(case, "xla_chunked")["right"]
-  own = tokamax.dot_product_attention
-  monkeypatch.setattr(
-    tokamax,
-    "dot_product_attention",
-    lambda q, k, v, *, mask, **more: own(q, k * 1.05, v, mask=mask, **more),
-  )
-  row = gpu_check.compare_implementation(case, "xla_chunked")
+
+  def wrong(q, k, v, mask, *, implementation):
+    return attend(q, k * 1.05, v, mask, implementation=implementation)
+
+  row = gpu_check.compare_implementation(case, "xla_chunked", wrong)
   assert not row["right"] and row["result"] > 2 * row["result by einsum"]
 
 
+@pytest.mark.pure
 def test_without_a_gpu_nothing_is_checked(tmp_path):
   with pytest.raises(ValueError, match="there is no GPU: JAX computes on cpu"):
     gpu_check.check_kernels(tmp_path, small=False)
 
 
+@pytest.mark.pure
 def test_numbers_that_are_none_are_far_from_all():
   assert gpu_check.distance([1.0, float("nan")], [1.0, 2.0]) == float("inf")
 
 
-def test_parts_run_one_after_another_and_what_is_cut_short_is_kept(tmp_path, monkeypatch, capsys):
+def test_parts_run_one_after_another_and_what_is_cut_short_is_kept(tmp_path, capsys):
   def python(code):
     return [sys.executable, "-c", code]
 
@@ -46,9 +46,8 @@ def test_parts_run_one_after_another_and_what_is_cut_short_is_kept(tmp_path, mon
     "ask": [python("print(1)"), python("print(2)")],
     "bench": [python("import time; time.sleep(60)")],
   }
-  monkeypatch.setattr(gpu_check, "stages", lambda out, small: found)
   begun = time.monotonic()
-  assert not gpu_check.supervise(tmp_path, 0.06, small=True)
+  assert not gpu_check.supervise(tmp_path, 0.06, found)
   assert time.monotonic() - begun < 30
   summary = {
     name: row["status"] for name, row in json.loads((tmp_path / "summary.json").read_text()).items()
@@ -65,8 +64,5 @@ def test_parts_run_one_after_another_and_what_is_cut_short_is_kept(tmp_path, mon
     and "never" not in (tmp_path / "parity.txt").read_text()
   )
   assert "=== ask: done" in capsys.readouterr().out
-  monkeypatch.setattr(
-    gpu_check, "stages", lambda out, small: {name: found[name] for name in ("kernels", "bench")}
-  )
   # a benchmark that ran out of time is no fault
-  assert gpu_check.supervise(tmp_path, 0.02, small=True)
+  assert gpu_check.supervise(tmp_path, 0.02, {name: found[name] for name in ("kernels", "bench")})

@@ -20,7 +20,7 @@ from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.model.kernel_calls import LIBRARY, compiles
 from xcomp_jax.parallel import chips
 from xcomp_jax.parallel.mesh import make_mesh
-from xcomp_jax.plan import absent, accounts, cost, plan, programs
+from xcomp_jax.plan import absent, accounts, hlo, plan, programs
 from xcomp_jax.training import forecast
 
 pytest.importorskip("jax_cuda13_plugin", reason="needs the CUDA packages: make test-gpu-compile")
@@ -131,11 +131,11 @@ def test_attention_of_clips_by_cudnn_compiles(kind, slots, heads, size, gradient
     return
   assert kernels_in(program) == {"cudnn"}
   square = 2 * 2 * slots * slots * heads * size
-  found = cost.read_kernels(program.as_text())
-  assert found.pop("cudnn forward") == (1, 2 * square) and found == (
+  found = hlo.read_costs(program.as_text())
+  assert found.kernels.pop("cudnn forward") == (1, 2 * square) and found.kernels == (
     {"cudnn gradient": (1, 5 * square)} if gradient else {}
   )
-  assert not cost.read_program(program.as_text())[0].collectives
+  assert not found.collectives
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
@@ -257,12 +257,12 @@ def test_a_plan_says_what_a_card_has_to_do(kind):
   made = programs.make(config, f"{kind}:2", layers=1, frames=256, text=96)
   prefill, scoring = plan.account_programs(made, ("prefill", "round"), said.append)
   assert (
-    prefill["of"] == 28
-    and prefill["hbm"] > 0
-    and prefill["seconds"]["links"] > 0
-    and scoring["memory"]["parameters"] > 0
+    prefill.of == 28
+    and prefill.hbm > 0
+    and prefill.seconds["links"] > 0
+    and scoring.memory["parameters"] > 0
   )
-  calls = [sum(row["kernels"].values()) for row in (prefill, scoring)]
+  calls = [sum(row.kernels.values()) for row in (prefill, scoring)]
   assert calls == [0, 0] if kind == "t4" else calls[0] == 28 and calls[1] > 0
   assert chips.named(kind).gpu.model in said[0] and said[-1] == "all of it fits"
 

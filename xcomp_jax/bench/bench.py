@@ -18,7 +18,6 @@ import pathlib
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,13 +27,12 @@ import numpy as np
 from xcomp_jax import cli, files, inputs
 from xcomp_jax.bench import parts
 from xcomp_jax.bench.parts import Part
-from xcomp_jax.bench.profile import shares, trace_call
+from xcomp_jax.bench.timing import seconds_of, timed
 from xcomp_jax.config import Dtype
 from xcomp_jax.data.batch import Shape
 from xcomp_jax.files import expanduser
 from xcomp_jax.inference.rounds import PREFIX, TEXT
 from xcomp_jax.model import kernels
-from xcomp_jax.plan import cost
 
 # seconds of LP-Comp prefill on one H200, 863 text tokens
 PAPER = {
@@ -48,17 +46,15 @@ RELEASED = pathlib.Path(__file__).parents[2] / "configs/OpenGVLab/VideoChat-Flas
 GROUPS = ("tower", "merge", "prefill", "plain", "select", "decode", "features", "frames", "data")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
   """Sizes of all rows.
 
   like: a directory with config.json, None for the official CPU benchmark's sizes, "small" for tiny
-  ones. side: of the
-  plain matrix product. copied: bytes of the plain copy. frames, text: of prefills; plain: of those
-  without compression.
-  clips: in the tower, `chunk` at once. tokens: of an answer. scored: frames that QC-Comp scores.
-  row: samples, frames and text
-  tokens of a full row of SCT. batch: samples per optimizer step.
+  ones. side: of the plain matrix product. copied: bytes of the plain copy. runs: of each row.
+  frames, text: of prefills; plain: frames of those without compression. clips: in the tower,
+  `chunk` at once. tokens: of an answer. scored: frames that QC-Comp scores. row: samples, frames
+  and text tokens of a full row of SCT. batch: samples per optimizer step.
   """
 
   like: str | None
@@ -79,58 +75,62 @@ class Sizes:
 
 PRESETS = {
   "smoke": Sizes(
-    "small", "float32", 256, 1 << 20, 2, (16,), (16,), 86, 2, 1, 4, 64, (2, 32, 64), 8
+    like="small",
+    dtype="float32",
+    side=256,
+    copied=1 << 20,
+    runs=2,
+    frames=(16,),
+    plain=(16,),
+    text=PREFIX + TEXT,
+    clips=2,
+    chunk=1,
+    tokens=4,
+    scored=64,
+    row=(2, 32, 64),
+    batch=8,
   ),
   "cpu": Sizes(
-    None,
-    "float32",
-    4096,
-    1 << 28,
-    3,
-    (256, 1024),
-    (256,),
-    PREFIX + TEXT,
-    1,
-    1,
-    16,
-    1024,
-    (4, 128, 512),
-    256,
+    like=None,
+    dtype="float32",
+    side=4096,
+    copied=1 << 28,
+    runs=3,
+    frames=(256, 1024),
+    plain=(256,),
+    text=PREFIX + TEXT,
+    clips=1,
+    chunk=1,
+    tokens=16,
+    scored=1024,
+    row=(4, 128, 512),
+    batch=256,
   ),
   "gpu": Sizes(
-    str(RELEASED),
-    "bfloat16",
-    8192,
-    1 << 32,
-    5,
-    (1024, 2048, 4096),
-    (1024, 2048, 4096),
-    863,
-    32,
-    8,
-    64,
-    1024,
-    (4, 1056, 1024),
-    32,  # about the mean of the paper's mixture
+    like=str(RELEASED),
+    dtype="bfloat16",
+    side=8192,
+    copied=1 << 32,
+    runs=5,
+    frames=(1024, 2048, 4096),
+    plain=(1024, 2048, 4096),
+    text=863,
+    clips=32,
+    chunk=8,
+    tokens=64,
+    scored=1024,
+    row=(4, 1056, 1024),
+    batch=32,  # about the mean of the paper's mixture
   ),
 }
 
 
-def seconds_of(call: Callable[[], Any], times: int = 1) -> float:
-  """Wall time of a call, of `times` in a row."""
-  begun = time.perf_counter()
-  jax.block_until_ready([call() for _ in range(times)])
-  return (time.perf_counter() - begun) / times
-
-
-def calling(part: Part) -> tuple[Callable[[], Any], Any, float]:
+def compile_part(part: Part) -> tuple[Callable[[], Any], Any, float]:
   """A call that runs the compiled part again and again, the compiled program, and the seconds of
   compiling.
   """
-  begun = time.perf_counter()
-  with cost.own_names():  # for profiles
-    program = jax.jit(part.run, donate_argnums=part.donated).lower(*part.args).compile()
-  spent = time.perf_counter() - begun
+  lowered = jax.jit(part.run, donate_argnums=part.donated).lower(*part.args)
+  spent, _, program = timed(lowered.compile)
   args = list(part.args)
 
   def call():
@@ -148,13 +148,12 @@ def measured_row(
   """A row: seconds (median, fastest, slowest), operations, bytes and their rates, shares of the
   plain programs' rates.
 
-  copy: bytes per second of a plain copy. traces: folder for a trace of one more call; `profile` is
-  where its time went (`profile.shares`), what has a hundredth or more. bytes are those that a
-  call must move: arguments and results once; `least_s` is what operations and bytes take at the
-  plain programs' rates, `bound` says which of both takes longer.
+  copy: bytes per second of a plain copy. traces: folder for a trace of one more call. bytes are
+  those that a call must move: arguments and results once; `least_s` is what operations and bytes
+  take at the plain programs' rates, `bound` says which of both takes longer.
   """
-  call, program, compiling = calling(part)
-  product, _, _ = calling(parts.product(preset.side, preset.dtype))
+  call, program, compiling = compile_part(part)
+  product, _, _ = compile_part(parts.product(preset.side, preset.dtype))
   many = 3 if jax.default_backend() == "cpu" else 20
   runs, products = [], []
   seconds_of(call), seconds_of(product)
@@ -189,8 +188,8 @@ def measured_row(
       "bound": max(by, key=by.__getitem__),
     }
   if traces is not None:
-    spent = shares(trace_call(call, traces), program.as_text())
-    row["profile"] = {name: share for name, share in spent.items() if share >= 0.01}
+    with jax.profiler.trace(traces):
+      jax.block_until_ready(call())
   return row
 
 
@@ -359,11 +358,8 @@ def torch_prefill(cfg, frames: int, text: int) -> dict[str, Any]:
       x = x + F.linear(F.silu(F.linear(y, w["gate"])) * F.linear(y, w["up"]), w["down"])
     return x
 
-  x, spent = torch.randn(length, m.width), []
-  for _ in range(3):
-    begun = time.perf_counter()
-    run(x)
-    spent.append(time.perf_counter() - begun)
+  x = torch.randn(length, m.width)
+  spent = [seconds_of(lambda: run(x)) for _ in range(3)]
   return {"seconds": statistics.median(spent), "fastest_s": min(spent), "slowest_s": max(spent)}
 
 
@@ -384,10 +380,7 @@ def row_line(name: str, row: Mapping[str, Any]) -> str:
   shown += f"  {row['of_matmul']:6.1%} of matmul" if row.get("of_matmul") else ""
   shown += f"  {row['of_copy']:6.1%} of copy" if row.get("bound") == "bytes" else ""
   shown += f"  paper {row['paper_s']} s" if row.get("paper_s") else ""
-  shown += f"  compiled in {row['compile_s']:.1f} s" if "compile_s" in row else ""
-  return shown + "".join(
-    f"\n    {share:6.1%} {what}" for what, share in list(row.get("profile", {}).items())[:8]
-  )
+  return shown + (f"  compiled in {row['compile_s']:.1f} s" if "compile_s" in row else "")
 
 
 def plot_roofline(result: Mapping[str, Any], file: pathlib.Path) -> None:
@@ -456,8 +449,6 @@ def run_benchmarks(
     "device": device.device_kind,
     "jax": jax.__version__,
     "dtype": preset.dtype,
-  }
-  result |= {
     "attention": kernels.describe_kernels(
       parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk)
     ),
@@ -465,12 +456,10 @@ def run_benchmarks(
   }
   print(result["attention"], file=sys.stderr)
   for title, row in measured_rows(preset, groups, torch, profile):
-    result["rows"][title] = parts.as_json(row)
-    if "copy_bytes/s" not in result and title == "copy":
-      result |= {
-        "matmul_flops/s": next(iter(result["rows"].values()))["flops/s"],
-        "copy_bytes/s": row["bytes/s"],
-      }
+    result["rows"][title] = row
+    if title == "copy":  # the second row
+      result["matmul_flops/s"] = next(iter(result["rows"].values()))["flops/s"]
+      result["copy_bytes/s"] = row["bytes/s"]
     print(row_line(title, row), flush=True)
     if out is not None:
       files.write_file(out, json.dumps(result, indent=1) + "\n")
@@ -508,7 +497,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument(
     "--profile",
     type=files.path_of,
-    help="folder of traces, one more call of every row; prints where its time went",
+    help="folder of traces for xprof, of one more call of every row",
   )
   parser.add_argument("--plot", type=files.path_of, help="draw this JSON instead")
   args = parser.parse_args(argv)

@@ -1,25 +1,19 @@
-"""Measures pre-decoding: decoding, writing, reading, memory.
+"""Measures pre-decoding: decoding, writing, reading.
 
   # a synthetic video, 30 frames per second
   python -m xcomp_jax.bench_data make hour.mp4 --seconds 3600
   python -m xcomp_jax.bench_data run hour.mp4
 
-`run` pre-decodes the file by the command itself and prints the peak of its resident memory. Then
-it takes the frames of one training sample from the video (FACTS.md 5) and prints two tables: how
-fast they are decoded, beside converting every frame of the file; and sizes and rates of a store
-that holds them raw, as JPEG, or as features. Times are the best of several.
+`run` takes the frames of one training sample from the video (FACTS.md 5) and prints two tables: how
+fast they are decoded; and sizes and rates of a store that holds them raw, as JPEG, or as features.
+Times are the best of several.
 """
 
 import argparse
 import concurrent.futures
 import functools
-import json
 import pathlib
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,8 +21,9 @@ import cv2
 import ml_dtypes
 import numpy as np
 
+from xcomp_jax.bench.timing import timed
 from xcomp_jax.cli import command
-from xcomp_jax.data import decoder, store, store_writing, video
+from xcomp_jax.data import store, store_writing, video
 from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import plain
 
@@ -56,15 +51,10 @@ def make_video(path: str, seconds: int, width: int, height: int) -> None:
   writer.release()
 
 
-def timed(work: Callable[[], object], repeat: int = 1) -> tuple[float, float]:
+def best(work: Callable[[], object], repeat: int) -> tuple[float, float]:
   """Seconds and CPU seconds, the best of `repeat` each."""
-  wall, cpu = [], []
-  for _ in range(repeat):
-    begun = time.perf_counter(), time.process_time()
-    work()
-    wall.append(time.perf_counter() - begun[0])
-    cpu.append(time.process_time() - begun[1])
-  return min(wall), min(cpu)
+  runs = [timed(work) for _ in range(repeat)]
+  return min(run.seconds for run in runs), min(run.cpu for run in runs)
 
 
 def decoding_costs(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
@@ -72,23 +62,13 @@ def decoding_costs(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
   chosen = sample(path, size=size)
   frames = np.stack(list(video.frames(chosen)))
 
-  def converted():
-    assert chosen.found is not None  # of a video
-    wanted = set(chosen.indices.tolist())
-    for i, image in enumerate(
-      decoder.pictures(pathlib.Path(path), chosen.found, range(chosen.stop), chosen.stop)
-    ):
-      if i in wanted:
-        video.resize(image[None], size)
-
   def sampled():
     for _ in video.frames(chosen):
       pass
 
   spent = {
-    "looking at the packets": timed(lambda: sample(path, size=size), repeat),
-    "decoding, only what is sampled converted": timed(sampled, repeat),
-    "decoding, every frame converted": timed(converted, repeat),
+    "looking at the packets": best(lambda: sample(path, size=size), repeat),
+    "decoding": best(sampled, repeat),
   }
   files, taken = chosen.stop, len(frames)
   lines = [
@@ -96,7 +76,7 @@ def decoding_costs(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
     f"frames of the file and samples per second"
   ]
   lines += [
-    f"  {name:41}{s:8.2f}{cpu:8.2f}{files / s:10,.0f}{taken / s:10,.1f}"
+    f"  {name:24}{s:8.2f}{cpu:8.2f}{files / s:10,.0f}{taken / s:10,.1f}"
     for name, (s, cpu) in spent.items()
   ]
   return frames, "\n".join(lines)
@@ -141,7 +121,7 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
           next(folders), items, image_size=size, clip_frames=CLIP, **how
         )
 
-      written, _ = timed(write, repeat)
+      written, _ = best(write, repeat)
       folder = pathlib.Path(place) / f"{name} 0"
       opened, spent = store.open_store(folder), []
       for threads in (1, 2):
@@ -150,7 +130,7 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
           def read(pool=pool, opened=opened):
             return [v.shape for v in pool.map(opened.visual, range(samples))]
 
-          spent.append(timed(read, repeat)[0])
+          spent.append(best(read, repeat)[0])
       size_kb = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / total / 1e3
       out[name] = {
         "seconds": spent[0],
@@ -160,35 +140,6 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
         "kB": size_kb,
       }
   return out
-
-
-def decoding_memory(path: str, size: int, more: Sequence[str] = ()) -> str:
-  """Pre-decodes the file by the command, in one process; its peak resident memory, and time."""
-  with tempfile.TemporaryDirectory() as place:
-    at = pathlib.Path(place)
-    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A disc."}]
-    (at / "a.json").write_text(
-      json.dumps([{"video": str(pathlib.Path(path).absolute()), "conversations": talk}])
-    )
-    (at / "m.yaml").write_text("datasets: [{json_path: a.json}]")
-    line = [
-      sys.executable,
-      "-m",
-      "xcomp_jax.predecode",
-      "--mixture",
-      str(at / "m.yaml"),
-      "--root",
-      str(at),
-      "--out",
-      str(at / "out"),
-    ]
-    line += ["--workers=0", f"--image-size={size}", *more]
-    took, _ = timed(lambda: subprocess.run(line, check=True, stdout=subprocess.DEVNULL))
-  peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kB on Linux
-  return (
-    f"predecode {' '.join(['--workers=0', *more])}: {took:.1f} s, peak resident memory "
-    f"{peak:.2f} GB"
-  )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -208,14 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   run.add_argument("--samples", type=int, default=2, help="copies in the stores that are measured")
   run.add_argument("--repeat", type=int, default=3, help="the best of so many counts")
   args = parser.parse_args(argv)
-  with command(subprocess.CalledProcessError):
+  with command():
     if args.command == "make":
       make_video(args.path, args.seconds, args.width, args.height)
       return
     if not pathlib.Path(args.path).is_file():
       raise FileNotFoundError(f"there is no file {args.path}")
-    # first: a process counts what its parent had when it was made
-    print(decoding_memory(args.path, args.image_size), flush=True)
     frames, table = decoding_costs(args.path, args.image_size, args.repeat)
     print(table, flush=True)
     print(

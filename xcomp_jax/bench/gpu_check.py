@@ -27,6 +27,7 @@ from flax import nnx
 
 from xcomp_jax import cli, files
 from xcomp_jax.bench import bench, parts
+from xcomp_jax.bench.timing import seconds_of
 from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
 from xcomp_jax.errors import one_line
 from xcomp_jax.model import kernels, vlm
@@ -43,7 +44,7 @@ MEASURED = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
   """A shape of attention: [batch, slots, heads or kv_heads, size].
 
@@ -66,22 +67,54 @@ class Case:
     return "highest" if self.dtype == "float32" else None
 
 
+def _clip(name: str, batch: int, slots: int, heads: int, size: int, **more) -> Case:
+  """Attention in the tower."""
+  return Case(
+    name=name,
+    batch=batch,
+    slots=slots,
+    heads=heads,
+    kv_heads=heads,
+    size=size,
+    causal=False,
+    padded=False,
+    **more,
+  )
+
+
+def _prompt(
+  name: str, batch: int, slots: int, heads: tuple[int, int], size: int = 128, **more
+) -> Case:
+  """Attention in the LLM; heads: of queries, of keys."""
+  return Case(
+    name=name,
+    batch=batch,
+    slots=slots,
+    heads=heads[0],
+    kv_heads=heads[1],
+    size=size,
+    causal=True,
+    padded=True,
+    **more,
+  )
+
+
 CASES = (
-  Case("clip of 8 frames, 448 px", 1, 6272, 16, 16, 64, False, False),
-  Case("prefill of 256 frames after a prefix of 14", 3, 14 + 256 * 16 + 96, 12, 2, 128, True, True),
-  Case("clip of 8 frames, 224 px", 4, 1568, 16, 16, 64, False, False),
-  Case("clip of 4 frames, 448 px", 1, 3136, 16, 16, 64, False, False),
-  Case("clip of InternVideo2", 4, 1025, 16, 16, 88, False, False),
-  Case("images", 8, 16 + 16 + 1007, 12, 2, 128, True, True),
-  Case("7B", 2, 2062, 28, 4, 128, True, True),
-  Case("prefill in float32", 2, 1134, 12, 2, 128, True, True, "float32"),
-  Case("clip in float32", 1, 1568, 16, 16, 64, False, False, "float32"),
-  Case("prefill in float16", 2, 1134, 12, 2, 128, True, True, "float16"),
+  _clip("clip of 8 frames, 448 px", 1, 6272, 16, 64),
+  _prompt("prefill of 256 frames after a prefix of 14", 3, 14 + 256 * 16 + 96, (12, 2)),
+  _clip("clip of 8 frames, 224 px", 4, 1568, 16, 64),
+  _clip("clip of 4 frames, 448 px", 1, 3136, 16, 64),
+  _clip("clip of InternVideo2", 4, 1025, 16, 88),
+  _prompt("images", 8, 16 + 16 + 1007, (12, 2)),
+  _prompt("7B", 2, 2062, (28, 4)),
+  _prompt("prefill in float32", 2, 1134, (12, 2), dtype="float32"),
+  _clip("clip in float32", 1, 1568, 16, 64, dtype="float32"),
+  _prompt("prefill in float16", 2, 1134, (12, 2), dtype="float16"),
 )
 SMALL = (
-  Case("small clip", 2, 130, 4, 4, 64, False, False),
-  Case("small prefill", 3, 142, 4, 2, 64, True, True),
-  Case("small prefill in float32", 3, 142, 4, 2, 64, True, True, "float32"),
+  _clip("small clip", 2, 130, 4, 64),
+  _prompt("small prefill", 3, 142, (4, 2), 64),
+  _prompt("small prefill in float32", 3, 142, (4, 2), 64, dtype="float32"),
 )
 
 
@@ -100,26 +133,47 @@ def distance(got: Any, wanted: Any) -> float:
   )
 
 
-def median_seconds(call: Callable[[], Any]) -> float:
-  """Gives the median time of five calls, in seconds; it has been made before."""
-  spent = []
-  for _ in range(5):
-    begun = time.perf_counter()
-    jax.block_until_ready(call())
-    spent.append(time.perf_counter() - begun)
-  return statistics.median(spent)
+def _mask(case: Case) -> AttentionMask:
+  """What each row sees."""
+  slots, length = (
+    jnp.arange(case.slots),
+    case.slots - jnp.arange(case.batch)[:, None] * (case.slots // 7),
+  )
+  hole = (slots >= case.slots // 3) & (slots < case.slots // 3 + 9)
+  valid = ((slots < length) & ~hole).at[-1, :14].set(False)  # [B, S]
+  return AttentionMask(case.causal, valid if case.padded else None)
+
+
+def program(
+  case: Case, implementation: str, precision: str | None, attend: Callable = attend
+) -> Callable:
+  """A function of q, k, v that gives an implementation's results and gradients."""
+  mask = _mask(case)
+  counts = True if mask.valid is None else mask.valid[:, :, None, None]
+
+  def shown(q, k, v):
+    out = attend(q, k, v, mask, implementation=implementation)
+    return jnp.where(counts, out, 0).astype(jnp.float32)
+
+  def loss(q, k, v):
+    return jnp.sin(shown(q, k, v)).sum()
+
+  both = jax.jit(lambda *args: (shown(*args), jax.grad(loss, (0, 1, 2))(*args)))
+
+  def run(*args):
+    with jax.default_matmul_precision(precision):
+      return both(*args)
+
+  return run
 
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
   """What implementations of a case are compared with.
 
-  program: (implementation, precision) -> a function of q, k, v that gives results and gradients.
-  inputs: q, k, v. oracle: what
-  einsum gives in float32. own: what it gives in the case's dtype.
+  inputs: q, k, v. oracle: what einsum gives in float32. own: what it gives in the case's dtype.
   """
 
-  program: Callable[[str, str | None], Callable]
   inputs: tuple[jax.Array, ...]
   oracle: Any
   own: Any
@@ -128,61 +182,36 @@ class Oracle:
 @functools.cache
 def prepared(case: Case) -> Oracle:
   """Draws the inputs of a case, and computes it by einsum."""
-  B, S, dtype = case.batch, case.slots, jnp.dtype(case.dtype)
-
-  def draw(i, heads):
-    return jax.random.normal(jax.random.key(i), (B, S, heads, case.size), dtype)
-
-  inputs = draw(0, case.heads), draw(1, case.kv_heads), draw(2, case.kv_heads)
-  slots, length = jnp.arange(S), S - jnp.arange(B)[:, None] * (S // 7)
-  valid = (
-    ((slots < length) & ((slots < S // 3) | (slots >= S // 3 + 9))).at[-1, :14].set(not case.padded)
+  shape = (case.batch, case.slots)
+  inputs = tuple(
+    jax.random.normal(jax.random.key(i), (*shape, heads, case.size), jnp.dtype(case.dtype))
+    for i, heads in enumerate((case.heads, case.kv_heads, case.kv_heads))
   )
-  mask = AttentionMask(case.causal, valid if case.padded else None)
-  counts = valid[:, :, None, None] if case.padded else True
-
-  def program(how, precision):
-    def shown(q, k, v):
-      return jnp.where(counts, attend(q, k, v, mask, implementation=how), 0).astype(jnp.float32)
-
-    both = jax.jit(
-      lambda *args: (
-        shown(*args),
-        jax.grad(lambda *a: jnp.sin(shown(*a)).sum(), (0, 1, 2))(*args),
-      )
-    )
-
-    def run(*args):
-      with jax.default_matmul_precision(precision):
-        return both(*args)
-
-    return run
-
-  oracle = program("einsum", "highest")(*(x.astype(jnp.float32) for x in inputs))
-  return Oracle(program, inputs, oracle, program("einsum", case.precision)(*inputs))
+  oracle = program(case, "einsum", "highest")(*(x.astype(jnp.float32) for x in inputs))
+  return Oracle(inputs, oracle, program(case, "einsum", case.precision)(*inputs))
 
 
-def compare_implementation(case: Case, implementation: str) -> dict[str, Any]:
+def compare_implementation(
+  case: Case, implementation: str, attend: Callable = attend
+) -> dict[str, Any]:
   """Compares an implementation's results and gradients with einsum in float32.
+
+  attend: has the implementations.
 
   Returns:
     "result" and "gradient": distances from it, and those of einsum in the same dtype; "result
     right", "gradient right", "right": they are not much larger; "seconds": of both together.
   """
   made = prepared(case)
-  run = made.program(implementation, case.precision)
+  run = program(case, implementation, case.precision, attend)
   got = run(*made.inputs)
   out: dict[str, Any] = {}
   for i, part in enumerate(("result", "gradient")):
-    out |= {
-      part: distance(got[i], made.oracle[i]),
-      f"{part} by einsum": distance(made.own[i], made.oracle[i]),
-    }
-    out[f"{part} right"] = out[part] <= 2 * out[f"{part} by einsum"] + (
-      1e-5 if case.dtype == "float32" else 1e-3
-    )
+    apart, own = distance(got[i], made.oracle[i]), distance(made.own[i], made.oracle[i])
+    most = 2 * own + (1e-5 if case.dtype == "float32" else 1e-3)
+    out |= {part: apart, f"{part} by einsum": own, f"{part} right": apart <= most}
   return out | {
-    "seconds": median_seconds(lambda: run(*made.inputs)),
+    "seconds": statistics.median(seconds_of(lambda: run(*made.inputs)) for _ in range(5)),
     "right": out["result right"] and out["gradient right"],
   }
 
@@ -295,8 +324,12 @@ def check_step(out: pathlib.Path, small: bool) -> bool:
   return row["right"]
 
 
-def stages(out: pathlib.Path, small: bool) -> dict[str, list[list[str]]]:
+Stages = dict[str, list[list[str]]]
+
+
+def stages(out: pathlib.Path, small: bool) -> Stages:
   """Commands of each part."""
+  world = out / "world"
 
   def run(module, *args):
     return [sys.executable, "-m", f"xcomp_jax.{module}", *map(str, args)]
@@ -304,54 +337,46 @@ def stages(out: pathlib.Path, small: bool) -> dict[str, list[list[str]]]:
   def mine(stage):
     return [run("gpu_check", "--stage", stage, "--out", out, *["--small"] * small)]
 
-  world = out / "world"
-  clip = world / "heldout" / "00000.mp4"
-
-  ask = run(
-    "ask",
-    "--checkpoint",
-    ROOT / "assets" / "tiny",
-    "--video",
-    clip,
-    "--question",
-    "Which digit was shown?",
-    "--min-frames",
-    8,
-    "--max-frames",
-    32,
-    "--compilation-cache",
-    "",
-    "--attention",
-    "flash",
-  )
-
   def measure(group, *more):
-    return run(
-      "bench",
-      "--preset",
-      "smoke" if small else "gpu",
-      "--out",
-      out / f"bench_{group}.json",
-      "--profile",
-      out / "profile",
-      "--only",
-      group,
-      *() if small else more,
-    )
+    where = [f"--out={out / f'bench_{group}.json'}", f"--profile={out / 'profile'}"]
+    preset = f"--preset={'smoke' if small else 'gpu'}"
+    return run("bench", preset, *where, "--only", group, *() if small else more)
 
+  ask = [f"--checkpoint={ROOT / 'assets' / 'tiny'}", f"--video={world / 'heldout' / '00000.mp4'}"]
+  ask += ["--question=Which digit was shown?", "--min-frames=8", "--max-frames=32"]
+  ask += ["--compilation-cache=", "--attention=flash"]
+  recorded = ("internvideo2_tiny",) if small else ("internvideo2_tiny", "dev")
   return {
     "kernels": mine("kernels"),
-    "parity": [
-      run("parity", ROOT / "tests" / "reference" / name)
-      for name in ("internvideo2_tiny", "dev")[: 1 if small else 2]
-    ],
+    "parity": [run("parity", ROOT / "tests" / "reference" / name) for name in recorded],
     "step": mine("step"),
-    "ask": [run("world", "--out", world, "--train", 1, "--heldout", 1), ask],
+    "ask": [run("world", "--out", world, "--train", 1, "--heldout", 1), run("ask", *ask)],
     "bench": [measure(*group) for group in MEASURED],
   }
 
 
-def supervise(out: pathlib.Path, minutes: float, small: bool) -> bool:
+def run_commands(commands: Sequence[Sequence[str]], log: pathlib.Path, limit: float) -> str:
+  """Runs commands one after the other, in so many seconds, and writes what they say to a file.
+
+  Returns:
+    "done", "cut short", or "exit code N".
+  """
+  ends = time.monotonic() + limit
+  with open(log, "w") as file:
+    for command in commands:
+      try:
+        left = max(1.0, ends - time.monotonic())
+        done = subprocess.run(
+          command, stdout=file, stderr=subprocess.STDOUT, timeout=left, cwd=ROOT
+        )
+      except subprocess.TimeoutExpired:
+        return "cut short"
+      if done.returncode:
+        return f"exit code {done.returncode}"
+  return "done"
+
+
+def supervise(out: pathlib.Path, minutes: float, parts: Stages) -> bool:
   """Runs the parts in order, and writes their output and summary.json.
 
   Each of the first four may take 0.4 of the time, the benchmark takes the rest.
@@ -359,37 +384,18 @@ def supervise(out: pathlib.Path, minutes: float, small: bool) -> bool:
   Returns:
     Whether all have ended well; a benchmark that is cut short has.
   """
-  begun, results = time.monotonic(), {}
+  ends, results = time.monotonic() + minutes * 60, {}
   os.environ["PYTHONUNBUFFERED"] = "1"  # what a part has said is there if it is cut short
-  for name, commands in stages(out, small).items():
-    left = minutes * 60 - (time.monotonic() - begun)
-    limit, status, part = (
-      left if name == "bench" else min(left, 0.4 * 60 * minutes),
-      "done",
-      time.monotonic(),
-    )
+  for name, commands in parts.items():
+    begun, log = time.monotonic(), out / f"{name}.txt"
+    left = ends - begun
+    limit = left if name == "bench" else min(left, 0.4 * 60 * minutes)
     print(f"=== {name}, at most {limit:.0f} s", flush=True)
-    with open(out / f"{name}.txt", "w") as log:
-      for command in commands:
-        try:
-          spent = time.monotonic() - part
-          code = subprocess.run(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=max(1.0, limit - spent),
-            cwd=ROOT,
-          ).returncode
-        except subprocess.TimeoutExpired:
-          status = "cut short"
-          break
-        if code:
-          status = f"exit code {code}"
-          break
-    results[name] = {"status": status, "seconds": round(time.monotonic() - part, 1)}
+    status, seconds = run_commands(commands, log, limit), round(time.monotonic() - begun, 1)
+    results[name] = {"status": status, "seconds": seconds}
     files.write_json(out / "summary.json", results, indent=1)
-    tail = (out / f"{name}.txt").read_text(errors="replace").splitlines()[-30:]
-    print(*tail, f"=== {name}: {status}, {results[name]['seconds']} s", sep="\n", flush=True)
+    tail = log.read_text(errors="replace").splitlines()[-30:]
+    print(*tail, f"=== {name}: {status}, {seconds} s", sep="\n", flush=True)
     if name == "kernels" and any(line.startswith("error: there is no GPU") for line in tail):
       return False
   print(", ".join(f"{name}: {row['status']}" for name, row in results.items()))
@@ -430,5 +436,6 @@ def main(argv: Sequence[str] | None = None) -> None:
       right = {"kernels": check_kernels, "step": check_step}[args.stage](args.out, args.small)
     else:
       os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-      right = supervise(args.out.resolve(), args.minutes, args.small)
+      out = args.out.resolve()
+      right = supervise(out, args.minutes, stages(out, args.small))
   sys.exit(not right)

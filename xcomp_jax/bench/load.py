@@ -7,11 +7,9 @@ python -m xcomp_jax.bench_load load --checkpoint DIR
 """
 
 import argparse
-import os
 import pathlib
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -19,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from xcomp_jax.bench.timing import timed
 from xcomp_jax.checkpoints import saving, tensor_files, tensor_names
 from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.loading import load_model
@@ -60,46 +59,25 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def measured_loading(directory: pathlib.Path) -> dict[str, float]:
-  """Loads a checkpoint as stored, after merely reading its files; both from a cold page cache where
-  that can be had.
+  """Loads a checkpoint as stored.
 
   Returns:
-    seconds, GB/s and processor seconds of both; gigabytes of parameters, and of anonymous memory
-    above them at its peak.
+    seconds, GB/s and processor seconds; gigabytes of parameters, and of anonymous memory above them
+    at its peak.
 
   Raises:
     CheckpointError: see `loading.load_model`.
   """
-  cfg = read_vlm_config(directory, AS_IT_IS, NOT_TUNED)
-  files = sorted(directory.rglob("*.safetensors")) or [
-    f for f in sorted((directory / "params").rglob("*")) if f.is_file()
-  ]
-  size = sum(file.stat().st_size for file in files)
-  _forget(files)
-  began, cpu = time.perf_counter(), time.process_time()
-  buffer = memoryview(bytearray(1 << 24))
-  for file in files:
-    with open(file, "rb", buffering=0) as opened:
-      while opened.readinto(buffer):
-        pass
-  reading, reading_cpu = time.perf_counter() - began, time.process_time() - cpu
-  _forget(files)
-  del buffer
-  before = _anonymous()
+  cfg, before = read_vlm_config(directory, AS_IT_IS, NOT_TUNED), _anonymous()
   with _Peak() as peak:
-    began, cpu = time.perf_counter(), time.process_time()
-    model = load_model(directory, cfg)
-    loading, loading_cpu = time.perf_counter() - began, time.process_time() - cpu
-  resident = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    loading = timed(lambda: load_model(directory, cfg))
+  parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(loading.result)))
   return {
-    "read_s": reading,
-    "read_GB/s": size / reading / 1e9,
-    "read_cpu_s": reading_cpu,
-    "load_s": loading,
-    "load_GB/s": size / loading / 1e9,
-    "load_cpu_s": loading_cpu,
-    "parameters_GB": resident / 1e9,
-    "peak_above_parameters_GB": (peak.bytes - before - resident) / 1e9,
+    "load_s": loading.seconds,
+    "load_GB/s": parameters / loading.seconds / 1e9,
+    "load_cpu_s": loading.cpu,
+    "parameters_GB": parameters / 1e9,
+    "peak_above_parameters_GB": (peak.bytes - before - parameters) / 1e9,
   }
 
 
@@ -125,14 +103,6 @@ def _anonymous() -> int:
   """Bytes of anonymous memory now: not of mapped files, whose pages the system can drop."""
   lines = pathlib.Path("/proc/self/status").read_text().splitlines()
   return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-def _forget(files: Sequence[pathlib.Path]) -> None:
-  """Drops files from the page cache, so that they are read from where they lie."""
-  for file in files:
-    with open(file, "rb") as opened:
-      os.fsync(opened.fileno())
-      os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,9 +5,8 @@ Parameters are random, in the compute dtype; nothing is read from disk.
 """
 
 import dataclasses
-import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from flax import nnx
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import (
   COSINE,
+  Attention,
   Dtype,
   LLMConfig,
   MeshConfig,
@@ -64,7 +64,7 @@ OPTIM = OptimConfig(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
   """One program.
 
@@ -89,39 +89,41 @@ def flops(function, *args) -> float:
   return cost.count_flops(jax.make_jaxpr(function)(*args), lambda shape: True).total
 
 
-def sized(like: str | None, dtype: Dtype, **model) -> VLMConfig:
+def sized(
+  like: str | None,
+  dtype: Dtype,
+  clips_per_chunk: int = 4,
+  attention: Attention = "auto",
+  remat: bool = False,
+) -> VLMConfig:
   """Sizes of `like`'s config.json with the released cosine, those of the official benchmark (None),
   or tiny ones ("small").
 
   Raises:
     CheckpointError: a config.json that is missing or can't be used.
   """
-  m = dataclasses.replace(
-    ModelConfig(
+  if like in (None, "small"):
+    return VLMConfig(
+      vision=SMALL_TOWER if like else TOWER,
+      llm=SMALL_LLM if like else MEASURED,
+      lp_comp=COSINE,
       clip_frames=8,
-      yarn="checkpoint",
+      tokens_per_frame=16,
       dtype=dtype,
-      param_dtype=dtype,
-      clips_per_chunk=4,
-      attention="auto",
-      remat=False,
-    ),
-    **model,
-  )
-  if like not in (None, "small"):
-    return read_vlm_config(pathlib.Path(like), m, COSINE)
-  vision, llm = (SMALL_TOWER, SMALL_LLM) if like else (TOWER, MEASURED)
-  return VLMConfig(
-    vision=vision,
-    llm=llm,
-    lp_comp=COSINE,
+      clips_per_chunk=clips_per_chunk,
+      attention=attention,
+      remat=remat,
+    )
+  model = ModelConfig(
     clip_frames=8,
-    tokens_per_frame=16,
+    yarn="checkpoint",
     dtype=dtype,
-    clips_per_chunk=int(m.clips_per_chunk),
-    attention=m.attention,
-    remat=m.remat,
+    param_dtype=dtype,
+    clips_per_chunk=clips_per_chunk,
+    attention=attention,
+    remat=remat,
   )
+  return read_vlm_config(pathlib.Path(like), model, COSINE)
 
 
 def without_tower(cfg: VLMConfig) -> VLMConfig:
@@ -172,7 +174,7 @@ def tower(cfg: VLMConfig, clips: int, real: bool = True) -> Part:
     return vlm.encode_frames(nnx.merge(graph, state), frames)
 
   useful = _useful(cfg, 8 * clips, PREFIX + 1, True)["vision"]
-  return Part(run, (state, frames), useful, 8 * clips, "frames")
+  return Part(run=run, args=(state, frames), flops=useful, amount=8 * clips, unit="frames")
 
 
 def merging(cfg: VLMConfig, clips: int) -> Part:
@@ -182,7 +184,7 @@ def merging(cfg: VLMConfig, clips: int) -> Part:
   def run(x):
     return token_merging.merge(x, 8 * cfg.tokens_per_frame, cfg.vision.heads)
 
-  return Part(run, (x,), flops(run, x), 8 * clips, "frames")
+  return Part(run=run, args=(x,), flops=flops(run, x), amount=8 * clips, unit="frames")
 
 
 def prefill_part(
@@ -215,7 +217,7 @@ def prefill_part(
   useful = _useful(cfg, frames, text, False)["llm"]
   # of logits the last row's alone are made
   useful -= 2.0 * cfg.llm.width * cfg.llm.vocab_size * text
-  return Part(run, (state, x), useful, frames, "frames")
+  return Part(run=run, args=(state, x), flops=useful, amount=frames, unit="frames")
 
 
 def decode_function(cfg: VLMConfig, tokens: int) -> Callable:
@@ -244,35 +246,35 @@ def decoding_part(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: 
   )
   # all of it for every token
   held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))
-  tokens_of_all = tokens * answers
+  made = tokens * answers
   return Part(
-    decode_function(cfg, tokens),
-    (begun.args[0], state),
-    tokens_of_all * useful,
-    tokens_of_all,
-    "tokens",
+    run=decode_function(cfg, tokens),
+    args=(begun.args[0], state),
+    flops=made * useful,
+    amount=made,
+    unit="tokens",
     bytes=float(tokens * held),
   )
 
 
-def selecting(cfg: VLMConfig, mode: str, frames: int) -> tuple[Part, Part, int]:
+def selecting(cfg: VLMConfig, mode: str, frames: int, real: bool = True) -> tuple[Part, Part, int]:
   """QC-Comp of a video of given visual tokens: the visual rounds, the question's rows, and how many
   calls of each.
   """
   cfg, setting = without_tower(cfg), qc_comp.select_config(mode, 8)
-  graph, state = _random(cfg, True)
+  graph, state = _random(cfg, real)
   plan = qc_comp.plan_rounds(frames, 8, setting)
   rows, clips = max(1, setting.round // plan.frames), plan.frames // 8
   calls = -(-len(plan.starts) // rows)
   watch, score = scoring(graph, plan, setting, rows)
-  features = _array(True, (rows, clips, 8 * cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)
-  caches = _ones(watch, state, features)
-  seen = Part(watch, (state, features), flops(watch, state, features), frames / calls, "frames")
-  return (
-    seen,
-    Part(score, (state, caches), flops(score, state, caches), frames / calls, "frames"),
-    calls,
-  )
+  features = _array(real, (rows, clips, 8 * cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)
+  caches = (_ones if real else jax.eval_shape)(watch, state, features)
+
+  def part(run, given):
+    work = flops(run, state, given)
+    return Part(run=run, args=(state, given), flops=work, amount=frames / calls, unit="frames")
+
+  return part(watch, features), part(score, caches), calls
 
 
 def training_parts(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part, Part]:
@@ -312,31 +314,24 @@ def training_parts(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part
   size = float(sum(p.size for p in jax.tree.leaves(trained)))
   return (
     Part(
-      gradient,
-      (sums, state, on_device),
-      useful,
-      float(batch.weight.sum()),
-      "samples",
+      run=gradient,
+      args=(sums, state, on_device),
+      flops=useful,
+      amount=float(batch.weight.sum()),
+      unit="samples",
       donated=(0,),
     ),
-    Part(apply, (state, sums), 0.0, size, "parameters", donated=(0, 1)),
+    Part(run=apply, args=(state, sums), flops=0.0, amount=size, unit="parameters", donated=(0, 1)),
   )
 
 
 def product(side: int, dtype: str) -> Part:
   """A plain matrix product, what all others are compared with."""
   a = jnp.ones((side, side), dtype)
-  return Part(lambda a: a @ a, (a,), 2.0 * side**3, 1, "products")
+  return Part(run=lambda a: a @ a, args=(a,), flops=2.0 * side**3, amount=1, unit="products")
 
 
 def copying(size: int) -> Part:
   """A plain copy of so many bytes, read and written."""
   x = jnp.ones(size // 4, jnp.float32)
-  return Part(lambda x: x + 1, (x,), 0.0, 2.0 * size, "bytes")
-
-
-def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Values as JSON takes them: numbers that are none become null."""
-  return {
-    name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()
-  }
+  return Part(run=lambda x: x + 1, args=(x,), flops=0.0, amount=2.0 * size, unit="bytes")

@@ -2,12 +2,14 @@
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import math
 import re
 import threading
 import time
-from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,9 +18,10 @@ from xcomp_jax.config import VLMConfig
 from xcomp_jax.data.batch import Length, Shape
 from xcomp_jax.errors import one_line
 from xcomp_jax.inference import rounds
-from xcomp_jax.model import lp_comp, vlm
+from xcomp_jax.model import lp_comp
 from xcomp_jax.parallel import roofline
-from xcomp_jax.plan import absent, cost
+from xcomp_jax.parallel.chips import GIB
+from xcomp_jax.plan import absent, cost, hlo
 from xcomp_jax.plan.programs import VISION, ProgramPlan, Traced, cut, trace_program
 from xcomp_jax.progress import progress
 from xcomp_jax.training import metrics
@@ -60,7 +63,7 @@ def executed_flops(cfg: VLMConfig, jaxpr: Any) -> cost.Flops:
   def causal(shape):
     return shape[-1] != v.width // v.heads or shape[-2] < cfg.clip_frames * v.patches
 
-  return cost.count_flops(jaxpr, causal, cfg.llm.vocab_size)
+  return cost.count_flops(jaxpr, causal)
 
 
 @contextlib.contextmanager
@@ -93,8 +96,7 @@ def compiled(lowered: Any, what: str, effort: float) -> tuple[Any, float]:
   _trim()
   begun = time.perf_counter()
   thread = threading.Thread(target=run, daemon=True)
-  shown = progress(desc=f"compiling {what}", bar_format="{desc}{elapsed}", leave=False)
-  with cost.own_names(), shown as bar:
+  with progress(desc=f"compiling {what}", bar_format="{desc}{elapsed}", leave=False) as bar:
     thread.start()
     while thread.is_alive():
       thread.join(1.0)
@@ -114,206 +116,260 @@ def _trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-class Taken(NamedTuple):
-  """What a compiled program takes, on one device.
+Compile = Callable[[Any, str, float], tuple[Any, float]]  # as `compiled`
 
-  problem: the compiler's refusal; the rest then means nothing. temporaries, results, code, hbm:
-  bytes. sent: kind of a collective -> (how many, bytes). kernels: kind -> (calls, operations).
-  products: of all devices. estimate: the compiler's own seconds.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+  """What the compiler says of a program, for one device.
+
+  problem: its refusal; the rest then means nothing. temporaries, results, code: bytes. estimate:
+  its own seconds of a run. seconds: those of compiling.
   """
 
-  problem: str | None
-  temporaries: float
-  results: float
-  code: float
-  hbm: float
-  sent: dict[str, tuple[float, float]]
-  kernels: dict[str, tuple[float, float]]
-  products: cost.Flops
-  estimate: float
+  problem: str | None = None
+  temporaries: float = 0.0
+  results: float = 0.0
+  code: float = 0.0
+  costs: hlo.Costs = hlo.NOTHING
+  estimate: float = 0.0
   seconds: float
 
 
-def compiled_account(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None) -> Taken:
+def compile_program(
+  plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None, compile: Compile = compiled
+) -> Compiled:
   """Compiles a program of a model and reads what it takes."""
   with inside(plan):
-    program = trace_program(plan, cfg, name, shape).program
-    products = executed_flops(cfg, program.jaxpr)
-    out, spent = compiled(program.lower(), name, plan.effort)
+    lowered = trace_program(plan, cfg, name, shape).program.lower()
+    out, spent = compile(lowered, name, plan.effort)
   if isinstance(out, jax.errors.JaxRuntimeError):
-    return Taken(str(out), 0.0, 0.0, 0.0, 0.0, {}, {}, products, 0.0, spent)
-  used, text = out.memory_analysis(), out.as_text()
-  repeated, once = cost.read_program(text, cfg.llm.vocab_size, vlm.VOCABULARY)
-  everything = repeated.plus(once)
-  results = float(max(0, used.output_size_in_bytes - used.alias_size_in_bytes))
-  return Taken(
-    None,
-    float(used.temp_size_in_bytes),
-    results,
-    float(used.generated_code_size_in_bytes),
-    everything.hbm,
-    everything.collectives,
-    cost.read_kernels(text),
-    products,
-    (out.cost_analysis() or {}).get("optimal_seconds", 0.0),
-    spent,
+    return Compiled(problem=str(out), seconds=spent)
+  used = out.memory_analysis()
+  return Compiled(
+    temporaries=float(used.temp_size_in_bytes),
+    results=float(max(0, used.output_size_in_bytes - used.alias_size_in_bytes)),
+    code=float(used.generated_code_size_in_bytes),
+    costs=hlo.read_costs(out.as_text()),
+    estimate=(out.cost_analysis() or {}).get("optimal_seconds", 0.0),
+    seconds=spent,
   )
 
 
-def account_program(plan: ProgramPlan, name: str, shape: Shape | None = None) -> dict[str, Any]:
-  """Compiles one program and says what it takes. Bytes and seconds are a device's, operations those
-  of all.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramAccount:
+  """What a program takes. Bytes and seconds are a device's, operations those of all devices.
+
+  shape: of the batch that it takes; None: it takes none. layers: those compiled; of: those that
+  the model has. memory: bytes by kind. model: operations that the results need. executed: those
+  that are computed, in_kernels: of these, those of attention's kernels. not_counted: kernels whose
+  operations are not among these. kernels: calls by kind. hbm: bytes read and written. collectives:
+  kind -> (how many, bytes sent). seconds: the least time, by what bounds it. estimate: the
+  compiler's own seconds; None: it has none. problem: the compiler's refusal, as one line; there are
+  no traffic and no seconds then.
+  """
+
+  name: str
+  shape: Shape | Any  # None: it takes no batch
+  layers: int
+  of: int
+  memory: dict[str, float]
+  model: float
+  executed: float
+  in_kernels: float
+  not_counted: list[str]
+  kernels: dict[str, float]
+  hbm: float
+  collectives: dict[str, tuple[float, float]]
+  seconds: dict[str, float]
+  estimate: float | None
+  problem: str | None
+  compile_s: float
+
+
+def account_program(
+  plan: ProgramPlan, name: str, shape: Shape | None = None, compile: Compile = compiled
+) -> ProgramAccount:
+  """Compiles one program and says what it takes.
 
   Of a plan with fewer layers (`Plan.layers`) the numbers are those of the whole model. State, what
   is given, and operations are exact. The rest is extrapolated (`_extrapolated`).
   """
-  full = plan.full
-  vision = name in VISION
-  of = (full.vision if vision else full.llm).layers
+  full, device = plan.full, plan.device
+  of = _layers(full, name)
   least = 2 if name == "round" else 1  # of a model of one layer a round makes nothing but keys
   layers = of if plan.layers is None else min(max(plan.layers, least), of)
   with inside(plan):
     whole = trace_program(plan, full, name, shape)
-    products = executed_flops(full, whole.program.jaxpr)
+    counted = executed_flops(full, whole.program.jaxpr)
   found = (
-    compiled_account(plan, full, name, shape)
+    compile_program(plan, full, name, shape, compile)
     if layers == of
-    else _extrapolated(plan, name, shape, layers, of, whole)
+    else _extrapolated(plan, name, shape, layers, whole, compile)
   )
-  row: dict[str, Any] = {
-    "name": name,
-    "shape": shape,
-    "compile_s": found.seconds,
-    "layers": layers,
-    "of": of,
-  }
-  memory = whole.given | whole.beside
-  row["kernels"] = {kind: calls for kind, (calls, _) in found.kernels.items()}
-  kernels = products.kernels + plan.device.count * sum(flops for _, flops in found.kernels.values())
-  executed, model = products.products + kernels, model_flops(plan, full, name, shape)
-  row["flops"] = {
-    "model": executed if model is None else model,
-    "executed": executed,
-    "kernels": kernels,
-  }
-  row["not counted"] = sorted(products.unknown) if not row["kernels"] else []
+  costs, memory = found.costs, whole.given | whole.beside
+  in_kernels = counted.kernels + device.count * sum(flops for _, flops in costs.kernels.values())
+  executed, model = counted.products + in_kernels, model_flops(plan, full, name, shape)
   if found.problem:
-    temporary = _refused(found.problem, sum(whole.given.values()))
-    memory |= {"temporaries": temporary, "program": 0.0, "reserve": plan.device.reserve}
-    nothing = {"hbm": 0.0, "collectives": {}, "seconds": {}, "estimate": None}
-    return row | nothing | {"memory": memory, "problem": one_line(found.problem)[:400]}
-  row["memory"] = memory | {
-    "results": found.results,
-    "temporaries": found.temporaries,
-    "program": found.code,
-    "reserve": plan.device.reserve,
-  }
-  seconds = roofline.least_seconds(
-    plan.device,
-    executed / plan.device.count,
-    found.hbm,
-    sum(size for _, size in found.sent.values()),
+    refused = refused_bytes(found.problem, sum(whole.given.values()))
+    memory |= {"temporaries": refused, "program": 0.0}
+    seconds = {}
+  else:
+    memory |= {
+      "results": found.results,
+      "temporaries": found.temporaries,
+      "program": found.code,
+    }
+    sent = sum(size for _, size in costs.collectives.values())
+    seconds = roofline.least_seconds(device, executed / device.count, costs.hbm, sent)
+  return ProgramAccount(
+    name=name,
+    shape=shape,
+    layers=layers,
+    of=of,
+    memory=memory | {"reserve": device.reserve},
+    model=executed if model is None else model,
+    executed=executed,
+    in_kernels=in_kernels,
+    not_counted=[] if costs.kernels else sorted(counted.unknown),
+    kernels={kind: calls for kind, (calls, _) in costs.kernels.items()},
+    hbm=costs.hbm,
+    collectives=costs.collectives,
+    seconds=seconds,
+    estimate=found.estimate if found.estimate > 0 else None,
+    problem=one_line(found.problem)[:400] if found.problem else None,
+    compile_s=found.seconds,
   )
-  row |= {"hbm": found.hbm, "collectives": found.sent, "seconds": seconds, "problem": None}
-  return row | {"estimate": found.estimate if found.estimate > 0 else None}
+
+
+# --- from few layers to all
+# ----------------------------------------------------------------------------------------
+
+CACHING = ("prefill", "round")  # whose layers leave caches
 
 
 def _extrapolated(
-  plan: ProgramPlan, name: str, shape: Shape | None, layers: int, of: int, whole: Traced
-) -> Taken:
+  plan: ProgramPlan, name: str, shape: Shape | None, layers: int, whole: Traced, compile: Compile
+) -> Compiled:
   """Compiles a program with so many layers, and with one more, and says what it takes with all.
 
   Those of the LLM see as many tokens as its first one; the others' share in traffic and collectives
   is found by two more programs, whose layers see as many as its last. So is memory of what is kept
   for the backward pass; where nothing is, the first program has that of all.
   """
-  full = plan.full
+  full, of = plan.full, _layers(plan.full, name)
   counts = lp_comp.counts(full.lp_comp, full.llm.layers)
-  with inside(plan):
-    part = trace_program(plan, cut(full, layers, counts[0]), name, shape)
-  first = compiled_account(plan, cut(full, layers, counts[0]), name, shape)
+
+  def made(layers: int, count: int) -> Compiled:
+    return compile_program(plan, cut(full, layers, count), name, shape, compile)
+
+  cfg, first = cut(full, layers, counts[0]), made(layers, counts[0])
   if first.problem:
     return first
+  with inside(plan):
+    part = trace_program(plan, cfg, name, shape)
   if name == "apply":
-    grows = whole.given["gradients"] / part.given["gradients"]
-    sent = {kind: (n * grows, size * grows) for kind, (n, size) in first.sent.items()}
-    return first._replace(
-      temporaries=first.temporaries * grows,
-      code=first.code * of / layers,
-      hbm=first.hbm * grows,
-      sent=sent,
-      estimate=0.0,
-    )
-  # Of a round the layers after the last one that scores don't run, and of that one only the keys
-  # are made.
-  run = (
-    rounds.scored_layer_count
-    if name == "round"
-    else lambda cfg: (cfg.vision if name in VISION else cfg.llm).layers
-  )
-  here, all_of_them = run(cut(full, layers, counts[0])), run(full)
-  longer = next(n for n in range(layers + 1, layers + 3) if run(cut(full, n, counts[0])) > here)
-  more = run(cut(full, longer, counts[0])) - here
-  programs = [first, compiled_account(plan, cut(full, longer, counts[0]), name, shape)]
+    return _of_more_state(first, whole.given["gradients"] / part.given["gradients"], of / layers)
+  here = _running(cfg, name)
+  longer = layers + 1
+  while _running(cut(full, longer, counts[0]), name) == here:
+    longer += 1
+  programs = [first, made(longer, counts[0])]
   if name not in VISION and counts[-1] != counts[0]:
-    programs += [
-      compiled_account(plan, cut(full, n, counts[-1]), name, shape) for n in (layers, longer)
-    ]
-
-  def grown(numbers: Sequence[float]) -> float:
-    """A number that each layer adds to: something whatever its tokens, and something for each of
-    them.
-    """
-    wide = (numbers[1] - numbers[0]) / more
-    narrow = (numbers[3] - numbers[2]) / more if len(numbers) > 2 else wide
-    slope = (wide - narrow) / max(counts[0] - counts[-1], 1)
-    each = (
-      [narrow + slope * (count - counts[-1]) for count in counts[:all_of_them]]
-      if name not in VISION
-      else [wide] * all_of_them
-    )
-    return max(0.0, numbers[0] - here * wide + sum(each))
-
-  sent = {
-    kind: (
-      grown([t.sent.get(kind, (0.0, 0.0))[0] for t in programs]),
-      grown([t.sent.get(kind, (0.0, 0.0))[1] for t in programs]),
-    )
-    for kind in sorted(set().union(*(t.sent for t in programs)))
-  }
-  results = first.results * _size(whole.program.out_info) / _size(part.program.out_info)
-  temporaries = (
-    _caching(first, programs[-1], results) if name in ("prefill", "round") else first.temporaries
+    programs += [made(layers, counts[-1]), made(longer, counts[-1])]
+  all_layers = functools.partial(
+    grown,
+    here=here,
+    more=_running(cut(full, longer, counts[0]), name) - here,
+    tokens=(1,) * of if name in VISION else counts[: _running(full, name)],
+    ends=(counts[0], counts[-1]),
   )
+  results = first.results * _growth_of_results(whole, part)
+  temporaries = _temporaries(name, first, programs[-1], results)
   if name in ("gradient", "evaluation"):
-    temporaries = grown([t.temporaries for t in programs])
-  squares, part_squares = (
-    _attended(full, name, shape),
-    _attended(cut(full, layers, counts[0]), name, shape),
-  )
+    temporaries = all_layers([program.temporaries for program in programs])
+  collectives = {}
+  for kind in sorted(set().union(*(program.costs.collectives for program in programs))):
+    each = [program.costs.collectives.get(kind, (0.0, 0.0)) for program in programs]
+    collectives[kind] = all_layers([n for n, _ in each]), all_layers([size for _, size in each])
+  squares, some = _attended(full, name, shape), _attended(cfg, name, shape)
   kernels = {
-    kind: (calls * len(squares) / len(part_squares), flops * sum(squares) / sum(part_squares))
-    for kind, (calls, flops) in first.kernels.items()
+    kind: (calls * len(squares) / len(some), flops * sum(squares) / sum(some))
+    for kind, (calls, flops) in first.costs.kernels.items()
   }
-  hbm, seconds = grown([t.hbm for t in programs]), sum(t.seconds for t in programs)
-  return Taken(
-    None,
-    temporaries,
-    results,
-    first.code * of / layers,
-    hbm,
-    sent,
-    kernels,
-    first.products,
-    0.0,
-    seconds,
+  return Compiled(
+    temporaries=temporaries,
+    results=results,
+    code=first.code * of / layers,
+    costs=hlo.Costs(all_layers([p.costs.hbm for p in programs]), collectives, kernels),
+    seconds=sum(program.seconds for program in programs),
   )
 
 
-def _caching(first: Taken, last: Taken, results: float) -> float:
-  """Bytes of temporaries where layers leave caches: at the beginning, or at the end, when there are
-  those of all layers.
+def grown(
+  numbers: Sequence[float], here: int, more: int, tokens: Sequence[int], ends: tuple[int, int]
+) -> float:
+  """Gives a number of a program with all layers, from those of programs with few.
+
+  Each layer adds to it: something whatever its tokens, and something for each of them.
+
+  Args:
+    numbers: of a program of `here` layers and of one of `more` beyond these, whose layers see as
+      many tokens as the first one of all; maybe of two more, which see as many as the last.
+    here: see `numbers`.
+    more: likewise.
+    tokens: that each layer sees, of all.
+    ends: that the first and the last layer see.
   """
+  wide = (numbers[1] - numbers[0]) / more
+  narrow = (numbers[3] - numbers[2]) / more if len(numbers) > 2 else wide
+  slope = (wide - narrow) / max(ends[0] - ends[1], 1)
+  return max(
+    0.0, numbers[0] - here * wide + sum(narrow + slope * (count - ends[1]) for count in tokens)
+  )
+
+
+def _layers(cfg: VLMConfig, name: str) -> int:
+  """Layers of what a program runs: of the tower, or of the LLM."""
+  return (cfg.vision if name in VISION else cfg.llm).layers
+
+
+def _running(cfg: VLMConfig, name: str) -> int:
+  """Layers that run in a program: of a round those before the last one that scores, of which only
+  the keys are made.
+  """
+  return rounds.scored_layer_count(cfg) if name == "round" else _layers(cfg, name)
+
+
+def _of_more_state(first: Compiled, grows: float, layers: float) -> Compiled:
+  """What the optimizer's step takes on so many times the state, of so many times the layers."""
+  costs = first.costs
+  sent = {kind: (n * grows, size * grows) for kind, (n, size) in costs.collectives.items()}
+  return dataclasses.replace(
+    first,
+    temporaries=first.temporaries * grows,
+    code=first.code * layers,
+    costs=hlo.Costs(costs.hbm * grows, sent, costs.kernels),
+    estimate=0.0,
+  )
+
+
+def _growth_of_results(whole: Traced, part: Traced) -> float:
+  """How many times as large the results of the whole model are as those of a part of it."""
+  sizes = [
+    sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(traced.out_info))
+    for traced in (whole.program, part.program)
+  ]
+  return sizes[0] / sizes[1]
+
+
+def _temporaries(name: str, first: Compiled, last: Compiled, results: float) -> float:
+  """Bytes of temporaries of all layers, where a layer needs none of another's.
+
+  Where layers leave caches, at the beginning, or at the end, when there are those of all.
+  """
+  if name not in CACHING:
+    return first.temporaries
   return max(first.temporaries, last.temporaries + max(0.0, results - last.results))
 
 
@@ -324,37 +380,24 @@ def memory_of(plan: ProgramPlan, name: str, shape: Shape | None = None) -> dict[
     JaxRuntimeError: the compiler refuses the program.
   """
   full, layers = plan.full, plan.layers or plan.full.llm.layers
-  counts = lp_comp.counts(full.lp_comp, full.llm.layers)
   if name == "gradient":  # each layer adds to it
-    row = account_program(plan, name, shape)
-    if row["problem"]:
-      raise jax.errors.JaxRuntimeError(row["problem"])
-    return {
-      kind: size for kind, size in row["memory"].items() if kind not in ("program", "reserve")
-    }
-  like = [
-    cut(full, layers, count)
-    for count in ((counts[0], counts[-1]) if name in ("prefill", "round") else (counts[0],))
-  ]
+    account = account_program(plan, name, shape)
+    if account.problem:
+      raise jax.errors.JaxRuntimeError(account.problem)
+    return {k: size for k, size in account.memory.items() if k not in ("program", "reserve")}
+  counts = lp_comp.counts(full.lp_comp, full.llm.layers)
+  ends = (counts[0], counts[-1]) if name in CACHING else counts[:1]
+  like = [cut(full, layers, count) for count in ends]
   with inside(plan):
     whole, part = trace_program(plan, full, name, shape), trace_program(plan, like[0], name, shape)
-  programs = [compiled_account(plan, cfg, name, shape) for cfg in like]
+  programs = [compile_program(plan, cfg, name, shape) for cfg in like]
   if problem := next((one.problem for one in programs if one.problem), None):
     raise jax.errors.JaxRuntimeError(problem)
-  results, temporaries = (
-    programs[0].results * _size(whole.program.out_info) / _size(part.program.out_info),
-    programs[0].temporaries,
-  )
+  results = programs[0].results * _growth_of_results(whole, part)
+  temporaries = _temporaries(name, programs[0], programs[-1], results)
   if name == "apply":
     temporaries *= whole.given["gradients"] / part.given["gradients"]
-  if name in ("prefill", "round"):
-    temporaries = _caching(programs[0], programs[-1], results)
   return whole.given | whole.beside | {"results": results, "temporaries": temporaries}
-
-
-def _size(tree: Any) -> float:
-  """Bytes of arrays that have no shardings."""
-  return float(sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)))
 
 
 def _attended(cfg: VLMConfig, name: str, shape: Shape | None) -> list[float]:
@@ -363,23 +406,17 @@ def _attended(cfg: VLMConfig, name: str, shape: Shape | None) -> list[float]:
   """
   if shape is None or name in VISION:
     return [1.0] * cfg.vision.layers
-  around, frames, counts = (
-    shape.samples * shape.prefix + shape.text,
-    shape.frames,
-    lp_comp.counts(cfg.lp_comp, cfg.llm.layers),
-  )
+  around, frames = shape.samples * shape.prefix + shape.text, shape.frames
   if name == "round":  # of the last layer that scores, keys are enough
     around, frames = rounds.PREFIX, rounds.usual(cfg, shape.frames)[0].frames
-    counts = counts[: rounds.scored_layer_count(cfg)]
-  return [
-    float(around + frames * cfg.tokens_per_frame // cfg.lp_comp.group * count) ** 2
-    for count in counts
-  ]
+  groups = frames * cfg.tokens_per_frame // cfg.lp_comp.group
+  counts = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)[: _running(cfg, name)]
+  return [float(around + groups * count) ** 2 for count in counts]
 
 
-def _refused(message: str, arguments: float) -> float:
+def refused_bytes(message: str, arguments: float) -> float:
   """Bytes of temporaries and results of a program that the compiler would not make; it calls all of
   it temporaries.
   """
   found = re.search(r"temporaries \(([\d.]+)G\)|Used ([\d.]+)G of", message)
-  return max(0.0, float(found[1] or found[2]) * cost.GIB - arguments) if found else 0.0
+  return max(0.0, float(found[1] or found[2]) * GIB - arguments) if found else 0.0

@@ -13,7 +13,7 @@ import multiprocessing
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -111,19 +111,20 @@ def make_cell(
   frames = {**ASK, WHOLE: 4096}.get(job, 1024)
   held, kept, clips = {}, 0.0, 0
   for name in _programs(job, frames):
-    shown = min(frames, KEPT) if job in ASK and name in ("prefill", "decode") else frames
-    layers, text = (
-      None if name == "gradient" else LAYERS,
-      programs.TOKENS if job in TUNE else rounds.TEXT,
+    plan = programs.make(
+      config,
+      f"{chip.name}:{count}",
+      layers=None if name == "gradient" else LAYERS,
+      frames=min(frames, KEPT) if job in ASK and name in ("prefill", "decode") else frames,
+      text=programs.TOKENS if job in TUNE else rounds.TEXT,
     )
-    plan = programs.make(config, f"{chip.name}:{count}", layers=layers, frames=shown, text=text)
     clips = plan.full.clips_per_chunk
     ((_, shape),) = programs.asked_programs(plan, (name,))
     held[name] = accounts.memory_of(plan, name, shape) | {"rounds": kept}
     if name == "round":  # what they leave stays for the next question
       of, rows = rounds.usual(plan.full, frames)
       kept = held[name]["results"] * -(-len(of.starts) // rows)
-  words = {
+  return {
     "stamp": about,
     "capability": capability,
     "model": model,
@@ -131,8 +132,8 @@ def make_cell(
     "dtype": dtype,
     "cards": count,
     "clips": clips,
+    "programs": held,
   }
-  return words | {"programs": held}
 
 
 def _programs(job: str, frames: int) -> Sequence[str]:
@@ -142,7 +143,35 @@ def _programs(job: str, frames: int) -> Sequence[str]:
   return ("encode", *scored, "prefill", "decode")
 
 
-def fits_table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARDS) -> str:
+Cell = tuple[tuple[int, int], str, str]  # compute capability, model, job
+
+
+def made_cells(config: RunConfig, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+  """Makes cells, those of each architecture in a process of their own: it can compile for one only
+  (see `absent`).
+
+  Raises:
+    ConfigError: a compiler died.
+  """
+  for capability in dict.fromkeys(cell[0] for cell in cells):
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+      for cell in (cell for cell in cells if cell[0] == capability):
+        try:
+          yield cell, pool.submit(make_cell, config, *cell).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+          raise ConfigError(
+            f"--fits: compiling {key(*cell)} died, probably for memory; the same command goes on",
+            where="--fits",
+            value=key(*cell),
+          ) from error
+
+
+def fits_table(
+  config: RunConfig,
+  out: pathlib.Path,
+  cards: Sequence[str] = CARDS,
+  make: Callable[..., Iterator[tuple[Cell, dict[str, Any]]]] = made_cells,
+) -> str:
   """Makes the cells that are not in `out` yet, or were made by another config or version of JAX,
   and the table of all.
 
@@ -154,63 +183,30 @@ def fits_table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARD
     files.sweep(out)
   except (FileExistsError, NotADirectoryError) as error:
     raise ConfigError(
-      f"--fits {out}: this is, or lies in, a file; give a folder that keeps the cells"
+      f"--fits {out}: this is, or lies in, a file; give a folder that keeps the cells",
+      where="--fits",
+      value=str(out),
     ) from error
   found = [chips.named(name) for name in cards]
-  wanted = [
-    (chip.capability, model, job)
-    for chip in found
-    for model in MODELS
-    for job in JOBS
-    if chip.capability
-  ]
-  cells = {cell: out / f"{key(*cell)}.json" for cell in dict.fromkeys(wanted)}
-  about = cell_stamp(config)
-  read = {
-    cell: whole
-    for cell, file in cells.items()
-    if (whole := _read(file, about)) and whole.get("dtype") == computed_in(cell[0], cell[2])
-  }
-  missing = [cell for cell in cells if cell not in read]
-  if stale := sum(cells[cell].exists() for cell in missing):
+  kinds = [chip.capability for chip in found if chip.capability]
+  wanted = [(kind, model, job) for kind in kinds for model in MODELS for job in JOBS]
+  stored = {cell: out / f"{key(*cell)}.json" for cell in dict.fromkeys(wanted)}
+  read = {cell: whole for cell, file in stored.items() if (whole := _read(file, config, cell))}
+  missing = [cell for cell in stored if cell not in read]
+  if stale := sum(stored[cell].exists() for cell in missing):
     note(
       f"{stale} cells in {out} are damaged, or of another config or version of JAX or tokamax: "
       f"made again"
     )
-  for capability in dict.fromkeys(cell[0] for cell in missing):
-    # A process can compile for one architecture only; see `absent`.
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-      for cell in (cell for cell in missing if cell[0] == capability):
-        begun = time.perf_counter()
-        try:
-          result = pool.submit(make_cell, config, *cell).result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-          raise ConfigError(
-            f"--fits: compiling {cells[cell].stem} died, probably for memory; the same command "
-            f"goes on"
-          ) from error
-        with files.replacing(cells[cell]) as temporary:
-          temporary.write_text(json.dumps(result, indent=1))
-        read[cell] = result
-        note(
-          f"{len(read)} of {len(cells)} cells: {cells[cell].stem}, "
-          f"{time.perf_counter() - begun:.0f} s"
-        )
-  lines = [("card", "GB", "model", "dtype", "clips", *JOBS)]
-  for chip in found:
-    for model in MODELS:
-      assert chip.capability is not None  # see `wanted`
-      row = [
-        [
-          read[chip.capability, model, one]
-          for one in ((FEATURES, FRAMES) if job == FRAMES else (job,))
-        ]
-        for job in JOBS
-      ]
-      first = row[0][0]
-      dtypes = dict.fromkeys(cell["dtype"] for cells in row for cell in cells)
-      of = (chip.name, f"{chip.memory / 1e9:.0f}", model, "/".join(dtypes), str(first["clips"]))
-      lines.append((*of, *(verdict(chip, one) for one in row)))
+  begun = time.perf_counter()
+  for cell, result in make(config, missing):
+    files.write_file(stored[cell], json.dumps(result, indent=1))
+    read[cell] = result
+    ended = time.perf_counter()
+    note(f"{len(read)} of {len(stored)} cells: {stored[cell].stem}, {ended - begun:.0f} s")
+    begun = ended
+  lines: list[tuple[str, ...]] = [("card", "GB", "model", "dtype", "clips", *JOBS)]
+  lines += [_line(chip, model, read) for chip in found for model in MODELS]
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(
     ["  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines]
@@ -218,11 +214,22 @@ def fits_table(config: RunConfig, out: pathlib.Path, cards: Sequence[str] = CARD
   )
 
 
-def _read(file: pathlib.Path, about: str) -> dict[str, Any] | None:
-  """Reads a cell; None if it is damaged or has another stamp."""
+def _line(chip: Chip, model: str, cells: Mapping[Any, Mapping[str, Any]]) -> tuple[str, ...]:
+  """The words of a card and a model."""
+  parts = dict.fromkeys(JOBS, ()) | {FRAMES: (FEATURES,)}  # beside a job's own cell
+  row = [[cells[chip.capability, model, one] for one in (*parts[job], job)] for job in JOBS]
+  dtypes = "/".join(dict.fromkeys(cell["dtype"] for some in row for cell in some))
+  of = (chip.name, f"{chip.memory / 1e9:.0f}", model, dtypes, str(row[0][0]["clips"]))
+  return *of, *(verdict(chip, some) for some in row)
+
+
+def _read(file: pathlib.Path, config: RunConfig, cell: Cell) -> dict[str, Any] | None:
+  """Reads a cell; None if it is damaged, or was made in another dtype or of another config."""
+  capability, _, job = cell
   try:
-    cell = inputs.read_json(file, ValueError, inputs.ABOUT)
-    return cell if cell["stamp"] == about and cell["programs"] else None
+    whole = inputs.read_json(file, ValueError, inputs.ABOUT)
+    wanted = (cell_stamp(config), computed_in(capability, job))
+    return whole if (whole["stamp"], whole["dtype"]) == wanted and whole["programs"] else None
   except (OSError, ValueError, TypeError, KeyError):
     return None
 

@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from xcomp_jax.checkpoints import loading
-from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints import finding, loading
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_run
 from xcomp_jax.data import blend, packing
@@ -53,7 +52,7 @@ FRAMES, TOKENS = 1024, 512  # of a sample, where nothing is known of the data
 RELEASED = pathlib.Path(__file__).parents[2] / "configs"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramPlan:
   """What is planned.
 
@@ -86,25 +85,22 @@ def topology(name: str) -> list[Any]:
   Raises:
     ConfigError: no compiler for it, or no such topology.
   """
-  chip = next(
-    (chip for chip in chips.CHIPS if chip.capability and chip is known(name.partition(":")[0])),
-    None,
-  )
-  if chip is None and not re.match(r"v\d", name):
+  try:
+    chip = chips.named(name.partition(":")[0])
+  except KeyError:
+    chip = None
+  if chip is not None and chip.capability:
+    return _gpus(name, chip)
+  if not re.match(r"v\d", name):
     cards = ", ".join(chip.name for chip in chips.CHIPS if chip.gpu)
     raise ConfigError(
       f"--topology={name}: TPUs are written v5e:2x2, v5e:4x4 or v5p:2x2x2, GPUs h100:8 or "
-      f"h100:2x8; GPUs that can be compiled for are {cards}"
+      f"h100:2x8; GPUs that can be compiled for are {cards}",
+      where="--topology",
+      value=name,
+      allowed=cards,
     )
-  return _tpus(name) if chip is None else _gpus(name, chip)
-
-
-def known(name: str) -> Chip | None:
-  """The chip of this name, if there is one."""
-  try:
-    return chips.named(name)
-  except KeyError:
-    return None
+  return _tpus(name)
 
 
 def _gpus(name: str, chip: Chip) -> list[Any]:
@@ -112,16 +108,22 @@ def _gpus(name: str, chip: Chip) -> list[Any]:
   if not found or found[1] == "0":
     raise ConfigError(
       f"--topology={name}: write the card and how many a host has, from 1 to 8, such as h100:8; "
-      f"h100:2x8 are two hosts"
+      f"h100:2x8 are two hosts",
+      where="--topology",
+      value=name,
+      expected="CARD:1 to CARD:8",
     )
   try:
     return absent.gpus(chip.name, int(found[2]), int(found[1] or 1))
   except KeyError as error:
-    raise ConfigError(f"--topology={error.args[0]}") from error
+    raise ConfigError(f"--topology={error.args[0]}", where="--topology", value=name) from error
   except (RuntimeError, ValueError) as error:  # JAX has no backend "cuda", or it lacks a part
     raise ConfigError(
       f"--topology={name} needs the GPU compiler: pip install 'xcomp_jax[plan-gpu]' (4.4 GB; no "
-      f"GPU needed): {one_line(error)}"
+      f"GPU needed): {one_line(error)}",
+      where="--topology",
+      value=name,
+      missing="xcomp_jax[plan-gpu]",
     ) from error
 
 
@@ -139,7 +141,10 @@ def _tpus(name: str) -> list[Any]:
     import libtpu  # noqa: F401
   except ImportError as error:
     raise ConfigError(
-      "--topology needs the TPU compiler: pip install 'xcomp_jax[plan]' (no TPU needed)"
+      "--topology needs the TPU compiler: pip install 'xcomp_jax[plan]' (no TPU needed)",
+      where="--topology",
+      value=name,
+      missing="xcomp_jax[plan]",
     ) from error
   from jax.experimental import topologies
 
@@ -150,19 +155,25 @@ def _tpus(name: str) -> list[Any]:
   except jax.errors.JaxRuntimeError as error:
     raise ConfigError(
       f"--topology={name}: {one_line(error)}. Write the version and the shape, such as v5e:2x2, "
-      f"v5e:16x16, v5p:2x2x2, "
-      "v6e:4x4; or a card, such as h100:8"
+      f"v5e:16x16, v5p:2x2x2, v6e:4x4; or a card, such as h100:8",
+      where="--topology",
+      value=name,
+      found=one_line(error),
     ) from error
 
 
-def model_sizes(config: RunConfig, device: Any = None) -> VLMConfig:
-  """Reads the model's sizes: from `init_from` if it is a directory, of released checkpoints without
-  a network; for a device.
+def model_sizes(
+  config: RunConfig,
+  device: Any = None,
+  resolve: Callable[[str], pathlib.Path] = finding.resolve,
+) -> VLMConfig:
+  """Reads the model's sizes for a device: from `init_from` if it is a directory, of released
+  checkpoints without a network, else where `resolve` finds them.
   """
-  known = RELEASED / config.init_from
+  released = RELEASED / config.init_from
   directory = pathlib.Path(config.init_from)
   if not directory.is_dir():
-    directory = known if (known / "config.json").is_file() else resolve(config.init_from)
+    directory = released if (released / "config.json").is_file() else resolve(config.init_from)
   return read_vlm_config(directory, config.model, config.lp_comp, device)
 
 
@@ -217,7 +228,9 @@ def make(
   devices = jax.devices() if where is None else topology(where) if isinstance(where, str) else where
   full, seen, size = model_sizes(config, (like or devices)[0]), config, config.train.batch_size
   if layers is not None and not 0 < layers < full.llm.layers:
-    raise ConfigError(f"--layers {layers}: the model has {full.llm.layers}")
+    raise ConfigError(
+      f"--layers {layers}: the model has {full.llm.layers}", where="--layers", value=layers
+    )
   if lengths is None:
     seen, lengths = _assumed(config, full, len(devices), frames, text)
   blend.steps_per_epoch(len(lengths), size)  # refuses too few
@@ -228,7 +241,16 @@ def make(
   packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)
   device = roofline.device_of(like or devices)
   return ProgramPlan(
-    config, full, layers, mesh, device, schedule.shapes, effort, lengths, packed, schedule.costs
+    config=config,
+    full=full,
+    layers=layers,
+    mesh=mesh,
+    device=device,
+    shapes=schedule.shapes,
+    effort=effort,
+    lengths=lengths,
+    steps=packed,
+    costs=schedule.costs,
   )
 
 
@@ -242,7 +264,9 @@ def _assumed(
   """
   if frames is not None and (frames < 1 or (frames % cfg.clip_frames and frames != 1)):
     raise ConfigError(
-      f"--frames {frames}: must be 1, or a multiple of the {cfg.clip_frames} frames of a clip"
+      f"--frames {frames}: must be 1, or a multiple of the {cfg.clip_frames} frames of a clip",
+      where="--frames",
+      value=frames,
     )
   mesh, shapes, prefix = config.mesh, config.data.shapes, config.data.prefix_length
   if (mesh.fsdp, mesh.context) == (-1, -1):

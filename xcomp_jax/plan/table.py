@@ -54,10 +54,17 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
   frames, text = (found.get(key) if isinstance(found, dict) else None for key in ("frames", "text"))
   if not (isinstance(frames, list) and isinstance(text, list) and frames and text):
     raise ConfigError(
-      f'{file}: expected {{"frames": [...], "text": [...]}}, each with a number per sample'
+      f'{file}: expected {{"frames": [...], "text": [...]}}, each with a number per sample',
+      where=str(file),
+      expected=("frames", "text"),
     )
   if len(frames) != len(text):
-    raise ConfigError(f"{file}: {len(frames):,} numbers in frames, but {len(text):,} in text")
+    raise ConfigError(
+      f"{file}: {len(frames):,} numbers in frames, but {len(text):,} in text",
+      where=str(file),
+      frames=len(frames),
+      text=len(text),
+    )
   problems = []
   for i, (f, t) in enumerate(zip(frames, text)):
     if type(f) is not int or not 0 <= f <= MOST or (f > 1 and f % cfg.clip_frames):
@@ -95,7 +102,11 @@ def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str,
   check_trained(config.model)
   counts = [int(n) if n.strip().isdecimal() else 0 for n in devices.split(",")]
   if min(counts) < 1:
-    raise ConfigError(f"--devices {devices}: must be numbers of devices from 1 on, such as 1,8,32")
+    raise ConfigError(
+      f"--devices {devices}: must be numbers of devices from 1 on, such as 1,8,32",
+      where="--devices",
+      value=devices,
+    )
   forecast.chips(chip, 1)  # refuses unknown ones
   lines, notes, refused = [COLUMNS], [], []
   for count in progress(counts, desc="planning", unit="mesh", leave=False):
