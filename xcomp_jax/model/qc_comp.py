@@ -371,9 +371,7 @@ def score_windows(
   return jax.vmap(one)(asked)  # [Q, B, M, W, w]
 
 
-def _look(
-  layer, keys, q, k, asked, *, first, end, shown, windows, causal, prefix, units, at_once=ROWS
-):
+def _look(layer, keys, q, k, asked, *, first, end, shown, windows, causal, prefix, units):
   """The attention of one question at one layer: float32[B, W, w].
 
   Args:
@@ -389,7 +387,6 @@ def _look(
     causal: of the text.
     prefix: P.
     units: of a round.
-    at_once: rows whose attention to all windows exists at once.
   """
   B, L = q.shape[:2]
   W, w = windows.shape
@@ -402,7 +399,7 @@ def _look(
   around = layer.rotate(jnp.concatenate([keys[:, :prefix], k], axis=1), places[None])
   valid = jnp.concatenate([jnp.ones(prefix, bool), asked.valid])  # [P + L]
   share = asked.asked / asked.asked.sum()  # [L]
-  size = min(L, at_once)
+  size = min(L, ROWS)
 
   def add_part(i, paid):
     # the last part begins earlier, and leaves out what the one before had
