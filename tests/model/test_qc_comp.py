@@ -140,7 +140,13 @@ def test_settings_that_mean_nothing_are_refused(mode, frames, repeat, where):
 
 @pytest.mark.pure
 def test_frames_that_no_round_scores_are_named():
-  plan = qc_comp.RoundPlan(np.array([0]), 16, 8, np.array([[0, 1]]), np.array([True, False]))
+  plan = qc_comp.RoundPlan(
+    starts=np.array([0]),
+    frames=16,
+    unit=8,
+    windows=np.array([[0, 1]]),
+    counted=np.array([True, False]),
+  )
   with pytest.raises(ConfigError) as caught:
     qc_comp.aggregate(plan, np.ones((1, 2, 1, 2)), 16)
   assert caught.value.fields == {"where": "frames", "missing": list(range(8, 16))}
@@ -150,7 +156,13 @@ def test_frames_that_no_round_scores_are_named():
 @pytest.mark.pure
 def test_scores_are_means_over_windows_and_rounds_and_a_sum_over_layers():
   # 8 frames, the second round wraps
-  plan = qc_comp.RoundPlan(np.array([0, 4]), 6, 2, np.array([[0, 1], [1, 2]]), np.ones(3, bool))
+  plan = qc_comp.RoundPlan(
+    starts=np.array([0, 4]),
+    frames=6,
+    unit=2,
+    windows=np.array([[0, 1], [1, 2]]),
+    counted=np.ones(3, bool),
+  )
   scores = np.arange(16.0).reshape(2, 2, 2, 2)
   first = [[0, (1 + 2) / 2, 3], [4, (5 + 6) / 2, 7]]
   second = [[8, (9 + 10) / 2, 11], [12, (13 + 14) / 2, 15]]
