@@ -81,6 +81,7 @@ def rule(kind, version, call, **changes):
   )
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("version", kernels.TRIED)
 def test_the_kernel_of_each_card_is_one_that_compiles_for_it(version, gradient):
@@ -102,6 +103,7 @@ def test_the_kernel_of_each_card_is_one_that_compiles_for_it(version, gradient):
     )
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "size, forward, backward",
   [(64, "triton", "triton"), (88, "xla_chunked", "xla_chunked"), (128, "triton", "xla_chunked")],
@@ -113,6 +115,7 @@ def test_float32_blocks_of_triton_must_fit_into_shared_memory(size, forward, bac
   assert (of(False), of(True)) == (forward, backward)
 
 
+@pytest.mark.pure
 def test_few_rows_on_a_b200_are_not_split_by_their_keys():
   def of(**changes):
     return rule("b200", "0.0.17", CLIP, **changes)
@@ -142,12 +145,14 @@ def test_few_rows_on_a_b200_are_not_split_by_their_keys():
   )
 
 
+@pytest.mark.pure
 def test_gpus_that_are_not_nvidias_get_no_kernel():
   card = kernels.card_of(cards.Device("rocm", "AMD Instinct MI300X", "gfx942"))
   assert card.platform == "gpu" and card.capability is None and card.bfloat16
   assert kernels.kernel_rule(card, "0.0.12", CLIP) == "xla_chunked"
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "kind, version, of_card, of_call",
   [
@@ -508,6 +513,7 @@ def test_rows_after_a_sequence_attend_as_within_it(implementation):
   )
 
 
+@pytest.mark.pure
 def test_kernels_need_their_library():
   library = cards.FakeKernels(installed=None)
   x = jnp.zeros((1, 4, 2, 8))
@@ -520,6 +526,7 @@ def test_kernels_need_their_library():
   }
 
 
+@pytest.mark.pure
 def test_an_implementation_that_nobody_knows_is_refused():
   x = jnp.zeros((1, 4, 2, 8))
   with pytest.raises(ShapeError) as caught:
@@ -531,6 +538,7 @@ def test_an_implementation_that_nobody_knows_is_refused():
   }
 
 
+@pytest.mark.pure
 def test_causal_attention_of_more_rows_than_keys_is_refused():
   q, k = jnp.zeros((1, 4, 2, 8)), jnp.zeros((1, 3, 2, 8))
   with pytest.raises(ShapeError) as caught:
@@ -748,6 +756,7 @@ def test_pairs_are_as_many_as_the_tables_of_blocks_say():
   assert np.max(ratios) < 1.5 and np.min(ratios) > 0.5
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "mask",
   [
@@ -766,6 +775,7 @@ def test_samples_of_a_row_are_causal_and_say_what_is_padding_themselves(mask):
 # --------------------------------------------------------------------------------------
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "device, version, changes, said",
   [
@@ -813,6 +823,7 @@ def test_what_attention_runs_as_is_said_in_a_line(device, version, changes, said
   assert said in line and "\n" not in line and ("einsum" in line) == ("attention" not in changes)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "device, version, taken, refused",
   [
@@ -845,6 +856,7 @@ def test_an_implementation_that_a_device_can_not_run_is_refused_before_any_work(
       }
 
 
+@pytest.mark.pure
 def test_a_kernel_without_float32_is_refused_in_it():
   card = kernels.card_of(cards.gpu("h100"))
   assert kernels.unusable("mosaic", card, "0.0.17", "float32") == "mosaic kernels have no float32"
@@ -853,6 +865,7 @@ def test_a_kernel_without_float32_is_refused_in_it():
   assert caught.value.fields["value"] == "mosaic"
 
 
+@pytest.mark.pure
 def test_cards_compute_in_bfloat16_if_they_have_it():
   def of(device):
     return kernels.compute_dtype(kernels.card_of(device))
@@ -868,6 +881,7 @@ def test_cards_compute_in_bfloat16_if_they_have_it():
   } == {"bfloat16"}
 
 
+@pytest.mark.pure
 def test_notes_on_missing_measurements_are_left_out_and_others_are_not(caplog):
   drop_cache_misses()
   logging.warning("Autotuning cache miss for %s on %s with key %s", 1, 2, 3)

@@ -228,6 +228,7 @@ def test_numbers_that_float16_has_not_are_no_answer(tiny, sample):
 # ------------------------------------------------------------------------------
 
 
+@pytest.mark.pure
 def test_what_a_device_computes_in_where_nobody_says():
   def of(device, **more):
     return kernels.compute_dtype(kernels.card_of(device), **more)
@@ -312,6 +313,7 @@ def test_tpus_and_training_have_no_float16(tmp_path):
       loop.train(config)
 
 
+@pytest.mark.pure
 def test_kernels_of_cards_take_it():
   for kind in ("h100", "b200", "a100", "l4", "t4"):
     card = kernels.card_of(cards.gpu(kind))

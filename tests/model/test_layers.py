@@ -52,6 +52,7 @@ def llm(tiny, **changes):
   return dataclasses.replace(tiny().llm, **changes)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "head_dim, theta, factor", [(128, 1e6, 4.0), (128, 1e7, 8.0), (64, 1e4, 2.5)]
 )
@@ -68,6 +69,7 @@ def test_yarn_is_the_formula(head_dim, theta, factor):
   )
 
 
+@pytest.mark.pure
 def test_frequencies_of_the_10_000_frame_setting():
   # Of 64 frequencies those up to 23 turn 32 times and more within 32,768 positions, those from 40
   # on less than once.
@@ -139,6 +141,7 @@ def test_a_decoder_with_yarn_is_another_one(tiny):
   assert np.abs(plain - out(yarn_of(4.0, 4))).max() > 1e-3
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
 def test_yarn_of_a_config_json(tmp_path, kind):
   values = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -169,6 +172,7 @@ def test_yarn_of_a_config_json(tmp_path, kind):
   )
 
 
+@pytest.mark.pure
 def test_yarn_as_an_explicit_value_goes_before_the_checkpoints(tmp_path):
   there = w.configured(tmp_path, rope_scaling=w.YARN | {"factor": 2.0})
   assert w.read_config(there, yarn="checkpoint").llm.rope_scaling.factor == 2
@@ -176,6 +180,7 @@ def test_yarn_as_an_explicit_value_goes_before_the_checkpoints(tmp_path):
   assert w.read_config(there, yarn=None).llm.rope_scaling is None
 
 
+@pytest.mark.pure
 def test_yarn_in_a_run_is_checked():
   def read(value):
     return config_io.from_command_line(

@@ -7,6 +7,8 @@ import pytest
 from xcomp_jax.config import ConfigError, LPCompConfig
 from xcomp_jax.model import lp_comp
 
+pytestmark = pytest.mark.pure
+
 
 def rule(keep="suffix", schedule="cosine", group=16):
   return LPCompConfig(schedule, keep, group)
@@ -102,9 +104,24 @@ def test_keep_attended_keeps_order_and_breaks_ties_by_place():
   x = jnp.arange(8.0).reshape(1, 8, 1)
   score = jnp.array([[5, 1, 5, 9, 5, 0, 99, 99]], jnp.float32)
   valid = jnp.arange(8)[None] < 6
-  got = lp_comp.keep_attended(x, score, valid, jnp.array([3]), 4)
-  # of the three fives the first two, and no padding
-  np.testing.assert_array_equal(got[0, :3, 0], [0, 2, 3])
+  for shift in (0, 100):  # whatever the scores are, padding comes behind
+    got = lp_comp.keep_attended(x, score - shift, valid, jnp.array([3]), 4)
+    # of the three fives the first two, and no padding
+    np.testing.assert_array_equal(got[0, :3, 0], [0, 2, 3])
+
+
+def test_layers_hand_on_what_the_next_one_sees_if_a_rule_only_selects():
+  first, second, last = lp_comp.layer_tokens(rule(schedule=(12, 12, 1)), 3)
+  assert first.arriving == tuple(range(16)) and first.seen == first.leaving == tuple(range(4, 16))
+  assert second.arriving == second.seen == tuple(range(4, 16)) and second.leaving == (15,)
+  assert last.arriving == last.seen == last.leaving == (15,)
+
+
+@pytest.mark.parametrize("keep", ["avgpool", "attention"])
+def test_layers_finish_all_that_they_see_where_later_layers_need_it(keep):
+  first, last = lp_comp.layer_tokens(rule(keep, (16, 1)), 2)
+  assert first.seen == first.leaving == last.arriving == tuple(range(16))
+  assert len(last.seen) == len(last.leaving) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ def features(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "tokens, target, steps",
   [
@@ -26,6 +27,7 @@ def test_steps_are_the_official_ones(tokens, target, steps):
   assert merge_steps(tokens, target) == steps
 
 
+@pytest.mark.pure
 def test_too_few_tokens_is_an_error():
   with pytest.raises(ShapeError) as caught:
     merge_steps(72, 128)

@@ -27,6 +27,7 @@ def model(tiny):
   return Vision(tiny(), rngs=nnx.Rngs(0))
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize(
   "name, image_size, frames",
   [
@@ -53,6 +54,7 @@ def test_position_table_is_the_official_one(reference, name, image_size, frames)
     )
 
 
+@pytest.mark.pure
 def test_position_table_at_224_needs_no_bicubic():
   small = dataclasses.replace(OFFICIAL, image_size=224, width=32)
   np.testing.assert_array_equal(

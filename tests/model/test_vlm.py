@@ -175,6 +175,7 @@ def test_evaluate_counts_greedy_first_tokens(tiny, mixed):
   )
 
 
+@pytest.mark.pure
 def test_parameters_are_a_tree_per_layer(tiny):
   state = nnx.eval_shape(lambda: nnx.state(vlm.VLM(tiny(), rngs=nnx.Rngs(0))))
   assert set(state["llm"]["layers"]) == {0, 1, 2, 3} and "kernel" in state["llm"]["layers"][0]["q"]
@@ -188,13 +189,16 @@ def test_a_spec_and_its_fake_have_the_shapes_of_a_batch(mixed):
     )
 
 
+@pytest.mark.pure
 def test_a_group_that_does_not_divide_a_clip_is_refused(tiny, mixed):
-  model = vlm.VLM(tiny(lp_comp=LPCompConfig("cosine", "suffix", 24)), rngs=nnx.Rngs(0))
+  cfg = tiny(lp_comp=LPCompConfig("cosine", "suffix", 24))
+  model = nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0)))
   with pytest.raises(ShapeError) as caught:
     vlm.lengths(model, one_each(mixed, 48, 8, 16))
   assert caught.value.fields == {"where": "lp_comp.group", "value": 24, "clip": 128}
 
 
+@pytest.mark.pure
 def test_what_rows_lack_is_named(tiny):
   """Visual slots that are no whole groups, and rules that need the text's queries."""
   none = jnp.zeros((1, 1), jnp.int32)
@@ -215,6 +219,7 @@ def test_what_rows_lack_is_named(tiny):
   assert run(21, "attention", 16) == {"where": "query"}
 
 
+@pytest.mark.pure
 def test_places_say_what_lies_in_a_slot():
   lengths = Lengths(*(jnp.array(n) for n in ([[2, 1], [3, 0]], [[1, 2], [1, 0]], [[0, 2], [3, 0]])))
   got = lengths.places(prefix=6, groups=4, text=4, count=2)

@@ -87,7 +87,7 @@ def select_config(
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundPlan:
   """What runs through the LLM together, and what shares a softmax.
 
@@ -149,7 +149,7 @@ def plan_rounds(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPlan:
   if cfg.mode == "local":
     starts = windows(n, window, stride, cover=True)[:, 0]
     size = min(window, n)
-    return RoundPlan(starts * unit, size * unit, unit, np.arange(size)[None], np.ones(size, bool))
+    return _counting_all(starts, unit, np.arange(size)[None])
   # A round reaches over into the next one by a window, so that clips at the seam are in whole
   # windows too. Spread evenly, `repeat` times as many rounds have every clip `repeat` times, but
   # for those near the ends.
@@ -157,8 +157,19 @@ def plan_rounds(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPlan:
   size = min(step + window, n)
   count = max(1, -(-(n - window) // step)) * cfg.repeat
   starts = np.unique(np.linspace(0, n - size, count).round().astype(int))
-  inside = windows(size, window, stride, cover=True)
-  return RoundPlan(starts * unit, size * unit, unit, inside, np.ones(size, bool))
+  return _counting_all(starts, unit, windows(size, window, stride, cover=True))
+
+
+def _counting_all(starts: np.ndarray, unit: int, inside: np.ndarray) -> RoundPlan:
+  """A plan of rounds from these units on, all of whose units are in a window and count."""
+  size = int(inside.max()) + 1
+  return RoundPlan(
+    starts=starts * unit,
+    frames=size * unit,
+    unit=unit,
+    windows=inside,
+    counted=np.ones(size, bool),
+  )
 
 
 def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPlan:
@@ -199,7 +210,13 @@ def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPla
     size // OFFICIAL_CLIP, cfg.window // OFFICIAL_CLIP, cfg.stride // OFFICIAL_CLIP, cover=False
   )
   times = np.bincount(inside.ravel(), minlength=size // OFFICIAL_CLIP)
-  return RoundPlan(starts, size, OFFICIAL_CLIP, inside, times == np.max(times))
+  return RoundPlan(
+    starts=starts,
+    frames=size,
+    unit=OFFICIAL_CLIP,
+    windows=inside,
+    counted=times == np.max(times),
+  )
 
 
 # --- scoring
@@ -371,9 +388,7 @@ def score_windows(
   return jax.vmap(one)(asked)  # [Q, B, M, W, w]
 
 
-def _look(
-  layer, keys, q, k, asked, *, first, end, shown, windows, causal, prefix, units, at_once=ROWS
-):
+def _look(layer, keys, q, k, asked, *, first, end, shown, windows, causal, prefix, units):
   """The attention of one question at one layer: float32[B, W, w].
 
   Args:
@@ -389,7 +404,6 @@ def _look(
     causal: of the text.
     prefix: P.
     units: of a round.
-    at_once: rows whose attention to all windows exists at once.
   """
   B, L = q.shape[:2]
   W, w = windows.shape
@@ -402,7 +416,7 @@ def _look(
   around = layer.rotate(jnp.concatenate([keys[:, :prefix], k], axis=1), places[None])
   valid = jnp.concatenate([jnp.ones(prefix, bool), asked.valid])  # [P + L]
   share = asked.asked / asked.asked.sum()  # [L]
-  size = min(L, at_once)
+  size = min(L, ROWS)
 
   def add_part(i, paid):
     # the last part begins earlier, and leaves out what the one before had

@@ -81,9 +81,8 @@ def attend_first(
   v: Float[Array, "B S K n"],
   seen: Callable[[jax.Array], jax.Array],
   count: int | Int[Array, ""],
-  at_once: int = KEYS,
 ) -> tuple[Float[Array, "B L H n"], Float[Array, "B L H"]]:
-  """Attention to the first `count` of S keys, some at a time: a longer S costs memory, and no time.
+  """Attention to the first `count` of S keys, KEYS at a time: a longer S costs memory, and no time.
 
   Args:
     q: [B, L, H, h].
@@ -92,14 +91,13 @@ def attend_first(
     seen: from slots int32[s] to which of them a row sees, bool[B or 1, L, s]; each sees at least
       one.
     count: may be traced.
-    at_once: keys.
 
   Returns:
     what is attended, in float32, and the logarithm of the sum of a row's exp(scores).
   """
   B, L, H, h = q.shape
   S, K = k.shape[1:3]
-  size, q = min(S, at_once), q.reshape(B, L, K, H // K, h)
+  size, q = min(S, KEYS), q.reshape(B, L, K, H // K, h)
 
   def block(j, carry):
     largest, total, out = carry

@@ -342,7 +342,13 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
     )
     inside = qc_comp.windows(units, window, stride or 1, cover=False)
     times = np.bincount(inside.ravel(), minlength=units)
-    plan = qc_comp.RoundPlan(np.zeros(1, int), units, 1, inside, times == np.max(times))
+    plan = qc_comp.RoundPlan(
+      starts=np.zeros(1, int),
+      frames=units,
+      unit=1,
+      windows=inside,
+      counted=times == np.max(times),
+    )
     asked = qc_comp.stack_questions([qc_comp.asked_text(text, 0, header, cfg)])
     score = functools.partial(
       qc_comp.score_windows, layers=range(layers), causal=False, prefix=len(prefix), units=units
