@@ -12,6 +12,7 @@ video's are repeated up to --min-frames.
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -43,6 +44,7 @@ from xcomp_jax.viz.html_report import clock
 
 QUESTIONS = 1 << 24  # bytes of all, or letters of a typed one, at most
 NEW = "/new"  # typed instead of a question
+Lines = TextIO | io.TextIOBase  # where questions are typed
 
 
 def say(text: str) -> None:
@@ -181,7 +183,7 @@ def questions_of(args: argparse.Namespace) -> list[str]:
   return found
 
 
-def typed_lines(stdin: TextIO, most: int = QUESTIONS) -> Iterator[str]:
+def typed_lines(stdin: Lines, most: int = QUESTIONS) -> Iterator[str]:
   """Lines from stdin until it ends, each shorter than `most` letters."""
   while True:
     if stdin.isatty():
@@ -211,7 +213,7 @@ class Interview:
   args: argparse.Namespace
   chat: Chat
   spent: dict[str, float]
-  typed: TextIO | None
+  typed: Lines | None
   talk: bool
   answers: list[tuple[str, Answer]] = dataclasses.field(default_factory=list)
   failed: int = 0
@@ -325,7 +327,7 @@ def answer_line(
 
 
 def answer_all(
-  args: argparse.Namespace, stdin: TextIO, load: Callable[[VideoModel], VLM] = VideoModel.load
+  args: argparse.Namespace, stdin: Lines, load: Callable[[VideoModel], VLM] = VideoModel.load
 ) -> None:
   """Answers all questions; without any, those that are typed.
 
@@ -375,7 +377,7 @@ def answer_all(
 
 def main(
   argv: Sequence[str] | None = None,
-  stdin: TextIO | None = None,
+  stdin: Lines | None = None,
   load: Callable[[VideoModel], VLM] = VideoModel.load,
 ) -> None:
   """The command; an error is one line on stderr and exit code 1."""

@@ -137,6 +137,7 @@ def test_top_k_and_top_p_leave_out_the_tail():
   assert drawn(temperature=1.0, top_p=0.01)[0] == 1  # never none
 
 
+@pytest.mark.pure
 def test_a_penalty_divides_positive_and_multiplies_negative_logits():
   logits = jnp.array([[2.0, 1.5, -1.0, -3.0]])
   seen = jnp.array([[True, False, True, False]])

@@ -58,6 +58,7 @@ def test_attention_has_no_place_to_go_where_tokens_are_averaged(small, sample):
   assert caught.value.fields == {"where": "lp_comp.keep", "value": "avgpool"}
 
 
+@pytest.mark.pure
 def test_agreement_by_hand():
   log = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
   same, apart = flow.agreement(log[::-1] + 3.0, log)  # a constant moves no probability
