@@ -55,7 +55,7 @@ def get_config(stage: str = "see") -> ConfigDict:
   c = SCT["get_config"]("tiny")
   c.update(
     {
-      "seed": 0,
+      "seed": 0,  # 42 is that of the release
       "workdir": f"demo/base/{stage}/run",
       "init_from": f"demo/base/{own['after']}",
       "model": {
@@ -70,17 +70,20 @@ def get_config(stage: str = "see") -> ConfigDict:
         "train": f"demo/base/{stage}/train",
         "heldout": None,  # the demo measures the tuned model
         "shapes": own["shapes"],  # of one length, but for those of `find`
-        "frames_per_device": 192,
+        "frames_per_device": 192,  # of the rows of `find`
       },
-      "optim": {"learning_rate": own["rate"], "warmup": 0.05},
+      "optim": {
+        "learning_rate": own["rate"],
+        "warmup": 0.05,  # of few steps a larger share
+      },
       "train": {
         "epochs": own["epochs"],
         "vision": own["vision"],  # it starts from nothing, too
         "projector_max_frames": None,  # so does the projector
-        "log_every": 50,
+        "log_every": 50,  # a step takes a fraction of a second
         "eval_every": 250,
-        "save_every": 1000,
-        "keep_last": 1,
+        "save_every": 1000,  # a stage takes minutes
+        "keep_last": 1,  # which is exported
       },
       "mesh": {"context": 1},  # rows are short
     }

@@ -52,7 +52,7 @@ VARIANTS = {
       "b2": 0.98,  # a few hundred steps
     },
     "train": {
-      "batch_size": 8,
+      "batch_size": 8,  # so that few samples are many steps
       "log_every": 10,  # a step takes a fraction of a second
       "eval_every": 100,
       "save_every": 100,
