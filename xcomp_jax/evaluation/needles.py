@@ -272,8 +272,8 @@ def title(reader: VideoModel, questions: int) -> str:
   select, how = reader.select, "all frames"
   if select is not None:
     how = f"{select.frames} frame{'s' * (select.frames != 1)} selected, {select.mode}"
-    how += " by the answer's row" * (select.rows == "answer")
-    how += f", each scored {select.repeat} times" * (select.repeat > 1)
+    how += " by the answer's row" if select.rows == "answer" else ""
+    how += f", each scored {select.repeat} times" if select.repeat > 1 else ""
   return (
     f"{pathlib.Path(reader.settings.checkpoint).name}: LP-Comp {reader.cfg.lp_comp.keep}, "
     f"{how}; {questions} questions"

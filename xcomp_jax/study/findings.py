@@ -190,8 +190,8 @@ def selection(cells: Cells) -> Rows:
   names = ("", "frames by", "right", "less global", "less local", "selected, else chance")
   yield [*names, "right from two scenes", "seeds", *COST[1:]]
   for name, mode, shown, modes in _by_mode(cells):
-    of = modes[mode]
-    others = (f"{other}{'_answer' * mode.endswith('_answer')}" for other in ("global", "local"))
+    of, rows = modes[mode], "_answer" if mode.endswith("_answer") else ""
+    others = (f"{other}{rows}" for other in ("global", "local"))
     yield [
       name,
       shown,

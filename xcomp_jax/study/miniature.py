@@ -161,7 +161,7 @@ class Study:
     made from (`differences`).
     """
     made = {
-      "base": self._digest,
+      "base": digest(self.base),
       "films": {name: dataclasses.asdict(self.splits[name]) for name in splits},
       "seed": SEED,
       "rules": {name: to_dict(self.rule(name)) for name in rules},
@@ -169,10 +169,6 @@ class Study:
     if "tuning" in splits:  # of all rules the same
       made |= variant_settings("progressive", {"train.epochs": epochs})
     return made
-
-  @functools.cached_property
-  def _digest(self) -> str:
-    return digest(self.base)
 
   @functools.cached_property
   def tokenizer(self) -> prompt.Tokenizer:

@@ -73,7 +73,7 @@ def cells(study: Study) -> Iterator[StudyCell]:
   """All cells."""
   preset = study.preset
   tuned = (*preset.rules, *preset.others)
-  wide, window = ([name] * bool(preset.films[name]) for name in ("wide", "window"))
+  wide, window = ([name] if preset.films[name] else [] for name in ("wide", "window"))
   yield base_cell(study, "base", "heldout", list(dict.fromkeys(("none", *tuned))))
   if wide:
     yield base_cell(study, "base_frames", "wide", ["none", "progressive"])
