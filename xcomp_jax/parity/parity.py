@@ -251,9 +251,15 @@ def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
   # the release trains with clips of 8 frames
   clips = frames.reshape(-1, min(8, len(frames)), *frames.shape[1:])
   example = Example(
-    len(frames), None, ids.astype(np.int32), labels.astype(np.int32), np.zeros(len(ids), bool), 0
+    frames=len(frames),
+    visual=None,
+    tokens=ids.astype(np.int32),
+    labels=labels.astype(np.int32),
+    query=np.zeros(len(ids), bool),
+    index=0,
   )
-  batch = collate([[example]], Shape(1, 1, len(prefix), len(frames), len(text)))
+  shape = Shape(rows=1, samples=1, prefix=len(prefix), frames=len(frames), text=len(text))
+  batch = collate([[example]], shape)
   shown = Clips(clips[None], np.arange(0, len(frames), clips.shape[1], dtype=np.int32)[None])
   none = np.zeros(
     (1, len(frames), model.cfg.tokens_per_frame, model.cfg.vision.width), model.cfg.dtype
@@ -337,7 +343,13 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
     )
     inside = qc_comp.windows(units, window, stride or 1, cover=False)
     times = np.bincount(inside.ravel(), minlength=units)
-    plan = qc_comp.RoundPlan(np.zeros(1, int), units, 1, inside, times == np.max(times))
+    plan = qc_comp.RoundPlan(
+      starts=np.zeros(1, int),
+      frames=units,
+      unit=1,
+      windows=inside,
+      counted=times == np.max(times),
+    )
     asked = qc_comp.stack_questions([qc_comp.asked_text(text, 0, header, cfg)])
     score = functools.partial(
       qc_comp.score_windows, layers=range(layers), causal=False, prefix=len(prefix), units=units
