@@ -216,10 +216,12 @@ def test_links_that_go_round_in_a_circle_are_no_target(tmp_path):
   (tmp_path / "loop").symlink_to("loop")
   for target in ("loop", "loop/x"):
     with (
-      pytest.raises(OSError, match="Too many levels"),
+      pytest.raises(files.WriteError) as caught,
       files.fresh_folder(tmp_path / target, "test", replace=True),
     ):
       raise AssertionError("not reached")
+    assert caught.value.fields["where"] == tmp_path / target
+    assert os.strerror(errno.ELOOP) in str(caught.value)
   assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
@@ -238,7 +240,7 @@ def test_one_command_works_in_a_folder_and_sweeps_it(tmp_path):
 
 def test_a_message_about_a_full_disk_names_the_file(tmp_path):
   page = tmp_path / "page.html"
-  with pytest.raises(OSError, match="No space left") as caught, files.replacing(page):
+  with pytest.raises(OSError) as caught, files.replacing(page):
     os.write(os.open("/dev/full", os.O_WRONLY), b"x")
   assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(page))
 

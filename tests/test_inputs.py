@@ -125,7 +125,7 @@ def test_bytes_that_are_no_text_are_named():
   with pytest.raises(Fault) as caught:
     inputs.plain("a\udcff", "the question", Fault)
   assert caught.value.fields == {"where": "the question", "value": "a\udcff"}
-  with pytest.raises(ValueError, match=r"the question .*udcff"):
+  with pytest.raises(ValueError):
     inputs.plain("a\udcff", "the question")
 
 

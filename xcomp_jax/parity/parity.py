@@ -258,7 +258,8 @@ def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
     query=np.zeros(len(ids), bool),
     index=0,
   )
-  batch = collate([[example]], Shape(1, 1, len(prefix), len(frames), len(text)))
+  shape = Shape(rows=1, samples=1, prefix=len(prefix), frames=len(frames), text=len(text))
+  batch = collate([[example]], shape)
   shown = Clips(clips[None], np.arange(0, len(frames), clips.shape[1], dtype=np.int32)[None])
   none = np.zeros(
     (1, len(frames), model.cfg.tokens_per_frame, model.cfg.vision.width), model.cfg.dtype
