@@ -94,13 +94,11 @@ def count_runs(computations: Mapping[str, Computation], entry: str) -> dict[str,
     runs[name].fused &= fused
     for op in computations[name].values():
       if op.code == "while":
-        body, condition = (
-          op.attribute(r"body=%?([\w.\-]+)"),
-          op.attribute(r"condition=%?([\w.\-]+)"),
-        )
-        visit(body, times * _trips(op, computations[condition]), fused)
+        condition = computations[op.attribute(r"condition=%?([\w.\-]+)")]
+        visit(op.attribute(r"body=%?([\w.\-]+)"), times * _trips(op, condition), fused)
       elif op.code not in COMBINING:
-        called = re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(op.attributes)))
+        names = re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(op.attributes)))
+        called = [name for name in names if name in computations]
         each = len(called) if op.code == "conditional" else 1  # its branches count alike
         for inner in called:
           visit(inner, times / each, fused or op.code not in ("call", "conditional"))
