@@ -26,7 +26,7 @@ from xcomp_jax.data.mixture import read_mixture
 from xcomp_jax.data.predecoding import predecode
 from xcomp_jax.data.store import open_store, write_store
 from xcomp_jax.data.video import sample
-from xcomp_jax.evaluation.runner import Answers
+from xcomp_jax.evaluation.answers import Answers
 from xcomp_jax.inference.video_model import VideoModel
 from xcomp_jax.training import checkpoint, workdir
 
