@@ -28,7 +28,7 @@ from xcomp_jax.data.sampling import FrameSettings
 from xcomp_jax.data.store import open_store
 from xcomp_jax.data.store_writing import write_store
 from xcomp_jax.data.video import sample
-from xcomp_jax.evaluation.runner import Answers
+from xcomp_jax.evaluation.answers import Answers
 from xcomp_jax.inference.video_model import VideoModel
 from xcomp_jax.training import checkpoint, workdir
 
