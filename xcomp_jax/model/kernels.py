@@ -51,6 +51,11 @@ class Card:
   shared_memory: int = 0
 
   @property
+  def major(self) -> int:
+    """First number of the compute capability; 0 of all that have none."""
+    return self.capability[0] if self.capability else 0
+
+  @property
   def bfloat16(self) -> bool:
     """Whether it multiplies in bfloat16; NVIDIA GPUs do from Ampere on."""
     return self.platform != "cpu" and (self.capability is None or self.capability >= (8, 0))
@@ -89,7 +94,9 @@ def compute_dtype(card: Card, tuned: Dtype | None = None, gradient: bool = False
   """
   if tuned == "float32":
     return tuned
-  return "bfloat16" if card.bfloat16 else "float16" if card.float16 and not gradient else "float32"
+  if card.bfloat16:
+    return "bfloat16"
+  return "float16" if card.float16 and not gradient else "float32"
 
 
 def check_finite(x: jax.Array | np.ndarray, what: str, dtype: str) -> None:
@@ -152,11 +159,7 @@ def block(card: Card, version: str, kernel: Kernel, dtype: str) -> int:
     return 1  # a library that takes any length, and plain XLA, which masks what it pads
   # The older Mosaic forward pass for 10.x works on 256 rows at once, later ones on 128 as all
   # others.
-  return (
-    256
-    if kernel == "mosaic" and version == "0.0.12" and card.capability and card.capability[0] == 10
-    else 128
-  )
+  return 256 if kernel == "mosaic" and version == "0.0.12" and card.major == 10 else 128
 
 
 def kernel_rule(card: Card, version: str, call: Call) -> Kernel | None:
@@ -166,7 +169,6 @@ def kernel_rule(card: Card, version: str, call: Call) -> Kernel | None:
   """
   if card.platform != "gpu" or card.capability is None or card.capability < (8, 0):
     return "xla_chunked"  # the others are for NVIDIA GPUs from Ampere on
-  major = card.capability[0]
   if version not in TRIED or call.size not in SIZES or card.capability not in CAPABILITIES:
     return None
   # Mosaic has none, and Triton's blocks take twice as much shared memory
@@ -176,9 +178,9 @@ def kernel_rule(card: Card, version: str, call: Call) -> Kernel | None:
       if card.shared_memory >= 160 * 1024 or (call.size, call.gradient) in SMALL_FLOAT32
       else "xla_chunked"
     )
-  if major == 8:
+  if card.major == 8:
     return "triton"  # Mosaic has only a forward pass there, and that since 0.0.17
-  if major == 9:
+  if card.major == 9:
     return "mosaic"
   if version == "0.0.12" and call.gradient:
     # Mosaic's gradient wants more shared memory than there is, or a minute of the compiler for
@@ -191,8 +193,7 @@ def _splits(card: Card, call: Call) -> bool:
   """Says whether Mosaic may split the keys into parts. It does with few tiles on 10.x, and may get
   the lengths of parts wrong.
   """
-  blackwell = card.capability is not None and card.capability[0] == 10
-  if not blackwell or call.causal or call.mask == "ranges":
+  if card.major != 10 or call.causal or call.mask == "ranges":
     return False
   return call.batch * call.heads * -(-call.queries // 128) < SPLITS
 
@@ -216,8 +217,8 @@ def choose_kernel(
 def unusable(implementation: str, card: Card, version: str | None, dtype: str) -> str | None:
   """Says why a device can't have an implementation in a dtype; None: it can."""
   if implementation in MAJORS:
-    (first, last), major = MAJORS[implementation], card.capability[0] if card.capability else 0
-    if major < first or (last is not None and major > last):
+    first, last = MAJORS[implementation]
+    if card.major < first or (last is not None and card.major > last):
       return (
         f"{implementation} kernels are for NVIDIA GPUs of compute capability {first}.0 "
         f"{f'to {last}.x' if last else 'and more'}"
