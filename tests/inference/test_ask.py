@@ -1,6 +1,7 @@
 """Asking a video from the command line."""
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -707,14 +708,17 @@ def test_a_later_question_scores_without_those_before_it(asked):
     seconds=128.0,
     frames=rng.integers(0, 256, (1024, 48, 48, 3)).astype(np.uint8),
   )
-  chat, selector = reader.chat(model, video), reader.selector(1024)
+  plain = reader.selector(1024).without_bias()
+  # the released 27 is where most first questions begin; 33 is behind it
+  biased = dataclasses.replace(plain, config=dataclasses.replace(plain.config, bias=33))
+  chat = chats.Chat(model, reader.tokenizer, video, selector=biased, sampling=reader.sampling)
   answers = [chat.ask("Which colour is it, and where does it go?"), chat.ask("And then?")]
-  for answer, first in zip(answers, (True, False), strict=True):
-    biased, plain = (
-      selection.select_frames(model, video, [answer.prompt], one)[0].scores
-      for one in (selector, selector.without_bias())
-    )
-    assert not np.allclose(biased, plain)
-    np.testing.assert_allclose(answer.selection.scores, biased if first else plain, rtol=1e-4)
-  rows = qc_comp.from_prompt(answers[1].prompt, selector.without_bias().config)
+
+  def apart(answer, selector):
+    (kept,) = selection.select_frames(model, video, [answer.prompt], selector)
+    return np.abs(kept.scores - answer.selection.scores).max()
+
+  assert apart(answers[0], biased) < apart(answers[0], plain) / 10
+  assert apart(answers[1], plain) < apart(answers[1], biased) / 10
+  rows = qc_comp.from_prompt(answers[1].prompt, plain.config)
   assert reader.tokenizer.decode(rows.text[rows.asked]).strip() == "And then?"
