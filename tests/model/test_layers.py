@@ -12,8 +12,8 @@ import tiny_checkpoints as w
 from flax import nnx
 
 from xcomp_jax import config, config_io
-from xcomp_jax.checkpoints import config_json, loading, saving
-from xcomp_jax.checkpoints.config_json import read_yarn, yarn_of
+from xcomp_jax.checkpoints import loading, saving
+from xcomp_jax.checkpoints.config_json import read_yarn, rope_scaling, yarn_of
 from xcomp_jax.model import layers
 from xcomp_jax.model.qwen2 import Decoder, Lengths, run_layers
 
@@ -158,15 +158,8 @@ def test_yarn_of_a_config_json(tmp_path, kind):
   assert w.read_config(w.configured(tmp_path, rope_scaling=more)).llm.rope_scaling == config.Yarn(
     factor=4.0, positions=32768, beta_fast=16.0, beta_slow=2.0, attention=1.0
   )
-  assert (
-    read_yarn(
-      "",
-      config_json.rope_scaling(
-        config.Yarn(factor=4.0, positions=32768, beta_fast=16.0, beta_slow=2.0, attention=1.0)
-      ),
-    ).beta_fast
-    == 16.0
-  )
+  yarn = config.Yarn(factor=4.0, positions=32768, beta_fast=16.0, beta_slow=2.0, attention=1.0)
+  assert read_yarn("", rope_scaling(yarn)).beta_fast == 16.0
   assert (
     w.read_config(w.configured(tmp_path, rope_scaling={kind: "default"})).llm.rope_scaling is None
   )
