@@ -117,7 +117,7 @@ class FrameSample:
 
   indices: int[T], as in `Video`. times: float64[T], seconds from the first frame of the file on, at
   which they are shown. request: what was asked. seconds: as in `Video`. lost: seconds at the end of
-  the file that can't be read. stop: as in `pictures`.
+  the file that can't be read. stop: as in `decoder.pictures`.
   names: the images of a folder, else (). found: the index of a video, else None.
   """
 
