@@ -12,6 +12,7 @@ and are left out.
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
 import pathlib
@@ -257,24 +258,27 @@ def measure_training(
   kind = "frames" if pixels else "features"
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
   samples, frames, text = preset.row
-  shape = Shape(1, samples, 16, frames, text)
-  gradient, _ = parts.training_parts(cfg, shape, "float32")
-  rows = [
-    (one(f"gradient, a row of {samples} samples, {frames} frames, {kind}", gradient), 1 / samples)
+  training = functools.partial(
+    parts.training_parts, cfg, Shape(1, samples, 16, frames, text), "float32"
+  )
+  # (name, what makes the part, calls per sample)
+  jobs = [
+    (
+      f"gradient, a row of {samples} samples, {frames} frames, {kind}",
+      lambda: training()[0],
+      1 / samples,
+    ),
+    (f"optimizer's step, {kind}", lambda: training()[1], 1 / preset.batch),
   ]
-  del gradient
-  gc.collect()
-  _, apply = parts.training_parts(cfg, shape, "float32")
-  rows.append((one(f"optimizer's step, {kind}", apply), 1 / preset.batch))
-  del apply
-  gc.collect()
   if pixels:
-    rows.append(
-      (
-        one(f"frozen tower, {preset.clips} clips", parts.tower(cfg, preset.clips)),
-        frames / samples / (8 * preset.clips),
-      )
+    calls = frames / samples / (8 * preset.clips)
+    jobs.append(
+      (f"frozen tower, {preset.clips} clips", lambda: parts.tower(cfg, preset.clips), calls)
     )
+  rows = []
+  for name, make, share in jobs:
+    rows.append((one(name, make()), share))
+    gc.collect()  # the part's arrays would stay beside the next one's
   yield from (row for row, _ in rows)
   seconds, work = (
     sum(row[key] * share for (_, row), share in rows) for key in ("seconds", "flops")

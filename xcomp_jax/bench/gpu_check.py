@@ -46,19 +46,18 @@ MEASURED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """A shape of attention: [batch, slots, heads or kv_heads, size].
+  """A shape of attention: [batch, slots, heads, size].
 
-  padded: the samples have other lengths and holes, and the last one begins with padding.
+  heads: of queries, and of keys. prompt: causal, and the samples have other lengths and holes, and
+  the last one begins with padding; otherwise of clips, where all see all.
   """
 
   name: str
   batch: int
   slots: int
-  heads: int
-  kv_heads: int
+  heads: tuple[int, int]
   size: int
-  causal: bool
-  padded: bool
+  prompt: bool
   dtype: str = "bfloat16"
 
   @property
@@ -67,54 +66,34 @@ class Case:
     return "highest" if self.dtype == "float32" else None
 
 
-def _clip(name: str, batch: int, slots: int, heads: int, size: int, **more) -> Case:
-  """Attention in the tower."""
-  return Case(
-    name=name,
-    batch=batch,
-    slots=slots,
-    heads=heads,
-    kv_heads=heads,
-    size=size,
-    causal=False,
-    padded=False,
-    **more,
-  )
-
-
-def _prompt(
-  name: str, batch: int, slots: int, heads: tuple[int, int], size: int = 128, **more
+def _case(
+  name: str,
+  batch: int,
+  slots: int,
+  heads: tuple[int, int],
+  size: int = 128,
+  prompt: bool = True,
+  **more,
 ) -> Case:
-  """Attention in the LLM; heads: of queries, of keys."""
-  return Case(
-    name=name,
-    batch=batch,
-    slots=slots,
-    heads=heads[0],
-    kv_heads=heads[1],
-    size=size,
-    causal=True,
-    padded=True,
-    **more,
-  )
+  return Case(name=name, batch=batch, slots=slots, heads=heads, size=size, prompt=prompt, **more)
 
 
 CASES = (
-  _clip("clip of 8 frames, 448 px", 1, 6272, 16, 64),
-  _prompt("prefill of 256 frames after a prefix of 14", 3, 14 + 256 * 16 + 96, (12, 2)),
-  _clip("clip of 8 frames, 224 px", 4, 1568, 16, 64),
-  _clip("clip of 4 frames, 448 px", 1, 3136, 16, 64),
-  _clip("clip of InternVideo2", 4, 1025, 16, 88),
-  _prompt("images", 8, 16 + 16 + 1007, (12, 2)),
-  _prompt("7B", 2, 2062, (28, 4)),
-  _prompt("prefill in float32", 2, 1134, (12, 2), dtype="float32"),
-  _clip("clip in float32", 1, 1568, 16, 64, dtype="float32"),
-  _prompt("prefill in float16", 2, 1134, (12, 2), dtype="float16"),
+  _case("clip of 8 frames, 448 px", 1, 6272, (16, 16), 64, False),
+  _case("prefill of 256 frames after a prefix of 14", 3, 14 + 256 * 16 + 96, (12, 2)),
+  _case("clip of 8 frames, 224 px", 4, 1568, (16, 16), 64, False),
+  _case("clip of 4 frames, 448 px", 1, 3136, (16, 16), 64, False),
+  _case("clip of InternVideo2", 4, 1025, (16, 16), 88, False),
+  _case("images", 8, 16 + 16 + 1007, (12, 2)),
+  _case("7B", 2, 2062, (28, 4)),
+  _case("prefill in float32", 2, 1134, (12, 2), dtype="float32"),
+  _case("clip in float32", 1, 1568, (16, 16), 64, False, dtype="float32"),
+  _case("prefill in float16", 2, 1134, (12, 2), dtype="float16"),
 )
 SMALL = (
-  _clip("small clip", 2, 130, 4, 64),
-  _prompt("small prefill", 3, 142, (4, 2), 64),
-  _prompt("small prefill in float32", 3, 142, (4, 2), 64, dtype="float32"),
+  _case("small clip", 2, 130, (4, 4), 64, False),
+  _case("small prefill", 3, 142, (4, 2), 64),
+  _case("small prefill in float32", 3, 142, (4, 2), 64, dtype="float32"),
 )
 
 
@@ -135,13 +114,11 @@ def distance(got: Any, wanted: Any) -> float:
 
 def _mask(case: Case) -> AttentionMask:
   """What each row sees."""
-  slots, length = (
-    jnp.arange(case.slots),
-    case.slots - jnp.arange(case.batch)[:, None] * (case.slots // 7),
-  )
-  hole = (slots >= case.slots // 3) & (slots < case.slots // 3 + 9)
+  slots = jnp.arange(case.slots)
+  length = case.slots - jnp.arange(case.batch)[:, None] * (case.slots // 7)  # [B, 1]
+  hole = (slots >= case.slots // 3) & (slots < case.slots // 3 + 9)  # [S]
   valid = ((slots < length) & ~hole).at[-1, :14].set(False)  # [B, S]
-  return AttentionMask(case.causal, valid if case.padded else None)
+  return AttentionMask(case.prompt, valid if case.prompt else None)
 
 
 def program(
@@ -185,7 +162,7 @@ def prepared(case: Case) -> Oracle:
   shape = (case.batch, case.slots)
   inputs = tuple(
     jax.random.normal(jax.random.key(i), (*shape, heads, case.size), jnp.dtype(case.dtype))
-    for i, heads in enumerate((case.heads, case.kv_heads, case.kv_heads))
+    for i, heads in enumerate((*case.heads, case.heads[1]))
   )
   oracle = program(case, "einsum", "highest")(*(x.astype(jnp.float32) for x in inputs))
   return Oracle(inputs, oracle, program(case, "einsum", case.precision)(*inputs))
@@ -244,7 +221,7 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
       if case.dtype == "bfloat16" and card.float16 and not card.bfloat16:
         case = dataclasses.replace(case, dtype="float16")
       if kernels.unusable(implementation, card, kernels.library(), case.dtype) or (
-        implementation == "cudnn" and case.causal
+        implementation == "cudnn" and case.prompt
       ):
         continue
       try:
