@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from xcomp_jax.model import kernels
 from xcomp_jax.model.kernel_calls import Library
 from xcomp_jax.parallel import chips
 
@@ -20,6 +21,32 @@ class Device:
 
 
 V5E = Device("tpu", "TPU v5 lite")
+
+# calls of a prefill of 1,024 frames, and of the tower for four clips
+LLM = kernels.Call(
+  batch=1,
+  queries=16462,
+  keys=16462,
+  heads=12,
+  kv_heads=2,
+  size=128,
+  dtype="bfloat16",
+  causal=True,
+  mask="keys",
+  gradient=False,
+)
+CLIP = kernels.Call(
+  batch=4,
+  queries=6272,
+  keys=6272,
+  heads=16,
+  kv_heads=16,
+  size=64,
+  dtype="bfloat16",
+  causal=False,
+  mask=None,
+  gradient=False,
+)
 
 
 def gpu(kind: str, **changes) -> Device:

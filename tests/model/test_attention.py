@@ -40,30 +40,6 @@ FILMS = (
   14 + 256 * 16 + 96,
   14 + 1024 * 16 + 64,
 )
-LLM = kernels.Call(
-  batch=1,
-  queries=16462,
-  keys=16462,
-  heads=12,
-  kv_heads=2,
-  size=128,
-  dtype="bfloat16",
-  causal=True,
-  mask="keys",
-  gradient=False,
-)
-CLIP = kernels.Call(
-  batch=4,
-  queries=6272,
-  keys=6272,
-  heads=16,
-  kv_heads=16,
-  size=64,
-  dtype="bfloat16",
-  causal=False,
-  mask=None,
-  gradient=False,
-)
 
 
 def close(got, want):
@@ -86,7 +62,7 @@ def rule(kind, version, call, **changes):
 @pytest.mark.parametrize("version", kernels.TRIED)
 def test_the_kernel_of_each_card_is_one_that_compiles_for_it(version, gradient):
   # docs/LOG.md has the table of what compiled, forward and gradient.
-  for call in (LLM, CLIP, dataclasses.replace(CLIP, size=88)):
+  for call in (cards.LLM, cards.CLIP, dataclasses.replace(cards.CLIP, size=88)):
 
     def of(kind, **changes):
       return rule(kind, version, call, gradient=gradient, **changes)  # noqa: B023
@@ -110,7 +86,7 @@ def test_the_kernel_of_each_card_is_one_that_compiles_for_it(version, gradient):
 )
 def test_float32_blocks_of_triton_must_fit_into_shared_memory(size, forward, backward):
   def of(gradient):
-    return rule("l4", "0.0.12", CLIP, size=size, dtype="float32", gradient=gradient)
+    return rule("l4", "0.0.12", cards.CLIP, size=size, dtype="float32", gradient=gradient)
 
   assert (of(False), of(True)) == (forward, backward)
 
@@ -118,7 +94,7 @@ def test_float32_blocks_of_triton_must_fit_into_shared_memory(size, forward, bac
 @pytest.mark.pure
 def test_few_rows_on_a_b200_are_not_split_by_their_keys():
   def of(**changes):
-    return rule("b200", "0.0.17", CLIP, **changes)
+    return rule("b200", "0.0.17", cards.CLIP, **changes)
 
   assert (
     of(batch=1, heads=8, queries=1025, keys=1025) == "triton"
@@ -126,7 +102,7 @@ def test_few_rows_on_a_b200_are_not_split_by_their_keys():
   )
   assert of(batch=1, heads=1, causal=True) == of(batch=1, heads=1, mask="ranges") == "mosaic"
   # no rule knows heads of 96
-  few = dataclasses.replace(CLIP, batch=1, heads=2, size=96, queries=1792, keys=1792)
+  few = dataclasses.replace(cards.CLIP, batch=1, heads=2, size=96, queries=1792, keys=1792)
   card = kernels.card_of(cards.gpu("b200"))
   assert (
     kernels.choose_kernel(card, "0.0.12", few, lambda *_: True)
@@ -149,7 +125,7 @@ def test_few_rows_on_a_b200_are_not_split_by_their_keys():
 def test_gpus_that_are_not_nvidias_get_no_kernel():
   card = kernels.card_of(cards.Device("rocm", "AMD Instinct MI300X", "gfx942"))
   assert card.platform == "gpu" and card.capability is None and card.bfloat16
-  assert kernels.kernel_rule(card, "0.0.12", CLIP) == "xla_chunked"
+  assert kernels.kernel_rule(card, "0.0.12", cards.CLIP) == "xla_chunked"
 
 
 @pytest.mark.pure
@@ -164,7 +140,7 @@ def test_gpus_that_are_not_nvidias_get_no_kernel():
   ],
 )
 def test_what_no_rule_knows_is_tried(kind, version, of_card, of_call):
-  call = dataclasses.replace(CLIP, gradient=True, **of_call)
+  call = dataclasses.replace(cards.CLIP, gradient=True, **of_call)
   card = kernels.card_of(cards.gpu(kind, **of_card))
   asked, answers = [], {"mosaic": False, "triton": True}
 
@@ -189,7 +165,7 @@ def test_what_no_rule_knows_is_tried(kind, version, of_card, of_call):
 
 
 def test_trying_compiles_forward_and_gradient_once_and_apart_from_what_is_being_traced(capsys):
-  forward = dataclasses.replace(CLIP, batch=1, queries=30, keys=30, size=8, mask="keys")
+  forward = dataclasses.replace(cards.CLIP, batch=1, queries=30, keys=30, size=8, mask="keys")
   backward = dataclasses.replace(forward, gradient=True)
 
   @jax.custom_vjp

@@ -18,8 +18,8 @@ from xcomp_jax.model.kernels import Call, Kernel
 from xcomp_jax.model.layout import (
   device_parts,
   even_size,
+  from_blocks,
   in_blocks,
-  joined,
   moved,
   sample_order,
 )
@@ -180,7 +180,7 @@ def _rows_from(first, q, k, v, seen, run, rows):
     return run(block, k, v, before if seen is None else seen & before, False)
 
   out = jax.lax.map(one, (blocks, first + jnp.arange(len(blocks)) * size))
-  return joined(out, q.shape[1])
+  return from_blocks(out, q.shape[1])
 
 
 def _with_samples(q, k, v, sample, *, axes, run):
@@ -323,7 +323,7 @@ def _in_strips(kernel, block_size: int, q, k, v, seen: Ranges, library: Library)
     return jax.lax.switch(fits, windows, first, q, k, v, seen)
 
   strips = in_blocks(q, rows), Ranges(*(in_blocks(x, rows, "edge") for x in seen))
-  return joined(jax.lax.map(strip, strips), L)
+  return from_blocks(jax.lax.map(strip, strips), L)
 
 
 def _padded(x: jax.Array, axis: int, count: int, value: bool | int) -> jax.Array:

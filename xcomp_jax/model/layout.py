@@ -24,7 +24,7 @@ def in_blocks(x: jax.Array, size: int, mode: str = "constant") -> jax.Array:
   return jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[2:]), 1, 0)
 
 
-def joined(blocks: jax.Array, length: int) -> jax.Array:
+def from_blocks(blocks: jax.Array, length: int) -> jax.Array:
   """Undoes `in_blocks`: [n, B, size, ...] -> [B, length, ...]."""
   x = jnp.moveaxis(blocks, 0, 1)
   return x.reshape(len(x), -1, *x.shape[3:])[:, :length]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from xcomp_jax.model.layout import even_size, in_blocks, joined
+from xcomp_jax.model.layout import even_size, from_blocks, in_blocks
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 BLOCK = 128  # queries whose scores with all keys exist at once, in gradients on a CPU
@@ -58,7 +58,7 @@ def attend_in_blocks(q, k, v, valid, causal):
     return attend_einsum(block, k, v, causal=causal, valid=valid, offset=offset)
 
   first = jnp.arange(len(blocks)) * blocks.shape[2] + S - L  # the slot of each block's first row
-  return joined(jax.lax.map(one, (blocks, first)), L).astype(v.dtype)
+  return from_blocks(jax.lax.map(one, (blocks, first)), L).astype(v.dtype)
 
 
 def raise_maxima(largest: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

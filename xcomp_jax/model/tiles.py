@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xcomp_jax.model.layout import even_size, in_blocks, joined, moved, sample_order
+from xcomp_jax.model.layout import even_size, from_blocks, in_blocks, moved, sample_order
 from xcomp_jax.model.softmax import MASKED, attend_in_blocks, raise_maxima
 
 # queries and keys at once, causal; larger ones are hardly faster on a CPU, and compute more for
@@ -103,7 +103,7 @@ def _by_slot(x, size, length):
   """Undoes `_by_key_head`: [n, B, K, G * size, h] -> [B, L, H, h]."""
   n, B, K, _, h = x.shape
   x = x.reshape(n, B, K, -1, size, h).transpose(0, 1, 4, 2, 3, 5)  # [n, B, size, K, G, h]
-  return joined(x.reshape(n, B, size, -1, h), length)
+  return from_blocks(x.reshape(n, B, size, -1, h), length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

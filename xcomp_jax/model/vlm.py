@@ -22,7 +22,7 @@ from xcomp_jax.data.batch import IGNORE, Batch, Clips
 from xcomp_jax.model import qwen2
 from xcomp_jax.model.internvideo2 import InternVideo2
 from xcomp_jax.model.layers import ShapeError
-from xcomp_jax.model.layout import in_blocks, joined
+from xcomp_jax.model.layout import from_blocks, in_blocks
 from xcomp_jax.model.qwen2 import Decoder, Lengths
 from xcomp_jax.model.token_merging import Projector, merge
 from xcomp_jax.model.umt import Vision
@@ -299,7 +299,7 @@ def predictions(
   nothing = jnp.pad(targets, ((0, 0), (0, -R % size)), constant_values=IGNORE)
   blocks = in_blocks(rows, size), in_blocks(nothing, size)  # [n, B, size, D], [n, B, size]
   losses, hits = jax.lax.map(jax.checkpoint(one), blocks)
-  return joined(losses, R), joined(hits, R)
+  return from_blocks(losses, R), from_blocks(hits, R)
 
 
 def _means(values: jax.Array, where: jax.Array, batch: Batch) -> jax.Array:
