@@ -6,7 +6,7 @@ from typing import Any
 SECONDS = 30.0  # between two lines of a log
 
 
-def progress(*things: Any, seconds: float = SECONDS, **how: Any) -> Any:
+def progress(*things: Any, seconds: float | None = None, **how: Any) -> Any:
   """A bar of `tqdm` on stderr, by its arguments.
 
   Where stderr is no terminal it is a line every half minute (`seconds`) and a last one, and nothing
@@ -15,6 +15,7 @@ def progress(*things: Any, seconds: float = SECONDS, **how: Any) -> Any:
   from tqdm import tqdm  # not at the top: the benchmarks run without it
 
   if not sys.stderr.isatty():
+    seconds = SECONDS if seconds is None else seconds
     how |= {"file": _Log(), "mininterval": seconds, "delay": seconds, "miniters": 1}
   return tqdm(*things, **how)
 

@@ -402,7 +402,7 @@ def test_wrong_kinds_of_path_are_refused(tmp_path):
   (tmp_path / "a.png").write_bytes(b"no image")
   with refused(video.VideoError, where=tmp_path / "a.png", found="file"):
     video.load_frames(tmp_path / "a.png", size=16, style="train", read_type="frames", **LIMITS)
-  with refused(video.VideoError, where=tmp_path / "a.png", found=None):
+  with refused(video.VideoError, where=tmp_path / "a.png", expected="image that can be read"):
     video.load_frames(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
 
 

@@ -12,7 +12,7 @@ from xcomp_jax.config import ConfigError
 from xcomp_jax.data.batch import Example
 from xcomp_jax.inference import generate
 from xcomp_jax.inference.generate import Sampling
-from xcomp_jax.model import attention, qwen2, vlm
+from xcomp_jax.model import qwen2, softmax, vlm
 from xcomp_jax.training.metrics import Compilations
 
 SHAPE = 32, 8, 32  # frames, prefix, text
@@ -56,7 +56,7 @@ def test_a_text_in_pieces_is_the_text_in_one(model, sample, monkeypatch, keep):
   whole = jax.jit(lambda model, batch: generate.prefill(model, batch, 5))(model, batch)
   for name, size in {"SHORT": 8, "PART": 4}.items():
     monkeypatch.setattr(qwen2, name, size)
-  monkeypatch.setattr(attention, "KEYS", 24)
+  monkeypatch.setattr(softmax, "KEYS", 24)
   pieces = jax.jit(lambda model, batch: generate.prefill(model, batch, 5, in_pieces=True))(
     model, batch
   )

@@ -197,7 +197,17 @@ def test_what_was_made_otherwise_is_refused(tmp_path, another):
 def test_films_that_were_made_otherwise_are_refused(tmp_path):
   def decode(folder, split, seed, tower):
     talk = ({"from": "human", "value": "?"}, {"from": "gpt", "value": "A"})
-    film = StoredSample("s", "s.mp4", "a.json", 0, talk, ""), None
+    film = (
+      StoredSample(
+        id="s",
+        source="s.mp4",
+        annotation="a.json",
+        position=0,
+        conversations=talk,
+        time_message="",
+      ),
+      None,
+    )
     write_store(folder / "features", [film], image_size=48, clip_frames=2)
 
   its = Study(tmp_path, miniature.PRESETS["quick"], decode=decode)

@@ -50,6 +50,8 @@ def sh(script, *arguments, **settings):
   )
 
 
+# The line of configs/sct.py that refuses a variant.
+REFUSES = (ROOT / "configs/sct.py").read_text().split("no variant")[0].count("\n") + 1
 LAUNCHERS = {
   "tpu_pod.sh": ["train"],
   "gke.sh": [],
@@ -279,7 +281,7 @@ def tools(tmp_path):
       (
         script,
         "--config=configs/sct.py:8b",
-        "configs/sct.py, line 33: no variant '8b'; known: tiny, 7b",
+        f"configs/sct.py, line {REFUSES}: no variant '8b'; known: tiny, 7b",
       )
       for script in LAUNCHERS
     ),
