@@ -9,8 +9,8 @@ COMPILE_FAST = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_p
 # The newest XLA, which Python 3.12 and later get, does not know this flag, and ends a process that names it.
 FUSION = $(shell $(BIN)/python -c 'import sys; print("--xla_cpu_use_fusion_emitters=false" * (sys.version_info < (3, 12)))')
 # Slow tests that train for minutes, or look at what the compiler makes.
-OPTIMISED := $(patsubst %.py,tests/%.py,$(addsuffix .py,whole/test_demo model/test_kernels whole/test_notebooks \
-  training/test_steps study/test_study plan/test_tpu))
+OPTIMISED := $(patsubst %,tests/%.py,whole/test_demo model/test_kernels whole/test_notebooks training/test_steps \
+  study/test_study plan/test_tpu)
 
 .PHONY: help env demo base check test test-slow fuzz kill test-beam test-buckets test-lmms test-gpu-compile test-gpu-programs lint docs notebooks
 
