@@ -19,12 +19,7 @@ from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import IGNORE, Shape, collate, split_text
 from xcomp_jax.data.blend import Blend, measure_lengths, order, run_order, steps_per_epoch
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.data.pipeline import (
-  MicroBatch,
-  ProcessShare,
-  TowerCall,
-  read_example,
-)
+from xcomp_jax.data.pipeline import MicroBatch, ProcessShare, TowerCall, read_example
 from xcomp_jax.data.store import Features, StoredSample, open_store
 from xcomp_jax.data.store_writing import write_store
 

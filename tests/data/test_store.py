@@ -21,13 +21,7 @@ from refused import refused
 
 from xcomp_jax import inputs
 from xcomp_jax.data import store as store_lib
-from xcomp_jax.data.store import (
-  Features,
-  Layout,
-  StoredSample,
-  StoreError,
-  open_store,
-)
+from xcomp_jax.data.store import Features, Layout, StoredSample, StoreError, open_store
 from xcomp_jax.data.store_writing import (
   array_record,
   encode_record,

@@ -624,10 +624,10 @@ def test_whatever_a_decoder_raises_is_one_error_with_the_files_name(tmp_path, mo
 
 def test_a_video_of_too_many_pixels_is_refused(tmp_path):
   path = write(tmp_path / "a.mp4", 16)
-  with streams.opened(path, None, pixels=64 * 48):
+  with streams.opened_stream(path, None, pixels=64 * 48):
     pass
   fields = {"where": path, "found": (64, 48), "allowed": 3071}
-  with refused(video.VideoError, **fields), streams.opened(path, None, pixels=3071):
+  with refused(video.VideoError, **fields), streams.opened_stream(path, None, pixels=3071):
     pass
 
 

@@ -17,7 +17,7 @@ import av
 import numpy as np
 from jaxtyping import Float, Int
 
-from xcomp_jax.data.streams import Key, VideoError, demuxed, opened, restarts, whole_frames
+from xcomp_jax.data.streams import Key, VideoError, demuxed, opened_stream, restarts, whole_frames
 
 STATED = {"mov", "matroska", "avi", "flv", "asf"}  # formats whose header says how long the file is
 # of which FFmpeg says how long the file is now, while the header has its number of frames
@@ -104,7 +104,7 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
     FileNotFoundError: there is no such file.
     VideoError: it has no video stream, no frame, or nothing decodes it.
   """
-  with opened(path, stream) as (container, found):
+  with opened_stream(path, stream) as (container, found):
     packets = _packets(container, found)
     number, base, listed = found.index, float(found.time_base), found.frames
     average = None if not found.average_rate else float(found.average_rate)
@@ -227,7 +227,7 @@ def _decoded(
     time stamps, int64[N], or None if the decoder's are missing or don't ascend; and where decoding
     can begin.
   """
-  with opened(path, stream) as (container, found):
+  with opened_stream(path, stream) as (container, found):
     given = (image.pts for image in whole_frames(container, found))
     if pts is not None and len(keys):
       head = list(itertools.islice((stamp for stamp in given if stamp is not None), HEAD))
@@ -249,7 +249,7 @@ def _counted(path, stream: int, rates: Sequence[float], average: float | None) -
   Where most time stamps are unusable the header's rate says when frames are shown, or one per
   second if there is no rate.
   """
-  with opened(path, stream) as (container, found):
+  with opened_stream(path, stream) as (container, found):
     base = float(found.time_base)
     stamps = [NONE if image.pts is None else image.pts for image in whole_frames(container, found)]
   if not stamps:
@@ -300,7 +300,7 @@ def _short(path, stream: int, stop: float, end: float, frame: float, listed: boo
   slack = max(frame, 0.0 if listed else min(1.0, 0.1 * end))
   if not end or stop >= end - slack:
     return False
-  with opened(path, stream) as (container, found):
+  with opened_stream(path, stream) as (container, found):
     with contextlib.suppress(av.error.FFmpegError, OSError):
       container.seek(int(stop / found.time_base), stream=found)
       for packet in demuxed(

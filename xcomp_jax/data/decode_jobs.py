@@ -280,7 +280,7 @@ def prepare_work(work: Work, skip_bad: bool) -> int:
   return done
 
 
-class Call(NamedTuple):
+class DecodeCall(NamedTuple):
   """What a process is asked for: a job to decode, or a shard to assemble."""
 
   what: Literal["job", "shard"]
@@ -364,9 +364,9 @@ class _Schedule:
   report: Callable[[], object]
   missing: dict[int, set[int]]  # of each shard: jobs that are not done
   waiting: collections.deque[int]  # jobs that were not begun
-  running: set[Call] = dataclasses.field(default_factory=set)
+  running: set[DecodeCall] = dataclasses.field(default_factory=set)
   suspects: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
-  tried: set[Call] = dataclasses.field(default_factory=set)  # what has failed once
+  tried: set[DecodeCall] = dataclasses.field(default_factory=set)  # what has failed once
   damaged: set[int] = dataclasses.field(default_factory=set)  # jobs that are decoded once more
   spoiled: set[int] = dataclasses.field(default_factory=set)  # shards with bad annotations
 
@@ -398,7 +398,7 @@ class _Schedule:
 
   def decode(self, number: int) -> None:
     """Calls for a job's decoding."""
-    job, call = self.work.jobs[number], Call("job", number)
+    job, call = self.work.jobs[number], DecodeCall("job", number)
     # what decoding doesn't need may be long
     job = dataclasses.replace(job, sample=dataclasses.replace(job.sample, conversations=()))
     layout = dataclasses.replace(self.work.layout, features=None)
@@ -409,7 +409,10 @@ class _Schedule:
 
   def assemble(self, number: int) -> None:
     """Calls for a shard, all of whose jobs are done."""
-    call, files = Call("shard", number), [self.work.spool(i) for i in self.work.members(number)]
+    call, files = (
+      DecodeCall("shard", number),
+      [self.work.spool(i) for i in self.work.members(number)],
+    )
     self.running.add(call)
     self.pool.call(call, assemble, str(self.work.shard(number, "")), files, timeout=None)
 
@@ -434,7 +437,7 @@ class _Schedule:
     self.settle(job, False)
     self.report()
 
-  def failed(self, call: Call, error: Exception) -> None:
+  def failed(self, call: DecodeCall, error: Exception) -> None:
     """Tries again, once, what is no fault of the program's.
 
     Raises:

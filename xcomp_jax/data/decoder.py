@@ -17,7 +17,7 @@ from xcomp_jax.data.streams import (
   LostError,
   TailError,
   VideoError,
-  opened,
+  opened_stream,
   whole_frames,
 )
 
@@ -81,7 +81,7 @@ def pictures(
 def _pictures(
   path: pathlib.Path, found: Index, wanted: Sequence[int], stop: int, skip: int
 ) -> Iterator[np.ndarray]:
-  with opened(path, found.stream) as (container, stream):
+  with opened_stream(path, found.stream) as (container, stream):
     run = _numbered(found, whole_frames(container, stream))
     number, image, turn, convert = -1, None, None, VideoReformatter()
     asked = set(wanted)

@@ -18,15 +18,7 @@ import numpy as np
 
 from xcomp_jax.config import ConfigError, DataConfig, Mask
 from xcomp_jax.data import packing, prompt
-from xcomp_jax.data.batch import (
-  Batch,
-  Clips,
-  Example,
-  Length,
-  Shape,
-  collate,
-  length_table,
-)
+from xcomp_jax.data.batch import Batch, Clips, Example, Length, Shape, collate, length_table
 from xcomp_jax.data.blend import Blend
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.store import StoredSample

@@ -21,7 +21,7 @@ SHORTEST, USUAL = 0.011, 0.1
 FOLDER_RATES = {"tvqa": 3.0}
 
 
-def opened(path: pathlib.Path) -> Image.Image:
+def opened_image(path: pathlib.Path) -> Image.Image:
   """Opens an image, of a format that Pillow reads by itself; it closes at the end of a `with`."""
   return Image.open(regular(path), formats=FORMATS)
 
@@ -35,7 +35,7 @@ def animation(path: pathlib.Path, tails: bool) -> tuple[np.ndarray, float, float
   """
   shown: list[float] = []
   lost = 0.0
-  with reading(path, VideoError, "animation that can be read"), opened(path) as image:
+  with reading(path, VideoError, "animation that can be read"), opened_image(path) as image:
     for i in itertools.count():
       try:
         image.seek(i)
@@ -64,7 +64,7 @@ def read_animation(
   path: pathlib.Path, wanted: Sequence[int]
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
   """Decodes frames of an animation, by their numbers, ascending."""
-  with opened(path) as image:
+  with opened_image(path) as image:
     for i in wanted:
       with reading(path, VideoError, f"animation whose frame {i} can be read"):
         image.seek(i)
@@ -113,7 +113,7 @@ def folder_rate(path: pathlib.Path, vlen: int, given: float | None) -> float:
 
 def read_still(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
   """Decodes one image."""
-  with reading(path, VideoError, "image that can be read"), opened(path) as image:
+  with reading(path, VideoError, "image that can be read"), opened_image(path) as image:
     if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would make almost all of it white
       image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return np.asarray(image.convert("RGB"))

@@ -55,7 +55,7 @@ class Key(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(
+def opened_stream(
   path: pathlib.Path, stream: int | None, pixels: int = PIXELS
 ) -> Generator[tuple[Any, Any]]:
   """Opens a file and one of its video streams, whose pictures have at most so many pixels.

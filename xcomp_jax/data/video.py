@@ -159,7 +159,7 @@ def kind(path: str | os.PathLike) -> ReadType:
   if suffix not in (*stills.SUFFIXES, ".gif"):
     return "video"
   # what is wrong shows when it is read
-  with contextlib.suppress(Exception), stills.opened(file) as image:
+  with contextlib.suppress(Exception), stills.opened_image(file) as image:
     # a photo with its preview
     several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
     return "gif" if suffix == ".gif" or several else "img"

@@ -13,7 +13,7 @@ class TaskError(XCompError, ValueError):
   """Annotations that can't be used; the message says where and why."""
 
 
-def read_annotations(file: pathlib.Path) -> Iterator[Any]:
+def read_items(file: pathlib.Path) -> Iterator[Any]:
   """The questions of a file (a JSON list, or JSON lines), with an error in the place of what can't
   be read.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from xcomp_jax.errors import listed
-from xcomp_jax.evaluation.annotations import TaskError, read_annotations
+from xcomp_jax.evaluation.annotations import TaskError, read_items
 from xcomp_jax.evaluation.protocol import (
   BEST_OPTION,
   CLOSING,
@@ -283,7 +283,7 @@ def read_questions(
   found, lines, faults = [], [], []
   for file in files:
     wrong: dict[str, dict[str, Any]] = {}  # by the reason
-    for i, item in enumerate(read_annotations(file)):
+    for i, item in enumerate(read_items(file)):
       try:
         if isinstance(item, Exception):
           raise item

@@ -315,7 +315,7 @@ def draw_agreement(
 # ----------------------------------------------------------------------------------------
 
 
-def relevance(
+def draw_relevance(
   video: EncodedVideo,
   answers: Sequence[tuple[str, Answer]],
   shown: Sequence[tuple[float, float]] | None = None,
