@@ -24,10 +24,11 @@ from fuzz_subjects import (
 from fuzzing import Command, Subject
 
 # What commands import is imported before the first fork.
+from xcomp_jax import ask, evaluate, export, predecode  # noqa: F401
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.data import prompt, store, video
-from xcomp_jax.evaluation import scores  # noqa: F401
+from xcomp_jax.evaluation import needles, scores  # noqa: F401
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.parity import parity  # noqa: F401
 

@@ -216,7 +216,7 @@ def run_in_child(case: pathlib.Path, command: Command, file: pathlib.Path) -> En
   def deed():
     module, *arguments = command.line(case / "given", file, case / "out" / "made")
     sys.argv = [module, *arguments]
-    del sys.modules[module]  # it begins afresh, as by itself
+    sys.modules.pop(module, None)  # it begins afresh, as by itself
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
   return forked(case, COMMAND, deed)

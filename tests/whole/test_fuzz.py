@@ -126,8 +126,12 @@ SEEN = {
 
 @pytest.mark.parametrize("read", SEEN, ids=lambda read: read.__name__)
 def test_what_is_wrong_is_seen(read, tmp_path):
+  helpers = pathlib.Path(fuzzing.__file__).parent
   done = subprocess.run(
-    [sys.executable, __file__, read.__name__, str(tmp_path)], capture_output=True, text=True
+    [sys.executable, __file__, read.__name__, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": f"{fuzzing.ROOT}{os.pathsep}{helpers}"},
   )
   assert done.returncode == 0, done.stderr
   fault = json.loads(done.stdout.splitlines()[-1])
