@@ -155,7 +155,7 @@ if shown:
 # answer: a selection that misses it leaves the model to guess.
 
 # %% tags=["picture-relevance"]
-plots.draw_relevance(film, answers, shown and [(scene, scene + 1) for scene in shown])
+figure = plots.draw_relevance(film, answers, shown and [(scene, scene + 1) for scene in shown])
 
 # %% [markdown]
 # ## What it cost

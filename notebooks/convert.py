@@ -181,7 +181,7 @@ print(
   f"{parity.LOSS:.0e} of the loss, {parity.QC_SCORES:.0e} of scores"
 )
 print(comparison.comparison_table(rows))
-plots.draw_errors(rows)
+figure = plots.draw_errors(rows)
 
 # %% [markdown]
 # ## Out and back

@@ -140,7 +140,7 @@ print(f"{', '.join(models)}; {len(batches)} questions; looking at {looked}")
 # %% tags=["picture-schedule"]
 cosine, paper = COSINE, LPCompConfig("cosine_ceil", "suffix", looked.group)
 tuning = {} if looked == cosine else {"as tuned": looked}
-plots.draw_schedules(
+figure = plots.draw_schedules(
   tuning | {"cosine, as released": cosine, "cosine_ceil, the paper's": paper}, layers
 )
 
@@ -169,7 +169,7 @@ with watching.precision():
   into = sources(model, clip[None])
 counts = lp_comp.counts(looked, layers)
 steps = [layer for layer in range(layers) if layer == 0 or counts[layer] < counts[layer - 1]]
-plots.patch_places(
+figure = plots.patch_places(
   clip, np.asarray(into[0]), looked, layers, steps[:: -max(1, len(steps) // 5)][::-1]
 )
 
@@ -189,7 +189,7 @@ with watching.precision():
     name: np.mean([np.asarray(kept_flow(one, batch)[0]) for batch in batches], axis=0)
     for name, one in under.items()
   }
-plots.draw_flow(shares, dict.fromkeys(shares, looked))
+figure = plots.draw_flow(shares, dict.fromkeys(shares, looked))
 
 # %% [markdown]
 # Of the attention that the text pays to visual tokens, how much goes to those that stay to the end?
@@ -197,7 +197,7 @@ plots.draw_flow(shares, dict.fromkeys(shares, looked))
 # their number explains.
 
 # %% tags=["picture-kept"]
-plots.kept_share(shares, dict.fromkeys(shares, looked))
+figure = plots.kept_share(shares, dict.fromkeys(shares, looked))
 
 # %% [markdown]
 # ## How far the answers move
@@ -248,4 +248,4 @@ def pick(which):
   return {name: [against[name, schedule][which] for schedule in schedules] for name in models}
 
 
-plots.draw_agreement(work, pick(0), pick(1))
+figure = plots.draw_agreement(work, pick(0), pick(1))

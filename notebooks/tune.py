@@ -144,7 +144,7 @@ result = loop.train(
 # ## Watch it learn
 
 # %% tags=["picture-learning"]
-plots.learning(seen["train"], seen["heldout"], heldout, chance=0.25)
+figure = plots.learning(seen["train"], seen["heldout"], heldout, chance=0.25)
 
 # %% [markdown]
 # ## After
@@ -169,4 +169,6 @@ more, low, high = demo.gain(untrained, tuned)
 print(f"gain by SCT, question by question: {more:+.1%}, 95% interval {low:+.1%} to {high:+.1%}")
 
 # %% tags=["picture-accuracy"]
-plots.draw_bars({name: int(one.sum()) for name, one in right.items()}, heldout, chance=0.25)
+figure = plots.draw_bars(
+  {name: int(one.sum()) for name, one in right.items()}, heldout, chance=0.25
+)
