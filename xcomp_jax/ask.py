@@ -121,9 +121,8 @@ def read_encoded(
   reader.check(len(film.times), film.seconds)
   if lacking := set(reader.selector(len(film.times)).phases) - set(film.features):
     raise encoded_video.EncodedVideoError(
-      f"--mode {args.mode} needs clips that start at frame "
-      f"{', '.join(map(str, sorted(lacking)))} too, which {args.encoded} "
-      "does not hold; give --video and another --encoded file",
+      f"--mode {args.mode} needs clips that start at frame {', '.join(map(str, sorted(lacking)))} "
+      f"too, which {args.encoded} does not hold; give --video and another --encoded file",
       where=args.encoded,
       missing=sorted(lacking),
     )

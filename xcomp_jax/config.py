@@ -371,9 +371,9 @@ def check_trained(model: ModelConfig) -> None:
   for name in ("dtype", "param_dtype"):
     if getattr(model, name) == "float16":
       raise ConfigError(
-        f"config.model.{name} = 'float16': it is for asking. Small gradients would be 0 in it, and "
-        f"loss scaling, which would "
-        "help, is not built: take bfloat16, or float32 on a card without it (T4)",
+        f"config.model.{name} = 'float16': it is for asking. Small gradients would be 0 in it, "
+        "and loss scaling, which would help, is not built: take bfloat16, or float32 on a card "
+        "without it (T4)",
         where=f"config.model.{name}",
         value="float16",
       )

@@ -62,8 +62,8 @@ def out_of_memory(error: BaseException) -> str:
     return ""
   return (
     "it needs more memory than there is: take fewer frames (--max-frames, --select), or less at "
-    "once (--clips-per-chunk, --batch, "
-    f"--ahead, --workers); {one_line(text)[:200] or type(error).__name__}"
+    "once (--clips-per-chunk, --batch, --ahead, --workers); "
+    f"{one_line(text)[:200] or type(error).__name__}"
   )
 
 

@@ -186,8 +186,7 @@ def main(argv: Sequence[str] | None = None, **parts: Any) -> None:
     if found and (failed := sum(f["questions"] for f in found["failed"])):
       print(
         f"error: {failed:,} of {found['score']['counts']['questions']:,} questions could not be "
-        f"asked, and count as wrong; the same command "
-        "asks them again",
+        "asked, and count as wrong; the same command asks them again",
         file=sys.stderr,
       )
       sys.exit(1)

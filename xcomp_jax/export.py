@@ -124,8 +124,7 @@ def _read_run(path: str, step: int | None, init_from: str | None) -> Source:
     if np.asarray(started).astype(saved.dtype).tobytes() != np.asarray(saved).tobytes():
       raise CheckpointError(
         f"{directory} is not what {path} started from: {path_name(key)}, which was not trained, "
-        f"differs; "
-        "give the checkpoint that it did start from (--init-from)",
+        "differs; give the checkpoint that it did start from (--init-from)",
         where=directory,
         differs=path_name(key),
       )

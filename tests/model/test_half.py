@@ -107,9 +107,8 @@ def test_how_often_greedy_decoding_decides_otherwise(reference, dtype):
   same = np.concatenate(same)
   print(
     f"{dtype}: {same.sum()} of {len(same)} greedy tokens as recorded; at {other.sum()} of "
-    f"{len(other)} places of the prompt another token "
-    f"is the most probable next one; its logits differ by up to {error:.2g} of "
-    f"{np.abs(recorded['logits']).max():.0f}"
+    f"{len(other)} places of the prompt another token is the most probable next one; its logits "
+    f"differ by up to {error:.2g} of {np.abs(recorded['logits']).max():.0f}"
   )
   assert same.sum() >= GREEDY[dtype] and other.sum() <= 1
 

@@ -117,9 +117,8 @@ def test_who_never_came_is_known_to_the_first_and_told_to_the_others(ended):
     assert any(
       line.startswith(
         f"process {i}: did not come up within config.distributed.start_seconds = 7 s: process 1, 3 "
-        f"of 4; there are "
-        f"0 ({name}), 2 ({name}). Look at the missing ones' own output, and whether they reach "
-        f"localhost:1234"
+        f"of 4; there are 0 ({name}), 2 ({name}). Look at the missing ones' own output, and "
+        "whether they reach localhost:1234"
       )
       for line in ended
     ), ended

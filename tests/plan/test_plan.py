@@ -369,8 +369,7 @@ def test_a_program_that_the_compiler_refuses_is_accounted_for(small):
   made, _, _ = small
   refusal = jax.errors.JaxRuntimeError(
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
-    "(2.50G) exceeds "
-    "available HBM (1.75G)."
+    "(2.50G) exceeds available HBM (1.75G)."
   )
   for name, shape in programs.asked_programs(made, ("gradient", "tower")):
     row = accounts.account_program(made, name, shape, lambda *_: (refusal, 1.0))

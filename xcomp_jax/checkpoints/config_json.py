@@ -59,22 +59,18 @@ ONLY: dict[str, tuple[Any, ...]] = {
 IGNORED = frozenset(
   # Names, tokens and outputs.
   "_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash _note "
-  "architectures auto_map attn_implementation "
-  "transformers_version unsloth_version unsloth_fixed bos_token_id eos_token_id pad_token_id "
-  "sep_token_id decoder_start_token_id "
-  "tokenizer_class tokenizer_padding_side id2label label2id num_labels problem_type "
-  "finetuning_task task_specific_params prefix "
-  "output_attentions output_hidden_states output_scores return_dict return_dict_in_generate "
-  "use_return_dict use_cache torchscript "
+  "architectures auto_map attn_implementation transformers_version unsloth_version unsloth_fixed "
+  "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class "
+  "tokenizer_padding_side id2label label2id num_labels problem_type finetuning_task "
+  "task_specific_params prefix output_attentions output_hidden_states output_scores return_dict "
+  "return_dict_in_generate use_return_dict use_cache torchscript "
   # What the weights' files say themselves, and what only matters to memory or to new weights.
   "dtype torch_dtype use_bfloat16 chunk_size_feed_forward gradient_checkpointing initializer_range "
   # Generation (generation_config.json and the command's options say it).
   "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping "
-  "encoder_no_repeat_ngram_size "
-  "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty "
-  "max_length min_length "
-  "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values "
-  "repetition_penalty suppress_tokens "
+  "encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id "
+  "forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups "
+  "num_beams num_return_sequences remove_invalid_values repetition_penalty suppress_tokens "
   "temperature tf_legacy_loss top_k top_p typical_p cross_attention_hidden_size "
   # Sizes of a sliding window, which is off, and of compression inside the LLM, which is off.
   "sliding_window max_window_layers llm_compress_layer_list llm_compress_type "
@@ -84,11 +80,9 @@ IGNORED = frozenset(
   "frame_grid_pinpoints max_num_pixels "
   # Training, other towers and other projectors.
   "delay_load freeze_mm_mlp_adapter freeze_mm_vision_resampler max_sequence_length "
-  "min_slow_num_frames mm_close_init "
-  "mm_num_compress_latents mm_num_compress_query_type mm_pos_num_frames mm_projector_lr "
-  "mm_spatial_pool_mode "
-  "mm_spatial_pool_out_channels mm_spatial_pool_stride mm_tunable_parts mm_vision_tower_lr "
-  "pos_skipping_range "
+  "min_slow_num_frames mm_close_init mm_num_compress_latents mm_num_compress_query_type "
+  "mm_pos_num_frames mm_projector_lr mm_spatial_pool_mode mm_spatial_pool_out_channels "
+  "mm_spatial_pool_stride mm_tunable_parts mm_vision_tower_lr pos_skipping_range "
   "tune_mm_mlp_adapter tune_mm_vision_resampler unfreeze_mm_vision_tower use_pos_skipping "
   "vision_tower_pretrained".split()
 )

@@ -46,8 +46,8 @@ def read_tokenizer(directory: pathlib.Path, cfg: VLMConfig) -> prompt.Tokenizer:
   if tokenizer.vocab_size > cfg.llm.vocab_size:
     raise CheckpointError(
       f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but the embedding "
-      f"table has only "
-      f"{cfg.llm.vocab_size} rows (vocab_size in config.json): they are not of the same model",
+      f"table has only {cfg.llm.vocab_size} rows (vocab_size in config.json): they are not of the "
+      "same model",
       where=directory,
       value=tokenizer.vocab_size,
       allowed=cfg.llm.vocab_size,

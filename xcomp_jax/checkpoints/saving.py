@@ -248,8 +248,8 @@ def _copy_rest(
       del config["auto_map"]
       print(
         f"auto_map is left out of config.json: {folder} has no {', '.join(missing)}. --code "
-        f"ORG/NAME fetches such files, or takes "
-        "them from a directory; without them the official code has to be imported by hand",
+        "ORG/NAME fetches such files, or takes them from a directory; without them the official "
+        "code has to be imported by hand",
         file=sys.stderr,
       )
     else:
@@ -347,8 +347,7 @@ def check_free(directory: pathlib.Path, overwrite: bool) -> None:
   if not (directory / tensor_files.EXPORTED).is_file():
     raise CheckpointError(
       f"{directory} is not empty and no export (it has no {tensor_files.EXPORTED}, which lists "
-      f"what one "
-      f"wrote), so it is not replaced; remove it yourself, or choose another directory",
+      "what one wrote), so it is not replaced; remove it yourself, or choose another directory",
       where=directory,
       missing=tensor_files.EXPORTED,
     )

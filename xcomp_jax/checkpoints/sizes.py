@@ -164,8 +164,8 @@ def _read_config_json(directory: pathlib.Path, file: pathlib.Path) -> dict[str, 
   c = read_object(file)
   if c.keys() >= {"init_from", "workdir"}:
     raise CheckpointError(
-      f"{directory} is a run; export it first: "
-      f"python -m xcomp_jax.export --checkpoint {directory} --format=torch --out DIR",
+      f"{directory} is a run; export it first: python -m xcomp_jax.export --checkpoint "
+      f"{directory} --format=torch --out DIR",
       where=directory,
       found="a run",
     )
@@ -266,10 +266,9 @@ def _clip_frames(
     frames = takes or tuned or CLIP_FRAMES if wanted == "auto" else wanted
   if takes not in (None, frames):
     raise ConfigError(
-      f"{file}: the InternVideo2 tower has positions for clips of {takes} frames, not of {frames}: "
-      f"set model.clip_frames to "
-      f"{takes} or auto (--clip-frames {takes}; --clip-frames {takes} of predecode, so that the "
-      f"data has such clips)",
+      f"{file}: the InternVideo2 tower has positions for clips of {takes} frames, not of "
+      f"{frames}: set model.clip_frames to {takes} or auto (--clip-frames {takes}; --clip-frames "
+      f"{takes} of predecode, so that the data has such clips)",
       where=file,
       value=frames,
       allowed=takes,

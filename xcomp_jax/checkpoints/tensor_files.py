@@ -202,8 +202,7 @@ def adapters(directory: pathlib.Path, example: str) -> CheckpointError:
   """
   return CheckpointError(
     f"{directory} holds LoRA adapters ({example}), which are no whole model: merge them first, "
-    f"where they were trained, with "
-    "model.merge_and_unload().save_pretrained(DIR), and give DIR",
+    "where they were trained, with model.merge_and_unload().save_pretrained(DIR), and give DIR",
     where=directory,
     adapters=example,
   )

@@ -181,8 +181,8 @@ def collate(
       if m >= M or p > P or t + example.frames > shape.frames or l + n > L:
         raise BatchError(
           f"sample {example.index} has {example.frames} frames, {p} tokens before and {n} after "
-          f"the visual slot; behind {m} samples "
-          f"of {t} frames and {l} tokens in its row it does not fit {shape}",
+          f"the visual slot; behind {m} samples of {t} frames and {l} tokens in its row it does "
+          f"not fit {shape}",
           sample=example.index,
           held=(example.frames, p, n),
           taken=(t, l),

@@ -52,8 +52,7 @@ class Blend:
       if not count:
         raise ConfigError(
           f"config.data.weights has {weight} for {store.path}: of its {len(store)} samples an "
-          f"epoch reads none; "
-          "give a larger weight, or leave the folder out",
+          "epoch reads none; give a larger weight, or leave the folder out",
           where="config.data.weights",
           value=weight,
           store=store.path,

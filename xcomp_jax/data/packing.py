@@ -498,8 +498,7 @@ def named_shapes(given: Sequence[Sequence[int]], room: ShapeRoom) -> tuple[Shape
     if slots % room.parts:
       problems.append(
         f"{where}: the {slots} token slots beside visual ones ({samples} x {room.prefix} + {text}) "
-        f"can't be split over "
-        f"context = {room.parts}"
+        f"can't be split over context = {room.parts}"
       )
     shapes.append(Shape(rows, samples, room.prefix, frames, text))
   refuse("config.data.shapes can't be", problems)
@@ -525,10 +524,9 @@ def check_fit(lengths: Lengths, prefix: int, shapes: Sequence[Shape] | None = No
   if shapes is not None:
     held = " or ".join(f"{shape.frames:,} frames with {shape.text:,} tokens" for shape in shapes)
     refuse(
-      f"the data does not fit rows of {held} after the visual slot; name one in config.data.shapes "
-      f"that holds the most, "
-      f"{table[:, 0].max(initial=0):,} and {table[:, 3].max(initial=0):,}, or None to have them "
-      f"chosen",
+      f"the data does not fit rows of {held} after the visual slot; name one in "
+      f"config.data.shapes that holds the most, {table[:, 0].max(initial=0):,} and "
+      f"{table[:, 3].max(initial=0):,}, or None to have them chosen",
       [
         f"sample {i} has {table[i, 0]:,} frames and {table[i, 3]:,} tokens"
         for i in np.flatnonzero(~_fit(_needs(lengths), shapes))

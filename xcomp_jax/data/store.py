@@ -414,8 +414,8 @@ def open_store(path: str | os.PathLike) -> Store:
 def _check(layout: Layout, sample: StoredSample, records: int, what: str) -> None:
   """Raises a StoreError unless a sample's numbers go together, and its records are there."""
   numbers = (
-    f"{sample.frames} frames in clips of {sample.clip_frames}, records "
-    f"{sample.first_record} to {sample.first_record + sample.records}"
+    f"{sample.frames} frames in clips of {sample.clip_frames}, records {sample.first_record} to "
+    f"{sample.first_record + sample.records}"
   )
   whole = (
     sample.clip_frames in (1, layout.clip_frames)

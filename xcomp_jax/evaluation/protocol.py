@@ -101,8 +101,8 @@ def videomme_prompt(question: str, options: Sequence[str]) -> str:
   """VideoMME without subtitles; the options carry "A. "."""
   opening = (
     "These are the frames of a video. Select the best answer to the following multiple-choice "
-    "question based on the video. "
-    "Respond with only the letter (A, B, C, or D) of the correct option."
+    "question based on the video. Respond with only the letter (A, B, C, or D) of the correct "
+    "option."
   )
   return f"{opening}\nQuestion: {question}\nOption:\n" + "\n".join(options) + f"\n{CLOSING}"
 

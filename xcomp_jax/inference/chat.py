@@ -105,9 +105,9 @@ def prompt_of(
       needed = text + room.frames * model.tokens_per_frame + room.answer
       raise ConfigError(
         f"{text} tokens of text, {room.frames} frames {room.what}, of {model.tokens_per_frame} "
-        f"tokens each{new} make {needed} tokens, and the model's "
-        f"context has {context}: {'start a new conversation, ' if history else ''}shorten the "
-        f"question, {room.advice}, or give another --context",
+        f"tokens each{new} make {needed} tokens, and the model's context has {context}: "
+        f"{'start a new conversation, ' if history else ''}shorten the question, {room.advice}, "
+        "or give another --context",
         where="--context",
         value=context,
         needed=needed,
@@ -193,9 +193,8 @@ class Chat:
       return ""
     return (
       f"the context's end is near: it holds {left:,} more tokens of questions and answers, "
-      f"{f'about {turns}' if turns else 'less than one'} "
-      f"turn{'s' * (turns > 1)} like the longest of this conversation; then give another "
-      f"--context, or start a new conversation"
+      f"{f'about {turns}' if turns else 'less than one'} turn{'s' * (turns > 1)} like the longest "
+      "of this conversation; then give another --context, or start a new conversation"
     )
 
   def ask(

@@ -493,8 +493,8 @@ def aggregate(
   if not times.all():
     raise ConfigError(
       f"QC-Comp: {int((times == 0).sum())} of {frames} frames are in no window, first frame "
-      f"{int(np.argmin(times))}; "
-      "sample a multiple of the round, or use a mode that covers the tail (quirk Q4)",
+      f"{int(np.argmin(times))}; sample a multiple of the round, or use a mode that covers the "
+      "tail (quirk Q4)",
       where="frames",
       missing=np.flatnonzero(times == 0).tolist(),
     )

@@ -166,8 +166,8 @@ def slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
   if processes % nodes or gpus % (processes // nodes):
     raise ConfigError(
       f"{processes} processes on {nodes} nodes, and {gpus} GPUs on this one, can't be split "
-      f"evenly; "
-      f"start a process per GPU (--ntasks-per-node={gpus}), or per node (--ntasks-per-node=1)",
+      f"evenly; start a process per GPU (--ntasks-per-node={gpus}), or per node "
+      "(--ntasks-per-node=1)",
       where="SLURM_NTASKS",
       processes=processes,
       gpus=gpus,
@@ -182,8 +182,8 @@ def banner() -> str:
   numbers = sorted(device.id for device in devices)
   return (
     f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
-    f"{len(devices)} x "
-    f"{devices[0].device_kind}, devices {numbers[0]} to {numbers[-1]} of {jax.device_count()}"
+    f"{len(devices)} x {devices[0].device_kind}, devices {numbers[0]} to {numbers[-1]} of "
+    f"{jax.device_count()}"
   )
 
 
@@ -223,8 +223,7 @@ class Roll:
       except OSError as error:
         raise ConfigError(
           f"process 0 can't listen on port {port} ({error.strerror}), the one after "
-          f"config.distributed.coordinator's; "
-          "choose another",
+          "config.distributed.coordinator's; choose another",
           where="config.distributed.coordinator",
           port=port,
         ) from error
@@ -348,8 +347,8 @@ def report_late(roll: Roll | None, config: DistributedConfig, coordinator: str |
     there = ", ".join(f"{process} ({name})" for process, name in sorted(roll.names.items()))
     roll.end(
       f"did not come up {within}: process {missing} of {roll.processes}; there are {there}. Look "
-      f"at the missing ones' own "
-      f"output, and whether they reach {coordinator} and the port after it. {AGAIN}",
+      f"at the missing ones' own output, and whether they reach {coordinator} and the port after "
+      f"it. {AGAIN}",
       1.0,
     )
   else:

@@ -96,8 +96,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
   if math.prod(sizes.values()) != devices:
     raise ConfigError(
       f"mesh {shown} = {math.prod(sizes.values())} devices, but there are {devices}; set "
-      f"config.mesh so that the "
-      f"product is {devices}, or one axis to -1 for what is left",
+      f"config.mesh so that the product is {devices}, or one axis to -1 for what is left",
       where="config.mesh",
       sizes=sizes,
       devices=devices,
@@ -132,8 +131,8 @@ def check_tensor(tensor: int, cfg: VLMConfig) -> None:
   if cfg.llm.heads % tensor or cfg.llm.kv_heads % tensor:
     raise ConfigError(
       f"config.mesh.tensor = {tensor} does not divide the {cfg.llm.heads} query and "
-      f"{cfg.llm.kv_heads} key heads of this LLM; "
-      f"the most that does is {math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}",
+      f"{cfg.llm.kv_heads} key heads of this LLM; the most that does is "
+      f"{math.gcd(cfg.llm.heads, cfg.llm.kv_heads)}",
       where="config.mesh.tensor",
       value=tensor,
       most=math.gcd(cfg.llm.heads, cfg.llm.kv_heads),
@@ -168,10 +167,9 @@ def groups_of(
   if len({len(some) for some in several}) > 1 or sum(map(len, several)) != count:
     each = "; ".join(f"{process} {sorted(some)}" for process, some in sorted(held.items()))
     raise ConfigError(
-      f"mesh {shape}: the devices of the processes hold rows that are neither apart nor "
-      f"the same, of every {count} "
-      f"(process: rows) {each}; choose config.mesh so that data x fsdp is a multiple of the "
-      f"processes",
+      f"mesh {shape}: the devices of the processes hold rows that are neither apart nor the same, "
+      f"of every {count} (process: rows) {each}; choose config.mesh so that data x fsdp is a "
+      "multiple of the processes",
       where="config.mesh",
       rows={process: sorted(some) for process, some in held.items()},
       count=count,

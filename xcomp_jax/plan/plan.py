@@ -133,8 +133,8 @@ def account_programs(
     check_trained(plan.config.model)
   say(
     f"{plan.device.count} x {plan.device.kind}, mesh {dict(plan.mesh.shape)}; "
-    f"{plan.config.init_from}: "
-    f"{cfg.llm.layers} layers of width {cfg.llm.width}, tower of {cfg.vision.layers}"
+    f"{plan.config.init_from}: {cfg.llm.layers} layers of width {cfg.llm.width}, tower of "
+    f"{cfg.vision.layers}"
   )
   check_split(plan)
   accounts = []

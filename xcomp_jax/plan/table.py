@@ -73,8 +73,7 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
       problems.append(f"text[{i}] = {t!r}")
   packing.refuse(
     f"{file}: frames must be 0 (text alone), 1 (an image), or a multiple of the {cfg.clip_frames} "
-    f"frames of a clip, text whole numbers from 1, "
-    f"both at most {MOST:,}",
+    f"frames of a clip, text whole numbers from 1, both at most {MOST:,}",
     problems,
   )
   f, t = np.array(frames), np.array(text)

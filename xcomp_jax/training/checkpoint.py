@@ -49,9 +49,8 @@ EARLIER = {  # what another format means for a run that goes on
   1: "which says the position in the data otherwise",
   2: (
     "whose steps have other samples and shapes: config.data.shapes took the place of "
-    "config.data.frame_buckets and "
-    "config.data.text_buckets, and config.data.group_by_text_length is gone, since a step has "
-    "random samples as in the release"
+    "config.data.frame_buckets and config.data.text_buckets, and config.data.group_by_text_length "
+    "is gone, since a step has random samples as in the release"
   ),
 }
 
@@ -213,9 +212,8 @@ def saving(checkpoints: ocp.CheckpointManager) -> Generator[None]:
     last = f"the last good one is of step {steps[-1]}" if steps else "there is none yet"
     raise SaveError(
       f"a checkpoint could not be saved in {checkpoints.directory}: {one_line(error)[:500]}; "
-      f"{last}. Make room there (or set "
-      "config.train.keep_last lower), or bring the folder back; then the same command goes on from "
-      "the last good one",
+      f"{last}. Make room there (or set config.train.keep_last lower), or bring the folder back; "
+      "then the same command goes on from the last good one",
       where=str(checkpoints.directory),
       steps=steps,
     ) from error
@@ -285,8 +283,8 @@ def restore_checkpoint(
   if damaged:
     raise tensor_files.CheckpointError(
       f"none of the checkpoints in {checkpoints.directory} can be read "
-      f"({', '.join(map(str, damaged))}; see above). Bring "
-      "one back from a copy, or set config.workdir to another folder to start afresh",
+      f"({', '.join(map(str, damaged))}; see above). Bring one back from a copy, or set "
+      "config.workdir to another folder to start afresh",
       where=str(checkpoints.directory),
       damaged=list(damaged),
     )
@@ -315,19 +313,17 @@ def _restore(
   saved = _config(place)
   if (version := saved.get("format", 1)) < FORMAT:
     raise ConfigError(
-      f"{place.parent} holds step {place.name} in format {version}, {EARLIER[version]}. Go "
-      "on with the version of xcomp_jax that began the run, or set config.workdir to another "
-      "folder and config.init_from "
-      "to an export of this one",
+      f"{place.parent} holds step {place.name} in format {version}, {EARLIER[version]}. Go on "
+      "with the version of xcomp_jax that began the run, or set config.workdir to another folder "
+      "and config.init_from to an export of this one",
       where=str(place),
       format=version,
     )
   if changed := _changes(saved, config, FREE):
     raise ConfigError(
       f"{place.parent} holds step {place.name} of a run that this config can't continue: "
-      f"{_in_words(changed, 'was', 'is')}. Set "
-      "config.workdir to another folder to start afresh, with config.init_from from what this run "
-      "learned (an export of it); or undo the change",
+      f"{_in_words(changed, 'was', 'is')}. Set config.workdir to another folder to start afresh, "
+      "with config.init_from from what this run learned (an export of it); or undo the change",
       where=str(place),
       changed=changed,
     )
@@ -474,8 +470,7 @@ def _config(place: epath.Path, *needed: str) -> Mapping[str, Any]:
   if version > FORMAT:
     raise ConfigError(
       f"{place.parent} holds step {place.name} in format {version}, this version of xcomp_jax "
-      f"reads up to {FORMAT}; "
-      "install a later one",
+      f"reads up to {FORMAT}; install a later one",
       where=str(place),
       format=version,
     )

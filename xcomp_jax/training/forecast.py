@@ -179,11 +179,11 @@ def _room(
   if data.shapes is None:
     packing.refuse(
       f"the data does not fit {frames:,} frames with {text:,} tokens after the visual slot, the "
-      f"largest row on {devices} "
-      f"device{'s' * (devices > 1)} by config.data.frames_per_device={data.frames_per_device} and "
+      f"largest row on {devices} device{'s' * (devices > 1)} by "
+      f"config.data.frames_per_device={data.frames_per_device} and "
       f"text_per_device={data.text_per_device}; the most that a sample has is "
-      f"{table[:, 0].max():,} and {table[:, 3].max():,}: raise "
-      "these if memory allows, or use more devices",
+      f"{table[:, 0].max():,} and {table[:, 3].max():,}: raise these if memory allows, or use "
+      "more devices",
       [
         f"sample {i} has {table[i, 0]:,} frames and {table[i, 3]:,} tokens"
         for i in np.flatnonzero((table[:, 0] > frames) | (table[:, 3] > text))
@@ -228,10 +228,9 @@ def check_memory(plan: Schedule) -> None:
   )
   raise ConfigError(
     f"this run does not fit {device.count} x {device.kind}: each has {there / 1e9:.1f} GB, and "
-    f"takes {state / 1e9:.1f} GB for trained "
-    f"state and {rows / 1e9:.1f} GB for a micro-batch of {shape.rows} x ({shape.samples} samples, "
-    f"{shape.frames:,} frames, "
-    f"{shape.text:,} tokens); {more}",
+    f"takes {state / 1e9:.1f} GB for trained state and {rows / 1e9:.1f} GB for a micro-batch of "
+    f"{shape.rows} x ({shape.samples} samples, {shape.frames:,} frames, {shape.text:,} tokens); "
+    f"{more}",
     where="devices",
     memory=there,
     state=state,
@@ -286,12 +285,10 @@ class Account:
     )
     return (
       f"{self.steps:,} steps of {self.batch_size} samples, each {self.micro_batches:.2f} "
-      f"micro-batches on average, in "
-      f"{self.programs} shape{'s' * (self.programs > 1)}. Of the operations executed "
-      f"{tower}{self.llm:.0%} of the LLM's and {self.all:.0%} of all are "
-      f"on real tokens. A step {least} {self.step:.3g} s{assumed}, bound by {self.bound}; its real "
-      f"operations alone "
-      f"{self.alone:.3g} s."
+      f"micro-batches on average, in {self.programs} shape{'s' * (self.programs > 1)}. Of the "
+      f"operations executed {tower}{self.llm:.0%} of the LLM's and {self.all:.0%} of all are on "
+      f"real tokens. A step {least} {self.step:.3g} s{assumed}, bound by {self.bound}; its real "
+      f"operations alone {self.alone:.3g} s."
     )
 
 

@@ -464,7 +464,7 @@ def introduce(config: RunConfig, prepared: PreparedRun, state: TrainState, start
 
   print(f"trained parameters\n{table(state.trained)}\nfrozen parameters\n{table(state.frozen)}")
   print(
-    f"optimizer state, split as the trained parameters: "
+    "optimizer state, split as the trained parameters: "
     f"{table(state.opt).splitlines()[-1].split()[-1]} MiB per device"
   )
   schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
@@ -510,9 +510,8 @@ def not_finite(
     file.write_text(json.dumps({"step": step + 1, **numbers, "samples": samples}, indent=2))
   return NotFiniteError(
     f"step {step + 1}: loss {out['loss']}, norm of the gradient {out['grad_norm']}, of the update "
-    f"{out['update_norm']}. "
-    f"The step was not applied and nothing was saved after it; its samples and their losses are in "
-    f"{file}",
+    f"{out['update_norm']}. The step was not applied and nothing was saved after it; its samples "
+    f"and their losses are in {file}",
     where=str(file),
     step=step + 1,
   )

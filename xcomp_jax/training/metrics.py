@@ -272,10 +272,9 @@ def line(step: int, steps: int, values: Mapping[str, float]) -> str:
   mfu = values["mfu"]
   return (
     f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad "
-    f"{values['grad_norm']:.3g}  "
-    f"{values['samples_per_s']:.2f} samples/s  {values['frames_per_s']:.0f} frames/s  "
-    f"data wait {values['data_wait']:.1%}  MFU {'-' if np.isnan(mfu) else f'{mfu:.1%}'}  real "
-    f"{values['real_share']:.0%}"
+    f"{values['grad_norm']:.3g}  {values['samples_per_s']:.2f} samples/s  "
+    f"{values['frames_per_s']:.0f} frames/s  data wait {values['data_wait']:.1%}  MFU "
+    f"{'-' if np.isnan(mfu) else f'{mfu:.1%}'}  real {values['real_share']:.0%}"
   )
 
 

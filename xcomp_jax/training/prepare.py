@@ -137,9 +137,8 @@ def _open_all(config: RunConfig, cfg: VLMConfig) -> list[Blend]:
   for data in opened:
     if data.features is not None and config.train.vision:
       raise ConfigError(
-        f"config.train.vision = True, but {data.stores[0].path} holds features, which a tower that "
-        f"learns would not "
-        "make again; set it to False, or train on frames",
+        f"config.train.vision = True, but {data.stores[0].path} holds features, which a tower "
+        "that learns would not make again; set it to False, or train on frames",
         where="config.train.vision",
         data=str(data.stores[0].path),
       )
@@ -212,8 +211,7 @@ def open_data(
       if (tokens := frames * cfg.tokens_per_frame) % group:
         raise ConfigError(
           f"lp_comp.group = {group}: {store.path} has clips of {frames} frames, whose {tokens} "
-          f"tokens can't be cut "
-          f"into groups of {group}",
+          f"tokens can't be cut into groups of {group}",
           where="lp_comp.group",
           value=group,
           frames=frames,

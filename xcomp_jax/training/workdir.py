@@ -56,8 +56,8 @@ def claim(workdir: str) -> None:
   if blind:
     raise ConfigError(
       f"config.workdir = {workdir} is not one folder for all processes: process "
-      f"{', '.join(map(str, blind))} can't see what process 0 "
-      "writes there; set it to a shared file system or a bucket (gs://)",
+      f"{', '.join(map(str, blind))} can't see what process 0 writes there; set it to a shared "
+      "file system or a bucket (gs://)",
       where="config.workdir",
       blind=blind,
     )
@@ -91,8 +91,7 @@ def holding(workdir: str) -> Generator[None]:
     return
   taken = ConfigError(
     f"another run is at work in {workdir}; set config.workdir to another folder, or if these are "
-    f"the processes of one run, see to it "
-    "that they find each other (config.distributed)",
+    "the processes of one run, see to it that they find each other (config.distributed)",
     where="config.workdir",
     value=workdir,
   )
