@@ -55,10 +55,8 @@ def out_of_memory(error: BaseException) -> str:
   "".
   """
   text = str(error)
-  # JAX's
-  if not isinstance(error, MemoryError) and not (
-    isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text
-  ):
+  of_jax = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text
+  if not isinstance(error, MemoryError) and not of_jax:
     return ""
   return (
     "it needs more memory than there is: take fewer frames (--max-frames, --select), or less at "

@@ -6,47 +6,17 @@ import json
 import numpy as np
 import pytest
 from lengths import mixture
+from released import TWO_B
 
 from xcomp_jax.config import (
   ConfigError,
-  LLMConfig,
-  LPCompConfig,
   MeshConfig,
-  VisionConfig,
-  VLMConfig,
 )
 from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Length, Shape
 from xcomp_jax.plan import table
 from xcomp_jax.training import costs, forecast, metrics
-
-CFG = VLMConfig(
-  vision=VisionConfig(
-    image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd"
-  ),
-  llm=LLMConfig(
-    vocab_size=151936,
-    width=1536,
-    layers=28,
-    heads=12,
-    kv_heads=2,
-    head_dim=128,
-    mlp_width=8960,
-    rope_theta=1e6,
-    rope_scaling=None,
-    norm_eps=1e-6,
-    tied=True,
-    context=None,
-  ),
-  lp_comp=LPCompConfig("cosine", "suffix", 16),
-  clip_frames=8,
-  tokens_per_frame=16,
-  dtype="bfloat16",
-  clips_per_chunk=4,
-  attention="auto",
-  remat=True,
-)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +34,7 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("devices", [1, 8, 32])
 def test_a_mixture_is_computed_with_little_padding(config, devices):
   lengths = mixture(1800)
-  plan = forecast.schedule_run(config, CFG, lengths, forecast.chips("v5e", devices))
+  plan = forecast.schedule_run(config, TWO_B, lengths, forecast.chips("v5e", devices))
   assert np.prod(plan.mesh) == devices and len(plan.shapes) <= 4
   steps = packing.pack_steps(
     lengths, np.arange(1792).reshape(-1, 32).tolist(), plan.shapes, plan.costs
@@ -89,23 +59,23 @@ def test_real_operations_are_those_that_metrics_counts(config):
     (1, 1, 1, 1),
     (Shape(1, 16, 16, 4096, 8192),),
     costs.mesh_costs(
-      CFG, config.train, (1, 1, 1, 1), costs.rates(forecast.chips("h100", 1)), lengths
+      TWO_B, config.train, (1, 1, 1, 1), costs.rates(forecast.chips("h100", 1)), lengths
     ),
   )
   steps = packing.pack_steps(lengths, [range(32), range(32, 64)], plan.shapes, plan.costs)
   a = forecast.account(plan, steps, lengths, True)
-  again = metrics.forward_flops(CFG, lengths, True)["llm"].sum()  # recomputed
+  again = metrics.forward_flops(TWO_B, lengths, True)["llm"].sum()  # recomputed
   assert a.alone * 2 * 989e12 == pytest.approx(
-    metrics.training_flops(CFG, config.train, lengths, True) + again
+    metrics.training_flops(TWO_B, config.train, lengths, True) + again
   )
 
 
 @pytest.mark.pure
 def test_a_full_row_has_no_padding_but_what_attention_can_not_leave_out():
   sample, row = [Length(1024, 8, 16, 512)], Shape(1, 1, 16, 1024, 512)
-  real, executed = metrics.forward_flops(CFG, sample, False), costs.row_flops(CFG, row)
+  real, executed = metrics.forward_flops(TWO_B, sample, False), costs.row_flops(TWO_B, row)
   device = costs.rates(forecast.chips("h100", 1))
-  attended = costs.attention_flops(CFG, sample, device)
+  attended = costs.attention_flops(TWO_B, sample, device)
   assert executed["projector"] == real["projector"][0]
   assert 1 < (executed["llm"] + attended[0]) / real["llm"][0] < 1.06
 
@@ -120,7 +90,7 @@ def test_links_and_memory_are_near_those_of_compiled_programs(config):
     ("v5e", 16, 282.5e9, 4.97e9),
   ):
     device = costs.rates(forecast.chips(chip, devices))
-    one = costs.mesh_costs(CFG, config.train, (1, devices, 1, 1), device, mixture(1))
+    one = costs.mesh_costs(TWO_B, config.train, (1, devices, 1, 1), device, mixture(1))
     spent = one.spent(Shape(devices, 1, 16, 1024, 512))
     assert spent["memory"] * device.bandwidth == pytest.approx(hbm, rel=0.25)
     # and as much again for gradients
@@ -141,7 +111,7 @@ def test_what_can_not_fit_is_refused_with_numbers(config):
   def plan(devices, **data):
     return forecast.schedule_run(
       dataclasses.replace(config, data=dataclasses.replace(config.data, **data)),
-      CFG,
+      TWO_B,
       mixture(64),
       forecast.chips("v5e", devices),
     )
@@ -157,8 +127,8 @@ def test_what_can_not_fit_is_refused_with_numbers(config):
   inputs = (
     4
     // huge.costs.groups
-    * sum(entering for entering, _ in costs.row_slots(CFG, huge.shapes[0]))
-    * CFG.llm.width
+    * sum(entering for entering, _ in costs.row_slots(TWO_B, huge.shapes[0]))
+    * TWO_B.llm.width
     * 2
   )
   with pytest.raises(ConfigError) as caught:
@@ -174,7 +144,7 @@ def test_what_can_not_fit_is_refused_with_numbers(config):
 def test_context_splits_what_sums_gather(config):
   lengths, device = mixture(8), costs.rates(forecast.chips("v5e", 8))
   one, two = (
-    costs.mesh_costs(CFG, config.train, (1, 8 // n, 1, n), device, lengths) for n in (1, 2)
+    costs.mesh_costs(TWO_B, config.train, (1, 8 // n, 1, n), device, lengths) for n in (1, 2)
   )
   shape = Shape(8, 4, 16, 1024, 1024)
   assert two.price(dataclasses.replace(shape, rows=4))[0] == pytest.approx(one.price(shape)[0] / 2)
@@ -191,12 +161,12 @@ def test_a_mesh_or_shapes_of_the_config_are_taken(config):
     data=dataclasses.replace(config.data, shapes=shapes),
     mesh=MeshConfig(data=1, fsdp=4, tensor=1, context=-1),
   )
-  plan = forecast.schedule_run(named, CFG, lengths, devices)
+  plan = forecast.schedule_run(named, TWO_B, lengths, devices)
   assert plan.mesh == (1, 4, 1, 2) and plan.shapes == (
     Shape(4, 8, 16, 1024, 3328),
     Shape(4, 30, 16, 2048, 4000),
   )
-  heldout = forecast.schedule_run(named, CFG, mixture(20, seed=1), devices, plan)
+  heldout = forecast.schedule_run(named, TWO_B, mixture(20, seed=1), devices, plan)
   assert (
     heldout.shapes == plan.shapes
     and heldout.mesh == plan.mesh
@@ -204,10 +174,10 @@ def test_a_mesh_or_shapes_of_the_config_are_taken(config):
   )
   wrong = dataclasses.replace(named, mesh=MeshConfig(1, 8, 1, 1))
   with pytest.raises(ConfigError, match="4 rows can't be split over data x fsdp = 8"):
-    forecast.schedule_run(wrong, CFG, lengths, devices)
+    forecast.schedule_run(wrong, TWO_B, lengths, devices)
   lengths[5, 0] = 4096
   with pytest.raises(ConfigError, match="sample 5 has 4,096 frames"):
-    forecast.schedule_run(named, CFG, lengths, devices)
+    forecast.schedule_run(named, TWO_B, lengths, devices)
 
 
 def test_a_sample_that_is_larger_than_rows_may_be_takes_more_devices(config):
@@ -219,8 +189,8 @@ def test_a_sample_that_is_larger_than_rows_may_be_takes_more_devices(config):
       r"and 100 tokens; "
     ),
   ):
-    forecast.schedule_run(config, CFG, lengths, forecast.chips("v5e", 2))
-  plan = forecast.schedule_run(config, CFG, lengths, forecast.chips("v5e", 8))
+    forecast.schedule_run(config, TWO_B, lengths, forecast.chips("v5e", 2))
+  plan = forecast.schedule_run(config, TWO_B, lengths, forecast.chips("v5e", 8))
   assert plan.mesh[3] >= 4 and packing.fits(lengths, plan.shapes)
 
 
@@ -232,7 +202,7 @@ def test_a_tower_that_learns_is_computed_with_its_rows(config):
     forecast.Schedule(
       (1,) * 4,
       (Shape(1, 32, 16, 8192, 16384),),
-      costs.mesh_costs(CFG, t, (1,) * 4, device, lengths),
+      costs.mesh_costs(TWO_B, t, (1,) * 4, device, lengths),
     )
     for t in (config.train, train)
   ]
@@ -247,7 +217,7 @@ def test_the_command_prints_a_table(config, tmp_path):
   file, lengths = tmp_path / "lengths.json", mixture(200)
   file.write_text(json.dumps({"frames": lengths[:, 0].tolist(), "text": lengths[:, 3].tolist()}))
   fixed = dataclasses.replace(config, mesh=MeshConfig(1, -1, 1, 1))
-  out = table.run_table(fixed, CFG, table.read_lengths(file, CFG), "2,64", "v5e")
+  out = table.run_table(fixed, TWO_B, table.read_lengths(file, TWO_B), "2,64", "v5e")
   rows = [line.split() for line in out.splitlines()]
   assert rows[0][:4] == ["devices", "batch", "mesh", "data"]
   assert [row[:4] for row in rows[1:5]] == [
@@ -275,26 +245,26 @@ def test_the_command_prints_a_table(config, tmp_path):
 def test_a_file_of_lengths_that_is_none_is_refused(tmp_path, text, words):
   (tmp_path / "lengths.json").write_text(text)
   with pytest.raises(ConfigError, match=words):
-    table.read_lengths(tmp_path / "lengths.json", CFG)
+    table.read_lengths(tmp_path / "lengths.json", TWO_B)
 
 
 @pytest.mark.pure
 def test_wrong_arguments_are_named(config, tmp_path):
   with pytest.raises(FileNotFoundError, match=r"none\.json"):
-    table.read_lengths(tmp_path / "none.json", CFG)
+    table.read_lengths(tmp_path / "none.json", TWO_B)
   for devices, chip, words in (
     ("8,x", "v5e", "--devices 8,x: must be numbers"),
     ("8", "v9", "--chip v9: known are v6e, v5e, .* h100, a100-40"),
   ):
     with pytest.raises(ConfigError, match=words):
-      table.run_table(config, CFG, np.array([[1, 1, 14, 9]] * 40), devices, chip)
+      table.run_table(config, TWO_B, np.array([[1, 1, 14, 9]] * 40), devices, chip)
   with pytest.raises(ConfigError, match="batch_size = 32, but an epoch reads only 20 samples"):
-    table.run_table(config, CFG, np.array([[1, 1, 14, 9]] * 20), "64", "v5e")
+    table.run_table(config, TWO_B, np.array([[1, 1, 14, 9]] * 20), "64", "v5e")
 
 
 def test_a_count_of_devices_that_can_not_hold_the_samples_has_a_note(config):
   lengths = np.array([[1, 1, 14, 9]] * 39 + [[2048, 8, 14, 100]])
-  out = table.run_table(config, CFG, lengths, "1,2", "h100")
+  out = table.run_table(config, TWO_B, lengths, "1,2", "h100")
   assert [line.split()[0] for line in out.splitlines()[1:3]] == ["2", "2"] and out.splitlines()[
     1
   ].endswith("yes")
@@ -303,5 +273,5 @@ def test_a_count_of_devices_that_can_not_hold_the_samples_has_a_note(config):
     and "sample 39 has 2,048 frames" in out
   )
   assert "DOES NOT FIT: this run does not fit 1 x TPU v5 lite" in table.run_table(
-    config, CFG, lengths[:39], "1", "v5e"
+    config, TWO_B, lengths[:39], "1", "v5e"
   )

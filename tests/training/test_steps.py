@@ -14,6 +14,7 @@ from flax import nnx
 from gradient import abstract_step
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packed import one_each
+from released import TWO_B
 
 from xcomp_jax.bench.parts import flops
 from xcomp_jax.checkpoints import loading
@@ -21,12 +22,8 @@ from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import (
   ConfigError,
-  LLMConfig,
-  LPCompConfig,
   MeshConfig,
   TrainConfig,
-  VisionConfig,
-  VLMConfig,
 )
 from xcomp_jax.data import blend, packing, pipeline, prompt
 from xcomp_jax.data.batch import Length, Shape, batch_spec
@@ -391,32 +388,7 @@ def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
 def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_run, tmp_path):
   # Counted over the traced program, recomputation included: 1,024 frames and 512 text tokens.
   config = tiny_run(tmp_path, **{"train.projector_max_frames": 512, "model.dtype": "bfloat16"})
-  cfg = VLMConfig(
-    vision=VisionConfig(
-      image_size=448, patch_size=16, width=1024, layers=23, heads=16, mlp_width=4096, table="umt-hd"
-    ),
-    llm=LLMConfig(
-      vocab_size=151936,
-      width=1536,
-      layers=28,
-      heads=12,
-      kv_heads=2,
-      head_dim=128,
-      mlp_width=8960,
-      rope_theta=1e6,
-      rope_scaling=None,
-      norm_eps=1e-6,
-      tied=True,
-      context=None,
-    ),
-    lp_comp=LPCompConfig("cosine", "suffix", 16),
-    clip_frames=8,
-    tokens_per_frame=16,
-    dtype="bfloat16",
-    clips_per_chunk=4,
-    attention="einsum",
-    remat=True,
-  )
+  cfg = dataclasses.replace(TWO_B, attention="einsum")
   step, arguments = abstract_step(
     config, cfg, batch_spec(Shape(1, 1, 16, 1024, 512), ((16, 1024), ml_dtypes.bfloat16))
   )

@@ -2,27 +2,23 @@
 names is there.
 """
 
-import argparse
 import ast
-import importlib
-import pathlib
 import re
 import shlex
 import tomllib
 
 import pytest
 import yaml
+from parsers import ROOT, parser
 
 from xcomp_jax.config_io import from_command_line
 
-ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [
   *(
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "launch/README.md", "docker/README.md")
   ),
-  *(
-    page for page in sorted(ROOT.glob("docs/**/*.md")) if page.name != "LOG.md"
-  ),  # which says what was run when it was
+  # the log says what was run when it was
+  *(page for page in sorted(ROOT.glob("docs/**/*.md")) if page.name != "LOG.md"),
 ]
 
 
@@ -48,29 +44,6 @@ def commands(text):
       found := re.match(r"python -m xcomp_jax\.(\w+) (.+)", " ".join(code.split()))
     ) and "..." not in code:
       yield found[1], shlex.split(found[2])
-
-
-class Met(Exception):
-  """Instead of parsing."""
-
-
-def command(program):
-  """The module that a program is: of a package its __main__."""
-  package = (ROOT / "xcomp_jax" / program).is_dir()
-  return importlib.import_module(f"xcomp_jax.{program}" + ".__main__" * package)
-
-
-def parser(program, monkeypatch):
-  """The one that a program makes."""
-
-  def meet(self, *_):
-    raise Met(self)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(argparse.ArgumentParser, "parse_known_args", meet)
-    with pytest.raises(Met) as met:
-      command(program).main([])
-  return met.value.args[0]
 
 
 def take(program, arguments, monkeypatch):

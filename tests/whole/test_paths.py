@@ -9,12 +9,11 @@ import re
 import typing
 
 import pytest
-from test_docs import parser
+from parsers import ROOT, parser
 
 from xcomp_jax import config, config_io, files
 from xcomp_jax.data import mixture
 
-ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = [
   f.parent.name if f.stem == "__main__" else f.stem
   for pattern in ("*.py", "*/__main__.py")

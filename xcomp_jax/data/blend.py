@@ -84,9 +84,8 @@ class Blend:
     """The samples of an epoch, ascending; one that is read twice is there twice.
 
     A store is gone through in random order again and again, and an epoch takes what comes next, so
-    no sample is read
-    a second time before all others were read once: with a weight of 0.25 four epochs read all of
-    it.
+    no sample is read a second time before all others were read once: with a weight of 0.25 four
+    epochs read all of it.
     """
     out = []
     for number, (store, count) in enumerate(zip(self.stores, self._counts())):

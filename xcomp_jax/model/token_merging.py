@@ -55,8 +55,7 @@ def match(
 
   Returns:
     score float32[C, A], cosine similarity to the best partner; partner int32[C, A], which B token
-    that is; and order
-    int32[C, A], A tokens by descending score: the first ones get merged.
+    that is; and order int32[C, A], A tokens by descending score: the first ones get merged.
   """
   y = metric(x, heads)
   y = y / jnp.linalg.norm(y, axis=-1, keepdims=True)

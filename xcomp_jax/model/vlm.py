@@ -28,7 +28,6 @@ from xcomp_jax.model.token_merging import Projector, merge
 from xcomp_jax.model.umt import Vision
 from xcomp_jax.parallel.mesh import constrain, divides, parts
 
-VOCABULARY = "vocabulary"  # name in compiled programs of what is there once, whatever the layers
 LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
 # and at most in all, since every device that has some of the words has all rows
 GATHERED_ROWS = 16 * LOGIT_ROWS
@@ -139,7 +138,6 @@ def place_tokens(
   visual = model.projector(features)
   visual = visual.reshape(len(visual), -1, visual.shape[-1])
 
-  @jax.named_scope(VOCABULARY)
   def embed(tokens):
     # Text is little: it stays in one piece until it is part of a sequence, and every device looks
     # up the words it has.
@@ -281,7 +279,6 @@ def predictions(
   """
   samples, slots = _beside_words(model)
 
-  @jax.named_scope(VOCABULARY)
   def one(part):
     rows, targets = (constrain(x, samples, slots) for x in part)
     logits, supervised = model.llm.logits(rows), targets != IGNORE  # [B, r, V], [B, r]

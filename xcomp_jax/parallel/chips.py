@@ -49,12 +49,11 @@ class Chip:
   name: in options. kind: regular expression for whole words of `jax.Device.device_kind`. flops:
   operations of 16-bit matrix products.
   flops32: of 32-bit ones at highest precision. memory: bytes. reserve: bytes of these that programs
-  can't have. bandwidth: bytes
-  from and to memory. link: bytes that one link of a TPU sends, or all links of a GPU. ring: number
-  of chips along an axis of a TPU's torus from which on the axis is a closed ring; 0 for GPUs.
-  capability: compute capability of a GPU. network: bytes that all
-  adapters of a host with eight GPUs send. gpu: what the compiler asks; None: it can't compile for
-  the chip.
+  can't have. bandwidth: bytes from and to memory. link: bytes that one link of a TPU sends, or all
+  links of a GPU. ring: number of chips along an axis of a TPU's torus from which on the axis is a
+  closed ring; 0 for GPUs. capability: compute capability of a GPU. network: bytes that all adapters
+  of a host with eight GPUs send. gpu: what the compiler asks; None: it can't compile for the
+  chip.
   """
 
   name: str

@@ -42,9 +42,8 @@ LOGICAL: dict[str, tuple[str, ...]] = {
 }
 
 # Path of a parameter -> logical axis per dimension; of several matches the one that splits into
-# most parts counts, then the
-# first. Kernels are [in, out]: what widens puts its outputs on `tensor`, what narrows its inputs,
-# so a block needs one sum over `tensor`.
+# most parts counts, then the first. Kernels are [in, out]: what widens puts its outputs on
+# `tensor`, what narrows its inputs, so a block needs one sum over `tensor`.
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(q|k|v|qkv)/kernel", ("embed", "heads")),
   (r"(gate|up|fc1|patch_embed)/kernel", ("embed", "mlp")),
