@@ -97,7 +97,7 @@ def _sayings(tree: ast.AST) -> set[ast.AST]:
 
 def _between(lines: list[str], left: ast.expr, right: ast.expr, word: str) -> tuple | None:
   """Where an operator stands between two operands; None unless all is on one line."""
-  if left.end_lineno != right.lineno:
+  if left.end_lineno != right.lineno or left.end_col_offset is None:
     return None
   line = lines[left.end_lineno - 1].encode()
   between = line[left.end_col_offset : right.col_offset].decode()
@@ -108,7 +108,7 @@ def _between(lines: list[str], left: ast.expr, right: ast.expr, word: str) -> tu
   return left.end_lineno, start, start + len(word)
 
 
-SYMBOLS = {
+SYMBOLS: dict[type, str] = {
   ast.Lt: "<",
   ast.LtE: "<=",
   ast.Gt: ">",
@@ -162,7 +162,7 @@ def mutations(text: str) -> list[tuple[str, int, int, int, str]]:
     elif isinstance(node, ast.BinOp) and type(node.op) in SYMBOLS:
       word = SYMBOLS[type(node.op)]
       put("operator", _between(lines, node.left, node.right, word), SWAPPED[word])
-    elif isinstance(node, ast.Constant) and type(node.value) in (int, bool, float):
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
       place = (node.lineno, node.col_offset, node.end_col_offset)
       kind = "default" if node in defaults else "bound"
       if isinstance(node.value, bool):
