@@ -77,11 +77,11 @@ def right_answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> 
   tokenizer, right = prompt.load_tokenizer(directory), np.zeros(len(data), bool)
   lengths = measure_lengths(data, tokenizer, config.data.mask)
   shape = Shape(
-    ROWS,
-    1,
-    config.data.prefix_length,
-    max(n.frames for n in lengths),
-    max(n.text for n in lengths),
+    rows=ROWS,
+    samples=1,
+    prefix=config.data.prefix_length,
+    frames=max(n.frames for n in lengths),
+    text=max(n.text for n in lengths),
   )
   for first in range(0, len(data), ROWS):
     part = range(first, min(first + ROWS, len(data)))

@@ -119,12 +119,16 @@ def test_a_profile_is_a_trace_of_one_more_call(tmp_path):
 
 
 def test_a_training_step_is_timed_as_often_as_wanted():
-  gradient, _ = parts.training_parts(SMALL, Shape(1, 2, 8, 16, 32), "float32")
+  gradient, _ = parts.training_parts(
+    SMALL, Shape(rows=1, samples=2, prefix=8, frames=16, text=32), "float32"
+  )
   call, _, _ = bench.compile_part(gradient)
   # the sums of the first call are an argument of the second
   losses = [float(call()[0].sum()) for _ in range(2)]
   assert losses[0] == losses[1] > 0
-  _, apply = parts.training_parts(SMALL, Shape(1, 2, 8, 16, 32), "float32")
+  _, apply = parts.training_parts(
+    SMALL, Shape(rows=1, samples=2, prefix=8, frames=16, text=32), "float32"
+  )
   call, _, _ = bench.compile_part(apply)
   assert [bool(call()["finite"]) for _ in range(2)] == [True, True]
 

@@ -88,7 +88,7 @@ def test_every_supervised_token_but_the_first_is_a_target_exactly_once():
 
 def test_text_alone_lies_after_the_empty_slot():
   e = example(frames=0, prefix=0, text=5)
-  batch = collate([[e]], Shape(1, 1, 4, 0, 6))
+  batch = collate([[e]], Shape(rows=1, samples=1, prefix=4, frames=0, text=6))
   assert (
     batch.visual.shape == (1, 0, 2, 3)
     and batch.frames[0, 0] == 0
@@ -131,7 +131,14 @@ def test_what_does_not_fit_is_named(bad, fields):
     collate([[first]] * 3, SHAPE)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, Shape(3, 1, 4, 0, 6), Shape(1, 3, 4, 8, 16)])
+@pytest.mark.parametrize(
+  "shape",
+  [
+    SHAPE,
+    Shape(rows=3, samples=1, prefix=4, frames=0, text=6),
+    Shape(rows=1, samples=3, prefix=4, frames=8, text=16),
+  ],
+)
 def test_spec_and_fake_batch_have_the_shapes_of_collate(shape):
   e = example(frames=min(shape.frames, 4), prefix=3 if shape.frames else 0)
   spec = batch_spec(shape, ((2, 3), np.float32))

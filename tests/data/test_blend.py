@@ -134,7 +134,7 @@ def test_training_reads_the_blend(stores, reference):
     threads=2,
     prefetch=2,
   )
-  shape = Shape(6, 1, 16, 4, 64)
+  shape = Shape(rows=6, samples=1, prefix=16, frames=4, text=64)
   plan = [[Micro(shape, tuple((i,) for i in step))] for step in blends.run_order(blend, 6, 0, 2)]
   assert len(plan) == 2 * (19 // 6)
   order = []

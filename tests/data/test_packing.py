@@ -35,7 +35,11 @@ def costs(lengths, groups: int = 2) -> Slots:
   return Slots(groups, lengths[:, 0] ** 2 // 500)
 
 
-SHAPES = (Shape(2, 3, 16, 1024, 3200), Shape(2, 8, 16, 512, 1500), Shape(4, 12, 16, 1024, 1500))
+SHAPES = (
+  Shape(rows=2, samples=3, prefix=16, frames=1024, text=3200),
+  Shape(rows=2, samples=8, prefix=16, frames=512, text=1500),
+  Shape(rows=4, samples=12, prefix=16, frames=1024, text=1500),
+)
 ROOM = ShapeRoom(groups=2, parts=4, step=4, samples=32, prefix=16, frames=4096, text=32768)
 
 
@@ -89,16 +93,22 @@ def test_samples_that_fit_one_shape_only_get_it():
 
 def test_the_load_of_row_groups_is_evened_out():
   lengths = np.array([[512, 8, 14, 30]] * 2 + [[128, 8, 14, 30]] * 4)
-  (micro,) = packing.pack_steps(lengths, [range(6)], [Shape(2, 6, 16, 1024, 500)], costs(lengths))[
-    0
-  ]
+  (micro,) = packing.pack_steps(
+    lengths,
+    [range(6)],
+    [Shape(rows=2, samples=6, prefix=16, frames=1024, text=500)],
+    costs(lengths),
+  )[0]
   assert [sorted(lengths[list(row), 0]) for row in micro.rows] == [[128, 128, 512]] * 2
 
 
 def test_transfers_decide_how_many_micro_batches_there_are():
   lengths, shapes = (
     np.array([[96, 8, 14, 30]] * 6),
-    (Shape(1, 2, 16, 200, 80), Shape(1, 8, 16, 1000, 400)),
+    (
+      Shape(rows=1, samples=2, prefix=16, frames=200, text=80),
+      Shape(rows=1, samples=8, prefix=16, frames=1000, text=400),
+    ),
   )
   counts = []
   for transfers in (0, 10_000):
@@ -142,8 +152,8 @@ def test_data_of_one_kind_has_shapes_too(kind):
 def test_shapes_of_a_config():
   # larger than those that are chosen may be
   assert packing.named_shapes([(4, 8, 1024, 512), (2, 1, 8192, 64)], ROOM) == (
-    Shape(2, 1, 16, 8192, 64),
-    Shape(4, 8, 16, 1024, 512),
+    Shape(rows=2, samples=1, prefix=16, frames=8192, text=64),
+    Shape(rows=4, samples=8, prefix=16, frames=1024, text=512),
   )
   for sizes, problem in (
     ((3, 8, 1024, 512), "3 rows can't be split over data x fsdp = 2"),

@@ -315,7 +315,7 @@ def test_processes_whose_devices_lie_apart_read_their_own_clips(store, tokenizer
 
 
 def test_a_process_reads_the_rows_that_its_devices_hold(store, tokenizer):
-  shape = Shape(8, 1, 16, 16, 64)
+  shape = Shape(rows=8, samples=1, prefix=16, frames=16, text=64)
   plan = [[Micro(shape, tuple((i,) for i in range(8)))]]
 
   def items(*rows):
@@ -335,7 +335,9 @@ def test_a_hosts_clips_of_a_call_are_neighbours(store, tokenizer):
     tokenizer,
     devices=8,
     mine=mine,
-    plan=[[Micro(Shape(2, 7, 16, 56, 320), ((0, 2, 4, 8), (5, 12, 7)))]],
+    plan=[
+      [Micro(Shape(rows=2, samples=7, prefix=16, frames=56, text=320), ((0, 2, 4, 8), (5, 12, 7)))]
+    ],
   ):
     if isinstance(item, TowerCall) and item.frames.shape[1] == CLIP:
       samples = item.frames[:, 0, 0, 0, 0].tolist()

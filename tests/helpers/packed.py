@@ -12,5 +12,7 @@ def one_each(examples, frames, prefix, text, rows=None):
   )
   kind = visual.shape[1:], visual.dtype
   return collate(
-    [[e] for e in examples], Shape(rows or len(examples), 1, prefix, frames, text), kind
+    [[e] for e in examples],
+    Shape(rows=rows or len(examples), samples=1, prefix=prefix, frames=frames, text=text),
+    kind,
   )

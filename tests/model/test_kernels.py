@@ -143,7 +143,10 @@ def test_prefill_decoding_scores_and_gradients_are_those_by_einsum(kind, on):
   # A video, one of half the length with less text, and a sample without one: its first slots are
   # padding.
   batch = fake_batch(
-    batch_spec(Shape(3, 1, 14, 112, 96), ((16, cfg.vision.width), dtype)), cfg.llm.vocab_size
+    batch_spec(
+      Shape(rows=3, samples=1, prefix=14, frames=112, text=96), ((16, cfg.vision.width), dtype)
+    ),
+    cfg.llm.vocab_size,
   )
   batch = dataclasses.replace(
     batch,

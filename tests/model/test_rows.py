@@ -203,7 +203,8 @@ def test_the_last_visual_token_of_a_sample_far_into_a_row_is_found(tiny):
   # frames times tokens of a row are more than int32 holds
   frames = np.array([[9000, 7000]], np.int32)
   batch = dataclasses.replace(
-    batch_spec(Shape(1, 2, 1, 16000, 1), ((16, 32), np.float32)), frames=jnp.asarray(frames)
+    batch_spec(Shape(rows=1, samples=2, prefix=1, frames=16000, text=1), ((16, 32), np.float32)),
+    frames=jnp.asarray(frames),
   )
   x = jnp.arange(2 + 16 * 16000 + 1, dtype=jnp.float32)[None, :, None]
   rows = vlm.supervised_rows(model, x, batch)[0, :, 0]

@@ -182,7 +182,7 @@ def test_parameters_are_a_tree_per_layer(tiny):
 
 
 def test_a_spec_and_its_fake_have_the_shapes_of_a_batch(mixed):
-  spec = batch_spec(Shape(3, 1, 8, 48, 16), ((16, 32), np.float32))
+  spec = batch_spec(Shape(rows=3, samples=1, prefix=8, frames=48, text=16), ((16, 32), np.float32))
   for made in (one_each(mixed, 48, 8, 16), fake_batch(spec, vocab_size=64)):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(
       lambda a: (a.shape, a.dtype), spec
@@ -256,7 +256,9 @@ def test_losses_in_chunks_are_those_of_all_logits(tiny, rows):
 def test_logits_of_a_large_vocabulary_never_exist_at_once(tiny):
   cfg = tiny(llm=dataclasses.replace(tiny().llm, vocab_size=50_000))
   graph, state = nnx.split(nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0))))
-  batch = batch_spec(Shape(1, 1, 16, 8, 8192), ((16, 32), np.float32))
+  batch = batch_spec(
+    Shape(rows=1, samples=1, prefix=16, frames=8, text=8192), ((16, 32), np.float32)
+  )
 
   def loss(state, batch):
     return vlm.loss(nnx.merge(graph, state), batch).sum()

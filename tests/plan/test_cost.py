@@ -126,7 +126,9 @@ def test_time_is_the_largest_and_unknown_devices_have_none():
 def test_what_attention_gave_is_not_computed_again_for_the_gradient(tiny, monkeypatch):
   cfg = tiny(attention="tiled", remat=True)
   graph, state = nnx.split(nnx.eval_shape(lambda: vlm.VLM(cfg, rngs=nnx.Rngs(0))))
-  batch = batch_spec(Shape(1, 1, 16, 32, 48), ((16, cfg.vision.width), np.float32))
+  batch = batch_spec(
+    Shape(rows=1, samples=1, prefix=16, frames=32, text=48), ((16, cfg.vision.width), np.float32)
+  )
 
   def products():
     def loss(state, batch):

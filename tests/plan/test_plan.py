@@ -186,15 +186,22 @@ def test_released_sizes_are_known_without_a_network():
 def test_without_data_a_sample_fills_a_row_of_every_row_group():
   made = programs.make(paper(), None)
   assert dict(made.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
-  assert made.shapes == (Shape(8, 1, 16, 1024, 512),) and [len(step) for step in made.steps] == [4]
+  assert made.shapes == (Shape(rows=8, samples=1, prefix=16, frames=1024, text=512),) and [
+    len(step) for step in made.steps
+  ] == [4]
   made = programs.make(paper("--config.mesh.context=2"), None, frames=4096, text=600)
-  assert made.mesh.shape["fsdp"] == 4 and made.shapes == (Shape(4, 1, 16, 4096, 600),)
+  assert made.mesh.shape["fsdp"] == 4 and made.shapes == (
+    Shape(rows=4, samples=1, prefix=16, frames=4096, text=600),
+  )
   made = programs.make(paper("--config.data.shapes=((8,4,1024,512),(16,1,8,256))"), None)
-  assert made.shapes == (Shape(8, 4, 16, 1024, 512), Shape(16, 1, 16, 8, 256))
+  assert made.shapes == (
+    Shape(rows=8, samples=4, prefix=16, frames=1024, text=512),
+    Shape(rows=16, samples=1, prefix=16, frames=8, text=256),
+  )
   assert programs.asked_programs(made, ("gradient", "apply", "prefill")) == [
     *(("gradient", shape) for shape in made.shapes),
     ("apply", None),
-    ("prefill", Shape(8, 1, 16, 1024, 512)),
+    ("prefill", Shape(rows=8, samples=1, prefix=16, frames=1024, text=512)),
   ]
 
 
@@ -218,7 +225,7 @@ def test_lengths_choose_mesh_and_shapes():
 def test_seconds_of_a_step_are_those_of_its_programs():
   config = paper("--config.train.batch_size=6", "--config.model.clips_per_chunk=4")
   lengths = np.array([[1024, 8, 14, 500], [64, 8, 14, 100], [1, 1, 14, 50]] * 2)
-  shape = Shape(2, 4, 16, 1024, 1024)
+  shape = Shape(rows=2, samples=4, prefix=16, frames=1024, text=1024)
   named = dataclasses.replace(
     config, data=dataclasses.replace(config.data, shapes=((2, 4, 1024, 1024),))
   )

@@ -34,7 +34,10 @@ def program(cfg) -> str:
   )
   number = jax.ShapeDtypeStruct((), np.float32)
   state, sums = steps.TrainState(trained, frozen, None), steps.Sums(trained, number, number, number)
-  batch = batch_spec(Shape(1, 1, 16, FRAMES, 48), ((16, cfg.vision.width), np.float32))
+  batch = batch_spec(
+    Shape(rows=1, samples=1, prefix=16, frames=FRAMES, text=48),
+    ((16, cfg.vision.width), np.float32),
+  )
   step = jax.jit(
     steps.grad_step, static_argnames=("graph", "projector_max_frames"), donate_argnames="sums"
   )

@@ -57,7 +57,7 @@ def test_real_operations_are_those_that_metrics_counts(config):
   lengths = mixture(64)
   plan = forecast.Schedule(
     (1, 1, 1, 1),
-    (Shape(1, 16, 16, 4096, 8192),),
+    (Shape(rows=1, samples=16, prefix=16, frames=4096, text=8192),),
     costs.mesh_costs(
       TWO_B, config.train, (1, 1, 1, 1), costs.rates(forecast.chips("h100", 1)), lengths
     ),
@@ -72,7 +72,10 @@ def test_real_operations_are_those_that_metrics_counts(config):
 
 @pytest.mark.pure
 def test_a_full_row_has_no_padding_but_what_attention_can_not_leave_out():
-  sample, row = [Length(1024, 8, 16, 512)], Shape(1, 1, 16, 1024, 512)
+  sample, row = (
+    [Length(1024, 8, 16, 512)],
+    Shape(rows=1, samples=1, prefix=16, frames=1024, text=512),
+  )
   real, executed = metrics.forward_flops(TWO_B, sample, False), costs.row_flops(TWO_B, row)
   device = costs.rates(forecast.chips("h100", 1))
   attended = costs.attention_flops(TWO_B, sample, device)
@@ -91,7 +94,7 @@ def test_links_and_memory_are_near_those_of_compiled_programs(config):
   ):
     device = costs.rates(forecast.chips(chip, devices))
     one = costs.mesh_costs(TWO_B, config.train, (1, devices, 1, 1), device, mixture(1))
-    spent = one.spent(Shape(devices, 1, 16, 1024, 512))
+    spent = one.spent(Shape(rows=devices, samples=1, prefix=16, frames=1024, text=512))
     assert spent["memory"] * device.bandwidth == pytest.approx(hbm, rel=0.25)
     # and as much again for gradients
     assert spent["links"] * device.links == pytest.approx(2 * gathered, rel=0.1)
@@ -146,7 +149,7 @@ def test_context_splits_what_sums_gather(config):
   one, two = (
     costs.mesh_costs(TWO_B, config.train, (1, 8 // n, 1, n), device, lengths) for n in (1, 2)
   )
-  shape = Shape(8, 4, 16, 1024, 1024)
+  shape = Shape(rows=8, samples=4, prefix=16, frames=1024, text=1024)
   assert two.price(dataclasses.replace(shape, rows=4))[0] == pytest.approx(one.price(shape)[0] / 2)
   assert (two.attention * 2 == pytest.approx(one.attention, abs=2)) and two.spent(shape)[
     "links"
@@ -163,8 +166,8 @@ def test_a_mesh_or_shapes_of_the_config_are_taken(config):
   )
   plan = forecast.schedule_run(named, TWO_B, lengths, devices)
   assert plan.mesh == (1, 4, 1, 2) and plan.shapes == (
-    Shape(4, 8, 16, 1024, 3328),
-    Shape(4, 30, 16, 2048, 4000),
+    Shape(rows=4, samples=8, prefix=16, frames=1024, text=3328),
+    Shape(rows=4, samples=30, prefix=16, frames=2048, text=4000),
   )
   heldout = forecast.schedule_run(named, TWO_B, mixture(20, seed=1), devices, plan)
   assert (
@@ -201,7 +204,7 @@ def test_a_tower_that_learns_is_computed_with_its_rows(config):
   plan = [
     forecast.Schedule(
       (1,) * 4,
-      (Shape(1, 32, 16, 8192, 16384),),
+      (Shape(rows=1, samples=32, prefix=16, frames=8192, text=16384),),
       costs.mesh_costs(TWO_B, t, (1,) * 4, device, lengths),
     )
     for t in (config.train, train)

@@ -209,7 +209,10 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_overwritten(tiny_run,
 def test_a_compilation_that_no_new_shape_explains_is_said():
   said = []
   compilations = metrics.Compilations("grad_step", "apply_step", "eval_step")
-  specs = [loop.describe_shape(Shape(rows, 2, 8, 16, 32)) for rows in (1, 2)]
+  specs = [
+    loop.describe_shape(Shape(rows=rows, samples=2, prefix=8, frames=16, text=32))
+    for rows in (1, 2)
+  ]
 
   def call(name, what, compiles):
     for _ in range(compiles):

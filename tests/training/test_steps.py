@@ -244,7 +244,8 @@ def test_losses_and_gradients_on_features_are_those_on_frames(
     it = Prepared(config, 1)
     data = prepare.open_data(folder, it.cfg)
     micro = packing.Micro(
-      Shape(4, 3, 80, 32, 400), tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3))
+      Shape(rows=4, samples=3, prefix=80, frames=32, text=400),
+      tuple(tuple(range(i, i + 3)) for i in range(0, 12, 3)),
     )
     lengths, encoder = (
       blend.measure_lengths(data, tokenizer, "assistant"),
@@ -358,7 +359,9 @@ def test_flops_of_a_batch_are_those_that_xla_counts(tiny):
   def near(flops):
     return pytest.approx(flops, rel=0.1)
 
-  features = batch_spec(Shape(1, 1, 4, 16, 8), ((16, 256), np.float32))
+  features = batch_spec(
+    Shape(rows=1, samples=1, prefix=4, frames=16, text=8), ((16, 256), np.float32)
+  )
   clips = jax.ShapeDtypeStruct((2, 8, 48, 48, 3), np.uint8)
   flops = metrics.forward_flops(cfg, [Length(16, 8, 4, 8)], pixels=True)
   assert flops["projector"] + flops["llm"] == near(counted(loss, features))
@@ -390,7 +393,11 @@ def test_at_the_2b_sizes_a_step_on_features_costs_a_sixth_of_one_on_frames(tiny_
   config = tiny_run(tmp_path, **{"train.projector_max_frames": 512, "model.dtype": "bfloat16"})
   cfg = dataclasses.replace(TWO_B, attention="einsum")
   step, arguments = abstract_step(
-    config, cfg, batch_spec(Shape(1, 1, 16, 1024, 512), ((16, 1024), ml_dtypes.bfloat16))
+    config,
+    cfg,
+    batch_spec(
+      Shape(rows=1, samples=1, prefix=16, frames=1024, text=512), ((16, 1024), ml_dtypes.bfloat16)
+    ),
   )
   features = flops(step, *arguments)
   graph, state = nnx.split(loading.abstract(cfg))

@@ -259,7 +259,10 @@ def measure_training(
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
   samples, frames, text = preset.row
   training = functools.partial(
-    parts.training_parts, cfg, Shape(1, samples, 16, frames, text), "float32"
+    parts.training_parts,
+    cfg,
+    Shape(rows=1, samples=samples, prefix=16, frames=frames, text=text),
+    "float32",
   )
   # (name, what makes the part, calls per sample)
   jobs = [

@@ -261,7 +261,10 @@ def check_step(out: pathlib.Path, small: bool) -> bool:
     llm=dataclasses.replace(cfg.llm, layers=2),
     lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(16, 9)),
   )
-  spec = batch_spec(Shape(2, 1, 16, 32 if small else 256, 96), ((16, cfg.vision.width), np.float32))
+  spec = batch_spec(
+    Shape(rows=2, samples=1, prefix=16, frames=32 if small else 256, text=96),
+    ((16, cfg.vision.width), np.float32),
+  )
   batch = fake_batch(spec, cfg.llm.vocab_size)
   batch = dataclasses.replace(
     batch,

@@ -63,7 +63,10 @@ def question_costs(
   watch, score = scoring(graph, plan, setting, rows)
   features = jax.ShapeDtypeStruct((rows, clips, 128, D), np.dtype(cfg.dtype))
   batch = batch_spec(
-    Shape(1, 1, PREFIX, kept, generate.up(TEXT, generate.TEXT_STEP)), ((16, D), cfg.dtype)
+    Shape(
+      rows=1, samples=1, prefix=PREFIX, frames=kept, text=generate.up(TEXT, generate.TEXT_STEP)
+    ),
+    ((16, D), cfg.dtype),
   )
 
   def answer(state, batch):

@@ -58,7 +58,7 @@ def length_table(lengths: Sequence[Length] | np.ndarray) -> np.ndarray:
   return np.asarray(lengths, np.int64).reshape(-1, len(Length._fields))
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@dataclasses.dataclass(kw_only=True, frozen=True, order=True)
 class Shape:
   """The arrays of a micro-batch: rows, each of which holds several samples one after the other.
 

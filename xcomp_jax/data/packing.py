@@ -98,7 +98,9 @@ class ShapeRoom:
     around = _coarse(before + min(text, self.text), self.parts)
     if around > before + self.text:
       around = _multiple(before + self.text, self.parts)
-    return Shape(self.groups, samples, self.prefix, frames, around - before)
+    return Shape(
+      rows=self.groups, samples=samples, prefix=self.prefix, frames=frames, text=around - before
+    )
 
 
 def samples_of(step: Sequence[Micro]) -> list[int]:
@@ -500,7 +502,7 @@ def named_shapes(given: Sequence[Sequence[int]], room: ShapeRoom) -> tuple[Shape
         f"{where}: the {slots} token slots beside visual ones ({samples} x {room.prefix} + {text}) "
         f"can't be split over context = {room.parts}"
       )
-    shapes.append(Shape(rows, samples, room.prefix, frames, text))
+    shapes.append(Shape(rows=rows, samples=samples, prefix=room.prefix, frames=frames, text=text))
   refuse("config.data.shapes can't be", problems)
   return _set(*shapes)
 

@@ -255,7 +255,10 @@ def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int =
   )
   before, after = split_text(example)
   slots = frames if len(visual) == clip_frames else up(len(visual), CLIP_STEP * clip_frames)
-  return collate([[example]], Shape(1, 1, before, slots, text_slots(max(text, after))))
+  return collate(
+    [[example]],
+    Shape(rows=1, samples=1, prefix=before, frames=slots, text=text_slots(max(text, after))),
+  )
 
 
 def text_slots(tokens: int, step: int = TEXT_STEP) -> int:

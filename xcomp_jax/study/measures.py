@@ -79,7 +79,7 @@ def _example(
 
 
 def _shape(rows: int, clips: int) -> Shape:
-  return Shape(rows, 1, PREFIX, clips * FRAMES, TEXT)
+  return Shape(rows=rows, samples=1, prefix=PREFIX, frames=clips * FRAMES, text=TEXT)
 
 
 def measured_setting(mode: str, frames: int) -> SelectConfig:

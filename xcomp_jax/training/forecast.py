@@ -148,7 +148,7 @@ def _first_choice(
 
 def _named(sizes: Sequence[int], data: DataConfig) -> Shape:
   rows, samples, frames, text = sizes
-  return Shape(rows, samples, data.prefix_length, frames, text)
+  return Shape(rows=rows, samples=samples, prefix=data.prefix_length, frames=frames, text=text)
 
 
 def _meshes(config: RunConfig, cfg: VLMConfig, devices: int) -> list[tuple[int, ...]]:
