@@ -130,14 +130,10 @@ class XComp(lmms):
   def _answers(self, task: str, wanted: list[Wanted], wishes: dict[str, Any]) -> list[str]:
     reader = prepare_model(self._settings(task.removeprefix(PREFIX), wishes))
     share = (self.rank, self.world_size)
-    everything = [w for part in _gathered(wanted, self.world_size) for w in part]
-    everything = sorted(
-      {w.key: w for w in everything}.values(), key=lambda w: (str(w.video), w.key)
-    )
-    folder = Answers(
-      self.out / task, reader, share, how={"batch": self.batch, "preset": self.preset}
-    )
-    with folder:
+    by_key = {w.key: w for part in _gathered(wanted, self.world_size) for w in part}
+    everything = sorted(by_key.values(), key=lambda w: (str(w.video), w.key))
+    how = {"batch": self.batch, "preset": self.preset}
+    with Answers(self.out / task, reader, share, how=how) as folder:
       answer_wanted(
         reader,
         everything,
