@@ -104,10 +104,10 @@ def shots(film: Sequence[Scene]) -> list[int]:
 def draw_film(rng: np.random.Generator, scenes: int, count: int) -> list[Scene]:
   """A film of so many scenes, `count` of them shots."""
   film = [Scene(seed=int(seed)) for seed in rng.integers(2**31, size=scenes)]
-  distinct = {name: rng.permutation(VALUES[name])[:count] for name in ("colour", "digit")}
-  free = {name: rng.choice(VALUES[name], count) for name in ("shape", "motion")}
+  values = {name: rng.permutation(VALUES[name])[:count] for name in ("colour", "digit")}
+  values |= {name: rng.choice(VALUES[name], count) for name in ("shape", "motion")}
   for k, place in enumerate(np.sort(rng.choice(scenes, count, replace=False))):
-    one = {name: str(values[k]) for name, values in (distinct | free).items()}
+    one = {name: str(drawn[k]) for name, drawn in values.items()}
     film[place] = dataclasses.replace(film[place], bars=one["colour"], **one)
   return film
 

@@ -248,12 +248,11 @@ def write_tokenizer(out: pathlib.Path, texts: Sequence[str]) -> None:
     ]
   )
   bpe.decoder = decoders.ByteLevel()
-  alphabet = pre_tokenizers.ByteLevel.alphabet()
   bpe.train_from_iterator(
     [*chat, *texts] * 2,
     trainers.BpeTrainer(
       vocab_size=VOCABULARY - len(SPECIAL),
-      initial_alphabet=sorted(alphabet),
+      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
       show_progress=False,
     ),
   )
@@ -381,14 +380,14 @@ def _annotated(split: WorldSplit, seed: int, number: int) -> tuple[list[Scene], 
   """A video's scenes and its annotation, whose `scenes` say where the answer to each question is
   shown.
   """
-  source = (seed, split.name == "heldout", number)
-  rng = np.random.default_rng(source)
+  rng = np.random.default_rng((seed, split.name == "heldout", number))
   shown = scenes(rng, int(rng.integers(split.fewest, split.most + 1)))
   kinds = list(QUESTIONS)
-  if split.questions == 1:
-    asked = [kinds[number % len(kinds)]]
-  else:
-    asked = [str(kind) for kind in rng.permutation(kinds)[: split.questions]]
+  asked = (
+    [kinds[number % len(kinds)]]
+    if split.questions == 1
+    else [str(kind) for kind in rng.permutation(kinds)[: split.questions]]
+  )
   turns = [turn(shown, kind) for kind in asked] or [(DESCRIBE, describe_scenes(shown))]
   where = [
     next(i for i, scene in enumerate(shown) if getattr(scene, kind) is not None) for kind in asked
