@@ -16,7 +16,8 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -93,12 +94,10 @@ def checkpoint_identity(directory: pathlib.Path) -> str:
 
 def session() -> dict[str, Any]:
   """Versions and device of this process, and when it began."""
-  versions = {}
+  versions = dict.fromkeys(PACKAGES)
   for package in PACKAGES:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      versions[package] = None
   device = jax.local_devices()[0]
   return {
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -117,9 +116,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple
   old = ADDED | before["settings"]
   chosen = {"checkpoint": (before["identity"], now["identity"])}
   chosen |= {k: (old.get(k), value) for k, value in now["settings"].items() if k not in FREE}
-  resolved = {k: (before[k], now[k]) for k in ("dtype", "clip_frames", "lp_comp", "qc_comp")}
-  if before["qc_comp"]:
-    resolved["qc_comp"] = ADDED | before["qc_comp"], now["qc_comp"]
+  resolved = {k: (before[k], now[k]) for k in ("dtype", "clip_frames", "lp_comp")}
+  resolved["qc_comp"] = before["qc_comp"] and ADDED | before["qc_comp"], now["qc_comp"]
 
   def differ(pairs):
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -223,7 +221,7 @@ class Answers:
       AnswersError: another process has it.
     """
     # Names of files may be no UTF-8; what takes the place of such a byte is how JSON writes it.
-    self.opened = open(self._file, "a+", encoding="utf-8", errors="backslashreplace")
+    self.opened = open(self._file, "a", encoding="utf-8", errors="backslashreplace")
     try:
       fcntl.flock(self.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -232,10 +230,8 @@ class Answers:
         f"another process writes {self._file}; give every process its own --share",
         where=self._file,
       ) from error
-    if self.opened.tell():
-      self.opened.seek(self.opened.tell() - 1)
-      if self.opened.read(1) != "\n":
-        self.opened.write("\n")  # ends the half line of a killed process
+    if self._file.read_bytes()[-1:] not in (b"", b"\n"):
+      self.opened.write("\n")  # ends the half line of a killed process
     self._write({"session": self._session})
     return self
 
@@ -288,6 +284,20 @@ def failures(lines: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, An
   """
   counts = collections.Counter((line[name], line["error"]) for line in lines if "error" in line)
   return [{name: about, "error": error, "questions": n} for (about, error), n in counts.items()]
+
+
+def count_as_wrong(failed: Sequence[Mapping[str, Any]], questions: int) -> None:
+  """Ends a command, whose results are written, with exit code 1 if questions could not be asked.
+
+  failed: see `failures`. questions: of all.
+  """
+  if failed:
+    print(
+      f"error: {sum(f['questions'] for f in failed):,} of {questions:,} questions could not be "
+      "asked, and count as wrong; the same command asks them again",
+      file=sys.stderr,
+    )
+    sys.exit(1)
 
 
 def parse_share(text: str | None) -> tuple[int, int]:
