@@ -157,18 +157,21 @@ def annotated_film(split: FilmSplit, seed: int, number: int) -> tuple[list[Scene
   film = draw_film(rng, scenes, count)
   asked = film_questions(film)
   if split.questions:
-    if rng.random() < split.described:
-      turns = [(world.DESCRIBE, describe_film(film))]
-    else:
-      turns = [(q.text, q.answer) for q in _in_turn(rng, asked, split.first)][: split.questions]
+    turns = (
+      [(world.DESCRIBE, describe_film(film))]
+      if rng.random() < split.described
+      else [(q.text, q.answer) for q in _in_turn(rng, asked, split.first)[: split.questions]]
+    )
     return film, {"conversations": world.conversation(turns)}
   while len({q.kind for q in asked}) < len(KINDS):  # another one, in which each kind can be asked
     film = draw_film(rng, scenes, count)
     asked = film_questions(film)
   by_kind = ([q for q in asked if q.kind == kind] for kind in KINDS)
   each = [of[rng.integers(len(of))] for of in by_kind]
-  turns = [(q.text, q.answer) for q in each]
-  return film, {"conversations": world.conversation(turns), "scenes": [q.scenes for q in each]}
+  return film, {
+    "conversations": world.conversation([(q.text, q.answer) for q in each]),
+    "scenes": [q.scenes for q in each],
+  }
 
 
 def _in_turn(
@@ -188,7 +191,7 @@ def _in_turn(
     same = "once" if question.kind == "order" else question.scenes
     of_kind[question.kind].setdefault(same, question)
   rows = itertools.zip_longest(*(of.values() for of in of_kind.values()))
-  return [question for row in rows for question in row if question]
+  return list(filter(None, itertools.chain.from_iterable(rows)))
 
 
 def write_films(out: pathlib.Path, split: FilmSplit, seed: int, workers: int) -> None:
