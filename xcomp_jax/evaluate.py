@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xcomp_jax import cli, files
-from xcomp_jax.evaluation.answers import Answers, Wanted, count_as_wrong, parse_share
+from xcomp_jax.evaluation.answers import Answers, Wanted, count_as_wrong, failures, parse_share
 from xcomp_jax.evaluation.benchmarks import (
   TASKS,
   BenchmarkQuestion,
@@ -83,21 +83,25 @@ def questions_of_command(
 def results(
   task: Task,
   questions: Sequence[BenchmarkQuestion],
-  asked: Sequence[Wanted],
+  lines: Sequence[dict[str, Any]],
   answers: Answers,
   about: dict[str, Any],
 ) -> dict[str, Any]:
-  """All that results.json holds; about: where the questions come from."""
+  """All that results.json holds.
+
+  lines: about each question, of `answers`. about: where the questions come from.
+  """
   spent = collections.Counter()  # seconds by what they went into
-  for w in asked:
-    spent.update(answers.lines[w.key].get("seconds", {}))
-  pairs = ((q, answers.answer(w)) for q, w in zip(questions, asked, strict=True))
+  for line in lines:
+    spent.update(line.get("seconds", {}))
+  given = (line.get("answer") for line in lines)
   return {
     "task": task.name,
     **about,
-    "score": score_answers(task, pairs),
-    "failed": answers.failed(asked),
-    "shortened": answers.shortened(asked),
+    "score": score_answers(task, zip(questions, given, strict=True)),
+    "failed": failures(lines, "video"),
+    # videos whose end could not be read, and how many seconds of it
+    "shortened": {line["video"]: line["lost"] for line in lines if "lost" in line},
     "made_with": answers.settings,
     "sessions": answers.sessions(),
     "seconds": {name: round(s, 2) for name, s in spent.items()},
@@ -105,16 +109,14 @@ def results(
 
 
 def sample_lines(
-  task: Task, questions: Sequence[BenchmarkQuestion], asked: Sequence[Wanted], answers: Answers
+  task: Task, questions: Sequence[BenchmarkQuestion], lines: Sequence[dict[str, Any]]
 ) -> str:
   """All that samples.jsonl holds: a line per question, in the order of the annotations."""
-  lines = []
-  for q, w in zip(questions, asked, strict=True):
-    letter, right = task.judge(answers.answer(w), q.options, q.answer)
-    lines.append(
-      {"id": q.id, "right": right, "letter": letter, "truth": q.answer} | answers.lines[w.key]
-    )
-  return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+  samples = []
+  for q, line in zip(questions, lines, strict=True):
+    letter, right = task.judge(line.get("answer"), q.options, q.answer)
+    samples.append({"id": q.id, "right": right, "letter": letter, "truth": q.answer} | line)
+  return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
 
 
 def results_table(found: dict[str, Any]) -> str:
@@ -180,17 +182,18 @@ def evaluate_command(
       **parts,
     )
   answers.read()
-  if left := answers.missing(asked):
+  if left := sum(w.key not in answers.lines for w in asked):
     print(
       f"{left:,} of {len(asked):,} questions are left for other shares; the last one writes "
       f"{args.out / 'results.json'}",
       file=sys.stderr,
     )
     return None
-  found = results(task, questions, asked, answers, about)
-  lines = sample_lines(task, questions, asked, answers)
+  lines = [answers.lines[w.key] for w in asked]
+  found = results(task, questions, lines, answers, about)
+  samples = sample_lines(task, questions, lines)
   # as in `Answers`
-  files.write_file(args.out / "samples.jsonl", lines.encode("utf-8", "backslashreplace"))
+  files.write_file(args.out / "samples.jsonl", samples.encode("utf-8", "backslashreplace"))
   files.write_json(args.out / "results.json", found, indent=2)
   return found
 

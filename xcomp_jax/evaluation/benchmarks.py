@@ -285,9 +285,11 @@ def read_questions(
     TaskError: no annotations of this task; the message says where. fields: `faults`, for each
       reason the fields of its error, the `file` and numbers of `questions`.
   """
-  files = [annotations]
-  if annotations.is_dir():
-    files = sorted(f for f in annotations.iterdir() if f.suffix in (".json", ".jsonl"))
+  files = (
+    sorted(f for f in annotations.iterdir() if f.suffix in (".json", ".jsonl"))
+    if annotations.is_dir()
+    else [annotations]
+  )
   found: list[BenchmarkQuestion] = []
   faults: dict[tuple[pathlib.Path, str], dict[str, Any]] = {}  # by the file and the reason
   for file in files:

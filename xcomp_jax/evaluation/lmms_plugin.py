@@ -22,7 +22,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from xcomp_jax import cli, files
-from xcomp_jax.evaluation.answers import Answers, AnswersError, Wanted
+from xcomp_jax.evaluation.answers import Answers, AnswersError, Wanted, failures
 from xcomp_jax.evaluation.lmms_tasks import FAILED, PREFIX
 from xcomp_jax.evaluation.presets import preset
 from xcomp_jax.evaluation.runner import answer_wanted
@@ -30,6 +30,7 @@ from xcomp_jax.inference.video_model import (
   COMPILED,
   AskSettings,
   add_options,
+  option_of,
   prepare_model,
   settings_of,
 )
@@ -80,10 +81,8 @@ class XComp(lmms):
         value=batch_size,
       )
     self.batch = int(batch_size)
-    self.options = [
-      f"--{key.replace('_', '-')}={value}"
-      for key, value in ({"checkpoint": checkpoint} | more).items()
-    ]
+    given = {"checkpoint": checkpoint} | more
+    self.options = [f"{option_of(key)}={value}" for key, value in given.items()]
     self.device = "cpu"  # where the harness puts the counts that its processes exchange
     self._settings("", {})  # what is wrong with the options shows at once
 
@@ -147,7 +146,7 @@ class XComp(lmms):
       folder.lines |= {
         key: line for key, line in lines.items() if "answer" in line or key not in folder.lines
       }
-    failed = folder.failed(everything)
+    failed = failures([folder.lines.get(w.key, {}) for w in everything], "video")
     if self.rank == 0:
       made = {"made_with": folder.settings, "sessions": folder.sessions(), "failed": failed}
       files.write_json(folder.folder / "run.json", made, indent=2)

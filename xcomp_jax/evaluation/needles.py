@@ -60,6 +60,8 @@ from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.synthetic import world
 
+Ask = Callable[..., tuple[str, np.ndarray]]  # as `ask_needle`
+
 
 def ask_needle(
   reader: VideoModel,
@@ -108,8 +110,7 @@ class NeedleSearch:
     needles: Sequence[Needle],
     hay: Float[np.ndarray, "T N D"],
     film: str | None,
-    *,
-    ask: Callable[..., tuple[str, np.ndarray]] = ask_needle,
+    ask: Ask = ask_needle,
   ):
     self.reader, self.model, self.needles, self.hay, self.film = reader, model, needles, hay, film
     self.ask_needle = ask
@@ -164,7 +165,7 @@ def search(
   answers: Answers,
   film: str | None,
   seed: int,
-  **parts: Any,
+  ask: Ask,
 ) -> None:
   """Asks what has no answer yet.
 
@@ -175,7 +176,7 @@ def search(
     answers: where they go.
     film: the haystack; None: a synthetic one.
     seed: of that.
-    parts: see `NeedleSearch`.
+    ask: see `NeedleSearch`.
 
   Raises:
     VideoError, FileNotFoundError, CheckpointError: what stops everything.
@@ -198,7 +199,7 @@ def search(
   ):
     model = reader.load()
     hay = haystack(reader, model, film, max(c.frames for c in cells), seed)
-    searching = NeedleSearch(reader, model, needles, hay, film, **parts)
+    searching = NeedleSearch(reader, model, needles, hay, film, ask)
     for c, kinds in todo.items():
       for line in searching.ask(c, kinds):
         answers.add(line)
@@ -258,11 +259,14 @@ def plot_needles(found: Mapping[str, Any], title: str, file: pathlib.Path) -> No
 
 def title(reader: VideoModel, questions: int) -> str:
   """What a heat map is of."""
-  select, how = reader.select, "all frames"
+  select = reader.select
+  how = "all frames"
   if select is not None:
-    how = f"{select.frames} frame{'s' * (select.frames != 1)} selected, {select.mode}"
-    how += " by the answer's row" if select.rows == "answer" else ""
-    how += f", each scored {select.repeat} times" if select.repeat > 1 else ""
+    how = (
+      f"{select.frames} frame{'s' * (select.frames != 1)} selected, {select.mode}"
+      + " by the answer's row" * (select.rows == "answer")
+      + f", each scored {select.repeat} times" * (select.repeat > 1)
+    )
   return (
     f"{pathlib.Path(reader.settings.checkpoint).name}: LP-Comp {reader.cfg.lp_comp.keep}, "
     f"{how}; {questions} questions"
@@ -331,10 +335,10 @@ def hashed(content: bytes) -> str:
   return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def run_needles(args: argparse.Namespace, **parts: Any) -> dict[str, Any] | None:
+def run_needles(args: argparse.Namespace, ask: Ask) -> dict[str, Any] | None:
   """The command's work; None where other shares are not done yet.
 
-  parts: see `NeedleSearch`.
+  ask: see `NeedleSearch`.
 
   Raises:
     NeedleError, VideoError, CheckpointError, ConfigError, AnswersError, OSError: bad arguments, by
@@ -367,7 +371,7 @@ def run_needles(args: argparse.Namespace, **parts: Any) -> dict[str, Any] | None
     "needles": hashed(repr([needle.questions for needle in needles]).encode()),
   }
   with Answers(args.out, reader, (first, step), about=about) as answers:
-    search(reader, needles, cells[first::step], answers, args.haystack, args.seed, **parts)
+    search(reader, needles, cells[first::step], answers, args.haystack, args.seed, ask)
   answers.read()
   keys = [c.key(kind) for c in cells for kind in needles[c.needle].questions]
   if left := sum(key not in answers.lines for key in keys):
@@ -381,8 +385,8 @@ def run_needles(args: argparse.Namespace, **parts: Any) -> dict[str, Any] | None
   return found
 
 
-def main(argv: Sequence[str] | None = None, **parts: Any) -> None:
-  """The command; an error is one line on stderr and exit code 1. parts: see `NeedleSearch`."""
+def main(argv: Sequence[str] | None = None, ask: Ask = ask_needle) -> None:
+  """The command; an error is one line on stderr and exit code 1. ask: see `NeedleSearch`."""
   parser = argparse.ArgumentParser(
     prog="python -m xcomp_jax.needles", description=__doc__.splitlines()[0]
   )
@@ -429,7 +433,7 @@ def main(argv: Sequence[str] | None = None, **parts: Any) -> None:
   )
   args = parser.parse_args(argv)
   with cli.command(interrupted="interrupted; the same command continues"):
-    if found := run_needles(args, **parts):
+    if found := run_needles(args, ask):
       print(
         f"right {found['right']:.1f}%, needle among the kept frames {found['found']:.1f}% "
         f"({found['questions']} questions): {args.out}/heatmap.png"

@@ -254,7 +254,8 @@ def decode_ahead(
   """Decodes the videos of groups of questions, `ahead` of them while another one is worked on."""
   stopped = threading.Event()
 
-  def read(sample):
+  def read(sample, wanted):
+    check_askable(reader, sample, wanted)
     return list(itertools.takewhile(lambda _: not stopped.is_set(), decode(sample)))
 
   def work(wanted):
@@ -262,13 +263,11 @@ def decode_ahead(
     first, sample = wanted[0], None
     try:
       sample = reader.sample(str(first.video), first.start, first.end)
-      check_askable(reader, sample, wanted)
       try:
-        found = read(sample)
+        found = read(sample, wanted)
       except TailError as error:
         sample = reader.shortened(sample, error)
-        check_askable(reader, sample, wanted)
-        found = read(sample)
+        found = read(sample, wanted)
     except BaseException as error:  # `AnsweringLoop.ask` judges it
       found = error
     return DecodedVideo(
