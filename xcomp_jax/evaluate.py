@@ -13,20 +13,28 @@ JAX's processes; who finishes last writes results.json and samples.jsonl.
 """
 
 import argparse
+import collections
 import hashlib
-import pathlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from xcomp_jax import cli, files
-from xcomp_jax.evaluation import benchmarks
-from xcomp_jax.evaluation.answers import Answers, Wanted, parse_share
-from xcomp_jax.evaluation.benchmarks import TASKS, BenchmarkQuestion, Task
+from xcomp_jax.evaluation.answers import Answers, Wanted, count_as_wrong, failures, parse_share
+from xcomp_jax.evaluation.benchmarks import (
+  TASKS,
+  BenchmarkQuestion,
+  Task,
+  add_benchmark_options,
+  find_video,
+  read_questions,
+  say_doubts,
+  score_answers,
+  subtitles_of,
+)
 from xcomp_jax.evaluation.presets import preset
 from xcomp_jax.evaluation.runner import answer_wanted
-from xcomp_jax.evaluation.scores import results, results_table, sample_lines
-from xcomp_jax.files import expanduser
 from xcomp_jax.inference.video_model import (
   COMPILED,
   AskSettings,
@@ -52,9 +60,7 @@ def questions_of_command(
   )
   if not videos.is_dir():
     raise FileNotFoundError(f"--videos {videos} is no folder")
-  questions = benchmarks.read_questions(
-    task, source, benchmarks.subtitles_of(videos, args.subtitles)
-  )
+  questions = read_questions(task, source, subtitles_of(videos, args.subtitles))
   if task.sizes and len(questions) not in task.sizes:
     sizes = " or ".join(f"{n:,}" for n in task.sizes)
     print(
@@ -63,11 +69,81 @@ def questions_of_command(
       file=sys.stderr,
     )
   digest = hashlib.blake2b("".join(map(repr, questions)).encode(), digest_size=16).hexdigest()
-  about = {"annotations": source.name, "questions": len(questions), "questions_identity": digest}
-  about |= {"preset": args.preset, "limit": args.limit}
-  questions = questions[: args.limit]
-  benchmarks.say_doubts(videos, questions)
-  return questions, about
+  asked = questions[: args.limit]
+  say_doubts(videos, asked)
+  return asked, {
+    "annotations": source.name,
+    "questions": len(questions),
+    "questions_identity": digest,
+    "preset": args.preset,
+    "limit": args.limit,
+  }
+
+
+def results(
+  task: Task,
+  questions: Sequence[BenchmarkQuestion],
+  lines: Sequence[dict[str, Any]],
+  answers: Answers,
+  about: dict[str, Any],
+) -> dict[str, Any]:
+  """All that results.json holds.
+
+  lines: about each question, of `answers`. about: where the questions come from.
+  """
+  spent = collections.Counter()  # seconds by what they went into
+  for line in lines:
+    spent.update(line.get("seconds", {}))
+  given = (line.get("answer") for line in lines)
+  return {
+    "task": task.name,
+    **about,
+    "score": score_answers(task, zip(questions, given, strict=True)),
+    "failed": failures(lines, "video"),
+    # videos whose end could not be read, and how many seconds of it
+    "shortened": {line["video"]: line["lost"] for line in lines if "lost" in line},
+    "made_with": answers.settings,
+    "sessions": answers.sessions(),
+    "seconds": {name: round(s, 2) for name, s in spent.items()},
+  }
+
+
+def sample_lines(
+  task: Task, questions: Sequence[BenchmarkQuestion], lines: Sequence[dict[str, Any]]
+) -> str:
+  """All that samples.jsonl holds: a line per question, in the order of the annotations."""
+  samples = []
+  for q, line in zip(questions, lines, strict=True):
+    letter, right = task.judge(line.get("answer"), q.options, q.answer)
+    samples.append({"id": q.id, "right": right, "letter": letter, "truth": q.answer} | line)
+  return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+
+
+def results_table(found: dict[str, Any]) -> str:
+  """Results for people."""
+  score = found["score"]
+  cells = (
+    (kind, name, cell) for kind, names in score["groups"].items() for name, cell in names.items()
+  )
+  return "\n".join(
+    [
+      f"{found['task']}: micro {score['micro']:.2f}%, macro over {score['macro_over']} "
+      f"{score['macro']:.2f}%",
+      ", ".join(f"{n} {name}" for name, n in score["counts"].items()),
+      *(
+        f"  {kind}: {name:40} {cell['accuracy']:6.2f}%  {cell['right']} of {cell['counted']}"
+        for kind, name, cell in cells
+      ),
+      *(
+        f"  failed: {f['video']} ({f['questions']} questions): {f['error']}"
+        for f in found["failed"]
+      ),
+      *(
+        f"  its last {lost:.2f} seconds could not be read: {video}"
+        for video, lost in found["shortened"].items()
+      ),
+    ]
+  )
 
 
 def evaluate_command(
@@ -86,15 +162,14 @@ def evaluate_command(
   """
   cli.keep_compiled(args.compilation_cache, COMPILED)
   task, share = TASKS[args.task], parse_share(args.share)
-  out, videos = pathlib.Path(args.out), pathlib.Path(args.videos)
   read = ("annotations", "videos", "subtitles", "checkpoint")
-  files.apart({"--out": out}, {f"--{name}": getattr(args, name) for name in read})
+  files.apart({"--out": args.out}, {f"--{name}": getattr(args, name) for name in read})
   questions, about = questions_of_command(args, task)
-  asked = [Wanted(benchmarks.find_video(videos, q), q.prompt, q.start, q.end) for q in questions]
+  asked = [Wanted(find_video(args.videos, q), q.prompt, q.start, q.end) for q in questions]
   reader = prepare(settings_of(args))
   print(reader.introduce(), file=sys.stderr)
   how = {name: getattr(args, name) for name in ("batch", "devices", "each_alone")}
-  with folder(out, reader, share, how=how) as answers:
+  with folder(args.out, reader, share, how=how) as answers:
     answer_wanted(
       reader,
       asked,
@@ -107,15 +182,19 @@ def evaluate_command(
       **parts,
     )
   answers.read()
-  if left := answers.missing(asked):
-    rest = f"{left:,} of {len(asked):,} questions are left for other shares"
-    print(f"{rest}; the last one writes {out / 'results.json'}", file=sys.stderr)
+  if left := sum(w.key not in answers.lines for w in asked):
+    print(
+      f"{left:,} of {len(asked):,} questions are left for other shares; the last one writes "
+      f"{args.out / 'results.json'}",
+      file=sys.stderr,
+    )
     return None
-  found = results(task, questions, asked, answers, about)
-  lines = sample_lines(task, questions, asked, answers)
+  lines = [answers.lines[w.key] for w in asked]
+  found = results(task, questions, lines, answers, about)
+  samples = sample_lines(task, questions, lines)
   # as in `Answers`
-  files.write_file(out / "samples.jsonl", lines.encode("utf-8", "backslashreplace"))
-  files.write_json(out / "results.json", found, indent=2)
+  files.write_file(args.out / "samples.jsonl", samples.encode("utf-8", "backslashreplace"))
+  files.write_json(args.out / "results.json", found, indent=2)
   return found
 
 
@@ -129,10 +208,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prog="python -m xcomp_jax.evaluate", description=__doc__.splitlines()[0]
   )
   add = parser.add_argument
-  benchmarks.add_benchmark_options(parser)
+  add_benchmark_options(parser)
   add(
     "--out",
-    type=expanduser,
+    type=files.path_of,
     required=True,
     help="folder of answers and results; an evaluation that is there is continued",
   )
@@ -180,16 +259,9 @@ def main(argv: Sequence[str] | None = None, **parts: Any) -> None:
   parts: see `evaluate_command`.
   """
   with cli.command(interrupted="interrupted; the same command continues"):
-    found = evaluate_command(parse(argv), **parts)
-    if found:
+    if found := evaluate_command(parse(argv), **parts):
       print(results_table(found))
-    if found and (failed := sum(f["questions"] for f in found["failed"])):
-      print(
-        f"error: {failed:,} of {found['score']['counts']['questions']:,} questions could not be "
-        "asked, and count as wrong; the same command asks them again",
-        file=sys.stderr,
-      )
-      sys.exit(1)
+      count_as_wrong(found["failed"], found["score"]["counts"]["questions"])
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from xcomp_jax.evaluation.benchmarks import (
   BenchmarkQuestion,
   find_video,
   read_questions,
+  say_doubts,
   score_answers,
-  unanswerable,
 )
 from xcomp_jax.evaluation.protocol import CLOSING, any_letter, bracketed_letter, first_capital
 
@@ -316,17 +316,20 @@ def test_conversations_of_roles_are_read_and_others_refused(tmp_path):
     assert refused("letters", file) == [{**fields, "file": "q.json", "questions": [0]}]
 
 
-def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path):
+def test_letters_as_truths_of_benchmarks(benchmarks, tmp_path, capsys):
   item = json.loads((benchmarks / "mlvu" / "4_count.json").read_text())[0]
   right = "ABCD"[item["candidates"].index(item["answer"])]
+  (tmp_path / item["video"]).touch()
   for answer in (right, f"({right})", f"{right}.", right.lower()):
     (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": answer}]))
     (question,) = read_questions(TASKS["mlvu"], tmp_path / "4_count.json")
-    assert question.answer == right and not unanswerable([question])
+    assert question.answer == right
+    say_doubts(tmp_path, [question])
+  assert not capsys.readouterr().err
   (tmp_path / "4_count.json").write_text(json.dumps([item, item | {"answer": "E"}]))
-  assert unanswerable(read_questions(TASKS["mlvu"], tmp_path / "4_count.json")).startswith(
-    "1 of 2 questions have an answer that is none"
-  )
+  say_doubts(tmp_path, read_questions(TASKS["mlvu"], tmp_path / "4_count.json"))
+  said = capsys.readouterr().err
+  assert said.startswith("1 of 2 questions have an answer that is none") and said.count("\n") == 1
   (tmp_path / "4_count.json").write_text(json.dumps([item | {"answer": "E"}]))
   with pytest.raises(TaskError) as caught:
     read_questions(TASKS["mlvu"], tmp_path / "4_count.json")

@@ -2,7 +2,7 @@
 being stopped.
 """
 
-import functools
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from typing import ClassVar
 
 import cv2
@@ -124,24 +125,31 @@ def preparing(kind):
   return lambda settings: kind(**vars(prepare_model(settings)))
 
 
-class Asking(Chat):
+@dataclasses.dataclass
+class Asking:
   """A chat that is told before it asks (`before`, with the questions) and checks (`checked`)."""
 
-  def __init__(self, *args, before=lambda questions: None, checked=lambda question: None, **how):
-    super().__init__(*args, **how)
-    self.before, self.checked = before, checked
+  chat: Chat
+  before: Callable
+  checked: Callable
 
   def ask_apart(self, questions):
     self.before(questions)
-    return super().ask_apart(questions)
+    return self.chat.ask_apart(questions)
 
   def check(self, question):
     self.checked(question)
-    super().check(question)
+    self.chat.check(question)
 
 
-def asking(**how):
-  return functools.partial(Asking, **how)
+def asking(before=lambda questions: None, checked=lambda question: None):
+  """What makes a model whose chats are told."""
+
+  class Talking(VideoModel):
+    def chat(self, *args, **how):
+      return Asking(super().chat(*args, **how), before, checked)
+
+  return preparing(Talking)
 
 
 def results(out):
@@ -200,12 +208,12 @@ def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, capsys):
     asked.extend(questions)
 
   with pytest.raises(SystemExit) as stopped:
-    go(tmp_path / "out", chat=asking(before=stop))
+    go(tmp_path / "out", prepare=asking(before=stop))
   assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err
   file = tmp_path / "out" / "answers-0-of-1.jsonl"
   file.write_text(file.read_text() + '{"key": "half a li')  # as a kill leaves it
   assert not (tmp_path / "out" / "results.json").exists()
-  go(tmp_path / "out", chat=asking(before=asked.extend))
+  go(tmp_path / "out", prepare=asking(before=asked.extend))
   assert len(asked) == 6
 
   def key(out):
@@ -437,7 +445,7 @@ def test_a_full_disk_is_named_and_loses_nothing(go, tmp_path, capsys):
 def test_batches_give_the_same_and_are_on_record(go, tmp_path):
   go(tmp_path / "one")
   sizes = []
-  go(tmp_path / "two", "--batch=2", chat=asking(before=lambda q: sizes.append(len(q))))
+  go(tmp_path / "two", "--batch=2", prepare=asking(before=lambda q: sizes.append(len(q))))
   assert sizes == [2, 1, 2, 1]
   assert [line["answer"] for line in lines(tmp_path / "two")] == [
     line["answer"] for line in lines(tmp_path / "one")
@@ -456,7 +464,7 @@ def test_a_question_that_is_too_long_costs_itself_alone(go, tmp_path, capsys):
       raise ConfigError("too long for the model")
 
   with pytest.raises(SystemExit):
-    go(tmp_path / "out", "--batch=2", chat=asking(checked=checked))
+    go(tmp_path / "out", "--batch=2", prepare=asking(checked=checked))
   assert (
     results(tmp_path / "out")["score"]["counts"]["failed"] == 1
     and "1 question failed" in capsys.readouterr().err

@@ -210,20 +210,15 @@ def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path):
       ("bad.png is no image", "", "is a pipe", "nowhere.png does not exist", "does not exist"),
     )
   )
-  reader, model, hay = (
-    readers.prepare_model(readers.AskSettings(checkpoint=str(TINY))),
-    object.__new__(VLM),
-    np.zeros((8, 16, 4)),
-  )
+  reader = readers.prepare_model(readers.AskSettings(checkpoint=str(TINY)))
+  model, hay = object.__new__(VLM), np.zeros((8, 16, 4))  # without parameters: a mistake
   cells = [needles.NeedleCell(64, 0.5, n) for n in range(2)]
-  searching = needles.NeedleSearch(
-    reader, model, found, hay, "film", encode=lambda *a: {}["a mistake"]
-  )
+  searching = needles.NeedleSearch(reader, model, found, hay, "film")
   lines = [line for c in cells for line in searching.ask(c, ["question"])]
   assert (
     [line["right"] for line in lines] == [False, False]
     and "bad.png" in lines[0]["error"]
-    and "unexpected KeyError in test_needles.py" in lines[1]["error"]
+    and "unexpected AttributeError in encoded_video.py" in lines[1]["error"]
   )
   assert [(f["needle"], f["questions"]) for f in failures(lines, "needle")] == [(0, 1), (1, 1)]
   assert needles.summary(lines, "depth")["right"] == 0

@@ -28,7 +28,7 @@ from xcomp_jax import ask, evaluate, export, predecode  # noqa: F401
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.data import prompt, store, video
-from xcomp_jax.evaluation import needles, scores  # noqa: F401
+from xcomp_jax.evaluation import needles  # noqa: F401
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.parity import parity  # noqa: F401
 

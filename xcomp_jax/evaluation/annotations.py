@@ -21,14 +21,15 @@ def read_items(file: pathlib.Path) -> Iterator[Any]:
     TaskError: no JSON.
   """
   content = read_text(file, TaskError)
-  if content.lstrip().startswith("["):
-    items = parse_json(content, file, TaskError)
-  else:
-    items = [
+  items = (
+    parse_json(content, file, TaskError)
+    if content.lstrip().startswith("[")
+    else [
       parse_json(line, f"{file}, line {n},", TaskError)
       for n, line in enumerate(content.split("\n"), 1)
       if line.strip()
     ]
+  )
   for item in items:
     try:
       yield from _each(item)
@@ -57,11 +58,9 @@ def _each(item: Any) -> Iterable[Any]:
 
 def _only_video(item: Mapping[str, Any]) -> str:
   """The name of the one video, where a list of them, or `videos`, has it."""
-  paths = []
-  for key in ("video", "videos"):
-    given = item.get(key)
-    paths += given if isinstance(given, list) else [given]
-  paths = [path for path in paths if path is not None]
+  given = [item.get(key) for key in ("video", "videos")]
+  lists = [paths if isinstance(paths, list) else [paths] for paths in given]
+  paths = [path for found in lists for path in found if path is not None]
   if len(paths) != 1 or not isinstance(paths[0], str):
     raise TaskError(
       f"it must have one video, the name of a file, not {quoted(paths, 60)}",
@@ -115,5 +114,10 @@ def _published(video: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     answer = next(
       (option for option in options if option.startswith(f"({item['answer']})")), item["answer"]
     )
-    about = {"video": video["key"], "type": video.get("type", "")}
-    yield item | about | {"question": question, "candidates": options, "answer": answer}
+    yield item | {
+      "video": video["key"],
+      "type": video.get("type", ""),
+      "question": question,
+      "candidates": options,
+      "answer": answer,
+    }

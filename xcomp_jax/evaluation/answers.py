@@ -8,7 +8,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -16,14 +15,15 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
 
 from xcomp_jax.checkpoints import tensor_files
 from xcomp_jax.errors import XCompError
-from xcomp_jax.files import absolute, local, sweep, write_json
+from xcomp_jax.files import absolute, local, locked, sweep, write_json
 from xcomp_jax.inference.video_model import VideoModel
 from xcomp_jax.inputs import quoted, read_json
 
@@ -93,12 +93,10 @@ def checkpoint_identity(directory: pathlib.Path) -> str:
 
 def session() -> dict[str, Any]:
   """Versions and device of this process, and when it began."""
-  versions = {}
+  versions = dict.fromkeys(PACKAGES)
   for package in PACKAGES:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      versions[package] = None
   device = jax.local_devices()[0]
   return {
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -117,9 +115,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple
   old = ADDED | before["settings"]
   chosen = {"checkpoint": (before["identity"], now["identity"])}
   chosen |= {k: (old.get(k), value) for k, value in now["settings"].items() if k not in FREE}
-  resolved = {k: (before[k], now[k]) for k in ("dtype", "clip_frames", "lp_comp", "qc_comp")}
-  if before["qc_comp"]:
-    resolved["qc_comp"] = ADDED | before["qc_comp"], now["qc_comp"]
+  resolved = {k: (before[k], now[k]) for k in ("dtype", "clip_frames", "lp_comp")}
+  resolved["qc_comp"] = before["qc_comp"] and ADDED | before["qc_comp"], now["qc_comp"]
 
   def differ(pairs):
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -168,6 +165,7 @@ class Answers:
     self._session = session() | dict(how or {})
     self._file = self.folder / f"answers-{share[0]}-of-{share[1]}.jsonl"
     self.opened: TextIO  # the share's file, from `__enter__` on
+    self._lock = contextlib.ExitStack()
     self.lines: dict[str, dict[str, Any]] = {}
     self.read()
 
@@ -221,27 +219,22 @@ class Answers:
 
     Raises:
       AnswersError: another process has it.
+      OSError: it can't be opened, or locked.
     """
+    taken = AnswersError(
+      f"another process writes {self._file}; give every process its own --share", where=self._file
+    )
+    self._lock.enter_context(locked(self._file, taken, needed=True))
     # Names of files may be no UTF-8; what takes the place of such a byte is how JSON writes it.
-    self.opened = open(self._file, "a+", encoding="utf-8", errors="backslashreplace")
-    try:
-      fcntl.flock(self.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      self.opened.close()
-      raise AnswersError(
-        f"another process writes {self._file}; give every process its own --share",
-        where=self._file,
-      ) from error
-    if self.opened.tell():
-      self.opened.seek(self.opened.tell() - 1)
-      if self.opened.read(1) != "\n":
-        self.opened.write("\n")  # ends the half line of a killed process
+    self.opened = open(self._file, "a", encoding="utf-8", errors="backslashreplace")
+    if self._file.read_bytes()[-1:] not in (b"", b"\n"):
+      self.opened.write("\n")  # ends the half line of a killed process
     self._write({"session": self._session})
     return self
 
   def __exit__(self, *_) -> None:
     """Gives the file back."""
-    with contextlib.suppress(OSError):  # of a disk that is full, which `add` has told
+    with self._lock, contextlib.suppress(OSError):  # of a disk that is full, which `add` has told
       self.opened.close()
 
   def _write(self, line: dict[str, Any]) -> None:
@@ -261,21 +254,8 @@ class Answers:
     self.lines[line["key"]] = line
 
   def answer(self, wanted: Wanted) -> str | None:
-    """The answer; None if its video could not be read (or nobody has asked yet: see `missing`)."""
+    """The answer; None if its video could not be read, or nobody has asked yet."""
     return self.lines.get(wanted.key, {}).get("answer")
-
-  def missing(self, wanted: Iterable[Wanted]) -> int:
-    """How many questions have neither an answer nor an error."""
-    return sum(w.key not in self.lines for w in wanted)
-
-  def failed(self, wanted: Iterable[Wanted]) -> list[dict[str, Any]]:
-    """Videos that could not be read, or asked: {"video", "error", "questions"}."""
-    return failures([self.lines.get(w.key, {}) for w in wanted], "video")
-
-  def shortened(self, wanted: Iterable[Wanted]) -> dict[str, float]:
-    """Videos whose end could not be read, and how many seconds of it."""
-    lines = [self.lines[w.key] for w in wanted if "lost" in self.lines.get(w.key, {})]
-    return {line["video"]: line["lost"] for line in lines}
 
   def sessions(self) -> list[dict[str, Any]]:
     """Versions and devices of all processes that have answered here."""
@@ -288,6 +268,20 @@ def failures(lines: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, An
   """
   counts = collections.Counter((line[name], line["error"]) for line in lines if "error" in line)
   return [{name: about, "error": error, "questions": n} for (about, error), n in counts.items()]
+
+
+def count_as_wrong(failed: Sequence[Mapping[str, Any]], questions: int) -> None:
+  """Ends a command, whose results are written, with exit code 1 if questions could not be asked.
+
+  failed: see `failures`. questions: of all.
+  """
+  if failed:
+    print(
+      f"error: {sum(f['questions'] for f in failed):,} of {questions:,} questions could not be "
+      "asked, and count as wrong; the same command asks them again",
+      file=sys.stderr,
+    )
+    sys.exit(1)
 
 
 def parse_share(text: str | None) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from xcomp_jax.evaluation.protocol import (
   stated,
   videomme_prompt,
 )
-from xcomp_jax.files import expanduser
+from xcomp_jax.files import expanduser, path_of
 from xcomp_jax.inputs import quoted, read_json
 
 # tried in turn behind a video's name
@@ -123,13 +123,15 @@ class Task:
 
 def _lvbench(item, stem, _):
   options = item["candidates"]
-  kinds = "; ".join(item.get("question_type", ()))
   return BenchmarkQuestion(
     prompt=lvbench_prompt(item["question"], options),
     videos=(item["video"],),
     options=tuple(options),
     answer=_right(item, options),
-    groups={"type": item.get("type", ""), "question type": kinds},
+    groups={
+      "type": item.get("type", ""),
+      "question type": "; ".join(item.get("question_type", ())),
+    },
   )
 
 
@@ -161,13 +163,16 @@ def _videomme_long(item, stem, _):
   if item["duration"] != "long":
     return None
   options = tuple(item["options"])
-  kinds = {"task": "task_type", "domain": "domain", "category": "sub_category"}
   return BenchmarkQuestion(
     videos=tuple(f"{folder}{item['videoID']}" for folder in ("", "videos/", "data/")),
     prompt=videomme_prompt(item["question"], options),
     options=options,
     answer=_letter(item["answer"], options),
-    groups={kind: item.get(key, "") for kind, key in kinds.items()},
+    groups={
+      "task": item.get("task_type", ""),
+      "domain": item.get("domain", ""),
+      "category": item.get("sub_category", ""),
+    },
   )
 
 
@@ -189,13 +194,16 @@ def _longvideobench(item, stem, subtitles):
       f"{file} does not exist; --subtitles is the folder of LongVideoBench's subtitles", where=file
     ) from None
   seen = seen_subtitles(spoken, item["duration"], item["starting_timestamp_for_subtitles"])
-  groups = {"duration": str(item["duration_group"]), "question category": item["question_category"]}
-  videos = (item["video_path"], f"videos/{item['video_path']}")
-  prompt = longvideobench_prompt(item["question"], options, seen)
   choice = item["correct_choice"]
-  answer = LETTERS[choice] if choice in range(len(options)) else _letter(choice, options)
   return BenchmarkQuestion(
-    videos=videos, prompt=prompt, options=tuple(options), answer=answer, groups=groups
+    videos=(item["video_path"], f"videos/{item['video_path']}"),
+    prompt=longvideobench_prompt(item["question"], options, seen),
+    options=tuple(options),
+    answer=LETTERS[choice] if choice in range(len(options)) else _letter(choice, options),
+    groups={
+      "duration": str(item["duration_group"]),
+      "question category": item["question_category"],
+    },
   )
 
 
@@ -277,12 +285,14 @@ def read_questions(
     TaskError: no annotations of this task; the message says where. fields: `faults`, for each
       reason the fields of its error, the `file` and numbers of `questions`.
   """
-  files = [annotations]
-  if annotations.is_dir():
-    files = sorted(f for f in annotations.iterdir() if f.suffix in (".json", ".jsonl"))
-  found, lines, faults = [], [], []
+  files = (
+    sorted(f for f in annotations.iterdir() if f.suffix in (".json", ".jsonl"))
+    if annotations.is_dir()
+    else [annotations]
+  )
+  found: list[BenchmarkQuestion] = []
+  faults: dict[tuple[pathlib.Path, str], dict[str, Any]] = {}  # by the file and the reason
   for file in files:
-    wrong: dict[str, dict[str, Any]] = {}  # by the reason
     for i, item in enumerate(read_items(file)):
       try:
         if isinstance(item, Exception):
@@ -291,17 +301,16 @@ def read_questions(
       except Exception as error:  # it may hold anything
         fault = _fault(task, error)
         about = {**fault.fields, "file": file.name, "questions": []}
-        wrong.setdefault(str(fault), about)["questions"].append(i)
-        continue
-      if question is not None:
-        found.append(dataclasses.replace(question, id=f"{file.stem}/{i}"))
-    for reason, about in wrong.items():
-      n = about["questions"]
-      lines.append(f"{file}, question{'s' * (len(n) > 1)} {_places(n)}: {reason}")
-    faults += wrong.values()
+        faults.setdefault((file, str(fault)), about)["questions"].append(i)
+      else:
+        if question is not None:
+          found.append(dataclasses.replace(question, id=f"{file.stem}/{i}"))
   if faults:
+    lines = [
+      f"{file}, {_places(about['questions'])}: {reason}" for (file, reason), about in faults.items()
+    ]
     says = lines[0] if len(lines) == 1 else listed(f"{annotations} has bad questions", lines)
-    raise TaskError(says, where=annotations, faults=faults)
+    raise TaskError(says, where=annotations, faults=list(faults.values()))
   if not found:
     raise TaskError(f"{annotations} holds no question of {task.name}", where=annotations, found=0)
   if not any(q.answer for q in found):
@@ -326,18 +335,7 @@ def _fault(task: Task, error: Exception) -> TaskError:
 
 def _places(numbers: Sequence[int]) -> str:
   more = f" and {len(numbers) - 20} more" if len(numbers) > 20 else ""
-  return ", ".join(map(str, numbers[:20])) + more
-
-
-def unanswerable(questions: Sequence[BenchmarkQuestion]) -> str:
-  """How many questions have an answer that is none of their options, in words; "" if none."""
-  lost = [q.id for q in questions if not q.answer]
-  if not lost:
-    return ""
-  return (
-    f"{len(lost)} of {len(questions)} questions have an answer that is none of their "
-    f"options, such as {lost[0]}: nothing is right there"
-  )
+  return f"question{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:20]))}{more}"
 
 
 def subtitles_of(videos: pathlib.Path, given: str | None) -> pathlib.Path | None:
@@ -353,39 +351,31 @@ def find_video(videos: pathlib.Path, question: BenchmarkQuestion) -> pathlib.Pat
   return next((name for name in names if os.path.exists(name)), names[0])
 
 
-def missing(videos: pathlib.Path, questions: Sequence[BenchmarkQuestion]) -> str:
-  """How many videos are not there, in words; "" if all are.
-
-  Raises:
-    FileNotFoundError: not one of them is.
-  """
-  every = {q.videos[0] for q in questions}
-  lost = {
-    q.videos[0]: find_video(videos, q)
-    for q in questions
-    if not os.path.exists(find_video(videos, q))
-  }
-  if len(lost) == len(every):
-    raise FileNotFoundError(
-      f"--videos {videos} has none of the {len(lost)} videos, such as {min(lost.values())}"
-    )
-  if not lost:
-    return ""
-  return (
-    f"{len(lost)} of {len(every)} videos are missing, such as {min(lost.values())}: their "
-    f"questions will count as wrong"
-  )
-
-
 def say_doubts(videos: pathlib.Path, questions: Sequence[BenchmarkQuestion]) -> None:
-  """Says on stderr which questions nobody can answer rightly, and which videos are not there.
+  """Says on stderr how many questions nobody can answer rightly, for their answer is none of their
+  options, and how many videos are not there.
 
   Raises:
     FileNotFoundError: not one video is.
   """
-  for note in (unanswerable(questions), missing(videos, questions)):
-    if note:
-      print(note, file=sys.stderr)
+  places = {q.videos[0]: find_video(videos, q) for q in questions}
+  missing = [place for place in places.values() if not os.path.exists(place)]
+  if len(missing) == len(places):
+    raise FileNotFoundError(
+      f"--videos {videos} has none of the {len(missing)} videos, such as {min(missing)}"
+    )
+  if unanswerable := [q.id for q in questions if not q.answer]:
+    print(
+      f"{len(unanswerable)} of {len(questions)} questions have an answer that is none of their "
+      f"options, such as {unanswerable[0]}: nothing is right there",
+      file=sys.stderr,
+    )
+  if missing:
+    print(
+      f"{len(missing)} of {len(places)} videos are missing, such as {min(missing)}: their "
+      f"questions will count as wrong",
+      file=sys.stderr,
+    )
 
 
 def score_answers(
@@ -399,40 +389,42 @@ def score_answers(
     `task.macro`, as upstream lmms-eval reports MLVU; both in percent. `counts`; `groups`, {kind:
     {name: {"accuracy", "right", "counted"}}}.
   """
-  counts = dict.fromkeys(("questions", "counted", "right", "empty", "unparsed", "failed"), 0)
+  judged = [(q, answer, *task.judge(answer, q.options, q.answer)) for q, answer in answered]
+  counted = [(q, right) for q, answer, _, right in judged if answer != "" or not task.skip_empty]
   tally: dict[str, dict[str, list[bool]]] = {}  # which answers were right
-  for question, answer in answered:
-    letter, right = task.judge(answer, question.options, question.answer)
-    counts["questions"] += 1
-    counts["failed"] += answer is None
-    counts["empty"] += answer == ""
-    counts["unparsed"] += bool(answer) and letter not in tuple(LETTERS[: len(question.options)])
-    if answer == "" and task.skip_empty:
-      continue
-    counts["counted"] += 1
-    counts["right"] += right
+  for question, right in counted:
     for kind, names in question.groups.items():
       for name in names.split("; "):
         tally.setdefault(kind, {}).setdefault(name, []).append(right)
   groups = {
-    kind: {
-      name: {
-        "accuracy": 100 * sum(right) / len(right),
-        "right": sum(right),
-        "counted": len(right),
-      }
-      for name, right in sorted(names.items())
-    }
+    kind: {name: _accuracy(right) for name, right in sorted(names.items())}
     for kind, names in sorted(tally.items())
   }
   macro = [cell["accuracy"] for cell in groups.get(task.macro, {}).values()]
+  whole = _accuracy([right for _, right in counted])
   return {
-    "micro": 100 * counts["right"] / counts["counted"] if counts["counted"] else 0.0,
+    "micro": whole["accuracy"],
     "macro": sum(macro) / len(macro) if macro else 0.0,
     "macro_over": task.macro,
-    "counts": counts,
+    "counts": {
+      "questions": len(judged),
+      "counted": whole["counted"],
+      "right": whole["right"],
+      "empty": sum(answer == "" for _, answer, _, _ in judged),
+      "unparsed": sum(
+        bool(answer) and letter not in tuple(LETTERS[: len(q.options)])
+        for q, answer, letter, _ in judged
+      ),
+      "failed": sum(answer is None for _, answer, _, _ in judged),
+    },
     "groups": groups,
   }
+
+
+def _accuracy(right: Sequence[bool]) -> dict[str, float]:
+  """In percent, 0 of no answers at all, and the numbers that it comes from."""
+  accuracy = 100 * sum(right) / len(right) if right else 0.0
+  return {"accuracy": accuracy, "right": sum(right), "counted": len(right)}
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
@@ -441,11 +433,11 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
   add("--task", required=True, choices=TASKS)
   add(
     "--annotations",
-    type=expanduser,
+    type=path_of,
     required=True,
     help="file, or folder of files (MLVU, MVBench)",
   )
-  add("--videos", type=expanduser, required=True, help="folder of videos, or of folders of frames")
+  add("--videos", type=path_of, required=True, help="folder of videos, or of folders of frames")
   add(
     "--subtitles",
     type=expanduser,

@@ -55,13 +55,14 @@ def read_needles(
     try:
       names, questions = _chain(item)
     except (KeyError, TypeError) as error:
-      wanted = "image, question, answer, or images, question1, answer1, question2, answer2"
       raise NeedleError(
-        f"{file}, needle {i}: {error!r}; expected {wanted}", where=file, needle=i
+        f"{file}, needle {i}: {error!r}; expected image, question, answer, or images, question1, "
+        "answer1, question2, answer2",
+        where=file,
+        needle=i,
       ) from error
     try:
-      clips = tuple(_still(images / name, clip_frames, size) for name in names)
-      out.append(Needle(clips, questions))
+      out.append(Needle(tuple(_still(images / n, clip_frames, size) for n in names), questions))
     except BaseException as error:  # costs the questions about this needle
       out.append(Needle((), questions, fault(error)))
   return out
@@ -96,14 +97,11 @@ def _still(picture: pathlib.Path, clip_frames: int, size: int) -> np.ndarray:
 
 def synthetic(count: int, seed: int) -> list[Needle]:
   """Scenes of the synthetic world that show all that is asked about: a moving shape and a digit."""
-  out = []
-  for i in range(count):
-    rng = np.random.default_rng((seed, i))
-    (scene,) = world.scenes(rng, 1)
-    out.append(
-      Needle((world.render(scene),), {kind: world.turn([scene], kind) for kind in world.QUESTIONS})
-    )
-  return out
+  videos = [world.scenes(np.random.default_rng((seed, i)), 1) for i in range(count)]
+  return [
+    Needle((world.render(shown[0]),), {kind: world.turn(shown, kind) for kind in world.QUESTIONS})
+    for shown in videos
+  ]
 
 
 def synthetic_hay(clips: int, seed: int) -> Iterator[np.ndarray]:
@@ -166,7 +164,8 @@ def haystack(
     return per_frame(reader, model, iter(bar))
 
   def encode_film(sample):
-    decoded, count = video.frames(sample), len(sample.indices) // F
+    decoded = video.frames(sample)
+    count = len(sample.indices) // F
     return encode((np.stack([next(decoded) for _ in range(F)]) for _ in range(count)), count)
 
   if file is None:

@@ -22,7 +22,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from xcomp_jax import cli, files
-from xcomp_jax.evaluation.answers import Answers, AnswersError, Wanted
+from xcomp_jax.evaluation.answers import Answers, AnswersError, Wanted, failures
 from xcomp_jax.evaluation.lmms_tasks import FAILED, PREFIX
 from xcomp_jax.evaluation.presets import preset
 from xcomp_jax.evaluation.runner import answer_wanted
@@ -30,6 +30,7 @@ from xcomp_jax.inference.video_model import (
   COMPILED,
   AskSettings,
   add_options,
+  option_of,
   prepare_model,
   settings_of,
 )
@@ -80,10 +81,8 @@ class XComp(lmms):
         value=batch_size,
       )
     self.batch = int(batch_size)
-    self.options = [
-      f"--{key.replace('_', '-')}={value}"
-      for key, value in ({"checkpoint": checkpoint} | more).items()
-    ]
+    given = {"checkpoint": checkpoint} | more
+    self.options = [f"{option_of(key)}={value}" for key, value in given.items()]
     self.device = "cpu"  # where the harness puts the counts that its processes exchange
     self._settings("", {})  # what is wrong with the options shows at once
 
@@ -130,14 +129,10 @@ class XComp(lmms):
   def _answers(self, task: str, wanted: list[Wanted], wishes: dict[str, Any]) -> list[str]:
     reader = prepare_model(self._settings(task.removeprefix(PREFIX), wishes))
     share = (self.rank, self.world_size)
-    everything = [w for part in _gathered(wanted, self.world_size) for w in part]
-    everything = sorted(
-      {w.key: w for w in everything}.values(), key=lambda w: (str(w.video), w.key)
-    )
-    folder = Answers(
-      self.out / task, reader, share, how={"batch": self.batch, "preset": self.preset}
-    )
-    with folder:
+    by_key = {w.key: w for part in _gathered(wanted, self.world_size) for w in part}
+    everything = sorted(by_key.values(), key=lambda w: (str(w.video), w.key))
+    how = {"batch": self.batch, "preset": self.preset}
+    with Answers(self.out / task, reader, share, how=how) as folder:
       answer_wanted(
         reader,
         everything,
@@ -151,7 +146,7 @@ class XComp(lmms):
       folder.lines |= {
         key: line for key, line in lines.items() if "answer" in line or key not in folder.lines
       }
-    failed = folder.failed(everything)
+    failed = failures([folder.lines.get(w.key, {}) for w in everything], "video")
     if self.rank == 0:
       made = {"made_with": folder.settings, "sessions": folder.sessions(), "failed": failed}
       files.write_json(folder.folder / "run.json", made, indent=2)

@@ -18,8 +18,7 @@ from typing import Any
 
 from xcomp_jax import cli, files
 from xcomp_jax.evaluation import benchmarks
-from xcomp_jax.evaluation.benchmarks import TASKS, BenchmarkQuestion
-from xcomp_jax.files import expanduser
+from xcomp_jax.evaluation.benchmarks import TASKS
 
 # what the plugin answers about a video that can't be read: no letter stands alone in it
 FAILED = "(undecodable)"
@@ -69,10 +68,9 @@ def text(doc: Mapping[str, Any]) -> str:
 
 def scored(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:
   """One answer, for both averages."""
-  task, answer = TASKS[doc["task"]], None if results[0] == FAILED else results[0]
-  letter, right = task.judge(answer, doc["options"], doc["answer"])
-  line = {key: doc[key] for key in ("id", "task", "path", "options", "groups")}
-  line |= {
+  answer = None if results[0] == FAILED else results[0]
+  letter, right = TASKS[doc["task"]].judge(answer, doc["options"], doc["answer"])
+  line = {key: doc[key] for key in ("id", "task", "path", "options", "groups")} | {
     "answer": answer,
     "letter": letter,
     "truth": doc["answer"],
@@ -92,19 +90,18 @@ def macro(lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _score(lines) -> dict[str, Any]:
-  def question(line):
-    return BenchmarkQuestion(
-      id=line["id"],
+  questions = [
+    benchmarks.BenchmarkQuestion(
       videos=(),
       prompt="",
       options=tuple(line["options"]),
       answer=line["truth"],
       groups=line["groups"],
     )
-
-  return benchmarks.score_answers(
-    TASKS[lines[0]["task"]], [(question(line), line["answer"]) for line in lines]
-  )
+    for line in lines
+  ]
+  answers = [line["answer"] for line in lines]
+  return benchmarks.score_answers(TASKS[lines[0]["task"]], zip(questions, answers, strict=True))
 
 
 def write_task(
@@ -135,11 +132,14 @@ def write_task(
     for q in questions
   ]
   files.write_file(listed, "".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs))
-  where, count = json.dumps(files.absolute(listed)), f"{len(docs):,}"
   files.write_file(
     yaml,
     YAML.format(
-      count=count, source=annotations.name, prefix=PREFIX, name=task.name, questions=where
+      count=f"{len(docs):,}",
+      source=annotations.name,
+      prefix=PREFIX,
+      name=task.name,
+      questions=json.dumps(files.absolute(listed)),
     ),
   )
   return yaml
@@ -153,20 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   benchmarks.add_benchmark_options(parser)
   parser.add_argument(
     "--out",
-    type=expanduser,
+    type=files.path_of,
     required=True,
     help="folder of task files, for lmms-eval's --include_path",
   )
   args = parser.parse_args(argv)
   with cli.command():
-    videos = pathlib.Path(args.videos)
-    subtitles = benchmarks.subtitles_of(videos, args.subtitles)
-    print(
-      write_task(
-        pathlib.Path(args.out),
-        TASKS[args.task],
-        pathlib.Path(args.annotations),
-        videos,
-        subtitles,
-      )
-    )
+    subtitles = benchmarks.subtitles_of(args.videos, args.subtitles)
+    print(write_task(args.out, TASKS[args.task], args.annotations, args.videos, subtitles))

@@ -15,11 +15,13 @@ selection. A run that was stopped continues.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import hashlib
 import importlib.util
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,7 +32,7 @@ from jaxtyping import Float
 from xcomp_jax import cli, files
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt
-from xcomp_jax.evaluation.answers import Answers, failures, parse_share
+from xcomp_jax.evaluation.answers import Answers, count_as_wrong, failures, parse_share
 from xcomp_jax.evaluation.haystacks import (
   Needle,
   NeedleError,
@@ -42,7 +44,6 @@ from xcomp_jax.evaluation.haystacks import (
   synthetic,
 )
 from xcomp_jax.evaluation.protocol import any_letter
-from xcomp_jax.files import expanduser
 from xcomp_jax.inference import encoded_video, generate
 from xcomp_jax.inference.selection import frame_selector, select_frames
 from xcomp_jax.inference.video_model import (
@@ -59,7 +60,7 @@ from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.synthetic import world
 
-DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+Ask = Callable[..., tuple[str, np.ndarray]]  # as `ask_needle`
 
 
 def ask_needle(
@@ -99,7 +100,7 @@ class NeedleCell:
 class NeedleSearch:
   """Needles, and a haystack in which they are hidden one after the other.
 
-  film: the haystack's file; None: a synthetic one. ask, encode: with others, tests do less.
+  film: the haystack's file; None: a synthetic one. ask: with another one, tests do less.
   """
 
   def __init__(
@@ -109,19 +110,17 @@ class NeedleSearch:
     needles: Sequence[Needle],
     hay: Float[np.ndarray, "T N D"],
     film: str | None,
-    *,
-    ask: Callable[..., tuple[str, np.ndarray]] = ask_needle,
-    encode: Callable[..., np.ndarray] = per_frame,
+    ask: Ask = ask_needle,
   ):
     self.reader, self.model, self.needles, self.hay, self.film = reader, model, needles, hay, film
-    self.ask_needle, self.encode = ask, encode
+    self.ask_needle = ask
     self.rate = reader.settings.fps if film else world.FPS
     self.features = functools.cache(self._features)
 
   def _features(self, number: int) -> list[Float[np.ndarray, "F N D"]]:
     """Features of a needle, per hop."""
     clips = self.needles[number].clips
-    return np.split(self.encode(self.reader, self.model, iter(clips)), len(clips))
+    return np.split(per_frame(self.reader, self.model, iter(clips)), len(clips))
 
   def ask(self, c: NeedleCell, kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The lines of a cell's questions of some kinds. What can't be asked counts as wrong."""
@@ -134,39 +133,29 @@ class NeedleSearch:
       if needle.fault:
         raise NeedleError(needle.fault)
       starts = needle_places(c.frames, len(needle.clips), self.reader.cfg.clip_frames, c.depth)
-      watched = self._hidden(c, starts)
+      watched = encoded_video.EncodedVideo(
+        features={0: hide(self.hay, self.features(c.needle), c.frames, starts)},
+        times=np.arange(c.frames) / self.rate,
+        seconds=c.frames / self.rate,
+      )
       message = "" if self.film else prompt.time_message(watched.seconds, c.frames)
       # of a large model and many rounds they would not fit into a device
       rounds = None if self.film else {}
       while left:
         text, letter = needle.questions[left[0]]
         answer, kept = self.ask_needle(self.reader, self.model, watched, text, message, rounds)
+        # by the protocol of the film, or of this package
+        given = re.sub("[()]", "", answer).upper() if self.film else any_letter(answer)
         last = (kept >= starts[-1]) & (kept < starts[-1] + self.reader.cfg.clip_frames)
         yield line(left.pop(0)) | {
           "answer": answer,
-          "right": self._given(answer) == letter,
+          "right": given == letter,
           "found": bool(last.any()),
           "kept": len(kept),
         }
     except BaseException as error:  # costs the questions about this needle, not those about others
-      text = needle.fault or fault(error)
-      for kind in left:
-        yield line(kind) | {"error": text, "right": False, "found": False}
-
-  def _hidden(self, c: NeedleCell, starts: Sequence[int]) -> encoded_video.EncodedVideo:
-    """The haystack with a needle in it."""
-    features = hide(self.hay, self.features(c.needle), c.frames, starts)
-    return encoded_video.EncodedVideo(
-      features={0: features},
-      times=np.arange(c.frames) / self.rate,
-      seconds=c.frames / self.rate,
-    )
-
-  def _given(self, answer: str) -> str:
-    """The letter that an answer counts as, by the protocol of the film, or of this package."""
-    if self.film:
-      return answer.replace("(", "").replace(")", "").upper()
-    return any_letter(answer)
+      wrong = {"error": needle.fault or fault(error), "right": False, "found": False}
+      yield from (line(kind) | wrong for kind in left)
 
 
 def search(
@@ -176,7 +165,7 @@ def search(
   answers: Answers,
   film: str | None,
   seed: int,
-  **parts: Any,
+  ask: Ask,
 ) -> None:
   """Asks what has no answer yet.
 
@@ -187,7 +176,7 @@ def search(
     answers: where they go.
     film: the haystack; None: a synthetic one.
     seed: of that.
-    parts: see `NeedleSearch`.
+    ask: see `NeedleSearch`.
 
   Raises:
     VideoError, FileNotFoundError, CheckpointError: what stops everything.
@@ -210,7 +199,7 @@ def search(
   ):
     model = reader.load()
     hay = haystack(reader, model, film, max(c.frames for c in cells), seed)
-    searching = NeedleSearch(reader, model, needles, hay, film, **parts)
+    searching = NeedleSearch(reader, model, needles, hay, film, ask)
     for c, kinds in todo.items():
       for line in searching.ask(c, kinds):
         answers.add(line)
@@ -228,10 +217,10 @@ def summary(lines: Sequence[Mapping[str, Any]], row: str) -> dict[str, Any]:
     right, found = (100 * sum(line[name] for line in of) / len(of) for name in ("right", "found"))
     return {"right": right, "found": found, "questions": len(of)}
 
-  cells = []
-  for n, at in sorted({(line["frames"], line[row]) for line in lines}):
-    here = [line for line in lines if (line["frames"], line[row]) == (n, at)]
-    cells.append({"frames": n, row: at, **shares(here)})
+  places = collections.defaultdict(list)
+  for line in lines:
+    places[line["frames"], line[row]].append(line)
+  cells = [{"frames": n, row: at, **shares(places[n, at])} for n, at in sorted(places)]
   return {**shares(lines), "row": row, "cells": cells}
 
 
@@ -244,19 +233,20 @@ def plot_needles(found: Mapping[str, Any], title: str, file: pathlib.Path) -> No
   by_depth = found["row"] == "depth"
   frames = sorted({cell["frames"] for cell in found["cells"]})
   rows = sorted({cell[found["row"]] for cell in found["cells"]})
-  size = (2.2 + 1.1 * max(4, 2 * len(frames)), 1.6 + 0.5 * max(3, len(rows)))
-  figure = Figure(figsize=size, layout="constrained")
+  figure = Figure(
+    figsize=(2.2 + 1.1 * max(4, 2 * len(frames)), 1.6 + 0.5 * max(3, len(rows))),
+    layout="constrained",
+  )
   figure.suptitle(title, fontsize=11)
   shown = {"right": "answered rightly", "found": "needle among kept frames"}
   for axes, (name, words) in zip(figure.subplots(1, 2, sharey=True), shown.items()):
     values = np.full((len(rows), len(frames)), np.nan)
     for cell in found["cells"]:
-      values[rows.index(cell[found["row"]]), frames.index(cell["frames"])] = cell[name]
+      y, x = rows.index(cell[found["row"]]), frames.index(cell["frames"])
+      values[y, x] = cell[name]
+      color = "white" if cell[name] > 60 else "black"
+      axes.text(x, y, f"{cell[name]:.0f}", ha="center", va="center", fontsize=9, color=color)
     image = axes.imshow(values, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto")
-    for (y, x), value in np.ndenumerate(values):
-      if not np.isnan(value):
-        style = {"fontsize": 9, "color": "white" if value > 60 else "black"}
-        axes.text(x, y, f"{value:.0f}", ha="center", va="center", **style)
     axes.set_title(f"{words}: {found[name]:.1f}%", fontsize=10)
     axes.set_xticks(range(len(frames)), [f"{n:,}" for n in frames])
     axes.set_yticks(range(len(rows)), [f"{at:.0%}" if by_depth else at for at in rows])
@@ -269,11 +259,14 @@ def plot_needles(found: Mapping[str, Any], title: str, file: pathlib.Path) -> No
 
 def title(reader: VideoModel, questions: int) -> str:
   """What a heat map is of."""
-  select, how = reader.select, "all frames"
+  select = reader.select
+  how = "all frames"
   if select is not None:
-    how = f"{select.frames} frame{'s' * (select.frames != 1)} selected, {select.mode}"
-    how += " by the answer's row" if select.rows == "answer" else ""
-    how += f", each scored {select.repeat} times" if select.repeat > 1 else ""
+    how = (
+      f"{select.frames} frame{'s' * (select.frames != 1)} selected, {select.mode}"
+      + " by the answer's row" * (select.rows == "answer")
+      + f", each scored {select.repeat} times" * (select.repeat > 1)
+    )
   return (
     f"{pathlib.Path(reader.settings.checkpoint).name}: LP-Comp {reader.cfg.lp_comp.keep}, "
     f"{how}; {questions} questions"
@@ -342,10 +335,10 @@ def hashed(content: bytes) -> str:
   return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def run_needles(args: argparse.Namespace, **parts: Any) -> dict[str, Any] | None:
+def run_needles(args: argparse.Namespace, ask: Ask) -> dict[str, Any] | None:
   """The command's work; None where other shares are not done yet.
 
-  parts: see `NeedleSearch`.
+  ask: see `NeedleSearch`.
 
   Raises:
     NeedleError, VideoError, CheckpointError, ConfigError, AnswersError, OSError: bad arguments, by
@@ -355,7 +348,7 @@ def run_needles(args: argparse.Namespace, **parts: Any) -> dict[str, Any] | None
   read = ("needles", "images", "haystack", "checkpoint")
   files.apart({"--out": args.out}, {f"--{name}": getattr(args, name) for name in read})
   cli.keep_compiled(args.compilation_cache, COMPILED)
-  (first, step), out = parse_share(args.share), pathlib.Path(args.out)
+  first, step = parse_share(args.share)
   reader = prepare_model(settings_of(args))
   print(reader.introduce(), file=sys.stderr)
   reader.check_clips()
@@ -377,8 +370,8 @@ def run_needles(args: argparse.Namespace, **parts: Any) -> dict[str, Any] | None
     "haystack": reader.source(args.haystack) if args.haystack else f"synthetic, seed {args.seed}",
     "needles": hashed(repr([needle.questions for needle in needles]).encode()),
   }
-  with Answers(out, reader, (first, step), about=about) as answers:
-    search(reader, needles, cells[first::step], answers, args.haystack, args.seed, **parts)
+  with Answers(args.out, reader, (first, step), about=about) as answers:
+    search(reader, needles, cells[first::step], answers, args.haystack, args.seed, ask)
   answers.read()
   keys = [c.key(kind) for c in cells for kind in needles[c.needle].questions]
   if left := sum(key not in answers.lines for key in keys):
@@ -387,32 +380,32 @@ def run_needles(args: argparse.Namespace, **parts: Any) -> dict[str, Any] | None
   lines = [answers.lines[key] for key in keys]
   found: dict[str, Any] = summary(lines, row) | {"failed": failures(lines, "needle")}
   made = {"made_with": answers.settings, "sessions": answers.sessions()}
-  files.write_json(out / "results.json", found | made, indent=2)
-  plot_needles(found, title(reader, found["questions"]), out / "heatmap.png")
+  files.write_json(args.out / "results.json", found | made, indent=2)
+  plot_needles(found, title(reader, found["questions"]), args.out / "heatmap.png")
   return found
 
 
-def main(argv: Sequence[str] | None = None, **parts: Any) -> None:
-  """The command; an error is one line on stderr and exit code 1. parts: see `NeedleSearch`."""
+def main(argv: Sequence[str] | None = None, ask: Ask = ask_needle) -> None:
+  """The command; an error is one line on stderr and exit code 1. ask: see `NeedleSearch`."""
   parser = argparse.ArgumentParser(
     prog="python -m xcomp_jax.needles", description=__doc__.splitlines()[0]
   )
   add = parser.add_argument
   add(
     "--out",
-    type=expanduser,
+    type=files.path_of,
     required=True,
     help="folder of answers, results.json and heatmap.png; a run that is there is continued",
   )
   add(
     "--needles",
-    type=expanduser,
+    type=files.expanduser,
     help="VideoChat-Flash's file, niah-coco-singlehop_20.json or niah-coco-multihop-100.json",
   )
-  add("--images", type=expanduser, help="folder of its pictures")
+  add("--images", type=files.expanduser, help="folder of its pictures")
   add(
     "--haystack",
-    type=expanduser,
+    type=files.expanduser,
     help="video that they are hidden in; taken from its beginning again where it is too short",
   )
   add(
@@ -429,7 +422,7 @@ def main(argv: Sequence[str] | None = None, **parts: Any) -> None:
     "--depths",
     type=number(0.0, 1.0, float),
     nargs="+",
-    default=DEPTHS,
+    default=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
     help="where a single needle lies, from 0 to 1",
   )
   add("--limit", type=number(1, 100_000, int), help="only the first needles, for a trial")
@@ -440,19 +433,14 @@ def main(argv: Sequence[str] | None = None, **parts: Any) -> None:
   )
   args = parser.parse_args(argv)
   with cli.command(interrupted="interrupted; the same command continues"):
-    found = run_needles(args, **parts)
-    if found:
-      shares = f"right {found['right']:.1f}%, needle among the kept frames {found['found']:.1f}%"
-      print(f"{shares} ({found['questions']} questions): {args.out}/heatmap.png")
-    if found and found["failed"]:
+    if found := run_needles(args, ask):
+      print(
+        f"right {found['right']:.1f}%, needle among the kept frames {found['found']:.1f}% "
+        f"({found['questions']} questions): {args.out}/heatmap.png"
+      )
       for needle in found["failed"]:
         print(
           f"needle {needle['needle']}: {needle['questions']} questions failed: {needle['error']}",
           file=sys.stderr,
         )
-      print(
-        f"error: {sum(f['questions'] for f in found['failed'])} of {found['questions']} questions "
-        f"could not be asked, and count as wrong",
-        file=sys.stderr,
-      )
-      sys.exit(1)
+      count_as_wrong(found["failed"], found["questions"])

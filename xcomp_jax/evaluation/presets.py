@@ -44,8 +44,13 @@ def preset(name: str, task: str) -> dict[str, Any]:
   task = task.removesuffix("_best_option")
   if name == "paper":
     select = PAPER_FRAMES.get(task, 512)
-    frames = {"select": select, "repeat": 2, "max_frames": max(1024, 2 * select)}
-    return COMMON | frames | {"clip_frames": "auto", "repetition_penalty": 1.0}
+    return COMMON | {
+      "select": select,
+      "repeat": 2,
+      "max_frames": max(1024, 2 * select),
+      "clip_frames": "auto",
+      "repetition_penalty": 1.0,
+    }
   if name != "released-logs":
     raise TaskError(
       f"there is no preset {name}; known: paper, released-logs, none", where="--preset", value=name
@@ -57,5 +62,8 @@ def preset(name: str, task: str) -> dict[str, Any]:
       value=task,
       allowed=list(LOGS),
     )
-  clips = {"max_frames": 1024, "clip_frames": "checkpoint", "repetition_penalty": 1.1}
-  return COMMON | LOGS[task] | clips
+  return (
+    COMMON
+    | LOGS[task]
+    | {"max_frames": 1024, "clip_frames": "checkpoint", "repetition_penalty": 1.1}
+  )

@@ -24,7 +24,8 @@ def any_letter(answer: str, options: Sequence[str] = ()) -> str:
   if stated:
     return stated[1].upper()
   text = answer.replace("\n", " ").replace("\t", " ").strip()
-  number, out = re.search(r"\d,\d", text), text
+  number = re.search(r"\d,\d", text)
+  out = text
   for mark in _MARKS:
     beside = f"{mark} " in text or f" {mark}" in text or number
     out = out.replace(mark, "" if beside else " ")
@@ -134,8 +135,8 @@ def seen_subtitles(subtitles: Iterable[Mapping[str, Any]], duration: float, offs
       released.
     offset: what the subtitles' times start from.
   """
-  count = SUBTITLE_FRAMES if duration > SUBTITLE_FRAMES else int(duration)
-  moments = np.arange(count) * (duration / SUBTITLE_FRAMES if duration > SUBTITLE_FRAMES else 1.0)
+  count = min(int(duration), SUBTITLE_FRAMES)
+  moments = np.arange(count) * max(duration / SUBTITLE_FRAMES, 1.0)
   lines = []
   for subtitle in subtitles:
     if "timestamp" in subtitle:

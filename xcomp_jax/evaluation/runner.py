@@ -23,7 +23,7 @@ from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.data.video import FrameSample, TailError, frames
 from xcomp_jax.evaluation.answers import Answers, Wanted
 from xcomp_jax.inference import encoded_video
-from xcomp_jax.inference.chat import Answer, Chat
+from xcomp_jax.inference.chat import Answer
 from xcomp_jax.inference.video_model import VideoModel, fault
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
@@ -57,7 +57,6 @@ def answer_wanted(
   batch: int = 1,
   once: bool = True,
   decode: Decoder = frames,
-  chat: Callable[..., Chat] = Chat,
 ) -> None:
   """Answers what has no answer yet, and tries again what failed.
 
@@ -72,7 +71,6 @@ def answer_wanted(
       memory.
     once: False encodes a video again for every question, to measure what encoding once saves.
     decode: makes the frames of a sample.
-    chat: makes a conversation about an encoded video.
 
   Raises:
     CheckpointError, ConfigError, OSError: what stops everything. Whatever is wrong with one video
@@ -81,8 +79,7 @@ def answer_wanted(
   videos: dict[tuple, dict[str, Wanted]] = {}  # questions of each, by their keys
   for w in wanted:
     videos.setdefault(w.watched, {})[w.key] = w
-  first, step = share
-  mine = [list(questions.values()) for questions in videos.values()][first::step]
+  mine = [list(questions.values()) for questions in videos.values()][share[0] :: share[1]]
   total = sum(map(len, mine))
   todo = [left for group in mine if (left := [w for w in group if answers.answer(w) is None])]
   if not once:
@@ -90,13 +87,13 @@ def answer_wanted(
   if not todo:
     return
   reader.check_clips()
-  done = total - sum(map(len, todo))
+  left = sum(map(len, todo))
   with (
-    progress(total=total, initial=done, unit="question", desc="loading") as bar,
+    progress(total=total, initial=total - left, unit="question", desc="loading") as bar,
     contextlib.closing(decode_ahead(reader, todo, ahead, decode)) as decoded,
   ):
     model = reader.load()
-    loop = AnsweringLoop(reader, answers, decoded, bar, encoded_video.identity(model), batch, chat)
+    loop = AnsweringLoop(reader, answers, decoded, bar, encoded_video.identity(model), batch)
     used = jax.local_devices()[:devices][: len(todo)]
     if len(used) == 1:
       loop.run(model)
@@ -127,11 +124,10 @@ class AnsweringLoop:
     bar: Any,
     identity: str,
     batch: int,
-    chat: Callable[..., Chat],
   ):
-    """bar: of the progress. identity: of the tower. batch, chat: see `answer_wanted`."""
+    """bar: of the progress. identity: of the tower. batch: see `answer_wanted`."""
     self.reader, self.answers, self.decoded, self.bar = reader, answers, decoded, bar
-    self.identity, self.batch, self.chat = identity, batch, chat
+    self.identity, self.batch = identity, batch
     self.lock, self.stopped = threading.Lock(), threading.Event()
 
   def run(self, model: VLM) -> None:
@@ -165,19 +161,15 @@ class AnsweringLoop:
       if isinstance(video.frames, BaseException):
         raise video.frames
       assert sample is not None  # or there would be no frames
-      source = reader.source(str(first.video), first.start, first.end)
       film, spent = reader.encode(
-        model, sample, source, decoded=video.frames, identity=self.identity
+        model,
+        sample,
+        reader.source(str(first.video), first.start, first.end),
+        decoded=video.frames,
+        identity=self.identity,
       )
       spent["decoding"] = video.seconds
-      chat = self.chat(
-        model,
-        reader.tokenizer,
-        film,
-        selector=reader.selector(len(film.times)),
-        sampling=reader.sampling,
-        keep_rounds=len(video.wanted) > self.batch,
-      )
+      chat = reader.chat(model, film, keep_rounds=len(video.wanted) > self.batch)
     except BaseException as error:  # whatever it is
       yield failed(video.wanted, error)
       return
@@ -206,8 +198,9 @@ class AnsweringLoop:
         self.answers.add(line)
     errors = collections.Counter(line["error"] for line in lines if "error" in line)
     for error, n in errors.items():
-      text = f"{lines[0]['video']}: {n} question{'s' * (n > 1)} failed: {error}"
-      self.bar.write(text, file=sys.stderr)
+      self.bar.write(
+        f"{lines[0]['video']}: {n} question{'s' * (n > 1)} failed: {error}", file=sys.stderr
+      )
     self.bar.update(len(lines))
 
 
@@ -226,14 +219,16 @@ def _answer_line(
 ) -> dict[str, Any]:
   """What is kept of an answer. spent: seconds before it was asked."""
   kept = got.selection
-  spans = html_report.ranges(kept.frames, film.times, film.seconds)
   seconds = {name: spent.get(name, 0.0) + got.spent.get(name, 0.0) for name in spent | got.spent}
   return {
     "answer": got.text,
     "sampled": len(film.times),
     "kept": len(kept.frames),
     "note": kept.note,
-    "ranges": [[round(t, 3) for t in span] for span in spans],
+    "ranges": [
+      [round(t, 3) for t in span]
+      for span in html_report.ranges(kept.frames, film.times, film.seconds)
+    ],
     "seconds": {name: round(s, 4) for name, s in seconds.items()},
   }
 
@@ -259,24 +254,25 @@ def decode_ahead(
   """Decodes the videos of groups of questions, `ahead` of them while another one is worked on."""
   stopped = threading.Event()
 
-  def read(sample):
+  def read(sample, wanted):
+    check_askable(reader, sample, wanted)
     return list(itertools.takewhile(lambda _: not stopped.is_set(), decode(sample)))
 
   def work(wanted):
-    begun, first, sample = time.perf_counter(), wanted[0], None
+    begun = time.perf_counter()
+    first, sample = wanted[0], None
     try:
       sample = reader.sample(str(first.video), first.start, first.end)
-      check_askable(reader, sample, wanted)
       try:
-        found = read(sample)
+        found = read(sample, wanted)
       except TailError as error:
         sample = reader.shortened(sample, error)
-        check_askable(reader, sample, wanted)
-        found = read(sample)
+        found = read(sample, wanted)
     except BaseException as error:  # `AnsweringLoop.ask` judges it
       found = error
-    seconds = time.perf_counter() - begun
-    return DecodedVideo(wanted=wanted, sample=sample, frames=found, seconds=seconds)
+    return DecodedVideo(
+      wanted=wanted, sample=sample, frames=found, seconds=time.perf_counter() - begun
+    )
 
   waiting = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(max(1, ahead)) as pool:
@@ -289,5 +285,4 @@ def decode_ahead(
         yield waiting.popleft().result()
     finally:
       stopped.set()
-      for future in waiting:
-        future.cancel()
+      pool.shutdown(wait=False, cancel_futures=True)

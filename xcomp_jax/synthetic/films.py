@@ -104,10 +104,10 @@ def shots(film: Sequence[Scene]) -> list[int]:
 def draw_film(rng: np.random.Generator, scenes: int, count: int) -> list[Scene]:
   """A film of so many scenes, `count` of them shots."""
   film = [Scene(seed=int(seed)) for seed in rng.integers(2**31, size=scenes)]
-  distinct = {name: rng.permutation(VALUES[name])[:count] for name in ("colour", "digit")}
-  free = {name: rng.choice(VALUES[name], count) for name in ("shape", "motion")}
+  values = {name: rng.permutation(VALUES[name])[:count] for name in ("colour", "digit")}
+  values |= {name: rng.choice(VALUES[name], count) for name in ("shape", "motion")}
   for k, place in enumerate(np.sort(rng.choice(scenes, count, replace=False))):
-    one = {name: str(values[k]) for name, values in (distinct | free).items()}
+    one = {name: str(drawn[k]) for name, drawn in values.items()}
     film[place] = dataclasses.replace(film[place], bars=one["colour"], **one)
   return film
 
@@ -157,18 +157,21 @@ def annotated_film(split: FilmSplit, seed: int, number: int) -> tuple[list[Scene
   film = draw_film(rng, scenes, count)
   asked = film_questions(film)
   if split.questions:
-    if rng.random() < split.described:
-      turns = [(world.DESCRIBE, describe_film(film))]
-    else:
-      turns = [(q.text, q.answer) for q in _in_turn(rng, asked, split.first)][: split.questions]
+    turns = (
+      [(world.DESCRIBE, describe_film(film))]
+      if rng.random() < split.described
+      else [(q.text, q.answer) for q in _in_turn(rng, asked, split.first)[: split.questions]]
+    )
     return film, {"conversations": world.conversation(turns)}
   while len({q.kind for q in asked}) < len(KINDS):  # another one, in which each kind can be asked
     film = draw_film(rng, scenes, count)
     asked = film_questions(film)
   by_kind = ([q for q in asked if q.kind == kind] for kind in KINDS)
   each = [of[rng.integers(len(of))] for of in by_kind]
-  turns = [(q.text, q.answer) for q in each]
-  return film, {"conversations": world.conversation(turns), "scenes": [q.scenes for q in each]}
+  return film, {
+    "conversations": world.conversation([(q.text, q.answer) for q in each]),
+    "scenes": [q.scenes for q in each],
+  }
 
 
 def _in_turn(
@@ -188,7 +191,7 @@ def _in_turn(
     same = "once" if question.kind == "order" else question.scenes
     of_kind[question.kind].setdefault(same, question)
   rows = itertools.zip_longest(*(of.values() for of in of_kind.values()))
-  return [question for row in rows for question in row if question]
+  return list(filter(None, itertools.chain.from_iterable(rows)))
 
 
 def write_films(out: pathlib.Path, split: FilmSplit, seed: int, workers: int) -> None:

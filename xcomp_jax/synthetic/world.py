@@ -223,8 +223,7 @@ def write_tokenizer(out: pathlib.Path, texts: Sequence[str]) -> None:
   """A byte-level BPE learned from a world's own text: vocab.json, merges.txt,
   tokenizer_config.json.
   """
-  import tokenizers
-  from tokenizers import decoders, models, pre_tokenizers, trainers
+  from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
   from xcomp_jax.data import prompt
 
@@ -240,38 +239,38 @@ def write_tokenizer(out: pathlib.Path, texts: Sequence[str]) -> None:
     "Question: Option:\n",
     "(A) (B) (C) (D)",
   ]
-  bpe = tokenizers.Tokenizer(models.BPE())
+  bpe = Tokenizer(models.BPE())
   bpe.pre_tokenizer = pre_tokenizers.Sequence(
     [
-      pre_tokenizers.Split(tokenizers.Regex(prompt.WORDS), "isolated"),
+      pre_tokenizers.Split(Regex(prompt.WORDS), "isolated"),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
   bpe.decoder = decoders.ByteLevel()
-  alphabet = pre_tokenizers.ByteLevel.alphabet()
   bpe.train_from_iterator(
     [*chat, *texts] * 2,
     trainers.BpeTrainer(
       vocab_size=VOCABULARY - len(SPECIAL),
-      initial_alphabet=sorted(alphabet),
+      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
       show_progress=False,
     ),
   )
   out.mkdir(parents=True, exist_ok=True)
   bpe.model.save(str(out))
   first = bpe.get_vocab_size()
-  entry = {
-    "lstrip": False,
-    "normalized": False,
-    "rstrip": False,
-    "single_word": False,
-    "special": True,
-  }
   config = {
     "add_bos_token": False,
     "add_prefix_space": False,
     "added_tokens_decoder": {
-      str(first + i): {"content": s, **entry} for i, s in enumerate(SPECIAL)
+      str(first + i): {
+        "content": s,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+      }
+      for i, s in enumerate(SPECIAL)
     },
     "additional_special_tokens": list(SPECIAL[1:]),
     "bos_token": None,
@@ -360,7 +359,6 @@ def write_untrained(
   from flax import nnx
 
   from xcomp_jax.checkpoints import saving
-  from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
   from xcomp_jax.checkpoints.sizes import read_vlm_config
   from xcomp_jax.model.vlm import VLM
 
@@ -369,7 +367,7 @@ def write_untrained(
     source = pathlib.Path(folder)
     write_tokenizer(source, texts)
     (source / "config.json").write_text(json.dumps(sizes, indent=2))
-    cfg = read_vlm_config(source, AS_IT_IS, NOT_TUNED)
+    cfg = read_vlm_config(source, saving.AS_IT_IS, saving.NOT_TUNED)
     model = VLM(cfg, rngs=nnx.Rngs(seed))
     for layer in model.llm.layers if silent_layers else ():
       layer.o.kernel[...] = jnp.zeros_like(layer.o.kernel[...])
@@ -381,14 +379,14 @@ def _annotated(split: WorldSplit, seed: int, number: int) -> tuple[list[Scene], 
   """A video's scenes and its annotation, whose `scenes` say where the answer to each question is
   shown.
   """
-  source = (seed, split.name == "heldout", number)
-  rng = np.random.default_rng(source)
+  rng = np.random.default_rng((seed, split.name == "heldout", number))
   shown = scenes(rng, int(rng.integers(split.fewest, split.most + 1)))
   kinds = list(QUESTIONS)
-  if split.questions == 1:
-    asked = [kinds[number % len(kinds)]]
-  else:
-    asked = [str(kind) for kind in rng.permutation(kinds)[: split.questions]]
+  asked = (
+    [kinds[number % len(kinds)]]
+    if split.questions == 1
+    else [str(kind) for kind in rng.permutation(kinds)[: split.questions]]
+  )
   turns = [turn(shown, kind) for kind in asked] or [(DESCRIBE, describe_scenes(shown))]
   where = [
     next(i for i, scene in enumerate(shown) if getattr(scene, kind) is not None) for kind in asked
@@ -481,10 +479,10 @@ def main(argv: Sequence[str] | None = None) -> None:
       write_untrained(pathlib.Path(f.init), f.seed, MODEL, world_words())
     if f.out:
       fewest, most = f.scenes
-      amounts = {"train": (f.train, f.questions), "heldout": (f.heldout, f.heldout_questions)}
+      amounts = (("train", f.train, f.questions), ("heldout", f.heldout, f.heldout_questions))
       splits = [
         WorldSplit(name=name, videos=videos, fewest=fewest, most=most, questions=questions)
-        for name, (videos, questions) in amounts.items()
+        for name, videos, questions in amounts
         if videos
       ]
       write_world(pathlib.Path(f.out), splits, f.seed, f.workers)
