@@ -57,11 +57,11 @@ def compare_arrays(
     for name, (a, b) in pairs.items()
   ]
 
-  def nearness(row):
-    worse = row.error / row.tolerance if row.tolerance else row.error
-    return row.error > row.tolerance, worse
-
-  return max(rows, key=nearness, default=absent(stage))
+  return max(
+    rows,
+    key=lambda row: (row.error > row.tolerance, row.error / (row.tolerance or 1)),
+    default=absent(stage),
+  )
 
 
 def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
