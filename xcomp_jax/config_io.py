@@ -186,10 +186,8 @@ def _convert(hint, value, where: str):
       and value.keys() == get_type_hints(option).keys()
     ):
       return from_dict(option, value, where)
-    if origin is Literal and value in get_args(option):
+    if type(value) is option or (origin is Literal and value in get_args(option)):
       return value
-    if option is type(None) and value is None:
-      return None
     if origin is tuple and isinstance(value, (list, tuple)):
       item = get_args(option)[0]
       with contextlib.suppress(ConfigError):
@@ -198,8 +196,6 @@ def _convert(hint, value, where: str):
       return float(value)
     if option == Path and isinstance(value, str):
       return expanduser(value)
-    if option in (int, str, bool) and type(value) is option:
-      return value
   wanted = " or ".join(map(_named, options))
   example = ", such as ((8, 4, 1024, 2048),)" if "tuple[tuple" in wanted else ""
   raise ConfigError(

@@ -21,13 +21,16 @@ class ParityError(XCompError, ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """A line of the table; error and tolerance are those of the array that is nearest to failing."""
+  """A line of the table; error and tolerance are those of the array that is nearest to failing.
+
+  The defaults say that a file, or a stage's arrays, are not there.
+  """
 
   stage: str
-  arrays: int
-  worst: str
-  error: float
-  tolerance: float
+  arrays: int = 0
+  worst: str = ""
+  error: float = 0.0
+  tolerance: float = 0.0
 
   @property
   def result(self) -> str:
@@ -60,7 +63,7 @@ def compare_arrays(
   return max(
     rows,
     key=lambda row: (row.error > row.tolerance, row.error / (row.tolerance or 1)),
-    default=absent(stage),
+    default=Row(stage=stage),
   )
 
 
@@ -91,11 +94,6 @@ def read_arrays(file: pathlib.Path) -> Arrays:
         )
     with np.load(file, allow_pickle=False) as arrays:
       return dict(arrays)
-
-
-def absent(stage: str) -> Row:
-  """A line for a file, or a stage's arrays, that are not there."""
-  return Row(stage=stage, arrays=0, worst="", error=0.0, tolerance=0.0)
 
 
 def comparison_table(rows: Sequence[Row]) -> str:

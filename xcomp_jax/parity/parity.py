@@ -40,7 +40,6 @@ from xcomp_jax.parity.comparison import (
   Arrays,
   ParityError,
   Row,
-  absent,
   compare_arrays,
   comparison_table,
   read_arrays,
@@ -443,8 +442,8 @@ def compare_directory(directory: pathlib.Path) -> list[Row]:
       rows += whole_model(directory)
     for place in towers:
       rows += internvideo2(place)
-  rows += [] if chosen else [absent("cuts.json")]
-  return rows if towers else [*rows, absent("internvideo2_tiny/vectors.npz")]
+  rows += [] if chosen else [Row(stage="cuts.json")]
+  return rows if towers else [*rows, Row(stage="internvideo2_tiny/vectors.npz")]
 
 
 def whole_model(directory: pathlib.Path) -> list[Row]:
@@ -470,7 +469,7 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
       other = read_arrays(file)
       rows += vision(model, in_clips(frames, other), other, file.stem)[0]
   else:
-    rows.append(absent("vision.npz"))
+    rows.append(Row(stage="vision.npz"))
 
   variants = read_arrays(directory / "llm_variants.npz")
   stages: dict[str, Callable[[Arrays], list[Row]]] = {
@@ -481,7 +480,7 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
   }
   for file, compare in stages.items():
     recorded = read_arrays(directory / file)
-    rows += compare(recorded) if recorded else [absent(file)]
+    rows += compare(recorded) if recorded else [Row(stage=file)]
   return rows
 
 
