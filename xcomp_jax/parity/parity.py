@@ -133,8 +133,9 @@ def llm(
     )
 
   def answer(model, like):
-    room = len(like.get("generated", ()))
-    return prefill_and_decode(model, jnp.asarray(x), len(prefix), len(text), room)
+    return prefill_and_decode(
+      model, jnp.asarray(x), len(prefix), len(text), room=len(like.get("generated", ()))
+    )
 
   released = answer(model, recorded)
   rows += released_setting(model, released, recorded)
@@ -205,10 +206,13 @@ def other_setting(name: str, got: Answered, recorded: Arrays) -> list[Row]:
   """States, logits and greedy tokens of another LP-Comp."""
   states = {f"hidden_in_{i:02}": state[0] for i, state in enumerate(got.prefill.entering)}
   states |= {"logits": got.logits, "gen_logits": got.new_logits}
-  exact = {"generated": got.tokens, "kv_len": got.cached}
   return [
     compare_arrays(f"{name}: states, logits", states, recorded, LLM),
-    compare_arrays(f"{name}: tokens, cache lengths", exact, recorded),
+    compare_arrays(
+      f"{name}: tokens, cache lengths",
+      {"generated": got.tokens, "kv_len": got.cached},
+      recorded,
+    ),
   ]
 
 
@@ -471,9 +475,8 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
   else:
     rows.append(Row(stage="vision.npz"))
 
-  variants = read_arrays(directory / "llm_variants.npz")
   stages: dict[str, Callable[[Arrays], list[Row]]] = {
-    "llm.npz": functools.partial(llm, model, features, variants),
+    "llm.npz": functools.partial(llm, model, features, read_arrays(directory / "llm_variants.npz")),
     "train.npz": functools.partial(compare_training, model),
     "qc_scores.npz": functools.partial(qc_scores, model),
     "qc_chat.npz": functools.partial(qc_chat, directory, cfg),
