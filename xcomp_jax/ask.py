@@ -26,7 +26,6 @@ import jax
 from xcomp_jax import cli, files, inputs
 from xcomp_jax.data import prompt, video
 from xcomp_jax.errors import one_line
-from xcomp_jax.files import expanduser
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Answer, Chat
 from xcomp_jax.inference.video_model import (
@@ -40,7 +39,6 @@ from xcomp_jax.inference.video_model import (
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.viz import html_report
-from xcomp_jax.viz.html_report import clock
 
 QUESTIONS = 1 << 24  # bytes of all, or letters of a typed one, at most
 NEW = "/new"  # typed instead of a question
@@ -63,8 +61,7 @@ def check_target(option: str, path: str | None) -> None:
   file = files.local(path, f"{option} names a file", written=True)
   if not file.parent.is_dir():
     raise FileNotFoundError(f"{option} {file}: there is no folder {file.parent}")
-  real = pathlib.Path(os.path.realpath(file))
-  files.sweep(real.parent, real.name)
+  files.sweep(*os.path.split(os.path.realpath(file)))
   try:
     with files.replacing(file) as probe:
       probe.unlink()
@@ -93,11 +90,11 @@ def sampled(args: argparse.Namespace, reader: VideoModel) -> video.FrameSample |
   Raises:
     VideoError, FileNotFoundError, ConfigError: what is wrong with the video or the arguments.
   """
-  file = pathlib.Path(args.encoded) if args.encoded else None
-  if file and file.exists():
+  if args.encoded and os.path.exists(args.encoded):
     return None
   if not args.video:
-    raise FileNotFoundError("no --video" + (f", and {file} does not exist" if file else ""))
+    lacking = f", and {args.encoded} does not exist" if args.encoded else ""
+    raise FileNotFoundError(f"no --video{lacking}")
   return reader.sample(args.video, args.start, args.end)
 
 
@@ -147,8 +144,9 @@ def encode(
   selector = reader.selector(T)
   clips = T // selector.clip_frames * len(selector.phases)
   with progress(total=clips, desc="encoding", unit="clip", leave=False) as bar:
-    source = reader.source(args.video, args.start, args.end)
-    film, spent = reader.encode(model, sample, source, report=bar.update)
+    film, spent = reader.encode(
+      model, sample, reader.source(args.video, args.start, args.end), report=bar.update
+    )
   if args.encoded:
     try:
       save(film, args.encoded)
@@ -171,14 +169,13 @@ def questions_of(args: argparse.Namespace) -> list[str]:
   """
   found: list[str] = list(args.question or ())
   if args.questions:
-    lines = inputs.read_text(
-      args.questions, prompt.AnnotationError, QUESTIONS, pipes=True
-    ).splitlines()
-    found += (asked := [line.strip() for line in lines if line.strip()])
+    text = inputs.read_text(args.questions, prompt.AnnotationError, QUESTIONS, pipes=True)
+    asked = [line.strip() for line in text.splitlines() if line.strip()]
     if not asked:
       raise prompt.AnnotationError(
         f"{'standard input' if args.questions == '-' else args.questions} holds no question"
       )
+    found += asked
   return found
 
 
@@ -278,7 +275,10 @@ class Interview:
     if kept.note and self.chat.selector.config and len(film.times) > 1:
       say(kept.note)
     elif kept.scores is not None:
-      listed = [f"{clock(a, film.seconds)} to {clock(b, film.seconds)}" for a, b in spans]
+      listed = [
+        f"{html_report.clock(a, film.seconds)} to {html_report.clock(b, film.seconds)}"
+        for a, b in spans
+      ]
       say(f"looked at {len(kept.frames)} of {len(film.times)} frames: {', '.join(listed)}")
     say("spent " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items()))
     if self.talk and (ending := self.chat.ending()):
@@ -306,9 +306,7 @@ def answer_line(
 ) -> str:
   """One line of --json."""
   kept = answer.selection
-  scores = None
-  if kept.scores is not None:
-    scores = kept.scores.reshape(-1, film.clip_frames).mean(1).tolist()
+  scores = kept.scores
   return json.dumps(
     {
       "question": question,
@@ -319,7 +317,9 @@ def answer_line(
       "frames": kept.frames.tolist(),
       "ranges": spans,
       "note": kept.note,
-      "clip_scores": scores,
+      "clip_scores": None
+      if scores is None
+      else scores.reshape(-1, film.clip_frames).mean(1).tolist(),
       "spent": spent,
     }
   )
@@ -385,16 +385,16 @@ def main(
   )
   add_options(parser)
   add = parser.add_argument
-  add("--video", type=expanduser, help="a video file, a GIF, a folder of frames, or an image")
+  add("--video", type=files.expanduser, help="a video file, a GIF, a folder of frames, or an image")
   add(
     "--encoded",
-    type=expanduser,
+    type=files.expanduser,
     help="file of the encoded video: read if it is there, else written",
   )
   add("--question", action="append", help="may be repeated")
   add(
     "--questions",
-    type=expanduser,
+    type=files.expanduser,
     help="file of questions, one per line; also a pipe, or -: standard input",
   )
   add(
@@ -405,7 +405,7 @@ def main(
   add("--json", action="store_true", help="one JSON object per question instead of text")
   add(
     "--report",
-    type=expanduser,
+    type=files.expanduser,
     help="HTML page to be written: relevance over time, thumbnails, cost",
   )
   add(

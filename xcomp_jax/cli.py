@@ -33,8 +33,7 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
     elif wanted:
       wanted = absolute(expanduser(wanted))
       os.makedirs(wanted, exist_ok=True)
-      with tempfile.TemporaryFile(dir=wanted):
-        pass
+      tempfile.TemporaryFile(dir=wanted).close()
   except Exception as error:  # a bucket's client has errors of its own
     why = (
       one_line(error)
@@ -91,23 +90,22 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     sys.exit(130)
 
 
-def hyphenated(argv: Sequence[str] | None) -> list[str]:
+def hyphenated(argv: Sequence[str]) -> list[str]:
   """Returns a command's arguments with the names of options spelled as they are now: earlier
   versions wrote some with underscores, which a line on stderr says.
 
-  argv: None: those of this process. The names of a config's values, which have dots, stay.
+  The names of a config's values, which have dots, stay.
   """
-  found, old = [], []
-  for argument in sys.argv[1:] if argv is None else argv:
-    name, equals, value = argument.partition("=")
-    if re.fullmatch(r"--\w[\w-]*", name) and "_" in name:
-      old.append(name)
-      name = name.replace("_", "-")
-    found.append(name + equals + value)
-  if old:
-    names = ", ".join(f"{name.replace('_', '-')} for {name}" for name in dict.fromkeys(old))
+  parts = [argument.partition("=") for argument in argv]
+  now = {
+    name: name.replace("_", "-")
+    for name, _, _ in parts
+    if "_" in name and re.fullmatch(r"--\w[\w-]*", name)
+  }
+  if now:
+    names = ", ".join(f"{new} for {old}" for old, new in now.items())
     print(f"options have hyphens now: write {names}", file=sys.stderr)
-  return found
+  return [now.get(name, name) + equals + value for name, equals, value in parts]
 
 
 def _give_up_stdout() -> None:
@@ -136,10 +134,8 @@ def _streams() -> None:
   missing = [
     number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None
   ]
-  while missing and (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
-    pass
-  if missing:
-    os.close(null)
+  for _ in missing:
+    os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
   sys.stdin = sys.stdin or open(0, closefd=False)
   sys.stdout = sys.stdout or open(1, "w", closefd=False)
   sys.stderr = sys.stderr or open(2, "w", closefd=False)

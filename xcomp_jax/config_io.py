@@ -1,5 +1,6 @@
 """Reads and writes configs: nested dicts, files and command lines."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -7,9 +8,8 @@ import os
 import runpy
 import traceback
 import types
-import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from xcomp_jax.config import ConfigError, Path, RunConfig
 from xcomp_jax.files import expanduser
@@ -24,16 +24,14 @@ def from_dict(cls: type, values: Any, where: str = "config"):
   """
   if not isinstance(values, Mapping):
     raise ConfigError(f"{where} must be a group of keys, not {values!r}", where=where, value=values)
-  hints = typing.get_type_hints(cls, include_extras=True)
+  hints = get_type_hints(cls, include_extras=True)
   problems = [f"{where}.{key} is missing" for key in hints.keys() - values.keys()]
   nearest = {}
   for key in values.keys() - hints.keys():
-    known = [f"{where}.{name}" for name in difflib.get_close_matches(key, hints, 1)]
-    known += _same(
-      key,
-      [f"{where}.{name}" for name in hints]
-      + (keys(RunConfig) if where.startswith("config") else []),
-    )
+    names = [f"{where}.{name}" for name in hints]
+    names += keys(RunConfig) if where.startswith("config") else []
+    close = difflib.get_close_matches(key, hints, 1)
+    known = [*(f"{where}.{name}" for name in close), *_same(key, names)]
     nearest[f"{where}.{key}"] = known[0] if known else None
     hint = f"did you mean {known[0]}?" if known else f"known: {', '.join(hints)}"
     problems.append(f"{where}.{key} is unknown; {hint}")
@@ -49,10 +47,13 @@ def from_dict(cls: type, values: Any, where: str = "config"):
 
 def keys(cls: type, where: str = "config") -> list[str]:
   """Full names of a dataclass's values, those of its groups included."""
-  names = []
-  for key, hint in typing.get_type_hints(cls).items():
-    names += keys(hint, f"{where}.{key}") if dataclasses.is_dataclass(hint) else [f"{where}.{key}"]
-  return names
+  return [
+    name
+    for key, hint in get_type_hints(cls).items()
+    for name in (
+      keys(hint, f"{where}.{key}") if dataclasses.is_dataclass(hint) else [f"{where}.{key}"]
+    )
+  ]
 
 
 def _same(key: str, names: list[str]) -> list[str]:
@@ -67,11 +68,12 @@ def _same(key: str, names: list[str]) -> list[str]:
 
 def to_dict(config) -> dict[str, Any]:
   """The nested plain dict (tuples as lists) that `from_dict` reads back."""
-
-  def plain(v):
-    return to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
-
-  return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+  return dataclasses.asdict(
+    config,
+    dict_factory=lambda pairs: {
+      name: list(value) if isinstance(value, tuple) else value for name, value in pairs
+    },
+  )
 
 
 def from_command_line(argv: list[str]) -> RunConfig:
@@ -88,17 +90,13 @@ def from_command_line(argv: list[str]) -> RunConfig:
   from absl import flags
   from ml_collections import config_flags
 
-  chosen, overrides = "", argv[:1]
-  arguments = iter(argv[1:])
-  for argument in arguments:
-    name, equals, value = argument.partition("=")
-    if name in ("--config", "-config"):
-      chosen = value if equals else next(arguments, "")
-    else:
-      overrides.append(argument)
-  if not chosen:
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument("--config", "-config", nargs="?")
+  chosen, overrides = parser.parse_known_args(argv[1:])
+  if not chosen.config:
     raise ConfigError("no config; add --config=configs/sct.py")
-  made = _load(chosen)
+  made = _load(chosen.config)
+  overrides = [*argv[:1], *overrides]
   values = flags.FlagValues()
   try:
     # New keys are let through here, so that `from_dict` can name the nearest known one.
@@ -111,9 +109,9 @@ def from_command_line(argv: list[str]) -> RunConfig:
       sys_argv=overrides,
     )
     rest = values(overrides)
-  except (flags.Error, AttributeError, KeyError) as error:
-    if isinstance(error, KeyError):  # an override in a group that is unknown
-      raise _unknown_group(overrides, str(error.args[0])) from error
+  except KeyError as error:  # an override in a group that is unknown
+    raise _unknown_group(overrides, str(error.args[0])) from error
+  except (flags.Error, AttributeError) as error:
     text = str(error.args[0] if error.args else error)
     raise ConfigError(" ".join(text.split()), where=" ".join(overrides[1:])) from error
   if len(rest) > 1:
@@ -129,8 +127,10 @@ def _unknown_group(overrides: list[str], text: str) -> ConfigError:
   known = keys(RunConfig)
   given = [argument.lstrip("-").partition("=")[0] for argument in overrides]
   wrong = next((name for name in given if name.startswith("config.") and name not in known), text)
-  near = _same(wrong.rpartition(".")[2], known)
-  near += difflib.get_close_matches(wrong, known, 1, cutoff=0.8)
+  near = [
+    *_same(wrong.rpartition(".")[2], known),
+    *difflib.get_close_matches(wrong, known, 1, cutoff=0.8),
+  ]
   hint = f"; did you mean {near[0]}?" if near else ""
   return ConfigError(
     f"{wrong} is unknown{hint}", where=wrong, nearest={wrong: near[0] if near else None}
@@ -177,31 +177,25 @@ def _load(chosen: str):
 def _convert(hint, value, where: str):
   if dataclasses.is_dataclass(hint):
     return from_dict(hint, value, where)
-  options = (
-    typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-  )
+  options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
   for option in options:
-    origin = typing.get_origin(option)
+    origin = get_origin(option)
     if (
       dataclasses.is_dataclass(option)
       and isinstance(value, Mapping)
-      and value.keys() == typing.get_type_hints(option).keys()
+      and value.keys() == get_type_hints(option).keys()
     ):
       return from_dict(option, value, where)
-    if origin is Literal and value in typing.get_args(option):
+    if type(value) is option or (origin is Literal and value in get_args(option)):
       return value
-    if option is type(None) and value is None:
-      return None
     if origin is tuple and isinstance(value, (list, tuple)):
-      item = typing.get_args(option)[0]
+      item = get_args(option)[0]
       with contextlib.suppress(ConfigError):
         return tuple(_convert(item, v, where) for v in value)
     if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
       return float(value)
     if option == Path and isinstance(value, str):
       return expanduser(value)
-    if option in (int, str, bool) and type(value) is option:
-      return value
   wanted = " or ".join(map(_named, options))
   example = ", such as ((8, 4, 1024, 2048),)" if "tuple[tuple" in wanted else ""
   raise ConfigError(
@@ -211,9 +205,9 @@ def _convert(hint, value, where: str):
 
 def _named(option) -> str:
   """A type in words."""
-  if typing.get_origin(option) is Literal:
-    return " or ".join(map(repr, typing.get_args(option)))
+  if get_origin(option) is Literal:
+    return " or ".join(map(repr, get_args(option)))
   if option is type(None):
     return "None"
-  name = str(option) if typing.get_origin(option) else option.__name__
+  name = str(option) if get_origin(option) else option.__name__
   return name.replace(str(Path), "str")

@@ -21,9 +21,7 @@ import numpy as np
 from scipy.stats import binomtest, sem
 
 from xcomp_jax import ask, export, predecode
-from xcomp_jax.checkpoints import loading
-from xcomp_jax.checkpoints.finding import resolve
-from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints import finding, loading, sizes
 from xcomp_jax.cli import command
 from xcomp_jax.config import LPCompConfig, RunConfig
 from xcomp_jax.config_io import from_command_line
@@ -34,8 +32,7 @@ from xcomp_jax.files import alone, expanduser, made_by
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.model import vlm
 from xcomp_jax.synthetic import world
-from xcomp_jax.training import loop
-from xcomp_jax.training.prepare import open_data
+from xcomp_jax.training import loop, prepare
 
 BASE = "assets/tiny"
 ROWS = 8  # questions that are evaluated at once
@@ -69,11 +66,11 @@ def gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
 
 def right_answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> np.ndarray:
   """Which held-out questions of config.data.heldout a checkpoint answers rightly: bool[n]."""
-  directory = resolve(checkpoint)
-  cfg = read_vlm_config(directory, config.model, lp_comp)
+  directory = finding.resolve(checkpoint)
+  cfg = sizes.read_vlm_config(directory, config.model, lp_comp)
   model, evaluate = loading.load_model(directory, cfg), jax.jit(vlm.heldout_measures)
   assert config.data.heldout is not None  # `run_demo` says where they are
-  data = open_data(config.data.heldout, cfg)
+  data = prepare.open_data(config.data.heldout, cfg)
   tokenizer, right = prompt.load_tokenizer(directory), np.zeros(len(data), bool)
   lengths = measure_lengths(data, tokenizer, config.data.mask)
   shape = Shape(
@@ -94,9 +91,7 @@ def right_answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> 
 
 
 def watched(model: vlm.VLM, data: Blend, example: Example) -> Example:
-  """A sample with what the tower makes of its video, if it has one and that is not there yet."""
-  if example.visual is not None or not example.frames:
-    return example
+  """A sample with what the tower makes of its video."""
   clips = np.stack(list(encoded_video.encode_in_chunks(model, data.visual(example.index))))
   return dataclasses.replace(example, visual=clips.reshape(example.frames, -1, clips.shape[-1]))
 
@@ -122,15 +117,21 @@ def decode_world(
     fps=world.FPS,
     clip_frames=sizes["mm_local_num_frames"],
   )
-  made = predecode.load_tower(tower, settings, chunk) if tower else None
-  mixture = source / f"{split}.yaml"
-  predecoding.predecode(mixture, out, settings, root=source, workers=2, tower=made)
+  predecoding.predecode(
+    source / f"{split}.yaml",
+    out,
+    settings,
+    root=source,
+    workers=2,
+    tower=predecode.load_tower(tower, settings, chunk) if tower else None,
+  )
 
 
 def configured(config: str, changes: Mapping[str, Any]) -> RunConfig:
   """The config of FILE:VARIANT, with other values of keys such as "data.train"."""
-  overrides = (f"--config.{key}={value}" for key, value in changes.items())
-  return from_command_line(["demo", f"--config={config}", *overrides])
+  return from_command_line(
+    ["demo", f"--config={config}", *(f"--config.{key}={value}" for key, value in changes.items())]
+  )
 
 
 def train_exported(folder: pathlib.Path, config: str, changes: Mapping[str, Any]) -> pathlib.Path:
@@ -146,9 +147,8 @@ def train_exported(folder: pathlib.Path, config: str, changes: Mapping[str, Any]
 def train_base(
   out: pathlib.Path,
   stages: Iterable[str],
+  train: Callable[[pathlib.Path, str, pathlib.Path], pathlib.Path],
   *,
-  data: Callable[[pathlib.Path, str, pathlib.Path], pathlib.Path],
-  train: Callable[[pathlib.Path, str, Mapping[str, Any]], pathlib.Path],
   sizes: Mapping[str, Any],
   words: Sequence[str],
   silent_layers: bool = False,
@@ -158,8 +158,7 @@ def train_base(
   Args:
     out: folder of the untrained model and of the stages.
     stages: variants of a config, in their order.
-    data: (folder of the stage, stage, checkpoint before it) to the data that it is trained on.
-    train: (folder, stage, changes of the config) to the stage's model.
+    train: (folder of the stage, stage, checkpoint before it) to the stage's model.
     sizes: of the model, as in config.json.
     words: that its tokenizer learns.
     silent_layers: see `world.write_untrained`.
@@ -168,8 +167,7 @@ def train_base(
   if not before.exists():
     world.write_untrained(before, 0, sizes, words, silent_layers=silent_layers)
   for stage in stages:
-    shown = data(out / stage, stage, before)
-    before = train(out / stage, stage, {"init_from": before, "data.train": shown})
+    before = train(out / stage, stage, before)
   return before
 
 
@@ -177,8 +175,8 @@ def run_demo(out: pathlib.Path, videos: int, steps: int | None) -> None:
   """The demo."""
   begun = time.perf_counter()
 
-  def say(text):
-    return print(f"\n[{time.perf_counter() - begun:4.0f} s] {text}", flush=True)
+  def say(text: str) -> None:
+    print(f"\n[{time.perf_counter() - begun:4.0f} s] {text}", flush=True)
 
   clear(out, MADE)
   say("making videos")
@@ -188,14 +186,16 @@ def run_demo(out: pathlib.Path, videos: int, steps: int | None) -> None:
     decode_world(out / "world", out / "data" / split, split)
   say("converting the base model")
   export.main(["--checkpoint", BASE, "--format=orbax", "--out", str(out / "start")])
-  overrides = {
-    "init_from": out / "start",
-    "workdir": out / "run",
-    "data.train": out / "data/train",
-    "data.heldout": out / "data/heldout",
-    **({} if steps is None else {"train.steps": steps}),
-  }
-  config = configured("configs/sct.py:tiny", overrides)
+  config = configured(
+    "configs/sct.py:tiny",
+    {
+      "init_from": out / "start",
+      "workdir": out / "run",
+      "data.train": out / "data/train",
+      "data.heldout": out / "data/heldout",
+      **({} if steps is None else {"train.steps": steps}),
+    },
+  )
   table = []
 
   def measure(name: str, checkpoint: pathlib.Path, lp_comp: LPCompConfig) -> np.ndarray:
@@ -210,7 +210,7 @@ def run_demo(out: pathlib.Path, videos: int, steps: int | None) -> None:
   measure(
     "no compression",
     out / "start",
-    LPCompConfig(config.lp_comp.schedule, "none", config.lp_comp.group),
+    dataclasses.replace(config.lp_comp, keep="none"),
   )
   untrained = measure("LP-Comp, not trained", out / "start", config.lp_comp)
   say("supervised compression tuning")
@@ -244,19 +244,16 @@ def run_demo(out: pathlib.Path, videos: int, steps: int | None) -> None:
 def train_tiny_base(out: pathlib.Path) -> None:
   """The base's stages; the result is out/find/model."""
 
-  def videos(folder, stage, before):
+  def train(folder, stage, before):
     clear(folder, STAGE_MADE)
     seed = 100 + list(STAGES).index(stage)
     world.write_world(folder / "world", [STAGES[stage]], seed=seed, workers=2)
     decode_world(folder / "world", folder / "train", "train")
-    return folder / "train"
-
-  def train(folder, stage, changes):
+    changes = {"init_from": before, "data.train": folder / "train"}
     return train_exported(folder, f"configs/base.py:{stage}", changes)
 
   clear(out, ("init",))
-  words = world.world_words()
-  train_base(out, STAGES, data=videos, train=train, sizes=world.MODEL, words=words)
+  train_base(out, STAGES, train, sizes=world.MODEL, words=world.world_words())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

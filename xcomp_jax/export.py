@@ -22,22 +22,10 @@ import numpy as np
 from flax import nnx
 
 from xcomp_jax import cli, files
-from xcomp_jax.checkpoints import loading, tensor_files
-from xcomp_jax.checkpoints.finding import resolve
-from xcomp_jax.checkpoints.saving import (
-  AS_IT_IS,
-  NOT_TUNED,
-  check_free,
-  missing_code,
-  save_orbax,
-  save_torch,
-)
-from xcomp_jax.checkpoints.sizes import read_vlm_config
-from xcomp_jax.checkpoints.tensor_files import CheckpointError
-from xcomp_jax.checkpoints.tuned import read_tuned
+from xcomp_jax.checkpoints import finding, loading, saving, sizes, tuned
+from xcomp_jax.checkpoints.tensor_files import CheckpointError, read_object
 from xcomp_jax.config import LPCompConfig, Tuned, VLMConfig, Yarn
 from xcomp_jax.config_io import from_dict
-from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import reading
 from xcomp_jax.parallel.mesh import path_name
 from xcomp_jax.training import checkpoint
@@ -83,10 +71,12 @@ def read_source(path: str, *, step: int | None = None, init_from: str | None = N
       where=path,
       found="a bucket",
     )
-  directory = resolve(path)
-  tuned = read_tuned(directory)
-  cfg = read_vlm_config(directory, AS_IT_IS, tuned.lp_comp if tuned else NOT_TUNED)
-  return Source(nnx.state(loading.load_model(directory, cfg)), cfg, directory, tuned or False)
+  directory = finding.resolve(path)
+  found = tuned.read_tuned(directory)
+  cfg = sizes.read_vlm_config(
+    directory, saving.AS_IT_IS, found.lp_comp if found else saving.NOT_TUNED
+  )
+  return Source(nnx.state(loading.load_model(directory, cfg)), cfg, directory, found or False)
 
 
 def _read_run(path: str, step: int | None, init_from: str | None) -> Source:
@@ -104,9 +94,12 @@ def _read_run(path: str, step: int | None, init_from: str | None) -> Source:
       False: np.dtype(run["model"]["dtype"]),
     }
   directory = _resolve_start(where, run, init_from)
-  cfg = read_vlm_config(directory, AS_IT_IS, lp_comp)
-  llm = dataclasses.replace(cfg.llm, rope_scaling=yarn, tied=vlm["llm"].get("tied", cfg.llm.tied))
-  cfg = dataclasses.replace(cfg, llm=llm, clip_frames=clip_frames)
+  cfg = sizes.read_vlm_config(directory, saving.AS_IT_IS, lp_comp)
+  cfg = dataclasses.replace(
+    cfg,
+    llm=dataclasses.replace(cfg.llm, rope_scaling=yarn, tied=vlm["llm"].get("tied", cfg.llm.tied)),
+    clip_frames=clip_frames,
+  )
   # A run may keep what it does not train in a shorter dtype, so that comes from where the run
   # started.
   started = nnx.state(loading.load_model(directory, cfg))
@@ -130,18 +123,21 @@ def _read_run(path: str, step: int | None, init_from: str | None) -> Source:
       )
     return started
 
-  like = jax.tree_util.tree_map_with_path(as_saved, started)
-  params = checkpoint.read_params(path, like, step)
-  state = jax.tree_util.tree_map_with_path(choose, started, params)
-  return Source(state, dataclasses.replace(cfg, dtype=run["model"]["dtype"]), directory, tuned=True)
+  params = checkpoint.read_params(path, jax.tree_util.tree_map_with_path(as_saved, started), step)
+  return Source(
+    jax.tree_util.tree_map_with_path(choose, started, params),
+    dataclasses.replace(cfg, dtype=run["model"]["dtype"]),
+    directory,
+    tuned=True,
+  )
 
 
 def _resolve_start(where: str, run: dict[str, Any], init_from: str | None) -> pathlib.Path:
   """The checkpoint that a run started from."""
   if init_from:
-    return resolve(init_from)
+    return finding.resolve(init_from)
   try:
-    return resolve(run["init_from"])
+    return finding.resolve(run["init_from"])
   except CheckpointError as error:
     raise CheckpointError(
       f"{where} started from another place: {error}; --init-from DIR says where that is now",
@@ -157,16 +153,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument(
     "--checkpoint",
-    type=expanduser,
+    type=files.expanduser,
     required=True,
     help="workdir of a run, or what init_from takes",
   )
   parser.add_argument("--format", required=True, choices=("orbax", "torch"))
-  parser.add_argument("--out", type=expanduser, required=True, help="directory to be made")
+  parser.add_argument("--out", type=files.expanduser, required=True, help="directory to be made")
   parser.add_argument("--step", type=int, help="of a run; default: its latest checkpoint")
   parser.add_argument(
     "--init-from",
-    type=expanduser,
+    type=files.expanduser,
     help="of a run: where its starting checkpoint is, if that has moved",
   )
   parser.add_argument(
@@ -176,14 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument(
     "--code",
-    type=expanduser,
+    type=files.expanduser,
     metavar="ORG/NAME",
     help="hub id or directory with the Python files that config.json's auto_map names; "
     "default: beside the starting checkpoint, or else auto_map is left out",
   )
   parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
   args = parser.parse_args(argv)
-  save = save_torch if args.format == "torch" else save_orbax
+  save = saving.save_torch if args.format == "torch" else saving.save_orbax
   # Orbax warns of what a reader of checkpoints always does
   logging.getLogger("absl").setLevel(logging.ERROR)
   with cli.command():
@@ -193,20 +189,20 @@ def main(argv: Sequence[str] | None = None) -> None:
       {"--checkpoint": args.checkpoint, "--init-from": args.init_from, "--code": args.code},
       nested=True,
     )
-    check_free(out, args.overwrite)
-    code = resolve(args.code, code=True) if args.code else None
+    saving.check_free(out, args.overwrite)
+    code = finding.resolve(args.code, code=True) if args.code else None
     source = read_source(args.checkpoint, step=args.step, init_from=args.init_from)
     files.apart({"--out": out}, {"where the run started,": source.directory}, nested=True)
     if code:
       named_in = source.directory / "config.json"
-      auto_map = tensor_files.read_object(named_in).get("auto_map")
+      auto_map = read_object(named_in).get("auto_map")
       if not auto_map:
         raise CheckpointError(
           f"{named_in} has no auto_map, which would name the files of --code; leave --code out",
           where=named_in,
           missing="auto_map",
         )
-      if missing := missing_code(auto_map, code):
+      if missing := saving.missing_code(auto_map, code):
         raise CheckpointError(
           f"{code} has no {', '.join(missing)}, which auto_map of {named_in} asks for",
           where=code,

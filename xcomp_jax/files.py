@@ -151,15 +151,11 @@ def sweep(folder: str | os.PathLike, name: str = "") -> None:
   """Removes what killed processes left of `replacing` in a folder; name: of one file. Who still
   writes holds a lock.
   """
-  for path in pathlib.Path(folder).glob(f"{glob.escape(_stem(name)) or '*'}.*.tmp"):
-    if re.search(r"\.[0-9a-f]{32}\.tmp$", path.name):
-      # no locks here, or no permission: it stays
-      with (
-        contextlib.suppress(OSError),
-        open(path, "rb") as left,
-      ):
-        fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
+  for path in pathlib.Path(folder).glob(f"{glob.escape(_stem(name)) or '*'}.{'[0-9a-f]' * 32}.tmp"):
+    # no locks here, or no permission: it stays
+    with contextlib.suppress(OSError), open(path, "rb") as left:
+      fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      path.unlink()
 
 
 def write_file(target: str | os.PathLike, content: str | bytes) -> None:

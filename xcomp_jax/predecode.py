@@ -26,7 +26,7 @@ from typing import Any, get_args
 import numpy as np
 
 from xcomp_jax import cli
-from xcomp_jax.config import Attention, Dtype, Mask
+from xcomp_jax.config import COSINE, Attention, ConfigError, Dtype, Mask, ModelConfig, Tuned
 from xcomp_jax.data import sampling, store, video
 from xcomp_jax.data.predecoding import PER_SHARD, Tower, passed_over, predecode
 from xcomp_jax.data.sampling import FrameSettings
@@ -53,19 +53,14 @@ def load_tower(
   import jax
   import ml_dtypes
 
-  from xcomp_jax.checkpoints import loading
-  from xcomp_jax.checkpoints.finding import resolve
-  from xcomp_jax.checkpoints.sizes import read_vlm_config
-  from xcomp_jax.checkpoints.tuned import read_tuned
-  from xcomp_jax.config import COSINE, ConfigError, ModelConfig, Tuned
+  from xcomp_jax.checkpoints import finding, loading, sizes, tuned
   from xcomp_jax.inference import encoded_video
   from xcomp_jax.model import kernels
 
-  directory = resolve(checkpoint)
+  directory = finding.resolve(checkpoint)
   card = kernels.here()
-  dtype = dtype or kernels.compute_dtype(
-    card, (read_tuned(directory) or Tuned(lp_comp=COSINE)).dtype
-  )
+  as_tuned = tuned.read_tuned(directory) or Tuned(lp_comp=COSINE)
+  dtype = dtype or kernels.compute_dtype(card, as_tuned.dtype)
   kernels.check_implementation(attention, dtype)
   model = ModelConfig(
     clip_frames=settings.clip_frames,
@@ -77,9 +72,9 @@ def load_tower(
     remat=False,
   )
   # LP-Comp is the LLM's, which is not run
-  cfg = read_vlm_config(directory, model, COSINE, option="--clip-frames {own}")
-  if cfg.vision.image_size != settings.image_size:
-    size = cfg.vision.image_size
+  cfg = sizes.read_vlm_config(directory, model, COSINE, option="--clip-frames {own}")
+  size = cfg.vision.image_size
+  if size != settings.image_size:
     raise ConfigError(
       f"the tower of {checkpoint} takes {size} pixels, not {settings.image_size}; give "
       f"--image-size {size}",
@@ -118,7 +113,8 @@ def options() -> argparse.ArgumentParser:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  add, modes, usual = parser.add_argument, parser.add_mutually_exclusive_group(), FrameSettings()
+  add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
+  usual = FrameSettings()
   add("--mixture", type=expanduser, help="YAML with the datasets to read")
   modes.add_argument(
     "--out",
@@ -261,17 +257,15 @@ def frame_settings(args: argparse.Namespace) -> FrameSettings:
   """The settings of frames among the options; sizes that are not given are those that the tower of
   --features was tuned with, as far as its checkpoint says.
   """
-  settings: dict[str, Any] = {}
+  as_tuned: dict[str, Any] = {}
   if args.features:
-    from xcomp_jax.checkpoints.finding import resolve
-    from xcomp_jax.checkpoints.tuned import read_tuned  # brings jax
+    from xcomp_jax.checkpoints import finding, tuned  # brings jax
 
-    if tuned := read_tuned(resolve(args.checkpoint, whole=False)):
-      settings = {"image_size": tuned.image_size, "clip_frames": tuned.clip_frames}
-  for field in dataclasses.fields(FrameSettings):
-    if getattr(args, field.name) is not None:
-      settings[field.name] = getattr(args, field.name)
-  return FrameSettings(**{name: value for name, value in settings.items() if value is not None})
+    if found := tuned.read_tuned(finding.resolve(args.checkpoint, whole=False)):
+      as_tuned = {"image_size": found.image_size, "clip_frames": found.clip_frames}
+  given = {field.name: getattr(args, field.name) for field in dataclasses.fields(FrameSettings)}
+  settings = [*as_tuned.items(), *given.items()]  # the last value of each that is one counts
+  return FrameSettings(**{name: value for name, value in settings if value is not None})
 
 
 def make_store(args: argparse.Namespace) -> None:
@@ -311,9 +305,11 @@ def make_store(args: argparse.Namespace) -> None:
     restart=args.restart,
     beam=None if args.beam is None else shlex.split(args.beam),
   )
-  passed = collections.Counter()
-  for file in info["annotation_files"]:
-    passed.update(file.get("passed_over", {}))  # not of an earlier version
+  passed = sum(
+    # not of an earlier version
+    (collections.Counter(file.get("passed_over", {})) for file in info["annotation_files"]),
+    collections.Counter(),
+  )
   print(
     f"{args.out}: {info['samples']} samples, {info['frames']} frames, {info['skipped']} "
     f"skipped{passed_over(passed)}"

@@ -21,13 +21,16 @@ class ParityError(XCompError, ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """A line of the table; error and tolerance are those of the array that is nearest to failing."""
+  """A line of the table; error and tolerance are those of the array that is nearest to failing.
+
+  The defaults say that a file, or a stage's arrays, are not there.
+  """
 
   stage: str
-  arrays: int
-  worst: str
-  error: float
-  tolerance: float
+  arrays: int = 0
+  worst: str = ""
+  error: float = 0.0
+  tolerance: float = 0.0
 
   @property
   def result(self) -> str:
@@ -57,11 +60,11 @@ def compare_arrays(
     for name, (a, b) in pairs.items()
   ]
 
-  def nearness(row):
-    worse = row.error / row.tolerance if row.tolerance else row.error
-    return row.error > row.tolerance, worse
-
-  return max(rows, key=nearness, default=absent(stage))
+  return max(
+    rows,
+    key=lambda row: (row.error > row.tolerance, row.error / (row.tolerance or 1)),
+    default=Row(stage=stage),
+  )
 
 
 def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -91,11 +94,6 @@ def read_arrays(file: pathlib.Path) -> Arrays:
         )
     with np.load(file, allow_pickle=False) as arrays:
       return dict(arrays)
-
-
-def absent(stage: str) -> Row:
-  """A line for a file, or a stage's arrays, that are not there."""
-  return Row(stage=stage, arrays=0, worst="", error=0.0, tolerance=0.0)
 
 
 def comparison_table(rows: Sequence[Row]) -> str:

@@ -50,8 +50,7 @@ def choices(name: str, recorded: list[dict[str, Any]]) -> list[Row]:
 
 
 def _named(n: int, indices: np.ndarray, message: str) -> dict[str, np.ndarray]:
-  letters = np.frombuffer(message.encode(), np.uint8)
-  return {f"frames {n}": indices, f"message {n}": letters}
+  return {f"frames {n}": indices, f"message {n}": np.frombuffer(message.encode(), np.uint8)}
 
 
 def _chosen(root: pathlib.Path, case: dict[str, Any]) -> tuple[np.ndarray, str]:

@@ -28,9 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xcomp_jax.checkpoints import loading, tensor_names
-from xcomp_jax.checkpoints.saving import AS_IT_IS
-from xcomp_jax.checkpoints.sizes import read_vlm_config
+from xcomp_jax.checkpoints import loading, saving, sizes, tensor_names
 from xcomp_jax.cli import command
 from xcomp_jax.config import COSINE, InternVideo2Config, Keep, LPCompConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN, Clips, Example, Shape, collate
@@ -38,13 +36,10 @@ from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.files import path_of
 from xcomp_jax.inference import encoded_video, generate, selection
 from xcomp_jax.model import qc_comp, qwen2, vlm
-from xcomp_jax.model.qwen2 import Lengths, Places
-from xcomp_jax.model.vlm import VLM
 from xcomp_jax.parity.comparison import (
   Arrays,
   ParityError,
   Row,
-  absent,
   compare_arrays,
   comparison_table,
   read_arrays,
@@ -56,8 +51,6 @@ LLM = 1e-4  # absolute
 LOSS = 1e-5  # of the loss
 GRADIENT = (2e-5, 1e-4)  # absolute, or of an array's largest value
 QC_SCORES, QC_CHAT = 1e-5, 1e-3  # of each score
-# How the recorded outputs were computed.
-EXACT = dataclasses.replace(AS_IT_IS, attention="einsum")
 
 
 class Answered(NamedTuple):
@@ -81,13 +74,13 @@ def _one(n: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("prefix", "text", "room"))
-def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int) -> Answered:
+def prefill_and_decode(model: vlm.VLM, x, prefix: int, text: int, room: int) -> Answered:
   """From an inserted sequence [S, D] to `room` greedy tokens."""
-  visual = (len(x) - prefix - text) // model.cfg.lp_comp.group
+  groups = (len(x) - prefix - text) // model.cfg.lp_comp.group
   out = qwen2.run_layers(
     model.llm,
     x[None],
-    Lengths(_one(prefix), _one(visual), _one(text)),
+    qwen2.Lengths(_one(prefix), _one(groups), _one(text)),
     prefix=prefix,
     text=text,
     caches=True,
@@ -98,8 +91,9 @@ def prefill_and_decode(model: VLM, x, prefix: int, text: int, room: int) -> Answ
     tokens, after = generate.decode_tokens(model, state, generate.Sampling(room, ()), 1)
     return after, (tokens[0, 0], state.logits[0])
 
-  begun = generate.start(model, out, text, _one(text)[0], room)
-  _, (tokens, new_logits) = jax.lax.scan(step, begun, length=room)
+  _, (tokens, new_logits) = jax.lax.scan(
+    step, generate.start(model, out, text, _one(text)[0], room), length=room
+  )
   return Answered(out, model.llm.logits(out.x)[0], tokens, new_logits)
 
 
@@ -115,7 +109,9 @@ def slot_of(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return ids[: slots[0]], ids[slots[0] + 1 :]
 
 
-def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arrays) -> list[Row]:
+def llm(
+  model: vlm.VLM, features: jax.Array | None, variants: Arrays, recorded: Arrays
+) -> list[Row]:
   """From the inserted sequence to greedy tokens, for the released setting and every other recorded
   one.
 
@@ -137,8 +133,9 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
     )
 
   def answer(model, like):
-    room = len(like.get("generated", ()))
-    return prefill_and_decode(model, jnp.asarray(x), len(prefix), len(text), room)
+    return prefill_and_decode(
+      model, jnp.asarray(x), len(prefix), len(text), room=len(like.get("generated", ()))
+    )
 
   released = answer(model, recorded)
   rows += released_setting(model, released, recorded)
@@ -149,16 +146,19 @@ def llm(model: VLM, features: jax.Array | None, recorded: Arrays, variants: Arra
     other = loading.with_lp_comp(model, lp_comp_of(name, model.cfg.llm.layers))
     rows += other_setting(name, answer(other, mine), mine)
   if "untied_lm_head_weight" in variants:
-    logits = untied_logits(model, released, variants["untied_lm_head_weight"])
-    rows.append(compare_arrays("untied head", {"untied:logits": logits}, variants, LLM))
+    ours = {"untied:logits": untied_logits(model, released, variants["untied_lm_head_weight"])}
+    rows.append(compare_arrays("untied head", ours, variants, LLM))
   return rows
 
 
-def released_setting(model: VLM, got: Answered, recorded: Arrays) -> list[Row]:
+def released_setting(model: vlm.VLM, got: Answered, recorded: Arrays) -> list[Row]:
   """Every state of the prefill, caches, positions and greedy tokens."""
   out, cached = got.prefill, got.cached
-  caches = {f"k_cache_{i:02}": cache.key for i, cache in enumerate(out.caches)}
-  caches |= {f"v_cache_{i:02}": cache.value for i, cache in enumerate(out.caches)}
+  caches = {
+    f"{kind}_cache_{i:02}": jnp.moveaxis(array[0], 0, 1)
+    for i, cache in enumerate(out.caches)
+    for kind, array in (("k", cache.key), ("v", cache.value))
+  }
   lengths = {
     f"layer_out_len_{i:02}": np.array(state.shape[1]) for i, state in enumerate(out.entering)
   }
@@ -175,12 +175,7 @@ def released_setting(model: VLM, got: Answered, recorded: Arrays) -> list[Row]:
     compare_arrays("final norm", {"final_norm": model.llm.norm(out.x)[0]}, recorded, LLM),
     compare_arrays("logits", {"logits": got.logits}, recorded, LLM),
     compare_arrays("cache lengths", lengths | {"kv_len": cached}, recorded),
-    compare_arrays(
-      "cached keys and values",
-      {name: jnp.moveaxis(a[0], 0, 1) for name, a in caches.items()},
-      recorded,
-      LLM,
-    ),
+    compare_arrays("cached keys and values", caches, recorded, LLM),
     compare_arrays(
       "prefill positions",
       {"prefill_first_pos": np.zeros_like(cached), "prefill_last_pos": cached - 1},
@@ -192,7 +187,7 @@ def released_setting(model: VLM, got: Answered, recorded: Arrays) -> list[Row]:
   ]
 
 
-def layer_outputs(model: VLM, out: Any, recorded: Arrays) -> dict[str, jax.Array]:
+def layer_outputs(model: vlm.VLM, out: Any, recorded: Arrays) -> dict[str, jax.Array]:
   """The output [S, D] of each recorded layer, from what enters it here, under the recorded name."""
   ours = {}
   for i, (layer, state, cache) in enumerate(
@@ -200,7 +195,7 @@ def layer_outputs(model: VLM, out: Any, recorded: Arrays) -> dict[str, jax.Array
   ):
     if names := {f"layer_out_pre_drop_{i:02}", f"layer_out_{i:02}"} & recorded.keys():
       size = state.shape[1]
-      places = Places(
+      places = qwen2.Places(
         jnp.where(cache.valid[:, :size], 0, -1), jnp.arange(size)[None], several=False
       )
       ours |= dict.fromkeys(names, layer(state, places)[0][0])
@@ -210,15 +205,18 @@ def layer_outputs(model: VLM, out: Any, recorded: Arrays) -> dict[str, jax.Array
 def other_setting(name: str, got: Answered, recorded: Arrays) -> list[Row]:
   """States, logits and greedy tokens of another LP-Comp."""
   states = {f"hidden_in_{i:02}": state[0] for i, state in enumerate(got.prefill.entering)}
-  numbers = states | {"logits": got.logits, "gen_logits": got.new_logits}
-  exact = {"generated": got.tokens, "kv_len": got.cached}
+  states |= {"logits": got.logits, "gen_logits": got.new_logits}
   return [
-    compare_arrays(f"{name}: states, logits", numbers, recorded, LLM),
-    compare_arrays(f"{name}: tokens, cache lengths", exact, recorded),
+    compare_arrays(f"{name}: states, logits", states, recorded, LLM),
+    compare_arrays(
+      f"{name}: tokens, cache lengths",
+      {"generated": got.tokens, "kv_len": got.cached},
+      recorded,
+    ),
   ]
 
 
-def untied_logits(model: VLM, got: Answered, weight: np.ndarray) -> jax.Array:
+def untied_logits(model: vlm.VLM, got: Answered, weight: np.ndarray) -> jax.Array:
   """Logits of the same states by an output head [V, D] of its own."""
   cfg = dataclasses.replace(model.cfg, llm=dataclasses.replace(model.cfg.llm, tied=False))
   untied = nnx.eval_shape(lambda: qwen2.Decoder(cfg, rngs=nnx.Rngs(0)))
@@ -243,7 +241,7 @@ def lp_comp_of(name: str, layers: int) -> LPCompConfig:
   )
 
 
-def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
+def compare_training(model: vlm.VLM, recorded: Arrays) -> list[Row]:
   """Loss, logits and gradients of one sample, from its frames."""
   ids, labels = recorded["input_ids"], recorded["labels"]
   prefix, text = slot_of(ids)
@@ -252,19 +250,20 @@ def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
   clips = frames.reshape(-1, min(8, len(frames)), *frames.shape[1:])
   example = Example(
     frames=len(frames),
-    visual=None,
+    # zeros, into which the tower's tokens are filled
+    visual=np.zeros(
+      (len(frames), model.cfg.tokens_per_frame, model.cfg.vision.width), model.cfg.dtype
+    ),
     tokens=ids.astype(np.int32),
     labels=labels.astype(np.int32),
     query=np.zeros(len(ids), bool),
     index=0,
   )
-  shape = Shape(rows=1, samples=1, prefix=len(prefix), frames=len(frames), text=len(text))
-  batch = collate([[example]], shape)
-  shown = Clips(clips[None], np.arange(0, len(frames), clips.shape[1], dtype=np.int32)[None])
-  none = np.zeros(
-    (1, len(frames), model.cfg.tokens_per_frame, model.cfg.vision.width), model.cfg.dtype
+  batch = collate(
+    [[example]],
+    Shape(rows=1, samples=1, prefix=len(prefix), frames=len(frames), text=len(text)),
   )
-  batch = dataclasses.replace(batch, visual=none)
+  shown = Clips(clips[None], np.arange(0, len(frames), clips.shape[1], dtype=np.int32)[None])
   graph, tuned, frozen = nnx.split(
     model, nnx.Any(nnx.PathContains("llm"), nnx.PathContains("projector")), ...
   )
@@ -312,7 +311,7 @@ def compare_training(model: VLM, recorded: Arrays) -> list[Row]:
   ]
 
 
-def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
+def qc_scores(model: vlm.VLM, recorded: Arrays) -> list[Row]:
   """QC-Comp's scores of every layer in one prefill of given visual tokens, for each recorded cut
   into windows.
   """
@@ -324,15 +323,16 @@ def qc_scores(model: VLM, recorded: Arrays) -> list[Row]:
   )
 
   groups = (len(x) - len(prefix)) // model.cfg.lp_comp.group
-  lengths = Lengths(_one(len(prefix)), _one(groups), _one(0))
-
-  @jax.jit
-  def prefill(llm, x):
-    return qwen2.run_layers(
-      llm, x, lengths, prefix=len(prefix), text=0, caches=True, rotated=False, stop=layers - 1
-    ).caches
-
-  caches = prefill(model.llm, x[None])
+  prefill = functools.partial(
+    qwen2.run_layers,
+    lengths=qwen2.Lengths(_one(len(prefix)), _one(groups), _one(0)),
+    prefix=len(prefix),
+    text=0,
+    caches=True,
+    rotated=False,
+    stop=layers - 1,
+  )
+  caches = jax.jit(prefill)(model.llm, x[None]).caches
   rows = []
   for name in sorted(recorded):
     if not (found := re.fullmatch(r"scores_(?:default|segments_(\d+)_(\d+))", name)):
@@ -365,23 +365,19 @@ def scores_row(
   """Scores [..., units] relative to the recorded ones, which are 1e9 exactly where a unit does not
   count (quirk Q3).
   """
-  if ours.shape != recorded.shape:
-    worst, error = "shape", np.inf
-  else:
-    ours = np.where(plan.counted, ours, 1e9)
-    worst = stage.rpartition(" ")[2]
-    error = float(np.nan_to_num(np.abs(ours / recorded - 1), nan=np.inf).max())
-  return Row(stage=stage, arrays=1, worst=worst, error=error, tolerance=tolerance)
+  name = stage.rpartition(" ")[2]
+  if ours.shape == recorded.shape:
+    ours = np.where(plan.counted, ours, 1e9) / recorded
+  return compare_arrays(stage, {name: ours}, {name: np.ones_like(recorded)}, tolerance)
 
 
 def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[Row]:
   """The whole of the official chat(): rounds, scores, selected frames, and the answer about
   them.
   """
-  small = dataclasses.replace(cfg.vision, image_size=int(recorded["image_size"]))
   cfg = dataclasses.replace(
     cfg,
-    vision=small,
+    vision=dataclasses.replace(cfg.vision, image_size=int(recorded["image_size"])),
     clip_frames=int(recorded["mm_local_num_frames"]),
     clips_per_chunk=16,
     attention="auto",
@@ -389,8 +385,9 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
   model = loading.load_model(directory, cfg, dtype=np.float32)
   frames, ids = frames_of(recorded), recorded["input_ids"].astype(np.int32)
   T, header = len(frames), int(recorded["first_conv_length"])
-  rounds = len(recorded["round_starts"])
-  mode = qc_comp.select_config("official", int(recorded["select"]), repeat=rounds // -(-T // 512))
+  mode = qc_comp.select_config(
+    "official", int(recorded["select"]), repeat=len(recorded["round_starts"]) // -(-T // 512)
+  )
   selector = selection.frame_selector(T, cfg.clip_frames, mode)
   plan = selector.plan
   assert plan is not None  # the release selected
@@ -400,14 +397,14 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
     model, iter(frames), np.arange(T) / 8, T / 8, "", phases=selector.phases
   )
   scores = selection.score_rounds(model, film, [question], selector)[0]
-  layers = qc_comp.scored_layers(mode, cfg.llm.layers)
-  recorded_scores = recorded["round_scores"][:, layers[0] : layers[-1] + 1]
+  recorded_scores = recorded["round_scores"][:, qc_comp.scored_layers(mode, cfg.llm.layers)]
   kept = selector.pick(qc_comp.aggregate(plan, scores, T))
   batch = generate.as_batch(
     question, selection.selected_features(model, film, kept), cfg.clip_frames
   )
-  room = len(recorded["final_generated"])
-  (tokens,) = generate.generate(model, batch, generate.Sampling(room, ()))
+  (tokens,) = generate.generate(
+    model, batch, generate.Sampling(len(recorded["final_generated"]), ())
+  )
   return [
     compare_arrays("QC-Comp: rounds", {"round_starts": plan.starts}, recorded),
     scores_row(
@@ -439,25 +436,28 @@ def compare_directory(directory: pathlib.Path) -> list[Row]:
   ]
   chosen = {file.name: found for file in sorted(directory.glob("*.json")) if (found := cases(file))}
   with jax.default_matmul_precision("highest"):
-    rows = []
-    for name in ("pos_embed_tables.npz", "pos_embed_1024_rows.npz"):
-      found = read_arrays(directory / name) or read_arrays(directory.parent / name)
-      rows.append(tables(found, name) if found else absent(name))
+    rows = [
+      tables(read_arrays(directory / name) or read_arrays(directory.parent / name), name)
+      for name in ("pos_embed_tables.npz", "pos_embed_1024_rows.npz")
+    ]
     for name, found in chosen.items():
       rows += choices(name, found)
     if (directory / "config.json").exists() or not (towers or chosen):
       rows += whole_model(directory)
     for place in towers:
       rows += internvideo2(place)
-  rows += [] if chosen else [absent("cuts.json")]
-  return rows if towers else [*rows, absent("internvideo2_tiny/vectors.npz")]
+  rows += [] if chosen else [Row(stage="cuts.json")]
+  return rows if towers else [*rows, Row(stage="internvideo2_tiny/vectors.npz")]
 
 
 def whole_model(directory: pathlib.Path) -> list[Row]:
   """Every stage of a checkpoint and what is recorded beside it; errors as of
   `compare_directory`.
   """
-  cfg = read_vlm_config(directory, EXACT, COSINE)
+  # as the recorded outputs were computed
+  cfg = sizes.read_vlm_config(
+    directory, dataclasses.replace(saving.AS_IT_IS, attention="einsum"), COSINE
+  )
   model = loading.load_model(directory, cfg, dtype=np.float32)
   rows, features = [], None
   if main := read_arrays(directory / "vision.npz"):
@@ -473,20 +473,17 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
       other = read_arrays(file)
       rows += vision(model, in_clips(frames, other), other, file.stem)[0]
   else:
-    rows.append(absent("vision.npz"))
-
-  def prompts(recorded):
-    return llm(model, features, recorded, read_arrays(directory / "llm_variants.npz"))
+    rows.append(Row(stage="vision.npz"))
 
   stages: dict[str, Callable[[Arrays], list[Row]]] = {
-    "llm.npz": prompts,
+    "llm.npz": functools.partial(llm, model, features, read_arrays(directory / "llm_variants.npz")),
     "train.npz": functools.partial(compare_training, model),
     "qc_scores.npz": functools.partial(qc_scores, model),
     "qc_chat.npz": functools.partial(qc_chat, directory, cfg),
   }
   for file, compare in stages.items():
     recorded = read_arrays(directory / file)
-    rows += compare(recorded) if recorded else [absent(file)]
+    rows += compare(recorded) if recorded else [Row(stage=file)]
   return rows
 
 

@@ -15,7 +15,6 @@ from xcomp_jax.model import vlm
 from xcomp_jax.model.internvideo2 import InternVideo2, position_start
 from xcomp_jax.model.token_merging import match, merge_step, merge_steps, metric
 from xcomp_jax.model.umt import normalise, position_table
-from xcomp_jax.model.vlm import VLM
 from xcomp_jax.parity.comparison import Arrays, ParityError, Row, compare_arrays, read_arrays
 
 VISION = 5e-5  # absolute
@@ -68,7 +67,7 @@ def in_clips(frames: np.ndarray, recorded: Arrays) -> np.ndarray:
 
 
 def vision(
-  model: VLM, clips: np.ndarray, recorded: Arrays, label: str
+  model: vlm.VLM, clips: np.ndarray, recorded: Arrays, label: str
 ) -> tuple[list[Row], jax.Array]:
   """Position table to projector, for clips [C, F, S, S, 3]; also returns the merged tokens [C, N,
   D].
@@ -82,22 +81,36 @@ def vision(
   out = each(model.vision, clips)  # [C, N, D]
   image = model.vision(jnp.asarray(clips[:1, :1]))  # [1, N / F, D]
   features = jax.jit(vlm.encode_frames)(model, clips)  # [C, tokens, D]
-  tables = {"pos_embed": table[None], "img_pos_embed": position_table(model.cfg.vision, 1)[None]}
-  x = recorded.get("patch_embed", embedded) + table
-  merged = recorded.get("vision_out", out)
   rows = [
-    compare_arrays(f"{label}: position tables", tables, recorded, VISION),
+    compare_arrays(
+      f"{label}: position tables",
+      {"pos_embed": table[None], "img_pos_embed": position_table(model.cfg.vision, 1)[None]},
+      recorded,
+      VISION,
+    ),
     compare_arrays(
       f"{label}: patch embedding",
       {"pixel_values_frame0": pixels, "patch_embed": embedded},
       recorded,
       VISION,
     ),
-    *_blocks(each, model.vision.blocks, x, recorded, label),
+    *_blocks(
+      each,
+      model.vision.blocks,
+      recorded.get("patch_embed", embedded) + table,
+      recorded,
+      label,
+    ),
     compare_arrays(
       f"{label}: tower", {"vision_out": out, "vision_out_image": image}, recorded, VISION
     ),
-    *_merges(merged, frames * model.cfg.tokens_per_frame, model.cfg.vision.heads, recorded, label),
+    *_merges(
+      recorded.get("vision_out", out),
+      frames * model.cfg.tokens_per_frame,
+      model.cfg.vision.heads,
+      recorded,
+      label,
+    ),
     compare_arrays(f"{label}: merged tokens", {"tome_out": features}, recorded, VISION),
     compare_arrays(
       f"{label}: projector", {"projector_out": model.projector(features)}, recorded, VISION
@@ -137,11 +150,8 @@ def same_ties(order: np.ndarray, recorded: np.ndarray, score: np.ndarray) -> np.
   """`order` with the recorded choice wherever that has the same score."""
   if order.shape != recorded.shape:
     return order
-
-  def take(o):
-    return np.take_along_axis(score, o, axis=-1)
-
-  return np.where(np.abs(take(order) - take(recorded)) < TIE, recorded, order)
+  ours, theirs = (np.take_along_axis(score, chosen, axis=-1) for chosen in (order, recorded))
+  return np.where(np.abs(ours - theirs) < TIE, recorded, order)
 
 
 def internvideo2(directory: pathlib.Path) -> list[Row]:
@@ -182,20 +192,24 @@ def _internvideo2(directory: pathlib.Path, recorded: Arrays, label: str) -> list
   leaves = [arrays[f"vision/{path}"] for path in tensor_files.by_path(state)]
   tower = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
-  grid = v.image_size // v.patch_size
   starts = {
-    "pos_embed_init_sincos": position_start(v.width, v.frames, grid),
-    "img_pos_embed_init_sincos": position_start(v.width, 1, grid),
+    f"{kind}pos_embed_init_sincos": position_start(v.width, frames, v.image_size // v.patch_size)
+    for kind, frames in (("", v.frames), ("img_", 1))
   }
   frames = _enlarged(recorded["lowres_u8"], v.image_size)
   run = jax.jit(lambda tower, frames: tower.with_class_token(frames))
   every, image = run(tower, frames), run(tower, frames[:, :1])  # [C, 1 + N, D]
-  outputs = {"out_with_cls": every, "tower_out": every[:, 1:]}
-  of_image = {"tower_out_image": image[:, 1:]}
   return [
     compare_arrays(f"{label}: first positions", starts, recorded, VISION),
-    compare_arrays(f"{label}: tower", outputs, recorded, INTERNVIDEO2),
-    compare_arrays(f"{label}: tower, image", of_image, recorded, INTERNVIDEO2),
+    compare_arrays(
+      f"{label}: tower",
+      {"out_with_cls": every, "tower_out": every[:, 1:]},
+      recorded,
+      INTERNVIDEO2,
+    ),
+    compare_arrays(
+      f"{label}: tower, image", {"tower_out_image": image[:, 1:]}, recorded, INTERNVIDEO2
+    ),
   ]
 
 

@@ -252,19 +252,20 @@ def train_study_base(
     StudyError: what is there was made otherwise.
   """
 
-  def data(folder, stage, before):
+  def train_stage(folder, stage, before):
     split, frozen = STAGES[stage]
     made = {"before": digest(before), "films": dataclasses.asdict(split), "seed": SEED}
     write_origin(folder, made | variant_settings(stage, {}))
     if not (folder / "model").exists():
       decode(folder, split, SEED, str(before) if frozen else None)
-    return folder / ("features" if frozen else "frames")
+    shown = folder / ("features" if frozen else "frames")
+    return train(folder, stage, {"init_from": before, "data.train": shown})
 
   made = {"model": films.MODEL, "words": films.film_words()}
   write_origin(out, made)
   # In random layers embeddings soon drown, and what a question asks about is found much later.
   start = {"sizes": films.MODEL, "words": made["words"], "silent_layers": True}
-  base = demo.train_base(out, STAGES, data=data, train=train, **start)
+  base = demo.train_base(out, STAGES, train_stage, **start)
   print(f"a base: {base}; to study it: --model {base} --out DIR", flush=True)
 
 
