@@ -17,6 +17,7 @@ again. The result does not depend on the number of processes, on their order, or
 import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import signal
@@ -65,6 +66,11 @@ class Work:
   def shard(self, number: int, suffix: str) -> pathlib.Path:
     """A file of a shard."""
     return self.folder / "shards" / f"{number:06d}{suffix}"
+
+  def about(self, number: int) -> dict[str, Any]:
+    """What the .json of a shard says; {} if the shard is not whole."""
+    file = self.shard(number, ".json")
+    return read_json(file, store.StoreError) if file.exists() else {}
 
 
 # What processes do. Entries are written as JSON: {"frames", "clip_frames", "seconds", "lengths",
@@ -151,22 +157,19 @@ def assemble(shard: str, files: Sequence[str]) -> tuple[int, bool]:
     spools.DamagedError: of a spool. OSError: the files can't be written.
   """
   if not os.path.exists(f"{shard}.json"):  # else a process died before it had removed all spools
-    entries, size, count, writer = [], 0, 0, None
-    with replacing(f"{shard}.array_record") as temporary, store_writing.writing_records(temporary):
-      try:
+    entries = []
+    with replacing(f"{shard}.array_record") as temporary:
+      with store_writing.writing_records(temporary) as writer:
         for file in files:
           entry, records = spools.read_spool(file)
           entries.append(entry)
           for record in records:
-            writer = writer or store_writing.array_record(temporary)
             writer.write(record)
-            size, count = size + len(record), count + 1
-      finally:
-        if writer is not None:
-          writer.close()
-      if writer is None:
+      lengths = [n for entry in entries for n in entry.get("lengths", ())]
+      if not lengths:
         temporary.unlink()
-    write_json(f"{shard}.json", {"entries": entries, "records": count, "bytes": size})
+    about = {"entries": entries, "records": len(lengths), "bytes": sum(lengths)}
+    write_json(f"{shard}.json", about)
   for file in files:
     pathlib.Path(file).unlink(missing_ok=True)
   return 0, True
@@ -212,12 +215,9 @@ def _chosen(job: Job, settings: FrameSettings) -> video.FrameSample:
 def _clips(job: Job, chosen: video.FrameSample, size: int) -> Iterator[np.ndarray]:
   """Clips uint8[F, S, S, 3] one by one; whatever goes wrong is a VideoError."""
   with _blaming(job):
-    images = []
-    for image in video.frames(chosen):
-      images.append(image)
-      if len(images) == size:
-        yield np.stack(images)
-        images = []
+    images = video.frames(chosen)
+    while clip := list(itertools.islice(images, size)):
+      yield np.stack(clip)
 
 
 @contextlib.contextmanager
@@ -233,11 +233,8 @@ def _blaming(job: Job) -> Generator[None]:
       raise MemoryError(str(error)) from error
     if isinstance(error, video.VideoError):
       raise
-    if isinstance(error, OSError):
-      raise video.VideoError(str(error)) from error
-    raise video.VideoError(
-      f"{job.sample.source} can't be decoded: {type(error).__name__}: {error}"
-    ) from error
+    text = f"{job.sample.source} can't be decoded: {type(error).__name__}: {error}"
+    raise video.VideoError(str(error) if isinstance(error, OSError) else text) from error
 
 
 # What the main process does.
@@ -261,10 +258,9 @@ def prepare_work(work: Work, skip_bad: bool) -> int:
 
   done, whole = 0, set()
   for number in work.shards:
-    file = work.shard(number, ".json")
-    entries = read_json(file, store.StoreError)["entries"] if file.exists() else []
+    entries = work.about(number).get("entries", ())
     if any(again(entry, job) for entry, job in zip(entries, work.members(number))):
-      file.unlink()
+      work.shard(number, ".json").unlink()
     elif entries:
       done += len(entries)
       whole.add(number)
@@ -487,14 +483,12 @@ def entries(work: Work) -> list[dict[str, Any]]:
   """What became of every annotation, after `decode_shards` of all shards: entries of `decode_job`,
   with the number of their records.
   """
-  found = []
-  for n in work.shards:
-    file = work.shard(n, ".json")
-    if file.exists():
-      found += read_json(file, store.StoreError)["entries"]
-    else:
-      found += [spools.read_spool(work.spool(job))[0] for job in work.members(n)]
-  return found
+  return [
+    entry
+    for n in work.shards
+    for entry in work.about(n).get("entries")
+    or (spools.read_spool(work.spool(job))[0] for job in work.members(n))
+  ]
 
 
 def _how(error: Exception) -> str:
@@ -518,12 +512,9 @@ def spooled_frames(work: Work, job: int) -> tuple[dict[str, Any], Iterator[np.nd
   entry, records = spools.read_spool(work.spool(job, ".pixels"))
   coder = store.record_features(dataclasses.replace(work.layout, features=None))
 
-  def clips():
-    for record in records:
-      frames = coder.deserialize_example_np(record)["frames"]
-      yield from frames.reshape(-1, entry["clip_frames"], *frames.shape[1:])
-
-  return entry, clips()
+  held = (coder.deserialize_example_np(record)["frames"] for record in records)
+  clips = (frames.reshape(-1, entry["clip_frames"], *frames.shape[1:]) for frames in held)
+  return entry, itertools.chain.from_iterable(clips)
 
 
 def run_one(task: tuple[Work, int, float, bool]) -> int:
