@@ -247,12 +247,11 @@ class _Items:
     return sum(n // self._share.clips + n % self._share.clips for n in each)
 
   def _make(self, number: int) -> list[Planned]:
-    step, items = self._steps[number], []
-    if self._encodes:
-      for kind, _ in self._kinds(step):
-        items += self._calls(step, kind)
+    step = self._steps[number]
+    kinds = [kind for kind, _ in self._kinds(step)] if self._encodes else []
+    calls = [call for kind in kinds for call in self._calls(step, kind)]
     last = len(step) - 1
-    return [*items, *(Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
+    return [*calls, *(Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
 
   def _calls(self, step: Sequence[Micro], kind: int) -> list[Planned]:
     """The tower's calls on all clips of so many frames. Those of a call are neighbours, so that a
@@ -295,12 +294,13 @@ def _clips_of(
 
 
 def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> Planned:
-  flat, fills = table.reshape(-1, 5), []
-  for number in np.unique(flat[:, 2]):
-    if number >= 0:
-      place = np.where(flat[:, 2:3] == number, flat[:, 3:], -1).astype(np.int32)
-      fills.append(Fill(int(number), step[number].shape, place))
-  return Planned(table[..., :2], kind, tuple(fills), None, -1, False)
+  flat = table.reshape(-1, 5)
+  fills = tuple(
+    Fill(n, step[n].shape, np.where(flat[:, 2:3] == n, flat[:, 3:], -1).astype(np.int32))
+    for n in np.unique(flat[:, 2]).tolist()
+    if n >= 0
+  )
+  return Planned(table[..., :2], kind, fills, None, -1, False)
 
 
 def load_item(
