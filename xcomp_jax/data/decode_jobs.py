@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import os
 import pathlib
-import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +36,8 @@ from xcomp_jax.inputs import read_json
 # Frames of videos that a process decodes before a fresh one takes its place: decoders of videos
 # leak, in the worst case seen 3 kB a frame.
 LIFE = 1 << 16
+# makes of the clips of a sample, one by one, what is stored instead of them
+Encode = Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,9 +102,14 @@ def decode_job(
       chosen: video.FrameSample | None = _chosen(job, settings)
     while chosen is not None:  # twice where its end can't be decoded
       decoded += 0 if chosen.found is None else chosen.stop - int(chosen.indices[0])
-      seconds = None if job.reader == "img" else chosen.seconds
       try:
-        spool(_clips(job, chosen, clip_frames), clip_frames, layout, target, seconds)
+        spool(
+          _clips(job, chosen, clip_frames),
+          clip_frames,
+          layout,
+          target,
+          None if job.reader == "img" else chosen.seconds,
+        )
         chosen = None
       except video.TailError as error:
         if not settings.keep_tails:
@@ -168,8 +174,9 @@ def assemble(shard: str, files: Sequence[str]) -> tuple[int, bool]:
       lengths = [n for entry in entries for n in entry.get("lengths", ())]
       if not lengths:
         temporary.unlink()
-    about = {"entries": entries, "records": len(lengths), "bytes": sum(lengths)}
-    write_json(f"{shard}.json", about)
+    write_json(
+      f"{shard}.json", {"entries": entries, "records": len(lengths), "bytes": sum(lengths)}
+    )
   for file in files:
     pathlib.Path(file).unlink(missing_ok=True)
   return 0, True
@@ -295,7 +302,7 @@ def decode_shards(
   workers: int,
   timeout: float | None,
   skip_bad: bool,
-  encode: Callable[[int], None] | None = None,
+  encode: Encode | None = None,
   report: Callable[[], object] = lambda: None,
   start: Callable[[int], Processes | Here] = start_pool,
 ) -> None:
@@ -309,7 +316,7 @@ def decode_shards(
     workers: processes; 0: in this one, where no time limit holds.
     timeout: seconds after which the decoding of one annotation is given up.
     skip_bad: leave out what is bad.
-    encode: makes the spool of a job from its pixels, in this process.
+    encode: what is stored of the clips of a job instead of these, by this process.
     report: called after each annotation.
     start: makes what does the calls, from the number of workers.
 
@@ -356,7 +363,7 @@ class _Schedule:
   busy: int  # calls that keep all processes busy
   timeout: float | None
   skip_bad: bool
-  encode: Callable[[int], None] | None
+  encode: Encode | None
   report: Callable[[], object]
   missing: dict[int, set[int]]  # of each shard: jobs that are not done
   waiting: collections.deque[int]  # jobs that were not begun
@@ -492,29 +499,23 @@ def entries(work: Work) -> list[dict[str, Any]]:
 
 
 def _how(error: Exception) -> str:
-  if not isinstance(error, DiedError):
-    return "it takes more memory than there is"
-  return f"its process died{f' ({signal.Signals(-error.code).name})' if error.code < 0 else ''}"
+  return str(error) if isinstance(error, DiedError) else "it takes more memory than there is"
 
 
-def _encode(work: Work, job: int, encode: Callable[[int], None]) -> None:
-  pixels = work.spool(job, ".pixels")
-  if not os.path.exists(work.spool(job)):
-    if "reason" in spools.read_spool(pixels)[0]:
-      os.replace(pixels, work.spool(job))
+def _encode(work: Work, job: int, encode: Encode) -> None:
+  """Makes the spool of a job from that of its pixels, which goes."""
+  pixels, target = work.spool(job, ".pixels"), work.spool(job)
+  if not os.path.exists(target):
+    entry, records = spools.read_spool(pixels)
+    if "reason" in entry:
+      os.replace(pixels, target)
     else:
-      encode(job)
+      coder = store.record_features(dataclasses.replace(work.layout, features=None))
+      held = (coder.deserialize_example_np(record)["frames"] for record in records)
+      size = entry["clip_frames"]
+      clips = (clip for frames in held for clip in frames.reshape(-1, size, *frames.shape[1:]))
+      spool(encode(clips), size, work.layout, target, entry["seconds"])
   pathlib.Path(pixels).unlink(missing_ok=True)
-
-
-def spooled_frames(work: Work, job: int) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
-  """The entry of decoded pixels, and their clips uint8[F, S, S, 3] one by one."""
-  entry, records = spools.read_spool(work.spool(job, ".pixels"))
-  coder = store.record_features(dataclasses.replace(work.layout, features=None))
-
-  held = (coder.deserialize_example_np(record)["frames"] for record in records)
-  clips = (frames.reshape(-1, entry["clip_frames"], *frames.shape[1:]) for frames in held)
-  return entry, itertools.chain.from_iterable(clips)
 
 
 def run_one(task: tuple[Work, int, float, bool]) -> int:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +14,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import av
-import numpy as np
 import PIL
 
 from xcomp_jax.data import decode_jobs, prompt, store, store_writing, video
@@ -42,7 +40,7 @@ class Tower:
 
   features: store.Features
   settings: dict[str, Any]  # what else decides their last bits
-  encode: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]  # clips to bfloat16[N, D]
+  encode: decode_jobs.Encode  # to bfloat16[N, D] each
   about: str = ""  # what it computes with, in a line
 
 
@@ -149,7 +147,7 @@ def predecode(
           workers=workers,
           timeout=timeout,
           skip_bad=skip_bad,
-          encode=functools.partial(_spool_features, work, tower) if tower else None,
+          encode=tower.encode if tower else None,
           report=bar.update,
           start=start,
         )
@@ -211,13 +209,6 @@ def _check_entries(work: Work, entries: Sequence[dict[str, Any]], skip_bad: bool
     )
   if len(lost) == len(entries):
     raise store.StoreError(listed("no samples to write, all are bad", lost), lost=lost)
-
-
-def _spool_features(work: Work, tower: Tower, job: int) -> None:
-  entry, clips = decode_jobs.spooled_frames(work, job)
-  decode_jobs.spool(
-    tower.encode(clips), entry["clip_frames"], work.layout, work.spool(job), entry["seconds"]
-  )
 
 
 def _made(out: pathlib.Path) -> dict[str, Any] | None:
@@ -377,11 +368,12 @@ def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool
   parts = [n for n in work.shards if not work.shard(n, ".json").exists()]
   print(f"{len(parts)} of {len(work.shards)} shards to decode through Beam", file=sys.stderr)
 
-  def part(n):
-    return dataclasses.replace(work, jobs={i: work.jobs[i] for i in work.members(n)})
-
+  needed = [{i: work.jobs[i] for i in work.members(n)} for n in parts]
+  calls = [
+    (dataclasses.replace(work, jobs=jobs), n, timeout, skip_bad) for n, jobs in zip(parts, needed)
+  ]
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-    tasks = pipeline | beam.Create([(part(n), n, timeout, skip_bad) for n in parts])
+    tasks = pipeline | beam.Create(calls)
     _ = tasks | beam.Reshuffle() | beam.Map(decode_jobs.run_one)
 
 

@@ -47,7 +47,8 @@ class DiedError(XCompError):
   """The process of a call died at it."""
 
   def __init__(self, code: int):
-    super().__init__(f"exit code {code}")
+    name = f" ({signal.Signals(-code).name})" if code < 0 else ""
+    super().__init__(f"its process died{name}")
     self.code = code  # minus the number of the signal that ended it
 
   @property
