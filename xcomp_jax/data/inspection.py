@@ -60,10 +60,9 @@ def verify(path: str | os.PathLike) -> None:
     raise StoreError(
       listed(f"{path} differs from its manifest", wrong), where=path, differences=wrong
     )
-  frames = sum(s.frames for s in store.samples)
   print(
-    f"{path}: {len(store)} samples, {frames} frames, {sum('reason' in line for line in lines)} "
-    f"skipped; all as the manifest says"
+    f"{path}: {len(store)} samples, {sum(s.frames for s in store.samples)} frames, "
+    f"{sum('reason' in line for line in lines)} skipped; all as the manifest says"
   )
 
 
@@ -214,8 +213,7 @@ def _spread(count: int, wanted: int) -> list[int]:
 def _manifest(store: Store) -> list[dict[str, Any]]:
   file = store.path / "manifest.jsonl"
   try:
-    text = inputs.read_text(file, StoreError)
-    lines = [json.loads(line) for line in text.split("\n") if line]
+    lines = [json.loads(line) for line in inputs.read_text(file, StoreError).split("\n") if line]
   except (OSError, ValueError) as error:
     raise StoreError(
       f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes "

@@ -187,8 +187,9 @@ def _dataset(entry: Mapping[str, Any], where: str) -> Dataset:
     raise AnnotationError(f"{where}: {str(key)[:100]} is unknown; {advice}", where=key, near=near)
   if not isinstance(entry.get("json_path"), str):
     raise AnnotationError(f"{where}: json_path is missing", where="json_path", missing=True)
-  must = ("json_path", "sampling_strategy")  # may not be empty
-  given = {key: value for key, value in entry.items() if value or key in must}
+  given = {  # these two may not be empty
+    key: value for key, value in entry.items() if value or key in ("json_path", "sampling_strategy")
+  }
   rate, reader = entry.get("frame_rate"), given.get("video_read_type", "decord")
   good_rate = rate is None or (
     reader == "img"
@@ -252,8 +253,7 @@ def _read_dataset(
     ),
   )
   folder = root / expanduser(dataset.data_root)
-  reader = READERS[dataset.video_read_type]
-  sources = [_source(items[i], folder, reader) for i in chosen]
+  sources = [_source(items[i], folder, READERS[dataset.video_read_type]) for i in chosen]
   jobs = [
     _job(items[i], i, dataset, source, faults)
     for i, source, faults in zip(chosen, sources, path_faults(sources), strict=True)
@@ -455,8 +455,7 @@ def _job(
     time_message="",
   )
   try:
-    texts = (sample.id, source, dataset.json_path, *(turn["value"] for turn in turns))
-    "".join(texts).encode()
+    "".join((sample.id, source, dataset.json_path, *(t["value"] for t in turns))).encode()
   except UnicodeEncodeError:  # JSON can spell half of a character that takes two
     faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
     sample = dataclasses.replace(sample, id=str(position), source=ascii(source), conversations=())

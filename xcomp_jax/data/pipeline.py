@@ -333,17 +333,11 @@ def _read_clips(data: Blend, wanted: np.ndarray, clip_frames: int) -> np.ndarray
   """uint8[k, F, S, S, 3] of clips (sample, clip) int32[k, 2]; zeros for padding."""
   shape, dtype = data.clip_spec(clip_frames)
   out = np.zeros((len(wanted), *shape), dtype)
-  begin = 0
-  for end in range(1, len(wanted) + 1):  # neighbours of one sample are read together
-    if (
-      end == len(wanted)
-      or wanted[end, 0] != wanted[begin, 0]
-      or wanted[end, 1] != wanted[end - 1, 1] + 1
-    ):
-      sample, first = wanted[begin].tolist()
-      if sample >= 0:
-        out[begin:end] = data.clips(sample, first, end - begin)
-      begin = end
+  # neighbours of one sample are read together
+  apart = (np.diff(wanted, axis=0) != (0, 1)).any(1)
+  for run in np.split(np.arange(len(wanted)), np.flatnonzero(apart) + 1):
+    if len(run) and wanted[run[0], 0] >= 0:
+      out[run] = data.clips(*wanted[run[0]].tolist(), len(run))
   return out
 
 

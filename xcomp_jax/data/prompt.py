@@ -329,7 +329,6 @@ def _encode_turn(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple
 
 def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path):
   import tokenizers
-  from tokenizers import decoders, models, normalizers, pre_tokenizers
 
   added = {
     token["content"]: (
@@ -338,19 +337,19 @@ def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path)
     )
     for i, token in read_json(config, TokenizerError)["added_tokens_decoder"].items()
   }
-  ids, pairs = models.BPE.read_file(str(vocab), str(merges))
+  ids, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
   # added tokens take the ids they have in the vocabulary; otherwise the library would count on from
   # its size
   ids |= {content: i for content, (i, _) in added.items()}
-  core = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
-  core.normalizer = normalizers.NFC()
-  core.pre_tokenizer = pre_tokenizers.Sequence(
+  core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=pairs))
+  core.normalizer = tokenizers.normalizers.NFC()
+  core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
     [
-      pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+      tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
-  core.decoder = decoders.ByteLevel()
+  core.decoder = tokenizers.decoders.ByteLevel()
   tokens = [token for _, token in added.values()]
   core.add_special_tokens([token for token in tokens if token.special])
   core.add_tokens([token for token in tokens if not token.special])

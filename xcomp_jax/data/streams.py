@@ -78,12 +78,11 @@ def opened_stream(
     )
   except (av.error.FFmpegError, OSError) as error:
     why = getattr(error, "strerror", None) or error
-    advice = (
-      "it may be truncated, or of a format that is not read; of lists of files, such as "
-      "playlists, give the files"
-    )
     raise VideoError(
-      f"{path} can't be read as a video ({why}); {advice}", where=path, why=why
+      f"{path} can't be read as a video ({why}); it may be truncated, or of a format that is not "
+      f"read; of lists of files, such as playlists, give the files",
+      where=path,
+      why=why,
     ) from error
   with container:
     videos: Any = container.streams.video

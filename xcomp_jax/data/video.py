@@ -7,6 +7,7 @@ Interlaced frames stay as they are.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
@@ -364,7 +365,5 @@ def frames(chosen: FrameSample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
       stills.read_still(chosen.names[i] if chosen.names else chosen.path) for i in wanted.tolist()
     )
   with reading(chosen.path, VideoError):
-    for i, image in enumerate(decoded):
-      image = resize(image[None], chosen.request.size)[0]
-      for _ in range(repeats[i]):
-        yield image
+    for image, count in zip(decoded, repeats.tolist()):
+      yield from itertools.repeat(resize(image[None], chosen.request.size)[0], count)
