@@ -111,10 +111,8 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
     rates = [
       float(rate) for rate in (found.average_rate, found.guessed_rate, found.base_rate) if rate
     ]
-    formats, begin = (
-      set(container.format.name.split(",")),
-      (container.start_time or 0) / av.time_base,
-    )
+    formats = set(container.format.name.split(","))
+    begin = (container.start_time or 0) / av.time_base
     end = (container.duration or 0) / av.time_base if formats & STATED else 0.0
     end += begin if end < begin else 0.0  # some count it from zero on
   if formats & COUNTED and listed and average:

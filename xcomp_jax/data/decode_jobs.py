@@ -412,10 +412,8 @@ class _Schedule:
 
   def assemble(self, number: int) -> None:
     """Calls for a shard, all of whose jobs are done."""
-    call, files = (
-      DecodeCall("shard", number),
-      [self.work.spool(i) for i in self.work.members(number)],
-    )
+    call = DecodeCall("shard", number)
+    files = [self.work.spool(i) for i in self.work.members(number)]
     self.running.add(call)
     self.pool.call(call, assemble, str(self.work.shard(number, "")), files, timeout=None)
 

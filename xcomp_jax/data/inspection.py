@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from xcomp_jax import inputs
 from xcomp_jax.config import Mask
 from xcomp_jax.data import prompt, video
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.store import (
   Store,
   StoreError,
@@ -159,12 +158,12 @@ def show_prompt(store: Store, tokenizer: prompt.Tokenizer, mask: Mask, index: in
   built = prompt.sample_prompt(tokenizer, sample, mask)
   parts = []
   for supervised, group in itertools.groupby(
-    zip(built.tokens.tolist(), built.labels.tolist()), lambda pair: pair[1] != IGNORE
+    zip(built.tokens.tolist(), built.labels.tolist()), lambda pair: pair[1] != prompt.IGNORE
   ):
     tokens = (token for token, _ in group)
     text = "".join(
       f"<{sample.frames} frames>" if slot else tokenizer.decode(ids, keep_special=True)
-      for slot, ids in itertools.groupby(tokens, lambda token: token == IMAGE_TOKEN)
+      for slot, ids in itertools.groupby(tokens, lambda token: token == prompt.IMAGE_TOKEN)
     )
     parts.append(f"⟦{text}⟧" if supervised else text)
   return "".join(parts)

@@ -95,9 +95,10 @@ class ShapeRoom:
     """Makes the shape with a row per row group that holds so much, in sizes that split evenly."""
     frames = min(_coarse(max(1, frames), self.step), self.frames)
     before = samples * self.prefix
-    around = _coarse(before + min(text, self.text), self.parts)
-    if around > before + self.text:
-      around = _multiple(before + self.text, self.parts)
+    around = min(
+      _coarse(before + min(text, self.text), self.parts),
+      _multiple(before + self.text, self.parts),
+    )
     return Shape(
       rows=self.groups, samples=samples, prefix=self.prefix, frames=frames, text=around - before
     )

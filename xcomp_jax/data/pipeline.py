@@ -345,10 +345,8 @@ def _static(data: Blend, rows: Sequence[Sequence[int]], shape: Shape, clip_frame
   """All clips of so many frames of some rows, in lists as long as they can be."""
   most = shape.frames // clip_frames if clip_frames > 1 else shape.samples
   kind, dtype = data.clip_spec(clip_frames)
-  frames, place = (
-    np.zeros((shape.rows, most, *kind), dtype),
-    np.full((shape.rows, most), -1, np.int32),
-  )
+  frames = np.zeros((shape.rows, most, *kind), dtype)
+  place = np.full((shape.rows, most), -1, np.int32)
   found = np.array([*_clips_of(data.samples, rows, clip_frames)], np.int32).reshape(-1, 4)
   for r in range(shape.rows):
     mine = found[found[:, 2] == r]  # [k, 4]

@@ -431,10 +431,12 @@ def _layout(info: Mapping[str, Any], where: pathlib.Path) -> Layout:
   if features is not None:
     features = Features(**features)
     problems += [
-      inputs.beyond(f"features.{key}", getattr(features, key), TOKENS)
-      for key in ("tokens_per_frame", "width")
+      *(
+        inputs.beyond(f"features.{key}", getattr(features, key), TOKENS)
+        for key in ("tokens_per_frame", "width")
+      ),
+      "" if isinstance(features.identity, str) else "features.identity must be text",
     ]
-    problems += [] if isinstance(features.identity, str) else ["features.identity must be text"]
   if problems := list(filter(None, problems)):
     raise StoreError(f"{where}: {'; '.join(problems)}", where=where, problems=problems)
   return Layout(info["image_size"], info["clip_frames"], info["quality"], features)
