@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.verify is None and args.inspect is None:
       make_store(args)
       return
-    from xcomp_jax.data import inspection  # brings jax
+    from xcomp_jax.data import inspection  # brings tokenizers
 
     if args.verify is not None:
       inspection.verify(args.verify)

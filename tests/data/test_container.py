@@ -15,6 +15,7 @@ import odd
 import pytest
 from PIL import Image
 from refused import refused
+from watched import load_frames
 
 from xcomp_jax.data import container, decoder, streams, video
 
@@ -306,7 +307,7 @@ def test_a_cut_tail_costs_the_tail_when_asking_and_the_sample_in_training(tmp_pa
     with refused(video.TailError, where=path, stated=100) as caught:
       video.sample(path, style="train", **LIMITS, **how)
     assert 0 < caught.value.readable < 100
-  assert len(video.load_frames(path, style="train", tails=True, **LIMITS).frames) == 16
+  assert len(load_frames(path, style="train", tails=True, **LIMITS).frames) == 16
 
 
 def test_a_tail_that_does_not_decode_is_found_on_the_way(tmp_path):
@@ -324,10 +325,10 @@ def test_a_tail_that_does_not_decode_is_found_on_the_way(tmp_path):
     shorter.seconds == pytest.approx(4 - shorter.lost)
     and odd.read(video.frames(shorter)) == shorter.indices.tolist()
   )
-  got = video.load_frames(path, style="ask", **LIMITS)
+  got = load_frames(path, style="ask", **LIMITS)
   assert got.seconds == shorter.seconds and odd.read(got.frames) == got.indices.tolist()
   with pytest.raises(video.TailError):
-    video.load_frames(path, style="train", **LIMITS)
+    load_frames(path, style="train", **LIMITS)
 
 
 def test_a_damaged_frame_is_an_error_with_its_time_and_never_a_picture(tmp_path):
@@ -607,7 +608,7 @@ def test_an_animation_that_was_cut_is_one_without_its_end(tmp_path, suffix, how)
     with refused(video.VideoError, where=path, readable=None):
       video.sample(path, style="ask", read_type="gif", **LIMITS)
     return
-  asked = video.load_frames(path, style="ask", read_type="gif", **LIMITS)
+  asked = load_frames(path, style="ask", read_type="gif", **LIMITS)
   assert odd.read(asked.frames) == asked.indices.tolist() and 1 < asked.seconds < 2
   with refused(video.TailError, where=path) as error:
     video.sample(path, style="train", read_type="gif", **LIMITS)
@@ -637,7 +638,7 @@ def test_still_images_are_no_animations(tmp_path):
     Image.fromarray(odd.picture(5)).save(tmp_path / f"a.{suffix}")
     assert video.kind(tmp_path / f"a.{suffix}") == "img"
     assert odd.read(
-      video.load_frames(
+      load_frames(
         tmp_path / f"a.{suffix}", style="ask", read_type="img", **LIMITS | {"size": 160}
       ).frames
     ) == [5]

@@ -19,6 +19,7 @@ import pytest
 from decoding import make, make_video, manifest, mixture, talk, write
 from PIL import Image
 from refused import refused
+from watched import load_frames
 
 from xcomp_jax.data import inspection, video
 from xcomp_jax.data import mixture as mixtures
@@ -448,7 +449,7 @@ def test_what_may_not_be_read(world):
         os.seteuid(65534)
       found = [*mixtures.path_faults([(str(at / name), "video", "") for name in names])]
       with refused(video.VideoError, where=at / "secret.mp4"):
-        video.load_frames(at / "secret.mp4", **decoding.SAMPLING)
+        load_frames(at / "secret.mp4", **decoding.SAMPLING)
     finally:
       if root:
         os.seteuid(0)

@@ -17,7 +17,7 @@ from refused import refused
 from xcomp_jax.config import ConfigError, DataConfig
 from xcomp_jax.data import pipeline, prompt
 from xcomp_jax.data.batch import IGNORE, Shape, collate, split_text
-from xcomp_jax.data.blend import Blend, measure_lengths, order, run_order, steps_per_epoch
+from xcomp_jax.data.blend import Blend, measure_lengths, order, run_order
 from xcomp_jax.data.packing import Micro
 from xcomp_jax.data.pipeline import MicroBatch, ProcessShare, TowerCall, read_example
 from xcomp_jax.data.store import Features, StoredSample, open_store
@@ -156,8 +156,8 @@ def test_a_run_has_the_steps_of_its_epochs(store):
 
 def test_less_than_a_batch():
   with refused(ConfigError, where="config.train.batch_size", value=4, found=3):
-    steps_per_epoch(3, 4)
-  assert steps_per_epoch(9, 4) == 2
+    order(range(3), 4, 0, 0)
+  assert len(order(range(9), 4, 0, 0)) == 2
 
 
 def test_measure_counts_the_tokens_around_the_visual_slot(store, tokenizer):

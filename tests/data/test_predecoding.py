@@ -33,6 +33,7 @@ from decoding import (
   write,
 )
 from PIL import Image
+from watched import load_frames
 
 from xcomp_jax import files, predecode, progress
 from xcomp_jax.config import ConfigError
@@ -65,7 +66,7 @@ def test_mixture_becomes_a_store(world):
   cuts = [{}] * 3 + [{"start": 1.0, "end": 2.5}] + [{}] * 3
   kinds = ["video"] * 4 + ["img", "gif", "frames"]
   for i, (name, cut, kind) in enumerate(zip(names, cuts, kinds, strict=True)):
-    loaded = video.load_frames(world / "videos" / name, read_type=kind, **cut, **SAMPLING)
+    loaded = load_frames(world / "videos" / name, read_type=kind, **cut, **SAMPLING)
     got = store.visual(i)
     assert got.shape[1] == (1 if kind == "img" else 8)
     np.testing.assert_array_equal(got.reshape(loaded.frames.shape), loaded.frames)
@@ -224,7 +225,7 @@ def test_jpeg(world):
   make(world, "raw")
   make(world, "jpeg", quality=95)
   raw, jpeg = (open_store(world.parent / name) for name in ("raw", "jpeg"))
-  assert raw.identity() != jpeg.identity() and raw.checksum() == jpeg.checksum()
+  assert raw.identity() != jpeg.identity() and raw.info["checksum"] == jpeg.info["checksum"]
   for i in range(7):
     frame = raw.visual(i).reshape(-1, 16, 16, 3)[-1]
     file = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]

@@ -66,7 +66,7 @@ def test_round_trip_with_videos_images_and_text(tmp_path, monkeypatch):
   monkeypatch.setattr(store_lib, "RECORD_BYTES", 2 * 4 * SIZE * SIZE * 3)  # two clips a record
   write_store(tmp_path / "s", items(), image_size=SIZE, clip_frames=4)
   store = open_store(tmp_path / "s")
-  assert len(store) == 5 and store.image_size == SIZE and store.clip_frames == 4
+  assert len(store) == 5 and store.layout.image_size == SIZE and store.layout.clip_frames == 4
   assert store.made_with() == "sampling not recorded"
   for i, (meta, visual) in enumerate(items()):
     got = store.samples[i]
@@ -171,7 +171,7 @@ def test_frames_as_jpeg(tmp_path, monkeypatch):
   items = [(sample("0"), smooth(5, 4)), (sample("1"), smooth(1, 1)), (sample("2"), None)]
   write_store(tmp_path / "s", items, image_size=SIZE, clip_frames=4, quality=95)
   store = open_store(tmp_path / "s")
-  assert store.features is None and store.clip_spec(4) == ((4, SIZE, SIZE, 3), np.uint8)
+  assert store.features is None and store.layout.clip_spec(4) == ((4, SIZE, SIZE, 3), np.uint8)
   assert [s.records for s in store.samples] == [3, 1, 0]
   for i, (_, visual) in enumerate(items[:2]):
     got = store.visual(i)
@@ -199,7 +199,7 @@ def test_features(tmp_path, monkeypatch):
   ]
   write_store(tmp_path / "s", items, image_size=SIZE, clip_frames=4, features=TOWER)
   store = open_store(tmp_path / "s")
-  assert store.features == TOWER and store.clip_spec(4) == ((8, 6), ml_dtypes.bfloat16)
+  assert store.features == TOWER and store.layout.clip_spec(4) == ((8, 6), ml_dtypes.bfloat16)
   assert [(s.frames, s.clip_frames, s.records) for s in store.samples] == [
     (20, 4, 3),
     (1, 1, 1),

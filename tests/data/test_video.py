@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from refused import refused
+from watched import load_frames
 
 from xcomp_jax import files, inputs
 from xcomp_jax.data import decoder, prompt, sampling, streams, video
@@ -139,7 +140,7 @@ def test_resize_equals_the_official_preprocessing(reference):
 def test_load_decodes_the_sampled_frames_only_and_in_order(tmp_path, suffix, codec):
   # 10 s at 8 fps: every second frame would be 40, the limit is 32
   path = write(tmp_path / f"a.{suffix}", 80, codec=codec)
-  got = video.load_frames(path, size=32, style="train", **LIMITS)
+  got = load_frames(path, size=32, style="train", **LIMITS)
   assert (
     got.frames.shape == (32, 32, 32, 3) and got.frames.dtype == np.uint8 and got.seconds == 10.0
   )
@@ -152,7 +153,7 @@ def test_load_decodes_the_sampled_frames_only_and_in_order(tmp_path, suffix, cod
 
 def test_load_gives_the_pixels_of_another_decoder(tmp_path):
   path = write(tmp_path / "a.mp4", 40)
-  got = video.load_frames(path, size=48, style="train", **LIMITS)
+  got = load_frames(path, size=48, style="train", **LIMITS)
   with av.open(str(path)) as file:
     pictures = [f.to_ndarray(format="rgb24") for f in file.decode(video=0)]
   expected = video.resize(np.stack([pictures[i] for i in got.indices]), 48)
@@ -166,26 +167,24 @@ def test_load_reads_what_opencv_writes(tmp_path):
   for i in range(24):
     writer.write(frame(i)[..., ::-1])
   writer.release()
-  got = video.load_frames(path, size=16, style="train", **LIMITS)
+  got = load_frames(path, size=16, style="train", **LIMITS)
   assert got.seconds == 3.0 and len(got.frames) == 16
   assert numbers(got.frames) == got.indices.tolist()
 
 
 def test_load_cuts_from_start_to_end(tmp_path):
   path = write(tmp_path / "a.mp4", 80)
-  got = video.load_frames(path, size=16, style="train", start=2.0, end=5.0, **LIMITS)
+  got = load_frames(path, size=16, style="train", start=2.0, end=5.0, **LIMITS)
   assert got.seconds == 3.0 and len(got.frames) == 16  # 4 fps * 3 s = 12, raised to min_frames
   assert got.indices[0] == 16 and got.indices[-1] == 38
-  tail = video.load_frames(path, size=16, style="train", start=8.0, end=99.0, **LIMITS)
+  tail = load_frames(path, size=16, style="train", start=8.0, end=99.0, **LIMITS)
   # of int(1.9 * 8) frames
   assert tail.seconds == pytest.approx(1.9) and tail.indices[0] == 64 and tail.indices[-1] == 77
   # there is no other
-  assert (
-    video.load_frames(path, size=16, style="ask", start=9.9, **LIMITS).indices.tolist() == [79] * 16
-  )
+  assert load_frames(path, size=16, style="ask", start=9.9, **LIMITS).indices.tolist() == [79] * 16
   for bounds in (dict(start=5.0, end=5.0), dict(start=10.5), dict(end=-1.0)):
     with refused(video.VideoError, where=path, seconds=10.0):
-      video.load_frames(path, size=16, style="train", **bounds, **LIMITS)
+      load_frames(path, size=16, style="train", **bounds, **LIMITS)
 
 
 def test_a_path_through_a_link_is_the_systems(tmp_path, monkeypatch):
@@ -194,15 +193,15 @@ def test_a_path_through_a_link_is_the_systems(tmp_path, monkeypatch):
   pathlib.Path("link").symlink_to("films/cuts")
   write("a.mp4", 8)
   write("films/a.mp4", 16)
-  assert len(video.load_frames("link/../a.mp4", size=16, style="train", **LIMITS).frames) == 16
+  assert len(load_frames("link/../a.mp4", size=16, style="train", **LIMITS).frames) == 16
   assert files.absolute("link/../a.mp4") == f"{tmp_path}/link/../a.mp4"
 
 
 def test_fewer_frames_than_a_clip_are_refused_in_training_and_repeated_when_asking(tmp_path):
   path = write(tmp_path / "a.mp4", 5)
   with refused(video.VideoError, where=path, found=5):
-    video.load_frames(path, size=16, style="train", **LIMITS)
-  got = video.load_frames(path, size=16, style="ask", **LIMITS)
+    load_frames(path, size=16, style="train", **LIMITS)
+  got = load_frames(path, size=16, style="ask", **LIMITS)
   assert got.indices.tolist() == [[0, 0, 1, 1, 2, 3, 3, 4][i // 2] for i in range(16)]
   assert len(got.frames) == 16 and got.seconds == 5 / 8
   assert numbers(got.frames) == got.indices.tolist()
@@ -210,7 +209,7 @@ def test_fewer_frames_than_a_clip_are_refused_in_training_and_repeated_when_aski
 
 def test_a_missing_path_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"nowhere\.mp4 does not exist"):
-    video.load_frames(tmp_path / "nowhere.mp4", size=16, style="train", **LIMITS)
+    load_frames(tmp_path / "nowhere.mp4", size=16, style="train", **LIMITS)
 
 
 def test_an_address_is_named_as_it_was_given(tmp_path):
@@ -219,7 +218,7 @@ def test_an_address_is_named_as_it_was_given(tmp_path):
       FileNotFoundError,
       match=r"^https://example\.org/a\.mp4 is an address; nothing is downloaded here",
     ):
-      video.load_frames(path, size=16, style="ask", **LIMITS)
+      load_frames(path, size=16, style="ask", **LIMITS)
 
 
 @pytest.mark.parametrize("style", ["train", "ask"])
@@ -230,7 +229,7 @@ def test_an_empty_or_unreadable_file_is_refused(tmp_path, style, content, fields
   path = tmp_path / "bad.mp4"
   path.write_bytes(content)
   with refused(video.VideoError, where=path, **fields) as caught:
-    video.load_frames(path, size=16, style=style, **LIMITS)
+    load_frames(path, size=16, style=style, **LIMITS)
   assert ("why" in caught.value.fields) == bool(content)
 
 
@@ -244,10 +243,10 @@ def test_a_truncated_file_is_refused_with_both_counts(tmp_path, suffix, share):
     movflags="faststart",
   )
   whole = path.read_bytes()
-  video.load_frames(path, size=16, style="train", **LIMITS)
+  load_frames(path, size=16, style="train", **LIMITS)
   path.write_bytes(whole[: int(len(whole) * share)])
   with refused(video.VideoError, where=path, stated=80) as caught:
-    video.load_frames(path, size=16, style="train", **LIMITS)
+    load_frames(path, size=16, style="train", **LIMITS)
   assert 0 <= caught.value.fields["readable"] < 80
 
 
@@ -255,7 +254,7 @@ def test_an_mp4_that_lacks_its_last_frame_is_refused(tmp_path):
   path = write(tmp_path / "cut.mp4", 80, movflags="faststart")
   path.write_bytes(path.read_bytes()[:-1])
   with refused(video.TailError, where=path, stated=80, readable=79):
-    video.load_frames(path, size=16, style="train", **LIMITS)
+    load_frames(path, size=16, style="train", **LIMITS)
 
 
 def test_sound_that_outlasts_the_pictures_is_no_truncation(tmp_path):
@@ -272,25 +271,23 @@ def test_sound_that_outlasts_the_pictures_is_no_truncation(tmp_path):
       block.sample_rate, block.pts = 8000, i * 800
       output.mux(sound.encode(block))
     output.mux(sound.encode())
-  assert (
-    video.load_frames(path, size=16, style="train", **LIMITS).seconds == 10.0
-  )  # of the pictures
+  assert load_frames(path, size=16, style="train", **LIMITS).seconds == 10.0  # of the pictures
 
 
 def test_a_gif_runs_at_one_frame_per_second(tmp_path):
   path = tmp_path / "a.gif"
   pictures = [Image.fromarray(frame(i)) for i in range(20)]
   pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
-  got = video.load_frames(path, size=16, style="train", read_type="gif", **LIMITS)
+  got = load_frames(path, size=16, style="train", read_type="gif", **LIMITS)
   assert got.seconds == 20.0 and len(got.frames) == 16
   assert numbers(got.frames) == got.indices.tolist()
   path.write_bytes(path.read_bytes()[:40])
   with refused(video.VideoError, where=path):
-    video.load_frames(path, size=16, style="train", read_type="gif", **LIMITS)
+    load_frames(path, size=16, style="train", read_type="gif", **LIMITS)
   pictures[0].save(path, "JPEG")  # no GIF at all, and cut
   path.write_bytes(path.read_bytes()[:-20])
   with refused(video.VideoError, where=path, readable=None) as caught:
-    video.load_frames(path, size=16, style="ask", read_type="gif", **LIMITS)
+    load_frames(path, size=16, style="ask", read_type="gif", **LIMITS)
   assert "image file is truncated" in str(caught.value)
 
 
@@ -301,12 +298,12 @@ def test_a_folder_is_read_in_natural_order_at_one_frame_per_second(tmp_path):
     Image.fromarray(frame(i)).save(folder / f"img_{i}.png")
   (folder / "notes.txt").write_text("no image")
   for read_type in ("frames", "img"):  # annotations say img
-    got = video.load_frames(folder, size=16, style="train", read_type=read_type, **LIMITS)
+    got = load_frames(folder, size=16, style="train", read_type=read_type, **LIMITS)
     assert got.seconds == 20.0 and len(got.frames) == 16
     assert numbers(got.frames) == got.indices.tolist()
   (folder / "img_12.png").write_bytes((folder / "img_12.png").read_bytes()[:60])
   with refused(video.VideoError, where=folder / "img_12.png"):
-    video.load_frames(folder, size=16, style="train", read_type="frames", **LIMITS)
+    load_frames(folder, size=16, style="train", read_type="frames", **LIMITS)
 
 
 def test_a_folder_with_a_stated_duration_is_sampled_as_if_it_had_an_image_per_second(tmp_path):
@@ -315,13 +312,13 @@ def test_a_folder_with_a_stated_duration_is_sampled_as_if_it_had_an_image_per_se
   for i in range(64):
     Image.fromarray(frame(i)).save(folder / f"{i}.png")
   (tmp_path / "clip.1.json").write_text('{"duration": 4.0}')
-  ask = video.load_frames(folder, size=16, style="ask", read_type="frames", **LIMITS)
-  train = video.load_frames(folder, size=16, style="train", read_type="frames", **LIMITS)
+  ask = load_frames(folder, size=16, style="ask", read_type="frames", **LIMITS)
+  train = load_frames(folder, size=16, style="train", read_type="frames", **LIMITS)
   assert ask.seconds == train.seconds == 4.0
   assert len(ask.frames) == len(train.frames) == 32  # 64 s at 4 fps, at most 32, not 4 s
   (tmp_path / "clip.1.json").write_text('{"length": 4.0}')
   with refused(video.VideoError, where=tmp_path / "clip.1.json"):
-    video.load_frames(folder, size=16, style="ask", read_type="frames", **LIMITS)
+    load_frames(folder, size=16, style="ask", read_type="frames", **LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -396,14 +393,14 @@ def test_the_length_of_a_part_of_a_folder_is_that_of_its_seconds(tmp_path, name,
 
 def test_wrong_kinds_of_path_are_refused(tmp_path):
   with refused(video.VideoError, where=tmp_path, found="no images"):
-    video.load_frames(tmp_path, size=16, style="train", read_type="img", **LIMITS)
+    load_frames(tmp_path, size=16, style="train", read_type="img", **LIMITS)
   with refused(video.VideoError, where=tmp_path, found="folder"):
-    video.load_frames(tmp_path, size=16, style="train", **LIMITS)
+    load_frames(tmp_path, size=16, style="train", **LIMITS)
   (tmp_path / "a.png").write_bytes(b"no image")
   with refused(video.VideoError, where=tmp_path / "a.png", found="file"):
-    video.load_frames(tmp_path / "a.png", size=16, style="train", read_type="frames", **LIMITS)
+    load_frames(tmp_path / "a.png", size=16, style="train", read_type="frames", **LIMITS)
   with refused(video.VideoError, where=tmp_path / "a.png", expected="image that can be read"):
-    video.load_frames(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
+    load_frames(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
 
 
 def test_a_picture_that_needs_another_program_is_refused(tmp_path):
@@ -411,11 +408,11 @@ def test_a_picture_that_needs_another_program_is_refused(tmp_path):
   # Pillow would ask Ghostscript
   path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
   with refused(video.VideoError, where=path):
-    video.load_frames(path, size=8, style="train", read_type="img", **LIMITS)
+    load_frames(path, size=8, style="train", read_type="img", **LIMITS)
 
 
 def ask(path):
-  return video.load_frames(path, size=8, style="ask", read_type=video.kind(path), **LIMITS)
+  return load_frames(path, size=8, style="ask", read_type=video.kind(path), **LIMITS)
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
@@ -473,7 +470,7 @@ def test_no_other_program_is_started(tmp_path, monkeypatch):
       ask(_text(tmp_path / name, drawing))
     for kind in ("gif", "img", "video"):
       with refused(video.VideoError, where=tmp_path / name):
-        video.load_frames(tmp_path / name, size=8, style="train", read_type=kind, **LIMITS)
+        load_frames(tmp_path / name, size=8, style="train", read_type=kind, **LIMITS)
   assert not (tmp_path / "started").exists()
 
 
@@ -654,7 +651,7 @@ def test_a_folders_file_may_hold_anything(tmp_path, said):
 
 def test_a_still_image_is_one_frame(tmp_path):
   Image.fromarray(frame(3)).convert("L").save(tmp_path / "a.png")  # grey files become RGB
-  got = video.load_frames(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
+  got = load_frames(tmp_path / "a.png", size=16, style="train", read_type="img", **LIMITS)
   assert got.frames.shape == (1, 16, 16, 3) and got.seconds == 0.0
 
 
@@ -670,4 +667,4 @@ def test_a_rotation_tag_is_applied(tmp_path):
   capture = cv2.VideoCapture(str(path))
   assert capture.read()[1].shape == (64, 48, 3)
   capture.release()
-  assert video.load_frames(path, size=16, style="train", **LIMITS).frames.shape == (16, 16, 16, 3)
+  assert load_frames(path, size=16, style="train", **LIMITS).frames.shape == (16, 16, 16, 3)

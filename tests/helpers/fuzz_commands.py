@@ -24,10 +24,12 @@ from fuzz_subjects import (
 from fuzzing import Command, Subject
 
 # What commands import is imported before the first fork.
+from watched import load_frames
+
 from xcomp_jax import ask, evaluate, export, predecode  # noqa: F401
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.sizes import read_vlm_config
-from xcomp_jax.data import prompt, store, video
+from xcomp_jax.data import prompt, store
 from xcomp_jax.evaluation import needles  # noqa: F401
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.parity import parity  # noqa: F401
@@ -116,7 +118,7 @@ def read_world(given, file) -> Any:
   for job in found["jobs"]:
     if job["reader"] is not None:
       part = {"read_type": job["reader"], "start": job["start"], "end": job["end"]}
-      video.load_frames(
+      load_frames(
         job["sample"]["source"],
         size=16,
         max_frames=16,

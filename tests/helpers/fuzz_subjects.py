@@ -26,6 +26,8 @@ from PIL import Image
 
 # All that readers import is imported before the first child is forked; JAX itself begins in the
 # children.
+from watched import load_frames
+
 from xcomp_jax import ask
 from xcomp_jax.checkpoints import loading, saving, tensor_names
 from xcomp_jax.checkpoints.sizes import read_vlm_config
@@ -352,7 +354,11 @@ def read_store(given, file) -> Any:
   opened = store.open_store(folder)
   pixels = [digest(opened.visual(i)) for i in range(len(opened))]
   samples = [dataclasses.asdict(sample) for sample in opened.samples]
-  return {"samples": samples, "pixels": pixels, "sizes": [opened.image_size, opened.clip_frames]}
+  return {
+    "samples": samples,
+    "pixels": pixels,
+    "sizes": [opened.layout.image_size, opened.layout.clip_frames],
+  }
 
 
 def verify_store(given, file) -> Any:
@@ -423,7 +429,7 @@ def right_encoded(given, file, good, found) -> str:
 
 
 def read_frames(given, file, style: str = "ask") -> Any:
-  got = video.load_frames(
+  got = load_frames(
     file,
     size=16,
     max_frames=16,

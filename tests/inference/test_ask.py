@@ -17,13 +17,14 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from watched import load_frames
 
 from xcomp_jax import ask
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import ConfigError, ModelConfig
-from xcomp_jax.data import prompt, video
+from xcomp_jax.data import prompt
 from xcomp_jax.inference import chat as chats
 from xcomp_jax.inference import encoded_video, generate, selection
 from xcomp_jax.inference import video_model as readers
@@ -110,7 +111,7 @@ def test_the_answer_is_the_greedy_continuation_of_the_prompt(checkpoint, film, c
     ),
     tuned,
   )
-  frames = video.load_frames(
+  frames = load_frames(
     film, size=48, max_frames=8, min_frames=8, fps=8, clip_frames=4, style="ask"
   ).frames
   tokenizer, model = prompt.load_tokenizer(checkpoint), loading.load_model(checkpoint, cfg)

@@ -48,7 +48,17 @@ class Blend:
         found=len(self.weights),
         expected=len(self.stores),
       )
-    for store, weight, count in zip(self.stores, self.weights, self._counts()):
+    if not all(0 < weight < math.inf for weight in self.weights):
+      raise ConfigError(
+        f"config.data.weights = {self.weights}: must be numbers above 0",
+        where="config.data.weights",
+        value=self.weights,
+      )
+    # samples of each store in an epoch
+    self._counts = [
+      math.floor(weight * len(store) + 0.5) for weight, store in zip(self.weights, self.stores)
+    ]
+    for store, weight, count in zip(self.stores, self.weights, self._counts):
       if not count:
         raise ConfigError(
           f"config.data.weights has {weight} for {store.path}: of its {len(store)} samples an "
@@ -57,15 +67,15 @@ class Blend:
           value=weight,
           store=store.path,
         )
-    kinds = [_kind(store) for store in self.stores]
-    for store, kind in zip(self.stores, kinds):
-      if kind != kinds[0]:
+    first = self.stores[0]
+    for store in self.stores:
+      if _kind(store) != _kind(first):
         raise ConfigError(
-          f"{self.stores[0].path} holds {kinds[0]}, but {store.path} holds {kind}; a run reads one "
-          f"kind",
+          f"{first.path} holds {_kind(first)}, but {store.path} holds {_kind(store)}; a run reads "
+          f"one kind",
           where="config.data.train",
-          stores=(self.stores[0].path, store.path),
-          kinds=(kinds[0], kind),
+          stores=(first.path, store.path),
+          kinds=(_kind(first), _kind(store)),
         )
     self.samples: tuple[StoredSample, ...] = tuple(
       itertools.chain.from_iterable(store.samples for store in self.stores)
@@ -75,11 +85,6 @@ class Blend:
   def __len__(self) -> int:
     return len(self.samples)
 
-  @property
-  def per_epoch(self) -> int:
-    """Samples that an epoch reads."""
-    return sum(self._counts())
-
   def epoch(self, seed: int, epoch: int) -> list[int]:
     """The samples of an epoch, ascending; one that is read twice is there twice.
 
@@ -88,7 +93,7 @@ class Blend:
     epochs read all of it.
     """
     out = []
-    for number, (store, count) in enumerate(zip(self.stores, self._counts())):
+    for number, (store, count) in enumerate(zip(self.stores, self._counts)):
       n, first = len(store), epoch * count
       for turn in range(first // n, (first + count - 1) // n + 1):
         drawn = permutation(n, seed, turn, 2, number)[
@@ -119,7 +124,7 @@ class Blend:
 
   def clip_spec(self, clip_frames: int) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of a clip of so many frames, in any of the stores."""
-    return self.stores[0].clip_spec(clip_frames)
+    return self.stores[0].layout.clip_spec(clip_frames)
 
   def identity(self) -> str:
     """Those of the stores, in order: another text means other data."""
@@ -131,56 +136,37 @@ class Blend:
     """
     return [
       f"{store.path}: {store.made_with()}; an epoch reads {count} of {len(store)} samples"
-      for store, count in zip(self.stores, self._counts())
-    ]
-
-  def _counts(self) -> list[int]:
-    """Samples of each store in an epoch."""
-    if not all(0 < weight < math.inf for weight in self.weights):
-      raise ConfigError(
-        f"config.data.weights = {self.weights}: must be numbers above 0",
-        where="config.data.weights",
-        value=self.weights,
-      )
-    return [
-      math.floor(weight * len(store) + 0.5) for weight, store in zip(self.weights, self.stores)
+      for store, count in zip(self.stores, self._counts)
     ]
 
 
 def _kind(store: Store) -> str:
   """What its arrays are, in words: stores of one kind go together."""
-  what = f"frames of {store.image_size} pixels"
+  what = f"frames of {store.layout.image_size} pixels"
   if store.features is not None:
     f = store.features
     what = (
       f"features ({f.tokens_per_frame} tokens of {f.width} numbers a frame, by tower {f.identity}) "
       f"of " + what
     )
-  return f"{what} in clips of {store.clip_frames}"
-
-
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-  """Optimizer steps of an epoch; samples that do not fill a last batch wait for another epoch's
-  order.
-
-  Raises:
-    ConfigError: not even one batch.
-  """
-  if samples < batch_size:
-    raise ConfigError(
-      f"train.batch_size = {batch_size}, but an epoch reads only {samples} samples; make "
-      f"it smaller",
-      where="config.train.batch_size",
-      value=batch_size,
-      found=samples,
-    )
-  return samples // batch_size
+  return f"{what} in clips of {store.layout.clip_frames}"
 
 
 def order(samples: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
   """The samples of each step of an epoch: random ones, images and videos mixed, as in the release
-  (FACTS.md 14).
+  (FACTS.md 14). Those that do not fill a last batch wait for another epoch's order.
+
+  Raises:
+    ConfigError: not even one batch.
   """
+  if len(samples) < batch_size:
+    raise ConfigError(
+      f"train.batch_size = {batch_size}, but an epoch reads only {len(samples)} samples; make "
+      f"it smaller",
+      where="config.train.batch_size",
+      value=batch_size,
+      found=len(samples),
+    )
   shuffled = [samples[i] for i in permutation(len(samples), seed, epoch, 0)]
   return [
     shuffled[i : i + batch_size] for i in range(0, len(shuffled) - batch_size + 1, batch_size)
@@ -193,7 +179,6 @@ def run_order(data: Blend, batch_size: int, seed: int, epochs: int) -> list[list
   Raises:
     ConfigError: not even one batch.
   """
-  steps_per_epoch(data.per_epoch, batch_size)  # refuses too few
   return [
     step
     for epoch in range(epochs)

@@ -111,10 +111,8 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
     rates = [
       float(rate) for rate in (found.average_rate, found.guessed_rate, found.base_rate) if rate
     ]
-    formats, begin = (
-      set(container.format.name.split(",")),
-      (container.start_time or 0) / av.time_base,
-    )
+    formats = set(container.format.name.split(","))
+    begin = (container.start_time or 0) / av.time_base
     end = (container.duration or 0) / av.time_base if formats & STATED else 0.0
     end += begin if end < begin else 0.0  # some count it from zero on
   if formats & COUNTED and listed and average:
@@ -131,9 +129,9 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
   if not len(packets.pts):
     raise VideoError(f"{path} holds no frames", where=path, packets=0)
   pts, keys = _shown(packets)
-  pts, keys = _decoded(path, number, pts, keys)
+  pts, keys, stamps = _decoded(path, number, pts, keys)
   if pts is None:
-    return _counted(path, number, rates, average)
+    return _counted(number, base, stamps, rates, average)
   if not len(pts):
     raise VideoError(f"{path} holds no frame that can be decoded", where=path, readable=0)
   last = packets.length[packets.pts == pts[-1]].max(initial=0) * base
@@ -146,7 +144,6 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
     lost = float(max(end - stop, frame))
   # of a rate that varies the header knows no number
   usual = average if average and abs(average * seconds / len(pts) - 1) < 0.1 else 0.0
-  stated = listed or round((end - float(pts[0]) * base) * usual)
   return Index(
     stream=number,
     times=times,
@@ -156,7 +153,7 @@ def index(path: pathlib.Path, stream: int | None = None) -> Index:
     pts=pts,
     keys=tuple(keys),
     lost=lost,
-    stated=stated,
+    stated=listed or round((end - float(pts[0]) * base) * usual),
   )
 
 
@@ -217,44 +214,44 @@ def _shown(packets: _Packets) -> tuple[np.ndarray | None, list[Key]]:
 
 def _decoded(
   path, stream: int, pts: np.ndarray | None, keys: list[Key]
-) -> tuple[np.ndarray | None, list[Key]]:
+) -> tuple[np.ndarray | None, list[Key], list[int | None]]:
   """Has the decoder say which frames are shown.
 
   If the first HEAD frames agree with `pts`, the packets are believed, less those before the first
   frame that can be decoded. If not, the whole stream is decoded.
 
   Returns:
-    time stamps, int64[N], or None if the decoder's are missing or don't ascend; and where decoding
-    can begin.
+    time stamps, int64[N], or None if the decoder's are missing or don't ascend; where decoding can
+    begin; and what the decoder said of each frame, if it was asked about all.
   """
+  head = []
   with opened_stream(path, stream) as (container, found):
-    given = (image.pts for image in whole_frames(container, found))
+    given, every = itertools.tee(image.pts for image in whole_frames(container, found))
     if pts is not None and len(keys):
       head = list(itertools.islice((stamp for stamp in given if stamp is not None), HEAD))
       i = int(np.searchsorted(pts, head[0])) if head else 0
       if head and head == pts[i : i + len(head)].tolist() and head[0] <= keys[0].pts:
-        return pts[i:], keys
-      stamps: list[int | None] = [*head, *given]
-    else:
-      stamps = list(given)
+        return pts[i:], keys, []
+    stamps: list[int | None] = [*head, *given]
   if None in stamps or (np.diff(np.array(stamps, np.int64)) <= 0).any():
-    return None, []
-  return np.array(stamps, np.int64), keys
+    return None, [], list(every)
+  return np.array(stamps, np.int64), keys, stamps
 
 
-def _counted(path, stream: int, rates: Sequence[float], average: float | None) -> Index:
+def _counted(
+  stream: int,
+  base: float,
+  stamps: Sequence[int | None],
+  rates: Sequence[float],
+  average: float | None,
+) -> Index:
   """Indexes a file whose time stamps are missing or go back: frames count in the order in which the
   decoder gives them.
 
   Where most time stamps are unusable the header's rate says when frames are shown, or one per
   second if there is no rate.
   """
-  with opened_stream(path, stream) as (container, found):
-    base = float(found.time_base)
-    stamps = [NONE if image.pts is None else image.pts for image in whole_frames(container, found)]
-  if not stamps:
-    raise VideoError(f"{path} holds no frame that can be decoded", where=path, readable=0)
-  known = np.array(stamps, np.float64) * base
+  known = np.array([NONE if stamp is None else stamp for stamp in stamps], np.float64) * base
   gaps = np.diff(known)
   good = (gaps > 0) & (known[:-1] > NONE * base) & (known[1:] > NONE * base)
   usual = float(np.median(gaps[good])) if good.any() else 1.0

@@ -17,9 +17,9 @@ again. The result does not depend on the number of processes, on their order, or
 import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
-import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +36,8 @@ from xcomp_jax.inputs import read_json
 # Frames of videos that a process decodes before a fresh one takes its place: decoders of videos
 # leak, in the worst case seen 3 kB a frame.
 LIFE = 1 << 16
+# makes of the clips of a sample, one by one, what is stored instead of them
+Encode = Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,11 @@ class Work:
     """A file of a shard."""
     return self.folder / "shards" / f"{number:06d}{suffix}"
 
+  def about(self, number: int) -> dict[str, Any]:
+    """What the .json of a shard says; {} if the shard is not whole."""
+    file = self.shard(number, ".json")
+    return read_json(file, store.StoreError) if file.exists() else {}
+
 
 # What processes do. Entries are written as JSON: {"frames", "clip_frames", "seconds", "lengths",
 # "crc32"}, with the bytes of each record and the CRC-32 of what they hold, or {"reason", "stamp"}.
@@ -95,9 +102,14 @@ def decode_job(
       chosen: video.FrameSample | None = _chosen(job, settings)
     while chosen is not None:  # twice where its end can't be decoded
       decoded += 0 if chosen.found is None else chosen.stop - int(chosen.indices[0])
-      seconds = None if job.reader == "img" else chosen.seconds
       try:
-        spool(_clips(job, chosen, clip_frames), clip_frames, layout, target, seconds)
+        spool(
+          _clips(job, chosen, clip_frames),
+          clip_frames,
+          layout,
+          target,
+          None if job.reader == "img" else chosen.seconds,
+        )
         chosen = None
       except video.TailError as error:
         if not settings.keep_tails:
@@ -151,22 +163,20 @@ def assemble(shard: str, files: Sequence[str]) -> tuple[int, bool]:
     spools.DamagedError: of a spool. OSError: the files can't be written.
   """
   if not os.path.exists(f"{shard}.json"):  # else a process died before it had removed all spools
-    entries, size, count, writer = [], 0, 0, None
-    with replacing(f"{shard}.array_record") as temporary, store_writing.writing_records(temporary):
-      try:
+    entries = []
+    with replacing(f"{shard}.array_record") as temporary:
+      with store_writing.writing_records(temporary) as writer:
         for file in files:
           entry, records = spools.read_spool(file)
           entries.append(entry)
           for record in records:
-            writer = writer or store_writing.array_record(temporary)
             writer.write(record)
-            size, count = size + len(record), count + 1
-      finally:
-        if writer is not None:
-          writer.close()
-      if writer is None:
+      lengths = [n for entry in entries for n in entry.get("lengths", ())]
+      if not lengths:
         temporary.unlink()
-    write_json(f"{shard}.json", {"entries": entries, "records": count, "bytes": size})
+    write_json(
+      f"{shard}.json", {"entries": entries, "records": len(lengths), "bytes": sum(lengths)}
+    )
   for file in files:
     pathlib.Path(file).unlink(missing_ok=True)
   return 0, True
@@ -212,12 +222,9 @@ def _chosen(job: Job, settings: FrameSettings) -> video.FrameSample:
 def _clips(job: Job, chosen: video.FrameSample, size: int) -> Iterator[np.ndarray]:
   """Clips uint8[F, S, S, 3] one by one; whatever goes wrong is a VideoError."""
   with _blaming(job):
-    images = []
-    for image in video.frames(chosen):
-      images.append(image)
-      if len(images) == size:
-        yield np.stack(images)
-        images = []
+    images = video.frames(chosen)
+    while clip := list(itertools.islice(images, size)):
+      yield np.stack(clip)
 
 
 @contextlib.contextmanager
@@ -233,11 +240,8 @@ def _blaming(job: Job) -> Generator[None]:
       raise MemoryError(str(error)) from error
     if isinstance(error, video.VideoError):
       raise
-    if isinstance(error, OSError):
-      raise video.VideoError(str(error)) from error
-    raise video.VideoError(
-      f"{job.sample.source} can't be decoded: {type(error).__name__}: {error}"
-    ) from error
+    text = f"{job.sample.source} can't be decoded: {type(error).__name__}: {error}"
+    raise video.VideoError(str(error) if isinstance(error, OSError) else text) from error
 
 
 # What the main process does.
@@ -261,10 +265,9 @@ def prepare_work(work: Work, skip_bad: bool) -> int:
 
   done, whole = 0, set()
   for number in work.shards:
-    file = work.shard(number, ".json")
-    entries = read_json(file, store.StoreError)["entries"] if file.exists() else []
+    entries = work.about(number).get("entries", ())
     if any(again(entry, job) for entry, job in zip(entries, work.members(number))):
-      file.unlink()
+      work.shard(number, ".json").unlink()
     elif entries:
       done += len(entries)
       whole.add(number)
@@ -299,7 +302,7 @@ def decode_shards(
   workers: int,
   timeout: float | None,
   skip_bad: bool,
-  encode: Callable[[int], None] | None = None,
+  encode: Encode | None = None,
   report: Callable[[], object] = lambda: None,
   start: Callable[[int], Processes | Here] = start_pool,
 ) -> None:
@@ -313,7 +316,7 @@ def decode_shards(
     workers: processes; 0: in this one, where no time limit holds.
     timeout: seconds after which the decoding of one annotation is given up.
     skip_bad: leave out what is bad.
-    encode: makes the spool of a job from its pixels, in this process.
+    encode: what is stored of the clips of a job instead of these, by this process.
     report: called after each annotation.
     start: makes what does the calls, from the number of workers.
 
@@ -360,7 +363,7 @@ class _Schedule:
   busy: int  # calls that keep all processes busy
   timeout: float | None
   skip_bad: bool
-  encode: Callable[[int], None] | None
+  encode: Encode | None
   report: Callable[[], object]
   missing: dict[int, set[int]]  # of each shard: jobs that are not done
   waiting: collections.deque[int]  # jobs that were not begun
@@ -409,10 +412,8 @@ class _Schedule:
 
   def assemble(self, number: int) -> None:
     """Calls for a shard, all of whose jobs are done."""
-    call, files = (
-      DecodeCall("shard", number),
-      [self.work.spool(i) for i in self.work.members(number)],
-    )
+    call = DecodeCall("shard", number)
+    files = [self.work.spool(i) for i in self.work.members(number)]
     self.running.add(call)
     self.pool.call(call, assemble, str(self.work.shard(number, "")), files, timeout=None)
 
@@ -487,43 +488,32 @@ def entries(work: Work) -> list[dict[str, Any]]:
   """What became of every annotation, after `decode_shards` of all shards: entries of `decode_job`,
   with the number of their records.
   """
-  found = []
-  for n in work.shards:
-    file = work.shard(n, ".json")
-    if file.exists():
-      found += read_json(file, store.StoreError)["entries"]
-    else:
-      found += [spools.read_spool(work.spool(job))[0] for job in work.members(n)]
-  return found
+  return [
+    entry
+    for n in work.shards
+    for entry in work.about(n).get("entries")
+    or (spools.read_spool(work.spool(job))[0] for job in work.members(n))
+  ]
 
 
 def _how(error: Exception) -> str:
-  if not isinstance(error, DiedError):
-    return "it takes more memory than there is"
-  return f"its process died{f' ({signal.Signals(-error.code).name})' if error.code < 0 else ''}"
+  return str(error) if isinstance(error, DiedError) else "it takes more memory than there is"
 
 
-def _encode(work: Work, job: int, encode: Callable[[int], None]) -> None:
-  pixels = work.spool(job, ".pixels")
-  if not os.path.exists(work.spool(job)):
-    if "reason" in spools.read_spool(pixels)[0]:
-      os.replace(pixels, work.spool(job))
+def _encode(work: Work, job: int, encode: Encode) -> None:
+  """Makes the spool of a job from that of its pixels, which goes."""
+  pixels, target = work.spool(job, ".pixels"), work.spool(job)
+  if not os.path.exists(target):
+    entry, records = spools.read_spool(pixels)
+    if "reason" in entry:
+      os.replace(pixels, target)
     else:
-      encode(job)
+      coder = store.record_features(dataclasses.replace(work.layout, features=None))
+      held = (coder.deserialize_example_np(record)["frames"] for record in records)
+      size = entry["clip_frames"]
+      clips = (clip for frames in held for clip in frames.reshape(-1, size, *frames.shape[1:]))
+      spool(encode(clips), size, work.layout, target, entry["seconds"])
   pathlib.Path(pixels).unlink(missing_ok=True)
-
-
-def spooled_frames(work: Work, job: int) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
-  """The entry of decoded pixels, and their clips uint8[F, S, S, 3] one by one."""
-  entry, records = spools.read_spool(work.spool(job, ".pixels"))
-  coder = store.record_features(dataclasses.replace(work.layout, features=None))
-
-  def clips():
-    for record in records:
-      frames = coder.deserialize_example_np(record)["frames"]
-      yield from frames.reshape(-1, entry["clip_frames"], *frames.shape[1:])
-
-  return entry, clips()
 
 
 def run_one(task: tuple[Work, int, float, bool]) -> int:

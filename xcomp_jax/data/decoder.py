@@ -93,10 +93,9 @@ def _pictures(
         last = number
         number, image = next(run, (None, None))
         if number is None:
-          lost = found.seconds - found.times[last + 1]
           raise TailError(
-            f"{path}: the last {lost:.2f} of {found.seconds:.2f} seconds can't be decoded; it is "
-            f"truncated or damaged",
+            f"{path}: the last {found.seconds - found.times[last + 1]:.2f} of {found.seconds:.2f} "
+            f"seconds can't be decoded; it is truncated or damaged",
             readable=last + 1,
             where=path,
           )

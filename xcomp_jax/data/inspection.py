@@ -15,8 +15,14 @@ from PIL import Image, ImageDraw
 from xcomp_jax import inputs
 from xcomp_jax.config import Mask
 from xcomp_jax.data import prompt, video
-from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
-from xcomp_jax.data.store import Store, StoreError, content_checksum, content_crc, open_store
+from xcomp_jax.data.store import (
+  Store,
+  StoreError,
+  checksum,
+  content_checksum,
+  content_crc,
+  open_store,
+)
 from xcomp_jax.errors import listed, one_line, too_many_files
 from xcomp_jax.files import replacing
 from xcomp_jax.progress import progress
@@ -53,10 +59,9 @@ def verify(path: str | os.PathLike) -> None:
     raise StoreError(
       listed(f"{path} differs from its manifest", wrong), where=path, differences=wrong
     )
-  frames = sum(s.frames for s in store.samples)
   print(
-    f"{path}: {len(store)} samples, {frames} frames, {sum('reason' in line for line in lines)} "
-    f"skipped; all as the manifest says"
+    f"{path}: {len(store)} samples, {sum(s.frames for s in store.samples)} frames, "
+    f"{sum('reason' in line for line in lines)} skipped; all as the manifest says"
   )
 
 
@@ -111,8 +116,8 @@ def describe_store(store: Store) -> Iterator[str]:
     "text" if not s.frames else "image" if s.clip_frames == 1 else "video" for s in store.samples
   )
   yield (
-    f"{store.path}: {kind} frames of {store.image_size} x {store.image_size} in clips of "
-    f"{store.clip_frames}; {store.made_with()}"
+    f"{store.path}: {kind} frames of {layout.image_size} x {layout.image_size} in clips of "
+    f"{layout.clip_frames}; {store.made_with()}"
   )
   named = ", ".join(
     f"{count} {name}{'s' if count != 1 and name != 'text' else ''}"
@@ -153,13 +158,13 @@ def show_prompt(store: Store, tokenizer: prompt.Tokenizer, mask: Mask, index: in
   built = prompt.sample_prompt(tokenizer, sample, mask)
   parts = []
   for supervised, group in itertools.groupby(
-    zip(built.tokens.tolist(), built.labels.tolist()), lambda pair: pair[1] != IGNORE
+    zip(built.tokens.tolist(), built.labels.tolist()), lambda pair: pair[1] != prompt.IGNORE
   ):
-    text = ""
-    for slot, ids in itertools.groupby(
-      (token for token, _ in group), lambda token: token == IMAGE_TOKEN
-    ):
-      text += f"<{sample.frames} frames>" if slot else tokenizer.decode(ids, keep_special=True)
+    tokens = (token for token, _ in group)
+    text = "".join(
+      f"<{sample.frames} frames>" if slot else tokenizer.decode(ids, keep_special=True)
+      for slot, ids in itertools.groupby(tokens, lambda token: token == prompt.IMAGE_TOKEN)
+    )
     parts.append(f"⟦{text}⟧" if supervised else text)
   return "".join(parts)
 
@@ -207,8 +212,7 @@ def _spread(count: int, wanted: int) -> list[int]:
 def _manifest(store: Store) -> list[dict[str, Any]]:
   file = store.path / "manifest.jsonl"
   try:
-    text = inputs.read_text(file, StoreError)
-    lines = [json.loads(line) for line in text.split("\n") if line]
+    lines = [json.loads(line) for line in inputs.read_text(file, StoreError).split("\n") if line]
   except (OSError, ValueError) as error:
     raise StoreError(
       f"{store.path}: its manifest.jsonl is missing or unreadable ({error}); `predecode` writes "
@@ -231,7 +235,7 @@ def _manifest(store: Store) -> list[dict[str, Any]]:
 
 
 def _count_differences(store: Store, lines: Sequence[dict[str, Any]]) -> Iterator[str]:
-  if store.checksum() != store.info.get("checksum"):
+  if checksum(store.samples) != store.info.get("checksum"):
     yield "samples/: ids, frame counts or texts are not those that were written"
   numbers = [line["sample"] for line in lines if "sample" in line]
   if numbers != list(range(len(store))):

@@ -20,12 +20,11 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from xcomp_jax import inputs
 from xcomp_jax.data import prompt, store, video
 from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.errors import one_line
 from xcomp_jax.files import expanduser, local
-from xcomp_jax.inputs import quoted
+from xcomp_jax.inputs import quoted, read_text
 from xcomp_jax.progress import progress
 
 # video_read_type, and what `video.sample` calls it
@@ -139,14 +138,12 @@ def read_mixture(
     AnnotationError: the mixture or an annotation file as a whole can't be read.
   """
   path, root = (local(each, "annotations and videos are read as files") for each in (path, root))
-  jobs, files = [], []
   entries = progress(_entries(path, root), unit="file", desc="check", delay=5.0, leave=False)
-  for n, entry in enumerate(entries):
-    where = f"mixture {path}, dataset {n}"
-    more, file = _read_dataset(_dataset(entry, where), root, subset, where)
-    jobs += more
-    files.append(file)
-  return jobs, files
+  read = [
+    _read_dataset(entry, root, subset, f"mixture {path}, dataset {n}")
+    for n, entry in enumerate(entries)
+  ]
+  return [job for jobs, _ in read for job in jobs], [file for _, file in read]
 
 
 def _entries(path: pathlib.Path, root: pathlib.Path) -> list[dict[str, Any]]:
@@ -156,7 +153,7 @@ def _entries(path: pathlib.Path, root: pathlib.Path) -> list[dict[str, Any]]:
     AnnotationError: it can't be read, or is no list of objects.
   """
   try:
-    mixture = _yaml(inputs.read_text(path, ValueError, LARGEST))
+    mixture = _yaml(read_text(path, ValueError, LARGEST))
   except Exception as error:  # its library raises more than its own
     there = not path.is_absolute() and not path.exists() and (root / path).exists()
     advice = f"; there is {root / path}: give that" if there else ""
@@ -190,8 +187,9 @@ def _dataset(entry: Mapping[str, Any], where: str) -> Dataset:
     raise AnnotationError(f"{where}: {str(key)[:100]} is unknown; {advice}", where=key, near=near)
   if not isinstance(entry.get("json_path"), str):
     raise AnnotationError(f"{where}: json_path is missing", where="json_path", missing=True)
-  must = ("json_path", "sampling_strategy")  # may not be empty
-  given = {key: value for key, value in entry.items() if value or key in must}
+  given = {  # these two may not be empty
+    key: value for key, value in entry.items() if value or key in ("json_path", "sampling_strategy")
+  }
   rate, reader = entry.get("frame_rate"), given.get("video_read_type", "decord")
   good_rate = rate is None or (
     reader == "img"
@@ -230,9 +228,12 @@ def _dataset(entry: Mapping[str, Any], where: str) -> Dataset:
 
 
 def _read_dataset(
-  dataset: Dataset, root: pathlib.Path, subset: float, where: str
+  entry: Mapping[str, Any], root: pathlib.Path, subset: float, where: str
 ) -> tuple[list[Job], File]:
-  """Reads an annotation file, and looks at the files of its selected annotations."""
+  """Reads the annotation file of an entry of a mixture, and looks at the files of its selected
+  annotations.
+  """
+  dataset = _dataset(entry, where)
   path = root / expanduser(dataset.json_path)
   items = read_annotations(path)
   try:
@@ -241,18 +242,18 @@ def _read_dataset(
     )
   except AnnotationError as error:
     raise AnnotationError(f"{where}: {error}", **error.fields) from error
-  passed = [(i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})]
   file = File(
     annotation=dataset.json_path,
     digest=hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
     annotations=len(items),
     drawn=len(drawn),
     selected=len(chosen),
-    passed=tuple(passed),
+    passed=tuple(
+      (i, SEVERAL if _visuals(items[i]) else TEXT) for i in sorted({*drawn} - {*chosen})
+    ),
   )
   folder = root / expanduser(dataset.data_root)
-  reader = READERS[dataset.video_read_type]
-  sources = [_source(items[i], folder, reader) for i in chosen]
+  sources = [_source(items[i], folder, READERS[dataset.video_read_type]) for i in chosen]
   jobs = [
     _job(items[i], i, dataset, source, faults)
     for i, source, faults in zip(chosen, sources, path_faults(sources), strict=True)
@@ -307,23 +308,20 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   """
   path = pathlib.Path(path)
   try:
-    text = inputs.read_text(path, ValueError)
+    text = read_text(path, ValueError)
   except (OSError, ValueError) as error:  # not UTF-8, or no path at all
-    where = ""
-    if not path.is_absolute():
-      where = f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
+    start = f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
     raise AnnotationError(
-      f"annotations {path} can't be read: {one_line(error)}{where}",
+      f"annotations {path} can't be read: {one_line(error)}{'' if path.is_absolute() else start}",
       where=path,
     ) from error
   # In jsonl every line is a document; split at "\n" only, as text may hold other separators that
   # splitlines() knows.
-  whole: Any
-  if path.suffix == ".jsonl":
-    lines = enumerate(text.split("\n"), 1)
-    whole = [_parsed(line, path, n) for n, line in lines if line.strip()]
-  else:
-    whole = _parsed(text, path, 1)
+  whole: Any = (
+    [_parsed(line, path, n) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix == ".jsonl"
+    else _parsed(text, path, 1)
+  )
   if not isinstance(whole, list):
     raise AnnotationError(
       f"annotations {path}: expected a list of objects", where=path, value=whole
@@ -362,11 +360,12 @@ def _visuals(item: Mapping[str, Any]) -> list[tuple[str, Any]]:
   """An annotation's images and videos, as (key, path). Tables write null or NaN for what is not
   there, some an empty text.
   """
-  found = []
-  for key in ("image", "images", "video", "videos"):
-    value = item.get(key)
-    paths = value if isinstance(value, list) else [value]
-    found += [(key.removesuffix("s"), path) for path in paths if path is not None and path == path]
+  found: list[tuple[str, Any]] = [
+    (key.removesuffix("s"), path)
+    for key in ("image", "images", "video", "videos")
+    for path in (item[key] if isinstance(item.get(key), list) else [item.get(key)])
+    if path is not None and path == path
+  ]
   return [one for one in found if one[1] != ""] or found[:1]
 
 
@@ -456,8 +455,7 @@ def _job(
     time_message="",
   )
   try:
-    texts = (sample.id, source, dataset.json_path, *(turn["value"] for turn in turns))
-    "".join(texts).encode()
+    "".join((sample.id, source, dataset.json_path, *(t["value"] for t in turns))).encode()
   except UnicodeEncodeError:  # JSON can spell half of a character that takes two
     faults.append("a text or name holds half a character (a lone surrogate), which can't be stored")
     sample = dataclasses.replace(sample, id=str(position), source=ascii(source), conversations=())

@@ -95,9 +95,10 @@ class ShapeRoom:
     """Makes the shape with a row per row group that holds so much, in sizes that split evenly."""
     frames = min(_coarse(max(1, frames), self.step), self.frames)
     before = samples * self.prefix
-    around = _coarse(before + min(text, self.text), self.parts)
-    if around > before + self.text:
-      around = _multiple(before + self.text, self.parts)
+    around = min(
+      _coarse(before + min(text, self.text), self.parts),
+      _multiple(before + self.text, self.parts),
+    )
     return Shape(
       rows=self.groups, samples=samples, prefix=self.prefix, frames=frames, text=around - before
     )
@@ -129,8 +130,8 @@ def pack_steps(
   ]
   while left:
     some, left = left[:256], left[256:]  # bounds the memory
-    found = _fastest(table, [ids for _, ids in some], shapes, costs)
-    for (n, ids), mix, place in zip(some, found.mixes, found.places):
+    _, mixes, places = _fastest(table, [ids for _, ids in some], shapes, costs)
+    for (n, ids), mix, place in zip(some, mixes, places):
       place = place[: len(ids)]
       if (place < 0).all():  # no combination takes any of them, so the largest gets a micro-batch
         mix, place = (
@@ -162,24 +163,16 @@ def _micros(
 # -----------------------------------------------------------------------------------------
 
 
-class _Found(NamedTuple):
-  """The best packings of some steps.
-
-  time: int64[B], picoseconds, as if each sample without a place got a micro-batch of its own.
-  mixes: the shapes of each step's micro-batches, as their numbers. places: int64[B, m], the row of
-  each sample, counted over the step's micro-batches; -1 for none.
-  """
-
-  time: np.ndarray
-  mixes: list[tuple[int, ...]]
-  places: np.ndarray
-
-
 def _fastest(
   table: np.ndarray, steps: Sequence[np.ndarray], shapes: Sequence[Shape], costs: MicroCosts
-) -> _Found:
+) -> tuple[np.ndarray, list[tuple[int, ...]], np.ndarray]:
   """Finds the fastest of the packings that are tried of each step, whose samples come the largest
   first.
+
+  Returns:
+    time: int64[B], picoseconds, as if each sample without a place got a micro-batch of its own.
+    mixes: the shapes of each step's micro-batches, as their numbers.
+    places: int64[B, m], the row of each sample, counted over the step's micro-batches; -1 for none.
   """
   width = max(map(len, steps))
   ids = np.array([np.pad(step, (0, width - len(step)), constant_values=-1) for step in steps])
@@ -211,7 +204,7 @@ def _fastest(
   )
   order = np.lexsort((time, step))  # stable: of equal times the first try counts
   best = order[np.unique(step[order], return_index=True)[1]]
-  return _Found(time[best], [tried[i] for i in best], places[best])
+  return time[best], [tried[i] for i in best], places[best]
 
 
 def _place(
@@ -227,7 +220,7 @@ def _place(
   shapes.
 
   Returns:
-    time and places as of `_Found`.
+    time and places as of `_fastest`.
   """
   steps, micros = np.arange(len(mixes)), max(map(len, mixes))
   layouts = {mix: _layout(mix, tuple(shapes), groups) for mix in dict.fromkeys(mixes)}
@@ -367,15 +360,8 @@ def average(
     np.argsort(np.random.PCG64(SEED).random_raw(len(table)), kind="stable"), (count, batch_size)
   )
   parts = [part for ids in steps for part in _parts(table, ids, shapes)]
-  # of Python's numbers, which have no largest
-  return sum(_fastest(table, parts, shapes, costs).time.tolist()) // count
-
-
-class Chosen(NamedTuple):
-  """Shapes, and picoseconds of the micro-batches of an average step with them."""
-
-  shapes: tuple[Shape, ...]
-  time: int
+  time, _, _ = _fastest(table, parts, shapes, costs)
+  return sum(time.tolist()) // count  # of Python's numbers, which have no largest
 
 
 def choose_shapes(
@@ -387,7 +373,7 @@ def choose_shapes(
   start: tuple[Shape, ...] = (),
   sampled: int = SAMPLED,
   moves: Sequence[Sequence[int | Fraction]] = MOVES,
-) -> Chosen:
+) -> tuple[tuple[Shape, ...], int]:
   """Chooses at most MOST shapes for data of these lengths: all samples fit, and some random steps
   are packed fastest.
 
@@ -400,6 +386,9 @@ def choose_shapes(
     start: shapes that it begins with, of the same room; none: some in proportion to the data.
     sampled: random samples that decide.
     moves: what the search multiplies a shape's (samples, frames, text) by.
+
+  Returns:
+    shapes, and picoseconds of the micro-batches of an average step with them.
   """
   table = _needs(lengths)
   n, total, largest = len(table), table.sum(0).tolist(), table.max(0).tolist()
@@ -452,7 +441,7 @@ def choose_shapes(
     best = min((best, *(_set(new, *kept) for shape in kept for new in moved(shape))), key=time)
     if time(best) > before * 199 // 200:
       break
-  return Chosen(best, time(best))
+  return best, time(best)
 
 
 def _set(*shapes: Shape) -> tuple[Shape, ...]:
@@ -485,23 +474,24 @@ def named_shapes(given: Sequence[Sequence[int]], room: ShapeRoom) -> tuple[Shape
       continue
     rows, samples, frames, text = sizes
     slots = samples * room.prefix + text
-    if samples > room.samples == 1:
-      problems.append(
-        f'{where}: lp_comp.keep = "attention" keeps other places in each sample, so a row can hold '
-        f"only one"
-      )
-    if rows % room.groups:
-      problems.append(f"{where}: {rows} rows can't be split over data x fsdp = {room.groups}")
-    if frames % room.step:
-      problems.append(
-        f"{where}: {frames} frames can't be split over context = {room.parts}; it takes a multiple "
-        f"of {room.step}"
-      )
-    if slots % room.parts:
-      problems.append(
-        f"{where}: the {slots} token slots beside visual ones ({samples} x {room.prefix} + {text}) "
-        f"can't be split over context = {room.parts}"
-      )
+    checks = (
+      (
+        samples > room.samples == 1,
+        'lp_comp.keep = "attention" keeps other places in each sample, so a row can hold only one',
+      ),
+      (rows % room.groups, f"{rows} rows can't be split over data x fsdp = {room.groups}"),
+      (
+        frames % room.step,
+        f"{frames} frames can't be split over context = {room.parts}; it takes a multiple of "
+        f"{room.step}",
+      ),
+      (
+        slots % room.parts,
+        f"the {slots} token slots beside visual ones ({samples} x {room.prefix} + {text}) can't "
+        f"be split over context = {room.parts}",
+      ),
+    )
+    problems += [f"{where}: {problem}" for wrong, problem in checks if wrong]
     shapes.append(Shape(rows=rows, samples=samples, prefix=room.prefix, frames=frames, text=text))
   refuse("config.data.shapes can't be", problems)
   return _set(*shapes)

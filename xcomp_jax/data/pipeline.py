@@ -247,12 +247,11 @@ class _Items:
     return sum(n // self._share.clips + n % self._share.clips for n in each)
 
   def _make(self, number: int) -> list[Planned]:
-    step, items = self._steps[number], []
-    if self._encodes:
-      for kind, _ in self._kinds(step):
-        items += self._calls(step, kind)
+    step = self._steps[number]
+    kinds = [kind for kind, _ in self._kinds(step)] if self._encodes else []
+    calls = [call for kind in kinds for call in self._calls(step, kind)]
     last = len(step) - 1
-    return [*items, *(Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
+    return [*calls, *(Planned(None, 0, (), micro, n, n == last) for n, micro in enumerate(step))]
 
   def _calls(self, step: Sequence[Micro], kind: int) -> list[Planned]:
     """The tower's calls on all clips of so many frames. Those of a call are neighbours, so that a
@@ -295,12 +294,13 @@ def _clips_of(
 
 
 def _call(step: Sequence[Micro], kind: int, table: np.ndarray) -> Planned:
-  flat, fills = table.reshape(-1, 5), []
-  for number in np.unique(flat[:, 2]):
-    if number >= 0:
-      place = np.where(flat[:, 2:3] == number, flat[:, 3:], -1).astype(np.int32)
-      fills.append(Fill(int(number), step[number].shape, place))
-  return Planned(table[..., :2], kind, tuple(fills), None, -1, False)
+  flat = table.reshape(-1, 5)
+  fills = tuple(
+    Fill(n, step[n].shape, np.where(flat[:, 2:3] == n, flat[:, 3:], -1).astype(np.int32))
+    for n in np.unique(flat[:, 2]).tolist()
+    if n >= 0
+  )
+  return Planned(table[..., :2], kind, fills, None, -1, False)
 
 
 def load_item(
@@ -333,17 +333,11 @@ def _read_clips(data: Blend, wanted: np.ndarray, clip_frames: int) -> np.ndarray
   """uint8[k, F, S, S, 3] of clips (sample, clip) int32[k, 2]; zeros for padding."""
   shape, dtype = data.clip_spec(clip_frames)
   out = np.zeros((len(wanted), *shape), dtype)
-  begin = 0
-  for end in range(1, len(wanted) + 1):  # neighbours of one sample are read together
-    if (
-      end == len(wanted)
-      or wanted[end, 0] != wanted[begin, 0]
-      or wanted[end, 1] != wanted[end - 1, 1] + 1
-    ):
-      sample, first = wanted[begin].tolist()
-      if sample >= 0:
-        out[begin:end] = data.clips(sample, first, end - begin)
-      begin = end
+  # neighbours of one sample are read together
+  apart = (np.diff(wanted, axis=0) != (0, 1)).any(1)
+  for run in np.split(np.arange(len(wanted)), np.flatnonzero(apart) + 1):
+    if len(run) and wanted[run[0], 0] >= 0:
+      out[run] = data.clips(*wanted[run[0]].tolist(), len(run))
   return out
 
 
@@ -351,10 +345,8 @@ def _static(data: Blend, rows: Sequence[Sequence[int]], shape: Shape, clip_frame
   """All clips of so many frames of some rows, in lists as long as they can be."""
   most = shape.frames // clip_frames if clip_frames > 1 else shape.samples
   kind, dtype = data.clip_spec(clip_frames)
-  frames, place = (
-    np.zeros((shape.rows, most, *kind), dtype),
-    np.full((shape.rows, most), -1, np.int32),
-  )
+  frames = np.zeros((shape.rows, most, *kind), dtype)
+  place = np.full((shape.rows, most), -1, np.int32)
   found = np.array([*_clips_of(data.samples, rows, clip_frames)], np.int32).reshape(-1, 4)
   for r in range(shape.rows):
     mine = found[found[:, 2] == r]  # [k, 4]

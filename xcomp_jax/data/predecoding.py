@@ -3,8 +3,8 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -14,16 +14,15 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import av
-import numpy as np
 import PIL
 
-from xcomp_jax.data import decode_jobs, finishing, prompt, store, video
+from xcomp_jax.data import decode_jobs, prompt, store, store_writing, video
 from xcomp_jax.data.decode_jobs import Work
 from xcomp_jax.data.mixture import File, Job, read_mixture
 from xcomp_jax.data.processes import Here, Processes
 from xcomp_jax.data.sampling import FrameSettings, check_limits
 from xcomp_jax.errors import listed
-from xcomp_jax.files import local, locked, sweep, write_json
+from xcomp_jax.files import become, local, locked, sweep, write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.progress import progress
 
@@ -32,6 +31,7 @@ from xcomp_jax.progress import progress
 # one that is being written: see docs/DATA.md.
 PER_SHARD = 256
 PER_SHARD_BEFORE = 64  # of stores that don't say
+Entry = dict[str, Any]  # what became of an annotation: see `decode_jobs.decode_job`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tower:
 
   features: store.Features
   settings: dict[str, Any]  # what else decides their last bits
-  encode: Callable[[Iterator[np.ndarray]], Iterator[np.ndarray]]  # clips to bfloat16[N, D]
+  encode: decode_jobs.Encode  # to bfloat16[N, D] each
   about: str = ""  # what it computes with, in a line
 
 
@@ -102,9 +102,8 @@ def predecode(
       where="--root",
       value=root,
     )
-  out = local(out, "a store appears by a rename", written=True)
   # a rename can't take the place of what a link points to
-  out = pathlib.Path(os.path.realpath(out))
+  out = pathlib.Path(os.path.realpath(local(out, "a store appears by a rename", written=True)))
   made = _made(out)
   with _claimed(out) as folder:  # first, so that a target that can't be written costs no time
     jobs, files = read_mixture(mixture, root, subset)
@@ -136,7 +135,7 @@ def predecode(
       count=len(jobs),
       per_shard=per_shard,
     )
-    finishing.undo_finish(work)
+    undo_finish(work)
     done = decode_jobs.prepare_work(work, skip_bad)
     if beam is not None:
       _run_beam(work, beam, timeout, skip_bad)
@@ -148,7 +147,7 @@ def predecode(
           workers=workers,
           timeout=timeout,
           skip_bad=skip_bad,
-          encode=functools.partial(_spool_features, work, tower) if tower else None,
+          encode=tower.encode if tower else None,
           report=bar.update,
           start=start,
         )
@@ -161,7 +160,7 @@ def predecode(
       "plan": _digest(plan),
       **({"tower": tower.settings} if tower else {}),
     }
-    return finishing.finish_work(work, out, entries, files, info)
+    return finish_work(work, out, entries, files, info)
 
 
 def _check_jobs(jobs: Sequence[Job], files: Sequence[File], skip_bad: bool) -> None:
@@ -210,13 +209,6 @@ def _check_entries(work: Work, entries: Sequence[dict[str, Any]], skip_bad: bool
     )
   if len(lost) == len(entries):
     raise store.StoreError(listed("no samples to write, all are bad", lost), lost=lost)
-
-
-def _spool_features(work: Work, tower: Tower, job: int) -> None:
-  entry, clips = decode_jobs.spooled_frames(work, job)
-  decode_jobs.spool(
-    tower.encode(clips), entry["clip_frames"], work.layout, work.spool(job), entry["seconds"]
-  )
 
 
 def _made(out: pathlib.Path) -> dict[str, Any] | None:
@@ -376,11 +368,12 @@ def _run_beam(work: Work, options: Sequence[str], timeout: float, skip_bad: bool
   parts = [n for n in work.shards if not work.shard(n, ".json").exists()]
   print(f"{len(parts)} of {len(work.shards)} shards to decode through Beam", file=sys.stderr)
 
-  def part(n):
-    return dataclasses.replace(work, jobs={i: work.jobs[i] for i in work.members(n)})
-
+  needed = [{i: work.jobs[i] for i in work.members(n)} for n in parts]
+  calls = [
+    (dataclasses.replace(work, jobs=jobs), n, timeout, skip_bad) for n, jobs in zip(parts, needed)
+  ]
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-    tasks = pipeline | beam.Create([(part(n), n, timeout, skip_bad) for n in parts])
+    tasks = pipeline | beam.Create(calls)
     _ = tasks | beam.Reshuffle() | beam.Map(decode_jobs.run_one)
 
 
@@ -396,3 +389,100 @@ def _in_files(jobs: Mapping[int, Job]) -> list[int]:
     name: n for n, name in enumerate(dict.fromkeys(j.sample.annotation for j in jobs.values()))
   }
   return sorted(jobs, key=lambda i: (files[jobs[i].sample.annotation], jobs[i].sample.position))
+
+
+# The end: samples with their time messages, a line about every annotation, and counts.
+
+
+def finish_work(
+  work: Work, out: pathlib.Path, entries: Sequence[Entry], files: Sequence[File], info: dict
+) -> dict[str, Any]:
+  """Makes the store from whole shards, and gives it its name; may be killed and done again at any
+  point.
+  """
+  folder = work.folder / "store"
+  folder.mkdir(exist_ok=True)
+  text = "".join(store.as_json(line) + "\n" for line in manifest_lines(work, entries, files))
+  (folder / "manifest.jsonl").write_text(text, encoding="utf-8")
+  counts = list(file_counts(entries, files))
+  info = info | {"annotation_files": counts, "skipped": sum(c["skipped"] for c in counts)}
+  shards = [stored_shard(work, number, entries) for number in work.shards]
+  info = store_writing.finish_store(folder, shards, work.layout, info)
+  become(work.folder, "store", out)
+  return info
+
+
+def stored_shard(work: Work, number: int, entries: Sequence[Entry]) -> store_writing.Shard:
+  """Describes a whole shard by the samples that are in it."""
+  about, samples, first = work.about(number), [], 0
+  good = [(i, entries[i]) for i in work.members(number) if "reason" not in entries[i]]
+  for i, entry in good:
+    frames, seconds = entry["frames"], entry["seconds"]
+    samples.append(
+      dataclasses.replace(
+        work.jobs[i].sample,
+        time_message="" if seconds is None else prompt.time_message(seconds, frames),
+        frames=frames,
+        clip_frames=entry["clip_frames"],
+        first_record=first,
+        records=len(entry["lengths"]),
+      )
+    )
+    first += len(entry["lengths"])
+  return store_writing.Shard(
+    path=str(work.shard(number, ".array_record")),
+    samples=tuple(samples),
+    records=about["records"],
+    bytes=about["bytes"],
+    crcs=tuple(entry["crc32"] for _, entry in good),
+  )
+
+
+def manifest_lines(
+  work: Work, entries: Sequence[Entry], files: Sequence[File]
+) -> Iterator[dict[str, Any]]:
+  """Says of every selected annotation what became of it, and then of others why they were passed
+  over.
+  """
+  numbers = itertools.count()
+  for i, entry in enumerate(entries):
+    sample = work.jobs[i].sample
+    yield {
+      "annotation": sample.annotation,
+      "position": sample.position,
+      "source": sample.source,
+      **(
+        {"reason": entry["reason"]}
+        if "reason" in entry
+        else {"sample": next(numbers), "frames": entry["frames"], "crc32": entry["crc32"]}
+      ),
+    }
+  for file in files:
+    for i, reason in file.passed:
+      yield {"annotation": file.annotation, "position": i, "passed_over": reason}
+
+
+def file_counts(entries: Sequence[Entry], files: Sequence[File]) -> Iterator[dict[str, Any]]:
+  """Counts for each annotation file what was written of it, and what was not."""
+  position = 0
+  for file in files:
+    mine = entries[position : position + file.selected]
+    position += file.selected
+    skipped = sum("reason" in entry for entry in mine)
+    about = dataclasses.asdict(file)
+    about["passed_over"] = dict(collections.Counter(reason for _, reason in about.pop("passed")))
+    yield about | {"written": len(mine) - skipped, "skipped": skipped}
+
+
+def undo_finish(work: Work) -> None:
+  """Puts back what a killed `finish_work` had moved: a shard that is there may have to be made
+  again.
+  """
+  folder = work.folder / "store"
+  if not folder.exists():
+    return
+  whole = [n for n in work.shards if work.about(n).get("records")]
+  for n, file in zip(whole, store.files_of(folder / work.layout.folder, len(whole)), strict=True):
+    if file.exists():
+      os.rename(file, work.shard(n, ".array_record"))
+  shutil.rmtree(folder)

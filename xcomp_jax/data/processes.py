@@ -47,7 +47,8 @@ class DiedError(XCompError):
   """The process of a call died at it."""
 
   def __init__(self, code: int):
-    super().__init__(f"exit code {code}")
+    name = f" ({signal.Signals(-code).name})" if code < 0 else ""
+    super().__init__(f"its process died{name}")
     self.code = code  # minus the number of the signal that ended it
 
   @property
@@ -175,8 +176,11 @@ class _Process:
     # of Ctrl-C, which it would answer with a trace; it inherits this
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-      line = [sys.executable, "-c", code, str(theirs.fileno()), module, *sys.path]
-      self.process = subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()])
+      self.process = subprocess.Popen(
+        [sys.executable, "-c", code, str(theirs.fileno()), module, *sys.path],
+        stdin=subprocess.PIPE,
+        pass_fds=[theirs.fileno()],
+      )
     finally:
       signal.pthread_sigmask(signal.SIG_SETMASK, before)
       theirs.close()

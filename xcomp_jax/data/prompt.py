@@ -13,11 +13,10 @@ from typing import Any, SupportsInt
 import numpy as np
 from jaxtyping import Bool, Int
 
-from xcomp_jax import inputs
 from xcomp_jax.config import Mask
 from xcomp_jax.data.store import StoredSample
 from xcomp_jax.errors import XCompError
-from xcomp_jax.inputs import plain, quoted, read_json, reading
+from xcomp_jax.inputs import plain, quoted, read_json, read_text, reading
 
 IMAGE_TOKEN = -200  # stands in tokens where the visual tokens go (FACTS.md 3)
 IGNORE = -100  # a label or target that is not supervised
@@ -127,7 +126,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
 
   for file in [whole] if whole.exists() else parts:
     # not a pipe, which the library would wait for, nor what fits into no memory
-    inputs.read_text(file, TokenizerError)
+    read_text(file, TokenizerError)
   with reading(whole if whole.exists() else directory, TokenizerError, "tokenizer"):
     core = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else _read_parts(*parts)
   return Tokenizer(core, str(directory))
@@ -258,8 +257,8 @@ def question_prompt(
         where="question" if text is question else "history",
         value=text,
       )
-  turns = [(role, text) for pair in history for role, text in zip(("user", "assistant"), pair)]
-  turns.append(("user", question))
+  pairs = (*history, (question,))
+  turns = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
   if message is not None:
     turns[0] = (
       "user",
@@ -278,9 +277,7 @@ def _build(
   question: the tail of the last user turn.
   """
   tokens, labels, query, span = [], [], [], (0, 0)
-  turns = [("system", SYSTEM), *turns]
-  if mask is None:
-    turns.append(("assistant", ""))
+  turns = [("system", SYSTEM), *turns, *([("assistant", "")] if mask is None else [])]
   for i, (role, content) in enumerate(turns):
     header = f"<|im_start|>{role}\n"
     asked = mask is None and i == len(turns) - 1
@@ -332,7 +329,6 @@ def _encode_turn(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple
 
 def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path):
   import tokenizers
-  from tokenizers import decoders, models, normalizers, pre_tokenizers
 
   added = {
     token["content"]: (
@@ -341,19 +337,19 @@ def _read_parts(vocab: pathlib.Path, merges: pathlib.Path, config: pathlib.Path)
     )
     for i, token in read_json(config, TokenizerError)["added_tokens_decoder"].items()
   }
-  ids, pairs = models.BPE.read_file(str(vocab), str(merges))
+  ids, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
   # added tokens take the ids they have in the vocabulary; otherwise the library would count on from
   # its size
   ids |= {content: i for content, (i, _) in added.items()}
-  core = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
-  core.normalizer = normalizers.NFC()
-  core.pre_tokenizer = pre_tokenizers.Sequence(
+  core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=pairs))
+  core.normalizer = tokenizers.normalizers.NFC()
+  core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
     [
-      pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+      tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
-  core.decoder = decoders.ByteLevel()
+  core.decoder = tokenizers.decoders.ByteLevel()
   tokens = [token for _, token in added.values()]
   core.add_special_tokens([token for token in tokens if token.special])
   core.add_tokens([token for token in tokens if not token.special])

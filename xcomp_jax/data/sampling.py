@@ -105,6 +105,5 @@ def check_limits(max_frames: int, min_frames: int, clip_frames: int) -> None:
 
 def stretch(indices: Int[np.ndarray, " T"], min_frames: int) -> Int[np.ndarray, " N"]:
   """Repeats frames evenly up to `min_frames`, as asking does with short videos (FACTS.md 5)."""
-  if len(indices) >= min_frames:
-    return indices
-  return indices[np.arange(min_frames) * len(indices) // min_frames]
+  count = max(len(indices), min_frames)
+  return indices[np.arange(count) * len(indices) // count]

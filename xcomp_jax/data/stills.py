@@ -17,8 +17,6 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # seconds: browsers show frames of animations that state less as long as the second
 SHORTEST, USUAL = 0.011, 0.1
-# frames per second of folders whose path has this in it, in the release; of others 1 (FACTS.md 5)
-FOLDER_RATES = {"tvqa": 3.0}
 
 
 def opened_image(path: pathlib.Path) -> Image.Image:
@@ -101,9 +99,7 @@ def folder_rate(path: pathlib.Path, vlen: int, given: float | None) -> float:
   path = path.absolute()
   side = path.with_name(path.name + ".json")
   if not side.exists():
-    return given or next(
-      (rate for name, rate in FOLDER_RATES.items() if name in str(path).lower()), 1.0
-    )
+    return given or (3.0 if "tvqa" in str(path).lower() else 1.0)  # FACTS.md 5
   said = read_json(side, VideoError)
   duration = said.get("duration") if isinstance(said, dict) else None
   if not isinstance(duration, (int, float)) or not 1e-9 <= duration <= 1e9:

@@ -40,7 +40,6 @@ from xcomp_jax import inputs
 from xcomp_jax.data.sampling import CLIPS, SIZES
 from xcomp_jax.errors import XCompError, one_line, too_many_files
 from xcomp_jax.files import local
-from xcomp_jax.inputs import reading, regular
 
 FORMAT = 2  # of the folder; raised when an older reader would misread it
 # of arrays in one record: a protobuf holds at most 2 GB, and a reader holds a whole record
@@ -134,16 +133,6 @@ class Store:
     return len(self.samples)
 
   @property
-  def image_size(self) -> int:
-    """Pixels, square."""
-    return self.layout.image_size
-
-  @property
-  def clip_frames(self) -> int:
-    """Frames per clip of the videos."""
-    return self.layout.clip_frames
-
-  @property
   def features(self) -> Features | None:
     """Whose features `visual` gives; None: it gives frames."""
     return self.layout.features
@@ -155,31 +144,18 @@ class Store:
     names = [name for name in SAMPLING[2:] if name in self.info]
     return ", ".join(f"{name} {self.info[name]}" for name in names) or "sampling not recorded"
 
-  def checksum(self) -> int:
-    """CRC-32 of the samples' ids, frame counts and texts, in order: another value means other
-    data.
-    """
-    return checksum(self.samples)
-
   def identity(self) -> str:
     """16 hex digits that change with the format, how it was sampled, and the samples' ids, texts,
     and frames or features.
     """
-    sampling = [(name, self.info.get(name)) for name in SAMPLING]
     what = (
       FORMAT,
       self.layout,
-      sampling,
+      [(name, self.info.get(name)) for name in SAMPLING],
       self.info.get("content"),
       [(s.id, s.frames, s.conversations, s.time_message) for s in self.samples],
     )
     return hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
-
-  def clip_spec(self, clip_frames: int) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of one clip of so many frames: what `visual` gives, without its first
-    axis.
-    """
-    return self.layout.clip_spec(clip_frames)
 
   def visual(self, index: int) -> np.ndarray:
     """uint8[C, F, S, S, 3] of sample `index`, or bfloat16[C, N, D] if the store holds features; C =
@@ -199,7 +175,7 @@ class Store:
     errors as `visual`.
     """
     sample = self.samples[index]
-    shape, dtype = self.clip_spec(sample.clip_frames)
+    shape, dtype = self.layout.clip_spec(sample.clip_frames)
     if not count:
       return np.zeros((0, *shape), dtype)
     each = clips_per_record(self.layout, sample.clip_frames)
@@ -234,7 +210,7 @@ class Store:
 
   def _decode(self, index: int, first: int, files: Sequence[Any]) -> np.ndarray:
     cv2 = opencv()
-    out = np.empty((len(files), self.image_size, self.image_size, 3), np.uint8)
+    out = np.empty((len(files), *self.layout.clip_spec(1)[0][1:]), np.uint8)
     for i, file in enumerate(files):
       image = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
       if image is None or image.shape != out.shape[1:]:
@@ -271,7 +247,7 @@ class Rows:
     """
     about = folder / "dataset_info.json"
     described = inputs.read_json(about, StoreError, inputs.ABOUT)
-    with reading(about, StoreError):
+    with inputs.reading(about, StoreError):
       (split,) = described["splits"]
       # text: protobuf has no other integers in JSON
       lengths = [int(length) for length in tuple(split["shardLengths"])]
@@ -280,15 +256,15 @@ class Rows:
       if not lengths or not all(length in COUNT for length in lengths):
         raise ValueError(f"shardLengths must be from 0 to {COUNT[-1]:,}")
     self._features, self._ends = features, list(itertools.accumulate(lengths))
-    self._files = [os.fspath(file) for file in files_of(folder, len(lengths))]
-    if missing := [file for file in self._files if not os.path.exists(file)]:
+    self.files = [os.fspath(file) for file in files_of(folder, len(lengths))]
+    if missing := [file for file in self.files if not os.path.exists(file)]:
       raise StoreError(
         f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""),
         where=folder,
         missing=missing,
       )
-    for file in self._files:
-      regular(file)
+    for file in self.files:
+      inputs.regular(file)
 
   def __len__(self) -> int:
     return self._ends[-1]
@@ -300,10 +276,6 @@ class Rows:
     (record,) = opened_file(self, number).read([key - (self._ends[number - 1] if number else 0)])
     return self._features.deserialize_example_np(record)
 
-  def file(self, number: int) -> str:
-    """The name of one of its files."""
-    return self._files[number]
-
 
 @functools.lru_cache(maxsize=OPEN)
 def opened_file(rows: Rows, number: int):
@@ -314,7 +286,7 @@ def opened_file(rows: Rows, number: int):
 
   # for random access
   reader = ArrayRecordReader(
-    rows.file(number), options="readahead_buffer_size:0", file_reader_buffer_size=32768
+    rows.files[number], options="readahead_buffer_size:0", file_reader_buffer_size=32768
   )
   if not reader.ok():
     reader.read([0])  # raises what went wrong when it was opened
@@ -335,7 +307,7 @@ def clips_per_record(layout: Layout, clip_frames: int) -> int:
 
 
 def checksum(samples: Iterable[StoredSample]) -> int:
-  """See `Store.checksum`."""
+  """CRC-32 of samples' ids, frame counts and texts, in order: another value means other data."""
   crc = 0
   for s in samples:  # ids alone may be mere positions in an annotation file
     crc = zlib.crc32(repr((s.id, s.frames, s.conversations)).encode(), crc)
@@ -373,7 +345,7 @@ def open_store(path: str | os.PathLike) -> Store:
     )
   try:
     info = inputs.read_json(about, StoreError, inputs.ABOUT)
-    with reading(about, StoreError):
+    with inputs.reading(about, StoreError):
       version = info["format"]
       if type(version) is not int or version != FORMAT:
         raise StoreError(
@@ -390,7 +362,7 @@ def open_store(path: str | os.PathLike) -> Store:
         found=len(table),
         expected=info.get("samples"),
       )
-    with reading(path / "samples", StoreError):
+    with inputs.reading(path / "samples", StoreError):
       samples = [_sample(table[i]) for i in range(len(table))]
     rows = (
       Rows(path / layout.folder, record_features(layout)) if any(s.records for s in samples) else ()
@@ -459,10 +431,12 @@ def _layout(info: Mapping[str, Any], where: pathlib.Path) -> Layout:
   if features is not None:
     features = Features(**features)
     problems += [
-      inputs.beyond(f"features.{key}", getattr(features, key), TOKENS)
-      for key in ("tokens_per_frame", "width")
+      *(
+        inputs.beyond(f"features.{key}", getattr(features, key), TOKENS)
+        for key in ("tokens_per_frame", "width")
+      ),
+      "" if isinstance(features.identity, str) else "features.identity must be text",
     ]
-    problems += [] if isinstance(features.identity, str) else ["features.identity must be text"]
   if problems := list(filter(None, problems)):
     raise StoreError(f"{where}: {'; '.join(problems)}", where=where, problems=problems)
   return Layout(info["image_size"], info["clip_frames"], info["quality"], features)
@@ -500,7 +474,9 @@ def record_features(layout: Layout):
 def sample_features():
   import tensorflow_datasets as tfds
 
-  kinds = {str: tfds.features.Text, int: lambda: tfds.features.Scalar(np.int64)}
   return tfds.features.FeaturesDict(
-    {f.name: kinds.get(f.type, tfds.features.Text)() for f in dataclasses.fields(StoredSample)}
+    {
+      f.name: tfds.features.Scalar(np.int64) if f.type is int else tfds.features.Text()
+      for f in dataclasses.fields(StoredSample)
+    }
   )

@@ -63,53 +63,52 @@ def write_shard(
   Raises:
     ValueError: visual of another shape or dtype.
   """
-  writer, samples, crcs, first, written = None, [], [], 0, 0
-  try:
+  samples, crcs, lengths = [], [], []
+  with contextlib.closing(array_record(path)) as writer:
     for sample, visual in items:
-      if visual is None:
-        samples.append(
-          dataclasses.replace(sample, frames=0, clip_frames=1, first_record=first, records=0)
-        )
-        crcs.append(0)
-        continue
-      per_clip = layout.features.tokens_per_frame if layout.features else 1
-      per_clip = visual.shape[1] // per_clip if visual.ndim > 1 else 0
-      shape, dtype = layout.clip_spec(per_clip)
-      if visual.dtype != dtype or visual.shape[1:] != shape or not visual.size:
-        raise store.StoreError(
-          f"{sample.source}: expected {dtype} [clips, {', '.join(map(str, shape))}], got "
-          f"{visual.dtype}{visual.shape}",
-          where=sample.source,
-          expected=(dtype, shape),
-          found=(visual.dtype, visual.shape),
-        )
-      writer = writer or array_record(path)
-      before, crc = first, 0
-      for record, _, content in records(layout, visual, per_clip):
-        writer.write(record)
-        crc = store.content_crc(content, crc)
-        written += len(record)
-        first += 1
+      first, crc, frames, clip_frames = len(lengths), 0, 0, 1
+      if visual is not None:
+        clip_frames = _clip_frames(sample, visual, layout)
+        frames = len(visual) * clip_frames
+        for record, _, content in records(layout, visual, clip_frames):
+          writer.write(record)
+          lengths.append(len(record))
+          crc = store.content_crc(content, crc)
       crcs.append(crc)
       samples.append(
         dataclasses.replace(
           sample,
-          frames=len(visual) * per_clip,
-          clip_frames=per_clip,
-          first_record=before,
-          records=first - before,
+          frames=frames,
+          clip_frames=clip_frames,
+          first_record=first,
+          records=len(lengths) - first,
         )
       )
-  finally:
-    if writer is not None:
-      writer.close()
+  if not lengths:
+    os.unlink(path)
   return Shard(
-    path=os.fspath(path) if first else "",
+    path=os.fspath(path) if lengths else "",
     samples=tuple(samples),
-    records=first,
-    bytes=written,
+    records=len(lengths),
+    bytes=sum(lengths),
     crcs=tuple(crcs),
   )
+
+
+def _clip_frames(sample: store.StoredSample, visual: np.ndarray, layout: store.Layout) -> int:
+  """Frames of each clip of a sample; a StoreError if its array is not what the records hold."""
+  per_frame = layout.features.tokens_per_frame if layout.features else 1
+  found = visual.shape[1] // per_frame if visual.ndim > 1 else 0
+  shape, dtype = layout.clip_spec(found)
+  if visual.dtype != dtype or visual.shape[1:] != shape or not visual.size:
+    raise store.StoreError(
+      f"{sample.source}: expected {dtype} [clips, {', '.join(map(str, shape))}], got "
+      f"{visual.dtype}{visual.shape}",
+      where=sample.source,
+      expected=(dtype, shape),
+      found=(visual.dtype, visual.shape),
+    )
+  return found
 
 
 def records(
@@ -181,8 +180,7 @@ def finish_store(
     )
   (folder / "samples").mkdir(exist_ok=True)
   size, base, file = 0, 0, folder / "samples" / "samples-train.array_record-00000-of-00001"
-  with writing_records(file):
-    writer = array_record(file)
+  with writing_records(file) as writer:
     for shard in shards:
       for s in shard.samples:
         record = encode_record(
@@ -192,7 +190,6 @@ def finish_store(
         writer.write(record)
         size += len(record)
       base += shard.records
-    writer.close()
   _metadata(folder / "samples", store.sample_features(), [len(samples)], size)
   text = {
     "format": store.FORMAT,
@@ -237,13 +234,14 @@ def encode_record(fields: Mapping[str, str | int | np.ndarray | Sequence[bytes]]
         if isinstance(value, np.ndarray)
         else value,
       )
-    inner = [part for one in values for part in (_head(1, len(one)), one)]
-    size = sum(map(len, inner))
-    feature = _head(kind, size)
-    size += len(feature)
-    entry = _head(1, len(key)) + key + _head(2, size)
-    parts += [_head(1, len(entry) + size), entry, feature, *inner]
-  return b"".join([_head(1, sum(map(len, parts))), *parts])
+    feature = _field(kind, [part for one in values for part in _field(1, [one])])
+    parts += _field(1, [*_field(1, [key]), *_field(2, feature)])
+  return b"".join(_field(1, parts))
+
+
+def _field(number: int, parts: Sequence[Any]) -> list[Any]:
+  """A field of a protobuf that consists of these bytes."""
+  return [_head(number, sum(map(len, parts))), *parts]
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -268,12 +266,13 @@ def array_record(path: str | os.PathLike):
 
 
 @contextlib.contextmanager
-def writing_records(path: str | os.PathLike) -> Generator[None]:
-  """What goes wrong with the writer at `path`, a full disk perhaps, is an OSError: ArrayRecord
-  raises a RuntimeError.
+def writing_records(path: str | os.PathLike) -> Generator[Any]:
+  """An `array_record` that is closed in the end; what goes wrong with it, a full disk perhaps, is
+  an OSError: ArrayRecord raises a RuntimeError.
   """
   try:
-    yield
+    with contextlib.closing(array_record(path)) as writer:
+      yield writer
   except RuntimeError as error:
     raise OSError(f"{os.fspath(path)} can't be written: {one_line(error)}") from error
 

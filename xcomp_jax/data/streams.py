@@ -78,12 +78,11 @@ def opened_stream(
     )
   except (av.error.FFmpegError, OSError) as error:
     why = getattr(error, "strerror", None) or error
-    advice = (
-      "it may be truncated, or of a format that is not read; of lists of files, such as "
-      "playlists, give the files"
-    )
     raise VideoError(
-      f"{path} can't be read as a video ({why}); {advice}", where=path, why=why
+      f"{path} can't be read as a video ({why}); it may be truncated, or of a format that is not "
+      f"read; of lists of files, such as playlists, give the files",
+      where=path,
+      why=why,
     ) from error
   with container:
     videos: Any = container.streams.video
@@ -130,11 +129,9 @@ def demuxed(container: Any, *streams: Any) -> Iterator[Any]:
   that the header didn't announce.
   """
   while True:
-    try:
+    with contextlib.suppress(IndexError):
       yield from container.demux(*streams)
       return
-    except IndexError:
-      continue
 
 
 def restarts(codec: str, packet: Any) -> bool:
@@ -220,11 +217,7 @@ def whole_frames(container: Any, stream: Any, key: Key | None = None) -> Iterato
   leading: int | None = (
     None  # where it began anew after a bad one; what is shown before refers to what was damaged
   )
-  for packet, cut in _with_cut(
-    packets_from(container, stream, key) if key else demuxed(container, stream)
-  ):
-    if cut:
-      continue
+  for packet in _uncut(packets_from(container, stream, key) if key else demuxed(container, stream)):
     if packet.size:
       if packet.is_keyframe and restarts(codec, packet):
         bad, leading = False, packet.pts if bad else None
@@ -254,23 +247,18 @@ def whole_frames(container: Any, stream: Any, key: Key | None = None) -> Iterato
         yield image
 
 
-def _with_cut(packets: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-  """Gives each packet, and whether the file was cut inside it: the last one, if it is marked as
+def _uncut(packets: Iterator[Any]) -> Iterator[Any]:
+  """Gives the packets without one inside which the file was cut: the last one, if it is marked as
   corrupt.
   """
   held = None
-  while True:
-    try:
-      packet = next(packets)
-    except (StopIteration, av.error.FFmpegError, OSError):
-      return
-    if held is not None:
-      yield held, not packet.size
-    held = None
-    if packet.is_corrupt:
-      held = packet
-    else:
-      yield packet, False
+  with contextlib.suppress(av.error.FFmpegError, OSError):
+    for packet in packets:
+      if held is not None and packet.size:
+        yield held
+      held = packet if packet.is_corrupt else None
+      if held is None:
+        yield packet
 
 
 def packets_from(container: Any, stream: Any, key: Key) -> Iterator[Any]:

@@ -7,6 +7,7 @@ Interlaced frames stay as they are.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
@@ -38,21 +39,6 @@ FASTEST = 1000.0  # frames per second that may be asked for
 # seconds before the end of a video at which a part of it ends at the latest, in the release
 # (FACTS.md 5)
 TAIL = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Video:
-  """Sampled frames.
-
-  frames: uint8[T, S, S, 3], RGB.
-  seconds: duration of what was sampled from, as the time message states it; 0 for a still image.
-  indices: int[T], each frame's number in the file; ascending, with repeats where a short video was
-  stretched.
-  """
-
-  frames: UInt8[np.ndarray, "T S S 3"]
-  seconds: float
-  indices: Int[np.ndarray, " T"]
 
 
 def resize(frames: UInt8[np.ndarray, "T H W 3"], size: int) -> UInt8[np.ndarray, "T S S 3"]:
@@ -115,14 +101,15 @@ class FrameRequest:
 class FrameSample:
   """Says which frames were chosen, before they are decoded.
 
-  indices: int[T], as in `Video`. times: float64[T], seconds from the first frame of the file on, at
-  which they are shown. request: what was asked. seconds: as in `Video`. lost: seconds at the end of
-  the file that can't be read. stop: as in `decoder.pictures`.
+  indices: int[T], each frame's number in the file; ascending, with repeats where a short video was
+  stretched. times: float64[T], seconds from the first frame of the file on, at which they are
+  shown. request: what was asked. seconds: duration of what was sampled from, as the time message
+  states it; 0 for a still image. lost: seconds at the end of the file that can't be read. stop: as
+  in `decoder.pictures`.
   names: the images of a folder, else (). found: the index of a video, else None.
   """
 
   path: pathlib.Path
-  read_type: ReadType
   indices: Int[np.ndarray, " T"]
   times: Float[np.ndarray, " T"]
   request: FrameRequest
@@ -131,11 +118,6 @@ class FrameSample:
   stop: int = 1
   names: tuple[pathlib.Path, ...] = ()
   found: Index | None = None
-
-  @property
-  def size(self) -> int:
-    """Pixels, square."""
-    return self.request.size
 
 
 def address(path: str | os.PathLike) -> str:
@@ -197,9 +179,7 @@ def sample(path: str | os.PathLike, *, found: Index | None = None, **request: An
   if not path.is_dir():
     regular(path)
   if asked.read_type == "img" and not path.is_dir():
-    return FrameSample(
-      path=path, read_type="img", indices=np.zeros(1, int), times=np.zeros(1), request=asked
-    )
+    return FrameSample(path=path, indices=np.zeros(1, int), times=np.zeros(1), request=asked)
   check_limits(asked.max_frames, asked.min_frames, asked.clip_frames)
   with reading(path, VideoError):
     return _pick(path, asked, _look(path, asked, found))
@@ -289,7 +269,6 @@ def _pick(path: pathlib.Path, asked: FrameRequest, seen: _Seen) -> FrameSample:
     picked = stretch(picked, asked.min_frames)
   return FrameSample(
     path=path,
-    read_type="frames" if seen.names else asked.read_type,
     indices=picked,
     times=seen.times[picked],
     request=asked,
@@ -379,39 +358,12 @@ def frames(chosen: FrameSample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
   wanted, repeats = np.unique(chosen.indices, return_counts=True)
   if chosen.found is not None:
     decoded = decoder.pictures(chosen.path, chosen.found, wanted.tolist(), chosen.stop)
-  elif chosen.read_type == "gif":
+  elif chosen.request.read_type == "gif":
     decoded = stills.read_animation(chosen.path, wanted.tolist())
   else:
     decoded = (
       stills.read_still(chosen.names[i] if chosen.names else chosen.path) for i in wanted.tolist()
     )
   with reading(chosen.path, VideoError):
-    for i, image in enumerate(decoded):
-      image = resize(image[None], chosen.size)[0]
-      for _ in range(repeats[i]):
-        yield image
-
-
-def load_frames(path: str | os.PathLike, *, size: int, **settings) -> Video:
-  """All frames of a `sample` with these settings.
-
-  Raises:
-    FileNotFoundError, VideoError: see `sample` and `frames`. No frames come back in such a case,
-      not even the good ones.
-  """
-  chosen = sample(path, size=size, **settings)
-  try:
-    images = _all(chosen)
-  except TailError as error:
-    if not chosen.request.takes_tails:
-      raise
-    chosen = without_tail(chosen, error)
-    images = _all(chosen)
-  return Video(images, chosen.seconds, chosen.indices)
-
-
-def _all(chosen: FrameSample) -> np.ndarray:
-  images = np.empty((len(chosen.indices), chosen.size, chosen.size, 3), np.uint8)
-  for i, image in enumerate(frames(chosen)):
-    images[i] = image
-  return images
+    for image, count in zip(decoded, repeats.tolist()):
+      yield from itertools.repeat(resize(image[None], chosen.request.size)[0], count)

@@ -82,7 +82,7 @@ def _chain(item: dict) -> tuple[list[str], dict[str, tuple[str, str]]]:
 
 def _still(picture: pathlib.Path, clip_frames: int, size: int) -> np.ndarray:
   """A picture as a clip, uint8[clip_frames, size, size, 3]."""
-  frames = video.load_frames(
+  chosen = video.sample(
     picture,
     size=size,
     max_frames=8,
@@ -91,8 +91,9 @@ def _still(picture: pathlib.Path, clip_frames: int, size: int) -> np.ndarray:
     clip_frames=8,
     style="ask",
     read_type="img",
-  ).frames
-  return np.broadcast_to(frames, (clip_frames, *frames.shape[1:]))
+  )
+  (frame,) = video.frames(chosen)
+  return np.broadcast_to(frame, (clip_frames, *frame.shape))
 
 
 def synthetic(count: int, seed: int) -> list[Needle]:

@@ -233,11 +233,10 @@ def make(
     )
   if lengths is None:
     seen, lengths = _assumed(config, full, len(devices), frames, text)
-  blend.steps_per_epoch(len(lengths), size)  # refuses too few
+  order = blend.order(range(len(lengths)), size, config.seed, 0)  # refuses too few
   schedule = forecast.schedule_run(seen, full, lengths, like or devices)
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices)
   row_groups(mesh)  # refuses what training would
-  order = blend.order(range(len(lengths)), size, config.seed, 0)
   packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)
   device = roofline.device_of(like or devices)
   return ProgramPlan(

@@ -111,7 +111,7 @@ def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str,
   for count in progress(counts, desc="planning", unit="mesh", leave=False):
     size = max(config.train.batch_size, count if count <= len(lengths) else 0)
     some = dataclasses.replace(config.train, batch_size=size)
-    blend.steps_per_epoch(len(lengths), size)  # refuses too few
+    order = blend.order(range(len(lengths)), size, config.seed, 0)  # refuses too few
     try:
       plan = forecast.schedule_run(
         dataclasses.replace(config, train=some), cfg, lengths, forecast.chips(chip, count)
@@ -120,7 +120,6 @@ def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str,
       refused.append(error)
       notes.append(f"{count} x {chip}: {error}")
       continue
-    order = blend.order(range(len(lengths)), size, config.seed, 0)
     steps = packing.pack_steps(lengths, order, plan.shapes, plan.costs)
     total = min(len(steps) * some.epochs, some.steps or math.inf)
     used = sorted({micro.shape for micros in steps for micro in micros})

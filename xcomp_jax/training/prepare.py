@@ -20,7 +20,7 @@ from xcomp_jax.data import packing, pipeline
 from xcomp_jax.data.batch import length_table
 from xcomp_jax.data.blend import Blend, measure_lengths, run_order
 from xcomp_jax.data.packing import Micro
-from xcomp_jax.data.store import Features, Store, StoreError, open_store
+from xcomp_jax.data.store import Features, Layout, StoreError, open_store
 from xcomp_jax.files import apart
 from xcomp_jax.model import kernels, lp_comp, vlm
 from xcomp_jax.parallel.mesh import make_mesh
@@ -188,9 +188,9 @@ def open_data(
   group = cfg.lp_comp.group
   stores = [open_store(folder) for folder in ((folders,) if isinstance(folders, str) else folders)]
   for store in stores:
-    wanted: list[tuple[Store | Features, str, int]] = [
-      (store, "image_size", cfg.vision.image_size),
-      (store, "clip_frames", cfg.clip_frames),
+    wanted: list[tuple[Layout | Features, str, int]] = [
+      (store.layout, "image_size", cfg.vision.image_size),
+      (store.layout, "clip_frames", cfg.clip_frames),
     ]
     if store.features is not None:
       wanted += [
