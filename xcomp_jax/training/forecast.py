@@ -16,7 +16,7 @@ from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Shape, length_table
 from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.parallel import roofline
-from xcomp_jax.parallel.chips import named
+from xcomp_jax.parallel.chips import find_chip, named
 from xcomp_jax.parallel.mesh import check_tensor, make_mesh, mesh_sizes, row_groups
 from xcomp_jax.training import costs, metrics
 from xcomp_jax.training.costs import PICO, MeshCosts
@@ -276,7 +276,7 @@ class Account:
   def paragraph(self) -> str:
     """Says it at the start of a run."""
     tower = f"{self.tower:.0%} of the tower's, " if self.pixels else ""
-    known = metrics.peak_flops(self.device.kind) is not None
+    known = find_chip(self.device.kind) is not None
     least = "takes at least" if known else "is counted as"
     assumed = (
       ""

@@ -80,6 +80,8 @@ class Loop:
     stack: contextlib.ExitStack,
   ):
     """Restores or begins; what has to be closed at the end is left to `stack`."""
+    from tensorboardX import SummaryWriter
+
     self.config = config
     self.prepared = prepared
     self.goodput = goodput
@@ -105,8 +107,11 @@ class Loop:
     if self.first:
       introduce(config, prepared, self.state, self.done)
     self.writer = stack.enter_context(
-      contextlib.closing(
-        metrics.Writer(epath.Path(config.workdir) / "tensorboard", purge_step=self.done)
+      # points after purge_step are of steps that the run now takes again
+      SummaryWriter(
+        str(epath.Path(config.workdir) / "tensorboard"),
+        purge_step=self.done + 1,
+        write_to_disk=self.first,
       )
     )
     self.compilations = stack.enter_context(
@@ -122,7 +127,7 @@ class Loop:
         disable=not self.first,
       )
     )
-    self.clock = metrics.Clock()
+    self.clock = metrics.Clock(goodput)
 
   def restore(self) -> None:
     """Takes the state of the newest checkpoint that can be read, or else of step 0."""
@@ -130,19 +135,9 @@ class Loop:
     self.graph, wanted = abstract_state(config, cfg, self.tx, self.mesh)
     with self.goodput.part("restore"):
       found = checkpoint.restore_checkpoint(
-        self.checkpoints,
-        (wanted.trained, wanted.frozen),
-        wanted.opt,
-        self.prepared.data,
-        self.prepared.description,
+        self.checkpoints, wanted, self.prepared.data, self.prepared.description
       )
-    if found is None:
-      self.done, self.state = 0, init_state(config, cfg, self.tx, self.mesh)
-      left = False
-    else:
-      self.done, (trained, frozen), opt = found
-      self.state = TrainState(trained, frozen, opt)
-      left = checkpoint.evaluation_due(config.workdir, self.done)
+    self.done, self.state, left = found or (0, init_state(config, cfg, self.tx, self.mesh), False)
     # stopped within an evaluation, or nothing else is left to do
     self.evaluation_due = self.evaluates() and (left or self.done == self.prepared.steps)
     check_tower(
@@ -214,13 +209,13 @@ class Loop:
   def read(self) -> pipeline.Item:
     """Waits for what is to be computed next."""
     with self.goodput.part("data"):
-      return self.clock.wait(self.prepared.data)
+      return next(self.prepared.data)
 
   def encode(self, encoder: "ClipEncoder", call: pipeline.TowerCall) -> None:
     """Encodes clips for micro-batches that follow."""
     encoder.encode(self.state, call)
-    frames = call.frames.shape[1]
-    self.compiled("encode_step", f"{len(call.fills[0].place)} clips of {frames} frames")
+    clips = f"{len(call.fills[0].place)} clips of {call.frames.shape[1]} frames"
+    self.compiled("encode_step", clips)
 
   def add(self, micro: pipeline.MicroBatch) -> Taken:
     """Adds a micro-batch's gradients to the sums."""
@@ -238,8 +233,7 @@ class Loop:
 
   def log(self) -> None:
     """Says what the steps since the last line were like."""
-    steps = self.prepared.steps
-    recent = self.losses[-min(self.config.train.log_every, len(self.losses)) :]
+    recent = self.losses[-self.config.train.log_every :]
     account = self.prepared.account(self.prepared.plan[self.done - len(recent) : self.done])
     values = {
       "loss": float(np.mean(recent)),
@@ -248,7 +242,7 @@ class Loop:
       **self.clock.report(),
       "real_share": account.all,
     }
-    self.say(metrics.line(self.done, steps, values))
+    self.say(metrics.line(self.done, self.prepared.steps, values))
     self.tell("train", values)
     self.tell("goodput", self.goodput.shares())
     self.clock.reset()
@@ -300,17 +294,14 @@ class Loop:
 
   def save(self) -> None:
     """Begins to save a checkpoint, unless that step has one."""
-    about = self.prepared.description
-    if self.evaluation_due:
-      about = about | {"evaluation_due": True}
+    left = {"evaluation_due": True} if self.evaluation_due else {}
     with self.goodput.part("save"):
       checkpoint.save_checkpoint(
         self.checkpoints,
         self.done,
-        (self.state.trained, self.state.frozen),
-        self.state.opt,
+        self.state,
         self.prepared.data,
-        about,
+        self.prepared.description | left,
       )
 
   def say(self, text: str) -> None:
@@ -319,8 +310,10 @@ class Loop:
       self.bar.write(text)
 
   def tell(self, group: str, values: Mapping[str, float]) -> None:
-    """Numbers, to TensorBoard and to who watches."""
-    self.writer.write(self.done, group, values)
+    """Numbers, to TensorBoard (but for inf and nan) and to who watches."""
+    for name, value in values.items():
+      if np.isfinite(value):
+        self.writer.add_scalar(f"{group}/{name}", float(value), self.done)
     self.watch(self.done, group, values)
 
   def compiled(self, name: str, what: str) -> None:
