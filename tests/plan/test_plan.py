@@ -92,7 +92,8 @@ def test_memory_is_what_a_run_allocates(small):
   made, rows, _ = small
   tx = optim.optimizer(made.config.optim, 1000)
   with jax.set_mesh(made.mesh):
-    state = steps.init_state(made.config, made.full, tx, made.mesh)
+    _, wanted = steps.abstract_state(made.config, made.full, tx, made.mesh)
+    state = steps.init_state(made.config, made.full, tx, wanted)
     sums = steps.zero_sums(state.trained, made.mesh)
     functions = steps.compiled_steps(made.full, state, sums, made.mesh)
     tower = functions.tower(state)

@@ -48,8 +48,8 @@ class Prepared:
     self.cfg = read_vlm_config(resolve(config.init_from), config.model, config.lp_comp)
     self.config, self.tx = config, optim.optimizer(config.optim, 10)
     with jax.set_mesh(self.mesh):
-      self.graph, _ = steps.abstract_state(config, self.cfg, self.tx, self.mesh)
-      self.state = steps.init_state(config, self.cfg, self.tx, self.mesh)
+      self.graph, wanted = steps.abstract_state(config, self.cfg, self.tx, self.mesh)
+      self.state = steps.init_state(config, self.cfg, self.tx, wanted)
       self.sums = steps.zero_sums(self.state.trained, self.mesh)
       self.steps = steps.compiled_steps(self.cfg, self.state, self.sums, self.mesh)
 

@@ -261,8 +261,7 @@ def restore_checkpoint(
       if attempt:
         wait(AGAIN_AFTER)
       found, reason = _attempt(place, like, data, config)
-      everywhere = all(hosts.gather(found is not None))
-      if found is not None and everywhere:
+      if all(hosts.gather(found is not None)) and found is not None:
         if damaged:
           _put_aside(checkpoints, damaged, say)
         return step, *found
@@ -480,13 +479,11 @@ def _changes(old: Mapping, new: Mapping, free: Sequence[str]) -> dict[str, tuple
   may.
   """
   old, new = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
-  changed = {}
-  for key in sorted(old.keys() | new.keys()):
-    free_to = any(f"{key}.".startswith(f"{name}.") for name in free)
-    if old.get(key) != new.get(key) and not free_to:
-      name = NAMES.get(key, key.replace("run.", "config.", 1))
-      changed[name] = old.get(key), new.get(key)
-  return changed
+  return {
+    NAMES.get(key, key.replace("run.", "config.", 1)): (old.get(key), new.get(key))
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
+  }
 
 
 def _in_words(changed: Mapping[str, tuple[Any, Any]], was: str, now: str) -> str:

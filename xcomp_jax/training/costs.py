@@ -200,10 +200,11 @@ def attention_flops(cfg: VLMConfig, lengths: Lengths, device: roofline.Device) -
     table[:, 2] + table[:, 3],
     table[:, 0] * cfg.tokens_per_frame // cfg.lp_comp.group,
   )
-  pairs = np.zeros(len(table))
-  for entering, _ in metrics.entering_and_leaving(cfg):
-    pairs += attention.packed_pairs(around + groups * entering, BLOCK, edges)
-  return pairs * (4.0 * cfg.llm.heads * cfg.llm.head_dim)
+  pairs = [
+    attention.packed_pairs(around + groups * entering, BLOCK, edges)
+    for entering, _ in metrics.entering_and_leaving(cfg)
+  ]
+  return np.sum(pairs, 0) * (4.0 * cfg.llm.heads * cfg.llm.head_dim)
 
 
 def square_flops(cfg: VLMConfig, shape: Shape, device: roofline.Device, context: int) -> float:

@@ -92,8 +92,11 @@ def schedule_run(
   """
   data, size, lengths = config.data, config.train.batch_size, length_table(lengths)
   device = costs.rates(devices, cfg.dtype)
-  shapes = None if data.shapes is None else [_named(shape, data) for shape in data.shapes]
-  packing.check_fit(lengths, data.prefix_length, shapes)
+  shapes = [
+    Shape(rows=rows, samples=samples, prefix=data.prefix_length, frames=frames, text=text)
+    for rows, samples, frames, text in data.shapes or ()
+  ]
+  packing.check_fit(lengths, data.prefix_length, shapes or None)
   found, refused = [], []
   for mesh in _meshes(config, cfg, device.count) if like is None else [like.mesh]:
     spent = costs.mesh_costs(cfg, config.train, mesh, device, lengths)
@@ -130,8 +133,11 @@ class _Choice(NamedTuple):
 
   def improved(self, lengths: Lengths, batch_size: int, sweeps: int) -> "_Choice":
     """Searches for better shapes."""
-    found = packing.choose_shapes(lengths, batch_size, self.room, self.costs, sweeps, self.shapes)
-    return _Choice(*found, self.costs, self.room)
+    return _Choice(
+      *packing.choose_shapes(lengths, batch_size, self.room, self.costs, sweeps, self.shapes),
+      self.costs,
+      self.room,
+    )
 
 
 def _first_choice(
@@ -139,16 +145,9 @@ def _first_choice(
 ) -> _Choice:
   """The shapes that the config names, or first ones."""
   if data.shapes is None:
-    shapes, time = packing.choose_shapes(lengths, size, room, spent, sweeps=0)
-  else:
-    shapes = packing.named_shapes(data.shapes, room)
-    time = packing.average(lengths, size, shapes, spent)
-  return _Choice(shapes, time, spent, room)
-
-
-def _named(sizes: Sequence[int], data: DataConfig) -> Shape:
-  rows, samples, frames, text = sizes
-  return Shape(rows=rows, samples=samples, prefix=data.prefix_length, frames=frames, text=text)
+    return _Choice((), 0, spent, room).improved(lengths, size, sweeps=0)
+  shapes = packing.named_shapes(data.shapes, room)
+  return _Choice(shapes, packing.average(lengths, size, shapes, spent), spent, room)
 
 
 def _meshes(config: RunConfig, cfg: VLMConfig, devices: int) -> list[tuple[int, ...]]:
@@ -211,10 +210,8 @@ def check_memory(plan: Schedule) -> None:
     ConfigError: it takes more.
   """
   device = plan.costs.device
-  there, state = (
-    (device.hbm or math.inf) - device.reserve,
-    4 * 4 * costs.trained_numbers(plan.costs),
-  )
+  there = (device.hbm or math.inf) - device.reserve
+  state = 4 * 4 * costs.trained_numbers(plan.costs)
   shape = max(plan.shapes, key=lambda shape: costs.kept(plan.costs, shape))
   rows = costs.kept(plan.costs, shape)
   if state + rows <= there:

@@ -16,7 +16,6 @@ of this tower):
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -137,7 +136,7 @@ class Loop:
       found = checkpoint.restore_checkpoint(
         self.checkpoints, wanted, self.prepared.data, self.prepared.description
       )
-    self.done, self.state, left = found or (0, init_state(config, cfg, self.tx, self.mesh), False)
+    self.done, self.state, left = found or (0, init_state(config, cfg, self.tx, wanted), False)
     # stopped within an evaluation, or nothing else is left to do
     self.evaluation_due = self.evaluates() and (left or self.done == self.prepared.steps)
     check_tower(
@@ -249,8 +248,9 @@ class Loop:
 
   def evaluates(self) -> bool:
     """Whether an evaluation follows the step that was done last."""
-    due = self.done % self.config.train.eval_every == 0 or self.done == self.prepared.steps
-    return due and self.prepared.heldout is not None
+    return self.prepared.heldout is not None and (
+      self.done % self.config.train.eval_every == 0 or self.done == self.prepared.steps
+    )
 
   def evaluate(self) -> None:
     """Evaluates all held-out data. After a signal what was done of it is dropped, and left to the
@@ -327,22 +327,19 @@ class Loop:
     """
     steps = self.prepared.steps
     result: dict[str, float | int] = {"step": self.done, "steps": steps}
+    said = "no step was left to do" if self.done == steps else "no step done"
     if self.losses:
       result["loss"] = float(np.mean(self.losses))
       said = f"mean loss {result['loss']:.4f}"
-    else:
-      said = "no step was left to do" if self.done == steps else "no step done"
     if self.heldout:
-      loss, accuracy = self.heldout["loss"], self.heldout["accuracy"]
-      result |= {"heldout_loss": loss, "heldout_accuracy": accuracy}
-      said += f", held-out loss {loss:.4f}, accuracy {accuracy:.1%}"
+      result |= {f"heldout_{name}": value for name, value in self.heldout.items()}
+      said += ", held-out loss {loss:.4f}, accuracy {accuracy:.1%}".format(**self.heldout)
     said += f"; checkpoint {checkpoint.folder(self.config.workdir) / str(self.done)}"
     end = "done"
     if self.done < steps or self.evaluation_due:
       end, said = "stopped by a signal", said + "; the same command continues"
     if self.first:
-      print(self.goodput.line())
-      print(f"{end}: step {self.done} of {steps}, {said}", flush=True)
+      print(f"{self.goodput.line()}\n{end}: step {self.done} of {steps}, {said}", flush=True)
     return result
 
 
@@ -375,13 +372,10 @@ class ClipEncoder:
     before.
     """
     self._tower, self._running = None, []  # memory
-    batch, clips = (
-      place_rows(micro.batch, self._mesh),
-      tuple(place_rows(some, self._mesh) for some in micro.clips),
-    )
+    batch, *clips = (place_rows(some, self._mesh) for some in (micro.batch, *micro.clips))
     if batch.visual is None:
       batch = dataclasses.replace(batch, visual=self._room(micro.number, micro.shape))
-    return batch, clips
+    return batch, tuple(clips)
 
   def _room(self, number: int, shape: Shape) -> jax.Array:
     visual = self._visual.pop(number, None)
@@ -446,30 +440,29 @@ def run_whole(config: RunConfig) -> None:
 def introduce(config: RunConfig, prepared: PreparedRun, state: TrainState, start: int) -> None:
   """Says what is about to run, where every parameter lies, and writes the resolved config."""
   cfg, mesh = prepared.cfg, prepared.mesh
-  print(f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-  print(kernels.describe_kernels(cfg, gradient=True))
-  if prepared.pixels:
-    auto = " (auto: by its memory)" if config.model.clips_per_chunk == "auto" else ""
-    print(f"the tower takes {cfg.clips_per_chunk} clips of a device at once{auto}")
-
-  def table(part):
-    return parameter_table(part, param_shardings(part, mesh))
-
-  print(f"trained parameters\n{table(state.trained)}\nfrozen parameters\n{table(state.frozen)}")
+  auto = " (auto: by its memory)" if config.model.clips_per_chunk == "auto" else ""
+  clips = f"the tower takes {cfg.clips_per_chunk} clips of a device at once{auto}"
+  trained, frozen, opt = (
+    parameter_table(part, param_shardings(part, mesh))
+    for part in (state.trained, state.frozen, state.opt)
+  )
+  schedule = " ".join(map(str, lp_comp.counts(cfg.lp_comp, cfg.llm.layers)))
+  last = f", from checkpoint {start}" if start else ""
+  todo = f"steps {start + 1} to {prepared.steps}, {config.train.batch_size} samples each{last}"
   print(
+    f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",
+    kernels.describe_kernels(cfg, gradient=True),
+    *([clips] if prepared.pixels else []),
+    f"trained parameters\n{trained}\nfrozen parameters\n{frozen}",
     "optimizer state, split as the trained parameters: "
-    f"{table(state.opt).splitlines()[-1].split()[-1]} MiB per device"
+    f"{opt.splitlines()[-1].split()[-1]} MiB per device",
+    f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {schedule}",
+    *prepared.opened[0].made_with(),
+    prepared.account(prepared.plan).paragraph(),
+    todo if start < prepared.steps else f"all {prepared.steps} steps are done",
+    sep="\n",
+    flush=True,
   )
-  schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
-  print(
-    f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer "
-    f"{' '.join(map(str, schedule))}"
-  )
-  print("\n".join(prepared.opened[0].made_with()))
-  print(prepared.account(prepared.plan).paragraph())
-  todo = f"steps {start + 1} to {prepared.steps}, {config.train.batch_size} samples each"
-  todo += f", from checkpoint {start}" if start else ""
-  print(todo if start < prepared.steps else f"all {prepared.steps} steps are done", flush=True)
   (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
 
 
@@ -485,17 +478,14 @@ def not_finite(
   """Writes workdir/nan/step_N.json, with every sample of the step and its loss; returns the error
   to raise.
   """
-  gather = functools.partial(multihost_utils.process_allgather, tiled=True)
   samples = []
-  for index, losses in taken:
-    for i, loss in zip(
-      gather(index).ravel().tolist(), gather(losses).ravel().tolist(), strict=True
-    ):
-      if i >= 0:
-        store, place = data.find(i)
-        sample = store.samples[place]
-        about = {"data": str(store.path), "index": place, "id": sample.id, "source": sample.source}
-        samples.append({**about, "loss": _number(loss)})
+  for pair in taken:
+    index, losses = (multihost_utils.process_allgather(x, tiled=True).ravel() for x in pair)
+    for i, loss in zip(index[index >= 0].tolist(), losses[index >= 0].tolist()):
+      store, place = data.find(i)
+      sample = store.samples[place]
+      about = {"data": str(store.path), "index": place, "id": sample.id, "source": sample.source}
+      samples.append({**about, "loss": _number(loss)})
   file = epath.Path(config.workdir) / "nan" / f"step_{step + 1}.json"
   if jax.process_index() == 0:
     file.parent.mkdir(parents=True, exist_ok=True)

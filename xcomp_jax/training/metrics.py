@@ -244,16 +244,20 @@ class Compilations(Listener):
     than the shapes explain.
     """
     self._seen[name].add(what)
-    count, shapes, lines = self.count[name], len(self._seen[name]), []
-    for seconds in self._new[name]:
-      lines.append(f"compiled {name}{what and f' for {what}'} in {seconds:.1f} s")
-      if count > shapes:
-        lines.append(
-          f"warning: {name} was compiled {count} times for {shapes} shapes; something else changes "
-          "from step to step"
-        )
-    self._new[name].clear()
-    return lines
+    count, shapes = self.count[name], len(self._seen[name])
+    warning = (
+      f"warning: {name} was compiled {count} times for {shapes} shapes; something else changes "
+      "from step to step"
+    )
+    new, self._new[name] = self._new[name], []
+    return [
+      line
+      for seconds in new
+      for line in (
+        f"compiled {name}{what and f' for {what}'} in {seconds:.1f} s",
+        *[warning] * (count > shapes),
+      )
+    ]
 
 
 def line(step: int, steps: int, values: Mapping[str, float]) -> str:

@@ -122,10 +122,14 @@ def prepare_run(config: RunConfig, devices: Sequence[Any] | None = None) -> Prep
 def _keep_apart(config: RunConfig) -> None:
   """Refuses a workdir that is, or lies in, what the run reads."""
   data = config.data.train if isinstance(config.data.train, tuple) else (config.data.train,)
-  read = {"config.init_from": config.init_from, "config.data.heldout": config.data.heldout}
-  for i, path in enumerate(data):
-    read[f"config.data.train[{i}]" if len(data) > 1 else "config.data.train"] = path
-  apart({"config.workdir": config.workdir}, read)
+  apart(
+    {"config.workdir": config.workdir},
+    {"config.init_from": config.init_from, "config.data.heldout": config.data.heldout}
+    | {
+      f"config.data.train[{i}]" if len(data) > 1 else "config.data.train": path
+      for i, path in enumerate(data)
+    },
+  )
 
 
 def _open_all(config: RunConfig, cfg: VLMConfig) -> list[Blend]:
