@@ -6,6 +6,7 @@ The same prediction (`costs`) chooses the mesh and the shapes of the micro-batch
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,20 +27,8 @@ from xcomp_jax.training.costs import PICO, MeshCosts
 CONTEXT = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chip:
-  """A device that is not there, for `roofline.device_of`."""
-
-  device_kind: str
-  coords: tuple[int, ...]
-  process_index: int = -1
-
-  def memory_stats(self) -> None:
-    """Knows nothing."""
-
-
 def chips(name: str, count: int) -> list[Any]:
-  """Makes devices that are not there, of a kind such as "v5e" or "h100".
+  """Makes devices that are not there, for `roofline.device_of`, of a kind such as "v5e" or "h100".
 
   TPUs form a torus as square as the count allows, of two axes (v5e, v6e) or three.
 
@@ -55,7 +44,10 @@ def chips(name: str, count: int) -> list[Any]:
   for axes in range(2 if chip.ring == 16 else 3, 1, -1):
     sizes.append(max(n for n in range(1, left + 1) if left % n == 0 and n**axes <= left))
     left //= sizes[-1]
-  return [_Chip(kind, at) for at in np.ndindex(*sizes, left)]
+  return [
+    types.SimpleNamespace(device_kind=kind, coords=at, process_index=-1)  # no process has them
+    for at in np.ndindex(*sizes, left)
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
