@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       nested=True,
     )
     check_free(out, args.overwrite)
-    code = resolve(args.code, code=True) if args.code else None
+    code = resolve(args.code, "code") if args.code else None
     source = read_source(args.checkpoint, step=args.step, init_from=args.init_from)
     files.apart({"--out": out}, {"where the run started,": source.directory}, nested=True)
     if code:

@@ -266,7 +266,7 @@ def frame_settings(args: argparse.Namespace) -> FrameSettings:
     from xcomp_jax.checkpoints.finding import resolve
     from xcomp_jax.checkpoints.tuned import read_tuned  # brings jax
 
-    if tuned := read_tuned(resolve(args.checkpoint, whole=False)):
+    if tuned := read_tuned(resolve(args.checkpoint, "about")):
       settings = {"image_size": tuned.image_size, "clip_frames": tuned.clip_frames}
   for field in dataclasses.fields(FrameSettings):
     if getattr(args, field.name) is not None:

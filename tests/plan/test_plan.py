@@ -429,7 +429,7 @@ def test_a_topology_without_the_compiler_says_what_to_install(monkeypatch):
 
 def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
-  prepared = prepare.prepare_run(config)
+  prepared = prepare.prepare_run(config, jax.devices())
   prepared.data.close()
   assert plan.stored_lengths(config, prepared.cfg, config.data.train) == [
     tuple(n) for n in prepared.lengths.tolist()

@@ -143,14 +143,16 @@ def manager(workdir: str, train: TrainConfig) -> ocp.CheckpointManager:
   running save.
   """
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates every save
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=train.keep_last,
-    keep_period=train.keep_every,
-    cleanup_tmp_directories=True,
-    # What can't be made is then an error at once, and no thread waits minutes for it.
-    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+  return ocp.CheckpointManager(
+    folder(workdir),
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=train.keep_last,
+      keep_period=train.keep_every,
+      cleanup_tmp_directories=True,
+      # What can't be made is then an error at once, and no thread waits minutes for it.
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    ),
   )
-  return ocp.CheckpointManager(folder(workdir), options=options)
 
 
 def save_checkpoint(
@@ -468,8 +470,11 @@ def _finished(path: epath.Path) -> list[int]:
   last.
   """
   try:
-    steps = [step for step in path.iterdir() if step.name.isdigit()]
-    return sorted(int(step.name) for step in steps if ocp.utils.is_checkpoint_finalized(step))
+    return sorted(
+      int(step.name)
+      for step in path.iterdir()
+      if step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step)
+    )
   except Exception:  # no such folder; `claim` says what is wrong with it
     return []
 

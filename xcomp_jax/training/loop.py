@@ -275,8 +275,7 @@ class Loop:
             f"the evaluation after step {self.done} is left to the run that continues this one"
           )
           return None
-        found = self.measure(encoder, item)
-        total = {key: total[key] + value for key, value in found.items()}
+        total = {key: total[key] + value for key, value in self.measure(encoder, item).items()}
     loss, accuracy = (total[key] / total["samples"] for key in ("loss", "correct"))
     self.say(
       f"held-out after step {self.done}: loss {loss:.4f}  accuracy {accuracy:.1%} of "

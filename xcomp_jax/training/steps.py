@@ -112,8 +112,10 @@ def zero_sums(trained: nnx.State, mesh: Mesh) -> Sums:
   """Sums of nothing, sharded as the parameters."""
 
   def zeros():
-    grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
-    return Sums(grads, *jnp.zeros((3,), jnp.float32))
+    return Sums(
+      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained),
+      *jnp.zeros((3,), jnp.float32),
+    )
 
   return jax.jit(zeros, out_shardings=param_shardings(jax.eval_shape(zeros), mesh))()
 
@@ -261,7 +263,6 @@ def compiled_steps(cfg: VLMConfig, state: TrainState, sums: Sums, mesh: Mesh) ->
   one, every = replicated(mesh), clip_sharding(mesh)
   state_at, sums_at = param_shardings(state, mesh), param_shardings(sums, mesh)
   graph = nnx.graphdef(loading.abstract(cfg).vision)
-  tokens = cfg.tokens_per_frame, cfg.vision.width
 
   def tower(state):
     part = state.frozen if "vision" in state.frozen else state.trained
@@ -269,7 +270,7 @@ def compiled_steps(cfg: VLMConfig, state: TrainState, sums: Sums, mesh: Mesh) ->
 
   @functools.cache
   def room(rows, frames):
-    shape = rows, frames, *tokens
+    shape = rows, frames, cfg.tokens_per_frame, cfg.vision.width
     return jax.jit(lambda: jnp.zeros(shape, cfg.dtype), out_shardings=visual_sharding(mesh, shape))
 
   return Steps(
