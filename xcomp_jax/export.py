@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       nested=True,
     )
     saving.check_free(out, args.overwrite)
-    code = finding.resolve(args.code, code=True) if args.code else None
+    code = finding.resolve(args.code, "code") if args.code else None
     source = read_source(args.checkpoint, step=args.step, init_from=args.init_from)
     files.apart({"--out": out}, {"where the run started,": source.directory}, nested=True)
     if code:

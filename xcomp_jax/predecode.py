@@ -261,7 +261,7 @@ def frame_settings(args: argparse.Namespace) -> FrameSettings:
   if args.features:
     from xcomp_jax.checkpoints import finding, tuned  # brings jax
 
-    if found := tuned.read_tuned(finding.resolve(args.checkpoint, whole=False)):
+    if found := tuned.read_tuned(finding.resolve(args.checkpoint, "about")):
       as_tuned = {"image_size": found.image_size, "clip_frames": found.clip_frames}
   given = {field.name: getattr(args, field.name) for field in dataclasses.fields(FrameSettings)}
   settings = [*as_tuned.items(), *given.items()]  # the last value of each that is one counts

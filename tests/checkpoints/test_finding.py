@@ -33,7 +33,7 @@ def test_hub_id_from_the_local_cache(reference, tmp_path, hub):
   assert found == snapshot
   loading.load_model(found, read_config(found))
   (snapshot / "model.safetensors").unlink()  # a download that broke off
-  assert hub("org/name", whole=False) == snapshot
+  assert hub("org/name", "about") == snapshot
   with pytest.raises(CheckpointError) as caught:
     hub("org/name")
   assert caught.value.fields["where"] == "org/name"
@@ -50,12 +50,12 @@ def test_code_is_asked_for_alone_and_never_from_the_cache(tmp_path):
     return str(tmp_path)
 
   (tmp_path / "modeling_stand.py").write_text("")
-  assert resolve("org/name", code=True, download=download) == tmp_path
+  assert resolve("org/name", "code", download=download) == tmp_path
   # of what is in the cache nobody knows whether it is all
   assert asked == [("org/name", ["*.py"], False)]
   (tmp_path / "config.json").write_text("{}")
   asked.clear()
-  assert resolve("org/name", whole=False, download=download) == tmp_path
+  assert resolve("org/name", "about", download=download) == tmp_path
   assert [cached for _, _, cached in asked] == [True, False]
 
 

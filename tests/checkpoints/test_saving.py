@@ -25,7 +25,7 @@ from xcomp_jax.config_io import from_dict, to_dict
 from xcomp_jax.data import pipeline
 from xcomp_jax.inference import video_model as readers
 from xcomp_jax.model import kernels
-from xcomp_jax.training import checkpoint, prepare
+from xcomp_jax.training import checkpoint, prepare, steps
 
 TRAINED = ("llm/", "projector/")
 ASSETS = pathlib.Path(__file__).parents[2] / "assets" / "tiny"
@@ -114,8 +114,7 @@ def run(base, tmp_path) -> pathlib.Path:
     checkpoint.save_checkpoint(
       manager,
       step,
-      (state,),
-      {"count": np.int32(step)},
+      steps.TrainState(state, {}, {"count": np.int32(step)}),
       data,
       {"run": to_dict(config), "vlm": to_dict(cfg)},
     )

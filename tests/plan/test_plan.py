@@ -92,7 +92,8 @@ def test_memory_is_what_a_run_allocates(small):
   made, rows, _ = small
   tx = optim.optimizer(made.config.optim, 1000)
   with jax.set_mesh(made.mesh):
-    state = steps.init_state(made.config, made.full, tx, made.mesh)
+    _, wanted = steps.abstract_state(made.config, made.full, tx, made.mesh)
+    state = steps.init_state(made.config, made.full, tx, wanted)
     sums = steps.zero_sums(state.trained, made.mesh)
     functions = steps.compiled_steps(made.full, state, sums, made.mesh)
     tower = functions.tower(state)
@@ -428,7 +429,7 @@ def test_a_topology_without_the_compiler_says_what_to_install(monkeypatch):
 
 def test_a_store_is_measured_as_training_measures_it(tiny_run, tmp_path):
   config = tiny_run(tmp_path)
-  prepared = prepare.prepare_run(config)
+  prepared = prepare.prepare_run(config, jax.devices())
   prepared.data.close()
   assert plan.stored_lengths(config, prepared.cfg, config.data.train) == [
     tuple(n) for n in prepared.lengths.tolist()

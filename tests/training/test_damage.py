@@ -54,30 +54,17 @@ class Run:
       for step in steps:
         state = self.state(step)
         self.data.set_state({"step": step})
-        checkpoint.save_checkpoint(
-          checkpoints, step, (state.trained, state.frozen), state.opt, self.data, self.description
-        )
+        checkpoint.save_checkpoint(checkpoints, step, state, self.data, self.description)
         checkpoint.wait_until_saved(checkpoints)
 
   def restore(self, said=None, wait=lambda seconds: None):
     """The step that is restored, after a look at every number."""
     say = (lambda text: None) if said is None else said.append
     with checkpoint.manager(self.config.workdir, self.config.train) as checkpoints:
-      step, (trained, frozen), opt = checkpoint.restore_checkpoint(
-        checkpoints,
-        (self.wanted.trained, self.wanted.frozen),
-        self.wanted.opt,
-        self.data,
-        self.description,
-        say,
-        wait,
+      step, found, _ = checkpoint.restore_checkpoint(
+        checkpoints, self.wanted, self.data, self.description, say, wait
       )
-    state = self.state(step)
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      (trained, frozen, opt),
-      (state.trained, state.frozen, state.opt),
-    )
+    jax.tree.map(np.testing.assert_array_equal, found, self.state(step))
     assert self.data.get_state() == {"step": step}
     return step
 

@@ -160,15 +160,13 @@ def check_config_json(file: pathlib.Path, c: Mapping[str, Any], read: Collection
     )
   known = {*ONLY, *IGNORED, *read, "mm_newline_position", "layer_types"}
   unknown = sorted(c.keys() - known)
-  problems = list(wrong.values())
-  if unknown:
-    problems.append(
+  if wrong or unknown:
+    others = (
       f"{', '.join(unknown)}: not known here, so it may ask for another model; what changes "
       f"nothing can be taken out of the file"
     )
-  if problems:
     raise CheckpointError(
-      f"{file}: {'; '.join(problems)}",
+      f"{file}: {'; '.join([*wrong.values(), *[others] * bool(unknown)])}",
       where=file,
       wrong={key: c[key] for key in wrong},
       unknown=unknown,

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Literal
 
 from xcomp_jax.checkpoints.orbax_files import is_orbax
 from xcomp_jax.checkpoints.tensor_files import INDEX, CheckpointError, shards
@@ -16,8 +17,7 @@ ABOUT = ["*.json", "*.txt", "*.jinja"]  # files that describe a model
 
 def resolve(
   init_from: str | os.PathLike,
-  whole: bool = True,
-  code: bool = False,
+  what: Literal["all", "about", "code"] = "all",
   download: Callable[..., str] | None = None,
 ) -> pathlib.Path:
   """The local directory of `init_from`: a directory, or a hub id org/name (from the local cache if
@@ -25,8 +25,7 @@ def resolve(
 
   Args:
     init_from: either of the two.
-    whole: False fetches what describes the model, but not its weights.
-    code: fetches the Python files alone.
+    what: is fetched: all; what describes the model, but not its weights; or Python files alone.
     download: does it; None: `huggingface_hub.snapshot_download`.
 
   Raises:
@@ -57,14 +56,13 @@ def resolve(
       missing="HF_HOME",
     )
   download = download or snapshot_download
-  if code:
-    wanted, complete = ["*.py"], _has_code
-  elif whole:
-    wanted, complete = [*ABOUT, "*.safetensors", "params/*"], _is_whole
-  else:
-    wanted, complete = ABOUT, _is_described
+  wanted, complete = {
+    "all": ([*ABOUT, "*.safetensors", "params/*"], _is_whole),
+    "about": (ABOUT, _is_described),
+    "code": (["*.py"], _has_code),
+  }[what]
   try:
-    if not code:  # a cache may hold only some Python files, and nothing lists them
+    if what != "code":  # a cache may hold only some Python files, and nothing lists them
       with contextlib.suppress(FileNotFoundError):  # not in the cache
         cached = pathlib.Path(download(name, local_files_only=True, allow_patterns=wanted))
         if complete(cached):

@@ -138,8 +138,9 @@ def load_model(
     return place.get(path, first), np.dtype(own if wanted is None else wanted)
 
   arrays = (read_orbax if is_orbax(directory) else read_torch)(directory, entries, target)
-  leaves = [arrays[path] for path in shapes]
-  return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
+  return nnx.merge(
+    graph, jax.tree.unflatten(jax.tree.structure(state), [arrays[path] for path in shapes])
+  )
 
 
 def tower_identity(model: vlm.VLM) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -198,30 +199,32 @@ def write_safetensors(
   if len(shards) == 1:
     _write_file(directory / "model.safetensors", shards[0])
     return
-  places = {}
-  for i, shard in enumerate(shards):
-    name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+  named = {
+    f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)
+  }
+  for name, shard in named.items():
     _write_file(directory / name, shard)
-    places |= {tensor.name: name for tensor in shard}
-  total = sum(tensor.bytes for tensor in tensors)
   files.write_json(
     directory / tensor_files.INDEX,
-    {"metadata": {"total_size": total}, "weight_map": places},
+    {
+      "metadata": {"total_size": sum(tensor.bytes for tensor in tensors)},
+      "weight_map": {tensor.name: name for name, shard in named.items() for tensor in shard},
+    },
     indent=2,
   )
 
 
 def _write_file(file: pathlib.Path, tensors: Sequence[Tensor]) -> None:
   """Writes one safetensors file, block by block; the library would need all of it in memory."""
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-  stop = 0
-  for tensor in tensors:
-    start, stop = stop, stop + tensor.bytes
-    header[tensor.name] = {
+  offsets = itertools.accumulate((tensor.bytes for tensor in tensors), initial=0)
+  header = {"__metadata__": {"format": "pt"}} | {
+    tensor.name: {
       "dtype": CODES[tensor.dtype],
       "shape": list(tensor.shape),
-      "data_offsets": [start, stop],
+      "data_offsets": place,
     }
+    for tensor, place in zip(tensors, itertools.pairwise(offsets))
+  }
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
   with open(file, "wb") as out:

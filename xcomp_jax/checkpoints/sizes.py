@@ -260,10 +260,8 @@ def _clip_frames(
 ) -> int:
   """The length of clips, if the tower takes it; own: of config.json."""
   takes = tower.frames if isinstance(tower, InternVideo2Config) else None
-  if wanted == "checkpoint":
-    frames = own
-  else:
-    frames = takes or tuned or CLIP_FRAMES if wanted == "auto" else wanted
+  said = {"checkpoint": own, "auto": takes or tuned or CLIP_FRAMES}
+  frames = wanted if isinstance(wanted, int) else said[wanted]
   if takes not in (None, frames):
     raise ConfigError(
       f"{file}: the InternVideo2 tower has positions for clips of {takes} frames, not of "

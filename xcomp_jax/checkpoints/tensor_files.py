@@ -189,10 +189,10 @@ def _headers(directory: pathlib.Path) -> tuple[dict[str, _Stored], list[str]]:
         header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
     problems += [f"{name} is in more than one file" for name in header if name in tensors]
-    for name, it in header.items():
-      tensors[name] = _Stored(
-        file, 8 + length + it["data_offsets"][0], it["dtype"], tuple(it["shape"])
-      )
+    tensors |= {
+      name: _Stored(file, 8 + length + it["data_offsets"][0], it["dtype"], tuple(it["shape"]))
+      for name, it in header.items()
+    }
   return tensors, problems
 
 
@@ -277,9 +277,12 @@ def open_torch(
   # Rotary tables are buffers that some writers keep; a tied head is the embedding once more
   # (FACTS.md 11).
   expected = {e.name for e in entries}
-  for name in list(tensors):
-    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected):
-      del tensors[name]
+  extra = {"lm_head.weight"} - expected
+  tensors = {
+    name: it
+    for name, it in tensors.items()
+    if not name.endswith("rotary_emb.inv_freq") and name not in extra
+  }
   check_names(directory, expected, tensors)
   problems += [
     f"{name} is {it.dtype}, not one of {', '.join(DTYPES)}"

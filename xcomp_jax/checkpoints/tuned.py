@@ -1,6 +1,7 @@
 """What the weights of a checkpoint were tuned with: xcomp.json."""
 
 import dataclasses
+import operator
 import os
 import pathlib
 
@@ -38,15 +39,9 @@ def read_tuned(directory: pathlib.Path) -> Tuned | None:
       value=version,
       allowed=VERSION,
     )
-  fields = dataclasses.fields(Tuned)
-  absent = {field.name: None for field in fields if field.default is None}
+  absent = {field.name: None for field in dataclasses.fields(Tuned) if field.default is None}
   tuned = from_dict(Tuned, absent | values, str(file))
-  numbers = {
-    "lp_comp.group": tuned.lp_comp.group,
-    "clip_frames": tuned.clip_frames,
-    "image_size": tuned.image_size,
-    "context": tuned.context,
-  }
+  numbers = {key: operator.attrgetter(key)(tuned) for key in BOUNDS}
   check_kinds(file, numbers, {key: BOUNDS[key] for key in numbers if numbers[key] is not None})
   return tuned
 

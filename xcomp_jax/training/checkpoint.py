@@ -38,6 +38,7 @@ from xcomp_jax.errors import XCompError, one_line
 from xcomp_jax.files import absolute
 from xcomp_jax.parallel import hosts
 from xcomp_jax.parallel.mesh import path_name
+from xcomp_jax.training.steps import TrainState
 
 # Other processes, and TensorStore in this one, change a bucket's folders: what a listing said must
 # not be remembered.
@@ -106,28 +107,18 @@ class SaveError(XCompError, OSError):
   """A checkpoint could not be written; those before it are whole."""
 
 
-def nest_leaves(state: Any) -> dict:
-  """Leaves of any pytree as nested dicts by path, e.g. {"llm": {"layers": {"0": {"q": {"kernel":
-  ...}}}}}.
+def nest_leaves(*states: Any) -> dict:
+  """Leaves of pytrees that share no path as nested dicts by path, e.g. {"llm": {"layers": {"0":
+  {"q": {"kernel": ...}}}}}.
   """
-  leaves = jax.tree_util.tree_leaves_with_path(state)
-  return unflatten_dict({path_name(path): leaf for path, leaf in leaves}, sep="/")
-
-
-def unnest_leaves(tree: Mapping, like: Any) -> Any:
-  """The inverse of `nest_leaves`: a pytree like `like` with the leaves of `tree`; leaves of `tree`
-  not in it are ignored.
-  """
-  leaves = flatten_dict(tree, sep="/")
-  return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], like)
+  leaves = {path: leaf for state in states for path, leaf in tensor_files.by_path(state).items()}
+  return unflatten_dict(leaves, sep="/")
 
 
 def folder(workdir: str) -> epath.Path:
   """Where a run keeps its checkpoints."""
-  path = epath.Path(workdir)
-  if "://" not in workdir:  # a bucket has no working directory
-    path = path.absolute()
-  return path / "checkpoints"
+  # a bucket has no working directory
+  return epath.Path(workdir if "://" in workdir else absolute(workdir)) / "checkpoints"
 
 
 def there(workdir: str) -> bool:
@@ -152,21 +143,22 @@ def manager(workdir: str, train: TrainConfig) -> ocp.CheckpointManager:
   running save.
   """
   logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates every save
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=train.keep_last,
-    keep_period=train.keep_every,
-    cleanup_tmp_directories=True,
-    # What can't be made is then an error at once, and no thread waits minutes for it.
-    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+  return ocp.CheckpointManager(
+    folder(workdir),
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=train.keep_last,
+      keep_period=train.keep_every,
+      cleanup_tmp_directories=True,
+      # What can't be made is then an error at once, and no thread waits minutes for it.
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    ),
   )
-  return ocp.CheckpointManager(folder(workdir), options=options)
 
 
 def save_checkpoint(
   checkpoints: ocp.CheckpointManager,
   step: int,
-  params: Sequence[Any],
-  opt: Any,
+  state: TrainState,
   data: BatchReader,
   config: Mapping,
 ) -> None:
@@ -176,8 +168,7 @@ def save_checkpoint(
   Args:
     checkpoints: of `manager`.
     step: optimizer steps done.
-    params: `nnx.State`s that together are the model, such as trained and frozen.
-    opt: optimizer state.
+    state: of the model and the optimizer.
     data: what training reads, between two steps.
     config: of `description`.
   """
@@ -187,8 +178,8 @@ def save_checkpoint(
     checkpoints.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(nest_leaves(_whole(params))),
-        opt=ocp.args.StandardSave(nest_leaves(opt)),
+        params=ocp.args.StandardSave(nest_leaves(state.trained, state.frozen)),
+        opt=ocp.args.StandardSave(nest_leaves(state.opt)),
         data=ocp.args.JsonSave(data.get_state()),
         config=ocp.args.JsonSave(dict(config)),
       ),
@@ -246,19 +237,18 @@ def closing(checkpoints: ocp.CheckpointManager) -> Generator[ocp.CheckpointManag
 
 def restore_checkpoint(
   checkpoints: ocp.CheckpointManager,
-  params: Sequence[Any],
-  opt: Any,
+  like: TrainState,
   data: BatchReader,
   config: Mapping,
   say: Callable[[str], Any] = print,
   wait: Callable[[float], None] = time.sleep,
-) -> tuple[int, tuple[Any, ...], Any] | None:
-  """(step, params, opt) of the newest checkpoint that can be read; None if there is none. Moves
-  `data` in place.
+) -> tuple[int, TrainState, bool] | None:
+  """(step, state, whether the run was stopped before the evaluation after that step was done) of
+  the newest checkpoint that can be read; None if there is none. Moves `data` in place.
 
   Those that can't be read are said, and moved to workdir/damaged, where a later save is not in
-  their way. All processes take the same step. Arrays come in the shardings and dtypes of the given
-  ShapeDtypeStructs; arguments as of `save_checkpoint`. wait: lets seconds pass.
+  their way. All processes take the same step. Arrays come in the shardings and dtypes of the
+  ShapeDtypeStructs in `like`; arguments as of `save_checkpoint`. wait: lets seconds pass.
 
   Raises:
     ConfigError: the run was started with a config or data that this one can't continue, or by a
@@ -272,10 +262,10 @@ def restore_checkpoint(
     for attempt in range(2):  # a bucket that was busy, or a file system that lags, is no damage
       if attempt:
         wait(AGAIN_AFTER)
-      found, reason = _attempt(place, params, opt, data, config)
-      everywhere = all(hosts.gather(found is not None))
-      if found is not None and everywhere:
-        _put_aside(checkpoints, damaged, say)
+      found, reason = _attempt(place, like, data, config)
+      if all(hosts.gather(found is not None)) and found is not None:
+        if damaged:
+          _put_aside(checkpoints, damaged, say)
         return step, *found
     damaged[step] = reason or "another process can't read it"
     if jax.process_index() == 0:
@@ -292,11 +282,11 @@ def restore_checkpoint(
 
 
 def _attempt(
-  place: epath.Path, params, opt, data: BatchReader, config: Mapping
-) -> tuple[tuple[tuple[Any, ...], Any] | None, str]:
+  place: epath.Path, like: TrainState, data: BatchReader, config: Mapping
+) -> tuple[tuple[TrainState, bool] | None, str]:
   """What `_restore` gives, or None and why."""
   try:
-    return _restore(place, params, opt, data, config), ""
+    return _restore(place, like, data, config), ""
   except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):
     raise
   except Exception as error:  # whatever Orbax, TensorStore and JSON make of files that have changed
@@ -304,9 +294,9 @@ def _attempt(
 
 
 def _restore(
-  place: epath.Path, params, opt, data: BatchReader, config: Mapping
-) -> tuple[tuple[Any, ...], Any]:
-  """(params, opt) of a step; waits for no other process."""
+  place: epath.Path, like: TrainState, data: BatchReader, config: Mapping
+) -> tuple[TrainState, bool]:
+  """The state of a step, and whether its evaluation is due; waits for no other process."""
   if missing := _lacks(place, "config", "params", "opt", "data"):
     raise ValueError(f"it lacks {missing}")
   only_files(place)
@@ -330,15 +320,19 @@ def _restore(
   position = ocp.JsonCheckpointHandler().restore(place / "data")
   if position["step"] != int(place.name):
     raise ValueError(f"its data was read up to step {position['step']}")
-  restored = _read(place / "params", nest_leaves(_whole(params)))
-  state = _read(place / "opt", nest_leaves(opt))
+  params, opt = _read(place / "params", like.trained, like.frozen), _read(place / "opt", like.opt)
   data.set_state(position)
-  return tuple(unnest_leaves(restored, part) for part in params), unnest_leaves(state, opt)
+  return TrainState(*params, *opt), saved.get("evaluation_due", False)
 
 
-def _read(place: epath.Path, like: Any) -> Any:
-  """Arrays of an item, nested by path."""
-  return ocp.StandardCheckpointHandler().restore(place, args=ocp.args.StandardRestore(like))
+def _read(place: epath.Path, *like: Any) -> list[Any]:
+  """The arrays of an item, as pytrees that share no path and together are all of it."""
+  wanted = ocp.args.StandardRestore(nest_leaves(*like))
+  leaves = flatten_dict(ocp.StandardCheckpointHandler().restore(place, args=wanted), sep="/")
+  return [
+    jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], state)
+    for state in like
+  ]
 
 
 def _put_aside(
@@ -347,8 +341,6 @@ def _put_aside(
   """Moves checkpoints that can't be read to workdir/damaged, a file with the reason beside each;
   loses nothing.
   """
-  if not steps:
-    return
   aside = checkpoints.directory.parent / "damaged"
   if jax.process_index() == 0:
     aside.mkdir(exist_ok=True)
@@ -368,15 +360,18 @@ def description(run: RunConfig, vlm: VLMConfig, data: Blend, heldout: Blend | No
   """What a checkpoint says about its run; plain JSON. data: what it trains on."""
   # As an export from another folder finds it; a hub id and a bucket stay what they are.
   place = {"init_from": absolute(run.init_from)} if os.path.isdir(run.init_from) else {}
-  values = {
-    "format": FORMAT,
-    "run": to_dict(run) | place,
-    "vlm": to_dict(vlm),
-    "samples": len(data),
-    "data": data.identity(),
-    "heldout": None if heldout is None else heldout.identity(),
-  }
-  return json.loads(json.dumps(values))
+  return json.loads(
+    json.dumps(
+      {
+        "format": FORMAT,
+        "run": to_dict(run) | place,
+        "vlm": to_dict(vlm),
+        "samples": len(data),
+        "data": data.identity(),
+        "heldout": None if heldout is None else heldout.identity(),
+      }
+    )
+  )
 
 
 def agree(config: Mapping, gather: Callable[[Any], list] = hosts.gather) -> None:
@@ -413,13 +408,6 @@ def read_description(workdir: str, step: int | None = None) -> tuple[Mapping[str
   return _config(place, "params"), int(place.name)
 
 
-def evaluation_due(workdir: str, step: int) -> bool:
-  """Whether the run was stopped before it had done the evaluation after that step, of which there
-  is a checkpoint.
-  """
-  return _config(folder(workdir) / str(step)).get("evaluation_due", False)
-
-
 def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
   """All parameters of a checkpoint (default: the latest), without optimizer state.
 
@@ -432,7 +420,7 @@ def read_params(workdir: str, like: Any, step: int | None = None) -> Any:
   """
   place = _place(workdir, step)
   with reading_orbax(place):
-    return unnest_leaves(_read(place / "params", nest_leaves(like)), like)
+    return _read(place / "params", like)[0]
 
 
 def _place(workdir: str, step: int | None) -> epath.Path:
@@ -482,15 +470,13 @@ def _finished(path: epath.Path) -> list[int]:
   last.
   """
   try:
-    steps = [step for step in path.iterdir() if step.name.isdigit()]
-    return sorted(int(step.name) for step in steps if ocp.utils.is_checkpoint_finalized(step))
+    return sorted(
+      int(step.name)
+      for step in path.iterdir()
+      if step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step)
+    )
   except Exception:  # no such folder; `claim` says what is wrong with it
     return []
-
-
-def _whole(params: Sequence[Any]) -> dict:
-  """Disjoint states as one pytree with the paths of the model."""
-  return {name: part[name] for part in params for name in part}
 
 
 def _changes(old: Mapping, new: Mapping, free: Sequence[str]) -> dict[str, tuple[Any, Any]]:
@@ -498,13 +484,11 @@ def _changes(old: Mapping, new: Mapping, free: Sequence[str]) -> dict[str, tuple
   may.
   """
   old, new = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
-  changed = {}
-  for key in sorted(old.keys() | new.keys()):
-    free_to = any(f"{key}.".startswith(f"{name}.") for name in free)
-    if old.get(key) != new.get(key) and not free_to:
-      name = NAMES.get(key, key.replace("run.", "config.", 1))
-      changed[name] = old.get(key), new.get(key)
-  return changed
+  return {
+    NAMES.get(key, key.replace("run.", "config.", 1)): (old.get(key), new.get(key))
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
+  }
 
 
 def _in_words(changed: Mapping[str, tuple[Any, Any]], was: str, now: str) -> str:

@@ -160,10 +160,8 @@ def executed_passes(cfg: VLMConfig, train: TrainConfig) -> dict[str, int]:
 
 def row_slots(cfg: VLMConfig, shape: Shape) -> list[tuple[int, int]]:
   """Token slots of a row that each layer attends with, and that it finishes."""
-  around, groups = (
-    shape.samples * shape.prefix + shape.text,
-    shape.frames * cfg.tokens_per_frame // cfg.lp_comp.group,
-  )
+  around = shape.samples * shape.prefix + shape.text
+  groups = shape.frames * cfg.tokens_per_frame // cfg.lp_comp.group
   return [
     (around + groups * entering, around + groups * left)
     for entering, left in metrics.entering_and_leaving(cfg)
@@ -196,14 +194,13 @@ def attention_flops(cfg: VLMConfig, lengths: Lengths, device: roofline.Device) -
   # elsewhere slots are brought into sample order
   edges = 3.0 if device.kind.startswith("TPU") else 1.5
   table = length_table(lengths)
-  around, groups = (
-    table[:, 2] + table[:, 3],
-    table[:, 0] * cfg.tokens_per_frame // cfg.lp_comp.group,
-  )
-  pairs = np.zeros(len(table))
-  for entering, _ in metrics.entering_and_leaving(cfg):
-    pairs += attention.packed_pairs(around + groups * entering, BLOCK, edges)
-  return pairs * (4.0 * cfg.llm.heads * cfg.llm.head_dim)
+  around = table[:, 2] + table[:, 3]
+  groups = table[:, 0] * cfg.tokens_per_frame // cfg.lp_comp.group
+  pairs = [
+    attention.packed_pairs(around + groups * entering, BLOCK, edges)
+    for entering, _ in metrics.entering_and_leaving(cfg)
+  ]
+  return np.sum(pairs, 0) * (4.0 * cfg.llm.heads * cfg.llm.head_dim)
 
 
 def square_flops(cfg: VLMConfig, shape: Shape, device: roofline.Device, context: int) -> float:

@@ -6,6 +6,7 @@ The same prediction (`costs`) chooses the mesh and the shapes of the micro-batch
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from xcomp_jax.data import packing
 from xcomp_jax.data.batch import Shape, length_table
 from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.parallel import roofline
-from xcomp_jax.parallel.chips import named
+from xcomp_jax.parallel.chips import find_chip, named
 from xcomp_jax.parallel.mesh import check_tensor, make_mesh, mesh_sizes, row_groups
 from xcomp_jax.training import costs, metrics
 from xcomp_jax.training.costs import PICO, MeshCosts
@@ -26,20 +27,8 @@ from xcomp_jax.training.costs import PICO, MeshCosts
 CONTEXT = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chip:
-  """A device that is not there, for `roofline.device_of`."""
-
-  device_kind: str
-  coords: tuple[int, ...]
-  process_index: int = -1
-
-  def memory_stats(self) -> None:
-    """Knows nothing."""
-
-
 def chips(name: str, count: int) -> list[Any]:
-  """Makes devices that are not there, of a kind such as "v5e" or "h100".
+  """Makes devices that are not there, for `roofline.device_of`, of a kind such as "v5e" or "h100".
 
   TPUs form a torus as square as the count allows, of two axes (v5e, v6e) or three.
 
@@ -55,7 +44,10 @@ def chips(name: str, count: int) -> list[Any]:
   for axes in range(2 if chip.ring == 16 else 3, 1, -1):
     sizes.append(max(n for n in range(1, left + 1) if left % n == 0 and n**axes <= left))
     left //= sizes[-1]
-  return [_Chip(kind, at) for at in np.ndindex(*sizes, left)]
+  return [
+    types.SimpleNamespace(device_kind=kind, coords=at, process_index=-1)  # no process has them
+    for at in np.ndindex(*sizes, left)
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +84,11 @@ def schedule_run(
   """
   data, size, lengths = config.data, config.train.batch_size, length_table(lengths)
   device = costs.rates(devices, cfg.dtype)
-  shapes = None if data.shapes is None else [_named(shape, data) for shape in data.shapes]
-  packing.check_fit(lengths, data.prefix_length, shapes)
+  shapes = [
+    Shape(rows=rows, samples=samples, prefix=data.prefix_length, frames=frames, text=text)
+    for rows, samples, frames, text in data.shapes or ()
+  ]
+  packing.check_fit(lengths, data.prefix_length, shapes or None)
   found, refused = [], []
   for mesh in _meshes(config, cfg, device.count) if like is None else [like.mesh]:
     spent = costs.mesh_costs(cfg, config.train, mesh, device, lengths)
@@ -130,8 +125,11 @@ class _Choice(NamedTuple):
 
   def improved(self, lengths: Lengths, batch_size: int, sweeps: int) -> "_Choice":
     """Searches for better shapes."""
-    found = packing.choose_shapes(lengths, batch_size, self.room, self.costs, sweeps, self.shapes)
-    return _Choice(*found, self.costs, self.room)
+    return _Choice(
+      *packing.choose_shapes(lengths, batch_size, self.room, self.costs, sweeps, self.shapes),
+      self.costs,
+      self.room,
+    )
 
 
 def _first_choice(
@@ -139,16 +137,9 @@ def _first_choice(
 ) -> _Choice:
   """The shapes that the config names, or first ones."""
   if data.shapes is None:
-    shapes, time = packing.choose_shapes(lengths, size, room, spent, sweeps=0)
-  else:
-    shapes = packing.named_shapes(data.shapes, room)
-    time = packing.average(lengths, size, shapes, spent)
-  return _Choice(shapes, time, spent, room)
-
-
-def _named(sizes: Sequence[int], data: DataConfig) -> Shape:
-  rows, samples, frames, text = sizes
-  return Shape(rows=rows, samples=samples, prefix=data.prefix_length, frames=frames, text=text)
+    return _Choice((), 0, spent, room).improved(lengths, size, sweeps=0)
+  shapes = packing.named_shapes(data.shapes, room)
+  return _Choice(shapes, packing.average(lengths, size, shapes, spent), spent, room)
 
 
 def _meshes(config: RunConfig, cfg: VLMConfig, devices: int) -> list[tuple[int, ...]]:
@@ -211,10 +202,8 @@ def check_memory(plan: Schedule) -> None:
     ConfigError: it takes more.
   """
   device = plan.costs.device
-  there, state = (
-    (device.hbm or math.inf) - device.reserve,
-    4 * 4 * costs.trained_numbers(plan.costs),
-  )
+  there = (device.hbm or math.inf) - device.reserve
+  state = 4 * 4 * costs.trained_numbers(plan.costs)
   shape = max(plan.shapes, key=lambda shape: costs.kept(plan.costs, shape))
   rows = costs.kept(plan.costs, shape)
   if state + rows <= there:
@@ -276,7 +265,7 @@ class Account:
   def paragraph(self) -> str:
     """Says it at the start of a run."""
     tower = f"{self.tower:.0%} of the tower's, " if self.pixels else ""
-    known = metrics.peak_flops(self.device.kind) is not None
+    known = find_chip(self.device.kind) is not None
     least = "takes at least" if known else "is counted as"
     assumed = (
       ""

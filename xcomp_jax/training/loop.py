@@ -16,7 +16,6 @@ of this tower):
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -80,6 +79,8 @@ class Loop:
     stack: contextlib.ExitStack,
   ):
     """Restores or begins; what has to be closed at the end is left to `stack`."""
+    from tensorboardX import SummaryWriter
+
     self.config = config
     self.prepared = prepared
     self.goodput = goodput
@@ -105,8 +106,11 @@ class Loop:
     if self.first:
       introduce(config, prepared, self.state, self.done)
     self.writer = stack.enter_context(
-      contextlib.closing(
-        metrics.Writer(epath.Path(config.workdir) / "tensorboard", purge_step=self.done)
+      # points after purge_step are of steps that the run now takes again
+      SummaryWriter(
+        str(epath.Path(config.workdir) / "tensorboard"),
+        purge_step=self.done + 1,
+        write_to_disk=self.first,
       )
     )
     self.compilations = stack.enter_context(
@@ -122,7 +126,7 @@ class Loop:
         disable=not self.first,
       )
     )
-    self.clock = metrics.Clock()
+    self.clock = metrics.Clock(goodput)
 
   def restore(self) -> None:
     """Takes the state of the newest checkpoint that can be read, or else of step 0."""
@@ -130,19 +134,9 @@ class Loop:
     self.graph, wanted = abstract_state(config, cfg, self.tx, self.mesh)
     with self.goodput.part("restore"):
       found = checkpoint.restore_checkpoint(
-        self.checkpoints,
-        (wanted.trained, wanted.frozen),
-        wanted.opt,
-        self.prepared.data,
-        self.prepared.description,
+        self.checkpoints, wanted, self.prepared.data, self.prepared.description
       )
-    if found is None:
-      self.done, self.state = 0, init_state(config, cfg, self.tx, self.mesh)
-      left = False
-    else:
-      self.done, (trained, frozen), opt = found
-      self.state = TrainState(trained, frozen, opt)
-      left = checkpoint.evaluation_due(config.workdir, self.done)
+    self.done, self.state, left = found or (0, init_state(config, cfg, self.tx, wanted), False)
     # stopped within an evaluation, or nothing else is left to do
     self.evaluation_due = self.evaluates() and (left or self.done == self.prepared.steps)
     check_tower(
@@ -214,13 +208,13 @@ class Loop:
   def read(self) -> pipeline.Item:
     """Waits for what is to be computed next."""
     with self.goodput.part("data"):
-      return self.clock.wait(self.prepared.data)
+      return next(self.prepared.data)
 
   def encode(self, encoder: "ClipEncoder", call: pipeline.TowerCall) -> None:
     """Encodes clips for micro-batches that follow."""
     encoder.encode(self.state, call)
-    frames = call.frames.shape[1]
-    self.compiled("encode_step", f"{len(call.fills[0].place)} clips of {frames} frames")
+    clips = f"{len(call.fills[0].place)} clips of {call.frames.shape[1]} frames"
+    self.compiled("encode_step", clips)
 
   def add(self, micro: pipeline.MicroBatch) -> Taken:
     """Adds a micro-batch's gradients to the sums."""
@@ -238,8 +232,7 @@ class Loop:
 
   def log(self) -> None:
     """Says what the steps since the last line were like."""
-    steps = self.prepared.steps
-    recent = self.losses[-min(self.config.train.log_every, len(self.losses)) :]
+    recent = self.losses[-self.config.train.log_every :]
     account = self.prepared.account(self.prepared.plan[self.done - len(recent) : self.done])
     values = {
       "loss": float(np.mean(recent)),
@@ -248,15 +241,16 @@ class Loop:
       **self.clock.report(),
       "real_share": account.all,
     }
-    self.say(metrics.line(self.done, steps, values))
+    self.say(metrics.line(self.done, self.prepared.steps, values))
     self.tell("train", values)
     self.tell("goodput", self.goodput.shares())
     self.clock.reset()
 
   def evaluates(self) -> bool:
     """Whether an evaluation follows the step that was done last."""
-    due = self.done % self.config.train.eval_every == 0 or self.done == self.prepared.steps
-    return due and self.prepared.heldout is not None
+    return self.prepared.heldout is not None and (
+      self.done % self.config.train.eval_every == 0 or self.done == self.prepared.steps
+    )
 
   def evaluate(self) -> None:
     """Evaluates all held-out data. After a signal what was done of it is dropped, and left to the
@@ -281,8 +275,7 @@ class Loop:
             f"the evaluation after step {self.done} is left to the run that continues this one"
           )
           return None
-        found = self.measure(encoder, item)
-        total = {key: total[key] + value for key, value in found.items()}
+        total = {key: total[key] + value for key, value in self.measure(encoder, item).items()}
     loss, accuracy = (total[key] / total["samples"] for key in ("loss", "correct"))
     self.say(
       f"held-out after step {self.done}: loss {loss:.4f}  accuracy {accuracy:.1%} of "
@@ -300,17 +293,14 @@ class Loop:
 
   def save(self) -> None:
     """Begins to save a checkpoint, unless that step has one."""
-    about = self.prepared.description
-    if self.evaluation_due:
-      about = about | {"evaluation_due": True}
+    left = {"evaluation_due": True} if self.evaluation_due else {}
     with self.goodput.part("save"):
       checkpoint.save_checkpoint(
         self.checkpoints,
         self.done,
-        (self.state.trained, self.state.frozen),
-        self.state.opt,
+        self.state,
         self.prepared.data,
-        about,
+        self.prepared.description | left,
       )
 
   def say(self, text: str) -> None:
@@ -319,8 +309,10 @@ class Loop:
       self.bar.write(text)
 
   def tell(self, group: str, values: Mapping[str, float]) -> None:
-    """Numbers, to TensorBoard and to who watches."""
-    self.writer.write(self.done, group, values)
+    """Numbers, to TensorBoard (but for inf and nan) and to who watches."""
+    for name, value in values.items():
+      if np.isfinite(value):
+        self.writer.add_scalar(f"{group}/{name}", float(value), self.done)
     self.watch(self.done, group, values)
 
   def compiled(self, name: str, what: str) -> None:
@@ -334,22 +326,19 @@ class Loop:
     """
     steps = self.prepared.steps
     result: dict[str, float | int] = {"step": self.done, "steps": steps}
+    said = "no step was left to do" if self.done == steps else "no step done"
     if self.losses:
       result["loss"] = float(np.mean(self.losses))
       said = f"mean loss {result['loss']:.4f}"
-    else:
-      said = "no step was left to do" if self.done == steps else "no step done"
     if self.heldout:
-      loss, accuracy = self.heldout["loss"], self.heldout["accuracy"]
-      result |= {"heldout_loss": loss, "heldout_accuracy": accuracy}
-      said += f", held-out loss {loss:.4f}, accuracy {accuracy:.1%}"
+      result |= {f"heldout_{name}": value for name, value in self.heldout.items()}
+      said += ", held-out loss {loss:.4f}, accuracy {accuracy:.1%}".format(**self.heldout)
     said += f"; checkpoint {checkpoint.folder(self.config.workdir) / str(self.done)}"
     end = "done"
     if self.done < steps or self.evaluation_due:
       end, said = "stopped by a signal", said + "; the same command continues"
     if self.first:
-      print(self.goodput.line())
-      print(f"{end}: step {self.done} of {steps}, {said}", flush=True)
+      print(f"{self.goodput.line()}\n{end}: step {self.done} of {steps}, {said}", flush=True)
     return result
 
 
@@ -382,13 +371,10 @@ class ClipEncoder:
     before.
     """
     self._tower, self._running = None, []  # memory
-    batch, clips = (
-      place_rows(micro.batch, self._mesh),
-      tuple(place_rows(some, self._mesh) for some in micro.clips),
-    )
+    batch, *clips = (place_rows(some, self._mesh) for some in (micro.batch, *micro.clips))
     if batch.visual is None:
       batch = dataclasses.replace(batch, visual=self._room(micro.number, micro.shape))
-    return batch, clips
+    return batch, tuple(clips)
 
   def _room(self, number: int, shape: Shape) -> jax.Array:
     visual = self._visual.pop(number, None)
@@ -453,30 +439,29 @@ def run_whole(config: RunConfig) -> None:
 def introduce(config: RunConfig, prepared: PreparedRun, state: TrainState, start: int) -> None:
   """Says what is about to run, where every parameter lies, and writes the resolved config."""
   cfg, mesh = prepared.cfg, prepared.mesh
-  print(f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-  print(kernels.describe_kernels(cfg, gradient=True))
-  if prepared.pixels:
-    auto = " (auto: by its memory)" if config.model.clips_per_chunk == "auto" else ""
-    print(f"the tower takes {cfg.clips_per_chunk} clips of a device at once{auto}")
-
-  def table(part):
-    return parameter_table(part, param_shardings(part, mesh))
-
-  print(f"trained parameters\n{table(state.trained)}\nfrozen parameters\n{table(state.frozen)}")
+  auto = " (auto: by its memory)" if config.model.clips_per_chunk == "auto" else ""
+  clips = f"the tower takes {cfg.clips_per_chunk} clips of a device at once{auto}"
+  trained, frozen, opt = (
+    parameter_table(part, param_shardings(part, mesh))
+    for part in (state.trained, state.frozen, state.opt)
+  )
+  schedule = " ".join(map(str, lp_comp.counts(cfg.lp_comp, cfg.llm.layers)))
+  last = f", from checkpoint {start}" if start else ""
+  todo = f"steps {start + 1} to {prepared.steps}, {config.train.batch_size} samples each{last}"
   print(
+    f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",
+    kernels.describe_kernels(cfg, gradient=True),
+    *([clips] if prepared.pixels else []),
+    f"trained parameters\n{trained}\nfrozen parameters\n{frozen}",
     "optimizer state, split as the trained parameters: "
-    f"{table(state.opt).splitlines()[-1].split()[-1]} MiB per device"
+    f"{opt.splitlines()[-1].split()[-1]} MiB per device",
+    f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer {schedule}",
+    *prepared.opened[0].made_with(),
+    prepared.account(prepared.plan).paragraph(),
+    todo if start < prepared.steps else f"all {prepared.steps} steps are done",
+    sep="\n",
+    flush=True,
   )
-  schedule = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)
-  print(
-    f"LP-Comp ({cfg.lp_comp.keep}): tokens per {cfg.lp_comp.group} in each layer "
-    f"{' '.join(map(str, schedule))}"
-  )
-  print("\n".join(prepared.opened[0].made_with()))
-  print(prepared.account(prepared.plan).paragraph())
-  todo = f"steps {start + 1} to {prepared.steps}, {config.train.batch_size} samples each"
-  todo += f", from checkpoint {start}" if start else ""
-  print(todo if start < prepared.steps else f"all {prepared.steps} steps are done", flush=True)
   (epath.Path(config.workdir) / "config.json").write_text(json.dumps(to_dict(config), indent=2))
 
 
@@ -492,17 +477,14 @@ def not_finite(
   """Writes workdir/nan/step_N.json, with every sample of the step and its loss; returns the error
   to raise.
   """
-  gather = functools.partial(multihost_utils.process_allgather, tiled=True)
   samples = []
-  for index, losses in taken:
-    for i, loss in zip(
-      gather(index).ravel().tolist(), gather(losses).ravel().tolist(), strict=True
-    ):
-      if i >= 0:
-        store, place = data.find(i)
-        sample = store.samples[place]
-        about = {"data": str(store.path), "index": place, "id": sample.id, "source": sample.source}
-        samples.append({**about, "loss": _number(loss)})
+  for pair in taken:
+    index, losses = (multihost_utils.process_allgather(x, tiled=True).ravel() for x in pair)
+    for i, loss in zip(index[index >= 0].tolist(), losses[index >= 0].tolist()):
+      store, place = data.find(i)
+      sample = store.samples[place]
+      about = {"data": str(store.path), "index": place, "id": sample.id, "source": sample.source}
+      samples.append({**about, "loss": _number(loss)})
   file = epath.Path(config.workdir) / "nan" / f"step_{step + 1}.json"
   if jax.process_index() == 0:
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 """What a run says about itself: floating-point work, the step clock, compilations, the terminal
-line, TensorBoard.
+line.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 
 import jax
 import numpy as np
-from etils import epath
 
 from xcomp_jax.config import LLMConfig, TrainConfig, VLMConfig
 from xcomp_jax.data.batch import Length
@@ -24,12 +23,6 @@ COMPILE_EVENTS = (
   "/jax/core/compile/jaxpr_to_mlir_module_duration",
   BACKEND_COMPILE,
 )
-
-
-def peak_flops(kind: str) -> float | None:
-  """FLOP/s of a device of this kind, in bfloat16; None if no table knows it (CPUs)."""
-  chip = chips.find_chip(kind)
-  return None if chip is None else chip.flops
 
 
 def forward_flops(
@@ -116,40 +109,6 @@ def training_flops(
   )
 
 
-class Clock:
-  """Where the wall time since the last report went: waiting for data, or anything else."""
-
-  def __init__(self):
-    self.reset()
-
-  def reset(self):
-    """Starts a new interval."""
-    self.start, self.waited = time.perf_counter(), 0.0
-    self.samples = self.frames = self.flops = 0.0
-
-  def wait(self, iterator):
-    """next(iterator), timed."""
-    start = time.perf_counter()
-    try:
-      return next(iterator)
-    finally:
-      self.waited += time.perf_counter() - start
-
-  def report(self) -> dict[str, float]:
-    """Rates of the interval; mfu is the share of the peak that this process's devices reached, nan
-    if unknown.
-    """
-    seconds = time.perf_counter() - self.start
-    devices = jax.local_devices()
-    peak = peak_flops(devices[0].device_kind)
-    return {
-      "samples_per_s": self.samples / seconds,
-      "frames_per_s": self.frames / seconds,
-      "data_wait": self.waited / seconds,
-      "mfu": self.flops / seconds / (peak * len(devices)) if peak else float("nan"),
-    }
-
-
 class Listener:
   """Hears how long JAX traces, lowers and compiles, within a `with` block."""
 
@@ -231,6 +190,36 @@ class Goodput(Listener):
     self._seconds["compile"] += seconds
 
 
+class Clock:
+  """What was done since the last report, and how much of the time since then was waited for data.
+
+  samples, frames, flops: added by who does it; flops are those of this process's devices.
+  """
+
+  def __init__(self, goodput: Goodput):
+    self._goodput = goodput
+    self.reset()
+
+  def reset(self):
+    """Starts a new interval."""
+    self.start, self.waited = time.perf_counter(), self._goodput._seconds["data"]
+    self.samples = self.frames = self.flops = 0.0
+
+  def report(self) -> dict[str, float]:
+    """Rates of the interval; mfu is the share of the peak that this process's devices reached, nan
+    if unknown.
+    """
+    seconds = time.perf_counter() - self.start
+    devices = jax.local_devices()
+    chip = chips.find_chip(devices[0].device_kind)
+    return {
+      "samples_per_s": self.samples / seconds,
+      "frames_per_s": self.frames / seconds,
+      "data_wait": (self._goodput._seconds["data"] - self.waited) / seconds,
+      "mfu": self.flops / seconds / (chip.flops * len(devices)) if chip else float("nan"),
+    }
+
+
 class Compilations(Listener):
   """Counts XLA compilations of the named jitted functions, from JAX's own events; a context
   manager.
@@ -255,16 +244,20 @@ class Compilations(Listener):
     than the shapes explain.
     """
     self._seen[name].add(what)
-    count, shapes, lines = self.count[name], len(self._seen[name]), []
-    for seconds in self._new[name]:
-      lines.append(f"compiled {name}{what and f' for {what}'} in {seconds:.1f} s")
-      if count > shapes:
-        lines.append(
-          f"warning: {name} was compiled {count} times for {shapes} shapes; something else changes "
-          "from step to step"
-        )
-    self._new[name].clear()
-    return lines
+    count, shapes = self.count[name], len(self._seen[name])
+    warning = (
+      f"warning: {name} was compiled {count} times for {shapes} shapes; something else changes "
+      "from step to step"
+    )
+    new, self._new[name] = self._new[name], []
+    return [
+      line
+      for seconds in new
+      for line in (
+        f"compiled {name}{what and f' for {what}'} in {seconds:.1f} s",
+        *[warning] * (count > shapes),
+      )
+    ]
 
 
 def line(step: int, steps: int, values: Mapping[str, float]) -> str:
@@ -276,25 +269,3 @@ def line(step: int, steps: int, values: Mapping[str, float]) -> str:
     f"{values['frames_per_s']:.0f} frames/s  data wait {values['data_wait']:.1%}  MFU "
     f"{'-' if np.isnan(mfu) else f'{mfu:.1%}'}  real {values['real_share']:.0%}"
   )
-
-
-class Writer:
-  """TensorBoard files under `folder`, written by the first process only."""
-
-  def __init__(self, folder: epath.PathLike, purge_step: int):
-    from tensorboardX import SummaryWriter
-
-    # Points after purge_step are of steps that the run now takes again.
-    self.writer = SummaryWriter(
-      str(folder), purge_step=purge_step + 1, write_to_disk=jax.process_index() == 0
-    )
-
-  def write(self, step: int, group: str, values: Mapping[str, float]):
-    """Scalars group/name at a step; values that are not numbers are left out."""
-    for name, value in values.items():
-      if np.isfinite(value):
-        self.writer.add_scalar(f"{group}/{name}", float(value), step)
-
-  def close(self):
-    """Writes what is left."""
-    self.writer.close()

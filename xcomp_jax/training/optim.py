@@ -46,5 +46,4 @@ def trained_parts(train: TrainConfig) -> Callable[..., bool]:
   """A filter for `nnx.split`: the parts of the model (vision, projector, llm) that the config
   trains.
   """
-  parts = {"vision": train.vision, "projector": train.projector, "llm": train.llm}
-  return lambda path, _: parts[path[0]]
+  return lambda path, _: getattr(train, path[0])

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -58,17 +57,16 @@ class PreparedRun:
     return forecast.account(self.schedule, steps, self.lengths, self.pixels)
 
 
-def prepare_run(config: RunConfig, devices: Sequence[Any] | None = None) -> PreparedRun:
+def prepare_run(config: RunConfig, devices: Sequence[Any]) -> PreparedRun:
   """Reads what a config names, and makes sure that it goes together and that the workdir can be
   written.
 
-  devices: what it computes on; None: all devices of all its processes.
+  devices: what it computes on.
   """
-  devices = jax.devices() if devices is None else devices
   _keep_apart(config)
   keep_compiled(config.compilation_cache)
   kernels.check_implementation(config.model.attention, config.model.dtype)
-  directory = resolve(config.init_from, whole=False)
+  directory = resolve(config.init_from, "about")
   cfg = read_vlm_config(directory, config.model, config.lp_comp)
   lp_comp.counts(cfg.lp_comp, cfg.llm.layers)  # refuses schedules that can't be
   tokenizer = loading.read_tokenizer(directory, cfg)
@@ -122,10 +120,14 @@ def prepare_run(config: RunConfig, devices: Sequence[Any] | None = None) -> Prep
 def _keep_apart(config: RunConfig) -> None:
   """Refuses a workdir that is, or lies in, what the run reads."""
   data = config.data.train if isinstance(config.data.train, tuple) else (config.data.train,)
-  read = {"config.init_from": config.init_from, "config.data.heldout": config.data.heldout}
-  for i, path in enumerate(data):
-    read[f"config.data.train[{i}]" if len(data) > 1 else "config.data.train"] = path
-  apart({"config.workdir": config.workdir}, read)
+  apart(
+    {"config.workdir": config.workdir},
+    {"config.init_from": config.init_from, "config.data.heldout": config.data.heldout}
+    | {
+      f"config.data.train[{i}]" if len(data) > 1 else "config.data.train": path
+      for i, path in enumerate(data)
+    },
+  )
 
 
 def _open_all(config: RunConfig, cfg: VLMConfig) -> list[Blend]:

@@ -29,7 +29,6 @@ from xcomp_jax.parallel.mesh import (
   batch_sharding,
   clip_sharding,
   param_shardings,
-  path_name,
   replicated,
   row_groups,
   visual_sharding,
@@ -80,30 +79,29 @@ def abstract_state(
   trained, frozen = cast(trained, config.model.param_dtype), cast(frozen, config.model.dtype)
   state = TrainState(trained, frozen, jax.eval_shape(tx.init, trained))
 
-  def placed(p, sharding):
-    return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding)
-
-  return graph, jax.tree.map(placed, state, param_shardings(state, mesh))
+  return graph, jax.tree.map(
+    lambda p, sharding: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding),
+    state,
+    param_shardings(state, mesh),
+  )
 
 
 def init_state(
-  config: RunConfig, cfg: VLMConfig, tx: optax.GradientTransformation, mesh: Mesh
+  config: RunConfig, cfg: VLMConfig, tx: optax.GradientTransformation, like: TrainState
 ) -> TrainState:
   """The state of step 0: `init_from`'s parameters, read straight into their shards, and fresh
-  optimizer state.
+  optimizer state. like: of `abstract_state`.
 
   Raises:
     CheckpointError: see `loading.load_model`.
   """
-  _, wanted = abstract_state(config, cfg, tx, mesh)
-  shardings = param_shardings(wanted, mesh)
-  leaves = jax.tree_util.tree_leaves_with_path((wanted.trained, wanted.frozen))
-  dtypes = {path_name(path[1:]): leaf.dtype for path, leaf in leaves}
+  shardings = jax.tree.map(lambda p: p.sharding, like)
+  leaves = loading.parameters(nnx.merge_state(like.trained, like.frozen))
   model = loading.load_model(
     resolve(config.init_from),
     cfg,
     shardings=nnx.merge_state(shardings.trained, shardings.frozen),
-    dtype=dtypes.__getitem__,
+    dtype=lambda path: leaves[path].dtype,
   )
   _, trained, frozen = nnx.split(model, optim.trained_parts(config.train), ...)
   opt = jax.jit(tx.init, out_shardings=shardings.opt)(trained)
@@ -114,8 +112,10 @@ def zero_sums(trained: nnx.State, mesh: Mesh) -> Sums:
   """Sums of nothing, sharded as the parameters."""
 
   def zeros():
-    grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
-    return Sums(grads, *jnp.zeros((3,), jnp.float32))
+    return Sums(
+      jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained),
+      *jnp.zeros((3,), jnp.float32),
+    )
 
   return jax.jit(zeros, out_shardings=param_shardings(jax.eval_shape(zeros), mesh))()
 
@@ -128,13 +128,13 @@ def encode_step(
 
   graph, tower: the tower alone, on every device; so none waits for another.
   """
-
-  def one(tower, frames):
-    return vlm.tower_features(nnx.merge(graph, tower), cfg, frames)
-
   every = PartitionSpec(AXES)
   return jax.shard_map(
-    one, mesh=mesh, in_specs=(PartitionSpec(), every), out_specs=every, check_vma=False
+    lambda tower, frames: vlm.tower_features(nnx.merge(graph, tower), cfg, frames),
+    mesh=mesh,
+    in_specs=(PartitionSpec(), every),
+    out_specs=every,
+    check_vma=False,
   )(tower, frames)
 
 
@@ -217,19 +217,25 @@ def apply_step(
 
   trained = kept(optax.apply_updates(state.trained, updates), state.trained)
   new = TrainState(trained, state.frozen, kept(opt, state.opt))
-  out = {"loss": loss, "grad_norm": norm, "update_norm": change, "finite": finite}
-  out |= {"samples": sums.samples, "frames": sums.frames}
+  out = {
+    "loss": loss,
+    "grad_norm": norm,
+    "update_norm": change,
+    "samples": sums.samples,
+    "frames": sums.frames,
+    "finite": finite,
+  }
   return new, jax.tree.map(jnp.zeros_like, sums), out
 
 
 def eval_step(graph: nnx.GraphDef, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
   """Sums over a batch's samples: loss, correct (vlm.evaluate), samples."""
   losses, correct = vlm.heldout_measures(nnx.merge(graph, state.trained, state.frozen), batch)
-
-  def total(x):
-    return jnp.sum(x * batch.weight)
-
-  return {"loss": total(losses), "correct": total(correct), "samples": batch.weight.sum()}
+  return {
+    "loss": jnp.sum(losses * batch.weight),
+    "correct": jnp.sum(correct * batch.weight),
+    "samples": batch.weight.sum(),
+  }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,7 +263,6 @@ def compiled_steps(cfg: VLMConfig, state: TrainState, sums: Sums, mesh: Mesh) ->
   one, every = replicated(mesh), clip_sharding(mesh)
   state_at, sums_at = param_shardings(state, mesh), param_shardings(sums, mesh)
   graph = nnx.graphdef(loading.abstract(cfg).vision)
-  tokens = cfg.tokens_per_frame, cfg.vision.width
 
   def tower(state):
     part = state.frozen if "vision" in state.frozen else state.trained
@@ -265,7 +270,7 @@ def compiled_steps(cfg: VLMConfig, state: TrainState, sums: Sums, mesh: Mesh) ->
 
   @functools.cache
   def room(rows, frames):
-    shape = rows, frames, *tokens
+    shape = rows, frames, cfg.tokens_per_frame, cfg.vision.width
     return jax.jit(lambda: jnp.zeros(shape, cfg.dtype), out_shardings=visual_sharding(mesh, shape))
 
   return Steps(
@@ -309,11 +314,9 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
   """Where the arrays of a whole Batch or Clips (or their ShapeDtypeStructs) lie: the same of
   NamedShardings.
   """
-  shardings = jax.tree.map(lambda _: batch_sharding(mesh), batch)
   if isinstance(batch, Clips):
-    return Clips(
-      visual_sharding(mesh, batch.frames.shape), visual_sharding(mesh, batch.place.shape)
-    )
+    return jax.tree.map(lambda x: visual_sharding(mesh, x.shape), batch)
+  shardings = jax.tree.map(lambda _: batch_sharding(mesh), batch)
   if batch.visual is not None:
     shardings = dataclasses.replace(shardings, visual=visual_sharding(mesh, batch.visual.shape))
   return shardings
@@ -325,11 +328,12 @@ def place_rows(batch: Any, mesh: Mesh) -> Any:
   whole = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((len(x) // len(held) * groups, *x.shape[1:]), x.dtype), batch
   )
-
-  def put(x, sharding, spec):
-    return jax.make_array_from_process_local_data(sharding, x, spec.shape)
-
-  return jax.tree.map(put, batch, batch_shardings(whole, mesh), whole)
+  return jax.tree.map(
+    lambda x, sharding, spec: jax.make_array_from_process_local_data(sharding, x, spec.shape),
+    batch,
+    batch_shardings(whole, mesh),
+    whole,
+  )
 
 
 def place_clips(frames: np.ndarray, mesh: Mesh) -> jax.Array:

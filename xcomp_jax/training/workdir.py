@@ -89,11 +89,13 @@ def holding(workdir: str) -> Generator[None]:
   if jax.process_index() or "://" in workdir:
     yield
     return
-  taken = ConfigError(
-    f"another run is at work in {workdir}; set config.workdir to another folder, or if these are "
-    "the processes of one run, see to it that they find each other (config.distributed)",
-    where="config.workdir",
-    value=workdir,
-  )
-  with locked(epath.Path(workdir) / ".lock", taken):
+  with locked(
+    epath.Path(workdir) / ".lock",
+    ConfigError(
+      f"another run is at work in {workdir}; set config.workdir to another folder, or if these are "
+      "the processes of one run, see to it that they find each other (config.distributed)",
+      where="config.workdir",
+      value=workdir,
+    ),
+  ):
     yield
