@@ -20,7 +20,7 @@ from xcomp_jax.model.attention import AttentionMask, attend
 from xcomp_jax.model.kernel_calls import LIBRARY, compiles
 from xcomp_jax.parallel import chips
 from xcomp_jax.parallel.mesh import make_mesh
-from xcomp_jax.plan import absent, accounts, hlo, plan, programs
+from xcomp_jax.plan import absent, hlo, plan, programs
 from xcomp_jax.training import forecast
 
 pytest.importorskip("jax_cuda13_plugin", reason="needs the CUDA packages: make test-gpu-compile")
@@ -240,7 +240,7 @@ def compiled(kind: str, name: str, mesh: MeshConfig, devices: int, frames: int, 
     config, absent.gpus(kind, devices), layers=2, frames=frames, text=text, like=like
   )
   ((_, shape),) = programs.asked_programs(made, (name,))
-  with accounts.inside(made):
+  with programs.inside(made):
     return (
       programs.trace_program(made, programs.cut(made.full, 2, 16), name, shape)[0].lower().compile()
     )

@@ -21,7 +21,7 @@ from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data import blend
 from xcomp_jax.data.batch import Length, Shape, fake_batch
 from xcomp_jax.parallel.mesh import batch_sharding, make_mesh, path_name
-from xcomp_jax.plan import accounts, describe, plan, programs, remedies
+from xcomp_jax.plan import accounts, describe, plan, programs
 from xcomp_jax.training import costs, forecast, optim, prepare, steps
 
 
@@ -55,7 +55,6 @@ def accounted(name, shape, **values):
     "kernels": {},
     "hbm": 0.0,
     "collectives": {},
-    "estimate": None,
     "problem": None,
     "compile_s": 9.0,
   }
@@ -127,7 +126,7 @@ def test_operations_are_those_of_the_step_that_runs(small):
     made.config, made.full, programs.batch_of(made, made.full, made.shapes[0])
   )
   row = row_of(rows, "gradient")
-  with accounts.inside(made):
+  with programs.inside(made):
     assert row.executed == parts.flops(step, *arguments)
   assert 0 < row.model < row.executed  # masked halves and recomputation
 
@@ -135,7 +134,7 @@ def test_operations_are_those_of_the_step_that_runs(small):
 @pytest.mark.parametrize("name", ["apply", "tower"])
 def test_what_a_program_is_given_has_the_size_that_the_compiler_sees(small, name):
   made, _, _ = small
-  with accounts.inside(made):
+  with programs.inside(made):
     traced, given, _ = programs.trace_program(made, made.full, name, None)
     compiled = traced.lower().compile()
   assert compiled.memory_analysis().argument_size_in_bytes == sum(given.values())
@@ -143,7 +142,7 @@ def test_what_a_program_is_given_has_the_size_that_the_compiler_sees(small, name
 
 def test_a_tower_that_is_trained_is_a_part_of_the_gradient(tiny_run, tmp_path):
   made = programs.make(tiny_run(tmp_path, train={"vision": True}), None)
-  with accounts.inside(made):
+  with programs.inside(made):
     program, given, beside = programs.trace_program(made, made.full, "gradient", made.shapes[0])
     frozen = programs.trace_program(
       programs.make(tiny_run(tmp_path), None), made.full, "gradient", made.shapes[0]
@@ -327,7 +326,7 @@ def test_what_does_not_fit_is_refused_with_remedies_in_numbers(small, tiny_run, 
   made, rows, _ = small
   config = tiny_run(tmp_path, mesh={"data": 8, "fsdp": 1, "tensor": 1, "context": 1})
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False))
-  sizes = {row.name: remedies.bytes_needed(row, rows) for row in rows}
+  sizes = {row.name: describe.bytes_needed(row, rows) for row in rows}
   assert sizes["gradient"] == sum(row_of(rows, "gradient").memory.values()) + sum(
     row_of(rows, name).memory["program"] for name in ("tower", "apply", "evaluation")
   )
@@ -336,12 +335,12 @@ def test_what_does_not_fit_is_refused_with_remedies_in_numbers(small, tiny_run, 
     device = dataclasses.replace(like, hbm=size)
     mesh = make_mesh(config.mesh)
     given = dataclasses.replace(made, config=config, mesh=mesh, device=device, **changes)
-    found = remedies.problems(given, [row_of(rows, name)])
+    found = describe.problems(given, [row_of(rows, name)])
     assert all(whose == name for whose, _ in found)
     return [words for _, words in found]
 
   row = row_of(rows, "gradient")
-  size = remedies.bytes_needed(row)
+  size = describe.bytes_needed(row)
   (found,) = words("gradient", size - 1e4)
   assert (
     f"gradient step does not fit: needs {describe.size_text(size)} per device, cpu has" in found
@@ -383,7 +382,7 @@ def test_a_program_that_the_compiler_refuses_is_accounted_for(small):
     row = accounts.account_program(made, name, shape, lambda *_: (refusal, 1.0))
     assert row.memory["temporaries"] == pytest.approx(2.5 * 2**30, rel=1e-3)
     assert "exceeds available HBM" in describe.describe_program(made, row)
-    ((whose, words),) = remedies.problems(made, [row])
+    ((whose, words),) = describe.problems(made, [row])
     assert whose == name and "does not fit" in words
 
 
@@ -458,7 +457,7 @@ def test_so_many_devices_are_named_as_are_enough():
   5.
   """
   assert (
-    remedies.enough(55, 50, 4, 24) == (16, 17.5)
-    and remedies.enough(55, 50, 4, 30) == (8, 30)
-    and remedies.enough(55, 50, 4, 5.1) == (8, 30)
+    describe.enough(55, 50, 4, 24) == (16, 17.5)
+    and describe.enough(55, 50, 4, 30) == (8, 30)
+    and describe.enough(55, 50, 4, 5.1) == (8, 30)
   )

@@ -26,7 +26,7 @@ from xcomp_jax.model.layout import from_blocks, in_blocks
 from xcomp_jax.model.qwen2 import Decoder, Lengths
 from xcomp_jax.model.token_merging import Projector, merge
 from xcomp_jax.model.umt import Vision
-from xcomp_jax.parallel.mesh import constrain, divides, parts
+from xcomp_jax.parallel.mesh import constrain, parts
 
 LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
 # and at most in all, since every device that has some of the words has all rows
@@ -153,7 +153,8 @@ def _beside_words(model: VLM) -> tuple[str, str | None]:
   """Logical axes of samples and rows beside the vocabulary, which is split as its parameters are,
   if it can be.
   """
-  return ("replica", None) if divides("vocab", model.cfg.llm.vocab_size) else ("batch", "sequence")
+  whole = model.cfg.llm.vocab_size % parts("vocab") == 0
+  return ("replica", None) if whole else ("batch", "sequence")
 
 
 def lengths(model: VLM, batch: Batch) -> Lengths:

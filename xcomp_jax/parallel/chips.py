@@ -87,12 +87,11 @@ def _tpu(
   link: float,
   ring: int,
 ) -> Chip:
-  flops = tflops * T  # float32 takes six passes in bfloat16
   return Chip(
     name=name,
     kind=kind,
-    flops=flops,
-    flops32=flops / 6,
+    flops=tflops * T,
+    flops32=tflops * T / 6,  # six passes in bfloat16
     memory=memory * GIB,
     bandwidth=bandwidth * G,
     link=link * G,

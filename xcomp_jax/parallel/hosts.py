@@ -50,9 +50,10 @@ def joined(
   roll = None
   if config.coordinator is not None and not jax.distributed.is_initialized():
     roll = _connect(config, initialize)
-    found = jax.distributed.is_initialized()
     print(
-      banner() if found else f"no cluster found: a run of one process, on {socket.gethostname()}",
+      banner()
+      if jax.distributed.is_initialized()
+      else f"no cluster found: a run of one process, on {socket.gethostname()}",
       flush=True,
     )
   try:

@@ -11,9 +11,7 @@ dimension, so every mesh runs every model; what would be wasted that way is refu
 begins (`check_tensor`, `data.packing`).
 """
 
-import itertools
 import math
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -257,11 +255,6 @@ def parts(axis: str) -> int:
   return 1 if mesh.empty else math.prod(mesh.shape[name] for name in LOGICAL[axis])
 
 
-def divides(axis: str, size: int) -> bool:
-  """Whether the mesh of `jax.set_mesh` splits a dimension of `size` over all of a logical axis."""
-  return size % parts(axis) == 0
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
@@ -325,25 +318,20 @@ def parameter_table(state: Any, shardings: Any) -> str:
   line.
   """
   leaves = jax.tree_util.tree_leaves_with_path(state)
-  layers: dict[tuple[str, ...], list[int]] = {}  # of each row
-  sizes: dict[tuple[str, ...], int] = {}
+  rows: dict[tuple[str, ...], dict[str, int]] = {}  # of each the bytes of its arrays
   for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
-    name = path_name(path)
+    name, shape = path_name(path), " x ".join(map(str, leaf.shape))
     split = ["-" if axis is None else "+".join(np.atleast_1d(axis)) for axis in sharding.spec]
-    shape = " x ".join(map(str, leaf.shape))
     row = re.sub(r"/\d+/", "/*/", name), shape, str(leaf.dtype), ", ".join(split) or "-"
-    layers.setdefault(row, []).extend(int(i) for i in re.findall(r"/(\d+)/", name))
     here = math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-    sizes[row] = sizes.get(row, 0) + here
+    rows.setdefault(row, {})[name] = here
   lines = [("parameter", "shape", "dtype", "split over", "MiB per device")]
-  for (name, *about), size in sizes.items():
-    which = layers[(name, *about)]
-    if which:
-      which = f"{min(which)}..{max(which)}" if len(which) > 1 else str(which[0])
-      name = name.replace("*", which)
-    lines.append((name, *about, f"{size / 2**20:,.2f}"))
+  for (name, *about), sizes in rows.items():
+    layers = [int(layer) for each in sizes for layer in re.findall(r"/(\d+)/", each)]
+    which = "..".join(str(layer) for layer in sorted({min(layers), max(layers)})) if layers else ""
+    lines.append((name.replace("*", which), *about, f"{sum(sizes.values()) / 2**20:,.2f}"))
   count = sum(math.prod(leaf.shape) for _, leaf in leaves)
-  total = sum(sizes.values())
+  total = sum(sum(sizes.values()) for sizes in rows.values())
   lines.append((f"{len(leaves)} arrays", f"{count:,} numbers", "", "", f"{total / 2**20:,.2f}"))
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(
@@ -368,7 +356,8 @@ def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Partiti
         )
       taken[name] = axis
     used = [name for name in names if mesh.shape.get(name, 1) > 1]
-    sizes = itertools.accumulate((mesh.shape[name] for name in used), operator.mul)
-    kept = used[: sum(dim % size == 0 for size in sizes)]  # a product divides if a longer one does
+    sizes = np.cumprod([mesh.shape[name] for name in used], dtype=int)
+    # a product divides if a longer one does
+    kept = used[: np.count_nonzero(dim % sizes == 0)]
     spec.append(kept[0] if len(kept) == 1 else tuple(kept) or None)
   return PartitionSpec(*spec)

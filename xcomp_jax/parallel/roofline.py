@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.extend.core
 
 from xcomp_jax.parallel import chips
 

@@ -19,10 +19,9 @@ import jax.extend.backend
 
 from xcomp_jax.model import kernels
 from xcomp_jax.parallel import chips
-from xcomp_jax.parallel.chips import Chip
 
 
-def target(chip: Chip) -> str:
+def target(chip: chips.Chip) -> str:
   """What the compiler asks about a GPU: a GpuTargetConfigProto in text form."""
   gpu = chip.gpu
   assert gpu is not None and chip.capability is not None  # see `gpus`

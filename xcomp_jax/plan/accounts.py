@@ -4,11 +4,12 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +22,11 @@ from xcomp_jax.inference import rounds
 from xcomp_jax.model import lp_comp
 from xcomp_jax.parallel import roofline
 from xcomp_jax.parallel.chips import GIB
-from xcomp_jax.plan import absent, cost, hlo
-from xcomp_jax.plan.programs import VISION, ProgramPlan, Traced, cut, trace_program
+from xcomp_jax.plan import cost, hlo
+from xcomp_jax.plan.programs import VISION, ProgramPlan, Traced, cut, inside, trace_program
 from xcomp_jax.progress import progress
 from xcomp_jax.training import metrics
+from xcomp_jax.training.costs import row_slots
 
 
 def model_flops(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None) -> float | None:
@@ -58,25 +60,8 @@ def executed_flops(cfg: VLMConfig, jaxpr: Any) -> cost.Flops:
   """Counts what a traced program computes on all devices; only kernels on the tower's tokens are
   not causal.
   """
-  v = cfg.vision
-
-  def causal(shape):
-    return shape[-1] != v.width // v.heads or shape[-2] < cfg.clip_frames * v.patches
-
-  return cost.count_flops(jaxpr, causal)
-
-
-@contextlib.contextmanager
-def inside(plan: ProgramPlan) -> Generator[None]:
-  """The devices, the mesh and the precision that training has."""
-  precision = "highest" if plan.full.dtype == "float32" else None
-  devices = list(plan.mesh.devices.flat)
-  with (
-    absent.computing_on(devices),
-    jax.set_mesh(plan.mesh),
-    jax.default_matmul_precision(precision),
-  ):
-    yield
+  size, tokens = cfg.vision.width // cfg.vision.heads, cfg.clip_frames * cfg.vision.patches
+  return cost.count_flops(jaxpr, lambda shape: shape[-1] != size or shape[-2] < tokens)
 
 
 def compiled(lowered: Any, what: str, effort: float) -> tuple[Any, float]:
@@ -123,16 +108,15 @@ Compile = Callable[[Any, str, float], tuple[Any, float]]  # as `compiled`
 class Compiled:
   """What the compiler says of a program, for one device.
 
-  problem: its refusal; the rest then means nothing. temporaries, results, code: bytes. estimate:
-  its own seconds of a run. seconds: those of compiling.
+  problem: its refusal; the rest then means nothing. temporaries, results, code: bytes. seconds:
+  those of compiling.
   """
 
   problem: str | None = None
   temporaries: float = 0.0
   results: float = 0.0
   code: float = 0.0
-  costs: hlo.Costs = hlo.NOTHING
-  estimate: float = 0.0
+  costs: hlo.Costs = dataclasses.field(default_factory=hlo.Costs)
   seconds: float
 
 
@@ -151,7 +135,6 @@ def compile_program(
     results=float(max(0, used.output_size_in_bytes - used.alias_size_in_bytes)),
     code=float(used.generated_code_size_in_bytes),
     costs=hlo.read_costs(out.as_text()),
-    estimate=(out.cost_analysis() or {}).get("optimal_seconds", 0.0),
     seconds=spent,
   )
 
@@ -164,9 +147,8 @@ class ProgramAccount:
   the model has. memory: bytes by kind. model: operations that the results need. executed: those
   that are computed, in_kernels: of these, those of attention's kernels. not_counted: kernels whose
   operations are not among these. kernels: calls by kind. hbm: bytes read and written. collectives:
-  kind -> (how many, bytes sent). seconds: the least time, by what bounds it. estimate: the
-  compiler's own seconds; None: it has none. problem: the compiler's refusal, as one line; there are
-  no traffic and no seconds then.
+  kind -> (how many, bytes sent). seconds: the least time, by what bounds it. problem: the
+  compiler's refusal, as one line; there are no traffic and no seconds then.
   """
 
   name: str
@@ -182,7 +164,6 @@ class ProgramAccount:
   hbm: float
   collectives: dict[str, tuple[float, float]]
   seconds: dict[str, float]
-  estimate: float | None
   problem: str | None
   compile_s: float
 
@@ -199,9 +180,8 @@ def account_program(
   of = _layers(full, name)
   least = 2 if name == "round" else 1  # of a model of one layer a round makes nothing but keys
   layers = of if plan.layers is None else min(max(plan.layers, least), of)
-  with inside(plan):
-    whole = trace_program(plan, full, name, shape)
-    counted = executed_flops(full, whole.program.jaxpr)
+  whole = trace_program(plan, full, name, shape)
+  counted = executed_flops(full, whole.program.jaxpr)
   found = (
     compile_program(plan, full, name, shape, compile)
     if layers == of
@@ -212,14 +192,9 @@ def account_program(
   executed, model = counted.products + in_kernels, model_flops(plan, full, name, shape)
   if found.problem:
     refused = refused_bytes(found.problem, sum(whole.given.values()))
-    memory |= {"temporaries": refused, "program": 0.0}
-    seconds = {}
+    made, seconds = {"temporaries": refused, "program": 0.0}, {}
   else:
-    memory |= {
-      "results": found.results,
-      "temporaries": found.temporaries,
-      "program": found.code,
-    }
+    made = {"results": found.results, "temporaries": found.temporaries, "program": found.code}
     sent = sum(size for _, size in costs.collectives.values())
     seconds = roofline.least_seconds(device, executed / device.count, costs.hbm, sent)
   return ProgramAccount(
@@ -227,7 +202,7 @@ def account_program(
     shape=shape,
     layers=layers,
     of=of,
-    memory=memory | {"reserve": device.reserve},
+    memory=memory | made | {"reserve": device.reserve},
     model=executed if model is None else model,
     executed=executed,
     in_kernels=in_kernels,
@@ -236,7 +211,6 @@ def account_program(
     hbm=costs.hbm,
     collectives=costs.collectives,
     seconds=seconds,
-    estimate=found.estimate if found.estimate > 0 else None,
     problem=one_line(found.problem)[:400] if found.problem else None,
     compile_s=found.seconds,
   )
@@ -266,14 +240,13 @@ def _extrapolated(
   cfg, first = cut(full, layers, counts[0]), made(layers, counts[0])
   if first.problem:
     return first
-  with inside(plan):
-    part = trace_program(plan, cfg, name, shape)
+  part = trace_program(plan, cfg, name, shape)
   if name == "apply":
     return _of_more_state(first, whole.given["gradients"] / part.given["gradients"], of / layers)
   here = _running(cfg, name)
-  longer = layers + 1
-  while _running(cut(full, longer, counts[0]), name) == here:
-    longer += 1
+  longer = next(
+    n for n in itertools.count(layers + 1) if _running(cut(full, n, counts[0]), name) != here
+  )
   programs = [first, made(longer, counts[0])]
   if name not in VISION and counts[-1] != counts[0]:
     programs += [made(layers, counts[-1]), made(longer, counts[-1])]
@@ -350,7 +323,6 @@ def _of_more_state(first: Compiled, grows: float, layers: float) -> Compiled:
     temporaries=first.temporaries * grows,
     code=first.code * layers,
     costs=hlo.Costs(costs.hbm * grows, sent, costs.kernels),
-    estimate=0.0,
   )
 
 
@@ -388,8 +360,7 @@ def memory_of(plan: ProgramPlan, name: str, shape: Shape | None = None) -> dict[
   counts = lp_comp.counts(full.lp_comp, full.llm.layers)
   ends = (counts[0], counts[-1]) if name in CACHING else counts[:1]
   like = [cut(full, layers, count) for count in ends]
-  with inside(plan):
-    whole, part = trace_program(plan, full, name, shape), trace_program(plan, like[0], name, shape)
+  whole, part = (trace_program(plan, cfg, name, shape) for cfg in (full, like[0]))
   programs = [compile_program(plan, cfg, name, shape) for cfg in like]
   if problem := next((one.problem for one in programs if one.problem), None):
     raise jax.errors.JaxRuntimeError(problem)
@@ -406,12 +377,10 @@ def _attended(cfg: VLMConfig, name: str, shape: Shape | None) -> list[float]:
   """
   if shape is None or name in VISION:
     return [1.0] * cfg.vision.layers
-  around, frames = shape.samples * shape.prefix + shape.text, shape.frames
   if name == "round":  # of the last layer that scores, keys are enough
-    around, frames = rounds.PREFIX, rounds.usual(cfg, shape.frames)[0].frames
-  groups = frames * cfg.tokens_per_frame // cfg.lp_comp.group
-  counts = lp_comp.counts(cfg.lp_comp, cfg.llm.layers)[: _running(cfg, name)]
-  return [float(around + groups * count) ** 2 for count in counts]
+    frames = rounds.usual(cfg, shape.frames)[0].frames
+    shape = Shape(rows=1, samples=1, prefix=rounds.PREFIX, frames=frames, text=0)
+  return [float(n) ** 2 for n, _ in row_slots(cfg, shape)[: _running(cfg, name)]]
 
 
 def refused_bytes(message: str, arguments: float) -> float:

@@ -6,7 +6,6 @@ share a cell, which is a file of its own, so that the command goes on where it w
 """
 
 import concurrent.futures
-import concurrent.futures.process
 import dataclasses
 import json
 import multiprocessing
@@ -23,7 +22,6 @@ from xcomp_jax.config import ConfigError, Dtype, RunConfig
 from xcomp_jax.inference import rounds
 from xcomp_jax.model import kernels
 from xcomp_jax.parallel import chips
-from xcomp_jax.parallel.chips import Chip
 from xcomp_jax.plan import accounts, programs
 
 CARDS = ("h100", "h200", "b200", "a100-40", "a100-80", "l4", "a10g", "rtx4090", "t4")
@@ -31,7 +29,7 @@ MODELS = {
   "2B": "OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448",
   "7B": "OpenGVLab/VideoChat-Flash-Qwen2-7B_res448",
 }
-# frames sampled, of which `rounds.USUAL` keeps 512
+# frames sampled, of which KEPT are kept
 ASK = {
   "ask 256": 256,
   "ask 1,024": 1024,
@@ -55,8 +53,7 @@ SHARES = (
   0.75,
   0.9,
 )
-KEPT = 512  # frames
-STATE = ("parameters", "gradients", "optimizer state")
+KEPT = rounds.USUAL.frames
 LAYERS = 2  # compiled of all programs but the gradient step
 
 
@@ -72,7 +69,6 @@ def key(capability: tuple[int, int], model: str, job: str) -> str:
 
 def cell_stamp(config: RunConfig) -> str:
   """Gives all that a cell depends on beside its name; a cell with another stamp is made again."""
-  own = (MODELS, KEPT, LAYERS, programs.TOKENS, rounds.TEXT, jax.__version__, kernels.library())
   return repr(
     (
       config.model,
@@ -81,7 +77,13 @@ def cell_stamp(config: RunConfig) -> str:
       config.train,
       config.mesh,
       config.data.prefix_length,
-      *own,
+      MODELS,
+      KEPT,
+      LAYERS,
+      programs.TOKENS,
+      rounds.TEXT,
+      jax.__version__,
+      kernels.library(),
     )
   )
 
@@ -158,7 +160,7 @@ def made_cells(config: RunConfig, cells: Sequence[Cell]) -> Iterator[tuple[Cell,
       for cell in (cell for cell in cells if cell[0] == capability):
         try:
           yield cell, pool.submit(make_cell, config, *cell).result()
-        except concurrent.futures.process.BrokenProcessPool as error:
+        except concurrent.futures.BrokenExecutor as error:
           raise ConfigError(
             f"--fits: compiling {key(*cell)} died, probably for memory; the same command goes on",
             where="--fits",
@@ -214,7 +216,7 @@ def fits_table(
   )
 
 
-def _line(chip: Chip, model: str, cells: Mapping[Any, Mapping[str, Any]]) -> tuple[str, ...]:
+def _line(chip: chips.Chip, model: str, cells: Mapping[Any, Mapping[str, Any]]) -> tuple[str, ...]:
   """The words of a card and a model."""
   parts = dict.fromkeys(JOBS, ()) | {FRAMES: (FEATURES,)}  # beside a job's own cell
   row = [[cells[chip.capability, model, one] for one in (*parts[job], job)] for job in JOBS]
@@ -245,13 +247,13 @@ def bytes_per_card(cell: Mapping[str, Any], count: int) -> float:
     shared = sum(
       size
       for kind, size in memory.items()
-      if kind in STATE or (name == "apply" and kind == "temporaries")
+      if kind in programs.STATE or (name == "apply" and kind == "temporaries")
     )
     sizes.append(sum(memory.values()) + shared * (cell["cards"] / count - 1))
   return max(sizes)
 
 
-def verdict(chip: Chip, cells: Sequence[Mapping[str, Any]]) -> str:
+def verdict(chip: chips.Chip, cells: Sequence[Mapping[str, Any]]) -> str:
   """Says whether a job of these cells fits, in how many GB, on how many cards, and with how much of
   the memory for JAX.
   """

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 # --- the text
 # ----------------------------------------------------------------------------------------
@@ -20,7 +20,7 @@ class Op:
   """One operation.
 
   type: of its result. code: what it does. inside: what the parentheses hold; operands: the names in
-  it. attributes: what follows. root: whether its result is that of its computation.
+  it. attributes: what follows. root: None unless its result is that of its computation.
   """
 
   name: str
@@ -28,7 +28,7 @@ class Op:
   code: str
   inside: str
   attributes: str
-  root: bool
+  root: str | None
 
   @functools.cached_property
   def operands(self) -> list[str]:
@@ -44,7 +44,10 @@ class Op:
 Computation = dict[str, Op]
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_OP = re.compile(r" +(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)(.*)")
+_OP = re.compile(
+  r" +(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) "
+  r"(?P<code>[\w\-]+)\((?P<inside>[^)]*)\)(?P<attributes>.*)"
+)
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(
   r"(?:calls|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|\S+)"
@@ -70,41 +73,29 @@ def parse_text(text: str) -> tuple[dict[str, Computation], str]:
       current = computations[header[2]] = {}
       entry = header[2] if header[1] else entry
     elif op := _OP.match(line):
-      root, name, kind, code, inside, attributes = op.groups()
-      current[name] = Op(
-        name=name, type=kind, code=code, inside=inside, attributes=attributes, root=bool(root)
-      )
+      current[op["name"]] = Op(**op.groupdict())
   return computations, entry
 
 
-@dataclasses.dataclass
-class Runs:
-  """How often a computation runs. fused: only inside of fusions, which is no traffic."""
-
-  times: float = 0.0
-  fused: bool = True
-
-
-def count_runs(computations: Mapping[str, Computation], entry: str) -> dict[str, Runs]:
-  """Counts how often each computation runs, loops by their length."""
-  runs: dict[str, Runs] = collections.defaultdict(Runs)
-
-  def visit(name: str, times: float, fused: bool) -> None:
-    runs[name].times += times
-    runs[name].fused &= fused
-    for op in computations[name].values():
-      if op.code == "while":
-        condition = computations[op.attribute(r"condition=%?([\w.\-]+)")]
-        visit(op.attribute(r"body=%?([\w.\-]+)"), times * _trips(op, condition), fused)
-      elif op.code not in COMBINING:
-        names = re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(op.attributes)))
-        called = [name for name in names if name in computations]
-        each = len(called) if op.code == "conditional" else 1  # its branches count alike
-        for inner in called:
-          visit(inner, times / each, fused or op.code not in ("call", "conditional"))
-
-  visit(entry, 1.0, False)
-  return runs
+def called(
+  computations: Mapping[str, Computation], name: str, times: float = 1.0, fused: bool = False
+) -> Iterator[tuple[str, float, bool]]:
+  """Gives a computation that runs so many times and those that it calls, one for each call: how
+  often, loops by their length, and whether inside of a fusion, which is no traffic.
+  """
+  yield name, times, fused
+  for op in computations[name].values():
+    if op.code == "while":
+      condition = computations[op.attribute(r"condition=%?([\w.\-]+)")]
+      body = op.attribute(r"body=%?([\w.\-]+)")
+      yield from called(computations, body, times * _trips(op, condition), fused)
+    elif op.code not in COMBINING:
+      names = re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(op.attributes)))
+      inner = [name for name in names if name in computations]
+      each = len(inner) if op.code == "conditional" else 1  # its branches count alike
+      within = fused or op.code not in ("call", "conditional")
+      for name in inner:
+        yield from called(computations, name, times / each, within)
 
 
 def _trips(loop: Op, condition: Computation) -> int:
@@ -138,12 +129,9 @@ class Costs:
   of attention, "mosaic forward" and the like -> (calls, operations).
   """
 
-  hbm: float
-  collectives: dict[str, tuple[float, float]]
-  kernels: dict[str, tuple[float, float]]
-
-
-NOTHING = Costs(0.0, {}, {})
+  hbm: float = 0.0
+  collectives: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+  kernels: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 def read_costs(text: str) -> Costs:
@@ -158,20 +146,25 @@ def read_costs(text: str) -> Costs:
   in the jaxpr (`cost.count_flops`), and are 0 here.
   """
   computations, entry = parse_text(text)
+  runs: dict[str, float] = collections.defaultdict(float)
+  moving = set()
+  for name, times, fused in called(computations, entry):
+    runs[name] += times
+    moving |= set() if fused else {name}
   hbm, kernels = 0.0, {}
   sent: dict[tuple[str, ...], tuple[bool, float, float]] = {}
-  for name, runs in count_runs(computations, entry).items():
+  for name, times in runs.items():
     ops = computations[name]
     first = any("AsyncCollectiveStart" in op.attributes for op in ops.values())
     for op in ops.values():
-      if not runs.fused:
-        hbm += runs.times * _traffic(op, ops, computations)
+      if name in moving:
+        hbm += times * _traffic(op, ops, computations)
       if size := _bytes_sent(op, ops):
         channel = op.attribute(r"channel_id=(\d+)")
         key = (_collective(op), channel) if channel else (_collective(op), name, op.name)
-        sent[key] = max(sent.get(key, (False, 0.0, 0.0)), (first, runs.times, size))
+        sent[key] = max(sent.get(key, (False, 0.0, 0.0)), (first, times, size))
       if kernel := _kernel(op, ops):
-        _add(kernels, kernel[0], runs.times, runs.times * kernel[1])
+        _add(kernels, kernel[0], times, times * kernel[1])
   collectives: dict[str, tuple[float, float]] = {}
   for (kind, *_), (_, times, size) in sorted(sent.items()):
     _add(collectives, kind, times, times * size)
@@ -255,22 +248,21 @@ PASSED_ON = {
 
 def _traffic(op: Op, ops: Computation, computations: Mapping[str, Computation]) -> float:
   """Bytes of HBM that an operation outside of fusions reads and writes."""
-  code = op.code
   target = r'custom_call_target="(ConcatBitcast|Assume\w+|Async\w+|Sharding)"'
-  if code in NO_TRAFFIC or op.attribute(target):
+  if op.code in NO_TRAFFIC or op.attribute(target):
     return 0.0
   made = bytes_of(op.type, hbm=True)
   read = [bytes_of(ops[name].type, hbm=True) if name in ops else 0.0 for name in op.operands]
-  if code.endswith("-done"):
+  if op.code.endswith("-done"):
     return made
-  if code.endswith("-start"):
+  if op.code.endswith("-start"):
     # a slice on its way into vector memory
     return min(sum(read), bytes_of(op.type)) if "slice" in op.name else sum(read)
-  if code in SLICES:
+  if op.code in SLICES:
     return bytes_of(op.type) + made
-  if code == "dynamic-update-slice":
+  if op.code == "dynamic-update-slice":
     return 2 * read[1]
-  if code == "fusion":
+  if op.code == "fusion":
     inner = computations[op.attribute(r"calls=%?([\w.\-]+)")]
     return _fusion_reads(inner, read) + _fusion_writes(inner, op)
   return sum(read) + made
@@ -355,9 +347,8 @@ def _kernel(op: Op, ops: Computation) -> tuple[str, float] | None:
 
 def _matrices(kind: str) -> list[tuple[int, ...]]:
   """The shapes of a type's floating-point arrays of three sides or more."""
-  shapes = [
+  return [
     tuple(map(int, dims.split(",")))
     for name, dims, _ in _ARRAY.findall(kind)
-    if name in ("bf16", "f16", "f32") and dims
+    if name in ("bf16", "f16", "f32") and dims.count(",") >= 2
   ]
-  return [shape for shape in shapes if len(shape) > 2]

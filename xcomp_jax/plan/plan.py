@@ -35,8 +35,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from xcomp_jax.checkpoints import loading
-from xcomp_jax.checkpoints.finding import resolve
+from xcomp_jax.checkpoints import finding, loading
 from xcomp_jax.cli import command
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check_trained
 from xcomp_jax.config_io import from_command_line
@@ -47,9 +46,8 @@ from xcomp_jax.files import expanduser, path_of
 from xcomp_jax.parallel.mesh import LOGICAL, PARAMETERS, path_name
 from xcomp_jax.plan import fits, programs
 from xcomp_jax.plan.accounts import ProgramAccount, account_program
-from xcomp_jax.plan.describe import describe_program, size_text, step_lines
+from xcomp_jax.plan.describe import describe_program, problems, size_text, step_lines
 from xcomp_jax.plan.programs import NAMES, TRAINING, ProgramPlan, bytes_held
-from xcomp_jax.plan.remedies import problems
 from xcomp_jax.plan.table import read_lengths, run_table
 from xcomp_jax.training.prepare import open_data
 
@@ -161,7 +159,7 @@ def stored_lengths(config: RunConfig, cfg: VLMConfig, store: str) -> list[Length
   """
   data = open_data(store, cfg)
   return measure_lengths(
-    data, loading.read_tokenizer(resolve(config.init_from), cfg), config.data.mask
+    data, loading.read_tokenizer(finding.resolve(config.init_from), cfg), config.data.mask
   )
 
 

@@ -3,12 +3,13 @@
 Those of a topology come from the TPU's or GPU's compiler, without a TPU or GPU.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +22,10 @@ from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.config import ConfigError, MeshConfig, RunConfig, VLMConfig, check_run
 from xcomp_jax.data import blend, packing
 from xcomp_jax.data.batch import Batch, Clips, Length, Shape, batch_spec
-from xcomp_jax.data.packing import Lengths, Micro
 from xcomp_jax.errors import one_line
 from xcomp_jax.inference import generate, rounds
-from xcomp_jax.model import lp_comp, vlm
+from xcomp_jax.model import vlm
 from xcomp_jax.parallel import chips, roofline
-from xcomp_jax.parallel.chips import Chip
 from xcomp_jax.parallel.mesh import (
   batch_devices,
   batch_sharding,
@@ -38,14 +37,14 @@ from xcomp_jax.parallel.mesh import (
   row_groups,
 )
 from xcomp_jax.plan import absent
-from xcomp_jax.training import forecast, optim, steps
-from xcomp_jax.training.costs import MeshCosts
+from xcomp_jax.training import costs, forecast, optim, steps
 
 TRAINING = ("gradient", "tower", "apply", "evaluation")
 ROUNDS = ("round", "question")
 VISION = ("tower", "encode")  # those of the tower
 ASKING = ("encode", "prefill", *ROUNDS, "decode")
 NAMES = (*TRAINING, *ASKING)
+STATE = ("parameters", "gradients", "optimizer state")  # memory that devices share
 ROOM = 64  # tokens to answer that prefill makes room for
 FRAMES, TOKENS = 1024, 512  # of a sample, where nothing is known of the data
 # has the config.json of released checkpoints, by hub id
@@ -69,9 +68,9 @@ class ProgramPlan:
   device: roofline.Device
   shapes: tuple[Shape, ...]
   effort: float
-  lengths: Lengths
-  steps: Sequence[Sequence[Micro]]
-  costs: MeshCosts
+  lengths: packing.Lengths
+  steps: Sequence[Sequence[packing.Micro]]
+  costs: costs.MeshCosts
 
 
 # --- what is asked for
@@ -103,7 +102,7 @@ def topology(name: str) -> list[Any]:
   return _tpus(name)
 
 
-def _gpus(name: str, chip: Chip) -> list[Any]:
+def _gpus(name: str, chip: chips.Chip) -> list[Any]:
   found = re.fullmatch(r"(?:(\d+)x)?([1-8])", name.partition(":")[2])
   if not found or found[1] == "0":
     raise ConfigError(
@@ -130,13 +129,9 @@ def _gpus(name: str, chip: Chip) -> list[Any]:
 def _tpus(name: str) -> list[Any]:
   # Outside of a Google cloud nothing answers libtpu's questions; nothing here touches a TPU, so its
   # lock is not needed.
-  quiet = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }
-  for key, value in quiet.items():
-    os.environ.setdefault(key, value)
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   try:
     import libtpu  # noqa: F401
   except ImportError as error:
@@ -189,13 +184,6 @@ def cut(cfg: VLMConfig, layers: int, count: int) -> VLMConfig:
   )
 
 
-def slots(cfg: VLMConfig, shape: Shape) -> int:
-  """Counts the token slots of a row in all layers."""
-  groups = shape.frames * cfg.tokens_per_frame // cfg.lp_comp.group
-  around = shape.samples * shape.prefix + shape.text
-  return sum(around + groups * count for count in lp_comp.counts(cfg.lp_comp, cfg.llm.layers))
-
-
 def make(
   config: RunConfig,
   where: str | Sequence[Any] | None,
@@ -203,7 +191,7 @@ def make(
   layers: int | None = None,
   frames: int | None = None,
   text: int | None = None,
-  lengths: Lengths | None = None,
+  lengths: packing.Lengths | None = None,
   like: Sequence[Any] | None = None,
   effort: float = 0.0,
 ) -> ProgramPlan:
@@ -237,25 +225,23 @@ def make(
   schedule = forecast.schedule_run(seen, full, lengths, like or devices)
   mesh = make_mesh(MeshConfig(*schedule.mesh), devices)
   row_groups(mesh)  # refuses what training would
-  packed = packing.pack_steps(lengths, order, schedule.shapes, schedule.costs)
-  device = roofline.device_of(like or devices)
   return ProgramPlan(
     config=config,
     full=full,
     layers=layers,
     mesh=mesh,
-    device=device,
+    device=roofline.device_of(like or devices),
     shapes=schedule.shapes,
     effort=effort,
     lengths=lengths,
-    steps=packed,
+    steps=packing.pack_steps(lengths, order, schedule.shapes, schedule.costs),
     costs=schedule.costs,
   )
 
 
 def _assumed(
   config: RunConfig, cfg: VLMConfig, devices: int, frames: int | None, text: int | None
-) -> tuple[RunConfig, Lengths]:
+) -> tuple[RunConfig, packing.Lengths]:
   """Closes what a config leaves open, and assumes samples that fill a row each, for a step.
 
   Raises:
@@ -285,7 +271,8 @@ def _assumed(
 
 def asked_programs(plan: ProgramPlan, names: Sequence[str]) -> list[tuple[str, Shape | None]]:
   """Lists programs of these names, with the shape of what each takes."""
-  most = max(plan.shapes, key=lambda shape: (slots(plan.full, shape), shape))
+  slots = {shape: sum(n for n, _ in costs.row_slots(plan.full, shape)) for shape in plan.shapes}
+  most = max(plan.shapes, key=lambda shape: (slots[shape], shape))
   prompts = dataclasses.replace(most, rows=batch_devices(plan.mesh), samples=1)
   shapes = {"gradient": plan.shapes, "evaluation": plan.shapes} | dict.fromkeys(ASKING, (prompts,))
   # which tokens stay depends on the question there
@@ -297,7 +284,8 @@ def asked_programs(plan: ProgramPlan, names: Sequence[str]) -> list[tuple[str, S
 
 def batch_of(plan: ProgramPlan, cfg: VLMConfig, shape: Shape) -> Batch:
   """Makes a micro-batch of ShapeDtypeStructs with shardings."""
-  return _placed(plan, batch_spec(shape, ((cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)))
+  spec = batch_spec(shape, ((cfg.tokens_per_frame, cfg.vision.width), cfg.dtype))
+  return _placed(spec, steps.batch_shardings(spec, plan.mesh))
 
 
 def clips_of(plan: ProgramPlan, cfg: VLMConfig, shape: Shape) -> tuple[Clips, ...]:
@@ -307,14 +295,19 @@ def clips_of(plan: ProgramPlan, cfg: VLMConfig, shape: Shape) -> tuple[Clips, ..
   each = cfg.clip_frames if shape.frames > 1 else 1
   clips, side = (shape.rows, shape.frames // each), cfg.vision.image_size
   frames = jax.ShapeDtypeStruct((*clips, each, side, side, 3), np.dtype(np.uint8))
-  return (_placed(plan, Clips(frames, jax.ShapeDtypeStruct(clips, np.dtype(np.int32)))),)
+  spec = Clips(frames, jax.ShapeDtypeStruct(clips, np.dtype(np.int32)))
+  return (_placed(spec, steps.batch_shardings(spec, plan.mesh)),)
 
 
-def _placed(plan: ProgramPlan, spec: Any) -> Any:
-  def one(leaf, at):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
-
-  return jax.tree.map(one, spec, steps.batch_shardings(spec, plan.mesh))
+def _placed(tree: Any, at: Any, dtype: Any = None) -> Any:
+  """ShapeDtypeStructs of a tree's leaves, where `at` says, a sharding or a tree of them; dtype:
+  None: their own.
+  """
+  return jax.tree.map(
+    lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=at),
+    tree,
+    jax.tree.broadcast(at, tree),
+  )
 
 
 def abstract_training(
@@ -324,10 +317,19 @@ def abstract_training(
   tx = optim.optimizer(plan.config.optim, 1000)
   graph, state = steps.abstract_state(plan.config, cfg, tx, plan.mesh)
   number = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(plan.mesh))
-  grads = jax.tree.map(
-    lambda p: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=p.sharding), state.trained
-  )
+  grads = jax.tree.map(lambda p: p.update(dtype=np.float32), state.trained)
   return tx, graph, state, steps.Sums(grads, number, number, number)
+
+
+@contextlib.contextmanager
+def inside(plan: ProgramPlan) -> Generator[None]:
+  """The devices, the mesh and the precision that training has."""
+  with (
+    absent.computing_on(list(plan.mesh.devices.flat)),
+    jax.set_mesh(plan.mesh),
+    jax.default_matmul_precision("highest" if plan.full.dtype == "float32" else None),
+  ):
+    yield
 
 
 class Traced(NamedTuple):
@@ -343,10 +345,11 @@ class Traced(NamedTuple):
 
 
 def trace_program(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced:
-  """Traces a program for the mesh."""
-  if shape is not None and name in ASKING:
-    return _asking(plan, cfg, name, shape)
-  return _training(plan, cfg, name, shape)
+  """Traces a program for the mesh, `inside` the plan."""
+  with inside(plan):
+    if shape is not None and name in ASKING:
+      return _asking(plan, cfg, name, shape)
+    return _training(plan, cfg, name, shape)
 
 
 def _training(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None) -> Traced:
@@ -363,16 +366,8 @@ def _training(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None)
   if name == "apply":
     return Traced(compiled.apply.trace(tx, state, sums), memory | optimizer, {})
   if name == "tower":
-    one, side = replicated(plan.mesh), cfg.vision.image_size
     part = state.frozen if "vision" in state.frozen else state.trained
-    tower = jax.tree.map(
-      lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=one), part["vision"]
-    )
-    frames = jax.ShapeDtypeStruct(
-      (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, side, side, 3),
-      np.dtype(np.uint8),
-      sharding=clip_sharding(plan.mesh),
-    )
+    tower, frames = _placed(part["vision"], replicated(plan.mesh)), _chunk(plan, cfg)
     given = {"tower": bytes_held(tower), "clips": bytes_held(frames)}
     beside = memory | optimizer | {"next clips": bytes_held(frames), "features": waiting(plan, cfg)}
     return Traced(compiled.encode.trace(tower, frames), given, beside)
@@ -397,56 +392,52 @@ def _asking(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape) -> Trace
   group.
   """
   graph, params = nnx.split(loading.abstract(cfg))
-  at, dtype = param_shardings(params, plan.mesh), np.dtype(cfg.dtype)
-  params = jax.tree.map(lambda p, at: jax.ShapeDtypeStruct(p.shape, dtype, sharding=at), params, at)
-  memory, size = {"parameters": bytes_held(params)}, cfg.vision.image_size
+  dtype = np.dtype(cfg.dtype)
+  params = _placed(params, param_shardings(params, plan.mesh), dtype)
 
-  def split(tree):
-    return jax.tree.map(lambda a: _rows(plan, a, shape.rows), tree)
+  def traced(run: Callable[..., Any], kind: str, given: Any, donated: tuple[int, ...] = ()):
+    program = jax.jit(run, donate_argnums=donated).trace(params, given)
+    return Traced(program, {"parameters": bytes_held(params), kind: bytes_held(given)}, {})
+
+  def split(leaf):  # over row groups, where the first axis is of rows
+    of_rows = leaf.ndim and leaf.shape[0] % shape.rows == 0
+    return _placed(leaf, batch_sharding(plan.mesh) if of_rows else replicated(plan.mesh))
+
+  def prefill(params, batch):
+    return generate.prefill(nnx.merge(graph, params), batch, ROOM)
+
+  def decode(params, state):
+    sampling = generate.Sampling(1, (0,))
+    return generate.decode_tokens(nnx.merge(graph, params), state, sampling, generate.STREAM)
 
   if name == "encode":
-    frames = (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, size, size, 3)
-    clips = jax.ShapeDtypeStruct(frames, np.dtype(np.uint8), sharding=clip_sharding(plan.mesh))
-    run = jax.jit(lambda params, clips: vlm.encode_frames(nnx.merge(graph, params), clips))
-    return Traced(run.trace(params, clips), memory | {"clips": bytes_held(clips)}, {})
-  batch = batch_of(plan, cfg, shape)
-  prefill = jax.jit(lambda params, batch: generate.prefill(nnx.merge(graph, params), batch, ROOM))
-  if name == "prefill":
-    return Traced(prefill.trace(params, batch), memory | {"batch": bytes_held(batch)}, {})
-  if name == "decode":
-    state = split(prefill.eval_shape(params, batch))
-    sampling = generate.Sampling(1, (0,))
-
-    def run(params, state):
-      return generate.decode_tokens(nnx.merge(graph, params), state, sampling, generate.STREAM)
-
-    return Traced(
-      jax.jit(run, donate_argnums=1).trace(params, state),
-      memory | {"caches": bytes_held(state)},
-      {},
+    return traced(
+      lambda params, clips: vlm.encode_frames(nnx.merge(graph, params), clips),
+      "clips",
+      _chunk(plan, cfg),
     )
+  batch = batch_of(plan, cfg, shape)
+  if name == "prefill":
+    return traced(prefill, "batch", batch)
+  if name == "decode":
+    state = jax.eval_shape(prefill, params, batch)
+    return traced(decode, "caches", jax.tree.map(split, state), donated=(1,))
   of, rows = rounds.usual(cfg, shape.frames)
   rows, clips = shape.rows * rows, of.frames // cfg.clip_frames
   watch, score = rounds.scoring(graph, of, rounds.USUAL, rows, clip_frames=cfg.clip_frames)
-  features = split(
-    jax.ShapeDtypeStruct(
-      (rows, clips, cfg.clip_frames * cfg.tokens_per_frame, cfg.vision.width), dtype
-    )
-  )
+  tokens = cfg.clip_frames * cfg.tokens_per_frame
+  features = split(jax.ShapeDtypeStruct((rows, clips, tokens, cfg.vision.width), dtype))
   if name == "round":
-    return Traced(
-      jax.jit(watch).trace(params, features), memory | {"features": bytes_held(features)}, {}
-    )
-  caches = split(jax.eval_shape(watch, params, features))
-  return Traced(jax.jit(score).trace(params, caches), memory | {"caches": bytes_held(caches)}, {})
+    return traced(watch, "features", features)
+  caches = jax.eval_shape(watch, params, features)
+  return traced(score, "caches", jax.tree.map(split, caches))
 
 
-def _rows(plan: ProgramPlan, leaf: Any, rows: int) -> Any:
-  """A ShapeDtypeStruct whose first axis, if it is of rows, is split over row groups."""
-  at = (
-    batch_sharding(plan.mesh) if leaf.ndim and leaf.shape[0] % rows == 0 else replicated(plan.mesh)
-  )
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+def _chunk(plan: ProgramPlan, cfg: VLMConfig) -> Any:
+  """Clips of the tower at once, on all devices."""
+  side = cfg.vision.image_size
+  shape = (cfg.clips_per_chunk * plan.mesh.size, cfg.clip_frames, side, side, 3)
+  return jax.ShapeDtypeStruct(shape, np.dtype(np.uint8), sharding=clip_sharding(plan.mesh))
 
 
 def waiting(plan: ProgramPlan, cfg: VLMConfig) -> float:

@@ -12,32 +12,12 @@ from xcomp_jax import inputs
 from xcomp_jax.config import ConfigError, RunConfig, VLMConfig, check_run, check_trained
 from xcomp_jax.data import blend, packing
 from xcomp_jax.data.batch import Shape
-from xcomp_jax.data.packing import Lengths
 from xcomp_jax.parallel.mesh import AXES
 from xcomp_jax.progress import progress
 from xcomp_jax.training import forecast
 
 MOST = 100_000  # frames or tokens of a sample
 PREFIX = 14  # tokens of the chat header
-COLUMNS = (
-  "devices",
-  "batch",
-  "mesh",
-  "data",
-  "micro-batches",
-  "tower",
-  "LLM",
-  "all",
-  "programs",
-  "s a step",
-  "of real work",
-  "and links",
-  "bound by",
-  "steps",
-  "hours",
-  "chip-hours",
-  "fits",
-)
 
 
 def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
@@ -76,12 +56,15 @@ def read_lengths(file: pathlib.Path, cfg: VLMConfig) -> np.ndarray:
     f"frames of a clip, text whole numbers from 1, both at most {MOST:,}",
     problems,
   )
-  f, t = np.array(frames), np.array(text)
+  f = np.array(frames)
   before = np.where(f > 0, PREFIX, 0)
-  return np.stack([f, np.where(f > 1, cfg.clip_frames, 1), before, t + PREFIX - before], 1)
+  each = np.where(f > 1, cfg.clip_frames, 1)
+  return np.stack([f, each, before, np.array(text) + PREFIX - before], 1)
 
 
-def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str, chip: str) -> str:
+def run_table(
+  config: RunConfig, cfg: VLMConfig, lengths: packing.Lengths, devices: str, chip: str
+) -> str:
   """Makes the table of a run on these samples.
 
   A step has a sample for each device, if the config has fewer and there are as many.
@@ -107,7 +90,7 @@ def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str,
       value=devices,
     )
   forecast.chips(chip, 1)  # refuses unknown ones
-  lines, notes, refused = [COLUMNS], [], []
+  rows, notes, refused = [], [], []
   for count in progress(counts, desc="planning", unit="mesh", leave=False):
     size = max(config.train.batch_size, count if count <= len(lengths) else 0)
     some = dataclasses.replace(config.train, batch_size=size)
@@ -133,35 +116,35 @@ def run_table(config: RunConfig, cfg: VLMConfig, lengths: Lengths, devices: str,
     for pixels in (True, False):
       a = forecast.account(plan, steps, lengths, pixels)
       hours = a.step * total / 3600
-      mesh = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, a.mesh) if size > 1) or "1"
-      lines.append(
-        (
-          f"{count}",
-          f"{a.batch_size}",
-          mesh,
-          "frames" if pixels else "features",
-          f"{a.micro_batches:.2f}",
-          f"{a.tower:.3f}" if pixels else "-",
-          f"{a.llm:.3f}",
-          f"{a.all:.3f}",
-          f"{a.programs}",
-          f"{a.step:.3f}",
-          f"{a.step / a.alone:.2f} x",
-          f"{a.step / a.linked:.2f} x",
-          a.bound,
-          f"{total:,}",
-          f"{hours:.2f}",
-          f"{hours * count:,.1f}",
-          fits,
-        )
+      mesh = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, a.mesh) if size > 1)
+      rows.append(
+        {
+          "devices": f"{count}",
+          "batch": f"{a.batch_size}",
+          "mesh": mesh or "1",
+          "data": "frames" if pixels else "features",
+          "micro-batches": f"{a.micro_batches:.2f}",
+          "tower": f"{a.tower:.3f}" if pixels else "-",
+          "LLM": f"{a.llm:.3f}",
+          "all": f"{a.all:.3f}",
+          "programs": f"{a.programs}",
+          "s a step": f"{a.step:.3f}",
+          "of real work": f"{a.step / a.alone:.2f} x",
+          "and links": f"{a.step / a.linked:.2f} x",
+          "bound by": a.bound,
+          "steps": f"{total:,}",
+          "hours": f"{hours:.2f}",
+          "chip-hours": f"{hours * count:,.1f}",
+          "fits": fits,
+        }
       )
-  if len(refused) == len(counts):
+  if not rows:
     raise refused[-1]
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  made = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+  widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
   return "\n".join(
     [
-      *made,
+      "  ".join(column.rjust(width) for column, width in widths.items()),
+      *("  ".join(row[column].rjust(width) for column, width in widths.items()) for row in rows),
       "",
       "shapes: rows x (samples, frames, text tokens); a row is split over `context`",
       *notes,
