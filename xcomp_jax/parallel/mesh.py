@@ -198,7 +198,7 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
 def _rules(path: str, shape: Sequence[int]) -> list[tuple[str | None, ...]]:
   found = [axes for pattern, axes in PARAMETERS if re.search(rf"(^|/){pattern}$", path)]
   if not found:
-    raise RuleError(f"parameter {path} has no rule in sharding.PARAMETERS; add one", where=path)
+    raise RuleError(f"parameter {path} has no rule in mesh.PARAMETERS; add one", where=path)
   for axes in found:
     if len(axes) > len(shape):
       raise RuleError(

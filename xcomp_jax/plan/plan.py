@@ -83,7 +83,7 @@ def unsplit(state: Any, mesh: Mesh) -> dict[str, str]:
       n, name = parts[could[0]], path_name(path)
       found[name] = (
         f"{name} {list(leaf.shape)} takes {size_text(size)} on every device, and would take "
-        f"{size_text(size / n)} if {could[0]} = {n} split it; give it a rule in sharding.PARAMETERS"
+        f"{size_text(size / n)} if {could[0]} = {n} split it; give it a rule in mesh.PARAMETERS"
       )
   return found
 
