@@ -8,7 +8,6 @@ benchmark. A part writes what it finds at once, so a check that is cut short has
 ends with exit code 1 if a number is wrong or a part fails. It needs a clone of the repository.
 """
 
-import argparse
 import dataclasses
 import functools
 import os
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from flax import nnx
 
 from xcomp_jax import cli, files
 from xcomp_jax.bench import bench, parts
+from xcomp_jax.bench.options import command_parser
 from xcomp_jax.bench.timing import seconds_of
 from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
 from xcomp_jax.errors import one_line
@@ -44,8 +44,7 @@ MEASURED = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(NamedTuple):
   """A shape of attention: [batch, slots, heads, size].
 
   heads: of queries, and of keys. prompt: causal, and the samples have other lengths and holes, and
@@ -56,8 +55,8 @@ class Case:
   batch: int
   slots: int
   heads: tuple[int, int]
-  size: int
-  prompt: bool
+  size: int = 128
+  prompt: bool = True
   dtype: str = "bfloat16"
 
   @property
@@ -66,34 +65,22 @@ class Case:
     return "highest" if self.dtype == "float32" else None
 
 
-def _case(
-  name: str,
-  batch: int,
-  slots: int,
-  heads: tuple[int, int],
-  size: int = 128,
-  prompt: bool = True,
-  **more,
-) -> Case:
-  return Case(name=name, batch=batch, slots=slots, heads=heads, size=size, prompt=prompt, **more)
-
-
 CASES = (
-  _case("clip of 8 frames, 448 px", 1, 6272, (16, 16), 64, False),
-  _case("prefill of 256 frames after a prefix of 14", 3, 14 + 256 * 16 + 96, (12, 2)),
-  _case("clip of 8 frames, 224 px", 4, 1568, (16, 16), 64, False),
-  _case("clip of 4 frames, 448 px", 1, 3136, (16, 16), 64, False),
-  _case("clip of InternVideo2", 4, 1025, (16, 16), 88, False),
-  _case("images", 8, 16 + 16 + 1007, (12, 2)),
-  _case("7B", 2, 2062, (28, 4)),
-  _case("prefill in float32", 2, 1134, (12, 2), dtype="float32"),
-  _case("clip in float32", 1, 1568, (16, 16), 64, False, dtype="float32"),
-  _case("prefill in float16", 2, 1134, (12, 2), dtype="float16"),
+  Case("clip of 8 frames, 448 px", 1, 6272, (16, 16), 64, False),
+  Case("prefill of 256 frames after a prefix of 14", 3, 14 + 256 * 16 + 96, (12, 2)),
+  Case("clip of 8 frames, 224 px", 4, 1568, (16, 16), 64, False),
+  Case("clip of 4 frames, 448 px", 1, 3136, (16, 16), 64, False),
+  Case("clip of InternVideo2", 4, 1025, (16, 16), 88, False),
+  Case("images", 8, 16 + 16 + 1007, (12, 2)),
+  Case("7B", 2, 2062, (28, 4)),
+  Case("prefill in float32", 2, 1134, (12, 2), dtype="float32"),
+  Case("clip in float32", 1, 1568, (16, 16), 64, False, dtype="float32"),
+  Case("prefill in float16", 2, 1134, (12, 2), dtype="float16"),
 )
 SMALL = (
-  _case("small clip", 2, 130, (4, 4), 64, False),
-  _case("small prefill", 3, 142, (4, 2), 64),
-  _case("small prefill in float32", 3, 142, (4, 2), 64, dtype="float32"),
+  Case("small clip", 2, 130, (4, 4), 64, False),
+  Case("small prefill", 3, 142, (4, 2), 64),
+  Case("small prefill in float32", 3, 142, (4, 2), 64, dtype="float32"),
 )
 
 
@@ -144,28 +131,16 @@ def program(
   return run
 
 
-@dataclasses.dataclass(frozen=True)
-class Oracle:
-  """What implementations of a case are compared with.
-
-  inputs: q, k, v. oracle: what einsum gives in float32. own: what it gives in the case's dtype.
-  """
-
-  inputs: tuple[jax.Array, ...]
-  oracle: Any
-  own: Any
-
-
 @functools.cache
-def prepared(case: Case) -> Oracle:
-  """Draws the inputs of a case, and computes it by einsum."""
+def prepared(case: Case) -> tuple[tuple[jax.Array, ...], Any, Any]:
+  """Draws a case's q, k and v, and computes it by einsum: in float32, and in its own dtype."""
   shape = (case.batch, case.slots)
   inputs = tuple(
     jax.random.normal(jax.random.key(i), (*shape, heads, case.size), jnp.dtype(case.dtype))
     for i, heads in enumerate((*case.heads, case.heads[1]))
   )
   oracle = program(case, "einsum", "highest")(*(x.astype(jnp.float32) for x in inputs))
-  return Oracle(inputs, oracle, program(case, "einsum", case.precision)(*inputs))
+  return inputs, oracle, program(case, "einsum", case.precision)(*inputs)
 
 
 def compare_implementation(
@@ -179,16 +154,16 @@ def compare_implementation(
     "result" and "gradient": distances from it, and those of einsum in the same dtype; "result
     right", "gradient right", "right": they are not much larger; "seconds": of both together.
   """
-  made = prepared(case)
+  inputs, oracle, by_einsum = prepared(case)
   run = program(case, implementation, case.precision, attend)
-  got = run(*made.inputs)
+  got = run(*inputs)
   out: dict[str, Any] = {}
   for i, part in enumerate(("result", "gradient")):
-    apart, own = distance(got[i], made.oracle[i]), distance(made.own[i], made.oracle[i])
+    apart, own = distance(got[i], oracle[i]), distance(by_einsum[i], oracle[i])
     most = 2 * own + (1e-5 if case.dtype == "float32" else 1e-3)
     out |= {part: apart, f"{part} by einsum": own, f"{part} right": apart <= most}
   return out | {
-    "seconds": statistics.median(seconds_of(lambda: run(*made.inputs)) for _ in range(5)),
+    "seconds": statistics.median(seconds_of(lambda: run(*inputs)) for _ in range(5)),
     "right": out["result right"] and out["gradient right"],
   }
 
@@ -219,7 +194,7 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
     for case in SMALL if small else CASES:
       # what such a card takes instead
       if case.dtype == "bfloat16" and card.float16 and not card.bfloat16:
-        case = dataclasses.replace(case, dtype="float16")
+        case = case._replace(dtype="float16")
       if kernels.unusable(implementation, card, kernels.library(), case.dtype) or (
         implementation == "cudnn" and case.prompt
       ):
@@ -232,9 +207,7 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
       right &= not wrong
       found[f"{implementation}: {case.name}"] = row
       files.write_json(out / "kernels.json", found, indent=1)
-      figures = ", ".join(
-        f"{key} {value:.2g}" for key, value in row.items() if type(value) is float
-      )
+      figures = ", ".join(f"{key} {x:.2g}" for key, x in row.items() if type(x) is float)
       print(
         f"{'WRONG' if wrong else 'right' if row['right'] else 'no'}  {implementation}: "
         f"{case.name}: {row.get('error') or figures}",
@@ -322,9 +295,15 @@ def stages(out: pathlib.Path, small: bool) -> Stages:
     preset = f"--preset={'smoke' if small else 'gpu'}"
     return run("bench", preset, *where, "--only", group, *() if small else more)
 
-  ask = [f"--checkpoint={ROOT / 'assets' / 'tiny'}", f"--video={world / 'heldout' / '00000.mp4'}"]
-  ask += ["--question=Which digit was shown?", "--min-frames=8", "--max-frames=32"]
-  ask += ["--compilation-cache=", "--attention=flash"]
+  ask = [
+    f"--checkpoint={ROOT / 'assets' / 'tiny'}",
+    f"--video={world / 'heldout' / '00000.mp4'}",
+    "--question=Which digit was shown?",
+    "--min-frames=8",
+    "--max-frames=32",
+    "--compilation-cache=",
+    "--attention=flash",
+  ]
   recorded = ("internvideo2_tiny",) if small else ("internvideo2_tiny", "dev")
   return {
     "kernels": mine("kernels"),
@@ -387,25 +366,20 @@ def supervise(out: pathlib.Path, minutes: float, parts: Stages) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(
-    prog="python -m xcomp_jax.gpu_check", description=__doc__.splitlines()[0]
-  )
-  parser.add_argument("--out", type=files.path_of, required=True, help="folder of results")
-  parser.add_argument(
-    "--minutes",
-    type=float,
-    default=8.0,
-    help="for all parts together (8); the benchmark takes what the others leave",
-  )
-  parser.add_argument(
-    "--small", action="store_true", help="tiny sizes, to try the check itself without a GPU"
-  )
-  parser.add_argument(
-    "--stage",
-    choices=("kernels", "step"),
-    help="what the check itself starts: one part, in this process",
-  )
-  args = parser.parse_args(argv)
+  time_of_all = "for all parts together (8); the benchmark takes what the others leave"
+  options = {
+    "--out": {"type": files.path_of, "required": True, "help": "folder of results"},
+    "--minutes": {"type": float, "default": 8.0, "help": time_of_all},
+    "--small": {
+      "action": "store_true",
+      "help": "tiny sizes, to try the check itself without a GPU",
+    },
+    "--stage": {
+      "choices": ("kernels", "step"),
+      "help": "what the check itself starts: one part, in this process",
+    },
+  }
+  args = command_parser("gpu_check", __doc__, options).parse_args(argv)
   with cli.command():
     if args.minutes <= 0:
       raise ValueError(f"--minutes {args.minutes:g}: must be more than 0")

@@ -6,7 +6,6 @@ python -m xcomp_jax.bench_load random --like DIR --out DIR
 python -m xcomp_jax.bench_load load --checkpoint DIR
 """
 
-import argparse
 import pathlib
 import shutil
 import threading
@@ -17,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from xcomp_jax.bench.options import command_parser, figures
 from xcomp_jax.bench.timing import timed
 from xcomp_jax.checkpoints import saving, tensor_files, tensor_names
 from xcomp_jax.checkpoints.finding import resolve
@@ -24,7 +24,7 @@ from xcomp_jax.checkpoints.loading import load_model
 from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.cli import command
-from xcomp_jax.files import expanduser
+from xcomp_jax.files import expanduser, path_of
 
 
 def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
@@ -107,24 +107,21 @@ def _anonymous() -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(
-    prog="python -m xcomp_jax.bench_load", description=__doc__.splitlines()[0]
-  )
-  commands = parser.add_subparsers(dest="command", required=True)
-  random = commands.add_parser("random", help="write a checkpoint of random weights")
-  random.add_argument("--like", type=expanduser, required=True, help="a directory with config.json")
-  random.add_argument("--out", type=expanduser, required=True, help="directory to be made")
-  loading = commands.add_parser("load", help="measure loading")
-  loading.add_argument(
-    "--checkpoint",
-    type=expanduser,
-    required=True,
-    help="a directory with config.json and weights",
-  )
-  args = parser.parse_args(argv)
+  folder = {"type": path_of, "required": True}
+  like = folder | {"help": "a directory with config.json"}
+  out = folder | {"help": "directory to be made"}
+  stored = {
+    "type": expanduser,
+    "required": True,
+    "help": "a directory with config.json and weights",
+  }
+  commands = {
+    "random": ("write a checkpoint of random weights", {"--like": like, "--out": out}),
+    "load": ("measure loading", {"--checkpoint": stored}),
+  }
+  args = command_parser("bench_load", __doc__, {}, commands).parse_args(argv)
   with command():
     if args.command == "random":
-      random_checkpoint(pathlib.Path(args.like), pathlib.Path(args.out))
-      return
-    for name, value in measured_loading(resolve(args.checkpoint)).items():
-      print(f"{name:>26} {value:10.3f}")
+      random_checkpoint(args.like, args.out)
+    else:
+      print(figures(measured_loading(resolve(args.checkpoint))))

@@ -23,10 +23,12 @@ from xcomp_jax.config import (
   MeshConfig,
   ModelConfig,
   OptimConfig,
+  SelectConfig,
   VisionConfig,
   VLMConfig,
 )
 from xcomp_jax.data.batch import Length, Shape, batch_spec, fake_batch
+from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.inference import generate
 from xcomp_jax.inference.rounds import PREFIX, scoring
 from xcomp_jax.model import qc_comp, qwen2, token_merging, vlm
@@ -149,9 +151,8 @@ def _array(real: bool, shape: tuple[int, ...], dtype: Any) -> Any:
   """Random numbers, or their shape alone: 8,192 frames are 5 GB."""
   if not real:
     return jax.ShapeDtypeStruct(shape, dtype)
-  if np.dtype(dtype) == np.uint8:
-    return jax.jit(lambda: jax.random.bits(jax.random.key(0), shape, np.uint8))()
-  return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype))()
+  draw = jax.random.bits if np.dtype(dtype) == np.uint8 else jax.random.normal
+  return jax.jit(lambda: draw(jax.random.key(0), shape, dtype))()
 
 
 def _ones(function: Callable, *args) -> Any:
@@ -198,12 +199,8 @@ def prefill_part(
   """Prefill of given visual tokens and `text` tokens: every layer's cache, and the next token's
   logits.
   """
-  cfg = without_tower(cfg)
-  cfg = (
-    cfg
-    if compressed
-    else dataclasses.replace(cfg, lp_comp=dataclasses.replace(COSINE, keep="none"))
-  )
+  lp_comp = cfg.lp_comp if compressed else dataclasses.replace(COSINE, keep="none")
+  cfg = dataclasses.replace(without_tower(cfg), lp_comp=lp_comp)
   graph, state = _random(cfg, real)
   after, groups = text - PREFIX, frames * cfg.tokens_per_frame // cfg.lp_comp.group
 
@@ -246,12 +243,11 @@ def decoding_part(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: 
   )
   # all of it for every token
   held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))
-  made = tokens * answers
   return Part(
     run=decode_function(cfg, tokens),
     args=(begun.args[0], state),
-    flops=made * useful,
-    amount=made,
+    flops=tokens * answers * useful,
+    amount=tokens * answers,
     unit="tokens",
     bytes=float(tokens * held),
   )
@@ -262,13 +258,31 @@ def selecting(cfg: VLMConfig, mode: str, frames: int, real: bool = True) -> tupl
   calls of each.
   """
   cfg, setting = without_tower(cfg), qc_comp.select_config(mode, 8)
-  graph, state = _random(cfg, real)
   plan = qc_comp.plan_rounds(frames, 8, setting)
-  rows, clips = max(1, setting.round // plan.frames), plan.frames // 8
-  calls = -(-len(plan.starts) // rows)
-  watch, score = scoring(graph, plan, setting, rows)
-  features = _array(real, (rows, clips, 8 * cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)
+  rows = max(1, setting.round // plan.frames)
+  return scoring_parts(cfg, _random(cfg, real), setting, frames, plan, rows, real=real)
+
+
+def scoring_parts(
+  cfg: VLMConfig,
+  model: tuple[nnx.GraphDef, nnx.State],
+  setting: SelectConfig,
+  frames: int,
+  plan: qc_comp.RoundPlan,
+  rows: int,
+  question: Prompt | None = None,
+  real: bool = False,
+) -> tuple[Part, Part, int]:
+  """Likewise of a model, as `nnx.split` gives it, with so many rounds in a call.
+
+  question: one of those that are stacked; None: as `scoring` has it.
+  """
+  graph, state = model
+  watch, score = scoring(graph, plan, setting, rows, question, cfg.clip_frames)
+  tokens, clips = cfg.clip_frames * cfg.tokens_per_frame, plan.frames // cfg.clip_frames
+  features = _array(real, (rows, clips, tokens, cfg.vision.width), cfg.dtype)
   caches = (_ones if real else jax.eval_shape)(watch, state, features)
+  calls = -(-len(plan.starts) // rows)
 
   def part(run, given):
     work = flops(run, state, given)

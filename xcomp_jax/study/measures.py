@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from xcomp_jax.bench.parts import flops, scoring
+from xcomp_jax.bench import parts
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.sizes import read_vlm_config
@@ -97,7 +97,7 @@ def cost(model: vlm.VLM, clips: int) -> float:
   batch = batch_spec(
     _shape(1, clips), ((model.cfg.tokens_per_frame, model.cfg.vision.width), np.float32)
   )
-  return flops(
+  return parts.flops(
     lambda state, batch: vlm.heldout_measures(nnx.merge(graph, state), batch)[0], state, batch
   )
 
@@ -110,15 +110,10 @@ def scoring_cost(
   """
   plan = qc_comp.plan_rounds(clips * FRAMES, FRAMES, select)
   rows = min(max(1, select.round // plan.frames), len(plan.starts))
-  graph, state = nnx.split(model)
-  watch, score = scoring(graph, plan, select, rows, questions[0], FRAMES)
-  shape = rows, plan.frames // FRAMES, FRAMES * model.cfg.tokens_per_frame, model.cfg.vision.width
-  features = jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
-  seen, paid = (
-    flops(watch, state, features),
-    flops(score, state, jax.eval_shape(watch, state, features)),
+  seen, paid, calls = parts.scoring_parts(
+    model.cfg, nnx.split(model), select, clips * FRAMES, plan, rows, questions[0]
   )
-  return -(-len(plan.starts) // rows) * (seen / len(questions) + paid)
+  return calls * (seen.flops / len(questions) + paid.flops)
 
 
 def load_for_measures(checkpoint: str | pathlib.Path, cfg: LPCompConfig) -> vlm.VLM:
