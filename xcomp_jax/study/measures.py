@@ -293,10 +293,16 @@ def find_scenes(
     chosen = programs.select(model, film, prompts, selector)
     seconds = (time.perf_counter() - begun) / len(several)
     scores = [_by_scene(one) for one in chosen]
-    for k, one in enumerate(several):
-      kept = np.unique(chosen[k].frames // FRAMES)
-      of = {"scores": scores[k], "others": scores[k - 1], "seconds": seconds}
-      found.append(FoundScenes(asked=one, kept=kept, **of))
+    found += [
+      FoundScenes(
+        asked=one,
+        kept=np.unique(chosen[k].frames // FRAMES),
+        scores=scores[k],
+        others=scores[k - 1],
+        seconds=seconds,
+      )
+      for k, one in enumerate(several)
+    ]
   return found
 
 
