@@ -27,11 +27,9 @@ import numpy as np
 from xcomp_jax import cli, files, inputs
 from xcomp_jax.bench import parts
 from xcomp_jax.bench.options import command_parser
-from xcomp_jax.bench.parts import Part
 from xcomp_jax.bench.timing import seconds_of, timed
 from xcomp_jax.config import Dtype
 from xcomp_jax.data.batch import Shape
-from xcomp_jax.files import expanduser
 from xcomp_jax.inference.rounds import PREFIX, TEXT
 from xcomp_jax.model import kernels
 
@@ -126,12 +124,13 @@ PRESETS = {
 }
 
 
-def compile_part(part: Part) -> tuple[Callable[[], Any], Any, float]:
+def compile_part(part: parts.Part) -> tuple[Callable[[], Any], Any, float]:
   """A call that runs the compiled part again and again, the compiled program, and the seconds of
   compiling.
   """
-  lowered = jax.jit(part.run, donate_argnums=part.donated).lower(*part.args)
-  spent, _, program = timed(lowered.compile)
+  spent, _, program = timed(
+    jax.jit(part.run, donate_argnums=part.donated).lower(*part.args).compile
+  )
   args = list(part.args)
 
   def call():
@@ -144,7 +143,7 @@ def compile_part(part: Part) -> tuple[Callable[[], Any], Any, float]:
 
 
 def measured_row(
-  part: Part, preset: Sizes, copy: float | None = None, traces: pathlib.Path | None = None
+  part: parts.Part, preset: Sizes, copy: float | None = None, traces: pathlib.Path | None = None
 ) -> dict[str, Any]:
   """A row: seconds (median, fastest, slowest), operations, bytes and their rates, shares of the
   plain programs' rates.
@@ -204,7 +203,7 @@ def measured_rows(
   yield f"matrix product of {preset.side}", measured_row(product, preset)
   yield "copy", copied
 
-  def one(name: str, part: Part, **more) -> tuple[str, dict[str, Any]]:
+  def one(name: str, part: parts.Part, **more) -> tuple[str, dict[str, Any]]:
     folder = None if profile is None else profile / re.sub("[^a-z0-9]+", "-", name)
     return name, measured_row(part, preset, copied["bytes/s"], folder) | more
 
@@ -246,7 +245,7 @@ def measured_rows(
 
 
 def measure_training(
-  preset: Sizes, one: Callable[[str, Part], tuple[str, dict]], kind: str
+  preset: Sizes, one: Callable[[str, parts.Part], tuple[str, dict]], kind: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
   """Measures SCT's programs on full rows, and says how many samples per second they make.
 
@@ -479,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--preset": preset_option(),
     "--out": {"type": path, "help": "JSON to be written, and a PNG beside it"},
     "--only": {"nargs": "+", "choices": GROUPS, "default": GROUPS, "help": "groups of rows"},
-    "--like": {"type": expanduser, "help": like},
+    "--like": {"type": files.expanduser, "help": like},
     "--frames": {"type": int, "nargs": "+", "help": "of the prefills, instead of the preset's"},
     "--text": {"type": int, "help": "tokens of the prefills"},
     "--runs": {"type": int, "help": "of each row"},

@@ -24,7 +24,6 @@ from typing import Any
 from xcomp_jax import cli, files
 from xcomp_jax.bench.options import command_parser
 from xcomp_jax.errors import XCompError
-from xcomp_jax.files import expanduser
 from xcomp_jax.synthetic import world
 
 ALONE, ONCE = "a video encoded for every question", "encoded once"
@@ -156,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """The command; options that it does not know are for `evaluate`."""
   variants = {"action": "append", "choices": VARIANTS, "help": "may be repeated; default: all"}
   options = {
-    "--checkpoint": {"type": expanduser, "required": True},
+    "--checkpoint": {"type": files.expanduser, "required": True},
     "--out": {
       "type": files.path_of,
       "required": True,

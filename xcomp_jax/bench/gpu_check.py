@@ -59,11 +59,6 @@ class Case(NamedTuple):
   prompt: bool = True
   dtype: str = "bfloat16"
 
-  @property
-  def precision(self) -> str | None:
-    """Of matrix products: float32 is not rounded to TF32."""
-    return "highest" if self.dtype == "float32" else None
-
 
 CASES = (
   Case("clip of 8 frames, 448 px", 1, 6272, (16, 16), 64, False),
@@ -108,9 +103,7 @@ def _mask(case: Case) -> AttentionMask:
   return AttentionMask(case.prompt, valid if case.prompt else None)
 
 
-def program(
-  case: Case, implementation: str, precision: str | None, attend: Callable = attend
-) -> Callable:
+def program(case: Case, implementation: str, attend: Callable = attend) -> Callable:
   """A function of q, k, v that gives an implementation's results and gradients."""
   mask = _mask(case)
   counts = True if mask.valid is None else mask.valid[:, :, None, None]
@@ -124,8 +117,8 @@ def program(
 
   both = jax.jit(lambda *args: (shown(*args), jax.grad(loss, (0, 1, 2))(*args)))
 
-  def run(*args):
-    with jax.default_matmul_precision(precision):
+  def run(*args):  # float32 is not rounded to TF32
+    with jax.default_matmul_precision("highest" if args[0].dtype == jnp.float32 else None):
       return both(*args)
 
   return run
@@ -139,8 +132,8 @@ def prepared(case: Case) -> tuple[tuple[jax.Array, ...], Any, Any]:
     jax.random.normal(jax.random.key(i), (*shape, heads, case.size), jnp.dtype(case.dtype))
     for i, heads in enumerate((*case.heads, case.heads[1]))
   )
-  oracle = program(case, "einsum", "highest")(*(x.astype(jnp.float32) for x in inputs))
-  return inputs, oracle, program(case, "einsum", case.precision)(*inputs)
+  oracle = program(case, "einsum")(*(x.astype(jnp.float32) for x in inputs))
+  return inputs, oracle, program(case, "einsum")(*inputs)
 
 
 def compare_implementation(
@@ -155,7 +148,7 @@ def compare_implementation(
     right", "gradient right", "right": they are not much larger; "seconds": of both together.
   """
   inputs, oracle, by_einsum = prepared(case)
-  run = program(case, implementation, case.precision, attend)
+  run = program(case, implementation, attend)
   got = run(*inputs)
   out: dict[str, Any] = {}
   for i, part in enumerate(("result", "gradient")):
@@ -234,11 +227,8 @@ def check_step(out: pathlib.Path, small: bool) -> bool:
     llm=dataclasses.replace(cfg.llm, layers=2),
     lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(16, 9)),
   )
-  spec = batch_spec(
-    Shape(rows=2, samples=1, prefix=16, frames=32 if small else 256, text=96),
-    ((16, cfg.vision.width), np.float32),
-  )
-  batch = fake_batch(spec, cfg.llm.vocab_size)
+  shape = Shape(rows=2, samples=1, prefix=16, frames=32 if small else 256, text=96)
+  batch = fake_batch(batch_spec(shape, ((16, cfg.vision.width), np.float32)), cfg.llm.vocab_size)
   batch = dataclasses.replace(
     batch,
     frames=batch.frames * [[1], [0]],
@@ -324,9 +314,12 @@ def run_commands(commands: Sequence[Sequence[str]], log: pathlib.Path, limit: fl
   with open(log, "w") as file:
     for command in commands:
       try:
-        left = max(1.0, ends - time.monotonic())
         done = subprocess.run(
-          command, stdout=file, stderr=subprocess.STDOUT, timeout=left, cwd=ROOT
+          command,
+          stdout=file,
+          stderr=subprocess.STDOUT,
+          timeout=max(1.0, ends - time.monotonic()),
+          cwd=ROOT,
         )
       except subprocess.TimeoutExpired:
         return "cut short"

@@ -21,7 +21,6 @@ from xcomp_jax.bench.timing import timed
 from xcomp_jax.checkpoints import saving, tensor_files, tensor_names
 from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.loading import load_model
-from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.cli import command
 from xcomp_jax.files import expanduser, path_of
@@ -34,7 +33,7 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
   Raises:
     CheckpointError: a config that can't be used, or a directory that is not free.
   """
-  cfg = read_vlm_config(like, AS_IT_IS, NOT_TUNED)
+  cfg = read_vlm_config(like, saving.AS_IT_IS, saving.NOT_TUNED)
   rng = np.random.default_rng(0)
   dtype = np.dtype(ml_dtypes.bfloat16)
 
@@ -68,7 +67,7 @@ def measured_loading(directory: pathlib.Path) -> dict[str, float]:
   Raises:
     CheckpointError: see `loading.load_model`.
   """
-  cfg, before = read_vlm_config(directory, AS_IT_IS, NOT_TUNED), _anonymous()
+  cfg, before = read_vlm_config(directory, saving.AS_IT_IS, saving.NOT_TUNED), _anonymous()
   with _Peak() as peak:
     loading = timed(lambda: load_model(directory, cfg))
   parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(loading.result)))

@@ -18,7 +18,6 @@ from flax import nnx
 
 from xcomp_jax.bench import parts
 from xcomp_jax.bench.options import command_parser, figures
-from xcomp_jax.bench.parts import flops
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.saving import AS_IT_IS
 from xcomp_jax.checkpoints.sizes import read_vlm_config
@@ -73,7 +72,7 @@ def question_costs(
       model, generate.prefill(model, batch, tokens), generate.Sampling(tokens, ()), tokens
     )[0]
 
-  encode_clip = flops(
+  encode_clip = parts.flops(
     lambda state, clips: vlm.encode_frames(nnx.merge(graph, state), clips),
     state,
     jax.ShapeDtypeStruct((1, 8, size, size, 3), np.uint8),
@@ -85,7 +84,7 @@ def question_costs(
     "tower": encode_clip * (frames // 8) * phases,
     "visual rounds": seen.flops * calls,
     "question's rows": scored.flops * calls,
-    "answer": flops(answer, state, batch) + anew,
+    "answer": parts.flops(answer, state, batch) + anew,
   }
   later = spent["question's rows"] + spent["answer"]
   first = spent["tower"] + spent["visual rounds"] + later

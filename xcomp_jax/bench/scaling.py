@@ -15,11 +15,10 @@ import jax
 from xcomp_jax import cli, files
 from xcomp_jax.bench import bench, parts
 from xcomp_jax.bench.options import command_parser
-from xcomp_jax.bench.parts import Part
 from xcomp_jax.inference.rounds import PREFIX, TEXT
 
 
-def row(part: Part, x: int, preset: bench.Sizes | None) -> dict[str, Any]:
+def row(part: parts.Part, x: int, preset: bench.Sizes | None) -> dict[str, Any]:
   """Seconds (None without a preset), counted operations, the share of a matrix product's rate that
   these are, memory.
   """

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from xcomp_jax.bench import parts
+from xcomp_jax.bench.timing import timed
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.sizes import read_vlm_config
@@ -62,9 +63,11 @@ def answered_rightly(
 def _example(
   tokenizer: prompt.Tokenizer, store: Store, one: AskedFilm, clips: np.ndarray, message: str | None
 ) -> Example:
-  turns = world.conversation([(one.question, one.answer)])
   built = prompt.training_prompt(
-    tokenizer, turns, message or store.samples[one.film].time_message, mask="assistant"
+    tokenizer,
+    world.conversation([(one.question, one.answer)]),
+    message or store.samples[one.film].time_message,
+    mask="assistant",
   )
   visual = store.visual(one.film)[clips]
   visual = visual.reshape(len(clips) * FRAMES, -1, visual.shape[-1])
@@ -175,16 +178,14 @@ def _answered(
   message: str | None = None,
 ) -> dict[str, Any]:
   programs.answer(model, study.tokenizer, store, asked[:ROWS], message)  # compiles
-  begun = time.perf_counter()
-  right = programs.answer(model, study.tokenizer, store, asked, message)
-  seconds, clips = (time.perf_counter() - begun) / len(asked), len(asked[0][1])
+  spent = timed(lambda: programs.answer(model, study.tokenizer, store, asked, message))
+  clips = len(asked[0][1])
   kept = float(np.mean(lp_comp.counts(model.cfg.lp_comp, model.cfg.llm.layers)))
-  hits = [set(one.scenes) <= set(shown) for one, shown in asked]
   return {
-    "right": bits(right),
-    "hits": bits(hits),
+    "right": bits(spent.result),
+    "hits": bits([set(one.scenes) <= set(shown) for one, shown in asked]),
     "tokens": kept * clips * FRAMES,
-    "seconds": seconds,
+    "seconds": spent.seconds / len(asked),
     "TFLOP": programs.cost(model, clips) / 1e12,
   }
 
