@@ -32,8 +32,13 @@ def plot_frames(cells: Cells) -> Any:
     first = found[0]  # its measures by frames
     frames = [int(n) for n in first]
     if not left.lines:
-      bounds = [bound([one]) for one in first.values()]
-      left.plot(frames, bounds, color="grey", ls=":", label="shown, else chance")
+      left.plot(
+        frames,
+        [bound([one]) for one in first.values()],
+        color="grey",
+        ls=":",
+        label="shown, else chance",
+      )
     shares = [interval([right(m[n]) for m in found]) for n in first]
     style = {"marker": "o", "ms": 4, "label": name, "color": f"C{i}"}
     _draw_shares(left, frames, shares, **style)

@@ -207,8 +207,12 @@ class Study:
     write_origin(folder, self.made(["tuning"], [name], epochs))
     if not (folder / "model").exists():
       self.store("tuning")
-    films = self.out / "tuning" / "features"
-    changes = {"seed": seed, "init_from": self.base, "data.train": films, "train.epochs": epochs}
+    changes = {
+      "seed": seed,
+      "init_from": self.base,
+      "data.train": self.out / "tuning" / "features",
+      "train.epochs": epochs,
+    }
     return self._train(folder, name, changes)
 
 

@@ -216,9 +216,8 @@ def _question(
   kept, sampled = len(selection.frames), len(video.times)
   spans = ranges(selection.frames, video.times, video.seconds)
   if kept < sampled:
-    listed = "".join(f"<li>{_when(end, *span)}</li>" for span in spans)
     looked = f"""<p>{kept:,} of {_many(sampled, "sampled frame")}, in {_many(len(spans), "time range")}:</p>
-<ul class="times">{listed}</ul>"""  # noqa: E501
+<ul class="times">{"".join(f"<li>{_when(end, *span)}</li>" for span in spans)}</ul>"""  # noqa: E501
   else:
     looked = f"<p>{'All ' * (sampled > 1)}{_many(sampled, 'sampled frame')}.</p>"
   if selection.note:
@@ -245,8 +244,7 @@ def _curve(video: EncodedVideo, scores: np.ndarray, spans: Sequence[tuple[float,
   def place(t):
     return np.round((t - begin) / ((end - begin) or 1) * 1000, 1)
 
-  low = scores.min()
-  height = np.round(100 - 100 * (scores - low) / ((scores.max() - low) or 1), 1)
+  height = np.round(100 - 100 * (scores - scores.min()) / (np.ptp(scores) or 1), 1)
   steps = np.flatnonzero(np.append(True, np.diff(height) != 0))
   line = "".join(
     f"H{x:g}V{y:g}" for x, y in zip(place(video.times[steps]), height[steps], strict=True)

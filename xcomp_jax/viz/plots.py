@@ -127,7 +127,7 @@ def patch_places(
   def enlarge(a):
     return a.reshape(F, grid, grid).repeat(scale, 1).repeat(scale, 2)
 
-  group, place = into // cfg.group, into % cfg.group
+  group, place = np.divmod(into, cfg.group)
   kept = lp_comp.survivors(cfg, layers)
   figure, axes = plt.subplots(len(shown), 1, figsize=(10, 1.52 * len(shown)), squeeze=False)
   for ax, layer in zip(axes[:, 0], shown, strict=True):
@@ -138,10 +138,12 @@ def patch_places(
       tint = np.array(_COLOURS)[enlarge(group) % len(_COLOURS)]
       picture = np.where(enlarge(alive)[..., None], 0.25 * picture + 0.75 * tint, picture)
     token = enlarge(np.where(alive, into, -1))
-    edge = np.zeros(token.shape, bool)  # where one token's patches end and another's begin
-    edge[:, 1:] |= token[:, 1:] != token[:, :-1]
-    edge[:, :, 1:] |= token[:, :, 1:] != token[:, :, :-1]
-    picture = np.where(edge[..., None], 1.0, picture)
+    # where one token's patches end and another's begin
+    below, right = (
+      np.diff(token, axis=1, prepend=token[:, :1]),
+      np.diff(token, prepend=token[..., :1]),
+    )
+    picture = np.where(((below != 0) | (right != 0))[..., None], 1.0, picture)
     picture = np.pad(picture, ((0, 0), (0, 0), (0, 8), (0, 0)), constant_values=1.0)
     ax.imshow(np.concatenate(picture, axis=1)[:, :-8], interpolation="nearest")
     ax.set_title(
@@ -458,10 +460,9 @@ def draw_errors(rows: Sequence[Any]) -> Figure:
   ax.set_yticks(range(len(near)), [row.stage for row in near], fontsize=7)
   ax.invert_yaxis()
   ax.margins(y=0.01)
-  same = sum(row.result == "pass" for row in exact)
   ax.set_title(
-    f"{sum(row.result == 'pass' for row in near)} of {len(near)} stages within; {same} of "
-    f"{len(exact)} others exactly equal",
+    f"{sum(row.result == 'pass' for row in near)} of {len(near)} stages within; "
+    f"{sum(row.result == 'pass' for row in exact)} of {len(exact)} others exactly equal",
     loc="left",
     fontsize=10,
   )
