@@ -473,26 +473,31 @@ def preset_option() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  path, like = files.path_of, "a directory with config.json, for other sizes than the preset's"
-  options = {
-    "--preset": preset_option(),
-    "--out": {"type": path, "help": "JSON to be written, and a PNG beside it"},
-    "--only": {"nargs": "+", "choices": GROUPS, "default": GROUPS, "help": "groups of rows"},
-    "--like": {"type": files.expanduser, "help": like},
-    "--frames": {"type": int, "nargs": "+", "help": "of the prefills, instead of the preset's"},
-    "--text": {"type": int, "help": "tokens of the prefills"},
-    "--runs": {"type": int, "help": "of each row"},
-    "--torch": {
-      "action": "store_true",
-      "help": "and a plain PyTorch Qwen2 without compression",
+  args = command_parser(
+    "bench",
+    __doc__,
+    {
+      "--preset": preset_option(),
+      "--out": {"type": files.path_of, "help": "JSON to be written, and a PNG beside it"},
+      "--only": {"nargs": "+", "choices": GROUPS, "default": GROUPS, "help": "groups of rows"},
+      "--like": {
+        "type": files.expanduser,
+        "help": "a directory with config.json, for other sizes than the preset's",
+      },
+      "--frames": {"type": int, "nargs": "+", "help": "of the prefills, instead of the preset's"},
+      "--text": {"type": int, "help": "tokens of the prefills"},
+      "--runs": {"type": int, "help": "of each row"},
+      "--torch": {
+        "action": "store_true",
+        "help": "and a plain PyTorch Qwen2 without compression",
+      },
+      "--profile": {
+        "type": files.path_of,
+        "help": "folder of traces for xprof, of one more call of every row",
+      },
+      "--plot": {"type": files.path_of, "help": "draw this JSON instead"},
     },
-    "--profile": {
-      "type": path,
-      "help": "folder of traces for xprof, of one more call of every row",
-    },
-    "--plot": {"type": path, "help": "draw this JSON instead"},
-  }
-  args = command_parser("bench", __doc__, options).parse_args(argv)
+  ).parse_args(argv)
   with cli.command(ImportError):
     if args.plot:
       plot_roofline(inputs.read_json(args.plot, ValueError), args.plot.with_suffix(".png"))

@@ -45,10 +45,9 @@ def make_video(path: str, seconds: int, width: int, height: int) -> None:
   x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
   ground = np.stack([x, y, (x + y) / 2], -1).astype(np.uint8)
   for i in range(30 * seconds):
-    image = ground.copy()
     centre = (int(width * (0.5 + 0.4 * np.sin(i / 97))), int(height * (0.5 + 0.4 * np.cos(i / 61))))
-    cv2.circle(image, centre, height // 8, (i % 256, 80, 255 - i % 256), -1)
-    writer.write(image)
+    colour = (i % 256, 80, 255 - i % 256)
+    writer.write(cv2.circle(ground.copy(), centre, height // 8, colour, -1))
   writer.release()
 
 
@@ -160,21 +159,33 @@ def measure_data(path: str, size: int, samples: int, repeat: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command; an error is one line on stderr and exit code 1."""
-  path = {"type": expanduser}
-  make = {
-    "path": path,
-    "--seconds": {"type": int, "default": 3600},
-    "--width": {"type": int, "default": 320},
-    "--height": {"type": int, "default": 180},
-  }
-  run = {
-    "path": path,
-    "--image-size": {"type": int, "default": 448},
-    "--samples": {"type": int, "default": 2, "help": "copies in the stores that are measured"},
-    "--repeat": {"type": int, "default": 3, "help": "the best of so many counts"},
-  }
-  commands = {"make": ("write a synthetic video", make), "run": ("measure with a video", run)}
-  args = command_parser("bench_data", __doc__, {}, commands).parse_args(argv)
+  args = command_parser(
+    "bench_data",
+    __doc__,
+    {"path": {"type": expanduser}},
+    {
+      "make": (
+        "write a synthetic video",
+        {
+          "--seconds": {"type": int, "default": 3600},
+          "--width": {"type": int, "default": 320},
+          "--height": {"type": int, "default": 180},
+        },
+      ),
+      "run": (
+        "measure with a video",
+        {
+          "--image-size": {"type": int, "default": 448},
+          "--samples": {
+            "type": int,
+            "default": 2,
+            "help": "copies in the stores that are measured",
+          },
+          "--repeat": {"type": int, "default": 3, "help": "the best of so many counts"},
+        },
+      ),
+    },
+  ).parse_args(argv)
   with command():
     if args.command == "make":
       make_video(args.path, args.seconds, args.width, args.height)

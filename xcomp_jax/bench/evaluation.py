@@ -153,21 +153,27 @@ def variants_table(found: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command; options that it does not know are for `evaluate`."""
-  variants = {"action": "append", "choices": VARIANTS, "help": "may be repeated; default: all"}
-  options = {
-    "--checkpoint": {"type": files.expanduser, "required": True},
-    "--out": {
-      "type": files.path_of,
-      "required": True,
-      "help": "folder of videos, answers, and bench.json",
+  args, more = command_parser(
+    "bench_evaluate",
+    __doc__,
+    {
+      "--checkpoint": {"type": files.expanduser, "required": True},
+      "--out": {
+        "type": files.path_of,
+        "required": True,
+        "help": "folder of videos, answers, and bench.json",
+      },
+      "--videos": {"type": int, "default": 4},
+      "--questions": {"type": int, "default": 10, "help": "about each video"},
+      "--scenes": {"type": int, "default": 32, "help": "of each video, of 8 frames each"},
+      "--rounds": {"type": int, "default": 3, "help": "in which every variant has its turn"},
+      "--variant": {
+        "action": "append",
+        "choices": VARIANTS,
+        "help": "may be repeated; default: all",
+      },
     },
-    "--videos": {"type": int, "default": 4},
-    "--questions": {"type": int, "default": 10, "help": "about each video"},
-    "--scenes": {"type": int, "default": 32, "help": "of each video, of 8 frames each"},
-    "--rounds": {"type": int, "default": 3, "help": "in which every variant has its turn"},
-    "--variant": variants,
-  }
-  args, more = command_parser("bench_evaluate", __doc__, options).parse_known_args(argv)
+  ).parse_known_args(argv)
   with cli.command(BenchError, interrupted="interrupted"):
     given = write_questions(args.out / "world", args.videos, args.questions, args.scenes)
     given += [f"--checkpoint={args.checkpoint}", "--preset=none", "--devices=1", "--min-frames=8"]

@@ -127,9 +127,8 @@ def program(case: Case, implementation: str, attend: Callable = attend) -> Calla
 @functools.cache
 def prepared(case: Case) -> tuple[tuple[jax.Array, ...], Any, Any]:
   """Draws a case's q, k and v, and computes it by einsum: in float32, and in its own dtype."""
-  shape = (case.batch, case.slots)
   inputs = tuple(
-    jax.random.normal(jax.random.key(i), (*shape, heads, case.size), jnp.dtype(case.dtype))
+    jax.random.normal(jax.random.key(i), (case.batch, case.slots, heads, case.size), case.dtype)
     for i, heads in enumerate((*case.heads, case.heads[1]))
   )
   oracle = program(case, "einsum")(*(x.astype(jnp.float32) for x in inputs))
@@ -281,9 +280,15 @@ def stages(out: pathlib.Path, small: bool) -> Stages:
     return [run("gpu_check", "--stage", stage, "--out", out, *["--small"] * small)]
 
   def measure(group, *more):
-    where = [f"--out={out / f'bench_{group}.json'}", f"--profile={out / 'profile'}"]
-    preset = f"--preset={'smoke' if small else 'gpu'}"
-    return run("bench", preset, *where, "--only", group, *() if small else more)
+    return run(
+      "bench",
+      f"--preset={'smoke' if small else 'gpu'}",
+      f"--out={out / f'bench_{group}.json'}",
+      f"--profile={out / 'profile'}",
+      "--only",
+      group,
+      *(() if small else more),
+    )
 
   ask = [
     f"--checkpoint={ROOT / 'assets' / 'tiny'}",
@@ -359,20 +364,26 @@ def supervise(out: pathlib.Path, minutes: float, parts: Stages) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  time_of_all = "for all parts together (8); the benchmark takes what the others leave"
-  options = {
-    "--out": {"type": files.path_of, "required": True, "help": "folder of results"},
-    "--minutes": {"type": float, "default": 8.0, "help": time_of_all},
-    "--small": {
-      "action": "store_true",
-      "help": "tiny sizes, to try the check itself without a GPU",
+  args = command_parser(
+    "gpu_check",
+    __doc__,
+    {
+      "--out": {"type": files.path_of, "required": True, "help": "folder of results"},
+      "--minutes": {
+        "type": float,
+        "default": 8.0,
+        "help": "for all parts together (8); the benchmark takes what the others leave",
+      },
+      "--small": {
+        "action": "store_true",
+        "help": "tiny sizes, to try the check itself without a GPU",
+      },
+      "--stage": {
+        "choices": ("kernels", "step"),
+        "help": "what the check itself starts: one part, in this process",
+      },
     },
-    "--stage": {
-      "choices": ("kernels", "step"),
-      "help": "what the check itself starts: one part, in this process",
-    },
-  }
-  args = command_parser("gpu_check", __doc__, options).parse_args(argv)
+  ).parse_args(argv)
   with cli.command():
     if args.minutes <= 0:
       raise ValueError(f"--minutes {args.minutes:g}: must be more than 0")

@@ -106,19 +106,30 @@ def _anonymous() -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  folder = {"type": path_of, "required": True}
-  like = folder | {"help": "a directory with config.json"}
-  out = folder | {"help": "directory to be made"}
-  stored = {
-    "type": expanduser,
-    "required": True,
-    "help": "a directory with config.json and weights",
-  }
-  commands = {
-    "random": ("write a checkpoint of random weights", {"--like": like, "--out": out}),
-    "load": ("measure loading", {"--checkpoint": stored}),
-  }
-  args = command_parser("bench_load", __doc__, {}, commands).parse_args(argv)
+  args = command_parser(
+    "bench_load",
+    __doc__,
+    {},
+    {
+      "random": (
+        "write a checkpoint of random weights",
+        {
+          "--like": {"type": path_of, "required": True, "help": "a directory with config.json"},
+          "--out": {"type": path_of, "required": True, "help": "directory to be made"},
+        },
+      ),
+      "load": (
+        "measure loading",
+        {
+          "--checkpoint": {
+            "type": expanduser,
+            "required": True,
+            "help": "a directory with config.json and weights",
+          }
+        },
+      ),
+    },
+  ).parse_args(argv)
   with command():
     if args.command == "random":
       random_checkpoint(args.like, args.out)

@@ -284,8 +284,13 @@ def scoring_parts(
   calls = -(-len(plan.starts) // rows)
 
   def part(run, given):
-    work = flops(run, state, given)
-    return Part(run=run, args=(state, given), flops=work, amount=frames / calls, unit="frames")
+    return Part(
+      run=run,
+      args=(state, given),
+      flops=flops(run, state, given),
+      amount=frames / calls,
+      unit="frames",
+    )
 
   return part(watch, features), part(score, caches), calls
 
@@ -322,7 +327,6 @@ def training_parts(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part
   def apply(state, sums):
     return steps.apply_step(tx, state, dataclasses.replace(sums, samples=jnp.ones(())))
 
-  size = float(sum(p.size for p in jax.tree.leaves(trained)))
   return (
     Part(
       run=gradient,
@@ -332,7 +336,14 @@ def training_parts(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part
       unit="samples",
       donated=(0,),
     ),
-    Part(run=apply, args=(state, sums), flops=0.0, amount=size, unit="parameters", donated=(0, 1)),
+    Part(
+      run=apply,
+      args=(state, sums),
+      flops=0.0,
+      amount=float(sum(p.size for p in jax.tree.leaves(trained))),
+      unit="parameters",
+      donated=(0, 1),
+    ),
   )
 
 

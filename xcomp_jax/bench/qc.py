@@ -43,8 +43,11 @@ def scoring_costs(cfg: VLMConfig, mode: str, frames: int) -> dict[str, float]:
   """
   *both, calls = parts.selecting(cfg, mode, frames, real=False)
   work = calls * sum(part.flops for part in both)
-  ratio = OFFICIAL_FLOPS * frames / 1024 / work
-  return {"calls": calls, "TFLOP": work / 1e12, "official_TFLOP_ratio": ratio}
+  return {
+    "calls": calls,
+    "TFLOP": work / 1e12,
+    "official_TFLOP_ratio": OFFICIAL_FLOPS * frames / 1024 / work,
+  }
 
 
 def question_costs(
@@ -96,20 +99,25 @@ def question_costs(
 
 def main(argv: Sequence[str] | None = None, sizes: str | None = None) -> None:
   """The command; sizes: of the model of `select`, as `parts.sized` takes them."""
-  both = {
-    "--frames": {"type": int, "default": 1024},
-    "--mode": {"action": "append", "choices": MODES},
-  }
-  questions = {
-    "--like": {"type": path_of, "required": True, "help": "a directory with config.json"},
-    "--keep": {"type": int, "default": 512, "help": "frames kept for the answer"},
-    "--tokens": {"type": int, "default": 16, "help": "of the answer"},
-  }
-  commands = {
-    "select": ("count the operations of scoring", {}),
-    "questions": ("count the operations of a first and a later question", questions),
-  }
-  args = command_parser("bench_qc", __doc__, both, commands).parse_args(argv)
+  args = command_parser(
+    "bench_qc",
+    __doc__,
+    {
+      "--frames": {"type": int, "default": 1024},
+      "--mode": {"action": "append", "choices": MODES},
+    },
+    {
+      "select": ("count the operations of scoring", {}),
+      "questions": (
+        "count the operations of a first and a later question",
+        {
+          "--like": {"type": path_of, "required": True, "help": "a directory with config.json"},
+          "--keep": {"type": int, "default": 512, "help": "frames kept for the answer"},
+          "--tokens": {"type": int, "default": 16, "help": "of the answer"},
+        },
+      ),
+    },
+  ).parse_args(argv)
   with command():
     for mode in args.mode or MODES:
       if args.command == "select":

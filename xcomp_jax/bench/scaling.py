@@ -99,16 +99,21 @@ def draw_scaling(rows: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> N
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  tokens, frames = [86, 512, 1024], [256, 512, 1024, 2048, 4096, 8192]
-  most = "frames; what is longer is compiled and counted"
-  options = {
-    "--preset": bench.preset_option(),
-    "--frames": {"type": int, "nargs": "+", "default": frames},
-    "--text": {"type": int, "nargs": "+", "default": tokens, "help": "tokens"},
-    "--run-up-to": {"type": int, "default": 2048, "help": most},
-    "--out": {"type": files.path_of, "required": True, "help": "name of the .json and the .png"},
-  }
-  args = command_parser("bench_scaling", __doc__, options).parse_args(argv)
+  args = command_parser(
+    "bench_scaling",
+    __doc__,
+    {
+      "--preset": bench.preset_option(),
+      "--frames": {"type": int, "nargs": "+", "default": [256, 512, 1024, 2048, 4096, 8192]},
+      "--text": {"type": int, "nargs": "+", "default": [86, 512, 1024], "help": "tokens"},
+      "--run-up-to": {
+        "type": int,
+        "default": 2048,
+        "help": "frames; what is longer is compiled and counted",
+      },
+      "--out": {"type": files.path_of, "required": True, "help": "name of the .json and the .png"},
+    },
+  ).parse_args(argv)
   with cli.command(ImportError):
     if any(n % 8 or n < 8 for n in args.frames) or min(args.text) <= PREFIX:
       raise ValueError(f"--frames must be multiples of 8, and --text more than {PREFIX}")

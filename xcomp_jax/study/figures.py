@@ -52,9 +52,8 @@ def plot_frames(cells: Cells) -> Any:
 
 def _draw_shares(axes: Any, x: ArrayLike, shares: Sequence[RightShare], **style: Any) -> None:
   """Shares with their intervals, joined by a line."""
-  means = [s.mean for s in shares]
   error = np.array([[s.mean - s.low, s.high - s.mean] for s in shares]).T
-  axes.errorbar(x, means, error, capsize=2, **style)
+  axes.errorbar(x, [s.mean for s in shares], error, capsize=2, **style)
 
 
 def plot_bias(cells: Cells) -> Any:

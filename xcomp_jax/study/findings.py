@@ -70,11 +70,10 @@ def _reference_rules(of: Callable[[str], list[Measure]], rule: str) -> list[list
 
 
 def _cost(measures: Sequence[Measure]) -> list[str]:
-  seconds = np.median([m["seconds"] for m in measures])
   return [
     f"{measures[0]['tokens']:.0f}",
     f"{1000 * measures[0]['TFLOP']:.3f}",
-    f"{1000 * seconds:.0f}",
+    f"{1000 * np.median([m['seconds'] for m in measures]):.0f}",
   ]
 
 
@@ -132,8 +131,10 @@ def by_kind(cells: Cells) -> Rows:
     yield [name, *(f"{100 * of[kind]:.0f}" for kind in KINDS)]
   for name, path in choices.items():
     if found := [right(m) for m in cells.seeds(*path)]:
-      kinds = ([of[:, k : k + 1] for of in found] for k in range(len(KINDS)))
-      yield [name, *(str(interval(one)) for one in kinds)]
+      yield [
+        name,
+        *(str(interval([of[:, k : k + 1] for of in found])) for k in range(len(KINDS))),
+      ]
 
 
 def by_frames(cells: Cells) -> Rows:

@@ -248,8 +248,8 @@ def selected_answers(
     return _answered(study, model, store, list(zip(asked, kept, strict=True)), programs)
 
   def answered_from_few(best):
-    questions = list(zip(asked, best, strict=True))
-    return {"few": bits(programs.answer(model, study.tokenizer, store, questions))}
+    few = programs.answer(model, study.tokenizer, store, list(zip(asked, best, strict=True)))
+    return {"few": bits(few)}
 
   out: dict[str, Any] = {
     "place": [

@@ -108,8 +108,14 @@ def decode_films(
     films.write_films(source, split, seed, workers=2)
   # clips at once: a film's, which are filled up to as many
   chunk = min(16, 1 << (split.scenes[1] - 1).bit_length())
-  out = folder / ("features" if tower else "frames")
-  demo.decode_world(source, out, split.name, sizes=films.MODEL, tower=tower, chunk=chunk)
+  demo.decode_world(
+    source,
+    folder / ("features" if tower else "frames"),
+    split.name,
+    sizes=films.MODEL,
+    tower=tower,
+    chunk=chunk,
+  )
 
 
 # (folder, films, seed, checkpoint of a tower): makes features, or frames
@@ -207,13 +213,16 @@ class Study:
     write_origin(folder, self.made(["tuning"], [name], epochs))
     if not (folder / "model").exists():
       self.store("tuning")
-    changes = {
-      "seed": seed,
-      "init_from": self.base,
-      "data.train": self.out / "tuning" / "features",
-      "train.epochs": epochs,
-    }
-    return self._train(folder, name, changes)
+    return self._train(
+      folder,
+      name,
+      {
+        "seed": seed,
+        "init_from": self.base,
+        "data.train": self.out / "tuning" / "features",
+        "train.epochs": epochs,
+      },
+    )
 
 
 STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
@@ -278,8 +287,15 @@ def train_study_base(
   made = {"model": films.MODEL, "words": films.film_words()}
   write_origin(out, made)
   # In random layers embeddings soon drown, and what a question asks about is found much later.
-  start = {"sizes": films.MODEL, "words": made["words"], "silent_layers": True}
-  base = demo.train_base(out, STAGES, data=data, train=train, **start)
+  base = demo.train_base(
+    out,
+    STAGES,
+    data=data,
+    train=train,
+    sizes=films.MODEL,
+    words=made["words"],
+    silent_layers=True,
+  )
   print(f"a base: {base}; to study it: --model {base} --out DIR", flush=True)
 
 

@@ -90,10 +90,9 @@ def best_clips(video: EncodedVideo, selection: Selection, most: int) -> Int[np.n
   count = min(len(clips), most)
   if selection.scores is None:
     return clips[np.arange(count) * len(clips) // count]
-  chosen = np.full(len(selection.scores), -np.inf)
-  chosen[selection.frames] = selection.scores[selection.frames]
-  best = chosen.reshape(-1, video.clip_frames).max(1)[clips]
-  return clips[top(best, count)]
+  chosen = np.isin(np.arange(len(selection.scores)), selection.frames)
+  scores = np.where(chosen, selection.scores, -np.inf).reshape(-1, video.clip_frames).max(1)
+  return clips[top(scores[clips], count)]
 
 
 def _ends(times, seconds: float) -> np.ndarray:
