@@ -199,8 +199,8 @@ def measured_rows(
   traces, None for none.
   """
   copied = measured_row(parts.copying(preset.copied), preset)
-  product = parts.product(preset.side, preset.dtype)
-  yield f"matrix product of {preset.side}", measured_row(product, preset)
+  product = measured_row(parts.product(preset.side, preset.dtype), preset)
+  yield f"matrix product of {preset.side}", product
   yield "copy", copied
 
   def one(name: str, part: parts.Part, **more) -> tuple[str, dict[str, Any]]:
