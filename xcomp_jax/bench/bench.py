@@ -10,7 +10,6 @@ for attention at speed ("attention" in the JSON says what ran); rows that want m
 and are left out.
 """
 
-import argparse
 import dataclasses
 import functools
 import gc
@@ -27,11 +26,10 @@ import numpy as np
 
 from xcomp_jax import cli, files, inputs
 from xcomp_jax.bench import parts
-from xcomp_jax.bench.parts import Part
+from xcomp_jax.bench.options import command_parser
 from xcomp_jax.bench.timing import seconds_of, timed
 from xcomp_jax.config import Dtype
 from xcomp_jax.data.batch import Shape
-from xcomp_jax.files import expanduser
 from xcomp_jax.inference.rounds import PREFIX, TEXT
 from xcomp_jax.model import kernels
 
@@ -126,12 +124,13 @@ PRESETS = {
 }
 
 
-def compile_part(part: Part) -> tuple[Callable[[], Any], Any, float]:
+def compile_part(part: parts.Part) -> tuple[Callable[[], Any], Any, float]:
   """A call that runs the compiled part again and again, the compiled program, and the seconds of
   compiling.
   """
-  lowered = jax.jit(part.run, donate_argnums=part.donated).lower(*part.args)
-  spent, _, program = timed(lowered.compile)
+  spent, _, program = timed(
+    jax.jit(part.run, donate_argnums=part.donated).lower(*part.args).compile
+  )
   args = list(part.args)
 
   def call():
@@ -144,7 +143,7 @@ def compile_part(part: Part) -> tuple[Callable[[], Any], Any, float]:
 
 
 def measured_row(
-  part: Part, preset: Sizes, copy: float | None = None, traces: pathlib.Path | None = None
+  part: parts.Part, preset: Sizes, copy: float | None = None, traces: pathlib.Path | None = None
 ) -> dict[str, Any]:
   """A row: seconds (median, fastest, slowest), operations, bytes and their rates, shares of the
   plain programs' rates.
@@ -156,12 +155,11 @@ def measured_row(
   call, program, compiling = compile_part(part)
   product, _, _ = compile_part(parts.product(preset.side, preset.dtype))
   many = 3 if jax.default_backend() == "cpu" else 20
-  runs, products = [], []
   seconds_of(call), seconds_of(product)
+  runs, products = [], [seconds_of(product, many)]
   for _ in range(preset.runs):
-    products.append(seconds_of(product, many))
     runs.append(seconds_of(call))
-  products.append(seconds_of(product, many))
+    products.append(seconds_of(product, many))
   used = program.memory_analysis()
   held = float(used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes)
   moved = part.bytes or held
@@ -205,7 +203,7 @@ def measured_rows(
   yield f"matrix product of {preset.side}", product
   yield "copy", copied
 
-  def one(name: str, part: Part, **more) -> tuple[str, dict[str, Any]]:
+  def one(name: str, part: parts.Part, **more) -> tuple[str, dict[str, Any]]:
     folder = None if profile is None else profile / re.sub("[^a-z0-9]+", "-", name)
     return name, measured_row(part, preset, copied["bytes/s"], folder) | more
 
@@ -224,9 +222,8 @@ def measured_rows(
       yield one(
         f"{group}, {n} frames", parts.prefill_part(cfg, n, preset.text, compressed), **beside
       )
-  if torch:
-    for n in preset.frames:
-      yield f"PyTorch without compression, {n} frames", torch_prefill(cfg, n, preset.text)
+  for n in preset.frames if torch else ():
+    yield f"PyTorch without compression, {n} frames", torch_prefill(cfg, n, preset.text)
   if "select" in groups:
     for mode in ("official", "aligned", "local", "global"):
       if mode == "official" and preset.scored < 1024:
@@ -235,27 +232,26 @@ def measured_rows(
       yield one(f"select {mode}, {calls} visual rounds", seen, calls=calls)
       yield one(f"select {mode}, the question's rows", asked, calls=calls)
   if "decode" in groups:
-    for answers in (1, 5, 10):
-      part = parts.decoding_part(cfg, preset.frames[0], preset.text, preset.tokens, answers)
+    for answers, of in ((1, ""), (5, " of 5 answers"), (10, " of 10 answers")):
       yield one(
-        f"decode, {preset.tokens} tokens" + (f" of {answers} answers" if answers > 1 else ""),
-        part,
+        f"decode, {preset.tokens} tokens{of}",
+        parts.decoding_part(cfg, preset.frames[0], preset.text, preset.tokens, answers),
       )
-  for group in ("features", "frames"):
-    if group in groups:
-      yield from measure_training(preset, one, pixels=group == "frames")
+  for kind in ("features", "frames"):
+    if kind in groups:
+      yield from measure_training(preset, one, kind)
   if "data" in groups:
     yield from data(preset)
 
 
 def measure_training(
-  preset: Sizes, one: Callable[[str, Part], tuple[str, dict]], pixels: bool
+  preset: Sizes, one: Callable[[str, parts.Part], tuple[str, dict]], kind: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
   """Measures SCT's programs on full rows, and says how many samples per second they make.
 
-  one: measures a part, returns the row's name and its values. pixels: the frozen tower runs, too.
+  one: measures a part, returns the row's name and its values. kind: "features", or "frames": the
+  frozen tower runs, too.
   """
-  kind = "frames" if pixels else "features"
   cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=preset.chunk, remat=True)
   samples, frames, text = preset.row
   training = functools.partial(
@@ -273,7 +269,7 @@ def measure_training(
     ),
     (f"optimizer's step, {kind}", lambda: training()[1], 1 / preset.batch),
   ]
-  if pixels:
+  if kind == "frames":
     calls = frames / samples / (8 * preset.clips)
     jobs.append(
       (f"frozen tower, {preset.clips} clips", lambda: parts.tower(cfg, preset.clips), calls)
@@ -281,8 +277,7 @@ def measure_training(
   rows = []
   for name, make, share in jobs:
     rows.append((one(name, make()), share))
-    gc.collect()  # the part's arrays would stay beside the next one's
-  yield from (row for row, _ in rows)
+    yield rows[-1][0]  # and `run_benchmarks` frees the part's arrays
   seconds, work = (
     sum(row[key] * share for (_, row), share in rows) for key in ("seconds", "flops")
   )
@@ -322,23 +317,18 @@ def torch_prefill(cfg, frames: int, text: int) -> dict[str, Any]:
   import torch
   from torch.nn import functional as F
 
-  m = cfg.llm
-
-  def random(*shape):
-    return torch.randn(*shape) * 0.02
-
+  m, one = cfg.llm, torch.ones(cfg.llm.width)
   heads = {"q": m.heads, "k": m.kv_heads, "v": m.kv_heads}
-
-  def layer():
-    return {
-      **{name: random(n * m.head_dim, m.width) for name, n in heads.items()},
-      "o": random(m.width, m.heads * m.head_dim),
-      "gate": random(m.mlp_width, m.width),
-      "up": random(m.mlp_width, m.width),
-      "down": random(m.width, m.mlp_width),
-    }
-
-  layers, one = [layer() for _ in range(m.layers)], torch.ones(m.width)
+  shapes = {
+    **{name: (n * m.head_dim, m.width) for name, n in heads.items()},
+    "o": (m.width, m.heads * m.head_dim),
+    "gate": (m.mlp_width, m.width),
+    "up": (m.mlp_width, m.width),
+    "down": (m.width, m.mlp_width),
+  }
+  layers = [
+    {name: torch.randn(*shape) * 0.02 for name, shape in shapes.items()} for _ in range(m.layers)
+  ]
   length = text + frames * cfg.tokens_per_frame
   angle = torch.arange(length)[:, None] * m.rope_theta ** -(
     torch.arange(m.head_dim // 2) / (m.head_dim // 2)
@@ -382,12 +372,15 @@ def row_line(name: str, row: Mapping[str, Any]) -> str:
     ),
     None,
   )
-  shown = f"{name:42} {row['seconds']:10.4f} s"
-  shown += f" {row[rate]:12,.1f} {rate}" if rate else " " * 13
-  shown += f"  {row['of_matmul']:6.1%} of matmul" if row.get("of_matmul") else ""
-  shown += f"  {row['of_copy']:6.1%} of copy" if row.get("bound") == "bytes" else ""
-  shown += f"  paper {row['paper_s']} s" if row.get("paper_s") else ""
-  return shown + (f"  compiled in {row['compile_s']:.1f} s" if "compile_s" in row else "")
+  shown = [
+    f"{name:42} {row['seconds']:10.4f} s",
+    f" {row[rate]:12,.1f} {rate}" if rate else " " * 13,
+    f"  {row['of_matmul']:6.1%} of matmul" if row.get("of_matmul") else "",
+    f"  {row['of_copy']:6.1%} of copy" if row.get("bound") == "bytes" else "",
+    f"  paper {row['paper_s']} s" if row.get("paper_s") else "",
+    f"  compiled in {row['compile_s']:.1f} s" if "compile_s" in row else "",
+  ]
+  return "".join(shown)
 
 
 def plot_roofline(result: Mapping[str, Any], file: pathlib.Path) -> None:
@@ -399,21 +392,18 @@ def plot_roofline(result: Mapping[str, Any], file: pathlib.Path) -> None:
   Raises:
     ImportError: there is no matplotlib.
   """
-  import matplotlib
-  from matplotlib import pyplot
+  from matplotlib.figure import Figure
 
-  matplotlib.use("Agg")
-  table = {
-    name: row for name, row in result["rows"].items() if row.get("flops") and row.get("bytes")
-  }
   matmul, copy = result["matmul_flops/s"], result["copy_bytes/s"]
   places = {
-    name: (row["flops"] / row["bytes"], row["of_matmul"] * matmul) for name, row in table.items()
+    name: (row["flops"] / row["bytes"], row["of_matmul"] * matmul)
+    for name, row in result["rows"].items()
+    if row.get("flops") and row.get("bytes")
   }
   low, high = min(x for x, _ in places.values()) / 3, max(x for x, _ in places.values()) * 3
-  figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-  roof = [low * (high / low) ** (i / 200) for i in range(201)]
-  axis.plot(roof, [min(matmul, copy * x) for x in roof], color="black", linewidth=1)
+  figure = Figure(figsize=(9, 5.5), layout="constrained")
+  axis, roof = figure.subplots(), np.geomspace(low, high, 201)
+  axis.plot(roof, np.minimum(matmul, copy * roof), color="black", linewidth=1)
   axis.annotate(
     "plain matrix product",
     (high, matmul),
@@ -438,7 +428,6 @@ def plot_roofline(result: Mapping[str, Any], file: pathlib.Path) -> None:
   axis.spines[["top", "right"]].set_visible(False)
   axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
   figure.savefig(file, dpi=130)
-  pyplot.close(figure)
 
 
 def run_benchmarks(
@@ -450,10 +439,9 @@ def run_benchmarks(
   profile: pathlib.Path | None,
 ) -> dict[str, Any]:
   """Measures, prints, and writes after every row what there is so far."""
-  device = jax.devices()[0]
   result: dict[str, Any] = {
     "preset": name,
-    "device": device.device_kind,
+    "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
     "dtype": preset.dtype,
     "attention": kernels.describe_kernels(
@@ -474,40 +462,42 @@ def run_benchmarks(
   return result
 
 
+def preset_option() -> dict[str, Any]:
+  """--preset of the commands, whose default looks at the device that is here."""
+  return {
+    "choices": tuple(PRESETS),
+    "default": "cpu" if jax.default_backend() == "cpu" else "gpu",
+    "help": "sizes; default: those for the device that is here",
+  }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(
-    prog="python -m xcomp_jax.bench", description=__doc__.splitlines()[0]
-  )
-  default = "cpu" if jax.default_backend() == "cpu" else "gpu"
-  parser.add_argument(
-    "--preset",
-    choices=tuple(PRESETS),
-    default=default,
-    help="sizes; default: those for the device that is here",
-  )
-  parser.add_argument("--out", type=files.path_of, help="JSON to be written, and a PNG beside it")
-  parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows")
-  parser.add_argument(
-    "--like",
-    type=expanduser,
-    help="a directory with config.json, for other sizes than the preset's",
-  )
-  parser.add_argument(
-    "--frames", type=int, nargs="+", help="of the prefills, instead of the preset's"
-  )
-  parser.add_argument("--text", type=int, help="tokens of the prefills")
-  parser.add_argument("--runs", type=int, help="of each row")
-  parser.add_argument(
-    "--torch", action="store_true", help="and a plain PyTorch Qwen2 without compression"
-  )
-  parser.add_argument(
-    "--profile",
-    type=files.path_of,
-    help="folder of traces for xprof, of one more call of every row",
-  )
-  parser.add_argument("--plot", type=files.path_of, help="draw this JSON instead")
-  args = parser.parse_args(argv)
+  args = command_parser(
+    "bench",
+    __doc__,
+    {
+      "--preset": preset_option(),
+      "--out": {"type": files.path_of, "help": "JSON to be written, and a PNG beside it"},
+      "--only": {"nargs": "+", "choices": GROUPS, "default": GROUPS, "help": "groups of rows"},
+      "--like": {
+        "type": files.expanduser,
+        "help": "a directory with config.json, for other sizes than the preset's",
+      },
+      "--frames": {"type": int, "nargs": "+", "help": "of the prefills, instead of the preset's"},
+      "--text": {"type": int, "help": "tokens of the prefills"},
+      "--runs": {"type": int, "help": "of each row"},
+      "--torch": {
+        "action": "store_true",
+        "help": "and a plain PyTorch Qwen2 without compression",
+      },
+      "--profile": {
+        "type": files.path_of,
+        "help": "folder of traces for xprof, of one more call of every row",
+      },
+      "--plot": {"type": files.path_of, "help": "draw this JSON instead"},
+    },
+  ).parse_args(argv)
   with cli.command(ImportError):
     if args.plot:
       plot_roofline(inputs.read_json(args.plot, ValueError), args.plot.with_suffix(".png"))

@@ -9,7 +9,7 @@ fast they are decoded; and sizes and rates of a store that holds them raw, as JP
 Times are the best of several.
 """
 
-import argparse
+import collections
 import concurrent.futures
 import functools
 import pathlib
@@ -21,6 +21,7 @@ import cv2
 import ml_dtypes
 import numpy as np
 
+from xcomp_jax.bench.options import command_parser
 from xcomp_jax.bench.timing import timed
 from xcomp_jax.cli import command
 from xcomp_jax.data import store, store_writing, video
@@ -44,10 +45,9 @@ def make_video(path: str, seconds: int, width: int, height: int) -> None:
   x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
   ground = np.stack([x, y, (x + y) / 2], -1).astype(np.uint8)
   for i in range(30 * seconds):
-    image = ground.copy()
     centre = (int(width * (0.5 + 0.4 * np.sin(i / 97))), int(height * (0.5 + 0.4 * np.cos(i / 61))))
-    cv2.circle(image, centre, height // 8, (i % 256, 80, 255 - i % 256), -1)
-    writer.write(image)
+    colour = (i % 256, 80, 255 - i % 256)
+    writer.write(cv2.circle(ground.copy(), centre, height // 8, colour, -1))
   writer.release()
 
 
@@ -61,25 +61,20 @@ def decoding_costs(path: str, size: int, repeat: int) -> tuple[np.ndarray, str]:
   """Frames uint8[T, S, S, 3] of a training sample, and a table of what they cost."""
   chosen = sample(path, size=size)
   frames = np.stack(list(video.frames(chosen)))
-
-  def sampled():
-    for _ in video.frames(chosen):
-      pass
-
   spent = {
     "looking at the packets": best(lambda: sample(path, size=size), repeat),
-    "decoding": best(sampled, repeat),
+    # keeps none of them
+    "decoding": best(lambda: collections.deque(video.frames(chosen), maxlen=0), repeat),
   }
   files, taken = chosen.stop, len(frames)
-  lines = [
-    f"decoding {files:,} frames, {taken:,} of them sampled and resized to {size}: seconds, CPU-s, "
-    f"frames of the file and samples per second"
-  ]
-  lines += [
-    f"  {name:24}{s:8.2f}{cpu:8.2f}{files / s:10,.0f}{taken / s:10,.1f}"
+  rows = (
+    f"\n  {name:24}{s:8.2f}{cpu:8.2f}{files / s:10,.0f}{taken / s:10,.1f}"
     for name, (s, cpu) in spent.items()
-  ]
-  return frames, "\n".join(lines)
+  )
+  return frames, (
+    f"decoding {files:,} frames, {taken:,} of them sampled and resized to {size}: seconds, CPU-s, "
+    f"frames of the file and samples per second{''.join(rows)}"
+  )
 
 
 def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str, float]]:
@@ -100,80 +95,99 @@ def storing(frames: np.ndarray, samples: int, repeat: int) -> dict[str, dict[str
     "JPEG 95": (clips, {"quality": 95}),
     "features": (tokens, {"features": TOWER}),
   }
-  total = samples * len(frames)
-  out = {}
   with tempfile.TemporaryDirectory() as place:
-    for name, (visual, how) in kinds.items():
-      folders = (pathlib.Path(place) / f"{name} {n}" for n in range(repeat))
-      talk = ({"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""})
-      items = [
-        (
-          store.StoredSample(
-            id=str(i), source="", annotation="", position=i, conversations=talk, time_message=""
-          ),
-          visual,
-        )
-        for i in range(samples)
-      ]
+    return {
+      name: _stored(pathlib.Path(place) / name, visual, samples, repeat, image_size=size, **how)
+      for name, (visual, how) in kinds.items()
+    }
 
-      def write(items=items, how=how, folders=folders):
-        return store_writing.write_store(
-          next(folders), items, image_size=size, clip_frames=CLIP, **how
-        )
 
-      written, _ = best(write, repeat)
-      folder = pathlib.Path(place) / f"{name} 0"
-      opened, spent = store.open_store(folder), []
-      for threads in (1, 2):
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+def _stored(
+  place: pathlib.Path, visual: np.ndarray, samples: int, repeat: int, **how: Any
+) -> dict[str, float]:
+  """A row of `storing`. how: arguments of `write_store`."""
+  talk = ({"from": "human", "value": "<image>"}, {"from": "gpt", "value": ""})
+  items = [
+    (
+      store.StoredSample(
+        id=str(i), source="", annotation="", position=i, conversations=talk, time_message=""
+      ),
+      visual,
+    )
+    for i in range(samples)
+  ]
+  folders = (place / str(n) for n in range(repeat))
+  written, _ = best(
+    lambda: store_writing.write_store(next(folders), items, clip_frames=CLIP, **how), repeat
+  )
+  opened, total = store.open_store(place / "0"), samples * len(visual) * CLIP
 
-          def read(pool=pool, opened=opened):
-            return [v.shape for v in pool.map(opened.visual, range(samples))]
+  def reading(threads):
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      return best(lambda: [v.shape for v in pool.map(opened.visual, range(samples))], repeat)[0]
 
-          spent.append(best(read, repeat)[0])
-      size_kb = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / total / 1e3
-      out[name] = {
-        "seconds": spent[0],
-        "frames/s": total / spent[0],
-        "by two threads": total / spent[1],
-        "written": total / written,
-        "kB": size_kb,
-      }
-  return out
+  alone = reading(1)
+  return {
+    "seconds": alone,
+    "frames/s": total / alone,
+    "by two threads": total / reading(2),
+    "written": total / written,
+    "kB": sum(f.stat().st_size for f in (place / "0").rglob("*") if f.is_file()) / total / 1e3,
+  }
+
+
+def measure_data(path: str, size: int, samples: int, repeat: int) -> None:
+  """Prints both tables.
+
+  Raises:
+    FileNotFoundError: there is no such video.
+  """
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(f"there is no file {path}")
+  frames, table = decoding_costs(path, size, repeat)
+  print(table, flush=True)
+  print(
+    f"storing {samples} x {len(frames):,} frames: kB per frame; frames per second written, read by "
+    f"one thread, by two"
+  )
+  for name, row in storing(frames, samples, repeat).items():
+    print(
+      f"  {name:10}{row['kB']:10,.1f} "
+      f"kB{row['written']:10,.0f}{row['frames/s']:10,.0f}{row['by two threads']:10,.0f}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command; an error is one line on stderr and exit code 1."""
-  parser = argparse.ArgumentParser(
-    prog="python -m xcomp_jax.bench_data", description=__doc__.splitlines()[0]
-  )
-  commands = parser.add_subparsers(dest="command", required=True)
-  make = commands.add_parser("make", help="write a synthetic video")
-  make.add_argument("path", type=expanduser)
-  make.add_argument("--seconds", type=int, default=3600)
-  make.add_argument("--width", type=int, default=320)
-  make.add_argument("--height", type=int, default=180)
-  run = commands.add_parser("run", help="measure with a video")
-  run.add_argument("path", type=expanduser)
-  run.add_argument("--image-size", type=int, default=448)
-  run.add_argument("--samples", type=int, default=2, help="copies in the stores that are measured")
-  run.add_argument("--repeat", type=int, default=3, help="the best of so many counts")
-  args = parser.parse_args(argv)
+  args = command_parser(
+    "bench_data",
+    __doc__,
+    {"path": {"type": expanduser}},
+    {
+      "make": (
+        "write a synthetic video",
+        {
+          "--seconds": {"type": int, "default": 3600},
+          "--width": {"type": int, "default": 320},
+          "--height": {"type": int, "default": 180},
+        },
+      ),
+      "run": (
+        "measure with a video",
+        {
+          "--image-size": {"type": int, "default": 448},
+          "--samples": {
+            "type": int,
+            "default": 2,
+            "help": "copies in the stores that are measured",
+          },
+          "--repeat": {"type": int, "default": 3, "help": "the best of so many counts"},
+        },
+      ),
+    },
+  ).parse_args(argv)
   with command():
     if args.command == "make":
       make_video(args.path, args.seconds, args.width, args.height)
-      return
-    if not pathlib.Path(args.path).is_file():
-      raise FileNotFoundError(f"there is no file {args.path}")
-    frames, table = decoding_costs(args.path, args.image_size, args.repeat)
-    print(table, flush=True)
-    print(
-      f"storing {args.samples} x {len(frames):,} frames: kB per frame; frames per second written, "
-      f"read by one thread, by two"
-    )
-    for name, row in storing(frames, args.samples, args.repeat).items():
-      print(
-        f"  {name:10}{row['kB']:10,.1f} "
-        f"kB{row['written']:10,.0f}{row['frames/s']:10,.0f}{row['by two threads']:10,.0f}",
-        flush=True,
-      )
+    else:
+      measure_data(args.path, args.image_size, args.samples, args.repeat)

@@ -10,7 +10,6 @@ compiled its programs, and the variants take turns, so that whatever else the ma
 on all of them. Options of `evaluate` may follow.
 """
 
-import argparse
 import json
 import pathlib
 import resource
@@ -23,8 +22,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from xcomp_jax import cli, files
+from xcomp_jax.bench.options import command_parser
 from xcomp_jax.errors import XCompError
-from xcomp_jax.files import expanduser
 from xcomp_jax.synthetic import world
 
 ALONE, ONCE = "a video encoded for every question", "encoded once"
@@ -128,11 +127,8 @@ def measure_variants(
     for name in variants:
       wall, cpu, results = once(VARIANTS[name], options, out)
       parts, n = results["seconds"], results["score"]["counts"]["questions"]
-      for key, seconds in (
-        ("seconds", wall),
-        ("cpu_seconds", cpu),
-        ("asking", sum(parts.values())),
-      ):
+      spent = {"seconds": wall, "cpu_seconds": cpu, "asking": sum(parts.values())}
+      for key, seconds in spent.items():
         found[name][key].append(seconds / n)
       found[name] |= {"parts": parts, "micro": results["score"]["micro"], "questions": n}
       print(f"{name}: {wall:.1f} s, {cpu:.1f} s of processors", file=sys.stderr, flush=True)
@@ -141,39 +137,46 @@ def measure_variants(
 
 def variants_table(found: dict[str, dict[str, Any]]) -> str:
   """Medians and extremes for people."""
-  lines = [f"{'seconds per question':44} {'asking':>8} {'all':>8} {'processors':>11}   of all"]
-  for name, row in found.items():
-    middle = [statistics.median(row[key]) for key in ("asking", "seconds", "cpu_seconds")]
-    lines.append(
-      f"{name:44} {middle[0]:8.3f} {middle[1]:8.3f} {middle[2]:11.3f}   {min(row['seconds']):.3f} "
-      f"to {max(row['seconds']):.3f}"
-    )
-  return "\n".join(lines)
+  middle = statistics.median
+  return "\n".join(
+    [
+      f"{'seconds per question':44} {'asking':>8} {'all':>8} {'processors':>11}   of all",
+      *(
+        f"{name:44} {middle(row['asking']):8.3f} {middle(row['seconds']):8.3f} "
+        f"{middle(row['cpu_seconds']):11.3f}   {min(row['seconds']):.3f} to "
+        f"{max(row['seconds']):.3f}"
+        for name, row in found.items()
+      ),
+    ]
+  )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command; options that it does not know are for `evaluate`."""
-  parser = argparse.ArgumentParser(
-    prog="python -m xcomp_jax.bench_evaluate", description=__doc__.splitlines()[0]
-  )
-  add = parser.add_argument
-  add("--checkpoint", type=expanduser, required=True)
-  add("--out", type=files.path_of, required=True, help="folder of videos, answers, and bench.json")
-  add("--videos", type=int, default=4)
-  add("--questions", type=int, default=10, help="about each video")
-  add("--scenes", type=int, default=32, help="of each video, of 8 frames each")
-  add("--rounds", type=int, default=3, help="in which every variant has its turn")
-  add("--variant", action="append", choices=VARIANTS, help="may be repeated; default: all")
-  args, more = parser.parse_known_args(argv)
+  args, more = command_parser(
+    "bench_evaluate",
+    __doc__,
+    {
+      "--checkpoint": {"type": files.expanduser, "required": True},
+      "--out": {
+        "type": files.path_of,
+        "required": True,
+        "help": "folder of videos, answers, and bench.json",
+      },
+      "--videos": {"type": int, "default": 4},
+      "--questions": {"type": int, "default": 10, "help": "about each video"},
+      "--scenes": {"type": int, "default": 32, "help": "of each video, of 8 frames each"},
+      "--rounds": {"type": int, "default": 3, "help": "in which every variant has its turn"},
+      "--variant": {
+        "action": "append",
+        "choices": VARIANTS,
+        "help": "may be repeated; default: all",
+      },
+    },
+  ).parse_known_args(argv)
   with cli.command(BenchError, interrupted="interrupted"):
-    options = write_questions(args.out / "world", args.videos, args.questions, args.scenes)
-    options += [
-      f"--checkpoint={args.checkpoint}",
-      "--preset=none",
-      "--devices=1",
-      "--min-frames=8",
-      *more,
-    ]
-    found = measure_variants(options, args.out, args.rounds, args.variant or list(VARIANTS))
+    given = write_questions(args.out / "world", args.videos, args.questions, args.scenes)
+    given += [f"--checkpoint={args.checkpoint}", "--preset=none", "--devices=1", "--min-frames=8"]
+    found = measure_variants([*given, *more], args.out, args.rounds, args.variant or list(VARIANTS))
     files.write_json(args.out / "bench.json", found, indent=2)
     print(variants_table(found))

@@ -8,7 +8,6 @@ benchmark. A part writes what it finds at once, so a check that is cut short has
 ends with exit code 1 if a number is wrong or a part fails. It needs a clone of the repository.
 """
 
-import argparse
 import dataclasses
 import functools
 import os
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from flax import nnx
 
 from xcomp_jax import cli, files
 from xcomp_jax.bench import bench, parts
+from xcomp_jax.bench.options import command_parser
 from xcomp_jax.bench.timing import seconds_of
 from xcomp_jax.data.batch import Shape, batch_spec, fake_batch
 from xcomp_jax.errors import one_line
@@ -44,8 +44,7 @@ MEASURED = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(NamedTuple):
   """A shape of attention: [batch, slots, heads, size].
 
   heads: of queries, and of keys. prompt: causal, and the samples have other lengths and holes, and
@@ -56,44 +55,27 @@ class Case:
   batch: int
   slots: int
   heads: tuple[int, int]
-  size: int
-  prompt: bool
+  size: int = 128
+  prompt: bool = True
   dtype: str = "bfloat16"
-
-  @property
-  def precision(self) -> str | None:
-    """Of matrix products: float32 is not rounded to TF32."""
-    return "highest" if self.dtype == "float32" else None
-
-
-def _case(
-  name: str,
-  batch: int,
-  slots: int,
-  heads: tuple[int, int],
-  size: int = 128,
-  prompt: bool = True,
-  **more,
-) -> Case:
-  return Case(name=name, batch=batch, slots=slots, heads=heads, size=size, prompt=prompt, **more)
 
 
 CASES = (
-  _case("clip of 8 frames, 448 px", 1, 6272, (16, 16), 64, False),
-  _case("prefill of 256 frames after a prefix of 14", 3, 14 + 256 * 16 + 96, (12, 2)),
-  _case("clip of 8 frames, 224 px", 4, 1568, (16, 16), 64, False),
-  _case("clip of 4 frames, 448 px", 1, 3136, (16, 16), 64, False),
-  _case("clip of InternVideo2", 4, 1025, (16, 16), 88, False),
-  _case("images", 8, 16 + 16 + 1007, (12, 2)),
-  _case("7B", 2, 2062, (28, 4)),
-  _case("prefill in float32", 2, 1134, (12, 2), dtype="float32"),
-  _case("clip in float32", 1, 1568, (16, 16), 64, False, dtype="float32"),
-  _case("prefill in float16", 2, 1134, (12, 2), dtype="float16"),
+  Case("clip of 8 frames, 448 px", 1, 6272, (16, 16), 64, False),
+  Case("prefill of 256 frames after a prefix of 14", 3, 14 + 256 * 16 + 96, (12, 2)),
+  Case("clip of 8 frames, 224 px", 4, 1568, (16, 16), 64, False),
+  Case("clip of 4 frames, 448 px", 1, 3136, (16, 16), 64, False),
+  Case("clip of InternVideo2", 4, 1025, (16, 16), 88, False),
+  Case("images", 8, 16 + 16 + 1007, (12, 2)),
+  Case("7B", 2, 2062, (28, 4)),
+  Case("prefill in float32", 2, 1134, (12, 2), dtype="float32"),
+  Case("clip in float32", 1, 1568, (16, 16), 64, False, dtype="float32"),
+  Case("prefill in float16", 2, 1134, (12, 2), dtype="float16"),
 )
 SMALL = (
-  _case("small clip", 2, 130, (4, 4), 64, False),
-  _case("small prefill", 3, 142, (4, 2), 64),
-  _case("small prefill in float32", 3, 142, (4, 2), 64, dtype="float32"),
+  Case("small clip", 2, 130, (4, 4), 64, False),
+  Case("small prefill", 3, 142, (4, 2), 64),
+  Case("small prefill in float32", 3, 142, (4, 2), 64, dtype="float32"),
 )
 
 
@@ -121,9 +103,7 @@ def _mask(case: Case) -> AttentionMask:
   return AttentionMask(case.prompt, valid if case.prompt else None)
 
 
-def program(
-  case: Case, implementation: str, precision: str | None, attend: Callable = attend
-) -> Callable:
+def program(case: Case, implementation: str, attend: Callable = attend) -> Callable:
   """A function of q, k, v that gives an implementation's results and gradients."""
   mask = _mask(case)
   counts = True if mask.valid is None else mask.valid[:, :, None, None]
@@ -137,35 +117,22 @@ def program(
 
   both = jax.jit(lambda *args: (shown(*args), jax.grad(loss, (0, 1, 2))(*args)))
 
-  def run(*args):
-    with jax.default_matmul_precision(precision):
+  def run(*args):  # float32 is not rounded to TF32
+    with jax.default_matmul_precision("highest" if args[0].dtype == jnp.float32 else None):
       return both(*args)
 
   return run
 
 
-@dataclasses.dataclass(frozen=True)
-class Oracle:
-  """What implementations of a case are compared with.
-
-  inputs: q, k, v. oracle: what einsum gives in float32. own: what it gives in the case's dtype.
-  """
-
-  inputs: tuple[jax.Array, ...]
-  oracle: Any
-  own: Any
-
-
 @functools.cache
-def prepared(case: Case) -> Oracle:
-  """Draws the inputs of a case, and computes it by einsum."""
-  shape = (case.batch, case.slots)
+def prepared(case: Case) -> tuple[tuple[jax.Array, ...], Any, Any]:
+  """Draws a case's q, k and v, and computes it by einsum: in float32, and in its own dtype."""
   inputs = tuple(
-    jax.random.normal(jax.random.key(i), (*shape, heads, case.size), jnp.dtype(case.dtype))
+    jax.random.normal(jax.random.key(i), (case.batch, case.slots, heads, case.size), case.dtype)
     for i, heads in enumerate((*case.heads, case.heads[1]))
   )
-  oracle = program(case, "einsum", "highest")(*(x.astype(jnp.float32) for x in inputs))
-  return Oracle(inputs, oracle, program(case, "einsum", case.precision)(*inputs))
+  oracle = program(case, "einsum")(*(x.astype(jnp.float32) for x in inputs))
+  return inputs, oracle, program(case, "einsum")(*inputs)
 
 
 def compare_implementation(
@@ -179,16 +146,16 @@ def compare_implementation(
     "result" and "gradient": distances from it, and those of einsum in the same dtype; "result
     right", "gradient right", "right": they are not much larger; "seconds": of both together.
   """
-  made = prepared(case)
-  run = program(case, implementation, case.precision, attend)
-  got = run(*made.inputs)
+  inputs, oracle, by_einsum = prepared(case)
+  run = program(case, implementation, attend)
+  got = run(*inputs)
   out: dict[str, Any] = {}
   for i, part in enumerate(("result", "gradient")):
-    apart, own = distance(got[i], made.oracle[i]), distance(made.own[i], made.oracle[i])
+    apart, own = distance(got[i], oracle[i]), distance(by_einsum[i], oracle[i])
     most = 2 * own + (1e-5 if case.dtype == "float32" else 1e-3)
     out |= {part: apart, f"{part} by einsum": own, f"{part} right": apart <= most}
   return out | {
-    "seconds": statistics.median(seconds_of(lambda: run(*made.inputs)) for _ in range(5)),
+    "seconds": statistics.median(seconds_of(lambda: run(*inputs)) for _ in range(5)),
     "right": out["result right"] and out["gradient right"],
   }
 
@@ -219,7 +186,7 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
     for case in SMALL if small else CASES:
       # what such a card takes instead
       if case.dtype == "bfloat16" and card.float16 and not card.bfloat16:
-        case = dataclasses.replace(case, dtype="float16")
+        case = case._replace(dtype="float16")
       if kernels.unusable(implementation, card, kernels.library(), case.dtype) or (
         implementation == "cudnn" and case.prompt
       ):
@@ -232,9 +199,7 @@ def check_kernels(out: pathlib.Path, small: bool) -> bool:
       right &= not wrong
       found[f"{implementation}: {case.name}"] = row
       files.write_json(out / "kernels.json", found, indent=1)
-      figures = ", ".join(
-        f"{key} {value:.2g}" for key, value in row.items() if type(value) is float
-      )
+      figures = ", ".join(f"{key} {x:.2g}" for key, x in row.items() if type(x) is float)
       print(
         f"{'WRONG' if wrong else 'right' if row['right'] else 'no'}  {implementation}: "
         f"{case.name}: {row.get('error') or figures}",
@@ -261,11 +226,8 @@ def check_step(out: pathlib.Path, small: bool) -> bool:
     llm=dataclasses.replace(cfg.llm, layers=2),
     lp_comp=dataclasses.replace(cfg.lp_comp, schedule=(16, 9)),
   )
-  spec = batch_spec(
-    Shape(rows=2, samples=1, prefix=16, frames=32 if small else 256, text=96),
-    ((16, cfg.vision.width), np.float32),
-  )
-  batch = fake_batch(spec, cfg.llm.vocab_size)
+  shape = Shape(rows=2, samples=1, prefix=16, frames=32 if small else 256, text=96)
+  batch = fake_batch(batch_spec(shape, ((16, cfg.vision.width), np.float32)), cfg.llm.vocab_size)
   batch = dataclasses.replace(
     batch,
     frames=batch.frames * [[1], [0]],
@@ -318,13 +280,25 @@ def stages(out: pathlib.Path, small: bool) -> Stages:
     return [run("gpu_check", "--stage", stage, "--out", out, *["--small"] * small)]
 
   def measure(group, *more):
-    where = [f"--out={out / f'bench_{group}.json'}", f"--profile={out / 'profile'}"]
-    preset = f"--preset={'smoke' if small else 'gpu'}"
-    return run("bench", preset, *where, "--only", group, *() if small else more)
+    return run(
+      "bench",
+      f"--preset={'smoke' if small else 'gpu'}",
+      f"--out={out / f'bench_{group}.json'}",
+      f"--profile={out / 'profile'}",
+      "--only",
+      group,
+      *(() if small else more),
+    )
 
-  ask = [f"--checkpoint={ROOT / 'assets' / 'tiny'}", f"--video={world / 'heldout' / '00000.mp4'}"]
-  ask += ["--question=Which digit was shown?", "--min-frames=8", "--max-frames=32"]
-  ask += ["--compilation-cache=", "--attention=flash"]
+  ask = [
+    f"--checkpoint={ROOT / 'assets' / 'tiny'}",
+    f"--video={world / 'heldout' / '00000.mp4'}",
+    "--question=Which digit was shown?",
+    "--min-frames=8",
+    "--max-frames=32",
+    "--compilation-cache=",
+    "--attention=flash",
+  ]
   recorded = ("internvideo2_tiny",) if small else ("internvideo2_tiny", "dev")
   return {
     "kernels": mine("kernels"),
@@ -345,9 +319,12 @@ def run_commands(commands: Sequence[Sequence[str]], log: pathlib.Path, limit: fl
   with open(log, "w") as file:
     for command in commands:
       try:
-        left = max(1.0, ends - time.monotonic())
         done = subprocess.run(
-          command, stdout=file, stderr=subprocess.STDOUT, timeout=left, cwd=ROOT
+          command,
+          stdout=file,
+          stderr=subprocess.STDOUT,
+          timeout=max(1.0, ends - time.monotonic()),
+          cwd=ROOT,
         )
       except subprocess.TimeoutExpired:
         return "cut short"
@@ -387,25 +364,26 @@ def supervise(out: pathlib.Path, minutes: float, parts: Stages) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(
-    prog="python -m xcomp_jax.gpu_check", description=__doc__.splitlines()[0]
-  )
-  parser.add_argument("--out", type=files.path_of, required=True, help="folder of results")
-  parser.add_argument(
-    "--minutes",
-    type=float,
-    default=8.0,
-    help="for all parts together (8); the benchmark takes what the others leave",
-  )
-  parser.add_argument(
-    "--small", action="store_true", help="tiny sizes, to try the check itself without a GPU"
-  )
-  parser.add_argument(
-    "--stage",
-    choices=("kernels", "step"),
-    help="what the check itself starts: one part, in this process",
-  )
-  args = parser.parse_args(argv)
+  args = command_parser(
+    "gpu_check",
+    __doc__,
+    {
+      "--out": {"type": files.path_of, "required": True, "help": "folder of results"},
+      "--minutes": {
+        "type": float,
+        "default": 8.0,
+        "help": "for all parts together (8); the benchmark takes what the others leave",
+      },
+      "--small": {
+        "action": "store_true",
+        "help": "tiny sizes, to try the check itself without a GPU",
+      },
+      "--stage": {
+        "choices": ("kernels", "step"),
+        "help": "what the check itself starts: one part, in this process",
+      },
+    },
+  ).parse_args(argv)
   with cli.command():
     if args.minutes <= 0:
       raise ValueError(f"--minutes {args.minutes:g}: must be more than 0")

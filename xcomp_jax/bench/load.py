@@ -6,7 +6,6 @@ python -m xcomp_jax.bench_load random --like DIR --out DIR
 python -m xcomp_jax.bench_load load --checkpoint DIR
 """
 
-import argparse
 import pathlib
 import shutil
 import threading
@@ -17,14 +16,14 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from xcomp_jax.bench.options import command_parser, figures
 from xcomp_jax.bench.timing import timed
 from xcomp_jax.checkpoints import saving, tensor_files, tensor_names
 from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.loading import load_model
-from xcomp_jax.checkpoints.saving import AS_IT_IS, NOT_TUNED
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.cli import command
-from xcomp_jax.files import expanduser
+from xcomp_jax.files import expanduser, path_of
 
 
 def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
@@ -34,7 +33,7 @@ def random_checkpoint(like: pathlib.Path, out: pathlib.Path) -> None:
   Raises:
     CheckpointError: a config that can't be used, or a directory that is not free.
   """
-  cfg = read_vlm_config(like, AS_IT_IS, NOT_TUNED)
+  cfg = read_vlm_config(like, saving.AS_IT_IS, saving.NOT_TUNED)
   rng = np.random.default_rng(0)
   dtype = np.dtype(ml_dtypes.bfloat16)
 
@@ -68,7 +67,7 @@ def measured_loading(directory: pathlib.Path) -> dict[str, float]:
   Raises:
     CheckpointError: see `loading.load_model`.
   """
-  cfg, before = read_vlm_config(directory, AS_IT_IS, NOT_TUNED), _anonymous()
+  cfg, before = read_vlm_config(directory, saving.AS_IT_IS, saving.NOT_TUNED), _anonymous()
   with _Peak() as peak:
     loading = timed(lambda: load_model(directory, cfg))
   parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(loading.result)))
@@ -107,24 +106,32 @@ def _anonymous() -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(
-    prog="python -m xcomp_jax.bench_load", description=__doc__.splitlines()[0]
-  )
-  commands = parser.add_subparsers(dest="command", required=True)
-  random = commands.add_parser("random", help="write a checkpoint of random weights")
-  random.add_argument("--like", type=expanduser, required=True, help="a directory with config.json")
-  random.add_argument("--out", type=expanduser, required=True, help="directory to be made")
-  loading = commands.add_parser("load", help="measure loading")
-  loading.add_argument(
-    "--checkpoint",
-    type=expanduser,
-    required=True,
-    help="a directory with config.json and weights",
-  )
-  args = parser.parse_args(argv)
+  args = command_parser(
+    "bench_load",
+    __doc__,
+    {},
+    {
+      "random": (
+        "write a checkpoint of random weights",
+        {
+          "--like": {"type": path_of, "required": True, "help": "a directory with config.json"},
+          "--out": {"type": path_of, "required": True, "help": "directory to be made"},
+        },
+      ),
+      "load": (
+        "measure loading",
+        {
+          "--checkpoint": {
+            "type": expanduser,
+            "required": True,
+            "help": "a directory with config.json and weights",
+          }
+        },
+      ),
+    },
+  ).parse_args(argv)
   with command():
     if args.command == "random":
-      random_checkpoint(pathlib.Path(args.like), pathlib.Path(args.out))
-      return
-    for name, value in measured_loading(resolve(args.checkpoint)).items():
-      print(f"{name:>26} {value:10.3f}")
+      random_checkpoint(args.like, args.out)
+    else:
+      print(figures(measured_loading(resolve(args.checkpoint))))

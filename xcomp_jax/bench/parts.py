@@ -23,14 +23,15 @@ from xcomp_jax.config import (
   MeshConfig,
   ModelConfig,
   OptimConfig,
+  SelectConfig,
   VisionConfig,
   VLMConfig,
 )
 from xcomp_jax.data.batch import Length, Shape, batch_spec, fake_batch
+from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.inference import generate
 from xcomp_jax.inference.rounds import PREFIX, scoring
 from xcomp_jax.model import qc_comp, qwen2, token_merging, vlm
-from xcomp_jax.model.vlm import VLM
 from xcomp_jax.parallel.mesh import make_mesh
 from xcomp_jax.plan import cost
 from xcomp_jax.training import metrics, optim, steps
@@ -140,7 +141,7 @@ def without_llm(cfg: VLMConfig) -> VLMConfig:
 
 def _random(cfg: VLMConfig, real: bool) -> tuple[nnx.GraphDef, nnx.State]:
   def make():
-    return VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype))
+    return vlm.VLM(cfg, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(cfg.dtype))
 
   return nnx.split(jax.jit(make)() if real else nnx.eval_shape(make))
 
@@ -149,9 +150,8 @@ def _array(real: bool, shape: tuple[int, ...], dtype: Any) -> Any:
   """Random numbers, or their shape alone: 8,192 frames are 5 GB."""
   if not real:
     return jax.ShapeDtypeStruct(shape, dtype)
-  if np.dtype(dtype) == np.uint8:
-    return jax.jit(lambda: jax.random.bits(jax.random.key(0), shape, np.uint8))()
-  return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype))()
+  draw = jax.random.bits if np.dtype(dtype) == np.uint8 else jax.random.normal
+  return jax.jit(lambda: draw(jax.random.key(0), shape, dtype))()
 
 
 def _ones(function: Callable, *args) -> Any:
@@ -168,13 +168,17 @@ def tower(cfg: VLMConfig, clips: int, real: bool = True) -> Part:
   """The tower with merging on so many clips of 8 frames, `cfg.clips_per_chunk` at a time."""
   cfg, size = without_llm(cfg), cfg.vision.image_size
   graph, state = _random(cfg, real)
-  frames = _array(real, (clips, 8, size, size, 3), np.uint8)
 
   def run(state, frames):
     return vlm.encode_frames(nnx.merge(graph, state), frames)
 
-  useful = _useful(cfg, 8 * clips, PREFIX + 1, True)["vision"]
-  return Part(run=run, args=(state, frames), flops=useful, amount=8 * clips, unit="frames")
+  return Part(
+    run=run,
+    args=(state, _array(real, (clips, 8, size, size, 3), np.uint8)),
+    flops=_useful(cfg, 8 * clips, PREFIX + 1, True)["vision"],
+    amount=8 * clips,
+    unit="frames",
+  )
 
 
 def merging(cfg: VLMConfig, clips: int) -> Part:
@@ -198,12 +202,8 @@ def prefill_part(
   """Prefill of given visual tokens and `text` tokens: every layer's cache, and the next token's
   logits.
   """
-  cfg = without_tower(cfg)
-  cfg = (
-    cfg
-    if compressed
-    else dataclasses.replace(cfg, lp_comp=dataclasses.replace(COSINE, keep="none"))
-  )
+  lp_comp = cfg.lp_comp if compressed else dataclasses.replace(COSINE, keep="none")
+  cfg = dataclasses.replace(without_tower(cfg), lp_comp=lp_comp)
   graph, state = _random(cfg, real)
   after, groups = text - PREFIX, frames * cfg.tokens_per_frame // cfg.lp_comp.group
 
@@ -214,18 +214,16 @@ def prefill_part(
     return generate.start(model, out, after, one(after)[0], room)
 
   x = _array(real, (1, text + frames * cfg.tokens_per_frame, cfg.llm.width), cfg.dtype)
-  useful = _useful(cfg, frames, text, False)["llm"]
-  # of logits the last row's alone are made
-  useful -= 2.0 * cfg.llm.width * cfg.llm.vocab_size * text
+  logits = 2.0 * cfg.llm.width * cfg.llm.vocab_size * text  # the last row's alone are made
+  useful = _useful(cfg, frames, text, False)["llm"] - logits
   return Part(run=run, args=(state, x), flops=useful, amount=frames, unit="frames")
 
 
 def decode_function(cfg: VLMConfig, tokens: int) -> Callable:
   """A function (state, what `prefill_part` leaves) -> so many tokens int32[B, tokens]."""
   graph, _ = _random(without_tower(cfg), False)
-  sampling = generate.Sampling(tokens, ())
   return lambda params, state: generate.decode_tokens(
-    nnx.merge(graph, params), state, sampling, tokens
+    nnx.merge(graph, params), state, generate.Sampling(tokens, ()), tokens
   )[0]
 
 
@@ -236,22 +234,19 @@ def decoding_part(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: 
   begun = prefill_part(cfg, frames, text, room=tokens)
   state = dataclasses.replace(_ones(begun.run, *begun.args), free=jnp.int32(tokens))
   state = jax.tree.map(lambda a: a.repeat(answers, 0) if a.ndim else a, state)
-  m = cfg.llm
-  heads = (m.heads + 2 * m.kv_heads) * m.head_dim + m.heads * m.head_dim
-  keys = sum(cache.key.shape[1] for cache in state.caches)
+  m, keys = cfg.llm, sum(cache.key.shape[1] for cache in state.caches)
   useful = (
-    2.0 * m.layers * m.width * (heads + 3 * m.mlp_width)
+    2.0 * m.layers * m.width * (2 * (m.heads + m.kv_heads) * m.head_dim + 3 * m.mlp_width)
     + 2.0 * m.width * m.vocab_size
     + 4.0 * keys * m.heads * m.head_dim
   )
   # all of it for every token
   held = sum(leaf.nbytes for leaf in jax.tree.leaves((begun.args[0]["llm"], state.caches)))
-  made = tokens * answers
   return Part(
     run=decode_function(cfg, tokens),
     args=(begun.args[0], state),
-    flops=made * useful,
-    amount=made,
+    flops=tokens * answers * useful,
+    amount=tokens * answers,
     unit="tokens",
     bytes=float(tokens * held),
   )
@@ -262,17 +257,40 @@ def selecting(cfg: VLMConfig, mode: str, frames: int, real: bool = True) -> tupl
   calls of each.
   """
   cfg, setting = without_tower(cfg), qc_comp.select_config(mode, 8)
-  graph, state = _random(cfg, real)
   plan = qc_comp.plan_rounds(frames, 8, setting)
-  rows, clips = max(1, setting.round // plan.frames), plan.frames // 8
-  calls = -(-len(plan.starts) // rows)
-  watch, score = scoring(graph, plan, setting, rows)
-  features = _array(real, (rows, clips, 8 * cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)
+  rows = max(1, setting.round // plan.frames)
+  return scoring_parts(cfg, _random(cfg, real), setting, frames, plan, rows, real=real)
+
+
+def scoring_parts(
+  cfg: VLMConfig,
+  model: tuple[nnx.GraphDef, nnx.State],
+  setting: SelectConfig,
+  frames: int,
+  plan: qc_comp.RoundPlan,
+  rows: int,
+  question: Prompt | None = None,
+  real: bool = False,
+) -> tuple[Part, Part, int]:
+  """Likewise of a model, as `nnx.split` gives it, with so many rounds in a call.
+
+  question: one of those that are stacked; None: as `scoring` has it.
+  """
+  graph, state = model
+  watch, score = scoring(graph, plan, setting, rows, question, cfg.clip_frames)
+  tokens, clips = cfg.clip_frames * cfg.tokens_per_frame, plan.frames // cfg.clip_frames
+  features = _array(real, (rows, clips, tokens, cfg.vision.width), cfg.dtype)
   caches = (_ones if real else jax.eval_shape)(watch, state, features)
+  calls = -(-len(plan.starts) // rows)
 
   def part(run, given):
-    work = flops(run, state, given)
-    return Part(run=run, args=(state, given), flops=work, amount=frames / calls, unit="frames")
+    return Part(
+      run=run,
+      args=(state, given),
+      flops=flops(run, state, given),
+      amount=frames / calls,
+      unit="frames",
+    )
 
   return part(watch, features), part(score, caches), calls
 
@@ -285,7 +303,6 @@ def training_parts(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part
   batch = fake_batch(
     batch_spec(shape, ((cfg.tokens_per_frame, cfg.vision.width), cfg.dtype)), cfg.llm.vocab_size
   )
-  mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   graph, params = _random(cfg, True)
   trained = nnx.State(
     {
@@ -297,13 +314,12 @@ def training_parts(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part
   state = steps.TrainState(
     trained, nnx.State({"vision": params["vision"]}), jax.jit(tx.init)(trained)
   )
-  sums = steps.zero_sums(trained, mesh)
+  sums = steps.zero_sums(trained, make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))
   held = np.stack(
     [batch.frames, np.ones_like(batch.frames), batch.prefix_length, batch.text_length], axis=-1
   ).reshape(-1, 4)
   forward = metrics.forward_flops(cfg, held, pixels=False)
   useful = 3 * float(forward["projector"].sum() + forward["llm"].sum())
-  on_device = jax.tree.map(jnp.asarray, batch)
 
   def gradient(sums, state, batch):
     return steps.grad_step(graph, state, sums, batch, (), None)
@@ -311,17 +327,23 @@ def training_parts(cfg: VLMConfig, shape: Shape, param_dtype: str) -> tuple[Part
   def apply(state, sums):
     return steps.apply_step(tx, state, dataclasses.replace(sums, samples=jnp.ones(())))
 
-  size = float(sum(p.size for p in jax.tree.leaves(trained)))
   return (
     Part(
       run=gradient,
-      args=(sums, state, on_device),
+      args=(sums, state, jax.tree.map(jnp.asarray, batch)),
       flops=useful,
       amount=float(batch.weight.sum()),
       unit="samples",
       donated=(0,),
     ),
-    Part(run=apply, args=(state, sums), flops=0.0, amount=size, unit="parameters", donated=(0, 1)),
+    Part(
+      run=apply,
+      args=(state, sums),
+      flops=0.0,
+      amount=float(sum(p.size for p in jax.tree.leaves(trained))),
+      unit="parameters",
+      donated=(0, 1),
+    ),
   )
 
 

@@ -5,7 +5,6 @@ python -m xcomp_jax.bench_scaling --out docs/scaling [--run-up-to 2048]
 What is longer than --run-up-to is compiled and counted, and not run.
 """
 
-import argparse
 import json
 import pathlib
 from collections.abc import Sequence
@@ -15,26 +14,30 @@ import jax
 
 from xcomp_jax import cli, files
 from xcomp_jax.bench import bench, parts
-from xcomp_jax.bench.parts import Part
+from xcomp_jax.bench.options import command_parser
 from xcomp_jax.inference.rounds import PREFIX, TEXT
 
 
-def row(part: Part, x: int, preset: bench.Sizes | None) -> dict[str, Any]:
+def row(part: parts.Part, x: int, preset: bench.Sizes | None) -> dict[str, Any]:
   """Seconds (None without a preset), counted operations, the share of a matrix product's rate that
   these are, memory.
   """
   counted = parts.flops(part.run, *part.args)
-  out = {"x": x, "seconds": None, "TFLOP": counted / 1e12, "of_matmul": None}
+  seconds = share = None
   if preset is None:
     used = jax.jit(part.run).lower(*part.args).compile().memory_analysis()
     assert used is not None  # every backend has it
-    return out | {"temporary_GB": used.temp_size_in_bytes / 1e9}
-  got = bench.measured_row(part, preset)
-  share = counted / got["fastest_s"] / got["matmul_flops/s"]
-  return out | {
-    "seconds": got["fastest_s"],
+    temporary = used.temp_size_in_bytes
+  else:
+    got = bench.measured_row(part, preset)
+    seconds, temporary = got["fastest_s"], got["temporary_bytes"]
+    share = counted / seconds / got["matmul_flops/s"]
+  return {
+    "x": x,
+    "seconds": seconds,
+    "TFLOP": counted / 1e12,
     "of_matmul": share,
-    "temporary_GB": got["temporary_bytes"] / 1e9,
+    "temporary_GB": temporary / 1e9,
   }
 
 
@@ -44,10 +47,8 @@ def scaling_rows(
   """Rows of prefill against frames ("frames") and text ("text"), and of encoding ("encoding", not
   run).
   """
-  cfg, out = (
-    parts.sized(preset.like, preset.dtype, clips_per_chunk=1),
-    {"frames": [], "text": [], "encoding": []},
-  )
+  cfg = parts.sized(preset.like, preset.dtype, clips_per_chunk=1)
+  out = {"frames": [], "text": [], "encoding": []}
 
   def add(group, part, x, run):
     out[group].append(row(part, x, preset if run else None))
@@ -68,27 +69,23 @@ def draw_scaling(rows: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> N
   Raises:
     ImportError: there is no matplotlib.
   """
-  import matplotlib
-  from matplotlib import pyplot
+  from matplotlib.figure import Figure
 
-  matplotlib.use("Agg")
-  figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
-  least = rows["frames"][0]["x"]
+  figure = Figure(figsize=(9, 6.5), layout="constrained")
   panels = (
     ("frames", "seconds", "Prefill: seconds"),
     ("frames", "TFLOP", "Prefill: TFLOP, counted"),
-    ("text", "seconds", f"Prefill of {least} frames: seconds"),
+    ("text", "seconds", f"Prefill of {rows['frames'][0]['x']} frames: seconds"),
     ("frames", "temporary_GB", "Temporaries, GB"),
   )
-  for axis, (group, name, title) in zip(axes.flat, panels, strict=True):
-    shown = [(row["x"], row[name]) for row in rows[group] if row[name] is not None]
-    axis.plot(*zip(*shown), "o-", label="prefill")
+  for axis, (group, name, title) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    lines = {"prefill": (group, "o-")}
     if name == "temporary_GB":
-      axis.plot(
-        *zip(*[(row["x"], row[name]) for row in rows["encoding"]]),
-        "s-",
-        label="encoding, a clip at a time",
-      )
+      lines["encoding, a clip at a time"] = ("encoding", "s-")
+    for label, (of, style) in lines.items():
+      shown = [(row["x"], row[name]) for row in rows[of] if row[name] is not None]
+      axis.plot(*zip(*shown), style, label=label)
+    if len(lines) > 1:
       axis.legend(frameon=False)
     axis.set(
       title=title,
@@ -98,28 +95,25 @@ def draw_scaling(rows: dict[str, list[dict[str, Any]]], file: pathlib.Path) -> N
     )
     axis.spines[["top", "right"]].set_visible(False)
   figure.savefig(file, dpi=120)
-  pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
-  parser = argparse.ArgumentParser(
-    prog="python -m xcomp_jax.bench_scaling", description=__doc__.splitlines()[0]
-  )
-  parser.add_argument(
-    "--preset",
-    choices=tuple(bench.PRESETS),
-    default="cpu" if jax.default_backend() == "cpu" else "gpu",
-  )
-  parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
-  parser.add_argument("--text", type=int, nargs="+", default=[86, 512, 1024], help="tokens")
-  parser.add_argument(
-    "--run-up-to", type=int, default=2048, help="frames; what is longer is compiled and counted"
-  )
-  parser.add_argument(
-    "--out", type=files.path_of, required=True, help="name of the .json and the .png"
-  )
-  args = parser.parse_args(argv)
+  args = command_parser(
+    "bench_scaling",
+    __doc__,
+    {
+      "--preset": bench.preset_option(),
+      "--frames": {"type": int, "nargs": "+", "default": [256, 512, 1024, 2048, 4096, 8192]},
+      "--text": {"type": int, "nargs": "+", "default": [86, 512, 1024], "help": "tokens"},
+      "--run-up-to": {
+        "type": int,
+        "default": 2048,
+        "help": "frames; what is longer is compiled and counted",
+      },
+      "--out": {"type": files.path_of, "required": True, "help": "name of the .json and the .png"},
+    },
+  ).parse_args(argv)
   with cli.command(ImportError):
     if any(n % 8 or n < 8 for n in args.frames) or min(args.text) <= PREFIX:
       raise ValueError(f"--frames must be multiples of 8, and --text more than {PREFIX}")

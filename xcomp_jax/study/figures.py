@@ -32,8 +32,13 @@ def plot_frames(cells: Cells) -> Any:
     first = found[0]  # its measures by frames
     frames = [int(n) for n in first]
     if not left.lines:
-      bounds = [bound([one]) for one in first.values()]
-      left.plot(frames, bounds, color="grey", ls=":", label="shown, else chance")
+      left.plot(
+        frames,
+        [bound([one]) for one in first.values()],
+        color="grey",
+        ls=":",
+        label="shown, else chance",
+      )
     shares = [interval([right(m[n]) for m in found]) for n in first]
     style = {"marker": "o", "ms": 4, "label": name, "color": f"C{i}"}
     _draw_shares(left, frames, shares, **style)
@@ -47,9 +52,8 @@ def plot_frames(cells: Cells) -> Any:
 
 def _draw_shares(axes: Any, x: ArrayLike, shares: Sequence[RightShare], **style: Any) -> None:
   """Shares with their intervals, joined by a line."""
-  means = [s.mean for s in shares]
   error = np.array([[s.mean - s.low, s.high - s.mean] for s in shares]).T
-  axes.errorbar(x, means, error, capsize=2, **style)
+  axes.errorbar(x, [s.mean for s in shares], error, capsize=2, **style)
 
 
 def plot_bias(cells: Cells) -> Any:
@@ -73,8 +77,8 @@ def plot_bias(cells: Cells) -> Any:
   for axes, (name, place, modes) in zip(grid, rows):
     scored = {mode: of for mode, of in modes.items() if mode != "uniform"}
     for k, (mode, of) in enumerate(scored.items()):
-      beside = 0.012 * (k - len(scored) / 2)  # so that intervals don't hide each other
-      _draw_mode(axes, mode, of, place, beside)
+      # beside each other, so that intervals don't hide each other
+      _draw_mode(axes, mode, of, place, 0.012 * (k - len(scored) / 2))
     axes[2].axhline(
       np.mean([1 / shots for shots in (3, 4, 5)]), color="grey", lw=1, ls=":", label="any shot"
     )
@@ -82,13 +86,12 @@ def plot_bias(cells: Cells) -> Any:
     axes[0].set_ylabel(f"{films_of}\n{model}\nscore / the film's mean")
     axes[2].set_ylabel("share of questions")
   titles = ("scenes with nothing to see", "shots", "needed scene ranked first")
-  for ax, title in zip(grid[0], titles, strict=True):
-    ax.set(title=title, ylim=(0, None))
+  for column, title in zip(grid.T, titles, strict=True):
+    column[0].set(title=title, ylim=(0, None))
+    column[-1].set_xlabel("place in the film")
   if rows:
     legend = grid[0][2].get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=6, frameon=False)
-  for ax in grid[-1]:
-    ax.set_xlabel("place in the film")
   return figure
 
 

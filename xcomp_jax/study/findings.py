@@ -70,11 +70,10 @@ def _reference_rules(of: Callable[[str], list[Measure]], rule: str) -> list[list
 
 
 def _cost(measures: Sequence[Measure]) -> list[str]:
-  seconds = np.median([m["seconds"] for m in measures])
   return [
     f"{measures[0]['tokens']:.0f}",
     f"{1000 * measures[0]['TFLOP']:.3f}",
-    f"{1000 * seconds:.0f}",
+    f"{1000 * np.median([m['seconds'] for m in measures]):.0f}",
   ]
 
 
@@ -86,8 +85,18 @@ def compression(cells: Cells, rules: Sequence[str]) -> Rows:
   def after(rule):
     return cells.seeds(f"tune_{rule}_{{seed}}", "heldout", rule)
 
-  less = ("less not tuned for", "less tuned without", "less none, tuned", "less progressive")
-  yield ["", "not tuned for", "tuned without", "after SCT", *less, "seeds", *COST]
+  yield [
+    "",
+    "not tuned for",
+    "tuned without",
+    "after SCT",
+    "less not tuned for",
+    "less tuned without",
+    "less none, tuned",
+    "less progressive",
+    "seeds",
+    *COST,
+  ]
   for rule in rules:
     free = cells.seeds("base", "heldout", rule)
     if free:
@@ -122,8 +131,10 @@ def by_kind(cells: Cells) -> Rows:
     yield [name, *(f"{100 * of[kind]:.0f}" for kind in KINDS)]
   for name, path in choices.items():
     if found := [right(m) for m in cells.seeds(*path)]:
-      kinds = ([of[:, k : k + 1] for of in found] for k in range(len(KINDS)))
-      yield [name, *(str(interval(one)) for one in kinds)]
+      yield [
+        name,
+        *(str(interval([of[:, k : k + 1] for of in found])) for k in range(len(KINDS))),
+      ]
 
 
 def by_frames(cells: Cells) -> Rows:
@@ -141,9 +152,8 @@ def by_frames(cells: Cells) -> Rows:
     some, less = curves[name], curves[other]
     if some and less:
       parts = {n: str(int(n) // factor) for n in some[0]}
-      with_part = "half of the" if factor == 2 else "as many"
       yield [
-        f"{name} less {other}, with {with_part} frames",
+        f"{name} less {other}, with {'half of the' if factor == 2 else 'as many'} frames",
         *(
           _less([m[n] for m in some], [m[part] for m in less if part in m])
           for n, part in parts.items()
@@ -159,8 +169,16 @@ def longer(cells: Cells) -> Rows:
   """What a tuning three times as long changes, on films of 12 scenes and on all frames of those of
   24.
   """
-  names = ("films of", "rule", "400 steps", "1,200 steps", "gained")
-  yield [*names, "less none, as long", "less progressive, as long", "seeds"]
+  yield [
+    "films of",
+    "rule",
+    "400 steps",
+    "1,200 steps",
+    "gained",
+    "less none, as long",
+    "less progressive, as long",
+    "seeds",
+  ]
   for films_of, split, *frames in (
     ("12 scenes", "heldout"),
     ("24 scenes, 48 frames", "wide", "48"),
@@ -173,9 +191,14 @@ def longer(cells: Cells) -> Rows:
       if long := of("longer", rule):
         short = of("tune", rule)
         others = [short, *_reference_rules(functools.partial(of, "longer"), rule)]
-        less = (_less(long, other) for other in others)
-        seeds = f"{len(short)} and {len(long)}"
-        yield [films_of, rule, _share(short), _share(long), *less, seeds]
+        yield [
+          films_of,
+          rule,
+          _share(short),
+          _share(long),
+          *(_less(long, other) for other in others),
+          f"{len(short)} and {len(long)}",
+        ]
 
 
 def _by_mode(cells: Cells) -> Iterator[tuple[str, str, str, dict[str, list[Measure]]]]:
@@ -187,8 +210,17 @@ def _by_mode(cells: Cells) -> Iterator[tuple[str, str, str, dict[str, list[Measu
 
 def selection(cells: Cells) -> Rows:
   """Accuracy and cost by mode of QC-Comp (paper, Tables 4 to 6)."""
-  names = ("", "frames by", "right", "less global", "less local", "selected, else chance")
-  yield [*names, "right from two scenes", "seeds", *COST[1:]]
+  yield [
+    "",
+    "frames by",
+    "right",
+    "less global",
+    "less local",
+    "selected, else chance",
+    "right from two scenes",
+    "seeds",
+    *COST[1:],
+  ]
   for name, mode, shown, modes in _by_mode(cells):
     of, rows = modes[mode], "_answer" if mode.endswith("_answer") else ""
     others = (f"{other}{rows}" for other in ("global", "local"))
@@ -209,17 +241,22 @@ def retrieval(cells: Cells) -> Rows:
   highest score.
   """
   kinds = ", ".join(kind for kind, one in zip(KINDS, SINGLE) if one)
-  names = ("", "frames by", "all that is needed selected", "needed scene first")
-  yield [*names, "by another question's scores", f"first, by kind ({kinds})"]
+  yield [
+    "",
+    "frames by",
+    "all that is needed selected",
+    "needed scene first",
+    "by another question's scores",
+    f"first, by kind ({kinds})",
+  ]
   for name, mode, shown, modes in _by_mode(cells):
     first = ["-"] * 3
     if mode not in ("uniform", "official"):  # the official mode scores four scenes together
       own, other = ([ranked_first(m, by) for m in modes[mode]] for by in ("rank", "other"))
-      shares = np.mean(own, axis=(0, 1))  # [kinds]
       first = [
         str(interval(own)),
         str(interval(other)),
-        ", ".join(f"{100 * s:.0f}" for s in shares),
+        ", ".join(f"{100 * share:.0f}" for share in np.mean(own, axis=(0, 1))),  # of each kind
       ]
     yield [name, shown, _share(modes[mode], "hits"), *first]
 
@@ -228,8 +265,14 @@ def position_bias(cells: Cells) -> Rows:
   """Position bias: what happens to the one scene that is needed, by the quarter of the film that it
   is in.
   """
-  names = ("", "frames by", *QUARTERS, "last less first")
-  yield [*names, "selected, by quarter", "score, by quarter"]
+  yield [
+    "",
+    "frames by",
+    *QUARTERS,
+    "last less first",
+    "selected, by quarter",
+    "score, by quarter",
+  ]
   places = {name: place for name, place, _ in cells.selections()}
   for name, mode, shown, modes in _by_mode(cells):
     if mode not in ("uniform", "official"):

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from xcomp_jax.bench.parts import flops, scoring
+from xcomp_jax.bench import parts
+from xcomp_jax.bench.timing import timed
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.checkpoints.finding import resolve
 from xcomp_jax.checkpoints.sizes import read_vlm_config
@@ -62,9 +63,11 @@ def answered_rightly(
 def _example(
   tokenizer: prompt.Tokenizer, store: Store, one: AskedFilm, clips: np.ndarray, message: str | None
 ) -> Example:
-  turns = world.conversation([(one.question, one.answer)])
   built = prompt.training_prompt(
-    tokenizer, turns, message or store.samples[one.film].time_message, mask="assistant"
+    tokenizer,
+    world.conversation([(one.question, one.answer)]),
+    message or store.samples[one.film].time_message,
+    mask="assistant",
   )
   visual = store.visual(one.film)[clips]
   visual = visual.reshape(len(clips) * FRAMES, -1, visual.shape[-1])
@@ -97,7 +100,7 @@ def cost(model: vlm.VLM, clips: int) -> float:
   batch = batch_spec(
     _shape(1, clips), ((model.cfg.tokens_per_frame, model.cfg.vision.width), np.float32)
   )
-  return flops(
+  return parts.flops(
     lambda state, batch: vlm.heldout_measures(nnx.merge(graph, state), batch)[0], state, batch
   )
 
@@ -110,15 +113,10 @@ def scoring_cost(
   """
   plan = qc_comp.plan_rounds(clips * FRAMES, FRAMES, select)
   rows = min(max(1, select.round // plan.frames), len(plan.starts))
-  graph, state = nnx.split(model)
-  watch, score = scoring(graph, plan, select, rows, questions[0], FRAMES)
-  shape = rows, plan.frames // FRAMES, FRAMES * model.cfg.tokens_per_frame, model.cfg.vision.width
-  features = jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
-  seen, paid = (
-    flops(watch, state, features),
-    flops(score, state, jax.eval_shape(watch, state, features)),
+  seen, paid, calls = parts.scoring_parts(
+    model.cfg, nnx.split(model), select, clips * FRAMES, plan, rows, questions[0]
   )
-  return -(-len(plan.starts) // rows) * (seen / len(questions) + paid)
+  return calls * (seen.flops / len(questions) + paid.flops)
 
 
 def load_for_measures(checkpoint: str | pathlib.Path, cfg: LPCompConfig) -> vlm.VLM:
@@ -180,16 +178,14 @@ def _answered(
   message: str | None = None,
 ) -> dict[str, Any]:
   programs.answer(model, study.tokenizer, store, asked[:ROWS], message)  # compiles
-  begun = time.perf_counter()
-  right = programs.answer(model, study.tokenizer, store, asked, message)
-  seconds, clips = (time.perf_counter() - begun) / len(asked), len(asked[0][1])
+  spent = timed(lambda: programs.answer(model, study.tokenizer, store, asked, message))
+  clips = len(asked[0][1])
   kept = float(np.mean(lp_comp.counts(model.cfg.lp_comp, model.cfg.llm.layers)))
-  hits = [set(one.scenes) <= set(shown) for one, shown in asked]
   return {
-    "right": bits(right),
-    "hits": bits(hits),
+    "right": bits(spent.result),
+    "hits": bits([set(one.scenes) <= set(shown) for one, shown in asked]),
     "tokens": kept * clips * FRAMES,
-    "seconds": seconds,
+    "seconds": spent.seconds / len(asked),
     "TFLOP": programs.cost(model, clips) / 1e12,
   }
 
@@ -252,8 +248,8 @@ def selected_answers(
     return _answered(study, model, store, list(zip(asked, kept, strict=True)), programs)
 
   def answered_from_few(best):
-    questions = list(zip(asked, best, strict=True))
-    return {"few": bits(programs.answer(model, study.tokenizer, store, questions))}
+    few = programs.answer(model, study.tokenizer, store, list(zip(asked, best, strict=True)))
+    return {"few": bits(few)}
 
   out: dict[str, Any] = {
     "place": [
@@ -298,10 +294,16 @@ def find_scenes(
     chosen = programs.select(model, film, prompts, selector)
     seconds = (time.perf_counter() - begun) / len(several)
     scores = [_by_scene(one) for one in chosen]
-    for k, one in enumerate(several):
-      kept = np.unique(chosen[k].frames // FRAMES)
-      of = {"scores": scores[k], "others": scores[k - 1], "seconds": seconds}
-      found.append(FoundScenes(asked=one, kept=kept, **of))
+    found += [
+      FoundScenes(
+        asked=one,
+        kept=np.unique(chosen[k].frames // FRAMES),
+        scores=scores[k],
+        others=scores[k - 1],
+        seconds=seconds,
+      )
+      for k, one in enumerate(several)
+    ]
   return found
 
 

@@ -20,7 +20,6 @@ from xcomp_jax.errors import XCompError
 from xcomp_jax.files import write_json
 from xcomp_jax.inputs import read_json
 from xcomp_jax.synthetic import films, world
-from xcomp_jax.synthetic.films import FilmSplit
 
 BASE = "assets/study"
 CONFIG = "configs/study.py"
@@ -100,19 +99,27 @@ def train_variant(folder: pathlib.Path, variant: str, changes: Mapping[str, Any]
   return folder / "model"
 
 
-def decode_films(folder: pathlib.Path, split: FilmSplit, seed: int, tower: str | None) -> None:
+def decode_films(
+  folder: pathlib.Path, split: films.FilmSplit, seed: int, tower: str | None
+) -> None:
   """folder/films and folder/features (with a tower's checkpoint) or folder/frames."""
   source = folder / "films"
   if not source.exists():
     films.write_films(source, split, seed, workers=2)
   # clips at once: a film's, which are filled up to as many
   chunk = min(16, 1 << (split.scenes[1] - 1).bit_length())
-  out = folder / ("features" if tower else "frames")
-  demo.decode_world(source, out, split.name, sizes=films.MODEL, tower=tower, chunk=chunk)
+  demo.decode_world(
+    source,
+    folder / ("features" if tower else "frames"),
+    split.name,
+    sizes=films.MODEL,
+    tower=tower,
+    chunk=chunk,
+  )
 
 
 # (folder, films, seed, checkpoint of a tower): makes features, or frames
-Decode = Callable[[pathlib.Path, FilmSplit, int, str | None], None]
+Decode = Callable[[pathlib.Path, films.FilmSplit, int, str | None], None]
 # (folder, variant of the config, changes): trains a model
 Train = Callable[[pathlib.Path, str, Mapping[str, Any]], pathlib.Path]
 
@@ -144,7 +151,7 @@ class Study:
         f"name it by --model"
       )
     self.splits = {
-      name: FilmSplit(
+      name: films.FilmSplit(
         name=name,
         films=preset.films[name],
         scenes=(scenes, scenes),
@@ -206,36 +213,53 @@ class Study:
     write_origin(folder, self.made(["tuning"], [name], epochs))
     if not (folder / "model").exists():
       self.store("tuning")
-    films = self.out / "tuning" / "features"
-    changes = {"seed": seed, "init_from": self.base, "data.train": films, "train.epochs": epochs}
-    return self._train(folder, name, changes)
+    return self._train(
+      folder,
+      name,
+      {
+        "seed": seed,
+        "init_from": self.base,
+        "data.train": self.out / "tuning" / "features",
+        "train.epochs": epochs,
+      },
+    )
 
 
 STAGES = {  # of the base's training: its films, and whether the tower is frozen by then
   "see": (
-    FilmSplit(name="see", films=12000, scenes=(1, 1), shots=(1, 1), questions=8, described=1.0),
+    films.FilmSplit(
+      name="see", films=12000, scenes=(1, 1), shots=(1, 1), questions=8, described=1.0
+    ),
     False,
   ),
   # No stage after `see` has films of a single shot: nothing has to be found to answer about it, and
   # an average with many of them falls although nothing else is learned.
   "answer": (
-    FilmSplit(name="answer", films=8000, scenes=(2, 3), shots=(2, 3), questions=8),
+    films.FilmSplit(name="answer", films=8000, scenes=(2, 3), shots=(2, 3), questions=8),
     True,
   ),
   "tell": (
-    FilmSplit(name="tell", films=13000, scenes=(2, 3), shots=(2, 3), questions=8, described=0.35),
+    films.FilmSplit(
+      name="tell", films=13000, scenes=(2, 3), shots=(2, 3), questions=8, described=0.35
+    ),
     True,
   ),
   "again": (
-    FilmSplit(name="again", films=13000, scenes=(2, 3), shots=(2, 3), questions=8, described=0.2),
+    films.FilmSplit(
+      name="again", films=13000, scenes=(2, 3), shots=(2, 3), questions=8, described=0.2
+    ),
     True,
   ),
   "ask": (
-    FilmSplit(name="ask", films=4000, scenes=(4, 12), shots=(2, 5), questions=4, first="order"),
+    films.FilmSplit(
+      name="ask", films=4000, scenes=(4, 12), shots=(2, 5), questions=4, first="order"
+    ),
     True,
   ),
   "watch": (
-    FilmSplit(name="watch", films=2000, scenes=(8, 32), shots=(2, 5), questions=4, first="order"),
+    films.FilmSplit(
+      name="watch", films=2000, scenes=(8, 32), shots=(2, 5), questions=4, first="order"
+    ),
     True,
   ),
 }
@@ -264,8 +288,9 @@ def train_study_base(
   made = {"model": films.MODEL, "words": films.film_words()}
   write_origin(out, made)
   # In random layers embeddings soon drown, and what a question asks about is found much later.
-  start = {"sizes": films.MODEL, "words": made["words"], "silent_layers": True}
-  base = demo.train_base(out, STAGES, train_stage, **start)
+  base = demo.train_base(
+    out, STAGES, train_stage, sizes=films.MODEL, words=made["words"], silent_layers=True
+  )
   print(f"a base: {base}; to study it: --model {base} --out DIR", flush=True)
 
 

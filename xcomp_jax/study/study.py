@@ -73,32 +73,21 @@ def cells(study: Study) -> Iterator[StudyCell]:
   """All cells."""
   preset = study.preset
   tuned = (*preset.rules, *preset.others)
-  wide, window = ([name] if preset.films[name] else [] for name in ("wide", "window"))
   yield base_cell(study, "base", "heldout", list(dict.fromkeys(("none", *tuned))))
-  if wide:
+  if preset.films["wide"]:
     yield base_cell(study, "base_frames", "wide", ["none", "progressive"])
   for seed in preset.seeds:
     for name in tuned:
       # the same tuning, and then compression without tuning for it
       under = preset.rules if name == "none" else (name,)
-      yield StudyCell(
-        name=f"tune_{name}_{seed}",
-        splits=["tuning", "heldout", *wide],
-        rules=under,
-        do=functools.partial(_tuning, study, name, seed, under),
-      )
+      yield tuning_cell(study, f"tune_{name}_{seed}", name, seed, under)
+    splits = ["long", "window"] if preset.films["window"] else ["long"]
     for name in ("none", "progressive"):
       if name in preset.rules:
-        yield selection_cell(study, f"select_{name}_{seed}", name, seed, ["long", *window])
+        yield selection_cell(study, f"select_{name}_{seed}", name, seed, splits)
   for seed in preset.seeds if preset.longer else ():
     for name in LONGER:
-      yield StudyCell(
-        name=f"longer_{name}_{seed}",
-        splits=["tuning", "heldout", *wide],
-        rules=(name,),
-        do=functools.partial(_tuning, study, name, seed, (name,), preset.longer),
-        epochs=preset.longer,
-      )
+      yield tuning_cell(study, f"longer_{name}_{seed}", name, seed, (name,), preset.longer)
   for seed in preset.seeds if preset.films["hour"] else ():
     yield selection_cell(study, f"official_{seed}", "progressive", seed, ["hour"])
 
@@ -107,10 +96,26 @@ def base_cell(study: Study, name: str, split: str, rules: Sequence[str]) -> Stud
   """What the base answers under rules."""
 
   def do():
-    measure = _by_frames if split == "wide" else _heldout
-    return {split: {rule: measure(study, study.base, rule) for rule in rules}}
+    return {split: {rule: _measures(study, study.base, split, rule) for rule in rules}}
 
   return StudyCell(name=name, splits=[split], rules=rules, do=do)
+
+
+def tuning_cell(
+  study: Study, name: str, rule: str, seed: int, under: Sequence[str], epochs: int = 1
+) -> StudyCell:
+  """What a model that was tuned under a rule answers, `under` others or itself."""
+  wide = ["wide"] if study.preset.films["wide"] else []
+
+  def do():
+    model = study.tuned(rule, seed, epochs)
+    out = {"heldout": {other: _measures(study, model, "heldout", other) for other in under}}
+    if wide and rule in LONGER:
+      out["wide"] = {rule: _measures(study, model, "wide", rule)}
+    return out
+
+  splits = ["tuning", "heldout", *wide]
+  return StudyCell(name=name, splits=splits, rules=under, do=do, epochs=epochs)
 
 
 def selection_cell(
@@ -128,24 +133,10 @@ def selection_cell(
   return StudyCell(name=name, splits=["tuning", *splits], rules=[rule], do=do)
 
 
-def _tuning(
-  study: Study, name: str, seed: int, under: Sequence[str], epochs: int = 1
-) -> dict[str, Any]:
-  model = study.tuned(name, seed, epochs)
-  out: dict[str, Any] = {"heldout": {other: _heldout(study, model, other) for other in under}}
-  if study.preset.films["wide"] and name in LONGER:
-    out["wide"] = {name: _by_frames(study, model, name)}
-  return out
-
-
-def _heldout(study: Study, model: pathlib.Path, name: str) -> dict[str, Any]:
-  return measured(study, model, study.rule(name), "heldout")
-
-
-def _by_frames(study: Study, model: pathlib.Path, name: str) -> dict[str, dict[str, Any]]:
-  return {
-    str(clips * FRAMES): measured(study, model, study.rule(name), "wide", clips) for clips in WIDE
-  }
+def _measures(study: Study, model: pathlib.Path, split: str, rule: str) -> dict[str, Any]:
+  """What a model answers under a rule; about wide films by frames."""
+  measure = functools.partial(measured, study, model, study.rule(rule), split)
+  return {str(clips * FRAMES): measure(clips) for clips in WIDE} if split == "wide" else measure()
 
 
 def cell_origin(
@@ -177,14 +168,14 @@ def check_cells(
   Raises:
     StudyError: which ones are not. fields: `where`, names of the cells; `differ`, what of each.
   """
-  old = {}
-  for cell in every:
-    file = where / f"{cell.name}.json"
-    if file.exists():
-      before = read_json(file, StudyError).get("made", {})
-      if other := differences(before, cell_origin(study, cell, modes)):
-        old[cell.name] = other
-  if old:
+  there = {cell.name: cell for cell in every if (where / f"{cell.name}.json").exists()}
+  differ = {
+    name: differences(
+      read_json(where / f"{name}.json", StudyError).get("made", {}), cell_origin(study, cell, modes)
+    )
+    for name, cell in there.items()
+  }
+  if old := {name: other for name, other in differ.items() if other}:
     files = (f"{where / name}.json ({', '.join(other)})" for name, other in old.items())
     raise StudyError(
       f"made otherwise: {'; '.join(files)}: remove them to do them again",
@@ -229,8 +220,10 @@ def run_cells(
     for split in cell.splits:
       study.store(split)  # several cells': not part of this one's time
     begun = clock()
-    made, result = cell_origin(study, cell), cell.do()
-    write_json(file, {"made": made, "result": result, "seconds": clock() - begun})
+    write_json(
+      file,
+      {"made": cell_origin(study, cell), "result": cell.do(), "seconds": clock() - begun},
+    )
 
 
 def main(

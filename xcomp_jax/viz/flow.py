@@ -73,5 +73,7 @@ def agreement(
   KL(reference || logits) in nats.
   """
   ours, theirs = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
-  same = jnp.argmax(logits, -1) == jnp.argmax(reference, -1)
-  return same, (jnp.exp(theirs) * (theirs - ours)).sum(-1)
+  return (
+    jnp.argmax(logits, -1) == jnp.argmax(reference, -1),
+    (jnp.exp(theirs) * (theirs - ours)).sum(-1),
+  )

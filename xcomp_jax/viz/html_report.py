@@ -90,10 +90,9 @@ def best_clips(video: EncodedVideo, selection: Selection, most: int) -> Int[np.n
   count = min(len(clips), most)
   if selection.scores is None:
     return clips[np.arange(count) * len(clips) // count]
-  chosen = np.full(len(selection.scores), -np.inf)
-  chosen[selection.frames] = selection.scores[selection.frames]
-  best = chosen.reshape(-1, video.clip_frames).max(1)[clips]
-  return clips[top(best, count)]
+  chosen = np.isin(np.arange(len(selection.scores)), selection.frames)
+  scores = np.where(chosen, selection.scores, -np.inf).reshape(-1, video.clip_frames).max(1)
+  return clips[top(scores[clips], count)]
 
 
 def _ends(times, seconds: float) -> np.ndarray:
@@ -137,10 +136,13 @@ def page(
     spent: seconds that went into the video itself, by what for.
   """
   title, _, how = (html.escape(part) for part in video.source.partition(" ("))
-  facts = {"Sampled frames": f"{len(video.times):,}"}
-  if video.seconds:  # a still image has none
-    facts = {"Duration": _when(video.seconds, video.seconds)} | facts
-    facts["Clips"] = f"{video.clips:,}, {_many(video.clip_frames, 'frame')} each"
+  facts = {
+    "Duration": _when(video.seconds, video.seconds),
+    "Sampled frames": f"{len(video.times):,}",
+    "Clips": f"{video.clips:,}, {_many(video.clip_frames, 'frame')} each",
+  }
+  if not video.seconds:  # a still image
+    facts = {"Sampled frames": facts["Sampled frames"]}
   columns = {"video": spent} | {
     "question" if len(answers) == 1 else f"question {i}": a.spent
     for i, (_, a) in enumerate(answers, 1)
@@ -213,9 +215,8 @@ def _question(
   kept, sampled = len(selection.frames), len(video.times)
   spans = ranges(selection.frames, video.times, video.seconds)
   if kept < sampled:
-    listed = "".join(f"<li>{_when(end, *span)}</li>" for span in spans)
     looked = f"""<p>{kept:,} of {_many(sampled, "sampled frame")}, in {_many(len(spans), "time range")}:</p>
-<ul class="times">{listed}</ul>"""  # noqa: E501
+<ul class="times">{"".join(f"<li>{_when(end, *span)}</li>" for span in spans)}</ul>"""  # noqa: E501
   else:
     looked = f"<p>{'All ' * (sampled > 1)}{_many(sampled, 'sampled frame')}.</p>"
   if selection.note:
@@ -242,39 +243,40 @@ def _curve(video: EncodedVideo, scores: np.ndarray, spans: Sequence[tuple[float,
   def place(t):
     return np.round((t - begin) / ((end - begin) or 1) * 1000, 1)
 
-  low = scores.min()
-  height = np.round(100 - 100 * (scores - low) / ((scores.max() - low) or 1), 1)
+  height = np.round(100 - 100 * (scores - scores.min()) / (np.ptp(scores) or 1), 1)
   steps = np.flatnonzero(np.append(True, np.diff(height) != 0))
   line = "".join(
     f"H{x:g}V{y:g}" for x, y in zip(place(video.times[steps]), height[steps], strict=True)
   )
-  bands = []
-  for first, last in spans:
+
+  def band(first, last):
     x, width = place(first), max(place(last) - place(first), 1.5)  # narrower ones would not be seen
-    bands.append(
+    return (
       f"<g><title>{_when(end, first, last)}</title>"
       f'<rect class="band" x="{x:g}" y="0" width="{width:.1f}" height="100"/>'
       f'<rect class="rug" x="{x:g}" y="104" width="{width:.1f}" height="5"/></g>'
     )
-  step = next((s for s in _TICKS if (end - begin) / s <= 7), 86400)
-  ticks = []
-  for n in range(math.ceil(begin / step), int(end / step + 1e-6) + 1):
-    x = place(n * step) / 10
+
+  def tick(t):
+    x = place(t) / 10
     anchor = "start" if x < 3 else "end" if x > 97 else "middle"
-    ticks.append(
+    return (
       f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="126" y2="130"/>'
-      f'<text x="{x:.2f}%" y="144" text-anchor="{anchor}">{clock(n * step, end)}</text>'
+      f'<text x="{x:.2f}%" y="144" text-anchor="{anchor}">{clock(t, end)}</text>'
     )
+
+  step = next((s for s in _TICKS if (end - begin) / s <= 7), 86400)
+  ticks = range(math.ceil(begin / step), int(end / step + 1e-6) + 1)
   peak = _when(end, video.times[np.argmax(scores)])
   return f"""<figure>
 <figcaption>Relevance to the question, highest at {peak}. Shaded: chosen frames.</figcaption>
 <svg class="plot" width="100%" height="150" role="img"
  aria-label="Relevance over time, highest at {peak}; the chosen ranges are listed above">
 <svg viewBox="0 -2 1000 112" preserveAspectRatio="none" width="100%" height="124">
-{"".join(bands)}
+{"".join(band(*span) for span in spans)}
 <path class="curve" d="M{place(video.times[0]):g} 100{line}H1000V100Z"/>
 </svg>
-{"".join(ticks)}
+{"".join(tick(n * step) for n in ticks)}
 </svg>
 </figure>"""
 
@@ -286,20 +288,20 @@ def _thumbnails(video: EncodedVideo, selection: Selection, end: float) -> str:
   assert video.thumbnails is not None  # `encode_video` makes them
   chosen = len(np.unique(selection.frames // video.clip_frames))
   shown = best_clips(video, selection, THUMBNAILS)
-  items = []
-  for clip in shown.tolist():
-    when = _when(end, video.times[clip * video.clip_frames + video.clip_frames // 2])
-    picture = _jpeg(video.thumbnails[clip])
-    image = f'<img src="{picture}" alt="Frame at {when}" width="96" height="96">'
-    items.append(f"<li>{image}{when}</li>")
+  times = video.times[shown * video.clip_frames + video.clip_frames // 2]
+  items = (
+    f'<li><img src="{_jpeg(picture)}" alt="Frame at {when}" width="96" height="96">{when}</li>'
+    for picture, when in zip(video.thumbnails[shown], (_when(end, t) for t in times), strict=True)
+  )
   listed = f'<ul class="clips">{"".join(items)}</ul>'
-  more = chosen - len(shown)
-  if not more:
+  if len(shown) == chosen:
     return listed
-  which = f"The {len(shown)} most relevant of {chosen:,} chosen clips"
-  if selection.scores is None:
-    which = f"{len(shown)} of {chosen:,} clips, evenly spaced"
-  return f'{listed}\n<p class="note">{which}; {more:,} more.</p>'
+  which = (
+    f"{len(shown)} of {chosen:,} clips, evenly spaced"
+    if selection.scores is None
+    else f"The {len(shown)} most relevant of {chosen:,} chosen clips"
+  )
+  return f'{listed}\n<p class="note">{which}; {chosen - len(shown):,} more.</p>'
 
 
 def _jpeg(image: np.ndarray) -> str:
@@ -313,15 +315,15 @@ def _layers(cfg: VLMConfig, frames: int, text: int) -> str:
   """Bars of the tokens in each layer of the answer's prefill."""
   groups = frames * cfg.tokens_per_frame // cfg.lp_comp.group
   visual = [n * groups for n in counts(cfg.lp_comp, cfg.llm.layers)]
-  scale, bars = 100 / (max(visual) + text), []
-  for i, n in enumerate(visual):
-    bars.append(
-      f"<g><title>layer {i + 1} of {len(visual)}: {n:,} visual and {text:,} text tokens</title>"
-      f'<rect class="visual" x="{i}" y="{100 - n * scale:.2f}" width=".8" '
-      f'height="{n * scale:.2f}"/>'
-      f'<rect class="text" x="{i}" y="{100 - (n + text) * scale:.2f}" width=".8" '
-      f'height="{text * scale:.2f}"/></g>'
-    )
+  scale = 100 / (max(visual) + text)
+  bars = (
+    f"<g><title>layer {i + 1} of {len(visual)}: {n:,} visual and {text:,} text tokens</title>"
+    f'<rect class="visual" x="{i}" y="{100 - n * scale:.2f}" width=".8" '
+    f'height="{n * scale:.2f}"/>'
+    f'<rect class="text" x="{i}" y="{100 - (n + text) * scale:.2f}" width=".8" '
+    f'height="{text * scale:.2f}"/></g>'
+    for i, n in enumerate(visual)
+  )
   label = (
     f"{visual[0]:,} visual tokens in the first layer, {visual[-1]:,} in the last; {text:,} "
     f"of text in each"

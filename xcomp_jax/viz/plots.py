@@ -39,17 +39,16 @@ _COLOURS = matplotlib.color_sequences["tab10"]
 def draw_schedules(settings: Mapping[str, LPCompConfig], layers: int) -> Figure:
   """Tokens of a group in each layer: bars for the first setting, lines for the others."""
   figure, ax = plt.subplots(figsize=(8, 3.1))
-  x, group = np.arange(layers), 0
+  x, group = np.arange(layers), max(cfg.group for cfg in settings.values())
   for i, (name, cfg) in enumerate(settings.items()):
-    n, group = lp_comp.counts(cfg, layers), max(group, cfg.group)
+    n = lp_comp.counts(cfg, layers)
     label = f"{name}: mean {np.mean(n):.2f}"
     if i:
-      color = (ORANGE, INK, GREY)[(i - 1) % 3]
       ax.step(
         np.append(x - 0.5, layers - 0.5),
         np.append(n, n[-1]),
         where="post",
-        color=color,
+        color=(ORANGE, INK, GREY)[(i - 1) % 3],
         lw=1.8,
         label=label,
       )
@@ -81,25 +80,23 @@ def draw_survivors(settings: Sequence[LPCompConfig], layers: int) -> Figure:
   figure, axes = plt.subplots(1, len(settings), figsize=(10, 3.6), sharey=True, squeeze=False)
   step = max(1, layers // 3)
   for ax, cfg in zip(axes[0], settings, strict=True):
-    alive = np.zeros((layers, cfg.group))
-    for layer, kept in enumerate(lp_comp.survivors(cfg, layers)):
-      alive[layer, list(kept)] = 1
+    places = np.arange(cfg.group)
     ax.pcolormesh(
-      alive,
+      [np.isin(places, kept).astype(float) for kept in lp_comp.survivors(cfg, layers)],
       cmap=ListedColormap([LIGHT, BLUE]),
       edgecolors="white",
       linewidth=0.6,
       rasterized=True,
     )
-    ax.invert_yaxis()
     ax.set(
       title=f'keep = "{cfg.keep}"',
       xlabel="token of the group",
-      xticks=np.arange(0, cfg.group, 5) + 0.5,
+      ylim=(layers, 0),
+      xticks=places[::5] + 0.5,
+      xticklabels=places[::5],
       yticks=np.arange(0, layers, step) + 0.5,
+      yticklabels=range(0, layers, step),
     )
-    ax.set_xticklabels(range(0, cfg.group, 5))
-    ax.set_yticklabels(range(0, layers, step))
     ax.spines[:].set_visible(False)
   axes[0, 0].set_ylabel("layer")
   return figure
@@ -130,7 +127,7 @@ def patch_places(
   def enlarge(a):
     return a.reshape(F, grid, grid).repeat(scale, 1).repeat(scale, 2)
 
-  group, place = into // cfg.group, into % cfg.group
+  group, place = np.divmod(into, cfg.group)
   kept = lp_comp.survivors(cfg, layers)
   figure, axes = plt.subplots(len(shown), 1, figsize=(10, 1.52 * len(shown)), squeeze=False)
   for ax, layer in zip(axes[:, 0], shown, strict=True):
@@ -141,10 +138,12 @@ def patch_places(
       tint = np.array(_COLOURS)[enlarge(group) % len(_COLOURS)]
       picture = np.where(enlarge(alive)[..., None], 0.25 * picture + 0.75 * tint, picture)
     token = enlarge(np.where(alive, into, -1))
-    edge = np.zeros(token.shape, bool)  # where one token's patches end and another's begin
-    edge[:, 1:] |= token[:, 1:] != token[:, :-1]
-    edge[:, :, 1:] |= token[:, :, 1:] != token[:, :, :-1]
-    picture = np.where(edge[..., None], 1.0, picture)
+    # where one token's patches end and another's begin
+    below, right = (
+      np.diff(token, axis=1, prepend=token[:, :1]),
+      np.diff(token, prepend=token[..., :1]),
+    )
+    picture = np.where(((below != 0) | (right != 0))[..., None], 1.0, picture)
     picture = np.pad(picture, ((0, 0), (0, 0), (0, 8), (0, 0)), constant_values=1.0)
     ax.imshow(np.concatenate(picture, axis=1)[:, :-8], interpolation="nearest")
     ax.set_title(
@@ -190,7 +189,6 @@ def draw_flow(
       if len(share) <= 12:
         for layer, place in zip(*np.nonzero(~gone & (share[:, row] >= 0.005)), strict=True):
           value = share[layer, row, place]
-          color = "white" if value > 0.35 else INK
           ax.text(
             place + 0.5,
             layer + 0.5,
@@ -198,24 +196,22 @@ def draw_flow(
             ha="center",
             va="center",
             fontsize=6.5,
-            color=color,
+            color="white" if value > 0.35 else INK,
           )
       step = max(1, len(share) // 7)
       ax.set(
-        xticks=np.arange(group + 2) + 0.5,
+        ylim=(len(share), 0),
         yticks=np.arange(0, len(share), step) + 0.5,
+        yticklabels=range(0, len(share), step),
+        ylabel="" if column else "layer",
         facecolor=LIGHT,
       )
-      ax.set_xticklabels(["prefix", *range(group), "text"], fontsize=7.5)
+      ax.set_xticks(np.arange(group + 2) + 0.5, ["prefix", *range(group), "text"], fontsize=7.5)
       for label in ax.get_xticklabels()[:1] + ax.get_xticklabels()[-1:]:  # of the lower panel alone
         label.set_rotation(60)
-      ax.set_yticklabels(range(0, len(share), step))
-      ax.invert_yaxis()
       ax.spines[:].set_visible(False)
       ax.set_title(f"{name}: {words}", fontsize=9.5, loc="left")
     axes[1, column].set_xlabel("token of the group (grey: dropped before this layer)")
-  for ax in axes[:, 0]:
-    ax.set_ylabel("layer")
   figure.colorbar(
     colors, ax=axes, shrink=0.6, format=lambda v, _: f"{v:.0%}", label="share of attention"
   )
@@ -235,9 +231,8 @@ def kept_share(
     kept = lp_comp.survivors(settings[name], len(share))
     paid = share[:, 0, 1 + np.array(kept[-1])].sum(-1) / share[:, 0, 1:-1].sum(-1)
     ax.plot(paid, "o-", color=(ORANGE, BLUE, GREY)[i % 3], label=name, ms=5)
-    even = [len(kept[-1]) / len(alive) for alive in kept]
     ax.plot(
-      even,
+      [len(kept[-1]) / len(alive) for alive in kept],
       ":",
       color=GREY,
       lw=1.3,
@@ -419,10 +414,9 @@ def _interval(right: int, asked: int) -> tuple[float, float]:
 def draw_bars(right: Mapping[str, int], asked: int, chance: float) -> Figure:
   """Right answers of so many, with 95% intervals, beside a share that guessing has."""
   figure, ax = plt.subplots(figsize=(5.2, 3))
-  colors = (GREY, ORANGE, BLUE)
   for i, n in enumerate(right.values()):
     low, high = _interval(n, asked)
-    ax.bar(i, 100 * n / asked, color=colors[i % 3], width=0.6)
+    ax.bar(i, 100 * n / asked, color=(GREY, ORANGE, BLUE)[i % 3], width=0.6)
     ax.errorbar(
       i,
       100 * n / asked,
@@ -461,16 +455,14 @@ def draw_errors(rows: Sequence[Any]) -> Figure:
   ax.set(
     xscale="log",
     xlim=(1e-5, max(3, 2 * share.max(initial=0))),
-    yticks=range(len(near)),
     xlabel="largest error, of what is tolerated",
   )
-  ax.set_yticklabels([row.stage for row in near], fontsize=7)
+  ax.set_yticks(range(len(near)), [row.stage for row in near], fontsize=7)
   ax.invert_yaxis()
   ax.margins(y=0.01)
-  same = sum(row.result == "pass" for row in exact)
   ax.set_title(
-    f"{sum(row.result == 'pass' for row in near)} of {len(near)} stages within; {same} of "
-    f"{len(exact)} others exactly equal",
+    f"{sum(row.result == 'pass' for row in near)} of {len(near)} stages within; "
+    f"{sum(row.result == 'pass' for row in exact)} of {len(exact)} others exactly equal",
     loc="left",
     fontsize=10,
   )
