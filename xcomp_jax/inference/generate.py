@@ -166,14 +166,14 @@ def decode_tokens(
   return tokens.T, state
 
 
-def put(whole: State, one: State, row: Int[Array, ""]) -> State:
+@functools.partial(jax.jit, donate_argnames="whole")
+def _put(whole: State, one: State, row: Int[Array, ""] | int) -> State:
   """`whole` with the only prompt of `one` as that row."""
   return jax.tree.map(lambda a, b: a.at[row].set(b[0]) if a.ndim else b, whole, one)
 
 
 _prefill = jax.jit(functools.partial(prefill, in_pieces=True), static_argnames="room")
 _decode = jax.jit(decode_tokens, static_argnames=("sampling", "steps"), donate_argnames="state")
-_put = jax.jit(put, donate_argnames="whole")
 
 
 def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:

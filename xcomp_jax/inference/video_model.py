@@ -47,19 +47,19 @@ from xcomp_jax.model import kernels, qc_comp, vlm
 
 TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stretched
 COMPILED = "~/.cache/xcomp_jax"  # folder of compiled programs
-CLIPS = number(1, encoded_video.FRAMES, int)
+COUNT = number(1, encoded_video.FRAMES, int)  # of frames, or clips
 # the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
 SAMPLED_CLIP = 8
 
 
 def clips(text: str) -> int | Literal["auto"]:
   """Reads --clips-per-chunk."""
-  return "auto" if text == "auto" else CLIPS(text)
+  return "auto" if text == "auto" else COUNT(text)
 
 
 def clip_frames(text: str) -> str:
   """Reads --clip-frames."""
-  return text if text in ("auto", "checkpoint") else str(CLIPS(text))
+  return text if text in ("auto", "checkpoint") else str(COUNT(text))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,11 @@ class AskSettings:
       "one that the answer follows",
     },
   )
-  max_frames: int = field(default=1024, metadata={"type": CLIPS, "help": "frames, at most"})
+  max_frames: int = field(default=1024, metadata={"type": COUNT, "help": "frames, at most"})
   min_frames: int = field(
     default=128,
     metadata={
-      "type": CLIPS,
+      "type": COUNT,
       "help": "frames, at least; a short video's are repeated",
     },
   )

@@ -334,6 +334,5 @@ def heldout_measures(model: VLM, batch: Batch) -> tuple[Float[Array, "B M"], Flo
     model, supervised_rows(model, forward(model, batch).x, batch), batch.targets
   )
   supervised = batch.targets != IGNORE
-  around = supervised.shape[1] - batch.query.shape[1]
-  asked = jnp.pad(batch.query, ((0, 0), (around, 0)))
+  asked = jnp.pad(batch.query, ((0, 0), (supervised.shape[1] - batch.query.shape[1], 0)))
   return _means(losses, supervised, batch), _means(hit, asked & supervised, batch)
