@@ -92,7 +92,7 @@ def test_batches_of_other_lengths_and_ends_stop_together(model, sample):
   got = generate.generate(model, one_each(prompts, *SHAPE), Sampling(20, (eos,)))
   for row, free in zip(got, alone, strict=True):
     np.testing.assert_array_equal(row, free[: list(free).index(eos)] if eos in free else free)
-  pieces = list(generate.stream(model, one_each(prompts[:1], *SHAPE), Sampling(20, (eos,))))
+  pieces = list(generate.stream(model, [one_each(prompts[:1], *SHAPE)], Sampling(20, (eos,))))
   assert len(pieces) == 1  # what comes after the end is not computed
 
 

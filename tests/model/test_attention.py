@@ -19,7 +19,7 @@ from xcomp_jax.bench import bench, parts
 from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.model import attention, kernels, layout, splash, tiles
 from xcomp_jax.model.attention import AttentionMask, attend
-from xcomp_jax.model.kernel_calls import Library, compiles, drop_cache_misses
+from xcomp_jax.model.kernel_calls import Library, compiles, prepare_tokamax
 from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.splash import attend_splash
 from xcomp_jax.parallel.mesh import make_mesh
@@ -859,7 +859,7 @@ def test_cards_compute_in_bfloat16_if_they_have_it():
 
 @pytest.mark.pure
 def test_notes_on_missing_measurements_are_left_out_and_others_are_not(caplog):
-  drop_cache_misses()
+  prepare_tokamax()
   logging.warning("Autotuning cache miss for %s on %s with key %s", 1, 2, 3)
   logging.warning("something else")
   assert [record.getMessage() for record in caplog.records] == ["something else"]

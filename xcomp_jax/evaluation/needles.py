@@ -48,7 +48,6 @@ from xcomp_jax.inference import encoded_video, generate
 from xcomp_jax.inference.selection import frame_selector, select_frames
 from xcomp_jax.inference.video_model import (
   COMPILED,
-  FRAMES,
   VideoModel,
   add_options,
   fault,
@@ -413,7 +412,7 @@ def main(argv: Sequence[str] | None = None, ask: Ask = ask_needle) -> None:
   )
   add(
     "--frames",
-    type=number(8, FRAMES, int),
+    type=number(8, encoded_video.FRAMES, int),
     nargs="+",
     default=list(range(1000, 10001, 1000)),
     help="of the whole; multiples of 8",

@@ -48,9 +48,9 @@ def rooms(model: VLMConfig, selector: FrameSelector, answer: int) -> list[Contex
 
   answer: tokens of it, at most.
   """
-  fewer = "sample fewer frames (--max-frames)"
-  if selector.config:
-    fewer = "keep fewer frames (--select)"
+  fewer = (
+    "keep fewer frames (--select)" if selector.config else "sample fewer frames (--max-frames)"
+  )
   passes = [(selector.kept, answer, "kept", fewer)]
   if selector.plan:
     passes.append((selector.plan.frames, 0, "scored together", "take another --mode"))
@@ -295,8 +295,10 @@ class Chat:
       report=functools.partial(report, "scoring"),
     )
     watch.lap("scoring")
-    encoding = functools.partial(report, "encoding")
-    visual = [selected_features(model, video, one.frames, encoding) for one in selections]
+    visual = [
+      selected_features(model, video, one.frames, functools.partial(report, "encoding"))
+      for one in selections
+    ]
     watch.lap("tower")
     longest = max(text, *(len(around_frames(one)[1]) for one in asked))
     batches = [

@@ -15,12 +15,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from xcomp_jax import inputs
 from xcomp_jax.checkpoints.loading import tower_identity
 from xcomp_jax.config import ConfigError
 from xcomp_jax.errors import XCompError
 from xcomp_jax.files import replacing
-from xcomp_jax.inputs import reading, regular
+from xcomp_jax.inputs import parse_json, reading, regular
 from xcomp_jax.model import kernels, vlm
 
 THUMBNAIL = 96  # pixels
@@ -132,13 +131,13 @@ def encode_video(
 
   size = model.cfg.vision.image_size
   later = sorted(set(phases) - {0})
-  kept = np.empty((T, size, size, 3), np.uint8) if later else None
+  kept = np.empty((T if later else 0, size, size, 3), np.uint8)
   thumbnails = []
 
   def decoded() -> Iterator[np.ndarray]:
     """Clips uint8[F, S, S, 3] in order; keeps what is needed of them."""
     for clip in _batched(frames, F):
-      if kept is not None:
+      if later:
         start = len(thumbnails) * F
         kept[start : start + F] = clip
       thumbnails.append(resize(clip[F // 2][None], THUMBNAIL)[0])
@@ -153,17 +152,16 @@ def encode_video(
     return np.stack(done)
 
   features = {0: encoded(decoded())}
-  if kept is not None:
-    for phase in later:
-      # the last clip goes on at the first frame
-      starts = range(phase, phase + T, F)
-      features[phase] = encoded(kept[(start + np.arange(F)) % T] for start in starts)
+  for phase in later:
+    # the last clip goes on at the first frame
+    starts = range(phase, phase + T, F)
+    features[phase] = encoded(kept[(start + np.arange(F)) % T] for start in starts)
   return EncodedVideo(
     features=features,
     times=np.asarray(times, np.float64),
     seconds=seconds,
     thumbnails=np.stack(thumbnails),
-    frames=kept,
+    frames=kept if later else None,
     identity=tower or identity(model),
     source=source,
   )
@@ -178,7 +176,6 @@ def save_video(video: EncodedVideo, path: str | os.PathLike) -> None:
   Raises:
     OSError: the file can't be written.
   """
-  path = pathlib.Path(path)
   about = {
     "seconds": video.seconds,
     "identity": video.identity,
@@ -190,13 +187,13 @@ def save_video(video: EncodedVideo, path: str | os.PathLike) -> None:
     # NumPy has no bfloat16
     f"features_{phase}": a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
     for phase, a in video.features.items()
-  }
-  arrays |= {
+  } | {
     "times": video.times,
     "thumbnails": video.thumbnails,
     "about": np.array(json.dumps(about)),
   }
-  arrays |= {} if video.frames is None else {"frames": video.frames}
+  if video.frames is not None:
+    arrays["frames"] = video.frames
   with replacing(path) as temporary, open(temporary, "wb") as file:
     np.savez(file, **arrays)
 
@@ -217,7 +214,7 @@ def load_video(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
   file = regular(path)
   with reading(file, EncodedVideoError, "encoded video"), zipfile.ZipFile(file) as archive:
     headers = _headers(archive, file.stat().st_size)
-    about = inputs.parse_json(str(_array(archive, "about")), file, EncodedVideoError)
+    about = parse_json(str(_array(archive, "about")), file, EncodedVideoError)
     _check_identity(file, str(about["identity"]), identity(model))
     cfg, T = model.cfg, headers["times"][0][0]
     F = 1 if T == 1 else cfg.clip_frames
@@ -232,10 +229,10 @@ def load_video(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
       "about": ((), headers["about"][1]),
       "times": ((T,), np.dtype(np.float64)),
       "thumbnails": ((T // F, THUMBNAIL, THUMBNAIL, 3), np.dtype(np.uint8)),
-    }
-    wanted |= {
-      f"features_{phase}": ((T // F, F * cfg.tokens_per_frame, cfg.vision.width), stored)
-      for phase in phases
+      **{
+        f"features_{phase}": ((T // F, F * cfg.tokens_per_frame, cfg.vision.width), stored)
+        for phase in phases
+      },
     }
     if "frames" in headers:
       wanted["frames"] = ((T, size, size, 3), np.dtype(np.uint8))
@@ -250,19 +247,20 @@ def load_video(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
       or not isinstance(about["source"], str)
     ):
       raise ValueError("its times, seconds or source are none that a video has")
-    if "frames" not in headers:
-      phases = [0]  # the others are of no use without them
-    features = {phase: _array(archive, f"features_{phase}").view(dtype) for phase in phases}
+    features = {
+      phase: _array(archive, f"features_{phase}").view(dtype)
+      for phase in phases
+      if phase == 0 or "frames" in headers  # the others are of no use without them
+    }
     for phase, tokens in features.items():
       if not all(np.isfinite(clip).all() for clip in tokens):
         raise ValueError(f"features_{phase} holds numbers that are not finite")
-    frames = _array(archive, "frames") if "frames" in headers else None
     return EncodedVideo(
       features=features,
       times=times,
       seconds=seconds,
       thumbnails=_array(archive, "thumbnails"),
-      frames=frames,
+      frames=_array(archive, "frames") if "frames" in headers else None,
       identity=about["identity"],
       source=about["source"],
     )

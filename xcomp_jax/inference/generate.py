@@ -13,7 +13,7 @@ from xcomp_jax.config import ConfigError
 from xcomp_jax.data.batch import Batch, Example, Leaf, Shape, collate, split_text
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import kernels, qwen2, vlm
-from xcomp_jax.model.qwen2 import LayerCache
+from xcomp_jax.model.layout import padded
 
 # texts are padded to a multiple of this many tokens, long ones of `qwen2.SHORT`, so that few
 # lengths are compiled
@@ -80,7 +80,7 @@ class State:
   """
 
   logits: Leaf
-  caches: tuple[LayerCache, ...]
+  caches: tuple[qwen2.LayerCache, ...]
   free: Leaf
   seen: Leaf
   done: Leaf
@@ -104,13 +104,9 @@ def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int)
   """
   last = out.x.shape[1] - text + text_length - 1
   logits = model.llm.logits(jnp.take_along_axis(out.x, last[:, None, None], axis=1))[:, 0]
-
-  def widen(a):
-    return jnp.pad(a, [(0, 0), (0, room)] + [(0, 0)] * (a.ndim - 2))
-
   return State(
     logits=logits,
-    caches=jax.tree.map(widen, out.caches),
+    caches=jax.tree.map(functools.partial(padded, count=room), out.caches),
     free=jnp.int32(room),
     seen=jnp.zeros(logits.shape, bool),
     done=jnp.zeros(len(logits), bool),
@@ -158,63 +154,52 @@ def decode_tokens(
     token = choose_tokens(state.logits, state.seen, sampling, key)
     token = jnp.where(state.done, eos[0], token) if sampling.eos else token
     x, caches = qwen2.step(model.llm, model.llm.embed(token[:, None]), state.caches, state.free)
-    after = State(
+    return State(
       logits=model.llm.logits(x)[:, 0],
       caches=caches,
       free=state.free - 1,
       seen=state.seen.at[jnp.arange(len(token)), token].set(True),
       done=state.done | jnp.isin(token, eos),
-    )
-    return after, token
+    ), token
 
   state, tokens = jax.lax.scan(one, state, keys, length=steps)
   return tokens.T, state
 
 
-def put(whole: State, one: State, row: Int[Array, ""]) -> State:
+@functools.partial(jax.jit, donate_argnames="whole")
+def _put(whole: State, one: State, row: Int[Array, ""] | int) -> State:
   """`whole` with the only prompt of `one` as that row."""
   return jax.tree.map(lambda a, b: a.at[row].set(b[0]) if a.ndim else b, whole, one)
 
 
 _prefill = jax.jit(functools.partial(prefill, in_pieces=True), static_argnames="room")
 _decode = jax.jit(decode_tokens, static_argnames=("sampling", "steps"), donate_argnames="state")
-_put = jax.jit(put, donate_argnames="whole")
 
 
 def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
-  """Prompts of one row each and of one shape, one after another: a prompt of many frames fills a
-  device by itself.
+  """Prompts of one row each and of one shape (or a single batch of any), one after another: a
+  prompt of many frames fills a device by itself.
 
   So their program is that of a single one, and what exists at once is the caches of all, those of
   one more, and one prompt's activations.
   """
-  whole = first = _prefill(model, prompts[0], room=room)
+  whole = _prefill(model, prompts[0], room=room)
   if len(prompts) > 1:
-    whole = jax.tree.map(
-      lambda a: jnp.zeros((len(prompts), *a.shape[1:]), a.dtype) if a.ndim else a, first
-    )
-    whole = _put(whole, first, 0)
-    del first
+    more = len(prompts) - 1
+    whole = jax.tree.map(lambda a: padded(a, more, axis=0) if a.ndim else a, whole)
     for row, batch in enumerate(prompts[1:], 1):
       whole = _put(whole, _prefill(model, batch, room=room), row)
   return whole
 
 
-def stream(
-  model: vlm.VLM, prompts: Batch | Sequence[Batch], sampling: Sampling
-) -> Iterator[np.ndarray]:
-  """New tokens of every prompt, int32[B, n] at a time, until all have ended; prompts as one Batch,
-  or see `prefill_each`.
+def stream(model: vlm.VLM, prompts: Sequence[Batch], sampling: Sampling) -> Iterator[np.ndarray]:
+  """New tokens of every prompt, int32[B, n] at a time, until all have ended; prompts as of
+  `prefill_each`.
 
   Raises:
     ConfigError: numbers that float16 does not have.
   """
-  total = up(sampling.max_new_tokens, STREAM)
-  state = (
-    _prefill(model, prompts, room=total)
-    if isinstance(prompts, Batch)
-    else prefill_each(model, prompts, room=total)
-  )
+  state = prefill_each(model, prompts, room=up(sampling.max_new_tokens, STREAM))
   once = dataclasses.replace(sampling, max_new_tokens=1, seed=0)  # neither changes the program
   for done in range(0, sampling.max_new_tokens, STREAM):
     kernels.check_finite(state.logits, "the LLM's logits", model.cfg.dtype)
@@ -234,7 +219,8 @@ def ended(tokens: np.ndarray, eos: Sequence[int]) -> np.ndarray:
 def generate(model: vlm.VLM, batch: Batch, sampling: Sampling) -> list[np.ndarray]:
   """New tokens of each prompt, up to and without its eos."""
   return [
-    ended(row, sampling.eos) for row in np.concatenate(list(stream(model, batch, sampling)), axis=1)
+    ended(row, sampling.eos)
+    for row in np.concatenate(list(stream(model, [batch], sampling)), axis=1)
   ]
 
 

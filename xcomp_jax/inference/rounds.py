@@ -38,9 +38,11 @@ def asked_tokens() -> Prompt:
   """A prompt of PREFIX and TEXT tokens, with a question in it."""
   tokens = np.arange(PREFIX + 1 + TEXT, dtype=np.int32)
   tokens[PREFIX] = IMAGE_TOKEN
-  none = np.zeros(len(tokens), bool)
   return Prompt(
-    tokens, np.full_like(tokens, IGNORE), none, (PREFIX + 1 + 27, PREFIX + 1 + TEXT - 5)
+    tokens,
+    np.full_like(tokens, IGNORE),
+    np.zeros(len(tokens), bool),
+    (PREFIX + 1 + 27, PREFIX + 1 + TEXT - 5),
   )
 
 
@@ -63,22 +65,25 @@ def scoring(
 
   def watch(state, features):
     model = nnx.merge(graph, state)
-    last = qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1]
-    clips = jnp.full(rows, plan.frames // clip_frames)
-    return qc_comp.watch(model, features, clips, jnp.asarray(prefix), last=last)
+    return qc_comp.watch(
+      model,
+      features,
+      jnp.full(rows, plan.frames // clip_frames),
+      jnp.asarray(prefix),
+      last=qc_comp.scored_layers(setting, model.cfg.llm.layers)[-1],
+    )
 
   def score(state, caches):
     model = nnx.merge(graph, state)
-    layers = qc_comp.scored_layers(setting, model.cfg.llm.layers)
     return qc_comp.score_windows(
       model,
       caches,
       asked,
       jnp.asarray(plan.windows),
-      layers=layers,
+      layers=qc_comp.scored_layers(setting, model.cfg.llm.layers),
       causal=setting.causal,
       prefix=len(prefix),
-      units=plan.frames // plan.unit,
+      units=plan.units,
     )
 
   return watch, score

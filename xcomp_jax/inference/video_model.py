@@ -43,25 +43,23 @@ from xcomp_jax.inference import encoded_video, generate
 from xcomp_jax.inference.chat import Chat, prompt_of
 from xcomp_jax.inference.selection import FrameSelector, frame_selector
 from xcomp_jax.inputs import ENDINGS, number, printable
-from xcomp_jax.model import kernels, qc_comp
-from xcomp_jax.model.vlm import VLM
+from xcomp_jax.model import kernels, qc_comp, vlm
 
 TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stretched
 COMPILED = "~/.cache/xcomp_jax"  # folder of compiled programs
-FRAMES = 1_000_000  # of a video, at most
-CLIPS = number(1, FRAMES, int)
+COUNT = number(1, encoded_video.FRAMES, int)  # of frames, or clips
 # the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
 SAMPLED_CLIP = 8
 
 
 def clips(text: str) -> int | Literal["auto"]:
   """Reads --clips-per-chunk."""
-  return "auto" if text == "auto" else CLIPS(text)
+  return "auto" if text == "auto" else COUNT(text)
 
 
 def clip_frames(text: str) -> str:
   """Reads --clip-frames."""
-  return text if text in ("auto", "checkpoint") else str(CLIPS(text))
+  return text if text in ("auto", "checkpoint") else str(COUNT(text))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ class AskSettings:
   select: int = field(
     default=512,
     metadata={
-      "type": number(0, FRAMES, int),
+      "type": number(0, encoded_video.FRAMES, int),
       "help": "frames that QC-Comp keeps for a question; 0: all",
     },
   )
@@ -98,13 +96,11 @@ class AskSettings:
       "one that the answer follows",
     },
   )
-  max_frames: int = field(
-    default=1024, metadata={"type": number(1, FRAMES, int), "help": "frames, at most"}
-  )
+  max_frames: int = field(default=1024, metadata={"type": COUNT, "help": "frames, at most"})
   min_frames: int = field(
     default=128,
     metadata={
-      "type": number(1, FRAMES, int),
+      "type": COUNT,
       "help": "frames, at least; a short video's are repeated",
     },
   )
@@ -215,8 +211,9 @@ def option_of(name: str) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
   """Adds an option for every setting, and the folder of compiled programs."""
   for setting in dataclasses.fields(AskSettings):
-    needed = setting.default is dataclasses.MISSING
-    how = {"required": True} if needed else {"default": setting.default}
+    how = (
+      {"required": True} if setting.default is dataclasses.MISSING else {"default": setting.default}
+    )
     parser.add_argument(option_of(setting.name), **how, **setting.metadata)
   parser.add_argument(
     "--compilation-cache",
@@ -275,7 +272,7 @@ class VideoModel:
   sampling: generate.Sampling
   dtype: str
 
-  def load(self) -> VLM:
+  def load(self) -> vlm.VLM:
     """The model, on the first device of this process.
 
     Raises:
@@ -367,12 +364,18 @@ class VideoModel:
     Raises:
       AnnotationError, ConfigError: see `chat.prompt_of` and `frame_selector`.
     """
-    answer = self.sampling.max_new_tokens
-    prompt_of(self.cfg, self.tokenizer, question, seconds, self.selector(frames), answer)
+    prompt_of(
+      self.cfg,
+      self.tokenizer,
+      question,
+      seconds,
+      self.selector(frames),
+      self.sampling.max_new_tokens,
+    )
 
   def _encode(
     self,
-    model: VLM,
+    model: vlm.VLM,
     sample: video.FrameSample,
     source: str,
     decoded: Iterable[np.ndarray] | None,
@@ -383,14 +386,12 @@ class VideoModel:
 
     def frames() -> Iterator[np.ndarray]:
       nonlocal decoding
-      decoder = iter(video.frames(sample) if decoded is None else decoded)
-      while True:
-        begun = time.perf_counter()
-        frame = next(decoder, None)
-        decoding += time.perf_counter() - begun
-        if frame is None:
-          return
+      asked = time.perf_counter()
+      for frame in video.frames(sample) if decoded is None else decoded:
+        decoding += time.perf_counter() - asked
         yield frame
+        asked = time.perf_counter()
+      decoding += time.perf_counter() - asked
 
     film = encoded_video.encode_video(
       model,
@@ -406,7 +407,7 @@ class VideoModel:
 
   def encode(
     self,
-    model: VLM,
+    model: vlm.VLM,
     sample: video.FrameSample,
     source: str,
     *,
@@ -427,7 +428,7 @@ class VideoModel:
 
   def chat(
     self,
-    model: VLM,
+    model: vlm.VLM,
     film: encoded_video.EncodedVideo,
     *,
     keep_rounds: bool = True,
@@ -453,11 +454,12 @@ class VideoModel:
       with open(file, "rb") as opened:
         digest.update(opened.read(1 << 20))
     part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'}"
-    sampled = f"{s.min_frames} to {s.max_frames} frames at up to {s.fps:g} per second"
-    sampled += ("" if s.rate == "own" else ", by the average rate") + (
-      "" if s.stream is None else f", stream {s.stream}"
+    rate = "" if s.rate == "own" else ", by the average rate"
+    stream = "" if s.stream is None else f", stream {s.stream}"
+    return (
+      f"{printable(file.name)} ({size:,} bytes, {digest.hexdigest()}){part}, {s.min_frames} to "
+      f"{s.max_frames} frames at up to {s.fps:g} per second{rate}{stream}"
     )
-    return f"{printable(file.name)} ({size:,} bytes, {digest.hexdigest()}){part}, {sampled}"
 
 
 def fault(error: BaseException) -> str:

@@ -85,19 +85,28 @@ def attend(
   """
   _check(q, k, mask, implementation)
   causal, valid, sample = mask.causal, mask.valid, mask.sample
-  how = _implementation(q, k, mask, implementation, library.version)
+  how = kernels.implementation_of(
+    implementation,
+    q.shape[1],
+    k.shape[1],
+    causal=causal,
+    masked=valid is not None,
+    card=kernels.here(),
+    version=library.version,
+  )
   # it masks by -1e30, and has weights beyond 65,504
   if how == "tiled" and q.dtype == jnp.float16:
     wide = (x.astype(jnp.float32) for x in (q, k, v))
-    return attend(*wide, mask, implementation=how, library=library).astype(q.dtype)
+    return attend(*wide, mask, implementation=how).astype(q.dtype)
   if how == "tiled" and causal and split_axes((None, "sequence"), q.shape)[1]:
     how = "xla_chunked"  # tiles are laid out for a whole sequence
   if how == "einsum":
     if causal:
       k, v = (constrain(x, "batch", None, "heads", None) for x in (k, v))
-    offset = k.shape[1] - q.shape[1]
-    out = attend_einsum(q, k, v, causal=causal, valid=valid, sample=sample, offset=offset)
-    return out.astype(q.dtype)
+    first = k.shape[1] - q.shape[1]
+    return attend_einsum(q, k, v, causal=causal, valid=valid, sample=sample, offset=first).astype(
+      q.dtype
+    )
   if how == "tiled" and sample is not None:
     return checkpoint_name(tiles.attend_samples(q, k, v, sample), ATTENDED)
   if how == "tiled":
@@ -140,18 +149,6 @@ def _check(q, k, mask: AttentionMask, implementation: str) -> None:
       value=implementation,
       allowed=IMPLEMENTATIONS,
     )
-
-
-def _implementation(q, k, mask: AttentionMask, asked: str, version: str | None) -> str:
-  """Gives the implementation of queries and keys of these shapes; `version`: of tokamax."""
-  L, S = q.shape[1], k.shape[1]
-  masked = mask.valid is not None
-  how = kernels.implementation_of(
-    asked, L, S, causal=mask.causal, masked=masked, card=kernels.here(), version=version
-  )
-  if L != S and (mask.causal or how == "splash") and how not in ("einsum", "tiled"):
-    return "einsum"  # a few rows; the kernels disagree on which slots these are
-  return how
 
 
 def packed_pairs(lengths: np.ndarray, block: int, edges: float = 3.0) -> np.ndarray:

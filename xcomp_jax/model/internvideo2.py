@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.config import InternVideo2Config, VLMConfig
 from xcomp_jax.model.layers import RMSNorm, ShapeError
-from xcomp_jax.model.umt import PatchEmbed, TowerAttention, TowerBlock, check_sizes, run_blocks
+from xcomp_jax.model.umt import PatchEmbed, TowerAttention, TowerBlock, run_blocks
 
-EPS = 1e-6  # of all norms
 LAYER_SCALE = 1e-5  # that a tower begins with
 
 
@@ -58,7 +57,7 @@ class ClipBlock(TowerBlock):
 
 
 def _norm(cfg: VLMConfig, param_dtype) -> RMSNorm:
-  return RMSNorm(cfg.vision.width, EPS, jnp.dtype(cfg.dtype), param_dtype)
+  return RMSNorm(cfg.vision.width, 1e-6, jnp.dtype(cfg.dtype), param_dtype)
 
 
 class InternVideo2(nnx.Module):
@@ -67,15 +66,11 @@ class InternVideo2(nnx.Module):
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
     v = cfg.vision
     assert isinstance(v, InternVideo2Config)  # by which `vlm` chooses this tower
-    check_sizes(v)
-
-    def start(frames):
-      return position_start(v.width, frames, v.image_size // v.patch_size).astype(param_dtype)
-
     self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
+    start = functools.partial(position_start, v.width, grid=v.image_size // v.patch_size)
     self.cls_token = nnx.Param(jnp.zeros((1, 1, v.width), param_dtype))
-    self.pos_embed = nnx.Param(jnp.asarray(start(v.frames)))
-    self.img_pos_embed = nnx.Param(jnp.asarray(start(1)))
+    self.pos_embed = nnx.Param(jnp.asarray(start(v.frames), param_dtype))
+    self.img_pos_embed = nnx.Param(jnp.asarray(start(1), param_dtype))
     self.blocks = nnx.List(
       [ClipBlock(cfg, rngs=rngs, param_dtype=param_dtype) for _ in range(v.layers)]
     )

@@ -14,13 +14,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xcomp_jax.model import kernels
-from xcomp_jax.model.kernels import Call, Kernel
 from xcomp_jax.model.layout import (
+  by_blocks,
   device_parts,
   even_size,
   from_blocks,
   in_blocks,
   moved,
+  padded,
   sample_order,
 )
 
@@ -47,21 +48,18 @@ def mask_kind(seen: Seen) -> Literal["keys", "rows", "ranges"] | None:
   return "keys" if seen.shape[1] == 1 else "rows"
 
 
-def accept_command_line() -> None:
+@functools.cache
+def prepare_tokamax() -> None:
   """Marks absl's flags as parsed: tokamax reads them, and would parse a command line that is not
   absl's.
+
+  Drops a warning of tokamax at every traced call, too: it has no measured settings for this shape,
+  and takes a rule's.
   """
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-
-
-@functools.cache
-def drop_cache_misses() -> None:
-  """Drops a warning of tokamax at every traced call: it has no measured settings for this shape,
-  and takes a rule's.
-  """
   logging.getLogger("absl").addFilter(
     lambda record: not str(record.msg).startswith("Autotuning cache miss")
   )
@@ -87,7 +85,7 @@ class Library:
     """The kernel of cuDNN, where all see all."""
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
-  def masked(self, kernel: Kernel, q, k, v, mask, causal: bool):
+  def masked(self, kernel: kernels.Kernel, q, k, v, mask, causal: bool):
     """A kernel with a mask bool[B or 1, 1, L or 1, S], or None.
 
     Raises:
@@ -95,18 +93,16 @@ class Library:
     """
     import tokamax
 
-    accept_command_line()
-    drop_cache_misses()
+    prepare_tokamax()
     return tokamax.dot_product_attention(
       q, k, v, mask=mask, is_causal=causal, implementation=kernel
     )
 
-  def ranged(self, kernel: Kernel, q, k, v, seen: Ranges, causal: bool):
+  def ranged(self, kernel: kernels.Kernel, q, k, v, seen: Ranges, causal: bool):
     """A kernel with ranges, which `tokamax.dot_product_attention` has no argument for."""
     from tokamax._src.ops.attention import api, base
 
-    accept_command_line()
-    drop_cache_misses()
+    prepare_tokamax()
     start, end = (x[:, None] for x in seen)
     # Only the causal flag has Mosaic's gradient leave blocks out.
     mask = (
@@ -170,17 +166,13 @@ def _rows_from(first, q, k, v, seen, run, rows):
   """Causal attention of rows from slot `first` on. The kernels know no such rows: a mask says what
   some of them see.
   """
-  blocks = in_blocks(q, even_size(q.shape[1], rows))  # [n, B, size, H, h]
-  size = blocks.shape[2]
 
-  @jax.checkpoint  # masks are not kept for the gradient
-  def one(part):
-    block, first = part
-    before = (jnp.arange(k.shape[1]) <= first + jnp.arange(size)[:, None])[None]  # [1, size, S]
+  def one(block, first):  # [B, size, H, h]
+    slots = first + jnp.arange(block.shape[1])
+    before = (jnp.arange(k.shape[1]) <= slots[:, None])[None]  # [1, size, S]
     return run(block, k, v, before if seen is None else seen & before, False)
 
-  out = jax.lax.map(one, (blocks, first + jnp.arange(len(blocks)) * size))
-  return from_blocks(out, q.shape[1])
+  return by_blocks(one, q, rows, first)
 
 
 def _with_samples(q, k, v, sample, *, axes, run):
@@ -210,10 +202,9 @@ def _run_chosen(q, k, v, seen, causal, kernel, library):
 
 
 def _run_chosen_forward(q, k, v, seen, causal, kernel, library):
-  def run(q, k, v):
-    return _chosen(q, k, v, seen, causal, kernel, library, gradient=True)
-
-  return jax.vjp(run, q, k, v)
+  return jax.vjp(
+    lambda q, k, v: _chosen(q, k, v, seen, causal, kernel, library, gradient=True), q, k, v
+  )
 
 
 _run_chosen.defvjp(
@@ -239,14 +230,15 @@ def _chosen(q, k, v, seen, causal, kernel, library, gradient):
   if kernel == "cudnn" and gradient and L % 2:  # its gradient takes even lengths only
     kernel = "flash"
   if kernel == "flash":
-    attempt = functools.partial(compiles, library=library)
-    kernel = kernels.choose_kernel(card, version, call, attempt)
+    kernel = kernels.choose_kernel(
+      card, version, call, attempt=functools.partial(compiles, library=library)
+    )
   size = kernels.block(card, version, kernel, call.dtype)
   return run_kernel(kernel, size, q, k, v, seen, causal, library)
 
 
 def run_kernel(
-  kernel: Kernel,
+  kernel: kernels.Kernel,
   block_size: int,
   q: jax.Array,
   k: jax.Array,
@@ -279,7 +271,7 @@ def run_kernel(
     return library.cudnn(q, k, v)
   L, S = q.shape[1], k.shape[1]
   more_rows, more_keys = -L % block_size, -S % block_size
-  q, k, v = _padded(q, 1, more_rows, 0), _padded(k, 1, more_keys, 0), _padded(v, 1, more_keys, 0)
+  q, k, v = padded(q, more_rows), padded(k, more_keys), padded(v, more_keys)
   if isinstance(seen, Ranges):
     ranges = Ranges(*(jnp.pad(x, ((0, 0), (0, more_rows)), mode="edge") for x in seen))
     if kernel == "mosaic":
@@ -290,9 +282,9 @@ def run_kernel(
   if more_keys and seen is None:
     seen = jnp.ones((1, 1, S), bool)
   if seen is not None:
-    seen = _padded(seen, 2, more_keys, False)
+    seen = padded(seen, more_keys, axis=2)
     # rows that see nothing have NaN as gradient
-    seen = _padded(seen, 1, more_rows if seen.shape[1] > 1 else 0, True)
+    seen = padded(seen, more_rows if seen.shape[1] > 1 else 0, value=True)
     seen = seen[:, None]
   return library.masked(kernel, q, k, v, seen, causal)[:, :L].astype(q.dtype)
 
@@ -305,8 +297,7 @@ def _in_strips(kernel, block_size: int, q, k, v, seen: Ranges, library: Library)
   skips nothing, either.
   """
   L, S = q.shape[1], k.shape[1]
-  count = -(-L // library.strip)
-  rows = -(-L // (count * block_size)) * block_size
+  rows = -(-even_size(L, library.strip) // block_size) * block_size
   sizes = sorted({min(S, -(-S // (parts * 128)) * 128) for parts in (4, 2, 1)})
 
   def window(size, first, q, k, v, seen):
@@ -326,16 +317,7 @@ def _in_strips(kernel, block_size: int, q, k, v, seen: Ranges, library: Library)
   return from_blocks(jax.lax.map(strip, strips), L)
 
 
-def _padded(x: jax.Array, axis: int, count: int, value: bool | int) -> jax.Array:
-  """Pads the end of an axis with `count` values."""
-  if not count:
-    return x
-  return jax.lax.pad(
-    x, np.array(value, x.dtype), [(0, count * (i == axis), 0) for i in range(x.ndim)]
-  )
-
-
-def compiles(kernel: Kernel, call: Call, library: Library = LIBRARY) -> bool:
+def compiles(kernel: kernels.Kernel, call: kernels.Call, library: Library = LIBRARY) -> bool:
   """Says whether this process's device compiles a kernel for exactly this call.
 
   It is tried once in a process. A refusal is a line on stderr.
@@ -346,7 +328,9 @@ def compiles(kernel: Kernel, call: Call, library: Library = LIBRARY) -> bool:
 
 
 @functools.cache
-def _compiles(kernel: Kernel, call: Call, library: Library, device: Any, precision: str | None):
+def _compiles(
+  kernel: kernels.Kernel, call: kernels.Call, library: Library, device: Any, precision: str | None
+):
   mesh = Mesh(np.array([device]), "x")
 
   def attempt():
@@ -363,7 +347,9 @@ def _compiles(kernel: Kernel, call: Call, library: Library, device: Any, precisi
   return True
 
 
-def _program(kernel: Kernel, call: Call, library: Library, mesh: Mesh) -> jax.stages.Lowered:
+def _program(
+  kernel: kernels.Kernel, call: kernels.Call, library: Library, mesh: Mesh
+) -> jax.stages.Lowered:
   """Lowers a call for the only device of a mesh, with its gradient if one is wanted."""
 
   def array(*shape, dtype=call.dtype):
@@ -377,8 +363,9 @@ def _program(kernel: Kernel, call: Call, library: Library, mesh: Mesh) -> jax.st
     "rows": array(B, L, S, dtype=np.bool_),
     "ranges": Ranges(*(array(B, L, dtype=np.int32) for _ in Ranges._fields)),
   }[call.mask]
-  card = kernels.card_of(mesh.devices.item())
-  size = kernels.block(card, library.version or "", kernel, call.dtype)
+  size = kernels.block(
+    kernels.card_of(mesh.devices.item()), library.version or "", kernel, call.dtype
+  )
 
   def forward(q, k, v, seen):
     return run_kernel(kernel, size, q, k, v, seen, call.causal, library)

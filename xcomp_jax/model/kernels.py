@@ -193,9 +193,12 @@ def _splits(card: Card, call: Call) -> bool:
   """Says whether Mosaic may split the keys into parts. It does with few tiles on 10.x, and may get
   the lengths of parts wrong.
   """
-  if card.major != 10 or call.causal or call.mask == "ranges":
-    return False
-  return call.batch * call.heads * -(-call.queries // 128) < SPLITS
+  return (
+    card.major == 10
+    and not call.causal
+    and call.mask != "ranges"
+    and call.batch * call.heads * -(-call.queries // 128) < SPLITS
+  )
 
 
 def choose_kernel(
@@ -216,22 +219,28 @@ def choose_kernel(
 
 def unusable(implementation: str, card: Card, version: str | None, dtype: str) -> str | None:
   """Says why a device can't have an implementation in a dtype; None: it can."""
-  if implementation in MAJORS:
-    first, last = MAJORS[implementation]
-    if card.major < first or (last is not None and card.major > last):
-      return (
-        f"{implementation} kernels are for NVIDIA GPUs of compute capability {first}.0 "
-        f"{f'to {last}.x' if last else 'and more'}"
-      )
-  if implementation in ("mosaic", "cudnn") and dtype == "float32":
-    return f"{implementation} kernels have no float32"
-  if implementation in ("flash", "xla_chunked") and card.platform == "cpu" and dtype == "float16":
-    return f"{implementation} has no float16 on CPUs"
-  if implementation == "splash" and card.platform != "tpu":
-    return "splash is for TPUs"
-  if implementation in ("flash", *KERNELS) and version is None:
-    return f"{implementation} needs tokamax: pip install tokamax"
-  return None
+  first, last = MAJORS.get(implementation, (0, None))
+  reasons = (
+    (
+      card.major < first or (last is not None and card.major > last),
+      f"{implementation} kernels are for NVIDIA GPUs of compute capability {first}.0 "
+      f"{f'to {last}.x' if last else 'and more'}",
+    ),
+    (
+      implementation in ("mosaic", "cudnn") and dtype == "float32",
+      f"{implementation} kernels have no float32",
+    ),
+    (
+      implementation in ("flash", "xla_chunked") and card.platform == "cpu" and dtype == "float16",
+      f"{implementation} has no float16 on CPUs",
+    ),
+    (implementation == "splash" and card.platform != "tpu", "splash is for TPUs"),
+    (
+      implementation in ("flash", *KERNELS) and version is None,
+      f"{implementation} needs tokamax: pip install tokamax",
+    ),
+  )
+  return next((why for bad, why in reasons if bad), None)
 
 
 def implementation_of(
@@ -251,15 +260,23 @@ def implementation_of(
 
   version: of tokamax; None: there is none.
   """
-  if asked != "auto" and not (asked == "cudnn" and (causal or masked)):
-    return asked
+  how = asked
+  if asked == "auto" or (asked == "cudnn" and (causal or masked)):
+    how = _best(L, S, causal, card, version)
+  if L != S and (causal or how == "splash") and how not in ("einsum", "tiled"):
+    return "einsum"  # a few rows; the kernels disagree on which slots these are
+  return how
+
+
+def _best(L: int, S: int, causal: bool, card: Card, version: str | None) -> str:
+  """What "auto" is on a device."""
   # A small score matrix is the fastest to compile and to run, but half of a causal one is for
   # nothing.
   if L <= FEW or (L * S <= 1024 * 1024 and not (causal and card.platform == "cpu")):
     return "einsum"
   if card.platform == "gpu" and version is None:
     warnings.warn(
-      "no tokamax, so attention runs without kernels, slowly; `pip install tokamax`", stacklevel=2
+      "no tokamax, so attention runs without kernels, slowly; `pip install tokamax`", stacklevel=3
     )
     return "tiled"
   return {"tpu": "splash", "gpu": "flash"}.get(card.platform, "tiled")
@@ -279,23 +296,22 @@ def check_implementation(
     ConfigError: it can't.
   """
   card = here()
-  # products round to 8 bits, and splash attention does not compile
-  if dtype == "float16" and card.platform == "tpu":
+  lacking = {  # what to say, and to take
+    # products round to 8 bits, and splash attention does not compile
+    "tpu": (
+      "TPUs have no float16 products, and round its numbers to bfloat16's digits",
+      "bfloat16",
+    ),
+    "gpu": ("it has no float16 products with sums in float32", "float32"),
+  }
+  if dtype == "float16" and card.platform in lacking and not card.float16:
+    why, instead = lacking[card.platform]
     raise ConfigError(
-      f"float16 on {card.kind}: TPUs have no float16 products, and round its numbers to bfloat16's "
-      f"digits; take bfloat16",
+      f"float16 on {card.kind}: {why}; take {instead}",
       where="model.dtype",
       value=dtype,
       device=card.kind,
-      allowed="bfloat16",
-    )
-  if dtype == "float16" and card.platform == "gpu" and not card.float16:
-    raise ConfigError(
-      f"float16 on {card.kind}: it has no float16 products with sums in float32; take float32",
-      where="model.dtype",
-      value=dtype,
-      device=card.kind,
-      allowed="float32",
+      allowed=instead,
     )
   if why := unusable(implementation, card, installed(), dtype):
     raise ConfigError(

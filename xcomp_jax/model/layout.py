@@ -30,6 +30,29 @@ def from_blocks(blocks: jax.Array, length: int) -> jax.Array:
   return x.reshape(len(x), -1, *x.shape[3:])[:, :length]
 
 
+def by_blocks(
+  run: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, most: int, first: Any
+) -> jax.Array:
+  """Runs rows x [B, L, ...] in blocks of `most` at most, one after another, and again for the
+  gradient, for which nothing is kept.
+
+  run: from a block, and the slot of its first row, to rows. first: slot of the first row of all.
+  """
+  blocks = in_blocks(x, even_size(x.shape[1], most))  # [n, B, size, ...]
+  slots = first + jnp.arange(len(blocks)) * blocks.shape[2]
+  run = jax.checkpoint(run)
+  return from_blocks(jax.lax.map(lambda part: run(*part), (blocks, slots)), x.shape[1])
+
+
+def padded(x: jax.Array, count: int, axis: int = 1, value: bool | int = 0) -> jax.Array:
+  """Pads the end of an axis with `count` values."""
+  if not count:
+    return x
+  return jax.lax.pad(
+    x, np.array(value, x.dtype), [(0, count * (i == axis), 0) for i in range(x.ndim)]
+  )
+
+
 def sample_order(sample: Int[Array, "B S"]) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Orders the slots of a row so that those of a sample are next to each other, and padding is
   last.

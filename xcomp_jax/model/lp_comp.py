@@ -45,21 +45,20 @@ def counts(cfg: LPCompConfig, layers: int) -> tuple[int, ...]:
       value=cfg.schedule,
       allowed=("cosine", "cosine_ceil"),
     )
-  got = cfg.schedule
   if (
-    len(got) != layers
-    or any(not 1 <= n <= g for n in got)
-    or any(a < b for a, b in itertools.pairwise(got))
+    len(cfg.schedule) != layers
+    or any(not 1 <= n <= g for n in cfg.schedule)
+    or any(a < b for a, b in itertools.pairwise(cfg.schedule))
   ):
     raise ConfigError(
-      f"lp_comp.schedule = {got}: expected {layers} counts (one per layer), none above the one "
-      f"before, within 1..{g}",
+      f"lp_comp.schedule = {cfg.schedule}: expected {layers} counts (one per layer), none above "
+      f"the one before, within 1..{g}",
       where="lp_comp.schedule",
-      value=got,
+      value=cfg.schedule,
       counts=layers,
       most=g,
     )
-  return tuple(got)
+  return tuple(cfg.schedule)
 
 
 def survivors(cfg: LPCompConfig, layers: int) -> tuple[tuple[int, ...], ...]:

@@ -148,8 +148,7 @@ def plan_rounds(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPlan:
   n, window, stride = frames // unit, cfg.window // unit, cfg.stride // unit
   if cfg.mode == "local":
     starts = windows(n, window, stride, cover=True)[:, 0]
-    size = min(window, n)
-    return _counting_all(starts, unit, np.arange(size)[None])
+    return _counting_all(starts, unit, np.arange(min(window, n))[None])
   # A round reaches over into the next one by a window, so that clips at the seam are in whole
   # windows too. Spread evenly, `repeat` times as many rounds have every clip `repeat` times, but
   # for those near the ends.
@@ -176,29 +175,26 @@ def _official_plan(frames: int, clip_frames: int, cfg: SelectConfig) -> RoundPla
   """FACTS.md 9: rounds wrap around, and only units in as many windows as any other count (quirk
   Q3).
   """
-  if frames < OFFICIAL_LEAST:
-    raise ConfigError(
-      f"QC-Comp (official) selects from {OFFICIAL_LEAST} frames or more, not from {frames} (quirk "
-      f"Q13)",
-      where="frames",
-      value=frames,
-      least=OFFICIAL_LEAST,
-    )
-  if cfg.frames % clip_frames:
-    raise ConfigError(
-      f"QC-Comp (official) cuts the selected frames into clips of {clip_frames}, which "
-      f"{cfg.frames} are no multiple of",
-      where="select.frames",
-      value=cfg.frames,
-      unit=clip_frames,
-    )
-  if OFFICIAL_CLIP % clip_frames:
-    raise ConfigError(
-      f"QC-Comp (official) scores {OFFICIAL_CLIP} frames at a time, which clips of {clip_frames} "
-      f"don't divide",
-      where="clip_frames",
-      value=clip_frames,
-    )
+  for bad, says, fields in (
+    (
+      frames < OFFICIAL_LEAST,
+      f"selects from {OFFICIAL_LEAST} frames or more, not from {frames} (quirk Q13)",
+      {"where": "frames", "value": frames, "least": OFFICIAL_LEAST},
+    ),
+    (
+      cfg.frames % clip_frames,
+      f"cuts the selected frames into clips of {clip_frames}, which {cfg.frames} are no multiple "
+      "of",
+      {"where": "select.frames", "value": cfg.frames, "unit": clip_frames},
+    ),
+    (
+      OFFICIAL_CLIP % clip_frames,
+      f"scores {OFFICIAL_CLIP} frames at a time, which clips of {clip_frames} don't divide",
+      {"where": "clip_frames", "value": clip_frames},
+    ),
+  ):
+    if bad:
+      raise ConfigError(f"QC-Comp (official) {says}", **fields)
   rounds = -(-frames // cfg.round)
   order = np.arange(rounds * cfg.repeat)
   shift = order // rounds

@@ -53,10 +53,10 @@ class Lengths:
       (
         jnp.where(at < self.prefix[:, owner], owner, -1),
         jnp.broadcast_to(at, (len(self.prefix), prefix)),
-      )
+      ),
+      _one_behind_another(self.groups * count, groups * count, self.prefix),
+      _one_behind_another(self.text, text, self.prefix + self.groups * count),
     ]
-    parts.append(_one_behind_another(self.groups * count, groups * count, self.prefix))
-    parts.append(_one_behind_another(self.text, text, self.prefix + self.groups * count))
     return Places(
       *(jnp.concatenate(some, axis=1, dtype=jnp.int32) for some in zip(*parts)), several=M > 1
     )
@@ -140,17 +140,14 @@ class Layer(nnx.Module):
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype):
     llm, dtype = cfg.llm, jnp.dtype(cfg.dtype)
     self.cfg = cfg
-
-    def norm():
-      return RMSNorm(llm.width, llm.norm_eps, dtype, param_dtype)
-
-    def linear(i, o, bias=False):
-      return nnx.Linear(i, o, use_bias=bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-
+    norm = functools.partial(RMSNorm, llm.width, llm.norm_eps, dtype, param_dtype)
+    linear = functools.partial(
+      nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
     self.input_norm = norm()
-    self.q = linear(llm.width, llm.heads * llm.head_dim, bias=True)
-    self.k = linear(llm.width, llm.kv_heads * llm.head_dim, bias=True)
-    self.v = linear(llm.width, llm.kv_heads * llm.head_dim, bias=True)
+    self.q = linear(llm.width, llm.heads * llm.head_dim, use_bias=True)
+    self.k = linear(llm.width, llm.kv_heads * llm.head_dim, use_bias=True)
+    self.v = linear(llm.width, llm.kv_heads * llm.head_dim, use_bias=True)
     self.o = linear(llm.heads * llm.head_dim, llm.width)
     self.post_norm = norm()
     self.gate = linear(llm.width, llm.mlp_width)
@@ -396,8 +393,10 @@ def run_layers(
     if index == stop:
       all_caches.append(layer.cached(layer.keys(x), None, places, rotated))
       break
-    pick = functools.partial(rows.thin, before=tokens.seen, after=tokens.leaving)
-    call = functools.partial(layer.__call__, pick=pick)
+    call = functools.partial(
+      layer.__call__,
+      pick=functools.partial(rows.thin, before=tokens.seen, after=tokens.leaving),
+    )
     x, k, v = (remat(call) if cfg.remat else call)(x, places)
     if caches:
       # Or the compiler for GPUs takes them out of the layer's projections at the end, and keeps
@@ -448,11 +447,11 @@ def in_pieces(run: Callable, count: Any, *rows: jax.Array) -> Any:
   def one(i, out):
     # the last piece begins earlier, and makes some rows once more
     first = jnp.minimum(i * PART, L - PART)
-
-    def put(whole, new):
-      return jax.lax.dynamic_update_slice_in_dim(whole, new, first, 1)
-
-    return jax.tree.map(put, out, run(first, *part(first)))
+    return jax.tree.map(
+      lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, first, 1),
+      out,
+      run(first, *part(first)),
+    )
 
   shapes = jax.eval_shape(lambda *rows: run(0, *rows), *part(0))
   return jax.lax.fori_loop(

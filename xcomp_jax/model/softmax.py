@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from xcomp_jax.model.layout import even_size, from_blocks, in_blocks
+from xcomp_jax.model.layout import by_blocks
 
 MASKED = -1e30  # finite, so that a row that may see nothing gives finite garbage instead of NaN
 BLOCK = 128  # queries whose scores with all keys exist at once, in gradients on a CPU
@@ -49,16 +49,11 @@ def attend_einsum(q, k, v, *, causal, valid=None, sample=None, offset):
 
 def attend_in_blocks(q, k, v, valid, causal):
   """The oracle for one block of queries after another; for gradients, which compute it again."""
-  L, S = q.shape[1], k.shape[1]
-  blocks = in_blocks(q, even_size(L, BLOCK))  # [n, B, size, H, h]
 
-  @jax.checkpoint
-  def one(part):
-    block, offset = part
+  def one(block, offset):
     return attend_einsum(block, k, v, causal=causal, valid=valid, offset=offset)
 
-  first = jnp.arange(len(blocks)) * blocks.shape[2] + S - L  # the slot of each block's first row
-  return from_blocks(jax.lax.map(one, (blocks, first)), L).astype(v.dtype)
+  return by_blocks(one, q, BLOCK, first=k.shape[1] - q.shape[1]).astype(v.dtype)
 
 
 def raise_maxima(largest: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xcomp_jax.model.layout import device_parts
+from xcomp_jax.model.layout import device_parts, padded
 
 ATTENDED = "attended"  # name of what attention gives, for `attention.remat`
 NUMBERS = 256  # of samples that tables of blocks tell apart
@@ -51,15 +51,13 @@ def attend_splash(
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
   parts = device_parts(q, k, causal)
-  segment = jnp.ones(k.shape[:2], jnp.int32)  # and 0 is padding
-  if valid is not None:
-    segment = valid.astype(jnp.int32)
+  # 0 is padding
+  segment = jnp.ones(k.shape[:2], jnp.int32) if valid is None else valid.astype(jnp.int32)
   if sample is not None:
     segment = jnp.maximum(sample + 1, 0)
-  of_device = q.shape
-  if parts.mesh is not None:
-    of_device = NamedSharding(parts.mesh, parts.queries).shard_shape(q.shape)
-  _, L, H, h = of_device
+  _, L, H, h = (
+    q.shape if parts.mesh is None else NamedSharding(parts.mesh, parts.queries).shard_shape(q.shape)
+  )
   (q_block, q_length), (k_block, k_length) = sizes(L), sizes(k.shape[1])
   kernel = splash.make_splash_mha(
     _mask(L, q.shape[1] // L, H, q_length, k_length, causal),
@@ -79,14 +77,13 @@ def attend_splash(
     residual_checkpoint_name=ATTENDED,
   )
 
-  def padded(x, length):  # [B, n, ...] -> [B, length, ...]
-    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-
   def heads(x, length):  # [B, n, H, h] -> [B, H, length, h]
-    return jnp.swapaxes(padded(x, length), 1, 2)
+    return jnp.swapaxes(padded(x, length - x.shape[1]), 1, 2)
 
   def one(kernel, q, k, v, q_segment, k_segment):
-    ids = splash.SegmentIds(padded(q_segment, q_length), padded(k_segment, k_length))
+    ids = splash.SegmentIds(
+      padded(q_segment, q_length - L), padded(k_segment, k_length - k_segment.shape[1])
+    )
 
     def row(q, k, v, ids):
       mine = kernel if sample is None else only_shared_blocks(kernel, ids, q_block, k_block)
@@ -152,9 +149,9 @@ def only_shared_blocks(kernel, ids, q_block: int, k_block: int):
     following = (following.T if by_keys else following).astype(info.data_next.dtype)
     return info._replace(block_mask=blocks[None], data_next=following[None])
 
-  infos = (
+  return type(kernel)(
     tables(kernel.fwd_mask_info),
     tables(kernel.dq_mask_info),
     tables(kernel.dkv_mask_info, by_keys=True),
+    **kernel.kwargs,
   )
-  return type(kernel)(*infos, **kernel.kwargs)

@@ -36,23 +36,20 @@ def tiled_scores(L: int, S: int, causal: bool) -> int:
   return sum(rows * keys * -(-end // keys) for end in ends)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def attend_tiled(q, k, v, valid, causal, tile=TILE):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_tiled(q, k, v, valid, causal):
   """Attention of one sample a row; `valid`: bool[B, S], the keys that count."""
-  return causal_attention(q, k, v, valid, tile=tile) if causal else full_attention(q, k, v, valid)
+  return causal_attention(q, k, v, valid) if causal else full_attention(q, k, v, valid)
 
 
-def _tiled_backward(causal, tile, saved, gradient):
+def _tiled_backward(causal, saved, gradient):
   *qkv, valid = saved
   back = jax.vjp(lambda q, k, v: attend_in_blocks(q, k, v, valid, causal), *qkv)[1]
   return *back(gradient), None
 
 
 attend_tiled.defvjp(
-  lambda q, k, v, valid, causal, tile: (
-    attend_tiled(q, k, v, valid, causal, tile),
-    (q, k, v, valid),
-  ),
+  lambda q, k, v, valid, causal: (attend_tiled(q, k, v, valid, causal), (q, k, v, valid)),
   _tiled_backward,
 )
 
@@ -83,10 +80,10 @@ def full_attention(q, k, v, valid):
   def heads(x):  # -> [K, B, L, H / K, h]
     return jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, x.shape[-1]), 2, 0)
 
-  def one(qkv):
-    return _over_tiles(*qkv, valid, False)
-
-  return jnp.moveaxis(jax.lax.map(one, (heads(q), heads(k), heads(v))), 0, 2).reshape(q.shape)
+  out = jax.lax.map(
+    lambda qkv: _over_tiles(*qkv, valid, False), (heads(q), heads(k), heads(v))
+  )  # [K, B, L, H / K, h]
+  return jnp.moveaxis(out, 0, 2).reshape(q.shape)
 
 
 def _by_key_head(x, K, size):
@@ -111,7 +108,7 @@ class _QueryTile:
   """A tile of queries, and all tiles of keys and values.
 
   q: [B, K, R, h + 1], R = G * rows. k, v: [m, B, K, t, h + 1].
-  shown: [m, t], 0, or MASKED for what pads the last tile of keys.
+  length: S, behind which keys are padding.
   slot: int[R, 1], of every row; None: rows see all keys.
   start: int32[B, 1, R, 1], the first key that each row sees; None: key 0.
   """
@@ -119,7 +116,7 @@ class _QueryTile:
   q: jax.Array
   k: jax.Array
   v: jax.Array
-  shown: jax.Array
+  length: int
   slot: Any = None
   start: Any = None
 
@@ -133,28 +130,26 @@ class _QueryTile:
 
   def edge_scores(self, j):
     """`scores` of a tile of which not all rows see all keys."""
-    scores, slots = (
-      self.scores(j) + self.shown[j],
-      j * self.k.shape[3] + jnp.arange(self.k.shape[3]),
-    )
-    if self.slot is None:
-      return scores
-    seen = slots <= self.slot
+    slots = j * self.k.shape[3] + jnp.arange(self.k.shape[3])
+    seen = slots < self.length
+    if self.slot is not None:
+      seen &= slots <= self.slot
     if self.start is not None:
       seen &= slots >= self.start
-    return jnp.where(seen, scores, MASKED)
+    return jnp.where(seen, self.scores(j), MASKED)
 
-  def add_exactly(self, scores, j, carry):
-    """Adds tile j to (largest scores [B, K, R], sums [B, K, R, h + 1])."""
-    largest, out = carry
-    largest, shrink, weights = raise_maxima(largest, scores)
-    return largest, out * shrink[..., None] + self.weigh(weights, j)
+  def add_exactly(self, scores, first, end, carry):
+    """Adds the tiles from `first` to `end` to (largest scores [B, K, R], sums [B, K, R, h + 1]).
 
-  def add_edges(self, first, end, carry):
-    """Adds the tiles from `first` to `end`, which lie on the edge of what is seen."""
-    return jax.lax.fori_loop(
-      first, end, lambda j, carry: self.add_exactly(self.edge_scores(j), j, carry), carry
-    )
+    scores: of a tile, one of the functions above.
+    """
+
+    def add(j, carry):
+      largest, out = carry
+      largest, shrink, weights = raise_maxima(largest, scores(j))
+      return largest, out * shrink[..., None] + self.weigh(weights, j)
+
+    return jax.lax.fori_loop(first, end, add, carry)
 
   def add_inner(self, first, end, carry):
     """Adds the tiles from `first` to `end`, which all rows see whole, by the maxima so far.
@@ -169,12 +164,11 @@ class _QueryTile:
       begun,
     )
 
-    def again():
-      return jax.lax.fori_loop(
-        first, end, lambda j, carry: self.add_exactly(self.scores(j), j, carry), carry
-      )[1]
-
-    return jax.lax.cond(out[..., -1].max() < LARGE, lambda: out, again)
+    return jax.lax.cond(
+      out[..., -1].max() < LARGE,
+      lambda: out,
+      lambda: self.add_exactly(self.scores, first, end, carry)[1],
+    )
 
 
 def _over_tiles(q, k, v, valid, causal, tile=TILE, start=None):
@@ -203,7 +197,6 @@ def _over_tiles(q, k, v, valid, causal, tile=TILE, start=None):
   query_tiles = _by_key_head(widened(q * h**-0.5, 1), K, rows)  # [n, B, K, R, h + 1]
   key_tiles = _by_key_head(wide_k, K, keys)  # [m, B, K, t, h + 1]
   value_tiles = _by_key_head(widened(v, 1), K, keys)  # [m, B, K, t, h + 1]
-  shown = jnp.where(jnp.arange(-(-S // keys) * keys) < S, 0, MASKED).reshape(-1, keys)
   row = jnp.tile(jnp.arange(rows), H // K)[:, None] + offset  # [R, 1]
   # What is padded starts as the last row does: a later start would make an edge of all that its
   # tile sees.
@@ -215,7 +208,7 @@ def _over_tiles(q, k, v, valid, causal, tile=TILE, start=None):
       q=q,
       k=key_tiles,
       v=value_tiles,
-      shown=shown,
+      length=S,
       slot=i * rows + row if causal else None,
       start=None if start is None else jnp.tile(start, H // K)[:, None, :, None],
     )
@@ -227,9 +220,9 @@ def _over_tiles(q, k, v, valid, causal, tile=TILE, start=None):
     if start is not None:
       largest = jnp.full_like(largest, MASKED)  # the reference may be of another sample
       inner = jnp.minimum(-(-start.max() // keys), whole)
-    carry = tile.add_edges(whole, seen, (largest, jnp.zeros(q.shape)))
+    carry = tile.add_exactly(tile.edge_scores, whole, seen, (largest, jnp.zeros(q.shape)))
     if start is not None:
-      carry = tile.add_edges(start.min() // keys, inner, carry)
+      carry = tile.add_exactly(tile.edge_scores, start.min() // keys, inner, carry)
     out = tile.add_inner(inner, whole, carry)  # [B, K, R, h + 1]
     return out[..., :h] / jnp.maximum(out[..., h:], SMALL)
 
@@ -244,26 +237,14 @@ def _attend_ranges(q, k, v, start, tile):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _GradientTile:
-  """A tile of queries with the gradient of what they attended; sizes as of `_QueryTile`, rows = t.
+class _GradientTile(_QueryTile):
+  """A tile of queries with the gradient of what they attended, rows = t; h instead of h + 1."""
 
-  slot: int[R, 1]. start: int32[B, 1, R, 1]. length: S.
-  """
-
-  q: jax.Array
   gradient: jax.Array
-  k: jax.Array
-  v: jax.Array
-  slot: jax.Array
-  start: jax.Array
-  length: int
 
   def scores_and_slopes(self, j):
     """[B, K, R, t] each: scores, and the gradients of their weights."""
-    key = j * self.k.shape[3] + jnp.arange(self.k.shape[3])
-    seen = (key <= self.slot) & (key >= self.start) & (key < self.length)
-    scores = jnp.where(seen, _product("bkrh,bkth->bkrt", self.q, self.k[j]), MASKED)
-    return scores, _product("bkrh,bkth->bkrt", self.gradient, self.v[j])
+    return self.edge_scores(j), _product("bkrh,bkth->bkrt", self.gradient, self.v[j])
 
   def sum_up(self, j, carry):
     """Adds tile j to the maxima, sums of weights, and sums of weights times slopes [B, K, R]."""

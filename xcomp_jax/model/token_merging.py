@@ -76,7 +76,6 @@ def merge_step(
   a, b = x[:, ::2].astype(jnp.float32), x[:, 1::2].astype(jnp.float32)
   size_a, size_b = size[:, ::2], size[:, 1::2]
   into = jax.nn.one_hot(partner, b.shape[1], dtype=jnp.float32)  # [C, A, B]
-  stay = order[:, r:, None]
   if r < a.shape[1]:
     rank = jnp.argsort(order, axis=-1)  # the inverse permutation
     into = jnp.where((rank < r)[..., None], into, 0)
@@ -84,7 +83,7 @@ def merge_step(
   size_b = jnp.einsum("cab,cad->cbd", into, size_a, precision=EXACT) + size_b
 
   def take(y):
-    return jnp.take_along_axis(y, stay, axis=1)
+    return jnp.take_along_axis(y, order[:, r:, None], axis=1)
 
   return jnp.concatenate([take(a), total / size_b], 1), jnp.concatenate([take(size_a), size_b], 1)
 

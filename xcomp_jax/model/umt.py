@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from xcomp_jax.config import TowerConfig, VisionConfig, VLMConfig
+from xcomp_jax.config import VisionConfig, VLMConfig
 from xcomp_jax.model.attention import AttentionMask, attend, remat
 from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.parallel.mesh import constrain, gathered
@@ -34,18 +34,15 @@ def position_table(cfg: VisionConfig, frames: int) -> np.ndarray:
   channel = np.arange(cfg.width)
   angle = np.arange(time * grid * grid)[:, None] / 10000.0 ** (2 * (channel // 2) / cfg.width)
   table = np.where(channel % 2, np.cos(angle), np.sin(angle)).reshape(time, grid, grid, cfg.width)
-  space, over_time = _resize(grid, size, _cubic, 2), _resize(time, frames, _linear, 1)
+  space, over_time = _resize(grid, size, _cubic, 2), _resize(time, frames, lambda x: 1 - x, 1)
   table = np.einsum("tT,yY,xX,TYXd->tyxd", over_time, space, space, table, optimize=True)
   return table.reshape(-1, cfg.width).astype(np.float32)
 
 
-def _linear(x: np.ndarray) -> np.ndarray:
-  """The weight at distance x of PyTorch's linear interpolation."""
-  return 1 - x
-
-
 def _cubic(x: np.ndarray) -> np.ndarray:
-  """That of its bicubic one: jax.image.resize has A = -0.5 and renormalises at borders."""
+  """The weight at distance x of PyTorch's bicubic interpolation: jax.image.resize has A = -0.5 and
+  renormalises at borders.
+  """
   a = -0.75
   near = (a + 2) * x**3 - (a + 3) * x**2 + 1
   far = a * (x**3 - 5 * x**2 + 8 * x - 4)
@@ -71,33 +68,26 @@ def normalise(frames: UInt8[Array, "*B 3"]) -> Float[Array, "*B 3"]:
   return (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
-def check_sizes(v: TowerConfig) -> None:
-  """Raises a ShapeError if frames can't be cut into patches, or the width into heads."""
-  if v.image_size % v.patch_size:
-    raise ShapeError(
-      f"image size {v.image_size} is not a multiple of the patch size {v.patch_size}",
-      where="image_size",
-      value=v.image_size,
-      divisor=v.patch_size,
-    )
-  if v.width % v.heads:
-    raise ShapeError(
-      f"tower width {v.width} is not a multiple of its {v.heads} heads",
-      where="width",
-      value=v.width,
-      divisor=v.heads,
-    )
-
-
 class TowerAttention(nnx.Module):
-  """Self-attention over all tokens of a clip."""
+  """Self-attention over all tokens of a clip.
+
+  Raises:
+    ShapeError: the width can't be cut into heads.
+  """
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-    width, dtype = cfg.vision.width, jnp.dtype(cfg.dtype)
+    width, heads, dtype = cfg.vision.width, cfg.vision.heads, jnp.dtype(cfg.dtype)
+    if width % heads:
+      raise ShapeError(
+        f"tower width {width} is not a multiple of its {heads} heads",
+        where="width",
+        value=width,
+        divisor=heads,
+      )
     linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     self.qkv = linear(width, 3 * width, use_bias=False)
     self.proj = linear(width, width)
-    self.heads = cfg.vision.heads
+    self.heads = heads
     self.implementation = cfg.attention
 
   def project(self, x: Float[Array, "C N D"]) -> Sequence[Float[Array, "C N D"]]:
@@ -158,10 +148,21 @@ class PatchAttention(TowerAttention):
 
 
 class PatchEmbed(nnx.Module):
-  """Pixels of a patch to a feature: the official convolution written as a matmul."""
+  """Pixels of a patch to a feature: the official convolution written as a matmul.
+
+  Raises:
+    ShapeError: frames can't be cut into patches.
+  """
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-    p, width = cfg.vision.patch_size, cfg.vision.width
+    p, width, size = cfg.vision.patch_size, cfg.vision.width, cfg.vision.image_size
+    if size % p:
+      raise ShapeError(
+        f"image size {size} is not a multiple of the patch size {p}",
+        where="image_size",
+        value=size,
+        divisor=p,
+      )
     self.kernel = nnx.Param(
       nnx.initializers.lecun_normal()(rngs.params(), (p * p * 3, width), param_dtype)
     )
@@ -187,14 +188,12 @@ class Vision(nnx.Module):
   """The tower. `patch_embed`, `blocks` and `norm` may be called one by one, as parity checks do."""
 
   def __init__(self, cfg: VLMConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-    v = cfg.vision
-    check_sizes(v)
     self.patch_embed = PatchEmbed(cfg, rngs=rngs, param_dtype=param_dtype)
     norm = functools.partial(layer_norm, cfg, 1e-6, rngs, param_dtype)
     self.blocks = nnx.List(
       [
         TowerBlock(cfg, PatchAttention, norm, rngs=rngs, param_dtype=param_dtype)
-        for _ in range(v.layers)
+        for _ in range(cfg.vision.layers)
       ]
     )
     self.norm = layer_norm(cfg, 1e-12, rngs, param_dtype)

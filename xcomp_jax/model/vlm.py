@@ -22,8 +22,7 @@ from xcomp_jax.data.batch import IGNORE, Batch, Clips
 from xcomp_jax.model import qwen2
 from xcomp_jax.model.internvideo2 import InternVideo2
 from xcomp_jax.model.layers import ShapeError
-from xcomp_jax.model.layout import from_blocks, in_blocks
-from xcomp_jax.model.qwen2 import Decoder, Lengths
+from xcomp_jax.model.layout import from_blocks, in_blocks, padded
 from xcomp_jax.model.token_merging import Projector, merge
 from xcomp_jax.model.umt import Vision
 from xcomp_jax.parallel.mesh import constrain, parts
@@ -42,7 +41,7 @@ class VLM(nnx.Module):
     tower = InternVideo2 if isinstance(cfg.vision, InternVideo2Config) else Vision
     self.vision = tower(cfg, rngs=rngs, param_dtype=param_dtype)
     self.projector = Projector(cfg, rngs=rngs, param_dtype=param_dtype)
-    self.llm = Decoder(cfg, rngs=rngs, param_dtype=param_dtype)
+    self.llm = qwen2.Decoder(cfg, rngs=rngs, param_dtype=param_dtype)
 
 
 def encode_frames(
@@ -157,7 +156,7 @@ def _beside_words(model: VLM) -> tuple[str, str | None]:
   return ("replica", None) if whole else ("batch", "sequence")
 
 
-def lengths(model: VLM, batch: Batch) -> Lengths:
+def lengths(model: VLM, batch: Batch) -> qwen2.Lengths:
   """Valid lengths of a batch's samples."""
   group, tokens = model.cfg.lp_comp.group, batch.visual.shape[2]
   if (clip := model.cfg.clip_frames * tokens) % group:
@@ -167,7 +166,7 @@ def lengths(model: VLM, batch: Batch) -> Lengths:
       value=group,
       clip=clip,
     )
-  return Lengths(batch.prefix_length, batch.frames * tokens // group, batch.text_length)
+  return qwen2.Lengths(batch.prefix_length, batch.frames * tokens // group, batch.text_length)
 
 
 def forward(
@@ -294,8 +293,8 @@ def predictions(
     size = max(1, min(size, GATHERED_ROWS // -(-B // parts(samples))))
   if R <= size:
     return one((rows, targets))
-  nothing = jnp.pad(targets, ((0, 0), (0, -R % size)), constant_values=IGNORE)
-  blocks = in_blocks(rows, size), in_blocks(nothing, size)  # [n, B, size, D], [n, B, size]
+  targets = padded(targets, -R % size, value=IGNORE)
+  blocks = in_blocks(rows, size), in_blocks(targets, size)  # [n, B, size, D], [n, B, size]
   losses, hits = jax.lax.map(jax.checkpoint(one), blocks)
   return from_blocks(losses, R), from_blocks(hits, R)
 
@@ -336,6 +335,5 @@ def heldout_measures(model: VLM, batch: Batch) -> tuple[Float[Array, "B M"], Flo
     model, supervised_rows(model, forward(model, batch).x, batch), batch.targets
   )
   supervised = batch.targets != IGNORE
-  around = supervised.shape[1] - batch.query.shape[1]
-  asked = jnp.pad(batch.query, ((0, 0), (around, 0)))
+  asked = jnp.pad(batch.query, ((0, 0), (supervised.shape[1] - batch.query.shape[1], 0)))
   return _means(losses, supervised, batch), _means(hit, asked & supervised, batch)
