@@ -139,6 +139,7 @@ def test_every_released_variant_has_the_frequencies_of_transformers_in_either_fo
     ),
     (FIVE | {"rope_parameters": YARN | {"truncate": True, "attention_factor": None}}, QWEN),
     ({"rope_parameters": YARN}, QWEN),  # rope_scaling null says nothing
+    ({"rope_parameters": YARN | {"factor": 1.5}}, yarn_of(1.5, 32768)),
     ({"rope_parameters": YARN, "rope_scaling": w.YARN}, QWEN),
     (
       {

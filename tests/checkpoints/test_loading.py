@@ -541,3 +541,11 @@ def test_a_path_and_the_default_device_are_obeyed(reference, tmp_path):
       iter(loading.parameters(loading.load_model(directory, read_config(directory))).values())
     )
   assert leaf.devices() == {jax.devices()[3]}
+
+
+@pytest.mark.pure
+def test_shards_come_in_the_order_of_their_names(tmp_path):
+  names = [f"model-{i:05}-of-00032.safetensors" for i in range(1, 33)]
+  places = {f"tensor {i}": name for i, name in enumerate(reversed(names))}
+  (tmp_path / tensor_files.INDEX).write_text(json.dumps({"weight_map": places}))
+  assert [file.name for file in tensor_files.shards(tmp_path)] == names

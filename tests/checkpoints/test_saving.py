@@ -482,6 +482,22 @@ def test_official_code_goes_along(base, tmp_path, capsys, layout):
   assert "auto_map" not in capsys.readouterr().err
 
 
+def test_code_is_also_named_in_lists(tmp_path):
+  named = {"AutoTokenizer": ["words.Slow", None], "AutoModel": None}
+  assert saving.missing_code(named, tmp_path) == ["words.py"]
+  (tmp_path / "words.py").write_text("")
+  assert saving.missing_code(named, tmp_path) == []
+
+
+@pytest.mark.pure
+def test_an_empty_folder_is_free(tmp_path):
+  saving.check_free(tmp_path, overwrite=False)
+  (tmp_path / "notes.txt").write_text("")
+  with pytest.raises(CheckpointError) as caught:
+    saving.check_free(tmp_path, overwrite=False)
+  assert caught.value.fields == {"where": tmp_path, "missing": "overwrite"}
+
+
 @pytest.mark.parametrize(
   "files, missing", [([], "modeling_stand.py"), (["modeling_stand.py"], "mm_utils.py")]
 )

@@ -228,3 +228,7 @@ def test_the_release_orders_samples_only_within_a_step():
     means = np.array([total[step].mean() for step in steps])
     assert 0.5 < means.var() / (total.var() / size) < 2
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.35
+
+
+def test_every_move_of_the_search_changes_a_shape():
+  assert (1, 1, 1) not in packing.MOVES and len(set(packing.MOVES)) == len(packing.MOVES)

@@ -1,5 +1,6 @@
 """predecode.py: the command as a whole, and that nothing which happens to it changes the result."""
 
+import collections
 import dataclasses
 import errno
 import json
@@ -651,6 +652,21 @@ def test_processes_are_renewed_one_by_one_by_the_frames_of_videos(world):
   assert pools[1].lives == [100, 100, 100]
 
 
+def test_a_process_without_life_left_gets_no_more_calls():
+  pool, busy = processes.Processes(1, 2, decoding.__name__), 8
+  try:
+    for i in range(busy):
+      pool.call(i, decoding.nap)
+    ended = []
+    while len(ended) < busy:
+      ended += pool.ended()
+  finally:
+    pool.stop()
+  assert not [error for _, _, error in ended if error]
+  # the call that has used up the rest of its life, and the one that was sent meanwhile
+  assert max(collections.Counter(value for _, value, _ in ended).values()) <= 3
+
+
 @pytest.mark.parametrize("harm", ["empty", "short", "flipped"])
 def test_what_a_stopped_machine_has_lost_is_decoded_again(world, harm):
   make(world, "whole")
@@ -895,6 +911,7 @@ def test_inspect(world, capsys):
   assert "<|im_start|>user\n<8 frames>\nThe video lasts for 1.50 seconds, and 8 frames" in text
   assert "<|im_start|>assistant\n⟦That.<|im_end|>⟧" in text
   image = cv2.imread(str(sheet))
+  assert image[:18, : inspection.THUMBNAIL].min() < 128  # the line above the frames
   assert image.shape == (7 * (inspection.THUMBNAIL + 18), 8 * inspection.THUMBNAIL, 3)
   top = image[18 + 20, 20]  # inside the first frame of the first row
   frame = inspection.video.resize(

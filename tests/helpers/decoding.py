@@ -187,3 +187,9 @@ class Trap(predecode_lib.store.StoredSample):
       # as a decoder that never comes back to Python: nobody else gets its lock
       ctypes.PyDLL(None).sleep(600)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nap() -> tuple[int, int]:
+  """A call of `processes`: takes one of the process's life, and says which process it was."""
+  time.sleep(0.05)
+  return 1, os.getpid()

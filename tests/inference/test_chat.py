@@ -11,11 +11,16 @@ from flax import nnx
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import video
-from xcomp_jax.data.prompt import AnnotationError
+from xcomp_jax.data.prompt import IMAGE_TOKEN, AnnotationError, Prompt
 from xcomp_jax.evaluation import runner
 from xcomp_jax.inference import encoded_video, generate
 from xcomp_jax.inference.chat import SOON, Chat, prompt_of
-from xcomp_jax.inference.selection import frame_selector, select_frames, selected_features
+from xcomp_jax.inference.selection import (
+  around_frames,
+  frame_selector,
+  select_frames,
+  selected_features,
+)
 from xcomp_jax.inference.video_model import AskSettings, add_options, prepare_model, settings_of
 from xcomp_jax.model import qc_comp
 from xcomp_jax.model.vlm import VLM
@@ -162,7 +167,7 @@ def talk(model, reader, film):
   answer = 8
   sampling = dataclasses.replace(reader.sampling, max_new_tokens=answer, eos=())
 
-  def make(tokens):
+  def make(tokens, text=700, **more):
     frames = film.clip_frames * 2 * cfg.tokens_per_frame
     llm = dataclasses.replace(cfg.llm, context=tokens + frames + answer)
     small = VLM(dataclasses.replace(cfg, llm=llm), rngs=nnx.Rngs(0))
@@ -170,9 +175,31 @@ def talk(model, reader, film):
     selector = frame_selector(
       len(film.times), film.clip_frames, dataclasses.replace(select, window=16, stride=16)
     )
-    return Chat(small, reader.tokenizer, film, selector=selector, sampling=sampling, text=700)
+    return Chat(
+      small, reader.tokenizer, film, selector=selector, sampling=sampling, text=text, **more
+    )
 
   return make
+
+
+def test_a_text_that_just_fills_its_room_is_padded_no_further(talk):
+  def asked(one, text):
+    return prompt_of(one.model.cfg, one.tokenizer, text, one.video.seconds, one.selector, 8)
+
+  room = len(around_frames(asked(talk(1300), TEXT * 4))[1])
+  one = talk(1300, text=room, talk=True)
+  with Compilations("score_windows", "prefill", "decode_tokens") as compilations:
+    one.ask(TEXT * 4)
+    first = dict(compilations.count)
+    one.forget()
+    one.ask(TEXT)  # by the same programs
+  assert all(first.values()) and compilations.count == first
+
+
+def test_the_slot_of_the_frames_is_no_token_of_the_vocabulary():
+  tokens = np.array([0, 5, IMAGE_TOKEN, 0, 7], np.int32)
+  asked = Prompt(tokens=tokens, labels=tokens, query=tokens > 0, question=(0, 2))
+  assert [part.tolist() for part in around_frames(asked)] == [[0, 5], [0, 7]]
 
 
 def answered_alone(one, before, question):

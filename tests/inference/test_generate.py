@@ -122,6 +122,15 @@ def test_draws_follow_the_probabilities():
   np.testing.assert_allclose(drawn(4000, temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
 
 
+def test_draws_are_those_of_seed_zero_unless_another_is_given(model, sample):
+  batch = one_each([sample(2, 3, 9, 0)], *SHAPE)
+  once, again, other = (
+    generate.generate(model, batch, Sampling(12, (), temperature=1.0, **how))[0].tolist()
+    for how in ({}, {"seed": 0}, {"seed": 1})
+  )
+  assert once == again != other
+
+
 def test_temperature_sharpens():
   np.testing.assert_allclose(
     drawn(4000, temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.03

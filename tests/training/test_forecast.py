@@ -5,16 +5,18 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 from lengths import mixture
 from released import TWO_B
 
+from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import (
   ConfigError,
   MeshConfig,
 )
 from xcomp_jax.config_io import from_command_line
 from xcomp_jax.data import packing
-from xcomp_jax.data.batch import Length, Shape
+from xcomp_jax.data.batch import Length, Shape, length_table
 from xcomp_jax.plan import table
 from xcomp_jax.training import costs, forecast, metrics
 
@@ -278,3 +280,60 @@ def test_a_count_of_devices_that_can_not_hold_the_samples_has_a_note(config):
   assert "DOES NOT FIT: this run does not fit 1 x TPU v5 lite" in table.run_table(
     config, TWO_B, lengths[:39], "1", "v5e"
   )
+
+
+@pytest.mark.pure
+def test_what_is_trained_is_what_the_model_has(config):
+  graph = nnx.to_flat_state(nnx.state(loading.abstract(TWO_B)))
+  sizes = dict.fromkeys(("llm", "projector", "vision"), 0)
+  for path, leaf in graph:
+    sizes[path[0]] += leaf.size
+  frozen = dataclasses.replace(config.train, llm=False, projector=False, vision=False)
+  device = costs.rates(forecast.chips("v5e", 4))
+
+  def numbers(mesh, **parts):
+    train = dataclasses.replace(frozen, **parts)
+    return costs.trained_numbers(costs.mesh_costs(TWO_B, train, mesh, device, mixture(1)))
+
+  for part, size in sizes.items():  # biases and norms are left out
+    assert numbers((1, 1, 1, 1), **{part: True}) == pytest.approx(size, rel=0.02)
+    assert 4 * numbers((1, 2, 2, 1), **{part: True}) == numbers((4, 1, 1, 1), **{part: True})
+
+
+@pytest.mark.pure
+def test_a_tower_moves_its_weights_once_and_the_activations_of_every_clip():
+  device, v = costs.rates(forecast.chips("v5e", 1)), TWO_B.vision
+
+  def moved(clips):
+    table = length_table([Length(8 * clips, 8, 16, 100)])
+    return costs.tower_costs(TWO_B, device, table)[1]["memory"] * device.bandwidth
+
+  clip = 8 * 784 * v.layers * costs.TRAFFIC * 2 * (7 * v.width + 2 * v.mlp_width // 3 * 3)
+  assert moved(24) - moved(8) == pytest.approx(16 * clip)
+  weights = v.layers * 12 * v.width**2
+  assert moved(8) - 8 * clip == pytest.approx(2 * 2 * weights)
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_keys_and_values_are_sent_once_where_context_splits_them(config, tensor):
+  device, llm = costs.rates(forecast.chips("v5e", 2 * tensor)), TWO_B.llm
+  train, mesh = config.train, (1, 1, tensor, 2)
+  seen = costs.mesh_costs(TWO_B, train, mesh, device, mixture(1))
+  shapes = [Shape(rows=1, samples=1, prefix=16, frames=n, text=512) for n in (1024, 2048)]
+  few, many = (sum(entering for entering, _ in costs.row_slots(TWO_B, s)) for s in shapes)
+  sent = [seen.spent(shape)["links"] * device.links for shape in shapes]
+  # in two bytes, there and back, and once more to compute again; half of them are a device's own
+  keys = 2 * llm.kv_heads * llm.head_dim / tensor * 8 / 2
+  passes = costs.executed_passes(TWO_B, train)["llm"]
+  sums = 2 * passes / 2 * 2 * llm.width * 2 * (tensor - 1) / tensor
+  assert (sent[1] - sent[0]) / (many - few) == pytest.approx(keys + sums)
+
+
+@pytest.mark.pure
+def test_operations_of_a_clip_are_those_of_its_matrices():
+  v, n = TWO_B.vision, 8 * 784
+  products = [(v.width, 3 * v.width), (v.width, v.width), *[(v.width, v.mlp_width)] * 2]
+  layer = 2 * n * sum(a * b for a, b in products) + 2 * 2 * n * n * v.width
+  (found,) = metrics.forward_flops(TWO_B, [Length(8, 8, 0, 0)], pixels=True)["vision"]
+  assert found == pytest.approx(v.layers * layer + 2 * n * 16 * 16 * 3 * v.width)
