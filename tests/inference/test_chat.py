@@ -11,7 +11,7 @@ from flax import nnx
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import video
-from xcomp_jax.data.prompt import IMAGE_TOKEN, AnnotationError, Prompt
+from xcomp_jax.data.prompt import IMAGE_TOKEN, AnnotationError, Prompt, Tokenizer
 from xcomp_jax.evaluation import runner
 from xcomp_jax.inference import encoded_video, generate
 from xcomp_jax.inference.chat import SOON, Chat, prompt_of
@@ -194,6 +194,19 @@ def test_a_text_that_just_fills_its_room_is_padded_no_further(talk):
     one.forget()
     one.ask(TEXT)  # by the same programs
   assert all(first.values()) and compilations.count == first
+
+
+def test_a_letter_is_written_when_its_last_token_is_there(talk):
+  class Halved(Tokenizer):
+    """Decodes as if the eighth token began a letter that the ninth ends."""
+
+    def decode(self, ids, **_):
+      return "caf\ufffd" if len(ids) <= 8 else "café au lait"
+
+  one, pieces = talk(1300), []
+  one.tokenizer = Halved(one.tokenizer.core, "test")
+  one.sampling = dataclasses.replace(one.sampling, max_new_tokens=16)
+  assert one.ask(TEXT, write=pieces.append).text == "".join(pieces) == "café au lait"
 
 
 def test_the_slot_of_the_frames_is_no_token_of_the_vocabulary():
