@@ -139,3 +139,11 @@ def test_bad_schedules_are_refused(schedule, wanted):
   with pytest.raises(ConfigError) as caught:
     lp_comp.counts(rule(schedule=schedule), 4)
   assert caught.value.fields == {"where": "lp_comp.schedule", "value": schedule, **wanted}
+
+
+def test_a_rule_that_is_not_there_keeps_nothing():
+  unknown = rule()
+  object.__setattr__(unknown, "keep", "prefix")  # past what checks types in tests
+  with pytest.raises(ConfigError) as caught:
+    lp_comp.survivors(unknown, 28)
+  assert caught.value.fields == {"where": "lp_comp.keep", "value": "prefix"}

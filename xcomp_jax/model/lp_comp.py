@@ -62,11 +62,14 @@ def counts(cfg: LPCompConfig, layers: int) -> tuple[int, ...]:
 
 
 def survivors(cfg: LPCompConfig, layers: int) -> tuple[tuple[int, ...], ...]:
-  """Which tokens of a group (0-based, by their first place) each layer processes, for the rules
-  that only select.
+  """Which tokens of a group (0-based, by their first place) each layer processes.
 
   "suffix" keeps the last ones, "stride" the last of each of equal windows (the release's older
-  rule), "uniform" the released greedy lists.
+  rule), "uniform" the released greedy lists, "none" all. "avgpool" and "attention", which don't
+  only select, have as many as "suffix".
+
+  Raises:
+    ConfigError: another rule.
   """
   kept, out = tuple(range(cfg.group)), []
   for n in counts(cfg, layers):
@@ -74,8 +77,10 @@ def survivors(cfg: LPCompConfig, layers: int) -> tuple[tuple[int, ...], ...]:
       kept = _thin_evenly(kept, n, cfg.group)
     elif cfg.keep == "stride":
       kept = tuple(kept[(i + 1) * len(kept) // n - 1] for i in range(n))
-    else:
+    elif cfg.keep in ("suffix", "none", "avgpool", "attention"):
       kept = kept[len(kept) - n :]
+    else:
+      raise ConfigError(f"keep = {cfg.keep!r} has no rule", where="lp_comp.keep", value=cfg.keep)
     out.append(kept)
   return tuple(out)
 
