@@ -319,7 +319,11 @@ def write_features():
 
     made = Features(loading.tower_identity(model), cfg.tokens_per_frame, cfg.vision.width)
     write_store(
-      folder, items(), image_size=frames.image_size, clip_frames=frames.clip_frames, features=made
+      folder,
+      items(),
+      image_size=frames.layout.image_size,
+      clip_frames=frames.layout.clip_frames,
+      features=made,
     )
 
   return write
