@@ -116,7 +116,7 @@ def _give_up_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _unread(stream: TextIO) -> bool:
+def _unread(stream: TextIO | io.TextIOBase) -> bool:
   """Whether a stream goes to a pipe whose reader has left; a broken pipe may also be a
   network's.
   """

@@ -12,6 +12,7 @@ its own.
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -327,7 +328,7 @@ class Roll:
       )
 
 
-def _next(said: TextIO) -> str:
+def _next(said: io.TextIOBase) -> str:
   """The next line from another process; "" when there is none any more."""
   try:
     return said.readline().strip()
