@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xcomp_jax import cli, files
-from xcomp_jax.evaluation.answers import Answers, Wanted, count_as_wrong, failures, parse_share
+from xcomp_jax.evaluation.answers import Answers, Wanted, end_if_failed, failures, parse_share
 from xcomp_jax.evaluation.benchmarks import (
   TASKS,
   BenchmarkQuestion,
@@ -165,7 +165,8 @@ def evaluate_command(
   read = ("annotations", "videos", "subtitles", "checkpoint")
   files.apart({"--out": args.out}, {f"--{name}": getattr(args, name) for name in read})
   questions, about = questions_of_command(args, task)
-  asked = [Wanted(find_video(args.videos, q), q.prompt, q.start, q.end) for q in questions]
+  videos = files.path_of(args.videos)
+  asked = [Wanted(find_video(videos, q), q.prompt, q.start, q.end) for q in questions]
   reader = prepare(settings_of(args))
   print(reader.introduce(), file=sys.stderr)
   how = {name: getattr(args, name) for name in ("batch", "devices", "each_alone")}
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None, **parts: Any) -> None:
   with cli.command(interrupted="interrupted; the same command continues"):
     if found := evaluate_command(parse(argv), **parts):
       print(results_table(found))
-      count_as_wrong(found["failed"], found["score"]["counts"]["questions"])
+      end_if_failed(found["failed"], found["score"]["counts"]["questions"])
 
 
 if __name__ == "__main__":

@@ -598,6 +598,12 @@ def starting(line, life=decode_jobs.LIFE):
   return pools, start
 
 
+@pytest.mark.pure
+@pytest.mark.parametrize("code, how", [(-9, "SIGKILL"), (-35, "signal 35"), (3, "exit code 3")])
+def test_how_a_process_died_is_said_whatever_ended_it(code, how):
+  assert str(processes.DiedError(code)) == f"its process died ({how})"
+
+
 def test_too_little_memory_costs_one_sample(world):
   Image.new("RGB", (7000, 7000)).save(world / "videos" / "large.png", compress_level=1)
   write(

@@ -386,3 +386,17 @@ def test_a_place_for_frames_inside_a_question_is_refused(tmp_path):
   (tmp_path / "q.json").write_text(json.dumps([{"video": "v.mp4", "conversations": talk}]))
   (wrong,) = refused("letters", tmp_path / "q.json")
   assert (wrong["where"], wrong["found"]) == ("conversations", "<video>")
+
+
+def test_a_video_that_one_of_its_questions_lacks_is_missing(tmp_path, capsys):
+  def asked(*names):
+    return BenchmarkQuestion(videos=names, prompt="?", options=("a",), answer="A", groups={})
+
+  (tmp_path / "b").mkdir()
+  (tmp_path / "b" / "v.mp4").touch()
+  both = [asked("v.mp4", "a/v.mp4"), asked("v.mp4", "b/v.mp4")]
+  for questions in (both, both[::-1]):
+    say_doubts(tmp_path, [*questions, asked("b/v.mp4")])
+    assert capsys.readouterr().err.startswith("1 of 2 videos are missing")
+    with pytest.raises(FileNotFoundError):
+      say_doubts(tmp_path, questions)

@@ -197,17 +197,24 @@ def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path):
     json.dumps(
       [
         {"image": name} | one
-        for name in ("bad.png", "good.png", "pipe.png", "nowhere.png", "\ud800.png")
+        for name in ("bad.png", "good.png", "pipe.png", "nowhere.png", "\ud800.png", "")
       ]
     )
   )
   found = haystacks.read_needles(tmp_path / "n.json", tmp_path, 8, 16)
-  assert [len(needle.clips) for needle in found] == [0, 1, 0, 0, 0]
+  assert [len(needle.clips) for needle in found] == [0, 1, 0, 0, 0, 0]
   assert all(
     words in needle.fault
     for needle, words in zip(
       found,
-      ("bad.png is no image", "", "is a pipe", "nowhere.png does not exist", "does not exist"),
+      (
+        "bad.png is no image",
+        "",
+        "is a pipe",
+        "nowhere.png does not exist",
+        "does not exist",
+        "is a folder",
+      ),
     )
   )
   reader = readers.prepare_model(readers.AskSettings(checkpoint=str(TINY)))

@@ -222,7 +222,7 @@ def _decoded(
 
   Returns:
     time stamps, int64[N], or None if the decoder's are missing or don't ascend; where decoding can
-    begin; and what the decoder said of each frame, if it was asked about all.
+    begin; and, where there are no time stamps, what the decoder said of each frame.
   """
   head = []
   with opened_stream(path, stream) as (container, found):
@@ -233,9 +233,10 @@ def _decoded(
       if head and head == pts[i : i + len(head)].tolist() and head[0] <= keys[0].pts:
         return pts[i:], keys, []
     stamps: list[int | None] = [*head, *given]
+    said = list(every)  # all of it has been read
   if None in stamps or (np.diff(np.array(stamps, np.int64)) <= 0).any():
-    return None, [], list(every)
-  return np.array(stamps, np.int64), keys, stamps
+    return None, [], said
+  return np.array(stamps, np.int64), keys, []
 
 
 def _counted(

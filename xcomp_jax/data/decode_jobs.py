@@ -265,7 +265,8 @@ def prepare_work(work: Work, skip_bad: bool) -> int:
 
   done, whole = 0, set()
   for number in work.shards:
-    entries = work.about(number).get("entries", ())
+    about = work.about(number)
+    entries = about["entries"] if about else ()
     if any(again(entry, job) for entry, job in zip(entries, work.members(number))):
       work.shard(number, ".json").unlink()
     elif entries:
@@ -488,12 +489,15 @@ def entries(work: Work) -> list[dict[str, Any]]:
   """What became of every annotation, after `decode_shards` of all shards: entries of `decode_job`,
   with the number of their records.
   """
-  return [
-    entry
-    for n in work.shards
-    for entry in work.about(n).get("entries")
-    or (spools.read_spool(work.spool(job))[0] for job in work.members(n))
-  ]
+  found = []
+  for n in work.shards:
+    about = work.about(n)
+    found += (
+      about["entries"]
+      if about
+      else [spools.read_spool(work.spool(job))[0] for job in work.members(n)]
+    )
+  return found
 
 
 def _how(error: Exception) -> str:

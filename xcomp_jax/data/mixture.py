@@ -310,9 +310,11 @@ def read_annotations(path: str | os.PathLike) -> list[dict]:
   try:
     text = read_text(path, ValueError)
   except (OSError, ValueError) as error:  # not UTF-8, or no path at all
-    start = f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
+    start = ""
+    if not path.is_absolute():
+      start = f" (from {pathlib.Path.cwd()}; a mixture's relative paths start at --root)"
     raise AnnotationError(
-      f"annotations {path} can't be read: {one_line(error)}{'' if path.is_absolute() else start}",
+      f"annotations {path} can't be read: {one_line(error)}{start}",
       where=path,
     ) from error
   # In jsonl every line is a document; split at "\n" only, as text may hold other separators that

@@ -47,8 +47,9 @@ class DiedError(XCompError):
   """The process of a call died at it."""
 
   def __init__(self, code: int):
-    name = f" ({signal.Signals(-code).name})" if code < 0 else ""
-    super().__init__(f"its process died{name}")
+    names = {s.value: s.name for s in signal.Signals}  # not of all there are
+    how = f"exit code {code}" if code >= 0 else names.get(-code, f"signal {-code}")
+    super().__init__(f"its process died ({how})")
     self.code = code  # minus the number of the signal that ended it
 
   @property

@@ -210,7 +210,8 @@ class Store:
 
   def _decode(self, index: int, first: int, files: Sequence[Any]) -> np.ndarray:
     cv2 = opencv()
-    out = np.empty((len(files), *self.layout.clip_spec(1)[0][1:]), np.uint8)
+    size = self.layout.image_size
+    out = np.empty((len(files), size, size, 3), np.uint8)
     for i, file in enumerate(files):
       image = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
       if image is None or image.shape != out.shape[1:]:

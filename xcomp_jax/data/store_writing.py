@@ -55,7 +55,7 @@ def write_shard(
   """Writes the visual part of some samples into one ArrayRecord file at `path`.
 
   Args:
-    path: file to be; none is left if no item has frames.
+    path: file to be; none is left if no item has frames. It is no whole one if this raises.
     items: samples and their uint8[C, F, S, S, 3] or bfloat16[C, N, D], None for text alone. The
       sample's frames and records are set here.
     layout: what the records hold.

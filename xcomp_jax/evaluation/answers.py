@@ -116,7 +116,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple
   chosen = {"checkpoint": (before["identity"], now["identity"])}
   chosen |= {k: (old.get(k), value) for k, value in now["settings"].items() if k not in FREE}
   resolved = {k: (before[k], now[k]) for k in ("dtype", "clip_frames", "lp_comp")}
-  resolved["qc_comp"] = before["qc_comp"] and ADDED | before["qc_comp"], now["qc_comp"]
+  resolved["qc_comp"] = (before["qc_comp"] and ADDED | before["qc_comp"], now["qc_comp"])
 
   def differ(pairs):
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -270,7 +270,7 @@ def failures(lines: Iterable[Mapping[str, Any]], name: str) -> list[dict[str, An
   return [{name: about, "error": error, "questions": n} for (about, error), n in counts.items()]
 
 
-def count_as_wrong(failed: Sequence[Mapping[str, Any]], questions: int) -> None:
+def end_if_failed(failed: Sequence[Mapping[str, Any]], questions: int) -> None:
   """Ends a command, whose results are written, with exit code 1 if questions could not be asked.
 
   failed: see `failures`. questions: of all.

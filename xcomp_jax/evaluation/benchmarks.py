@@ -31,7 +31,7 @@ from xcomp_jax.evaluation.protocol import (
   stated,
   videomme_prompt,
 )
-from xcomp_jax.files import expanduser, path_of
+from xcomp_jax.files import expanduser
 from xcomp_jax.inputs import quoted, read_json
 
 # tried in turn behind a video's name
@@ -358,9 +358,10 @@ def say_doubts(videos: pathlib.Path, questions: Sequence[BenchmarkQuestion]) -> 
   Raises:
     FileNotFoundError: not one video is.
   """
-  places = {q.videos[0]: find_video(videos, q) for q in questions}
-  missing = [place for place in places.values() if not os.path.exists(place)]
-  if len(missing) == len(places):
+  named = {q.videos[0] for q in questions}  # of other names one question may have more than another
+  places = {q.videos[0]: p for q in questions if not os.path.exists(p := find_video(videos, q))}
+  missing = places.values()
+  if len(missing) == len(named):
     raise FileNotFoundError(
       f"--videos {videos} has none of the {len(missing)} videos, such as {min(missing)}"
     )
@@ -372,7 +373,7 @@ def say_doubts(videos: pathlib.Path, questions: Sequence[BenchmarkQuestion]) -> 
     )
   if missing:
     print(
-      f"{len(missing)} of {len(places)} videos are missing, such as {min(missing)}: their "
+      f"{len(missing)} of {len(named)} videos are missing, such as {min(missing)}: their "
       f"questions will count as wrong",
       file=sys.stderr,
     )
@@ -433,11 +434,11 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
   add("--task", required=True, choices=TASKS)
   add(
     "--annotations",
-    type=path_of,
+    type=expanduser,
     required=True,
     help="file, or folder of files (MLVU, MVBench)",
   )
-  add("--videos", type=path_of, required=True, help="folder of videos, or of folders of frames")
+  add("--videos", type=expanduser, required=True, help="folder of videos, or of folders of frames")
   add(
     "--subtitles",
     type=expanduser,

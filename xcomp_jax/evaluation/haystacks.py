@@ -1,6 +1,7 @@
 """Needles and haystacks: what is hidden in a video, and the features of both."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +12,7 @@ from xcomp_jax.data import video
 from xcomp_jax.errors import XCompError
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.video_model import VideoModel, fault
-from xcomp_jax.inputs import quoted, read_json
+from xcomp_jax.inputs import quoted, read_json, regular
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.synthetic import world
@@ -82,6 +83,8 @@ def _chain(item: dict) -> tuple[list[str], dict[str, tuple[str, str]]]:
 
 def _still(picture: pathlib.Path, clip_frames: int, size: int) -> np.ndarray:
   """A picture as a clip, uint8[clip_frames, size, size, 3]."""
+  if os.path.isdir(picture):  # which would be a film of pictures
+    regular(picture)
   chosen = video.sample(
     picture,
     size=size,

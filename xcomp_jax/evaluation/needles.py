@@ -32,7 +32,7 @@ from jaxtyping import Float
 from xcomp_jax import cli, files
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt
-from xcomp_jax.evaluation.answers import Answers, count_as_wrong, failures, parse_share
+from xcomp_jax.evaluation.answers import Answers, end_if_failed, failures, parse_share
 from xcomp_jax.evaluation.haystacks import (
   Needle,
   NeedleError,
@@ -442,4 +442,4 @@ def main(argv: Sequence[str] | None = None, ask: Ask = ask_needle) -> None:
           f"needle {needle['needle']}: {needle['questions']} questions failed: {needle['error']}",
           file=sys.stderr,
         )
-      count_as_wrong(found["failed"], found["questions"])
+      end_if_failed(found["failed"], found["questions"])
