@@ -121,6 +121,7 @@ def test_one_folder_or_several_with_weights_from_the_command_line(file):
     (["--config.data.shapes=((8,2,64,1.5),)"], "shapes"),
     (["--confg.seed=1"], "confg"),
     (["stray"], "stray"),
+    (["-c", "configs/base.py:see"], "flag 'c'"),  # is not short for --config
   ],
 )
 def test_a_bad_override_is_named(flags, words):

@@ -1,6 +1,5 @@
 """Reads and writes configs: nested dicts, files and command lines."""
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -90,13 +89,18 @@ def from_command_line(argv: list[str]) -> RunConfig:
   from absl import flags
   from ml_collections import config_flags
 
-  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  parser.add_argument("--config", "-config", nargs="?")
-  chosen, overrides = parser.parse_known_args(argv[1:])
-  if not chosen.config:
+  # argparse would take -c, or -con, for it, and drop a --
+  chosen, overrides = "", argv[:1]
+  arguments = iter(argv[1:])
+  for argument in arguments:
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config"):
+      chosen = value if equals else next(arguments, "")
+    else:
+      overrides.append(argument)
+  if not chosen:
     raise ConfigError("no config; add --config=configs/sct.py")
-  made = _load(chosen.config)
-  overrides = [*argv[:1], *overrides]
+  made = _load(chosen)
   values = flags.FlagValues()
   try:
     # New keys are let through here, so that `from_dict` can name the nearest known one.

@@ -91,7 +91,9 @@ def right_answers(checkpoint: str, lp_comp: LPCompConfig, config: RunConfig) -> 
 
 
 def watched(model: vlm.VLM, data: Blend, example: Example) -> Example:
-  """A sample with what the tower makes of its video."""
+  """A sample with what the tower makes of its video, if it has one and that is not there yet."""
+  if example.visual is not None or not example.frames:
+    return example
   clips = np.stack(list(encoded_video.encode_in_chunks(model, data.visual(example.index))))
   return dataclasses.replace(example, visual=clips.reshape(example.frames, -1, clips.shape[-1]))
 

@@ -21,5 +21,6 @@ if __name__ == "__main__":
     os.rename(out, old)
   else:
     shutil.rmtree(out, ignore_errors=True)
+    time.sleep(0.2)  # or only a machine that is quick enough would be seen to lose it
   os.rename(new, out)
   shutil.rmtree(old, ignore_errors=True)

@@ -141,7 +141,7 @@ def test_bad_schedules_are_refused(schedule, wanted):
   assert caught.value.fields == {"where": "lp_comp.schedule", "value": schedule, **wanted}
 
 
-def test_a_rule_that_is_not_there_keeps_nothing():
+def test_a_rule_that_is_not_there_is_refused():
   unknown = rule()
   object.__setattr__(unknown, "keep", "prefix")  # past what checks types in tests
   with pytest.raises(ConfigError) as caught:

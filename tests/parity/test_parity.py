@@ -318,3 +318,9 @@ def test_chosen_frames_are_those_of_the_official_readers(reference, tmp_path, ca
     parity.compare_directory(tmp_path / "mine.json")
   assert caught.value.fields == {"where": "mine.json", "case": 3}
   assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.pure
+def test_an_array_of_another_shape_is_named_as_such():
+  row = compare_arrays("stage", {"x": np.zeros(3), "y": np.zeros(2)}, {"x": np.zeros(4)})
+  assert (row.result, row.worst, row.error) == ("FAIL", "shape of x", np.inf)

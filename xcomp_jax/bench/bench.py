@@ -277,7 +277,8 @@ def measure_training(
   rows = []
   for name, make, share in jobs:
     rows.append((one(name, make()), share))
-    yield rows[-1][0]  # and `run_benchmarks` frees the part's arrays
+    yield rows[-1][0]
+    gc.collect()  # the part's arrays would stay beside the next one's
   seconds, work = (
     sum(row[key] * share for (_, row), share in rows) for key in ("seconds", "flops")
   )

@@ -53,7 +53,7 @@ def compare_arrays(
     Row(
       stage=stage,
       arrays=len(pairs),
-      worst=name,
+      worst=name if a.shape == b.shape else f"shape of {name}",
       error=_largest_difference(a, b),
       tolerance=max(absolute, float(relative * np.abs(b).max(initial=0))),
     )
@@ -69,7 +69,7 @@ def compare_arrays(
 
 def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
   error = np.abs(a.astype(np.float64) - b).max(initial=0) if a.shape == b.shape else np.inf
-  return float(np.nan_to_num(error, nan=np.inf))
+  return float(np.nan_to_num(error, nan=np.inf, posinf=np.inf))
 
 
 def read_arrays(file: pathlib.Path) -> Arrays:

@@ -397,7 +397,8 @@ def qc_chat(directory: pathlib.Path, cfg: VLMConfig, recorded: Arrays) -> list[R
     model, iter(frames), np.arange(T) / 8, T / 8, "", phases=selector.phases
   )
   scores = selection.score_rounds(model, film, [question], selector)[0]
-  recorded_scores = recorded["round_scores"][:, qc_comp.scored_layers(mode, cfg.llm.layers)]
+  layers = qc_comp.scored_layers(mode, cfg.llm.layers)
+  recorded_scores = recorded["round_scores"][:, layers[0] : layers[-1] + 1]
   kept = selector.pick(qc_comp.aggregate(plan, scores, T))
   batch = generate.as_batch(
     question, selection.selected_features(model, film, kept), cfg.clip_frames
@@ -476,7 +477,9 @@ def whole_model(directory: pathlib.Path) -> list[Row]:
     rows.append(Row(stage="vision.npz"))
 
   stages: dict[str, Callable[[Arrays], list[Row]]] = {
-    "llm.npz": functools.partial(llm, model, features, read_arrays(directory / "llm_variants.npz")),
+    "llm.npz": lambda prompts: llm(
+      model, features, read_arrays(directory / "llm_variants.npz"), prompts
+    ),
     "train.npz": functools.partial(compare_training, model),
     "qc_scores.npz": functools.partial(qc_scores, model),
     "qc_chat.npz": functools.partial(qc_chat, directory, cfg),

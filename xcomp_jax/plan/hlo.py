@@ -150,7 +150,8 @@ def read_costs(text: str) -> Costs:
   moving = set()
   for name, times, fused in called(computations, entry):
     runs[name] += times
-    moving |= set() if fused else {name}
+    if not fused:
+      moving.add(name)
   hbm, kernels = 0.0, {}
   sent: dict[tuple[str, ...], tuple[bool, float, float]] = {}
   for name, times in runs.items():
