@@ -159,5 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   with cli.command():
-    subtitles = benchmarks.subtitles_of(args.videos, args.subtitles)
-    print(write_task(args.out, TASKS[args.task], args.annotations, args.videos, subtitles))
+    annotations, videos = (
+      files.local(path, "questions and videos are read as files")
+      for path in (args.annotations, args.videos)
+    )
+    subtitles = benchmarks.subtitles_of(videos, args.subtitles)
+    print(write_task(args.out, TASKS[args.task], annotations, videos, subtitles))
