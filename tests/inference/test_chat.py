@@ -12,7 +12,6 @@ from flax import nnx
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data import video
 from xcomp_jax.data.prompt import IMAGE_TOKEN, AnnotationError, Prompt, Tokenizer
-from xcomp_jax.evaluation import runner
 from xcomp_jax.inference import encoded_video, generate
 from xcomp_jax.inference.chat import SOON, Chat, prompt_of
 from xcomp_jax.inference.selection import (
@@ -149,10 +148,10 @@ def test_options_and_settings_are_the_same():
 def test_questions_are_cut_into_few_sizes_and_none_is_asked_twice():
   for n in range(1, 40):
     for size in (1, 4, 5, 8):
-      parts = list(runner.batches(range(n), size))
+      parts = list(generate.batches(range(n), size))
       assert [i for part in parts for i in part] == list(range(n))
       assert all(len(part) == size or len(part) in (1, 2, 4) for part in parts)
-  assert [len(part) for part in runner.batches("abcdefghijk", 8)] == [8, 2, 1]
+  assert [len(part) for part in generate.batches("abcdefghijk", 8)] == [8, 2, 1]
 
 
 TEXT = "What is it that was to be seen there, at the beginning and at the end of it all? "
@@ -226,8 +225,8 @@ def answered_alone(one, before, question):
   batch = generate.as_batch(asked, visual, one.video.clip_frames)
   room = sampling.max_new_tokens
   state = jax.jit(generate.prefill, static_argnames="room")(model, batch, room=room)
-  decode = jax.jit(generate.decode_tokens, static_argnames=("sampling", "steps"))
-  tokens, _ = decode(model, state, sampling, steps=room)
+  decode = jax.jit(generate.decode_tokens, static_argnames="steps")
+  tokens, _ = decode(model, state, generate.stack_sampling([sampling]), steps=room)
   return one.tokenizer.decode(np.asarray(tokens)[0]).strip()
 
 

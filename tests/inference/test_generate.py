@@ -10,14 +10,15 @@ from packed import one_each
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.batch import Example
+from xcomp_jax.data.prompt import IMAGE_TOKEN, Prompt
 from xcomp_jax.inference import generate
-from xcomp_jax.inference.generate import Sampling
+from xcomp_jax.inference.generate import Sampling, stack_sampling
 from xcomp_jax.model import qwen2, softmax, vlm
-from xcomp_jax.training.metrics import Compilations
+from xcomp_jax.training.metrics import BACKEND_COMPILE, Compilations
 
 SHAPE = 32, 8, 32  # frames, prefix, text
 PREFILL = jax.jit(generate.prefill, static_argnames="room")
-DECODE = jax.jit(generate.decode_tokens, static_argnames=("sampling", "steps"))
+DECODE = jax.jit(generate.decode_tokens, static_argnames="steps")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_cached_decoding_equals_a_full_pass_at_every_step(model, sample):
   for _ in range(5):
     whole = [PREFILL(model, one_each([p], *SHAPE), room=5).logits[0] for p in prompts]
     np.testing.assert_allclose(state.logits, np.stack(whole), atol=1e-5 * np.abs(whole).max())
-    tokens, state = DECODE(model, state, Sampling(1, ()), steps=1)
+    tokens, state = DECODE(model, state, stack_sampling([Sampling(1, ())] * 2), steps=1)
     for i, (p, token) in enumerate(zip(prompts, np.asarray(tokens)[:, 0], strict=True)):
       assert token == whole[i].argmax()
       longer = np.append(p.tokens, token).astype(np.int32)
@@ -105,15 +106,134 @@ def test_another_prompt_of_the_same_shape_compiles_nothing(model, sample):
   assert all(first.values()) and compilations.count == first
 
 
+def drawn_sampling(rng, **how):
+  """Any `Sampling`; every fourth is greedy."""
+  return Sampling(
+    **{
+      "max_new_tokens": int(rng.integers(1, 30)),
+      "eos": (3, 5),
+      "temperature": float(rng.choice([0, 0.5, 1, 2.5])),
+      "top_k": int(rng.choice([0, 1, 5, 1000])),
+      "top_p": float(rng.choice([0.2, 0.9, 1])),
+      "repetition_penalty": float(rng.choice([1, 1.1, 3])),
+      "seed": int(rng.integers(-(2**40), 2**40)),
+    }
+    | how
+  )
+
+
+def test_rows_of_a_batch_are_chosen_as_each_alone(model, sample):
+  prompts = [sample(2, 3, 9, 0), sample(4, 6, 4, 1), sample(3, 5, 7, 2), sample(1, 2, 8, 3)] * 2
+  rng = np.random.default_rng(0)
+  lengths = [1, 3, 8, 9, 16, 20, 21, 24]
+  each = [drawn_sampling(rng, eos=(), max_new_tokens=n) for n in lengths]
+  assert {one.temperature > 0 for one in each} == {True, False}
+  got = generate.generate(model, one_each(prompts, *SHAPE), each)
+  assert [len(row) for row in got] == lengths
+  for p, one, row in zip(prompts, each, got, strict=True):
+    (alone,) = generate.generate(model, one_each([p], *SHAPE), one)
+    np.testing.assert_array_equal(row, alone)
+
+
+def test_a_stream_ends_with_its_last_row(model, sample):
+  batch = one_each([sample(2, 3, 9, 0), sample(4, 6, 4, 1)], *SHAPE)
+  pieces = list(generate.stream(model, [batch], [Sampling(17, ()), Sampling(4, ())]))
+  assert [[len(row) for row in piece] for piece in pieces] == [[8, 4], [8, 0], [1, 0]]
+
+
+def test_a_hundred_questions_compile_nothing_after_the_short_lists(tiny):
+  """Texts of 1 to 128 tokens, answers of up to 100, up to four questions together."""
+  cfg, rng, compiled = tiny(), np.random.default_rng(0), []
+  model = vlm.VLM(
+    dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=1)), rngs=nnx.Rngs(0)
+  )
+
+  def asked(texts, each):
+    def prompt(count):
+      tokens = rng.integers(0, 64, 1 + count).astype(np.int32)
+      tokens[0] = IMAGE_TOKEN
+      return Prompt(tokens, tokens, tokens < 0, (1, 1 + count))
+
+    visual = rng.normal(size=(1, 128, 32)).astype(np.float32)
+    batches = [generate.as_batch(prompt(n), visual, 8, max(texts)) for n in texts]
+    return generate.stream(model, batches, each)
+
+  def listen(event, seconds, **about):
+    return compiled.append(about["fun_name"]) if event == BACKEND_COMPILE else None
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    for text in {generate.text_slots(n) for n in range(1, 129)}:
+      for answer in {generate.answer_slots(n) for n in range(1, 101)}:
+        for together in {len(part) for n in range(1, 5) for part in generate.batches(range(n), 4)}:
+          next(asked([text] * together, Sampling(answer, (3, 5))))
+    warm = len(compiled)
+    questions = [
+      (int(rng.integers(1, 129)), drawn_sampling(rng, max_new_tokens=int(rng.integers(1, 101))))
+      for _ in range(100)
+    ]
+    while questions:
+      some = int(rng.integers(1, 8))
+      for part in generate.batches(questions[:some], 4):
+        texts, each = zip(*part, strict=True)
+        assert len(list(asked(texts, each))) <= 13
+      questions = questions[some:]
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert warm and compiled[warm:] == []
+
+
+@pytest.mark.pure
+def test_sizes_come_from_short_lists():
+  texts = {generate.text_slots(n) for n in range(1, 32769)}
+  assert sorted(texts) == [64, 128, 256, 512, 1024, 2048, *range(4096, 32769, 4096)]
+  assert {generate.text_slots(n, 16) for n in range(1, 65)} == {16, 32, 64}
+  assert {generate.answer_slots(n) for n in range(1, 1025)} == {64, 256, 1024}
+  sizes = (64, 65, 256, 257)
+  assert [generate.answer_slots(n) for n in sizes] == [64, 256, 256, 1024]
+  assert all(generate.text_slots(n) >= n for n in (64, 65, 4095, 4097))
+
+
+@pytest.mark.pure
+def test_rows_that_end_otherwise_are_refused():
+  with pytest.raises(ValueError):
+    stack_sampling([Sampling(1, (3,)), Sampling(1, (5,))])
+
+
+@pytest.mark.pure
+def test_the_vocabulary_is_sorted_for_draws_alone():
+  """The sort is in the one branch that greedy rows do not take."""
+
+  def sorts(jaxpr):
+    return sum(
+      (eqn.primitive.name == "sort")
+      + sum(sorts(inner) for inner in jax.core.jaxprs_in_params(eqn.params))
+      for eqn in jaxpr.eqns
+    )
+
+  keys = jax.random.split(jax.random.key(0), 1)
+  traced = jax.make_jaxpr(
+    lambda temperature: generate.choose_tokens(
+      LOGITS,
+      LOGITS > 0,
+      dataclasses.replace(stack_sampling([Sampling(1, ())]), temperature=temperature),
+      keys,
+    )
+  )(np.zeros(1, np.float32))
+  (cond,) = (eqn for eqn in traced.eqns if eqn.primitive.name == "cond")
+  greedy, drawn = (sorts(branch.jaxpr) for branch in cond.params["branches"])
+  assert (greedy, drawn, sorts(traced.jaxpr)) == (0, 1, 1)
+
+
 LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
 
 
 def drawn(count=400, logits=LOGITS, seen=None, **how):
   seen = jnp.zeros(logits.shape, bool) if seen is None else seen
-  sampling = Sampling(1, (), **how)
+  sampling = stack_sampling([Sampling(1, (), **how)])
 
   def one(key):
-    return generate.choose_tokens(logits, seen, sampling, key)[0]
+    return generate.choose_tokens(logits, seen, sampling, key[None])[0]
 
   return np.bincount(jax.vmap(one)(jax.random.split(jax.random.key(0), count)), minlength=4) / count
 
@@ -150,8 +270,9 @@ def test_top_k_and_top_p_leave_out_the_tail():
 def test_a_penalty_divides_positive_and_multiplies_negative_logits():
   logits = jnp.array([[2.0, 1.5, -1.0, -3.0]])
   seen = jnp.array([[True, False, True, False]])
+  sampling = stack_sampling([Sampling(1, (), repetition_penalty=2.0)])
   np.testing.assert_array_equal(
-    generate.choose_tokens(logits, seen, Sampling(1, (), repetition_penalty=2.0), None), [1]
+    generate.choose_tokens(logits, seen, sampling, jax.random.split(jax.random.key(0), 1)), [1]
   )
 
 

@@ -165,7 +165,8 @@ def test_prefill_decoding_scores_and_gradients_are_those_by_einsum(kind, on):
     def programs(state):
       model = nnx.merge(graph, state)
       begun = generate.prefill(model, batch, room=4)
-      _, ended = generate.decode_tokens(model, begun, generate.Sampling(4, ()), 4)
+      greedy = generate.stack_sampling([generate.Sampling(4, ())] * 3)
+      _, ended = generate.decode_tokens(model, begun, greedy, 4)
       loss, grads = jax.value_and_grad(
         lambda state: vlm.loss(nnx.merge(graph, state), batch).sum()
       )(state)

@@ -222,9 +222,12 @@ def prefill_part(
 def decode_function(cfg: VLMConfig, tokens: int) -> Callable:
   """A function (state, what `prefill_part` leaves) -> so many tokens int32[B, tokens]."""
   graph, _ = _random(without_tower(cfg), False)
-  return lambda params, state: generate.decode_tokens(
-    nnx.merge(graph, params), state, generate.Sampling(tokens, ()), tokens
-  )[0]
+
+  def run(params, state):
+    greedy = generate.stack_sampling([generate.Sampling(tokens, ())] * len(state.logits))
+    return generate.decode_tokens(nnx.merge(graph, params), state, greedy, tokens)[0]
+
+  return run
 
 
 def decoding_part(cfg: VLMConfig, frames: int, text: int, tokens: int, answers: int = 1) -> Part:

@@ -63,17 +63,15 @@ def question_costs(
   rows = max(1, setting.round // plan.frames)
   seen, scored, calls = parts.scoring_parts(cfg, (graph, state), setting, frames, plan, rows)
   batch = batch_spec(
-    Shape(
-      rows=1, samples=1, prefix=PREFIX, frames=kept, text=generate.up(TEXT, generate.TEXT_STEP)
-    ),
+    Shape(rows=1, samples=1, prefix=PREFIX, frames=kept, text=generate.text_slots(TEXT)),
     ((16, cfg.vision.width), cfg.dtype),
   )
 
   def answer(state, batch):
     model = nnx.merge(graph, state)
-    return generate.decode_tokens(
-      model, generate.prefill(model, batch, tokens), generate.Sampling(tokens, ()), tokens
-    )[0]
+    greedy = generate.stack_sampling([generate.Sampling(tokens, ())])
+    begun = generate.prefill(model, batch, tokens)
+    return generate.decode_tokens(model, begun, greedy, tokens)[0]
 
   encode_clip = parts.flops(
     lambda state, clips: vlm.encode_frames(nnx.merge(graph, state), clips),

@@ -24,6 +24,7 @@ from xcomp_jax.data.video import FrameSample, TailError, frames
 from xcomp_jax.evaluation.answers import Answers, Wanted
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Answer
+from xcomp_jax.inference.generate import batches
 from xcomp_jax.inference.video_model import VideoModel, fault
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
@@ -202,16 +203,6 @@ class AnsweringLoop:
         f"{lines[0]['video']}: {n} question{'s' * (n > 1)} failed: {error}", file=sys.stderr
       )
     self.bar.update(len(lines))
-
-
-def batches(things: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-  """Runs of `size`, and of powers of two of what is left: a few sizes to compile, and no row for
-  nothing.
-  """
-  while things:
-    n = size if len(things) >= size else 1 << len(things).bit_length() - 1
-    yield things[:n]
-    things = things[n:]
 
 
 def _answer_line(

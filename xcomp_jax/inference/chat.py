@@ -12,7 +12,7 @@ from xcomp_jax.data import prompt
 from xcomp_jax.data.batch import Batch
 from xcomp_jax.data.prompt import Prompt, Tokenizer
 from xcomp_jax.inference.encoded_video import EncodedVideo
-from xcomp_jax.inference.generate import Sampling, as_batch, ended, stream, up
+from xcomp_jax.inference.generate import Sampling, as_batch, stream, up
 from xcomp_jax.inference.selection import (
   FrameSelector,
   Selection,
@@ -320,18 +320,18 @@ class Chat:
       if not pieces:
         watch.lap("prefill and first tokens")
       pieces.append(new)
-      whole = self._decoded(np.concatenate(pieces, axis=1)[0])
+      whole = self._decoded([row for row, *_ in pieces])
       # a character may need the next token
       if whole.startswith(written) and not whole.endswith("\ufffd"):
         write(whole[len(written) :])
         written = whole
     watch.lap("generation")
-    texts = [self._decoded(row) for row in np.concatenate(pieces, axis=1)]
+    texts = [self._decoded(row) for row in zip(*pieces, strict=True)]
     write(texts[0][len(written) :])
     return texts
 
-  def _decoded(self, tokens: np.ndarray) -> str:
-    return self.tokenizer.decode(ended(tokens, self.sampling.eos)).strip()
+  def _decoded(self, tokens: Sequence[np.ndarray]) -> str:
+    return self.tokenizer.decode(np.concatenate(tokens)).strip()
 
 
 class _Stopwatch:

@@ -1,8 +1,23 @@
-"""From prompts to new tokens: prefill, choose, decode. `chat` makes the prompts."""
+"""From prompts to new tokens: prefill, choose, decode. `chat` makes the prompts.
+
+A program is compiled for the shapes of its arrays alone. How tokens are chosen are arrays, a value
+per row, so all of that shares a program, and greedy rows share it with rows that draw. Sizes come
+from short lists, and what is between two of them shares the program of the larger one:
+
+- a text behind the frames (`text_slots`): 64, 128, 256, ... LONG tokens, then multiples of LONG;
+  where it scores frames (`selection.score_rounds`) the same from 16 on;
+- the longest answer of a batch (`answer_slots`): 64, 256, 1,024, ... tokens;
+- questions answered together (`batches`): as many as may be, and the powers of two below.
+
+Prefill has a program for each text and answer, decoding for each text, answer and number of
+questions, scoring for each text and number of questions; all of them another one for other numbers
+of frames.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +30,17 @@ from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import kernels, qwen2, vlm
 from xcomp_jax.model.layout import padded
 
-# texts are padded to a multiple of this many tokens, long ones of `qwen2.SHORT`, so that few
-# lengths are compiled
-TEXT_STEP = 64
-CLIP_STEP = 8  # and videos to a multiple of this many clips
+TEXT_STEP = 64  # tokens, the shortest that a text is padded to
+LONG = 4096  # tokens of text up to which what it is padded to doubles
+ANSWER = 64  # tokens, the shortest that room is made for
+CLIP_STEP = 8  # videos are padded to a multiple of this many clips
 STREAM = 8  # tokens between two looks at what was generated
+ALL = np.iinfo(np.int32).max  # more tokens than any vocabulary has
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are chosen.
+  """How tokens of one answer are chosen.
 
   max_new_tokens: of an answer, at most; room is made for them in every layer's cache.
   eos: token ids that end an answer.
@@ -71,17 +87,56 @@ class Sampling:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RowSampling:
+  """How the next token of every row is chosen; `stack_sampling` makes it.
+
+  repetition_penalty, temperature, top_p: float32[B]. top_k: int32[B], ALL where `Sampling` has 0.
+  seed: uint32[B]. eos: of all rows; a part of the program.
+  """
+
+  repetition_penalty: Leaf
+  temperature: Leaf
+  top_k: Leaf
+  top_p: Leaf
+  seed: Leaf
+  eos: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def stack_sampling(each: Sequence[Sampling]) -> RowSampling:
+  """One `Sampling` a row, without the lengths of their answers, as arrays.
+
+  Raises:
+    ValueError: they end at other tokens.
+  """
+  (eos,) = {one.eos for one in each}
+
+  def column(values: list[Any], dtype: Any = np.float32) -> np.ndarray:
+    return np.array(values, dtype)
+
+  return RowSampling(
+    repetition_penalty=column([one.repetition_penalty for one in each]),
+    temperature=column([one.temperature for one in each]),
+    top_k=column([min(one.top_k or ALL, ALL) for one in each], np.int32),
+    top_p=column([one.top_p for one in each]),
+    seed=column([one.seed % 2**32 for one in each], np.uint32),
+    eos=eos,
+  )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
   """Between two tokens.
 
   logits: float32[B, V] of the next one. caches: one per layer, with free slots at their end. free:
-  int32[], how many. seen: bool[B, V], tokens generated so far. done: bool[B], answers that have
-  ended.
+  int32[], how many. made: int32[], tokens generated so far. seen: bool[B, V], which. done: bool[B],
+  answers that have ended.
   """
 
   logits: Leaf
   caches: tuple[qwen2.LayerCache, ...]
   free: Leaf
+  made: Leaf
   seen: Leaf
   done: Leaf
 
@@ -108,60 +163,72 @@ def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int)
     logits=logits,
     caches=jax.tree.map(functools.partial(padded, count=room), out.caches),
     free=jnp.int32(room),
+    made=jnp.int32(0),
     seen=jnp.zeros(logits.shape, bool),
     done=jnp.zeros(len(logits), bool),
   )
 
 
 def choose_tokens(
-  logits: jax.Array, seen: jax.Array, sampling: Sampling, key: jax.Array | None
+  logits: jax.Array, seen: jax.Array, sampling: RowSampling, keys: jax.Array
 ) -> jax.Array:
   """The next tokens int32[B] from float32[B, V]; penalty, temperature, top_k and top_p in this
-  order, as Hugging Face's generate does.
+  order, as Hugging Face's generate does. keys: [B], of the draws.
   """
-  penalised = jnp.where(
-    logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-  )
+  penalty = sampling.repetition_penalty[:, None]
+  penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
   logits = jnp.where(seen, penalised, logits)
-  if sampling.temperature == 0:
-    return jnp.argmax(logits, -1).astype(jnp.int32)
-  logits = logits / sampling.temperature
+  best = jnp.argmax(logits, -1).astype(jnp.int32)
+  draws = sampling.temperature > 0
+  # Where all rows are greedy the vocabulary is not sorted.
+  return jax.lax.cond(
+    jnp.any(draws),
+    lambda: jnp.where(draws, _draw_tokens(logits, sampling, keys), best),
+    lambda: best,
+  )
+
+
+def _draw_tokens(logits: jax.Array, sampling: RowSampling, keys: jax.Array) -> jax.Array:
+  """Draws int32[B]; of rows with temperature 0 whatever."""
+  temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1)
+  logits = logits / temperature[:, None]
   ranked = jnp.flip(jnp.sort(logits, axis=-1), -1)
-  if sampling.top_k:
-    ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
+  ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampling.top_k[:, None], ranked, -jnp.inf)
   share = jax.nn.softmax(ranked, -1)
   # never none: nothing is before the first
-  ranked = jnp.where(jnp.cumsum(share, -1) - share < sampling.top_p, ranked, -jnp.inf)
+  inside = jnp.cumsum(share, -1) - share < sampling.top_p[:, None]
+  ranked = jnp.where(inside, ranked, -jnp.inf)
   least = jnp.min(jnp.where(jnp.isinf(ranked), jnp.inf, ranked), -1, keepdims=True)
-  assert key is not None  # only temperature 0 does without
-  # The same noise for all rows, so that none depends on which others there are.
-  draw = jax.vmap(lambda logits: jax.random.categorical(key, logits))
-  return draw(jnp.where(logits < least, -jnp.inf, logits)).astype(jnp.int32)
+  # A row's noise is that of its seed, so that it does not depend on which others there are.
+  draw = jax.vmap(jax.random.categorical)
+  return draw(keys, jnp.where(logits < least, -jnp.inf, logits)).astype(jnp.int32)
 
 
-def decode_tokens(
-  model: vlm.VLM, state: State, sampling: Sampling, steps: int, key: jax.Array | None = None
-):
+def decode_tokens(model: vlm.VLM, state: State, sampling: RowSampling, steps: int):
   """`steps` more tokens of every answer, int32[B, steps], and the state behind them.
 
   After its end an answer goes on with the first eos id. The state must have room for `steps`
-  tokens.
+  tokens. What is drawn depends on `steps`, too.
   """
   eos = jnp.array(sampling.eos, jnp.int32)
-  keys = None if key is None else jax.random.split(key, steps)
 
-  def one(state, key):
-    token = choose_tokens(state.logits, state.seen, sampling, key)
+  def keys_of(seed):
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), state.made), steps)
+
+  def one(state, keys):
+    token = choose_tokens(state.logits, state.seen, sampling, keys)
     token = jnp.where(state.done, eos[0], token) if sampling.eos else token
     x, caches = qwen2.step(model.llm, model.llm.embed(token[:, None]), state.caches, state.free)
     return State(
       logits=model.llm.logits(x)[:, 0],
       caches=caches,
       free=state.free - 1,
+      made=state.made + 1,
       seen=state.seen.at[jnp.arange(len(token)), token].set(True),
       done=state.done | jnp.isin(token, eos),
     ), token
 
+  keys = jax.vmap(keys_of, out_axes=1)(jnp.asarray(sampling.seed))  # [steps, B]
   state, tokens = jax.lax.scan(one, state, keys, length=steps)
   return tokens.T, state
 
@@ -173,7 +240,7 @@ def _put(whole: State, one: State, row: Int[Array, ""] | int) -> State:
 
 
 _prefill = jax.jit(functools.partial(prefill, in_pieces=True), static_argnames="room")
-_decode = jax.jit(decode_tokens, static_argnames=("sampling", "steps"), donate_argnames="state")
+_decode = jax.jit(decode_tokens, static_argnames="steps", donate_argnames="state")
 
 
 def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
@@ -192,36 +259,41 @@ def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
   return whole
 
 
-def stream(model: vlm.VLM, prompts: Sequence[Batch], sampling: Sampling) -> Iterator[np.ndarray]:
-  """New tokens of every prompt, int32[B, n] at a time, until all have ended; prompts as of
-  `prefill_each`.
+def stream(
+  model: vlm.VLM, prompts: Sequence[Batch], sampling: Sampling | Sequence[Sampling]
+) -> Iterator[list[np.ndarray]]:
+  """New tokens int32[n] of every prompt, up to and without its eos, some at a time, until all have
+  ended; prompts as of `prefill_each`.
+
+  sampling: of all, or one for each, whose answers end at the same tokens.
 
   Raises:
     ConfigError: numbers that float16 does not have.
   """
-  state = prefill_each(model, prompts, room=up(sampling.max_new_tokens, STREAM))
-  once = dataclasses.replace(sampling, max_new_tokens=1, seed=0)  # neither changes the program
-  for done in range(0, sampling.max_new_tokens, STREAM):
+  rows = sum(len(batch.text) for batch in prompts)
+  each = [sampling] * rows if isinstance(sampling, Sampling) else sampling
+  chosen, left = stack_sampling(each), np.array([one.max_new_tokens for one in each])
+  state = prefill_each(model, prompts, room=answer_slots(max(left.tolist())))
+  while left.any():
     kernels.check_finite(state.logits, "the LLM's logits", model.cfg.dtype)
-    key = jax.random.fold_in(jax.random.key(sampling.seed), done) if sampling.temperature else None
-    tokens, state = _decode(model, state, once, steps=STREAM, key=key)
-    yield np.asarray(tokens)[:, : sampling.max_new_tokens - done]
-    if np.asarray(state.done).all():
-      return
+    tokens, state = _decode(model, state, chosen, steps=STREAM)
+    new = [_ended(row[:n], chosen.eos) for row, n in zip(np.asarray(tokens), left, strict=True)]
+    left = np.where(state.done, 0, np.maximum(left - STREAM, 0))
+    yield new
 
 
-def ended(tokens: np.ndarray, eos: Sequence[int]) -> np.ndarray:
+def _ended(tokens: np.ndarray, eos: Sequence[int]) -> np.ndarray:
   """The tokens before the first eos."""
   end = np.flatnonzero(np.isin(tokens, eos))
   return tokens[: end[0]] if len(end) else tokens
 
 
-def generate(model: vlm.VLM, batch: Batch, sampling: Sampling) -> list[np.ndarray]:
-  """New tokens of each prompt, up to and without its eos."""
-  return [
-    ended(row, sampling.eos)
-    for row in np.concatenate(list(stream(model, [batch], sampling)), axis=1)
-  ]
+def generate(
+  model: vlm.VLM, batch: Batch, sampling: Sampling | Sequence[Sampling]
+) -> list[np.ndarray]:
+  """New tokens of each prompt, as `stream` gives them."""
+  pieces = zip(*stream(model, [batch], sampling), strict=True)
+  return [np.concatenate(row) for row in pieces]
 
 
 def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int = 1) -> Batch:
@@ -248,8 +320,30 @@ def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int =
 
 
 def text_slots(tokens: int, step: int = TEXT_STEP) -> int:
-  """What a text is padded to."""
-  return up(tokens, step if tokens <= qwen2.SHORT else qwen2.SHORT)
+  """What a text is padded to: a few sizes, of which `step` is the shortest."""
+  return up(tokens, LONG) if tokens > LONG else _grown(step, tokens, 2)
+
+
+def answer_slots(tokens: int) -> int:
+  """How much room there is for answers of up to so many tokens."""
+  return _grown(ANSWER, tokens, 4)
+
+
+def _grown(size: int, least: int, factor: int) -> int:
+  """The first of size, size * factor, size * factor^2, ... that is not below `least`."""
+  while size < least:
+    size *= factor
+  return size
+
+
+def batches(things: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+  """Runs of `size`, and of powers of two of what is left: a few sizes to compile, and no row for
+  nothing.
+  """
+  while things:
+    n = size if len(things) >= size else 1 << len(things).bit_length() - 1
+    yield things[:n]
+    things = things[n:]
 
 
 def up(n: int, step: int) -> int:

@@ -11,6 +11,7 @@ from flax import nnx
 from xcomp_jax.config import SelectConfig, VLMConfig
 from xcomp_jax.data.batch import IGNORE, IMAGE_TOKEN
 from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.inference.generate import text_slots
 from xcomp_jax.inference.selection import SCORE_STEP, around_frames
 from xcomp_jax.model import qc_comp
 
@@ -61,7 +62,8 @@ def scoring(
   """
   question = question or asked_tokens()
   prefix, _ = around_frames(question)
-  asked = qc_comp.stack_questions([qc_comp.from_prompt(question, setting, SCORE_STEP)])
+  text = qc_comp.from_prompt(question, setting)
+  asked = qc_comp.stack_questions([text], text_slots(len(text.text), SCORE_STEP))
 
   def watch(state, features):
     model = nnx.merge(graph, state)

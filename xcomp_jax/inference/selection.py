@@ -13,8 +13,7 @@ from xcomp_jax.inference.encoded_video import EncodedVideo, encode_in_chunks
 from xcomp_jax.inference.generate import CLIP_STEP, text_slots, up
 from xcomp_jax.model import kernels, qc_comp, vlm
 
-# texts that score, whose rows run in every round, are padded to a multiple of this many tokens, as
-# far as they are short
+# tokens, the shortest that a text is padded to where it scores: its rows run in every round
 SCORE_STEP = 16
 
 

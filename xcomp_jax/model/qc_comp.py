@@ -284,9 +284,7 @@ class AskedText:
   asked: Leaf
 
 
-def asked_text(
-  tokens: np.ndarray, question: int, header: int, cfg: SelectConfig, step: int = 1
-) -> AskedText:
+def asked_text(tokens: np.ndarray, question: int, header: int, cfg: SelectConfig) -> AskedText:
   """Which text rows score.
 
   Args:
@@ -296,7 +294,6 @@ def asked_text(
     cfg: a mode's values. A window that is a whole round also shows the assistant's header, as
       released (FACTS.md 9); the others need no row from there on, unless it is the last one that
       scores (rows="answer").
-    step: pad to a multiple of this.
 
   Raises:
     ConfigError: no row is left to score.
@@ -311,18 +308,17 @@ def asked_text(
       end=last,
     )
   shown = len(tokens) if cfg.window == 0 else last
-  i = np.arange(-(-shown // step) * step)
-  text = np.zeros(len(i), np.int32)
-  text[:shown] = tokens[:shown]
-  return AskedText(text, i < shown, (i >= first) & (i < last))
+  i = np.arange(shown)
+  text = tokens[:shown].astype(np.int32)
+  return AskedText(text, np.ones(shown, bool), (i >= first) & (i < last))
 
 
-def from_prompt(prompt: Prompt, cfg: SelectConfig, step: int = 1) -> AskedText:
+def from_prompt(prompt: Prompt, cfg: SelectConfig) -> AskedText:
   """`asked_text` for a prompt that ends in the assistant's header; its newest question scores."""
   slot = int(np.flatnonzero(prompt.tokens < 0)[0])
   start, end = prompt.question
   # A user's turn ends in two tokens, <|im_end|> and a newline.
-  return asked_text(prompt.tokens[slot + 1 :], start - slot - 1, end - slot - 1 + 2, cfg, step)
+  return asked_text(prompt.tokens[slot + 1 :], start - slot - 1, end - slot - 1 + 2, cfg)
 
 
 def stack_questions(questions: Sequence[AskedText], length: int = 0) -> AskedText:

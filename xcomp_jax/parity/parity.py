@@ -87,8 +87,10 @@ def prefill_and_decode(model: vlm.VLM, x, prefix: int, text: int, room: int) -> 
     entering=True,
   )
 
+  greedy = generate.stack_sampling([generate.Sampling(1, ())])
+
   def step(state, _):
-    tokens, after = generate.decode_tokens(model, state, generate.Sampling(room, ()), 1)
+    tokens, after = generate.decode_tokens(model, state, greedy, 1)
     return after, (tokens[0, 0], state.logits[0])
 
   _, (tokens, new_logits) = jax.lax.scan(

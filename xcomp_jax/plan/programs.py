@@ -407,7 +407,7 @@ def _asking(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape) -> Trace
     return generate.prefill(nnx.merge(graph, params), batch, ROOM)
 
   def decode(params, state):
-    sampling = generate.Sampling(1, (0,))
+    sampling = generate.stack_sampling([generate.Sampling(1, (0,))] * shape.rows)
     return generate.decode_tokens(nnx.merge(graph, params), state, sampling, generate.STREAM)
 
   if name == "encode":
