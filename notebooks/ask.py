@@ -88,9 +88,9 @@ out = "runs/notebooks/ask"  # @param {type: "string"}
 from matplotlib import pyplot as plt
 
 from xcomp_jax import files
-from xcomp_jax.inference import video_model
+from xcomp_jax.inference import html_report, pictures
 from xcomp_jax.synthetic import world
-from xcomp_jax.viz import html_report, plots
+from xcomp_jax.viz import plots
 
 plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
@@ -119,13 +119,9 @@ if not video:
 # ## Encode it once
 
 # %%
-watching = video_model.prepare_model(
-  video_model.AskSettings(checkpoint=str(checkpoint), select=frames, mode=mode, min_frames=8)
-)
-model = watching.load()
-with watching.precision():
-  film, encoding = watching.encode(model, watching.sample(path), watching.source(path))
-print(f"{checkpoint}: LP-Comp {watching.cfg.lp_comp}")
+model = xcomp_jax.load(checkpoint, select=frames, mode=mode, min_frames=8)
+film = model.encode(path)
+print(f"{checkpoint}: LP-Comp {model.cfg.lp_comp}")
 print(
   f"{len(film.times)} frames of {film.seconds:.0f} s, {film.clips} clips, "
   f"{film.features[0].nbytes / 1e6:.1f} MB of features"
@@ -135,16 +131,12 @@ print(
 # ## Ask
 
 # %%
-answers = []
-with watching.precision():
-  chat = watching.chat(model, film)
-  for text in questions:
-    chat.forget()  # each question by itself; without this line it is a conversation
-    answers.append((text, chat.ask(text)))
-for text, answer in answers:
-  print(text, "->", answer.text, end="\n\n")
+# each question by itself; `model.chat(film)` keeps a conversation
+answers = [model.ask(film, text) for text in questions]
+for answer in answers:
+  print(answer.question, "->", answer, end="\n\n")
 if shown:
-  right = [answer.text == truth for (_, answer), truth in zip(answers, truths, strict=True)]
+  right = [answer.text == truth for answer, truth in zip(answers, truths, strict=True)]
   print(f"{sum(right)} of {len(right)} right; guessing has 1 of 4")
 
 # %% [markdown]
@@ -155,7 +147,7 @@ if shown:
 # answer: a selection that misses it leaves the model to guess.
 
 # %% tags=["picture-relevance"]
-figure = plots.draw_relevance(film, answers, shown and [(scene, scene + 1) for scene in shown])
+figure = pictures.draw_relevance(answers, shown and [(scene, scene + 1) for scene in shown])
 
 # %% [markdown]
 # ## What it cost
@@ -165,11 +157,9 @@ figure = plots.draw_relevance(film, answers, shown and [(scene, scene + 1) for s
 # what the visual tokens left in the LLM.
 
 # %%
-from html import escape
-
 from IPython.display import HTML
 
-page = html_report.page(film, answers, watching.cfg, encoding)
+page = html_report.page(film, answers, film.spent)
 files.write_file(out / "report.html", page)
 print(out / "report.html")
-HTML(f'<iframe srcdoc="{escape(page)}" width="100%" height="800"></iframe>')
+HTML(html_report.framed(page, 800))

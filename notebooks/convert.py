@@ -85,7 +85,8 @@ from xcomp_jax import export
 from xcomp_jax.checkpoints import loading, tensor_names
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
-from xcomp_jax.inference import generate, video_model
+from xcomp_jax.inference import generate
+from xcomp_jax.inference.places import computing
 from xcomp_jax.model import vlm
 from xcomp_jax.parity import comparison, parity
 from xcomp_jax.synthetic import world
@@ -93,22 +94,19 @@ from xcomp_jax.viz import flow, plots
 
 plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
-watching = video_model.prepare_model(
-  video_model.AskSettings(checkpoint=str(checkpoint), select=0, min_frames=8, max_frames=8)
-)
-stored = loading.stored(watching.directory, watching.cfg)
-for count, entry in tensor_names.families(tensor_names.names(watching.cfg)):
+model = xcomp_jax.load(checkpoint, select=0, min_frames=8, max_frames=8)
+stored = loading.stored(model.directory, model.cfg)
+for count, entry in tensor_names.families(tensor_names.names(model.cfg)):
   print(f"{count:3} x {entry.name:67} {list(entry.shape)!s:19} {entry.form:9} {entry.path}")
 print(
   f"{len(stored)} tensors as {', '.join(sorted({str(dtype) for dtype in stored.values()}))} in "
-  f"{watching.directory}"
+  f"{model.directory}"
 )
 
 # %% [markdown]
 # ## A forward pass
 
 # %%
-model = watching.load()
 made = out / "world"
 if not made.exists():
   world.write_world(
@@ -119,10 +117,8 @@ if not made.exists():
   )
 (annotation,) = world.read_split(made, "heldout")
 path = str(made / "heldout" / annotation["video"])
-with watching.precision():
-  film, _ = watching.encode(model, watching.sample(path), path)
-  chat = watching.chat(model, film)
-  answers = chat.ask_apart([text for text, _, _ in world.questions_in(annotation)])
+film = model.encode(path)
+answers = model.ask(film, [text for text, _, _ in world.questions_in(annotation)])
 for (text, truth, _), answer in zip(world.questions_in(annotation), answers, strict=True):
   print(f"{text.splitlines()[0]}  {answer.text}  (right: {truth})")
 
@@ -137,14 +133,16 @@ for (text, truth, _), answer in zip(world.questions_in(annotation), answers, str
 if beside_cpu:
   cpu, cfg = (
     jax.devices("cpu")[0],
-    dataclasses.replace(watching.cfg, dtype="float32", attention="xla_chunked"),
+    dataclasses.replace(model.cfg, dtype="float32", attention="xla_chunked"),
   )
-  exact = jax.tree.map(lambda a: jax.device_put(np.asarray(a, np.float32), cpu), nnx.state(model))
+  exact = jax.tree.map(
+    lambda a: jax.device_put(np.asarray(a, np.float32), cpu), nnx.state(model.vlm)
+  )
   exact = nnx.merge(nnx.graphdef(loading.abstract(cfg)), exact)
-  frames = np.stack(list(movies.frames(watching.sample(path))))
+  frames = np.stack(list(movies.frames(model.sample(path))))
   clips = frames.reshape(-1, film.clip_frames, *frames.shape[1:])
   asked = prompt.question_prompt(
-    watching.tokenizer,
+    model.tokenizer,
     world.questions_in(annotation)[0][0],
     prompt.time_message(film.seconds, len(film.times)),
   )
@@ -156,13 +154,13 @@ if beside_cpu:
       jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits)(model, batch)
     )
 
-  with watching.precision():
-    ours = logits(model)
+  with computing(model.vlm):
+    ours = logits(model.vlm)
   with jax.default_device(cpu), jax.default_matmul_precision("highest"):
     theirs = logits(exact)
   (same,), (apart,) = flow.agreement(ours, theirs)
   print(
-    f"{jax.devices()[0].device_kind}, {watching.dtype}: largest difference "
+    f"{jax.devices()[0].device_kind}, {model.dtype}: largest difference "
     f"{np.abs(ours - theirs).max():.2e} of logits up to {np.abs(theirs).max():.1f}"
   )
   print(f"same first token: {bool(same)}; KL {apart:.2e} nats")
@@ -190,19 +188,19 @@ figure = plots.draw_errors(rows)
 
 # %%
 if exports:
-  kept = loading.parameters(loading.load_model(watching.directory, watching.cfg))
+  kept = loading.parameters(loading.load_model(model.directory, model.cfg))
   for form in ("torch", "orbax"):
     export.main(
       [
         "--checkpoint",
-        str(watching.directory),
+        str(model.directory),
         f"--format={form}",
         "--out",
         str(out / form),
         "--overwrite",
       ]
     )
-    back = loading.parameters(loading.load_model(out / form, watching.cfg))
+    back = loading.parameters(loading.load_model(out / form, model.cfg))
     equal = sum(
       np.asarray(a).tobytes() == np.asarray(back[path]).tobytes() for path, a in kept.items()
     )

@@ -87,7 +87,8 @@ from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import COSINE, LPCompConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.data import video as movies
-from xcomp_jax.inference import generate, video_model
+from xcomp_jax.inference import generate
+from xcomp_jax.inference.places import computing
 from xcomp_jax.model import lp_comp, token_merging
 from xcomp_jax.synthetic import world
 from xcomp_jax.viz import plots
@@ -95,10 +96,8 @@ from xcomp_jax.viz.flow import agreement, attention_flow
 
 plt.rcParams.update(plots.STYLE | {"figure.dpi": 110})
 out = pathlib.Path(out)
-watching = video_model.prepare_model(
-  video_model.AskSettings(checkpoint=str(checkpoint), select=0, min_frames=8, max_frames=64)
-)
-models = {"not tuned": watching.load()}
+watching = xcomp_jax.load(checkpoint, select=0, min_frames=8, max_frames=64)
+models = {"not tuned": watching.vlm}
 looked = COSINE
 if tuned and pathlib.Path(tuned).exists():
   models["tuned"] = loading.load_model(resolve(tuned), watching.cfg, dtype=watching.dtype)
@@ -115,20 +114,18 @@ if not made.exists():
     workers=2,
   )
 batches, truths = [], []
-with watching.precision():
-  for annotation in world.read_split(made, "heldout"):
-    path = str(made / "heldout" / annotation["video"])
-    film, _ = watching.encode(model, watching.sample(path), path, identity="not kept")
-    message = prompt.time_message(film.seconds, len(film.times))
-    for text, truth, _ in world.questions_in(annotation):
-      batches.append(
-        generate.as_batch(
-          prompt.question_prompt(watching.tokenizer, text, message),
-          film.features[0],
-          film.clip_frames,
-        )
+for annotation in world.read_split(made, "heldout"):
+  film = watching.encode(made / "heldout" / annotation["video"], show_progress=False)
+  message = prompt.time_message(film.seconds, len(film.times))
+  for text, truth, _ in world.questions_in(annotation):
+    batches.append(
+      generate.as_batch(
+        prompt.question_prompt(watching.tokenizer, text, message),
+        film.features[0],
+        film.clip_frames,
       )
-      truths.append(truth)
+    )
+    truths.append(truth)
 print(f"{', '.join(models)}; {len(batches)} questions; looking at {looked}")
 
 # %% [markdown]
@@ -165,7 +162,7 @@ sources = jax.jit(
     model.vision(clips), watching.cfg.clip_tokens, watching.cfg.vision.heads
   )
 )
-with watching.precision():
+with computing(model):
   into = sources(model, clip[None])
 counts = lp_comp.counts(looked, layers)
 steps = [layer for layer in range(layers) if layer == 0 or counts[layer] < counts[layer - 1]]
@@ -184,7 +181,7 @@ figure = plots.patch_places(
 # %% tags=["picture-flow"]
 kept_flow = jax.jit(attention_flow)
 under = {name: loading.with_lp_comp(one, looked) for name, one in models.items()}
-with watching.precision():
+with computing(model):
   shares = {
     name: np.mean([np.asarray(kept_flow(one, batch)[0]) for batch in batches], axis=0)
     for name, one in under.items()
@@ -224,7 +221,7 @@ schedules |= {name: lp_comp.counts(one, layers) for name, one in tuning.items()}
 }
 logits = jax.jit(lambda model, batch: generate.prefill(model, batch, 0).logits[0])
 given = {}
-with watching.precision():
+with computing(model):
   for name, one in models.items():
     for schedule, left in schedules.items():
       squeezed = loading.with_lp_comp(one, LPCompConfig(left, "suffix", looked.group))

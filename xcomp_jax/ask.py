@@ -26,19 +26,14 @@ import jax
 from xcomp_jax import cli, files, inputs
 from xcomp_jax.data import prompt, video
 from xcomp_jax.errors import one_line
-from xcomp_jax.inference import encoded_video
+from xcomp_jax.inference import html_report
 from xcomp_jax.inference.chat import Answer, Chat
-from xcomp_jax.inference.video_model import (
-  COMPILED,
-  VideoModel,
-  add_options,
-  fault,
-  prepare_model,
-  settings_of,
-)
-from xcomp_jax.model.vlm import VLM
+from xcomp_jax.inference.encoded_video import EncodedVideo, EncodedVideoError
+from xcomp_jax.inference.moments import clock
+from xcomp_jax.inference.prepared import PreparedModel, fault, prepare_model
+from xcomp_jax.inference.settings import COMPILED, add_options, settings_of
+from xcomp_jax.inference.video_model import VideoModel, load_prepared
 from xcomp_jax.progress import progress
-from xcomp_jax.viz import html_report
 
 QUESTIONS = 1 << 24  # bytes of all, or letters of a typed one, at most
 NEW = "/new"  # typed instead of a question
@@ -84,7 +79,7 @@ def check_files(args: argparse.Namespace) -> None:
     files.apart({"--encoded": args.encoded}, {"--checkpoint": args.checkpoint}, nested=True)
 
 
-def sampled(args: argparse.Namespace, reader: VideoModel) -> video.FrameSample | None:
+def sampled(args: argparse.Namespace, reader: PreparedModel) -> video.FrameSample | None:
   """Which frames to decode; None if --encoded is there to be read.
 
   Raises:
@@ -98,42 +93,31 @@ def sampled(args: argparse.Namespace, reader: VideoModel) -> video.FrameSample |
   return reader.sample(args.video, args.start, args.end)
 
 
-def read_encoded(
-  args: argparse.Namespace, reader: VideoModel, model: VLM
-) -> encoded_video.EncodedVideo:
+def read_encoded(args: argparse.Namespace, model: VideoModel) -> EncodedVideo:
   """The video of --encoded, which must be that of --video, if one is given.
 
   Raises:
     EncodedVideoError, ConfigError, OSError: what is wrong with the file, or its frames.
   """
-  film = encoded_video.load_video(args.encoded, model)
-  wanted = args.video and reader.source(args.video, args.start, args.end)
+  film = model.read_video(args.encoded)
+  wanted = args.video and model.source(args.video, args.start, args.end)
   if wanted and wanted != film.source:
-    raise encoded_video.EncodedVideoError(
+    raise EncodedVideoError(
       f"{args.encoded} holds {film.source}, not {wanted}; leave --video out, or name another file",
       where=args.encoded,
       found=film.source,
       expected=wanted,
-    )
-  reader.check(len(film.times), film.seconds)
-  if lacking := set(reader.selector(len(film.times)).phases) - set(film.features):
-    raise encoded_video.EncodedVideoError(
-      f"--mode {args.mode} needs clips that start at frame {', '.join(map(str, sorted(lacking)))} "
-      f"too, which {args.encoded} does not hold; give --video and another --encoded file",
-      where=args.encoded,
-      missing=sorted(lacking),
     )
   return film
 
 
 def encode(
   args: argparse.Namespace,
-  reader: VideoModel,
-  model: VLM,
+  model: VideoModel,
   sample: video.FrameSample,
-  save: Callable[[encoded_video.EncodedVideo, str], None] = encoded_video.save_video,
-) -> tuple[encoded_video.EncodedVideo, dict[str, float]]:
-  """Decodes and encodes the video, and writes it to --encoded if wanted; seconds by what for.
+  save: Callable[[EncodedVideo, str], None] = EncodedVideo.save,
+) -> EncodedVideo:
+  """Decodes and encodes the video, and writes it to --encoded if wanted.
 
   Raises:
     VideoError: what is wrong with the video.
@@ -141,12 +125,7 @@ def encode(
   T = len(sample.indices)
   lasts = f" of {sample.seconds:.2f} s" if sample.seconds else ""
   say(f"{args.video}: {T} frame{'s' * (T > 1)}{lasts}")
-  selector = reader.selector(T)
-  clips = T // selector.clip_frames * len(selector.phases)
-  with progress(total=clips, desc="encoding", unit="clip", leave=False) as bar:
-    film, spent = reader.encode(
-      model, sample, reader.source(args.video, args.start, args.end), report=bar.update
-    )
+  film = model.encode(sample)
   if args.encoded:
     try:
       save(film, args.encoded)
@@ -158,7 +137,7 @@ def encode(
         f"warning: {args.encoded} is not written, and the next time the video is encoded again: "
         f"{one_line(error)}"
       )
-  return film, spent
+  return film
 
 
 def questions_of(args: argparse.Namespace) -> list[str]:
@@ -211,7 +190,7 @@ class Interview:
   spent: dict[str, float]
   typed: Lines | None
   talk: bool
-  answers: list[tuple[str, Answer]] = dataclasses.field(default_factory=list)
+  answers: list[Answer] = dataclasses.field(default_factory=list)
   failed: int = 0
 
   def put_all(self, questions: Iterable[str]) -> None:
@@ -227,8 +206,8 @@ class Interview:
         self.chat.forget()
         say("a new conversation")
       elif (answer := self.put(question)) is not None:
-        self.answers.append((question, answer))
-        self.tell(question, answer)
+        self.answers.append(answer)
+        self.tell(answer)
         self.write_report()
     if question is None:
       raise prompt.AnnotationError("no --question, and none on stdin", where="--question")
@@ -266,19 +245,15 @@ class Interview:
         say(f"error: {fault(error)}")  # the conversation goes on
         return None
 
-  def tell(self, question: str, answer: Answer) -> None:
+  def tell(self, answer: Answer) -> None:
     """Says what an answer looked at and what it cost."""
-    film, kept = self.chat.video, answer.selection
+    film, kept = answer.video, answer.selection
     spent = html_report.total_seconds({"video": self.spent, "question": answer.spent})
-    spans = html_report.ranges(kept.frames, film.times, film.seconds)
-    print(answer_line(question, answer, film, spans, spent) if self.args.json else "", flush=True)
+    print(answer_line(answer, spent) if self.args.json else "", flush=True)
     if kept.note and self.chat.selector.config and len(film.times) > 1:
       say(kept.note)
     elif kept.scores is not None:
-      listed = [
-        f"{html_report.clock(a, film.seconds)} to {html_report.clock(b, film.seconds)}"
-        for a, b in spans
-      ]
+      listed = [f"{clock(a, film.seconds)} to {clock(b, film.seconds)}" for a, b in answer.moments]
       say(f"looked at {len(kept.frames)} of {len(film.times)} frames: {', '.join(listed)}")
     say("spent " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items()))
     if self.talk and (ending := self.chat.ending()):
@@ -288,7 +263,7 @@ class Interview:
     """Writes --report anew, if wanted."""
     if not self.args.report:
       return
-    page = html_report.page(self.chat.video, self.answers, self.chat.model.cfg, self.spent)
+    page = html_report.page(self.chat.video, self.answers, self.spent)
     try:
       files.write_file(pathlib.Path(self.args.report), page)
     except OSError as error:
@@ -297,26 +272,19 @@ class Interview:
       say(f"error: {error}")
 
 
-def answer_line(
-  question: str,
-  answer: Answer,
-  film: encoded_video.EncodedVideo,
-  spans: Sequence[tuple[float, float]],
-  spent: dict[str, float],
-) -> str:
-  """One line of --json."""
-  kept = answer.selection
-  scores = kept.scores
+def answer_line(answer: Answer, spent: dict[str, float]) -> str:
+  """One line of --json. spent: seconds, those of the video too."""
+  film, scores = answer.video, answer.scores
   return json.dumps(
     {
-      "question": question,
+      "question": answer.question,
       "answer": answer.text,
       "video": film.source,
       "seconds": film.seconds,
       "sampled_frames": len(film.times),
-      "frames": kept.frames.tolist(),
-      "ranges": spans,
-      "note": kept.note,
+      "frames": answer.frames.tolist(),
+      "ranges": answer.moments,
+      "note": answer.selection.note,
       "clip_scores": None
       if scores is None
       else scores.reshape(-1, film.clip_frames).mean(1).tolist(),
@@ -326,7 +294,9 @@ def answer_line(
 
 
 def answer_all(
-  args: argparse.Namespace, stdin: Lines, load: Callable[[VideoModel], VLM] = VideoModel.load
+  args: argparse.Namespace,
+  stdin: Lines,
+  load: Callable[[PreparedModel], VideoModel] = load_prepared,
 ) -> None:
   """Answers all questions; without any, those that are typed.
 
@@ -353,31 +323,30 @@ def answer_all(
     f"{jax.devices()[0].device_kind}"
   )
   say(reader.introduce())
-  with reader.precision():
-    if sample is None:
-      begun = time.perf_counter()
-      film = read_encoded(args, reader, model)
-      spent["reading"] = time.perf_counter() - begun
-    else:
-      film, seconds = encode(args, reader, model, sample)
-      spent |= seconds
-    talk = not fixed or args.follow_up
-    keep_rounds = len(fixed) != 1 and not args.forget_rounds
-    if not fixed:
-      say(f"a conversation, question by question; {NEW} starts another one")
-    Interview(
-      args=args,
-      chat=reader.chat(model, film, keep_rounds=keep_rounds, talk=talk),
-      spent=spent,
-      typed=None if fixed else stdin,
-      talk=talk,
-    ).put_all(fixed or typed_lines(stdin))
+  if sample is None:
+    begun = time.perf_counter()
+    film = read_encoded(args, model)
+    spent["reading"] = time.perf_counter() - begun
+  else:
+    film = encode(args, model, sample)
+    spent |= film.spent
+  talk = not fixed or args.follow_up
+  keep_rounds = len(fixed) != 1 and not args.forget_rounds
+  if not fixed:
+    say(f"a conversation, question by question; {NEW} starts another one")
+  Interview(
+    args=args,
+    chat=model.chat(film, keep_rounds=keep_rounds, talk=talk),
+    spent=spent,
+    typed=None if fixed else stdin,
+    talk=talk,
+  ).put_all(fixed or typed_lines(stdin))
 
 
 def main(
   argv: Sequence[str] | None = None,
   stdin: Lines | None = None,
-  load: Callable[[VideoModel], VLM] = VideoModel.load,
+  load: Callable[[PreparedModel], VideoModel] = load_prepared,
 ) -> None:
   """The command; an error is one line on stderr and exit code 1."""
   parser = argparse.ArgumentParser(

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import select
@@ -13,6 +14,8 @@ from typing import TextIO
 
 from xcomp_jax.errors import one_line, out_of_memory, too_many_files
 from xcomp_jax.files import HomeError, absolute, expanduser
+
+LOG = logging.getLogger(__name__)
 
 
 def keep_compiled(folder: str | None, default: str | None = None) -> None:
@@ -40,10 +43,30 @@ def keep_compiled(folder: str | None, default: str | None = None) -> None:
       if isinstance(error, HomeError)
       else f"{wanted} can't be written: {one_line(error)}"
     )
-    print(f"compiled programs are not kept: {why}", file=sys.stderr)
+    LOG.warning("compiled programs are not kept: %s", why)
     wanted = None
   if (wanted or None) != before:
     jax.config.update("jax_compilation_cache_dir", wanted or None)
+
+
+class _Said(logging.Handler):
+  """Prints what the package logs to stderr, wherever that goes by then."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _saying() -> Generator[None]:
+  """Has a command say what a program that uses the package would find in its log."""
+  said, package = _Said(), logging.getLogger("xcomp_jax")
+  package.addHandler(said)
+  before, package.propagate = package.propagate, False
+  try:
+    yield
+  finally:
+    package.removeHandler(said)
+    package.propagate = before
 
 
 @contextlib.contextmanager
@@ -66,7 +89,8 @@ def command(*errors: type[Exception], interrupted: str = "interrupted") -> Gener
     tqdm.monitor_interval = 0
   try:
     _streams()
-    yield
+    with _saying():
+      yield
     sys.stdout.flush()
   except Exception as error:
     if isinstance(error, BrokenPipeError) and _unread(sys.stdout):

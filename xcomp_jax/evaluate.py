@@ -35,14 +35,8 @@ from xcomp_jax.evaluation.benchmarks import (
 )
 from xcomp_jax.evaluation.presets import preset
 from xcomp_jax.evaluation.runner import answer_wanted
-from xcomp_jax.inference.video_model import (
-  COMPILED,
-  AskSettings,
-  VideoModel,
-  add_options,
-  prepare_model,
-  settings_of,
-)
+from xcomp_jax.inference.prepared import prepare_model
+from xcomp_jax.inference.settings import COMPILED, add_options, settings_of
 from xcomp_jax.inputs import number
 
 
@@ -149,13 +143,12 @@ def results_table(found: dict[str, Any]) -> str:
 def evaluate_command(
   args: argparse.Namespace,
   *,
-  prepare: Callable[[AskSettings], VideoModel] = prepare_model,
   folder: Callable[..., Answers] = Answers,
   **parts: Any,
 ) -> dict[str, Any] | None:
   """The command's work; results, or None where other shares are not done yet.
 
-  prepare, folder: make the model and the folder of answers. parts: see `answer_wanted`.
+  folder: makes the folder of answers. parts: see `answer_wanted`.
 
   Raises:
     CheckpointError, ConfigError, TaskError, AnswersError, OSError: bad arguments, by name.
@@ -167,7 +160,7 @@ def evaluate_command(
   questions, about = questions_of_command(args, task)
   videos = files.path_of(args.videos)
   asked = [Wanted(find_video(videos, q), q.prompt, q.start, q.end) for q in questions]
-  reader = prepare(settings_of(args))
+  reader = prepare_model(settings_of(args))
   print(reader.introduce(), file=sys.stderr)
   how = {name: getattr(args, name) for name in ("batch", "devices", "each_alone")}
   with folder(args.out, reader, share, how=how) as answers:

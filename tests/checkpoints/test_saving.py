@@ -23,7 +23,8 @@ from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import ConfigError, RunConfig
 from xcomp_jax.config_io import from_dict, to_dict
 from xcomp_jax.data import pipeline
-from xcomp_jax.inference import video_model as readers
+from xcomp_jax.inference.prepared import prepare_model
+from xcomp_jax.inference.settings import AskSettings
 from xcomp_jax.model import kernels
 from xcomp_jax.training import checkpoint, prepare, steps
 
@@ -186,7 +187,7 @@ def test_run_to_orbax_to_torch(base, run, tmp_path):
   assert read_tuned(tmp_path / "torch").lp_comp.schedule == (16, 4)
 
 
-def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path, capsys):
+def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path, caplog):
   export.main(["--checkpoint", str(run), "--format=orbax", "--out", str(tmp_path / "orbax")])
   config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4096}
   (tmp_path / "orbax" / "config.json").write_text(
@@ -219,19 +220,17 @@ def test_what_a_run_was_tuned_with_travels_and_auto_obeys_it(base, run, tmp_path
     ["--checkpoint", str(tmp_path / "orbax"), "--format=torch", "--out", str(tmp_path / "torch")]
   )
   assert read_tuned(tmp_path / "torch") == read_tuned(tmp_path / "orbax")
-  capsys.readouterr()
+  caplog.clear()
   for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
     shutil.copyfile(ASSETS / name, tmp_path / "torch" / name)
-  reader = readers.prepare_model(
-    readers.AskSettings(checkpoint=str(tmp_path / "torch"), context=2048)
-  )
+  reader = prepare_model(AskSettings(checkpoint=str(tmp_path / "torch"), context=2048))
   assert (
     reader.cfg.clip_frames == 2
     and reader.cfg.llm.context == 2048
-    and "a context of 2,048 tokens (--context), not the 1024" in capsys.readouterr().err
+    and "a context of 2,048 tokens (--context), not the 1024" in caplog.text
   )
-  readers.prepare_model(readers.AskSettings(checkpoint=str(tmp_path / "torch"), clip_frames="8"))
-  assert "config.json; --clip-frames checkpoint takes those" in capsys.readouterr().err
+  prepare_model(AskSettings(checkpoint=str(tmp_path / "torch"), clip_frames="8"))
+  assert "config.json; --clip-frames checkpoint takes those" in caplog.text
 
 
 LP_COMP = {"schedule": [16, 4], "keep": "suffix", "group": 16}

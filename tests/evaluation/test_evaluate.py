@@ -29,7 +29,9 @@ from xcomp_jax.evaluation.answers import Answers
 from xcomp_jax.evaluation.benchmarks import TASKS
 from xcomp_jax.evaluation.protocol import any_letter
 from xcomp_jax.inference.chat import Chat
-from xcomp_jax.inference.video_model import VideoModel, prepare_model, settings_of
+from xcomp_jax.inference.prepared import prepare_model
+from xcomp_jax.inference.settings import settings_of
+from xcomp_jax.inference.video_model import VideoModel, load_prepared
 
 OPTIONS = [
   "--clip-frames=4",
@@ -108,11 +110,11 @@ class Watching(VideoModel):
   encoded: ClassVar[list[str]]
   errors: ClassVar[dict[str, BaseException]]
 
-  def encode(self, model, sample, *rest, **how):
+  def encode(self, sample, **how):
     self.encoded.append(sample.path.stem)
     if error := self.errors.get(sample.path.stem):
       raise error
-    return super().encode(model, sample, *rest, **how)
+    return super().encode(sample, **how)
 
 
 def watching(**errors):
@@ -120,9 +122,9 @@ def watching(**errors):
   return type("Watching", (Watching,), {"encoded": [], "errors": errors})
 
 
-def preparing(kind):
-  """What makes a model of a kind."""
-  return lambda settings: kind(**vars(prepare_model(settings)))
+def loading(kind):
+  """What reads a model of a kind."""
+  return lambda prepared: kind(**vars(load_prepared(prepared)))
 
 
 @dataclasses.dataclass
@@ -149,7 +151,7 @@ def asking(before=lambda questions: None, checked=lambda question: None):
     def chat(self, *args, **how):
       return Asking(super().chat(*args, **how), before, checked)
 
-  return preparing(Talking)
+  return loading(Talking)
 
 
 def results(out):
@@ -164,7 +166,7 @@ def test_answers_are_those_of_ask_and_every_video_is_encoded_once(
   go, checkpoint, bench, tmp_path, capsys
 ):
   kind = watching()
-  go(tmp_path / "out", prepare=preparing(kind))
+  go(tmp_path / "out", load=loading(kind))
   assert kind.encoded == ["one", "two"]
   assert "micro" in capsys.readouterr().out
   questions = benchmarks.read_questions(TASKS["lvbench"], bench / "q.json")
@@ -208,12 +210,12 @@ def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, capsys):
     asked.extend(questions)
 
   with pytest.raises(SystemExit) as stopped:
-    go(tmp_path / "out", prepare=asking(before=stop))
+    go(tmp_path / "out", load=asking(before=stop))
   assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err
   file = tmp_path / "out" / "answers-0-of-1.jsonl"
   file.write_text(file.read_text() + '{"key": "half a li')  # as a kill leaves it
   assert not (tmp_path / "out" / "results.json").exists()
-  go(tmp_path / "out", prepare=asking(before=asked.extend))
+  go(tmp_path / "out", load=asking(before=asked.extend))
   assert len(asked) == 6
 
   def key(out):
@@ -224,11 +226,7 @@ def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, capsys):
     and len(results(tmp_path / "out")["sessions"]) == 2
   )
 
-  class Unread(VideoModel):
-    def load(self):
-      pytest.fail("nothing was left to do")
-
-  go(tmp_path / "out", prepare=preparing(Unread))
+  go(tmp_path / "out", load=lambda prepared: pytest.fail("nothing was left to do"))
 
 
 def test_two_shares_make_the_whole(go, tmp_path, capsys):
@@ -254,7 +252,7 @@ def test_two_devices_give_the_same(go, tmp_path):
 def test_every_question_alone_gives_the_same(go, tmp_path):
   go(tmp_path / "once")
   kind = watching()
-  go(tmp_path / "alone", "--each-alone", "--ahead=0", prepare=preparing(kind))
+  go(tmp_path / "alone", "--each-alone", "--ahead=0", load=loading(kind))
   assert len(kind.encoded) == 6
   assert [line["answer"] for line in lines(tmp_path / "alone")] == [
     line["answer"] for line in lines(tmp_path / "once")
@@ -344,7 +342,7 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(go, bench, tmp
       annotations=tmp_path / "q.json",
       videos=folder,
       decode=decode,
-      prepare=preparing(watching(**encoding)),
+      load=loading(watching(**encoding)),
     )
   printed, found = capsys.readouterr(), results(tmp_path / "out")
   assert (
@@ -380,7 +378,7 @@ def test_one_bad_video_costs_its_own_questions_whatever_it_raises(go, bench, tmp
       tmp_path / "out",
       annotations=tmp_path / "q.json",
       videos=folder,
-      prepare=preparing(kind),
+      load=loading(kind),
     )
   assert sorted(kind.encoded) == sorted([*errors, *encoding])
   assert results(tmp_path / "out")["score"]["counts"]["failed"] == 5
@@ -445,7 +443,7 @@ def test_a_full_disk_is_named_and_loses_nothing(go, tmp_path, capsys):
 def test_batches_give_the_same_and_are_on_record(go, tmp_path):
   go(tmp_path / "one")
   sizes = []
-  go(tmp_path / "two", "--batch=2", prepare=asking(before=lambda q: sizes.append(len(q))))
+  go(tmp_path / "two", "--batch=2", load=asking(before=lambda q: sizes.append(len(q))))
   assert sizes == [2, 1, 2, 1]
   assert [line["answer"] for line in lines(tmp_path / "two")] == [
     line["answer"] for line in lines(tmp_path / "one")
@@ -464,7 +462,7 @@ def test_a_question_that_is_too_long_costs_itself_alone(go, tmp_path, capsys):
       raise ConfigError("too long for the model")
 
   with pytest.raises(SystemExit):
-    go(tmp_path / "out", "--batch=2", prepare=asking(checked=checked))
+    go(tmp_path / "out", "--batch=2", load=asking(checked=checked))
   assert (
     results(tmp_path / "out")["score"]["counts"]["failed"] == 1
     and "1 question failed" in capsys.readouterr().err

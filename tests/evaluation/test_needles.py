@@ -13,7 +13,9 @@ from PIL import Image
 
 from xcomp_jax.evaluation import haystacks, needles
 from xcomp_jax.evaluation.answers import failures
-from xcomp_jax.inference import video_model as readers
+from xcomp_jax.inference.prepared import prepare_model
+from xcomp_jax.inference.settings import AskSettings
+from xcomp_jax.inference.video_model import VideoModel
 from xcomp_jax.model.vlm import VLM
 
 TINY = pathlib.Path(__file__).parents[2] / "assets" / "tiny"
@@ -217,15 +219,16 @@ def test_a_picture_that_cannot_be_read_costs_its_own_needle(tmp_path):
       ),
     )
   )
-  reader = readers.prepare_model(readers.AskSettings(checkpoint=str(TINY)))
-  model, hay = object.__new__(VLM), np.zeros((8, 16, 4))  # without parameters: a mistake
+  reader = prepare_model(AskSettings(checkpoint=str(TINY)))
+  model = VideoModel(**vars(reader), vlm=object.__new__(VLM))  # without parameters: a mistake
+  hay = np.zeros((8, 16, 4))
   cells = [needles.NeedleCell(64, 0.5, n) for n in range(2)]
-  searching = needles.NeedleSearch(reader, model, found, hay, "film")
+  searching = needles.NeedleSearch(model, found, hay, "film")
   lines = [line for c in cells for line in searching.ask(c, ["question"])]
   assert (
     [line["right"] for line in lines] == [False, False]
     and "bad.png" in lines[0]["error"]
-    and "unexpected AttributeError in encoded_video.py" in lines[1]["error"]
+    and "unexpected AttributeError in places.py" in lines[1]["error"]
   )
   assert [(f["needle"], f["questions"]) for f in failures(lines, "needle")] == [(0, 1), (1, 1)]
   assert needles.summary(lines, "depth")["right"] == 0

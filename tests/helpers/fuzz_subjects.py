@@ -36,6 +36,7 @@ from xcomp_jax.config import LPCompConfig
 from xcomp_jax.data import inspection, mixture, predecoding, prompt, store, video
 from xcomp_jax.evaluation import benchmarks, needles
 from xcomp_jax.inference import encoded_video
+from xcomp_jax.inference.video_model import load_prepared
 from xcomp_jax.parity import comparison
 
 MODEL = dataclasses.replace(saving.AS_IT_IS, clip_frames=8, clips_per_chunk=2)
@@ -98,11 +99,8 @@ def make(good: pathlib.Path) -> None:
     )
 
   (good / "film").mkdir()
-  reader_of = ask.prepare_model(ask.settings_of(ask_arguments(tiny)))
-  sample = reader_of.sample(str(videos / "film.mp4"))
-  watched, _ = reader_of.encode(
-    reader_of.load(), sample, reader_of.source(str(videos / "film.mp4"))
-  )
+  model = load_prepared(ask.prepare_model(ask.settings_of(ask_arguments(tiny))))
+  watched = model.encode(videos / "film.mp4")
   encoded_video.save_video(watched, good / "film" / "film.npz")
   (good / "other").mkdir()
   encoded_video.save_video(
@@ -382,8 +380,7 @@ def right_store(given, file, good, found) -> str:
 
 def read_encoded(given, file) -> Any:
   model = loading.abstract(read_vlm_config(given / "tiny", MODEL, LP_COMP))
-  encoded_video.identity = lambda _: IDENTITY
-  found = encoded_video.load_video(file, model)
+  found = encoded_video.load_video(file, model, IDENTITY)
   arrays = {f"features {phase}": a for phase, a in found.features.items()} | {
     "times": found.times,
     "thumbnails": found.thumbnails,

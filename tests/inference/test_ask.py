@@ -26,8 +26,8 @@ from xcomp_jax.checkpoints.tuned import read_tuned
 from xcomp_jax.config import ConfigError, ModelConfig
 from xcomp_jax.data import prompt
 from xcomp_jax.inference import chat as chats
-from xcomp_jax.inference import encoded_video, generate, selection
-from xcomp_jax.inference import video_model as readers
+from xcomp_jax.inference import encoded_video, generate, prepared, selection, settings
+from xcomp_jax.inference.video_model import load_prepared
 from xcomp_jax.model import qc_comp, vlm
 
 
@@ -68,14 +68,13 @@ def run(checkpoint, film, *more, **inside):
 
 @pytest.fixture(scope="module")
 def asked(checkpoint, film):
-  """A function (path, **settings) -> (VideoModel, model, encoded video) in clips of 4."""
+  """A function (path, **settings) -> (model, encoded video) in clips of 4."""
 
-  def make(path=film, **settings):
-    chosen = {"clip_frames": "4", "min_frames": 8, "max_frames": 8, "max_new_tokens": 3} | settings
-    reader = readers.prepare_model(readers.AskSettings(checkpoint=str(checkpoint), **chosen))
-    model = reader.load()
-    watched, _ = reader.encode(model, reader.sample(str(path)), "it")
-    return reader, model, watched
+  def make(path=film, **more):
+    chosen = {"clip_frames": "4", "min_frames": 8, "max_frames": 8, "max_new_tokens": 3} | more
+    reader = prepared.prepare_model(settings.AskSettings(checkpoint=str(checkpoint), **chosen))
+    model = load_prepared(reader)
+    return model, model.encode(str(path))
 
   return make
 
@@ -148,9 +147,9 @@ def test_an_image_is_asked_without_a_time_message(checkpoint, film, asked, tmp_p
   run(checkpoint, still, "--mode=aligned", "--select=1")
   assert "still.png: 1 frame\n" in capsys.readouterr().err
   for path, message in ((still, ""), (film, prompt.time_message(1.5, 8))):
-    reader, model, watched = asked(path, select=1)
-    answer = reader.chat(model, watched).ask("Which?")
-    expected = prompt.question_prompt(reader.tokenizer, "Which?", message)
+    model, watched = asked(path, select=1)
+    answer = model.chat(watched, talk=False).ask("Which?")
+    expected = prompt.question_prompt(model.tokenizer, "Which?", message)
     np.testing.assert_array_equal(answer.prompt.tokens, expected.tokens)
 
 
@@ -245,12 +244,12 @@ def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, error):
   ],
 )
 def test_settings_of_python_are_held_to_what_the_options_allow(wrong, words):
-  settings = readers.AskSettings(checkpoint="nowhere")
+  chosen = settings.AskSettings(checkpoint="nowhere")
   for name, value in wrong.items():
     # the tests' checker of types would refuse some before
-    object.__setattr__(settings, name, value)
+    object.__setattr__(chosen, name, value)
   with pytest.raises(ConfigError) as caught:
-    readers.prepare_model(settings)
+    prepared.prepare_model(chosen)
   ((name, value),) = wrong.items()
   fields = caught.value.fields
   assert fields["where"] == f"--{name.replace('_', '-')}" and fields["value"] is value
@@ -258,17 +257,17 @@ def test_settings_of_python_are_held_to_what_the_options_allow(wrong, words):
 
 
 def test_settings_of_python_are_read_as_the_options_are(checkpoint):
-  settings = readers.AskSettings(checkpoint="", clips_per_chunk=8, schedule=None)
+  chosen = settings.AskSettings(checkpoint="", clips_per_chunk=8, schedule=None)
   for name, value in {"checkpoint": checkpoint, "fps": 4, "clip_frames": 4}.items():
-    object.__setattr__(settings, name, value)
-  chosen = readers.checked(settings)
+    object.__setattr__(chosen, name, value)
+  chosen = settings.checked(chosen)
   assert (chosen.checkpoint, chosen.fps, chosen.clip_frames, chosen.clips_per_chunk) == (
     str(checkpoint),
     4.0,
     "4",
     8,
   )
-  assert chosen == readers.checked(chosen)
+  assert chosen == settings.checked(chosen)
 
 
 LONG = ("--min-frames=64", "--max-frames=64", "--select=8")
@@ -335,8 +334,8 @@ def test_a_conversation_goes_on_at_the_terminal(checkpoint, film, capsys):
 
 
 def test_a_question_sees_those_before_it_until_they_are_forgotten(asked):
-  reader, model, watched = asked()
-  chat, message = reader.chat(model, watched), prompt.time_message(1.5, 8)
+  model, watched = asked()
+  chat, message = model.chat(watched, talk=False), prompt.time_message(1.5, 8)
   first, second = chat.ask("What colour?"), chat.ask("And who?")
   chat.forget()
   third = chat.ask("And who?")
@@ -345,7 +344,7 @@ def test_a_question_sees_those_before_it_until_they_are_forgotten(asked):
     (second, "And who?", [("What colour?", first.text)]),
     (third, "And who?", []),
   ):
-    expected = prompt.question_prompt(reader.tokenizer, question, message, history)
+    expected = prompt.question_prompt(model.tokenizer, question, message, history)
     np.testing.assert_array_equal(answer.prompt.tokens, expected.tokens)
 
 
@@ -362,12 +361,12 @@ def test_an_encoded_video_that_can_not_be_written_costs_no_answer(asked, film, t
   def full_disk(video, path):
     raise OSError(28, "No space left on device", path)
 
-  reader, model, _ = asked()
+  model, _ = asked()
   file = str(tmp_path / "film.npz")
   args = argparse.Namespace(video=str(film), encoded=file, start=None, end=None)
-  watched, spent = ask.encode(args, reader, model, reader.sample(str(film)), save=full_disk)
+  watched = ask.encode(args, model, model.sample(str(film)), save=full_disk)
   said = capsys.readouterr().err
-  assert len(watched.times) == 8 and set(spent) == {"decoding", "tower"}
+  assert len(watched.times) == 8 and set(watched.spent) == {"decoding", "tower"}
   assert f"warning: {file} is not written" in said and "No space left on device" in said
   assert not list(tmp_path.iterdir())
 
@@ -392,16 +391,16 @@ def test_a_bad_turn_costs_itself_and_not_the_conversation(asked, tmp_path, capsy
   """Bytes that are no text, a device without memory, and a report that can't be written; /new
   begins again.
   """
-  reader, model, watched = asked()
+  model, watched = asked()
   lines = io.BytesIO(b"Which?\nWhich \xff one?\nAnd where?\nWhich?\n/new\nWhich?\n")
   typed = io.TextIOWrapper(lines, encoding="utf-8", errors="surrogateescape")
   page = tmp_path / "folder" / "r.html"
   chat = ForgetfulDevice(
-    model,
-    reader.tokenizer,
+    model.vlm,
+    model.tokenizer,
     watched,
-    selector=reader.selector(8),
-    sampling=reader.sampling,
+    selector=model.selector(8),
+    sampling=model.sampling,
     talk=True,
     folder=page.parent,
   )
@@ -702,24 +701,24 @@ def test_a_later_question_scores_without_those_before_it(asked):
   only.
   """
   rng = np.random.default_rng(0)
-  reader, model, _ = asked(mode="official", select=8)
+  model, _ = asked(mode="official", select=8)
   video = encoded_video.EncodedVideo(
     features={0: rng.normal(size=(256, 64, 32)).astype(np.float32)},
     times=np.arange(1024) / 8,
     seconds=128.0,
     frames=rng.integers(0, 256, (1024, 48, 48, 3)).astype(np.uint8),
   )
-  plain = reader.selector(1024).without_bias()
+  plain = model.selector(1024).without_bias()
   # the released 27 is where most first questions begin; 33 is behind it
   biased = dataclasses.replace(plain, config=dataclasses.replace(plain.config, bias=33))
-  chat = chats.Chat(model, reader.tokenizer, video, selector=biased, sampling=reader.sampling)
+  chat = chats.Chat(model.vlm, model.tokenizer, video, selector=biased, sampling=model.sampling)
   answers = [chat.ask("Which colour is it, and where does it go?"), chat.ask("And then?")]
 
   def apart(answer, selector):
-    (kept,) = selection.select_frames(model, video, [answer.prompt], selector)
+    (kept,) = selection.select_frames(model.vlm, video, [answer.prompt], selector)
     return np.abs(kept.scores - answer.selection.scores).max()
 
   assert apart(answers[0], biased) < apart(answers[0], plain) / 10
   assert apart(answers[1], plain) < apart(answers[1], biased) / 10
   rows = qc_comp.from_prompt(answers[1].prompt, plain.config)
-  assert reader.tokenizer.decode(rows.text[rows.asked]).strip() == "And then?"
+  assert model.tokenizer.decode(rows.text[rows.asked]).strip() == "And then?"

@@ -14,13 +14,15 @@ from xcomp_jax.data import video
 from xcomp_jax.data.prompt import IMAGE_TOKEN, AnnotationError, Prompt, Tokenizer
 from xcomp_jax.inference import encoded_video, generate
 from xcomp_jax.inference.chat import SOON, Chat, prompt_of
+from xcomp_jax.inference.prepared import prepare_model
 from xcomp_jax.inference.selection import (
   around_frames,
   frame_selector,
   select_frames,
   selected_features,
 )
-from xcomp_jax.inference.video_model import AskSettings, add_options, prepare_model, settings_of
+from xcomp_jax.inference.settings import AskSettings, add_options, settings_of
+from xcomp_jax.inference.video_model import load_prepared
 from xcomp_jax.model import qc_comp
 from xcomp_jax.model.vlm import VLM
 from xcomp_jax.synthetic import world
@@ -46,7 +48,7 @@ def reader():
 
 @pytest.fixture(scope="module")
 def model(reader):
-  return reader.load()
+  return load_prepared(reader).vlm
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """From a checkpoint's config.json, what was tuned and the choices of a run to a VLMConfig."""
 
 import dataclasses
+import logging
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ from xcomp_jax.config import (
   VLMConfig,
 )
 from xcomp_jax.parallel import chips
+
+LOG = logging.getLogger(__name__)
 
 SIZES: dict[str, Kind] = {  # what config.json must have
   "hidden_size": WIDTH,
@@ -177,10 +179,9 @@ def _read_config_json(directory: pathlib.Path, file: pathlib.Path) -> dict[str, 
   if c["tie_word_embeddings"] and not equal(
     directory, "lm_head.weight", "model.embed_tokens.weight"
   ):
-    print(
+    LOG.warning(
       f"{file} says tie_word_embeddings, but lm_head.weight is another matrix than the embedding; "
-      f"it is kept",
-      file=sys.stderr,
+      f"it is kept"
     )
     c["tie_word_embeddings"] = False
   return c
@@ -192,10 +193,9 @@ def _context(file: pathlib.Path, c: Mapping[str, Any], tuned: int | None) -> int
   if tuned is None:
     return own
   if own not in (None, tuned):
-    print(
+    LOG.warning(
       f"a context of {tuned} tokens, as tuned ({EXTRA}), not the {own} of {file}; "
-      f"--context {own} takes that",
-      file=sys.stderr,
+      f"--context {own} takes that"
     )
   return tuned
 
@@ -272,10 +272,9 @@ def _clip_frames(
       allowed=takes,
     )
   if frames != own:
-    print(
+    LOG.warning(
       f"clips of {frames} frames, {f'as tuned ({EXTRA}), ' if frames == tuned else ''}not the "
-      f"{own} of {file}; {option.format(own=own)} takes those (quirk Q1)",
-      file=sys.stderr,
+      f"{own} of {file}; {option.format(own=own)} takes those (quirk Q1)"
     )
   return frames
 

@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -106,7 +106,8 @@ class FrameSample:
   shown. request: what was asked. seconds: duration of what was sampled from, as the time message
   states it; 0 for a still image. lost: seconds at the end of the file that can't be read. stop: as
   in `decoder.pictures`.
-  names: the images of a folder, else (). found: the index of a video, else None.
+  names: the images of a folder, else (). found: the index of a video, else None. pictures: uint8[H,
+  W, 3] each, of a video that is in memory, else ().
   """
 
   path: pathlib.Path
@@ -118,6 +119,7 @@ class FrameSample:
   stop: int = 1
   names: tuple[pathlib.Path, ...] = ()
   found: Index | None = None
+  pictures: Sequence[np.ndarray] = ()
 
 
 def address(path: str | os.PathLike) -> str:
@@ -183,6 +185,53 @@ def sample(path: str | os.PathLike, *, found: Index | None = None, **request: An
   check_limits(asked.max_frames, asked.min_frames, asked.clip_frames)
   with reading(path, VideoError):
     return _pick(path, asked, _look(path, asked, found))
+
+
+MEMORY = pathlib.Path("the frames in memory")  # how messages call them
+
+
+def sample_pictures(
+  pictures: Sequence[UInt8[np.ndarray, "H W 3"]],
+  times: Float[np.ndarray, " T"] | None,
+  **request: Any,
+) -> FrameSample:
+  """Picks frames of a video that is in memory, as `sample` does; a single one is a still image.
+
+  Args:
+    pictures: all frames, in order of time.
+    times: float64[T], seconds at which they are shown; None: one per second.
+    request: fields of `FrameRequest`.
+
+  Raises:
+    LimitsError: see `sample`.
+    VideoError: there is no frame, times that are not theirs, or a part without frames.
+  """
+  asked = dataclasses.replace(FrameRequest(**request), read_type="frames")
+  count = len(pictures)
+  shown = np.arange(float(count)) if times is None else np.asarray(times, np.float64)
+  if (
+    not count
+    or shown.shape != (count,)
+    or not np.isfinite(shown).all()
+    or (np.diff(shown) < 0).any()
+  ):
+    raise VideoError(
+      f"{count:,} frames in memory, and times of shape {list(shown.shape)}: there must be at least "
+      f"one frame, and a time in seconds for each, ascending",
+      where="times",
+      frames=count,
+    )
+  if count == 1:
+    still = dataclasses.replace(asked, read_type="img")
+    return FrameSample(
+      path=MEMORY, indices=np.zeros(1, int), times=np.zeros(1), request=still, pictures=pictures
+    )
+  check_limits(asked.max_frames, asked.min_frames, asked.clip_frames)
+  shown = shown - shown[0]
+  rate = 1.0 if times is None else None
+  last = float(np.median(np.diff(shown))) if shown[-1] else 1.0
+  seen = _Seen(times=shown, seconds=float(shown[-1]) + last, rate=rate)
+  return dataclasses.replace(_pick(MEMORY, asked, seen), pictures=pictures)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -356,7 +405,9 @@ def frames(chosen: FrameSample) -> Iterator[UInt8[np.ndarray, "S S 3"]]:
     VideoError: a frame can't be decoded.
   """
   wanted, repeats = np.unique(chosen.indices, return_counts=True)
-  if chosen.found is not None:
+  if len(chosen.pictures):
+    decoded = (np.asarray(chosen.pictures[i]) for i in wanted.tolist())
+  elif chosen.found is not None:
     decoded = decoder.pictures(chosen.path, chosen.found, wanted.tolist(), chosen.stop)
   elif chosen.request.read_type == "gif":
     decoded = stills.read_animation(chosen.path, wanted.tolist())

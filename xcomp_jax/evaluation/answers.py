@@ -24,7 +24,7 @@ import jax
 from xcomp_jax.checkpoints import tensor_files
 from xcomp_jax.errors import XCompError
 from xcomp_jax.files import absolute, local, locked, sweep, write_json
-from xcomp_jax.inference.video_model import VideoModel
+from xcomp_jax.inference.prepared import PreparedModel
 from xcomp_jax.inputs import quoted, read_json
 
 # Settings that may differ when a run goes on; the checkpoint's identity may not, nor the clips that
@@ -133,7 +133,7 @@ class Answers:
   def __init__(
     self,
     folder: str | os.PathLike,
-    reader: VideoModel,
+    reader: PreparedModel,
     share: tuple[int, int],
     *,
     about: Mapping[str, Any] | None = None,

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from xcomp_jax.data import video
 from xcomp_jax.errors import XCompError
 from xcomp_jax.inference import encoded_video
-from xcomp_jax.inference.video_model import VideoModel, fault
+from xcomp_jax.inference.places import computing
+from xcomp_jax.inference.prepared import fault
+from xcomp_jax.inference.video_model import VideoModel
 from xcomp_jax.inputs import quoted, read_json, regular
-from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.synthetic import world
 
@@ -144,28 +145,27 @@ def hide(
   return out
 
 
-def per_frame(
-  reader: VideoModel, model: VLM, clips: Iterator[np.ndarray]
-) -> Float[np.ndarray, "T N D"]:
+def per_frame(model: VideoModel, clips: Iterator[np.ndarray]) -> Float[np.ndarray, "T N D"]:
   """Features of clips of pictures, cut into frames of 16 tokens."""
-  resized = (video.resize(clip, reader.cfg.vision.image_size) for clip in clips)
-  features = np.stack(list(encoded_video.encode_in_chunks(model, resized)))  # [C, F * N, D]
-  return features.reshape(-1, reader.cfg.tokens_per_frame, features.shape[-1])  # [T, N, D]
+  resized = (video.resize(clip, model.cfg.vision.image_size) for clip in clips)
+  with computing(model.vlm):
+    features = np.stack(list(encoded_video.encode_in_chunks(model.vlm, resized)))  # [C, F * N, D]
+  return features.reshape(-1, model.cfg.tokens_per_frame, features.shape[-1])  # [T, N, D]
 
 
 def haystack(
-  reader: VideoModel, model: VLM, file: str | None, frames: int, seed: int
+  model: VideoModel, file: str | None, frames: int, seed: int
 ) -> Float[np.ndarray, "T N D"]:
   """Features of a video, sampled at --fps, or of synthetic scenes.
 
   Raises:
     VideoError, FileNotFoundError: what is wrong with the video.
   """
-  F = reader.cfg.clip_frames
+  F = model.cfg.clip_frames
 
   def encode(clips, count):
     bar = progress(clips, total=count, desc="haystack", unit="clip", leave=False)
-    return per_frame(reader, model, iter(bar))
+    return per_frame(model, iter(bar))
 
   def encode_film(sample):
     decoded = video.frames(sample)
@@ -175,8 +175,8 @@ def haystack(
   if file is None:
     count = -(-frames // F)
     return encode(synthetic_hay(count, seed), count)
-  sample = reader.sample(file)
+  sample = model.sample(file)
   try:
     return encode_film(sample)
   except video.TailError as error:
-    return encode_film(reader.shortened(sample, error))
+    return encode_film(model.shortened(sample, error))

@@ -26,12 +26,12 @@ from xcomp_jax.evaluation.answers import Answers, AnswersError, Wanted, failures
 from xcomp_jax.evaluation.lmms_tasks import FAILED, PREFIX
 from xcomp_jax.evaluation.presets import preset
 from xcomp_jax.evaluation.runner import answer_wanted
-from xcomp_jax.inference.video_model import (
+from xcomp_jax.inference.prepared import prepare_model
+from xcomp_jax.inference.settings import (
   COMPILED,
   AskSettings,
   add_options,
   option_of,
-  prepare_model,
   settings_of,
 )
 

@@ -44,18 +44,14 @@ from xcomp_jax.evaluation.haystacks import (
   synthetic,
 )
 from xcomp_jax.evaluation.protocol import any_letter
-from xcomp_jax.inference import encoded_video, generate
+from xcomp_jax.inference import generate
+from xcomp_jax.inference.encoded_video import FRAMES, EncodedVideo
+from xcomp_jax.inference.places import computing
+from xcomp_jax.inference.prepared import PreparedModel, fault, prepare_model
 from xcomp_jax.inference.selection import frame_selector, select_frames
-from xcomp_jax.inference.video_model import (
-  COMPILED,
-  VideoModel,
-  add_options,
-  fault,
-  prepare_model,
-  settings_of,
-)
+from xcomp_jax.inference.settings import COMPILED, add_options, settings_of
+from xcomp_jax.inference.video_model import VideoModel, load_prepared
 from xcomp_jax.inputs import number
-from xcomp_jax.model.vlm import VLM
 from xcomp_jax.progress import progress
 from xcomp_jax.synthetic import world
 
@@ -63,21 +59,22 @@ Ask = Callable[..., tuple[str, np.ndarray]]  # as `ask_needle`
 
 
 def ask_needle(
-  reader: VideoModel,
-  model: VLM,
-  film: encoded_video.EncodedVideo,
+  model: VideoModel,
+  film: EncodedVideo,
   text: str,
   message: str,
   rounds: dict | None,
 ) -> tuple[str, np.ndarray]:
   """The answer, and which frames gave it."""
-  question = prompt.question_prompt(reader.tokenizer, text, message)
+  question = prompt.question_prompt(model.tokenizer, text, message)
   # The official bias counts the tokens of a message that may be missing here.
-  selector = frame_selector(len(film.times), film.clip_frames, reader.select).without_bias()
-  (selection,) = select_frames(model, film, [question], selector, rounds=rounds)
-  visual = film.features[0][selection.frames]
-  (tokens,) = generate.generate(model, generate.as_batch(question, visual, 1), reader.sampling)
-  return reader.tokenizer.decode(tokens).strip(), selection.frames
+  selector = frame_selector(len(film.times), film.clip_frames, model.select).without_bias()
+  with computing(model.vlm):
+    (selection,) = select_frames(model.vlm, film, [question], selector, rounds=rounds)
+    visual = film.features[0][selection.frames]
+    batch = generate.as_batch(question, visual, 1)
+    (tokens,) = generate.generate(model.vlm, batch, model.sampling)
+  return model.tokenizer.decode(tokens).strip(), selection.frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,22 +101,21 @@ class NeedleSearch:
 
   def __init__(
     self,
-    reader: VideoModel,
-    model: VLM,
+    model: VideoModel,
     needles: Sequence[Needle],
     hay: Float[np.ndarray, "T N D"],
     film: str | None,
     ask: Ask = ask_needle,
   ):
-    self.reader, self.model, self.needles, self.hay, self.film = reader, model, needles, hay, film
+    self.model, self.needles, self.hay, self.film = model, needles, hay, film
     self.ask_needle = ask
-    self.rate = reader.settings.fps if film else world.FPS
+    self.rate = model.settings.fps if film else world.FPS
     self.features = functools.cache(self._features)
 
   def _features(self, number: int) -> list[Float[np.ndarray, "F N D"]]:
     """Features of a needle, per hop."""
     clips = self.needles[number].clips
-    return np.split(per_frame(self.reader, self.model, iter(clips)), len(clips))
+    return np.split(per_frame(self.model, iter(clips)), len(clips))
 
   def ask(self, c: NeedleCell, kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The lines of a cell's questions of some kinds. What can't be asked counts as wrong."""
@@ -131,8 +127,8 @@ class NeedleSearch:
     try:
       if needle.fault:
         raise NeedleError(needle.fault)
-      starts = needle_places(c.frames, len(needle.clips), self.reader.cfg.clip_frames, c.depth)
-      watched = encoded_video.EncodedVideo(
+      starts = needle_places(c.frames, len(needle.clips), self.model.cfg.clip_frames, c.depth)
+      watched = EncodedVideo(
         features={0: hide(self.hay, self.features(c.needle), c.frames, starts)},
         times=np.arange(c.frames) / self.rate,
         seconds=c.frames / self.rate,
@@ -142,10 +138,10 @@ class NeedleSearch:
       rounds = None if self.film else {}
       while left:
         text, letter = needle.questions[left[0]]
-        answer, kept = self.ask_needle(self.reader, self.model, watched, text, message, rounds)
+        answer, kept = self.ask_needle(self.model, watched, text, message, rounds)
         # by the protocol of the film, or of this package
         given = re.sub("[()]", "", answer).upper() if self.film else any_letter(answer)
-        last = (kept >= starts[-1]) & (kept < starts[-1] + self.reader.cfg.clip_frames)
+        last = (kept >= starts[-1]) & (kept < starts[-1] + self.model.cfg.clip_frames)
         yield line(left.pop(0)) | {
           "answer": answer,
           "right": given == letter,
@@ -158,7 +154,7 @@ class NeedleSearch:
 
 
 def search(
-  reader: VideoModel,
+  reader: PreparedModel,
   needles: Sequence[Needle],
   cells: Sequence[NeedleCell],
   answers: Answers,
@@ -192,13 +188,10 @@ def search(
   if not todo:
     return
   done = len(cells) - len(todo)
-  with (
-    reader.precision(),
-    progress(total=len(cells), initial=done, unit="needle", desc="needles") as bar,
-  ):
-    model = reader.load()
-    hay = haystack(reader, model, film, max(c.frames for c in cells), seed)
-    searching = NeedleSearch(reader, model, needles, hay, film, ask)
+  with progress(total=len(cells), initial=done, unit="needle", desc="needles") as bar:
+    model = load_prepared(reader)
+    hay = haystack(model, film, max(c.frames for c in cells), seed)
+    searching = NeedleSearch(model, needles, hay, film, ask)
     for c, kinds in todo.items():
       for line in searching.ask(c, kinds):
         answers.add(line)
@@ -256,7 +249,7 @@ def plot_needles(found: Mapping[str, Any], title: str, file: pathlib.Path) -> No
     figure.savefig(temporary, dpi=130, format="png")
 
 
-def title(reader: VideoModel, questions: int) -> str:
+def title(reader: PreparedModel, questions: int) -> str:
   """What a heat map is of."""
   select = reader.select
   how = "all frames"
@@ -291,7 +284,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     )
 
 
-def hidden_things(args: argparse.Namespace, reader: VideoModel) -> list[Needle]:
+def hidden_things(args: argparse.Namespace, reader: PreparedModel) -> list[Needle]:
   """The needles that the arguments ask for, at least one of which can be hidden.
 
   Raises:
@@ -412,7 +405,7 @@ def main(argv: Sequence[str] | None = None, ask: Ask = ask_needle) -> None:
   )
   add(
     "--frames",
-    type=number(8, encoded_video.FRAMES, int),
+    type=number(8, FRAMES, int),
     nargs="+",
     default=list(range(1000, 10001, 1000)),
     help="of the whole; multiples of 8",

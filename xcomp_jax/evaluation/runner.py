@@ -16,21 +16,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
 from xcomp_jax.data.video import FrameSample, TailError, frames
 from xcomp_jax.evaluation.answers import Answers, Wanted
-from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Answer
 from xcomp_jax.inference.generate import batches
-from xcomp_jax.inference.video_model import VideoModel, fault
-from xcomp_jax.model.vlm import VLM
+from xcomp_jax.inference.prepared import PreparedModel, fault
+from xcomp_jax.inference.video_model import VideoModel, load_prepared
 from xcomp_jax.progress import progress
-from xcomp_jax.viz import html_report
 
 Decoder = Callable[[FrameSample], Iterable[np.ndarray]]
+Load = Callable[[PreparedModel], VideoModel]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class DecodedVideo:
 
 
 def answer_wanted(
-  reader: VideoModel,
+  reader: PreparedModel,
   wanted: Sequence[Wanted],
   answers: Answers,
   *,
@@ -58,6 +56,7 @@ def answer_wanted(
   batch: int = 1,
   once: bool = True,
   decode: Decoder = frames,
+  load: Load = load_prepared,
 ) -> None:
   """Answers what has no answer yet, and tries again what failed.
 
@@ -72,6 +71,7 @@ def answer_wanted(
       memory.
     once: False encodes a video again for every question, to measure what encoding once saves.
     decode: makes the frames of a sample.
+    load: reads the parameters.
 
   Raises:
     CheckpointError, ConfigError, OSError: what stops everything. Whatever is wrong with one video
@@ -93,14 +93,13 @@ def answer_wanted(
     progress(total=total, initial=total - left, unit="question", desc="loading") as bar,
     contextlib.closing(decode_ahead(reader, todo, ahead, decode)) as decoded,
   ):
-    model = reader.load()
-    loop = AnsweringLoop(reader, answers, decoded, bar, encoded_video.identity(model), batch)
+    model = load(reader)
+    loop = AnsweringLoop(answers, decoded, bar, batch)
     used = jax.local_devices()[:devices][: len(todo)]
     if len(used) == 1:
       loop.run(model)
       return
-    graph, state = nnx.split(model)
-    others = (nnx.merge(graph, jax.device_put(state, device)) for device in used[1:])
+    others = (model.on(device) for device in used[1:])
     with concurrent.futures.ThreadPoolExecutor(len(used)) as pool:
       try:
         running = [pool.submit(loop.run, one) for one in (model, *others)]
@@ -119,37 +118,33 @@ class AnsweringLoop:
 
   def __init__(
     self,
-    reader: VideoModel,
     answers: Answers,
     decoded: Iterator[DecodedVideo],
     bar: Any,
-    identity: str,
     batch: int,
   ):
-    """bar: of the progress. identity: of the tower. batch: see `answer_wanted`."""
-    self.reader, self.answers, self.decoded, self.bar = reader, answers, decoded, bar
-    self.identity, self.batch = identity, batch
+    """bar: of the progress. batch: see `answer_wanted`."""
+    self.answers, self.decoded, self.bar, self.batch = answers, decoded, bar, batch
     self.lock, self.stopped = threading.Lock(), threading.Event()
 
-  def run(self, model: VLM) -> None:
+  def run(self, model: VideoModel) -> None:
     """Works until no video is left."""
-    with self.reader.precision():  # of this thread
-      while not self.stopped.is_set():
-        with self.lock:
-          video = next(self.decoded, None)
-        if video is None:
+    while not self.stopped.is_set():
+      with self.lock:
+        video = next(self.decoded, None)
+      if video is None:
+        return
+      self.bar.set_description(pathlib.Path(video.wanted[0].video).name[-30:], refresh=False)
+      for lines in self.ask(model, video):
+        self.keep(lines)
+        if self.stopped.is_set():
           return
-        self.bar.set_description(pathlib.Path(video.wanted[0].video).name[-30:], refresh=False)
-        for lines in self.ask(model, video):
-          self.keep(lines)
-          if self.stopped.is_set():
-            return
 
-  def ask(self, model: VLM, video: DecodedVideo) -> Iterator[list[dict[str, Any]]]:
+  def ask(self, model: VideoModel, video: DecodedVideo) -> Iterator[list[dict[str, Any]]]:
     """The lines of the questions about one video, of a batch at a time. What goes wrong costs the
     questions that it is about, and no others.
     """
-    reader, first, sample = self.reader, video.wanted[0], video.sample
+    sample = video.sample
     lost = {"lost": round(sample.lost, 3)} if sample is not None and sample.lost else {}
 
     def about(w):
@@ -162,15 +157,9 @@ class AnsweringLoop:
       if isinstance(video.frames, BaseException):
         raise video.frames
       assert sample is not None  # or there would be no frames
-      film, spent = reader.encode(
-        model,
-        sample,
-        reader.source(str(first.video), first.start, first.end),
-        decoded=video.frames,
-        identity=self.identity,
-      )
-      spent["decoding"] = video.seconds
-      chat = reader.chat(model, film, keep_rounds=len(video.wanted) > self.batch)
+      film = model.encode(sample, decoded=video.frames, show_progress=False)
+      spent = {**film.spent, "decoding": video.seconds}
+      chat = model.chat(film, keep_rounds=len(video.wanted) > self.batch, talk=False)
     except BaseException as error:  # whatever it is
       yield failed(video.wanted, error)
       return
@@ -188,7 +177,7 @@ class AnsweringLoop:
         yield failed(part, error)
         continue
       yield [
-        about(w) | _answer_line(answer, film, spent if w is fit[0] else {})
+        about(w) | _answer_line(answer, spent if w is fit[0] else {})
         for w, answer in zip(part, answers, strict=True)
       ]
 
@@ -205,26 +194,20 @@ class AnsweringLoop:
     self.bar.update(len(lines))
 
 
-def _answer_line(
-  got: Answer, film: encoded_video.EncodedVideo, spent: dict[str, float]
-) -> dict[str, Any]:
+def _answer_line(got: Answer, spent: dict[str, float]) -> dict[str, Any]:
   """What is kept of an answer. spent: seconds before it was asked."""
-  kept = got.selection
   seconds = {name: spent.get(name, 0.0) + got.spent.get(name, 0.0) for name in spent | got.spent}
   return {
     "answer": got.text,
-    "sampled": len(film.times),
-    "kept": len(kept.frames),
-    "note": kept.note,
-    "ranges": [
-      [round(t, 3) for t in span]
-      for span in html_report.ranges(kept.frames, film.times, film.seconds)
-    ],
+    "sampled": len(got.video.times),
+    "kept": len(got.frames),
+    "note": got.selection.note,
+    "ranges": [[round(t, 3) for t in span] for span in got.moments],
     "seconds": {name: round(s, 4) for name, s in seconds.items()},
   }
 
 
-def check_askable(reader: VideoModel, sample: FrameSample, wanted: Sequence[Wanted]) -> None:
+def check_askable(reader: PreparedModel, sample: FrameSample, wanted: Sequence[Wanted]) -> None:
   """Sees to it before anything is decoded that at least one of the questions can be asked.
 
   Raises:
@@ -240,7 +223,7 @@ def check_askable(reader: VideoModel, sample: FrameSample, wanted: Sequence[Want
 
 
 def decode_ahead(
-  reader: VideoModel, todo: Sequence[Sequence[Wanted]], ahead: int, decode: Decoder = frames
+  reader: PreparedModel, todo: Sequence[Sequence[Wanted]], ahead: int, decode: Decoder = frames
 ) -> Generator[DecodedVideo]:
   """Decodes the videos of groups of questions, `ahead` of them while another one is worked on."""
   stopped = threading.Event()

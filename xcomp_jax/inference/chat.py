@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from xcomp_jax.data.batch import Batch
 from xcomp_jax.data.prompt import Prompt, Tokenizer
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.inference.generate import Sampling, as_batch, stream, up
+from xcomp_jax.inference.moments import spans
+from xcomp_jax.inference.places import Got, computing, drained, stepwise
 from xcomp_jax.inference.selection import (
   FrameSelector,
   Selection,
@@ -122,16 +125,51 @@ def _message(seconds: float, frames: int) -> str:
   return "" if frames == 1 else prompt.time_message(seconds, frames)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
-  """text: of the answer. selection: what it looked at. spent: seconds by what they went into.
-  prompt: its tokens.
+  """What a video answered. `str` is the text alone.
+
+  question, text: of it. video: that was asked. selection: what it looked at. spent: seconds by what
+  they went into. prompt: its tokens. cfg: sizes of the model.
   """
 
+  question: str
   text: str
+  video: EncodedVideo
   selection: Selection
   spent: dict[str, float]
   prompt: Prompt
+  cfg: VLMConfig
+
+  def __str__(self) -> str:
+    return self.text
+
+  @property
+  def frames(self) -> np.ndarray:
+    """int[K], which of the sampled frames it looked at, ascending."""
+    return self.selection.frames
+
+  @property
+  def scores(self) -> np.ndarray | None:
+    """float64[T], relevance of every sampled frame; None where nothing was selected."""
+    return self.selection.scores
+
+  @property
+  def moments(self) -> list[tuple[float, float]]:
+    """When it looked, as (first, last) seconds; see `moments.spans`."""
+    return spans(self.frames, self.video.times, self.video.seconds)
+
+  def show(self) -> Any:
+    """Relevance over time and the frames it looked at, as a figure of matplotlib (extra `plot`)."""
+    from xcomp_jax.inference.pictures import draw_answer
+
+    return draw_answer(self)
+
+  def _repr_html_(self) -> str:
+    """What a notebook shows."""
+    from xcomp_jax.inference.html_report import framed, page
+
+    return framed(page(self.video, [self], self.video.spent))
 
 
 class Chat:
@@ -201,6 +239,7 @@ class Chat:
     self,
     question: str,
     *,
+    sampling: Sampling | None = None,
     write: Callable[[str], None] = lambda text: None,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
   ) -> Answer:
@@ -208,6 +247,7 @@ class Chat:
 
     Args:
       question: the text.
+      sampling: of this answer; None: the conversation's.
       write: called with the answer's text as it comes.
       report: called with "scoring" and the number of rounds done, and of all; or "encoding" and of
         torn clips.
@@ -215,35 +255,68 @@ class Chat:
     Raises:
       AnnotationError, ConfigError: an empty question, or one too long for the model.
     """
+    return drained(self.stream(question, sampling=sampling, report=report), write)
+
+  def stream(
+    self,
+    question: str,
+    *,
+    sampling: Sampling | None = None,
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+  ) -> Generator[str, None, Answer]:
+    """`ask`, whose text comes in pieces; the question counts as asked when the last one came."""
     # The bias counts from the first question's message; a later question has none before it (quirk
     # Q11).
     selector = self.selector.without_bias() if self.history else self.selector
-    asked = self._prompt(question, selector, self.history)
-    (got,) = self._answer([asked], selector, write, report, self._padded(asked))
+    how = sampling or self.sampling
+    asked = self._prompt(question, selector, how, self.history)
+    pieces = self._answer([question], [asked], selector, [how], report, self._padded(asked))
+    (got,) = yield from firsts(pieces)
     self.history.append((question, got.text))
     return got
 
-  def check(self, question: str) -> None:
+  def check(self, question: str, sampling: Sampling | None = None) -> None:
     """Refuses a question that `ask_apart` would.
 
     Raises:
       AnnotationError, ConfigError: an empty question, or one too long for the model.
     """
-    self._prompt(question, self.selector)
+    self._prompt(question, self.selector, sampling or self.sampling)
 
-  def ask_apart(self, questions: Sequence[str]) -> list[Answer]:
+  def ask_apart(
+    self, questions: Sequence[str], samplings: Sequence[Sampling] | None = None
+  ) -> list[Answer]:
     """Answers several questions at once, each as the first of a conversation of its own.
 
     They are scored and decoded together, with the caches of all of them in memory; the answers, but
     for rounding, are those that each gets alone. What it took is divided evenly among them.
 
+    samplings: of each answer; None: the conversation's.
+
     Raises:
       AnnotationError, ConfigError: see `check`.
     """
-    return self._answer([self._prompt(one, self.selector) for one in questions], self.selector)
+    return drained(self.stream_apart(questions, samplings))
+
+  def stream_apart(
+    self,
+    questions: Sequence[str],
+    samplings: Sequence[Sampling] | None = None,
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+  ) -> Generator[list[str], None, list[Answer]]:
+    """`ask_apart`, of which a piece of every answer's text comes at a time; "" where there is none
+    new.
+    """
+    how = samplings or [self.sampling] * len(questions)
+    asked = [self._prompt(one, self.selector, s) for one, s in zip(questions, how, strict=True)]
+    return (yield from self._answer(questions, asked, self.selector, how, report))
 
   def _prompt(
-    self, question: str, selector: FrameSelector, history: Sequence[tuple[str, str]] = ()
+    self,
+    question: str,
+    selector: FrameSelector,
+    sampling: Sampling,
+    history: Sequence[tuple[str, str]] = (),
   ) -> Prompt:
     return prompt_of(
       self.model.cfg,
@@ -251,7 +324,7 @@ class Chat:
       question,
       self.video.seconds,
       selector,
-      self.sampling.max_new_tokens,
+      sampling.max_new_tokens,
       history,
     )
 
@@ -275,15 +348,40 @@ class Chat:
 
   def _answer(
     self,
+    questions: Sequence[str],
     asked: Sequence[Prompt],
     selector: FrameSelector,
-    write: Callable[[str], None] = lambda text: None,
-    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+    samplings: Sequence[Sampling],
+    report: Callable[[str, int, int], None],
     text: int = 0,
-  ) -> list[Answer]:
-    """Answers prompts, padded to so many tokens of text at least; `write` gets the text of the
-    first.
+  ) -> Generator[list[str], None, list[Answer]]:
+    """Answers prompts, padded to so many tokens of text at least, in pieces of every answer's
+    text.
     """
+    steps = self._steps(asked, selector, samplings, report, text)
+    # what computes between two pieces must not stay in force while others work
+    selections, texts, spent = yield from stepwise(lambda: computing(self.model), steps)
+    return [
+      Answer(
+        question=question,
+        text=said,
+        video=self.video,
+        selection=seen,
+        spent=spent.copy(),
+        prompt=one,
+        cfg=self.model.cfg,
+      )
+      for question, said, seen, one in zip(questions, texts, selections, asked, strict=True)
+    ]
+
+  def _steps(
+    self,
+    asked: Sequence[Prompt],
+    selector: FrameSelector,
+    samplings: Sequence[Sampling],
+    report: Callable[[str, int, int], None],
+    text: int,
+  ) -> Generator[list[str], None, tuple[list[Selection], list[str], dict[str, float]]]:
     model, video, watch = self.model, self.video, _Stopwatch(len(asked))
     selections = select_frames(
       model,
@@ -305,33 +403,44 @@ class Chat:
       as_batch(one, seen, video.clip_frames, longest)
       for one, seen in zip(asked, visual, strict=True)
     ]
-    texts = self._generate(batches, write, watch)
-    return [
-      Answer(said, seen, watch.spent.copy(), one)
-      for said, seen, one in zip(texts, selections, asked, strict=True)
-    ]
+    texts = yield from self._generate(batches, samplings, watch)
+    return selections, texts, watch.spent
 
   def _generate(
-    self, batches: Sequence[Batch], write: Callable[[str], None], watch: "_Stopwatch"
-  ) -> list[str]:
-    """Prefills and decodes prompts; returns the text of every answer."""
-    pieces, written = [], ""
-    for new in stream(self.model, batches, self.sampling):
+    self, batches: Sequence[Batch], samplings: Sequence[Sampling], watch: "_Stopwatch"
+  ) -> Generator[list[str], None, list[str]]:
+    """Prefills and decodes prompts in pieces of text; returns the text of every answer."""
+    pieces, written = [], [""] * len(batches)
+    for new in stream(self.model, batches, samplings):
       if not pieces:
         watch.lap("prefill and first tokens")
       pieces.append(new)
-      whole = self._decoded([row for row, *_ in pieces])
+      texts = [self._decoded(row) for row in zip(*pieces, strict=True)]
       # a character may need the next token
-      if whole.startswith(written) and not whole.endswith("\ufffd"):
-        write(whole[len(written) :])
-        written = whole
+      whole = [
+        text if text.startswith(before) and not text.endswith("\ufffd") else before
+        for text, before in zip(texts, written, strict=True)
+      ]
+      yield [text[len(before) :] for text, before in zip(whole, written, strict=True)]
+      written = whole
     watch.lap("generation")
     texts = [self._decoded(row) for row in zip(*pieces, strict=True)]
-    write(texts[0][len(written) :])
+    yield [text[len(before) :] for text, before in zip(texts, written, strict=True)]
     return texts
 
   def _decoded(self, tokens: Sequence[np.ndarray]) -> str:
     return self.tokenizer.decode(np.concatenate(tokens)).strip()
+
+
+def firsts(pieces: Generator[list[str], None, Got]) -> Generator[str, None, Got]:
+  """The text of the first answer alone, in pieces that are not empty."""
+  while True:
+    try:
+      first = next(pieces)[0]
+    except StopIteration as end:
+      return end.value
+    if first:
+      yield first
 
 
 class _Stopwatch:

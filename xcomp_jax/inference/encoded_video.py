@@ -5,10 +5,9 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ class EncodedVideoError(XCompError, ValueError):
   """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class EncodedVideo:
   """What the tower makes of a video: encode once, ask many.
 
@@ -45,6 +44,7 @@ class EncodedVideo:
     else None.
   identity: of the tower's weights and settings; see `identity`.
   source: which file, sampled how; in words.
+  spent: seconds that making it took, by what they went into; not kept in a file.
   """
 
   features: dict[int, np.ndarray]
@@ -54,6 +54,7 @@ class EncodedVideo:
   frames: np.ndarray | None = None
   identity: str = ""
   source: str = ""
+  spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def clips(self) -> int:
@@ -64,6 +65,19 @@ class EncodedVideo:
   def clip_frames(self) -> int:
     """Frames of a clip; 1 for a still image."""
     return len(self.times) // self.clips
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes it to a file; see `save_video`. `VideoModel.read_video` reads it."""
+    save_video(self, path)
+
+  def __repr__(self) -> str:
+    return f"EncodedVideo({self.source}: {len(self.times):,} frames of {self.seconds:.2f} s)"
+
+  def _repr_html_(self) -> str:
+    """What a notebook shows."""
+    from xcomp_jax.inference.html_report import framed, page
+
+    return framed(page(self, [], self.spent), 400)
 
 
 def identity(model: vlm.VLM) -> str:
@@ -202,9 +216,11 @@ FIXED = {"about", "times", "thumbnails", "frames"}  # arrays of a file, beside f
 FRAMES = 1_000_000  # of a video, at most
 
 
-def load_video(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
+def load_video(path: str | os.PathLike, model: vlm.VLM, tower: str | None = None) -> EncodedVideo:
   """Reads what `save_video` wrote. What it says of itself is checked before an array is read:
   nothing in a file makes it take more memory than the file is large.
+
+  tower: `identity(model)`, if it is known.
 
   Raises:
     EncodedVideoError: no encoded video, a damaged one, or not by the weights and settings of
@@ -215,7 +231,7 @@ def load_video(path: str | os.PathLike, model: vlm.VLM) -> EncodedVideo:
   with reading(file, EncodedVideoError, "encoded video"), zipfile.ZipFile(file) as archive:
     headers = _headers(archive, file.stat().st_size)
     about = parse_json(str(_array(archive, "about")), file, EncodedVideoError)
-    _check_identity(file, str(about["identity"]), identity(model))
+    check_identity(file, str(about["identity"]), tower or identity(model))
     cfg, T = model.cfg, headers["times"][0][0]
     F = 1 if T == 1 else cfg.clip_frames
     if not 0 < T <= FRAMES or T % F:
@@ -318,7 +334,17 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return np.lib.format.read_array(opened, allow_pickle=False)
 
 
-def _check_identity(file: pathlib.Path, own: str, mine: str) -> None:
+def check_identity(file: str | os.PathLike, own: str, mine: str) -> None:
+  """Sees to it that a video is of the tower that will ask about it.
+
+  Args:
+    file: that holds it, or its source.
+    own: identity of what made it.
+    mine: of what asks.
+
+  Raises:
+    EncodedVideoError: they differ.
+  """
   (_, _, dtype), (_, _, wanted) = own.rpartition("-"), mine.rpartition("-")
   if dtype != wanted:
     raise EncodedVideoError(

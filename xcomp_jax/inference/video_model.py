@@ -1,538 +1,466 @@
-"""A checkpoint that is ready to watch videos and answer: what `ask`, `evaluate` and `needles` have
-in common.
+"""A model that watches videos and answers: what `xcomp_jax.load` returns, and all commands ask.
+
+model = xcomp_jax.load("exports/sct")
+video = model.encode("film.mp4")
+print(model.ask(video, "What happens first?"))
 """
 
-import argparse
 import contextlib
 import dataclasses
-import hashlib
+import functools
 import os
-import pathlib
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import field
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 
+from xcomp_jax import cli
 from xcomp_jax.checkpoints import loading
-from xcomp_jax.checkpoints.finding import resolve
-from xcomp_jax.checkpoints.sizes import read_vlm_config
-from xcomp_jax.checkpoints.tuned import read_tuned
-from xcomp_jax.config import (
-  COSINE,
-  Attention,
-  ConfigError,
-  Dtype,
-  Keep,
-  LPCompConfig,
-  Mode,
-  ModelConfig,
-  Rows,
-  SelectConfig,
-  Tuned,
-  VLMConfig,
-)
-from xcomp_jax.data import prompt, video
-from xcomp_jax.errors import one_line, out_of_memory
-from xcomp_jax.files import expanduser
-from xcomp_jax.inference import encoded_video, generate
-from xcomp_jax.inference.chat import Chat, prompt_of
-from xcomp_jax.inference.selection import FrameSelector, frame_selector
-from xcomp_jax.inputs import ENDINGS, number, printable
-from xcomp_jax.model import kernels, qc_comp, vlm
+from xcomp_jax.config import ConfigError
+from xcomp_jax.data.video import FrameSample, TailError, frames
+from xcomp_jax.inference import encoded_video
+from xcomp_jax.inference.chat import Answer, Chat, firsts
+from xcomp_jax.inference.encoded_video import EncodedVideo, EncodedVideoError
+from xcomp_jax.inference.films import Film, on_disk
+from xcomp_jax.inference.generate import Sampling, batches
+from xcomp_jax.inference.places import computing
+from xcomp_jax.inference.prepared import PreparedModel, prepare_model
+from xcomp_jax.inference.settings import COMPILED, AskSettings, SamplingSettings, Settings, checked
+from xcomp_jax.model import vlm
+from xcomp_jax.parallel.mesh import param_shardings
+from xcomp_jax.progress import progress
 
-TRAINED = 32768  # positions that Qwen2.5 was trained on, over which it is stretched
-COMPILED = "~/.cache/xcomp_jax"  # folder of compiled programs
-COUNT = number(1, encoded_video.FRAMES, int)  # of frames, or clips
-# the release samples whole clips of 8 frames even where its tower takes clips of 4 (FACTS.md 5)
-SAMPLED_CLIP = 8
+TOGETHER = 8  # questions that are answered together, at most
+Got = TypeVar("Got")
 
 
-def clips(text: str) -> int | Literal["auto"]:
-  """Reads --clips-per-chunk."""
-  return "auto" if text == "auto" else COUNT(text)
+class Pieces(Generic[Got]):
+  """An answer that comes piece by piece.
 
-
-def clip_frames(text: str) -> str:
-  """Reads --clip-frames."""
-  return text if text in ("auto", "checkpoint") else str(COUNT(text))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AskSettings:
-  """How videos are watched and questions answered; `add_options` makes an option of each."""
-
-  checkpoint: str = field(metadata={"type": expanduser, "help": "directory, hub id, or export"})
-  select: int = field(
-    default=512,
-    metadata={
-      "type": number(0, encoded_video.FRAMES, int),
-      "help": "frames that QC-Comp keeps for a question; 0: all",
-    },
-  )
-  mode: Mode = field(
-    default="aligned",
-    metadata={
-      "choices": ("aligned", "local", "official", "global"),
-      "help": "how QC-Comp scores them",
-    },
-  )
-  repeat: int | None = field(
-    default=None,
-    metadata={
-      "type": number(1, 1000, int),
-      "help": "times a frame is scored; default: 2 in official mode, 1 in the others",
-    },
-  )
-  rows: Rows = field(
-    default="question",
-    metadata={
-      "choices": get_args(Rows),
-      "help": "tokens whose attention scores frames: the question's, as in the paper, or the "
-      "one that the answer follows",
-    },
-  )
-  max_frames: int = field(default=1024, metadata={"type": COUNT, "help": "frames, at most"})
-  min_frames: int = field(
-    default=128,
-    metadata={
-      "type": COUNT,
-      "help": "frames, at least; a short video's are repeated",
-    },
-  )
-  fps: float = field(
-    default=8.0,
-    metadata={"type": number(0.001, video.FASTEST, float), "help": "frames per second, at most"},
-  )
-  rate: video.Rate = field(
-    default="own",
-    metadata={
-      "choices": get_args(video.Rate),
-      "help": "where a video's frames have no constant rate: own: they have their own times; "
-      "average: they lie as far apart as the average rate says, as in the release",
-    },
-  )
-  stream: int | None = field(
-    default=None,
-    metadata={
-      "type": number(0, 1000, int),
-      "help": "number of the video's stream in its file; default: the one that players take",
-    },
-  )
-  clip_frames: str = field(
-    default="auto",
-    metadata={
-      "type": clip_frames,
-      "help": 'frames the tower sees together; "auto": as tuned, else 8 as XComp was trained, '
-      '4 for InternVideo2; "checkpoint": what config.json says (quirk Q1)',
-    },
-  )
-  yarn: float | None = field(
-    default=None,
-    metadata={
-      "type": number(1.0, 1000.0, float),
-      "help": f"stretch positions so many times over {TRAINED:,} (4 for 10,000 frames without "
-      "compression); 1: not at all; default: as config.json says",
-    },
-  )
-  context: int | None = field(
-    default=None,
-    metadata={
-      "type": number(1, 10_000_000, int),
-      "help": "tokens that a prompt may have, 16 for each frame before compression; 131072 in the "
-      "release's evaluation; default: as tuned, else as config.json says",
-    },
-  )
-  clips_per_chunk: int | Literal["auto"] = field(
-    default="auto",
-    metadata={"type": clips, "help": "clips in the tower at once; default: by the device's memory"},
-  )
-  keep: Keep | None = field(
-    default=None, metadata={"choices": get_args(Keep), "help": "default: as tuned, else suffix"}
-  )
-  schedule: str | None = field(
-    default=None,
-    metadata={"choices": ("cosine", "cosine_ceil"), "help": "default: as tuned, else cosine"},
-  )
-  dtype: Dtype | None = field(
-    default=None,
-    metadata={
-      "choices": get_args(Dtype),
-      "help": "default: bfloat16, but float16 on GPUs that have none, such as a T4, and float32 on "
-      "CPUs; the release evaluates in float16",
-    },
-  )
-  attention: Attention = field(
-    default="auto",
-    metadata={
-      "choices": get_args(Attention),
-      "help": "auto: by the device. einsum, tiled and xla_chunked run on any; flash "
-      "is a GPU's, mosaic, triton and cudnn (the tower) are NVIDIA's, splash is a TPU's",
-    },
-  )
-  max_new_tokens: int = field(default=64, metadata={"type": number(1, 100_000, int)})
-  repetition_penalty: float = field(
-    default=1.0,
-    metadata={
-      "type": number(0.001, 1000.0, float),
-      "help": "1.1 in the release's generation_config (quirk Q20)",
-    },
-  )
-  temperature: float = field(
-    default=0.0,
-    metadata={"type": number(0.0, 1000.0, float), "help": "0: the most probable token each time"},
-  )
-  top_k: int = field(
-    default=0,
-    metadata={
-      "type": number(0, 10_000_000, int),
-      "help": "draw from this many tokens; 0: from all",
-    },
-  )
-  top_p: float = field(
-    default=1.0,
-    metadata={
-      "type": number(1e-6, 1.0, float),
-      "help": "draw from the fewest tokens of this probability",
-    },
-  )
-  seed: int = field(default=0, metadata={"type": number(0, 2**32 - 1, int), "help": "of the draws"})
-
-
-def option_of(name: str) -> str:
-  """How a setting is written on the command line."""
-  return f"--{name.replace('_', '-')}"
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-  """Adds an option for every setting, and the folder of compiled programs."""
-  for setting in dataclasses.fields(AskSettings):
-    how = (
-      {"required": True} if setting.default is dataclasses.MISSING else {"default": setting.default}
-    )
-    parser.add_argument(option_of(setting.name), **how, **setting.metadata)
-  parser.add_argument(
-    "--compilation-cache",
-    type=expanduser,
-    help=f"folder of compiled programs, for the next time; '': none; "
-    f"default: JAX_COMPILATION_CACHE_DIR, else {COMPILED}",
-  )
-
-
-def settings_of(args: argparse.Namespace) -> AskSettings:
-  """The settings among a command's arguments."""
-  return AskSettings(
-    **{one.name: getattr(args, one.name) for one in dataclasses.fields(AskSettings)}
-  )
-
-
-def checked(s: AskSettings) -> AskSettings:
-  """The settings as the options of the command line read them, so that what Python code sets has
-  the same bounds and choices.
-
-  Raises:
-    ConfigError: which one can't be, and why.
+  Iterating gives the text as it is generated; who stops iterating stops the work. `whole` is what
+  `ask` would have returned.
   """
-  read = {}
-  for setting in dataclasses.fields(s):
-    value, option = getattr(s, setting.name), option_of(setting.name)
-    if value is None and setting.default is not None:
-      raise ConfigError(f"{option}: None is no value for it", where=option, value=None)
+
+  def __init__(self, steps: Generator[Any, None, Got]):
+    self._steps = steps
+    self._whole: list[Got] = []
+
+  def __iter__(self) -> Iterator[Any]:
     try:
-      read[setting.name] = value if value is None else _read(str(value), setting.metadata)
-    except (argparse.ArgumentTypeError, ValueError) as error:
-      raise ConfigError(f"{option}: {one_line(error)}", where=option, value=value) from error
-  return AskSettings(**read)
+      whole = yield from self._steps
+      if whole is not None:  # as it is of work that was left
+        self._whole.append(whole)
+    finally:
+      self._steps.close()
+
+  @property
+  def whole(self) -> Got:
+    """The answer, or answers: the rest of the work is done first."""
+    for _ in self:
+      pass
+    if not self._whole:
+      raise ConfigError("the answer was not waited for, so there is none", where="stream")
+    return self._whole[0]
 
 
-def _read(said: str, option: Mapping[str, Any]) -> Any:
-  """The value of an option, as argparse reads it."""
-  choices = option.get("choices", (said,))
-  if said not in choices:
-    raise ValueError(f"invalid choice: {said!r} (choose from {', '.join(map(repr, choices))})")
-  return option.get("type", str)(said)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class VideoModel(PreparedModel):
+  """A checkpoint with its parameters, which encodes videos and answers questions about them.
 
+  Every method computes as the model's dtype needs it, where its parameters lie. Programs are
+  compiled for sizes, not for questions; `warm_up` says which.
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VideoModel:
-  """A checkpoint and its settings, understood and checked; `load` reads the parameters.
-
-  select: None where all frames are kept. dtype: of computation and parameters.
+  vlm: the parameters.
   """
 
-  settings: AskSettings
-  directory: pathlib.Path
-  cfg: VLMConfig
-  tokenizer: prompt.Tokenizer
-  select: SelectConfig | None
-  sampling: generate.Sampling
-  dtype: str
+  vlm: vlm.VLM
 
-  def load(self) -> vlm.VLM:
-    """The model, on the first device of this process.
-
-    Raises:
-      CheckpointError: see `loading.load_model`.
-    """
-    return loading.load_model(self.directory, self.cfg, dtype=self.dtype)
-
-  def precision(self) -> contextlib.AbstractContextManager:
-    """In which to compute."""
-    return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
-
-  def sample(
-    self, path: str, start: float | None = None, end: float | None = None
-  ) -> video.FrameSample:
-    """Which frames of a video, folder of frames, GIF or image to decode.
-
-    Raises:
-      VideoError, FileNotFoundError: what is wrong with it.
-      ConfigError: clips that sampling can't fill.
-    """
-    self.check_clips()
-    s = self.settings
-    chosen = video.sample(
-      path,
-      size=self.cfg.vision.image_size,
-      max_frames=s.max_frames,
-      min_frames=s.min_frames,
-      fps=s.fps,
-      clip_frames=SAMPLED_CLIP,
-      style="ask",
-      start=start,
-      end=end,
-      read_type=video.kind(path),
-      rate=s.rate,
-      stream=s.stream,
+  def __repr__(self) -> str:
+    cfg = self.cfg
+    return (
+      f"VideoModel({self.directory}: {cfg.llm.layers} layers, LP-Comp {cfg.lp_comp.keep}, "
+      f"{self.dtype})"
     )
-    if chosen.lost:
-      # an animation doesn't say how long it should be
-      lost = f"last {chosen.lost:.2f} seconds are" if chosen.found else "end is"
-      print(f"{path}: its {lost} missing, the rest is used", file=sys.stderr)
-    return chosen
 
-  def shortened(self, sample: video.FrameSample, error: video.TailError) -> video.FrameSample:
-    """What can be read of a video whose end can't; says so.
+  @functools.cached_property
+  def identity(self) -> str:
+    """Of the tower's weights and settings, by which an encoded video knows what made it."""
+    return encoded_video.identity(self.vlm)
 
-    Raises:
-      VideoError: nothing can. ConfigError: see `check`.
-    """
-    print(f"{error}; the rest is used", file=sys.stderr)
-    sample = video.without_tail(sample, error)
-    self.check(len(sample.indices), sample.seconds)
-    return sample
+  def on(self, device: jax.Device) -> "VideoModel":
+    """The same model on another device."""
+    graph, state = nnx.split(self.vlm)
+    there = dataclasses.replace(self, vlm=nnx.merge(graph, jax.device_put(state, device)))
+    vars(there)["identity"] = self.identity  # or it would read all weights again
+    return there
 
-  def selector(self, frames: int) -> FrameSelector:
-    """How some of so many sampled frames are selected for a question.
-
-    Raises:
-      ConfigError: see `frame_selector`.
-    """
-    # a still image is a clip of one frame
-    return frame_selector(frames, min(self.cfg.clip_frames, frames), self.select)
-
-  def introduce(self) -> str:
-    """What it computes with, in a line."""
-    return kernels.describe_kernels(self.cfg)
-
-  def check_clips(self) -> None:
-    """Sees to it that sampled clips are whole clips of the tower.
-
-    Raises:
-      ConfigError: they are not.
-    """
-    if SAMPLED_CLIP % self.cfg.clip_frames:
-      raise ConfigError(
-        f"--clip-frames {self.cfg.clip_frames}: videos are sampled in clips of {SAMPLED_CLIP}, so "
-        f"take a divisor of that",
-        where="--clip-frames",
-      )
-
-  def check(self, frames: int, seconds: float, question: str = "?") -> None:
-    """Checks, before any frame is decoded, that a question about so many frames can be scored and
-    fits into the context.
+  def encode(
+    self,
+    film: Film | FrameSample,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    frames: int | None = None,
+    rate: float | None = None,
+    times: Sequence[float] | np.ndarray | None = None,
+    decoded: Iterable[np.ndarray] | None = None,
+    show_progress: bool = True,
+  ) -> EncodedVideo:
+    """Decodes and encodes a video: once, for any number of questions.
 
     Args:
-      frames: that were sampled.
-      seconds: of what they were sampled from.
-      question: its text; "?": the shortest one there is, where none is known yet.
+      film: a path of a video, folder of frames, GIF or image; the bytes of a file; an array
+        uint8[T, H, W, 3] (RGB); or frames, or (seconds, frame) pairs, one after the other; see
+        `films.Film`. Also what `sample` has made of one.
+      start: second from which it is looked at.
+      end: and until which.
+      frames: that are sampled, at most; None: as the model was loaded.
+      rate: frames per second, at most; likewise.
+      times: seconds of frames in memory; None: one frame per second.
+      decoded: the frames of a sample, where they are decoded already.
+      show_progress: on stderr.
 
     Raises:
-      AnnotationError, ConfigError: see `chat.prompt_of` and `frame_selector`.
+      FileNotFoundError, VideoError: what is wrong with the video.
+      ConfigError: numbers that are out of bounds, or don't fit together.
+
+    Example:
+      >>> video = model.encode(np.zeros((16, 48, 48, 3), np.uint8), rate=1, frames=16)
+      >>> len(video.times), video.clips
+      (16, 2)
     """
-    prompt_of(
-      self.cfg,
-      self.tokenizer,
-      question,
-      seconds,
-      self.selector(frames),
-      self.sampling.max_new_tokens,
+    reader = self._within(frames, rate)
+    with on_disk(film) as readable:
+      sample = reader.sample(readable, start, end, times)
+      selector = reader.selector(len(sample.indices))
+      clips = selector.frames // selector.clip_frames * len(selector.phases)
+      with progress(
+        total=clips, desc="encoding", unit="clip", leave=False, disable=not show_progress
+      ) as bar:
+        try:
+          return reader._encode(sample, decoded, bar.update)
+        except TailError as error:  # once it is known, the other frames are others
+          return reader._encode(reader.shortened(sample, error), None, bar.update)
+
+  def _within(self, frames: int | None, rate: float | None) -> "VideoModel":
+    """The model with other limits of sampling."""
+    if frames is None and rate is None:
+      return self
+    s = self.settings
+    most = s.max_frames if frames is None else frames
+    chosen = dataclasses.replace(
+      s,
+      max_frames=most,
+      min_frames=min(s.min_frames, most),
+      fps=s.fps if rate is None else float(rate),
     )
+    return dataclasses.replace(self, settings=checked(chosen))
 
   def _encode(
     self,
-    model: vlm.VLM,
-    sample: video.FrameSample,
-    source: str,
+    sample: FrameSample,
     decoded: Iterable[np.ndarray] | None,
-    identity: str | None,
-    report: Callable[[int], None],
-  ) -> tuple[encoded_video.EncodedVideo, dict[str, float]]:
+    report: Callable[[int], Any],
+  ) -> EncodedVideo:
+    self.check(len(sample.indices), sample.seconds)
     begun, decoding = time.perf_counter(), 0.0
 
-    def frames() -> Iterator[np.ndarray]:
+    def timed() -> Iterator[np.ndarray]:
       nonlocal decoding
       asked = time.perf_counter()
-      for frame in video.frames(sample) if decoded is None else decoded:
+      for frame in frames(sample) if decoded is None else decoded:
         decoding += time.perf_counter() - asked
         yield frame
         asked = time.perf_counter()
       decoding += time.perf_counter() - asked
 
-    film = encoded_video.encode_video(
-      model,
-      frames(),
-      sample.times,
-      sample.seconds,
-      source,
-      phases=self.selector(len(sample.indices)).phases,
-      tower=identity,
-      report=report,
-    )
-    return film, {"decoding": decoding, "tower": time.perf_counter() - begun - decoding}
+    asked = sample.request
+    film = sample.pictures if len(sample.pictures) else sample.path
+    with computing(self.vlm):
+      video = encoded_video.encode_video(
+        self.vlm,
+        timed(),
+        sample.times,
+        sample.seconds,
+        self.source(film, asked.start, asked.end),
+        phases=self.selector(len(sample.indices)).phases,
+        tower=self.identity,
+        report=report,
+      )
+    tower = time.perf_counter() - begun - decoding
+    return dataclasses.replace(video, spent={"decoding": decoding, "tower": tower})
 
-  def encode(
-    self,
-    model: vlm.VLM,
-    sample: video.FrameSample,
-    source: str,
-    *,
-    decoded: Iterable[np.ndarray] | None = None,
-    identity: str | None = None,
-    report: Callable[[int], None] = lambda clips: None,
-  ) -> tuple[encoded_video.EncodedVideo, dict[str, float]]:
-    """Decodes (unless `decoded` has the frames) and encodes a video; seconds went into "decoding"
-    and "tower".
+  def read_video(self, path: str | os.PathLike) -> EncodedVideo:
+    """Reads a file that `EncodedVideo.save` wrote.
 
     Raises:
-      VideoError: a frame can't be decoded.
+      EncodedVideoError: it is none, or of another tower; or lacks what the mode of selection needs.
+      AnnotationError, ConfigError: a question about it does not fit into the context.
+      OSError: it can't be read.
     """
-    try:
-      return self._encode(model, sample, source, decoded, identity, report)
-    except video.TailError as error:  # once it is known, the other frames are others
-      return self._encode(model, self.shortened(sample, error), source, None, identity, report)
+    video = encoded_video.load_video(path, self.vlm, self.identity)
+    self.check(len(video.times), video.seconds)
+    if lacking := set(self.selector(len(video.times)).phases) - set(video.features):
+      raise EncodedVideoError(
+        f"--mode {self.settings.mode} needs clips that start at frame "
+        f"{', '.join(map(str, sorted(lacking)))} too, which {path} does not hold; encode the video "
+        "again",
+        where=str(path),
+        missing=sorted(lacking),
+      )
+    return video
 
-  def chat(
-    self,
-    model: vlm.VLM,
-    film: encoded_video.EncodedVideo,
-    *,
-    keep_rounds: bool = True,
-    talk: bool = False,
-  ) -> Chat:
-    """A conversation about an encoded video; see `Chat`."""
+  def chat(self, video: EncodedVideo, *, keep_rounds: bool = True, talk: bool = True) -> Chat:
+    """A conversation about a video, in which questions see those before them; see `Chat`.
+
+    Raises:
+      EncodedVideoError: another tower has encoded the video.
+    """
+    if video.identity:  # features that no file and no tower made have none
+      encoded_video.check_identity(video.source, video.identity, self.identity)
     return Chat(
-      model,
+      self.vlm,
       self.tokenizer,
-      film,
-      selector=self.selector(len(film.times)),
+      video,
+      selector=self.selector(len(video.times)),
       sampling=self.sampling,
       keep_rounds=keep_rounds,
       talk=talk,
     )
 
-  def source(self, path: str, start: float | None = None, end: float | None = None) -> str:
-    """Which video, sampled how; its size and beginning tell it from another one of its name."""
-    s, file = self.settings, pathlib.Path(path)
-    size = sum(f.stat().st_size for f in file.iterdir()) if file.is_dir() else file.stat().st_size
-    digest = hashlib.blake2b(digest_size=4)
-    if not file.is_dir():
-      with open(file, "rb") as opened:
-        digest.update(opened.read(1 << 20))
-    part = "" if start is None and end is None else f" from {start or 0} s to {end or 'the end'}"
-    rate = "" if s.rate == "own" else ", by the average rate"
-    stream = "" if s.stream is None else f", stream {s.stream}"
-    return (
-      f"{printable(file.name)} ({size:,} bytes, {digest.hexdigest()}){part}, {s.min_frames} to "
-      f"{s.max_frames} frames at up to {s.fps:g} per second{rate}{stream}"
-    )
+  @overload
+  def ask(
+    self,
+    video: EncodedVideo,
+    question: str,
+    *,
+    stream: Literal[False] = False,
+    **how: Unpack[SamplingSettings],
+  ) -> Answer: ...
+  @overload
+  def ask(
+    self,
+    video: EncodedVideo,
+    question: Sequence[str],
+    *,
+    stream: Literal[False] = False,
+    **how: Unpack[SamplingSettings],
+  ) -> list[Answer]: ...
+  @overload
+  def ask(
+    self,
+    video: EncodedVideo,
+    question: str | Sequence[str],
+    *,
+    stream: Literal[True],
+    **how: Unpack[SamplingSettings],
+  ) -> Pieces: ...
+  def ask(
+    self,
+    video: EncodedVideo,
+    question: str | Sequence[str],
+    *,
+    stream: bool = False,
+    **how: Unpack[SamplingSettings],
+  ) -> Answer | list[Answer] | Pieces:
+    """Answers a question about a video, or several, each by itself.
+
+    Several are answered together, TOGETHER at a time. What scoring them left in the LLM is kept
+    until another video is asked.
+
+    Args:
+      video: of `encode`.
+      question: one, or several.
+      stream: return `Pieces` to iterate over: pieces of text of one question, or for several
+        questions (number of the question, piece) pairs.
+      how: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`: a value,
+        or one for each question; by default as the model was loaded.
+
+    Raises:
+      AnnotationError: an empty question.
+      ConfigError: a question that is too long for the model, or a value out of bounds.
+      EncodedVideoError: another tower has encoded the video.
+
+    Example:
+      >>> answer = model.ask(video, "What is shown?", max_new_tokens=4)
+      >>> str(answer) == answer.text, len(answer.frames)
+      (True, 16)
+    """
+    questions = [question] if isinstance(question, str) else list(question)
+    samplings = self._samplings(len(questions), how)
+    chat = self._asked(video)
+    for one, sampling in zip(questions, samplings, strict=True):
+      chat.check(one, sampling)
+    if isinstance(question, str):
+      pieces = Pieces(_only(chat.stream_apart(questions, samplings)))
+    else:
+      pieces = Pieces(_together(chat, questions, samplings))
+    return pieces if stream else pieces.whole
+
+  def _asked(self, video: EncodedVideo) -> Chat:
+    """The video's chat, kept while no other video is asked."""
+    kept: dict[str, Chat] = vars(self).setdefault("_kept", {})
+    if "chat" not in kept or kept["chat"].video is not video:
+      kept.pop("chat", None)  # its memory first
+      kept["chat"] = self.chat(video, talk=False)
+    return kept["chat"]
+
+  def _samplings(self, questions: int, how: SamplingSettings) -> list[Sampling]:
+    """How each of so many questions is answered.
+
+    Raises:
+      ConfigError: a value that is out of bounds; or several values, not one for each question.
+    """
+    columns: dict[str, list[Any]] = {}
+    for name, value in how.items():
+      several = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+      values = list(value) if several else [value] * questions
+      if len(values) != questions:
+        raise ConfigError(
+          f"{name} has {len(values)} values for {questions} questions; give one value, or one for "
+          f"each",
+          where=name,
+          value=value,
+        )
+      columns[name] = values
+    if unknown := sorted(set(columns) - SamplingSettings.__annotations__.keys()):
+      raise ConfigError(
+        f"{', '.join(unknown)}: an answer has no such setting; it has "
+        f"{', '.join(SamplingSettings.__annotations__)}",
+        where=unknown[0],
+      )
+    rows = [{name: values[i] for name, values in columns.items()} for i in range(questions)]
+    return [
+      self.sampling
+      if not row
+      else checked(dataclasses.replace(self.settings, **row)).sampling(self.tokenizer.eos)
+      for row in rows
+    ]
+
+  def warm_up(
+    self,
+    frames: int | None = None,
+    questions: int = 1,
+    *,
+    text: int = 64,
+    new_tokens: int | None = None,
+  ) -> None:
+    """Compiles what encoding and asking need, so that nobody waits for it later.
+
+    Videos share their programs with those of as many frames, and with others that are padded
+    alike; see `generate` for which sizes of texts, answers and batches share one.
+
+    Args:
+      frames: that are sampled of a video; None: as many as the model was loaded for, at most.
+      questions: that are asked together, at most.
+      text: tokens of the longest question, about.
+      new_tokens: of an answer, at most; None: as the model was loaded.
+
+    Raises:
+      ConfigError: numbers that are out of bounds, or don't fit together.
+    """
+    count = self.settings.max_frames if frames is None else frames
+    size = self.cfg.vision.image_size
+    still = np.broadcast_to(np.zeros((), np.uint8), (count, size, size, 3))
+    video = self._within(count, None).encode(still, rate=None, show_progress=False)
+    how = SamplingSettings() if new_tokens is None else SamplingSettings(max_new_tokens=new_tokens)
+    word = " a"
+    for together in sorted({1 << n for n in range(questions.bit_length())} | {questions}):
+      self.ask(video, [word * text] * together, **how)
+    vars(self).pop("_kept", None)
 
 
-def fault(error: BaseException) -> str:
-  """Says in a line why one video could not be watched or asked about, so that others still can.
+def _only(steps: Generator[list[str], None, list[Answer]]) -> Generator[str, None, Answer]:
+  (answer,) = yield from firsts(steps)
+  return answer
 
-  What no file can cause is a mistake of this program, and is told with its kind and place.
+
+def _together(
+  chat: Chat, questions: Sequence[str], samplings: Sequence[Sampling]
+) -> Generator[tuple[int, str], None, list[Answer]]:
+  """Answers questions, a batch at a time, in pieces of text with their question's number."""
+  answers: list[Answer] = []
+  for part in batches(list(zip(questions, samplings, strict=True)), TOGETHER):
+    steps = chat.stream_apart([q for q, _ in part], [s for _, s in part])
+    first = len(answers)
+    with contextlib.closing(steps):
+      while True:
+        try:
+          piece = next(steps)
+        except StopIteration as end:
+          answers += end.value
+          break
+        yield from ((first + i, text) for i, text in enumerate(piece) if text)
+  return answers
+
+
+def load_prepared(
+  prepared: PreparedModel, *, device: jax.Device | None = None, mesh: Mesh | None = None
+) -> VideoModel:
+  """A prepared model with its parameters.
+
+  Args:
+    prepared: of `prepare_model`.
+    device: that holds them; None: `jax.default_device`, else the first one of this process.
+    mesh: that they are split over, by its axes `fsdp` and `tensor`; clips, rounds of scoring and
+      questions are split over all that it can split them over.
 
   Raises:
-    KeyboardInterrupt, SystemExit, GeneratorExit: the error itself, for it ends everything.
+    CheckpointError: see `loading.load_model`. ConfigError: both a device and a mesh.
   """
-  if isinstance(error, ENDINGS):
-    raise error
-  if text := out_of_memory(error):
-    return text
-  if isinstance(error, (video.VideoError, prompt.AnnotationError, ConfigError, OSError)):
-    return one_line(error)
-  last = traceback.extract_tb(error.__traceback__)[-1]
-  where, said = os.path.basename(last.filename), one_line(error)[:300]
-  return f"unexpected {type(error).__name__} in {where}, line {last.lineno}: {said}"
-
-
-def prepare_model(s: AskSettings) -> VideoModel:
-  """Reads what a checkpoint says about itself, and checks the settings against it.
-
-  Raises:
-    CheckpointError, ConfigError, OSError: bad settings, by name.
-  """
-  s = checked(s)
-  directory = resolve(s.checkpoint)
-  tuned = read_tuned(directory) or Tuned(lp_comp=COSINE)
-  lp_comp = LPCompConfig(
-    s.schedule or tuned.lp_comp.schedule, s.keep or tuned.lp_comp.keep, tuned.lp_comp.group
-  )
-  dtype = s.dtype or kernels.compute_dtype(kernels.here(), tuned.dtype)
-  kernels.check_implementation(s.attention, dtype)
-  frames = s.clip_frames if s.clip_frames in ("auto", "checkpoint") else int(s.clip_frames)
-  yarn = "checkpoint" if s.yarn is None else (s.yarn, TRAINED) if s.yarn > 1 else None
-  model = ModelConfig(
-    clip_frames=frames,
-    yarn=yarn,
-    dtype=dtype,
-    param_dtype=dtype,
-    clips_per_chunk=s.clips_per_chunk,
-    attention=s.attention,
-    remat=False,
-  )
-  cfg = read_vlm_config(directory, model, lp_comp, option="--clip-frames checkpoint")
-  if s.context not in (None, cfg.llm.context):
-    print(
-      f"a context of {s.context:,} tokens (--context), not the "
-      f"{cfg.llm.context or 'unknown number'} of {directory}",
-      file=sys.stderr,
+  if device is not None and mesh is not None:
+    raise ConfigError("give a device, or a mesh, not both", where="mesh")
+  split = None
+  if mesh is not None:
+    split = param_shardings(nnx.state(loading.abstract(prepared.cfg)), mesh)
+  with contextlib.nullcontext() if device is None else jax.default_device(device):
+    model = loading.load_model(
+      prepared.directory, prepared.cfg, dtype=prepared.dtype, shardings=split
     )
-    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, context=s.context))
-  tokenizer = loading.read_tokenizer(directory, cfg)
-  select = qc_comp.select_config(s.mode, s.select, s.repeat, s.rows) if s.select else None
-  if select and lp_comp.keep == "attention":
-    raise ConfigError("--keep attention can't be scored by QC-Comp: add --select 0", where="--keep")
-  sampling = generate.Sampling(
-    max_new_tokens=s.max_new_tokens,
-    eos=tokenizer.eos,
-    repetition_penalty=s.repetition_penalty,
-    temperature=s.temperature,
-    top_k=s.top_k,
-    top_p=s.top_p,
-    seed=s.seed,
-  )
   return VideoModel(
-    settings=s,
-    directory=directory,
-    cfg=cfg,
-    tokenizer=tokenizer,
-    select=select,
-    sampling=sampling,
-    dtype=dtype,
+    **{f.name: getattr(prepared, f.name) for f in dataclasses.fields(prepared)}, vlm=model
   )
+
+
+def load(
+  checkpoint: str | os.PathLike,
+  *,
+  device: jax.Device | None = None,
+  mesh: Mesh | None = None,
+  compilation_cache: str | None = None,
+  **settings: Unpack[Settings],
+) -> VideoModel:
+  """Reads a checkpoint, to encode videos and ask about them.
+
+  Args:
+    checkpoint: a directory (VideoChat-Flash's safetensors, or an export), or a hub id.
+    device: that holds its parameters; see `load_prepared`.
+    mesh: that they are split over.
+    compilation_cache: folder of compiled programs, for the next time; "": none; None:
+      JAX_COMPILATION_CACHE_DIR, else ~/.cache/xcomp_jax.
+    settings: any of `AskSettings`, with the defaults and bounds of the options of `ask`, such as
+      `dtype`, `select`, `mode`, `keep`, `schedule`, `context`.
+
+  Raises:
+    CheckpointError: no checkpoint, a damaged one, or of something else.
+    ConfigError: a setting that is out of bounds, or does not fit the checkpoint.
+    OSError: it can't be read.
+
+  Example:
+    >>> model = load(tiny, select=0, dtype="float32")
+    >>> model.cfg.tokens_per_frame
+    16
+  """
+  known = {field.name for field in dataclasses.fields(AskSettings)}
+  if unknown := sorted(set(settings) - known):
+    raise ConfigError(
+      f"{', '.join(unknown)}: there is no such setting; there are {', '.join(sorted(known))}",
+      where=unknown[0],
+    )
+  cli.keep_compiled(compilation_cache, COMPILED)
+  prepared = prepare_model(AskSettings(checkpoint=os.fspath(checkpoint), **settings))
+  return load_prepared(prepared, device=device, mesh=mesh)

@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
-import sys
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +23,8 @@ from xcomp_jax.model.layout import (
   padded,
   sample_order,
 )
+
+LOG = logging.getLogger(__name__)
 
 
 class Ranges(NamedTuple):
@@ -342,7 +343,7 @@ def _compiles(
       pool.submit(attempt).result()
   except Exception as error:
     why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    print(f"attention: {kernel} does not compile for {call}: {why}", file=sys.stderr)
+    LOG.warning(f"attention: {kernel} does not compile for {call}: {why}")
     return False
   return True
 

@@ -255,6 +255,12 @@ def parts(axis: str) -> int:
   return 1 if mesh.empty else math.prod(mesh.shape[name] for name in LOGICAL[axis])
 
 
+def mesh_of(model: nnx.Module) -> Mesh | None:
+  """The mesh that a model's parameters are split over; None where one device holds them."""
+  sharding = getattr(jax.tree.leaves(nnx.state(model))[0], "sharding", None)
+  return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())

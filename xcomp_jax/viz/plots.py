@@ -15,12 +15,10 @@ from matplotlib.figure import Figure
 
 from xcomp_jax.config import LPCompConfig
 from xcomp_jax.data.video import resize
-from xcomp_jax.inference.chat import Answer
-from xcomp_jax.inference.encoded_video import EncodedVideo
+from xcomp_jax.inference.pictures import BLUE, INK, ORANGE
 from xcomp_jax.model import lp_comp
-from xcomp_jax.viz.html_report import clock, extent, ranges
 
-BLUE, ORANGE, GREY, LIGHT, INK = "#2a6f97", "#d9772b", "#8a8f98", "#dfe5ea", "#333333"
+GREY, LIGHT = "#8a8f98", "#dfe5ea"
 STYLE: Any = {  # the types of matplotlib want every key by name
   "font.size": 10,
   "axes.spines.top": False,
@@ -308,63 +306,6 @@ def draw_agreement(
 
 # --- questions
 # ----------------------------------------------------------------------------------------
-
-
-def draw_relevance(
-  video: EncodedVideo,
-  answers: Sequence[tuple[str, Answer]],
-  shown: Sequence[tuple[float, float]] | None = None,
-) -> Figure:
-  """Scores over time for each question; blue: selected frames.
-
-  Args:
-    video: that was asked.
-    answers: (question, answer).
-    shown: seconds between which each question's answer is really to be seen, if that is known.
-  """
-  begin, end = extent(video)
-  figure, axes = plt.subplots(
-    len(answers),
-    1,
-    figsize=(10, 1.75 * len(answers) + 0.3),
-    sharex=True,
-    squeeze=False,
-    layout="constrained",
-  )
-  for i, (ax, (question, answer)) in enumerate(zip(axes[:, 0], answers, strict=True)):
-    kept = answer.selection
-    for first, last in ranges(kept.frames, video.times, video.seconds):
-      ax.axvspan(first, last, color=BLUE, alpha=0.25, lw=0)
-    if kept.scores is None:
-      ax.text(0.5, 0.5, kept.note, transform=ax.transAxes, ha="center", va="center", color=INK)
-    else:
-      ax.stairs(kept.scores, np.append(video.times, end), color=INK, lw=1.1, baseline=None)
-      ax.set_ylim(min(0, kept.scores.min()), kept.scores.max() * 1.22)
-    if shown is not None:
-      ax.plot(
-        np.mean(shown[i]),
-        0.93,
-        "v",
-        color=ORANGE,
-        ms=8,
-        transform=ax.get_xaxis_transform(),
-        clip_on=False,
-      )
-    first, *rest = question.splitlines()
-    told = next((line for line in rest if line.startswith(f"{answer.text}.")), answer.text)
-    ax.set_title(f"{first}  {told}", loc="left", fontsize=10)
-    ax.set(
-      yticks=[0],
-      ylabel="relevance",
-      xlim=(begin, end),
-    )
-  axes[-1, 0].set_xlabel("time, " + ("seconds" if video.seconds < 60 else "minutes:seconds"))
-  axes[-1, 0].xaxis.set_major_formatter(lambda t, _: clock(t, video.seconds))
-  return figure
-
-
-# --- training and checking
-# ---------------------------------------------------------------------------------------
 
 
 def learning(

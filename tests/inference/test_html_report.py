@@ -7,9 +7,10 @@ import pytest
 
 from xcomp_jax.config import LPCompConfig
 from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.inference import html_report
 from xcomp_jax.inference.chat import Answer, Selection
 from xcomp_jax.inference.encoded_video import EncodedVideo
-from xcomp_jax.viz import html_report
+from xcomp_jax.inference.moments import clock, spans
 
 pytestmark = pytest.mark.pure
 VOID = {"meta", "img", "br"}
@@ -29,15 +30,20 @@ def film(frames, seconds, clip=8, source="film.mp4"):
   )
 
 
-def answer(frames, scores=None, note="", text="Yes.", tokens=51, spent=None):
+def answer(
+  cfg, video, frames, scores=None, note="", question="What?", text="Yes.", tokens=51, spent=None
+):
   prompt = Prompt(
     np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), np.zeros(tokens, bool), (0, 1)
   )
   return Answer(
-    text,
-    Selection(np.asarray(frames), scores, note),
-    spent or {"scoring": 1.0, "tower": 0.0},
-    prompt,
+    question=question,
+    text=text,
+    video=video,
+    selection=Selection(np.asarray(frames), scores, note),
+    spent=spent or {"scoring": 1.0, "tower": 0.0},
+    prompt=prompt,
+    cfg=cfg,
   )
 
 
@@ -86,7 +92,7 @@ class Balanced(html.parser.HTMLParser):
   ],
 )
 def test_clock(seconds, whole, text):
-  assert html_report.clock(seconds, whole) == text
+  assert clock(seconds, whole) == text
 
 
 @pytest.mark.parametrize(
@@ -108,15 +114,17 @@ def test_clock(seconds, whole, text):
     ([0], [0.0], 0.0, [(0.0, 0.0)]),  # a still image
   ],
 )
-def test_ranges(frames, times, seconds, expected):
-  assert html_report.ranges(np.array(frames, int), np.array(times), seconds) == expected
+def test_spans(frames, times, seconds, expected):
+  assert spans(np.array(frames, int), np.array(times), seconds) == expected
 
 
 def test_text_is_escaped(tiny):
   bad = '<script>"&'
   video = film(16, 4.0, source=bad)
   page = html_report.page(
-    video, [(bad, answer(range(16), note=bad, text=bad, spent={bad: 1.0}))], tiny(), {bad: 1.0}
+    video,
+    [answer(tiny(), video, range(16), note=bad, question=bad, text=bad, spent={bad: 1.0})],
+    {bad: 1.0},
   )
   assert "<script" not in page
   assert Balanced(page).text.count(bad) == 6  # title, heading, stage, question, answer, note
@@ -127,11 +135,13 @@ def test_a_page_says_what_was_chosen_and_what_it_cost(tiny):
   scores = np.repeat([1.0, 4.0, 2.0, 3.0], 8)
   video = film(32, 240.0)
   asked = answer(
-    [*range(8, 16), *range(24, 32)], scores, spent={"scoring": 1.25, "generation": 0.5}
+    tiny(),
+    video,
+    [*range(8, 16), *range(24, 32)],
+    scores,
+    spent={"scoring": 1.25, "generation": 0.5},
   )
-  page = Balanced(
-    html_report.page(video, [("What?", asked)], tiny(), {"decode": 2.0, "tower": 3.0})
-  )
+  page = Balanced(html_report.page(video, [asked], {"decode": 2.0, "tower": 3.0}))
   text = " ".join(page.text.split())
   assert "16 of 32 sampled frames, in 2 time ranges" in text
   assert "1:04–2:04" in text and "3:04–4:00" in text
@@ -146,9 +156,8 @@ def test_a_page_says_what_was_chosen_and_what_it_cost(tiny):
 
 
 def test_nothing_selected(tiny):
-  page = Balanced(
-    html_report.page(film(512, 100.0), [("What?", answer(range(512), note="no need"))], tiny(), {})
-  )
+  video = film(512, 100.0)
+  page = Balanced(html_report.page(video, [answer(tiny(), video, range(512), note="no need")], {}))
   assert "All 512 sampled frames." in page.text and "No need." in page.text
   assert not page.all("path")
   assert len(page.all("img")) == html_report.THUMBNAILS
@@ -158,12 +167,11 @@ def test_nothing_selected(tiny):
 def test_the_best_clips_are_shown_in_order_of_time(tiny):
   scores = np.random.default_rng(0).permutation(64).astype(float)
   chosen = np.arange(40 * 8)
-  page = Balanced(
-    html_report.page(film(512, 512.0), [("What?", answer(chosen, scores.repeat(8)))], tiny(), {})
-  )
+  video = film(512, 512.0)
+  page = Balanced(html_report.page(video, [answer(tiny(), video, chosen, scores.repeat(8))], {}))
   best = np.sort(np.argsort(-scores[:40])[:24])
   assert [i["alt"] for i in page.all("img")] == [
-    f"Frame at {html_report.clock(c * 8 + 4.5, 512)}" for c in best
+    f"Frame at {clock(c * 8 + 4.5, 512)}" for c in best
   ]
   assert "The 24 most relevant of 40 chosen clips; 16 more" in page.text
 
@@ -173,7 +181,7 @@ def test_a_still_image_and_no_compression(tiny):
   video = dataclasses.replace(film(1, 0.0, clip=1), seconds=0.0)
   page = Balanced(
     html_report.page(
-      video, [("What?", answer([0], note="no selection asked for"))], cfg, {"tower": 0.1}
+      video, [answer(cfg, video, [0], note="no selection asked for")], {"tower": 0.1}
     )
   )
   assert "Duration" not in page.text and page.text.count("16 + 50") == 2
@@ -181,16 +189,18 @@ def test_a_still_image_and_no_compression(tiny):
 
 def test_equal_scores_and_no_questions(tiny):
   video = film(16, 4.0)
-  Balanced(html_report.page(video, [("What?", answer(range(8), np.ones(16)))], tiny(), {}))
-  assert "<section" not in html_report.page(video, [], tiny(), {"decode": 1.0})
+  Balanced(html_report.page(video, [answer(tiny(), video, range(8), np.ones(16))], {}))
+  page = Balanced(html_report.page(video, [], {"decode": 1.0}))
+  assert not page.all("section")
+  assert [img["alt"] for img in page.all("img")] == ["Frame at 1.1 s", "Frame at 3.1 s"]
 
 
 def test_a_long_video_makes_a_small_page_that_needs_nothing_else(tiny):
   rng = np.random.default_rng(0)
-  asked = []
+  asked, video = [], film(4096, 2048.0)
   for _ in range(3):  # the worst case: every frame has its own score, chosen ones stand alone
-    asked.append(("What?", answer(np.arange(0, 4096, 8), rng.random(4096))))
-  page = html_report.page(film(4096, 2048.0), asked, tiny(), {"decode": 1.0})
+    asked.append(answer(tiny(), video, np.arange(0, 4096, 8), rng.random(4096)))
+  page = html_report.page(video, asked, {"decode": 1.0})
   assert len(page) < 2_000_000
   assert not re.search(r"https?:|url\(|<link|<script", page)
   curve = Balanced(page).all("path")[0]["d"]
@@ -198,8 +208,9 @@ def test_a_long_video_makes_a_small_page_that_needs_nothing_else(tiny):
 
 
 def test_equal_neighbours_are_one_step(tiny):
+  video = film(32, 32.0)
   page = html_report.page(
-    film(32, 32.0), [("What?", answer(range(8), np.repeat([0.0, 1, 1, 0.5], 8)))], tiny(), {}
+    video, [answer(tiny(), video, range(8), np.repeat([0.0, 1, 1, 0.5], 8))], {}
   )
   (curve,) = Balanced(page).all("path")
   assert curve["d"] == "M15.6 100H15.6V100H265.6V0H765.6V50H1000V100Z"

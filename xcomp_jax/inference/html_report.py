@@ -12,12 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from PIL import Image
 
 from xcomp_jax.config import VLMConfig
-from xcomp_jax.inference.chat import Answer, Selection
+from xcomp_jax.inference.chat import Answer
 from xcomp_jax.inference.encoded_video import EncodedVideo
+from xcomp_jax.inference.moments import clock, extent
+from xcomp_jax.inference.selection import Selection
 from xcomp_jax.model.lp_comp import counts
 from xcomp_jax.model.qc_comp import top
 
@@ -45,42 +47,6 @@ _TICKS = (
   43200,
 )
 
-# --- times
-# ----------------------------------------------------------------------------------------
-
-
-def clock(seconds: float, whole: float | None = None) -> str:
-  """A time as 1:02:03 or 2:03; as 3.5 where the `whole` video (by default: the time itself) is
-  under a minute.
-  """
-  if (seconds if whole is None else whole) < 60:
-    return f"{seconds:.1f}"
-  minutes, s = divmod(round(seconds), 60)
-  hours, m = divmod(minutes, 60)
-  return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
-def ranges(
-  frames: Int[np.ndarray, " K"], times: Float[np.ndarray, " T"], seconds: float
-) -> list[tuple[float, float]]:
-  """When chosen frames are seen, in seconds; neighbours and repeated frames merge.
-
-  A frame lasts until the next sampled one, the last as long as the one before it and not past the
-  video's end.
-
-  Args:
-    frames: int[K], ascending.
-    times: float64[T], seconds of all sampled frames, ascending; equal where a short video was
-      stretched.
-    seconds: of the whole.
-  """
-  ends, out = _ends(times, seconds), []
-  for begin, end in zip(times[frames].tolist(), ends[frames].tolist(), strict=True):
-    if out and begin <= out[-1][1]:
-      begin = out.pop()[0]
-    out.append((begin, end))
-  return out
-
 
 def best_clips(video: EncodedVideo, selection: Selection, most: int) -> Int[np.ndarray, " n"]:
   """Chosen clips to be shown, in order of time: the best by score, at most so many; without scores,
@@ -95,22 +61,6 @@ def best_clips(video: EncodedVideo, selection: Selection, most: int) -> Int[np.n
   return clips[top(scores[clips], count)]
 
 
-def _ends(times, seconds: float) -> np.ndarray:
-  """float64[T]: when each frame's time is over."""
-  moments = np.unique(times)
-  last = moments[-1] + (moments[-1] - moments[-2] if len(moments) > 1 else seconds)
-  # else they are of a later part of the file, and `seconds` is that part's length
-  if seconds > moments[-1]:
-    last = min(last, seconds)
-  return np.append(moments, last)[np.searchsorted(moments, times, side="right")]
-
-
-def extent(video: EncodedVideo) -> tuple[float, float]:
-  """First and last second of an axis of time."""
-  begin = float(video.times[0]) if video.times[-1] > video.seconds else 0.0
-  return begin, float(_ends(video.times, video.seconds)[-1])
-
-
 def total_seconds(columns: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
   """Seconds by what they went into, in the order in which that first comes up."""
   stages = dict.fromkeys(stage for spent in columns.values() for stage in spent)
@@ -121,18 +71,12 @@ def total_seconds(columns: Mapping[str, Mapping[str, float]]) -> dict[str, float
 # --------------------------------------------------------------------------------------------------
 
 
-def page(
-  video: EncodedVideo,
-  answers: Sequence[tuple[str, Answer]],
-  cfg: VLMConfig,
-  spent: Mapping[str, float],
-) -> str:
-  """Questions that were asked of a video, as HTML.
+def page(video: EncodedVideo, answers: Sequence[Answer], spent: Mapping[str, float]) -> str:
+  """Questions that were asked of a video, as HTML; without any, the video alone.
 
   Args:
     video: with its thumbnails.
-    answers: (question, answer) in order.
-    cfg: of the model that answered.
+    answers: in order.
     spent: seconds that went into the video itself, by what for.
   """
   title, _, how = (html.escape(part) for part in video.source.partition(" ("))
@@ -144,8 +88,7 @@ def page(
   if not video.seconds:  # a still image
     facts = {"Sampled frames": facts["Sampled frames"]}
   columns = {"video": spent} | {
-    "question" if len(answers) == 1 else f"question {i}": a.spent
-    for i, (_, a) in enumerate(answers, 1)
+    "question" if len(answers) == 1 else f"question {i}": a.spent for i, a in enumerate(answers, 1)
   }
   return f"""<!doctype html>
 <html lang="en">
@@ -164,10 +107,15 @@ def page(
 <dl class="facts">{"".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts.items())}</dl>
 {_costs(columns)}
 </header>
-{"".join(_question(video, cfg, i, *pair) for i, pair in enumerate(answers, 1))}</main>
+{"".join(_question(i, answer) for i, answer in enumerate(answers, 1)) or _thumbnails(video)}</main>
 </body>
 </html>
 """  # noqa: E501
+
+
+def framed(whole: str, height: int = 600) -> str:
+  """A page inside another one, such as a notebook, with a style of its own."""
+  return f'<iframe srcdoc="{html.escape(whole)}" width="100%" height="{height}"></iframe>'
 
 
 def _costs(columns: Mapping[str, Mapping[str, float]]) -> str:
@@ -206,14 +154,12 @@ def _costs(columns: Mapping[str, Mapping[str, float]]) -> str:
 </table></div>"""  # noqa: E501
 
 
-def _question(
-  video: EncodedVideo, cfg: VLMConfig, number: int, question: str, answer: Answer
-) -> str:
+def _question(number: int, answer: Answer) -> str:
   """A section: question, answer, and how it came about."""
-  selection = answer.selection
-  _, end = extent(video)
+  video, selection = answer.video, answer.selection
+  _, end = extent(video.times, video.seconds)
   kept, sampled = len(selection.frames), len(video.times)
-  spans = ranges(selection.frames, video.times, video.seconds)
+  spans = answer.moments
   if kept < sampled:
     looked = f"""<p>{kept:,} of {_many(sampled, "sampled frame")}, in {_many(len(spans), "time range")}:</p>
 <ul class="times">{"".join(f"<li>{_when(end, *span)}</li>" for span in spans)}</ul>"""  # noqa: E501
@@ -224,21 +170,21 @@ def _question(
   curve = "" if selection.scores is None else _curve(video, selection.scores, spans)
   return f"""<section aria-labelledby="q{number}">
 <p class="label">Question {number}</p>
-<h2 id="q{number}">{html.escape(question)}</h2>
+<h2 id="q{number}">{html.escape(answer.question)}</h2>
 <p class="answer">{html.escape(answer.text)}</p>
 <h3>Frames that answered</h3>
 {looked}
 {curve}
-{_thumbnails(video, selection, end)}
+{_thumbnails(video, selection)}
 <h3>Tokens per layer</h3>
-{_layers(cfg, kept, len(answer.prompt.tokens) - 1)}
+{_layers(answer.cfg, kept, len(answer.prompt.tokens) - 1)}
 </section>
 """
 
 
 def _curve(video: EncodedVideo, scores: np.ndarray, spans: Sequence[tuple[float, float]]) -> str:
   """Relevance over time, a step per score, the chosen ranges shaded."""
-  begin, end = extent(video)
+  begin, end = extent(video.times, video.seconds)
 
   def place(t):
     return np.round((t - begin) / ((end - begin) or 1) * 1000, 1)
@@ -281,11 +227,13 @@ def _curve(video: EncodedVideo, scores: np.ndarray, spans: Sequence[tuple[float,
 </figure>"""
 
 
-def _thumbnails(video: EncodedVideo, selection: Selection, end: float) -> str:
-  """Pictures of the chosen clips: the best by score, in order of time; without scores, evenly
-  spaced.
+def _thumbnails(video: EncodedVideo, selection: Selection | None = None) -> str:
+  """Pictures of the chosen clips, or of all: the best by score, in order of time; without scores,
+  evenly spaced.
   """
   assert video.thumbnails is not None  # `encode_video` makes them
+  selection = selection or Selection(np.arange(len(video.times)), None, "")
+  _, end = extent(video.times, video.seconds)
   chosen = len(np.unique(selection.frames // video.clip_frames))
   shown = best_clips(video, selection, THUMBNAILS)
   times = video.times[shown * video.clip_frames + video.clip_frames // 2]
