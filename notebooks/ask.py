@@ -128,7 +128,7 @@ with watching.precision():
 print(f"{checkpoint}: LP-Comp {watching.cfg.lp_comp}")
 print(
   f"{len(film.times)} frames of {film.seconds:.0f} s, {film.clips} clips, "
-  f"{film.features[0].nbytes / 1e6:.1f} MB of features"
+  f"{sum(clip.nbytes for clip in film.features[0]) / 1e6:.1f} MB of features"
 )
 
 # %% [markdown]

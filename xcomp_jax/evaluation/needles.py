@@ -75,7 +75,7 @@ def ask_needle(
   # The official bias counts the tokens of a message that may be missing here.
   selector = frame_selector(len(film.times), film.clip_frames, reader.select).without_bias()
   (selection,) = select_frames(model, film, [question], selector, rounds=rounds)
-  visual = film.features[0][selection.frames]
+  visual = [film.features[0][i] for i in selection.frames]
   (tokens,) = generate.generate(model, generate.as_batch(question, visual, 1), reader.sampling)
   return reader.tokenizer.decode(tokens).strip(), selection.frames
 
