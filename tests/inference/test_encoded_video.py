@@ -77,7 +77,8 @@ def test_eight_devices_encode_what_one_does(model, sizes):
   expected = list(encoded_video.encode_in_chunks(model, video))
   got = list(encoded_video.encode_in_chunks(many, video))
   np.testing.assert_allclose(got, expected, atol=1e-5)
-  assert all(one.sharding.is_fully_replicated and len(one.devices()) == 8 for one in got)
+  for one in (*got, encoded_video.stacked(got, 24)):
+    assert one.sharding.is_fully_replicated and len(one.devices()) == 8
 
 
 def test_each_of_eight_devices_does_an_eighth_of_the_towers_work(model):
