@@ -124,7 +124,7 @@ film = model.encode(path)
 print(f"{checkpoint}: LP-Comp {model.cfg.lp_comp}")
 print(
   f"{len(film.times)} frames of {film.seconds:.0f} s, {film.clips} clips, "
-  f"{film.features[0].nbytes / 1e6:.1f} MB of features"
+  f"{sum(clip.nbytes for clip in film.features[0]) / 1e6:.1f} MB of features"
 )
 
 # %% [markdown]

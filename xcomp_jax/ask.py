@@ -129,7 +129,7 @@ def encode(
   if args.encoded:
     try:
       save(film, args.encoded)
-      size = sum(features.nbytes for features in film.features.values())
+      size = sum(clip.nbytes for clips in film.features.values() for clip in clips)
       say(f"{args.encoded}: {size / 1e6:.1f} MB of features")
     except OSError as error:
       # it only saves the next one time; the answer has cost most of its own already

@@ -99,7 +99,7 @@ def load_tower(
   def run(clips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
       for one in encoded_video.encode_in_chunks(vlm, clips):
-        yield one.astype(ml_dtypes.bfloat16)
+        yield np.asarray(one).astype(ml_dtypes.bfloat16)
 
   return Tower(features, how, run, f"attention of the tower on {card.kind}, {dtype}: {kernel}")
 

@@ -3,18 +3,24 @@
 import dataclasses
 import json
 import os
+import threading
+import time
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from xcomp_jax.config import ConfigError
+from xcomp_jax.config import ConfigError, MeshConfig
+from xcomp_jax.data.video import TailError
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.encoded_video import EncodedVideoError
 from xcomp_jax.inputs import NoFileError
 from xcomp_jax.model import vlm
+from xcomp_jax.parallel.mesh import clip_sharding, make_mesh, mesh_of, param_shardings
+from xcomp_jax.training.metrics import BACKEND_COMPILE
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,149 @@ def test_phases_start_at_their_frame_and_wrap_around(model):
 
 def test_an_image_is_one_clip_of_one_frame(model):
   got = encoded_video.encode_video(model, frames(1), np.zeros(1), 0.0, "it")
-  assert got.features[0].shape == (1, 16, 32) and got.clip_frames == 1
+  assert np.shape(got.features[0]) == (1, 16, 32) and got.clip_frames == 1
+
+
+def spread(model, **sizes):
+  """The model on a mesh of all 8 devices."""
+  mesh = make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes))
+  graph, state = nnx.split(model)
+  return nnx.merge(graph, jax.device_put(state, param_shardings(state, mesh)))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_eight_devices_encode_what_one_does(model, sizes):
+  video = frames(21 * 8).reshape(21, 8, 48, 48, 3)
+  assert mesh_of(model) is None
+  many = spread(model, **sizes)
+  expected = list(encoded_video.encode_in_chunks(model, video))
+  got = list(encoded_video.encode_in_chunks(many, video))
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+  for one in (*got, encoded_video.stacked(got, 24)):
+    assert one.sharding.is_fully_replicated and len(one.devices()) == 8
+
+
+def test_each_of_eight_devices_does_an_eighth_of_the_towers_work(model):
+  many, video = spread(model, data=8), frames(64).reshape(8, 8, 48, 48, 3)
+  mesh = mesh_of(many)
+  model = vlm.VLM(dataclasses.replace(model.cfg, clips_per_chunk=8), rngs=nnx.Rngs(0))
+  alone = encoded_video.encode_chunk.lower(model, video)
+  with jax.set_mesh(mesh):
+    split = encoded_video.encode_chunk.lower(many, jax.device_put(video, clip_sharding(mesh)))
+  one, eighth = (lowered.compile().cost_analysis()["flops"] for lowered in (alone, split))
+  assert eighth == pytest.approx(one / 8, rel=0.01)
+
+
+def fake(sizes):
+  """Encodes nothing, and notes how many clips it was given."""
+
+  def encode(model, clips):
+    sizes.append(len(clips))
+    return [jnp.zeros((16, 32))] * len(clips)
+
+  return encode
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_few_clips_are_padding_and_two_programs_serve(model, devices):
+  """Chunks are of 2 clips a device."""
+  many, programs = model if devices == 1 else spread(model, data=8), set()
+  for count in range(1, 40):
+    clips, sizes = np.broadcast_to(np.uint8(0), (count, 1, 1, 1, 3)), []
+    assert len([*encoded_video.encode_in_chunks(many, clips, fake(sizes))]) == count
+    assert 0 <= sum(sizes) - count < devices
+    assert len(sizes) <= count // (2 * devices) + 1
+    programs |= set(sizes)
+  assert programs == {devices, 2 * devices}
+
+
+def test_a_rest_fills_a_chunk_of_one_device_but_a_lone_clip_has_its_own_program(model):
+  model = vlm.VLM(dataclasses.replace(model.cfg, clips_per_chunk=4), rngs=nnx.Rngs(0))
+  for count, expected in ((1, [1]), (2, [4]), (4, [4]), (5, [4, 1]), (7, [4, 4])):
+    sizes = []
+    clips = np.zeros((count, 1, 1, 1, 3), np.uint8)
+    assert len([*encoded_video.encode_in_chunks(model, clips, fake(sizes))]) == count
+    assert sizes == expected
+
+
+def test_the_decoder_is_few_chunks_ahead(model):
+  decoded, done = [], []
+
+  def clips():
+    for i in range(20):
+      decoded.append(i)
+      yield np.zeros((1, 1, 1, 3), np.uint8)
+
+  for _ in encoded_video.encode_in_chunks(model, clips(), fake([])):
+    time.sleep(0.01)  # the decoder is faster
+    assert len(decoded) - len(done) // 2 * 2 <= 3 * 2  # one that arrives, one in work, one waits
+    done.append(len(decoded))
+  assert done[0] == 6 and len(done) == 20
+
+
+@pytest.mark.parametrize("error", [TailError("x", lost=1), KeyboardInterrupt(), ValueError("no")])
+def test_what_a_decoder_raises_arrives_as_it_is(model, error):
+  def clips():
+    yield from np.zeros((5, 1, 1, 1, 3), np.uint8)
+    raise error
+
+  before, got = threading.active_count(), []
+  with pytest.raises(type(error)) as raised:
+    for one in encoded_video.encode_in_chunks(model, clips(), fake([])):
+      got.append(one)
+  assert raised.value is error and threading.active_count() == before
+
+
+@pytest.mark.parametrize("how", ["break", "interrupt", "bad features"])
+def test_encoding_that_is_left_early_leaves_no_thread(model, how):
+  closed = []
+
+  def clips():
+    try:
+      while True:
+        yield np.zeros((1, 1, 1, 3), np.uint8)
+    finally:
+      closed.append(True)
+
+  def bad(model, clips):
+    raise ConfigError("no")
+
+  before = threading.active_count()
+  try:
+    encode = bad if how == "bad features" else fake([])
+    for _ in encoded_video.encode_in_chunks(model, clips(), encode):
+      assert threading.active_count() == before + 1
+      if how == "interrupt":
+        raise KeyboardInterrupt
+      break
+  except (KeyboardInterrupt, ConfigError):
+    pass
+  assert threading.active_count() == before and closed == [True]
+
+
+def test_arrays_on_devices_are_stacked_there_as_those_of_the_host_are():
+  whole = np.random.default_rng(0).random((21, 3, 2), np.float32)
+  on_devices = [jnp.asarray(one) for one in whole]
+  compiled = []
+
+  def listen(event, seconds, **about):
+    return compiled.append(about) if event == BACKEND_COMPILE else None
+
+  for count in (21, 19, 17):
+    expected = np.concatenate([whole[:count], np.zeros((24 - count, 3, 2), np.float32)])
+    kinds = {
+      "host": whole[:count],
+      "both": [*whole[:3], *on_devices[3:count]],
+      "devices": on_devices[:count],
+    }
+    for kind, arrays in kinds.items():
+      got = encoded_video.stacked(arrays, 24)
+      np.testing.assert_array_equal(got, expected)
+      assert isinstance(got, jax.Array if kind == "devices" else np.ndarray)
+    if count == 21:
+      jax.monitoring.register_event_duration_secs_listener(listen)
+  jax.monitoring.unregister_event_duration_listener(listen)
+  assert not compiled  # by how many there are, only by how many it is padded to
 
 
 @pytest.mark.parametrize("count", [0, 12])
@@ -68,10 +216,10 @@ def test_what_is_saved_is_loaded(tiny, tmp_path, dtype):
   model = vlm.VLM(tiny(dtype=dtype), rngs=nnx.Rngs(0))
   video = encoded_video.encode_video(model, frames(16), np.arange(16) / 8, 2.0, "it")
   # 32 KiB a frame at 1,024 channels
-  assert video.features[0].nbytes == 16 * 16 * 32 * (2 if dtype == "bfloat16" else 4)
+  assert sum(clip.nbytes for clip in video.features[0]) == 16 * 16 * 32 * np.dtype(dtype).itemsize
   encoded_video.save_video(video, tmp_path / "v.npz")
   got = encoded_video.load_video(tmp_path / "v.npz", model)
-  assert got.features[0].dtype == video.features[0].dtype
+  assert got.features[0].dtype == video.features[0][0].dtype == np.dtype(dtype)
   np.testing.assert_array_equal(got.features[0], video.features[0])
   np.testing.assert_array_equal(got.thumbnails, video.thumbnails)
   np.testing.assert_array_equal(got.times, video.times)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from xcomp_jax.config import ConfigError, LPCompConfig
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.inference import selection
+from xcomp_jax.inference import generate, selection
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.model import qc_comp, qwen2, softmax, vlm
 from xcomp_jax.model.layers import rotate
@@ -560,6 +560,22 @@ def test_official_rounds_read_the_phase_they_start_in(model):
     0,
     2,
   ]
+
+
+def test_features_on_devices_serve_as_those_of_the_host_do(model):
+  cfg, asked = qc_comp.select_config("official", 8, repeat=4), question(length=40)
+  video = film(1024, phases=(0, 2))
+  moved = dataclasses.replace(
+    video, features={phase: [*map(jnp.asarray, one)] for phase, one in video.features.items()}
+  )
+  host, devices = (score_rounds(model, v, asked, cfg) for v in (video, moved))
+  np.testing.assert_array_equal(host, devices)
+  host, devices = (
+    generate.as_batch(asked, selection.selected_features(model, v, np.arange(2, 42)), 4).visual
+    for v in (video, moved)
+  )
+  np.testing.assert_array_equal(host, devices)
+  assert isinstance(devices, jax.Array) and devices.shape[:2] == (1, 64)  # of 40 frames
 
 
 def test_selected_clips_are_taken_and_torn_ones_encoded_again(model):

@@ -71,7 +71,7 @@ def ask_needle(
   selector = frame_selector(len(film.times), film.clip_frames, model.select).without_bias()
   with computing(model.vlm):
     (selection,) = select_frames(model.vlm, film, [question], selector, rounds=rounds)
-    visual = film.features[0][selection.frames]
+    visual = [film.features[0][i] for i in selection.frames]
     batch = generate.as_batch(question, visual, 1)
     (tokens,) = generate.generate(model.vlm, batch, model.sampling)
   return model.tokenizer.decode(tokens).strip(), selection.frames

@@ -1,5 +1,7 @@
 """What the tower makes of a video, apart from any question: encode once, ask many."""
 
+import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -7,12 +9,16 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.checkpoints.loading import tower_identity
 from xcomp_jax.config import ConfigError
@@ -20,8 +26,14 @@ from xcomp_jax.errors import XCompError
 from xcomp_jax.files import replacing
 from xcomp_jax.inputs import parse_json, reading, regular
 from xcomp_jax.model import kernels, vlm
+from xcomp_jax.parallel.mesh import constrain, mesh_of, parts, split_axes
 
 THUMBNAIL = 96  # pixels
+JOINED = 8  # clips that are stacked by one program, whatever their number
+
+# Merged features of C clips, [N, D] each: those of one array, or an array of each. Encoded videos
+# have them on the devices, those of a file in the host's memory.
+ClipFeatures = np.ndarray | Sequence[jax.Array | np.ndarray]
 
 
 class EncodedVideoError(XCompError, ValueError):
@@ -34,9 +46,9 @@ class EncodedVideoError(XCompError, ValueError):
 class EncodedVideo:
   """What the tower makes of a video: encode once, ask many.
 
-  features: {phase: [C, N, D]}, merged tokens of clips that start at frame `phase` (and go on at the
-    first frame after the last). Phase 0 serves everything but the "official" selection, whose
-    rounds need others.
+  features: {phase: C times [N, D]}, merged tokens of clips that start at frame `phase` (and go on
+    at the first frame after the last). Phase 0 serves everything but the "official" selection,
+    whose rounds need others.
   times: float64[T], seconds at which the sampled frames are shown.
   seconds: of the whole, as prompts state it.
   thumbnails: uint8[C, 96, 96, 3], a frame from the middle of each clip; None: nobody will look.
@@ -47,7 +59,7 @@ class EncodedVideo:
   spent: seconds that making it took, by what they went into; not kept in a file.
   """
 
-  features: dict[int, np.ndarray]
+  features: dict[int, ClipFeatures]
   times: np.ndarray
   seconds: float
   thumbnails: np.ndarray | None = None
@@ -85,29 +97,105 @@ def identity(model: vlm.VLM) -> str:
   return f"{tower_identity(model)}-{model.cfg.dtype}"
 
 
-def _batched(items: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+Item = TypeVar("Item")
+
+
+def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
   """Runs of so many; the last may have fewer."""
   left = iter(items)
   while some := list(itertools.islice(left, size)):
     yield some
 
 
-_encode = jax.jit(vlm.encode_frames)
+def _ahead(items: Iterable[Item], count: int) -> Generator[Item, None, None]:
+  """The items, which another thread makes, `count` of them before they are asked for; it has ended
+  when this has.
+  """
+  left, pool = iter(items), ThreadPoolExecutor(1)
+
+  def make() -> list[Item]:
+    return list(itertools.islice(left, 1))
+
+  try:
+    made = collections.deque(pool.submit(make) for _ in range(count))
+    while item := made.popleft().result():
+      made.append(pool.submit(make))
+      yield from item
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
-def encode_in_chunks(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """Merged features [N, D] of clips uint8[F, S, S, 3], a chunk at a time: one compilation, bounded
-  memory.
+@jax.jit
+def encode_chunk(
+  model: vlm.VLM, frames: UInt8[Array, "C F S S 3"]
+) -> Sequence[Float[Array, "N D"]]:
+  """Merged features [N, D] of each clip; on a mesh each of its devices has those of all."""
+  return list(constrain(vlm.encode_frames(model, frames)))
+
+
+def encode_in_chunks(
+  model: vlm.VLM, clips: Iterable[np.ndarray], encode: Callable = encode_chunk
+) -> Iterator[jax.Array]:
+  """Merged features [N, D] of clips uint8[F, S, S, 3], which stay on the devices.
+
+  They are encoded in chunks of `clips_per_chunk` for each device of the parameters' mesh; the last
+  ones, if they would not nearly fill one, in chunks of one for each. So there are two programs, and
+  fewer clips of padding than devices. While the devices work on a chunk, another thread takes the
+  next one's clips from their decoder, and the chunk before is handed over: memory is bounded.
+
+  encode: as `encode_chunk`; with another one, tests do less.
 
   Raises:
-    ConfigError: numbers that float16 does not have.
+    ConfigError: numbers that float16 does not have. Those of `clips` arrive as they are.
   """
-  size = model.cfg.clips_per_chunk
-  for chunk in _batched(clips, size):
-    padded = chunk + chunk[-1:] * (size - len(chunk))
-    features = np.asarray(_encode(model, np.stack(padded)))[: len(chunk)]  # [chunk, N, D]
-    kernels.check_finite(features, "features of the tower", model.cfg.dtype)
-    yield from features
+  mesh = mesh_of(model)
+
+  def within() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+  def send(clips: list[np.ndarray], size: int) -> Sequence[jax.Array]:
+    frames = np.stack(clips + clips[-1:] * (size - len(clips)))
+    with within():
+      if mesh is not None:
+        spec = split_axes(("clips",), frames.shape)
+        frames = jax.device_put(frames, NamedSharding(mesh, spec))
+      return encode(model, frames)[: len(clips)]
+
+  def receive(features: Sequence[jax.Array]) -> Iterator[jax.Array]:
+    for one in jax.block_until_ready(features):
+      kernels.check_finite(one, "features of the tower", model.cfg.dtype)
+      yield one
+
+  with within():
+    devices = parts("clips")
+  size, sent = devices * model.cfg.clips_per_chunk, []
+  # one device alone runs its chunk's program for all but a lone clip: by one for a single clip
+  # numbers can differ in their last bit
+  few = 1 if devices == 1 else size - devices
+  with contextlib.closing(_ahead(clips, size)) as decoded:
+    for chunk in _batched(decoded, size):
+      each = size if len(chunk) > few else devices
+      for some in _batched(chunk, each):
+        sent, before = send(some, each), sent
+        yield from receive(before)
+    yield from receive(sent)
+
+
+_stack, _join = jax.jit(jnp.stack), jax.jit(jnp.concatenate)
+
+
+def stacked(arrays: ClipFeatures, count: int) -> np.ndarray | jax.Array:
+  """Arrays one after another, and zeros behind them up to `count`. Where all are on devices they
+  stay there, and `count` and their shape decide which programs run.
+  """
+  first, missing = arrays[0], count - len(arrays)
+  if not all(isinstance(one, jax.Array) for one in arrays):
+    out = np.zeros((count, *first.shape), first.dtype)
+    out[: len(arrays)] = arrays
+    return out
+  every = [*arrays, *[jnp.zeros_like(first)] * missing]
+  # a program takes the longer to compile the more arrays it is given
+  return _join([_stack(some) for some in _batched(every, JOINED)])
 
 
 def encode_video(
@@ -157,13 +245,13 @@ def encode_video(
       thumbnails.append(resize(clip[F // 2][None], THUMBNAIL)[0])
       yield np.stack(clip)
 
-  def encoded(clips: Iterable[np.ndarray]) -> np.ndarray:
-    """[C, N, D], one of the phases."""
+  def encoded(clips: Iterable[np.ndarray]) -> list[jax.Array]:
+    """C times [N, D], one of the phases."""
     done = []
     for one in encode_in_chunks(model, clips):
       done.append(one)
       report(1)
-    return np.stack(done)
+    return done
 
   features = {0: encoded(decoded())}
   for phase in later:
@@ -194,13 +282,14 @@ def save_video(video: EncodedVideo, path: str | os.PathLike) -> None:
     "seconds": video.seconds,
     "identity": video.identity,
     "source": video.source,
-    "dtype": str(video.features[0].dtype),
+    "dtype": str(video.features[0][0].dtype),
   }
   assert video.thumbnails is not None  # `encode_video` makes them
+  features = {phase: np.stack(jax.device_get(clips)) for phase, clips in video.features.items()}
   arrays: dict[str, Any] = {
     # NumPy has no bfloat16
     f"features_{phase}": a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a
-    for phase, a in video.features.items()
+    for phase, a in features.items()
   } | {
     "times": video.times,
     "thumbnails": video.thumbnails,
@@ -263,7 +352,7 @@ def load_video(path: str | os.PathLike, model: vlm.VLM, tower: str | None = None
       or not isinstance(about["source"], str)
     ):
       raise ValueError("its times, seconds or source are none that a video has")
-    features = {
+    features: dict[int, ClipFeatures] = {
       phase: _array(archive, f"features_{phase}").view(dtype)
       for phase in phases
       if phase == 0 or "frames" in headers  # the others are of no use without them

@@ -27,6 +27,7 @@ from jaxtyping import Array, Int
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.batch import Batch, Example, Leaf, Shape, collate, split_text
 from xcomp_jax.data.prompt import Prompt
+from xcomp_jax.inference.encoded_video import ClipFeatures, stacked
 from xcomp_jax.model import kernels, qwen2, vlm
 from xcomp_jax.model.layout import padded
 
@@ -296,27 +297,28 @@ def generate(
   return [np.concatenate(row) for row in pieces]
 
 
-def as_batch(question: Prompt, visual: np.ndarray, clip_frames: int, text: int = 1) -> Batch:
+def as_batch(question: Prompt, visual: ClipFeatures, clip_frames: int, text: int = 1) -> Batch:
   """One prompt as a Batch of one row, padded to few shapes.
 
-  visual: [C, N, D] merged features of clips of `clip_frames` frames. text: slots for it, at least.
+  visual: merged features [N, D] of C clips of `clip_frames` frames. text: slots for it, at least.
   """
-  frames = len(visual) * clip_frames
-  visual = visual.reshape(frames, -1, visual.shape[-1])
   example = Example(
-    frames=frames,
-    visual=visual,
+    frames=len(visual) * clip_frames,
+    visual=None,
     tokens=question.tokens,
     labels=question.labels,
     query=question.query,
     index=0,
   )
   before, after = split_text(example)
-  slots = frames if len(visual) == clip_frames else up(len(visual), CLIP_STEP * clip_frames)
-  return collate(
+  clips = 1 if len(visual) == 1 else up(len(visual), CLIP_STEP)
+  slots = clips * clip_frames
+  batch = collate(
     [[example]],
     Shape(rows=1, samples=1, prefix=before, frames=slots, text=text_slots(max(text, after))),
   )
+  tokens = stacked(visual, clips)  # [clips, N, D]
+  return dataclasses.replace(batch, visual=tokens.reshape(1, slots, -1, tokens.shape[-1]))
 
 
 def text_slots(tokens: int, step: int = TEXT_STEP) -> int:

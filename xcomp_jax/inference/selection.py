@@ -9,7 +9,12 @@ from jaxtyping import Float, Int
 
 from xcomp_jax.config import SelectConfig
 from xcomp_jax.data.prompt import Prompt
-from xcomp_jax.inference.encoded_video import EncodedVideo, encode_in_chunks
+from xcomp_jax.inference.encoded_video import (
+  ClipFeatures,
+  EncodedVideo,
+  encode_in_chunks,
+  stacked,
+)
 from xcomp_jax.inference.generate import CLIP_STEP, text_slots, up
 from xcomp_jax.model import kernels, qc_comp, vlm
 
@@ -196,17 +201,18 @@ def around_frames(asked: Prompt) -> tuple[np.ndarray, np.ndarray]:
 
 def _features_of_rounds(
   video: EncodedVideo, starts: np.ndarray, frames: int, rounds: int, clips: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray | jax.Array, np.ndarray]:
   """[rounds, clips, N, D] of rounds that begin at these frames, zeros behind the `frames` of each
   and for rounds too many; and int32[rounds], how many clips are valid.
   """
   F, features = video.clip_frames, video.features
   valid = frames // F
-  out = np.zeros((rounds, clips, *features[0].shape[1:]), features[0].dtype)
-  for row, start in zip(out, starts, strict=False):
-    # past the video's last clip a round goes on at its first
-    row[:valid] = features[start % F][(start // F + np.arange(valid)) % video.clips]
-  return out, np.full(rounds, valid, np.int32)
+  # past the video's last clip a round goes on at its first
+  rows = [
+    stacked([features[start % F][(start // F + i) % video.clips] for i in range(valid)], clips)
+    for start in starts
+  ]
+  return stacked(rows, rounds), np.full(rounds, valid, np.int32)
 
 
 def _padded_windows(plan: qc_comp.RoundPlan, cfg: SelectConfig, units: int) -> np.ndarray:
@@ -225,8 +231,8 @@ def selected_features(
   video: EncodedVideo,
   frames: np.ndarray,
   report: Callable[[int, int], None] = lambda done, total: None,
-) -> np.ndarray:
-  """Merged features [K / F, N, D] of K selected frames, cut into clips of F.
+) -> ClipFeatures:
+  """Merged features [N, D] of each clip of F frames, of K selected frames.
 
   Clips that the video has, at whatever phase, are taken from there; those that the selection tore
   apart, which only "official" does, are encoded again. report: called with the number of those
@@ -236,14 +242,12 @@ def selected_features(
   clips = frames.reshape(-1, F)  # [K / F, F]
   start = clips[:, 0]
   whole = (clips == start[:, None] + np.arange(F)).all(1) & np.isin(start % F, list(features))
-  out = np.empty((len(clips), *features[0].shape[1:]), features[0].dtype)
-  for i in np.flatnonzero(whole):
-    out[i] = features[start[i] % F][start[i] // F]
   torn = np.flatnonzero(~whole)
+  again = {}
   if len(torn):
     assert video.frames is not None  # rounds that tear clips begin at phases for which it has them
     encoded = encode_in_chunks(model, (video.frames[clips[i]] for i in torn))
-    for done, (i, clip) in enumerate(zip(torn, encoded, strict=True), 1):
-      out[i] = clip
-      report(done, len(torn))
-  return out
+    for i, clip in zip(torn, encoded, strict=True):
+      again[i] = clip
+      report(len(again), len(torn))
+  return [again[i] if i in again else features[s % F][s // F] for i, s in enumerate(start)]

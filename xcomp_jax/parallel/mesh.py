@@ -249,16 +249,17 @@ def batch_devices(mesh: Mesh | AbstractMesh) -> int:
   return math.prod(mesh.shape[axis] for axis in LOGICAL["batch"])
 
 
+def mesh_of(module: nnx.Module) -> Mesh | None:
+  """The mesh that a module's parameters lie on; None: on a single device, or the host."""
+  leaf = next(iter(jax.tree.leaves(nnx.state(module))), None)
+  sharding = getattr(leaf, "sharding", None)
+  return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
 def parts(axis: str) -> int:
   """Parts that the mesh of `jax.set_mesh` splits a logical axis into; 1 without one."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[name] for name in LOGICAL[axis])
-
-
-def mesh_of(model: nnx.Module) -> Mesh | None:
-  """The mesh that a model's parameters are split over; None where one device holds them."""
-  sharding = getattr(jax.tree.leaves(nnx.state(model))[0], "sharding", None)
-  return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
