@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -207,7 +208,7 @@ def test_the_vocabulary_is_sorted_for_draws_alone():
   def sorts(jaxpr):
     return sum(
       (eqn.primitive.name == "sort")
-      + sum(sorts(inner) for inner in jax.core.jaxprs_in_params(eqn.params))
+      + sum(sorts(inner) for inner in jax.extend.core.jaxprs_in_params(eqn.params))
       for eqn in jaxpr.eqns
     )
 
