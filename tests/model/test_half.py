@@ -337,7 +337,7 @@ def test_an_encoded_video_of_another_dtype_is_refused(tiny, tmp_path):
   video = encoded_video.encode_video(
     make("float16"), np.zeros((8, 48, 48, 3), np.uint8), np.arange(8) / 8, 1.0, "it"
   )
-  assert video.features[0].dtype == np.float16 and video.identity.endswith("-float16")
+  assert video.features[0][0].dtype == np.float16 and video.identity.endswith("-float16")
   encoded_video.save_video(video, tmp_path / "v.npz")
   np.testing.assert_array_equal(
     encoded_video.load_video(tmp_path / "v.npz", make("float16")).features[0], video.features[0]
