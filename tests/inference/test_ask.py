@@ -482,7 +482,7 @@ def test_official_mode_answers_from_torn_clips_and_from_its_file(
   for got in answered:
     assert len(got["frames"]) == 512 and got["sampled_frames"] == 1024 and not got["note"]
   assert sorted(encoded_video.load_video(file, load(checkpoint)).features) == [0, 1, 2, 3]
-  _, model, watched = asked(mode="official", min_frames=1024, max_frames=1024, select=512, repeat=8)
+  model, watched = asked(mode="official", min_frames=1024, max_frames=1024, select=512, repeat=8)
   for got in answered:
     clips = np.array(got["frames"]).reshape(-1, 4)
     torn, again = (clips[:, 3] - clips[:, 0] > 3).sum(), []
@@ -490,7 +490,7 @@ def test_official_mode_answers_from_torn_clips_and_from_its_file(
     def count(done, total, again=again):
       again.append((done, total))
 
-    selection.selected_features(model, watched, clips.ravel(), count)
+    selection.selected_features(model.vlm, watched, clips.ravel(), count)
     assert again == [(n, torn) for n in range(1, torn + 1)]  # the others were there
   ask.main(
     [
