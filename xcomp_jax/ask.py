@@ -32,7 +32,7 @@ from xcomp_jax.inference.encoded_video import EncodedVideo, EncodedVideoError
 from xcomp_jax.inference.moments import clock
 from xcomp_jax.inference.prepared import PreparedModel, fault, prepare_model
 from xcomp_jax.inference.settings import COMPILED, add_options, settings_of
-from xcomp_jax.inference.video_model import VideoModel, load_prepared
+from xcomp_jax.inference.video_model import VideoModel, load_prepared, mesh_of_command
 from xcomp_jax.progress import progress
 
 QUESTIONS = 1 << 24  # bytes of all, or letters of a typed one, at most
@@ -296,7 +296,7 @@ def answer_line(answer: Answer, spent: dict[str, float]) -> str:
 def answer_all(
   args: argparse.Namespace,
   stdin: Lines,
-  load: Callable[[PreparedModel], VideoModel] = load_prepared,
+  load: Callable[..., VideoModel] = load_prepared,
 ) -> None:
   """Answers all questions; without any, those that are typed.
 
@@ -316,7 +316,7 @@ def answer_all(
       reader.check(len(sample.indices), sample.seconds, question)
 
   begun = time.perf_counter()
-  model = load(reader)
+  model = load(reader, mesh=mesh_of_command(args))
   spent = {"loading": time.perf_counter() - begun}
   say(
     f"{args.checkpoint}: loaded in {spent['loading']:.1f} s; LP-Comp {reader.cfg.lp_comp.keep}, "
@@ -346,7 +346,7 @@ def answer_all(
 def main(
   argv: Sequence[str] | None = None,
   stdin: Lines | None = None,
-  load: Callable[[PreparedModel], VideoModel] = load_prepared,
+  load: Callable[..., VideoModel] = load_prepared,
 ) -> None:
   """The command; an error is one line on stderr and exit code 1."""
   parser = argparse.ArgumentParser(

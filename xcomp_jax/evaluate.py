@@ -37,6 +37,7 @@ from xcomp_jax.evaluation.presets import preset
 from xcomp_jax.evaluation.runner import answer_wanted
 from xcomp_jax.inference.prepared import prepare_model
 from xcomp_jax.inference.settings import COMPILED, add_options, settings_of
+from xcomp_jax.inference.video_model import mesh_of_command
 from xcomp_jax.inputs import number
 
 
@@ -170,6 +171,7 @@ def evaluate_command(
       answers,
       share=share,
       devices=args.devices,
+      mesh=mesh_of_command(args),
       ahead=args.ahead,
       batch=args.batch,
       once=not args.each_alone,

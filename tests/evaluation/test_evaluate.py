@@ -124,7 +124,7 @@ def watching(**errors):
 
 def loading(kind):
   """What reads a model of a kind."""
-  return lambda prepared: kind(**vars(load_prepared(prepared)))
+  return lambda prepared, **where: kind(**vars(load_prepared(prepared, **where)))
 
 
 @dataclasses.dataclass
@@ -226,7 +226,7 @@ def test_a_stopped_run_goes_on_without_asking_again(go, tmp_path, capsys):
     and len(results(tmp_path / "out")["sessions"]) == 2
   )
 
-  go(tmp_path / "out", load=lambda prepared: pytest.fail("nothing was left to do"))
+  go(tmp_path / "out", load=lambda prepared, **where: pytest.fail("nothing was left to do"))
 
 
 def test_two_shares_make_the_whole(go, tmp_path, capsys):

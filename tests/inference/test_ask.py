@@ -176,7 +176,7 @@ def test_questions_that_are_no_text_and_pipes_are_refused_before_any_work(
         option.replace("LATIN", str(tmp_path / "latin")).replace("FIFO", str(tmp_path / "fifo"))
         for option in more
       ),
-      load=lambda reader: pytest.fail("loaded"),
+      load=lambda reader, mesh: pytest.fail("loaded"),
     )
   assert stop.value.code == 1 and words in capsys.readouterr().err.splitlines()[-1]
 
@@ -213,7 +213,7 @@ def test_questions_come_from_pipes_too():
   ],
 )
 def test_too_little_memory_is_a_sentence(checkpoint, film, capsys, error):
-  def load(reader):
+  def load(reader, mesh):
     raise error
 
   with pytest.raises(SystemExit) as stop:
@@ -604,7 +604,7 @@ def test_a_question_too_long_for_the_context_is_refused_before_anything_is_encod
   run(short, film, "--question", "Which? " * 60, "--context=1000")
   assert "a context of 1,000 tokens (--context), not the 300 of" in capsys.readouterr().err
 
-  def load(reader):
+  def load(reader, mesh):
     pytest.fail("loaded")
 
   with pytest.raises(SystemExit):

@@ -34,6 +34,7 @@ from xcomp_jax.inference.settings import (
   option_of,
   settings_of,
 )
+from xcomp_jax.inference.video_model import mesh_of_command
 
 LOG = logging.getLogger(__name__)
 GIVEN = {"max_new_tokens", "temperature", "top_p", "top_k"}  # by a task, in place of the settings
@@ -93,6 +94,7 @@ class XComp(lmms):
     if self.preset != "none":
       parser.set_defaults(**preset(self.preset, task or "mlvu"))
     args = parser.parse_args(self.options)
+    self.mesh = mesh_of_command(args)
     cli.keep_compiled(args.compilation_cache, COMPILED)
     if unknown := sorted(set(wishes) - GIVEN - IGNORED):
       LOG.warning(
@@ -139,6 +141,7 @@ class XComp(lmms):
         folder,
         share=share,
         devices=self.devices,
+        mesh=self.mesh,
         ahead=self.ahead,
         batch=self.batch,
       )

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from xcomp_jax import cli, files
@@ -50,7 +51,7 @@ from xcomp_jax.inference.places import computing
 from xcomp_jax.inference.prepared import PreparedModel, fault, prepare_model
 from xcomp_jax.inference.selection import frame_selector, select_frames
 from xcomp_jax.inference.settings import COMPILED, add_options, settings_of
-from xcomp_jax.inference.video_model import VideoModel, load_prepared
+from xcomp_jax.inference.video_model import VideoModel, load_prepared, mesh_of_command
 from xcomp_jax.inputs import number
 from xcomp_jax.progress import progress
 from xcomp_jax.synthetic import world
@@ -161,6 +162,7 @@ def search(
   film: str | None,
   seed: int,
   ask: Ask,
+  mesh: Mesh | None = None,
 ) -> None:
   """Asks what has no answer yet.
 
@@ -172,6 +174,7 @@ def search(
     film: the haystack; None: a synthetic one.
     seed: of that.
     ask: see `NeedleSearch`.
+    mesh: see `load_prepared`.
 
   Raises:
     VideoError, FileNotFoundError, CheckpointError: what stops everything.
@@ -189,7 +192,7 @@ def search(
     return
   done = len(cells) - len(todo)
   with progress(total=len(cells), initial=done, unit="needle", desc="needles") as bar:
-    model = load_prepared(reader)
+    model = load_prepared(reader, mesh=mesh)
     hay = haystack(model, film, max(c.frames for c in cells), seed)
     searching = NeedleSearch(model, needles, hay, film, ask)
     for c, kinds in todo.items():
@@ -363,7 +366,16 @@ def run_needles(args: argparse.Namespace, ask: Ask) -> dict[str, Any] | None:
     "needles": hashed(repr([needle.questions for needle in needles]).encode()),
   }
   with Answers(args.out, reader, (first, step), about=about) as answers:
-    search(reader, needles, cells[first::step], answers, args.haystack, args.seed, ask)
+    search(
+      reader,
+      needles,
+      cells[first::step],
+      answers,
+      args.haystack,
+      args.seed,
+      ask,
+      mesh_of_command(args),
+    )
   answers.read()
   keys = [c.key(kind) for c in cells for kind in needles[c.needle].questions]
   if left := sum(key not in answers.lines for key in keys):

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.prompt import AnnotationError
@@ -28,7 +29,7 @@ from xcomp_jax.inference.video_model import VideoModel, load_prepared
 from xcomp_jax.progress import progress
 
 Decoder = Callable[[FrameSample], Iterable[np.ndarray]]
-Load = Callable[[PreparedModel], VideoModel]
+Load = Callable[..., VideoModel]  # as `load_prepared`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ def answer_wanted(
   *,
   share: tuple[int, int] = (0, 1),
   devices: int | None = 1,
+  mesh: Mesh | None = None,
   ahead: int = 1,
   batch: int = 1,
   once: bool = True,
@@ -66,6 +68,7 @@ def answer_wanted(
     answers: where they go.
     share: every n-th video from the i-th on is for this process.
     devices: of this process, each with the whole model and with videos of its own; None: all.
+    mesh: instead, over which one model is split that works on one video after the other.
     ahead: videos to decode while others are worked on; 0.6 GB each at 1,024 frames of 448 pixels.
     batch: questions about a video that are answered together; the caches of all of them are in
       memory.
@@ -93,10 +96,10 @@ def answer_wanted(
     progress(total=total, initial=total - left, unit="question", desc="loading") as bar,
     contextlib.closing(decode_ahead(reader, todo, ahead, decode)) as decoded,
   ):
-    model = load(reader)
-    loop = AnsweringLoop(answers, decoded, bar, batch)
     used = jax.local_devices()[:devices][: len(todo)]
-    if len(used) == 1:
+    model = load(reader, device=used[0]) if mesh is None else load(reader, mesh=mesh)
+    loop = AnsweringLoop(answers, decoded, bar, batch)
+    if len(used) == 1 or mesh is not None:
       loop.run(model)
       return
     others = (model.on(device) for device in used[1:])

@@ -222,12 +222,24 @@ def option_of(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-  """Adds an option for every setting, and the folder of compiled programs."""
+  """Adds an option for every setting, and for where parameters and compiled programs are."""
   for setting in dataclasses.fields(AskSettings):
     how = (
       {"required": True} if setting.default is dataclasses.MISSING else {"default": setting.default}
     )
     parser.add_argument(option_of(setting.name), **how, **setting.metadata)
+  parser.add_argument(
+    "--fsdp",
+    type=number(1, 10_000, int),
+    default=1,
+    help="devices that each hold a part of the parameters, gathered a layer at a time",
+  )
+  parser.add_argument(
+    "--tensor",
+    type=number(1, 10_000, int),
+    default=1,
+    help="likewise, with heads and channels apart: for a model that one device does not hold",
+  )
   parser.add_argument(
     "--compilation-cache",
     type=expanduser,

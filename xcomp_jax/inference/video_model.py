@@ -5,6 +5,7 @@ video = model.encode("film.mp4")
 print(model.ask(video, "What happens first?"))
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from xcomp_jax import cli
 from xcomp_jax.checkpoints import loading
-from xcomp_jax.config import ConfigError
+from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.data.video import FrameSample, TailError, frames
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Answer, Chat, firsts
@@ -31,7 +32,7 @@ from xcomp_jax.inference.places import computing
 from xcomp_jax.inference.prepared import PreparedModel, prepare_model
 from xcomp_jax.inference.settings import COMPILED, AskSettings, SamplingSettings, Settings, checked
 from xcomp_jax.model import vlm
-from xcomp_jax.parallel.mesh import param_shardings
+from xcomp_jax.parallel.mesh import check_tensor, make_mesh, param_shardings
 from xcomp_jax.progress import progress
 
 TOGETHER = 8  # questions that are answered together, at most
@@ -398,6 +399,25 @@ def _together(
   return answers
 
 
+def local_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A mesh of all devices of this process, with a copy of the parameters for every fsdp * tensor of
+  them.
+
+  Raises:
+    ConfigError: fsdp * tensor does not divide them.
+  """
+  return make_mesh(MeshConfig(-1, fsdp, tensor, 1), jax.local_devices())
+
+
+def mesh_of_command(args: argparse.Namespace) -> Mesh | None:
+  """The mesh that --fsdp and --tensor ask for; None: neither does.
+
+  Raises:
+    ConfigError: see `local_mesh`.
+  """
+  return None if args.fsdp * args.tensor == 1 else local_mesh(args.fsdp, args.tensor)
+
+
 def load_prepared(
   prepared: PreparedModel, *, device: jax.Device | None = None, mesh: Mesh | None = None
 ) -> VideoModel:
@@ -405,17 +425,24 @@ def load_prepared(
 
   Args:
     prepared: of `prepare_model`.
-    device: that holds them; None: `jax.default_device`, else the first one of this process.
-    mesh: that they are split over, by its axes `fsdp` and `tensor`; clips, rounds of scoring and
-      questions are split over all that it can split them over.
+    device: that holds them; None: `jax.default_device`, if it is set.
+    mesh: that they are split over, by its axes `fsdp` and `tensor`, such as `local_mesh` makes.
+      Clips are split over all of its devices, rounds of scoring and questions over `data` and
+      `fsdp`. None, and no device: every GPU or TPU of this process has a copy.
 
   Raises:
-    CheckpointError: see `loading.load_model`. ConfigError: both a device and a mesh.
+    CheckpointError: see `loading.load_model`.
+    ConfigError: both a device and a mesh, or heads that `tensor` can't split.
   """
   if device is not None and mesh is not None:
     raise ConfigError("give a device, or a mesh, not both", where="mesh")
+  chosen = device or jax.config.jax_default_device  # ty: ignore[missing-attribute]
+  several = len(jax.local_devices()) > 1 and jax.default_backend() != "cpu"  # one chip, in pieces
+  if mesh is None and chosen is None and several:
+    mesh = local_mesh()
   split = None
   if mesh is not None:
+    check_tensor(mesh.shape["tensor"], prepared.cfg)
     split = param_shardings(nnx.state(loading.abstract(prepared.cfg)), mesh)
   with contextlib.nullcontext() if device is None else jax.default_device(device):
     model = loading.load_model(
