@@ -21,6 +21,7 @@ from xcomp_jax.errors import XCompError
 from xcomp_jax.files import replacing
 from xcomp_jax.inputs import parse_json, reading, regular
 from xcomp_jax.model import kernels, vlm
+from xcomp_jax.parallel.mesh import devices
 
 THUMBNAIL = 96  # pixels
 
@@ -78,17 +79,17 @@ def _batched(items: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray
     yield some
 
 
-_encode = jax.jit(vlm.encode_frames)
+_encode = jax.jit(vlm.encode_apart)
 
 
 def encode_in_chunks(model: vlm.VLM, clips: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-  """Merged features [N, D] of clips uint8[F, S, S, 3], a chunk at a time: one compilation, bounded
-  memory.
+  """Merged features [N, D] of clips uint8[F, S, S, 3], a chunk of every device of `jax.set_mesh` at
+  a time: one compilation, bounded memory.
 
   Raises:
     ConfigError: numbers that float16 does not have.
   """
-  size = model.cfg.clips_per_chunk
+  size = model.cfg.clips_per_chunk * devices()
   for chunk in _batched(clips, size):
     padded = chunk + chunk[-1:] * (size - len(chunk))
     features = np.asarray(_encode(model, np.stack(padded)))[: len(chunk)]  # [chunk, N, D]

@@ -14,6 +14,7 @@ from xcomp_jax.data.batch import Batch, Example, Leaf, Shape, collate, split_tex
 from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.model import kernels, qwen2, vlm
 from xcomp_jax.model.layout import padded
+from xcomp_jax.parallel.mesh import constrain, parts
 
 # texts are padded to a multiple of this many tokens, long ones of `qwen2.SHORT`, so that few
 # lengths are compiled
@@ -103,7 +104,8 @@ def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int)
   of them valid.
   """
   last = out.x.shape[1] - text + text_length - 1
-  logits = model.llm.logits(jnp.take_along_axis(out.x, last[:, None, None], axis=1))[:, 0]
+  x = jnp.take_along_axis(out.x, last[:, None, None], axis=1)
+  logits = model.llm.logits(constrain(x, *qwen2.FEW))[:, 0]
   return State(
     logits=logits,
     caches=jax.tree.map(functools.partial(padded, count=room), out.caches),
@@ -166,10 +168,24 @@ def decode_tokens(
   return tokens.T, state
 
 
+@functools.partial(jax.jit, static_argnames="count")
+def _room(one: State, count: int) -> State:
+  """A state with `count` rows for every row of `one`, which is the first of them."""
+
+  def more(a):
+    return padded(a[:, None], count - 1).reshape(-1, *a.shape[1:]) if a.ndim else a
+
+  return jax.tree.map(more, one)
+
+
 @functools.partial(jax.jit, donate_argnames="whole")
-def _put(whole: State, one: State, row: Int[Array, ""] | int) -> State:
-  """`whole` with the only prompt of `one` as that row."""
-  return jax.tree.map(lambda a, b: a.at[row].set(b[0]) if a.ndim else b, whole, one)
+def _put(whole: State, one: State, place: Int[Array, ""] | int) -> State:
+  """`whole` with rows of `one` at that place of the rows that `_room` has for each."""
+
+  def put(a, b):
+    return a.reshape(len(b), -1, *a.shape[1:]).at[:, place].set(b).reshape(a.shape)
+
+  return jax.tree.map(lambda a, b: put(a, b) if a.ndim else b, whole, one)
 
 
 _prefill = jax.jit(functools.partial(prefill, in_pieces=True), static_argnames="room")
@@ -178,17 +194,21 @@ _decode = jax.jit(decode_tokens, static_argnames=("sampling", "steps"), donate_a
 
 def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
   """Prompts of one row each and of one shape (or a single batch of any), one after another: a
-  prompt of many frames fills a device by itself.
+  prompt of many frames fills a device by itself. Devices that split rows take one each.
 
-  So their program is that of a single one, and what exists at once is the caches of all, those of
-  one more, and one prompt's activations.
+  So their program is that of a single one, and what exists at once on a device is the caches of its
+  prompts, those of one more, and one prompt's activations. Behind several prompts there may be more
+  rows, until every such device has as many: the last prompt again.
   """
-  whole = _prefill(model, prompts[0], room=room)
-  if len(prompts) > 1:
-    more = len(prompts) - 1
-    whole = jax.tree.map(lambda a: padded(a, more, axis=0) if a.ndim else a, whole)
-    for row, batch in enumerate(prompts[1:], 1):
-      whole = _put(whole, _prefill(model, batch, room=room), row)
+  if len(prompts) == 1:
+    return _prefill(model, prompts[0], room=room)
+  rows = up(len(prompts), parts("batch"))
+  count = rows // parts("batch")  # of a device, which lie one behind another
+  prompts = [*prompts, *prompts[-1:] * (rows - len(prompts))]
+  batches = (jax.tree.map(lambda *of: np.concatenate(of), *prompts[i::count]) for i in range(count))
+  whole = _room(_prefill(model, next(batches), room=room), count)
+  for place, batch in enumerate(batches, 1):
+    whole = _put(whole, _prefill(model, batch, room=room), place)
   return whole
 
 
@@ -200,12 +220,13 @@ def stream(model: vlm.VLM, prompts: Sequence[Batch], sampling: Sampling) -> Iter
     ConfigError: numbers that float16 does not have.
   """
   state = prefill_each(model, prompts, room=up(sampling.max_new_tokens, STREAM))
+  rows = sum(len(prompt.text) for prompt in prompts)  # the state may have more
   once = dataclasses.replace(sampling, max_new_tokens=1, seed=0)  # neither changes the program
   for done in range(0, sampling.max_new_tokens, STREAM):
     kernels.check_finite(state.logits, "the LLM's logits", model.cfg.dtype)
     key = jax.random.fold_in(jax.random.key(sampling.seed), done) if sampling.temperature else None
     tokens, state = _decode(model, state, once, steps=STREAM, key=key)
-    yield np.asarray(tokens)[:, : sampling.max_new_tokens - done]
+    yield np.asarray(tokens)[:rows, : sampling.max_new_tokens - done]
     if np.asarray(state.done).all():
       return
 

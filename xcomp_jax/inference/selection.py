@@ -12,6 +12,7 @@ from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.inference.encoded_video import EncodedVideo, encode_in_chunks
 from xcomp_jax.inference.generate import CLIP_STEP, text_slots, up
 from xcomp_jax.model import kernels, qc_comp, vlm
+from xcomp_jax.parallel.mesh import parts
 
 # texts that score, whose rows run in every round, are padded to a multiple of this many tokens, as
 # far as they are short
@@ -163,7 +164,9 @@ def score_rounds(
   clips = up(plan.frames // video.clip_frames, CLIP_STEP)  # of a round, padding included
   units = clips * video.clip_frames // plan.unit
   windows = _padded_windows(plan, cfg, units)
-  together = min(max(1, cfg.round // plan.frames), len(plan.starts))  # rounds of a call
+  each = parts("batch")  # devices that take rounds of their own
+  together = max(1, cfg.round // plan.frames) * each  # rounds of a call
+  together = min(together, up(len(plan.starts), each))
   scores = []
   for first in range(0, len(plan.starts), together):
     starts = plan.starts[first : first + together]

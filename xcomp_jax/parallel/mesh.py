@@ -255,6 +255,12 @@ def parts(axis: str) -> int:
   return 1 if mesh.empty else math.prod(mesh.shape[name] for name in LOGICAL[axis])
 
 
+def devices() -> int:
+  """Devices of the mesh of `jax.set_mesh`; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.size
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -412,7 +412,7 @@ def _asking(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape) -> Trace
 
   if name == "encode":
     return traced(
-      lambda params, clips: vlm.encode_frames(nnx.merge(graph, params), clips),
+      lambda params, clips: vlm.encode_apart(nnx.merge(graph, params), clips),
       "clips",
       _chunk(plan, cfg),
     )
