@@ -104,8 +104,7 @@ def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int)
   of them valid.
   """
   last = out.x.shape[1] - text + text_length - 1
-  x = jnp.take_along_axis(out.x, last[:, None, None], axis=1)
-  logits = model.llm.logits(constrain(x, *qwen2.FEW))[:, 0]
+  logits = _logits(model, jnp.take_along_axis(out.x, last[:, None, None], axis=1))
   return State(
     logits=logits,
     caches=jax.tree.map(functools.partial(padded, count=room), out.caches),
@@ -113,6 +112,12 @@ def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int)
     seen=jnp.zeros(logits.shape, bool),
     done=jnp.zeros(len(logits), bool),
   )
+
+
+def _logits(model: vlm.VLM, x: jax.Array) -> jax.Array:
+  """float32[B, V] of x [B, 1, D]: rows go to all devices, each of which has some of the words."""
+  logits = model.llm.logits(constrain(x, "replica", None, None))
+  return constrain(logits[:, 0], "replica", "vocab")
 
 
 def choose_tokens(
@@ -157,7 +162,7 @@ def decode_tokens(
     token = jnp.where(state.done, eos[0], token) if sampling.eos else token
     x, caches = qwen2.step(model.llm, model.llm.embed(token[:, None]), state.caches, state.free)
     return State(
-      logits=model.llm.logits(x)[:, 0],
+      logits=_logits(model, x),
       caches=caches,
       free=state.free - 1,
       seen=state.seen.at[jnp.arange(len(token)), token].set(True),

@@ -28,9 +28,9 @@ from xcomp_jax.parallel.mesh import constrain, gathered
 
 SHORT = 512  # tokens that follow a cached sequence and run in one piece, padding too
 PART = 256  # longer texts run in pieces of this many tokens, as many as there are
-# Logical axes of few rows, such as those of texts: they are sent to wherever the parameters are,
-# which are more.
-FEW = ("replica", None)
+# Logical axes of few rows [B, L, D], such as those of texts, which are less than the parameters: so
+# these stay where they are, and rows go to all of them.
+FEW = ("replica", None, "embed")
 
 
 @jax.tree_util.register_dataclass
@@ -190,10 +190,10 @@ class Layer(nnx.Module):
 
   def finish_few(self, x, attended):
     """`finish` of FEW rows."""
-    attended = constrain(attended, *FEW, "heads", None).reshape(*attended.shape[:2], -1)
-    x = constrain(x + self.o(attended), *FEW, None)
-    y = gated_mlp((self.post_norm, self.gate, self.up, self.down), x, FEW)
-    return constrain(x + y, *FEW, None)
+    attended = constrain(attended, "replica", None, "heads", None).reshape(*attended.shape[:2], -1)
+    x = constrain(x + self.o(attended), *FEW)
+    y = gated_mlp((self.post_norm, self.gate, self.up, self.down), x, FEW[:2])
+    return constrain(x + y, *FEW)
 
   def __call__(self, x, places: Places, pick=lambda x: x):
     """Runs whole sequences; returns x of the slots that `pick` takes out, and the keys (not
@@ -497,7 +497,7 @@ def extend(
     L, K, h] of the rows in every cached layer, not rotated.
   """
   count = pieces(valid) if count is None else count
-  x = constrain(x, *FEW, None)
+  x = constrain(x, *FEW)
   longer, projected = [], []
   for layer, cache in zip(decoder.layers, caches, strict=False):
     q, k, v = in_pieces(lambda _, x, layer=layer: layer.project(x), count, x)
@@ -527,7 +527,7 @@ def step(
     number of valid entries of that layer's own cache (FACTS.md 2).
   """
   out = []
-  x = constrain(x, *FEW, None)
+  x = constrain(x, *FEW)
   for layer, cache in zip(decoder.layers, caches, strict=True):
     positions = jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
     x, cache = layer.step(x, positions, cache, cache.key.shape[1] - room)
