@@ -1,4 +1,4 @@
-"""Asking over a mesh: answers, selections and scores are those of one device (head layout of 7B)."""
+"""Asking over a mesh: answers, selections, scores are those of one device (heads of the 7B)."""
 
 import dataclasses
 import pathlib

@@ -209,7 +209,7 @@ def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
     return _prefill(model, prompts[0], room=room)
   rows = up(len(prompts), parts("batch"))
   count = rows // parts("batch")  # of a device, which lie one behind another
-  prompts = [*prompts, *prompts[-1:] * (rows - len(prompts))]
+  prompts = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
   batches = (jax.tree.map(lambda *of: np.concatenate(of), *prompts[i::count]) for i in range(count))
   whole = _room(_prefill(model, next(batches), room=room), count)
   for place, batch in enumerate(batches, 1):
