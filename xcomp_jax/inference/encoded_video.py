@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, UInt8
 
 from xcomp_jax.checkpoints.loading import tower_identity
@@ -26,7 +25,7 @@ from xcomp_jax.errors import XCompError
 from xcomp_jax.files import replacing
 from xcomp_jax.inputs import parse_json, reading, regular
 from xcomp_jax.model import kernels, vlm
-from xcomp_jax.parallel.mesh import constrain, mesh_of, parts, split_axes
+from xcomp_jax.parallel.mesh import clip_sharding, constrain, mesh_of
 
 THUMBNAIL = 96  # pixels
 JOINED = 8  # clips that are stacked by one program, whatever their number
@@ -130,7 +129,7 @@ def encode_chunk(
   model: vlm.VLM, frames: UInt8[Array, "C F S S 3"]
 ) -> Sequence[Float[Array, "N D"]]:
   """Merged features [N, D] of each clip; on a mesh each of its devices has those of all."""
-  return list(constrain(vlm.encode_frames(model, frames)))
+  return list(constrain(vlm.encode_apart(model, frames)))
 
 
 def encode_in_chunks(
@@ -148,26 +147,21 @@ def encode_in_chunks(
   Raises:
     ConfigError: numbers that float16 does not have. Those of `clips` arrive as they are.
   """
-  mesh = mesh_of(model)
-
-  def within() -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+  mesh = mesh_of(model.projector)
+  devices = 1 if mesh is None else mesh.size
 
   def send(clips: list[np.ndarray], size: int) -> Sequence[jax.Array]:
     frames = np.stack(clips + clips[-1:] * (size - len(clips)))
-    with within():
-      if mesh is not None:
-        spec = split_axes(("clips",), frames.shape)
-        frames = jax.device_put(frames, NamedSharding(mesh, spec))
+    if mesh is None:
       return encode(model, frames)[: len(clips)]
+    with jax.set_mesh(mesh):
+      return encode(model, jax.device_put(frames, clip_sharding(mesh)))[: len(clips)]
 
   def receive(features: Sequence[jax.Array]) -> Iterator[jax.Array]:
     for one in jax.block_until_ready(features):
       kernels.check_finite(one, "features of the tower", model.cfg.dtype)
       yield one
 
-  with within():
-    devices = parts("clips")
   size, sent = devices * model.cfg.clips_per_chunk, []
   # one device alone runs its chunk's program for all but a lone clip: by one for a single clip
   # numbers can differ in their last bit

@@ -30,6 +30,7 @@ from xcomp_jax.data.prompt import Prompt
 from xcomp_jax.inference.encoded_video import ClipFeatures, stacked
 from xcomp_jax.model import kernels, qwen2, vlm
 from xcomp_jax.model.layout import padded
+from xcomp_jax.parallel.mesh import constrain, parts
 
 TEXT_STEP = 64  # tokens, the shortest that a text is padded to
 LONG = 4096  # tokens of text up to which what it is padded to doubles
@@ -159,7 +160,7 @@ def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int)
   of them valid.
   """
   last = out.x.shape[1] - text + text_length - 1
-  logits = model.llm.logits(jnp.take_along_axis(out.x, last[:, None, None], axis=1))[:, 0]
+  logits = _logits(model, jnp.take_along_axis(out.x, last[:, None, None], axis=1))
   return State(
     logits=logits,
     caches=jax.tree.map(functools.partial(padded, count=room), out.caches),
@@ -168,6 +169,12 @@ def start(model: vlm.VLM, out: qwen2.Decoded, text: int, text_length, room: int)
     seen=jnp.zeros(logits.shape, bool),
     done=jnp.zeros(len(logits), bool),
   )
+
+
+def _logits(model: vlm.VLM, x: jax.Array) -> jax.Array:
+  """float32[B, V] of x [B, 1, D]: rows go to all devices, each of which has some of the words."""
+  logits = model.llm.logits(constrain(x, "replica", None, None))
+  return constrain(logits[:, 0], "replica", "vocab")
 
 
 def choose_tokens(
@@ -221,7 +228,7 @@ def decode_tokens(model: vlm.VLM, state: State, sampling: RowSampling, steps: in
     token = jnp.where(state.done, eos[0], token) if sampling.eos else token
     x, caches = qwen2.step(model.llm, model.llm.embed(token[:, None]), state.caches, state.free)
     return State(
-      logits=model.llm.logits(x)[:, 0],
+      logits=_logits(model, x),
       caches=caches,
       free=state.free - 1,
       made=state.made + 1,
@@ -234,29 +241,52 @@ def decode_tokens(model: vlm.VLM, state: State, sampling: RowSampling, steps: in
   return tokens.T, state
 
 
+@functools.partial(jax.jit, static_argnames="count")
+def _room(one: State, count: int) -> State:
+  """A state with `count` rows for every row of `one`, which is the first of them."""
+
+  def more(a):
+    return padded(a[:, None], count - 1).reshape(-1, *a.shape[1:]) if a.ndim else a
+
+  return jax.tree.map(more, one)
+
+
 @functools.partial(jax.jit, donate_argnames="whole")
-def _put(whole: State, one: State, row: Int[Array, ""] | int) -> State:
-  """`whole` with the only prompt of `one` as that row."""
-  return jax.tree.map(lambda a, b: a.at[row].set(b[0]) if a.ndim else b, whole, one)
+def _put(whole: State, one: State, place: Int[Array, ""] | int) -> State:
+  """`whole` with rows of `one` at that place of the rows that `_room` has for each."""
+
+  def put(a, b):
+    return a.reshape(len(b), -1, *a.shape[1:]).at[:, place].set(b).reshape(a.shape)
+
+  return jax.tree.map(lambda a, b: put(a, b) if a.ndim else b, whole, one)
 
 
 _prefill = jax.jit(functools.partial(prefill, in_pieces=True), static_argnames="room")
 _decode = jax.jit(decode_tokens, static_argnames="steps", donate_argnames="state")
 
 
+def _rows(*of: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+  """Arrays one under the other, where they are."""
+  return of[0] if len(of) == 1 else jnp.concatenate(of)
+
+
 def prefill_each(model: vlm.VLM, prompts: Sequence[Batch], room: int) -> State:
   """Prompts of one row each and of one shape (or a single batch of any), one after another: a
-  prompt of many frames fills a device by itself.
+  prompt of many frames fills a device by itself. Devices that split rows take one each.
 
-  So their program is that of a single one, and what exists at once is the caches of all, those of
-  one more, and one prompt's activations.
+  So their program is that of a single one, and what exists at once on a device is the caches of its
+  prompts, those of one more, and one prompt's activations. Behind several prompts there may be more
+  rows, until every such device has as many: the last prompt again.
   """
-  whole = _prefill(model, prompts[0], room=room)
-  if len(prompts) > 1:
-    more = len(prompts) - 1
-    whole = jax.tree.map(lambda a: padded(a, more, axis=0) if a.ndim else a, whole)
-    for row, batch in enumerate(prompts[1:], 1):
-      whole = _put(whole, _prefill(model, batch, room=room), row)
+  if len(prompts) == 1:
+    return _prefill(model, prompts[0], room=room)
+  rows = up(len(prompts), parts("batch"))
+  count = rows // parts("batch")  # of a device, which lie one behind another
+  prompts = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
+  batches = (jax.tree.map(_rows, *prompts[i::count]) for i in range(count))
+  whole = _room(_prefill(model, next(batches), room=room), count)
+  for place, batch in enumerate(batches, 1):
+    whole = _put(whole, _prefill(model, batch, room=room), place)
   return whole
 
 
@@ -272,14 +302,17 @@ def stream(
     ConfigError: numbers that float16 does not have.
   """
   rows = sum(len(batch.text) for batch in prompts)
-  each = [sampling] * rows if isinstance(sampling, Sampling) else sampling
-  chosen, left = stack_sampling(each), np.array([one.max_new_tokens for one in each])
+  each = [sampling] * rows if isinstance(sampling, Sampling) else list(sampling)
+  left = np.array([one.max_new_tokens for one in each])
   state = prefill_each(model, prompts, room=answer_slots(max(left.tolist())))
+  chosen = stack_sampling([*each, *each[-1:] * (len(state.done) - rows)])
   while left.any():
     kernels.check_finite(state.logits, "the LLM's logits", model.cfg.dtype)
     tokens, state = _decode(model, state, chosen, steps=STREAM)
-    new = [_ended(row[:n], chosen.eos) for row, n in zip(np.asarray(tokens), left, strict=True)]
-    left = np.where(state.done, 0, np.maximum(left - STREAM, 0))
+    new = [
+      _ended(row[:n], chosen.eos) for row, n in zip(np.asarray(tokens)[:rows], left, strict=True)
+    ]
+    left = np.where(np.asarray(state.done)[:rows], 0, np.maximum(left - STREAM, 0))
     yield new
 
 

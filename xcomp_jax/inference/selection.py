@@ -17,6 +17,7 @@ from xcomp_jax.inference.encoded_video import (
 )
 from xcomp_jax.inference.generate import CLIP_STEP, text_slots, up
 from xcomp_jax.model import kernels, qc_comp, vlm
+from xcomp_jax.parallel.mesh import parts
 
 # tokens, the shortest that a text is padded to where it scores: its rows run in every round
 SCORE_STEP = 16
@@ -167,7 +168,9 @@ def score_rounds(
   clips = up(plan.frames // video.clip_frames, CLIP_STEP)  # of a round, padding included
   units = clips * video.clip_frames // plan.unit
   windows = _padded_windows(plan, cfg, units)
-  together = min(max(1, cfg.round // plan.frames), len(plan.starts))  # rounds of a call
+  each = parts("batch")  # devices that take rounds of their own
+  together = max(1, cfg.round // plan.frames) * each  # rounds of a call
+  together = min(together, up(len(plan.starts), each))
   scores = []
   for first in range(0, len(plan.starts), together):
     starts = plan.starts[first : first + together]

@@ -28,6 +28,9 @@ from xcomp_jax.parallel.mesh import constrain, gathered
 
 SHORT = 512  # tokens that follow a cached sequence and run in one piece, padding too
 PART = 256  # longer texts run in pieces of this many tokens, as many as there are
+# Logical axes of few rows [B, L, D], such as those of texts, which are less than the parameters: so
+# these stay where they are, and rows go to all of them.
+FEW = ("replica", None, "embed")
 
 
 @jax.tree_util.register_dataclass
@@ -185,6 +188,13 @@ class Layer(nnx.Module):
     y = mlp_in_parts(modules, x) if self.cfg.remat else gated_mlp(modules, x)
     return constrain(x + y, "batch", "sequence", None)
 
+  def finish_few(self, x, attended):
+    """`finish` of FEW rows."""
+    attended = constrain(attended, "replica", None, "heads", None).reshape(*attended.shape[:2], -1)
+    x = constrain(x + self.o(attended), *FEW)
+    y = gated_mlp((self.post_norm, self.gate, self.up, self.down), x, FEW[:2])
+    return constrain(x + y, *FEW)
+
   def __call__(self, x, places: Places, pick=lambda x: x):
     """Runs whole sequences; returns x of the slots that `pick` takes out, and the keys (not
     rotated) and values of all.
@@ -211,13 +221,13 @@ class Layer(nnx.Module):
       q, rows = self.rotate(q, positions), before + first + jnp.arange(x.shape[1])
       if x.shape[1] + before == keys.shape[1]:
         mask = AttentionMask(causal=True, valid=valid)
-        return self.finish(x, attend(q, keys, values, mask, implementation=self.cfg.attention))
+        return self.finish_few(x, attend(q, keys, values, mask, implementation=self.cfg.attention))
 
       def seen(slots):
         return valid[:, None, slots] & (slots <= rows[:, None])
 
       attended, _ = attend_first(q, keys, values, seen, before + first + x.shape[1])
-      return self.finish(x, attended.astype(x.dtype))
+      return self.finish_few(x, attended.astype(x.dtype))
 
     x = in_pieces(piece, count, x, q, positions[:, before:])
     return x, LayerCache(keys, values, valid)
@@ -242,7 +252,7 @@ class Layer(nnx.Module):
       AttentionMask(causal=False, valid=cache.valid),
       implementation="einsum",
     )
-    return self.finish(x, attended), cache
+    return self.finish_few(x, attended), cache
 
 
 class Decoder(nnx.Module):
@@ -391,7 +401,8 @@ def run_layers(
     if entering:
       all_entering.append(x)
     if index == stop:
-      all_caches.append(layer.cached(layer.keys(x), None, places, rotated))
+      keys = gathered(layer, x.dtype).keys(x)
+      all_caches.append(layer.cached(keys, None, places, rotated))
       break
     call = functools.partial(
       layer.__call__,
@@ -421,7 +432,7 @@ def _attention_paid(layer: Layer, x, places: Places, query, text: int):
   """float32[B, S]: mean over heads and query rows of the attention this layer would pay (FACTS.md
   13).
   """
-  q, k, _ = layer.project(x)
+  q, k, _ = gathered(layer, x.dtype).project(x)
   q, k = layer.rotate(q, places.position), layer.rotate(k, places.position)
   start = x.shape[1] - text
   weights = attention_weights(q[:, start:], k, causal=True, key_valid=places.valid, offset=start)
@@ -486,6 +497,7 @@ def extend(
     L, K, h] of the rows in every cached layer, not rotated.
   """
   count = pieces(valid) if count is None else count
+  x = constrain(x, *FEW)
   longer, projected = [], []
   for layer, cache in zip(decoder.layers, caches, strict=False):
     q, k, v = in_pieces(lambda _, x, layer=layer: layer.project(x), count, x)
@@ -515,6 +527,7 @@ def step(
     number of valid entries of that layer's own cache (FACTS.md 2).
   """
   out = []
+  x = constrain(x, *FEW)
   for layer, cache in zip(decoder.layers, caches, strict=True):
     positions = jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
     x, cache = layer.step(x, positions, cache, cache.key.shape[1] - room)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from xcomp_jax.config import InternVideo2Config, VLMConfig
@@ -25,7 +26,7 @@ from xcomp_jax.model.layers import ShapeError
 from xcomp_jax.model.layout import from_blocks, in_blocks, padded
 from xcomp_jax.model.token_merging import Projector, merge
 from xcomp_jax.model.umt import Vision
-from xcomp_jax.parallel.mesh import constrain, parts
+from xcomp_jax.parallel.mesh import AXES, constrain, parts
 
 LOGIT_ROWS = 1024  # rows per device whose float32 logits exist at once: 0.6 GB at 152k words
 # and at most in all, since every device that has some of the words has all rows
@@ -58,6 +59,36 @@ def encode_frames(
     [C, F * 16, D], merged features before the projector.
   """
   return tower_features(model.vision, model.cfg, frames)
+
+
+def encode_apart(
+  model: VLM, frames: UInt8[Array | np.ndarray, "C F S S 3"]
+) -> Float[Array, "C N D"]:
+  """`encode_frames` with the clips split evenly over all devices of `jax.set_mesh`, whose number
+  divides C, and the tower whole on each, for as long as this takes; so none waits for another.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return encode_frames(model, frames)
+  return tower_apart(*nnx.split(model.vision), model.cfg, frames, mesh)
+
+
+def tower_apart(
+  graph: nnx.GraphDef,
+  tower: nnx.State,
+  cfg: VLMConfig,
+  frames: UInt8[Array | np.ndarray, "C F S S 3"],
+  mesh: Mesh | AbstractMesh,
+) -> Float[Array, "C N D"]:
+  """Does what `encode_apart` does with the tower alone."""
+  every = PartitionSpec(AXES)
+  return jax.shard_map(
+    lambda tower, frames: tower_features(nnx.merge(graph, tower), cfg, frames),
+    mesh=mesh,
+    in_specs=(PartitionSpec(), every),
+    out_specs=every,
+    check_vma=False,
+  )(tower, frames)
 
 
 def tower_features(

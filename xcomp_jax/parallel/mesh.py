@@ -244,6 +244,11 @@ def visual_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
   return NamedSharding(mesh, _fit(("batch", "sequence"), shape, mesh))
 
 
+def cache_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+  """Of a layer's keys or values [B, S, K, h]: rows over data and fsdp, heads over tensor."""
+  return NamedSharding(mesh, _fit(("batch", None, "heads"), shape, mesh))
+
+
 def batch_devices(mesh: Mesh | AbstractMesh) -> int:
   """Parts a batch is split into: its rows must be a multiple of this."""
   return math.prod(mesh.shape[axis] for axis in LOGICAL["batch"])

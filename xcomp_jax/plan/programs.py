@@ -29,6 +29,7 @@ from xcomp_jax.parallel import chips, roofline
 from xcomp_jax.parallel.mesh import (
   batch_devices,
   batch_sharding,
+  cache_sharding,
   clip_sharding,
   make_mesh,
   mesh_sizes,
@@ -389,8 +390,9 @@ def _training(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape | None)
 
 def _asking(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape) -> Traced:
   """Traces a program of asking: the whole model in the compute dtype, a question in each row
-  group.
+  group. Nothing is computed again for a gradient.
   """
+  cfg = dataclasses.replace(cfg, remat=False)
   graph, params = nnx.split(loading.abstract(cfg))
   dtype = np.dtype(cfg.dtype)
   params = _placed(params, param_shardings(params, plan.mesh), dtype)
@@ -400,8 +402,10 @@ def _asking(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape) -> Trace
     return Traced(program, {"parameters": bytes_held(params), kind: bytes_held(given)}, {})
 
   def split(leaf):  # over row groups, where the first axis is of rows
-    of_rows = leaf.ndim and leaf.shape[0] % shape.rows == 0
-    return _placed(leaf, batch_sharding(plan.mesh) if of_rows else replicated(plan.mesh))
+    return _placed(leaf, batch_sharding(plan.mesh) if leaf.ndim else replicated(plan.mesh))
+
+  def cached(leaf):  # keys and values also over heads
+    return _placed(leaf, cache_sharding(plan.mesh, leaf.shape)) if leaf.ndim == 4 else split(leaf)
 
   def prefill(params, batch):
     return generate.prefill(nnx.merge(graph, params), batch, ROOM)
@@ -412,7 +416,7 @@ def _asking(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape) -> Trace
 
   if name == "encode":
     return traced(
-      lambda params, clips: vlm.encode_frames(nnx.merge(graph, params), clips),
+      lambda params, clips: vlm.encode_apart(nnx.merge(graph, params), clips),
       "clips",
       _chunk(plan, cfg),
     )
@@ -421,7 +425,7 @@ def _asking(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape) -> Trace
     return traced(prefill, "batch", batch)
   if name == "decode":
     state = jax.eval_shape(prefill, params, batch)
-    return traced(decode, "caches", jax.tree.map(split, state), donated=(1,))
+    return traced(decode, "caches", jax.tree.map(cached, state), donated=(1,))
   of, rows = rounds.usual(cfg, shape.frames)
   rows, clips = shape.rows * rows, of.frames // cfg.clip_frames
   watch, score = rounds.scoring(graph, of, rounds.USUAL, rows, clip_frames=cfg.clip_frames)
@@ -430,7 +434,7 @@ def _asking(plan: ProgramPlan, cfg: VLMConfig, name: str, shape: Shape) -> Trace
   if name == "round":
     return traced(watch, "features", features)
   caches = jax.eval_shape(watch, params, features)
-  return traced(score, "caches", jax.tree.map(split, caches))
+  return traced(score, "caches", jax.tree.map(cached, caches))
 
 
 def _chunk(plan: ProgramPlan, cfg: VLMConfig) -> Any:

@@ -128,14 +128,7 @@ def encode_step(
 
   graph, tower: the tower alone, on every device; so none waits for another.
   """
-  every = PartitionSpec(AXES)
-  return jax.shard_map(
-    lambda tower, frames: vlm.tower_features(nnx.merge(graph, tower), cfg, frames),
-    mesh=mesh,
-    in_specs=(PartitionSpec(), every),
-    out_specs=every,
-    check_vma=False,
-  )(tower, frames)
+  return vlm.tower_apart(graph, tower, cfg, frames, mesh)
 
 
 def fill_step(mesh: Mesh, visual: jax.Array, features: jax.Array, place: jax.Array) -> jax.Array:
