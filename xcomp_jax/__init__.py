@@ -22,11 +22,12 @@ from xcomp_jax.errors import XCompError
 if TYPE_CHECKING:
   from xcomp_jax.inference.chat import Answer, Chat
   from xcomp_jax.inference.encoded_video import EncodedVideo
-  from xcomp_jax.inference.video_model import Pieces, VideoModel, load
+  from xcomp_jax.inference.video_model import Pieces, VideoModel, load, local_mesh
 
 # names of the package by where they are: JAX is imported when one of them is used
 _HOMES = {
   "load": "inference.video_model",
+  "local_mesh": "inference.video_model",
   "VideoModel": "inference.video_model",
   "Pieces": "inference.video_model",
   "EncodedVideo": "inference.encoded_video",
@@ -43,6 +44,7 @@ __all__ = [
   "XCompError",
   "__version__",
   "load",
+  "local_mesh",
 ]
 
 

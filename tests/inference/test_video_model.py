@@ -3,9 +3,11 @@
 import doctest
 import io
 import pathlib
+import re
 import subprocess
 import sys
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from xcomp_jax.config import ConfigError
 from xcomp_jax.data.video import VideoError
 from xcomp_jax.inference import settings, video_model
 
-TINY = pathlib.Path(__file__).parents[2] / "assets" / "tiny"
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = ROOT / "assets" / "tiny"
 QUESTIONS = [
   "Which colour?",
   "Which shape was shown?\nA. square\nB. ring",
@@ -59,6 +62,25 @@ def test_docstrings_hold(model):
     runner.run(test, clear_globs=False)
     shared |= test.globs
   assert runner.failures == 0 and runner.tries == 6
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_the_python_of_pages_runs(page, shots, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  for file in ("film.mp4", "world/heldout/00000.mp4"):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    writer = cv2.VideoWriter(file, cv2.VideoWriter_fourcc(*"mp4v"), 8, (64, 64))
+    for shot in shots:
+      writer.write(cv2.resize(shot, (64, 64)))
+    writer.release()
+  for folder in ("exports/sct", "assets/tiny"):
+    (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / folder).symlink_to(TINY)
+  blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+  assert blocks
+  for block in blocks:
+    exec(block, {})
+  assert capsys.readouterr().out.strip()
 
 
 def test_an_answer_says_where_it_looked(model, film):
@@ -171,6 +193,27 @@ def test_a_notebook_sees_it(model, film):
   assert "Which shape was shown?" in answer._repr_html_()
   figure = answer.show()
   assert len(figure.axes) == 3  # the curve, and two clips
+
+
+def test_nothing_is_compiled_after_warming_up(shots):
+  model = xcomp_jax.load(TINY, select=16, min_frames=8, max_new_tokens=6)
+  model.warm_up(frames=48, questions=4, text=40)
+  rng, compiled = np.random.default_rng(0), []
+
+  def count(event, _, **more):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(more.get("fun_name"))
+
+  jax.monitoring.register_event_duration_secs_listener(count)
+  try:
+    film = model.encode(shots, times=np.arange(48) / 8, show_progress=False)
+    for _ in range(8):
+      some = ["Who? " * int(n) for n in rng.integers(1, 8, rng.integers(1, 5))]
+      how = {"temperature": float(rng.uniform(0, 2)), "top_p": float(rng.uniform(0.1, 1))}
+      model.ask(film, some, seed=int(rng.integers(99)), top_k=int(rng.integers(9)), **how)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(count)
+  assert not compiled
 
 
 @pytest.mark.parametrize(

@@ -22,16 +22,19 @@ from jax.sharding import Mesh
 from xcomp_jax import cli
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError, MeshConfig
+from xcomp_jax.data.prompt import question_prompt, time_message
 from xcomp_jax.data.video import FrameSample, TailError, frames
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.chat import Answer, Chat, firsts
 from xcomp_jax.inference.encoded_video import EncodedVideo, EncodedVideoError
 from xcomp_jax.inference.films import Film, on_disk
-from xcomp_jax.inference.generate import Sampling, batches
+from xcomp_jax.inference.generate import Sampling, batches, text_slots
 from xcomp_jax.inference.places import computing
 from xcomp_jax.inference.prepared import PreparedModel, prepare_model
+from xcomp_jax.inference.selection import SCORE_STEP, around_frames
 from xcomp_jax.inference.settings import COMPILED, AskSettings, SamplingSettings, Settings, checked
 from xcomp_jax.model import vlm
+from xcomp_jax.model.qc_comp import from_prompt
 from xcomp_jax.parallel.mesh import check_tensor, make_mesh, param_shardings
 from xcomp_jax.progress import progress
 
@@ -352,8 +355,9 @@ class VideoModel(PreparedModel):
   ) -> None:
     """Compiles what encoding and asking need, so that nobody waits for it later.
 
-    Videos share their programs with those of as many frames, and with others that are padded
-    alike; see `generate` for which sizes of texts, answers and batches share one.
+    Videos share their programs with those that are padded to as many frames, and all shorter
+    questions, smaller batches and ways of sampling are served, too; `generate` says which sizes of
+    texts, answers and batches share one.
 
     Args:
       frames: that are sampled of a video; None: as many as the model was loaded for, at most.
@@ -367,12 +371,35 @@ class VideoModel(PreparedModel):
     count = self.settings.max_frames if frames is None else frames
     size = self.cfg.vision.image_size
     still = np.broadcast_to(np.zeros((), np.uint8), (count, size, size, 3))
-    video = self._within(count, None).encode(still, rate=None, show_progress=False)
+    model = self._within(count, None)
+    video = model.encode(still, show_progress=False)
     how = SamplingSettings() if new_tokens is None else SamplingSettings(max_new_tokens=new_tokens)
-    word = " a"
-    for together in sorted({1 << n for n in range(questions.bit_length())} | {questions}):
-      self.ask(video, [word * text] * together, **how)
-    vars(self).pop("_kept", None)
+    together = {
+      min(questions, TOGETHER),
+      *(1 << n for n in range(min(questions, TOGETHER).bit_length())),
+    }
+    for asked in model._of_every_size(video, text):
+      for rows in sorted(together):
+        model.ask(video, [asked] * rows, **how)
+
+  def _of_every_size(self, video: EncodedVideo, text: int) -> list[str]:
+    """Questions of up to so many tokens, one of every size that texts are padded to."""
+    found: dict[tuple[int, int], str] = {}
+    selector, message = (
+      self.selector(len(video.times)),
+      time_message(video.seconds, len(video.times)),
+    )
+    words = 1
+    while words < 2 * text:  # none of the sizes, which double, is passed over
+      asked = "a" + " a" * (min(words, text) - 1)
+      prompt = question_prompt(self.tokenizer, asked, message)
+      _, after = around_frames(prompt)
+      scores = (
+        len(from_prompt(prompt, selector.config).text) if selector.config and selector.plan else 0
+      )
+      found.setdefault((text_slots(len(after)), text_slots(scores, SCORE_STEP)), asked)
+      words *= 2
+    return list(found.values())
 
 
 def _only(steps: Generator[list[str], None, list[Answer]]) -> Generator[str, None, Answer]:
