@@ -77,12 +77,20 @@ def bytes_on(device, tree):
   )
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 4), (1, 4, 1), (4, 1, 1)], ids=["tensor", "fsdp", "data"])
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    pytest.param((1, 1, 4), id="tensor"),
+    pytest.param((1, 4, 1), id="fsdp", marks=pytest.mark.slow),
+    pytest.param((4, 1, 1), id="data", marks=pytest.mark.slow),
+    pytest.param((2, 1, 2), id="both", marks=pytest.mark.slow),
+  ],
+)
 def test_answers_over_a_mesh_are_those_of_one_device(model, alone, sizes):
   mesh = make_mesh(MeshConfig(*sizes, 1), jax.devices()[:4])
   split = jax.device_put(model, param_shardings(model, mesh))
   share = bytes_on(jax.devices()[3], split) / bytes_on(jax.devices()[0], model)
-  assert share == 1 if sizes[0] == 4 else share < 0.27
+  assert share < 0.01 + sizes[0] / 4 if sizes[0] < 4 else share == 1
   with jax.set_mesh(mesh):
     features, answers = ask(split)
   jax.tree.map(lambda *two: np.testing.assert_allclose(*two, atol=1e-5), features, alone[0])

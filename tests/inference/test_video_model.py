@@ -187,6 +187,39 @@ def test_a_video_is_saved_and_belongs_to_its_tower(model, film, tmp_path):
   assert caught.value.fields["found"] == film.identity
 
 
+def devices_of(model):
+  return {device for leaf in jax.tree.leaves(model.vlm) for device in leaf.devices()}
+
+
+def test_parameters_lie_where_they_are_wanted(model):
+  third = jax.devices()[3]
+  assert devices_of(xcomp_jax.load(TINY, device=third)) == {third}
+  with jax.default_device(third):
+    assert devices_of(xcomp_jax.load(TINY)) == {third}
+  assert devices_of(model.on(third)) == {third} and model.on(third).identity == model.identity
+  for bad in (
+    {"device": third, "mesh": xcomp_jax.local_mesh()},
+    {"mesh": xcomp_jax.local_mesh(tensor=8)},
+  ):
+    with pytest.raises(ConfigError):
+      xcomp_jax.load(TINY, **bad)
+
+
+@pytest.mark.slow
+def test_a_mesh_answers_as_one_device_does(model, film, shots):
+  spread = xcomp_jax.load(
+    TINY, select=16, min_frames=8, max_new_tokens=6, mesh=xcomp_jax.local_mesh(fsdp=2)
+  )
+  assert len(devices_of(spread)) == 8
+  there = spread.encode(shots, times=np.arange(48) / 8, show_progress=False)
+  for ours, theirs in zip(there.features[0], film.features[0], strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+  for one, alone in zip(spread.ask(there, QUESTIONS), model.ask(film, QUESTIONS), strict=True):
+    assert one.text == alone.text
+    np.testing.assert_array_equal(one.frames, alone.frames)
+    np.testing.assert_allclose(one.scores, alone.scores, atol=1e-5)
+
+
 def test_a_notebook_sees_it(model, film):
   assert film._repr_html_().startswith("<iframe") and "48 frames" in repr(film)
   answer = model.ask(film, QUESTIONS[1])
@@ -197,7 +230,7 @@ def test_a_notebook_sees_it(model, film):
 
 def test_nothing_is_compiled_after_warming_up(shots):
   model = xcomp_jax.load(TINY, select=16, min_frames=8, max_new_tokens=6)
-  model.warm_up(frames=48, questions=4, text=40)
+  model.warm_up(frames=48, questions=2, text=16)
   rng, compiled = np.random.default_rng(0), []
 
   def count(event, _, **more):
@@ -208,7 +241,7 @@ def test_nothing_is_compiled_after_warming_up(shots):
   try:
     film = model.encode(shots, times=np.arange(48) / 8, show_progress=False)
     for _ in range(8):
-      some = ["Who? " * int(n) for n in rng.integers(1, 8, rng.integers(1, 5))]
+      some = ["Who? " * int(n) for n in rng.integers(1, 4, rng.integers(1, 3))]
       how = {"temperature": float(rng.uniform(0, 2)), "top_p": float(rng.uniform(0.1, 1))}
       model.ask(film, some, seed=int(rng.integers(99)), top_k=int(rng.integers(9)), **how)
   finally:
