@@ -4,8 +4,8 @@ A program is compiled for the shapes of its arrays alone. How tokens are chosen 
 per row, so all of that shares a program, and greedy rows share it with rows that draw. Sizes come
 from short lists, and what is between two of them shares the program of the larger one:
 
-- a text behind the frames (`text_slots`): 64, 128, 256, ... LONG tokens, then multiples of LONG;
-  where it scores frames (`selection.score_rounds`) the same from 16 on;
+- a text behind the frames (`text_slots`): 64, 128, 192, 256, 512, ... LONG tokens, then multiples
+  of LONG; where it scores frames (`selection.score_rounds`) 16, 32, 48, 64, 128, ...;
 - the longest answer of a batch (`answer_slots`): 64, 256, 1,024, ... tokens;
 - questions answered together (`batches`): as many as may be, and the powers of two below.
 
@@ -33,7 +33,7 @@ from xcomp_jax.model.layout import padded
 from xcomp_jax.parallel.mesh import constrain, parts
 
 TEXT_STEP = 64  # tokens, the shortest that a text is padded to
-LONG = 4096  # tokens of text up to which what it is padded to doubles
+LONG = 4096  # tokens of text up to which what it is padded to doubles, from four steps on
 ANSWER = 64  # tokens, the shortest that room is made for
 CLIP_STEP = 8  # videos are padded to a multiple of this many clips
 STREAM = 8  # tokens between two looks at what was generated
@@ -356,7 +356,9 @@ def as_batch(question: Prompt, visual: ClipFeatures, clip_frames: int, text: int
 
 def text_slots(tokens: int, step: int = TEXT_STEP) -> int:
   """What a text is padded to: a few sizes, of which `step` is the shortest."""
-  return up(tokens, LONG) if tokens > LONG else _grown(step, tokens, 2)
+  if tokens > LONG:
+    return up(tokens, LONG)
+  return up(tokens, step) if tokens <= 4 * step else _grown(4 * step, tokens, 2)
 
 
 def answer_slots(tokens: int) -> int:

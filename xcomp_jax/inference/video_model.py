@@ -389,16 +389,14 @@ class VideoModel(PreparedModel):
       self.selector(len(video.times)),
       time_message(video.seconds, len(video.times)),
     )
-    words = 1
-    while words < 2 * text:  # none of the sizes, which double, is passed over
-      asked = "a" + " a" * (min(words, text) - 1)
+    for words in [*range(1, text, SCORE_STEP // 2), text]:  # none of the sizes is passed over
+      asked = "a" + " a" * (words - 1)
       prompt = question_prompt(self.tokenizer, asked, message)
       _, after = around_frames(prompt)
       scores = (
         len(from_prompt(prompt, selector.config).text) if selector.config and selector.plan else 0
       )
       found.setdefault((text_slots(len(after)), text_slots(scores, SCORE_STEP)), asked)
-      words *= 2
     return list(found.values())
 
 
