@@ -21,8 +21,8 @@ FILES = {
   "2\n00:01:00,000 --> 00:01:03,000\nGrüße\n",
   "film.vtt": "WEBVTT\n\nNOTE a comment\n\n00:01.000 --> 00:02.500 align:start\n<b>Hello,</b>\nyou."
   "\n\n00:01:00.000 --> 00:01:03.000\nGrüße\n",
-  "film.ass": "[Script Info]\nScriptType: v4.00+\n\n[V4+ Styles]\n\n[Events]\nFormat: Layer, Start, End, Style, Name, "
-  "MarginL, MarginR, MarginV, Effect, Text\n"
+  "film.ass": "[Script Info]\nScriptType: v4.00+\n\n[V4+ Styles]\n\n[Events]\n"
+  "Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\n"
   "Dialogue: 0,0:01:00.00,0:01:03.00,Default,,0,0,0,,{\\an8}Grüße\n"
   "Comment: 0,0:00:05.00,0:00:06.00,Default,,0,0,0,,not said\n"
   "Dialogue: 0,0:00:05.00,0:00:06.00,Default,,0,0,0,,{\\p1}m 0 0 l 1 1{\\p0}\n"
