@@ -58,6 +58,8 @@ def test_kinds_of_files_say_the_same(name, mark, tmp_path):
     b"[Script Info]\n\n[Events]\nFormat: Start, End\nDialogue: 1\n",
     b"\x00" * 64,
     b"{10}{20}frames of no rate\n",
+    b"WEBVTT\n\n00:01.000 --> 00:02.000\n" + b"{" * 2_000_000,  # searched for minutes
+    b"1\n00:00:01,000 --> 00:00:02,000\n" + b"<i\n" * 2_000_000,
   ],
 )
 def test_what_holds_none_is_an_error_with_the_file_s_name(content, tmp_path):

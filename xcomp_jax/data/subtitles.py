@@ -12,7 +12,8 @@ from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import read_text, reading
 
 MOMENTS = 512  # at one of which a subtitle has to be seen
-LARGEST = 1 << 24  # bytes of a file, at most
+LARGEST = 1 << 23  # bytes of a file, at most
+OPEN = 1000  # marks of style that begin and don't end, at most
 
 
 class SubtitleError(XCompError, ValueError):
@@ -41,6 +42,10 @@ def read_subtitles(path: str | os.PathLike) -> list[Subtitle]:
 
   content = read_text(path, SubtitleError, LARGEST)
   with reading(path, SubtitleError, "file of subtitles (.srt, .vtt or .ass)"):
+    # from each of them pysubs2 searches the rest of the text
+    marks = (part.count(begin) for begin, end in ("<>", "{}") for part in content.split(end))
+    if max(marks) > OPEN:
+      raise ValueError(f"more than {OPEN:,} marks of style begin and don't end")
     events = sorted(pysubs2.SSAFile.from_string(content), key=lambda event: event.start)
     found = [
       Subtitle(event.start / 1000, event.end / 1000, text)
