@@ -24,7 +24,7 @@ from typing import TextIO
 import jax
 
 from xcomp_jax import cli, files, inputs
-from xcomp_jax.data import prompt, video
+from xcomp_jax.data import prompt, subtitles, video
 from xcomp_jax.errors import one_line
 from xcomp_jax.inference import html_report
 from xcomp_jax.inference.chat import Answer, Chat
@@ -71,7 +71,8 @@ def check_files(args: argparse.Namespace) -> None:
     OSError, FileNotFoundError: what can't be written, and why.
   """
   check_target("--report", args.report)
-  read = {f"--{name}": getattr(args, name) for name in ("video", "encoded", "questions")}
+  names = ("video", "encoded", "questions", "subtitles")
+  read = {f"--{name}": getattr(args, name) for name in names}
   files.apart({"--report": args.report}, read)
   files.apart({"--report": args.report}, {"--checkpoint": args.checkpoint}, nested=True)
   if args.encoded and not pathlib.Path(args.encoded).exists():
@@ -301,8 +302,8 @@ def answer_all(
   """Answers all questions; without any, those that are typed.
 
   Raises:
-    CheckpointError, VideoError, EncodedVideoError, AnnotationError, ConfigError, OSError: bad
-    arguments, by name.
+    CheckpointError, VideoError, EncodedVideoError, AnnotationError, SubtitleError, ConfigError,
+    OSError: bad arguments, by name.
   """
   cli.keep_compiled(args.compilation_cache, COMPILED)
   reader = prepare_model(settings_of(args))
@@ -310,10 +311,13 @@ def answer_all(
   fixed = questions_of(args)
   for question in fixed:  # what is wrong with one shows before any work
     prompt.question_prompt(reader.tokenizer, question, "")
+  spoken = subtitles.read_subtitles(args.subtitles) if args.subtitles else []
   sample = sampled(args, reader)
   if sample is not None:
+    begins = sample.request.start or 0.0
+    told = subtitles.seen_subtitles(spoken, sample.seconds, begins)
     for question in fixed or ["?"]:
-      reader.check(len(sample.indices), sample.seconds, question)
+      reader.check(len(sample.indices), sample.seconds, question, told)
 
   begun = time.perf_counter()
   model = load(reader, mesh=mesh_of_command(args))
@@ -336,7 +340,7 @@ def answer_all(
     say(f"a conversation, question by question; {NEW} starts another one")
   Interview(
     args=args,
-    chat=model.chat(film, keep_rounds=keep_rounds, talk=talk),
+    chat=model.chat(film, subtitles=args.subtitles, keep_rounds=keep_rounds, talk=talk),
     spent=spent,
     typed=None if fixed else stdin,
     talk=talk,
@@ -365,6 +369,11 @@ def main(
     "--questions",
     type=files.expanduser,
     help="file of questions, one per line; also a pipe, or -: standard input",
+  )
+  add(
+    "--subtitles",
+    type=files.expanduser,
+    help="the video's, as .srt, .vtt or .ass: listed before the first question",
   )
   add(
     "--follow-up",

@@ -33,7 +33,7 @@ from xcomp_jax.checkpoints import loading, saving, tensor_names
 from xcomp_jax.checkpoints.sizes import read_vlm_config
 from xcomp_jax.checkpoints.tuned import read_tuned, write_tuned
 from xcomp_jax.config import LPCompConfig
-from xcomp_jax.data import inspection, mixture, predecoding, prompt, store, video
+from xcomp_jax.data import inspection, mixture, predecoding, prompt, store, subtitles, video
 from xcomp_jax.evaluation import benchmarks, needles
 from xcomp_jax.inference import encoded_video
 from xcomp_jax.inference.video_model import load_prepared
@@ -120,6 +120,14 @@ def make(good: pathlib.Path) -> None:
   (good / "recorded").mkdir()
   for file in (ROOT / "tests" / "reference" / "internvideo2_tiny").iterdir():
     shutil.copyfile(file, good / "recorded" / file.name)
+  (good / "spoken").mkdir()
+  cues = (
+    "00:00:01,000 --> 00:00:02,000\n<i>Grün,</i>\nnicht rot.",
+    "00:00:02,200 --> 00:00:03,000\nTwo",
+  )
+  (good / "spoken" / "film.srt").write_text(
+    "".join(f"{i}\n{cue}\n\n" for i, cue in enumerate(cues, 1)), "utf-8"
+  )
   (good / "asked").mkdir()
   (good / "asked" / "questions.txt").write_text(
     "Which digit was shown?\nWelche Ziffer war zu sehen, äöü?\n"
@@ -461,6 +469,20 @@ def right_frames(given, file, good, found) -> str:
   return "reads a film where there is a picture, or the other way" if other else ""
 
 
+def read_spoken(given, file) -> Any:
+  return [dataclasses.astuple(one) for one in subtitles.read_subtitles(file)]
+
+
+def right_spoken(given, file, good, found) -> str:
+  """What is said stands in the file, with marks of style in between."""
+  text = file.read_text("utf-8-sig")
+  for *_, said in found:
+    letters = iter(text)
+    if not all(letter in letters for letter in said if letter != " "):
+      return f"says {said!r}"
+  return ""
+
+
 def read_questions(given, file) -> Any:
   return [
     dataclasses.asdict(q) for q in benchmarks.read_questions(benchmarks.TASKS["lvbench"], file)
@@ -610,6 +632,7 @@ SUBJECTS = (
     read=read_questions,
     right=right_questions,
   ),
+  of(name="subtitles", files=("spoken/film.srt",), read=read_spoken, right=right_spoken),
   of(name="needles", files=("needles/*",), read=read_needles, right=right_needles),
   of(
     name="recorded arrays",

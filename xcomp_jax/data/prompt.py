@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 
 from xcomp_jax.config import Mask
 from xcomp_jax.data.store import StoredSample
+from xcomp_jax.data.subtitles import listed_subtitles
 from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import plain, quoted, read_json, read_text, reading
 
@@ -236,11 +237,13 @@ def question_prompt(
   question: str,
   message: str | None,
   history: Sequence[tuple[str, str]] = (),
+  subtitles: str = "",
 ) -> Prompt:
   """A question to be answered, after the (question, answer) pairs in `history` about the same
   frames.
 
   message: as for `training_prompt`; it and the frames stand in the first question (FACTS.md 4).
+  subtitles: one per line, which stand behind the message; no part of the question.
 
   Raises:
     AnnotationError: an empty question, bytes that are no UTF-8, or `<image>` in any text: its place
@@ -248,22 +251,22 @@ def question_prompt(
   """
   if not question.strip():
     raise AnnotationError("the question is empty", where="question", missing=True)
-  for text in (question, *(text for pair in history for text in pair)):
+  given = [("question", question), ("subtitles", subtitles)]
+  for where, text in (*given, *(("history", text) for pair in history for text in pair)):
     plain(text, "the text", AnnotationError)
     if IMAGE in text:
       raise AnnotationError(
-        f"{IMAGE} must not be written in a question or answer, frames go first by themselves: "
-        f"{quoted(text)}",
-        where="question" if text is question else "history",
+        f"{IMAGE} must not be written in a question, answer or subtitle, frames go first by "
+        f"themselves: {quoted(text)}",
+        where=where,
         value=text,
       )
   pairs = (*history, (question,))
   turns = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+  first = (listed_subtitles(subtitles) if subtitles else "") + turns[0][1]
   if message is not None:
-    turns[0] = (
-      "user",
-      f"{IMAGE}\n{message.strip()} {turns[0][1]}" if message else f"{IMAGE}\n{turns[0][1]}",
-    )
+    first = f"{IMAGE}\n{message.strip()} {first}" if message else f"{IMAGE}\n{first}"
+  turns[0] = ("user", first)
   return _build(tokenizer, turns, question, None)
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from xcomp_jax.data.subtitles import seen_subtitles
 from xcomp_jax.errors import listed
 from xcomp_jax.evaluation.annotations import TaskError, read_items
 from xcomp_jax.evaluation.protocol import (
@@ -27,7 +28,7 @@ from xcomp_jax.evaluation.protocol import (
   lvbench_prompt,
   mlvu_prompt,
   mvbench_prompt,
-  seen_subtitles,
+  spoken_subtitles,
   stated,
   videomme_prompt,
 )
@@ -193,7 +194,8 @@ def _longvideobench(item, stem, subtitles):
     raise TaskError(
       f"{file} does not exist; --subtitles is the folder of LongVideoBench's subtitles", where=file
     ) from None
-  seen = seen_subtitles(spoken, item["duration"], item["starting_timestamp_for_subtitles"])
+  lasts, begins = item["duration"], item["starting_timestamp_for_subtitles"]
+  seen = seen_subtitles(spoken_subtitles(spoken, lasts), lasts, begins)
   choice = item["correct_choice"]
   return BenchmarkQuestion(
     videos=(item["video_path"], f"videos/{item['video_path']}"),

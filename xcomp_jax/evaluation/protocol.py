@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from xcomp_jax.data.subtitles import Subtitle, listed_subtitles
+
 CLOSING = "Answer with the option's letter from the given choices directly."
 BEST_OPTION = "\nOnly give the best option."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SUBTITLE_FRAMES = 512  # LongVideoBench: moments at which a subtitle has to be seen
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 
 
@@ -112,8 +113,7 @@ def longvideobench_prompt(question: str, options: Sequence[str], subtitles: str)
   """LongVideoBench with its subtitles, one per line."""
   listed = "\n".join(f"({letter}). {option}" for letter, option in zip(LETTERS, options))
   return (
-    f" This video's subtitles are listed below: \n{subtitles}.\n Select the best answer to the "
-    f"following multiple-choice "
+    f"{listed_subtitles(subtitles)}Select the best answer to the following multiple-choice "
     "question based on the video and the subtitles. Respond with only the letter of the correct "
     "option.\n"
     f"Question: {question}\n{listed}\n{CLOSING}\n"
@@ -124,32 +124,22 @@ def _bracketed(options: Sequence[str]) -> str:
   return "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options))
 
 
-def seen_subtitles(subtitles: Iterable[Mapping[str, Any]], duration: float, offset: float) -> str:
-  """The subtitles that one of up to 512 evenly spaced moments falls into, one per line (FACTS.md
-  12).
+def spoken_subtitles(items: Iterable[Mapping[str, Any]], duration: float) -> list[Subtitle]:
+  """LongVideoBench's subtitles.
 
   Args:
-    subtitles: {"timestamp": [start, end], "text"} in seconds, or {"start", "end", "line"} as
-      "H:M:S.s".
-    duration: of the video, seconds; also where an end that is no fraction is taken to be, as
+    items: {"timestamp": [start, end], "text"} in seconds, or {"start", "end", "line"} as "H:M:S.s".
+    duration: of the video, seconds, which is where an end that is no fraction is taken to be, as
       released.
-    offset: what the subtitles' times start from.
   """
-  count = min(int(duration), SUBTITLE_FRAMES)
-  moments = np.arange(count) * max(duration / SUBTITLE_FRAMES, 1.0)
-  lines = []
-  for subtitle in subtitles:
-    if "timestamp" in subtitle:
-      start, end = subtitle["timestamp"]
-      end, text = end if isinstance(end, float) else duration, subtitle["text"]
+  found = []
+  for item in items:
+    if "timestamp" in item:
+      start, end = item["timestamp"]
+      found.append(Subtitle(start, end if isinstance(end, float) else duration, item["text"]))
     else:
-      start, end, text = _seconds(subtitle["start"]), _seconds(subtitle["end"]), subtitle["line"]
-    start, end = start - offset, end - offset
-    if end - start < 1:
-      start, end = (start + end) / 2 - 0.5, (start + end) / 2 + 0.5
-    if ((start < moments) & (moments < end)).any():
-      lines.append(text)
-  return "\n".join(lines)
+      found.append(Subtitle(_seconds(item["start"]), _seconds(item["end"]), item["line"]))
+  return found
 
 
 def _seconds(clock: str) -> float:

@@ -14,7 +14,6 @@ from xcomp_jax.data.batch import Batch
 from xcomp_jax.data.prompt import Prompt, Tokenizer
 from xcomp_jax.inference.encoded_video import EncodedVideo
 from xcomp_jax.inference.generate import Sampling, as_batch, stream, up
-from xcomp_jax.inference.moments import spans
 from xcomp_jax.inference.places import Got, computing, drained, stepwise
 from xcomp_jax.inference.selection import (
   FrameSelector,
@@ -23,6 +22,7 @@ from xcomp_jax.inference.selection import (
   select_frames,
   selected_features,
 )
+from xcomp_jax.inference.several import moments_by_video
 from xcomp_jax.model import qc_comp, vlm
 
 # tokens of text that a conversation has room for at first; more than that, and it has all of the
@@ -79,6 +79,7 @@ def prompt_of(
   selector: FrameSelector,
   answer: int,
   history: Sequence[tuple[str, str]] = (),
+  subtitles: str = "",
 ) -> Prompt:
   """Builds the prompt of a question and checks that it fits into the model's context, before any
   frame is decoded.
@@ -91,14 +92,15 @@ def prompt_of(
     selector: of these frames.
     answer: tokens of it, at most.
     history: (question, answer) pairs that came before.
+    subtitles: of the video, one per line.
 
   Raises:
     AnnotationError: an empty question.
     ConfigError: no token of the question is left to score frames by; or the model's context does
       not hold the final prompt with its answer, or a round that scores.
   """
-  message = _message(seconds, selector.frames)
-  asked = prompt.question_prompt(tokenizer, question, message, history)
+  message = _message(seconds, selector)
+  asked = prompt.question_prompt(tokenizer, question, message, history, subtitles)
   if selector.config and selector.plan:
     qc_comp.from_prompt(asked, selector.config)  # has rows that score
   text, context = len(asked.tokens) - 1, model.llm.context
@@ -109,7 +111,8 @@ def prompt_of(
       raise ConfigError(
         f"{text} tokens of text, {room.frames} frames {room.what}, of {model.tokens_per_frame} "
         f"tokens each{new} make {needed} tokens, and the model's context has {context}: "
-        f"{'start a new conversation, ' if history else ''}shorten the question, {room.advice}, "
+        f"{'start a new conversation, ' if history else ''}"
+        f"{'leave the subtitles out, ' if subtitles else ''}shorten the question, {room.advice}, "
         "or give another --context",
         where="--context",
         value=context,
@@ -120,9 +123,10 @@ def prompt_of(
   return asked
 
 
-def _message(seconds: float, frames: int) -> str:
-  """What a prompt says of the frames' times: nothing of a still image."""
-  return "" if frames == 1 else prompt.time_message(seconds, frames)
+def _message(seconds: float, selector: FrameSelector) -> str:
+  """What a prompt says of the frames' times: nothing of a still image, or of several."""
+  still = selector.frames == 1 or (selector.clip_frames == 1 and not seconds)
+  return "" if still else prompt.time_message(seconds, selector.frames)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,8 +160,17 @@ class Answer:
 
   @property
   def moments(self) -> list[tuple[float, float]]:
-    """When it looked, as (first, last) seconds; see `moments.spans`."""
-    return spans(self.frames, self.video.times, self.video.seconds)
+    """When it looked, as (first, last) seconds; see `moments.spans`. Several videos are on one
+    axis, on which each begins where the one before it ends; none of these reaches over into the
+    next.
+    """
+    found = moments_by_video(self.video, self.frames, own=False)
+    return [span for spans in found for span in spans]
+
+  @property
+  def moments_by_video(self) -> list[list[tuple[float, float]]]:
+    """`moments` of each video, in order, in its own seconds."""
+    return list(moments_by_video(self.video, self.frames, own=True))
 
   def show(self) -> Any:
     """Relevance over time and the frames it looked at, as a figure of matplotlib (extra `plot`)."""
@@ -194,16 +207,17 @@ class Chat:
     keep_rounds: bool = True,
     talk: bool = False,
     text: int = TALK,
+    subtitles: str = "",
   ):
     """Begins a conversation.
 
     selector: of the video's frames. keep_rounds: hold what scoring rounds left in the LLM for later
     questions (0.24 GB per 1,024 frames at 2B). talk: the first question is padded as later ones
     are, so that the second compiles nothing. text: what they are padded to, as long as that will
-    do.
+    do. subtitles: of the video, one per line, listed before the first question.
     """
     self.model, self.tokenizer, self.video = model, tokenizer, video
-    self.selector, self.sampling = selector, sampling
+    self.selector, self.sampling, self.subtitles = selector, sampling, subtitles
     self.history: list[tuple[str, str]] = []
     self._rounds = {} if keep_rounds else None
     self._talk, self._slots = talk, text
@@ -326,12 +340,14 @@ class Chat:
       selector,
       sampling.max_new_tokens,
       history,
+      self.subtitles,
     )
 
   def _shortest(self, history: Sequence[tuple[str, str]]) -> int:
     """Tokens of text of the shortest question after others."""
-    message = _message(self.video.seconds, self.selector.frames)
-    return len(prompt.question_prompt(self.tokenizer, "?", message, history).tokens) - 1
+    message = _message(self.video.seconds, self.selector)
+    shortest = prompt.question_prompt(self.tokenizer, "?", message, history, self.subtitles)
+    return len(shortest.tokens) - 1
 
   def _room(self) -> int | None:
     """Tokens of text that the context holds beside the frames and an answer."""

@@ -23,6 +23,7 @@ from xcomp_jax.checkpoints.loading import tower_identity
 from xcomp_jax.config import ConfigError
 from xcomp_jax.errors import XCompError
 from xcomp_jax.files import replacing
+from xcomp_jax.inference.moments import extent
 from xcomp_jax.inputs import parse_json, reading, regular
 from xcomp_jax.model import kernels, vlm
 from xcomp_jax.parallel.mesh import clip_sharding, constrain, mesh_of
@@ -56,6 +57,8 @@ class EncodedVideo:
   identity: of the tower's weights and settings; see `identity`.
   source: which file, sampled how; in words.
   spent: seconds that making it took, by what they went into; not kept in a file.
+  start: second of the file from which it was looked at.
+  parts: the videos that were joined to this one; see `several`.
   """
 
   features: dict[int, ClipFeatures]
@@ -66,6 +69,8 @@ class EncodedVideo:
   identity: str = ""
   source: str = ""
   spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  start: float = 0.0
+  parts: tuple["EncodedVideo", ...] = ()
 
   @property
   def clips(self) -> int:
@@ -199,6 +204,7 @@ def encode_video(
   seconds: float,
   source: str,
   *,
+  start: float = 0.0,
   phases: Sequence[int] = (0,),
   tower: str | None = None,
   report: Callable[[int], None] = lambda clips: None,
@@ -211,6 +217,7 @@ def encode_video(
     times: float64[T], seconds of the frames.
     seconds: of the whole.
     source: what this is, in words; kept.
+    start: second of the file from which it is looked at.
     phases: starts of clips to encode; others than 0 keep the frames in memory.
     tower: `identity(model)`, where many videos are encoded; None: find it out, which reads all of
       the tower's weights.
@@ -260,20 +267,25 @@ def encode_video(
     frames=kept if later else None,
     identity=tower or identity(model),
     source=source,
+    start=start,
   )
 
 
 def save_video(video: EncodedVideo, path: str | os.PathLike) -> None:
-  """Writes an .npz file: `about` (json: seconds, identity, source, dtype), times, thumbnails,
-  features_PHASE (bfloat16 as uint16), and frames if there are any.
+  """Writes an .npz file: `about` (json: seconds, start, identity, source, dtype), times,
+  thumbnails, features_PHASE (bfloat16 as uint16), and frames if there are any.
 
   Nothing is left behind if it is interrupted.
 
   Raises:
     OSError: the file can't be written.
+    EncodedVideoError: several videos were joined to this one.
   """
+  if video.parts:
+    raise EncodedVideoError("save the videos one by one, not joined", where=str(path))
   about = {
     "seconds": video.seconds,
+    "start": video.start,
     "identity": video.identity,
     "source": video.source,
     "dtype": str(video.features[0][0].dtype),
@@ -339,13 +351,16 @@ def load_video(path: str | os.PathLike, model: vlm.VLM, tower: str | None = None
       name = next(name for name in headers | wanted if headers.get(name) != wanted.get(name))
       raise ValueError(f"{name} is {_shown(headers.get(name))}, must be {_shown(wanted.get(name))}")
     times, seconds = _array(archive, "times"), float(about["seconds"])
+    # earlier versions did not say it
+    start = float(about.get("start", extent(times, seconds)[0]))
     if (
       not np.isfinite(times).all()
       or (np.diff(times) < 0).any()
       or not 0 <= seconds < 1e9
+      or not 0 <= start < 1e9
       or not isinstance(about["source"], str)
     ):
-      raise ValueError("its times, seconds or source are none that a video has")
+      raise ValueError("its times, seconds, start or source are none that a video has")
     features: dict[int, ClipFeatures] = {
       phase: _array(archive, f"features_{phase}").view(dtype)
       for phase in phases
@@ -362,6 +377,7 @@ def load_video(path: str | os.PathLike, model: vlm.VLM, tower: str | None = None
       frames=_array(archive, "frames") if "frames" in headers else None,
       identity=about["identity"],
       source=about["source"],
+      start=start,
     )
 
 

@@ -106,14 +106,17 @@ class PreparedModel:
     self.check(len(sample.indices), sample.seconds)
     return sample
 
-  def selector(self, frames: int) -> FrameSelector:
+  def selector(self, frames: int, clip_frames: int | None = None) -> FrameSelector:
     """How some of so many sampled frames are selected for a question.
+
+    clip_frames: of a clip of theirs; None: as many as the tower sees together.
 
     Raises:
       ConfigError: see `frame_selector`.
     """
     # a still image is a clip of one frame
-    return frame_selector(frames, min(self.cfg.clip_frames, frames), self.select)
+    F = clip_frames or min(self.cfg.clip_frames, frames)
+    return frame_selector(frames, F, self.select)
 
   def introduce(self) -> str:
     """What it computes with, in a line."""
@@ -132,7 +135,7 @@ class PreparedModel:
         where="--clip-frames",
       )
 
-  def check(self, frames: int, seconds: float, question: str = "?") -> None:
+  def check(self, frames: int, seconds: float, question: str = "?", subtitles: str = "") -> None:
     """Checks, before any frame is decoded, that a question about so many frames can be scored and
     fits into the context.
 
@@ -140,6 +143,7 @@ class PreparedModel:
       frames: that were sampled.
       seconds: of what they were sampled from.
       question: its text; "?": the shortest one there is, where none is known yet.
+      subtitles: that are listed before it, one per line.
 
     Raises:
       AnnotationError, ConfigError: see `chat.prompt_of` and `frame_selector`.
@@ -151,6 +155,7 @@ class PreparedModel:
       seconds,
       self.selector(frames),
       self.sampling.max_new_tokens,
+      subtitles=subtitles,
     )
 
   def source(

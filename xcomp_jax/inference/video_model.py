@@ -7,8 +7,10 @@ print(model.ask(video, "What happens first?"))
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -23,8 +25,9 @@ from xcomp_jax import cli
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError, MeshConfig
 from xcomp_jax.data.prompt import question_prompt, time_message
+from xcomp_jax.data.subtitles import read_subtitles, seen_subtitles
 from xcomp_jax.data.video import FrameSample, TailError, frames
-from xcomp_jax.inference import encoded_video
+from xcomp_jax.inference import encoded_video, several
 from xcomp_jax.inference.chat import Answer, Chat, firsts
 from xcomp_jax.inference.encoded_video import EncodedVideo, EncodedVideoError
 from xcomp_jax.inference.films import Film, on_disk
@@ -38,6 +41,7 @@ from xcomp_jax.model.qc_comp import from_prompt
 from xcomp_jax.parallel.mesh import check_tensor, make_mesh, param_shardings
 from xcomp_jax.progress import progress
 
+LOG = logging.getLogger(__name__)
 TOGETHER = 8  # questions that are answered together, at most
 Got = TypeVar("Got")
 
@@ -191,6 +195,7 @@ class VideoModel(PreparedModel):
         sample.times,
         sample.seconds,
         self.source(film, asked.start, asked.end),
+        start=asked.start or 0.0,
         phases=self.selector(len(sample.indices)).phases,
         tower=self.identity,
         report=report,
@@ -218,56 +223,80 @@ class VideoModel(PreparedModel):
       )
     return video
 
-  def chat(self, video: EncodedVideo, *, keep_rounds: bool = True, talk: bool = True) -> Chat:
-    """A conversation about a video, in which questions see those before them; see `Chat`.
+  def chat(
+    self,
+    video: EncodedVideo | Sequence[EncodedVideo],
+    *,
+    subtitles: str | os.PathLike | None = None,
+    keep_rounds: bool = True,
+    talk: bool = True,
+  ) -> Chat:
+    """A conversation about a video, or several, in which questions see those before them; see
+    `Chat`.
+
+    subtitles: as in `ask`; they stand before the first question.
 
     Raises:
-      EncodedVideoError: another tower has encoded the video.
+      ConfigError, EncodedVideoError, SubtitleError, OSError: see `ask`.
     """
-    if video.identity:  # features that no file and no tower made have none
-      encoded_video.check_identity(video.source, video.identity, self.identity)
+    film = several.joined(video)
+    if film.identity:  # features that no file and no tower made have none
+      encoded_video.check_identity(film.source, film.identity, self.identity)
+    selector = self.selector(len(film.times), film.clip_frames)
+    if film.parts and set(selector.phases) - {0}:
+      raise ConfigError(
+        f"--mode {self.settings.mode} needs clips that reach from one video into the next; to ask "
+        f"about several take --mode aligned, local or global",
+        where="--mode",
+        value=self.settings.mode,
+      )
     return Chat(
       self.vlm,
       self.tokenizer,
-      video,
-      selector=self.selector(len(video.times)),
+      film,
+      selector=selector,
       sampling=self.sampling,
       keep_rounds=keep_rounds,
       talk=talk,
+      subtitles=_seen(film, subtitles),
     )
 
   @overload
   def ask(
     self,
-    video: EncodedVideo,
+    video: EncodedVideo | Sequence[EncodedVideo],
     question: str,
     *,
+    subtitles: str | os.PathLike | None = None,
     stream: Literal[False] = False,
     **how: Unpack[SamplingSettings],
   ) -> Answer: ...
   @overload
   def ask(
     self,
-    video: EncodedVideo,
+    video: EncodedVideo | Sequence[EncodedVideo],
     question: Sequence[str],
     *,
+    subtitles: str | os.PathLike | None = None,
     stream: Literal[False] = False,
     **how: Unpack[SamplingSettings],
   ) -> list[Answer]: ...
   @overload
   def ask(
     self,
-    video: EncodedVideo,
+    video: EncodedVideo | Sequence[EncodedVideo],
     question: str | Sequence[str],
     *,
+    subtitles: str | os.PathLike | None = None,
     stream: Literal[True],
     **how: Unpack[SamplingSettings],
   ) -> Pieces: ...
   def ask(
     self,
-    video: EncodedVideo,
+    video: EncodedVideo | Sequence[EncodedVideo],
     question: str | Sequence[str],
     *,
+    subtitles: str | os.PathLike | None = None,
     stream: bool = False,
     **how: Unpack[SamplingSettings],
   ) -> Answer | list[Answer] | Pieces:
@@ -277,8 +306,12 @@ class VideoModel(PreparedModel):
     until another video is asked.
 
     Args:
-      video: of `encode`.
+      video: of `encode`; or several, or several images, which are shown one behind the other, see
+        `several.joined`. No released checkpoint was tuned so.
       question: one, or several.
+      subtitles: a file (.srt, .vtt, .ass) of a single video's; those of the part that was encoded
+        are listed before each question, as the release does for LongVideoBench. Frames are scored
+        by the question alone, but by all of it in `official` mode, as released.
       stream: return `Pieces` to iterate over: pieces of text of one question, or for several
         questions (number of the question, piece) pairs.
       how: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`: a value,
@@ -286,8 +319,10 @@ class VideoModel(PreparedModel):
 
     Raises:
       AnnotationError: an empty question.
-      ConfigError: a question that is too long for the model, or a value out of bounds.
-      EncodedVideoError: another tower has encoded the video.
+      ConfigError: a question that is too long for the model, or a value out of bounds; several
+        videos with subtitles, or in a mode whose clips reach from one into the next.
+      EncodedVideoError: another tower has encoded the video; images together with videos.
+      SubtitleError, OSError: the file holds no subtitles, or can't be read.
 
     Example:
       >>> answer = model.ask(video, "What is shown?", max_new_tokens=4)
@@ -296,7 +331,7 @@ class VideoModel(PreparedModel):
     """
     questions = [question] if isinstance(question, str) else list(question)
     samplings = self._samplings(len(questions), how)
-    chat = self._asked(video)
+    chat = self._asked(video, subtitles)
     for one, sampling in zip(questions, samplings, strict=True):
       chat.check(one, sampling)
     if isinstance(question, str):
@@ -305,13 +340,22 @@ class VideoModel(PreparedModel):
       pieces = Pieces(_together(chat, questions, samplings))
     return pieces if stream else pieces.whole
 
-  def _asked(self, video: EncodedVideo) -> Chat:
-    """The video's chat, kept while no other video is asked."""
+  def _asked(
+    self,
+    video: EncodedVideo | Sequence[EncodedVideo],
+    subtitles: str | os.PathLike | None = None,
+  ) -> Chat:
+    """The videos' chat, kept while no others are asked; with these subtitles."""
     kept: dict[str, Chat] = vars(self).setdefault("_kept", {})
-    if "chat" not in kept or kept["chat"].video is not video:
+    # two videos are equal if they are the same one
+    if "chat" not in kept or several.parts_of(kept["chat"].video) != several.parts_of(video):
       kept.pop("chat", None)  # its memory first
       kept["chat"] = self.chat(video, talk=False)
-    return kept["chat"]
+    if subtitles is None:
+      return kept["chat"]
+    chat = copy.copy(kept["chat"])  # no part of what is kept depends on them
+    chat.subtitles = _seen(chat.video, subtitles)
+    return chat
 
   def _samplings(self, questions: int, how: SamplingSettings) -> list[Sampling]:
     """How each of so many questions is answered.
@@ -398,6 +442,22 @@ class VideoModel(PreparedModel):
       )
       found.setdefault((text_slots(len(after)), text_slots(scores, SCORE_STEP)), asked)
     return list(found.values())
+
+
+def _seen(video: EncodedVideo, subtitles: str | os.PathLike | None) -> str:
+  """The subtitles of what was encoded, one per line.
+
+  Raises:
+    ConfigError: several videos. SubtitleError, OSError: see `read_subtitles`.
+  """
+  if subtitles is None:
+    return ""
+  if video.parts:
+    raise ConfigError("subtitles go with one video, not with several", where="subtitles")
+  seen = seen_subtitles(read_subtitles(subtitles), video.seconds, video.start)
+  if not seen:
+    LOG.warning("%s: none of its subtitles is shown in what was encoded", subtitles)
+  return seen
 
 
 def _only(steps: Generator[list[str], None, list[Answer]]) -> Generator[str, None, Answer]:
