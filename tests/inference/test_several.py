@@ -12,7 +12,7 @@ from xcomp_jax.config import ConfigError
 from xcomp_jax.data import prompt
 from xcomp_jax.data.subtitles import SubtitleError
 from xcomp_jax.inference.encoded_video import EncodedVideo, EncodedVideoError
-from xcomp_jax.inference.several import joined, moments_by_video
+from xcomp_jax.inference.several import joined_videos, moments_by_video
 from xcomp_jax.model import qc_comp
 
 TINY = pathlib.Path(__file__).parents[2] / "assets" / "tiny"
@@ -62,7 +62,7 @@ def scored_text(model, asked, cfg):
 
 
 def test_whole_clips_lie_one_behind_the_other_in_the_order_given(films):
-  whole = joined(films)
+  whole = joined_videos(films)
   assert whole.clips == 6 and whole.clip_frames == 8 and whole.parts == tuple(films)
   wanted = [clip for film in films for clip in film.features[0]]
   np.testing.assert_array_equal(np.stack(whole.features[0]), np.stack(wanted))
@@ -72,11 +72,11 @@ def test_whole_clips_lie_one_behind_the_other_in_the_order_given(films):
   assert whole.seconds == 6.0 == films[0].seconds + films[1].seconds
   assert films[1].times[0] == 4.0 and films[1].start == 4 and films[0].start == 0
   assert films[0].source in whole.source and films[1].source in whole.source
-  turned = joined(films[::-1])
+  turned = joined_videos(films[::-1])
   np.testing.assert_array_equal(np.stack(turned.features[0][:2]), np.stack(films[1].features[0]))
   np.testing.assert_allclose(turned.times, np.arange(48) / 8)
-  assert joined([whole, films[0]]).parts == (*films, films[0])
-  assert joined([films[0]]) is films[0] is joined(films[0])
+  assert joined_videos([whole, films[0]]).parts == (*films, films[0])
+  assert joined_videos([films[0]]) is films[0] is joined_videos(films[0])
 
 
 def test_frames_are_selected_among_all_videos(model, films, caplog):
@@ -93,7 +93,7 @@ def test_frames_are_selected_among_all_videos(model, films, caplog):
   said = text_of(model, answer)
   assert "lasts for 6.00 seconds, and 48 frames" in said
   # as one video of the same clips
-  whole = joined(films)
+  whole = joined_videos(films)
   alone = EncodedVideo(features=whole.features, times=whole.times, seconds=6.0)
   same = model.ask(alone, QUESTION)
   assert same.text == answer.text
@@ -105,11 +105,11 @@ def test_frames_are_selected_among_all_videos(model, films, caplog):
 
 
 def test_moments_do_not_reach_from_one_video_into_the_next(films):
-  whole = joined(films)
+  whole = joined_videos(films)
   frames = np.arange(24, 40)
   assert list(moments_by_video(whole, frames, own=True)) == [[(3.0, 4.0)], [(4.0, 5.0)]]
   assert list(moments_by_video(whole, frames, own=False)) == [[(3.0, 4.0)], [(4.0, 5.0)]]
-  turned = joined(films[::-1])
+  turned = joined_videos(films[::-1])
   frames = np.arange(8, 24)
   assert list(moments_by_video(turned, frames, own=True)) == [[(5.0, 6.0)], [(0.0, 1.0)]]
   assert list(moments_by_video(turned, frames, own=False)) == [[(1.0, 2.0)], [(2.0, 3.0)]]
@@ -118,7 +118,7 @@ def test_moments_do_not_reach_from_one_video_into_the_next(films):
 
 def test_images_have_no_times_and_are_selected_one_by_one(images):
   model = xcomp_jax.load(TINY, select=2, min_frames=8, max_new_tokens=4)
-  whole = joined(images)
+  whole = joined_videos(images)
   assert (whole.clips, whole.clip_frames, whole.seconds) == (3, 1, 0.0)
   np.testing.assert_array_equal(whole.times, [0, 1, 2])
   answer = model.ask(images, QUESTION)
@@ -135,7 +135,7 @@ def test_images_have_no_times_and_are_selected_one_by_one(images):
     (lambda model, films, images: model.ask([], "Why?"), EncodedVideoError, "video"),
     (lambda model, films, images: model.ask([films[0], images[0]], "?"), EncodedVideoError, None),
     (lambda model, films, images: model.chat([images[0], films[0]]), EncodedVideoError, None),
-    (lambda model, films, images: joined(films).save("x.npz"), EncodedVideoError, "x.npz"),
+    (lambda model, films, images: joined_videos(films).save("x.npz"), EncodedVideoError, "x.npz"),
     (
       lambda model, films, images: model.ask(films, "Why?", subtitles="x.srt"),
       ConfigError,
@@ -155,7 +155,7 @@ def test_videos_of_several_towers_are_refused(model, films):
     features=films[0].features, times=films[0].times, seconds=4.0, identity="f00-float32"
   )
   with pytest.raises(EncodedVideoError) as caught:
-    joined([films[0], other])
+    joined_videos([films[0], other])
   assert caught.value.fields["found"] == "f00-float32"
 
 

@@ -19,7 +19,7 @@ def parts_of(videos: EncodedVideo | Sequence[EncodedVideo]) -> list[EncodedVideo
   return [part for video in given for part in video.parts or (video,)]
 
 
-def joined(videos: EncodedVideo | Sequence[EncodedVideo]) -> EncodedVideo:
+def joined_videos(videos: EncodedVideo | Sequence[EncodedVideo]) -> EncodedVideo:
   """Puts videos one behind the other, in the order given; a single one stays as it is.
 
   The release has one visual slot per conversation, so all clips go there. A question selects among
@@ -78,12 +78,12 @@ def moments_by_video(
 ) -> Iterator[list[tuple[float, float]]]:
   """When chosen frames are seen, for each of a video's parts; see `moments.spans`.
 
-  own: in seconds of each part itself; else of all of them, as `joined` has put them.
+  own: in seconds of each part itself; else of all of them, as `joined_videos` has put them.
   """
   first = 0
   for part in parts_of(video):
     after = first + len(part.times)
-    shift = 0.0 if own else video.times[first] - part.times[0]
+    shift = 0.0 if own else float(video.times[first] - part.times[0])
     inside = frames[(frames >= first) & (frames < after)] - first
     yield [(a + shift, b + shift) for a, b in spans(inside, part.times, part.seconds)]
     first = after

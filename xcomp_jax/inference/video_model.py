@@ -195,7 +195,7 @@ class VideoModel(PreparedModel):
         sample.times,
         sample.seconds,
         self.source(film, asked.start, asked.end),
-        start=asked.start or 0.0,
+        start=float(asked.start or 0.0),
         phases=self.selector(len(sample.indices)).phases,
         tower=self.identity,
         report=report,
@@ -239,7 +239,7 @@ class VideoModel(PreparedModel):
     Raises:
       ConfigError, EncodedVideoError, SubtitleError, OSError: see `ask`.
     """
-    film = several.joined(video)
+    film = several.joined_videos(video)
     if film.identity:  # features that no file and no tower made have none
       encoded_video.check_identity(film.source, film.identity, self.identity)
     selector = self.selector(len(film.times), film.clip_frames)
@@ -307,7 +307,7 @@ class VideoModel(PreparedModel):
 
     Args:
       video: of `encode`; or several, or several images, which are shown one behind the other, see
-        `several.joined`. No released checkpoint was tuned so.
+        `several.joined_videos`. No released checkpoint was tuned so.
       question: one, or several.
       subtitles: a file (.srt, .vtt, .ass) of a single video's; those of the part that was encoded
         are listed before each question, as the release does for LongVideoBench. Frames are scored
