@@ -1,7 +1,9 @@
 """Lists the commands: `python -m xcomp_jax`."""
 
+import argparse
 import ast
 import pathlib
+from collections.abc import Sequence
 
 FIRST = ("ask", "train", "predecode", "evaluate", "export")  # what most people are here for
 
@@ -19,8 +21,9 @@ def commands() -> dict[str, str]:
   return first | found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   """Prints the list."""
+  argparse.ArgumentParser(prog="python -m xcomp_jax", description=__doc__).parse_args(argv)
   print("XComp: long videos for language models. `python -m xcomp_jax.NAME --help` says more.\n")
   for name, line in commands().items():
     print(f"  {name:14}  {line.partition(': the command')[0].partition(' (docs/')[0].rstrip('.')}")

@@ -18,7 +18,9 @@ COMMANDS = [
   f.parent.name if f.stem == "__main__" else f.stem
   for pattern in ("*.py", "*/__main__.py")
   for f in (ROOT / "xcomp_jax").glob(pattern)
-  if 'if __name__ == "__main__":' in f.read_text() and f.stem != "train"
+  if 'if __name__ == "__main__":' in f.read_text()
+  and f.stem != "train"
+  and f != ROOT / "xcomp_jax" / "__main__.py"  # lists the others
 ]
 # Options and values of any text that are no paths.
 TEXTS = {

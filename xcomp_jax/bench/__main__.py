@@ -1,4 +1,4 @@
-"""Runs the command `python -m xcomp_jax.bench`."""
+"""Measures how fast every part is: the command `python -m xcomp_jax.bench`."""
 
 from xcomp_jax.bench.bench import main
 

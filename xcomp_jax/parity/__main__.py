@@ -1,4 +1,4 @@
-"""Runs the command `python -m xcomp_jax.parity`."""
+"""Compares with what the official code computed: the command `python -m xcomp_jax.parity`."""
 
 from xcomp_jax.parity.parity import main
 

@@ -1,4 +1,4 @@
-"""Runs the command `python -m xcomp_jax.study`."""
+"""Repeats the paper in miniature: the command `python -m xcomp_jax.study`."""
 
 from xcomp_jax.study.study import main
 
