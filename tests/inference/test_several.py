@@ -229,7 +229,7 @@ def test_the_command_takes_subtitles(model, shots, srt, tmp_path, capsys):
     ask.main([*args, str(tmp_path / "none.srt")], load=lambda reader: pytest.fail("too late"))
   asked = []
 
-  def load(reader):
+  def load(reader, mesh):
     asked.append(reader)
     raise ConfigError("enough", where="test")
 

@@ -1,4 +1,4 @@
-"""Says what a run takes on devices that need not be here: the command `python -m xcomp_jax.plan`."""
+"""Says what a run takes on other devices: the command `python -m xcomp_jax.plan`."""
 
 from xcomp_jax.plan.plan import main
 
