@@ -20,6 +20,8 @@ from xcomp_jax.inference import settings, video_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "assets" / "tiny"
+BLACK = np.zeros((8, 8, 3), np.uint8)
+OTHER = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
 QUESTIONS = [
   "Which colour?",
   "Which shape was shown?\nA. square\nB. ring",
@@ -166,6 +168,18 @@ def test_videos_come_in_many_forms(model, shots, tmp_path):
   assert timed.times[0] == 1.0 and timed.times[-1] < 3.0
 
 
+def test_a_video_is_asked_where_the_model_is(model, film):
+  there = model.on(jax.devices()[3])
+  assert there.ask(film, QUESTIONS[0]).text == model.ask(film, QUESTIONS[0]).text
+
+
+def test_sixteen_bits_are_the_upper_eight(model):
+  grey = np.arange(64 * 64).reshape(64, 64).astype(np.uint16) % 256
+  deep = model.encode([Image.fromarray(grey * 256)], show_progress=False)
+  plain = model.encode([Image.fromarray(grey.astype(np.uint8))], show_progress=False)
+  np.testing.assert_array_equal(deep.thumbnails, plain.thumbnails)
+
+
 def test_bytes_are_a_file(model, shots):
   out = io.BytesIO()
   Image.fromarray(shots[0]).save(out, "PNG")
@@ -259,7 +273,7 @@ def test_nothing_is_compiled_after_warming_up(shots):
     (lambda model, film: model.ask(film, "Why? " * 40_000), ConfigError, "--context"),
     (lambda model, film: model.encode("nowhere.mp4"), FileNotFoundError, None),
     (lambda model, film: model.encode(b"no video"), VideoError, None),
-    (lambda model, film: model.encode([]), VideoError, "times"),
+    (lambda model, film: model.encode([]), VideoError, "frames"),
     (lambda model, film: model.encode([np.zeros((2, 2))]), VideoError, "frames"),
     (lambda model, film: model.encode(np.zeros((4, 8, 8, 3))), VideoError, "frames"),
     (
@@ -268,6 +282,12 @@ def test_nothing_is_compiled_after_warming_up(shots):
       "times",
     ),
     (lambda model, film: model.encode("x.mp4", times=[0]), VideoError, "times"),
+    (lambda model, film: model.encode(""), VideoError, "video"),
+    (lambda model, film: model.encode([(0.0, BLACK), (1e12, BLACK)]), VideoError, "times"),
+    (lambda model, film: model.encode([BLACK] * 8, start=float("nan")), VideoError, None),
+    (lambda model, film: model.encode(model.sample([BLACK] * 8), start=1.0), ConfigError, "start"),
+    (lambda model, film: model.warm_up(questions=0), ConfigError, "questions"),
+    (lambda model, film: xcomp_jax.load(TINY, mesh=OTHER), ConfigError, "mesh"),
     (lambda model, film: model.encode("x.mp4", frames=0), ConfigError, "--max-frames"),
     (lambda model, film: model.encode("x.mp4", rate=-1.0), ConfigError, "--fps"),
     (lambda model, film: xcomp_jax.load(TINY, colour="red"), ConfigError, "colour"),

@@ -110,6 +110,11 @@ def folder_rate(path: pathlib.Path, vlen: int, given: float | None) -> float:
 def read_still(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
   """Decodes one image."""
   with reading(path, VideoError, "image that can be read"), opened_image(path) as image:
-    if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would make almost all of it white
-      image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return np.asarray(image.convert("RGB"))
+    return pixels(image)
+
+
+def pixels(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+  """An image of Pillow as RGB."""
+  if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would make almost all of it white
+    image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+  return np.asarray(image.convert("RGB"))

@@ -168,14 +168,7 @@ def sample(path: str | os.PathLike, *, found: Index | None = None, **request: An
   """
   asked = FrameRequest(**request)
   path = local(path, "videos are read as files")
-  times = [t for t in (asked.start, asked.end) if t is not None]
-  if not all(map(math.isfinite, times)) or (asked.start or 0) < 0:
-    raise VideoError(
-      f"{path}: start={asked.start} and end={asked.end} must be numbers of seconds, from 0 on",
-      where=path,
-      start=asked.start,
-      end=asked.end,
-    )
+  _check_ends(path, asked)
   if not os.path.exists(path):
     raise FileNotFoundError(address(path) or f"{path} does not exist")
   if not path.is_dir():
@@ -187,6 +180,20 @@ def sample(path: str | os.PathLike, *, found: Index | None = None, **request: An
     return _pick(path, asked, _look(path, asked, found))
 
 
+def _check_ends(path: pathlib.Path, asked: FrameRequest) -> None:
+  """Sees to it that `start` and `end` are seconds."""
+  times = [t for t in (asked.start, asked.end) if t is not None]
+  numbers = all(isinstance(t, (int, float, np.number)) and math.isfinite(t) for t in times)
+  if not numbers or (asked.start or 0) < 0:
+    raise VideoError(
+      f"{path}: start={asked.start} and end={asked.end} must be numbers of seconds, from 0 on",
+      where=path,
+      start=asked.start,
+      end=asked.end,
+    )
+
+
+LAST = 1e9  # seconds that a video can have
 MEMORY = pathlib.Path("the frames in memory")  # how messages call them
 
 
@@ -199,7 +206,8 @@ def sample_pictures(
 
   Args:
     pictures: all frames, in order of time.
-    times: float64[T], seconds at which they are shown; None: one per second.
+    times: float64[T], seconds at which they are shown, which count from the first frame's; None:
+      one per second.
     request: fields of `FrameRequest`.
 
   Raises:
@@ -208,16 +216,18 @@ def sample_pictures(
   """
   asked = dataclasses.replace(FrameRequest(**request), read_type="frames")
   count = len(pictures)
+  _check_ends(MEMORY, asked)
   shown = np.arange(float(count)) if times is None else np.asarray(times, np.float64)
   if (
     not count
     or shown.shape != (count,)
     or not np.isfinite(shown).all()
     or (np.diff(shown) < 0).any()
+    or shown[-1] - shown[0] >= LAST
   ):
     raise VideoError(
       f"{count:,} frames in memory, and times of shape {list(shown.shape)}: there must be at least "
-      f"one frame, and a time in seconds for each, ascending",
+      f"one frame, and a time in seconds for each, ascending, over less than {LAST:,.0f} seconds",
       where="times",
       frames=count,
     )

@@ -129,7 +129,7 @@ def _message(seconds: float, selector: FrameSelector) -> str:
   return "" if still else prompt.time_message(seconds, selector.frames)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Answer:
   """What a video answered. `str` is the text alone.
 
@@ -147,6 +147,9 @@ class Answer:
 
   def __str__(self) -> str:
     return self.text
+
+  def __repr__(self) -> str:
+    return f"Answer({self.text!r}, {len(self.frames):,} of {len(self.video.times):,} frames)"
 
   @property
   def frames(self) -> np.ndarray:

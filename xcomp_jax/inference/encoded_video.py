@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, UInt8
 from xcomp_jax.checkpoints.loading import tower_identity
 from xcomp_jax.config import ConfigError
 from xcomp_jax.errors import XCompError
-from xcomp_jax.files import replacing
+from xcomp_jax.files import expanduser, replacing
 from xcomp_jax.inference.moments import extent
 from xcomp_jax.inputs import parse_json, reading, regular
 from xcomp_jax.model import kernels, vlm
@@ -303,7 +303,7 @@ def save_video(video: EncodedVideo, path: str | os.PathLike) -> None:
   }
   if video.frames is not None:
     arrays["frames"] = video.frames
-  with replacing(path) as temporary, open(temporary, "wb") as file:
+  with replacing(expanduser(path)) as temporary, open(temporary, "wb") as file:
     np.savez(file, **arrays)
 
 
@@ -322,7 +322,7 @@ def load_video(path: str | os.PathLike, model: vlm.VLM, tower: str | None = None
       `model`.
     OSError: it can't be read.
   """
-  file = regular(path)
+  file = regular(expanduser(path))
   with reading(file, EncodedVideoError, "encoded video"), zipfile.ZipFile(file) as archive:
     headers = _headers(archive, file.stat().st_size)
     about = parse_json(str(_array(archive, "about")), file, EncodedVideoError)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import pathlib
 import tempfile
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xcomp_jax.data import video
+from xcomp_jax.data import stills, video
+from xcomp_jax.data.sampling import FRAMES
 from xcomp_jax.data.video import FrameSample, VideoError
 
 # a picture: uint8[H, W, 3], or an image of Pillow
 Picture = np.ndarray | Image.Image
 # a path of a file or folder; a file's content; frames in order; or (seconds, frame) pairs
-Film = str | os.PathLike | bytes | np.ndarray | Iterable[Picture] | Iterable[tuple[float, Picture]]
+Film = str | os.PathLike | bytes | Picture | Iterable[Picture] | Iterable[tuple[float, Picture]]
 
 
 @contextlib.contextmanager
@@ -69,8 +71,14 @@ def pictures_of(
   seconds: list[float] = []
   pictures = [
     video.resize(_array(frame, number)[None], size)[0]
-    for number, frame in enumerate(_frames(film, seconds))
+    for number, frame in enumerate(itertools.islice(_frames(film, seconds), FRAMES.stop))
   ]
+  if len(pictures) not in FRAMES:
+    raise VideoError(
+      f"a video has 1 to {FRAMES[-1]:,} frames, not {len(pictures):,} or more",
+      where="frames",
+      frames=len(pictures),
+    )
   if seconds and (given is not None or len(seconds) != len(pictures)):
     raise VideoError(
       "either all frames come as (seconds, frame), or none does and `times` may be given",
@@ -90,7 +98,8 @@ def _frames(film: Iterable[Any], seconds: list[float]) -> Iterator[Any]:
 
 def _array(frame: Any, number: int) -> np.ndarray:
   """uint8[H, W, 3] of a picture."""
-  found = np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
+  image = isinstance(frame, Image.Image) and frame.mode != "F"  # whose range nobody knows
+  found = stills.pixels(frame) if image else np.asarray(frame)
   if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3 or not found.size:
     raise VideoError(
       f"frame {number} is {type(frame).__name__} of {found.dtype}{list(found.shape)}; it must be a "
@@ -110,12 +119,17 @@ def sample_film(
     FileNotFoundError, VideoError: see there, and `pictures_of`.
   """
   if isinstance(film, (str, os.PathLike)):
+    if not os.fspath(film):
+      raise VideoError("the path of the video is empty", where="video")
     if times is not None:
       raise VideoError("times are for frames in memory; a file has its own", where="times")
     return video.sample(film, size=size, read_type=video.kind(film), **request)
-  if not isinstance(film, Iterable):
+  film = [film] if isinstance(film, Image.Image) else film
+  if not isinstance(film, Iterable) or hasattr(film, "read"):
     raise VideoError(
-      f"a video is a path, bytes, an array or frames, not {type(film).__name__}", where="video"
+      f"a video is a path, bytes (of an open file: its .read()), an array or frames, not "
+      f"{type(film).__name__}",
+      where="video",
     )
   pictures, shown = pictures_of(film, times, size)
   return video.sample_pictures(pictures, shown, size=size, **request)

@@ -5,9 +5,10 @@ from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import jax
+from flax import nnx
 
 from xcomp_jax.model import vlm
-from xcomp_jax.parallel.mesh import mesh_of
+from xcomp_jax.parallel.mesh import mesh_of, replicated
 
 Piece = TypeVar("Piece")
 Got = TypeVar("Got")
@@ -25,6 +26,14 @@ def computing(model: vlm.VLM) -> Generator[None]:
     contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
   ):
     yield
+
+
+def features_place(model: vlm.VLM) -> jax.sharding.Sharding:
+  """Where features lie for a model: on every device of its mesh, or on its only one."""
+  if (mesh := mesh_of(model.projector)) is not None:
+    return replicated(mesh)
+  leaf = jax.tree.leaves(nnx.state(model.projector))[0]
+  return leaf.sharding
 
 
 def stepwise(

@@ -72,6 +72,8 @@ class PreparedModel:
       ConfigError: clips that sampling can't fill.
     """
     if isinstance(film, FrameSample):
+      if (start, end, times) != (None, None, None):
+        raise ConfigError("a sample has its own start, end and times", where="start")
       return film
     self.check_clips()
     s = self.settings
@@ -171,7 +173,8 @@ class PreparedModel:
     s, digest = self.settings, hashlib.blake2b(digest_size=4)
     if not isinstance(film, (str, os.PathLike)):
       name, size = MEMORY.name, sum(frame.nbytes for frame in film)
-      digest.update(film[0].tobytes())
+      # a few rows: a frame may be a view of less memory than it seems to have
+      digest.update(film[0][: max(1, (1 << 20) // (3 * film[0].shape[1]))].tobytes())
     elif (file := pathlib.Path(film)).is_dir():
       name, size = file.name, sum(f.stat().st_size for f in file.iterdir())
     else:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from xcomp_jax import cli
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError, MeshConfig
-from xcomp_jax.data.prompt import question_prompt, time_message
+from xcomp_jax.data.prompt import AnnotationError, question_prompt, time_message
 from xcomp_jax.data.subtitles import read_subtitles, seen_subtitles
 from xcomp_jax.data.video import FrameSample, TailError, frames
 from xcomp_jax.inference import encoded_video, several
@@ -32,13 +32,13 @@ from xcomp_jax.inference.chat import Answer, Chat, firsts
 from xcomp_jax.inference.encoded_video import EncodedVideo, EncodedVideoError
 from xcomp_jax.inference.films import Film, on_disk
 from xcomp_jax.inference.generate import Sampling, batches, text_slots
-from xcomp_jax.inference.places import computing
+from xcomp_jax.inference.places import computing, features_place
 from xcomp_jax.inference.prepared import PreparedModel, prepare_model
 from xcomp_jax.inference.selection import SCORE_STEP, around_frames
 from xcomp_jax.inference.settings import COMPILED, AskSettings, SamplingSettings, Settings, checked
 from xcomp_jax.model import vlm
 from xcomp_jax.model.qc_comp import from_prompt
-from xcomp_jax.parallel.mesh import check_tensor, make_mesh, param_shardings
+from xcomp_jax.parallel.mesh import AXES, check_tensor, make_mesh, param_shardings
 from xcomp_jax.progress import progress
 
 LOG = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ Got = TypeVar("Got")
 class Pieces(Generic[Got]):
   """An answer that comes piece by piece.
 
-  Iterating gives the text as it is generated; who stops iterating stops the work. `whole` is what
-  `ask` would have returned.
+  Iterating, once, gives the text as it is generated; who stops iterating stops the work. `whole` is
+  what `ask` would have returned.
   """
 
   def __init__(self, steps: Generator[Any, None, Got]):
@@ -67,7 +67,11 @@ class Pieces(Generic[Got]):
 
   @property
   def whole(self) -> Got:
-    """The answer, or answers: the rest of the work is done first."""
+    """The answer, or answers: the work is done first, if it is not.
+
+    Raises:
+      ConfigError: iterating was left before the end.
+    """
     for _ in self:
       pass
     if not self._whole:
@@ -158,15 +162,13 @@ class VideoModel(PreparedModel):
     """The model with other limits of sampling."""
     if frames is None and rate is None:
       return self
-    s = self.settings
-    most = s.max_frames if frames is None else frames
-    chosen = dataclasses.replace(
-      s,
-      max_frames=most,
-      min_frames=min(s.min_frames, most),
-      fps=s.fps if rate is None else float(rate),
-    )
-    return dataclasses.replace(self, settings=checked(chosen))
+    given = {"max_frames": frames, "fps": rate}
+    wanted = {name: value for name, value in given.items() if value is not None}
+    s = checked(dataclasses.replace(self.settings, **wanted))
+    s = dataclasses.replace(s, min_frames=min(s.min_frames, s.max_frames))
+    there = dataclasses.replace(self, settings=s)
+    vars(there)["identity"] = self.identity  # or it would read all weights again
+    return there
 
   def _encode(
     self,
@@ -213,15 +215,28 @@ class VideoModel(PreparedModel):
     """
     video = encoded_video.load_video(path, self.vlm, self.identity)
     self.check(len(video.times), video.seconds)
-    if lacking := set(self.selector(len(video.times)).phases) - set(video.features):
+    self._check_phases(video, str(path))
+    return video
+
+  def _check_phases(self, video: EncodedVideo, name: str = "") -> None:
+    """Sees to it that a video has the clips that the mode of selection needs."""
+    wanted = set(self.selector(len(video.times), video.clip_frames).phases)
+    if not video.parts and (lacking := wanted - set(video.features)):
       raise EncodedVideoError(
         f"--mode {self.settings.mode} needs clips that start at frame "
-        f"{', '.join(map(str, sorted(lacking)))} too, which {path} does not hold; encode the video "
-        "again",
-        where=str(path),
+        f"{', '.join(map(str, sorted(lacking)))} too, which {name or video.source} does not hold; "
+        f"encode the video again",
+        where=name or video.source,
         missing=sorted(lacking),
       )
-    return video
+
+  def _here(self, video: EncodedVideo) -> EncodedVideo:
+    """A video whose features lie where the model does, whichever encoded it."""
+    first, place = video.features[0][0], features_place(self.vlm)
+    if not isinstance(first, jax.Array) or first.sharding.device_set == place.device_set:
+      return video
+    moved = {phase: jax.device_put(list(clips), place) for phase, clips in video.features.items()}
+    return dataclasses.replace(video, features=moved)
 
   def chat(
     self,
@@ -239,7 +254,14 @@ class VideoModel(PreparedModel):
     Raises:
       ConfigError, EncodedVideoError, SubtitleError, OSError: see `ask`.
     """
-    film = several.joined_videos(video)
+    videos = [video] if isinstance(video, EncodedVideo) else video
+    if isinstance(videos, str) or not all(isinstance(one, EncodedVideo) for one in videos):
+      raise EncodedVideoError(
+        f"{type(video).__name__} is no encoded video; encode it first: model.encode(...)",
+        where="video",
+      )
+    film = self._here(several.joined_videos(videos))
+    self._check_phases(film)
     if film.identity:  # features that no file and no tower made have none
       encoded_video.check_identity(film.source, film.identity, self.identity)
     selector = self.selector(len(film.times), film.clip_frames)
@@ -330,6 +352,8 @@ class VideoModel(PreparedModel):
       (True, 16)
     """
     questions = [question] if isinstance(question, str) else list(question)
+    if isinstance(question, bytes) or not all(isinstance(one, str) for one in questions):
+      raise AnnotationError("a question is a text (str)", where="question", value=question)
     samplings = self._samplings(len(questions), how)
     chat = self._asked(video, subtitles)
     for one, sampling in zip(questions, samplings, strict=True):
@@ -346,14 +370,15 @@ class VideoModel(PreparedModel):
     subtitles: str | os.PathLike | None = None,
   ) -> Chat:
     """The videos' chat, kept while no others are asked; with these subtitles."""
-    kept: dict[str, Chat] = vars(self).setdefault("_kept", {})
+    kept: list[tuple[list[EncodedVideo], Chat]] = vars(self).setdefault("_kept", [])
+    videos = [video] if isinstance(video, EncodedVideo) else list(video)
     # two videos are equal if they are the same one
-    if "chat" not in kept or several.parts_of(kept["chat"].video) != several.parts_of(video):
-      kept.pop("chat", None)  # its memory first
-      kept["chat"] = self.chat(video, talk=False)
+    if not kept or kept[0][0] != videos:
+      kept.clear()  # its memory first
+      kept.append((videos, self.chat(video, talk=False)))
     if subtitles is None:
-      return kept["chat"]
-    chat = copy.copy(kept["chat"])  # no part of what is kept depends on them
+      return kept[0][1]
+    chat = copy.copy(kept[0][1])  # no part of what is kept depends on them
     chat.subtitles = _seen(chat.video, subtitles)
     return chat
 
@@ -365,8 +390,8 @@ class VideoModel(PreparedModel):
     """
     columns: dict[str, list[Any]] = {}
     for name, value in how.items():
-      several = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-      values = list(value) if several else [value] * questions
+      each = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+      values = list(value) if each else [value] * questions
       if len(values) != questions:
         raise ConfigError(
           f"{name} has {len(values)} values for {questions} questions; give one value, or one for "
@@ -422,6 +447,8 @@ class VideoModel(PreparedModel):
       min(questions, TOGETHER),
       *(1 << n for n in range(min(questions, TOGETHER).bit_length())),
     }
+    if not (isinstance(questions, int) and isinstance(text, int) and questions > 0 < text):
+      raise ConfigError("questions and text are numbers from 1 on", where="questions")
     for asked in model._of_every_size(video, text):
       for rows in sorted(together):
         model.ask(video, [asked] * rows, **how)
@@ -527,6 +554,10 @@ def load_prepared(
     mesh = local_mesh()
   split = None
   if mesh is not None:
+    if set(getattr(mesh, "axis_names", ())) != set(AXES):
+      raise ConfigError(
+        f"a mesh has the axes {', '.join(AXES)}, as xcomp_jax.local_mesh makes it", where="mesh"
+      )
     check_tensor(mesh.shape["tensor"], prepared.cfg)
     split = param_shardings(nnx.state(loading.abstract(prepared.cfg)), mesh)
   with contextlib.nullcontext() if device is None else jax.default_device(device):
