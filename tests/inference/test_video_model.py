@@ -66,7 +66,7 @@ def test_docstrings_hold(model):
   assert runner.failures == 0 and runner.tries == 6
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md", "docs/reference/index.md"])
 def test_the_python_of_pages_runs(page, shots, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   for file in ("film.mp4", "world/heldout/00000.mp4"):
