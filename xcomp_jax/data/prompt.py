@@ -246,9 +246,13 @@ def question_prompt(
   subtitles: one per line, which stand behind the message; no part of the question.
 
   Raises:
-    AnnotationError: an empty question, bytes that are no UTF-8, or `<image>` in any text: its place
-      is decided here.
+    AnnotationError: an empty question, one that is no text, bytes that are no UTF-8, or `<image>`
+      in any text: its place is decided here.
   """
+  if not isinstance(question, str):
+    raise AnnotationError(
+      f"a question is a text (str), not {type(question).__name__}", where="question", value=question
+    )
   if not question.strip():
     raise AnnotationError("the question is empty", where="question", missing=True)
   given = [("question", question), ("subtitles", subtitles)]

@@ -255,6 +255,9 @@ def encode_video(
     return done
 
   features = {0: encoded(decoded())}
+  if len(features[0]) != T // F:
+    found = len(features[0]) * F
+    raise ConfigError(f"there are {found} frames and {T} times", where="frames", value=found)
   for phase in later:
     # the last clip goes on at the first frame
     starts = range(phase, phase + T, F)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from xcomp_jax import cli
 from xcomp_jax.checkpoints import loading
 from xcomp_jax.config import ConfigError, MeshConfig
-from xcomp_jax.data.prompt import AnnotationError, question_prompt, time_message
+from xcomp_jax.data.prompt import question_prompt, time_message
 from xcomp_jax.data.subtitles import read_subtitles, seen_subtitles
 from xcomp_jax.data.video import FrameSample, TailError, frames
 from xcomp_jax.inference import encoded_video, several
@@ -352,8 +352,6 @@ class VideoModel(PreparedModel):
       (True, 16)
     """
     questions = [question] if isinstance(question, str) else list(question)
-    if isinstance(question, bytes) or not all(isinstance(one, str) for one in questions):
-      raise AnnotationError("a question is a text (str)", where="question", value=question)
     samplings = self._samplings(len(questions), how)
     chat = self._asked(video, subtitles)
     for one, sampling in zip(questions, samplings, strict=True):
