@@ -118,8 +118,9 @@ def raise_differences(
     "of another shape": misshapen,
     "unreadable": unreadable,
   }
+  sep = ";\n    "  # a line may not grow with their number
   lines = [
-    f"\n  {len(group)} {what}: {'; '.join(group[:SHOWN])}"
+    f"\n  {len(group)} {what}: {sep.join(group[:SHOWN])}"
     + (f"; and {len(group) - SHOWN} more" if len(group) > SHOWN else "")
     for what, group in groups.items()
     if group

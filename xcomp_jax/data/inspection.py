@@ -253,7 +253,8 @@ def _count_differences(store: Store, lines: Sequence[dict[str, Any]]) -> Iterato
     counts = written, len(mine) - written
     others = {line["annotation"] for line in mine} - {file["annotation"]}
     if others or counts != (file["written"], file["skipped"]):
-      yield f"store.json: the counts of {file['annotation']} are not those of manifest.jsonl"
+      name = inputs.printable(file["annotation"])[:200]
+      yield f"store.json: the counts of {name} are not those of manifest.jsonl"
   counted = sum(
     (collections.Counter(file.get("passed_over", {})) for file in files), collections.Counter()
   )

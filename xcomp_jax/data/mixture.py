@@ -235,8 +235,8 @@ def _read_dataset(
   """
   dataset = _dataset(entry, where)
   path = root / expanduser(dataset.json_path)
-  items = read_annotations(path)
   try:
+    items = read_annotations(path)
     drawn, chosen = select_annotations(
       items, dataset.sampling_strategy, subset, dataset.text_samples
     )

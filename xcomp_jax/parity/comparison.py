@@ -11,6 +11,8 @@ import numpy as np
 from xcomp_jax.errors import XCompError
 from xcomp_jax.inputs import reading, regular
 
+LARGE = 256 << 20  # bytes of an array from which on it may not be
+PACKED = 100  # times larger than in its file
 MOST = 64 << 30  # bytes of all arrays of a recording, however small they are packed
 Arrays = Mapping[str, np.ndarray]
 
@@ -92,6 +94,14 @@ def read_arrays(file: pathlib.Path) -> Arrays:
           value=size,
           allowed=MOST,
         )
+      for entry in archive.infolist():
+        if entry.file_size > LARGE and entry.file_size > PACKED * entry.compress_size:
+          raise ParityError(
+            f"{file}: {entry.filename[:100]} claims {entry.file_size / 1e9:,.1f} GB, of "
+            f"{entry.compress_size:,} bytes; no recording packs that well",
+            where=file,
+            value=entry.file_size,
+          )
     with np.load(file, allow_pickle=False) as arrays:
       return dict(arrays)
 
