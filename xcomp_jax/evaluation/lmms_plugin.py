@@ -69,7 +69,7 @@ class XComp(lmms):
     max_batch_size: int | None = None,
     **more: Any,
   ):
-    """model_args; `more` are those of `video_model.add_options`. The last line's are the harness's
+    """model_args; `more` are those of `settings.add_options`. The last line's are the harness's
     own, only --batch_size has an effect: the questions about a video that are answered together.
     """
     super().__init__()
@@ -110,7 +110,7 @@ class XComp(lmms):
     given = {key: wishes[key] for key in GIVEN & set(wishes) if wishes[key] is not None}
     if not wishes.get("do_sample"):
       given["temperature"] = 0.0
-    return dataclasses.replace(settings_of(args), **given)  # `prepare` checks them
+    return dataclasses.replace(settings_of(args), **given)  # `prepare_model` checks them
 
   def generate_until(self, requests: Sequence[Instance]) -> list[str]:
     """Answers in the order of the requests.

@@ -56,7 +56,8 @@ class EncodedVideo:
     else None.
   identity: of the tower's weights and settings; see `identity`.
   source: which file, sampled how; in words.
-  spent: seconds that making it took, by what they went into; not kept in a file.
+  spent: seconds that making it took: "decoding", and "tower", which is what it took beyond that,
+    for both go on at once; not kept in a file.
   start: second of the file from which it was looked at.
   parts: the videos that were joined to this one; see `several`.
   """

@@ -44,8 +44,8 @@ def _suffix(content: bytes) -> str:
   videos.
   """
   try:
-    with Image.open(io.BytesIO(content)) as image:
-      return f".{(image.format or '').lower()}"
+    with Image.open(io.BytesIO(content), formats=stills.FORMATS) as image:
+      return ".jpg" if image.format == "MPO" else f".{(image.format or '').lower()}"
   except Exception:  # a picture that is damaged says so when it is read
     return ""
 

@@ -92,7 +92,3 @@ def draw_relevance(
     ax.set(xlim=(begin, end))
   label_time(axes[-1, 0], video.seconds)
   return figure
-
-
-# --- training and checking
-# ---------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from xcomp_jax.model import kernels, qc_comp
 LOG = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedModel:
   """A checkpoint and its settings, understood and checked; `VideoModel` has the parameters, too.
 

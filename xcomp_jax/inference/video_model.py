@@ -368,15 +368,18 @@ class VideoModel(PreparedModel):
     subtitles: str | os.PathLike | None = None,
   ) -> Chat:
     """The videos' chat, kept while no others are asked; with these subtitles."""
-    kept: list[tuple[list[EncodedVideo], Chat]] = vars(self).setdefault("_kept", [])
     videos = [video] if isinstance(video, EncodedVideo) else list(video)
-    # two videos are equal if they are the same one
-    if not kept or kept[0][0] != videos:
-      kept.clear()  # its memory first
-      kept.append((videos, self.chat(video, talk=False)))
+    # read and written once: other threads may ask about other videos; two are equal if they are the
+    # same one
+    before, chat = vars(self).get("_kept", (None, None))
+    if chat is None or before != videos:
+      before = chat = None
+      vars(self).pop("_kept", None)  # its memory first
+      chat = self.chat(video, talk=False)
+      vars(self)["_kept"] = videos, chat
     if subtitles is None:
-      return kept[0][1]
-    chat = copy.copy(kept[0][1])  # no part of what is kept depends on them
+      return chat
+    chat = copy.copy(chat)  # no part of what is kept depends on them
     chat.subtitles = _seen(chat.video, subtitles)
     return chat
 
@@ -422,6 +425,8 @@ class VideoModel(PreparedModel):
   ) -> None:
     """Compiles what encoding and asking need, so that nobody waits for it later.
 
+    It is for `ask`; a conversation of `chat` has programs of its own.
+
     Videos share their programs with those that are padded to as many frames, and all shorter
     questions, smaller batches and ways of sampling are served, too; `generate` says which sizes of
     texts, answers and batches share one.
@@ -438,7 +443,7 @@ class VideoModel(PreparedModel):
     count = self.settings.max_frames if frames is None else frames
     size = self.cfg.vision.image_size
     still = np.broadcast_to(np.zeros((), np.uint8), (count, size, size, 3))
-    model = self._within(count, None)
+    model = self._within(count, 1.0)  # a frame a second, as frames in memory have by themselves
     video = model.encode(still, show_progress=False)
     how = SamplingSettings() if new_tokens is None else SamplingSettings(max_new_tokens=new_tokens)
     together = {
