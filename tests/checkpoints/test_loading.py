@@ -226,7 +226,8 @@ def test_all_differences_are_in_one_error(reference, tmp_path):
     loading.load_model(directory, read_config(directory))
   lines = str(raised.value).splitlines()
   assert lines[1:] == [
-    "  2 missing: model.layers.1.mlp.up_proj.weight; model.norm.weight",
+    "  2 missing: model.layers.1.mlp.up_proj.weight;",
+    "    model.norm.weight",
     "  1 unexpected: model.condenser.weight",
     "  1 of another shape: model.mm_projector.mlp.0.weight is [32, 24], must be [24, 32]",
     "  1 unreadable: model.layers.0.self_attn.q_proj.bias is I32, not one of BF16, F16, F32",

@@ -241,7 +241,8 @@ def _read_dataset(
       items, dataset.sampling_strategy, subset, dataset.text_samples
     )
   except AnnotationError as error:
-    raise AnnotationError(f"{where}: {error}", **error.fields) from error
+    why = error.__cause__ or error
+    raise AnnotationError(f"{where}: {error}", **error.fields) from why
   file = File(
     annotation=dataset.json_path,
     digest=hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
