@@ -142,8 +142,8 @@ assert against["not tuned", "cosine"][1].mean() > 0
 @pytest.mark.slow
 def test_ask(run):
   then = """
-assert [answer.text in tuple("ABCD") for _, answer in answers] == [True] * 4
-assert all(len(answer.selection.frames) == frames for _, answer in answers)
+assert [answer.text in tuple("ABCD") for answer in answers] == [True] * 4
+assert all(len(answer.selection.frames) == frames for answer in answers)
 assert (out / "report.html").stat().st_size > 10_000
 """
   run(
