@@ -40,6 +40,8 @@ from xcomp_jax.inference.settings import COMPILED, add_options, settings_of
 from xcomp_jax.inference.video_model import mesh_of_command
 from xcomp_jax.inputs import number
 
+HOW = ("batch", "devices", "fsdp", "tensor", "each_alone")  # of a session, for its record
+
 
 def questions_of_command(
   args: argparse.Namespace, task: Task
@@ -163,7 +165,7 @@ def evaluate_command(
   asked = [Wanted(find_video(videos, q), q.prompt, q.start, q.end) for q in questions]
   reader = prepare_model(settings_of(args))
   print(reader.introduce(), file=sys.stderr)
-  how = {name: getattr(args, name) for name in ("batch", "devices", "each_alone")}
+  how = {name: getattr(args, name) for name in HOW}
   with folder(args.out, reader, share, how=how) as answers:
     answer_wanted(
       reader,

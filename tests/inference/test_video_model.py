@@ -16,7 +16,7 @@ from PIL import Image
 import xcomp_jax
 from xcomp_jax.config import ConfigError
 from xcomp_jax.data.video import VideoError
-from xcomp_jax.inference import settings, video_model
+from xcomp_jax.inference import places, settings, video_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "assets" / "tiny"
@@ -171,6 +171,8 @@ def test_videos_come_in_many_forms(model, shots, tmp_path):
 def test_a_video_is_asked_where_the_model_is(model, film):
   there = model.on(jax.devices()[3])
   assert there.ask(film, QUESTIONS[0]).text == model.ask(film, QUESTIONS[0]).text
+  moved = there.encode(BLACK[None].repeat(8, 0), show_progress=False)
+  assert there.ask([film, moved], QUESTIONS[0]).text  # of two devices
 
 
 def test_sixteen_bits_are_the_upper_eight(model):
@@ -210,6 +212,8 @@ def test_parameters_lie_where_they_are_wanted(model):
   assert devices_of(xcomp_jax.load(TINY, device=third)) == {third}
   with jax.default_device(third):
     assert devices_of(xcomp_jax.load(TINY)) == {third}
+  with places.computing(model.on(third).vlm):
+    assert jax.extend.backend.get_default_device() == third
   assert devices_of(model.on(third)) == {third} and model.on(third).identity == model.identity
   for bad in (
     {"device": third, "mesh": xcomp_jax.local_mesh()},
@@ -286,6 +290,13 @@ def test_nothing_is_compiled_after_warming_up(shots):
     (lambda model, film: model.encode([(0.0, BLACK), (1e12, BLACK)]), VideoError, "times"),
     (lambda model, film: model.encode([BLACK] * 8, start=float("nan")), VideoError, None),
     (lambda model, film: model.encode(model.sample([BLACK] * 8), start=1.0), ConfigError, "start"),
+    (lambda model, film: model.encode(model.sample([BLACK] * 8), rate=1.0), ConfigError, "rate"),
+    (
+      lambda model, film: model.encode(model.sample([BLACK] * 8), times=np.arange(8)),
+      ConfigError,
+      "times",
+    ),
+    (lambda model, film: xcomp_jax.local_mesh(fsdp=3), ConfigError, "mesh"),
     (lambda model, film: model.warm_up(questions=0), ConfigError, "questions"),
     (lambda model, film: xcomp_jax.load(TINY, mesh=OTHER), ConfigError, "mesh"),
     (lambda model, film: model.encode("x.mp4", frames=0), ConfigError, "--max-frames"),

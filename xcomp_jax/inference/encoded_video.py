@@ -191,7 +191,8 @@ def stacked(arrays: ClipFeatures, count: int) -> np.ndarray | jax.Array:
   first, missing = arrays[0], count - len(arrays)
   if not all(isinstance(one, jax.Array) for one in arrays):
     out = np.zeros((count, *first.shape), first.dtype)
-    out[: len(arrays)] = arrays
+    for place, one in zip(out, arrays):  # a list of them all would be a copy more
+      place[...] = one
     return out
   every = [*arrays, *[jnp.zeros_like(first)] * missing]
   # a program takes the longer to compile the more arrays it is given

@@ -125,7 +125,7 @@ def sample_film(
       raise VideoError("times are for frames in memory; a file has its own", where="times")
     return video.sample(film, size=size, read_type=video.kind(film), **request)
   film = [film] if isinstance(film, Image.Image) else film
-  if not isinstance(film, Iterable) or hasattr(film, "read"):
+  if not isinstance(film, Iterable) or isinstance(film, bytes) or hasattr(film, "read"):
     raise VideoError(
       f"a video is a path, bytes (of an open file: its .read()), an array or frames, not "
       f"{type(film).__name__}",

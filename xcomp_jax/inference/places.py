@@ -16,14 +16,16 @@ Got = TypeVar("Got")
 
 @contextlib.contextmanager
 def computing(model: vlm.VLM) -> Generator[None]:
-  """Computes exactly in float32, and over the mesh on which the model's parameters lie.
+  """Computes exactly in float32, and where the model's parameters lie: on their mesh, or on their
+  device, for which kernels are then chosen.
 
   Without it an accelerator multiplies float32 in fewer bits.
   """
   mesh = mesh_of(model.projector)  # a small part of it
+  (device, *_) = features_place(model).device_set
   with (
     jax.default_matmul_precision("highest" if model.cfg.dtype == "float32" else None),
-    contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh),
+    jax.default_device(device) if mesh is None else jax.set_mesh(mesh),
   ):
     yield
 

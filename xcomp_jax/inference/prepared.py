@@ -72,8 +72,6 @@ class PreparedModel:
       ConfigError: clips that sampling can't fill.
     """
     if isinstance(film, FrameSample):
-      if (start, end, times) != (None, None, None):
-        raise ConfigError("a sample has its own start, end and times", where="start")
       return film
     self.check_clips()
     s = self.settings

@@ -1,8 +1,10 @@
 """A model that watches videos and answers: what `xcomp_jax.load` returns, and all commands ask.
 
-model = xcomp_jax.load("exports/sct")
-video = model.encode("film.mp4")
-print(model.ask(video, "What happens first?"))
+  model = xcomp_jax.load("exports/sct")
+  video = model.encode("film.mp4")
+  print(model.ask(video, "What happens first?"))
+
+`PreparedModel` has what comes before the parameters, `Chat` what comes of a question.
 """
 
 import argparse
@@ -132,7 +134,8 @@ class VideoModel(PreparedModel):
       end: and until which.
       frames: that are sampled, at most; None: as the model was loaded.
       rate: frames per second, at most; likewise.
-      times: seconds of frames in memory; None: one frame per second.
+      times: seconds of frames in memory, which count from the first frame's, as `start` and the
+        moments of answers do; None: one frame per second.
       decoded: the frames of a sample, where they are decoded already.
       show_progress: on stderr.
 
@@ -145,6 +148,13 @@ class VideoModel(PreparedModel):
       >>> len(video.times), video.clips
       (16, 2)
     """
+    given = {"start": start, "end": end, "frames": frames, "rate": rate, "times": times}
+    if isinstance(film, FrameSample) and (
+      named := [name for name, value in given.items() if value is not None]
+    ):
+      raise ConfigError(
+        f"a sample is taken already; give {', '.join(named)} where it is made", where=named[0]
+      )
     reader = self._within(frames, rate)
     with on_disk(film) as readable:
       sample = reader.sample(readable, start, end, times)
@@ -260,7 +270,7 @@ class VideoModel(PreparedModel):
         f"{type(video).__name__} is no encoded video; encode it first: model.encode(...)",
         where="video",
       )
-    film = self._here(several.joined_videos(videos))
+    film = several.joined_videos([self._here(one) for one in several.parts_of(videos)])
     self._check_phases(film)
     if film.identity:  # features that no file and no tower made have none
       encoded_video.check_identity(film.source, film.identity, self.identity)
@@ -373,7 +383,7 @@ class VideoModel(PreparedModel):
     # same one
     before, chat = vars(self).get("_kept", (None, None))
     if chat is None or before != videos:
-      before = chat = None
+      chat = None
       vars(self).pop("_kept", None)  # its memory first
       chat = self.chat(video, talk=False)
       vars(self)["_kept"] = videos, chat
@@ -440,29 +450,25 @@ class VideoModel(PreparedModel):
     Raises:
       ConfigError: numbers that are out of bounds, or don't fit together.
     """
-    count = self.settings.max_frames if frames is None else frames
-    size = self.cfg.vision.image_size
-    still = np.broadcast_to(np.zeros((), np.uint8), (count, size, size, 3))
-    model = self._within(count, 1.0)  # a frame a second, as frames in memory have by themselves
-    video = model.encode(still, show_progress=False)
-    how = SamplingSettings() if new_tokens is None else SamplingSettings(max_new_tokens=new_tokens)
-    together = {
-      min(questions, TOGETHER),
-      *(1 << n for n in range(min(questions, TOGETHER).bit_length())),
-    }
     if not (isinstance(questions, int) and isinstance(text, int) and questions > 0 < text):
       raise ConfigError("questions and text are numbers from 1 on", where="questions")
+    # a frame a second, as frames in memory have by themselves
+    model = self._within(self.settings.max_frames if frames is None else frames, 1.0)
+    size = self.cfg.vision.image_size
+    still = np.broadcast_to(np.zeros((), np.uint8), (model.settings.max_frames, size, size, 3))
+    video = model.encode(still, show_progress=False)
+    how = SamplingSettings() if new_tokens is None else SamplingSettings(max_new_tokens=new_tokens)
+    most = min(questions, TOGETHER)
+    together = sorted({most, *(1 << n for n in range(most.bit_length()))})
     for asked in model._of_every_size(video, text):
-      for rows in sorted(together):
+      for rows in together:
         model.ask(video, [asked] * rows, **how)
 
   def _of_every_size(self, video: EncodedVideo, text: int) -> list[str]:
     """Questions of up to so many tokens, one of every size that texts are padded to."""
     found: dict[tuple[int, int], str] = {}
-    selector, message = (
-      self.selector(len(video.times)),
-      time_message(video.seconds, len(video.times)),
-    )
+    selector = self.selector(len(video.times))
+    message = time_message(video.seconds, len(video.times))
     for words in [*range(1, text, SCORE_STEP // 2), text]:  # none of the sizes is passed over
       asked = "a" + " a" * (words - 1)
       prompt = question_prompt(self.tokenizer, asked, message)
@@ -521,16 +527,31 @@ def local_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
   Raises:
     ConfigError: fsdp * tensor does not divide them.
   """
-  return make_mesh(MeshConfig(-1, fsdp, tensor, 1), jax.local_devices())
+  devices = jax.local_devices()
+  if min(fsdp, tensor) < 1 or len(devices) % (fsdp * tensor):
+    raise ConfigError(
+      f"fsdp {fsdp} times tensor {tensor} does not divide the {len(devices)} devices of this "
+      "process",
+      where="mesh",
+      devices=len(devices),
+    )
+  return make_mesh(MeshConfig(-1, fsdp, tensor, 1), devices)
 
 
 def mesh_of_command(args: argparse.Namespace) -> Mesh | None:
   """The mesh that --fsdp and --tensor ask for; None: neither does.
 
   Raises:
-    ConfigError: see `local_mesh`.
+    ConfigError: see `local_mesh`; or --devices, which has a whole model on each.
   """
-  return None if args.fsdp * args.tensor == 1 else local_mesh(args.fsdp, args.tensor)
+  if args.fsdp * args.tensor == 1:
+    return None
+  if getattr(args, "devices", None) is not None:
+    raise ConfigError(
+      "--devices has a whole model on each device, --fsdp and --tensor a part: give either",
+      where="--devices",
+    )
+  return local_mesh(args.fsdp, args.tensor)
 
 
 def load_prepared(
@@ -608,5 +629,7 @@ def load(
       where=unknown[0],
     )
   cli.keep_compiled(compilation_cache, COMPILED)
-  prepared = prepare_model(AskSettings(checkpoint=os.fspath(checkpoint), **settings))
+  # dtype and kernels are chosen for the device that computes
+  with contextlib.nullcontext() if device is None else jax.default_device(device):
+    prepared = prepare_model(AskSettings(checkpoint=os.fspath(checkpoint), **settings))
   return load_prepared(prepared, device=device, mesh=mesh)
