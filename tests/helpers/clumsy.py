@@ -7,16 +7,16 @@ import sys
 import time
 
 if __name__ == "__main__":
-  how, place = sys.argv[1], pathlib.Path(sys.argv[2])
+  careful, place = sys.argv[1] != "clumsy", pathlib.Path(sys.argv[2])
   new, old, out = place / "out.new", place / "out.old", place / "out"
   shutil.rmtree(new, ignore_errors=True)
   new.mkdir()
   for name in "abc":
     (new / name).write_text("new")
     time.sleep(0.02)
-  if how == "careful" and old.exists() and not out.exists():
+  if careful and old.exists() and not out.exists():
     os.rename(old, out)
-  if how == "careful" and out.exists():
+  if careful and out.exists():
     shutil.rmtree(old, ignore_errors=True)
     os.rename(out, old)
   else:
